@@ -1,0 +1,81 @@
+"""Benchmark results as CSV: one row per measurement, with the machine, commit, date and torch version it was made with."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent / "results"
+STAMP = ("machine", "commit", "date", "torch")
+Value = str | float | int | None
+
+
+def machine() -> str:
+    """Processor, cores this process may use, threads torch uses, and the widest vector instructions."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        name = match[1].strip() if match else name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name} {torch.backends.cpu.get_cpu_capability()}, {cores} cores, {torch.get_num_threads()} threads"
+
+
+def commit() -> str:
+    """The commit that is checked out, with `-dirty` where files differ from it; `none` outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    run = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, check=False)
+    return run.stdout.strip() if run.returncode == 0 else "none"
+
+
+class Table:
+    """A CSV file that grows row by row, so that an interrupted benchmark keeps what it has measured.
+
+    >>> table = Table("planner.csv", ("case", "seconds"))
+    >>> table.add(case="svd", seconds=1.5)  # doctest: +SKIP
+    """
+
+    def __init__(self, name: str | Path, columns: Sequence[str]) -> None:
+        self.path = FOLDER / name
+        self.columns = (*columns, *STAMP)
+        self.rows: list[Mapping[str, Value]] = []
+        if self.path.exists():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                header = tuple(next(csv.reader(file), ()))
+            if header != self.columns:
+                raise SystemExit(f"{self.path} has the columns {', '.join(header)}; move it away to write {', '.join(self.columns)}")
+
+    def add(self, **row: Value) -> None:
+        """Append one measurement; floats are rounded to six significant digits."""
+        stamp = {"machine": machine(), "commit": commit(), "date": datetime.date.today().isoformat(), "torch": torch.__version__}
+        record = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in {**row, **stamp}.items()}
+        unknown = set(record) - set(self.columns)
+        if unknown:
+            raise ValueError(f"{self.path.name} has no column {', '.join(sorted(unknown))}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = not self.path.exists()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+            if fresh:
+                writer.writeheader()
+            writer.writerow(record)
+        self.rows.append(row)
+
+
+def show(rows: Sequence[Mapping[str, Value]], columns: Sequence[str]) -> str:
+    """Rows as an aligned text table."""
+
+    def text(value: Value) -> str:
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    cells = [list(columns), *([text(row.get(name)) for name in columns] for row in rows)]
+    widths = [max(len(line[place]) for line in cells) for place in range(len(columns))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)

@@ -1,0 +1,113 @@
+"""factorize: carry out the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tdpass.errors import PlanError
+from tdpass.formats.base import FORMATS, Layer
+from tdpass.formats.metric import Metric
+from tdpass.models.base import Model
+from tdpass.pipeline import Job, Pass, register_pass
+from tdpass.planner.cache import digest
+from tdpass.planner.candidates import SiteFits
+from tdpass.planner.joint import Chain, drop_layers, find_branches, find_chains, prune_layers
+from tdpass.planner.moments import stream_metrics
+from tdpass.planner.rank_plan import Choice, RankPlan
+from tdpass.report import SiteRow
+from tdpass.site import Site
+
+
+@register_pass
+@dataclass(frozen=True)
+class Factorize(Pass):
+    """Replace every planned site by its factors, fitted in the metric of the calibration data where there is some."""
+
+    name = "factorize"
+
+    def run(self, model: Model, job: Job) -> bool:
+        if job.plan is None:
+            raise PlanError("factorize has no plan to carry out; put the pass 'plan' before it, or pass plan=")
+        job.plan = match_names(job.plan, model)
+        sites = {site.name: site for site in model.sites()}
+        chosen = {choice.site: choice for choice in job.plan if not choice.kept_dense}
+        for choice in chosen.values():
+            FORMATS.get(choice.format)
+        alone = [sites[name] for name, choice in chosen.items() if not choice.channels and choice.format != "constant"]
+        tapes = job.tapes(model) if job.batches else []
+        for site in alone:
+            FORMATS.get(chosen[site.name].format).check_rank(site, chosen[site.name].rank)
+        count = 0
+        metrics = stream_metrics(tapes, alone, job.divergence) if tapes else ((site, Metric()) for site in alone)
+        replaced: set[str] = set()
+        for site, metric in metrics:
+            choice = chosen[site.name]
+            fits = SiteFits(site, model.weight(site.name), model.bias(site.name), metric)
+            model.replace(site.name, fits.layer(choice.format, choice.rank))
+            replaced.add(site.name)
+            count += 1
+            job.progress("factorizing", count, len(alone))
+        for layers in self._joint(chosen, sites, model, job):
+            for name, layer in layers.items():
+                model.replace(name, layer)
+                replaced.add(name)
+        left = set(chosen) - replaced
+        if left:
+            raise PlanError(f"site {min(left)!r} is planned as part of a pruned pair or dropped branch that this model does not have; plan for this model")
+        if not job.report.sites:
+            job.report.sites = [SiteRow(c.site, c.shape, c.format, c.rank, c.dense, c.cost, c.error, c.loss, c.guarantee, c.reason) for c in job.plan]
+        job.note(f"replaced {len(replaced)} sites")
+        return bool(replaced)
+
+    def _joint(self, chosen: dict[str, Choice], sites: dict[str, Site], model: Model, job: Job) -> Iterator[dict[str, Layer]]:
+        """Layers of pruned pairs and dropped branches."""
+        together = {name: choice for name, choice in chosen.items() if choice.channels or choice.format == "constant"}
+        if not together:
+            return
+        tapes = job.tapes(model)
+        if not tapes:
+            raise PlanError("the plan prunes channels or drops branches, which needs to see the model running; pass data= or example_inputs=")
+        chains = find_chains(tapes[0], sites)
+        pairs = [chain for chain in chains if _pruned_together(chain, together)]
+        metrics = {site.name: metric for site, metric in stream_metrics(tapes, [sites[chain.consumer] for chain in pairs], job.divergence)}
+        for chain in pairs:
+            channels = together[chain.consumer].channels
+            if not all(0 <= channel < sites[chain.consumer].i for channel in channels):
+                raise PlanError(f"the plan keeps channels {channels} of site {chain.consumer!r}, which has {sites[chain.consumer].i}; plan again")
+            yield prune_layers(chain, sites, model.weight, model.bias, metrics[chain.consumer], channels)
+        for branch in find_branches(tapes[0], sites, chains):
+            if all(name in together and together[name].format == "constant" for name in branch):
+                yield drop_layers(branch, sites, tapes)
+
+
+def _pruned_together(chain: Chain, together: dict[str, Choice]) -> bool:
+    first, second = together.get(chain.producer), together.get(chain.consumer)
+    if first is None or second is None or not first.channels or first.channels != second.channels:
+        return False
+    return first.rank[0] == len(first.channels) == second.rank[1]
+
+
+def match_names(plan: RankPlan, model: Model) -> RankPlan:
+    """The plan with its sites named as in this model: by name, else by the content of the weight.
+
+    Raises `PlanError` when a site that the plan changes has no counterpart of the same shape.
+    """
+    sites = {site.name: site for site in model.sites()}
+    names: dict[str, str] = {}
+    unmatched = [choice for choice in plan if choice.site not in sites]
+    prints = {digest(model.weight(name)): name for name in sites} if unmatched else {}
+    for choice in unmatched:
+        if choice.fingerprint in prints:
+            names[choice.site] = prints[choice.fingerprint]
+        elif not choice.kept_dense:
+            raise PlanError(f"the plan changes site {choice.site!r}, which this model does not have; its sites: {_some(list(sites))}")
+    renamed = plan.renamed(names)
+    for choice in renamed:
+        if choice.site in sites and sites[choice.site].shape != choice.shape:
+            raise PlanError(f"the plan expects site {choice.site!r} of shape {choice.shape}, the model has {sites[choice.site].shape}; plan for this model")
+    return renamed
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (" ..." if len(names) > 6 else "")

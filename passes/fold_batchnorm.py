@@ -1,0 +1,21 @@
+"""fold-batchnorm: batch-norm after a convolution or linear layer becomes part of its weight and bias."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tdpass.models.base import Model
+from tdpass.pipeline import Job, Pass, register_pass
+
+
+@register_pass
+@dataclass(frozen=True)
+class FoldBatchnorm(Pass):
+    """W' = gamma / sqrt(var + eps) W, b' = beta + gamma (b - mean) / sqrt(var + eps); the output in inference does not change."""
+
+    name = "fold-batchnorm"
+
+    def run(self, model: Model, job: Job) -> bool:
+        folded = model.fold_batchnorm()
+        job.note(f"folded {len(folded)} of {len(model.sites())} sites' batch-norms")
+        return bool(folded)

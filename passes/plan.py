@@ -1,0 +1,102 @@
+"""plan: decide what every site becomes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from tdpass.cost import Budget, BudgetValue
+from tdpass.errors import BudgetError, UsageError
+from tdpass.models.base import Model
+from tdpass.pipeline import Job, Pass, register_pass
+from tdpass.planner.cache import CandidateCache, digest
+from tdpass.planner.planning import Dense, Table, add_joint_options, tabulate
+from tdpass.report import CurvePoint, SiteRow
+from tdpass.site import Site
+
+
+@register_pass
+@dataclass(frozen=True)
+class Plan(Pass):
+    """Candidates of all formats and ranks per site, their measured losses, and the exact choice under the budget.
+
+    Options override the budget of the job.  `joint` also tries options that change neighbouring sites together.
+    The model itself is not changed.
+    """
+
+    name = "plan"
+
+    macs: BudgetValue | None = None
+    params: BudgetValue | None = None
+    bytes: BudgetValue | None = None
+    max_error: float | None = None
+    joint: bool = True
+
+    def run(self, model: Model, job: Job) -> bool:
+        budget = self._budget(job)
+        sites = _selected(model, job)
+        if "macs" in budget.measures and not job.original.macs:
+            raise BudgetError("a budget on macs needs to see the model running; pass data= or example_inputs=, or bound params")
+        tapes = job.tapes(model)
+        table = tabulate(
+            sites,
+            Dense(model.weight, model.bias),
+            tapes,
+            job.divergence,
+            job.formats,
+            CandidateCache(job.cache),
+            self._context(model, job, sites),
+            job.progress,
+        )
+        if self.joint and tapes and not job.formats and budget.max_error is None:
+            add_joint_options(table, Dense(model.weight, model.bias), tapes, job.divergence, CandidateCache(job.cache), self._context(model, job, sites), job.progress)
+        plan = table.plan(budget, job.original)
+        job.plan = plan
+        job.report.budget, job.report.metric, job.report.divergence = str(budget), plan.metric, plan.divergence
+        job.report.sites = [
+            SiteRow(c.site, c.shape, c.format, c.rank, c.dense, c.cost, c.error, c.loss, c.guarantee, c.reason) for c in plan
+        ]
+        self._draw_curve(table, budget, job)
+        changed = sum(not choice.kept_dense for choice in plan)
+        job.note(f"{changed} of {len(plan.choices)} sites change; {sum(map(len, table.candidates.values()))} candidates, {len(table.joint)} joint ones")
+        return False
+
+    def _budget(self, job: Job) -> Budget:
+        own = {key: value for key in ("macs", "params", "bytes", "max_error") if (value := getattr(self, key)) is not None}
+        if own:
+            return Budget.parse(own)
+        if job.budget is None:
+            raise BudgetError("there is no budget; pass budget={'macs': 0.4}, or write the pass as plan{macs=0.4}")
+        return job.budget
+
+    def _context(self, model: Model, job: Job, sites: list[Site]) -> str:
+        if not job.batches:
+            return ""
+        tensors = [tensor for batch in job.batches for tensor in batch.tensors]
+        weights = [weight for site in model.sites() for weight in (model.weight(site.name), model.bias(site.name))]
+        return digest(str(job.divergence.name), str(model.params()), ",".join(site.name for site in sites), *weights, *tensors)
+
+    def _draw_curve(self, table: Table, budget: Budget, job: Job) -> None:
+        assert job.plan is not None
+        measure = budget.measures[0] if budget.measures else ("macs" if job.original.macs else "params")
+        points = [*((share, plan, False) for share, plan in table.curve(measure, job.original))]
+        reached = job.plan.planned.get(measure) / max(job.original.get(measure), 1)
+        points.append((reached, job.plan, True))
+        job.report.curve = [
+            CurvePoint(share, plan.planned.macs / max(plan.original.macs, 1), plan.planned.params / max(plan.original.params, 1), plan.loss, chosen)
+            for share, plan, chosen in sorted(points, key=lambda point: -point[0])
+        ]
+
+
+def _selected(model: Model, job: Job) -> list[Site]:
+    """The sites that include and exclude leave; the others are declined by name."""
+    chosen: list[Site] = []
+    for site in model.sites():
+        if not any(fnmatchcase(site.name, pattern) for pattern in job.include) or any(fnmatchcase(site.name, pattern) for pattern in job.exclude):
+            job.report.decline(site.name, "excluded by name")
+        else:
+            chosen.append(site)
+    if not chosen:
+        names = ", ".join(site.name for site in list(model.sites())[:6]) or "none"
+        raise UsageError(f"no site is left to compress (include={list(job.include)}, exclude={list(job.exclude)}); the model's sites: {names} ...")
+    return chosen

@@ -1,0 +1,42 @@
+"""refit: solve each last factor again, on the compressed network's own activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tdpass.models.base import Model
+from tdpass.pipeline import Job, Pass, register_pass
+from tdpass.planner.repair import divergence_of, refit_last_factors
+
+
+@register_pass
+@dataclass(frozen=True)
+class Refit(Pass):
+    """Front to back, the last factor and bias of each replaced site by ridge least squares towards the original's outputs.
+
+    Residual sums are included, so a layer also repairs what the layers before it lost.  Undone when the divergence of the
+    network's output on the calibration data grows.  `ridge` pulls towards the factor as it was, relative to its features' power.
+    """
+
+    name = "refit"
+
+    ridge: float = 1e-3
+
+    def run(self, model: Model, job: Job) -> bool:
+        layers = {site.name: layer for site in model.sites() if (layer := model.layer(site.name)) is not None}
+        if not layers or not job.batches:
+            job.note("nothing to refit: no site is replaced" if job.batches else "skipped: there is no calibration data")
+            return False
+        tapes = job.tapes(model)
+        refitted, declined = refit_last_factors(tapes, layers, self.ridge)
+        before, after = (divergence_of(tapes, choice, job.divergence) for choice in (layers, refitted))
+        if not after < before:
+            job.note(f"left as it was: the divergence would go from {before:.4g} to {after:.4g}")
+            return False
+        for name, layer in refitted.items():
+            if name not in declined:
+                model.replace(name, layer)
+        for name, reason in declined.items():
+            job.note(f"{name} not refitted: {reason}")
+        job.note(f"divergence {before:.4g} -> {after:.4g}")
+        return True

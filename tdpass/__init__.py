@@ -1,0 +1,31 @@
+"""tdpass: a compiler-style transformation of neural networks into smaller and faster ones."""
+
+from __future__ import annotations
+
+import tdpass.passes as _passes
+from tdpass.artifact import Artifact as Artifact
+from tdpass.artifact import load as load
+from tdpass.artifact import load_plan as load_plan
+from tdpass.verbs import compress as compress
+from tdpass.verbs import make_plan as make_plan
+from tdpass.verbs import verify as verify
+from tdpass.cost import Budget as Budget
+from tdpass.cost import Cost as Cost
+from tdpass.data import as_batches as as_batches
+from tdpass.errors import BudgetError as BudgetError
+from tdpass.errors import InvalidModelError as InvalidModelError
+from tdpass.errors import PassError as PassError
+from tdpass.errors import PlanError as PlanError
+from tdpass.errors import TdpassError as TdpassError
+from tdpass.errors import UnsupportedError as UnsupportedError
+from tdpass.errors import UsageError as UsageError
+from tdpass.models import Batch as Batch
+from tdpass.models import open_model as open_model
+from tdpass.pipeline import Pass as Pass
+from tdpass.pipeline import Pipeline as Pipeline
+from tdpass.pipeline import register_pass as register_pass
+from tdpass.planner.divergence import Divergence as Divergence
+from tdpass.planner.rank_plan import RankPlan as RankPlan
+from tdpass.report import Report as Report
+
+del _passes

@@ -1,0 +1,74 @@
+"""The command line: `tdpass inspect | plan | compress | verify | bench | report`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from tdpass.cli import bench, compress, inspect, plan, report, verify
+from tdpass.cli.arguments import Parser
+from tdpass.cli.output import Output
+from tdpass.errors import TdpassError, UsageError
+from tdpass.views.units import plain
+
+REFUSED, WRONG_USAGE, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 1, 2, 70, 130, 141
+_VERBS = (inspect, plan, compress, verify, bench, report)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code.
+
+    0: done; 1: a model, budget or plan was refused, or a check failed; 2: wrong usage; 70: an error of tdpass itself;
+    130: interrupted.  Every error is one line on stderr, after the traceback where `--debug` is given.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        arguments = _parser().parse_args(words)
+        out = Output(json=arguments.json, quiet=arguments.quiet, stdout=sys.stdout, stderr=sys.stderr)
+        # whatever a model's own code prints must not end up among the results
+        with contextlib.redirect_stdout(sys.stderr):
+            code = arguments.run(arguments, out)
+        out.flush()
+        return int(code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except KeyboardInterrupt:
+        print("\ntdpass: interrupted; files are written whole or not at all", file=sys.stderr)
+        return INTERRUPTED
+    except TdpassError as error:
+        return _fail(str(error), WRONG_USAGE if isinstance(error, UsageError) else REFUSED, "--debug" in words)
+    except Exception as error:  # noqa: BLE001  # the last line of defence: a user gets one line, not a traceback
+        hint = "" if "--debug" in words else "; run again with --debug for the traceback"
+        return _fail(f"{type(error).__name__}: {error}{hint}", UNEXPECTED, "--debug" in words)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"tdpass: error: {' '.join(plain(message).split())}", file=sys.stderr)
+    return code
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="tdpass",
+        description="Make neural networks smaller and faster by factoring their weights.",
+        epilog="shortest use: tdpass compress model.onnx --budget macs=0.4 --data calib.npz -o small.onnx",
+    )
+    parser.add_argument("--version", action="version", version=f"tdpass {_version()}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for verb in _VERBS:
+        verb.add(verbs)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("tdpass")
+    except PackageNotFoundError:
+        return "(not installed)"

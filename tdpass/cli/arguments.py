@@ -1,0 +1,107 @@
+"""Options that several verbs share, and how their values are read."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import Tensor
+
+from tdpass.errors import UsageError
+
+Run = Callable[..., int]
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")}
+_INPUT = re.compile(r"(\d+(?:x\d+)*)(?::(\w+))?")
+MODEL_HELP = "model.onnx, program.pt2, or package.module:factory for a torch model (imported with the current folder on the path)"
+
+
+class Verbs(Protocol):
+    """Where a verb adds its parser: what argparse makes for sub-commands."""
+
+    def add_parser(self, name: str, **options: Any) -> Parser:
+        """A parser for one sub-command."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are `UsageError`s, so that they look like every other error."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "allow_abbrev": False})
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+def add_verb(verbs: Verbs, name: str, run: Run, summary: str, example: str) -> Parser:
+    """A verb with the options that all verbs have."""
+    parser = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=f"example: {example}")
+    common = parser.add_argument_group("output")
+    common.add_argument("--json", action="store_true", help="print one JSON document on stdout, and nothing else there")
+    common.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_torch(parser: Parser) -> None:
+    """Options that only a torch factory needs."""
+    group = parser.add_argument_group("torch models")
+    group.add_argument("--weights", metavar="FILE", action="append", default=[], help=".safetensors file for the factory's model; once per factory")
+    shape = "shape of an input, such as 1x3x32x32 or 1x16:int64; once per input"
+    group.add_argument("--input", metavar="SHAPE[:DTYPE]", action="append", default=[], help=shape)
+
+
+def add_data(parser: Parser) -> None:
+    """Where calibration data comes from."""
+    parser.add_argument("--data", metavar="FILE", help=".npz with arrays named after the inputs (else taken in order), or .npy")
+    parser.add_argument("--samples", metavar="N", type=count, default=512, help="how many samples to use at most (default %(default)s)")
+
+
+def add_planning(parser: Parser) -> None:
+    """Options that decide what the planner may do."""
+    group = parser.add_argument_group("planning")
+    group.add_argument("--budget", metavar="KEY=VALUE", action="append", default=[], help="macs=0.4, params=50%%, bytes=2MiB or max_error=0.1; may be repeated")
+    group.add_argument("--include", metavar="GLOB", action="append", default=[], help="plan only sites whose names match; may be repeated")
+    group.add_argument("--exclude", metavar="GLOB", action="append", default=[], help="leave sites alone whose names match; may be repeated")
+    group.add_argument("--format", metavar="NAME", action="append", default=[], help="use only these formats; may be repeated")
+    group.add_argument("--divergence", metavar="NAME", default="auto", help="how outputs are compared: auto, kl, mse or cosine (default %(default)s)")
+    group.add_argument("--pipeline", metavar="TEXT|FILE", help="passes as text, such as 'plan{macs=0.4},factorize', or a recipe.yaml")
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def budget(items: Sequence[str]) -> dict[str, str]:
+    """`["macs=0.4", "bytes=2MiB"]` as a mapping; raises `UsageError` for an item without `=` or a key given twice."""
+    pairs: dict[str, str] = {}
+    for item in items:
+        key, sign, value = item.partition("=")
+        if not sign or not key.strip() or not value.strip():
+            raise UsageError(f"budget {item!r} is not KEY=VALUE; write --budget macs=0.4, and repeat the option for further limits")
+        if key.strip() in pairs:
+            raise UsageError(f"budget {key.strip()!r} is given twice; give each limit once")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def inputs(items: Sequence[str]) -> tuple[Tensor, ...] | None:
+    """`["1x3x32x32", "1x16:int64"]` as tensors: fixed noise for floats, zeros for whole numbers; None for none."""
+    generator = torch.Generator().manual_seed(0)
+    tensors: list[Tensor] = []
+    for item in items:
+        match = _INPUT.fullmatch(item)
+        dtype = _DTYPES.get((match[2] or "float32") if match else "")
+        if match is None or dtype is None:
+            raise UsageError(f"input {item!r} is not SHAPE or SHAPE:DTYPE; write 1x3x32x32 or 1x16:int64 (types: {', '.join(_DTYPES)})")
+        shape = [int(size) for size in match[1].split("x")]
+        if min(shape) < 1:
+            raise UsageError(f"input {item!r} has an empty axis; every size must be at least 1")
+        tensors.append(torch.randn(shape, generator=generator).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype))
+    return tuple(tensors) or None

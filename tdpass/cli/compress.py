@@ -1,0 +1,63 @@
+"""tdpass compress: a smaller model and its report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import tdpass
+from tdpass.cli.arguments import MODEL_HELP, Verbs, add_data, add_planning, add_torch, add_verb, budget
+from tdpass.cli.output import Output
+from tdpass.cli.plan import data, planning
+from tdpass.cli.sources import read_source
+from tdpass.errors import UsageError
+from tdpass.files import write_text
+from tdpass.html_report import render_html
+from tdpass.terminal import report_view
+from tdpass.views.tables import Part
+
+
+def add(verbs: Verbs) -> None:
+    """Declare the verb."""
+    example = "tdpass compress model.onnx --budget macs=0.4 --data calib.npz -o small.onnx"
+    parser = add_verb(verbs, "compress", run, "compress a model and report what was done", example)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help=".onnx, .pt2, or .safetensors for a factory's model")
+    add_data(parser)
+    add_planning(parser)
+    add_torch(parser)
+    parser.add_argument("--plan", metavar="PLAN.json", type=Path, help="carry out this plan instead of making one")
+    parser.add_argument("--report-dir", metavar="DIR", type=Path, help="where plan and report go (default: beside the output)")
+
+
+def run(arguments: argparse.Namespace, out: Output) -> int:
+    """Compress, save the model with its plan and report, and show the report."""
+    source = read_source(arguments.model, arguments.weights)
+    output: Path = arguments.output
+    source.check_output(output)
+    limits = budget(arguments.budget)
+    if not limits and arguments.plan is None and arguments.pipeline is None:
+        raise UsageError("nothing to aim for; give --budget macs=0.4, or a --plan, or a --pipeline")
+    plan = None if arguments.plan is None else tdpass.load_plan(arguments.plan)
+    folder: Path = arguments.report_dir or output.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {folder}: {error.strerror}; name another with --report-dir") from None
+    options = planning(arguments)
+    with out.progress() as progress:
+        artifact = tdpass.compress(source.load(), limits or None, data(arguments), plan=plan, progress=progress, **options)
+        artifact.save(output)
+    artifact.report.model = source.text
+    written = {"model": output, **{kind: folder / f"{output.stem}.{kind}" for kind in ("plan.json", "report.json", "report.html")}}
+    artifact.plan.save(written["plan.json"])
+    artifact.report.save(written["report.json"])
+    write_text(written["report.html"], render_html(artifact.report, artifact.plan))
+
+    def view(width: int | None) -> list[Part]:
+        return [*report_view(artifact.report, artifact.plan, width), "", *(f"wrote {path}" for path in written.values())]
+
+    document = {"files": {kind: str(path) for kind, path in written.items()}, "report": json.loads(artifact.report.to_json())}
+    out.show({**document, "plan": json.loads(artifact.plan.to_json())}, view)
+    return 0

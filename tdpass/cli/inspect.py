@@ -1,0 +1,94 @@
+"""tdpass inspect: what could be replaced, what it costs, and where factoring starts to pay."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.text import Text
+
+from tdpass.cli.arguments import MODEL_HELP, Verbs, add_data, add_torch, add_verb, inputs
+from tdpass.cli.output import Output
+from tdpass.cli.sources import read_source
+from tdpass.cost import Cost
+from tdpass.data import as_batches
+from tdpass.formats import FORMATS
+from tdpass.formats.base import Format, Rank, dense_cost
+from tdpass.models import open_model
+from tdpass.site import Site
+from tdpass.terminal import InspectRow, inspect_table, refusals
+from tdpass.views.tables import Part, heading
+from tdpass.views.units import human
+
+_COMMON = ("svd", "spatial_svd", "channel_svd", "tucker2")
+
+
+def add(verbs: Verbs) -> None:
+    """Declare the verb."""
+    parser = add_verb(verbs, "inspect", run, "list the sites of a model and their costs", "tdpass inspect model.onnx")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_data(parser)
+    add_torch(parser)
+    parser.add_argument("--format", metavar="NAME", action="append", default=[], help="formats to compare with dense; may be repeated")
+
+
+def run(arguments: argparse.Namespace, out: Output) -> int:
+    """Open the model and list it; nothing is changed."""
+    source = read_source(arguments.model, arguments.weights)
+    formats = [FORMATS.get(name) for name in arguments.format or [name for name in _COMMON if name in FORMATS]]
+    example = inputs(arguments.input)
+    model = open_model(source.load(), example)
+    if arguments.data is not None:
+        model.observe(as_batches(Path(arguments.data), arguments.samples)[0])
+    rows = [InspectRow(site, dense_cost(site), _paying(site, formats)) for site in model.sites()]
+    shown = [fmt.name for fmt in formats if arguments.format or any(fmt.name in row.paying for row in rows)]
+    whole = sum((row.cost for row in rows), Cost())
+    declined: dict[str, list[str]] = {}
+    for name, reason in model.declined().items():
+        declined.setdefault(reason, []).append(name)
+
+    def view(width: int | None) -> list[Part]:
+        parts: list[Part] = [*inspect_table(rows, shown, width)] if rows else [Text("no site: nothing in this model can be factored")]
+        parts += refusals(declined, width)
+        seen = human(whole.macs) if all(row.site.seen for row in rows) else "unknown; give --input or --data to count them"
+        parts += ["", heading(f"{source.name} ({model.frontend})")]
+        parts += [Text(f"{len(rows)} sites with {human(whole.params)} of {human(model.params())} parameters, {human(model.bytes(), 'B')}")]
+        parts += [Text(f"MACs per sample in the sites: {seen}")]
+        if shown and rows:
+            parts += [Text("Columns named after a format: the largest rank that costs fewer parameters and MACs than the dense layer")]
+        return parts
+
+    sites = [
+        {**asdict(row.site), "dense": asdict(row.cost), "seen": row.site.seen, "largest_paying_rank": {name: list(rank) for name, rank in row.paying.items()}}
+        for row in rows
+    ]
+    document = {"model": source.text, "frontend": model.frontend, "params": model.params(), "bytes": model.bytes(), "macs": whole.macs, "sites": sites}
+    out.show({**document, "declined": dict(model.declined())}, view)
+    return 0
+
+
+def _paying(site: Site, formats: list[Format]) -> dict[str, Rank]:
+    """The largest rank of each format that fits, where one costs less than dense."""
+    found = {fmt.name: _largest_paying(fmt, site) for fmt in formats if fmt.fits(site)}
+    return {name: rank for name, rank in found.items() if rank is not None}
+
+
+def _largest_paying(fmt: Format, site: Site) -> Rank | None:
+    dense = dense_cost(site)
+
+    def pays(rank: Rank) -> bool:
+        cost = fmt.cost(site, rank)
+        return cost.params < dense.params and (not site.seen or cost.macs < dense.macs)
+
+    candidates = [rank for rank in fmt.ranks(site) if pays(rank)]
+    if not candidates:
+        return None
+    best = max(candidates, key=math.prod)
+    if len(best) == 1:
+        # candidates are a grid; the cost of a single rank grows steadily, so the exact limit lies right above
+        top = fmt.ranks(site)[-1][0]
+        while best[0] < top and pays((best[0] + 1,)):
+            best = (best[0] + 1,)
+    return best

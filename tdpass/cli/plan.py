@@ -1,0 +1,66 @@
+"""tdpass plan: a dry run that says what every site would become."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import tdpass
+from tdpass.cli.arguments import MODEL_HELP, Verbs, add_data, add_planning, add_torch, add_verb, budget, inputs
+from tdpass.cli.output import Output
+from tdpass.cli.sources import read_source
+from tdpass.errors import UsageError
+from tdpass.pipeline import Pipeline
+from tdpass.terminal import report_view
+
+
+def add(verbs: Verbs) -> None:
+    """Declare the verb."""
+    example = "tdpass plan model.onnx --budget macs=0.4 --data calib.npz -o plan.json"
+    parser = add_verb(verbs, "plan", run, "plan formats and ranks under a budget, without touching the model", example)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_data(parser)
+    add_planning(parser)
+    add_torch(parser)
+    parser.add_argument("-o", "--output", metavar="PLAN.json", type=Path, help="write the plan, to be changed by hand or given to compress --plan")
+
+
+def run(arguments: argparse.Namespace, out: Output) -> int:
+    """Plan, show the plan, and write it where asked."""
+    source = read_source(arguments.model, arguments.weights)
+    path: Path | None = arguments.output
+    if path is not None and path.suffix != ".json":
+        raise UsageError(f"the plan {path.name!r} must end in .json; write -o {path.with_suffix('.json').name}")
+    limits = budget(arguments.budget)
+    if not limits:
+        raise UsageError("no budget; give at least one, such as --budget macs=0.4")
+    options = planning(arguments)
+    with out.progress() as progress:
+        dry_run = tdpass.make_plan(source.load(), limits, data(arguments), progress=progress, **options)
+    dry_run.report.model = source.text
+    if path is not None:
+        dry_run.plan.save(path)
+    document = {"plan": json.loads(dry_run.plan.to_json()), "report": json.loads(dry_run.report.to_json()), "files": [str(path)] if path else []}
+    out.show(document, lambda width: [*report_view(dry_run.report, dry_run.plan, width), *([f"wrote {path}"] if path else [])])
+    return 0
+
+
+def data(arguments: argparse.Namespace) -> Path | None:
+    """The calibration file."""
+    return None if arguments.data is None else Path(arguments.data)
+
+
+def planning(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options that `plan` and `compress` hand to the library alike."""
+    pipeline = arguments.pipeline
+    return {
+        "pipeline": None if pipeline is None else Pipeline.parse(pipeline),
+        "example_inputs": inputs(arguments.input),
+        "include": tuple(arguments.include) or ("*",),
+        "exclude": tuple(arguments.exclude),
+        "formats": tuple(arguments.format),
+        "samples": arguments.samples,
+        "divergence": arguments.divergence,
+    }

@@ -1,0 +1,140 @@
+"""Ways to run a whole model on this machine, each as a call without arguments."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from tdpass.cli.sources import Source
+from tdpass.errors import InvalidModelError, UsageError
+from tdpass.models.base import Batch
+from tdpass.models.exported_program import load_program
+
+RUNTIMES = ("onnxruntime", "openvino", "eager", "inductor")
+_ELEMENT_TYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(float16)": torch.float16,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(uint8)": torch.uint8,
+    "tensor(bool)": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A model in a runtime."""
+
+    model: str
+    runtime: str
+    call: Callable[[], object]
+
+
+def runners(source: Source, batch: Batch, threads: int, wanted: tuple[str, ...]) -> Iterator[Runner]:
+    """The runtimes among `wanted` that fit the model and are installed; raises `InvalidModelError` when one cannot run it."""
+    if source.kind == "onnx":
+        if "onnxruntime" in wanted:
+            yield _tried(source, "onnxruntime", lambda: _onnxruntime(source.text, batch, threads))
+        if "openvino" in wanted and importlib.util.find_spec("openvino") is not None:
+            yield _tried(source, "openvino", lambda: _openvino(source.text, batch, threads))
+        return
+    torch.set_num_threads(threads)
+    if "eager" in wanted:
+        yield _tried(source, "eager", lambda: _torch(source, batch, compiled=False))
+    if "inductor" in wanted:
+        yield _tried(source, "inductor", lambda: _torch(source, batch, compiled=True))
+
+
+def example_batch(source: Source, size: int | None) -> Batch | None:
+    """Inputs that the model itself describes, `size` samples where it leaves that open; None where it says nothing."""
+    if source.kind == "pt2":
+        given = load_program(Path(source.text)).example_inputs
+        return None if given is None else Batch(tuple(given[0]), dict(given[1]))
+    if source.kind != "onnx":
+        return None
+    generator = torch.Generator().manual_seed(0)
+    tensors: list[Tensor] = []
+    for value in _session(source.text, 1).get_inputs():
+        shape = [size or 1 if index == 0 and not isinstance(extent, int) else extent for index, extent in enumerate(value.shape)]
+        dtype = _ELEMENT_TYPES.get(value.type)
+        if dtype is None or not all(isinstance(extent, int) for extent in shape):
+            raise UsageError(f"input {value.name!r} of {source.name} has shape {value.shape} and type {value.type}; say what to run with --input or --data")
+        tensors.append(torch.randn(shape, generator=generator).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype))
+    return Batch(tuple(tensors))
+
+
+def resized(batch: Batch, size: int) -> Batch:
+    """The batch cut or repeated to `size` samples."""
+
+    def fit(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0 or tensor.shape[0] == 0:
+            return tensor
+        return torch.cat([tensor] * -(-size // tensor.shape[0]))[:size].contiguous()
+
+    return Batch(tuple(map(fit, batch.args)), {name: fit(tensor) for name, tensor in batch.kwargs.items()})
+
+
+def _tried(source: Source, runtime: str, make: Callable[[], Callable[[], object]]) -> Runner:
+    try:
+        call = make()
+        call()
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InvalidModelError(f"{runtime} cannot run {source.name}: {reason}; choose runtimes with --runtime, inputs with --input or --data") from error
+    return Runner(source.name, runtime, call)
+
+
+def _session(path: str, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _named(names: list[str], batch: Batch) -> dict[str, Tensor]:
+    free = [name for name in names if name not in batch.kwargs]
+    return {**dict(zip(free, batch.args, strict=False)), **{name: tensor for name, tensor in batch.kwargs.items() if name in names}}
+
+
+def _onnxruntime(path: str, batch: Batch, threads: int) -> Callable[[], object]:
+    session = _session(path, threads)
+    binding = session.io_binding()
+    for name, tensor in _named([value.name for value in session.get_inputs()], batch).items():
+        binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy()))
+    for value in session.get_outputs():
+        binding.bind_output(value.name, "cpu")
+    return lambda: session.run_with_iobinding(binding)
+
+
+def _openvino(path: str, batch: Batch, threads: int) -> Callable[[], object]:
+    openvino = importlib.import_module("openvino")
+    # without the precision hint OpenVINO computes in bfloat16 where the machine can, and the comparison is not one
+    hints = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    core = openvino.Core()
+    model = core.read_model(path)
+    fed = _named([value.get_any_name() for value in model.inputs], batch)
+    model.reshape({name: list(tensor.shape) for name, tensor in fed.items()})
+    request = core.compile_model(model, "CPU", hints).create_infer_request()
+    for name, tensor in fed.items():
+        request.set_tensor(name, openvino.Tensor(tensor.numpy(), shared_memory=True))
+    infer: Callable[[], object] = request.infer
+    return infer
+
+
+def _torch(source: Source, batch: Batch, compiled: bool) -> Callable[[], object]:
+    model = source.load()
+    module = model if isinstance(model, nn.Module) else load_program(Path(source.text)).module()
+    run: Callable[..., object] = torch.compile(module, options={"freezing": True}) if compiled else module
+
+    def call() -> object:
+        with torch.no_grad():
+            return run(*batch.args, **batch.kwargs)
+
+    return call

@@ -1,0 +1,133 @@
+"""Models as they are named on the command line."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+import tdpass
+from tdpass.errors import InvalidModelError, TdpassError, UsageError
+
+Kind = Literal["onnx", "pt2", "factory", "safetensors"]
+_SUFFIXES: dict[str, Kind] = {".onnx": "onnx", ".pt2": "pt2", ".safetensors": "safetensors"}
+_OUTPUT: dict[Kind, str] = {"onnx": ".onnx", "pt2": ".pt2", "factory": ".safetensors", "safetensors": ".safetensors"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model named on the command line: a file, or a factory with the weights for its model.
+
+    A `.safetensors` file that `compress` wrote needs the factory of the dense model, in `factory`.
+    """
+
+    text: str
+    kind: Kind
+    weights: Path | None = None
+    factory: str = ""
+
+    @property
+    def name(self) -> str:
+        """A short name for tables."""
+        return self.text if self.kind == "factory" else Path(self.text).name
+
+    def load(self) -> str | nn.Module:
+        """A path for files that the library opens itself, else a torch model in evaluation mode."""
+        if self.kind in ("onnx", "pt2"):
+            return self.text
+        module = _build(self.factory)
+        if self.kind == "safetensors":
+            return tdpass.load(Path(self.text), module).eval()
+        if self.weights is not None:
+            _load_weights(module, self.weights)
+        return module.eval()
+
+    def check_output(self, path: Path) -> None:
+        """Raise `UsageError` unless a result can be written there."""
+        suffix = _OUTPUT[self.kind]
+        if path.suffix != suffix:
+            raise UsageError(f"the output {path.name!r} of a {self.kind} model must end in {suffix}; write -o {path.with_suffix(suffix).name}")
+        if not path.parent.is_dir():
+            raise UsageError(f"there is no folder {path.parent}; make it, or name another with -o")
+        if self.kind != "factory" and path.exists() and path.samefile(self.text):
+            raise UsageError(f"the output {path} is the input; name another file with -o")
+
+
+def read_sources(texts: Sequence[str], weights: Sequence[str]) -> list[Source]:
+    """Sources for model arguments in order; raises `UsageError` for what is none, or for weights without a factory.
+
+    Each `--weights` belongs to one factory, in order; a `.safetensors` argument is built on the first factory.
+    """
+    kinds = [_kind(text) for text in texts]
+    factory = next((text for text, kind in zip(texts, kinds, strict=True) if kind == "factory"), "")
+    if "safetensors" in kinds and not factory:
+        place = texts[kinds.index("safetensors")]
+        raise UsageError(f"{place!r} holds factors only; name the torch model they belong to as well, as package.module:factory")
+    if len(weights) > kinds.count("factory"):
+        raise UsageError(f"{len(weights)} --weights for {kinds.count('factory')} torch factories; a .onnx or .pt2 file holds its own weights")
+    files: Iterator[str] = iter(weights)
+    sources = []
+    for text, kind in zip(texts, kinds, strict=True):
+        given = next(files, None) if kind == "factory" else None
+        sources.append(Source(text, kind, Path(given) if given else None, text if kind == "factory" else factory))
+    return sources
+
+
+def read_source(text: str, weights: Sequence[str]) -> Source:
+    """The one model of a verb that takes one."""
+    return read_sources([text], weights)[0]
+
+
+def _kind(text: str) -> Kind:
+    kind = _SUFFIXES.get(Path(text).suffix.lower())
+    if kind is not None:
+        if not Path(text).is_file():
+            raise InvalidModelError(f"there is no file {text}; check the path")
+        return kind
+    module, sign, name = text.partition(":")
+    if sign and name.isidentifier() and all(part.isidentifier() for part in module.split(".")):
+        return "factory"
+    raise UsageError(f"{text!r} names no model; give a .onnx or .pt2 file, or package.module:factory")
+
+
+def _build(text: str) -> nn.Module:
+    module_name, _, name = text.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        factory = getattr(importlib.import_module(module_name), name)
+    except ModuleNotFoundError as error:
+        raise UsageError(f"cannot import {module_name!r} of {text!r}: {error}; run from the folder it lies in, or install it") from error
+    except AttributeError:
+        raise UsageError(f"module {module_name!r} has no {name!r}; name a function that returns the torch model") from None
+    try:
+        model = factory()
+    except TdpassError:
+        raise
+    except Exception as error:
+        raise InvalidModelError(f"{text!r} failed when it was called without arguments: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{text!r} returned a {type(model).__name__}; it must return a torch.nn.Module")
+    return model
+
+
+def _load_weights(module: nn.Module, path: Path) -> None:
+    if path.suffix != ".safetensors":
+        raise UsageError(f"--weights {path.name!r} is not a .safetensors file; convert it with safetensors.torch.save_file")
+    try:
+        state = load_file(path)
+    except OSError as error:
+        raise InvalidModelError(f"cannot read {path}: {error.strerror or error}; check the path") from None
+    except SafetensorError as error:
+        raise InvalidModelError(f"{path} is damaged: {error}") from None
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise InvalidModelError(f"the weights in {path} do not fit the model: {str(error).splitlines()[-1].strip()}") from None

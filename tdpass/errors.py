@@ -1,0 +1,31 @@
+"""Every error tdpass raises on purpose; each says what, the value, what is allowed, and the next step."""
+
+from __future__ import annotations
+
+
+class TdpassError(Exception):
+    """Root of all errors that a user can act on."""
+
+
+class InvalidModelError(TdpassError):
+    """The model, artifact or data that came in is damaged, inconsistent or not of a supported type."""
+
+
+class UnsupportedError(TdpassError):
+    """The request is sound, but this version cannot serve it."""
+
+
+class BudgetError(TdpassError):
+    """A budget that cannot be read, or that no plan can meet."""
+
+
+class PlanError(TdpassError):
+    """A plan that does not fit the model it is applied to."""
+
+
+class PassError(TdpassError):
+    """A pass failed; the message names the pass, the passes before it and the cause."""
+
+
+class UsageError(TdpassError):
+    """An option, name or value that is not one of those allowed."""

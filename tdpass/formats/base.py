@@ -1,0 +1,202 @@
+"""What a format is: a way to store a weight as factors and to apply those factors without rebuilding it."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tdpass.cost import Cost
+from tdpass.errors import PlanError
+from tdpass.formats.metric import Metric
+from tdpass.ops import Ops, TorchOps, V
+from tdpass.registry import Registry
+from tdpass.site import Kind, Site
+
+Rank = tuple[int, ...]
+Factors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """What is known of the relative error ||W - What|| / ||W|| without forming What."""
+
+    value: float
+    kind: Literal["exact", "upper bound"]
+
+    def __str__(self) -> str:
+        return f"{'=' if self.kind == 'exact' else '<='} {self.value:.4f}"
+
+
+class Decomposition(ABC):
+    """A weight decomposed once, from which factors of any rank can be read."""
+
+    @abstractmethod
+    def factors(self, rank: Rank) -> Factors:
+        """Factors at that rank, float64."""
+
+    def guarantee(self, rank: Rank) -> Guarantee | None:
+        """The relative error in the metric it was decomposed in, where theory gives one."""
+        return None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The last layer of a factor chain: it reads features and its weight is the factor of that name."""
+
+    factor: str
+    site: Site
+
+
+class Format(ABC):
+    """One way to factor a weight; a subclass per file, registered with `register_format`.
+
+    Class attributes: `name`, the `kinds` of sites it fits, `version` (raised when its factors change, so that caches expire),
+    `exact_at_full_rank` (whether the last of `ranks` reproduces any weight).
+    """
+
+    name: ClassVar[str]
+    kinds: ClassVar[frozenset[Kind]]
+    version: ClassVar[int] = 1
+    exact_at_full_rank: ClassVar[bool] = True
+
+    def fits(self, site: Site) -> bool:
+        """Whether the format makes sense for that site."""
+        return site.kind in self.kinds
+
+    @abstractmethod
+    def ranks(self, site: Site) -> Sequence[Rank]:
+        """Candidate ranks, cheap to expensive; the last is the largest that makes sense."""
+
+    @abstractmethod
+    def decompose(self, weight: Tensor, site: Site, metric: Metric) -> Decomposition:
+        """Do the work that all ranks share; `weight` is float64 of the site's shape."""
+
+    @abstractmethod
+    def shapes(self, site: Site, rank: Rank) -> dict[str, tuple[int, ...]]:
+        """Shape of every factor."""
+
+    @abstractmethod
+    def macs(self, site: Site, rank: Rank) -> int:
+        """Multiply-adds per sample."""
+
+    def outputs(self, site: Site, rank: Rank) -> int:
+        """Number of output channels; that of the site unless channels were removed."""
+        return site.o
+
+    @abstractmethod
+    def reconstruct(self, factors: Factors, site: Site) -> Tensor:
+        """The dense weight that the factors stand for."""
+
+    @abstractmethod
+    def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
+        """Everything but the last stage; where there is none, the output without bias."""
+
+    def last_stage(self, site: Site, rank: Rank) -> Stage | None:
+        """The final linear or convolution layer of the chain, the one that `refit` solves for; None where there is none."""
+        return None
+
+    def apply(self, ops: Ops[V], x: V, f: Mapping[str, V], bias: V | None, site: Site, rank: Rank) -> V:
+        """The layer's output from its factors, equal to the dense layer with `reconstruct(factors)`."""
+        h = self.features(ops, x, f, site, rank)
+        last = self.last_stage(site, rank)
+        if last is None:
+            return h if bias is None else ops.add(h, bias)
+        return apply_dense(ops, h, f[last.factor], bias, last.site)
+
+    def factorize(self, weight: Tensor, site: Site, rank: Rank, metric: Metric | None = None) -> Factors:
+        """Factors of one rank; deterministic; raises `PlanError` for a rank that does not fit."""
+        self.check_rank(site, rank)
+        return self.decompose(weight.double(), site, metric or Metric()).factors(rank)
+
+    def check_rank(self, site: Site, rank: Rank) -> None:
+        """Raise `PlanError` unless `rank` has the right length and is within the site's limits."""
+        top = self.ranks(site)[-1]
+        if len(rank) != len(top) or not all(1 <= r <= t for r, t in zip(rank, top, strict=True)):
+            raise PlanError(f"{self.name} rank {rank} does not fit site {site.name!r} of shape {site.shape}; allowed is 1 to {top} in each place")
+
+    def cost(self, site: Site, rank: Rank) -> Cost:
+        """Stored numbers, multiply-adds and bytes, the bias not counted."""
+        params = sum(math.prod(shape) for shape in self.shapes(site, rank).values())
+        return Cost(params, self.macs(site, rank) if site.seen else 0, params * site.itemsize)
+
+
+FORMATS: Registry[Format] = Registry("format")
+
+
+def register_format(cls: type[Format]) -> type[Format]:
+    """Class decorator: make a format known by its `name`."""
+    FORMATS.add(cls.name, cls())
+    return cls
+
+
+def dense_cost(site: Site) -> Cost:
+    """What the dense layer costs, the bias not counted."""
+    return Cost(site.weights, site.weights * site.out_positions, site.weights * site.itemsize)
+
+
+def apply_dense(ops: Ops[V], x: V, weight: V, bias: V | None, site: Site) -> V:
+    """The dense layer of that geometry."""
+    if site.kind == "linear":
+        return ops.linear(x, weight, bias)
+    return ops.conv(x, weight, bias, site.stride, site.padding, site.dilation)
+
+
+def rank_grid(limit: int, steps: int = 24) -> list[int]:
+    """Up to `steps` ranks from 1 to `limit`, both included, evenly spaced but dense at the low end."""
+    low = [r for r in (1, 2, 3, 4, 6, 8) if r < limit]
+    even = [max(1, round(limit * k / steps)) for k in range(1, steps + 1)]
+    return sorted({*low, *even, limit})
+
+
+def scaled_ranks(limits: Sequence[int], steps: int = 16) -> list[Rank]:
+    """Ranks that grow in proportion to `limits`, from 1 everywhere to `limits` itself."""
+    return sorted({tuple(max(1, round(limit * k / steps)) for limit in limits) for k in range(1, steps + 1)} | {tuple(1 for _ in limits)})
+
+
+def unit(count: int) -> tuple[int, ...]:
+    """`count` ones: stride or dilation of a stage that does not move."""
+    return (1,) * count
+
+
+def no_padding(count: int) -> tuple[tuple[int, int], ...]:
+    """No padding on `count` axes."""
+    return ((0, 0),) * count
+
+
+def pointwise(out: int, inputs: int, axes: int, name: str) -> Site:
+    """The geometry of a 1x1 convolution on `axes` spatial axes, or of a linear layer for none."""
+    if axes == 0:
+        return Site(name, "linear", (out, inputs))
+    return Site(name, "conv", (out, inputs, *unit(axes)), unit(axes), no_padding(axes), unit(axes))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A factored layer: what replaces the dense layer of a site."""
+
+    site: Site
+    format: str
+    rank: Rank
+    factors: Mapping[str, Tensor]
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run it in eager torch."""
+        return FORMATS.get(self.format).apply(TorchOps(), x, self.factors, self.bias, self.site, self.rank)
+
+    def to(self, dtype: torch.dtype) -> Layer:
+        """The same layer in another floating-point type."""
+        factors = {name: factor.to(dtype).contiguous() for name, factor in self.factors.items()}
+        return Layer(self.site, self.format, self.rank, factors, None if self.bias is None else self.bias.to(dtype))
+
+    def reconstruct(self) -> Tensor:
+        """The dense weight it stands for."""
+        return FORMATS.get(self.format).reconstruct(dict(self.factors), self.site)
+
+

@@ -1,0 +1,213 @@
+"""block_term: a layer as a 1x1, a grouped core and a 1x1, which is a sum of small Tucker-2 blocks."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tdpass.errors import PlanError
+from tdpass.formats.base import Decomposition, Factors, Format, Rank, Stage, pointwise, register_format, scaled_ranks
+from tdpass.formats.blocks import LAYOUTS
+from tdpass.formats.metric import Metric
+from tdpass.formats.multilinear import Modes, State, Whitening, alternate, improve_left, nearest, polish, share_norm, solve_gram
+from tdpass.formats.spectrum import top_eigenpairs
+from tdpass.ops import Ops, V
+from tdpass.site import Site
+
+_BLOCKS = (2, 4, 8)
+_CORE_PASSES = 2
+
+
+class _Blocks(Decomposition):
+    def __init__(self, weight: Tensor, site: Site, metric: Metric) -> None:
+        self.site, self.metric, self.matrix = site, metric, weight.flatten(1)
+        self.layout = LAYOUTS[site.kind]
+        self.modes = self.layout.modes(site)
+        metrics = [Metric()] if metric.plain else [Metric(), metric]
+        self.fits = [_Als(Whitening.of(each, self.modes), weight) for each in metrics]
+
+    def factors(self, rank: Rank) -> Factors:
+        states = [fit.state(rank) for fit in self.fits]
+        last, core, first = share_norm(*(states[0] if self.metric.plain else self._in_metric(states)))
+        stored, shapes = {"first": first, "core": self.layout.pack(core), "last": last}, self.layout.shapes(self.site, rank)
+        return {name: factor.reshape(shapes[name]).contiguous() for name, factor in stored.items()}
+
+    def _in_metric(self, states: Sequence[State]) -> State:
+        undone = [fit.undo(state) for fit, state in zip(self.fits, states, strict=True)]
+        best = nearest(self.matrix, [_unfolded(self.modes, state) for state in undone], self.metric)
+        fit = self.fits[best]
+        state = polish(self.matrix, states[best], lambda state: _unfolded(self.modes, fit.undo(state)), self.metric, (1, 2))
+        last, core, first = fit.undo(state)
+        return improve_left(self.matrix, last, _rows(self.modes, (last, core, first)), self.metric), core, first
+
+
+class _Als:
+    """Alternating least squares over `What[o, p, i] = sum_b a[o, b, s] core[b, s, p, r] c[b, r, i]` for a whitened tensor."""
+
+    def __init__(self, whitening: Whitening, weight: Tensor) -> None:
+        self.whitening = whitening
+        self.tensor = whitening.tensor(weight)
+        self.unfolded = self.tensor.flatten(1)
+        self.energy = float(self.tensor.square().sum())
+
+    def state(self, rank: Rank) -> State:
+        """Whitened `last[o, (b s)], core[b, s, p, r], first[(b r), i]`."""
+        last, core, first = alternate(self.start(rank), self.sweep, 2 * self.tensor.numel() * rank[0] * rank[1])
+        return improve_left(self.unfolded, last, _times_first(core, first).flatten(1), Metric()), core, first
+
+    def undo(self, state: State) -> State:
+        """The factors without the whitening."""
+        last, core, first = state
+        return self.whitening.undo(last, 0, 0), self.whitening.undo(core, 2, 1), self.whitening.undo(first, 1, 2)
+
+    @functools.cached_property
+    def bases(self) -> tuple[Tensor, Tensor]:
+        """Principal directions of the output and of the input mode."""
+        columns = self.tensor.flatten(0, 1)
+        o, _, i = self.tensor.shape
+        return top_eigenpairs(self.unfolded @ self.unfolded.T, o)[1], top_eigenpairs(columns.T @ columns, i)[1]
+
+    def start(self, rank: Rank) -> State:
+        """Tucker-2 blocks taken off one after another, inside the subspaces that hold most of the tensor."""
+        b, s, r = rank
+        u, v = self.bases[0][:, : b * s], self.bases[1][:, : b * r]
+        rest = _left(u.T, self.tensor @ v)
+        lasts, cores, firsts = [], [], []
+        for _ in range(b):
+            left, core, right = _tucker2(rest, s, r)
+            rest = rest - _left(left, core @ right.T)
+            lasts.append(u @ left)
+            cores.append(core)
+            firsts.append((v @ right).T)
+        return torch.cat(lasts, 1), torch.stack(cores), torch.cat(firsts)
+
+    def sweep(self, state: State) -> tuple[State, float]:
+        """Solve for the last factor, for the first, and for the core block by block; the tensor itself is read twice."""
+        _, core, first = state
+        b, s, p, r = core.shape
+        rows = _times_first(core, first).flatten(1)
+        last, norm = _unit(solve_gram(rows @ rows.T, rows @ self.unfolded.T))
+        core = core * norm.reshape(b, s, 1, 1)
+        seen, outer = (last @ self.unfolded).reshape(b, s * p, -1), last @ last.T
+        flat = core.reshape(b, s * p, r)
+        lifted = (outer.reshape(b * s, b, s).transpose(0, 1) @ core.reshape(b, s, p * r)).reshape(b, b, s, p, r)
+        gram = flat.transpose(1, 2) @ lifted.permute(1, 2, 3, 0, 4).reshape(b, s * p, b * r)
+        first, norm = _unit(solve_gram(gram.reshape(b * r, b * r), (flat.transpose(1, 2) @ seen).reshape(b * r, -1)))
+        core = core * norm.reshape(b, 1, 1, r)
+        wanted = (seen @ first.reshape(b, r, -1).transpose(1, 2)).reshape(b, s, p, r)
+        core, image = _solve_core(core, wanted, outer.reshape(b, s, b, s), (first @ first.T).reshape(b, r, b, r))
+        error = self.energy + float(((image - 2 * wanted) * core).sum())
+        return (last.T, core, first), max(0.0, error) ** 0.5
+
+
+@register_format
+class BlockTerm(Format):
+    """W[o, i, h, w] = sum_b sum_sr a[o, (b s)] core[b, s, r, h, w] c[(b r), i]: a 1x1, a convolution in b groups, and a 1x1.
+
+    Block-term decomposition in b rank-(s, r) terms (De Lathauwer 2008); rank is (b, s, r).  A linear layer is given a third
+    mode by cutting its input in p equal parts that share c: `W[o, (p i)] = sum a[o, (b s)] core[b, (p r), s] c[(b r), i]`;
+    without it the sum would be one matrix product, which `svd` stores in less.  Alternating least squares, then a once
+    more in the metric.  One block of full rank would be exact, but that is Tucker-2: candidates have two blocks or more.
+    """
+
+    name = "block_term"
+    kinds = frozenset({"linear", "conv"})
+    exact_at_full_rank: ClassVar[bool] = False
+
+    def fits(self, site: Site) -> bool:
+        return super().fits(site) and LAYOUTS[site.kind].modes(site).shape[1] > 1
+
+    def ranks(self, site: Site) -> Sequence[Rank]:
+        o, _, i = LAYOUTS[site.kind].modes(site).shape
+        blocks = [b for b in _BLOCKS if b <= min(o, i)] or [1]
+        found = {(b, *rank) for b in blocks for rank in scaled_ranks((o // b, i // b), 8)}
+        return sorted(found, key=lambda rank: (sum(math.prod(shape) for shape in self.shapes(site, rank).values()), rank))
+
+    def check_rank(self, site: Site, rank: Rank) -> None:
+        o, _, i = LAYOUTS[site.kind].modes(site).shape
+        if len(rank) != 3 or min(rank) < 1 or rank[0] * rank[1] > o or rank[0] * rank[2] > i:
+            raise PlanError(
+                f"{self.name} rank {rank} does not fit site {site.name!r} of shape {site.shape}; "
+                f"give (b, s, r), each at least 1, with b * s at most {o} and b * r at most {i}"
+            )
+
+    def decompose(self, weight: Tensor, site: Site, metric: Metric) -> Decomposition:
+        return _Blocks(weight, site, metric)
+
+    def shapes(self, site: Site, rank: Rank) -> dict[str, tuple[int, ...]]:
+        return LAYOUTS[site.kind].shapes(site, rank)
+
+    def macs(self, site: Site, rank: Rank) -> int:
+        return LAYOUTS[site.kind].macs(site, rank)
+
+    def reconstruct(self, factors: Factors, site: Site) -> Tensor:
+        layout = LAYOUTS[site.kind]
+        modes = layout.modes(site)
+        core = layout.unpack(factors["core"], modes.shape[1], layout.rank(factors))
+        last, first = factors["last"].flatten(1), factors["first"].flatten(1)
+        return _unfolded(modes, (last, core, first)).reshape(site.shape)
+
+    def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
+        return LAYOUTS[site.kind].features(ops, x, f, site, rank)
+
+    def last_stage(self, site: Site, rank: Rank) -> Stage:
+        return Stage("last", pointwise(site.o, rank[0] * rank[1], len(site.kernel), site.name))
+
+
+def _solve_core(core: Tensor, wanted: Tensor, outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+    """Gauss-Seidel over the blocks of `sum_q outer[b, q] core[q] inner[q, b] = wanted[b]`; the core and the left-hand side."""
+    b, s, p, r = core.shape
+    blocks = list(core)
+
+    def image(k: int, among: list[Tensor]) -> Tensor:
+        right = torch.stack(among).flatten(1, 2) @ inner[:, :, k]
+        return (outer[k].flatten(1) @ right.reshape(b * s, p * r)).reshape(s, p, r)
+
+    for _ in range(_CORE_PASSES):
+        for k in range(b):
+            rest = wanted[k] - image(k, [torch.zeros_like(block) if q == k else block for q, block in enumerate(blocks)])
+            half = solve_gram(outer[k, :, k], rest.flatten(1)).reshape(s * p, r)
+            blocks[k] = solve_gram(inner[k, :, k], half.T).T.reshape(s, p, r)
+    return torch.stack(blocks), torch.stack([image(k, blocks) for k in range(b)])
+
+
+def _tucker2(tensor: Tensor, s: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`left[o, s], core[s, p, r], right[i, r]` by higher-order orthogonal iteration, one pass from the truncated HOSVD."""
+    columns = tensor.flatten(0, 1)
+    right = top_eigenpairs(columns.T @ columns, r)[1]
+    unfolded = (tensor @ right).flatten(1)
+    left = top_eigenpairs(unfolded @ unfolded.T, s)[1]
+    columns = _left(left.T, tensor).flatten(0, 1)
+    right = top_eigenpairs(columns.T @ columns, r)[1]
+    return left, _left(left.T, tensor @ right), right
+
+
+def _left(matrix: Tensor, tensor: Tensor) -> Tensor:
+    return (matrix @ tensor.flatten(1)).reshape(len(matrix), *tensor.shape[1:])
+
+
+def _rows(modes: Modes, state: State) -> Tensor:
+    """Everything but the last factor, as `[(b s), (i ...)]` in the weight's own order."""
+    tensor = _times_first(*state[1:])
+    return replace(modes, outs=(len(tensor),)).matrix(tensor)
+
+
+def _times_first(core: Tensor, first: Tensor) -> Tensor:
+    """`[(b s), p, i]`."""
+    b, s, p, r = core.shape
+    return (core.reshape(b, s * p, r) @ first.reshape(b, r, -1)).reshape(b * s, p, -1)
+
+
+def _unfolded(modes: Modes, state: State) -> Tensor:
+    return state[0] @ _rows(modes, state)
+
+
+def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
+    norm: Tensor = rows.norm(dim=1)
+    return rows / norm.clamp_min(1e-150)[:, None], norm

@@ -1,0 +1,231 @@
+"""cp: a convolution as a 1x1, one depthwise convolution per spatial axis, and a 1x1."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tdpass.formats.base import Decomposition, Factors, Format, Rank, Stage, no_padding, pointwise, rank_grid, register_format, unit
+from tdpass.formats.metric import Metric
+from tdpass.formats.multilinear import Modes, State, Whitening, alternate, improve_left, nearest, polish, solve_gram
+from tdpass.formats.spectrum import top_eigenpairs
+from tdpass.ops import Ops, V
+from tdpass.site import Site
+
+_WIDEST = 3
+
+
+@dataclass(frozen=True)
+class _Depthwise:
+    """One depthwise stage: the factor's name and the spatial axes it covers, only one of them wider than 1."""
+
+    name: str
+    axes: range
+    size: int
+
+    def kernel(self, site: Site) -> tuple[int, ...]:
+        return tuple(size if axis in self.axes else 1 for axis, size in enumerate(site.kernel))
+
+    def geometry(self, site: Site) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...], tuple[int, ...]]:
+        stride = tuple(step if axis in self.axes else 1 for axis, step in enumerate(site.stride))
+        padding = tuple(pair if axis in self.axes else (0, 0) for axis, pair in enumerate(site.padding))
+        dilation = tuple(step if axis in self.axes else 1 for axis, step in enumerate(site.dilation))
+        return stride, padding, dilation
+
+
+def _stages(site: Site) -> Iterator[_Depthwise]:
+    """Axes of kernel size 1 join a wider neighbour: alone they would cost a pass over the data for a scaling."""
+    wide = [axis for axis, size in enumerate(site.kernel) if size > 1]
+    starts = [0, *(axis + 1 for axis in wide[:-1])]
+    stops = [*(axis + 1 for axis in wide[:-1]), len(site.kernel)]
+    for name, axis, start, stop in zip("cde", wide, starts, stops, strict=False):
+        yield _Depthwise(name, range(start, stop), site.kernel[axis])
+
+
+class _Components(Decomposition):
+    def __init__(self, weight: Tensor, site: Site, metric: Metric) -> None:
+        self.site, self.metric, self.matrix = site, metric, weight.flatten(1)
+        sizes = [stage.size for stage in _stages(site)]
+        modes = Modes((site.o,), (site.i, *sizes), tuple((mode,) for mode in range(2 + len(sizes))))
+        metrics = [Metric()] if metric.plain else [Metric(), metric]
+        self.fits = [_Als(Whitening.of(each, modes), weight) for each in metrics]
+
+    def factors(self, rank: Rank) -> Factors:
+        (r,) = rank
+        states = [fit.state(r) for fit in self.fits]
+        found = states[0] if self.metric.plain else self._in_metric(states)
+        a, b, *kernels = _balanced(found)
+        ones = unit(len(self.site.kernel))
+        stored = {"b": b.T.reshape(r, self.site.i, *ones), "a": a.reshape(self.site.o, r, *ones)}
+        stored |= {stage.name: k.T.reshape(r, 1, *stage.kernel(self.site)) for stage, k in zip(_stages(self.site), kernels, strict=True)}
+        return {name: factor.contiguous() for name, factor in stored.items()}
+
+    def _in_metric(self, states: Sequence[State]) -> State:
+        undone = [fit.undo(state) for fit, state in zip(self.fits, states, strict=True)]
+        best = nearest(self.matrix, [_unfolded(state) for state in undone], self.metric)
+        fit = self.fits[best]
+        state = polish(self.matrix, states[best], lambda state: _unfolded(fit.undo(state)), self.metric, range(1, len(states[best])))
+        return _solved(self.matrix, fit.undo(state), self.metric)
+
+
+class _Als:
+    """Alternating least squares for a whitened tensor, started from its slices."""
+
+    def __init__(self, whitening: Whitening, weight: Tensor) -> None:
+        self.whitening = whitening
+        self.tensor = whitening.tensor(weight)
+        self.slices = self.tensor.flatten(2).permute(2, 0, 1).contiguous()
+        self.energy = float(self.tensor.square().sum())
+
+    @functools.cached_property
+    def start(self) -> State:
+        """All rank-one terms of the slices `W x_h c x_w d` along the kernel's principal axes, strongest first.
+
+        The terms are orthogonal, so their first r are a start whose error falls with r, and which needs no random numbers.
+        """
+        core, bases = self.tensor, []
+        for axis in range(2, core.dim()):
+            unfolded = core.movedim(axis, 0).flatten(1)
+            bases.append(top_eigenpairs(unfolded @ unfolded.T, core.shape[axis])[1])
+            core = torch.tensordot(core, bases[-1], dims=([axis], [0])).movedim(-1, axis)
+        lefts, rights, places = [], [], []
+        for place in itertools.product(*(range(size) for size in core.shape[2:])):
+            matrix = core.movedim((0, 1), (-2, -1))[place]
+            wide = matrix.shape[0] <= matrix.shape[1]
+            gram = matrix @ matrix.T if wide else matrix.T @ matrix
+            _, vectors = top_eigenpairs(gram, len(gram))
+            lefts.append(vectors if wide else matrix @ vectors)
+            rights.append(matrix.T @ vectors if wide else vectors)
+            places.extend([place] * len(gram))
+        left, right = torch.cat(lefts, 1), torch.cat(rights, 1)
+        order = (left.norm(dim=0) * right.norm(dim=0)).argsort(descending=True, stable=True)
+        chosen = torch.tensor(places)[order]
+        return (left[:, order], right[:, order], *(basis[:, chosen[:, axis]] for axis, basis in enumerate(bases)))
+
+    def state(self, rank: int) -> State:
+        """Whitened factors `a[o, r], b[i, r], c[h, r], ...`."""
+        found = alternate(tuple(factor[:, :rank] for factor in self.start), self.sweep, 2 * self.tensor.numel() * rank)
+        return _solved(self.tensor.flatten(1), found, Metric())
+
+    def undo(self, state: State) -> State:
+        """The factors without the whitening."""
+        return tuple(self.whitening.undo(factor, 0, mode) for mode, factor in enumerate(state))
+
+    def sweep(self, state: State) -> tuple[State, float]:
+        """Solve for b, a, then each kernel factor; the two products with the whole tensor serve all of them."""
+        a, b, *kernels = state
+        pattern, gram = _khatri_rao(kernels), _gram(kernels)
+        b = _unit(solve_gram(a.T @ a * gram, (a * pattern[:, None]).flatten(0, 1).T @ self.slices.flatten(0, 1)).T)
+        seen = self.slices @ b
+        a = solve_gram(b.T @ b * gram, (seen * pattern[:, None]).sum(0).T).T
+        moments, gram = (seen * a).sum(1), (a.T @ a) * (b.T @ b)
+        for mode in range(len(kernels)):
+            others = kernels[:mode] + kernels[mode + 1 :]
+            target = moments.reshape(*(len(kernel) for kernel in kernels), -1).movedim(mode, 0).reshape(len(kernels[mode]), -1, a.shape[1])
+            kernels[mode] = solve_gram(gram * _gram(others), (target * _khatri_rao(others)).sum(1).T).T
+            if mode < len(kernels) - 1:
+                kernels[mode] = _unit(kernels[mode])
+        error = self.energy + float((gram * _gram(kernels)).sum()) - 2 * float((moments * _khatri_rao(kernels)).sum())
+        norm = kernels[-1].norm(dim=0)
+        kernels[-1] = _unit(kernels[-1])
+        return (a * norm, b, *kernels), max(0.0, error) ** 0.5
+
+
+@register_format
+class Cp(Format):
+    """W[o, i, h, w] = sum_r a[o, r] b[i, r] c[h, r] d[w, r]: a 1x1, a depthwise h x 1 and 1 x w, and a 1x1.
+
+    Canonical polyadic decomposition by accelerated alternating least squares (Lebedev et al. 2015 for convolutions); a is
+    solved last, in the metric.  The factors b, c, d (and e) are depthwise-ready: `[r, i, 1, 1]`, `[r, 1, h, 1]`, `[r, 1, 1, w]`.
+    Candidate ranks end where it breaks even, or at three times the channels, below the tensor's own rank, so the last one is not exact.
+    """
+
+    name = "cp"
+    kinds = frozenset({"conv"})
+    exact_at_full_rank: ClassVar[bool] = False
+
+    def fits(self, site: Site) -> bool:
+        return super().fits(site) and any(size > 1 for size in site.kernel)
+
+    def ranks(self, site: Site) -> Sequence[Rank]:
+        sizes = [stage.size for stage in _stages(site)]
+        terms = min(site.o, site.i) * math.prod(site.kernel)
+        pays = site.weights // (site.o + site.i + sum(sizes))
+        return [(r,) for r in rank_grid(max(1, min(terms, pays, _WIDEST * max(site.o, site.i))), 16)]
+
+    def decompose(self, weight: Tensor, site: Site, metric: Metric) -> Decomposition:
+        return _Components(weight, site, metric)
+
+    def shapes(self, site: Site, rank: Rank) -> dict[str, tuple[int, ...]]:
+        (r,) = rank
+        ones = unit(len(site.kernel))
+        depthwise = {stage.name: (r, 1, *stage.kernel(site)) for stage in _stages(site)}
+        return {"b": (r, site.i, *ones), **depthwise, "a": (site.o, r, *ones)}
+
+    def macs(self, site: Site, rank: Rank) -> int:
+        depthwise = sum(stage.size * site.positions_after(stage.axes.stop) for stage in _stages(site))
+        return rank[0] * (site.i * site.in_positions + depthwise + site.o * site.out_positions)
+
+    def reconstruct(self, factors: Factors, site: Site) -> Tensor:
+        kernels = [factors[stage.name].reshape(-1, stage.size).T for stage in _stages(site)]
+        a = factors["a"].flatten(1)
+        return (a @ _rows((a, factors["b"].flatten(1).T, *kernels))).reshape(site.shape)
+
+    def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
+        axes = len(site.kernel)
+        h = ops.conv(x, f["b"], None, unit(axes), no_padding(axes), unit(axes))
+        for stage in _stages(site):
+            h = ops.conv(h, f[stage.name], None, *stage.geometry(site), groups=rank[0])
+        return h
+
+    def last_stage(self, site: Site, rank: Rank) -> Stage:
+        return Stage("a", pointwise(site.o, rank[0], len(site.kernel), site.name))
+
+
+def _khatri_rao(factors: Sequence[Tensor]) -> Tensor:
+    """Column-wise Kronecker product: `[h w, r]` of `[h, r]` and `[w, r]`; a row of ones for none."""
+    product = torch.ones(1, 1, dtype=torch.float64)
+    for factor in factors:
+        product = (product[:, None] * factor).flatten(0, 1)
+    return product
+
+
+def _gram(factors: Sequence[Tensor]) -> Tensor:
+    """Gram matrix of the Khatri-Rao product."""
+    product = torch.ones(1, 1, dtype=torch.float64)
+    for factor in factors:
+        product = product * (factor.T @ factor)
+    return product
+
+
+def _rows(state: State) -> Tensor:
+    """Everything but a, as `[r, (i h w)]`."""
+    return _khatri_rao(state[1:]).T
+
+
+def _solved(matrix: Tensor, state: State, metric: Metric) -> State:
+    """The state with the best a for its other factors."""
+    return (improve_left(matrix, state[0], _rows(state), metric), *state[1:])
+
+
+def _unfolded(state: State) -> Tensor:
+    return state[0] @ _rows(state)
+
+
+def _unit(factor: Tensor) -> Tensor:
+    norm: Tensor = factor.norm(dim=0)
+    return factor / norm.clamp_min(1e-150)
+
+
+def _balanced(state: State) -> State:
+    """Share each component's norm equally among its factors, so that no factor overflows a short format."""
+    norms = [factor.norm(dim=0) for factor in state]
+    share = torch.stack(norms).log().mean(0).exp()
+    return tuple(factor / norm.clamp_min(1e-150) * share for factor, norm in zip(state, norms, strict=True))

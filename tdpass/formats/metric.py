@@ -1,0 +1,72 @@
+"""How an error of a weight is weighed: by what the layer reads and by what its output means to the network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The error of What is || G^1/2 (W - What) C^1/2 ||_F, with W unfolded to `o x (i h w)`.
+
+    `inputs` is C: the covariance of the (unfolded) input, a square matrix, or its diagonal as a vector where the matrix
+    would not fit; `outputs` is G: how much the network's output moves with each output channel.  None stands for the
+    identity.  `mean` is the mean unfolded input.  All float64 or float32 on the CPU; used in float64.
+    """
+
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+    mean: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is the Frobenius norm of the weight itself."""
+        return self.inputs is None and self.outputs is None
+
+    def times_inputs(self, matrix: Tensor) -> Tensor:
+        """`matrix @ C`."""
+        if self.inputs is None:
+            return matrix
+        c = self.inputs.double()
+        return matrix * c if c.dim() == 1 else matrix @ c
+
+    def times_outputs(self, matrix: Tensor) -> Tensor:
+        """`G @ matrix`."""
+        return matrix if self.outputs is None else self.outputs.double() @ matrix
+
+    def square(self, matrix: Tensor) -> float:
+        """`|| G^1/2 M C^1/2 ||^2` of an unfolded matrix."""
+        return max(0.0, float((self.times_outputs(matrix) * self.times_inputs(matrix)).sum()))
+
+    def relative_error(self, weight: Tensor, approximation: Tensor) -> float:
+        """`||W - What|| / ||W||` in this metric."""
+        w = weight.double().flatten(1)
+        whole = self.square(w)
+        return (self.square(w - approximation.double().flatten(1)) / whole) ** 0.5 if whole > 0 else 0.0
+
+    @cached_property
+    def output_roots(self) -> tuple[Tensor, Tensor] | None:
+        """`G^1/2` and `G^-1/2`, or None for the identity."""
+        return None if self.outputs is None else symmetric_roots(self.outputs.double())
+
+    @cached_property
+    def input_roots(self) -> tuple[Tensor, Tensor] | None:
+        """`C^1/2` and `C^-1/2` (vectors where C is a diagonal), or None for the identity."""
+        if self.inputs is None:
+            return None
+        c = self.inputs.double()
+        if c.dim() == 1:
+            root = c.clamp_min(float(c.max()) * 1e-12).sqrt()
+            return root, 1 / root
+        return symmetric_roots(c)
+
+
+def symmetric_roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric square root of a positive semidefinite matrix, and the root's inverse, with a floor of 1e-12 of the top eigenvalue."""
+    values, vectors = torch.linalg.eigh(matrix)
+    root = values.clamp_min(float(values[-1]) * 1e-12 + 1e-300).sqrt()
+    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T

@@ -1,0 +1,254 @@
+"""What the formats with three or more tensor modes share: views of a weight, whitening per mode, least squares."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tdpass.formats.metric import Metric, symmetric_roots
+from tdpass.formats.spectrum import top_eigenpairs
+
+State = tuple[Tensor, ...]
+_DAMPING = 1e-6
+_RIDGE = 1e-11
+_STALLED = 1e-4
+_SWEEPS = (6, 40)
+_STEPS = 8
+_WORK = 25 * 10**9
+
+
+@dataclass(frozen=True)
+class Modes:
+    """A weight `W[o, i, ...]` seen as a tensor of the modes `outs + ins`, gathered into one axis per core.
+
+    `cores[k]` lists the modes that axis k of the tensor runs over, the first of them slowest.
+    """
+
+    outs: tuple[int, ...]
+    ins: tuple[int, ...]
+    cores: tuple[tuple[int, ...], ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Size of every mode, in the order in which the weight stores them."""
+        return self.outs + self.ins
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The modes in the order of the cores."""
+        return tuple(mode for core in self.cores for mode in core)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor: one size per core."""
+        return tuple(math.prod(self.sizes[mode] for mode in core) for core in self.cores)
+
+    def tensor(self, weight: Tensor) -> Tensor:
+        """The weight with one axis per core."""
+        return weight.reshape(self.sizes).permute(self.order).reshape(self.shape)
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """The weight, unfolded to `o x (i ...)`, of a tensor with one axis per core."""
+        back = tuple(self.order.index(mode) for mode in range(len(self.sizes)))
+        return tensor.reshape([self.sizes[mode] for mode in self.order]).permute(back).reshape(math.prod(self.outs), math.prod(self.ins))
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """One symmetric root per mode, `G ~ (x)_k G_k` and `C ~ (x)_k C_k`, so that the plain norm of the whitened tensor resembles the metric.
+
+    A product of roots keeps every format over the modes what it is: whiten, decompose plainly, undo core by core.  The
+    factors are the marginals (partial traces) of the metric, damped so that an input that never fires stays bounded.
+    """
+
+    modes: Modes
+    roots: tuple[tuple[Tensor, Tensor] | None, ...]
+
+    @classmethod
+    def of(cls, metric: Metric, modes: Modes) -> Whitening:
+        """The whitening of a metric; that of the plain metric does nothing."""
+        return cls(modes, (*_marginal_roots(metric.outputs, modes.outs), *_marginal_roots(metric.inputs, modes.ins)))
+
+    def tensor(self, weight: Tensor) -> Tensor:
+        """The whitened weight with one axis per core."""
+        view = weight.reshape(self.modes.sizes)
+        for mode, root in enumerate(self.roots):
+            if root is not None:
+                view = _along(view, mode, root[0])
+        return self.modes.tensor(view)
+
+    def undo(self, factor: Tensor, axis: int, core: int) -> Tensor:
+        """Take the whitening of one core back out of the axis of `factor` that runs over its modes."""
+        shape, modes = factor.shape, self.modes.cores[core]
+        view = factor.reshape(*shape[:axis], *(self.modes.sizes[mode] for mode in modes), *shape[axis + 1 :])
+        for place, mode in enumerate(modes):
+            root = self.roots[mode]
+            if root is not None:
+                view = _along(view, axis + place, root[1])
+        return view.reshape(shape)
+
+
+def left_vectors(matrix: Tensor, count: int) -> Tensor:
+    """Up to `count` left singular vectors, orthonormal, through the smaller Gram matrix."""
+    rows, columns = matrix.shape
+    count = min(rows, columns, count)
+    if rows <= columns:
+        return top_eigenpairs(matrix @ matrix.T, count)[1]
+    # The images of the right vectors are the left ones times their singular values; QR keeps those of tiny values orthonormal.
+    left: Tensor = torch.linalg.qr(matrix @ top_eigenpairs(matrix.T @ matrix, count)[1])[0]
+    return left
+
+
+def balanced_factors(size: int, count: int) -> tuple[int, ...]:
+    """`size` as a product of `count` factors of least sum, descending."""
+    return _balanced(size, count, size)
+
+
+def alternate(start: State, sweep: Callable[[State], tuple[State, float]], macs: int) -> State:
+    """Alternating least squares, each sweep started a step beyond the last (Nesterov with restarts, Mitchell et al. 2020).
+
+    `sweep` returns the new state and its error.  A sweep that makes the error grow is dropped, so the error never does.
+    `macs` is what one sweep takes; large tensors get fewer sweeps.  The limit is on work, not on time, so that results repeat.
+    """
+    fewest, most = _SWEEPS
+    (best, error), step = sweep(start), 0.5
+    ahead = best
+    for _ in range(max(fewest, min(most, _WORK // macs)) - 1):
+        state, reached = sweep(ahead)
+        if reached > error:
+            if ahead is best:
+                break
+            ahead, step = best, step / 2
+            continue
+        stalled = error - reached <= _STALLED * error
+        ahead = tuple(new + step * (new - old) for new, old in zip(state, best, strict=True))
+        best, error, step = state, reached, min(2.0, step * 1.1)
+        if stalled:
+            break
+    return best
+
+
+def solve_gram(gram: Tensor, right: Tensor) -> Tensor:
+    """`gram^-1 right` for a positive semidefinite matrix, with a ridge relative to its diagonal."""
+    diagonal = gram.diagonal()
+    scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).rsqrt()
+    scaled = (gram + gram.T) / 2 * scale * scale[:, None]
+    ridge = _RIDGE
+    while True:
+        triangle, info = torch.linalg.cholesky_ex(scaled + ridge * torch.eye(len(gram), dtype=gram.dtype))
+        if int(info) == 0:
+            return scale[:, None] * torch.cholesky_solve(scale[:, None] * right, triangle)
+        ridge *= 100
+
+
+def improve_left(weight: Tensor, left: Tensor, rows: Tensor, metric: Metric) -> Tensor:
+    """The `A` that makes `A @ rows` nearest to `weight` in the metric: `A = W C T^T (T C T^T)^-1`.
+
+    Solved for the step from `left`, so the ridge pulls towards `left` and the error never grows.  G has no say: it
+    weighs the residual, and the minimum over A is the same for every G.
+    """
+    lifted = metric.times_inputs(rows)
+    return left + solve_gram(lifted @ rows.T, lifted @ (weight - left @ rows).T).T
+
+
+def polish(weight: Tensor, factors: State, rebuild: Callable[[State], Tensor], metric: Metric, order: Sequence[int]) -> State:
+    """Alternating conjugate gradients: a few steps on one factor after another towards least error in the metric, which never grows.
+
+    `rebuild` gives the unfolded weight of factors, linear in each.  Whitened factors make good coordinates: there the metric
+    is near the identity, so few steps do.  Large layers get fewer steps, the largest none.
+    """
+    o, d = weight.shape
+    full = metric.inputs is not None and metric.inputs.dim() == 2
+    step = weight.numel() * ((d if full else 1) + (1 if metric.outputs is None else o))
+    left = min(2 * len(order) * _STEPS, 2 * _WORK // step)
+    for k in itertools.cycle(order):
+        if left <= 0:
+            break
+        rebuild_one = functools.partial(_with, rebuild, factors, k)
+        factors = (*factors[:k], _descend(weight, factors[k], rebuild_one, metric, min(left, _STEPS)), *factors[k + 1 :])
+        left -= _STEPS
+    return factors
+
+
+def nearest(weight: Tensor, candidates: Sequence[Tensor], metric: Metric) -> int:
+    """Index of the candidate (unfolded as the weight is) of least error in the metric."""
+    errors = [metric.square(weight - candidate) for candidate in candidates]
+    return errors.index(min(errors))
+
+
+def share_norm(*factors: Tensor) -> State:
+    """The same product from factors of equal norm, so that none leaves the range of a short number format."""
+    norms = [float(factor.norm()) for factor in factors]
+    share = math.prod(norms) ** (1 / len(norms))
+    return tuple(factor * (share / norm) if norm > 0 else factor for factor, norm in zip(factors, norms, strict=True))
+
+
+def _with(rebuild: Callable[[State], Tensor], factors: State, place: int, factor: Tensor) -> Tensor:
+    return rebuild((*factors[:place], factor, *factors[place + 1 :]))
+
+
+def _descend(weight: Tensor, factor: Tensor, rebuild: Callable[[Tensor], Tensor], metric: Metric, steps: int) -> Tensor:
+    value, pullback, *_ = torch.func.vjp(rebuild, factor)
+    slope = pullback(_weighed(weight - value, metric))[0]
+    direction, size = slope, float(slope.square().sum())
+    floor = 1e-24 * size
+    for _ in range(steps):
+        image = rebuild(direction)
+        weighed = _weighed(image, metric)
+        curvature = float((image * weighed).sum())
+        if size <= floor or curvature <= 0:
+            break
+        factor = factor + size / curvature * direction
+        slope = slope - size / curvature * pullback(weighed)[0]
+        size, before = float(slope.square().sum()), size
+        direction = slope + size / before * direction
+    return factor
+
+
+def _weighed(matrix: Tensor, metric: Metric) -> Tensor:
+    return metric.times_outputs(metric.times_inputs(matrix))
+
+
+def _along(tensor: Tensor, axis: int, matrix: Tensor) -> Tensor:
+    moved: Tensor = torch.tensordot(tensor, matrix, dims=([axis], [1]))
+    return moved.movedim(-1, axis)
+
+
+def _marginal_roots(matrix: Tensor | None, sizes: tuple[int, ...]) -> list[tuple[Tensor, Tensor] | None]:
+    if matrix is None:
+        return [None] * len(sizes)
+    roots: list[tuple[Tensor, Tensor] | None] = []
+    for mode, size in enumerate(sizes):
+        marginal = _marginal(matrix.double(), sizes, mode)
+        mean = float(marginal.trace()) / size
+        roots.append(symmetric_roots(marginal / mean + _DAMPING * torch.eye(size, dtype=torch.float64)) if mean > 0 else None)
+    return roots
+
+
+def _marginal(matrix: Tensor, sizes: tuple[int, ...], mode: int) -> Tensor:
+    others = [axis for axis in range(len(sizes)) if axis != mode]
+    if matrix.dim() == 1:
+        diagonal = matrix.reshape(sizes)
+        return torch.diag(diagonal.sum(others) if others else diagonal)
+    view = matrix.reshape(sizes + sizes)
+    for axis in reversed(others):
+        view = view.diagonal(dim1=axis, dim2=axis + view.dim() // 2).sum(-1)
+    return view
+
+
+@functools.cache
+def _balanced(size: int, count: int, largest: int) -> tuple[int, ...]:
+    if count == 1:
+        return (size,) if size <= largest else ()
+    options = []
+    for factor in range(1, min(size, largest) + 1):
+        rest = _balanced(size // factor, count - 1, factor) if size % factor == 0 else ()
+        if rest:
+            options.append((factor, *rest))
+    return min(options, key=lambda factors: (sum(factors), factors), default=())

@@ -1,0 +1,95 @@
+"""pruned: a layer with fewer output or input channels, chosen together with its neighbour."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from tdpass.errors import PlanError, UnsupportedError
+from tdpass.formats.base import Decomposition, Factors, Format, Rank, Stage, register_format
+from tdpass.formats.metric import Metric
+from tdpass.ops import Ops, V
+from tdpass.site import Site
+
+
+@register_format
+class Pruned(Format):
+    """W[kept outputs, kept inputs]: ranks are (outputs, inputs).
+
+    Never offered for a site alone: the layer before must stop making, or the layer after stop reading, the removed
+    channels.  Channels are removed by structured optimal brain surgery, see `tdpass.planner.surgeon`.
+    """
+
+    name = "pruned"
+    kinds = frozenset({"linear", "conv"})
+
+    def fits(self, site: Site) -> bool:
+        return False
+
+    def ranks(self, site: Site) -> Sequence[Rank]:
+        return [(site.o, site.i)]
+
+    def decompose(self, weight: Tensor, site: Site, metric: Metric) -> Decomposition:
+        raise UnsupportedError(f"site {site.name!r} cannot be pruned alone; plan it together with its neighbour")
+
+    def shapes(self, site: Site, rank: Rank) -> dict[str, tuple[int, ...]]:
+        return {"weight": (*rank, *site.kernel)}
+
+    def macs(self, site: Site, rank: Rank) -> int:
+        return math.prod(rank) * math.prod(site.kernel) * site.out_positions
+
+    def outputs(self, site: Site, rank: Rank) -> int:
+        return rank[0]
+
+    def reconstruct(self, factors: Factors, site: Site) -> Tensor:
+        return factors["weight"]
+
+    def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
+        return x
+
+    def last_stage(self, site: Site, rank: Rank) -> Stage:
+        return Stage("weight", replace(site, shape=(*rank, *site.kernel)))
+
+
+@register_format
+class Constant(Format):
+    """W = 0: the layer answers with its bias, whatever it reads; the end of a residual branch that is dropped.
+
+    Never offered for a site alone.  The output broadcasts against the sum it enters.
+    """
+
+    name = "constant"
+    kinds = frozenset({"linear", "conv"})
+
+    def fits(self, site: Site) -> bool:
+        return False
+
+    def ranks(self, site: Site) -> Sequence[Rank]:
+        return [()]
+
+    def check_rank(self, site: Site, rank: Rank) -> None:
+        if rank != ():
+            raise PlanError(f"constant takes no rank, not {rank}, at site {site.name!r}")
+
+    def decompose(self, weight: Tensor, site: Site, metric: Metric) -> Decomposition:
+        raise UnsupportedError(f"site {site.name!r} cannot be dropped alone; plan its whole branch")
+
+    def shapes(self, site: Site, rank: Rank) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def macs(self, site: Site, rank: Rank) -> int:
+        return 0
+
+    def reconstruct(self, factors: Factors, site: Site) -> Tensor:
+        raise UnsupportedError(f"site {site.name!r} was dropped; it has no weight")
+
+    def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
+        return x
+
+    def apply(self, ops: Ops[V], x: V, f: Mapping[str, V], bias: V | None, site: Site, rank: Rank) -> V:
+        assert bias is not None
+        geometry = zip(site.kernel, site.padding, site.dilation, site.stride, strict=True)
+        return ops.fill(x, bias, [(d * (k - 1) + 1 - sum(pads), stride) for k, pads, d, stride in geometry])

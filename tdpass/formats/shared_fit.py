@@ -1,0 +1,151 @@
+"""Fit `W[o, a, b] ~ sum_r last[o, r, b] first[r, a]` in a metric: two convolutions in a row.
+
+Spatial SVD has `a = (i, h)`, `b = w`; a 1x1 convolution followed by a k x k one has `a = i`, `b = (h, w)`, and Tucker-2 is
+the latter with `last` of low rank.  In the Frobenius norm the optimum is one SVD; in a metric `last` has a closed form
+given `first`, and `first` is improved by conjugate gradients, in turn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tdpass.formats.metric import Metric
+from tdpass.formats.spectrum import WeightedSvd, weighted_svd
+
+_SWEEPS = 5
+_STEPS = 6
+_WORK = 4e10
+
+
+@dataclass(frozen=True)
+class SharedFit:
+    """The problem: `weight[o, a, b]` and the metric with its input axis ordered (a, b)."""
+
+    weight: Tensor
+    metric: Metric
+
+    @classmethod
+    def of(cls, weight: Tensor, shared: tuple[int, ...], metric: Metric) -> SharedFit:
+        """Gather the axes `shared` of `weight[o, i, *kernel]` into a, the others but o into b."""
+        rest = tuple(axis for axis in range(1, weight.dim()) if axis not in shared)
+        o, a = weight.shape[0], 1
+        for axis in shared:
+            a *= weight.shape[axis]
+        gathered = weight.permute(0, *shared, *rest).reshape(o, a, -1)
+        inputs = metric.inputs
+        if inputs is not None:
+            order = torch.arange(weight[0].numel()).reshape(weight.shape[1:])
+            index = order.permute(*(axis - 1 for axis in (*shared, *rest))).reshape(-1)
+            inputs = inputs[index] if inputs.dim() == 1 else inputs[index][:, index]
+        return cls(gathered, Metric(None if inputs is None else inputs.double(), metric.outputs))
+
+    @cached_property
+    def marginal(self) -> Tensor | None:
+        """The input metric of `a` alone: C averaged over b."""
+        c = self.metric.inputs
+        _, a, b = self.weight.shape
+        if c is None:
+            return None
+        blocks = c.reshape(a, b).mean(1) if c.dim() == 1 else c.reshape(a, b, a, b).diagonal(dim1=1, dim2=3).mean(-1)
+        return blocks
+
+    @cached_property
+    def start(self) -> WeightedSvd:
+        """The optimum under the marginal metric, for all ranks; the true optimum where the metric is plain."""
+        o, a, b = self.weight.shape
+        roots = self.metric.output_roots
+        weighted = self.weight if roots is None else (roots[0] @ self.weight.reshape(o, -1)).reshape(o, a, b)
+        return weighted_svd(weighted.permute(0, 2, 1).reshape(o * b, a), Metric(self.marginal))
+
+    def solve(self, rank: int, core_rank: int | None = None) -> tuple[Tensor, Tensor]:
+        """`first[r, a]` and `last[o, r, b]`, the latter of rank at most `core_rank` as an `o x (r b)` matrix."""
+        first = self.start.right[:rank].contiguous()
+        last, split = self.solve_last(first, core_rank)
+        if self.metric.plain and core_rank is None:
+            return first, last
+        o, a, b = self.weight.shape
+        flat = self.metric.inputs is None or self.metric.inputs.dim() == 1
+        step_work = o * a * b * (rank if flat else a * b)
+        sweeps = max(0, min(_SWEEPS, int(_WORK / (step_work * _STEPS))))
+        error = self._error(first, last)
+        for _ in range(sweeps):
+            trial = self._improve_first(first, last)
+            solved, split = self.solve_last(trial, core_rank)
+            improved = self._error(trial, solved)
+            if improved < error:
+                first, last = trial, solved
+            if improved > 0.999 * error:
+                break
+            error = improved
+        return first, last
+
+    def solve_last(self, first: Tensor, core_rank: int | None = None) -> tuple[Tensor, WeightedSvd | None]:
+        """The best `last` for a given `first`, and its truncated decomposition where a core rank is asked for."""
+        o, a, b = self.weight.shape
+        r = first.shape[0]
+        lifted = torch.einsum("ra,bc->rbac", first, torch.eye(b, dtype=first.dtype)).reshape(r * b, a * b)
+        seen = self.metric.times_inputs(lifted)
+        normal = seen @ lifted.T
+        normal.diagonal().add_(float(normal.diagonal().mean()) * 1e-10 + 1e-300)
+        free = torch.linalg.solve(normal, seen @ self.weight.reshape(o, -1).T).T
+        if core_rank is None or core_rank >= min(free.shape):
+            return free.reshape(o, r, b), None
+        split = weighted_svd(free, Metric(normal, self.metric.outputs), core_rank)
+        return (split.left[:, :core_rank] @ split.right[:core_rank]).reshape(o, r, b), split
+
+    def _error(self, first: Tensor, last: Tensor) -> float:
+        return self.metric.square((self.weight - torch.einsum("orb,ra->oab", last, first)).flatten(1))
+
+    def _gradient(self, residual: Tensor, last: Tensor) -> Tensor:
+        o, a, b = self.weight.shape
+        weighed = self.metric.times_outputs(self.metric.times_inputs(residual.reshape(o, a * b))).reshape(o, a, b)
+        gradient: Tensor = torch.einsum("oab,orb->ra", weighed, last)
+        return gradient
+
+    def _improve_first(self, first: Tensor, last: Tensor) -> Tensor:
+        """Preconditioned conjugate gradients on the quadratic in `first`."""
+        o, r, b = last.shape
+        spread = last.permute(1, 0, 2).reshape(r, o, b)
+        weighed = spread if self.metric.outputs is None else torch.einsum("op,rpb->rob", self.metric.outputs.double(), spread)
+        left = spread.reshape(r, -1) @ weighed.reshape(r, -1).T
+        left.diagonal().add_(float(left.diagonal().mean()) * 1e-6 + 1e-300)
+        left = torch.linalg.inv(left)
+        marginal = self.marginal
+
+        def precondition(gradient: Tensor) -> Tensor:
+            scaled: Tensor = left @ gradient
+            if marginal is None:
+                return scaled
+            solved: Tensor = scaled / marginal if marginal.dim() == 1 else torch.cholesky_solve(scaled.T, self._marginal_factor).T
+            return solved
+
+        x = first.clone()
+        residual = self._gradient(self.weight - torch.einsum("orb,ra->oab", last, x), last)
+        z = precondition(residual)
+        direction, strength = z, float((residual * z).sum())
+        for _ in range(_STEPS):
+            if strength <= 1e-30:
+                break
+            image = self._gradient(torch.einsum("orb,ra->oab", last, direction), last)
+            curvature = float((direction * image).sum())
+            if curvature <= 0:
+                break
+            step = strength / curvature
+            x = x + step * direction
+            residual = residual - step * image
+            z = precondition(residual)
+            following = float((residual * z).sum())
+            direction, strength = z + following / strength * direction, following
+        return x
+
+    @cached_property
+    def _marginal_factor(self) -> Tensor:
+        assert self.marginal is not None
+        damped = self.marginal.clone()
+        damped.diagonal().add_(float(damped.diagonal().mean()) * 1e-8 + 1e-300)
+        factor: Tensor = torch.linalg.cholesky(damped)
+        return factor

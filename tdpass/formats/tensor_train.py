@@ -1,0 +1,166 @@
+"""tensor_train: a chain of cores, each with one part of the input, of the output, or of both."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tdpass.errors import PlanError
+from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Rank, Stage, register_format, scaled_ranks, unit
+from tdpass.formats.chains import FAMILIES, Chain, chain_of
+from tdpass.formats.metric import Metric
+from tdpass.formats.multilinear import State, Whitening, improve_left, left_vectors, nearest, polish, share_norm
+from tdpass.ops import Ops, V
+from tdpass.site import Site
+
+
+class _Train(Decomposition):
+    def __init__(self, weight: Tensor, site: Site, metric: Metric) -> None:
+        self.weight, self.site, self.metric, self.matrix = weight, site, metric, weight.flatten(1)
+        self._sweeps: dict[int, list[_Sweep]] = {}
+
+    def sweeps(self, chain: Chain) -> list[_Sweep]:
+        """The plain and, in a metric, the whitened weight, cut as that chain is."""
+        if chain.cuts not in self._sweeps:
+            metrics = [Metric()] if self.metric.plain else [Metric(), self.metric]
+            self._sweeps[chain.cuts] = [_Sweep(Whitening.of(metric, chain.modes), self.weight) for metric in metrics]
+        return self._sweeps[chain.cuts]
+
+    def factors(self, rank: Rank) -> Factors:
+        chain = chain_of(self.site, len(rank))
+        sweeps = self.sweeps(chain)
+        trains = [sweep.cores(rank) for sweep in sweeps]
+        if self.metric.plain:
+            return _packed(chain, trains[0])
+        undone = [sweep.undo(train) for sweep, train in zip(sweeps, trains, strict=True)]
+        best = nearest(self.matrix, [chain.modes.matrix(_contract(cores)) for cores in undone], self.metric)
+        sweep = sweeps[best]
+
+        def rebuild(train: State) -> Tensor:
+            return chain.modes.matrix(_contract(sweep.undo(train)))
+
+        order = range(len(rank), -1, -1)
+        *cores, last = sweep.undo(polish(self.matrix, trains[best], rebuild, self.metric, order))
+        if chain.last_stage(rank) is not None:
+            last = improve_left(self.matrix, last.flatten(1).T, _contract(cores).T, self.metric).T[:, :, None]
+        return _packed(chain, (*cores, last))
+
+    def guarantee(self, rank: Rank) -> Guarantee | None:
+        """Root of the sum of squares of all discarded singular values (Oseledets 2011): exact for one cut, a bound for more."""
+        if not self.metric.plain:
+            return None
+        sweep = self.sweeps(chain_of(self.site, len(rank)))[0]
+        discarded = sum(float(tail[r]) for tail, r in zip(sweep.tails, rank, strict=True))
+        value = min(1.0, discarded / sweep.energy) ** 0.5 if sweep.energy > 0 else 0.0
+        return Guarantee(value, "exact" if len(rank) == 1 else "upper bound")
+
+
+class _Sweep:
+    """TT-SVD of a whitened weight, with what all ranks share."""
+
+    def __init__(self, whitening: Whitening, weight: Tensor) -> None:
+        self.whitening = whitening
+        self.tensor = whitening.tensor(weight)
+        self.energy = float(self.tensor.square().sum())
+
+    @functools.cached_property
+    def first(self) -> Tensor:
+        """All left singular vectors of the first unfolding."""
+        return left_vectors(self.tensor.flatten(1), self.tensor.shape[0])
+
+    @functools.cached_property
+    def tails(self) -> list[Tensor]:
+        """`tails[k][r]`: energy of the unfolding at cut k beyond its first r singular values."""
+        found = []
+        for k in range(1, self.tensor.dim()):
+            unfolded = self.tensor.reshape(math.prod(self.tensor.shape[:k]), -1)
+            gram = unfolded @ unfolded.T if unfolded.shape[0] <= unfolded.shape[1] else unfolded.T @ unfolded
+            ascending = torch.linalg.eigvalsh(gram).clamp_min(0)
+            found.append(F.pad(ascending.cumsum(0), (1, 0)).flip(0))
+        return found
+
+    def cores(self, rank: Rank) -> State:
+        """Whitened cores `[r, n, s]`, all but the last with orthonormal columns; a rank that a cut cannot use is filled with zeros."""
+        sizes, found = self.tensor.shape, []
+        rest, before = self.tensor.flatten(1), 1
+        for k, r in enumerate(rank):
+            rest = rest.reshape(before * sizes[k], -1)
+            vectors = self.first[:, :r] if k == 0 else left_vectors(rest, r)
+            vectors = F.pad(vectors, (0, r - vectors.shape[1]))
+            found.append(vectors.reshape(before, sizes[k], r))
+            rest, before = vectors.T @ rest, r
+        return (*found, rest.reshape(before, sizes[-1], 1))
+
+    def undo(self, cores: State) -> State:
+        """The cores without the whitening."""
+        return tuple(self.whitening.undo(core, 1, k) for k, core in enumerate(cores))
+
+
+@register_format
+class TensorTrain(Format):
+    """W = G_1 G_2 ... G_d, a product of cores G_k[r, n, s] with s of one core equal to r of the next.
+
+    TT-SVD (Oseledets 2011) of the weight as a tensor.  Linear: `n_k = (o_k i_k)`, one rank per cut, any number of cuts.
+    Convolution: modes `i_1 .. i_a, (h w), o_1 .. o_a`, so 2 a ranks; a = 1 is three convolutions.  In a metric the weight is
+    whitened mode by mode, and the last core is then solved in the metric itself.
+    """
+
+    name = "tensor_train"
+    kinds = frozenset({"linear", "conv"})
+
+    def fits(self, site: Site) -> bool:
+        return super().fits(site) and (not site.kernel or math.prod(site.kernel) > 1)
+
+    def ranks(self, site: Site) -> Sequence[Rank]:
+        found = {rank for count in FAMILIES[site.kind].proposed for rank in scaled_ranks(chain_of(site, count).limits)}
+        return sorted(found, key=lambda rank: (sum(math.prod(shape) for shape in self.shapes(site, rank).values()), rank))
+
+    def check_rank(self, site: Site, rank: Rank) -> None:
+        lengths = FAMILIES[site.kind].allowed
+        if len(rank) not in lengths:
+            raise PlanError(f"{self.name} rank {rank} does not fit site {site.name!r} of shape {site.shape}; give one of {list(lengths)} numbers")
+        limits = chain_of(site, len(rank)).limits
+        if not all(1 <= r <= limit for r, limit in zip(rank, limits, strict=True)):
+            raise PlanError(f"{self.name} rank {rank} does not fit site {site.name!r} of shape {site.shape}; allowed is 1 to {limits} in each place")
+
+    def decompose(self, weight: Tensor, site: Site, metric: Metric) -> Decomposition:
+        return _Train(weight, site, metric)
+
+    def shapes(self, site: Site, rank: Rank) -> dict[str, tuple[int, ...]]:
+        return chain_of(site, len(rank)).shapes(rank)
+
+    def macs(self, site: Site, rank: Rank) -> int:
+        return chain_of(site, len(rank)).macs(rank)
+
+    def reconstruct(self, factors: Factors, site: Site) -> Tensor:
+        chain = chain_of(site, len(factors) - 1)
+        return chain.modes.matrix(_contract(chain.unpack(factors))).reshape(site.shape)
+
+    def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
+        return chain_of(site, len(rank)).features(ops, x, f, rank)
+
+    def apply(self, ops: Ops[V], x: V, f: Mapping[str, V], bias: V | None, site: Site, rank: Rank) -> V:
+        if bias is None or self.last_stage(site, rank) is not None:
+            return super().apply(ops, x, f, bias, site, rank)
+        h = self.features(ops, x, f, site, rank)
+        return ops.add(h, ops.reshape(bias, (site.o, *unit(len(site.kernel)))))
+
+    def last_stage(self, site: Site, rank: Rank) -> Stage | None:
+        return chain_of(site, len(rank)).last_stage(rank)
+
+
+def _packed(chain: Chain, cores: State) -> Factors:
+    return {name: factor.contiguous() for name, factor in chain.pack(share_norm(*cores)).items()}
+
+
+def _contract(cores: Sequence[Tensor]) -> Tensor:
+    """Product of cores `[r, n, s]` from the first on, `[(n_1 ... n_k), s]`; the last s is 1 for a whole train."""
+    product = cores[0].flatten(0, 1)
+    for core in cores[1:]:
+        product = (product @ core.flatten(1)).reshape(-1, core.shape[2])
+    return product

@@ -1,0 +1,212 @@
+"""The report as one self-contained HTML page.
+
+The page loads nothing: style and script are inline and allowed by hash in its own content security policy, charts are
+inline SVG, and it reads and switches measures without script; script only adds sorting and a filter.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib.resources import files
+from itertools import accumulate
+from string import Template
+
+from tdpass.cost import Cost
+from tdpass.planner.rank_plan import DENSE, RankPlan
+from tdpass.report import Report, SiteRow
+from tdpass.views import summary
+from tdpass.views.html import Html, column, join, spaced, table, tag, text
+from tdpass.views.html_curve import curve
+from tdpass.views.html_sites import MEASURES, breakable, colours, common_prefix, composition, format_table, site_table
+from tdpass.views.units import human, ratio, seconds, share, small
+
+_NAMES_SHOWN = 6
+_TITLES = {"macs": "fewer MACs", "params": "fewer parameters", "bytes": "fewer bytes"}
+
+
+def render_html(report: Report, plan: RankPlan | None = None) -> str:
+    """The page; `plan` fills in what a report alone does not say, and stands in for it before anything was done."""
+    rows = summary.site_rows(report, plan)
+    original, final = summary.original_cost(report, plan), summary.final_cost(report, rows, plan)
+    colour = colours(rows)
+    sections = {
+        "overview": ("Where the cost went", _overview(report, rows, original, final, colour)),
+        "sites": (f"Sites ({len(rows)})", _sites(rows, colour)),
+        "left-alone": ("Left alone", _left_alone(report, plan, rows)),
+        "passes": ("Passes", _passes(report)),
+        "checks": ("Checks", _checks(report)),
+        "notes": ("Notes", tag("ul", *(tag("li", note) for note in report.notes)) if report.notes else None),
+        "environment": ("Environment", _environment(report)),
+    }
+    shown = {name: (title, body) for name, (title, body) in sections.items() if body is not None}
+    template = files("tdpass").joinpath("report_template.html").read_text(encoding="utf-8")
+    name = re.split(r"[/\\]", report.model)[-1] or "model"
+    return Template(template).substitute(
+        policy=text(_policy(template)),
+        title=text(f"{name} - tdpass report"),
+        header=_header(report, rows, name),
+        figures=_figures(report, rows, original, final),
+        navigation=join(tag("a", anchor.replace("-", " ").capitalize(), href=f"#{anchor}") for anchor in shown),
+        switch=_switch(original),
+        sections=join(_section(anchor, title, body) for anchor, (title, body) in shown.items()),
+    )
+
+
+def _policy(template: str) -> str:
+    def hashed(element: str) -> str:
+        (content,) = re.findall(rf"<{element}>(.*?)</{element}>", template, re.DOTALL)
+        return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+
+    return f"default-src 'none'; style-src {hashed('style')}; script-src {hashed('script')}; base-uri 'none'; form-action 'none'"
+
+
+def _section(anchor: str, title: str, body: Html) -> Html:
+    return tag("section", tag("h2", title, id=f"{anchor}-title"), body, id=anchor, aria_labelledby=f"{anchor}-title")
+
+
+def _header(report: Report, rows: Sequence[SiteRow], name: str) -> Html:
+    done = not summary.untouched(report, rows)
+    facts = [fact for fact in (f"budget {report.budget}" if report.budget else "", report.frontend, _moment(report.created)) if fact]
+    return join(
+        [
+            tag("p", "tdpass report" if done else "tdpass plan: a dry run, the model is untouched", class_="eyebrow"),
+            tag("h1", breakable(name)),
+            tag("p", " · ".join(facts), class_="muted") if facts else None,
+        ]
+    )
+
+
+def _moment(created: str) -> str:
+    try:
+        return f"{datetime.fromisoformat(created):%Y-%m-%d %H:%M %Z}".strip()
+    except ValueError:
+        return created
+
+
+def _figures(report: Report, rows: Sequence[SiteRow], original: Cost, final: Cost) -> Html:
+    cards: list[Html] = []
+    for measure, title in _TITLES.items():
+        before, after = original.get(measure), final.get(measure)
+        if not before:
+            continue
+        unit = "B" if measure == "bytes" else ""
+        kept = tag("svg", *_kept_bar(before, after), class_="kept-bar", width="100%", height=6, aria_hidden="true")
+        change = tag("p", spaced(human(before, unit)), " → ", spaced(human(after, unit)), tag("span", f"{share(after, before)} kept", class_="muted keep"))
+        words = title if after <= before else title.replace("fewer", "more")
+        times = ratio(max(before, after), min(before, after), "×")
+        cards.append(tag("li", tag("p", tag("strong", times), " ", words, class_="big"), kept, change))
+    moved = summary.divergence(report, rows)
+    if moved is not None:
+        expected = sum(row.loss for row in rows)
+        words = f"measured; the plan expected {small(expected)}" if moved.measured and expected else "measured" if moved.measured else "expected by the plan"
+        cards.append(tag("li", tag("p", tag("strong", small(moved.value)), f" {moved.name}", class_="big"), tag("p", words, class_="muted")))
+    return tag("ul", *cards, class_="figures")
+
+
+def _kept_bar(before: int, after: int) -> list[Html]:
+    return [
+        tag("rect", class_="before", width="100%", height=6, rx=3),
+        tag("rect", class_="accent", width=f"{min(100.0, 100 * after / before):.2f}%", height=6, rx=3),
+    ]
+
+
+def _switch(original: Cost) -> Html:
+    chosen = "macs" if original.macs else "params"
+    choices = [
+        tag("label", tag("input", type="radio", name="measure", id=f"measure-{name}", value=name, checked=name == chosen), tag("span", title))
+        for name, title in MEASURES.items()
+    ]
+    return tag("fieldset", tag("legend", "Cost shown as", class_="unseen"), *choices, class_="switch")
+
+
+def _overview(report: Report, rows: Sequence[SiteRow], original: Cost, final: Cost, colour: Mapping[str, str]) -> Html | None:
+    if not rows:
+        return None
+    totals = summary.by_format(rows)
+    by_format = tag("div", tag("h3", "By format"), composition(totals, original, final, colour), format_table(totals, colour), class_="card")
+    budget_curve = tag("div", tag("h3", "Budget and divergence"), curve(report.curve, report.divergence), class_="card") if report.curve else None
+    return tag("div", by_format, budget_curve, class_="columns")
+
+
+def _sites(rows: Sequence[SiteRow], colour: Mapping[str, str]) -> Html | None:
+    if not rows:
+        return None
+    search = tag("label", "Filter ", tag("input", type="search", id="filter", placeholder="name, format or reason"), id="filter-box", hidden=True)
+    key = tag("p", "Pale bar: before; solid bar: after; all bars on one scale.", class_="muted")
+    prefix = common_prefix([row.site for row in rows])
+    shared = tag("p", "… stands for ", tag("code", breakable(prefix)), class_="muted") if prefix else None
+    count = tag("span", id="filter-count", class_="muted", role="status")
+    return tag("div", tag("div", key, search, count, class_="tools"), shared, site_table(rows, colour), class_="card")
+
+
+def _left_alone(report: Report, plan: RankPlan | None, rows: Sequence[SiteRow]) -> Html | None:
+    kept = summary.reasons_by_site([row for row in rows if row.format == DENSE])
+    refused = summary.refusals(report, plan)
+    groups = [("Sites kept dense", kept), ("Other layers", refused)]
+    cards = [tag("div", tag("h3", f"{title} ({sum(map(len, reasons.values()))})"), _reasons(reasons), class_="card") for title, reasons in groups if reasons]
+    return join(cards) if cards else None
+
+
+def _reasons(reasons: Mapping[str, Sequence[str]]) -> Html:
+    items = []
+    for reason, names in reasons.items():
+        listed = join((tag("code", breakable(name)) for name in names), " ")
+        if len(names) > _NAMES_SHOWN:
+            listed = tag("details", tag("summary", f"{len(names)} layers"), listed)
+        items.append(join([tag("dt", reason), tag("dd", listed)]))
+    return tag("dl", *items, class_="reasons")
+
+
+def _passes(report: Report) -> Html | None:
+    if not report.passes:
+        return None
+    whole = sum(row.seconds for row in report.passes) or 1.0
+    starts = accumulate((row.seconds for row in report.passes), initial=0.0)
+    headers = [column("Pass"), column("Result"), column("Time", number=True), tag("th", "", scope="col", class_="bars", aria_label="Timeline")]
+    headers += [column("Parameters after", number=True), column("Size after", number=True), column("What it says")]
+    rows = [
+        tag(
+            "tr",
+            tag("th", tag("code", row.text), scope="row"),
+            tag("td", "changed" if row.changed else "no change", class_="keep" if row.changed else "keep muted"),
+            tag("td", seconds(row.seconds), class_="number"),
+            tag("td", _span(start / whole, row.seconds / whole), class_="bars"),
+            tag("td", human(row.after.params), class_="number"),
+            tag("td", human(row.after.bytes, "B"), class_="number"),
+            tag("td", *(tag("p", note) for note in row.notes), class_="why"),
+        )
+        for row, start in zip(report.passes, starts, strict=False)
+    ]
+    return tag("div", tag("p", f"{seconds(whole)} in all", class_="muted"), table(headers, rows, "Passes"), class_="card")
+
+
+def _span(start: float, length: float) -> Html:
+    left = min(100 * start, 99.0)
+    track = tag("rect", class_="before", y=6, width="100%", height=6, rx=3)
+    bar = tag("rect", class_="accent", x=f"{left:.2f}%", y=4, width=f"{max(100 * length, 0.8):.2f}%", height=10, rx=2)
+    return tag("svg", track, bar, class_="bar", width="100%", height=18, aria_hidden="true")
+
+
+def _checks(report: Report) -> Html | None:
+    if not report.checks:
+        return None
+    rows = [tag("tr", tag("th", name, scope="row"), tag("td", value, class_="number")) for name, value in summary.checks(report.checks)]
+    return tag("div", table([column("Check"), column("Value", number=True)], rows, "Checks"), class_="card narrow")
+
+
+def _environment(report: Report) -> Html | None:
+    facts = {
+        "Model": report.model,
+        "Front end": report.frontend,
+        "Budget": report.budget,
+        "Metric": report.metric,
+        "Divergence": report.divergence,
+        "Machine": report.machine,
+        "Created": _moment(report.created),
+    }
+    items = [join([tag("dt", name), tag("dd", breakable(value) if name == "Model" else value)]) for name, value in facts.items() if value]
+    return tag("div", tag("dl", *items, class_="facts"), class_="card") if items else None

@@ -1,0 +1,65 @@
+"""Front ends: every kind of model that `compress` takes, behind one protocol."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from tdpass.errors import InvalidModelError, UsageError
+from tdpass.models.base import Batch as Batch
+from tdpass.models.base import Model as Model
+from tdpass.models.exported_program import ExportedModel, load_program
+from tdpass.models.factorized import Factorized as Factorized
+from tdpass.models.fx_lift import lift
+from tdpass.models.onnx_model import OnnxModel, is_onnx
+from tdpass.models.torch_model import TorchModel
+from tdpass.models.torch_state import load_module as load_module
+from tdpass.models.torch_state import read_metadata as read_metadata
+
+ExampleInputs = Batch | Tensor | tuple[Tensor, ...] | dict[str, Tensor] | None
+
+
+def open_model(model: object, example_inputs: ExampleInputs = None) -> Model:
+    """Any supported model as a `Model`; nothing is changed and, for files, little is read.
+
+    Takes an `nn.Module`, `fx.GraphModule`, `ExportedProgram`, `onnx.ModelProto`, `onnx_ir.Model`,
+    `onnx_graphsurgeon.Graph`, or a path to `.onnx` or `.pt2`.  Raises `InvalidModelError` for anything else.
+    """
+    example = as_example(example_inputs)
+    if isinstance(model, str | Path):
+        path = Path(model)
+        if path.suffix == ".pt2":
+            return ExportedModel(load_program(path), example)
+        if path.suffix == ".onnx":
+            return OnnxModel.open(path, example)
+        raise UsageError(f"cannot read {path.name!r} as a model; give a .onnx or .pt2 file, or a torch model")
+    if isinstance(model, ExportedProgram):
+        return ExportedModel(model, example)
+    if isinstance(model, GraphModule):
+        return TorchModel(lift(copy.deepcopy(model)), example)
+    if isinstance(model, nn.Module):
+        return TorchModel(model, example)
+    if is_onnx(model):
+        return OnnxModel.open(model, example)
+    raise InvalidModelError(
+        f"cannot compress a {type(model).__module__}.{type(model).__name__}; give an nn.Module, fx.GraphModule, ExportedProgram, "
+        "onnx.ModelProto, onnx_ir.Model, onnx_graphsurgeon.Graph, or a path to .onnx or .pt2"
+    )
+
+
+def as_example(value: ExampleInputs) -> Batch | None:
+    """Example inputs as a batch."""
+    if value is None or isinstance(value, Batch):
+        return value
+    if isinstance(value, Tensor):
+        return Batch((value,))
+    if isinstance(value, dict):
+        return Batch((), value)
+    if isinstance(value, tuple | list) and all(isinstance(entry, Tensor) for entry in value):
+        return Batch(tuple(value))
+    raise UsageError(f"example_inputs of type {type(value).__name__} are not understood; give a tensor, a tuple or a dict of tensors")
+

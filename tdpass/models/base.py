@@ -1,0 +1,118 @@
+"""What the passes need of a model, whichever front end it came through."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+from typing_extensions import Self
+
+from tdpass.formats.base import Layer
+from tdpass.site import Extent, Site
+from tdpass.tape import Tape
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One call of a model: positional and named tensors, the first axis of each is the sample."""
+
+    args: tuple[Tensor, ...] = ()
+    kwargs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All inputs, positional ones first."""
+        return (*self.args, *self.kwargs.values())
+
+    @property
+    def size(self) -> int:
+        """Number of samples."""
+        return int(self.tensors[0].shape[0])
+
+
+class Model(Protocol):
+    """A network whose weights can be read, replaced and observed; the front ends implement it.
+
+    A site's name is stable for the life of the model; `sites()` lists dense and replaced ones alike.
+    `frontend` is its kind as text, `suffix` that of the file it is saved to.
+    """
+
+    frontend: str
+    suffix: str
+
+    def sites(self) -> Sequence[Site]:
+        """Every replaceable weight, in the order of first use where known; with extents once `observe` has run."""
+
+    def declined(self) -> Mapping[str, str]:
+        """Other layers that hold weights, each with the reason why it is left alone."""
+
+    def weight(self, name: str) -> Tensor:
+        """The dense weight of a site as `[o, i, *kernel]` on the CPU, in its own floating-point type; still there after `replace`."""
+
+    def bias(self, name: str) -> Tensor | None:
+        """The bias of a site, as `[o]`."""
+
+    def layer(self, name: str) -> Layer | None:
+        """What replaced the site's dense layer, with current factors; None while it is dense."""
+
+    def replace(self, name: str, layer: Layer) -> None:
+        """Put a factored layer at every use of the site; may be called again to change it.
+
+        `layer.bias` replaces the site's bias.  Raises `PlanError` for an unknown site or a shape that does not fit.
+        """
+
+    def record(self, batch: Batch) -> Tape:
+        """Run the model on a batch and record it; calls of sites that are still dense carry their names."""
+
+    def observe(self, batch: Batch) -> None:
+        """Fill in the sites' extents from one run."""
+
+    def run(self, batch: Batch) -> object:
+        """Outputs on a batch, as tensors in the model's own structure (ONNX: a dict by output name)."""
+
+    def fold_batchnorm(self) -> Sequence[str]:
+        """Fold every batch-norm that directly follows a site's only use into that site; returns the sites changed."""
+
+    def recalibrate_batchnorm(self, batches: Iterable[Batch]) -> Callable[[], None] | None:
+        """Estimate all running statistics anew; returns how to undo that, or None where there is no batch-norm left."""
+
+    def example(self) -> Batch | None:
+        """Inputs the model can be run on, where it is known of itself (or from `observe`) what it takes."""
+
+    def macs(self) -> int:
+        """Multiply-adds per sample of all linear and convolution layers, as last observed dense; 0 where never observed."""
+
+    def params(self) -> int:
+        """Stored numbers in all parameters, shared ones once; buffers such as running means not counted."""
+
+    def bytes(self) -> int:
+        """Bytes of all parameters."""
+
+    def clone(self) -> Self:
+        """An independent copy."""
+
+    def check(self) -> None:
+        """Raise `InvalidModelError` if the model is inconsistent."""
+
+    def unwrap(self) -> object:
+        """The model as the type that came in."""
+
+    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
+        """Write the deployable file of this front end, atomically, with `metadata` inside; raises `UsageError` for a wrong suffix."""
+
+
+def with_extents(site: Site, tape: Tape) -> Site:
+    """The site with the activation sizes that a recorded run shows, per sample."""
+    extents: list[Extent] = []
+    for index in tape.site_calls.get(site.name, ()):
+        before, after = tape.calls[index].shapes
+        if site.kind == "linear":
+            positions = math.prod(before[:-1]) // tape.batch_size
+            extents.append(((positions,), (positions,)))
+        else:
+            extents.append((before[2:], after[2:]))
+    return replace(site, extents=tuple(extents))

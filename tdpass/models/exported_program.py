@@ -1,0 +1,103 @@
+"""Exported programs: unpacked into a graph of modules, rewritten, and exported again with the same dynamic shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from tdpass.errors import InvalidModelError, UsageError
+from tdpass.files import replacing
+from tdpass.models.base import Batch
+from tdpass.models.fx_lift import lift
+from tdpass.models.torch_model import TorchModel
+
+
+class ExportedModel(TorchModel):
+    """An `ExportedProgram`; training mode was fixed when it was exported and stays so."""
+
+    frontend = "torch.export"
+    suffix = ".pt2"
+
+    def __init__(self, program: ExportedProgram, example: Batch | None = None) -> None:
+        self.program = program
+        graph_module = program.module()
+        assert isinstance(graph_module, GraphModule)
+        super().__init__(lift(graph_module), example or _example(program))
+
+    def unwrap(self) -> ExportedProgram:
+        if self.program.example_inputs is None:
+            raise InvalidModelError("the exported program carries no example inputs, so it cannot be exported again; save it with them")
+        args, kwargs = self.program.example_inputs
+        try:
+            return torch.export.export(self.module, args, dict(kwargs), dynamic_shapes=_dynamic_shapes(self.program), strict=False)
+        except Exception as error:
+            raise InvalidModelError(f"the rewritten program could not be exported again: {str(error).splitlines()[0]}") from error
+
+    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
+        if path.suffix != ".pt2":
+            raise UsageError(f"cannot save an exported program as {path.name!r}; name a .pt2 file")
+        with replacing(path) as temporary:
+            with temporary.open("wb") as file:
+                torch.export.save(self.unwrap(), file, extra_files=dict(metadata))
+
+    def clone(self) -> ExportedModel:
+        twin = super().clone()
+        assert isinstance(twin, ExportedModel)
+        return twin
+
+
+def load_program(path: Path) -> ExportedProgram:
+    """Read a `.pt2` file; raises `InvalidModelError` when it is missing or damaged."""
+    if not path.is_file():
+        raise InvalidModelError(f"there is no file {path}; give a .pt2 file written by torch.export.save")
+    try:
+        return torch.export.load(path)
+    except Exception as error:
+        raise InvalidModelError(f"{path} is not an intact exported program: {str(error).splitlines()[0]}; write it with torch.export.save") from None
+
+
+def _example(program: ExportedProgram) -> Batch | None:
+    if program.example_inputs is None:
+        return None
+    args, kwargs = program.example_inputs
+    if not all(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
+        return None
+    return Batch(tuple(args), dict(kwargs))
+
+
+def _dynamic_shapes(program: ExportedProgram) -> Any:
+    """The dynamic axes of every input, read off the program's placeholders."""
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    dims: dict[str, Any] = {}
+
+    def axis(size: Any) -> Any:
+        if isinstance(size, int):
+            return None
+        symbol = size.node.expr
+        if not symbol.is_symbol:
+            return Dim.AUTO
+        if symbol not in dims:
+            limits = program.range_constraints.get(symbol)
+            low = max(0, int(limits.lower)) if limits is not None else 0
+            high = int(limits.upper) if limits is not None and limits.upper.is_finite and int(limits.upper) < 2**31 else None
+            dims[symbol] = Dim(f"dim_{symbol}", min=low, max=high)
+        return dims[symbol]
+
+    leaves: list[Any] = []
+    for name in program.graph_signature.user_inputs:
+        value = placeholders[name].meta.get("val") if isinstance(name, str) and name in placeholders else None
+        leaves.append({position: axis(size) for position, size in enumerate(value.shape)} if isinstance(value, torch.Tensor) else None)
+    _, spec = tree_flatten(program.example_inputs)
+    args, kwargs = tree_unflatten(leaves, spec)
+    return {**dict(zip(_argument_names(program.module()), args, strict=False)), **kwargs} if kwargs else tuple(args)
+
+
+def _argument_names(module: nn.Module) -> list[str]:
+    return [node.name for node in module.graph.nodes if node.op == "placeholder"]  # type: ignore[union-attr]

@@ -1,0 +1,86 @@
+"""The torch module that stands where a dense layer stood."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tdpass.formats.base import FORMATS, Layer
+from tdpass.ops import TorchOps
+from tdpass.site import Site
+
+_OPS = TorchOps()
+
+
+class Factorized(nn.Module):
+    """A layer in factored form: one parameter per factor, and `bias`.
+
+    Trainable, exportable, compilable; `weight` rebuilds the dense weight for code that reads it.
+    `pads` (as `F.pad` takes them) and `padding_mode` serve convolutions that do not pad with zeros.
+    """
+
+    def __init__(self, layer: Layer, bias: nn.Parameter | None, padding_mode: str = "zeros", pads: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.site: Site = layer.site
+        self.format = FORMATS.get(layer.format)
+        self.rank = layer.rank
+        self.padding_mode, self.pads = padding_mode, pads
+        for name, factor in layer.factors.items():
+            self.register_parameter(name, factor if isinstance(factor, nn.Parameter) else nn.Parameter(factor, requires_grad=factor.is_floating_point()))
+        self.register_parameter("bias", bias)
+
+    bias: nn.Parameter | None
+
+    def factors(self) -> dict[str, Tensor]:
+        """The factors by name."""
+        return {name: value for name, value in self.named_parameters(recurse=False) if name != "bias"}
+
+    def layer(self) -> Layer:
+        """The layer as data, with the current factors."""
+        factors = {name: value.detach() for name, value in self.factors().items()}
+        return Layer(self.site, self.format.name, self.rank, factors, None if self.bias is None else self.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pads:
+            x = F.pad(x, self.pads, mode=self.padding_mode)
+        factors: Mapping[str, Tensor] = {name: value for name, value in self._parameters.items() if value is not None}
+        return self.format.apply(_OPS, x, factors, self.bias, self.site, self.rank)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight the factors stand for."""
+        return self.format.reconstruct(self.factors(), self.site)
+
+    @property
+    def in_features(self) -> int:
+        """Input features of a linear layer."""
+        return self.site.i
+
+    @property
+    def out_features(self) -> int:
+        """Output features of a linear layer."""
+        return self.site.o
+
+    @property
+    def in_channels(self) -> int:
+        """Input channels of a convolution."""
+        return self.site.i
+
+    @property
+    def out_channels(self) -> int:
+        """Output channels of a convolution."""
+        return self.site.o
+
+    def extra_repr(self) -> str:
+        shape = "x".join(map(str, self.site.shape))
+        return f"{self.site.kind} {shape}, {self.format.name}, rank={self.rank}, bias={self.bias is not None}"
+
+
+def empty_layer(site: Site, format_name: str, rank: tuple[int, ...], dtype: torch.dtype) -> Layer:
+    """A layer of that structure without storage, on the meta device; raises `PlanError` for a rank that does not fit."""
+    fmt = FORMATS.get(format_name)
+    fmt.check_rank(site, rank)
+    return Layer(site, format_name, rank, {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in fmt.shapes(site, rank).items()})

@@ -1,0 +1,157 @@
+"""Make functional layers of an fx graph into modules, so that module surgery reaches them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import GraphModule, Node
+
+_aten = torch.ops.aten
+_LINEAR = {F.linear, _aten.linear.default}
+_CONV: dict[Any, type[nn.Module]] = {
+    torch.conv1d: nn.Conv1d, _aten.conv1d.default: nn.Conv1d, torch.conv2d: nn.Conv2d, _aten.conv2d.default: nn.Conv2d,
+    torch.conv3d: nn.Conv3d, _aten.conv3d.default: nn.Conv3d, _aten.conv2d.padding: nn.Conv2d, _aten.conv1d.padding: nn.Conv1d, _aten.conv3d.padding: nn.Conv3d,
+}  # fmt: skip
+_BATCH_NORM = {F.batch_norm, _aten.batch_norm.default}
+_CONV_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+
+
+def lift(graph_module: GraphModule) -> GraphModule:
+    """Replace calls of linear, convolution and inference batch-norm functions on stored weights by modules holding those weights.
+
+    A module takes the place of the (empty) one that held its weight, so `layer1.0.conv1.weight` becomes the site `layer1.0.conv1`.
+    Works in place; the outputs do not change.
+    """
+    changed = False
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        build = _builder(node)
+        if build is None:
+            continue
+        module, owner = build(graph_module, node)
+        if module is None:
+            continue
+        path = _place(graph_module, owner, module)
+        with graph_module.graph.inserting_before(node):
+            call = graph_module.graph.call_module(path, (node.args[0],))
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        graph_module.graph.erase_node(node)
+        changed = True
+    if changed:
+        graph_module.graph.eliminate_dead_code()
+        graph_module.delete_all_unused_submodules()
+        graph_module.recompile()
+    return graph_module
+
+
+Built = tuple[nn.Module | None, str]
+
+
+def _builder(node: Node) -> Callable[[GraphModule, Node], Built] | None:
+    if node.target in _LINEAR:
+        return _linear
+    if node.target in _CONV:
+        return _convolution
+    return _batch_norm if node.target in _BATCH_NORM else None
+
+
+def _argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _stored(graph_module: GraphModule, node: Any) -> torch.Tensor | None:
+    if not isinstance(node, Node) or node.op != "get_attr":
+        return None
+    value = operator.attrgetter(str(node.target))(graph_module)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _linear(graph_module: GraphModule, node: Node) -> Built:
+    weight, bias = (_argument(node, 1, "weight"), _argument(node, 2, "bias"))
+    stored, stored_bias = _stored(graph_module, weight), _stored(graph_module, bias)
+    if not isinstance(stored, nn.Parameter) or (bias is not None and stored_bias is None):
+        return None, ""
+    module = nn.Linear(stored.shape[1], stored.shape[0], bias=False, device="meta")
+    return _with(module, stored, stored_bias), str(weight.target)
+
+
+def _convolution(graph_module: GraphModule, node: Node) -> Built:
+    weight = _argument(node, 1, "weight")
+    options = {name: _argument(node, position, name, default) for position, (name, default) in enumerate(_CONV_DEFAULTS.items(), start=2)}
+    bias = options.pop("bias")
+    stored, stored_bias = _stored(graph_module, weight), _stored(graph_module, bias)
+    if not isinstance(stored, nn.Parameter) or (bias is not None and stored_bias is None):
+        return None, ""
+    axes = stored.dim() - 2
+    sizes = {name: value if isinstance(value, str) else _expand(value, axes) for name, value in options.items() if name != "groups"}
+    groups = int(options["groups"])
+    cls = _CONV[node.target]
+    module = cls(stored.shape[1] * groups, stored.shape[0], tuple(stored.shape[2:]), bias=False, groups=groups, device="meta", **sizes)
+    return _with(module, stored, stored_bias), str(weight.target)
+
+
+def _batch_norm(graph_module: GraphModule, node: Node) -> Built:
+    mean = _argument(node, 1 if node.target is F.batch_norm else 3, "running_mean")
+    variance = _argument(node, 2 if node.target is F.batch_norm else 4, "running_var")
+    weight = _argument(node, 3 if node.target is F.batch_norm else 1, "weight")
+    bias = _argument(node, 4 if node.target is F.batch_norm else 2, "bias")
+    stored = [_stored(graph_module, argument) for argument in (mean, variance, weight, bias)]
+    if _argument(node, 5, "training") or any(value is None for value in stored):
+        return None, ""
+    module = _FrozenBatchNorm(stored[0].shape[0], eps=float(_argument(node, 7, "eps", 1e-5)), device="meta")  # type: ignore[union-attr]
+    module._buffers.update({"running_mean": stored[0], "running_var": stored[1]})
+    module.weight, module.bias = stored[2], stored[3]  # type: ignore[assignment]
+    module.training = False
+    return module, str(weight.target)
+
+
+class _FrozenBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch-norm in inference form for inputs of any rank."""
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        """Any rank will do."""
+
+    def train(self, mode: bool = True) -> _FrozenBatchNorm:
+        """Stay in inference form: that is what the graph recorded."""
+        return self
+
+
+def _with(module: Any, weight: nn.Parameter, bias: torch.Tensor | None) -> nn.Module:
+    module.weight = weight
+    if bias is not None:
+        module.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+    return module  # type: ignore[no-any-return]
+
+
+def _expand(value: Any, axes: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * axes if len(values) == 1 else values
+
+
+def _place(graph_module: GraphModule, owner: str, module: nn.Module) -> str:
+    """Put the module where its weight was, unless something else lives there; returns the path."""
+    path, _, leaf = owner.rpartition(".")
+    current = _submodule(graph_module, path) if path else None
+    if isinstance(current, type(module)) and getattr(current, "weight", None) is module.weight and current.bias is module.bias:
+        return path
+    taken = current is not None and (current._modules or any(value is not module.weight for value in current._parameters.values() if value is not None and value is not module.bias))
+    if not path or taken or isinstance(current, tuple({nn.Linear, *_CONV.values()})):
+        path = f"{owner.replace('.', '_')}_layer" if not path else f"{path}.{leaf}_layer"
+        while _submodule(graph_module, path) is not None:
+            path += "_"
+    graph_module.add_submodule(path, module)
+    return path
+
+
+def _submodule(graph_module: GraphModule, path: str) -> nn.Module | None:
+    try:
+        return graph_module.get_submodule(path)
+    except AttributeError:
+        return None

@@ -1,0 +1,256 @@
+"""Which nodes hold a weight that can be replaced: one small matcher per operator, in a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import onnx_ir as ir
+
+from tdpass.models.onnx_shapes import Shapes, explicit_pads
+from tdpass.models.onnx_tensors import FLOAT_TYPES, PARAMETER_TYPES, constant, sizes
+from tdpass.models.onnx_use import Slot, Use
+from tdpass.registry import Registry
+
+
+class DeclinedNode(Exception):  # noqa: N818 - declining is normal, not an error
+    """The node holds a weight but must be left alone; carries the weight's value and the reason in one sentence."""
+
+    def __init__(self, weight: ir.Value, reason: str) -> None:
+        super().__init__(reason)
+        self.weight = weight
+        self.reason = reason
+
+
+class Matcher(Protocol):
+    """Recognizes the use of a weight by one kind of operator."""
+
+    def match(self, node: ir.Node, shapes: Shapes, /) -> Use | None:
+        """The use, or None where the node holds no weight; raises `DeclinedNode` where it holds one that must stay."""
+
+
+_QUANTIZED = "the weight is quantized; compress the floating-point model, then quantize it"
+_FOLD = "the weight is computed from a constant at run time; fold constants first (onnxscript.optimizer.optimize)"
+_UNFOLDED = {"DequantizeLinear": _QUANTIZED, "Transpose": _FOLD, "Reshape": _FOLD, "Cast": _FOLD, "Identity": _FOLD, "Squeeze": _FOLD, "Unsqueeze": _FOLD}
+MATCHERS: Registry[Matcher] = Registry("ONNX matcher")
+
+
+def operator_name(node: ir.Node) -> str:
+    """`Conv`, or `com.microsoft::FusedConv` outside the standard domain."""
+    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+
+
+def matches(*operators: str) -> Callable[[type[Matcher]], type[Matcher]]:
+    """Class decorator: use the matcher for these operators."""
+
+    def add(cls: type[Matcher]) -> type[Matcher]:
+        for operator in operators:
+            MATCHERS.add(operator, cls())
+        return cls
+
+    return add
+
+
+def held_weight(node: ir.Node, index: int) -> ir.TensorProtocol | None:
+    """The floating-point constant at an input; None where that input is computed from activations.
+
+    Raises `DeclinedNode` for what is a weight but not a constant one can replace.
+    """
+    value = node.inputs[index] if index < len(node.inputs) else None
+    if value is None:
+        return None
+    tensor = constant(value)
+    if tensor is None:
+        if value.is_initializer():
+            raise DeclinedNode(value, "the weight is also a graph input, which a caller may override; remove it from the inputs to make it constant")
+        producer = value.producer()
+        if producer is not None and _is_matrix(value):
+            raise DeclinedNode(value, _UNFOLDED[producer.op_type])
+        return None
+    if tensor.dtype not in FLOAT_TYPES:
+        raise DeclinedNode(value, f"the weight is of type {tensor.dtype.name}, not floating-point")
+    if 0 in sizes(tensor):
+        raise DeclinedNode(value, "the weight is empty")
+    return tensor
+
+
+@matches("Conv")
+class ConvMatcher:
+    """Convolutions of one to three spatial axes with one group."""
+
+    def match(self, node: ir.Node, shapes: Shapes) -> Use | None:
+        tensor = held_weight(node, 1)
+        if tensor is None:
+            return None
+        weight, attributes = Slot(node, 1), node.attributes
+        shape = sizes(tensor)
+        axes = len(shape) - 2
+        groups = attributes.get_int("group", 1)
+        if groups != 1:
+            raise DeclinedNode(weight.value, f"grouped and depthwise convolutions are not supported (group={groups})")
+        if not 1 <= axes <= 3:
+            raise DeclinedNode(weight.value, f"a convolution of {axes} spatial axes is not supported")
+        stride = tuple(attributes.get_ints("strides", (1,) * axes))
+        dilation = tuple(attributes.get_ints("dilations", (1,) * axes))
+        mode = attributes.get_string("auto_pad", "NOTSET")
+        known = shapes.of(Slot(node, 0).value)
+        size = (None,) * axes if known is None else known[2:]
+        padding = explicit_pads(mode, attributes.get_ints("pads", ()), size, shape[2:], stride, dilation)
+        if padding is None:
+            raise DeclinedNode(weight.value, f"auto_pad={mode} with a stride needs a static input size; export with explicit pads")
+        if any(side < 0 for pair in padding for side in pair):
+            raise DeclinedNode(weight.value, "negative pads are not supported")
+        bias = Slot(node, 2) if len(node.inputs) > 2 and node.inputs[2] is not None else None
+        if bias is not None and constant(bias.value) is None:
+            raise DeclinedNode(weight.value, "the bias is not a constant")
+        return Use(Slot(node, 0), weight, "conv", stride=stride, padding=padding, dilation=dilation, bias=bias)
+
+
+@matches("Gemm")
+class GemmMatcher:
+    """`alpha A' B' + beta C` with a constant on either side, in every transposition."""
+
+    def match(self, node: ir.Node, _shapes: Shapes) -> Use | None:
+        attributes = node.attributes
+        alpha, beta = attributes.get_float("alpha", 1.0), attributes.get_float("beta", 1.0)
+        right = held_weight(node, 1)
+        left = held_weight(node, 0) if right is None else None
+        tensor = right if right is not None else left
+        if tensor is None:
+            return None
+        weight, data = (Slot(node, 1), Slot(node, 0)) if right is not None else (Slot(node, 0), Slot(node, 1))
+        if constant(data.value) is not None:
+            raise DeclinedNode(weight.value, "both operands are constants; fold them first")
+        flips = bool(attributes.get_int("transA", 0)), bool(attributes.get_int("transB", 0))
+        if right is not None:
+            transposed, swapped = not flips[1], flips[0]
+        else:
+            transposed, swapped = flips[0], not flips[1]
+        channels = sizes(tensor)[1 if transposed else 0]
+        bias, addend = self._third(node, channels, on_rows=right is None, beta=beta)
+        swap = (1, 0)
+        return Use(
+            data, weight, "linear", transposed, alpha, swap_in=swap if swapped else None, swap_out=swap if right is None else None,
+            bias=bias, bias_scale=beta if bias else 1.0, addend=addend, addend_scale=beta if addend else 1.0,
+        )  # fmt: skip
+
+    @staticmethod
+    def _third(node: ir.Node, channels: int, on_rows: bool, beta: float) -> tuple[Slot | None, Slot | None]:
+        """C as the bias where it is a constant with one number per output channel, else as an addend."""
+        if len(node.inputs) < 3 or node.inputs[2] is None or beta == 0:
+            return None, None
+        slot = Slot(node, 2)
+        tensor = constant(slot.value)
+        fitting = {(channels, 1)} if on_rows else {(channels,), (1, channels)}
+        return (slot, None) if tensor is not None and sizes(tensor) in fitting else (None, slot)
+
+
+@matches("MatMul")
+class MatMulMatcher:
+    """`x @ W` and `W @ x` with a constant matrix; a constant added right after is the bias."""
+
+    def match(self, node: ir.Node, shapes: Shapes) -> Use | None:
+        right = held_weight(node, 1)
+        left = held_weight(node, 0) if right is None else None
+        tensor = right if right is not None else left
+        if tensor is None:
+            return None
+        weight, data = (Slot(node, 1), Slot(node, 0)) if right is not None else (Slot(node, 0), Slot(node, 1))
+        shape, rank = sizes(tensor), shapes.rank(data.value)
+        if constant(data.value) is not None:
+            raise DeclinedNode(weight.value, "both operands are constants; fold them first")
+        if len(shape) != 2:
+            raise DeclinedNode(weight.value, "a vector has nothing to factor" if len(shape) < 2 else "a batch of matrices as one weight is not supported")
+        if right is not None:
+            return self._with_add(Use(data, weight, "linear", transposed=True), shape[1], rank)
+        if rank is None:
+            raise DeclinedNode(weight.value, "the weight is the left operand and the rank of the right one is unknown; run shape inference first")
+        if rank == 1:
+            return self._with_add(Use(data, weight, "linear"), shape[0], 1)
+        swap = (*range(rank - 2), rank - 1, rank - 2)
+        return self._with_add(Use(data, weight, "linear", swap_in=swap, swap_out=swap), shape[0], rank)
+
+    @staticmethod
+    def _with_add(use: Use, channels: int, rank: int | None) -> Use:
+        product = use.node.outputs[0]
+        consumers = product.uses()
+        if len(consumers) != 1 or product.is_graph_output():
+            return use
+        ((add, index),) = consumers
+        if add.op_type != "Add" or add.domain or add.graph is not use.node.graph:
+            return use
+        slot = Slot(add, 1 - index)
+        tensor = constant(slot.value)
+        if tensor is None:
+            return use
+        shape = sizes(tensor)
+        wanted = (channels, 1) if use.swap_out is not None else (channels,)
+        padding_axes = len(shape) - len(wanted)
+        # Leading ones must not raise the rank of the sum above that of the product.
+        broadcasts = padding_axes == 0 or (rank is not None and len(shape) <= rank)
+        if padding_axes < 0 or not broadcasts or shape[padding_axes:] != wanted or any(size != 1 for size in shape[:padding_axes]):
+            return use
+        return Use(use.input, use.weight, "linear", use.transposed, swap_in=use.swap_in, swap_out=use.swap_out, bias=slot, absorbed=add)
+
+
+@dataclass(frozen=True)
+class Left:
+    """An operator whose weights, at these inputs, are left alone for a reason."""
+
+    inputs: tuple[int, ...]
+    reason: str
+
+    def match(self, node: ir.Node, _shapes: Shapes) -> Use | None:
+        for index in self.inputs:
+            value = node.inputs[index] if index < len(node.inputs) else None
+            if value is not None and _is_matrix(value):
+                raise DeclinedNode(value, self.reason)
+        return None
+
+
+def _is_matrix(value: ir.Value | None) -> bool:
+    """Whether the value is stored, plainly or quantized, and has two or more axes to factor."""
+    if value is None:
+        return False
+    tensor = value.const_value if value.is_initializer() else constant(value)
+    if tensor is not None:
+        return tensor.dtype in PARAMETER_TYPES and sum(size != 1 for size in sizes(tensor)) >= 2
+    producer = value.producer()
+    return producer is not None and producer.op_type in _UNFOLDED and _is_matrix(producer.inputs[0])
+
+
+_RECURRENT = Left((1, 2), "recurrent layers are not supported yet")
+for _operator, _matcher in {
+    "ConvTranspose": Left((1,), "transposed convolutions are not supported yet"),
+    "DeformConv": Left((1,), "deformable convolutions are not supported"),
+    "LSTM": _RECURRENT,
+    "GRU": _RECURRENT,
+    "RNN": _RECURRENT,
+    "Einsum": Left((0, 1, 2), "Einsum with a constant operand is not supported; write it as a MatMul"),
+    "Gather": Left((0,), "an embedding lookup has no multiply-adds to save"),
+    "QLinearConv": Left((3,), _QUANTIZED),
+    "QLinearMatMul": Left((3,), _QUANTIZED),
+    "ConvInteger": Left((1,), _QUANTIZED),
+    "MatMulInteger": Left((1,), _QUANTIZED),
+}.items():
+    MATCHERS.add(_operator, _matcher)
+
+
+@dataclass(frozen=True)
+class OtherDomain:
+    """Contrib operators and model-local functions: any constant matrix they read is held, but never replaced."""
+
+    def match(self, node: ir.Node, _shapes: Shapes) -> Use | None:
+        for value in node.inputs:
+            if value is not None and _is_matrix(value):
+                raise DeclinedNode(value, f"operator {operator_name(node)} is not one that tdpass rewrites")
+        return None
+
+
+def matcher_for(node: ir.Node) -> Matcher | None:
+    """The matcher of a node's operator, if it is one that can hold weights."""
+    name = operator_name(node)
+    if name in MATCHERS:
+        return MATCHERS.get(name)
+    return OtherDomain() if node.domain else None

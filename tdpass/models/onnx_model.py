@@ -1,0 +1,265 @@
+"""ONNX models as tdpass sees them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from tdpass.errors import InvalidModelError, PlanError, UsageError
+from tdpass.formats.base import FORMATS, Layer
+from tdpass.models.base import Batch
+from tdpass.models.onnx_batchnorm import fold, foldable
+from tdpass.models.onnx_checks import EXTERNAL_ABOVE, check_proto, check_structure, invalid_if_failing
+from tdpass.models.onnx_file import read, remove_obsolete, write
+from tdpass.models.onnx_inputs import bind
+from tdpass.models.onnx_normalize import normalized
+from tdpass.models.onnx_parameters import parameters
+from tdpass.models.onnx_rewrite import rewritten, write_bias
+from tdpass.models.onnx_runner import OnnxRunner
+from tdpass.models.onnx_session import Session
+from tdpass.models.onnx_shapes import Shapes
+from tdpass.models.onnx_sites import Findings, FoundSite, find_sites
+from tdpass.models.onnx_storage import open_data_files, stored_bytes
+from tdpass.site import Extent, Site
+from tdpass.tape import Tape, record
+
+Extents = Mapping[str, tuple[Extent, ...]]
+Source = Literal["path", "proto", "ir", "graphsurgeon"]
+
+
+class OnnxModel:
+    """A model from an ONNX file, `onnx.ModelProto`, `onnx_ir.Model` or `onnx_graphsurgeon.Graph`; implements `Model`.
+
+    The dense model is kept as it came, weights in their file where they were, and the layers that replace sites beside
+    it.  The rewritten graph is built when it is asked for, so replacing is free and a later replacement leaves no trace
+    of an earlier one.  The object that came in is never changed.
+    """
+
+    frontend = "onnx"
+
+    def __init__(
+        self, dense: ir.Model, source: Source, external: bool, shapes: Shapes, layers: Mapping[str, Layer] | None = None, extents: Extents | None = None
+    ) -> None:
+        self._dense = dense
+        self._source = source
+        self._external = external
+        self._shapes = shapes
+        self._layers = dict(layers or {})
+        self._extents = dict(extents or {})
+
+    @classmethod
+    def open(cls, source: object, example: Batch | None = None) -> OnnxModel:
+        """Accept any of the four kinds; with an example the sites' extents are known.  Raises `InvalidModelError` for an unsound model or another type."""
+        model = cls._open(source)
+        if example is not None:
+            model.observe(example)
+        return model
+
+    @classmethod
+    def _open(cls, source: object) -> OnnxModel:
+        if isinstance(source, str | Path):
+            return cls._of(read(Path(source)), "path")
+        if isinstance(source, onnx.ModelProto):
+            return cls.from_proto(source)
+        if isinstance(source, ir.Model):
+            check_structure(source, "see that it was built or changed correctly")
+            return cls._of(source, "ir")
+        if _is_graphsurgeon(source):
+            with invalid_if_failing("the graphsurgeon graph cannot be exported", "see that it is complete"):
+                proto = importlib.import_module("onnx_graphsurgeon").export_onnx(source)
+            return cls.from_proto(proto, "graphsurgeon")
+        raise InvalidModelError(f"{type(source).__name__} is no ONNX model; give a path, an onnx.ModelProto, an onnx_ir.Model or an onnx_graphsurgeon.Graph")
+
+    @classmethod
+    def from_proto(cls, proto: onnx.ModelProto, source: Source = "proto") -> OnnxModel:
+        """Wrap a protobuf that holds its weights; raises `InvalidModelError` for an unsound one."""
+        check_proto(proto)
+        with invalid_if_failing("the model cannot be read", "export it again"):
+            model = ir.from_proto(proto)
+        return cls._of(model, source)
+
+    @classmethod
+    def _of(cls, model: ir.Model, source: Source) -> OnnxModel:
+        dense = normalized(model)
+        with invalid_if_failing("the model's data files cannot be opened", "put them beside the model"):
+            external = open_data_files(dense)
+        return cls(dense, source, external, Shapes.infer(dense))
+
+    @cached_property
+    def _found(self) -> Findings:
+        return find_sites(self._dense, self._shapes)
+
+    @cached_property
+    def _built(self) -> ir.Model:
+        return rewritten(self._dense, self._found.sites, self._layers, self._shapes)
+
+    @cached_property
+    def _session(self) -> Session:
+        return Session(self._built)
+
+    @cached_property
+    def _runner(self) -> OnnxRunner:
+        return OnnxRunner(self._dense, self._found.sites, dict(self._layers))
+
+    def _changed(self, *, dense: bool = False) -> None:
+        for cache in ("_built", "_session", "_runner", *(("_found",) if dense else ())):
+            self.__dict__.pop(cache, None)
+
+    def _site(self, name: str) -> FoundSite:
+        if name not in self._found.sites:
+            known = ", ".join(list(self._found.sites)[:8]) or "none"
+            why = f" ({self._found.declined[name]})" if name in self._found.declined else ""
+            raise PlanError(f"the model has no site {name!r}{why}; its sites begin with: {known}")
+        return self._found.sites[name]
+
+    def sites(self) -> Sequence[Site]:
+        """Every replaceable weight, in the order of the graph; with extents once `observe` has run."""
+        return [replace(found.site, bias=self._has_bias(name), extents=self._extents.get(name, ())) for name, found in self._found.sites.items()]
+
+    def _has_bias(self, name: str) -> bool:
+        layer = self._layers.get(name)
+        return self._found.sites[name].site.bias if layer is None else layer.bias is not None
+
+    def declined(self) -> Mapping[str, str]:
+        """Other layers that hold weights, each with the reason why it is left alone."""
+        return dict(self._found.declined)
+
+    def weight(self, name: str) -> Tensor:
+        """The dense weight as `[o, i, *kernel]`; raises `InvalidModelError` unless all its numbers are finite."""
+        return self._site(name).weight()
+
+    def bias(self, name: str) -> Tensor | None:
+        """The present bias of a site, as `[o]`."""
+        layer = self._layers.get(name)
+        return self._site(name).bias() if layer is None else layer.bias
+
+    def layer(self, name: str) -> Layer | None:
+        """What replaced the site's dense layer; None while it is dense."""
+        self._site(name)
+        return self._layers.get(name)
+
+    def replace(self, name: str, layer: Layer) -> None:
+        """Put a factored layer at every use of the site; raises `PlanError` for an unknown site or a shape that does not fit."""
+        found = self._site(name)
+        if layer.site.geometry() != found.site.geometry():
+            raise PlanError(f"the layer is for {layer.site.geometry()}, but site {name!r} is {found.site.geometry()}; factorize the weight of this site")
+        expected = FORMATS.get(layer.format).shapes(layer.site, layer.rank)
+        given = {label: tuple(factor.shape) for label, factor in layer.factors.items()}
+        if given != expected:
+            raise PlanError(f"the {layer.format} factors of {name!r} have shapes {given}, but rank {layer.rank} wants {expected}")
+        outputs = FORMATS.get(layer.format).outputs(layer.site, layer.rank)
+        if layer.bias is not None and tuple(layer.bias.shape) != (outputs,):
+            raise PlanError(f"a bias of shape {tuple(layer.bias.shape)} does not fit site {name!r}; it takes [{outputs}]")
+        self._layers[name] = layer.to(found.dtype)
+        self._changed()
+
+    def set_bias(self, name: str, bias: Tensor) -> None:
+        """Give a dense site that bias; raises `PlanError` for a replaced site or a wrong shape."""
+        found = self._site(name)
+        if name in self._layers:
+            raise PlanError(f"site {name!r} is factored; replace it with a layer that has the bias")
+        if tuple(bias.shape) != (found.site.o,):
+            raise PlanError(f"a bias of shape {tuple(bias.shape)} does not fit site {name!r}; it takes [{found.site.o}]")
+        write_bias(self._dense, name, found, bias.detach().cpu())
+        self._changed(dense=True)
+
+    def record(self, batch: Batch) -> Tape:
+        """Run the model on a batch and record it; raises `InvalidModelError` for a batch that does not fit."""
+        inputs = bind(self._dense.graph, batch)
+        runner = self._runner
+        names = {id(weight): name for name, weight in runner.weights.items()}
+        return record(lambda: runner(inputs), list(inputs.values()), names)
+
+    def observe(self, batch: Batch) -> None:
+        """Fill in the sites' extents from one run."""
+        seen: dict[str, list[Extent]] = {}
+
+        def watch(name: str, x: Tensor, y: Tensor) -> None:
+            extent = _extent(self._found.sites[name].site, x, y, batch.size)
+            seen.setdefault(name, []).append(extent)
+
+        inputs = bind(self._dense.graph, batch)
+        with torch.no_grad():
+            self._runner(inputs, watch)
+        self._extents = {name: tuple(extents) for name, extents in seen.items()}
+
+    def run(self, batch: Batch) -> dict[str, Tensor]:
+        """Outputs by name, computed by ONNX Runtime on the CPU."""
+        return self._session(bind(self._dense.graph, batch))
+
+    def fold_batchnorm(self) -> Sequence[str]:
+        """Fold every batch-norm that alone reads the only use of a dense site; returns the sites changed."""
+        changed: list[str] = []
+        for name in [name for name in self._found.sites if name not in self._layers]:
+            node = foldable(self._dense, self._found.sites[name], self._shapes)
+            if node is not None:
+                fold(self._dense, name, self._found.sites[name], node)
+                changed.append(name)
+                self._changed(dense=True)
+        return changed
+
+    def params(self) -> int:
+        """Stored numbers in all parameters, shared ones once; constants without axes and running statistics not counted."""
+        return sum(tensor.size for tensor in parameters(self._built))
+
+    def bytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(tensor.nbytes for tensor in parameters(self._built))
+
+    def clone(self) -> Self:
+        """An independent copy; weights and factors, which are never written to, are shared."""
+        return type(self)(self._dense.clone(), self._source, self._external, self._shapes, self._layers, self._extents)
+
+    def check(self) -> None:
+        """Raise `InvalidModelError` if the rewritten model is inconsistent."""
+        check_structure(self._built, "the pass that changed it last is at fault; please report it")
+
+    def unwrap(self) -> ir.Model | onnx.ModelProto | object:
+        """The rewritten model as the type that came in; an `onnx_ir.Model` for a path."""
+        convert: dict[Source, Callable[[], object]] = {
+            "path": self._built.clone,
+            "ir": self._built.clone,
+            "proto": lambda: ir.to_proto(self._built),
+            "graphsurgeon": lambda: importlib.import_module("onnx_graphsurgeon").import_onnx(ir.to_proto(self._built)),
+        }
+        return convert[self._source]()
+
+    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
+        """Write an .onnx file, atomically, with `metadata` among its properties; raises `UsageError` for another suffix.
+
+        Large weights go to a data file beside it where the source had one or they exceed 1.5 GiB.
+        """
+        if path.suffix != ".onnx":
+            raise UsageError(f"cannot save an ONNX model as {path.name!r}; name an .onnx file")
+        model = self._built.clone()
+        model.metadata_props.update(metadata)
+        obsolete = write(model, path, self._external or stored_bytes(model) > EXTERNAL_ABOVE)
+        if self._source == "path":
+            # An onnx_ir.Model that came in may still read by path from the file it was loaded from.
+            remove_obsolete(obsolete)
+
+
+def is_onnx(source: object) -> bool:
+    """Whether that is an ONNX model in memory, of any library."""
+    return isinstance(source, onnx.ModelProto | ir.Model) or _is_graphsurgeon(source)
+
+
+def _is_graphsurgeon(source: object) -> bool:
+    return type(source).__module__.partition(".")[0] == "onnx_graphsurgeon"
+
+
+def _extent(site: Site, x: Tensor, y: Tensor, batch_size: int) -> Extent:
+    if site.kind == "conv":
+        return tuple(x.shape[2:]), tuple(y.shape[2:])
+    positions = max(1, x.numel() // (x.shape[-1] * batch_size))
+    return (positions,), (positions,)

@@ -1,0 +1,59 @@
+"""The form in which a model is kept: sorted, constants that are not also inputs, weights not rearranged at run time."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import onnx_ir as ir
+
+from tdpass.models.onnx_checks import invalid_if_failing
+from tdpass.models.onnx_matchers import MATCHERS
+from tdpass.models.onnx_rewrite import prune_initializers
+from tdpass.models.onnx_tensors import FLOAT_TYPES, constant, from_torch, sizes, to_torch
+
+_INPUTS_HOLD_INITIALIZERS_BELOW = 4
+_REARRANGING = frozenset({"Identity", "Transpose"})
+
+
+def normalized(model: ir.Model) -> ir.Model:
+    """An equivalent copy of the model in that form; the weights are shared.  Raises `InvalidModelError` for a cyclic graph."""
+    with invalid_if_failing("the model's graph cannot be sorted", "it has a cycle or a missing value; export it again"):
+        copy = model.clone()
+        copy.graph.sort()
+    if (copy.ir_version or 0) < _INPUTS_HOLD_INITIALIZERS_BELOW:
+        initializers = set(copy.graph.initializers.values())
+        for value in [value for value in copy.graph.inputs if value in initializers]:
+            copy.graph.inputs.remove(value)
+    for node in list(copy.graph):
+        if not node.domain and node.op_type in _REARRANGING:
+            _fold(copy.graph, node)
+    prune_initializers(copy)
+    return copy
+
+
+def _fold(graph: ir.Graph, node: ir.Node) -> None:
+    """Store a weight the way it is read, where the rearranging node is all that reads it and feeds only layers."""
+    source, output = node.inputs[0], node.outputs[0]
+    tensor = constant(source)
+    readers = [usage.node for usage in output.uses()]
+    sole = source is not None and len(source.uses()) == 1 and not source.is_graph_output() and not output.is_graph_output()
+    feeds_layers = bool(readers) and all(not reader.domain and reader.op_type in MATCHERS and reader.graph is graph for reader in readers)
+    if source is None or tensor is None or not source.is_initializer() or source.graph is not graph or not feeds_layers or tensor.dtype not in FLOAT_TYPES:
+        return
+    if node.op_type == "Identity":
+        output.replace_all_uses_with(source)
+        graph.remove(node, safe=True)
+    elif sole:
+        axes = tuple(node.attributes.get_ints("perm", tuple(range(len(tensor.shape)))[::-1]))
+        shape = ir.Shape([sizes(tensor)[axis] for axis in axes])
+        value = ir.Value(name=source.name, shape=shape, type=ir.TensorType(tensor.dtype))
+        value.const_value = ir.LazyTensor(partial(_permuted, tensor, axes), tensor.dtype, shape, name=source.name)
+        value.metadata_props.update(source.metadata_props)
+        output.replace_all_uses_with(value)
+        graph.remove(node, safe=True)
+        del graph.initializers[source.name or ""]
+        graph.register_initializer(value)
+
+
+def _permuted(tensor: ir.TensorProtocol, axes: tuple[int, ...]) -> ir.TensorProtocol:
+    return from_torch(to_torch(tensor).permute(axes))

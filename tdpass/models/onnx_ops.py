@@ -1,0 +1,158 @@
+"""The verbs of `Ops` as ONNX nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from tdpass.formats.base import unit
+from tdpass.models.onnx_names import FreshNames
+from tdpass.models.onnx_shapes import Dims, Shapes
+from tdpass.models.onnx_tensors import from_torch
+from tdpass.ops import Pads
+
+_GEMM_WITHOUT_C = 11
+_SLICE_WITH_INPUTS = 10
+_SHAPE_WITH_BOUNDS = 15
+
+
+class OnnxOps:
+    """Records nodes for one site; implements `Ops[ir.Value]`.
+
+    Factors are constants that become initializers when a node first reads them, in the layout that node wants: a factor
+    that is only ever a MatMul's right operand is stored transposed, and one that is only reshaped is stored reshaped,
+    so that no constant is rearranged at run time.  Recording a second use of the site reads the same initializers.
+    """
+
+    def __init__(self, site: str, opset: int, names: FreshNames, shapes: Shapes) -> None:
+        self._site = site
+        self._opset = opset
+        self._names = names
+        self._shapes = shapes
+        self._nodes: list[ir.Node] = []
+        self._contents: dict[ir.Value, Tensor] = {}
+        self._labels: dict[ir.Value, str] = {}
+        self._rearranged: dict[tuple[object, ...], ir.Value] = {}
+        self._read: dict[ir.Value, None] = {}
+        self._dims: dict[ir.Value, Dims | None] = {}
+
+    def constant(self, label: str, tensor: Tensor) -> ir.Value:
+        """A constant to be named `<site>.<label>` if a node reads it."""
+        held = from_torch(tensor)
+        value = ir.Value(shape=ir.Shape(list(tensor.shape)), type=ir.TensorType(held.dtype), const_value=held)
+        self._contents[value] = tensor
+        self._labels[value] = label
+        self._dims[value] = tuple(tensor.shape)
+        return value
+
+    def take_nodes(self) -> list[ir.Node]:
+        """The nodes recorded since the last call."""
+        nodes, self._nodes = self._nodes, []
+        return nodes
+
+    def computed(self, y: ir.Value) -> ir.Value:
+        """The value as the output of a node, which a constant is not."""
+        return self._emit("Identity", [y], self._dims_of(y)) if y in self._contents else y
+
+    def constants_read(self) -> list[tuple[ir.Value, str]]:
+        """Every constant that some node still reads, with the name it would like."""
+        return [(value, f"{self._site}.{self._labels[value]}") for value in self._read if value.uses()]
+
+    def scale(self, x: ir.Value, factor: float, dtype: torch.dtype) -> ir.Value:
+        """`factor * x`."""
+        if factor == 1.0:
+            return x
+        return self._emit("Mul", [x, self._cached(("scale", factor), "scale", torch.tensor(factor, dtype=dtype))], self._dims_of(x))
+
+    def linear(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
+        known, outputs = self._dims_of(x), self._dims_of(weight)
+        y_dims = None if known is None or outputs is None else (*known[:-1], outputs[0])
+        if known is not None and len(known) == 2 and (bias is not None or self._opset >= _GEMM_WITHOUT_C):
+            return self._emit("Gemm", [x, weight] if bias is None else [x, weight, bias], y_dims, transB=1)
+        y = self._emit("MatMul", [x, self.permute(weight, (1, 0))], y_dims)
+        return y if bias is None else self.add(y, bias)
+
+    def conv(
+        self, x: ir.Value, weight: ir.Value, bias: ir.Value | None, stride: Sequence[int], padding: Pads, dilation: Sequence[int], groups: int = 1
+    ) -> ir.Value:
+        known = self._dims_of(weight) or ()
+        kernel = [size for size in known[2:] if size is not None]
+        before, after = [pair[0] for pair in padding], [pair[1] for pair in padding]
+        return self._emit(
+            "Conv", [x, weight] if bias is None else [x, weight, bias], (None,) * (2 + len(kernel)),
+            kernel_shape=kernel, strides=list(stride), pads=before + after, dilations=list(dilation), group=groups,
+        )  # fmt: skip
+
+    def reshape(self, x: ir.Value, shape: Sequence[int]) -> ir.Value:
+        if x in self._contents:
+            return self._cached(("reshape", x, tuple(shape)), self._labels[x], self._contents[x].reshape(tuple(shape)))
+        return self._emit("Reshape", [x, self._ints("shape", shape)], tuple(None if size == -1 else size for size in shape))
+
+    def permute(self, x: ir.Value, axes: Sequence[int]) -> ir.Value:
+        if list(axes) == sorted(axes):
+            return x
+        if x in self._contents:
+            return self._cached(("permute", x, tuple(axes)), self._labels[x], self._contents[x].permute(tuple(axes)))
+        known = self._dims_of(x)
+        return self._emit("Transpose", [x], None if known is None else tuple(known[axis] for axis in axes), perm=list(axes))
+
+    def matmul(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        left, right = self._dims_of(a), self._dims_of(b)
+        known: Dims | None = None
+        if left is not None and right is not None and len(left) >= 2 and len(right) >= 2:
+            known = (*(None,) * (max(len(left), len(right)) - 2), left[-2], right[-1])
+        return self._emit("MatMul", [a, b], known)
+
+    def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        left, right = self._dims_of(a), self._dims_of(b)
+        longer = max(left, right, key=len) if left is not None and right is not None else None
+        return self._emit("Add", [a, b], left if longer is not None and longer == left else None if longer is None else (None,) * len(longer))
+
+    def flatten_positions(self, x: ir.Value, last: int) -> ir.Value:
+        known = self._dims_of(x)
+        return x if known is not None and len(known) == 2 else self.reshape(x, (-1, last))
+
+    def restore_positions(self, y: ir.Value, like: ir.Value, last: int) -> ir.Value:
+        known = self._dims_of(like)
+        if known is not None and len(known) == 2:
+            return y
+        if known is not None and sum(size is None for size in known[:-1]) <= 1:
+            return self.reshape(y, (*(-1 if size is None else size for size in known[:-1]), last))
+        shape = self._emit("Concat", [self._leading_sizes(like), self._ints("size", (last,))], None, axis=0)
+        return self._emit("Reshape", [y, shape], None if known is None else (*known[:-1], last))
+
+    def fill(self, like: ir.Value, bias: ir.Value, windows: Sequence[tuple[int, int]]) -> ir.Value:
+        leading = 1 if windows else len(self._dims_of(like) or (None,)) - 1
+        return self.reshape(bias, (*unit(leading), -1, *unit(len(windows))))
+
+    def _leading_sizes(self, like: ir.Value) -> ir.Value:
+        if self._opset >= _SHAPE_WITH_BOUNDS:
+            return self._emit("Shape", [like], None, start=0, end=-1)
+        shape = self._emit("Shape", [like], None)
+        if self._opset >= _SLICE_WITH_INPUTS:
+            return self._emit("Slice", [shape, self._ints("start", (0,)), self._ints("end", (-1,)), self._ints("start", (0,))], None)
+        return self._emit("Slice", [shape], None, axes=[0], starts=[0], ends=[-1])
+
+    def _dims_of(self, value: ir.Value) -> Dims | None:
+        return self._dims[value] if value in self._dims else self._shapes.of(value)
+
+    def _ints(self, label: str, numbers: Sequence[int]) -> ir.Value:
+        return self._cached(("ints", *numbers), label, torch.tensor(list(numbers), dtype=torch.int64))
+
+    def _cached(self, key: tuple[object, ...], label: str, tensor: Tensor) -> ir.Value:
+        if key not in self._rearranged:
+            self._rearranged[key] = self.constant(label, tensor)
+        return self._rearranged[key]
+
+    def _emit(self, operator: str, inputs: list[ir.Value], known: Dims | None, **attributes: int | list[int]) -> ir.Value:
+        self._read.update((value, None) for value in inputs if value in self._contents)
+        wanted = f"{self._site}/{operator.lower()}"
+        node = ir.node(operator, inputs, attributes=attributes, name=self._names.node(wanted))
+        output = node.outputs[0]
+        output.name = self._names.value(wanted)
+        self._dims[output] = known
+        self._nodes.append(node)
+        return output

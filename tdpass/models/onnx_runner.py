@@ -1,0 +1,208 @@
+"""Running an ONNX graph node by node with torch functions, so that it can be recorded, observed and differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import InlinePass
+from torch import Tensor
+
+import tdpass.models.onnx_layers
+import tdpass.models.onnx_layout
+import tdpass.models.onnx_math  # noqa: F401 - these three fill the table of functions
+from tdpass.errors import InvalidModelError, TdpassError
+from tdpass.formats.base import Layer, apply_dense
+from tdpass.models.onnx_functions import FUNCTIONS, NotServedError, Operator, TorchFunction
+from tdpass.models.onnx_matchers import operator_name
+from tdpass.models.onnx_rewrite import opset_of
+from tdpass.models.onnx_session import NodeSession, captured_values
+from tdpass.models.onnx_sites import FoundSite
+from tdpass.models.onnx_tensors import constant, to_torch
+from tdpass.models.onnx_use import Use
+from tdpass.ops import TorchOps
+
+Watch = Callable[[str, Tensor, Tensor], None]
+_KNOWN_FROM_SHAPES = frozenset({"Shape", "Size"})
+_OPS = TorchOps()
+
+
+@dataclass
+class _NodeStep:
+    """One node: a torch function, or ONNX Runtime where there is none for this form of the operator."""
+
+    operator: Operator
+    function: TorchFunction | None
+    inputs: tuple[ir.Value | None, ...]
+    captured: tuple[ir.Value, ...]
+    outputs: tuple[ir.Value, ...]
+    open_session: Callable[[], NodeSession]
+    fixed: bool
+    session: NodeSession | None = None
+
+    @property
+    def reads(self) -> tuple[ir.Value, ...]:
+        return (*(value for value in self.inputs if value is not None), *self.captured)
+
+    def run(self, values: dict[ir.Value, Tensor]) -> None:
+        inputs = [None if value is None else values[value] for value in self.inputs]
+        outputs = self._compute(inputs, values)
+        tensors = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+        values.update(zip(self.outputs, tensors, strict=False))
+
+    def _compute(self, inputs: Sequence[Tensor | None], values: Mapping[ir.Value, Tensor]) -> Tensor | Sequence[Tensor]:
+        if self.function is not None:
+            try:
+                return self.function(self.operator, *inputs)
+            except NotServedError:
+                self.function = None
+        self.session = self.session or self.open_session()
+        return self.session(*inputs, *(values[value] for value in self.captured))
+
+
+@dataclass
+class _SiteStep:
+    """One use of a site: its dense layer, or the factored layer in its place."""
+
+    name: str
+    use: Use
+    compute: Callable[[Tensor], Tensor]
+    fixed: bool = False
+
+    @property
+    def reads(self) -> tuple[ir.Value, ...]:
+        return (self.use.input.value,) if self.use.addend is None else (self.use.input.value, self.use.addend.value)
+
+    @property
+    def outputs(self) -> tuple[ir.Value, ...]:
+        return (self.use.output,)
+
+    def run(self, values: dict[ir.Value, Tensor], watch: Watch | None = None) -> None:
+        addend = None
+        if self.use.addend is not None:
+            addend = values[self.use.addend.value]
+            addend = addend if self.use.addend_scale == 1.0 else self.use.addend_scale * addend
+
+        def layer(x: Tensor) -> Tensor:
+            y = self.compute(x)
+            if watch is not None:
+                watch(self.name, x, y)
+            return y
+
+        values[self.use.output] = self.use.apply(_OPS, values[self.use.input.value], layer, addend)
+
+
+@dataclass
+class OnnxRunner:
+    """The dense model with `layers` in place of some sites, as a function from named inputs to named outputs.
+
+    Dense sites call `F.linear` or `F.conv*d` with one tensor per site, held in `weights`.  What depends on constants and
+    on shapes only is computed outside of any recording mode.  Operators without a torch function run in ONNX Runtime,
+    and gradients stop there.
+    """
+
+    model: ir.Model
+    sites: Mapping[str, FoundSite]
+    layers: Mapping[str, Layer] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(init=False, default_factory=dict)
+    constants: dict[ir.Value, Tensor] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        graph = self.model.graph
+        twins: dict[ir.Node, ir.Node] = {node: node for node in graph}
+        if self.model.functions:
+            inlined = self.model.clone()
+            twins = dict(zip(graph, inlined.graph, strict=True))
+            InlinePass()(inlined)
+            self._executed = inlined
+        else:
+            self._executed = self.model
+        self._steps: list[_NodeStep | _SiteStep] = []
+        self._fixed: set[ir.Value] = set()
+        self._compile(self._site_steps(twins))
+        self._last_read = {value: index for index, step in enumerate(self._steps) for value in step.reads}
+
+    def _site_steps(self, twins: Mapping[ir.Node, ir.Node]) -> dict[ir.Node, _SiteStep | None]:
+        steps: dict[ir.Node, _SiteStep | None] = {}
+        for name, found in self.sites.items():
+            compute = self.layers.get(name) or self._dense(name, found)
+            for use in found.uses:
+                here = use.on(twins)
+                steps.update((node, None) for node in here.nodes)
+                steps[here.node] = _SiteStep(name, here, compute)
+        return steps
+
+    def _dense(self, name: str, found: FoundSite) -> Callable[[Tensor], Tensor]:
+        weight, bias = found.weight_view(), found.bias()
+        self.weights[name] = weight
+        return lambda x: apply_dense(_OPS, x, weight, bias, found.site)
+
+    def _compile(self, site_steps: Mapping[ir.Node, _SiteStep | None]) -> None:
+        model = self._executed
+        opset = opset_of(model)
+        for node in model.graph:
+            if node in site_steps:
+                site_step = site_steps[node]
+                if site_step is not None:
+                    self._steps.append(site_step)
+            elif constant(node.outputs[0]) is None:
+                self._steps.append(self._node_step(node, opset, model))
+        for step in self._steps:
+            for value in step.reads:
+                tensor = constant(value)
+                if tensor is None and value.is_initializer():
+                    tensor = value.const_value
+                if tensor is not None and value not in self.constants:
+                    self.constants[value] = to_torch(tensor)
+        for value in model.graph.outputs:
+            tensor = constant(value)
+            if tensor is not None:
+                self.constants[value] = to_torch(tensor)
+
+    def _node_step(self, node: ir.Node, opset: int, model: ir.Model) -> _NodeStep:
+        name = operator_name(node)
+        captured = tuple(captured_values(node))
+        outputs = tuple(node.outputs)
+        read = max((index + 1 for index, output in enumerate(outputs) if output.uses() or output.is_graph_output()), default=1)
+        operator = Operator(node.op_type, opset, node.attributes, len(outputs) if name == "Split" else read)
+        function = FUNCTIONS.get(name) if name in FUNCTIONS else None
+        inputs = (*node.inputs, *captured)
+        fixed = name in _KNOWN_FROM_SHAPES or all(value is None or value in self._fixed or constant(value) is not None for value in inputs)
+        if fixed:
+            self._fixed.update(outputs)
+        return _NodeStep(operator, function, tuple(node.inputs), captured, outputs, partial(NodeSession, node, model, captured), fixed)
+
+    def __call__(self, inputs: Mapping[str, Tensor], watch: Watch | None = None) -> dict[str, Tensor]:
+        """Outputs by name; `watch` is told of every call of a site with the layer's input and output.
+
+        Raises `InvalidModelError` naming the node that fails.
+        """
+        graph = self._executed.graph
+        values = dict(self.constants)
+        values.update((value, inputs[str(value.name)]) for value in graph.inputs if value.name in inputs)
+        kept = set(graph.outputs)
+        for index, step in enumerate(self._steps):
+            self._run(step, values, watch)
+            for value in step.reads:
+                if self._last_read[value] == index and value not in kept:
+                    values.pop(value, None)
+        return {str(value.name): values[value] for value in graph.outputs}
+
+    @staticmethod
+    def _run(step: _NodeStep | _SiteStep, values: dict[ir.Value, Tensor], watch: Watch | None) -> None:
+        try:
+            if isinstance(step, _SiteStep):
+                step.run(values, watch)
+            elif step.fixed:
+                with torch._C.DisableTorchFunction():  # noqa: SLF001 - the documented way to hide calls from a mode
+                    step.run(values)
+            else:
+                step.run(values)
+        except TdpassError:
+            raise
+        except Exception as error:
+            made = step.outputs[0].name
+            raise InvalidModelError(f"the node that computes {made!r} fails: {error}; check the sizes of the inputs") from error

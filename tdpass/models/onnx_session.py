@@ -1,0 +1,137 @@
+"""ONNX Runtime: whole models, and single nodes that have no torch function."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import torch
+from onnx_ir import tensor_adapters
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from tdpass.errors import InvalidModelError, UnsupportedError
+from tdpass.models.onnx_checks import brief
+from tdpass.models.onnx_file import write
+from tdpass.models.onnx_functions import Outputs
+from tdpass.models.onnx_storage import stored_bytes
+
+_ERRORS_ONLY = 3
+_THROUGH_A_FILE_ABOVE = 1 << 28
+
+
+def _session(source: str | bytes) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+class Session:
+    """A model in ONNX Runtime on the CPU; raises `InvalidModelError` for one that it refuses."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        try:
+            if stored_bytes(model) > _THROUGH_A_FILE_ABOVE:
+                # ONNX Runtime maps the weights from the file, so it has to outlive the session.
+                self._folder = tempfile.TemporaryDirectory(prefix="tdpass-")
+                path = Path(self._folder.name) / "model.onnx"
+                write(model, path, external=True)
+                self._session = _session(str(path))
+            else:
+                self._session = _session(ir.to_proto(model).SerializeToString())
+        except InvalidModelError:
+            raise
+        except Exception as error:
+            raise InvalidModelError(f"ONNX Runtime refuses the model: {brief(error)}") from error
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name."""
+        try:
+            results = self._session.run(self._outputs, {name: _to_numpy(tensor) for name, tensor in inputs.items()})
+        except Exception as error:
+            raise InvalidModelError(f"ONNX Runtime fails on the model: {brief(error)}") from error
+        return {name: torch.from_numpy(result) for name, result in zip(self._outputs, results, strict=True)}
+
+
+def _to_numpy(tensor: Tensor) -> object:
+    if tensor.dtype is torch.bfloat16:
+        raise UnsupportedError("ONNX Runtime takes no bfloat16 inputs from Python; cast the model's inputs to float32")
+    return tensor.detach().cpu().numpy()
+
+
+class NodeSession:
+    """One node, with the subgraphs it may have, run by ONNX Runtime; its outputs carry no gradient.
+
+    Called with the node's inputs, None for absent ones, and then the outer values that its subgraphs read.  A recording
+    torch function mode sees one call.
+    """
+
+    def __init__(self, node: ir.Node, model: ir.Model, captured: Sequence[ir.Value]) -> None:
+        self.__name__ = f"onnx_{node.op_type}"
+        self._node = ir.serde.serialize_node(node)
+        self._captured = [value.name or "" for value in captured]
+        self._opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+        self._ir_version = model.ir_version or 10
+        self._sessions: dict[tuple[torch.dtype, ...], onnxruntime.InferenceSession] = {}
+
+    def __call__(self, *inputs: Tensor | None) -> Outputs:
+        present = tuple(tensor for tensor in inputs if tensor is not None)
+        if has_torch_function(present):
+            return handle_torch_function(self, present, *inputs)
+        names = [*self._node.input, *self._captured]
+        feeds = {name: tensor for name, tensor in zip(names, inputs, strict=True) if tensor is not None}
+        session = self._session_for(feeds)
+        try:
+            results = session.run(None, {name: _to_numpy(tensor) for name, tensor in feeds.items()})
+        except Exception as error:
+            raise InvalidModelError(f"node {self._node.name!r} ({self._node.op_type}) fails in ONNX Runtime: {brief(error)}") from error
+        return tuple(torch.from_numpy(result) for result in results)
+
+    def _session_for(self, feeds: Mapping[str, Tensor]) -> onnxruntime.InferenceSession:
+        key = tuple(tensor.dtype for tensor in feeds.values())
+        if key not in self._sessions:
+            inputs = [onnx.helper.make_tensor_value_info(name, _element_type(tensor), None) for name, tensor in feeds.items()]
+            outputs = [onnx.ValueInfoProto(name=name) for name in self._node.output if name]
+            graph = onnx.helper.make_graph([self._node], "node", inputs, outputs)
+            model = onnx.helper.make_model(graph, opset_imports=self._opsets, ir_version=self._ir_version)
+            try:
+                self._sessions[key] = _session(model.SerializeToString())
+            except Exception as error:
+                raise UnsupportedError(
+                    f"operator {self._node.op_type} (node {self._node.name!r}) is known neither to tdpass nor to ONNX Runtime on the CPU: {brief(error)}"
+                ) from error
+        return self._sessions[key]
+
+
+def _element_type(tensor: Tensor) -> int:
+    return int(tensor_adapters.from_torch_dtype(tensor.dtype))
+
+
+def captured_values(node: ir.Node) -> list[ir.Value]:
+    """The outer values that a node's subgraphs read, each once."""
+    graphs: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            graphs.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            graphs.extend(attribute.as_graphs())
+    inner: set[ir.Value] = set()
+    read: dict[ir.Value, None] = {}
+    for graph in graphs:
+        inner.update((*graph.inputs, *graph.initializers.values()))
+        for nested in ir.traversal.RecursiveGraphIterator(graph):
+            inner.update(nested.outputs)
+            read.update((value, None) for value in nested.inputs if value is not None)
+            for subgraph in (attribute.as_graph() for attribute in nested.attributes.values() if attribute.type == ir.AttributeType.GRAPH):
+                inner.update((*subgraph.inputs, *subgraph.initializers.values()))
+        read.update((value, None) for value in graph.outputs)
+    direct = set(node.inputs)
+    return [value for value in read if value not in inner and value not in direct]
+
+

@@ -1,0 +1,105 @@
+"""Sizes of values before running, and the skeleton of a model on which they can be inferred and checked cheaply."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import onnx
+import onnx_ir as ir
+
+from tdpass.models.onnx_tensors import dims, sizes
+
+Dims = tuple[int | None, ...]
+_SMALL = 1024
+
+
+def skeleton(model: ir.Model) -> onnx.ModelProto:
+    """The model without the contents of its large initializers, which become inputs.
+
+    Checking and inferring shapes need the structure and the small integer constants only; this way neither serializes
+    the weights, of which there may be more than the 2 GiB that a protobuf can hold.
+    """
+    copy = model.clone()
+    graph = copy.graph
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes <= _SMALL:
+            continue
+        if not value.is_graph_input():
+            value.shape = ir.Shape(sizes(tensor))
+            value.type = value.type or ir.TensorType(tensor.dtype)
+            graph.inputs.append(value)
+        del graph.initializers[name]
+    return ir.to_proto(copy)
+
+
+def fill_output_shapes(proto: onnx.ModelProto) -> None:
+    """Give each graph output that declares no shape the one that follows from the graph: the checker insists on a shape, runtimes do not."""
+    missing = [output for output in proto.graph.output if output.type.HasField("tensor_type") and not output.type.tensor_type.HasField("shape")]
+    if not missing:
+        return
+    given = {value.name: value.type.tensor_type.shape for value in proto.graph.input}
+    given.update((tensor.name, onnx.helper.make_tensor_type_proto(tensor.data_type, tensor.dims).tensor_type.shape) for tensor in proto.graph.initializer)
+    for output in missing:
+        if output.name in given:
+            output.type.tensor_type.shape.CopyFrom(given[output.name])
+    inferred = {output.name: output for output in onnx.shape_inference.infer_shapes(proto, data_prop=True).graph.output}
+    for output in missing:
+        output.type.tensor_type.shape.CopyFrom(inferred[output.name].type.tensor_type.shape)
+        output.type.tensor_type.shape.SetInParent()
+
+
+class Shapes:
+    """Sizes of the values of the main graph, by name, as far as they follow from the inputs' declared sizes."""
+
+    def __init__(self, known: Mapping[str, Dims]) -> None:
+        self._known = dict(known)
+
+    @classmethod
+    def infer(cls, model: ir.Model) -> Shapes:
+        """Infer the sizes; where inference fails, what the model declares remains."""
+        try:
+            inferred = onnx.shape_inference.infer_shapes(skeleton(model), data_prop=True).graph
+        except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, ValueError, RuntimeError):
+            return cls({})
+        known: dict[str, Dims] = {}
+        for info in (*inferred.input, *inferred.output, *inferred.value_info):
+            tensor = info.type.tensor_type
+            if tensor.HasField("shape"):
+                known[info.name] = tuple(size.dim_value if size.HasField("dim_value") else None for size in tensor.shape.dim)
+        return cls(known)
+
+    def of(self, value: ir.Value) -> Dims | None:
+        """Sizes, None for each that is unknown; None where even the rank is."""
+        known = self._known.get(value.name or "")
+        return known if known is not None else dims(value)
+
+    def rank(self, value: ir.Value) -> int | None:
+        """Number of axes."""
+        known = self.of(value)
+        return None if known is None else len(known)
+
+
+def explicit_pads(
+    mode: str, pads: Sequence[int], size: Sequence[int | None], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[tuple[int, int], ...] | None:
+    """(before, after) per spatial axis for any `auto_pad` mode; None where it needs an input size that is unknown."""
+    axes = len(kernel)
+    if mode == "VALID":
+        return ((0, 0),) * axes
+    if mode in ("", "NOTSET"):
+        flat = list(pads) or [0] * (2 * axes)
+        return tuple(zip(flat[:axes], flat[axes:], strict=True))
+    resolved: list[tuple[int, int]] = []
+    for n, k, s, d in zip(size, kernel, stride, dilation, strict=True):
+        reach = (k - 1) * d + 1
+        if s == 1:
+            total = reach - 1
+        elif n is None:
+            return None
+        else:
+            total = max(0, (math.ceil(n / s) - 1) * s + reach - n)
+        small, large = total // 2, total - total // 2
+        resolved.append((small, large) if mode == "SAME_UPPER" else (large, small))
+    return tuple(resolved)

@@ -1,0 +1,132 @@
+"""Finding the sites of an ONNX graph, and the layers that hold weights but are left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from tdpass.errors import InvalidModelError
+from tdpass.models.onnx_matchers import DeclinedNode, matcher_for
+from tdpass.models.onnx_names import site_names
+from tdpass.models.onnx_shapes import Shapes
+from tdpass.models.onnx_tensors import copy_to_torch, held, to_torch, torch_dtype
+from tdpass.models.onnx_use import Use
+from tdpass.site import Site
+
+
+@dataclass(frozen=True)
+class FoundSite:
+    """A site and the nodes that use its weight, in the order of the graph."""
+
+    site: Site
+    uses: tuple[Use, ...]
+
+    @property
+    def stored(self) -> ir.TensorProtocol:
+        """The weight as the model stores it."""
+        return held(self.uses[0].weight.value)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weight's floating-point type."""
+        return torch_dtype(self.stored.dtype)
+
+    def weight(self) -> Tensor:
+        """The weight as `[o, i, *kernel]` in memory of its own; raises `InvalidModelError` unless every number is finite."""
+        try:
+            weight = self.uses[0].canonical(copy_to_torch(self.stored)).contiguous()
+        except (ValueError, OSError) as error:
+            raise InvalidModelError(f"the weight of {self.site.name!r} cannot be read: {error}; restore the model's data file") from error
+        return self._finite(weight)
+
+    def weight_view(self) -> Tensor:
+        """The weight as `[o, i, *kernel]`, sharing memory with the model where possible; it must not be written to."""
+        return self.uses[0].canonical(to_torch(self.stored))
+
+    def bias(self) -> Tensor | None:
+        """The bias as `[o]`."""
+        bias = self.uses[0].bias_tensor()
+        return None if bias is None else self._finite(bias)
+
+    def _finite(self, tensor: Tensor) -> Tensor:
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise InvalidModelError(f"{bad} of {tensor.numel()} numbers of {self.site.name!r} are NaN or infinite; repair or retrain the model")
+        return tensor
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All sites by name, in the order of first use, and the reasons for what is not one."""
+
+    sites: Mapping[str, FoundSite]
+    declined: Mapping[str, str]
+
+
+def find_sites(model: ir.Model, shapes: Shapes) -> Findings:
+    """Group the uses of every weight in the main graph; decline the weights that cannot be replaced as a whole."""
+    uses: dict[ir.Value, list[Use]] = {}
+    refused: dict[ir.Value, tuple[ir.Node, str]] = {}
+    for node, place in _nodes(model):
+        matcher = matcher_for(node)
+        try:
+            use = None if matcher is None else matcher.match(node, shapes)
+        except DeclinedNode as declined:
+            refused.setdefault(declined.weight, (node, declined.reason))
+            continue
+        if use is not None and place:
+            refused.setdefault(use.weight.value, (node, f"the layer is inside {place}"))
+        elif use is not None:
+            uses.setdefault(use.weight.value, []).append(use)
+    grouped: dict[ir.Value, tuple[Use, ...]] = {}
+    for value, group in uses.items():
+        if value in refused:
+            continue
+        reason, shared = _as_one(value, group)
+        if reason is None:
+            grouped[value] = shared
+        else:
+            refused[value] = (group[0].node, reason)
+    names = site_names([(value, group[0].node) for value, group in grouped.items()])
+    left = site_names([(value, node) for value, (node, _) in refused.items()], frozenset(names))
+    sites = {name: FoundSite(_site(name, group), group) for name, group in zip(names, grouped.values(), strict=True)}
+    return Findings(sites, {name: reason for name, (_, reason) in zip(left, refused.values(), strict=True)})
+
+
+def _nodes(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
+    """Every node, with a description of the place where it is outside the main graph."""
+    for node in model.graph:
+        yield node, ""
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.graph is not model.graph:
+            yield node, "a branch or loop body"
+    for function in model.functions.values():
+        for node in function.all_nodes():
+            yield node, f"the model-local function {function.name}"
+
+
+def _as_one(value: ir.Value, uses: list[Use]) -> tuple[str | None, tuple[Use, ...]]:
+    """Why the uses cannot be replaced together, or None and the uses to replace."""
+    if value.is_graph_output():
+        return "the weight is also a graph output", ()
+    known = {(use.node, use.weight.index) for use in uses}
+    other = next((usage.node for usage in value.uses() if (usage.node, usage.idx) not in known), None)
+    if other is not None:
+        return f"the weight is also read by a {other.op_type} node", ()
+    if len({use.layer_geometry for use in uses}) > 1:
+        return "the weight is shared by layers of different geometry or orientation", ()
+    if len({use.bias_identity for use in uses}) > 1:
+        if any(use.bias is not None and use.absorbed is None for use in uses):
+            return "the weight is shared by layers with different biases", ()
+        uses = [use.without_bias() for use in uses]
+    return None, tuple(uses)
+
+
+def _site(name: str, uses: tuple[Use, ...]) -> Site:
+    use = uses[0]
+    itemsize = torch_dtype(held(use.weight.value).dtype).itemsize
+    return Site(name, use.kind, use.canonical_shape(), use.stride, use.padding, use.dilation, use.bias is not None, itemsize)

@@ -1,0 +1,65 @@
+"""Weights that stay in the data file beside a model and are mapped into memory only while they are read."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import weakref
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from tdpass.models.onnx_tensors import sizes
+
+
+class DataFile:
+    """An open data file: what is read is what was there when it was opened, even after another file takes its name."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def tensor(self, stored: ir.ExternalTensor) -> ir.LazyTensor:
+        """The tensor, mapped afresh on each reading and unmapped when the reader lets go of it."""
+        shape = ir.Shape(sizes(stored))
+        load = partial(self._map, stored.dtype, shape, stored.offset or 0, stored.nbytes)
+        return ir.LazyTensor(load, stored.dtype, shape, name=stored.name, doc_string=stored.doc_string, metadata_props=dict(stored.metadata_props))
+
+    def _map(self, dtype: ir.DataType, shape: ir.Shape, offset: int, length: int) -> ir.TensorProtocol:
+        if length == 0:
+            return ir.Tensor(np.empty(shape.numpy(), dtype.numpy()), dtype)
+        start = offset - offset % mmap.ALLOCATIONGRANULARITY
+        mapped = mmap.mmap(self._descriptor, offset - start + length, access=mmap.ACCESS_READ, offset=start)
+        if dtype.bitwidth < 8:
+            packed = np.frombuffer(mapped, np.uint8, length, offset - start)
+            return ir.PackedTensor(packed, dtype, shape=shape)
+        numbers = np.frombuffer(mapped, dtype.numpy(), length // dtype.numpy().itemsize, offset - start)
+        return ir.Tensor(numbers.reshape(shape.numpy()), dtype)
+
+
+def open_data_files(model: ir.Model) -> bool:
+    """Let every external tensor read through an open file instead of by path; returns whether there was one."""
+    files: dict[Path, DataFile] = {}
+
+    def opened(tensor: ir.ExternalTensor) -> ir.LazyTensor:
+        path = Path(tensor.path).absolute()
+        if path not in files:
+            files[path] = DataFile(path)
+        return files[path].tensor(tensor)
+
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = opened(value.const_value)
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        for attribute in list(node.attributes.values()):
+            if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                node.attributes[attribute.name] = ir.AttrTensor(attribute.name, opened(attribute.value))
+    return bool(files)
+
+
+def stored_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers."""
+    return sum(value.const_value.nbytes for graph in model.graphs() for value in graph.initializers.values() if value.const_value is not None)

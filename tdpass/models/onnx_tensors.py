@@ -1,0 +1,106 @@
+"""Tensors and constants as onnx_ir and as torch see them."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir import tensor_adapters
+from torch import Tensor
+
+from tdpass.errors import InvalidModelError, UnsupportedError
+
+FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
+_QUANTIZED_TYPES = frozenset(
+    {ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT2, ir.DataType.UINT2}
+    | {ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E4M3FNUZ, ir.DataType.FLOAT8E5M2, ir.DataType.FLOAT8E5M2FNUZ, ir.DataType.FLOAT4E2M1}
+)
+PARAMETER_TYPES = FLOAT_TYPES | _QUANTIZED_TYPES
+
+
+def torch_dtype(dtype: ir.DataType) -> torch.dtype:
+    """The torch type of an ONNX type; four-bit and two-bit integers are held as eight-bit ones.
+
+    Raises `UnsupportedError` for strings and other types that torch has no counterpart of.
+    """
+    if dtype in (ir.DataType.INT4, ir.DataType.INT2):
+        return torch.int8
+    if dtype in (ir.DataType.UINT4, ir.DataType.UINT2):
+        return torch.uint8
+    try:
+        return tensor_adapters.to_torch_dtype(dtype)
+    except (TypeError, ValueError):
+        raise UnsupportedError(f"ONNX tensors of type {dtype.name} have no torch counterpart; cast them in the model first") from None
+
+
+def to_torch(tensor: ir.TensorProtocol) -> Tensor:
+    """The tensor in torch, sharing memory with the model (or its mapped file) where possible; it must not be written to."""
+    raw = getattr(tensor, "raw", None)
+    if isinstance(raw, Tensor):
+        return raw.detach()
+    dtype = torch_dtype(tensor.dtype)
+    array = tensor.numpy()
+    if tensor.dtype in (ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT2, ir.DataType.UINT2):
+        return torch.from_numpy(array.astype(np.int8 if dtype is torch.int8 else np.uint8))
+    if dtype is torch.bfloat16 or tensor.dtype.name.startswith("FLOAT8"):
+        array = array.view(np.uint16 if array.itemsize == 2 else np.uint8)
+    with warnings.catch_warnings():
+        # Mapped and protobuf memory is read-only; nothing here writes to it.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        shared = torch.from_numpy(array)
+    return shared if shared.dtype is dtype else shared.view(dtype)
+
+
+def copy_to_torch(tensor: ir.TensorProtocol) -> Tensor:
+    """The tensor in torch, in memory of its own."""
+    return to_torch(tensor).clone(memory_format=torch.contiguous_format)
+
+
+def from_torch(tensor: Tensor) -> ir.TensorProtocol:
+    """The tensor for a graph, sharing memory; strided views are made contiguous only while they are written out."""
+    return tensor_adapters.TorchTensor(tensor.detach())
+
+
+def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """What the value always is: an initializer that no caller can override, or the output of a Constant node; else None."""
+    if value is None:
+        return None
+    if value.is_initializer():
+        return None if value.is_graph_input() else value.const_value
+    producer = value.producer()
+    if producer is None or producer.domain or producer.op_type != "Constant":
+        return None
+    return _content(producer)
+
+
+def _content(node: ir.Node) -> ir.TensorProtocol | None:
+    """The tensor of a Constant node; None for strings and sparse tensors."""
+    for name, attribute in node.attributes.items():
+        if name == "value":
+            return attribute.as_tensor()
+        if name in {"value_float", "value_floats"}:
+            return ir.tensor(attribute.value, ir.DataType.FLOAT)
+        if name in {"value_int", "value_ints"}:
+            return ir.tensor(attribute.value, ir.DataType.INT64)
+    return None
+
+
+def held(value: ir.Value | None) -> ir.TensorProtocol:
+    """The constant that a value was found to be; raises `InvalidModelError` if it is one no longer."""
+    tensor = constant(value)
+    if tensor is None:
+        raise InvalidModelError(f"{'an absent input' if value is None else repr(value.name)} is not a constant; keep the graph that was opened unchanged")
+    return tensor
+
+
+def dims(value: ir.Value | ir.TensorProtocol) -> tuple[int | None, ...] | None:
+    """Sizes as declared, None for each that is symbolic; None where even the rank is unknown."""
+    shape = value.shape
+    return None if shape is None else tuple(size if isinstance(size, int) else None for size in shape.dims)
+
+
+def sizes(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    """Sizes of a tensor that is there."""
+    return tuple(int(size) for size in tensor.shape.numpy())

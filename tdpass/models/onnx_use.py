@@ -1,0 +1,137 @@
+"""One use of a weight by a node, and what surrounds the plain layer there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+from torch import Tensor
+
+from tdpass.errors import InvalidModelError
+from tdpass.models.onnx_tensors import constant, copy_to_torch, held, sizes
+from tdpass.ops import Ops, V
+from tdpass.site import Kind
+
+Pads = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """An input of a node."""
+
+    node: ir.Node
+    index: int
+
+    @property
+    def value(self) -> ir.Value:
+        """The value there; slots are made only for inputs that are present."""
+        value = self.node.inputs[self.index]
+        if value is None:
+            raise InvalidModelError(f"input {self.index} of node {self.node.name!r} is absent; keep the graph that was opened unchanged")
+        return value
+
+    def on(self, twins: Mapping[ir.Node, ir.Node]) -> Slot:
+        """The same slot in a copy of the graph."""
+        return Slot(twins[self.node], self.index)
+
+
+@dataclass(frozen=True)
+class Use:
+    """One node that applies a constant weight.
+
+    The node computes `y = unswap(layer(swap(x))) + addend`, where `layer` is the plain linear or convolution layer with
+    weight `scale * (stored or its transpose)` and bias `bias_scale * bias`; `swap_in` and `swap_out` are permutations or
+    None.  `absorbed` is the Add node that holds the bias of a MatMul; it goes when the layer is replaced.
+    """
+
+    input: Slot
+    weight: Slot
+    kind: Kind
+    transposed: bool = False
+    scale: float = 1.0
+    stride: tuple[int, ...] = ()
+    padding: Pads = ()
+    dilation: tuple[int, ...] = ()
+    swap_in: tuple[int, ...] | None = None
+    swap_out: tuple[int, ...] | None = None
+    bias: Slot | None = None
+    bias_scale: float = 1.0
+    addend: Slot | None = None
+    addend_scale: float = 1.0
+    absorbed: ir.Node | None = None
+
+    @property
+    def node(self) -> ir.Node:
+        """The node that holds the weight."""
+        return self.weight.node
+
+    @property
+    def nodes(self) -> tuple[ir.Node, ...]:
+        """The nodes that a replacement takes the place of."""
+        return (self.node,) if self.absorbed is None else (self.node, self.absorbed)
+
+    @property
+    def output(self) -> ir.Value:
+        """The layer's output, bias included."""
+        return self.nodes[-1].outputs[0]
+
+    @property
+    def layer_geometry(self) -> tuple[object, ...]:
+        """What must be equal between uses for one set of factors to serve them all."""
+        return self.kind, self.transposed, self.scale, self.stride, self.padding, self.dilation
+
+    @property
+    def bias_identity(self) -> tuple[object, ...]:
+        """Equal for uses that share their bias."""
+        return (None,) if self.bias is None else (id(self.bias.value), self.bias_scale)
+
+    @property
+    def output_axis(self) -> int:
+        """The axis of the stored weight that runs over output channels."""
+        return 1 if self.transposed else 0
+
+    def canonical(self, stored: Tensor) -> Tensor:
+        """The weight as `[o, i, *kernel]`; a view of `stored` where nothing has to be computed."""
+        weight = stored.T if self.transposed else stored
+        return weight if self.scale == 1.0 else (weight.double() * self.scale).to(weight.dtype)
+
+    def bias_tensor(self) -> Tensor | None:
+        """The bias as `[o]`, its scale included."""
+        tensor = None if self.bias is None else constant(self.bias.value)
+        if tensor is None:
+            return None
+        bias = copy_to_torch(tensor).reshape(-1)
+        return bias if self.bias_scale == 1.0 else (bias.double() * self.bias_scale).to(bias.dtype)
+
+    def stored_shape(self) -> tuple[int, ...]:
+        """Sizes of the weight as the model stores it."""
+        return sizes(held(self.weight.value))
+
+    def canonical_shape(self) -> tuple[int, ...]:
+        """Sizes of the weight as `[o, i, *kernel]`."""
+        stored = self.stored_shape()
+        return stored[::-1] if self.transposed else stored
+
+    def without_bias(self) -> Use:
+        """The same use with its Add left in place; only for a bias that is in an Add."""
+        return replace(self, bias=None, bias_scale=1.0, absorbed=None)
+
+    def on(self, twins: Mapping[ir.Node, ir.Node]) -> Use:
+        """The same use in a copy of the graph."""
+        bias, addend, absorbed = self.bias, self.addend, self.absorbed
+        return replace(
+            self,
+            input=self.input.on(twins),
+            weight=self.weight.on(twins),
+            bias=None if bias is None else bias.on(twins),
+            addend=None if addend is None else addend.on(twins),
+            absorbed=None if absorbed is None else twins[absorbed],
+        )
+
+    def apply(self, ops: Ops[V], x: V, layer: Callable[[V], V], addend: V | None) -> V:
+        """The node's output when `layer` stands for the plain layer with its bias; `addend` comes already scaled."""
+        y = layer(x if self.swap_in is None else ops.permute(x, self.swap_in))
+        if self.swap_out is not None:
+            y = ops.permute(y, self.swap_out)
+        return y if addend is None else ops.add(y, addend)

@@ -1,0 +1,281 @@
+"""Torch models, by module surgery: class, hooks, control flow and parameter names of everything else stay."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from tdpass.errors import InvalidModelError, PlanError, UnsupportedError
+from tdpass.formats.base import Layer
+from tdpass.models.base import Batch, with_extents
+from tdpass.models.factorized import Factorized
+from tdpass.models.torch_sites import Matched, find_sites
+from tdpass.models.torch_state import save_module
+from tdpass.site import Site
+from tdpass.tape import Ref, Tape, record
+
+
+class TorchModel:
+    """An `nn.Module` as the passes see it; rewrites `module` in place."""
+
+    frontend = "torch"
+    suffix = ".safetensors"
+
+    def __init__(self, module: nn.Module, example: Batch | None = None) -> None:
+        self.module = module
+        self.folded: list[str] = []
+        self._found, self._declined = find_sites(module)
+        self._by_name = {matched.site.name: matched for matched in self._found}
+        self._replaced: dict[str, list[Factorized]] = {}
+        self._example = example
+        self._macs = 0
+        self._adopt_factorized()
+        if example is not None:
+            self.observe(example)
+
+    def sites(self) -> Sequence[Site]:
+        return [matched.site for matched in self._by_name.values()]
+
+    def declined(self) -> Mapping[str, str]:
+        return dict(self._declined)
+
+    def weight(self, name: str) -> Tensor:
+        return self._matched(name).weight.detach().cpu()
+
+    def bias(self, name: str) -> Tensor | None:
+        if name in self._replaced:
+            return self._replaced[name][0].layer().bias
+        bias = self._matched(name).modules[0].bias
+        return None if bias is None else bias.detach().cpu()  # type: ignore[operator]
+
+    def layer(self, name: str) -> Layer | None:
+        modules = self._replaced.get(name)
+        return modules[0].layer() if modules else None
+
+    def replace(self, name: str, layer: Layer) -> None:
+        matched = self._matched(name)
+        if layer.site.shape != matched.site.shape:
+            raise PlanError(f"a layer of shape {layer.site.shape} cannot replace site {name!r} of shape {matched.site.shape}; plan for this model")
+        weight = matched.weight
+        factors = {key: nn.Parameter(factor.to(weight), requires_grad=weight.requires_grad) for key, factor in layer.factors.items()}
+        shared = Layer(matched.site, layer.format, layer.rank, factors)
+        modules: list[Factorized] = []
+        for dense in matched.modules:
+            bias = _bias_for(dense, matched.modules[0], layer.bias, weight)
+            pads = tuple(dense._reversed_padding_repeated_twice) if _pads_itself(dense) else ()  # type: ignore[arg-type]
+            module = Factorized(shared, bias, str(getattr(dense, "padding_mode", "zeros")), pads)
+            module.train(dense.training)
+            module._forward_hooks, module._forward_pre_hooks = dense._forward_hooks, dense._forward_pre_hooks
+            modules.append(module)
+            self._swap(dense, self._replaced[name][len(modules) - 1] if name in self._replaced else dense, module)
+        self._replaced[name] = modules
+
+    def record(self, batch: Batch) -> Tape:
+        placed = self._placed(batch)
+        with self._evaluating():
+            dense = {id(matched.weight): name for name, matched in self._by_name.items() if name not in self._replaced}
+            return record(lambda: self._call(placed), placed.tensors, dense)
+
+    def observe(self, batch: Batch) -> None:
+        self._example = Batch(tuple(t[:2] for t in batch.args), {k: t[:2] for k, t in batch.kwargs.items()})
+        try:
+            tape = self.record(self._example)
+        except (UnsupportedError, InvalidModelError):
+            self._example = batch
+            tape = self.record(batch)
+        self._macs = tape.macs
+        called = tape.site_calls
+        ordered = [name for name in called if name in self._by_name] + [name for name in self._by_name if name not in called]
+        self._by_name = {name: replace(self._by_name[name], site=with_extents(self._by_name[name].site, tape)) for name in ordered}
+        for name in set(self._by_name) - set(called) - set(self._replaced):
+            self._declined[name] = "it is not called when the model runs on the data"
+            del self._by_name[name]
+
+    def run(self, batch: Batch) -> object:
+        placed = self._placed(batch)
+        with torch.no_grad(), self._evaluating():
+            return tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, _plain(self._call(placed)))
+
+    def fold_batchnorm(self) -> Sequence[str]:
+        if self._example is None:
+            return ()
+        tape = self.record(self._example)
+        norms = {id(m.running_mean): m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None}
+        uses = [id(call.args[1]) for call in tape.calls if call.func is F.batch_norm and len(call.args) > 1]
+        folded: list[str] = []
+        for name, indices in tape.site_calls.items():
+            norm = self._norm_after(tape, indices, norms)
+            matched = self._matched(name)
+            if norm is None or uses.count(id(norm.running_mean)) != 1 or len(matched.modules) != 1:
+                continue
+            self._fold(matched, norm)
+            folded.append(name)
+        return folded
+
+    def recalibrate_batchnorm(self, batches: Iterable[Batch]) -> Callable[[], None] | None:
+        norms = [m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+        if not norms:
+            return None
+        before = [copy.deepcopy((m.running_mean, m.running_var, m.num_batches_tracked, m.momentum)) for m in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+        with torch.no_grad(), self._evaluating():
+            for norm in norms:
+                norm.training = True
+            for batch in batches:
+                self._call(self._placed(batch))
+            for norm in norms:
+                norm.training = False
+        for norm, (_, _, _, momentum) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+
+        def undo() -> None:
+            for norm, (mean, variance, count, _) in zip(norms, before, strict=True):
+                for buffer, value in ((norm.running_mean, mean), (norm.running_var, variance), (norm.num_batches_tracked, count)):
+                    if buffer is not None and value is not None:
+                        buffer.copy_(value)
+
+        return undo
+
+    def example(self) -> Batch | None:
+        return self._example
+
+    def macs(self) -> int:
+        return self._macs
+
+    def params(self) -> int:
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def bytes(self) -> int:
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.module.parameters())
+
+    def clone(self) -> TorchModel:
+        """A deep copy of the module and of what is known about it."""
+        twin = copy.copy(self)
+        memo: dict[int, Any] = {}
+        twin.module = copy.deepcopy(self.module, memo)
+        twin.folded = list(self.folded)
+        twin._by_name = {
+            name: Matched(m.site, copy.deepcopy(m.weight, memo), tuple(copy.deepcopy(module, memo) for module in m.modules), m.paths)
+            for name, m in self._by_name.items()
+        }
+        twin._found = list(twin._by_name.values())
+        twin._declined = dict(self._declined)
+        twin._replaced = {name: [copy.deepcopy(module, memo) for module in modules] for name, modules in self._replaced.items()}
+        return twin
+
+    def check(self) -> None:
+        for name, parameter in self.module.named_parameters():
+            if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
+                raise InvalidModelError(f"parameter {name!r} holds NaN or infinite values; the model cannot be compressed")
+
+    def unwrap(self) -> object:
+        return self.module
+
+    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
+        save_module(self.module, self._replaced, self.folded, path, metadata)
+
+    def _matched(self, name: str) -> Matched:
+        if name not in self._by_name:
+            raise PlanError(f"the model has no site {name!r}; `tdpass inspect` lists them")
+        return self._by_name[name]
+
+    def _call(self, batch: Batch) -> object:
+        return self.module(*batch.args, **batch.kwargs)
+
+    def _placed(self, batch: Batch) -> Batch:
+        parameter = next(self.module.parameters(), None)
+        if parameter is None:
+            return batch
+
+        def place(tensor: Tensor) -> Tensor:
+            return tensor.to(parameter.device, parameter.dtype if tensor.is_floating_point() else tensor.dtype)
+
+        return Batch(tuple(map(place, batch.args)), {key: place(value) for key, value in batch.kwargs.items()})
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        training = [module for module in self.module.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            yield
+        except (TypeError, RuntimeError, IndexError, ValueError) as error:
+            raise InvalidModelError(
+                f"the model does not run on the given data: {type(error).__name__}: {str(error).splitlines()[0]}; "
+                "pass example_inputs or data of the shape and type that it takes"
+            ) from error
+        finally:
+            for module in training:
+                module.training = True
+
+    def _swap(self, dense: nn.Module, current: nn.Module, new: nn.Module) -> None:
+        for parent in list(self.module.modules()):
+            for child_name, child in list(parent._modules.items()):
+                if child is current or child is dense:
+                    setattr(parent, child_name, new)
+        if self.module is current or self.module is dense:
+            self.module = new
+
+    def _norm_after(self, tape: Tape, indices: list[int], norms: Mapping[int, nn.Module]) -> Any:
+        if len(indices) != 1:
+            return None
+        number = next(tape.calls[indices[0]].writes())
+        readers = tape.readers(number)
+        if len(readers) != 1 or tape.is_output(number):
+            return None
+        call = tape.calls[readers[0]]
+        if call.func is not F.batch_norm or call.args[0] != Ref(number) or len(call.args) < 2:
+            return None
+        return norms.get(id(call.args[1]))
+
+    def _fold(self, matched: Matched, norm: Any) -> None:
+        dense: Any = matched.modules[0]
+        with torch.no_grad():
+            scale = 1 / torch.sqrt(norm.running_var.double() + norm.eps)
+            if norm.weight is not None:
+                scale = scale * norm.weight.double()
+            bias = -norm.running_mean.double() if dense.bias is None else dense.bias.double() - norm.running_mean.double()
+            bias = bias * scale if norm.bias is None else bias * scale + norm.bias.double()
+            weight = matched.weight
+            weight.copy_(weight.double() * scale.reshape(-1, *(1 for _ in weight.shape[1:])))
+            dense.bias = nn.Parameter(bias.to(weight))
+        self.folded.extend(path for path, module in self.module.named_modules(remove_duplicate=False) if module is norm)
+        self._swap(norm, norm, nn.Identity())
+        self._by_name[matched.site.name] = replace(matched, site=replace(matched.site, bias=True))
+
+    def _adopt_factorized(self) -> None:
+        for path, module in self.module.named_modules():
+            if isinstance(module, Factorized):
+                self._declined[path] = f"it is factored already ({module.format.name}, rank {module.rank})"
+                for name in [name for name in self._declined if name.startswith(path + ".")]:
+                    del self._declined[name]
+
+
+def _bias_for(dense: Any, first: Any, bias: Tensor | None, like: Tensor) -> nn.Parameter | None:
+    """The bias of one of several layers that share a weight: its own, changed as the first one's was."""
+    if bias is None:
+        return None
+    placed = bias.to(like)
+    if dense is not first:
+        own, reference = (torch.zeros_like(placed) if m.bias is None else m.bias.detach() for m in (dense, first))
+        placed = placed + own - reference
+    return nn.Parameter(placed.clone(), requires_grad=like.requires_grad)
+
+
+def _pads_itself(module: nn.Module) -> bool:
+    return getattr(module, "padding_mode", "zeros") != "zeros"
+
+
+def _plain(result: object) -> object:
+    return dict(result) if isinstance(result, Mapping) else result

@@ -1,0 +1,123 @@
+"""Which torch modules are sites, and why the others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from tdpass.site import Site
+
+Geometry = Callable[[nn.Module, str], Site]
+
+
+@dataclass(frozen=True)
+class Matched:
+    """The modules that share one weight; `paths` are all names under which they are reached."""
+
+    site: Site
+    weight: nn.Parameter
+    modules: tuple[nn.Module, ...]
+    paths: tuple[str, ...]
+
+
+def _linear(module: nn.Module, name: str) -> Site:
+    assert isinstance(module, nn.Linear)
+    return Site(name, "linear", tuple(module.weight.shape), bias=module.bias is not None, itemsize=module.weight.element_size())
+
+
+def _convolution(module: nn.Module, name: str) -> Site:
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    axes = len(module.kernel_size)
+    padding = ((0, 0),) * axes
+    if module.padding_mode == "zeros":
+        flat = module._reversed_padding_repeated_twice
+        if module.padding == "same":
+            padding = tuple((flat[2 * k], flat[2 * k + 1]) for k in reversed(range(axes)))
+        elif module.padding != "valid":
+            padding = tuple((int(size), int(size)) for size in module.padding)
+    return Site(
+        name, "conv", tuple(module.weight.shape), tuple(module.stride), padding, tuple(module.dilation), module.bias is not None, module.weight.element_size()
+    )
+
+
+GEOMETRIES: dict[type[nn.Module], Geometry] = {nn.Linear: _linear, nn.Conv1d: _convolution, nn.Conv2d: _convolution, nn.Conv3d: _convolution}
+
+_REASONS: dict[type[nn.Module], str] = {
+    nn.RNNBase: "recurrent layers are not factored",
+    nn.RNNCellBase: "recurrent cells are not factored",
+    nn.MultiheadAttention: "its projections are read by attribute, not called",
+    nn.ConvTranspose1d: "transposed convolutions are not factored",
+    nn.ConvTranspose2d: "transposed convolutions are not factored",
+    nn.ConvTranspose3d: "transposed convolutions are not factored",
+    nn.Embedding: "a table lookup has no multiply-adds to save",
+    nn.EmbeddingBag: "a table lookup has no multiply-adds to save",
+    nn.Bilinear: "bilinear layers are not factored",
+}
+
+
+def find_sites(model: nn.Module) -> tuple[list[Matched], dict[str, str]]:
+    """All sites of a model, and the reason for every other module that holds a weight of two or more axes."""
+    paths: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        modules[id(module)] = module
+        paths.setdefault(id(module), []).append(path)
+    attention = {id(child) for module in modules.values() if isinstance(module, nn.MultiheadAttention) for child in module.modules() if child is not module}
+    declined: dict[str, str] = {}
+    groups: dict[int, list[nn.Module]] = {}
+    for key, module in modules.items():
+        if not any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+            continue
+        reason = "it belongs to an attention module that reads it by attribute" if key in attention else _reason(module)
+        if reason is None:
+            groups.setdefault(id(module.weight), []).append(module)
+        else:
+            declined[paths[key][0]] = reason
+    holders: dict[int, set[int]] = {}
+    for module in modules.values():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), set()).add(id(module))
+    found: list[Matched] = []
+    for weight, members in groups.items():
+        name = paths[id(members[0])][0]
+        sites = {GEOMETRIES[_base(member)](member, name) for member in members}
+        if holders[weight] != {id(member) for member in members}:
+            declined[name] = "its weight is shared with a layer that needs it dense"
+        elif len({(site.kind, site.shape, site.stride, site.padding, site.dilation) for site in sites}) > 1:
+            declined[name] = "its weight is shared by layers of different geometry"
+        else:
+            site = GEOMETRIES[_base(members[0])](members[0], name)
+            reached = tuple(path for member in members for path in paths[id(member)])
+            found.append(Matched(site, members[0].weight, tuple(members), reached))  # type: ignore[arg-type]
+    return found, declined
+
+
+def _base(module: nn.Module) -> type[nn.Module]:
+    return next(cls for cls in GEOMETRIES if isinstance(module, cls))
+
+
+def _reason(module: nn.Module) -> str | None:
+    """Why a module that holds a matrix is not a site; None for one that is."""
+    for cls, reason in _REASONS.items():
+        if isinstance(module, cls):
+            return reason
+    if not isinstance(module, tuple(GEOMETRIES)):
+        return f"{type(module).__name__} holds a weight but is no Linear or Conv; torch.export it to reach functional layers"
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrized; remove the parametrization first"
+    if type(module).forward is not _base(module).forward:
+        return f"{type(module).__name__} overrides forward"
+    weight = module.weight
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight is not initialized; run the model once"
+    if not isinstance(weight, nn.Parameter) or weight.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        return f"its weight is of type {weight.dtype}"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups != 1:
+        return f"grouped convolutions (groups={module.groups}) are not factored"
+    if 0 in weight.shape:
+        return "its weight is empty"
+    return None

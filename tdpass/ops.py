@@ -1,0 +1,90 @@
+"""The few verbs a factored layer may use, so that one `apply` serves torch and ONNX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+V = TypeVar("V")
+Pads = Sequence[tuple[int, int]]
+
+
+class Ops(Protocol[V]):
+    """Operations on values of one front end: torch runs them, ONNX records them.
+
+    Sizes are passed explicitly: a value's own shape is never read, because in a recorded graph it may be unknown.
+    """
+
+    def linear(self, x: V, weight: V, bias: V | None) -> V:
+        """`y[..., o] = sum_i weight[o, i] x[..., i] + bias[o]`."""
+
+    def conv(self, x: V, weight: V, bias: V | None, stride: Sequence[int], padding: Pads, dilation: Sequence[int], groups: int = 1) -> V:
+        """Convolution of `x[n, i, *size]` with `weight[o, i / groups, *kernel]`; `padding` is (before, after) per axis."""
+
+    def reshape(self, x: V, shape: Sequence[int]) -> V:
+        """Reshape; -1 stands for the one size that follows from the rest."""
+
+    def permute(self, x: V, axes: Sequence[int]) -> V:
+        """Reorder axes."""
+
+    def matmul(self, a: V, b: V) -> V:
+        """Batched matrix product over the last two axes."""
+
+    def add(self, a: V, b: V) -> V:
+        """Broadcast sum."""
+
+    def flatten_positions(self, x: V, last: int) -> V:
+        """`x[..., last]` to `[positions, last]`."""
+
+    def restore_positions(self, y: V, like: V, last: int) -> V:
+        """`y[positions, last]` to the leading axes of `like`, then `last`."""
+
+    def fill(self, like: V, bias: V, windows: Sequence[tuple[int, int]]) -> V:
+        """`bias[o]` at every output position of a layer that reads `like`, or as a value that broadcasts to that.
+
+        `windows` holds (reach, stride) per spatial axis, output size = (size - reach) // stride + 1; none for a linear layer.
+        """
+
+
+class TorchOps:
+    """Eager torch; also the reference of every kernel."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def conv(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Pads, dilation: Sequence[int], groups: int = 1
+    ) -> Tensor:
+        if any(before != after for before, after in padding):
+            x = F.pad(x, [size for pair in reversed(padding) for size in pair])
+            padding = [(0, 0)] * len(padding)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
+        return convolve(x, weight, bias, tuple(stride), tuple(before for before, _ in padding), tuple(dilation), groups)
+
+    def reshape(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        return x.reshape(tuple(shape))
+
+    def permute(self, x: Tensor, axes: Sequence[int]) -> Tensor:
+        return x.permute(tuple(axes))
+
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.matmul(a, b)
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    def flatten_positions(self, x: Tensor, last: int) -> Tensor:
+        return x.reshape(-1, last)
+
+    def restore_positions(self, y: Tensor, like: Tensor, last: int) -> Tensor:
+        return y.reshape((*like.shape[:-1], last))
+
+    def fill(self, like: Tensor, bias: Tensor, windows: Sequence[tuple[int, int]]) -> Tensor:
+        if not windows:
+            return bias.expand((*like.shape[:-1], bias.shape[0])).clone()
+        sizes = [(size - reach) // stride + 1 for size, (reach, stride) in zip(like.shape[2:], windows, strict=True)]
+        return bias.reshape(1, -1, *(1 for _ in sizes)).expand(like.shape[0], -1, *sizes).clone()

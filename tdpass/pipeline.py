@@ -1,0 +1,209 @@
+"""Passes, what they share while a pipeline runs, and pipelines as text, list or YAML."""
+
+from __future__ import annotations
+
+import re
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import yaml
+from torch import Tensor
+
+from tdpass.cost import Budget, Cost
+from tdpass.errors import PassError, TdpassError, UsageError
+from tdpass.models.base import Batch, Model
+from tdpass.planner.divergence import Divergence
+from tdpass.planner.rank_plan import RankPlan
+from tdpass.registry import Registry
+from tdpass.report import PassRow, Report
+from tdpass.tape import Tape
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Job:
+    """What the passes of one run share beside the model.
+
+    `batches` is the calibration data, `tapes` the recorded runs of the still dense model on them (made on first use, and
+    before any site is replaced), `plan` what the planner decided.  `progress(what, done, of)` is called now and then.
+    """
+
+    report: Report
+    batches: Sequence[Batch] = ()
+    augmented: Iterable[Batch] | None = None
+    budget: Budget | None = None
+    plan: RankPlan | None = None
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ()
+    divergence: Divergence = field(default_factory=Divergence)
+    progress: Progress = lambda what, done, of: None
+    cache: Path | None = None
+    original: Cost = field(default_factory=Cost)
+    notes: list[str] = field(default_factory=list)
+    recorded: list[Tape] = field(default_factory=list)
+    answers: list[Tensor] = field(default_factory=list)
+
+    def tapes(self, model: Model) -> list[Tape]:
+        """Recorded runs of the dense model on the calibration data, one per batch."""
+        if not self.recorded:
+            self.recorded = [model.record(batch) for batch in self.batches]
+            with torch.no_grad():
+                self.answers = [self.divergence.output(tape.play().finish()).clone() for tape in self.recorded]
+        return self.recorded
+
+    def references(self, model: Model) -> list[Tensor]:
+        """The original's outputs on the calibration data, one per batch."""
+        self.tapes(model)
+        return self.answers
+
+    def note(self, text: str) -> None:
+        """Say something about the pass that is running."""
+        self.notes.append(text)
+
+
+class Pass(ABC):
+    """One rewrite of a model; a frozen dataclass whose fields are its options."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def run(self, model: Model, job: Job) -> bool:
+        """Rewrite `model` in place, say in `job.report` what was done and what was declined and why; return whether it changed."""
+
+    def __str__(self) -> str:
+        options = [f"{f.name}={_show(getattr(self, f.name))}" for f in _options(type(self)) if getattr(self, f.name) != _default(f)]
+        return self.name + (f"{{{','.join(options)}}}" if options else "")
+
+
+PASSES: Registry[type[Pass]] = Registry("pass")
+
+
+def register_pass(cls: type[Pass]) -> type[Pass]:
+    """Class decorator: make a pass known by its `name`."""
+    return PASSES.add(cls.name, cls)
+
+
+PipelineSpec = str | Path | Sequence["str | Pass | Mapping[str, Mapping[str, object]]"]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in order.
+
+    >>> str(Pipeline.parse("fold-batchnorm,factorize"))
+    'fold-batchnorm,factorize'
+    """
+
+    passes: tuple[Pass, ...]
+
+    @classmethod
+    def parse(cls, spec: PipelineSpec | Pipeline) -> Pipeline:
+        """Read `"plan{macs=0.4},factorize"`, a list of such texts, passes or `{name: options}`, or a YAML file of that list.
+
+        Raises `UsageError` on an unknown pass or option, or a value of the wrong type.
+        """
+        if isinstance(spec, Pipeline):
+            return spec
+        if isinstance(spec, Path) or (isinstance(spec, str) and spec.endswith((".yaml", ".yml"))):
+            return cls.parse(_read_recipe(Path(spec)))
+        items: Sequence[Any] = _split(spec) if isinstance(spec, str) else spec
+        passes: list[Pass] = []
+        for item in items:
+            if isinstance(item, Pass):
+                passes.append(item)
+            elif isinstance(item, str):
+                passes.extend(_from_text(text) for text in _split(item))
+            elif isinstance(item, Mapping) and len(item) == 1:
+                ((name, options),) = item.items()
+                passes.append(_build(str(name), dict(options or {})))
+            else:
+                raise UsageError(f"{item!r} is not a pass; write 'name', 'name{{option=value}}' or {{name: {{option: value}}}}")
+        return cls(tuple(passes))
+
+    def run(self, model: Model, job: Job) -> bool:
+        """Run every pass on `model` in place, checking it after each; returns whether anything changed.
+
+        Raises `PassError` naming the pass and those before it; errors a user can act on keep their type.
+        """
+        changed = False
+        for index, step in enumerate(self.passes):
+            before = ", ".join(done.name for done in self.passes[:index])
+            job.notes = []
+            start = time.perf_counter()
+            try:
+                stepped = step.run(model, job)
+                if stepped:
+                    model.check()
+            except TdpassError:
+                raise
+            except Exception as error:
+                place = f" after {before}" if before else ""
+                raise PassError(f"{step.name} failed{place}: {type(error).__name__}: {error}") from error
+            seconds = time.perf_counter() - start
+            job.report.passes.append(PassRow(str(step), stepped, seconds, Cost(model.params(), 0, model.bytes()), tuple(job.notes)))
+            changed = changed or stepped
+        return changed
+
+    def __str__(self) -> str:
+        return ",".join(str(step) for step in self.passes)
+
+
+def _read_recipe(path: Path) -> Sequence[Any]:
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"cannot read the recipe {path}: {str(error).splitlines()[0]}; it is a YAML list of passes") from None
+    steps = recipe.get("pipeline") if isinstance(recipe, dict) else recipe
+    if not isinstance(steps, list):
+        raise UsageError(f"the recipe {path} holds no list of passes; write one pass per line, '- name: {{option: value}}'")
+    return steps
+
+
+def _split(text: str) -> list[str]:
+    parts = re.split(r",(?![^{]*\})", text)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _from_text(text: str) -> Pass:
+    match = re.fullmatch(r"([\w-]+)(?:\{([^{}]*)\})?", text)
+    if match is None:
+        raise UsageError(f"cannot read the pass {text!r}; write 'name' or 'name{{option=value,option=value}}'")
+    options: dict[str, object] = {}
+    for part in filter(None, (part.strip() for part in (match[2] or "").split(","))):
+        key, sign, value = part.partition("=")
+        options[key.strip()] = yaml.safe_load(value) if sign else True
+    return _build(match[1], options)
+
+
+def _options(cls: type[Pass]) -> tuple[Field[Any], ...]:
+    return fields(cls)  # type: ignore[arg-type]
+
+
+def _default(option: Field[Any]) -> Any:
+    return option.default_factory() if option.default_factory is not MISSING else option.default
+
+
+def _show(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+
+
+def _build(name: str, options: Mapping[str, object]) -> Pass:
+    cls = PASSES.get(name)
+    known = {option.name: option for option in _options(cls)}
+    for key, value in options.items():
+        if key not in known:
+            raise UsageError(f"pass {name!r} has no option {key!r}; it takes: {', '.join(known) or 'none'}")
+        expected = type(_default(known[key]))
+        fits = isinstance(value, expected) and not (expected is not bool and isinstance(value, bool))
+        if expected is float and isinstance(value, int) and not isinstance(value, bool):
+            fits = True
+        if not fits and _default(known[key]) is not None:
+            raise UsageError(f"option {key}={value!r} of pass {name!r} must be of type {expected.__name__}, such as {_show(_default(known[key]))}")
+    return cls(**options)

@@ -1,0 +1,124 @@
+"""Candidates: what a site could become, with cost and error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tdpass.cost import Budget, Cost
+from tdpass.formats.base import FORMATS, Decomposition, Layer, Rank, dense_cost
+from tdpass.formats.metric import Metric
+from tdpass.site import Site
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to store a site: `error` is the relative error in the metric, `loss` the expected increase of the divergence."""
+
+    format: str
+    rank: Rank
+    cost: Cost
+    error: float
+    loss: float = 0.0
+    guarantee: str = ""
+
+    @property
+    def label(self) -> str:
+        """Format and rank as text."""
+        return self.format if not self.rank else f"{self.format} {'x'.join(map(str, self.rank))}"
+
+
+def dense_candidate(site: Site) -> Candidate:
+    """The site as it is."""
+    return Candidate(DENSE, (), dense_cost(site), 0.0)
+
+
+class SiteFits:
+    """All formats of one site, decomposed on demand in one metric."""
+
+    def __init__(self, site: Site, weight: Tensor, bias: Tensor | None, metric: Metric) -> None:
+        self.site, self.metric = site, metric
+        self.weight = weight.double()
+        self.dtype = weight.dtype
+        self.bias = bias
+        self._decompositions: dict[str, Decomposition] = {}
+
+    def decomposition(self, format_name: str) -> Decomposition:
+        """The shared work of a format, done once."""
+        if format_name not in self._decompositions:
+            self._decompositions[format_name] = FORMATS.get(format_name).decompose(self.weight, self.site, self.metric)
+        return self._decompositions[format_name]
+
+    def layer(self, format_name: str, rank: Rank) -> Layer:
+        """The factored layer, its bias shifted so that the mean output on the calibration data stays what it was."""
+        fmt = FORMATS.get(format_name)
+        factors = self.decomposition(format_name).factors(rank)
+        bias = self.bias
+        if self.metric.mean is not None:
+            lost = (self.weight - fmt.reconstruct(factors, self.site)).flatten(1) @ self.metric.mean
+            bias = lost if bias is None else bias.double() + lost
+        return Layer(self.site, format_name, rank, factors, bias).to(self.dtype)
+
+    def candidate(self, format_name: str, rank: Rank) -> Candidate:
+        """Cost and measured error of one format and rank."""
+        fmt = FORMATS.get(format_name)
+        guarantee = self.decomposition(format_name).guarantee(rank)
+        if guarantee is not None and guarantee.kind == "exact":
+            error = guarantee.value
+        else:
+            error = self.metric.relative_error(self.weight, fmt.reconstruct(self.decomposition(format_name).factors(rank), self.site))
+        return Candidate(format_name, rank, fmt.cost(self.site, rank), error, guarantee="" if guarantee is None else str(guarantee))
+
+
+def worthwhile_ranks(site: Site, format_name: str, limit: int) -> list[Rank]:
+    """Up to `limit` ranks of a format that make the site cheaper in every measure that is known, largest first."""
+    fmt, dense = FORMATS.get(format_name), dense_cost(site)
+    cheaper = [rank for rank in fmt.ranks(site) if pays(fmt.cost(site, rank), dense)]
+    step = max(1, -(-len(cheaper) // limit))
+    return cheaper[::-1][::step]
+
+
+def pays(cost: Cost, dense: Cost) -> bool:
+    """Whether a candidate is no larger in any measure and smaller in one."""
+    pairs = [(cost.get(measure), dense.get(measure)) for measure in ("params", "macs")]
+    return all(ours <= theirs for ours, theirs in pairs) and any(ours < theirs for ours, theirs in pairs)
+
+
+def enumerate_candidates(fits: SiteFits, formats: Sequence[str], ranks_per_format: int) -> list[Candidate]:
+    """All candidates of a site that pay, by format; dense is not among them."""
+    site = fits.site
+    found: list[Candidate] = []
+    for name in formats:
+        if not FORMATS.get(name).fits(site):
+            continue
+        found.extend(fits.candidate(name, rank) for rank in worthwhile_ranks(site, name, ranks_per_format))
+    return [candidate for candidate in found if torch.isfinite(torch.tensor(candidate.error))]
+
+
+def frontier(candidates: Sequence[Candidate], measures: Sequence[str], slack: float = 1.0) -> list[Candidate]:
+    """Those that no other beats in every measure by more than `slack` in error, cheapest first."""
+    ordered = sorted(candidates, key=lambda c: (c.error, c.cost.get(measures[0])))
+    kept: list[Candidate] = []
+    for candidate in ordered:
+        beaten = any(
+            other.error * slack <= candidate.error and all(other.cost.get(m) <= candidate.cost.get(m) for m in measures) for other in kept
+        )
+        if not beaten:
+            kept.append(candidate)
+    return sorted(kept, key=lambda c: c.cost.get(measures[0]))
+
+
+def within(candidates: Sequence[Candidate], budget: Budget) -> list[Candidate]:
+    """Those whose error the budget allows."""
+    limit = budget.max_error
+    return [c for c in candidates if limit is None or c.error <= limit]
+
+
+def with_loss(candidate: Candidate, loss: float) -> Candidate:
+    """The candidate with its expected loss."""
+    return replace(candidate, loss=loss)

@@ -1,0 +1,147 @@
+"""Options that change neighbouring sites together: channels pruned between two layers, residual branches dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tdpass.formats.base import FORMATS, Layer
+from tdpass.formats.metric import Metric
+from tdpass.planner.candidates import Candidate
+from tdpass.planner.divergence import Divergence
+from tdpass.planner.moments import stream_metrics
+from tdpass.planner.sensitivity import Sweep
+from tdpass.planner.surgeon import MAX_WIDTH, Surgery, keep_channels, remove_channels
+from tdpass.site import Site
+from tdpass.tape import Tape
+
+KEEP_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.375, 0.25)
+
+Read = Callable[[str], Tensor]
+ReadBias = Callable[[str], Tensor | None]
+Tick = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class JointOption:
+    """Candidates for several sites that only make sense together; `channels` are those kept between two of them."""
+
+    parts: Mapping[str, Candidate]
+    loss: float
+    channels: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Chain:
+    """`producer` feeds `consumer` alone, through element-wise functions without parameters."""
+
+    producer: str
+    consumer: str
+
+
+def find_chains(tape: Tape, sites: Mapping[str, Site]) -> list[Chain]:
+    """Pairs of sites whose channels in between can be removed, front to back."""
+    once = {indices[0]: name for name, indices in tape.site_calls.items() if len(indices) == 1 and name in sites}
+    chains: list[Chain] = []
+    for index, name in sorted(once.items()):
+        reader = tape.channelwise_consumer(index)
+        if reader in once and sites[once[reader]].i == sites[name].o:
+            chains.append(Chain(name, once[reader]))
+    return chains
+
+
+def find_branches(tape: Tape, sites: Mapping[str, Site], chains: Sequence[Chain]) -> list[tuple[str, ...]]:
+    """Residual branches made of sites only, each from its first site to the one whose output enters the sum."""
+    before = {chain.consumer: chain.producer for chain in chains}
+    branches: list[tuple[str, ...]] = []
+    for name, indices in tape.site_calls.items():
+        if len(indices) == 1 and name in sites and tape.residual_partner(indices[0]) is not None:
+            branch = [name]
+            while branch[0] in before:
+                branch.insert(0, before[branch[0]])
+            branches.append(tuple(branch))
+    return branches
+
+
+def joint_options(
+    sites: Mapping[str, Site], weight: Read, bias: ReadBias, tapes: Sequence[Tape], sweep_tapes: Sequence[Tape], divergence: Divergence, tick: Tick
+) -> list[JointOption]:
+    """All joint options with their measured losses."""
+    tape = tapes[0]
+    chains = [chain for chain in find_chains(tape, sites) if sites[chain.consumer].weights // sites[chain.consumer].o <= MAX_WIDTH]
+    branches = find_branches(tape, sites, find_chains(tape, sites))
+    metrics = {site.name: metric for site, metric in stream_metrics(tapes, [sites[chain.consumer] for chain in chains], divergence)}
+    jobs: list[tuple[int, Callable[[], list[tuple[JointOption, Mapping[str, Layer]]]]]] = []
+    for chain in chains:
+        jobs.append((tape.site_calls[chain.producer][0], lambda chain=chain: _prune(chain, sites, weight, bias, metrics[chain.consumer])))  # type: ignore[misc]
+    for branch in branches:
+        jobs.append((tape.site_calls[branch[0]][0], lambda branch=branch: [_drop(branch, sites, tapes)]))  # type: ignore[misc]
+    sweep = Sweep(sweep_tapes, divergence)
+    found: list[JointOption] = []
+    for done, (_, make) in enumerate(sorted(jobs, key=lambda job: job[0])):
+        for option, layers in make():
+            found.append(JointOption(option.parts, max(sweep.loss(layers), 0.0), option.channels))
+        tick("trying pruned and dropped branches", done + 1, len(jobs))
+    return found
+
+
+def prune_layers(chain: Chain, sites: Mapping[str, Site], weight: Read, bias: ReadBias, metric: Metric, channels: Sequence[int]) -> dict[str, Layer]:
+    """The two layers with only `channels` between them; the second makes up for the others as well as it can."""
+    made, read = sites[chain.producer], sites[chain.consumer]
+    index = torch.tensor(list(channels))
+    first, first_bias = weight(made.name), bias(made.name)
+    second, second_bias = weight(read.name).double(), bias(read.name)
+    kept = keep_channels(second, metric, channels)
+    if metric.mean is not None:
+        lost = second.flatten(1) @ metric.mean - kept.flatten(1) @ metric.mean.reshape(read.i, -1)[index].reshape(-1)
+        second_bias = lost if second_bias is None else second_bias.double() + lost
+    return {
+        made.name: Layer(made, "pruned", (len(channels), made.i), {"weight": first[index]}, None if first_bias is None else first_bias[index]).to(first.dtype),
+        read.name: Layer(read, "pruned", (read.o, len(channels)), {"weight": kept}, second_bias).to(first.dtype),
+    }
+
+
+def _prune(chain: Chain, sites: Mapping[str, Site], weight: Read, bias: ReadBias, metric: Metric) -> list[tuple[JointOption, Mapping[str, Layer]]]:
+    read = sites[chain.consumer]
+    w = weight(read.name).double()
+    surgery: Surgery = remove_channels(w, metric)
+    whole = metric.square(w.flatten(1))
+    found: list[tuple[JointOption, Mapping[str, Layer]]] = []
+    for keep in sorted({max(1, round(read.i * share)) for share in KEEP_SHARES} - {read.i}, reverse=True):
+        channels = surgery.kept(keep)
+        layers = prune_layers(chain, sites, weight, bias, metric, channels)
+        error = (surgery.errors[read.i - keep - 1] / whole) ** 0.5 if whole > 0 else 0.0
+        parts = {name: _candidate(layer, error if name == read.name else 0.0) for name, layer in layers.items()}
+        found.append((JointOption(parts, 0.0, channels), layers))
+    return found
+
+
+def drop_layers(branch: Sequence[str], sites: Mapping[str, Site], tapes: Sequence[Tape]) -> dict[str, Layer]:
+    """Constant layers for a whole branch; the last answers with its mean output."""
+    layers: dict[str, Layer] = {}
+    for name in branch:
+        total, count = torch.zeros(sites[name].o, dtype=torch.float64), 0
+        if name == branch[-1]:
+            for tape in tapes:
+                index = tape.site_calls[name][0]
+                with torch.no_grad():
+                    playback = tape.play().advance(index)
+                    y = playback.step()
+                rows = y.reshape(-1, y.shape[-1]) if sites[name].kind == "linear" else y.movedim(1, -1).reshape(-1, y.shape[1])
+                total += rows.double().sum(0)
+                count += rows.shape[0]
+        layers[name] = Layer(sites[name], "constant", (), {}, (total / max(count, 1)).float())
+    return layers
+
+
+def _drop(branch: Sequence[str], sites: Mapping[str, Site], tapes: Sequence[Tape]) -> tuple[JointOption, Mapping[str, Layer]]:
+    layers = drop_layers(branch, sites, tapes)
+    return JointOption({name: _candidate(layer, 1.0) for name, layer in layers.items()}, 0.0), layers
+
+
+def _candidate(layer: Layer, error: float) -> Candidate:
+    fmt = FORMATS.get(layer.format)
+    return Candidate(layer.format, layer.rank, fmt.cost(layer.site, layer.rank), error)

@@ -1,0 +1,146 @@
+"""Second moments of what every site reads, and of what its output means to the network, streamed from calibration runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tdpass.formats.metric import Metric
+from tdpass.planner.divergence import Divergence
+from tdpass.planner.patches import output_rows, patches
+from tdpass.site import Site
+from tdpass.tape import Playback, Tape
+
+MEMORY_LIMIT = 512 * 2**20
+FULL_LIMIT = 8192
+VALUES_PER_CALL = 2**22
+INPUT_DAMPING = 1e-3
+OUTPUT_DAMPING = 5e-2
+PROBES = 2
+_SEED = 20260
+
+
+def moment_bytes(site: Site) -> int:
+    """Memory that the moments of a site take while they are streamed."""
+    width = site.weights // site.o
+    inputs = width if width > FULL_LIMIT else width * width
+    return 8 * (inputs + site.o * site.o + width)
+
+
+@dataclass
+class _Sums:
+    """Running sums for one site."""
+
+    site: Site
+    inputs: Tensor = field(init=False)
+    mean: Tensor = field(init=False)
+    outputs: Tensor = field(init=False)
+    rows: int = 0
+    samples: int = 0
+
+    def __post_init__(self) -> None:
+        width = self.site.weights // self.site.o
+        self.inputs = torch.zeros(width, dtype=torch.float64) if width > FULL_LIMIT else torch.zeros(width, width, dtype=torch.float64)
+        self.mean = torch.zeros(width, dtype=torch.float64)
+        self.outputs = torch.zeros(self.site.o, self.site.o, dtype=torch.float64)
+
+    def add_inputs(self, x: Tensor, generator: torch.Generator) -> None:
+        width = self.site.weights // self.site.o
+        rows = patches(x.detach().float(), self.site, max(2 * width, VALUES_PER_CALL // width), generator)
+        self.inputs += (rows.square().sum(0) if self.inputs.dim() == 1 else rows.T @ rows).double()
+        self.mean += rows.sum(0, dtype=torch.float64)
+        self.rows += rows.shape[0]
+
+    def add_gradient(self, gradient: Tensor, samples: int) -> None:
+        rows = output_rows(gradient.float(), self.site)
+        self.outputs += (rows.T @ rows).double()
+        self.samples += samples
+
+    def metric(self) -> Metric:
+        """The damped metric; the identity where nothing was seen."""
+        if self.rows == 0:
+            return Metric()
+        mean = self.mean / self.rows
+        inputs = self.inputs / self.rows
+        if inputs.dim() == 1:
+            inputs = (inputs - mean.square()).clamp_min(0)
+            inputs = inputs + INPUT_DAMPING * inputs.mean() + 1e-12
+        else:
+            inputs = inputs - torch.outer(mean, mean)
+            inputs.diagonal().add_(INPUT_DAMPING * float(inputs.diagonal().mean()) + 1e-12)
+        outputs: Tensor | None = self.outputs / max(self.samples, 1)
+        assert outputs is not None
+        level = float(outputs.diagonal().mean())
+        if self.samples == 0 or not level > 0:
+            outputs = None
+        else:
+            outputs.diagonal().add_(OUTPUT_DAMPING * level)
+        return Metric(inputs, outputs, mean)
+
+
+def stream_metrics(
+    tapes: Sequence[Tape], sites: Sequence[Site], divergence: Divergence, tick: Callable[[int, int], None] = lambda done, of: None
+) -> Iterator[tuple[Site, Metric]]:
+    """The metric of each site, in groups whose sums fit in memory; every group is one pass over the calibration runs.
+
+    C is the covariance of the unfolded input, plus 1e-3 of its mean diagonal (its diagonal alone beyond 8,192 inputs).
+    G is the Gauss-Newton metric of the site's output: the second moment, summed over positions, of the gradients of random
+    projections of the network's output, plus 5 %.
+    """
+    groups = _groups(sites)
+    for number, group in enumerate(groups):
+        sums = {site.name: _Sums(site) for site in group}
+        generator = torch.Generator().manual_seed(_SEED)
+        for index, tape in enumerate(tapes):
+            _accumulate(tape, sums, divergence, generator)
+            tick(number * len(tapes) + index + 1, len(groups) * len(tapes))
+        for site in group:
+            yield site, sums.pop(site.name).metric()
+
+
+def _groups(sites: Sequence[Site]) -> list[list[Site]]:
+    groups: list[list[Site]] = [[]]
+    used = 0
+    for site in sites:
+        size = moment_bytes(site)
+        if groups[-1] and used + size > MEMORY_LIMIT:
+            groups.append([])
+            used = 0
+        groups[-1].append(site)
+        used += size
+    return [group for group in groups if group]
+
+
+def _accumulate(tape: Tape, sums: dict[str, _Sums], divergence: Divergence, generator: torch.Generator) -> None:
+    with torch.enable_grad():
+        playback = tape.play()
+        outputs: list[tuple[_Sums, Tensor]] = []
+        for index, call in enumerate(tape.calls):
+            entry = sums.get(call.site) if call.site is not None else None
+            if entry is None:
+                playback.advance(index + 1)
+                continue
+            playback.advance(index)
+            entry.add_inputs(playback.input_of(index), generator)
+            y = playback.step()
+            if not y.requires_grad:
+                y.requires_grad_(True)
+            outputs.append((entry, y))
+        result = divergence.output(playback.finish())
+        if not result.requires_grad:
+            return
+        for probe in range(PROBES):
+            direction = divergence.probe(result.detach(), generator)
+            gradients = torch.autograd.grad(result, [y for _, y in outputs], direction, retain_graph=probe + 1 < PROBES, allow_unused=True)
+            for (entry, _), gradient in zip(outputs, gradients, strict=True):
+                if gradient is not None:
+                    entry.add_gradient(gradient, tape.batch_size)
+
+
+def run_with(tape: Tape, replaced: dict[str, Callable[[Tensor], Tensor]], divergence: Divergence) -> Tensor:
+    """The compared output of a run with some layers replaced."""
+    with torch.no_grad():
+        return divergence.output(Playback(tape, dict(tape.inputs), 0, dict(replaced)).finish())

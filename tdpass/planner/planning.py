@@ -1,0 +1,208 @@
+"""Planning: candidates for every site, their losses, and the choice under a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from tdpass.cost import Budget, Cost
+from tdpass.errors import BudgetError
+from tdpass.formats.base import FORMATS, Layer, dense_cost
+from tdpass.formats.metric import Metric
+from tdpass.planner.cache import CandidateCache, digest
+from tdpass.planner.candidates import DENSE, Candidate, SiteFits, dense_candidate, enumerate_candidates, frontier, with_loss, within
+from tdpass.planner.divergence import Divergence
+from tdpass.planner.joint import JointOption, joint_options
+from tdpass.planner.moments import stream_metrics
+from tdpass.planner.rank_plan import Choice, RankPlan
+from tdpass.planner.select import Option, cheapest, select
+from tdpass.planner.sensitivity import Sweep, measure_losses
+from tdpass.site import Site
+from tdpass.tape import Tape
+
+SWEEP_SAMPLES = 256
+SWEEP_SECONDS = 240.0
+RANKS_PER_FORMAT = 14
+CURVE = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+
+Tick = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The weight and bias of a site, read when needed."""
+
+    weight: Callable[[str], Tensor]
+    bias: Callable[[str], Tensor | None]
+
+
+@dataclass
+class Table:
+    """All candidates of all sites with their losses: what every budget is decided from."""
+
+    sites: tuple[Site, ...]
+    candidates: dict[str, list[Candidate]]
+    joint: list[JointOption] = field(default_factory=list)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    metric: str = "weights"
+    divergence: str = ""
+
+    def options(self, budget: Budget) -> list[Option]:
+        """Everything that may be chosen under that budget's error limit; dense always."""
+        found = [Option({site.name: dense_candidate(site)}, 0.0) for site in self.sites]
+        for name, candidates in self.candidates.items():
+            found += [Option({name: candidate}, candidate.loss) for candidate in within(candidates, budget)]
+        if budget.max_error is None:
+            found += [Option(joint.parts, joint.loss) for joint in self.joint]
+        return found
+
+    def plan(self, budget: Budget, original: Cost) -> RankPlan:
+        """The best choice under a budget; `original` is the cost of the whole model."""
+        names = [site.name for site in self.sites]
+        fixed = original - sum((dense_cost(site) for site in self.sites), Cost())
+        options = self.options(budget)
+        if budget.bounds:
+            chosen = select(options, names, budget.limits(original), fixed)
+        else:
+            chosen = cheapest(options, names, "macs" if all(site.seen for site in self.sites) else "params")
+        choices = tuple(self._choice(site, chosen[site.name], budget) for site in self.sites)
+        return RankPlan(self._with_channels(choices, chosen), original, str(budget), self.metric, self.divergence)
+
+    def curve(self, measure: str, original: Cost) -> Iterator[tuple[float, RankPlan]]:
+        """Plans over a range of budgets on one measure, as far as they can be met."""
+        for share in CURVE:
+            try:
+                yield share, self.plan(Budget.parse({measure: share}), original)
+            except BudgetError:
+                return
+
+    def _choice(self, site: Site, candidate: Candidate, budget: Budget) -> Choice:
+        return Choice(
+            site=site.name,
+            shape=site.shape,
+            format=candidate.format,
+            rank=candidate.rank,
+            cost=candidate.cost,
+            dense=dense_cost(site),
+            error=candidate.error,
+            loss=candidate.loss,
+            reason=self._reason(site, candidate, budget),
+            guarantee=candidate.guarantee,
+            fingerprint=self.fingerprints.get(site.name, ""),
+        )
+
+    def _with_channels(self, choices: Sequence[Choice], chosen: Mapping[str, Candidate]) -> tuple[Choice, ...]:
+        channels = {name: joint.channels for joint in self.joint for name, part in joint.parts.items() if chosen.get(name) is part}
+        return tuple(replace(choice, channels=channels.get(choice.site, ())) for choice in choices)
+
+    def _reason(self, site: Site, candidate: Candidate, budget: Budget) -> str:
+        if candidate.format != DENSE:
+            return f"{candidate.cost.get('params') / max(site.weights, 1):.0%} of the parameters"
+        every = self.candidates.get(site.name, [])
+        if not every:
+            return "no format is smaller than the dense layer"
+        allowed = within(every, budget)
+        if not allowed:
+            return f"every candidate errs by more than {budget.max_error:g}"
+        mildest = min(allowed, key=lambda c: c.loss)
+        return f"dense is worth its cost: {mildest.label} would add {mildest.loss:.2g} to the loss"
+
+
+def tabulate(
+    sites: Sequence[Site],
+    dense: Dense,
+    tapes: Sequence[Tape],
+    divergence: Divergence,
+    formats: Sequence[str] = (),
+    cache: CandidateCache | None = None,
+    context: str = "",
+    tick: Tick = lambda what, done, of: None,
+) -> Table:
+    """Candidates and losses for every site.
+
+    With recorded runs, errors are weighed by the data and losses measured as the divergence of the network's output with one
+    candidate in place; as many as fit in four minutes are measured, the rest follow from their errors.  Without, the loss of
+    a candidate is the squared relative error of its weight.  `context` identifies model and data in the cache.
+    """
+    cache = cache or CandidateCache(None)
+    names = tuple(formats) or FORMATS.names()
+    for name in names:
+        FORMATS.get(name)
+    versions = ",".join(f"{name}{FORMATS.get(name).version}" for name in names)
+    fingerprints = {site.name: digest(dense.weight(site.name)) for site in sites}
+    keys = {
+        site.name: digest(fingerprints[site.name], str(site.geometry()), str(site.extents), versions, context, str(RANKS_PER_FORMAT)) for site in sites
+    }
+    known = {site.name: found for site in sites if (found := cache.get(keys[site.name])) is not None}
+    missing = [site for site in sites if site.name not in known]
+    measures = ("macs", "params") if all(site.seen for site in sites) else ("params",)
+    sweep = Sweep(_first_samples(tapes, SWEEP_SAMPLES), divergence) if tapes and missing else None
+    done = 0
+    metrics: Iterator[tuple[Site, Metric]] = (
+        stream_metrics(tapes, _in_order(missing, tapes), divergence, lambda n, of: tick("reading calibration data", n, of))
+        if tapes
+        else ((site, Metric()) for site in missing)
+    )
+    for site, metric in metrics:
+        fits = SiteFits(site, dense.weight(site.name), dense.bias(site.name), metric)
+        best = frontier(enumerate_candidates(fits, names, RANKS_PER_FORMAT), measures)
+        known[site.name] = _with_losses(best, fits, sweep, len(missing))
+        cache.put(keys[site.name], known[site.name])
+        done += 1
+        tick("planning", done, len(missing))
+    table = Table(tuple(sites), {site.name: known[site.name] for site in sites}, [], fingerprints)
+    if tapes:
+        table.metric = "inputs and outputs on the calibration data"
+        table.divergence = divergence.resolve(divergence.output(tapes[0].play().finish()))
+    return table
+
+
+def _with_losses(candidates: list[Candidate], fits: SiteFits, sweep: Sweep | None, sites: int) -> list[Candidate]:
+    if not candidates:
+        return []
+    if sweep is None:
+        return [with_loss(candidate, candidate.error**2) for candidate in candidates]
+
+    def layers(candidate: Candidate) -> Callable[[], Mapping[str, Layer]]:
+        return lambda: {fits.site.name: fits.layer(candidate.format, candidate.rank)}
+
+    allowed = int(SWEEP_SECONDS / max(sites * sweep.seconds / 2, 1e-9))
+    losses = measure_losses(sweep, [layers(candidate) for candidate in candidates], [candidate.error for candidate in candidates], allowed)
+    return [with_loss(candidate, loss) for candidate, loss in zip(candidates, losses, strict=True)]
+
+
+def add_joint_options(
+    table: Table,
+    dense: Dense,
+    tapes: Sequence[Tape],
+    divergence: Divergence,
+    cache: CandidateCache | None = None,
+    context: str = "",
+    tick: Tick = lambda what, done, of: None,
+) -> None:
+    """Add the options that change neighbouring sites together: pruned channels between two, and dropped residual branches."""
+    cache = cache or CandidateCache(None)
+    key = digest("joint", context, *(f"{site.name}{site.geometry()}{site.extents}" for site in table.sites))
+    known = cache.get_joint(key)
+    if known is None:
+        sites = {site.name: site for site in table.sites}
+        known = joint_options(sites, dense.weight, dense.bias, tapes, _first_samples(tapes, SWEEP_SAMPLES), divergence, tick)
+        cache.put_joint(key, known)
+    table.joint = known
+
+
+def _in_order(sites: Sequence[Site], tapes: Sequence[Tape]) -> list[Site]:
+    """By first call, so that a sweep only moves forward."""
+    order = {name: calls[0] for name, calls in tapes[0].site_calls.items()}
+    return sorted((site for site in sites if site.name in order), key=lambda site: order[site.name])
+
+
+def _first_samples(tapes: Sequence[Tape], samples: int) -> list[Tape]:
+    taken: list[Tape] = []
+    for tape in tapes:
+        if taken and sum(t.batch_size for t in taken) + tape.batch_size > samples:
+            break
+        taken.append(tape)
+    return taken

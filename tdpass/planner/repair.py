@@ -1,0 +1,121 @@
+"""Repairing a compressed network on its own activations: biases that restore means, last factors by least squares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tdpass.formats.base import FORMATS, Layer
+from tdpass.ops import TorchOps
+from tdpass.planner.divergence import Divergence
+from tdpass.planner.lockstep import Lockstep, Moment
+from tdpass.planner.patches import output_rows, patches
+from tdpass.site import Site
+from tdpass.tape import Tape
+
+_OPS = TorchOps()
+_ROWS_PER_CALL = 2**24
+
+
+def divergence_of(tapes: Sequence[Tape], layers: Mapping[str, Layer], divergence: Divergence) -> float:
+    """Mean divergence per sample of the network with those layers from the original."""
+    total, samples = 0.0, 0
+    with torch.no_grad():
+        for tape in tapes:
+            reference = divergence.output(tape.play().finish())
+            output = divergence.output(tape.play().fork(dict(layers)).finish())
+            total += float(divergence(reference, output).sum())
+            samples += reference.shape[0]
+    return total / max(samples, 1)
+
+
+def correct_biases(tapes: Sequence[Tape], layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    """Layers whose biases restore each site's mean output, front to back on the compressed network's own activations."""
+    corrected = dict(layers)
+    lockstep = _start(tapes, layers)
+    for name, moments in lockstep.sites():
+        layer = corrected.get(name)
+        if layer is None or not _full(layer):
+            continue
+        with torch.no_grad():
+            gaps = [output_rows(moment.target - layer(moment.x), layer.site) for moment in moments]
+            gap = sum((rows.double().sum(0) for rows in gaps), torch.zeros(layer.site.o, dtype=torch.float64)) / sum(rows.shape[0] for rows in gaps)
+        bias = gap if layer.bias is None else layer.bias.double() + gap
+        corrected[name] = replace(layer, bias=bias.to(moments[0].x.dtype))
+        lockstep.apply(name, corrected[name])
+    return corrected
+
+
+def refit_last_factors(tapes: Sequence[Tape], layers: Mapping[str, Layer], ridge: float) -> tuple[dict[str, Layer], dict[str, str]]:
+    """Layers whose last factor and bias answer the compressed network's own activations as the original did.
+
+    Per site, front to back: min || U z + b - target ||^2 + ridge * level * || U - U0 ||^2 over the calibration positions,
+    where z are the features that the last factor reads, U0 is the factor as it was and level the mean of diag(E[z z^T]).
+    Returns the layers, and the reason for each that was left as it was.
+    """
+    refitted = dict(layers)
+    declined = {name: "it is called more than once" for name in layers if len(tapes[0].site_calls.get(name, ())) != 1}
+    lockstep = _start(tapes, layers)
+    for name, moments in lockstep.sites():
+        layer = refitted.get(name)
+        if layer is None:
+            continue
+        stage = FORMATS.get(layer.format).last_stage(layer.site, layer.rank)
+        if stage is None or not _full(layer):
+            declined[name] = f"{layer.format} has no last factor to solve for" if stage is None else "its outputs were pruned or it was dropped"
+            continue
+        refitted[name] = _solve(layer, stage.factor, stage.site, moments, ridge)
+        lockstep.apply(name, refitted[name])
+    return refitted, declined
+
+
+def _start(tapes: Sequence[Tape], layers: Mapping[str, Layer]) -> Lockstep:
+    lockstep = Lockstep(tapes)
+    for name, layer in layers.items():
+        lockstep.apply(name, layer)
+    return lockstep
+
+
+def _full(layer: Layer) -> bool:
+    """Whether the layer makes all of its site's outputs from what it reads."""
+    return layer.format != "constant" and FORMATS.get(layer.format).outputs(layer.site, layer.rank) == layer.site.o
+
+
+def _solve(layer: Layer, factor: str, site: Site, moments: Sequence[Moment], ridge: float) -> Layer:
+    current = layer.factors[factor]
+    width = current[0].numel() + 1
+    normal = torch.zeros(width, width, dtype=torch.float64)
+    cross = torch.zeros(site.o, width, dtype=torch.float64)
+    rows = 0
+    generator = torch.Generator()
+    with torch.no_grad():
+        for moment in moments:
+            z = FORMATS.get(layer.format).features(_OPS, moment.x, layer.factors, layer.site, layer.rank)
+            limit = max(4 * width, _ROWS_PER_CALL // width)
+            features = _with_one(patches(z, site, limit, generator.manual_seed(rows)))
+            targets = _same_rows(output_rows(moment.target, layer.site), limit, generator.manual_seed(rows))
+            normal += (features.T @ features).double()
+            cross += (targets.T @ features).double()
+            rows += features.shape[0]
+    normal, cross = normal / rows, cross / rows
+    bias = torch.zeros(site.o) if layer.bias is None else layer.bias
+    before = torch.cat([current.double().flatten(1), bias.double()[:, None]], 1)
+    pull = torch.full((width,), ridge * float(normal.diagonal()[:-1].mean()) + 1e-12, dtype=torch.float64)
+    pull[-1] = 1e-12
+    solved = torch.linalg.solve(normal + torch.diag(pull), (cross + before * pull).T).T
+    if not bool(torch.isfinite(solved).all()):
+        return layer
+    weight = solved[:, :-1].reshape(current.shape).to(current.dtype).contiguous()
+    return replace(layer, factors={**layer.factors, factor: weight}, bias=solved[:, -1].to(current.dtype).contiguous())
+
+
+def _with_one(rows: Tensor) -> Tensor:
+    return torch.cat([rows.float(), torch.ones(rows.shape[0], 1)], 1)
+
+
+def _same_rows(rows: Tensor, limit: int, generator: torch.Generator) -> Tensor:
+    """The subset that `patches` drew with the same limit and seed."""
+    return rows if rows.shape[0] <= limit else rows[torch.randperm(rows.shape[0], generator=generator)[:limit]].float()

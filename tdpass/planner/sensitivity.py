@@ -1,0 +1,76 @@
+"""How much the network's output suffers from each candidate, measured without labels."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tdpass.formats.base import Layer
+from tdpass.planner.divergence import Divergence
+from tdpass.tape import Playback, Tape
+
+
+@dataclass
+class Sweep:
+    """The calibration runs, stopped just before a site; candidates for it are tried from there to the end.
+
+    Sites are visited front to back, so that the part of the network before a site is never computed twice.
+    """
+
+    tapes: Sequence[Tape]
+    divergence: Divergence
+    playbacks: list[Playback] = field(init=False)
+    references: list[Tensor] = field(init=False)
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        start = time.perf_counter()
+        with torch.no_grad():
+            self.references = [self.divergence.output(tape.play().finish()) for tape in self.tapes]
+        self.seconds = time.perf_counter() - start
+        self.playbacks = [tape.play() for tape in self.tapes]
+
+    def loss(self, replaced: Mapping[str, Layer]) -> float:
+        """Mean divergence of the output from the original's with those sites replaced and all others dense."""
+        first = min(index for name in replaced for index in self.tapes[0].site_calls[name])
+        total, samples = 0.0, 0
+        with torch.no_grad():
+            for tape, playback, reference in zip(self.tapes, self.playbacks, self.references, strict=True):
+                playback.advance(min(first, min(tape.site_calls[name][0] for name in replaced)))
+                output = self.divergence.output(playback.fork(dict(replaced)).finish())
+                total += float(self.divergence(reference, output).sum())
+                samples += reference.shape[0]
+        return total / samples
+
+
+def measure_losses(
+    sweep: Sweep, layers: Sequence[Callable[[], Mapping[str, Layer]]], errors: Sequence[float], allowed: int
+) -> list[float]:
+    """Losses of candidates for one site: up to `allowed` measured, the rest from the loss measured at the nearest errors.
+
+    Between two measured candidates the loss follows a power of the error; beyond them, its square (the loss of a small
+    perturbation is quadratic).
+    """
+    order = sorted(range(len(errors)), key=lambda index: errors[index])
+    count = max(1, min(allowed, len(order)))
+    picked = sorted({round(k * (len(order) - 1) / max(count - 1, 1)) for k in range(count)}) if count > 1 else [len(order) // 2]
+    known = {order[position]: max(sweep.loss(layers[order[position]]()), 0.0) for position in picked}
+    points = sorted((errors[index], loss) for index, loss in known.items())
+    return [known[index] if index in known else _interpolate(points, errors[index]) for index in range(len(errors))]
+
+
+def _interpolate(points: Sequence[tuple[float, float]], error: float) -> float:
+    tiny = 1e-12
+    below = [point for point in points if point[0] <= error]
+    above = [point for point in points if point[0] > error]
+    if below and above:
+        (e0, l0), (e1, l1) = below[-1], above[0]
+        share = (math.log(error + tiny) - math.log(e0 + tiny)) / (math.log(e1 + tiny) - math.log(e0 + tiny))
+        return math.exp((1 - share) * math.log(l0 + tiny) + share * math.log(l1 + tiny))
+    e, loss = below[-1] if below else above[0]
+    return loss * (error / e) ** 2 if e > 0 else loss

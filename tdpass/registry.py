@@ -1,0 +1,50 @@
+"""A named table of implementations; the only way formats, passes and targets become known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+from tdpass.errors import UsageError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names mapped to values; a duplicate or an unknown name is an error that lists the known ones.
+
+    >>> shapes = Registry[int]("shape")
+    >>> shapes.add("square", 4)
+    4
+    """
+
+    def __init__(self, noun: str) -> None:
+        self._noun = noun
+        self._entries: dict[str, T] = {}
+
+    def add(self, name: str, value: T) -> T:
+        """Register `value`; raises `UsageError` when the name is taken."""
+        if name in self._entries:
+            raise UsageError(f"{self._noun} {name!r} is registered twice: {self._entries[name]!r} and {value!r}")
+        self._entries[name] = value
+        return value
+
+    def get(self, name: str) -> T:
+        """Return the entry; raises `UsageError` listing the known names when there is none."""
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise UsageError(f"unknown {self._noun} {name!r}; known: {', '.join(self.names())}") from None
+
+    def names(self) -> tuple[str, ...]:
+        """All names, sorted."""
+        return tuple(sorted(self._entries))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[T]:
+        return (self._entries[name] for name in self.names())
+
+    def __len__(self) -> int:
+        return len(self._entries)

@@ -1,0 +1,75 @@
+"""A site: one place in a model where a weight may be replaced."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Kind = Literal["linear", "conv"]
+Extent = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A weight `W[o, i]` of a linear layer or `W[o, i, *kernel]` of a convolution, and where it is used.
+
+    `name` is the same on every front end: the module's path in torch, the initializer's name without
+    `.weight` in ONNX.  `padding` has a (before, after) pair per spatial axis.  `extents` holds one
+    (input size, output size) per call, for one sample: spatial sizes of a convolution, `((n,), (n,))`
+    for a linear layer applied to `n` positions; it is empty until the model has been seen running.
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] = ()
+    padding: tuple[tuple[int, int], ...] = ()
+    dilation: tuple[int, ...] = ()
+    bias: bool = False
+    itemsize: int = 4
+    extents: tuple[Extent, ...] = ()
+
+    @property
+    def o(self) -> int:
+        """Output channels."""
+        return self.shape[0]
+
+    @property
+    def i(self) -> int:
+        """Input channels."""
+        return self.shape[1]
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Spatial size of the kernel; empty for a linear layer."""
+        return self.shape[2:]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights of the dense layer, bias not counted."""
+        return math.prod(self.shape)
+
+    @property
+    def seen(self) -> bool:
+        """Whether activation sizes are known, so that multiply-adds can be counted."""
+        return bool(self.extents)
+
+    @property
+    def in_positions(self) -> int:
+        """Input positions per sample, summed over calls: how often a 1x1 layer at the input is applied."""
+        return sum(math.prod(before) for before, _ in self.extents)
+
+    @property
+    def out_positions(self) -> int:
+        """Output positions per sample, summed over calls."""
+        return sum(math.prod(after) for _, after in self.extents)
+
+    def positions_after(self, axes: int) -> int:
+        """Positions once the first `axes` spatial axes are at output size and the rest still at input size."""
+        return sum(math.prod(after[:axes]) * math.prod(before[axes:]) for before, after in self.extents)
+
+    def geometry(self) -> dict[str, Any]:
+        """What identifies the layer apart from its name and activation sizes, as JSON values."""
+        record = asdict(self)
+        return {key: record[key] for key in ("kind", "shape", "stride", "padding", "dilation")}

@@ -1,0 +1,203 @@
+"""Reports, plans and lists of sites for a terminal or a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rich.text import Text
+
+from tdpass.cost import Cost
+from tdpass.planner.rank_plan import DENSE, RankPlan
+from tdpass.report import Report, SiteRow
+from tdpass.site import Site
+from tdpass.views import summary
+from tdpass.views.tables import Column, Part, fitting, grid, heading, item, pairs
+from tdpass.views.units import dims, human, plain, ranks, ratio, seconds, share, small
+
+TITLES = {"macs": "MACs", "params": "Params", "bytes": "Bytes"}
+_NAMES_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class InspectRow:
+    """A site, what it costs dense, and the largest rank of each format that costs less."""
+
+    site: Site
+    cost: Cost
+    paying: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def report_view(report: Report, plan: RankPlan | None, width: int | None) -> list[Part]:
+    """A whole report, the totals last, where the eye is when the command ends; `width` is None in a pipe."""
+    rows = summary.site_rows(report, plan)
+    parts: list[Part] = []
+    if rows:
+        parts += site_table(rows, width)
+    parts += refusals(summary.refusals(report, plan), width)
+    if report.passes:
+        parts += ["", heading("Passes"), _passes(report, width)]
+    if report.checks:
+        parts += ["", heading("Checks"), grid(("Check", "Value"), summary.checks(report.checks), width, numbers=(1,), wraps=(0,))]
+    if report.notes:
+        parts += ["", heading("Notes"), *(item(note) for note in report.notes)]
+    return [*parts, "", *_totals(report, plan, rows, width)]
+
+
+def site_table(rows: Sequence[SiteRow], width: int | None) -> list[Part]:
+    """Every site before and after: one line each where the width allows, else two; reasons below where they do not fit."""
+    reason = Column[SiteRow]("Reason", lambda row: plain(row.note), least=32)
+    one_line, two_lines = _single_line_columns(), _two_line_columns(arrows=True)
+    layouts = ([*one_line, reason], one_line, [*two_lines, reason], two_lines, _two_line_columns(arrows=False))
+    table, chosen = fitting(layouts, rows, width, dim=lambda row: row.format == DENSE)
+    reasons = summary.reasons_by_site(rows)
+    if reason in layouts[chosen] or not reasons:
+        return [table]
+    return [table, "", heading("Reasons"), *_grouped(reasons)]
+
+
+def inspect_table(rows: Sequence[InspectRow], formats: Sequence[str], width: int | None) -> list[Part]:
+    """Every site of a model with its cost, its share of the whole, and where each format starts to pay."""
+    whole = sum(row.cost.macs for row in rows)
+
+    def paying(name: str) -> Callable[[InspectRow], str]:
+        return lambda row: ranks(row.paying.get(name, ()))
+
+    def part(row: InspectRow) -> str:
+        return share(row.cost.macs, whole)
+
+    def macs(row: InspectRow) -> str:
+        return human(row.cost.macs) if row.site.seen else "?"
+
+    right = [
+        Column[InspectRow]("Params", lambda row: human(row.cost.params), number=True),
+        Column[InspectRow]("MACs", macs, number=True),
+        Column[InspectRow]("Share", part, number=True),
+        *(Column[InspectRow](name, paying(name), number=True) for name in formats),
+    ]
+    one_line = [
+        Column[InspectRow]("Site", lambda row: plain(row.site.name)),
+        Column[InspectRow]("Kind", lambda row: row.site.kind),
+        Column[InspectRow]("Shape", lambda row: dims(row.site.shape)),
+        Column[InspectRow]("Geometry", lambda row: geometry(row.site)),
+        *right,
+    ]
+    two_lines = [
+        Column[InspectRow]("Site", lambda row: f"{plain(row.site.name)}\n{row.site.kind} {dims(row.site.shape)} {geometry(row.site)}".rstrip(), least=16),
+        *right,
+    ]
+    two_lines_without_share = [two_lines[0], right[0], right[1], *right[3:]]
+    return [fitting((one_line, two_lines, two_lines_without_share), rows, width)[0]]
+
+
+def geometry(site: Site) -> str:
+    """Stride, padding and dilation where they differ from 1, 0 and 1, and how often a weight is used per sample."""
+    words = []
+    if any(step != 1 for step in site.stride):
+        words.append(f"stride {_same(site.stride)}")
+    if any(pair != (0, 0) for pair in site.padding):
+        flat = [before if before == after else (before, after) for before, after in site.padding]
+        words.append(f"pad {_same(flat)}")
+    if any(step != 1 for step in site.dilation):
+        words.append(f"dilation {_same(site.dilation)}")
+    if len(site.extents) > 1:
+        words.append(f"{len(site.extents)} calls")
+    return " ".join(words)
+
+
+def refusals(reasons: Mapping[str, Sequence[str]], width: int | None) -> list[Part]:
+    """Layers left alone, grouped by reason in a terminal and one a line in a pipe."""
+    if not reasons:
+        return []
+    lines = [(name, reason) for reason, names in reasons.items() for name in names]
+    shown: list[Part] = [grid(("Layer", "Reason"), lines, width)] if width is None else _grouped(reasons)
+    return ["", heading(f"Left alone ({len(lines)})"), *shown]
+
+
+def _same(sizes: Sequence[object]) -> str:
+    return str(sizes[0]) if len(set(sizes)) == 1 else "x".join(map(str, sizes))
+
+
+def _single_line_columns() -> list[Column[SiteRow]]:
+    def changed(measure: str) -> Callable[[SiteRow], str]:
+        return lambda row: _change(row.before.get(measure), row.after.get(measure))
+
+    def times(measure: str) -> Callable[[SiteRow], str]:
+        return lambda row: "" if row.format == DENSE else ratio(row.before.get(measure), row.after.get(measure))
+
+    return [
+        Column("Site", lambda row: plain(row.site)),
+        Column("Shape", lambda row: dims(row.shape)),
+        Column("Format", lambda row: f"{plain(row.format)} {ranks(row.rank)}".rstrip()),
+        Column("MACs", changed("macs"), number=True),
+        Column("", times("macs"), number=True),
+        Column("Params", changed("params"), number=True),
+        Column("", times("params"), number=True),
+        Column("Error", lambda row: "" if row.format == DENSE else small(row.error), number=True),
+        Column("Guarantee", lambda row: plain(row.guarantee)),
+        Column("Loss", lambda row: "" if row.format == DENSE else small(row.loss), number=True),
+    ]
+
+
+def _two_line_columns(arrows: bool) -> list[Column[SiteRow]]:
+    """Name over shape, format over rank, cost over ratio; without arrows the cost before stands over the cost after."""
+
+    def cost(measure: str) -> Callable[[SiteRow], str]:
+        def cell(row: SiteRow) -> str:
+            before, after = row.before.get(measure), row.after.get(measure)
+            if row.format == DENSE:
+                return human(before)
+            return f"{_change(before, after)}\n{ratio(before, after)}" if arrows else f"{human(before)}\n{human(after)} {ratio(before, after)}"
+
+        return cell
+
+    below = "ratio" if arrows else "after"
+    return [
+        Column("Site\nshape", lambda row: f"{plain(row.site)}\n{dims(row.shape)}", least=16),
+        Column("Format\nrank", lambda row: f"{plain(row.format)}\n{ranks(row.rank)}", least=12),
+        Column(f"MACs\n{below}", cost("macs"), number=True),
+        Column(f"Params\n{below}", cost("params"), number=True),
+        Column("Error\nbound", lambda row: "" if row.format == DENSE else f"{small(row.error)}\n{plain(row.guarantee)}", number=True),
+        Column("Loss", lambda row: "" if row.format == DENSE else small(row.loss), number=True),
+    ]
+
+
+def _change(before: int, after: int) -> str:
+    return human(before) if before == after else f"{human(before)} -> {human(after)}"
+
+
+def _grouped(reasons: Mapping[str, Sequence[str]]) -> list[Part]:
+    return [item(f"{_some(names)}: {reason}") for reason, names in reasons.items()]
+
+
+def _some(names: Sequence[str]) -> str:
+    if len(names) <= _NAMES_SHOWN + 1:
+        return ", ".join(names)
+    return f"{', '.join(names[:_NAMES_SHOWN])} and {len(names) - _NAMES_SHOWN} more"
+
+
+def _passes(report: Report, width: int | None) -> Part:
+    lines = [
+        (row.text, "changed" if row.changed else "no change", seconds(row.seconds), human(row.after.params), "; ".join(row.notes)) for row in report.passes
+    ]
+    return grid(("Pass", "Result", "Time", "Params after", "Notes"), lines, width, numbers=(2, 3), wraps=(0, 4))
+
+
+def _totals(report: Report, plan: RankPlan | None, rows: Sequence[SiteRow], width: int | None) -> list[Part]:
+    before, after = summary.original_cost(report, plan), summary.final_cost(report, rows, plan)
+    facts = [("budget", report.budget), ("metric", report.metric), ("divergence", report.divergence), ("machine", report.machine)]
+    parts: list[Part] = [heading(report.model or "Model"), pairs([(name, value) for name, value in facts if value]), ""]
+    lines = []
+    for measure, title in TITLES.items():
+        old, new, unit = before.get(measure), after.get(measure), "B" if measure == "bytes" else ""
+        if old:
+            lines.append((title, human(old, unit), human(new, unit), ratio(old, new), share(new, old)))
+    after_title = "Planned" if summary.untouched(report, rows) else "After"
+    parts.append(grid(("Total", "Before", after_title, "Smaller", "Kept"), lines, width, numbers=(1, 2, 3, 4)))
+    moved = summary.divergence(report, rows)
+    if moved is not None:
+        parts.append(Text(f"{plain(moved.name)}: {small(moved.value)} {'measured' if moved.measured else 'expected'}"))
+    if rows:
+        counts = ", ".join(f"{total.sites} {plain(total.format)}" for total in summary.by_format(rows))
+        parts.append(Text(f"{len(rows)} {'site' if len(rows) == 1 else 'sites'}: {counts}"))
+    return parts

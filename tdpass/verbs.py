@@ -1,0 +1,183 @@
+"""The one verb, and its dry run."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tdpass.artifact import Artifact, load_plan
+from tdpass.cost import Budget, BudgetValue, Cost
+from tdpass.data import as_batches
+from tdpass.errors import UsageError
+from tdpass.formats.base import FORMATS, dense_cost
+from tdpass.models import ExampleInputs, Model, open_model
+from tdpass.pipeline import Job, Pipeline, PipelineSpec, Progress
+from tdpass.planner.cache import default_folder
+from tdpass.planner.compare import compare_outputs
+from tdpass.planner.divergence import Divergence
+from tdpass.planner.rank_plan import RankPlan
+from tdpass.report import Report
+
+PLANNED = "fold-batchnorm,plan,factorize,correct-bias,refit,recalibrate-batchnorm,verify"
+GIVEN_PLAN = "fold-batchnorm,factorize,correct-bias,refit,recalibrate-batchnorm,verify"
+DRY_RUN = "fold-batchnorm,plan"
+
+BudgetSpec = Mapping[str, BudgetValue] | Budget | None
+
+
+def compress(
+    model: object,
+    budget: BudgetSpec = None,
+    data: object = None,
+    *,
+    plan: RankPlan | str | Path | None = None,
+    target: object = None,
+    pipeline: PipelineSpec | Pipeline | None = None,
+    example_inputs: ExampleInputs = None,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    formats: Sequence[str] = (),
+    samples: int = 512,
+    divergence: str | Divergence = "auto",
+    augmented: object = None,
+    progress: Progress | None = None,
+    cache: bool | Path = True,
+) -> Artifact:
+    """Make a model smaller within a budget, and say what was done.
+
+    `model`: an `nn.Module`, `fx.GraphModule`, `ExportedProgram`, ONNX model (proto, `onnx_ir`, graphsurgeon) or a path;
+    it is left untouched, and what comes back in `.model` is of the same type (for a path, what it holds).
+    `budget`: bounds on `macs`, `params`, `bytes` of the whole model, as fractions (`0.4`) or absolute (`"120M"`), and
+    `max_error` per site.  `data`: unlabelled calibration data (see `as_batches`); without it weights are factored by
+    themselves and a budget on macs needs `example_inputs`.  `plan`: carry out this plan (or its file) instead of planning.
+    `include`, `exclude`: name globs.  `formats`: restrict to these.  `pipeline`: passes as text, list or YAML file.
+    `augmented`: data for re-estimating batch-norm statistics.  `cache`: False, or a folder for planning results.
+
+    Raises `BudgetError` when the budget cannot be met (naming the smallest reachable), `InvalidModelError`, `PlanError`,
+    `UsageError`.
+    """
+    steps = Pipeline.parse(pipeline if pipeline is not None else PLANNED if plan is None else GIVEN_PLAN)
+    setting = _Setting(target, include, exclude, formats, samples, divergence, augmented, progress, cache)
+    return _run(model, budget, data, plan, steps, example_inputs, setting)
+
+
+def make_plan(
+    model: object,
+    budget: BudgetSpec,
+    data: object = None,
+    *,
+    target: object = None,
+    pipeline: PipelineSpec | Pipeline | None = None,
+    example_inputs: ExampleInputs = None,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    formats: Sequence[str] = (),
+    samples: int = 512,
+    divergence: str | Divergence = "auto",
+    progress: Progress | None = None,
+    cache: bool | Path = True,
+) -> Artifact:
+    """Plan only: `.plan` and `.report` of the result say what `compress` would do; `.model` is the model as it was."""
+    steps = Pipeline.parse(pipeline if pipeline is not None else DRY_RUN)
+    setting = _Setting(target, include, exclude, formats, samples, divergence, None, progress, cache)
+    return _run(model, budget, data, None, steps, example_inputs, setting)
+
+
+def verify(
+    reference: object, candidate: object, data: object = None, *, example_inputs: ExampleInputs = None, samples: int = 512, divergence: str | Divergence = "auto"
+) -> dict[str, float]:
+    """How far one model's outputs are from another's on the same data; both may come through any front end.
+
+    Returns `divergence`, `relative_difference`, `max_difference`, `samples`, and `same_class` for class scores.
+    Raises `UsageError` when there is nothing to run them on.
+    """
+    first, second = open_model(reference, example_inputs), open_model(candidate, example_inputs)
+    example = first.example() or second.example()
+    if data is None and example is None:
+        raise UsageError("there is nothing to run the models on; pass data= or example_inputs=")
+    batches = as_batches(data if data is not None else example, samples)
+    measure = divergence if isinstance(divergence, Divergence) else Divergence(divergence)
+    pairs = []
+    for batch in batches:
+        answer = measure.output(first.run(batch))
+        pairs.append((answer, measure.output(second.run(batch)).reshape(answer.shape)))
+    return compare_outputs(pairs, measure)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    target: object
+    include: Sequence[str]
+    exclude: Sequence[str]
+    formats: Sequence[str]
+    samples: int
+    divergence: str | Divergence
+    augmented: object
+    progress: Progress | None
+    cache: bool | Path
+
+
+def _run(
+    given: object, budget: BudgetSpec, data: object, plan: RankPlan | str | Path | None, steps: Pipeline, example_inputs: ExampleInputs, setting: _Setting
+) -> Artifact:
+    if setting.target is not None:
+        raise UsageError(f"target={setting.target!r} is not known; this version plans on counted costs only, leave target out")
+    limits = None if budget is None else Budget.parse(budget)
+    decided = load_plan(plan) if isinstance(plan, str | Path) else plan
+    for name in setting.formats:
+        FORMATS.get(name)
+    batches = as_batches(data, setting.samples) if data is not None else []
+    opened = open_model(given, example_inputs)
+    model = opened.clone()
+    example = batches[0] if batches else model.example()
+    if example is not None:
+        model.observe(example)
+    report = _new_report(given, model)
+    job = Job(
+        report=report,
+        batches=batches,
+        augmented=None if setting.augmented is None else as_batches(setting.augmented, 2**31),
+        budget=limits,
+        plan=decided,
+        include=tuple(setting.include),
+        exclude=tuple(setting.exclude),
+        formats=tuple(setting.formats),
+        divergence=setting.divergence if isinstance(setting.divergence, Divergence) else Divergence(setting.divergence),
+        cache=None if setting.cache is False else default_folder() if setting.cache is True else setting.cache,
+        original=report.original,
+    )
+    if setting.progress is not None:
+        job.progress = setting.progress
+    model.check()
+    steps.run(model, job)
+    if job.plan is None:
+        job.plan = RankPlan((), report.original, declined=dict(report.declined))
+    saved = sum((choice.dense - choice.cost for choice in job.plan), Cost()) if model_changed(model) else Cost()
+    report.final = Cost(model.params(), report.original.macs - saved.macs, model.bytes())
+    return Artifact(model.unwrap(), job.plan, report, model)
+
+
+def model_changed(model: Model) -> bool:
+    """Whether any site has been replaced."""
+    return any(model.layer(site.name) is not None for site in model.sites())
+
+
+def _new_report(given: object, model: Model) -> Report:
+    sites = model.sites()
+    seen = all(site.seen for site in sites)
+    macs = model.macs() or (sum(dense_cost(site).macs for site in sites) if seen else 0)
+    name = str(given) if isinstance(given, str | Path) else type(given).__name__
+    return Report(
+        model=name,
+        frontend=model.frontend,
+        machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        original=Cost(model.params(), macs, model.bytes()),
+        declined=dict(model.declined()),
+    )
+

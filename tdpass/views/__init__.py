@@ -1,0 +1,1 @@
+"""What the terminal and the HTML report are made of: figures as people read them, text tables, pieces of markup."""

@@ -1,0 +1,167 @@
+"""The site table of the HTML report: cost bars, chosen formats, errors and reasons."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from tdpass.cost import Cost
+from tdpass.planner.rank_plan import DENSE
+from tdpass.report import SiteRow
+from tdpass.views.html import Html, column, join, spaced, table, tag
+from tdpass.views.summary import FormatTotal
+from tdpass.views.units import dims, human, ranks, ratio, small
+
+MEASURES = {"macs": "MACs", "params": "Parameters"}
+_COLOURS = 8
+_LEAST_BAR = 0.5
+
+
+def colours(rows: Sequence[SiteRow]) -> dict[str, str]:
+    """CSS class of every format in use: the same formats get the same colours in every report."""
+    factored = sorted({row.format for row in rows} - {DENSE})
+    return {DENSE: "dense", **{name: f"colour{index % _COLOURS}" for index, name in enumerate(factored)}}
+
+
+def measured(name: str, *children: Html | str) -> Html:
+    """What is shown only while that measure is chosen."""
+    return tag("span", *children, class_=f"only-{name}")
+
+
+def breakable(name: str) -> Html:
+    """A long dotted name that may break after its separators."""
+    return join(re.split(r"(?<=[./:])", name), "<wbr>")
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """What all names start with, up to a separator; empty where that would save little."""
+    if len(names) < 2:
+        return ""
+    first, last = min(names), max(names)
+    same = next((index for index, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    prefix = "".join(re.split(r"(?<=[./])", first[:same])[:-1])
+    return prefix if len(prefix) > 12 else ""
+
+
+def chip(name: str, colour: str) -> Html:
+    """A format: a colour and its name, so that neither has to carry the meaning alone."""
+    return tag("span", tag("span", class_=f"swatch {colour}", aria_hidden="true"), name, class_="chip")
+
+
+def site_table(rows: Sequence[SiteRow], colour: Mapping[str, str]) -> Html:
+    """One row per site, in the order of the network until the reader sorts it."""
+    headers = [
+        column("Site"),
+        column("Format"),
+        tag("th", "Cost", scope="col", class_="bars"),
+        column("Before", number=True),
+        column("After", number=True),
+        column("Ratio", number=True),
+        column("Error", number=True),
+        column("Loss", number=True),
+        column("Reason"),
+    ]
+    longest = {name: max((max(row.before.get(name), row.after.get(name)) for row in rows), default=0) for name in MEASURES}
+    prefix = common_prefix([row.site for row in rows])
+    return table(headers, [_row(row, colour, longest, prefix) for row in rows], "Sites", id="sites-table")
+
+
+def _row(row: SiteRow, colour: Mapping[str, str], longest: Mapping[str, int], prefix: str) -> Html:
+    dense = row.format == DENSE
+    bars = [_bar(row, name, colour[row.format], longest[name]) for name in MEASURES]
+    bound = tag("span", row.guarantee.replace("<=", "≤"), class_="below") if row.guarantee else None
+    return tag(
+        "tr",
+        tag("th", _name(row.site, prefix), tag("span", dims(row.shape, "×"), class_="below"), scope="row", data_key=row.site),
+        tag("td", chip(row.format, colour[row.format]), tag("span", ranks(row.rank), class_="below"), data_key=row.format),
+        tag("td", *bars, class_="bars"),
+        *_amounts(row.before, row.after, dense),
+        tag("td", "" if dense else small(row.error), bound, class_="number", data_key=0 if dense else row.error),
+        tag("td", "" if dense else small(row.loss), class_="number", data_key=0 if dense else row.loss),
+        tag("td", row.note, class_="why", data_key=row.note),
+        class_="kept" if dense else None,
+    )
+
+
+def _name(site: str, prefix: str) -> Html:
+    # the prefix stays in the text, so that copying, searching and reading aloud give the whole name
+    start = tag("span", prefix, class_="unseen") if prefix else None
+    return tag("span", start, breakable(site[len(prefix) :]), class_="name shortened" if prefix else "name", title=site if prefix else None)
+
+
+def _amounts(before: Cost, after: Cost, dense: bool) -> list[Html]:
+    """Cells for before, after and ratio, each holding every measure and its sort key."""
+
+    def cell(shown: Mapping[str, str], keys: Mapping[str, str]) -> Html:
+        return tag("td", *(measured(name, spaced(text)) for name, text in shown.items()), class_="number", data_macs=keys["macs"], data_params=keys["params"])
+
+    costs = {name: (before.get(name), after.get(name)) for name in MEASURES}
+    return [
+        *(cell({name: human(pair[side]) for name, pair in costs.items()}, {name: str(pair[side]) for name, pair in costs.items()}) for side in (0, 1)),
+        cell(
+            {name: "" if dense else ratio(*pair, times="×") for name, pair in costs.items()},
+            {name: f"{pair[0] / pair[1]:.6g}" if pair[1] else "0" for name, pair in costs.items()},
+        ),
+    ]
+
+
+def _percent(part: float, whole: float) -> float:
+    return 100 * part / whole if whole else 0.0
+
+
+def _bar(row: SiteRow, name: str, colour: str, longest: int) -> Html:
+    before, after = _percent(row.before.get(name), longest), _percent(row.after.get(name), longest)
+    return tag(
+        "svg",
+        tag("rect", class_="before", width=f"{max(before, _LEAST_BAR):.2f}%", height=18, rx=2),
+        tag("rect", class_=f"after {colour}", y=4, width=f"{max(after, _LEAST_BAR):.2f}%", height=10, rx=1),
+        class_=f"bar only-{name}",
+        width="100%",
+        height=18,
+        aria_hidden="true",
+    )
+
+
+def composition(totals: Sequence[FormatTotal], original: Cost, final: Cost, colour: Mapping[str, str]) -> Html:
+    """Two bars, the whole model before and after, divided by the format its sites were given."""
+    bars = []
+    for name, title in MEASURES.items():
+        whole = original.get(name)
+        if not whole:
+            bars.append(tag("p", f"{title} were not counted.", class_=f"only-{name}"))
+            continue
+        pieces = [(total.format, colour[total.format], total.before.get(name), total.after.get(name)) for total in totals]
+        rest = [("elsewhere", "elsewhere", whole - sum(piece[2] for piece in pieces), final.get(name) - sum(piece[3] for piece in pieces))]
+        parts: list[Html | str] = []
+        for label, index, cost in (("before", 2, whole), ("after", 3, final.get(name))):
+            shown = [(piece[0], piece[1], piece[index]) for piece in (*pieces, *rest)]
+            parts += [tag("span", label, class_="label"), _stack(shown, whole, f"{title} {label}"), tag("span", human(cost), class_="number")]
+        bars.append(tag("div", *parts, class_=f"stacks only-{name}"))
+    return join(bars)
+
+
+def _stack(pieces: Sequence[tuple[str, str, object]], whole: int, label: str) -> Html:
+    place, rects, words = 0.0, [], []
+    for name, colour, value in pieces:
+        width = _percent(max(0, int(str(value))), whole)
+        if width > 0:
+            rects.append(tag("rect", tag("title", f"{name}: {width:.1f} %"), class_=colour, x=f"{place:.2f}%", width=f"{width:.2f}%", height=26))
+            words.append(f"{name} {width:.1f} %")
+        place += width
+    return tag("svg", *rects, class_="stack", width="100%", height=26, role="img", aria_label=f"{label}, in percent of the original: {', '.join(words)}")
+
+
+def format_table(totals: Sequence[FormatTotal], colour: Mapping[str, str]) -> Html:
+    """Sites, cost and loss per format; the legend of the colours."""
+    headers = [column("Format"), *(column(name, number=True) for name in ("Sites", "Before", "After", "Ratio", "Loss"))]
+    rows = [
+        tag(
+            "tr",
+            tag("th", chip(total.format, colour[total.format]), scope="row"),
+            tag("td", f"{total.sites}", class_="number"),
+            *_amounts(total.before, total.after, total.format == DENSE),
+            tag("td", "" if total.format == DENSE else small(total.loss), class_="number"),
+        )
+        for total in totals
+    ]
+    return table(headers, rows, "Formats")

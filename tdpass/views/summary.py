@@ -1,0 +1,120 @@
+"""What every view of a report shows: its rows, totals per format, headline figures and refusals, each worked out once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from tdpass.cost import Cost
+from tdpass.planner.rank_plan import DENSE, RankPlan
+from tdpass.report import Report, SiteRow
+from tdpass.views.units import human, share, small
+
+
+@dataclass(frozen=True)
+class FormatTotal:
+    """All sites that got one format."""
+
+    format: str
+    sites: int
+    before: Cost
+    after: Cost
+    loss: float
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A headline number and whether it was measured or is what the planner expects."""
+
+    value: float
+    name: str
+    measured: bool
+
+
+def site_rows(report: Report, plan: RankPlan | None = None) -> list[SiteRow]:
+    """The report's rows, with what only the plan says filled in; the plan's choices when nothing was done yet."""
+    if not report.sites and plan is not None:
+        return [SiteRow(c.site, c.shape, c.format, c.rank, c.dense, c.cost, c.error, c.loss, c.guarantee, c.reason) for c in plan]
+    chosen = {} if plan is None else {choice.site: choice for choice in plan}
+    return [
+        replace(row, note=row.note or chosen[row.site].reason, guarantee=row.guarantee or chosen[row.site].guarantee) if row.site in chosen else row
+        for row in report.sites
+    ]
+
+
+def untouched(report: Report, rows: Sequence[SiteRow]) -> bool:
+    """Whether this is a dry run: what the rows save is not missing from the final cost."""
+    saved = sum((row.before - row.after for row in rows), Cost())
+    for measure in ("macs", "params"):
+        if saved.get(measure) > 0:
+            # folded batch-norms and added biases move the count a little, so half of the saving decides
+            return report.original.get(measure) - report.final.get(measure) < saved.get(measure) / 2
+    return not report.passes
+
+
+def final_cost(report: Report, rows: Sequence[SiteRow], plan: RankPlan | None = None) -> Cost:
+    """Cost of the compressed model: what was reached or, in a dry run, what is planned."""
+    if not untouched(report, rows):
+        return report.final
+    return original_cost(report, plan) - sum((row.before - row.after for row in rows), Cost())
+
+
+def original_cost(report: Report, plan: RankPlan | None = None) -> Cost:
+    """Cost of the model that came in."""
+    return plan.original if report.original == Cost() and plan is not None else report.original
+
+
+def divergence(report: Report, rows: Sequence[SiteRow]) -> Figure | None:
+    """How far the outputs moved: the first check that measured it, else the summed expectation; None when nothing says."""
+    kind = divergence_name(report.divergence)
+    if "divergence" in report.checks:
+        return Figure(report.checks["divergence"], kind, measured=True)
+    if not rows:
+        return None
+    return Figure(sum(row.loss for row in rows), kind if report.divergence else "summed squared weight error", measured=False)
+
+
+def divergence_name(name: str) -> str:
+    """`kl` as people write it; without a name, the plain word."""
+    return f"{name.upper() if len(name) <= 3 else name} divergence".strip()
+
+
+def checks(values: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Names and values of checks, in words."""
+    shown = []
+    for name, value in values.items():
+        if name == "samples":
+            shown.append(("samples compared", human(value)))
+        elif name == "same_class":
+            shown.append(("same class chosen", share(value, 1.0)))
+        else:
+            shown.append((name.replace("_", " "), small(value)))
+    return shown
+
+
+def by_format(rows: Sequence[SiteRow]) -> list[FormatTotal]:
+    """Totals per format, factored ones by name and dense last."""
+    names = sorted({row.format for row in rows}, key=lambda name: (name == DENSE, name))
+    totals = []
+    for name in names:
+        group = [row for row in rows if row.format == name]
+        before, after = sum((row.before for row in group), Cost()), sum((row.after for row in group), Cost())
+        totals.append(FormatTotal(name, len(group), before, after, sum(row.loss for row in group)))
+    return totals
+
+
+def refusals(report: Report, plan: RankPlan | None = None) -> dict[str, list[str]]:
+    """Layers left alone, as reason -> names, the most frequent reason first."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in {**(plan.declined if plan is not None else {}), **report.declined}.items():
+        reasons.setdefault(reason, []).append(name)
+    return dict(sorted(reasons.items(), key=lambda item: -len(item[1])))
+
+
+def reasons_by_site(rows: Sequence[SiteRow]) -> dict[str, list[str]]:
+    """Why each site is as it is, as reason -> names, in the order of the rows."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row.note:
+            reasons.setdefault(row.note, []).append(row.site)
+    return reasons

@@ -1,0 +1,94 @@
+"""Numbers and foreign text the way people read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+_PREFIXES = ("", "k", "M", "G", "T", "P")
+
+
+def human(value: float, unit: str = "") -> str:
+    """Three significant digits and a decimal prefix.
+
+    >>> human(1_234_567), human(999_960), human(42), human(3_420_000, "B")
+    ('1.23 M', '1.00 M', '42', '3.42 MB')
+    """
+    size, step = abs(value), 0
+    while size >= 999.5 and step < len(_PREFIXES) - 1:
+        size, step = size / 1000, step + 1
+    digits = f"{size:g}" if step == 0 and size == int(size) else _three(size)
+    sign = "-" if value < 0 else ""
+    return f"{sign}{digits} {_PREFIXES[step]}{unit}".rstrip()
+
+
+def ratio(before: float, after: float, times: str = "x") -> str:
+    """How many times smaller, or a dash where there is nothing to divide.
+
+    >>> ratio(100, 40), ratio(3000, 20), ratio(10, 0)
+    ('2.50x', '150x', '-')
+    """
+    if before <= 0 or after <= 0:
+        return "-"
+    return f"{_three(before / after)}{times}"
+
+
+def share(part: float, whole: float) -> str:
+    """A percentage, or a dash where there is no whole.
+
+    >>> share(399, 1000)
+    '39.9 %'
+    """
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def small(value: float) -> str:
+    """An error or a loss: three significant digits, as a power of ten below a thousandth.
+
+    >>> small(0.03124), small(1.234e-5), small(0.0), small(12.5)
+    ('0.0312', '1.2e-5', '0', '12.5')
+    """
+    if value == 0:
+        return "0"
+    if not math.isfinite(value):
+        return "not finite"
+    if abs(value) >= 1e-3:
+        return f"{value:.3g}" if abs(value) < 1000 else human(value)
+    digits, _, power = f"{value:.1e}".partition("e")
+    return f"{digits}e{int(power)}"
+
+
+def seconds(value: float) -> str:
+    """A duration.
+
+    >>> seconds(0.0123), seconds(4.56), seconds(192)
+    ('12 ms', '4.6 s', '3 min 12 s')
+    """
+    if value < 0.9995:
+        return f"{value * 1e3:.0f} ms" if value >= 0.0095 else f"{value * 1e3:.2g} ms"
+    if value < 99.95:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest:02d} s"
+
+
+def dims(shape: Sequence[int], times: str = "x") -> str:
+    """A shape, such as 64x32x3x3."""
+    return times.join(str(size) for size in shape)
+
+
+def ranks(rank: Sequence[int]) -> str:
+    """A rank as text, such as `8, 12`; empty for a dense layer."""
+    return ", ".join(str(r) for r in rank)
+
+
+def plain(text: object) -> str:
+    """Foreign text made safe to show: anything that could move a cursor or reorder a line becomes a visible mark.
+
+    Names and messages come from model files, which may hold escape sequences, bidirectional overrides or broken Unicode.
+    """
+    return "".join(character if character.isprintable() else " " if character.isspace() else "\ufffd" for character in str(text))
+
+
+def _three(value: float) -> str:
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"

@@ -1,0 +1,246 @@
+"""What every registered format promises, on every kind of site that it fits."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from tdpass.errors import PlanError
+from tdpass.formats import FORMATS, Decomposition, Factors, Metric, Rank
+from tdpass.formats.base import apply_dense
+from tdpass.ops import TorchOps
+from tdpass.site import Site
+
+# Alternating least squares may end in a poorer local optimum at a larger rank, by so much of the weight's norm.
+LOCAL_OPTIMUM = 0.02
+
+
+def conv(
+    name: str, shape: tuple[int, ...], size: tuple[int, ...], stride: int = 1, padding: tuple[int, int] = (0, 0), dilation: int = 1
+) -> Site:
+    """A convolution site that has been seen on one sample of that size."""
+    axes = len(size)
+    after = tuple((n + sum(padding) - dilation * (k - 1) - 1) // stride + 1 for n, k in zip(size, shape[2:], strict=True))
+    return Site(name, "conv", shape, (stride,) * axes, (padding,) * axes, (dilation,) * axes, extents=((size, after),))
+
+
+SITES = (
+    Site("linear", "linear", (24, 36), extents=(((3,), (3,)),)),
+    Site("linear_prime", "linear", (13, 17), extents=(((3,), (3,)),)),
+    conv("conv2d", (12, 16, 3, 3), (9, 7), padding=(1, 1)),
+    conv("conv2d_strided", (16, 12, 3, 3), (8, 9), stride=2, padding=(0, 1)),
+    conv("conv2d_dilated", (8, 12, 3, 3), (9, 8), padding=(2, 2), dilation=2),
+    conv("conv2d_pointwise", (12, 18, 1, 1), (5, 6)),
+    conv("conv2d_5x5", (8, 6, 5, 5), (9, 9), padding=(2, 2)),
+    conv("conv2d_1x7", (8, 12, 1, 7), (6, 9), stride=2, padding=(1, 1)),
+    conv("conv1d", (16, 12, 5), (15,), stride=2, padding=(1, 2)),
+    conv("conv3d", (8, 6, 3, 3, 3), (5, 6, 5), stride=2, padding=(1, 1)),
+)
+EXTRA_RANKS: dict[tuple[str, str], list[Rank]] = {
+    ("tensor_train", "linear"): [(2, 3, 2)],
+    ("tensor_train", "conv"): [(2, 3, 3, 2), (2, 4, 5, 5, 4, 2)],
+}
+METRICS = ("plain", "full", "diagonal")
+CASES = [(name, site) for name in FORMATS.names() for site in SITES if FORMATS.get(name).fits(site)]
+each_case = pytest.mark.parametrize(("name", "site"), CASES, ids=[f"{name}-{site.name}" for name, site in CASES])
+each_metric = pytest.mark.parametrize("kind", METRICS)
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    """The same normal numbers every time."""
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@functools.cache
+def weight_of(site: Site) -> Tensor:
+    """A weight whose spectra decay in every mode, as trained ones do."""
+    weight = normal(*site.shape, seed=site.weights)
+    for axis, size in enumerate(site.shape):
+        mixing = torch.linalg.qr(normal(size, size, seed=axis))[0] * torch.arange(1, size + 1, dtype=torch.float64) ** -0.7
+        weight = torch.tensordot(weight, mixing, dims=([axis], [1])).movedim(-1, axis)
+    return weight
+
+
+@functools.cache
+def metric_of(site: Site, kind: str) -> Metric:
+    """A metric with correlated inputs, one of them dead, from fewer samples than it has dimensions; or its diagonal."""
+    width = site.weights // site.o
+    reads = torch.relu(normal(width // 2, width, seed=1) @ normal(width, width, seed=2) + 1)
+    reads[:, 0] = 0
+    covariance = reads.T @ reads / len(reads)
+    sent = normal(2 * site.o, site.o, seed=3) @ normal(site.o, site.o, seed=4)
+    return {
+        "plain": Metric(),
+        "full": Metric(covariance, sent.T @ sent / len(sent)),
+        "diagonal": Metric(covariance.diagonal()),
+    }[kind]
+
+
+@functools.cache
+def decomposed(name: str, site: Site, kind: str) -> Decomposition:
+    """The shared work of a case."""
+    return FORMATS.get(name).decompose(weight_of(site), site, metric_of(site, kind))
+
+
+@functools.cache
+def factors_of(name: str, site: Site, kind: str, rank: Rank) -> Factors:
+    """The factors of a case."""
+    return decomposed(name, site, kind).factors(rank)
+
+
+def error_of(name: str, site: Site, kind: str, rank: Rank, judge: str | None = None) -> float:
+    """Relative error of factors found in the metric `kind`, measured in the metric `judge`."""
+    built = FORMATS.get(name).reconstruct(factors_of(name, site, kind, rank), site)
+    return metric_of(site, judge or kind).relative_error(weight_of(site), built)
+
+
+def some_ranks(name: str, site: Site) -> list[Rank]:
+    """Four candidates from cheap to expensive for each length of rank, and the valid ones of the extra ranks."""
+    offered = FORMATS.get(name).ranks(site)
+    found: list[Rank] = []
+    for length in sorted({len(rank) for rank in offered}):
+        group = [rank for rank in offered if len(rank) == length]
+        found += [group[index] for index in sorted({0, len(group) // 3, 2 * len(group) // 3, len(group) - 1})]
+    return found + list(extra_ranks(name, site))
+
+
+def extra_ranks(name: str, site: Site) -> Iterator[Rank]:
+    """The extra ranks that the site allows."""
+    for rank in EXTRA_RANKS.get((name, site.kind), []):
+        try:
+            FORMATS.get(name).check_rank(site, rank)
+        except PlanError:
+            continue
+        yield rank
+
+
+def sample_of(site: Site, batch: int) -> Tensor:
+    """Random input of a site."""
+    size = site.extents[0][0]
+    return normal(batch, *size, site.i, seed=5) if site.kind == "linear" else normal(batch, site.i, *size, seed=5)
+
+
+def test_every_format_is_tried() -> None:
+    tried = {name for name, _ in CASES}
+    assert tried == {name for name in FORMATS.names() if name not in {"constant", "pruned"}}
+
+
+@each_case
+def test_factors_have_the_shapes_and_the_number_of_values_that_are_promised(name: str, site: Site) -> None:
+    form = FORMATS.get(name)
+    for rank in some_ranks(name, site):
+        form.check_rank(site, rank)
+        factors = factors_of(name, site, "plain", rank)
+        assert {key: tuple(factor.shape) for key, factor in factors.items()} == form.shapes(site, rank)
+        assert all(factor.dtype == torch.float64 and factor.is_contiguous() for factor in factors.values())
+        assert form.cost(site, rank).params == sum(factor.numel() for factor in factors.values())
+
+
+@each_case
+def test_candidates_are_distinct_and_get_no_cheaper(name: str, site: Site) -> None:
+    form = FORMATS.get(name)
+    ranks = form.ranks(site)
+    params = [form.cost(site, rank).params for rank in ranks]
+    assert len(set(ranks)) == len(ranks)
+    assert params == sorted(params)
+
+
+@each_case
+def test_apply_is_the_dense_layer_with_the_rebuilt_weight(name: str, site: Site) -> None:
+    form = FORMATS.get(name)
+    x, bias, ops = sample_of(site, 2), normal(site.o, seed=6), TorchOps()
+    for rank in some_ranks(name, site):
+        factors = factors_of(name, site, "plain", rank)
+        expected = apply_dense(ops, x, form.reconstruct(factors, site), bias, site)
+        torch.testing.assert_close(form.apply(ops, x, factors, bias, site, rank), expected, rtol=1e-9, atol=1e-9)
+        without = form.apply(ops, x, factors, None, site, rank)
+        torch.testing.assert_close(without, apply_dense(ops, x, form.reconstruct(factors, site), None, site), rtol=1e-9, atol=1e-9)
+
+
+@each_case
+def test_macs_are_those_of_a_real_call(name: str, site: Site) -> None:
+    form = FORMATS.get(name)
+    for rank in some_ranks(name, site):
+        with FlopCounterMode(display=False) as counter:
+            form.apply(TorchOps(), sample_of(site, 1), factors_of(name, site, "plain", rank), None, site, rank)
+        assert form.macs(site, rank) == counter.get_total_flops() // 2
+
+
+@each_case
+@each_metric
+def test_error_falls_with_rank(name: str, site: Site, kind: str) -> None:
+    tolerance = 1e-6 if FORMATS.get(name).exact_at_full_rank and kind == "plain" else LOCAL_OPTIMUM
+    ranks = some_ranks(name, site)
+    for low in ranks:
+        for high in ranks:
+            if len(low) == len(high) and low != high and all(a <= b for a, b in zip(low, high, strict=True)):
+                assert error_of(name, site, kind, high) <= error_of(name, site, kind, low) + tolerance
+
+
+@each_case
+@each_metric
+def test_full_rank_is_exact(name: str, site: Site, kind: str) -> None:
+    form = FORMATS.get(name)
+    if not form.exact_at_full_rank:
+        pytest.skip(f"{name} has no candidate of full rank")
+    assert error_of(name, site, kind, form.ranks(site)[-1]) < 1e-6
+
+
+@each_case
+@each_metric
+def test_guarantee_holds(name: str, site: Site, kind: str) -> None:
+    for rank in some_ranks(name, site):
+        guarantee = decomposed(name, site, kind).guarantee(rank)
+        if guarantee is None:
+            continue
+        measured = error_of(name, site, kind, rank)
+        assert measured <= guarantee.value + 1e-7
+        if guarantee.kind == "exact":
+            assert measured**2 == pytest.approx(guarantee.value**2, abs=1e-10)
+
+
+@each_case
+@each_metric
+def test_the_metric_pays(name: str, site: Site, kind: str) -> None:
+    for rank in some_ranks(name, site):
+        assert error_of(name, site, kind, rank) <= error_of(name, site, "plain", rank, judge=kind) + 1e-9
+
+
+@each_case
+@each_metric
+def test_equal_inputs_give_equal_factors(name: str, site: Site, kind: str) -> None:
+    rank = some_ranks(name, site)[1]
+    again = FORMATS.get(name).factorize(weight_of(site), site, rank, metric_of(site, kind))
+    first = factors_of(name, site, kind, rank)
+    assert list(first) == list(again)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+@each_case
+@each_metric
+def test_degenerate_weights_give_finite_factors(name: str, site: Site, kind: str) -> None:
+    form = FORMATS.get(name)
+    # A geometric sequence is a product of geometric sequences however its axis is split, so this weight has rank one in every format.
+    sequences = (0.8 ** torch.arange(size, dtype=torch.float64) for size in site.shape)
+    outer = functools.reduce(lambda left, right: left[..., None] * right, sequences)
+    for weight, bound in ((torch.zeros(site.shape), 0.0), (outer, 1e-5)):
+        for rank in some_ranks(name, site)[-2:]:
+            factors = form.factorize(weight, site, rank, metric_of(site, kind))
+            assert all(bool(factor.isfinite().all()) for factor in factors.values())
+            assert metric_of(site, kind).relative_error(weight, form.reconstruct(factors, site)) <= bound
+
+
+@each_case
+def test_a_rank_outside_the_limits_is_refused(name: str, site: Site) -> None:
+    form = FORMATS.get(name)
+    top = form.ranks(site)[-1]
+    bad = [(), (*top, *top, *top, *top, *top, *top, *top, *top, *top), tuple(0 for _ in top), tuple(math.prod(site.shape) + 1 for _ in top)]
+    for rank in bad:
+        with pytest.raises(PlanError, match=name):
+            form.factorize(weight_of(site), site, rank)

@@ -1,0 +1,228 @@
+"""The HTML report: self-contained, escaped, complete."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from tdpass.cost import Cost
+from tdpass.html_report import render_html
+from tdpass.planner.rank_plan import Choice, RankPlan
+from tdpass.report import CurvePoint, PassRow, Report, SiteRow
+from tdpass.views.html import tag
+from tdpass.views.html_curve import curve
+from tdpass.views.html_sites import colours, common_prefix
+
+VOID = {"meta", "input", "wbr", "link", "br"}
+HOSTILE = "<script>alert('x')</script>\"'&$title\x1b[2J"
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and collects what the tests look at."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len({name for name, _ in attrs}) == len(attrs)
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "script" not in self.open and "style" not in self.open:
+            self.words.append(data)
+
+    def count(self, name: str, **attributes: str) -> int:
+        return sum(tag == name and attributes.items() <= attrs.items() for tag, attrs in self.tags)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.words)
+
+
+def cost(params: int, positions: int = 64) -> Cost:
+    return Cost(params, params * positions, 4 * params)
+
+
+def report_of(sites: int, prefix: str = "layer", note: str = "lowest loss for its cost") -> Report:
+    formats = ("svd", "tucker2", "tensor_train", "dense")
+    rows = []
+    for n in range(sites):
+        name = formats[n % 4]
+        after = cost(2304) if name == "dense" else cost(500 + n)
+        rows.append(SiteRow(f"{prefix}{n}.conv", (16, 16, 3, 3), name, () if name == "dense" else (n + 1,), cost(2304), after, 0.1, 1e-4, "<= 0.2000", note))
+    total, final = sum((row.before for row in rows), Cost()), sum((row.after for row in rows), Cost())
+    report = Report("m.onnx", "onnx", "macs=0.4", "outputs", "kl", "machine", "2026-11-21T01:00:00+00:00", total, final, rows, {"emb": "an embedding"})
+    report.passes = [PassRow("plan", False, 3.0, final, ("planned",)), PassRow("factorize", True, 1.0, final)]
+    report.curve = [CurvePoint(b / 10, b / 10, b / 10, 10.0**-b, chosen=b == 4) for b in range(1, 10)]
+    report.checks = {"divergence": 0.0123, "argmax agreement": 0.98}
+    report.note("a note")
+    return report
+
+
+@pytest.mark.parametrize("sites", [0, 1, 3, 300])
+def test_parses_and_holds_every_site(sites: int) -> None:
+    report = report_of(sites)
+    page = Page(render_html(report))
+    for row in report.sites:
+        assert page.count("th", **{"data-key": row.site}) == 1
+    assert page.count("h1") == 1
+    assert page.count("main") == 1
+    for word in ("emb", "an embedding", "a note", "argmax agreement", "factorize", "0.0123", "2026-11-21 01:00 UTC"):
+        assert word in page.text
+
+
+def test_loads_nothing_from_anywhere() -> None:
+    text = render_html(report_of(8))
+    assert not re.search(r"https?:|//\w|@import|url\(|javascript:|data:", text)
+    page = Page(text)
+    assert not any({"src", "srcset", "action"} & attrs.keys() for _, attrs in page.tags)
+    assert all(str(attrs.get("href", "#")).startswith("#") for _, attrs in page.tags)
+
+
+def test_own_policy_allows_its_style_and_script_and_no_others() -> None:
+    text = render_html(report_of(8))
+    page = Page(text)
+    (policy,) = [str(attrs["content"]) for tag_name, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy"]
+    for element, directive in (("style", "style-src"), ("script", "script-src")):
+        (content,) = re.findall(rf"<{element}>(.*?)</{element}>", text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{directive} 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+    assert not any(name == "style" or name.startswith("on") for _, attrs in page.tags for name in attrs)
+
+
+def test_everything_foreign_is_escaped() -> None:
+    report = report_of(4, prefix=HOSTILE, note=HOSTILE)
+    report.model = report.budget = report.metric = report.machine = report.created = report.frontend = report.divergence = HOSTILE
+    report.declined = {HOSTILE: HOSTILE}
+    report.checks = {HOSTILE: 1.0}
+    report.notes = [HOSTILE]
+    report.passes = [PassRow(HOSTILE, True, 1.0, Cost(), (HOSTILE,))]
+    rows = [SiteRow(HOSTILE, (2, 2), HOSTILE, (1,), cost(4), cost(2), 0.1, 0.1, HOSTILE, HOSTILE)]
+    report.sites += rows
+    text = render_html(report)
+    page = Page(text)
+    assert page.count("script") == 1
+    assert "alert('x')" not in text
+    assert "\x1b" not in text
+    assert page.text.count("<script>alert('x')</script>\"'&$title\ufffd[2J") >= 10
+
+
+def test_surrogates_can_be_written() -> None:
+    render_html(Report(model="\ud800", notes=["\udfff"])).encode("utf-8")
+
+
+def test_empty_report_is_a_page() -> None:
+    assert "a dry run" in Page(render_html(Report())).text
+
+
+def test_plan_stands_in_before_anything_was_done() -> None:
+    choice = Choice("fc", (8, 8), "svd", (2,), cost(32), cost(64), 0.1, 0.01, "it pays", "= 0.1000")
+    page = Page(render_html(Report(model="m"), RankPlan((choice,), cost(100), declined={"emb": "no site"})))
+    for word in ("fc", "it pays", "= 0.1000", "1.47×", "no site", "expected by the plan"):
+        assert word in page.text
+
+
+def test_parameters_are_shown_first_when_multiply_adds_are_unknown() -> None:
+    report = Report(original=Cost(10, 0, 40), final=Cost(5, 0, 20))
+    page = Page(render_html(report))
+    (chosen,) = [attrs["id"] for name, attrs in page.tags if name == "input" and "checked" in attrs]
+    assert chosen == "measure-params"
+
+
+def test_every_table_has_headers_and_a_caption_and_scrolls() -> None:
+    page = Page(render_html(report_of(8)))
+    tables = page.count("table")
+    assert tables >= 4
+    assert page.count("caption") == tables
+    assert page.count("div", **{"class": "scroll", "tabindex": "0", "role": "region"}) == tables
+    assert all("scope" in attrs for name, attrs in page.tags if name == "th")
+
+
+def test_pictures_have_words() -> None:
+    page = Page(render_html(report_of(8)))
+    pictures = [attrs for name, attrs in page.tags if name == "svg"]
+    assert pictures
+    assert all(attrs.get("aria-hidden") == "true" or (attrs.get("role") == "img" and attrs.get("aria-label")) for attrs in pictures)
+
+
+def test_bar_lengths_are_the_costs() -> None:
+    rows = [SiteRow("a", (1,), "svd", (1,), cost(1000), cost(250), 0.1, 0.1), SiteRow("b", (1,), "svd", (1,), cost(500), cost(500), 0.1, 0.1)]
+    page = Page(render_html(Report(sites=rows, original=cost(1500), final=cost(750))))
+    widths = [attrs["width"] for name, attrs in page.tags if name == "rect" and attrs.get("height") in ("18", "10")]
+    assert widths == ["100.00%", "25.00%", "100.00%", "25.00%", "50.00%", "50.00%", "50.00%", "50.00%"]
+
+
+def test_colours_are_stable_and_always_named() -> None:
+    rows = [SiteRow("a", (1,), name, (), cost(1), cost(1), 0.0, 0.0) for name in ("tucker2", "dense", "svd")]
+    assert colours(rows) == {"dense": "dense", "svd": "colour0", "tucker2": "colour1"}
+    assert colours(rows[::-1]) == colours(rows)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["model.encoder.layers.0.a", "model.encoder.layers.1.a"], "model.encoder.layers."),
+        (["layer1.0", "layer1.1"], ""),
+        (["model.encoder.layers.0"], ""),
+        (["aaaaaaaaaaaaaaaaaaaa1", "aaaaaaaaaaaaaaaaaaaa2"], ""),
+        (["same.name.twice.here", "same.name.twice.here"], "same.name.twice."),
+        ([], ""),
+    ],
+)
+def test_common_prefix(names: list[str], expected: str) -> None:
+    assert common_prefix(names) == expected
+
+
+def points(*losses: float) -> list[CurvePoint]:
+    return [CurvePoint((n + 1) / len(losses), (n + 1) / len(losses), 1.0, loss, chosen=n == 1) for n, loss in enumerate(losses)]
+
+
+def test_curve_is_logarithmic_only_over_decades() -> None:
+    assert ">0.01<" in curve(points(10.0, 0.1, 0.001), "kl")
+    assert ">0.01<" not in curve(points(3.0, 2.0, 1.0), "kl")
+
+
+def test_curve_shows_zero_loss_beside_logarithms() -> None:
+    chart = curve(points(10.0, 0.1, 0.001, 0.0), "kl")
+    assert ">0<" in chart
+    assert "nan" not in chart
+    assert "inf" not in chart
+
+
+@pytest.mark.parametrize("losses", [(0.0, 0.0, 0.0), (1e-9, 1e-9), (float("inf"), 1.0, 0.1), (1e300, 1.0, 1e-300), (5.0, 5.0)])
+def test_curve_survives_odd_losses(losses: tuple[float, ...]) -> None:
+    chart = curve(points(*losses), "")
+    assert "nan" not in chart
+    assert "inf" not in chart
+    Page(chart)
+
+
+def test_curve_needs_two_points() -> None:
+    assert "No curve" in curve(points(1.0), "kl")
+    assert "No curve" in curve([], "kl")
+
+
+def test_chosen_point_is_marked_and_said() -> None:
+    page = Page(curve(points(1.0, 0.1, 0.01), "kl"))
+    assert page.count("circle", **{"class": "chosen"}) == 2
+    assert any("chosen: 0.1 at 66.7 %" in str(attrs.get("aria-label")) for name, attrs in page.tags if name == "svg")
+
+
+def test_children_are_escaped_unless_they_are_markup() -> None:
+    assert tag("p", "<b>", tag("i", "&"), None, title='"') == '<p title="&quot;">&lt;b&gt;<i>&amp;</i></p>'

@@ -1,0 +1,160 @@
+"""Tables for a terminal and for a pipe."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from tdpass.cost import Cost
+from tdpass.planner.rank_plan import Choice, RankPlan
+from tdpass.report import CurvePoint, PassRow, Report, SiteRow
+from tdpass.site import Site
+from tdpass.terminal import InspectRow, geometry, inspect_table, report_view, site_table
+from tdpass.views import summary
+from tdpass.views.tables import Column, fitting, to_text, width_of, write
+from tdpass.views.units import human, plain, ratio, seconds, small
+
+
+def cost(params: int, positions: int = 100) -> Cost:
+    return Cost(params, params * positions, 4 * params)
+
+
+def report_of(sites: int = 3, prefix: str = "layer") -> Report:
+    rows = [
+        SiteRow(f"{prefix}{n}.conv", (16, 16, 3, 3), "spatial_svd", (5,), cost(2304), cost(800), 0.21, 0.002, "<= 0.2500", f"reason number {n}")
+        for n in range(sites - 1)
+    ]
+    rows.append(SiteRow(f"{prefix}.head", (10, 64), "dense", (), cost(640), cost(640), 0.0, 0.0, "", "no rank pays"))
+    total, final = sum((row.before for row in rows), Cost()), sum((row.after for row in rows), Cost())
+    report = Report("model.onnx", "onnx", "macs=0.4", "outputs", "kl", "a machine", "2026-11-21T01:00:00+00:00", total, final, rows, {"emb": "an embedding"})
+    report.passes = [PassRow("plan{macs=0.4}", False, 12.5, final, ("10 candidates",)), PassRow("factorize", True, 0.25, final)]
+    report.curve = [CurvePoint(0.4, 0.39, 0.5, 0.01, chosen=True), CurvePoint(1.0, 1.0, 1.0, 0.0)]
+    report.checks = {"divergence": 0.0123}
+    report.note("two sites share a weight")
+    return report
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 160])
+def test_no_line_is_wider_than_the_terminal(width: int) -> None:
+    text = to_text(report_view(report_of(6, "encoder.block.attention.self.query."), None, width), width)
+    assert max(map(len, text.splitlines())) <= width
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 160, None])
+def test_everything_said_is_shown_at_every_width(width: int | None) -> None:
+    report = report_of()
+    text = " ".join(to_text(report_view(report, None, width), width).split())
+    for row in report.sites:
+        assert row.site in text
+        assert row.note in text
+    for word in ("spatial_svd", "0.21", "<= 0.2500", "16x16x3x3", "2.88x", "emb", "an embedding", "plan{macs=0.4}", "12.5 s", "two sites share a weight"):
+        assert word in text
+    assert "KL divergence: 0.0123 measured" in text
+    assert "3 sites: 2 spatial_svd, 1 dense" in text
+
+
+def test_pipe_gets_one_line_per_site_without_colour_or_lines() -> None:
+    report = report_of(40, "a.very.long.prefix.that.would.never.fit.into.eighty.columns.")
+    stream = io.StringIO()
+    write(report_view(report, None, None), stream)
+    text = stream.getvalue()
+    assert text.isascii()
+    assert "\x1b" not in text
+    for row in report.sites:
+        (line,) = [line for line in text.splitlines() if line.startswith(row.site + " ")]
+        assert row.note in line
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_columns_variable_sets_the_width_of_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "70")
+    assert width_of(io.StringIO()) == 70
+    monkeypatch.delenv("COLUMNS")
+    assert width_of(io.StringIO()) is None
+
+
+def test_terminal_gets_colour_unless_it_is_unwanted() -> None:
+    shown = to_text(report_view(report_of(), None, 120), 120, Console(force_terminal=True, color_system="standard", no_color=False))
+    assert "\x1b[1m" in shown
+
+
+def test_hostile_names_cannot_reach_the_terminal() -> None:
+    report = report_of()
+    report.sites[0] = SiteRow("\x1b[2J[red]boom[/red]\u202e", (2, 2), "svd", (1,), cost(4), cost(4), 0.1, 0.1, note="a\nb\x07")
+    report.declined = {"[/]": "\x1b]0;title\x07"}
+    text = to_text(report_view(report, None, None), None)
+    assert "\x1b" not in text
+    assert "\x07" not in text
+    assert "\u202e" not in text
+    assert "[red]boom[/red]" in text
+
+
+def test_plan_stands_in_for_a_report_without_sites() -> None:
+    plan = RankPlan((Choice("fc", (8, 8), "svd", (2,), cost(32), cost(64), 0.1, 0.01, "it pays", "= 0.1000"),), cost(100), "macs=0.5")
+    text = to_text(report_view(Report(model="m"), plan, None), None)
+    assert "it pays" in text
+    assert "= 0.1000" in text
+    assert "68.0 %" in text
+    assert "0.01 expected" in text
+
+
+def test_empty_report_is_still_a_page() -> None:
+    assert "Model" in to_text(report_view(Report(), None, 80), 80)
+
+
+def test_equal_reasons_are_said_once() -> None:
+    rows = [SiteRow(f"s{n}", (4, 4), "dense", (), cost(16), cost(16), 0.0, 0.0, note="too small") for n in range(20)]
+    text = to_text(site_table(rows, 44), 44)
+    assert "s0, s1, s2, s3 and 16 more: too small" in " ".join(text.split())
+
+
+def test_inspect_table_marks_unknown_multiply_adds() -> None:
+    site = Site("fc", "linear", (8, 8))
+    row = InspectRow(site, Cost(64, 0, 256), {"svd": (3,)})
+    text = to_text(inspect_table([row], ["svd"], None), None)
+    assert text.splitlines()[0].split() == ["Site", "Kind", "Shape", "Geometry", "Params", "MACs", "Share", "svd"]
+    assert text.splitlines()[1].split() == ["fc", "linear", "8x8", "64", "?", "-", "3"]
+
+
+def test_geometry_says_only_what_is_unusual() -> None:
+    plain_site = Site("c", "conv", (4, 4, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
+    odd = Site("c", "conv", (4, 4, 3, 3), (2, 1), ((0, 1), (0, 1)), (2, 2), extents=(((8, 8), (4, 8)),) * 2)
+    assert geometry(plain_site) == "pad 1"
+    assert geometry(odd) == "stride 2x1 pad (0, 1) dilation 2 2 calls"
+
+
+def test_layout_falls_back_to_the_narrowest() -> None:
+    wide, narrow = [Column[str]("title", lambda row: row * 10)], [Column[str]("t", lambda row: row)]
+    assert fitting((wide, narrow), ["ab"], 30)[1] == 0
+    assert fitting((wide, narrow), ["ab"], 10)[1] == 1
+
+
+def test_refusals_are_grouped_by_reason_the_most_frequent_first() -> None:
+    report = Report(declined={"a": "rare", "b": "often", "c": "often"})
+    assert summary.refusals(report) == {"often": ["b", "c"], "rare": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (human(0), "0"),
+        (human(999), "999"),
+        (human(999.6), "1.00 k"),
+        (human(125_485_312), "125 M"),
+        (human(2**21, "B"), "2.10 MB"),
+        (human(3, "B"), "3 B"),
+        (human(-1500), "-1.50 k"),
+        (ratio(0, 5), "-"),
+        (ratio(5, 10), "0.50x"),
+        (small(float("nan")), "not finite"),
+        (small(-0.5), "-0.5"),
+        (seconds(0.00012), "0.12 ms"),
+        (seconds(61), "61.0 s"),
+        (seconds(3600), "60 min 00 s"),
+        (plain("a\u00a0b\ud800"), "a b\ufffd"),
+    ],
+)
+def test_units(shown: str, expected: str) -> None:
+    assert shown == expected
