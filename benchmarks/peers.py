@@ -35,7 +35,7 @@ Factorize = Callable[[nn.Conv2d, float], nn.Module]
 
 
 def tucker2(conv: nn.Conv2d, share: float) -> nn.Module:
-    """1x1, k x k, 1x1 by tensorly's `partial_tucker`, both ranks the same share of their channels."""
+    """Tucker-2, 1x1 then k x k then 1x1, by tensorly's `partial_tucker`, both ranks the same share of their channels."""
     import tensorly
     from tensorly.decomposition import partial_tucker
 
@@ -47,7 +47,7 @@ def tucker2(conv: nn.Conv2d, share: float) -> nn.Module:
 
 
 def spatial_svd(conv: nn.Conv2d, share: float) -> nn.Module:
-    """k x 1 then 1 x k by a truncated singular value decomposition, the rank a share of the largest one."""
+    """Spatial SVD, k x 1 then 1 x k, by a truncated singular value decomposition, the rank a share of the largest one."""
     o, i, h, w = conv.weight.shape
     u, s, v = torch.linalg.svd(conv.weight.detach().double().permute(1, 2, 0, 3).reshape(i * h, o * w), full_matrices=False)
     rank = max(1, round(share * len(s)))

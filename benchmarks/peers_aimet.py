@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from decimal import Decimal
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -69,12 +70,12 @@ def main() -> None:
     start = time.perf_counter()
     found: dict[float, nn.Module] = {}
     with tempfile.TemporaryDirectory() as folder:
-        os.makedirs(os.path.join(folder, "data"))
+        (Path(folder) / "data").mkdir()
         os.chdir(folder)  # AIMET writes its scores under the current folder
         scores = None
         for target in LADDER:
             model = compress(dense, target, scores)
-            scores = os.path.join(folder, "data", "greedy_selection_eval_scores_dict.pkl")
+            scores = str(Path(folder) / "data" / "greedy_selection_eval_scores_dict.pkl")
             found.setdefault(cifar.macs(model) / full, model)
     seconds = time.perf_counter() - start
     for budget in budgets:

@@ -55,7 +55,7 @@ class Table:
 
     def add(self, **row: Value) -> None:
         """Append one measurement; floats are rounded to six significant digits."""
-        stamp = {"machine": machine(), "commit": commit(), "date": datetime.date.today().isoformat(), "torch": torch.__version__}
+        stamp = {"machine": machine(), "commit": commit(), "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "torch": torch.__version__}
         record = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in {**row, **stamp}.items()}
         unknown = set(record) - set(self.columns)
         if unknown:

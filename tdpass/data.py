@@ -99,11 +99,12 @@ def _read(path: Path) -> object:
     if path.suffix not in (".npz", ".npy"):
         raise UsageError(f"cannot read {path.name!r} as calibration data; give an .npz or .npy file")
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            return loaded
-        with loaded:
-            arrays = {name: loaded[name] for name in loaded.files}
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
+                return loaded
+            with loaded:
+                arrays = {name: loaded[name] for name in loaded.files}
     except (OSError, ValueError, EOFError, KeyError) as error:
         raise InvalidModelError(f"cannot read calibration data from {path}: {error}; write it with numpy.savez") from None
     except Exception as error:

@@ -128,7 +128,7 @@ def _overview(report: Report, rows: Sequence[SiteRow], original: Cost, final: Co
         return None
     totals = summary.by_format(rows)
     by_format = tag("div", tag("h3", "By format"), composition(totals, original, final, colour), format_table(totals, colour), class_="card")
-    budget_curve = tag("div", tag("h3", "Budget and divergence"), curve(report.curve, report.divergence), class_="card") if report.curve else None
+    budget_curve = tag("div", tag("h3", "Budget against loss"), curve(report.curve, report.divergence), class_="card") if report.curve else None
     return tag("div", by_format, budget_curve, class_="columns")
 
 

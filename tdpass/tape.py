@@ -297,9 +297,14 @@ def record(run: Callable[[], Any], inputs: Sequence[Tensor], sites: Mapping[int,
     with torch.no_grad():
         replayed = tape.play().finish()
     for ours, theirs in zip(tree_leaves(replayed), tree_leaves(_plain(result)), strict=True):
-        if isinstance(theirs, Tensor) and not torch.allclose(ours.double(), theirs.double(), rtol=1e-4, atol=1e-5 * float(theirs.double().abs().max() + 1)):
+        if isinstance(theirs, Tensor) and not _same(ours.double(), theirs.double()):
             raise UnsupportedError("a replay of the recorded run differs from the run: the model is not deterministic, or writes through a view; put it in eval mode")
     return tape
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    level = float(theirs.nan_to_num(0, 0, 0).abs().max()) if theirs.numel() else 0.0
+    return torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5 * (level + 1), equal_nan=True)
 
 
 def _plain(result: Any) -> Any:

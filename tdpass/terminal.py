@@ -82,12 +82,13 @@ def inspect_table(rows: Sequence[InspectRow], formats: Sequence[str], width: int
         Column[InspectRow]("Geometry", lambda row: geometry(row.site)),
         *right,
     ]
-    two_lines = [
-        Column[InspectRow]("Site", lambda row: f"{plain(row.site.name)}\n{row.site.kind} {dims(row.site.shape)} {geometry(row.site)}".rstrip(), least=16),
-        *right,
-    ]
-    two_lines_without_share = [two_lines[0], right[0], right[1], *right[3:]]
-    return [fitting((one_line, two_lines, two_lines_without_share), rows, width)[0]]
+
+    def site(row: InspectRow) -> str:
+        return f"{plain(row.site.name)}\n{row.site.kind} {dims(row.site.shape)} {geometry(row.site)}".rstrip()
+
+    without_share = [*right[:2], *right[3:]]
+    whole_name, any_name = Column("Site", site), Column("Site", site, least=16)
+    return [fitting((one_line, [whole_name, *right], [whole_name, *without_share], [any_name, *without_share]), rows, width)[0]]
 
 
 def geometry(site: Site) -> str:

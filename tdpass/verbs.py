@@ -15,7 +15,7 @@ from tdpass.cost import Budget, BudgetValue, Cost
 from tdpass.data import as_batches
 from tdpass.errors import UsageError
 from tdpass.formats.base import FORMATS, dense_cost
-from tdpass.models import ExampleInputs, Model, open_model
+from tdpass.models import Batch, ExampleInputs, Model, open_model
 from tdpass.pipeline import Job, Pipeline, PipelineSpec, Progress
 from tdpass.planner.cache import default_folder
 from tdpass.planner.compare import compare_outputs
@@ -100,7 +100,7 @@ def verify(
     example = first.example() or second.example()
     if data is None and example is None:
         raise UsageError("there is nothing to run the models on; pass data= or example_inputs=")
-    batches = as_batches(data if data is not None else example, samples)
+    batches = _batches(first, data if data is not None else example, samples)
     measure = divergence if isinstance(divergence, Divergence) else Divergence(divergence)
     pairs = []
     for batch in batches:
@@ -131,9 +131,10 @@ def _run(
     decided = load_plan(plan) if isinstance(plan, str | Path) else plan
     for name in setting.formats:
         FORMATS.get(name)
-    batches = as_batches(data, setting.samples) if data is not None else []
     opened = open_model(given, example_inputs)
+    batches = _batches(opened, data, setting.samples)
     model = opened.clone()
+    model.check()
     example = batches[0] if batches else model.example()
     if example is not None:
         model.observe(example)
@@ -153,13 +154,24 @@ def _run(
     )
     if setting.progress is not None:
         job.progress = setting.progress
-    model.check()
     steps.run(model, job)
     if job.plan is None:
         job.plan = RankPlan((), report.original, declined=dict(report.declined))
     saved = sum((choice.dense - choice.cost for choice in job.plan), Cost()) if model_changed(model) else Cost()
     report.final = Cost(model.params(), report.original.macs - saved.macs, model.bytes())
     return Artifact(model.unwrap(), job.plan, report, model)
+
+
+def _batches(model: Model, data: object, samples: int) -> list[Batch]:
+    """Calibration batches of the size that the model takes."""
+    if data is None:
+        return []
+    fixed = model.fixed_batch()
+    batches = as_batches(data, samples, fixed or 64)
+    whole = [batch for batch in batches if fixed is None or batch.size == fixed]
+    if not whole:
+        raise UsageError(f"the model takes exactly {fixed} samples at a time, the data holds {batches[0].size}; give more, or export it with a dynamic first axis")
+    return whole
 
 
 def model_changed(model: Model) -> bool:

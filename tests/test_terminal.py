@@ -150,7 +150,7 @@ def test_refusals_are_grouped_by_reason_the_most_frequent_first() -> None:
         (ratio(5, 10), "0.50x"),
         (small(float("nan")), "not finite"),
         (small(-0.5), "-0.5"),
-        (seconds(0.00012), "0.12 ms"),
+        (seconds(0.00012), "120 us"),
         (seconds(61), "61.0 s"),
         (seconds(3600), "60 min 00 s"),
         (plain("a\u00a0b\ud800"), "a b\ufffd"),

@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose complaints are `UsageError`s, so that they look like every other error."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{**options, "allow_abbrev": False})
+        super().__init__(**{**options, "allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter})
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see `{self.prog} --help`")

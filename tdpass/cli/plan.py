@@ -34,11 +34,11 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     if path is not None and path.suffix != ".json":
         raise UsageError(f"the plan {path.name!r} must end in .json; write -o {path.with_suffix('.json').name}")
     limits = budget(arguments.budget)
-    if not limits:
+    if not limits and arguments.pipeline is None:
         raise UsageError("no budget; give at least one, such as --budget macs=0.4")
     options = planning(arguments)
     with out.progress() as progress:
-        dry_run = tdpass.make_plan(source.load(), limits, data(arguments), progress=progress, **options)
+        dry_run = tdpass.make_plan(source.load(), limits or None, data(arguments), progress=progress, **options)
     dry_run.report.model = source.text
     if path is not None:
         dry_run.plan.save(path)

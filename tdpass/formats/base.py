@@ -106,7 +106,7 @@ class Format(ABC):
         h = self.features(ops, x, f, site, rank)
         last = self.last_stage(site, rank)
         if last is None:
-            return h if bias is None else ops.add(h, bias)
+            return h if bias is None else ops.add(h, ops.reshape(bias, (site.o, *unit(len(site.kernel)))))
         return apply_dense(ops, h, f[last.factor], bias, last.site)
 
     def factorize(self, weight: Tensor, site: Site, rank: Rank, metric: Metric | None = None) -> Factors:

@@ -42,7 +42,8 @@ class _Blocks(Decomposition):
         undone = [fit.undo(state) for fit, state in zip(self.fits, states, strict=True)]
         best = nearest(self.matrix, [_unfolded(self.modes, state) for state in undone], self.metric)
         fit = self.fits[best]
-        state = polish(self.matrix, states[best], lambda state: _unfolded(self.modes, fit.undo(state)), self.metric, (1, 2))
+        macs = self.matrix.numel() * states[best][0].shape[1]
+        state = polish(self.matrix, states[best], lambda state: _unfolded(self.modes, fit.undo(state)), self.metric, (1, 2), macs)
         last, core, first = fit.undo(state)
         return improve_left(self.matrix, last, _rows(self.modes, (last, core, first)), self.metric), core, first
 
@@ -58,7 +59,7 @@ class _Als:
 
     def state(self, rank: Rank) -> State:
         """Whitened `last[o, (b s)], core[b, s, p, r], first[(b r), i]`."""
-        last, core, first = alternate(self.start(rank), self.sweep, 2 * self.tensor.numel() * rank[0] * rank[1])
+        last, core, first = alternate(self.start(rank), self.sweep, self.energy**0.5, 2 * self.tensor.numel() * rank[0] * rank[1])
         return improve_left(self.unfolded, last, _times_first(core, first).flatten(1), Metric()), core, first
 
     def undo(self, state: State) -> State:
@@ -112,8 +113,9 @@ class BlockTerm(Format):
 
     Block-term decomposition in b rank-(s, r) terms (De Lathauwer 2008); rank is (b, s, r).  A linear layer is given a third
     mode by cutting its input in p equal parts that share c: `W[o, (p i)] = sum a[o, (b s)] core[b, (p r), s] c[(b r), i]`;
-    without it the sum would be one matrix product, which `svd` stores in less.  Alternating least squares, then a once
-    more in the metric.  One block of full rank would be exact, but that is Tucker-2: candidates have two blocks or more.
+    without it the sum would be one matrix product, which `svd` stores in less.  Accelerated alternating
+    least squares, then conjugate gradients in the metric; a is solved last.  One block of full rank would be exact, but that is
+    Tucker-2: candidates have two blocks or more.
     """
 
     name = "block_term"

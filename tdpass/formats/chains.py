@@ -82,9 +82,7 @@ class LinearChain(Chain):
 
     def macs(self, rank: Rank) -> int:
         o, i = self.parts
-        per_position = sum(
-            math.prod(o[k + 1 :]) * math.prod(i[:k]) * math.prod(shape) for k, shape in enumerate(self.shapes(rank).values())
-        )
+        per_position = sum(math.prod(o[k + 1 :]) * math.prod(i[:k]) * math.prod(shape) for k, shape in enumerate(self.shapes(rank).values()))
         return per_position * self.site.out_positions
 
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], rank: Rank) -> V:

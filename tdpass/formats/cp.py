@@ -71,7 +71,8 @@ class _Components(Decomposition):
         undone = [fit.undo(state) for fit, state in zip(self.fits, states, strict=True)]
         best = nearest(self.matrix, [_unfolded(state) for state in undone], self.metric)
         fit = self.fits[best]
-        state = polish(self.matrix, states[best], lambda state: _unfolded(fit.undo(state)), self.metric, range(1, len(states[best])))
+        order, macs = range(1, len(states[best])), self.matrix.numel() * states[best][0].shape[1]
+        state = polish(self.matrix, states[best], lambda state: _unfolded(fit.undo(state)), self.metric, order, macs)
         return _solved(self.matrix, fit.undo(state), self.metric)
 
 
@@ -111,7 +112,7 @@ class _Als:
 
     def state(self, rank: int) -> State:
         """Whitened factors `a[o, r], b[i, r], c[h, r], ...`."""
-        found = alternate(tuple(factor[:, :rank] for factor in self.start), self.sweep, 2 * self.tensor.numel() * rank)
+        found = alternate(tuple(factor[:, :rank] for factor in self.start), self.sweep, self.energy**0.5, 2 * self.tensor.numel() * rank)
         return _solved(self.tensor.flatten(1), found, Metric())
 
     def undo(self, state: State) -> State:
@@ -142,9 +143,10 @@ class _Als:
 class Cp(Format):
     """W[o, i, h, w] = sum_r a[o, r] b[i, r] c[h, r] d[w, r]: a 1x1, a depthwise h x 1 and 1 x w, and a 1x1.
 
-    Canonical polyadic decomposition by accelerated alternating least squares (Lebedev et al. 2015 for convolutions); a is
-    solved last, in the metric.  The factors b, c, d (and e) are depthwise-ready: `[r, i, 1, 1]`, `[r, 1, h, 1]`, `[r, 1, 1, w]`.
-    Candidate ranks end where it breaks even, or at three times the channels, below the tensor's own rank, so the last one is not exact.
+    Canonical polyadic decomposition (for convolutions, Lebedev et al. 2015) by accelerated alternating least squares, then by
+    conjugate gradients in the metric; a is solved last.  The factors are stored as the convolutions read them: b `[r, i, 1, 1]`,
+    c `[r, 1, h, 1]`, d `[r, 1, 1, w]`, a `[o, r, 1, 1]`; one axis more has e, one less no d.  Candidate ranks end where it breaks
+    even, or at three times the channels; the last is not exact.
     """
 
     name = "cp"

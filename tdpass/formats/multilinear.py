@@ -16,8 +16,9 @@ from tdpass.formats.spectrum import top_eigenpairs
 
 State = tuple[Tensor, ...]
 _DAMPING = 1e-6
-_RIDGE = 1e-11
+_RIDGES = (1e-11, 1e-9, 1e-7, 1e-4)
 _STALLED = 1e-4
+_EXACT = 1e-6
 _SWEEPS = (6, 40)
 _STEPS = 8
 _WORK = 25 * 10**9
@@ -110,16 +111,19 @@ def balanced_factors(size: int, count: int) -> tuple[int, ...]:
     return _balanced(size, count, size)
 
 
-def alternate(start: State, sweep: Callable[[State], tuple[State, float]], macs: int) -> State:
+def alternate(start: State, sweep: Callable[[State], tuple[State, float]], norm: float, macs: int) -> State:
     """Alternating least squares, each sweep started a step beyond the last (Nesterov with restarts, Mitchell et al. 2020).
 
-    `sweep` returns the new state and its error.  A sweep that makes the error grow is dropped, so the error never does.
+    `sweep` returns the new state and its error.  A sweep that makes the error grow is dropped, so the error never does.  An
+    error that is rounding beside `norm`, the tensor's, ends it: beyond that, factors would only grow against each other.
     `macs` is what one sweep takes; large tensors get fewer sweeps.  The limit is on work, not on time, so that results repeat.
     """
     fewest, most = _SWEEPS
     (best, error), step = sweep(start), 0.5
     ahead = best
     for _ in range(max(fewest, min(most, _WORK // macs)) - 1):
+        if error <= _EXACT * norm:
+            break
         state, reached = sweep(ahead)
         if reached > error:
             if ahead is best:
@@ -135,16 +139,17 @@ def alternate(start: State, sweep: Callable[[State], tuple[State, float]], macs:
 
 
 def solve_gram(gram: Tensor, right: Tensor) -> Tensor:
-    """`gram^-1 right` for a positive semidefinite matrix, with a ridge relative to its diagonal."""
+    """`gram^-1 right` for a positive semidefinite matrix, with the least ridge, relative to its diagonal, that makes it definite."""
     diagonal = gram.diagonal()
-    scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).rsqrt()
+    # What is below rounding beside the largest is noise; scaling it up to the rest would fit noise with large numbers.
+    scale = diagonal.clamp_min(float(diagonal.max()) * 1e-16 + 1e-300).rsqrt()
     scaled = (gram + gram.T) / 2 * scale * scale[:, None]
-    ridge = _RIDGE
-    while True:
-        triangle, info = torch.linalg.cholesky_ex(scaled + ridge * torch.eye(len(gram), dtype=gram.dtype))
+    eye = torch.eye(len(gram), dtype=gram.dtype)
+    for ridge in _RIDGES:
+        triangle, info = torch.linalg.cholesky_ex(scaled + ridge * eye)
         if int(info) == 0:
-            return scale[:, None] * torch.cholesky_solve(scale[:, None] * right, triangle)
-        ridge *= 100
+            break
+    return scale[:, None] * torch.cholesky_solve(scale[:, None] * right, triangle)
 
 
 def improve_left(weight: Tensor, left: Tensor, rows: Tensor, metric: Metric) -> Tensor:
@@ -157,15 +162,15 @@ def improve_left(weight: Tensor, left: Tensor, rows: Tensor, metric: Metric) -> 
     return left + solve_gram(lifted @ rows.T, lifted @ (weight - left @ rows).T).T
 
 
-def polish(weight: Tensor, factors: State, rebuild: Callable[[State], Tensor], metric: Metric, order: Sequence[int]) -> State:
+def polish(weight: Tensor, factors: State, rebuild: Callable[[State], Tensor], metric: Metric, order: Sequence[int], macs: int) -> State:
     """Alternating conjugate gradients: a few steps on one factor after another towards least error in the metric, which never grows.
 
     `rebuild` gives the unfolded weight of factors, linear in each.  Whitened factors make good coordinates: there the metric
-    is near the identity, so few steps do.  Large layers get fewer steps, the largest none.
+    is near the identity, so few steps do.  `macs` is what `rebuild` takes; large layers get fewer steps, the largest none.
     """
     o, d = weight.shape
     full = metric.inputs is not None and metric.inputs.dim() == 2
-    step = weight.numel() * ((d if full else 1) + (1 if metric.outputs is None else o))
+    step = weight.numel() * ((d if full else 1) + (1 if metric.outputs is None else o)) + 3 * macs
     left = min(2 * len(order) * _STEPS, 2 * _WORK // step)
     for k in itertools.cycle(order):
         if left <= 0:

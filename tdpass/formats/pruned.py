@@ -36,7 +36,7 @@ class Pruned(Format):
         raise UnsupportedError(f"site {site.name!r} cannot be pruned alone; plan it together with its neighbour")
 
     def shapes(self, site: Site, rank: Rank) -> dict[str, tuple[int, ...]]:
-        return {"weight": (*rank, *site.kernel)}
+        return {"kept": (*rank, *site.kernel)}
 
     def macs(self, site: Site, rank: Rank) -> int:
         return math.prod(rank) * math.prod(site.kernel) * site.out_positions
@@ -45,13 +45,13 @@ class Pruned(Format):
         return rank[0]
 
     def reconstruct(self, factors: Factors, site: Site) -> Tensor:
-        return factors["weight"]
+        return factors["kept"]
 
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
         return x
 
     def last_stage(self, site: Site, rank: Rank) -> Stage:
-        return Stage("weight", replace(site, shape=(*rank, *site.kernel)))
+        return Stage("kept", replace(site, shape=(*rank, *site.kernel)))
 
 
 @register_format

@@ -44,7 +44,8 @@ class _Ring(Decomposition):
         def rebuild(ring: State) -> Tensor:
             return self.modes.matrix(_contract(fit.undo(ring)))
 
-        return _packed(fit.undo(polish(self.matrix, rings[best], rebuild, self.metric, (3, 2, 1, 0))))
+        macs = self.matrix.numel() * rank[0] * rank[2]
+        return _packed(fit.undo(polish(self.matrix, rings[best], rebuild, self.metric, (3, 2, 1, 0), macs)))
 
 
 class _Als:
@@ -59,7 +60,7 @@ class _Als:
 
     def cores(self, rank: Rank) -> State:
         """Whitened cores `[r, n, s]`."""
-        return alternate(self.start(rank), self.sweep, 2 * self.matrix.numel() * rank[0] * rank[2])
+        return alternate(self.start(rank), self.sweep, self.energy**0.5, 2 * self.matrix.numel() * rank[0] * rank[2])
 
     def start(self, rank: Rank) -> State:
         """TR-SVD from the cut between input and output, whose `r0 r2` terms close the ring, to the cut inside each half."""
@@ -96,8 +97,9 @@ class TensorRing(Format):
     """W[(o1 o2), (i1 i2)] = tr(G_1[i1] G_2[i2] G_3[o1] G_4[o2]), with G_k[r, n, s] read as r x s matrices.
 
     Tensor ring (Zhao et al. 2016; for layers, Wang et al. 2018): rank is (r0, r1, r2, r3), the bonds before each core, and the
-    bond r0 closes the ring.  TR-SVD start, then accelerated alternating least squares.  The cores are stored as the products
-    read them: `[r0, r1, i1]`, `[r2, r1, i2]`, `[o1, r3, r2]`, `[o2, r0, r3]`.  Candidate ranks end where it breaks even.
+    bond r0 closes the ring.  TR-SVD start, accelerated alternating least squares, then conjugate gradients in the metric.  The
+    cores are stored as the products read them: `[r0, r1, i1]`, `[r2, r1, i2]`, `[o1, r3, r2]`, `[o2, r0, r3]`.  Candidate ranks
+    are equal in all places and end where it breaks even; the last is not exact.
     """
 
     name = "tensor_ring"

@@ -44,8 +44,8 @@ class _Train(Decomposition):
         def rebuild(train: State) -> Tensor:
             return chain.modes.matrix(_contract(sweep.undo(train)))
 
-        order = range(len(rank), -1, -1)
-        *cores, last = sweep.undo(polish(self.matrix, trains[best], rebuild, self.metric, order))
+        order, macs = range(len(rank), -1, -1), self.matrix.numel() * max(rank)
+        *cores, last = sweep.undo(polish(self.matrix, trains[best], rebuild, self.metric, order, macs))
         if chain.last_stage(rank) is not None:
             last = improve_left(self.matrix, last.flatten(1).T, _contract(cores).T, self.metric).T[:, :, None]
         return _packed(chain, (*cores, last))
@@ -107,7 +107,7 @@ class TensorTrain(Format):
 
     TT-SVD (Oseledets 2011) of the weight as a tensor.  Linear: `n_k = (o_k i_k)`, one rank per cut, any number of cuts.
     Convolution: modes `i_1 .. i_a, (h w), o_1 .. o_a`, so 2 a ranks; a = 1 is three convolutions.  In a metric the weight is
-    whitened mode by mode, and the last core is then solved in the metric itself.
+    whitened mode by mode, and the cores are then improved in the metric itself by conjugate gradients.
     """
 
     name = "tensor_train"
@@ -143,12 +143,6 @@ class TensorTrain(Format):
 
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
         return chain_of(site, len(rank)).features(ops, x, f, rank)
-
-    def apply(self, ops: Ops[V], x: V, f: Mapping[str, V], bias: V | None, site: Site, rank: Rank) -> V:
-        if bias is None or self.last_stage(site, rank) is not None:
-            return super().apply(ops, x, f, bias, site, rank)
-        h = self.features(ops, x, f, site, rank)
-        return ops.add(h, ops.reshape(bias, (site.o, *unit(len(site.kernel)))))
 
     def last_stage(self, site: Site, rank: Rank) -> Stage | None:
         return chain_of(site, len(rank)).last_stage(rank)

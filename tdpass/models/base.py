@@ -54,7 +54,7 @@ class Model(Protocol):
         """The dense weight of a site as `[o, i, *kernel]` on the CPU, in its own floating-point type; still there after `replace`."""
 
     def bias(self, name: str) -> Tensor | None:
-        """The bias of a site, as `[o]`."""
+        """The bias of a site's dense layer as `[o]`; still there after `replace`."""
 
     def layer(self, name: str) -> Layer | None:
         """What replaced the site's dense layer, with current factors; None while it is dense."""
@@ -82,6 +82,9 @@ class Model(Protocol):
 
     def example(self) -> Batch | None:
         """Inputs the model can be run on, where it is known of itself (or from `observe`) what it takes."""
+
+    def fixed_batch(self) -> int | None:
+        """The one number of samples it takes, where that is fixed."""
 
     def macs(self) -> int:
         """Multiply-adds per sample of all linear and convolution layers, as last observed dense; 0 where never observed."""

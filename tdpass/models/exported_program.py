@@ -40,6 +40,14 @@ class ExportedModel(TorchModel):
         except Exception as error:
             raise InvalidModelError(f"the rewritten program could not be exported again: {str(error).splitlines()[0]}") from error
 
+    def fixed_batch(self) -> int | None:
+        sizes = [
+            node.meta["val"].shape[0]
+            for node in self.program.graph.nodes
+            if node.op == "placeholder" and node.name in self.program.graph_signature.user_inputs and getattr(node.meta.get("val"), "shape", ())
+        ]
+        return sizes[0] if sizes and isinstance(sizes[0], int) else None
+
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         if path.suffix != ".pt2":
             raise UsageError(f"cannot save an exported program as {path.name!r}; name a .pt2 file")
@@ -79,7 +87,7 @@ def _dynamic_shapes(program: ExportedProgram) -> Any:
 
     def axis(size: Any) -> Any:
         if isinstance(size, int):
-            return None
+            return Dim.STATIC
         symbol = size.node.expr
         if not symbol.is_symbol:
             return Dim.AUTO

@@ -28,6 +28,7 @@ def lift(graph_module: GraphModule) -> GraphModule:
     Works in place; the outputs do not change.
     """
     changed = False
+    lifted: set[str] = set()
     for node in list(graph_module.graph.nodes):
         if node.op != "call_function":
             continue
@@ -37,6 +38,7 @@ def lift(graph_module: GraphModule) -> GraphModule:
         module, owner = build(graph_module, node)
         if module is None:
             continue
+        lifted.update(str(read.target) for read in node.all_input_nodes if read.op == "get_attr")
         path = _place(graph_module, owner, module)
         with graph_module.graph.inserting_before(node):
             call = graph_module.graph.call_module(path, (node.args[0],))
@@ -46,6 +48,7 @@ def lift(graph_module: GraphModule) -> GraphModule:
         changed = True
     if changed:
         graph_module.graph.eliminate_dead_code()
+        _drop_unread(graph_module, lifted)
         graph_module.delete_all_unused_submodules()
         graph_module.recompile()
     return graph_module
@@ -148,6 +151,18 @@ def _place(graph_module: GraphModule, owner: str, module: nn.Module) -> str:
             path += "_"
     graph_module.add_submodule(path, module)
     return path
+
+
+def _drop_unread(graph_module: GraphModule, lifted: set[str]) -> None:
+    """Remove lifted tensors from where they were, so that each has one home; a module that took that place keeps its own."""
+    read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+    for target in lifted - read:
+        owner, _, leaf = target.rpartition(".")
+        holder = _submodule(graph_module, owner) if owner else graph_module
+        if holder is None or type(holder) in (nn.Linear, *_CONV.values(), _FrozenBatchNorm):
+            continue
+        if leaf in holder._parameters or leaf in holder._buffers:
+            delattr(holder, leaf)
 
 
 def _submodule(graph_module: GraphModule, path: str) -> nn.Module | None:

@@ -1,23 +1,42 @@
-"""Folding batch-norms into the layers before them."""
+"""Batch-norms: folding them into the layers before them, and estimating their statistics anew."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import onnx_ir as ir
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tdpass.models.onnx_rewrite import opset_of, remove_nodes, replace_constant, take_place, write_bias
+from tdpass.models.onnx_edits import replace_constant, write_bias
+from tdpass.models.onnx_functions import NotServedError, Operator
+from tdpass.models.onnx_rewrite import remove_nodes, take_place
 from tdpass.models.onnx_shapes import Shapes
 from tdpass.models.onnx_sites import FoundSite
 from tdpass.models.onnx_tensors import constant, held, to_torch
 from tdpass.models.onnx_use import Slot
 
-_CHANNEL_STATISTICS_FROM = 7
+_MEAN, _VARIANCE = 3, 4
+
+
+def batchnorms(model: ir.Model) -> list[ir.Node]:
+    """The batch-norms of the main graph in inference form, with constant statistics."""
+    return [node for node in model.graph if _is_batchnorm(node)]
+
+
+def _is_batchnorm(node: ir.Node) -> bool:
+    if node.op_type != "BatchNormalization" or node.domain:
+        return False
+    trains, per_channel = node.attributes.get_int("training_mode", 0), node.attributes.get_int("spatial", 1)
+    extra = any(output.uses() or output.is_graph_output() for output in node.outputs[1:])
+    return not trains and bool(per_channel) and not extra and all(constant(value) is not None for value in node.inputs[1:])
 
 
 def foldable(model: ir.Model, site: FoundSite, shapes: Shapes) -> ir.Node | None:
-    """The inference-form batch-norm that alone reads the output of the site's only use, if there is one."""
-    if len(site.uses) != 1 or opset_of(model) < _CHANNEL_STATISTICS_FROM:
+    """The batch-norm that alone reads the output of the site's only use, if there is one."""
+    if len(site.uses) != 1:
         return None
     use = site.uses[0]
     output = use.output
@@ -25,11 +44,7 @@ def foldable(model: ir.Model, site: FoundSite, shapes: Shapes) -> ir.Node | None
     if len(readers) != 1 or output.is_graph_output() or use.addend is not None or use.swap_out is not None:
         return None
     ((node, index),) = readers
-    if node.op_type != "BatchNormalization" or node.domain or index != 0 or node.graph is not model.graph:
-        return None
-    if node.attributes.get_int("training_mode", 0) or not node.attributes.get_int("spatial", 1):
-        return None
-    if any(extra.uses() or extra.is_graph_output() for extra in node.outputs[1:]) or any(constant(value) is None for value in node.inputs[1:]):
+    if not _is_batchnorm(node) or index != 0 or node.graph is not model.graph:
         return None
     # A batch-norm's channels are on axis 1, a linear layer's on the last one.
     return node if site.site.kind == "conv" or shapes.rank(output) == 2 or use.node.op_type == "Gemm" else None
@@ -37,7 +52,7 @@ def foldable(model: ir.Model, site: FoundSite, shapes: Shapes) -> ir.Node | None
 
 def fold(model: ir.Model, name: str, site: FoundSite, node: ir.Node) -> None:
     """Scale the weight, shift the bias and take the batch-norm out of the dense model; computed in float64."""
-    gamma, beta, mean, variance = (_numbers(value) for value in node.inputs[1:5])
+    gamma, beta, mean, variance = (to_torch(held(value)).double() for value in node.inputs[1:5])
     scale = gamma / torch.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
     use = site.uses[0]
     stored = to_torch(site.stored).double()
@@ -45,11 +60,40 @@ def fold(model: ir.Model, name: str, site: FoundSite, node: ir.Node) -> None:
     shape[use.output_axis] = -1
     bias = use.bias_tensor()
     shifted = beta - mean * scale if bias is None else (bias.double() - mean) * scale + beta
-    replace_constant(model, use.weight, (stored * scale.reshape(shape)).to(site.dtype), name)
-    write_bias(model, name, site, shifted.to(site.dtype))
+    replace_constant(model, use.weight, (stored * scale.reshape(shape)).to(site.dtype), f"{name}.weight")
+    write_bias(model, use, shifted.to(site.dtype), f"{name}.bias")
     take_place(node.outputs[0], Slot(node, 0).value)
     remove_nodes(model.graph, [node])
 
 
-def _numbers(value: ir.Value | None) -> Tensor:
-    return to_torch(held(value)).double()
+@dataclass
+class BatchStatistics:
+    """Stands for a batch-norm in training: normalizes by the batch and averages what it sees over all batches."""
+
+    means: list[Tensor] = field(default_factory=list)
+    variances: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, op: Operator, x: Tensor, scale: Tensor, bias: Tensor, *_running: Tensor) -> Tensor:
+        """The operator's output; raises `NotServedError` for a batch of one number per channel."""
+        values = x.double().transpose(0, 1).flatten(1)
+        if values.shape[1] < 2:
+            raise NotServedError
+        self.means.append(values.mean(1))
+        self.variances.append(values.var(1))
+        return F.batch_norm(x, None, None, scale, bias, True, 0.0, op.number("epsilon", 1e-5))
+
+    def write(self, model: ir.Model, node: ir.Node) -> None:
+        """Put the averages in the model, in the type of what was there."""
+        if self.means:
+            set_statistics(model, node, [torch.stack(seen).mean(0) for seen in (self.means, self.variances)])
+
+
+def statistics(node: ir.Node) -> list[Tensor]:
+    """Running mean and variance."""
+    return [to_torch(held(node.inputs[index])) for index in (_MEAN, _VARIANCE)]
+
+
+def set_statistics(model: ir.Model, node: ir.Node, values: Sequence[Tensor]) -> None:
+    """Replace running mean and variance."""
+    for index, value, present in zip((_MEAN, _VARIANCE), values, statistics(node), strict=True):
+        replace_constant(model, Slot(node, index), value.to(present.dtype), f"{node.name or 'norm'}.{'mean' if index == _MEAN else 'variance'}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 from tdpass.errors import InvalidModelError
@@ -53,3 +54,22 @@ def _unfit(needed: dict[str, ir.Value], problem: str) -> InvalidModelError:
 def _describe(dtype: object, shape: Iterable[object] | None) -> str:
     sizes = "of any shape" if shape is None else "[" + ", ".join("?" if str(size) == "None" else str(size) for size in shape) + "]"
     return f"{str(dtype).removeprefix('torch.')} {sizes}"
+
+
+def declared_example(graph: ir.Graph) -> Batch | None:
+    """Two samples (or as many as the graph fixes) of every input, where only the first axis is open; None where more is.
+
+    Floating-point inputs are random, others are ones: a token and a mask bit that most models accept.
+    """
+    tensors: list[Tensor] = []
+    for value in graph.inputs:
+        if value.is_initializer():
+            continue
+        declared = dims(value)
+        if declared is None or value.dtype is None or not declared or None in declared[1:]:
+            return None
+        dtype = torch_dtype(value.dtype)
+        shape = [2 if size is None else size for size in declared]
+        generator = torch.Generator().manual_seed(0)
+        tensors.append(torch.randn(shape, generator=generator).to(dtype) if dtype.is_floating_point else torch.ones(shape, dtype=dtype))
+    return Batch(tuple(tensors)) if tensors else None

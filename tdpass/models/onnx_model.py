@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -15,16 +16,16 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from tdpass.errors import InvalidModelError, PlanError, UsageError
+from tdpass.errors import InvalidModelError, PlanError, UnsupportedError, UsageError
 from tdpass.formats.base import FORMATS, Layer
-from tdpass.models.base import Batch
-from tdpass.models.onnx_batchnorm import fold, foldable
+from tdpass.models.base import Batch, with_extents
+from tdpass.models.onnx_batchnorm import BatchStatistics, batchnorms, fold, foldable, set_statistics, statistics
 from tdpass.models.onnx_checks import EXTERNAL_ABOVE, check_proto, check_structure, invalid_if_failing
 from tdpass.models.onnx_file import read, remove_obsolete, write
-from tdpass.models.onnx_inputs import bind
+from tdpass.models.onnx_inputs import bind, declared_example
 from tdpass.models.onnx_normalize import normalized
 from tdpass.models.onnx_parameters import parameters
-from tdpass.models.onnx_rewrite import rewritten, write_bias
+from tdpass.models.onnx_rewrite import rewritten
 from tdpass.models.onnx_runner import OnnxRunner
 from tdpass.models.onnx_session import Session
 from tdpass.models.onnx_shapes import Shapes
@@ -33,7 +34,6 @@ from tdpass.models.onnx_storage import open_data_files, stored_bytes
 from tdpass.site import Extent, Site
 from tdpass.tape import Tape, record
 
-Extents = Mapping[str, tuple[Extent, ...]]
 Source = Literal["path", "proto", "ir", "graphsurgeon"]
 
 
@@ -47,15 +47,17 @@ class OnnxModel:
 
     frontend = "onnx"
 
-    def __init__(
-        self, dense: ir.Model, source: Source, external: bool, shapes: Shapes, layers: Mapping[str, Layer] | None = None, extents: Extents | None = None
-    ) -> None:
+    suffix = ".onnx"
+
+    def __init__(self, dense: ir.Model, source: Source, external: bool, shapes: Shapes) -> None:
         self._dense = dense
         self._source = source
         self._external = external
         self._shapes = shapes
-        self._layers = dict(layers or {})
-        self._extents = dict(extents or {})
+        self._layers: dict[str, Layer] = {}
+        self._extents: dict[str, tuple[Extent, ...]] = {}
+        self._example: Batch | None = None
+        self._macs = 0
 
     @classmethod
     def open(cls, source: object, example: Batch | None = None) -> OnnxModel:
@@ -139,9 +141,8 @@ class OnnxModel:
         return self._site(name).weight()
 
     def bias(self, name: str) -> Tensor | None:
-        """The present bias of a site, as `[o]`."""
-        layer = self._layers.get(name)
-        return self._site(name).bias() if layer is None else layer.bias
+        """The bias of a site's dense layer as `[o]`; still there after `replace`."""
+        return self._site(name).bias()
 
     def layer(self, name: str) -> Layer | None:
         """What replaced the site's dense layer; None while it is dense."""
@@ -163,35 +164,25 @@ class OnnxModel:
         self._layers[name] = layer.to(found.dtype)
         self._changed()
 
-    def set_bias(self, name: str, bias: Tensor) -> None:
-        """Give a dense site that bias; raises `PlanError` for a replaced site or a wrong shape."""
-        found = self._site(name)
-        if name in self._layers:
-            raise PlanError(f"site {name!r} is factored; replace it with a layer that has the bias")
-        if tuple(bias.shape) != (found.site.o,):
-            raise PlanError(f"a bias of shape {tuple(bias.shape)} does not fit site {name!r}; it takes [{found.site.o}]")
-        write_bias(self._dense, name, found, bias.detach().cpu())
-        self._changed(dense=True)
-
     def record(self, batch: Batch) -> Tape:
         """Run the model on a batch and record it; raises `InvalidModelError` for a batch that does not fit."""
-        inputs = bind(self._dense.graph, batch)
-        runner = self._runner
-        names = {id(weight): name for name, weight in runner.weights.items()}
-        return record(lambda: runner(inputs), list(inputs.values()), names)
+        return self._record(self._runner, batch)
 
     def observe(self, batch: Batch) -> None:
-        """Fill in the sites' extents from one run."""
-        seen: dict[str, list[Extent]] = {}
+        """Fill in the sites' extents and the multiply-adds from one run of the dense model, on two samples where it takes two."""
+        dense = OnnxRunner(self._dense, self._found.sites)
+        self._example = Batch(tuple(_first_two(tensor) for tensor in batch.args), {name: _first_two(tensor) for name, tensor in batch.kwargs.items()})
+        try:
+            tape = self._record(dense, self._example)
+        except (UnsupportedError, InvalidModelError):
+            self._example = batch
+            tape = self._record(dense, batch)
+        self._macs = tape.macs
+        self._extents = {name: _extents(found.site, tape) for name, found in self._found.sites.items()}
 
-        def watch(name: str, x: Tensor, y: Tensor) -> None:
-            extent = _extent(self._found.sites[name].site, x, y, batch.size)
-            seen.setdefault(name, []).append(extent)
-
+    def _record(self, runner: OnnxRunner, batch: Batch) -> Tape:
         inputs = bind(self._dense.graph, batch)
-        with torch.no_grad():
-            self._runner(inputs, watch)
-        self._extents = {name: tuple(extents) for name, extents in seen.items()}
+        return record(lambda: runner(inputs), list(inputs.values()), {id(weight): name for name, weight in runner.weights.items()})
 
     def run(self, batch: Batch) -> dict[str, Tensor]:
         """Outputs by name, computed by ONNX Runtime on the CPU."""
@@ -208,6 +199,45 @@ class OnnxModel:
                 self._changed(dense=True)
         return changed
 
+    def recalibrate_batchnorm(self, batches: Iterable[Batch]) -> Callable[[], None] | None:
+        """Estimate all running statistics anew from the factored model; returns how to undo that, None without a batch-norm."""
+        norms = batchnorms(self._dense)
+        if not norms:
+            return None
+        before = [statistics(node) for node in norms]
+        seen = {node: BatchStatistics() for node in norms}
+        runner = OnnxRunner(self._dense, self._found.sites, self._layers, seen)
+        with torch.no_grad():
+            for batch in batches:
+                runner(bind(self._dense.graph, batch))
+        for node, batch_statistics in seen.items():
+            batch_statistics.write(self._dense, node)
+        self._changed(dense=True)
+
+        def undo() -> None:
+            for node, values in zip(norms, before, strict=True):
+                set_statistics(self._dense, node, values)
+            self._changed(dense=True)
+
+        return undo
+
+    def example(self) -> Batch | None:
+        """Two samples of what was last observed; before that, of what the inputs declare, where only the first axis is open."""
+        if self._example is None:
+            self._example = declared_example(self._dense.graph)
+        return self._example
+
+    def fixed_batch(self) -> int | None:
+        """The one number of samples it takes, where every input fixes it."""
+        shapes = [value.shape for value in self._dense.graph.inputs if value.name not in self._dense.graph.initializers and value.shape]
+        first = {shape[0] for shape in shapes}
+        size = first.pop() if len(first) == 1 else None
+        return size if isinstance(size, int) else None
+
+    def macs(self) -> int:
+        """Multiply-adds per sample of all linear and convolution layers of the dense model; 0 where never observed."""
+        return self._macs
+
     def params(self) -> int:
         """Stored numbers in all parameters, shared ones once; constants without axes and running statistics not counted."""
         return sum(tensor.size for tensor in parameters(self._built))
@@ -218,7 +248,11 @@ class OnnxModel:
 
     def clone(self) -> Self:
         """An independent copy; weights and factors, which are never written to, are shared."""
-        return type(self)(self._dense.clone(), self._source, self._external, self._shapes, self._layers, self._extents)
+        twin = copy.copy(self)
+        twin._dense = self._dense.clone()
+        twin._layers = dict(self._layers)
+        twin._changed(dense=True)
+        return twin
 
     def check(self) -> None:
         """Raise `InvalidModelError` if the rewritten model is inconsistent."""
@@ -239,7 +273,7 @@ class OnnxModel:
 
         Large weights go to a data file beside it where the source had one or they exceed 1.5 GiB.
         """
-        if path.suffix != ".onnx":
+        if path.suffix != self.suffix:
             raise UsageError(f"cannot save an ONNX model as {path.name!r}; name an .onnx file")
         model = self._built.clone()
         model.metadata_props.update(metadata)
@@ -258,8 +292,13 @@ def _is_graphsurgeon(source: object) -> bool:
     return type(source).__module__.partition(".")[0] == "onnx_graphsurgeon"
 
 
-def _extent(site: Site, x: Tensor, y: Tensor, batch_size: int) -> Extent:
-    if site.kind == "conv":
-        return tuple(x.shape[2:]), tuple(y.shape[2:])
-    positions = max(1, x.numel() // (x.shape[-1] * batch_size))
-    return (positions,), (positions,)
+def _first_two(tensor: Tensor) -> Tensor:
+    return tensor[:2] if tensor.dim() else tensor
+
+
+def _extents(site: Site, tape: Tape) -> tuple[Extent, ...]:
+    """Activation sizes per call, where torch was shown an input padded beforehand because its pads differ from side to side."""
+    extents = with_extents(site, tape).extents
+    if all(before == after for before, after in site.padding):
+        return extents
+    return tuple((tuple(size - sum(pads) for size, pads in zip(shown, site.padding, strict=True)), made) for shown, made in extents)

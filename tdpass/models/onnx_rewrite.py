@@ -1,20 +1,17 @@
-"""Writing factored layers into a copy of a graph, and the edits of dense layers."""
+"""Writing factored layers into a copy of a graph."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
-from torch import Tensor
 
-from tdpass.errors import InvalidModelError
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.models.onnx_names import FreshNames
 from tdpass.models.onnx_ops import OnnxOps
 from tdpass.models.onnx_shapes import Shapes
 from tdpass.models.onnx_sites import FoundSite
-from tdpass.models.onnx_tensors import from_torch
-from tdpass.models.onnx_use import Slot, Use
+from tdpass.models.onnx_use import Use
 
 _INPUTS_HOLD_INITIALIZERS_BELOW = 4
 
@@ -102,70 +99,4 @@ def prune_initializers(model: ir.Model) -> None:
 
 def opset_of(model: ir.Model) -> int:
     """Version of the standard operator set."""
-    return int(model.opset_imports.get("", 0))
-
-
-def write_bias(model: ir.Model, name: str, site: FoundSite, bias: Tensor) -> None:
-    """Give a dense site this bias, in the dense model itself."""
-    column = site.uses[0].swap_out is not None
-    tensor = bias.to(site.dtype).reshape(-1, 1) if column else bias.to(site.dtype)
-    value = new_constant(tensor.contiguous())
-    for use in site.uses:
-        _write_bias_at(model, name, use, value)
-    prune_initializers(model)
-    value.name = FreshNames(model).value(f"{name}.bias")
-    model.graph.register_initializer(value)
-
-
-def _write_bias_at(model: ir.Model, name: str, use: Use, value: ir.Value) -> None:
-    node = use.node
-    if use.bias is not None:
-        use.bias.node.replace_input_with(use.bias.index, value)
-    elif node.op_type != "MatMul" and use.addend is None:
-        node.resize_inputs(3)
-        node.replace_input_with(2, value)
-    else:
-        _append_add(model, name, use.output, value)
-        return
-    if node.op_type == "Gemm":
-        node.attributes["beta"] = ir.AttrFloat32("beta", 1.0)
-
-
-def _append_add(model: ir.Model, name: str, output: ir.Value, value: ir.Value) -> None:
-    names = FreshNames(model)
-    producer = output.producer()
-    if producer is None:
-        raise InvalidModelError(f"{output.name!r} is computed by no node; keep the graph that was opened unchanged")
-    add = ir.node("Add", [output, value], name=names.node(f"{name}/add"))
-    readers = [usage for usage in output.uses() if usage.node is not add]
-    total = add.outputs[0]
-    total.name, total.shape, total.type = output.name, output.shape, output.type
-    output.name = names.value(f"{name}/product")
-    for usage in readers:
-        usage.node.replace_input_with(usage.idx, total)
-    graph = model.graph
-    for index, value_out in enumerate(graph.outputs):
-        if value_out is output:
-            graph.outputs[index] = total
-    graph.insert_after(producer, add)
-
-
-def new_constant(tensor: Tensor) -> ir.Value:
-    """A constant that is yet to be named and registered as an initializer."""
-    held = from_torch(tensor)
-    return ir.Value(shape=ir.Shape(list(tensor.shape)), type=ir.TensorType(held.dtype), const_value=held)
-
-
-def replace_constant(model: ir.Model, slot: Slot, tensor: Tensor, name: str) -> None:
-    """Put another constant at a slot that is the only reader of the present one."""
-    value = new_constant(tensor)
-    old = slot.value
-    slot.node.replace_input_with(slot.index, value)
-    producer = old.producer()
-    if producer is None:
-        prune_initializers(model)
-    else:
-        remove_nodes(model.graph, [producer])
-    value.name = FreshNames(model).value(old.name if producer is None and old.name else f"{name}.weight")
-    model.graph.register_initializer(value)
-    value.metadata_props.update(old.metadata_props)
+    return int(model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,6 +16,7 @@ import tdpass.models.onnx_layout
 import tdpass.models.onnx_math  # noqa: F401 - these three fill the table of functions
 from tdpass.errors import InvalidModelError, TdpassError
 from tdpass.formats.base import Layer, apply_dense
+from tdpass.models.onnx_checks import brief
 from tdpass.models.onnx_functions import FUNCTIONS, NotServedError, Operator, TorchFunction
 from tdpass.models.onnx_matchers import operator_name
 from tdpass.models.onnx_rewrite import opset_of
@@ -25,7 +26,6 @@ from tdpass.models.onnx_tensors import constant, to_torch
 from tdpass.models.onnx_use import Use
 from tdpass.ops import TorchOps
 
-Watch = Callable[[str, Tensor, Tensor], None]
 _KNOWN_FROM_SHAPES = frozenset({"Shape", "Size"})
 _OPS = TorchOps()
 
@@ -49,25 +49,23 @@ class _NodeStep:
 
     def run(self, values: dict[ir.Value, Tensor]) -> None:
         inputs = [None if value is None else values[value] for value in self.inputs]
-        outputs = self._compute(inputs, values)
-        tensors = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-        values.update(zip(self.outputs, tensors, strict=False))
-
-    def _compute(self, inputs: Sequence[Tensor | None], values: Mapping[ir.Value, Tensor]) -> Tensor | Sequence[Tensor]:
         if self.function is not None:
             try:
-                return self.function(self.operator, *inputs)
+                outputs = self.function(self.operator, *inputs)
             except NotServedError:
                 self.function = None
+            else:
+                values.update(zip(self.outputs, (outputs,) if isinstance(outputs, Tensor) else outputs, strict=False))
+                return
         self.session = self.session or self.open_session()
-        return self.session(*inputs, *(values[value] for value in self.captured))
+        made = self.session(*inputs, *(values[value] for value in self.captured))
+        values.update(zip((value for value in self.outputs if value.name), made, strict=True))
 
 
 @dataclass
 class _SiteStep:
     """One use of a site: its dense layer, or the factored layer in its place."""
 
-    name: str
     use: Use
     compute: Callable[[Tensor], Tensor]
     fixed: bool = False
@@ -80,19 +78,12 @@ class _SiteStep:
     def outputs(self) -> tuple[ir.Value, ...]:
         return (self.use.output,)
 
-    def run(self, values: dict[ir.Value, Tensor], watch: Watch | None = None) -> None:
+    def run(self, values: dict[ir.Value, Tensor]) -> None:
         addend = None
         if self.use.addend is not None:
             addend = values[self.use.addend.value]
             addend = addend if self.use.addend_scale == 1.0 else self.use.addend_scale * addend
-
-        def layer(x: Tensor) -> Tensor:
-            y = self.compute(x)
-            if watch is not None:
-                watch(self.name, x, y)
-            return y
-
-        values[self.use.output] = self.use.apply(_OPS, values[self.use.input.value], layer, addend)
+        values[self.use.output] = self.use.apply(_OPS, values[self.use.input.value], self.compute, addend)
 
 
 @dataclass
@@ -101,12 +92,13 @@ class OnnxRunner:
 
     Dense sites call `F.linear` or `F.conv*d` with one tensor per site, held in `weights`.  What depends on constants and
     on shapes only is computed outside of any recording mode.  Operators without a torch function run in ONNX Runtime,
-    and gradients stop there.
+    and gradients stop there.  `functions` takes the place of the table for single nodes of the model.
     """
 
     model: ir.Model
     sites: Mapping[str, FoundSite]
     layers: Mapping[str, Layer] = field(default_factory=dict)
+    functions: Mapping[ir.Node, TorchFunction] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(init=False, default_factory=dict)
     constants: dict[ir.Value, Tensor] = field(init=False, default_factory=dict)
 
@@ -122,7 +114,7 @@ class OnnxRunner:
             self._executed = self.model
         self._steps: list[_NodeStep | _SiteStep] = []
         self._fixed: set[ir.Value] = set()
-        self._compile(self._site_steps(twins))
+        self._compile(self._site_steps(twins), {twins[node]: function for node, function in self.functions.items()})
         self._last_read = {value: index for index, step in enumerate(self._steps) for value in step.reads}
 
     def _site_steps(self, twins: Mapping[ir.Node, ir.Node]) -> dict[ir.Node, _SiteStep | None]:
@@ -132,7 +124,7 @@ class OnnxRunner:
             for use in found.uses:
                 here = use.on(twins)
                 steps.update((node, None) for node in here.nodes)
-                steps[here.node] = _SiteStep(name, here, compute)
+                steps[here.node] = _SiteStep(here, compute)
         return steps
 
     def _dense(self, name: str, found: FoundSite) -> Callable[[Tensor], Tensor]:
@@ -140,7 +132,7 @@ class OnnxRunner:
         self.weights[name] = weight
         return lambda x: apply_dense(_OPS, x, weight, bias, found.site)
 
-    def _compile(self, site_steps: Mapping[ir.Node, _SiteStep | None]) -> None:
+    def _compile(self, site_steps: Mapping[ir.Node, _SiteStep | None], functions: Mapping[ir.Node, TorchFunction]) -> None:
         model = self._executed
         opset = opset_of(model)
         for node in model.graph:
@@ -149,16 +141,11 @@ class OnnxRunner:
                 if site_step is not None:
                     self._steps.append(site_step)
             elif constant(node.outputs[0]) is None:
-                self._steps.append(self._node_step(node, opset, model))
-        for step in self._steps:
-            for value in step.reads:
-                tensor = constant(value)
-                if tensor is None and value.is_initializer():
-                    tensor = value.const_value
-                if tensor is not None and value not in self.constants:
-                    self.constants[value] = to_torch(tensor)
-        for value in model.graph.outputs:
-            tensor = constant(value)
+                step = self._node_step(node, opset, model)
+                step.function = functions.get(node, step.function)
+                self._steps.append(step)
+        for value in {*(value for step in self._steps for value in step.reads), *model.graph.outputs}:
+            tensor = value.const_value if value.is_initializer() else constant(value)
             if tensor is not None:
                 self.constants[value] = to_torch(tensor)
 
@@ -175,29 +162,24 @@ class OnnxRunner:
             self._fixed.update(outputs)
         return _NodeStep(operator, function, tuple(node.inputs), captured, outputs, partial(NodeSession, node, model, captured), fixed)
 
-    def __call__(self, inputs: Mapping[str, Tensor], watch: Watch | None = None) -> dict[str, Tensor]:
-        """Outputs by name; `watch` is told of every call of a site with the layer's input and output.
-
-        Raises `InvalidModelError` naming the node that fails.
-        """
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name; raises `InvalidModelError` naming the node that fails."""
         graph = self._executed.graph
         values = dict(self.constants)
         values.update((value, inputs[str(value.name)]) for value in graph.inputs if value.name in inputs)
         kept = set(graph.outputs)
         for index, step in enumerate(self._steps):
-            self._run(step, values, watch)
+            self._run(step, values)
             for value in step.reads:
                 if self._last_read[value] == index and value not in kept:
                     values.pop(value, None)
         return {str(value.name): values[value] for value in graph.outputs}
 
     @staticmethod
-    def _run(step: _NodeStep | _SiteStep, values: dict[ir.Value, Tensor], watch: Watch | None) -> None:
+    def _run(step: _NodeStep | _SiteStep, values: dict[ir.Value, Tensor]) -> None:
         try:
-            if isinstance(step, _SiteStep):
-                step.run(values, watch)
-            elif step.fixed:
-                with torch._C.DisableTorchFunction():  # noqa: SLF001 - the documented way to hide calls from a mode
+            if step.fixed:
+                with torch._C.DisableTorchFunction():
                     step.run(values)
             else:
                 step.run(values)
@@ -205,4 +187,4 @@ class OnnxRunner:
             raise
         except Exception as error:
             made = step.outputs[0].name
-            raise InvalidModelError(f"the node that computes {made!r} fails: {error}; check the sizes of the inputs") from error
+            raise InvalidModelError(f"the node that computes {made!r} fails: {brief(error)}; check the sizes of the inputs") from error

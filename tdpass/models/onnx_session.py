@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +19,6 @@ from torch.overrides import handle_torch_function, has_torch_function
 from tdpass.errors import InvalidModelError, UnsupportedError
 from tdpass.models.onnx_checks import brief
 from tdpass.models.onnx_file import write
-from tdpass.models.onnx_functions import Outputs
 from tdpass.models.onnx_storage import stored_bytes
 
 _ERRORS_ONLY = 3
@@ -34,12 +35,11 @@ class Session:
     """A model in ONNX Runtime on the CPU; raises `InvalidModelError` for one that it refuses."""
 
     def __init__(self, model: ir.Model) -> None:
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
         try:
             if stored_bytes(model) > _THROUGH_A_FILE_ABOVE:
-                # ONNX Runtime maps the weights from the file, so it has to outlive the session.
-                self._folder = tempfile.TemporaryDirectory(prefix="tdpass-")
-                path = Path(self._folder.name) / "model.onnx"
+                # ONNX Runtime maps the weights from the file, so it has to live as long as the session.
+                path = Path(tempfile.mkdtemp(prefix="tdpass-")) / "model.onnx"
+                weakref.finalize(self, shutil.rmtree, path.parent, ignore_errors=True)
                 write(model, path, external=True)
                 self._session = _session(str(path))
             else:
@@ -80,10 +80,10 @@ class NodeSession:
         self._ir_version = model.ir_version or 10
         self._sessions: dict[tuple[torch.dtype, ...], onnxruntime.InferenceSession] = {}
 
-    def __call__(self, *inputs: Tensor | None) -> Outputs:
+    def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         present = tuple(tensor for tensor in inputs if tensor is not None)
         if has_torch_function(present):
-            return handle_torch_function(self, present, *inputs)
+            return tuple(handle_torch_function(self, present, *inputs))
         names = [*self._node.input, *self._captured]
         feeds = {name: tensor for name, tensor in zip(names, inputs, strict=True) if tensor is not None}
         session = self._session_for(feeds)

@@ -13,7 +13,7 @@ from tdpass.errors import InvalidModelError
 from tdpass.models.onnx_matchers import DeclinedNode, matcher_for
 from tdpass.models.onnx_names import site_names
 from tdpass.models.onnx_shapes import Shapes
-from tdpass.models.onnx_tensors import copy_to_torch, held, to_torch, torch_dtype
+from tdpass.models.onnx_tensors import held, to_torch, torch_dtype
 from tdpass.models.onnx_use import Use
 from tdpass.site import Site
 
@@ -38,7 +38,7 @@ class FoundSite:
     def weight(self) -> Tensor:
         """The weight as `[o, i, *kernel]` in memory of its own; raises `InvalidModelError` unless every number is finite."""
         try:
-            weight = self.uses[0].canonical(copy_to_torch(self.stored)).contiguous()
+            weight = self.weight_view().clone(memory_format=torch.contiguous_format)
         except (ValueError, OSError) as error:
             raise InvalidModelError(f"the weight of {self.site.name!r} cannot be read: {error}; restore the model's data file") from error
         return self._finite(weight)
@@ -53,8 +53,9 @@ class FoundSite:
         return None if bias is None else self._finite(bias)
 
     def _finite(self, tensor: Tensor) -> Tensor:
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
+        extremes = torch.stack(torch.aminmax(tensor))  # one pass, and NaN is passed on
+        if not bool(torch.isfinite(extremes).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
             raise InvalidModelError(f"{bad} of {tensor.numel()} numbers of {self.site.name!r} are NaN or infinite; repair or retrain the model")
         return tensor
 

@@ -53,11 +53,6 @@ def to_torch(tensor: ir.TensorProtocol) -> Tensor:
     return shared if shared.dtype is dtype else shared.view(dtype)
 
 
-def copy_to_torch(tensor: ir.TensorProtocol) -> Tensor:
-    """The tensor in torch, in memory of its own."""
-    return to_torch(tensor).clone(memory_format=torch.contiguous_format)
-
-
 def from_torch(tensor: Tensor) -> ir.TensorProtocol:
     """The tensor for a graph, sharing memory; strided views are made contiguous only while they are written out."""
     return tensor_adapters.TorchTensor(tensor.detach())

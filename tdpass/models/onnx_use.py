@@ -9,7 +9,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from tdpass.errors import InvalidModelError
-from tdpass.models.onnx_tensors import constant, copy_to_torch, held, sizes
+from tdpass.models.onnx_tensors import constant, held, sizes, to_torch
 from tdpass.ops import Ops, V
 from tdpass.site import Kind
 
@@ -101,7 +101,7 @@ class Use:
         tensor = None if self.bias is None else constant(self.bias.value)
         if tensor is None:
             return None
-        bias = copy_to_torch(tensor).reshape(-1)
+        bias = to_torch(tensor).reshape(-1).clone()
         return bias if self.bias_scale == 1.0 else (bias.double() * self.bias_scale).to(bias.dtype)
 
     def stored_shape(self) -> tuple[int, ...]:

@@ -39,6 +39,7 @@ class TorchModel:
         self._example = example
         self._macs = 0
         self._adopt_factorized()
+        self.check()
         if example is not None:
             self.observe(example)
 
@@ -52,8 +53,6 @@ class TorchModel:
         return self._matched(name).weight.detach().cpu()
 
     def bias(self, name: str) -> Tensor | None:
-        if name in self._replaced:
-            return self._replaced[name][0].layer().bias
         bias = self._matched(name).modules[0].bias
         return None if bias is None else bias.detach().cpu()  # type: ignore[operator]
 
@@ -150,6 +149,9 @@ class TorchModel:
     def example(self) -> Batch | None:
         return self._example
 
+    def fixed_batch(self) -> int | None:
+        return None
+
     def macs(self) -> int:
         return self._macs
 
@@ -210,7 +212,7 @@ class TorchModel:
             module.training = False
         try:
             yield
-        except (TypeError, RuntimeError, IndexError, ValueError) as error:
+        except (TypeError, RuntimeError, IndexError, ValueError, AssertionError) as error:
             raise InvalidModelError(
                 f"the model does not run on the given data: {type(error).__name__}: {str(error).splitlines()[0]}; "
                 "pass example_inputs or data of the shape and type that it takes"

@@ -68,9 +68,14 @@ def find_sites(model: nn.Module) -> tuple[list[Matched], dict[str, str]]:
         paths.setdefault(id(module), []).append(path)
     attention = {id(child) for module in modules.values() if isinstance(module, nn.MultiheadAttention) for child in module.modules() if child is not module}
     declined: dict[str, str] = {}
+    hidden: set[int] = set()
+    for key, module in modules.items():
+        if parametrize.is_parametrized(module):
+            hidden.update(id(inner) for inner in module.modules())
+            declined[paths[key][0]] = "its weight is parametrized; remove the parametrization first"
     groups: dict[int, list[nn.Module]] = {}
     for key, module in modules.items():
-        if not any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+        if key in hidden or not any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
             continue
         reason = "it belongs to an attention module that reads it by attribute" if key in attention else _reason(module)
         if reason is None:
@@ -107,8 +112,6 @@ def _reason(module: nn.Module) -> str | None:
             return reason
     if not isinstance(module, tuple(GEOMETRIES)):
         return f"{type(module).__name__} holds a weight but is no Linear or Conv; torch.export it to reach functional layers"
-    if parametrize.is_parametrized(module):
-        return "its weight is parametrized; remove the parametrization first"
     if type(module).forward is not _base(module).forward:
         return f"{type(module).__name__} overrides forward"
     weight = module.weight

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from tdpass.cost import Budget, Cost
-from tdpass.formats.base import FORMATS, Decomposition, Layer, Rank, dense_cost
+from tdpass.formats.base import FORMATS, Decomposition, Factors, Layer, Rank, dense_cost
 from tdpass.formats.metric import Metric
 from tdpass.site import Site
 
 DENSE = "dense"
+_KEPT_WEIGHTS = 2**18
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class SiteFits:
         self.dtype = weight.dtype
         self.bias = bias
         self._decompositions: dict[str, Decomposition] = {}
+        self._factors: dict[tuple[str, Rank], Factors] = {}
 
     def decomposition(self, format_name: str) -> Decomposition:
         """The shared work of a format, done once."""
@@ -54,10 +56,20 @@ class SiteFits:
             self._decompositions[format_name] = FORMATS.get(format_name).decompose(self.weight, self.site, self.metric)
         return self._decompositions[format_name]
 
+    def factors(self, format_name: str, rank: Rank) -> Factors:
+        """Factors of one rank; those of small sites are kept, since errors and losses both need them."""
+        key = (format_name, rank)
+        if key in self._factors:
+            return self._factors[key]
+        factors = self.decomposition(format_name).factors(rank)
+        if self.site.weights <= _KEPT_WEIGHTS:
+            self._factors[key] = factors
+        return factors
+
     def layer(self, format_name: str, rank: Rank) -> Layer:
         """The factored layer, its bias shifted so that the mean output on the calibration data stays what it was."""
         fmt = FORMATS.get(format_name)
-        factors = self.decomposition(format_name).factors(rank)
+        factors = self.factors(format_name, rank)
         bias = self.bias
         if self.metric.mean is not None:
             lost = (self.weight - fmt.reconstruct(factors, self.site)).flatten(1) @ self.metric.mean
@@ -71,7 +83,7 @@ class SiteFits:
         if guarantee is not None and guarantee.kind == "exact":
             error = guarantee.value
         else:
-            error = self.metric.relative_error(self.weight, fmt.reconstruct(self.decomposition(format_name).factors(rank), self.site))
+            error = self.metric.relative_error(self.weight, fmt.reconstruct(self.factors(format_name, rank), self.site))
         return Candidate(format_name, rank, fmt.cost(self.site, rank), error, guarantee="" if guarantee is None else str(guarantee))
 
 

@@ -99,8 +99,8 @@ def prune_layers(chain: Chain, sites: Mapping[str, Site], weight: Read, bias: Re
         lost = second.flatten(1) @ metric.mean - kept.flatten(1) @ metric.mean.reshape(read.i, -1)[index].reshape(-1)
         second_bias = lost if second_bias is None else second_bias.double() + lost
     return {
-        made.name: Layer(made, "pruned", (len(channels), made.i), {"weight": first[index]}, None if first_bias is None else first_bias[index]).to(first.dtype),
-        read.name: Layer(read, "pruned", (read.o, len(channels)), {"weight": kept}, second_bias).to(first.dtype),
+        made.name: Layer(made, "pruned", (len(channels), made.i), {"kept": first[index]}, None if first_bias is None else first_bias[index]).to(first.dtype),
+        read.name: Layer(read, "pruned", (read.o, len(channels)), {"kept": kept}, second_bias).to(first.dtype),
     }
 
 

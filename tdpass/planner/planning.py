@@ -24,7 +24,7 @@ from tdpass.tape import Tape
 
 SWEEP_SAMPLES = 256
 SWEEP_SECONDS = 240.0
-RANKS_PER_FORMAT = 14
+RANKS_PER_FORMAT = 12
 CURVE = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
 Tick = Callable[[str, int, int], None]

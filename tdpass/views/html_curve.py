@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tdpass.report import CurvePoint
 from tdpass.views.html import Html, column, join, table, tag
 from tdpass.views.html_sites import MEASURES
-from tdpass.views.summary import divergence_name
+from tdpass.views.summary import loss_name
 from tdpass.views.units import small
 
 WIDTH, HEIGHT = 560, 340
@@ -64,7 +64,7 @@ class _Chart:
         path = " ".join(f"{self.x(share):.1f},{self.y(point.loss):.1f}" for point, share in marks)
         chosen = [(point, share) for point, share in marks if point.chosen]
         ends = " to ".join(f"{small(point.loss)} at {_percent(share)}" for point, share in (marks[-1], marks[0]))
-        label = f"Expected divergence against {title} kept: from {ends}"
+        label = f"{loss_name(self.divergence).capitalize()} expected, against {title} kept: from {ends}"
         if chosen:
             label += f"; chosen: {small(chosen[0][0].loss)} at {_percent(chosen[0][1])}"
         return tag(
@@ -93,7 +93,7 @@ class _Chart:
         parts.append(tag("line", class_="axis", x1=LEFT, x2=right, y1=bottom, y2=bottom))
         parts.append(tag("text", f"{title} kept, in percent of the original", class_="title", x=(LEFT + right) / 2, y=HEIGHT - 8, text_anchor="middle"))
         middle = (TOP + bottom) / 2
-        name = f"expected {divergence_name(self.divergence)}"
+        name = f"expected {loss_name(self.divergence)}" if self.divergence else loss_name("")
         parts.append(tag("text", name, class_="title", transform=f"translate(18 {middle:g}) rotate(-90)", text_anchor="middle"))
         return parts
 
@@ -107,7 +107,7 @@ class _Chart:
         free_right = x < LEFT + 0.62 * (WIDTH - LEFT - RIGHT)
         side, anchor = (14, "start") if free_right else (-14, "end")
         height = y - 12 if free_right and y > TOP + 40 else min(y + 4, HEIGHT - BOTTOM - 30)
-        words = (("chosen", 0), (f"{small(point.loss)} at {_percent(share)}", 17))
+        words = (("chosen", 0), (f"{small(point.loss)} at {_percent(share)}", 19))
         return [
             tag("line", class_="drop", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=f"{y:.1f}", y2=HEIGHT - BOTTOM),
             tag("circle", class_="halo", cx=f"{x:.1f}", cy=f"{y:.1f}", r=9),
@@ -134,7 +134,7 @@ def _percent(share: float) -> str:
 
 
 def _numbers(points: Sequence[CurvePoint]) -> Html:
-    headers = [column(name, number=True) for name in ("Budget", "MACs", "Parameters", "Expected divergence")]
+    headers = [column(name, number=True) for name in ("Budget", "MACs", "Parameters", "Expected loss")]
     rows = [
         tag(
             "tr",

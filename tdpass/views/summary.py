@@ -71,12 +71,17 @@ def divergence(report: Report, rows: Sequence[SiteRow]) -> Figure | None:
         return Figure(report.checks["divergence"], kind, measured=True)
     if not rows:
         return None
-    return Figure(sum(row.loss for row in rows), kind if report.divergence else "summed squared weight error", measured=False)
+    return Figure(sum(row.loss for row in rows), loss_name(report.divergence), measured=False)
 
 
 def divergence_name(name: str) -> str:
     """`kl` as people write it; without a name, the plain word."""
     return f"{name.upper() if len(name) <= 3 else name} divergence".strip()
+
+
+def loss_name(divergence: str) -> str:
+    """What the losses of a plan are: without data there is no divergence, only errors of weights."""
+    return divergence_name(divergence) if divergence else "summed squared weight error"
 
 
 def checks(values: Mapping[str, float]) -> list[tuple[str, str]]:

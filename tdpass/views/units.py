@@ -62,10 +62,12 @@ def seconds(value: float) -> str:
     """A duration.
 
     >>> seconds(0.0123), seconds(4.56), seconds(192)
-    ('12 ms', '4.6 s', '3 min 12 s')
+    ('12.3 ms', '4.6 s', '3 min 12 s')
     """
+    if value < 0.9995e-3:
+        return f"{value * 1e6:.3g} us"
     if value < 0.9995:
-        return f"{value * 1e3:.0f} ms" if value >= 0.0095 else f"{value * 1e3:.2g} ms"
+        return f"{value * 1e3:.0f} ms" if value >= 0.0995 else f"{value * 1e3:.3g} ms"
     if value < 99.95:
         return f"{value:.1f} s"
     minutes, rest = divmod(round(value), 60)

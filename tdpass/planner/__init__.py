@@ -1,0 +1,1 @@
+"""Planning: candidates, their losses, and the choice under a budget."""

@@ -1,0 +1,58 @@
+"""The knapsack against brute force."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from tdpass.cost import Cost
+from tdpass.errors import BudgetError
+from tdpass.planner.candidates import Candidate
+from tdpass.planner.select import Option, select
+
+
+def _options(seed: int) -> tuple[list[Option], list[str]]:
+    draw = np.random.default_rng(seed)
+    sites = [f"s{k}" for k in range(4)]
+    options = []
+    for site in sites:
+        options.append(Option({site: Candidate("dense", (), Cost(100, 1000, 400), 0.0)}, 0.0))
+        for rank in range(1, 5):
+            cost = Cost(int(draw.integers(5, 95)), int(draw.integers(50, 950)), 0)
+            loss = float(draw.random())
+            options.append(Option({site: Candidate("svd", (rank,), cost, loss, loss)}, loss))
+    return options, sites
+
+
+def _best(options: list[Option], sites: list[str], limits: dict[str, int], fixed: Cost) -> float | None:
+    groups = [[o for o in options if set(o.parts) == {site}] for site in sites]
+    joint = [o for o in options if len(o.parts) > 1]
+    best = None
+    for chosen in (*itertools.product(*groups), *((j, *rest) for j in joint for rest in itertools.product(*(g for g, s in zip(groups, sites, strict=True) if s not in j.parts)))):
+        total = sum((o.cost for o in chosen), fixed)
+        if all(total.get(m) <= v for m, v in limits.items()):
+            loss = sum(o.loss for o in chosen)
+            best = loss if best is None else min(best, loss)
+    return best
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("limits", [{"params": 200}, {"macs": 2200}, {"params": 260, "macs": 2300}])
+def test_the_choice_is_the_best_there_is(seed: int, limits: dict[str, int]) -> None:
+    options, sites = _options(seed)
+    options.append(Option({"s0": Candidate("constant", (), Cost(), 1.0), "s1": Candidate("constant", (), Cost(), 1.0)}, 0.3))
+    fixed = Cost(10, 20, 0)
+    chosen = select(options, sites, limits, fixed)
+    assert set(chosen) == set(sites)
+    losses = {id(part): option.loss / len(option.parts) for option in options for part in option.parts.values()}
+    assert sum(losses[id(part)] for part in chosen.values()) == pytest.approx(_best(options, sites, limits, fixed))
+
+
+def test_an_impossible_budget_names_the_smallest_reachable() -> None:
+    options, sites = _options(0)
+    least = 10 + sum(min(o.cost.params for o in options if site in o.parts) for site in sites)
+    with pytest.raises(BudgetError, match=f"budget of {least - 1:,} params is below the smallest reachable plan \\({least:,}"):
+        select(options, sites, {"params": least - 1}, Cost(10, 0, 0))
+    assert select(options, sites, {"params": least}, Cost(10, 0, 0))

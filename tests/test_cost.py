@@ -1,0 +1,39 @@
+"""Costs and budgets."""
+
+from __future__ import annotations
+
+import pytest
+
+from tdpass.cost import Bound, Budget, Cost
+from tdpass.errors import BudgetError
+
+
+@pytest.mark.parametrize(
+    ("value", "limit"),
+    [(0.4, 400), (1, 1000), ("0.4", 400), ("40%", 400), ("2k", 2000), ("1.5M", 1_500_000), ("2KiB", 2048), ("300B", 300), ("1G", 10**9)],
+)
+def test_bounds_are_read(value: float | str, limit: int) -> None:
+    assert Bound.parse("macs", value).limit(1000) == limit
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, 120_000_000, "120", "fast", "", "150%", True, None, [0.4], float("nan")])
+def test_an_ambiguous_or_senseless_bound_is_an_error_that_says_what_to_write(value: object) -> None:
+    with pytest.raises(BudgetError, match="fraction in \\(0, 1\\]"):
+        Bound.parse("macs", value)  # type: ignore[arg-type]
+
+
+def test_several_bounds_at_once() -> None:
+    budget = Budget.parse({"macs": 0.5, "bytes": "2MiB", "max_error": 0.1})
+    assert budget.limits(Cost(10, 100, 10**9)) == {"macs": 50, "bytes": 2 * 2**20}
+    assert budget.max_error == 0.1
+    assert str(budget) == "macs=0.5, bytes=2,097,152, max_error=0.1"
+
+
+@pytest.mark.parametrize("spec", [{}, {"flops": 0.5}, {"max_error": 2}, {"max_error": "a"}])
+def test_unknown_or_empty_budgets_are_errors(spec: dict[str, object]) -> None:
+    with pytest.raises(BudgetError):
+        Budget.parse(spec)  # type: ignore[arg-type]
+
+
+def test_costs_add_up() -> None:
+    assert Cost(1, 2, 3) + Cost(1, 1, 1) - Cost(0, 3, 0) == Cost(2, 0, 4)

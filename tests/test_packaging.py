@@ -1,0 +1,88 @@
+"""The shape of the package: links, guards, files that ship, and pins that cover what is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import tdpass
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("folder", ["passes", "kernels"])
+def test_top_level_folders_are_linked_into_the_package(folder: str) -> None:
+    module = importlib.import_module(f"tdpass.{folder}")
+    assert module.__file__ is not None
+    assert Path(module.__file__).resolve() == ROOT / folder / "__init__.py"
+
+
+def test_every_folder_of_the_package_is_a_package() -> None:
+    package = Path(tdpass.__file__).parent
+    folders = {path.parent for path in package.rglob("*.py")} | {package / "passes", package / "kernels"}
+    assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
+
+
+def test_files_that_are_not_python_ship() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    patterns = re.findall(r'"([^"]+)"', re.search(r"^tdpass = \[(.*)\]$", text, re.MULTILINE)[1])
+    package = Path(tdpass.__file__).parent
+    shipped = {path for pattern in patterns for path in package.glob(pattern)}
+    present = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert present == shipped
+
+
+@pytest.mark.parametrize("use", ["from kernels import get_kernel", "import kernels; kernels.get_kernel", "import passes"])
+def test_using_a_folder_from_the_repository_root_says_what_to_import(use: str) -> None:
+    run = subprocess.run([sys.executable, "-c", use], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "ImportError" in run.stderr
+    assert re.search(r"import tdpass\.(kernels|passes)", run.stderr)
+
+
+def test_asking_for_the_version_of_kernels_is_harmless() -> None:
+    command = "import kernels; print(getattr(kernels, '__version__', 'none'))"
+    run = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "none"
+
+
+def _constraints() -> list[Requirement]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_each_package_has_one_exact_pin_on_each_python(python: str) -> None:
+    names = [canonicalize_name(pin.name) for pin in _constraints() if pin.marker is None or pin.marker.evaluate({"python_version": python})]
+    assert len(names) == len(set(names))
+    assert all([specifier.operator for specifier in pin.specifier] == ["=="] for pin in _constraints())
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_what_pyproject_asks_for_is_pinned_within_its_bounds(python: str) -> None:
+    asked = [Requirement(text) for text in re.findall(r'"([A-Za-z][\w.-]*(?:(?:>=|==)[\d.*]+)?)"', _dependency_lists())]
+    pins = {canonicalize_name(pin.name): pin for pin in _constraints() if pin.marker is None or pin.marker.evaluate({"python_version": python})}
+    assert {"torch", "onnx", "pytest", "scikit-learn", "aimet-torch"} <= {canonicalize_name(requirement.name) for requirement in asked}
+    for requirement in asked:
+        version = next(iter(pins[canonicalize_name(requirement.name)].specifier)).version
+        assert requirement.specifier.contains(version), f"{requirement} is pinned to {version}"
+
+
+def _dependency_lists() -> str:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    runtime = re.search(r"^dependencies = \[.*?^\]", text, re.MULTILINE | re.DOTALL)
+    extras = re.search(r"^\[project\.optional-dependencies\].*?^\[", text, re.MULTILINE | re.DOTALL)
+    assert runtime is not None
+    assert extras is not None
+    return runtime[0] + extras[0]
+
+
+def test_torch_is_pinned_to_the_tried_version() -> None:
+    assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
