@@ -38,15 +38,13 @@ class Factorize(Pass):
         tapes = job.tapes(model) if job.batches else []
         for site in alone:
             FORMATS.get(chosen[site.name].format).check_rank(site, chosen[site.name].rank)
-        count = 0
         metrics = stream_metrics(tapes, alone, job.divergence) if tapes else ((site, Metric()) for site in alone)
         replaced: set[str] = set()
-        for site, metric in metrics:
+        for count, (site, metric) in enumerate(metrics, start=1):
             choice = chosen[site.name]
             fits = SiteFits(site, model.weight(site.name), model.bias(site.name), metric)
             model.replace(site.name, fits.layer(choice.format, choice.rank))
             replaced.add(site.name)
-            count += 1
             job.progress("factorizing", count, len(alone))
         for layers in self._joint(chosen, sites, model, job):
             for name, layer in layers.items():

@@ -38,18 +38,10 @@ class Plan(Pass):
         if "macs" in budget.measures and not job.original.macs:
             raise BudgetError("a budget on macs needs to see the model running; pass data= or example_inputs=, or bound params")
         tapes = job.tapes(model)
-        table = tabulate(
-            sites,
-            Dense(model.weight, model.bias),
-            tapes,
-            job.divergence,
-            job.formats,
-            CandidateCache(job.cache),
-            self._context(model, job, sites),
-            job.progress,
-        )
+        dense, cache, context = Dense(model.weight, model.bias), CandidateCache(job.cache), self._context(model, job, sites)
+        table = tabulate(sites, dense, tapes, job.divergence, job.formats, cache, context, job.progress)
         if self.joint and tapes and not job.formats and budget.max_error is None:
-            add_joint_options(table, Dense(model.weight, model.bias), tapes, job.divergence, CandidateCache(job.cache), self._context(model, job, sites), job.progress)
+            add_joint_options(table, dense, tapes, job.divergence, cache, context, job.progress)
         plan = table.plan(budget, job.original)
         job.plan = plan
         job.report.budget, job.report.metric, job.report.divergence = str(budget), plan.metric, plan.divergence

@@ -6,9 +6,6 @@ import tdpass.passes as _passes
 from tdpass.artifact import Artifact as Artifact
 from tdpass.artifact import load as load
 from tdpass.artifact import load_plan as load_plan
-from tdpass.verbs import compress as compress
-from tdpass.verbs import make_plan as make_plan
-from tdpass.verbs import verify as verify
 from tdpass.cost import Budget as Budget
 from tdpass.cost import Cost as Cost
 from tdpass.data import as_batches as as_batches
@@ -27,5 +24,8 @@ from tdpass.pipeline import register_pass as register_pass
 from tdpass.planner.divergence import Divergence as Divergence
 from tdpass.planner.rank_plan import RankPlan as RankPlan
 from tdpass.report import Report as Report
+from tdpass.verbs import compress as compress
+from tdpass.verbs import make_plan as make_plan
+from tdpass.verbs import verify as verify
 
 del _passes

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from torch import nn
 
 from tdpass.errors import PlanError, UsageError
+from tdpass.files import write_text
+from tdpass.html_report import render_html
 from tdpass.models import Model, load_module, read_metadata
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.report import Report
@@ -33,9 +36,6 @@ class Artifact:
 
     def save_all(self, folder: Path | str) -> list[Path]:
         """Write model, plan.json, report.json and report.html into a folder; returns the paths."""
-        from tdpass.html_report import render_html
-        from tdpass.files import write_text
-
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         paths = [target / f"model{self.suffix}", target / "plan.json", target / "report.json", target / "report.html"]
@@ -74,8 +74,6 @@ def load_plan(path: Path | str) -> RankPlan:
 
 
 def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         return version("tdpass")
     except PackageNotFoundError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -105,10 +107,8 @@ def _read(path: Path) -> object:
                 return loaded
             with loaded:
                 arrays = {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise InvalidModelError(f"cannot read calibration data from {path}: {error}; write it with numpy.savez") from None
-    except Exception as error:
-        raise InvalidModelError(f"{path} is not an intact .npz file ({type(error).__name__}); write it with numpy.savez") from None
     positional = [name for name in arrays if name.startswith("arr_")]
     if len(positional) == len(arrays):
         return tuple(arrays[name] for name in positional)

@@ -31,7 +31,7 @@ _TITLES = {"macs": "fewer MACs", "params": "fewer parameters", "bytes": "fewer b
 def render_html(report: Report, plan: RankPlan | None = None) -> str:
     """The page; `plan` fills in what a report alone does not say, and stands in for it before anything was done."""
     rows = summary.site_rows(report, plan)
-    original, final = summary.original_cost(report, plan), summary.final_cost(report, rows, plan)
+    original, final = summary.original_cost(report, plan), summary.final_cost(report, plan)
     colour = colours(rows)
     sections = {
         "overview": ("Where the cost went", _overview(report, rows, original, final, colour)),
@@ -69,7 +69,7 @@ def _section(anchor: str, title: str, body: Html) -> Html:
 
 
 def _header(report: Report, rows: Sequence[SiteRow], name: str) -> Html:
-    done = not summary.untouched(report, rows)
+    done = not report.dry_run
     facts = [fact for fact in (f"budget {report.budget}" if report.budget else "", report.frontend, _moment(report.created)) if fact]
     return join(
         [

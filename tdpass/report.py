@@ -59,7 +59,10 @@ class CurvePoint:
 
 @dataclass
 class Report:
-    """Everything a run has to say; filled by the passes, printed, saved as JSON, rendered as HTML."""
+    """Everything a run has to say; filled by the passes, printed, saved as JSON, rendered as HTML.
+
+    After a dry run `final` is the planned cost, and the model is as it was.
+    """
 
     model: str = ""
     frontend: str = ""
@@ -76,6 +79,7 @@ class Report:
     curve: list[CurvePoint] = field(default_factory=list)
     checks: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    dry_run: bool = False
 
     def decline(self, name: str, reason: str) -> None:
         """Say that a layer is left alone, and why."""

@@ -121,8 +121,7 @@ class Tape:
         summands = [arg for arg in call.args if isinstance(arg, Ref)]
         if call.name not in _ADDITIONS or len(call.args) != 2 or len(summands) != 2 or call.kwargs:
             return None
-        other = next((arg.number for arg in summands if arg.number != number), None)
-        return other
+        return next((arg.number for arg in summands if arg.number != number), None)
 
     def channelwise_consumer(self, index: int) -> int | None:
         """The one site call that reads the value made by call `index`, through element-wise functions only."""
@@ -298,7 +297,9 @@ def record(run: Callable[[], Any], inputs: Sequence[Tensor], sites: Mapping[int,
         replayed = tape.play().finish()
     for ours, theirs in zip(tree_leaves(replayed), tree_leaves(_plain(result)), strict=True):
         if isinstance(theirs, Tensor) and not _same(ours.double(), theirs.double()):
-            raise UnsupportedError("a replay of the recorded run differs from the run: the model is not deterministic, or writes through a view; put it in eval mode")
+            raise UnsupportedError(
+                "a replay of the recorded run differs from the run: the model is not deterministic, or writes through a view; put it in eval mode"
+            )
     return tape
 
 

@@ -185,7 +185,7 @@ def _passes(report: Report, width: int | None) -> Part:
 
 
 def _totals(report: Report, plan: RankPlan | None, rows: Sequence[SiteRow], width: int | None) -> list[Part]:
-    before, after = summary.original_cost(report, plan), summary.final_cost(report, rows, plan)
+    before, after = summary.original_cost(report, plan), summary.final_cost(report, plan)
     facts = [("budget", report.budget), ("metric", report.metric), ("divergence", report.divergence), ("machine", report.machine)]
     parts: list[Part] = [heading(report.model or "Model"), pairs([(name, value) for name, value in facts if value]), ""]
     lines = []
@@ -193,7 +193,7 @@ def _totals(report: Report, plan: RankPlan | None, rows: Sequence[SiteRow], widt
         old, new, unit = before.get(measure), after.get(measure), "B" if measure == "bytes" else ""
         if old:
             lines.append((title, human(old, unit), human(new, unit), ratio(old, new), share(new, old)))
-    after_title = "Planned" if summary.untouched(report, rows) else "After"
+    after_title = "Planned" if report.dry_run else "After"
     parts.append(grid(("Total", "Before", after_title, "Smaller", "Kept"), lines, width, numbers=(1, 2, 3, 4)))
     moved = summary.divergence(report, rows)
     if moved is not None:

@@ -89,7 +89,13 @@ def make_plan(
 
 
 def verify(
-    reference: object, candidate: object, data: object = None, *, example_inputs: ExampleInputs = None, samples: int = 512, divergence: str | Divergence = "auto"
+    reference: object,
+    candidate: object,
+    data: object = None,
+    *,
+    example_inputs: ExampleInputs = None,
+    samples: int = 512,
+    divergence: str | Divergence = "auto",
 ) -> dict[str, float]:
     """How far one model's outputs are from another's on the same data; both may come through any front end.
 
@@ -157,8 +163,10 @@ def _run(
     steps.run(model, job)
     if job.plan is None:
         job.plan = RankPlan((), report.original, declined=dict(report.declined))
-    saved = sum((choice.dense - choice.cost for choice in job.plan), Cost()) if model_changed(model) else Cost()
-    report.final = Cost(model.params(), report.original.macs - saved.macs, model.bytes())
+    changed = any(model.layer(site.name) is not None for site in model.sites())
+    saved = sum((choice.dense - choice.cost for choice in job.plan), Cost()) if changed else Cost()
+    report.dry_run = not changed and any(not choice.kept_dense for choice in job.plan)
+    report.final = job.plan.planned if report.dry_run else Cost(model.params(), report.original.macs - saved.macs, model.bytes())
     return Artifact(model.unwrap(), job.plan, report, model)
 
 
@@ -170,13 +178,9 @@ def _batches(model: Model, data: object, samples: int) -> list[Batch]:
     batches = as_batches(data, samples, fixed or 64)
     whole = [batch for batch in batches if fixed is None or batch.size == fixed]
     if not whole:
-        raise UsageError(f"the model takes exactly {fixed} samples at a time, the data holds {batches[0].size}; give more, or export it with a dynamic first axis")
+        held = batches[0].size
+        raise UsageError(f"the model takes exactly {fixed} samples at a time, the data holds {held}; give more, or export it with a dynamic first axis")
     return whole
-
-
-def model_changed(model: Model) -> bool:
-    """Whether any site has been replaced."""
-    return any(model.layer(site.name) is not None for site in model.sites())
 
 
 def _new_report(given: object, model: Model) -> Report:

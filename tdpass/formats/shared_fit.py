@@ -50,8 +50,7 @@ class SharedFit:
         _, a, b = self.weight.shape
         if c is None:
             return None
-        blocks = c.reshape(a, b).mean(1) if c.dim() == 1 else c.reshape(a, b, a, b).diagonal(dim1=1, dim2=3).mean(-1)
-        return blocks
+        return c.reshape(a, b).mean(1) if c.dim() == 1 else c.reshape(a, b, a, b).diagonal(dim1=1, dim2=3).mean(-1)
 
     @cached_property
     def start(self) -> WeightedSvd:
@@ -64,7 +63,7 @@ class SharedFit:
     def solve(self, rank: int, core_rank: int | None = None) -> tuple[Tensor, Tensor]:
         """`first[r, a]` and `last[o, r, b]`, the latter of rank at most `core_rank` as an `o x (r b)` matrix."""
         first = self.start.right[:rank].contiguous()
-        last, split = self.solve_last(first, core_rank)
+        last, _ = self.solve_last(first, core_rank)
         if self.metric.plain and core_rank is None:
             return first, last
         o, a, b = self.weight.shape
@@ -74,7 +73,7 @@ class SharedFit:
         error = self._error(first, last)
         for _ in range(sweeps):
             trial = self._improve_first(first, last)
-            solved, split = self.solve_last(trial, core_rank)
+            solved, _ = self.solve_last(trial, core_rank)
             improved = self._error(trial, solved)
             if improved < error:
                 first, last = trial, solved

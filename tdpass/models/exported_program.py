@@ -51,9 +51,8 @@ class ExportedModel(TorchModel):
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         if path.suffix != ".pt2":
             raise UsageError(f"cannot save an exported program as {path.name!r}; name a .pt2 file")
-        with replacing(path) as temporary:
-            with temporary.open("wb") as file:
-                torch.export.save(self.unwrap(), file, extra_files=dict(metadata))
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            torch.export.save(self.unwrap(), file, extra_files=dict(metadata))
 
     def clone(self) -> ExportedModel:
         twin = super().clone()
@@ -67,7 +66,7 @@ def load_program(path: Path) -> ExportedProgram:
         raise InvalidModelError(f"there is no file {path}; give a .pt2 file written by torch.export.save")
     try:
         return torch.export.load(path)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a damaged archive fails in any of a dozen ways
         raise InvalidModelError(f"{path} is not an intact exported program: {str(error).splitlines()[0]}; write it with torch.export.save") from None
 
 

@@ -118,7 +118,7 @@ def _batch_norm(graph_module: GraphModule, node: Node) -> Built:
 class _FrozenBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch-norm in inference form for inputs of any rank."""
 
-    def _check_input_dim(self, input: torch.Tensor) -> None:
+    def _check_input_dim(self, input: torch.Tensor) -> None:  # noqa: A002 - torch names it so
         """Any rank will do."""
 
     def train(self, mode: bool = True) -> _FrozenBatchNorm:
@@ -144,7 +144,9 @@ def _place(graph_module: GraphModule, owner: str, module: nn.Module) -> str:
     current = _submodule(graph_module, path) if path else None
     if isinstance(current, type(module)) and getattr(current, "weight", None) is module.weight and current.bias is module.bias:
         return path
-    taken = current is not None and (current._modules or any(value is not module.weight for value in current._parameters.values() if value is not None and value is not module.bias))
+    mine = (module.weight, module.bias, None)
+    others = [value for value in current._parameters.values() if all(value is not own for own in mine)] if current is not None else []
+    taken = current is not None and (current._modules or others)
     if not path or taken or isinstance(current, tuple({nn.Linear, *_CONV.values()})):
         path = f"{owner.replace('.', '_')}_layer" if not path else f"{path}.{leaf}_layer"
         while _submodule(graph_module, path) is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -82,11 +82,8 @@ def find_sites(model: nn.Module) -> tuple[list[Matched], dict[str, str]]:
             groups.setdefault(id(module.weight), []).append(module)
         else:
             declined[paths[key][0]] = reason
-    holders: dict[int, set[int]] = {}
-    for module in modules.values():
-        for parameter in module.parameters(recurse=False):
-            holders.setdefault(id(parameter), set()).add(id(module))
     found: list[Matched] = []
+    holders = _holders(modules.values())
     for weight, members in groups.items():
         name = paths[id(members[0])][0]
         sites = {GEOMETRIES[_base(member)](member, name) for member in members}
@@ -99,6 +96,15 @@ def find_sites(model: nn.Module) -> tuple[list[Matched], dict[str, str]]:
             reached = tuple(path for member in members for path in paths[id(member)])
             found.append(Matched(site, members[0].weight, tuple(members), reached))  # type: ignore[arg-type]
     return found, declined
+
+
+def _holders(modules: Iterable[nn.Module]) -> dict[int, set[int]]:
+    """Which modules hold each parameter."""
+    holders: dict[int, set[int]] = {}
+    for module in modules:
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), set()).add(id(module))
+    return holders
 
 
 def _base(module: nn.Module) -> type[nn.Module]:

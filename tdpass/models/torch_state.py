@@ -43,8 +43,14 @@ def save_module(module: nn.Module, replaced: Mapping[str, Sequence[Factorized]],
         else:
             first[id(tensor)] = name
             tensors[name] = tensor.detach().cpu().contiguous().clone()
+    named = list(module.named_modules(remove_duplicate=False))
     layers = [
-        {"paths": [p for p, m in module.named_modules(remove_duplicate=False) if m is layer], "format": layer.format.name, "rank": list(layer.rank), "bias": layer.bias is not None}
+        {
+            "paths": [path for path, candidate in named if candidate is layer],
+            "format": layer.format.name,
+            "rank": list(layer.rank),
+            "bias": layer.bias is not None,
+        }
         for layers in replaced.values()
         for layer in layers
     ]
@@ -101,7 +107,7 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
         raise PlanError(f"{path} names {unknown[0]!r}, which this model does not have; load it on the class it was made from")
     expected = _expected_shapes(module, swaps, structure)
     with safe_open(path, framework="pt") as file:
-        held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no dict
         held.update({alias: held.get(name, ()) for alias, name in structure["aliases"].items()})
         if held != expected:
             wrong = sorted(name for name in {*held, *expected} if held.get(name) != expected.get(name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ class JointOption:
     parts: Mapping[str, Candidate]
     loss: float
     channels: tuple[int, ...] = ()
+
+
+Trial = Callable[[], list[tuple[JointOption, Mapping[str, Layer]]]]
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,10 @@ def joint_options(
     chains = [chain for chain in find_chains(tape, sites) if sites[chain.consumer].weights // sites[chain.consumer].o <= MAX_WIDTH]
     branches = find_branches(tape, sites, find_chains(tape, sites))
     metrics = {site.name: metric for site, metric in stream_metrics(tapes, [sites[chain.consumer] for chain in chains], divergence)}
-    jobs: list[tuple[int, Callable[[], list[tuple[JointOption, Mapping[str, Layer]]]]]] = []
-    for chain in chains:
-        jobs.append((tape.site_calls[chain.producer][0], lambda chain=chain: _prune(chain, sites, weight, bias, metrics[chain.consumer])))  # type: ignore[misc]
-    for branch in branches:
-        jobs.append((tape.site_calls[branch[0]][0], lambda branch=branch: [_drop(branch, sites, tapes)]))  # type: ignore[misc]
+    jobs: list[tuple[int, Trial]] = [
+        (tape.site_calls[chain.producer][0], partial(_prune, chain, sites, weight, bias, metrics[chain.consumer])) for chain in chains
+    ]
+    jobs += [(tape.site_calls[branch[0]][0], partial(_drop, branch, sites, tapes)) for branch in branches]
     sweep = Sweep(sweep_tapes, divergence)
     found: list[JointOption] = []
     for done, (_, make) in enumerate(sorted(jobs, key=lambda job: job[0])):
@@ -137,9 +140,9 @@ def drop_layers(branch: Sequence[str], sites: Mapping[str, Site], tapes: Sequenc
     return layers
 
 
-def _drop(branch: Sequence[str], sites: Mapping[str, Site], tapes: Sequence[Tape]) -> tuple[JointOption, Mapping[str, Layer]]:
+def _drop(branch: Sequence[str], sites: Mapping[str, Site], tapes: Sequence[Tape]) -> list[tuple[JointOption, Mapping[str, Layer]]]:
     layers = drop_layers(branch, sites, tapes)
-    return JointOption({name: _candidate(layer, 1.0) for name, layer in layers.items()}, 0.0), layers
+    return [(JointOption({name: _candidate(layer, 1.0) for name, layer in layers.items()}, 0.0), layers)]
 
 
 def _candidate(layer: Layer, error: float) -> Candidate:

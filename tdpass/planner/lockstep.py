@@ -39,8 +39,8 @@ class Lockstep:
 
     def sites(self) -> Iterator[tuple[str, list[Moment]]]:
         """Each site that is called once, in order, with one moment per batch; set `apply` before asking for the next."""
-        order = [(index, name) for name, (index, *more) in self.tapes[0].site_calls.items() if not more]
-        for index, name in sorted(order):
+        once = {name: indices[0] for name, indices in self.tapes[0].site_calls.items() if len(indices) == 1}
+        for name in sorted(once, key=lambda name: once[name]):
             with torch.no_grad():
                 moments = [self._moment(batch, tape.site_calls[name][0]) for batch, tape in enumerate(self.tapes)]
             yield name, moments

@@ -139,18 +139,16 @@ def tabulate(
     missing = [site for site in sites if site.name not in known]
     measures = ("macs", "params") if all(site.seen for site in sites) else ("params",)
     sweep = Sweep(_first_samples(tapes, SWEEP_SAMPLES), divergence) if tapes and missing else None
-    done = 0
     metrics: Iterator[tuple[Site, Metric]] = (
         stream_metrics(tapes, _in_order(missing, tapes), divergence, lambda n, of: tick("reading calibration data", n, of))
         if tapes
         else ((site, Metric()) for site in missing)
     )
-    for site, metric in metrics:
+    for done, (site, metric) in enumerate(metrics, start=1):
         fits = SiteFits(site, dense.weight(site.name), dense.bias(site.name), metric)
         best = frontier(enumerate_candidates(fits, names, RANKS_PER_FORMAT), measures)
         known[site.name] = _with_losses(best, fits, sweep, len(missing))
         cache.put(keys[site.name], known[site.name])
-        done += 1
         tick("planning", done, len(missing))
     table = Table(tuple(sites), {site.name: known[site.name] for site in sites}, [], fingerprints)
     if tapes:

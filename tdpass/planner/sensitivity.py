@@ -37,11 +37,10 @@ class Sweep:
 
     def loss(self, replaced: Mapping[str, Layer]) -> float:
         """Mean divergence of the output from the original's with those sites replaced and all others dense."""
-        first = min(index for name in replaced for index in self.tapes[0].site_calls[name])
         total, samples = 0.0, 0
         with torch.no_grad():
             for tape, playback, reference in zip(self.tapes, self.playbacks, self.references, strict=True):
-                playback.advance(min(first, min(tape.site_calls[name][0] for name in replaced)))
+                playback.advance(min(tape.site_calls[name][0] for name in replaced))
                 output = self.divergence.output(playback.fork(dict(replaced)).finish())
                 total += float(self.divergence(reference, output).sum())
                 samples += reference.shape[0]

@@ -42,21 +42,9 @@ def site_rows(report: Report, plan: RankPlan | None = None) -> list[SiteRow]:
     ]
 
 
-def untouched(report: Report, rows: Sequence[SiteRow]) -> bool:
-    """Whether this is a dry run: what the rows save is not missing from the final cost."""
-    saved = sum((row.before - row.after for row in rows), Cost())
-    for measure in ("macs", "params"):
-        if saved.get(measure) > 0:
-            # folded batch-norms and added biases move the count a little, so half of the saving decides
-            return report.original.get(measure) - report.final.get(measure) < saved.get(measure) / 2
-    return not report.passes
-
-
-def final_cost(report: Report, rows: Sequence[SiteRow], plan: RankPlan | None = None) -> Cost:
+def final_cost(report: Report, plan: RankPlan | None = None) -> Cost:
     """Cost of the compressed model: what was reached or, in a dry run, what is planned."""
-    if not untouched(report, rows):
-        return report.final
-    return original_cost(report, plan) - sum((row.before - row.after for row in rows), Cost())
+    return plan.planned if report.final == Cost() and plan is not None else report.final
 
 
 def original_cost(report: Report, plan: RankPlan | None = None) -> Cost:

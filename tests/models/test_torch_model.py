@@ -150,7 +150,7 @@ def test_a_layer_that_does_not_fit_is_refused(residual: nn.Module, encoder: nn.M
 def test_weights_that_are_not_finite_are_refused(residual: nn.Module, images: Tensor) -> None:
     with torch.no_grad():
         residual.stem.weight[0, 0, 0, 0] = float("nan")  # type: ignore[union-attr,index]
-    with pytest.raises(InvalidModelError, match="stem.weight"):
+    with pytest.raises(InvalidModelError, match=r"stem\.weight"):
         tdpass.compress(residual, {"macs": 0.5}, images)
 
 

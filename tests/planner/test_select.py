@@ -30,7 +30,11 @@ def _best(options: list[Option], sites: list[str], limits: dict[str, int], fixed
     groups = [[o for o in options if set(o.parts) == {site}] for site in sites]
     joint = [o for o in options if len(o.parts) > 1]
     best = None
-    for chosen in (*itertools.product(*groups), *((j, *rest) for j in joint for rest in itertools.product(*(g for g, s in zip(groups, sites, strict=True) if s not in j.parts)))):
+    whole = list(itertools.product(*groups))
+    for option in joint:
+        rest = [group for group, site in zip(groups, sites, strict=True) if site not in option.parts]
+        whole += [(option, *chosen) for chosen in itertools.product(*rest)]
+    for chosen in whole:
         total = sum((o.cost for o in chosen), fixed)
         if all(total.get(m) <= v for m, v in limits.items()):
             loss = sum(o.loss for o in chosen)
