@@ -22,7 +22,6 @@ from torch import nn
 
 import tdpass
 from benchmarks import cifar, minilm, peers
-from benchmarks.finetune import distil
 from benchmarks.results import Table, Value, show
 
 COLUMNS = (*peers.COLUMNS, "accuracy_finetuned", "seconds_finetuning")
@@ -42,14 +41,10 @@ def compressed(name: str, budgets: Sequence[float], formats: Sequence[str]) -> I
 
 
 def tdpass_rows(name: str, budgets: Sequence[float], finetune: bool, formats: Sequence[str]) -> Iterator[dict[str, Value]]:
-    """The dense network, as a control, and every budget; with `finetune` each after two epochs as well."""
-    for budget, model, seconds in [(1.0, cifar.load_resnet(name), 0.0), *compressed(name, budgets, formats)]:
-        row = peers.measure(name, "dense" if budget == 1 else "tdpass", budget, model, seconds)
-        if finetune:
-            start = time.perf_counter()
-            row["accuracy_finetuned"] = cifar.evaluate(distil(model, cifar.load_resnet(name)))
-            row["seconds_finetuning"] = time.perf_counter() - start
-        yield row
+    """The dense network and every budget; with `finetune` each budget after two epochs of distillation as well."""
+    yield peers.measure(name, "dense", (1.0, cifar.load_resnet(name), 0.0), finetune)
+    for outcome in compressed(name, budgets, formats):
+        yield peers.measure(name, "tdpass", outcome, finetune)
 
 
 def resnets(options: argparse.Namespace) -> None:
@@ -61,7 +56,7 @@ def resnets(options: argparse.Namespace) -> None:
             table.add(**row)
             print(show([row], COLUMNS), flush=True)
         for method in peers.NAMES if options.peers else ():
-            for row in peers.run(name, method, options.budgets):
+            for row in peers.run(name, method, options.budgets, options.finetune):
                 table.add(**row)
                 print(show([row], COLUMNS), flush=True)
     print(f"\n{show(table.rows, COLUMNS)}")
@@ -105,7 +100,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=float, help="fractions (default: 0.8 0.7 0.6 0.5 0.4; with --minilm down to 0.5)")
     parser.add_argument("--formats", nargs="+", default=[], help="restrict tdpass to these formats")
     parser.add_argument("--peers", action="store_true", help="run the other tools too")
-    parser.add_argument("--finetune", action="store_true", help="two epochs of distillation after compressing")
+    parser.add_argument("--finetune", action="store_true", help="two epochs of distillation after compressing, the peers too")
     parser.add_argument("--minilm", action="store_true", help="the sentence encoder instead of the image networks")
     parser.add_argument("--out", help="CSV file (default: results/accuracy.csv or results/minilm.csv)")
     options = parser.parse_args()

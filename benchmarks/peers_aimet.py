@@ -63,8 +63,9 @@ def compress(dense: nn.Module, target: Decimal, scores: str | None) -> nn.Module
 
 
 def main() -> None:
-    """`peers_aimet NETWORK BUDGET...`; prints one JSON object per budget."""
-    name, budgets = sys.argv[1], [float(text) for text in sys.argv[2:]]
+    """`peers_aimet NETWORK BUDGET... [--finetune]`; prints one JSON object per budget."""
+    name, finetune = sys.argv[1], "--finetune" in sys.argv
+    budgets = [float(text) for text in sys.argv[2:] if text != "--finetune"]
     dense = cifar.load_resnet(name)
     full = cifar.macs(dense)
     start = time.perf_counter()
@@ -81,7 +82,7 @@ def main() -> None:
     for budget in budgets:
         within = [share for share in found if share <= budget]
         if within:
-            print(json.dumps(peers.measure(name, "aimet_spatial_svd", budget, found[max(within)], seconds)), flush=True)
+            print(json.dumps(peers.measure(name, "aimet_spatial_svd", (budget, found[max(within)], seconds), finetune)), flush=True)
 
 
 if __name__ == "__main__":

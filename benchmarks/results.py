@@ -10,12 +10,19 @@ import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 FOLDER = Path(__file__).parent / "results"
 STAMP = ("machine", "commit", "date", "torch")
 Value = str | float | int | None
+
+
+def skip(reason: str) -> NoReturn:
+    """End the program with a message, but not as a failure: what the benchmark needs is not on this machine."""
+    print(f"skipped: {reason}")
+    raise SystemExit(0)
 
 
 def machine() -> str:

@@ -62,3 +62,8 @@ def test_a_failing_pass_is_named_with_those_before_it(residual: nn.Module) -> No
     with pytest.raises(PassError, match="breaks failed after verify: ZeroDivisionError"):
         Pipeline.parse(["verify", Breaks()]).run(open_model(residual), job)
     assert [row.text for row in job.report.passes] == ["verify"]
+
+
+def test_the_shipped_recipe_is_the_default_pipeline() -> None:
+    recipe = Path(tdpass.verbs.__file__).parent / "recipes" / "post_training.yaml"
+    assert Pipeline.parse(recipe) == Pipeline.parse(tdpass.verbs.PLANNED)

@@ -197,3 +197,35 @@ def _with(plan: tdpass.RankPlan, format_name: str, ranks: tuple[tuple[int, ...],
         for choice in plan
     )
     return replace(plan, choices=choices)
+
+
+def test_a_hugging_face_encoder(tokens: Tensor) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50, max_position_embeddings=16)
+    module = transformers.BertModel(config).eval()
+    data = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    artifact = tdpass.compress(module, {"params": 0.8}, data, formats=["svd"])
+    assert sum(not choice.kept_dense for choice in artifact.plan) > 3
+    assert "table lookup" in artifact.report.declined["embeddings.word_embeddings"]
+    assert isinstance(artifact.model, transformers.BertModel)
+    before = module(**data).last_hidden_state
+    after = artifact.model(**data).last_hidden_state
+    assert float((before - after).detach().norm() / before.detach().norm()) < 0.5
+
+
+def test_the_torch_result_exports_to_the_same_onnx(residual: nn.Module, images: Tensor) -> None:
+    artifact = tdpass.compress(residual, {"macs": 0.5}, images)
+    assert isinstance(artifact.model, nn.Module)
+    checks = tdpass.verify(artifact.model, to_onnx(artifact.model, images), images)
+    assert checks["relative_difference"] < 1e-5
+
+
+def test_a_model_with_a_fixed_batch_size_is_calibrated_at_that_size(residual: nn.Module, images: Tensor) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(residual, (images[:4],), dynamo=True, verbose=False)
+    assert program is not None
+    artifact = tdpass.compress(program.model_proto, {"macs": 0.6}, images, formats=["channel_svd", "svd"])
+    assert artifact.report.checks["samples"] == 48
+    with pytest.raises(UsageError, match="exactly 4 samples"):
+        tdpass.compress(program.model_proto, {"macs": 0.6}, images[:3])

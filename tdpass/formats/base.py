@@ -57,13 +57,15 @@ class Format(ABC):
     """One way to factor a weight; a subclass per file, registered with `register_format`.
 
     Class attributes: `name`, the `kinds` of sites it fits, `version` (raised when its factors change, so that caches expire),
-    `exact_at_full_rank` (whether the last of `ranks` reproduces any weight).
+    `exact_at_full_rank` (whether the last of `ranks` reproduces any weight), `searched` (whether each rank is a search of its
+    own, so that the planner tries fewer of them on large layers).
     """
 
     name: ClassVar[str]
     kinds: ClassVar[frozenset[Kind]]
     version: ClassVar[int] = 1
     exact_at_full_rank: ClassVar[bool] = True
+    searched: ClassVar[bool] = False
 
     def fits(self, site: Site) -> bool:
         """Whether the format makes sense for that site."""

@@ -120,6 +120,7 @@ class BlockTerm(Format):
 
     name = "block_term"
     kinds = frozenset({"linear", "conv"})
+    searched: ClassVar[bool] = True
     exact_at_full_rank: ClassVar[bool] = False
 
     def fits(self, site: Site) -> bool:

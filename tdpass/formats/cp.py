@@ -151,6 +151,7 @@ class Cp(Format):
 
     name = "cp"
     kinds = frozenset({"conv"})
+    searched: ClassVar[bool] = True
     exact_at_full_rank: ClassVar[bool] = False
 
     def fits(self, site: Site) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +113,7 @@ class TensorTrain(Format):
 
     name = "tensor_train"
     kinds = frozenset({"linear", "conv"})
+    searched: ClassVar[bool] = True
 
     def fits(self, site: Site) -> bool:
         return super().fits(site) and (not site.kernel or math.prod(site.kernel) > 1)

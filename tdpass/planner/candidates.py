@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from tdpass.cost import Budget, Cost
@@ -15,6 +15,8 @@ from tdpass.site import Site
 
 DENSE = "dense"
 _KEPT_WEIGHTS = 2**18
+_SEARCHED_WEIGHTS = 3 * 2**20
+_CLEARLY = 1.25
 
 
 @dataclass(frozen=True)
@@ -102,14 +104,30 @@ def pays(cost: Cost, dense: Cost) -> bool:
 
 
 def enumerate_candidates(fits: SiteFits, formats: Sequence[str], ranks_per_format: int) -> list[Candidate]:
-    """All candidates of a site that pay, by format; dense is not among them."""
+    """All candidates of a site that pay, by format; dense is not among them.
+
+    A format that searches each rank gets fewer of them on a large layer, and is given up after its middle rank where
+    another format is clearly better at no more cost.
+    """
     site = fits.site
     found: list[Candidate] = []
-    for name in formats:
-        if not FORMATS.get(name).fits(site):
+    for fmt in sorted((FORMATS.get(name) for name in formats), key=lambda fmt: (fmt.searched, fmt.name)):
+        if not fmt.fits(site):
             continue
-        found.extend(fits.candidate(name, rank) for rank in worthwhile_ranks(site, name, ranks_per_format))
-    return [candidate for candidate in found if torch.isfinite(torch.tensor(candidate.error))]
+        ranks = worthwhile_ranks(site, fmt.name, max(2, min(ranks_per_format, _SEARCHED_WEIGHTS // site.weights)) if fmt.searched else ranks_per_format)
+        middle = len(ranks) // 2
+        for rank in [*ranks[middle : middle + 1], *ranks[:middle], *ranks[middle + 1 :]]:
+            candidate = fits.candidate(fmt.name, rank)
+            if not math.isfinite(candidate.error):
+                continue
+            if fmt.searched and rank == ranks[middle] and _hopeless(candidate, found):
+                break
+            found.append(candidate)
+    return found
+
+
+def _hopeless(candidate: Candidate, found: Sequence[Candidate]) -> bool:
+    return any(other.error * _CLEARLY <= candidate.error and other.cost.macs <= candidate.cost.macs and other.cost.params <= candidate.cost.params for other in found)
 
 
 def frontier(candidates: Sequence[Candidate], measures: Sequence[str], slack: float = 1.0) -> list[Candidate]:

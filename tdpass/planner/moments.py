@@ -27,7 +27,8 @@ def moment_bytes(site: Site) -> int:
     """Memory that the moments of a site take while they are streamed."""
     width = site.weights // site.o
     inputs = width if width > FULL_LIMIT else width * width
-    return 8 * (inputs + site.o * site.o + width)
+    outputs = 0 if site.o > FULL_LIMIT else site.o * site.o
+    return 8 * (inputs + outputs + width)
 
 
 @dataclass
@@ -45,7 +46,7 @@ class _Sums:
         width = self.site.weights // self.site.o
         self.inputs = torch.zeros(width, dtype=torch.float64) if width > FULL_LIMIT else torch.zeros(width, width, dtype=torch.float64)
         self.mean = torch.zeros(width, dtype=torch.float64)
-        self.outputs = torch.zeros(self.site.o, self.site.o, dtype=torch.float64)
+        self.outputs = torch.zeros(() if self.site.o > FULL_LIMIT else (self.site.o, self.site.o), dtype=torch.float64)
 
     def add_inputs(self, x: Tensor, generator: torch.Generator) -> None:
         width = self.site.weights // self.site.o
@@ -55,6 +56,8 @@ class _Sums:
         self.rows += rows.shape[0]
 
     def add_gradient(self, gradient: Tensor, samples: int) -> None:
+        if self.outputs.dim() == 0:
+            return
         rows = output_rows(gradient.float(), self.site)
         self.outputs += (rows.T @ rows).double()
         self.samples += samples
@@ -73,11 +76,11 @@ class _Sums:
             inputs.diagonal().add_(INPUT_DAMPING * float(inputs.diagonal().mean()) + 1e-12)
         outputs: Tensor | None = self.outputs / max(self.samples, 1)
         assert outputs is not None
-        level = float(outputs.diagonal().mean())
-        if self.samples == 0 or not level > 0:
-            outputs = None
-        else:
+        level = float(outputs.diagonal().mean()) if self.samples else 0.0
+        if level > 0:
             outputs.diagonal().add_(OUTPUT_DAMPING * level)
+        else:
+            outputs = None
         return Metric(inputs, outputs, mean)
 
 
@@ -88,7 +91,7 @@ def stream_metrics(
 
     C is the covariance of the unfolded input, plus 1e-3 of its mean diagonal (its diagonal alone beyond 8,192 inputs).
     G is the Gauss-Newton metric of the site's output: the second moment, summed over positions, of the gradients of random
-    projections of the network's output, plus 5 %.
+    projections of the network's output, plus 5 % (none beyond 8,192 outputs, or where no gradient arrives).
     """
     groups = _groups(sites)
     for number, group in enumerate(groups):

@@ -21,6 +21,7 @@ from tdpass.errors import PlanError
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.models.base import Batch, Model
 from tdpass.models.onnx_model import OnnxModel
+from tdpass.site import Site
 
 RNG = np.random.default_rng(0)
 
@@ -71,6 +72,12 @@ def network() -> onnx.ModelProto:
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 BATCH = Batch((X,))
+
+
+def whole(weight: Tensor) -> dict[str, Tensor]:
+    """The one factor of the format that keeps a weight, or a part of its channels, as it is."""
+    (name,) = FORMATS.get("pruned").shapes(Site("", "linear", (1, 1)), (1, 1))
+    return {name: weight}
 
 
 def svd(model: Model, name: str, rank: int, bias: Tensor | None = None) -> Layer:
@@ -184,7 +191,8 @@ def test_layer_bias_replaces_the_bias() -> None:
     bias = model.bias("fc")
     assert bias is not None
     model.replace("fc", svd(model, "fc", 5, bias + 1))
-    assert torch.equal(model.bias("fc"), bias + 1)
+    assert torch.equal(model.bias("fc"), bias)
+    assert torch.equal(model.layer("fc").bias, bias + 1)
     assert torch.allclose(model.run(BATCH)["y"], wanted, atol=1e-5)
     assert torch.allclose(model.record(BATCH).play().finish()["y"], wanted, atol=1e-5)
 
@@ -323,8 +331,8 @@ def test_channels_removed_between_two_layers_are_removed_in_the_graph() -> None:
     wanted = model.run(fed)
     first, second = model.sites()
     kept = torch.tensor([0, 2, 3, 5])
-    model.replace("a", Layer(first, "pruned", (4, 3), {"weight": model.weight("a")[kept]}, torch.from_numpy(b)[kept]))
-    model.replace("b", Layer(second, "pruned", (4, 4), {"weight": model.weight("b")[:, kept]}))
+    model.replace("a", Layer(first, "pruned", (4, 3), whole(model.weight("a")[kept]), torch.from_numpy(b)[kept]))
+    model.replace("b", Layer(second, "pruned", (4, 4), whole(model.weight("b")[:, kept])))
     model.check()
     assert same(model.run(fed), wanted)
     assert model.params() == 4 * 27 + 4 + 16
@@ -341,7 +349,7 @@ def test_branch_that_ends_in_a_constant_is_dropped(order: tuple[str, str]) -> No
     wanted = model.run(fed)
     sites = {site.name: site for site in model.sites()}
     layers = {
-        "a": Layer(sites["a"], "pruned", (5, 3), {"weight": model.weight("a")}),
+        "a": Layer(sites["a"], "pruned", (5, 3), whole(model.weight("a"))),
         "b": Layer(sites["b"], "constant", (), {}, model.bias("b")),
     }
     for name in order:

@@ -180,13 +180,19 @@ def assert_same(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], t
         assert float((got[name].double() - value.double()).norm() / value.double().norm()) < tolerance
 
 
+def whole(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The one factor of the format that keeps a weight, or a part of its channels, as it is."""
+    (name,) = FORMATS.get("pruned").shapes(Site("", "linear", (1, 1)), (1, 1))
+    return {name: weight}
+
+
 def exact(model: OnnxModel, site: Site) -> Layer:
     """A layer that equals the dense one: an SVD of full rank, or for a convolution its weight as a single factor."""
     if site.kind == "linear":
         rank: tuple[int, ...] = (min(site.shape),)
         factors = FORMATS.get("svd").factorize(model.weight(site.name), site, rank)
         return Layer(site, "svd", rank, factors, model.bias(site.name))
-    return Layer(site, "pruned", site.shape[:2], {"weight": model.weight(site.name)}, model.bias(site.name))
+    return Layer(site, "pruned", site.shape[:2], whole(model.weight(site.name)), model.bias(site.name))
 
 
 def interface(proto: onnx.ModelProto) -> list[tuple[str, bytes]]:
@@ -238,7 +244,7 @@ def test_convolution_formats_agree_with_their_dense_weight(name: str, form: str)
     layer = Layer(site, form, rank, layout.factorize(model.weight(site.name), site, rank), model.bias(site.name))
     x = fed(case)
     dense = model.clone()
-    dense.replace(site.name, Layer(site, "pruned", site.shape[:2], {"weight": layer.reconstruct().float()}, layer.bias))
+    dense.replace(site.name, Layer(site, "pruned", site.shape[:2], whole(layer.reconstruct().float()), layer.bias))
     model.replace(site.name, layer)
     model.check()
     assert_same(model.run(Batch((x,))), dense.run(Batch((x,))))
@@ -254,7 +260,7 @@ def test_linear_format_with_positions_agrees_with_its_dense_weight(name: str) ->
     layer = Layer(site, "block_term", rank, layout.factorize(model.weight(site.name), site, rank), model.bias(site.name))
     x = fed(case)
     dense = model.clone()
-    dense.replace(site.name, Layer(site, "pruned", site.shape, {"weight": layer.reconstruct().float()}, layer.bias))
+    dense.replace(site.name, Layer(site, "pruned", site.shape, whole(layer.reconstruct().float()), layer.bias))
     model.replace(site.name, layer)
     model.check()
     assert_same(model.run(Batch((x,))), dense.run(Batch((x,))))
