@@ -42,7 +42,7 @@ def compressed(name: str, budgets: Sequence[float], formats: Sequence[str]) -> I
 
 def tdpass_rows(name: str, budgets: Sequence[float], finetune: bool, formats: Sequence[str]) -> Iterator[dict[str, Value]]:
     """The dense network and every budget; with `finetune` each budget after two epochs of distillation as well."""
-    yield peers.measure(name, "dense", (1.0, cifar.load_resnet(name), 0.0), finetune)
+    yield peers.measure(name, "dense", (1.0, cifar.load_resnet(name), 0.0), False)  # distilled from itself it stays itself
     for outcome in compressed(name, budgets, formats):
         yield peers.measure(name, "tdpass", outcome, finetune)
 

@@ -201,8 +201,8 @@ def _with(plan: tdpass.RankPlan, format_name: str, ranks: tuple[tuple[int, ...],
 
 def test_a_hugging_face_encoder(tokens: Tensor) -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50, max_position_embeddings=16)
-    module = transformers.BertModel(config).eval()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
+    module = transformers.BertModel(transformers.BertConfig(max_position_embeddings=16, **sizes)).eval()
     data = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     artifact = tdpass.compress(module, {"params": 0.8}, data, formats=["svd"])
     assert sum(not choice.kept_dense for choice in artifact.plan) > 3

@@ -127,7 +127,9 @@ def enumerate_candidates(fits: SiteFits, formats: Sequence[str], ranks_per_forma
 
 
 def _hopeless(candidate: Candidate, found: Sequence[Candidate]) -> bool:
-    return any(other.error * _CLEARLY <= candidate.error and other.cost.macs <= candidate.cost.macs and other.cost.params <= candidate.cost.params for other in found)
+    """Whether one found before is clearly better at no more cost."""
+    cost = candidate.cost
+    return any(other.error * _CLEARLY <= candidate.error and other.cost.macs <= cost.macs and other.cost.params <= cost.params for other in found)
 
 
 def frontier(candidates: Sequence[Candidate], measures: Sequence[str], slack: float = 1.0) -> list[Candidate]:
