@@ -26,7 +26,7 @@ test-all: lint
 lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 
 bench: bench-planner bench-accuracy bench-finetune bench-minilm
 

@@ -128,7 +128,7 @@ def test_surrogates_can_be_written() -> None:
 
 
 def test_empty_report_is_a_page() -> None:
-    assert "a dry run" in Page(render_html(Report())).text
+    assert "a dry run" in Page(render_html(Report(dry_run=True))).text
 
 
 def test_plan_stands_in_before_anything_was_done() -> None:
