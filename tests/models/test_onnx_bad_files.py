@@ -17,7 +17,7 @@ import tdpass.formats  # noqa: F401 - fills the registry
 from tdpass.errors import InvalidModelError, TdpassError, UnsupportedError, UsageError
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.models.base import Batch
-from tdpass.models.onnx_model import OnnxModel
+from tdpass.models.onnx.model import OnnxModel
 
 pytestmark = pytest.mark.timeout(25)
 WEIGHT = np.random.default_rng(0).standard_normal((64, 48)).astype(np.float32)

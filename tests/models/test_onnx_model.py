@@ -20,7 +20,7 @@ import tdpass.formats  # noqa: F401 - fills the registry
 from tdpass.errors import PlanError
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.models.base import Batch, Model
-from tdpass.models.onnx_model import OnnxModel
+from tdpass.models.onnx.model import OnnxModel
 from tdpass.site import Site
 
 RNG = np.random.default_rng(0)
@@ -456,7 +456,7 @@ def test_a_model_of_more_than_two_gigabytes_is_compressed_in_little_memory(tmp_p
         from onnx import TensorProto, helper
         import tdpass.formats
         from tdpass.formats.base import Layer
-        from tdpass.models.onnx_model import OnnxModel
+        from tdpass.models.onnx.model import OnnxModel
 
         folder, layers, width = Path(sys.argv[1]), 10, 8192
         info = helper.make_tensor_value_info

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 import tdpass.formats  # noqa: F401 - fills the registry
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.models.base import Batch
-from tdpass.models.onnx_model import OnnxModel
+from tdpass.models.onnx.model import OnnxModel
 from tdpass.site import Site
 
 RNG = np.random.default_rng(0)

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from tdpass.errors import InvalidModelError
-from tdpass.models.onnx_tensors import constant, held, sizes, to_torch
+from tdpass.models.onnx.tensors import constant, held, sizes, to_torch
 from tdpass.ops import Ops, V
 from tdpass.site import Kind
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 import onnx_ir as ir
 
 from tdpass.formats.base import FORMATS, Layer
-from tdpass.models.onnx_names import FreshNames
-from tdpass.models.onnx_ops import OnnxOps
-from tdpass.models.onnx_shapes import Shapes
-from tdpass.models.onnx_sites import FoundSite
-from tdpass.models.onnx_use import Use
+from tdpass.models.onnx.names import FreshNames
+from tdpass.models.onnx.ops import OnnxOps
+from tdpass.models.onnx.shapes import Shapes
+from tdpass.models.onnx.sites import FoundSite
+from tdpass.models.onnx.use import Use
 
 _INPUTS_HOLD_INITIALIZERS_BELOW = 4
 

@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from tdpass.errors import InvalidModelError, UsageError
-from tdpass.models.onnx_checks import check_proto, graph_protos, invalid_if_failing
+from tdpass.models.onnx.checks import check_proto, graph_protos, invalid_if_failing
 
 _INLINE_BELOW = 1024
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tdpass.models.onnx_functions import NotServedError, Operator, numbers, serves
-from tdpass.models.onnx_tensors import to_torch, torch_dtype
+from tdpass.models.onnx.functions import NotServedError, Operator, numbers, serves
+from tdpass.models.onnx.tensors import to_torch, torch_dtype
 
 
 @serves("Reshape")

@@ -19,18 +19,18 @@ from typing_extensions import Self
 from tdpass.errors import InvalidModelError, PlanError, UnsupportedError, UsageError
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.models.base import Batch, with_extents
-from tdpass.models.onnx_batchnorm import BatchStatistics, batchnorms, fold, foldable, set_statistics, statistics
-from tdpass.models.onnx_checks import EXTERNAL_ABOVE, check_proto, check_structure, invalid_if_failing
-from tdpass.models.onnx_file import read, remove_obsolete, write
-from tdpass.models.onnx_inputs import bind, declared_example
-from tdpass.models.onnx_normalize import normalized
-from tdpass.models.onnx_parameters import parameters
-from tdpass.models.onnx_rewrite import rewritten
-from tdpass.models.onnx_runner import OnnxRunner
-from tdpass.models.onnx_session import Session
-from tdpass.models.onnx_shapes import Shapes
-from tdpass.models.onnx_sites import Findings, FoundSite, find_sites
-from tdpass.models.onnx_storage import open_data_files, stored_bytes
+from tdpass.models.onnx.batchnorm import BatchStatistics, batchnorms, fold, foldable, set_statistics, statistics
+from tdpass.models.onnx.checks import EXTERNAL_ABOVE, check_proto, check_structure, invalid_if_failing
+from tdpass.models.onnx.file import read, remove_obsolete, write
+from tdpass.models.onnx.inputs import bind, declared_example
+from tdpass.models.onnx.normalize import normalized
+from tdpass.models.onnx.parameters import parameters
+from tdpass.models.onnx.rewrite import rewritten
+from tdpass.models.onnx.runner import OnnxRunner
+from tdpass.models.onnx.session import Session
+from tdpass.models.onnx.shapes import Shapes
+from tdpass.models.onnx.sites import Findings, FoundSite, find_sites
+from tdpass.models.onnx.storage import open_data_files, stored_bytes
 from tdpass.site import Extent, Site
 from tdpass.tape import Tape, record
 

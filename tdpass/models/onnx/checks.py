@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from tdpass.errors import InvalidModelError, TdpassError, UnsupportedError
-from tdpass.models.onnx_shapes import fill_output_shapes, skeleton
+from tdpass.models.onnx.shapes import fill_output_shapes, skeleton
 
 EXTERNAL_ABOVE = 3 << 29
 _OPSETS = range(7, 27)  # 7 brought today's broadcasting; ONNX Runtime 1.31 ends at 26

@@ -11,19 +11,19 @@ import torch
 from onnx_ir.passes.common import InlinePass
 from torch import Tensor
 
-import tdpass.models.onnx_layers
-import tdpass.models.onnx_layout
-import tdpass.models.onnx_math  # noqa: F401 - these three fill the table of functions
+import tdpass.models.onnx.layers
+import tdpass.models.onnx.layout
+import tdpass.models.onnx.math  # noqa: F401 - these three fill the table of functions
 from tdpass.errors import InvalidModelError, TdpassError
 from tdpass.formats.base import Layer, apply_dense
-from tdpass.models.onnx_checks import brief
-from tdpass.models.onnx_functions import FUNCTIONS, NotServedError, Operator, TorchFunction
-from tdpass.models.onnx_matchers import operator_name
-from tdpass.models.onnx_rewrite import opset_of
-from tdpass.models.onnx_session import NodeSession, captured_values
-from tdpass.models.onnx_sites import FoundSite
-from tdpass.models.onnx_tensors import constant, to_torch
-from tdpass.models.onnx_use import Use
+from tdpass.models.onnx.checks import brief
+from tdpass.models.onnx.functions import FUNCTIONS, NotServedError, Operator, TorchFunction
+from tdpass.models.onnx.matchers import operator_name
+from tdpass.models.onnx.rewrite import opset_of
+from tdpass.models.onnx.session import NodeSession, captured_values
+from tdpass.models.onnx.sites import FoundSite
+from tdpass.models.onnx.tensors import constant, to_torch
+from tdpass.models.onnx.use import Use
 from tdpass.ops import TorchOps
 
 _KNOWN_FROM_SHAPES = frozenset({"Shape", "Size"})

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tdpass.models.onnx_edits import replace_constant, write_bias
-from tdpass.models.onnx_functions import NotServedError, Operator
-from tdpass.models.onnx_rewrite import remove_nodes, take_place
-from tdpass.models.onnx_shapes import Shapes
-from tdpass.models.onnx_sites import FoundSite
-from tdpass.models.onnx_tensors import constant, held, to_torch
-from tdpass.models.onnx_use import Slot
+from tdpass.models.onnx.edits import replace_constant, write_bias
+from tdpass.models.onnx.functions import NotServedError, Operator
+from tdpass.models.onnx.rewrite import remove_nodes, take_place
+from tdpass.models.onnx.shapes import Shapes
+from tdpass.models.onnx.sites import FoundSite
+from tdpass.models.onnx.tensors import constant, held, to_torch
+from tdpass.models.onnx.use import Slot
 
 _MEAN, _VARIANCE = 3, 4
 

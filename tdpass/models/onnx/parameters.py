@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from tdpass.models.onnx_tensors import PARAMETER_TYPES, constant
+from tdpass.models.onnx.tensors import PARAMETER_TYPES, constant
 
 _KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 _RUNNING_STATISTICS = {"BatchNormalization": (3, 4)}

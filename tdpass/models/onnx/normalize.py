@@ -6,10 +6,10 @@ from functools import partial
 
 import onnx_ir as ir
 
-from tdpass.models.onnx_checks import invalid_if_failing
-from tdpass.models.onnx_matchers import MATCHERS
-from tdpass.models.onnx_rewrite import prune_initializers
-from tdpass.models.onnx_tensors import FLOAT_TYPES, constant, from_torch, sizes, to_torch
+from tdpass.models.onnx.checks import invalid_if_failing
+from tdpass.models.onnx.matchers import MATCHERS
+from tdpass.models.onnx.rewrite import prune_initializers
+from tdpass.models.onnx.tensors import FLOAT_TYPES, constant, from_torch, sizes, to_torch
 
 _INPUTS_HOLD_INITIALIZERS_BELOW = 4
 _REARRANGING = frozenset({"Identity", "Transpose"})

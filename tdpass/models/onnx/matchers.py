@@ -8,9 +8,9 @@ from typing import Protocol
 
 import onnx_ir as ir
 
-from tdpass.models.onnx_shapes import Shapes, explicit_pads
-from tdpass.models.onnx_tensors import FLOAT_TYPES, PARAMETER_TYPES, constant, sizes
-from tdpass.models.onnx_use import Slot, Use
+from tdpass.models.onnx.shapes import Shapes, explicit_pads
+from tdpass.models.onnx.tensors import FLOAT_TYPES, PARAMETER_TYPES, constant, sizes
+from tdpass.models.onnx.use import Slot, Use
 from tdpass.registry import Registry
 
 

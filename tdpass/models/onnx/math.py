@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tdpass.models.onnx_functions import FUNCTIONS, NotServedError, Operator, TorchFunction, numbers, serves
+from tdpass.models.onnx.functions import FUNCTIONS, NotServedError, Operator, TorchFunction, numbers, serves
 
 _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "Abs": torch.abs, "Neg": torch.neg, "Sign": torch.sign, "Reciprocal": torch.reciprocal, "Sqrt": torch.sqrt, "Exp": torch.exp, "Log": torch.log,

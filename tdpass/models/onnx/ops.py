@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tdpass.formats.base import unit
-from tdpass.models.onnx_names import FreshNames
-from tdpass.models.onnx_shapes import Dims, Shapes
-from tdpass.models.onnx_tensors import from_torch
+from tdpass.models.onnx.names import FreshNames
+from tdpass.models.onnx.shapes import Dims, Shapes
+from tdpass.models.onnx.tensors import from_torch
 from tdpass.ops import Pads
 
 _GEMM_WITHOUT_C = 11

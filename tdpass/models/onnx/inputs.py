@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tdpass.errors import InvalidModelError
 from tdpass.models.base import Batch
-from tdpass.models.onnx_tensors import dims, torch_dtype
+from tdpass.models.onnx.tensors import dims, torch_dtype
 
 
 def bind(graph: ir.Graph, batch: Batch) -> dict[str, Tensor]:

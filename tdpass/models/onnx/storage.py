@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from tdpass.models.onnx_tensors import sizes
+from tdpass.models.onnx.tensors import sizes
 
 
 class DataFile:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tdpass.models.onnx_functions import NotServedError, Operator, numbers, serves
-from tdpass.models.onnx_shapes import explicit_pads
+from tdpass.models.onnx.functions import NotServedError, Operator, numbers, serves
+from tdpass.models.onnx.shapes import explicit_pads
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
 _CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)

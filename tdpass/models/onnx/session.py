@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tdpass.errors import InvalidModelError, UnsupportedError
-from tdpass.models.onnx_checks import brief
-from tdpass.models.onnx_file import write
-from tdpass.models.onnx_storage import stored_bytes
+from tdpass.models.onnx.checks import brief
+from tdpass.models.onnx.file import write
+from tdpass.models.onnx.storage import stored_bytes
 
 _ERRORS_ONLY = 3
 _THROUGH_A_FILE_ABOVE = 1 << 28

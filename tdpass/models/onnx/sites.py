@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from tdpass.errors import InvalidModelError
-from tdpass.models.onnx_matchers import DeclinedNode, matcher_for
-from tdpass.models.onnx_names import site_names
-from tdpass.models.onnx_shapes import Shapes
-from tdpass.models.onnx_tensors import held, to_torch, torch_dtype
-from tdpass.models.onnx_use import Use
+from tdpass.models.onnx.matchers import DeclinedNode, matcher_for
+from tdpass.models.onnx.names import site_names
+from tdpass.models.onnx.shapes import Shapes
+from tdpass.models.onnx.tensors import held, to_torch, torch_dtype
+from tdpass.models.onnx.use import Use
 from tdpass.site import Site
 
 

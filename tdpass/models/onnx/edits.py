@@ -5,10 +5,10 @@ from __future__ import annotations
 import onnx_ir as ir
 from torch import Tensor
 
-from tdpass.models.onnx_names import FreshNames
-from tdpass.models.onnx_rewrite import prune_initializers, remove_nodes
-from tdpass.models.onnx_tensors import from_torch
-from tdpass.models.onnx_use import Slot, Use
+from tdpass.models.onnx.names import FreshNames
+from tdpass.models.onnx.rewrite import prune_initializers, remove_nodes
+from tdpass.models.onnx.tensors import from_torch
+from tdpass.models.onnx.use import Slot, Use
 
 
 def replace_constant(model: ir.Model, slot: Slot, tensor: Tensor, name: str) -> None:

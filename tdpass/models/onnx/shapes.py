@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import onnx
 import onnx_ir as ir
 
-from tdpass.models.onnx_tensors import dims, sizes
+from tdpass.models.onnx.tensors import dims, sizes
 
 Dims = tuple[int | None, ...]
 _SMALL = 1024

@@ -1,0 +1,1 @@
+"""The ONNX front end: files, graphs, sites, a runner in torch, and rewriting with onnx_ir."""
