@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 V = TypeVar("V")
 Pads = Sequence[tuple[int, int]]
@@ -50,6 +51,17 @@ class Ops(Protocol[V]):
         """
 
 
+def padded_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[tuple[int, int]], dilation: Sequence[int], groups: int
+) -> Tensor:
+    """A convolution with zero padding (before, after) per axis, recorded as one call that reads the unpadded input."""
+    if has_torch_function((x, weight)):
+        result: Tensor = handle_torch_function(padded_convolution, (x, weight), x, weight, bias, stride, padding, dilation, groups)
+        return result
+    x = F.pad(x, [size for pair in reversed(padding) for size in pair])
+    return (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3](x, weight, bias, tuple(stride), 0, tuple(dilation), groups)
+
+
 class TorchOps:
     """Eager torch; also the reference of every kernel."""
 
@@ -60,8 +72,7 @@ class TorchOps:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Pads, dilation: Sequence[int], groups: int = 1
     ) -> Tensor:
         if any(before != after for before, after in padding):
-            x = F.pad(x, [size for pair in reversed(padding) for size in pair])
-            padding = [(0, 0)] * len(padding)
+            return padded_convolution(x, weight, bias, stride, padding, dilation, groups)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
         return convolve(x, weight, bias, tuple(stride), tuple(before for before, _ in padding), tuple(dilation), groups)
 

@@ -15,12 +15,15 @@ from weakref import ReferenceType, ref
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tdpass.errors import UnsupportedError
+from tdpass.ops import padded_convolution
 
-LAYER_CALLS: frozenset[Callable[..., Any]] = frozenset({F.linear, torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d})
+LAYER_CALLS: frozenset[Callable[..., Any]] = frozenset(
+    {F.linear, torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d, padded_convolution}
+)
 _TRANSPOSED = frozenset({F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d})
 _MUTATING_NAMES = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"})
 _ADDITIONS = frozenset({"add", "__add__", "__radd__", "add_", "__iadd__"})
@@ -315,8 +318,3 @@ def _plain(result: Any) -> Any:
     if isinstance(result, tuple | list):
         return [_plain(value) for value in result]
     return result
-
-
-def describe(call: Call) -> str:
-    """A call as text, for error messages."""
-    return str(resolve_name(call.func) or call.name)

@@ -57,7 +57,7 @@ class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.circular = nn.Conv2d(3, 16, 3, padding=1, padding_mode="circular")
-        self.same = nn.Conv2d(16, 16, (3, 4), padding="same", dilation=2)
+        self.same = nn.Conv2d(16, 16, (3, 4), padding="same", dilation=(2, 1))
         self.strided = nn.Conv2d(16, 16, 5, stride=(2, 1), padding=(2, 0), bias=False)
         self.grouped = nn.Conv2d(16, 16, 3, padding=1, groups=4)
         self.reused = nn.Linear(16, 16)

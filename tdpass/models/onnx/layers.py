@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tdpass.models.onnx.functions import NotServedError, Operator, numbers, serves
 from tdpass.models.onnx.shapes import explicit_pads
+from tdpass.ops import padded_convolution
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
 _CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -37,7 +38,7 @@ def _padded(x: Tensor, pads: Sequence[tuple[int, int]], value: float = 0.0) -> T
 def _conv(op: Operator, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     stride, dilation, pads = _window(op, x, weight.shape[2:])
     if any(before != after or before < 0 for before, after in pads):
-        x, pads = _padded(x, pads), ((0, 0),) * len(pads)
+        return padded_convolution(x, weight, bias, stride, pads, dilation, op.integer("group", 1))
     return _CONV[len(pads) - 1](x, weight, bias, tuple(stride), tuple(before for before, _ in pads), tuple(dilation), op.integer("group", 1))
 
 

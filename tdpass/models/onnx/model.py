@@ -178,7 +178,7 @@ class OnnxModel:
             self._example = batch
             tape = self._record(dense, batch)
         self._macs = tape.macs
-        self._extents = {name: _extents(found.site, tape) for name, found in self._found.sites.items()}
+        self._extents = {name: with_extents(found.site, tape).extents for name, found in self._found.sites.items()}
 
     def _record(self, runner: OnnxRunner, batch: Batch) -> Tape:
         inputs = bind(self._dense.graph, batch)
@@ -294,11 +294,3 @@ def _is_graphsurgeon(source: object) -> bool:
 
 def _first_two(tensor: Tensor) -> Tensor:
     return tensor[:2] if tensor.dim() else tensor
-
-
-def _extents(site: Site, tape: Tape) -> tuple[Extent, ...]:
-    """Activation sizes per call, where torch was shown an input padded beforehand because its pads differ from side to side."""
-    extents = with_extents(site, tape).extents
-    if all(before == after for before, after in site.padding):
-        return extents
-    return tuple((tuple(size - sum(pads) for size, pads in zip(shown, site.padding, strict=True)), made) for shown, made in extents)
