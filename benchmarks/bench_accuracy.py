@@ -72,7 +72,6 @@ def encoder(options: argparse.Namespace) -> None:
     methods = {
         "plain_svd": {"formats": ("svd",), "pipeline": "plan,factorize"},
         "whitened_svd": {"formats": ("svd",), "pipeline": "plan,factorize", "data": calibration},
-        "tdpass": {"data": calibration},
     }
     table = Table(options.out or "minilm.csv", ENCODER_COLUMNS)
     for method, choices in methods.items():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,16 +69,37 @@ def _solve(
         constraints.append(LinearConstraint(costs[None, :] / max(room, 1), -np.inf, 1.0))
     goal = np.asarray(objective, dtype=float)
     scale = np.abs(goal).max()
-    result = milp(
-        goal / scale * 1e3 if scale > 0 else goal,
-        constraints=constraints,
-        integrality=np.ones(len(options)),
-        bounds=Bounds(0, 1),
-        options={"time_limit": _SECONDS, "mip_rel_gap": 1e-5},
-    )
+    with _silenced():
+        result = milp(
+            goal / scale * 1e3 if scale > 0 else goal,
+            constraints=constraints,
+            integrality=np.ones(len(options)),
+            bounds=Bounds(0, 1),
+            options={"time_limit": _SECONDS, "mip_rel_gap": 1e-5},
+        )
     if result.x is None:
         return None
     return {site: candidate for option, x in zip(options, result.x, strict=True) if x > 0.5 for site, candidate in option.parts.items()}
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Drop what native code prints: HiGHS leaves debug lines on standard output, which belongs to the caller."""
+    sys.stdout.flush()
+    try:
+        saved = os.dup(1)
+    except OSError:  # there is no standard output
+        yield
+        return
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(sink)
 
 
 def _smallest(options: Sequence[Option], sites: Sequence[str], limits: Mapping[str, int], fixed: Cost) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from tdpass.cost import Cost
 from tdpass.errors import BudgetError
 from tdpass.planner.candidates import Candidate
-from tdpass.planner.select import Option, select
+from tdpass.planner.select import Option, _silenced, select
 
 
 def _options(seed: int) -> tuple[list[Option], list[str]]:
@@ -60,3 +61,10 @@ def test_an_impossible_budget_names_the_smallest_reachable() -> None:
     with pytest.raises(BudgetError, match=f"budget of {least - 1:,} params is below the smallest reachable plan \\({least:,}"):
         select(options, sites, {"params": least - 1}, Cost(10, 0, 0))
     assert select(options, sites, {"params": least}, Cost(10, 0, 0))
+
+
+def test_what_the_solver_prints_stays_away_from_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
+    with _silenced():
+        os.write(1, b"HighsMipSolverData::noise")
+    os.write(1, b"wanted")
+    assert capfd.readouterr().out == "wanted"
