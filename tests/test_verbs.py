@@ -175,7 +175,7 @@ def test_verify_compares_any_two_models(residual: nn.Module, images: Tensor) -> 
     assert np.isfinite(list(checks.values())).all()
 
 
-def test_pruned_pairs_and_dropped_branches_are_carried_out_on_both_sides(residual: nn.Module, images: Tensor) -> None:
+def test_pruned_pairs_and_dropped_branches_are_carried_out_on_both_sides(residual: nn.Module, images: Tensor, tmp_path: Path) -> None:
     artifact = tdpass.make_plan(residual, {"macs": 0.9}, images)
     joint = tdpass.compress(residual, {"macs": 0.35}, images, pipeline="fold-batchnorm,plan,factorize")
     assert joint.plan.planned.macs <= 0.35 * joint.plan.original.macs
@@ -186,6 +186,10 @@ def test_pruned_pairs_and_dropped_branches_are_carried_out_on_both_sides(residua
         ours, theirs = _outputs(torch_side, images), _outputs(onnx_side, images)
         assert float((ours - theirs).norm() / ours.norm()) < 1e-4
         assert torch_side.report.final.params < torch_side.report.original.params
+        torch_side.save(tmp_path / "small.safetensors")
+        loaded = tdpass.load(tmp_path / "small.safetensors", type(residual)().eval())
+        with torch.no_grad():
+            assert torch.equal(loaded(images), ours)
 
 
 def _with(plan: tdpass.RankPlan, format_name: str, ranks: tuple[tuple[int, ...], tuple[int, ...]], channels: tuple[int, ...]) -> tdpass.RankPlan:

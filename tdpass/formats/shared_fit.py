@@ -17,6 +17,8 @@ from tdpass.formats.metric import Metric
 from tdpass.formats.spectrum import WeightedSvd, weighted_svd
 
 _SWEEPS = 5
+_PLAIN_SWEEPS = 2
+_PLAIN_WEIGHTS = 2**18
 _STEPS = 6
 _WORK = 4e10
 
@@ -62,17 +64,20 @@ class SharedFit:
 
     def solve(self, rank: int, core_rank: int | None = None) -> tuple[Tensor, Tensor]:
         """`first[r, a]` and `last[o, r, b]`, the latter of rank at most `core_rank` as an `o x (r b)` matrix."""
-        first = self.start.right[:rank].contiguous()
+        first = self._normalized(self.start.right[:rank])
         last, _ = self.solve_last(first, core_rank)
         if self.metric.plain and core_rank is None:
             return first, last
         o, a, b = self.weight.shape
         flat = self.metric.inputs is None or self.metric.inputs.dim() == 1
         step_work = o * a * b * (rank if flat else a * b)
-        sweeps = max(0, min(_SWEEPS, int(_WORK / (step_work * _STEPS))))
+        most = _PLAIN_SWEEPS if self.metric.plain else _SWEEPS
+        sweeps = 0 if self.metric.plain and self.weight.numel() > _PLAIN_WEIGHTS else max(0, min(most, int(_WORK / (step_work * _STEPS))))
+        if sweeps == 0:
+            return first, last
         error = self._error(first, last)
         for _ in range(sweeps):
-            trial = self._improve_first(first, last)
+            trial = self._normalized(self._improve_first(first, last))
             solved, _ = self.solve_last(trial, core_rank)
             improved = self._error(trial, solved)
             if improved < error:
@@ -86,15 +91,29 @@ class SharedFit:
         """The best `last` for a given `first`, and its truncated decomposition where a core rank is asked for."""
         o, a, b = self.weight.shape
         r = first.shape[0]
+        if self.metric.inputs is None:
+            free = torch.einsum("ra,oab->orb", first, self.weight).reshape(o, r * b)
+            return self._truncated(free, Metric(None, self.metric.outputs), r, core_rank)
         lifted = torch.einsum("ra,bc->rbac", first, torch.eye(b, dtype=first.dtype)).reshape(r * b, a * b)
         seen = self.metric.times_inputs(lifted)
         normal = seen @ lifted.T
         normal.diagonal().add_(float(normal.diagonal().mean()) * 1e-10 + 1e-300)
         free = torch.linalg.solve(normal, seen @ self.weight.reshape(o, -1).T).T
+        return self._truncated(free, Metric(normal, self.metric.outputs), r, core_rank)
+
+    def _truncated(self, free: Tensor, metric: Metric, r: int, core_rank: int | None) -> tuple[Tensor, WeightedSvd | None]:
+        o, _, b = self.weight.shape
         if core_rank is None or core_rank >= min(free.shape):
             return free.reshape(o, r, b), None
-        split = weighted_svd(free, Metric(normal, self.metric.outputs), core_rank)
+        split = weighted_svd(free, metric, core_rank)
         return (split.left[:, :core_rank] @ split.right[:core_rank]).reshape(o, r, b), split
+
+    def _normalized(self, first: Tensor) -> Tensor:
+        """The same row space; orthonormal where C is the identity, so that `last` is a plain projection."""
+        if self.metric.inputs is not None:
+            return first.contiguous()
+        basis: Tensor = torch.linalg.qr(first.T)[0]
+        return basis.T.contiguous()
 
     def _error(self, first: Tensor, last: Tensor) -> float:
         return self.metric.square((self.weight - torch.einsum("orb,ra->oab", last, first)).flatten(1))

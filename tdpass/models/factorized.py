@@ -62,7 +62,7 @@ class Factorized(nn.Module):
     @property
     def out_features(self) -> int:
         """Output features of a linear layer."""
-        return self.site.o
+        return self.format.outputs(self.site, self.rank)
 
     @property
     def in_channels(self) -> int:
@@ -72,7 +72,7 @@ class Factorized(nn.Module):
     @property
     def out_channels(self) -> int:
         """Output channels of a convolution."""
-        return self.site.o
+        return self.format.outputs(self.site, self.rank)
 
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.site.shape))

@@ -15,6 +15,7 @@ from torch import nn
 
 from tdpass.errors import InvalidModelError, PlanError, UsageError
 from tdpass.files import replacing
+from tdpass.formats.base import FORMATS
 from tdpass.models.factorized import Factorized, empty_layer
 from tdpass.models.torch_sites import Matched, find_sites
 
@@ -92,7 +93,8 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
         if matched is None or not all(reached in matched.paths for reached in replacement.paths):
             raise PlanError(f"{path} replaces {replacement.paths[0]!r}, which is no site of this model; load it on the class it was made from")
         layer = empty_layer(matched.site, replacement.format, replacement.rank, matched.weight.dtype)
-        bias = nn.Parameter(torch.empty(matched.site.o, dtype=matched.weight.dtype, device="meta")) if replacement.bias else None
+        outputs = FORMATS.get(replacement.format).outputs(matched.site, replacement.rank)
+        bias = nn.Parameter(torch.empty(outputs, dtype=matched.weight.dtype, device="meta")) if replacement.bias else None
         dense = modules[replacement.paths[0]]
         mode = str(getattr(dense, "padding_mode", "zeros"))
         pads: Any = tuple(dense._reversed_padding_repeated_twice) if mode != "zeros" else ()

@@ -15,7 +15,7 @@ from tdpass.site import Site
 
 DENSE = "dense"
 _KEPT_WEIGHTS = 2**18
-_SEARCHED_WEIGHTS = 3 * 2**20
+_SEARCHED_WEIGHTS = 2**20
 _CLEARLY = 1.25
 
 
@@ -114,7 +114,7 @@ def enumerate_candidates(fits: SiteFits, formats: Sequence[str], ranks_per_forma
     for fmt in sorted((FORMATS.get(name) for name in formats), key=lambda fmt: (fmt.searched, fmt.name)):
         if not fmt.fits(site):
             continue
-        ranks = worthwhile_ranks(site, fmt.name, max(2, min(ranks_per_format, _SEARCHED_WEIGHTS // site.weights)) if fmt.searched else ranks_per_format)
+        ranks = worthwhile_ranks(site, fmt.name, max(1, min(ranks_per_format, _SEARCHED_WEIGHTS // site.weights)) if fmt.searched else ranks_per_format)
         middle = len(ranks) // 2
         for rank in [*ranks[middle : middle + 1], *ranks[:middle], *ranks[middle + 1 :]]:
             candidate = fits.candidate(fmt.name, rank)
