@@ -21,7 +21,7 @@ _STALLED = 1e-4
 _EXACT = 1e-6
 _SWEEPS = (6, 40)
 _STEPS = 8
-_WORK = 25 * 10**9
+_WORK = 3 * 10**9
 
 
 @dataclass(frozen=True)
