@@ -64,28 +64,32 @@ class SharedFit:
 
     def solve(self, rank: int, core_rank: int | None = None) -> tuple[Tensor, Tensor]:
         """`first[r, a]` and `last[o, r, b]`, the latter of rank at most `core_rank` as an `o x (r b)` matrix."""
+        return self.solve_split(rank, core_rank)[:2]
+
+    def solve_split(self, rank: int, core_rank: int | None) -> tuple[Tensor, Tensor, WeightedSvd | None]:
+        """As `solve`, with the truncated decomposition of `last` where a core rank below full was asked for."""
         first = self._normalized(self.start.right[:rank])
-        last, _ = self.solve_last(first, core_rank)
+        last, split = self.solve_last(first, core_rank)
         if self.metric.plain and core_rank is None:
-            return first, last
+            return first, last, split
         o, a, b = self.weight.shape
         flat = self.metric.inputs is None or self.metric.inputs.dim() == 1
         step_work = o * a * b * (rank if flat else a * b)
         most = _PLAIN_SWEEPS if self.metric.plain else _SWEEPS
         sweeps = 0 if self.metric.plain and self.weight.numel() > _PLAIN_WEIGHTS else max(0, min(most, int(_WORK / (step_work * _STEPS))))
         if sweeps == 0:
-            return first, last
+            return first, last, split
         error = self._error(first, last)
         for _ in range(sweeps):
             trial = self._normalized(self._improve_first(first, last))
-            solved, _ = self.solve_last(trial, core_rank)
+            solved, solved_split = self.solve_last(trial, core_rank)
             improved = self._error(trial, solved)
             if improved < error:
-                first, last = trial, solved
+                first, last, split = trial, solved, solved_split
             if improved > 0.999 * error:
                 break
             error = improved
-        return first, last
+        return first, last, split
 
     def solve_last(self, first: Tensor, core_rank: int | None = None) -> tuple[Tensor, WeightedSvd | None]:
         """The best `last` for a given `first`, and its truncated decomposition where a core rank is asked for."""

@@ -28,8 +28,7 @@ class _Fit(Decomposition):
     def factors(self, rank: Rank) -> Factors:
         s, r = rank
         site, axes = self.site, len(self.site.kernel)
-        first, rest = self.fit.solve(r, s)
-        split = self.fit.solve_last(first, s)[1]
+        first, rest, split = self.fit.solve_split(r, s)
         if split is None:
             split = weighted_svd(rest.flatten(1), Metric(None, self.fit.metric.outputs))
         core = split.right[:s].reshape(s, r, *site.kernel)
