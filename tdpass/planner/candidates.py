@@ -15,7 +15,7 @@ from tdpass.site import Site
 
 DENSE = "dense"
 _KEPT_WEIGHTS = 2**18
-_SEARCHED_WEIGHTS = 2**20
+_SEARCHED_WEIGHTS = 2**19
 _CLEARLY = 1.25
 
 
