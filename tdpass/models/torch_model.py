@@ -33,8 +33,8 @@ class TorchModel:
     def __init__(self, module: nn.Module, example: Batch | None = None) -> None:
         self.module = module
         self.folded: list[str] = []
-        self._found, self._declined = find_sites(module)
-        self._by_name = {matched.site.name: matched for matched in self._found}
+        found, self._declined = find_sites(module)
+        self._by_name = {matched.site.name: matched for matched in found}
         self._replaced: dict[str, list[Factorized]] = {}
         self._example = example
         self._macs = 0
@@ -171,7 +171,6 @@ class TorchModel:
             name: Matched(m.site, copy.deepcopy(m.weight, memo), tuple(copy.deepcopy(module, memo) for module in m.modules), m.paths)
             for name, m in self._by_name.items()
         }
-        twin._found = list(twin._by_name.values())
         twin._declined = dict(self._declined)
         twin._replaced = {name: [copy.deepcopy(module, memo) for module in modules] for name, modules in self._replaced.items()}
         return twin

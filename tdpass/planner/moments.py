@@ -12,7 +12,7 @@ from tdpass.formats.metric import Metric
 from tdpass.planner.divergence import Divergence
 from tdpass.planner.patches import output_rows, patches
 from tdpass.site import Site
-from tdpass.tape import Playback, Tape
+from tdpass.tape import Tape
 
 MEMORY_LIMIT = 512 * 2**20
 FULL_LIMIT = 8192
@@ -141,9 +141,3 @@ def _accumulate(tape: Tape, sums: dict[str, _Sums], divergence: Divergence, gene
             for (entry, _), gradient in zip(outputs, gradients, strict=True):
                 if gradient is not None:
                     entry.add_gradient(gradient, tape.batch_size)
-
-
-def run_with(tape: Tape, replaced: dict[str, Callable[[Tensor], Tensor]], divergence: Divergence) -> Tensor:
-    """The compared output of a run with some layers replaced."""
-    with torch.no_grad():
-        return divergence.output(Playback(tape, dict(tape.inputs), 0, dict(replaced)).finish())
