@@ -15,7 +15,6 @@ from tdpass.planner.candidates import SiteFits
 from tdpass.planner.joint import Chain, drop_layers, find_branches, find_chains, prune_layers
 from tdpass.planner.moments import stream_metrics
 from tdpass.planner.rank_plan import Choice, RankPlan
-from tdpass.report import SiteRow
 from tdpass.site import Site
 
 
@@ -54,7 +53,7 @@ class Factorize(Pass):
         if left:
             raise PlanError(f"site {min(left)!r} is planned as part of a pruned pair or dropped branch that this model does not have; plan for this model")
         if not job.report.sites:
-            job.report.sites = [SiteRow(c.site, c.shape, c.format, c.rank, c.dense, c.cost, c.error, c.loss, c.guarantee, c.reason) for c in job.plan]
+            job.report.sites = job.plan.rows()
         job.note(f"replaced {len(replaced)} sites")
         return bool(replaced)
 

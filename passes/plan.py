@@ -11,7 +11,7 @@ from tdpass.models.base import Model
 from tdpass.pipeline import Job, Pass, register_pass
 from tdpass.planner.cache import CandidateCache, digest
 from tdpass.planner.planning import Dense, Table, add_joint_options, tabulate
-from tdpass.report import CurvePoint, SiteRow
+from tdpass.report import CurvePoint
 from tdpass.site import Site
 
 
@@ -45,9 +45,7 @@ class Plan(Pass):
         plan = table.plan(budget, job.original)
         job.plan = plan
         job.report.budget, job.report.metric, job.report.divergence = str(budget), plan.metric, plan.divergence
-        job.report.sites = [
-            SiteRow(c.site, c.shape, c.format, c.rank, c.dense, c.cost, c.error, c.loss, c.guarantee, c.reason) for c in plan
-        ]
+        job.report.sites = plan.rows()
         self._draw_curve(table, budget, job)
         changed = sum(not choice.kept_dense for choice in plan)
         job.note(f"{changed} of {len(plan.choices)} sites change; {sum(map(len, table.candidates.values()))} candidates, {len(table.joint)} joint ones")

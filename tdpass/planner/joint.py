@@ -14,6 +14,7 @@ from tdpass.formats.metric import Metric
 from tdpass.planner.candidates import Candidate
 from tdpass.planner.divergence import Divergence
 from tdpass.planner.moments import stream_metrics
+from tdpass.planner.patches import output_rows
 from tdpass.planner.sensitivity import Sweep
 from tdpass.planner.surgeon import MAX_WIDTH, Surgery, keep_channels, remove_channels
 from tdpass.site import Site
@@ -133,7 +134,7 @@ def drop_layers(branch: Sequence[str], sites: Mapping[str, Site], tapes: Sequenc
                 with torch.no_grad():
                     playback = tape.play().advance(index)
                     y = playback.step()
-                rows = y.reshape(-1, y.shape[-1]) if sites[name].kind == "linear" else y.movedim(1, -1).reshape(-1, y.shape[1])
+                rows = output_rows(y, sites[name])
                 total += rows.double().sum(0)
                 count += rows.shape[0]
         layers[name] = Layer(sites[name], "constant", (), {}, (total / max(count, 1)).float())

@@ -11,6 +11,7 @@ from typing import Any
 from tdpass.cost import Cost
 from tdpass.errors import PlanError
 from tdpass.files import read_json, write_text
+from tdpass.report import SiteRow
 
 DENSE = "dense"
 VERSION = 1
@@ -67,6 +68,10 @@ class RankPlan:
 
     def __iter__(self) -> Iterator[Choice]:
         return iter(self.choices)
+
+    def rows(self) -> list[SiteRow]:
+        """The choices as a report shows them."""
+        return [SiteRow(c.site, c.shape, c.format, c.rank, c.dense, c.cost, c.error, c.loss, c.guarantee, c.reason) for c in self]
 
     def get(self, site: str) -> Choice | None:
         """The choice for a site, by name."""

@@ -34,7 +34,7 @@ class Figure:
 def site_rows(report: Report, plan: RankPlan | None = None) -> list[SiteRow]:
     """The report's rows, with what only the plan says filled in; the plan's choices when nothing was done yet."""
     if not report.sites and plan is not None:
-        return [SiteRow(c.site, c.shape, c.format, c.rank, c.dense, c.cost, c.error, c.loss, c.guarantee, c.reason) for c in plan]
+        return plan.rows()
     chosen = {} if plan is None else {choice.site: choice for choice in plan}
     return [
         replace(row, note=row.note or chosen[row.site].reason, guarantee=row.guarantee or chosen[row.site].guarantee) if row.site in chosen else row
