@@ -1,7 +1,4 @@
-"""Kernels: fused operations, each with a reference that every implementation is checked against.
-
-There are none yet: factored layers run on the operations of their framework.
-"""
+"""Kernels: fused operators, each with a reference that every implementation is checked against."""
 
 from __future__ import annotations
 

@@ -29,3 +29,7 @@ class PassError(TdpassError):
 
 class UsageError(TdpassError):
     """An option, name or value that is not one of those allowed."""
+
+
+class KernelError(TdpassError):
+    """A kernel that cannot be built or chosen."""

@@ -1,0 +1,138 @@
+"""`conv_chain`: a low-rank convolution as one operator, what lies between its stages never leaving the cache.
+
+Serves every format whose factors are convolutions: `tucker2` (1x1, k x k, 1x1), `spatial_svd` (k x 1, 1 x k), `channel_svd`,
+`input_svd`, `cp` (1x1, two depthwise, 1x1), `block_term` (1x1, grouped, 1x1), `tensor_train` in three cores.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from ctypes import Array, addressof, byref, c_int32, c_void_p
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tdpass.errors import KernelError
+from tdpass.kernels import native
+from tdpass.kernels.base import Op, implements, register_op
+from tdpass.kernels.stage import Lanes, Stage, stages_of
+from tdpass.ops import padded_convolution
+
+SCHEMA = "(Tensor x, Tensor[] weights, Tensor? bias, Tensor? residual, int[] stages, str activation, str lanes) -> Tensor"
+MAX_STAGES, MAX_TAPS = 6, 128
+
+_ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda y: y, "relu": torch.relu, "silu": F.silu, "gelu": F.gelu}
+
+
+def activate(y: Tensor, activation: str) -> Tensor:
+    """One of "identity", "relu", "silu", "gelu" (by erf)."""
+    return _ACTIVATE[activation](y)
+
+
+def check_activation(activation: str) -> None:
+    """Raise `KernelError` for a name that `activate` does not know."""
+    if activation not in _ACTIVATE:
+        raise KernelError(f"activation {activation!r} is not known; it is one of {', '.join(_ACTIVATE)}")
+
+
+def reference(
+    x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, stages: Sequence[int], activation: str, lanes: Lanes
+) -> Tensor:
+    """`y = activation(C_S ... C_1 x + bias + residual)` with convolutions C_s; `weights` packed as `Stage.pack` does."""
+    h = x
+    for stage, packed in zip(stages_of(stages), weights, strict=True):
+        pads = tuple(zip(stage.before, stage.after, strict=True))
+        weight = stage.unpack(packed, lanes).to(x.dtype)
+        h = padded_convolution(h, weight, None, stage.stride, pads, stage.dilation, stage.groups)
+    if bias is not None:
+        h = h + bias.to(h.dtype)[:, None, None]
+    return like_input(activate(h if residual is None else h + residual, activation), x)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Channels last where x is and nothing else fits it, else contiguous: how the output of an operator lies."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def like_input(y: Tensor, x: Tensor) -> Tensor:
+    """The tensor y in the memory format of x."""
+    return y.contiguous(memory_format=memory_format(x))
+
+
+def fake(
+    x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, stages: Sequence[int], activation: str, lanes: Lanes
+) -> Tensor:
+    """Shape and strides."""
+    chain = stages_of(stages)
+    if not 0 < len(chain) == len(weights) <= MAX_STAGES:
+        raise KernelError(f"conv_chain has {len(chain)} stages and {len(weights)} weights; it takes one weight per stage, 1 to {MAX_STAGES} of them")
+    check_activation(activation)
+    return _empty_output(x, chain)
+
+
+def _empty_output(x: Tensor, chain: Sequence[Stage]) -> Tensor:
+    size: Sequence[int | torch.SymInt] = x.shape[2:]
+    for stage in chain:
+        size = stage.output_size(size)
+    return torch.empty((x.shape[0], chain[-1].outputs, *size), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+CONV_CHAIN = register_op(Op("conv_chain", SCHEMA, reference, fake))
+
+
+@functools.lru_cache(maxsize=4096)
+def _program(integers: tuple[int, ...]) -> tuple[tuple[Stage, ...], Array[native.CStage]]:
+    stages = stages_of(integers)
+    array = (native.CStage * len(stages))()
+    for slot, stage in zip(array, stages, strict=True):
+        slot.integers = (c_int32 * 13)(*stage.integers())
+    return stages, array
+
+
+@implements("conv_chain", "cpu")
+def native_cpu(
+    x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, stages: Sequence[int], activation: str, lanes: Lanes
+) -> Tensor:
+    """The C++ kernel; float32 and bfloat16, float32 inside."""
+    y = _empty_output(x, stages_of(stages))
+    done = run_native(x, weights, bias, None if residual is None else residual.expand_as(y), tuple(stages), activation, lanes, y)
+    return y if done else NotImplemented
+
+
+def run_native(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    integers: tuple[int, ...],
+    activation: str,
+    lanes: Lanes,
+    y: Tensor,
+) -> bool:
+    """Fill `y[n, c, h, w]` by the C++ kernel; False where it does not serve these arguments."""
+    library = native.library()
+    if library is None or x.dtype not in native.DTYPES or (residual is not None and residual.dtype != x.dtype):
+        return False
+    chain, array = _program(integers)
+    panels = [weight.float().contiguous() for weight in weights]
+    wanted = [stage.packed_shape(lanes) for stage in chain]
+    if [panel.shape for panel in panels] != wanted:
+        raise KernelError(f"a chain of {len(chain)} stages takes weights packed as {wanted}, not {[tuple(panel.shape) for panel in panels]}")
+    shift = None if bias is None else bias.float().contiguous()
+    rest = None if residual is None else native.image(residual)
+    pointers = (c_void_p * len(panels))(*(panel.data_ptr() for panel in panels))
+    call = native.CChain(
+        native.DTYPES[x.dtype],
+        native.LANES[lanes],
+        native.ACTIVATIONS[activation],
+        len(chain),
+        addressof(array),
+        addressof(pointers),
+        None if shift is None else shift.data_ptr(),
+        None if rest is None else addressof(rest),
+    )
+    status: int = library.tdpass_conv_chain(byref(call), byref(native.image(x)), byref(native.image(y)), None)
+    return status == 0

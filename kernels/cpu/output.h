@@ -1,0 +1,135 @@
+// Reading x and finishing y: element types, memory layouts, bias, residual, activation.
+#pragma once
+#include <algorithm>
+
+#include "lanes.h"
+#include "tdpass.h"
+
+namespace tdpass {
+
+// x through its strides, as float32.
+class Input {
+ public:
+  Input(const tdpass_image& image, int dtype) : image_(image), half_(dtype == TDPASS_BFLOAT16) {}
+  const float* floats() const { return static_cast<const float*>(image_.data); }
+  Index stride(int axis) const { return image_.stride[axis]; }
+
+  // Copies a row of `width` pixels x `channels` to `to[pixel * i + channel * c]`.
+  void gather(Index n, Index h, float* to, Index pixel, Index channel, int width, int channels) const {
+    Index at = n * stride(0) + h * stride(2);
+    if (half_) copy(static_cast<const Half*>(image_.data) + at, to, pixel, channel, width, channels);
+    else copy(floats() + at, to, pixel, channel, width, channels);
+  }
+
+ private:
+  template <class T> void copy(const T* from, float* to, Index pixel, Index channel, int width, int channels) const {
+    if (stride(1) == 1)
+      for (int i = 0; i < width; i++)
+        for (int c = 0; c < channels; c++) to[i * pixel + c * channel] = widen(from[i * stride(3) + c]);
+    else
+      for (int c = 0; c < channels; c++)
+        for (int i = 0; i < width; i++) to[i * pixel + c * channel] = widen(from[c * stride(1) + i * stride(3)]);
+  }
+  tdpass_image image_;
+  bool half_;
+};
+
+static TDPASS_INLINE void transpose(Lanes (&v)[LANES]) {
+#define TDPASS_MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+  Lanes t[LANES];
+  TDPASS_UNROLL for (int i = 0; i < 8; i++) {  // rows i and i + 8
+    t[2 * i] = TDPASS_MIX(v[i], v[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    t[2 * i + 1] = TDPASS_MIX(v[i], v[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+  TDPASS_UNROLL for (int i = 0; i < 8; i++) {
+    v[2 * i] = TDPASS_MIX(t[i], t[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    v[2 * i + 1] = TDPASS_MIX(t[i], t[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+  TDPASS_UNROLL for (int i = 0; i < 8; i++) {
+    t[2 * i] = TDPASS_MIX(v[i], v[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    t[2 * i + 1] = TDPASS_MIX(v[i], v[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+  TDPASS_UNROLL for (int i = 0; i < 8; i++) {
+    v[2 * i] = TDPASS_MIX(t[i], t[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    v[2 * i + 1] = TDPASS_MIX(t[i], t[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+#undef TDPASS_MIX
+}
+
+// y = activation(value + bias + residual), written through y's strides in y's type.
+class Output {
+ public:
+  Output(const tdpass_chain& chain, const tdpass_image& y)
+      : y_(y), bias_(chain.bias), residual_(chain.residual), activation_(chain.activation), half_(chain.dtype == TDPASS_BFLOAT16) {}
+
+  // Whether vectors of channels can be written as they are.
+  bool channels_together() const { return !half_ && y_.stride[1] == 1 && (!residual_ || residual_->stride[1] == 1); }
+
+  // Whether rows of that width follow each other without a gap.
+  bool rows_together(int width) const {
+    return !half_ && y_.stride[3] == 1 && y_.stride[2] == width && (!residual_ || (residual_->stride[3] == 1 && residual_->stride[2] == width));
+  }
+
+  // `mr` pixels x `count` channels from `tile[pixel i + channel]`; only where channels lie together.
+  void store_tile(Index n, Index h, int w, int channel, const float* tile, Index pixel, int mr, int count) const {
+    float* y = static_cast<float*>(y_.data) + n * y_.stride[0] + h * y_.stride[2] + w * y_.stride[3] + channel;
+    const float* residual = residual_ ? residual_row(n, h) + w * residual_->stride[3] + channel : nullptr;
+    for (int c = 0; c < count; c += LANES) {
+      int some = std::min(LANES, count - c);
+      Lanes bias = bias_ ? load_some(bias_ + channel + c, some) : zero();
+      for (int i = 0; i < mr; i++) {
+        Lanes v = load(tile + i * pixel + c) + bias;
+        if (residual) v += load_some(residual + i * residual_->stride[3] + c, some);
+        store_some(y + i * y_.stride[3] + c, activation_ ? activate(v, activation_) : v, some);
+      }
+    }
+  }
+
+  // A row of pixels from `row[pixel i + channel]`, any layout; reads up to 15 floats past the last channel.
+  void store_pixels(Index n, Index h, const float* row, Index pixel, int width, int channels) const {
+    if (channels_together()) {
+      store_tile(n, h, 0, 0, row, pixel, width, channels);
+      return;
+    }
+    for (int c = 0; c < channels; c += LANES)
+      for (int i = 0; i < width; i += LANES) {
+        Lanes block[LANES] = {};
+        int rows = std::min(LANES, width - i);
+        for (int r = 0; r < rows; r++) block[r] = load(row + (i + r) * pixel + c);
+        transpose(block);
+        for (int r = 0; r < LANES && c + r < channels; r++) put(n, h, i, c + r, block[r], rows);
+      }
+  }
+
+  // `count` pixels of one channel from position (h, w) on.
+  TDPASS_INLINE void put(Index n, Index h, int w, int channel, Lanes v, int count) const {
+    if (bias_) v += bias_[channel];
+    Index at = n * y_.stride[0] + channel * y_.stride[1] + h * y_.stride[2] + w * y_.stride[3];
+    if (!half_ && y_.stride[3] == 1 && (!residual_ || residual_->stride[3] == 1)) {
+      if (residual_) v += load_some(residual_row(n, h) + channel * residual_->stride[1] + w, count);
+      store_some(static_cast<float*>(y_.data) + at, activation_ ? activate(v, activation_) : v, count);
+      return;
+    }
+    if (residual_) {
+      Index from = n * residual_->stride[0] + channel * residual_->stride[1] + h * residual_->stride[2] + w * residual_->stride[3];
+      for (int i = 0; i < count; i++, from += residual_->stride[3])
+        v[i] += half_ ? widen(static_cast<const Half*>(residual_->data)[from]) : static_cast<const float*>(residual_->data)[from];
+    }
+    v = activate(v, activation_);
+    for (int i = 0; i < count; i++, at += y_.stride[3]) {
+      if (half_) static_cast<Half*>(y_.data)[at] = narrow(v[i]);
+      else static_cast<float*>(y_.data)[at] = v[i];
+    }
+  }
+
+ private:
+  const float* residual_row(Index n, Index h) const { return static_cast<const float*>(residual_->data) + n * residual_->stride[0] + h * residual_->stride[2]; }
+
+  tdpass_image y_;
+  const float* bias_;
+  const tdpass_image* residual_;
+  int activation_;
+  bool half_;
+};
+
+}  // namespace tdpass

@@ -1,0 +1,57 @@
+"""`linear_chain`: linear layers in a row as one operator, for `svd` and any other format of matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tdpass.errors import KernelError
+from tdpass.kernels.base import Op, implements, register_op
+from tdpass.kernels.conv_chain import MAX_STAGES, activate, check_activation, run_native
+from tdpass.kernels.stage import Stage
+
+SCHEMA = "(Tensor x, Tensor[] weights, Tensor? bias, Tensor? residual, int[] widths, str activation) -> Tensor"
+
+
+def stages_of(widths: Sequence[int]) -> tuple[Stage, ...]:
+    """Layers of these widths as 1x1 convolutions; their `pack` for channel lanes is what the operator takes."""
+    return tuple(Stage(i, o) for i, o in pairwise(widths))
+
+
+def reference(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, widths: Sequence[int], activation: str) -> Tensor:
+    """`y = activation(W_S ... W_1 x + bias + residual)` on the last axis of x."""
+    h = x
+    for stage, packed in zip(stages_of(widths), weights, strict=True):
+        h = F.linear(h, stage.unpack(packed, "channels").flatten(1).to(x.dtype))
+    if bias is not None:
+        h = h + bias.to(h.dtype)
+    return activate(h if residual is None else h + residual, activation)
+
+
+def fake(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, widths: Sequence[int], activation: str) -> Tensor:
+    """Shape and strides."""
+    if not 1 < len(widths) == len(weights) + 1 <= MAX_STAGES + 1:
+        raise KernelError(f"linear_chain has {len(weights)} weights between {len(widths)} widths; it takes 1 to {MAX_STAGES}, each between two widths")
+    check_activation(activation)
+    return x.new_empty((*x.shape[:-1], widths[-1]))
+
+
+LINEAR_CHAIN = register_op(Op("linear_chain", SCHEMA, reference, fake))
+
+
+@implements("linear_chain", "cpu")
+def native_cpu(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, widths: Sequence[int], activation: str) -> Tensor:
+    """The C++ kernel; float32 and bfloat16, float32 inside."""
+    y = x.new_empty((*x.shape[:-1], widths[-1]))
+    rest = None if residual is None else _positions(residual.expand_as(y))
+    integers = tuple(value for stage in stages_of(widths) for value in stage.integers())
+    done = run_native(_positions(x), weights, bias, rest, integers, activation, "channels", _positions(y))
+    return y if done else NotImplemented
+
+
+def _positions(x: Tensor) -> Tensor:
+    """`x[..., c]` as `[1, c, 1, positions]`."""
+    return x.contiguous().view(-1, x.shape[-1]).t()[None, :, None, :]

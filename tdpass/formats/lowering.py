@@ -1,0 +1,115 @@
+"""Lowering: the chain of convolutions or linear layers that a factored layer is, read off the format's own `apply`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from torch import Tensor
+
+from tdpass.formats.base import FORMATS, Layer
+from tdpass.kernels.conv_chain import MAX_STAGES, MAX_TAPS
+from tdpass.kernels.stage import Lanes, Stage
+from tdpass.ops import Pads
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Stages and the factor that is each one's weight, named."""
+
+    kind: str
+    stages: tuple[Stage, ...]
+    factors: tuple[str, ...]
+
+    def pack(self, layer: Layer, lanes: Lanes) -> list[Tensor]:
+        """The factors of a layer as the kernels take them."""
+        return [stage.pack(layer.factors[name].reshape(stage.shape), lanes) for stage, name in zip(self.stages, self.factors, strict=True)]
+
+    @property
+    def integers(self) -> list[int]:
+        """The stages as `conv_chain` takes them."""
+        return [value for stage in self.stages for value in stage.integers()]
+
+    @property
+    def widths(self) -> list[int]:
+        """The widths as `linear_chain` takes them."""
+        return [self.stages[0].inputs, *(stage.outputs for stage in self.stages)]
+
+
+def lower(layer: Layer) -> Lowered | None:
+    """The layer as a chain of at most six stages, in one or two dimensions; None where its format does more than convolve."""
+    site = layer.site
+    if site.kind == "conv" and len(site.kernel) > 2:
+        return None
+    recorder = _Recorder()
+    weights = {name: _Weight(name, tuple(factor.shape)) for name, factor in layer.factors.items()}
+    try:
+        result = FORMATS.get(layer.format).apply(recorder, _Activation(0), weights, None, site, layer.rank)
+    except _NotAChainError:
+        return None
+    stages = tuple(recorder.stages)
+    if result != _Activation(len(stages)) or not 1 <= len(stages) <= MAX_STAGES or any(math.prod(stage.kernel) > MAX_TAPS for stage in stages):
+        return None
+    return Lowered(site.kind, stages, tuple(recorder.factors))
+
+
+@dataclass(frozen=True)
+class _Weight:
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Activation:
+    """What comes out of that many stages."""
+
+    stages: int
+
+
+_Value = _Weight | _Activation
+
+
+class _NotAChainError(Exception):
+    """The format reshapes, reorders or adds."""
+
+
+@dataclass
+class _Recorder:
+    """Operations that only write down convolutions and linear layers, each reading the one before."""
+
+    stages: list[Stage] = field(default_factory=list)
+    factors: list[str] = field(default_factory=list)
+
+    def linear(self, x: _Value, weight: _Value, bias: _Value | None) -> _Value:
+        return self._stage(x, weight, bias, lambda shape: Stage(shape[1], shape[0]))
+
+    def conv(
+        self, x: _Value, weight: _Value, bias: _Value | None, stride: Sequence[int], padding: Pads, dilation: Sequence[int], groups: int = 1
+    ) -> _Value:
+        def make(shape: tuple[int, ...]) -> Stage:
+            before, after = zip(*padding, strict=True)
+            return Stage(
+                shape[1] * groups, shape[0], groups, _pair(shape[2:], 1), _pair(stride, 1), _pair(before, 0), _pair(after, 0), _pair(dilation, 1)
+            )
+
+        return self._stage(x, weight, bias, make)
+
+    def _stage(self, x: _Value, weight: _Value, bias: _Value | None, make: Callable[[tuple[int, ...]], Stage]) -> _Value:
+        if x != _Activation(len(self.stages)) or not isinstance(weight, _Weight) or bias is not None:
+            raise _NotAChainError
+        self.stages.append(make(weight.shape))
+        self.factors.append(weight.name)
+        return _Activation(len(self.stages))
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise _NotAChainError
+
+    reshape = permute = matmul = add = flatten_positions = restore_positions = fill = _refuse
+
+
+def _pair(values: Sequence[int], rest: int) -> tuple[int, int]:
+    """(height, width); an axis that is not there has the value of one that does nothing."""
+    height, width = (rest, *values)[-2:]
+    return height, width
