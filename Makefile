@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.bench-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all lint bench bench-accuracy bench-finetune bench-minilm bench-planner bench-peers clean
+.PHONY: demo test test-all lint bench bench-accuracy bench-finetune bench-minilm bench-planner bench-targets bench-peers clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -28,7 +28,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-bench: bench-planner bench-accuracy bench-finetune bench-minilm
+bench: bench-planner bench-targets bench-accuracy bench-finetune bench-minilm
 
 bench-accuracy: $(BENCH_INSTALLED)
 	$(BIN)/python -m benchmarks.bench_accuracy --peers
@@ -41,6 +41,9 @@ bench-minilm: $(BENCH_INSTALLED)
 
 bench-planner: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_planner
+
+bench-targets: $(BENCH_INSTALLED)
+	$(BIN)/python -m benchmarks.bench_targets
 
 bench-peers: $(BENCH_INSTALLED)
 	$(BIN)/python -m benchmarks.peers

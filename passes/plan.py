@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from tdpass.cost import Budget, BudgetValue
+from tdpass.cost import Budget, BudgetValue, amount
 from tdpass.errors import BudgetError, UsageError
-from tdpass.models.base import Model
+from tdpass.models.base import Model, call_batch
 from tdpass.pipeline import Job, Pass, register_pass
 from tdpass.planner.cache import CandidateCache, digest
 from tdpass.planner.planning import Dense, Table, add_joint_options, tabulate
+from tdpass.planner.rank_plan import RankPlan
+from tdpass.planner.stopwatch import Stopwatch
+from tdpass.planner.timed import measure_table, plan_on_time
 from tdpass.report import CurvePoint
 from tdpass.site import Site
+from tdpass.targets import Target
 
 
 @register_pass
@@ -29,6 +33,7 @@ class Plan(Pass):
     macs: BudgetValue | None = None
     params: BudgetValue | None = None
     bytes: BudgetValue | None = None
+    seconds: BudgetValue | None = None
     max_error: float | None = None
     joint: bool = True
 
@@ -37,12 +42,17 @@ class Plan(Pass):
         sites = _selected(model, job)
         if "macs" in budget.measures and not job.original.macs:
             raise BudgetError("a budget on macs needs to see the model running; pass data= or example_inputs=, or bound params")
+        if "seconds" in budget.measures and job.target is None:
+            raise BudgetError("a budget on seconds needs a machine to measure on; pass target='cpu' (--target cpu), or bound macs instead")
         tapes = job.tapes(model)
         dense, cache, context = Dense(model.weight, model.bias), CandidateCache(job.cache), self._context(model, job, sites)
-        table = tabulate(sites, dense, tapes, job.divergence, job.formats, cache, context, job.progress)
+        table = tabulate(sites, dense, tapes, job.divergence, job.formats, cache, context, job.progress, job.target is not None)
         if self.joint and tapes and not job.formats and budget.max_error is None:
             add_joint_options(table, dense, tapes, job.divergence, cache, context, job.progress)
-        plan = table.plan(budget, job.original)
+        if job.target is None:
+            plan = table.plan(budget, job.original)
+        else:
+            plan, table = self._on_target(job.target, table, budget, model, job)
         job.plan = plan
         job.report.budget, job.report.metric, job.report.divergence = str(budget), plan.metric, plan.divergence
         job.report.sites = plan.rows()
@@ -51,8 +61,25 @@ class Plan(Pass):
         job.note(f"{changed} of {len(plan.choices)} sites change; {sum(map(len, table.candidates.values()))} candidates, {len(table.joint)} joint ones")
         return False
 
+    def _on_target(self, target: Target, table: Table, budget: Budget, model: Model, job: Job) -> tuple[RankPlan, Table]:
+        """The plan by measured time, and the table with times; the model as it is now becomes what the result is held against."""
+        watch = Stopwatch(target, job.batch, job.threads, {site.name: model.weight(site.name).dtype for site in table.sites})
+        measure_table(table, watch, job.progress)
+        largest = max(table.sites, key=lambda site: watch.dense(site).seconds)
+        (whole,) = target.time_models([model], call_batch(model, job.batches, job.batch), watch.setting(largest), largest)
+        layers = sum(watch.dense(site).seconds for site in table.sites)
+        if layers > whole:
+            watch.scale = whole / layers
+            job.note(f"layers alone take {amount('seconds', layers)}, the whole model {amount('seconds', whole)}: their times are scaled by {watch.scale:.2f}")
+        job.dense = model.clone()
+        job.original = job.report.original = replace(job.original, seconds=whole)
+        found = plan_on_time(table, budget, job.original, watch, job.progress)
+        for note in target.notes:
+            job.report.note(note)
+        return found.plan, found.table
+
     def _budget(self, job: Job) -> Budget:
-        own = {key: value for key in ("macs", "params", "bytes", "max_error") if (value := getattr(self, key)) is not None}
+        own = {key: value for key in ("macs", "params", "bytes", "seconds", "max_error") if (value := getattr(self, key)) is not None}
         if own:
             return Budget.parse(own)
         if job.budget is None:
@@ -70,7 +97,7 @@ class Plan(Pass):
         assert job.plan is not None
         measure = budget.measures[0] if budget.measures else ("macs" if job.original.macs else "params")
         points = [*((share, plan, False) for share, plan in table.curve(measure, job.original))]
-        reached = job.plan.planned.get(measure) / max(job.original.get(measure), 1)
+        reached = job.plan.planned.get(measure) / (job.original.get(measure) or 1)
         points.append((reached, job.plan, True))
         job.report.curve = [
             CurvePoint(share, plan.planned.macs / max(plan.original.macs, 1), plan.planned.params / max(plan.original.params, 1), plan.loss, chosen)

@@ -22,10 +22,11 @@ from tdpass.views import summary
 from tdpass.views.html import Html, column, join, spaced, table, tag, text
 from tdpass.views.html_curve import curve
 from tdpass.views.html_sites import MEASURES, breakable, colours, common_prefix, composition, format_table, site_table
-from tdpass.views.units import human, ratio, seconds, share, small
+from tdpass.views.units import cost_text, human, ratio, seconds, share, small
 
 _NAMES_SHOWN = 6
-_TITLES = {"macs": "fewer MACs", "params": "fewer parameters", "bytes": "fewer bytes"}
+_TITLES = {"macs": "fewer MACs", "params": "fewer parameters", "bytes": "fewer bytes", "seconds": "faster"}
+_OPPOSITES = {"seconds": "slower"}
 
 
 def render_html(report: Report, plan: RankPlan | None = None) -> str:
@@ -93,10 +94,10 @@ def _figures(report: Report, rows: Sequence[SiteRow], original: Cost, final: Cos
         before, after = original.get(measure), final.get(measure)
         if not before:
             continue
-        unit = "B" if measure == "bytes" else ""
         kept = tag("svg", *_kept_bar(before, after), class_="kept-bar", width="100%", height=6, aria_hidden="true")
-        change = tag("p", spaced(human(before, unit)), " → ", spaced(human(after, unit)), tag("span", f"{share(after, before)} kept", class_="muted keep"))
-        words = title if after <= before else title.replace("fewer", "more")
+        amounts = spaced(cost_text(measure, before)), " → ", spaced(cost_text(measure, after))
+        change = tag("p", *amounts, tag("span", f"{share(after, before)} kept", class_="muted keep"))
+        words = title if after <= before else _OPPOSITES.get(measure, title.replace("fewer", "more"))
         times = ratio(max(before, after), min(before, after), "×")
         cards.append(tag("li", tag("p", tag("strong", times), " ", words, class_="big"), kept, change))
     moved = summary.divergence(report, rows)
@@ -107,7 +108,7 @@ def _figures(report: Report, rows: Sequence[SiteRow], original: Cost, final: Cos
     return tag("ul", *cards, class_="figures")
 
 
-def _kept_bar(before: int, after: int) -> list[Html]:
+def _kept_bar(before: float, after: float) -> list[Html]:
     return [
         tag("rect", class_="before", width="100%", height=6, rx=3),
         tag("rect", class_="accent", width=f"{min(100.0, 100 * after / before):.2f}%", height=6, rx=3),
@@ -206,6 +207,7 @@ def _environment(report: Report) -> Html | None:
         "Metric": report.metric,
         "Divergence": report.divergence,
         "Machine": report.machine,
+        "Target": report.target,
         "Created": _moment(report.created),
     }
     items = [join([tag("dt", name), tag("dd", breakable(value) if name == "Model" else value)]) for name, value in facts.items() if value]

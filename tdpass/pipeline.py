@@ -22,6 +22,7 @@ from tdpass.planner.rank_plan import RankPlan
 from tdpass.registry import Registry
 from tdpass.report import PassRow, Report
 from tdpass.tape import Tape
+from tdpass.targets import Target
 
 Progress = Callable[[str, int, int], None]
 
@@ -32,6 +33,8 @@ class Job:
 
     `batches` is the calibration data, `tapes` the recorded runs of the still dense model on them (made on first use, and
     before any site is replaced), `plan` what the planner decided.  `progress(what, done, of)` is called now and then.
+    `target` is the machine to plan for, where the model is called with `batch` samples and `threads` threads, and `dense` the
+    model as it was when it was timed there.
     """
 
     report: Report
@@ -46,6 +49,10 @@ class Job:
     progress: Progress = lambda what, done, of: None
     cache: Path | None = None
     original: Cost = field(default_factory=Cost)
+    target: Target | None = None
+    batch: int = 1
+    threads: int = 1
+    dense: Model | None = None
     notes: list[str] = field(default_factory=list)
     recorded: list[Tape] = field(default_factory=list)
     answers: list[Tensor] = field(default_factory=list)

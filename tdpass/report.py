@@ -20,7 +20,8 @@ class SiteRow:
     """One site before and after.
 
     `error` is the relative error of the weight in the plan's metric, `loss` the expected increase of the divergence,
-    `note` the reason for the choice; `format` is "dense" for a site that was left alone.
+    `note` the reason for the choice; `format` is "dense" for a site that was left alone.  On a target `before` and `after` hold
+    measured seconds, `kernel` says in which runtime, and `predicted` what was expected before `after` was measured.
     """
 
     site: str
@@ -33,6 +34,8 @@ class SiteRow:
     loss: float
     guarantee: str = ""
     note: str = ""
+    kernel: str = ""
+    predicted: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Report:
     checks: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     dry_run: bool = False
+    target: str = ""
 
     def decline(self, name: str, reason: str) -> None:
         """Say that a layer is left alone, and why."""

@@ -13,9 +13,9 @@ from tdpass.report import Report, SiteRow
 from tdpass.site import Site
 from tdpass.views import summary
 from tdpass.views.tables import Column, Part, fitting, grid, heading, item, pairs
-from tdpass.views.units import dims, human, plain, ranks, ratio, seconds, share, small
+from tdpass.views.units import cost_text, dims, human, plain, ranks, ratio, seconds, share, small
 
-TITLES = {"macs": "MACs", "params": "Params", "bytes": "Bytes"}
+TITLES = {"macs": "MACs", "params": "Params", "bytes": "Bytes", "seconds": "Time"}
 _NAMES_SHOWN = 4
 
 
@@ -47,8 +47,9 @@ def report_view(report: Report, plan: RankPlan | None, width: int | None) -> lis
 def site_table(rows: Sequence[SiteRow], width: int | None) -> list[Part]:
     """Every site before and after: one line each where the width allows, else two; reasons below where they do not fit."""
     reason = Column[SiteRow]("Reason", lambda row: plain(row.note), least=32)
-    one_line, two_lines = _single_line_columns(), _two_line_columns(arrows=True)
-    layouts = ([*one_line, reason], one_line, [*two_lines, reason], two_lines, _two_line_columns(arrows=False))
+    timed = summary.timed(rows)
+    one_line, two_lines = _single_line_columns(timed), _two_line_columns(timed, arrows=True)
+    layouts = ([*one_line, reason], one_line, [*two_lines, reason], two_lines, _two_line_columns(timed, arrows=False))
     table, chosen = fitting(layouts, rows, width, dim=lambda row: row.format == DENSE)
     reasons = summary.reasons_by_site(rows)
     if reason in layouts[chosen] or not reasons:
@@ -119,7 +120,8 @@ def _same(sizes: Sequence[object]) -> str:
     return str(sizes[0]) if len(set(sizes)) == 1 else "x".join(map(str, sizes))
 
 
-def _single_line_columns() -> list[Column[SiteRow]]:
+def _single_line_columns(timed: bool) -> list[Column[SiteRow]]:
+    """Everything on one line; times where sites were timed."""
     def changed(measure: str) -> Callable[[SiteRow], str]:
         return lambda row: _change(row.before.get(measure), row.after.get(measure))
 
@@ -130,6 +132,7 @@ def _single_line_columns() -> list[Column[SiteRow]]:
         Column("Site", lambda row: plain(row.site)),
         Column("Shape", lambda row: dims(row.shape)),
         Column("Format", lambda row: f"{plain(row.format)} {ranks(row.rank)}".rstrip()),
+        *(_time_columns() if timed else ()),
         Column("MACs", changed("macs"), number=True),
         Column("", times("macs"), number=True),
         Column("Params", changed("params"), number=True),
@@ -140,8 +143,30 @@ def _single_line_columns() -> list[Column[SiteRow]]:
     ]
 
 
-def _two_line_columns(arrows: bool) -> list[Column[SiteRow]]:
+def _time_columns() -> list[Column[SiteRow]]:
+    """Dense time, the one predicted, the one measured, by how much that is faster, and in which runtime."""
+
+    def dense(row: SiteRow) -> bool:
+        return row.format == DENSE
+
+    return [
+        Column("Dense", lambda row: seconds(row.before.seconds), number=True),
+        Column("Predicted", lambda row: "" if dense(row) else seconds(row.predicted), number=True),
+        Column("Measured", lambda row: "" if dense(row) else seconds(row.after.seconds), number=True),
+        Column("", lambda row: "" if dense(row) else ratio(row.before.seconds, row.after.seconds), number=True),
+        Column("Kernel", lambda row: plain(row.kernel)),
+    ]
+
+
+def _two_line_columns(timed: bool, arrows: bool) -> list[Column[SiteRow]]:
     """Name over shape, format over rank, cost over ratio; without arrows the cost before stands over the cost after."""
+
+    def time(row: SiteRow) -> str:
+        before, after = seconds(row.before.seconds), seconds(row.after.seconds)
+        if row.format == DENSE:
+            return before
+        measured = f"{before} -> {after}" if arrows else f"{before}\n{after}"
+        return f"{measured}\n{seconds(row.predicted)} {plain(row.kernel)}"
 
     def cost(measure: str) -> Callable[[SiteRow], str]:
         def cell(row: SiteRow) -> str:
@@ -156,6 +181,7 @@ def _two_line_columns(arrows: bool) -> list[Column[SiteRow]]:
     return [
         Column("Site\nshape", lambda row: f"{plain(row.site)}\n{dims(row.shape)}", least=16),
         Column("Format\nrank", lambda row: f"{plain(row.format)}\n{ranks(row.rank)}", least=12),
+        *((Column("Time\npredicted, kernel" if arrows else "Time\nafter\npredicted,\nkernel", time, number=True, least=10),) if timed else ()),
         Column(f"MACs\n{below}", cost("macs"), number=True),
         Column(f"Params\n{below}", cost("params"), number=True),
         Column("Error\nbound", lambda row: "" if row.format == DENSE else f"{small(row.error)}\n{plain(row.guarantee)}", number=True),
@@ -163,7 +189,7 @@ def _two_line_columns(arrows: bool) -> list[Column[SiteRow]]:
     ]
 
 
-def _change(before: int, after: int) -> str:
+def _change(before: float, after: float) -> str:
     return human(before) if before == after else f"{human(before)} -> {human(after)}"
 
 
@@ -186,13 +212,13 @@ def _passes(report: Report, width: int | None) -> Part:
 
 def _totals(report: Report, plan: RankPlan | None, rows: Sequence[SiteRow], width: int | None) -> list[Part]:
     before, after = summary.original_cost(report, plan), summary.final_cost(report, plan)
-    facts = [("budget", report.budget), ("metric", report.metric), ("divergence", report.divergence), ("machine", report.machine)]
+    facts = [("budget", report.budget), ("metric", report.metric), ("divergence", report.divergence), ("machine", report.machine), ("target", report.target)]
     parts: list[Part] = [heading(report.model or "Model"), pairs([(name, value) for name, value in facts if value]), ""]
     lines = []
     for measure, title in TITLES.items():
-        old, new, unit = before.get(measure), after.get(measure), "B" if measure == "bytes" else ""
+        old, new = before.get(measure), after.get(measure)
         if old:
-            lines.append((title, human(old, unit), human(new, unit), ratio(old, new), share(new, old)))
+            lines.append((title, cost_text(measure, old), cost_text(measure, new), ratio(old, new), share(new, old)))
     after_title = "Planned" if report.dry_run else "After"
     parts.append(grid(("Total", "Before", after_title, "Smaller", "Kept"), lines, width, numbers=(1, 2, 3, 4)))
     moved = summary.divergence(report, rows)

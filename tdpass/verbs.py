@@ -22,6 +22,8 @@ from tdpass.planner.compare import compare_outputs
 from tdpass.planner.divergence import Divergence
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.report import Report
+from tdpass.targets import Target, open_target
+from tdpass.whole import hold_against_dense
 
 PLANNED = "fold-batchnorm,plan,factorize,correct-bias,refit,recalibrate-batchnorm,verify"
 GIVEN_PLAN = "fold-batchnorm,factorize,correct-bias,refit,recalibrate-batchnorm,verify"
@@ -36,7 +38,9 @@ def compress(
     data: object = None,
     *,
     plan: RankPlan | str | Path | None = None,
-    target: object = None,
+    target: str | Target | None = None,
+    batch: int = 1,
+    threads: int | None = None,
     pipeline: PipelineSpec | Pipeline | None = None,
     example_inputs: ExampleInputs = None,
     include: Sequence[str] = ("*",),
@@ -52,17 +56,19 @@ def compress(
 
     `model`: an `nn.Module`, `fx.GraphModule`, `ExportedProgram`, ONNX model (proto, `onnx_ir`, graphsurgeon) or a path;
     it is left untouched, and what comes back in `.model` is of the same type (for a path, what it holds).
-    `budget`: bounds on `macs`, `params`, `bytes` of the whole model, as fractions (`0.4`) or absolute (`"120M"`), and
-    `max_error` per site.  `data`: unlabelled calibration data (see `as_batches`); without it weights are factored by
+    `budget`: bounds on `macs`, `params`, `bytes`, `seconds` of the whole model, as fractions (`0.4`) or absolute (`"120M"`,
+    `"3ms"`), and `max_error` per site.  `data`: unlabelled calibration data (see `as_batches`); without it weights are factored by
     themselves and a budget on macs needs `example_inputs`.  `plan`: carry out this plan (or its file) instead of planning.
     `include`, `exclude`: name globs.  `formats`: restrict to these.  `pipeline`: passes as text, list or YAML file.
+    `target`: plan on times measured on `cpu`, `cpu:openvino` or `cuda`, for calls of `batch` samples on `threads` threads
+    (default: as many as torch uses); no site is then made slower, and a model that is not faster is given back as it was.
     `augmented`: data for re-estimating batch-norm statistics.  `cache`: False, or a folder for planning results.
 
     Raises `BudgetError` when the budget cannot be met (naming the smallest reachable), `InvalidModelError`, `PlanError`,
     `UsageError`.
     """
     steps = Pipeline.parse(pipeline if pipeline is not None else PLANNED if plan is None else GIVEN_PLAN)
-    setting = _Setting(target, include, exclude, formats, samples, divergence, augmented, progress, cache)
+    setting = _Setting(target, batch, threads, include, exclude, formats, samples, divergence, augmented, progress, cache)
     return _run(model, budget, data, plan, steps, example_inputs, setting)
 
 
@@ -71,7 +77,9 @@ def make_plan(
     budget: BudgetSpec,
     data: object = None,
     *,
-    target: object = None,
+    target: str | Target | None = None,
+    batch: int = 1,
+    threads: int | None = None,
     pipeline: PipelineSpec | Pipeline | None = None,
     example_inputs: ExampleInputs = None,
     include: Sequence[str] = ("*",),
@@ -84,7 +92,7 @@ def make_plan(
 ) -> Artifact:
     """Plan only: `.plan` and `.report` of the result say what `compress` would do; `.model` is the model as it was."""
     steps = Pipeline.parse(pipeline if pipeline is not None else DRY_RUN)
-    setting = _Setting(target, include, exclude, formats, samples, divergence, None, progress, cache)
+    setting = _Setting(target, batch, threads, include, exclude, formats, samples, divergence, None, progress, cache)
     return _run(model, budget, data, None, steps, example_inputs, setting)
 
 
@@ -117,7 +125,9 @@ def verify(
 
 @dataclass(frozen=True)
 class _Setting:
-    target: object
+    target: str | Target | None
+    batch: int
+    threads: int | None
     include: Sequence[str]
     exclude: Sequence[str]
     formats: Sequence[str]
@@ -131,13 +141,13 @@ class _Setting:
 def _run(
     given: object, budget: BudgetSpec, data: object, plan: RankPlan | str | Path | None, steps: Pipeline, example_inputs: ExampleInputs, setting: _Setting
 ) -> Artifact:
-    if setting.target is not None:
-        raise UsageError(f"target={setting.target!r} is not known; this version plans on counted costs only, leave target out")
     limits = None if budget is None else Budget.parse(budget)
     decided = load_plan(plan) if isinstance(plan, str | Path) else plan
     for name in setting.formats:
         FORMATS.get(name)
     opened = open_model(given, example_inputs)
+    cache = None if setting.cache is False else default_folder() if setting.cache is True else setting.cache
+    target = None if setting.target is None else open_target(setting.target, opened.frontend, cache)
     batches = _batches(opened, data, setting.samples)
     model = opened.clone()
     model.check()
@@ -155,8 +165,11 @@ def _run(
         exclude=tuple(setting.exclude),
         formats=tuple(setting.formats),
         divergence=setting.divergence if isinstance(setting.divergence, Divergence) else Divergence(setting.divergence),
-        cache=None if setting.cache is False else default_folder() if setting.cache is True else setting.cache,
+        cache=cache,
         original=report.original,
+        target=target,
+        batch=_count("batch", setting.batch),
+        threads=torch.get_num_threads() if setting.threads is None else _count("threads", setting.threads),
     )
     if setting.progress is not None:
         job.progress = setting.progress
@@ -166,8 +179,18 @@ def _run(
     changed = any(model.layer(site.name) is not None for site in model.sites())
     saved = sum((choice.dense - choice.cost for choice in job.plan), Cost()) if changed else Cost()
     report.dry_run = not changed and any(not choice.kept_dense for choice in job.plan)
-    report.final = job.plan.planned if report.dry_run else Cost(model.params(), report.original.macs - saved.macs, model.bytes())
+    report.final = job.plan.planned if report.dry_run else Cost(model.params(), report.original.macs - saved.macs, model.bytes(), report.original.seconds)
+    if job.target is not None:
+        report.target = f"{job.target.name}, batch {job.batch}, {job.threads} {'thread' if job.threads == 1 else 'threads'}"
+        if changed and not hold_against_dense(opened, model, job):
+            model = opened.clone()
     return Artifact(model.unwrap(), job.plan, report, model)
+
+
+def _count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UsageError(f"{name}={value!r} is not a whole number of at least 1")
+    return value
 
 
 def _batches(model: Model, data: object, samples: int) -> list[Batch]:

@@ -176,6 +176,18 @@ def test_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert result["files"] == []
 
 
+def test_plan_on_a_target_shows_times_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "plan mlp.onnx --budget max_error=0.9 --data calib.npz --format svd --target cpu --batch 4 --threads 1"
+    assert main(words.split()) == 0
+    text = capsys.readouterr().out
+    for word in ("Dense", "Predicted", "Measured", "Kernel", "onnxruntime", "cpu, batch 4, 1 thread", "Time"):
+        assert word in text
+    assert main([*words.split(), "--json"]) == 0
+    result = document(capsys)
+    assert result["report"]["original"]["seconds"] > 0
+    assert all(choice["dense"]["seconds"] > 0 for choice in result["plan"]["choices"])
+
+
 def test_inspect_lists_sites_and_where_they_pay(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "mlp.onnx"]) == 0
     text = capsys.readouterr().out

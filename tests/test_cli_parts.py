@@ -12,8 +12,9 @@ from tdpass.cli.bench import compared
 from tdpass.cli.output import finite
 from tdpass.cli.progress import ProgressBars
 from tdpass.cli.runners import Runner
-from tdpass.cli.timing import Quartiles, interleaved
+from tdpass.cli.timing import Quartiles
 from tdpass.errors import UsageError
+from tdpass.targets.clock import interleaved
 
 
 def test_budget_pairs_keep_their_text() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tdpass.cost import Bound, Budget, Cost
+from tdpass.cost import Bound, Budget, Cost, amount
 from tdpass.errors import BudgetError
 
 
@@ -14,6 +14,33 @@ from tdpass.errors import BudgetError
 )
 def test_bounds_are_read(value: float | str, limit: int) -> None:
     assert Bound.parse("macs", value).limit(1000) == limit
+
+
+@pytest.mark.parametrize(
+    ("value", "limit"), [(0.4, 0.8), ("40%", 0.8), ("3ms", 3e-3), ("250us", 250e-6), ("250 \u00b5s", 250e-6), ("0.01s", 0.01), ("1s", 1.0), ("2e-3s", 2e-3)]
+)
+def test_bounds_on_time_are_read(value: float | str, limit: float) -> None:
+    assert Bound.parse("seconds", value).limit(2.0) == pytest.approx(limit)
+
+
+@pytest.mark.parametrize("value", [0, 1.5, "3", "3M", "3MB", "0ms", "-1ms", "3 minutes", "ms", "fast", True, None])
+def test_a_senseless_bound_on_time_says_what_to_write(value: object) -> None:
+    with pytest.raises(BudgetError, match="such as '3ms'"):
+        Bound.parse("seconds", value)  # type: ignore[arg-type]
+
+
+def test_latency_is_another_word_for_seconds() -> None:
+    budget = Budget.parse({"latency": "3ms", "macs": 0.5})
+    assert budget == Budget.parse({"seconds": "3ms", "macs": 0.5})
+    assert budget.limits(Cost(1, 100, 1, 0.5)) == {"seconds": 3e-3, "macs": 50}
+    assert str(budget) == "seconds=3ms, macs=0.5"
+    with pytest.raises(BudgetError, match="given twice"):
+        Budget.parse({"latency": "3ms", "seconds": 0.4})
+
+
+@pytest.mark.parametrize("seconds", [2.5, 0.25, 3.25e-3, 4.5e-6, 1e-8])
+def test_an_amount_of_time_can_be_read_again(seconds: float) -> None:
+    assert Bound.parse("seconds", amount("seconds", seconds)).limit(0) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, 120_000_000, "120", "fast", "", "150%", True, None, [0.4], float("nan")])
@@ -37,3 +64,4 @@ def test_unknown_or_empty_budgets_are_errors(spec: dict[str, object]) -> None:
 
 def test_costs_add_up() -> None:
     assert Cost(1, 2, 3) + Cost(1, 1, 1) - Cost(0, 3, 0) == Cost(2, 0, 4)
+    assert (Cost(seconds=0.5) + Cost(seconds=0.25) - Cost(seconds=0.125)).get("seconds") == 0.625

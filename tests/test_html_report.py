@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -226,3 +227,17 @@ def test_chosen_point_is_marked_and_said() -> None:
 
 def test_children_are_escaped_unless_they_are_markup() -> None:
     assert tag("p", "<b>", tag("i", "&"), None, title='"') == '<p title="&quot;">&lt;b&gt;<i>&amp;</i></p>'
+
+
+def test_times_are_shown_where_sites_were_timed() -> None:
+    report = report_of(3)
+    report.sites = [
+        replace(row, before=replace(row.before, seconds=2.5e-3), after=replace(row.after, seconds=1e-3), kernel=HOSTILE, predicted=9e-4) for row in report.sites
+    ]
+    report.original, report.final = replace(report.original, seconds=0.02), replace(report.final, seconds=0.03)
+    report.target = "cpu, batch 1, 1 thread"
+    page = Page(render_html(report))
+    for word in ("2.5 ms", "1 ms", "900 us", "2.50×", "20 ms", "30 ms", "1.50× slower", "cpu, batch 1, 1 thread"):
+        assert word in page.text
+    assert "Predicted" not in Page(render_html(report_of(3))).text
+    assert page.count("td", **{"data-key": "0.0009"}) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -158,3 +159,19 @@ def test_refusals_are_grouped_by_reason_the_most_frequent_first() -> None:
 )
 def test_units(shown: str, expected: str) -> None:
     assert shown == expected
+
+
+@pytest.mark.parametrize("width", [72, 100, 130, 180, None])
+def test_times_are_shown_where_sites_were_timed(width: int | None) -> None:
+    report = report_of()
+    for index, row in enumerate(report.sites):
+        after = 2.5e-3 if row.format == "dense" else 1e-3
+        before, made = replace(row.before, seconds=2.5e-3), replace(row.after, seconds=after)
+        report.sites[index] = replace(row, before=before, after=made, kernel="eager", predicted=9e-4)
+    report.original, report.final = replace(report.original, seconds=0.02), replace(report.final, seconds=0.01)
+    report.target = "cpu, batch 1, 1 thread"
+    text = to_text(report_view(report, None, width), width)
+    assert width is None or max(map(len, text.splitlines())) <= width
+    for word in ("2.5 ms", "1 ms", "900 us", "eager", "20 ms", "10 ms", "50.0 %", "cpu, batch 1, 1 thread"):
+        assert word in text
+    assert "Predicted" not in to_text(report_view(report_of(), None, None), None)

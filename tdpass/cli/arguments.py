@@ -63,11 +63,15 @@ def add_data(parser: Parser) -> None:
 def add_planning(parser: Parser) -> None:
     """Options that decide what the planner may do."""
     group = parser.add_argument_group("planning")
-    group.add_argument("--budget", metavar="KEY=VALUE", action="append", default=[], help="macs=0.4, params=50%%, bytes=2MiB or max_error=0.1; may be repeated")
+    budgets = "macs=0.4, params=50%%, bytes=2MiB, latency=3ms or max_error=0.1; may be repeated"
+    group.add_argument("--budget", metavar="KEY=VALUE", action="append", default=[], help=budgets)
     group.add_argument("--include", metavar="GLOB", action="append", default=[], help="plan only sites whose names match; may be repeated")
     group.add_argument("--exclude", metavar="GLOB", action="append", default=[], help="leave sites alone whose names match; may be repeated")
     group.add_argument("--format", metavar="NAME", action="append", default=[], help="use only these formats; may be repeated")
     group.add_argument("--divergence", metavar="NAME", default="auto", help="how outputs are compared: auto, kl, mse or cosine (default %(default)s)")
+    group.add_argument("--target", metavar="NAME", help="plan on times measured here: cpu, cpu:openvino or cuda")
+    group.add_argument("--batch", metavar="N", type=count, default=1, help="samples per call on the target (default %(default)s)")
+    group.add_argument("--threads", metavar="N", type=count, help="threads on the target (default: as many as torch uses)")
     group.add_argument("--pipeline", metavar="TEXT|FILE", help="passes as text, such as 'plan{macs=0.4},factorize', or a recipe.yaml")
 
 

@@ -12,12 +12,13 @@ from rich.text import Text
 
 from tdpass.cli.arguments import Verbs, add_data, add_torch, add_verb, count, inputs
 from tdpass.cli.output import Output
-from tdpass.cli.runners import RUNTIMES, Runner, example_batch, resized, runners
+from tdpass.cli.runners import RUNTIMES, Runner, example_batch, runners
 from tdpass.cli.sources import Source, read_sources
-from tdpass.cli.timing import Quartiles, interleaved
+from tdpass.cli.timing import Quartiles
 from tdpass.data import as_batches
 from tdpass.errors import UsageError
 from tdpass.models.base import Batch
+from tdpass.targets.clock import interleaved
 from tdpass.views.tables import Part, grid
 from tdpass.views.units import dims, ratio, seconds
 
@@ -109,7 +110,7 @@ def _batch(arguments: argparse.Namespace, sources: Sequence[Source]) -> Batch:
         batch = next((found for source in sources if (found := example_batch(source, arguments.batch)) is not None), None)
     if batch is None:
         raise UsageError("a torch factory does not say what it reads; give --input 1x3x32x32 or --data")
-    batch = batch if arguments.batch is None else resized(batch, arguments.batch)
+    batch = batch if arguments.batch is None else batch.resized(arguments.batch)
     return Batch(tuple(torch.as_tensor(tensor).contiguous() for tensor in batch.args), {name: tensor.contiguous() for name, tensor in batch.kwargs.items()})
 
 

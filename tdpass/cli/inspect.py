@@ -61,12 +61,17 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
         return parts
 
     sites = [
-        {**asdict(row.site), "dense": asdict(row.cost), "seen": row.site.seen, "largest_paying_rank": {name: list(rank) for name, rank in row.paying.items()}}
+        {**asdict(row.site), "dense": _counted(row.cost), "seen": row.site.seen, "largest_paying_rank": {name: list(rank) for name, rank in row.paying.items()}}
         for row in rows
     ]
     document = {"model": source.text, "frontend": model.frontend, "params": model.params(), "bytes": model.bytes(), "macs": whole.macs, "sites": sites}
     out.show({**document, "declined": dict(model.declined())}, view)
     return 0
+
+
+def _counted(cost: Cost) -> dict[str, float]:
+    """The measures that need no machine to run on."""
+    return {measure: cost.get(measure) for measure in ("params", "macs", "bytes")}
 
 
 def _paying(site: Site, formats: list[Format]) -> dict[str, Rank]:

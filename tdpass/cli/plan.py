@@ -63,4 +63,7 @@ def planning(arguments: argparse.Namespace) -> dict[str, Any]:
         "formats": tuple(arguments.format),
         "samples": arguments.samples,
         "divergence": arguments.divergence,
+        "target": arguments.target,
+        "batch": arguments.batch,
+        "threads": arguments.threads,
     }

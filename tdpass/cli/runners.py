@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +14,8 @@ from tdpass.cli.sources import Source
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.models.base import Batch
 from tdpass.models.exported_program import load_program
+from tdpass.targets.runtimes.onnx_runtime import bound, open_session
+from tdpass.targets.runtimes.openvino import open_graph, open_request
 
 RUNTIMES = ("onnxruntime", "openvino", "eager", "inductor")
 _ELEMENT_TYPES = {
@@ -62,24 +62,13 @@ def example_batch(source: Source, size: int | None) -> Batch | None:
         return None
     generator = torch.Generator().manual_seed(0)
     tensors: list[Tensor] = []
-    for value in _session(source.text, 1).get_inputs():
+    for value in open_session(source.text, 1).get_inputs():
         shape = [size or 1 if index == 0 and not isinstance(extent, int) else extent for index, extent in enumerate(value.shape)]
         dtype = _ELEMENT_TYPES.get(value.type)
         if dtype is None or not all(isinstance(extent, int) for extent in shape):
             raise UsageError(f"input {value.name!r} of {source.name} has shape {value.shape} and type {value.type}; say what to run with --input or --data")
         tensors.append(torch.randn(shape, generator=generator).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype))
     return Batch(tuple(tensors))
-
-
-def resized(batch: Batch, size: int) -> Batch:
-    """The batch cut or repeated to `size` samples."""
-
-    def fit(tensor: Tensor) -> Tensor:
-        if tensor.dim() == 0 or tensor.shape[0] == 0:
-            return tensor
-        return torch.cat([tensor] * -(-size // tensor.shape[0]))[:size].contiguous()
-
-    return Batch(tuple(map(fit, batch.args)), {name: fit(tensor) for name, tensor in batch.kwargs.items()})
 
 
 def _tried(source: Source, runtime: str, make: Callable[[], Callable[[], object]]) -> Runner:
@@ -92,39 +81,19 @@ def _tried(source: Source, runtime: str, make: Callable[[], Callable[[], object]
     return Runner(source.name, runtime, call)
 
 
-def _session(path: str, threads: int) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
 def _named(names: list[str], batch: Batch) -> dict[str, Tensor]:
     free = [name for name in names if name not in batch.kwargs]
     return {**dict(zip(free, batch.args, strict=False)), **{name: tensor for name, tensor in batch.kwargs.items() if name in names}}
 
 
 def _onnxruntime(path: str, batch: Batch, threads: int) -> Callable[[], object]:
-    session = _session(path, threads)
-    binding = session.io_binding()
-    for name, tensor in _named([value.name for value in session.get_inputs()], batch).items():
-        binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy()))
-    for value in session.get_outputs():
-        binding.bind_output(value.name, "cpu")
-    return lambda: session.run_with_iobinding(binding)
+    session = open_session(path, threads)
+    return bound(session, _named([value.name for value in session.get_inputs()], batch))
 
 
 def _openvino(path: str, batch: Batch, threads: int) -> Callable[[], object]:
-    openvino = importlib.import_module("openvino")
-    # without the precision hint OpenVINO computes in bfloat16 where the machine can, and the comparison is not one
-    hints = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-    core = openvino.Core()
-    model = core.read_model(path)
-    fed = _named([value.get_any_name() for value in model.inputs], batch)
-    model.reshape({name: list(tensor.shape) for name, tensor in fed.items()})
-    request = core.compile_model(model, "CPU", hints).create_infer_request()
-    for name, tensor in fed.items():
-        request.set_tensor(name, openvino.Tensor(tensor.numpy(), shared_memory=True))
-    infer: Callable[[], object] = request.infer
+    graph = open_graph(path)
+    infer: Callable[[], object] = open_request(graph, _named([value.get_any_name() for value in graph.inputs], batch), threads).infer
     return infer
 
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from tdpass.errors import UsageError
 from tdpass.formats.base import Layer
 from tdpass.site import Extent, Site
 from tdpass.tape import Tape
@@ -32,6 +34,16 @@ class Batch:
     def size(self) -> int:
         """Number of samples."""
         return int(self.tensors[0].shape[0])
+
+    def resized(self, size: int) -> Batch:
+        """The batch cut or repeated to `size` samples."""
+
+        def fit(tensor: Tensor) -> Tensor:
+            if tensor.dim() == 0 or tensor.shape[0] == 0:
+                return tensor
+            return torch.cat([tensor] * -(-size // tensor.shape[0]))[:size].contiguous()
+
+        return Batch(tuple(map(fit, self.args)), {name: fit(tensor) for name, tensor in self.kwargs.items()})
 
 
 class Model(Protocol):
@@ -80,6 +92,13 @@ class Model(Protocol):
     def recalibrate_batchnorm(self, batches: Iterable[Batch]) -> Callable[[], None] | None:
         """Estimate all running statistics anew; returns how to undo that, or None where there is no batch-norm left."""
 
+    def fuse(self, note: Callable[[str], None], decline: Callable[[str, str], None], samples: Batch | None = None) -> bool:
+        """Make one operator of each chain of layers that is faster so, timed on `samples`, else on the example; whether anything changed.
+
+        What changes is how the model runs, not what it computes, how its tensors are named or what `layer` answers.  `note` takes
+        a line about the whole, `decline` a layer and why it is left alone.
+        """
+
     def example(self) -> Batch | None:
         """Inputs the model can be run on, where it is known of itself (or from `observe`) what it takes."""
 
@@ -119,3 +138,17 @@ def with_extents(site: Site, tape: Tape) -> Site:
         else:
             extents.append((before[2:], after[2:]))
     return replace(site, extents=tuple(extents))
+
+
+def call_batch(model: Model, batches: Sequence[Batch], size: int) -> Batch:
+    """A call of `size` samples: from the data, else from the model's example.
+
+    Raises `UsageError` where there is neither, or the model takes another number of samples.
+    """
+    fixed = model.fixed_batch()
+    if fixed not in (None, size):
+        raise UsageError(f"the model takes exactly {fixed} samples at a time and cannot be timed with {size}; pass batch={fixed} (--batch {fixed})")
+    example = batches[0] if batches else model.example()
+    if example is None:
+        raise UsageError("planning on measured time needs to see the model running; pass data= or example_inputs=")
+    return example.resized(size)

@@ -17,11 +17,15 @@ DENSE = "dense"
 _KEPT_WEIGHTS = 2**18
 _SEARCHED_WEIGHTS = 2**19
 _CLEARLY = 1.25
+_FEW = 4
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to store a site: `error` is the relative error in the metric, `loss` the expected increase of the divergence."""
+    """One way to store a site: `error` is the relative error in the metric, `loss` the expected increase of the divergence.
+
+    `kernel` is the runtime that its seconds were measured in.
+    """
 
     format: str
     rank: Rank
@@ -29,6 +33,7 @@ class Candidate:
     error: float
     loss: float = 0.0
     guarantee: str = ""
+    kernel: str = ""
 
     @property
     def label(self) -> str:
@@ -89,10 +94,18 @@ class SiteFits:
         return Candidate(format_name, rank, fmt.cost(self.site, rank), error, guarantee="" if guarantee is None else str(guarantee))
 
 
-def worthwhile_ranks(site: Site, format_name: str, limit: int) -> list[Rank]:
-    """Up to `limit` ranks of a format that make the site cheaper in every measure that is known, largest first."""
+def worthwhile_ranks(site: Site, format_name: str, limit: int, lanes: int = 1) -> list[Rank]:
+    """Up to `limit` ranks of a format that make the site cheaper in every measure that is known, largest first.
+
+    A single one is that which comes nearest to half of the parameters.  Multiples of `lanes` only, where there are a few:
+    the others take as long as the next multiple.
+    """
     fmt, dense = FORMATS.get(format_name), dense_cost(site)
     cheaper = [rank for rank in fmt.ranks(site) if pays(fmt.cost(site, rank), dense)]
+    whole = [rank for rank in cheaper if all(r % lanes == 0 for r in rank)]
+    cheaper = whole if len(whole) >= _FEW else cheaper
+    if limit == 1 and cheaper:
+        return [min(cheaper, key=lambda rank: abs(2 * fmt.cost(site, rank).params - dense.params))]
     step = max(1, -(-len(cheaper) // limit))
     return cheaper[::-1][::step]
 
@@ -103,7 +116,7 @@ def pays(cost: Cost, dense: Cost) -> bool:
     return all(ours <= theirs for ours, theirs in pairs) and any(ours < theirs for ours, theirs in pairs)
 
 
-def enumerate_candidates(fits: SiteFits, formats: Sequence[str], ranks_per_format: int) -> list[Candidate]:
+def enumerate_candidates(fits: SiteFits, formats: Sequence[str], ranks_per_format: int, lanes: int = 1) -> list[Candidate]:
     """All candidates of a site that pay, by format; dense is not among them.
 
     A format that searches each rank gets fewer of them on a large layer, and is given up after its middle rank where
@@ -114,7 +127,8 @@ def enumerate_candidates(fits: SiteFits, formats: Sequence[str], ranks_per_forma
     for fmt in sorted((FORMATS.get(name) for name in formats), key=lambda fmt: (fmt.searched, fmt.name)):
         if not fmt.fits(site):
             continue
-        ranks = worthwhile_ranks(site, fmt.name, max(1, min(ranks_per_format, _SEARCHED_WEIGHTS // site.weights)) if fmt.searched else ranks_per_format)
+        limit = max(1, min(ranks_per_format, _SEARCHED_WEIGHTS // site.weights)) if fmt.searched else ranks_per_format
+        ranks = worthwhile_ranks(site, fmt.name, limit, lanes)
         middle = len(ranks) // 2
         for rank in [*ranks[middle : middle + 1], *ranks[:middle], *ranks[middle + 1 :]]:
             candidate = fits.candidate(fmt.name, rank)

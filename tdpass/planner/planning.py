@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tdpass.cost import Budget, Cost
 from tdpass.errors import BudgetError
-from tdpass.formats.base import FORMATS, Layer, dense_cost
+from tdpass.formats.base import FORMATS, Layer
 from tdpass.formats.metric import Metric
 from tdpass.planner.cache import CandidateCache, digest
 from tdpass.planner.candidates import DENSE, Candidate, SiteFits, dense_candidate, enumerate_candidates, frontier, with_loss, within
@@ -21,10 +21,13 @@ from tdpass.planner.select import Option, cheapest, select
 from tdpass.planner.sensitivity import Sweep, measure_losses
 from tdpass.site import Site
 from tdpass.tape import Tape
+from tdpass.targets.base import Timing
 
 SWEEP_SAMPLES = 256
 SWEEP_SECONDS = 240.0
 RANKS_PER_FORMAT = 12
+LANES = 8
+_SLACK = 1.5
 CURVE = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
 Tick = Callable[[str, int, int], None]
@@ -40,7 +43,10 @@ class Dense:
 
 @dataclass
 class Table:
-    """All candidates of all sites with their losses: what every budget is decided from."""
+    """All candidates of all sites with their losses: what every budget is decided from.
+
+    `dense_times` is what the dense layers take, where a target said so.
+    """
 
     sites: tuple[Site, ...]
     candidates: dict[str, list[Candidate]]
@@ -48,10 +54,17 @@ class Table:
     fingerprints: dict[str, str] = field(default_factory=dict)
     metric: str = "weights"
     divergence: str = ""
+    dense_times: dict[str, Timing] = field(default_factory=dict)
+
+    def dense(self, site: Site) -> Candidate:
+        """The site as it is, with its time where that is known."""
+        timing = self.dense_times.get(site.name, Timing(0.0))
+        candidate = dense_candidate(site)
+        return replace(candidate, cost=replace(candidate.cost, seconds=timing.seconds), kernel=timing.kernel)
 
     def options(self, budget: Budget) -> list[Option]:
         """Everything that may be chosen under that budget's error limit; dense always."""
-        found = [Option({site.name: dense_candidate(site)}, 0.0) for site in self.sites]
+        found = [Option({site.name: self.dense(site)}, 0.0) for site in self.sites]
         for name, candidates in self.candidates.items():
             found += [Option({name: candidate}, candidate.loss) for candidate in within(candidates, budget)]
         if budget.max_error is None:
@@ -61,7 +74,7 @@ class Table:
     def plan(self, budget: Budget, original: Cost) -> RankPlan:
         """The best choice under a budget; `original` is the cost of the whole model."""
         names = [site.name for site in self.sites]
-        fixed = original - sum((dense_cost(site) for site in self.sites), Cost())
+        fixed = original - sum((self.dense(site).cost for site in self.sites), Cost())
         options = self.options(budget)
         if budget.bounds:
             chosen = select(options, names, budget.limits(original), fixed)
@@ -85,12 +98,13 @@ class Table:
             format=candidate.format,
             rank=candidate.rank,
             cost=candidate.cost,
-            dense=dense_cost(site),
+            dense=self.dense(site).cost,
             error=candidate.error,
             loss=candidate.loss,
             reason=self._reason(site, candidate, budget),
             guarantee=candidate.guarantee,
             fingerprint=self.fingerprints.get(site.name, ""),
+            kernel=candidate.kernel,
         )
 
     def _with_channels(self, choices: Sequence[Choice], chosen: Mapping[str, Candidate]) -> tuple[Choice, ...]:
@@ -119,12 +133,14 @@ def tabulate(
     cache: CandidateCache | None = None,
     context: str = "",
     tick: Tick = lambda what, done, of: None,
+    timed: bool = False,
 ) -> Table:
     """Candidates and losses for every site.
 
     With recorded runs, errors are weighed by the data and losses measured as the divergence of the network's output with one
     candidate in place; as many as fit in four minutes are measured, the rest follow from their errors.  Without, the loss of
-    a candidate is the squared relative error of its weight.  `context` identifies model and data in the cache.
+    a candidate is the squared relative error of its weight.  `context` identifies model and data in the cache.  With `timed`
+    the candidates are meant to be timed: ranks that fill vector units, and of every format those that may turn out to be faster.
     """
     cache = cache or CandidateCache(None)
     names = tuple(formats) or FORMATS.names()
@@ -132,9 +148,8 @@ def tabulate(
         FORMATS.get(name)
     versions = ",".join(f"{name}{FORMATS.get(name).version}" for name in names)
     fingerprints = {site.name: digest(dense.weight(site.name)) for site in sites}
-    keys = {
-        site.name: digest(fingerprints[site.name], str(site.geometry()), str(site.extents), versions, context, str(RANKS_PER_FORMAT)) for site in sites
-    }
+    purpose = (str(RANKS_PER_FORMAT), *(("timed",) if timed else ()))
+    keys = {site.name: digest(fingerprints[site.name], str(site.geometry()), str(site.extents), versions, context, *purpose) for site in sites}
     known = {site.name: found for site in sites if (found := cache.get(keys[site.name])) is not None}
     missing = [site for site in sites if site.name not in known]
     measures = ("macs", "params") if all(site.seen for site in sites) else ("params",)
@@ -146,7 +161,8 @@ def tabulate(
     )
     for done, (site, metric) in enumerate(metrics, start=1):
         fits = SiteFits(site, dense.weight(site.name), dense.bias(site.name), metric)
-        best = frontier(enumerate_candidates(fits, names, RANKS_PER_FORMAT), measures)
+        found = enumerate_candidates(fits, names, RANKS_PER_FORMAT, LANES if timed else 1)
+        best = _worth_timing(found, measures) if timed else frontier(found, measures)
         known[site.name] = _with_losses(best, fits, sweep, len(missing))
         cache.put(keys[site.name], known[site.name])
         tick("planning", done, len(missing))
@@ -155,6 +171,13 @@ def tabulate(
         table.metric = "inputs and outputs on the calibration data"
         table.divergence = divergence.resolve(divergence.output(tapes[0].play().finish()))
     return table
+
+
+def _worth_timing(candidates: Sequence[Candidate], measures: Sequence[str]) -> list[Candidate]:
+    """Every format's own frontier, without what errs far more than another at no less cost: what counts less may still be slower."""
+    names = dict.fromkeys(candidate.format for candidate in candidates)
+    best = [c for name in names for c in frontier([candidate for candidate in candidates if candidate.format == name], measures)]
+    return frontier(best, measures, _SLACK)
 
 
 def _with_losses(candidates: list[Candidate], fits: SiteFits, sweep: Sweep | None, sites: int) -> list[Candidate]:

@@ -23,7 +23,8 @@ class Choice:
 
     `error` is the relative error of the weight in the metric of the plan, `loss` the expected increase of the network's
     divergence from the original, `channels` the channels kept where the site was pruned together with a neighbour,
-    `fingerprint` identifies the site's weight where names differ, `guarantee` is what theory says of the error.
+    `fingerprint` identifies the site's weight where names differ, `guarantee` is what theory says of the error.  On a target
+    the costs hold measured seconds, `kernel` is the runtime they were measured in and `predicted` what was expected before.
     """
 
     site: str
@@ -38,6 +39,18 @@ class Choice:
     guarantee: str = ""
     fingerprint: str = ""
     channels: tuple[int, ...] = ()
+    kernel: str = ""
+    predicted: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Measured time; 0 where nothing was timed."""
+        return self.cost.seconds
+
+    @property
+    def dense_seconds(self) -> float:
+        """Measured time of the dense layer; 0 where nothing was timed."""
+        return self.dense.seconds
 
     @property
     def kept_dense(self) -> bool:
@@ -71,7 +84,9 @@ class RankPlan:
 
     def rows(self) -> list[SiteRow]:
         """The choices as a report shows them."""
-        return [SiteRow(c.site, c.shape, c.format, c.rank, c.dense, c.cost, c.error, c.loss, c.guarantee, c.reason) for c in self]
+        return [
+            SiteRow(c.site, c.shape, c.format, c.rank, c.dense, c.cost, c.error, c.loss, c.guarantee, c.reason, c.kernel, c.predicted) for c in self
+        ]
 
     def get(self, site: str) -> Choice | None:
         """The choice for a site, by name."""

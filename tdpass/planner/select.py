@@ -13,7 +13,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from tdpass.cost import Cost
+from tdpass.cost import Cost, amount
 from tdpass.errors import BudgetError
 from tdpass.planner.candidates import Candidate
 
@@ -33,7 +33,7 @@ class Option:
         return sum((candidate.cost for candidate in self.parts.values()), Cost())
 
 
-def select(options: Sequence[Option], sites: Sequence[str], limits: Mapping[str, int], fixed: Cost) -> dict[str, Candidate]:
+def select(options: Sequence[Option], sites: Sequence[str], limits: Mapping[str, float], fixed: Cost) -> dict[str, Candidate]:
     """The cheapest loss within the limits: min sum loss x, every site covered exactly once, sum cost x <= limit - fixed.
 
     Solved by HiGHS branch and bound.  `fixed` is the cost of everything that is not a site.
@@ -53,7 +53,7 @@ def cheapest(options: Sequence[Option], sites: Sequence[str], measure: str) -> d
 
 
 def _solve(
-    options: Sequence[Option], sites: Sequence[str], limits: Mapping[str, int], fixed: Cost, objective: Sequence[float]
+    options: Sequence[Option], sites: Sequence[str], limits: Mapping[str, float], fixed: Cost, objective: Sequence[float]
 ) -> dict[str, Candidate] | None:
     if not sites:
         return {} if all(fixed.get(measure) <= limit for measure, limit in limits.items()) else None
@@ -66,7 +66,9 @@ def _solve(
         if room < 0:
             return None
         costs = np.array([option.cost.get(measure) for option in options], dtype=float)
-        constraints.append(LinearConstraint(costs[None, :] / max(room, 1), -np.inf, 1.0))
+        # the solver's tolerance is absolute: whatever the measure's unit, the largest number is about 1
+        unit = room or float(costs.max()) or 1.0
+        constraints.append(LinearConstraint(costs[None, :] / unit, -np.inf, room / unit))
     goal = np.asarray(objective, dtype=float)
     scale = np.abs(goal).max()
     with _silenced():
@@ -102,13 +104,16 @@ def _silenced() -> Iterator[None]:
         os.close(sink)
 
 
-def _smallest(options: Sequence[Option], sites: Sequence[str], limits: Mapping[str, int], fixed: Cost) -> str:
+def _smallest(options: Sequence[Option], sites: Sequence[str], limits: Mapping[str, float], fixed: Cost) -> str:
     parts: list[str] = []
     for measure, limit in limits.items():
         chosen = cheapest(options, sites, measure) if sites else {}
         least = fixed.get(measure) + sum(candidate.cost.get(measure) for candidate in chosen.values())
         if least > limit:
-            parts.append(f"budget of {limit:,} {measure} is below the smallest reachable plan ({least:,}, of which {fixed.get(measure):,} in layers that stay)")
+            stays = amount(measure, fixed.get(measure))
+            # rounded up, so that a budget of just what is named here can be met
+            asked, reachable = amount(measure, limit), amount(measure, least * 1.0005 if measure == "seconds" else least)
+            parts.append(f"budget of {asked} {measure} is below the smallest reachable plan ({reachable}, of which {stays} in layers that stay)")
     if not parts:
-        return "no plan meets all budgets at once; raise one of them: " + ", ".join(f"{m} <= {v:,}" for m, v in limits.items())
+        return "no plan meets all budgets at once; raise one of them: " + ", ".join(f"{m} <= {amount(m, v)}" for m, v in limits.items())
     return "; ".join(parts) + "; raise it, allow more sites, or loosen max_error"

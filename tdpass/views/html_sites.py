@@ -9,8 +9,8 @@ from tdpass.cost import Cost
 from tdpass.planner.rank_plan import DENSE
 from tdpass.report import SiteRow
 from tdpass.views.html import Html, column, join, spaced, table, tag
-from tdpass.views.summary import FormatTotal
-from tdpass.views.units import dims, human, ranks, ratio, small
+from tdpass.views.summary import FormatTotal, timed
+from tdpass.views.units import dims, human, ranks, ratio, seconds, small
 
 MEASURES = {"macs": "MACs", "params": "Parameters"}
 _COLOURS = 8
@@ -57,16 +57,17 @@ def site_table(rows: Sequence[SiteRow], colour: Mapping[str, str]) -> Html:
         column("Before", number=True),
         column("After", number=True),
         column("Ratio", number=True),
+        *((column("Time", number=True), column("Predicted", number=True)) if timed(rows) else ()),
         column("Error", number=True),
         column("Loss", number=True),
         column("Reason"),
     ]
     longest = {name: max((max(row.before.get(name), row.after.get(name)) for row in rows), default=0) for name in MEASURES}
     prefix = common_prefix([row.site for row in rows])
-    return table(headers, [_row(row, colour, longest, prefix) for row in rows], "Sites", id="sites-table")
+    return table(headers, [_row(row, colour, longest, prefix, timed(rows)) for row in rows], "Sites", id="sites-table")
 
 
-def _row(row: SiteRow, colour: Mapping[str, str], longest: Mapping[str, int], prefix: str) -> Html:
+def _row(row: SiteRow, colour: Mapping[str, str], longest: Mapping[str, float], prefix: str, with_time: bool) -> Html:
     dense = row.format == DENSE
     bars = [_bar(row, name, colour[row.format], longest[name]) for name in MEASURES]
     bound = tag("span", row.guarantee.replace("<=", "≤"), class_="below") if row.guarantee else None
@@ -76,11 +77,21 @@ def _row(row: SiteRow, colour: Mapping[str, str], longest: Mapping[str, int], pr
         tag("td", chip(row.format, colour[row.format]), tag("span", ranks(row.rank), class_="below"), data_key=row.format),
         tag("td", *bars, class_="bars"),
         *_amounts(row.before, row.after, dense),
+        *(_times(row, dense) if with_time else ()),
         tag("td", "" if dense else small(row.error), bound, class_="number", data_key=0 if dense else row.error),
         tag("td", "" if dense else small(row.loss), class_="number", data_key=0 if dense else row.loss),
         tag("td", row.note, class_="why", data_key=row.note),
         class_="kept" if dense else None,
     )
+
+
+def _times(row: SiteRow, dense: bool) -> list[Html]:
+    """Cells for the measured time over the dense one and the runtime, and for what was predicted."""
+    before, after = row.before.seconds, row.after.seconds
+    shown = spaced(seconds(before)) if dense else join([spaced(seconds(before)), " → ", spaced(seconds(after))])
+    below = tag("span", " ".join(filter(None, ("" if dense else ratio(before, after, "×"), row.kernel))), class_="below")
+    predicted = tag("td", "" if dense else spaced(seconds(row.predicted)), class_="number", data_key=0 if dense else row.predicted)
+    return [tag("td", shown, below, class_="number", data_key=after), predicted]
 
 
 def _name(site: str, prefix: str) -> Html:
@@ -109,7 +120,7 @@ def _percent(part: float, whole: float) -> float:
     return 100 * part / whole if whole else 0.0
 
 
-def _bar(row: SiteRow, name: str, colour: str, longest: int) -> Html:
+def _bar(row: SiteRow, name: str, colour: str, longest: float) -> Html:
     before, after = _percent(row.before.get(name), longest), _percent(row.after.get(name), longest)
     return tag(
         "svg",
@@ -140,7 +151,7 @@ def composition(totals: Sequence[FormatTotal], original: Cost, final: Cost, colo
     return join(bars)
 
 
-def _stack(pieces: Sequence[tuple[str, str, object]], whole: int, label: str) -> Html:
+def _stack(pieces: Sequence[tuple[str, str, object]], whole: float, label: str) -> Html:
     place, rects, words = 0.0, [], []
     for name, colour, value in pieces:
         width = _percent(max(0, int(str(value))), whole)

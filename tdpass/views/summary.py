@@ -96,6 +96,11 @@ def by_format(rows: Sequence[SiteRow]) -> list[FormatTotal]:
     return totals
 
 
+def timed(rows: Sequence[SiteRow]) -> bool:
+    """Whether the sites were timed on a target."""
+    return any(row.before.seconds > 0 for row in rows)
+
+
 def refusals(report: Report, plan: RankPlan | None = None) -> dict[str, list[str]]:
     """Layers left alone, as reason -> names, the most frequent reason first."""
     reasons: dict[str, list[str]] = {}

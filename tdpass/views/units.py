@@ -74,6 +74,15 @@ def seconds(value: float) -> str:
     return f"{minutes} min {rest:02d} s"
 
 
+def cost_text(measure: str, value: float) -> str:
+    """A cost in the unit of its measure.
+
+    >>> cost_text("macs", 1200), cost_text("bytes", 1200), cost_text("seconds", 0.0012)
+    ('1.20 k', '1.20 kB', '1.2 ms')
+    """
+    return seconds(value) if measure == "seconds" else human(value, "B" if measure == "bytes" else "")
+
+
 def dims(shape: Sequence[int], times: str = "x") -> str:
     """A shape, such as 64x32x3x3."""
     return times.join(str(size) for size in shape)

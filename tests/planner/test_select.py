@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,3 +69,31 @@ def test_what_the_solver_prints_stays_away_from_standard_output(capfd: pytest.Ca
         os.write(1, b"HighsMipSolverData::noise")
     os.write(1, b"wanted")
     assert capfd.readouterr().out == "wanted"
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_bound_on_seconds_is_kept_whatever_their_size(seed: int, scale: float) -> None:
+    options, sites = _options(seed)
+    timed = [
+        Option({name: replace(part, cost=replace(part.cost, seconds=part.cost.macs / 1000 * scale)) for name, part in o.parts.items()}, o.loss) for o in options
+    ]
+    fixed = Cost(0, 0, 0, 0.1 * scale)
+    chosen = select(timed, sites, {"seconds": 2.2 * scale}, fixed)
+    spent = fixed + sum((part.cost for part in chosen.values()), Cost())
+    assert spent.seconds <= 2.2 * scale * (1 + 1e-5)
+    counted = select(options, sites, {"macs": 2100}, Cost())
+    assert {name: part.rank for name, part in chosen.items()} == {name: part.rank for name, part in counted.items()}
+
+
+def test_an_impossible_bound_on_seconds_names_the_smallest_reachable() -> None:
+    parts = [Candidate("dense", (), Cost(seconds=3e-3), 0.0), Candidate("svd", (1,), Cost(seconds=1.5e-3), 1.0, 1.0)]
+    options = [Option({"s": part}, part.loss) for part in parts]
+    with pytest.raises(BudgetError, match=r"budget of 1ms seconds is below the smallest reachable plan \(1\.751ms, of which 250us in layers that stay"):
+        select(options, ["s"], {"seconds": 1e-3}, Cost(seconds=250e-6))
+    assert select(options, ["s"], {"seconds": 1.751e-3}, Cost(seconds=250e-6))["s"].format == "svd"
+
+
+def test_no_room_at_all_leaves_only_what_costs_nothing() -> None:
+    options = [Option({"s": Candidate("dense", (), Cost(macs=1), 0.0)}, 0.0), Option({"s": Candidate("constant", (), Cost(), 1.0)}, 1.0)]
+    assert select(options, ["s"], {"macs": 5}, Cost(macs=5))["s"].format == "constant"

@@ -1,0 +1,46 @@
+"""Graphs of one layer, to be run alone, and the inputs of whole models by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import onnx_ir as ir
+from torch import Tensor
+
+from tdpass.models.base import Batch, Model
+from tdpass.models.onnx.inputs import bind
+from tdpass.models.onnx.model import OnnxModel
+from tdpass.models.onnx.names import FreshNames
+from tdpass.models.onnx.ops import OnnxOps
+from tdpass.models.onnx.shapes import Shapes
+from tdpass.models.onnx.tensors import from_torch
+from tdpass.ops import Ops
+
+INPUT, OUTPUT = "x", "y"
+_OPSET, _IR_VERSION = 17, 8
+
+Write = Callable[[Ops[ir.Value], ir.Value, Mapping[str, ir.Value]], ir.Value]
+
+
+def single_layer(weights: Mapping[str, Tensor], x: Tensor, y: Tensor, write: Write) -> bytes:
+    """A serialized model from an input like `x` to an output like `y`; `write` records its nodes as a factored site's are recorded."""
+    source = ir.Value(name=INPUT, shape=ir.Shape(list(x.shape)), type=ir.TensorType(from_torch(x).dtype))
+    graph = ir.Graph([source], [], nodes=[], opset_imports={"": _OPSET}, name="layer")
+    model = ir.Model(graph, ir_version=_IR_VERSION)
+    ops = OnnxOps("layer", _OPSET, FreshNames(model), Shapes({}))
+    output = ops.computed(write(ops, source, {name: ops.constant(name, weight) for name, weight in weights.items()}))
+    graph.extend(ops.take_nodes())
+    names = FreshNames(model)
+    for value, wanted in ops.constants_read():
+        value.name = names.value(wanted)
+        graph.register_initializer(value)
+    output.name, output.shape, output.type = OUTPUT, ir.Shape(list(y.shape)), ir.TensorType(from_torch(y).dtype)
+    graph.outputs.append(output)
+    content: bytes = ir.to_proto(model).SerializeToString()
+    return content
+
+
+def named_inputs(model: Model, batch: Batch) -> dict[str, Tensor]:
+    """The batch by input name of an ONNX model; raises `InvalidModelError` where it does not fit."""
+    assert isinstance(model, OnnxModel)
+    return bind(model._dense.graph, batch)

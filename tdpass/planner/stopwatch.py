@@ -1,0 +1,142 @@
+"""Times of the sites' candidates on a target: measured at some ranks, interpolated between them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from tdpass.formats.base import FORMATS, Rank
+from tdpass.planner.candidates import Candidate
+from tdpass.site import Site
+from tdpass.targets.base import Setting, Target, Timing, Variant
+
+RANKS_MEASURED = 6
+_GRIDS = (16, 8)
+_NOTHING = Timing(0.0)
+
+
+@dataclass
+class Stopwatch:
+    """What a target says of a model's sites, called with that many samples and threads.
+
+    `dtypes` holds the type of each site's weight.  `scale` is by how much layers are faster inside the model than alone: where
+    their times add up to more than the whole takes, it makes them add up to just that.
+    """
+
+    target: Target
+    batch: int
+    threads: int
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    scale: float = 1.0
+    _times: dict[Site, dict[Variant, Timing]] = field(default_factory=dict)
+    _careful: set[tuple[Site, Variant]] = field(default_factory=set)
+    _predicted: dict[tuple[Site, Variant], float] = field(default_factory=dict)
+
+    def setting(self, site: Site) -> Setting:
+        """How that site's layer is called."""
+        return Setting(self.batch, self.threads, self.dtypes.get(site.name, torch.float32))
+
+    def scan(self, site: Site, candidates: Sequence[Candidate]) -> None:
+        """Measure the dense layer and, of every format among the candidates, a few ranks."""
+        variants = [Variant(), *anchors(candidates)]
+        known = self._times.setdefault(_nameless(site), {})
+        missing = [variant for variant in variants if variant not in known]
+        if missing:
+            known.update(zip(missing, self.target.time(site, missing, self.setting(site)), strict=True))
+
+    def confirm_all(self, wanted: Iterable[tuple[Site, Variant]]) -> bool:
+        """Measure with care what was not yet; returns whether there was anything."""
+        missing: dict[Site, tuple[Site, list[Variant]]] = {}
+        for site, variant in dict.fromkeys(wanted):
+            if not self.measured(site, variant):
+                variants = missing.setdefault(_nameless(site), (site, []))[1]
+                variants.extend(() if variant in variants else (variant,))
+        for key, (site, variants) in missing.items():
+            for variant in variants:
+                self._predicted[key, variant] = self._of(site, variant).seconds
+            self._times[key].update(zip(variants, self.target.time(site, variants, self.setting(site), careful=True), strict=True))
+            self._careful.update((key, variant) for variant in variants)
+        return bool(missing)
+
+    def measured(self, site: Site, variant: Variant) -> bool:
+        """Whether it was measured with care; what computes nothing takes nothing."""
+        return (_nameless(site), variant) in self._careful or _macs(site, variant) == 0
+
+    def predicted(self, site: Site, variant: Variant) -> float:
+        """What was expected of it before it was measured with care."""
+        return self._predicted.get((_nameless(site), variant), 0.0) * self.scale
+
+    def dense(self, site: Site) -> Timing:
+        """Time of the dense layer."""
+        return self._scaled(self._times[_nameless(site)][Variant()])
+
+    def timing(self, site: Site, candidate: Candidate) -> Timing:
+        """Time of a candidate: as measured, else on the straight line between its format's nearest measured multiply-adds."""
+        return self._scaled(self._of(site, variant_of(candidate)))
+
+    def faster(self, site: Site, timing: Timing) -> bool:
+        """Whether that is clearly less than the dense layer takes."""
+        return timing.seconds < self.dense(site).seconds * (1 - self.target.margin)
+
+    def break_even(self, site: Site, format_name: str) -> Rank | None:
+        """The largest measured rank of a format that is faster than dense."""
+        found = [v for v, timing in self._times[_nameless(site)].items() if v.format == format_name and self.faster(site, self._scaled(timing))]
+        return max(found, key=lambda variant: _macs(site, variant)).rank if found else None
+
+    def _scaled(self, timing: Timing) -> Timing:
+        return replace(timing, seconds=timing.seconds * self.scale)
+
+    def _of(self, site: Site, variant: Variant) -> Timing:
+        known = self._times[_nameless(site)]
+        if variant in known:
+            return known[variant]
+        macs = _macs(site, variant)
+        if macs == 0:
+            return _NOTHING
+        points = sorted((_macs(site, other), timing.seconds, timing.kernel) for other, timing in known.items() if other.format == variant.format)
+        finite = [point for point in points if math.isfinite(point[1])]
+        return _between(finite, macs) if finite else Timing(math.inf)
+
+
+def variant_of(candidate: Candidate) -> Variant:
+    """The candidate without its cost."""
+    return Variant(candidate.format, candidate.rank)
+
+
+def anchors(candidates: Sequence[Candidate]) -> list[Variant]:
+    """The ranks to measure: of every format a handful from the cheapest to the dearest, on a grid of 16 or 8 channels where it has such.
+
+    Vector units work on that many channels at once: a rank between two such takes the time of the larger.
+    """
+    found: list[Variant] = []
+    for name in dict.fromkeys(candidate.format for candidate in candidates):
+        group = {c.rank: c for c in sorted(candidates, key=lambda c: (c.cost.macs, c.rank)) if c.format == name and c.cost.macs > 0}
+        ranks = list(group)
+        inner = next((on for grid in _GRIDS if len(on := [rank for rank in ranks if all(r % grid == 0 for r in rank)]) >= RANKS_MEASURED - 2), ranks)
+        count = min(len(inner), RANKS_MEASURED - 2)
+        spread = [inner[round(k * (len(inner) - 1) / max(count - 1, 1))] for k in range(count)]
+        found += [Variant(name, rank) for rank in dict.fromkeys([*ranks[:1], *spread, *ranks[-1:]])]
+    return found
+
+
+def _between(points: Sequence[tuple[int, float, str]], macs: int) -> Timing:
+    """On the line between the neighbours; beyond the ends, in proportion to the multiply-adds of the last."""
+    below = [point for point in points if point[0] <= macs]
+    above = [point for point in points if point[0] > macs]
+    if below and above:
+        (m0, s0, kernel0), (m1, s1, kernel1) = below[-1], above[0]
+        share = (macs - m0) / (m1 - m0)
+        return Timing((1 - share) * s0 + share * s1, kernel0 if share < 0.5 else kernel1)
+    m, seconds, kernel = below[-1] if below else above[0]
+    return Timing(seconds * max(1.0, macs / m), kernel)
+
+
+def _macs(site: Site, variant: Variant) -> int:
+    return FORMATS.get(variant.format).cost(site, variant.rank).macs if variant.format in FORMATS else site.weights * site.out_positions
+
+
+def _nameless(site: Site) -> Site:
+    return replace(site, name="")

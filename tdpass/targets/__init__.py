@@ -1,0 +1,18 @@
+"""Targets: machines that a plan is made for, and how long a layer takes there.  Importing this package registers all of them."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from tdpass.targets.base import DENSE as DENSE
+from tdpass.targets.base import TARGETS as TARGETS
+from tdpass.targets.base import Setting as Setting
+from tdpass.targets.base import Target as Target
+from tdpass.targets.base import Timing as Timing
+from tdpass.targets.base import Variant as Variant
+from tdpass.targets.base import open_target as open_target
+from tdpass.targets.base import register_target as register_target
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,108 @@
+"""What a target is: a machine and a way to run models on it, asked how long a layer takes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from tdpass.errors import UsageError
+from tdpass.formats.base import Rank
+from tdpass.models.base import Batch, Model
+from tdpass.registry import Registry
+from tdpass.site import Site
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to store a site: a format and a rank, or the dense layer."""
+
+    format: str = DENSE
+    rank: Rank = ()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the model will be called: samples per call, threads, and the floating-point type of its weights."""
+
+    batch: int = 1
+    threads: int = 1
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call of the model spent in a layer, and the runtime that was fastest; infinite where none can run it."""
+
+    seconds: float
+    kernel: str = ""
+
+
+class Target(ABC):
+    """A machine that layers are timed on; a subclass per kind, registered with `register_target`.
+
+    `margin` is how much faster than the dense layer a variant must have been measured to count as faster: what is left of the
+    noise after careful rounds.  `notes` is what the user should hear of.
+    """
+
+    name: ClassVar[str]
+    margin: ClassVar[float] = 0.0
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    @classmethod
+    @abstractmethod
+    def open(cls, way: str, frontend: str, cache: Path | None) -> Target:
+        """The target for models of that front end, run in the given way (`""`: as the front end's models usually are).
+
+        `cache` is the folder where measurements are kept.  Raises `UsageError` for a way it does not have, or a missing device.
+        """
+
+    @abstractmethod
+    def time(self, site: Site, variants: Sequence[Variant], setting: Setting, careful: bool = False) -> list[Timing]:
+        """Seconds of the site as each variant, summed over all its calls; all variants not known yet are measured against each other.
+
+        With `careful`, what is known from a few rounds only is measured again in many.
+        """
+
+    @abstractmethod
+    def time_models(self, models: Sequence[Model], batch: Batch, setting: Setting, yardstick: Site | None = None) -> list[float]:
+        """Seconds of one call of each model, measured against each other.
+
+        With `yardstick`, a dense site that was timed before, the answer is on the scale of what it took then: a machine that
+        is busier now than it was when the layers were timed changes nothing.
+        """
+
+    def seconds(self, site: Site, format: str, rank: Rank, batch: int = 1, threads: int = 1, dtype: torch.dtype = torch.float32) -> float:  # noqa: A002
+        """Time of one layer; format `dense` with rank `()` is the layer as it is."""
+        return self.time(site, [Variant(format, rank)], Setting(batch, threads, dtype))[0].seconds
+
+
+TARGETS: Registry[type[Target]] = Registry("target")
+
+
+def register_target(cls: type[Target]) -> type[Target]:
+    """Class decorator: make a target known by its `name`."""
+    return TARGETS.add(cls.name, cls)
+
+
+def open_target(text: str | Target, frontend: str, cache: Path | None = None) -> Target:
+    """Read `cpu`, `cpu:openvino` or `cuda`: a registered target, and after the colon one of its ways to run a model.
+
+    Raises `UsageError` for an unknown one.
+    """
+    if isinstance(text, Target):
+        return text
+    if not isinstance(text, str):
+        raise UsageError(f"target={text!r} is not a text; write 'cpu', or another of: {', '.join(TARGETS.names())}")
+    name, colon, way = text.strip().partition(":")
+    if colon and not way:
+        raise UsageError(f"target {text!r} names no way to run a model after the colon; write {name!r}, or {name}:NAME")
+    return TARGETS.get(name).open(way, frontend, cache)

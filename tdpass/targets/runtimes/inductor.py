@@ -1,0 +1,75 @@
+"""inductor: torch.compile, with the weights as constants."""
+
+from __future__ import annotations
+
+import inspect
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdpass.models.base import Batch, Model
+from tdpass.models.torch_model import TorchModel
+from tdpass.targets.layers import AnyLayer, LayerModule, channels_last, example_input
+from tdpass.targets.runtimes.base import Call, Runtime, register_runtime
+from tdpass.targets.runtimes.eager import channels_last_model
+
+_OPTIONS: dict[str, Any] = {"options": {"freezing": True}}
+if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+    # all layers share one forward function, and compiled code is dropped after a few versions of a function
+    _OPTIONS["isolate_recompiles"] = True
+
+
+@register_runtime
+class Inductor(Runtime):
+    """torch.compile on the CPU; every layer takes seconds to compile."""
+
+    name = "inductor"
+    families = frozenset({"torch"})
+    on_demand = True
+
+    def version(self) -> str:
+        return str(torch.__version__)
+
+    def prepare(self, layer: AnyLayer, batch: int, threads: int) -> Callable[[], Tensor] | None:
+        module, x = LayerModule(layer), channels_last(example_input(layer, batch))
+        # a linear layer compiled for sizes that vary goes to another library, on some machines one twice as fast
+        ways = (False, True) if layer.site.kind == "linear" else (False,)
+        calls = [call for dynamic in ways if (call := _compiled(module, Batch((x,)), dynamic)) is not None]
+        return min(calls, key=_a_few_calls) if calls else None
+
+    def prepare_model(self, model: Model, batch: Batch, threads: int) -> Call | None:
+        if not isinstance(model, TorchModel):
+            return None
+        module, placed = channels_last_model(model, batch)
+        return _compiled(module, placed, dynamic=None)
+
+
+def _compiled(module: nn.Module, batch: Batch, dynamic: bool | None) -> Callable[[], Any] | None:
+    """The compiled module on that batch; None where it cannot be compiled."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compiled = torch.compile(module, dynamic=dynamic, **_OPTIONS)
+
+            def call() -> Any:
+                with torch.no_grad():
+                    return compiled(*batch.args, **batch.kwargs)
+
+            call()
+    except Exception:  # noqa: BLE001 - a compiler fails in many ways, and each means that it does not serve this layer
+        return None
+    return call
+
+
+def _a_few_calls(call: Callable[[], object]) -> float:
+    call()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,73 @@
+"""kernels: the fused operators of this package."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdpass.formats.base import Layer
+from tdpass.formats.lowering import Lowered, lower
+from tdpass.kernels import native
+from tdpass.kernels.conv_chain import CONV_CHAIN
+from tdpass.kernels.linear_chain import LINEAR_CHAIN
+from tdpass.kernels.stage import Lanes
+from tdpass.targets.layers import AnyLayer, channels_last, example_input
+from tdpass.targets.runtimes.base import Runtime, register_runtime
+
+LANES: tuple[Lanes, ...] = ("channels", "pixels")
+
+
+@register_runtime
+class Kernels(Runtime):
+    """One operator for a whole factor chain, with whichever lanes are faster here."""
+
+    name = "kernels"
+    families = frozenset({"torch"})
+
+    def version(self) -> str:
+        return f"{native.isa()} {native.version()}"
+
+    def available(self) -> bool:
+        return native.library() is not None
+
+    def prepare(self, layer: AnyLayer, batch: int, threads: int) -> Callable[[], Tensor] | None:
+        lowered = lower(layer) if isinstance(layer, Layer) else None
+        if lowered is None:
+            return None
+        x = example_input(layer, batch)
+        calls = [_bind(layer, lowered, x, lanes) for lanes in (LANES if lowered.kind == "conv" else LANES[:1])]
+        return min(calls, key=_a_few_calls)
+
+
+def _bind(layer: Layer, lowered: Lowered, x: Tensor, lanes: Lanes) -> Callable[[], Tensor]:
+    packed = lowered.pack(layer, lanes)
+    if lowered.kind == "linear":
+        return lambda: _call(LINEAR_CHAIN.call, x, packed, layer.bias, None, lowered.widths, "identity")
+    seen = x if x.dim() == 4 else x[:, :, None]
+    placed = channels_last(seen) if lanes == "channels" else seen.contiguous()
+    integers = lowered.integers
+
+    def run() -> Tensor:
+        y = _call(CONV_CHAIN.call, placed, packed, layer.bias, None, integers, "identity", lanes)
+        return y if x.dim() == 4 else y[:, :, 0]
+
+    return run
+
+
+def _call(operator: Any, *arguments: Tensor | Sequence[Tensor] | Sequence[int] | str | None) -> Tensor:
+    y: Tensor = operator(*arguments)
+    return y
+
+
+def _a_few_calls(call: Callable[[], object]) -> float:
+    times = []
+    with torch.no_grad():
+        for _ in range(6):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,88 @@
+"""onnxruntime: a graph of one layer in ONNX Runtime, its input and output bound to memory."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from torch import Tensor
+
+from tdpass.models.base import Batch, Model
+from tdpass.models.onnx.session import register_fused_ops
+from tdpass.models.onnx.single import INPUT, OUTPUT, named_inputs, single_layer
+from tdpass.targets.layers import AnyLayer, apply_layer, dtype_of, example_input, weights_of
+from tdpass.targets.runtimes.base import Bound, BoundLayer, Call, Runtime, register_runtime
+
+_ERRORS_ONLY = 3
+_SERVED = frozenset({torch.float32, torch.float64, torch.float16})
+
+
+@register_runtime
+class OnnxRuntime(Runtime):
+    """ONNX Runtime on the CPU."""
+
+    name = "onnxruntime"
+    families = frozenset({"onnxruntime"})
+
+    def version(self) -> str:
+        return str(onnxruntime.__version__)
+
+    def prepare(self, layer: AnyLayer, batch: int, threads: int) -> Callable[[], Tensor] | None:
+        if dtype_of(layer) not in _SERVED:
+            return None
+        x = example_input(layer, batch)
+        y = torch.empty(layer(x).shape, dtype=x.dtype)
+        try:
+            session = open_session(as_graph(layer, x, y), threads)
+            binding = session.io_binding()
+            for name, tensor, bind in ((INPUT, x, binding.bind_input), (OUTPUT, y, binding.bind_output)):
+                bind(name, "cpu", 0, tensor.numpy().dtype.type, tuple(tensor.shape), tensor.data_ptr())
+            session.run_with_iobinding(binding)
+        except Exception:  # noqa: BLE001 - it raises a dozen unrelated types, and each means that it does not serve this layer
+            return None
+        return BoundLayer(lambda: session.run_with_iobinding(binding), x, y)
+
+    def prepare_model(self, model: Model, batch: Batch, threads: int) -> Call | None:
+        if model.frontend != "onnx":
+            return None
+        saved = Saved(model)
+        return Bound(bound(open_session(str(saved.path), threads), named_inputs(model, batch)), saved)
+
+
+class Saved:
+    """A model in a file of its own, for as long as this object lives: runtimes map large weights from there."""
+
+    def __init__(self, model: Model) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="tdpass-")) / "model.onnx"
+        weakref.finalize(self, shutil.rmtree, self.path.parent, ignore_errors=True)
+        model.save(self.path, {})
+
+
+def as_graph(layer: AnyLayer, x: Tensor, y: Tensor) -> bytes:
+    """The layer as a serialized ONNX model."""
+    return single_layer(weights_of(layer), x, y, lambda ops, value, weights: apply_layer(ops, layer, value, weights))
+
+
+def open_session(source: str | bytes, threads: int) -> Any:
+    """A session on the CPU with that many threads."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, _ERRORS_ONLY
+    register_fused_ops(options, source)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def bound(session: Any, inputs: Mapping[str, Tensor]) -> Call:
+    """A call that runs a session on these inputs, all memory bound beforehand."""
+    binding = session.io_binding()
+    for name, tensor in inputs.items():
+        binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy()))
+    for value in session.get_outputs():
+        binding.bind_output(value.name, "cpu")
+    return lambda: session.run_with_iobinding(binding)
+

@@ -1,0 +1,65 @@
+"""openvino: the same graphs in OpenVINO, where it is installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdpass.models.base import Batch, Model
+from tdpass.models.onnx.single import INPUT, named_inputs
+from tdpass.targets.layers import AnyLayer, dtype_of, example_input
+from tdpass.targets.runtimes.base import Bound, BoundLayer, Call, Runtime, register_runtime
+from tdpass.targets.runtimes.onnx_runtime import Saved, as_graph
+
+
+@register_runtime
+class OpenVino(Runtime):
+    """OpenVINO on the CPU, in the precision of the model."""
+
+    name = "openvino"
+    families = frozenset({"openvino"})
+
+    def available(self) -> bool:
+        return importlib.util.find_spec("openvino") is not None
+
+    def version(self) -> str:
+        return str(importlib.import_module("openvino").__version__)
+
+    def prepare(self, layer: AnyLayer, batch: int, threads: int) -> Callable[[], Tensor] | None:
+        if dtype_of(layer) is not torch.float32:
+            return None
+        x = example_input(layer, batch)
+        try:
+            request = open_request(open_graph(as_graph(layer, x, layer(x))), {INPUT: x}, threads)
+            request.infer()
+        except Exception:  # noqa: BLE001 - it raises several unrelated types, and each means that it does not serve this layer
+            return None
+        return BoundLayer(request.infer, x, torch.from_numpy(request.get_output_tensor(0).data))
+
+    def prepare_model(self, model: Model, batch: Batch, threads: int) -> Call | None:
+        if model.frontend != "onnx":
+            return None
+        saved, inputs = Saved(model), named_inputs(model, batch)
+        return Bound(open_request(open_graph(str(saved.path)), inputs, threads).infer, (saved, inputs))
+
+
+def open_graph(source: str | bytes) -> Any:
+    """A model as OpenVINO reads it, from a path or a serialized ONNX model."""
+    return importlib.import_module("openvino").Core().read_model(source)
+
+
+def open_request(graph: Any, inputs: Mapping[str, Tensor], threads: int) -> Any:
+    """One inference request with its inputs set; float32 stays float32."""
+    openvino = importlib.import_module("openvino")
+    # without the precision hint OpenVINO computes in bfloat16 where the machine can, and the comparison is not one
+    hints = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT_NUM_REQUESTS": 1}
+    graph.reshape({name: list(tensor.shape) for name, tensor in inputs.items()})
+    request = openvino.Core().compile_model(graph, "CPU", hints).create_infer_request()
+    for name, tensor in inputs.items():
+        request.set_tensor(name, openvino.Tensor(tensor.contiguous().numpy(), shared_memory=True))
+    return request

@@ -1,0 +1,50 @@
+"""Whole models on a target: the compressed one against the one it was made from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tdpass.cost import Cost, amount
+from tdpass.models.base import Model, call_batch
+from tdpass.pipeline import Job
+from tdpass.planner.rank_plan import DENSE, Choice, RankPlan
+from tdpass.targets import Setting
+
+
+def hold_against_dense(opened: Model, model: Model, job: Job) -> bool:
+    """Time both in turn and say in the report what came of it; returns whether the compressed model is faster.
+
+    Where it is not, the plan becomes one that leaves every site as it is.  The dense model is the one that was planned on, with its
+    batch-norms folded where they were, else the one that came in.
+    """
+    assert job.target is not None
+    assert job.plan is not None
+    report, dense = job.report, job.dense or opened
+    setting = Setting(job.batch, job.threads)
+    before, after = job.target.time_models([dense, model], call_batch(dense, job.batches, job.batch), setting)
+    # the planned and the reached time are comparable only on the same scale
+    whole = report.original.seconds or before
+    report.original = replace(report.original, seconds=whole)
+    if after < before:
+        report.final = replace(report.final, seconds=whole * after / before)
+        return True
+    reason = f"the compressed model takes {amount('seconds', after)} and the original {amount('seconds', before)}: it is given back unchanged"
+    report.note(reason)
+    report.checks.clear()
+    report.final = report.original
+    job.plan = _left_dense(job.plan, report.original)
+    report.sites = job.plan.rows()
+    return False
+
+
+def _left_dense(plan: RankPlan, original: Cost) -> RankPlan:
+    choices = tuple(
+        choice
+        if choice.kept_dense
+        else Choice(
+            choice.site, choice.shape, DENSE, (), choice.dense, choice.dense, fingerprint=choice.fingerprint,
+            reason=f"{choice.format} here made the whole model slower, or no faster", predicted=choice.dense.seconds,
+        )
+        for choice in plan
+    )  # fmt: skip
+    return replace(plan, choices=choices, original=original)

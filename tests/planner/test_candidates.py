@@ -1,0 +1,27 @@
+"""Which ranks are tried."""
+
+from __future__ import annotations
+
+import pytest
+
+from tdpass.formats import FORMATS
+from tdpass.formats.base import dense_cost
+from tdpass.planner.candidates import worthwhile_ranks
+from tdpass.site import Site
+
+LARGE = Site("large", "conv", (512, 512, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
+
+
+@pytest.mark.parametrize("name", ["cp", "block_term", "tucker2", "channel_svd"])
+def test_ranks_fall_and_a_single_one_halves_the_layer(name: str) -> None:
+    dense = dense_cost(LARGE).params
+    costs = [FORMATS.get(name).cost(LARGE, rank).params for rank in worthwhile_ranks(LARGE, name, 8)]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] < dense
+    assert 1 < len(costs) <= 8
+    (only,) = worthwhile_ranks(LARGE, name, 1)
+    assert abs(FORMATS.get(name).cost(LARGE, only).params / dense - 0.5) < 0.05
+
+
+def test_a_layer_that_nothing_makes_smaller_has_no_ranks() -> None:
+    assert worthwhile_ranks(Site("tiny", "linear", (1, 1)), "svd", 1) == []

@@ -1,0 +1,98 @@
+"""What every registered runtime promises: the layer's own numbers, or None."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tdpass.formats import FORMATS
+from tdpass.models import Batch, open_model
+from tdpass.site import Site
+from tdpass.targets.base import DENSE, Variant
+from tdpass.targets.layers import AnyLayer, example_input, make_layer
+from tdpass.targets.runtimes import RUNTIMES
+
+SITES = (
+    Site("conv", "conv", (16, 8, 3, 3), (2, 1), ((0, 1), (1, 1)), (1, 1), True, extents=(((9, 8), (4, 8)),)),
+    Site("pointwise", "conv", (8, 16, 1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1), extents=(((5, 6), (5, 6)),)),
+    Site("conv1d", "conv", (8, 8, 5), (1,), ((2, 2),), (1,), True, extents=(((15,), (15,)),)),
+    Site("tokens", "linear", (16, 24), bias=True, extents=(((7,), (7,)),)),
+    Site("vector", "linear", (8, 16), extents=(((1,), (1,)),)),
+)
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if RUNTIMES.get(name).on_demand else name for name in RUNTIMES.names()]
+
+
+def variants(site: Site) -> list[Variant]:
+    """Dense, fewer channels, and a middle rank of every format."""
+    formats = [fmt for fmt in FORMATS if fmt.fits(site)]
+    return [Variant(), Variant("pruned", (6, 5)), *(Variant(fmt.name, fmt.ranks(site)[len(fmt.ranks(site)) // 2]) for fmt in formats)]
+
+
+CASES = [(site, variant) for site in SITES for variant in variants(site)]
+
+
+@pytest.mark.parametrize(("site", "variant"), CASES, ids=[f"{site.name}-{variant.format}" for site, variant in CASES])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_runtime_gives_the_numbers_of_the_layer_or_declines(name: str, site: Site, variant: Variant) -> None:
+    runtime = RUNTIMES.get(name)
+    if not runtime.available():
+        pytest.skip(f"{name} is not installed")
+    layer = make_layer(site, variant, torch.float32)
+    call = runtime.prepare(layer, 3, 1)
+    if call is None:
+        return
+    x = example_input(layer, 3)
+    expected = layer(x)
+    for _ in range(2):
+        answer = call()
+        assert isinstance(answer, Tensor)
+        assert answer.shape == expected.shape
+        assert torch.allclose(answer.cpu(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_runtime_serves_something_and_says_its_version(name: str) -> None:
+    runtime = RUNTIMES.get(name)
+    if not runtime.available():
+        pytest.skip(f"{name} is not installed")
+    assert runtime.version()
+    assert runtime.families
+    assert any(runtime.prepare(make_layer(site, variant, torch.float32), 1, 1) is not None for site, variant in CASES)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["eager", "onnxruntime", "openvino"])
+def test_a_type_that_is_not_served_is_declined(name: str, dtype: torch.dtype) -> None:
+    runtime = RUNTIMES.get(name)
+    if not runtime.available():
+        pytest.skip(f"{name} is not installed")
+    layer = make_layer(SITES[0], Variant(), dtype)
+    call = runtime.prepare(layer, 2, 1)
+    assert call is None or torch.allclose(call().double(), layer(example_input(layer, 2)).double(), rtol=1e-2, atol=1e-2)
+
+
+def test_a_graph_that_a_runtime_refuses_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tdpass.targets.runtimes.onnx_runtime.single_layer", lambda *_: b"no model")
+    layer = make_layer(SITES[0], Variant(), torch.float32)
+    for name in ("onnxruntime", "openvino"):
+        if RUNTIMES.get(name).available():
+            assert RUNTIMES.get(name).prepare(layer, 1, 1) is None
+
+
+def test_whole_models_run_where_their_front_end_says(residual: nn.Module, images: Tensor) -> None:
+    batch = Batch((images[:2],))
+    assert RUNTIMES.get("onnxruntime").prepare_model(open_model(residual), batch, 1) is None
+    call = RUNTIMES.get("eager").prepare_model(open_model(residual), batch, 1)
+    assert call is not None
+    with torch.no_grad():
+        answer, expected = call(), residual(images[:2])
+    assert isinstance(answer, Tensor)
+    assert torch.allclose(answer, expected, atol=1e-4)
+
+
+def test_noise_layers_keep_the_size_of_activations() -> None:
+    for site, variant in CASES:
+        if variant.format in (DENSE, "tucker2", "svd"):
+            layer: AnyLayer = make_layer(site, variant, torch.float32)
+            assert 0.05 < float(layer(example_input(layer, 4)).std()) < 20
