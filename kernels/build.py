@@ -1,31 +1,57 @@
-"""Compiles the C++ kernels: one shared library that holds every instruction set, with nothing but a C++ compiler."""
+"""Compiles the C++ kernels into one shared library, with nothing but a C++ compiler."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from tdpass.errors import KernelError
 
 SOURCES = Path(__file__).parent / "cpu"
 LIBRARY = "libtdpass_cpu.so"
+ONNXRUNTIME = SOURCES.parent / "onnxruntime"
+ONNXRUNTIME_LIBRARY = "libtdpass_onnxruntime.so"
+ONNXRUNTIME_LINK = ("-Wl,--as-needed", f"-Wl,--version-script={ONNXRUNTIME / 'exports.map'}")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi")
 TARGETS: dict[str, tuple[str, ...]] = {"generic": ()}
+_NEEDS: dict[str, frozenset[str]] = {"generic": frozenset()}
 if platform.machine() in ("x86_64", "AMD64"):
     TARGETS = {
-        "generic": ("-march=x86-64-v2",),
-        "avx2": ("-march=x86-64-v3",),
         "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+        "avx2": ("-march=x86-64-v3",),
+        "generic": ("-march=x86-64-v2",),
     }
+    _NEEDS |= {"avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"}), "avx2": frozenset({"avx2", "fma", "bmi2"})}
 _COMMON = "dispatch.cpp"
-_SECONDS = 600
+_SECONDS = 1800
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One source to compile with these flags."""
+
+    source: Path
+    flags: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """Identifies the object: the source, every header it includes, the flags and the compiler."""
+        state = hashlib.sha256(repr((FLAGS, self.flags, compiler(), platform.machine())).encode())
+        for path in _with_headers(self.source):
+            state.update(path.name.encode() + path.read_bytes())
+        return state.hexdigest()[:20]
 
 
 def compiler() -> str | None:
@@ -36,42 +62,99 @@ def compiler() -> str | None:
     return None
 
 
-def fingerprint(extra: Sequence[str] = ()) -> str:
-    """Identifies the sources, the flags and the compiler."""
-    state = hashlib.sha256()
-    for path in sorted(SOURCES.glob("*.[hc]*")):
-        state.update(path.name.encode() + path.read_bytes())
-    state.update(repr((FLAGS, TARGETS, tuple(extra), compiler(), platform.machine())).encode())
-    return state.hexdigest()[:20]
+@cache
+def machine_targets() -> tuple[str, ...]:
+    """The instruction sets that this machine runs, best first."""
+    try:
+        flags = set(re.findall(r"\w+", next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))))
+    except (OSError, StopIteration):
+        flags = set()
+    return tuple(target for target in TARGETS if _NEEDS[target] <= flags)
 
 
-def build(path: Path, extra: Sequence[str] = ()) -> Path:
-    """Compile the kernels to `path`, written under a temporary name and renamed; `extra` are further flags.
+def units(targets: Sequence[str], extra: Sequence[str] = ()) -> list[Unit]:
+    """What a library for these instruction sets is compiled from; `extra` are further flags."""
+    kernels = [
+        Unit(source, (*extra, *TARGETS[target], f"-DTDPASS_TARGET={target}"))
+        for source in sorted(SOURCES.glob("*.cpp"))
+        if source.name != _COMMON
+        for target in targets
+    ]
+    return [Unit(SOURCES / _COMMON, (*extra, "-fopenmp")), *kernels]
 
-    Raises `KernelError` without a compiler or where it fails, with what it said.
+
+def onnxruntime_units(targets: Sequence[str], extra: Sequence[str] = ()) -> list[Unit]:
+    """What the operators of ONNX Runtime are compiled from: chains of convolutions as in the library of the kernels, without OpenMP."""
+    chains = [unit for unit in units(targets, extra) if unit.source.name == "conv_chain.cpp"]
+    serial = (*extra, "-I", str(ONNXRUNTIME / "serial"), "-Wno-unknown-pragmas")
+    return [Unit(ONNXRUNTIME / "ops.cpp", tuple(extra)), Unit(SOURCES / _COMMON, serial), *chains]
+
+
+def build_onnxruntime(path: Path, objects: Path, targets: Sequence[str] = tuple(TARGETS)) -> Path:
+    """Build the operators of ONNX Runtime, by default for every instruction set, so that the library serves on other machines too.
+
+    Raises `KernelError` as `build` does.
+    """
+    return build(path, onnxruntime_units(targets), objects, ONNXRUNTIME_LINK)
+
+
+def fingerprint(parts: Sequence[Unit]) -> str:
+    """Identifies a library by what it is compiled from."""
+    return hashlib.sha256("".join(unit.key for unit in parts).encode()).hexdigest()[:20]
+
+
+def build(path: Path, parts: Sequence[Unit], objects: Path, link: Sequence[str] = ()) -> Path:
+    """Compile and link to `path`, written under a temporary name and renamed; `link` are further flags of the linker.
+
+    Objects are kept in the folder `objects` and used again; one process builds at a time.  Raises `KernelError` without a
+    compiler or where it fails, with what it said.
     """
     cxx = compiler()
     if cxx is None:
         raise KernelError("there is no C++ compiler to build the kernels with; install g++ or clang, or set CXX")
+    objects.mkdir(parents=True, exist_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        jobs = [([cxx, *FLAGS, *extra, "-fopenmp", "-c", str(SOURCES / _COMMON)], Path(folder) / "dispatch.o")]
-        for source in sorted(SOURCES.glob("*.cpp")):
-            if source.name != _COMMON:
-                for target, flags in TARGETS.items():
-                    command = [cxx, *FLAGS, *flags, *extra, f"-DTDPASS_TARGET={target}", "-c", str(source)]
-                    jobs.append((command, Path(folder) / f"{source.stem}_{target}.o"))
+    with _locked(objects / "lock"):
+        if path.exists():
+            return path
+        made = [objects / f"{unit.source.stem}_{unit.key}.o" for unit in parts]
+
+        def compile_unit(unit: Unit, target: Path) -> None:
+            if not target.exists():
+                _run([cxx, *FLAGS, *unit.flags, "-c", str(unit.source)], target)
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda job: _run([*job[0], "-o", str(job[1])]), jobs))
-        made = Path(folder) / path.name
-        _run([cxx, "-shared", "-fopenmp", *extra, *(str(target) for _, target in jobs), "-o", str(made)])
-        made.replace(path)
+            list(pool.map(compile_unit, parts, made))
+        _run([cxx, "-shared", "-fopenmp", *map(str, made), *link], path)
     return path
 
 
-def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)  # noqa: S603
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["it said nothing"]
-        raise KernelError(f"{command[0]} could not compile {Path(command[-3]).name}: {lines[0]}; the plain chain serves meanwhile")
+def _run(command: Sequence[str], target: Path) -> None:
+    """Run a compiler that writes `target`, which appears only when it is whole."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / target.name
+        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, timeout=_SECONDS, check=False)  # noqa: S603
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["it said nothing"]
+            raise KernelError(f"{command[0]} could not make {target.name}: {lines[0]}; the plain chain serves meanwhile")
+        made.replace(target)
 
+
+def _with_headers(source: Path) -> list[Path]:
+    """The source and the headers beside it that it includes, however deep."""
+    found: dict[Path, None] = {}
+    waiting = [source]
+    while waiting:
+        path = waiting.pop()
+        if path not in found and path.exists():
+            found[path] = None
+            names = re.findall(r'^\s*#include "([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE)
+            waiting += [folder / name for name in names for folder in (path.parent, SOURCES)]
+    return sorted({path.resolve() for path in found})
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -15,7 +15,6 @@ from torch import Tensor
 from tdpass.errors import KernelError
 from tdpass.kernels import build
 
-ISAS = ("avx512", "avx2", "generic")
 DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS: dict[str, int] = {"identity": 0, "relu": 1, "silu": 2, "gelu": 3}
 LANES: dict[str, int] = {"channels": 0, "pixels": 1}
@@ -48,32 +47,112 @@ class CChain(Structure):
     ]
 
 
+class CRows(Structure):
+    """tdpass_rows."""
+
+    _fields_ = [("data", c_void_p), ("rows", c_int64), ("channels", c_int64), ("stride", c_int64)]
+
+
+class CProgram(Structure):
+    """tdpass_program."""
+
+    _fields_ = [
+        ("dtype", c_int32),
+        ("activation", c_int32),
+        ("steps", c_int32),
+        ("step", c_void_p),
+        ("weights", c_void_p),
+        ("bias", c_void_p),
+        ("residual", c_void_p),
+    ]
+
+
+class CSparse(Structure):
+    """tdpass_sparse."""
+
+    _fields_ = [
+        ("dtype", c_int32),
+        ("activation", c_int32),
+        ("width", c_int32),
+        ("panels", c_int32),
+        ("segments", c_int32),
+        ("shape", CStage),
+        ("start", c_void_p),
+        ("index", c_void_p),
+        ("rows", c_void_p),
+        ("values", c_void_p),
+        ("bias", c_void_p),
+        ("residual", c_void_p),
+    ]
+
+
+class CCell(Structure):
+    """tdpass_cell."""
+
+    _fields_ = [
+        ("gates", c_int32),
+        ("steps", c_int32),
+        ("batch", c_int32),
+        ("hidden", c_int32),
+        ("rank", c_int32),
+        ("pre", c_void_p),
+        ("pre_step", c_int64),
+        ("pre_sample", c_int64),
+        ("v", c_void_p),
+        ("u", c_void_p),
+        ("bias", c_void_p),
+        ("h", c_void_p),
+        ("c", c_void_p),
+        ("y", c_void_p),
+        ("y_step", c_int64),
+        ("y_sample", c_int64),
+    ]
+
+
+def rows(tensor: Tensor) -> CRows:
+    """A contiguous tensor as rows of its last axis."""
+    return CRows(tensor.data_ptr(), tensor.numel() // tensor.shape[-1], tensor.shape[-1], tensor.shape[-1])
+
+
 def image(tensor: Tensor) -> CImage:
     """A view of a four-dimensional tensor."""
     return CImage(tensor.data_ptr(), (c_int64 * 4)(*tensor.shape), (c_int64 * 4)(*tensor.stride()))
 
 
-def cached_path() -> Path:
-    """Where a library built on first use lies: one per state of the sources."""
+def cache_folder() -> Path:
+    """Where libraries built on first use lie."""
     root = os.environ.get("TDPASS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdpass"
-    return Path(os.environ.get("TDPASS_KERNELS") or Path(root) / "kernels") / build.fingerprint() / build.LIBRARY
+    return Path(os.environ.get("TDPASS_KERNELS") or Path(root) / "kernels")
+
+
+def chosen_isa() -> str:
+    """The best instruction set of this machine, or the one that TDPASS_ISA names; raises `KernelError` for one it has not."""
+    known, asked = build.machine_targets(), os.environ.get("TDPASS_ISA", "")
+    if asked and asked not in known:
+        raise KernelError(f"TDPASS_ISA={asked!r} cannot be used here; this machine runs {', '.join(known)}")
+    return asked or known[0]
 
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    if sys.byteorder != "little" or not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux"):
         return None, f"the CPU kernels are built for Linux, this is {sys.platform}"
-    asked = os.environ.get("TDPASS_ISA", "")
-    if asked and asked not in ISAS:
-        raise KernelError(f"TDPASS_ISA={asked!r} is not known; it is one of {', '.join(ISAS)}")
+    target = chosen_isa()
     installed = build.SOURCES / build.LIBRARY
-    path = installed if installed.exists() else cached_path()
     try:
-        library = ctypes.CDLL(str(path if path.exists() else build.build(path)))
+        if installed.exists():
+            path = installed
+        else:
+            parts, folder = build.units([target]), cache_folder()
+            path = build.build(folder / build.fingerprint(parts) / build.LIBRARY, parts, folder / "objects")
+        library = ctypes.CDLL(str(path))
     except (KernelError, OSError) as error:
         return None, str(error)
     library.tdpass_isa.restype = c_char_p
     library.tdpass_conv_chain.argtypes = [c_void_p] * 4
+    library.tdpass_tensor_chain.argtypes = [c_void_p] * 4
+    library.tdpass_sparse_conv.argtypes = [c_void_p] * 4
+    library.tdpass_recurrent.argtypes = [c_void_p] * 2
     return library, ""
 
 
@@ -92,3 +171,34 @@ def isa() -> str:
     found = library()
     return "none" if found is None else found.tdpass_isa().decode()
 
+
+@functools.cache
+def _onnx_ops() -> tuple[Path | None, str]:
+    if not sys.platform.startswith("linux"):
+        return None, f"the operators are built for Linux, this is {sys.platform}"
+    installed = build.ONNXRUNTIME / build.ONNXRUNTIME_LIBRARY
+    if installed.exists():
+        return installed, ""
+    try:
+        targets, folder = [chosen_isa()], cache_folder()
+        path = folder / build.fingerprint(build.onnxruntime_units(targets)) / build.ONNXRUNTIME_LIBRARY
+        return build.build_onnxruntime(path, folder / "objects", targets), ""
+    except (KernelError, OSError) as error:
+        return None, str(error)
+
+
+def onnx_ops_path() -> Path:
+    """The library of fused operators for `onnxruntime.SessionOptions.register_custom_ops_library`; built on first use where it is not installed.
+
+    What is built on first use serves the instruction set of this machine; `kernels.build.build_onnxruntime` makes one for all.
+    Raises `KernelError`, saying why, where there is none.
+    """
+    path, why = _onnx_ops()
+    if path is None:
+        raise KernelError(f"the fused operators for ONNX Runtime are missing: {why}; models run without them, as standard operators")
+    return path
+
+
+def version() -> str:
+    """Identifies the kernels by their sources: measured times are good for no other."""
+    return build.fingerprint(build.units([chosen_isa()]))

@@ -6,9 +6,13 @@ import tdpass.passes as _passes
 from tdpass.artifact import Artifact as Artifact
 from tdpass.artifact import load as load
 from tdpass.artifact import load_plan as load_plan
+from tdpass.backend import invalidate as invalidate
+from tdpass.backend import register as _register_backend
 from tdpass.cost import Budget as Budget
 from tdpass.cost import Cost as Cost
 from tdpass.data import as_batches as as_batches
+from tdpass.deploy import deploy as deploy
+from tdpass.deploy import load_deployed as load_deployed
 from tdpass.errors import BudgetError as BudgetError
 from tdpass.errors import InvalidModelError as InvalidModelError
 from tdpass.errors import PassError as PassError
@@ -16,6 +20,8 @@ from tdpass.errors import PlanError as PlanError
 from tdpass.errors import TdpassError as TdpassError
 from tdpass.errors import UnsupportedError as UnsupportedError
 from tdpass.errors import UsageError as UsageError
+from tdpass.kernels.binding import load_cached as _load_binding
+from tdpass.kernels.native import onnx_ops_path as onnx_ops_path
 from tdpass.models import Batch as Batch
 from tdpass.models import open_model as open_model
 from tdpass.pipeline import Pass as Pass
@@ -28,4 +34,6 @@ from tdpass.verbs import compress as compress
 from tdpass.verbs import make_plan as make_plan
 from tdpass.verbs import verify as verify
 
-del _passes
+_register_backend()
+_load_binding()
+del _load_binding, _passes, _register_backend

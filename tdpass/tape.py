@@ -277,11 +277,12 @@ def _positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[An
     return (rest.pop("input"),), rest
 
 
-def record(run: Callable[[], Any], inputs: Sequence[Tensor], sites: Mapping[int, str]) -> Tape:
+def record(run: Callable[[], Any], inputs: Sequence[Tensor], sites: Mapping[int, str], *, replayed: bool = True) -> Tape:
     """Run a model once and record it.
 
-    `run` executes the model on `inputs` (all tensors it is fed); `sites` maps `id(weight)` to a site's name.
-    Raises `UnsupportedError` when a replay does not reproduce the run, for example because a view was changed in place.
+    `run` executes the model on `inputs` (all tensors it is fed); `sites` maps `id(weight)` to a site's name.  A tape that
+    is only looked at need not be `replayed`.  Raises `UnsupportedError` when a replay does not reproduce the run, for example
+    because a view was changed in place.
     """
     batch_size = next((int(tensor.shape[0]) for tensor in inputs if tensor.dim() > 0), 1)
     recorder = _Recorder(sites, batch_size)
@@ -296,9 +297,11 @@ def record(run: Callable[[], Any], inputs: Sequence[Tensor], sites: Mapping[int,
         torch.backends.mha.set_fastpath_enabled(fastpath)
     output = tree_map(recorder.known, _plain(result))
     tape = Tape(recorder.calls, originals, output, batch_size)
+    if not replayed:
+        return tape
     with torch.no_grad():
-        replayed = tape.play().finish()
-    for ours, theirs in zip(tree_leaves(replayed), tree_leaves(_plain(result)), strict=True):
+        again = tape.play().finish()
+    for ours, theirs in zip(tree_leaves(again), tree_leaves(_plain(result)), strict=True):
         if isinstance(theirs, Tensor) and not _same(ours.double(), theirs.double()):
             raise UnsupportedError(
                 "a replay of the recorded run differs from the run: the model is not deterministic, or writes through a view; put it in eval mode"

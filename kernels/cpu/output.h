@@ -70,6 +70,21 @@ class Output {
     return !half_ && y_.stride[3] == 1 && y_.stride[2] == width && (!residual_ || (residual_->stride[3] == 1 && residual_->stride[2] == width));
   }
 
+  // Whether vectors of pixels can be written as they are, the activation being a lower bound.
+  bool plain() const { return !half_ && activation_ <= TDPASS_RELU && y_.stride[3] == 1 && (!residual_ || residual_->stride[3] == 1); }
+
+  // Where the row of a channel begins, and what is added to it; only where `plain`.
+  template <class Writer> void locate(Index n, Index h, int channel, Writer& to) const {
+    to.base = static_cast<float*>(y_.data) + n * y_.stride[0] + channel * y_.stride[1] + h * y_.stride[2];
+    to.plane = y_.stride[1], to.row = y_.stride[2];
+    to.bias = bias_ ? bias_ + channel : nullptr;
+    to.floor = activation_ == TDPASS_RELU ? 0.0f : -__builtin_inff();
+    if (residual_) {
+      to.residual = residual_row(n, h) + channel * residual_->stride[1];
+      to.residual_plane = residual_->stride[1], to.residual_row = residual_->stride[2];
+    }
+  }
+
   // `mr` pixels x `count` channels from `tile[pixel i + channel]`; only where channels lie together.
   void store_tile(Index n, Index h, int w, int channel, const float* tile, Index pixel, int mr, int count) const {
     float* y = static_cast<float*>(y_.data) + n * y_.stride[0] + h * y_.stride[2] + w * y_.stride[3] + channel;

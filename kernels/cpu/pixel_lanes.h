@@ -17,16 +17,25 @@ struct CellInput {
   int tap_count, channels;
 };
 
+typedef float Half8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float Quarter4 __attribute__((vector_size(16), aligned(4), may_alias));
+
 // SPAN pixels of a row, then of the next one; STEP apart.
 template <int SPAN, int STEP> static TDPASS_INLINE Lanes load_cell(const float* p, Index row) {
   if constexpr (SPAN == LANES && STEP == 1) {
     return load(p);
   } else if constexpr (SPAN == LANES && STEP == 2) {
     return __builtin_shufflevector(load(p), load(p + LANES), 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  } else if constexpr (STEP == 1) {
-    Lanes v;
-    TDPASS_UNROLL for (int q = 0; q < LANES / SPAN; q++) std::memcpy(reinterpret_cast<float*>(&v) + q * SPAN, p + q * row, SPAN * sizeof(float));
-    return v;
+  } else if constexpr (SPAN == 8 && STEP == 1) {
+    Half8 a = *reinterpret_cast<const Half8*>(p), b = *reinterpret_cast<const Half8*>(p + row);
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  } else if constexpr (SPAN == 8 && STEP == 2) {
+    return __builtin_shufflevector(load(p), load(p + row), 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  } else if constexpr (SPAN == 4 && STEP == 1) {
+    Quarter4 a = *reinterpret_cast<const Quarter4*>(p), b = *reinterpret_cast<const Quarter4*>(p + row);
+    Quarter4 c = *reinterpret_cast<const Quarter4*>(p + 2 * row), d = *reinterpret_cast<const Quarter4*>(p + 3 * row);
+    Half8 ab = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7), cd = __builtin_shufflevector(c, d, 0, 1, 2, 3, 4, 5, 6, 7);
+    return __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   } else {
     Lanes v;
     TDPASS_UNROLL for (int l = 0; l < LANES; l++) v[l] = p[(l / SPAN) * row + (l % SPAN) * STEP];
@@ -34,9 +43,11 @@ template <int SPAN, int STEP> static TDPASS_INLINE Lanes load_cell(const float* 
   }
 }
 
-// sum[i][j] of channel i, cell j: over input channels k and taps t of cell(base + at[j] + k plane + taps[t]) * w[(k taps + t) 8 + i]
+// out[i NV + j] of channel i, cell j: over input channels k and taps t of cell(base + at[j] + k plane + taps[t]) * w[(k taps + t) 8 + i]
+// A function of its own, so that nothing else competes for the registers of the sums.
 template <int MB, int NV, int SPAN, int STEP>
-static TDPASS_INLINE void cells(const CellInput& in, const Index* at, const float* w, Lanes (&sum)[MB][NV]) {
+static __attribute__((noinline)) void cells(const CellInput& in, const Index* at, const float* w, Lanes* out) {
+  Lanes sum[MB][NV];
   TDPASS_UNROLL for (int i = 0; i < MB; i++) TDPASS_UNROLL for (int j = 0; j < NV; j++) sum[i][j] = zero();
   const float* from[NV];
   TDPASS_UNROLL for (int j = 0; j < NV; j++) from[j] = in.base + at[j];
@@ -52,6 +63,7 @@ static TDPASS_INLINE void cells(const CellInput& in, const Index* at, const floa
     }
     TDPASS_UNROLL for (int j = 0; j < NV; j++) from[j] += in.plane;
   }
+  TDPASS_UNROLL for (int i = 0; i < MB; i++) TDPASS_UNROLL for (int j = 0; j < NV; j++) out[i * NV + j] = sum[i][j];
 }
 
 class PixelLanes {
@@ -174,6 +186,8 @@ class PixelLanes {
     constexpr int NV = MB * WANTED <= ACCUMULATORS ? WANTED : 1;
     constexpr int ROWS = LANES / SPAN;
     const int width = g.w[to.s + 1], across = (width + SPAN - 1) / SPAN, down = (to.out.size() + ROWS - 1) / ROWS, total = across * down;
+    const bool whole = width % SPAN == 0 && to.out.size() % ROWS == 0 && channels == MB && writes_vectors(to.s, SPAN);
+    const Writer writer(*this, to, channel);
     int r[NV] = {}, c[NV] = {};
     int row = 0, column = 0;
     for (int done = 0; done < total; done += NV) {
@@ -188,15 +202,64 @@ class PixelLanes {
         }
         at[j] = r[j] * in.row + c[j] * STEP;
       }
-      Lanes sum[MB][NV];
+      alignas(64) Lanes sum[MB * NV];
       cells<MB, NV, SPAN, STEP>(in, at, w, sum);
-      TDPASS_UNROLL for (int i = 0; i < MB; i++) {
-        if (i >= channels) break;
-        TDPASS_UNROLL for (int j = 0; j < NV; j++)
-          if (j < cells_here) put<SPAN>(to, channel + i, r[j], c[j], width, sum[i][j]);
+      if (whole && cells_here == NV) {
+        TDPASS_UNROLL for (int j = 0; j < NV; j++) {
+          float* p = writer.base + r[j] * writer.row + c[j];
+          const float* rest = writer.residual ? writer.residual + r[j] * writer.residual_row + c[j] : nullptr;
+          TDPASS_UNROLL for (int i = 0; i < MB; i++) {
+            Lanes v = sum[i * NV + j];
+            if (writer.last) {
+              if (writer.bias) v += writer.bias[i];
+              if (rest) v += load(rest + i * writer.residual_plane);
+              v = v < writer.floor ? broadcast(writer.floor) : v;
+            }
+            if constexpr (SPAN == LANES) {
+              store(p + i * writer.plane, v);
+            } else if (writer.last) {
+              store(p + i * writer.plane, v);
+            } else if constexpr (SPAN == 8) {
+              *reinterpret_cast<Half8*>(p + i * writer.plane) = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+              *reinterpret_cast<Half8*>(p + i * writer.plane + writer.row) = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+            } else {
+              Quarter4* q = reinterpret_cast<Quarter4*>(p + i * writer.plane);
+              *q = __builtin_shufflevector(v, v, 0, 1, 2, 3);
+              *reinterpret_cast<Quarter4*>(p + i * writer.plane + writer.row) = __builtin_shufflevector(v, v, 4, 5, 6, 7);
+              *reinterpret_cast<Quarter4*>(p + i * writer.plane + 2 * writer.row) = __builtin_shufflevector(v, v, 8, 9, 10, 11);
+              *reinterpret_cast<Quarter4*>(p + i * writer.plane + 3 * writer.row) = __builtin_shufflevector(v, v, 12, 13, 14, 15);
+            }
+          }
+        }
+        continue;
       }
+      for (int i = 0; i < channels; i++)
+        for (int j = 0; j < cells_here; j++) put<SPAN>(to, channel + i, r[j], c[j], width, sum[i * NV + j]);
     }
   }
+
+  // Whether whole cells of stage s can be stored as vectors, with an activation that is a lower bound.
+  bool writes_vectors(int s, int span) const { return s + 1 < g.stages || (output.plain() && (span == LANES || output.rows_together(span))); }
+
+  // Where cells of a block of channels go.
+  struct Writer {
+    Writer(const PixelLanes& lanes, const Target& to, int channel) {
+      const Geometry& g = lanes.g;
+      last = to.s + 1 == g.stages;
+      if (!last) {
+        int next = to.s + 1;
+        plane = lanes.plane_[next], row = lanes.row_[next];
+        base = lanes.buffer_[next] + channel * plane + to.row * row + g.stage(next).before[1];
+      } else if (lanes.output.plain()) {
+        lanes.output.locate(to.n, to.out.low, channel, *this);
+      }
+    }
+    bool last;
+    float* base = nullptr;
+    const float *bias = nullptr, *residual = nullptr;
+    Index plane = 0, row = 0, residual_plane = 0, residual_row = 0;
+    float floor = 0;
+  };
 
   template <int SPAN> TDPASS_INLINE void put(const Target& to, int channel, int row, int column, int width, Lanes v) {
     int rows = std::min(LANES / SPAN, to.out.size() - row), columns = std::min(SPAN, width - column);

@@ -102,8 +102,8 @@ class _Als:
         first, norm = _unit(solve_gram(gram.reshape(b * r, b * r), (flat.transpose(1, 2) @ seen).reshape(b * r, -1)))
         core = core * norm.reshape(b, 1, 1, r)
         wanted = (seen @ first.reshape(b, r, -1).transpose(1, 2)).reshape(b, s, p, r)
-        core, image = _solve_core(core, wanted, outer.reshape(b, s, b, s), (first @ first.T).reshape(b, r, b, r))
-        error = self.energy + float(((image - 2 * wanted) * core).sum())
+        core, energy = _solve_core(core, wanted, outer.reshape(b, s, b, s), (first @ first.T).reshape(b, r, b, r))
+        error = self.energy + energy - 2 * float((wanted * core).sum())
         return (last.T, core, first), max(0.0, error) ** 0.5
 
 
@@ -120,6 +120,7 @@ class BlockTerm(Format):
 
     name = "block_term"
     kinds = frozenset({"linear", "conv"})
+    version: ClassVar[int] = 2
     searched: ClassVar[bool] = True
     exact_at_full_rank: ClassVar[bool] = False
 
@@ -163,21 +164,25 @@ class BlockTerm(Format):
         return Stage("last", pointwise(site.o, rank[0] * rank[1], len(site.kernel), site.name))
 
 
-def _solve_core(core: Tensor, wanted: Tensor, outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
-    """Gauss-Seidel over the blocks of `sum_q outer[b, q] core[q] inner[q, b] = wanted[b]`; the core and the left-hand side."""
+def _solve_core(core: Tensor, wanted: Tensor, outer: Tensor, inner: Tensor) -> tuple[Tensor, float]:
+    """Gauss-Seidel over the blocks of `sum_q outer[b, q] core[q] inner[q, b] = wanted[b]`; the core and its product with the left-hand side."""
     b, s, p, r = core.shape
-    blocks = list(core)
+    core = core.clone()
 
-    def image(k: int, among: list[Tensor]) -> Tensor:
-        right = torch.stack(among).flatten(1, 2) @ inner[:, :, k]
-        return (outer[k].flatten(1) @ right.reshape(b * s, p * r)).reshape(s, p, r)
+    def image(k: int, among: slice) -> Tensor:
+        right = core[among].flatten(1, 2) @ inner[among, :, k]
+        return (outer[k, :, among].flatten(1) @ right.reshape(-1, p * r)).reshape(s, p, r)
 
-    for _ in range(_CORE_PASSES):
+    energy = 0.0
+    for number in range(1, _CORE_PASSES + 1):
         for k in range(b):
-            rest = wanted[k] - image(k, [torch.zeros_like(block) if q == k else block for q, block in enumerate(blocks)])
+            before = image(k, slice(k))
+            rest = wanted[k] - before - image(k, slice(k + 1, b))
             half = solve_gram(outer[k, :, k], rest.flatten(1)).reshape(s * p, r)
-            blocks[k] = solve_gram(inner[k, :, k], half.T).T.reshape(s, p, r)
-    return torch.stack(blocks), torch.stack([image(k, blocks) for k in range(b)])
+            core[k] = solve_gram(inner[k, :, k], half.T).T.reshape(s, p, r)
+            if number == _CORE_PASSES:  # blocks before this one are final, so every pair is met once
+                energy += float(((2 * before + image(k, slice(k, k + 1))) * core[k]).sum())
+    return core, energy
 
 
 def _tucker2(tensor: Tensor, s: int, r: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Rank, Stage, apply_dense, pointwise, rank_grid, register_format
 from tdpass.formats.metric import Metric
-from tdpass.formats.spectrum import WeightedSvd, weighted_svd
+from tdpass.formats.spectrum import WeightedSvd
 from tdpass.ops import Ops, V
 from tdpass.site import Site
 
@@ -20,8 +20,9 @@ class _Spectrum(Decomposition):
 
     def factors(self, rank: Rank) -> Factors:
         (r,) = rank
-        last = self.svd.left[:, :r].reshape(self.site.o, r, *(1 for _ in self.site.kernel))
-        return {"first": self.svd.right[:r].reshape(r, *self.site.shape[1:]).contiguous(), "last": last.contiguous()}
+        left, right = self.svd.factors(r)
+        last = left.reshape(self.site.o, r, *(1 for _ in self.site.kernel))
+        return {"first": right.reshape(r, *self.site.shape[1:]).contiguous(), "last": last.contiguous()}
 
     def guarantee(self, rank: Rank) -> Guarantee:
         return Guarantee(self.svd.relative_error(rank[0]), "exact")
@@ -41,7 +42,7 @@ class ChannelSvd(Format):
         return [(r,) for r in rank_grid(min(site.o, site.weights // site.o))]
 
     def decompose(self, weight: Tensor, site: Site, metric: Metric) -> Decomposition:
-        return _Spectrum(weighted_svd(weight.flatten(1), metric), site)
+        return _Spectrum(WeightedSvd(weight.flatten(1), metric), site)
 
     def shapes(self, site: Site, rank: Rank) -> dict[str, tuple[int, ...]]:
         (r,) = rank

@@ -112,8 +112,9 @@ class _Als:
 
     def state(self, rank: int) -> State:
         """Whitened factors `a[o, r], b[i, r], c[h, r], ...`."""
-        found = alternate(tuple(factor[:, :rank] for factor in self.start), self.sweep, self.energy**0.5, 2 * self.tensor.numel() * rank)
-        return _solved(self.tensor.flatten(1), found, Metric())
+        a, b, *kernels = alternate(tuple(factor[:, :rank] for factor in self.start), self.sweep, self.energy**0.5, 2 * self.tensor.numel() * rank)
+        gram, wanted = b.T @ b * _gram(kernels), _combined(self._seen(b), _khatri_rao(kernels))
+        return (a + solve_gram(gram, (wanted - a @ gram).T).T, b, *kernels)
 
     def undo(self, state: State) -> State:
         """The factors without the whitening."""
@@ -123,10 +124,13 @@ class _Als:
         """Solve for b, a, then each kernel factor; the two products with the whole tensor serve all of them."""
         a, b, *kernels = state
         pattern, gram = _khatri_rao(kernels), _gram(kernels)
-        b = _unit(solve_gram(a.T @ a * gram, (a * pattern[:, None]).flatten(0, 1).T @ self.slices.flatten(0, 1)).T)
-        seen = self.slices @ b
-        a = solve_gram(b.T @ b * gram, (seen * pattern[:, None]).sum(0).T).T
-        moments, gram = (seen * a).sum(1), (a.T @ a) * (b.T @ b)
+        wanted = torch.zeros_like(b.T)
+        for matrix, weights in zip(self.slices, pattern, strict=True):
+            wanted.addmm_((a * weights).T, matrix)
+        b = _unit(solve_gram(a.T @ a * gram, wanted).T)
+        seen = self._seen(b)
+        a = solve_gram(b.T @ b * gram, _combined(seen, pattern).T).T
+        moments, gram = torch.stack([(image * a).sum(0) for image in seen]), (a.T @ a) * (b.T @ b)
         for mode in range(len(kernels)):
             others = kernels[:mode] + kernels[mode + 1 :]
             target = moments.reshape(*(len(kernel) for kernel in kernels), -1).movedim(mode, 0).reshape(len(kernels[mode]), -1, a.shape[1])
@@ -137,6 +141,10 @@ class _Als:
         norm = kernels[-1].norm(dim=0)
         kernels[-1] = _unit(kernels[-1])
         return (a * norm, b, *kernels), max(0.0, error) ** 0.5
+
+    def _seen(self, b: Tensor) -> Tensor:
+        """Every slice times b: `[(h w), o, r]`."""
+        return (self.slices.flatten(0, 1) @ b).reshape(*self.slices.shape[:2], -1)
 
 
 @register_format
@@ -151,6 +159,7 @@ class Cp(Format):
 
     name = "cp"
     kinds = frozenset({"conv"})
+    version: ClassVar[int] = 2
     searched: ClassVar[bool] = True
     exact_at_full_rank: ClassVar[bool] = False
 
@@ -206,6 +215,14 @@ def _gram(factors: Sequence[Tensor]) -> Tensor:
     for factor in factors:
         product = product * (factor.T @ factor)
     return product
+
+
+def _combined(images: Tensor, weights: Tensor) -> Tensor:
+    """`sum_p images[p] * weights[p]`, one p at a time: all at once would be as large as the tensor itself."""
+    total = torch.zeros_like(images[0])
+    for image, weight in zip(images, weights, strict=True):
+        total.addcmul_(image, weight)
+    return total
 
 
 def _rows(state: State) -> Tensor:

@@ -40,6 +40,8 @@ class Metric:
 
     def square(self, matrix: Tensor) -> float:
         """`|| G^1/2 M C^1/2 ||^2` of an unfolded matrix."""
+        if self.plain:
+            return float(torch.linalg.vector_norm(matrix)) ** 2
         return max(0.0, float((self.times_outputs(matrix) * self.times_inputs(matrix)).sum()))
 
     def relative_error(self, weight: Tensor, approximation: Tensor) -> float:

@@ -143,10 +143,11 @@ def solve_gram(gram: Tensor, right: Tensor) -> Tensor:
     diagonal = gram.diagonal()
     # What is below rounding beside the largest is noise; scaling it up to the rest would fit noise with large numbers.
     scale = diagonal.clamp_min(float(diagonal.max()) * 1e-16 + 1e-300).rsqrt()
-    scaled = (gram + gram.T) / 2 * scale * scale[:, None]
-    eye = torch.eye(len(gram), dtype=gram.dtype)
+    scaled = (gram + gram.T).mul_(scale / 2).mul_(scale[:, None])
+    ones, most = scaled.diagonal().clone(), scaled.diagonal()
     for ridge in _RIDGES:
-        triangle, info = torch.linalg.cholesky_ex(scaled + ridge * eye)
+        most.copy_(ones + ridge)
+        triangle, info = torch.linalg.cholesky_ex(scaled)
         if int(info) == 0:
             break
     return scale[:, None] * torch.cholesky_solve(scale[:, None] * right, triangle)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tdpass.formats.metric import Metric
-from tdpass.formats.spectrum import WeightedSvd, weighted_svd
+from tdpass.formats.spectrum import WeightedSvd
 
 _SWEEPS = 5
 _PLAIN_SWEEPS = 2
@@ -60,7 +60,7 @@ class SharedFit:
         o, a, b = self.weight.shape
         roots = self.metric.output_roots
         weighted = self.weight if roots is None else (roots[0] @ self.weight.reshape(o, -1)).reshape(o, a, b)
-        return weighted_svd(weighted.permute(0, 2, 1).reshape(o * b, a), Metric(self.marginal))
+        return WeightedSvd(weighted.permute(0, 2, 1).reshape(o * b, a), Metric(self.marginal))
 
     def solve(self, rank: int, core_rank: int | None = None) -> tuple[Tensor, Tensor]:
         """`first[r, a]` and `last[o, r, b]`, the latter of rank at most `core_rank` as an `o x (r b)` matrix."""
@@ -68,7 +68,7 @@ class SharedFit:
 
     def solve_split(self, rank: int, core_rank: int | None) -> tuple[Tensor, Tensor, WeightedSvd | None]:
         """As `solve`, with the truncated decomposition of `last` where a core rank below full was asked for."""
-        first = self._normalized(self.start.right[:rank])
+        first = self._normalized(self.start.factors(rank)[1])
         last, split = self.solve_last(first, core_rank)
         if self.metric.plain and core_rank is None:
             return first, last, split
@@ -109,8 +109,9 @@ class SharedFit:
         o, _, b = self.weight.shape
         if core_rank is None or core_rank >= min(free.shape):
             return free.reshape(o, r, b), None
-        split = weighted_svd(free, metric, core_rank)
-        return (split.left[:, :core_rank] @ split.right[:core_rank]).reshape(o, r, b), split
+        split = WeightedSvd(free, metric)
+        left, right = split.factors(core_rank)
+        return (left @ right).reshape(o, r, b), split
 
     def _normalized(self, first: Tensor) -> Tensor:
         """The same row space; orthonormal where C is the identity, so that `last` is a plain projection."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from functools import cached_property
 
 import scipy.linalg
 import torch
@@ -12,20 +12,38 @@ from torch import Tensor
 from tdpass.formats.metric import Metric
 
 _SUBSET_FROM = 1536
+_PARTS = 4
 
 
-@dataclass(frozen=True)
 class WeightedSvd:
-    """`W ~ left[:, :r] @ right[:r]`, the best rank-r approximation in the metric for every r.
+    """`W ~ left @ right` of `factors(r)`, the best rank-r approximation of a matrix (o x d, float64) in the metric for every r.
 
-    `energies[k]` is the squared weighted singular value k, descending; `total` is the squared weighted norm of W, so the
-    squared error at rank r is `total - energies[:r].sum()` exactly.
+    With `M = G^1/2 W C^1/2 = U S V^T` the optimum is `What = G^-1/2 U_r U_r^T G^1/2 W`, so only the eigenvectors of
+    `M M^T` (or of `M^T M`, where that is smaller) are needed, never those of both sides.  Nothing is computed before it is
+    asked for: errors take eigenvalues alone, factors as many quarters of the vectors as their rank needs.  Quarters, so
+    that the same rank gives the same factors whatever was asked for before.
     """
 
-    left: Tensor
-    right: Tensor
-    energies: Tensor
-    total: float
+    def __init__(self, matrix: Tensor, metric: Metric) -> None:
+        self._matrix, self._metric = matrix, metric
+        self._wide = matrix.shape[0] <= matrix.shape[1]
+        self._factors: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def rank(self) -> int:
+        """The rank at which the factors reproduce any matrix of this shape."""
+        return min(self._matrix.shape)
+
+    @cached_property
+    def total(self) -> float:
+        """The squared weighted norm of W."""
+        return max(0.0, float(self._gram.trace()))
+
+    @cached_property
+    def energies(self) -> Tensor:
+        """`energies[k]` is the squared weighted singular value k, descending, so the squared error at rank r is `total - energies[:r].sum()`."""
+        values: Tensor = torch.linalg.eigvalsh(self._gram)
+        return values.flip(0).clamp_min(0)
 
     def relative_error(self, rank: int) -> float:
         """`||W - What|| / ||W||` in the metric, exact (Eckart-Young)."""
@@ -33,37 +51,48 @@ class WeightedSvd:
             return 0.0
         return math.sqrt(max(0.0, 1.0 - float(self.energies[:rank].sum()) / self.total))
 
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """`left[o, r]` and `right[r, d]`; those of a lower rank are their first columns and rows."""
+        quarter = -(-self.rank // _PARTS)
+        count = min(self.rank, -(-rank // quarter) * quarter)
+        if self._factors is None or self._factors[0].shape[1] != count:
+            self._factors = self._solve(count)
+        left, right = self._factors
+        return left[:, :rank], right[:rank]
 
-def weighted_svd(matrix: Tensor, metric: Metric, rank: int | None = None) -> WeightedSvd:
-    """Decompose `matrix` (o x d, float64) in the metric; `rank` limits how many directions are computed.
+    @cached_property
+    def _gram(self) -> Tensor:
+        weighted = self._weighted
+        return self._metric.times_inputs(weighted) @ weighted.T if self._wide else weighted.T @ weighted
 
-    With `M = G^1/2 W C^1/2 = U S V^T` the optimum is `What = G^-1/2 U_r U_r^T G^1/2 W`, so only the eigenvectors of
-    `M M^T` (or of `M^T M`, where that is smaller) are needed, never those of both sides.
-    """
-    o, d = matrix.shape
-    top = min(o, d) if rank is None else min(o, d, rank)
-    roots = metric.output_roots
-    weighted = matrix if roots is None else roots[0] @ matrix
-    total = float((metric.times_inputs(weighted) * weighted).sum())
-    if o <= d:
-        values, vectors = top_eigenpairs(metric.times_inputs(weighted) @ weighted.T, top)
-        left = vectors if roots is None else roots[1] @ vectors
-        return WeightedSvd(*_signed(left, vectors.T @ weighted), values, total)
-    inputs = metric.input_roots
-    scaled = weighted if inputs is None else weighted * inputs[0] if inputs[0].dim() == 1 else weighted @ inputs[0]
-    values, vectors = top_eigenpairs(scaled.T @ scaled, top)
-    image = scaled @ vectors
-    left = image if roots is None else roots[1] @ image
-    right = vectors.T
-    if inputs is not None:
-        right = right * inputs[1] if inputs[1].dim() == 1 else right @ inputs[1]
-    return WeightedSvd(*_signed(left, right), values, total)
+    @cached_property
+    def _weighted(self) -> Tensor:
+        """`G^1/2 W`, on the right side `C^1/2` too where the Gram matrix is the input's."""
+        roots = self._metric.output_roots
+        weighted = self._matrix if roots is None else roots[0] @ self._matrix
+        inputs = None if self._wide else self._metric.input_roots
+        return weighted if inputs is None else weighted * inputs[0] if inputs[0].dim() == 1 else weighted @ inputs[0]
+
+    @cached_property
+    def _vectors(self) -> Tensor:
+        return top_eigenpairs(self._gram, self.rank)[1]
+
+    def _solve(self, count: int) -> tuple[Tensor, Tensor]:
+        few = self.rank >= _SUBSET_FROM and count <= self.rank // _PARTS
+        vectors = top_eigenpairs(self._gram, count)[1] if few else self._vectors[:, :count]
+        roots = self._metric.output_roots
+        if self._wide:
+            return _signed(vectors if roots is None else roots[1] @ vectors, vectors.T @ self._weighted)
+        image, right, inputs = self._weighted @ vectors, vectors.T, self._metric.input_roots
+        if inputs is not None:
+            right = right * inputs[1] if inputs[1].dim() == 1 else right @ inputs[1]
+        return _signed(image if roots is None else roots[1] @ image, right)
 
 
 def top_eigenpairs(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest eigenvalues of a symmetric matrix, descending and not negative, and their vectors as columns."""
     size = gram.shape[0]
-    if size >= _SUBSET_FROM and count <= size // 2:
+    if size >= _SUBSET_FROM and count <= size // _PARTS:
         values, vectors = scipy.linalg.eigh(gram.numpy(), driver="evr", subset_by_index=[size - count, size - 1], check_finite=False)
         top, columns = torch.from_numpy(values), torch.from_numpy(vectors)
     else:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Rank, Stage, pointwise, rank_grid, register_format
 from tdpass.formats.metric import Metric
-from tdpass.formats.spectrum import WeightedSvd, weighted_svd
+from tdpass.formats.spectrum import WeightedSvd
 from tdpass.ops import Ops, V
 from tdpass.site import Site
 
@@ -18,8 +18,8 @@ class _Spectrum(Decomposition):
         self.svd = svd
 
     def factors(self, rank: Rank) -> Factors:
-        (r,) = rank
-        return {"v": self.svd.right[:r].contiguous(), "u": self.svd.left[:, :r].contiguous()}
+        left, right = self.svd.factors(rank[0])
+        return {"v": right.contiguous(), "u": left.contiguous()}
 
     def guarantee(self, rank: Rank) -> Guarantee:
         return Guarantee(self.svd.relative_error(rank[0]), "exact")
@@ -40,7 +40,7 @@ class Svd(Format):
         return [(r,) for r in rank_grid(min(site.shape))]
 
     def decompose(self, weight: Tensor, site: Site, metric: Metric) -> Decomposition:
-        return _Spectrum(weighted_svd(weight, metric))
+        return _Spectrum(WeightedSvd(weight, metric))
 
     def shapes(self, site: Site, rank: Rank) -> dict[str, tuple[int, ...]]:
         (r,) = rank

@@ -104,6 +104,7 @@ class TensorRing(Format):
 
     name = "tensor_ring"
     kinds = frozenset({"linear"})
+    version: ClassVar[int] = 2
     searched: ClassVar[bool] = True
     exact_at_full_rank: ClassVar[bool] = False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Rank, Stage, apply_dense, no_padding, pointwise, register_format, unit
 from tdpass.formats.metric import Metric
 from tdpass.formats.shared_fit import SharedFit
-from tdpass.formats.spectrum import weighted_svd
+from tdpass.formats.spectrum import WeightedSvd
 from tdpass.ops import Ops, V
 from tdpass.site import Site
 
@@ -25,24 +26,29 @@ class _Fit(Decomposition):
     def __init__(self, fit: SharedFit, site: Site) -> None:
         self.fit, self.site = fit, site
 
+    @cached_property
+    def outputs(self) -> WeightedSvd:
+        """The unfolding whose tail is what the output rank cuts off."""
+        return WeightedSvd(self.fit.weight.flatten(1), self.fit.metric)
+
     def factors(self, rank: Rank) -> Factors:
         s, r = rank
         site, axes = self.site, len(self.site.kernel)
         first, rest, split = self.fit.solve_split(r, s)
         if split is None:
-            split = weighted_svd(rest.flatten(1), Metric(None, self.fit.metric.outputs))
-        core = split.right[:s].reshape(s, r, *site.kernel)
+            split = WeightedSvd(rest.flatten(1), Metric(None, self.fit.metric.outputs))
+        left, right = split.factors(s)
+        core = right.reshape(s, r, *site.kernel)
         return {
             "first": first.reshape(r, site.i, *unit(axes)).contiguous(),
             "core": core.contiguous(),
-            "last": split.left[:, :s].reshape(site.o, s, *unit(axes)).contiguous(),
+            "last": left.reshape(site.o, s, *unit(axes)).contiguous(),
         }
 
     def guarantee(self, rank: Rank) -> Guarantee | None:
         if not self.fit.metric.plain:
             return None
-        outputs = weighted_svd(self.fit.weight.flatten(1), self.fit.metric)
-        tails = (outputs.relative_error(rank[0]), self.fit.start.relative_error(rank[1]))
+        tails = (self.outputs.relative_error(rank[0]), self.fit.start.relative_error(rank[1]))
         return Guarantee(min(1.0, math.hypot(*tails)), "upper bound")
 
 

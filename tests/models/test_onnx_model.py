@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ import tdpass.formats  # noqa: F401 - fills the registry
 from tdpass.errors import PlanError
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.models.base import Batch, Model
+from tdpass.models.onnx import storage
 from tdpass.models.onnx.model import OnnxModel
+from tdpass.models.onnx.storage import release_pages
 from tdpass.site import Site
 
 RNG = np.random.default_rng(0)
@@ -444,6 +448,100 @@ def test_a_weight_on_disk_is_read_only_when_asked_for(tmp_path: Path) -> None:
     model = OnnxModel.open(path)
     (tmp_path / "m.data").write_bytes(b"\0" * (tmp_path / "m.data").stat().st_size)
     assert float(model.weight("a").abs().sum()) == 0
+
+
+@pytest.fixture
+def spilling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder for temporary files, which every replaced factor goes to."""
+    folder = tmp_path / "spilled"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr("tdpass.models.onnx.model.HELD_BYTES", 0)
+    return folder
+
+
+def mappings() -> int:
+    gc.collect()
+    return len(storage._MAPPINGS)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+def test_spilled_factors_are_those_that_were_given(dtype: type, spilling: Path) -> None:
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    x, y = (helper.make_tensor_value_info(name, kind, ["N", size]) for name, size in (("x", 7), ("y", 9)))
+    graph = helper.make_graph([node("MatMul", "x a.weight")], "g", [x], [y], [numpy_helper.from_array(weight(7, 9).astype(dtype), "a.weight")])
+    model = OnnxModel.open(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    layer = svd(model, "a", 5)
+    before = mappings()
+    model.replace("a", layer)
+    assert mappings() == before + 1
+    kept = model.layer("a")
+    assert kept is not None
+    assert all(torch.equal(kept.factors[name], factor.to(model.weight("a").dtype)) for name, factor in layer.factors.items())
+    assert list(spilling.iterdir()) == []
+
+
+def test_a_spilled_model_runs_clones_and_saves(spilling: Path, tmp_path: Path) -> None:
+    fed, before = Batch((torch.randn(2, 3, 64),)), mappings()
+    held = OnnxModel.open(large_network())
+    layers = {"a": svd(held, "a", 20), "b": svd(held, "b", 16)}
+    model = OnnxModel.open(large_network())
+    for name, layer in layers.items():
+        model.replace(name, layer)
+        held._layers[name] = layer.to(torch.float32)
+    assert mappings() == before + 2
+    wanted = held.run(fed)
+    twin = model.clone()
+    model.replace("b", svd(model, "b", 8))
+    assert same(twin.run(fed), wanted)
+    assert not same(model.run(fed), wanted)
+    del model
+    twin.save(tmp_path / "out.onnx", {})
+    release_pages()
+    assert same(twin.run(fed), wanted)
+    returned = twin.unwrap()
+    del twin
+    assert mappings() == before
+    assert isinstance(returned, onnx.ModelProto)
+    onnx.checker.check_model(returned, full_check=True)
+    assert list(spilling.iterdir()) == []
+    assert same(OnnxModel.open(tmp_path / "out.onnx").run(fed), wanted)
+
+
+def test_spilled_factors_go_with_the_model_and_not_before(spilling: Path) -> None:
+    before = mappings()
+    model = OnnxModel.open(large_network())
+    model.replace("a", svd(model, "a", 20))
+    model.replace("a", svd(model, "a", 10))
+    assert mappings() == before + 1  # those of the layer that was replaced are gone
+    factors = dict(model.layer("a").factors)
+    del model
+    assert mappings() == before + 1
+    assert all(bool(torch.isfinite(factor).all()) for factor in factors.values())
+    del factors
+    assert mappings() == before
+    assert list(spilling.iterdir()) == []
+
+
+def test_a_small_model_and_a_full_disk_leave_factors_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = mappings()
+    model = OnnxModel.open(large_network())
+    model.replace("a", svd(model, "a", 20))
+    assert mappings() == before
+    monkeypatch.setattr("tdpass.models.onnx.model.HELD_BYTES", 0)
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    model.replace("b", svd(model, "b", 16))
+    assert mappings() == before
+    fed = Batch((torch.randn(2, 3, 64),))
+    assert model.run(fed)["y"].shape == (2, 3, 32)
+
+
+def test_external_weights_read_by_a_run_are_read_again_after_their_pages_went(tmp_path: Path) -> None:
+    onnx.save(large_network(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    model, fed = OnnxModel.open(tmp_path / "m.onnx"), Batch((torch.randn(2, 3, 64),))
+    tape = model.record(fed)
+    release_pages()
+    assert torch.allclose(tape.play().finish()["y"], model.run(fed)["y"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

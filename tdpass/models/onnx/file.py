@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.models.onnx.checks import check_proto, graph_protos, invalid_if_failing
+from tdpass.models.onnx.storage import release_pages
 
 _INLINE_BELOW = 1024
 
@@ -49,7 +50,8 @@ def write(model: ir.Model, path: Path, external: bool) -> list[Path]:
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}; name a file in a folder that exists and is writable") from None
     try:
-        ir.save(model, folder / path.name, external_data=data, size_threshold_bytes=_INLINE_BELOW)
+        ir.save(model, folder / path.name, external_data=data, size_threshold_bytes=_INLINE_BELOW, callback=lambda *_: release_pages())
+        release_pages()
         if data is not None and (folder / data).stat().st_size:
             _flush(folder / data)
             (folder / data).replace(path.parent / data)

@@ -22,6 +22,7 @@ from tdpass.models.onnx.matchers import operator_name
 from tdpass.models.onnx.rewrite import opset_of
 from tdpass.models.onnx.session import NodeSession, captured_values
 from tdpass.models.onnx.sites import FoundSite
+from tdpass.models.onnx.storage import release_pages
 from tdpass.models.onnx.tensors import constant, to_torch
 from tdpass.models.onnx.use import Use
 from tdpass.ops import TorchOps
@@ -170,6 +171,8 @@ class OnnxRunner:
         kept = set(graph.outputs)
         for index, step in enumerate(self._steps):
             self._run(step, values)
+            if isinstance(step, _SiteStep):
+                release_pages()
             for value in step.reads:
                 if self._last_read[value] == index and value not in kept:
                     values.pop(value, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -16,34 +16,62 @@ from onnx_ir import tensor_adapters
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from tdpass.errors import InvalidModelError, UnsupportedError
+from tdpass.errors import InvalidModelError, KernelError, UnsupportedError
+from tdpass.kernels.native import onnx_ops_path
 from tdpass.models.onnx.checks import brief
 from tdpass.models.onnx.file import write
+from tdpass.models.onnx.fused_ops import DOMAIN, uses_fused_ops
 from tdpass.models.onnx.storage import stored_bytes
 
 _ERRORS_ONLY = 3
 _THROUGH_A_FILE_ABOVE = 1 << 28
 
 
-def _session(source: str | bytes) -> onnxruntime.InferenceSession:
+def register_fused_ops(options: onnxruntime.SessionOptions, source: str | bytes | ir.Model) -> bool:
+    """Let a session run the fused operators of the model (or file, or its content) where it uses them and their library is there.
+
+    Returns whether it does; without the library ONNX Runtime runs what the model says that they compute.
+    """
+    if not _uses_fused_ops(source):
+        return False
+    try:
+        options.register_custom_ops_library(str(onnx_ops_path()))
+    except KernelError:
+        return False
+    return True
+
+
+def _uses_fused_ops(source: str | bytes | ir.Model) -> bool:
+    if isinstance(source, ir.Model):
+        return uses_fused_ops(source)
+    try:
+        proto = onnx.load(source, load_external_data=False) if isinstance(source, str) else onnx.load_from_string(source)
+    except Exception:  # noqa: BLE001 - the session that is opened next says what is wrong with it
+        return False
+    return any(function.domain == DOMAIN for function in proto.functions)
+
+
+def _session(source: str | bytes, model: ir.Model | None = None, threads: int = 0) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level, options.intra_op_num_threads = _ERRORS_ONLY, threads
+    if model is not None:
+        register_fused_ops(options, model)
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 class Session:
-    """A model in ONNX Runtime on the CPU; raises `InvalidModelError` for one that it refuses."""
+    """A model in ONNX Runtime on the CPU, with that many threads (0: one per core); raises `InvalidModelError` for one that it refuses."""
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, threads: int = 0) -> None:
         try:
             if stored_bytes(model) > _THROUGH_A_FILE_ABOVE:
                 # ONNX Runtime maps the weights from the file, so it has to live as long as the session.
                 path = Path(tempfile.mkdtemp(prefix="tdpass-")) / "model.onnx"
                 weakref.finalize(self, shutil.rmtree, path.parent, ignore_errors=True)
                 write(model, path, external=True)
-                self._session = _session(str(path))
+                self._session = _session(str(path), model, threads)
             else:
-                self._session = _session(ir.to_proto(model).SerializeToString())
+                self._session = _session(ir.to_proto(model).SerializeToString(), model, threads)
         except InvalidModelError:
             raise
         except Exception as error:
@@ -57,6 +85,15 @@ class Session:
         except Exception as error:
             raise InvalidModelError(f"ONNX Runtime fails on the model: {brief(error)}") from error
         return {name: torch.from_numpy(result) for name, result in zip(self._outputs, results, strict=True)}
+
+    def bound(self, inputs: Mapping[str, Tensor]) -> Callable[[], object]:
+        """A call that runs the model on these inputs, already in place, and drops its outputs: what is timed."""
+        binding = self._session.io_binding()
+        for name, tensor in inputs.items():
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(_to_numpy(tensor.contiguous())))
+        for name in self._outputs:
+            binding.bind_output(name, "cpu")
+        return lambda: self._session.run_with_iobinding(binding)
 
 
 def _to_numpy(tensor: Tensor) -> object:
@@ -133,5 +170,3 @@ def captured_values(node: ir.Node) -> list[ir.Value]:
         read.update((value, None) for value in graph.outputs)
     direct = set(node.inputs)
     return [value for value in read if value not in inner and value not in direct]
-
-

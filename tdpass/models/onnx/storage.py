@@ -13,6 +13,23 @@ import onnx_ir as ir
 
 from tdpass.models.onnx.tensors import sizes
 
+# Every mapping that somebody still reads from, so that their pages can be let go of together.
+_MAPPINGS: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+
+
+def map_file(descriptor: int, length: int, start: int = 0) -> mmap.mmap:
+    """Part of an open file as memory that must not be written to; it outlives the descriptor."""
+    mapped = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ, offset=start)
+    _MAPPINGS.add(mapped)
+    return mapped
+
+
+def release_pages() -> None:
+    """Let go of the memory that mapped files take up; what is read again comes from the file (or its cache) again."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        for mapped in list(_MAPPINGS):
+            mapped.madvise(mmap.MADV_DONTNEED)
+
 
 class DataFile:
     """An open data file: what is read is what was there when it was opened, even after another file takes its name."""
@@ -31,7 +48,7 @@ class DataFile:
         if length == 0:
             return ir.Tensor(np.empty(shape.numpy(), dtype.numpy()), dtype)
         start = offset - offset % mmap.ALLOCATIONGRANULARITY
-        mapped = mmap.mmap(self._descriptor, offset - start + length, access=mmap.ACCESS_READ, offset=start)
+        mapped = map_file(self._descriptor, offset - start + length, start)
         if dtype.bitwidth < 8:
             packed = np.frombuffer(mapped, np.uint8, length, offset - start)
             return ir.PackedTensor(packed, dtype, shape=shape)

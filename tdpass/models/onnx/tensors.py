@@ -46,11 +46,16 @@ def to_torch(tensor: ir.TensorProtocol) -> Tensor:
         return torch.from_numpy(array.astype(np.int8 if dtype is torch.int8 else np.uint8))
     if dtype is torch.bfloat16 or tensor.dtype.name.startswith("FLOAT8"):
         array = array.view(np.uint16 if array.itemsize == 2 else np.uint8)
+    shared = from_memory(array)
+    return shared if shared.dtype is dtype else shared.view(dtype)
+
+
+def from_memory(array: np.ndarray) -> Tensor:
+    """The array in torch, sharing its memory; it must not be written to."""
     with warnings.catch_warnings():
         # Mapped and protobuf memory is read-only; nothing here writes to it.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        shared = torch.from_numpy(array)
-    return shared if shared.dtype is dtype else shared.view(dtype)
+        return torch.from_numpy(array)
 
 
 def from_torch(tensor: Tensor) -> ir.TensorProtocol:
