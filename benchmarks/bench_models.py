@@ -112,7 +112,7 @@ def lstm(threads: int) -> tuple[Calls, float]:
     """Two layers of 512, 100 steps, one sample; input and recurrent weights of rank 128."""
     model, x = Recurrent().eval(), torch.randn(1, 100, 512, generator=torch.Generator().manual_seed(0))
     calls = {f"dense {name}": call for name, call in _in_runtimes(model, x, threads)}
-    small = LowRankLSTM.from_dense(model.lstm, 128, 128).eval()
+    small = LowRankLSTM(model.lstm, 128, 128).eval()
     calls["fused torch"] = lambda: small(x)
     return calls, 512 * 4 * 512 / (128 * 512 * 5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tdpass.kernels.gpu as _gpu
 import tdpass.passes as _passes
 from tdpass.artifact import Artifact as Artifact
 from tdpass.artifact import load as load
@@ -36,4 +37,4 @@ from tdpass.verbs import verify as verify
 
 _register_backend()
 _load_binding()
-del _load_binding, _passes, _register_backend
+del _gpu, _load_binding, _passes, _register_backend

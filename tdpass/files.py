@@ -11,6 +11,12 @@ from pathlib import Path
 from tdpass.errors import TdpassError, UsageError
 
 
+def cache_folder() -> Path:
+    """`$TDPASS_CACHE`, or `tdpass` in the user's cache folder."""
+    own = os.environ.get("TDPASS_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdpass"
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; on success it is flushed and renamed over it, on failure it is removed.

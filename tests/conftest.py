@@ -9,6 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+# Compiled once per checkout, and the operators are those in Python unless a test asks for the others.
+os.environ.setdefault("TDPASS_KERNELS", str(Path(__file__).parents[1] / "build" / "kernels"))
+os.environ.setdefault("TDPASS_BINDING", "python")
+
 
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:

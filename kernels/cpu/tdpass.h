@@ -57,7 +57,8 @@ typedef struct {
   int32_t order[4];  // in which order the axes 0 a, 1 o, 2 r, 3 b of the result are stored, slowest first
 } tdpass_step;
 
-// Steps in a row, then y = activation(result + bias + residual); `weights[s]` is `[a if batched][k][o][r]`.
+// Steps in a row, then y = activation(result + bias + residual); `weights[s]` is `[a if batched][ceil(o r / 8)][k][8]`,
+// its rows (o r), missing ones zero.
 typedef struct {
   int32_t dtype, activation, steps;
   const tdpass_step* step;
@@ -69,10 +70,10 @@ typedef struct {
 __attribute__((visibility("default"))) int32_t tdpass_tensor_chain(const tdpass_program* program, const tdpass_rows* x, const tdpass_rows* y, const tdpass_pool* pool);
 
 // A convolution with a sparse weight, then y = activation(result + bias + residual); `shape.groups == 1`.
-// Panel p makes the outputs `rows[p width] ..` (-1: none); its blocks are `start[p] .. start[p + 1]`, each of `width` weights for
-// the input `index[e] = channel * taps + tap`.
+// Panel p makes the outputs `rows[p width] ..` (-1: none).  Block e holds `width` weights for the input `index[e] = channel * taps +
+// tap`; the blocks of panel p in segment s, a range of inputs, are `start[k] .. start[k + 1]` with k = s panels + p.
 typedef struct {
-  int32_t dtype, activation, width, panels;
+  int32_t dtype, activation, width, panels, segments;
   tdpass_stage shape;
   const int32_t *start, *index, *rows;
   const float* values;           // [blocks][width]

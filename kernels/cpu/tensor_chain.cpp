@@ -8,64 +8,70 @@
 #include "token_lanes.h"
 #include "scratch.h"
 
+#include <numeric>
 #include <vector>
 
 namespace tdpass {
 namespace {
 
 constexpr int MAX_STEPS = 16;
-constexpr int MAX_ROWS = 8, MAX_COLUMNS = 6;
+constexpr int PANEL = 8;    // rows of a matrix that lie together, and that a tile has at most
+constexpr int MAX_COLUMNS = 6;
 constexpr long PART = 512;  // vectors that the result of a step should not exceed: two thirds of the first-level cache
 
 typedef std::vector<int32_t> Offsets;
 
-// out[row[i] + to[j]] = sum over k of w[k ld + i] * in[from[j] + k stride]
+// out[row[i] + to[j]] = sum over k of w[8 k + i] * in[from[j] + k stride], for `tiles` times NR columns j.
 template <int MR, int NR>
-__attribute__((noinline)) void tile(const float* w, Index ld, int depth, const float* in, const int32_t* from, Index stride, float* out, const int32_t* row, const int32_t* to) {
-  Lanes sum[MR][NR];
-  const float* at[NR];
-  TDPASS_UNROLL for (int j = 0; j < NR; j++) at[j] = in + Index(from[j]) * LANES;
-  TDPASS_UNROLL for (int i = 0; i < MR; i++) TDPASS_UNROLL for (int j = 0; j < NR; j++) sum[i][j] = zero();
-  for (Index k = 0, offset = 0; k < depth; k++, offset += stride, w += ld) {
-    Lanes v[NR];
-    TDPASS_UNROLL for (int j = 0; j < NR; j++) v[j] = load(at[j] + offset);
-    TDPASS_UNROLL for (int i = 0; i < MR; i++) {
-      Lanes a = broadcast(w[i]);
-      TDPASS_UNROLL for (int j = 0; j < NR; j++) sum[i][j] += a * v[j];
+__attribute__((noinline)) void sweep(int tiles, const float* w, int depth, const float* in, const int32_t* from, Index stride, float* out, const int32_t* row, const int32_t* to) {
+  float* place[MR];
+  TDPASS_UNROLL for (int i = 0; i < MR; i++) place[i] = out + Index(row[i]) * LANES;
+  for (int tile = 0; tile < tiles; tile++, from += NR, to += NR) {
+    Lanes sum[MR][NR];
+    const float* at[NR];
+    TDPASS_UNROLL for (int j = 0; j < NR; j++) at[j] = in + Index(from[j]) * LANES;
+    TDPASS_UNROLL for (int i = 0; i < MR; i++) TDPASS_UNROLL for (int j = 0; j < NR; j++) sum[i][j] = zero();
+    const float* a = w;
+    for (Index k = 0, offset = 0; k < depth; k++, offset += stride, a += PANEL) {
+      Lanes v[NR];
+      TDPASS_UNROLL for (int j = 0; j < NR; j++) v[j] = load(at[j] + offset);
+      TDPASS_UNROLL for (int i = 0; i < MR; i++) {
+        Lanes b = broadcast(a[i]);
+        TDPASS_UNROLL for (int j = 0; j < NR; j++) sum[i][j] += b * v[j];
+      }
     }
+    Index column[NR];
+    TDPASS_UNROLL for (int j = 0; j < NR; j++) column[j] = Index(to[j]) * LANES;
+    TDPASS_UNROLL for (int i = 0; i < MR; i++) TDPASS_UNROLL for (int j = 0; j < NR; j++) store(place[i] + column[j], sum[i][j]);
   }
-  TDPASS_UNROLL for (int i = 0; i < MR; i++) TDPASS_UNROLL for (int j = 0; j < NR; j++) store(out + (Index(row[i]) + to[j]) * LANES, sum[i][j]);
 }
 
-typedef void (*Tile)(const float*, Index, int, const float*, const int32_t*, Index, float*, const int32_t*, const int32_t*);
+typedef void (*Tile)(int, const float*, int, const float*, const int32_t*, Index, float*, const int32_t*, const int32_t*);
 
 template <int MR, int NR> constexpr Tile tile_or_null() {
-  if constexpr (MR * NR <= ACCUMULATORS) return &tile<MR, NR>;
+  if constexpr (MR * NR <= ACCUMULATORS) return &sweep<MR, NR>;
   else return nullptr;
 }
 template <int MR> struct TileRow {
   static constexpr Tile by_columns[MAX_COLUMNS] = {tile_or_null<MR, 1>(), tile_or_null<MR, 2>(), tile_or_null<MR, 3>(),
                                                    tile_or_null<MR, 4>(), tile_or_null<MR, 5>(), tile_or_null<MR, 6>()};
 };
-constexpr const Tile* TILES[MAX_ROWS + 1] = {nullptr,
+constexpr const Tile* TILES[PANEL + 1] = {nullptr,
                                              TileRow<1>::by_columns, TileRow<2>::by_columns, TileRow<3>::by_columns, TileRow<4>::by_columns,
                                              TileRow<5>::by_columns, TileRow<6>::by_columns, TileRow<7>::by_columns, TileRow<8>::by_columns};
 
-// Into how many tiles rows and columns are cut, for the fewest cycles: two multiply-adds or two loads each, four cycles latency.
-struct Blocking {
-  int rows = 1, columns = 1;
-  Blocking(int row_count, int column_count) {
-    double best = 1e30;
-    for (int nr = 1; nr <= MAX_COLUMNS && nr <= std::max(ACCUMULATORS, 1); nr++) {
-      int most = std::min(MAX_ROWS, ACCUMULATORS / nr);
-      if (most < 1) break;
-      int down = (row_count + most - 1) / most, across = (column_count + nr - 1) / nr;
-      double mr = double(row_count) / down, used = double(column_count) / across;
-      double cycles = std::max({mr * used / 2, (mr + used) / 2, 4.0}) * down * across;
-      if (cycles < best * 0.999) best = cycles, rows = down, columns = across;
-    }
+// How many columns a tile of that many rows has, for the fewest cycles: two multiply-adds or two loads each, four cycles latency.
+// Where the registers do not hold a tile of one column, its rows are done in parts.
+static int tile_columns(int rows, int columns) {
+  double best = 1e30;
+  int found = 1;
+  for (int nr = 1; nr <= std::min(MAX_COLUMNS, columns) && rows * nr <= ACCUMULATORS; nr++) {
+    auto cycles = [&](int n) { return std::max({rows * n / 2.0, (rows + n) / 2.0, 4.0}); };
+    double all = cycles(nr) * (columns / nr) + (columns % nr ? cycles(columns % nr) : 0);
+    if (all < best * 0.999) best = all, found = nr;
   }
-};
+  return found;
+}
 
 // A step as it runs: on `b` of its columns, `o` at a time.
 struct Work {
@@ -139,7 +145,7 @@ class Program {
     return b;
   }
 
-  // A step may be cut along o only where all later ones carry those columns to the end.
+  // A step may be cut along o only where all later ones carry those columns to the end, and between panels of its matrix.
   void split() {
     int free_from = count - 1;
     while (free_from > 0) {
@@ -152,9 +158,9 @@ class Program {
       const tdpass_step& t = *work.step;
       work.chunk = t.o;
       if (s < free_from || s + 1 == count) continue;
-      long per_o = long(t.a) * t.r * columns(work), fewest = (MAX_ROWS + t.r - 1) / t.r;
-      long chunk = std::min<long>(t.o, std::max(fewest, PART / per_o)), parts = (t.o + chunk - 1) / chunk;
-      work.chunk = int((t.o + parts - 1) / parts);
+      long per_o = long(t.a) * t.r * columns(work), fewest = PANEL / std::gcd(PANEL, t.r);
+      long chunk = std::min<long>(t.o, std::max(fewest, PART / per_o / fewest * fewest)), parts = (t.o + chunk - 1) / chunk, even = (t.o + parts - 1) / parts;
+      work.chunk = int(std::min<long>(t.o, (even + fewest - 1) / fewest * fewest));
     }
   }
 
@@ -204,20 +210,19 @@ class Program {
   // Rows `low r` .. `(low + o) r` of the matrix times all columns.
   void multiply(const Work& work, const float* in, int low, int o, int b) {
     const tdpass_step& t = *work.step;
-    const Index ld = Index(t.o) * t.r;
-    const int batches = t.batched ? t.a : 1, columns = t.a / batches * b, rows = o * t.r;
-    Blocking blocking(rows, columns);
+    const int batches = t.batched ? t.a : 1, columns = t.a / batches * b, rows = o * t.r, panels = (t.o * t.r + PANEL - 1) / PANEL;
+    const Index stride = Index(b) * LANES, panel = Index(t.k) * PANEL;
     for (int batch = 0; batch < batches; batch++) {
-      const float* w = work.weights + batch * t.k * ld + low * t.r;
+      const float* w = work.weights + (Index(batch) * panels + low * t.r / PANEL) * panel;
       const int32_t *from = work.from.data() + batch * columns, *to = work.to.data() + batch * columns;
-      for (int across = 0, j = 0; across < blocking.columns; across++) {
-        int nr = (columns - j) / (blocking.columns - across);
-        for (int down = 0, i = 0; down < blocking.rows; down++) {
-          int mr = (rows - i) / (blocking.rows - down);
-          TILES[mr][nr - 1](w + i, ld, t.k, in, from + j, Index(b) * LANES, work.out, work.row.data() + i, to + j);
-          i += mr;
+      for (int i = 0; i < rows; i += PANEL, w += panel) {
+        const int height = std::min(PANEL, rows - i), most = std::min(height, ACCUMULATORS);
+        for (int part = 0; part < height; part += most) {
+          const int mr = std::min(most, height - part), nr = tile_columns(mr, columns), rest = columns % nr;
+          const int32_t* row = work.row.data() + i + part;
+          TILES[mr][nr - 1](columns / nr, w + part, t.k, in, from, stride, work.out, row, to);
+          if (rest) TILES[mr][rest - 1](1, w + part, t.k, in, from + columns - rest, stride, work.out, row, to + columns - rest);
         }
-        j += nr;
       }
     }
   }

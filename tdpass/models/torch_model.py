@@ -18,6 +18,8 @@ from tdpass.errors import InvalidModelError, PlanError, UnsupportedError
 from tdpass.formats.base import Layer
 from tdpass.models.base import Batch, with_extents
 from tdpass.models.factorized import Factorized
+from tdpass.models.fused import Fused
+from tdpass.models.torch_fuse import fuse_layers
 from tdpass.models.torch_sites import Matched, find_sites
 from tdpass.models.torch_state import save_module
 from tdpass.site import Site
@@ -74,8 +76,11 @@ class TorchModel:
             module = Factorized(shared, bias, str(getattr(dense, "padding_mode", "zeros")), pads)
             module.train(dense.training)
             module._forward_hooks, module._forward_pre_hooks = dense._forward_hooks, dense._forward_pre_hooks
+            current = self._replaced[name][len(modules)] if name in self._replaced else dense
+            if isinstance(current, Fused):  # it may have taken an activation in
+                module = Fused.of(module, current.activation, current.lanes)
             modules.append(module)
-            self._swap(dense, self._replaced[name][len(modules) - 1] if name in self._replaced else dense, module)
+            self._swap(dense, current, module)
         self._replaced[name] = modules
 
     def record(self, batch: Batch) -> Tape:
@@ -145,6 +150,14 @@ class TorchModel:
                         buffer.copy_(value)
 
         return undo
+
+    def fuse(self, note: Callable[[str], None], decline: Callable[[str, str], None], samples: Batch | None = None) -> bool:
+        batch = samples or self._example
+        found = fuse_layers(self.module, None if batch is None else lambda: self.run(batch), note, decline)
+        for layer, fused in found.items():
+            self._swap(layer, layer, fused)
+        self._replaced = {name: [found.get(module, module) for module in modules] for name, modules in self._replaced.items()}
+        return bool(found)
 
     def example(self) -> Batch | None:
         return self._example

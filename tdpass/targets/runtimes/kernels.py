@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from tdpass.formats.base import Layer
+from tdpass.formats.contraction import contraction_of
 from tdpass.formats.lowering import Lowered, lower
 from tdpass.kernels import native
 from tdpass.kernels.conv_chain import CONV_CHAIN
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.stage import Lanes
+from tdpass.kernels.tensor_chain import TENSOR_CHAIN
 from tdpass.targets.layers import AnyLayer, channels_last, example_input
 from tdpass.targets.runtimes.base import Runtime, register_runtime
 
@@ -35,10 +37,11 @@ class Kernels(Runtime):
         return native.library() is not None
 
     def prepare(self, layer: AnyLayer, batch: int, threads: int) -> Callable[[], Tensor] | None:
-        lowered = lower(layer) if isinstance(layer, Layer) else None
-        if lowered is None:
+        if not isinstance(layer, Layer):
             return None
-        x = example_input(layer, batch)
+        x, lowered = example_input(layer, batch), lower(layer)
+        if lowered is None:
+            return _bind_contraction(layer, x)
         calls = [_bind(layer, lowered, x, lanes) for lanes in (LANES if lowered.kind == "conv" else LANES[:1])]
         return min(calls, key=_a_few_calls)
 
@@ -56,6 +59,15 @@ def _bind(layer: Layer, lowered: Lowered, x: Tensor, lanes: Lanes) -> Callable[[
         return y if x.dim() == 4 else y[:, :, 0]
 
     return run
+
+
+def _bind_contraction(layer: Layer, x: Tensor) -> Callable[[], Tensor] | None:
+    contraction = contraction_of(layer)
+    if contraction is None:
+        return None
+    steps, packed = contraction
+    integers = [value for step in steps for value in step.integers()]
+    return lambda: _call(TENSOR_CHAIN.call, x, packed, layer.bias, None, integers, "identity")
 
 
 def _call(operator: Any, *arguments: Tensor | Sequence[Tensor] | Sequence[int] | str | None) -> Tensor:

@@ -1,0 +1,120 @@
+"""What all kernels share: the epilogue and the product as Triton functions, and how torch's types and settings map to Triton's.
+
+Under `TRITON_INTERPRET=1` the kernels run on CPU tensors, slowly, for tests; products are then made in float32, because the
+interpreter multiplies bfloat16 and float8 as if they were integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tdpass.errors import KernelError, UnsupportedError
+
+Precision = Literal["ieee", "tf32", "tf32x3"]
+INTERPRETED: bool = triton.knobs.runtime.interpret
+ACTIVATIONS = {"identity": 0, "relu": 1, "silu": 2, "gelu": 3}
+LARGEST_RANK = 256  # what a tile of rows can hold in registers beside its accumulator
+_TYPES: dict[torch.dtype, Any] = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float8_e4m3fn: tl.float8e4nv,
+}
+_PRECISIONS = ("ieee", "tf32", "tf32x3")
+
+
+def jit(function: Callable[..., None] | Callable[..., Any]) -> Any:
+    """`triton.jit`, typed so that what it makes may be launched and called from other kernels."""
+    return triton.jit(function)
+
+
+@jit
+def product(
+    a: tl.tensor, b: tl.tensor, total: tl.tensor,
+    compute: tl.constexpr, precision: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """`total + a b` with operands rounded to `compute` and a float32 sum."""
+    return tl.dot(a.to(compute), b.to(compute), total, input_precision=precision)
+
+
+@jit
+def finish(
+    total: tl.tensor, bias: tl.tensor, rest: tl.tensor, place: tl.tensor, there: tl.tensor, mask: tl.tensor,
+    activation: tl.constexpr, biased: tl.constexpr, rested: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """`activation(total + bias[place] + rest)`, float32; `there` masks `place`, `mask` the pointers `rest`; all broadcast to `total`."""
+    if biased:
+        total += tl.load(bias + place, mask=there, other=0.0).to(tl.float32)
+    if rested:
+        total += tl.load(rest, mask=mask, other=0.0).to(tl.float32)
+    if activation == 1:
+        total = tl.where(total < 0, 0.0, total)  # not a maximum: a NaN stays one
+    elif activation == 2:
+        total = total / (1.0 + tl.exp(-total))
+    elif activation == 3:
+        total = 0.5 * total * (1.0 + tl.erf(total * 0.7071067811865476))
+    return total
+
+
+def triton_type(dtype: torch.dtype) -> Any:
+    """The type in which products with operands of `dtype` are made."""
+    if dtype not in _TYPES:
+        raise UnsupportedError(f"the GPU kernels compute in {', '.join(str(known) for known in _TYPES)}, not in {dtype}; the operator's reference serves it")
+    return tl.float32 if INTERPRETED and dtype in {torch.bfloat16, torch.float8_e4m3fn} else _TYPES[dtype]
+
+
+def check(x: Tensor, activation: str, *others: Tensor | None) -> None:
+    """Raise `UnsupportedError` or `KernelError` unless the kernels can read these tensors and know the activation."""
+    if activation not in ACTIVATIONS:
+        raise KernelError(f"activation {activation!r} is not known; it is one of {', '.join(ACTIVATIONS)}")
+    if not x.is_cuda and not INTERPRETED:
+        raise UnsupportedError(f"the GPU kernels read CUDA tensors, this one is on {x.device}; set TRITON_INTERPRET=1 to test them without a device")
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise KernelError(f"x is on {x.device} and another operand on {other.device}; move them to one device")
+    triton_type(x.dtype)
+    narrow = any(each is not None and each.dtype == torch.float8_e4m3fn for each in (x, *others))
+    if narrow and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
+        raise UnsupportedError(f"{torch.cuda.get_device_name(x.device)} has no float8 arithmetic; compute capability 8.9 or newer has")
+
+
+def bias_of(bias: Tensor | None, columns: int) -> Tensor | None:
+    """The bias as the kernels read it: one number per column, without gaps."""
+    if bias is not None and bias.shape != (columns,):
+        raise KernelError(f"bias{tuple(bias.shape)} does not fit an output of {columns} channels; it is [{columns}]")
+    return None if bias is None else bias.contiguous()
+
+
+def precision_of(x: Tensor, kind: Literal["matmul", "conv"], asked: Precision | None) -> Precision:
+    """How float32 products are made: as asked for, else as torch is set to make them; the other types have but one way."""
+    if asked is not None and asked not in _PRECISIONS:
+        raise KernelError(f"precision {asked!r} is not known; it is one of {', '.join(_PRECISIONS)}")
+    if x.dtype != torch.float32:
+        return "tf32"
+    if asked is not None:
+        return asked
+    backends: Any = torch.backends
+    setting = (backends.cuda.matmul if kind == "matmul" else backends.cudnn.conv).fp32_precision
+    return "tf32" if setting == "tf32" else "ieee"
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Within it launches go to the device of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def power(size: int, least: int = 16) -> int:
+    """The power of two that holds `size`; at least 16, the least side of a tile that tensor cores multiply."""
+    return max(least, 1 << max(0, size - 1).bit_length())
+
+
+def blocks(size: int, block: int) -> int:
+    """How many blocks cover `size`."""
+    return -(-size // block)

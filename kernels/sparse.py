@@ -1,0 +1,213 @@
+"""`sparse_linear` and `sparse_conv2d`: layers whose weight is mostly zeros, stored and multiplied without them.
+
+A weight is a list of blocks per panel of outputs, a block being the weights of `width` outputs for one input.  Pruned channels
+and rows leave blocks of 16 and 8 full; scattered zeros are best left out one by one, `width` 1, or in fours.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from ctypes import addressof, byref, c_int32
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tdpass.errors import KernelError
+from tdpass.kernels import native
+from tdpass.kernels.base import Op, implements, register_op
+from tdpass.kernels.conv_chain import activate, check_activation, like_input, memory_format
+from tdpass.kernels.stage import Stage, stages_of
+from tdpass.ops import padded_convolution
+
+_PACKED = "Tensor values, Tensor inputs, Tensor start, Tensor rows"
+CONV_SCHEMA = f"(Tensor x, {_PACKED}, Tensor? bias, Tensor? residual, int[] stage, str activation) -> Tensor"
+LINEAR_SCHEMA = f"(Tensor x, {_PACKED}, Tensor? bias, Tensor? residual, int outputs, str activation) -> Tensor"
+
+# Cycles per block and 16 positions, as measured; half of one per weight is what the multiply-adds take.
+CYCLES = {16: 8.8, 8: 4.6, 4: 2.5, 1: 1.1}
+_SEGMENT, _FEWEST = 64, 8  # inputs per segment of single weights, and how many weights of an output it should hold on average
+
+
+class Blocks(NamedTuple):
+    """A packed weight: `values[e]` are the weights of the outputs `rows[width p :][: width]` for input `inputs[e]`.
+
+    Inputs are counted as columns of `weight.flatten(1)` and cut into segments; blocks `start[k]` up to `start[k + 1]` belong to panel
+    p in segment s, k = s panels + p.  A row of -1 is no output.  Outputs without weights come last, where they cost nothing.
+    """
+
+    values: Tensor
+    inputs: Tensor
+    start: Tensor
+    rows: Tensor
+
+    @property
+    def width(self) -> int:
+        """Outputs per panel."""
+        return self.values.shape[1]
+
+    @property
+    def panels(self) -> int:
+        """Groups of outputs."""
+        return len(self.rows) // self.width
+
+    @property
+    def cycles(self) -> float:
+        """Estimated cycles for 16 positions."""
+        return len(self.values) * CYCLES[self.width]
+
+
+def pack(weight: Tensor, width: int | None = None) -> Blocks:
+    """`weight[o, i, ...]` without its zeros, float32; the width of blocks is 16, 8, 4 or 1, by default what should be fastest."""
+    flat, taps = weight.detach().float().flatten(1), math.prod(weight.shape[2:])
+    if width is None:
+        return min((_pack(flat, each, taps) for each in CYCLES), key=lambda blocks: blocks.cycles)
+    if width not in CYCLES:
+        raise KernelError(f"blocks of {width} outputs are not known; the width is one of {', '.join(map(str, CYCLES))}")
+    return _pack(flat, width, taps)
+
+
+def _pack(flat: Tensor, width: int, taps: int) -> Blocks:
+    order = torch.arange(len(flat))
+    if width > 1:
+        order = order[(flat == 0).all(1).int().sort(stable=True).indices]
+    rows = F.pad(order, (0, -len(order) % width), value=-1)
+    panels = F.pad(flat[order], (0, 0, 0, len(rows) - len(order))).reshape(-1, width, flat.shape[1])
+    stored = (panels != 0).any(1)
+    size = flat.shape[1]
+    if width == 1:
+        size = max(_SEGMENT * min(taps, 3), math.ceil(_FEWEST / max(float(stored.float().mean()), 1e-9)))
+    parts = [(k, stored[:, k : k + size], panels.mT[:, k : k + size]) for k in range(0, flat.shape[1], size)]
+    found = [(mask.sum(1), mask.nonzero()[:, 1] + k, part[mask]) for k, mask, part in parts]
+    counts, inputs, values = (torch.cat(each) for each in zip(*found, strict=True))
+    start = F.pad(counts.cumsum(0), (1, 0))
+    return Blocks(values.contiguous(), inputs.int(), start.int(), rows.int())
+
+
+def unpack(blocks: Blocks, shape: Sequence[int]) -> Tensor:
+    """The dense weight of that shape."""
+    outputs, width = shape[0], blocks.width
+    counts = blocks.start.diff().long()
+    panel = (torch.arange(len(counts), device=counts.device) % blocks.panels).repeat_interleave(counts)
+    dense = blocks.values.new_zeros((blocks.panels, width, math.prod(shape[1:])))
+    dense[panel, :, blocks.inputs.long()] = blocks.values
+    kept = blocks.rows >= 0
+    weight = blocks.values.new_zeros((outputs, dense.shape[2]))
+    weight[blocks.rows[kept].long()] = dense.flatten(0, 1)[kept]
+    return weight.reshape(tuple(shape))
+
+
+def conv_reference(
+    x: Tensor, values: Tensor, inputs: Tensor, start: Tensor, rows: Tensor, bias: Tensor | None, residual: Tensor | None, stage: Sequence[int], activation: str
+) -> Tensor:
+    """`y = activation(W * x + bias + residual)` with the convolution `stage` and the dense weight W."""
+    (shape,) = stages_of(stage)
+    pads = tuple(zip(shape.before, shape.after, strict=True))
+    weight = unpack(Blocks(values, inputs, start, rows), shape.shape).to(x.dtype)
+    y = padded_convolution(x, weight, None if bias is None else bias.to(x.dtype), shape.stride, pads, shape.dilation, 1)
+    return like_input(activate(y if residual is None else y + residual, activation), x)
+
+
+def conv_fake(
+    x: Tensor, values: Tensor, inputs: Tensor, start: Tensor, rows: Tensor, bias: Tensor | None, residual: Tensor | None, stage: Sequence[int], activation: str
+) -> Tensor:
+    """Shape and strides."""
+    (shape,) = stages_of(stage)
+    if shape.groups != 1:
+        raise KernelError(f"sparse_conv2d takes one group, not {shape.groups}")
+    check_activation(activation)
+    return _empty_output(x, shape)
+
+
+def _empty_output(x: Tensor, stage: Stage) -> Tensor:
+    size = (x.shape[0], stage.outputs, *stage.output_size(x.shape[2:]))
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def linear_reference(
+    x: Tensor, values: Tensor, inputs: Tensor, start: Tensor, rows: Tensor, bias: Tensor | None, residual: Tensor | None, outputs: int, activation: str
+) -> Tensor:
+    """`y = activation(W x + bias + residual)` on the last axis of x, with the dense weight W."""
+    weight = unpack(Blocks(values, inputs, start, rows), (outputs, x.shape[-1])).to(x.dtype)
+    y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return activate(y if residual is None else y + residual, activation)
+
+
+def linear_fake(
+    x: Tensor, values: Tensor, inputs: Tensor, start: Tensor, rows: Tensor, bias: Tensor | None, residual: Tensor | None, outputs: int, activation: str
+) -> Tensor:
+    """Shape and strides."""
+    check_activation(activation)
+    return x.new_empty((*x.shape[:-1], outputs))
+
+
+SPARSE_CONV2D = register_op(Op("sparse_conv2d", CONV_SCHEMA, conv_reference, conv_fake))
+SPARSE_LINEAR = register_op(Op("sparse_linear", LINEAR_SCHEMA, linear_reference, linear_fake))
+
+
+@implements("sparse_conv2d", "cpu")
+def conv_cpu(
+    x: Tensor, values: Tensor, inputs: Tensor, start: Tensor, rows: Tensor, bias: Tensor | None, residual: Tensor | None, stage: Sequence[int], activation: str
+) -> Tensor:
+    """The C++ kernel; float32 and bfloat16, float32 inside."""
+    (shape,) = stages_of(stage)
+    y = _empty_output(x, shape)
+    rest = None if residual is None else residual.expand_as(y)
+    return y if _run(x, Blocks(values, inputs, start, rows), bias, rest, tuple(stage), activation, y) else NotImplemented
+
+
+@implements("sparse_linear", "cpu")
+def linear_cpu(
+    x: Tensor, values: Tensor, inputs: Tensor, start: Tensor, rows: Tensor, bias: Tensor | None, residual: Tensor | None, outputs: int, activation: str
+) -> Tensor:
+    """The C++ kernel; float32 and bfloat16, float32 inside."""
+    y = x.new_empty((*x.shape[:-1], outputs))
+    rest = None if residual is None else _positions(residual.expand_as(y))
+    stage = tuple(Stage(x.shape[-1], outputs).integers())
+    return y if _run(_positions(x), Blocks(values, inputs, start, rows), bias, rest, stage, activation, _positions(y)) else NotImplemented
+
+
+def _positions(x: Tensor) -> Tensor:
+    """`x[..., c]` as `[1, c, 1, positions]`."""
+    return x.contiguous().view(-1, x.shape[-1]).t()[None, :, None, :]
+
+
+@functools.lru_cache(maxsize=4096)
+def _stage(integers: tuple[int, ...]) -> native.CStage:
+    return native.CStage((c_int32 * 13)(*integers))
+
+
+def _run(x: Tensor, blocks: Blocks, bias: Tensor | None, residual: Tensor | None, stage: tuple[int, ...], activation: str, y: Tensor) -> bool:
+    library = native.library()
+    if library is None or x.dtype not in native.DTYPES or (residual is not None and residual.dtype != x.dtype):
+        return False
+    if x.shape[1] != stage[0] or (bias is not None and bias.shape != (stage[1],)):
+        return False
+    if y.numel() == 0:
+        return True
+    values = blocks.values.float().contiguous()
+    inputs, start, rows = (tensor.int().contiguous() for tensor in blocks[1:])
+    segments = (len(start) - 1) // blocks.panels
+    if len(inputs) != len(values) or len(start) != segments * blocks.panels + 1 or len(rows) < stage[1]:
+        raise KernelError(f"{len(values)} blocks of {blocks.width} have {len(inputs)} inputs, {len(start)} starts, {len(rows)} rows; use what `pack` returns")
+    shift = None if bias is None else bias.float().contiguous()
+    rest = None if residual is None else native.image(residual)
+    call = native.CSparse(
+        native.DTYPES[x.dtype],
+        native.ACTIVATIONS[activation],
+        blocks.width,
+        blocks.panels,
+        segments,
+        _stage(stage),
+        start.data_ptr(),
+        inputs.data_ptr(),
+        rows.data_ptr(),
+        values.data_ptr(),
+        None if shift is None else shift.data_ptr(),
+        None if rest is None else addressof(rest),
+    )
+    status: int = library.tdpass_sparse_conv(byref(call), byref(native.image(x)), byref(native.image(y)), None)
+    return status == 0

@@ -1,0 +1,51 @@
+// What an operator is, and how it becomes one of torch's: see the table in ops.cpp.
+#pragma once
+#include "../cpu/tdpass.h"
+#include "arguments.h"
+
+namespace torch_ops {
+
+// The outputs; none for arguments that the kernel does not serve: the reference then answers.
+struct Result {
+  static constexpr int MOST = 3;
+  int count = 0;
+  AtenTensorHandle tensors[MOST] = {};
+
+  Result() = default;
+  template <class... Handles> explicit Result(Handles... handles) : count(sizeof...(handles)), tensors{handles...} {}
+};
+inline Result not_served() { return Result(); }
+
+// Releases a tensor unless it is given away.
+class Output {
+ public:
+  Output(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype) {
+    static const int32_t cpu = aoti_torch_device_type_cpu();
+    check(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, cpu, 0, &handle_), "allocate the output");
+  }
+  Output(const Output&) = delete;
+  ~Output() {
+    if (handle_) aoti_torch_delete_tensor_object(handle_);
+  }
+  Tensor view() const { return Tensor(handle_); }
+  AtenTensorHandle give() {
+    AtenTensorHandle given = handle_;
+    handle_ = nullptr;
+    return given;
+  }
+
+ private:
+  AtenTensorHandle handle_ = nullptr;
+};
+
+int32_t dtype_of(const Tensor& x);               // tdpass_dtype, or -1
+int32_t activation_of(const std::string& name);  // tdpass_activation; throws for an unknown name
+int32_t lanes_of(const std::string& name);       // tdpass_lanes; throws for an unknown name
+tdpass_pool pool();                              // torch's own threads
+std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes);
+
+Result conv_chain(Arguments& in);
+Result linear_chain(Arguments& in);
+Result tensor_chain(Arguments& in);
+
+}  // namespace torch_ops

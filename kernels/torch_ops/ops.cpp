@@ -1,0 +1,138 @@
+// The operators in C++: loaded into Python they take the place of the Python implementations for the CPU, and in a program without
+// Python they are the operators.  To add one: a function in a file of its own, declared in operators.h, and a line in OPERATORS.
+#include "operators.h"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdlib>
+
+// Only from torch 2.13 on; null before.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+namespace torch_ops {
+namespace {
+
+std::atomic<bool> forced{false};
+bool references = false;  // whether Python is there, with a reference of every operator
+
+void run(StableIValue* stack, const char* name, Result (*kernel)(Arguments&)) {
+  Arguments in(stack);
+  Result result = kernel(in);
+  if (result.count) {
+    for (int k = 0; k < result.count; k++) stack[k] = torch::stable::detail::from(result.tensors[k]);
+  } else if (references) {
+    in.hand_over(std::string("tdpass::") + name + "_reference");
+  } else {
+    throw std::runtime_error(std::string("tdpass::") + name + " does not serve these arguments: it takes tensors of float32 or bfloat16 on the CPU, all of one type");
+  }
+}
+
+struct Operator {
+  const char* name;
+  void (*boxed)(StableIValue*, uint64_t, uint64_t);
+};
+
+#define TDPASS_OPERATOR(op) {#op, [](StableIValue* stack, uint64_t, uint64_t) { run(stack, #op, [](Arguments& in) { return op(in); }); }}
+constexpr Operator OPERATORS[] = {TDPASS_OPERATOR(conv_chain), TDPASS_OPERATOR(linear_chain), TDPASS_OPERATOR(tensor_chain)};
+
+constexpr const char* SCHEMAS[] = {
+#include "schemas.inc"  // written by the build: one string per operator known to Python
+};
+
+void run_torch(void*, int32_t tasks, void (*task)(void*, int32_t), void* argument) {
+  struct Work {
+    void (*task)(void*, int32_t);
+    void* argument;
+  } work{task, argument};
+  auto chunk = [](int64_t begin, int64_t end, void* context) {
+    auto* given = static_cast<Work*>(context);
+    for (int64_t k = begin; k < end; k++) given->task(given->argument, int32_t(k));
+  };
+  check(torch_parallel_for(0, tasks, 1, chunk, &work), "run in parallel");
+}
+
+int32_t find(const std::string& name, const char* what, std::initializer_list<const char*> known) {
+  int32_t index = 0;
+  std::string all;
+  for (const char* candidate : known) {
+    if (name == candidate) return index;
+    all += (index++ ? ", " : "") + std::string(candidate);
+  }
+  throw std::runtime_error(std::string(what) + " '" + name + "' is not one of " + all);
+}
+
+}  // namespace
+
+void Arguments::check_call(AOTITorchError status, const std::string& name) {
+  if (!status) return;
+  const char* why = torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
+  throw std::runtime_error(why ? std::string(why) : name + " failed");
+}
+
+int32_t dtype_of(const Tensor& x) {
+  static const int32_t float32 = aoti_torch_dtype_float32(), bfloat16 = aoti_torch_dtype_bfloat16();
+  if (forced.load(std::memory_order_relaxed)) return -1;
+  return x.dtype == float32 ? TDPASS_FLOAT32 : x.dtype == bfloat16 ? TDPASS_BFLOAT16 : -1;
+}
+
+int32_t activation_of(const std::string& name) { return find(name, "activation", {"identity", "relu", "silu", "gelu"}); }
+
+int32_t lanes_of(const std::string& name) { return find(name, "lanes", {"channels", "pixels"}); }
+
+tdpass_pool pool() {
+  uint32_t threads = 1;
+  check(torch_get_num_threads(&threads), "count its threads");
+  return {nullptr, int32_t(threads), run_torch};
+}
+
+std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t step = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = step;
+    step *= sizes[d] > 0 ? sizes[d] : 1;
+  }
+  return strides;
+}
+
+namespace {
+
+// Registers on loading.  TDPASS_OPERATORS says what this process has: "PID schemas" with Python's definitions, "PID kernels" with a
+// library such as this; in the second case this one does nothing, so that several deployed models may each bring their own.
+class Registration {
+ public:
+  Registration() {
+    using torch::stable::detail::StableLibrary;
+    const std::string process = std::to_string(getpid());
+    const char* variable = std::getenv("TDPASS_OPERATORS");
+    const std::string here = variable ? variable : "";
+    if (here == process + " kernels") return;
+    references = here == process + " schemas";
+    if (!references) {
+      definitions_ = std::make_unique<StableLibrary>(StableLibrary::Kind::FRAGMENT, "tdpass", nullptr, __FILE__, __LINE__);
+      for (const char* schema : SCHEMAS) definitions_->def(schema);
+    }
+    kernels_ = std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "tdpass", "CPU", __FILE__, __LINE__);
+    for (const Operator& op : OPERATORS) kernels_->impl(op.name, op.boxed);
+    setenv("TDPASS_OPERATORS", (process + " kernels").c_str(), 1);
+  }
+
+ private:
+  std::unique_ptr<torch::stable::detail::StableLibrary> definitions_, kernels_;
+} registration;
+
+}  // namespace
+}  // namespace torch_ops
+
+extern "C" __attribute__((visibility("default"))) const char* tdpass_operators(void) {
+  static const std::string names = [] {
+    std::string all;
+    for (const auto& op : torch_ops::OPERATORS) all += (all.empty() ? "" : " ") + std::string(op.name);
+    return all;
+  }();
+  return names.c_str();
+}
+
+// While set, every operator is answered by its reference.
+extern "C" __attribute__((visibility("default"))) void tdpass_use_reference(int32_t use) { torch_ops::forced = use != 0; }

@@ -1,0 +1,35 @@
+"""fuse-kernels: each factored layer becomes one operator where that is faster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tdpass.models.base import Batch, Model
+from tdpass.models.chain_choice import choosing
+from tdpass.pipeline import Job, Pass, register_pass
+from tdpass.targets.clock import threads_of_torch
+
+
+@register_pass
+@dataclass(frozen=True)
+class FuseKernels(Pass):
+    """Run the layers that a factored layer is made of as one operator, where that is measured to be faster.
+
+    Measured on the calibration data cut to the job's batch, else on the model's example.  The last pass of a pipeline: the result
+    computes what it did, is saved as before, and needs tdpass where it runs.  `lanes` ("channels", "pixels"; "auto": the
+    faster) and `measure` (false: fuse whatever can be) are for torch models.
+    """
+
+    name = "fuse-kernels"
+
+    lanes: str = "auto"
+    measure: bool = True
+
+    def run(self, model: Model, job: Job) -> bool:
+        with choosing(self.lanes, measure=self.measure), threads_of_torch(job.threads):
+            return model.fuse(job.note, job.report.decline, self._samples(model, job))
+
+    def _samples(self, model: Model, job: Job) -> Batch | None:
+        """One call as it will be made; None where there is nothing to call the model with."""
+        example = job.batches[0] if job.batches else model.example()
+        return None if example is None else example.resized(model.fixed_batch() or job.batch)

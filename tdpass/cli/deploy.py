@@ -1,0 +1,40 @@
+"""tdpass deploy: a model as files that run without tdpass."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import tdpass
+from tdpass.cli.arguments import MODEL_HELP, Verbs, add_torch, add_verb, inputs
+from tdpass.cli.output import Output
+from tdpass.cli.sources import read_sources
+from tdpass.errors import UsageError
+from tdpass.views.tables import Part
+
+
+def add(verbs: Verbs) -> None:
+    """Declare the verb."""
+    example = "tdpass deploy net:make small.safetensors --input 1x3x32x32 --dynamic-batch -o small.pt2"
+    parser = add_verb(verbs, "deploy", run, "write a model for a program that runs it without tdpass", example)
+    parser.add_argument("model", metavar="MODEL", nargs="+", help=f"{MODEL_HELP}; a .safetensors file that compress wrote comes after its factory")
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help=".pt2: compiled by AOTInductor, with its operators; .onnx: the graph")
+    parser.add_argument("--dynamic-batch", action="store_true", help="let the first axis of every input be of any size")
+    add_torch(parser)
+
+
+def run(arguments: argparse.Namespace, out: Output) -> int:
+    """Write the files and name them."""
+    sources = read_sources(arguments.model, arguments.weights)
+    source, output = sources[-1], arguments.output
+    if len(sources) > 2 or (len(sources) == 2 and source.kind != "safetensors"):
+        raise UsageError(f"{len(sources)} models are given; name one, or a factory and the .safetensors file that compress wrote for it")
+    if output.exists() and source.kind != "factory" and output.samefile(source.text):
+        raise UsageError(f"the output {output} is the input; name another file with -o")
+    done = tdpass.deploy(source.load(), inputs(arguments.input), output, dynamic_batch=arguments.dynamic_batch)
+
+    def view(_width: int | None) -> list[Part]:
+        return [*(f"wrote {path}" for path in done.files), f"{done.fused} layers run as fused operators"]
+
+    out.show({"model": source.text, "files": [str(path) for path in done.files], "fused": done.fused}, view)
+    return 0

@@ -1,0 +1,110 @@
+"""A compressed model as files that run without tdpass: a package compiled ahead of time with its operators, or ONNX."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tdpass.artifact import Artifact
+from tdpass.errors import InvalidModelError, KernelError, UnsupportedError, UsageError
+from tdpass.kernels import binding, build
+from tdpass.models import Batch, ExampleInputs, Model, as_example, open_model
+from tdpass.models.deployable import compile_package, export_onnx, export_program, fused, load_package
+
+SUFFIXES = (".pt2", ".onnx")
+OPS_SUFFIX = ".tdpass_ops.so"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The files that were written, the model first, and how many of its layers run as fused operators."""
+
+    files: tuple[Path, ...]
+    fused: int
+
+
+def deploy(model: object, example_inputs: ExampleInputs, path: Path | str, *, dynamic_batch: bool = False) -> Deployment:
+    """Write a model for a program that runs it.
+
+    `model`: what `compress` gave back or takes; it is left untouched.  `path`: `.pt2` is a package for AOTInductor's loader in C++ or
+    Python, compiled for this kind of processor, with the library of the fused operators beside it as `<stem>.tdpass_ops.so`;
+    `.onnx` is the graph in standard operators.  `dynamic_batch`: let the first axis of every input be of any size.
+
+    Raises `KernelError` without a C++ compiler, `InvalidModelError` for a model that torch cannot export, `UsageError` for any
+    other suffix or without example inputs, `UnsupportedError` for an ONNX model that should become a package.
+    """
+    target = Path(path)
+    if target.suffix not in SUFFIXES:
+        raise UsageError(f"cannot deploy to {target.name!r}; name a .pt2 file for AOTInductor, or an .onnx file")
+    if not target.parent.is_dir():
+        raise UsageError(f"there is no folder {target.parent}; make it, or name another")
+    opened = open_model(model.model if isinstance(model, Artifact) else model, as_example(example_inputs))
+    if opened.suffix == ".onnx":
+        if target.suffix != ".onnx":
+            raise UnsupportedError(f"an ONNX model cannot become {target.name!r}: AOTInductor compiles torch models; deploy it as .onnx, or the torch model")
+        opened.save(target, {})
+        return Deployment((target,), 0)
+    layers = 0
+    module, example = _torch_module(opened), _example(opened, dynamic_batch)
+    with _folder_beside(target) as folder:
+        made = folder / target.name
+        if target.suffix == ".onnx":
+            export_onnx(module, example, dynamic_batch, made)
+        else:
+            if build.compiler() is None:
+                raise KernelError("compiling ahead of time takes a C++ compiler; install g++ or clang, set CXX, or deploy to .onnx")
+            network, layers = fused(module)
+            if layers:
+                shutil.copyfile(binding.build(), folder / f"{target.stem}{OPS_SUFFIX}")
+            compile_package(export_program(network, example, dynamic_batch), made)
+        # the package last: where it is, all that it needs is there
+        written = sorted(folder.iterdir(), key=lambda file: file == made)
+        return Deployment(tuple(file.replace(target.parent / file.name) for file in written)[::-1], layers)
+
+
+def load_deployed(path: Path | str) -> Callable[..., Any]:
+    """A `.pt2` package that `deploy` wrote, as a function of the model's inputs.
+
+    Its operators come from the library beside it, or from tdpass itself where that cannot be loaded.  Raises `UsageError` for another
+    suffix, `InvalidModelError` where the package is missing or damaged.
+    """
+    package = Path(path)
+    if package.suffix != ".pt2":
+        raise UsageError(f"cannot load {package.name!r} as a compiled package; name a .pt2 file that tdpass.deploy wrote, or open .onnx with ONNX Runtime")
+    if not package.is_file():
+        raise InvalidModelError(f"there is no file {package}; check the path")
+    library = package.with_name(f"{package.stem}{OPS_SUFFIX}")
+    if library.is_file():
+        with suppress(KernelError):
+            binding.load(library)
+    return load_package(package)
+
+
+def _torch_module(opened: Model) -> nn.Module:
+    module: Any = getattr(opened, "module", None)
+    assert isinstance(module, nn.Module)
+    return module
+
+
+def _example(opened: Model, dynamic_batch: bool) -> Batch:
+    example = opened.example()
+    if example is None:
+        raise UsageError("deploying a torch model needs to see it running; pass example_inputs=")
+    # torch takes an axis of one sample for a constant
+    return example.resized(2) if dynamic_batch and example.size == 1 else example
+
+
+@contextmanager
+def _folder_beside(target: Path) -> Iterator[Path]:
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise UsageError(f"cannot write {target}: {error.strerror or error}; name a file in a folder that can be written") from None

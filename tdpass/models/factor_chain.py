@@ -1,0 +1,65 @@
+"""`factor_chain`: a fused chain called by its factors; their packed form is looked up by identity when it runs.
+
+Compiled and exported programs thus hold the factors alone, as parameters that may be edited, loaded and saved like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from tdpass.kernels.base import NAMESPACE
+from tdpass.kernels.conv_chain import CONV_CHAIN
+from tdpass.kernels.linear_chain import LINEAR_CHAIN
+from tdpass.kernels.stage import Lanes, stages_of
+from tdpass.models.derived import DERIVED, PackChain
+
+NAME = "factor_chain"
+LINEAR = "linear"
+_SCHEMA = "(Tensor x, Tensor[] factors, Tensor? bias, int[] stages, str activation, str lanes) -> Tensor"
+
+
+def run(x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, stages: Sequence[int], activation: str, lanes: str) -> Tensor:
+    """The chain, and its activation; `lanes` is "channels" or "pixels", or "linear" for linear layers on the last axis of x."""
+    family: Lanes = "pixels" if lanes == "pixels" else "channels"
+
+    def pack(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        chain = stages_of(stages)
+        return PackChain(chain, family, (False,) * len(chain)).make(tensors)
+
+    packed = list(DERIVED.get(factors, (NAME, family, *stages), pack))
+    return _call(x, packed, bias, stages, activation, lanes)
+
+
+def fake(x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, stages: Sequence[int], activation: str, lanes: str) -> Tensor:
+    """Shape and strides."""
+    del bias
+    if lanes == LINEAR:
+        return LINEAR_CHAIN.fake(x, factors, None, None, _widths(stages), activation)  # type: ignore[return-value]
+    flat = x.dim() == 3
+    y: Any = CONV_CHAIN.fake(x.unsqueeze(2) if flat else x, factors, None, None, stages, activation, lanes)
+    return y.squeeze(2) if flat else y  # type: ignore[no-any-return]
+
+
+def _call(x: Tensor, packed: list[Tensor], bias: Tensor | None, stages: Sequence[int], activation: str, lanes: str) -> Tensor:
+    if lanes == LINEAR:
+        return LINEAR_CHAIN.call(x, packed, bias, None, _widths(stages), activation)  # type: ignore[no-any-return]
+    if x.dim() == 3:
+        return CONV_CHAIN.call(x.unsqueeze(2), packed, bias, None, stages, activation, lanes).squeeze(2)  # type: ignore[no-any-return]
+    return CONV_CHAIN.call(x, packed, bias, None, stages, activation, lanes)  # type: ignore[no-any-return]
+
+
+def _widths(stages: Sequence[int]) -> list[int]:
+    chain = stages_of(stages)
+    return [chain[0].inputs, *(stage.outputs for stage in chain)]
+
+
+_LIBRARY: Any = Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(NAME + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.impl(NAME, run, "CompositeExplicitAutograd")
+torch.library.register_fake(f"{NAMESPACE}::{NAME}", fake, lib=_LIBRARY)
+FACTOR_CHAIN: Any = torch.ops.tdpass.factor_chain.default

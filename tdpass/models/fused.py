@@ -1,0 +1,68 @@
+"""A factored layer as one operator: the form to deploy in eager torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tdpass.formats.base import Layer
+from tdpass.formats.lowering import lower
+from tdpass.kernels import native
+from tdpass.kernels.conv_chain import activate
+from tdpass.models.factor_chain import LINEAR
+from tdpass.models.factorized import Factorized
+
+
+class Fused(Factorized):
+    """A factored layer that runs as one operator, followed by an activation that it took in.
+
+    Its parameters are those of the factored layer, under the same names; what the kernels read is packed from them at the first
+    call and whenever they change.  Where gradients are needed, under autocast, and for devices and types that the kernels
+    do not serve, the layers run one by one.  `lanes` None means that they always do.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        bias: nn.Parameter | None,
+        padding_mode: str = "zeros",
+        pads: tuple[int, ...] = (),
+        activation: str = "identity",
+        lanes: str | None = "channels",
+    ) -> None:
+        super().__init__(layer, bias, padding_mode, pads)
+        self.activation = activation
+        self.lowered = lower(layer)
+        self.lanes = None if lanes is None else LINEAR if layer.site.kind == "linear" else lanes
+
+    @classmethod
+    def of(cls, module: Factorized, activation: str = "identity", lanes: str | None = "channels") -> Fused:
+        """The fused form of a factored layer, with the very same parameters, mode and hooks."""
+        layer = Layer(module.site, module.format.name, module.rank, module.factors())
+        fused = cls(layer, module.bias, module.padding_mode, module.pads, activation, lanes)
+        fused.train(module.training)
+        fused._forward_hooks, fused._forward_pre_hooks = module._forward_hooks, module._forward_pre_hooks
+        return fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.lowered is None or self.lanes is None or not self._served(x):
+            return activate(super().forward(x), self.activation)
+        if self.pads:
+            x = torch.nn.functional.pad(x, self.pads, mode=self.padding_mode)
+        factors = [self._parameters[name] for name in self.lowered.factors]
+        result: Tensor = torch.ops.tdpass.factor_chain(x, factors, self.bias, self.lowered.integers, self.activation, self.lanes)
+        return result
+
+    def _served(self, x: Tensor) -> bool:
+        parameters = [parameter for parameter in self._parameters.values() if parameter is not None]
+        trainable = torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in parameters))
+        # an export is traced with gradients on, and what it gives is for inference
+        if trainable and (self.training or not torch.compiler.is_exporting()):
+            return False
+        axes = 2 if self.site.kind == "linear" else len(self.site.kernel) + 2
+        fits = x.dim() >= axes if self.site.kind == "linear" else x.dim() == axes
+        alike = x.dtype in native.DTYPES and all(parameter.dtype == x.dtype for parameter in parameters)
+        return fits and alike and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.lanes} lanes, {self.activation}"

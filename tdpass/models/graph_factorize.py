@@ -1,0 +1,128 @@
+"""Factors in place of the dense weights of a graph, as a plan says: looked up at every call, never baked in."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Node
+
+from tdpass.errors import TdpassError
+from tdpass.formats.base import FORMATS, Layer, Rank
+from tdpass.formats.lowering import Lowered, lower
+from tdpass.models.derived import Recipe
+from tdpass.models.graph_draft import Draft
+from tdpass.models.graph_layers import Link, read_link
+from tdpass.ops import TorchOps
+from tdpass.site import Site
+
+log = logging.getLogger("tdpass.backend")
+
+_CONVOLVE: dict[str, Callable[..., Tensor]] = {"conv1d": torch.conv1d, "conv2d": torch.conv2d}
+Decision = tuple[str, Rank]
+Decide = Callable[[str, Tensor], "Decision | None"]
+
+
+@dataclass(frozen=True)
+class Factorize(Recipe):
+    """The factors of a weight, in the order of the format's shapes."""
+
+    site: Site
+    format: str
+    rank: Rank
+
+    def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        (weight,) = tensors
+        fmt = FORMATS.get(self.format)
+        factors = fmt.factorize(weight.detach().cpu(), self.site, self.rank)
+        return tuple(factors[name].to(weight).contiguous() for name in fmt.shapes(self.site, self.rank))
+
+
+def factorize(draft: Draft, decide: Decide) -> int:
+    """Replace linear layers and convolutions by what `decide` says of (module path, weight): a format and a rank; returns how many.
+
+    Weights that several calls share are factored once.  A weight that is stored the other way round (`x @ w`), grouped, or
+    whose decision does not fit its shape, is left dense with a logged line.
+    """
+    stored = draft.stored
+    count = 0
+    for node in list(draft.graph.nodes):
+        link = read_link(node, stored)
+        if link is None or not isinstance(draft.value_of(link.weight), nn.Parameter):
+            continue
+        weight, path = draft.value_of(link.weight), module_path(link.weight)
+        decision = decide(path, weight)
+        if decision is None:
+            continue
+        site = _site(link, weight)
+        try:
+            if link.transposed or link.groups != 1:
+                raise TdpassError("its weight is stored the other way round or grouped")
+            FORMATS.get(decision[0]).check_rank(site, decision[1])
+        except TdpassError as error:
+            log.warning("%s stays dense: %s", path or node.name, error)
+            continue
+        _replace(draft, link, Factorize(site, *decision))
+        count += 1
+    return count
+
+
+def module_path(weight: Node) -> str:
+    """The path of the module that holds a weight, as Dynamo knows it; empty where it does not."""
+    source = getattr(weight, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    return ".".join(re.findall(r"_modules\['([^']*)'\]", str(name() if callable(name) else name)))
+
+
+def _site(link: Link, weight: Tensor) -> Site:
+    if link.kind == "linear":
+        return Site("weight", "linear", tuple(weight.shape), itemsize=weight.element_size())
+    return Site("weight", "conv", tuple(weight.shape), link.strides, link.pads, link.dilation, itemsize=weight.element_size())
+
+
+def _replace(draft: Draft, link: Link, recipe: Factorize) -> None:
+    factors = draft.derive(recipe, [link.weight])
+    names = list(FORMATS.get(recipe.format).shapes(recipe.site, recipe.rank))
+    layer = Layer(recipe.site, recipe.format, recipe.rank, {name: draft.value_of(node) for name, node in zip(names, factors, strict=True)})
+    lowered = lower(layer)
+    with draft.graph.inserting_before(link.node):
+        if lowered is None or link.kind == "conv3d":
+            result = draft.call(_whole(layer), link.x, link.bias, *factors)
+        else:
+            result = _chain(draft, link, lowered, dict(zip(names, factors, strict=True)))
+    draft.replace(link.nodes, result)
+
+
+def _chain(draft: Draft, link: Link, lowered: Lowered, factors: dict[str, Node]) -> Node:
+    """The layers one by one, so that they can be fused."""
+    x = link.x
+    for index, (stage, name) in enumerate(zip(lowered.stages, lowered.factors, strict=True)):
+        bias = link.bias if index + 1 == len(lowered.stages) else None
+        if link.kind == "linear":
+            x = draft.call(F.linear, x, factors[name], bias)
+            continue
+        axes = 1 if link.kind == "conv1d" else 2
+        stride, before, after, dilation = (list(pair[-axes:]) for pair in (stage.stride, stage.before, stage.after, stage.dilation))
+        if before != after:
+            sizes = [size for pair in reversed(list(zip(before, after, strict=True))) for size in pair]
+            x, before = draft.call(F.pad, x, sizes), [0] * axes
+        x = draft.call(_CONVOLVE[link.kind], x, factors[name], bias, stride, before, dilation, stage.groups)
+    return x
+
+
+def _whole(layer: Layer) -> Callable[..., Tensor]:
+    """The layer as one function of the input, the bias and its factors."""
+    names = list(layer.factors)
+
+    def factored(x: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        values: dict[str, Any] = dict(zip(names, factors, strict=True))
+        result: Tensor = FORMATS.get(layer.format).apply(TorchOps(), x, values, bias, layer.site, layer.rank)
+        return result
+
+    return factored

@@ -1,0 +1,187 @@
+"""The operators in C++: the same answers as the references, the same layouts, the same refusals."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tdpass.errors import KernelError
+from tdpass.kernels import base, binding, build, native
+from tdpass.kernels.conv_chain import CONV_CHAIN
+from tdpass.kernels.linear_chain import LINEAR_CHAIN
+from tdpass.kernels.linear_chain import stages_of as layers_of
+from tdpass.kernels.stage import Lanes, Stage
+from tdpass.kernels.tensor_chain import TENSOR_CHAIN, Step, block_program, ring_program, train_program
+
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+
+CHAINS = {
+    "one": (Stage(3, 5, 1, (3, 3), (1, 1), (1, 1), (1, 1)),),
+    "tucker2": (Stage(7, 6), Stage(6, 9, 1, (3, 3), (2, 2), (1, 1), (1, 1)), Stage(9, 17)),
+    "spatial": (Stage(8, 6, 1, (3, 1), (2, 1), (1, 0), (1, 0)), Stage(6, 8, 1, (1, 3), (1, 2), (0, 1), (0, 1))),
+    "cp": (Stage(5, 19), Stage(19, 19, 19, (5, 1), (1, 1), (2, 0), (2, 0)), Stage(19, 19, 19, (1, 3), (1, 1), (0, 0), (0, 2)), Stage(19, 4)),
+    "grouped": (Stage(8, 12, 2, (3, 3), (1, 1), (2, 2), (2, 2), (2, 2)), Stage(12, 20)),
+}
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def loaded() -> None:
+    """The binding, which is in place for the rest of the process."""
+    if native.library() is None:
+        pytest.skip(native.missing())
+    binding.build()
+    assert {"conv_chain", "linear_chain"} <= set(binding.load())
+
+
+def relative(y: Tensor, expected: Tensor) -> float:
+    return float((y.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-9))
+
+
+def arguments(name: str, lanes: Lanes, dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor], Tensor, list[int]]:
+    stages = CHAINS[name]
+    x = torch.randn(2, stages[0].inputs, 11, 13).to(dtype)
+    weights = [stage.pack(torch.randn(stage.shape) / stage.shape[1] ** 0.5, lanes) for stage in stages]
+    return x, weights, torch.randn(stages[-1].outputs).to(dtype), [value for stage in stages for value in stage.integers()]
+
+
+def strided(x: Tensor, layout: str) -> Tensor:
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    return torch.cat([x, x], dim=3)[..., 1 : x.shape[3] + 1] if layout == "strided" else x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("lanes", ["channels", "pixels"])
+@pytest.mark.parametrize("name", list(CHAINS))
+def test_convolutions_answer_as_the_reference(name: str, lanes: Lanes, layout: str, dtype: torch.dtype) -> None:
+    x, weights, bias, integers = arguments(name, lanes, dtype)
+    x = strided(x, layout)
+    shape = CONV_CHAIN.fake(x, weights, bias, None, integers, "identity", lanes)
+    for activation, residual in (("identity", None), ("relu", torch.randn(shape.shape).to(dtype)), ("silu", torch.randn(1, 1, 1, 1).to(dtype)), ("gelu", None)):
+        y = CONV_CHAIN.call(x, weights, bias, residual, integers, activation, lanes)
+        expected = CONV_CHAIN.reference(x.float(), weights, bias.float(), None if residual is None else residual.float(), integers, activation, lanes)
+        assert (y.shape, y.stride(), y.dtype) == (shape.shape, shape.stride(), dtype)
+        assert relative(y, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(3,), (1, 3), (7, 3), (2, 5, 3), (0, 3)])
+def test_linear_layers_answer_as_the_reference(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    widths = [3, 18, 5]
+    weights = [stage.pack(torch.randn(stage.shape), "channels") for stage in layers_of(widths)]
+    x, bias, residual = torch.randn(size).to(dtype), torch.randn(5).to(dtype), torch.randn(*size[:-1], 5).to(dtype)
+    for given in (x, torch.stack([x, x], -1)[..., 0]):
+        y = LINEAR_CHAIN.call(given, weights, bias, residual, widths, "gelu")
+        expected = LINEAR_CHAIN.reference(x.float(), weights, bias.float(), residual.float(), widths, "gelu")
+        assert (y.shape, y.dtype, y.is_contiguous()) == (expected.shape, dtype, True)
+        assert relative(y, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(1,), (5,), (2, 19)])
+@pytest.mark.parametrize("program", [train_program((3, 4), (5, 2), (7,)), ring_program((4, 3), (2, 5), (2, 3, 2, 2)), block_program(9, 3, 4, (2, 3, 2))])
+def test_tensor_chains_answer_as_the_reference(program: tuple[Step, ...], size: tuple[int, ...], dtype: torch.dtype) -> None:
+    integers = [value for step in program for value in step.integers()]
+    weights = [step.pack(torch.randn((step.a, step.k, step.o, step.r) if step.batched else (step.k, step.o, step.r))) for step in program]
+    x, bias = torch.randn(*size, program[0].inputs).to(dtype), torch.randn(program[-1].outputs).to(dtype)
+    residual = torch.randn(*size, program[-1].outputs).to(dtype)
+    y = TENSOR_CHAIN.call(x, weights, bias, residual, integers, "relu")
+    expected = TENSOR_CHAIN.reference(x.float(), weights, bias.float(), residual.float(), integers, "relu")
+    assert (y.shape, y.dtype) == (expected.shape, dtype)
+    assert relative(y, expected) < TOLERANCE[dtype]
+    assert "tensor_chain" in base.compiled()
+
+
+def test_the_cpp_kernel_runs_and_python_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(base.IMPLEMENTATIONS, ("conv_chain", "cpu"), lambda *_: pytest.fail("Python was called"))
+    x, weights, bias, integers = arguments("tucker2", "channels")
+    CONV_CHAIN.call(x, weights, bias, None, integers, "relu", "channels")
+    assert "conv_chain" in base.compiled()
+
+
+def test_weights_of_another_type_are_converted() -> None:
+    x, weights, bias, integers = arguments("tucker2", "channels")
+    halved = [weight.bfloat16() for weight in weights]
+    expected = CONV_CHAIN.call(x, [weight.float() for weight in halved], bias, None, integers, "relu", "channels")
+    assert torch.equal(CONV_CHAIN.call(x, halved, bias, None, integers, "relu", "channels"), expected)
+    gaps = [torch.stack([weight, weight], -1)[..., 0] for weight in weights]
+    expected = CONV_CHAIN.call(x, weights, bias, None, integers, "relu", "channels")
+    assert torch.equal(CONV_CHAIN.call(x, gaps, bias, None, integers, "relu", "channels"), expected)
+
+
+def test_what_the_kernel_does_not_serve_the_reference_answers() -> None:
+    x, weights, bias, integers = arguments("tucker2", "channels")
+    exact = CONV_CHAIN.reference(x.double(), weights, bias.double(), None, integers, "relu", "channels")
+    assert torch.equal(CONV_CHAIN.call(x.double(), weights, bias.double(), None, integers, "relu", "channels"), exact)
+    with base.use_reference(), base.use_reference():
+        forced = CONV_CHAIN.call(x, weights, bias, None, integers, "relu", "channels")
+    assert torch.equal(forced, CONV_CHAIN.reference(x, weights, bias, None, integers, "relu", "channels"))
+
+
+def test_wrong_arguments_are_refused_by_name() -> None:
+    x, weights, bias, integers = arguments("tucker2", "channels")
+    with pytest.raises(RuntimeError, match="'tanh' is not one of identity, relu, silu, gelu"):
+        CONV_CHAIN.call(x, weights, bias, None, integers, "tanh", "channels")
+    with pytest.raises(RuntimeError, match=r"stage 0 of a chain takes weights packed as \[1, 1, 7, 1, 8\]"):
+        CONV_CHAIN.call(x, weights, bias, None, integers, "relu", "pixels")
+    with pytest.raises(RuntimeError, match="3 stages has 2 weights"):
+        CONV_CHAIN.call(x, weights[:2], bias, None, integers, "relu", "channels")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_torch_finds_nothing_wrong(layout: str) -> None:
+    x, weights, bias, integers = arguments("cp", "channels")
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(CONV_CHAIN.call, (strided(x, layout), weights, bias, None, integers, "relu", "channels"), test_utils=tests)
+    widths = [3, 4, 5]
+    packed = [stage.pack(torch.randn(stage.shape), "channels") for stage in layers_of(widths)]
+    torch.library.opcheck(LINEAR_CHAIN.call, (torch.randn(2, 3), packed, None, None, widths, "identity"), test_utils=tests)
+
+
+def test_memory_is_given_back() -> None:
+    x, weights, bias, integers = arguments("one", "channels")
+
+    def pages(calls: int) -> int:
+        for _ in range(calls):
+            CONV_CHAIN.call(x, weights, bias, None, integers, "relu", "channels")
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    pages(2000)
+    before = pages(1)
+    assert pages(20000) - before < 100
+
+
+SCRIPT = """
+import warnings
+warnings.simplefilter("error")
+import torch, tdpass
+from tdpass.kernels import base
+from tdpass.kernels.linear_chain import LINEAR_CHAIN, stages_of
+weights = [stage.pack(torch.ones(stage.shape), "channels") for stage in stages_of([2, 2])]
+print(*LINEAR_CHAIN.call(torch.ones(1, 2), weights, None, None, [2, 2], "identity").tolist(), *base.compiled())
+"""
+
+
+@pytest.mark.parametrize(("asked", "names"), [("", " conv_chain linear_chain tensor_chain"), ("python", "")])
+def test_a_new_process_takes_what_lies_in_the_cache(asked: str, names: str) -> None:
+    environment = {**os.environ, "TDPASS_BINDING": asked}
+    run = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True)
+    assert run.stderr == ""
+    assert run.stdout.strip().startswith(f"[2.0, 2.0]{names}")
+    assert bool(names) or "chain" not in run.stdout
+
+
+def test_a_library_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_COMPILED", set())
+    wrong = tmp_path / "wrong.so"
+    wrong.write_text("no library")
+    with pytest.raises(KernelError, match=r"cannot load .*wrong.so.*doctor --build"):
+        binding._open(wrong)

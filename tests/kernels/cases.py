@@ -1,0 +1,191 @@
+"""The cases that every operator is tested on: one entry in `CASES` per operator, nothing else to add."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdpass.kernels import conv_chain, linear_chain, recurrent, sparse, tensor_chain
+from tdpass.kernels.base import IMPLEMENTATIONS, Op
+from tdpass.kernels.stage import Stage
+
+BOTH = (torch.float32, torch.bfloat16)
+# Largest error relative to the largest number of the result; a type that is not listed has none and fails.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2}
+# What has the type of the input; everything else of an operator, weights and biases, is float32.
+ACTIVATIONS = frozenset({"x", "residual", "pre", "h0", "c0"})
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of an operator, float32, and the input types it is run in natively."""
+
+    name: str
+    args: tuple[Any, ...]
+    dtypes: tuple[torch.dtype, ...] = BOTH
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape)
+
+
+def arguments(op: Op, case: Case, dtype: torch.dtype) -> list[Any]:
+    """The arguments with activations of that type."""
+    names = [argument.name for argument in op.call._schema.arguments]
+    return [arg.to(dtype) if name in ACTIVATIONS and isinstance(arg, Tensor) else arg for name, arg in zip(names, case.args, strict=True)]
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], args: Sequence[Any]) -> list[Any]:
+    """The arguments with every tensor replaced."""
+    return [function(arg) if isinstance(arg, Tensor) else [function(each) for each in arg] if is_tensors(arg) else arg for arg in args]
+
+
+def is_tensors(arg: object) -> bool:
+    return isinstance(arg, list | tuple) and len(arg) > 0 and all(isinstance(each, Tensor) for each in arg)
+
+
+def exact(op: Op, args: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The reference in float64 on these very numbers."""
+    return as_tuple(op.reference(*map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, args)))
+
+
+def run_native(op: Op, args: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The native implementation, which must not pass the case on to the reference."""
+    result = IMPLEMENTATIONS[op.name, "cpu"](*args)
+    assert result is not NotImplemented, f"{op.name} has no native implementation for this case"
+    return as_tuple(result)
+
+
+def as_tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def assert_close(got: Sequence[Tensor], wanted: Sequence[Tensor], dtype: torch.dtype) -> None:
+    for one, other in zip(got, wanted, strict=True):
+        assert one.shape == other.shape
+        if one.numel():
+            error = float((one.double() - other).abs().max() / other.abs().max().clamp_min(1e-3))
+            assert error <= TOLERANCE[dtype], f"relative error {error:.2e}"
+
+
+def conv_chain_cases() -> Iterator[Case]:
+    for lanes in ("channels", "pixels"):
+        for channels, rank, size in ((1, 1, (5, 5)), (3, 2, (9, 16)), (17, 5, (4, 4)), (33, 16, (8, 33))):
+            stages = (Stage(channels, rank), Stage(rank, rank, 1, (3, 3), (1, 1), (1, 1), (1, 1)), Stage(rank, channels))
+            weights = [stage.pack(randn(*stage.shape), lanes) for stage in stages]
+            integers = [value for stage in stages for value in stage.integers()]
+            x, name = randn(2, channels, *size), f"{lanes}-{channels}-{rank}"
+            yield Case(name, (x, weights, randn(channels), torch.randn_like(x), integers, "relu", lanes))
+            yield Case(f"{name}-empty", (x[:0], weights, None, None, integers, "identity", lanes))
+
+
+def linear_chain_cases() -> Iterator[Case]:
+    for widths in ((3, 1, 17), (33, 16, 1), (64, 8, 64)):
+        weights = [stage.pack(randn(*stage.shape), "channels") for stage in linear_chain.stages_of(widths)]
+        for tokens in (0, 1, 5, 16, 33):
+            x, bias, residual = randn(tokens, widths[0]), randn(widths[-1]), randn(tokens, widths[-1])
+            yield Case(f"{widths}-{tokens}", (x, weights, bias, residual, list(widths), "gelu"))
+
+
+PROGRAMS = {
+    "train-1": tensor_chain.train_program((3,), (5,), ()),
+    "train-rank-1": tensor_chain.train_program((3, 1), (17, 2), (1,)),
+    "train-3": tensor_chain.train_program((5, 4, 3), (2, 3, 7), (3, 5)),
+    "train-4": tensor_chain.train_program((8, 8, 8, 6), (4, 4, 6, 8), (4, 4, 4)),
+    "train-wide": tensor_chain.train_program((40, 33), (2, 33), (3,)),
+    "ring": tensor_chain.ring_program((6, 5), (4, 11), (2, 3, 4, 5)),
+    "ring-rank-1": tensor_chain.ring_program((17, 1), (1, 33), (1, 1, 1, 1)),
+    "blocks": tensor_chain.block_program(33, 3, 11, (2, 5, 4)),
+    "blocks-rank-1": tensor_chain.block_program(3, 2, 4, (2, 1, 1)),
+}
+
+
+def tensor_chain_cases() -> Iterator[Case]:
+    for name, steps in PROGRAMS.items():
+        weights = [step.pack(randn(step.a if step.batched else 1, step.k, step.o, step.r) / step.k**0.5) for step in steps]
+        integers = [value for step in steps for value in step.integers()]
+        inputs, outputs = steps[0].inputs, steps[-1].outputs
+        for tokens, activation in ((0, "identity"), (1, "relu"), (5, "silu"), (16, "gelu"), (33, "identity")):
+            yield Case(f"{name}-{tokens}", (randn(tokens, inputs), weights, randn(outputs), randn(tokens, outputs), integers, activation))
+        yield Case(f"{name}-plain", (randn(2, 3, inputs), weights, None, None, integers, "identity"))
+
+
+def sparse_weight(*shape: int) -> Tensor:
+    """Scattered zeros, a removed row every fifth and a removed column every third."""
+    weight = torch.randn(shape) * (torch.rand(shape) < 0.4)
+    weight[4::5] = 0
+    weight[:, 2::3] = 0
+    return weight
+
+
+def sparse_linear_cases() -> Iterator[Case]:
+    for width in sparse.CYCLES:
+        for o, i in ((1, 1), (3, 17), (33, 50), (70, 3)):
+            blocks, bias = sparse.pack(sparse_weight(o, i), width), randn(o)
+            for tokens, activation in ((0, "identity"), (1, "relu"), (5, "silu"), (16, "gelu"), (33, "identity"), (200, "relu")):
+                yield Case(f"{width}-{o}x{i}-{tokens}", (randn(tokens, i), *blocks, bias, randn(tokens, o), o, activation))
+        yield Case(f"{width}-zero", (randn(2, 3, 4), *sparse.pack(torch.zeros(5, 4), width), None, None, 5, "identity"))
+
+
+SPARSE_STAGES = {
+    "1x1": Stage(17, 33),
+    "1x1-s2": Stage(3, 16, 1, (1, 1), (2, 2)),
+    "3x3": Stage(3, 33, 1, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "3x3-s2": Stage(17, 20, 1, (3, 3), (2, 2), (1, 1), (1, 1)),
+    "3x2-uneven": Stage(5, 7, 1, (3, 2), (2, 3), (2, 0), (1, 1), (1, 2)),
+    "one": Stage(1, 1, 1, (3, 3), (1, 1), (1, 1), (1, 1), (2, 2)),
+}
+
+
+def sparse_conv2d_cases() -> Iterator[Case]:
+    for width in sparse.CYCLES:
+        for name, stage in SPARSE_STAGES.items():
+            blocks, bias = sparse.pack(sparse_weight(*stage.shape), width), randn(stage.outputs)
+            for memory_format, activation in ((torch.contiguous_format, "relu"), (torch.channels_last, "silu")):
+                x = randn(2, stage.inputs, 9, 21).contiguous(memory_format=memory_format)
+                y = torch.empty((2, stage.outputs, *stage.output_size((9, 21))), memory_format=memory_format)
+                args = (x, *blocks, bias, torch.randn_like(y), stage.integers(), activation)
+                yield Case(f"{width}-{name}-{activation}", args)
+            yield Case(f"{width}-{name}-empty", (x[:0], *blocks, None, None, stage.integers(), "identity"))
+    wide = Stage(64, 16, 1, (3, 3), (1, 1), (1, 1), (1, 1))  # rows are cut where a band of whole rows would not fit the cache
+    yield Case("bands", (randn(1, 64, 4, 700), *sparse.pack(sparse_weight(*wide.shape), 8), None, None, wide.integers(), "identity"))
+
+
+def _cells(gates: int) -> Iterator[tuple[str, tuple[Tensor, ...], Tensor, tuple[Tensor, Tensor]]]:
+    for steps, batch, hidden, rank in ((1, 1, 1, 1), (5, 1, 17, 3), (4, 3, 33, 17), (3, 7, 16, 1), (2, 0, 8, 4), (6, 2, 64, 33)):
+        v, u = randn(rank, hidden) / hidden**0.5, randn(gates * hidden, rank) / rank**0.5
+        packed = (randn(steps, batch, gates * hidden), recurrent.pack_v(v), recurrent.pack_u(u, gates))
+        yield f"{steps}-{batch}-{hidden}-{rank}", packed, randn(gates * hidden), (randn(batch, hidden), randn(batch, hidden))
+
+
+def low_rank_lstm_cases() -> Iterator[Case]:
+    for name, packed, bias, (h, c) in _cells(4):
+        yield Case(name, (*packed, None, h, c, False), (torch.float32,))
+        yield Case(f"{name}-reverse", (*packed, bias, h, c, True), (torch.float32,))
+
+
+def low_rank_gru_cases() -> Iterator[Case]:
+    for name, packed, bias, (h, _) in _cells(3):
+        yield Case(name, (*packed, None, h, False), (torch.float32,))
+        yield Case(f"{name}-reverse", (*packed, bias, h, True), (torch.float32,))
+
+
+CASES: dict[str, Callable[[], Iterator[Case]]] = {
+    conv_chain.CONV_CHAIN.name: conv_chain_cases,
+    linear_chain.LINEAR_CHAIN.name: linear_chain_cases,
+    recurrent.LOW_RANK_GRU.name: low_rank_gru_cases,
+    recurrent.LOW_RANK_LSTM.name: low_rank_lstm_cases,
+    sparse.SPARSE_CONV2D.name: sparse_conv2d_cases,
+    sparse.SPARSE_LINEAR.name: sparse_linear_cases,
+    tensor_chain.TENSOR_CHAIN.name: tensor_chain_cases,
+}
+
+
+def cases_of(name: str) -> list[Case]:
+    """The cases of an operator, the same on every call."""
+    torch.manual_seed(0)
+    return list(CASES[name]())

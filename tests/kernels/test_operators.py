@@ -1,0 +1,105 @@
+"""Every operator on its cases: native against reference in float64, shapes and strides, memory, every instruction set."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import ACTIVATIONS, CASES, Case, arguments, as_tuple, assert_close, cases_of, exact, map_tensors, run_native
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tdpass.kernels import build, native
+from tdpass.kernels.base import OPS, use_reference
+
+ALL = [pytest.param(name, case, id=f"{name}-{case.name}") for name in CASES for case in cases_of(name)]
+GUARD = Path(__file__).parent / "guard.py"
+
+
+def test_every_operator_has_cases() -> None:
+    assert set(CASES) == set(OPS.names())
+
+
+def test_native_kernels_are_there() -> None:
+    assert native.library() is not None, native.missing()
+
+
+@pytest.mark.parametrize(("name", "case"), ALL)
+def test_native_agrees_with_the_reference(name: str, case: Case) -> None:
+    op = OPS.get(name)
+    for dtype in case.dtypes:
+        args = arguments(op, case, dtype)
+        assert_close(run_native(op, args), exact(op, args), dtype)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_fake_has_the_shapes_and_strides_of_native_and_reference(name: str) -> None:
+    op = OPS.get(name)
+    for case in cases_of(name):
+        args = arguments(op, case, case.dtypes[0])
+        with FakeTensorMode() as mode:
+            faked = as_tuple(op.fake(*map_tensors(mode.from_tensor, args)))
+        with use_reference():
+            reference = as_tuple(op.call(*args))
+        for fake, one, other in zip(faked, run_native(op, args), reference, strict=True):
+            assert fake.dtype == one.dtype == other.dtype
+            assert fake.shape == one.shape == other.shape
+            if fake.numel():
+                assert fake.stride() == one.stride() == other.stride(), case.name
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_activations_may_have_gaps(name: str) -> None:
+    op = OPS.get(name)
+    names = [argument.name for argument in op.call._schema.arguments]
+    for case in cases_of(name):
+        gaps = [spread(arg) if key in ACTIVATIONS and isinstance(arg, Tensor) else arg for key, arg in zip(names, case.args, strict=True)]
+        assert_close(run_native(op, gaps), exact(op, list(case.args)), torch.float32)
+
+
+def spread(tensor: Tensor) -> Tensor:
+    """The same numbers with gaps between them, and its last two axes the other way round in memory."""
+    wide = torch.full((*tensor.shape[:-2], tensor.shape[-1], 2 * tensor.shape[-2]), float("nan"))
+    view = wide.transpose(-1, -2)[..., ::2, :]
+    return view.copy_(tensor)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_torch_accepts_the_operator(name: str) -> None:
+    op = OPS.get(name)
+    args = arguments(op, next(case for case in cases_of(name) if "empty" not in case.name and "-0" not in case.name), torch.float32)
+    torch.library.opcheck(op.call, tuple(args), test_utils=("test_schema", "test_faketensor"))
+
+
+def run_guarded(**env: Any) -> None:
+    done = subprocess.run([sys.executable, str(GUARD)], env={**os.environ, **env}, capture_output=True, text=True, check=False, timeout=1500)
+    assert done.returncode == 0, f"{done.stdout.splitlines()[-1:]} ended with {done.returncode}: {done.stderr[-2000:]}"
+
+
+def test_nothing_past_the_end_of_a_tensor_is_touched() -> None:
+    run_guarded()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("isa", build.machine_targets()[1:])
+def test_other_instruction_sets(isa: str) -> None:
+    run_guarded(TDPASS_ISA=isa)
+
+
+@pytest.mark.parametrize(("side", "index"), [("end", 3), ("start", -1)])
+def test_the_guard_stops_what_it_should(side: str, index: int) -> None:
+    code = f"""
+import ctypes, guard, torch
+tensor = guard.Guarded({side!r}).copy(torch.ones(3))
+assert (ctypes.c_float * 3).from_address(tensor.data_ptr())[2] == 1
+ctypes.c_float.from_address(tensor.data_ptr() + 4 * {index}).value
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=GUARD.parent, env=os.environ, capture_output=True, check=False, timeout=120)
+    assert done.returncode == -signal.SIGSEGV
