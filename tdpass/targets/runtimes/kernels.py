@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from tdpass.formats.base import Layer
@@ -20,15 +18,12 @@ from tdpass.kernels.tensor_chain import TENSOR_CHAIN
 from tdpass.targets.layers import AnyLayer, channels_last, example_input
 from tdpass.targets.runtimes.base import Runtime, register_runtime
 
-LANES: tuple[Lanes, ...] = ("channels", "pixels")
 
-
-@register_runtime
 class Kernels(Runtime):
-    """One operator for a whole factor chain, with whichever lanes are faster here."""
+    """One operator for a whole factor chain."""
 
-    name = "kernels"
     families = frozenset({"torch"})
+    lanes: ClassVar[Lanes]
 
     def version(self) -> str:
         return f"{native.isa()} {native.version()}"
@@ -40,10 +35,25 @@ class Kernels(Runtime):
         if not isinstance(layer, Layer):
             return None
         x, lowered = example_input(layer, batch), lower(layer)
-        if lowered is None:
-            return _bind_contraction(layer, x)
-        calls = [_bind(layer, lowered, x, lanes) for lanes in (LANES if lowered.kind == "conv" else LANES[:1])]
-        return min(calls, key=_a_few_calls)
+        if lowered is not None:
+            return _bind(layer, lowered, x, self.lanes) if lowered.kind == "conv" or self.lanes == "channels" else None
+        return _bind_contraction(layer, x) if self.lanes == "channels" else None
+
+
+@register_runtime
+class ChannelLanes(Kernels):
+    """Output channels in vector lanes, images channels innermost; linear layers too."""
+
+    name = "kernels-channels"
+    lanes = "channels"
+
+
+@register_runtime
+class PixelLanes(Kernels):
+    """Output pixels in vector lanes: convolutions of few channels."""
+
+    name = "kernels-pixels"
+    lanes = "pixels"
 
 
 def _bind(layer: Layer, lowered: Lowered, x: Tensor, lanes: Lanes) -> Callable[[], Tensor]:
@@ -74,12 +84,3 @@ def _call(operator: Any, *arguments: Tensor | Sequence[Tensor] | Sequence[int] |
     y: Tensor = operator(*arguments)
     return y
 
-
-def _a_few_calls(call: Callable[[], object]) -> float:
-    times = []
-    with torch.no_grad():
-        for _ in range(6):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-    return min(times)

@@ -38,15 +38,7 @@ class OnnxRuntime(Runtime):
             return None
         x = example_input(layer, batch)
         y = torch.empty(layer(x).shape, dtype=x.dtype)
-        try:
-            session = open_session(as_graph(layer, x, y), threads)
-            binding = session.io_binding()
-            for name, tensor, bind in ((INPUT, x, binding.bind_input), (OUTPUT, y, binding.bind_output)):
-                bind(name, "cpu", 0, tensor.numpy().dtype.type, tuple(tensor.shape), tensor.data_ptr())
-            session.run_with_iobinding(binding)
-        except Exception:  # noqa: BLE001 - it raises a dozen unrelated types, and each means that it does not serve this layer
-            return None
-        return BoundLayer(lambda: session.run_with_iobinding(binding), x, y)
+        return bound_layer(as_graph(layer, x, y), x, y, threads)
 
     def prepare_model(self, model: Model, batch: Batch, threads: int) -> Call | None:
         if model.frontend != "onnx":
@@ -67,6 +59,19 @@ class Saved:
 def as_graph(layer: AnyLayer, x: Tensor, y: Tensor) -> bytes:
     """The layer as a serialized ONNX model."""
     return single_layer(weights_of(layer), x, y, lambda ops, value, weights: apply_layer(ops, layer, value, weights))
+
+
+def bound_layer(graph: bytes, x: Tensor, y: Tensor, threads: int) -> Callable[[], Tensor] | None:
+    """A call that runs a graph of one layer from x to y; None where ONNX Runtime does not take it."""
+    try:
+        session = open_session(graph, threads)
+        binding = session.io_binding()
+        for name, tensor, bind in ((INPUT, x, binding.bind_input), (OUTPUT, y, binding.bind_output)):
+            bind(name, "cpu", 0, tensor.numpy().dtype.type, tuple(tensor.shape), tensor.data_ptr())
+        session.run_with_iobinding(binding)
+    except Exception:  # noqa: BLE001 - it raises a dozen unrelated types, and each means that it does not serve this layer
+        return None
+    return BoundLayer(lambda: session.run_with_iobinding(binding), x, y)
 
 
 def open_session(source: str | bytes, threads: int) -> Any:

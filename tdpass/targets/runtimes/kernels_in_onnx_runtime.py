@@ -1,0 +1,71 @@
+"""kernels in onnxruntime: the fused operators of this package, as operators of ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import torch
+from torch import Tensor
+
+from tdpass.errors import KernelError
+from tdpass.formats.base import Layer
+from tdpass.kernels import native
+from tdpass.models.onnx.chains import find_chains
+from tdpass.models.onnx.fused_rewrite import Fusion, fused, plain_initializers
+from tdpass.targets.layers import AnyLayer, dtype_of, example_input
+from tdpass.targets.runtimes.base import Runtime, register_runtime
+from tdpass.targets.runtimes.onnx_runtime import as_graph, bound_layer
+
+
+class KernelsInOnnxRuntime(Runtime):
+    """One operator for a whole factor chain."""
+
+    families = frozenset({"onnxruntime"})
+    lanes: ClassVar[str]
+
+    def version(self) -> str:
+        return f"{onnxruntime.__version__} {native.version()}"
+
+    def available(self) -> bool:
+        try:
+            return native.onnx_ops_path().exists()
+        except KernelError:
+            return False
+
+    def prepare(self, layer: AnyLayer, batch: int, threads: int) -> Callable[[], Tensor] | None:
+        if not isinstance(layer, Layer) or dtype_of(layer) is not torch.float32:
+            return None
+        x = example_input(layer, batch)
+        y = layer(x)
+        return _bind(as_graph(layer, x, y), self.lanes, x, y, threads)
+
+
+@register_runtime
+class ChannelLanesInOnnxRuntime(KernelsInOnnxRuntime):
+    """Output channels in vector lanes."""
+
+    name = "onnxruntime-kernels-channels"
+    lanes = "channels"
+
+
+@register_runtime
+class PixelLanesInOnnxRuntime(KernelsInOnnxRuntime):
+    """Output pixels in vector lanes: convolutions of few channels."""
+
+    name = "onnxruntime-kernels-pixels"
+    lanes = "pixels"
+
+
+def _bind(plain: bytes, lanes: str, x: Tensor, y: Tensor, threads: int) -> Callable[[], Tensor] | None:
+    """The graph with its one chain fused; None where it is none."""
+    model = ir.from_proto(onnx.load_from_string(plain))
+    plain_initializers(model)
+    chains = find_chains(model)
+    if len(chains) != 1 or (lanes == "pixels" and not chains[0].layers[0].axes):
+        return None
+    rewritten = fused(model, {str(chains[0].y.name): Fusion(chains[0].signature, lanes)})
+    return bound_layer(ir.to_proto(rewritten).SerializeToString(), x, torch.empty_like(y, memory_format=torch.contiguous_format), threads)
