@@ -27,6 +27,7 @@ from tdpass.whole import hold_against_dense
 
 PLANNED = "fold-batchnorm,plan,factorize,correct-bias,refit,recalibrate-batchnorm,verify"
 GIVEN_PLAN = "fold-batchnorm,factorize,correct-bias,refit,recalibrate-batchnorm,verify"
+ON_TARGET = "fold-batchnorm,plan,factorize,correct-bias,refit,recalibrate-batchnorm,fuse-kernels,verify"
 DRY_RUN = "fold-batchnorm,plan"
 
 BudgetSpec = Mapping[str, BudgetValue] | Budget | None
@@ -67,7 +68,7 @@ def compress(
     Raises `BudgetError` when the budget cannot be met (naming the smallest reachable), `InvalidModelError`, `PlanError`,
     `UsageError`.
     """
-    steps = Pipeline.parse(pipeline if pipeline is not None else PLANNED if plan is None else GIVEN_PLAN)
+    steps = Pipeline.parse(pipeline if pipeline is not None else GIVEN_PLAN if plan is not None else PLANNED if target is None else ON_TARGET)
     setting = _Setting(target, batch, threads, include, exclude, formats, samples, divergence, augmented, progress, cache)
     return _run(model, budget, data, plan, steps, example_inputs, setting)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import platform
 import random
 import re
@@ -137,7 +138,7 @@ def _measure(call: ChainCall) -> list[float]:
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
-        return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(call.dtype)
+        return torch.randn(shape, generator=generator).div(math.sqrt(shape[-1])).to(call.dtype)
 
     weights = [noise(*stage.shape) for stage in call.stages]
     bias = noise(call.stages[-1].outputs) if call.bias else None

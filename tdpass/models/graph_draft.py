@@ -53,7 +53,8 @@ class Draft:
     @property
     def rewritable(self) -> bool:
         """Whether the weights are there to be read."""
-        return None not in (self._fake_mode, self._recorded) and len(self.inputs) == len(self.values) and not any(isinstance(value, FakeTensor) for value in self.values)
+        known = None not in (self._fake_mode, self._recorded) and len(self.inputs) == len(self.values)
+        return known and not any(isinstance(value, FakeTensor) for value in self.values)
 
     @property
     def stored(self) -> set[Node]:
