@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.bench-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all lint bench bench-accuracy bench-finetune bench-minilm bench-planner bench-targets bench-peers clean
+.PHONY: demo test test-all test-sanitized lint bench bench-accuracy bench-finetune bench-minilm bench-planner bench-targets bench-peers bench-kernels bench-models clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -22,6 +22,10 @@ test: lint
 
 test-all: lint
 	$(BIN)/pytest -m "slow or not slow"
+
+# The C++ kernels once more under the address and undefined-behaviour sanitizers.
+test-sanitized: $(INSTALLED)
+	TDPASS_SANITIZE=1 LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/kernels/test_operators.py -k "native or gaps"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
@@ -44,6 +48,14 @@ bench-planner: $(INSTALLED)
 
 bench-targets: $(BENCH_INSTALLED)
 	$(BIN)/python -m benchmarks.bench_targets
+
+bench-kernels: $(BENCH_INSTALLED)
+	$(BIN)/tdpass doctor --build
+	$(BIN)/python -m benchmarks.bench_kernels
+
+bench-models: $(BENCH_INSTALLED)
+	$(BIN)/tdpass doctor --build
+	$(BIN)/python -m benchmarks.bench_models
 
 bench-peers: $(BENCH_INSTALLED)
 	$(BIN)/python -m benchmarks.peers

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import warnings
 from collections.abc import Callable, Iterator
 
 import onnx
@@ -28,7 +29,7 @@ from tdpass.models.low_rank_rnn import LowRankLSTM
 from tdpass.planner.rank_plan import DENSE, Choice, RankPlan
 from tdpass.site import Site
 from tdpass.targets.clock import on_cpu, threads_of_torch
-from tdpass.targets.runtimes import RUNTIMES
+from tdpass.targets.runtimes import RUNTIMES, inductor
 
 COLUMNS = ("net", "batch", "threads", "macs_ratio", "candidate", "ms", "over_best_dense")
 BAR_COLUMNS = ("net", "batch", "threads", "what", "bar", "measured", "met", "by")
@@ -95,16 +96,17 @@ def _in_runtimes(module: nn.Module, x: Tensor, threads: int) -> Iterator[tuple[s
             for model in (torch_model, onnx_model):
                 if (call := runtime.prepare_model(model, Batch((x,), {}), threads)) is not None:
                     yield name, call
-    if x.dim() == 3:  # compiled for sizes that vary, linear layers go to another library
-        compiled = torch.compile(module, dynamic=True, options={"freezing": True})
-        compiled(x)
-        yield "inductor dynamic", lambda: compiled(x)
+    # compiled for sizes that vary, linear layers go to another library
+    if x.dim() == 3 and (call := inductor.compiled(module, Batch((x,), {}), dynamic=True)) is not None:
+        yield "inductor dynamic", call
 
 
 def exported(module: nn.Module, x: Tensor) -> onnx.ModelProto:
     """The module as an ONNX model for that input."""
     file = io.BytesIO()
-    torch.onnx.export(module, (x,), file, dynamo=False, opset_version=17, input_names=["x"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter that gives every size as it is
+        torch.onnx.export(module, (x,), file, dynamo=False, opset_version=17, input_names=["x"])
     return onnx.load_from_string(file.getvalue())
 
 

@@ -133,6 +133,11 @@ def chosen_isa() -> str:
     return asked or known[0]
 
 
+def sanitizing() -> tuple[str, ...]:
+    """Flags of the sanitizers where TDPASS_SANITIZE is set: the process then has to be started with libasan loaded."""
+    return ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g1") if os.environ.get("TDPASS_SANITIZE") else ()
+
+
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     if not sys.platform.startswith("linux"):
@@ -143,8 +148,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         if installed.exists():
             path = installed
         else:
-            parts, folder = build.units([target]), cache_folder()
-            path = build.build(folder / build.fingerprint(parts) / build.LIBRARY, parts, folder / "objects")
+            parts, folder = build.units([target], sanitizing()), cache_folder()
+            path = build.build(folder / build.fingerprint(parts) / build.LIBRARY, parts, folder / "objects", sanitizing())
         library = ctypes.CDLL(str(path))
     except (KernelError, OSError) as error:
         return None, str(error)
@@ -201,4 +206,4 @@ def onnx_ops_path() -> Path:
 
 def version() -> str:
     """Identifies the kernels by their sources: measured times are good for no other."""
-    return build.fingerprint(build.units([chosen_isa()]))
+    return build.fingerprint(build.units([chosen_isa()], sanitizing()))

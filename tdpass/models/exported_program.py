@@ -93,7 +93,7 @@ def _dynamic_shapes(program: ExportedProgram) -> Any:
         if symbol not in dims:
             limits = program.range_constraints.get(symbol)
             low = max(0, int(limits.lower)) if limits is not None else 0
-            high = int(limits.upper) if limits is not None and limits.upper.is_finite and int(limits.upper) < 2**31 else None
+            high = int(limits.upper) if limits is not None and limits.upper < 2**31 else None
             dims[symbol] = Dim(f"dim_{symbol}", min=low, max=high)
         return dims[symbol]
 

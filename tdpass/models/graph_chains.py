@@ -17,7 +17,6 @@ from tdpass.kernels.stage import Lanes, stages_of
 from tdpass.models.factor_chain import FACTOR_CHAIN
 from tdpass.models.graph_layers import Link, argument, mutates, read_link, same_sizes, tensor_of
 
-MIN_STAGES = 2
 _SUMS = {operator.add, torch.add, operator.iadd}
 _ACTIVATIONS: dict[Any, str] = {
     F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", "relu": "relu", "relu_": "relu",
@@ -55,8 +54,10 @@ class Chain:
 def find_chains(graph: Graph, stored: AbstractSet[Node]) -> list[Chain]:
     """Chains of 2 to 6 convolutions or linear layers with weights in `stored`, none of which shares a node with another.
 
-    A chain is cut where an intermediate is wider than both its neighbours: what is narrow between two wide layers is low
-    rank, what is wide between two narrow ones is where one low-rank layer ends and the next begins.
+    A convolution alone counts where batch-norm follows it: weights are no constants of the graph, so that nothing else would fold
+    the one into the other, or lay the weight out for the kernel once and for all.  A chain is cut where an intermediate is wider than
+    both its neighbours: what is narrow between two wide layers is low rank, what is wide between two narrow ones is where one
+    low-rank layer ends and the next begins.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     links = {link.nodes[0]: link for node in graph.nodes if (link := read_link(node, stored)) is not None and link.stage is not None}
@@ -88,7 +89,7 @@ def _next(link: Link, entries: dict[Node, Link]) -> Link | None:
 
 
 def _cut(row: Sequence[Link]) -> Iterator[list[Link]]:
-    """Parts of a row of layers that are chains."""
+    """Parts of a row of layers that may be chains."""
     stages = [link.stage for link in row if link.stage is not None]
     widths = [stages[0].inputs, *(stage.outputs for stage in stages)]
     part: list[Link] = []
@@ -96,8 +97,7 @@ def _cut(row: Sequence[Link]) -> Iterator[list[Link]]:
         part.append(link)
         end = index + 1 == len(row)
         if end or len(part) == MAX_STAGES or widths[index] < widths[index + 1] > widths[index + 2]:
-            if len(part) >= MIN_STAGES:
-                yield part
+            yield part
             part = []
 
 
@@ -106,7 +106,8 @@ def _whole(part: Sequence[Link], order: dict[Node, int]) -> Chain | None:
     nodes = tuple(node for link in part for node in link.nodes)
     bare = Chain(tuple(part), nodes, part[-1].bias)
     for chain in (_extended(bare), bare):
-        if not _crosses_mutation(chain, order):
+        enough = len(part) > 1 or (chain.norm is not None and part[0].kind != "linear")
+        if enough and not _crosses_mutation(chain, order):
             return chain
     return None
 

@@ -1,127 +1,202 @@
-"""fuse-kernels on torch models: the same numbers, parameters and behaviour, in one operator per layer."""
+"""fuse-kernels on torch models, and the module it puts in."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import tdpass
-from tdpass.cost import Cost
-from tdpass.formats import FORMATS
-from tdpass.formats.base import Format, Layer, dense_cost
+from tdpass.errors import UsageError
+from tdpass.formats import FORMATS, Layer
 from tdpass.formats.lowering import lower
 from tdpass.kernels import native
-from tdpass.models.factorized import Factorized
+from tdpass.models import Factorized, Model, open_model
+from tdpass.models.base import Batch
+from tdpass.models.chain_choice import choosing
 from tdpass.models.fused import Fused
-from tdpass.planner.rank_plan import Choice, RankPlan
+from tdpass.pipeline import Job, Pipeline
 from tdpass.site import Site
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason=native.missing())
-
-SITES = {
-    "conv": (Site("0", "conv", (9, 6, 3, 3), (2, 1), ((1, 1), (1, 1)), (1, 1), True), (2, 6, 8, 7)),
-    "conv1d": (Site("0", "conv", (9, 6, 5), (1,), ((2, 2),), (1,), True), (2, 6, 11)),
-    "linear": (Site("0", "linear", (9, 6), bias=True), (2, 3, 6)),
-}
-FUSE = "fuse-kernels{measure=false}"
-
-
-def dense(kind: str) -> nn.Module:
-    layers = {"conv": lambda: nn.Conv2d(6, 9, 3, (2, 1), 1), "conv1d": lambda: nn.Conv1d(6, 9, 5, padding=2), "linear": lambda: nn.Linear(6, 9)}
-    return nn.Sequential(layers[kind](), nn.ReLU()).eval()
+SITES = (
+    Site("0", "linear", (24, 36)),
+    Site("0", "conv", (12, 16, 3, 3), (2, 1), ((1, 1), (0, 0)), (1, 2)),
+    Site("0", "conv", (12, 16, 5), (1,), ((2, 2),), (1,)),
+    Site("0", "conv", (6, 8, 3, 3, 3), (1, 1, 1), ((1, 1),) * 3, (1, 1, 1)),
+)
+CASES = [(name, site) for name in FORMATS.names() if name not in ("pruned", "constant") for site in SITES if FORMATS.get(name).fits(site)]
+needs_kernels = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
 
 
-def cases() -> Iterator[tuple[str, Format]]:
-    for kind, (site, _) in SITES.items():
-        for fmt in FORMATS:
-            if fmt.fits(site) and lower(Layer(site, fmt.name, middle(fmt, site), fmt.factorize(torch.randn(site.shape), site, middle(fmt, site)))):
-                yield kind, fmt
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, atol=tolerance * float(b.detach().float().abs().max()), rtol=0)
 
 
-def middle(fmt: Format, site: Site) -> tuple[int, ...]:
-    return fmt.ranks(site)[len(fmt.ranks(site)) // 2]
+def dense_of(site: Site) -> nn.Module:
+    if site.kind == "linear":
+        return nn.Linear(site.i, site.o)
+    cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(site.kernel) - 1]
+    return cls(site.i, site.o, site.kernel, stride=site.stride, padding=tuple(before for before, _ in site.padding), dilation=site.dilation)
 
 
-def plan_of(kind: str, fmt: Format) -> RankPlan:
-    site = SITES[kind][0]
-    cost = dense_cost(site)
-    return RankPlan((Choice("0", site.shape, fmt.name, middle(fmt, site), cost, cost),), Cost(1000, 1000, 4000))
+def input_of(site: Site) -> Tensor:
+    return torch.randn(2, site.i, *(7 + axis for axis in range(len(site.kernel)))) if site.kernel else torch.randn(2, 5, site.i)
 
 
-def fused_and_plain(kind: str, fmt: Format) -> tuple[nn.Module, nn.Module, Tensor]:
-    x = torch.randn(SITES[kind][1])
-    model, plan = dense(kind), plan_of(kind, fmt)
-    results = [tdpass.compress(model, plan=plan, pipeline=f"factorize{tail}", example_inputs=x).model for tail in ("", "," + FUSE)]
-    plain, fused = results
-    assert isinstance(plain, nn.Module)
-    assert isinstance(fused, nn.Module)
-    assert isinstance(plain[0], Factorized)
-    assert isinstance(fused[0], Fused)
-    return fused, plain, x
+def fuse(model: Model, example: Tensor | None = None) -> tuple[bool, dict[str, str]]:
+    declined: dict[str, str] = {}
+    with choosing(measure=False):
+        changed = model.fuse(lambda text: None, declined.__setitem__, None if example is None else Batch((example,)))
+    return changed, declined
 
 
-@pytest.mark.parametrize(("kind", "fmt"), [pytest.param(kind, fmt, id=f"{kind}-{fmt.name}") for kind, fmt in cases()])
-def test_every_format_that_lowers_gives_the_same_numbers(kind: str, fmt: Format) -> None:
-    fused, plain, x = fused_and_plain(kind, fmt)
-    with torch.no_grad():
-        expected = plain(x)
-        assert torch.allclose(fused(x), expected, rtol=1e-4, atol=1e-5)
-        assert torch.allclose(copy.deepcopy(fused)(x), expected, rtol=1e-4, atol=1e-5)
-    assert fused.state_dict().keys() == plain.state_dict().keys()
-    assert isinstance(fused[1], nn.Identity), "the activation is part of the operator"
+def compressed(name: str, site: Site, activation: nn.Module) -> tuple[nn.Module, Model]:
+    module = nn.Sequential(dense_of(site), activation).eval()
+    model = open_model(module, Batch((input_of(site),)))
+    fmt = FORMATS.get(name)
+    rank = fmt.ranks(model.sites()[0])[len(fmt.ranks(site)) // 2]
+    layer = Layer(site, name, rank, fmt.factorize(model.weight("0"), site, rank), model.bias("0"))
+    model.replace("0", layer.to(torch.float32))
+    return module, model
 
 
-@pytest.fixture
-def pair() -> tuple[nn.Module, nn.Module, Tensor]:
-    return fused_and_plain("conv", FORMATS.get("tucker2"))
+@needs_kernels
+@pytest.mark.parametrize(("name", "site"), CASES, ids=[f"{name}-{len(site.kernel)}d" for name, site in CASES])
+@torch.no_grad()
+def test_every_format_that_lowers_is_fused_with_the_activation_after_it(name: str, site: Site) -> None:
+    for activation in (nn.ReLU(), nn.SiLU(), nn.GELU(), nn.Tanh()):
+        module, model = compressed(name, site, activation)
+        x = input_of(site)
+        expected, names = module(x), list(module.state_dict())
+        changed, declined = fuse(model, x)
+        assert changed == (lower(model.layer("0")) is not None)
+        assert changed or "no chain" in declined["0"]
+        assert close(module(x), expected)
+        assert list(module.state_dict()) == names
+        if changed:
+            assert isinstance(module[0], Fused)
+            assert isinstance(module[1], nn.Tanh if isinstance(activation, nn.Tanh) else nn.Identity)
+        assert not fuse(model, x)[0]
 
 
-def test_gradients_are_those_of_the_plain_layers(pair: tuple[nn.Module, nn.Module, Tensor]) -> None:
-    fused, plain, x = pair
-    for model in (fused, plain):
-        model(x).square().sum().backward()
-    for (name, ours), theirs in zip(fused.named_parameters(), plain.parameters(), strict=True):
-        assert ours.grad is not None, name
-        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+@needs_kernels
+@torch.no_grad()
+def test_it_follows_its_factors_and_falls_back_where_it_must() -> None:
+    module, model = compressed("tucker2", SITES[1], nn.ReLU())
+    x = input_of(SITES[1])
+    plain = copy.deepcopy(module)
+    fuse(model)
+    twin = copy.deepcopy(module)
+    for change in (lambda m: m[0].core.mul_(2), lambda m: m.load_state_dict({key: value + 0.1 for key, value in plain.state_dict().items()})):
+        change(module)
+        change(plain)
+        assert close(module(x), plain(x))
+    assert not close(twin(x), module(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x).dtype == plain(x).dtype
+    assert close(module.double()(x.double()), plain.double()(x.double()), 1e-12)
+    assert close(module.bfloat16()(x.bfloat16()), plain.bfloat16()(x.bfloat16()), 3e-2)
+    module.float(), plain.float()
+    assert close(module(x[0]), plain(x[0]))
+    with torch.enable_grad():
+        module(x).sum().backward()
+        plain(x).sum().backward()
+    assert close(module[0].core.grad, plain[0].core.grad)
 
 
-def test_weights_may_change_in_place(pair: tuple[nn.Module, nn.Module, Tensor]) -> None:
-    fused, plain, x = pair
-    with torch.no_grad():
-        fused(x)
-        for model in pair[:2]:
-            for parameter in model.parameters():
-                parameter.mul_(1.5)
-        assert torch.allclose(fused(x), plain(x), rtol=1e-4, atol=1e-5)
-        state = {name: value * 0.5 for name, value in plain.state_dict().items()}
-        for model in pair[:2]:
-            model.load_state_dict(state)
-        assert torch.allclose(fused(x), plain(x), rtol=1e-4, atol=1e-5)
+@needs_kernels
+def test_it_exports_and_compiles() -> None:
+    for name, site in (("tucker2", SITES[1]), ("svd", SITES[0]), ("channel_svd", SITES[2])):
+        torch._dynamo.reset()
+        module, model = compressed(name, site, nn.GELU())
+        x = input_of(site)
+        with torch.no_grad():
+            expected = module(x)
+        fuse(model)
+        program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
+        assert any("factor_chain" in str(node.target) for node in program.graph.nodes)
+        with torch.no_grad():
+            assert close(program.module()(x), expected)
+            assert program.module()(torch.cat([x, x])).shape[0] == 4
+            run = torch.compile(module, backend="aot_eager", fullgraph=True)
+            assert close(run(x), expected)
+            module[0].bias.add_(1)
+            next(iter(module[0].factors().values())).mul_(2)
+            assert close(run(x), module(x))
+            run = torch.compile(module, backend="tdpass", options={"inner": "eager", "measure": False})
+            assert close(run(x), module(x))
 
 
-def test_it_exports(pair: tuple[nn.Module, nn.Module, Tensor]) -> None:
-    fused, plain, x = pair
-    program = torch.export.export(fused, (x,), strict=False)
-    with torch.no_grad():
-        assert torch.allclose(program.module()(x), plain(x), rtol=1e-4, atol=1e-5)
+@needs_kernels
+@torch.no_grad()
+def test_a_fused_layer_that_is_replaced_keeps_the_activation_it_took_in() -> None:
+    module, model = compressed("svd", SITES[0], nn.ReLU())
+    fuse(model)
+    layer = model.layer("0")
+    assert layer is not None
+    model.replace("0", layer)
+    x = input_of(SITES[0])
+    assert isinstance(module[1], nn.Identity)
+    assert close(module(x), torch.relu(layer(x)))
 
 
-def test_it_saves_and_loads(pair: tuple[nn.Module, nn.Module, Tensor], tmp_path: object) -> None:
-    x = pair[2]
-    fmt = FORMATS.get("tucker2")
-    artifact = tdpass.compress(dense("conv"), plan=plan_of("conv", fmt), pipeline="factorize," + FUSE, example_inputs=x)
-    artifact.save(f"{tmp_path}/fused.safetensors")
-    loaded = tdpass.load(f"{tmp_path}/fused.safetensors", dense("conv"))
-    assert isinstance(loaded, nn.Module)
+@needs_kernels
+@torch.no_grad()
+def test_only_an_activation_that_nothing_else_sees_is_taken_in() -> None:
+    shared = nn.Linear(36, 36)
+    module = nn.Sequential(shared, nn.ReLU(), shared, nn.Tanh(), nn.Linear(36, 8), nn.GELU("tanh")).eval()
+    x = torch.randn(3, 36)
+    model = open_model(module, Batch((x,)))
+    for site in model.sites():
+        rank = (4,)
+        fmt = FORMATS.get("svd")
+        model.replace(site.name, Layer(site, "svd", rank, fmt.factorize(model.weight(site.name), site, rank), model.bias(site.name)).to(torch.float32))
+    expected = module(x)
+    assert fuse(model, x)[0]
+    assert close(module(x), expected)
+    assert [type(child) for child in module] == [Fused, nn.ReLU, Fused, nn.Tanh, Fused, nn.GELU]
+
+
+@torch.no_grad()
+def test_saved_and_loaded_it_computes_the_same(residual: nn.Module, images: Tensor, folder: Path) -> None:
+    artifact = tdpass.compress(residual, {"macs": 0.5}, images, pipeline="fold-batchnorm,plan,factorize,fuse-kernels{measure=false},verify", cache=False)
     assert isinstance(artifact.model, nn.Module)
-    with torch.no_grad():
-        assert torch.allclose(loaded.eval()(x), artifact.model(x), rtol=1e-4, atol=1e-5)
+    if not native.missing():
+        assert any(isinstance(child, Fused) for child in artifact.model.modules())
+    artifact.save(folder / "small.safetensors")
+    loaded = tdpass.load(folder / "small.safetensors", type(residual)().eval())
+    assert close(loaded(images), artifact.model(images))
+    assert any(isinstance(child, Factorized) for child in loaded.modules())
 
 
-def test_lanes_must_be_known(residual: nn.Module, images: Tensor) -> None:
-    with pytest.raises(tdpass.UsageError, match="one of auto, channels, pixels"):
-        tdpass.compress(residual, {"macs": 0.5}, images, pipeline="plan,factorize,fuse-kernels{lanes=rows}")
+@torch.no_grad()
+def test_measured_it_says_what_it_did(residual: nn.Module, images: Tensor) -> None:
+    artifact = tdpass.compress(residual, {"macs": 0.5}, images, pipeline="plan,factorize,fuse-kernels", cache=False)
+    (row,) = (row for row in artifact.report.passes if row.text.startswith("fuse-kernels"))
+    fused = [child for child in artifact.model.modules() if isinstance(child, Fused)]  # type: ignore[attr-defined]
+    assert row.changed == bool(fused)
+    assert "factored layers are now one operator" in row.notes[0]
+
+
+@needs_kernels
+@torch.no_grad()
+def test_an_exported_program_is_fused_and_saved(residual: nn.Module, images: Tensor, folder: Path) -> None:
+    program = torch.export.export(residual, (images[:4],), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
+    artifact = tdpass.compress(program, {"macs": 0.5}, images, pipeline="plan,factorize,fuse-kernels{measure=false}", cache=False)
+    artifact.save(folder / "small.pt2")
+    loaded = torch.export.load(folder / "small.pt2")
+    assert any("factor_chain" in str(node.target) for node in loaded.graph.nodes)
+    plain = tdpass.compress(program, plan=artifact.plan, data=images, pipeline="factorize", cache=False)
+    assert close(loaded.module()(images), plain.model.module()(images))  # type: ignore[attr-defined]
+
+
+def test_options(residual: nn.Module) -> None:
+    model = open_model(residual)
+    with pytest.raises(UsageError, match="lanes='wide'"):
+        Pipeline.parse("fuse-kernels{lanes=wide}").run(model, Job(tdpass.Report()))
+    job = Job(tdpass.Report())
+    assert not Pipeline.parse("fuse-kernels{lanes=pixels}").run(model, job)
+    assert "no factored layer" in job.notes[0]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 
 from tdpass.models.base import Batch, Model
 from tdpass.models.torch_model import TorchModel
@@ -17,7 +18,7 @@ from tdpass.targets.layers import AnyLayer, LayerModule, channels_last, example_
 from tdpass.targets.runtimes.base import Call, Runtime, register_runtime
 from tdpass.targets.runtimes.eager import channels_last_model
 
-_OPTIONS: dict[str, Any] = {"options": {"freezing": True}}
+_OPTIONS: dict[str, Any] = {}
 if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
     # all layers share one forward function, and compiled code is dropped after a few versions of a function
     _OPTIONS["isolate_recompiles"] = True
@@ -38,26 +39,27 @@ class Inductor(Runtime):
         module, x = LayerModule(layer), channels_last(example_input(layer, batch))
         # a linear layer compiled for sizes that vary goes to another library, on some machines one twice as fast
         ways = (False, True) if layer.site.kind == "linear" else (False,)
-        calls = [call for dynamic in ways if (call := _compiled(module, Batch((x,)), dynamic)) is not None]
+        calls = [call for dynamic in ways if (call := compiled(module, Batch((x,)), dynamic)) is not None]
         return min(calls, key=_a_few_calls) if calls else None
 
     def prepare_model(self, model: Model, batch: Batch, threads: int) -> Call | None:
         if not isinstance(model, TorchModel):
             return None
         module, placed = channels_last_model(model, batch)
-        return _compiled(module, placed, dynamic=None)
+        return compiled(module, placed, dynamic=None)
 
 
-def _compiled(module: nn.Module, batch: Batch, dynamic: bool | None) -> Callable[[], Any] | None:
-    """The compiled module on that batch; None where it cannot be compiled."""
+def compiled(module: nn.Module, batch: Batch, dynamic: bool | None) -> Callable[[], Any] | None:
+    """The compiled module on that batch, its weights frozen; None where it cannot be compiled."""
     try:
-        with warnings.catch_warnings():
+        # as an option of torch.compile freezing comes too late: by then the weights are inputs of the graph
+        with warnings.catch_warnings(), inductor_config.patch(freezing=True):
             warnings.simplefilter("ignore")
-            compiled = torch.compile(module, dynamic=dynamic, **_OPTIONS)
+            program = torch.compile(module, dynamic=dynamic, **_OPTIONS)
 
             def call() -> Any:
                 with torch.no_grad():
-                    return compiled(*batch.args, **batch.kwargs)
+                    return program(*batch.args, **batch.kwargs)
 
             call()
     except Exception:  # noqa: BLE001 - a compiler fails in many ways, and each means that it does not serve this layer
