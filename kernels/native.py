@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tdpass import files
 from tdpass.errors import KernelError
 from tdpass.kernels import build
 
@@ -121,8 +122,7 @@ def image(tensor: Tensor) -> CImage:
 
 def cache_folder() -> Path:
     """Where libraries built on first use lie."""
-    root = os.environ.get("TDPASS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdpass"
-    return Path(os.environ.get("TDPASS_KERNELS") or Path(root) / "kernels")
+    return Path(os.environ.get("TDPASS_KERNELS") or files.cache_folder() / "kernels")
 
 
 def chosen_isa() -> str:

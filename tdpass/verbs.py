@@ -14,10 +14,10 @@ from tdpass.artifact import Artifact, load_plan
 from tdpass.cost import Budget, BudgetValue, Cost
 from tdpass.data import as_batches
 from tdpass.errors import UsageError
+from tdpass.files import cache_folder
 from tdpass.formats.base import FORMATS, dense_cost
 from tdpass.models import Batch, ExampleInputs, Model, open_model
 from tdpass.pipeline import Job, Pipeline, PipelineSpec, Progress
-from tdpass.planner.cache import default_folder
 from tdpass.planner.compare import compare_outputs
 from tdpass.planner.divergence import Divergence
 from tdpass.planner.rank_plan import RankPlan
@@ -147,7 +147,7 @@ def _run(
     for name in setting.formats:
         FORMATS.get(name)
     opened = open_model(given, example_inputs)
-    cache = None if setting.cache is False else default_folder() if setting.cache is True else setting.cache
+    cache = None if setting.cache is False else cache_folder() if setting.cache is True else setting.cache
     target = None if setting.target is None else open_target(setting.target, opened.frontend, cache)
     batches = _batches(opened, data, setting.samples)
     model = opened.clone()

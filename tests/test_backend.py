@@ -200,6 +200,24 @@ def test_two_low_rank_layers_in_a_row_are_two_operators(seen: list[list[str]]) -
 
 
 @torch.no_grad()
+class TwoBranches(nn.Module):
+    """A sum of two low-rank layers: either could take it in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = (nn.Sequential(nn.Conv2d(8, 3, 1, bias=False), nn.Conv2d(3, 9, 1)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.left(x) + self.right(x))
+
+
+def test_a_sum_of_two_chains_belongs_to_one_of_them(seen: list[list[str]]) -> None:
+    model, x = TwoBranches().eval(), torch.randn(2, 8, 5, 5)
+    with torch.no_grad():
+        assert close(compiled(model)(x), model(x))
+    assert fused(seen) == [2]
+
+
 def test_dynamic_batches_recompile_a_few_times_only(low: Low, seen: list[list[str]]) -> None:
     run = compiled(low)
     for size in (2, 3, 6, 5, 9, 17, 4, 16, 1):

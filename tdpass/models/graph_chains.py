@@ -64,6 +64,7 @@ def find_chains(graph: Graph, stored: AbstractSet[Node]) -> list[Chain]:
     following = {link.node: after for link in links.values() if (after := _next(link, links)) is not None}
     inner = {after.node for after in following.values()}
     chains: list[Chain] = []
+    taken: set[Node] = set()  # of a sum of two chains one takes it in, and reads the other
     for link in links.values():
         if link.node in inner:
             continue
@@ -71,11 +72,16 @@ def find_chains(graph: Graph, stored: AbstractSet[Node]) -> list[Chain]:
         while row[-1].node in following:
             row.append(following[row[-1].node])
         for part in _cut(row):
-            chain = _whole(part, order)
+            chain = _whole(part, order, taken)
             if chain is not None:
                 chains.append(chain)
-    ready = (_fused_module(node, order) for node in graph.nodes)
-    return [*chains, *(chain for chain in ready if chain is not None)]
+                taken.update(chain.nodes)
+    for node in graph.nodes:
+        chain = _fused_module(node, order, taken)
+        if chain is not None:
+            chains.append(chain)
+            taken.update(chain.nodes)
+    return chains
 
 
 def _next(link: Link, entries: dict[Node, Link]) -> Link | None:
@@ -101,13 +107,13 @@ def _cut(row: Sequence[Link]) -> Iterator[list[Link]]:
             part = []
 
 
-def _whole(part: Sequence[Link], order: dict[Node, int]) -> Chain | None:
+def _whole(part: Sequence[Link], order: dict[Node, int], taken: AbstractSet[Node]) -> Chain | None:
     """The chain with as much of what follows it as may move into it."""
     nodes = tuple(node for link in part for node in link.nodes)
     bare = Chain(tuple(part), nodes, part[-1].bias)
-    for chain in (_extended(bare), bare):
+    for chain in (_extended(bare), _with_norm(bare), bare):
         enough = len(part) > 1 or (chain.norm is not None and part[0].kind != "linear")
-        if enough and not _crosses_mutation(chain, order):
+        if enough and taken.isdisjoint(chain.nodes) and not _crosses_mutation(chain, order):
             return chain
     return None
 
@@ -176,7 +182,7 @@ def _crosses_mutation(chain: Chain, order: dict[Node, int]) -> bool:
     return order[chain.nodes[0]] > order[chain.result]
 
 
-def _fused_module(node: Node, order: dict[Node, int]) -> Chain | None:
+def _fused_module(node: Node, order: dict[Node, int], taken: AbstractSet[Node]) -> Chain | None:
     """The chain that a fused module calls by its factors."""
     if node.op != "call_function" or node.target is not FACTOR_CHAIN:
         return None
@@ -190,7 +196,7 @@ def _fused_module(node: Node, order: dict[Node, int]) -> Chain | None:
     )
     bare = Chain(links, (node,), bias, activation=str(activation), lanes="channels" if lanes == "linear" else lanes)  # type: ignore[arg-type]
     whole = _extended(bare) if activation == "identity" else bare
-    return bare if _crosses_mutation(whole, order) else whole
+    return bare if _crosses_mutation(whole, order) or not taken.isdisjoint(whole.nodes) else whole
 
 
 def _axes(node: Any) -> int:

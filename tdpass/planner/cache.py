@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,12 +20,6 @@ from tdpass.planner.candidates import Candidate
 from tdpass.planner.joint import JointOption
 
 T = TypeVar("T")
-
-
-def default_folder() -> Path:
-    """`$TDPASS_CACHE`, or `tdpass` in the user's cache folder."""
-    own = os.environ.get("TDPASS_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdpass"
 
 
 def digest(*parts: Tensor | str | None) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
-import onnx
-import onnx_ir as ir
 import onnxruntime
 import torch
 from torch import Tensor
@@ -14,8 +12,7 @@ from torch import Tensor
 from tdpass.errors import KernelError
 from tdpass.formats.base import Layer
 from tdpass.kernels import native
-from tdpass.models.onnx.chains import find_chains
-from tdpass.models.onnx.fused_rewrite import Fusion, fused, plain_initializers
+from tdpass.models.onnx.fuse_single import fuse_single
 from tdpass.targets.layers import AnyLayer, dtype_of, example_input
 from tdpass.targets.runtimes.base import Runtime, register_runtime
 from tdpass.targets.runtimes.onnx_runtime import as_graph, bound_layer
@@ -41,7 +38,8 @@ class KernelsInOnnxRuntime(Runtime):
             return None
         x = example_input(layer, batch)
         y = layer(x)
-        return _bind(as_graph(layer, x, y), self.lanes, x, y, threads)
+        graph = fuse_single(as_graph(layer, x, y), self.lanes)
+        return None if graph is None else bound_layer(graph, x, torch.empty_like(y, memory_format=torch.contiguous_format), threads)
 
 
 @register_runtime
@@ -58,14 +56,3 @@ class PixelLanesInOnnxRuntime(KernelsInOnnxRuntime):
 
     name = "onnxruntime-kernels-pixels"
     lanes = "pixels"
-
-
-def _bind(plain: bytes, lanes: str, x: Tensor, y: Tensor, threads: int) -> Callable[[], Tensor] | None:
-    """The graph with its one chain fused; None where it is none."""
-    model = ir.from_proto(onnx.load_from_string(plain))
-    plain_initializers(model)
-    chains = find_chains(model)
-    if len(chains) != 1 or (lanes == "pixels" and not chains[0].layers[0].axes):
-        return None
-    rewritten = fused(model, {str(chains[0].y.name): Fusion(chains[0].signature, lanes)})
-    return bound_layer(ir.to_proto(rewritten).SerializeToString(), x, torch.empty_like(y, memory_format=torch.contiguous_format), threads)

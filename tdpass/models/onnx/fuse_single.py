@@ -1,0 +1,20 @@
+"""A graph of one factor chain with that chain as one operator, for timing it."""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir as ir
+
+from tdpass.models.onnx.chains import find_chains
+from tdpass.models.onnx.fused_rewrite import Fusion, fused, plain_initializers
+
+
+def fuse_single(graph: bytes, lanes: str) -> bytes | None:
+    """The serialized model with its only chain fused; None where it has none, or one that these lanes do not serve."""
+    model = ir.from_proto(onnx.load_from_string(graph))
+    plain_initializers(model)
+    chains = find_chains(model)
+    if len(chains) != 1 or (lanes == "pixels" and not chains[0].layers[0].axes):
+        return None
+    content: bytes = ir.to_proto(fused(model, {str(chains[0].y.name): Fusion(chains[0].signature, lanes)})).SerializeToString()
+    return content
