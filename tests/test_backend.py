@@ -199,7 +199,6 @@ def test_two_low_rank_layers_in_a_row_are_two_operators(seen: list[list[str]]) -
     assert fused(seen) == [2]
 
 
-@torch.no_grad()
 class TwoBranches(nn.Module):
     """A sum of two low-rank layers: either could take it in."""
 
@@ -218,6 +217,7 @@ def test_a_sum_of_two_chains_belongs_to_one_of_them(seen: list[list[str]]) -> No
     assert fused(seen) == [2]
 
 
+@torch.no_grad()
 def test_dynamic_batches_recompile_a_few_times_only(low: Low, seen: list[list[str]]) -> None:
     run = compiled(low)
     for size in (2, 3, 6, 5, 9, 17, 4, 16, 1):
