@@ -36,13 +36,15 @@ class BuildWithKernels(build_py):
 
     def run(self) -> None:
         super().run()
-        self.library().unlink(missing_ok=True)
+        for built in self.library().parents[1].glob("*/libtdpass_*.so"):
+            built.unlink()
         if self.editable_mode or os.environ.get("TDPASS_WHEEL") == "pure" or not sys.platform.startswith("linux"):
             return
         build = kernels_build()
         try:
             objects = Path(self.get_finalized_command("build").build_temp).resolve() / "kernels"
             build.build(self.library().resolve(), build.units(tuple(build.TARGETS)), objects)
+            build.build_onnxruntime(self.library().resolve().parents[1] / "onnxruntime" / build.ONNXRUNTIME_LIBRARY, objects)
         except Exception as error:  # noqa: BLE001 - an installation without them builds them on first use
             self.announce(f"the kernels are not built into this wheel: {error}", level=3)
 

@@ -25,10 +25,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tdpass
+from benchmarks.nets import ResNet
 from benchmarks.results import Table, show
 from tdpass.formats import FORMATS
 from tdpass.formats.metric import Metric
@@ -38,51 +38,14 @@ COLUMNS = ("case", "seconds", "peak_mib", "goal", "met", "detail")
 Figures = dict[str, str | float]
 
 
-class Residual(nn.Module):
-    """A residual block of ResNet-18 (two 3x3) or ResNet-50 (1x1, 3x3, 1x1 with four times the channels)."""
-
-    def __init__(self, before: int, width: int, stride: int, bottleneck: bool) -> None:
-        super().__init__()
-        after = 4 * width if bottleneck else width
-        sizes = [(before, width, 1, 1), (width, width, 3, stride), (width, after, 1, 1)] if bottleneck else [(before, width, 3, stride), (width, width, 3, 1)]
-        self.convs = nn.ModuleList(nn.Conv2d(i, o, k, s, k // 2, bias=False) for i, o, k, s in sizes)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(o) for _, o, _, _ in sizes)
-        self.down = nn.Conv2d(before, after, 1, stride, bias=False) if before != after or stride > 1 else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolutions and the sum with the input."""
-        y = x
-        for place, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            y = norm(conv(y))
-            y = F.relu(y) if place < len(self.convs) - 1 else y
-        return F.relu(y + (x if self.down is None else self.down(x)))
-
-
-class ResNet(nn.Module):
-    """ResNet-18 or ResNet-50 (He et al. 2016) for 224 x 224 images, with weights of decaying spectra."""
-
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        blocks, bottleneck = {18: ((2, 2, 2, 2), False), 50: ((3, 4, 6, 3), True)}[depth]
-        self.stem, self.norm = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
-        layers: list[nn.Module] = []
-        channels = 64
-        for stage, count in enumerate(blocks):
-            for place in range(count):
-                width = 64 << stage
-                layers.append(Residual(channels, width, 2 if stage and not place else 1, bottleneck))
-                channels = 4 * width if bottleneck else width
-        self.blocks = nn.Sequential(*layers)
-        self.classes = nn.Linear(channels, 1000)
-        generator = torch.Generator().manual_seed(0)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                module.weight = nn.Parameter(decaying(module.weight.shape, generator))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Class scores."""
-        x = F.max_pool2d(F.relu(self.norm(self.stem(x))), 3, 2, 1)
-        return self.classes(self.blocks(x).mean((2, 3)))
+def resnet(depth: int) -> ResNet:
+    """ResNet-18 or ResNet-50 with weights of decaying spectra."""
+    blocks, bottleneck = {18: ((2, 2, 2, 2), False), 50: ((3, 4, 6, 3), True)}[depth]
+    model, generator = ResNet(blocks, bottleneck), torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.weight = nn.Parameter(decaying(module.weight.shape, generator))
+    return model.eval()
 
 
 def decaying(shape: torch.Size | tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -97,7 +60,7 @@ def decaying(shape: torch.Size | tuple[int, ...], generator: torch.Generator) ->
 
 def network(depth: int, formats: tuple[str, ...] = ()) -> Figures:
     """Plan and carry out half the multiply-adds of a ResNet, all formats unless restricted."""
-    model = ResNet(depth).eval()
+    model = resnet(depth)
     start = time.perf_counter()
     artifact = tdpass.compress(model, {"macs": 0.5}, example_inputs=torch.zeros(1, 3, 224, 224), formats=formats, cache=False)
     seconds = time.perf_counter() - start
@@ -109,7 +72,7 @@ def network(depth: int, formats: tuple[str, ...] = ()) -> Figures:
 def tucker2_kernels() -> Figures:
     """Tucker-2 at half the channels of the 16 3x3 kernels of ResNet-50, from the weights alone."""
     sites = [
-        Site(name, "conv", tuple(conv.weight.shape), (1, 1), ((1, 1), (1, 1)), (1, 1)) for name, conv in ResNet(50).named_modules() if _is_3x3(conv)
+        Site(name, "conv", tuple(conv.weight.shape), (1, 1), ((1, 1), (1, 1)), (1, 1)) for name, conv in resnet(50).named_modules() if _is_3x3(conv)
     ]
     generator = torch.Generator().manual_seed(0)
     weights = [decaying(site.shape, generator).double() for site in sites]

@@ -9,6 +9,7 @@ namespace {
 
 constexpr size_t CACHE_FLOATS = 96 * 1024;  // what buffers may take of the second-level cache, the rest is for weights
 constexpr int POSITIONS = 56;               // pixels per row where a chain of 1x1 layers sees positions only
+constexpr int FEW = 8;                      // positions at which threads share panels of channels instead
 
 template <class Engine> int choose_step(const Geometry& g, int rows, int multiple) {
   int step = multiple;
@@ -52,14 +53,57 @@ bool flat(const tdpass_image& v) {
   return (v.size[2] == 1 || v.stride[2] == v.stride[3] * v.size[3]) && (v.size[0] == 1 || v.stride[0] == v.stride[3] * v.size[3] * v.size[2]);
 }
 
-// A piece of `count` positions from `begin` on, as rows of POSITIONS.
-tdpass_image piece(const tdpass_image& v, long begin, long count, int itemsize) {
+// A piece of `count` positions from `begin` on, as rows of `width`.
+tdpass_image piece(const tdpass_image& v, long begin, long count, long width, int itemsize) {
   tdpass_image part = v;
-  long width = std::min<long>(count, POSITIONS);
+  width = std::min(count, width);
   part.data = static_cast<char*>(v.data) + begin * v.stride[3] * itemsize;
   part.size[0] = 1, part.size[2] = count / width, part.size[3] = width;
   part.stride[0] = 0, part.stride[2] = width * v.stride[3];
   return part;
+}
+
+bool by_panels(const Geometry& g, const tdpass_image& y) {
+  for (int s = 0; s < g.stages; s++)
+    if (g.stage(s).groups != 1) return false;
+  return g.h[0] == 1 && y.size[0] == 1 && positions_only(*g.chain) && Output(*g.chain, y).channels_together();
+}
+
+// Few positions through 1x1 layers: all threads work on one stage after the other, each on some of its output channels.
+void run_panels(const Geometry& g, const tdpass_image& x, const tdpass_image& y, int count, const tdpass_pool* pool) {
+  Output output(*g.chain, y);
+  Scratch memory;
+  size_t total = 0, offset[MAX_STAGES];
+  for (int s = 0; s + 1 < g.stages; s++) offset[s] = total, total += size_t(count) * round_up(g.stage(s).out, LANES);
+  float* between = memory.reserve(total + LANES);
+  for (int s = 0; s < g.stages; s++) {
+    const tdpass_stage& t = g.stage(s);
+    const bool last = s + 1 == g.stages;
+    const int panels = round_up(t.out, LANES) / LANES, tasks = std::min(pool->threads, panels), stride = panels * LANES;
+    const Index depth = t.in, none = 0;
+    const float* in = s ? between + offset[s - 1] : static_cast<const float*>(x.data);
+    const Index pixel = s ? round_up(t.in, LANES) : x.stride[3], channel = s ? 1 : x.stride[1];
+    auto task = [&](int k) {
+      const int end = panels * (k + 1) / tasks;
+      const int most = std::max(1, std::min(MAX_PANELS, ACCUMULATORS / std::min(count, ACCUMULATORS)));
+      for (int p = panels * k / tasks, nr; p < end; p += nr) {
+        nr = std::min(most, end - p);
+        const float* w = g.chain->weights[s] + Index(p) * depth * LANES;
+        for (int i = 0, mr; i < count; i += mr) {
+          mr = std::min(count - i, ACCUMULATORS / nr);
+          TileInput input{in + i * pixel, pixel, channel, &none, 1, int(depth)};
+          if (last) {
+            alignas(64) float result[ACCUMULATORS * LANES];
+            TILES[mr][nr - 1](input, w, depth * LANES, result, nr * LANES);
+            output.store_tile(0, 0, i, p * LANES, result, nr * LANES, mr, std::min(nr * LANES, t.out - p * LANES));
+          } else {
+            TILES[mr][nr - 1](input, w, depth * LANES, between + offset[s] + i * stride + p * LANES, stride);
+          }
+        }
+      }
+    };
+    run_tasks(pool, tasks, task);
+  }
 }
 
 int run_chain(const tdpass_chain& chain, const tdpass_image& x, const tdpass_image& y, const tdpass_pool* pool) {
@@ -72,6 +116,8 @@ int run_chain(const tdpass_chain& chain, const tdpass_image& x, const tdpass_ima
   if (chain.lanes == TDPASS_PIXEL_LANES) {
     if (!PixelLanes::serves(g)) return -1;
     run<PixelLanes>(g, x, y, pool, PixelLanes::rows_per_cell(g));
+  } else if (pool->threads > 1 && x.size[0] * x.size[2] * x.size[3] <= FEW && chain.dtype == TDPASS_FLOAT32 && by_panels(g, y)) {
+    run_panels(g, x, y, int(x.size[3]), pool);
   } else {
     run<ChannelLanes>(g, x, y, pool, 1);
   }
@@ -87,14 +133,16 @@ extern "C" int32_t TDPASS_SYMBOL(tdpass_conv_chain)(const tdpass_chain* chain, c
   if (x->size[0] == 0 || x->size[2] == 0 || x->size[3] == 0) return 0;
   bool together = chain->lanes == TDPASS_CHANNEL_LANES && positions_only(*chain) && flat(*x) && flat(*y) && (!residual || flat(*residual));
   if (!together) return run_chain(*chain, *x, *y, pool);
-  const long positions = x->size[0] * x->size[2] * x->size[3], whole = positions / POSITIONS * POSITIONS;
+  const long positions = x->size[0] * x->size[2] * x->size[3];
+  const long share = positions <= FEW ? positions : (positions + pool->threads - 1) / pool->threads;  // so that no thread is left without a row
+  const long width = std::min<long>(POSITIONS, share), whole = positions / width * width;
   const int itemsize = chain->dtype == TDPASS_BFLOAT16 ? 2 : 4;
   for (int k = 0; k < 2; k++) {
     long begin = k ? whole : 0, count = k ? positions - whole : whole;
     if (count == 0) continue;
-    tdpass_image xs = piece(*x, begin, count, itemsize), ys = piece(*y, begin, count, itemsize), rs;
+    tdpass_image xs = piece(*x, begin, count, width, itemsize), ys = piece(*y, begin, count, width, itemsize), rs;
     tdpass_chain part = *chain;
-    if (residual) rs = piece(*residual, begin, count, itemsize), part.residual = &rs;
+    if (residual) rs = piece(*residual, begin, count, width, itemsize), part.residual = &rs;
     if (int32_t status = run_chain(part, xs, ys, pool)) return status;
   }
   return 0;
