@@ -4,9 +4,9 @@
     python -m benchmarks.bench_kernels --cases "cifar 16" --threads 1
 
 All candidates of a layer run in one process, in turn and in shuffled order; processor time at one thread, least wall time at
-two.  The fused operator is the best of those in torch and in ONNX Runtime.  Freed memory is kept by the process: ONNX Runtime writes to
-memory bound beforehand, and torch's new outputs would be given back to the system and cleared by it in every call.  `macs_ratio` is dense over factored multiply-adds; a
-ratio of times that reaches it loses nothing.
+two.  The fused operator is the best of those in torch and in ONNX Runtime.  Freed memory is kept by the process: ONNX Runtime
+writes to memory bound beforehand, and torch's new outputs would be given back to the system and cleared by it in every call.
+`macs_ratio` is dense over factored multiply-adds; a ratio of times that reaches it loses nothing.
 """
 
 from __future__ import annotations
