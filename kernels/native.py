@@ -178,18 +178,15 @@ def isa() -> str:
 
 
 @functools.cache
-def _onnx_ops() -> tuple[Path | None, str]:
+def _onnx_ops() -> Path:
     if not sys.platform.startswith("linux"):
-        return None, f"the operators are built for Linux, this is {sys.platform}"
+        raise KernelError(f"the operators are built for Linux, this is {sys.platform}")
     installed = build.ONNXRUNTIME / build.ONNXRUNTIME_LIBRARY
     if installed.exists():
-        return installed, ""
-    try:
-        targets, folder = [chosen_isa()], cache_folder()
-        path = folder / build.fingerprint(build.onnxruntime_units(targets)) / build.ONNXRUNTIME_LIBRARY
-        return build.build_onnxruntime(path, folder / "objects", targets), ""
-    except (KernelError, OSError) as error:
-        return None, str(error)
+        return installed
+    targets, folder = [chosen_isa()], cache_folder()
+    path = folder / build.fingerprint(build.onnxruntime_units(targets)) / build.ONNXRUNTIME_LIBRARY
+    return build.build_onnxruntime(path, folder / "objects", targets)
 
 
 def onnx_ops_path() -> Path:
@@ -198,10 +195,11 @@ def onnx_ops_path() -> Path:
     What is built on first use serves the instruction set of this machine; `kernels.build.build_onnxruntime` makes one for all.
     Raises `KernelError`, saying why, where there is none.
     """
-    path, why = _onnx_ops()
-    if path is None:
-        raise KernelError(f"the fused operators for ONNX Runtime are missing: {why}; models run without them, as standard operators")
-    return path
+    try:
+        return _onnx_ops()
+    except (KernelError, OSError) as error:
+        message = f"the fused operators for ONNX Runtime are missing: {error}; models run without them, as standard operators"
+        raise KernelError(message) from None
 
 
 def version() -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -80,19 +81,20 @@ def test_a_damaged_file_is_moved_aside_and_begun_again(tmp_path: Path, damage: s
     assert len(list(tmp_path.glob("timings.damaged-*"))) == 1
 
 
-def _write(folder: Path, start: int) -> None:
-    for n in range(20):
-        TimingTable(folder).put({key: Row(1.0) for key in keys(5, start + 5 * n)})
+WRITER = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from tdpass.targets.table import Key, Row, TimingTable
+key = Key("cpu", "eager 1", 1, 1, "float32", "conv", "svd 1", (8,))
+for n in range(20):
+    TimingTable(Path(sys.argv[1])).put({replace(key, rank=(int(sys.argv[2]) + 5 * n + k,)): Row(1.0) for k in range(5)})
+"""
 
 
 def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_write, args=(tmp_path, 1000 * n)) for n in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    workers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(1000 * n)]) for n in range(3)]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0, 0]
     wanted = [key for n in range(3) for key in keys(100, 1000 * n)]
     table = TimingTable(tmp_path)
     assert len(table.get(wanted)) == 300
