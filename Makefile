@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.bench-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all test-sanitized lint bench bench-accuracy bench-finetune bench-minilm bench-planner bench-targets bench-peers bench-kernels bench-models clean
+.PHONY: demo test test-all test-sanitized lint bench bench-accuracy bench-finetune bench-minilm bench-planner bench-targets bench-peers bench-kernels bench-models bench-factorize clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -52,6 +52,9 @@ bench-targets: $(BENCH_INSTALLED)
 bench-kernels: $(BENCH_INSTALLED)
 	$(BIN)/tdpass doctor --build
 	$(BIN)/python -m benchmarks.bench_kernels
+
+bench-factorize: $(BENCH_INSTALLED)
+	$(BIN)/python -m benchmarks.bench_factorize
 
 bench-models: $(BENCH_INSTALLED)
 	$(BIN)/tdpass doctor --build

@@ -14,6 +14,7 @@ import argparse
 import io
 import math
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,7 +73,9 @@ def opened(module: nn.Module, x: Tensor, frontend: str) -> object:
     import onnx
 
     file = io.BytesIO()
-    torch.onnx.export(module, (x,), file, dynamo=False, opset_version=17, input_names=["x"], dynamic_axes={"x": {0: "n"}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter that gives every size as it is
+        torch.onnx.export(module, (x,), file, dynamo=False, opset_version=17, input_names=["x"], dynamic_axes={"x": {0: "n"}})
     return onnx.load_from_string(file.getvalue())
 
 
