@@ -89,9 +89,10 @@ def _times(row: SiteRow, dense: bool) -> list[Html]:
     """Cells for the measured time over the dense one and the runtime, and for what was predicted."""
     before, after = row.before.seconds, row.after.seconds
     shown = spaced(seconds(before)) if dense else join([spaced(seconds(before)), " → ", spaced(seconds(after))])
-    below = tag("span", " ".join(filter(None, ("" if dense else ratio(before, after, "×"), row.kernel))), class_="below")
+    faster = None if dense else tag("span", ratio(before, after, "×"), class_="below")
+    kernel = tag("span", row.kernel, class_="below kernel") if row.kernel else None
     predicted = tag("td", "" if dense else spaced(seconds(row.predicted)), class_="number", data_key=0 if dense else row.predicted)
-    return [tag("td", shown, below, class_="number", data_key=after), predicted]
+    return [tag("td", shown, faster, kernel, class_="number", data_key=after), predicted]
 
 
 def _name(site: str, prefix: str) -> Html:
