@@ -202,6 +202,7 @@ def onnx_ops_path() -> Path:
         raise KernelError(message) from None
 
 
+@functools.cache
 def version() -> str:
     """Identifies the kernels by their sources: measured times are good for no other."""
     return build.fingerprint(build.units([chosen_isa()], sanitizing()))
