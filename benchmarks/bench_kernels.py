@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import Table, Value, show
+from tdpass.clock import on_cpu, threads_of_torch
 from tdpass.formats.base import FORMATS, dense_cost
 from tdpass.site import Site
 from tdpass.targets.base import Variant
-from tdpass.targets.clock import on_cpu, threads_of_torch
 from tdpass.targets.layers import make_layer
 from tdpass.targets.runtimes import RUNTIMES
 

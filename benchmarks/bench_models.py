@@ -23,12 +23,12 @@ from torch import Tensor, nn
 import tdpass
 from benchmarks.nets import NETS, Net, Recurrent
 from benchmarks.results import Table, Value, show
+from tdpass.clock import on_cpu, threads_of_torch
 from tdpass.formats.base import FORMATS, dense_cost
 from tdpass.models import Batch, open_model
 from tdpass.models.low_rank_rnn import LowRankLSTM
 from tdpass.planner.rank_plan import DENSE, Choice, RankPlan
 from tdpass.site import Site
-from tdpass.targets.clock import on_cpu, threads_of_torch
 from tdpass.targets.runtimes import RUNTIMES, inductor
 
 COLUMNS = ("net", "batch", "threads", "macs_ratio", "candidate", "ms", "over_best_dense")

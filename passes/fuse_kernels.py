@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tdpass.clock import threads_of_torch
 from tdpass.models.base import Batch, Model
 from tdpass.models.chain_choice import choosing
 from tdpass.pipeline import Job, Pass, register_pass
-from tdpass.targets.clock import threads_of_torch
 
 
 @register_pass

@@ -13,8 +13,8 @@ from tdpass.cli.output import finite
 from tdpass.cli.progress import ProgressBars
 from tdpass.cli.runners import Runner
 from tdpass.cli.timing import Quartiles
+from tdpass.clock import interleaved
 from tdpass.errors import UsageError
-from tdpass.targets.clock import interleaved
 
 
 def test_budget_pairs_keep_their_text() -> None:

@@ -15,10 +15,10 @@ from tdpass.cli.output import Output
 from tdpass.cli.runners import RUNTIMES, Runner, example_batch, runners
 from tdpass.cli.sources import Source, read_sources
 from tdpass.cli.timing import Quartiles
+from tdpass.clock import interleaved
 from tdpass.data import as_batches
 from tdpass.errors import UsageError
 from tdpass.models.base import Batch
-from tdpass.targets.clock import interleaved
 from tdpass.views.tables import Part, grid
 from tdpass.views.units import dims, ratio, seconds
 

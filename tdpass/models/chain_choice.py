@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import platform
-import random
 import re
 import statistics
 import time
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tdpass.clock import interleaved
 from tdpass.errors import TdpassError, UsageError
 from tdpass.files import cache_folder, write_text
 from tdpass.kernels import base, native
@@ -33,7 +33,7 @@ Layout = Literal["channels_last", "contiguous"]
 LANES: tuple[Lanes, ...] = ("channels", "pixels")
 FORMATS_OF: dict[Layout, torch.memory_format] = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
-_ROUNDS, _LEAST_SECONDS, _WARM_UP_CALLS = 9, 2e-3, 3
+_ROUNDS, _LEAST_SECONDS = 9, 2e-3
 
 
 @dataclass(frozen=True)
@@ -190,29 +190,9 @@ def plain_chain(x: Tensor, stages: Sequence[Stage], weights: Sequence[Tensor], b
 def _interleaved(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
     """Seconds of each: the median of thread time at one thread, the least wall time at more."""
     alone = torch.get_num_threads() == 1
-    clock = time.thread_time if alone else time.perf_counter
-    rows: list[list[float]] = [[] for _ in calls]
-    order, shuffler = list(range(len(calls))), random.Random(0)  # noqa: S311
     with torch.inference_mode(mode=False), torch.no_grad():
-        repeats = [_repeats(call) for call in calls]
-        for _ in range(_ROUNDS):
-            shuffler.shuffle(order)
-            for index in order:
-                start = clock()
-                for _ in range(repeats[index]):
-                    calls[index]()
-                rows[index].append((clock() - start) / repeats[index])
+        rows = interleaved(calls, _ROUNDS, clock=time.thread_time if alone else time.perf_counter, least=_LEAST_SECONDS, warm_up=0.0)
     return [statistics.median(row) if alone else min(row) for row in rows]
-
-
-def _repeats(call: Callable[[], Tensor]) -> int:
-    """How many calls fill a round."""
-    fastest = float("inf")
-    for _ in range(_WARM_UP_CALLS):
-        start = time.perf_counter()
-        call()
-        fastest = min(fastest, time.perf_counter() - start)
-    return max(1, min(1000, round(_LEAST_SECONDS / max(fastest, 1e-9))))
 
 
 def _machine() -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
+from tdpass.clock import on_cpu
 from tdpass.errors import UsageError
 from tdpass.targets.base import register_target
-from tdpass.targets.clock import on_cpu
 from tdpass.targets.measured import MeasuredTarget
 from tdpass.targets.runtimes import RUNTIMES, Runtime
 from tdpass.targets.runtimes.base import Call

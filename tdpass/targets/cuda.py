@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from tdpass.clock import Call
 from tdpass.errors import UsageError
 from tdpass.targets.base import register_target
-from tdpass.targets.clock import Call
 from tdpass.targets.measured import MeasuredTarget
 from tdpass.targets.runtimes import RUNTIMES
 

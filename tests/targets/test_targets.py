@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tdpass.clock import on_cpu
 from tdpass.errors import UsageError
 from tdpass.models import Batch, open_model
 from tdpass.site import Site
 from tdpass.targets import Setting, Target, Variant, open_target
-from tdpass.targets.clock import on_cpu
 from tdpass.targets.measured import MeasuredTarget
 
 SITE = Site("conv", "conv", (16, 16, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), True, extents=(((8, 8), (8, 8)),))

@@ -13,6 +13,7 @@ import torch
 from onnx_ir.passes.common import InlinePass
 from torch import Tensor
 
+from tdpass.clock import interleaved
 from tdpass.errors import KernelError
 from tdpass.kernels.native import onnx_ops_path
 from tdpass.models.onnx.chains import Axes, Chain, LayerNode, axes_of, find_chains
@@ -162,19 +163,5 @@ def _output_shape(chain: Chain, shape: tuple[int, ...]) -> list[int]:
 
 def _interleaved(calls: Mapping[Key, Callable[[], object]]) -> dict[Key, float]:
     """Median seconds of this thread's CPU time per call, all taking turns: sessions of one thread compute on the caller's."""
-    counts: dict[Key, int] = {}
-    for key, call in calls.items():
-        call()
-        counts[key] = max(1, round(_SECONDS_PER_READING / max(_seconds(call, 1), 1e-6)))
-    readings: dict[Key, list[float]] = {key: [] for key in calls}
-    for _ in range(_ROUNDS):
-        for key, call in calls.items():
-            readings[key].append(_seconds(call, counts[key]))
-    return {key: median(seconds) for key, seconds in readings.items()}
-
-
-def _seconds(call: Callable[[], object], count: int) -> float:
-    start = time.thread_time()
-    for _ in range(count):
-        call()
-    return (time.thread_time() - start) / count
+    rows = interleaved(list(calls.values()), _ROUNDS, clock=time.thread_time, least=_SECONDS_PER_READING, warm_up=0.0)
+    return {key: median(row) for key, row in zip(calls, rows, strict=True)}
