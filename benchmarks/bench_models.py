@@ -12,16 +12,13 @@ Runtime with the operator library.
 from __future__ import annotations
 
 import argparse
-import io
-import warnings
 from collections.abc import Callable, Iterator
 
-import onnx
 import torch
 from torch import Tensor, nn
 
 import tdpass
-from benchmarks.nets import NETS, Net, Recurrent
+from benchmarks.nets import NETS, Net, Recurrent, exported
 from benchmarks.results import Table, Value, show
 from tdpass.clock import on_cpu, threads_of_torch
 from tdpass.formats.base import FORMATS, dense_cost
@@ -99,15 +96,6 @@ def _in_runtimes(module: nn.Module, x: Tensor, threads: int) -> Iterator[tuple[s
     # compiled for sizes that vary, linear layers go to another library
     if x.dim() == 3 and (call := inductor.compiled(module, Batch((x,), {}), dynamic=True)) is not None:
         yield "inductor dynamic", call
-
-
-def exported(module: nn.Module, x: Tensor) -> onnx.ModelProto:
-    """The module as an ONNX model for that input."""
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter that gives every size as it is
-        torch.onnx.export(module, (x,), file, dynamo=False, opset_version=17, input_names=["x"])
-    return onnx.load_from_string(file.getvalue())
 
 
 def lstm(threads: int) -> tuple[Calls, float]:

@@ -11,10 +11,8 @@ goal: what was chosen is nowhere more than 3 % slower than dense.
 from __future__ import annotations
 
 import argparse
-import io
 import math
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 
 import tdpass
 from benchmarks.bench_planner import decaying
+from benchmarks.nets import exported
 from benchmarks.results import Table, show
 from tdpass.targets import Setting, Variant, open_target
 
@@ -68,15 +67,7 @@ def layers() -> Iterator[tuple[str, nn.Module, Tensor]]:
 
 def opened(module: nn.Module, x: Tensor, frontend: str) -> object:
     """The layer as a model of that front end."""
-    if frontend == "torch":
-        return module
-    import onnx
-
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter that gives every size as it is
-        torch.onnx.export(module, (x,), file, dynamo=False, opset_version=17, input_names=["x"], dynamic_axes={"x": {0: "n"}})
-    return onnx.load_from_string(file.getvalue())
+    return module if frontend == "torch" else exported(module, x, open_batch=True)
 
 
 def run_layer(name: str, module: nn.Module, x: Tensor, runtime: str, threads: int, cache: Path) -> dict[str, str | float | int]:

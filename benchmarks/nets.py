@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import onnx
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -105,6 +108,16 @@ class Net:
     def input(self, batch: int) -> Tensor:
         """Random input."""
         return torch.randn(batch, *self.sample, generator=torch.Generator().manual_seed(0))
+
+
+def exported(module: nn.Module, x: Tensor, open_batch: bool = False) -> onnx.ModelProto:
+    """The module as an ONNX model for that input, or for any number of such samples."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter that gives every size as it is
+        axes = {"x": {0: "n"}} if open_batch else None
+        torch.onnx.export(module, (x,), file, dynamo=False, opset_version=17, input_names=["x"], dynamic_axes=axes)
+    return onnx.load_from_string(file.getvalue())
 
 
 def _randomized(module: nn.Module) -> nn.Module:

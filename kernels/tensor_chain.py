@@ -149,11 +149,11 @@ def native_cpu(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residu
 def _run(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, steps: tuple[int, ...], activation: str, y: Tensor) -> bool:
     library = native.library()
     chain, array = _program(steps)
-    packed = [weight.float().contiguous() for weight in weights]
     if library is None or x.dtype not in native.DTYPES or (residual is not None and residual.dtype != x.dtype):
         return False
     if x.shape[-1] != chain[0].inputs or (bias is not None and bias.shape != y.shape[-1:]):
         return False
+    packed = [weight.float().contiguous() for weight in weights]
     wanted = [step.packed_shape for step in chain]
     if [weight.shape for weight in packed] != wanted:
         raise KernelError(f"a program of {len(chain)} steps takes weights packed as {wanted}, not {[tuple(weight.shape) for weight in packed]}")

@@ -107,6 +107,18 @@ class ConvMatcher:
         return Use(Slot(node, 0), weight, "conv", stride=stride, padding=padding, dilation=dilation, bias=bias)
 
 
+def _operands(node: ir.Node) -> tuple[ir.TensorProtocol, Slot, Slot] | None:
+    """The constant operand of a product, the right one where both are, its place, and that of the data; None where none is held."""
+    for place in (1, 0):
+        tensor = held_weight(node, place)
+        if tensor is not None:
+            weight, data = Slot(node, place), Slot(node, 1 - place)
+            if constant(data.value) is not None:
+                raise DeclinedNode(weight.value, "both operands are constants; fold them first")
+            return tensor, weight, data
+    return None
+
+
 @matches("Gemm")
 class GemmMatcher:
     """`alpha A' B' + beta C` with a constant on either side, in every transposition."""
@@ -114,24 +126,21 @@ class GemmMatcher:
     def match(self, node: ir.Node, _shapes: Shapes) -> Use | None:
         attributes = node.attributes
         alpha, beta = attributes.get_float("alpha", 1.0), attributes.get_float("beta", 1.0)
-        right = held_weight(node, 1)
-        left = held_weight(node, 0) if right is None else None
-        tensor = right if right is not None else left
-        if tensor is None:
+        operands = _operands(node)
+        if operands is None:
             return None
-        weight, data = (Slot(node, 1), Slot(node, 0)) if right is not None else (Slot(node, 0), Slot(node, 1))
-        if constant(data.value) is not None:
-            raise DeclinedNode(weight.value, "both operands are constants; fold them first")
+        tensor, weight, data = operands
+        right = weight.index == 1
         flips = bool(attributes.get_int("transA", 0)), bool(attributes.get_int("transB", 0))
-        if right is not None:
+        if right:
             transposed, swapped = not flips[1], flips[0]
         else:
             transposed, swapped = flips[0], not flips[1]
         channels = sizes(tensor)[1 if transposed else 0]
-        bias, addend = self._third(node, channels, on_rows=right is None, beta=beta)
+        bias, addend = self._third(node, channels, on_rows=not right, beta=beta)
         swap = (1, 0)
         return Use(
-            data, weight, "linear", transposed, alpha, swap_in=swap if swapped else None, swap_out=swap if right is None else None,
+            data, weight, "linear", transposed, alpha, swap_in=swap if swapped else None, swap_out=None if right else swap,
             bias=bias, bias_scale=beta if bias else 1.0, addend=addend, addend_scale=beta if addend else 1.0,
         )  # fmt: skip
 
@@ -151,18 +160,15 @@ class MatMulMatcher:
     """`x @ W` and `W @ x` with a constant matrix; a constant added right after is the bias."""
 
     def match(self, node: ir.Node, shapes: Shapes) -> Use | None:
-        right = held_weight(node, 1)
-        left = held_weight(node, 0) if right is None else None
-        tensor = right if right is not None else left
-        if tensor is None:
+        operands = _operands(node)
+        if operands is None:
             return None
-        weight, data = (Slot(node, 1), Slot(node, 0)) if right is not None else (Slot(node, 0), Slot(node, 1))
+        tensor, weight, data = operands
+        right = weight.index == 1
         shape, rank = sizes(tensor), shapes.rank(data.value)
-        if constant(data.value) is not None:
-            raise DeclinedNode(weight.value, "both operands are constants; fold them first")
         if len(shape) != 2:
             raise DeclinedNode(weight.value, "a vector has nothing to factor" if len(shape) < 2 else "a batch of matrices as one weight is not supported")
-        if right is not None:
+        if right:
             return self._with_add(Use(data, weight, "linear", transposed=True), shape[1], rank)
         if rank is None:
             raise DeclinedNode(weight.value, "the weight is the left operand and the rank of the right one is unknown; run shape inference first")
