@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.bench-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all test-sanitized lint bench bench-accuracy bench-finetune bench-minilm bench-planner bench-targets bench-peers bench-kernels bench-models bench-factorize clean
+.PHONY: demo test test-all test-sanitized lint bench bench-accuracy bench-finetune bench-minilm bench-planner bench-targets bench-break-even bench-peers bench-kernels bench-models bench-factorize clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -48,6 +48,9 @@ bench-planner: $(INSTALLED)
 
 bench-targets: $(BENCH_INSTALLED)
 	$(BIN)/python -m benchmarks.bench_targets
+
+bench-break-even: $(BENCH_INSTALLED)
+	$(BIN)/python -m benchmarks.bench_break_even
 
 bench-kernels: $(BENCH_INSTALLED)
 	$(BIN)/tdpass doctor --build

@@ -23,7 +23,6 @@ from benchmarks.results import Table, Value, show
 from tdpass.clock import on_cpu, threads_of_torch
 from tdpass.formats.base import FORMATS, dense_cost
 from tdpass.models import Batch, open_model
-from tdpass.models.low_rank_rnn import LowRankLSTM
 from tdpass.planner.rank_plan import DENSE, Choice, RankPlan
 from tdpass.site import Site
 from tdpass.targets.runtimes import RUNTIMES, inductor
@@ -102,9 +101,14 @@ def lstm(threads: int) -> tuple[Calls, float]:
     """Two layers of 512, 100 steps, one sample; input and recurrent weights of rank 128."""
     model, x = Recurrent().eval(), torch.randn(1, 100, 512, generator=torch.Generator().manual_seed(0))
     calls = {f"dense {name}": call for name, call in _in_runtimes(model, x, threads)}
-    small = LowRankLSTM(model.lstm, 128, 128).eval()
+    opened, svd = tdpass.open_recurrent(model), FORMATS.get("svd")
+    sites = open_model(opened, x).sites()
+    choices = tuple(Choice(site.name, site.shape, "svd", (128,), svd.cost(site, (128,)), dense_cost(site)) for site in sites)
+    plan = RankPlan(choices, sum((choice.dense for choice in choices), tdpass.Cost()))
+    small = tdpass.compress(opened, plan=plan, pipeline="factorize", example_inputs=x).model
+    assert isinstance(small, nn.Module)
     calls["fused torch"] = lambda: small(x)
-    return calls, 512 * 4 * 512 / (128 * 512 * 5)
+    return calls, plan.original.macs / plan.planned.macs
 
 
 def measure(name: str, batch: int, threads: int) -> tuple[list[dict[str, Value]], list[dict[str, Value]]]:

@@ -19,12 +19,15 @@ from tdpass.errors import InvalidModelError as InvalidModelError
 from tdpass.errors import PassError as PassError
 from tdpass.errors import PlanError as PlanError
 from tdpass.errors import TdpassError as TdpassError
+from tdpass.errors import TrainingError as TrainingError
 from tdpass.errors import UnsupportedError as UnsupportedError
 from tdpass.errors import UsageError as UsageError
 from tdpass.kernels.binding import load_cached as _load_binding
 from tdpass.kernels.native import onnx_ops_path as onnx_ops_path
+from tdpass.methods.run import train as train
 from tdpass.models import Batch as Batch
 from tdpass.models import open_model as open_model
+from tdpass.models import open_recurrent as open_recurrent
 from tdpass.pipeline import Pass as Pass
 from tdpass.pipeline import Pipeline as Pipeline
 from tdpass.pipeline import register_pass as register_pass

@@ -12,6 +12,7 @@ from tdpass.errors import PlanError, UsageError
 from tdpass.files import write_text
 from tdpass.html_report import render_html
 from tdpass.models import Model, load_module, read_metadata
+from tdpass.packing import stored_in
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.report import Report
 
@@ -30,9 +31,12 @@ class Artifact:
     def save(self, path: Path | str) -> None:
         """Write the deployable file: `.safetensors` for a module, `.pt2` for an exported program, `.onnx` for a graph.
 
-        The plan travels inside, as metadata.  Raises `UsageError` for a suffix that does not suit the model.
+        The plan travels inside, as metadata.  In `.safetensors`, pruned and quantized tensors are packed without loss, and
+        `report.stored` says how small they are.  Raises `UsageError` for a suffix that does not suit the model.
         """
         self.opened.save(Path(path), {PLAN_KEY: self.plan.to_json(), "tdpass.version": _version()})
+        if isinstance(self.model, nn.Module) and self.suffix == ".safetensors":
+            self.report.stored = stored_in(Path(path))
 
     def save_all(self, folder: Path | str) -> list[Path]:
         """Write model, plan.json, report.json and report.html into a folder; returns the paths."""

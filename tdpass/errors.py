@@ -33,3 +33,7 @@ class UsageError(TdpassError):
 
 class KernelError(TdpassError):
     """A kernel that cannot be built or chosen."""
+
+
+class TrainingError(TdpassError):
+    """A training run that diverges, or cannot go on from where it stopped."""

@@ -100,6 +100,10 @@ def _figures(report: Report, rows: Sequence[SiteRow], original: Cost, final: Cos
         words = title if after <= before else _OPPOSITES.get(measure, title.replace("fewer", "more"))
         times = ratio(max(before, after), min(before, after), "×")
         cards.append(tag("li", tag("p", tag("strong", times), " ", words, class_="big"), kept, change))
+    if report.stored is not None:
+        times = ratio(report.stored.dense_bytes, report.stored.true_bytes, "×")
+        words = "smaller as stored: pruned and quantized tensors"
+        cards.append(tag("li", tag("p", tag("strong", times), " ", words, class_="big"), tag("p", summary.stored(report, "×"), class_="muted")))
     moved = summary.divergence(report, rows)
     if moved is not None:
         expected = sum(row.loss for row in rows)

@@ -11,6 +11,7 @@ from typing import Any
 from tdpass.cost import Cost
 from tdpass.errors import InvalidModelError
 from tdpass.files import read_json, write_text
+from tdpass.packing import StoredSize
 
 VERSION = 1
 
@@ -60,11 +61,25 @@ class CurvePoint:
     chosen: bool = False
 
 
+@dataclass(frozen=True)
+class TrainingRow:
+    """One epoch: mean loss, learning rate at its end, seconds, what `evaluate` said of it, and ||W - Z|| / ||W|| of each constrained weight."""
+
+    stage: str
+    epoch: int
+    loss: float
+    rate: float
+    seconds: float
+    score: float | None = None
+    residuals: Mapping[str, float] = field(default_factory=dict)
+
+
 @dataclass
 class Report:
     """Everything a run has to say; filled by the passes, printed, saved as JSON, rendered as HTML.
 
-    After a dry run `final` is the planned cost, and the model is as it was.
+    After a dry run `final` is the planned cost, and the model is as it was.  `stored` is what saving found for pruned and
+    quantized tensors, None where there are none.
     """
 
     model: str = ""
@@ -80,10 +95,12 @@ class Report:
     declined: dict[str, str] = field(default_factory=dict)
     passes: list[PassRow] = field(default_factory=list)
     curve: list[CurvePoint] = field(default_factory=list)
+    training: list[TrainingRow] = field(default_factory=list)
     checks: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     dry_run: bool = False
     target: str = ""
+    stored: StoredSize | None = None
 
     def decline(self, name: str, reason: str) -> None:
         """Say that a layer is left alone, and why."""
@@ -118,6 +135,8 @@ class Report:
                     "sites": [_site_row(row) for row in record["sites"]],
                     "passes": [_pass_row(row) for row in record["passes"]],
                     "curve": [CurvePoint(**point) for point in record["curve"]],
+                    "training": [TrainingRow(**row) for row in record.get("training", [])],
+                    "stored": _stored(record.get("stored")),
                 }
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -127,6 +146,14 @@ class Report:
 def _site_row(row: Mapping[str, Any]) -> SiteRow:
     costs = {name: Cost(**row[name]) for name in ("before", "after")}
     return SiteRow(**{**row, **costs, "shape": tuple(row["shape"]), "rank": tuple(row["rank"])})
+
+
+def _stored(record: Mapping[str, Any] | None) -> StoredSize | None:
+    if record is None:
+        return None
+    if any(type(value) is not int for value in record.values()):
+        raise ValueError("the sizes of packed tensors are whole numbers")
+    return StoredSize(**record)
 
 
 def _pass_row(row: Mapping[str, Any]) -> PassRow:

@@ -221,6 +221,8 @@ def _totals(report: Report, plan: RankPlan | None, rows: Sequence[SiteRow], widt
             lines.append((title, cost_text(measure, old), cost_text(measure, new), ratio(old, new), share(new, old)))
     after_title = "Planned" if report.dry_run else "After"
     parts.append(grid(("Total", "Before", after_title, "Smaller", "Kept"), lines, width, numbers=(1, 2, 3, 4)))
+    if report.stored is not None:
+        parts.append(Text(f"pruned and quantized tensors: {summary.stored(report)}"))
     moved = summary.divergence(report, rows)
     if moved is not None:
         parts.append(Text(f"{plain(moved.name)}: {small(moved.value)} {'measured' if moved.measured else 'expected'}"))

@@ -1,4 +1,4 @@
-"""The command line: `tdpass inspect | plan | compress | deploy | verify | bench | report | doctor`."""
+"""The command line: `tdpass inspect | plan | compress | train | deploy | verify | bench | report | doctor`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from tdpass.cli import bench, compress, deploy, doctor, inspect, plan, report, verify
+from tdpass.cli import bench, compress, deploy, doctor, inspect, plan, report, train, verify
 from tdpass.cli.arguments import Parser
 from tdpass.cli.output import Output
 from tdpass.errors import TdpassError, UsageError
 from tdpass.views.units import plain
 
 REFUSED, WRONG_USAGE, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 1, 2, 70, 130, 141
-_VERBS = (inspect, plan, compress, deploy, verify, bench, report, doctor)
+_VERBS = (inspect, plan, compress, train, deploy, verify, bench, report, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

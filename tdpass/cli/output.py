@@ -32,6 +32,12 @@ class Output:
         """Progress bars on stderr, when a person is looking at it."""
         return ProgressBars(self.stderr, shown=not self.json and not self.quiet and self.stderr.isatty())
 
+    def say(self, text: str) -> None:
+        """A line on what is going on, on stderr."""
+        if not self.quiet:
+            self.stderr.write(text + "\n")
+            self.stderr.flush()
+
     def flush(self) -> None:
         """Hand everything to the operating system, so that a closed pipe shows while it can still be answered."""
         self.stdout.flush()

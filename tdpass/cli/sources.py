@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import tdpass
-from tdpass.errors import InvalidModelError, TdpassError, UsageError
+from tdpass.errors import InvalidModelError, UsageError
+from tdpass.methods.recipe import made_by
 
 Kind = Literal["onnx", "pt2", "factory", "safetensors"]
 _SUFFIXES: dict[str, Kind] = {".onnx": "onnx", ".pt2": "pt2", ".safetensors": "safetensors"}
@@ -98,21 +97,7 @@ def _kind(text: str) -> Kind:
 
 
 def _build(text: str) -> nn.Module:
-    module_name, _, name = text.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        factory = getattr(importlib.import_module(module_name), name)
-    except ModuleNotFoundError as error:
-        raise UsageError(f"cannot import {module_name!r} of {text!r}: {error}; run from the folder it lies in, or install it") from error
-    except AttributeError:
-        raise UsageError(f"module {module_name!r} has no {name!r}; name a function that returns the torch model") from None
-    try:
-        model = factory()
-    except TdpassError:
-        raise
-    except Exception as error:
-        raise InvalidModelError(f"{text!r} failed when it was called without arguments: {type(error).__name__}: {error}") from error
+    model = made_by(text)
     if not isinstance(model, nn.Module):
         raise UsageError(f"{text!r} returned a {type(model).__name__}; it must return a torch.nn.Module")
     return model

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Rank, Stage, apply_dense, no_padding, pointwise, register_format, unit
@@ -38,6 +39,8 @@ class _Fit(Decomposition):
         if split is None:
             split = WeightedSvd(rest.flatten(1), Metric(None, self.fit.metric.outputs))
         left, right = split.factors(s)
+        unused = s - len(right)  # more outputs than r channels of that many taps can tell apart
+        left, right = F.pad(left, (0, unused)), F.pad(right, (0, 0, 0, unused))
         core = right.reshape(s, r, *site.kernel)
         return {
             "first": first.reshape(r, site.i, *unit(axes)).contiguous(),

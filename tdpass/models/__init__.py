@@ -16,6 +16,9 @@ from tdpass.models.exported_program import ExportedModel, load_program
 from tdpass.models.factorized import Factorized as Factorized
 from tdpass.models.fx_lift import lift
 from tdpass.models.onnx.model import OnnxModel, is_onnx
+from tdpass.models.open_rnn import OpenGRU as OpenGRU
+from tdpass.models.open_rnn import OpenLSTM as OpenLSTM
+from tdpass.models.open_rnn import open_recurrent as open_recurrent
 from tdpass.models.torch_model import TorchModel
 from tdpass.models.torch_state import load_module as load_module
 from tdpass.models.torch_state import read_metadata as read_metadata

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from tdpass.models.open_rnn import why_closed
 from tdpass.site import Site
 
 Geometry = Callable[[nn.Module, str], Site]
@@ -47,7 +48,6 @@ def _convolution(module: nn.Module, name: str) -> Site:
 GEOMETRIES: dict[type[nn.Module], Geometry] = {nn.Linear: _linear, nn.Conv1d: _convolution, nn.Conv2d: _convolution, nn.Conv3d: _convolution}
 
 _REASONS: dict[type[nn.Module], str] = {
-    nn.RNNBase: "recurrent layers are not factored",
     nn.RNNCellBase: "recurrent cells are not factored",
     nn.MultiheadAttention: "its projections are read by attribute, not called",
     nn.ConvTranspose1d: "transposed convolutions are not factored",
@@ -113,6 +113,8 @@ def _base(module: nn.Module) -> type[nn.Module]:
 
 def _reason(module: nn.Module) -> str | None:
     """Why a module that holds a matrix is not a site; None for one that is."""
+    if isinstance(module, nn.RNNBase):
+        return why_closed(module) or "recurrent layers are factored after tdpass.open_recurrent(model)"
     for cls, reason in _REASONS.items():
         if isinstance(module, cls):
             return reason

@@ -18,8 +18,10 @@ from tdpass.files import replacing
 from tdpass.formats.base import FORMATS
 from tdpass.models.factorized import Factorized, empty_layer
 from tdpass.models.torch_sites import Matched, find_sites
+from tdpass.packing import SUFFIX, blocks_in, packed_state, read_header, unpack
 
-VERSION = 1
+VERSION = 2
+_UNPACKED = 1  # where nothing is packed, any tdpass can read the file
 _KEY = "tdpass.structure"
 
 
@@ -32,7 +34,10 @@ class _Replacement:
 
 
 def save_module(module: nn.Module, replaced: Mapping[str, Sequence[Factorized]], folded: Sequence[str], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write all parameters and buffers, shared ones once, and the structure; raises `UsageError` unless the suffix is .safetensors."""
+    """Write all parameters and buffers, shared ones once, and the structure; raises `UsageError` unless the suffix is .safetensors.
+
+    A tensor that `tdpass.packing.pack` makes smaller is written as its block, in uint8 under its name and `SUFFIX`.
+    """
     if path.suffix != ".safetensors":
         raise UsageError(f"cannot save a torch module as {path.name!r}; name a .safetensors file")
     tensors: dict[str, torch.Tensor] = {}
@@ -56,9 +61,11 @@ def save_module(module: nn.Module, replaced: Mapping[str, Sequence[Factorized]],
         for layer in layers
     ]
     biases = [p for p, m in module.named_modules() if type(m) in _DENSE and getattr(m, "bias", None) is not None]
-    structure = {"version": VERSION, "layers": layers, "folded": list(folded), "biases": biases, "aliases": aliases}
+    written = packed_state(tensors)
+    version = VERSION if written.keys() != tensors.keys() else _UNPACKED
+    structure = {"version": version, "layers": layers, "folded": list(folded), "biases": biases, "aliases": aliases}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={**metadata, _KEY: json.dumps(structure)})
+        save_file(written, temporary, metadata={**metadata, _KEY: json.dumps(structure)})
 
 
 _DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -109,7 +116,9 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
         raise PlanError(f"{path} names {unknown[0]!r}, which this model does not have; load it on the class it was made from")
     expected = _expected_shapes(module, swaps, structure)
     with safe_open(path, framework="pt") as file:
-        held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        blocks = {} if structure["version"] == _UNPACKED else blocks_in(file)
+        held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys() if name.removesuffix(SUFFIX) not in blocks}  # noqa: SIM118 - it is no dict
+        held.update({name: read_header(block, name)[0].shape for name, block in blocks.items()})
         held.update({alias: held.get(name, ()) for alias, name in structure["aliases"].items()})
         if held != expected:
             wrong = sorted(name for name in {*held, *expected} if held.get(name) != expected.get(name))
@@ -117,6 +126,7 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
                 f"{path} does not fit this model: {wrong[0]!r} is {held.get(wrong[0], 'missing')} in the file and "
                 f"{expected.get(wrong[0], 'missing')} in the model ({len(wrong)} such); load it on the class it was made from"
             )
+        unpacked = {name: unpack(block, name) for name, block in blocks.items()}
         _carry_out(module, swaps, structure)
         state = _state(module)
         filled: dict[int, nn.Parameter | torch.Tensor] = {}
@@ -124,7 +134,8 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
             owner, _, leaf = name.rpartition(".")
             holder = module.get_submodule(owner)
             if id(tensor) not in filled:
-                value = file.get_tensor(structure["aliases"].get(name, name))
+                stored = structure["aliases"].get(name, name)
+                value = unpacked[stored] if stored in unpacked else file.get_tensor(stored)
                 fresh = value if tensor.is_meta else tensor.detach().copy_(value)
                 filled[id(tensor)] = nn.Parameter(fresh, requires_grad=tensor.requires_grad) if tensor.is_meta else tensor
             if tensor.is_meta:
@@ -145,13 +156,13 @@ def _structure(path: Path) -> dict[str, Any]:
     text = read_metadata(path).get(_KEY)
     try:
         structure: dict[str, Any] = json.loads(text or "")
-        if structure["version"] != VERSION or not isinstance(structure["layers"], list) or not isinstance(structure["aliases"], dict):
+        if structure["version"] not in {_UNPACKED, VERSION} or not isinstance(structure["layers"], list) or not isinstance(structure["aliases"], dict):
             raise ValueError
         for name in ("folded", "biases"):
             if not all(isinstance(entry, str) for entry in structure[name]):
                 raise ValueError
     except (ValueError, KeyError, TypeError):
-        raise InvalidModelError(f"{path} carries no tdpass structure of version {VERSION}; it was not written by Artifact.save") from None
+        raise InvalidModelError(f"{path} carries no tdpass structure of version {_UNPACKED} or {VERSION}; it was not written by Artifact.save") from None
     return structure
 
 

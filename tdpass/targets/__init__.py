@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 
 from tdpass.targets.base import DENSE as DENSE
+from tdpass.targets.base import ONE_CALL as ONE_CALL
 from tdpass.targets.base import TARGETS as TARGETS
 from tdpass.targets.base import Setting as Setting
 from tdpass.targets.base import Target as Target
@@ -13,6 +14,10 @@ from tdpass.targets.base import Timing as Timing
 from tdpass.targets.base import Variant as Variant
 from tdpass.targets.base import open_target as open_target
 from tdpass.targets.base import register_target as register_target
+from tdpass.targets.break_even import BreakEven as BreakEven
+from tdpass.targets.break_even import BreakEvenRow as BreakEvenRow
+from tdpass.targets.break_even import BreakEvenTable as BreakEvenTable
+from tdpass.targets.break_even import open_break_even as open_break_even
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -36,6 +36,9 @@ class Setting:
     dtype: torch.dtype = torch.float32
 
 
+ONE_CALL = Setting()
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds of one call of the model spent in a layer, and the runtime that was fastest; infinite where none can run it."""
@@ -83,6 +86,10 @@ class Target(ABC):
     def seconds(self, site: Site, format: str, rank: Rank, batch: int = 1, threads: int = 1, dtype: torch.dtype = torch.float32) -> float:  # noqa: A002
         """Time of one layer; format `dense` with rank `()` is the layer as it is."""
         return self.time(site, [Variant(format, rank)], Setting(batch, threads, dtype))[0].seconds
+
+    def break_even_sparsity(self, site: Site, group: str = "weight", setting: Setting = ONE_CALL) -> float | None:
+        """See `tdpass.targets.break_even.BreakEven`; raises `UsageError` on a target without sparse operators."""
+        raise UsageError(f"target {self.name} has no sparse operators; use target cpu, or a table of break-even sparsities, table:FILE.yaml")
 
 
 TARGETS: Registry[type[Target]] = Registry("target")

@@ -13,16 +13,16 @@ import torch
 from tdpass.clock import on_cpu
 from tdpass.errors import UsageError
 from tdpass.targets.base import register_target
-from tdpass.targets.measured import MeasuredTarget
 from tdpass.targets.runtimes import RUNTIMES, Runtime
 from tdpass.targets.runtimes.base import Call
+from tdpass.targets.sparse import SparseTarget
 
 _FAMILY = {"onnx": "onnxruntime"}
 _ELSEWHERE = "cuda"
 
 
 @register_target
-class CpuTarget(MeasuredTarget):
+class CpuTarget(SparseTarget):
     """The processor of this machine.
 
     `cpu` divides layers among the runtimes of the front end: those of torch, or ONNX Runtime for ONNX models.  `cpu:FAMILY`

@@ -78,8 +78,8 @@ class MeasuredTarget(Target):
         return [seconds * known / now for seconds in times]
 
     def _ruler(self, site: Site, setting: Setting) -> tuple[float, Call] | None:
-        """What one call of the dense layer took before, and that call; None where no runtime here serves it."""
-        for case, seconds in self._time_call(site, [Variant()], setting, careful=False).items():
+        """What one call of the dense layer took before where it is fastest, and that call; None where no runtime here serves it."""
+        for case, seconds in sorted(self._time_call(site, [Variant()], setting, careful=False).items(), key=lambda item: item[1]):
             call = case.runtime.prepare(make_layer(site, Variant(), setting.dtype), setting.batch, setting.threads)
             if call is not None and math.isfinite(seconds):
                 return seconds, call

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from tdpass.cost import Cost
 from tdpass.planner.rank_plan import DENSE, RankPlan
 from tdpass.report import Report, SiteRow
-from tdpass.views.units import human, share, small
+from tdpass.views.units import human, ratio, share, small
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,16 @@ def by_format(rows: Sequence[SiteRow]) -> list[FormatTotal]:
         before, after = sum((row.before for row in group), Cost()), sum((row.after for row in group), Cost())
         totals.append(FormatTotal(name, len(group), before, after, sum(row.loss for row in group)))
     return totals
+
+
+def stored(report: Report, times: str = "x") -> str:
+    """Sizes of packed tensors: as the literature counts them, without positions, and as they lie in the file; empty where there are none."""
+    size = report.stored
+    if size is None:
+        return ""
+    figures = [("weight data", size.weight_data_bytes), ("stored", size.true_bytes)]
+    shown = ", ".join(f"{name} {human(amount, 'B')} ({ratio(size.dense_bytes, amount, times)})" for name, amount in figures)
+    return f"{shown}; {human(size.plain_bytes, 'B')} not packed" if size.plain_bytes else shown
 
 
 def timed(rows: Sequence[SiteRow]) -> bool:

@@ -66,7 +66,7 @@ def test_attention_parametrized_custom_and_unused_layers_are_declined() -> None:
     model = open_model(Many().eval(), Batch((torch.randn(2, 3, 8),)))
     assert [site.name for site in model.sites()] == ["used"]
     reasons = model.declined()
-    assert "recurrent" in reasons["memory"]
+    assert "tdpass.open_recurrent" in reasons["memory"]
     assert "attention" in reasons["attention.out_proj"]
     assert "parametrized" in reasons["normed"]
     assert "overrides forward" in reasons["custom"]

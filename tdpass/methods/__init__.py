@@ -1,0 +1,11 @@
+"""Published methods that compress while training, each a short composition of constraints and terms."""
+
+from __future__ import annotations
+
+from tdpass.methods.admm_nn import AdmmNN as AdmmNN
+from tdpass.methods.admm_tt import AdmmTT as AdmmTT
+from tdpass.methods.base import METHODS as METHODS
+from tdpass.methods.base import Method as Method
+from tdpass.methods.base import make_method as make_method
+from tdpass.methods.base import register_method as register_method
+from tdpass.methods.batude import Batude as Batude

@@ -1,0 +1,160 @@
+"""ADMM-NN: joint pruning and quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdpass.artifact import Artifact
+from tdpass.constraints.base import Constraint
+from tdpass.constraints.level_budget import LevelBudget
+from tdpass.constraints.levels import UniformLevels
+from tdpass.constraints.sparse import Sparse
+from tdpass.constraints.weight_budget import Score, WeightBudget
+from tdpass.errors import UsageError
+from tdpass.files import cache_folder
+from tdpass.formats.base import dense_cost
+from tdpass.methods.base import Method, register_method
+from tdpass.planner.cache import digest
+from tdpass.planner.rank_plan import DENSE, Choice, RankPlan
+from tdpass.targets.break_even import BreakEven, open_break_even
+from tdpass.training.admm import Admm, fixed
+from tdpass.training.held import Fixing, Held
+from tdpass.training.phases import Phase
+from tdpass.training.placement import placed_like, whole
+from tdpass.training.schedules import ScheduleSpec, as_schedule
+from tdpass.training.terms import Term
+from tdpass.verbs import compress
+
+
+@register_method
+@dataclass
+class AdmmNN(Method):
+    """Few weights on few levels, by ADMM (Ren, Zhang, Ye, Li, Xu, Qian, Lin, Wang, ASPLOS 2019).
+
+    In turn: *prune*, ADMM towards the `keep` weights of largest score over the whole net, where the number kept falls from all to
+    `keep` by equal factors over the first `reach` of the phase;  *retrain* with the others at zero;  *quantize*, ADMM towards levels
+    {+-q .. +-n q}, whose interval is found in closed form and whose number in each layer is chosen so that all surviving weights
+    together take `bits_per_weight` bits on average (`LevelBudget`);  *fix*, where more and more weights stay on their levels.
+    Phases without rounds are left out; without `bits_per_weight` the last two are.
+
+    `hardware` (a target such as `cpu:onnxruntime`, or `table:FILE.yaml` for another machine) makes it hardware-aware: a layer whose
+    sparsity would stay below its break-even goes back to dense, and the rest is pruned harder.
+    """
+
+    name = "admm-nn"
+
+    keep: int
+    bits_per_weight: float | None = None
+    score: Score = "magnitude"
+    prune: int = 20
+    retrain: int = 10
+    quantize: int = 10
+    fix: int = 6
+    reach: float = 0.7
+    rho: ScheduleSpec = 1e-3
+    decoupled: bool = False
+    hardware: BreakEven | str | None = None
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+    dense: tuple[str, ...] = field(default=(), init=False)
+    levels: dict[str, UniformLevels] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if self.keep < 1 or not 0 < self.reach <= 1:
+            raise UsageError(f"keep={self.keep}, reach={self.reach}: keep at least one weight, and reach that number within a share in (0, 1] of the phase")
+        if self.bits_per_weight is not None and not 1 <= self.bits_per_weight <= 8:
+            raise UsageError(f"bits_per_weight={self.bits_per_weight} is not within 1 to 8; leave it out to prune only")
+
+    @torch.no_grad()
+    def choose(self, model: nn.Module) -> None:
+        weights = self.weights_of(model)
+        total = sum(weight.numel() for weight in weights.values())
+        if self.keep > total:
+            raise UsageError(f"keep={self.keep:,} is more than the {total:,} weights of the sites; keep fewer")
+        machine = None if self.hardware is None else open_break_even(self.hardware, cache=cache_folder())
+        while machine is not None:
+            slow = self._below_break_even(machine, self._budget(self.keep).divide(weights))
+            if not slow:
+                return
+            self.dense += slow
+
+    def _below_break_even(self, machine: BreakEven, constraints: Mapping[str, Constraint]) -> tuple[str, ...]:
+        found = []
+        for name, bound in constraints.items():
+            if isinstance(bound, Sparse) and bound.keep < self.sites[name].weights:
+                least = machine.break_even_sparsity(self.sites[name])
+                if least is None or 1 - bound.keep / self.sites[name].weights < least:
+                    found.append(name)
+        return tuple(found)
+
+    def _budget(self, keep: int) -> WeightBudget:
+        return WeightBudget(keep, self.score, self.dense)
+
+    def phases(self) -> Sequence[Phase]:
+        phases = [Phase("prune", self.prune, self._begin_pruning), Phase("retrain", self.retrain, self._begin_retraining)]
+        if self.bits_per_weight is not None:
+            phases += [Phase("quantize", self.quantize, self._begin_levels), Phase("fix", self.fix, self._begin_fixing)]
+        return phases
+
+    def _begin_pruning(self) -> list[Term]:
+        return [Admm(self.weights, [self._falling], as_schedule(self.rho, "rho"), self.decoupled)]
+
+    def _falling(self, progress: float, weights: Mapping[str, Tensor]) -> Mapping[str, Constraint]:
+        total = sum(weight.numel() for weight in weights.values())
+        left = 1 - min(1.0, progress / self.reach)
+        return self._budget(round(self.keep * (total / self.keep) ** left)).divide(weights)
+
+    def _begin_retraining(self) -> list[Term]:
+        self._project(self._budget(self.keep).divide(self._whole()))
+        return [Held(self.weights)]
+
+    def _begin_levels(self) -> list[Term]:
+        if not self.levels:
+            self.levels = self._choose_levels()
+        levelled = {name: self.weights[name] for name in self.levels}
+        return [Held(self.weights), Admm(levelled, [fixed(self.levels)], as_schedule(self.rho, "rho"), self.decoupled)]
+
+    def _choose_levels(self) -> dict[str, UniformLevels]:
+        """Numbers of levels under the budget, and their intervals."""
+        weights = {name: weight for name, weight in self._whole().items() if name not in self.dense}
+        survivors = sum(int(weight.count_nonzero()) for weight in weights.values())
+        found = LevelBudget(int((self.bits_per_weight or 0) * survivors)).divide(weights)
+        frozen = {name: bound.frozen(weights[name]) for name, bound in found.items()}
+        return {name: bound for name, bound in frozen.items() if isinstance(bound, UniformLevels)}
+
+    def _begin_fixing(self) -> list[Term]:
+        return [Fixing({name: self.weights[name] for name in self.levels}, self.levels), Held(self.weights)]
+
+    def _whole(self) -> dict[str, Tensor]:
+        return {name: whole(weight.detach()) for name, weight in self.weights.items()}
+
+    @torch.no_grad()
+    def _project(self, constraints: Mapping[str, Constraint]) -> None:
+        for name, bound in constraints.items():
+            weight = self.weights[name]
+            weight.copy_(placed_like(bound.project(whole(weight.detach())), weight))
+
+    @torch.no_grad()
+    def close(self, model: nn.Module) -> Artifact:
+        self._project(self.levels or self._budget(self.keep).divide(self._whole()))
+        return compress(self.template.filled(model), plan=self._plan(), pipeline="factorize", example_inputs=self.example, cache=False)
+
+    def facts(self) -> dict[str, Any]:
+        return {"levels": {name: [bound.count, (bound.interval or 0.0).hex()] for name, bound in self.levels.items()}}
+
+    def recall(self, facts: Mapping[str, Any]) -> None:
+        self.levels = {name: UniformLevels(count, float.fromhex(interval)) for name, (count, interval) in facts["levels"].items()}
+
+    def _plan(self) -> RankPlan:
+        choices = []
+        for name, site in self.sites.items():
+            cost, weight = dense_cost(site), whole(self.weights[name].detach())
+            kept = f"{int(weight.count_nonzero()):,} of {weight.numel():,} weights"
+            reason = f"{kept} kept, {self.levels[name]}" if name in self.levels else "dense: below break-even" if name in self.dense else f"{kept} kept"
+            choices.append(Choice(name, site.shape, DENSE, (), cost, cost, reason=reason, fingerprint=digest(weight.cpu())))
+        return RankPlan(tuple(choices), self.original, metric="weights")

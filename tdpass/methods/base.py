@@ -1,0 +1,151 @@
+"""What a training method is: phases of terms around any training loop, and an artifact at the end."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+from torch import nn
+from torch.optim import Optimizer
+
+from tdpass.artifact import Artifact
+from tdpass.cost import Cost
+from tdpass.errors import TrainingError, UsageError
+from tdpass.models import ExampleInputs, open_model
+from tdpass.registry import Registry
+from tdpass.site import Site
+from tdpass.training.phases import Phase, Phased
+from tdpass.training.placement import Template, bare
+from tdpass.training.terms import Hooks
+
+
+class Method(ABC):
+    """A published way to train a model into a smaller one; a subclass per file, registered with `register_method`.
+
+    In a loop of one's own, three lines:
+
+    >>> method = AdmmTT(budget={"params": 0.3}, rounds=20)         # doctest: +SKIP
+    >>> method.attach(model, optimizer, every=len(loader))          # doctest: +SKIP
+    >>> artifact = method.finish(model)                             # doctest: +SKIP
+
+    A round begins every `every` optimizer steps.  Sites are named by globs in `include` and `exclude`.  `tdpass.train` does the
+    same with a loop, checkpoints and a report.
+    """
+
+    name: ClassVar[str]
+    include: Sequence[str]
+    exclude: Sequence[str]
+    sites: dict[str, Site]
+    weights: dict[str, nn.Parameter]
+    template: Template
+    phased: Phased | None = None
+    _hooks: Hooks | None = None
+
+    def prepare(self, model: nn.Module, example_inputs: ExampleInputs = None) -> None:
+        """Find the sites, while the weights still lie on one device; `attach` does so by itself where this was not called."""
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"{self.name} trains an nn.Module, not a {type(model).__name__}; for other models, compress without training")
+        opened = open_model(model, example_inputs)
+        if example_inputs is not None:
+            example = opened.example()
+            assert example is not None
+            opened.observe(example)
+        chosen = [site for site in opened.sites() if self._selects(site.name)]
+        if not chosen:
+            names = ", ".join(site.name for site in opened.sites()) or "none"
+            raise UsageError(f"include={tuple(self.include)}, exclude={tuple(self.exclude)} leave no site to train; the model has: {names}")
+        self.sites = {site.name: site for site in chosen}
+        self.example = opened.example()
+        self.template = Template(model)
+        self.original = Cost(opened.params(), opened.macs(), opened.bytes())
+        self.choose(model)
+
+    def choose(self, model: nn.Module) -> None:  # noqa: B027  # a method may have nothing to choose
+        """Decide what is decided before training; `sites` are known, `weights` are not yet bound."""
+
+    def facts(self) -> dict[str, Any]:
+        """What was decided while training, as JSON values, for a checkpoint."""
+        return {}
+
+    def recall(self, facts: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take up what was decided before an interruption."""
+
+    def bind(self, model: nn.Module) -> Phased:
+        """Tie the method to the weights of a model, of the structure that `prepare` saw; returns its phases as one term."""
+        self.weights = self.weights_of(model)
+        self.phased = Phased(self.phases(), self.facts, self.recall)
+        return self.phased
+
+    def weights_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The weights of the sites; raises `UsageError` for a model that has not all of them."""
+        parameters = dict(bare(model).named_parameters(remove_duplicate=False))
+        names = {site: f"{site}.weight" if site else "weight" for site in self.sites}
+        missing = [name for name in names.values() if name not in parameters]
+        if missing:
+            raise UsageError(f"the model has no parameter {missing[0]!r}; attach to the model that was prepared")
+        return {site: parameters[name] for site, name in names.items()}
+
+    def attach(self, model: nn.Module, optimizer: Optimizer, *, every: int, example_inputs: ExampleInputs = None) -> None:
+        """Act around every step of `optimizer`, with a round every `every` steps (those of an epoch, usually)."""
+        if self._hooks is not None:
+            raise UsageError(f"{self.name} is attached already; finish it first, or make another")
+        if not hasattr(self, "sites"):
+            self.prepare(model, example_inputs)
+        phased = self.bind(model)
+        self._hooks = Hooks(optimizer, [phased], lambda step: step % every == 0, phased.rounds)
+
+    def finish(self, model: nn.Module) -> Artifact:
+        """Project once more, let go of the optimizer, and give back the compressed copy with its plan and report.
+
+        Raises `TrainingError` where the method was never attached.
+        """
+        if self.phased is None:
+            raise TrainingError(f"{self.name} has trained nothing; attach it before the loop and finish it after")
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
+        return self.close(model)
+
+    def epochs(self, rounds_per_epoch: int = 1) -> int:
+        """Epochs that the rounds of all phases take; raises `UsageError` where they do not fill the last one."""
+        rounds = Phased(self.phases()).rounds
+        if rounds % rounds_per_epoch:
+            raise UsageError(f"the {rounds} rounds of {self.name} do not fill epochs of {rounds_per_epoch}; let its phases have a multiple of that")
+        return rounds // rounds_per_epoch
+
+    @abstractmethod
+    def phases(self) -> Sequence[Phase]:
+        """What happens in which rounds; `weights` are bound."""
+
+    @abstractmethod
+    def close(self, model: nn.Module) -> Artifact:
+        """The artifact of a trained model, which is left as it is."""
+
+    def residuals(self) -> Mapping[str, float]:
+        """||W - Z|| / ||W|| of each weight at the last projection."""
+        return {} if self.phased is None else self.phased.residuals()
+
+    def _selects(self, name: str) -> bool:
+        return any(fnmatchcase(name, glob) for glob in self.include) and not any(fnmatchcase(name, glob) for glob in self.exclude)
+
+
+METHODS: Registry[type[Method]] = Registry("training method")
+
+
+def register_method(cls: type[Method]) -> type[Method]:
+    """Class decorator: make a method known by its `name`."""
+    return METHODS.add(cls.name, cls)
+
+
+def make_method(spec: Method | Mapping[str, Any] | str) -> Method:
+    """A method as it is, by name, or as a recipe has it: `{"admm-tt": {"budget": {"params": 0.3}}}`; raises `UsageError`."""
+    if isinstance(spec, Method):
+        return spec
+    name, options = (spec, {}) if isinstance(spec, str) else next(iter(spec.items())) if len(spec) == 1 else ("", {})
+    cls = METHODS.get(str(name))
+    try:
+        return cls(**(options or {}))
+    except TypeError as error:
+        raise UsageError(f"method {name!r} cannot be made from {options!r}: {str(error).partition('() ')[2] or error}") from None

@@ -1,0 +1,87 @@
+"""BATUDE: a budget in, all Tucker ranks out, in one training run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdpass.constraints.base import Constraint
+from tdpass.constraints.in_format import InFormat
+from tdpass.constraints.rank_budget import Price
+from tdpass.cost import BudgetValue
+from tdpass.errors import UsageError
+from tdpass.files import cache_folder
+from tdpass.formats.base import FORMATS, Rank
+from tdpass.methods.base import register_method
+from tdpass.methods.factored import Factored, measured
+from tdpass.targets import Setting, Target, open_target
+from tdpass.training.admm import Rule
+from tdpass.training.schedules import ScheduleSpec
+
+
+@register_method
+@dataclass
+class Batude(Factored):
+    """min f(W) with sum_l cost_l(rank_l) <= B, the ranks found while training (Yin, Phan, Zang, Liao, Yuan, AAAI 2022).
+
+    Every round takes V = W + U, drops the singular values of its unfoldings that lose the least energy per unit of cost over the
+    whole net until the budget is met (`RankBudget`), and projects V on the subspaces that are left: Z <- HOSVD(V), U <- U + W - Z.
+    Ranks that did not change for `stable` rounds are kept to the end.  Layers that no factoring makes cheaper stay dense.
+
+    `budget` bounds the params or macs of the whole model, or with a `target` the measured seconds of the sites, for calls of `batch`
+    samples on `threads` threads.  `shrink` is the soft threshold lambda / rho of the nuclear norms, as a share of each layer's norm.
+    """
+
+    name = "batude"
+
+    budget: Mapping[str, BudgetValue]
+    format: str = "tucker2"
+    target: str | Target | None = None
+    batch: int = 1
+    threads: int = 1
+    rounds: int = 20
+    stable: int = 3
+    rho: ScheduleSpec = 1e-3
+    decoupled: bool = False
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+    cache: Path | None = None
+    ranks: dict[str, Rank | None] = field(default_factory=dict, init=False)
+    unchanged: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        FORMATS.get(self.format)
+        if self.stable < 1:
+            raise UsageError(f"stable={self.stable} rounds are too few to call ranks settled; give 1 or more")
+
+    @torch.no_grad()
+    def choose(self, model: nn.Module) -> None:
+        self.price: Price | None = None
+        if self.target is not None:
+            target = open_target(self.target, "torch", self.cache or cache_folder())
+            self.price = measured(target, Setting(self.batch, self.threads), {name: self.format_of(site) for name, site in self.sites.items()})
+        self.rank_budget(self.budget, price=self.price).divide(self.weights_of(model))  # an impossible budget is refused before training
+
+    def rule(self) -> Rule:
+        return lambda progress, weights: self._divide(weights)
+
+    def _divide(self, weights: Mapping[str, Tensor]) -> Mapping[str, Constraint]:
+        if self.unchanged < self.stable:
+            keep = {name: rank for name, rank in self.ranks.items() if rank is not None}
+            found = self.rank_budget(self.budget, keep, self.price).divide(weights)
+            ranks = {name: bound.rank if isinstance(bound, InFormat) else None for name, bound in found.items()}
+            self.unchanged = self.unchanged + 1 if ranks == self.ranks else 0
+            self.ranks = ranks
+        return {name: InFormat(self.sites[name], self.format_of(self.sites[name]), rank) for name, rank in self.ranks.items() if rank is not None}
+
+    def facts(self) -> dict[str, Any]:
+        return {"ranks": self.ranks, "unchanged": self.unchanged}
+
+    def recall(self, facts: Mapping[str, Any]) -> None:
+        self.ranks = {name: None if rank is None else tuple(rank) for name, rank in facts["ranks"].items()}
+        self.unchanged = int(facts["unchanged"])

@@ -1,0 +1,113 @@
+"""What methods that end in factored layers share: ADMM rounds on a format, then the plan carried out."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tdpass.artifact import Artifact
+from tdpass.constraints.base import Constraint
+from tdpass.constraints.in_format import InFormat
+from tdpass.constraints.rank_budget import Price, RankBudget
+from tdpass.cost import Budget, BudgetValue, Cost
+from tdpass.errors import BudgetError
+from tdpass.formats.base import FORMATS, Rank, dense_cost
+from tdpass.methods.base import Method
+from tdpass.planner.cache import digest
+from tdpass.planner.rank_plan import DENSE, Choice, RankPlan
+from tdpass.site import Site
+from tdpass.targets import Setting, Target, Variant
+from tdpass.training.admm import Admm, Rule
+from tdpass.training.phases import Phase
+from tdpass.training.placement import whole
+from tdpass.training.schedules import ScheduleSpec, as_schedule
+from tdpass.verbs import compress
+
+OTHERWISE = "svd"  # for sites that the method's own format does not fit
+
+
+class Factored(Method):
+    """ADMM towards a format for `rounds` rounds; `finish` factors every weight at the ranks of the last projection.
+
+    What comes out is trained on as any model is.  Batch-norms stay where they are.
+    """
+
+    format: str
+    rounds: int
+    rho: ScheduleSpec
+    decoupled: bool
+
+    @abstractmethod
+    def rule(self) -> Rule:
+        """What the weights are projected on."""
+
+    def phases(self) -> Sequence[Phase]:
+        return [Phase("admm", self.rounds, self._begin)]
+
+    def _begin(self) -> list[Admm]:
+        return [Admm(self.weights, [self.rule()], as_schedule(self.rho, "rho"), self.decoupled)]
+
+    @torch.no_grad()
+    def close(self, model: nn.Module) -> Artifact:
+        weights = {name: whole(weight.detach()) for name, weight in self.weights.items()}
+        plan = self.plan(weights, self.rule()(1.0, weights))
+        return compress(self.template.filled(model), plan=plan, pipeline="factorize", example_inputs=self.example, cache=False)
+
+    def plan(self, weights: Mapping[str, Tensor], constraints: Mapping[str, Constraint]) -> RankPlan:
+        """The plan that factors each weight as its constraint says."""
+        choices = []
+        for name, site in self.sites.items():
+            dense, bound = dense_cost(site), constraints.get(name)
+            if not isinstance(bound, InFormat):
+                choices.append(Choice(name, site.shape, DENSE, (), dense, dense, reason="factors that keep what it needs would not be cheaper"))
+                continue
+            weight, cost = weights[name], FORMATS.get(bound.format).cost(site, bound.rank)
+            error = float((weight - bound.project(weight)).norm() / weight.norm().clamp_min(1e-30))
+            reason = f"{self.name}, {self.rounds} rounds"
+            choices.append(Choice(name, site.shape, bound.format, bound.rank, cost, dense, error, reason=reason, fingerprint=digest(weight.cpu())))
+        return RankPlan(tuple(choices), self.original, metric="weights")
+
+    def rank_budget(self, budget: Mapping[str, BudgetValue] | Budget, keep: Mapping[str, Rank] | None = None, price: Price | None = None) -> RankBudget:
+        """Ranks of all sites within a budget on the whole model, by the energy that their weights lose."""
+        measure, limit = site_limit(budget, self.sites, self.original, price)
+        return RankBudget(self.sites, {name: self.format_of(site) for name, site in self.sites.items()}, limit, price or measure, keep=keep or {})
+
+    def format_of(self, site: Site) -> str:
+        """The method's format where it fits the site, else the plain factorization."""
+        return self.format if FORMATS.get(self.format).fits(site) else OTHERWISE
+
+
+def site_limit(budget: Mapping[str, BudgetValue] | Budget, sites: Mapping[str, Site], original: Cost, price: Price | None = None) -> tuple[str, float]:
+    """The one measure that a budget on the whole model bounds, and what of it is left for these sites together.
+
+    Seconds are those of the sites themselves, by `price`.  Raises `BudgetError` for a budget on several measures, on macs where
+    the model was never seen running, or on seconds without a target.
+    """
+    parsed = Budget.parse(budget)
+    if len(parsed.bounds) != 1 or parsed.bounds[0][0] == "bytes":
+        raise BudgetError(f"budget {parsed} does not bound exactly one of params, macs and seconds; give one, such as {{'params': 0.3}}")
+    ((measure, bound),) = parsed.bounds
+    if measure == "seconds":
+        if price is None:
+            raise BudgetError("a budget on seconds needs a machine to measure on; pass target='cpu' to a method that takes it, or bound macs")
+        return measure, bound.limit(sum(price(site, None) for site in sites.values()))
+    if measure == "macs" and not all(site.seen for site in sites.values()):
+        raise BudgetError("a budget on macs needs to see the model running; pass example_inputs=, or bound params")
+    total, own = original.get(measure), sum(dense_cost(site).get(measure) for site in sites.values())
+    limit = bound.limit(total) - (total - own)
+    if limit <= 0:
+        raise BudgetError(f"budget {measure}={bound} of {total:,} leaves nothing for the {len(sites)} sites, which hold {own:,}; raise it, or include more")
+    return measure, limit
+
+
+def measured(target: Target, setting: Setting, formats: Mapping[str, str]) -> Price:
+    """Seconds of a site at a rank as a price, measured on a target."""
+
+    def price(site: Site, rank: Rank | None) -> float:
+        variant = Variant() if rank is None else Variant(formats[site.name], rank)
+        return target.time(site, [variant], setting)[0].seconds
+
+    return price

@@ -1,0 +1,208 @@
+"""Training with a method from beginning to end: stages, control, report."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from tdpass.artifact import Artifact
+from tdpass.errors import UsageError
+from tdpass.files import write_text
+from tdpass.methods.base import METHODS, Method, make_method
+from tdpass.models import ExampleInputs
+from tdpass.pipeline import PipelineSpec
+from tdpass.report import TrainingRow
+from tdpass.training.distillation import Distillation
+from tdpass.training.loop import Data, Loop, Objective, cross_entropy
+from tdpass.training.placement import Template, world
+from tdpass.training.settings import Settings
+from tdpass.training.terms import Term
+from tdpass.verbs import compress
+
+Score = Callable[[nn.Module], float]
+Parallel = Literal["ddp", "fsdp2"]
+SettingsSpec = Settings | Mapping[str, Any] | None
+
+
+def train(
+    model: nn.Module,
+    data: Data,
+    method: Method | Mapping[str, Any] | PipelineSpec | None = None,
+    *,
+    settings: SettingsSpec = None,
+    pretrain: int = 0,
+    pretraining: SettingsSpec = None,
+    finetune: int = 0,
+    finetuning: SettingsSpec = None,
+    control: bool = True,
+    objective: Objective | None = None,
+    evaluate: Score | None = None,
+    test: Score | None = None,
+    example_inputs: ExampleInputs = None,
+    calibration: object = None,
+    folder: Path | str | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    parallel: Parallel | None = None,
+    checkpoint_every: int = 0,
+    rounds_per_epoch: int = 1,
+    log: Callable[[TrainingRow], None] | None = None,
+) -> Artifact:
+    """Train a copy of a model into a smaller one, and say what each epoch and the whole did.
+
+    `data` yields (inputs, targets) and has a length.  Stages: `pretrain` epochs of the dense model; the rounds of `method` (an
+    object, a name, or `{name: options}`), `rounds_per_epoch` of them in each epoch, and its `finish`, or a pipeline of passes on `calibration` data;
+    `finetune` epochs of what came out; and with `control` the dense model once more for as many epochs, learning from labels
+    only, since an accuracy gain means nothing without it.  `settings` hold for the method, and where `pretraining` and
+    `finetuning` do not say otherwise for these.
+
+    `evaluate(model)` scores every epoch (on data that is not the test data), `test(model)` the dense, the control and the final
+    model once.  With a `folder` checkpoints and log.csv are written there, and `resume` goes on from them.  Under torchrun every
+    process calls this with its own share of the data; `parallel` is `ddp` or `fsdp2`.
+
+    Raises `UsageError`, `TrainingError`, `BudgetError`.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"train takes an nn.Module, not a {type(model).__name__}; convert the model, or compress it without training")
+    if pretrain < 0 or finetune < 0:
+        raise UsageError(f"pretrain={pretrain} and finetune={finetune} are epochs; give 0 or more")
+    base = Settings.parse(settings)
+    run = _Run(data, objective, evaluate, None if folder is None else Path(folder), resume, seed, parallel, checkpoint_every, rounds_per_epoch, log)
+    torch.manual_seed(seed)
+    dense = copy.deepcopy(model)
+    if pretrain:
+        dense = run.stage("pretrain", dense, replace(Settings.parse(pretraining, base), distill=0.0), pretrain)
+    artifact, epochs = _compressed(dense, method, base, run, example_inputs, calibration)
+    scores = {} if test is None else {"score_dense": _score(test, dense), "score_before_finetuning": _score(test, artifact.model)}
+    if finetune:
+        tuned = run.stage("finetune", _module(artifact), Settings.parse(finetuning, base), finetune, teacher=dense)
+        _module(artifact).load_state_dict(tuned.state_dict())
+        _module(artifact).eval()
+    if control and epochs + finetune:
+        twin = run.stage("control", dense, replace(base, distill=0.0), epochs + finetune)
+        scores |= {} if test is None else {"score_control": _score(test, twin)}
+    if test is not None:
+        scores["score_final"] = _score(test, artifact.model)
+    artifact.report.checks.update(scores)
+    artifact.report.training = run.rows
+    return artifact
+
+
+@dataclass
+class _Run:
+    """What the stages of one run share."""
+
+    data: Data
+    objective: Objective | None
+    evaluate: Score | None
+    folder: Path | None
+    resume: bool
+    seed: int
+    parallel: Parallel | None
+    checkpoint_every: int
+    rounds_per_epoch: int
+    listener: Callable[[TrainingRow], None] | None
+    rows: list[TrainingRow] = field(default_factory=list)
+
+    def stage(self, name: str, model: nn.Module, settings: Settings, epochs: int, method: Method | None = None, teacher: nn.Module | None = None) -> nn.Module:
+        """A trained copy of the model."""
+        torch.manual_seed(self.seed + sum(map(ord, name)))
+        template, wrapped = Template(model), _wrapped(copy.deepcopy(model), self.parallel)
+        optimizer, schedule = settings.make_optimizer(wrapped), settings.make_schedule()
+        terms: list[Term] = []
+        rate: Callable[[float], float] = schedule.value
+        if method is not None:
+            phased = method.bind(wrapped)
+            terms.append(phased)
+            rate = phased.rate(schedule)
+        if teacher is not None and settings.distill:
+            terms.append(Distillation(copy.deepcopy(teacher), settings.distill, settings.temperature))
+        Loop(
+            stage=name,
+            model=wrapped,
+            data=self.data,
+            optimizer=optimizer,
+            objective=self.objective or cross_entropy(settings.label_smoothing),
+            epochs=epochs,
+            rate=rate,
+            terms=tuple(terms),
+            clip=settings.clip,
+            autocast=settings.bf16,
+            evaluate=self.evaluate,
+            folder=None if self.folder is None else self.folder / name,
+            checkpoint_every=self.checkpoint_every,
+            rounds_per_epoch=self.rounds_per_epoch,
+            log=self._take,
+        ).run(self.resume)
+        trained = wrapped if method is not None else template.filled(wrapped)
+        return trained.eval()
+
+    def _take(self, row: TrainingRow) -> None:
+        self.rows.append(row)
+        if self.folder is not None and world()[0] == 0:
+            write_text(self.folder / "log.csv", log_table(self.rows))
+        if self.listener is not None:
+            self.listener(row)
+
+
+def _compressed(
+    dense: nn.Module, method: Method | Mapping[str, Any] | PipelineSpec | None, settings: Settings, run: _Run, example: ExampleInputs, calibration: object
+) -> tuple[Artifact, int]:
+    """What the method or the pipeline makes of the dense model, and the epochs that took."""
+    if method is None:
+        return compress(dense, pipeline="", example_inputs=example), 0
+    if not (isinstance(method, Method | Mapping) or (isinstance(method, str) and method in METHODS)):
+        return compress(dense, pipeline=method, data=calibration, example_inputs=example), 0
+    made = make_method(method)
+    made.prepare(dense, example)
+    epochs = made.epochs(run.rounds_per_epoch)
+    trained = run.stage("method", dense, settings, epochs, made, teacher=dense)
+    return made.finish(trained), epochs
+
+
+def _wrapped(model: nn.Module, parallel: Parallel | None) -> nn.Module:
+    if parallel is None:
+        return model
+    if world()[1] == 1 and not torch.distributed.is_initialized():
+        raise UsageError(f"parallel={parallel!r} needs several processes; start with torchrun and torch.distributed.init_process_group()")
+    if parallel == "ddp":
+        return DistributedDataParallel(model, broadcast_buffers=False)
+    fully_shard(model)
+    return model
+
+
+def _module(artifact: Artifact) -> nn.Module:
+    assert isinstance(artifact.model, nn.Module)
+    return artifact.model
+
+
+def _score(test: Score, model: object) -> float:
+    assert isinstance(model, nn.Module)
+    training = model.training
+    with torch.no_grad():
+        score = float(test(model.eval()))
+    model.train(training)
+    return score
+
+
+def log_table(rows: Sequence[TrainingRow]) -> str:
+    """The log as CSV, a column per weight for its residual."""
+    names = sorted({name for row in rows for name in row.residuals})
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["stage", "epoch", "loss", "rate", "seconds", "score", *(f"residual {name}" for name in names)])
+    for row in rows:
+        residuals = [f"{row.residuals[name]:.5g}" if name in row.residuals else "" for name in names]
+        score = "" if row.score is None else f"{row.score:.6g}"
+        table.writerow([row.stage, row.epoch, f"{row.loss:.6g}", f"{row.rate:.5g}", f"{row.seconds:.2f}", score, *residuals])
+    return text.getvalue()

@@ -1,0 +1,124 @@
+"""A matrix product of a recurrent layer, dense or factored, as the fused operators and torch's own layer take it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+
+from tdpass.formats.base import FORMATS
+from tdpass.formats.lowering import lower
+from tdpass.kernels.linear_chain import LINEAR_CHAIN
+from tdpass.kernels.recurrent import pack_u, pack_v
+from tdpass.kernels.stage import Stage
+from tdpass.models.derived import PackChain, Recipe, derived
+from tdpass.models.factorized import Factorized
+from tdpass.models.fused import Fused
+from tdpass.site import Site
+
+_FORWARDS = (nn.Linear.forward, Factorized.forward, Fused.forward)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether it does nothing but multiply with a weight, so that nobody notices when the weight is used without a call."""
+    watched = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return getattr(module.forward, "__func__", None) in _FORWARDS and not watched and module._parameters.keys() != {"bias"}
+
+
+@dataclass(frozen=True)
+class Rebuilt(Recipe):
+    """The dense weight of a factored layer."""
+
+    format: str
+    site: Site
+    names: tuple[str, ...]
+
+    def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (FORMATS.get(self.format).reconstruct(dict(zip(self.names, tensors, strict=True)), self.site).detach(),)
+
+
+@dataclass(frozen=True)
+class PackCell(Recipe):
+    """`V[rank, hidden]` and `U[(gates hidden), rank]`, packed, of a chain of matrices cut in two where it is narrowest; V may be the identity."""
+
+    gates: int
+
+    def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        widths = [tensor.shape[1] for tensor in tensors]
+        cut = widths.index(min(widths))
+        one = torch.eye(widths[0], dtype=tensors[0].dtype, device=tensors[0].device)
+        v, u = (reduce(lambda product, weight: weight @ product, part) for part in ([one, *tensors[:cut]], tensors[cut:]))
+        return pack_v(v.detach()), pack_u(u.detach(), self.gates)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A linear or factored layer: the names of what it multiplies with, and how those are packed where they are a chain of matrices.
+
+    `called` and `thin` are the multiply-adds of the layer as it is, and of the two matrices that it is to a recurrent kernel;
+    `dense` those of its weight.
+    """
+
+    module: nn.Module
+    names: tuple[str, ...]
+    chain: PackChain | None
+    widths: tuple[int, ...]
+    rebuild: Rebuilt | None
+    called: int
+    thin: int
+    dense: int
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Product:
+        """The product that a plain module is."""
+        if not isinstance(module, Factorized):
+            o, i = module.weight.shape  # type: ignore[misc]
+            return cls(module, ("weight",), _chain((Stage(i, o),)), (i, o), None, i * o, i * (i + o), i * o)
+        site = replace(module.site, extents=(((1,), (1,)),))
+        lowered, called = lower(module.layer()), module.format.cost(site, module.rank).macs
+        names = tuple(module.factors())
+        rebuild = Rebuilt(module.format.name, replace(site, extents=()), names)
+        if lowered is None:
+            return cls(module, names, None, (), rebuild, called, site.i * (site.i + site.o), site.weights)
+        names, widths = lowered.factors, tuple(lowered.widths)
+        thin = min(widths[:-1]) * (site.i + site.o)
+        return cls(module, names, _chain(lowered.stages), widths, replace(rebuild, names=names), called, thin, site.weights)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What it multiplies with, as it is now."""
+        return [getattr(self.module, name) for name in self.names]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias."""
+        bias: Tensor | None = self.module.bias  # type: ignore[assignment]
+        return bias
+
+    def weight(self, *, trained: bool) -> Tensor:
+        """The dense weight; differentiable where it is `trained`, else kept from call to call."""
+        if trained or self.rebuild is None:
+            weight: Tensor = self.module.weight  # type: ignore[assignment]
+            return weight
+        return derived(self.rebuild, self.tensors)[0]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer on the last axis of x, as one operator where it is a chain."""
+        result: Tensor
+        if self.chain is None:
+            result = self.module(x)
+        else:
+            result = LINEAR_CHAIN.call(x, list(derived(self.chain, self.tensors)), self.bias, None, self.widths, "identity")
+        return result
+
+    def cell(self, gates: int) -> tuple[Tensor, ...]:
+        """V and U as a recurrent kernel takes them."""
+        tensors = self.tensors if self.chain is not None or self.rebuild is None else derived(self.rebuild, self.tensors)
+        return derived(PackCell(gates), tensors)
+
+
+def _chain(stages: tuple[Stage, ...]) -> PackChain:
+    return PackChain(stages, "channels", (False,) * len(stages))

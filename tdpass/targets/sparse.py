@@ -1,0 +1,111 @@
+"""Targets that run the sparse operators of this package, timed against the dense layer."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
+
+from torch import Tensor
+
+from tdpass.constraints.sparse import Group, Sparse
+from tdpass.errors import UsageError
+from tdpass.kernels import native
+from tdpass.kernels.base import compiled
+from tdpass.kernels.sparse import SPARSE_CONV2D, SPARSE_LINEAR, pack
+from tdpass.kernels.stage import Stage
+from tdpass.site import Site
+from tdpass.targets.base import ONE_CALL, Setting, Variant
+from tdpass.targets.break_even import crossing, leaves_dense
+from tdpass.targets.layers import DenseLayer, channels_last, example_input, make_layer
+from tdpass.targets.measured import CAREFUL_ROUNDS, MeasuredTarget
+from tdpass.targets.runtimes.base import Bound
+from tdpass.targets.table import Key, Row, geometry_of
+
+BLOCK = (16, 1)  # outputs and columns: what the operators skip at once
+_PARTS = 10_000  # sparsities are kept as whole numbers of this
+
+
+class SparseTarget(MeasuredTarget):
+    """A device with `sparse_linear` and `sparse_conv2d`, which take part in no plan: they are asked when weights are pruned."""
+
+    def break_even_sparsity(self, site: Site, group: str = "weight", setting: Setting = ONE_CALL) -> float | None:
+        if leaves_dense(site, group):
+            return 0.0
+        return crossing(lambda sparsity: self.sparse_over_dense(site, group, [sparsity], setting)[0])
+
+    def sparse_over_dense(self, site: Site, group: str, sparsities: Sequence[float], setting: Setting) -> list[float]:
+        """Time of the layer with that share of zero weights over that of the dense layer in the runtime that is fastest.
+
+        Infinite where the sparse operators do not serve it.  What is not in the table is measured in turn with the dense layer.
+        Raises `UsageError` for sparsities outside [0, 1), a group that leaves dense layers, and without compiled operators.
+        """
+        if leaves_dense(site, group):
+            raise UsageError(f"zeros by {group} leave {site.name!r} a smaller dense layer; time that, or ask for weight or block")
+        if not all(0 <= sparsity < 1 for sparsity in sparsities):
+            raise UsageError(f"sparsities {list(sparsities)} are not shares of zero weights; each is at least 0 and below 1")
+        if native.library() is None:
+            raise UsageError(f"target {self.name} has no sparse operators here: {native.missing()}; use a table of break-even sparsities, table:FILE.yaml")
+        dense = self.time(site, [Variant()], setting)[0].seconds
+        sums = [0.0] * len(sparsities)
+        for extent, count in Counter(site.extents).items():
+            times = self._sparse(replace(site, extents=(extent,)), group, sparsities, setting)
+            sums = [total + count * seconds for total, seconds in zip(sums, times, strict=True)]
+        return [seconds / dense for seconds in sums]
+
+    def _sparse(self, site: Site, group: str, sparsities: Sequence[float], setting: Setting) -> list[float]:
+        """Seconds of one call, on the scale of the dense times that are kept."""
+        keys = {sparsity: self._sparse_key(site, group, sparsity, setting) for sparsity in sparsities}
+        known = self.table.get(keys.values())
+        calls = [(key, call) for sparsity, key in keys.items() if key not in known for call in sparse_calls(site, group, sparsity, setting)]
+        rows = {key: Row(math.inf, careful=True) for key in keys.values() if key not in known}
+        if calls:
+            ruler = self._ruler(site, setting)
+            first = [] if ruler is None else [ruler[1]]
+            times = self.clock([*first, *(call for _, call in calls)], setting.threads, CAREFUL_ROUNDS)
+            scale = 1.0 if ruler is None else ruler[0] / times[0]
+            for (key, _), seconds in zip(calls, times[len(first) :], strict=True):
+                rows[key] = Row(min(rows[key].seconds, seconds * scale), careful=True)
+        self.table.put(rows)
+        known = self.table.get(keys.values())
+        return [known[keys[sparsity]].seconds for sparsity in sparsities]
+
+    def _sparse_key(self, site: Site, group: str, sparsity: float, setting: Setting) -> Key:
+        # called through Python an operator takes longer, which counts in a small layer
+        binding = "c++" if SPARSE_LINEAR.name in compiled() else "python"
+        runtime = f"sparse {native.isa()} {native.version()} {binding}"
+        dtype = str(setting.dtype).removeprefix("torch.")
+        return Key(self.device, runtime, setting.threads, setting.batch, dtype, geometry_of(site), f"zeros by {group}", (round(sparsity * _PARTS),))
+
+
+def pruned_weight(weight: Tensor, group: str, sparsity: float) -> Tensor:
+    """What magnitude pruning leaves of a weight of noise: groups at random places, those of a larger share among those of a smaller one."""
+    o, columns = weight.flatten(1).shape
+    groups = {"weight": o * columns, "block": math.ceil(o / BLOCK[0]) * columns, "column": columns, "kernel": math.prod(weight.shape[:2])}[group]
+    return Sparse(max(1, round((1 - sparsity) * groups)), cast("Group", group), BLOCK).project(weight)
+
+
+def sparse_calls(site: Site, group: str, sparsity: float, setting: Setting) -> list[Bound]:
+    """The layer with that share of zeros as one operator, images laid out in every way; none where the operators do not serve it."""
+    if setting.dtype not in native.DTYPES or len(site.kernel) > 2:
+        return []
+    layer = make_layer(site, Variant(), setting.dtype)
+    assert isinstance(layer, DenseLayer)
+    x, blocks, rest = example_input(layer, setting.batch), pack(pruned_weight(layer.weight, group, sparsity)), (layer.bias, None)
+    if site.kind == "linear":
+        return [Bound(functools.partial(SPARSE_LINEAR.call, x, *blocks, *rest, site.o, "identity"), blocks)]
+    before, after = zip(*site.padding, strict=True)
+    pairs = (_pair(site.kernel, 1), _pair(site.stride, 1), _pair(before, 0), _pair(after, 0), _pair(site.dilation, 1))
+    stage, seen = Stage(site.i, site.o, 1, *pairs).integers(), x if x.dim() == 4 else x[:, :, None]
+    return [
+        Bound(functools.partial(SPARSE_CONV2D.call, placed, *blocks, *rest, stage, "identity"), blocks) for placed in (seen.contiguous(), channels_last(seen))
+    ]
+
+
+def _pair(values: Sequence[int], rest: int) -> tuple[int, int]:
+    """(height, width) of one or two axes."""
+    height, width = (rest, *values)[-2:]
+    return height, width

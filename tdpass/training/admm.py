@@ -1,0 +1,135 @@
+"""ADMM: weights drawn to sets they shall end in, while they train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tdpass.constraints.base import Constraint, Shared
+from tdpass.errors import UsageError
+from tdpass.training.placement import from_first, from_owner, placed_like, whole, world
+from tdpass.training.schedules import Constant, Schedule
+from tdpass.training.terms import State, Term, rate_of
+
+Rule = Callable[[float, Mapping[str, Tensor]], Mapping[str, Constraint]]
+
+
+def fixed(constraints: Mapping[str, Constraint]) -> Rule:
+    """The rule that always answers with the same constraints."""
+    return lambda progress, weights: constraints
+
+
+def shared(budget: Shared) -> Rule:
+    """The rule that divides one budget anew at every projection."""
+    return lambda progress, weights: budget.divide(weights)
+
+
+@dataclass
+class Split:
+    """One weight W and one set it is drawn to: the copy Z in the set and the scaled dual U, laid out as W is."""
+
+    name: str
+    weight: nn.Parameter
+    z: Tensor
+    u: Tensor
+    residual: float = float("nan")
+    constraint: Constraint | None = None
+    bound: bool = False
+
+
+class Admm(Term):
+    """min f(W) over W in S, as f(W) + rho/2 ||W - Z + U||^2 with Z in S (Boyd et al. 2011, section 9.1).
+
+    At the beginning of every round  Z <- project(W + U),  U <- U + W - Z.  In between, every step adds rho (W - Z + U) to the
+    gradient, or with `decoupled` (for optimizers that rescale gradients, such as Adam) moves the weight after the step by the
+    proximal map  W <- (W + s (Z - U)) / (1 + s)  with  s = rate * rho.  When rho changes U is rescaled, since it is U = dual / rho.
+
+    `weights` by name; each of `rules` names constraints for some or all of them and adds a copy and a dual of its own, so sets
+    compose by listing.  A rule is asked anew in each round, with the weights W + U it is about to project.
+    """
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], rules: Sequence[Rule], rho: Schedule | float, decoupled: bool = False) -> None:
+        if not weights:
+            raise UsageError("there is no weight to constrain; name sites with include=, or leave fewer out with exclude=")
+        self.rules = tuple(rules)
+        self.schedule = Constant(rho) if isinstance(rho, int | float) else rho
+        self.decoupled = decoupled
+        self.rho = self.schedule.value(0.0)
+        self.rounds = 0
+        self.splits = [[Split(name, weight, weight.detach().clone(), torch.zeros_like(weight)) for name, weight in weights.items()] for _ in self.rules]
+
+    @torch.no_grad()
+    def begin_round(self, progress: float) -> None:
+        rho = self.schedule.value(progress)
+        for splits in self.splits:
+            for split in splits:
+                split.u.mul_(self.rho / rho)
+        self.rho = rho
+        for rule, splits in zip(self.rules, self.splits, strict=True):
+            self._project(rule, splits, progress)
+        self.rounds += 1
+
+    def _project(self, rule: Rule, splits: Sequence[Split], progress: float) -> None:
+        rank, size = world()
+        sums = {split.name: whole(split.weight.detach() + split.u) for split in splits}
+        constraints = from_first(rule(progress, sums))
+        bound = [split for split in splits if split.name in constraints]
+        for index, split in enumerate(bound):
+            split.constraint, split.bound = constraints[split.name], True
+            if index % size == rank:
+                sums[split.name] = split.constraint.project(sums[split.name])
+        for index, split in enumerate(bound):
+            split.z = placed_like(from_owner(sums[split.name].contiguous(), index % size), split.weight)
+            gap = split.weight.detach() - split.z
+            split.u.add_(gap)
+            split.residual = float(whole(gap.norm()) / whole(split.weight.detach().norm()).clamp_min(1e-30))
+
+    def _active(self) -> list[Split]:
+        return [split for splits in self.splits for split in splits if split.bound]
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        if self.decoupled:
+            return
+        for split in self._active():
+            if split.weight.grad is not None:
+                split.weight.grad.add_(split.weight - split.z + split.u, alpha=self.rho)
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer) -> None:
+        if not self.decoupled:
+            return
+        for split in self._active():
+            pull = self.rho * rate_of(optimizer, split.weight)
+            split.weight.add_(split.z - split.u - split.weight, alpha=pull / (1 + pull))
+
+    def constraints(self, rule: int = 0) -> dict[str, Constraint]:
+        """What each weight was last projected on, by name."""
+        return {split.name: split.constraint for split in self.splits[rule] if split.constraint is not None}
+
+    def residuals(self) -> Mapping[str, float]:
+        found: dict[str, float] = {}
+        for split in self._active():
+            found[split.name] = max(split.residual, found.get(split.name, 0.0))
+        return found
+
+    def state(self) -> State:
+        state: State = {"rho": self.rho, "rounds": self.rounds}
+        for index, splits in enumerate(self.splits):
+            for split in splits:
+                state[f"z.{index}.{split.name}"], state[f"u.{index}.{split.name}"] = split.z, split.u
+                state[f"bound.{index}.{split.name}"], state[f"residual.{index}.{split.name}"] = split.bound, split.residual
+        return state
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.rho, self.rounds = float(state["rho"]), int(state["rounds"])
+        for index, splits in enumerate(self.splits):
+            for split in splits:
+                split.z = state[f"z.{index}.{split.name}"]
+                split.u = state[f"u.{index}.{split.name}"]
+                split.bound, split.residual = bool(state[f"bound.{index}.{split.name}"]), float(state[f"residual.{index}.{split.name}"])

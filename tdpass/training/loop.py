@@ -1,0 +1,236 @@
+"""The training loop: epochs over data, terms around every step, checkpoints, a log."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tdpass.errors import TrainingError, UsageError
+from tdpass.report import TrainingRow
+from tdpass.training.checkpoint import load_checkpoint, newest_checkpoint, random_state, read_facts, restore_random_state, save_checkpoint, tensors_in
+from tdpass.training.distillation import call
+from tdpass.training.placement import bare, world
+from tdpass.training.residuals import Watch
+from tdpass.training.terms import Hooks, Term
+
+_LOOK_EVERY = 100  # steps between looks at the loss: each waits for the device
+Objective = Callable[[Any, Any], Tensor]
+Data = Iterable[Any]
+
+
+def cross_entropy(label_smoothing: float = 0.0) -> Objective:
+    """Cross-entropy of class scores `[n, classes]` (further axes between are positions) and class numbers."""
+
+    def objective(outputs: Any, targets: Any) -> Tensor:
+        scores = outputs.flatten(0, -2) if outputs.dim() > 2 else outputs
+        return F.cross_entropy(scores, targets.flatten(), label_smoothing=label_smoothing)
+
+    return objective
+
+
+@dataclass
+class Loop:
+    """`epochs` passes over `data` with one optimizer.
+
+    `data` yields (inputs, targets) and has a length; each epoch iterates it anew, after `set_epoch` where it (or its sampler)
+    has one.  `rate(progress)` is the learning rate when the share `progress` of all steps is over, as a factor on what each
+    parameter group had at the start.  A checkpoint is written to `folder` after every epoch, and every `checkpoint_every` steps.
+    On a CPU, and with data that draws from torch's, numpy's or Python's global generators or from none, a resumed run repeats
+    bit by bit what the interrupted one would have done.
+    """
+
+    stage: str
+    model: nn.Module
+    data: Data
+    optimizer: Optimizer
+    objective: Objective
+    epochs: int
+    rate: Callable[[float], float]
+    terms: tuple[Term, ...] = ()
+    clip: float | None = None
+    autocast: bool = False
+    evaluate: Callable[[nn.Module], float] | None = None
+    folder: Path | None = None
+    checkpoint_every: int = 0
+    rounds_per_epoch: int = 1
+    log: Callable[[TrainingRow], None] = lambda line: None
+    note: Callable[[str], None] = lambda text: None
+    watch: Watch = field(default_factory=Watch)
+    rounds: list[TrainingRow] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        try:
+            self.per_epoch = len(self.data)  # type: ignore[arg-type]
+        except TypeError:
+            raise UsageError(f"training data of type {type(self.data).__name__} has no length; give a DataLoader or a list of (inputs, targets)") from None
+        if self.epochs < 0 or not 1 <= self.rounds_per_epoch <= self.per_epoch:
+            sizes = f"{self.epochs} epochs of {self.per_epoch} batches in {self.rounds_per_epoch} rounds"
+            raise UsageError(f"{sizes} make no training; give at least one batch to each round")
+        self._base = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._device = next(self.model.parameters()).device
+
+    def run(self, resume: bool = False) -> list[TrainingRow]:
+        """Train, from the newest checkpoint in `folder` where `resume` is set and there is one; returns the log.
+
+        Raises `TrainingError` when the loss is not finite, ADMM diverges, or a checkpoint does not fit.
+        """
+        hooks = Hooks(self.optimizer, self.terms, self._round_starts, max(1, self.epochs * self.rounds_per_epoch))
+        try:
+            started = self._resume(hooks) if resume and self.folder is not None else None
+            for epoch in range(hooks.steps // self.per_epoch, self.epochs):
+                self._epoch(epoch, hooks, started)
+                started = None
+        finally:
+            hooks.remove()
+        return self.rounds
+
+    def _round_starts(self, step: int) -> bool:
+        inside = step % self.per_epoch
+        return any(inside == self.per_epoch * k // self.rounds_per_epoch for k in range(self.rounds_per_epoch))
+
+    def _epoch(self, epoch: int, hooks: Hooks, resumed: Mapping[str, Any] | None) -> None:
+        start = time.perf_counter()
+        done = hooks.steps - epoch * self.per_epoch
+        if resumed is not None:
+            restore_random_state(resumed["epoch_random"])
+        at_start = random_state()
+        total = torch.tensor(resumed["total"] if resumed is not None and done else 0.0, dtype=torch.float64, device=self._device)
+        self.model.train()
+        for index, (inputs, targets) in enumerate(self._batches(epoch)):
+            if index < done:
+                continue
+            if index == done and resumed is not None:
+                restore_random_state(resumed["random"])
+            total += self._step(hooks.steps / (self.per_epoch * self.epochs), inputs, targets)
+            if index % _LOOK_EVERY == 0:
+                self._check(total)
+            if self.checkpoint_every and hooks.steps % self.checkpoint_every == 0 and index + 1 < self.per_epoch:
+                self._save(hooks, at_start, float(total))
+        if hooks.steps != (epoch + 1) * self.per_epoch:
+            raise UsageError(f"the data gave {hooks.steps - epoch * self.per_epoch} batches in epoch {epoch}, its length says {self.per_epoch}")
+        self._check(total)
+        self._close_epoch(epoch, float(total) / self.per_epoch, start)
+        self._save(hooks, random_state(), 0.0)
+
+    def _close_epoch(self, epoch: int, loss: float, start: float) -> None:
+        residuals = {name: value for term in self.terms for name, value in term.residuals().items()}
+        self.watch.check(residuals)
+        score = None
+        if self.evaluate is not None and world()[0] == 0:
+            state = random_state()
+            self.model.eval()
+            with torch.no_grad():
+                score = float(self.evaluate(self.model))
+            restore_random_state(state)
+        rate = self.rate(min(1.0, (epoch + 1) / self.epochs)) * self._base[0]
+        line = TrainingRow(self.stage, epoch, loss, rate, time.perf_counter() - start, score, residuals)
+        self.rounds.append(line)
+        self.log(line)
+
+    def _step(self, progress: float, inputs: Any, targets: Any) -> Tensor:
+        factor = self.rate(progress)
+        for group, base in zip(self.optimizer.param_groups, self._base, strict=True):
+            group["lr"] = factor * base
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self._device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
+            outputs = call(self.model, inputs)
+            loss = self.objective(outputs, targets) * (1 - sum(term.replaces for term in self.terms))
+            for term in self.terms:
+                extra = term.loss(inputs, outputs)
+                loss = loss if extra is None else loss + extra
+        torch.autograd.backward(loss)
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        return loss.detach()
+
+    def _check(self, total: Tensor) -> None:
+        if not math.isfinite(float(total)):
+            raise TrainingError(f"the loss of stage {self.stage!r} is no longer finite; lower the learning rate, clip gradients, or start from trained weights")
+
+    def _batches(self, epoch: int) -> Iterator[tuple[Any, Any]]:
+        holders: tuple[Any, ...] = (self.data, getattr(self.data, "sampler", None))
+        for holder in holders:
+            if hasattr(holder, "set_epoch"):
+                holder.set_epoch(epoch)
+        for batch in self.data:
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
+                raise UsageError(f"a training batch of type {type(batch).__name__} is not understood; give pairs of (inputs, targets)")
+            yield _on(batch[0], self._device), _on(batch[1], self._device)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{name}": value for name, value in bare(self.model).state_dict().items()}
+        names = {id(parameter): name for name, parameter in bare(self.model).named_parameters()}
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                for key, value in self.optimizer.state[parameter].items():
+                    if isinstance(value, Tensor):
+                        tensors[f"optimizer.{names[id(parameter)]}.{key}"] = value
+        for index, term in enumerate(self.terms):
+            tensors |= {f"term.{index}.{key}": value for key, value in term.state().items() if isinstance(value, Tensor)}
+        return tensors
+
+    def _save(self, hooks: Hooks, epoch_random: Mapping[str, Any], total: float) -> None:
+        if self.folder is None:
+            return
+        facts = {
+            "steps": hooks.steps,
+            "round": hooks.round,
+            "total": total,
+            "random": random_state(),
+            "epoch_random": dict(epoch_random),
+            "watch": self.watch.history,
+            "rounds": [asdict(line) for line in self.rounds],
+            "terms": [{key: value for key, value in term.state().items() if not isinstance(value, Tensor)} for term in self.terms],
+        }
+        save_checkpoint(self.folder, hooks.steps, self._tensors(), facts)
+
+    def _resume(self, hooks: Hooks) -> Mapping[str, Any] | None:
+        assert self.folder is not None
+        path, complaints = newest_checkpoint(self.folder)
+        for text in complaints:
+            self.note(text)
+        if path is None:
+            return None
+        facts = read_facts(path)
+        for term, own in zip(self.terms, facts["terms"], strict=True):
+            term.resume_at(own)
+        self._make_optimizer_state(path)
+        tensors = self._tensors()
+        load_checkpoint(path, tensors)
+        for index, (term, own) in enumerate(zip(self.terms, facts["terms"], strict=True)):
+            term.load_state({**own, **{key: tensors[f"term.{index}.{key}"] for key, value in term.state().items() if isinstance(value, Tensor)}})
+        hooks.steps, hooks.round = facts["steps"], facts["round"]
+        self.watch.history = facts["watch"]
+        self.rounds = [TrainingRow(**line) for line in facts["rounds"]]
+        self.note(f"going on from {path.name}, epoch {hooks.steps // self.per_epoch}")
+        return facts
+
+    def _make_optimizer_state(self, path: Path) -> None:
+        """Room for what the optimizer had when the checkpoint was written: it makes its own only at the first step."""
+        parameters = dict(bare(self.model).named_parameters())
+        for key, (shape, dtype) in tensors_in(path).items():
+            kind, _, rest = key.partition(".")
+            name, _, entry = rest.rpartition(".")
+            if kind == "optimizer" and name in parameters:
+                parameter = parameters[name]
+                like = tuple(parameter.shape) == shape and entry != "step"
+                self.optimizer.state[parameter][entry] = torch.zeros_like(parameter, dtype=dtype) if like else torch.zeros(shape, dtype=dtype)
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: _on(entry, device) for key, entry in value.items()}
+    return [_on(entry, device) for entry in value] if isinstance(value, tuple | list) else value

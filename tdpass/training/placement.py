@@ -1,0 +1,74 @@
+"""Tensors as they lie on one process or on many: whole or sharded, alike for training code."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+
+def world() -> tuple[int, int]:
+    """(rank of this process, number of processes)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor on this process; a collective call where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def placed_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor, the same on all processes, laid out as `other` is."""
+    if isinstance(other, DTensor):
+        return distribute_tensor(tensor, other.device_mesh, other.placements)
+    return tensor
+
+
+def from_first(value: T) -> T:
+    """What the first process has, on every one."""
+    if world()[1] == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def from_owner(tensor: Tensor, owner: int) -> Tensor:
+    """A whole tensor as process `owner` has it, written into `tensor` on every other one."""
+    if world()[1] > 1:
+        dist.broadcast(tensor, src=owner)
+    return tensor
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model without the wrapper that averages its gradients."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+class Template:
+    """A model's structure without its numbers, taken before it is wrapped or sharded."""
+
+    def __init__(self, model: nn.Module) -> None:
+        memo: dict[int, object] = {}
+        for tensor in (*model.parameters(), *model.buffers()):
+            hollow = torch.empty_like(tensor, device="meta")
+            memo[id(tensor)] = nn.Parameter(hollow, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else hollow
+        self._hollow = copy.deepcopy(model, memo)
+
+    def filled(self, model: nn.Module) -> nn.Module:
+        """A copy with the whole weights that `model`, of this structure, has now; a collective call where it is sharded."""
+        plain = bare(model)
+        current = {name: whole(tensor.detach()).clone() for name, tensor in (*plain.named_parameters(), *plain.named_buffers())}
+        memo: dict[int, object] = {}
+        for name, hollow in (*self._hollow.named_parameters(), *self._hollow.named_buffers()):
+            memo[id(hollow)] = nn.Parameter(current[name], hollow.requires_grad) if isinstance(hollow, nn.Parameter) else current[name]
+        return copy.deepcopy(self._hollow, memo).train(plain.training)

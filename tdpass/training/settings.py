@@ -1,0 +1,76 @@
+"""How a stage trains: optimizer, learning rate and what is around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from tdpass.errors import UsageError
+from tdpass.training.schedules import Cosine, Schedule, ScheduleSpec, as_schedule
+
+Name = Literal["sgd", "adam", "adamw"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One stage of training.
+
+    `lr` is the peak learning rate; `schedule` (a schedule that starts at 1, or None for half a cosine to zero) is run once per
+    phase.  `distill` is the share of the loss that the dense model decides, at `temperature`; `clip` bounds the norm of the
+    gradient; `bf16` computes in bfloat16 where autocast knows how.  Momentum is that of SGD.
+    """
+
+    optimizer: Name = "sgd"
+    lr: float = 0.01
+    schedule: ScheduleSpec | None = None
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.0
+    distill: float = 0.0
+    temperature: float = 3.0
+    clip: float | None = None
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in get_args(Name):
+            raise UsageError(f"unknown optimizer {self.optimizer!r}; known: {', '.join(get_args(Name))}")
+        if not 0 < self.lr < float("inf"):
+            raise UsageError(f"lr={self.lr!r} is not a positive learning rate")
+
+    @classmethod
+    def parse(cls, spec: Settings | Mapping[str, Any] | None, base: Settings | None = None) -> Settings:
+        """Settings as they are, or those of a recipe on top of `base`; raises `UsageError` for an unknown one."""
+        if isinstance(spec, Settings):
+            return spec
+        base, given = base or cls(), dict(spec or {})
+        known = {field.name for field in fields(cls)}
+        for name in given:
+            if name not in known:
+                raise UsageError(f"unknown training setting {name!r}; known: {', '.join(sorted(known))}")
+        try:
+            return replace(base, **given)
+        except TypeError as error:
+            raise UsageError(f"training settings {given!r} are not of the right types: {error}") from None
+
+    def make_optimizer(self, model: nn.Module) -> Optimizer:
+        """The optimizer over all parameters that require gradients; weights of one axis (biases, norms) do not decay."""
+        wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [parameter for parameter in wanted if parameter.dim() > 1], "weight_decay": self.weight_decay},
+            {"params": [parameter for parameter in wanted if parameter.dim() <= 1], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        if not groups:
+            raise UsageError("the model has no parameter that requires gradients; call requires_grad_() on it")
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
+        return (torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW)(groups, lr=self.lr)
+
+    def make_schedule(self) -> Schedule:
+        """The learning rate as a factor on `lr`."""
+        return Cosine(1.0) if self.schedule is None else as_schedule(self.schedule, "schedule")

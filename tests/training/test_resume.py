@@ -1,0 +1,106 @@
+"""A run killed at any moment goes on as if it had not been; a damaged checkpoint is passed over by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import training_run
+
+from tdpass.errors import TrainingError
+from tdpass.training.checkpoint import newest_checkpoint, save_checkpoint
+
+WORKER = Path(training_run.__file__)
+ROOT = WORKER.parents[2]
+
+
+def start(folder: Path, method: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(WORKER), str(folder), method, "none"], env=environment)
+
+
+def kill_after(process: subprocess.Popen[bytes], folder: Path, checkpoints: set[str]) -> set[str]:
+    """Kill it once it has written a checkpoint that was not there before."""
+    while process.poll() is None:
+        found = {str(path.relative_to(folder)) for path in folder.glob("*/step-*")}
+        if found - checkpoints:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return found
+        time.sleep(0.002)
+    pytest.fail(f"the worker ended by itself, with {process.returncode}")
+
+
+def test_killed_and_resumed_is_bit_identical(tmp_path: Path) -> None:
+    method = "admm-nn"  # of all methods the one with the most phases
+    straight = training_run.train(tmp_path / "straight", method, every=3).model.state_dict()
+    folder, seen = tmp_path / "killed", set()
+    for _ in range(2):
+        seen = kill_after(start(folder, method), folder, seen)
+    assert start(folder, method).wait(timeout=120) == 0
+    resumed = torch.load(folder / "final-0.pt", weights_only=True)
+    assert resumed.keys() == straight.keys()
+    for name, value in straight.items():
+        assert torch.equal(resumed[name], value), name
+
+
+def test_resume_inside_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tdpass.training.loop import Loop
+
+    straight = training_run.train(tmp_path / "straight", "admm-tt", every=3).model.state_dict()
+    steps, step = iter(range(10**6)), Loop._step
+
+    def stopping(self: Loop, *arguments: object) -> torch.Tensor:
+        if next(steps) == 21:  # inside the method's second epoch, past a checkpoint
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Loop, "_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        training_run.train(tmp_path / "stopped", "admm-tt", every=3)
+    monkeypatch.undo()
+    resumed = training_run.train(tmp_path / "stopped", "admm-tt", resume=True, every=3).model.state_dict()
+    assert all(torch.equal(resumed[name], value) for name, value in straight.items())
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "remove"])
+def test_damaged_checkpoint_is_passed_over_by_name(damage: str, tmp_path: Path) -> None:
+    first = save_checkpoint(tmp_path, 1, {"w": torch.arange(5.0)}, {"steps": 1})
+    second = save_checkpoint(tmp_path, 2, {"w": torch.arange(5.0)}, {"steps": 2})
+    assert newest_checkpoint(tmp_path) == (second, [])
+    victim = next(second.glob("*.distcp"))
+    if damage == "remove":
+        victim.unlink()
+    else:
+        victim.write_bytes(victim.read_bytes()[: 0 if damage == "empty" else -7])
+    path, complaints = newest_checkpoint(tmp_path)
+    assert path == first
+    assert len(complaints) == 1
+    assert second.name in complaints[0]
+    (first / "manifest.json").unlink()
+    with pytest.raises(TrainingError, match="no checkpoint in"):
+        newest_checkpoint(tmp_path)
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    from tdpass.training.checkpoint import load_checkpoint
+
+    path = save_checkpoint(tmp_path, 1, {"w": torch.arange(5.0)}, {})
+    with pytest.raises(TrainingError, match="'w' of shape"):
+        load_checkpoint(path, {"w": torch.zeros(6)})
+
+
+def test_only_whole_checkpoints_are_seen(tmp_path: Path) -> None:
+    for step in range(4):
+        save_checkpoint(tmp_path, step, {"w": torch.zeros(2)}, {})
+    (tmp_path / ".step-000000009.part").mkdir()
+    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == ["step-000000002", "step-000000003"]
+    path, _ = newest_checkpoint(tmp_path)
+    assert path is not None
+    assert path.name == "step-000000003"
