@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.results import skip
+from tdpass.training.batches import Batches
 
 BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet56": 9}
 DENSE_ACCURACY = {"resnet20": 91.73, "resnet32": 92.63, "resnet56": 93.39}
@@ -134,6 +135,27 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     rows, columns = top + torch.arange(height), torch.arange(width).repeat(count, 1)
     columns = left + torch.where(flip, columns.flip(1), columns)
     return padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def resnet20() -> ResNet:
+    """The trained ResNet-20."""
+    return load_resnet("resnet20").to(memory_format=torch.channels_last)
+
+
+def resnet32() -> ResNet:
+    """The trained ResNet-32."""
+    return load_resnet("resnet32").to(memory_format=torch.channels_last)
+
+
+def training(seed: int = 0) -> Batches:
+    """Shuffled batches of 128 training images, cropped and flipped at random."""
+    pixels, labels = cut("training")
+    return Batches(pixels, labels, 128, seed, lambda chosen, generator: normalise(augment(chosen, generator)).contiguous(memory_format=torch.channels_last))
+
+
+def tuning_accuracy(model: nn.Module) -> float:
+    """Percentage of the tuning images classified correctly."""
+    return evaluate(model, "tuning")
 
 
 def augmented_calibration(copies: int = 8, batch: int = 128) -> Iterator[Tensor]:

@@ -22,6 +22,8 @@ from tdpass.views import summary
 from tdpass.views.html import Html, column, join, spaced, table, tag, text
 from tdpass.views.html_curve import curve
 from tdpass.views.html_sites import MEASURES, breakable, colours, common_prefix, composition, format_table, site_table
+from tdpass.views.html_training import training
+from tdpass.views.training import other_checks, scores
 from tdpass.views.units import cost_text, human, ratio, seconds, share, small
 
 _NAMES_SHOWN = 6
@@ -36,6 +38,7 @@ def render_html(report: Report, plan: RankPlan | None = None) -> str:
     colour = colours(rows)
     sections = {
         "overview": ("Where the cost went", _overview(report, rows, original, final, colour)),
+        "training": ("Training", training(report)),
         "sites": (f"Sites ({len(rows)})", _sites(rows, colour)),
         "left-alone": ("Left alone", _left_alone(report, plan, rows)),
         "passes": ("Passes", _passes(report)),
@@ -104,6 +107,10 @@ def _figures(report: Report, rows: Sequence[SiteRow], original: Cost, final: Cos
         times = ratio(report.stored.dense_bytes, report.stored.true_bytes, "×")
         words = "smaller as stored: pruned and quantized tensors"
         cards.append(tag("li", tag("p", tag("strong", times), " ", words, class_="big"), tag("p", summary.stored(report, "×"), class_="muted")))
+    *others, final_score = scores(report) or [("", "")]
+    if final_score[1]:
+        words = " · ".join(f"{name} {value}" for name, value in others if "before" not in name)
+        cards.append(tag("li", tag("p", tag("strong", final_score[1]), f" score, {final_score[0]}", class_="big"), tag("p", words, class_="muted")))
     moved = summary.divergence(report, rows)
     if moved is not None:
         expected = sum(row.loss for row in rows)
@@ -197,9 +204,10 @@ def _span(start: float, length: float) -> Html:
 
 
 def _checks(report: Report) -> Html | None:
-    if not report.checks:
+    shown = summary.checks(other_checks(report))
+    if not shown:
         return None
-    rows = [tag("tr", tag("th", name, scope="row"), tag("td", value, class_="number")) for name, value in summary.checks(report.checks)]
+    rows = [tag("tr", tag("th", name, scope="row"), tag("td", value, class_="number")) for name, value in shown]
     return tag("div", table([column("Check"), column("Value", number=True)], rows, "Checks"), class_="card narrow")
 
 

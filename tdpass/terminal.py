@@ -13,6 +13,8 @@ from tdpass.report import Report, SiteRow
 from tdpass.site import Site
 from tdpass.views import summary
 from tdpass.views.tables import Column, Part, fitting, grid, heading, item, pairs
+from tdpass.views.training import other_checks
+from tdpass.views.training_table import scores_line, training_table
 from tdpass.views.units import cost_text, dims, human, plain, ranks, ratio, seconds, share, small
 
 TITLES = {"macs": "MACs", "params": "Params", "bytes": "Bytes", "seconds": "Time"}
@@ -37,8 +39,10 @@ def report_view(report: Report, plan: RankPlan | None, width: int | None) -> lis
     parts += refusals(summary.refusals(report, plan), width)
     if report.passes:
         parts += ["", heading("Passes"), _passes(report, width)]
-    if report.checks:
-        parts += ["", heading("Checks"), grid(("Check", "Value"), summary.checks(report.checks), width, numbers=(1,), wraps=(0,))]
+    parts += training_table(report, width)
+    checks = summary.checks(other_checks(report))
+    if checks:
+        parts += ["", heading("Checks"), grid(("Check", "Value"), checks, width, numbers=(1,), wraps=(0,))]
     if report.notes:
         parts += ["", heading("Notes"), *(item(note) for note in report.notes)]
     return [*parts, "", *_totals(report, plan, rows, width)]
@@ -229,4 +233,7 @@ def _totals(report: Report, plan: RankPlan | None, rows: Sequence[SiteRow], widt
     if rows:
         counts = ", ".join(f"{total.sites} {plain(total.format)}" for total in summary.by_format(rows))
         parts.append(Text(f"{len(rows)} {'site' if len(rows) == 1 else 'sites'}: {counts}"))
+    scored = scores_line(report)
+    if scored:
+        parts.append(Text(scored))
     return parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,11 +11,12 @@ from rich.console import Console
 
 from tdpass.cost import Cost
 from tdpass.planner.rank_plan import Choice, RankPlan
-from tdpass.report import CurvePoint, PassRow, Report, SiteRow
+from tdpass.report import CurvePoint, PassRow, Report, SiteRow, TrainingRow
 from tdpass.site import Site
 from tdpass.terminal import InspectRow, geometry, inspect_table, report_view, site_table
 from tdpass.views import summary
 from tdpass.views.tables import Column, fitting, to_text, width_of, write
+from tdpass.views.training import courses, scores, stages, starts
 from tdpass.views.units import human, plain, ratio, seconds, small
 
 
@@ -175,3 +177,59 @@ def test_times_are_shown_where_sites_were_timed(width: int | None) -> None:
     for word in ("2.5 ms", "1 ms", "900 us", "eager", "20 ms", "10 ms", "50.0 %", "cpu, batch 1, 1 thread"):
         assert word in text
     assert "Predicted" not in to_text(report_view(report_of(), None, None), None)
+
+
+def trained() -> Report:
+    report = report_of()
+    rows = [TrainingRow("method", epoch, 2.0 - epoch, 0.1, 3.0, None, {"layer0.conv": 0.25, "layer1.conv": 0.75}) for epoch in range(2)]
+    rows += [TrainingRow("finetune", epoch, 0.3, 0.1, 1.0, 97.0 + epoch) for epoch in range(3)]
+    rows += [TrainingRow("control", epoch, 0.1, 0.1, 1.0, 98.0) for epoch in range(5)]
+    report.training = rows
+    report.checks |= {"score_dense": 98.125, "score_before_finetuning": 60.0, "score_control": 98.25, "score_final": 97.875}
+    return report
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, None])
+def test_training_is_shown_at_every_width(width: int | None) -> None:
+    text = to_text(report_view(trained(), None, width), width)
+    assert width is None or max(map(len, text.splitlines())) <= width
+    for word in ("Training", "method", "finetune", "0.75", "layer1.conv", "3.0 s", "99.00"):
+        assert word in text
+    said = "score: dense 98.12, before fine-tuning 60.00, control 98.25 (the dense network, trained as long), final 97.88"
+    assert said in " ".join(text.split())
+    assert "score dense" not in text
+
+
+def test_pipe_gets_one_line_per_stage() -> None:
+    lines = to_text(report_view(trained(), None, None), None).splitlines()
+    (line,) = [line for line in lines if line.startswith("method ")]
+    assert line.split() == ["method", "2", "2", "1", "3.0", "s", "0.75", "layer1.conv"]
+
+
+def test_nothing_is_said_of_training_where_there_was_none() -> None:
+    report = report_of()
+    report.checks["score_dense"] = 0.98765
+    text = to_text(report_view(report, None, None), None)
+    assert "Training" not in text
+    assert "score:" not in text
+    assert "score dense" in text
+    assert "0.9877" in text
+
+
+def test_a_run_without_fine_tuning_has_one_score_less() -> None:
+    report = trained()
+    report.training = [row for row in report.training if row.stage != "finetune"]
+    assert [name for name, _ in scores(report)] == ["dense", "control", "final"]
+
+
+def test_stages_of_a_resumed_run_keep_their_places() -> None:
+    found = stages([TrainingRow("pretrain", 4, 1.0, 0.1, 1.0), TrainingRow("method", 2, 1.0, 0.1, 1.0), TrainingRow("control", 0, 1.0, 0.1, 1.0)])
+    assert [stage.epochs for stage in found] == [5, 3, 1]
+    assert starts(found) == {"pretrain": 0, "method": 5, "control": 5}
+
+
+def test_a_residual_that_is_not_finite_comes_first() -> None:
+    rows = [TrainingRow("method", 0, 1.0, 0.1, 1.0, None, {"a": 0.0, "b": math.nan, "c": 5.0})]
+    assert [course.name for course in courses(rows)] == ["b", "c", "a"]
+    assert stages(rows)[0].farthest is not None
+    assert "not finite" in to_text(report_view(Report(training=rows), None, None), None)

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot make the folder {folder}: {error.strerror}; name another with --folder") from None
-    artifact = recipe.run(folder, arguments.resume, lambda row: out.say(line(row)), arguments.checkpoint_every)
+    artifact = recipe.run(folder, arguments.resume, lambda row: out.say(line(row)), arguments.checkpoint_every, out.say)
     if not isinstance(artifact.model, nn.Module):
         raise UsageError(f"the recipe made a {type(artifact.model).__name__}, not a module")
     artifact.report.model = recipe.model

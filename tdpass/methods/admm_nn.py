@@ -47,6 +47,7 @@ class AdmmNN(Method):
     """
 
     name = "admm-nn"
+    final = True
 
     keep: int
     bits_per_weight: float | None = None
@@ -110,7 +111,7 @@ class AdmmNN(Method):
         return self._budget(round(self.keep * (total / self.keep) ** left)).divide(weights)
 
     def _begin_retraining(self) -> list[Term]:
-        self._project(self._budget(self.keep).divide(self._whole()))
+        _project(self.weights, self._budget(self.keep).divide(self._whole()))
         return [Held(self.weights)]
 
     def _begin_levels(self) -> list[Term]:
@@ -134,15 +135,11 @@ class AdmmNN(Method):
         return {name: whole(weight.detach()) for name, weight in self.weights.items()}
 
     @torch.no_grad()
-    def _project(self, constraints: Mapping[str, Constraint]) -> None:
-        for name, bound in constraints.items():
-            weight = self.weights[name]
-            weight.copy_(placed_like(bound.project(whole(weight.detach())), weight))
-
-    @torch.no_grad()
     def close(self, model: nn.Module) -> Artifact:
-        self._project(self.levels or self._budget(self.keep).divide(self._whole()))
-        return compress(self.template.filled(model), plan=self._plan(), pipeline="factorize", example_inputs=self.example, cache=False)
+        result = self.template.filled(model)
+        weights = self.weights_of(result)
+        _project(weights, self.levels or self._budget(self.keep).divide(weights))
+        return compress(result, plan=self._plan(weights), pipeline="factorize", example_inputs=self.example, cache=False)
 
     def facts(self) -> dict[str, Any]:
         return {"levels": {name: [bound.count, (bound.interval or 0.0).hex()] for name, bound in self.levels.items()}}
@@ -150,11 +147,19 @@ class AdmmNN(Method):
     def recall(self, facts: Mapping[str, Any]) -> None:
         self.levels = {name: UniformLevels(count, float.fromhex(interval)) for name, (count, interval) in facts["levels"].items()}
 
-    def _plan(self) -> RankPlan:
+    def _plan(self, weights: Mapping[str, Tensor]) -> RankPlan:
         choices = []
         for name, site in self.sites.items():
-            cost, weight = dense_cost(site), whole(self.weights[name].detach())
+            cost, weight = dense_cost(site), weights[name].detach()
             kept = f"{int(weight.count_nonzero()):,} of {weight.numel():,} weights"
             reason = f"{kept} kept, {self.levels[name]}" if name in self.levels else "dense: below break-even" if name in self.dense else f"{kept} kept"
             choices.append(Choice(name, site.shape, DENSE, (), cost, cost, reason=reason, fingerprint=digest(weight.cpu())))
         return RankPlan(tuple(choices), self.original, metric="weights")
+
+
+@torch.no_grad()
+def _project(weights: Mapping[str, nn.Parameter], constraints: Mapping[str, Constraint]) -> None:
+    """Put weights where their constraints want them."""
+    for name, bound in constraints.items():
+        weight = weights[name]
+        weight.copy_(placed_like(bound.project(whole(weight.detach())), weight))

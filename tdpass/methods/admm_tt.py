@@ -20,6 +20,8 @@ from tdpass.planner.rank_plan import RankPlan
 from tdpass.training.admm import Rule, fixed
 from tdpass.training.schedules import ScheduleSpec
 
+RankSpec = Sequence[int] | Mapping[str, Sequence[int]]
+
 
 @register_method
 @dataclass
@@ -29,8 +31,8 @@ class AdmmTT(Factored):
     Every round  Z <- TT-SVD_r(W + U),  U <- U + W - Z;  every step adds rho (W - Z + U) to the gradient; at the end W <- TT-SVD_r(W)
     as cores.  Another `format` makes it ADMM-Tucker, ADMM-SVD and so on.
 
-    The ranks are fixed before the first round: by `ranks` (globs of site names to ranks, the first match counts, what matches none
-    stays dense), by a plan in `start` (which may mix formats), or by a `budget` on the params or macs of the whole model, which
+    The ranks are fixed before the first round: by `ranks` (globs of site names to ranks, or to `{format: ranks}`; the first match
+    counts, what matches none stays dense), by a plan in `start` (which may mix formats), or by a `budget` on the params or macs of the whole model, which
     is divided over the sites by the energy that their weights lose (`RankBudget`).
     """
 
@@ -38,7 +40,7 @@ class AdmmTT(Factored):
 
     budget: Mapping[str, BudgetValue] | None = None
     format: str = "tensor_train"
-    ranks: Mapping[str, Sequence[int]] | None = None
+    ranks: Mapping[str, RankSpec] | None = None
     start: RankPlan | None = None
     rounds: int = 20
     rho: ScheduleSpec = 1e-3
@@ -66,12 +68,14 @@ class AdmmTT(Factored):
     def _by_plan(self, plan: RankPlan) -> dict[str, tuple[str, Rank]]:
         return {choice.site: (choice.format, choice.rank) for choice in plan if choice.site in self.sites and not choice.kept_dense}
 
-    def _by_glob(self, ranks: Mapping[str, Sequence[int]]) -> dict[str, tuple[str, Rank]]:
+    def _by_glob(self, ranks: Mapping[str, RankSpec]) -> dict[str, tuple[str, Rank]]:
         found: dict[str, tuple[str, Rank]] = {}
         for name, site in self.sites.items():
-            rank = next((tuple(rank) for glob, rank in ranks.items() if fnmatchcase(name, glob)), None)
-            if rank is not None:
-                found[name] = (self.format_of(site), rank)
+            spec = next((spec for glob, spec in ranks.items() if fnmatchcase(name, glob)), None)
+            if isinstance(spec, Mapping):
+                found[name] = next((form, tuple(rank)) for form, rank in spec.items())
+            elif spec is not None:
+                found[name] = (self.format_of(site), tuple(spec))
         return found
 
     def rule(self) -> Rule:

@@ -35,6 +35,7 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+    final: ClassVar[bool] = False  # whether training on would undo what `finish` gives
     include: Sequence[str]
     exclude: Sequence[str]
     sites: dict[str, Site]

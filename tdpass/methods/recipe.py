@@ -25,7 +25,7 @@ class Recipe:
     """What `tdpass.train` is called with; objects are named `package.module:name`.
 
     `model()` makes the dense network, `data(seed)` the training batches, `evaluate(model)` scores on data that is not the test data,
-    `test(model)` on the test data; `example` is the shape of one input.  The rest is as `tdpass.train` has it.
+    `test(model)` on the test data; `calibration()` gives the data of a pipeline; `example` is the shape of one input.  The rest is as `tdpass.train` has it.
     """
 
     model: str
@@ -38,6 +38,7 @@ class Recipe:
     finetuning: Mapping[str, Any] | None = None
     control: bool = True
     rounds_per_epoch: int = 1
+    calibration: str | None = None
     evaluate: str | None = None
     test: str | None = None
     example: tuple[int, ...] = ()
@@ -90,7 +91,12 @@ class Recipe:
         return Recipe.parse(found)
 
     def run(
-        self, folder: Path | None = None, resume: bool = False, log: Callable[[TrainingRow], None] | None = None, checkpoint_every: int = 0
+        self,
+        folder: Path | None = None,
+        resume: bool = False,
+        log: Callable[[TrainingRow], None] | None = None,
+        checkpoint_every: int = 0,
+        note: Callable[[str], None] = lambda text: None,
     ) -> Artifact:
         """Train as the recipe says."""
         torch.manual_seed(self.seed)
@@ -111,11 +117,13 @@ class Recipe:
             evaluate=_score(self.evaluate),
             test=_score(self.test),
             example_inputs=torch.zeros(self.example) if self.example else None,
+            calibration=None if self.calibration is None else made_by(self.calibration),
             folder=folder,
             resume=resume,
             seed=self.seed,
             log=log,
             checkpoint_every=checkpoint_every,
+            note=note,
         )
 
     def seeded(self, seed: int) -> Recipe:
@@ -126,7 +134,7 @@ class Recipe:
 def names() -> list[str]:
     """The training recipes that come with tdpass."""
     folder = Path(__file__).parent.parent / "recipes"
-    return sorted(path.stem for path in folder.glob("*.yaml") if "data:" in path.read_text(encoding="utf-8"))
+    return sorted(path.stem for path in folder.glob("*.yaml") if "data" in yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 def named(text: str) -> Any:

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tdpass.artifact import Artifact
@@ -57,6 +56,7 @@ def train(
     checkpoint_every: int = 0,
     rounds_per_epoch: int = 1,
     log: Callable[[TrainingRow], None] | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Artifact:
     """Train a copy of a model into a smaller one, and say what each epoch and the whole did.
 
@@ -77,12 +77,14 @@ def train(
     if pretrain < 0 or finetune < 0:
         raise UsageError(f"pretrain={pretrain} and finetune={finetune} are epochs; give 0 or more")
     base = Settings.parse(settings)
-    run = _Run(data, objective, evaluate, None if folder is None else Path(folder), resume, seed, parallel, checkpoint_every, rounds_per_epoch, log)
+    run = _Run(data, objective, evaluate, None if folder is None else Path(folder), resume, seed, parallel, checkpoint_every, rounds_per_epoch, log, note)
+    if run.folder is not None:
+        run.folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     dense = copy.deepcopy(model)
     if pretrain:
         dense = run.stage("pretrain", dense, replace(Settings.parse(pretraining, base), distill=0.0), pretrain)
-    artifact, epochs = _compressed(dense, method, base, run, example_inputs, calibration)
+    artifact, epochs = _compressed(dense, method, base, run, example_inputs, calibration, finetune)
     scores = {} if test is None else {"score_dense": _score(test, dense), "score_before_finetuning": _score(test, artifact.model)}
     if finetune:
         tuned = run.stage("finetune", _module(artifact), Settings.parse(finetuning, base), finetune, teacher=dense)
@@ -112,6 +114,7 @@ class _Run:
     checkpoint_every: int
     rounds_per_epoch: int
     listener: Callable[[TrainingRow], None] | None
+    note: Callable[[str], None]
     rows: list[TrainingRow] = field(default_factory=list)
 
     def stage(self, name: str, model: nn.Module, settings: Settings, epochs: int, method: Method | None = None, teacher: nn.Module | None = None) -> nn.Module:
@@ -127,7 +130,8 @@ class _Run:
             rate = phased.rate(schedule)
         if teacher is not None and settings.distill:
             terms.append(Distillation(copy.deepcopy(teacher), settings.distill, settings.temperature))
-        Loop(
+        before = list(self.rows)
+        loop = Loop(
             stage=name,
             model=wrapped,
             data=self.data,
@@ -142,21 +146,28 @@ class _Run:
             folder=None if self.folder is None else self.folder / name,
             checkpoint_every=self.checkpoint_every,
             rounds_per_epoch=self.rounds_per_epoch,
-            log=self._take,
-        ).run(self.resume)
+            log=lambda row: self._take(row, [*before, *loop.rounds]),
+            note=self.note,
+        )
+        self.rows = [*before, *loop.run(self.resume)]
         trained = wrapped if method is not None else template.filled(wrapped)
         return trained.eval()
 
-    def _take(self, row: TrainingRow) -> None:
-        self.rows.append(row)
+    def _take(self, row: TrainingRow, rows: Sequence[TrainingRow]) -> None:
         if self.folder is not None and world()[0] == 0:
-            write_text(self.folder / "log.csv", log_table(self.rows))
+            write_text(self.folder / "log.csv", log_table(rows))
         if self.listener is not None:
             self.listener(row)
 
 
 def _compressed(
-    dense: nn.Module, method: Method | Mapping[str, Any] | PipelineSpec | None, settings: Settings, run: _Run, example: ExampleInputs, calibration: object
+    dense: nn.Module,
+    method: Method | Mapping[str, Any] | PipelineSpec | None,
+    settings: Settings,
+    run: _Run,
+    example: ExampleInputs,
+    calibration: object,
+    finetune: int,
 ) -> tuple[Artifact, int]:
     """What the method or the pipeline makes of the dense model, and the epochs that took."""
     if method is None:
@@ -164,6 +175,8 @@ def _compressed(
     if not (isinstance(method, Method | Mapping) or (isinstance(method, str) and method in METHODS)):
         return compress(dense, pipeline=method, data=calibration, example_inputs=example), 0
     made = make_method(method)
+    if finetune and made.final:
+        raise UsageError(f"{made.name} ends with weights where they shall stay, finetune={finetune} epochs would move them; give its own phases more rounds")
     made.prepare(dense, example)
     epochs = made.epochs(run.rounds_per_epoch)
     trained = run.stage("method", dense, settings, epochs, made, teacher=dense)
@@ -176,7 +189,9 @@ def _wrapped(model: nn.Module, parallel: Parallel | None) -> nn.Module:
     if world()[1] == 1 and not torch.distributed.is_initialized():
         raise UsageError(f"parallel={parallel!r} needs several processes; start with torchrun and torch.distributed.init_process_group()")
     if parallel == "ddp":
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        return DistributedDataParallel(model)
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - takes most of a second, which one process need not spend
+
     fully_shard(model)
     return model
 

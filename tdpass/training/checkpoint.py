@@ -16,8 +16,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import filesystem, state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tdpass.errors import TrainingError
 from tdpass.training.placement import world
@@ -31,6 +29,8 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], fact
 
     All processes call it.  The folder appears under its name only when it is complete; the last two are kept.
     """
+    from torch.distributed.checkpoint import state_dict_saver  # noqa: PLC0415 - takes half a second, which only a run that keeps checkpoints needs to spend
+
     rank, size = world()
     final, temporary = folder / f"step-{step:09d}", folder / f".step-{step:09d}.part"
     if rank == 0:
@@ -78,12 +78,17 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 def tensors_in(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and type of every tensor in a checkpoint."""
+    from torch.distributed.checkpoint import filesystem  # noqa: PLC0415 - as above
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata  # noqa: PLC0415 - as above
+
     entries = filesystem.FileSystemReader(path).read_metadata().state_dict_metadata
     return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def load_checkpoint(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fill `tensors` in place, each laid out as it is, from a checkpoint of any number of processes; raises `TrainingError`."""
+    from torch.distributed.checkpoint import state_dict_loader  # noqa: PLC0415 - as above
+
     stored = tensors_in(path)
     wrong = [name for name, tensor in tensors.items() if name not in stored or stored[name][0] != tuple(tensor.shape)]
     if wrong:

@@ -19,7 +19,7 @@ from tdpass.errors import TrainingError, UsageError
 from tdpass.report import TrainingRow
 from tdpass.training.checkpoint import load_checkpoint, newest_checkpoint, random_state, read_facts, restore_random_state, save_checkpoint, tensors_in
 from tdpass.training.distillation import call
-from tdpass.training.placement import bare, world
+from tdpass.training.placement import bare
 from tdpass.training.residuals import Watch
 from tdpass.training.terms import Hooks, Term
 
@@ -126,7 +126,7 @@ class Loop:
         residuals = {name: value for term in self.terms for name, value in term.residuals().items()}
         self.watch.check(residuals)
         score = None
-        if self.evaluate is not None and world()[0] == 0:
+        if self.evaluate is not None:  # on every process: a sharded model needs them all
             state = random_state()
             self.model.eval()
             with torch.no_grad():

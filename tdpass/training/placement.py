@@ -8,7 +8,6 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
@@ -16,18 +15,28 @@ T = TypeVar("T")
 
 def world() -> tuple[int, int]:
     """(rank of this process, number of processes)."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    return (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor on this process; a collective call where it is sharded."""
+    if not _distributed():
+        return tensor
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415 - takes half a second, and only a process group has such tensors
+
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def placed_like(tensor: Tensor, other: Tensor) -> Tensor:
     """A whole tensor, the same on all processes, laid out as `other` is."""
+    if not _distributed():
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: PLC0415 - as above
+
     if isinstance(other, DTensor):
         return distribute_tensor(tensor, other.device_mesh, other.placements)
     return tensor

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from tdpass.cost import Cost
 from tdpass.planner.rank_plan import DENSE, RankPlan
 from tdpass.report import Report, SiteRow
-from tdpass.views.units import human, ratio, share, small
+from tdpass.views.units import human, ratio, score, share, small
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,10 @@ def divergence(report: Report, rows: Sequence[SiteRow]) -> Figure | None:
     kind = divergence_name(report.divergence)
     if "divergence" in report.checks:
         return Figure(report.checks["divergence"], kind, measured=True)
-    if not rows:
+    expected = sum(row.loss for row in rows)
+    if not rows or (report.training and not expected):  # methods that train expect nothing of single sites
         return None
-    return Figure(sum(row.loss for row in rows), loss_name(report.divergence), measured=False)
+    return Figure(expected, loss_name(report.divergence), measured=False)
 
 
 def divergence_name(name: str) -> str:
@@ -81,7 +82,7 @@ def checks(values: Mapping[str, float]) -> list[tuple[str, str]]:
         elif name == "same_class":
             shown.append(("same class chosen", share(value, 1.0)))
         else:
-            shown.append((name.replace("_", " "), small(value)))
+            shown.append((name.replace("_", " "), score(value) if name.startswith("score_") else small(value)))
     return shown
 
 

@@ -58,6 +58,17 @@ def small(value: float) -> str:
     return f"{digits}e{int(power)}"
 
 
+def score(value: float) -> str:
+    """A score: four digits, since it is compared to others much like it.
+
+    >>> score(98.934), score(0.98934), score(0.0), score(1234.0)
+    ('98.93', '0.9893', '0.000', '1.23 k')
+    """
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:#.4g}" if abs(value) < 999.95 else human(value)
+
+
 def seconds(value: float) -> str:
     """A duration.
 

@@ -1,0 +1,116 @@
+"""What ADMM adds to training: seconds of a step and of an epoch, and memory, with and without it.
+
+    TDPASS_DATA=... python -m benchmarks.bench_training_cost
+
+Plain steps and steps under ADMM run in turn, in one process, on the same batches; the median of their ratio says what a step
+costs more, and a projection of all layers is added to each epoch.  Rows go to results/training_cost.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import cifar, mnist
+from benchmarks.results import Table, show
+from tdpass.methods import make_method
+from tdpass.training.batches import Batches
+from tdpass.training.loop import cross_entropy
+
+COLUMNS = (
+    "model",
+    "method",
+    "step_plain_ms",
+    "step_admm_ms",
+    "step_ratio",
+    "projection_s",
+    "steps_per_epoch",
+    "epoch_plain_s",
+    "epoch_admm_s",
+    "epoch_ratio",
+    "extra_mib",
+)
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batches], tuple[int, ...], dict[str, Any]]] = {
+    "lenet5": (mnist.lenet5, mnist.training, (2, 1, 28, 28), {"admm-nn": {"keep": 4500, "rho": 1e-3}}),
+    "resnet20": (cifar.resnet20, cifar.training, (2, 3, 32, 32), {"admm-tt": {"budget": {"macs": 0.5}, "format": "tucker2"}}),
+    "resnet32": (cifar.resnet32, cifar.training, (2, 3, 32, 32), {"batude": {"budget": {"macs": 0.5}}}),
+}
+
+
+def measure(name: str, steps: int) -> dict[str, Any]:
+    """One model with one method."""
+    build, data_of, example, spec = CASES[name]
+    model, data = build().train(), data_of()
+    method = make_method(spec)
+    method.prepare(model, torch.zeros(example))
+    term = method.bind(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    batches = [batch for batch, _ in zip(data, range(8), strict=False)]
+    term.begin_round(0.0)
+    start = time.perf_counter()
+    for inner in term.terms:
+        inner.begin_round(0.1)
+    projection = time.perf_counter() - start
+
+    def step(index: int, admm: bool) -> float:
+        inputs, targets = batches[index % len(batches)]
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        cross_entropy()(model(inputs), targets).backward()
+        if admm:
+            term.before_step(optimizer)
+        optimizer.step()
+        if admm:
+            with torch.no_grad():
+                term.after_step(optimizer)
+        return time.perf_counter() - start
+
+    plain, under = [], []
+    for index in range(steps + 3):
+        first = index % 2 == 0
+        times = {admm: step(index, admm) for admm in (first, not first)}
+        if index >= 3:
+            plain.append(times[False])
+            under.append(times[True])
+    ratio = statistics.median(a / p for a, p in zip(under, plain, strict=True))
+    step_plain, count = statistics.median(plain), len(data)
+    epoch_plain, epoch_admm = step_plain * count, step_plain * ratio * count + projection
+    held = sum(value.numel() * value.element_size() for value in term.state().values() if isinstance(value, torch.Tensor))
+    return {
+        "model": name,
+        "method": next(iter(spec)),
+        "step_plain_ms": 1e3 * step_plain,
+        "step_admm_ms": 1e3 * step_plain * ratio,
+        "step_ratio": ratio,
+        "projection_s": projection,
+        "steps_per_epoch": count,
+        "epoch_plain_s": epoch_plain,
+        "epoch_admm_s": epoch_admm,
+        "epoch_ratio": epoch_admm / epoch_plain,
+        "extra_mib": held / 2**20,
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--models", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", default="training_cost.csv", help="CSV file (default: results/training_cost.csv)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    table = Table(options.out, COLUMNS)
+    for name in options.models:
+        table.add(**measure(name, options.steps))
+        print(show([table.rows[-1]], COLUMNS), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""What every registered training method promises, in a loop of one's own and in `tdpass.train`."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tdpass
+from tdpass.constraints.in_format import InFormat
+from tdpass.errors import TdpassError, TrainingError, UsageError
+from tdpass.methods import METHODS, make_method
+from tdpass.training.batches import Batches
+
+ROUNDS = 6
+EXAMPLES: dict[str, list[dict[str, Any]]] = {
+    "admm-tt": [
+        {"budget": {"params": 0.4}, "rounds": ROUNDS, "rho": 0.5},
+        {"budget": {"macs": 0.6}, "format": "tucker2", "rounds": ROUNDS, "rho": 0.5},
+        {"ranks": {"conv2": [4, 4], "fc": {"svd": [3]}}, "format": "tucker2", "rounds": ROUNDS, "rho": 0.5},
+        {"ranks": {"fc": [3, 3, 3, 3]}, "format": "tensor_ring", "rounds": ROUNDS, "rho": 0.5},
+    ],
+    "batude": [
+        {"budget": {"macs": 0.5}, "rounds": ROUNDS, "stable": 2, "rho": 0.5},
+        {"budget": {"params": 0.7}, "rounds": ROUNDS, "stable": 1, "rho": 0.5, "exclude": ["fc"]},
+    ],
+    "admm-nn": [
+        {"keep": 400, "prune": 3, "retrain": 1, "quantize": 0, "fix": 0, "rho": 0.5},
+        {"keep": 400, "bits_per_weight": 3, "prune": 2, "retrain": 1, "quantize": 1, "fix": 2, "rho": 0.5, "score": "lamp"},
+    ],
+}
+CASES = [pytest.param(name, options, id=f"{name}-{index}") for name, all_options in EXAMPLES.items() for index, options in enumerate(all_options)]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 12, 3, padding=1)
+        self.norm = nn.BatchNorm2d(12)
+        self.conv2 = nn.Conv2d(12, 16, 3, padding=1)
+        self.fc = nn.Linear(64, 20)
+        self.out = nn.Linear(20, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.norm(self.conv1(x)))
+        x = F.relu(self.conv2(x))
+        return self.out(F.relu(self.fc(F.adaptive_avg_pool2d(x, 2).flatten(1))))
+
+
+def network() -> Net:
+    torch.manual_seed(3)
+    return Net()
+
+
+def batches() -> Batches:
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.arange(192) % 4
+    images = torch.randn(192, 2, 8, 8, generator=generator) + labels[:, None, None, None] * torch.tensor([0.5, -0.5]).view(1, 2, 1, 1)
+    return Batches(images, labels, 32)
+
+
+def own_loop(name: str, options: dict[str, Any], model: nn.Module) -> tuple[Any, tdpass.Artifact]:
+    method, data = METHODS.get(name)(**options), batches()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    method.attach(model, optimizer, every=len(data), example_inputs=torch.zeros(2, 2, 8, 8))
+    for epoch in range(ROUNDS):
+        data.set_epoch(epoch)
+        for inputs, targets in data:
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+    return method, method.finish(model)
+
+
+def test_every_method_has_examples() -> None:
+    assert set(EXAMPLES) == set(METHODS.names())
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_three_lines_in_a_loop_of_ones_own(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = network()
+    _, artifact = own_loop(name, options, model)
+    trained = copy.deepcopy(model.state_dict())
+    assert all(torch.equal(value, trained[key]) for key, value in model.state_dict().items())
+    assert len(model.__dict__["_forward_pre_hooks"]) == 0
+    x = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    result = artifact.model.eval()
+    artifact.save(tmp_path / "model.safetensors")
+    loaded = tdpass.load(tmp_path / "model.safetensors", network()).eval()
+    assert torch.equal(loaded(x), result(x))
+    assert tdpass.load_plan(tmp_path / "model.safetensors") == artifact.plan
+    artifact.plan.save(tmp_path / "plan.json")
+    assert tdpass.load_plan(tmp_path / "plan.json") == artifact.plan
+    torch.onnx.export(result, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (answer,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(answer), result(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_the_result_keeps_its_bounds(name: str, options: dict[str, Any]) -> None:
+    method, artifact = own_loop(name, options, network())
+    for measure, bound in options.get("budget", {}).items():
+        limit = bound * artifact.report.original.get(measure)
+        assert artifact.report.final.get(measure) <= limit
+        assert artifact.report.final.get(measure) > 0.6 * limit  # a budget is there to be used
+    for choice in artifact.plan:
+        weight = dict(artifact.model.named_modules())[choice.site].weight.detach()
+        if not choice.kept_dense:
+            assert choice.cost.params < choice.dense.params or "ranks" in options
+            if choice.format != "tensor_ring":  # whose projection is a search
+                again = InFormat(method.sites[choice.site], choice.format, choice.rank).project(weight)
+                torch.testing.assert_close(again, weight, rtol=1e-4, atol=1e-4)
+        elif "bits_per_weight" in options:
+            level = method.levels[choice.site]
+            assert weight[weight != 0].abs().unique().numel() <= level.count
+    if "keep" in options:
+        kept = sum(int(dict(artifact.model.named_modules())[choice.site].weight.count_nonzero()) for choice in artifact.plan)
+        assert 0.95 * options["keep"] <= kept <= options["keep"]
+    if "bits_per_weight" in options:
+        bits = sum(level.bits * int(dict(artifact.model.named_modules())[site].weight.count_nonzero()) for site, level in method.levels.items())
+        assert bits <= options["bits_per_weight"] * options["keep"]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_train_reports_every_epoch_and_the_control(name: str, options: dict[str, Any]) -> None:
+    def score(model: nn.Module) -> float:
+        data = batches()
+        return 100 * float((model(data.inputs).argmax(1) == data.targets).float().mean())
+
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    common: dict[str, Any] = {"settings": {"lr": 0.05, "distill": 0.3}, "evaluate": score, "test": score, "example_inputs": torch.zeros(2, 2, 8, 8)}
+    tuned = 0 if METHODS.get(name).final else 1
+    artifact = tdpass.train(model, batches(), {name: options}, pretrain=1, finetune=tuned, **common)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    epochs = make_method({name: options}).epochs()
+    assert [row.stage for row in artifact.report.training] == ["pretrain"] + ["method"] * epochs + ["finetune"] * tuned + ["control"] * (epochs + tuned)
+    assert {"score_dense", "score_before_finetuning", "score_control", "score_final"} <= set(artifact.report.checks)
+    assert artifact.report.checks["score_final"] == score(artifact.model)
+    assert any(row.residuals for row in artifact.report.training)
+    assert tdpass.Report(**vars(artifact.report)).to_json() == artifact.report.to_json()
+
+
+@pytest.mark.parametrize(("name", "options"), [case for case in CASES if case.values[0] != "admm-nn"])
+def test_admm_brings_weights_nearer_to_their_set(name: str, options: dict[str, Any]) -> None:
+    settings = {"lr": 0.02, "schedule": {"constant": {"start": 1.0}}}
+    common: dict[str, Any] = {"settings": settings, "control": False, "example_inputs": torch.zeros(2, 2, 8, 8)}
+    artifact = tdpass.train(network(), batches(), {name: {**options, "rounds": 20, "rho": 0.2}}, **common)
+    plain = dict(tdpass.train(network(), batches(), pretrain=20, **common).model.named_parameters())
+    sites = {site.name: site for site in tdpass.open_model(network()).sites()}
+    errors = []
+    for choice in artifact.plan:
+        if not choice.kept_dense:
+            weight = plain[f"{choice.site}.weight"].detach()
+            gap = weight - InFormat(sites[choice.site], choice.format, choice.rank).project(weight)
+            errors.append(float(gap.norm() / weight.norm()))
+    assert sum(choice.error for choice in artifact.plan) < 0.8 * sum(errors)
+
+
+def test_fine_tuning_is_refused_where_it_would_undo_the_method() -> None:
+    with pytest.raises(UsageError, match="would move them"):
+        tdpass.train(network(), batches(), {"admm-nn": EXAMPLES["admm-nn"][0]}, finetune=1)
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_wrong_use_is_one_clear_error(name: str) -> None:
+    options, model = EXAMPLES[name][0], network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = METHODS.get(name)(**options)
+    with pytest.raises(TrainingError, match="attach it before"):
+        method.finish(model)
+    method.attach(model, optimizer, every=2, example_inputs=torch.zeros(2, 2, 8, 8))
+    with pytest.raises(UsageError, match="attached already"):
+        method.attach(model, optimizer, every=2)
+    with pytest.raises(UsageError, match="no site"):
+        METHODS.get(name)(**{**options, "include": ["nothing*"]}).attach(model, optimizer, every=2)
+    with pytest.raises(TdpassError, match="unexpected keyword argument 'nonsense'"):
+        make_method({name: {**options, "nonsense": 1}})
+    with pytest.raises(UsageError, match="not a str"):
+        METHODS.get(name)(**options).prepare("model.onnx")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("admm-tt", {"budget": {"params": 1e-4}}), ("batude", {"budget": {"macs": 1e-4}}), ("batude", {"budget": {"seconds": 0.5}})],
+)
+def test_impossible_budgets_are_refused_before_training(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(tdpass.BudgetError):
+        METHODS.get(name)(**options).prepare(network(), torch.zeros(2, 2, 8, 8))
+
+
+@pytest.mark.parametrize("wrong", [{"keep": 0}, {"keep": 10, "reach": 0.0}, {"keep": 10, "bits_per_weight": 9.0}])
+def test_admm_nn_checks_its_options(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        METHODS.get("admm-nn")(**wrong)
+
+
+def test_hardware_sends_layers_below_break_even_back_to_dense() -> None:
+    class Machine:
+        def break_even_sparsity(self, site: tdpass.models.base.Site, group: str = "weight", setting: object = None) -> float | None:
+            return {"conv1": None, "conv2": 0.7, "fc": 0.6, "out": 0.0}[site.name]
+
+    method = METHODS.get("admm-nn")(keep=900, prune=1, retrain=1, hardware=Machine())
+    method.prepare(network())
+    assert "conv1" in method.dense
+    artifact = tdpass.train(network(), batches(), METHODS.get("admm-nn")(keep=900, prune=2, retrain=1, hardware=Machine()), control=False)
+    modules = dict(artifact.model.named_modules())
+    assert modules["conv1"].weight.count_nonzero() == 12 * 2 * 9
+    assert sum(int(modules[name].weight.count_nonzero()) for name in ("conv1", "conv2", "fc", "out")) <= 900
