@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.bench-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all test-sanitized lint bench bench-accuracy bench-finetune bench-minilm bench-planner bench-targets bench-break-even bench-peers bench-kernels bench-models bench-factorize clean
+.PHONY: demo test test-all test-sanitized lint bench bench-accuracy bench-finetune bench-minilm bench-planner bench-targets bench-break-even bench-training bench-training-cost bench-project bench-peers bench-kernels bench-models bench-factorize clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -48,6 +48,18 @@ bench-planner: $(INSTALLED)
 
 bench-targets: $(BENCH_INSTALLED)
 	$(BIN)/python -m benchmarks.bench_targets
+
+bench-training: $(BENCH_INSTALLED)
+	$(BIN)/python -m benchmarks.bench_training lenet5_admm_nn --seeds 0 1 2
+	$(BIN)/python -m benchmarks.bench_training lstm_tt --seeds 0 1 2
+	$(BIN)/python -m benchmarks.bench_training resnet20_admm_tucker
+	$(BIN)/python -m benchmarks.bench_training resnet20_batude
+
+bench-training-cost: $(BENCH_INSTALLED)
+	$(BIN)/python -m benchmarks.bench_training_cost
+
+bench-project: $(INSTALLED)
+	$(BIN)/python -m benchmarks.bench_project
 
 bench-break-even: $(BENCH_INSTALLED)
 	$(BIN)/python -m benchmarks.bench_break_even

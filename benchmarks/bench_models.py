@@ -5,13 +5,14 @@
 
 Random weights: speed only.  Ranks are the same share of the channels everywhere, on the grid of 16 (8 for CIFAR), at the given
 cut in multiply-adds.  All candidates of a network run in one process, in turn; processor time at one thread, least wall time at
-two; everything float32.  `chain` is the best runtime's plain chain, `fused` the better of torch with backend="tdpass" and ONNX
-Runtime with the operator library.
+two; everything float32.  `chain` is the best runtime's plain chain, `fused` the best of torch with backend="tdpass", its weights
+frozen or not, and ONNX Runtime with the operator library.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -73,10 +74,12 @@ def candidates(net: Net, batch: int, threads: int) -> tuple[Calls, float]:
     calls: Calls = {}
     for form, module in (("dense", model), ("chain", factored)):
         calls |= {f"{form} {name}": call for name, call in _in_runtimes(module, x, threads)}
-    compiled = torch.compile(factored.to(memory_format=torch.channels_last) if x.dim() == 4 else factored, backend="tdpass")
+    module = factored.to(memory_format=torch.channels_last) if x.dim() == 4 else factored
     seen = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-    compiled(seen)
-    calls["fused torch"] = lambda: compiled(seen)
+    for label, options in (("fused torch", {}), ("fused torch frozen", {"freeze": True})):
+        compiled = torch.compile(module, backend="tdpass", options=options)
+        compiled(seen)
+        calls[label] = functools.partial(compiled, seen)
     fused = tdpass.compress(exported(factored, x), plan=RankPlan((), plan.original), pipeline="fuse-kernels", example_inputs=x)
     call = RUNTIMES.get("onnxruntime").prepare_model(fused.opened, Batch((x,), {}), threads)
     if call is not None:

@@ -88,6 +88,19 @@ def training(seed: int = 0) -> Batches:
     return Batches(*cut("training"), size=128, seed=seed)
 
 
+def shifted(seed: int = 0) -> Batches:
+    """The same, each image moved by up to one pixel each way."""
+    return Batches(*cut("training"), size=128, seed=seed, change=_shift)
+
+
+def _shift(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Every image moved by its own random step, background behind it."""
+    padded = F.pad(images, (1, 1, 1, 1), value=float(images.min()))
+    top, left = (torch.randint(0, 3, (len(images), 1), generator=generator) for _ in range(2))
+    rows, columns = top + torch.arange(28), left + torch.arange(28)
+    return padded[torch.arange(len(images))[:, None, None], 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
+
+
 def tuning_accuracy(model: nn.Module) -> float:
     """Percentage of the tuning images classified correctly."""
     return _accuracy(model, *cut("tuning"))
