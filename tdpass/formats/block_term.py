@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from tdpass.errors import PlanError
+from tdpass.formats.alternating import State, alternate, normalized, solve_gram, suits_single
 from tdpass.formats.base import Decomposition, Factors, Format, Rank, Stage, pointwise, register_format, scaled_ranks
 from tdpass.formats.blocks import LAYOUTS
 from tdpass.formats.metric import Metric
-from tdpass.formats.multilinear import Modes, State, Whitening, alternate, improve_left, nearest, polish, share_norm, solve_gram
+from tdpass.formats.multilinear import Modes, Whitening, improve_left, nearest, polish, share_norm
 from tdpass.formats.spectrum import top_eigenpairs
 from tdpass.ops import Ops, V
 from tdpass.site import Site
@@ -57,9 +59,20 @@ class _Als:
         self.unfolded = self.tensor.flatten(1)
         self.energy = float(self.tensor.square().sum())
 
+    @functools.cached_property
+    def single(self) -> _Als:
+        """The same in single precision."""
+        twin = copy.copy(self)
+        twin.tensor = self.tensor.float()
+        twin.unfolded = twin.tensor.flatten(1)
+        return twin
+
     def state(self, rank: Rank) -> State:
         """Whitened `last[o, (b s)], core[b, s, p, r], first[(b r), i]`."""
-        last, core, first = alternate(self.start(rank), self.sweep, self.energy**0.5, 2 * self.tensor.numel() * rank[0] * rank[1])
+        macs, norm = 2 * self.tensor.numel() * rank[0] * rank[1], self.energy**0.5
+        single = self.single if suits_single(macs, norm) else None
+        start = (single or self).start(rank)
+        last, core, first = alternate(start, self.sweep, norm, macs, None if single is None else single.sweep)
         return improve_left(self.unfolded, last, _times_first(core, first).flatten(1), Metric()), core, first
 
     def undo(self, state: State) -> State:
@@ -93,13 +106,13 @@ class _Als:
         _, core, first = state
         b, s, p, r = core.shape
         rows = _times_first(core, first).flatten(1)
-        last, norm = _unit(solve_gram(rows @ rows.T, rows @ self.unfolded.T))
+        last, norm = normalized(solve_gram(rows @ rows.T, rows @ self.unfolded.T), 1)
         core = core * norm.reshape(b, s, 1, 1)
         seen, outer = (last @ self.unfolded).reshape(b, s * p, -1), last @ last.T
         flat = core.reshape(b, s * p, r)
         lifted = (outer.reshape(b * s, b, s).transpose(0, 1) @ core.reshape(b, s, p * r)).reshape(b, b, s, p, r)
         gram = flat.transpose(1, 2) @ lifted.permute(1, 2, 3, 0, 4).reshape(b, s * p, b * r)
-        first, norm = _unit(solve_gram(gram.reshape(b * r, b * r), (flat.transpose(1, 2) @ seen).reshape(b * r, -1)))
+        first, norm = normalized(solve_gram(gram.reshape(b * r, b * r), (flat.transpose(1, 2) @ seen).reshape(b * r, -1)), 1)
         core = core * norm.reshape(b, 1, 1, r)
         wanted = (seen @ first.reshape(b, r, -1).transpose(1, 2)).reshape(b, s, p, r)
         core, energy = _solve_core(core, wanted, outer.reshape(b, s, b, s), (first @ first.T).reshape(b, r, b, r))
@@ -214,8 +227,3 @@ def _times_first(core: Tensor, first: Tensor) -> Tensor:
 
 def _unfolded(modes: Modes, state: State) -> Tensor:
     return state[0] @ _rows(modes, state)
-
-
-def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
-    norm: Tensor = rows.norm(dim=1)
-    return rows / norm.clamp_min(1e-150)[:, None], norm

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tdpass.formats.alternating import State
 from tdpass.formats.base import Decomposition, Factors, Format, Rank, Stage, no_padding, pointwise, rank_grid, register_format, unit
+from tdpass.formats.cp_fit import CpFit, khatri_rao
 from tdpass.formats.metric import Metric
-from tdpass.formats.multilinear import Modes, State, Whitening, alternate, improve_left, nearest, polish, solve_gram
-from tdpass.formats.spectrum import top_eigenpairs
+from tdpass.formats.multilinear import Modes, Whitening, improve_left, nearest, polish
 from tdpass.ops import Ops, V
 from tdpass.site import Site
 
@@ -55,7 +54,7 @@ class _Components(Decomposition):
         sizes = [stage.size for stage in _stages(site)]
         modes = Modes((site.o,), (site.i, *sizes), tuple((mode,) for mode in range(2 + len(sizes))))
         metrics = [Metric()] if metric.plain else [Metric(), metric]
-        self.fits = [_Als(Whitening.of(each, modes), weight) for each in metrics]
+        self.fits = [CpFit(whitening, whitening.tensor(weight)) for whitening in (Whitening.of(each, modes) for each in metrics)]
 
     def factors(self, rank: Rank) -> Factors:
         (r,) = rank
@@ -74,77 +73,6 @@ class _Components(Decomposition):
         order, macs = range(1, len(states[best])), self.matrix.numel() * states[best][0].shape[1]
         state = polish(self.matrix, states[best], lambda state: _unfolded(fit.undo(state)), self.metric, order, macs)
         return _solved(self.matrix, fit.undo(state), self.metric)
-
-
-class _Als:
-    """Alternating least squares for a whitened tensor, started from its slices."""
-
-    def __init__(self, whitening: Whitening, weight: Tensor) -> None:
-        self.whitening = whitening
-        self.tensor = whitening.tensor(weight)
-        self.slices = self.tensor.flatten(2).permute(2, 0, 1).contiguous()
-        self.energy = float(self.tensor.square().sum())
-
-    @functools.cached_property
-    def start(self) -> State:
-        """All rank-one terms of the slices `W x_h c x_w d` along the kernel's principal axes, strongest first.
-
-        The terms are orthogonal, so their first r are a start whose error falls with r, and which needs no random numbers.
-        """
-        core, bases = self.tensor, []
-        for axis in range(2, core.dim()):
-            unfolded = core.movedim(axis, 0).flatten(1)
-            bases.append(top_eigenpairs(unfolded @ unfolded.T, core.shape[axis])[1])
-            core = torch.tensordot(core, bases[-1], dims=([axis], [0])).movedim(-1, axis)
-        lefts, rights, places = [], [], []
-        for place in itertools.product(*(range(size) for size in core.shape[2:])):
-            matrix = core.movedim((0, 1), (-2, -1))[place]
-            wide = matrix.shape[0] <= matrix.shape[1]
-            gram = matrix @ matrix.T if wide else matrix.T @ matrix
-            _, vectors = top_eigenpairs(gram, len(gram))
-            lefts.append(vectors if wide else matrix @ vectors)
-            rights.append(matrix.T @ vectors if wide else vectors)
-            places.extend([place] * len(gram))
-        left, right = torch.cat(lefts, 1), torch.cat(rights, 1)
-        order = (left.norm(dim=0) * right.norm(dim=0)).argsort(descending=True, stable=True)
-        chosen = torch.tensor(places)[order]
-        return (left[:, order], right[:, order], *(basis[:, chosen[:, axis]] for axis, basis in enumerate(bases)))
-
-    def state(self, rank: int) -> State:
-        """Whitened factors `a[o, r], b[i, r], c[h, r], ...`."""
-        a, b, *kernels = alternate(tuple(factor[:, :rank] for factor in self.start), self.sweep, self.energy**0.5, 2 * self.tensor.numel() * rank)
-        gram, wanted = b.T @ b * _gram(kernels), _combined(self._seen(b), _khatri_rao(kernels))
-        return (a + solve_gram(gram, (wanted - a @ gram).T).T, b, *kernels)
-
-    def undo(self, state: State) -> State:
-        """The factors without the whitening."""
-        return tuple(self.whitening.undo(factor, 0, mode) for mode, factor in enumerate(state))
-
-    def sweep(self, state: State) -> tuple[State, float]:
-        """Solve for b, a, then each kernel factor; the two products with the whole tensor serve all of them."""
-        a, b, *kernels = state
-        pattern, gram = _khatri_rao(kernels), _gram(kernels)
-        wanted = torch.zeros_like(b.T)
-        for matrix, weights in zip(self.slices, pattern, strict=True):
-            wanted.addmm_((a * weights).T, matrix)
-        b = _unit(solve_gram(a.T @ a * gram, wanted).T)
-        seen = self._seen(b)
-        a = solve_gram(b.T @ b * gram, _combined(seen, pattern).T).T
-        moments, gram = torch.stack([(image * a).sum(0) for image in seen]), (a.T @ a) * (b.T @ b)
-        for mode in range(len(kernels)):
-            others = kernels[:mode] + kernels[mode + 1 :]
-            target = moments.reshape(*(len(kernel) for kernel in kernels), -1).movedim(mode, 0).reshape(len(kernels[mode]), -1, a.shape[1])
-            kernels[mode] = solve_gram(gram * _gram(others), (target * _khatri_rao(others)).sum(1).T).T
-            if mode < len(kernels) - 1:
-                kernels[mode] = _unit(kernels[mode])
-        error = self.energy + float((gram * _gram(kernels)).sum()) - 2 * float((moments * _khatri_rao(kernels)).sum())
-        norm = kernels[-1].norm(dim=0)
-        kernels[-1] = _unit(kernels[-1])
-        return (a * norm, b, *kernels), max(0.0, error) ** 0.5
-
-    def _seen(self, b: Tensor) -> Tensor:
-        """Every slice times b: `[(h w), o, r]`."""
-        return (self.slices.flatten(0, 1) @ b).reshape(*self.slices.shape[:2], -1)
 
 
 @register_format
@@ -201,33 +129,9 @@ class Cp(Format):
         return Stage("a", pointwise(site.o, rank[0], len(site.kernel), site.name))
 
 
-def _khatri_rao(factors: Sequence[Tensor]) -> Tensor:
-    """Column-wise Kronecker product: `[h w, r]` of `[h, r]` and `[w, r]`; a row of ones for none."""
-    product = torch.ones(1, 1, dtype=torch.float64)
-    for factor in factors:
-        product = (product[:, None] * factor).flatten(0, 1)
-    return product
-
-
-def _gram(factors: Sequence[Tensor]) -> Tensor:
-    """Gram matrix of the Khatri-Rao product."""
-    product = torch.ones(1, 1, dtype=torch.float64)
-    for factor in factors:
-        product = product * (factor.T @ factor)
-    return product
-
-
-def _combined(images: Tensor, weights: Tensor) -> Tensor:
-    """`sum_p images[p] * weights[p]`, one p at a time: all at once would be as large as the tensor itself."""
-    total = torch.zeros_like(images[0])
-    for image, weight in zip(images, weights, strict=True):
-        total.addcmul_(image, weight)
-    return total
-
-
 def _rows(state: State) -> Tensor:
     """Everything but a, as `[r, (i h w)]`."""
-    return _khatri_rao(state[1:]).T
+    return khatri_rao(state[1:]).T
 
 
 def _solved(matrix: Tensor, state: State, metric: Metric) -> State:
@@ -237,11 +141,6 @@ def _solved(matrix: Tensor, state: State, metric: Metric) -> State:
 
 def _unfolded(state: State) -> Tensor:
     return state[0] @ _rows(state)
-
-
-def _unit(factor: Tensor) -> Tensor:
-    norm: Tensor = factor.norm(dim=0)
-    return factor / norm.clamp_min(1e-150)
 
 
 def _balanced(state: State) -> State:

@@ -1,4 +1,4 @@
-"""What the formats with three or more tensor modes share: views of a weight, whitening per mode, least squares."""
+"""What the formats with three or more tensor modes share: views of a weight, whitening per mode, steps in the metric."""
 
 from __future__ import annotations
 
@@ -11,17 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tdpass.formats.alternating import WORK, State, solve_gram
 from tdpass.formats.metric import Metric, symmetric_roots
 from tdpass.formats.spectrum import top_eigenpairs
 
-State = tuple[Tensor, ...]
 _DAMPING = 1e-6
-_RIDGES = (1e-11, 1e-9, 1e-7, 1e-4)
-_STALLED = 1e-4
-_EXACT = 1e-6
-_SWEEPS = (6, 40)
 _STEPS = 8
-_WORK = 3 * 10**9
 
 
 @dataclass(frozen=True)
@@ -111,48 +106,6 @@ def balanced_factors(size: int, count: int) -> tuple[int, ...]:
     return _balanced(size, count, size)
 
 
-def alternate(start: State, sweep: Callable[[State], tuple[State, float]], norm: float, macs: int) -> State:
-    """Alternating least squares, each sweep started a step beyond the last (Nesterov with restarts, Mitchell et al. 2020).
-
-    `sweep` returns the new state and its error.  A sweep that makes the error grow is dropped, so the error never does.  An
-    error that is rounding beside `norm`, the tensor's, ends it: beyond that, factors would only grow against each other.
-    `macs` is what one sweep takes; large tensors get fewer sweeps.  The limit is on work, not on time, so that results repeat.
-    """
-    fewest, most = _SWEEPS
-    (best, error), step = sweep(start), 0.5
-    ahead = best
-    for _ in range(max(fewest, min(most, _WORK // macs)) - 1):
-        if error <= _EXACT * norm:
-            break
-        state, reached = sweep(ahead)
-        if reached > error:
-            if ahead is best:
-                break
-            ahead, step = best, step / 2
-            continue
-        stalled = error - reached <= _STALLED * error
-        ahead = tuple(new + step * (new - old) for new, old in zip(state, best, strict=True))
-        best, error, step = state, reached, min(2.0, step * 1.1)
-        if stalled:
-            break
-    return best
-
-
-def solve_gram(gram: Tensor, right: Tensor) -> Tensor:
-    """`gram^-1 right` for a positive semidefinite matrix, with the least ridge, relative to its diagonal, that makes it definite."""
-    diagonal = gram.diagonal()
-    # What is below rounding beside the largest is noise; scaling it up to the rest would fit noise with large numbers.
-    scale = diagonal.clamp_min(float(diagonal.max()) * 1e-16 + 1e-300).rsqrt()
-    scaled = (gram + gram.T).mul_(scale / 2).mul_(scale[:, None])
-    ones, most = scaled.diagonal().clone(), scaled.diagonal()
-    for ridge in _RIDGES:
-        most.copy_(ones + ridge)
-        triangle, info = torch.linalg.cholesky_ex(scaled)
-        if int(info) == 0:
-            break
-    return scale[:, None] * torch.cholesky_solve(scale[:, None] * right, triangle)
-
-
 def improve_left(weight: Tensor, left: Tensor, rows: Tensor, metric: Metric) -> Tensor:
     """The `A` that makes `A @ rows` nearest to `weight` in the metric: `A = W C T^T (T C T^T)^-1`.
 
@@ -172,7 +125,7 @@ def polish(weight: Tensor, factors: State, rebuild: Callable[[State], Tensor], m
     o, d = weight.shape
     full = metric.inputs is not None and metric.inputs.dim() == 2
     step = weight.numel() * ((d if full else 1) + (1 if metric.outputs is None else o)) + 3 * macs
-    left = min(2 * len(order) * _STEPS, 2 * _WORK // step)
+    left = min(2 * len(order) * _STEPS, 2 * WORK // step)
     for k in itertools.cycle(order):
         if left <= 0:
             break

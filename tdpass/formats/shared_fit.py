@@ -7,7 +7,7 @@ given `first`, and `first` is improved by conjugate gradients, in turn.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -29,6 +29,7 @@ class SharedFit:
 
     weight: Tensor
     metric: Metric
+    _begun: dict[int, tuple[Tensor, WeightedSvd]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, weight: Tensor, shared: tuple[int, ...], metric: Metric) -> SharedFit:
@@ -68,8 +69,8 @@ class SharedFit:
 
     def solve_split(self, rank: int, core_rank: int | None) -> tuple[Tensor, Tensor, WeightedSvd | None]:
         """As `solve`, with the truncated decomposition of `last` where a core rank below full was asked for."""
-        first = self._normalized(self.start.factors(rank)[1])
-        last, split = self.solve_last(first, core_rank)
+        first, free = self._begin(rank)
+        last, split = self._truncated(free, rank, core_rank)
         if self.metric.plain and core_rank is None:
             return first, last, split
         o, a, b = self.weight.shape
@@ -93,25 +94,36 @@ class SharedFit:
 
     def solve_last(self, first: Tensor, core_rank: int | None = None) -> tuple[Tensor, WeightedSvd | None]:
         """The best `last` for a given `first`, and its truncated decomposition where a core rank is asked for."""
+        return self._truncated(self._free_last(first), len(first), core_rank)
+
+    def _begin(self, rank: int) -> tuple[Tensor, WeightedSvd]:
+        """The first `first` and the best free `last` for it, kept for the next core rank: candidates of one rank mostly follow each other."""
+        if rank not in self._begun:
+            first = self._normalized(self.start.factors(rank)[1])
+            self._begun.clear()
+            self._begun[rank] = first, self._free_last(first)
+        return self._begun[rank]
+
+    def _free_last(self, first: Tensor) -> WeightedSvd:
+        """The best `last` of any rank, as an `o x (r b)` matrix in the metric that is left of the inputs'."""
         o, a, b = self.weight.shape
         r = first.shape[0]
         if self.metric.inputs is None:
             free = torch.einsum("ra,oab->orb", first, self.weight).reshape(o, r * b)
-            return self._truncated(free, Metric(None, self.metric.outputs), r, core_rank)
+            return WeightedSvd(free, Metric(None, self.metric.outputs))
         lifted = torch.einsum("ra,bc->rbac", first, torch.eye(b, dtype=first.dtype)).reshape(r * b, a * b)
         seen = self.metric.times_inputs(lifted)
         normal = seen @ lifted.T
         normal.diagonal().add_(float(normal.diagonal().mean()) * 1e-10 + 1e-300)
         free = torch.linalg.solve(normal, seen @ self.weight.reshape(o, -1).T).T
-        return self._truncated(free, Metric(normal, self.metric.outputs), r, core_rank)
+        return WeightedSvd(free, Metric(normal, self.metric.outputs))
 
-    def _truncated(self, free: Tensor, metric: Metric, r: int, core_rank: int | None) -> tuple[Tensor, WeightedSvd | None]:
+    def _truncated(self, free: WeightedSvd, r: int, core_rank: int | None) -> tuple[Tensor, WeightedSvd | None]:
         o, _, b = self.weight.shape
-        if core_rank is None or core_rank >= min(free.shape):
-            return free.reshape(o, r, b), None
-        split = WeightedSvd(free, metric)
-        left, right = split.factors(core_rank)
-        return (left @ right).reshape(o, r, b), split
+        if core_rank is None or core_rank >= free.rank:
+            return free.matrix.reshape(o, r, b), None
+        left, right = free.factors(core_rank)
+        return (left @ right).reshape(o, r, b), free
 
     def _normalized(self, first: Tensor) -> Tensor:
         """The same row space; orthonormal where C is the identity, so that `last` is a plain projection."""

@@ -25,14 +25,14 @@ class WeightedSvd:
     """
 
     def __init__(self, matrix: Tensor, metric: Metric) -> None:
-        self._matrix, self._metric = matrix, metric
+        self.matrix, self._metric = matrix, metric
         self._wide = matrix.shape[0] <= matrix.shape[1]
         self._factors: tuple[Tensor, Tensor] | None = None
 
     @property
     def rank(self) -> int:
         """The rank at which the factors reproduce any matrix of this shape."""
-        return min(self._matrix.shape)
+        return min(self.matrix.shape)
 
     @cached_property
     def total(self) -> float:
@@ -69,7 +69,7 @@ class WeightedSvd:
     def _weighted(self) -> Tensor:
         """`G^1/2 W`, on the right side `C^1/2` too where the Gram matrix is the input's."""
         roots = self._metric.output_roots
-        weighted = self._matrix if roots is None else roots[0] @ self._matrix
+        weighted = self.matrix if roots is None else roots[0] @ self.matrix
         inputs = None if self._wide else self._metric.input_roots
         return weighted if inputs is None else weighted * inputs[0] if inputs[0].dim() == 1 else weighted @ inputs[0]
 

@@ -9,20 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tdpass.formats.alternating import State, alternate, solve_gram
 from tdpass.formats.base import Decomposition, Factors, Format, Rank, rank_grid, register_format
 from tdpass.formats.metric import Metric
-from tdpass.formats.multilinear import (
-    Modes,
-    State,
-    Whitening,
-    alternate,
-    balanced_factors,
-    left_vectors,
-    nearest,
-    polish,
-    share_norm,
-    solve_gram,
-)
+from tdpass.formats.multilinear import Modes, Whitening, balanced_factors, left_vectors, nearest, polish, share_norm
 from tdpass.ops import Ops, V
 from tdpass.site import Site
 

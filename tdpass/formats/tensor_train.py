@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdpass.errors import PlanError
+from tdpass.formats.alternating import State
 from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Rank, Stage, register_format, scaled_ranks
 from tdpass.formats.chains import FAMILIES, Chain, chain_of
 from tdpass.formats.metric import Metric
-from tdpass.formats.multilinear import State, Whitening, improve_left, left_vectors, nearest, polish, share_norm
+from tdpass.formats.multilinear import Whitening, improve_left, left_vectors, nearest, polish, share_norm
 from tdpass.ops import Ops, V
 from tdpass.site import Site
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -75,7 +76,7 @@ class OpenRNN(nn.Module):
         y, ends = self._layers(x, state, self._by_steps, axis) if torch.compiler.is_exporting() else self._eager(x, state)
         return (y, ends) if batched else (y.squeeze(1 - axis), [end.squeeze(1) for end in ends])
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo  # torch.compiler.disable would import the compiler here and now
     def _eager(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         if _recorded() or not all(is_plain(getattr(self, name)) for name in self._names):
             return self._layers(x, state, self._by_steps, int(self.batch_first))

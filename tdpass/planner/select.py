@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from tdpass.cost import Cost, amount
 from tdpass.errors import BudgetError
@@ -57,6 +55,9 @@ def _solve(
 ) -> dict[str, Candidate] | None:
     if not sites:
         return {} if all(fixed.get(measure) <= limit for measure, limit in limits.items()) else None
+    from scipy.optimize import Bounds, LinearConstraint, milp  # noqa: PLC0415 - takes half a second, and only planning needs it
+    from scipy.sparse import csr_array  # noqa: PLC0415 - as above
+
     rows = {site: row for row, site in enumerate(sites)}
     entries = [(rows[site], column) for column, option in enumerate(options) for site in option.parts]
     cover = csr_array((np.ones(len(entries)), tuple(zip(*entries, strict=True))), shape=(len(sites), len(options)))

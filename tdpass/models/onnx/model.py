@@ -33,7 +33,7 @@ from tdpass.models.onnx.session import Session
 from tdpass.models.onnx.shapes import Shapes
 from tdpass.models.onnx.sites import Findings, FoundSite, find_sites
 from tdpass.models.onnx.spill import HELD_BYTES, held_bytes, spilled
-from tdpass.models.onnx.storage import open_data_files, stored_bytes
+from tdpass.models.onnx.storage import open_data_files, release_heap, stored_bytes
 from tdpass.site import Extent, Site
 from tdpass.tape import Tape, record
 
@@ -181,6 +181,8 @@ class OnnxModel:
         if held_bytes(waiting) > HELD_BYTES:
             self._layers.update(spilled(waiting))
             self._waiting = frozenset()
+            del waiting
+            release_heap()
 
     def record(self, batch: Batch) -> Tape:
         """Run the model on a batch and record it; raises `InvalidModelError` for a batch that does not fit."""

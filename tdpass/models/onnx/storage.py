@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import weakref
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
@@ -29,6 +32,22 @@ def release_pages() -> None:
     if hasattr(mmap, "MADV_DONTNEED"):
         for mapped in list(_MAPPINGS):
             mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def release_heap() -> None:
+    """Give freed memory back to the system, where the C library can: small blocks that stay between large ones keep it from doing so."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    """The C library's `malloc_trim`; only glibc has one."""
+    try:
+        return cast("Callable[[int], int]", ctypes.CDLL(None).malloc_trim)
+    except (AttributeError, OSError, TypeError):
+        return None
 
 
 class DataFile:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._inductor import config as inductor_config
 
 from tdpass.models.base import Batch, Model
 from tdpass.models.torch_model import TorchModel
@@ -51,6 +50,8 @@ class Inductor(Runtime):
 
 def compiled(module: nn.Module, batch: Batch, dynamic: bool | None) -> Callable[[], Any] | None:
     """The compiled module on that batch, its weights frozen; None where it cannot be compiled."""
+    from torch._inductor import config as inductor_config  # noqa: PLC0415 - takes seconds to import
+
     try:
         # as an option of torch.compile freezing comes too late: by then the weights are inputs of the graph
         with warnings.catch_warnings(), inductor_config.patch(freezing=True):
