@@ -30,6 +30,8 @@ from tdpass.training.schedules import ScheduleSpec, as_schedule
 from tdpass.training.terms import Term
 from tdpass.verbs import compress
 
+BITS = (1, 2, 3, 4, 5, 6)  # more levels than a small layer has weights would be no saving
+
 
 @register_method
 @dataclass
@@ -39,7 +41,7 @@ class AdmmNN(Method):
     In turn: *prune*, ADMM towards the `keep` weights of largest score over the whole net, where the number kept falls from all to
     `keep` by equal factors over the first `reach` of the phase;  *retrain* with the others at zero;  *quantize*, ADMM towards levels
     {+-q .. +-n q}, whose interval is found in closed form and whose number in each layer is chosen so that all surviving weights
-    together take `bits_per_weight` bits on average (`LevelBudget`);  *fix*, where more and more weights stay on their levels.
+    together take `bits_per_weight` bits on average, 1 to 6 in each (`LevelBudget`);  *fix*, where more and more weights stay on their levels.
     Phases without rounds are left out; without `bits_per_weight` the last two are.
 
     `hardware` (a target such as `cpu:onnxruntime`, or `table:FILE.yaml` for another machine) makes it hardware-aware: a layer whose
@@ -124,7 +126,7 @@ class AdmmNN(Method):
         """Numbers of levels under the budget, and their intervals."""
         weights = {name: weight for name, weight in self._whole().items() if name not in self.dense}
         survivors = sum(int(weight.count_nonzero()) for weight in weights.values())
-        found = LevelBudget(int((self.bits_per_weight or 0) * survivors)).divide(weights)
+        found = LevelBudget(int((self.bits_per_weight or 0) * survivors), bits=BITS).divide(weights)
         frozen = {name: bound.frozen(weights[name]) for name, bound in found.items()}
         return {name: bound for name, bound in frozen.items() if isinstance(bound, UniformLevels)}
 
