@@ -29,6 +29,8 @@ LINEAR_SCHEMA = f"(Tensor x, {_PACKED}, Tensor? bias, Tensor? residual, int outp
 
 # Cycles per block and 16 positions, as measured; half of one per weight is what the multiply-adds take.
 CYCLES = {16: 8.8, 8: 4.6, 4: 2.5, 1: 1.1}
+_FEW_CYCLES = {16: 16.0, 8: 8.0, 4: 5.3, 1: 4.7}  # of all of fewer than 16 positions: reading the weights is what takes time
+_VECTOR = 16
 _SEGMENT, _FEWEST = 64, 8  # inputs per segment of single weights, and how many weights of an output it should hold on average
 
 
@@ -54,17 +56,16 @@ class Blocks(NamedTuple):
         """Groups of outputs."""
         return len(self.rows) // self.width
 
-    @property
-    def cycles(self) -> float:
-        """Estimated cycles for 16 positions."""
-        return len(self.values) * CYCLES[self.width]
+    def cycles(self, positions: int = _VECTOR) -> float:
+        """Estimated cycles for that many positions."""
+        return len(self.values) * (_FEW_CYCLES[self.width] if positions < _VECTOR else CYCLES[self.width] * positions / _VECTOR)
 
 
-def pack(weight: Tensor, width: int | None = None) -> Blocks:
-    """`weight[o, i, ...]` without its zeros, float32; the width of blocks is 16, 8, 4 or 1, by default what should be fastest."""
+def pack(weight: Tensor, width: int | None = None, positions: int = _VECTOR) -> Blocks:
+    """`weight[o, i, ...]` without its zeros, float32; the width of blocks is 16, 8, 4 or 1, by default the fastest for so many positions."""
     flat, taps = weight.detach().float().flatten(1), math.prod(weight.shape[2:])
     if width is None:
-        return min((_pack(flat, each, taps) for each in CYCLES), key=lambda blocks: blocks.cycles)
+        return min((_pack(flat, each, taps) for each in CYCLES), key=lambda blocks: blocks.cycles(positions))
     if width not in CYCLES:
         raise KernelError(f"blocks of {width} outputs are not known; the width is one of {', '.join(map(str, CYCLES))}")
     return _pack(flat, width, taps)

@@ -399,6 +399,26 @@ def test_it_is_registered_by_name_and_in_the_packaging() -> None:
     subprocess.run([sys.executable, "-c", command], check=True)
 
 
+REGISTERED_LATER = """
+import sys, tdpass
+name = "torch._dynamo.backends.registry"
+sys.modules.pop(name, None)
+tdpass.backend.entry_points = lambda group: []
+tdpass.backend.register()
+tdpass.backend.register()
+assert name not in sys.modules
+import torch._dynamo.backends.registry as registry
+assert registry._COMPILER_FNS["tdpass"] is tdpass.backend.tdpass_backend
+assert registry.__spec__.loader is registry.__loader__ and type(registry.__loader__).__module__ != "tdpass.backend"
+assert not any(isinstance(finder, tdpass.backend._OnImport) for finder in sys.meta_path)
+tdpass.backend.register()
+"""
+
+
+def test_torch_is_left_to_import_its_registry() -> None:
+    subprocess.run([sys.executable, "-c", REGISTERED_LATER], check=True)
+
+
 @torch.no_grad()
 def test_measured_choices_are_remembered_on_disk(low: Low, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setenv("TDPASS_CACHE", str(folder))

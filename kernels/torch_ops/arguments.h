@@ -95,6 +95,14 @@ class Arguments {
     return keep(torch::stable::contiguous(made));
   }
 
+  // The tensor as contiguous int32, likewise.
+  Tensor indices(const Tensor& given) {
+    static const int32_t int32 = aoti_torch_dtype_int32();
+    if (given.dtype == int32 && given.contiguous()) return given;
+    torch::stable::Tensor made = given.dtype == int32 ? shared(given) : torch::stable::to(shared(given), torch::headeronly::ScalarType::Int);
+    return keep(torch::stable::contiguous(made));
+  }
+
   // The tensor without gaps: itself, or a copy that lives as long as the call.
   Tensor contiguous(const Tensor& given) { return !given || given.contiguous() ? given : keep(torch::stable::contiguous(shared(given))); }
 

@@ -1,7 +1,7 @@
 // conv_chain and linear_chain: the same kernel, on images and on rows of channels.
 #include <cstring>
 
-#include "operators.h"
+#include "images.h"
 
 namespace torch_ops {
 namespace {
@@ -47,43 +47,6 @@ struct Chain {
   }
 };
 
-bool channels_last(const Tensor& x) {
-  int64_t expected = 1;
-  for (int d : {1, 3, 2, 0}) {
-    if (x.sizes[d] == 1) continue;
-    if (x.strides[d] != expected) return false;
-    expected *= x.sizes[d];
-  }
-  return !x.contiguous();
-}
-
-tdpass_image image(const Tensor& x) {
-  tdpass_image view{x.data, {}, {}};
-  std::copy(x.sizes, x.sizes + 4, view.size);
-  std::copy(x.strides, x.strides + 4, view.stride);
-  return view;
-}
-
-// `x[..., c]`, which has no gaps, as `[1, c, 1, positions]`.
-tdpass_image positions(const Tensor& x) {
-  const int64_t channels = x.sizes[x.dims - 1], count = channels ? x.numel() / channels : 0;
-  return {x.data, {1, channels, 1, count}, {0, 1, 0, channels}};
-}
-
-// Strides that show `given` in the shape `sizes`; false where it cannot be.
-bool expanded(const Tensor& given, const std::vector<int64_t>& sizes, int64_t* strides) {
-  const int64_t missing = int64_t(sizes.size()) - given.dims;
-  if (missing < 0) return false;
-  for (int64_t d = 0; d < int64_t(sizes.size()); d++) {
-    const bool there = d >= missing;
-    if (there && given.sizes[d - missing] != sizes[d] && given.sizes[d - missing] != 1) return false;
-    strides[d] = there && given.sizes[d - missing] != 1 ? given.strides[d - missing] : 0;
-  }
-  return true;
-}
-
-bool same_shape(const Tensor& x, const std::vector<int64_t>& sizes) { return std::vector<int64_t>(x.sizes, x.sizes + x.dims) == sizes; }
-
 }  // namespace
 
 Result conv_chain(Arguments& in) {
@@ -99,28 +62,17 @@ Result conv_chain(Arguments& in) {
   tdpass_chain call{dtype, lanes_of(lanes), activation_of(activation), chain.count, chain.stages, chain.weights, nullptr, nullptr};
   chain.take(in, weights, call.lanes);
   std::vector<int64_t> sizes(x.sizes, x.sizes + 4);
-  sizes[1] = chain.stages[chain.count - 1].out;
-  for (int s = 0; s < chain.count; s++) {
-    const tdpass_stage& t = chain.stages[s];
-    for (int a = 0; a < 2; a++) {
-      const int64_t room = sizes[2 + a] + t.before[a] + t.after[a] - int64_t(t.kernel[a] - 1) * t.dilation[a] - 1;
-      if (room < 0) return not_served();
-      sizes[2 + a] = room / t.stride[a] + 1;
-    }
-  }
-  std::vector<int64_t> strides = contiguous_strides(sizes);
-  if (channels_last(x)) strides = {sizes[1] * sizes[2] * sizes[3], 1, sizes[1] * sizes[3], sizes[1]};
+  for (int s = 0; s < chain.count; s++)
+    if (!convolved(sizes, chain.stages[s])) return not_served();
   tdpass_image rest{};
   if (residual) {
-    rest.data = residual.data;
-    std::copy(sizes.begin(), sizes.end(), rest.size);
-    if (!expanded(residual, sizes, rest.stride)) return not_served();
+    if (!expanded(residual, sizes, rest)) return not_served();
     call.residual = &rest;
   }
   Tensor shift = in.floats(bias);
   if (shift && shift.numel() != sizes[1]) return not_served();
   call.bias = static_cast<const float*>(shift.data);
-  Output y(sizes, strides, x.dtype);
+  Output y(sizes, strides_like(x, sizes), x.dtype);
   const tdpass_image from = image(x), into = image(y.view());
   const tdpass_pool threads = pool();
   return tdpass_conv_chain(&call, &from, &into, &threads) ? not_served() : Result(y.give());

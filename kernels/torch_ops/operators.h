@@ -47,5 +47,9 @@ std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes);
 Result conv_chain(Arguments& in);
 Result linear_chain(Arguments& in);
 Result tensor_chain(Arguments& in);
+Result sparse_conv2d(Arguments& in);
+Result sparse_linear(Arguments& in);
+Result low_rank_lstm(Arguments& in);
+Result low_rank_gru(Arguments& in);
 
 }  // namespace torch_ops

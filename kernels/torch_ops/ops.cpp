@@ -34,7 +34,8 @@ struct Operator {
 };
 
 #define TDPASS_OPERATOR(op) {#op, [](StableIValue* stack, uint64_t, uint64_t) { run(stack, #op, [](Arguments& in) { return op(in); }); }}
-constexpr Operator OPERATORS[] = {TDPASS_OPERATOR(conv_chain), TDPASS_OPERATOR(linear_chain), TDPASS_OPERATOR(tensor_chain)};
+constexpr Operator OPERATORS[] = {TDPASS_OPERATOR(conv_chain), TDPASS_OPERATOR(linear_chain), TDPASS_OPERATOR(tensor_chain), TDPASS_OPERATOR(sparse_conv2d),
+                                  TDPASS_OPERATOR(sparse_linear), TDPASS_OPERATOR(low_rank_lstm), TDPASS_OPERATOR(low_rank_gru)};
 
 constexpr const char* SCHEMAS[] = {
 #include "schemas.inc"  // written by the build: one string per operator known to Python

@@ -27,7 +27,7 @@ from tdpass.kernels import base, native
 from tdpass.kernels.conv_chain import CONV_CHAIN, activate
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.stage import Lanes, Stage
-from tdpass.ops import padded_convolution
+from tdpass.models.graph_plain import frozen_chain, laid_out, plain_chain
 
 Layout = Literal["channels_last", "contiguous"]
 LANES: tuple[Lanes, ...] = ("channels", "pixels")
@@ -47,7 +47,10 @@ _RULES = [_Rules()]
 
 @dataclass(frozen=True)
 class ChainCall:
-    """A chain as it is called: `size` is that of its input, `[n, c, h, w]` or `[positions, c]`; then what follows its last layer."""
+    """A chain as it is called: `size` is that of its input, `[n, c, h, w]` or `[positions, c]`; then what follows its last layer.
+
+    With `frozen` its weights are constants, which the plain layers too have laid out beforehand.
+    """
 
     stages: tuple[Stage, ...]
     size: tuple[int, ...]
@@ -56,6 +59,7 @@ class ChainCall:
     bias: bool = False
     residual: bool = False
     activation: str = "identity"
+    frozen: bool = False
 
     @property
     def linear(self) -> bool:
@@ -66,7 +70,8 @@ class ChainCall:
         """What its times depend on, as text."""
         stages = " ".join(",".join(map(str, stage.integers())) for stage in self.stages)
         after = f"{'+bias' * self.bias}{'+residual' * self.residual} {self.activation}"
-        return f"{stages} | {'x'.join(map(str, self.size))} {str(self.dtype).removeprefix('torch.')} {self.layout} {after} threads={threads}"
+        frozen = " frozen" * self.frozen
+        return f"{stages} | {'x'.join(map(str, self.size))} {str(self.dtype).removeprefix('torch.')} {self.layout} {after}{frozen} threads={threads}"
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,8 @@ def choose(calls: Sequence[ChainCall], *, measure: bool = True) -> Verdict:
     """Whether to fuse a chain that is called so, and in which lanes.
 
     Timed against the same layers called one by one in eager torch, channels last: the library that inductor's code calls for
-    them too.  The fused operator is timed as the dispatcher calls it.  Unmeasured, every chain is fused.
+    them too.  The fused operator is timed as the dispatcher calls it.  Unmeasured, every chain is fused.  A layer alone has to
+    gain more than 5 %: its packed weight is a second copy.
     """
     families: tuple[Lanes, ...] = ("channels",) if calls[0].linear else _RULES[-1].lanes
     if not measure or not _RULES[-1].measure:
@@ -117,7 +123,8 @@ def choose(calls: Sequence[ChainCall], *, measure: bool = True) -> Verdict:
     plain = sum(row[0] for row in rows)
     fused = {family: sum(row[1 + LANES.index(family)] for row in rows) for family in families}
     lanes = min(fused, key=lambda family: fused[family])
-    return Verdict(lanes if fused[lanes] < plain else None, fused[lanes], plain)
+    enough = plain if len(calls[0].stages) > 1 else 0.95 * plain
+    return Verdict(lanes if fused[lanes] < enough else None, fused[lanes], plain)
 
 
 _KNOWN: dict[str, list[float]] = {}
@@ -164,7 +171,10 @@ def _convolutions(call: ChainCall, x: Tensor, weights: Sequence[Tensor], bias: T
     rest = plain_chain(last, call.stages, plain, None).clone() if call.residual else None
     residual = None if rest is None else rest.contiguous(memory_format=FORMATS_OF[call.layout])
     integers = [value for stage in call.stages for value in stage.integers()]
+    ahead, relu = laid_out(call.stages, weights, call.size) if call.frozen else None, rest is None and call.activation == "relu"
     calls: list[Callable[[], Tensor]] = [lambda: _finish(plain_chain(last, call.stages, plain, bias), rest, call.activation)]
+    if ahead is not None:
+        calls = [lambda: _finish(frozen_chain(last, call.stages, ahead, bias, relu), rest, "identity" if relu else call.activation)]
     for family in LANES:
         packed = [stage.pack(weight, family) for stage, weight in zip(call.stages, weights, strict=True)]
         calls.append(functools.partial(CONV_CHAIN.call, laid, packed, bias, residual, integers, call.activation, family))
@@ -173,18 +183,6 @@ def _convolutions(call: ChainCall, x: Tensor, weights: Sequence[Tensor], bias: T
 
 def _finish(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
     return activate(y if residual is None else y + residual, activation)
-
-
-def plain_chain(x: Tensor, stages: Sequence[Stage], weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    """Convolutions one by one; the bias is that of the last."""
-    for index, (stage, weight) in enumerate(zip(stages, weights, strict=True)):
-        shift = bias if index + 1 == len(stages) else None
-        if stage.before == stage.after:
-            x = F.conv2d(x, weight, shift, stage.stride, stage.before, stage.dilation, stage.groups)
-        else:
-            pads = tuple(zip(stage.before, stage.after, strict=True))
-            x = padded_convolution(x, weight, shift, stage.stride, pads, stage.dilation, stage.groups)
-    return x
 
 
 def _interleaved(calls: Sequence[Callable[[], Tensor]]) -> list[float]:

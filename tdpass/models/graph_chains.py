@@ -51,13 +51,13 @@ class Chain:
         return self.nodes[-1]
 
 
-def find_chains(graph: Graph, stored: AbstractSet[Node]) -> list[Chain]:
+def find_chains(graph: Graph, stored: AbstractSet[Node], *, alone: bool = False) -> list[Chain]:
     """Chains of 2 to 6 convolutions or linear layers with weights in `stored`, none of which shares a node with another.
 
     A convolution alone counts where batch-norm follows it: weights are no constants of the graph, so that nothing else would fold
     the one into the other, or lay the weight out for the kernel once and for all.  A chain is cut where an intermediate is wider than
     both its neighbours: what is narrow between two wide layers is low rank, what is wide between two narrow ones is where one
-    low-rank layer ends and the next begins.
+    low-rank layer ends and the next begins.  With `alone` every layer that is left counts by itself.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     links = {link.nodes[0]: link for node in graph.nodes if (link := read_link(node, stored)) is not None and link.stage is not None}
@@ -65,6 +65,12 @@ def find_chains(graph: Graph, stored: AbstractSet[Node]) -> list[Chain]:
     inner = {after.node for after in following.values()}
     chains: list[Chain] = []
     taken: set[Node] = set()  # of a sum of two chains one takes it in, and reads the other
+
+    def take(chain: Chain | None) -> None:
+        if chain is not None:
+            chains.append(chain)
+            taken.update(chain.nodes)
+
     for link in links.values():
         if link.node in inner:
             continue
@@ -72,15 +78,11 @@ def find_chains(graph: Graph, stored: AbstractSet[Node]) -> list[Chain]:
         while row[-1].node in following:
             row.append(following[row[-1].node])
         for part in _cut(row):
-            chain = _whole(part, order, taken)
-            if chain is not None:
-                chains.append(chain)
-                taken.update(chain.nodes)
+            take(_whole(part, order, taken))
     for node in graph.nodes:
-        chain = _fused_module(node, order, taken)
-        if chain is not None:
-            chains.append(chain)
-            taken.update(chain.nodes)
+        take(_fused_module(node, order, taken))
+    for link in links.values() if alone else ():
+        take(_whole([link], order, taken, alone=True))
     return chains
 
 
@@ -107,12 +109,12 @@ def _cut(row: Sequence[Link]) -> Iterator[list[Link]]:
             part = []
 
 
-def _whole(part: Sequence[Link], order: dict[Node, int], taken: AbstractSet[Node]) -> Chain | None:
+def _whole(part: Sequence[Link], order: dict[Node, int], taken: AbstractSet[Node], *, alone: bool = False) -> Chain | None:
     """The chain with as much of what follows it as may move into it."""
     nodes = tuple(node for link in part for node in link.nodes)
     bare = Chain(tuple(part), nodes, part[-1].bias)
     for chain in (_extended(bare), _with_norm(bare), bare):
-        enough = len(part) > 1 or (chain.norm is not None and part[0].kind != "linear")
+        enough = alone or len(part) > 1 or (chain.norm is not None and part[0].kind != "linear")
         if enough and taken.isdisjoint(chain.nodes) and not _crosses_mutation(chain, order):
             return chain
     return None
@@ -131,7 +133,7 @@ def _with_norm(chain: Chain) -> Chain:
         return chain
     tensors = norm_inputs(norm)
     fits = chain.links[0].kind != "linear" or value.dim() == 2
-    stored = all(node is None or (isinstance(node, Node) and node.op == "placeholder") for node in tensors)
+    stored = all(node is None or (isinstance(node, Node) and node.op == "placeholder") for node in (*tensors, chain.bias))
     if argument(norm, 5, "training", default=False) or not fits or not stored or None in tensors[:2]:
         return chain
     return replace(chain, nodes=(*chain.nodes, norm), norm=norm)

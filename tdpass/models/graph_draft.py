@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,9 @@ Inner = Callable[[GraphModule, Sequence[Any]], Compiled]
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
+    """Further inputs that a recipe makes of the inputs `sources`."""
+
     recipe: Recipe
     sources: tuple[int, ...]
 
@@ -32,8 +34,8 @@ class Draft:
     looked up at every call, by the identity of the weights that came in.
     """
 
-    def __init__(self, given: GraphModule, examples: Sequence[Any]) -> None:
-        self.given = given
+    def __init__(self, given: GraphModule, examples: Sequence[Any], *, frozen: bool = False) -> None:
+        self.given, self.frozen = given, frozen
         self.graph = Graph()
         copies: dict[Node, Node] = {}
         self.graph.output(self.graph.graph_copy(given.graph, copies))
@@ -42,9 +44,9 @@ class Draft:
                 new._dynamo_source = old._dynamo_source
         self.inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
         self.values: list[Any] = list(examples)
-        self._given_count = len(self.inputs)
-        self._fake_inputs: list[Any] = list(examples)
-        self._steps: list[_Step] = []
+        self.given_count = len(self.inputs)
+        self.fake_inputs: list[Any] = list(examples)
+        self.steps: list[Step] = []
         # the graph was recorded in one fake mode and is compiled in another
         self._fake_mode: Any = detect_fake_mode(examples) or getattr(TracingContext.try_get(), "fake_mode", None)
         recorded = (node.meta.get("example_value") for node in self.inputs)
@@ -60,7 +62,7 @@ class Draft:
     def stored(self) -> set[Node]:
         """The inputs that are weights."""
         pairs = zip(self.inputs, self.values, strict=True)
-        return {node for index, (node, value) in enumerate(pairs) if isinstance(value, nn.Parameter) or index >= self._given_count}
+        return {node for index, (node, value) in enumerate(pairs) if isinstance(value, nn.Parameter) or index >= self.given_count}
 
     def value_of(self, node: Node) -> Any:
         """What was given for an input."""
@@ -70,7 +72,7 @@ class Draft:
         """Further inputs: what the recipe makes of these."""
         indices = tuple(self.inputs.index(node) for node in sources)
         made = derived(recipe, [self.values[index] for index in indices])
-        self._steps.append(_Step(recipe, indices))
+        self.steps.append(Step(recipe, indices))
         added: list[Node] = []
         for tensor in made:
             with self.graph.inserting_after(self.inputs[-1]):
@@ -80,7 +82,7 @@ class Draft:
             node.meta["example_value"] = self._recorded.from_tensor(tensor, static_shapes=True)
             self.inputs.append(node)
             self.values.append(tensor)
-            self._fake_inputs.append(self._fake_mode.from_tensor(tensor, static_shapes=True))
+            self.fake_inputs.append(self._fake_mode.from_tensor(tensor, static_shapes=True))
             added.append(node)
         return added
 
@@ -97,29 +99,33 @@ class Draft:
         for node in reversed(nodes):
             self.graph.erase_node(node)
 
+    def kept(self) -> list[int]:
+        """Positions of the inputs that are read; the others leave the graph."""
+        kept = [index for index, node in enumerate(self.inputs) if node.users or not isinstance(self.values[index], Tensor)]
+        for index in set(range(len(self.inputs))).difference(kept):
+            self.graph.erase_node(self.inputs[index])
+        return kept
+
     def compile(self, inner: Inner) -> Compiled:
         """The graph handed on, behind a function that takes what Dynamo passes and looks up the rest."""
-        kept = [index for index, node in enumerate(self.inputs) if node.users or not isinstance(self.values[index], Tensor)]
-        for index, node in enumerate(self.inputs):
-            if index not in kept:
-                self.graph.erase_node(node)
+        kept = self.kept()
         module = GraphModule(self.given, self.graph)
         module.meta.update(self.given.meta)
         if hasattr(self.given, "_param_name_to_source"):
             module._param_name_to_source = self.given._param_name_to_source
-        run = inner(module, [self._fake_inputs[index] for index in kept])
-        passed = [index for index in kept if index < self._given_count]
-        return _Runner(run, passed, self._steps, [index for index in kept if index >= self._given_count], self._given_count)
+        run = inner(module, [self.fake_inputs[index] for index in kept])
+        passed = [index for index in kept if index < self.given_count]
+        return _Runner(run, passed, self.steps, [index for index in kept if index >= self.given_count], self.given_count)
 
 
 class _Runner:
     """A compiled graph whose derived inputs are looked up at every call."""
 
-    def __init__(self, run: Compiled, passed: Sequence[int], steps: Sequence[_Step], extras: Sequence[int], given: int) -> None:
+    def __init__(self, run: Compiled, passed: Sequence[int], steps: Sequence[Step], extras: Sequence[int], given: int) -> None:
         self.run, self.steps, self.extras, self.given = run, steps, extras, given
-        self.sources = tuple(dict.fromkeys(index for step in steps for index in step.sources if index < given))
+        self.sources = sources_of(steps, given)
         self.token = object()
-        self.pass_on, self.read = _getter(passed), _getter(self.sources)
+        self.pass_on, self.read = getter(passed), getter(self.sources)
 
     def __call__(self, *args: Any) -> Any:
         extras = DERIVED.get(self.read(args), self.token, self.derive)
@@ -127,16 +133,26 @@ class _Runner:
 
     def derive(self, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """All further inputs, from the weights."""
-        known: dict[int, Tensor] = dict(zip(self.sources, sources, strict=True))
-        number = self.given
-        for step in self.steps:
-            for tensor in derived(step.recipe, [known[index] for index in step.sources]):
-                known[number] = tensor
-                number += 1
+        known = all_inputs(self.steps, self.given, dict(zip(self.sources, sources, strict=True)))
         return tuple(known[index] for index in self.extras)
 
 
-def _getter(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+def sources_of(steps: Sequence[Step], given: int) -> tuple[int, ...]:
+    """The inputs, of those given, that the steps read."""
+    return tuple(dict.fromkeys(index for step in steps for index in step.sources if index < given))
+
+
+def all_inputs(steps: Sequence[Step], given: int, known: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """These inputs and what the steps derive from them, by position."""
+    found, number = dict(known), given
+    for step in steps:
+        for tensor in derived(step.recipe, [found[index] for index in step.sources]):
+            found[number] = tensor
+            number += 1
+    return found
+
+
+def getter(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """These items of a sequence, as a tuple."""
     if len(indices) < 2:
         return lambda args: tuple(args[index] for index in indices)

@@ -24,18 +24,18 @@ log = logging.getLogger("tdpass.backend")
 _STRIDE_READERS = {"view", "view_as", "as_strided", "as_strided_", "set_", "resize_", "stride", "is_contiguous", "storage_offset"}
 
 
-def fuse_chains(draft: Draft, *, measure: bool = True, channels_last: bool = True) -> int:
-    """Replace every chain that is faster as one operator; returns how many.
+def fuse_chains(draft: Draft, *, measure: bool = True, channels_last: bool = True, alone: bool = False) -> int:
+    """Replace every chain that is faster as one operator, and with `alone` every single layer that is; returns how many.
 
     The layout of four-dimensional activations is the one in which the chains together take less time.  Dynamic sizes are
     measured as they are in the example.
     """
-    chains = [chain for chain in find_chains(draft.graph, draft.stored) if _reason(chain, measure=measure) == ""]
+    chains = [chain for chain in find_chains(draft.graph, draft.stored, alone=alone) if _reason(chain, measure=measure) == ""]
     layout: Layout = "contiguous"
     totals: dict[Layout, float] = {}
     verdicts: dict[Layout, dict[Chain, Verdict]] = {}
     for option in _layouts(draft, chains, channels_last=channels_last):
-        verdicts[option] = {chain: _verdict(chain, option, measure=measure) for chain in chains}
+        verdicts[option] = {chain: _verdict(draft, chain, option, measure=measure) for chain in chains}
         totals[option] = sum(verdict.best for verdict in verdicts[option].values())
         layout = option if totals[option] < totals.get(layout, float("inf")) or not measure else layout
     results: dict[Node, Node] = {}
@@ -70,7 +70,7 @@ def _layouts(draft: Draft, chains: Sequence[Chain], *, channels_last: bool) -> l
     return ["contiguous", "channels_last"] if images and channels_last and not reads_strides and not writes else ["contiguous"]
 
 
-def _verdict(chain: Chain, layout: Layout, *, measure: bool) -> Verdict:
+def _verdict(draft: Draft, chain: Chain, layout: Layout, *, measure: bool) -> Verdict:
     x, result = tensor_of(chain.x), tensor_of(chain.result)
     assert x is not None
     assert result is not None
@@ -81,7 +81,8 @@ def _verdict(chain: Chain, layout: Layout, *, measure: bool) -> Verdict:
     elif kind == "conv1d":
         sizes.insert(2, 1)
     shift, rest = chain.bias is not None or chain.norm is not None, chain.residual is not None
-    call = ChainCall(stages_of(chain), tuple(sizes), result.dtype, layout if kind == "conv2d" else "contiguous", shift, rest, chain.activation)
+    laid: Layout = layout if kind == "conv2d" else "contiguous"
+    call = ChainCall(stages_of(chain), tuple(sizes), result.dtype, laid, shift, rest, chain.activation, draft.frozen)
     verdict = choose([call], measure=measure)
     return verdict if chain.lanes is None else Verdict(verdict.lanes or chain.lanes, verdict.seconds, verdict.plain)
 
@@ -162,5 +163,3 @@ def _restore_outputs(draft: Draft) -> None:
 def _replace_reads(node: Node, laid: Node) -> None:
     laid.meta = dict(node.meta)
     node.replace_all_uses_with(laid, delete_user_cb=lambda user: user is not laid)
-
-

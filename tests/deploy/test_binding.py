@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import CASES, Case, as_tuple, assert_close, cases_of, exact, run_native
+from cases import arguments as arguments_of
 from torch import Tensor
 
 from tdpass.errors import KernelError
-from tdpass.kernels import base, binding, build, native
+from tdpass.kernels import base, binding, build, native, sparse
 from tdpass.kernels.conv_chain import CONV_CHAIN
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.linear_chain import stages_of as layers_of
@@ -37,7 +39,44 @@ def loaded() -> None:
     if native.library() is None:
         pytest.skip(native.missing())
     binding.build()
-    assert {"conv_chain", "linear_chain"} <= set(binding.load())
+    assert set(binding.load()) == set(binding.all_operators().names())
+
+
+@pytest.mark.parametrize(("name", "case"), [pytest.param(name, case, id=f"{name}-{case.name}") for name in CASES for case in cases_of(name)])
+def test_every_operator_computes_what_its_kernel_does(name: str, case: Case) -> None:
+    op = base.OPS.get(name)
+    for dtype in case.dtypes:
+        args = arguments_of(op, case, dtype)
+        got, kernel = as_tuple(op.call(*args)), run_native(op, args)
+        assert_close(got, exact(op, args), dtype)
+        for one, other in zip(got, kernel, strict=True):
+            assert (one.dtype, one.shape) == (other.dtype, other.shape)
+            assert one.stride() == other.stride() or one.numel() == 0
+            assert torch.equal(one, other)  # the kernel has answered, not the reference
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_every_operator_hands_over_what_its_kernel_does_not_serve(name: str) -> None:
+    op, case = base.OPS.get(name), cases_of(name)[0]
+    args = arguments_of(op, case, torch.float64)
+    for one, other in zip(as_tuple(op.call(*args)), as_tuple(op.reference(*args)), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_torch_finds_nothing_wrong_with_any(name: str) -> None:
+    op = base.OPS.get(name)
+    args = arguments_of(op, next(case for case in cases_of(name) if "empty" not in case.name and "-0" not in case.name), torch.float32)
+    torch.library.opcheck(op.call, tuple(args), test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+def test_blocks_that_do_not_fit_are_refused() -> None:
+    values, inputs, start, rows = sparse.pack(torch.randn(8, 4), 4)
+    for wrong in ((values, inputs[1:], start, rows), (values, inputs, start[1:], rows), (values, inputs, start, rows[:4]), (values, inputs, start, rows[:0])):
+        with pytest.raises(RuntimeError, match="use what `pack` returns"):
+            sparse.SPARSE_LINEAR.call(torch.randn(2, 4), *wrong, None, None, 8, "identity")
+    whole = sparse.SPARSE_LINEAR.call(torch.ones(2, 4), values, inputs.long(), start.long(), rows.long(), None, None, 8, "identity")
+    assert torch.equal(whole, sparse.SPARSE_LINEAR.call(torch.ones(2, 4), values, inputs, start, rows, None, None, 8, "identity"))
 
 
 def relative(y: Tensor, expected: Tensor) -> float:
@@ -170,7 +209,7 @@ print(*LINEAR_CHAIN.call(torch.ones(1, 2), weights, None, None, [2, 2], "identit
 """
 
 
-@pytest.mark.parametrize(("asked", "names"), [("", " conv_chain linear_chain tensor_chain"), ("python", "")])
+@pytest.mark.parametrize(("asked", "names"), [("", "".join(f" {name}" for name in sorted(CASES))), ("python", "")])
 def test_a_new_process_takes_what_lies_in_the_cache(asked: str, names: str) -> None:
     environment = {**os.environ, "TDPASS_BINDING": asked}
     run = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True)

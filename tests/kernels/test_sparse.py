@@ -34,6 +34,13 @@ def test_the_width_follows_the_pattern() -> None:
     assert pack(whole).width == 16
 
 
+def test_few_positions_take_wider_blocks() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(256, 256) * (torch.rand(256, 256) < 0.1)
+    assert pack(weight, positions=1).width == 4
+    assert pack(weight, positions=128).width == pack(weight).width == 1
+
+
 def test_an_unknown_width_is_refused() -> None:
     with pytest.raises(KernelError, match="16, 8, 4, 1"):
         pack(torch.ones(4, 4), 3)

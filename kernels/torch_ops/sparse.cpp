@@ -1,0 +1,93 @@
+// sparse_conv2d and sparse_linear: blocks of weights, on images and on rows of channels.
+#include <cstring>
+
+#include "images.h"
+
+namespace torch_ops {
+namespace {
+
+constexpr size_t INTEGERS = 13;
+
+// A packed weight, as it is given.
+struct Blocks {
+  Tensor values, inputs, start, rows;
+
+  explicit Blocks(Arguments& in) : values(in.tensor()), inputs(in.tensor()), start(in.tensor()), rows(in.tensor()) {}
+
+  // Throws unless its parts fit each other and make `outputs`.
+  void fill(Arguments& in, tdpass_sparse& call, int32_t outputs) {
+    values = in.floats(values), inputs = in.indices(inputs), start = in.indices(start), rows = in.indices(rows);
+    const int64_t width = values.dims == 2 ? values.sizes[1] : 0, panels = width ? rows.numel() / width : 0;
+    const int64_t segments = panels ? (start.numel() - 1) / panels : 0;
+    if (!panels || inputs.numel() != values.sizes[0] || start.numel() != segments * panels + 1 || rows.numel() < outputs)
+      throw std::runtime_error(std::to_string(values.dims ? values.sizes[0] : 0) + " blocks of " + std::to_string(width) + " have " + std::to_string(inputs.numel()) +
+                               " inputs, " + std::to_string(start.numel()) + " starts, " + std::to_string(rows.numel()) + " rows; use what `pack` returns");
+    call.width = int32_t(width), call.panels = int32_t(panels), call.segments = int32_t(segments);
+    call.start = static_cast<const int32_t*>(start.data);
+    call.index = static_cast<const int32_t*>(inputs.data);
+    call.rows = static_cast<const int32_t*>(rows.data);
+    call.values = static_cast<const float*>(values.data);
+  }
+};
+
+Result run(const tdpass_sparse& call, const tdpass_image& from, const tdpass_image& into, Output& y) {
+  const tdpass_pool threads = pool();
+  if (y.view().numel() && tdpass_sparse_conv(&call, &from, &into, &threads)) return not_served();
+  return Result(y.give());
+}
+
+}  // namespace
+
+Result sparse_conv2d(Arguments& in) {
+  Tensor x = in.tensor();
+  Blocks blocks(in);
+  Tensor bias = in.optional_tensor(), residual = in.optional_tensor();
+  const std::vector<int64_t> integers = in.integers();
+  tdpass_sparse call{};
+  call.activation = activation_of(in.text());
+
+  const int32_t dtype = call.dtype = dtype_of(x);
+  if (dtype < 0 || x.dims != 4 || integers.size() != INTEGERS || (residual && residual.dtype != x.dtype)) return not_served();
+  const std::vector<int32_t> narrow(integers.begin(), integers.end());
+  std::memcpy(&call.shape, narrow.data(), sizeof call.shape);
+  const tdpass_stage& t = call.shape;
+  std::vector<int64_t> sizes(x.sizes, x.sizes + 4);
+  if (sizes[1] != t.in || t.stride[0] < 1 || t.stride[1] < 1 || !convolved(sizes, t)) return not_served();
+  tdpass_image rest{};
+  if (residual) {
+    if (!expanded(residual, sizes, rest)) return not_served();
+    call.residual = &rest;
+  }
+  Tensor shift = in.floats(bias);
+  if (shift && (shift.dims != 1 || shift.numel() != t.out)) return not_served();
+  call.bias = static_cast<const float*>(shift.data);
+  blocks.fill(in, call, t.out);
+  Output y(sizes, strides_like(x, sizes), x.dtype);
+  return run(call, image(x), image(y.view()), y);
+}
+
+Result sparse_linear(Arguments& in) {
+  Tensor x = in.tensor();
+  Blocks blocks(in);
+  Tensor bias = in.optional_tensor(), residual = in.optional_tensor();
+  const int64_t outputs = in.integer();
+  tdpass_sparse call{};
+  call.activation = activation_of(in.text());
+
+  call.dtype = dtype_of(x);
+  if (call.dtype < 0 || x.dims < 1 || (residual && residual.dtype != x.dtype)) return not_served();
+  std::vector<int64_t> sizes(x.sizes, x.sizes + x.dims);
+  call.shape = {int32_t(sizes.back()), int32_t(outputs), 1, {1, 1}, {1, 1}, {0, 0}, {0, 0}, {1, 1}};
+  sizes.back() = outputs;
+  if (residual && !same_shape(residual, sizes)) return not_served();
+  Tensor shift = in.floats(bias), plain = in.contiguous(x), added = in.contiguous(residual);
+  if (shift && (shift.dims != 1 || shift.numel() != outputs)) return not_served();
+  call.bias = static_cast<const float*>(shift.data);
+  tdpass_image rest{};
+  if (added) call.residual = &(rest = positions(added));
+  blocks.fill(in, call, int32_t(outputs));
+  Output y(sizes, contiguous_strides(sizes), x.dtype);
+  return run(call, positions(plain), positions(y.view()), y);
+}
+
+}  // namespace torch_ops
