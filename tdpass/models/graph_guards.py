@@ -27,7 +27,7 @@ def loosen_guards(graph: Graph, weights: Sequence[Node]) -> int:
     if context is None or not sources:
         return 0
     guards = context.guards_context.dynamo_guards
-    for root in sources.values():
+    for root in sources.values():  # first: what is dropped below counts on it
         guards.add(root.make_guard(GuardBuilder.ID_MATCH))
     own = {name_of(source) for node in weights if (source := getattr(node, "_dynamo_source", None)) is not None}
     layers = _layers(graph)
