@@ -96,14 +96,20 @@ def load_resnet(name: str) -> ResNet:
 @functools.cache
 def images(split: str) -> tuple[Tensor, Tensor]:
     """All images of a split as uint8 `[n, 3, 32, 32]`, and their classes."""
+    pixels, labels = read_split("cifar10", split)
+    return pixels.permute(0, 3, 1, 2).contiguous(), labels
+
+
+def read_split(dataset: str, split: str) -> tuple[Tensor, Tensor]:
+    """The images of `train` or `test` as they are stored, and their classes."""
     path = data_folder() / "data" / "load.py"
     spec = importlib.util.spec_from_file_location("tdpass_data_load", path)
     if spec is None or spec.loader is None:
         raise SystemExit(f"cannot import {path}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    pixels, labels, _ = module.load("cifar10", split)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
+    pixels, labels, _ = module.load(dataset, split)
+    return torch.from_numpy(pixels), torch.from_numpy(labels)
 
 
 def normalise(pixels: Tensor) -> Tensor:

@@ -7,14 +7,13 @@ The data folder is named by the environment variable `TDPASS_DATA`.  The trainin
 from __future__ import annotations
 
 import functools
-import importlib.util
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tdpass
-from benchmarks.cifar import data_folder
+from benchmarks.cifar import read_split
 from tdpass.training.batches import Batches
 
 TUNING = 5000
@@ -64,15 +63,8 @@ def row_reader() -> nn.Module:
 @functools.cache
 def images(split: str) -> tuple[Tensor, Tensor]:
     """All images of a split, normalised, `[n, 1, 28, 28]`, and their classes."""
-    path = data_folder() / "data" / "load.py"
-    spec = importlib.util.spec_from_file_location("tdpass_data_load", path)
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"cannot import {path}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    pixels, labels, _ = module.load("mnist", split)
-    scaled = torch.from_numpy(pixels).float().reshape(-1, 1, 28, 28) / 255
-    return (scaled - 0.1307) / 0.3081, torch.from_numpy(labels).long()
+    pixels, labels = read_split("mnist", split)
+    return (pixels.float().reshape(-1, 1, 28, 28) / 255 - 0.1307) / 0.3081, labels.long()
 
 
 def cut(part: str) -> tuple[Tensor, Tensor]:

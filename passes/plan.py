@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 from tdpass.cost import Budget, BudgetValue, amount
 from tdpass.errors import BudgetError, UsageError
@@ -15,7 +14,7 @@ from tdpass.planner.rank_plan import RankPlan
 from tdpass.planner.stopwatch import Stopwatch
 from tdpass.planner.timed import measure_table, plan_on_time
 from tdpass.report import CurvePoint
-from tdpass.site import Site
+from tdpass.site import Site, selects
 from tdpass.targets import Target
 
 
@@ -109,10 +108,10 @@ def _selected(model: Model, job: Job) -> list[Site]:
     """The sites that include and exclude leave; the others are declined by name."""
     chosen: list[Site] = []
     for site in model.sites():
-        if not any(fnmatchcase(site.name, pattern) for pattern in job.include) or any(fnmatchcase(site.name, pattern) for pattern in job.exclude):
-            job.report.decline(site.name, "excluded by name")
-        else:
+        if selects(site.name, job.include, job.exclude):
             chosen.append(site)
+        else:
+            job.report.decline(site.name, "excluded by name")
     if not chosen:
         names = ", ".join(site.name for site in list(model.sites())[:6]) or "none"
         raise UsageError(f"no site is left to compress (include={list(job.include)}, exclude={list(job.exclude)}); the model's sites: {names} ...")

@@ -7,6 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from tdpass.errors import TdpassError, UsageError
 
@@ -45,6 +48,14 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_yaml(path: Path, noun: str, hint: str) -> Any:
+    """What a YAML file holds; raises `UsageError` naming the `noun`, with the `hint`, where it cannot be read."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"cannot read the {noun} {path}: {str(error).splitlines()[0]}; {hint}") from None
 
 
 def read_json(path: Path, error: type[TdpassError]) -> str:

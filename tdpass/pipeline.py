@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tdpass.cost import Budget, Cost
 from tdpass.errors import PassError, TdpassError, UsageError
+from tdpass.files import read_yaml
 from tdpass.models.base import Batch, Model
 from tdpass.planner.divergence import Divergence
 from tdpass.planner.rank_plan import RankPlan
@@ -163,10 +164,7 @@ class Pipeline:
 
 
 def _read_recipe(path: Path) -> Sequence[Any]:
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"cannot read the recipe {path}: {str(error).splitlines()[0]}; it is a YAML list of passes") from None
+    recipe = read_yaml(path, "recipe", "it is a YAML list of passes")
     steps = recipe.get("pipeline") if isinstance(recipe, dict) else recipe
     if not isinstance(steps, list):
         raise UsageError(f"the recipe {path} holds no list of passes; write one pass per line, '- name: {{option: value}}'")

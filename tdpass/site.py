@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 Kind = Literal["linear", "conv"]
 Extent = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def selects(name: str, include: Iterable[str], exclude: Iterable[str]) -> bool:
+    """Whether a site of that name is among the globs to include and not among those to exclude."""
+    return any(fnmatchcase(name, pattern) for pattern in include) and not any(fnmatchcase(name, pattern) for pattern in exclude)
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+from tdpass.models.derived import DERIVED
 
 # Compiled once per checkout, and the operators are those in Python unless a test asks for the others.
 os.environ.setdefault("TDPASS_KERNELS", str(Path(__file__).parents[1] / "build" / "kernels"))
@@ -20,6 +23,15 @@ def _isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("TDPASS_CACHE", os.environ.get("TDPASS_TEST_CACHE") or str(tmp_path_factory.getbasetemp() / "cache"))
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing compiled or derived before, nothing compiled left behind."""
+    torch.compiler.reset()
+    DERIVED.clear()
+    yield
+    torch.compiler.reset()
 
 
 class Residual(nn.Module):

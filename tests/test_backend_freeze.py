@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,18 +19,12 @@ from tdpass.backend import Options
 from tdpass.errors import UsageError
 from tdpass.models import chain_choice, graph_fuse
 from tdpass.models.chain_choice import Verdict
-from tdpass.models.derived import DERIVED
 from tdpass.models.graph_frozen import _RUNNERS
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*lru_cache.*")
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    DERIVED.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*lru_cache.*"),
+]
 
 
 class Snapshot:

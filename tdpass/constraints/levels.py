@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdpass.constraints.base import Constraint, checked, register_constraint
-from tdpass.constraints.magnitudes import Magnitudes, on_levels
+from tdpass.constraints.magnitudes import Magnitudes, on_levels, rank_within
 from tdpass.errors import UsageError
 
 
@@ -54,14 +54,8 @@ class UniformLevels(Constraint):
 
     def _settled(self, weight: Tensor, put: Tensor) -> Tensor:
         """Which weights are among the `fixed` share nearest to their level; the pruned ones are."""
-        levels, place, sizes = torch.unique(put, return_inverse=True, return_counts=True)
-        order = (weight - put).reshape(-1).abs().argsort(stable=True)
-        place = place.reshape(-1)
-        order = order[place[order].argsort(stable=True)]
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[place[order]]
-        share = torch.where(levels == 0, sizes, (self.fixed * sizes).ceil().long())
-        return (rank < share[place]).reshape(weight.shape)
+        rank, size = rank_within(put, (weight - put).abs())
+        return (put == 0) | (rank < (self.fixed * size).ceil())
 
     def __str__(self) -> str:
         return f"{self.count} level{'' if self.count == 1 else 's'}{'' if self.interval is None else f' of {self.interval:.3g}'}"

@@ -87,6 +87,16 @@ class Magnitudes:
         return torch.cat([self.errors(part[:, None] * self._assigned(part, levels)) for part in torch.split(q, 16)])
 
 
+def rank_within(groups: Tensor, gaps: Tensor) -> tuple[Tensor, Tensor]:
+    """For every element its place, from 0, among those of the same group by ascending gap (of equals the first), and the size of its group."""
+    _, place, sizes = torch.unique(groups.reshape(-1), return_inverse=True, return_counts=True)
+    order = gaps.reshape(-1).argsort(stable=True)
+    order = order[place[order].argsort(stable=True)]
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[place[order]]
+    return rank.reshape(groups.shape), sizes[place].reshape(groups.shape)
+
+
 def on_levels(weight: Tensor, nearest: Callable[[Tensor], Tensor]) -> Tensor:
     """The weight with every magnitude but zero replaced by `nearest` of it, in the weight's type."""
     wide = weight.detach().to(torch.float32 if weight.dtype.itemsize < 4 else weight.dtype)

@@ -44,6 +44,8 @@ class AdmmNN(Method):
     together take `bits_per_weight` bits on average, 1 to 6 in each (`LevelBudget`);  *fix*, where more and more weights stay on their levels.
     Phases without rounds are left out; without `bits_per_weight` the last two are.
 
+    `least` names sites that keep no fewer weights than that, whatever their scores.
+
     `hardware` (a target such as `cpu:onnxruntime`, or `table:FILE.yaml` for another machine) makes it hardware-aware: a layer whose
     sparsity would stay below its break-even goes back to dense, and the rest is pruned harder.
     """
@@ -54,6 +56,7 @@ class AdmmNN(Method):
     keep: int
     bits_per_weight: float | None = None
     score: Score = "magnitude"
+    least: Mapping[str, int] = field(default_factory=dict)
     prune: int = 20
     retrain: int = 10
     quantize: int = 10
@@ -79,6 +82,9 @@ class AdmmNN(Method):
         total = sum(weight.numel() for weight in weights.values())
         if self.keep > total:
             raise UsageError(f"keep={self.keep:,} is more than the {total:,} weights of the sites; keep fewer")
+        unknown = set(self.least) - set(self.sites)
+        if unknown:
+            raise UsageError(f"least names {', '.join(sorted(unknown))}; the sites are: {', '.join(self.sites)}")
         machine = None if self.hardware is None else open_break_even(self.hardware, cache=cache_folder())
         while machine is not None:
             slow = self._below_break_even(machine, self._budget(self.keep).divide(weights))
@@ -96,7 +102,7 @@ class AdmmNN(Method):
         return tuple(found)
 
     def _budget(self, keep: int) -> WeightBudget:
-        return WeightBudget(keep, self.score, self.dense)
+        return WeightBudget(keep, self.score, self.dense, {name: self.least.get(name, 1) for name in self.sites})
 
     def phases(self) -> Sequence[Phase]:
         phases = [Phase("prune", self.prune, self._begin_pruning), Phase("retrain", self.retrain, self._begin_retraining)]
@@ -113,7 +119,7 @@ class AdmmNN(Method):
         return self._budget(round(self.keep * (total / self.keep) ** left)).divide(weights)
 
     def _begin_retraining(self) -> list[Term]:
-        _project(self.weights, self._budget(self.keep).divide(self._whole()))
+        _project(self.weights, self._budget(self.keep).divide(self.whole_weights()))
         return [Held(self.weights)]
 
     def _begin_levels(self) -> list[Term]:
@@ -124,7 +130,7 @@ class AdmmNN(Method):
 
     def _choose_levels(self) -> dict[str, UniformLevels]:
         """Numbers of levels under the budget, and their intervals."""
-        weights = {name: weight for name, weight in self._whole().items() if name not in self.dense}
+        weights = {name: weight for name, weight in self.whole_weights().items() if name not in self.dense}
         survivors = sum(int(weight.count_nonzero()) for weight in weights.values())
         found = LevelBudget(int((self.bits_per_weight or 0) * survivors), bits=BITS).divide(weights)
         frozen = {name: bound.frozen(weights[name]) for name, bound in found.items()}
@@ -132,9 +138,6 @@ class AdmmNN(Method):
 
     def _begin_fixing(self) -> list[Term]:
         return [Fixing({name: self.weights[name] for name in self.levels}, self.levels), Held(self.weights)]
-
-    def _whole(self) -> dict[str, Tensor]:
-        return {name: whole(weight.detach()) for name, weight in self.weights.items()}
 
     @torch.no_grad()
     def close(self, model: nn.Module) -> Artifact:

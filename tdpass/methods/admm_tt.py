@@ -19,6 +19,7 @@ from tdpass.methods.factored import Factored
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.training.admm import Rule, fixed
 from tdpass.training.schedules import ScheduleSpec
+from tdpass.verbs import make_plan
 
 RankSpec = Sequence[int] | Mapping[str, Sequence[int]]
 
@@ -32,8 +33,9 @@ class AdmmTT(Factored):
     as cores.  Another `format` makes it ADMM-Tucker, ADMM-SVD and so on.
 
     The ranks are fixed before the first round: by `ranks` (globs of site names to ranks, or to `{format: ranks}`; the first match
-    counts, what matches none stays dense), by a plan in `start` (which may mix formats), or by a `budget` on the params or macs of the whole model, which
-    is divided over the sites by the energy that their weights lose (`RankBudget`).
+    counts, what matches none stays dense), by a plan in `start` (which may mix formats) or a budget there for the planner to make one of on the
+    calibration data, or by a `budget` on the params or macs of the whole model, which is divided over the sites by the energy that
+    their weights lose (`RankBudget`).  Without rounds it is direct factorization.
     """
 
     name = "admm-tt"
@@ -41,7 +43,7 @@ class AdmmTT(Factored):
     budget: Mapping[str, BudgetValue] | None = None
     format: str = "tensor_train"
     ranks: Mapping[str, RankSpec] | None = None
-    start: RankPlan | None = None
+    start: RankPlan | Mapping[str, BudgetValue] | None = None
     rounds: int = 20
     rho: ScheduleSpec = 1e-3
     decoupled: bool = False
@@ -60,10 +62,17 @@ class AdmmTT(Factored):
         if self.budget is not None:
             self.constraints = self.rank_budget(self.budget).divide(self.weights_of(model))
         else:
-            ranks = self._by_plan(self.start) if self.start is not None else self._by_glob(self.ranks or {})
+            ranks = self._by_glob(self.ranks or {}) if self.start is None else self._by_plan(self._planned(model, self.start))
             self.constraints = {name: InFormat(self.sites[name], *found) for name, found in ranks.items()}
         if not any(isinstance(bound, InFormat) for bound in self.constraints.values()):
             raise UsageError(f"no site gets ranks; the sites are: {', '.join(self.sites)}")
+
+    def _planned(self, model: nn.Module, start: RankPlan | Mapping[str, BudgetValue]) -> RankPlan:
+        if isinstance(start, RankPlan):
+            return start
+        steps = "plan{joint=false}"  # what changes two sites together is no set for one weight
+        made = make_plan(model, start, self.calibration, pipeline=steps, example_inputs=self.example, include=self.include, exclude=self.exclude)
+        return made.plan
 
     def _by_plan(self, plan: RankPlan) -> dict[str, tuple[str, Rank]]:
         return {choice.site: (choice.format, choice.rank) for choice in plan if choice.site in self.sites and not choice.kept_dense}

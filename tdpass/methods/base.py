@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tdpass.artifact import Artifact
@@ -15,9 +14,9 @@ from tdpass.cost import Cost
 from tdpass.errors import TrainingError, UsageError
 from tdpass.models import ExampleInputs, open_model
 from tdpass.registry import Registry
-from tdpass.site import Site
+from tdpass.site import Site, selects
 from tdpass.training.phases import Phase, Phased
-from tdpass.training.placement import Template, bare
+from tdpass.training.placement import Template, bare, whole
 from tdpass.training.terms import Hooks
 
 
@@ -44,8 +43,11 @@ class Method(ABC):
     phased: Phased | None = None
     _hooks: Hooks | None = None
 
-    def prepare(self, model: nn.Module, example_inputs: ExampleInputs = None) -> None:
-        """Find the sites, while the weights still lie on one device; `attach` does so by itself where this was not called."""
+    def prepare(self, model: nn.Module, example_inputs: ExampleInputs = None, calibration: object = None) -> None:
+        """Find the sites, while the weights still lie on one device; `attach` does so by itself where this was not called.
+
+        `calibration` is data for methods that plan on it.
+        """
         if not isinstance(model, nn.Module):
             raise UsageError(f"{self.name} trains an nn.Module, not a {type(model).__name__}; for other models, compress without training")
         opened = open_model(model, example_inputs)
@@ -53,13 +55,14 @@ class Method(ABC):
             example = opened.example()
             assert example is not None
             opened.observe(example)
-        chosen = [site for site in opened.sites() if self._selects(site.name)]
+        chosen = [site for site in opened.sites() if selects(site.name, self.include, self.exclude)]
         if not chosen:
             names = ", ".join(site.name for site in opened.sites()) or "none"
             raise UsageError(f"include={tuple(self.include)}, exclude={tuple(self.exclude)} leave no site to train; the model has: {names}")
         self.sites = {site.name: site for site in chosen}
         self.example = opened.example()
         self.template = Template(model)
+        self.calibration = calibration
         self.original = Cost(opened.params(), opened.macs(), opened.bytes())
         self.choose(model)
 
@@ -88,6 +91,10 @@ class Method(ABC):
             raise UsageError(f"the model has no parameter {missing[0]!r}; attach to the model that was prepared")
         return {site: parameters[name] for site, name in names.items()}
 
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The bound weights as they are now, each in full; a collective call where they are sharded."""
+        return {name: whole(weight.detach()) for name, weight in self.weights.items()}
+
     def attach(self, model: nn.Module, optimizer: Optimizer, *, every: int, example_inputs: ExampleInputs = None) -> None:
         """Act around every step of `optimizer`, with a round every `every` steps (those of an epoch, usually)."""
         if self._hooks is not None:
@@ -95,6 +102,8 @@ class Method(ABC):
         if not hasattr(self, "sites"):
             self.prepare(model, example_inputs)
         phased = self.bind(model)
+        if not phased.rounds:
+            raise UsageError(f"{self.name} has no rounds to train in; give at least one of its phases a round, or finish without attaching: tdpass.train does")
         self._hooks = Hooks(optimizer, [phased], lambda step: step % every == 0, phased.rounds)
 
     def finish(self, model: nn.Module) -> Artifact:
@@ -127,9 +136,6 @@ class Method(ABC):
     def residuals(self) -> Mapping[str, float]:
         """||W - Z|| / ||W|| of each weight at the last projection."""
         return {} if self.phased is None else self.phased.residuals()
-
-    def _selects(self, name: str) -> bool:
-        return any(fnmatchcase(name, glob) for glob in self.include) and not any(fnmatchcase(name, glob) for glob in self.exclude)
 
 
 METHODS: Registry[type[Method]] = Registry("training method")

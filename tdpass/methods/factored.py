@@ -22,7 +22,6 @@ from tdpass.site import Site
 from tdpass.targets import Setting, Target, Variant
 from tdpass.training.admm import Admm, Rule
 from tdpass.training.phases import Phase
-from tdpass.training.placement import whole
 from tdpass.training.schedules import ScheduleSpec, as_schedule
 from tdpass.verbs import compress
 
@@ -52,7 +51,7 @@ class Factored(Method):
 
     @torch.no_grad()
     def close(self, model: nn.Module) -> Artifact:
-        weights = {name: whole(weight.detach()) for name, weight in self.weights.items()}
+        weights = self.whole_weights()
         plan = self.plan(weights, self.rule()(1.0, weights))
         return compress(self.template.filled(model), plan=plan, pipeline="factorize", example_inputs=self.example, cache=False)
 

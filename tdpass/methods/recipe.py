@@ -15,9 +15,12 @@ from torch import nn
 
 from tdpass.artifact import Artifact
 from tdpass.errors import InvalidModelError, TdpassError, UsageError
+from tdpass.files import read_yaml
 from tdpass.methods.base import make_method
 from tdpass.methods.run import Score, train
 from tdpass.report import TrainingRow
+
+_SHIPPED = Path(__file__).parent.parent / "recipes" / "training"
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,8 @@ class Recipe:
     def load(cls, path: Path | str) -> Recipe:
         """Read a recipe file, or one that comes with tdpass by its name; raises `UsageError`."""
         path = Path(path)
-        shipped = Path(__file__).parent.parent / "recipes" / f"{path.name.removesuffix('.yaml')}.yaml"
-        try:
-            found = yaml.safe_load((path if path.exists() or not shipped.exists() else shipped).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError(f"cannot read the recipe {path}: {str(error).splitlines()[0]}; give a YAML file, or one of: {', '.join(names())}") from None
+        shipped = _SHIPPED / f"{path.name.removesuffix('.yaml')}.yaml"
+        found = read_yaml(path if path.exists() or not shipped.exists() else shipped, "recipe", f"give a YAML file, or one of: {', '.join(names())}")
         return cls.parse(found, str(path))
 
     @classmethod
@@ -133,8 +133,7 @@ class Recipe:
 
 def names() -> list[str]:
     """The training recipes that come with tdpass."""
-    folder = Path(__file__).parent.parent / "recipes"
-    return sorted(path.stem for path in folder.glob("*.yaml") if "data" in yaml.safe_load(path.read_text(encoding="utf-8")))
+    return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
 
 
 def named(text: str) -> Any:
@@ -155,7 +154,7 @@ def made_by(text: str, *arguments: object) -> Any:
     function = named(text)
     try:
         return function(*arguments)
-    except (TdpassError, SystemExit):
+    except TdpassError:
         raise
     except Exception as error:
         with_what = f"called with {arguments}" if arguments else "called without arguments"

@@ -61,10 +61,10 @@ def train(
     """Train a copy of a model into a smaller one, and say what each epoch and the whole did.
 
     `data` yields (inputs, targets) and has a length.  Stages: `pretrain` epochs of the dense model; the rounds of `method` (an
-    object, a name, or `{name: options}`), `rounds_per_epoch` of them in each epoch, and its `finish`, or a pipeline of passes on `calibration` data;
-    `finetune` epochs of what came out; and with `control` the dense model once more for as many epochs, learning from labels
-    only, since an accuracy gain means nothing without it.  `settings` hold for the method, and where `pretraining` and
-    `finetuning` do not say otherwise for these.
+    object, a name, or `{name: options}`), `rounds_per_epoch` of them in each epoch, and its `finish`, or a pipeline of passes,
+    which both may plan on `calibration` data; `finetune` epochs of what came out; and with `control` the dense model once more
+    for as many epochs, learning from labels only, since an accuracy gain means nothing without it.  `settings` hold for the
+    method, and where `pretraining` and `finetuning` do not say otherwise for these.
 
     `evaluate(model)` scores every epoch (on data that is not the test data), `test(model)` the dense, the control and the final
     model once.  With a `folder` checkpoints and log.csv are written there, and `resume` goes on from them.  Under torchrun every
@@ -120,7 +120,7 @@ class _Run:
     def stage(self, name: str, model: nn.Module, settings: Settings, epochs: int, method: Method | None = None, teacher: nn.Module | None = None) -> nn.Module:
         """A trained copy of the model."""
         torch.manual_seed(self.seed + sum(map(ord, name)))
-        template, wrapped = Template(model), _wrapped(copy.deepcopy(model), self.parallel)
+        template, wrapped = None if method is not None else Template(model), _wrapped(copy.deepcopy(model), self.parallel)
         optimizer, schedule = settings.make_optimizer(wrapped), settings.make_schedule()
         terms: list[Term] = []
         rate: Callable[[float], float] = schedule.value
@@ -150,8 +150,7 @@ class _Run:
             note=self.note,
         )
         self.rows = [*before, *loop.run(self.resume)]
-        trained = wrapped if method is not None else template.filled(wrapped)
-        return trained.eval()
+        return (wrapped if template is None else template.filled(wrapped)).eval()
 
     def _take(self, row: TrainingRow, rows: Sequence[TrainingRow]) -> None:
         if self.folder is not None and world()[0] == 0:
@@ -177,7 +176,7 @@ def _compressed(
     made = make_method(method)
     if finetune and made.final:
         raise UsageError(f"{made.name} ends with weights where they shall stay, finetune={finetune} epochs would move them; give its own phases more rounds")
-    made.prepare(dense, example)
+    made.prepare(dense, example, calibration)
     epochs = made.epochs(run.rounds_per_epoch)
     trained = run.stage("method", dense, settings, epochs, made, teacher=dense)
     return made.finish(trained), epochs

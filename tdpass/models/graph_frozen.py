@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 from weakref import WeakSet
 
@@ -99,7 +100,7 @@ class FrozenRunner:
         values = {names[name]: known[index].detach() for name, index in self.names.items()}
         own = {str(node.target) for node in self.graph.nodes if node.op in ("get_attr", "call_module")}
         graph = _with_constants(self.graph, names)
-        module: Any = GraphModule({**{name: _attribute(self.given, name) for name in own}, **values}, graph)
+        module: Any = GraphModule({**{name: attrgetter(name)(self.given) for name in own}, **values}, graph)
         module.meta.update({**self.given.meta, FROZEN: True})
         if hasattr(self.given, "_param_name_to_source"):
             from torch._dynamo.source import ConstantSource  # noqa: PLC0415 - takes seconds to import
@@ -131,12 +132,6 @@ def _with_constants(graph: Graph, names: dict[str, str]) -> Graph:
 def _fixed_size(fake: Any) -> bool:
     sizes = fake.shape if isinstance(fake, Tensor) else (fake,)
     return not any(isinstance(size, torch.SymInt) for size in sizes)
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
 
 
 def _look(value: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:

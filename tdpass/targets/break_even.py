@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, get_args
 
-import yaml
-
 from tdpass.constraints.sparse import Group
 from tdpass.errors import UsageError
+from tdpass.files import read_yaml
 from tdpass.site import Kind, Site
 from tdpass.targets.base import ONE_CALL, Setting, open_target
 
@@ -95,10 +94,7 @@ class BreakEvenTable:
     @classmethod
     def load(cls, path: str | Path) -> BreakEvenTable:
         """Read a YAML list of rows `{kind, group, shape, sparsity}`; raises `UsageError` naming the row that is none."""
-        try:
-            read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError(f"cannot read the break-even table {path}: {str(error).splitlines()[0]}; it is a YAML list of rows, {_ROW}") from None
+        read = read_yaml(Path(path), "break-even table", f"it is a YAML list of rows, {_ROW}")
         if not isinstance(read, list) or not read:
             raise UsageError(f"the break-even table {path} holds no list of rows; {_ROW}")
         rows = []

@@ -38,7 +38,6 @@ class Split:
     z: Tensor
     u: Tensor
     residual: float = float("nan")
-    constraint: Constraint | None = None
     bound: bool = False
 
 
@@ -60,7 +59,6 @@ class Admm(Term):
         self.schedule = Constant(rho) if isinstance(rho, int | float) else rho
         self.decoupled = decoupled
         self.rho = self.schedule.value(0.0)
-        self.rounds = 0
         self.splits = [[Split(name, weight, weight.detach().clone(), torch.zeros_like(weight)) for name, weight in weights.items()] for _ in self.rules]
 
     @torch.no_grad()
@@ -72,7 +70,6 @@ class Admm(Term):
         self.rho = rho
         for rule, splits in zip(self.rules, self.splits, strict=True):
             self._project(rule, splits, progress)
-        self.rounds += 1
 
     def _project(self, rule: Rule, splits: Sequence[Split], progress: float) -> None:
         rank, size = world()
@@ -80,9 +77,9 @@ class Admm(Term):
         constraints = from_first(rule(progress, sums))
         bound = [split for split in splits if split.name in constraints]
         for index, split in enumerate(bound):
-            split.constraint, split.bound = constraints[split.name], True
+            split.bound = True
             if index % size == rank:
-                sums[split.name] = split.constraint.project(sums[split.name])
+                sums[split.name] = constraints[split.name].project(sums[split.name])
         for index, split in enumerate(bound):
             split.z = placed_like(from_owner(sums[split.name].contiguous(), index % size), split.weight)
             gap = split.weight.detach() - split.z
@@ -107,10 +104,6 @@ class Admm(Term):
             pull = self.rho * rate_of(optimizer, split.weight)
             split.weight.add_(split.z - split.u - split.weight, alpha=pull / (1 + pull))
 
-    def constraints(self, rule: int = 0) -> dict[str, Constraint]:
-        """What each weight was last projected on, by name."""
-        return {split.name: split.constraint for split in self.splits[rule] if split.constraint is not None}
-
     def residuals(self) -> Mapping[str, float]:
         found: dict[str, float] = {}
         for split in self._active():
@@ -118,7 +111,7 @@ class Admm(Term):
         return found
 
     def state(self) -> State:
-        state: State = {"rho": self.rho, "rounds": self.rounds}
+        state: State = {"rho": self.rho}
         for index, splits in enumerate(self.splits):
             for split in splits:
                 state[f"z.{index}.{split.name}"], state[f"u.{index}.{split.name}"] = split.z, split.u
@@ -127,7 +120,7 @@ class Admm(Term):
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.rho, self.rounds = float(state["rho"]), int(state["rounds"])
+        self.rho = float(state["rho"])
         for index, splits in enumerate(self.splits):
             for split in splits:
                 split.z = state[f"z.{index}.{split.name}"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tdpass.constraints.base import Constraint
+from tdpass.constraints.magnitudes import rank_within
 from tdpass.training.placement import placed_like, whole
 from tdpass.training.terms import State, Term
 
@@ -57,10 +58,7 @@ class Fixing(Held):
             weight = self.weights[name]
             full, held = whole(weight.detach()), whole(self.masks[name])
             levels = torch.where(held, whole(self.values[name]), constraint.project(full))
-            mask = held.clone()
-            for level in torch.unique(levels[levels != 0]):
-                members = (levels == level).flatten().nonzero().flatten()
-                gaps = (full - levels).flatten()[members].abs().masked_fill(held.flatten()[members], -1)
-                mask.view(-1)[members[gaps.argsort(stable=True)[: round(share * len(members))]]] = True
+            rank, size = rank_within(levels, (full - levels).abs().masked_fill(held, -1))
+            mask = held | ((levels != 0) & (rank < (share * size).round()))
             self.values[name], self.masks[name] = placed_like(levels, weight), placed_like(mask, weight)
             weight.copy_(torch.where(self.masks[name], self.values[name], weight))

@@ -10,19 +10,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tdpass.errors import UsageError
 from tdpass.training.schedules import Schedule
 from tdpass.training.terms import State, Term
 
 
 @dataclass(frozen=True)
 class Phase:
-    """`rounds` rounds under the terms that `begin` makes; `rate` is a factor on the learning rate."""
+    """`rounds` rounds under the terms that `begin` makes."""
 
     name: str
     rounds: int
     begin: Callable[[], Sequence[Term]]
-    rate: float = 1.0
 
 
 class Phased(Term):
@@ -36,8 +34,6 @@ class Phased(Term):
     ) -> None:
         self._facts, self._recall = facts, recall
         self.phases = tuple(phase for phase in phases if phase.rounds > 0)
-        if not self.phases:
-            raise UsageError("the method has no rounds; give at least one of its phases a round")
         self.rounds = sum(phase.rounds for phase in self.phases)
         self.round = 0
         self.index = -1
@@ -55,15 +51,9 @@ class Phased(Term):
         """The schedule run once per phase, as a function of the share of all rounds that is over."""
 
         def value(progress: float) -> float:
-            index, inner = self.place(progress * self.rounds)
-            return schedule.value(inner) * self.phases[index].rate
+            return schedule.value(self.place(progress * self.rounds)[1])
 
         return value
-
-    @property
-    def phase(self) -> str:
-        """Name of the current phase."""
-        return self.phases[max(0, self.index)].name
 
     def begin_round(self, progress: float) -> None:
         index, inner = self.place(self.round)

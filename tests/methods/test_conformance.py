@@ -25,6 +25,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"budget": {"macs": 0.6}, "format": "tucker2", "rounds": ROUNDS, "rho": 0.5},
         {"ranks": {"conv2": [4, 4], "fc": {"svd": [3]}}, "format": "tucker2", "rounds": ROUNDS, "rho": 0.5},
         {"ranks": {"fc": [3, 3, 3, 3]}, "format": "tensor_ring", "rounds": ROUNDS, "rho": 0.5},
+        {"start": {"params": 0.5}, "rounds": ROUNDS, "rho": 0.5},
     ],
     "batude": [
         {"budget": {"macs": 0.5}, "rounds": ROUNDS, "stable": 2, "rho": 0.5},
@@ -32,7 +33,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     ],
     "admm-nn": [
         {"keep": 400, "prune": 3, "retrain": 1, "quantize": 0, "fix": 0, "rho": 0.5},
-        {"keep": 400, "bits_per_weight": 3, "prune": 2, "retrain": 1, "quantize": 1, "fix": 2, "rho": 0.5, "score": "lamp"},
+        {"keep": 400, "bits_per_weight": 3, "prune": 2, "retrain": 1, "quantize": 1, "fix": 2, "rho": 0.5, "score": "lamp", "least": {"conv1": 60}},
     ],
 }
 CASES = [pytest.param(name, options, id=f"{name}-{index}") for name, all_options in EXAMPLES.items() for index, options in enumerate(all_options)]
@@ -114,12 +115,14 @@ def test_the_result_keeps_its_bounds(name: str, options: dict[str, Any]) -> None
         weight = dict(artifact.model.named_modules())[choice.site].weight.detach()
         if not choice.kept_dense:
             assert choice.cost.params < choice.dense.params or "ranks" in options
-            if choice.format != "tensor_ring":  # whose projection is a search
+            if choice.format not in {"tensor_ring", "cp", "block_term"}:  # whose projections are searches
                 again = InFormat(method.sites[choice.site], choice.format, choice.rank).project(weight)
                 torch.testing.assert_close(again, weight, rtol=1e-4, atol=1e-4)
         elif "bits_per_weight" in options:
             level = method.levels[choice.site]
             assert weight[weight != 0].abs().unique().numel() <= level.count
+    for site, least in options.get("least", {}).items():
+        assert dict(artifact.model.named_modules())[site].weight.count_nonzero() >= least
     if "keep" in options:
         kept = sum(int(dict(artifact.model.named_modules())[choice.site].weight.count_nonzero()) for choice in artifact.plan)
         assert 0.95 * options["keep"] <= kept <= options["keep"]
@@ -164,6 +167,27 @@ def test_admm_brings_weights_nearer_to_their_set(name: str, options: dict[str, A
     assert sum(choice.error for choice in artifact.plan) < 0.8 * sum(errors)
 
 
+def test_without_rounds_it_is_direct_factorization() -> None:
+    common: dict[str, Any] = {"example_inputs": torch.zeros(2, 2, 8, 8), "control": False}
+    options = {"budget": {"params": 0.4}, "rounds": 0}
+    artifact = tdpass.train(network(), batches(), {"admm-tt": options}, **common)
+    direct = tdpass.compress(network(), plan=artifact.plan, pipeline="factorize", example_inputs=common["example_inputs"]).model
+    assert all(torch.equal(value, direct.state_dict()[key]) for key, value in artifact.model.state_dict().items())
+    assert artifact.report.training == []
+    model = network()
+    with pytest.raises(UsageError, match="no rounds"):
+        METHODS.get("admm-tt")(**options).attach(model, torch.optim.SGD(model.parameters(), lr=0.1), every=2)
+
+
+def test_the_planner_chooses_the_start_on_calibration_data() -> None:
+    data = torch.randn(64, 2, 8, 8, generator=torch.Generator().manual_seed(2))
+    options = {"start": {"macs": 0.5}, "rounds": 0}
+    artifact = tdpass.train(network(), batches(), {"admm-tt": options}, calibration=data, control=False, example_inputs=data[:2])
+    planned = tdpass.make_plan(network(), {"macs": 0.5}, data, pipeline="plan{joint=false}").plan
+    assert [(choice.site, choice.format, choice.rank) for choice in artifact.plan] == [(choice.site, choice.format, choice.rank) for choice in planned]
+    assert artifact.report.final.macs <= 0.5 * artifact.report.original.macs
+
+
 def test_fine_tuning_is_refused_where_it_would_undo_the_method() -> None:
     with pytest.raises(UsageError, match="would move them"):
         tdpass.train(network(), batches(), {"admm-nn": EXAMPLES["admm-nn"][0]}, finetune=1)
@@ -196,10 +220,10 @@ def test_impossible_budgets_are_refused_before_training(name: str, options: dict
         METHODS.get(name)(**options).prepare(network(), torch.zeros(2, 2, 8, 8))
 
 
-@pytest.mark.parametrize("wrong", [{"keep": 0}, {"keep": 10, "reach": 0.0}, {"keep": 10, "bits_per_weight": 9.0}])
+@pytest.mark.parametrize("wrong", [{"keep": 0}, {"keep": 10, "reach": 0.0}, {"keep": 10, "bits_per_weight": 9.0}, {"keep": 100, "least": {"conv9": 5}}])
 def test_admm_nn_checks_its_options(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        METHODS.get("admm-nn")(**wrong)
+        METHODS.get("admm-nn")(**wrong).prepare(network())
 
 
 def test_hardware_sends_layers_below_break_even_back_to_dense() -> None:
