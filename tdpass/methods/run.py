@@ -21,8 +21,10 @@ from tdpass.methods.base import METHODS, Method, make_method
 from tdpass.models import ExampleInputs
 from tdpass.pipeline import PipelineSpec
 from tdpass.report import TrainingRow
+from tdpass.training.averaging import Average
 from tdpass.training.distillation import Distillation
 from tdpass.training.loop import Data, Loop, Objective, cross_entropy
+from tdpass.training.phases import Phase, Phased
 from tdpass.training.placement import Template, world
 from tdpass.training.settings import Settings
 from tdpass.training.terms import Term
@@ -122,12 +124,9 @@ class _Run:
         torch.manual_seed(self.seed + sum(map(ord, name)))
         template, wrapped = None if method is not None else Template(model), _wrapped(copy.deepcopy(model), self.parallel)
         optimizer, schedule = settings.make_optimizer(wrapped), settings.make_schedule()
-        terms: list[Term] = []
-        rate: Callable[[float], float] = schedule.value
-        if method is not None:
-            phased = method.bind(wrapped)
-            terms.append(phased)
-            rate = phased.rate(schedule)
+        phased = method.bind(wrapped) if method is not None else Phased([Phase("train", epochs * self.rounds_per_epoch, tuple)])
+        phased.average = Average(wrapped, settings.average) if settings.average else None
+        terms: list[Term] = [phased]
         if teacher is not None and settings.distill:
             terms.append(Distillation(copy.deepcopy(teacher), settings.distill, settings.temperature))
         before = list(self.rows)
@@ -138,7 +137,7 @@ class _Run:
             optimizer=optimizer,
             objective=self.objective or cross_entropy(settings.label_smoothing),
             epochs=epochs,
-            rate=rate,
+            rate=phased.rate(schedule),
             terms=tuple(terms),
             clip=settings.clip,
             autocast=settings.bf16,

@@ -90,6 +90,8 @@ class Loop:
             for epoch in range(hooks.steps // self.per_epoch, self.epochs):
                 self._epoch(epoch, hooks, started)
                 started = None
+            for term in self.terms:
+                term.end()
         finally:
             hooks.remove()
         return self.rounds

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from tdpass.training.averaging import Average
 from tdpass.training.schedules import Schedule
 from tdpass.training.terms import State, Term
 
@@ -26,6 +27,7 @@ class Phase:
 class Phased(Term):
     """One phase after another, each begun when the rounds of the one before are over; the last goes on.
 
+    With an `average` every phase ends with the average of its weights.
     `facts` are JSON values that belong to the state besides that of the terms; `recall` takes them up before a phase is begun.
     """
 
@@ -38,6 +40,7 @@ class Phased(Term):
         self.round = 0
         self.index = -1
         self.terms: tuple[Term, ...] = ()
+        self.average: Average | None = None
 
     def place(self, rounds: float) -> tuple[int, float]:
         """(index of the phase, share of it that is over) after that many rounds."""
@@ -58,7 +61,10 @@ class Phased(Term):
     def begin_round(self, progress: float) -> None:
         index, inner = self.place(self.round)
         if index != self.index:
+            self.end()
             self.index, self.terms = index, tuple(self.phases[index].begin())
+            if self.average is not None:
+                self.average.restart()
         for term in self.terms:
             term.begin_round(inner)
         self.round += 1
@@ -74,6 +80,12 @@ class Phased(Term):
     def after_step(self, optimizer: Optimizer) -> None:
         for term in self.terms:
             term.after_step(optimizer)
+        if self.average is not None:
+            self.average.update()
+
+    def end(self) -> None:
+        if self.average is not None and self.index >= 0:
+            self.average.put()
 
     def residuals(self) -> Mapping[str, float]:
         return {name: value for term in self.terms for name, value in term.residuals().items()}
@@ -82,6 +94,8 @@ class Phased(Term):
         state: State = {"round": self.round, "index": self.index, "facts": dict(self._facts())}
         for number, term in enumerate(self.terms):
             state |= {f"{number}.{key}": value for key, value in term.state().items()}
+        if self.average is not None:
+            state |= {"steps": self.average.steps, **{f"average.{name}": value for name, value in self.average.values.items()}}
         return state
 
     def resume_at(self, facts: Mapping[str, Any]) -> None:
@@ -94,8 +108,10 @@ class Phased(Term):
     def load_state(self, state: Mapping[str, Any]) -> None:
         for number, term in enumerate(self.terms):
             term.load_state(_own(state, number))
+        if self.average is not None:
+            self.average.load(_own(state, "average"), int(state["steps"]))
 
 
-def _own(state: Mapping[str, Any], number: int) -> dict[str, Any]:
-    start = f"{number}."
+def _own(state: Mapping[str, Any], owner: int | str) -> dict[str, Any]:
+    start = f"{owner}."
     return {key[len(start) :]: value for key, value in state.items() if key.startswith(start)}

@@ -35,6 +35,9 @@ class Term:
     def after_step(self, optimizer: Optimizer) -> None:
         """Weights may be changed."""
 
+    def end(self) -> None:
+        """Training is over; weights may be changed once more."""
+
     def residuals(self) -> Mapping[str, float]:
         """Relative distance to each constraint, by weight."""
         return {}

@@ -12,6 +12,7 @@ from tdpass.constraints.levels import UniformLevels
 from tdpass.constraints.sparse import Sparse
 from tdpass.errors import TrainingError, UsageError
 from tdpass.training.admm import Admm, fixed
+from tdpass.training.averaging import Average
 from tdpass.training.batches import Batches
 from tdpass.training.held import Fixing, Held
 from tdpass.training.loop import Loop, cross_entropy
@@ -159,6 +160,31 @@ def test_phases_follow_each_other_and_restart_the_rate() -> None:
     assert begun == ["a", "b"]
     rate = phased.rate(Cosine(1.0))
     assert [rate(share / 6) for share in range(6)] == pytest.approx([1.0, Cosine(1.0).value(0.25), 0.5, Cosine(1.0).value(0.75), 1.0, 0.5])
+
+
+def test_phases_end_with_the_average_of_their_weights() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    phased = Phased([Phase("a", 1, tuple), Phase("b", 1, tuple)])
+    phased.average = Average(model, 0.5)
+    ends = []
+    for _ in range(2):
+        phased.begin_round(0.0)
+        ends.append(model.weight.detach().clone())
+        seen = [model.weight.detach().clone()]
+        for step in range(3):
+            with torch.no_grad():
+                model.weight += step + 1
+            seen.append(model.weight.detach().clone())
+            phased.after_step(optimizer)
+    phased.end()
+    expected, decays = seen[0], [1 / 11, 2 / 12, 3 / 13]
+    for decay, weight in zip(decays, seen[1:], strict=True):
+        expected = decay * expected + (1 - decay) * weight
+    torch.testing.assert_close(model.weight.detach(), expected)
+    torch.testing.assert_close(expected - ends[1], ends[1] - ends[0])
+    with pytest.raises(UsageError, match="decay between 0 and 1"):
+        Average(model, 1.0)
 
 
 @pytest.mark.parametrize("wrong", [{"optimizer": "lion"}, {"lr": 0}, {"momentumm": 0.9}])

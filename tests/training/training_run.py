@@ -40,7 +40,7 @@ def train(folder: Path | None, method: str, parallel: str | None = None, resume:
         network(),
         data(),
         METHODS[method],
-        settings={"optimizer": "sgd", "lr": 0.05, "distill": 0.3},
+        settings={"optimizer": "sgd", "lr": 0.05, "distill": 0.3, "average": 0.9},
         pretrain=1,
         finetune=0 if method == "admm-nn" else 1,
         evaluate=lambda model: float(model(torch.ones(4, 1, 8, 8)).sum()),
