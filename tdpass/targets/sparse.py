@@ -94,7 +94,8 @@ def sparse_calls(site: Site, group: str, sparsity: float, setting: Setting) -> l
         return []
     layer = make_layer(site, Variant(), setting.dtype)
     assert isinstance(layer, DenseLayer)
-    x, blocks, rest = example_input(layer, setting.batch), pack(pruned_weight(layer.weight, group, sparsity)), (layer.bias, None)
+    pruned = pruned_weight(layer.weight, group, sparsity)
+    x, blocks, rest = example_input(layer, setting.batch), pack(pruned, positions=setting.batch * site.out_positions), (layer.bias, None)
     if site.kind == "linear":
         return [Bound(functools.partial(SPARSE_LINEAR.call, x, *blocks, *rest, site.o, "identity"), blocks)]
     before, after = zip(*site.padding, strict=True)

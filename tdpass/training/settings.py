@@ -22,7 +22,8 @@ class Settings:
 
     `lr` is the peak learning rate; `schedule` (a schedule that starts at 1, or None for half a cosine to zero) is run once per
     phase.  `distill` is the share of the loss that the dense model decides, at `temperature`; `clip` bounds the norm of the
-    gradient; `average` is the decay of an average of the weights that each phase ends with; `bf16` computes in bfloat16 where autocast knows how.  Momentum is that of SGD.
+    gradient; `average` is the decay of an average of the weights that each phase ends with; `bf16` computes in bfloat16 where
+    autocast knows how.  Momentum is that of SGD.
     """
 
     optimizer: Name = "sgd"
