@@ -52,7 +52,7 @@ class RowReader(nn.Module):
 
 def lenet5() -> nn.Module:
     """An untrained LeNet-5."""
-    return LeNet5()
+    return LeNet5().to(memory_format=torch.channels_last)
 
 
 def row_reader() -> nn.Module:

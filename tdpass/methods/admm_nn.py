@@ -32,6 +32,8 @@ from tdpass.verbs import compress
 
 BITS = (1, 2, 3, 4, 5, 6)  # more levels than a small layer has weights would be no saving
 
+PHASES = ("prune", "retrain", "quantize", "fix")
+
 
 @register_method
 @dataclass
@@ -42,7 +44,7 @@ class AdmmNN(Method):
     `keep` by equal factors over the first `reach` of the phase;  *retrain* with the others at zero;  *quantize*, ADMM towards levels
     {+-q .. +-n q}, whose interval is found in closed form and whose number in each layer is chosen so that all surviving weights
     together take `bits_per_weight` bits on average, 1 to 6 in each (`LevelBudget`);  *fix*, where more and more weights stay on their levels.
-    Phases without rounds are left out; without `bits_per_weight` the last two are.
+    Phases without rounds are left out; without `bits_per_weight` the last two are.  `rates` has factors on the learning rate by phase.
 
     `least` names sites that keep no fewer weights than that, whatever their scores.
 
@@ -62,6 +64,7 @@ class AdmmNN(Method):
     quantize: int = 10
     fix: int = 6
     reach: float = 0.7
+    rates: Mapping[str, float] = field(default_factory=dict)
     rho: ScheduleSpec = 1e-3
     decoupled: bool = False
     hardware: BreakEven | str | None = None
@@ -73,6 +76,9 @@ class AdmmNN(Method):
     def __post_init__(self) -> None:
         if self.keep < 1 or not 0 < self.reach <= 1:
             raise UsageError(f"keep={self.keep}, reach={self.reach}: keep at least one weight, and reach that number within a share in (0, 1] of the phase")
+        unknown = set(self.rates) - set(PHASES)
+        if unknown or not all(rate > 0 for rate in self.rates.values()):
+            raise UsageError(f"rates={dict(self.rates)!r} are not positive factors on the learning rate of phases; the phases are {', '.join(PHASES)}")
         if self.bits_per_weight is not None and not 1 <= self.bits_per_weight <= 8:
             raise UsageError(f"bits_per_weight={self.bits_per_weight} is not within 1 to 8; leave it out to prune only")
 
@@ -105,10 +111,10 @@ class AdmmNN(Method):
         return WeightBudget(keep, self.score, self.dense, {name: self.least.get(name, 1) for name in self.sites})
 
     def phases(self) -> Sequence[Phase]:
-        phases = [Phase("prune", self.prune, self._begin_pruning), Phase("retrain", self.retrain, self._begin_retraining)]
+        steps = [("prune", self.prune, self._begin_pruning), ("retrain", self.retrain, self._begin_retraining)]
         if self.bits_per_weight is not None:
-            phases += [Phase("quantize", self.quantize, self._begin_levels), Phase("fix", self.fix, self._begin_fixing)]
-        return phases
+            steps += [("quantize", self.quantize, self._begin_levels), ("fix", self.fix, self._begin_fixing)]
+        return [Phase(name, rounds, begin, self.rates.get(name, 1.0)) for name, rounds, begin in steps]
 
     def _begin_pruning(self) -> list[Term]:
         return [Admm(self.weights, [self._falling], as_schedule(self.rho, "rho"), self.decoupled)]

@@ -108,7 +108,7 @@ class OpenRNN(nn.Module):
         products = [self._product(name) for name in self._names]
         if not all(tensor.dtype == torch.float32 for tensor in (x, *(tensor for product in products for tensor in product.tensors))):
             return False
-        own = sum(product.called for product in products[::2]) + sum(product.thin for product in products[1::2])
+        own = sum(min(product.called, product.dense) for product in products[::2]) + sum(product.thin for product in products[1::2])
         samples = x.shape[1 - int(self.batch_first)]
         return samples == 1 or self.states == 1 or own * _LSTM_LEAD <= sum(product.dense for product in products)
 

@@ -17,11 +17,12 @@ from tdpass.training.terms import State, Term
 
 @dataclass(frozen=True)
 class Phase:
-    """`rounds` rounds under the terms that `begin` makes."""
+    """`rounds` rounds under the terms that `begin` makes; `rate` is a factor on the learning rate."""
 
     name: str
     rounds: int
     begin: Callable[[], Sequence[Term]]
+    rate: float = 1.0
 
 
 class Phased(Term):
@@ -54,7 +55,8 @@ class Phased(Term):
         """The schedule run once per phase, as a function of the share of all rounds that is over."""
 
         def value(progress: float) -> float:
-            return schedule.value(self.place(progress * self.rounds)[1])
+            index, inner = self.place(progress * self.rounds)
+            return schedule.value(inner) * self.phases[index].rate
 
         return value
 

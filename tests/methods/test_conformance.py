@@ -220,7 +220,16 @@ def test_impossible_budgets_are_refused_before_training(name: str, options: dict
         METHODS.get(name)(**options).prepare(network(), torch.zeros(2, 2, 8, 8))
 
 
-@pytest.mark.parametrize("wrong", [{"keep": 0}, {"keep": 10, "reach": 0.0}, {"keep": 10, "bits_per_weight": 9.0}, {"keep": 100, "least": {"conv9": 5}}])
+WRONG: list[dict[str, Any]] = [
+    {"keep": 0},
+    {"keep": 10, "reach": 0.0},
+    {"keep": 10, "bits_per_weight": 9.0},
+    {"keep": 100, "least": {"conv9": 5}},
+    {"keep": 10, "rates": {"fine": 2.0}},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_admm_nn_checks_its_options(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         METHODS.get("admm-nn")(**wrong).prepare(network())
