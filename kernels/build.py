@@ -28,12 +28,15 @@ FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fas
 TARGETS: dict[str, tuple[str, ...]] = {"generic": ()}
 _NEEDS: dict[str, frozenset[str]] = {"generic": frozenset()}
 if platform.machine() in ("x86_64", "AMD64"):
+    _AVX512 = ("-march=x86-64-v4", "-mprefer-vector-width=512")
     TARGETS = {
-        "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+        "avx512bf16": (*_AVX512, "-mavx512bf16"),
+        "avx512": _AVX512,
         "avx2": ("-march=x86-64-v3",),
         "generic": ("-march=x86-64-v2",),
     }
     _NEEDS |= {"avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"}), "avx2": frozenset({"avx2", "fma", "bmi2"})}
+    _NEEDS |= {"avx512bf16": _NEEDS["avx512"] | {"avx512_bf16"}}
 _COMMON = "dispatch.cpp"
 _SECONDS = 1800
 

@@ -37,6 +37,11 @@ def check_activation(activation: str) -> None:
         raise KernelError(f"activation {activation!r} is not known; it is one of {', '.join(_ACTIVATE)}")
 
 
+def packing(lanes: Lanes, dtype: torch.dtype) -> Lanes:
+    """What to pack weights for where x has that type: channels in pairs if it is bfloat16, which this machine multiplies so, else as asked."""
+    return "pairs" if lanes == "channels" and dtype == torch.bfloat16 and native.multiplies_pairs() else lanes
+
+
 def reference(
     x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, stages: Sequence[int], activation: str, lanes: Lanes
 ) -> Tensor:
@@ -96,7 +101,7 @@ def _program(integers: tuple[int, ...]) -> tuple[tuple[Stage, ...], Array[native
 def native_cpu(
     x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, stages: Sequence[int], activation: str, lanes: Lanes
 ) -> Tensor:
-    """The C++ kernel; float32 and bfloat16, float32 inside."""
+    """The C++ kernel; float32 and bfloat16, float32 inside, or with pair lanes sums alone."""
     y = _empty_output(x, stages_of(stages))
     done = run_native(x, weights, bias, None if residual is None else residual.expand_as(y), tuple(stages), activation, lanes, y)
     return y if done else NotImplemented
@@ -117,10 +122,10 @@ def run_native(
     if library is None or x.dtype not in native.DTYPES or (residual is not None and residual.dtype != x.dtype):
         return False
     chain, array = _program(integers)
-    panels = [weight.float().contiguous() for weight in weights]
     wanted = [stage.packed_shape(lanes) for stage in chain]
-    if [panel.shape for panel in panels] != wanted:
-        raise KernelError(f"a chain of {len(chain)} stages takes weights packed as {wanted}, not {[tuple(panel.shape) for panel in panels]}")
+    if [weight.shape for weight in weights] != wanted:
+        raise KernelError(f"a chain of {len(chain)} stages takes weights packed as {wanted}, not {[tuple(weight.shape) for weight in weights]}")
+    panels = [weight.to(stage.packed_dtype(lanes)).contiguous() for stage, weight in zip(chain, weights, strict=True)]
     shift = None if bias is None else bias.float().contiguous()
     rest = None if residual is None else native.image(residual)
     pointers = (c_void_p * len(panels))(*(panel.data_ptr() for panel in panels))

@@ -11,21 +11,27 @@ from torch import Tensor
 from tdpass.errors import KernelError
 from tdpass.kernels.base import Op, implements, register_op
 from tdpass.kernels.conv_chain import MAX_STAGES, activate, check_activation, run_native
-from tdpass.kernels.stage import Stage
+from tdpass.kernels.stage import Lanes, Stage
 
 SCHEMA = "(Tensor x, Tensor[] weights, Tensor? bias, Tensor? residual, int[] widths, str activation) -> Tensor"
+_PAIR_AXES = 6
 
 
 def stages_of(widths: Sequence[int]) -> tuple[Stage, ...]:
-    """Layers of these widths as 1x1 convolutions; their `pack` for channel lanes is what the operator takes."""
+    """Layers of these widths as 1x1 convolutions; their `pack` for channel lanes or pair lanes is what the operator takes."""
     return tuple(Stage(i, o) for i, o in pairwise(widths))
+
+
+def lanes_of(weights: Sequence[Tensor]) -> Lanes:
+    """What packed weights are packed for: those of pair lanes have an axis more."""
+    return "pairs" if weights and weights[0].dim() == _PAIR_AXES else "channels"
 
 
 def reference(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, widths: Sequence[int], activation: str) -> Tensor:
     """`y = activation(W_S ... W_1 x + bias + residual)` on the last axis of x."""
-    h = x
+    h, lanes = x, lanes_of(weights)
     for stage, packed in zip(stages_of(widths), weights, strict=True):
-        h = F.linear(h, stage.unpack(packed, "channels").flatten(1).to(x.dtype))
+        h = F.linear(h, stage.unpack(packed, lanes).flatten(1).to(x.dtype))
     if bias is not None:
         h = h + bias.to(h.dtype)
     return activate(h if residual is None else h + residual, activation)
@@ -44,11 +50,11 @@ LINEAR_CHAIN = register_op(Op("linear_chain", SCHEMA, reference, fake))
 
 @implements("linear_chain", "cpu")
 def native_cpu(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, widths: Sequence[int], activation: str) -> Tensor:
-    """The C++ kernel; float32 and bfloat16, float32 inside."""
+    """The C++ kernel; float32 and bfloat16, float32 inside, or with pair lanes sums alone."""
     y = x.new_empty((*x.shape[:-1], widths[-1]))
     rest = None if residual is None else _positions(residual.expand_as(y))
     integers = tuple(value for stage in stages_of(widths) for value in stage.integers())
-    done = run_native(_positions(x), weights, bias, rest, integers, activation, "channels", _positions(y))
+    done = run_native(_positions(x), weights, bias, rest, integers, activation, lanes_of(weights), _positions(y))
     return y if done else NotImplemented
 
 

@@ -18,7 +18,7 @@ from tdpass.kernels import build
 
 DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS: dict[str, int] = {"identity": 0, "relu": 1, "silu": 2, "gelu": 3}
-LANES: dict[str, int] = {"channels": 0, "pixels": 1}
+LANES: dict[str, int] = {"channels": 0, "pixels": 1, "pairs": 2}
 
 
 class CStage(Structure):
@@ -175,6 +175,12 @@ def isa() -> str:
     """The instruction set in use; "none" without native kernels."""
     found = library()
     return "none" if found is None else found.tdpass_isa().decode()
+
+
+@functools.cache
+def multiplies_pairs() -> bool:
+    """Whether pairs of bfloat16 are multiplied by an instruction of their own; without it they are widened one by one."""
+    return isa() == "avx512bf16"
 
 
 @functools.cache

@@ -11,11 +11,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Lanes = Literal["channels", "pixels"]
+Lanes = Literal["channels", "pixels", "pairs"]
 Pair = tuple[int, int]
 
-PANEL: dict[Lanes, int] = {"channels": 16, "pixels": 8}
 _INTEGERS = 13
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How weights are packed: `width` output channels to a panel, `together` input channels beside each other, taps outside of them or within."""
+
+    width: int
+    taps_outside: bool
+    together: int = 1
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """In which order the axes of `[groups, panels, width, i / groups / together, together, h w]` are packed."""
+        return (0, 1, 5, 3, 2, 4) if self.taps_outside else (0, 1, 3, 5, 2, 4)
+
+
+LAYOUTS: dict[Lanes, Layout] = {"channels": Layout(16, True), "pixels": Layout(8, False), "pairs": Layout(16, True, 2, torch.bfloat16)}
 
 
 @dataclass(frozen=True)
@@ -54,35 +71,47 @@ class Stage:
         """The stage as an operator takes it."""
         return [self.inputs, self.outputs, self.groups, *self.kernel, *self.stride, *self.before, *self.after, *self.dilation]
 
+    def packs_by_channel(self, lanes: Lanes) -> bool:
+        """Whether the weight is packed as `[panels, h w, 16]` in float32: a depthwise stage, which has no input channels to sum over."""
+        return LAYOUTS[lanes].taps_outside and self.depthwise
+
+    def packed_dtype(self, lanes: Lanes) -> torch.dtype:
+        """Type of the packed weight."""
+        return torch.float32 if self.packs_by_channel(lanes) else LAYOUTS[lanes].dtype
+
     def packed_shape(self, lanes: Lanes) -> tuple[int, ...]:
         """Shape of the packed weight."""
-        width, taps = PANEL[lanes], math.prod(self.kernel)
-        if lanes == "channels" and self.depthwise:
-            return (-(-self.outputs // width), taps, width)
-        panels, depth = -(-self.outputs // self.groups // width), self.inputs // self.groups
-        return (self.groups, panels, *((taps, depth) if lanes == "channels" else (depth, taps)), width)
+        layout, taps = LAYOUTS[lanes], math.prod(self.kernel)
+        if self.packs_by_channel(lanes):
+            return (-(-self.outputs // layout.width), taps, layout.width)
+        panels, depth = -(-self.outputs // self.groups // layout.width), -(-self.inputs // self.groups // layout.together)
+        sizes = (self.groups, panels, layout.width, depth, layout.together, taps)
+        shape = tuple(sizes[axis] for axis in layout.order)
+        return shape if layout.together > 1 else shape[:-1]
 
     def pack(self, weight: Tensor, lanes: Lanes) -> Tensor:
-        """`weight[o, i / groups, h, w]` in panels of output channels, missing ones zero; float32.
+        """`weight[o, i / groups, h, w]` in panels of output channels, missing channels zero.
 
         Channel lanes: `[groups, panels, h w, i / groups, 16]`, a depthwise stage `[panels, h w, 16]`; pixel lanes:
-        `[groups, panels, i / groups, h w, 8]`.
+        `[groups, panels, i / groups, h w, 8]`; both float32.  Pair lanes: `[groups, panels, h w, i / groups / 2, 16, 2]`, bfloat16.
         """
-        width = PANEL[lanes]
-        if lanes == "channels" and self.depthwise:
+        layout = LAYOUTS[lanes]
+        if self.packs_by_channel(lanes):
             flat = weight.float().reshape(self.outputs, -1)
-            return F.pad(flat, (0, 0, 0, -self.outputs % width)).reshape(-1, width, flat.shape[1]).transpose(1, 2).contiguous()
-        per_group = weight.float().reshape(self.groups, self.outputs // self.groups, self.inputs // self.groups, -1)
-        padded = F.pad(per_group, (0, 0, 0, 0, 0, -per_group.shape[1] % width))
-        panels = padded.reshape(self.groups, -1, width, *per_group.shape[2:])
-        return panels.permute((0, 1, 4, 3, 2) if lanes == "channels" else (0, 1, 3, 4, 2)).contiguous()
+            return F.pad(flat, (0, 0, 0, -self.outputs % layout.width)).reshape(-1, layout.width, flat.shape[1]).transpose(1, 2).contiguous()
+        per_group = weight.to(layout.dtype).reshape(self.groups, self.outputs // self.groups, self.inputs // self.groups, -1)
+        padded = F.pad(per_group, (0, 0, 0, -per_group.shape[2] % layout.together, 0, -per_group.shape[1] % layout.width))
+        panels = padded.reshape(self.groups, -1, layout.width, padded.shape[2] // layout.together, layout.together, padded.shape[3])
+        return panels.permute(layout.order).reshape(self.packed_shape(lanes)).contiguous()
 
     def unpack(self, packed: Tensor, lanes: Lanes) -> Tensor:
         """The inverse of `pack`."""
-        if lanes == "channels" and self.depthwise:
+        layout = LAYOUTS[lanes]
+        if self.packs_by_channel(lanes):
             return packed.transpose(1, 2).flatten(0, 1)[: self.outputs].reshape(self.shape)
-        panels = packed.permute((0, 1, 4, 3, 2) if lanes == "channels" else (0, 1, 4, 2, 3))
-        return panels.flatten(1, 2)[:, : self.outputs // self.groups].reshape(self.shape)
+        panels = packed if layout.together > 1 else packed[..., None]
+        channels = panels.permute([layout.order.index(axis) for axis in range(panels.dim())]).flatten(3, 4).flatten(1, 2)
+        return channels[:, : self.outputs // self.groups, : self.inputs // self.groups].reshape(self.shape)
 
 
 def stages_of(integers: Sequence[int]) -> tuple[Stage, ...]:

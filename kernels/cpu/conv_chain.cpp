@@ -7,13 +7,13 @@
 namespace tdpass {
 namespace {
 
-constexpr size_t CACHE_FLOATS = 96 * 1024;  // what buffers may take of the second-level cache, the rest is for weights
+constexpr size_t CACHE_BYTES = 384 * 1024;  // what buffers may take of the second-level cache, the rest is for weights
 constexpr int POSITIONS = 56;               // pixels per row where a chain of 1x1 layers sees positions only
 constexpr int FEW = 8;                      // positions at which threads share panels of channels instead
 
 template <class Engine> int choose_step(const Geometry& g, int rows, int multiple) {
   int step = multiple;
-  while (step < rows && Engine::footprint(g, step + multiple) <= CACHE_FLOATS) step += multiple;
+  while (step < rows && Engine::footprint(g, step + multiple) <= CACHE_BYTES) step += multiple;
   int parts = (rows + step - 1) / step;
   int even = (rows + parts - 1) / parts;
   return std::min(rows, (even + multiple - 1) / multiple * multiple);
@@ -88,16 +88,16 @@ void run_panels(const Geometry& g, const tdpass_image& x, const tdpass_image& y,
       const int most = std::max(1, std::min(MAX_PANELS, ACCUMULATORS / std::min(count, ACCUMULATORS)));
       for (int p = panels * k / tasks, nr; p < end; p += nr) {
         nr = std::min(most, end - p);
-        const float* w = g.chain->weights[s] + Index(p) * depth * LANES;
+        const float* w = static_cast<const float*>(g.chain->weights[s]) + Index(p) * depth * LANES;
         for (int i = 0, mr; i < count; i += mr) {
           mr = std::min(count - i, ACCUMULATORS / nr);
-          TileInput input{in + i * pixel, pixel, channel, &none, 1, int(depth)};
+          TileInput<Singles> input{in + i * pixel, pixel, channel, &none, 1, int(depth)};
           if (last) {
             alignas(64) float result[ACCUMULATORS * LANES];
-            TILES[mr][nr - 1](input, w, depth * LANES, result, nr * LANES);
+            TILES<Singles>[mr][nr - 1](input, w, depth * LANES, result, nr * LANES);
             output.store_tile(0, 0, i, p * LANES, result, nr * LANES, mr, std::min(nr * LANES, t.out - p * LANES));
           } else {
-            TILES[mr][nr - 1](input, w, depth * LANES, between + offset[s] + i * stride + p * LANES, stride);
+            TILES<Singles>[mr][nr - 1](input, w, depth * LANES, between + offset[s] + i * stride + p * LANES, stride);
           }
         }
       }
@@ -112,14 +112,17 @@ int run_chain(const tdpass_chain& chain, const tdpass_image& x, const tdpass_ima
   if (y.size[0] != x.size[0] || x.size[1] != g.channels(0) || y.size[1] != g.channels(g.stages)) return -1;
   if (y.size[2] != g.h[g.stages] || y.size[3] != g.w[g.stages]) return -1;
   for (int s = 0; s < chain.stages; s++)
-    if (chain.stage[s].kernel[0] * chain.stage[s].kernel[1] > ChannelLanes::MAX_TAPS) return -1;
+    if (chain.stage[s].kernel[0] * chain.stage[s].kernel[1] > MAX_TAPS) return -1;
   if (chain.lanes == TDPASS_PIXEL_LANES) {
     if (!PixelLanes::serves(g)) return -1;
     run<PixelLanes>(g, x, y, pool, PixelLanes::rows_per_cell(g));
+  } else if (chain.lanes == TDPASS_PAIR_LANES) {
+    if (!ChannelLanes<Pairs>::serves(g)) return -1;
+    run<ChannelLanes<Pairs>>(g, x, y, pool, 1);
   } else if (pool->threads > 1 && x.size[0] * x.size[2] * x.size[3] <= FEW && chain.dtype == TDPASS_FLOAT32 && by_panels(g, y)) {
     run_panels(g, x, y, int(x.size[3]), pool);
   } else {
-    run<ChannelLanes>(g, x, y, pool, 1);
+    run<ChannelLanes<Singles>>(g, x, y, pool, 1);
   }
   return 0;
 }
@@ -131,7 +134,7 @@ extern "C" int32_t TDPASS_SYMBOL(tdpass_conv_chain)(const tdpass_chain* chain, c
   using namespace tdpass;
   const tdpass_image* residual = chain->residual;
   if (x->size[0] == 0 || x->size[2] == 0 || x->size[3] == 0) return 0;
-  bool together = chain->lanes == TDPASS_CHANNEL_LANES && positions_only(*chain) && flat(*x) && flat(*y) && (!residual || flat(*residual));
+  bool together = chain->lanes != TDPASS_PIXEL_LANES && positions_only(*chain) && flat(*x) && flat(*y) && (!residual || flat(*residual));
   if (!together) return run_chain(*chain, *x, *y, pool);
   const long positions = x->size[0] * x->size[2] * x->size[3];
   const long share = positions <= FEW ? positions : (positions + pool->threads - 1) / pool->threads;  // so that no thread is left without a row

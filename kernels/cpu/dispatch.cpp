@@ -15,6 +15,7 @@ void run_openmp(void*, int32_t tasks, void (*task)(void*, int32_t), void* argume
 
 bool runs(const char* isa) {
 #if defined(__x86_64__)
+  if (!std::strcmp(isa, "avx512bf16")) return runs("avx512") && __builtin_cpu_supports("avx512bf16");
   if (!std::strcmp(isa, "avx512"))
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (!std::strcmp(isa, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -27,8 +28,8 @@ template <class Kernel> struct Choice {
   const char* isa;
   Kernel kernel;
 };
-template <class Kernel> Choice<Kernel> choose(Kernel avx512, Kernel avx2, Kernel generic) {
-  const Choice<Kernel> order[] = {{"avx512", avx512}, {"avx2", avx2}, {"generic", generic}};
+template <class Kernel> Choice<Kernel> choose(Kernel avx512bf16, Kernel avx512, Kernel avx2, Kernel generic) {
+  const Choice<Kernel> order[] = {{"avx512bf16", avx512bf16}, {"avx512", avx512}, {"avx2", avx2}, {"generic", generic}};
   const char* asked = std::getenv("TDPASS_ISA");
   bool reached = !asked || !*asked;
   for (const Choice<Kernel>& choice : order) {
@@ -40,16 +41,18 @@ template <class Kernel> Choice<Kernel> choose(Kernel avx512, Kernel avx2, Kernel
 
 }  // namespace
 
-#define TDPASS_ENTRY(name, parameters, arguments)                                                     \
-  __attribute__((weak)) int32_t name##_avx512 parameters;                                             \
-  __attribute__((weak)) int32_t name##_avx2 parameters;                                               \
-  __attribute__((weak)) int32_t name##_generic parameters;                                            \
-  int32_t name parameters {                                                                           \
-    static const auto kernel = choose(&name##_avx512, &name##_avx2, &name##_generic).kernel;          \
-    if (!kernel) return -1;                                                                           \
-    const tdpass_pool openmp = {nullptr, omp_get_max_threads(), run_openmp};                          \
-    if (!pool) pool = &openmp;                                                                        \
-    return kernel arguments;                                                                          \
+#define TDPASS_CHOOSE(name) choose(&name##_avx512bf16, &name##_avx512, &name##_avx2, &name##_generic)
+#define TDPASS_ENTRY(name, parameters, arguments)                            \
+  __attribute__((weak)) int32_t name##_avx512bf16 parameters;                \
+  __attribute__((weak)) int32_t name##_avx512 parameters;                    \
+  __attribute__((weak)) int32_t name##_avx2 parameters;                      \
+  __attribute__((weak)) int32_t name##_generic parameters;                   \
+  int32_t name parameters {                                                  \
+    static const auto kernel = TDPASS_CHOOSE(name).kernel;                   \
+    if (!kernel) return -1;                                                  \
+    const tdpass_pool openmp = {nullptr, omp_get_max_threads(), run_openmp}; \
+    if (!pool) pool = &openmp;                                               \
+    return kernel arguments;                                                 \
   }
 
 extern "C" {
@@ -59,7 +62,7 @@ TDPASS_ENTRY(tdpass_sparse_conv, (const tdpass_sparse* weight, const tdpass_imag
 TDPASS_ENTRY(tdpass_recurrent, (const tdpass_cell* cell, const tdpass_pool* pool), (cell, pool))
 
 const char* tdpass_isa(void) {
-  static const char* const isa = choose(&tdpass_conv_chain_avx512, &tdpass_conv_chain_avx2, &tdpass_conv_chain_generic).isa;
+  static const char* const isa = TDPASS_CHOOSE(tdpass_conv_chain).isa;
   return isa;
 }
 }

@@ -12,6 +12,7 @@ using Index = long;
 constexpr int LANES = 16;
 typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(64), aligned(4), may_alias));
 
 // Accumulators that fit the register file, in units of `Lanes`: 32 of 512 bits, 16 of 256, 16 of 128.
 #if defined(__AVX512F__)
@@ -55,6 +56,35 @@ static TDPASS_INLINE float widen(float f) { return f; }
 template <class T> static TDPASS_INLINE T narrow_to(float f);
 template <> TDPASS_INLINE float narrow_to<float>(float f) { return f; }
 template <> TDPASS_INLINE Half narrow_to<Half>(float f) { return narrow(f); }
+
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
+static TDPASS_INLINE Lanes as_lanes(Bits bits) {
+  Lanes v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+static TDPASS_INLINE Halves narrow(Lanes v) {
+  Bits bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = (bits >> 16) | 0x40u;
+  return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, Halves);
+}
+
+static TDPASS_INLINE Bits load_some(const Half* p, int count) {
+  Halves h{};
+  if (count >= LANES) std::memcpy(&h, p, sizeof h);
+  else std::memcpy(&h, p, sizeof(Half) * count);
+  return __builtin_convertvector(h, Bits);
+}
+
+static TDPASS_INLINE Lanes read_some(const float* p, int count) { return load_some(p, count); }
+static TDPASS_INLINE Lanes read_some(const Half* p, int count) { return as_lanes(load_some(p, count) << 16); }
+static TDPASS_INLINE void write_some(float* p, Lanes v, int count) { store_some(p, v, count); }
+static TDPASS_INLINE void write_some(Half* p, Lanes v, int count) {
+  Halves h = narrow(v);
+  if (count >= LANES) std::memcpy(p, &h, sizeof h);
+  else std::memcpy(p, &h, sizeof(Half) * count);
+}
 
 static TDPASS_INLINE Lanes clamp(Lanes x, float low, float high) {
   x = x < low ? broadcast(low) : x;

@@ -7,33 +7,6 @@
 
 namespace tdpass {
 
-// x through its strides, as float32.
-class Input {
- public:
-  Input(const tdpass_image& image, int dtype) : image_(image), half_(dtype == TDPASS_BFLOAT16) {}
-  const float* floats() const { return static_cast<const float*>(image_.data); }
-  Index stride(int axis) const { return image_.stride[axis]; }
-
-  // Copies a row of `width` pixels x `channels` to `to[pixel * i + channel * c]`.
-  void gather(Index n, Index h, float* to, Index pixel, Index channel, int width, int channels) const {
-    Index at = n * stride(0) + h * stride(2);
-    if (half_) copy(static_cast<const Half*>(image_.data) + at, to, pixel, channel, width, channels);
-    else copy(floats() + at, to, pixel, channel, width, channels);
-  }
-
- private:
-  template <class T> void copy(const T* from, float* to, Index pixel, Index channel, int width, int channels) const {
-    if (stride(1) == 1)
-      for (int i = 0; i < width; i++)
-        for (int c = 0; c < channels; c++) to[i * pixel + c * channel] = widen(from[i * stride(3) + c]);
-    else
-      for (int c = 0; c < channels; c++)
-        for (int i = 0; i < width; i++) to[i * pixel + c * channel] = widen(from[c * stride(1) + i * stride(3)]);
-  }
-  tdpass_image image_;
-  bool half_;
-};
-
 static TDPASS_INLINE void transpose(Lanes (&v)[LANES]) {
 #define TDPASS_MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
   Lanes t[LANES];
@@ -56,6 +29,64 @@ static TDPASS_INLINE void transpose(Lanes (&v)[LANES]) {
 #undef TDPASS_MIX
 }
 
+// x through its strides.
+class Input {
+ public:
+  Input(const tdpass_image& image, int dtype) : image_(image), half_(dtype == TDPASS_BFLOAT16) {}
+  template <class T> const T* elements() const { return static_cast<const T*>(image_.data); }
+  Index stride(int axis) const { return image_.stride[axis]; }
+
+  // Copies a row of `width` pixels x `channels`, widened, to `to[pixel * i + channel * c]`.
+  void gather(Index n, Index h, float* to, Index pixel, Index channel, int width, int channels) const {
+    Index at = n * stride(0) + h * stride(2);
+    if (half_) widen_row(elements<Half>() + at, to, pixel, channel, width, channels);
+    else widen_row(elements<float>() + at, to, pixel, channel, width, channels);
+  }
+
+  // Copies a row to `to[pixel * i + c]`: widened, or bfloat16 as it is.
+  void gather(Index n, Index h, float* to, Index pixel, int width, int channels) const { gather(n, h, to, pixel, 1, width, channels); }
+  void gather(Index n, Index h, Half* to, Index pixel, int width, int channels) const {
+    const Half* from = elements<Half>() + n * stride(0) + h * stride(2);
+    if (stride(1) == 1 && stride(3) == pixel && channels == pixel) {
+      std::memcpy(to, from, sizeof(Half) * pixel * width);
+    } else if (stride(1) == 1) {
+      for (int i = 0; i < width; i++) std::memcpy(to + i * pixel, from + i * stride(3), sizeof(Half) * channels);
+    } else if (stride(3) == 1) {
+      for (int c = 0; c < channels; c += 2 * LANES)
+        for (int i = 0; i < width; i += LANES)
+          turn_block(from + c * stride(1) + i, std::min(LANES, width - i), std::min(2 * LANES, channels - c), to + i * pixel + c, pixel);
+    } else {
+      for (int c = 0; c < channels; c++)
+        for (int i = 0; i < width; i++) to[i * pixel + c] = from[c * stride(1) + i * stride(3)];
+    }
+  }
+
+ private:
+  template <class T> void widen_row(const T* from, float* to, Index pixel, Index channel, int width, int channels) const {
+    if (stride(1) == 1)
+      for (int i = 0; i < width; i++)
+        for (int c = 0; c < channels; c++) to[i * pixel + c * channel] = widen(from[i * stride(3) + c]);
+    else
+      for (int c = 0; c < channels; c++)
+        for (int i = 0; i < width; i++) to[i * pixel + c * channel] = widen(from[c * stride(1) + i * stride(3)]);
+  }
+
+  // Up to 16 pixels of up to 32 channels: pairs of channels are words, which lie together when transposed.
+  void turn_block(const Half* from, int pixels, int channels, Half* to, Index pixel) const {
+    Lanes block[LANES] = {};
+    for (int c = 0; c < channels; c += 2) {
+      Bits pair = load_some(from + c * stride(1), pixels);
+      if (c + 1 < channels) pair |= load_some(from + (c + 1) * stride(1), pixels) << 16;
+      block[c / 2] = as_lanes(pair);
+    }
+    transpose(block);
+    for (int i = 0; i < pixels; i++) std::memcpy(to + i * pixel, &block[i], sizeof(Half) * channels);
+  }
+
+  tdpass_image image_;
+  bool half_;
+};
+
 // y = activation(value + bias + residual), written through y's strides in y's type.
 class Output {
  public:
@@ -63,7 +94,7 @@ class Output {
       : y_(y), bias_(chain.bias), residual_(chain.residual), activation_(chain.activation), half_(chain.dtype == TDPASS_BFLOAT16) {}
 
   // Whether vectors of channels can be written as they are.
-  bool channels_together() const { return !half_ && y_.stride[1] == 1 && (!residual_ || residual_->stride[1] == 1); }
+  bool channels_together() const { return y_.stride[1] == 1 && (!residual_ || residual_->stride[1] == 1); }
 
   // Whether rows of that width follow each other without a gap.
   bool rows_together(int width) const {
@@ -80,24 +111,15 @@ class Output {
     to.bias = bias_ ? bias_ + channel : nullptr;
     to.floor = activation_ == TDPASS_RELU ? 0.0f : -__builtin_inff();
     if (residual_) {
-      to.residual = residual_row(n, h) + channel * residual_->stride[1];
+      to.residual = residual_row<float>(n, h) + channel * residual_->stride[1];
       to.residual_plane = residual_->stride[1], to.residual_row = residual_->stride[2];
     }
   }
 
   // `mr` pixels x `count` channels from `tile[pixel i + channel]`; only where channels lie together.
   void store_tile(Index n, Index h, int w, int channel, const float* tile, Index pixel, int mr, int count) const {
-    float* y = static_cast<float*>(y_.data) + n * y_.stride[0] + h * y_.stride[2] + w * y_.stride[3] + channel;
-    const float* residual = residual_ ? residual_row(n, h) + w * residual_->stride[3] + channel : nullptr;
-    for (int c = 0; c < count; c += LANES) {
-      int some = std::min(LANES, count - c);
-      Lanes bias = bias_ ? load_some(bias_ + channel + c, some) : zero();
-      for (int i = 0; i < mr; i++) {
-        Lanes v = load(tile + i * pixel + c) + bias;
-        if (residual) v += load_some(residual + i * residual_->stride[3] + c, some);
-        store_some(y + i * y_.stride[3] + c, activation_ ? activate(v, activation_) : v, some);
-      }
-    }
+    if (half_) store_tile_as<Half>(n, h, w, channel, tile, pixel, mr, count);
+    else store_tile_as<float>(n, h, w, channel, tile, pixel, mr, count);
   }
 
   // A row of pixels from `row[pixel i + channel]`, any layout; reads up to 15 floats past the last channel.
@@ -118,27 +140,39 @@ class Output {
 
   // `count` pixels of one channel from position (h, w) on.
   TDPASS_INLINE void put(Index n, Index h, int w, int channel, Lanes v, int count) const {
-    if (bias_) v += bias_[channel];
-    Index at = n * y_.stride[0] + channel * y_.stride[1] + h * y_.stride[2] + w * y_.stride[3];
-    if (!half_ && y_.stride[3] == 1 && (!residual_ || residual_->stride[3] == 1)) {
-      if (residual_) v += load_some(residual_row(n, h) + channel * residual_->stride[1] + w, count);
-      store_some(static_cast<float*>(y_.data) + at, activation_ ? activate(v, activation_) : v, count);
-      return;
-    }
-    if (residual_) {
-      Index from = n * residual_->stride[0] + channel * residual_->stride[1] + h * residual_->stride[2] + w * residual_->stride[3];
-      for (int i = 0; i < count; i++, from += residual_->stride[3])
-        v[i] += half_ ? widen(static_cast<const Half*>(residual_->data)[from]) : static_cast<const float*>(residual_->data)[from];
-    }
-    v = activate(v, activation_);
-    for (int i = 0; i < count; i++, at += y_.stride[3]) {
-      if (half_) static_cast<Half*>(y_.data)[at] = narrow(v[i]);
-      else static_cast<float*>(y_.data)[at] = v[i];
-    }
+    if (half_) put_as<Half>(n, h, w, channel, v, count);
+    else put_as<float>(n, h, w, channel, v, count);
   }
 
  private:
-  const float* residual_row(Index n, Index h) const { return static_cast<const float*>(residual_->data) + n * residual_->stride[0] + h * residual_->stride[2]; }
+  template <class T> void store_tile_as(Index n, Index h, int w, int channel, const float* tile, Index pixel, int mr, int count) const {
+    T* y = static_cast<T*>(y_.data) + n * y_.stride[0] + h * y_.stride[2] + w * y_.stride[3] + channel;
+    const T* residual = residual_ ? residual_row<T>(n, h) + w * residual_->stride[3] + channel : nullptr;
+    for (int c = 0; c < count; c += LANES) {
+      int some = std::min(LANES, count - c);
+      Lanes bias = bias_ ? load_some(bias_ + channel + c, some) : zero();
+      for (int i = 0; i < mr; i++) {
+        Lanes v = load(tile + i * pixel + c) + bias;
+        if (residual) v += read_some(residual + i * residual_->stride[3] + c, some);
+        write_some(y + i * y_.stride[3] + c, activation_ ? activate(v, activation_) : v, some);
+      }
+    }
+  }
+
+  template <class T> TDPASS_INLINE void put_as(Index n, Index h, int w, int channel, Lanes v, int count) const {
+    if (bias_) v += bias_[channel];
+    T* y = static_cast<T*>(y_.data) + n * y_.stride[0] + channel * y_.stride[1] + h * y_.stride[2] + w * y_.stride[3];
+    const T* residual = residual_ ? residual_row<T>(n, h) + channel * residual_->stride[1] + w * residual_->stride[3] : nullptr;
+    if (residual && residual_->stride[3] == 1) v += read_some(residual, count);
+    else if (residual)
+      for (int i = 0; i < count; i++) v[i] += widen(residual[i * residual_->stride[3]]);
+    if (activation_) v = activate(v, activation_);
+    if (y_.stride[3] == 1) write_some(y, v, count);
+    else
+      for (int i = 0; i < count; i++) y[i * y_.stride[3]] = narrow_to<T>(v[i]);
+  }
+
+  template <class T> const T* residual_row(Index n, Index h) const { return static_cast<const T*>(residual_->data) + n * residual_->stride[0] + h * residual_->stride[2]; }
 
   tdpass_image y_;
   const float* bias_;

@@ -82,11 +82,11 @@ class PixelLanes {
     for (int s = first; s < g.stages; s++) buffer_[s] = memory + reinterpret_cast<size_t>(buffer_[s]);
   }
 
-  // Floats a step of that many rows needs; what `step` is chosen by.
+  // Bytes a step of that many rows needs; what `step` is chosen by.
   static size_t footprint(const Geometry& g, int step) {
     size_t total = 0;
     for (int s = 0; s < g.stages; s++) total += size_t(g.channels(s)) * (g.capacity(s, step) + SLACK_ROWS) * g.padded_width(s);
-    return total;
+    return total * sizeof(float);
   }
 
   // Rows that one step should be a multiple of, so that cells are full.
@@ -125,8 +125,6 @@ class PixelLanes {
     return true;
   }
 
-  static constexpr int MAX_TAPS = 128;
-
  private:
   static constexpr int SLACK_ROWS = 4;  // a cell of four rows reads past the last one
   static int span(int width) { return width == 4 || width == 8 ? width : LANES; }
@@ -144,7 +142,7 @@ class PixelLanes {
     const float* in;
     if (s < first) {
       row = x.stride(2), plane = x.stride(1);
-      in = x.floats() + n * x.stride(0);
+      in = x.elements<float>() + n * x.stride(0);
     } else {
       row = row_[s], plane = plane_[s];
       in = buffer_[s];
@@ -160,7 +158,7 @@ class PixelLanes {
     for (int group = 0; group < t.groups; group++) {
       input.base = in + group * depth * plane;
       for (int b = 0; b < blocks; b++) {
-        const float* w = g.chain->weights[s] + (Index(group) * blocks + b) * depth * count * CHANNEL_BLOCK;
+        const float* w = static_cast<const float*>(g.chain->weights[s]) + (Index(group) * blocks + b) * depth * count * CHANNEL_BLOCK;
         int channel = group * width + b * CHANNEL_BLOCK, channels = std::min(CHANNEL_BLOCK, width - b * CHANNEL_BLOCK);
         constexpr int MOST = ACCUMULATORS >= 16 ? 8 : ACCUMULATORS >= 4 ? 4 : 2;
         for (int i = 0; i < channels; i += MOST) {

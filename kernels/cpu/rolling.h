@@ -10,7 +10,7 @@
 
 namespace tdpass {
 
-constexpr int MAX_STAGES = 6;
+constexpr int MAX_STAGES = 6, MAX_TAPS = 128;
 
 struct Range {
   int low = 0, high = 0;

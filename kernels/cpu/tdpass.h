@@ -10,7 +10,7 @@ extern "C" {
 
 enum tdpass_dtype { TDPASS_FLOAT32 = 0, TDPASS_BFLOAT16 = 1 };
 enum tdpass_activation { TDPASS_IDENTITY = 0, TDPASS_RELU = 1, TDPASS_SILU = 2, TDPASS_GELU = 3 };
-enum tdpass_lanes { TDPASS_CHANNEL_LANES = 0, TDPASS_PIXEL_LANES = 1 };
+enum tdpass_lanes { TDPASS_CHANNEL_LANES = 0, TDPASS_PIXEL_LANES = 1, TDPASS_PAIR_LANES = 2 };
 
 // Runs `task(argument, k)` for k = 0 .. tasks-1, in any order, on at most `threads` threads.  A null pool means OpenMP.
 typedef struct {
@@ -33,11 +33,12 @@ typedef struct {
 
 // Convolutions in a row, then y = activation(result + bias + residual).
 // `weights[s]` is packed: channel lanes `[groups][ceil(out/g / 16)][h w][in/g][16]`, or `[ceil(out / 16)][h w][16]` where in/g == 1
-// and out == in > 1; pixel lanes `[groups][ceil(out/g / 8)][in/g][h w][8]`.  Missing channels are zero.
+// and out == in > 1; pixel lanes `[groups][ceil(out/g / 8)][in/g][h w][8]`; pair lanes, for bfloat16 alone and weights of that type,
+// `[groups][ceil(out/g / 16)][h w][ceil(in/g / 2)][16][2]`, where in/g == 1 and out == in as channel lanes.  Missing channels are zero.
 typedef struct {
   int32_t dtype, lanes, activation, stages;
   const tdpass_stage* stage;
-  const float* const* weights;
+  const void* const* weights;    // float32 or bfloat16
   const float* bias;             // [out] or null
   const tdpass_image* residual;  // shape of y, or null
 } tdpass_chain;
@@ -98,7 +99,7 @@ typedef struct {
 
 __attribute__((visibility("default"))) int32_t tdpass_recurrent(const tdpass_cell* cell, const tdpass_pool* pool);
 
-// The instruction set in use: "avx512", "avx2" or "generic"; TDPASS_ISA chooses a lower one than the machine has.
+// The instruction set in use: "avx512bf16", "avx512", "avx2" or "generic"; TDPASS_ISA chooses a lower one than the machine has.
 __attribute__((visibility("default"))) const char* tdpass_isa(void);
 
 #ifdef __cplusplus

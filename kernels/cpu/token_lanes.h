@@ -7,29 +7,6 @@
 
 namespace tdpass {
 
-typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(64), aligned(4), may_alias));
-
-static TDPASS_INLINE Lanes read_some(const float* p, int count) { return load_some(p, count); }
-static TDPASS_INLINE Lanes read_some(const Half* p, int count) {
-  Halves h{};
-  if (count >= LANES) std::memcpy(&h, p, sizeof h);
-  else std::memcpy(&h, p, sizeof(Half) * count);
-  Bits bits = __builtin_convertvector(h, Bits) << 16;
-  Lanes v;
-  std::memcpy(&v, &bits, sizeof v);
-  return v;
-}
-static TDPASS_INLINE void write_some(float* p, Lanes v, int count) { store_some(p, v, count); }
-static TDPASS_INLINE void write_some(Half* p, Lanes v, int count) {  // rounds as `narrow` does
-  Bits bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = (bits >> 16) | 0x40u;
-  Halves h = __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, Halves);
-  if (count >= LANES) std::memcpy(p, &h, sizeof h);
-  else std::memcpy(p, &h, sizeof(Half) * count);
-}
-
 // A 16 x 16 transpose whose first two rounds stay within 128 bits, where registers of any width shuffle fastest.
 static TDPASS_INLINE void turn(Lanes (&v)[LANES]) {
 #define TDPASS_MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)

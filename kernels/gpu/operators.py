@@ -93,7 +93,8 @@ def linear_chain(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, resi
     """`svd`."""
     if len(weights) != 2:
         return NotImplemented
-    v, u = (_matrix(stage, packed, "channels", x.dtype) for stage, packed in zip(linear.stages_of(widths), weights, strict=True))
+    lanes = linear.lanes_of(weights)
+    v, u = (_matrix(stage, packed, lanes, x.dtype) for stage, packed in zip(linear.stages_of(widths), weights, strict=True))
     return _kernel("svd_linear")(x, v, u, bias, residual, activation)
 
 

@@ -51,7 +51,7 @@ class Chain {
     Tensor x = input(context, 0), bias, residual;
     std::vector<tdpass_stage> stages(op_.stages);
     std::vector<Panels> fresh(op_.stages);
-    std::vector<const float*> weights(op_.stages);
+    std::vector<const void*> weights(op_.stages);
     for (int s = 0; s < op_.stages; s++) {
       const Layer& layer = layers_[s];
       stages[s] = layer.shape;

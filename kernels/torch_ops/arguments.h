@@ -87,21 +87,10 @@ class Arguments {
     return std::string(data, length);
   }
 
-  // The tensor as contiguous float32: itself, or a copy that lives as long as the call.
-  Tensor floats(const Tensor& given) {
-    static const int32_t float32 = aoti_torch_dtype_float32();
-    if (!given || (given.dtype == float32 && given.contiguous())) return given;
-    torch::stable::Tensor made = given.dtype == float32 ? shared(given) : torch::stable::to(shared(given), torch::headeronly::ScalarType::Float);
-    return keep(torch::stable::contiguous(made));
-  }
-
-  // The tensor as contiguous int32, likewise.
-  Tensor indices(const Tensor& given) {
-    static const int32_t int32 = aoti_torch_dtype_int32();
-    if (given.dtype == int32 && given.contiguous()) return given;
-    torch::stable::Tensor made = given.dtype == int32 ? shared(given) : torch::stable::to(shared(given), torch::headeronly::ScalarType::Int);
-    return keep(torch::stable::contiguous(made));
-  }
+  // The tensor as contiguous float32, bfloat16 or int32: itself, or a copy that lives as long as the call.
+  Tensor floats(const Tensor& given) { return as(given, aoti_torch_dtype_float32(), torch::headeronly::ScalarType::Float); }
+  Tensor halves(const Tensor& given) { return as(given, aoti_torch_dtype_bfloat16(), torch::headeronly::ScalarType::BFloat16); }
+  Tensor indices(const Tensor& given) { return as(given, aoti_torch_dtype_int32(), torch::headeronly::ScalarType::Int); }
 
   // The tensor without gaps: itself, or a copy that lives as long as the call.
   Tensor contiguous(const Tensor& given) { return !given || given.contiguous() ? given : keep(torch::stable::contiguous(shared(given))); }
@@ -136,6 +125,12 @@ class Arguments {
     std::vector<StableIValue> items(size);
     for (size_t k = 0; k < size; k++) check(torch_list_get_item(handle, k, &items[k]), "read a list");
     return items;
+  }
+
+  Tensor as(const Tensor& given, int32_t dtype, torch::headeronly::ScalarType type) {
+    if (!given || (given.dtype == dtype && given.contiguous())) return given;
+    torch::stable::Tensor made = given.dtype == dtype ? shared(given) : torch::stable::to(shared(given), type);
+    return keep(torch::stable::contiguous(made));
   }
 
   static torch::stable::Tensor shared(const Tensor& given) {

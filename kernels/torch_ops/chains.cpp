@@ -6,13 +6,13 @@
 namespace torch_ops {
 namespace {
 
-constexpr int INTEGERS = 13, MAX_STAGES = 6, PANEL[] = {16, 8};
+constexpr int INTEGERS = 13, MAX_STAGES = 6, PANEL[] = {16, 8, 16}, PAIR_AXES = 6;
 static_assert(sizeof(tdpass_stage) == INTEGERS * sizeof(int32_t), "a stage is its integers in a row");
 
 struct Chain {
   int32_t count = 0;
   tdpass_stage stages[MAX_STAGES];
-  const float* weights[MAX_STAGES];
+  const void* weights[MAX_STAGES];
 
   // False where it is too long for the kernel.
   bool read(const std::vector<int64_t>& integers) {
@@ -31,18 +31,20 @@ struct Chain {
       throw std::runtime_error("a chain of " + std::to_string(count) + " stages has " + std::to_string(given.size()) + " weights");
     for (int s = 0; s < count; s++) {
       const tdpass_stage& t = stages[s];
-      Tensor weight = in.floats(given[s]);
       const int64_t taps = int64_t(t.kernel[0]) * t.kernel[1], depth = t.in / t.groups, width = PANEL[lanes];
-      const bool depthwise = lanes == TDPASS_CHANNEL_LANES && depth == 1 && t.out == t.in && t.in > 1;
+      const bool depthwise = lanes != TDPASS_PIXEL_LANES && depth == 1 && t.out == t.in && t.in > 1, pairs = lanes == TDPASS_PAIR_LANES && !depthwise;
       const int64_t panels = ((depthwise ? t.out : t.out / t.groups) + width - 1) / width;
-      std::vector<int64_t> wanted = {t.groups, panels, lanes == TDPASS_CHANNEL_LANES ? taps : depth, lanes == TDPASS_CHANNEL_LANES ? depth : taps, width};
+      std::vector<int64_t> wanted = {t.groups, panels, taps, depth, width};
+      if (lanes == TDPASS_PIXEL_LANES) wanted = {t.groups, panels, depth, taps, width};
       if (depthwise) wanted = {panels, taps, width};
+      if (pairs) wanted = {t.groups, panels, taps, (depth + 1) / 2, width, 2};
+      const Tensor weight = pairs ? in.halves(given[s]) : in.floats(given[s]);
       if (wanted != std::vector<int64_t>(weight.sizes, weight.sizes + weight.dims)) {
         std::string shape;
         for (int64_t size : wanted) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
         throw std::runtime_error("stage " + std::to_string(s) + " of a chain takes weights packed as [" + shape + "]");
       }
-      weights[s] = static_cast<const float*>(weight.data);
+      weights[s] = weight.data;
     }
   }
 };
@@ -89,8 +91,9 @@ Result linear_chain(Arguments& in) {
   for (size_t s = 0; s + 1 < widths.size(); s++) integers.insert(integers.end(), {widths[s], widths[s + 1], 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1});
   const int32_t dtype = dtype_of(x);
   if (dtype < 0 || x.dims < 1 || !chain.read(integers) || (residual && residual.dtype != x.dtype)) return not_served();
-  tdpass_chain call{dtype, TDPASS_CHANNEL_LANES, activation_of(activation), chain.count, chain.stages, chain.weights, nullptr, nullptr};
-  chain.take(in, weights, TDPASS_CHANNEL_LANES);
+  const int32_t lanes = !weights.empty() && weights[0].dims == PAIR_AXES ? TDPASS_PAIR_LANES : TDPASS_CHANNEL_LANES;
+  tdpass_chain call{dtype, lanes, activation_of(activation), chain.count, chain.stages, chain.weights, nullptr, nullptr};
+  chain.take(in, weights, lanes);
   std::vector<int64_t> sizes(x.sizes, x.sizes + x.dims);
   sizes.back() = widths.back();
   if (residual && !same_shape(residual, sizes)) return not_served();

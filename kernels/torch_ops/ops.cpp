@@ -79,7 +79,7 @@ int32_t dtype_of(const Tensor& x) {
 
 int32_t activation_of(const std::string& name) { return find(name, "activation", {"identity", "relu", "silu", "gelu"}); }
 
-int32_t lanes_of(const std::string& name) { return find(name, "lanes", {"channels", "pixels"}); }
+int32_t lanes_of(const std::string& name) { return find(name, "lanes", {"channels", "pixels", "pairs"}); }
 
 tdpass_pool pool() {
   uint32_t threads = 1;

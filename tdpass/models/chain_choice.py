@@ -24,7 +24,7 @@ from tdpass.clock import interleaved
 from tdpass.errors import TdpassError, UsageError
 from tdpass.files import cache_folder, write_text
 from tdpass.kernels import base, native
-from tdpass.kernels.conv_chain import CONV_CHAIN, activate
+from tdpass.kernels.conv_chain import CONV_CHAIN, activate, packing
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.stage import Lanes, Stage
 from tdpass.models.graph_plain import frozen_chain, laid_out, plain_chain
@@ -152,7 +152,7 @@ def _measure(call: ChainCall) -> list[float]:
     if call.linear:
         x, flat = noise(*call.size), [weight.flatten(1) for weight in weights]
         residual = noise(call.size[0], call.stages[-1].outputs) if call.residual else None
-        packed = [stage.pack(weight, "channels") for stage, weight in zip(call.stages, weights, strict=True)]
+        packed = [stage.pack(weight, packing("channels", call.dtype)) for stage, weight in zip(call.stages, weights, strict=True)]
         widths = [call.size[1], *(stage.outputs for stage in call.stages)]
         calls: list[Callable[[], Tensor]] = [
             lambda: _finish(F.linear(functools.reduce(F.linear, flat[:-1], x), flat[-1], bias), residual, call.activation),
@@ -176,8 +176,9 @@ def _convolutions(call: ChainCall, x: Tensor, weights: Sequence[Tensor], bias: T
     if ahead is not None:
         calls = [lambda: _finish(frozen_chain(last, call.stages, ahead, bias, relu), rest, "identity" if relu else call.activation)]
     for family in LANES:
-        packed = [stage.pack(weight, family) for stage, weight in zip(call.stages, weights, strict=True)]
-        calls.append(functools.partial(CONV_CHAIN.call, laid, packed, bias, residual, integers, call.activation, family))
+        lanes = packing(family, call.dtype)
+        packed = [stage.pack(weight, lanes) for stage, weight in zip(call.stages, weights, strict=True)]
+        calls.append(functools.partial(CONV_CHAIN.call, laid, packed, bias, residual, integers, call.activation, lanes))
     return calls
 
 

@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 from tdpass.errors import InvalidModelError, UnsupportedError
 from tdpass.formats.lowering import Lowered, lower
 from tdpass.kernels import native
-from tdpass.kernels.conv_chain import CONV_CHAIN
+from tdpass.kernels.conv_chain import CONV_CHAIN, packing
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.stage import Lanes
 from tdpass.models.base import Batch
@@ -38,6 +38,7 @@ class FusedLayer(nn.Module):
         self.lanes: Lanes = "pixels" if isinstance(dense, Fused) and dense.lanes == "pixels" else "channels"
         if not isinstance(dense, Fused):
             self.lanes = lanes_for(lowered)
+        self.lanes = packing(self.lanes, next(iter(dense.factors().values())).dtype)
         self.padding_mode, self.pads = dense.padding_mode, dense.pads
         self.packed = [f"packed_{index}" for index in range(len(lowered.stages))]
         for name, packed in zip(self.packed, lowered.pack(dense.layer(), self.lanes), strict=True):

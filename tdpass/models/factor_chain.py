@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.library import Library
 
 from tdpass.kernels.base import NAMESPACE
-from tdpass.kernels.conv_chain import CONV_CHAIN
+from tdpass.kernels.conv_chain import CONV_CHAIN, packing
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
-from tdpass.kernels.stage import Lanes, stages_of
+from tdpass.kernels.stage import stages_of
 from tdpass.models.derived import DERIVED, PackChain
 
 NAME = "factor_chain"
@@ -25,14 +25,14 @@ _SCHEMA = "(Tensor x, Tensor[] factors, Tensor? bias, int[] stages, str activati
 
 def run(x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, stages: Sequence[int], activation: str, lanes: str) -> Tensor:
     """The chain, and its activation; `lanes` is "channels" or "pixels", or "linear" for linear layers on the last axis of x."""
-    family: Lanes = "pixels" if lanes == "pixels" else "channels"
+    family = packing("pixels" if lanes == "pixels" else "channels", x.dtype)
 
     def pack(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         chain = stages_of(stages)
         return PackChain(chain, family, (False,) * len(chain)).make(tensors)
 
     packed = list(DERIVED.get(factors, (NAME, family, *stages), pack))
-    return _call(x, packed, bias, stages, activation, lanes)
+    return _call(x, packed, bias, stages, activation, LINEAR if lanes == LINEAR else family)
 
 
 def fake(x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, stages: Sequence[int], activation: str, lanes: str) -> Tensor:

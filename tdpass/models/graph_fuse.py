@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tdpass.kernels.conv_chain import CONV_CHAIN
+from tdpass.kernels.conv_chain import CONV_CHAIN, packing
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.stage import Lanes, Stage
 from tdpass.models.chain_choice import ChainCall, Layout, Verdict, choose, served
@@ -97,7 +97,8 @@ def _rewrite(draft: Draft, chain: Chain, lanes: Lanes, results: Mapping[Node, No
     graph, kind = draft.graph, chain.links[0].kind
     result = tensor_of(chain.result)
     assert result is not None
-    *weights, bias = _packed(draft, chain, lanes)
+    packed_for = packing(lanes, result.dtype)
+    *weights, bias = _packed(draft, chain, packed_for)
     with graph.inserting_before(chain.result):
         x = results.get(chain.x, chain.x)
         residual = None if chain.residual is None else results.get(chain.residual, chain.residual)
@@ -112,7 +113,7 @@ def _rewrite(draft: Draft, chain: Chain, lanes: Lanes, results: Mapping[Node, No
                 x = graph.call_method("unsqueeze", (x, 2))
                 residual = None if residual is None else graph.call_method("unsqueeze", (residual, 2))
             integers = [value for stage in stages for value in stage.integers()]
-            call = graph.call_function(CONV_CHAIN.call, (x, weights, bias, residual, integers, chain.activation, lanes))
+            call = graph.call_function(CONV_CHAIN.call, (x, weights, bias, residual, integers, chain.activation, packed_for))
             if kind == "conv1d":
                 call = graph.call_method("squeeze", (call, 2))
         call.meta = dict(chain.result.meta)

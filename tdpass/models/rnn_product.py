@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tdpass.formats.base import FORMATS
 from tdpass.formats.lowering import lower
+from tdpass.kernels.conv_chain import packing
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.recurrent import pack_u, pack_v
 from tdpass.kernels.stage import Stage
@@ -116,7 +117,8 @@ class Product:
         elif self.chain is None:
             result = self.module(x)
         else:
-            result = LINEAR_CHAIN.call(x, list(derived(self.chain, self.tensors)), self.bias, None, self.widths, "identity")
+            recipe = replace(self.chain, lanes=packing(self.chain.lanes, x.dtype))
+            result = LINEAR_CHAIN.call(x, list(derived(recipe, self.tensors)), self.bias, None, self.widths, "identity")
         return result
 
     def cell(self, gates: int) -> tuple[Tensor, ...]:

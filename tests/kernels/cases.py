@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdpass.kernels import conv_chain, linear_chain, recurrent, sparse, tensor_chain
 from tdpass.kernels.base import IMPLEMENTATIONS, Op
-from tdpass.kernels.stage import Stage
+from tdpass.kernels.stage import Lanes, Stage
 
 BOTH = (torch.float32, torch.bfloat16)
 # Largest error relative to the largest number of the result; a type that is not listed has none and fails.
@@ -72,23 +72,45 @@ def assert_close(got: Sequence[Tensor], wanted: Sequence[Tensor], dtype: torch.d
             assert error <= TOLERANCE[dtype], f"relative error {error:.2e}"
 
 
+# Geometries beyond a bottleneck: steps, dilation, uneven padding, groups of odd and even size, every channel by itself.
+CHAINS = {
+    "spatial": (Stage(8, 6, 1, (3, 1), (2, 1), (1, 0), (1, 0)), Stage(6, 8, 1, (1, 3), (1, 2), (0, 1), (0, 1))),
+    "cp": (Stage(5, 19), Stage(19, 19, 19, (5, 1), (1, 1), (2, 0), (2, 0)), Stage(19, 19, 19, (1, 3), (1, 1), (0, 0), (0, 2)), Stage(19, 4)),
+    "grouped": (Stage(8, 12, 2, (3, 3), (1, 1), (2, 2), (2, 2), (2, 2)), Stage(12, 21, 3), Stage(21, 6, 3)),
+    "depthwise": (Stage(17, 17, 17, (3, 3), (2, 2), (1, 1), (1, 1)),),
+    "wide": (Stage(40, 70, 1, (2, 3), (1, 1), (1, 0), (0, 2)),),
+}
+# What pairs of bfloat16 are summed for is bfloat16 alone.
+DTYPES_OF: dict[Lanes, tuple[torch.dtype, ...]] = {"channels": BOTH, "pixels": BOTH, "pairs": (torch.bfloat16,)}
+
+
 def conv_chain_cases() -> Iterator[Case]:
-    for lanes in ("channels", "pixels"):
+    for lanes, dtypes in DTYPES_OF.items():
         for channels, rank, size in ((1, 1, (5, 5)), (3, 2, (9, 16)), (17, 5, (4, 4)), (33, 16, (8, 33))):
             stages = (Stage(channels, rank), Stage(rank, rank, 1, (3, 3), (1, 1), (1, 1), (1, 1)), Stage(rank, channels))
             weights = [stage.pack(randn(*stage.shape), lanes) for stage in stages]
             integers = [value for stage in stages for value in stage.integers()]
             x, name = randn(2, channels, *size), f"{lanes}-{channels}-{rank}"
-            yield Case(name, (x, weights, randn(channels), torch.randn_like(x), integers, "relu", lanes))
-            yield Case(f"{name}-empty", (x[:0], weights, None, None, integers, "identity", lanes))
+            yield Case(name, (x, weights, randn(channels), torch.randn_like(x), integers, "relu", lanes), dtypes)
+            yield Case(f"{name}-empty", (x[:0], weights, None, None, integers, "identity", lanes), dtypes)
+        for name, stages in CHAINS.items():
+            weights = [stage.pack(randn(*stage.shape), lanes) for stage in stages]
+            integers = [value for stage in stages for value in stage.integers()]
+            x = randn(2, stages[0].inputs, 11, 18)
+            for memory_format, activation in ((torch.contiguous_format, "identity"), (torch.channels_last, "silu")):
+                placed = x.contiguous(memory_format=memory_format)
+                residual = torch.randn_like(conv_chain.fake(placed, weights, None, None, integers, "identity", lanes))
+                yield Case(f"{lanes}-{name}-{activation}", (placed, weights, randn(stages[-1].outputs), residual, integers, activation, lanes), dtypes)
 
 
 def linear_chain_cases() -> Iterator[Case]:
-    for widths in ((3, 1, 17), (33, 16, 1), (64, 8, 64)):
-        weights = [stage.pack(randn(*stage.shape), "channels") for stage in linear_chain.stages_of(widths)]
-        for tokens in (0, 1, 5, 16, 33):
-            x, bias, residual = randn(tokens, widths[0]), randn(widths[-1]), randn(tokens, widths[-1])
-            yield Case(f"{widths}-{tokens}", (x, weights, bias, residual, list(widths), "gelu"))
+    lanes_served: tuple[Lanes, ...] = ("channels", "pairs")
+    for lanes in lanes_served:
+        for widths in ((3, 1, 17), (33, 16, 1), (64, 8, 64)):
+            weights = [stage.pack(randn(*stage.shape), lanes) for stage in linear_chain.stages_of(widths)]
+            for tokens in (0, 1, 5, 16, 33):
+                x, bias, residual = randn(tokens, widths[0]), randn(widths[-1]), randn(tokens, widths[-1])
+                yield Case(f"{lanes}-{widths}-{tokens}", (x, weights, bias, residual, list(widths), "gelu"), DTYPES_OF[lanes])
 
 
 PROGRAMS = {

@@ -38,6 +38,24 @@ def test_native_agrees_with_the_reference(name: str, case: Case) -> None:
         assert_close(run_native(op, args), exact(op, args), dtype)
 
 
+CHAINS = [pytest.param(name, case, id=f"{name}-{case.name}") for name in ("conv_chain", "linear_chain") for case in cases_of(name)]
+STEEPEST = 1.13  # of the activations: gelu
+SUMMED = 1000 * torch.finfo(torch.float32).eps / 2  # more terms than any case has, added up in float32
+
+
+@pytest.mark.parametrize(("name", "case"), CHAINS)
+def test_chains_of_bfloat16_err_by_no_more_than_its_rounding(name: str, case: Case) -> None:
+    op = OPS.get(name)
+    args = arguments(op, case, torch.bfloat16)
+    (got,), (wanted,) = run_native(op, args), exact(op, args)
+    sizes = map_tensors(Tensor.abs, args)
+    sizes[[argument.name for argument in op.call._schema.arguments].index("activation")] = "identity"
+    (size,), unit = exact(op, sizes), torch.finfo(torch.bfloat16).eps / 2
+    # every number between two stages may be off by `unit`, and the result once more
+    between = STEEPEST * size * ((1 + unit) ** (len(args[1]) - 1) * (1 + SUMMED) - 1)
+    assert bool(((got.double() - wanted).abs() <= between + unit * (wanted.abs() + between)).all())
+
+
 @pytest.mark.parametrize("name", list(CASES))
 def test_fake_has_the_shapes_and_strides_of_native_and_reference(name: str) -> None:
     op = OPS.get(name)
@@ -59,13 +77,14 @@ def test_activations_may_have_gaps(name: str) -> None:
     op = OPS.get(name)
     names = [argument.name for argument in op.call._schema.arguments]
     for case in cases_of(name):
-        gaps = [spread(arg) if key in ACTIVATIONS and isinstance(arg, Tensor) else arg for key, arg in zip(names, case.args, strict=True)]
-        assert_close(run_native(op, gaps), exact(op, list(case.args)), torch.float32)
+        args = arguments(op, case, case.dtypes[0])
+        gaps = [spread(arg) if key in ACTIVATIONS and isinstance(arg, Tensor) else arg for key, arg in zip(names, args, strict=True)]
+        assert_close(run_native(op, gaps), exact(op, args), case.dtypes[0])
 
 
 def spread(tensor: Tensor) -> Tensor:
     """The same numbers with gaps between them, and its last two axes the other way round in memory."""
-    wide = torch.full((*tensor.shape[:-2], tensor.shape[-1], 2 * tensor.shape[-2]), float("nan"))
+    wide = torch.full((*tensor.shape[:-2], tensor.shape[-1], 2 * tensor.shape[-2]), float("nan"), dtype=tensor.dtype)
     view = wide.transpose(-1, -2)[..., ::2, :]
     return view.copy_(tensor)
 

@@ -11,7 +11,7 @@ from tdpass.formats.base import Layer
 from tdpass.formats.contraction import contraction_of
 from tdpass.formats.lowering import Lowered, lower
 from tdpass.kernels import native
-from tdpass.kernels.conv_chain import CONV_CHAIN
+from tdpass.kernels.conv_chain import CONV_CHAIN, packing
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.stage import Lanes
 from tdpass.kernels.tensor_chain import TENSOR_CHAIN
@@ -57,7 +57,8 @@ class PixelLanes(Kernels):
 
 
 def _bind(layer: Layer, lowered: Lowered, x: Tensor, lanes: Lanes) -> Callable[[], Tensor]:
-    packed = lowered.pack(layer, lanes)
+    packed_for = packing(lanes, x.dtype)
+    packed = lowered.pack(layer, packed_for)
     if lowered.kind == "linear":
         return lambda: _call(LINEAR_CHAIN.call, x, packed, layer.bias, None, lowered.widths, "identity")
     seen = x if x.dim() == 4 else x[:, :, None]
@@ -65,7 +66,7 @@ def _bind(layer: Layer, lowered: Lowered, x: Tensor, lanes: Lanes) -> Callable[[
     integers = lowered.integers
 
     def run() -> Tensor:
-        y = _call(CONV_CHAIN.call, placed, packed, layer.bias, None, integers, "identity", lanes)
+        y = _call(CONV_CHAIN.call, placed, packed, layer.bias, None, integers, "identity", packed_for)
         return y if x.dim() == 4 else y[:, :, 0]
 
     return run
