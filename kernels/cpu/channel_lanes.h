@@ -3,8 +3,6 @@
 // x and y may be channels-last or not: x is read through its strides, y is transposed on the way out where it must be.  Where bfloat16
 // is multiplied in pairs of channels, what lies between two stages is rounded to it, as in a chain of torch's layers.
 #pragma once
-#include <type_traits>
-
 #include "output.h"
 #include "rolling.h"
 #include "tile.h"
@@ -112,24 +110,27 @@ template <class Operand> class ChannelLanes {
           const Element* source = from + r * t.stride[0] * in_stride;
           for (int b = 0, done = 0; b < blocking.blocks; b++) {
             int mr = (g.w[s + 1] - done) / (blocking.blocks - b);
+            if (s < first && p == 0 && in_channel == 1) prefetch(source + t.stride[0] * in_stride + done * t.stride[1] * in_pixel, in_pixel * t.stride[1], mr, depth);
             TileInput<Operand> input{source + done * t.stride[1] * in_pixel, in_pixel * t.stride[1], in_channel, taps, count, depth};
-            To* target = to + r * row_[s + 1] + done * pixel_[s + 1] + channel;
-            alignas(64) float sums[ACCUMULATORS * LANES];
             if (direct) {
-              TILES<Operand>[mr][nr - 1](input, w, panel, sums, nr * LANES);
-              output.store_tile(n, out.low + r, done, channel, sums, nr * LANES, mr, channels);
-            } else if constexpr (std::is_same_v<To, float>) {
-              TILES<Operand>[mr][nr - 1](input, w, panel, target, pixel_[s + 1]);
+              alignas(64) float result[ACCUMULATORS * LANES];
+              TILES<Operand, float>[mr][nr - 1](input, w, panel, result, nr * LANES);
+              output.store_tile(n, out.low + r, done, channel, result, nr * LANES, mr, channels);
             } else {
-              TILES<Operand>[mr][nr - 1](input, w, panel, sums, nr * LANES);
-              for (int i = 0; i < mr; i++)
-                for (int j = 0; j < nr; j++) write_some(target + i * pixel_[s + 1] + j * LANES, load(sums + (i * nr + j) * LANES), LANES);
+              TILES<Operand, To>[mr][nr - 1](input, w, panel, to + r * row_[s + 1] + done * pixel_[s + 1] + channel, pixel_[s + 1]);
             }
             done += mr;
           }
         }
       }
     }
+  }
+
+  // What the next row reads of x first: a tile begins with as many cache misses as it has pixels.
+  static TDPASS_INLINE void prefetch(const Element* from, Index pixel, int pixels, Index channels) {
+    constexpr Index LINE = 64 / sizeof(Element), FIRST = 4 * LINE;
+    for (int i = 0; i < pixels; i++)
+      for (Index c = 0; c < std::min(channels, FIRST); c += LINE) __builtin_prefetch(from + i * pixel + c);
   }
 
   // Every channel by itself: out[i][c] = sum over taps t of base[i pixel + taps[t] + c] * w[t][c], in float32.

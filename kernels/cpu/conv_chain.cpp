@@ -94,10 +94,10 @@ void run_panels(const Geometry& g, const tdpass_image& x, const tdpass_image& y,
           TileInput<Singles> input{in + i * pixel, pixel, channel, &none, 1, int(depth)};
           if (last) {
             alignas(64) float result[ACCUMULATORS * LANES];
-            TILES<Singles>[mr][nr - 1](input, w, depth * LANES, result, nr * LANES);
+            TILES<Singles, float>[mr][nr - 1](input, w, depth * LANES, result, nr * LANES);
             output.store_tile(0, 0, i, p * LANES, result, nr * LANES, mr, std::min(nr * LANES, t.out - p * LANES));
           } else {
-            TILES<Singles>[mr][nr - 1](input, w, depth * LANES, between + offset[s] + i * stride + p * LANES, stride);
+            TILES<Singles, float>[mr][nr - 1](input, w, depth * LANES, between + offset[s] + i * stride + p * LANES, stride);
           }
         }
       }

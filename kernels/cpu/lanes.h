@@ -66,8 +66,8 @@ static TDPASS_INLINE Lanes as_lanes(Bits bits) {
 static TDPASS_INLINE Halves narrow(Lanes v) {
   Bits bits;
   std::memcpy(&bits, &v, sizeof bits);
-  Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = (bits >> 16) | 0x40u;
-  return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, Halves);
+  Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(v == v ? rounded : Bits{} + 0x7fc0u, Halves);
 }
 
 static TDPASS_INLINE Bits load_some(const Half* p, int count) {

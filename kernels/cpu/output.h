@@ -154,6 +154,7 @@ class Output {
       for (int i = 0; i < mr; i++) {
         Lanes v = load(tile + i * pixel + c) + bias;
         if (residual) v += read_some(residual + i * residual_->stride[3] + c, some);
+        __builtin_prefetch(y + y_.stride[2] + i * y_.stride[3] + c, 1);  // the next row: a store waits for its cache line
         write_some(y + i * y_.stride[3] + c, activation_ ? activate(v, activation_) : v, some);
       }
     }

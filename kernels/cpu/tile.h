@@ -27,7 +27,7 @@ struct Singles {
 };
 
 // Two bfloat16 input channels at a time, summed in float32.  The instruction rounds to nearest and takes denormals for zero; without
-// it the halves of every word are widened and multiplied one after the other, the upper one first as the instruction does.
+// it the halves of every word are widened and multiplied one after the other.
 struct Pairs {
   typedef Half Element;
   typedef Bits Weights;
@@ -44,7 +44,7 @@ struct Pairs {
   }
   static TDPASS_INLINE Weights last_input(const Half* p) { return uint32_t(*p) - Bits{}; }
   static TDPASS_INLINE Lanes multiply_add(Weights a, Weights b, Lanes sum) {
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__)  // its builtin takes another type in every compiler
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 #else
     sum += as_lanes(a & 0xffff0000u) * as_lanes(b & 0xffff0000u);
@@ -74,8 +74,8 @@ static TDPASS_INLINE void multiply_step(const typename Operand::Element* const (
 }
 
 // out[i][16 j ..] = sum over taps t, channels k of base[i pixel + taps[t] + k channel] * w[j panel + (t channels + k) 16 ..], as they are packed.
-template <class Operand, int MR, int NR>
-static __attribute__((noinline)) void tile(const TileInput<Operand>& in, const typename Operand::Element* w, Index panel, float* out, Index out_pixel) {
+template <class Operand, class To, int MR, int NR>
+static __attribute__((noinline)) void tile(const TileInput<Operand>& in, const typename Operand::Element* w, Index panel, To* out, Index out_pixel) {
   constexpr int GROUPS = (MR + 2) / 3, TOGETHER = Operand::TOGETHER;
   Lanes sum[MR][NR];
   TDPASS_UNROLL for (int i = 0; i < MR; i++) TDPASS_UNROLL for (int j = 0; j < NR; j++) sum[i][j] = zero();
@@ -94,27 +94,27 @@ static __attribute__((noinline)) void tile(const TileInput<Operand>& in, const t
       w += LANES * TOGETHER;
     }
   }
-  TDPASS_UNROLL for (int i = 0; i < MR; i++) TDPASS_UNROLL for (int j = 0; j < NR; j++) store(out + i * out_pixel + j * LANES, sum[i][j]);
+  TDPASS_UNROLL for (int i = 0; i < MR; i++) TDPASS_UNROLL for (int j = 0; j < NR; j++) write_some(out + i * out_pixel + j * LANES, sum[i][j], LANES);
 }
 
-template <class Operand> using Tile = void (*)(const TileInput<Operand>&, const typename Operand::Element*, Index, float*, Index);
+template <class Operand, class To> using Tile = void (*)(const TileInput<Operand>&, const typename Operand::Element*, Index, To*, Index);
 constexpr int MAX_PIXELS = 14, MAX_PANELS = 4;
 
-template <class Operand, int MR, int NR> constexpr Tile<Operand> tile_or_null() {
-  if constexpr (MR * NR <= ACCUMULATORS) return &tile<Operand, MR, NR>;
+template <class Operand, class To, int MR, int NR> constexpr Tile<Operand, To> tile_or_null() {
+  if constexpr (MR * NR <= ACCUMULATORS) return &tile<Operand, To, MR, NR>;
   else return nullptr;
 }
-template <class Operand, int MR> struct TileRow {
-  static constexpr Tile<Operand> by_panels[MAX_PANELS] = {tile_or_null<Operand, MR, 1>(), tile_or_null<Operand, MR, 2>(), tile_or_null<Operand, MR, 3>(),
-                                                          tile_or_null<Operand, MR, 4>()};
+template <class Operand, class To, int MR> struct TileRow {
+  static constexpr Tile<Operand, To> by_panels[MAX_PANELS] = {tile_or_null<Operand, To, MR, 1>(), tile_or_null<Operand, To, MR, 2>(),
+                                                              tile_or_null<Operand, To, MR, 3>(), tile_or_null<Operand, To, MR, 4>()};
 };
-template <class Operand>
-static constexpr const Tile<Operand>* TILES[MAX_PIXELS + 1] = {
+template <class Operand, class To>
+static constexpr const Tile<Operand, To>* TILES[MAX_PIXELS + 1] = {
     nullptr,
-    TileRow<Operand, 1>::by_panels,  TileRow<Operand, 2>::by_panels,  TileRow<Operand, 3>::by_panels,  TileRow<Operand, 4>::by_panels,
-    TileRow<Operand, 5>::by_panels,  TileRow<Operand, 6>::by_panels,  TileRow<Operand, 7>::by_panels,  TileRow<Operand, 8>::by_panels,
-    TileRow<Operand, 9>::by_panels,  TileRow<Operand, 10>::by_panels, TileRow<Operand, 11>::by_panels, TileRow<Operand, 12>::by_panels,
-    TileRow<Operand, 13>::by_panels, TileRow<Operand, 14>::by_panels};
+    TileRow<Operand, To, 1>::by_panels,  TileRow<Operand, To, 2>::by_panels,  TileRow<Operand, To, 3>::by_panels,  TileRow<Operand, To, 4>::by_panels,
+    TileRow<Operand, To, 5>::by_panels,  TileRow<Operand, To, 6>::by_panels,  TileRow<Operand, To, 7>::by_panels,  TileRow<Operand, To, 8>::by_panels,
+    TileRow<Operand, To, 9>::by_panels,  TileRow<Operand, To, 10>::by_panels, TileRow<Operand, To, 11>::by_panels, TileRow<Operand, To, 12>::by_panels,
+    TileRow<Operand, To, 13>::by_panels, TileRow<Operand, To, 14>::by_panels};
 
 // Panels and pixels per tile that take the fewest cycles for a row: two multiply-adds or two loads a cycle, `latency` cycles each.
 struct Blocking {
