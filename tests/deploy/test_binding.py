@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, Case, as_tuple, assert_close, cases_of, exact, run_native
+from cases import CASES, DTYPES_OF, Case, as_tuple, assert_close, cases_of, exact, run_native
 from cases import arguments as arguments_of
 from torch import Tensor
 
@@ -96,9 +96,8 @@ def strided(x: Tensor, layout: str) -> Tensor:
     return torch.cat([x, x], dim=3)[..., 1 : x.shape[3] + 1] if layout == "strided" else x
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
-@pytest.mark.parametrize("lanes", ["channels", "pixels"])
+@pytest.mark.parametrize(("lanes", "dtype"), [(lanes, dtype) for lanes, dtypes in DTYPES_OF.items() for dtype in dtypes])
 @pytest.mark.parametrize("name", list(CHAINS))
 def test_convolutions_answer_as_the_reference(name: str, lanes: Lanes, layout: str, dtype: torch.dtype) -> None:
     x, weights, bias, integers = arguments(name, lanes, dtype)
@@ -112,10 +111,11 @@ def test_convolutions_answer_as_the_reference(name: str, lanes: Lanes, layout: s
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lanes", ["channels", "pairs"])
 @pytest.mark.parametrize("size", [(3,), (1, 3), (7, 3), (2, 5, 3), (0, 3)])
-def test_linear_layers_answer_as_the_reference(size: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_linear_layers_answer_as_the_reference(size: tuple[int, ...], lanes: Lanes, dtype: torch.dtype) -> None:
     widths = [3, 18, 5]
-    weights = [stage.pack(torch.randn(stage.shape), "channels") for stage in layers_of(widths)]
+    weights = [stage.pack(torch.randn(stage.shape), lanes) for stage in layers_of(widths)]  # float32 in pairs goes to the reference
     x, bias, residual = torch.randn(size).to(dtype), torch.randn(5).to(dtype), torch.randn(*size[:-1], 5).to(dtype)
     for given in (x, torch.stack([x, x], -1)[..., 0]):
         y = LINEAR_CHAIN.call(given, weights, bias, residual, widths, "gelu")
@@ -151,6 +151,9 @@ def test_weights_of_another_type_are_converted() -> None:
     halved = [weight.bfloat16() for weight in weights]
     expected = CONV_CHAIN.call(x, [weight.float() for weight in halved], bias, None, integers, "relu", "channels")
     assert torch.equal(CONV_CHAIN.call(x, halved, bias, None, integers, "relu", "channels"), expected)
+    pairs, bias = [stage.pack(torch.randn(stage.shape), "pairs") for stage in CHAINS["tucker2"]], bias.bfloat16()
+    expected = CONV_CHAIN.call(x.bfloat16(), pairs, bias, None, integers, "relu", "pairs")
+    assert torch.equal(CONV_CHAIN.call(x.bfloat16(), [weight.float() for weight in pairs], bias, None, integers, "relu", "pairs"), expected)
     gaps = [torch.stack([weight, weight], -1)[..., 0] for weight in weights]
     expected = CONV_CHAIN.call(x, weights, bias, None, integers, "relu", "channels")
     assert torch.equal(CONV_CHAIN.call(x, gaps, bias, None, integers, "relu", "channels"), expected)
@@ -171,6 +174,8 @@ def test_wrong_arguments_are_refused_by_name() -> None:
         CONV_CHAIN.call(x, weights, bias, None, integers, "tanh", "channels")
     with pytest.raises(RuntimeError, match=r"stage 0 of a chain takes weights packed as \[1, 1, 7, 1, 8\]"):
         CONV_CHAIN.call(x, weights, bias, None, integers, "relu", "pixels")
+    with pytest.raises(RuntimeError, match=r"stage 0 of a chain takes weights packed as \[1, 1, 1, 4, 16, 2\]"):
+        CONV_CHAIN.call(x.bfloat16(), weights, bias, None, integers, "relu", "pairs")
     with pytest.raises(RuntimeError, match="3 stages has 2 weights"):
         CONV_CHAIN.call(x, weights[:2], bias, None, integers, "relu", "channels")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +16,15 @@ from tdpass.errors import UsageError
 from tdpass.formats import FORMATS, Layer
 from tdpass.formats.lowering import lower
 from tdpass.kernels import native
+from tdpass.kernels.stage import Lanes, Stage
 from tdpass.models import Factorized, Model, open_model
 from tdpass.models.base import Batch
 from tdpass.models.chain_choice import choosing
+from tdpass.models.deployable import fused as deployable
 from tdpass.models.fused import Fused
 from tdpass.pipeline import Job, Pipeline
 from tdpass.site import Site
+from tdpass.targets.runtimes import RUNTIMES
 
 SITES = (
     Site("0", "linear", (24, 36)),
@@ -105,6 +110,57 @@ def test_it_follows_its_factors_and_falls_back_where_it_must() -> None:
         module(x).sum().backward()
         plain(x).sum().backward()
     assert close(module[0].core.grad, plain[0].core.grad)
+
+
+def called(module: nn.Module, model: Model, x: Tensor) -> Tensor:
+    fuse(model)
+    return module(x)
+
+
+def compiled(module: nn.Module, model: Model, x: Tensor) -> Tensor:
+    del model
+    torch._dynamo.reset()
+    return torch.compile(module, backend="tdpass", options={"inner": "eager", "measure": False})(x)
+
+
+def deployed(module: nn.Module, model: Model, x: Tensor) -> Tensor:
+    fuse(model)
+    return deployable(module)[0](x)
+
+
+def timed(module: nn.Module, model: Model, x: Tensor) -> Tensor:
+    layer = model.layer("0")
+    assert layer is not None
+    extent = (tuple(x.shape[2:]), tuple(module(x).shape[2:])) if x.dim() > 3 else ((x.shape[1],), (x.shape[1],))
+    call = RUNTIMES.get("kernels-channels").prepare(replace(layer, site=replace(layer.site, extents=(extent,))), len(x), 1)
+    assert call is not None
+    call()
+    return module(x)
+
+
+@needs_kernels
+@pytest.mark.parametrize("pairs", [True, False])
+@pytest.mark.parametrize("way", [called, compiled, deployed, timed])
+@torch.no_grad()
+def test_bfloat16_is_packed_in_pairs_where_the_machine_multiplies_pairs(
+    way: Callable[[nn.Module, Model, Tensor], Tensor], pairs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack, seen = Stage.pack, set()
+
+    def watch(stage: Stage, weight: Tensor, lanes: Lanes) -> Tensor:
+        seen.add(lanes)
+        return pack(stage, weight, lanes)
+
+    monkeypatch.setattr(native, "multiplies_pairs", lambda: pairs)
+    monkeypatch.setattr(Stage, "pack", watch)
+    for name, site in (("tucker2", replace(SITES[1], shape=(16, 16, 3, 3))), ("svd", SITES[0])):
+        for dtype in (torch.bfloat16, torch.float32):
+            seen.clear()
+            module, model = compressed(name, site, nn.GELU())
+            x = input_of(site).to(dtype)
+            expected = module.to(dtype)(x)
+            assert close(way(module, model, x), expected, 3e-2)
+            assert seen == {"pairs" if pairs and dtype == torch.bfloat16 else "channels"}
 
 
 @needs_kernels
