@@ -67,6 +67,7 @@ bench-break-even: $(BENCH_INSTALLED)
 bench-kernels: $(BENCH_INSTALLED)
 	$(BIN)/tdpass doctor --build
 	$(BIN)/python -m benchmarks.bench_kernels
+	$(BIN)/python -m benchmarks.bench_kernels --dtype bfloat16
 
 bench-factorize: $(BENCH_INSTALLED)
 	$(BIN)/python -m benchmarks.bench_factorize

@@ -2,6 +2,7 @@
 
     python -m benchmarks.bench_kernels                                   # results/kernels.csv and results/kernel_goals.csv
     python -m benchmarks.bench_kernels --cases "cifar 16" --threads 1
+    python -m benchmarks.bench_kernels --dtype bfloat16                  # results/kernels_bfloat16.csv; in torch alone, and without goals
 
 All candidates of a layer run in one process, in turn and in shuffled order; processor time at one thread, least wall time at
 two.  The fused operator is the best of those in torch and in ONNX Runtime.  Freed memory is kept by the process: ONNX Runtime
@@ -82,10 +83,10 @@ CASES: tuple[Case, ...] = (
 )  # fmt: skip
 
 
-def measure(case: Case, batch: int, threads: int) -> dict[str, Value]:
+def measure(case: Case, batch: int, threads: int, dtype: torch.dtype) -> dict[str, Value]:
     """One row: the fused operator against dense and chain in every runtime."""
-    dense = make_layer(case.site, Variant(), torch.float32)
-    factored = make_layer(case.site, Variant(case.format, case.rank), torch.float32)
+    dense = make_layer(case.site, Variant(), dtype)
+    factored = make_layer(case.site, Variant(case.format, case.rank), dtype)
     calls: dict[str, Callable[[], Tensor]] = {}
     with threads_of_torch(threads):
         for name in BASELINES:
@@ -184,20 +185,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cases", nargs="+", default=[""], help="only cases whose names contain one of these")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--output", default="kernels.csv", help="file under results/, or a path")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--output", help="file under results/, or a path (default: kernels.csv, kernels_bfloat16.csv)")
     parser.add_argument("--goals", default="kernel_goals.csv", help="file under results/, or a path")
     options = parser.parse_args()
     keep_freed_memory()
-    table = Table(options.output, COLUMNS)
+    plain = options.dtype == "float32"
+    table = Table(options.output or ("kernels.csv" if plain else f"kernels_{options.dtype}.csv"), COLUMNS)
     for threads in options.threads:
         torch.set_num_threads(threads)
         for case in CASES:
             if any(part in case.name for part in options.cases):
                 for batch in case.batches:
-                    table.add(**measure(case, batch, threads))
+                    table.add(**measure(case, batch, threads, getattr(torch, options.dtype)))
                     print(show(table.rows[-1:], COLUMNS[:11]).splitlines()[-1], flush=True)
     goals = Table(options.goals, GOAL_COLUMNS)
-    for goal in GOALS:
+    for goal in GOALS if plain else ():
         if (row := goal.row(table.rows)) is not None:
             goals.add(**row)
     print(f"\n{show(table.rows, COLUMNS)}\n\n{show(goals.rows, GOAL_COLUMNS)}")
