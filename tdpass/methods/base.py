@@ -46,7 +46,7 @@ class Method(ABC):
     def prepare(self, model: nn.Module, example_inputs: ExampleInputs = None, calibration: object = None) -> None:
         """Find the sites, while the weights still lie on one device; `attach` does so by itself where this was not called.
 
-        `calibration` is data for methods that plan on it.
+        `calibration` is data for methods that plan or factor on it.
         """
         if not isinstance(model, nn.Module):
             raise UsageError(f"{self.name} trains an nn.Module, not a {type(model).__name__}; for other models, compress without training")
@@ -95,12 +95,12 @@ class Method(ABC):
         """The bound weights as they are now, each in full; a collective call where they are sharded."""
         return {name: whole(weight.detach()) for name, weight in self.weights.items()}
 
-    def attach(self, model: nn.Module, optimizer: Optimizer, *, every: int, example_inputs: ExampleInputs = None) -> None:
+    def attach(self, model: nn.Module, optimizer: Optimizer, *, every: int, example_inputs: ExampleInputs = None, calibration: object = None) -> None:
         """Act around every step of `optimizer`, with a round every `every` steps (those of an epoch, usually)."""
         if self._hooks is not None:
             raise UsageError(f"{self.name} is attached already; finish it first, or make another")
         if not hasattr(self, "sites"):
-            self.prepare(model, example_inputs)
+            self.prepare(model, example_inputs, calibration)
         phased = self.bind(model)
         if not phased.rounds:
             raise UsageError(f"{self.name} has no rounds to train in; give at least one of its phases a round, or finish without attaching: tdpass.train does")

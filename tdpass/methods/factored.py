@@ -25,13 +25,16 @@ from tdpass.training.phases import Phase
 from tdpass.training.schedules import ScheduleSpec, as_schedule
 from tdpass.verbs import compress
 
+WEIGHTS_ALONE = "factorize"
+ON_DATA = "factorize,correct-bias,refit,recalibrate-batchnorm"  # what training left outside the format is lost where it matters least
 OTHERWISE = "svd"  # for sites that the method's own format does not fit
 
 
 class Factored(Method):
     """ADMM towards a format for `rounds` rounds; `finish` factors every weight at the ranks of the last projection.
 
-    What comes out is trained on as any model is.  Batch-norms stay where they are.
+    With calibration data it does so as the post-training path does, by what the network's output loses.  What comes out is trained
+    on as any model is.  Batch-norms stay where they are.
     """
 
     format: str
@@ -53,7 +56,8 @@ class Factored(Method):
     def close(self, model: nn.Module) -> Artifact:
         weights = self.whole_weights()
         plan = self.plan(weights, self.rule()(1.0, weights))
-        return compress(self.template.filled(model), plan=plan, pipeline="factorize", example_inputs=self.example, cache=False)
+        steps = WEIGHTS_ALONE if self.calibration is None else ON_DATA
+        return compress(self.template.filled(model), data=self.calibration, plan=plan, pipeline=steps, example_inputs=self.example, cache=False)
 
     def plan(self, weights: Mapping[str, Tensor], constraints: Mapping[str, Constraint]) -> RankPlan:
         """The plan that factors each weight as its constraint says."""

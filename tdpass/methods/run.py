@@ -64,7 +64,7 @@ def train(
 
     `data` yields (inputs, targets) and has a length.  Stages: `pretrain` epochs of the dense model; the rounds of `method` (an
     object, a name, or `{name: options}`), `rounds_per_epoch` of them in each epoch, and its `finish`, or a pipeline of passes,
-    which both may plan on `calibration` data; `finetune` epochs of what came out; and with `control` the dense model once more
+    both of which may use `calibration` data; `finetune` epochs of what came out; and with `control` the dense model once more
     for as many epochs, learning from labels only, since an accuracy gain means nothing without it.  `settings` hold for the
     method, and where `pretraining` and `finetuning` do not say otherwise for these.
 

@@ -188,6 +188,16 @@ def test_the_planner_chooses_the_start_on_calibration_data() -> None:
     assert artifact.report.final.macs <= 0.5 * artifact.report.original.macs
 
 
+def test_with_calibration_data_the_end_is_that_of_the_post_training_path() -> None:
+    data = torch.randn(64, 2, 8, 8, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 2, 8)
+    options = {"budget": {"params": 0.4}, "rounds": 0}
+    far = []
+    for calibration in (None, data):
+        made = tdpass.train(network(), batches(), {"admm-tt": options}, calibration=calibration, control=False, example_inputs=data[:2])
+        far.append(tdpass.verify(network().eval(), made.model.eval(), data)["divergence"])
+    assert far[1] < 0.8 * far[0]
+
+
 def test_fine_tuning_is_refused_where_it_would_undo_the_method() -> None:
     with pytest.raises(UsageError, match="would move them"):
         tdpass.train(network(), batches(), {"admm-nn": EXAMPLES["admm-nn"][0]}, finetune=1)
