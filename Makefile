@@ -52,8 +52,11 @@ bench-targets: $(BENCH_INSTALLED)
 bench-training: $(BENCH_INSTALLED)
 	$(BIN)/python -m benchmarks.bench_training lenet5_admm_nn --seeds 0 1 2
 	$(BIN)/python -m benchmarks.bench_training lstm_tt --seeds 0 1 2
+	$(BIN)/python -m benchmarks.bench_training resnet20_planned
 	$(BIN)/python -m benchmarks.bench_training resnet20_admm_tucker
+	$(BIN)/python -m benchmarks.bench_training resnet20_admm_tucker --set method.admm-tt.rounds=0 --set finetune=5
 	$(BIN)/python -m benchmarks.bench_training resnet20_batude
+	$(BIN)/python -m benchmarks.bench_training resnet20_uniform_tucker
 
 bench-training-cost: $(BENCH_INSTALLED)
 	$(BIN)/python -m benchmarks.bench_training_cost
