@@ -103,7 +103,7 @@ class Method(ABC):
             self.prepare(model, example_inputs, calibration)
         phased = self.bind(model)
         if not phased.rounds:
-            raise UsageError(f"{self.name} has no rounds to train in; give at least one of its phases a round, or finish without attaching: tdpass.train does")
+            raise UsageError(f"{self.name} has no rounds to train in; give at least one of its phases a round; tdpass.train factors directly without")
         self._hooks = Hooks(optimizer, [phased], lambda step: step % every == 0, phased.rounds)
 
     def finish(self, model: nn.Module) -> Artifact:
