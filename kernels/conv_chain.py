@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from ctypes import Array, addressof, byref, c_int32, c_void_p
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -88,13 +89,21 @@ def _empty_output(x: Tensor, chain: Sequence[Stage]) -> Tensor:
 CONV_CHAIN = register_op(Op("conv_chain", SCHEMA, reference, fake))
 
 
+class _Program(NamedTuple):
+    """Stages as the kernel takes them, and the shapes and types of their packed weights."""
+
+    array: Array[native.CStage]
+    shapes: list[tuple[int, ...]]
+    dtypes: list[torch.dtype]
+
+
 @functools.lru_cache(maxsize=4096)
-def _program(integers: tuple[int, ...]) -> tuple[tuple[Stage, ...], Array[native.CStage]]:
+def _program(integers: tuple[int, ...], lanes: Lanes) -> _Program:
     stages = stages_of(integers)
     array = (native.CStage * len(stages))()
     for slot, stage in zip(array, stages, strict=True):
         slot.integers = (c_int32 * 13)(*stage.integers())
-    return stages, array
+    return _Program(array, [stage.packed_shape(lanes) for stage in stages], [stage.packed_dtype(lanes) for stage in stages])
 
 
 @implements("conv_chain", "cpu")
@@ -121,11 +130,11 @@ def run_native(
     library = native.library()
     if library is None or x.dtype not in native.DTYPES or (residual is not None and residual.dtype != x.dtype):
         return False
-    chain, array = _program(integers)
-    wanted = [stage.packed_shape(lanes) for stage in chain]
+    program = _program(integers, lanes)
+    wanted = program.shapes
     if [weight.shape for weight in weights] != wanted:
-        raise KernelError(f"a chain of {len(chain)} stages takes weights packed as {wanted}, not {[tuple(weight.shape) for weight in weights]}")
-    panels = [weight.to(stage.packed_dtype(lanes)).contiguous() for stage, weight in zip(chain, weights, strict=True)]
+        raise KernelError(f"a chain of {len(wanted)} stages takes weights packed as {wanted}, not {[tuple(weight.shape) for weight in weights]}")
+    panels = [weight.to(dtype).contiguous() for weight, dtype in zip(weights, program.dtypes, strict=True)]
     shift = None if bias is None else bias.float().contiguous()
     rest = None if residual is None else native.image(residual)
     pointers = (c_void_p * len(panels))(*(panel.data_ptr() for panel in panels))
@@ -133,8 +142,8 @@ def run_native(
         native.DTYPES[x.dtype],
         native.LANES[lanes],
         native.ACTIVATIONS[activation],
-        len(chain),
-        addressof(array),
+        len(panels),
+        addressof(program.array),
         addressof(pointers),
         None if shift is None else shift.data_ptr(),
         None if rest is None else addressof(rest),
