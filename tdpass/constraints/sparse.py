@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -22,6 +22,8 @@ Group = Literal["weight", "row", "column", "filter", "channel", "kernel", "block
 class Sparse(Constraint):
     """At most `keep` groups are not zero; the projection keeps those of largest Frobenius norm, which is exact as groups do not overlap.
 
+    With a `metric` m of the weight's shape, not negative, the nearest is meant in the norm sum m w^2.
+
     Groups of `W[o, i, *kernel]`: `weight` a single one; `row` and `column` of the `o x (i h w)` matrix; `filter` an output channel,
     the same as `row`; `channel` an input channel; `kernel` the taps of one (o, i); `block` a tile of that matrix, ragged at the edges.
     Of groups with equal norm the first are kept.
@@ -30,6 +32,7 @@ class Sparse(Constraint):
     keep: int
     group: Group = "weight"
     block: tuple[int, int] = (1, 16)
+    metric: Tensor | None = field(default=None, compare=False, repr=False)
     name = "sparse"
 
     def __post_init__(self) -> None:
@@ -46,6 +49,8 @@ class Sparse(Constraint):
     def mask(self, weight: Tensor) -> Tensor:
         """Which weights the projection keeps, as booleans of the weight's shape."""
         energy = checked(weight).square()
+        if self.metric is not None:
+            energy = energy * self.metric.to(energy)
         if self.group == "block":
             return self._blocks(energy.flatten(1)).reshape(weight.shape)
         view = energy.flatten(1) if self.group == "column" else energy

@@ -22,8 +22,10 @@ class WeightBudget(Shared):
     """The `keep` weights of largest score over all layers; how many of them a layer has is how many it keeps.
 
     `magnitude`: `|w|`.  `relative`: `|w| / rms` of the layer.  `lamp`: `w^2` over the sum of the squares in the layer that are not smaller (Lee et al.
-    2021).  Layers in `dense` keep all, which counts; `least` and `most` bound the others, all at once or by name.  Fewer than `keep` are
-    kept where `most` says so.  Raises `BudgetError` naming the least reachable, `PlanError` for a name that is no weight.
+    2021).  With a `metric` m for some layers, `w sqrt(m)` stands for w there: what a weight is worth to the loss, say.
+
+    Layers in `dense` keep all, which counts; `least` and `most` bound the others, all at once or by name.  Fewer than `keep` are kept where
+    `most` says so.  Raises `BudgetError` naming the least reachable, `PlanError` for a name that is no weight.
     """
 
     keep: int
@@ -31,6 +33,7 @@ class WeightBudget(Shared):
     dense: tuple[str, ...] = ()
     least: int | Mapping[str, int] = 1
     most: Mapping[str, int] = field(default_factory=dict)
+    metric: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.score not in get_args(Score):
@@ -49,9 +52,9 @@ class WeightBudget(Shared):
                 f"budget of {self.keep:,} weights is below the smallest reachable ({self.keep - room:,}, of which {stay:,} in layers that stay dense); "
                 "raise it, or lower the least that layers keep"
             )
-        scores = {name: self._scores(weight)[slice(*bounds[name])] for name, weight in free.items()}
+        scores = {name: self._scores(name, weight)[slice(*bounds[name])] for name, weight in free.items()}
         counts = _split(scores, room)
-        return {name: Sparse(bounds[name][0] + counts[name]) if name in free else Anything() for name in weights}
+        return {name: Sparse(bounds[name][0] + counts[name], metric=self.metric.get(name)) if name in free else Anything() for name in weights}
 
     def _bounds(self, name: str, size: int) -> tuple[int, int]:
         low = self.least if isinstance(self.least, int) else self.least.get(name, 1)
@@ -60,9 +63,12 @@ class WeightBudget(Shared):
             raise UsageError(f"weight {name!r} is to keep at least {low} and at most {self.most.get(name)}; give 1 or more, and the least no larger")
         return min(max(1, low), high), high
 
-    def _scores(self, weight: Tensor) -> Tensor:
+    def _scores(self, name: str, weight: Tensor) -> Tensor:
         """Scores of one layer, descending, on the CPU."""
-        size: Tensor = checked(weight).reshape(-1).abs().sort(descending=True).values.double().cpu()
+        worth = checked(weight).abs()
+        if name in self.metric:
+            worth = worth * self.metric[name].to(worth).sqrt()
+        size: Tensor = worth.reshape(-1).sort(descending=True).values.double().cpu()
         squares = size.square()
         if self.score == "lamp":
             return squares / squares.cumsum(0).clamp_min(1e-300)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from tdpass.planner.cache import digest
 from tdpass.planner.rank_plan import DENSE, Choice, RankPlan
 from tdpass.targets.break_even import BreakEven, open_break_even
 from tdpass.training.admm import Admm, fixed
+from tdpass.training.curvature import Curvature
 from tdpass.training.held import Fixing, Held
 from tdpass.training.phases import Phase
 from tdpass.training.placement import placed_like, whole
@@ -31,6 +32,8 @@ from tdpass.training.terms import Term
 from tdpass.verbs import compress
 
 BITS = (1, 2, 3, 4, 5, 6)  # more levels than a small layer has weights would be no saving
+
+Metric = Literal["frobenius", "fisher"]
 
 PHASES = ("prune", "retrain", "quantize", "fix")
 
@@ -46,7 +49,8 @@ class AdmmNN(Method):
     together take `bits_per_weight` bits on average, 1 to 6 in each (`LevelBudget`);  *fix*, where more and more weights stay on their levels.
     Phases without rounds are left out; without `bits_per_weight` the last two are.  `rates` has factors on the learning rate by phase.
 
-    `least` names sites that keep no fewer weights than that, whatever their scores.
+    With `metric: fisher` weights are pruned by what the loss makes of it: scores are of `w sqrt(F)`, with F the diagonal of the Fisher
+    information over the last thousand steps (`Curvature`).  `least` names sites that keep no fewer weights than that, whatever their scores.
 
     `hardware` (a target such as `cpu:onnxruntime`, or `table:FILE.yaml` for another machine) makes it hardware-aware: a layer whose
     sparsity would stay below its break-even goes back to dense, and the rest is pruned harder.
@@ -58,6 +62,7 @@ class AdmmNN(Method):
     keep: int
     bits_per_weight: float | None = None
     score: Score = "magnitude"
+    metric: Metric = "frobenius"
     least: Mapping[str, int] = field(default_factory=dict)
     prune: int = 20
     retrain: int = 10
@@ -72,8 +77,11 @@ class AdmmNN(Method):
     exclude: Sequence[str] = ()
     dense: tuple[str, ...] = field(default=(), init=False)
     levels: dict[str, UniformLevels] = field(default_factory=dict, init=False)
+    curvature: Curvature | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        if self.metric not in get_args(Metric):
+            raise UsageError(f"unknown metric {self.metric!r} of pruning; known: {', '.join(get_args(Metric))}")
         if self.keep < 1 or not 0 < self.reach <= 1:
             raise UsageError(f"keep={self.keep}, reach={self.reach}: keep at least one weight, and reach that number within a share in (0, 1] of the phase")
         unknown = set(self.rates) - set(PHASES)
@@ -108,7 +116,9 @@ class AdmmNN(Method):
         return tuple(found)
 
     def _budget(self, keep: int) -> WeightBudget:
-        return WeightBudget(keep, self.score, self.dense, {name: self.least.get(name, 1) for name in self.sites})
+        bend = self.curvature
+        metric = {} if bend is None or not bend.steps else {name: whole(value) for name, value in bend.squares.items()}
+        return WeightBudget(keep, self.score, self.dense, {name: self.least.get(name, 1) for name in self.sites}, metric=metric)
 
     def phases(self) -> Sequence[Phase]:
         steps = [("prune", self.prune, self._begin_pruning), ("retrain", self.retrain, self._begin_retraining)]
@@ -117,7 +127,11 @@ class AdmmNN(Method):
         return [Phase(name, rounds, begin, self.rates.get(name, 1.0)) for name, rounds, begin in steps]
 
     def _begin_pruning(self) -> list[Term]:
-        return [Admm(self.weights, [self._falling], as_schedule(self.rho, "rho"), self.decoupled)]
+        admm = Admm(self.weights, [self._falling], as_schedule(self.rho, "rho"), self.decoupled)
+        if self.metric == "frobenius":
+            return [admm]
+        self.curvature = Curvature(self.weights)
+        return [self.curvature, admm]
 
     def _falling(self, progress: float, weights: Mapping[str, Tensor]) -> Mapping[str, Constraint]:
         total = sum(weight.numel() for weight in weights.values())

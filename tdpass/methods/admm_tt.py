@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tdpass.artifact import Artifact
 from tdpass.constraints.base import Constraint
 from tdpass.constraints.in_format import InFormat
 from tdpass.cost import BudgetValue
 from tdpass.errors import UsageError
 from tdpass.formats.base import FORMATS, Rank
 from tdpass.methods.base import register_method
-from tdpass.methods.factored import Factored
+from tdpass.methods.factored import ON_DATA, WEIGHTS_ALONE, Factored
 from tdpass.planner.rank_plan import RankPlan
-from tdpass.training.admm import Rule, fixed
+from tdpass.training.admm import Admm, Rule, fixed
+from tdpass.training.placement import placed_like
 from tdpass.training.schedules import ScheduleSpec
-from tdpass.verbs import make_plan
+from tdpass.verbs import compress
 
 RankSpec = Sequence[int] | Mapping[str, Sequence[int]]
 
@@ -33,9 +36,12 @@ class AdmmTT(Factored):
     as cores.  Another `format` makes it ADMM-Tucker, ADMM-SVD and so on.
 
     The ranks are fixed before the first round: by `ranks` (globs of site names to ranks, or to `{format: ranks}`; the first match
-    counts, what matches none stays dense), by a plan in `start` (which may mix formats) or a budget there for the planner to make one of on the
-    calibration data, or by a `budget` on the params or macs of the whole model, which is divided over the sites by the energy that
-    their weights lose (`RankBudget`).  Without rounds it is direct factorization.
+    counts, what matches none stays dense), by a `budget` on the params or macs of the whole model, which is divided over the sites by
+    the energy that their weights lose (`RankBudget`), or by a plan in `start`, which may mix formats, or a budget there for the planner
+    to make one of, from `formats` where some are given.  Without rounds it is direct factorization.
+
+    With `start` and calibration data the weights begin as the post-training path leaves them, in the format and fitted to the data,
+    so that the rounds go on from its accuracy.
     """
 
     name = "admm-tt"
@@ -44,16 +50,20 @@ class AdmmTT(Factored):
     format: str = "tensor_train"
     ranks: Mapping[str, RankSpec] | None = None
     start: RankPlan | Mapping[str, BudgetValue] | None = None
+    formats: Sequence[str] = ()
     rounds: int = 20
     rho: ScheduleSpec = 1e-3
     decoupled: bool = False
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     constraints: dict[str, Constraint] = field(default_factory=dict, init=False)
+    fitted: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         FORMATS.get(self.format)
         given = [name for name, value in (("budget", self.budget), ("ranks", self.ranks), ("start", self.start)) if value is not None]
+        if self.formats and not isinstance(self.start, Mapping):
+            raise UsageError(f"formats={tuple(self.formats)} are for the planner to choose from, which has no budget; give start={{'params': 0.3}}")
         if len(given) != 1:
             raise UsageError(f"{self.name} takes exactly one of budget, ranks and start, not {' and '.join(given) or 'none'}; give budget={{'params': 0.3}}")
 
@@ -62,20 +72,26 @@ class AdmmTT(Factored):
         if self.budget is not None:
             self.constraints = self.rank_budget(self.budget).divide(self.weights_of(model))
         else:
-            ranks = self._by_glob(self.ranks or {}) if self.start is None else self._by_plan(self._planned(model, self.start))
+            ranks = self._by_glob(self.ranks or {}) if self.start is None else self._by_plan(model, self.start)
             self.constraints = {name: InFormat(self.sites[name], *found) for name, found in ranks.items()}
         if not any(isinstance(bound, InFormat) for bound in self.constraints.values()):
             raise UsageError(f"no site gets ranks; the sites are: {', '.join(self.sites)}")
 
-    def _planned(self, model: nn.Module, start: RankPlan | Mapping[str, BudgetValue]) -> RankPlan:
-        if isinstance(start, RankPlan):
-            return start
-        steps = "plan{joint=false}"  # what changes two sites together is no set for one weight
-        made = make_plan(model, start, self.calibration, pipeline=steps, example_inputs=self.example, include=self.include, exclude=self.exclude)
-        return made.plan
+    def _by_plan(self, model: nn.Module, start: RankPlan | Mapping[str, BudgetValue]) -> dict[str, tuple[str, Rank]]:
+        made, data = self._made(model, start), self.calibration
+        chosen = [choice for choice in made.plan if choice.site in self.sites and not choice.kept_dense]
+        if data is not None and isinstance(made.model, nn.Module):
+            modules = dict(made.model.named_modules())
+            self.fitted = {choice.site: modules[choice.site].weight.detach() for choice in chosen}
+        return {choice.site: (choice.format, choice.rank) for choice in chosen}
 
-    def _by_plan(self, plan: RankPlan) -> dict[str, tuple[str, Rank]]:
-        return {choice.site: (choice.format, choice.rank) for choice in plan if choice.site in self.sites and not choice.kept_dense}
+    def _made(self, model: nn.Module, start: RankPlan | Mapping[str, BudgetValue]) -> Artifact:
+        steps = WEIGHTS_ALONE if self.calibration is None else ON_DATA
+        if isinstance(start, RankPlan):
+            return compress(model, data=self.calibration, plan=start, pipeline=steps, example_inputs=self.example)
+        steps = f"plan{{joint=false}},{steps}"  # what changes two sites together is no set for one weight
+        common: dict[str, Any] = {"example_inputs": self.example, "include": self.include, "exclude": self.exclude}
+        return compress(model, start, self.calibration, pipeline=steps, formats=self.formats, **common)
 
     def _by_glob(self, ranks: Mapping[str, RankSpec]) -> dict[str, tuple[str, Rank]]:
         found: dict[str, tuple[str, Rank]] = {}
@@ -89,3 +105,10 @@ class AdmmTT(Factored):
 
     def rule(self) -> Rule:
         return fixed({name: bound for name, bound in self.constraints.items() if isinstance(bound, InFormat)})
+
+    @torch.no_grad()
+    def _begin(self) -> list[Admm]:
+        for name, value in self.fitted.items():
+            weight = self.weights[name]
+            weight.copy_(placed_like(value.to(weight.device, weight.dtype), weight))
+        return super()._begin()

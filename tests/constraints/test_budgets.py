@@ -217,6 +217,15 @@ def test_the_weights_of_largest_score_are_kept(score: str, keep: int) -> None:
     assert kept(WeightBudget(keep, score)) == {name: sum(pair[1] == name for pair in order) for name in LAYERS}
 
 
+def test_a_metric_stands_for_what_weights_are_worth() -> None:
+    name = next(iter(LAYERS))
+    assert sum(kept(WeightBudget(6, metric={name: torch.zeros_like(LAYERS[name])})).values()) == 6
+    assert kept(WeightBudget(6, metric={name: torch.zeros_like(LAYERS[name])}))[name] == 1
+    metric = {name: torch.rand(weight.shape, generator=torch.Generator().manual_seed(4)) for name, weight in LAYERS.items()}
+    worth = {name: weight * metric[name].sqrt() for name, weight in LAYERS.items()}
+    assert kept(WeightBudget(6, metric=metric)) == kept(WeightBudget(6), worth)
+
+
 def test_bounds_and_dense_layers_of_a_weight_budget() -> None:
     assert kept(WeightBudget(8, dense=("c",), most={"b": 2})) == {"a": 3, "b": 2, "c": 3}
     assert kept(WeightBudget(7, least={"a": 4})) == {"a": 4, "b": 2, "c": 1}

@@ -67,6 +67,15 @@ def test_the_best_groups_are_kept(group: Group, keep: int) -> None:
     assert sum(bool(made.flatten(1)[place].any()) for place in GROUPS[group]) == keep
 
 
+def test_a_metric_says_which_groups_are_the_best() -> None:
+    weight, metric = normal(4, 6), normal(4, 6, seed=1).square()
+    made = Sparse(7, metric=metric).project(weight)
+    chosen = (weight.square() * metric).flatten().topk(7).indices
+    assert made.flatten().nonzero().flatten().tolist() == chosen.sort().values.tolist()
+    rows = Sparse(2, "row", metric=metric).project(weight).any(1)
+    assert rows.nonzero().flatten().tolist() == (weight.square() * metric).sum(1).topk(2).indices.sort().values.tolist()
+
+
 def test_of_equal_groups_the_first_are_kept() -> None:
     weight = torch.tensor([[1.0, -1.0, 2.0, 1.0]])
     assert Sparse(3).project(weight).tolist() == [[1.0, -1.0, 2.0, 0.0]]

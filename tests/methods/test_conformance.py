@@ -34,6 +34,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "admm-nn": [
         {"keep": 400, "prune": 3, "retrain": 1, "quantize": 0, "fix": 0, "rho": 0.5},
         {"keep": 400, "bits_per_weight": 3, "prune": 2, "retrain": 1, "quantize": 1, "fix": 2, "rho": 0.5, "score": "lamp", "least": {"conv1": 60}},
+        {"keep": 300, "prune": 4, "retrain": 2, "rho": 0.5, "metric": "fisher"},
     ],
 }
 CASES = [pytest.param(name, options, id=f"{name}-{index}") for name, all_options in EXAMPLES.items() for index, options in enumerate(all_options)]
@@ -186,6 +187,20 @@ def test_the_planner_chooses_the_start_on_calibration_data() -> None:
     planned = tdpass.make_plan(network(), {"macs": 0.5}, data, pipeline="plan{joint=false}").plan
     assert [(choice.site, choice.format, choice.rank) for choice in artifact.plan] == [(choice.site, choice.format, choice.rank) for choice in planned]
     assert artifact.report.final.macs <= 0.5 * artifact.report.original.macs
+
+
+def test_the_rounds_begin_where_the_planner_ended() -> None:
+    data = torch.randn(64, 2, 8, 8, generator=torch.Generator().manual_seed(2))
+    common: dict[str, Any] = {"calibration": data, "control": False, "example_inputs": data[:2], "settings": {"lr": 1e-9}}
+    planned = tdpass.make_plan(network(), {"macs": 0.5}, data, pipeline="plan{joint=false}").plan
+    for options in ({"start": {"macs": 0.5}}, {"start": planned}, {"start": {"macs": 0.5}, "formats": ["tucker2", "svd"]}):
+        artifact = tdpass.train(network(), batches(), {"admm-tt": {**options, "rounds": 1}}, **common)
+        (row,) = artifact.report.training
+        assert row.residuals
+        assert max(row.residuals.values()) < 1e-3
+        assert {choice.format for choice in artifact.plan if not choice.kept_dense} <= set(options.get("formats", tdpass.formats.FORMATS.names()))
+    with pytest.raises(UsageError, match="planner to choose from"):
+        METHODS.get("admm-tt")(budget={"macs": 0.5}, formats=["svd"])
 
 
 def test_with_calibration_data_the_end_is_that_of_the_post_training_path() -> None:

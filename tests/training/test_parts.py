@@ -14,6 +14,7 @@ from tdpass.errors import TrainingError, UsageError
 from tdpass.training.admm import Admm, fixed
 from tdpass.training.averaging import Average
 from tdpass.training.batches import Batches
+from tdpass.training.curvature import Curvature
 from tdpass.training.held import Fixing, Held
 from tdpass.training.loop import Loop, cross_entropy
 from tdpass.training.phases import Phase, Phased
@@ -74,6 +75,23 @@ def test_hooks_leave_the_optimizer_as_it_was() -> None:
     hooks.remove()
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
+
+
+def test_curvature_is_the_mean_square_of_gradients() -> None:
+    weight = nn.Parameter(torch.zeros(3))
+    curvature = Curvature({"w": weight})
+    gradients = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    for gradient in gradients:
+        weight.grad = gradient.clone()
+        curvature.before_step(optimizer)
+    torch.testing.assert_close(curvature.squares["w"], gradients.square().mean(0))
+    again = Curvature({"w": weight})
+    again.load_state(curvature.state())
+    weight.grad = torch.ones(3)
+    for one in (curvature, again):
+        one.before_step(optimizer)
+    assert torch.equal(again.squares["w"], curvature.squares["w"])
 
 
 def test_held_weights_stay_and_the_others_move() -> None:
