@@ -22,18 +22,21 @@ from tdpass.methods.base import Method, register_method
 from tdpass.planner.cache import digest
 from tdpass.planner.rank_plan import DENSE, Choice, RankPlan
 from tdpass.targets.break_even import BreakEven, open_break_even
-from tdpass.training.admm import Admm, fixed
+from tdpass.training.admm import Admm
 from tdpass.training.curvature import Curvature
 from tdpass.training.held import Fixing, Held
 from tdpass.training.phases import Phase
 from tdpass.training.placement import placed_like, whole
+from tdpass.training.rules import fixed
 from tdpass.training.schedules import ScheduleSpec, as_schedule
+from tdpass.training.surgery import Surgery
 from tdpass.training.terms import Term
 from tdpass.verbs import compress
 
 BITS = (1, 2, 3, 4, 5, 6)  # more levels than a small layer has weights would be no saving
 
 Metric = Literal["frobenius", "fisher"]
+Pruning = Literal["admm", "surgery"]
 
 PHASES = ("prune", "retrain", "quantize", "fix")
 
@@ -49,8 +52,10 @@ class AdmmNN(Method):
     together take `bits_per_weight` bits on average, 1 to 6 in each (`LevelBudget`);  *fix*, where more and more weights stay on their levels.
     Phases without rounds are left out; without `bits_per_weight` the last two are.  `rates` has factors on the learning rate by phase.
 
-    With `metric: fisher` weights are pruned by what the loss makes of it: scores are of `w sqrt(F)`, with F the diagonal of the Fisher
-    information over the last thousand steps (`Curvature`).  `least` names sites that keep no fewer weights than that, whatever their scores.
+    With `metric: fisher` what the loss makes of it counts: weights are pruned by the scores of `w sqrt(F)`, and bits divided by the errors
+    times F, with F the diagonal of the Fisher information over the last thousand steps (`Curvature`).  `pruning: surgery` prunes at once and
+    lets weights come back (`Surgery`) where ADMM draws them to zero.  `least` names sites that keep no fewer weights than that, whatever their
+    scores.
 
     `hardware` (a target such as `cpu:onnxruntime`, or `table:FILE.yaml` for another machine) makes it hardware-aware: a layer whose
     sparsity would stay below its break-even goes back to dense, and the rest is pruned harder.
@@ -63,6 +68,7 @@ class AdmmNN(Method):
     bits_per_weight: float | None = None
     score: Score = "magnitude"
     metric: Metric = "frobenius"
+    pruning: Pruning = "admm"
     least: Mapping[str, int] = field(default_factory=dict)
     prune: int = 20
     retrain: int = 10
@@ -80,8 +86,9 @@ class AdmmNN(Method):
     curvature: Curvature | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if self.metric not in get_args(Metric):
-            raise UsageError(f"unknown metric {self.metric!r} of pruning; known: {', '.join(get_args(Metric))}")
+        for option, value, known in (("metric", self.metric, get_args(Metric)), ("pruning", self.pruning, get_args(Pruning))):
+            if value not in known:
+                raise UsageError(f"{option}={value!r} is unknown to {self.name}; known: {', '.join(known)}")
         if self.keep < 1 or not 0 < self.reach <= 1:
             raise UsageError(f"keep={self.keep}, reach={self.reach}: keep at least one weight, and reach that number within a share in (0, 1] of the phase")
         unknown = set(self.rates) - set(PHASES)
@@ -116,9 +123,13 @@ class AdmmNN(Method):
         return tuple(found)
 
     def _budget(self, keep: int) -> WeightBudget:
-        bend = self.curvature
-        metric = {} if bend is None or not bend.steps else {name: whole(value) for name, value in bend.squares.items()}
-        return WeightBudget(keep, self.score, self.dense, {name: self.least.get(name, 1) for name in self.sites}, metric=metric)
+        return WeightBudget(keep, self.score, self.dense, {name: self.least.get(name, 1) for name in self.sites}, metric=self._worth())
+
+    def _worth(self) -> dict[str, Tensor]:
+        """What each weight is worth to the loss, where that is known."""
+        if self.curvature is None or not self.curvature.steps:
+            return {}
+        return {name: whole(value) for name, value in self.curvature.squares.items()}
 
     def phases(self) -> Sequence[Phase]:
         steps = [("prune", self.prune, self._begin_pruning), ("retrain", self.retrain, self._begin_retraining)]
@@ -127,11 +138,13 @@ class AdmmNN(Method):
         return [Phase(name, rounds, begin, self.rates.get(name, 1.0)) for name, rounds, begin in steps]
 
     def _begin_pruning(self) -> list[Term]:
-        admm = Admm(self.weights, [self._falling], as_schedule(self.rho, "rho"), self.decoupled)
-        if self.metric == "frobenius":
-            return [admm]
-        self.curvature = Curvature(self.weights)
-        return [self.curvature, admm]
+        if self.pruning == "surgery":
+            return [*self._measured(), Surgery(self.weights, self._falling)]
+        return [*self._measured(), Admm(self.weights, [self._falling], as_schedule(self.rho, "rho"), self.decoupled)]
+
+    def _measured(self) -> list[Curvature]:
+        self.curvature = None if self.metric == "frobenius" else Curvature(self.weights)
+        return [] if self.curvature is None else [self.curvature]
 
     def _falling(self, progress: float, weights: Mapping[str, Tensor]) -> Mapping[str, Constraint]:
         total = sum(weight.numel() for weight in weights.values())
@@ -140,7 +153,7 @@ class AdmmNN(Method):
 
     def _begin_retraining(self) -> list[Term]:
         _project(self.weights, self._budget(self.keep).divide(self.whole_weights()))
-        return [Held(self.weights)]
+        return [*self._measured(), Held(self.weights)]
 
     def _begin_levels(self) -> list[Term]:
         if not self.levels:
@@ -152,7 +165,9 @@ class AdmmNN(Method):
         """Numbers of levels under the budget, and their intervals."""
         weights = {name: weight for name, weight in self.whole_weights().items() if name not in self.dense}
         survivors = sum(int(weight.count_nonzero()) for weight in weights.values())
-        found = LevelBudget(int((self.bits_per_weight or 0) * survivors), bits=BITS).divide(weights)
+        worth = self._worth()
+        sensitivity = {name: float(weight.square().sum() * worth[name][weight != 0].mean()) for name, weight in weights.items() if name in worth}
+        found = LevelBudget(int((self.bits_per_weight or 0) * survivors), sensitivity, BITS).divide(weights)
         frozen = {name: bound.frozen(weights[name]) for name, bound in found.items()}
         return {name: bound for name, bound in frozen.items() if isinstance(bound, UniformLevels)}
 

@@ -19,8 +19,9 @@ from tdpass.formats.base import FORMATS, Rank
 from tdpass.methods.base import register_method
 from tdpass.methods.factored import ON_DATA, WEIGHTS_ALONE, Factored
 from tdpass.planner.rank_plan import RankPlan
-from tdpass.training.admm import Admm, Rule, fixed
+from tdpass.training.admm import Admm
 from tdpass.training.placement import placed_like
+from tdpass.training.rules import Rule, fixed
 from tdpass.training.schedules import ScheduleSpec
 from tdpass.verbs import compress
 

@@ -20,7 +20,7 @@ from tdpass.formats.base import FORMATS, Rank
 from tdpass.methods.base import register_method
 from tdpass.methods.factored import Factored, measured
 from tdpass.targets import Setting, Target, open_target
-from tdpass.training.admm import Rule
+from tdpass.training.rules import Rule
 from tdpass.training.schedules import ScheduleSpec
 
 

@@ -20,8 +20,9 @@ from tdpass.planner.cache import digest
 from tdpass.planner.rank_plan import DENSE, Choice, RankPlan
 from tdpass.site import Site
 from tdpass.targets import Setting, Target, Variant
-from tdpass.training.admm import Admm, Rule
+from tdpass.training.admm import Admm
 from tdpass.training.phases import Phase
+from tdpass.training.rules import Rule
 from tdpass.training.schedules import ScheduleSpec, as_schedule
 from tdpass.verbs import compress
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,23 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tdpass.constraints.base import Constraint, Shared
 from tdpass.errors import UsageError
-from tdpass.training.placement import from_first, from_owner, placed_like, whole, world
+from tdpass.training.placement import placed_like, whole
+from tdpass.training.rules import Rule, projections
 from tdpass.training.schedules import Constant, Schedule
 from tdpass.training.terms import State, Term, rate_of
-
-Rule = Callable[[float, Mapping[str, Tensor]], Mapping[str, Constraint]]
-
-
-def fixed(constraints: Mapping[str, Constraint]) -> Rule:
-    """The rule that always answers with the same constraints."""
-    return lambda progress, weights: constraints
-
-
-def shared(budget: Shared) -> Rule:
-    """The rule that divides one budget anew at every projection."""
-    return lambda progress, weights: budget.divide(weights)
 
 
 @dataclass
@@ -72,19 +60,14 @@ class Admm(Term):
             self._project(rule, splits, progress)
 
     def _project(self, rule: Rule, splits: Sequence[Split], progress: float) -> None:
-        rank, size = world()
-        sums = {split.name: whole(split.weight.detach() + split.u) for split in splits}
-        constraints = from_first(rule(progress, sums))
-        bound = [split for split in splits if split.name in constraints]
-        for index, split in enumerate(bound):
-            split.bound = True
-            if index % size == rank:
-                sums[split.name] = constraints[split.name].project(sums[split.name])
-        for index, split in enumerate(bound):
-            split.z = placed_like(from_owner(sums[split.name].contiguous(), index % size), split.weight)
-            gap = split.weight.detach() - split.z
-            split.u.add_(gap)
-            split.residual = float(whole(gap.norm()) / whole(split.weight.detach().norm()).clamp_min(1e-30))
+        found = projections(rule, progress, {split.name: whole(split.weight.detach() + split.u) for split in splits})
+        for split in splits:
+            if split.name in found:
+                split.bound = True
+                split.z = placed_like(found[split.name], split.weight)
+                gap = split.weight.detach() - split.z
+                split.u.add_(gap)
+                split.residual = float(whole(gap.norm()) / whole(split.weight.detach().norm()).clamp_min(1e-30))
 
     def _active(self) -> list[Split]:
         return [split for splits in self.splits for split in splits if split.bound]

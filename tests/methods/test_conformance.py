@@ -35,6 +35,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"keep": 400, "prune": 3, "retrain": 1, "quantize": 0, "fix": 0, "rho": 0.5},
         {"keep": 400, "bits_per_weight": 3, "prune": 2, "retrain": 1, "quantize": 1, "fix": 2, "rho": 0.5, "score": "lamp", "least": {"conv1": 60}},
         {"keep": 300, "prune": 4, "retrain": 2, "rho": 0.5, "metric": "fisher"},
+        {"keep": 300, "bits_per_weight": 3, "prune": 3, "retrain": 1, "quantize": 1, "fix": 1, "rho": 0.5, "metric": "fisher", "pruning": "surgery"},
     ],
 }
 CASES = [pytest.param(name, options, id=f"{name}-{index}") for name, all_options in EXAMPLES.items() for index, options in enumerate(all_options)]

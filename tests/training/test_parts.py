@@ -11,7 +11,7 @@ from tdpass.constraints.integer import IntegerLevels
 from tdpass.constraints.levels import UniformLevels
 from tdpass.constraints.sparse import Sparse
 from tdpass.errors import TrainingError, UsageError
-from tdpass.training.admm import Admm, fixed
+from tdpass.training.admm import Admm
 from tdpass.training.averaging import Average
 from tdpass.training.batches import Batches
 from tdpass.training.curvature import Curvature
@@ -19,8 +19,10 @@ from tdpass.training.held import Fixing, Held
 from tdpass.training.loop import Loop, cross_entropy
 from tdpass.training.phases import Phase, Phased
 from tdpass.training.residuals import Watch
+from tdpass.training.rules import fixed
 from tdpass.training.schedules import Constant, Cosine, Geometric, Steps, as_schedule
 from tdpass.training.settings import Settings
+from tdpass.training.surgery import Surgery
 from tdpass.training.terms import Hooks, Term
 
 
@@ -92,6 +94,29 @@ def test_curvature_is_the_mean_square_of_gradients() -> None:
     for one in (curvature, again):
         one.before_step(optimizer)
     assert torch.equal(again.squares["w"], curvature.squares["w"])
+
+
+def test_surgery_takes_weights_back() -> None:
+    weight = nn.Parameter(torch.tensor([1.0, 0.5, 0.1]))
+    surgery = Surgery({"w": weight}, fixed({"w": Sparse(1)}))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    hooks = Hooks(optimizer, [surgery], lambda step: step % 2 == 0, 4)
+    seen = []
+    for _ in range(8):
+        weight.grad = torch.tensor([0.0, 0.0, -1.0])
+        optimizer.step()
+        seen.append(weight.tolist())
+    assert seen[0] == pytest.approx([1.0, 0.0, 0.0])  # the value of the third is 0.2 by now
+    torch.testing.assert_close(surgery.values["w"], torch.tensor([1.0, 0.5, 0.9]))
+    for _ in range(3):
+        weight.grad = torch.tensor([0.0, 0.0, -1.0])
+        optimizer.step()
+    assert weight.tolist() == pytest.approx([0.0, 0.0, 1.2])
+    hooks.remove()
+    again = Surgery({"w": weight}, fixed({"w": Sparse(1)}))
+    again.load_state(surgery.state())
+    assert again.residuals() == surgery.residuals()
+    assert torch.equal(again.masks["w"], surgery.masks["w"])
 
 
 def test_held_weights_stay_and_the_others_move() -> None:
