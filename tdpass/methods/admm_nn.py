@@ -156,10 +156,13 @@ class AdmmNN(Method):
         return [*self._measured(), Held(self.weights)]
 
     def _begin_levels(self) -> list[Term]:
+        return [Held(self.weights), Admm(self._levelled(), [fixed(self.levels)], as_schedule(self.rho, "rho"), self.decoupled)]
+
+    def _levelled(self) -> dict[str, nn.Parameter]:
+        """The weights that get levels, which are chosen when they are first asked for."""
         if not self.levels:
             self.levels = self._choose_levels()
-        levelled = {name: self.weights[name] for name in self.levels}
-        return [Held(self.weights), Admm(levelled, [fixed(self.levels)], as_schedule(self.rho, "rho"), self.decoupled)]
+        return {name: self.weights[name] for name in self.levels}
 
     def _choose_levels(self) -> dict[str, UniformLevels]:
         """Numbers of levels under the budget, and their intervals."""
@@ -172,7 +175,7 @@ class AdmmNN(Method):
         return {name: bound for name, bound in frozen.items() if isinstance(bound, UniformLevels)}
 
     def _begin_fixing(self) -> list[Term]:
-        return [Fixing({name: self.weights[name] for name in self.levels}, self.levels), Held(self.weights)]
+        return [Fixing(self._levelled(), self.levels), Held(self.weights)]
 
     @torch.no_grad()
     def close(self, model: nn.Module) -> Artifact:
