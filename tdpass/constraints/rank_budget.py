@@ -31,11 +31,12 @@ class Price(Protocol):
 
 @dataclass(frozen=True)
 class RankBudget(Shared):
-    """min sum_l lost_l / ||V_l||^2 with sum_l price_l(rank_l) <= limit: the greedy of BATUDE (Yin et al. 2022), with dense layers.
+    """min sum_l s_l lost_l / ||V_l||^2 with sum_l price_l(rank_l) <= limit: the greedy of BATUDE (Yin et al. 2022), with dense layers.
 
     `lost` sums the squared singular values that the ranks cut off all unfoldings, less `shrink` each.  In a layer, the value that
     loses least per unit of cost saved is dropped next; over layers, the lower convex hulls of these paths and of the dense layer are
-    walked by slope, as a layer that leaves dense may have to jump to the rank where factors are cheaper.
+    walked by slope, as a layer that leaves dense may have to jump to the rank where factors are cheaper.  `sensitivity` holds s where it
+    is not 1.
 
     `format` is one name or one for each site; `cuts` the number of ranks of `tensor_train`; `price` a measure of `Cost` or a function;
     `dense` whether a layer may stay as it is; `least` the smallest rank.  Ranks already in use are given as `keep`: what they keep counts
@@ -54,12 +55,16 @@ class RankBudget(Shared):
     keep: Mapping[str, Rank] = field(default_factory=dict)
     hysteresis: float = 1.25
     shrink: float = 0.0
+    sensitivity: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.price, str) and self.price not in MEASURES[:-1]:
             raise UsageError(f"unknown measure {self.price!r} of a rank budget; known: {', '.join(MEASURES[:-1])}, or give a function of site and rank")
         if self.least < 1 or self.hysteresis < 1 or self.shrink < 0:
             raise UsageError(f"least={self.least}, hysteresis={self.hysteresis}, shrink={self.shrink}; these are at least 1, 1 and 0")
+        wrong = {name: value for name, value in self.sensitivity.items() if name not in self.sites or not value >= 0}
+        if wrong:
+            raise UsageError(f"sensitivities {wrong} are not numbers of 0 or more of the sites {', '.join(self.sites)}")
         for name, site in self.sites.items():
             self._check(name, site)
 
@@ -117,8 +122,7 @@ class RankBudget(Shared):
         tails = []
         for k, unfolding in enumerate(way.unfoldings(checked(weight), site, count)):
             energy: Numbers = energies(unfolding).numpy()
-            whole = float(energy.sum())
-            lost = np.square(np.maximum(np.sqrt(energy) - self.shrink, 0)) / (whole or 1.0)
+            lost = self.sensitivity.get(name, 1.0) * np.square(np.maximum(np.sqrt(energy) - self.shrink, 0)) / (float(energy.sum()) or 1.0)
             if before is not None:
                 lost = np.where(np.arange(len(lost)) < before[k], lost * self.hysteresis, lost / self.hysteresis)
             tails.append(np.append(lost[::-1].cumsum()[::-1], 0.0))

@@ -23,7 +23,7 @@ from tdpass.planner.cache import digest
 from tdpass.planner.rank_plan import DENSE, Choice, RankPlan
 from tdpass.targets.break_even import BreakEven, open_break_even
 from tdpass.training.admm import Admm
-from tdpass.training.curvature import Curvature
+from tdpass.training.curvature import Curvature, Metric
 from tdpass.training.held import Fixing, Held
 from tdpass.training.phases import Phase
 from tdpass.training.placement import placed_like, whole
@@ -35,7 +35,6 @@ from tdpass.verbs import compress
 
 BITS = (1, 2, 3, 4, 5, 6)  # more levels than a small layer has weights would be no saving
 
-Metric = Literal["frobenius", "fisher"]
 Pruning = Literal["admm", "surgery"]
 
 PHASES = ("prune", "retrain", "quantize", "fix")
@@ -127,9 +126,7 @@ class AdmmNN(Method):
 
     def _worth(self) -> dict[str, Tensor]:
         """What each weight is worth to the loss, where that is known."""
-        if self.curvature is None or not self.curvature.steps:
-            return {}
-        return {name: whole(value) for name, value in self.curvature.squares.items()}
+        return {} if self.curvature is None else self.curvature.known()
 
     def phases(self) -> Sequence[Phase]:
         steps = [("prune", self.prune, self._begin_pruning), ("retrain", self.retrain, self._begin_retraining)]

@@ -19,10 +19,10 @@ from tdpass.formats.base import FORMATS, Rank
 from tdpass.methods.base import register_method
 from tdpass.methods.factored import ON_DATA, WEIGHTS_ALONE, Factored
 from tdpass.planner.rank_plan import RankPlan
-from tdpass.training.admm import Admm
 from tdpass.training.placement import placed_like
 from tdpass.training.rules import Rule, fixed
 from tdpass.training.schedules import ScheduleSpec
+from tdpass.training.terms import Term
 from tdpass.verbs import compress
 
 RankSpec = Sequence[int] | Mapping[str, Sequence[int]]
@@ -108,7 +108,7 @@ class AdmmTT(Factored):
         return fixed({name: bound for name, bound in self.constraints.items() if isinstance(bound, InFormat)})
 
     @torch.no_grad()
-    def _begin(self) -> list[Admm]:
+    def _begin(self) -> list[Term]:
         for name, value in self.fitted.items():
             weight = self.weights[name]
             weight.copy_(placed_like(value.to(weight.device, weight.dtype), weight))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,10 @@ from tdpass.formats.base import FORMATS, Rank
 from tdpass.methods.base import register_method
 from tdpass.methods.factored import Factored, measured
 from tdpass.targets import Setting, Target, open_target
+from tdpass.training.curvature import Curvature, Metric
 from tdpass.training.rules import Rule
 from tdpass.training.schedules import ScheduleSpec
+from tdpass.training.terms import Term
 
 
 @register_method
@@ -34,7 +36,8 @@ class Batude(Factored):
     Ranks that did not change for `stable` rounds are kept to the end.  Layers that no factoring makes cheaper stay dense.
 
     `budget` bounds the params or macs of the whole model, or with a `target` the measured seconds of the sites, for calls of `batch`
-    samples on `threads` threads.  `shrink` is the soft threshold lambda / rho of the nuclear norms, as a share of each layer's norm.
+    samples on `threads` threads.  Energy is a share of each layer's own; with `metric: fisher` times what the layer's weights are worth to
+    the loss, ||W||^2 mean(F) (`Curvature`).
     """
 
     name = "batude"
@@ -46,6 +49,7 @@ class Batude(Factored):
     threads: int = 1
     rounds: int = 20
     stable: int = 3
+    metric: Metric = "frobenius"
     rho: ScheduleSpec = 1e-3
     decoupled: bool = False
     include: Sequence[str] = ("*",)
@@ -53,9 +57,12 @@ class Batude(Factored):
     cache: Path | None = None
     ranks: dict[str, Rank | None] = field(default_factory=dict, init=False)
     unchanged: int = field(default=0, init=False)
+    curvature: Curvature | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         FORMATS.get(self.format)
+        if self.metric not in get_args(Metric):
+            raise UsageError(f"metric={self.metric!r} is unknown to {self.name}; known: {', '.join(get_args(Metric))}")
         if self.stable < 1:
             raise UsageError(f"stable={self.stable} rounds are too few to call ranks settled; give 1 or more")
 
@@ -65,7 +72,7 @@ class Batude(Factored):
         if self.target is not None:
             target = open_target(self.target, "torch", self.cache or cache_folder())
             self.price = measured(target, Setting(self.batch, self.threads), {name: self.format_of(site) for name, site in self.sites.items()})
-        self.rank_budget(self.budget, price=self.price).divide(self.weights_of(model))  # an impossible budget is refused before training
+        self.rank_budget(self.budget, self.price).divide(self.weights_of(model))  # an impossible budget is refused before training
 
     def rule(self) -> Rule:
         return lambda progress, weights: self._divide(weights)
@@ -73,11 +80,19 @@ class Batude(Factored):
     def _divide(self, weights: Mapping[str, Tensor]) -> Mapping[str, Constraint]:
         if self.unchanged < self.stable:
             keep = {name: rank for name, rank in self.ranks.items() if rank is not None}
-            found = self.rank_budget(self.budget, keep, self.price).divide(weights)
+            found = self.rank_budget(self.budget, self.price, keep=keep, sensitivity=self._worth(weights)).divide(weights)
             ranks = {name: bound.rank if isinstance(bound, InFormat) else None for name, bound in found.items()}
             self.unchanged = self.unchanged + 1 if ranks == self.ranks else 0
             self.ranks = ranks
         return {name: InFormat(self.sites[name], self.format_of(self.sites[name]), rank) for name, rank in self.ranks.items() if rank is not None}
+
+    def _worth(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        known = {} if self.curvature is None else self.curvature.known()
+        return {name: float(weights[name].square().sum() * value.mean()) for name, value in known.items()}
+
+    def _begin(self) -> list[Term]:
+        self.curvature = None if self.metric == "frobenius" else Curvature(self.weights)
+        return [*([] if self.curvature is None else [self.curvature]), *super()._begin()]
 
     def facts(self) -> dict[str, Any]:
         return {"ranks": self.ranks, "unchanged": self.unchanged}

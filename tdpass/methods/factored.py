@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from tdpass.training.admm import Admm
 from tdpass.training.phases import Phase
 from tdpass.training.rules import Rule
 from tdpass.training.schedules import ScheduleSpec, as_schedule
+from tdpass.training.terms import Term
 from tdpass.verbs import compress
 
 WEIGHTS_ALONE = "factorize"
@@ -50,7 +52,7 @@ class Factored(Method):
     def phases(self) -> Sequence[Phase]:
         return [Phase("admm", self.rounds, self._begin)]
 
-    def _begin(self) -> list[Admm]:
+    def _begin(self) -> list[Term]:
         return [Admm(self.weights, [self.rule()], as_schedule(self.rho, "rho"), self.decoupled)]
 
     @torch.no_grad()
@@ -74,10 +76,10 @@ class Factored(Method):
             choices.append(Choice(name, site.shape, bound.format, bound.rank, cost, dense, error, reason=reason, fingerprint=digest(weight.cpu())))
         return RankPlan(tuple(choices), self.original, metric="weights")
 
-    def rank_budget(self, budget: Mapping[str, BudgetValue] | Budget, keep: Mapping[str, Rank] | None = None, price: Price | None = None) -> RankBudget:
+    def rank_budget(self, budget: Mapping[str, BudgetValue] | Budget, price: Price | None = None, **options: Any) -> RankBudget:
         """Ranks of all sites within a budget on the whole model, by the energy that their weights lose."""
         measure, limit = site_limit(budget, self.sites, self.original, price)
-        return RankBudget(self.sites, {name: self.format_of(site) for name, site in self.sites.items()}, limit, price or measure, keep=keep or {})
+        return RankBudget(self.sites, {name: self.format_of(site) for name, site in self.sites.items()}, limit, price or measure, **options)
 
     def format_of(self, site: Site) -> str:
         """The method's format where it fits the site, else the plain factorization."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tdpass.training.placement import whole
 from tdpass.training.terms import State, Term
+
+Metric = Literal["frobenius", "fisher"]
 
 
 class Curvature(Term):
@@ -30,6 +33,10 @@ class Curvature(Term):
         for name, weight in self.weights.items():
             if weight.grad is not None:
                 self.squares[name].mul_(decay).addcmul_(weight.grad, weight.grad, value=1 - decay)
+
+    def known(self) -> dict[str, Tensor]:
+        """F of each weight, whole; nothing before the first gradients.  A collective call where weights are sharded."""
+        return {name: whole(value) for name, value in self.squares.items()} if self.steps else {}
 
     def state(self) -> State:
         return {"steps": self.steps, **{f"square.{name}": value for name, value in self.squares.items()}}

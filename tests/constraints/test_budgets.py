@@ -171,6 +171,19 @@ def test_the_least_rank_holds_and_a_zero_weight_has_it() -> None:
     assert all(one.rank[0] >= 2 for one in made.values())
 
 
+def test_a_sensitive_layer_gets_more_rank() -> None:
+    sites = {name: conv(name, 16, 16, 3) for name in "ab"}
+    weights = weights_of(sites)
+    limit = 0.4 * dense(sites, "macs")
+    plain = ranks(RankBudget(sites, "tucker2", limit).divide(weights))
+    favoured = ranks(RankBudget(sites, "tucker2", limit, sensitivity={"a": 100.0}).divide(weights))
+    assert sum(favoured["a"]) > sum(plain["a"])
+    assert sum(favoured["b"]) < sum(plain["b"])
+    for wrong in ({"a": -1.0}, {"c": 1.0}):
+        with pytest.raises(UsageError, match="sensitivities"):
+            RankBudget(sites, "tucker2", limit, sensitivity=wrong)
+
+
 def test_rank_budgets_that_cannot_be_met_are_refused() -> None:
     weights = weights_of(SITES)
     least = sum(FORMATS.get("tucker2").cost(site, (1, 1)).macs for site in SITES.values())

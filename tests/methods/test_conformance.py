@@ -29,7 +29,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     ],
     "batude": [
         {"budget": {"macs": 0.5}, "rounds": ROUNDS, "stable": 2, "rho": 0.5},
-        {"budget": {"params": 0.7}, "rounds": ROUNDS, "stable": 1, "rho": 0.5, "exclude": ["fc"]},
+        {"budget": {"params": 0.7}, "rounds": ROUNDS, "stable": 1, "rho": 0.5, "exclude": ["fc"], "metric": "fisher"},
     ],
     "admm-nn": [
         {"keep": 400, "prune": 3, "retrain": 1, "quantize": 0, "fix": 0, "rho": 0.5},
