@@ -15,8 +15,9 @@ from tdpass.training.batches import Batches
 
 METHODS = {
     "admm-tt": {"admm-tt": {"budget": {"params": 0.5}, "rounds": 4, "rho": {"geometric": {"start": 0.01, "end": 0.1}}}},
-    "batude": {"batude": {"budget": {"macs": 0.5}, "rounds": 4, "rho": 0.05}},
+    "batude": {"batude": {"budget": {"macs": 0.5}, "rounds": 4, "rho": 0.05, "metric": "fisher"}},
     "admm-nn": {"admm-nn": {"keep": 700, "bits_per_weight": 3, "prune": 3, "retrain": 1, "quantize": 2, "fix": 2, "rho": 0.05}},
+    "surgery": {"admm-nn": {"keep": 700, "bits_per_weight": 3, "prune": 4, "retrain": 2, "fix": 2, "quantize": 0, "metric": "fisher", "pruning": "surgery"}},
 }
 
 
@@ -42,7 +43,7 @@ def train(folder: Path | None, method: str, parallel: str | None = None, resume:
         METHODS[method],
         settings={"optimizer": "sgd", "lr": 0.05, "distill": 0.3, "average": 0.9},
         pretrain=1,
-        finetune=0 if method == "admm-nn" else 1,
+        finetune=0 if "admm-nn" in METHODS[method] else 1,
         evaluate=lambda model: float(model(torch.ones(4, 1, 8, 8)).sum()),
         example_inputs=torch.zeros(2, 1, 8, 8),
         folder=folder,
