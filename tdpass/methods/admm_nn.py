@@ -33,8 +33,6 @@ from tdpass.training.surgery import Surgery
 from tdpass.training.terms import Term
 from tdpass.verbs import compress
 
-BITS = (1, 2, 3, 4, 5, 6)  # more levels than a small layer has weights would be no saving
-
 Pruning = Literal["admm", "surgery"]
 
 PHASES = ("prune", "retrain", "quantize", "fix")
@@ -48,7 +46,7 @@ class AdmmNN(Method):
     In turn: *prune*, ADMM towards the `keep` weights of largest score over the whole net, where the number kept falls from all to
     `keep` by equal factors over the first `reach` of the phase;  *retrain* with the others at zero;  *quantize*, ADMM towards levels
     {+-q .. +-n q}, whose interval is found in closed form and whose number in each layer is chosen so that all surviving weights
-    together take `bits_per_weight` bits on average, 1 to 6 in each (`LevelBudget`);  *fix*, where more and more weights stay on their levels.
+    together take `bits_per_weight` bits on average, one of `bits` in each (`LevelBudget`);  *fix*, where more and more weights stay on their levels.
     Phases without rounds are left out; without `bits_per_weight` the last two are.  `rates` has factors on the learning rate by phase.
 
     With `metric: fisher` what the loss makes of it counts: weights are pruned by the scores of `w sqrt(F)`, and bits divided by the errors
@@ -65,6 +63,7 @@ class AdmmNN(Method):
 
     keep: int
     bits_per_weight: float | None = None
+    bits: Sequence[int] = (1, 2, 3, 4, 5, 6)  # more levels than a small layer has weights would be no saving
     score: Score = "magnitude"
     metric: Metric = "frobenius"
     pruning: Pruning = "admm"
@@ -167,7 +166,7 @@ class AdmmNN(Method):
         survivors = sum(int(weight.count_nonzero()) for weight in weights.values())
         worth = self._worth()
         sensitivity = {name: float(weight.square().sum() * worth[name][weight != 0].mean()) for name, weight in weights.items() if name in worth}
-        found = LevelBudget(int((self.bits_per_weight or 0) * survivors), sensitivity, BITS).divide(weights)
+        found = LevelBudget(int((self.bits_per_weight or 0) * survivors), sensitivity, tuple(self.bits)).divide(weights)
         frozen = {name: bound.frozen(weights[name]) for name, bound in found.items()}
         return {name: bound for name, bound in frozen.items() if isinstance(bound, UniformLevels)}
 
