@@ -43,18 +43,17 @@ class Held(Term):
 class Fixing(Held):
     """More and more weights are put where a constraint wants them and stay there, those nearest to it first.
 
-    With `constraints` of fixed structure (levels of a fixed interval, say), a share of every level's weights is held from the
-    beginning of a round on (ADMM-NN's progressive fixing): `first`, then evenly more, and all of them from `reach` of the phase on,
-    so that what is never held (biases, norms) still trains around the last ones, which moved most.
+    With `constraints` of fixed structure (levels of a fixed interval, say), the share `first + (1 - first) * progress` of every
+    level's weights is held from the beginning of a round on (ADMM-NN's progressive fixing).
     """
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], constraints: Mapping[str, Constraint], first: float = 0.3, reach: float = 0.75) -> None:
+    def __init__(self, weights: Mapping[str, nn.Parameter], constraints: Mapping[str, Constraint], first: float = 0.3) -> None:
         super().__init__(weights)
-        self.constraints, self.first, self.reach = dict(constraints), first, reach
+        self.constraints, self.first = dict(constraints), first
 
     @torch.no_grad()
     def begin_round(self, progress: float) -> None:
-        share = self.first + (1 - self.first) * min(1.0, progress / self.reach)
+        share = min(1.0, self.first + (1 - self.first) * progress)
         for name, constraint in self.constraints.items():
             weight = self.weights[name]
             full, held = whole(weight.detach()), whole(self.masks[name])
