@@ -43,17 +43,18 @@ class Held(Term):
 class Fixing(Held):
     """More and more weights are put where a constraint wants them and stay there, those nearest to it first.
 
-    With `constraints` of fixed structure (levels of a fixed interval, say), the share `first + (1 - first) * progress` of every
-    level's weights is held from the beginning of a round on (ADMM-NN's progressive fixing).
+    With `constraints` of fixed structure (levels of a fixed interval, say), a share of every level's weights is held from the
+    beginning of a round on (ADMM-NN's progressive fixing): `first`, then evenly more, and all of them from `reach` of the phase on,
+    so that what is never held (biases, norms) still trains around the last ones, which moved most.
     """
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], constraints: Mapping[str, Constraint], first: float = 0.3) -> None:
+    def __init__(self, weights: Mapping[str, nn.Parameter], constraints: Mapping[str, Constraint], first: float = 0.3, reach: float = 0.8) -> None:
         super().__init__(weights)
-        self.constraints, self.first = dict(constraints), first
+        self.constraints, self.first, self.reach = dict(constraints), first, reach
 
     @torch.no_grad()
     def begin_round(self, progress: float) -> None:
-        share = min(1.0, self.first + (1 - self.first) * progress)
+        share = self.first + (1 - self.first) * min(1.0, progress / self.reach)
         for name, constraint in self.constraints.items():
             weight = self.weights[name]
             full, held = whole(weight.detach()), whole(self.masks[name])
