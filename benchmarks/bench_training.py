@@ -29,6 +29,7 @@ COLUMNS = (
     "epochs",
     "score_dense",
     "score_control",
+    "score_before_finetuning",
     "score_final",
     "params_fraction",
     "macs_fraction",
@@ -56,7 +57,7 @@ def row_of(artifact: tdpass.Artifact, folder: Path) -> dict[str, Value]:
     modules = dict(module.named_modules())
     weights = sum(choice.dense.params for choice in artifact.plan)
     kept = sum(int(modules[choice.site].weight.count_nonzero()) for choice in dense) + sum(c.cost.params for c in artifact.plan if not c.kept_dense)
-    row: dict[str, Value] = {name: checks.get(name) for name in ("score_dense", "score_control", "score_final")}
+    row: dict[str, Value] = {name: checks.get(name) for name in COLUMNS if name.startswith("score_")}
     row |= {"weights": weights, "kept": kept, "ratio": weights / kept}
     row |= {"params_fraction": report.final.params / report.original.params}
     row |= {"macs_fraction": report.final.macs / report.original.macs if report.original.macs else None}
