@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from tdpass.constraints.base import Constraint, Shared
@@ -28,5 +29,5 @@ def projections(rule: Rule, progress: float, weights: Mapping[str, Tensor]) -> d
     constraints = from_first(rule(progress, weights))
     found: dict[str, Tensor] = {}
     for index, (name, weight) in enumerate((name, weight) for name, weight in weights.items() if name in constraints):
-        found[name] = constraints[name].project(weight) if index % size == rank else weight
+        found[name] = constraints[name].project(weight) if index % size == rank else torch.empty_like(weight)
     return {name: from_owner(value.contiguous(), index % size) for index, (name, value) in enumerate(found.items())}
