@@ -121,11 +121,8 @@ class AdmmNN(Method):
         return tuple(found)
 
     def _budget(self, keep: int) -> WeightBudget:
-        return WeightBudget(keep, self.score, self.dense, {name: self.least.get(name, 1) for name in self.sites}, metric=self._worth())
-
-    def _worth(self) -> dict[str, Tensor]:
-        """What each weight is worth to the loss, where that is known."""
-        return {} if self.curvature is None else self.curvature.known()
+        metric = {} if self.curvature is None else self.curvature.known()
+        return WeightBudget(keep, self.score, self.dense, {name: self.least.get(name, 1) for name in self.sites}, metric=metric)
 
     def phases(self) -> Sequence[Phase]:
         steps = [("prune", self.prune, self._begin_pruning), ("retrain", self.retrain, self._begin_retraining)]
@@ -164,9 +161,8 @@ class AdmmNN(Method):
         """Numbers of levels under the budget, and their intervals."""
         weights = {name: weight for name, weight in self.whole_weights().items() if name not in self.dense}
         survivors = sum(int(weight.count_nonzero()) for weight in weights.values())
-        worth = self._worth()
-        sensitivity = {name: float(weight.square().sum() * worth[name][weight != 0].mean()) for name, weight in weights.items() if name in worth}
-        found = LevelBudget(int((self.bits_per_weight or 0) * survivors), sensitivity, tuple(self.bits)).divide(weights)
+        worth = {} if self.curvature is None else self.curvature.sensitivity(weights)
+        found = LevelBudget(int((self.bits_per_weight or 0) * survivors), worth, tuple(self.bits)).divide(weights)
         frozen = {name: bound.frozen(weights[name]) for name, bound in found.items()}
         return {name: bound for name, bound in frozen.items() if isinstance(bound, UniformLevels)}
 

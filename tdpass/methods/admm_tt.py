@@ -10,20 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdpass.artifact import Artifact
 from tdpass.constraints.base import Constraint
 from tdpass.constraints.in_format import InFormat
 from tdpass.cost import BudgetValue
 from tdpass.errors import UsageError
 from tdpass.formats.base import FORMATS, Rank
 from tdpass.methods.base import register_method
-from tdpass.methods.factored import ON_DATA, WEIGHTS_ALONE, Factored
+from tdpass.methods.factored import ON_DATA, Factored
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.training.placement import placed_like
 from tdpass.training.rules import Rule, fixed
 from tdpass.training.schedules import ScheduleSpec
 from tdpass.training.terms import Term
-from tdpass.verbs import compress
+from tdpass.verbs import compress, make_plan
 
 RankSpec = Sequence[int] | Mapping[str, Sequence[int]]
 
@@ -79,20 +78,19 @@ class AdmmTT(Factored):
             raise UsageError(f"no site gets ranks; the sites are: {', '.join(self.sites)}")
 
     def _by_plan(self, model: nn.Module, start: RankPlan | Mapping[str, BudgetValue]) -> dict[str, tuple[str, Rank]]:
-        made, data = self._made(model, start), self.calibration
-        chosen = [choice for choice in made.plan if choice.site in self.sites and not choice.kept_dense]
-        if data is not None and isinstance(made.model, nn.Module):
-            modules = dict(made.model.named_modules())
+        plan = start if isinstance(start, RankPlan) else self._planned(model, start)
+        chosen = [choice for choice in plan if choice.site in self.sites and not choice.kept_dense]
+        if self.calibration is not None and self.rounds:
+            made = compress(model, data=self.calibration, plan=plan, pipeline=ON_DATA, example_inputs=self.example).model
+            assert isinstance(made, nn.Module)
+            modules = dict(made.named_modules())
             self.fitted = {choice.site: modules[choice.site].weight.detach() for choice in chosen}
         return {choice.site: (choice.format, choice.rank) for choice in chosen}
 
-    def _made(self, model: nn.Module, start: RankPlan | Mapping[str, BudgetValue]) -> Artifact:
-        steps = WEIGHTS_ALONE if self.calibration is None else ON_DATA
-        if isinstance(start, RankPlan):
-            return compress(model, data=self.calibration, plan=start, pipeline=steps, example_inputs=self.example)
-        steps = f"plan{{joint=false}},{steps}"  # what changes two sites together is no set for one weight
-        common: dict[str, Any] = {"example_inputs": self.example, "include": self.include, "exclude": self.exclude}
-        return compress(model, start, self.calibration, pipeline=steps, formats=self.formats, **common)
+    def _planned(self, model: nn.Module, budget: Mapping[str, BudgetValue]) -> RankPlan:
+        common: dict[str, Any] = {"example_inputs": self.example, "include": self.include, "exclude": self.exclude, "formats": self.formats}
+        # what changes two sites together is no set for one weight
+        return make_plan(model, budget, self.calibration, pipeline="plan{joint=false}", **common).plan
 
     def _by_glob(self, ranks: Mapping[str, RankSpec]) -> dict[str, tuple[str, Rank]]:
         found: dict[str, tuple[str, Rank]] = {}

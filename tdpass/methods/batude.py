@@ -80,15 +80,12 @@ class Batude(Factored):
     def _divide(self, weights: Mapping[str, Tensor]) -> Mapping[str, Constraint]:
         if self.unchanged < self.stable:
             keep = {name: rank for name, rank in self.ranks.items() if rank is not None}
-            found = self.rank_budget(self.budget, self.price, keep=keep, sensitivity=self._worth(weights)).divide(weights)
+            worth = {} if self.curvature is None else self.curvature.sensitivity(weights)
+            found = self.rank_budget(self.budget, self.price, keep=keep, sensitivity=worth).divide(weights)
             ranks = {name: bound.rank if isinstance(bound, InFormat) else None for name, bound in found.items()}
             self.unchanged = self.unchanged + 1 if ranks == self.ranks else 0
             self.ranks = ranks
         return {name: InFormat(self.sites[name], self.format_of(self.sites[name]), rank) for name, rank in self.ranks.items() if rank is not None}
-
-    def _worth(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
-        known = {} if self.curvature is None else self.curvature.known()
-        return {name: float(weights[name].square().sum() * value.mean()) for name, value in known.items()}
 
     def _begin(self) -> list[Term]:
         self.curvature = None if self.metric == "frobenius" else Curvature(self.weights)

@@ -38,6 +38,11 @@ class Curvature(Term):
         """F of each weight, whole; nothing before the first gradients.  A collective call where weights are sharded."""
         return {name: whole(value) for name, value in self.squares.items()} if self.steps else {}
 
+    def sensitivity(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """||W||^2 mean(F) over what is not zero in each of these whole weights: what losing all of one costs, up to a factor."""
+        known = self.known()
+        return {name: float(weight.square().sum() * known[name][weight != 0].mean()) for name, weight in weights.items() if name in known}
+
     def state(self) -> State:
         return {"steps": self.steps, **{f"square.{name}": value for name, value in self.squares.items()}}
 
