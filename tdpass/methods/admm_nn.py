@@ -94,6 +94,8 @@ class AdmmNN(Method):
             raise UsageError(f"rates={dict(self.rates)!r} are not positive factors on the learning rate of phases; the phases are {', '.join(PHASES)}")
         if self.bits_per_weight is not None and not 1 <= self.bits_per_weight <= 8:
             raise UsageError(f"bits_per_weight={self.bits_per_weight} is not within 1 to 8; leave it out to prune only")
+        if self.bits_per_weight is not None and not self.quantize + self.fix:
+            raise UsageError(f"bits_per_weight={self.bits_per_weight} with quantize=0 and fix=0 would put no weight on a level; give either some rounds")
 
     @torch.no_grad()
     def choose(self, model: nn.Module) -> None:

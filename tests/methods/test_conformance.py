@@ -251,6 +251,7 @@ WRONG: list[dict[str, Any]] = [
     {"keep": 0},
     {"keep": 10, "reach": 0.0},
     {"keep": 10, "bits_per_weight": 9.0},
+    {"keep": 10, "bits_per_weight": 2.0, "quantize": 0, "fix": 0},
     {"keep": 100, "least": {"conv9": 5}},
     {"keep": 10, "rates": {"fine": 2.0}},
 ]
