@@ -47,6 +47,9 @@ class Settling(Held):
         damping: float = 0.5,
     ) -> None:
         super().__init__({**weights, **others})
+        loose = [name for name, bound in levels.items() if bound.interval is None]
+        if loose:
+            raise UsageError(f"levels of {', '.join(loose)} have no interval; freeze them on the weights first")
         self.model, self.plain, self.levels, self.share, self.samples, self.damping = model, plain, dict(levels), share, samples, damping
         self.entries: dict[str, Tensor] = {}
         self.seen, self.steps = 0, 0
@@ -161,8 +164,7 @@ class Settling(Held):
 
     def _grid(self, name: str, size: int) -> tuple[Tensor, Tensor]:
         bound = self.levels[name]
-        if bound.interval is None:
-            raise UsageError(f"levels of {name} have no interval; freeze them first")
+        assert bound.interval is not None
         return torch.full((size,), bound.interval, dtype=torch.float64), torch.full((size,), float(bound.count), dtype=torch.float64)
 
     def state(self) -> State:
