@@ -115,15 +115,16 @@ class Settling(Held):
         if world()[1] > 1:
             dist.all_reduce(self.matrix)
         full = {name: whole(weight.detach()) for name, weight in self.weights.items()}
-        start = torch.cat([_flat(value, self.entries[name]) for name, value in full.items()]).double()
+        start = torch.cat([_flat(value, self.entries[name]) for name, value in full.items()]).double().cpu()
         point, held = start.clone(), torch.zeros(len(start), dtype=torch.bool)
         if world()[0] == 0:
             point, held = self._solve(start, self.matrix.double().cpu() / self.seen, self.slope / self.steps)
-        point, held = from_owner(point, 0), from_owner(held, 0)
+        device = self.matrix.device
+        point, held = from_owner(point.to(device), 0), from_owner(held.to(device), 0)
         offset = 0
         for name, weight in self.weights.items():
             index, value = self.entries[name], full[name].clone().contiguous()
-            mask = torch.zeros(value.shape, dtype=torch.bool)
+            mask = torch.zeros(value.shape, dtype=torch.bool, device=value.device)
             inside = slice(offset, offset + index.numel())
             value.view(-1)[index] = point[inside].to(value)
             mask.view(-1)[index] = held[inside]
