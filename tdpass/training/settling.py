@@ -19,14 +19,16 @@ from tdpass.training.held import Held
 from tdpass.training.placement import from_owner, placed_like, whole, world
 from tdpass.training.terms import State
 
+_SLOPE = 5
 LARGEST = 16_384  # unknowns: a matrix of 2 GB in double precision
 
 
 class Settling(Held):
     """min over W on levels of  g . (W - W0) + (W - W0)^T (H + damping mean(diag H)) (W - W0) / 2,  and a share of them held there.
 
-    H is the Gauss-Newton matrix over all surviving weights and what is not constrained (biases, norms), g the gradient of the loss, both
-    over the first `samples` of the phase, in which nothing moves.  Levels are found by coordinate descent (`Lattice`) with the
+    H is the Gauss-Newton matrix over all surviving weights and what is not constrained (biases, norms), from the first `samples` of the
+    phase; g is the gradient of the loss over five times as many, which it needs as it is small where training has ended, and costs nothing
+    but steps: nothing moves meanwhile.  Levels are found by coordinate descent (`Lattice`) with the
     unconstrained ones eliminated; then the `share` of the weights whose move costs least is held on its levels, all other
     unknowns take the values that compensate best, and train on.  Weights held before may change their level.  The damping grows until the
     weights move by no more than half their norm beyond what rounding moves them.
@@ -44,7 +46,7 @@ class Settling(Held):
         others: Mapping[str, nn.Parameter],
         share: float,
         samples: int = 2000,
-        damping: float = 0.5,
+        damping: float = 1.0,
     ) -> None:
         super().__init__({**weights, **others})
         loose = [name for name, bound in levels.items() if bound.interval is None]
@@ -52,7 +54,7 @@ class Settling(Held):
             raise UsageError(f"levels of {', '.join(loose)} have no interval; freeze them on the weights first")
         self.model, self.plain, self.levels, self.share, self.samples, self.damping = model, plain, dict(levels), share, samples, damping
         self.entries: dict[str, Tensor] = {}
-        self.seen, self.steps = 0, 0
+        self.seen, self.bent, self.steps = 0, 0, 0
         self.slope = torch.zeros(0, dtype=torch.float64)
         self.matrix: Tensor | None = None
         self.inputs: tuple[Any, ...] = ()
@@ -60,7 +62,7 @@ class Settling(Held):
 
     def settled(self) -> bool:
         """Whether weights have been put on their levels."""
-        return self.seen >= self.samples
+        return self.seen >= _SLOPE * self.samples
 
     @torch.no_grad()
     def begin_round(self, progress: float) -> None:
@@ -98,9 +100,12 @@ class Settling(Held):
         super().after_step(optimizer)
         if self.settled() or not self.inputs:
             return
-        found = gauss_newton(self.plain(), self.inputs, self.entries)
-        self.matrix = found if self.matrix is None else self.matrix.add_(found)
-        self.seen += len(self.inputs[0]) * world()[1]
+        batch = len(self.inputs[0]) * world()[1]
+        if self.bent < self.samples:
+            found = gauss_newton(self.plain(), self.inputs, self.entries)
+            self.matrix = found if self.matrix is None else self.matrix.add_(found)
+            self.bent += batch
+        self.seen += batch
         self.inputs = ()
         if self.settled():
             if self.hook is not None:
@@ -118,7 +123,7 @@ class Settling(Held):
         start = torch.cat([_flat(value, self.entries[name]) for name, value in full.items()]).double().cpu()
         point, held = start.clone(), torch.zeros(len(start), dtype=torch.bool)
         if world()[0] == 0:
-            point, held = self._solve(start, self.matrix.double().cpu() / self.seen, self.slope / self.steps)
+            point, held = self._solve(start, self.matrix.double().cpu() / self.bent, self.slope / self.steps)
         device = self.matrix.device
         point, held = from_owner(point.to(device), 0), from_owner(held.to(device), 0)
         offset = 0
@@ -169,13 +174,13 @@ class Settling(Held):
         return torch.full((size,), bound.interval, dtype=torch.float64), torch.full((size,), float(bound.count), dtype=torch.float64)
 
     def state(self) -> State:
-        state = super().state() | {"seen": self.seen, "steps": self.steps, "unknowns": len(self.slope), "slope": self.slope}
+        state = super().state() | {"seen": self.seen, "bent": self.bent, "steps": self.steps, "unknowns": len(self.slope), "slope": self.slope}
         return state if self.matrix is None else state | {"matrix": self.matrix}
 
     def resume_at(self, facts: Mapping[str, Any]) -> None:
-        self.seen, self.steps, size = int(facts["seen"]), int(facts["steps"]), int(facts["unknowns"])
+        self.seen, self.bent, self.steps, size = (int(facts[key]) for key in ("seen", "bent", "steps", "unknowns"))
         self.slope = torch.zeros(size, dtype=torch.float64)
-        self.matrix = torch.zeros(size, size) if 0 < self.seen < self.samples else None
+        self.matrix = torch.zeros(size, size) if self.seen > 0 and not self.settled() else None
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Any]) -> None:

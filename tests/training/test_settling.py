@@ -45,7 +45,7 @@ def test_other_outputs_are_refused() -> None:
         gauss_newton(nn.Flatten(0), (torch.randn(3, 4),), {})
 
 
-def settled(share: float, model: nn.Linear, samples: int = 16) -> Settling:
+def settled(share: float, model: nn.Linear, samples: int = 4) -> Settling:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     levels = {"weight": UniformLevels(2, 0.2)}
     term = Settling(model, lambda: model, {"weight": model.weight}, levels, {"bias": model.bias}, share, samples)

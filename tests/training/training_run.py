@@ -14,7 +14,7 @@ from torch import nn
 import tdpass
 from tdpass.training.batches import Batches
 
-SETTLING = {"fixing": "curvature", "stages": 3, "samples": 120}
+SETTLING = {"fixing": "curvature", "stages": 3, "samples": 45}
 METHODS: dict[str, Any] = {
     "admm-tt": {"admm-tt": {"budget": {"params": 0.5}, "rounds": 4, "rho": {"geometric": {"start": 0.01, "end": 0.1}}}},
     "batude": {"batude": {"budget": {"macs": 0.5}, "rounds": 4, "rho": 0.05, "metric": "fisher"}},
