@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,17 +25,15 @@ from tdpass.targets.break_even import BreakEven, open_break_even
 from tdpass.training.admm import Admm
 from tdpass.training.curvature import Curvature, Metric
 from tdpass.training.held import Fixing, Held
-from tdpass.training.phases import Phase, Phased
-from tdpass.training.placement import bare, placed_like, whole
+from tdpass.training.phases import Phase
+from tdpass.training.placement import placed_like, whole
 from tdpass.training.rules import fixed
 from tdpass.training.schedules import ScheduleSpec, as_schedule
-from tdpass.training.settling import Settling
 from tdpass.training.surgery import Surgery
 from tdpass.training.terms import Term
 from tdpass.verbs import compress
 
 Pruning = Literal["admm", "surgery"]
-Fix = Literal["nearest", "curvature"]
 
 PHASES = ("prune", "retrain", "quantize", "fix")
 
@@ -57,9 +54,6 @@ class AdmmNN(Method):
     lets weights come back (`Surgery`) where ADMM draws them to zero.  `least` names sites that keep no fewer weights than that, whatever their
     scores.
 
-    With `fixing: curvature` the phase *fix* has `stages` of equal length instead: each chooses all levels anew by the curvature of the loss
-    (`Settling`, over `samples` training samples) and holds all but 1/2, 1/4, 1/8 ... of the weights, none of them moving from `reach` of the stages on.
-
     `hardware` (a target such as `cpu:onnxruntime`, or `table:FILE.yaml` for another machine) makes it hardware-aware: a layer whose
     sparsity would stay below its break-even goes back to dense, and the rest is pruned harder.
     """
@@ -78,9 +72,6 @@ class AdmmNN(Method):
     retrain: int = 10
     quantize: int = 10
     fix: int = 6
-    fixing: Fix = "nearest"
-    stages: int = 6
-    samples: int = 2000
     reach: float = 0.7
     rates: Mapping[str, float] = field(default_factory=dict)
     rho: ScheduleSpec = 1e-3
@@ -91,11 +82,9 @@ class AdmmNN(Method):
     dense: tuple[str, ...] = field(default=(), init=False)
     levels: dict[str, UniformLevels] = field(default_factory=dict, init=False)
     curvature: Curvature | None = field(default=None, init=False)
-    model: nn.Module = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for option, kind in (("metric", Metric), ("pruning", Pruning), ("fixing", Fix)):
-            value, known = getattr(self, option), get_args(kind)
+        for option, value, known in (("metric", self.metric, get_args(Metric)), ("pruning", self.pruning, get_args(Pruning))):
             if value not in known:
                 raise UsageError(f"{option}={value!r} is unknown to {self.name}; known: {', '.join(known)}")
         if self.keep < 1 or not 0 < self.reach <= 1:
@@ -105,8 +94,6 @@ class AdmmNN(Method):
             raise UsageError(f"rates={dict(self.rates)!r} are not positive factors on the learning rate of phases; the phases are {', '.join(PHASES)}")
         if self.bits_per_weight is not None and not 1 <= self.bits_per_weight <= 8:
             raise UsageError(f"bits_per_weight={self.bits_per_weight} is not within 1 to 8; leave it out to prune only")
-        if self.fixing == "curvature" and (self.stages < 1 or self.samples < 1 or self.fix % self.stages):
-            raise UsageError(f"stages={self.stages}, samples={self.samples}: give stages that divide the fix={self.fix} rounds, and at least one sample")
         if self.bits_per_weight is not None and not self.quantize + self.fix:
             raise UsageError(f"bits_per_weight={self.bits_per_weight} with quantize=0 and fix=0 would put no weight on a level; give either some rounds")
 
@@ -139,18 +126,10 @@ class AdmmNN(Method):
         metric = {} if self.curvature is None else self.curvature.known()
         return WeightBudget(keep, self.score, self.dense, {name: self.least.get(name, 1) for name in self.sites}, metric=metric)
 
-    def bind(self, model: nn.Module) -> Phased:
-        self.model = model
-        return super().bind(model)
-
     def phases(self) -> Sequence[Phase]:
         steps = [("prune", self.prune, self._begin_pruning), ("retrain", self.retrain, self._begin_retraining)]
         if self.bits_per_weight is not None:
-            steps += [("quantize", self.quantize, self._begin_levels)]
-            if self.fixing == "nearest":
-                steps += [("fix", self.fix, self._begin_fixing)]
-            else:
-                steps += [("fix", self.fix // self.stages, partial(self._begin_settling, self._share(stage))) for stage in range(1, self.stages + 1)]
+            steps += [("quantize", self.quantize, self._begin_levels), ("fix", self.fix, self._begin_fixing)]
         return [Phase(name, rounds, begin, self.rates.get(name, 1.0)) for name, rounds, begin in steps]
 
     def _begin_pruning(self) -> list[Term]:
@@ -191,19 +170,6 @@ class AdmmNN(Method):
 
     def _begin_fixing(self) -> list[Term]:
         return [Fixing(self._levelled(), self.levels), Held(self.weights)]
-
-    def _share(self, stage: int) -> float:
-        return 1.0 if stage >= self.reach * self.stages else 1 - 0.5**stage
-
-    def _begin_settling(self, share: float) -> list[Term]:
-        self._levelled()
-        known = dict(bare(self.model).named_parameters())
-        name_of = {id(parameter): name for name, parameter in known.items()}
-        levels = {name_of[id(self.weights[site])]: bound for site, bound in self.levels.items()}
-        constrained = {id(weight) for weight in self.weights.values()}
-        others = {name: value for name, value in known.items() if value.requires_grad and id(value) not in constrained}
-        settling = Settling(self.model, lambda: self.template.filled(self.model), {name: known[name] for name in levels}, levels, others, share, self.samples)
-        return [settling, Held(self.weights)]
 
     @torch.no_grad()
     def close(self, model: nn.Module) -> Artifact:

@@ -36,7 +36,6 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"keep": 400, "bits_per_weight": 3, "prune": 2, "retrain": 1, "quantize": 1, "fix": 2, "rho": 0.5, "score": "lamp", "least": {"conv1": 60}},
         {"keep": 300, "prune": 4, "retrain": 2, "rho": 0.5, "metric": "fisher"},
         {"keep": 300, "bits_per_weight": 3, "prune": 3, "retrain": 1, "quantize": 0, "fix": 2, "metric": "fisher", "pruning": "surgery"},
-        {"keep": 300, "bits_per_weight": 3, "prune": 2, "retrain": 1, "quantize": 0, "fix": 3, "stages": 3, "samples": 8, "fixing": "curvature"},
     ],
 }
 CASES = [pytest.param(name, options, id=f"{name}-{index}") for name, all_options in EXAMPLES.items() for index, options in enumerate(all_options)]
@@ -253,8 +252,6 @@ WRONG: list[dict[str, Any]] = [
     {"keep": 10, "reach": 0.0},
     {"keep": 10, "bits_per_weight": 9.0},
     {"keep": 10, "bits_per_weight": 2.0, "quantize": 0, "fix": 0},
-    {"keep": 10, "bits_per_weight": 2.0, "fixing": "curvature", "fix": 6, "stages": 4},
-    {"keep": 10, "fixing": "farthest"},
     {"keep": 100, "least": {"conv9": 5}},
     {"keep": 10, "rates": {"fine": 2.0}},
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,13 +13,11 @@ from torch import nn
 import tdpass
 from tdpass.training.batches import Batches
 
-SETTLING = {"fixing": "curvature", "stages": 3, "samples": 45}
-METHODS: dict[str, Any] = {
+METHODS = {
     "admm-tt": {"admm-tt": {"budget": {"params": 0.5}, "rounds": 4, "rho": {"geometric": {"start": 0.01, "end": 0.1}}}},
     "batude": {"batude": {"budget": {"macs": 0.5}, "rounds": 4, "rho": 0.05, "metric": "fisher"}},
     "admm-nn": {"admm-nn": {"keep": 700, "bits_per_weight": 3, "prune": 3, "retrain": 1, "quantize": 2, "fix": 2, "rho": 0.05}},
     "surgery": {"admm-nn": {"keep": 700, "bits_per_weight": 3, "prune": 4, "retrain": 2, "fix": 2, "quantize": 0, "metric": "fisher", "pruning": "surgery"}},
-    "settling": {"admm-nn": {"keep": 700, "bits_per_weight": 2, "prune": 2, "retrain": 1, "quantize": 0, "fix": 3} | SETTLING},
 }
 
 
