@@ -19,6 +19,7 @@ from tdpass.errors import UsageError
 from tdpass.files import write_text
 from tdpass.methods.base import METHODS, Method, make_method
 from tdpass.models import ExampleInputs
+from tdpass.models.factorized import rebuild_while_training
 from tdpass.pipeline import PipelineSpec
 from tdpass.report import TrainingRow
 from tdpass.training.averaging import Average
@@ -122,13 +123,16 @@ class _Run:
     def stage(self, name: str, model: nn.Module, settings: Settings, epochs: int, method: Method | None = None, teacher: nn.Module | None = None) -> nn.Module:
         """A trained copy of the model."""
         torch.manual_seed(self.seed + sum(map(ord, name)))
-        template, wrapped = None if method is not None else Template(model), _wrapped(copy.deepcopy(model), self.parallel)
+        template, trained = None if method is not None else Template(model), copy.deepcopy(model)
+        if settings.rebuild:
+            rebuild_while_training(trained)
+        wrapped = _wrapped(trained, self.parallel)
         optimizer, schedule = settings.make_optimizer(wrapped), settings.make_schedule()
         phased = method.bind(wrapped) if method is not None else Phased([Phase("train", epochs * self.rounds_per_epoch, tuple)])
         phased.average = Average(wrapped, settings.average) if settings.average else None
         terms: list[Term] = [phased]
         if teacher is not None and settings.distill:
-            terms.append(Distillation(copy.deepcopy(teacher), settings.distill, settings.temperature))
+            terms.append(Distillation(copy.deepcopy(teacher), settings.distill, settings.temperature, settings.compile))
         before = list(self.rows)
         loop = Loop(
             stage=name,
@@ -141,6 +145,7 @@ class _Run:
             terms=tuple(terms),
             clip=settings.clip,
             autocast=settings.bf16,
+            compiled=settings.compile,
             evaluate=self.evaluate,
             folder=None if self.folder is None else self.folder / name,
             checkpoint_every=self.checkpoint_every,

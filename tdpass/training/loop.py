@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from tdpass.errors import TrainingError, UsageError
 from tdpass.report import TrainingRow
 from tdpass.training.checkpoint import load_checkpoint, newest_checkpoint, random_state, read_facts, restore_random_state, save_checkpoint, tensors_in
+from tdpass.training.compiled import forward_of, refused
 from tdpass.training.distillation import call
 from tdpass.training.placement import bare
 from tdpass.training.residuals import Watch
@@ -59,6 +60,7 @@ class Loop:
     terms: tuple[Term, ...] = ()
     clip: float | None = None
     autocast: bool = False
+    compiled: bool = False
     evaluate: Callable[[nn.Module], float] | None = None
     folder: Path | None = None
     checkpoint_every: int = 0
@@ -78,6 +80,7 @@ class Loop:
             raise UsageError(f"{sizes} make no training; give at least one batch to each round")
         self._base = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._device = next(self.model.parameters()).device
+        self._forward = forward_of(self.model, self.compiled)
 
     def run(self, resume: bool = False) -> list[TrainingRow]:
         """Train, from the newest checkpoint in `folder` where `resume` is set and there is one; returns the log.
@@ -113,7 +116,8 @@ class Loop:
                 continue
             if index == done and resumed is not None:
                 restore_random_state(resumed["random"])
-            total += self._step(hooks.steps / (self.per_epoch * self.epochs), inputs, targets)
+            with refused():
+                total += self._step(hooks.steps / (self.per_epoch * self.epochs), inputs, targets)
             if index % _LOOK_EVERY == 0:
                 self._check(total)
             if self.checkpoint_every and hooks.steps % self.checkpoint_every == 0 and index + 1 < self.per_epoch:
@@ -145,7 +149,7 @@ class Loop:
             group["lr"] = factor * base
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self._device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
-            outputs = call(self.model, inputs)
+            outputs = call(self._forward, inputs)
             loss = self.objective(outputs, targets) * (1 - sum(term.replaces for term in self.terms))
             for term in self.terms:
                 extra = term.loss(inputs, outputs)

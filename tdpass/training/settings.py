@@ -23,7 +23,8 @@ class Settings:
     `lr` is the peak learning rate; `schedule` (a schedule that starts at 1, or None for half a cosine to zero) is run once per
     phase.  `distill` is the share of the loss that the dense model decides, at `temperature`; `clip` bounds the norm of the
     gradient; `average` is the decay of an average of the weights that each phase ends with; `bf16` computes in bfloat16 where
-    autocast knows how.  Momentum is that of SGD.
+    autocast knows how; `compile` runs model and teacher through `torch.compile`;
+    `rebuild` lets factored layers compute with the weights that their factors stand for.  Momentum is that of SGD.
     """
 
     optimizer: Name = "sgd"
@@ -37,6 +38,8 @@ class Settings:
     clip: float | None = None
     average: float = 0.0
     bf16: bool = False
+    compile: bool = False
+    rebuild: bool = False
 
     def __post_init__(self) -> None:
         if self.optimizer not in get_args(Name):

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tdpass.errors import PlanError
 from tdpass.formats import FORMATS, Decomposition, Factors, Metric, Rank
-from tdpass.formats.base import apply_dense
+from tdpass.formats.base import Layer, apply_dense
+from tdpass.models.factorized import Factorized
 from tdpass.ops import TorchOps
 from tdpass.site import Site
 
@@ -161,6 +162,21 @@ def test_apply_is_the_dense_layer_with_the_rebuilt_weight(name: str, site: Site)
         torch.testing.assert_close(form.apply(ops, x, factors, bias, site, rank), expected, rtol=1e-9, atol=1e-9)
         without = form.apply(ops, x, factors, None, site, rank)
         torch.testing.assert_close(without, apply_dense(ops, x, form.reconstruct(factors, site), None, site), rtol=1e-9, atol=1e-9)
+
+
+@each_case
+def test_rebuilt_training_has_the_gradients_of_the_chain(name: str, site: Site) -> None:
+    rank = next(iter(some_ranks(name, site)))
+    factors = factors_of(name, site, "plain", rank)
+    found = []
+    for rebuilt in (False, True):
+        module = Factorized(Layer(site, name, rank, {key: factor.clone() for key, factor in factors.items()}), torch.nn.Parameter(normal(site.o, seed=6)))
+        module.rebuilt = rebuilt
+        y = module.train()(sample_of(site, 2))
+        y.backward(normal(*y.shape, seed=7))
+        found.append([y.detach(), *(parameter.grad for parameter in module.parameters() if parameter.requires_grad)])
+    for chain, dense in zip(*found, strict=True):
+        torch.testing.assert_close(chain, dense, rtol=1e-9, atol=1e-9)
 
 
 @each_case
