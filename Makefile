@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.bench-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all test-sanitized lint bench bench-accuracy bench-finetune bench-minilm bench-planner bench-targets bench-break-even bench-training bench-training-cost bench-project bench-peers bench-kernels bench-models bench-factorize clean
+.PHONY: demo test test-all test-sanitized lint bench bench-accuracy bench-finetune bench-minilm bench-planner bench-targets bench-break-even bench-training bench-training-cost bench-training-speed bench-project bench-peers bench-kernels bench-models bench-factorize clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -57,9 +57,15 @@ bench-training: $(BENCH_INSTALLED)
 	$(BIN)/python -m benchmarks.bench_training resnet20_admm_tucker --set method.admm-tt.rounds=0 --set finetune=5
 	$(BIN)/python -m benchmarks.bench_training resnet20_batude
 	$(BIN)/python -m benchmarks.bench_training resnet20_uniform_tucker
+	$(BIN)/python -m benchmarks.bench_training resnet32_planned
+	$(BIN)/python -m benchmarks.bench_training resnet32_admm
+	$(BIN)/python -m benchmarks.bench_training resnet32_admm --set method.admm-tt.rounds=0 --set finetune=2
 
 bench-training-cost: $(BENCH_INSTALLED)
 	$(BIN)/python -m benchmarks.bench_training_cost
+
+bench-training-speed: $(BENCH_INSTALLED)
+	$(BIN)/python -m benchmarks.bench_training_speed
 
 bench-project: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_project
