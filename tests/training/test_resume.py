@@ -50,11 +50,11 @@ def test_killed_and_resumed_is_bit_identical(tmp_path: Path) -> None:
         assert torch.equal(resumed[name], value), name
 
 
-@pytest.mark.parametrize("method", training_run.METHODS)
-def test_resume_inside_an_epoch(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("method", "compiled"), [*((method, False) for method in training_run.METHODS), ("admm-tt", True)])
+def test_resume_inside_an_epoch(method: str, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tdpass.training.loop import Loop
 
-    straight = training_run.train(tmp_path / "straight", method, every=3).model.state_dict()
+    straight = training_run.train(tmp_path / "straight", method, every=3, compiled=compiled).model.state_dict()
     steps, step = iter(range(10**6)), Loop._step
 
     def stopping(self: Loop, *arguments: object) -> torch.Tensor:
@@ -64,9 +64,9 @@ def test_resume_inside_an_epoch(method: str, tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(Loop, "_step", stopping)
     with pytest.raises(KeyboardInterrupt):
-        training_run.train(tmp_path / "stopped", method, every=3)
+        training_run.train(tmp_path / "stopped", method, every=3, compiled=compiled)
     monkeypatch.undo()
-    resumed = training_run.train(tmp_path / "stopped", method, resume=True, every=3).model.state_dict()
+    resumed = training_run.train(tmp_path / "stopped", method, resume=True, every=3, compiled=compiled).model.state_dict()
     assert all(torch.equal(resumed[name], value) for name, value in straight.items())
 
 

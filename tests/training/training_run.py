@@ -36,12 +36,12 @@ def data() -> Batches:
     return Batches(images, labels, 32, change=lambda x, own: x + 0.05 * torch.randn(x.shape, generator=own))
 
 
-def train(folder: Path | None, method: str, parallel: str | None = None, resume: bool = False, every: int = 0) -> tdpass.Artifact:
+def train(folder: Path | None, method: str, parallel: str | None = None, resume: bool = False, every: int = 0, compiled: bool = False) -> tdpass.Artifact:
     return tdpass.train(
         network(),
         data(),
         METHODS[method],
-        settings={"optimizer": "sgd", "lr": 0.05, "distill": 0.3, "average": 0.9},
+        settings={"optimizer": "sgd", "lr": 0.05, "distill": 0.3, "average": 0.9, "compile": compiled, "rebuild": compiled},
         pretrain=1,
         finetune=0 if "admm-nn" in METHODS[method] else 1,
         evaluate=lambda model: float(model(torch.ones(4, 1, 8, 8)).sum()),
