@@ -34,6 +34,7 @@ from tdpass.verbs import compress
 Score = Callable[[nn.Module], float]
 Parallel = Literal["ddp", "fsdp2"]
 SettingsSpec = Settings | Mapping[str, Any] | None
+LARGE_GAP = 0.2  # residual at the end of ADMM from which on the final projection costs more than training gained
 
 
 def train(
@@ -183,6 +184,9 @@ def _compressed(
     made.prepare(dense, example, calibration)
     epochs = made.epochs(run.rounds_per_epoch)
     trained = run.stage("method", dense, settings, epochs, made, teacher=dense)
+    name, gap = max(made.residuals().items(), key=lambda item: item[1], default=("", 0.0))
+    if gap > LARGE_GAP and not made.final:
+        run.note(f"the last projection moves {name!r} by {gap:.2f} of its norm; a larger last rho, or more rounds, would leave it less to do")
     return made.finish(trained), epochs
 
 

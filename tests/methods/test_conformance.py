@@ -169,6 +169,14 @@ def test_admm_brings_weights_nearer_to_their_set(name: str, options: dict[str, A
     assert sum(choice.error for choice in artifact.plan) < 0.8 * sum(errors)
 
 
+@pytest.mark.parametrize(("rho", "told"), [(1e-6, True), (20.0, False)])
+def test_what_is_left_to_the_last_projection_is_told(rho: float, told: bool) -> None:
+    notes: list[str] = []
+    method = {"admm-tt": {"budget": {"params": 0.4}, "rounds": ROUNDS, "rho": rho}}
+    tdpass.train(network(), batches(), method, settings={"lr": 0.01}, control=False, example_inputs=torch.zeros(2, 2, 8, 8), note=notes.append)
+    assert any("a larger last rho" in note for note in notes) is told
+
+
 def test_without_rounds_it_is_direct_factorization() -> None:
     common: dict[str, Any] = {"example_inputs": torch.zeros(2, 2, 8, 8), "control": False}
     options = {"budget": {"params": 0.4}, "rounds": 0}
