@@ -32,7 +32,8 @@ class Split:
 class Admm(Term):
     """min f(W) over W in S, as f(W) + rho/2 ||W - Z + U||^2 with Z in S (Boyd et al. 2011, section 9.1).
 
-    At the beginning of every round  Z <- project(W + U),  U <- U + W - Z.  In between, every step adds rho (W - Z + U) to the
+    At the beginning of every round  Z <- project(W + U),  U <- U + W - Z,  but in the first, before which W has not moved, U stays zero:
+    otherwise W would be drawn past Z, to 2 Z - W, by as much as it is away from it.  In between, every step adds rho (W - Z + U) to the
     gradient, or with `decoupled` (for optimizers that rescale gradients, such as Adam) moves the weight after the step by the
     proximal map  W <- (W + s (Z - U)) / (1 + s)  with  s = rate * rho.  When rho changes U is rescaled, since it is U = dual / rho.
 
@@ -63,10 +64,11 @@ class Admm(Term):
         found = projections(rule, progress, {split.name: whole(split.weight.detach() + split.u) for split in splits})
         for split in splits:
             if split.name in found:
-                split.bound = True
                 split.z = placed_like(found[split.name], split.weight)
                 gap = split.weight.detach() - split.z
-                split.u.add_(gap)
+                if split.bound:
+                    split.u.add_(gap)
+                split.bound = True
                 split.residual = float(whole(gap.norm()) / whole(split.weight.detach().norm()).clamp_min(1e-30))
 
     def _active(self) -> list[Split]:
