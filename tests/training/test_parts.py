@@ -52,16 +52,18 @@ def test_two_sets_compose() -> None:
     weight = nn.Parameter(goal.clone())
     levels = IntegerLevels(4).frozen(Sparse(12).project(goal))
     term = Admm({"w": weight}, [fixed({"w": Sparse(12)}), fixed({"w": levels})], Geometric(0.1, 10.0), decoupled=True)
-    solve(torch.optim.SGD([weight], lr=0.2), weight, goal, term, rounds=80, every=10)
+    solve(torch.optim.SGD([weight], lr=0.2), weight, goal, term, rounds=120, every=10)
     found = weight.detach()
     kept = Sparse(12).project(found)
-    assert float((found - kept).norm() / found.norm()) < 0.05
-    assert float((kept - levels.project(kept)).norm() / kept.norm()) < 0.05
+    assert float((found - kept).norm() / found.norm()) < 0.01
+    assert float((kept - levels.project(kept)).norm() / kept.norm()) < 0.01
 
 
 def test_rho_rescales_the_duals() -> None:
     weight = nn.Parameter(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))
     term = Admm({"w": weight}, [fixed({"w": Sparse(3)})], Geometric(1.0, 4.0))
+    term.begin_round(0.0)
+    assert term.splits[0][0].u.abs().sum() == 0  # the weight has not moved yet
     term.begin_round(0.0)
     dual = term.splits[0][0].u.clone()
     assert dual.abs().sum() > 0
