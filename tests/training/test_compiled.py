@@ -26,12 +26,11 @@ def test_terms_act_on_compiled_weights() -> None:
     assert [row.loss for row in compiled.report.training] == pytest.approx([row.loss for row in eager.report.training], rel=1e-4)
 
 
-def test_failing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_compiler_is_named() -> None:
     import torch._inductor.config as inductor
 
     torch._dynamo.reset()
-    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
-    monkeypatch.setattr(inductor, "fx_graph_cache", False)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 4))
-    with pytest.raises(TrainingError, match=r"cannot be compiled .* train it without compile"):
+    no_compiler = inductor.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False})
+    with no_compiler, pytest.raises(TrainingError, match=r"cannot be compiled .* train it without compile"):
         tdpass.train(model, training_run.data(), {"admm-tt": {"budget": {"params": 0.5}, "rounds": 1}}, settings={"compile": True}, control=False)
