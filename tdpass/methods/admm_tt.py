@@ -40,6 +40,9 @@ class AdmmTT(Factored):
     the energy that their weights lose (`RankBudget`), or by a plan in `start`, which may mix formats, or a budget there for the planner
     to make one of, from `formats` where some are given.  Without rounds it is direct factorization.
 
+    `cuts` is the number of ranks of tensor trains from a budget: two cut a convolution between its channels and its kernel, which
+    allows the weights that `tucker2` does; four split the channels as well, as published.
+
     With `start` and calibration data the weights begin as the post-training path leaves them, in the format and fitted to the data,
     so that the rounds go on from its accuracy.
     """
@@ -51,6 +54,7 @@ class AdmmTT(Factored):
     ranks: Mapping[str, RankSpec] | None = None
     start: RankPlan | Mapping[str, BudgetValue] | None = None
     formats: Sequence[str] = ()
+    cuts: int | None = None
     rounds: int = 20
     rho: ScheduleSpec = 1e-3
     decoupled: bool = False
@@ -64,13 +68,15 @@ class AdmmTT(Factored):
         given = [name for name, value in (("budget", self.budget), ("ranks", self.ranks), ("start", self.start)) if value is not None]
         if self.formats and not isinstance(self.start, Mapping):
             raise UsageError(f"formats={tuple(self.formats)} are for the planner to choose from, which has no budget; give start={{'params': 0.3}}")
+        if self.cuts is not None and (self.budget is None or self.format != "tensor_train"):
+            raise UsageError(f"cuts={self.cuts} are for tensor trains whose ranks a budget decides, not for format {self.format!r} by {given}; leave them out")
         if len(given) != 1:
             raise UsageError(f"{self.name} takes exactly one of budget, ranks and start, not {' and '.join(given) or 'none'}; give budget={{'params': 0.3}}")
 
     @torch.no_grad()
     def choose(self, model: nn.Module) -> None:
         if self.budget is not None:
-            self.constraints = self.rank_budget(self.budget).divide(self.weights_of(model))
+            self.constraints = self.rank_budget(self.budget, cuts=self.cuts).divide(self.weights_of(model))
         else:
             ranks = self._by_glob(self.ranks or {}) if self.start is None else self._by_plan(model, self.start)
             self.constraints = {name: InFormat(self.sites[name], *found) for name, found in ranks.items()}

@@ -26,6 +26,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"ranks": {"conv2": [4, 4], "fc": {"svd": [3]}}, "format": "tucker2", "rounds": ROUNDS, "rho": 0.5},
         {"ranks": {"fc": [3, 3, 3, 3]}, "format": "tensor_ring", "rounds": ROUNDS, "rho": 0.5},
         {"start": {"params": 0.5}, "rounds": ROUNDS, "rho": 0.5},
+        {"budget": {"params": 0.4}, "cuts": 4, "rounds": ROUNDS, "rho": 0.5},
     ],
     "batude": [
         {"budget": {"macs": 0.5}, "rounds": ROUNDS, "stable": 2, "rho": 0.5},
@@ -211,6 +212,16 @@ def test_the_rounds_begin_where_the_planner_ended() -> None:
         assert {choice.format for choice in artifact.plan if not choice.kept_dense} <= set(options.get("formats", tdpass.formats.FORMATS.names()))
     with pytest.raises(UsageError, match="planner to choose from"):
         METHODS.get("admm-tt")(budget={"macs": 0.5}, formats=["svd"])
+    with pytest.raises(UsageError, match="cuts=4 are for tensor trains"):
+        METHODS.get("admm-tt")(budget={"macs": 0.5}, format="tucker2", cuts=4)
+
+
+def test_cuts_split_the_channels_of_tensor_trains() -> None:
+    options = {"budget": {"params": 0.4}, "cuts": 4, "rounds": 0}
+    artifact = tdpass.train(network(), batches(), {"admm-tt": options}, control=False, finetune=1)
+    ranks = {choice.site: choice.rank for choice in artifact.plan if choice.format == "tensor_train"}
+    assert {len(rank) for rank in ranks.values()} == {4}
+    assert artifact.report.final.params <= 0.4 * artifact.report.original.params
 
 
 def test_with_calibration_data_the_end_is_that_of_the_post_training_path() -> None:
