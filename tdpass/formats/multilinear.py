@@ -43,7 +43,7 @@ class Modes:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor: one size per core."""
-        return tuple(math.prod(self.sizes[mode] for mode in core) for core in self.cores)
+        return tuple(math.prod([self.sizes[mode] for mode in core]) for core in self.cores)
 
     def tensor(self, weight: Tensor) -> Tensor:
         """The weight with one axis per core."""
@@ -101,6 +101,7 @@ def left_vectors(matrix: Tensor, count: int) -> Tensor:
     return left
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # its cache is none of the compiler's business
 def balanced_factors(size: int, count: int) -> tuple[int, ...]:
     """`size` as a product of `count` factors of least sum, descending."""
     return _balanced(size, count, size)

@@ -179,6 +179,17 @@ def test_rebuilt_training_has_the_gradients_of_the_chain(name: str, site: Site) 
         torch.testing.assert_close(chain, dense, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(("name", "kind"), sorted({(name, site.name) for name, site in CASES if site.name in ("linear", "conv2d")}))
+def test_layers_compile_without_a_break(name: str, kind: str) -> None:
+    site = next(site for site in SITES if site.name == kind)
+    x = sample_of(site, 2)
+    for rank in {len(rank): rank for rank in some_ranks(name, site)}.values():
+        module = Factorized(Layer(site, name, rank, dict(factors_of(name, site, "plain", rank))), None).train()
+        for module.rebuilt in (False, True):
+            torch._dynamo.reset()  # or what was compiled before counts as recompilation of this
+            torch.testing.assert_close(torch.compile(module, backend="eager", fullgraph=True)(x), module(x), rtol=1e-9, atol=1e-9)
+
+
 @each_case
 def test_macs_are_those_of_a_real_call(name: str, site: Site) -> None:
     form = FORMATS.get(name)
