@@ -12,15 +12,14 @@ from torch import nn
 from tdpass.errors import TrainingError
 
 
-def forward_of(model: nn.Module, compiled: bool, constant: bool = False) -> Callable[..., Any]:
-    """What runs the model; compiled at its first call where asked for, with `constant` weights folded into the code.
+def forward_of(model: nn.Module, compiled: bool) -> Callable[..., Any]:
+    """What runs the model; compiled at its first call where asked for.
 
-    Weights stay where they are, so what changes them in place (optimizers, terms, checkpoints) acts on compiled code too, unless
-    they are constant.
+    Weights stay where they are, so what changes them in place (optimizers, terms, checkpoints) acts on compiled code too.
     """
     if not compiled:
         return model
-    run: Callable[..., Any] = torch.compile(model, options={"freezing": True} if constant else None)
+    run: Callable[..., Any] = torch.compile(model)
     return run
 
 

@@ -39,7 +39,7 @@ class Distillation(Term):
             raise UsageError(f"distillation share {self.share} is outside (0, 1]; it is the part of the loss that the teacher decides")
         self.replaces = self.share
         self.teacher = self.teacher.eval().requires_grad_(requires_grad=False)
-        self._forward = forward_of(self.teacher, self.compiled, constant=True)
+        self._forward = forward_of(self.teacher, self.compiled)
 
     def loss(self, inputs: object, outputs: object) -> Tensor | None:
         with torch.no_grad():
