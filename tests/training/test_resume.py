@@ -50,7 +50,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path: Path) -> None:
         assert torch.equal(resumed[name], value), name
 
 
-@pytest.mark.parametrize(("method", "compiled"), [*((method, False) for method in training_run.METHODS), ("admm-tt", True)])
+@pytest.mark.parametrize(("method", "compiled"), [*((method, False) for method in training_run.METHODS), pytest.param("admm-tt", True, marks=pytest.mark.slow)])
 def test_resume_inside_an_epoch(method: str, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tdpass.training.loop import Loop
 
