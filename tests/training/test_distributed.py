@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,13 +17,11 @@ RUN = Path(training_run.__file__)
 
 def together(folder: Path, method: str, parallel: str) -> list[dict[str, Tensor]]:
     """The final weights of both processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     folder.mkdir(exist_ok=True)
+    (folder / "meeting").unlink(missing_ok=True)
     workers = []
     for rank in range(2):
-        group = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(rank)}
+        group = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
         environment = {**os.environ, **group, "PYTHONPATH": str(RUN.parents[2]), "OMP_NUM_THREADS": "1"}
         workers.append(subprocess.Popen([sys.executable, str(RUN), str(folder), method, parallel], env=environment))
     assert [worker.wait(timeout=200) for worker in workers] == [0, 0]

@@ -57,7 +57,8 @@ def main() -> None:
     torch.set_num_threads(1)
     folder, method, parallel = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     if parallel != "none":
-        dist.init_process_group("gloo")
+        meeting = f"file://{folder.resolve()}/meeting"  # a port found free may be taken before it is used
+        dist.init_process_group("gloo", init_method=meeting, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
     artifact = train(folder, method, None if parallel == "none" else parallel, resume=True, every=3)
     torch.save(artifact.model.state_dict(), folder / f"final-{os.environ.get('RANK', '0')}.pt")
     if dist.is_initialized():
