@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -215,7 +216,7 @@ def _left(matrix: Tensor, tensor: Tensor) -> Tensor:
 def _rows(modes: Modes, state: State) -> Tensor:
     """Everything but the last factor, as `[(b s), (i ...)]` in the weight's own order."""
     tensor = _times_first(*state[1:])
-    return Modes((len(tensor),), modes.ins, modes.cores).matrix(tensor)
+    return replace(modes, outs=(len(tensor),)).matrix(tensor)
 
 
 def _times_first(core: Tensor, first: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ class Modes:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor: one size per core."""
+        # lists: torch.compile splits its graph at math.prod of a generator
         return tuple(math.prod([self.sizes[mode] for mode in core]) for core in self.cores)
 
     def tensor(self, weight: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ def left_vectors(matrix: Tensor, count: int) -> Tensor:
     return left
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # its cache is none of the compiler's business
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch warns where it traces into a cache
 def balanced_factors(size: int, count: int) -> tuple[int, ...]:
     """`size` as a product of `count` factors of least sum, descending."""
     return _balanced(size, count, size)

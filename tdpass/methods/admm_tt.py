@@ -68,10 +68,10 @@ class AdmmTT(Factored):
         given = [name for name, value in (("budget", self.budget), ("ranks", self.ranks), ("start", self.start)) if value is not None]
         if self.formats and not isinstance(self.start, Mapping):
             raise UsageError(f"formats={tuple(self.formats)} are for the planner to choose from, which has no budget; give start={{'params': 0.3}}")
-        if self.cuts is not None and (self.budget is None or self.format != "tensor_train"):
-            raise UsageError(f"cuts={self.cuts} are for tensor trains whose ranks a budget decides, not for format {self.format!r} by {given}; leave them out")
         if len(given) != 1:
             raise UsageError(f"{self.name} takes exactly one of budget, ranks and start, not {' and '.join(given) or 'none'}; give budget={{'params': 0.3}}")
+        if self.cuts is not None and (self.budget is None or self.format != "tensor_train"):
+            raise UsageError(f"cuts={self.cuts} are for tensor trains at ranks from a budget, not for format {self.format!r} by {given[0]}; leave them out")
 
     @torch.no_grad()
     def choose(self, model: nn.Module) -> None:

@@ -179,9 +179,8 @@ def test_rebuilt_training_has_the_gradients_of_the_chain(name: str, site: Site) 
         torch.testing.assert_close(chain, dense, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("name", "kind"), sorted({(name, site.name) for name, site in CASES if site.name in ("linear", "conv2d")}))
-def test_layers_compile_without_a_break(name: str, kind: str) -> None:
-    site = next(site for site in SITES if site.name == kind)
+@pytest.mark.parametrize(("name", "site"), [case for case in CASES if case[1].name in ("linear", "conv2d")], ids=lambda value: getattr(value, "name", value))
+def test_layers_compile_without_a_break(name: str, site: Site) -> None:
     x = sample_of(site, 2)
     for rank in {len(rank): rank for rank in some_ranks(name, site)}.values():
         module = Factorized(Layer(site, name, rank, dict(factors_of(name, site, "plain", rank))), None).train()
