@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tdpass.errors import PlanError
-from tdpass.formats.base import FORMATS, Layer
+from tdpass.formats.base import FORMATS, Factors, Layer
 from tdpass.formats.metric import Metric
 from tdpass.models.base import Model
 from tdpass.pipeline import Job, Pass, register_pass
@@ -37,11 +37,12 @@ class Factorize(Pass):
         tapes = job.tapes(model) if job.batches else []
         for site in alone:
             FORMATS.get(chosen[site.name].format).check_rank(site, chosen[site.name].rank)
+        _check_start(job.start, {site.name: site for site in alone}, chosen)
         metrics = stream_metrics(tapes, alone, job.divergence) if tapes else ((site, Metric()) for site in alone)
         replaced: set[str] = set()
         for count, (site, metric) in enumerate(metrics, start=1):
             choice = chosen[site.name]
-            fits = SiteFits(site, model.weight(site.name), model.bias(site.name), metric)
+            fits = SiteFits(site, model.weight(site.name), model.bias(site.name), metric, job.start.get(site.name))
             model.replace(site.name, fits.layer(choice.format, choice.rank))
             replaced.add(site.name)
             job.progress("factorizing", count, len(alone))
@@ -76,6 +77,15 @@ class Factorize(Pass):
         for branch in find_branches(tapes[0], sites, chains):
             if all(name in together and together[name].format == "constant" for name in branch):
                 yield drop_layers(branch, sites, tapes)
+
+
+def _check_start(start: Mapping[str, Factors], sites: Mapping[str, Site], chosen: Mapping[str, Choice]) -> None:
+    for name, factors in start.items():
+        choice = chosen.get(name)
+        wanted = {} if choice is None or name not in sites else FORMATS.get(choice.format).shapes(sites[name], choice.rank)
+        if {key: tuple(factor.shape) for key, factor in factors.items()} != wanted:
+            given = ", ".join(f"{key} {tuple(factor.shape)}" for key, factor in factors.items())
+            raise PlanError(f"start has factors {given or 'of no name'} for site {name!r}, the plan has {wanted or 'none'}; give those of the same plan")
 
 
 def _pruned_together(chain: Chain, together: dict[str, Choice]) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tdpass.cost import Budget, Cost
 from tdpass.errors import PassError, TdpassError, UsageError
 from tdpass.files import read_yaml
+from tdpass.formats.base import Factors
 from tdpass.models.base import Batch, Model
 from tdpass.planner.divergence import Divergence
 from tdpass.planner.rank_plan import RankPlan
@@ -34,8 +35,8 @@ class Job:
 
     `batches` is the calibration data, `tapes` the recorded runs of the still dense model on them (made on first use, and
     before any site is replaced), `plan` what the planner decided.  `progress(what, done, of)` is called now and then.
-    `target` is the machine to plan for, where the model is called with `batch` samples and `threads` threads, and `dense` the
-    model as it was when it was timed there.
+    `start` holds factors of sites from which a search goes on.  `target` is the machine to plan for, where the model is called
+    with `batch` samples and `threads` threads, and `dense` the model as it was when it was timed there.
     """
 
     report: Report
@@ -53,6 +54,7 @@ class Job:
     target: Target | None = None
     batch: int = 1
     threads: int = 1
+    start: Mapping[str, Factors] = field(default_factory=dict)
     dense: Model | None = None
     notes: list[str] = field(default_factory=list)
     recorded: list[Tape] = field(default_factory=list)

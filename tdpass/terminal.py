@@ -52,8 +52,9 @@ def site_table(rows: Sequence[SiteRow], width: int | None) -> list[Part]:
     """Every site before and after: one line each where the width allows, else two; reasons below where they do not fit."""
     reason = Column[SiteRow]("Reason", lambda row: plain(row.note), least=32)
     timed = summary.timed(rows)
-    one_line, two_lines = _single_line_columns(timed), _two_line_columns(timed, arrows=True)
-    layouts = ([*one_line, reason], one_line, [*two_lines, reason], two_lines, _two_line_columns(timed, arrows=False))
+    loss = [Column[SiteRow]("Loss", lambda row: "" if row.format == DENSE else small(row.loss), number=True)] if summary.losses_known(rows) else []
+    one_line, two_lines = [*_single_line_columns(timed), *loss], [*_two_line_columns(timed, arrows=True), *loss]
+    layouts = ([*one_line, reason], one_line, [*two_lines, reason], two_lines, [*_two_line_columns(timed, arrows=False), *loss])
     table, chosen = fitting(layouts, rows, width, dim=lambda row: row.format == DENSE)
     reasons = summary.reasons_by_site(rows)
     if reason in layouts[chosen] or not reasons:
@@ -143,7 +144,6 @@ def _single_line_columns(timed: bool) -> list[Column[SiteRow]]:
         Column("", times("params"), number=True),
         Column("Error", lambda row: "" if row.format == DENSE else small(row.error), number=True),
         Column("Guarantee", lambda row: plain(row.guarantee)),
-        Column("Loss", lambda row: "" if row.format == DENSE else small(row.loss), number=True),
     ]
 
 
@@ -189,7 +189,6 @@ def _two_line_columns(timed: bool, arrows: bool) -> list[Column[SiteRow]]:
         Column(f"MACs\n{below}", cost("macs"), number=True),
         Column(f"Params\n{below}", cost("params"), number=True),
         Column("Error\nbound", lambda row: "" if row.format == DENSE else f"{small(row.error)}\n{plain(row.guarantee)}", number=True),
-        Column("Loss", lambda row: "" if row.format == DENSE else small(row.loss), number=True),
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from tdpass.cost import Budget, BudgetValue, Cost
 from tdpass.data import as_batches
 from tdpass.errors import UsageError
 from tdpass.files import cache_folder
-from tdpass.formats.base import FORMATS, dense_cost
+from tdpass.formats.base import FORMATS, Factors, dense_cost
 from tdpass.models import Batch, ExampleInputs, Model, open_model
 from tdpass.pipeline import Job, Pipeline, PipelineSpec, Progress
 from tdpass.planner.compare import compare_outputs
@@ -39,6 +39,7 @@ def compress(
     data: object = None,
     *,
     plan: RankPlan | str | Path | None = None,
+    start: Mapping[str, Factors] | None = None,
     target: str | Target | None = None,
     batch: int = 1,
     threads: int | None = None,
@@ -60,6 +61,7 @@ def compress(
     `budget`: bounds on `macs`, `params`, `bytes`, `seconds` of the whole model, as fractions (`0.4`) or absolute (`"120M"`,
     `"3ms"`), and `max_error` per site.  `data`: unlabelled calibration data (see `as_batches`); without it weights are factored by
     themselves and a budget on macs needs `example_inputs`.  `plan`: carry out this plan (or its file) instead of planning.
+    `start`: factors of the plan's sites, by name, which the fit goes on from instead of searching anew.
     `include`, `exclude`: name globs.  `formats`: restrict to these.  `pipeline`: passes as text, list or YAML file.
     `target`: plan on times measured on `cpu`, `cpu:openvino` or `cuda`, for calls of `batch` samples on `threads` threads
     (default: as many as torch uses); no site is then made slower, and a model that is not faster is given back as it was.
@@ -69,7 +71,7 @@ def compress(
     `UsageError`.
     """
     steps = Pipeline.parse(pipeline if pipeline is not None else GIVEN_PLAN if plan is not None else PLANNED if target is None else ON_TARGET)
-    setting = _Setting(target, batch, threads, include, exclude, formats, samples, divergence, augmented, progress, cache)
+    setting = _Setting(target, batch, threads, include, exclude, formats, samples, divergence, augmented, progress, cache, start or {})
     return _run(model, budget, data, plan, steps, example_inputs, setting)
 
 
@@ -137,6 +139,7 @@ class _Setting:
     augmented: object
     progress: Progress | None
     cache: bool | Path
+    start: Mapping[str, Factors] = field(default_factory=dict)
 
 
 def _run(
@@ -167,6 +170,7 @@ def _run(
         formats=tuple(setting.formats),
         divergence=setting.divergence if isinstance(setting.divergence, Divergence) else Divergence(setting.divergence),
         cache=cache,
+        start=setting.start,
         original=report.original,
         target=target,
         batch=_count("batch", setting.batch),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -19,13 +19,24 @@ class InFormat(Constraint):
     """`reconstruct(factors)` for any factors of the site in `format` at `rank`.
 
     The projection is exact for formats of one matrix and within sqrt(2) or sqrt(cuts) of it for `tucker2` and `tensor_train`; other
-    formats have a local optimum.  Raises `PlanError` for a format or a rank that does not fit, or a weight of another shape.
+    formats have a local optimum, searched from `start` where that is given: a search that begins anew may leave an allowed weight for
+    another by a third of its norm.  Raises `PlanError` for a format or a rank that does not fit, or a weight of another shape.
     """
 
     site: Site
     format: str
     rank: Rank
+    start: Factors | None = field(default=None, compare=False, repr=False)
     name = "in_format"
+
+    @property
+    def searched(self) -> bool:
+        """Whether the projection ends in a local optimum."""
+        return self.format not in SPECTRAL
+
+    def near(self, weight: Tensor) -> InFormat:
+        """The same set, where the search goes on from what it finds for this weight."""
+        return replace(self, start=self.factors(weight)) if self.searched and self.start is None else self
 
     def __post_init__(self) -> None:
         form = FORMATS.get(self.format)
@@ -39,7 +50,10 @@ class InFormat(Constraint):
 
     def factors(self, weight: Tensor) -> Factors:
         """Factors of the projection, float64 on the CPU, by the format itself."""
-        return FORMATS.get(self.format).factorize(self._checked(weight).double().cpu(), self.site, self.rank)
+        form, exact = FORMATS.get(self.format), self._checked(weight).double().cpu()
+        if self.start is None or not self.searched:
+            return form.factorize(exact, self.site, self.rank)
+        return form.refine(exact, self.site, self.rank, self.start)
 
     def _nearest(self, weight: Tensor) -> Tensor:
         if self.format in SPECTRAL:

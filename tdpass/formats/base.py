@@ -14,12 +14,14 @@ from torch import Tensor
 from tdpass.cost import Cost
 from tdpass.errors import PlanError
 from tdpass.formats.metric import Metric
+from tdpass.formats.multilinear import polish
 from tdpass.ops import Ops, TorchOps, V
 from tdpass.registry import Registry
 from tdpass.site import Kind, Site
 
 Rank = tuple[int, ...]
 Factors = dict[str, Tensor]
+_PASSES, _STALLED = 10, 0.98
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,26 @@ class Format(ABC):
         """Factors of one rank; deterministic; raises `PlanError` for a rank that does not fit."""
         self.check_rank(site, rank)
         return self.decompose(weight.double(), site, metric or Metric()).factors(rank)
+
+    def refine(self, weight: Tensor, site: Site, rank: Rank, factors: Factors, metric: Metric | None = None) -> Factors:
+        """Factors nearer to the weight than those given, by alternating conjugate gradients from them; the error never grows.
+
+        What `factorize` finds of a weight that has such factors may be another, poorer local optimum; this stays at the one at hand.
+        """
+        names = tuple(factors)
+
+        def rebuild(state: Sequence[Tensor]) -> Tensor:
+            return self.reconstruct(dict(zip(names, state, strict=True)), site).flatten(1)
+
+        matrix, judge = weight.double().flatten(1), metric or Metric()
+        state = tuple(factors[name].to(weight.device, torch.float64) for name in names)
+        error, before = judge.square(matrix - rebuild(state)), math.inf
+        for _ in range(_PASSES):
+            if error >= _STALLED * before:
+                break
+            state = polish(matrix, state, rebuild, judge, range(len(names)), weight.numel() * max(rank))
+            error, before = judge.square(matrix - rebuild(state)), error
+        return {name: factor.contiguous() for name, factor in zip(names, state, strict=True)}
 
     def check_rank(self, site: Site, rank: Rank) -> None:
         """Raise `PlanError` unless `rank` has the right length and is within the site's limits."""

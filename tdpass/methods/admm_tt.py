@@ -8,19 +8,20 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tdpass.constraints.base import Constraint
 from tdpass.constraints.in_format import InFormat
 from tdpass.cost import BudgetValue
 from tdpass.errors import UsageError
-from tdpass.formats.base import FORMATS, Rank
+from tdpass.formats.base import FORMATS, Layer, Rank
 from tdpass.methods.base import register_method
 from tdpass.methods.factored import ON_DATA, Factored
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.training.placement import placed_like
-from tdpass.training.rules import Rule, fixed
+from tdpass.training.rules import Rule
 from tdpass.training.schedules import ScheduleSpec
+from tdpass.training.searches import Searches
 from tdpass.training.terms import Term
 from tdpass.verbs import compress, make_plan
 
@@ -44,7 +45,7 @@ class AdmmTT(Factored):
     allows the weights that `tucker2` does; four split the channels as well, as published.
 
     With `start` and calibration data the weights begin as the post-training path leaves them, in the format and fitted to the data,
-    so that the rounds go on from its accuracy.
+    so that the rounds go on from its accuracy; formats that search (`cp`, `block_term`, `tensor_ring`) are searched from these factors.
     """
 
     name = "admm-tt"
@@ -60,8 +61,8 @@ class AdmmTT(Factored):
     decoupled: bool = False
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
-    constraints: dict[str, Constraint] = field(default_factory=dict, init=False)
-    fitted: dict[str, Tensor] = field(default_factory=dict, init=False)
+    searches: Searches = field(init=False)
+    fitted: dict[str, Layer] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         FORMATS.get(self.format)
@@ -76,12 +77,18 @@ class AdmmTT(Factored):
     @torch.no_grad()
     def choose(self, model: nn.Module) -> None:
         if self.budget is not None:
-            self.constraints = self.rank_budget(self.budget, cuts=self.cuts).divide(self.weights_of(model))
+            constraints: Mapping[str, Constraint] = self.rank_budget(self.budget, cuts=self.cuts).divide(self.weights_of(model))
         else:
             ranks = self._by_glob(self.ranks or {}) if self.start is None else self._by_plan(model, self.start)
-            self.constraints = {name: InFormat(self.sites[name], *found) for name, found in ranks.items()}
-        if not any(isinstance(bound, InFormat) for bound in self.constraints.values()):
+            weights = self.weights_of(model)
+            constraints = {name: self._bound(name, *found).near(weights[name]) for name, found in ranks.items()}
+        self.searches = Searches({name: bound for name, bound in constraints.items() if isinstance(bound, InFormat)})
+        if not self.searches.constraints:
             raise UsageError(f"no site gets ranks; the sites are: {', '.join(self.sites)}")
+
+    def _bound(self, name: str, form: str, rank: Rank) -> InFormat:
+        fitted = self.fitted.get(name)
+        return InFormat(self.sites[name], form, rank, None if fitted is None else dict(fitted.factors))
 
     def _by_plan(self, model: nn.Module, start: RankPlan | Mapping[str, BudgetValue]) -> dict[str, tuple[str, Rank]]:
         plan = start if isinstance(start, RankPlan) else self._planned(model, start)
@@ -90,7 +97,7 @@ class AdmmTT(Factored):
             made = compress(model, data=self.calibration, plan=plan, pipeline=ON_DATA, example_inputs=self.example).model
             assert isinstance(made, nn.Module)
             modules = dict(made.named_modules())
-            self.fitted = {choice.site: modules[choice.site].weight.detach() for choice in chosen}
+            self.fitted = {choice.site: modules[choice.site].layer() for choice in chosen}
         return {choice.site: (choice.format, choice.rank) for choice in chosen}
 
     def _planned(self, model: nn.Module, budget: Mapping[str, BudgetValue]) -> RankPlan:
@@ -109,11 +116,11 @@ class AdmmTT(Factored):
         return found
 
     def rule(self) -> Rule:
-        return fixed({name: bound for name, bound in self.constraints.items() if isinstance(bound, InFormat)})
+        return self.searches.rule
 
     @torch.no_grad()
     def _begin(self) -> list[Term]:
-        for name, value in self.fitted.items():
+        for name, layer in self.fitted.items():
             weight = self.weights[name]
-            weight.copy_(placed_like(value.to(weight.device, weight.dtype), weight))
-        return super()._begin()
+            weight.copy_(placed_like(layer.reconstruct().to(weight.device, weight.dtype), weight))
+        return [*super()._begin(), self.searches]

@@ -58,9 +58,12 @@ class Factored(Method):
     @torch.no_grad()
     def close(self, model: nn.Module) -> Artifact:
         weights = self.whole_weights()
-        plan = self.plan(weights, self.rule()(1.0, weights))
+        constraints = self.rule()(1.0, weights)
+        plan = self.plan(weights, constraints)
+        found = {name: bound.factors(weights[name]) for name, bound in constraints.items() if isinstance(bound, InFormat) and bound.searched}
         steps = WEIGHTS_ALONE if self.calibration is None else ON_DATA
-        return compress(self.template.filled(model), data=self.calibration, plan=plan, pipeline=steps, example_inputs=self.example, cache=False)
+        trained = self.template.filled(model)
+        return compress(trained, data=self.calibration, plan=plan, start=found, pipeline=steps, example_inputs=self.example, cache=False)
 
     def plan(self, weights: Mapping[str, Tensor], constraints: Mapping[str, Constraint]) -> RankPlan:
         """The plan that factors each weight as its constraint says."""

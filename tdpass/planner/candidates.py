@@ -47,13 +47,13 @@ def dense_candidate(site: Site) -> Candidate:
 
 
 class SiteFits:
-    """All formats of one site, decomposed on demand in one metric."""
+    """All formats of one site, decomposed on demand in one metric; with `start` its factors go on from these."""
 
-    def __init__(self, site: Site, weight: Tensor, bias: Tensor | None, metric: Metric) -> None:
+    def __init__(self, site: Site, weight: Tensor, bias: Tensor | None, metric: Metric, start: Factors | None = None) -> None:
         self.site, self.metric = site, metric
         self.weight = weight.double()
         self.dtype = weight.dtype
-        self.bias = bias
+        self.bias, self.start = bias, start
         self._decompositions: dict[str, Decomposition] = {}
         self._factors: dict[tuple[str, Rank], Factors] = {}
 
@@ -68,7 +68,10 @@ class SiteFits:
         key = (format_name, rank)
         if key in self._factors:
             return self._factors[key]
-        factors = self.decomposition(format_name).factors(rank)
+        if self.start is None:
+            factors = self.decomposition(format_name).factors(rank)
+        else:
+            factors = FORMATS.get(format_name).refine(self.weight, self.site, rank, self.start, self.metric)
         if self.site.weights <= _KEPT_WEIGHTS:
             self._factors[key] = factors
         return factors

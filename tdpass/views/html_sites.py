@@ -9,7 +9,7 @@ from tdpass.cost import Cost
 from tdpass.planner.rank_plan import DENSE
 from tdpass.report import SiteRow
 from tdpass.views.html import Html, column, join, spaced, table, tag
-from tdpass.views.summary import FormatTotal, timed
+from tdpass.views.summary import FormatTotal, losses_known, timed
 from tdpass.views.units import dims, human, ranks, ratio, seconds, small
 
 MEASURES = {"macs": "MACs", "params": "Parameters"}
@@ -59,15 +59,15 @@ def site_table(rows: Sequence[SiteRow], colour: Mapping[str, str]) -> Html:
         column("Ratio", number=True),
         *((column("Time", number=True), column("Predicted", number=True)) if timed(rows) else ()),
         column("Error", number=True),
-        column("Loss", number=True),
+        *((column("Loss", number=True),) if losses_known(rows) else ()),
         column("Reason"),
     ]
     longest = {name: max((max(row.before.get(name), row.after.get(name)) for row in rows), default=0) for name in MEASURES}
     prefix = common_prefix([row.site for row in rows])
-    return table(headers, [_row(row, colour, longest, prefix, timed(rows)) for row in rows], "Sites", id="sites-table")
+    return table(headers, [_row(row, colour, longest, prefix, timed(rows), losses_known(rows)) for row in rows], "Sites", id="sites-table")
 
 
-def _row(row: SiteRow, colour: Mapping[str, str], longest: Mapping[str, float], prefix: str, with_time: bool) -> Html:
+def _row(row: SiteRow, colour: Mapping[str, str], longest: Mapping[str, float], prefix: str, with_time: bool, with_loss: bool) -> Html:
     dense = row.format == DENSE
     bars = [_bar(row, name, colour[row.format], longest[name]) for name in MEASURES]
     bound = tag("span", row.guarantee.replace("<=", "≤"), class_="below") if row.guarantee else None
@@ -79,7 +79,7 @@ def _row(row: SiteRow, colour: Mapping[str, str], longest: Mapping[str, float], 
         *_amounts(row.before, row.after, dense),
         *(_times(row, dense) if with_time else ()),
         tag("td", "" if dense else small(row.error), bound, class_="number", data_key=0 if dense else row.error),
-        tag("td", "" if dense else small(row.loss), class_="number", data_key=0 if dense else row.loss),
+        *((tag("td", "" if dense else small(row.loss), class_="number", data_key=0 if dense else row.loss),) if with_loss else ()),
         tag("td", row.note, class_="why", data_key=row.note),
         class_="kept" if dense else None,
     )

@@ -107,6 +107,11 @@ def stored(report: Report, times: str = "x") -> str:
     return f"{shown}; {human(size.plain_bytes, 'B')} not packed" if size.plain_bytes else shown
 
 
+def losses_known(rows: Sequence[SiteRow]) -> bool:
+    """Whether the plan went by what the network's outputs lose; one that went by weights alone has no losses to show."""
+    return any(row.loss for row in rows)
+
+
 def timed(rows: Sequence[SiteRow]) -> bool:
     """Whether the sites were timed on a target."""
     return any(row.before.seconds > 0 for row in rows)

@@ -58,6 +58,8 @@ EXAMPLES: dict[str, list[tuple[Constraint, tuple[int, ...]]]] = {
         (InFormat(LINEAR, "tensor_train", (6,)), LINEAR.shape),
         (InFormat(LINEAR, "tensor_train", (3, 5)), LINEAR.shape),
         (InFormat(LINEAR, "tensor_ring", (2, 2, 2, 2)), LINEAR.shape),
+        *((InFormat(CONV, form, rank).near(weight_of(CONV.shape)), CONV.shape) for form, rank in {"cp": (6,), "block_term": (2, 3, 3)}.items()),
+        (InFormat(LINEAR, "tensor_ring", (2, 2, 2, 2)).near(weight_of(LINEAR.shape)), LINEAR.shape),
     ],
     "sparse": [
         *((Sparse(count, group), CONV.shape) for group, count in {"weight": 100, "row": 5, "column": 30, "filter": 4, "channel": 3, "kernel": 25}.items()),

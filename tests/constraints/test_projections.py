@@ -194,6 +194,19 @@ def test_small_singular_values_are_not_lost() -> None:
     assert squared(weight, made) ** 0.5 < 1e-6
 
 
+@pytest.mark.parametrize(("name", "site", "rank"), [("cp", WIDE, (8,)), ("block_term", WIDE, (4, 2, 2)), ("tensor_ring", LINEAR, (3, 3, 3, 3))])
+def test_a_search_goes_on_from_where_it_starts(name: str, site: Site, rank: Rank) -> None:
+    form = FORMATS.get(name)
+    held = {key: normal(*shape, seed=len(key)).double() for key, shape in form.shapes(site, rank).items()}
+    allowed = form.reconstruct(held, site)
+    constraint = InFormat(site, name, rank, held)
+    assert squared(constraint.project(allowed), allowed) ** 0.5 <= 1e-6 * float(allowed.norm())
+    moved = allowed + 0.05 * allowed.norm() * normal(*site.shape, seed=4) / site.weights**0.5
+    assert squared(constraint.project(moved), moved) < squared(allowed, moved)
+    assert constraint.near(moved) is constraint
+    assert InFormat(site, name, rank).near(moved) == constraint
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(PlanError, match=r"svd does not fit site 'wide'.*tucker2"):
         InFormat(WIDE, "svd", (3,))

@@ -237,6 +237,21 @@ def test_the_metric_pays(name: str, site: Site, kind: str) -> None:
 
 @each_case
 @each_metric
+def test_refining_goes_on_from_the_factors_it_is_given(name: str, site: Site, kind: str) -> None:
+    form, rank, metric = FORMATS.get(name), some_ranks(name, site)[1], metric_of(site, kind)
+    held = {key: normal(*shape, seed=len(key)) for key, shape in form.shapes(site, rank).items()}
+    weight = form.reconstruct(held, site)
+    kept = form.refine(weight, site, rank, held, metric)
+    assert metric.relative_error(weight, form.reconstruct(kept, site)) < 1e-9
+    start = {key: factor + 0.03 * normal(*factor.shape, seed=9) for key, factor in held.items()}
+    before = metric.relative_error(weight, form.reconstruct(start, site))
+    found = form.refine(weight, site, rank, start, metric)
+    assert {key: factor.shape for key, factor in found.items()} == {key: factor.shape for key, factor in start.items()}
+    assert metric.relative_error(weight, form.reconstruct(found, site)) < 0.5 * before
+
+
+@each_case
+@each_metric
 def test_equal_inputs_give_equal_factors(name: str, site: Site, kind: str) -> None:
     rank = some_ranks(name, site)[1]
     again = FORMATS.get(name).factorize(weight_of(site), site, rank, metric_of(site, kind))

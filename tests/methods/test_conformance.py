@@ -203,7 +203,8 @@ def test_the_rounds_begin_where_the_planner_ended() -> None:
     data = torch.randn(64, 2, 8, 8, generator=torch.Generator().manual_seed(2))
     common: dict[str, Any] = {"calibration": data, "control": False, "example_inputs": data[:2], "settings": {"lr": 1e-9}}
     planned = tdpass.make_plan(network(), {"macs": 0.5}, data, pipeline="plan{joint=false}").plan
-    cases: list[dict[str, Any]] = [{"start": {"macs": 0.5}}, {"start": planned}, {"start": {"macs": 0.5}, "formats": ["tucker2", "svd"]}]
+    restricted = [{"start": {"macs": 0.5}, "formats": [form, "svd"]} for form in ("tucker2", "cp", "block_term")]
+    cases: list[dict[str, Any]] = [{"start": {"macs": 0.5}}, {"start": planned}, *restricted]
     for options in cases:
         artifact = tdpass.train(network(), batches(), {"admm-tt": {**options, "rounds": 1}}, **common)
         (row,) = artifact.report.training
@@ -214,6 +215,15 @@ def test_the_rounds_begin_where_the_planner_ended() -> None:
         METHODS.get("admm-tt")(budget={"macs": 0.5}, formats=["svd"])
     with pytest.raises(UsageError, match="cuts=4 are for tensor trains"):
         METHODS.get("admm-tt")(budget={"macs": 0.5}, format="tucker2", cuts=4)
+
+
+@pytest.mark.parametrize("ranks", [{"conv2": {"cp": [9]}}, {"conv2": {"block_term": [2, 4, 4]}}, {"fc": {"tensor_ring": [3, 3, 3, 3]}}])
+def test_what_a_search_found_while_training_is_what_comes_out(ranks: dict[str, Any]) -> None:
+    model = network()
+    method, artifact = own_loop("admm-tt", {"ranks": ranks, "rounds": ROUNDS, "rho": 20.0, "decoupled": True}, model)
+    for site in ranks:
+        trained, made = (dict(net.named_modules())[site].weight.detach() for net in (model, artifact.model))
+        assert float((trained - made).norm() / trained.norm()) <= 2 * method.residuals()[site] + 1e-3
 
 
 def test_cuts_split_the_channels_of_tensor_trains() -> None:
