@@ -11,6 +11,7 @@ layers that are not zero, `weight_data` their bits without positions (as the lit
 from __future__ import annotations
 
 import argparse
+import hashlib
 import resource
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,7 +85,8 @@ def main() -> None:
     for seed in options.seeds:
         recipe = Recipe.load(options.recipe).with_options(options.set).seeded(seed)
         name = Path(options.recipe).stem
-        folder = options.folder / "-".join([name, *options.set, str(seed)]).replace("/", "_")
+        changes = hashlib.blake2b(" ".join(options.set).encode(), digest_size=6).hexdigest()
+        folder = options.folder / "-".join([name, *([changes] if options.set else []), str(seed)])
         artifact = recipe.run(folder, resume=True, log=lambda row: print(line(row), flush=True), note=print)
         table.add(recipe=name, changes=" ".join(options.set), seed=seed, **row_of(artifact, folder))
         print(show([table.rows[-1]], COLUMNS), flush=True)

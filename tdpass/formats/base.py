@@ -14,14 +14,12 @@ from torch import Tensor
 from tdpass.cost import Cost
 from tdpass.errors import PlanError
 from tdpass.formats.metric import Metric
-from tdpass.formats.multilinear import polish
 from tdpass.ops import Ops, TorchOps, V
 from tdpass.registry import Registry
 from tdpass.site import Kind, Site
 
 Rank = tuple[int, ...]
 Factors = dict[str, Tensor]
-_PASSES, _STALLED = 10, 0.98
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,10 @@ class Decomposition(ABC):
     @abstractmethod
     def factors(self, rank: Rank) -> Factors:
         """Factors at that rank, float64."""
+
+    def refined(self, rank: Rank, factors: Factors) -> Factors:
+        """Factors at that rank found from given ones, where finding them is a search."""
+        return self.factors(rank)
 
     def guarantee(self, rank: Rank) -> Guarantee | None:
         """The relative error in the metric it was decomposed in, where theory gives one."""
@@ -119,24 +121,13 @@ class Format(ABC):
         return self.decompose(weight.double(), site, metric or Metric()).factors(rank)
 
     def refine(self, weight: Tensor, site: Site, rank: Rank, factors: Factors, metric: Metric | None = None) -> Factors:
-        """Factors nearer to the weight than those given, by alternating conjugate gradients from them; the error never grows.
+        """`factorize` for a format that searches, which goes on from given factors: their error does not grow.
 
-        What `factorize` finds of a weight that has such factors may be another, poorer local optimum; this stays at the one at hand.
+        A search that begins anew may end in another, poorer local optimum, even for a weight that has such factors.
         """
-        names = tuple(factors)
-
-        def rebuild(state: Sequence[Tensor]) -> Tensor:
-            return self.reconstruct(dict(zip(names, state, strict=True)), site).flatten(1)
-
-        matrix, judge = weight.double().flatten(1), metric or Metric()
-        state = tuple(factors[name].to(weight.device, torch.float64) for name in names)
-        error, before = judge.square(matrix - rebuild(state)), math.inf
-        for _ in range(_PASSES):
-            if error >= _STALLED * before:
-                break
-            state = polish(matrix, state, rebuild, judge, range(len(names)), weight.numel() * max(rank))
-            error, before = judge.square(matrix - rebuild(state)), error
-        return {name: factor.contiguous() for name, factor in zip(names, state, strict=True)}
+        self.check_rank(site, rank)
+        given = {name: factor.to(weight.device, torch.float64) for name, factor in factors.items()}
+        return self.decompose(weight.double(), site, metric or Metric()).refined(rank, given)
 
     def check_rank(self, site: Site, rank: Rank) -> None:
         """Raise `PlanError` unless `rank` has the right length and is within the site's limits."""

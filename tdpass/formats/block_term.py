@@ -17,7 +17,7 @@ from tdpass.formats.alternating import State, alternate, normalized, solve_gram,
 from tdpass.formats.base import Decomposition, Factors, Format, Rank, Stage, pointwise, register_format, scaled_ranks
 from tdpass.formats.blocks import LAYOUTS
 from tdpass.formats.metric import Metric
-from tdpass.formats.multilinear import Modes, Whitening, improve_left, nearest, polish, share_norm
+from tdpass.formats.multilinear import Modes, Whitening, improve_left, nearest, polish, polished, share_norm
 from tdpass.formats.spectrum import top_eigenpairs
 from tdpass.ops import Ops, V
 from tdpass.site import Site
@@ -35,8 +35,22 @@ class _Blocks(Decomposition):
         self.fits = [_Als(Whitening.of(each, self.modes), weight) for each in metrics]
 
     def factors(self, rank: Rank) -> Factors:
-        states = [fit.state(rank) for fit in self.fits]
-        last, core, first = share_norm(*(states[0] if self.metric.plain else self._in_metric(states)))
+        states = [fit.state(fit.start(rank)) for fit in self.fits]
+        return self._stored(rank, states[0] if self.metric.plain else self._in_metric(states))
+
+    def refined(self, rank: Rank, factors: Factors) -> Factors:
+        core = self.layout.unpack(factors["core"], self.modes.shape[1], self.layout.rank(factors))
+        given = (factors["last"].flatten(1), core, factors["first"].flatten(1))
+        if self.metric.plain:
+            return self._stored(rank, self.fits[0].state(given))
+
+        def rebuild(state: State) -> Tensor:
+            return _unfolded(self.modes, state)
+
+        return self._stored(rank, polished(self.matrix, given, rebuild, self.metric, self.matrix.numel() * rank[0] * rank[1]))
+
+    def _stored(self, rank: Rank, found: State) -> Factors:
+        last, core, first = share_norm(*found)
         stored, shapes = {"first": first, "core": self.layout.pack(core), "last": last}, self.layout.shapes(self.site, rank)
         return {name: factor.reshape(shapes[name]).contiguous() for name, factor in stored.items()}
 
@@ -67,13 +81,15 @@ class _Als:
         twin.unfolded = twin.tensor.flatten(1)
         return twin
 
-    def state(self, rank: Rank) -> State:
-        """Whitened `last[o, (b s)], core[b, s, p, r], first[(b r), i]`."""
-        macs, norm = 2 * self.tensor.numel() * rank[0] * rank[1], self.energy**0.5
-        single = self.single if suits_single(macs, norm) else None
-        start = (single or self).start(rank)
-        last, core, first = alternate(start, self.sweep, norm, macs, None if single is None else single.sweep)
+    def state(self, start: State) -> State:
+        """Whitened `last[o, (b s)], core[b, s, p, r], first[(b r), i]`, searched from such."""
+        macs, norm = self._macs(start[0].shape[1]), self.energy**0.5
+        single = self.single.sweep if suits_single(macs, norm) else None
+        last, core, first = alternate(start, self.sweep, norm, macs, single)
         return improve_left(self.unfolded, last, _times_first(core, first).flatten(1), Metric()), core, first
+
+    def _macs(self, width: int) -> int:
+        return 2 * self.tensor.numel() * width
 
     def undo(self, state: State) -> State:
         """The factors without the whitening."""
@@ -90,6 +106,8 @@ class _Als:
     def start(self, rank: Rank) -> State:
         """Tucker-2 blocks taken off one after another, inside the subspaces that hold most of the tensor."""
         b, s, r = rank
+        if self.tensor.dtype != torch.float32 and suits_single(self._macs(b * s), self.energy**0.5):
+            return self.single.start(rank)
         u, v = self.bases[0][:, : b * s], self.bases[1][:, : b * r]
         rest = _left(u.T, self.tensor @ v)
         lasts, cores, firsts = [], [], []

@@ -14,7 +14,7 @@ from tdpass.formats.alternating import State
 from tdpass.formats.base import Decomposition, Factors, Format, Rank, Stage, no_padding, pointwise, rank_grid, register_format, unit
 from tdpass.formats.cp_fit import CpFit, khatri_rao
 from tdpass.formats.metric import Metric
-from tdpass.formats.multilinear import Modes, Whitening, improve_left, nearest, polish
+from tdpass.formats.multilinear import Modes, Whitening, improve_left, nearest, polish, polished
 from tdpass.ops import Ops, V
 from tdpass.site import Site
 
@@ -57,9 +57,18 @@ class _Components(Decomposition):
         self.fits = [CpFit(whitening, whitening.tensor(weight)) for whitening in (Whitening.of(each, modes) for each in metrics)]
 
     def factors(self, rank: Rank) -> Factors:
+        states = [fit.state(fit.first(*rank)) for fit in self.fits]
+        return self._stored(rank, states[0] if self.metric.plain else self._in_metric(states))
+
+    def refined(self, rank: Rank, factors: Factors) -> Factors:
+        kernels = [factors[stage.name].reshape(-1, stage.size).T for stage in _stages(self.site)]
+        given = (factors["a"].flatten(1), factors["b"].flatten(1).T, *kernels)
+        if self.metric.plain:
+            return self._stored(rank, self.fits[0].state(given))
+        return self._stored(rank, polished(self.matrix, given, _unfolded, self.metric, self.matrix.numel() * rank[0]))
+
+    def _stored(self, rank: Rank, found: State) -> Factors:
         (r,) = rank
-        states = [fit.state(r) for fit in self.fits]
-        found = states[0] if self.metric.plain else self._in_metric(states)
         a, b, *kernels = _balanced(found)
         ones = unit(len(self.site.kernel))
         stored = {"b": b.T.reshape(r, self.site.i, *ones), "a": a.reshape(self.site.o, r, *ones)}

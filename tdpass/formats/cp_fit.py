@@ -53,11 +53,16 @@ class CpFit:
         chosen = torch.tensor(places)[order]
         return (left[:, order], right[:, order], *(basis[:, chosen[:, axis]] for axis, basis in enumerate(bases)))
 
-    def state(self, rank: int) -> State:
-        """Whitened factors `a[o, r], b[i, r], c[h, r], ...`."""
+    def first(self, rank: int) -> State:
+        """Where a search at that rank begins."""
+        return tuple(factor[:, :rank] for factor in self.start)
+
+    def state(self, start: State) -> State:
+        """Whitened factors `a[o, r], b[i, r], c[h, r], ...`, searched from such."""
+        rank = start[0].shape[1]
         macs, norm = 2 * self.slices.numel() * rank, self.energy**0.5
         single = self.single.sweep if suits_single(macs, norm) else None
-        a, b, *kernels = alternate(tuple(factor[:, :rank] for factor in self.start), self.sweep, norm, macs, single)
+        a, b, *kernels = alternate(start, self.sweep, norm, macs, single)
         gram, wanted = b.T @ b * _gram(kernels), _combined(self._seen(b), khatri_rao(kernels))
         return (a + solve_gram(gram, (wanted - a @ gram).T).T, b, *kernels)
 

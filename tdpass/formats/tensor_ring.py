@@ -12,7 +12,7 @@ from torch import Tensor
 from tdpass.formats.alternating import State, alternate, solve_gram
 from tdpass.formats.base import Decomposition, Factors, Format, Rank, rank_grid, register_format
 from tdpass.formats.metric import Metric
-from tdpass.formats.multilinear import Modes, Whitening, balanced_factors, left_vectors, nearest, polish, share_norm
+from tdpass.formats.multilinear import Modes, Whitening, balanced_factors, left_vectors, nearest, polish, polished, share_norm
 from tdpass.ops import Ops, V
 from tdpass.site import Site
 
@@ -24,7 +24,7 @@ class _Ring(Decomposition):
         self.fits = [_Als(Whitening.of(each, self.modes), weight) for each in metrics]
 
     def factors(self, rank: Rank) -> Factors:
-        rings = [fit.cores(rank) for fit in self.fits]
+        rings = [fit.cores(fit.start(rank)) for fit in self.fits]
         if self.metric.plain:
             return _packed(rings[0])
         undone = [fit.undo(ring) for fit, ring in zip(self.fits, rings, strict=True)]
@@ -38,6 +38,17 @@ class _Ring(Decomposition):
         return _packed(fit.undo(polish(self.matrix, rings[best], rebuild, self.metric, (3, 2, 1, 0), macs)))
 
 
+    def refined(self, rank: Rank, factors: Factors) -> Factors:
+        given = _unpacked(factors)
+        if self.metric.plain:
+            return _packed(self.fits[0].cores(given))
+
+        def rebuild(ring: State) -> Tensor:
+            return self.modes.matrix(_contract(ring))
+
+        return _packed(polished(self.matrix, given, rebuild, self.metric, self.matrix.numel() * rank[0] * rank[2]))
+
+
 class _Als:
     """Alternating least squares for a whitened weight `X[(i1 i2), (o1 o2)]`, over the input's two cores and then the output's."""
 
@@ -48,9 +59,10 @@ class _Als:
         self.matrix = tensor.flatten(2).flatten(0, 1)
         self.energy = float(tensor.square().sum())
 
-    def cores(self, rank: Rank) -> State:
-        """Whitened cores `[r, n, s]`."""
-        return alternate(self.start(rank), self.sweep, self.energy**0.5, 2 * self.matrix.numel() * rank[0] * rank[2])
+    def cores(self, start: State) -> State:
+        """Whitened cores `[r, n, s]`, searched from such."""
+        bonds = start[0].shape[0] * start[2].shape[0]
+        return alternate(start, self.sweep, self.energy**0.5, 2 * self.matrix.numel() * bonds)
 
     def start(self, rank: Rank) -> State:
         """TR-SVD from the cut between input and output, whose `r0 r2` terms close the ring, to the cut inside each half."""
@@ -116,9 +128,7 @@ class TensorRing(Format):
         return _per_position(site, rank) * site.out_positions
 
     def reconstruct(self, factors: Factors, site: Site) -> Tensor:
-        g1, g2, g3, g4 = (factors[f"g{k}"] for k in (1, 2, 3, 4))
-        cores = g1.transpose(1, 2), g2.permute(1, 2, 0), g3.permute(2, 0, 1), g4.permute(2, 0, 1)
-        return _modes(site).matrix(_contract(cores)).reshape(site.shape)
+        return _modes(site).matrix(_contract(_unpacked(factors))).reshape(site.shape)
 
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
         i1, i2, o1, o2 = _modes(site).shape
@@ -148,6 +158,11 @@ def _packed(cores: State) -> Factors:
     g1, g2, g3, g4 = share_norm(*cores)
     stored = {"g1": g1.transpose(1, 2), "g2": g2.permute(2, 0, 1), "g3": g3.permute(1, 2, 0), "g4": g4.permute(1, 2, 0)}
     return {name: core.contiguous() for name, core in stored.items()}
+
+
+def _unpacked(factors: Factors) -> State:
+    g1, g2, g3, g4 = (factors[f"g{k}"] for k in (1, 2, 3, 4))
+    return g1.transpose(1, 2), g2.permute(1, 2, 0), g3.permute(2, 0, 1), g4.permute(2, 0, 1)
 
 
 def _pair(first: Tensor, second: Tensor) -> Tensor:
