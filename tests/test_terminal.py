@@ -14,7 +14,7 @@ from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.report import CurvePoint, PassRow, Report, SiteRow, TrainingRow
 from tdpass.site import Site
 from tdpass.terminal import InspectRow, geometry, inspect_table, report_view, site_table
-from tdpass.views import summary
+from tdpass.views import html_sites, summary
 from tdpass.views.tables import Column, fitting, to_text, width_of, write
 from tdpass.views.training import courses, scores, stages, starts
 from tdpass.views.units import human, plain, ratio, seconds, small
@@ -111,6 +111,14 @@ def test_equal_reasons_are_said_once() -> None:
     rows = [SiteRow(f"s{n}", (4, 4), "dense", (), cost(16), cost(16), 0.0, 0.0, note="too small") for n in range(20)]
     text = to_text(site_table(rows, 44), 44)
     assert "s0, s1, s2, s3 and 16 more: too small" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(("loss", "shown"), [(0.0, False), (0.002, True)])
+def test_losses_that_nobody_measured_are_not_shown_as_zero(loss: float, shown: bool) -> None:
+    row = SiteRow("fc", (8, 8), "svd", (2,), cost(64), cost(32), 0.1, loss)
+    for width in (None, 100, 60):
+        assert ("Loss" in to_text(site_table([row], width), width)) is shown
+    assert ("Loss" in str(html_sites.site_table([row], {"svd": "c0"}))) is shown
 
 
 def test_inspect_table_marks_unknown_multiply_adds() -> None:

@@ -151,6 +151,21 @@ def test_plans_that_do_not_fit_are_refused(residual: nn.Module, encoder: nn.Modu
         tdpass.compress(residual, data=images, pipeline="factorize")
 
 
+def test_a_fit_goes_on_from_factors_that_fit_the_plan(residual: nn.Module, images: Tensor) -> None:
+    planned = tdpass.make_plan(residual, {"params": 0.5}, images, formats=["cp"]).plan
+    once = tdpass.compress(residual, data=images, plan=planned, pipeline="factorize")
+    start = {name: dict(layer.factors) for name in (c.site for c in planned if not c.kept_dense) if (layer := once.opened.layer(name)) is not None}
+    assert start
+    again = tdpass.compress(residual, data=images, plan=planned, start=start, pipeline="factorize")
+    before, after = (tdpass.verify(residual, artifact.model, images)["divergence"] for artifact in (once, again))
+    assert after <= 1.05 * before
+    site = next(iter(start))
+    with pytest.raises(PlanError, match=f"start has factors .* for site '{site}', the plan has"):
+        tdpass.compress(residual, data=images, plan=planned, start={site: {"a": torch.zeros(3)}})
+    with pytest.raises(PlanError, match=r"start has factors .* for site 'nowhere', the plan has none"):
+        tdpass.compress(residual, data=images, plan=planned, start={"nowhere": start[site]})
+
+
 def test_damage_in_a_plan_file_is_found(residual: nn.Module, images: Tensor) -> None:
     plan = tdpass.make_plan(residual, {"macs": 0.5}, images).plan
     changed = next(choice for choice in plan if not choice.kept_dense)
