@@ -11,10 +11,10 @@ State = tuple[Tensor, ...]
 Sweep = Callable[[State], tuple[State, float]]
 WORK = 3 * 10**9
 _RIDGES = {torch.float64: (1e-11, 1e-9, 1e-7, 1e-4), torch.float32: (3e-6, 1e-5, 1e-4, 1e-3)}
-_STALLED = 1e-4
 _EXACT = 1e-6
 _ROUGH = 0.05
-_SWEEPS = (6, 40)
+_FEWEST = 6
+_ANEW, _GOING_ON = (40, 1e-4), (20, 3e-4)  # most sweeps, and the gain below which they end
 _SINGLE_FROM = 2 * 10**7
 _RANGE = (1e-12, 1e12)
 
@@ -24,27 +24,28 @@ def suits_single(macs: int, norm: float) -> bool:
     return macs > _SINGLE_FROM and _RANGE[0] < norm < _RANGE[1]
 
 
-def alternate(start: State, sweep: Sweep, norm: float, macs: int, single: Sweep | None = None) -> State:
+def alternate(start: State, sweep: Sweep, norm: float, macs: int, single: Sweep | None = None, going_on: bool = False) -> State:
     """Alternating least squares, each sweep started a step beyond the last (Nesterov with restarts, Mitchell et al. 2020).
 
     `sweep` returns the new state and its error.  A sweep that makes the error grow is dropped, so the error never does.  An
     error that is rounding beside `norm`, the tensor's, ends it: beyond that, factors would only grow against each other.
-    `macs` is what one sweep takes; large tensors get fewer sweeps.  The limit is on work, not on time, so that results repeat.
+    `macs` is what one sweep takes; large tensors get fewer sweeps, and so does a search that is `going_on` from factors found before.
+    The limit is on work, not on time, so that results repeat.
     `single` is the sweep in single precision, at half the price: it goes first, and alone where the error it leaves is too
     large for rounding to matter.
     """
     if single is None:
-        return _alternate(start, sweep, norm, macs)[0]
-    found, error = _alternate(tuple(factor.float() for factor in start), single, norm, macs)
+        return _alternate(start, sweep, norm, macs, going_on)[0]
+    found, error = _alternate(tuple(factor.float() for factor in start), single, norm, macs, going_on)
     state = tuple(factor.double() for factor in found)
-    return state if error > _ROUGH * norm else _alternate(state, sweep, norm, macs)[0]
+    return state if error > _ROUGH * norm else _alternate(state, sweep, norm, macs, going_on)[0]
 
 
-def _alternate(start: State, sweep: Sweep, norm: float, macs: int) -> tuple[State, float]:
-    fewest, most = _SWEEPS
+def _alternate(start: State, sweep: Sweep, norm: float, macs: int, going_on: bool) -> tuple[State, float]:
+    most, least_gain = _GOING_ON if going_on else _ANEW
     (best, error), step = sweep(start), 0.5
     ahead = best
-    for _ in range(max(fewest, min(most, WORK // macs)) - 1):
+    for _ in range(max(_FEWEST, min(most, WORK // macs)) - 1):
         if error <= _EXACT * norm:
             break
         state, reached = sweep(ahead)
@@ -53,7 +54,7 @@ def _alternate(start: State, sweep: Sweep, norm: float, macs: int) -> tuple[Stat
                 break
             ahead, step = best, step / 2
             continue
-        stalled = error - reached <= _STALLED * error
+        stalled = error - reached <= least_gain * error
         ahead = tuple(new + step * (new - old) for new, old in zip(state, best, strict=True))
         best, error, step = state, reached, min(2.0, step * 1.1)
         if stalled:

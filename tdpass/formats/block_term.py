@@ -42,7 +42,7 @@ class _Blocks(Decomposition):
         core = self.layout.unpack(factors["core"], self.modes.shape[1], self.layout.rank(factors))
         given = (factors["last"].flatten(1), core, factors["first"].flatten(1))
         if self.metric.plain:
-            return self._stored(rank, self.fits[0].state(given))
+            return self._stored(rank, self.fits[0].state(given, going_on=True))
 
         def rebuild(state: State) -> Tensor:
             return _unfolded(self.modes, state)
@@ -81,11 +81,11 @@ class _Als:
         twin.unfolded = twin.tensor.flatten(1)
         return twin
 
-    def state(self, start: State) -> State:
+    def state(self, start: State, going_on: bool = False) -> State:
         """Whitened `last[o, (b s)], core[b, s, p, r], first[(b r), i]`, searched from such."""
         macs, norm = self._macs(start[0].shape[1]), self.energy**0.5
         single = self.single.sweep if suits_single(macs, norm) else None
-        last, core, first = alternate(start, self.sweep, norm, macs, single)
+        last, core, first = alternate(start, self.sweep, norm, macs, single, going_on)
         return improve_left(self.unfolded, last, _times_first(core, first).flatten(1), Metric()), core, first
 
     def _macs(self, width: int) -> int:

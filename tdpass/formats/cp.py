@@ -64,7 +64,7 @@ class _Components(Decomposition):
         kernels = [factors[stage.name].reshape(-1, stage.size).T for stage in _stages(self.site)]
         given = (factors["a"].flatten(1), factors["b"].flatten(1).T, *kernels)
         if self.metric.plain:
-            return self._stored(rank, self.fits[0].state(given))
+            return self._stored(rank, self.fits[0].state(given, going_on=True))
         return self._stored(rank, polished(self.matrix, given, _unfolded, self.metric, self.matrix.numel() * rank[0]))
 
     def _stored(self, rank: Rank, found: State) -> Factors:

@@ -57,12 +57,12 @@ class CpFit:
         """Where a search at that rank begins."""
         return tuple(factor[:, :rank] for factor in self.start)
 
-    def state(self, start: State) -> State:
+    def state(self, start: State, going_on: bool = False) -> State:
         """Whitened factors `a[o, r], b[i, r], c[h, r], ...`, searched from such."""
         rank = start[0].shape[1]
         macs, norm = 2 * self.slices.numel() * rank, self.energy**0.5
         single = self.single.sweep if suits_single(macs, norm) else None
-        a, b, *kernels = alternate(start, self.sweep, norm, macs, single)
+        a, b, *kernels = alternate(start, self.sweep, norm, macs, single, going_on)
         gram, wanted = b.T @ b * _gram(kernels), _combined(self._seen(b), khatri_rao(kernels))
         return (a + solve_gram(gram, (wanted - a @ gram).T).T, b, *kernels)
 

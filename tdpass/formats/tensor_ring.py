@@ -41,7 +41,7 @@ class _Ring(Decomposition):
     def refined(self, rank: Rank, factors: Factors) -> Factors:
         given = _unpacked(factors)
         if self.metric.plain:
-            return _packed(self.fits[0].cores(given))
+            return _packed(self.fits[0].cores(given, going_on=True))
 
         def rebuild(ring: State) -> Tensor:
             return self.modes.matrix(_contract(ring))
@@ -59,10 +59,10 @@ class _Als:
         self.matrix = tensor.flatten(2).flatten(0, 1)
         self.energy = float(tensor.square().sum())
 
-    def cores(self, start: State) -> State:
+    def cores(self, start: State, going_on: bool = False) -> State:
         """Whitened cores `[r, n, s]`, searched from such."""
         bonds = start[0].shape[0] * start[2].shape[0]
-        return alternate(start, self.sweep, self.energy**0.5, 2 * self.matrix.numel() * bonds)
+        return alternate(start, self.sweep, self.energy**0.5, 2 * self.matrix.numel() * bonds, going_on=going_on)
 
     def start(self, rank: Rank) -> State:
         """TR-SVD from the cut between input and output, whose `r0 r2` terms close the ring, to the cut inside each half."""

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from tdpass.constraints.base import Constraint
 from tdpass.constraints.in_format import InFormat
+from tdpass.formats import Factors
 from tdpass.training.terms import State, Term
+
+
+@dataclass(frozen=True)
+class Found(InFormat):
+    """The set of `InFormat` for the one weight that `start` was searched for: these factors are its projection."""
+
+    def factors(self, weight: Tensor) -> Factors:
+        assert self.start is not None
+        return self.start
 
 
 class Searches(Term):
@@ -24,10 +34,13 @@ class Searches(Term):
         self.constraints = dict(constraints)
 
     def rule(self, progress: float, weights: Mapping[str, Tensor]) -> Mapping[str, Constraint]:
-        """The constraints, their searches begun for these whole weights."""
+        """The constraints, with what the searches find for these whole weights."""
+        found: dict[str, Constraint] = dict(self.constraints)
         for name, bound in self._searched().items():
-            self.constraints[name] = replace(bound, start=bound.factors(weights[name]))
-        return self.constraints
+            start = bound.factors(weights[name])
+            self.constraints[name] = replace(bound, start=start)
+            found[name] = Found(bound.site, bound.format, bound.rank, start)
+        return found
 
     def _searched(self) -> dict[str, InFormat]:
         return {name: bound for name, bound in self.constraints.items() if bound.searched}
