@@ -3,7 +3,7 @@
     TDPASS_DATA=... python -m benchmarks.bench_training_cost
 
 Plain steps and steps under ADMM run in turn, in one process, on the same batches; the median of their ratio says what a step
-costs more, and a projection of all layers is added to each epoch.  Rows go to results/training_cost.csv.
+costs more, and the projections of all layers in its rounds are added to each epoch.  Rows go to results/training_cost.csv.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,25 +31,41 @@ COLUMNS = (
     "step_admm_ms",
     "step_ratio",
     "projection_s",
+    "rounds_per_epoch",
     "steps_per_epoch",
     "epoch_plain_s",
     "epoch_admm_s",
     "epoch_ratio",
     "extra_mib",
 )
-CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batches], tuple[int, ...], dict[str, Any]]] = {
-    "lenet5": (mnist.lenet5, mnist.training, (2, 1, 28, 28), {"admm-nn": {"keep": 4500, "rho": 1e-3}}),
-    "resnet20": (cifar.resnet20, cifar.training, (2, 3, 32, 32), {"admm-tt": {"budget": {"macs": 0.5}, "format": "tucker2"}}),
-    "resnet32": (cifar.resnet32, cifar.training, (2, 3, 32, 32), {"batude": {"budget": {"macs": 0.5}}}),
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, its data, a method, and how many rounds its recipe has in an epoch."""
+
+    model: Callable[[], nn.Module]
+    data: Callable[[], Batches]
+    example: tuple[int, ...]
+    method: dict[str, Any]
+    rounds: int
+    calibration: Callable[[], torch.Tensor] | None = None
+
+
+CASES = {
+    "lenet5": Case(mnist.lenet5, mnist.training, (2, 1, 28, 28), {"admm-nn": {"keep": 4500, "rho": 1e-3}}, 48),
+    "resnet20": Case(cifar.resnet20, cifar.training, (2, 3, 32, 32), {"admm-tt": {"budget": {"macs": 0.5}, "format": "tucker2"}}, 8),
+    "resnet20_planned": Case(cifar.resnet20, cifar.training, (2, 3, 32, 32), {"admm-tt": {"start": {"params": 0.2}}}, 24, cifar.calibration),
+    "resnet32": Case(cifar.resnet32, cifar.training, (2, 3, 32, 32), {"batude": {"budget": {"macs": 0.5}}}, 8),
 }
 
 
 def measure(name: str, steps: int) -> dict[str, Any]:
     """One model with one method."""
-    build, data_of, example, spec = CASES[name]
-    model, data = build().train(), data_of()
-    method = make_method(spec)
-    method.prepare(model, torch.zeros(example))
+    case = CASES[name]
+    model, data = case.model().train(), case.data()
+    method = make_method(case.method)
+    method.prepare(model, torch.zeros(case.example), None if case.calibration is None else case.calibration())
     term = method.bind(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     batches = [batch for batch, _ in zip(data, range(8), strict=False)]
@@ -80,15 +97,16 @@ def measure(name: str, steps: int) -> dict[str, Any]:
             under.append(times[True])
     ratio = statistics.median(a / p for a, p in zip(under, plain, strict=True))
     step_plain, count = statistics.median(plain), len(data)
-    epoch_plain, epoch_admm = step_plain * count, step_plain * ratio * count + projection
+    epoch_plain, epoch_admm = step_plain * count, step_plain * ratio * count + case.rounds * projection
     held = sum(value.numel() * value.element_size() for value in term.state().values() if isinstance(value, torch.Tensor))
     return {
         "model": name,
-        "method": next(iter(spec)),
+        "method": next(iter(case.method)),
         "step_plain_ms": 1e3 * step_plain,
         "step_admm_ms": 1e3 * step_plain * ratio,
         "step_ratio": ratio,
         "projection_s": projection,
+        "rounds_per_epoch": case.rounds,
         "steps_per_epoch": count,
         "epoch_plain_s": epoch_plain,
         "epoch_admm_s": epoch_admm,

@@ -80,5 +80,8 @@ def largest(values: Tensor, count: int) -> Tensor:
     if count >= len(flat):
         return torch.ones_like(values, dtype=torch.bool)
     edge = flat.kthvalue(len(flat) - count + 1).values
+    kept = flat >= edge
+    if int(kept.sum()) == count:
+        return kept.reshape(values.shape)
     above, level = flat > edge, flat == edge
     return (above | (level & (level.cumsum(0) <= count - above.sum()))).reshape(values.shape)

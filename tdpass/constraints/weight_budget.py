@@ -52,7 +52,7 @@ class WeightBudget(Shared):
                 f"budget of {self.keep:,} weights is below the smallest reachable ({self.keep - room:,}, of which {stay:,} in layers that stay dense); "
                 "raise it, or lower the least that layers keep"
             )
-        scores = {name: self._scores(name, weight)[slice(*bounds[name])] for name, weight in free.items()}
+        scores = {name: self._scores(name, weight, min(self.keep, high))[low:] for name, weight in free.items() for low, high in [bounds[name]]}
         counts = _split(scores, room)
         return {name: Sparse(bounds[name][0] + counts[name], metric=self.metric.get(name)) if name in free else Anything() for name in weights}
 
@@ -63,16 +63,19 @@ class WeightBudget(Shared):
             raise UsageError(f"weight {name!r} is to keep at least {low} and at most {self.most.get(name)}; give 1 or more, and the least no larger")
         return min(max(1, low), high), high
 
-    def _scores(self, name: str, weight: Tensor) -> Tensor:
-        """Scores of one layer, descending, on the CPU."""
-        worth = checked(weight).abs()
+    def _scores(self, name: str, weight: Tensor, count: int) -> Tensor:
+        """The `count` largest scores of one layer, descending, on the CPU."""
+        worth = checked(weight).abs().reshape(-1)
         if name in self.metric:
-            worth = worth * self.metric[name].to(worth).sqrt()
-        size: Tensor = worth.reshape(-1).sort(descending=True).values.double().cpu()
+            worth = worth * self.metric[name].to(worth).reshape(-1).sqrt()
+        size: Tensor = worth.topk(count).values.double().cpu()
+        if self.score == "magnitude":
+            return size
+        if self.score == "relative":
+            return size / worth.double().square().mean().sqrt().cpu().clamp_min(1e-150)
+        # the sum runs from the largest down, so it needs none of the smaller ones
         squares = size.square()
-        if self.score == "lamp":
-            return squares / squares.cumsum(0).clamp_min(1e-300)
-        return size if self.score == "magnitude" else size / squares.mean().sqrt().clamp_min(1e-150)
+        return squares / squares.cumsum(0).clamp_min(1e-300)
 
 
 def _split(scores: Mapping[str, Tensor], count: int) -> dict[str, int]:
