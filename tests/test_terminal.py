@@ -118,7 +118,8 @@ def test_losses_that_nobody_measured_are_not_shown_as_zero(loss: float, shown: b
     row = SiteRow("fc", (8, 8), "svd", (2,), cost(64), cost(32), 0.1, loss)
     for width in (None, 100, 60):
         assert ("Loss" in to_text(site_table([row], width), width)) is shown
-    assert ("Loss" in str(html_sites.site_table([row], {"svd": "c0"}))) is shown
+    for page in (html_sites.site_table([row], {"svd": "c0"}), html_sites.format_table(summary.by_format([row]), {"svd": "c0"})):
+        assert ("Loss" in str(page)) is shown
 
 
 def test_inspect_table_marks_unknown_multiply_adds() -> None:

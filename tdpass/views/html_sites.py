@@ -164,15 +164,16 @@ def _stack(pieces: Sequence[tuple[str, str, object]], whole: float, label: str) 
 
 
 def format_table(totals: Sequence[FormatTotal], colour: Mapping[str, str]) -> Html:
-    """Sites, cost and loss per format; the legend of the colours."""
-    headers = [column("Format"), *(column(name, number=True) for name in ("Sites", "Before", "After", "Ratio", "Loss"))]
+    """Sites, cost and, where they are known, losses per format; the legend of the colours."""
+    with_loss = losses_known(totals)
+    headers = [column("Format"), *(column(name, number=True) for name in ("Sites", "Before", "After", "Ratio", *(("Loss",) if with_loss else ())))]
     rows = [
         tag(
             "tr",
             tag("th", chip(total.format, colour[total.format]), scope="row"),
             tag("td", f"{total.sites}", class_="number"),
             *_amounts(total.before, total.after, total.format == DENSE),
-            tag("td", "" if total.format == DENSE else small(total.loss), class_="number"),
+            *((tag("td", "" if total.format == DENSE else small(total.loss), class_="number"),) if with_loss else ()),
         )
         for total in totals
     ]

@@ -107,7 +107,7 @@ def stored(report: Report, times: str = "x") -> str:
     return f"{shown}; {human(size.plain_bytes, 'B')} not packed" if size.plain_bytes else shown
 
 
-def losses_known(rows: Sequence[SiteRow]) -> bool:
+def losses_known(rows: Sequence[SiteRow] | Sequence[FormatTotal]) -> bool:
     """Whether the plan went by what the network's outputs lose; one that went by weights alone has no losses to show."""
     return any(row.loss for row in rows)
 
