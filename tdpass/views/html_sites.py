@@ -50,6 +50,7 @@ def chip(name: str, colour: str) -> Html:
 
 def site_table(rows: Sequence[SiteRow], colour: Mapping[str, str]) -> Html:
     """One row per site, in the order of the network until the reader sorts it."""
+    with_time, with_loss = timed(rows), losses_known(rows)
     headers = [
         column("Site"),
         column("Format"),
@@ -57,14 +58,14 @@ def site_table(rows: Sequence[SiteRow], colour: Mapping[str, str]) -> Html:
         column("Before", number=True),
         column("After", number=True),
         column("Ratio", number=True),
-        *((column("Time", number=True), column("Predicted", number=True)) if timed(rows) else ()),
+        *((column("Time", number=True), column("Predicted", number=True)) if with_time else ()),
         column("Error", number=True),
-        *((column("Loss", number=True),) if losses_known(rows) else ()),
+        *((column("Loss", number=True),) if with_loss else ()),
         column("Reason"),
     ]
     longest = {name: max((max(row.before.get(name), row.after.get(name)) for row in rows), default=0) for name in MEASURES}
     prefix = common_prefix([row.site for row in rows])
-    return table(headers, [_row(row, colour, longest, prefix, timed(rows), losses_known(rows)) for row in rows], "Sites", id="sites-table")
+    return table(headers, [_row(row, colour, longest, prefix, with_time, with_loss) for row in rows], "Sites", id="sites-table")
 
 
 def _row(row: SiteRow, colour: Mapping[str, str], longest: Mapping[str, float], prefix: str, with_time: bool, with_loss: bool) -> Html:

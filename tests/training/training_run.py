@@ -15,7 +15,7 @@ from tdpass.training.batches import Batches
 
 METHODS = {
     "admm-tt": {"admm-tt": {"budget": {"params": 0.5}, "rounds": 4, "rho": {"geometric": {"start": 0.01, "end": 0.1}}}},
-    "searches": {"admm-tt": {"ranks": {"2": {"cp": [6]}, "0": {"block_term": [1, 4, 1]}}, "rounds": 4, "rho": 0.1}},
+    "searches": {"admm-tt": {"ranks": {"2": {"cp": [6]}}, "rounds": 4, "rho": 0.1}},
     "batude": {"batude": {"budget": {"macs": 0.5}, "rounds": 4, "rho": 0.05, "metric": "fisher"}},
     "admm-nn": {"admm-nn": {"keep": 700, "bits_per_weight": 3, "prune": 3, "retrain": 1, "quantize": 2, "fix": 2, "rho": 0.05}},
     "surgery": {"admm-nn": {"keep": 700, "bits_per_weight": 3, "prune": 4, "retrain": 2, "fix": 2, "quantize": 0, "metric": "fisher", "pruning": "surgery"}},
