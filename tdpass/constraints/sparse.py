@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdpass.constraints.base import Constraint, checked, register_constraint
+from tdpass.constraints.order import nth_largest
 from tdpass.constraints.support import Support
 from tdpass.errors import UsageError
 
@@ -44,7 +45,7 @@ class Sparse(Constraint):
             raise UsageError(f"block={self.block} of a sparse weight has a side below 1; give (rows, columns) such as (1, 16)")
 
     def project(self, weight: Tensor) -> Tensor:
-        return torch.where(self.mask(weight), weight.detach(), 0)  # a product would leave negative zeros
+        return (weight.detach() * self.mask(weight)).add_(0.0)  # the product alone would leave negative zeros
 
     def mask(self, weight: Tensor) -> Tensor:
         """Which weights the projection keeps, as booleans of the weight's shape."""
@@ -79,9 +80,9 @@ def largest(values: Tensor, count: int) -> Tensor:
     flat = values.reshape(-1)
     if count >= len(flat):
         return torch.ones_like(values, dtype=torch.bool)
-    edge = flat.kthvalue(len(flat) - count + 1).values
+    edge = nth_largest(flat, count)
     kept = flat >= edge
-    if int(kept.sum()) == count:
+    if int(kept.count_nonzero()) == count:
         return kept.reshape(values.shape)
     above, level = flat > edge, flat == edge
-    return (above | (level & (level.cumsum(0) <= count - above.sum()))).reshape(values.shape)
+    return (above | (level & (level.cumsum(0) <= count - above.count_nonzero()))).reshape(values.shape)

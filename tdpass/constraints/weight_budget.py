@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tdpass.constraints.anything import Anything
 from tdpass.constraints.base import Constraint, Shared, checked
+from tdpass.constraints.order import largest_first, nth_largest
 from tdpass.constraints.sparse import Sparse
 from tdpass.errors import BudgetError, PlanError, UsageError
 
@@ -68,13 +69,13 @@ class WeightBudget(Shared):
         worth = checked(weight).abs().reshape(-1)
         if name in self.metric:
             worth = worth * self.metric[name].to(worth).reshape(-1).sqrt()
-        size: Tensor = worth.topk(count).values.double().cpu()
+        sizes = largest_first(worth, count).cpu()
         if self.score == "magnitude":
-            return size
+            return sizes
         if self.score == "relative":
-            return size / worth.double().square().mean().sqrt().cpu().clamp_min(1e-150)
+            return sizes.double() / worth.double().square().mean().sqrt().cpu().clamp_min(1e-150)
         # the sum runs from the largest down, so it needs none of the smaller ones
-        squares = size.square()
+        squares = sizes.double().square()
         return squares / squares.cumsum(0).clamp_min(1e-300)
 
 
@@ -85,11 +86,11 @@ def _split(scores: Mapping[str, Tensor], count: int) -> dict[str, int]:
         return {name: len(values) for name, values in scores.items()}
     if count == 0:
         return dict.fromkeys(scores, 0)
-    edge = pool.kthvalue(len(pool) - count + 1).values
-    found = {name: int((values > edge).sum()) for name, values in scores.items()}
+    edge = nth_largest(pool, count)
+    found = {name: int((values > edge).count_nonzero()) for name, values in scores.items()}
     left = count - sum(found.values())
     for name, values in scores.items():
-        more = min(left, int((values == edge).sum()))
+        more = min(left, int((values == edge).count_nonzero()))
         found[name] += more
         left -= more
     return found

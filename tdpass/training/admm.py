@@ -19,12 +19,13 @@ from tdpass.training.terms import State, Term, rate_of
 
 @dataclass
 class Split:
-    """One weight W and one set it is drawn to: the copy Z in the set and the scaled dual U, laid out as W is."""
+    """One weight W and one set it is drawn to: the copy Z in the set, the scaled dual U, and the `goal` Z - U; laid out as W is."""
 
     name: str
     weight: nn.Parameter
     z: Tensor
     u: Tensor
+    goal: Tensor
     residual: float = float("nan")
     bound: bool = False
 
@@ -48,7 +49,12 @@ class Admm(Term):
         self.schedule = Constant(rho) if isinstance(rho, int | float) else rho
         self.decoupled = decoupled
         self.rho = self.schedule.value(0.0)
-        self.splits = [[Split(name, weight, weight.detach().clone(), torch.zeros_like(weight)) for name, weight in weights.items()] for _ in self.rules]
+        self.splits = [[self._split(name, weight) for name, weight in weights.items()] for _ in self.rules]
+
+    @staticmethod
+    def _split(name: str, weight: nn.Parameter) -> Split:
+        z = weight.detach().clone()
+        return Split(name, weight, z, u=torch.zeros_like(weight), goal=z)
 
     @torch.no_grad()
     def begin_round(self, progress: float) -> None:
@@ -59,6 +65,12 @@ class Admm(Term):
         self.rho = rho
         for rule, splits in zip(self.rules, self.splits, strict=True):
             self._project(rule, splits, progress)
+        self._aim()
+
+    def _aim(self) -> None:
+        """Work out Z - U once for all steps of a round."""
+        for split in self._active():
+            split.goal = split.z - split.u
 
     def _project(self, rule: Rule, splits: Sequence[Split], progress: float) -> None:
         found = projections(rule, progress, {split.name: whole(split.weight.detach() + split.u) for split in splits})
@@ -79,7 +91,7 @@ class Admm(Term):
             return
         for split in self._active():
             if split.weight.grad is not None:
-                split.weight.grad.add_(split.weight - split.z + split.u, alpha=self.rho)
+                split.weight.grad.add_(split.weight - split.goal, alpha=self.rho)
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
@@ -87,7 +99,7 @@ class Admm(Term):
             return
         for split in self._active():
             pull = self.rho * rate_of(optimizer, split.weight)
-            split.weight.add_(split.z - split.u - split.weight, alpha=pull / (1 + pull))
+            split.weight.lerp_(split.goal, pull / (1 + pull))
 
     def residuals(self) -> Mapping[str, float]:
         found: dict[str, float] = {}
@@ -111,3 +123,4 @@ class Admm(Term):
                 split.z = state[f"z.{index}.{split.name}"]
                 split.u = state[f"u.{index}.{split.name}"]
                 split.bound, split.residual = bool(state[f"bound.{index}.{split.name}"]), float(state[f"residual.{index}.{split.name}"])
+        self._aim()
