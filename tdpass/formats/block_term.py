@@ -17,7 +17,8 @@ from tdpass.formats.alternating import State, alternate, normalized, solve_gram,
 from tdpass.formats.base import Decomposition, Factors, Format, Rank, Stage, pointwise, register_format, scaled_ranks
 from tdpass.formats.blocks import LAYOUTS
 from tdpass.formats.metric import Metric
-from tdpass.formats.multilinear import Modes, Whitening, improve_left, nearest, polish, polished, share_norm
+from tdpass.formats.multilinear import Modes, Whitening, improve_left, share_norm
+from tdpass.formats.searched import Searched
 from tdpass.formats.spectrum import top_eigenpairs
 from tdpass.ops import Ops, V
 from tdpass.site import Site
@@ -26,42 +27,31 @@ _BLOCKS = (2, 4, 8)
 _CORE_PASSES = 2
 
 
-class _Blocks(Decomposition):
+class _Blocks(Searched):
     def __init__(self, weight: Tensor, site: Site, metric: Metric) -> None:
-        self.site, self.metric, self.matrix = site, metric, weight.flatten(1)
-        self.layout = LAYOUTS[site.kind]
+        self.site, self.layout = site, LAYOUTS[site.kind]
         self.modes = self.layout.modes(site)
-        metrics = [Metric()] if metric.plain else [Metric(), metric]
-        self.fits = [_Als(Whitening.of(each, self.modes), weight) for each in metrics]
+        super().__init__(weight, metric, self.modes, lambda whitening: _Als(whitening, weight))
 
-    def factors(self, rank: Rank) -> Factors:
-        states = [fit.state(fit.start(rank)) for fit in self.fits]
-        return self._stored(rank, states[0] if self.metric.plain else self._in_metric(states))
+    def unfolded(self, state: State) -> Tensor:
+        return _unfolded(self.modes, state)
 
-    def refined(self, rank: Rank, factors: Factors) -> Factors:
-        core = self.layout.unpack(factors["core"], self.modes.shape[1], self.layout.rank(factors))
-        given = (factors["last"].flatten(1), core, factors["first"].flatten(1))
-        if self.metric.plain:
-            return self._stored(rank, self.fits[0].state(given, going_on=True))
+    def macs(self, rank: Rank) -> int:
+        return self.matrix.numel() * rank[0] * rank[1]
 
-        def rebuild(state: State) -> Tensor:
-            return _unfolded(self.modes, state)
+    def order(self) -> Sequence[int]:
+        return (1, 2)
 
-        return self._stored(rank, polished(self.matrix, given, rebuild, self.metric, self.matrix.numel() * rank[0] * rank[1]))
+    def solved(self, state: State) -> State:
+        return (improve_left(self.matrix, state[0], _rows(self.modes, state), self.metric), *state[1:])
 
-    def _stored(self, rank: Rank, found: State) -> Factors:
-        last, core, first = share_norm(*found)
+    def stored(self, rank: Rank, state: State) -> Factors:
+        last, core, first = share_norm(*state)
         stored, shapes = {"first": first, "core": self.layout.pack(core), "last": last}, self.layout.shapes(self.site, rank)
         return {name: factor.reshape(shapes[name]).contiguous() for name, factor in stored.items()}
 
-    def _in_metric(self, states: Sequence[State]) -> State:
-        undone = [fit.undo(state) for fit, state in zip(self.fits, states, strict=True)]
-        best = nearest(self.matrix, [_unfolded(self.modes, state) for state in undone], self.metric)
-        fit = self.fits[best]
-        macs = self.matrix.numel() * states[best][0].shape[1]
-        state = polish(self.matrix, states[best], lambda state: _unfolded(self.modes, fit.undo(state)), self.metric, (1, 2), macs)
-        last, core, first = fit.undo(state)
-        return improve_left(self.matrix, last, _rows(self.modes, (last, core, first)), self.metric), core, first
+    def loaded(self, factors: Factors) -> State:
+        return _loaded(factors, self.site)
 
 
 class _Als:
@@ -81,8 +71,8 @@ class _Als:
         twin.unfolded = twin.tensor.flatten(1)
         return twin
 
-    def state(self, start: State, going_on: bool = False) -> State:
-        """Whitened `last[o, (b s)], core[b, s, p, r], first[(b r), i]`, searched from such."""
+    def search(self, start: State, going_on: bool = False) -> State:
+        """Whitened `last[o, (b s)], core[b, s, p, r], first[(b r), i]`, found from such."""
         macs, norm = self._macs(start[0].shape[1]), self.energy**0.5
         single = self.single.sweep if suits_single(macs, norm) else None
         last, core, first = alternate(start, self.sweep, norm, macs, single, going_on)
@@ -182,11 +172,7 @@ class BlockTerm(Format):
         return LAYOUTS[site.kind].macs(site, rank)
 
     def reconstruct(self, factors: Factors, site: Site) -> Tensor:
-        layout = LAYOUTS[site.kind]
-        modes = layout.modes(site)
-        core = layout.unpack(factors["core"], modes.shape[1], layout.rank(factors))
-        last, first = factors["last"].flatten(1), factors["first"].flatten(1)
-        return _unfolded(modes, (last, core, first)).reshape(site.shape)
+        return _unfolded(LAYOUTS[site.kind].modes(site), _loaded(factors, site)).reshape(site.shape)
 
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
         return LAYOUTS[site.kind].features(ops, x, f, site, rank)
@@ -229,6 +215,13 @@ def _tucker2(tensor: Tensor, s: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _left(matrix: Tensor, tensor: Tensor) -> Tensor:
     return (matrix @ tensor.flatten(1)).reshape(len(matrix), *tensor.shape[1:])
+
+
+def _loaded(factors: Factors, site: Site) -> State:
+    """`last[o, (b s)], core[b, s, p, r], first[(b r), i]`."""
+    layout = LAYOUTS[site.kind]
+    core = layout.unpack(factors["core"], layout.modes(site).shape[1], layout.rank(factors))
+    return factors["last"].flatten(1), core, factors["first"].flatten(1)
 
 
 def _rows(modes: Modes, state: State) -> Tensor:

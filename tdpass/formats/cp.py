@@ -14,7 +14,8 @@ from tdpass.formats.alternating import State
 from tdpass.formats.base import Decomposition, Factors, Format, Rank, Stage, no_padding, pointwise, rank_grid, register_format, unit
 from tdpass.formats.cp_fit import CpFit, khatri_rao
 from tdpass.formats.metric import Metric
-from tdpass.formats.multilinear import Modes, Whitening, improve_left, nearest, polish, polished
+from tdpass.formats.multilinear import Modes, improve_left
+from tdpass.formats.searched import Searched
 from tdpass.ops import Ops, V
 from tdpass.site import Site
 
@@ -48,40 +49,35 @@ def _stages(site: Site) -> Iterator[_Depthwise]:
         yield _Depthwise(name, range(start, stop), site.kernel[axis])
 
 
-class _Components(Decomposition):
+class _Components(Searched):
     def __init__(self, weight: Tensor, site: Site, metric: Metric) -> None:
-        self.site, self.metric, self.matrix = site, metric, weight.flatten(1)
-        sizes = [stage.size for stage in _stages(site)]
+        self.site, self.stages = site, tuple(_stages(site))
+        sizes = [stage.size for stage in self.stages]
         modes = Modes((site.o,), (site.i, *sizes), tuple((mode,) for mode in range(2 + len(sizes))))
-        metrics = [Metric()] if metric.plain else [Metric(), metric]
-        self.fits = [CpFit(whitening, whitening.tensor(weight)) for whitening in (Whitening.of(each, modes) for each in metrics)]
+        super().__init__(weight, metric, modes, lambda whitening: CpFit(whitening, whitening.tensor(weight)))
 
-    def factors(self, rank: Rank) -> Factors:
-        states = [fit.state(fit.first(*rank)) for fit in self.fits]
-        return self._stored(rank, states[0] if self.metric.plain else self._in_metric(states))
+    def unfolded(self, state: State) -> Tensor:
+        return _unfolded(state)
 
-    def refined(self, rank: Rank, factors: Factors) -> Factors:
-        kernels = [factors[stage.name].reshape(-1, stage.size).T for stage in _stages(self.site)]
-        given = (factors["a"].flatten(1), factors["b"].flatten(1).T, *kernels)
-        if self.metric.plain:
-            return self._stored(rank, self.fits[0].state(given, going_on=True))
-        return self._stored(rank, polished(self.matrix, given, _unfolded, self.metric, self.matrix.numel() * rank[0]))
+    def macs(self, rank: Rank) -> int:
+        return self.matrix.numel() * rank[0]
 
-    def _stored(self, rank: Rank, found: State) -> Factors:
+    def order(self) -> Sequence[int]:
+        return range(1, 2 + len(self.stages))
+
+    def solved(self, state: State) -> State:
+        return (improve_left(self.matrix, state[0], _rows(state), self.metric), *state[1:])
+
+    def stored(self, rank: Rank, state: State) -> Factors:
         (r,) = rank
-        a, b, *kernels = _balanced(found)
+        a, b, *kernels = _balanced(state)
         ones = unit(len(self.site.kernel))
         stored = {"b": b.T.reshape(r, self.site.i, *ones), "a": a.reshape(self.site.o, r, *ones)}
-        stored |= {stage.name: k.T.reshape(r, 1, *stage.kernel(self.site)) for stage, k in zip(_stages(self.site), kernels, strict=True)}
+        stored |= {stage.name: k.T.reshape(r, 1, *stage.kernel(self.site)) for stage, k in zip(self.stages, kernels, strict=True)}
         return {name: factor.contiguous() for name, factor in stored.items()}
 
-    def _in_metric(self, states: Sequence[State]) -> State:
-        undone = [fit.undo(state) for fit, state in zip(self.fits, states, strict=True)]
-        best = nearest(self.matrix, [_unfolded(state) for state in undone], self.metric)
-        fit = self.fits[best]
-        order, macs = range(1, len(states[best])), self.matrix.numel() * states[best][0].shape[1]
-        state = polish(self.matrix, states[best], lambda state: _unfolded(fit.undo(state)), self.metric, order, macs)
-        return _solved(self.matrix, fit.undo(state), self.metric)
+    def loaded(self, factors: Factors) -> State:
+        return _loaded(factors, self.site)
 
 
 @register_format
@@ -123,9 +119,7 @@ class Cp(Format):
         return rank[0] * (site.i * site.in_positions + depthwise + site.o * site.out_positions)
 
     def reconstruct(self, factors: Factors, site: Site) -> Tensor:
-        kernels = [factors[stage.name].reshape(-1, stage.size).T for stage in _stages(site)]
-        a = factors["a"].flatten(1)
-        return (a @ _rows((a, factors["b"].flatten(1).T, *kernels))).reshape(site.shape)
+        return _unfolded(_loaded(factors, site)).reshape(site.shape)
 
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
         axes = len(site.kernel)
@@ -138,14 +132,15 @@ class Cp(Format):
         return Stage("a", pointwise(site.o, rank[0], len(site.kernel), site.name))
 
 
+def _loaded(factors: Factors, site: Site) -> State:
+    """Factors as columns: `a[o, r], b[i, r], c[h, r], ...`."""
+    kernels = (factors[stage.name].reshape(-1, stage.size).T for stage in _stages(site))
+    return (factors["a"].flatten(1), factors["b"].flatten(1).T, *kernels)
+
+
 def _rows(state: State) -> Tensor:
     """Everything but a, as `[r, (i h w)]`."""
     return khatri_rao(state[1:]).T
-
-
-def _solved(matrix: Tensor, state: State, metric: Metric) -> State:
-    """The state with the best a for its other factors."""
-    return (improve_left(matrix, state[0], _rows(state), metric), *state[1:])
 
 
 def _unfolded(state: State) -> Tensor:

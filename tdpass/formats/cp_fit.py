@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tdpass.formats.alternating import State, alternate, normalized, solve_gram, suits_single
+from tdpass.formats.base import Rank
 from tdpass.formats.multilinear import Whitening
 from tdpass.formats.spectrum import top_eigenpairs
 
@@ -31,7 +32,7 @@ class CpFit:
         return twin
 
     @functools.cached_property
-    def start(self) -> State:
+    def terms(self) -> State:
         """All rank-one terms of the slices `W x_h c x_w d` along the kernel's principal axes, strongest first.
 
         The terms are orthogonal, so their first r are a start whose error falls with r, and which needs no random numbers.
@@ -53,12 +54,12 @@ class CpFit:
         chosen = torch.tensor(places)[order]
         return (left[:, order], right[:, order], *(basis[:, chosen[:, axis]] for axis, basis in enumerate(bases)))
 
-    def first(self, rank: int) -> State:
-        """Where a search at that rank begins."""
-        return tuple(factor[:, :rank] for factor in self.start)
+    def start(self, rank: Rank) -> State:
+        """The strongest terms."""
+        return tuple(factor[:, : rank[0]] for factor in self.terms)
 
-    def state(self, start: State, going_on: bool = False) -> State:
-        """Whitened factors `a[o, r], b[i, r], c[h, r], ...`, searched from such."""
+    def search(self, start: State, going_on: bool = False) -> State:
+        """Whitened factors `a[o, r], b[i, r], c[h, r], ...`, found from such."""
         rank = start[0].shape[1]
         macs, norm = 2 * self.slices.numel() * rank, self.energy**0.5
         single = self.single.sweep if suits_single(macs, norm) else None

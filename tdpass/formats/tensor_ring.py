@@ -12,41 +12,31 @@ from torch import Tensor
 from tdpass.formats.alternating import State, alternate, solve_gram
 from tdpass.formats.base import Decomposition, Factors, Format, Rank, rank_grid, register_format
 from tdpass.formats.metric import Metric
-from tdpass.formats.multilinear import Modes, Whitening, balanced_factors, left_vectors, nearest, polish, polished, share_norm
+from tdpass.formats.multilinear import Modes, Whitening, balanced_factors, left_vectors, share_norm
+from tdpass.formats.searched import Searched
 from tdpass.ops import Ops, V
 from tdpass.site import Site
 
 
-class _Ring(Decomposition):
+class _Ring(Searched):
     def __init__(self, weight: Tensor, site: Site, metric: Metric) -> None:
-        self.metric, self.matrix, self.modes = metric, weight, _modes(site)
-        metrics = [Metric()] if metric.plain else [Metric(), metric]
-        self.fits = [_Als(Whitening.of(each, self.modes), weight) for each in metrics]
+        self.modes = _modes(site)
+        super().__init__(weight, metric, self.modes, lambda whitening: _Als(whitening, weight))
 
-    def factors(self, rank: Rank) -> Factors:
-        rings = [fit.cores(fit.start(rank)) for fit in self.fits]
-        if self.metric.plain:
-            return _packed(rings[0])
-        undone = [fit.undo(ring) for fit, ring in zip(self.fits, rings, strict=True)]
-        best = nearest(self.matrix, [self.modes.matrix(_contract(cores)) for cores in undone], self.metric)
-        fit = self.fits[best]
+    def unfolded(self, state: State) -> Tensor:
+        return self.modes.matrix(_contract(state))
 
-        def rebuild(ring: State) -> Tensor:
-            return self.modes.matrix(_contract(fit.undo(ring)))
+    def macs(self, rank: Rank) -> int:
+        return self.matrix.numel() * rank[0] * rank[2]
 
-        macs = self.matrix.numel() * rank[0] * rank[2]
-        return _packed(fit.undo(polish(self.matrix, rings[best], rebuild, self.metric, (3, 2, 1, 0), macs)))
+    def order(self) -> Sequence[int]:
+        return (3, 2, 1, 0)
 
+    def stored(self, rank: Rank, state: State) -> Factors:
+        return _packed(state)
 
-    def refined(self, rank: Rank, factors: Factors) -> Factors:
-        given = _unpacked(factors)
-        if self.metric.plain:
-            return _packed(self.fits[0].cores(given, going_on=True))
-
-        def rebuild(ring: State) -> Tensor:
-            return self.modes.matrix(_contract(ring))
-
-        return _packed(polished(self.matrix, given, rebuild, self.metric, self.matrix.numel() * rank[0] * rank[2]))
+    def loaded(self, factors: Factors) -> State:
+        return _unpacked(factors)
 
 
 class _Als:
@@ -59,8 +49,8 @@ class _Als:
         self.matrix = tensor.flatten(2).flatten(0, 1)
         self.energy = float(tensor.square().sum())
 
-    def cores(self, start: State, going_on: bool = False) -> State:
-        """Whitened cores `[r, n, s]`, searched from such."""
+    def search(self, start: State, going_on: bool = False) -> State:
+        """Whitened cores `[r, n, s]`, found from such."""
         bonds = start[0].shape[0] * start[2].shape[0]
         return alternate(start, self.sweep, self.energy**0.5, 2 * self.matrix.numel() * bonds, going_on=going_on)
 

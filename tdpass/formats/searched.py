@@ -1,0 +1,77 @@
+"""Decompositions that are searched for: least squares of the whitened weight, then least error in the metric."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from tdpass.formats.alternating import State
+from tdpass.formats.base import Decomposition, Factors, Rank
+from tdpass.formats.metric import Metric
+from tdpass.formats.multilinear import Modes, Whitening, nearest, polish, polished
+
+
+class Fit(Protocol):
+    """Alternating least squares for one whitened weight."""
+
+    def start(self, rank: Rank) -> State:
+        """Where a search at that rank begins."""
+
+    def search(self, start: State, going_on: bool = False) -> State:
+        """Whitened factors found from such."""
+
+    def undo(self, state: State) -> State:
+        """The factors without the whitening."""
+
+
+class Searched(Decomposition):
+    """Factors of least error, from the better of two starts: the best for the plain norm, and for the whitened weight.
+
+    Subclasses say what the factors of a state multiply out to, how they are stored, and what `polish` has to go through.
+    """
+
+    def __init__(self, weight: Tensor, metric: Metric, modes: Modes, fit: Callable[[Whitening], Fit]) -> None:
+        self.matrix, self.metric = weight.flatten(1), metric
+        self.fits = [fit(Whitening.of(each, modes)) for each in ([metric] if metric.plain else [Metric(), metric])]
+
+    @abstractmethod
+    def unfolded(self, state: State) -> Tensor:
+        """The `o x (i h w)` matrix of factors, linear in each."""
+
+    @abstractmethod
+    def macs(self, rank: Rank) -> int:
+        """Multiply-adds of `unfolded`."""
+
+    @abstractmethod
+    def order(self) -> Sequence[int]:
+        """The places of the factors that are polished, in turn."""
+
+    @abstractmethod
+    def stored(self, rank: Rank, state: State) -> Factors:
+        """Factors as the format stores them."""
+
+    @abstractmethod
+    def loaded(self, factors: Factors) -> State:
+        """What `stored` was given, up to norms shared out among factors."""
+
+    def solved(self, state: State) -> State:
+        """The state with a factor that is best for the others, where one is left to be solved."""
+        return state
+
+    def factors(self, rank: Rank) -> Factors:
+        states = [fit.search(fit.start(rank)) for fit in self.fits]
+        if self.metric.plain:
+            return self.stored(rank, states[0])
+        best = nearest(self.matrix, [self.unfolded(fit.undo(state)) for fit, state in zip(self.fits, states, strict=True)], self.metric)
+        fit = self.fits[best]
+        state = polish(self.matrix, states[best], lambda state: self.unfolded(fit.undo(state)), self.metric, self.order(), self.macs(rank))
+        return self.stored(rank, self.solved(fit.undo(state)))
+
+    def refined(self, rank: Rank, factors: Factors) -> Factors:
+        given = self.loaded(factors)
+        if self.metric.plain:
+            return self.stored(rank, self.fits[0].search(given, going_on=True))
+        return self.stored(rank, polished(self.matrix, given, self.unfolded, self.metric, self.macs(rank)))
