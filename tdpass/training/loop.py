@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 
 from tdpass.errors import TrainingError, UsageError
 from tdpass.report import TrainingRow
+from tdpass.training.calls import call, class_scores
 from tdpass.training.checkpoint import load_checkpoint, newest_checkpoint, random_state, read_facts, restore_random_state, save_checkpoint, tensors_in
 from tdpass.training.compiled import forward_of, refused
-from tdpass.training.distillation import call
 from tdpass.training.placement import bare
 from tdpass.training.residuals import Watch
 from tdpass.training.terms import Hooks, Term
@@ -33,7 +33,8 @@ def cross_entropy(label_smoothing: float = 0.0) -> Objective:
     """Cross-entropy of class scores `[n, classes]` (further axes between are positions) and class numbers."""
 
     def objective(outputs: Any, targets: Any) -> Tensor:
-        scores = outputs.flatten(0, -2) if outputs.dim() > 2 else outputs
+        scores = class_scores(outputs)
+        scores = scores.flatten(0, -2) if scores.dim() > 2 else scores
         return F.cross_entropy(scores, targets.flatten(), label_smoothing=label_smoothing)
 
     return objective
@@ -237,6 +238,6 @@ class Loop:
 def _on(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _on(entry, device) for key, entry in value.items()}
     return [_on(entry, device) for entry in value] if isinstance(value, tuple | list) else value

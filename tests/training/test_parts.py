@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +19,7 @@ from tdpass.training.admm import Admm
 from tdpass.training.averaging import Average
 from tdpass.training.batches import Batches
 from tdpass.training.curvature import Curvature
+from tdpass.training.distillation import Distillation
 from tdpass.training.held import Fixing, Held
 from tdpass.training.loop import Loop, cross_entropy
 from tdpass.training.phases import Phase, Phased
@@ -251,3 +256,31 @@ def test_data_that_is_not_understood(data: object) -> None:
     model = nn.Linear(4, 2)
     with pytest.raises(UsageError):
         Loop("method", model, data, torch.optim.SGD(model.parameters()), F.mse_loss, 1, lambda progress: 1.0).run()
+
+
+class Wrapped(nn.Module):
+    """A linear classifier of named inputs whose scores come in what `wrap` makes of them."""
+
+    def __init__(self, wrap: Callable[[torch.Tensor], object]) -> None:
+        super().__init__()
+        self.linear, self.wrap = nn.Linear(4, 3), wrap
+
+    def forward(self, pixels: torch.Tensor) -> object:
+        return self.wrap(self.linear(pixels))
+
+
+def trained(wrap: Callable[[torch.Tensor], object]) -> torch.Tensor:
+    """The weight after an epoch against labels and a teacher."""
+    torch.manual_seed(0)
+    model, teacher = Wrapped(wrap), Wrapped(wrap)
+    data = [(UserDict(pixels=torch.randn(8, 4)), torch.arange(8) % 3) for _ in range(3)]
+    Loop("method", model, data, torch.optim.SGD(model.parameters(), lr=0.1), cross_entropy(), 1, lambda progress: 1.0, (Distillation(teacher, 0.5),)).run()
+    return model.linear.weight.detach()
+
+
+def test_scores_are_the_outputs_or_the_logits_in_them() -> None:
+    plain = trained(lambda scores: scores)
+    assert torch.equal(trained(lambda scores: {"logits": scores}), plain)
+    assert torch.equal(trained(lambda scores: SimpleNamespace(logits=scores)), plain)
+    with pytest.raises(UsageError, match="returned a dict"):
+        trained(lambda scores: {"scores": scores})
