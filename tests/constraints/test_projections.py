@@ -13,6 +13,7 @@ from tdpass.constraints.integer import IntegerLevels
 from tdpass.constraints.levels import UniformLevels
 from tdpass.constraints.magnitudes import Magnitudes
 from tdpass.constraints.n_of_m import NOfM
+from tdpass.constraints.order import largest_first, nth_largest
 from tdpass.constraints.power_of_two import PowerOfTwoLevels
 from tdpass.constraints.sparse import Group, Sparse
 from tdpass.constraints.spectral import SPECTRAL
@@ -227,3 +228,13 @@ def test_what_does_not_fit_is_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(UsageError):
             make()
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
+def test_order_statistics_are_those_of_torch(kind: torch.dtype) -> None:
+    values = torch.randn(40, 5, generator=torch.Generator().manual_seed(0)).to(kind)
+    values[3:6] = values[0, 0]  # ties
+    ordered = values.flatten().sort(descending=True).values
+    for count in (1, 17, 199, 200):
+        assert torch.equal(nth_largest(values, count), ordered[count - 1])
+        assert torch.equal(largest_first(values, count), ordered[:count])
