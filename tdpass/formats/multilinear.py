@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -57,6 +58,13 @@ class Modes:
         return tensor.reshape([self.sizes[mode] for mode in self.order]).permute(back).reshape(math.prod(self.outs), math.prod(self.ins))
 
 
+class Whitened(Protocol):
+    """A fit of a whitened weight."""
+
+    def undo(self, state: State) -> State:
+        """The factors without the whitening."""
+
+
 @dataclass(frozen=True)
 class Whitening:
     """One symmetric root per mode, `G ~ (x)_k G_k` and `C ~ (x)_k C_k`, so that the plain norm of the whitened tensor resembles the metric.
@@ -72,6 +80,11 @@ class Whitening:
     def of(cls, metric: Metric, modes: Modes) -> Whitening:
         """The whitening of a metric; that of the plain metric does nothing."""
         return cls(modes, (*_marginal_roots(metric.outputs, modes.outs), *_marginal_roots(metric.inputs, modes.ins)))
+
+    @classmethod
+    def starts(cls, metric: Metric, modes: Modes) -> list[Whitening]:
+        """Those of the plain norm and, where it is another, of the metric: fits of both are candidates for the least error."""
+        return [cls.of(each, modes) for each in ([metric] if metric.plain else [Metric(), metric])]
 
     def tensor(self, weight: Tensor) -> Tensor:
         """The whitened weight with one axis per core."""
@@ -149,10 +162,14 @@ def polished(weight: Tensor, factors: State, rebuild: Callable[[State], Tensor],
     return factors
 
 
-def nearest(weight: Tensor, candidates: Sequence[Tensor], metric: Metric) -> int:
-    """Index of the candidate (unfolded as the weight is) of least error in the metric."""
-    errors = [metric.square(weight - candidate) for candidate in candidates]
-    return errors.index(min(errors))
+def best_polished(
+    weight: Tensor, fits: Sequence[Whitened], states: Sequence[State], unfolded: Callable[[State], Tensor], metric: Metric, order: Sequence[int], macs: int
+) -> State:
+    """The state of least error in the metric, polished in its own whitened coordinates and taken out of them."""
+    errors = [metric.square(weight - unfolded(fit.undo(state))) for fit, state in zip(fits, states, strict=True)]
+    best = errors.index(min(errors))
+    fit = fits[best]
+    return fit.undo(polish(weight, states[best], lambda state: unfolded(fit.undo(state)), metric, order, macs))
 
 
 def share_norm(*factors: Tensor) -> State:

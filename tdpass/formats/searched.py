@@ -11,10 +11,10 @@ from torch import Tensor
 from tdpass.formats.alternating import State
 from tdpass.formats.base import Decomposition, Factors, Rank
 from tdpass.formats.metric import Metric
-from tdpass.formats.multilinear import Modes, Whitening, nearest, polish, polished
+from tdpass.formats.multilinear import Modes, Whitened, Whitening, best_polished, polished
 
 
-class Fit(Protocol):
+class Fit(Whitened, Protocol):
     """Alternating least squares for one whitened weight."""
 
     def start(self, rank: Rank) -> State:
@@ -22,9 +22,6 @@ class Fit(Protocol):
 
     def search(self, start: State, going_on: bool = False) -> State:
         """Whitened factors found from such."""
-
-    def undo(self, state: State) -> State:
-        """The factors without the whitening."""
 
 
 class Searched(Decomposition):
@@ -35,7 +32,7 @@ class Searched(Decomposition):
 
     def __init__(self, weight: Tensor, metric: Metric, modes: Modes, fit: Callable[[Whitening], Fit]) -> None:
         self.matrix, self.metric = weight.flatten(1), metric
-        self.fits = [fit(Whitening.of(each, modes)) for each in ([metric] if metric.plain else [Metric(), metric])]
+        self.fits = [fit(whitening) for whitening in Whitening.starts(metric, modes)]
 
     @abstractmethod
     def unfolded(self, state: State) -> Tensor:
@@ -65,10 +62,8 @@ class Searched(Decomposition):
         states = [fit.search(fit.start(rank)) for fit in self.fits]
         if self.metric.plain:
             return self.stored(rank, states[0])
-        best = nearest(self.matrix, [self.unfolded(fit.undo(state)) for fit, state in zip(self.fits, states, strict=True)], self.metric)
-        fit = self.fits[best]
-        state = polish(self.matrix, states[best], lambda state: self.unfolded(fit.undo(state)), self.metric, self.order(), self.macs(rank))
-        return self.stored(rank, self.solved(fit.undo(state)))
+        state = best_polished(self.matrix, self.fits, states, self.unfolded, self.metric, self.order(), self.macs(rank))
+        return self.stored(rank, self.solved(state))
 
     def refined(self, rank: Rank, factors: Factors) -> Factors:
         given = self.loaded(factors)

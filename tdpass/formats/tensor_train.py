@@ -16,7 +16,7 @@ from tdpass.formats.alternating import State
 from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Rank, Stage, register_format, scaled_ranks
 from tdpass.formats.chains import FAMILIES, Chain, chain_of
 from tdpass.formats.metric import Metric
-from tdpass.formats.multilinear import Whitening, improve_left, left_vectors, nearest, polish, share_norm
+from tdpass.formats.multilinear import Whitening, best_polished, improve_left, left_vectors, share_norm
 from tdpass.ops import Ops, V
 from tdpass.site import Site
 
@@ -29,8 +29,7 @@ class _Train(Decomposition):
     def sweeps(self, chain: Chain) -> list[_Sweep]:
         """The plain and, in a metric, the whitened weight, cut as that chain is."""
         if chain.cuts not in self._sweeps:
-            metrics = [Metric()] if self.metric.plain else [Metric(), self.metric]
-            self._sweeps[chain.cuts] = [_Sweep(Whitening.of(metric, chain.modes), self.weight) for metric in metrics]
+            self._sweeps[chain.cuts] = [_Sweep(whitening, self.weight) for whitening in Whitening.starts(self.metric, chain.modes)]
         return self._sweeps[chain.cuts]
 
     def factors(self, rank: Rank) -> Factors:
@@ -39,15 +38,12 @@ class _Train(Decomposition):
         trains = [sweep.cores(rank) for sweep in sweeps]
         if self.metric.plain:
             return _packed(chain, trains[0])
-        undone = [sweep.undo(train) for sweep, train in zip(sweeps, trains, strict=True)]
-        best = nearest(self.matrix, [chain.modes.matrix(_contract(cores)) for cores in undone], self.metric)
-        sweep = sweeps[best]
 
-        def rebuild(train: State) -> Tensor:
-            return chain.modes.matrix(_contract(sweep.undo(train)))
+        def unfolded(train: State) -> Tensor:
+            return chain.modes.matrix(_contract(train))
 
         order, macs = range(len(rank), -1, -1), self.matrix.numel() * max(rank)
-        *cores, last = sweep.undo(polish(self.matrix, trains[best], rebuild, self.metric, order, macs))
+        *cores, last = best_polished(self.matrix, sweeps, trains, unfolded, self.metric, order, macs)
         if chain.last_stage(rank) is not None:
             last = improve_left(self.matrix, last.flatten(1).T, _contract(cores).T, self.metric).T[:, :, None]
         return _packed(chain, (*cores, last))

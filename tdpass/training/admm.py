@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class Split:
     weight: nn.Parameter
     z: Tensor
     u: Tensor
-    goal: Tensor
+    goal: Tensor = field(init=False)
     residual: float = float("nan")
     bound: bool = False
 
@@ -49,12 +49,7 @@ class Admm(Term):
         self.schedule = Constant(rho) if isinstance(rho, int | float) else rho
         self.decoupled = decoupled
         self.rho = self.schedule.value(0.0)
-        self.splits = [[self._split(name, weight) for name, weight in weights.items()] for _ in self.rules]
-
-    @staticmethod
-    def _split(name: str, weight: nn.Parameter) -> Split:
-        z = weight.detach().clone()
-        return Split(name, weight, z, u=torch.zeros_like(weight), goal=z)
+        self.splits = [[Split(name, weight, weight.detach().clone(), torch.zeros_like(weight)) for name, weight in weights.items()] for _ in self.rules]
 
     @torch.no_grad()
     def begin_round(self, progress: float) -> None:
