@@ -3,7 +3,7 @@
     TDPASS_DATA=... python -m benchmarks.bench_training_cost
 
 Plain steps and steps under ADMM run in turn, in one process, on the same batches; the median of their ratio says what a step
-costs more, and the projections of all layers in its rounds (the median of five) are added to each epoch.  Rows go to results/training_cost.csv.
+costs more, and the projections of all layers in its rounds (the median of five over the phase) are added to each epoch.  Rows go to results/training_cost.csv.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ COLUMNS = (
     "extra_mib",
 )
 MOVED = 0.02
-ROUNDS = 5
+PROGRESS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the phase: what a round projects on changes over it
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,9 @@ class Case:
 
 CASES = {
     "lenet5": Case(mnist.lenet5, mnist.training, (2, 1, 28, 28), {"admm-nn": {"keep": 4500, "rho": 1e-3}}, 48),
+    "lenet5_surgery": Case(
+        mnist.lenet5, mnist.training, (2, 1, 28, 28), {"admm-nn": {"keep": 4500, "rho": 1e-3, "metric": "fisher", "pruning": "surgery"}}, 48
+    ),
     "resnet20": Case(cifar.resnet20, cifar.training, (2, 3, 32, 32), {"admm-tt": {"budget": {"macs": 0.5}, "format": "tucker2"}}, 8),
     "resnet20_planned": Case(cifar.resnet20, cifar.training, (2, 3, 32, 32), {"admm-tt": {"start": {"params": 0.2}}}, 24, cifar.calibration),
     "resnet32": Case(cifar.resnet32, cifar.training, (2, 3, 32, 32), {"batude": {"budget": {"macs": 0.5}}}, 8),
@@ -74,13 +77,13 @@ def measure(name: str, steps: int) -> dict[str, Any]:
     term.begin_round(0.0)
     torch.manual_seed(0)
     rounds = []
-    for _ in range(ROUNDS):
+    for progress in PROGRESS:
         with torch.no_grad():  # searches take longer for weights that have moved, as they do between rounds
             for weight in method.weights.values():
                 weight.add_(torch.randn_like(weight), alpha=MOVED * float(weight.square().mean().sqrt()))
         start = time.perf_counter()
         for inner in term.terms:
-            inner.begin_round(0.1)
+            inner.begin_round(progress)
         rounds.append(time.perf_counter() - start)
     projection = statistics.median(rounds)
 

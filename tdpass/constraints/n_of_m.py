@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdpass.constraints.base import Constraint, checked, register_constraint
-from tdpass.constraints.support import Support
+from tdpass.constraints.support import Support, masked
 from tdpass.errors import UsageError
 
 
@@ -31,7 +31,7 @@ class NOfM(Constraint):
             raise UsageError(f"n={self.n} of m={self.m} is not a pattern; n is from 1 to m, such as 2 of 4")
 
     def project(self, weight: Tensor) -> Tensor:
-        return torch.where(self.mask(weight), weight.detach(), 0)
+        return masked(weight, self.mask(weight))
 
     def mask(self, weight: Tensor) -> Tensor:
         """Which weights the projection keeps, as booleans of the weight's shape."""

@@ -15,7 +15,9 @@ def largest_first(values: Tensor, count: int) -> Tensor:
     flat = values.detach().reshape(-1)
     if flat.device.type != "cpu":
         return flat.topk(count).values
-    return torch.from_numpy(np.sort(_array(flat))[::-1][:count].copy()).to(flat.dtype)
+    array, place = _array(flat), max(0, len(flat) - count)
+    top = np.partition(array, place)[place:] if 0 < place < len(flat) else array[place:]
+    return torch.from_numpy(np.sort(top)[::-1].copy()).to(flat.dtype)
 
 
 def nth_largest(values: Tensor, count: int) -> Tensor:

@@ -26,7 +26,12 @@ class Support(Constraint):
         if weight.shape != self.mask.shape:
             raise PlanError(f"a mask of shape {tuple(self.mask.shape)} does not fit a weight of shape {tuple(weight.shape)}; make it from this weight")
         checked(weight)
-        return torch.where(self.mask.to(weight.device, torch.bool), weight.detach(), 0)
+        return masked(weight, self.mask.to(weight.device, torch.bool))
 
     def __str__(self) -> str:
         return f"{int(self.mask.count_nonzero()):,} given weights"
+
+
+def masked(weight: Tensor, mask: Tensor) -> Tensor:
+    """Finite weights where the boolean mask says so, zero elsewhere."""
+    return (weight.detach() * mask).add_(0.0)  # where() takes up to thrice as long, by density; the product alone leaves negative zeros

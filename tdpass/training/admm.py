@@ -54,9 +54,10 @@ class Admm(Term):
     @torch.no_grad()
     def begin_round(self, progress: float) -> None:
         rho = self.schedule.value(progress)
-        for splits in self.splits:
-            for split in splits:
-                split.u.mul_(self.rho / rho)
+        if rho != self.rho:
+            for splits in self.splits:
+                for split in splits:
+                    split.u.mul_(self.rho / rho)
         self.rho = rho
         for rule, splits in zip(self.rules, self.splits, strict=True):
             self._project(rule, splits, progress)

@@ -43,7 +43,7 @@ class Surgery(Term):
     def after_step(self, optimizer: Optimizer) -> None:
         for name, weight in self.weights.items():
             self.values[name].copy_(weight)
-            weight.copy_(torch.where(self.masks[name], weight, 0))
+            weight.mul_(self.masks[name])
 
     def residuals(self) -> Mapping[str, float]:
         return self._residuals
