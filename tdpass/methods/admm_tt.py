@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tdpass.constraints.base import Constraint
 from tdpass.constraints.in_format import InFormat
 from tdpass.cost import BudgetValue
 from tdpass.errors import UsageError
@@ -44,8 +43,9 @@ class AdmmTT(Factored):
     `cuts` is the number of ranks of tensor trains from a budget: two cut a convolution between its channels and its kernel, which
     allows the weights that `tucker2` does; four split the channels as well, as published.
 
-    With `start` and calibration data the weights begin as the post-training path leaves them, in the format and fitted to the data,
-    so that the rounds go on from its accuracy; formats that search (`cp`, `block_term`, `tensor_ring`) are searched from these factors.
+    With `fit`, the default with `start`, the weights begin as the post-training path leaves them, in the format and fitted to
+    calibration data, so that the rounds go on from its accuracy; formats that search (`cp`, `block_term`, `tensor_ring`) are searched
+    from these factors.
     """
 
     name = "admm-tt"
@@ -55,6 +55,7 @@ class AdmmTT(Factored):
     ranks: Mapping[str, RankSpec] | None = None
     start: RankPlan | Mapping[str, BudgetValue] | None = None
     formats: Sequence[str] = ()
+    fit: bool | None = None
     cuts: int | None = None
     rounds: int = 20
     rho: ScheduleSpec = 1e-3
@@ -76,29 +77,37 @@ class AdmmTT(Factored):
 
     @torch.no_grad()
     def choose(self, model: nn.Module) -> None:
-        if self.budget is not None:
-            constraints: Mapping[str, Constraint] = self.rank_budget(self.budget, cuts=self.cuts).divide(self.weights_of(model))
-        else:
-            ranks = self._by_glob(self.ranks or {}) if self.start is None else self._by_plan(model, self.start)
-            weights = self.weights_of(model)
-            constraints = {name: self._bound(name, *found).near(weights[name]) for name, found in ranks.items()}
-        self.searches = Searches({name: bound for name, bound in constraints.items() if isinstance(bound, InFormat)})
-        if not self.searches.constraints:
+        weights = self.weights_of(model)
+        plan = self.start if self.start is None or isinstance(self.start, RankPlan) else self._planned(model, self.start)
+        bounds = self._bounds(weights) if plan is None else self._bounds_of(plan)
+        if not bounds:
             raise UsageError(f"no site gets ranks; the sites are: {', '.join(self.sites)}")
+        if self._fits() and self.rounds:
+            self.fitted = self._fitted(model, self.plan(weights, bounds) if plan is None else plan, bounds)
+        starts = {name: replace(bound, start=dict(self.fitted[name].factors)) if name in self.fitted else bound for name, bound in bounds.items()}
+        self.searches = Searches({name: bound.near(weights[name]) for name, bound in starts.items()})
 
-    def _bound(self, name: str, form: str, rank: Rank) -> InFormat:
-        fitted = self.fitted.get(name)
-        return InFormat(self.sites[name], form, rank, None if fitted is None else dict(fitted.factors))
+    def _fits(self) -> bool:
+        if self.fit and self.calibration is None:
+            raise UsageError(f"fit=True fits the weights {self.name} begins with to data, and there is none; pass calibration=, or leave fit out")
+        return self.calibration is not None and (self.start is not None if self.fit is None else self.fit)
 
-    def _by_plan(self, model: nn.Module, start: RankPlan | Mapping[str, BudgetValue]) -> dict[str, tuple[str, Rank]]:
-        plan = start if isinstance(start, RankPlan) else self._planned(model, start)
-        chosen = [choice for choice in plan if choice.site in self.sites and not choice.kept_dense]
-        if self.calibration is not None and self.rounds:
-            made = compress(model, data=self.calibration, plan=plan, pipeline=ON_DATA, example_inputs=self.example).model
-            assert isinstance(made, nn.Module)
-            modules = dict(made.named_modules())
-            self.fitted = {choice.site: modules[choice.site].layer() for choice in chosen}
-        return {choice.site: (choice.format, choice.rank) for choice in chosen}
+    def _bounds(self, weights: Mapping[str, Tensor]) -> dict[str, InFormat]:
+        if self.budget is None:
+            return {name: InFormat(self.sites[name], *found) for name, found in self._by_glob(self.ranks or {}).items()}
+        divided = self.rank_budget(self.budget, cuts=self.cuts).divide(weights)
+        return {name: bound for name, bound in divided.items() if isinstance(bound, InFormat)}
+
+    def _bounds_of(self, plan: RankPlan) -> dict[str, InFormat]:
+        chosen = (choice for choice in plan if choice.site in self.sites and not choice.kept_dense)
+        return {choice.site: InFormat(self.sites[choice.site], choice.format, choice.rank) for choice in chosen}
+
+    def _fitted(self, model: nn.Module, plan: RankPlan, names: Iterable[str]) -> dict[str, Layer]:
+        """The layers that the post-training path makes of these sites."""
+        made = compress(model, data=self.calibration, plan=plan, pipeline=ON_DATA, example_inputs=self.example).model
+        assert isinstance(made, nn.Module)
+        modules = dict(made.named_modules())
+        return {name: modules[name].layer() for name in names}
 
     def _planned(self, model: nn.Module, budget: Mapping[str, BudgetValue]) -> RankPlan:
         common: dict[str, Any] = {"example_inputs": self.example, "include": self.include, "exclude": self.exclude, "formats": self.formats}

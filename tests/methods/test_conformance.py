@@ -199,18 +199,27 @@ def test_the_planner_chooses_the_start_on_calibration_data() -> None:
     assert artifact.report.final.macs <= 0.5 * artifact.report.original.macs
 
 
-def test_the_rounds_begin_where_the_planner_ended() -> None:
+def test_the_rounds_begin_where_the_post_training_path_ended() -> None:
     data = torch.randn(64, 2, 8, 8, generator=torch.Generator().manual_seed(2))
     common: dict[str, Any] = {"calibration": data, "control": False, "example_inputs": data[:2], "settings": {"lr": 1e-9}}
     planned = tdpass.make_plan(network(), {"macs": 0.5}, data, pipeline="plan{joint=false}").plan
     restricted = [{"start": {"macs": 0.5}, "formats": [form, "svd"]} for form in ("tucker2", "cp", "block_term")]
-    cases: list[dict[str, Any]] = [{"start": {"macs": 0.5}}, {"start": planned}, *restricted]
+    fitted = [
+        {"budget": {"macs": 0.5}, "format": "tucker2", "fit": True},
+        {"budget": {"params": 0.4}, "cuts": 4, "fit": True},
+        {"ranks": {"fc": {"tensor_ring": [3, 3, 3, 3]}}, "fit": True},
+    ]
+    cases: list[dict[str, Any]] = [{"start": {"macs": 0.5}}, {"start": planned}, *restricted, *fitted]
     for options in cases:
         artifact = tdpass.train(network(), batches(), {"admm-tt": {**options, "rounds": 1}}, **common)
         (row,) = artifact.report.training
         assert row.residuals
         assert max(row.residuals.values()) < 1e-3
         assert {choice.format for choice in artifact.plan if not choice.kept_dense} <= set(options.get("formats", tdpass.formats.FORMATS.names()))
+    artifact = tdpass.train(network(), batches(), {"admm-tt": {"start": planned, "fit": False, "rounds": 1}}, **common)
+    assert max(artifact.report.training[0].residuals.values()) > 0.1
+    with pytest.raises(UsageError, match="there is none; pass calibration="):
+        tdpass.train(network(), batches(), {"admm-tt": fitted[0]}, example_inputs=data[:2])
     with pytest.raises(UsageError, match="planner to choose from"):
         METHODS.get("admm-tt")(budget={"macs": 0.5}, formats=["svd"])
     with pytest.raises(UsageError, match="cuts=4 are for tensor trains"):
