@@ -77,12 +77,13 @@ class AdmmTT(Factored):
 
     @torch.no_grad()
     def choose(self, model: nn.Module) -> None:
+        fits = self._fits()
         weights = self.weights_of(model)
         plan = self.start if self.start is None or isinstance(self.start, RankPlan) else self._planned(model, self.start)
         bounds = self._bounds(weights) if plan is None else self._bounds_of(plan)
         if not bounds:
             raise UsageError(f"no site gets ranks; the sites are: {', '.join(self.sites)}")
-        if self._fits() and self.rounds:
+        if fits and self.rounds:
             self.fitted = self._fitted(model, self.plan(weights, bounds) if plan is None else plan, bounds)
         starts = {name: replace(bound, start=dict(self.fitted[name].factors)) if name in self.fitted else bound for name, bound in bounds.items()}
         self.searches = Searches({name: bound.near(weights[name]) for name, bound in starts.items()})
