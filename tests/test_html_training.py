@@ -152,12 +152,17 @@ def test_long_runs_draw_no_more_points_than_are_seen() -> None:
     assert points[-1].startswith(f"{Frame().edge:.1f},")
 
 
-@pytest.mark.parametrize("values", [[98.93], [1e-14, 2e-14], [-3.0, -1.0], [0.0], [1e300, -1e300], [1e-3, 0.0, 5.0], []])
+@pytest.mark.parametrize("values", [[98.93], [1e-14, 2e-14], [-3.0, -1.0], [0.0], [1e300, -1e300], [1e-3, 0.0, 5.0], [3e-5, 9e-5], []])
 def test_heights_lie_in_the_frame(values: list[float]) -> None:
     frame = Frame()
     for heights in (Heights(values, frame), Heights(values, frame, least=None), Heights(values, frame, log=True)):
         assert all(frame.top <= heights.at(value) <= frame.floor for value in [*values, *heights.ticks])
-        assert len(heights.ticks) == len(set(heights.ticks)) >= 2
+        assert len({heights.text(tick) for tick in heights.ticks}) == len(heights.ticks) >= 2
+
+
+def test_ticks_between_powers_of_ten_say_so() -> None:
+    heights = Heights([3e-5, 9e-5], Frame(), log=True)
+    assert [heights.text(tick) for tick in heights.ticks] == ["2\u00b710\u207b\u2075", "5\u00b710\u207b\u2075", "10\u207b\u2074"]
 
 
 def test_steps_are_round() -> None:

@@ -120,4 +120,5 @@ def _halves(low: float, high: float) -> list[float]:
 
 
 def _power(value: float) -> str:
-    return "10" + str(round(math.log10(value))).translate(_SUPERSCRIPTS)
+    factor, _, exponent = f"{value:.0e}".partition("e")
+    return ("" if factor == "1" else f"{factor}\u00b7") + "10" + str(int(exponent)).translate(_SUPERSCRIPTS)
