@@ -277,14 +277,15 @@ def _positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[An
     return (rest.pop("input"),), rest
 
 
-def record(run: Callable[[], Any], inputs: Sequence[Tensor], sites: Mapping[int, str], *, replayed: bool = True) -> Tape:
+def record(run: Callable[[], Any], inputs: Sequence[Tensor], sites: Mapping[int, str], *, samples: int | None = None, replayed: bool = True) -> Tape:
     """Run a model once and record it.
 
-    `run` executes the model on `inputs` (all tensors it is fed); `sites` maps `id(weight)` to a site's name.  A tape that
+    `run` executes the model on `inputs` (all tensors it is fed), which hold that many `samples`, else as many as the first
+    of them is long; `sites` maps `id(weight)` to a site's name.  A tape that
     is only looked at need not be `replayed`.  Raises `UnsupportedError` when a replay does not reproduce the run, for example
     because a view was changed in place.
     """
-    batch_size = next((int(tensor.shape[0]) for tensor in inputs if tensor.dim() > 0), 1)
+    batch_size = samples or next((int(tensor.shape[0]) for tensor in inputs if tensor.dim() > 0), 1)
     recorder = _Recorder(sites, batch_size)
     fed = {recorder.number(tensor).number: tensor for tensor in inputs}
     originals = {number: tensor.clone() for number, tensor in fed.items()}

@@ -111,7 +111,7 @@ def _batch(arguments: argparse.Namespace, sources: Sequence[Source]) -> Batch:
     if batch is None:
         raise UsageError("a torch factory does not say what it reads; give --input 1x3x32x32 or --data")
     batch = batch if arguments.batch is None else batch.resized(arguments.batch)
-    return Batch(tuple(torch.as_tensor(tensor).contiguous() for tensor in batch.args), {name: tensor.contiguous() for name, tensor in batch.kwargs.items()})
+    return batch.map(lambda tensor: torch.as_tensor(tensor).contiguous())
 
 
 def _times(quartiles: Quartiles | None) -> str:

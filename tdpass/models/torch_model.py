@@ -87,10 +87,10 @@ class TorchModel:
         placed = self._placed(batch)
         with self._evaluating():
             dense = {id(matched.weight): name for name, matched in self._by_name.items() if name not in self._replaced}
-            return record(lambda: self._call(placed), placed.tensors, dense)
+            return record(lambda: self._call(placed), placed.tensors, dense, samples=placed.size)
 
     def observe(self, batch: Batch) -> None:
-        self._example = Batch(tuple(t[:2] for t in batch.args), {k: t[:2] for k, t in batch.kwargs.items()})
+        self._example = batch.part(0, 2)
         try:
             tape = self.record(self._example)
         except (UnsupportedError, InvalidModelError):
@@ -215,7 +215,7 @@ class TorchModel:
         def place(tensor: Tensor) -> Tensor:
             return tensor.to(parameter.device, parameter.dtype if tensor.is_floating_point() else tensor.dtype)
 
-        return Batch(tuple(map(place, batch.args)), {key: place(value) for key, value in batch.kwargs.items()})
+        return batch.map(place)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

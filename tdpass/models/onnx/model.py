@@ -191,7 +191,7 @@ class OnnxModel:
     def observe(self, batch: Batch) -> None:
         """Fill in the sites' extents and the multiply-adds from one run of the dense model, on two samples where it takes two."""
         dense = OnnxRunner(self._dense, self._found.sites)
-        self._example = Batch(tuple(_first_two(tensor) for tensor in batch.args), {name: _first_two(tensor) for name, tensor in batch.kwargs.items()})
+        self._example = batch.part(0, 2)
         try:
             tape = self._record(dense, self._example, replayed=False)
         except (UnsupportedError, InvalidModelError):
@@ -202,7 +202,8 @@ class OnnxModel:
 
     def _record(self, runner: OnnxRunner, batch: Batch, *, replayed: bool = True) -> Tape:
         inputs = bind(self._dense.graph, batch)
-        return record(lambda: runner(inputs), list(inputs.values()), {id(weight): name for name, weight in runner.weights.items()}, replayed=replayed)
+        sites = {id(weight): name for name, weight in runner.weights.items()}
+        return record(lambda: runner(inputs), list(inputs.values()), sites, samples=batch.size, replayed=replayed)
 
     def run(self, batch: Batch) -> dict[str, Tensor]:
         """Outputs by name, computed by ONNX Runtime on the CPU."""
@@ -322,7 +323,3 @@ def is_onnx(source: object) -> bool:
 
 def _is_graphsurgeon(source: object) -> bool:
     return type(source).__module__.partition(".")[0] == "onnx_graphsurgeon"
-
-
-def _first_two(tensor: Tensor) -> Tensor:
-    return tensor[:2] if tensor.dim() else tensor

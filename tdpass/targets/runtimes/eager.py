@@ -46,4 +46,4 @@ def channels_last_model(model: TorchModel, batch: Batch) -> tuple[nn.Module, Bat
     def place(tensor: Tensor) -> Tensor:
         return channels_last(tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu())
 
-    return module, Batch(tuple(map(place, batch.args)), {name: place(tensor) for name, tensor in batch.kwargs.items()})
+    return module, batch.map(place)
