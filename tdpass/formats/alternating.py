@@ -24,6 +24,11 @@ def suits_single(macs: int, norm: float) -> bool:
     return macs > _SINGLE_FROM and _RANGE[0] < norm < _RANGE[1]
 
 
+def squared_norm(tensor: Tensor) -> float:
+    """The squared norm, summed in double precision whatever the tensor's."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+
+
 def alternate(start: State, sweep: Sweep, norm: float, macs: int, single: Sweep | None = None, going_on: bool = False) -> State:
     """Alternating least squares, each sweep started a step beyond the last (Nesterov with restarts, Mitchell et al. 2020).
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tdpass.errors import PlanError
-from tdpass.formats.alternating import State, alternate, normalized, solve_gram, suits_single
+from tdpass.formats.alternating import State, alternate, normalized, solve_gram, squared_norm, suits_single
 from tdpass.formats.base import Decomposition, Factors, Format, Rank, Stage, pointwise, register_format, scaled_ranks
 from tdpass.formats.blocks import LAYOUTS
 from tdpass.formats.metric import Metric
@@ -31,7 +30,7 @@ class _Blocks(Searched):
     def __init__(self, weight: Tensor, site: Site, metric: Metric) -> None:
         self.site, self.layout = site, LAYOUTS[site.kind]
         self.modes = self.layout.modes(site)
-        super().__init__(weight, metric, self.modes, lambda whitening: _Als(whitening, weight))
+        super().__init__(weight, metric, self.modes, lambda whitening: _Als(whitening, whitening.tensor(weight)))
 
     def unfolded(self, state: State) -> Tensor:
         return _unfolded(self.modes, state)
@@ -57,19 +56,15 @@ class _Blocks(Searched):
 class _Als:
     """Alternating least squares over `What[o, p, i] = sum_b a[o, b, s] core[b, s, p, r] c[b, r, i]` for a whitened tensor."""
 
-    def __init__(self, whitening: Whitening, weight: Tensor) -> None:
-        self.whitening = whitening
-        self.tensor = whitening.tensor(weight)
-        self.unfolded = self.tensor.flatten(1)
-        self.energy = float(self.tensor.square().sum())
+    def __init__(self, whitening: Whitening, tensor: Tensor) -> None:
+        self.whitening, self.tensor = whitening, tensor
+        self.unfolded = tensor.flatten(1)
+        self.energy = squared_norm(tensor)
 
     @functools.cached_property
     def single(self) -> _Als:
-        """The same in single precision."""
-        twin = copy.copy(self)
-        twin.tensor = self.tensor.float()
-        twin.unfolded = twin.tensor.flatten(1)
-        return twin
+        """The same in single precision, with caches of its own."""
+        return _Als(self.whitening, self.tensor.float())
 
     def search(self, start: State, going_on: bool = False) -> State:
         """Whitened `last[o, (b s)], core[b, s, p, r], first[(b r), i]`, found from such."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tdpass.formats.alternating import State, alternate, normalized, solve_gram, suits_single
+from tdpass.formats.alternating import State, alternate, normalized, solve_gram, squared_norm, suits_single
 from tdpass.formats.base import Rank
 from tdpass.formats.multilinear import Whitening
 from tdpass.formats.spectrum import top_eigenpairs
@@ -20,16 +19,14 @@ class CpFit:
     """Alternating least squares for a whitened tensor, started from its slices."""
 
     def __init__(self, whitening: Whitening, tensor: Tensor) -> None:
-        self.whitening, self.sizes = whitening, tensor.shape[2:]
+        self.whitening, self.tensor, self.sizes = whitening, tensor, tensor.shape[2:]
         self.slices = tensor.flatten(2).permute(2, 0, 1).contiguous()
-        self.energy = float(self.slices.square().sum())
+        self.energy = squared_norm(tensor)
 
     @functools.cached_property
     def single(self) -> CpFit:
-        """The same in single precision."""
-        twin = copy.copy(self)
-        twin.slices = self.slices.float()
-        return twin
+        """The same in single precision, with caches of its own."""
+        return CpFit(self.whitening, self.tensor.float())
 
     @functools.cached_property
     def terms(self) -> State:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tdpass.formats.alternating import State, alternate, solve_gram
+from tdpass.formats.alternating import State, alternate, solve_gram, squared_norm
 from tdpass.formats.base import Decomposition, Factors, Format, Rank, rank_grid, register_format
 from tdpass.formats.metric import Metric
 from tdpass.formats.multilinear import Modes, Whitening, balanced_factors, left_vectors, share_norm
@@ -47,7 +47,7 @@ class _Als:
         tensor = whitening.tensor(weight)
         self.sizes = tensor.shape
         self.matrix = tensor.flatten(2).flatten(0, 1)
-        self.energy = float(tensor.square().sum())
+        self.energy = squared_norm(tensor)
 
     def search(self, start: State, going_on: bool = False) -> State:
         """Whitened cores `[r, n, s]`, found from such."""

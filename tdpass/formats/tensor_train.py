@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdpass.errors import PlanError
-from tdpass.formats.alternating import State
+from tdpass.formats.alternating import State, squared_norm
 from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Rank, Stage, register_format, scaled_ranks
 from tdpass.formats.chains import FAMILIES, Chain, chain_of
 from tdpass.formats.metric import Metric
@@ -64,7 +64,7 @@ class _Sweep:
     def __init__(self, whitening: Whitening, weight: Tensor) -> None:
         self.whitening = whitening
         self.tensor = whitening.tensor(weight)
-        self.energy = float(self.tensor.square().sum())
+        self.energy = squared_norm(self.tensor)
 
     @functools.cached_property
     def first(self) -> Tensor:
