@@ -66,7 +66,7 @@ class Factorize(Pass):
         tapes = job.tapes(model)
         if not tapes:
             raise PlanError("the plan prunes channels or drops branches, which needs to see the model running; pass data= or example_inputs=")
-        chains = find_chains(tapes[0], sites)
+        chains = find_chains(tapes, sites)
         pairs = [chain for chain in chains if _pruned_together(chain, together)]
         metrics = {site.name: metric for site, metric in stream_metrics(tapes, [sites[chain.consumer] for chain in pairs], job.divergence)}
         for chain in pairs:
@@ -74,9 +74,9 @@ class Factorize(Pass):
             if not all(0 <= channel < sites[chain.consumer].i for channel in channels):
                 raise PlanError(f"the plan keeps channels {channels} of site {chain.consumer!r}, which has {sites[chain.consumer].i}; plan again")
             yield prune_layers(chain, sites, model.weight, model.bias, metrics[chain.consumer], channels)
-        for branch in find_branches(tapes[0], sites, chains):
+        for branch in find_branches(tapes, sites, chains):
             if all(name in together and together[name].format == "constant" for name in branch):
-                yield drop_layers(branch, sites, tapes)
+                yield drop_layers(branch, sites, model.weight, tapes)
 
 
 def _check_start(start: Mapping[str, Factors], sites: Mapping[str, Site], chosen: Mapping[str, Choice]) -> None:

@@ -64,6 +64,8 @@ class Job:
         """Recorded runs of the dense model on the calibration data, one per batch."""
         if not self.recorded:
             self.recorded = [model.record(batch) for batch in self.batches]
+            for note in dict.fromkeys(tape.note for tape in self.recorded if tape.note):
+                self.report.note(note)
             with torch.no_grad():
                 self.answers = [self.divergence.output(tape.play().finish()).clone() for tape in self.recorded]
         return self.recorded

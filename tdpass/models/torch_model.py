@@ -17,13 +17,14 @@ from torch.utils._pytree import tree_map
 from tdpass.errors import InvalidModelError, PlanError, UnsupportedError
 from tdpass.formats.base import Layer
 from tdpass.models.base import Batch, with_extents
+from tdpass.models.copying import copied
 from tdpass.models.factorized import Factorized
 from tdpass.models.fused import Fused
 from tdpass.models.torch_fuse import fuse_layers
 from tdpass.models.torch_sites import Matched, find_sites
 from tdpass.models.torch_state import save_module
 from tdpass.site import Site
-from tdpass.tape import Ref, Tape, record
+from tdpass.tape import LiveTape, Ref, Tape, record
 
 
 class TorchModel:
@@ -40,6 +41,7 @@ class TorchModel:
         self._replaced: dict[str, list[Factorized]] = {}
         self._example = example
         self._macs = 0
+        self._twin: tuple[object, TorchModel] | None = None
         self._adopt_factorized()
         self.check()
         if example is not None:
@@ -85,9 +87,24 @@ class TorchModel:
 
     def record(self, batch: Batch) -> Tape:
         placed = self._placed(batch)
-        with self._evaluating():
-            dense = {id(matched.weight): name for name, matched in self._by_name.items() if name not in self._replaced}
-            return record(lambda: self._call(placed), placed.tensors, dense, samples=placed.size)
+        held = (*self.module.parameters(), *self.module.buffers())
+        tape = record(lambda: self._answer(placed), placed.tensors, self._dense_weights(), samples=placed.size, held=held)
+        if not isinstance(tape, LiveTape):
+            return tape
+        twin = self._as_it_is()  # layers of this one will be replaced while the tape is still played
+        return replace(tape, run=lambda: twin._answer(placed), sites=twin._dense_weights())
+
+    def _dense_weights(self) -> dict[int, str]:
+        return {id(matched.weight): name for name, matched in self._by_name.items() if name not in self._replaced}
+
+    def _as_it_is(self) -> TorchModel:
+        """A copy, the same one until a parameter or buffer changes."""
+        version = tuple((id(tensor), tensor._version) for tensor in (*self.module.parameters(), *self.module.buffers()))
+        if self._twin is None or self._twin[0] != version:
+            twin = self.clone()
+            twin._twin = None
+            self._twin = version, twin
+        return self._twin[1]
 
     def observe(self, batch: Batch) -> None:
         self._example = batch.part(0, 2)
@@ -178,7 +195,7 @@ class TorchModel:
         """A deep copy of the module and of what is known about it."""
         twin = copy.copy(self)
         memo: dict[int, Any] = {}
-        twin.module = copy.deepcopy(self.module, memo)
+        twin.module = copied(self.module, memo)
         twin.folded = list(self.folded)
         twin._by_name = {
             name: Matched(m.site, copy.deepcopy(m.weight, memo), tuple(copy.deepcopy(module, memo) for module in m.modules), m.paths)
@@ -206,6 +223,10 @@ class TorchModel:
 
     def _call(self, batch: Batch) -> object:
         return self.module(*batch.args, **batch.kwargs)
+
+    def _answer(self, placed: Batch) -> object:
+        with self._evaluating():
+            return self._call(placed)
 
     def _placed(self, batch: Batch) -> Batch:
         parameter = next(self.module.parameters(), None)

@@ -12,7 +12,6 @@ from torch import Tensor
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.formats.metric import Metric
 from tdpass.planner.candidates import Candidate
-from tdpass.planner.divergence import Divergence
 from tdpass.planner.moments import stream_metrics
 from tdpass.planner.patches import output_rows
 from tdpass.planner.sensitivity import Sweep
@@ -47,8 +46,13 @@ class Chain:
     consumer: str
 
 
-def find_chains(tape: Tape, sites: Mapping[str, Site]) -> list[Chain]:
-    """Pairs of sites whose channels in between can be removed, front to back."""
+def find_chains(tapes: Sequence[Tape], sites: Mapping[str, Site]) -> list[Chain]:
+    """Pairs of sites whose channels in between can be removed, in every run, front to back."""
+    found = [_chains(tape, sites) for tape in tapes]
+    return [chain for chain in found[0] if all(chain in others for others in found[1:])]
+
+
+def _chains(tape: Tape, sites: Mapping[str, Site]) -> list[Chain]:
     once = {indices[0]: name for name, indices in tape.site_calls.items() if len(indices) == 1 and name in sites}
     chains: list[Chain] = []
     for index, name in sorted(once.items()):
@@ -58,8 +62,13 @@ def find_chains(tape: Tape, sites: Mapping[str, Site]) -> list[Chain]:
     return chains
 
 
-def find_branches(tape: Tape, sites: Mapping[str, Site], chains: Sequence[Chain]) -> list[tuple[str, ...]]:
-    """Residual branches made of sites only, each from its first site to the one whose output enters the sum."""
+def find_branches(tapes: Sequence[Tape], sites: Mapping[str, Site], chains: Sequence[Chain]) -> list[tuple[str, ...]]:
+    """Residual branches made of sites only, in every run, each from its first site to the one whose output enters the sum."""
+    found = [_branches(tape, sites, chains) for tape in tapes]
+    return [branch for branch in found[0] if all(branch in others for others in found[1:])]
+
+
+def _branches(tape: Tape, sites: Mapping[str, Site], chains: Sequence[Chain]) -> list[tuple[str, ...]]:
     before = {chain.consumer: chain.producer for chain in chains}
     branches: list[tuple[str, ...]] = []
     for name, indices in tape.site_calls.items():
@@ -72,18 +81,18 @@ def find_branches(tape: Tape, sites: Mapping[str, Site], chains: Sequence[Chain]
 
 
 def joint_options(
-    sites: Mapping[str, Site], weight: Read, bias: ReadBias, tapes: Sequence[Tape], sweep_tapes: Sequence[Tape], divergence: Divergence, tick: Tick
+    sites: Mapping[str, Site], weight: Read, bias: ReadBias, tapes: Sequence[Tape], sweep: Sweep, tick: Tick
 ) -> list[JointOption]:
     """All joint options with their measured losses."""
     tape = tapes[0]
-    chains = [chain for chain in find_chains(tape, sites) if sites[chain.consumer].weights // sites[chain.consumer].o <= MAX_WIDTH]
-    branches = find_branches(tape, sites, find_chains(tape, sites))
-    metrics = {site.name: metric for site, metric in stream_metrics(tapes, [sites[chain.consumer] for chain in chains], divergence)}
+    every = find_chains(tapes, sites)
+    chains = [chain for chain in every if sites[chain.consumer].weights // sites[chain.consumer].o <= MAX_WIDTH]
+    branches = find_branches(tapes, sites, every)
+    metrics = {site.name: metric for site, metric in stream_metrics(tapes, [sites[chain.consumer] for chain in chains], sweep.divergence)}
     jobs: list[tuple[int, Trial]] = [
         (tape.site_calls[chain.producer][0], partial(_prune, chain, sites, weight, bias, metrics[chain.consumer])) for chain in chains
     ]
-    jobs += [(tape.site_calls[branch[0]][0], partial(_drop, branch, sites, tapes)) for branch in branches]
-    sweep = Sweep(sweep_tapes, divergence)
+    jobs += [(tape.site_calls[branch[0]][0], partial(_drop, branch, sites, weight, tapes)) for branch in branches]
     found: list[JointOption] = []
     for done, (_, make) in enumerate(sorted(jobs, key=lambda job: job[0])):
         for option, layers in make():
@@ -123,7 +132,7 @@ def _prune(chain: Chain, sites: Mapping[str, Site], weight: Read, bias: ReadBias
     return found
 
 
-def drop_layers(branch: Sequence[str], sites: Mapping[str, Site], tapes: Sequence[Tape]) -> dict[str, Layer]:
+def drop_layers(branch: Sequence[str], sites: Mapping[str, Site], weight: Read, tapes: Sequence[Tape]) -> dict[str, Layer]:
     """Constant layers for a whole branch; the last answers with its mean output."""
     layers: dict[str, Layer] = {}
     for name in branch:
@@ -134,15 +143,16 @@ def drop_layers(branch: Sequence[str], sites: Mapping[str, Site], tapes: Sequenc
                 with torch.no_grad():
                     playback = tape.play().advance(index)
                     y = playback.step()
+                assert y is not None
                 rows = output_rows(y, sites[name])
                 total += rows.double().sum(0)
                 count += rows.shape[0]
-        layers[name] = Layer(sites[name], "constant", (), {}, (total / max(count, 1)).float())
+        layers[name] = Layer(sites[name], "constant", (), {}, (total / max(count, 1)).to(weight(name).dtype))
     return layers
 
 
-def _drop(branch: Sequence[str], sites: Mapping[str, Site], tapes: Sequence[Tape]) -> list[tuple[JointOption, Mapping[str, Layer]]]:
-    layers = drop_layers(branch, sites, tapes)
+def _drop(branch: Sequence[str], sites: Mapping[str, Site], weight: Read, tapes: Sequence[Tape]) -> list[tuple[JointOption, Mapping[str, Layer]]]:
+    layers = drop_layers(branch, sites, weight, tapes)
     return [(JointOption({name: _candidate(layer, 1.0) for name, layer in layers.items()}, 0.0), layers)]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tdpass.tape import Playback, Tape
+from tdpass.tape import Playback, Tape, site_order
 
 Apply = Callable[[Tensor], Tensor]
 
@@ -27,7 +27,7 @@ class Moment:
 
 @dataclass
 class Lockstep:
-    """Replays of the dense runs (`tapes`) beside runs with replaced layers; `apply` sets how a site runs from its moment on."""
+    """Playbacks of the dense runs (`tapes`) beside those with replaced layers; `apply` sets how a site runs from its moment on."""
 
     tapes: Sequence[Tape]
     dense: list[Playback] = field(init=False)
@@ -38,27 +38,41 @@ class Lockstep:
         self.compressed = [tape.play() for tape in self.tapes]
 
     def sites(self) -> Iterator[tuple[str, list[Moment]]]:
-        """Each site that is called once, in order, with one moment per batch; set `apply` before asking for the next."""
-        once = {name: indices[0] for name, indices in self.tapes[0].site_calls.items() if len(indices) == 1}
-        for name in sorted(once, key=lambda name: once[name]):
+        """Each site that no run calls more than once, in order, with a moment of every batch in which both networks call it alike.
+
+        Set `apply` before asking for the next.
+        """
+        for name in self.called_once():
             with torch.no_grad():
-                moments = [self._moment(batch, tape.site_calls[name][0]) for batch, tape in enumerate(self.tapes)]
-            yield name, moments
+                found = [self._moment(batch, indices[0]) for batch, tape in enumerate(self.tapes) if (indices := tape.site_calls.get(name))]
+            moments = [moment for moment in found if moment is not None]
+            if moments:
+                yield name, moments
+
+    def called_once(self) -> list[str]:
+        """The sites that some run calls, and none more than once, in order."""
+        return [name for name in site_order(self.tapes) if all(len(tape.site_calls.get(name, ())) <= 1 for tape in self.tapes)]
 
     def apply(self, name: str, run: Apply) -> None:
         """Run the site with `run` from here on in the compressed network."""
         for playback in self.compressed:
             playback.replaced[name] = run
 
-    def _moment(self, batch: int, index: int) -> Moment:
+    def _moment(self, batch: int, index: int) -> Moment | None:
+        """None where the compressed network does not come to that call, or comes with other rows."""
         tape, dense, compressed = self.tapes[batch], self.dense[batch], self.compressed[batch]
         x = compressed.advance(index).input_of(index)
-        dense.advance(index)
+        read = dense.advance(index).input_of(index)
+        if x is None or read is None or x.shape != read.shape:
+            return None
         partner = tape.residual_partner(index)
-        lost = None
-        if partner is not None and partner in dense.values and partner in compressed.values:
-            lost = dense.values[partner] - compressed.values[partner]
+        lost = None if partner is None else _difference(dense.value(partner), compressed.value(partner))
         target = dense.step()
+        assert target is not None
         if lost is not None and lost.shape == target.shape:
             target = target + lost
         return Moment(x, target)
+
+
+def _difference(ours: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+    return None if ours is None or theirs is None or ours.shape != theirs.shape else ours - theirs

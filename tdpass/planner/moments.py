@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tdpass.formats.metric import Metric
 from tdpass.planner.divergence import Divergence
-from tdpass.planner.patches import output_rows, patches
+from tdpass.planner.patches import output_rows, patches, working
 from tdpass.site import Site
 from tdpass.tape import Tape
 
@@ -50,7 +50,7 @@ class _Sums:
 
     def add_inputs(self, x: Tensor, generator: torch.Generator) -> None:
         width = self.site.weights // self.site.o
-        rows = patches(x.detach().float(), self.site, max(2 * width, VALUES_PER_CALL // width), generator)
+        rows = working(patches(x.detach(), self.site, max(2 * width, VALUES_PER_CALL // width), generator))
         self.inputs += (rows.square().sum(0) if self.inputs.dim() == 1 else rows.T @ rows).double()
         self.mean += rows.sum(0, dtype=torch.float64)
         self.rows += rows.shape[0]
@@ -58,7 +58,9 @@ class _Sums:
     def add_gradient(self, gradient: Tensor, samples: int) -> None:
         if self.outputs.dim() == 0:
             return
-        rows = output_rows(gradient.float(), self.site)
+        rows = working(output_rows(gradient, self.site))
+        if not bool(torch.isfinite(rows).all()):  # half precision overflows in a backward pass where it does not in the forward one
+            return
         self.outputs += (rows.T @ rows).double()
         self.samples += samples
 
@@ -118,26 +120,31 @@ def _groups(sites: Sequence[Site]) -> list[list[Site]]:
 
 
 def _accumulate(tape: Tape, sums: dict[str, _Sums], divergence: Divergence, generator: torch.Generator) -> None:
-    with torch.enable_grad():
-        playback = tape.play()
-        outputs: list[tuple[_Sums, Tensor]] = []
-        for index, call in enumerate(tape.calls):
-            entry = sums.get(call.site) if call.site is not None else None
-            if entry is None:
-                playback.advance(index + 1)
-                continue
-            playback.advance(index)
-            entry.add_inputs(playback.input_of(index), generator)
-            y = playback.step()
-            if not y.requires_grad:
+    if not any(name in sums for name in tape.site_calls):
+        return
+    outputs: list[tuple[_Sums, Tensor]] = []
+
+    def watch(name: str, x: Tensor, y: Tensor) -> Tensor:
+        entry = sums.get(name)
+        if entry is not None:
+            entry.add_inputs(x, generator)
+            if not y.requires_grad and torch.is_grad_enabled():
                 y.requires_grad_(True)
             outputs.append((entry, y))
-        result = divergence.output(playback.finish())
-        if not result.requires_grad:
-            return
-        for probe in range(PROBES):
+        return y
+
+    with torch.enable_grad():
+        result = divergence.output(tape.play().finish(watch))
+        for _ in range(PROBES if result.requires_grad else 0):
             direction = divergence.probe(result.detach(), generator)
-            gradients = torch.autograd.grad(result, [y for _, y in outputs], direction, retain_graph=probe + 1 < PROBES, allow_unused=True)
-            for (entry, _), gradient in zip(outputs, gradients, strict=True):
+            for (entry, _), gradient in zip(outputs, _gradients(result, [y for _, y in outputs], direction), strict=True):
                 if gradient is not None:
                     entry.add_gradient(gradient, tape.batch_size)
+
+
+def _gradients(result: Tensor, at: Sequence[Tensor], direction: Tensor) -> Sequence[Tensor | None]:
+    """The gradients of a projection of the output; none where some operation on the way has no derivative."""
+    try:
+        return torch.autograd.grad(result, at, direction, retain_graph=True, allow_unused=True)
+    except (RuntimeError, NotImplementedError):
+        return [None] * len(at)

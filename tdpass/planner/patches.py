@@ -34,6 +34,11 @@ def patches(x: Tensor, site: Site, limit: int | None = None, generator: torch.Ge
     return windows.reshape(-1, site.weights // site.o)
 
 
+def working(rows: Tensor) -> Tensor:
+    """The rows in a type to sum products in: float64 stays, everything narrower becomes float32."""
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
 def _subset(rows: int, limit: int | None, generator: torch.Generator | None) -> Tensor | None:
     return None if limit is None or rows <= limit else torch.randperm(rows, generator=generator)[:limit]
 

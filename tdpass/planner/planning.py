@@ -20,7 +20,7 @@ from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.planner.select import Option, cheapest, select
 from tdpass.planner.sensitivity import Sweep, measure_losses
 from tdpass.site import Site
-from tdpass.tape import Tape
+from tdpass.tape import Tape, site_order
 from tdpass.targets.base import Timing
 
 SWEEP_SAMPLES = 256
@@ -153,7 +153,7 @@ def tabulate(
     known = {site.name: found for site in sites if (found := cache.get(keys[site.name])) is not None}
     missing = [site for site in sites if site.name not in known]
     measures = ("macs", "params") if all(site.seen for site in sites) else ("params",)
-    sweep = Sweep(_first_samples(tapes, SWEEP_SAMPLES), divergence) if tapes and missing else None
+    sweep = Sweep(tapes, divergence, SWEEP_SAMPLES) if tapes and missing else None
     metrics: Iterator[tuple[Site, Metric]] = (
         stream_metrics(tapes, _in_order(missing, tapes), divergence, lambda n, of: tick("reading calibration data", n, of))
         if tapes
@@ -209,21 +209,12 @@ def add_joint_options(
     known = cache.get_joint(key)
     if known is None:
         sites = {site.name: site for site in table.sites}
-        known = joint_options(sites, dense.weight, dense.bias, tapes, _first_samples(tapes, SWEEP_SAMPLES), divergence, tick)
+        known = joint_options(sites, dense.weight, dense.bias, tapes, Sweep(tapes, divergence, SWEEP_SAMPLES), tick)
         cache.put_joint(key, known)
     table.joint = known
 
 
 def _in_order(sites: Sequence[Site], tapes: Sequence[Tape]) -> list[Site]:
-    """By first call, so that a sweep only moves forward."""
-    order = {name: calls[0] for name, calls in tapes[0].site_calls.items()}
-    return sorted((site for site in sites if site.name in order), key=lambda site: order[site.name])
-
-
-def _first_samples(tapes: Sequence[Tape], samples: int) -> list[Tape]:
-    taken: list[Tape] = []
-    for tape in tapes:
-        if taken and sum(t.batch_size for t in taken) + tape.batch_size > samples:
-            break
-        taken.append(tape)
-    return taken
+    """Those that some run calls by first call, so that a sweep mostly moves forward; then the others."""
+    order = {name: place for place, name in enumerate(site_order(tapes))}
+    return sorted(sites, key=lambda site: order.get(site.name, len(order)))

@@ -12,7 +12,7 @@ from tdpass.formats.base import FORMATS, Layer
 from tdpass.ops import TorchOps
 from tdpass.planner.divergence import Divergence
 from tdpass.planner.lockstep import Lockstep, Moment
-from tdpass.planner.patches import output_rows, patches
+from tdpass.planner.patches import output_rows, patches, working
 from tdpass.site import Site
 from tdpass.tape import Tape
 
@@ -41,10 +41,10 @@ def correct_biases(tapes: Sequence[Tape], layers: Mapping[str, Layer]) -> dict[s
         if layer is None or not _full(layer):
             continue
         with torch.no_grad():
-            gaps = [output_rows(moment.target - layer(moment.x), layer.site) for moment in moments]
+            gaps = [output_rows(moment.target - layer(moment.x.to(_dtype(layer))), layer.site) for moment in moments]
             gap = sum((rows.double().sum(0) for rows in gaps), torch.zeros(layer.site.o, dtype=torch.float64)) / sum(rows.shape[0] for rows in gaps)
         bias = gap if layer.bias is None else layer.bias.double() + gap
-        corrected[name] = replace(layer, bias=bias.to(moments[0].x.dtype))
+        corrected[name] = replace(layer, bias=bias.to(_dtype(layer)))
         lockstep.apply(name, corrected[name])
     return corrected
 
@@ -57,8 +57,9 @@ def refit_last_factors(tapes: Sequence[Tape], layers: Mapping[str, Layer], ridge
     Returns the layers, and the reason for each that was left as it was.
     """
     refitted = dict(layers)
-    declined = {name: "it is called more than once" for name in layers if len(tapes[0].site_calls.get(name, ())) != 1}
     lockstep = _start(tapes, layers)
+    once = lockstep.called_once()
+    declined = {name: "it is called more than once, or never" for name in layers if name not in once}
     for name, moments in lockstep.sites():
         layer = refitted.get(name)
         if layer is None:
@@ -79,6 +80,11 @@ def _start(tapes: Sequence[Tape], layers: Mapping[str, Layer]) -> Lockstep:
     return lockstep
 
 
+def _dtype(layer: Layer) -> torch.dtype:
+    """The type of the layer's parameters."""
+    return next(iter(layer.factors.values())).dtype
+
+
 def _full(layer: Layer) -> bool:
     """Whether the layer makes all of its site's outputs from what it reads."""
     return layer.format != "constant" and FORMATS.get(layer.format).outputs(layer.site, layer.rank) == layer.site.o
@@ -93,10 +99,10 @@ def _solve(layer: Layer, factor: str, site: Site, moments: Sequence[Moment], rid
     generator = torch.Generator()
     with torch.no_grad():
         for moment in moments:
-            z = FORMATS.get(layer.format).features(_OPS, moment.x, layer.factors, layer.site, layer.rank)
+            z = FORMATS.get(layer.format).features(_OPS, moment.x.to(_dtype(layer)), layer.factors, layer.site, layer.rank)
             limit = max(4 * width, _ROWS_PER_CALL // width)
-            features = _with_one(patches(z, site, limit, generator.manual_seed(rows)))
-            targets = _same_rows(output_rows(moment.target, layer.site), limit, generator.manual_seed(rows))
+            features = _with_one(working(patches(z, site, limit, generator.manual_seed(rows))))
+            targets = working(_same_rows(output_rows(moment.target, layer.site), limit, generator.manual_seed(rows)))
             normal += (features.T @ features).double()
             cross += (targets.T @ features).double()
             rows += features.shape[0]
@@ -113,9 +119,9 @@ def _solve(layer: Layer, factor: str, site: Site, moments: Sequence[Moment], rid
 
 
 def _with_one(rows: Tensor) -> Tensor:
-    return torch.cat([rows.float(), torch.ones(rows.shape[0], 1)], 1)
+    return torch.cat([rows, rows.new_ones(rows.shape[0], 1)], 1)
 
 
 def _same_rows(rows: Tensor, limit: int, generator: torch.Generator) -> Tensor:
     """The subset that `patches` drew with the same limit and seed."""
-    return rows if rows.shape[0] <= limit else rows[torch.randperm(rows.shape[0], generator=generator)[:limit]].float()
+    return rows if rows.shape[0] <= limit else rows[torch.randperm(rows.shape[0], generator=generator)[:limit]]

@@ -19,32 +19,52 @@ from tdpass.tape import Playback, Tape
 class Sweep:
     """The calibration runs, stopped just before a site; candidates for it are tried from there to the end.
 
-    Sites are visited front to back, so that the part of the network before a site is never computed twice.
+    Sites are visited front to back, so that the part of the network before a site is seldom computed twice.  A site is tried
+    on the first `samples` of the runs that call it; all others count as unchanged.
     """
 
     tapes: Sequence[Tape]
     divergence: Divergence
-    playbacks: list[Playback] = field(init=False)
-    references: list[Tensor] = field(init=False)
+    samples: int
     seconds: float = 0.0
+    started: dict[int, tuple[Playback, Tensor]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         start = time.perf_counter()
-        with torch.no_grad():
-            self.references = [self.divergence.output(tape.play().finish()) for tape in self.tapes]
+        for index in self._first(range(len(self.tapes))):
+            self._start(index)
         self.seconds = time.perf_counter() - start
-        self.playbacks = [tape.play() for tape in self.tapes]
 
     def loss(self, replaced: Mapping[str, Layer]) -> float:
-        """Mean divergence of the output from the original's with those sites replaced and all others dense."""
+        """Mean divergence of the output from the original's with those sites replaced and all others dense; 0 where no run calls them."""
+        reached = [index for index, tape in enumerate(self.tapes) if any(name in tape.site_calls for name in replaced)]
         total, samples = 0.0, 0
         with torch.no_grad():
-            for tape, playback, reference in zip(self.tapes, self.playbacks, self.references, strict=True):
-                playback.advance(min(tape.site_calls[name][0] for name in replaced))
+            for index in self._first(reached):
+                tape, (playback, reference) = self.tapes[index], self._start(index)
+                playback.advance(min(tape.site_calls[name][0] for name in replaced if name in tape.site_calls))
                 output = self.divergence.output(playback.fork(dict(replaced)).finish())
                 total += float(self.divergence(reference, output).sum())
                 samples += reference.shape[0]
-        return total / samples
+        share = sum(self.tapes[index].batch_size for index in reached) / sum(tape.batch_size for tape in self.tapes)
+        return total / max(samples, 1) * share
+
+    def _start(self, index: int) -> tuple[Playback, Tensor]:
+        if index not in self.started:
+            with torch.no_grad():
+                self.started[index] = self.tapes[index].play(), self.divergence.output(self.tapes[index].play().finish())
+        return self.started[index]
+
+    def _first(self, indices: Sequence[int]) -> list[int]:
+        """As many of these runs as hold `samples` samples, at least one."""
+        taken: list[int] = []
+        held = 0
+        for index in indices:
+            held += self.tapes[index].batch_size
+            if taken and held > self.samples:
+                break
+            taken.append(index)
+        return taken
 
 
 def measure_losses(

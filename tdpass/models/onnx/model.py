@@ -203,7 +203,8 @@ class OnnxModel:
     def _record(self, runner: OnnxRunner, batch: Batch, *, replayed: bool = True) -> Tape:
         inputs = bind(self._dense.graph, batch)
         sites = {id(weight): name for name, weight in runner.weights.items()}
-        return record(lambda: runner(inputs), list(inputs.values()), sites, samples=batch.size, replayed=replayed)
+        held = (*runner.weights.values(), *runner.constants.values())
+        return record(lambda: runner(inputs), list(inputs.values()), sites, samples=batch.size, held=held, replayed=replayed)
 
     def run(self, batch: Batch) -> dict[str, Tensor]:
         """Outputs by name, computed by ONNX Runtime on the CPU."""

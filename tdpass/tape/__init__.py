@@ -1,0 +1,14 @@
+"""Tapes: runs of a model, recorded call by call while it really runs, that can be replayed with some layers replaced."""
+
+from __future__ import annotations
+
+from tdpass.tape.calls import LAYER_CALLS as LAYER_CALLS
+from tdpass.tape.calls import Call as Call
+from tdpass.tape.calls import Ref as Ref
+from tdpass.tape.live import LiveTape as LiveTape
+from tdpass.tape.playback import Playback as Playback
+from tdpass.tape.playback import Replacement as Replacement
+from tdpass.tape.playback import Tape as Tape
+from tdpass.tape.playback import Watch as Watch
+from tdpass.tape.playback import site_order as site_order
+from tdpass.tape.recorder import record as record

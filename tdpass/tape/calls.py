@@ -1,0 +1,115 @@
+"""What a tape is made of: recorded calls, and numbers in place of the tensors they read and make."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from tdpass.ops import padded_convolution
+
+LAYER_CALLS: frozenset[Callable[..., Any]] = frozenset(
+    {F.linear, torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d, padded_convolution}
+)
+
+
+@dataclass(frozen=True)
+class Ref:
+    """The value with that number on the tape."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """The automatic mixed precision that a call was made under."""
+
+    device: str
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tree: Any) -> Autocast | None:
+        """What holds now for the device of the first tensor in `tree`; None where there is none."""
+        device = next((leaf.device.type for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)), "cpu")
+        return cls(device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One recorded torch function call; `output` has the structure of what it returned, with `Ref` for tensors.
+
+    Layer calls also carry their multiply-adds per sample and the shapes of their input and output.
+    """
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: Any
+    mutates: bool
+    site: str | None = None
+    macs: int = 0
+    shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    autocast: Autocast | None = None
+
+    @property
+    def name(self) -> str:
+        """The function's bare name."""
+        return getattr(self.func, "__name__", str(self.func))
+
+    def reads(self) -> Iterator[int]:
+        """Numbers of the values it uses."""
+        return (leaf.number for leaf in leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Ref))
+
+    def writes(self) -> Iterator[int]:
+        """Numbers of the values it makes."""
+        return (leaf.number for leaf in leaves(self.output) if isinstance(leaf, Ref))
+
+    def context(self) -> AbstractContextManager[object]:
+        """The mixed precision to repeat the call under."""
+        return nullcontext() if self.autocast is None else torch.autocast(self.autocast.device, self.autocast.dtype)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """The leaves of nested containers; the fields of a dataclass count as its branches."""
+    found: list[Any] = []
+    for leaf in tree_leaves(tree, is_leaf=_is_ref):
+        found.extend(leaves([getattr(leaf, f.name) for f in fields(leaf)]) if _is_record(leaf) else (leaf,))
+    return found
+
+
+def mapped(change: Callable[[Any], Any], tree: Any) -> Any:
+    """The tree with every leaf changed, in the same containers and dataclasses."""
+
+    def at(leaf: Any) -> Any:
+        if not _is_record(leaf):
+            return change(leaf)
+        twin = copy.copy(leaf)
+        for f in fields(leaf):
+            object.__setattr__(twin, f.name, mapped(change, getattr(leaf, f.name)))
+        return twin
+
+    return tree_map(at, tree, is_leaf=_is_ref)
+
+
+def plain(result: Any) -> Any:
+    """Outputs of dict-like results (Hugging Face) as plain dicts, without empty entries."""
+    if isinstance(result, Mapping):
+        return {key: plain(value) for key, value in result.items() if value is not None}
+    if isinstance(result, list) or type(result) is tuple:
+        return [plain(value) for value in result]
+    return result
+
+
+def _is_ref(leaf: Any) -> bool:
+    return isinstance(leaf, Ref)
+
+
+def _is_record(leaf: Any) -> bool:
+    return is_dataclass(leaf) and not isinstance(leaf, type | Ref)

@@ -1,0 +1,162 @@
+"""Runs that cannot be replayed call by call, repeated by running the model itself: slower, but true."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from tdpass.tape.calls import LAYER_CALLS, plain
+from tdpass.tape.playback import Playback, Replacement, Tape, Watch
+
+_LEAVING_TORCH = frozenset({"numpy", "__array__", "item", "tolist", "__float__", "__int__", "__bool__", "__dlpack__"})
+
+Run = Callable[[], Any]
+Steer = Callable[[str, Tensor, Replacement], Tensor]
+
+
+@dataclass
+class LiveTape(Tape):
+    """A recorded run whose playbacks run the model for real: something in it is not a torch call, or chooses what runs.
+
+    `run` executes the model on `fed`, `sites` maps `id(weight)` of what it executes to a site's name.  Which value a call
+    reads is known in part only, so that no two layers are taken to be neighbours.
+    """
+
+    run: Run = field(kw_only=True)
+    fed: Sequence[Tensor] = field(kw_only=True)
+    sites: Mapping[int, str] = field(kw_only=True)
+
+    @property
+    def note(self) -> str:
+        return (
+            f"every candidate is tried by running the whole model, which takes longer: {self.doubt}; "
+            "channel pruning between layers, dropped branches and batch-norm folding are left out"
+        )
+
+    def readers(self, number: int) -> list[int]:
+        return []
+
+    def is_output(self, number: int) -> bool:
+        return True
+
+    def residual_partner(self, index: int) -> int | None:
+        return None
+
+    def channelwise_consumer(self, index: int) -> int | None:
+        return None
+
+    def play(self, inputs: Mapping[int, Tensor] | None = None) -> Playback:
+        return _Rerun(self, self.inputs if inputs is None else inputs)
+
+    def place(self, index: int) -> tuple[str | None, int]:
+        """The site of call `index`, and which of that site's calls it is."""
+        name = self.calls[index].site
+        return name, 0 if name is None else self.site_calls[name].index(index)
+
+
+class _Arrived(BaseException):
+    """Ends a run at the call that was asked for; no handler in a model catches it."""
+
+
+@dataclass
+class _Rerun:
+    """A playback that runs the model from its start whenever something is asked of it."""
+
+    tape: LiveTape
+    inputs: Mapping[int, Tensor]
+    replaced: dict[str, Replacement] = field(default_factory=dict)
+    position: int = 0
+
+    def fork(self, replaced: Mapping[str, Replacement] | None = None) -> _Rerun:
+        return _Rerun(self.tape, self.inputs, {**self.replaced, **(replaced or {})}, self.position)
+
+    def advance(self, index: int) -> _Rerun:
+        self.position = index
+        return self
+
+    def input_of(self, index: int) -> Tensor | None:
+        return next(iter(self._at(index)), None)
+
+    def step(self) -> Tensor | None:
+        return next(reversed(self._at(self.position)), None)
+
+    def value(self, number: int) -> Tensor | None:
+        return None
+
+    def finish(self, watch: Watch | None = None) -> Any:
+        def steer(name: str, x: Tensor, dense: Replacement) -> Tensor:
+            y = self.replaced.get(name, dense)(x)
+            if watch is None:
+                return y
+            y = watch(name, x, y)
+            return y.clone() if y.requires_grad and y.is_leaf else y  # what follows may write in place, which a leaf forbids
+
+        return plain(self._run(steer))
+
+    def _at(self, index: int) -> tuple[Tensor, ...]:
+        """Input and output of site call `index`; nothing where the run does not come there."""
+        wanted, count = self.tape.place(index)
+        found: list[Tensor] = []
+        seen = 0
+
+        def steer(name: str, x: Tensor, dense: Replacement) -> Tensor:
+            nonlocal seen
+            y = self.replaced.get(name, dense)(x)
+            seen += name == wanted
+            if seen > count:
+                found.extend((x, y))
+                raise _Arrived
+            return y
+
+        try:
+            self._run(steer)
+        except _Arrived:
+            return tuple(found)
+        return ()
+
+    def _run(self, steer: Steer) -> Any:
+        restore(self.tape.fed, self.inputs.values())
+        fastpath = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with _Steered(self.tape.sites, steer):
+                return self.tape.run()
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+class _Steered(TorchFunctionMode):
+    """Hands every call of a site to `steer`; lets values leave torch where gradients are recorded, which then end there."""
+
+    def __init__(self, sites: Mapping[int, str], steer: Steer) -> None:
+        super().__init__()
+        self.sites, self.steer = sites, steer
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _LEAVING_TORCH:
+            return func(args[0].detach(), *args[1:], **kwargs)
+        name = self.sites.get(id(argument(args, kwargs, 1, "weight"))) if func in LAYER_CALLS else None
+        if name is None:
+            return func(*args, **kwargs)
+        rest = {key: value for key, value in kwargs.items() if key != "input"}
+        return self.steer(name, argument(args, kwargs, 0, "input"), lambda x: func(x, *args[1:], **rest))
+
+
+def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
+    """An argument of a call, by position or by name."""
+    return args[position] if len(args) > position else kwargs[name]
+
+
+def restore(fed: Sequence[Tensor], originals: Any) -> None:
+    """Undo what a run wrote into its inputs."""
+    for tensor, original in zip(fed, originals, strict=True):
+        if not torch.equal(tensor, original):
+            tensor.copy_(original)
