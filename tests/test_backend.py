@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
 import tdpass
 from tdpass.backend import Options, tdpass_backend
@@ -25,6 +25,8 @@ from tdpass.models import chain_choice, open_model
 from tdpass.models.base import Batch
 from tdpass.models.chain_choice import ChainCall
 from tdpass.models.derived import DERIVED
+from tdpass.models.factorized import Factorized
+from tdpass.models.fused import Fused
 from tdpass.site import Site
 
 FUSE_ALL = {"inner": "eager", "measure": False}
@@ -246,6 +248,46 @@ def test_edited_loaded_replaced_and_swapped_weights_are_seen_without_recompiling
     tdpass.invalidate(low)
     assert same()
     assert fused(seen) == [2]  # one compilation
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "way"),
+    [(optim.SGD, "fused"), (optim.Adam, "fused"), (optim.AdamW, "fused"), (optim.Adagrad, "fused"), (optim.SGD, "foreach"), (optim.SGD, "plain")],
+)
+def test_steps_of_every_optimizer_are_seen(low: Low, optimizer: Any, way: str) -> None:
+    run, x = compiled(low), torch.randn(2, 3, 9, 7)
+    with torch.no_grad():
+        assert close(run(x), low(x))
+    steps = optimizer(low.parameters(), lr=0.05, fused=way == "fused", foreach=way == "foreach")
+    for _ in range(2):
+        low(x).square().mean().backward()
+        steps.step()
+    with torch.no_grad():
+        assert close(run(x), low(x))
+
+
+def test_a_fused_step_is_seen_by_fused_layers() -> None:
+    site = Site("layer", "linear", (24, 16))
+    layer = Layer(site, "svd", (4,), FORMATS.get("svd").factorize(torch.randn(24, 16), site, (4,)))
+    module = Fused.of(Factorized(layer.to(torch.float32), None))
+    x = torch.randn(5, 16)
+    with torch.no_grad():
+        module(x)
+    steps = optim.SGD(module.parameters(), lr=0.5, fused=True)
+    module(x).square().mean().backward()
+    steps.step()
+    with torch.no_grad():
+        assert close(module(x), module.layer()(x))
+
+
+@torch.no_grad()
+def test_models_of_a_class_with_other_constants_share_a_backend(seen: list[list[str]]) -> None:
+    for eps, slope in ((1e-5, 0.1), (1e-3, 0.2), (0.5, 0.3)):
+        low = Low(activation=lambda x, slope=slope: F.leaky_relu(x, slope)).eval()
+        low.norm.eps = eps
+        x = torch.randn(2, 3, 9, 7)
+        assert close(compiled(low)(x), low(x))
+    assert all(count > 0 for count in fused(seen))
 
 
 @torch.no_grad()

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tdpass.kernels.stage import Lanes, Stage
 from tdpass.models.identity_cache import IdentityCache
 
 DERIVED: IdentityCache[tuple[Tensor, ...]] = IdentityCache()
+
+
+def _forget_fused(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Forget what was derived from weights that a fused step wrote: it raises no version."""
+    del args, kwargs
+    written = [weight for group in optimizer.param_groups if group.get("fused") for weight in group["params"]]
+    if written and len(DERIVED):
+        DERIVED.clear(written)
+
+
+register_optimizer_step_post_hook(_forget_fused)
 
 
 class Recipe(ABC):
