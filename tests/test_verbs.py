@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -248,3 +250,10 @@ def test_a_model_with_a_fixed_batch_size_is_calibrated_at_that_size(residual: nn
     assert artifact.report.checks["samples"] == 48
     with pytest.raises(UsageError, match="exactly 4 samples"):
         tdpass.compress(program.model_proto, {"macs": 0.6}, images[:3])
+
+
+def test_the_import_leaves_out_what_takes_seconds() -> None:
+    heavy = ("torch._dynamo", "torch._inductor", "transformers", "onnxscript", "openvino", "rich.markdown")
+    program = f"import sys, tdpass; sys.exit(str([name for name in {heavy!r} if name in sys.modules] or 0))"
+    call = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (call.returncode, call.stderr) == (0, "")

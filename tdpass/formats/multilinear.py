@@ -116,10 +116,13 @@ def left_vectors(matrix: Tensor, count: int) -> Tensor:
     return left
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch warns where it traces into a cache
 def balanced_factors(size: int, count: int) -> tuple[int, ...]:
     """`size` as a product of `count` factors of least sum, descending."""
     return _balanced(size, count, size)
+
+
+# Dynamo warns where it traces into a cache; the decorator that sets this mark imports all of Dynamo, which takes seconds.
+balanced_factors.__dict__["_dynamo_marked_constant"] = True
 
 
 def improve_left(weight: Tensor, left: Tensor, rows: Tensor, metric: Metric) -> Tensor:
