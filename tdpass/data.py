@@ -1,10 +1,10 @@
-"""Calibration data of many kinds as batches."""
+"""Calibration data of many kinds as batches, and as calls of a model."""
 
 from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,89 +12,143 @@ import torch
 from torch import Tensor
 
 from tdpass.errors import InvalidModelError, UsageError
-from tdpass.models.base import Batch
+from tdpass.models.base import Batch, Model
+from tdpass.models.calls import Calls
+from tdpass.models.signature import Signature
 
-_ALLOWED = "give a tensor, an array, a dict by input name, an .npz or .npy file, or an iterable of batches (as a DataLoader is)"
+_SCALARS = (bool, int, float, np.generic)
+_NUMBERS = (Tensor, np.ndarray, *_SCALARS)
+_ALLOWED = "give a tensor, an array, a dict by input name, an .npz or .npy file, or an iterable of calls (as a DataLoader is)"
 
 
 def as_batches(data: object, samples: int = 512, batch_size: int = 64) -> list[Batch]:
-    """Up to `samples` samples of calibration data as batches of at most `batch_size`.
+    """Up to `samples` samples of calibration data as batches of at most `batch_size`, whichever model they are for.
 
     A tensor or array is the one input; a dict holds inputs by name; a tuple of tensors holds positional inputs; an iterable
     yields any of these, where a pair of a tensor and a one-axis integer tensor is read as (input, labels).  Integers stay
-    integers, floats become float32.  Raises `UsageError` for anything else, `InvalidModelError` for a file that cannot be read
-    or values that are not finite.
+    integers, floats become float32.  Raises `UsageError` for anything else and for inputs that share no first axis,
+    `InvalidModelError` for a file that cannot be read or values that are not finite.
     """
-    if samples < 1 or batch_size < 1:
-        raise UsageError(f"samples={samples} and batch_size={batch_size} must be at least 1")
-    if isinstance(data, str | Path):
-        data = _read(Path(data))
-    whole = _whole(data)
+    _at_least_one(samples, batch_size)
     batches: list[Batch] = []
     left = samples
-    for batch in [whole] if whole is not None else _each(data):
-        _check(batch)
-        for part in _split(batch, min(left, batch.size), batch_size):
-            batches.append(part)
-            left -= part.size
+    for batch in _read_calls(data, Signature(others=True), []):
+        _check_first_axis(batch)
+        taken = min(left, batch.size)
+        batches += [batch.part(start, min(start + batch_size, taken)) for start in range(0, taken, batch_size)]
+        left -= taken
         if left <= 0:
             break
+    return _some(batches)
+
+
+def calls_of(model: Model, data: object, samples: int = 512, batch_size: int = 64) -> tuple[list[Batch], list[str]]:
+    """Calibration data as calls that the model takes, up to `samples` samples, and what is to be said of it.
+
+    The kinds of data are those of `as_batches`.  Inputs whose samples lie along another axis, scalars beside a batch, calls of a
+    fixed size, samples without an axis of their own and samples of different sizes are put as the model takes them: samples are
+    cut and put together, at most `batch_size` in a call, only where that changes no answer (see `Calls`).  Named values that the
+    model does not take, such as labels, are left out.  Raises `InvalidModelError` for what does not fit it, else as `as_batches`.
+    """
+    _at_least_one(samples, batch_size)
+    notes: list[str] = []
+    calls = Calls(model, batch_size, notes).of(_read_calls(data, model.signature(), notes), samples)
+    return _some(list(calls)), notes
+
+
+def _at_least_one(samples: int, batch_size: int) -> None:
+    if samples < 1 or batch_size < 1:
+        raise UsageError(f"samples={samples} and batch_size={batch_size} must be at least 1")
+
+
+def _some(batches: list[Batch]) -> list[Batch]:
     if not batches:
         raise UsageError("the calibration data is empty; " + _ALLOWED)
     return batches
 
 
-def _whole(data: object) -> Batch | None:
+def _read_calls(data: object, signature: Signature, notes: list[str]) -> Iterator[Batch]:
+    """The calls in the data, as they were given but for what the model does not take."""
+    if isinstance(data, str | Path):
+        data = _read(Path(data))
+    whole = _whole(data, signature, notes)
+    for batch in [whole] if whole is not None else _each(data, signature, notes):
+        _check(batch)
+        yield batch
+
+
+def _whole(data: object, signature: Signature, notes: list[str]) -> Batch | None:
     if isinstance(data, Batch):
         return data
     if isinstance(data, Tensor | np.ndarray):
         return Batch((_tensor(data),))
     if isinstance(data, Mapping):
-        return Batch((), {str(name): _tensor(value) for name, value in data.items()})
-    if isinstance(data, tuple) and data and all(isinstance(value, Tensor | np.ndarray) for value in data):
-        return Batch(_without_labels(data))
+        return Batch((), {name: _tensor(value) for name, value in _taken(data, signature, notes).items()})
+    if isinstance(data, tuple) and data and all(isinstance(value, _NUMBERS) for value in data) and not isinstance(data[0], _SCALARS):
+        return Batch(_without_labels([_tensor(value) for value in data], signature))
     return None
 
 
-def _each(data: object) -> Iterable[Batch]:
+def _taken(data: Mapping[object, object], signature: Signature, notes: list[str]) -> dict[str, object]:
+    """The named values that the model takes; all of them where it takes too few, so that the error can say so."""
+    named = {str(name): value for name, value in data.items()}
+    taken = {name: value for name, value in named.items() if signature.takes(name)}
+    if not taken:
+        return named
+    for name in (name for name in named if name not in taken):
+        note = f"{name!r} in the data is left out: the model has no such input"
+        if note not in notes:
+            notes.append(note)
+    return taken
+
+
+def _each(data: object, signature: Signature, notes: list[str]) -> Iterator[Batch]:
     if not isinstance(data, Iterable) or isinstance(data, bytes):
         raise UsageError(f"calibration data of type {type(data).__name__} is not understood; {_ALLOWED}")
     for item in data:
-        batch = _whole(tuple(item) if isinstance(item, list) else item)
+        batch = _whole(tuple(item) if isinstance(item, list) else item, signature, notes)
         if batch is None:
             raise UsageError(f"a calibration batch of type {type(item).__name__} is not understood; {_ALLOWED}")
         yield batch
 
 
-def _without_labels(values: Sequence[object]) -> tuple[Tensor, ...]:
-    tensors = tuple(_tensor(value) for value in values)
-    labelled = len(tensors) == 2 and tensors[1].dim() == 1 and not tensors[1].is_floating_point() and tensors[0].dim() > 1
-    return tensors[:1] if labelled else tensors
+def _without_labels(tensors: Sequence[Tensor], signature: Signature) -> tuple[Tensor, ...]:
+    """The tensors without the labels that data sets pair with an input: integers of at most one axis, where the model needs one input only."""
+    labelled = len(tensors) == 2 and tensors[1].dim() <= 1 and not tensors[1].is_floating_point() and tensors[0].dim() > tensors[1].dim()
+    return tuple(tensors[:1] if labelled and signature.required < 2 else tensors)
 
 
 def _tensor(value: object) -> Tensor:
+    if isinstance(value, (list, tuple, *_SCALARS)):
+        value = _array(value)
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in "fiub":
             raise UsageError(f"calibration data of type {value.dtype} is not understood; give numbers")
-        value = torch.from_numpy(np.ascontiguousarray(value))
+        value = torch.from_numpy(value if value.flags.c_contiguous else np.ascontiguousarray(value))
     if not isinstance(value, Tensor):
         raise UsageError(f"calibration data of type {type(value).__name__} is not understood; {_ALLOWED}")
     return value.detach().float() if value.is_floating_point() else value.detach()
 
 
+def _array(value: object) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"calibration data of type {type(value).__name__} is not understood ({error}); {_ALLOWED}") from None
+
+
 def _check(batch: Batch) -> None:
-    sizes = {tensor.shape[0] if tensor.dim() else None for tensor in batch.tensors}
-    if len(sizes) != 1 or None in sizes or 0 in sizes:
-        raise UsageError(f"inputs of shapes {[tuple(t.shape) for t in batch.tensors]} do not share a first axis of samples; stack samples along axis 0")
+    if any(tensor.numel() == 0 for tensor in batch.tensors) or not batch.tensors:
+        raise UsageError(f"inputs of shapes {[tuple(t.shape) for t in batch.tensors]} hold no number; give at least one sample")
     for tensor in batch.tensors:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InvalidModelError("the calibration data holds NaN or infinite values; clean it first")
 
 
-def _split(batch: Batch, samples: int, batch_size: int) -> Iterable[Batch]:
-    for start in range(0, samples, batch_size):
-        stop = min(start + batch_size, samples)
-        yield Batch(tuple(t[start:stop] for t in batch.args), {name: t[start:stop] for name, t in batch.kwargs.items()})
+def _check_first_axis(batch: Batch) -> None:
+    sizes = {tensor.shape[0] if tensor.dim() else None for tensor in batch.tensors}
+    if len(sizes) != 1 or None in sizes:
+        raise UsageError(f"inputs of shapes {[tuple(t.shape) for t in batch.tensors]} do not share a first axis of samples; stack samples along axis 0")
 
 
 def _read(path: Path) -> object:

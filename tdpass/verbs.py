@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from tdpass.artifact import Artifact, load_plan
 from tdpass.cost import Budget, BudgetValue, Cost
-from tdpass.data import as_batches
+from tdpass.data import calls_of
 from tdpass.errors import UsageError
 from tdpass.files import cache_folder
 from tdpass.formats.base import FORMATS, Factors, dense_cost
@@ -59,7 +60,7 @@ def compress(
     `model`: an `nn.Module`, `fx.GraphModule`, `ExportedProgram`, ONNX model (proto, `onnx_ir`, graphsurgeon) or a path;
     it is left untouched, and what comes back in `.model` is of the same type (for a path, what it holds).
     `budget`: bounds on `macs`, `params`, `bytes`, `seconds` of the whole model, as fractions (`0.4`) or absolute (`"120M"`,
-    `"3ms"`), and `max_error` per site.  `data`: unlabelled calibration data (see `as_batches`); without it weights are factored by
+    `"3ms"`), and `max_error` per site.  `data`: unlabelled calibration data (see `tdpass.data.calls_of`); without it weights are factored by
     themselves and a budget on macs needs `example_inputs`.  `plan`: carry out this plan (or its file) instead of planning.
     `start`: factors of the plan's sites, by name, which the fit goes on from instead of searching anew.
     `include`, `exclude`: name globs.  `formats`: restrict to these.  `pipeline`: passes as text, list or YAML file.
@@ -117,7 +118,7 @@ def verify(
     example = first.example() or second.example()
     if data is None and example is None:
         raise UsageError("there is nothing to run the models on; pass data= or example_inputs=")
-    batches = _batches(first, data if data is not None else example, samples)
+    batches, _ = _batches(first, data if data is not None else example, samples)
     measure = divergence if isinstance(divergence, Divergence) else Divergence(divergence)
     pairs = []
     for batch in batches:
@@ -152,17 +153,19 @@ def _run(
     opened = open_model(given, example_inputs)
     cache = None if setting.cache is False else cache_folder() if setting.cache is True else setting.cache
     target = None if setting.target is None else open_target(setting.target, opened.frontend, cache)
-    batches = _batches(opened, data, setting.samples)
+    batches, notes = _batches(opened, data, setting.samples)
     model = opened.clone()
     model.check()
     example = batches[0] if batches else model.example()
     if example is not None:
         model.observe(example)
     report = _new_report(given, model)
+    for note in notes:
+        report.note(note)
     job = Job(
         report=report,
         batches=batches,
-        augmented=None if setting.augmented is None else as_batches(setting.augmented, 2**31),
+        augmented=None if setting.augmented is None else calls_of(opened, setting.augmented, sys.maxsize)[0],
         budget=limits,
         plan=decided,
         include=tuple(setting.include),
@@ -198,17 +201,9 @@ def _count(name: str, value: int) -> int:
     return value
 
 
-def _batches(model: Model, data: object, samples: int) -> list[Batch]:
-    """Calibration batches of the size that the model takes."""
-    if data is None:
-        return []
-    fixed = model.fixed_batch()
-    batches = as_batches(data, samples, fixed or 64)
-    whole = [batch for batch in batches if fixed is None or batch.size == fixed]
-    if not whole:
-        held = batches[0].size
-        raise UsageError(f"the model takes exactly {fixed} samples at a time, the data holds {held}; give more, or export it with a dynamic first axis")
-    return whole
+def _batches(model: Model, data: object, samples: int) -> tuple[list[Batch], list[str]]:
+    """Calibration data as calls that the model takes, and what is to be said of it."""
+    return ([], []) if data is None else calls_of(model, data, samples)
 
 
 def _new_report(given: object, model: Model) -> Report:

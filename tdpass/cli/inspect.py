@@ -13,7 +13,7 @@ from tdpass.cli.arguments import MODEL_HELP, Verbs, add_data, add_torch, add_ver
 from tdpass.cli.output import Output
 from tdpass.cli.sources import read_source
 from tdpass.cost import Cost
-from tdpass.data import as_batches
+from tdpass.data import calls_of
 from tdpass.formats import FORMATS
 from tdpass.formats.base import Format, Rank, dense_cost
 from tdpass.models import open_model
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     example = inputs(arguments.input)
     model = open_model(source.load(), example)
     if arguments.data is not None:
-        model.observe(as_batches(Path(arguments.data), arguments.samples)[0])
+        model.observe(calls_of(model, Path(arguments.data), 1)[0][0])
     rows = [InspectRow(site, dense_cost(site), _paying(site, formats)) for site in model.sites()]
     shown = [fmt.name for fmt in formats if arguments.format or any(fmt.name in row.paying for row in rows)]
     whole = sum((row.cost for row in rows), Cost())

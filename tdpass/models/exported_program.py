@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tdpass.errors import InvalidModelError, UsageError
 from tdpass.files import replacing
 from tdpass.models.base import Batch
 from tdpass.models.fx_lift import lift
+from tdpass.models.signature import Dims, Input, Signature
 from tdpass.models.torch_model import TorchModel
 
 
@@ -40,13 +41,8 @@ class ExportedModel(TorchModel):
         except Exception as error:
             raise InvalidModelError(f"the rewritten program could not be exported again: {str(error).splitlines()[0]}") from error
 
-    def fixed_batch(self) -> int | None:
-        sizes = [
-            node.meta["val"].shape[0]
-            for node in self.program.graph.nodes
-            if node.op == "placeholder" and node.name in self.program.graph_signature.user_inputs and getattr(node.meta.get("val"), "shape", ())
-        ]
-        return sizes[0] if sizes and isinstance(sizes[0], int) else None
+    def signature(self) -> Signature:
+        return Signature(tuple(_inputs(self.program)), tuple(_outputs(self.program)))
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         if path.suffix != ".pt2":
@@ -77,6 +73,24 @@ def _example(program: ExportedProgram) -> Batch | None:
     if not all(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
         return None
     return Batch(tuple(args), dict(kwargs))
+
+
+def _inputs(program: ExportedProgram) -> Iterator[Input]:
+    placeholders = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    for name in program.graph_signature.user_inputs:
+        value = placeholders.get(name) if isinstance(name, str) else None
+        yield Input(str(name), value.dtype, _sizes(value)) if isinstance(value, torch.Tensor) else Input(str(name))
+
+
+def _outputs(program: ExportedProgram) -> Iterator[Dims | None]:
+    made = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    for name in program.graph_signature.user_outputs:
+        value = made.get(name) if isinstance(name, str) else None
+        yield _sizes(value) if isinstance(value, torch.Tensor) else None
+
+
+def _sizes(value: torch.Tensor) -> Dims:
+    return tuple(size if isinstance(size, int) else str(size) for size in value.shape)
 
 
 def _dynamic_shapes(program: ExportedProgram) -> Any:

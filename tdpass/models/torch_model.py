@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,7 @@ from tdpass.models.base import Batch, with_extents
 from tdpass.models.copying import copied
 from tdpass.models.factorized import Factorized
 from tdpass.models.fused import Fused
+from tdpass.models.signature import Input, Signature
 from tdpass.models.torch_fuse import fuse_layers
 from tdpass.models.torch_sites import Matched, find_sites
 from tdpass.models.torch_state import save_module
@@ -179,8 +181,13 @@ class TorchModel:
     def example(self) -> Batch | None:
         return self._example
 
+    def signature(self) -> Signature:
+        given = inspect.signature(self.module.forward).parameters.values()
+        named = [entry for entry in given if entry.kind not in (entry.VAR_POSITIONAL, entry.VAR_KEYWORD)]
+        return Signature(tuple(Input(entry.name, required=entry.default is entry.empty) for entry in named), others=len(named) < len(given))
+
     def fixed_batch(self) -> int | None:
-        return None
+        return self.signature().fixed_batch()
 
     def macs(self) -> int:
         return self._macs

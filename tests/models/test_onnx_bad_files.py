@@ -254,7 +254,7 @@ def test_other_types_are_refused(source: object) -> None:
     "batch",
     [
         Batch((torch.zeros(2, 63),)),
-        Batch((torch.zeros(2, 64, dtype=torch.float64),)),
+        Batch((torch.zeros(2, 64, dtype=torch.int64),)),
         Batch((torch.zeros(2, 64), torch.zeros(2))),
         Batch((), {"z": torch.zeros(2, 64)}),
         Batch((torch.zeros(2, 64),), {"x": torch.zeros(2, 64)}),

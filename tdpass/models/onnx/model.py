@@ -19,12 +19,13 @@ from typing_extensions import Self
 from tdpass.errors import InvalidModelError, PlanError, UnsupportedError, UsageError
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.models.base import Batch, with_extents
+from tdpass.models.fitting import sized
 from tdpass.models.onnx.batchnorm import BatchStatistics, batchnorms, fold, foldable, set_statistics, statistics
 from tdpass.models.onnx.checks import EXTERNAL_ABOVE, check_proto, check_structure, invalid_if_failing
 from tdpass.models.onnx.file import read, remove_obsolete, write
 from tdpass.models.onnx.fuse import decide
 from tdpass.models.onnx.fused_rewrite import Fusions, fused
-from tdpass.models.onnx.inputs import bind, declared_example
+from tdpass.models.onnx.inputs import bind, declared_example, signature
 from tdpass.models.onnx.normalize import normalized
 from tdpass.models.onnx.parameters import parameters
 from tdpass.models.onnx.rewrite import rewritten
@@ -34,6 +35,7 @@ from tdpass.models.onnx.shapes import Shapes
 from tdpass.models.onnx.sites import Findings, FoundSite, find_sites
 from tdpass.models.onnx.spill import HELD_BYTES, held_bytes, spilled
 from tdpass.models.onnx.storage import open_data_files, release_heap, stored_bytes
+from tdpass.models.signature import Signature
 from tdpass.site import Extent, Site
 from tdpass.tape import Tape, record
 
@@ -70,7 +72,7 @@ class OnnxModel:
         """Accept any of the four kinds; with an example the sites' extents are known.  Raises `InvalidModelError` for an unsound model or another type."""
         model = cls._open(source)
         if example is not None:
-            model.observe(example)
+            model.observe(sized(model.signature(), example))
         return model
 
     @classmethod
@@ -261,12 +263,13 @@ class OnnxModel:
             self._example = declared_example(self._dense.graph)
         return self._example
 
+    def signature(self) -> Signature:
+        """Inputs by name, type and sizes."""
+        return signature(self._dense.graph)
+
     def fixed_batch(self) -> int | None:
         """The one number of samples it takes, where every input fixes it."""
-        shapes = [value.shape for value in self._dense.graph.inputs if value.name not in self._dense.graph.initializers and value.shape]
-        first = {shape[0] for shape in shapes}
-        size = first.pop() if len(first) == 1 else None
-        return size if isinstance(size, int) else None
+        return self.signature().fixed_batch()
 
     def macs(self) -> int:
         """Multiply-adds per sample of all linear and convolution layers of the dense model; 0 where never observed."""

@@ -67,7 +67,7 @@ class Shapes:
         for info in (*inferred.input, *inferred.output, *inferred.value_info):
             tensor = info.type.tensor_type
             if tensor.HasField("shape"):
-                known[info.name] = tuple(size.dim_value if size.HasField("dim_value") else None for size in tensor.shape.dim)
+                known[info.name] = tuple(size.dim_value if size.HasField("dim_value") and size.dim_value >= 0 else None for size in tensor.shape.dim)
         return cls(known)
 
     def of(self, value: ir.Value) -> Dims | None:

@@ -96,9 +96,9 @@ def held(value: ir.Value | None) -> ir.TensorProtocol:
 
 
 def dims(value: ir.Value | ir.TensorProtocol) -> tuple[int | None, ...] | None:
-    """Sizes as declared, None for each that is symbolic; None where even the rank is unknown."""
+    """Sizes as declared, None for each that is open (symbolic, or negative as some exporters write it); None where even the rank is unknown."""
     shape = value.shape
-    return None if shape is None else tuple(size if isinstance(size, int) else None for size in shape.dims)
+    return None if shape is None else tuple(size if isinstance(size, int) and size >= 0 else None for size in shape.dims)
 
 
 def sizes(tensor: ir.TensorProtocol) -> tuple[int, ...]:
