@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from tdpass.documents import Amount, Count
 from tdpass.errors import BudgetError
 
 BudgetValue = float | int | str
@@ -20,13 +21,13 @@ _ALIASES = {"latency": "seconds"}
 class Cost:
     """Stored numbers, multiply-adds per sample, bytes of storage, seconds of a call on the target; they add up over layers.
 
-    `seconds` is 0 where nothing was timed.
+    `seconds` is 0 where nothing was timed.  A difference may be negative, what a file says may not.
     """
 
-    params: int = 0
-    macs: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
+    params: Count = 0
+    macs: Count = 0
+    bytes: Count = 0
+    seconds: Amount = 0.0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.params + other.params, self.macs + other.macs, self.bytes + other.bytes, self.seconds + other.seconds)

@@ -7,11 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from tdpass.errors import TdpassError, UsageError
+from tdpass.errors import UsageError
 
 
 def cache_folder() -> Path:
@@ -49,20 +46,3 @@ def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
-
-def read_yaml(path: Path, noun: str, hint: str) -> Any:
-    """What a YAML file holds; raises `UsageError` naming the `noun`, with the `hint`, where it cannot be read."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"cannot read the {noun} {path}: {str(error).splitlines()[0]}; {hint}") from None
-
-
-def read_json(path: Path, error: type[TdpassError]) -> str:
-    """The text of a JSON file; raises `error` when it is missing, unreadable or not text."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as cause:
-        raise error(f"cannot read {path}: {cause.strerror}; check the path") from None
-    except UnicodeDecodeError:
-        raise error(f"{path} is not a text file; expected JSON") from None

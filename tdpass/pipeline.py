@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import yaml
 from torch import Tensor
 
 from tdpass.cost import Budget, Cost
+from tdpass.documents import misfit, read_yaml, yaml_value
 from tdpass.errors import PassError, TdpassError, UsageError
-from tdpass.files import read_yaml
 from tdpass.formats.base import Factors
 from tdpass.models.base import Batch, Model
 from tdpass.planner.divergence import Divergence
@@ -134,7 +133,7 @@ class Pipeline:
                 passes.extend(_from_text(text) for text in _split(item))
             elif isinstance(item, Mapping) and len(item) == 1:
                 ((name, options),) = item.items()
-                passes.append(_build(str(name), dict(options or {})))
+                passes.append(_build(str(name), _mapping(options, name)))
             else:
                 raise UsageError(f"{item!r} is not a pass; write 'name', 'name{{option=value}}' or {{name: {{option: value}}}}")
         return cls(tuple(passes))
@@ -187,12 +186,27 @@ def _from_text(text: str) -> Pass:
     options: dict[str, object] = {}
     for part in filter(None, (part.strip() for part in (match[2] or "").split(","))):
         key, sign, value = part.partition("=")
-        options[key.strip()] = yaml.safe_load(value) if sign else True
+        options[key.strip()] = _value(value, text) if sign else True
     return _build(match[1], options)
+
+
+def _value(text: str, where: str) -> object:
+    try:
+        return yaml_value(text)
+    except UsageError as error:
+        raise UsageError(f"cannot read the value {text!r} in {where!r}: {error}") from None
 
 
 def _options(cls: type[Pass]) -> tuple[Field[Any], ...]:
     return fields(cls)  # type: ignore[arg-type]
+
+
+def _mapping(options: object, name: object) -> Mapping[str, object]:
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise UsageError(f"the options {options!r} of pass {name!r} are not a mapping; write {{{name}: {{option: value}}}}")
+    return options
 
 
 def _default(option: Field[Any]) -> Any:
@@ -209,10 +223,7 @@ def _build(name: str, options: Mapping[str, object]) -> Pass:
     for key, value in options.items():
         if key not in known:
             raise UsageError(f"pass {name!r} has no option {key!r}; it takes: {', '.join(known) or 'none'}")
-        expected = type(_default(known[key]))
-        fits = isinstance(value, expected) and not (expected is not bool and isinstance(value, bool))
-        if expected is float and isinstance(value, int) and not isinstance(value, bool):
-            fits = True
-        if not fits and _default(known[key]) is not None:
-            raise UsageError(f"option {key}={value!r} of pass {name!r} must be of type {expected.__name__}, such as {_show(_default(known[key]))}")
+        wrong = misfit(cls, key, value)
+        if wrong:
+            raise UsageError(f"option {key}={value!r} of pass {name!r} must be of type {wrong}, such as {_show(_default(known[key]))}")
     return cls(**options)

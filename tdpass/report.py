@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tdpass.cost import Cost
+from tdpass.documents import Amount, Count, Document, Size, register_document
 from tdpass.errors import InvalidModelError
-from tdpass.files import read_json, write_text
+from tdpass.files import write_text
 from tdpass.packing import StoredSize
 
 VERSION = 1
@@ -26,9 +25,9 @@ class SiteRow:
     """
 
     site: str
-    shape: tuple[int, ...]
+    shape: tuple[Size, ...]
     format: str
-    rank: tuple[int, ...]
+    rank: tuple[Size, ...]
     before: Cost
     after: Cost
     error: float
@@ -36,7 +35,7 @@ class SiteRow:
     guarantee: str = ""
     note: str = ""
     kernel: str = ""
-    predicted: float = 0.0
+    predicted: Amount = 0.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class PassRow:
 
     text: str
     changed: bool
-    seconds: float
+    seconds: Amount
     after: Cost
     notes: tuple[str, ...] = ()
 
@@ -66,10 +65,10 @@ class TrainingRow:
     """One epoch: mean loss, learning rate at its end, seconds, what `evaluate` said of it, and ||W - Z|| / ||W|| of each constrained weight."""
 
     stage: str
-    epoch: int
+    epoch: Count
     loss: float
     rate: float
-    seconds: float
+    seconds: Amount
     score: float | None = None
     residuals: Mapping[str, float] = field(default_factory=dict)
 
@@ -113,7 +112,7 @@ class Report:
 
     def to_json(self) -> str:
         """The report as text."""
-        return json.dumps({"version": VERSION, **asdict(self)}, indent=1)
+        return _REPORT.text(self)
 
     def save(self, path: Path | str) -> None:
         """Write the report as JSON, atomically."""
@@ -122,39 +121,7 @@ class Report:
     @classmethod
     def load(cls, path: Path | str) -> Report:
         """Read a report; raises `InvalidModelError` on anything that is not one."""
-        text = read_json(Path(path), InvalidModelError)
-        try:
-            record = json.loads(text)
-            if record.pop("version") != VERSION:
-                raise ValueError(f"not version {VERSION}")
-            return cls(
-                **{
-                    **record,
-                    "original": Cost(**record["original"]),
-                    "final": Cost(**record["final"]),
-                    "sites": [_site_row(row) for row in record["sites"]],
-                    "passes": [_pass_row(row) for row in record["passes"]],
-                    "curve": [CurvePoint(**point) for point in record["curve"]],
-                    "training": [TrainingRow(**row) for row in record.get("training", [])],
-                    "stored": _stored(record.get("stored")),
-                }
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InvalidModelError(f"{path} is not a tdpass report ({error}); it is the report.json that `tdpass compress` writes") from None
+        return _REPORT.load(Path(path))
 
 
-def _site_row(row: Mapping[str, Any]) -> SiteRow:
-    costs = {name: Cost(**row[name]) for name in ("before", "after")}
-    return SiteRow(**{**row, **costs, "shape": tuple(row["shape"]), "rank": tuple(row["rank"])})
-
-
-def _stored(record: Mapping[str, Any] | None) -> StoredSize | None:
-    if record is None:
-        return None
-    if any(type(value) is not int for value in record.values()):
-        raise ValueError("the sizes of packed tensors are whole numbers")
-    return StoredSize(**record)
-
-
-def _pass_row(row: Mapping[str, Any]) -> PassRow:
-    return PassRow(**{**row, "after": Cost(**row["after"]), "notes": tuple(row["notes"])})
+_REPORT = register_document(Document("tdpass report", Report, InvalidModelError, "it is the report.json that `tdpass compress` writes", VERSION))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from tdpass.artifact import Artifact
 from tdpass.cost import Cost
+from tdpass.documents import misfit
 from tdpass.errors import TrainingError, UsageError
 from tdpass.models import ExampleInputs, open_model
 from tdpass.registry import Registry
@@ -152,7 +154,15 @@ def make_method(spec: Method | Mapping[str, Any] | str) -> Method:
         return spec
     name, options = (spec, {}) if isinstance(spec, str) else next(iter(spec.items())) if len(spec) == 1 else ("", {})
     cls = METHODS.get(str(name))
+    given: Any = {} if options is None else options
+    if not isinstance(given, Mapping):
+        raise UsageError(f"the options {given!r} of method {name!r} are not a mapping; write {{{name}: {{option: value}}}}")
+    known = {option.name for option in fields(cls) if option.init}  # type: ignore[arg-type] # every method is a dataclass
+    for key, value in given.items():
+        wrong = misfit(cls, key, value) if key in known else ""
+        if wrong:
+            raise UsageError(f"option {key}={value!r} of method {name!r} must be of type {wrong}")
     try:
-        return cls(**(options or {}))
+        return cls(**given)
     except TypeError as error:
-        raise UsageError(f"method {name!r} cannot be made from {options!r}: {str(error).partition('() ')[2] or error}") from None
+        raise UsageError(f"method {name!r} cannot be made from {dict(given)!r}: {str(error).partition('() ')[2] or error}") from None

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from tdpass.artifact import Artifact
+from tdpass.documents import Count, Document, Size, read_yaml, register_document, yaml_value
 from tdpass.errors import InvalidModelError, TdpassError, UsageError
-from tdpass.files import read_yaml
 from tdpass.methods.base import make_method
 from tdpass.methods.run import Score, train
 from tdpass.report import TrainingRow
+from tdpass.training.settings import Settings
 
 _SHIPPED = Path(__file__).parent.parent / "recipes" / "training"
 
@@ -35,17 +35,17 @@ class Recipe:
     data: str
     method: Mapping[str, Any] | str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    pretrain: int = 0
+    pretrain: Count = 0
     pretraining: Mapping[str, Any] | None = None
-    finetune: int = 0
+    finetune: Count = 0
     finetuning: Mapping[str, Any] | None = None
     control: bool = True
-    rounds_per_epoch: int = 1
+    rounds_per_epoch: Size = 1
     calibration: str | None = None
     evaluate: str | None = None
     test: str | None = None
-    example: tuple[int, ...] = ()
-    seed: int = 0
+    example: tuple[Size, ...] = ()
+    seed: Count = 0
     about: str = ""
 
     @classmethod
@@ -61,16 +61,15 @@ class Recipe:
         """Check the keys of a recipe and the types of their values; raises `UsageError`."""
         if not isinstance(found, dict) or not {"model", "data"} <= set(found):
             raise UsageError(f"{source} is not a training recipe; it maps at least 'model' and 'data' to package.module:name")
-        known = {entry.name: entry for entry in fields(cls)}
-        for key, value in found.items():
-            if key not in known:
-                raise UsageError(f"{source} has an unknown key {key!r}; known: {', '.join(known)}")
-            expected = {"int": int, "bool": bool}.get(str(known[key].type))
-            if expected is not None and (not isinstance(value, expected) or (expected is int and isinstance(value, bool))):
-                raise UsageError(f"{source}: {key} is {value!r}, expected {known[key].type}")
-        made = cls(**{**found, "example": tuple(found.get("example", ()))})
+        known = [entry.name for entry in fields(cls)]
+        unknown = [key for key in found if key not in known]
+        if unknown:
+            raise UsageError(f"{source} has an unknown key {unknown[0]!r}; known: {', '.join(known)}")
+        made = _RECIPE.check(found, source)
         if made.method is not None and not isinstance(made.method, str):
             make_method(made.method)
+        for settings in (made.settings, made.pretraining, made.finetuning):
+            Settings.parse(settings)
         return made
 
     def with_options(self, items: list[str]) -> Recipe:
@@ -87,7 +86,7 @@ class Recipe:
                 inner = inner[key]
             if not sign:
                 raise UsageError(f"{item!r} is not KEY=VALUE")
-            inner[last] = yaml.safe_load(value)
+            inner[last] = yaml_value(value)
         return Recipe.parse(found)
 
     def run(
@@ -129,6 +128,9 @@ class Recipe:
     def seeded(self, seed: int) -> Recipe:
         """The same with another seed."""
         return replace(self, seed=seed)
+
+
+_RECIPE = register_document(Document("training recipe", Recipe, UsageError, "the guide to training lists the keys"))
 
 
 def names() -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from tdpass.documents import Count
 from tdpass.packing.block import pack
 from tdpass.packing.floats import DTYPES
 from tdpass.packing.header import read_header
@@ -23,13 +24,13 @@ class StoredSize:
     are not packed.
     """
 
-    weights: int = 0
-    survivors: int = 0
-    value_bits: int = 0
-    weight_data_bytes: int = 0
-    true_bytes: int = 0
-    dense_bytes: int = 0
-    plain_bytes: int = 0
+    weights: Count = 0
+    survivors: Count = 0
+    value_bits: Count = 0
+    weight_data_bytes: Count = 0
+    true_bytes: Count = 0
+    dense_bytes: Count = 0
+    plain_bytes: Count = 0
 
 
 def size_of_blocks(blocks: Iterable[tuple[str, bytes]], plain_bytes: int = 0) -> StoredSize:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tdpass.cost import Cost
-from tdpass.errors import TdpassError
+from tdpass.documents import Document, register_document
+from tdpass.errors import PlanError, TdpassError
 from tdpass.files import write_text
 from tdpass.planner.candidates import Candidate
 from tdpass.planner.joint import JointOption
@@ -29,7 +28,7 @@ def digest(*parts: Tensor | str | None) -> str:
         if part is None:
             state.update(b"-")
         elif isinstance(part, str):
-            state.update(part.encode())
+            state.update(f"{len(part)}:{part}".encode())
         else:
             tensor = part.detach().cpu().contiguous()
             state.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -38,48 +37,53 @@ def digest(*parts: Tensor | str | None) -> str:
     return state.hexdigest()
 
 
+_HINT = "it is computed again"
+_CANDIDATES = register_document(Document("table of candidates", list[Candidate], PlanError, _HINT))
+_JOINT = register_document(Document("table of joint options", list[JointOption], PlanError, _HINT))
+
+
 class CandidateCache:
-    """One small JSON file per site and key; None as the folder keeps nothing."""
+    """One small JSON file per site and key, under a digest of its content; None as the folder keeps nothing.
+
+    A file that is not just what was written under its key is no entry, and is removed.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
     def get(self, key: str) -> list[Candidate] | None:
-        """The stored candidates, or None when there are none or they cannot be read."""
-        return self._read(key, lambda records: [_candidate(record) for record in records])
+        """The stored candidates, or None."""
+        return self._read(key, _CANDIDATES)
 
     def put(self, key: str, candidates: Sequence[Candidate]) -> None:
         """Store candidates; a cache that cannot be written is no error."""
-        self._write(key, [asdict(candidate) for candidate in candidates])
+        self._write(key, _CANDIDATES.sealed(list(candidates), key))
 
     def get_joint(self, key: str) -> list[JointOption] | None:
         """The stored joint options, or None."""
-        return self._read(
-            key,
-            lambda records: [
-                JointOption({name: _candidate(part) for name, part in record["parts"].items()}, float(record["loss"]), tuple(record["channels"]))
-                for record in records
-            ],
-        )
+        return self._read(key, _JOINT)
 
     def put_joint(self, key: str, options: Sequence[JointOption]) -> None:
         """Store joint options."""
-        self._write(key, [asdict(option) for option in options])
+        self._write(key, _JOINT.sealed(list(options), key))
 
-    def _read(self, key: str, build: Callable[[Any], T]) -> T | None:
-        if self.folder is None:
+    def _read(self, key: str, document: Document[T]) -> T | None:
+        if self.folder is None or not self._path(key).is_file():
             return None
-        try:
-            return build(json.loads(self._path(key).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, KeyError):
-            return None
+        found: T | None = None
+        with suppress(OSError, ValueError):
+            found = document.unsealed(self._path(key).read_text(encoding="utf-8"), key)
+        if found is None:
+            with suppress(OSError):
+                self._path(key).unlink()
+        return found
 
-    def _write(self, key: str, records: object) -> None:
+    def _write(self, key: str, text: str) -> None:
         if self.folder is None:
             return
         try:
             self._path(key).parent.mkdir(parents=True, exist_ok=True)
-            write_text(self._path(key), json.dumps(records))
+            write_text(self._path(key), text)
         except (OSError, TdpassError):
             self.folder = None
 
@@ -87,6 +91,3 @@ class CandidateCache:
         assert self.folder is not None
         return self.folder / key[:2] / f"{key}.json"
 
-
-def _candidate(record: Mapping[str, Any]) -> Candidate:
-    return Candidate(**{**record, "rank": tuple(record["rank"]), "cost": Cost(**record["cost"])})

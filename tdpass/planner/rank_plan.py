@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from tdpass.cost import Cost
+from tdpass.documents import Amount, Count, Document, Size, register_document
 from tdpass.errors import PlanError
-from tdpass.files import read_json, write_text
+from tdpass.files import write_text
+from tdpass.formats.base import FORMATS, no_padding, unit
 from tdpass.report import SiteRow
+from tdpass.site import Site
 
 DENSE = "dense"
 VERSION = 1
@@ -28,19 +30,19 @@ class Choice:
     """
 
     site: str
-    shape: tuple[int, ...]
+    shape: tuple[Size, ...]
     format: str
-    rank: tuple[int, ...]
+    rank: tuple[Size, ...]
     cost: Cost
     dense: Cost
-    error: float = 0.0
+    error: Amount = 0.0
     loss: float = 0.0
     reason: str = ""
     guarantee: str = ""
     fingerprint: str = ""
-    channels: tuple[int, ...] = ()
+    channels: tuple[Count, ...] = ()
     kernel: str = ""
-    predicted: float = 0.0
+    predicted: Amount = 0.0
 
     @property
     def seconds(self) -> float:
@@ -98,7 +100,7 @@ class RankPlan:
 
     def to_json(self) -> str:
         """The plan as text."""
-        return json.dumps({"version": VERSION, **asdict(self)}, indent=1)
+        return _PLAN.text(self)
 
     def save(self, path: Path | str) -> None:
         """Write the plan as JSON, atomically."""
@@ -107,29 +109,51 @@ class RankPlan:
     @classmethod
     def from_json(cls, text: str, source: str = "plan") -> RankPlan:
         """Read a plan; raises `PlanError` on anything that is not one."""
-        try:
-            record = json.loads(text)
-        except ValueError as error:
-            raise PlanError(f"{source} is not JSON ({error}); write one with `tdpass plan -o plan.json`") from None
-        if not isinstance(record, dict) or record.pop("version", None) != VERSION:
-            raise PlanError(f"{source} is not a tdpass plan of version {VERSION}; write one with `tdpass plan -o plan.json`")
-        try:
-            choices = tuple(_choice(item) for item in record.pop("choices"))
-            return cls(choices=choices, original=Cost(**record.pop("original")), **record)
-        except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"{source} is damaged: {error}; plan again") from None
+        return _PLAN.parse(text, source)
 
     @classmethod
     def load(cls, path: Path | str) -> RankPlan:
         """Read a plan file; raises `PlanError` when it is missing or damaged."""
-        return cls.from_json(read_json(Path(path), PlanError), str(path))
+        return _PLAN.load(Path(path))
 
 
-def _choice(item: Mapping[str, Any]) -> Choice:
-    fields = dict(item)
-    for name in ("shape", "rank", "channels"):
-        values = tuple(fields.get(name, ()))
-        if not all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31 for value in values):
-            raise ValueError(f"{name} {values} of site {item.get('site')!r} must be whole numbers")
-        fields[name] = values
-    return Choice(**{**fields, "cost": Cost(**fields["cost"]), "dense": Cost(**fields["dense"])})
+def _check_sound(plan: RankPlan) -> None:
+    """Raises `ValueError` where what a plan says of its costs contradicts its shapes and ranks, or itself."""
+    names = [choice.site for choice in plan]
+    if len(set(names)) < len(names):
+        raise ValueError(f"site {next(name for name in names if names.count(name) > 1)!r} is decided twice")
+    for choice in plan:
+        fault = _fault(choice)
+        if fault:
+            raise ValueError(f"site {choice.site!r} {fault}")
+    if min(plan.planned.get(measure) for measure in ("params", "macs", "bytes")) < 0:
+        raise ValueError(f"its choices save more than the original model's {plan.original}")
+
+
+def _fault(choice: Choice) -> str:
+    """What contradicts itself; a bias may or may not be counted."""
+    if not 2 <= len(choice.shape) <= 5:
+        return f"has shape {choice.shape}, which is no weight's"
+    weights, outputs = math.prod(choice.shape), choice.shape[0]
+    if not weights <= choice.dense.params <= weights + outputs:
+        return f"of shape {choice.shape} has {weights} weights, not {choice.dense.params}"
+    if choice.kept_dense:
+        same = replace(choice.cost, seconds=0.0) == replace(choice.dense, seconds=0.0)
+        return "" if same and not choice.rank else f"is dense, of rank {choice.rank} and at another cost"
+    if choice.format not in FORMATS:
+        return ""  # the pass that carries it out lists those it knows
+    way, axes = FORMATS.get(choice.format), len(choice.shape) - 2
+    site = Site(choice.site, "conv" if axes else "linear", choice.shape, unit(axes), no_padding(axes), unit(axes))
+    try:
+        way.check_rank(site, choice.rank)
+    except PlanError as error:
+        return f"does not fit: {error}"
+    stored = way.cost(site, choice.rank).params
+    if not stored <= choice.cost.params <= stored + outputs:
+        return f"takes {stored} numbers as {choice.format} of rank {choice.rank}, not {choice.cost.params}"
+    if choice.cost.bytes * choice.dense.params != choice.dense.bytes * choice.cost.params:
+        return f"takes {choice.cost.bytes} bytes for {choice.cost.params} numbers, dense {choice.dense.bytes} for {choice.dense.params}"
+    return ""
+
+
+_PLAN = register_document(Document("tdpass plan", RankPlan, PlanError, "write one with `tdpass plan -o plan.json`", VERSION, _check_sound))

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Protocol, get_args
 
 from tdpass.constraints.sparse import Group
+from tdpass.documents import read_yaml
 from tdpass.errors import UsageError
-from tdpass.files import read_yaml
 from tdpass.site import Kind, Site
 from tdpass.targets.base import ONE_CALL, Setting, open_target
 

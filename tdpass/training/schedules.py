@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
+from tdpass.documents import Amount, Document, Positive, Share
 from tdpass.errors import UsageError
 
 
@@ -21,7 +22,7 @@ class Schedule(Protocol):
 class Constant:
     """The same value throughout."""
 
-    start: float
+    start: Amount
 
     def value(self, progress: float) -> float:
         return self.start
@@ -31,9 +32,9 @@ class Constant:
 class Geometric:
     """From `start` to `end` by equal factors, reached at the share `until` of the phase (multi-rho)."""
 
-    start: float
-    end: float
-    until: float = 1.0
+    start: Positive
+    end: Positive
+    until: Positive = 1.0
 
     def value(self, progress: float) -> float:
         return float(self.start * (self.end / self.start) ** min(1.0, progress / self.until))
@@ -43,9 +44,9 @@ class Geometric:
 class Cosine:
     """From `start` down to `floor * start` along half a cosine, after a linear `warm_up` (a share of the phase)."""
 
-    start: float
-    floor: float = 0.0
-    warm_up: float = 0.0
+    start: Amount
+    floor: Amount = 0.0
+    warm_up: Share = 0.0
 
     def value(self, progress: float) -> float:
         if progress < self.warm_up:
@@ -58,9 +59,9 @@ class Cosine:
 class Steps:
     """`start`, multiplied by `factor` at each of the shares `at` of the phase."""
 
-    start: float
-    factor: float
-    at: tuple[float, ...]
+    start: Amount
+    factor: Amount
+    at: tuple[Share, ...]
 
     def value(self, progress: float) -> float:
         return self.start * self.factor ** sum(progress >= share for share in self.at)
@@ -76,12 +77,8 @@ def as_schedule(spec: ScheduleSpec, noun: str) -> Schedule:
         ((kind, options),) = spec.items() if len(spec) == 1 else ((None, None),)
         if kind not in _KINDS or not isinstance(options, Mapping):
             raise UsageError(f"{noun} {dict(spec)!r} is no schedule; write a number or {{KIND: {{start: ...}}}}, KIND one of: {', '.join(_KINDS)}")
-        try:
-            make: Any = _KINDS[kind]
-            schedule: Schedule = make(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
-        except TypeError as error:
-            raise UsageError(f"{noun} {dict(spec)!r} is no schedule: {error}") from None
-        return schedule
+        made: Schedule = Document(f"{kind} schedule", _KINDS[kind], UsageError, "see the guide to training").check(options, f"{noun} {dict(spec)!r}")
+        return made
     if isinstance(spec, bool) or (isinstance(spec, int | float) and not (math.isfinite(spec) and spec >= 0)):
         raise UsageError(f"{noun}={spec!r} is not a number of at least 0")
     return Constant(float(spec)) if isinstance(spec, int | float) else spec

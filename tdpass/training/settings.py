@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
+from msgspec import Meta
 from torch import nn
 from torch.optim import Optimizer
 
+from tdpass.documents import Amount, Positive, Share, misfit
 from tdpass.errors import UsageError
 from tdpass.training.schedules import Cosine, Schedule, ScheduleSpec, as_schedule
 
 Name = Literal["sgd", "adam", "adamw"]
+Decay = Annotated[float, Meta(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,13 @@ class Settings:
     optimizer: Name = "sgd"
     lr: float = 0.01
     schedule: ScheduleSpec | None = None
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    label_smoothing: float = 0.0
-    distill: float = 0.0
-    temperature: float = 3.0
-    clip: float | None = None
-    average: float = 0.0
+    momentum: Decay = 0.9
+    weight_decay: Amount = 0.0
+    label_smoothing: Share = 0.0
+    distill: Share = 0.0
+    temperature: Positive = 3.0
+    clip: Positive | None = None
+    average: Decay = 0.0
     bf16: bool = False
     compile: bool = False
     rebuild: bool = False
@@ -54,13 +57,15 @@ class Settings:
             return spec
         base, given = base or cls(), dict(spec or {})
         known = {field.name for field in fields(cls)}
-        for name in given:
+        for name, value in given.items():
             if name not in known:
                 raise UsageError(f"unknown training setting {name!r}; known: {', '.join(sorted(known))}")
-        try:
-            return replace(base, **given)
-        except TypeError as error:
-            raise UsageError(f"training settings {given!r} are not of the right types: {error}") from None
+            wrong = misfit(cls, name, value)
+            if wrong:
+                raise UsageError(f"training setting {name}={value!r} must be of type {wrong}")
+        made = replace(base, **given)
+        made.make_schedule()
+        return made
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
         """The optimizer over all parameters that require gradients; weights of one axis (biases, norms) do not decay."""
