@@ -26,7 +26,8 @@ class CorrectBias(Pass):
             return False
         tapes = job.tapes(model)
         corrected = correct_biases(tapes, layers)
-        before, after = (divergence_of(tapes, choice, job.divergence) for choice in (layers, corrected))
+        divergence = job.measure(model)
+        before, after = (divergence_of(tapes, choice, divergence) for choice in (layers, corrected))
         if not after < before:
             job.note(f"left as it was: the divergence would go from {before:.4g} to {after:.4g}")
             return False

@@ -43,11 +43,11 @@ class Plan(Pass):
             raise BudgetError("a budget on macs needs to see the model running; pass data= or example_inputs=, or bound params")
         if "seconds" in budget.measures and job.target is None:
             raise BudgetError("a budget on seconds needs a machine to measure on; pass target='cpu' (--target cpu), or bound macs instead")
-        tapes = job.tapes(model)
+        tapes, divergence = job.tapes(model), job.measure(model)
         dense, cache, context = Dense(model.weight, model.bias), CandidateCache(job.cache), self._context(model, job, sites)
-        table = tabulate(sites, dense, tapes, job.divergence, job.formats, cache, context, job.progress, job.target is not None)
+        table = tabulate(sites, dense, tapes, divergence, job.formats, cache, context, job.progress, job.target is not None)
         if self.joint and tapes and not job.formats and budget.max_error is None:
-            add_joint_options(table, dense, tapes, job.divergence, cache, context, job.progress)
+            add_joint_options(table, dense, tapes, divergence, cache, context, job.progress)
         if job.target is None:
             plan = table.plan(budget, job.original)
         else:
@@ -90,7 +90,9 @@ class Plan(Pass):
             return ""
         tensors = [tensor for batch in job.batches for tensor in batch.tensors]
         weights = [weight for site in model.sites() for weight in (model.weight(site.name), model.bias(site.name))]
-        return digest(str(job.divergence.name), str(model.params()), ",".join(site.name for site in sites), *weights, *tensors)
+        answers = [value for outputs in job.references(model) for value in outputs.values()]
+        counted = [f"{name} {term.measure.name} {term.weight}" for name, term in job.measure(model).terms.items()]
+        return digest(*counted, str(model.params()), ",".join(site.name for site in sites), *weights, *tensors, *answers)
 
     def _draw_curve(self, table: Table, budget: Budget, job: Job) -> None:
         assert job.plan is not None

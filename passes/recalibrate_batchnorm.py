@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from tdpass.models.base import Batch, Model
+from tdpass.models.base import Model
 from tdpass.pipeline import Job, Pass, register_pass
 
 
@@ -26,13 +23,12 @@ class RecalibrateBatchnorm(Pass):
         if not job.batches:
             job.note("skipped: there is no calibration data")
             return False
-        references = job.references(model)
-        before = _divergence(model, job, references)
+        before = _divergence(model, job)
         undo = model.recalibrate_batchnorm(job.batches if job.augmented is None else job.augmented)
         if undo is None:
             job.note("no batch-norm is left")
             return False
-        after = _divergence(model, job, references)
+        after = _divergence(model, job)
         if not after < before:
             undo()
             job.note(f"left as it was: the divergence would go from {before:.4g} to {after:.4g}")
@@ -41,9 +37,7 @@ class RecalibrateBatchnorm(Pass):
         return True
 
 
-def _divergence(model: Model, job: Job, references: Sequence[torch.Tensor]) -> float:
-    def of(batch: Batch, reference: torch.Tensor) -> torch.Tensor:
-        return job.divergence(reference, job.divergence.output(model.run(batch)).reshape(reference.shape))
-
-    values = torch.cat([of(batch, reference) for batch, reference in zip(job.batches, references, strict=True)])
-    return float(values.mean())
+def _divergence(model: Model, job: Job) -> float:
+    divergence = job.measure(model)
+    outputs = (divergence.outputs(model.run(batch)) for batch in job.batches)
+    return divergence.mean(zip(job.references(model), outputs, strict=True))

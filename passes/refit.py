@@ -29,7 +29,8 @@ class Refit(Pass):
             return False
         tapes = job.tapes(model)
         refitted, declined = refit_last_factors(tapes, layers, self.ridge)
-        before, after = (divergence_of(tapes, choice, job.divergence) for choice in (layers, refitted))
+        divergence = job.measure(model)
+        before, after = (divergence_of(tapes, choice, divergence) for choice in (layers, refitted))
         if not after < before:
             job.note(f"left as it was: the divergence would go from {before:.4g} to {after:.4g}")
             return False

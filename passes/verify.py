@@ -28,10 +28,9 @@ class Verify(Pass):
         if not job.batches:
             job.note("checked the structure; pass data= to compare outputs")
             return False
-        pairs = []
-        for reference, batch in zip(job.references(model), job.batches, strict=True):
-            pairs.append((reference, job.divergence.output(model.run(batch)).reshape(reference.shape)))
-        checks = compare_outputs(pairs, job.divergence)
+        divergence = job.measure(model)
+        outputs = (divergence.outputs(model.run(batch)) for batch in job.batches)
+        checks = compare_outputs(zip(job.references(model), outputs, strict=True), divergence, sum(batch.size for batch in job.batches))
         job.report.checks.update(checks)
         if not math.isfinite(checks["relative_difference"]):
             raise TdpassError("the compressed model answers with NaN or infinite values; exclude the sites with the largest errors, or raise the budget")

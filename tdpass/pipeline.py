@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from tdpass.cost import Budget, Cost
 from tdpass.documents import misfit, read_yaml, yaml_value
 from tdpass.errors import PassError, TdpassError, UsageError
 from tdpass.formats.base import Factors
 from tdpass.models.base import Batch, Model
-from tdpass.planner.divergence import Divergence
+from tdpass.planner.divergence import Divergence, FittedDivergence, Outputs
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.registry import Registry
 from tdpass.report import PassRow, Report
@@ -57,7 +56,8 @@ class Job:
     dense: Model | None = None
     notes: list[str] = field(default_factory=list)
     recorded: list[Tape] = field(default_factory=list)
-    answers: list[Tensor] = field(default_factory=list)
+    answers: list[Outputs] = field(default_factory=list)
+    fitted: FittedDivergence | None = None
 
     def tapes(self, model: Model) -> list[Tape]:
         """Recorded runs of the dense model on the calibration data, one per batch."""
@@ -66,17 +66,28 @@ class Job:
             for note in dict.fromkeys(tape.note for tape in self.recorded if tape.note):
                 self.report.note(note)
             with torch.no_grad():
-                self.answers = [self.divergence.output(tape.play().finish()).clone() for tape in self.recorded]
+                self.answers = [_kept(self.divergence.outputs(tape.play().finish())) for tape in self.recorded]
         return self.recorded
 
-    def references(self, model: Model) -> list[Tensor]:
+    def references(self, model: Model) -> list[Outputs]:
         """The original's outputs on the calibration data, one per batch."""
         self.tapes(model)
         return self.answers
 
+    def measure(self, model: Model) -> FittedDivergence:
+        """The divergence from the original's outputs, fitted to all of them once, so that every pass goes by the same."""
+        if self.fitted is None:
+            self.fitted = self.divergence.fit(self.references(model))
+        return self.fitted
+
     def note(self, text: str) -> None:
         """Say something about the pass that is running."""
         self.notes.append(text)
+
+
+def _kept(outputs: Outputs) -> Outputs:
+    """Copies, since a model may answer with a view of its input."""
+    return {name: value.clone() for name, value in outputs.items()}
 
 
 class Pass(ABC):

@@ -111,7 +111,8 @@ def verify(
 ) -> dict[str, float]:
     """How far one model's outputs are from another's on the same data; both may come through any front end.
 
-    Returns `divergence`, `relative_difference`, `max_difference`, `samples`, and `same_class` for class scores.
+    Returns `divergence`, `relative_difference`, `max_difference`, `samples`, `same_class` for class scores, and of several outputs
+    each as well, such as `divergence[boxes]`: see `compare_outputs`.
     Raises `UsageError` when there is nothing to run them on.
     """
     first, second = open_model(reference, example_inputs), open_model(candidate, example_inputs)
@@ -119,12 +120,10 @@ def verify(
     if data is None and example is None:
         raise UsageError("there is nothing to run the models on; pass data= or example_inputs=")
     batches, _ = _batches(first, data if data is not None else example, samples)
-    measure = divergence if isinstance(divergence, Divergence) else Divergence(divergence)
-    pairs = []
-    for batch in batches:
-        answer = measure.output(first.run(batch))
-        pairs.append((answer, measure.output(second.run(batch)).reshape(answer.shape)))
-    return compare_outputs(pairs, measure)
+    wish = divergence if isinstance(divergence, Divergence) else Divergence(divergence)
+    references = [wish.outputs(first.run(batch)) for batch in batches]
+    outputs = (wish.outputs(second.run(batch)) for batch in batches)
+    return compare_outputs(zip(references, outputs, strict=True), wish.fit(references), sum(batch.size for batch in batches))
 
 
 @dataclass(frozen=True)

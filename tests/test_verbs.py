@@ -28,8 +28,8 @@ def to_onnx(module: nn.Module, x: Tensor) -> onnx.ModelProto:
 
 
 def _outputs(artifact: tdpass.Artifact, x: Tensor) -> Tensor:
-    outputs = artifact.opened.run(tdpass.Batch((x,)))
-    return tdpass.Divergence().output(outputs)
+    (output,) = tdpass.Divergence().outputs(artifact.opened.run(tdpass.Batch((x,)))).values()
+    return output
 
 
 MODELS = [("residual", "images", 0.5), ("odd", "images", 0.8), ("encoder", "tokens", 0.5)]

@@ -1,77 +1,233 @@
-"""How far one network's output is from another's, per sample; no labels needed."""
+"""How far one network's outputs are from another's; no labels needed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from tdpass.errors import InvalidModelError, UsageError
-from tdpass.registry import Registry
+from tdpass.planner.answers import Answers
+from tdpass.planner.measures import MEASURES, Measure
 
-Measure = Callable[[Tensor, Tensor], Tensor]
-MEASURES: Registry[Measure] = Registry("divergence")
+AUTO = "auto"
+ONLY_OUTPUT = "output"
 
-
-def _kl(reference: Tensor, output: Tensor) -> Tensor:
-    """KL(p || q) of the softmax over the last axis, mean over all axes but the first."""
-    p, q = F.log_softmax(reference, -1), F.log_softmax(output, -1)
-    return (p.exp() * (p - q)).sum(-1).reshape(reference.shape[0], -1).mean(1)
-
-
-def _mse(reference: Tensor, output: Tensor) -> Tensor:
-    """Squared error relative to the reference's mean square around its mean over samples."""
-    scale = (reference - reference.mean(0, keepdim=True)).square().mean().clamp_min(1e-30)
-    return (reference - output).square().flatten(1).mean(1) / scale
-
-
-def _cosine(reference: Tensor, output: Tensor) -> Tensor:
-    """One minus the cosine of the angle between the flattened outputs."""
-    return 1 - F.cosine_similarity(reference.flatten(1), output.flatten(1), dim=1)
-
-
-for _name, _measure in (("kl", _kl), ("mse", _mse), ("cosine", _cosine)):
-    MEASURES.add(_name, _measure)
+Outputs = Mapping[str, Tensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A named measure on the first floating-point output of a network, or on what `select` makes of its outputs.
+    """How the outputs of a network are to be compared: a wish, which `fit` makes a measure of.
 
-    `auto` is `kl` for outputs of shape [samples, classes] and `mse` for all others.
+    Every floating-point output counts, or what `select` makes of what the model returns.  `name` is the measure of all of them,
+    `measures` that of single ones, `weights` how much they count (1 unless given; 0 leaves one out), both by name or glob.
+    Outputs are named as in the dict that the model returns, by their place in a tuple, or "output" where there is one.
+
+    `auto` recognises, from the original's outputs on all data: values that sum to one along an axis (`kl_probabilities`), their
+    logarithms (`kl`), vectors of length one (`cosine`), values mostly at the ends of [0, 1] (`kl_bernoulli`).  Else an output
+    [samples, classes] that is the only one is class scores (`kl`) unless the spreads of its columns differ by more than 30, or
+    all are positive and above one; [samples, positions, classes], or one of several [samples, classes], is where its softmax
+    says something, not the same everywhere, and classes compete, or where its name ends in "logits".  All others: `mse`.
     """
 
-    name: str = "auto"
-    select: Callable[[object], Tensor] | None = None
+    name: str = AUTO
+    select: Callable[[object], object] | None = None
+    measures: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.name != "auto" and self.name not in MEASURES:
-            raise UsageError(f"unknown divergence {self.name!r}; known: auto, {', '.join(MEASURES.names())}")
+        for name in (self.name, *self.measures.values()):
+            if name != AUTO and name not in MEASURES:
+                raise UsageError(f"unknown divergence {name!r}; known: {AUTO}, {', '.join(MEASURES.names())}")
+        for name, weight in self.weights.items():
+            if not 0 <= weight < float("inf"):
+                raise UsageError(f"the weight {weight!r} of output {name!r} is not a number from 0 on; 1 is usual, 0 leaves an output out")
 
-    def output(self, outputs: object) -> Tensor:
-        """The tensor that is compared."""
-        if self.select is not None:
-            return self.select(outputs)
-        for leaf in tree_leaves(outputs):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 0:
-                return leaf
-        raise InvalidModelError("the model returns no floating-point tensor to compare; pass divergence=Divergence('mse', select=...)")
+    def outputs(self, returned: object) -> dict[str, Tensor]:
+        """The floating-point tensors that a model returned, by name; complex ones as pairs of real numbers.
 
-    def resolve(self, reference: Tensor) -> str:
-        """The measure's name for outputs like `reference`."""
-        if self.name != "auto":
-            return self.name
-        return "kl" if reference.dim() == 2 and reference.shape[1] > 1 else "mse"
+        Raises `InvalidModelError` where there is none.
+        """
+        found = {name or ONLY_OUTPUT: value for name, value in _tensors(returned if self.select is None else self.select(returned))}
+        if not found:
+            raise InvalidModelError("the model returns no floating-point tensor to compare; pass divergence=Divergence('mse', select=...)")
+        return found
 
-    def __call__(self, reference: Tensor, output: Tensor) -> Tensor:
-        """Divergence per sample, float64."""
-        return MEASURES.get(self.resolve(reference))(reference.double(), output.double())
+    def fit(self, references: Sequence[Outputs]) -> FittedDivergence:
+        """The measure of each output, its scales taken over all the calls of the original at once; empty without calls.
 
-    def probe(self, reference: Tensor, generator: torch.Generator) -> Tensor:
-        """A random direction in output space for Gauss-Newton gradients: centred over classes for logits, plain otherwise."""
-        direction = torch.randn(reference.shape, generator=generator, dtype=reference.dtype)
-        return direction - direction.mean(-1, keepdim=True) if self.resolve(reference) == "kl" else direction
+        Raises `UsageError` where `measures` or `weights` name an output that does not exist.
+        """
+        if not references:
+            return FittedDivergence(self, {})
+        names = list(dict.fromkeys(name for call in references for name in call))
+        for pattern in (*self.measures, *self.weights):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise UsageError(f"the divergence speaks of output {pattern!r}; the model's outputs: {', '.join(names)}")
+        counted = [name for name in names if _chosen(self.weights, name, 1.0) > 0]
+        if not counted:
+            raise UsageError("the weights of all outputs are 0; leave at least one above it")
+        terms: dict[str, Term] = {}
+        for name in counted:
+            answers = Answers(name, tuple(call[name].detach().cpu() for call in references if name in call))
+            wish = _chosen(self.measures, name, self.name)
+            measure = MEASURES.get(_recognised(answers, len(counted) == 1) if wish == AUTO else wish)(answers)
+            rows = sum(measure.rows(value.double(), value.double()).numel() for value in answers.values)
+            terms[name] = Term(measure, _chosen(self.weights, name, 1.0), rows)
+        return FittedDivergence(self, terms)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One output's part: its measure, its weight, and the number of rows that the references have."""
+
+    measure: Measure
+    weight: float
+    rows: int
+
+    @property
+    def gain(self) -> float:
+        """What a probe of this output counts against those of others."""
+        return math.sqrt(self.weight * self.measure.gain / max(self.rows, 1))
+
+
+@dataclass(frozen=True)
+class FittedDivergence:
+    """The divergence from one network's outputs, as a number over all data: the weighted mean over outputs of the mean over rows.
+
+    `wish` is what it was fitted from, `terms` the measure of each output.
+    """
+
+    wish: Divergence
+    terms: Mapping[str, Term]
+
+    def outputs(self, returned: object) -> dict[str, Tensor]:
+        """The floating-point tensors that a model returned, by name."""
+        return self.wish.outputs(returned)
+
+    def mean(self, pairs: Iterable[tuple[Outputs, Outputs]]) -> float:
+        """The divergence over calls, each given as the outputs of the original and of the other network."""
+        tally = Tally(self)
+        for reference, outputs in pairs:
+            tally.add(reference, outputs)
+        return tally.mean
+
+    def pairs(self, reference: Outputs, outputs: Outputs) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name, reference and output of everything that counts, in float64 and of one shape.
+
+        By name, or by place where the names are not the same.  Raises `InvalidModelError` where the outputs do not correspond.
+        """
+        named = reference.keys() <= outputs.keys()
+        if not named and len(reference) != len(outputs):
+            raise InvalidModelError(f"the models do not return the same outputs: {', '.join(reference)} and {', '.join(outputs)}")
+        others = [outputs[name] for name in reference] if named else list(outputs.values())
+        for (name, ours), theirs in zip(reference.items(), others, strict=True):
+            if ours.numel() != theirs.numel():
+                shapes = f"{tuple(ours.shape)} and {tuple(theirs.shape)}"
+                raise InvalidModelError(f"output {name!r} has the shapes {shapes}; compare what comes before it with divergence=Divergence(select=...)")
+            if name in self.terms:
+                yield name, ours.detach().cpu().double(), theirs.detach().cpu().double().reshape(ours.shape)
+
+    def probe(self, outputs: Outputs, generator: torch.Generator) -> dict[str, Tensor]:
+        """A random direction for each output, for Gauss-Newton gradients; outputs weigh against each other as in the divergence."""
+        gains = {name: term.gain for name, term in self.terms.items()}
+        largest = max(gains.values())
+        counted = ((name, value) for name, value in outputs.items() if name in gains)
+        return {name: self.terms[name].measure.probe(value, generator) * (gains[name] / largest) for name, value in counted}
+
+    def __str__(self) -> str:
+        """The measure's name, or, of several outputs, each measure with its outputs."""
+        if len(self.terms) == 1:
+            return next(iter(self.terms.values())).measure.name
+        outputs: dict[str, list[str]] = {}
+        for name, term in self.terms.items():
+            outputs.setdefault(term.measure.name, []).append(name)
+        return "; ".join(f"{measure} of {_listed(names)}" for measure, names in outputs.items())
+
+
+@dataclass
+class Tally:
+    """Sums of a divergence while calls come in."""
+
+    fitted: FittedDivergence
+    sums: dict[str, float] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+
+    def add(self, reference: Outputs, outputs: Outputs) -> None:
+        """Count one call."""
+        for name, ours, theirs in self.fitted.pairs(reference, outputs):
+            values = self.fitted.terms[name].measure.rows(ours, theirs)
+            self.sums[name] = self.sums.get(name, 0.0) + float(values.sum())
+            self.rows[name] = self.rows.get(name, 0) + values.numel()
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Mean over the rows of each output."""
+        return {name: total / max(self.rows[name], 1) for name, total in self.sums.items()}
+
+    @property
+    def mean(self) -> float:
+        """Weighted mean over the outputs that came in; 0 before any."""
+        weights = {name: self.fitted.terms[name].weight for name in self.sums}
+        return sum(weights[name] * value for name, value in self.means.items()) / max(sum(weights.values()), 1e-300)
+
+
+def _recognised(answers: Answers, alone: bool) -> str:
+    """The measure for an output of which nothing but its values and name is known."""
+    if answers.probability_axis() is not None:
+        return "kl_probabilities"
+    if answers.log_probability_axis() is not None:
+        return "kl"
+    if answers.has_unit_rows():
+        return "cosine"
+    if answers.is_yes_or_no():
+        return "kl_bernoulli"
+    return "kl" if _is_class_scores(answers, alone) else "mse"
+
+
+def _is_class_scores(answers: Answers, alone: bool) -> bool:
+    if answers.dim not in (2, 3) or answers.size(-1) < 2:
+        return False
+    if answers.name.endswith("logits"):
+        return True
+    return answers.may_be_classes() if answers.dim == 2 and alone else answers.must_be_classes()
+
+
+def _tensors(tree: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Non-empty floating-point tensors in nested dicts, tuples, lists and dataclasses, each with its path; scalars with one axis."""
+    if isinstance(tree, Tensor):
+        if tree.is_complex():
+            tree = torch.view_as_real(tree)
+        if tree.is_floating_point():
+            yield path, tree.reshape(1) if tree.dim() == 0 else tree
+        return
+    for name, part in _parts(tree):
+        yield from _tensors(part, f"{path}.{name}" if path else name)
+
+
+def _parts(tree: object) -> list[tuple[str, object]]:
+    if isinstance(tree, Mapping):
+        return [(str(name), part) for name, part in tree.items()]
+    if isinstance(tree, tuple | list):
+        return [(str(place), part) for place, part in enumerate(tree)]
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return [(entry.name, getattr(tree, entry.name)) for entry in dataclasses.fields(tree)]
+    return []
+
+
+def _chosen(patterns: Mapping[str, T], name: str, default: T) -> T:
+    """The value of the name itself, else of the first glob that fits."""
+    return patterns[name] if name in patterns else next((value for pattern, value in patterns.items() if fnmatchcase(name, pattern)), default)
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdpass.formats.metric import Metric
-from tdpass.planner.divergence import Divergence
+from tdpass.planner.divergence import FittedDivergence
 from tdpass.planner.patches import output_rows, patches, working
 from tdpass.site import Site
 from tdpass.tape import Tape
@@ -87,13 +87,13 @@ class _Sums:
 
 
 def stream_metrics(
-    tapes: Sequence[Tape], sites: Sequence[Site], divergence: Divergence, tick: Callable[[int, int], None] = lambda done, of: None
+    tapes: Sequence[Tape], sites: Sequence[Site], divergence: FittedDivergence, tick: Callable[[int, int], None] = lambda done, of: None
 ) -> Iterator[tuple[Site, Metric]]:
     """The metric of each site, in groups whose sums fit in memory; every group is one pass over the calibration runs.
 
     C is the covariance of the unfolded input, plus 1e-3 of its mean diagonal (its diagonal alone beyond 8,192 inputs).
     G is the Gauss-Newton metric of the site's output: the second moment, summed over positions, of the gradients of random
-    projections of the network's output, plus 5 % (none beyond 8,192 outputs, or where no gradient arrives).
+    projections of the network's outputs, plus 5 % (none beyond 8,192 outputs, or where no gradient arrives).
     """
     groups = _groups(sites)
     for number, group in enumerate(groups):
@@ -119,7 +119,7 @@ def _groups(sites: Sequence[Site]) -> list[list[Site]]:
     return [group for group in groups if group]
 
 
-def _accumulate(tape: Tape, sums: dict[str, _Sums], divergence: Divergence, generator: torch.Generator) -> None:
+def _accumulate(tape: Tape, sums: dict[str, _Sums], divergence: FittedDivergence, generator: torch.Generator) -> None:
     if not any(name in sums for name in tape.site_calls):
         return
     outputs: list[tuple[_Sums, Tensor]] = []
@@ -134,17 +134,20 @@ def _accumulate(tape: Tape, sums: dict[str, _Sums], divergence: Divergence, gene
         return y
 
     with torch.enable_grad():
-        result = divergence.output(tape.play().finish(watch))
-        for _ in range(PROBES if result.requires_grad else 0):
-            direction = divergence.probe(result.detach(), generator)
-            for (entry, _), gradient in zip(outputs, _gradients(result, [y for _, y in outputs], direction), strict=True):
+        returned = divergence.outputs(tape.play().finish(watch))
+        results = {name: value for name, value in returned.items() if value.requires_grad}
+        for _ in range(PROBES if results else 0):
+            directions = divergence.probe({name: value.detach() for name, value in results.items()}, generator)
+            moved = [results[name] for name in directions]
+            gradients = _gradients(moved, [y for _, y in outputs], list(directions.values()))
+            for (entry, _), gradient in zip(outputs, gradients, strict=True):
                 if gradient is not None:
                     entry.add_gradient(gradient, tape.batch_size)
 
 
-def _gradients(result: Tensor, at: Sequence[Tensor], direction: Tensor) -> Sequence[Tensor | None]:
-    """The gradients of a projection of the output; none where some operation on the way has no derivative."""
+def _gradients(results: Sequence[Tensor], at: Sequence[Tensor], directions: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """The gradients of a projection of the outputs; none where some operation on the way has no derivative."""
     try:
-        return torch.autograd.grad(result, at, direction, retain_graph=True, allow_unused=True)
+        return torch.autograd.grad(results, at, directions, retain_graph=True, allow_unused=True)
     except (RuntimeError, NotImplementedError):
         return [None] * len(at)

@@ -13,7 +13,7 @@ from tdpass.formats.base import FORMATS, Layer
 from tdpass.formats.metric import Metric
 from tdpass.planner.cache import CandidateCache, digest
 from tdpass.planner.candidates import DENSE, Candidate, SiteFits, dense_candidate, enumerate_candidates, frontier, with_loss, within
-from tdpass.planner.divergence import Divergence
+from tdpass.planner.divergence import FittedDivergence
 from tdpass.planner.joint import JointOption, joint_options
 from tdpass.planner.moments import stream_metrics
 from tdpass.planner.rank_plan import Choice, RankPlan
@@ -128,7 +128,7 @@ def tabulate(
     sites: Sequence[Site],
     dense: Dense,
     tapes: Sequence[Tape],
-    divergence: Divergence,
+    divergence: FittedDivergence,
     formats: Sequence[str] = (),
     cache: CandidateCache | None = None,
     context: str = "",
@@ -169,7 +169,7 @@ def tabulate(
     table = Table(tuple(sites), {site.name: known[site.name] for site in sites}, [], fingerprints)
     if tapes:
         table.metric = "inputs and outputs on the calibration data"
-        table.divergence = divergence.resolve(divergence.output(tapes[0].play().finish()))
+        table.divergence = str(divergence)
     return table
 
 
@@ -198,7 +198,7 @@ def add_joint_options(
     table: Table,
     dense: Dense,
     tapes: Sequence[Tape],
-    divergence: Divergence,
+    divergence: FittedDivergence,
     cache: CandidateCache | None = None,
     context: str = "",
     tick: Tick = lambda what, done, of: None,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.ops import TorchOps
-from tdpass.planner.divergence import Divergence
+from tdpass.planner.divergence import FittedDivergence, Tally
 from tdpass.planner.lockstep import Lockstep, Moment
 from tdpass.planner.patches import output_rows, patches, working
 from tdpass.site import Site
@@ -20,16 +20,14 @@ _OPS = TorchOps()
 _ROWS_PER_CALL = 2**24
 
 
-def divergence_of(tapes: Sequence[Tape], layers: Mapping[str, Layer], divergence: Divergence) -> float:
-    """Mean divergence per sample of the network with those layers from the original."""
-    total, samples = 0.0, 0
+def divergence_of(tapes: Sequence[Tape], layers: Mapping[str, Layer], divergence: FittedDivergence) -> float:
+    """Divergence of the network with those layers from the original."""
+    tally = Tally(divergence)
     with torch.no_grad():
         for tape in tapes:
-            reference = divergence.output(tape.play().finish())
-            output = divergence.output(tape.play().fork(dict(layers)).finish())
-            total += float(divergence(reference, output).sum())
-            samples += reference.shape[0]
-    return total / max(samples, 1)
+            reference, outputs = tape.play().finish(), tape.play().fork(dict(layers)).finish()
+            tally.add(divergence.outputs(reference), divergence.outputs(outputs))
+    return tally.mean
 
 
 def correct_biases(tapes: Sequence[Tape], layers: Mapping[str, Layer]) -> dict[str, Layer]:

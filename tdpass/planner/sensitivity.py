@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from tdpass.formats.base import Layer
-from tdpass.planner.divergence import Divergence
+from tdpass.planner.divergence import FittedDivergence, Outputs, Tally
 from tdpass.tape import Playback, Tape
 
 
@@ -24,10 +23,10 @@ class Sweep:
     """
 
     tapes: Sequence[Tape]
-    divergence: Divergence
+    divergence: FittedDivergence
     samples: int
     seconds: float = 0.0
-    started: dict[int, tuple[Playback, Tensor]] = field(init=False, default_factory=dict)
+    started: dict[int, tuple[Playback, Outputs]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         start = time.perf_counter()
@@ -36,23 +35,21 @@ class Sweep:
         self.seconds = time.perf_counter() - start
 
     def loss(self, replaced: Mapping[str, Layer]) -> float:
-        """Mean divergence of the output from the original's with those sites replaced and all others dense; 0 where no run calls them."""
+        """Divergence of the outputs from the original's with those sites replaced and all others dense; 0 where no run calls them."""
         reached = [index for index, tape in enumerate(self.tapes) if any(name in tape.site_calls for name in replaced)]
-        total, samples = 0.0, 0
+        tally = Tally(self.divergence)
         with torch.no_grad():
             for index in self._first(reached):
                 tape, (playback, reference) = self.tapes[index], self._start(index)
                 playback.advance(min(tape.site_calls[name][0] for name in replaced if name in tape.site_calls))
-                output = self.divergence.output(playback.fork(dict(replaced)).finish())
-                total += float(self.divergence(reference, output).sum())
-                samples += reference.shape[0]
+                tally.add(reference, self.divergence.outputs(playback.fork(dict(replaced)).finish()))
         share = sum(self.tapes[index].batch_size for index in reached) / sum(tape.batch_size for tape in self.tapes)
-        return total / max(samples, 1) * share
+        return tally.mean * share
 
-    def _start(self, index: int) -> tuple[Playback, Tensor]:
+    def _start(self, index: int) -> tuple[Playback, Outputs]:
         if index not in self.started:
             with torch.no_grad():
-                self.started[index] = self.tapes[index].play(), self.divergence.output(self.tapes[index].play().finish())
+                self.started[index] = self.tapes[index].play(), self.divergence.outputs(self.tapes[index].play().finish())
         return self.started[index]
 
     def _first(self, indices: Sequence[int]) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,9 +12,10 @@ from torch import Tensor, nn
 from tdpass.models import open_model
 from tdpass.models.base import Batch
 from tdpass.planner import moments
-from tdpass.planner.divergence import Divergence
+from tdpass.planner.divergence import Divergence, FittedDivergence
 from tdpass.planner.patches import output_rows, patches
 from tdpass.site import Site
+from tdpass.tape import Tape
 
 
 @pytest.mark.parametrize(
@@ -40,11 +43,16 @@ def test_patches_times_weight_is_the_layer(site: Site) -> None:
     assert all(bool((row == rows).all(1).any()) for row in some)
 
 
+def _fitted(tapes: Sequence[Tape]) -> FittedDivergence:
+    wish = Divergence()
+    return wish.fit([wish.outputs(tape.play().finish()) for tape in tapes])
+
+
 def test_covariance_and_mean_of_a_layer(residual: nn.Module, images: Tensor) -> None:
     model = open_model(residual)
     tapes = [model.record(Batch((images[:24],))), model.record(Batch((images[24:],)))]
     (site,) = (site for site in model.sites() if site.name == "stem")
-    ((_, metric),) = moments.stream_metrics(tapes, [site], Divergence())
+    ((_, metric),) = moments.stream_metrics(tapes, [site], _fitted(tapes))
     rows = patches(images, site).double()
     covariance = torch.cov(rows.T, correction=0)
     covariance.diagonal().add_(moments.INPUT_DAMPING * covariance.diagonal().mean())
@@ -59,10 +67,10 @@ def test_covariance_and_mean_of_a_layer(residual: nn.Module, images: Tensor) -> 
 def test_wide_layers_are_streamed_in_groups_within_the_limit(monkeypatch: pytest.MonkeyPatch, residual: nn.Module, images: Tensor) -> None:
     model = open_model(residual)
     tapes = [model.record(Batch((images,)))]
-    together = dict(moments.stream_metrics(tapes, model.sites(), Divergence()))
+    together = dict(moments.stream_metrics(tapes, model.sites(), _fitted(tapes)))
     monkeypatch.setattr(moments, "MEMORY_LIMIT", 100_000)
     monkeypatch.setattr(moments, "FULL_LIMIT", 100)
-    apart = dict(moments.stream_metrics(tapes, model.sites(), Divergence()))
+    apart = dict(moments.stream_metrics(tapes, model.sites(), _fitted(tapes)))
     for site, metric in together.items():
         assert metric.inputs is not None
         assert apart[site].inputs is not None

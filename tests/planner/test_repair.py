@@ -24,7 +24,8 @@ def _rank_one(module: nn.Module, images: Tensor) -> tuple[list, dict[str, Layer]
 
 def test_each_repair_brings_the_network_closer(residual: nn.Module, images: Tensor) -> None:
     tapes, layers = _rank_one(residual, images)
-    divergence = Divergence("mse")
+    wish = Divergence("mse")
+    divergence = wish.fit([wish.outputs(tape.play().finish()) for tape in tapes])
     before = divergence_of(tapes, layers, divergence)
     corrected = correct_biases(tapes, layers)
     refitted, declined = refit_last_factors(tapes, corrected, 1e-3)
