@@ -115,6 +115,15 @@ def _selected(model: Model, job: Job) -> list[Site]:
         else:
             job.report.decline(site.name, "excluded by name")
     if not chosen:
-        names = ", ".join(site.name for site in list(model.sites())[:6]) or "none"
-        raise UsageError(f"no site is left to compress (include={list(job.include)}, exclude={list(job.exclude)}); the model's sites: {names} ...")
+        raise UsageError(f"no site is left to compress: {_why_none(model, job)}")
     return chosen
+
+
+def _why_none(model: Model, job: Job) -> str:
+    """What was asked for where that left nothing out of the model's sites, else why its layers are no sites."""
+    names = [site.name for site in model.sites()]
+    if names:
+        listed = ", ".join(names[:6]) + (" ..." if len(names) > 6 else "")
+        return f"include={list(job.include)}, exclude={list(job.exclude)} select none of {listed}"
+    declined = [f"{name or 'the model'}: {reason}" for name, reason in list(model.declined().items())[:4]]
+    return "; ".join(declined) or "the model holds no linear or convolution layer with a weight of its own"

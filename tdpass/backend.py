@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from tdpass.artifact import load_plan
-from tdpass.cost import Budget, Cost
+from tdpass.cost import Budget, BudgetSpec, Cost
 from tdpass.errors import UsageError
 from tdpass.models.derived import DERIVED
 from tdpass.models.graph_draft import Compiled, Draft, Inner
@@ -30,7 +30,7 @@ from tdpass.models.graph_fuse import fuse_chains
 from tdpass.models.graph_layers import read_link
 from tdpass.planner.cache import digest
 from tdpass.planner.rank_plan import RankPlan
-from tdpass.verbs import BudgetSpec, make_plan
+from tdpass.verbs import make_plan
 
 NAME, GROUP = "tdpass", "torch_dynamo_backends"
 _REGISTRY = "torch._dynamo.backends.registry"
@@ -55,7 +55,7 @@ class Options:
     freeze: bool = False
     channels_last: bool = True
     plan: RankPlan | str | Path | None = None
-    budget: BudgetSpec = None
+    budget: BudgetSpec | None = None
 
     def __post_init__(self) -> None:
         if self.inner not in _INNER:
@@ -203,7 +203,7 @@ def _decisions(draft: Draft, options: Options) -> Decide | None:
     return decide
 
 
-def _plan_weights(draft: Draft, budget: BudgetSpec) -> RankPlan:
+def _plan_weights(draft: Draft, budget: BudgetSpec | None) -> RankPlan:
     """A plan for the weights that the graph's layers read, by themselves."""
     limits = budget if isinstance(budget, Budget) else Budget.parse(budget or {})
     stored = draft.stored

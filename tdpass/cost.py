@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Real
 
 from tdpass.documents import Amount, Count
 from tdpass.errors import BudgetError
@@ -69,7 +70,7 @@ class Bound:
         """Read `0.4` or `"40%"` (fractions), `"120M"` or, for seconds, `"3ms"` (absolute); raises `BudgetError` on anything else."""
         example = "'3ms'" if measure == "seconds" else "'120M'"
         allowed = f"write {measure} as a fraction in (0, 1] such as 0.4 or '40%', or as an absolute number with a unit such as {example}"
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
+        if isinstance(value, bool) or not isinstance(value, Real | str):
             raise BudgetError(f"budget {measure}={value!r} is not a number; {allowed}")
         if isinstance(value, str):
             text = value.strip()
@@ -79,7 +80,7 @@ class Bound:
             if absolute is not None:
                 return cls(absolute, fraction=False, measure=measure)
             value = _number(text, measure, allowed)
-        if not 0 < value <= 1:
+        if not 0 < float(value) <= 1:
             raise BudgetError(f"budget {measure}={value!r} is neither a fraction in (0, 1] nor an absolute number with a unit; {allowed}")
         return cls(float(value), fraction=True, measure=measure)
 
@@ -101,13 +102,17 @@ class Budget:
     max_error: float | None = None
 
     @classmethod
-    def parse(cls, spec: Mapping[str, BudgetValue] | Budget) -> Budget:
+    def parse(cls, spec: BudgetSpec, default: str = "params") -> Budget:
         """Read `{"macs": 0.4, "bytes": "2MiB", "max_error": 0.1}`; `latency` is another word for `seconds`.
 
-        Raises `BudgetError` on what it does not know.
+        A single value bounds the measure `default`.  Raises `BudgetError` on what it does not know.
         """
         if isinstance(spec, Budget):
             return spec
+        if isinstance(spec, Real | str):
+            spec = {default: spec}
+        if not isinstance(spec, Mapping):
+            raise BudgetError(f"budget={spec!r} is not understood; write 0.4, or a measure with its bound such as {{'macs': 0.4}}")
         bounds: list[tuple[str, Bound]] = []
         max_error: float | None = None
         for name, value in spec.items():
@@ -138,6 +143,9 @@ class Budget:
     def __str__(self) -> str:
         parts = [f"{measure}={bound}" for measure, bound in self.bounds]
         return ", ".join(parts + ([f"max_error={self.max_error:g}"] if self.max_error is not None else []))
+
+
+BudgetSpec = Mapping[str, BudgetValue] | BudgetValue | Budget
 
 
 def _absolute(measure: str, text: str) -> float | None:

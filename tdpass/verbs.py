@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tdpass.artifact import Artifact, load_plan
-from tdpass.cost import Budget, BudgetValue, Cost
+from tdpass.cost import Budget, BudgetSpec, Cost
 from tdpass.data import calls_of
 from tdpass.errors import UsageError
 from tdpass.files import cache_folder
@@ -31,12 +31,10 @@ GIVEN_PLAN = "fold-batchnorm,factorize,correct-bias,refit,recalibrate-batchnorm,
 ON_TARGET = "fold-batchnorm,plan,factorize,correct-bias,refit,recalibrate-batchnorm,fuse-kernels,verify"
 DRY_RUN = "fold-batchnorm,plan"
 
-BudgetSpec = Mapping[str, BudgetValue] | Budget | None
-
 
 def compress(
     model: object,
-    budget: BudgetSpec = None,
+    budget: BudgetSpec | None = None,
     data: object = None,
     *,
     plan: RankPlan | str | Path | None = None,
@@ -60,7 +58,8 @@ def compress(
     `model`: an `nn.Module`, `fx.GraphModule`, `ExportedProgram`, ONNX model (proto, `onnx_ir`, graphsurgeon) or a path;
     it is left untouched, and what comes back in `.model` is of the same type (for a path, what it holds).
     `budget`: bounds on `macs`, `params`, `bytes`, `seconds` of the whole model, as fractions (`0.4`) or absolute (`"120M"`,
-    `"3ms"`), and `max_error` per site.  `data`: unlabelled calibration data (see `tdpass.data.calls_of`); without it weights are factored by
+    `"3ms"`), and `max_error` per site; a single value bounds the multiply-adds where there is something to run the model on, else
+    the parameters.  `data`: unlabelled calibration data (see `tdpass.data.calls_of`); without it weights are factored by
     themselves and a budget on macs needs `example_inputs`.  `plan`: carry out this plan (or its file) instead of planning.
     `start`: factors of the plan's sites, by name, which the fit goes on from instead of searching anew.
     `include`, `exclude`: name globs.  `formats`: restrict to these.  `pipeline`: passes as text, list or YAML file.
@@ -78,7 +77,7 @@ def compress(
 
 def make_plan(
     model: object,
-    budget: BudgetSpec,
+    budget: BudgetSpec | None,
     data: object = None,
     *,
     target: str | Target | None = None,
@@ -143,9 +142,16 @@ class _Setting:
 
 
 def _run(
-    given: object, budget: BudgetSpec, data: object, plan: RankPlan | str | Path | None, steps: Pipeline, example_inputs: ExampleInputs, setting: _Setting
+    given: object,
+    budget: BudgetSpec | None,
+    data: object,
+    plan: RankPlan | str | Path | None,
+    steps: Pipeline,
+    example_inputs: ExampleInputs,
+    setting: _Setting,
 ) -> Artifact:
-    limits = None if budget is None else Budget.parse(budget)
+    runs = data is not None or example_inputs is not None
+    limits = None if budget is None else Budget.parse(budget, default="macs" if runs else "params")
     decided = load_plan(plan) if isinstance(plan, str | Path) else plan
     for name in setting.formats:
         FORMATS.get(name)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 
 from tdpass.cost import Bound, Budget, Cost, amount
@@ -65,3 +68,16 @@ def test_unknown_or_empty_budgets_are_errors(spec: dict[str, object]) -> None:
 def test_costs_add_up() -> None:
     assert Cost(1, 2, 3) + Cost(1, 1, 1) - Cost(0, 3, 0) == Cost(2, 0, 4)
     assert (Cost(seconds=0.5) + Cost(seconds=0.25) - Cost(seconds=0.125)).get("seconds") == 0.625
+
+
+@pytest.mark.parametrize("share", [0.4, np.float32(0.4), np.float64(0.4), np.array(0.4)[()], Fraction(2, 5), "40%"])
+@pytest.mark.parametrize("measure", ["macs", "params", "bytes"])
+def test_any_kind_of_number_is_a_bound_and_a_single_one_bounds_the_default(share: object, measure: str) -> None:
+    assert Budget.parse({measure: share}).limits(Cost(1000, 1000, 1000)) == {measure: 400}  # type: ignore[dict-item]
+    assert Budget.parse(share, default=measure).limits(Cost(1000, 1000, 1000)) == {measure: 400}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spec", [True, None, [0.4], 0, 1.5, float("nan"), "many"])
+def test_what_is_no_budget_is_an_error_that_says_what_to_write(spec: object) -> None:
+    with pytest.raises(BudgetError, match=r"write|empty|outside|fraction"):
+        Budget.parse(spec)  # type: ignore[arg-type]

@@ -109,6 +109,13 @@ def test_include_and_exclude(residual: nn.Module, images: Tensor) -> None:
     assert artifact.report.declined["stem"] == "excluded by name"
     with pytest.raises(UsageError, match="no site is left"):
         tdpass.compress(residual, {"macs": 0.8}, images, include=["nothing*"])
+    with pytest.raises(UsageError, match="0: bilinear layers are not factored"):
+        tdpass.compress(nn.Sequential(nn.Bilinear(3, 4, 5)), {"params": 0.8})
+
+
+def test_a_single_budget_bounds_what_can_be_counted(residual: nn.Module, images: Tensor) -> None:
+    assert tdpass.make_plan(residual, 0.5, images).report.budget == "macs=0.5"
+    assert tdpass.make_plan(residual, "40%").report.budget == "params=0.4"
 
 
 def test_max_error_alone_and_with_a_budget(residual: nn.Module, images: Tensor) -> None:

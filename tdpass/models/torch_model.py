@@ -216,6 +216,9 @@ class TorchModel:
         for name, parameter in self.module.named_parameters():
             if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
                 raise InvalidModelError(f"parameter {name!r} holds NaN or infinite values; the model cannot be compressed")
+        for name, buffer in self.module.named_buffers():
+            if not buffer.is_meta and bool(torch.isnan(buffer).any()):  # an infinite one may be a mask
+                raise InvalidModelError(f"buffer {name!r} holds NaN; re-estimate or load it before compressing")
 
     def unwrap(self) -> object:
         return self.module

@@ -154,6 +154,15 @@ def test_weights_that_are_not_finite_are_refused(residual: nn.Module, images: Te
         tdpass.compress(residual, {"macs": 0.5}, images)
 
 
+def test_a_buffer_that_is_not_a_number_is_named_and_an_infinite_mask_is_none_of_it() -> None:
+    net = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8)).eval()
+    net.register_buffer("mask", torch.full((3, 3), -torch.inf))
+    tdpass.compress(net, {"params": 0.9}, torch.randn(16, 12), cache=False, formats=["svd"])
+    net[1].running_var[2] = float("nan")  # type: ignore[index]
+    with pytest.raises(InvalidModelError, match=r"buffer '1\.running_var'"):
+        tdpass.compress(net, {"params": 0.9}, torch.randn(16, 12), cache=False, formats=["svd"])
+
+
 def test_data_that_does_not_fit_is_refused(residual: nn.Module) -> None:
     with pytest.raises(InvalidModelError, match="does not run on the given data"):
         tdpass.compress(residual, {"macs": 0.5}, torch.randn(4, 7))
