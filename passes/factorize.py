@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tdpass.errors import PlanError
-from tdpass.formats.base import FORMATS, Factors, Layer
+from tdpass.formats.base import FORMATS, Factors, Layer, dense_cost
 from tdpass.formats.metric import Metric
 from tdpass.models.base import Model
 from tdpass.pipeline import Job, Pass, register_pass
 from tdpass.planner.cache import digest
-from tdpass.planner.candidates import SiteFits
+from tdpass.planner.candidates import SiteFits, bias_cost
 from tdpass.planner.joint import Chain, drop_layers, find_branches, find_chains, prune_layers
 from tdpass.planner.moments import stream_metrics
 from tdpass.planner.rank_plan import Choice, RankPlan
@@ -53,8 +53,8 @@ class Factorize(Pass):
         left = set(chosen) - replaced
         if left:
             raise PlanError(f"site {min(left)!r} is planned as part of a pruned pair or dropped branch that this model does not have; plan for this model")
-        if not job.report.sites:
-            job.report.sites = job.plan.rows()
+        job.plan = replace(job.plan, choices=tuple(_priced(choice, sites, model) for choice in job.plan), original=job.original)
+        job.report.sites = job.plan.rows()
         job.note(f"replaced {len(replaced)} sites")
         return bool(replaced)
 
@@ -86,6 +86,18 @@ def _check_start(start: Mapping[str, Factors], sites: Mapping[str, Site], chosen
         if {key: tuple(factor.shape) for key, factor in factors.items()} != wanted:
             given = ", ".join(f"{key} {tuple(factor.shape)}" for key, factor in factors.items())
             raise PlanError(f"start has factors {given or 'of no name'} for site {name!r}, the plan has {wanted or 'none'}; give those of the same plan")
+
+
+def _priced(choice: Choice, sites: Mapping[str, Site], model: Model) -> Choice:
+    """The choice with the costs it has in this model, which another input size, or none, may have hidden from who planned; seconds stay."""
+    if choice.site not in sites:
+        return choice
+    site, layer = sites[choice.site], model.layer(choice.site)
+    dense = replace(dense_cost(site), seconds=choice.dense.seconds)
+    if layer is None:
+        return replace(choice, cost=dense, dense=dense)
+    cost = FORMATS.get(choice.format).cost(site, choice.rank) + bias_cost(site, layer.bias)
+    return replace(choice, cost=replace(cost, seconds=choice.cost.seconds), dense=dense)
 
 
 def _pruned_together(chain: Chain, together: dict[str, Choice]) -> bool:

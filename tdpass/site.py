@@ -23,8 +23,9 @@ class Site:
 
     `name` is the same on every front end: the module's path in torch, the initializer's name without
     `.weight` in ONNX.  `padding` has a (before, after) pair per spatial axis.  `extents` holds one
-    (input size, output size) per call, for one sample: spatial sizes of a convolution, `((n,), (n,))`
-    for a linear layer applied to `n` positions; it is empty until the model has been seen running.
+    (input size, output size) per call, for `samples` samples together: spatial sizes of a convolution of one
+    image, `((n,), (n,))` for a linear layer applied to `n` positions; it is empty until the model has been seen
+    running.  `samples` is more than one only where a sample's own share of the calls is no whole number.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Site:
     bias: bool = False
     itemsize: int = 4
     extents: tuple[Extent, ...] = ()
+    samples: int = 1
 
     @property
     def o(self) -> int:
@@ -64,16 +66,16 @@ class Site:
 
     @property
     def in_positions(self) -> int:
-        """Input positions per sample, summed over calls: how often a 1x1 layer at the input is applied."""
+        """Input positions of `samples` samples, summed over calls: how often a 1x1 layer at the input is applied."""
         return sum(math.prod(before) for before, _ in self.extents)
 
     @property
     def out_positions(self) -> int:
-        """Output positions per sample, summed over calls."""
+        """Output positions of `samples` samples, summed over calls."""
         return sum(math.prod(after) for _, after in self.extents)
 
     def positions_after(self, axes: int) -> int:
-        """Positions once the first `axes` spatial axes are at output size and the rest still at input size."""
+        """Positions of `samples` samples once the first `axes` spatial axes are at output size and the rest still at input size."""
         return sum(math.prod(after[:axes]) * math.prod(before[axes:]) for before, after in self.extents)
 
     def geometry(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tdpass.cost import Budget, BudgetSpec, Cost
 from tdpass.data import calls_of
 from tdpass.errors import UsageError
 from tdpass.files import cache_folder
-from tdpass.formats.base import FORMATS, Factors, dense_cost
+from tdpass.formats.base import FORMATS, Factors
 from tdpass.models import Batch, ExampleInputs, Model, open_model
 from tdpass.pipeline import Job, Pipeline, PipelineSpec, Progress
 from tdpass.planner.compare import compare_outputs
@@ -161,7 +161,7 @@ def _run(
     batches, notes = _batches(opened, data, setting.samples)
     model = opened.clone()
     model.check()
-    example = batches[0] if batches else model.example()
+    example = batches[0] if batches else None if model.macs() else model.example()
     if example is not None:
         model.observe(example)
     report = _new_report(given, model)
@@ -190,9 +190,8 @@ def _run(
     if job.plan is None:
         job.plan = RankPlan((), report.original, declined=dict(report.declined))
     changed = any(model.layer(site.name) is not None for site in model.sites())
-    saved = sum((choice.dense - choice.cost for choice in job.plan), Cost()) if changed else Cost()
     report.dry_run = not changed and any(not choice.kept_dense for choice in job.plan)
-    report.final = job.plan.planned if report.dry_run else Cost(model.params(), report.original.macs - saved.macs, model.bytes(), report.original.seconds)
+    report.final = job.plan.planned if report.dry_run else Cost(model.params(), _macs(model, report), model.bytes(), report.original.seconds)
     if job.target is not None:
         report.target = f"{job.target.name}, batch {job.batch}, {job.threads} {'thread' if job.threads == 1 else 'threads'}"
         if changed and not hold_against_dense(opened, model, job):
@@ -211,17 +210,22 @@ def _batches(model: Model, data: object, samples: int) -> tuple[list[Batch], lis
     return ([], []) if data is None else calls_of(model, data, samples)
 
 
+def _macs(model: Model, report: Report) -> int:
+    """Multiply-adds per sample of the result, counted anew; says in the report what the count has no view of."""
+    counted = model.count()
+    for name in counted.unseen:
+        report.note(f"the multiply-adds of {name} are not counted: what it computes cannot be seen")
+    return counted.per_sample
+
+
 def _new_report(given: object, model: Model) -> Report:
-    sites = model.sites()
-    seen = all(site.seen for site in sites)
-    macs = model.macs() or (sum(dense_cost(site).macs for site in sites) if seen else 0)
     name = str(given) if isinstance(given, str | Path) else type(given).__name__
     return Report(
         model=name,
         frontend=model.frontend,
         machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        original=Cost(model.params(), macs, model.bytes()),
+        original=Cost(model.params(), model.macs(), model.bytes()),
         declined=dict(model.declined()),
     )
 

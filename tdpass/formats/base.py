@@ -89,7 +89,7 @@ class Format(ABC):
 
     @abstractmethod
     def macs(self, site: Site, rank: Rank) -> int:
-        """Multiply-adds per sample."""
+        """Multiply-adds of the calls that the site's extents tell of."""
 
     def outputs(self, site: Site, rank: Rank) -> int:
         """Number of output channels; that of the site unless channels were removed."""
@@ -138,7 +138,7 @@ class Format(ABC):
     def cost(self, site: Site, rank: Rank) -> Cost:
         """Stored numbers, multiply-adds and bytes, the bias not counted."""
         params = sum(math.prod(shape) for shape in self.shapes(site, rank).values())
-        return Cost(params, self.macs(site, rank) if site.seen else 0, params * site.itemsize)
+        return Cost(params, self.macs(site, rank) // site.samples if site.seen else 0, params * site.itemsize)
 
 
 FORMATS: Registry[Format] = Registry("format")
@@ -152,7 +152,7 @@ def register_format(cls: type[Format]) -> type[Format]:
 
 def dense_cost(site: Site) -> Cost:
     """What the dense layer costs, the bias not counted."""
-    return Cost(site.weights, site.weights * site.out_positions, site.weights * site.itemsize)
+    return Cost(site.weights, site.weights * site.out_positions // site.samples, site.weights * site.itemsize)
 
 
 def apply_dense(ops: Ops[V], x: V, weight: V, bias: V | None, site: Site) -> V:

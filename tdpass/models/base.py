@@ -15,6 +15,7 @@ from tdpass.errors import UsageError
 from tdpass.formats.base import Layer
 from tdpass.models.batch import Batch as Batch  # noqa: PLC0414 - part of the protocol
 from tdpass.models.signature import Signature
+from tdpass.products import Counted
 from tdpass.site import Extent, Site
 from tdpass.tape import Tape
 
@@ -54,7 +55,7 @@ class Model(Protocol):
         """Run the model on a batch and record it; calls of sites that are still dense carry their names."""
 
     def observe(self, batch: Batch) -> None:
-        """Fill in the sites' extents from one run."""
+        """Fill in the sites' extents and the multiply-adds from one run."""
 
     def run(self, batch: Batch) -> object:
         """Outputs on a batch, as tensors in the model's own structure (ONNX: a dict by output name)."""
@@ -81,8 +82,14 @@ class Model(Protocol):
     def fixed_batch(self) -> int | None:
         """The one number of samples it takes, where that is fixed."""
 
+    def count(self, batch: Batch | None = None) -> Counted:
+        """Multiply-adds of everything that runs when the model, as it is now, is called: layers, attention and recurrence alike.
+
+        By default with what was last observed; where that is nothing, none are counted.
+        """
+
     def macs(self) -> int:
-        """Multiply-adds per sample of all linear and convolution layers, as last observed dense; 0 where never observed."""
+        """Multiply-adds per sample as last observed; 0 where never observed."""
 
     def params(self) -> int:
         """Stored numbers in all parameters, shared ones once; buffers such as running means not counted."""
@@ -104,16 +111,20 @@ class Model(Protocol):
 
 
 def with_extents(site: Site, tape: Tape) -> Site:
-    """The site with the activation sizes that a recorded run shows, per sample."""
+    """The site with the activation sizes that a recorded run shows: per sample, where each has the same whole number of calls."""
+    axes = len(site.kernel)
+    sizes = [tape.calls[index].shapes for index in tape.site_calls.get(site.name, ())]
+    calls: list[tuple[tuple[int, ...], tuple[int, ...], int]]
+    if site.kind == "linear":
+        calls = [((1,), (1,), math.prod(before[:-1])) for before, _ in sizes]
+    else:  # without an axis of images there is one
+        calls = [(before[-axes:], after[-axes:], math.prod(before[: -axes - 1])) for before, after in sizes]
+    whole = all(times % tape.batch_size == 0 for _, _, times in calls)
     extents: list[Extent] = []
-    for index in tape.site_calls.get(site.name, ()):
-        before, after = tape.calls[index].shapes
-        if site.kind == "linear":
-            positions = math.prod(before[:-1]) // tape.batch_size
-            extents.append(((positions,), (positions,)))
-        else:
-            extents.append((before[2:], after[2:]))
-    return replace(site, extents=tuple(extents))
+    for before, after, times in calls:
+        share = times // tape.batch_size if whole else times
+        extents += [((share,), (share,))] if site.kind == "linear" else [(before, after)] * share
+    return replace(site, extents=tuple(extents), samples=1 if whole else tape.batch_size)
 
 
 def call_batch(model: Model, batches: Sequence[Batch], size: int) -> Batch:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -66,3 +69,16 @@ class Fused(Factorized):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.lanes} lanes, {self.activation}"
+
+
+@contextmanager
+def layer_by_layer(module: nn.Module) -> Iterator[None]:
+    """Run the fused layers of a module as the layers that they are made of."""
+    lanes = {inner: inner.lanes for inner in module.modules() if isinstance(inner, Fused)}
+    for inner in lanes:
+        inner.lanes = None
+    try:
+        yield
+    finally:
+        for inner, before in lanes.items():
+            inner.lanes = before

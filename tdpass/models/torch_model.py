@@ -15,16 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from tdpass.errors import InvalidModelError, PlanError, UnsupportedError
+from tdpass.errors import InvalidModelError, PlanError
 from tdpass.formats.base import Layer
 from tdpass.models.base import Batch, with_extents
 from tdpass.models.copying import copied
 from tdpass.models.factorized import Factorized
-from tdpass.models.fused import Fused
+from tdpass.models.fused import Fused, layer_by_layer
 from tdpass.models.signature import Input, Signature
 from tdpass.models.torch_fuse import fuse_layers
 from tdpass.models.torch_sites import Matched, find_sites
 from tdpass.models.torch_state import save_module
+from tdpass.products import Counted, counting
 from tdpass.site import Site
 from tdpass.tape import LiveTape, Ref, Tape, record
 
@@ -42,6 +43,7 @@ class TorchModel:
         self._by_name = {matched.site.name: matched for matched in found}
         self._replaced: dict[str, list[Factorized]] = {}
         self._example = example
+        self._observed: Batch | None = None
         self._macs = 0
         self._twin: tuple[object, TorchModel] | None = None
         self._adopt_factorized()
@@ -109,13 +111,13 @@ class TorchModel:
         return self._twin[1]
 
     def observe(self, batch: Batch) -> None:
-        self._example = batch.part(0, 2)
+        tape = self.record(batch)  # the whole call: two samples of it may reach fewer layers, or be two steps of one
+        self._observed, self._example = batch, batch.part(0, 2)
         try:
-            tape = self.record(self._example)
-        except (UnsupportedError, InvalidModelError):
+            self.run(self._example)
+        except InvalidModelError:
             self._example = batch
-            tape = self.record(batch)
-        self._macs = tape.macs
+        self._macs = self.count().per_sample
         called = tape.site_calls
         ordered = [name for name in called if name in self._by_name] + [name for name in self._by_name if name not in called]
         self._by_name = {name: replace(self._by_name[name], site=with_extents(self._by_name[name].site, tape)) for name in ordered}
@@ -127,6 +129,15 @@ class TorchModel:
         placed = self._placed(batch)
         with torch.no_grad(), self._evaluating():
             return tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, _plain(self._call(placed)))
+
+    def count(self, batch: Batch | None = None) -> Counted:
+        call = batch or self._observed
+        if call is None:
+            return Counted()
+        placed = self._placed(call)
+        with self._evaluating(), counting() as counter, layer_by_layer(self.module):
+            self._call(placed)
+        return counter.counted(call.size)
 
     def fold_batchnorm(self) -> Sequence[str]:
         if self._example is None:

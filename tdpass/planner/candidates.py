@@ -41,6 +41,12 @@ class Candidate:
         return self.format if not self.rank else f"{self.format} {'x'.join(map(str, self.rank))}"
 
 
+def bias_cost(site: Site, bias: Tensor | None) -> Cost:
+    """What the bias of a layer that replaces the site stores beyond the site's own."""
+    numbers = (0 if bias is None else bias.numel()) - (site.o if site.bias else 0)
+    return Cost(params=numbers, bytes=numbers * site.itemsize)
+
+
 def dense_candidate(site: Site) -> Candidate:
     """The site as it is."""
     return Candidate(DENSE, (), dense_cost(site), 0.0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from tdpass.formats.base import FORMATS, Rank
+from tdpass.formats.base import FORMATS, Rank, dense_cost
 from tdpass.planner.candidates import Candidate
 from tdpass.site import Site
 from tdpass.targets.base import Setting, Target, Timing, Variant
@@ -135,7 +135,7 @@ def _between(points: Sequence[tuple[int, float, str]], macs: int) -> Timing:
 
 
 def _macs(site: Site, variant: Variant) -> int:
-    return FORMATS.get(variant.format).cost(site, variant.rank).macs if variant.format in FORMATS else site.weights * site.out_positions
+    return FORMATS.get(variant.format).cost(site, variant.rank).macs if variant.format in FORMATS else dense_cost(site).macs
 
 
 def _nameless(site: Site) -> Site:

@@ -45,7 +45,7 @@ class Autocast:
 class Call:
     """One recorded torch function call; `output` has the structure of what it returned, with `Ref` for tensors.
 
-    Layer calls also carry their multiply-adds per sample and the shapes of their input and output.
+    Layer calls also carry the shapes of their input and output.
     """
 
     func: Callable[..., Any]
@@ -54,7 +54,6 @@ class Call:
     output: Any
     mutates: bool
     site: str | None = None
-    macs: int = 0
     shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     autocast: Autocast | None = None
 

@@ -84,11 +84,6 @@ class Tape:
         self.last_read.update((number, len(self.calls)) for number in self._returned)
 
     @property
-    def macs(self) -> int:
-        """Multiply-adds per sample of all linear and convolution calls."""
-        return sum(call.macs for call in self.calls)
-
-    @property
     def note(self) -> str:
         """What a user should know of how the run is repeated; empty where there is nothing to say."""
         return ""

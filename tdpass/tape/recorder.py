@@ -13,7 +13,6 @@ from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
@@ -25,7 +24,6 @@ from tdpass.tape.calls import LAYER_CALLS, Autocast, Call, Ref, leaves, mapped, 
 from tdpass.tape.live import LiveTape, Run, argument, restore
 from tdpass.tape.playback import Tape
 
-_TRANSPOSED = frozenset({F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d})
 _MUTATING_NAMES = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"})
 _ABOUT_SHAPES = frozenset(
     {
@@ -87,7 +85,7 @@ class _Recorder(TorchFunctionMode):
         recorded_args, recorded_kwargs = tree_map(self.known, (args, kwargs))
         result = func(*args, **kwargs)
         mutates = _mutates(func, args, kwargs)
-        site, macs, shapes = self._layer(func, args, kwargs, result)
+        site, shapes = self._layer(func, args, kwargs, result)
         if mutates and not isinstance(result, Tensor):
             output: Any = self.number(args[0])
         elif not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
@@ -99,18 +97,16 @@ class _Recorder(TorchFunctionMode):
         if site is not None:
             recorded_args, recorded_kwargs = _positional(recorded_args, recorded_kwargs)
         autocast = None if isinstance(func, OpOverload) else Autocast.of((args, kwargs))
-        self.calls.append(Call(func, recorded_args, recorded_kwargs, output, mutates, site, macs, shapes, autocast))
+        self.calls.append(Call(func, recorded_args, recorded_kwargs, output, mutates, site, shapes, autocast))
         return result
 
     def _layer(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
-    ) -> tuple[str | None, int, tuple[tuple[int, ...], tuple[int, ...]]]:
-        if func not in LAYER_CALLS and func not in _TRANSPOSED:
-            return None, 0, ((), ())
+    ) -> tuple[str | None, tuple[tuple[int, ...], tuple[int, ...]]]:
+        if func not in LAYER_CALLS:
+            return None, ((), ())
         x, weight = (argument(args, kwargs, position, name) for position, name in ((0, "input"), (1, "weight")))
-        macs = x.numel() * weight.numel() // weight.shape[0] if func in _TRANSPOSED else result.numel() * weight[0].numel()
-        site = self.sites.get(id(weight)) if func in LAYER_CALLS else None
-        return site, macs // self.batch_size, (tuple(x.shape), tuple(result.shape))
+        return self.sites.get(id(weight)), (tuple(x.shape), tuple(result.shape))
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]

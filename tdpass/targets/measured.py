@@ -64,7 +64,7 @@ class MeasuredTarget(Target):
         sums = {(variant, runtime.name): 0.0 for variant in wanted for runtime in self.runtimes}
         for extent, count in Counter(site.extents).items():
             for case, seconds in self._time_call(replace(site, extents=(extent,)), wanted, setting, careful).items():
-                sums[case.variant, case.runtime.name] += count * seconds
+                sums[case.variant, case.runtime.name] += count / site.samples * seconds
         best = {variant: min((sums[variant, runtime.name], runtime.name) for runtime in self.runtimes) for variant in wanted}
         return [Timing(best[variant][0], best[variant][1] if math.isfinite(best[variant][0]) else "") for variant in variants]
 

@@ -53,7 +53,7 @@ class SparseTarget(MeasuredTarget):
         sums = [0.0] * len(sparsities)
         for extent, count in Counter(site.extents).items():
             times = self._sparse(replace(site, extents=(extent,)), group, sparsities, setting)
-            sums = [total + count * seconds for total, seconds in zip(sums, times, strict=True)]
+            sums = [total + count / site.samples * seconds for total, seconds in zip(sums, times, strict=True)]
         return [seconds / dense for seconds in sums]
 
     def _sparse(self, site: Site, group: str, sparsities: Sequence[float], setting: Setting) -> list[float]:

@@ -28,6 +28,7 @@ from tdpass.models.onnx.fused_rewrite import Fusions, fused
 from tdpass.models.onnx.inputs import bind, declared_example, signature
 from tdpass.models.onnx.normalize import normalized
 from tdpass.models.onnx.parameters import parameters
+from tdpass.models.onnx.products import count_products
 from tdpass.models.onnx.rewrite import rewritten
 from tdpass.models.onnx.runner import OnnxRunner
 from tdpass.models.onnx.session import Session
@@ -36,7 +37,8 @@ from tdpass.models.onnx.sites import Findings, FoundSite, find_sites
 from tdpass.models.onnx.spill import HELD_BYTES, held_bytes, spilled
 from tdpass.models.onnx.storage import open_data_files, release_heap, stored_bytes
 from tdpass.models.signature import Signature
-from tdpass.site import Extent, Site
+from tdpass.products import Counted
+from tdpass.site import Site
 from tdpass.tape import Tape, record
 
 Source = Literal["path", "proto", "ir", "graphsurgeon"]
@@ -63,8 +65,9 @@ class OnnxModel:
         self._layers: dict[str, Layer] = {}
         self._fusions: Fusions = {}
         self._waiting: frozenset[str] = frozenset()
-        self._extents: dict[str, tuple[Extent, ...]] = {}
+        self._seen: dict[str, Site] = {}
         self._example: Batch | None = None
+        self._observed: Batch | None = None
         self._macs = 0
 
     @classmethod
@@ -137,7 +140,7 @@ class OnnxModel:
 
     def sites(self) -> Sequence[Site]:
         """Every replaceable weight, in the order of the graph; with extents once `observe` has run."""
-        return [replace(found.site, bias=self._has_bias(name), extents=self._extents.get(name, ())) for name, found in self._found.sites.items()]
+        return [replace(self._seen.get(name, found.site), bias=self._has_bias(name)) for name, found in self._found.sites.items()]
 
     def _has_bias(self, name: str) -> bool:
         layer = self._layers.get(name)
@@ -195,12 +198,13 @@ class OnnxModel:
         dense = OnnxRunner(self._dense, self._found.sites)
         self._example = batch.part(0, 2)
         try:
-            tape = self._record(dense, self._example, replayed=False)
+            self._record(dense, self._example, replayed=False)
         except (UnsupportedError, InvalidModelError):
             self._example = batch
-            tape = self._record(dense, batch, replayed=False)
-        self._macs = tape.macs
-        self._extents = {name: with_extents(found.site, tape).extents for name, found in self._found.sites.items()}
+        tape = self._record(dense, batch, replayed=False)
+        self._observed = batch
+        self._macs = self._count(self._dense, batch).per_sample
+        self._seen = {name: with_extents(found.site, tape) for name, found in self._found.sites.items()}
 
     def _record(self, runner: OnnxRunner, batch: Batch, *, replayed: bool = True) -> Tape:
         inputs = bind(self._dense.graph, batch)
@@ -271,8 +275,16 @@ class OnnxModel:
         """The one number of samples it takes, where every input fixes it."""
         return self.signature().fixed_batch()
 
+    def count(self, batch: Batch | None = None) -> Counted:
+        """Multiply-adds of every node that runs, of a fused operator those of what it stands for; by default on what was last observed."""
+        call = batch or self._observed
+        return Counted() if call is None else self._count(self._unfused(), call)
+
+    def _count(self, model: ir.Model, batch: Batch) -> Counted:
+        return replace(count_products(model, bind(self._dense.graph, batch)), samples=batch.size)
+
     def macs(self) -> int:
-        """Multiply-adds per sample of all linear and convolution layers of the dense model; 0 where never observed."""
+        """Multiply-adds per sample of the dense model as last observed; 0 where never observed."""
         return self._macs
 
     def params(self) -> int:

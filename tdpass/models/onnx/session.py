@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -51,27 +53,34 @@ def _uses_fused_ops(source: str | bytes | ir.Model) -> bool:
     return any(function.domain == DOMAIN for function in proto.functions)
 
 
-def _session(source: str | bytes, model: ir.Model | None = None, threads: int = 0) -> onnxruntime.InferenceSession:
+def _session(source: str | bytes, model: ir.Model | None = None, threads: int = 0, trace: Path | None = None) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = _ERRORS_ONLY, threads
-    if model is not None:
+    if trace is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(trace)
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")  # a packed weight is no longer among a node's inputs
+    elif model is not None:
         register_fused_ops(options, model)
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 class Session:
-    """A model in ONNX Runtime on the CPU, with that many threads (0: one per core); raises `InvalidModelError` for one that it refuses."""
+    """A model in ONNX Runtime on the CPU, with that many threads (0: one per core); raises `InvalidModelError` for one that it refuses.
 
-    def __init__(self, model: ir.Model, threads: int = 0) -> None:
+    With `trace`, the beginning of a file's name, nodes run as the model has them and `end_trace` says what ran.
+    """
+
+    def __init__(self, model: ir.Model, threads: int = 0, trace: Path | None = None) -> None:
         try:
             if stored_bytes(model) > _THROUGH_A_FILE_ABOVE:
                 # ONNX Runtime maps the weights from the file, so it has to live as long as the session.
                 path = Path(tempfile.mkdtemp(prefix="tdpass-")) / "model.onnx"
                 weakref.finalize(self, shutil.rmtree, path.parent, ignore_errors=True)
                 write(model, path, external=True)
-                self._session = _session(str(path), model, threads)
+                self._session = _session(str(path), model, threads, trace)
             else:
-                self._session = _session(ir.to_proto(model).SerializeToString(), model, threads)
+                self._session = _session(ir.to_proto(model).SerializeToString(), model, threads, trace)
         except InvalidModelError:
             raise
         except Exception as error:
@@ -86,6 +95,11 @@ class Session:
             raise InvalidModelError(f"ONNX Runtime fails on the model: {brief(error)}") from error
         return {name: torch.from_numpy(result) for name, result in zip(self._outputs, results, strict=True)}
 
+    def end_trace(self) -> list[Mapping[str, Any]]:
+        """Every node that ran, as often as it did: its name, type, and the types and sizes of inputs that are present and of outputs."""
+        events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
+        return [event for event in events if event.get("cat") == "Node" and "op_name" in event.get("args", {})]
+
     def bound(self, inputs: Mapping[str, Tensor]) -> Callable[[], object]:
         """A call that runs the model on these inputs, already in place, and drops its outputs: what is timed."""
         binding = self._session.io_binding()
@@ -94,6 +108,14 @@ class Session:
         for name in self._outputs:
             binding.bind_output(name, "cpu")
         return lambda: self._session.run_with_iobinding(binding)
+
+
+def traced(model: ir.Model, inputs: Mapping[str, Tensor]) -> list[Mapping[str, Any]]:
+    """What ONNX Runtime executes when it runs the model once; see `Session.end_trace`."""
+    with tempfile.TemporaryDirectory(prefix="tdpass-") as folder:
+        session = Session(model, trace=Path(folder) / "trace")
+        session(inputs)
+        return session.end_trace()
 
 
 def _to_numpy(tensor: Tensor) -> object:
