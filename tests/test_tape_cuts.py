@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from tdpass.formats import FORMATS, Layer
 from tdpass.models import open_model
 from tdpass.models.base import Batch
-from tdpass.planner.divergence import Divergence
+from tdpass.planner.divergence import Divergence, FittedDivergence
 from tdpass.planner.joint import find_branches, find_chains
 from tdpass.planner.lockstep import Lockstep
 from tdpass.planner.moments import stream_metrics
 from tdpass.planner.repair import correct_biases, divergence_of
 from tdpass.planner.sensitivity import Sweep
-from tdpass.tape import LiveTape
+from tdpass.tape import LiveTape, Tape
 from tdpass.verbs import compress
 
 
@@ -123,6 +123,12 @@ def _layers(net: _Net, *names: str) -> dict[str, Layer]:
     return {name: Layer(sites[name], "svd", (2,), factors, model.bias(name)).to(torch.float32) for name, factors in made.items()}
 
 
+def _fitted(tapes: list[Tape]) -> FittedDivergence:
+    divergence = Divergence("mse")
+    with torch.no_grad():
+        return divergence.fit([divergence.outputs(tape.play().finish()) for tape in tapes])
+
+
 @pytest.mark.parametrize("cut", _CUTS)
 @pytest.mark.parametrize("site", ["first", "second"])
 def test_a_replacement_on_the_tape_does_what_it_does_in_the_model(cut: str, site: str) -> None:
@@ -154,7 +160,7 @@ def test_outputs_in_objects_follow_the_layers(pack: Callable[[Tensor], object], 
 def test_a_run_that_leaves_torch_is_planned_and_repaired_as_one_that_does_not() -> None:
     plain, cut = ([open_model(_net(act)).record(Batch((part,))) for part in X.split(40)] for act in (lambda x: x * x.sigmoid(), _through_numpy))
     assert all(isinstance(tape, LiveTape) for tape in cut)
-    net, measure = _net(_through_numpy), Divergence("mse")
+    net, measure = _net(_through_numpy), _fitted(plain)
     layers, sites = _layers(net, "first", "second"), {site.name: site for site in open_model(net, Batch((X,))).sites()}
     losses = [[Sweep(tapes, measure, 64).loss({name: layer}) for name, layer in layers.items()] for tapes in (plain, cut)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
@@ -172,7 +178,7 @@ def test_a_run_that_leaves_torch_is_planned_and_repaired_as_one_that_does_not() 
 def test_gradients_pass_through_scripted_code() -> None:
     tapes = [[open_model(_net(act)).record(Batch((X,)))] for act in (lambda x: x * torch.sigmoid(x), _swish)]
     sites = open_model(_net(_swish), Batch((X,))).sites()
-    plain, scripted = (dict(stream_metrics(each, sites, Divergence("mse"))) for each in tapes)
+    plain, scripted = (dict(stream_metrics(each, sites, _fitted(each))) for each in tapes)
     for ours, theirs in zip(scripted.values(), plain.values(), strict=True):
         torch.testing.assert_close(ours.outputs, theirs.outputs)
 

@@ -21,6 +21,7 @@ from tdpass.models.base import Batch, with_extents
 from tdpass.models.copying import copied
 from tdpass.models.factorized import Factorized
 from tdpass.models.fused import Fused, layer_by_layer
+from tdpass.models.module_values import check_filled, check_open, input_types
 from tdpass.models.signature import Input, Signature
 from tdpass.models.torch_fuse import fuse_layers
 from tdpass.models.torch_sites import Matched, find_sites
@@ -37,7 +38,9 @@ class TorchModel:
     suffix = ".safetensors"
 
     def __init__(self, module: nn.Module, example: Batch | None = None) -> None:
+        check_open(module)
         self.module = module
+        self._input_type: torch.dtype | None = None
         self.folded: list[str] = []
         found, self._declined = find_sites(module)
         self._by_name = {matched.site.name: matched for matched in found}
@@ -58,6 +61,7 @@ class TorchModel:
         return dict(self._declined)
 
     def weight(self, name: str) -> Tensor:
+        check_filled(self.module)
         return self._matched(name).weight.detach().cpu()
 
     def bias(self, name: str) -> Tensor | None:
@@ -103,7 +107,8 @@ class TorchModel:
 
     def _as_it_is(self) -> TorchModel:
         """A copy, the same one until a parameter or buffer changes."""
-        version = tuple((id(tensor), tensor._version) for tensor in (*self.module.parameters(), *self.module.buffers()))
+        tensors = (*self.module.parameters(), *self.module.buffers())
+        version = tuple((id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
         if self._twin is None or self._twin[0] != version:
             twin = self.clone()
             twin._twin = None
@@ -164,20 +169,20 @@ class TorchModel:
             norm.reset_running_stats()
             norm.momentum = None
         with torch.no_grad(), self._evaluating():
-            for norm in norms:
-                norm.training = True
+            hooks = [norm.register_forward_pre_hook(_learn_where_it_can) for norm in norms]
             for batch in batches:
                 self._call(self._placed(batch))
-            for norm in norms:
+            for norm, hook in zip(norms, hooks, strict=True):
+                hook.remove()
                 norm.training = False
-        for norm, (_, _, _, momentum) in zip(norms, before, strict=True):
+        for norm, (*statistics, momentum) in zip(norms, before, strict=True):
             norm.momentum = momentum
+            if not norm.num_batches_tracked:  # nothing that the data holds reaches it, or single values only
+                _set_statistics(norm, statistics)
 
         def undo() -> None:
-            for norm, (mean, variance, count, _) in zip(norms, before, strict=True):
-                for buffer, value in ((norm.running_mean, mean), (norm.running_var, variance), (norm.num_batches_tracked, count)):
-                    if buffer is not None and value is not None:
-                        buffer.copy_(value)
+            for norm, (*statistics, _) in zip(norms, before, strict=True):
+                _set_statistics(norm, statistics)
 
         return undo
 
@@ -225,7 +230,7 @@ class TorchModel:
 
     def check(self) -> None:
         for name, parameter in self.module.named_parameters():
-            if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
+            if not parameter.is_meta and not bool(torch.isfinite(parameter.detach()).all()):
                 raise InvalidModelError(f"parameter {name!r} holds NaN or infinite values; the model cannot be compressed")
         for name, buffer in self.module.named_buffers():
             if not buffer.is_meta and bool(torch.isnan(buffer).any()):  # an infinite one may be a mask
@@ -250,14 +255,27 @@ class TorchModel:
             return self._call(placed)
 
     def _placed(self, batch: Batch) -> Batch:
-        parameter = next(self.module.parameters(), None)
-        if parameter is None:
-            return batch
+        """The batch on the model's device, floating-point tensors in the type that it runs with."""
+        check_filled(self.module)
+        types = input_types(self.module, batch)
+        if self._input_type not in types:
+            self._input_type = types[0] if len(types) == 1 else self._type_it_takes(batch, types)
+        return self._moved(batch, self._input_type)
 
-        def place(tensor: Tensor) -> Tensor:
-            return tensor.to(parameter.device, parameter.dtype if tensor.is_floating_point() else tensor.dtype)
+    def _type_it_takes(self, batch: Batch, types: Sequence[torch.dtype]) -> torch.dtype | None:
+        """The first of these types in which the model runs."""
+        for dtype in types:
+            try:
+                with torch.no_grad():
+                    self._answer(self._moved(batch, dtype))
+            except InvalidModelError:
+                continue
+            return dtype
+        return next(iter(types), None)
 
-        return batch.map(place)
+    def _moved(self, batch: Batch, dtype: torch.dtype | None) -> Batch:
+        device = next((parameter.device for parameter in self.module.parameters()), None)
+        return batch.map(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -327,6 +345,17 @@ def _bias_for(dense: Any, first: Any, bias: Tensor | None, like: Tensor) -> nn.P
         own, reference = (torch.zeros_like(placed) if m.bias is None else m.bias.detach() for m in (dense, first))
         placed = placed + own - reference
     return nn.Parameter(placed.clone(), requires_grad=like.requires_grad)
+
+
+def _learn_where_it_can(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """Estimate statistics from this call unless it holds a single value per channel, which has no variance."""
+    norm.training = not args or args[0].numel() > args[0].shape[1]
+
+
+def _set_statistics(norm: Any, values: Sequence[Tensor | None]) -> None:
+    for buffer, value in zip((norm.running_mean, norm.running_var, norm.num_batches_tracked), values, strict=True):
+        if buffer is not None and value is not None:
+            buffer.copy_(value)
 
 
 def _pads_itself(module: nn.Module) -> bool:

@@ -125,7 +125,9 @@ def _reason(module: nn.Module) -> str | None:
     weight = module.weight
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "its weight is not initialized; run the model once"
-    if not isinstance(weight, nn.Parameter) or weight.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+    if not isinstance(weight, nn.Parameter):
+        return "a hook computes its weight (a pruning mask, weight_norm); make it a parameter by prune.remove or remove_weight_norm first"
+    if weight.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         return f"its weight is of type {weight.dtype}"
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups != 1:
         return f"grouped convolutions (groups={module.groups}) are not factored"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.formats.metric import Metric
-from tdpass.planner.candidates import Candidate
+from tdpass.planner.candidates import Candidate, with_loss
 from tdpass.planner.moments import stream_metrics
 from tdpass.planner.patches import output_rows
 from tdpass.planner.sensitivity import Sweep
@@ -96,9 +96,15 @@ def joint_options(
     found: list[JointOption] = []
     for done, (_, make) in enumerate(sorted(jobs, key=lambda job: job[0])):
         for option, layers in make():
-            found.append(JointOption(option.parts, max(sweep.loss(layers), 0.0), option.channels))
+            found.append(_with_loss(option, max(sweep.loss(layers), 0.0)))
         tick("trying pruned and dropped branches", done + 1, len(jobs))
     return found
+
+
+def _with_loss(option: JointOption, loss: float) -> JointOption:
+    """The option with its loss, which the last of its parts bears: a plan adds up those of its sites."""
+    last = list(option.parts)[-1]
+    return replace(option, parts={**option.parts, last: with_loss(option.parts[last], loss)}, loss=loss)
 
 
 def prune_layers(chain: Chain, sites: Mapping[str, Site], weight: Read, bias: ReadBias, metric: Metric, channels: Sequence[int]) -> dict[str, Layer]:

@@ -1,0 +1,37 @@
+"""What the tensors of a module are: whether they hold values, and of which types its inputs have to be."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from tdpass.errors import InvalidModelError, UnsupportedError
+from tdpass.models.base import Batch
+
+
+def check_open(module: nn.Module) -> None:
+    """Raise `UnsupportedError` for compiled code, `InvalidModelError` for parameters without a shape."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedError("the layers of a ScriptModule are compiled and cannot be replaced; give the nn.Module that it was made from")
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            raise InvalidModelError(f"{name!r} has no shape yet, as it belongs to a lazy module; run the model once on a batch, then compress it")
+
+
+def check_filled(module: nn.Module) -> None:
+    """Raise `InvalidModelError` for tensors on the meta device."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_meta:
+            raise InvalidModelError(f"{name!r} is on the meta device and has no values; call to_empty(device='cpu') and load its weights first")
+
+
+def input_types(module: nn.Module, batch: Batch) -> list[torch.dtype]:
+    """Floating-point types that the module may want its inputs in, likely ones first; empty where nothing speaks for one.
+
+    Those of its parameters in the order of registration; where they are of several types, that of the data as well.
+    """
+    types = list(dict.fromkeys(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()))
+    if len(types) > 1:
+        types += [tensor.dtype for tensor in batch.tensors if tensor.is_floating_point() and tensor.dtype not in types][:1]
+    return types

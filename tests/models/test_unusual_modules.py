@@ -1,0 +1,142 @@
+"""Modules in states that torch allows and tools stumble over: each is compressed, or refused with the next step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from tdpass.data import as_batches
+from tdpass.errors import InvalidModelError, UnsupportedError
+from tdpass.models import open_model
+from tdpass.verbs import compress
+
+X = torch.randn(65, 20, generator=torch.Generator().manual_seed(1))
+
+
+def _mlp() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 6)).eval()
+
+
+class _Keeping(nn.Module):
+    """Keeps what it computed, in the ways that code does."""
+
+    def __init__(self, keep: Callable[[nn.Module, Tensor], None]) -> None:
+        super().__init__()
+        self.net, self.keep = _mlp(), keep
+        self.register_buffer("seen", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.net(x)
+        self.keep(self, y)
+        return y  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        lambda module, y: setattr(module, "seen", y),
+        lambda module, y: setattr(module, "last", y),
+        lambda module, y: setattr(module, "history", [{"y": (y, 1)}]),
+    ],
+    ids=["buffer", "attribute", "nested"],
+)
+def test_kept_activations_do_not_stand_in_the_way(keep: Callable[[nn.Module, Tensor], None]) -> None:
+    net = _Keeping(keep).eval()
+    before = net(X)
+    made = compress(net, {"params": 0.9}, X, cache=False, formats=["svd"])
+    torch.testing.assert_close(net.net(X), before)
+    assert made.report.checks["relative_difference"] < 0.9
+
+
+def _masked(net: nn.Sequential) -> None:
+    prune.l1_unstructured(net[2], "weight", 0.5)
+
+
+def _normed(net: nn.Sequential) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.nn.utils.weight_norm(net[2])
+
+
+@pytest.mark.parametrize("change", [_masked, _normed])
+def test_a_weight_that_a_hook_computes_stays_and_the_reason_names_the_way_out(change: Callable[[nn.Sequential], None]) -> None:
+    net = _mlp()
+    change(net)
+    made = compress(net, {"params": 0.9}, X, cache=False, formats=["svd"])
+    assert "remove" in made.report.declined["2"]
+    assert made.plan is not None
+    assert any(not choice.kept_dense for choice in made.plan)
+    assert 0 < made.report.checks["relative_difference"] < 0.9
+
+
+def test_parameters_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        net = _mlp()
+    made = compress(net, {"params": 0.6}, X, cache=False, formats=["svd"])
+    twin = compress(_mlp(), {"params": 0.6}, X, cache=False, formats=["svd"])
+    assert made.plan is not None
+    assert twin.plan is not None
+    assert [(choice.site, choice.rank) for choice in made.plan] == [(choice.site, choice.rank) for choice in twin.plan]
+    assert made.report.checks["divergence"] == pytest.approx(twin.report.checks["divergence"], rel=1e-3)
+
+
+def _meta() -> nn.Module:
+    with torch.device("meta"):
+        return _mlp()
+
+
+def _scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(_mlp())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("data", [None, X], ids=["no data", "data"])
+@pytest.mark.parametrize(
+    ("make", "kind", "text"),
+    [
+        (lambda: nn.Sequential(nn.LazyLinear(8)), InvalidModelError, "run the model once"),
+        (lambda: nn.Sequential(nn.Linear(20, 8), nn.LazyBatchNorm1d()), InvalidModelError, "run the model once"),
+        (_meta, InvalidModelError, "meta device"),
+        (_scripted, UnsupportedError, "ScriptModule"),
+    ],
+    ids=["lazy", "lazy norm", "meta", "script"],
+)
+def test_what_has_no_values_is_refused(make: Callable[[], nn.Module], kind: type[Exception], text: str, data: Tensor | None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # lazy modules warn of themselves
+        net = make()
+    with pytest.raises(kind, match=text):
+        compress(net, {"params": 0.5}, data, cache=False)
+
+
+def test_what_cannot_be_copied_is_named() -> None:
+    net = _mlp()
+    net.lock = (value for value in ())
+    with pytest.raises(InvalidModelError, match=r"cannot be copied: .*generator"):
+        compress(net, {"params": 0.5}, X, cache=False)
+
+
+def test_a_batchnorm_at_the_input_learns_from_every_batch_but_a_single_sample() -> None:
+    net = nn.Sequential(nn.BatchNorm1d(20), *_mlp()).eval()
+    made = open_model(net).clone()
+
+    batches = as_batches(X, batch_size=64)
+    assert [batch.size for batch in batches] == [64, 1]
+    undo = made.recalibrate_batchnorm(batches)
+    assert undo is not None
+    norm = made.unwrap()[0]  # type: ignore[index]
+    torch.testing.assert_close(norm.running_mean, X[:64].mean(0))
+    torch.testing.assert_close(norm.running_var, X[:64].var(0))
+    undo()
+    torch.testing.assert_close(norm.running_mean, torch.zeros(20))
+    only = open_model(net).clone()
+    only.recalibrate_batchnorm(batches[1:])
+    torch.testing.assert_close(only.unwrap()[0].running_var, torch.ones(20))  # type: ignore[index]
+    assert compress(net, {"params": 0.6}, X, cache=False, formats=["svd"]).report.checks["samples"] == 65
