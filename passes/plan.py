@@ -9,6 +9,7 @@ from tdpass.errors import BudgetError, UsageError
 from tdpass.models.base import Model, call_batch
 from tdpass.pipeline import Job, Pass, register_pass
 from tdpass.planner.cache import CandidateCache, digest
+from tdpass.planner.effort import effort_named
 from tdpass.planner.planning import Dense, Table, add_joint_options, tabulate
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.planner.stopwatch import Stopwatch
@@ -24,6 +25,7 @@ class Plan(Pass):
     """Candidates of all formats and ranks per site, their measured losses, and the exact choice under the budget.
 
     Options override the budget of the job.  `joint` also tries options that change neighbouring sites together.
+    `effort`: fast (losses from the metric alone), normal (losses measured for about a minute) or thorough; default: the job's.
     The model itself is not changed.
     """
 
@@ -35,6 +37,7 @@ class Plan(Pass):
     seconds: BudgetValue | None = None
     max_error: float | None = None
     joint: bool = True
+    effort: str | None = None
 
     def run(self, model: Model, job: Job) -> bool:
         budget = self._budget(job)
@@ -43,11 +46,12 @@ class Plan(Pass):
             raise BudgetError("a budget on macs needs to see the model running; pass data= or example_inputs=, or bound params")
         if "seconds" in budget.measures and job.target is None:
             raise BudgetError("a budget on seconds needs a machine to measure on; pass target='cpu' (--target cpu), or bound macs instead")
+        effort = effort_named(self.effort or job.effort).of(job.original.macs)
         tapes, divergence = job.tapes(model), job.measure(model)
         dense, cache, context = Dense(model.weight, model.bias), CandidateCache(job.cache), self._context(model, job, sites)
-        table = tabulate(sites, dense, tapes, divergence, job.formats, cache, context, job.progress, job.target is not None)
-        if self.joint and tapes and not job.formats and budget.max_error is None:
-            add_joint_options(table, dense, tapes, divergence, cache, context, job.progress)
+        table = tabulate(sites, dense, tapes, divergence, job.formats, cache, context, job.progress, job.target is not None, effort)
+        if self.joint and effort.measured and tapes and not job.formats and budget.max_error is None:
+            add_joint_options(table, dense, tapes, divergence, cache, context, job.progress, effort)
         if job.target is None:
             plan = table.plan(budget, job.original)
         else:
@@ -56,8 +60,14 @@ class Plan(Pass):
         job.report.budget, job.report.metric, job.report.divergence = str(budget), plan.metric, plan.divergence
         job.report.sites = plan.rows()
         self._draw_curve(table, budget, job)
+        for name, reason in table.declined.items():
+            job.report.decline(name, reason)
         changed = sum(not choice.kept_dense for choice in plan)
         job.note(f"{changed} of {len(plan.choices)} sites change; {sum(map(len, table.candidates.values()))} candidates, {len(table.joint)} joint ones")
+        if tapes:
+            every = [candidate for candidates in table.candidates.values() for candidate in candidates]
+            estimated = sum(candidate.estimated for candidate in every)
+            job.note(f"effort {effort.name}: {len(every) - estimated} losses measured, {estimated} estimated")
         return False
 
     def _on_target(self, target: Target, table: Table, budget: Budget, model: Model, job: Job) -> tuple[RankPlan, Table]:

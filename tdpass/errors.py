@@ -23,6 +23,10 @@ class PlanError(TdpassError):
     """A plan that does not fit the model it is applied to."""
 
 
+class NumericalError(TdpassError):
+    """Numbers that no decomposition can be made of: weights, inputs or gradients that are not finite."""
+
+
 class PassError(TdpassError):
     """A pass failed; the message names the pass, the passes before it and the cause."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,6 +33,7 @@ class Job:
 
     `batches` is the calibration data, `tapes` the recorded runs of the still dense model on them (made on first use, and
     before any site is replaced), `plan` what the planner decided.  `progress(what, done, of)` is called now and then.
+    `effort` is how much time planning may take.
     `start` holds factors of sites from which a search goes on.  `target` is the machine to plan for, where the model is called
     with `batch` samples and `threads` threads, and `dense` the model as it was when it was timed there.
     """
@@ -48,6 +49,7 @@ class Job:
     divergence: Divergence = field(default_factory=Divergence)
     progress: Progress = lambda what, done, of: None
     cache: Path | None = None
+    effort: str = "normal"
     original: Cost = field(default_factory=Cost)
     target: Target | None = None
     batch: int = 1
@@ -62,12 +64,18 @@ class Job:
     def tapes(self, model: Model) -> list[Tape]:
         """Recorded runs of the dense model on the calibration data, one per batch."""
         if not self.recorded:
-            self.recorded = [model.record(batch) for batch in self.batches]
+            self.recorded = list(self._record(model))
             for note in dict.fromkeys(tape.note for tape in self.recorded if tape.note):
                 self.report.note(note)
             with torch.no_grad():
                 self.answers = [_kept(self.divergence.outputs(tape.play().finish())) for tape in self.recorded]
         return self.recorded
+
+    def _record(self, model: Model) -> Iterator[Tape]:
+        for done, batch in enumerate(self.batches):
+            self.progress("recording runs of the model", done, len(self.batches))
+            yield model.record(batch)
+        self.progress("recording runs of the model", len(self.batches), len(self.batches))
 
     def references(self, model: Model) -> list[Outputs]:
         """The original's outputs on the calibration data, one per batch."""

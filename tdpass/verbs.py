@@ -21,6 +21,7 @@ from tdpass.models import Batch, ExampleInputs, Model, open_model
 from tdpass.pipeline import Job, Pipeline, PipelineSpec, Progress
 from tdpass.planner.compare import compare_outputs
 from tdpass.planner.divergence import Divergence
+from tdpass.planner.effort import effort_named
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.report import Report
 from tdpass.targets import Target, open_target
@@ -52,6 +53,7 @@ def compress(
     augmented: object = None,
     progress: Progress | None = None,
     cache: bool | Path = True,
+    effort: str = "normal",
 ) -> Artifact:
     """Make a model smaller within a budget, and say what was done.
 
@@ -66,12 +68,14 @@ def compress(
     `target`: plan on times measured on `cpu`, `cpu:openvino` or `cuda`, for calls of `batch` samples on `threads` threads
     (default: as many as torch uses); no site is then made slower, and a model that is not faster is given back as it was.
     `augmented`: data for re-estimating batch-norm statistics.  `cache`: False, or a folder for planning results.
+    `effort`: `fast` plans in seconds from the metric alone, `normal` measures losses for about a minute of one core (for a model
+    of up to 1 GMAC a sample, in proportion above), `thorough` measures all that fit in four.
 
     Raises `BudgetError` when the budget cannot be met (naming the smallest reachable), `InvalidModelError`, `PlanError`,
     `UsageError`.
     """
     steps = Pipeline.parse(pipeline if pipeline is not None else GIVEN_PLAN if plan is not None else PLANNED if target is None else ON_TARGET)
-    setting = _Setting(target, batch, threads, include, exclude, formats, samples, divergence, augmented, progress, cache, start or {})
+    setting = _Setting(target, batch, threads, include, exclude, formats, samples, divergence, augmented, progress, cache, effort, start or {})
     return _run(model, budget, data, plan, steps, example_inputs, setting)
 
 
@@ -92,10 +96,11 @@ def make_plan(
     divergence: str | Divergence = "auto",
     progress: Progress | None = None,
     cache: bool | Path = True,
+    effort: str = "normal",
 ) -> Artifact:
     """Plan only: `.plan` and `.report` of the result say what `compress` would do; `.model` is the model as it was."""
     steps = Pipeline.parse(pipeline if pipeline is not None else DRY_RUN)
-    setting = _Setting(target, batch, threads, include, exclude, formats, samples, divergence, None, progress, cache)
+    setting = _Setting(target, batch, threads, include, exclude, formats, samples, divergence, None, progress, cache, effort)
     return _run(model, budget, data, None, steps, example_inputs, setting)
 
 
@@ -138,6 +143,7 @@ class _Setting:
     augmented: object
     progress: Progress | None
     cache: bool | Path
+    effort: str
     start: Mapping[str, Factors] = field(default_factory=dict)
 
 
@@ -153,6 +159,7 @@ def _run(
     runs = data is not None or example_inputs is not None
     limits = None if budget is None else Budget.parse(budget, default="macs" if runs else "params")
     decided = load_plan(plan) if isinstance(plan, str | Path) else plan
+    effort_named(setting.effort)
     for name in setting.formats:
         FORMATS.get(name)
     opened = open_model(given, example_inputs)
@@ -178,6 +185,7 @@ def _run(
         formats=tuple(setting.formats),
         divergence=setting.divergence if isinstance(setting.divergence, Divergence) else Divergence(setting.divergence),
         cache=cache,
+        effort=setting.effort,
         start=setting.start,
         original=report.original,
         target=target,

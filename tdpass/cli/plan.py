@@ -62,6 +62,7 @@ def planning(arguments: argparse.Namespace) -> dict[str, Any]:
         "exclude": tuple(arguments.exclude),
         "formats": tuple(arguments.format),
         "samples": arguments.samples,
+        "effort": arguments.effort,
         "divergence": arguments.divergence,
         "target": arguments.target,
         "batch": arguments.batch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,10 +14,26 @@ WORK = 3 * 10**9
 _RIDGES = {torch.float64: (1e-11, 1e-9, 1e-7, 1e-4), torch.float32: (3e-6, 1e-5, 1e-4, 1e-3)}
 _EXACT = 1e-6
 _ROUGH = 0.05
-_FEWEST = 6
-_ANEW, _GOING_ON = (40, 1e-4), (20, 3e-4)  # most sweeps, and the gain below which they end
 _SINGLE_FROM = 2 * 10**7
 _RANGE = (1e-12, 1e12)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """When a search ends: after so many sweeps, when one gains less than that part of the error, or when its work is done.
+
+    `work` is in multiply-adds, not in seconds, so that results repeat; `fewest` sweeps are made on the largest tensors too.
+    """
+
+    sweeps: int
+    gain: float
+    work: int = WORK
+    fewest: int = 6
+
+
+ANEW = Limit(40, 1e-4)
+GOING_ON = Limit(20, 3e-4)
+ROUGH = Limit(10, 3e-3, WORK // 6, 2)
 
 
 def suits_single(macs: int, norm: float) -> bool:
@@ -29,28 +46,26 @@ def squared_norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
-def alternate(start: State, sweep: Sweep, norm: float, macs: int, single: Sweep | None = None, going_on: bool = False) -> State:
+def alternate(start: State, sweep: Sweep, norm: float, macs: int, single: Sweep | None = None, limit: Limit = ANEW) -> State:
     """Alternating least squares, each sweep started a step beyond the last (Nesterov with restarts, Mitchell et al. 2020).
 
     `sweep` returns the new state and its error.  A sweep that makes the error grow is dropped, so the error never does.  An
     error that is rounding beside `norm`, the tensor's, ends it: beyond that, factors would only grow against each other.
-    `macs` is what one sweep takes; large tensors get fewer sweeps, and so does a search that is `going_on` from factors found before.
-    The limit is on work, not on time, so that results repeat.
+    `macs` is what one sweep takes; large tensors get fewer sweeps.
     `single` is the sweep in single precision, at half the price: it goes first, and alone where the error it leaves is too
     large for rounding to matter.
     """
     if single is None:
-        return _alternate(start, sweep, norm, macs, going_on)[0]
-    found, error = _alternate(tuple(factor.float() for factor in start), single, norm, macs, going_on)
+        return _alternate(start, sweep, norm, macs, limit)[0]
+    found, error = _alternate(tuple(factor.float() for factor in start), single, norm, macs, limit)
     state = tuple(factor.double() for factor in found)
-    return state if error > _ROUGH * norm else _alternate(state, sweep, norm, macs, going_on)[0]
+    return state if error > _ROUGH * norm else _alternate(state, sweep, norm, macs, limit)[0]
 
 
-def _alternate(start: State, sweep: Sweep, norm: float, macs: int, going_on: bool) -> tuple[State, float]:
-    most, least_gain = _GOING_ON if going_on else _ANEW
+def _alternate(start: State, sweep: Sweep, norm: float, macs: int, limit: Limit) -> tuple[State, float]:
     (best, error), step = sweep(start), 0.5
     ahead = best
-    for _ in range(max(_FEWEST, min(most, WORK // macs)) - 1):
+    for _ in range(max(limit.fewest, min(limit.sweeps, limit.work // max(macs, 1))) - 1):
         if error <= _EXACT * norm:
             break
         state, reached = sweep(ahead)
@@ -59,7 +74,7 @@ def _alternate(start: State, sweep: Sweep, norm: float, macs: int, going_on: boo
                 break
             ahead, step = best, step / 2
             continue
-        stalled = error - reached <= least_gain * error
+        stalled = error - reached <= limit.gain * error
         ahead = tuple(new + step * (new - old) for new, old in zip(state, best, strict=True))
         best, error, step = state, reached, min(2.0, step * 1.1)
         if stalled:

@@ -18,6 +18,7 @@ from tdpass.ops import Ops, TorchOps, V
 from tdpass.registry import Registry
 from tdpass.site import Kind, Site
 
+_RANGE = 64
 Rank = tuple[int, ...]
 Factors = dict[str, Tensor]
 
@@ -34,7 +35,12 @@ class Guarantee:
 
 
 class Decomposition(ABC):
-    """A weight decomposed once, from which factors of any rank can be read."""
+    """A weight decomposed once, from which factors of any rank can be read.
+
+    With `rough`, a search may end early: its factors are good enough to compare candidates by, not to keep.
+    """
+
+    rough: bool = False
 
     @abstractmethod
     def factors(self, rank: Rank) -> Factors:
@@ -47,6 +53,27 @@ class Decomposition(ABC):
     def guarantee(self, rank: Rank) -> Guarantee | None:
         """The relative error in the metric it was decomposed in, where theory gives one."""
         return None
+
+
+class _Scaled(Decomposition):
+    """A decomposition of the weight over `2^exponent`; its factors, each of which enters the product once, share that among them."""
+
+    def __init__(self, inner: Decomposition, exponent: int) -> None:
+        self.inner, self.exponent = inner, exponent
+
+    def factors(self, rank: Rank) -> Factors:
+        self.inner.rough = self.rough
+        return self._times(self.inner.factors(rank), self.exponent)
+
+    def refined(self, rank: Rank, factors: Factors) -> Factors:
+        return self._times(self.inner.refined(rank, self._times(factors, -self.exponent)), self.exponent)
+
+    def guarantee(self, rank: Rank) -> Guarantee | None:
+        return self.inner.guarantee(rank)
+
+    def _times(self, factors: Factors, exponent: int) -> Factors:
+        each, rest = divmod(exponent, len(factors))
+        return {name: factor * 2.0 ** (each + (number < rest)) for number, (name, factor) in enumerate(factors.items())}
 
 
 @dataclass(frozen=True)
@@ -118,7 +145,17 @@ class Format(ABC):
     def factorize(self, weight: Tensor, site: Site, rank: Rank, metric: Metric | None = None) -> Factors:
         """Factors of one rank; deterministic; raises `PlanError` for a rank that does not fit."""
         self.check_rank(site, rank)
-        return self.decompose(weight.double(), site, metric or Metric()).factors(rank)
+        return self.begin(weight, site, metric or Metric()).factors(rank)
+
+    def begin(self, weight: Tensor, site: Site, metric: Metric) -> Decomposition:
+        """`decompose`, of a weight in a metric that are first brought near 1 where products of their squares would leave the range."""
+        weight, inputs, outputs = weight.double(), metric.inputs, metric.outputs
+        exponents = [_exponent(tensor) for tensor in (weight, inputs, outputs)]
+        if max(map(abs, exponents)) <= _RANGE:
+            return self.decompose(weight, site, metric)
+        shifts = [exponent if abs(exponent) > _RANGE else 0 for exponent in exponents]
+        near = Metric(_shifted(inputs, -shifts[1]), _shifted(outputs, -shifts[2]), metric.mean)
+        return _Scaled(self.decompose(weight * 2.0 ** -shifts[0], site, near), shifts[0])
 
     def refine(self, weight: Tensor, site: Site, rank: Rank, factors: Factors, metric: Metric | None = None) -> Factors:
         """`factorize` for a format that searches, which goes on from given factors: their error does not grow.
@@ -127,7 +164,7 @@ class Format(ABC):
         """
         self.check_rank(site, rank)
         given = {name: factor.to(weight.device, torch.float64) for name, factor in factors.items()}
-        return self.decompose(weight.double(), site, metric or Metric()).refined(rank, given)
+        return self.begin(weight, site, metric or Metric()).refined(rank, given)
 
     def check_rank(self, site: Site, rank: Rank) -> None:
         """Raise `PlanError` unless `rank` has the right length and is within the site's limits."""
@@ -139,6 +176,16 @@ class Format(ABC):
         """Stored numbers, multiply-adds and bytes, the bias not counted."""
         params = sum(math.prod(shape) for shape in self.shapes(site, rank).values())
         return Cost(params, self.macs(site, rank) // site.samples if site.seen else 0, params * site.itemsize)
+
+
+def _exponent(tensor: Tensor | None) -> int:
+    """The power of two just above the largest value; 0 for none, for zeros and for what is not finite."""
+    largest = 0.0 if tensor is None or not tensor.numel() else float(tensor.abs().max())
+    return math.frexp(largest)[1] if math.isfinite(largest) else 0
+
+
+def _shifted(tensor: Tensor | None, exponent: int) -> Tensor | None:
+    return None if tensor is None else tensor.double() * 2.0**exponent
 
 
 FORMATS: Registry[Format] = Registry("format")

@@ -9,14 +9,15 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tdpass.errors import PlanError
-from tdpass.formats.alternating import State, alternate, normalized, solve_gram, squared_norm, suits_single
+from tdpass.formats.alternating import ANEW, Limit, State, alternate, normalized, solve_gram, squared_norm, suits_single
 from tdpass.formats.base import Decomposition, Factors, Format, Rank, Stage, pointwise, register_format, scaled_ranks
 from tdpass.formats.blocks import LAYOUTS
 from tdpass.formats.metric import Metric
-from tdpass.formats.multilinear import Modes, Whitening, improve_left, share_norm
+from tdpass.formats.multilinear import Modes, Whitening, improve_left, left_vectors, share_norm
 from tdpass.formats.searched import Searched
 from tdpass.formats.spectrum import top_eigenpairs
 from tdpass.ops import Ops, V
@@ -66,11 +67,11 @@ class _Als:
         """The same in single precision, with caches of its own."""
         return _Als(self.whitening, self.tensor.float())
 
-    def search(self, start: State, going_on: bool = False) -> State:
+    def search(self, start: State, limit: Limit = ANEW) -> State:
         """Whitened `last[o, (b s)], core[b, s, p, r], first[(b r), i]`, found from such."""
         macs, norm = self._macs(start[0].shape[1]), self.energy**0.5
         single = self.single.sweep if suits_single(macs, norm) else None
-        last, core, first = alternate(start, self.sweep, norm, macs, single, going_on)
+        last, core, first = alternate(start, self.sweep, norm, macs, single, limit)
         return improve_left(self.unfolded, last, _times_first(core, first).flatten(1), Metric()), core, first
 
     def _macs(self, width: int) -> int:
@@ -83,10 +84,11 @@ class _Als:
 
     @functools.cached_property
     def bases(self) -> tuple[Tensor, Tensor]:
-        """Principal directions of the output and of the input mode."""
-        columns = self.tensor.flatten(0, 1)
+        """Principal directions of the output and of the input mode, zeros beyond those that the tensor has."""
         o, _, i = self.tensor.shape
-        return top_eigenpairs(self.unfolded @ self.unfolded.T, o)[1], top_eigenpairs(columns.T @ columns, i)[1]
+        found = left_vectors(self.unfolded, o), left_vectors(self.tensor.flatten(0, 1).T, i)
+        u, v = (F.pad(basis, (0, len(basis) - basis.shape[1])) for basis in found)
+        return u, v
 
     def start(self, rank: Rank) -> State:
         """Tucker-2 blocks taken off one after another, inside the subspaces that hold most of the tensor."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tdpass.formats.alternating import State, alternate, normalized, solve_gram, squared_norm, suits_single
+from tdpass.formats.alternating import ANEW, Limit, State, alternate, normalized, solve_gram, squared_norm, suits_single
 from tdpass.formats.base import Rank
 from tdpass.formats.multilinear import Whitening
 from tdpass.formats.spectrum import top_eigenpairs
@@ -55,12 +55,12 @@ class CpFit:
         """The strongest terms."""
         return tuple(factor[:, : rank[0]] for factor in self.terms)
 
-    def search(self, start: State, going_on: bool = False) -> State:
+    def search(self, start: State, limit: Limit = ANEW) -> State:
         """Whitened factors `a[o, r], b[i, r], c[h, r], ...`, found from such."""
         rank = start[0].shape[1]
         macs, norm = 2 * self.slices.numel() * rank, self.energy**0.5
         single = self.single.sweep if suits_single(macs, norm) else None
-        a, b, *kernels = alternate(start, self.sweep, norm, macs, single, going_on)
+        a, b, *kernels = alternate(start, self.sweep, norm, macs, single, limit)
         gram, wanted = b.T @ b * _gram(kernels), _combined(self._seen(b), khatri_rao(kernels))
         return (a + solve_gram(gram, (wanted - a @ gram).T).T, b, *kernels)
 

@@ -22,7 +22,7 @@ class _Fit(Decomposition):
 
     def factors(self, rank: Rank) -> Factors:
         (r,) = rank
-        first, last = self.fit.solve(r)
+        first, last = self.fit.solve(r, rough=self.rough)
         site = self.site
         return {"first": first.reshape(r, site.i, *unit(len(site.kernel))), "last": last.reshape(site.o, r, *site.kernel).contiguous()}
 

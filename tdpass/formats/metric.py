@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
+import scipy.linalg
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from tdpass.errors import NumericalError
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,34 @@ class Metric:
         return symmetric_roots(c)
 
 
+def eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and vectors of a symmetric matrix.
+
+    What divide and conquer cannot do (clusters of tiny values, numbers near the ends of the range) is scaled and done by QR
+    iterations in double precision.  Raises `NumericalError` where the matrix has values that are not finite.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except LinAlgError:
+        scale = float(matrix.abs().max())
+        if not math.isfinite(scale):
+            raise NumericalError(f"a second moment of {matrix.shape[0]} x {matrix.shape[0]} holds values that are not finite") from None
+        found, columns = scipy.linalg.eigh((matrix.double() / (scale or 1.0)).numpy(), driver="ev")
+        values, vectors = torch.from_numpy(found * scale).to(matrix), torch.from_numpy(columns).to(matrix)
+    return values, vectors
+
+
+def eigenvalues(matrix: Tensor) -> Tensor:
+    """Eigenvalues of a symmetric matrix, ascending; raises as `eigenpairs` does."""
+    try:
+        values: Tensor = torch.linalg.eigvalsh(matrix)
+    except LinAlgError:
+        return eigenpairs(matrix)[0]
+    return values
+
+
 def symmetric_roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The symmetric square root of a positive semidefinite matrix, and the root's inverse, with a floor of 1e-12 of the top eigenvalue."""
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = eigenpairs(matrix)
     root = values.clamp_min(float(values[-1]) * 1e-12 + 1e-300).sqrt()
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T

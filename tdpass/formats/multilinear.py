@@ -135,16 +135,16 @@ def improve_left(weight: Tensor, left: Tensor, rows: Tensor, metric: Metric) -> 
     return left + solve_gram(lifted @ rows.T, lifted @ (weight - left @ rows).T).T
 
 
-def polish(weight: Tensor, factors: State, rebuild: Callable[[State], Tensor], metric: Metric, order: Sequence[int], macs: int) -> State:
+def polish(weight: Tensor, factors: State, rebuild: Callable[[State], Tensor], metric: Metric, order: Sequence[int], macs: int, work: int = WORK) -> State:
     """Alternating conjugate gradients: a few steps on one factor after another towards least error in the metric, which never grows.
 
     `rebuild` gives the unfolded weight of factors, linear in each.  Whitened factors make good coordinates: there the metric
-    is near the identity, so few steps do.  `macs` is what `rebuild` takes; large layers get fewer steps, the largest none.
+    is near the identity, so few steps do.  `macs` is what `rebuild` takes; beyond `work` multiply-adds there are fewer steps.
     """
     o, d = weight.shape
     full = metric.inputs is not None and metric.inputs.dim() == 2
     step = weight.numel() * ((d if full else 1) + (1 if metric.outputs is None else o)) + 3 * macs
-    left = min(2 * len(order) * _STEPS, 2 * WORK // step)
+    left = min(2 * len(order) * _STEPS, 2 * work // step)
     for k in itertools.cycle(order):
         if left <= 0:
             break
@@ -166,13 +166,20 @@ def polished(weight: Tensor, factors: State, rebuild: Callable[[State], Tensor],
 
 
 def best_polished(
-    weight: Tensor, fits: Sequence[Whitened], states: Sequence[State], unfolded: Callable[[State], Tensor], metric: Metric, order: Sequence[int], macs: int
+    weight: Tensor,
+    fits: Sequence[Whitened],
+    states: Sequence[State],
+    unfolded: Callable[[State], Tensor],
+    metric: Metric,
+    order: Sequence[int],
+    macs: int,
+    work: int = WORK,
 ) -> State:
     """The state of least error in the metric, polished in its own whitened coordinates and taken out of them."""
     errors = [metric.square(weight - unfolded(fit.undo(state))) for fit, state in zip(fits, states, strict=True)]
     best = errors.index(min(errors))
     fit = fits[best]
-    return fit.undo(polish(weight, states[best], lambda state: unfolded(fit.undo(state)), metric, order, macs))
+    return fit.undo(polish(weight, states[best], lambda state: unfolded(fit.undo(state)), metric, order, macs, work))
 
 
 def share_norm(*factors: Tensor) -> State:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tdpass.formats.alternating import State
+from tdpass.formats.alternating import ANEW, GOING_ON, ROUGH, Limit, State
 from tdpass.formats.base import Decomposition, Factors, Rank
 from tdpass.formats.metric import Metric
 from tdpass.formats.multilinear import Modes, Whitened, Whitening, best_polished, polished
@@ -20,13 +20,14 @@ class Fit(Whitened, Protocol):
     def start(self, rank: Rank) -> State:
         """Where a search at that rank begins."""
 
-    def search(self, start: State, going_on: bool = False) -> State:
+    def search(self, start: State, limit: Limit = ANEW) -> State:
         """Whitened factors found from such."""
 
 
 class Searched(Decomposition):
     """Factors of least error, from the better of two starts: the best for the plain norm, and for the whitened weight.
 
+    A `rough` search begins from the latter alone.
     Subclasses say what the factors of a state multiply out to, how they are stored, and what `polish` has to go through.
     """
 
@@ -59,14 +60,16 @@ class Searched(Decomposition):
         return state
 
     def factors(self, rank: Rank) -> Factors:
-        states = [fit.search(fit.start(rank)) for fit in self.fits]
+        limit = ROUGH if self.rough else ANEW
+        fits = self.fits[-1:] if self.rough else self.fits
+        states = [fit.search(fit.start(rank), limit) for fit in fits]
         if self.metric.plain:
             return self.stored(rank, states[0])
-        state = best_polished(self.matrix, self.fits, states, self.unfolded, self.metric, self.order(), self.macs(rank))
+        state = best_polished(self.matrix, fits, states, self.unfolded, self.metric, self.order(), self.macs(rank), limit.work)
         return self.stored(rank, self.solved(state))
 
     def refined(self, rank: Rank, factors: Factors) -> Factors:
         given = self.loaded(factors)
         if self.metric.plain:
-            return self.stored(rank, self.fits[0].search(given, going_on=True))
+            return self.stored(rank, self.fits[0].search(given, limit=GOING_ON))
         return self.stored(rank, polished(self.matrix, given, self.unfolded, self.metric, self.macs(rank)))

@@ -63,15 +63,15 @@ class SharedFit:
         weighted = self.weight if roots is None else (roots[0] @ self.weight.reshape(o, -1)).reshape(o, a, b)
         return WeightedSvd(weighted.permute(0, 2, 1).reshape(o * b, a), Metric(self.marginal))
 
-    def solve(self, rank: int, core_rank: int | None = None) -> tuple[Tensor, Tensor]:
+    def solve(self, rank: int, core_rank: int | None = None, rough: bool = False) -> tuple[Tensor, Tensor]:
         """`first[r, a]` and `last[o, r, b]`, the latter of rank at most `core_rank` as an `o x (r b)` matrix."""
-        return self.solve_split(rank, core_rank)[:2]
+        return self.solve_split(rank, core_rank, rough)[:2]
 
-    def solve_split(self, rank: int, core_rank: int | None) -> tuple[Tensor, Tensor, WeightedSvd | None]:
-        """As `solve`, with the truncated decomposition of `last` where a core rank below full was asked for."""
+    def solve_split(self, rank: int, core_rank: int | None, rough: bool = False) -> tuple[Tensor, Tensor, WeightedSvd | None]:
+        """As `solve`, with the truncated decomposition of `last` where a core rank below full was asked for; `rough` does not improve `first`."""
         first, free = self._begin(rank)
         last, split = self._truncated(free, rank, core_rank)
-        if self.metric.plain and core_rank is None:
+        if rough or (self.metric.plain and core_rank is None):
             return first, last, split
         o, a, b = self.weight.shape
         flat = self.metric.inputs is None or self.metric.inputs.dim() == 1

@@ -45,7 +45,7 @@ class _Fit(Decomposition):
 
     def factors(self, rank: Rank) -> Factors:
         (r,) = rank
-        first, last = self.fit.solve(r)
+        first, last = self.fit.solve(r, rough=self.rough)
         return {"first": first.reshape(_first(self.site, r).shape).contiguous(), "last": last.reshape(_last(self.site, r).shape).contiguous()}
 
     def guarantee(self, rank: Rank) -> Guarantee | None:

@@ -9,7 +9,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from tdpass.formats.metric import Metric
+from tdpass.formats.metric import Metric, eigenpairs, eigenvalues
 
 _SUBSET_FROM = 1536
 _PARTS = 4
@@ -18,8 +18,8 @@ _PARTS = 4
 class WeightedSvd:
     """`W ~ left @ right` of `factors(r)`, the best rank-r approximation of a matrix (o x d, float64) in the metric for every r.
 
-    With `M = G^1/2 W C^1/2 = U S V^T` the optimum is `What = G^-1/2 U_r U_r^T G^1/2 W`, so only the eigenvectors of
-    `M M^T` (or of `M^T M`, where that is smaller) are needed, never those of both sides.  Nothing is computed before it is
+    With `M = G^1/2 W C^1/2 = U S V^T` the optimum is `What = G^-1/2 U_r U_r^T G^1/2 W = W C^1/2 V_r V_r^T C^-1/2`, so only
+    the eigenvectors and roots of the smaller side are needed: `M M^T` takes G^1/2 and C, `M^T M` takes C^1/2 and G.  Nothing is computed before it is
     asked for: errors take eigenvalues alone, factors as many quarters of the vectors as their rank needs.  Quarters, so
     that the same rank gives the same factors whatever was asked for before.
     """
@@ -42,8 +42,7 @@ class WeightedSvd:
     @cached_property
     def energies(self) -> Tensor:
         """`energies[k]` is the squared weighted singular value k, descending, so the squared error at rank r is `total - energies[:r].sum()`."""
-        values: Tensor = torch.linalg.eigvalsh(self._gram)
-        return values.flip(0).clamp_min(0)
+        return eigenvalues(self._gram).flip(0).clamp_min(0)
 
     def relative_error(self, rank: int) -> float:
         """`||W - What|| / ||W||` in the metric, exact (Eckart-Young)."""
@@ -63,15 +62,19 @@ class WeightedSvd:
     @cached_property
     def _gram(self) -> Tensor:
         weighted = self._weighted
-        return self._metric.times_inputs(weighted) @ weighted.T if self._wide else weighted.T @ weighted
+        if self._wide:
+            return self._metric.times_inputs(weighted) @ weighted.T
+        gram: Tensor = weighted.T @ self._metric.times_outputs(weighted)
+        return gram
 
     @cached_property
     def _weighted(self) -> Tensor:
-        """`G^1/2 W`, on the right side `C^1/2` too where the Gram matrix is the input's."""
-        roots = self._metric.output_roots
-        weighted = self.matrix if roots is None else roots[0] @ self.matrix
-        inputs = None if self._wide else self._metric.input_roots
-        return weighted if inputs is None else weighted * inputs[0] if inputs[0].dim() == 1 else weighted @ inputs[0]
+        """`G^1/2 W` where the Gram matrix is the output's, else `W C^1/2`."""
+        if self._wide:
+            roots = self._metric.output_roots
+            return self.matrix if roots is None else roots[0] @ self.matrix
+        inputs = self._metric.input_roots
+        return self.matrix if inputs is None else _times(self.matrix, inputs[0])
 
     @cached_property
     def _vectors(self) -> Tensor:
@@ -80,13 +83,16 @@ class WeightedSvd:
     def _solve(self, count: int) -> tuple[Tensor, Tensor]:
         few = self.rank >= _SUBSET_FROM and count <= self.rank // _PARTS
         vectors = top_eigenpairs(self._gram, count)[1] if few else self._vectors[:, :count]
-        roots = self._metric.output_roots
         if self._wide:
+            roots = self._metric.output_roots
             return _signed(vectors if roots is None else roots[1] @ vectors, vectors.T @ self._weighted)
-        image, right, inputs = self._weighted @ vectors, vectors.T, self._metric.input_roots
-        if inputs is not None:
-            right = right * inputs[1] if inputs[1].dim() == 1 else right @ inputs[1]
-        return _signed(image if roots is None else roots[1] @ image, right)
+        inputs = self._metric.input_roots
+        return _signed(self._weighted @ vectors, vectors.T if inputs is None else _times(vectors.T, inputs[1]))
+
+
+def _times(matrix: Tensor, root: Tensor) -> Tensor:
+    """`matrix @ root` for a symmetric root, or its diagonal."""
+    return matrix * root if root.dim() == 1 else matrix @ root
 
 
 def top_eigenpairs(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -96,7 +102,7 @@ def top_eigenpairs(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
         values, vectors = scipy.linalg.eigh(gram.numpy(), driver="evr", subset_by_index=[size - count, size - 1], check_finite=False)
         top, columns = torch.from_numpy(values), torch.from_numpy(vectors)
     else:
-        top, columns = torch.linalg.eigh(gram)
+        top, columns = eigenpairs(gram)
     return top.flip(0)[:count].clamp_min(0), columns.flip(1)[:, :count].contiguous()
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tdpass.formats.alternating import State, alternate, solve_gram, squared_norm
+from tdpass.formats.alternating import ANEW, Limit, State, alternate, solve_gram, squared_norm
 from tdpass.formats.base import Decomposition, Factors, Format, Rank, rank_grid, register_format
 from tdpass.formats.metric import Metric
 from tdpass.formats.multilinear import Modes, Whitening, balanced_factors, left_vectors, share_norm
@@ -49,10 +49,10 @@ class _Als:
         self.matrix = tensor.flatten(2).flatten(0, 1)
         self.energy = squared_norm(tensor)
 
-    def search(self, start: State, going_on: bool = False) -> State:
+    def search(self, start: State, limit: Limit = ANEW) -> State:
         """Whitened cores `[r, n, s]`, found from such."""
         bonds = start[0].shape[0] * start[2].shape[0]
-        return alternate(start, self.sweep, self.energy**0.5, 2 * self.matrix.numel() * bonds, going_on=going_on)
+        return alternate(start, self.sweep, self.energy**0.5, 2 * self.matrix.numel() * bonds, limit=limit)
 
     def start(self, rank: Rank) -> State:
         """TR-SVD from the cut between input and output, whose `r0 r2` terms close the ring, to the cut inside each half."""

@@ -7,15 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tdpass.errors import PlanError
-from tdpass.formats.alternating import State, squared_norm
+from tdpass.formats.alternating import ANEW, ROUGH, State, squared_norm
 from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Rank, Stage, register_format, scaled_ranks
 from tdpass.formats.chains import FAMILIES, Chain, chain_of
-from tdpass.formats.metric import Metric
+from tdpass.formats.metric import Metric, eigenvalues
 from tdpass.formats.multilinear import Whitening, best_polished, improve_left, left_vectors, share_norm
 from tdpass.ops import Ops, V
 from tdpass.site import Site
@@ -34,7 +33,7 @@ class _Train(Decomposition):
 
     def factors(self, rank: Rank) -> Factors:
         chain = chain_of(self.site, len(rank))
-        sweeps = self.sweeps(chain)
+        sweeps = self.sweeps(chain)[-1:] if self.rough else self.sweeps(chain)
         trains = [sweep.cores(rank) for sweep in sweeps]
         if self.metric.plain:
             return _packed(chain, trains[0])
@@ -43,7 +42,7 @@ class _Train(Decomposition):
             return chain.modes.matrix(_contract(train))
 
         order, macs = range(len(rank), -1, -1), self.matrix.numel() * max(rank)
-        *cores, last = best_polished(self.matrix, sweeps, trains, unfolded, self.metric, order, macs)
+        *cores, last = best_polished(self.matrix, sweeps, trains, unfolded, self.metric, order, macs, ROUGH.work if self.rough else ANEW.work)
         if chain.last_stage(rank) is not None:
             last = improve_left(self.matrix, last.flatten(1).T, _contract(cores).T, self.metric).T[:, :, None]
         return _packed(chain, (*cores, last))
@@ -78,7 +77,7 @@ class _Sweep:
         for k in range(1, self.tensor.dim()):
             unfolded = self.tensor.reshape(math.prod(self.tensor.shape[:k]), -1)
             gram = unfolded @ unfolded.T if unfolded.shape[0] <= unfolded.shape[1] else unfolded.T @ unfolded
-            ascending = torch.linalg.eigvalsh(gram).clamp_min(0)
+            ascending = eigenvalues(gram).clamp_min(0)
             found.append(F.pad(ascending.cumsum(0), (1, 0)).flip(0))
         return found
 

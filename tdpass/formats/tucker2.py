@@ -35,7 +35,7 @@ class _Fit(Decomposition):
     def factors(self, rank: Rank) -> Factors:
         s, r = rank
         site, axes = self.site, len(self.site.kernel)
-        first, rest, split = self.fit.solve_split(r, s)
+        first, rest, split = self.fit.solve_split(r, s, self.rough)
         if split is None:
             split = WeightedSvd(rest.flatten(1), Metric(None, self.fit.metric.outputs))
         left, right = split.factors(s)

@@ -7,24 +7,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from tdpass.cost import Budget, Cost
-from tdpass.formats.base import FORMATS, Decomposition, Factors, Layer, Rank, dense_cost
+from tdpass.errors import NumericalError
+from tdpass.formats.base import FORMATS, Decomposition, Factors, Format, Layer, Rank, dense_cost
 from tdpass.formats.metric import Metric
+from tdpass.planner.effort import NEVER, Deadline
 from tdpass.site import Site
 
 DENSE = "dense"
 _KEPT_WEIGHTS = 2**18
+_KEPT_SEARCHED = 2**22
 _SEARCHED_WEIGHTS = 2**19
 _CLEARLY = 1.25
 _FEW = 4
+_PLAIN_SHARE = 0.4
+_ENDS = 2
 
 
 @dataclass(frozen=True)
 class Candidate:
     """One way to store a site: `error` is the relative error in the metric, `loss` the expected increase of the divergence.
 
-    `kernel` is the runtime that its seconds were measured in.
+    `kernel` is the runtime that its seconds were measured in; `estimated` says that the loss was not measured.
     """
 
     format: str
@@ -34,6 +40,7 @@ class Candidate:
     loss: float = 0.0
     guarantee: str = ""
     kernel: str = ""
+    estimated: bool = False
 
     @property
     def label(self) -> str:
@@ -53,10 +60,15 @@ def dense_candidate(site: Site) -> Candidate:
 
 
 class SiteFits:
-    """All formats of one site, decomposed on demand in one metric; with `start` its factors go on from these."""
+    """All formats of one site, decomposed on demand in one metric; with `start` its factors go on from these.
 
-    def __init__(self, site: Site, weight: Tensor, bias: Tensor | None, metric: Metric, start: Factors | None = None) -> None:
-        self.site, self.metric = site, metric
+    `rough` fits are good enough to compare candidates by, not to keep.
+    """
+
+    def __init__(
+        self, site: Site, weight: Tensor, bias: Tensor | None, metric: Metric, start: Factors | None = None, rough: bool = False
+    ) -> None:
+        self.site, self.metric, self.rough = site, metric, rough
         self.weight = weight.double()
         self.dtype = weight.dtype
         self.bias, self.start = bias, start
@@ -66,7 +78,9 @@ class SiteFits:
     def decomposition(self, format_name: str) -> Decomposition:
         """The shared work of a format, done once."""
         if format_name not in self._decompositions:
-            self._decompositions[format_name] = FORMATS.get(format_name).decompose(self.weight, self.site, self.metric)
+            made = FORMATS.get(format_name).begin(self.weight, self.site, self.metric)
+            made.rough = self.rough
+            self._decompositions[format_name] = made
         return self._decompositions[format_name]
 
     def factors(self, format_name: str, rank: Rank) -> Factors:
@@ -78,7 +92,7 @@ class SiteFits:
             factors = self.decomposition(format_name).factors(rank)
         else:
             factors = FORMATS.get(format_name).refine(self.weight, self.site, rank, self.start, self.metric)
-        if self.site.weights <= _KEPT_WEIGHTS:
+        if self.site.weights <= (_KEPT_SEARCHED if FORMATS.get(format_name).searched else _KEPT_WEIGHTS):
             self._factors[key] = factors
         return factors
 
@@ -104,7 +118,7 @@ class SiteFits:
 
 
 def worthwhile_ranks(site: Site, format_name: str, limit: int, lanes: int = 1) -> list[Rank]:
-    """Up to `limit` ranks of a format that make the site cheaper in every measure that is known, largest first.
+    """Up to `limit` ranks of a format that make the site cheaper in every measure that is known, largest first, the smallest among them.
 
     A single one is that which comes nearest to half of the parameters.  Multiples of `lanes` only, where there are a few:
     the others take as long as the next multiple.
@@ -116,7 +130,8 @@ def worthwhile_ranks(site: Site, format_name: str, limit: int, lanes: int = 1) -
     if limit == 1 and cheaper:
         return [min(cheaper, key=lambda rank: abs(2 * fmt.cost(site, rank).params - dense.params))]
     step = max(1, -(-len(cheaper) // limit))
-    return cheaper[::-1][::step]
+    count = -(-len(cheaper) // step)
+    return [cheaper[round(k * (len(cheaper) - 1) / max(count - 1, 1))] for k in reversed(range(count))]
 
 
 def pays(cost: Cost, dense: Cost) -> bool:
@@ -125,28 +140,53 @@ def pays(cost: Cost, dense: Cost) -> bool:
     return all(ours <= theirs for ours, theirs in pairs) and any(ours < theirs for ours, theirs in pairs)
 
 
-def enumerate_candidates(fits: SiteFits, formats: Sequence[str], ranks_per_format: int, lanes: int = 1) -> list[Candidate]:
+def enumerate_candidates(
+    fits: SiteFits, formats: Sequence[str], ranks_per_format: int, lanes: int = 1, searches: int = 12, deadline: Deadline = NEVER
+) -> list[Candidate]:
     """All candidates of a site that pay, by format; dense is not among them.
 
-    A format that searches each rank gets fewer of them on a large layer, and is given up after its middle rank where
-    another format is clearly better at no more cost.
+    A format that searches each rank gets `searches` of them, fewer on a large layer, and is given up after its middle rank
+    where another format is clearly better at no more cost.  Past the deadline no further rank is tried; the middle and the
+    smallest one of every format that needs no search are in any case, and so is one candidate at least.
+
+    Raises `NumericalError` where no format can be fitted in floating point.
     """
     site = fits.site
     found: list[Candidate] = []
+    failed: list[str] = []
     for fmt in sorted((FORMATS.get(name) for name in formats), key=lambda fmt: (fmt.searched, fmt.name)):
         if not fmt.fits(site):
             continue
-        limit = max(1, min(ranks_per_format, _SEARCHED_WEIGHTS // site.weights)) if fmt.searched else ranks_per_format
+        limit = max(1, min(searches, ranks_per_format, _SEARCHED_WEIGHTS // site.weights)) if fmt.searched else ranks_per_format
         ranks = worthwhile_ranks(site, fmt.name, limit, lanes)
-        middle = len(ranks) // 2
-        for rank in [*ranks[middle : middle + 1], *ranks[:middle], *ranks[middle + 1 :]]:
-            candidate = fits.candidate(fmt.name, rank)
-            if not math.isfinite(candidate.error):
-                continue
-            if fmt.searched and rank == ranks[middle] and _hopeless(candidate, found):
-                break
-            found.append(candidate)
+        try:
+            found += _of_format(fits, fmt, ranks, found, deadline if fmt.searched else deadline.part(_PLAIN_SHARE))
+        except (LinAlgError, NumericalError) as error:
+            failed.append(f"{fmt.name}: {error}")
+    if failed and not found:
+        raise NumericalError(f"no format can be fitted to site {site.name!r} ({'; '.join(failed)})")
     return found
+
+
+def _of_format(fits: SiteFits, fmt: Format, ranks: Sequence[Rank], others: Sequence[Candidate], deadline: Deadline) -> list[Candidate]:
+    """Candidates of one format, its middle rank and its smallest, then the others coarse to fine, until the deadline."""
+    found: list[Candidate] = []
+    for rank in coarse_first(ranks):
+        if deadline.left <= 0 and (len(found) >= _ENDS or (fmt.searched and others)):
+            break
+        candidate = fits.candidate(fmt.name, rank)
+        if not math.isfinite(candidate.error):
+            continue
+        if fmt.searched and not found and _hopeless(candidate, others):
+            break
+        found.append(candidate)
+    return found
+
+
+def coarse_first(ranks: Sequence[Rank]) -> list[Rank]:
+    """The middle one, the last, then every third of the others, then the rest."""
+    middle = ranks[len(ranks) // 2 : len(ranks) // 2 + 1]
+    return list(dict.fromkeys([*middle, *ranks[-1:], *ranks[::3], *ranks]))
 
 
 def _hopeless(candidate: Candidate, found: Sequence[Candidate]) -> bool:
@@ -174,6 +214,6 @@ def within(candidates: Sequence[Candidate], budget: Budget) -> list[Candidate]:
     return [c for c in candidates if limit is None or c.error <= limit]
 
 
-def with_loss(candidate: Candidate, loss: float) -> Candidate:
+def with_loss(candidate: Candidate, loss: float, estimated: bool = False) -> Candidate:
     """The candidate with its expected loss."""
-    return replace(candidate, loss=loss)
+    return replace(candidate, loss=loss, estimated=estimated)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,9 +13,10 @@ from torch import Tensor
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.formats.metric import Metric
 from tdpass.planner.candidates import Candidate, with_loss
+from tdpass.planner.effort import Allowance
 from tdpass.planner.moments import stream_metrics
 from tdpass.planner.patches import output_rows
-from tdpass.planner.sensitivity import Sweep
+from tdpass.planner.sensitivity import Loss, Sweep, measure_losses
 from tdpass.planner.surgeon import MAX_WIDTH, Surgery, keep_channels, remove_channels
 from tdpass.site import Site
 from tdpass.tape import Tape
@@ -35,7 +37,8 @@ class JointOption:
     channels: tuple[int, ...] = ()
 
 
-Trial = Callable[[], list[tuple[JointOption, Mapping[str, Layer]]]]
+Layers = Callable[[], Mapping[str, Layer]]
+Trial = Callable[[], list[tuple[JointOption, Layers]]]
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,9 @@ def _branches(tape: Tape, sites: Mapping[str, Site], chains: Sequence[Chain]) ->
 
 
 def joint_options(
-    sites: Mapping[str, Site], weight: Read, bias: ReadBias, tapes: Sequence[Tape], sweep: Sweep, tick: Tick
+    sites: Mapping[str, Site], weight: Read, bias: ReadBias, tapes: Sequence[Tape], sweep: Sweep, tick: Tick, seconds: float = math.inf
 ) -> list[JointOption]:
-    """All joint options with their measured losses."""
+    """All joint options with their losses, as many of them measured as there are seconds of one core for, one of each chain at least."""
     tape = tapes[0]
     every = find_chains(tapes, sites)
     chains = [chain for chain in every if sites[chain.consumer].weights // sites[chain.consumer].o <= MAX_WIDTH]
@@ -93,18 +96,22 @@ def joint_options(
         (tape.site_calls[chain.producer][0], partial(_prune, chain, sites, weight, bias, metrics[chain.consumer])) for chain in chains
     ]
     jobs += [(tape.site_calls[branch[0]][0], partial(_drop, branch, sites, weight, tapes)) for branch in branches]
+    allowance = Allowance(seconds, {str(number): 1.0 for number in range(len(jobs))})
     found: list[JointOption] = []
     for done, (_, make) in enumerate(sorted(jobs, key=lambda job: job[0])):
-        for option, layers in make():
-            found.append(_with_loss(option, max(sweep.loss(layers), 0.0)))
+        deadline = allowance.take(str(done))
+        options, layers = zip(*made, strict=True) if (made := make()) else ((), ())
+        errors = [max(part.error for part in option.parts.values()) for option in options]
+        losses = measure_losses(sweep, layers, errors, len(options), deadline) if options else []
+        found += [_with_loss(option, loss) for option, loss in zip(options, losses, strict=True) if math.isfinite(loss.value)]
         tick("trying pruned and dropped branches", done + 1, len(jobs))
     return found
 
 
-def _with_loss(option: JointOption, loss: float) -> JointOption:
+def _with_loss(option: JointOption, loss: Loss) -> JointOption:
     """The option with its loss, which the last of its parts bears: a plan adds up those of its sites."""
     last = list(option.parts)[-1]
-    return replace(option, parts={**option.parts, last: with_loss(option.parts[last], loss)}, loss=loss)
+    return replace(option, parts={**option.parts, last: with_loss(option.parts[last], loss.value, not loss.measured)}, loss=loss.value)
 
 
 def prune_layers(chain: Chain, sites: Mapping[str, Site], weight: Read, bias: ReadBias, metric: Metric, channels: Sequence[int]) -> dict[str, Layer]:
@@ -123,18 +130,18 @@ def prune_layers(chain: Chain, sites: Mapping[str, Site], weight: Read, bias: Re
     }
 
 
-def _prune(chain: Chain, sites: Mapping[str, Site], weight: Read, bias: ReadBias, metric: Metric) -> list[tuple[JointOption, Mapping[str, Layer]]]:
+def _prune(chain: Chain, sites: Mapping[str, Site], weight: Read, bias: ReadBias, metric: Metric) -> list[tuple[JointOption, Layers]]:
     read = sites[chain.consumer]
     w = weight(read.name).double()
     surgery: Surgery = remove_channels(w, metric)
     whole = metric.square(w.flatten(1))
-    found: list[tuple[JointOption, Mapping[str, Layer]]] = []
+    found: list[tuple[JointOption, Layers]] = []
     for keep in sorted({max(1, round(read.i * share)) for share in KEEP_SHARES} - {read.i}, reverse=True):
         channels = surgery.kept(keep)
         layers = prune_layers(chain, sites, weight, bias, metric, channels)
         error = (surgery.errors[read.i - keep - 1] / whole) ** 0.5 if whole > 0 else 0.0
         parts = {name: _candidate(layer, error if name == read.name else 0.0) for name, layer in layers.items()}
-        found.append((JointOption(parts, 0.0, channels), layers))
+        found.append((JointOption(parts, 0.0, channels), partial(_same, layers)))
     return found
 
 
@@ -157,9 +164,13 @@ def drop_layers(branch: Sequence[str], sites: Mapping[str, Site], weight: Read, 
     return layers
 
 
-def _drop(branch: Sequence[str], sites: Mapping[str, Site], weight: Read, tapes: Sequence[Tape]) -> list[tuple[JointOption, Mapping[str, Layer]]]:
+def _drop(branch: Sequence[str], sites: Mapping[str, Site], weight: Read, tapes: Sequence[Tape]) -> list[tuple[JointOption, Layers]]:
     layers = drop_layers(branch, sites, weight, tapes)
-    return [(JointOption({name: _candidate(layer, 1.0) for name, layer in layers.items()}, 0.0), layers)]
+    return [(JointOption({name: _candidate(layer, 1.0) for name, layer in layers.items()}, 0.0), partial(_same, layers))]
+
+
+def _same(layers: Mapping[str, Layer]) -> Mapping[str, Layer]:
+    return layers
 
 
 def _candidate(layer: Layer, error: float) -> Candidate:

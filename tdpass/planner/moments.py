@@ -21,6 +21,7 @@ INPUT_DAMPING = 1e-3
 OUTPUT_DAMPING = 5e-2
 PROBES = 2
 _SEED = 20260
+_SQUARES_FROM = 1e15  # sums of squares of what is larger may leave the range of single precision
 
 
 def moment_bytes(site: Site) -> int:
@@ -51,6 +52,8 @@ class _Sums:
     def add_inputs(self, x: Tensor, generator: torch.Generator) -> None:
         width = self.site.weights // self.site.o
         rows = working(patches(x.detach(), self.site, max(2 * width, VALUES_PER_CALL // width), generator))
+        if float(rows.abs().max()) > _SQUARES_FROM:
+            rows = rows.double()
         self.inputs += (rows.square().sum(0) if self.inputs.dim() == 1 else rows.T @ rows).double()
         self.mean += rows.sum(0, dtype=torch.float64)
         self.rows += rows.shape[0]

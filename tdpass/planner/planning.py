@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from tdpass.cost import Budget, Cost
-from tdpass.errors import BudgetError
+from tdpass.errors import BudgetError, NumericalError
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.formats.metric import Metric
 from tdpass.planner.cache import CandidateCache, digest
 from tdpass.planner.candidates import DENSE, Candidate, SiteFits, dense_candidate, enumerate_candidates, frontier, with_loss, within
 from tdpass.planner.divergence import FittedDivergence
+from tdpass.planner.effort import THOROUGH, Allowance, Deadline, Effort
 from tdpass.planner.joint import JointOption, joint_options
 from tdpass.planner.moments import stream_metrics
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.planner.select import Option, cheapest, select
-from tdpass.planner.sensitivity import Sweep, measure_losses
+from tdpass.planner.sensitivity import Sweep, estimate_losses, measure_losses
 from tdpass.site import Site
 from tdpass.tape import Tape, site_order
 from tdpass.targets.base import Timing
 
-SWEEP_SAMPLES = 256
 SWEEP_SECONDS = 240.0
-RANKS_PER_FORMAT = 12
 LANES = 8
 _SLACK = 1.5
+_FIT_SHARE = 0.5
+_JOINT_SHARE = 0.25
 CURVE = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
 Tick = Callable[[str, int, int], None]
@@ -45,7 +47,7 @@ class Dense:
 class Table:
     """All candidates of all sites with their losses: what every budget is decided from.
 
-    `dense_times` is what the dense layers take, where a target said so.
+    `dense_times` is what the dense layers take, where a target said so; `declined` says why a site has no candidates.
     """
 
     sites: tuple[Site, ...]
@@ -55,6 +57,7 @@ class Table:
     metric: str = "weights"
     divergence: str = ""
     dense_times: dict[str, Timing] = field(default_factory=dict)
+    declined: dict[str, str] = field(default_factory=dict)
 
     def dense(self, site: Site) -> Candidate:
         """The site as it is, with its time where that is known."""
@@ -113,7 +116,10 @@ class Table:
 
     def _reason(self, site: Site, candidate: Candidate, budget: Budget) -> str:
         if candidate.format != DENSE:
-            return f"{candidate.cost.get('params') / max(site.weights, 1):.0%} of the parameters"
+            estimated = "; its loss is estimated" if candidate.estimated else ""
+            return f"{candidate.cost.get('params') / max(site.weights, 1):.0%} of the parameters{estimated}"
+        if site.name in self.declined:
+            return self.declined[site.name]
         every = self.candidates.get(site.name, [])
         if not every:
             return "no format is smaller than the dense layer"
@@ -134,11 +140,12 @@ def tabulate(
     context: str = "",
     tick: Tick = lambda what, done, of: None,
     timed: bool = False,
+    effort: Effort = THOROUGH,
 ) -> Table:
     """Candidates and losses for every site.
 
     With recorded runs, errors are weighed by the data and losses measured as the divergence of the network's output with one
-    candidate in place; as many as fit in four minutes are measured, the rest follow from their errors.  Without, the loss of
+    candidate in place; as many as the effort has time for are measured, the rest follow from their errors.  Without, the loss of
     a candidate is the squared relative error of its weight.  `context` identifies model and data in the cache.  With `timed`
     the candidates are meant to be timed: ranks that fill vector units, and of every format those that may turn out to be faster.
     """
@@ -148,25 +155,34 @@ def tabulate(
         FORMATS.get(name)
     versions = ",".join(f"{name}{FORMATS.get(name).version}" for name in names)
     fingerprints = {site.name: digest(dense.weight(site.name)) for site in sites}
-    purpose = (str(RANKS_PER_FORMAT), *(("timed",) if timed else ()))
+    purpose = (effort.name, str(effort.ranks), *(("timed",) if timed else ()))
     keys = {site.name: digest(fingerprints[site.name], str(site.geometry()), str(site.extents), versions, context, *purpose) for site in sites}
     known = {site.name: found for site in sites if (found := cache.get(keys[site.name])) is not None}
     missing = [site for site in sites if site.name not in known]
     measures = ("macs", "params") if all(site.seen for site in sites) else ("params",)
-    sweep = Sweep(tapes, divergence, SWEEP_SAMPLES) if tapes and missing else None
+    sweep = Sweep(tapes, divergence, effort.for_losses(len(missing))) if tapes and missing else None
     metrics: Iterator[tuple[Site, Metric]] = (
-        stream_metrics(tapes, _in_order(missing, tapes), divergence, lambda n, of: tick("reading calibration data", n, of))
+        stream_metrics(effort.for_moments(tapes), _in_order(missing, tapes), divergence, lambda n, of: tick("reading calibration data", n, of))
         if tapes
         else ((site, Metric()) for site in missing)
     )
+    limit = (1 - _JOINT_SHARE) * effort.limit
+    allowance = Allowance(limit, _importance(missing))
+    what = "planning" if math.isinf(limit) else f"planning, {limit:.0f} s of one core at most"
+    declined: dict[str, str] = {}
+    tick(what, 0, len(missing))
     for done, (site, metric) in enumerate(metrics, start=1):
-        fits = SiteFits(site, dense.weight(site.name), dense.bias(site.name), metric)
-        found = enumerate_candidates(fits, names, RANKS_PER_FORMAT, LANES if timed else 1)
-        best = _worth_timing(found, measures) if timed else frontier(found, measures)
-        known[site.name] = _with_losses(best, fits, sweep, len(missing))
-        cache.put(keys[site.name], known[site.name])
-        tick("planning", done, len(missing))
-    table = Table(tuple(sites), {site.name: known[site.name] for site in sites}, [], fingerprints)
+        deadline = allowance.take(site.name)
+        fits = SiteFits(site, dense.weight(site.name), dense.bias(site.name), metric, rough=effort.rough)
+        try:
+            found = enumerate_candidates(fits, names, effort.ranks, LANES if timed else 1, effort.searches, deadline.part(_FIT_SHARE))
+            best = _worth_timing(found, measures) if timed else frontier(found, measures)
+            known[site.name] = _with_losses(best, fits, sweep, len(missing), deadline, effort)
+            cache.put(keys[site.name], known[site.name])
+        except NumericalError as error:
+            known[site.name], declined[site.name] = [], str(error)
+        tick(what, done, len(missing))
+    table = Table(tuple(sites), {site.name: known[site.name] for site in sites}, [], fingerprints, declined=declined)
     if tapes:
         table.metric = "inputs and outputs on the calibration data"
         table.divergence = str(divergence)
@@ -180,7 +196,16 @@ def _worth_timing(candidates: Sequence[Candidate], measures: Sequence[str]) -> l
     return frontier(best, measures, _SLACK)
 
 
-def _with_losses(candidates: list[Candidate], fits: SiteFits, sweep: Sweep | None, sites: int) -> list[Candidate]:
+def _importance(sites: Sequence[Site]) -> dict[str, float]:
+    """By how much of the network's multiply-adds and weights a site holds, and a little for each alike."""
+    macs = sum(dense_candidate(site).cost.macs for site in sites) or 1
+    weights = sum(site.weights for site in sites) or 1
+    return {site.name: dense_candidate(site).cost.macs / macs + site.weights / weights + 1 / len(sites) for site in sites}
+
+
+def _with_losses(
+    candidates: list[Candidate], fits: SiteFits, sweep: Sweep | None, sites: int, deadline: Deadline, effort: Effort
+) -> list[Candidate]:
     if not candidates:
         return []
     if sweep is None:
@@ -189,9 +214,16 @@ def _with_losses(candidates: list[Candidate], fits: SiteFits, sweep: Sweep | Non
     def layers(candidate: Candidate) -> Callable[[], Mapping[str, Layer]]:
         return lambda: {fits.site.name: fits.layer(candidate.format, candidate.rank)}
 
-    allowed = int(SWEEP_SECONDS / max(sites * sweep.seconds / 2, 1e-9))
-    losses = measure_losses(sweep, [layers(candidate) for candidate in candidates], [candidate.error for candidate in candidates], allowed)
-    return [with_loss(candidate, loss) for candidate, loss in zip(candidates, losses, strict=True)]
+    errors = [candidate.error for candidate in candidates]
+    if not effort.measured and fits.metric.outputs is not None:
+        losses = estimate_losses(fits.metric, fits.weight, errors)
+    else:
+        each = max(sweep.seconds_from([fits.site.name]), 1e-9)
+        allowed = 1 if not effort.measured else int(min(deadline.left / each, SWEEP_SECONDS / (sites * sweep.seconds / 2 + 1e-9)))
+        losses = measure_losses(sweep, [layers(candidate) for candidate in candidates], errors, allowed, deadline)
+    return [
+        with_loss(candidate, loss.value, not loss.measured) for candidate, loss in zip(candidates, losses, strict=True) if math.isfinite(loss.value)
+    ]
 
 
 def add_joint_options(
@@ -202,14 +234,17 @@ def add_joint_options(
     cache: CandidateCache | None = None,
     context: str = "",
     tick: Tick = lambda what, done, of: None,
+    effort: Effort = THOROUGH,
 ) -> None:
     """Add the options that change neighbouring sites together: pruned channels between two, and dropped residual branches."""
     cache = cache or CandidateCache(None)
-    key = digest("joint", context, *(f"{site.name}{site.geometry()}{site.extents}" for site in table.sites))
+    key = digest("joint", effort.name, context, *(f"{site.name}{site.geometry()}{site.extents}" for site in table.sites))
     known = cache.get_joint(key)
     if known is None:
         sites = {site.name: site for site in table.sites}
-        known = joint_options(sites, dense.weight, dense.bias, tapes, Sweep(tapes, divergence, SWEEP_SAMPLES), tick)
+        sweep = Sweep(tapes, divergence, effort.for_losses(len(sites)))
+        seconds = _JOINT_SHARE * effort.limit
+        known = joint_options(sites, dense.weight, dense.bias, effort.for_moments(tapes), sweep, tick, seconds)
         cache.put_joint(key, known)
     table.joint = known
 

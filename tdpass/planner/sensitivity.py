@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from tdpass.formats.base import Layer
+from tdpass.formats.metric import Metric
 from tdpass.planner.divergence import FittedDivergence, Outputs, Tally
+from tdpass.planner.effort import NEVER, Deadline
 from tdpass.tape import Playback, Tape
 
 
@@ -29,10 +32,10 @@ class Sweep:
     started: dict[int, tuple[Playback, Outputs]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        start = time.perf_counter()
+        start = time.process_time()
         for index in self._first(range(len(self.tapes))):
             self._start(index)
-        self.seconds = time.perf_counter() - start
+        self.seconds = time.process_time() - start
 
     def loss(self, replaced: Mapping[str, Layer]) -> float:
         """Divergence of the outputs from the original's with those sites replaced and all others dense; 0 where no run calls them."""
@@ -63,25 +66,57 @@ class Sweep:
             taken.append(index)
         return taken
 
+    def seconds_from(self, names: Iterable[str]) -> float:
+        """Processor time that one candidate for these sites takes: that of the part of the run behind the first of them."""
+        tape = self.tapes[0]
+        first = min((tape.site_calls[name][0] for name in names if name in tape.site_calls), default=0)
+        return self.seconds * (1 - first / max(len(tape.calls), 1))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The expected increase of the divergence, and whether it was measured."""
+
+    value: float
+    measured: bool
+
 
 def measure_losses(
-    sweep: Sweep, layers: Sequence[Callable[[], Mapping[str, Layer]]], errors: Sequence[float], allowed: int
-) -> list[float]:
+    sweep: Sweep, layers: Sequence[Callable[[], Mapping[str, Layer]]], errors: Sequence[float], allowed: int, deadline: Deadline = NEVER
+) -> list[Loss]:
     """Losses of candidates for one site: up to `allowed` measured, the rest from the loss measured at the nearest errors.
 
-    Between two measured candidates the loss follows a power of the error; beyond them, its square (the loss of a small
-    perturbation is quadratic).
+    The one of middle error comes first, then those that are evenly spread, until the deadline.  Between two measured
+    candidates the loss follows a power of the error; beyond them, its square (the loss of a small perturbation is quadratic).
+    A loss that is no finite number is taken for infinite.
     """
     order = sorted(range(len(errors)), key=lambda index: errors[index])
     count = max(1, min(allowed, len(order)))
-    picked = sorted({round(k * (len(order) - 1) / max(count - 1, 1)) for k in range(count)}) if count > 1 else [len(order) // 2]
-    known = {order[position]: max(sweep.loss(layers[order[position]]()), 0.0) for position in picked}
-    points = sorted((errors[index], loss) for index, loss in known.items())
-    return [known[index] if index in known else _interpolate(points, errors[index]) for index in range(len(errors))]
+    middle = len(order) // 2
+    picked = [round(k * (len(order) - 1) / (count - 1)) for k in range(count)] if count > 1 else [middle]
+    known: dict[int, float] = {}
+    for position in dict.fromkeys([min(picked, key=lambda position: abs(position - middle)), picked[0], picked[-1], *picked]):
+        if known and deadline.left <= 0:
+            break
+        loss = sweep.loss(layers[order[position]]())
+        known[order[position]] = max(loss, 0.0) if math.isfinite(loss) else math.inf
+    points = sorted((errors[index], loss) for index, loss in known.items() if math.isfinite(loss))
+    return [Loss(known[index], True) if index in known else Loss(_interpolate(points, errors[index]), False) for index in range(len(errors))]
+
+
+def estimate_losses(metric: Metric, weight: Tensor, errors: Sequence[float]) -> list[Loss]:
+    """Losses from the metric alone: half of `|| G^1/2 (W - What) C^1/2 ||^2`, the second-order term of the divergence.
+
+    Needs G, the Gauss-Newton metric of the site's output.
+    """
+    whole = metric.square(weight.double().flatten(1))
+    return [Loss(0.5 * error**2 * whole, False) for error in errors]
 
 
 def _interpolate(points: Sequence[tuple[float, float]], error: float) -> float:
     tiny = 1e-12
+    if not points:
+        return math.inf
     below = [point for point in points if point[0] <= error]
     above = [point for point in points if point[0] > error]
     if below and above:

@@ -36,7 +36,8 @@ def remove_channels(weight: Tensor, metric: Metric) -> Surgery:
     block = weight[0, 0].numel()
     w = weight.double().reshape(o, -1).clone()
     inputs = torch.eye(i * block, dtype=torch.float64) if metric.inputs is None else metric.inputs.double()
-    hessian = torch.linalg.inv(torch.diag(inputs) if inputs.dim() == 1 else inputs)
+    hessian = torch.diag(1 / inputs) if inputs.dim() == 1 else torch.linalg.inv(inputs)
+    gw = w if metric.outputs is None else metric.outputs.double() @ w  # follows the same updates
     left = list(range(i))
     order: list[int] = []
     errors: list[float] = []
@@ -47,15 +48,17 @@ def remove_channels(weight: Tensor, metric: Metric) -> Surgery:
         blocks = hessian[index[:, :, None], index[:, None, :]]
         inverse = torch.linalg.inv(blocks)
         parts = w[:, index].permute(1, 0, 2)
-        weighed = parts if metric.outputs is None else torch.einsum("op,cpb->cob", metric.outputs.double(), parts)
+        weighed = gw[:, index].permute(1, 0, 2)
         costs = torch.einsum("cob,cbd,cod->c", weighed, inverse, parts)
         best = int(costs.argmin())
         channel, g = left.pop(best), index[best]
         spent += float(costs[best])
         rows = inverse[best] @ hessian[g]
-        w -= w[:, g] @ rows
+        gw -= gw[:, g] @ rows
+        if gw is not w:
+            w -= w[:, g] @ rows
         hessian -= hessian[:, g] @ rows
-        w[:, g] = 0
+        w[:, g] = gw[:, g] = 0
         order.append(channel)
         errors.append(max(spent, 0.0))
     return Surgery((*order, *left), tuple(errors))

@@ -1,0 +1,138 @@
+"""How much time planning may take, and how it is shared out among sites."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from tdpass.errors import UsageError
+from tdpass.tape import Tape
+
+RATE = 2e10
+_LARGE = 1e9
+_PASSES = 6
+_TRIES = 4
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a planning run of a model of `macs` multiply-adds a sample may cost.
+
+    `seconds` of one core for a model of up to 1 GMAC a sample, in proportion above; infinite for no limit.  Losses are
+    `measured` on up to `sweep_samples`, else estimated from the metric alone; `ranks` candidates per format, the searched ones
+    found by a `rough` search, `searches` of them at most.
+    """
+
+    name: str
+    seconds: float
+    moment_samples: int
+    sweep_samples: int
+    ranks: int
+    searches: int
+    measured: bool
+    rough: bool
+    macs: int = 0
+
+    def of(self, macs: int) -> Effort:
+        """The effort for a model of so many multiply-adds a sample."""
+        return replace(self, macs=macs)
+
+    @property
+    def limit(self) -> float:
+        """Seconds of one core."""
+        return self.seconds * max(1.0, self.macs / _LARGE)
+
+    def for_moments(self, tapes: Sequence[Tape]) -> list[Tape]:
+        """As many recorded runs, from the first on, as the second moments may take a third of the time for.
+
+        Runs that call a site which none of these calls are added.
+        """
+        taken = first_samples(tapes, min(self.moment_samples, self._affordable(0.3, _PASSES)))
+        called = {name for tape in taken for name in tape.site_calls}
+        for tape in tapes[len(taken) :]:
+            if not called.issuperset(tape.site_calls):
+                taken.append(tape)
+                called.update(tape.site_calls)
+        return taken
+
+    def for_losses(self, sites: int) -> int:
+        """On how many samples losses are measured, so that there is time for a few candidates of every site."""
+        return min(self.sweep_samples, self._affordable(0.5, _TRIES * max(sites, 1) / 2))
+
+    def _affordable(self, share: float, passes: float) -> int:
+        """Samples that so many forward passes can be made over, judged by multiply-adds so that results repeat."""
+        samples = share * self.limit * RATE / (passes * max(self.macs, 1))
+        return 2**31 if math.isinf(samples) else int(samples)
+
+
+EFFORTS: Mapping[str, Effort] = {
+    effort.name: effort
+    for effort in (
+        Effort("fast", 10.0, 128, 64, 6, 1, measured=False, rough=True),
+        Effort("normal", 60.0, 512, 256, 8, 3, measured=True, rough=True),
+        Effort("thorough", math.inf, 2**31, 256, 12, 12, measured=True, rough=False),
+    )
+}
+THOROUGH = EFFORTS["thorough"]
+
+
+def effort_named(name: str) -> Effort:
+    """The effort of that name; raises `UsageError` for another."""
+    if name not in EFFORTS:
+        raise UsageError(f"effort={name!r} is not one of: {', '.join(EFFORTS)}")
+    return EFFORTS[name]
+
+
+def first_samples(tapes: Sequence[Tape], samples: int) -> list[Tape]:
+    """The first recorded runs that hold no more samples together, one at least."""
+    taken: list[Tape] = []
+    for tape in tapes:
+        if taken and sum(t.batch_size for t in taken) + tape.batch_size > samples:
+            break
+        taken.append(tape)
+    return taken
+
+
+@dataclass
+class Allowance:
+    """Seconds of one core, shared out in proportion to `weights` among parts that are taken one after another.
+
+    What a part leaves goes to those after it.  `clock` counts the processor time of this process.
+    """
+
+    seconds: float
+    weights: dict[str, float]
+    clock: Callable[[], float] = time.process_time
+    _end: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._end = self.clock() + self.seconds
+
+    def take(self, name: str) -> Deadline:
+        """The deadline of a part, which is then no longer waiting."""
+        waiting = sum(self.weights.values())
+        share = self.weights.pop(name) / waiting if waiting > 0 else 1.0
+        left = max(0.0, self._end - self.clock())
+        return Deadline(self.clock() + left * share, self.clock)
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """A moment of processor time."""
+
+    end: float = math.inf
+    clock: Callable[[], float] = time.process_time
+
+    @property
+    def left(self) -> float:
+        """Seconds left, 0 when it is past."""
+        return max(0.0, self.end - self.clock())
+
+    def part(self, share: float) -> Deadline:
+        """The deadline after that share of what is left."""
+        return Deadline(self.clock() + self.left * share, self.clock)
+
+
+NEVER = Deadline()

@@ -1,0 +1,111 @@
+"""How long planning may take, and what is left out for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import tdpass
+from tdpass.errors import UsageError
+from tdpass.planner.effort import EFFORTS, Allowance, Deadline
+from tdpass.planner.planning import Dense, Table, tabulate
+
+
+class Clock:
+    """Processor time that passes when it is told to."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def net() -> tuple[nn.Module, torch.Tensor]:
+    """A trained-like classifier, and data."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 16, 24), nn.ReLU(), nn.Linear(24, 5))
+    return model.eval(), torch.randn(96, 3, 8, 8)
+
+
+def table(effort: str, formats: tuple[str, ...] = ()) -> Table:
+    """The table of candidates of the small network."""
+    model, data = net()
+    opened = tdpass.open_model(model)
+    batch = tdpass.models.Batch((data,))
+    opened.observe(batch)
+    tape = opened.record(batch)
+    divergence = tdpass.Divergence()
+    fitted = divergence.fit([divergence.outputs(tape.play().finish())])
+    return tabulate(opened.sites(), Dense(opened.weight, opened.bias), [tape], fitted, formats, effort=EFFORTS[effort])
+
+
+def test_parts_share_time_by_weight_and_leave_what_they_do_not_use() -> None:
+    clock = Clock()
+    allowance = Allowance(100.0, {"a": 1.0, "b": 3.0, "c": 1.0}, clock)
+    first = allowance.take("a")
+    assert first.left == pytest.approx(20.0)
+    assert first.part(0.25).left == pytest.approx(5.0)
+    clock.now = 4.0
+    assert allowance.take("b").left == pytest.approx(0.75 * 96)
+    clock.now = 200.0
+    late = allowance.take("c")
+    assert late.left == 0.0
+    assert Deadline().left == float("inf")
+
+
+def test_fast_estimates_every_loss_and_the_others_measure() -> None:
+    formats = ("svd", "channel_svd")
+    share = {name: [c.estimated for cs in table(name, formats).candidates.values() for c in cs] for name in EFFORTS}
+    assert all(share["fast"])
+    assert not any(share["normal"])
+    assert 0 < len(share["fast"]) < len(share["normal"]) <= len(share["thorough"])
+
+
+def test_the_metric_orders_losses_as_measuring_does() -> None:
+    """Estimates of all sites together, against measured losses of the same candidates."""
+    formats = ("svd", "channel_svd")
+    measured = {(name, c.format, c.rank): c.loss for name, cs in table("thorough", formats).candidates.items() for c in cs}
+    estimated = {(name, c.format, c.rank): c.loss for name, cs in table("fast", formats).candidates.items() for c in cs}
+    both = sorted(measured.keys() & estimated.keys())
+    assert len(both) >= 8
+    ranks = [torch.tensor([losses[key] for key in both]).argsort().argsort().double() for losses in (measured, estimated)]
+    assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.9
+
+
+@pytest.mark.parametrize("effort", ["fast", pytest.param("normal", marks=pytest.mark.slow), pytest.param("thorough", marks=pytest.mark.slow)])
+def test_every_effort_meets_the_budget_and_says_what_it_measured(effort: str) -> None:
+    model, data = net()
+    found = tdpass.make_plan(model, {"macs": 0.5}, data, effort=effort, cache=False)
+    assert found.plan.planned.macs <= 0.5 * found.plan.original.macs
+    notes = " ".join(note for row in found.report.passes for note in row.notes)
+    assert f"effort {effort}: " in notes
+
+
+def test_tables_of_one_effort_do_not_serve_another(tmp_path: object) -> None:
+    model, data = net()
+    for effort, measured in (("fast", 0), ("normal", 1)):
+        found = tdpass.make_plan(model, {"macs": 0.5}, data, formats=("svd", "channel_svd"), effort=effort, cache=tmp_path)  # type: ignore[arg-type]
+        (note,) = [note for row in found.report.passes for note in row.notes if "measured" in note]
+        assert (not note.startswith(f"effort {effort}: 0 ")) == bool(measured)
+
+
+def test_the_pass_option_goes_before_the_argument() -> None:
+    model, data = net()
+    found = tdpass.make_plan(model, {"macs": 0.5}, data, pipeline="plan{effort=fast}", effort="thorough", cache=False)
+    assert any(note.startswith("effort fast: 0 losses measured") for row in found.report.passes for note in row.notes)
+
+
+@pytest.mark.parametrize("arguments", [{"effort": "hasty"}, {"pipeline": "plan{effort=hasty}"}])
+def test_an_unknown_effort_is_refused_with_those_there_are(arguments: dict[str, str]) -> None:
+    model, data = net()
+    with pytest.raises(UsageError, match="'hasty' is not one of: fast, normal, thorough"):
+        tdpass.make_plan(model, {"macs": 0.5}, data, cache=False, **arguments)  # type: ignore[arg-type]
+
+
+def test_progress_begins_at_once_and_says_how_long_it_may_take() -> None:
+    model, data = net()
+    seen: list[tuple[str, int, int]] = []
+    tdpass.make_plan(model, {"macs": 0.5}, data, formats=("svd", "channel_svd"), cache=False, progress=lambda *step: seen.append(step))
+    assert seen[0] == ("recording runs of the model", 0, 2)
+    assert ("planning, 45 s of one core at most", 0, 4) in seen
