@@ -170,7 +170,7 @@ def _run(
     model.check()
     example = batches[0] if batches else None if model.macs() else model.example()
     if example is not None:
-        model.observe(example)
+        model.observe(*(batches or [example]))
     report = _new_report(given, model)
     for note in notes:
         report.note(note)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +14,7 @@ from tdpass.formats.base import Layer
 from tdpass.models.batch import Batch as Batch  # noqa: PLC0414 - part of the protocol
 from tdpass.models.signature import Signature
 from tdpass.products import Counted
-from tdpass.site import Extent, Site
+from tdpass.site import Site
 from tdpass.tape import Tape
 
 
@@ -54,8 +52,8 @@ class Model(Protocol):
     def record(self, batch: Batch) -> Tape:
         """Run the model on a batch and record it; calls of sites that are still dense carry their names."""
 
-    def observe(self, batch: Batch) -> None:
-        """Fill in the sites' extents and the multiply-adds from one run."""
+    def observe(self, *batches: Batch) -> None:
+        """Fill in the sites' extents and the multiply-adds from a run on the first call, on all where it shows that they may differ."""
 
     def run(self, batch: Batch) -> object:
         """Outputs on a batch, as tensors in the model's own structure (ONNX: a dict by output name)."""
@@ -108,23 +106,6 @@ class Model(Protocol):
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         """Write the deployable file of this front end, atomically, with `metadata` inside; raises `UsageError` for a wrong suffix."""
-
-
-def with_extents(site: Site, tape: Tape) -> Site:
-    """The site with the activation sizes that a recorded run shows: per sample, where each has the same whole number of calls."""
-    axes = len(site.kernel)
-    sizes = [tape.calls[index].shapes for index in tape.site_calls.get(site.name, ())]
-    calls: list[tuple[tuple[int, ...], tuple[int, ...], int]]
-    if site.kind == "linear":
-        calls = [((1,), (1,), math.prod(before[:-1])) for before, _ in sizes]
-    else:  # without an axis of images there is one
-        calls = [(before[-axes:], after[-axes:], math.prod(before[: -axes - 1])) for before, after in sizes]
-    whole = all(times % tape.batch_size == 0 for _, _, times in calls)
-    extents: list[Extent] = []
-    for before, after, times in calls:
-        share = times // tape.batch_size if whole else times
-        extents += [((share,), (share,))] if site.kind == "linear" else [(before, after)] * share
-    return replace(site, extents=tuple(extents), samples=1 if whole else tape.batch_size)
 
 
 def call_batch(model: Model, batches: Sequence[Batch], size: int) -> Batch:

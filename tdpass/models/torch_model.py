@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_map
 
 from tdpass.errors import InvalidModelError, PlanError
 from tdpass.formats.base import Layer
-from tdpass.models.base import Batch, with_extents
+from tdpass.models.base import Batch
 from tdpass.models.copying import copied
+from tdpass.models.extents import alike, with_extents
 from tdpass.models.factorized import Factorized
 from tdpass.models.fused import Fused, layer_by_layer
 from tdpass.models.module_values import check_filled, check_open, input_types
@@ -28,7 +29,7 @@ from tdpass.models.torch_sites import Matched, find_sites
 from tdpass.models.torch_state import save_module
 from tdpass.products import Counted, counting
 from tdpass.site import Site
-from tdpass.tape import LiveTape, Ref, Tape, record
+from tdpass.tape import LiveTape, Ref, Tape, record, site_order
 
 
 class TorchModel:
@@ -46,7 +47,7 @@ class TorchModel:
         self._by_name = {matched.site.name: matched for matched in found}
         self._replaced: dict[str, list[Factorized]] = {}
         self._example = example
-        self._observed: Batch | None = None
+        self._observed: tuple[Batch, ...] = ()
         self._macs = 0
         self._twin: tuple[object, TorchModel] | None = None
         self._adopt_factorized()
@@ -94,9 +95,13 @@ class TorchModel:
         self._replaced[name] = modules
 
     def record(self, batch: Batch) -> Tape:
+        return self._record(batch)
+
+    def _record(self, batch: Batch, *, replayed: bool = True) -> Tape:
         placed = self._placed(batch)
         held = (*self.module.parameters(), *self.module.buffers())
-        tape = record(lambda: self._answer(placed), placed.tensors, self._dense_weights(), samples=placed.size, held=held)
+        sites = self._dense_weights()
+        tape = record(lambda: self._answer(placed), placed.tensors, sites, samples=placed.size, held=held, replayed=replayed)
         if not isinstance(tape, LiveTape):
             return tape
         twin = self._as_it_is()  # layers of this one will be replaced while the tape is still played
@@ -115,17 +120,19 @@ class TorchModel:
             self._twin = version, twin
         return self._twin[1]
 
-    def observe(self, batch: Batch) -> None:
-        tape = self.record(batch)  # the whole call: two samples of it may reach fewer layers, or be two steps of one
-        self._observed, self._example = batch, batch.part(0, 2)
+    def observe(self, *batches: Batch) -> None:
+        first = self.record(batches[0])  # the whole call: two samples of it may reach fewer layers, or be two steps of one
+        self._observed = batches if first.doubt or not alike(batches) else batches[:1]
+        tapes = [first, *(self._record(batch, replayed=False) for batch in self._observed[1:])]
+        self._example = batches[0].part(0, 2)
         try:
             self.run(self._example)
         except InvalidModelError:
-            self._example = batch
+            self._example = batches[0]
         self._macs = self.count().per_sample
-        called = tape.site_calls
+        called = site_order(tapes)
         ordered = [name for name in called if name in self._by_name] + [name for name in self._by_name if name not in called]
-        self._by_name = {name: replace(self._by_name[name], site=with_extents(self._by_name[name].site, tape)) for name in ordered}
+        self._by_name = {name: replace(self._by_name[name], site=with_extents(self._by_name[name].site, tapes)) for name in ordered}
         for name in set(self._by_name) - set(called) - set(self._replaced):
             self._declined[name] = "it is not called when the model runs on the data"
             del self._by_name[name]
@@ -136,13 +143,12 @@ class TorchModel:
             return tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, _plain(self._call(placed)))
 
     def count(self, batch: Batch | None = None) -> Counted:
-        call = batch or self._observed
-        if call is None:
-            return Counted()
-        placed = self._placed(call)
+        calls = self._observed if batch is None else (batch,)
+        placed = [self._placed(call) for call in calls]
         with self._evaluating(), counting() as counter, layer_by_layer(self.module):
-            self._call(placed)
-        return counter.counted(call.size)
+            for call in placed:
+                self._call(call)
+        return counter.counted(sum(call.size for call in calls) or 1)
 
     def fold_batchnorm(self) -> Sequence[str]:
         if self._example is None:

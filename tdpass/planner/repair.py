@@ -58,6 +58,7 @@ def refit_last_factors(tapes: Sequence[Tape], layers: Mapping[str, Layer], ridge
     lockstep = _start(tapes, layers)
     once = lockstep.called_once()
     declined = {name: "it is called more than once, or never" for name in layers if name not in once}
+    solved: set[str] = set()
     for name, moments in lockstep.sites():
         layer = refitted.get(name)
         if layer is None:
@@ -68,6 +69,9 @@ def refit_last_factors(tapes: Sequence[Tape], layers: Mapping[str, Layer], ridge
             continue
         refitted[name] = _solve(layer, stage.factor, stage.site, moments, ridge)
         lockstep.apply(name, refitted[name])
+        solved.add(name)
+    for name in set(layers) - solved - set(declined):
+        declined[name] = "the compressed network reaches it with other samples than the original"
     return refitted, declined
 
 

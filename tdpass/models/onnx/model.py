@@ -18,7 +18,8 @@ from typing_extensions import Self
 
 from tdpass.errors import InvalidModelError, PlanError, UnsupportedError, UsageError
 from tdpass.formats.base import FORMATS, Layer
-from tdpass.models.base import Batch, with_extents
+from tdpass.models.base import Batch
+from tdpass.models.extents import alike, with_extents
 from tdpass.models.fitting import sized
 from tdpass.models.onnx.batchnorm import BatchStatistics, batchnorms, fold, foldable, set_statistics, statistics
 from tdpass.models.onnx.checks import EXTERNAL_ABOVE, check_proto, check_structure, invalid_if_failing
@@ -67,7 +68,7 @@ class OnnxModel:
         self._waiting: frozenset[str] = frozenset()
         self._seen: dict[str, Site] = {}
         self._example: Batch | None = None
-        self._observed: Batch | None = None
+        self._observed: tuple[Batch, ...] = ()
         self._macs = 0
 
     @classmethod
@@ -193,18 +194,22 @@ class OnnxModel:
         """Run the model on a batch and record it; raises `InvalidModelError` for a batch that does not fit."""
         return self._record(self._runner, batch)
 
-    def observe(self, batch: Batch) -> None:
-        """Fill in the sites' extents and the multiply-adds from one run of the dense model, on two samples where it takes two."""
+    def observe(self, *batches: Batch) -> None:
+        """Fill in the sites' extents and the multiply-adds from a run of the dense model on the first call, on all where they may differ."""
         dense = OnnxRunner(self._dense, self._found.sites)
-        self._example = batch.part(0, 2)
+        first = batches[0]
+        self._example = first.part(0, 2)
         try:
             self._record(dense, self._example, replayed=False)
         except (UnsupportedError, InvalidModelError):
-            self._example = batch
-        tape = self._record(dense, batch, replayed=False)
-        self._observed = batch
-        self._macs = self._count(self._dense, batch).per_sample
-        self._seen = {name: with_extents(found.site, tape) for name, found in self._found.sites.items()}
+            self._example = first
+        tapes = [self._record(dense, first, replayed=False)]
+        self._seen = {name: with_extents(found.site, tapes) for name, found in self._found.sites.items()}
+        differ = not alike(batches) or any(not site.extents or site.samples > 1 for site in self._seen.values())
+        self._observed = batches if differ else batches[:1]
+        tapes += [self._record(dense, batch, replayed=False) for batch in self._observed[1:]]
+        self._seen = {name: with_extents(found.site, tapes) for name, found in self._found.sites.items()}
+        self._macs = self._count(self._dense, self._observed).per_sample
 
     def _record(self, runner: OnnxRunner, batch: Batch, *, replayed: bool = True) -> Tape:
         inputs = bind(self._dense.graph, batch)
@@ -277,11 +282,12 @@ class OnnxModel:
 
     def count(self, batch: Batch | None = None) -> Counted:
         """Multiply-adds of every node that runs, of a fused operator those of what it stands for; by default on what was last observed."""
-        call = batch or self._observed
-        return Counted() if call is None else self._count(self._unfused(), call)
+        return self._count(self._unfused(), self._observed if batch is None else (batch,))
 
-    def _count(self, model: ir.Model, batch: Batch) -> Counted:
-        return replace(count_products(model, bind(self._dense.graph, batch)), samples=batch.size)
+    def _count(self, model: ir.Model, calls: Sequence[Batch]) -> Counted:
+        each = [count_products(model, bind(self._dense.graph, call)) for call in calls]
+        unseen = dict.fromkeys(name for counted in each for name in counted.unseen)
+        return Counted(sum(counted.macs for counted in each), tuple(unseen), sum(call.size for call in calls) or 1)
 
     def macs(self) -> int:
         """Multiply-adds per sample of the dense model as last observed; 0 where never observed."""
