@@ -22,6 +22,7 @@ from tdpass.pipeline import Job, Pipeline, PipelineSpec, Progress
 from tdpass.planner.compare import compare_outputs
 from tdpass.planner.divergence import Divergence
 from tdpass.planner.effort import effort_named
+from tdpass.planner.memory import memory_limit, within_memory
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.report import Report
 from tdpass.targets import Target, open_target
@@ -165,14 +166,16 @@ def _run(
     opened = open_model(given, example_inputs)
     cache = None if setting.cache is False else cache_folder() if setting.cache is True else setting.cache
     target = None if setting.target is None else open_target(setting.target, opened.frontend, cache)
-    batches, notes = _batches(opened, data, setting.samples)
+    memory = memory_limit()
+    given_batches, notes = _batches(opened, data, setting.samples)
+    batches, cut = within_memory(opened, given_batches, memory)
     model = opened.clone()
     model.check()
     example = batches[0] if batches else None if model.macs() else model.example()
     if example is not None:
         model.observe(*(batches or [example]))
     report = _new_report(given, model)
-    for note in notes:
+    for note in (*notes, *cut):
         report.note(note)
     job = Job(
         report=report,
