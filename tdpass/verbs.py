@@ -48,6 +48,7 @@ def compress(
     example_inputs: ExampleInputs = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    overridable: Sequence[str] = (),
     formats: Sequence[str] = (),
     samples: int = 512,
     divergence: str | Divergence = "auto",
@@ -65,7 +66,8 @@ def compress(
     the parameters.  `data`: unlabelled calibration data (see `tdpass.data.calls_of`); without it weights are factored by
     themselves and a budget on macs needs `example_inputs`.  `plan`: carry out this plan (or its file) instead of planning.
     `start`: factors of the plan's sites, by name, which the fit goes on from instead of searching anew.
-    `include`, `exclude`: name globs.  `formats`: restrict to these.  `pipeline`: passes as text, list or YAML file.
+    `include`, `exclude`: name globs.  `overridable`: name globs of ONNX initializers that are inputs too and that callers set; all
+    others are weights.  `formats`: restrict to these.  `pipeline`: passes as text, list or YAML file.
     `target`: plan on times measured on `cpu`, `cpu:openvino` or `cuda`, for calls of `batch` samples on `threads` threads
     (default: as many as torch uses); no site is then made slower, and a model that is not faster is given back as it was.
     `augmented`: data for re-estimating batch-norm statistics.  `cache`: False, or a folder for planning results.
@@ -76,7 +78,7 @@ def compress(
     `UsageError`.
     """
     steps = Pipeline.parse(pipeline if pipeline is not None else GIVEN_PLAN if plan is not None else PLANNED if target is None else ON_TARGET)
-    setting = _Setting(target, batch, threads, include, exclude, formats, samples, divergence, augmented, progress, cache, effort, start or {})
+    setting = _Setting(target, batch, threads, include, exclude, overridable, formats, samples, divergence, augmented, progress, cache, effort, start or {})
     return _run(model, budget, data, plan, steps, example_inputs, setting)
 
 
@@ -92,6 +94,7 @@ def make_plan(
     example_inputs: ExampleInputs = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    overridable: Sequence[str] = (),
     formats: Sequence[str] = (),
     samples: int = 512,
     divergence: str | Divergence = "auto",
@@ -101,7 +104,7 @@ def make_plan(
 ) -> Artifact:
     """Plan only: `.plan` and `.report` of the result say what `compress` would do; `.model` is the model as it was."""
     steps = Pipeline.parse(pipeline if pipeline is not None else DRY_RUN)
-    setting = _Setting(target, batch, threads, include, exclude, formats, samples, divergence, None, progress, cache, effort)
+    setting = _Setting(target, batch, threads, include, exclude, overridable, formats, samples, divergence, None, progress, cache, effort)
     return _run(model, budget, data, None, steps, example_inputs, setting)
 
 
@@ -138,6 +141,7 @@ class _Setting:
     threads: int | None
     include: Sequence[str]
     exclude: Sequence[str]
+    overridable: Sequence[str]
     formats: Sequence[str]
     samples: int
     divergence: str | Divergence
@@ -163,7 +167,7 @@ def _run(
     effort_named(setting.effort)
     for name in setting.formats:
         FORMATS.get(name)
-    opened = open_model(given, example_inputs)
+    opened = open_model(given, example_inputs, setting.overridable)
     cache = None if setting.cache is False else cache_folder() if setting.cache is True else setting.cache
     target = None if setting.target is None else open_target(setting.target, opened.frontend, cache)
     memory = memory_limit()
@@ -175,7 +179,7 @@ def _run(
     if example is not None:
         model.observe(*(batches or [example]))
     report = _new_report(given, model)
-    for note in (*notes, *cut):
+    for note in (*model.signature().notes, *notes, *cut):
         report.note(note)
     job = Job(
         report=report,

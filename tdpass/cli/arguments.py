@@ -67,6 +67,7 @@ def add_planning(parser: Parser) -> None:
     group.add_argument("--budget", metavar="KEY=VALUE", action="append", default=[], help=budgets)
     group.add_argument("--include", metavar="GLOB", action="append", default=[], help="plan only sites whose names match; may be repeated")
     group.add_argument("--exclude", metavar="GLOB", action="append", default=[], help="leave sites alone whose names match; may be repeated")
+    group.add_argument("--overridable", metavar="GLOB", action="append", default=[], help="initializers of ONNX that stay inputs; may be repeated")
     group.add_argument("--format", metavar="NAME", action="append", default=[], help="use only these formats; may be repeated")
     group.add_argument("--divergence", metavar="NAME", default="auto", help="how outputs are compared: auto, kl, mse or cosine (default %(default)s)")
     group.add_argument("--effort", choices=("fast", "normal", "thorough"), default="normal", help="how long planning may take (default %(default)s)")

@@ -60,6 +60,7 @@ def planning(arguments: argparse.Namespace) -> dict[str, Any]:
         "example_inputs": inputs(arguments.input),
         "include": tuple(arguments.include) or ("*",),
         "exclude": tuple(arguments.exclude),
+        "overridable": tuple(arguments.overridable),
         "formats": tuple(arguments.format),
         "samples": arguments.samples,
         "effort": arguments.effort,

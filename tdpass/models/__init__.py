@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -26,11 +27,12 @@ from tdpass.models.torch_state import read_metadata as read_metadata
 ExampleInputs = Batch | Tensor | tuple[Tensor, ...] | dict[str, Tensor] | None
 
 
-def open_model(model: object, example_inputs: ExampleInputs = None) -> Model:
+def open_model(model: object, example_inputs: ExampleInputs = None, overridable: Sequence[str] = ()) -> Model:
     """Any supported model as a `Model`; nothing is changed and, for files, little is read.
 
     Takes an `nn.Module`, `fx.GraphModule`, `ExportedProgram`, `onnx.ModelProto`, `onnx_ir.Model`,
-    `onnx_graphsurgeon.Graph`, or a path to `.onnx` or `.pt2`.  Raises `InvalidModelError` for anything else.
+    `onnx_graphsurgeon.Graph`, or a path to `.onnx` or `.pt2`.
+    `overridable`: name globs of ONNX initializers that stay inputs.  Raises `InvalidModelError` for anything else.
     """
     example = as_example(example_inputs)
     if isinstance(model, str | Path):
@@ -38,7 +40,7 @@ def open_model(model: object, example_inputs: ExampleInputs = None) -> Model:
         if path.suffix == ".pt2":
             return ExportedModel(load_program(path), example)
         if path.suffix == ".onnx":
-            return OnnxModel.open(path, example)
+            return OnnxModel.open(path, example, overridable)
         raise UsageError(f"cannot read {path.name!r} as a model; give a .onnx or .pt2 file, or a torch model")
     if isinstance(model, ExportedProgram):
         return ExportedModel(model, example)
@@ -47,7 +49,7 @@ def open_model(model: object, example_inputs: ExampleInputs = None) -> Model:
     if isinstance(model, nn.Module):
         return TorchModel(model, example)
     if is_onnx(model):
-        return OnnxModel.open(model, example)
+        return OnnxModel.open(model, example, overridable)
     raise InvalidModelError(
         f"cannot compress a {type(model).__module__}.{type(model).__name__}; give an nn.Module, fx.GraphModule, ExportedProgram, "
         "onnx.ModelProto, onnx_ir.Model, onnx_graphsurgeon.Graph, or a path to .onnx or .pt2"

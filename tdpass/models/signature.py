@@ -64,11 +64,15 @@ TO_FLOAT = "images of uint8 usually as x.float() / 255, then normalised with the
 
 @dataclass(frozen=True)
 class Signature:
-    """The inputs in their order; `outputs` are the sizes of its outputs, `others` tells whether it takes inputs that are not listed."""
+    """The inputs in their order; `outputs` are the sizes of its outputs, `others` tells whether it takes inputs that are not listed.
+
+    `notes` says what is to be known of the inputs.
+    """
 
     inputs: tuple[Input, ...] = ()
     outputs: tuple[Dims | None, ...] = ()
     others: bool = False
+    notes: tuple[str, ...] = ()
 
     def takes(self, name: str) -> bool:
         """Whether there is an input of that name."""

@@ -347,12 +347,19 @@ def test_declines_with_the_reason(name: str) -> None:
     assert not {site.name for site in model.sites()} & set(model.declined())
 
 
-def test_overridable_input_is_declined() -> None:
+@pytest.mark.parametrize("overridable", [(), ("w",), ("*",)])
+def test_an_initializer_that_is_an_input_too_is_a_weight_unless_callers_set_it(overridable: tuple[str, ...]) -> None:
     proto = LINEAR["matmul_right"]().proto()
     proto.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, (8, 6)))
-    model = OnnxModel.open(proto)
-    assert model.sites() == []
-    assert "graph input" in model.declined()["w"]
+    model = OnnxModel.open(proto, overridable=overridable)
+    inputs = [value.name for value in model.unwrap().graph.input]
+    if overridable:
+        assert (model.sites(), inputs, model.signature().notes) == ([], ["x", "w"], ())
+        assert "graph input" in model.declined()["w"]
+    else:
+        assert ([site.name for site in model.sites()], inputs) == (["w"], ["x"])
+        assert "--overridable" in model.signature().notes[0]
+        assert "w" in model.signature().notes[0]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 import onnx
@@ -14,11 +14,15 @@ import onnx_ir as ir
 
 from tdpass.errors import InvalidModelError, TdpassError, UnsupportedError
 from tdpass.models.onnx.shapes import fill_output_shapes, skeleton
+from tdpass.models.onnx.storage import model_from, open_data_files
 
 EXTERNAL_ABOVE = 3 << 29
 _OPSETS = range(7, 27)  # 7 brought today's broadcasting; ONNX Runtime 1.31 ends at 26
 _IR_VERSIONS = range(3, 14)
-_TOLERATED = ("Field 'shape' of 'type' is required but missing", "No Op registered for")
+_TOLERATED = (
+    "Field 'shape' of 'type' is required but missing", "No Op registered for",
+    "must be topologically sorted", "not compatible with the version imported by model",
+)  # fmt: skip
 _RUNTIME_OPERATORS = frozenset({"LayerNormalization", "SimplifiedLayerNormalization"})
 _TYPED_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 
@@ -45,20 +49,21 @@ def check_proto(proto: onnx.ModelProto, path: Path | None = None) -> None:
     what = repr(str(path)) if path is not None else "the model"
     _check_versions(proto, what)
     with invalid_if_failing(f"{what} is not a valid ONNX model", "export it again"):
-        for graph in graph_protos(proto):
-            for tensor in graph.initializer:
-                _check_tensor(tensor, path, what)
-            for node in graph.node:
-                _check_node(node, path, what)
+        for tensor in tensor_protos(proto):
+            _check_tensor(tensor, path, what)
+        for node in node_protos(proto):
+            _check_node(node, what)
         if path is None and _content_bytes(proto) > EXTERNAL_ABOVE:
-            check_structure(ir.from_proto(proto), "export it again")
+            check_structure(model_from(proto, None), "export it again")
             return
         try:
             onnx.checker.check_model(proto if path is None else str(path), full_check=True)
         except onnx.checker.ValidationError as error:
             if not any(reason in str(error) for reason in _TOLERATED):
                 raise
-            check_structure(ir.from_proto(proto), "export it again")
+            model = model_from(proto, None if path is None else path.parent)
+            open_data_files(model)
+            check_structure(model, "export it again")
 
 
 def check_structure(model: ir.Model, hint: str) -> None:
@@ -99,26 +104,44 @@ def _check_versions(proto: onnx.ModelProto, what: str) -> None:
 
 
 def graph_protos(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
-    """The main graph and every subgraph."""
-    waiting = [proto.graph]
+    """The main graph and every subgraph, those in local functions included."""
+    waiting = [proto.graph, *(graph for function in proto.functions for graph in _subgraphs(function.node))]
     while waiting:
         graph = waiting.pop()
         yield graph
-        for node in graph.node:
-            for attribute in node.attribute:
-                waiting.extend(attribute.graphs)
-                if attribute.HasField("g"):
-                    waiting.append(attribute.g)
+        waiting.extend(_subgraphs(graph.node))
+
+
+def _subgraphs(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.GraphProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from attribute.graphs
+            if attribute.HasField("g"):
+                yield attribute.g
+
+
+def node_protos(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Every node, those of local functions included."""
+    for graph in graph_protos(proto):
+        yield from graph.node
+    for function in proto.functions:
+        yield from function.node
+
+
+def tensor_protos(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every initializer and every tensor that a node holds."""
+    for graph in graph_protos(proto):
+        yield from graph.initializer
+    for node in node_protos(proto):
+        yield from (attribute.t for attribute in node.attribute if attribute.HasField("t"))
 
 
 def _content_bytes(proto: onnx.ModelProto) -> int:
     return sum(len(tensor.raw_data) for graph in graph_protos(proto) for tensor in graph.initializer)
 
 
-def _check_node(node: onnx.NodeProto, path: Path | None, what: str) -> None:
+def _check_node(node: onnx.NodeProto, what: str) -> None:
     for attribute in node.attribute:
-        if attribute.HasField("t"):
-            _check_tensor(attribute.t, path, what)
         smallest = {"group": 1, "strides": 1, "dilations": 1, "kernel_shape": 1}.get(attribute.name)
         given = [*attribute.ints, *([attribute.i] if attribute.HasField("i") else [])]
         if smallest is not None and not node.domain and any(number < smallest for number in given):

@@ -12,8 +12,8 @@ import onnx
 import onnx_ir as ir
 
 from tdpass.errors import InvalidModelError, UsageError
-from tdpass.models.onnx.checks import check_proto, graph_protos, invalid_if_failing
-from tdpass.models.onnx.storage import release_pages
+from tdpass.models.onnx.checks import check_proto, invalid_if_failing, tensor_protos
+from tdpass.models.onnx.storage import model_from, release_pages
 
 _INLINE_BELOW = 1024
 
@@ -30,9 +30,7 @@ def read(path: Path) -> ir.Model:
         proto = onnx.load(path, load_external_data=False)
     check_proto(proto, path)
     with invalid_if_failing(what, hint):
-        model = ir.from_proto(proto)
-        ir.external_data.set_base_dir(model.graph, str(path.parent))
-    return model
+        return model_from(proto, path.parent)
 
 
 def write(model: ir.Model, path: Path, external: bool) -> list[Path]:
@@ -90,6 +88,6 @@ def _data_files(path: Path) -> list[Path]:
         proto = onnx.load(path, load_external_data=False)
     except Exception:  # noqa: BLE001 - whatever is there is no model whose data could be tidied up
         return []
-    tensors = [tensor for graph in graph_protos(proto) for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    tensors = [tensor for tensor in tensor_protos(proto) if tensor.data_location == onnx.TensorProto.EXTERNAL]
     locations = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
     return sorted(path.parent / name for name in locations if name.startswith(f"{path.name}.") and name.endswith(".data") and os.sep not in name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -10,13 +12,19 @@ from tdpass.models.base import Batch
 from tdpass.models.onnx.tensors import dims, torch_dtype
 from tdpass.models.signature import Dims, Input, Signature
 
+_TAKEN = (
+    "{count} initializers that were also inputs are taken for weights, and are inputs no more: {names}; "
+    "pass overridable=[...] (--overridable NAME) for those that callers set"
+)
 
-def signature(graph: ir.Graph) -> Signature:
-    """Inputs by name, type and sizes; those that an initializer gives a default are not required."""
+
+def signature(graph: ir.Graph, constants: Sequence[str] = ()) -> Signature:
+    """Inputs by name, type and sizes; those that an initializer gives a default are not required.  `constants` were inputs with one."""
     inputs = tuple(
         Input(value.name or "", None if value.dtype is None else torch_dtype(value.dtype), _sizes(value), not value.is_initializer()) for value in graph.inputs
     )
-    return Signature(inputs, tuple(_sizes(value) for value in graph.outputs))
+    notes = () if not constants else (_TAKEN.format(count=len(constants), names=", ".join(constants[:4]) + (", ..." if len(constants) > 4 else "")),)
+    return Signature(inputs, tuple(_sizes(value) for value in graph.outputs), notes=notes)
 
 
 def _sizes(value: ir.Value) -> Dims | None:

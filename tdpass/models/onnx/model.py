@@ -27,7 +27,7 @@ from tdpass.models.onnx.file import read, remove_obsolete, write
 from tdpass.models.onnx.fuse import decide
 from tdpass.models.onnx.fused_rewrite import Fusions, fused
 from tdpass.models.onnx.inputs import bind, declared_example, signature
-from tdpass.models.onnx.normalize import normalized
+from tdpass.models.onnx.normalize import INPUTS_HOLD_INITIALIZERS_BELOW, defaults, normalized
 from tdpass.models.onnx.parameters import parameters
 from tdpass.models.onnx.products import count_products
 from tdpass.models.onnx.rewrite import rewritten
@@ -36,7 +36,7 @@ from tdpass.models.onnx.session import Session
 from tdpass.models.onnx.shapes import Shapes
 from tdpass.models.onnx.sites import Findings, FoundSite, find_sites
 from tdpass.models.onnx.spill import HELD_BYTES, held_bytes, spilled
-from tdpass.models.onnx.storage import open_data_files, release_heap, stored_bytes
+from tdpass.models.onnx.storage import model_from, open_data_files, release_heap, stored_bytes
 from tdpass.models.signature import Signature
 from tdpass.products import Counted
 from tdpass.site import Site
@@ -70,44 +70,52 @@ class OnnxModel:
         self._example: Batch | None = None
         self._observed: tuple[Batch, ...] = ()
         self._macs = 0
+        self._constants: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, source: object, example: Batch | None = None) -> OnnxModel:
-        """Accept any of the four kinds; with an example the sites' extents are known.  Raises `InvalidModelError` for an unsound model or another type."""
-        model = cls._open(source)
+    def open(cls, source: object, example: Batch | None = None, overridable: Sequence[str] = ()) -> OnnxModel:
+        """Accept any of the four kinds; with an example the sites' extents are known.
+
+        Initializers that are inputs too are taken for weights, but for those that match a name in `overridable`.  Raises
+        `InvalidModelError` for an unsound model or another type.
+        """
+        model = cls._open(source, overridable)
         if example is not None:
             model.observe(sized(model.signature(), example))
         return model
 
     @classmethod
-    def _open(cls, source: object) -> OnnxModel:
+    def _open(cls, source: object, overridable: Sequence[str]) -> OnnxModel:
         if isinstance(source, str | Path):
-            return cls._of(read(Path(source)), "path")
+            return cls._of(read(Path(source)), "path", overridable)
         if isinstance(source, onnx.ModelProto):
-            return cls.from_proto(source)
+            return cls.from_proto(source, overridable=overridable)
         if isinstance(source, ir.Model):
             check_structure(source, "see that it was built or changed correctly")
-            return cls._of(source, "ir")
+            return cls._of(source, "ir", overridable)
         if _is_graphsurgeon(source):
             with invalid_if_failing("the graphsurgeon graph cannot be exported", "see that it is complete"):
                 proto = importlib.import_module("onnx_graphsurgeon").export_onnx(source)
-            return cls.from_proto(proto, "graphsurgeon")
+            return cls.from_proto(proto, "graphsurgeon", overridable)
         raise InvalidModelError(f"{type(source).__name__} is no ONNX model; give a path, an onnx.ModelProto, an onnx_ir.Model or an onnx_graphsurgeon.Graph")
 
     @classmethod
-    def from_proto(cls, proto: onnx.ModelProto, source: Source = "proto") -> OnnxModel:
+    def from_proto(cls, proto: onnx.ModelProto, source: Source = "proto", overridable: Sequence[str] = ()) -> OnnxModel:
         """Wrap a protobuf that holds its weights; raises `InvalidModelError` for an unsound one."""
         check_proto(proto)
         with invalid_if_failing("the model cannot be read", "export it again"):
-            model = ir.from_proto(proto)
-        return cls._of(model, source)
+            model = model_from(proto, None)
+        return cls._of(model, source, overridable)
 
     @classmethod
-    def _of(cls, model: ir.Model, source: Source) -> OnnxModel:
-        dense = normalized(model)
+    def _of(cls, model: ir.Model, source: Source, overridable: Sequence[str]) -> OnnxModel:
+        dense = normalized(model, overridable)
         with invalid_if_failing("the model's data files cannot be opened", "put them beside the model"):
             external = open_data_files(dense)
-        return cls(dense, source, external, Shapes.infer(dense))
+        made = cls(dense, source, external, Shapes.infer(dense))
+        if (dense.ir_version or 0) >= INPUTS_HOLD_INITIALIZERS_BELOW:
+            made._constants = tuple(str(value.name) for value in defaults(model) if value.name not in {kept.name for kept in dense.graph.inputs})
+        return made
 
     @cached_property
     def _found(self) -> Findings:
@@ -274,7 +282,7 @@ class OnnxModel:
 
     def signature(self) -> Signature:
         """Inputs by name, type and sizes."""
-        return signature(self._dense.graph)
+        return signature(self._dense.graph, self._constants)
 
     def fixed_batch(self) -> int | None:
         """The one number of samples it takes, where every input fixes it."""

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 
 import onnx_ir as ir
 
 from tdpass.models.onnx.checks import invalid_if_failing
 from tdpass.models.onnx.matchers import MATCHERS
-from tdpass.models.onnx.rewrite import prune_initializers
+from tdpass.models.onnx.rewrite import INPUTS_HOLD_INITIALIZERS_BELOW, prune_initializers
+from tdpass.models.onnx.shapes import ordered
 from tdpass.models.onnx.tensors import FLOAT_TYPES, constant, from_torch, sizes, to_torch
 
-_INPUTS_HOLD_INITIALIZERS_BELOW = 4
 _REARRANGING = frozenset({"Identity", "Transpose"})
 
 
-def normalized(model: ir.Model) -> ir.Model:
-    """An equivalent copy of the model in that form; the weights are shared.  Raises `InvalidModelError` for a cyclic graph."""
+def defaults(model: ir.Model) -> list[ir.Value]:
+    """The inputs that an initializer gives a default."""
+    initializers = set(model.graph.initializers.values())
+    return [value for value in model.graph.inputs if value in initializers]
+
+
+def normalized(model: ir.Model, overridable: Sequence[str] = ()) -> ir.Model:
+    """An equivalent copy of the model in that form; the weights are shared.
+
+    Inputs with a default are constants, but for those that match a name in `overridable`.  Raises `InvalidModelError` for a
+    cyclic graph.
+    """
     with invalid_if_failing("the model's graph cannot be sorted", "it has a cycle or a missing value; export it again"):
-        copy = model.clone()
-        copy.graph.sort()
-    if (copy.ir_version or 0) < _INPUTS_HOLD_INITIALIZERS_BELOW:
-        initializers = set(copy.graph.initializers.values())
-        for value in [value for value in copy.graph.inputs if value in initializers]:
+        copy = ordered(model)
+    for value in defaults(copy):
+        if (copy.ir_version or 0) < INPUTS_HOLD_INITIALIZERS_BELOW or not any(fnmatchcase(value.name or "", name) for name in overridable):
             copy.graph.inputs.remove(value)
     for node in list(copy.graph):
         if not node.domain and node.op_type in _REARRANGING:

@@ -13,7 +13,7 @@ from tdpass.models.onnx.shapes import Shapes
 from tdpass.models.onnx.sites import FoundSite
 from tdpass.models.onnx.use import Use
 
-_INPUTS_HOLD_INITIALIZERS_BELOW = 4
+INPUTS_HOLD_INITIALIZERS_BELOW = 4
 
 
 def rewritten(model: ir.Model, sites: Mapping[str, FoundSite], layers: Mapping[str, Layer], shapes: Shapes) -> ir.Model:
@@ -40,7 +40,7 @@ def rewritten(model: ir.Model, sites: Mapping[str, FoundSite], layers: Mapping[s
     for value, wanted in (pair for ops in recorders for pair in ops.constants_read()):
         value.name = names.value(wanted)
         copy.graph.register_initializer(value)
-    if (copy.ir_version or 0) < _INPUTS_HOLD_INITIALIZERS_BELOW:
+    if (copy.ir_version or 0) < INPUTS_HOLD_INITIALIZERS_BELOW:
         copy.graph.inputs.extend(value for value in copy.graph.initializers.values() if not value.is_graph_input())
     return copy
 

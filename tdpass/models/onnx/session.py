@@ -25,7 +25,7 @@ from tdpass.models.onnx.file import write
 from tdpass.models.onnx.fused_ops import DOMAIN, uses_fused_ops
 from tdpass.models.onnx.storage import stored_bytes
 
-_ERRORS_ONLY = 3
+_ERRORS_ONLY, _FATAL_ONLY = 3, 4
 _THROUGH_A_FILE_ABOVE = 1 << 28
 
 
@@ -90,7 +90,7 @@ class Session:
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs by name."""
         try:
-            results = self._session.run(self._outputs, {name: _to_numpy(tensor) for name, tensor in inputs.items()})
+            results = self._session.run(self._outputs, {name: _to_numpy(tensor) for name, tensor in inputs.items()}, _quiet())
         except Exception as error:
             raise InvalidModelError(f"ONNX Runtime fails on the model: {brief(error)}") from error
         return {name: torch.from_numpy(result) for name, result in zip(self._outputs, results, strict=True)}
@@ -116,6 +116,13 @@ def traced(model: ir.Model, inputs: Mapping[str, Tensor]) -> list[Mapping[str, A
         session = Session(model, trace=Path(folder) / "trace")
         session(inputs)
         return session.end_trace()
+
+
+def _quiet() -> onnxruntime.RunOptions:
+    """Options of a run whose failure is said by an exception, not in the log as well."""
+    options = onnxruntime.RunOptions()
+    options.log_severity_level = _FATAL_ONLY
+    return options
 
 
 def _to_numpy(tensor: Tensor) -> object:

@@ -14,13 +14,34 @@ Dims = tuple[int | None, ...]
 _SMALL = 1024
 
 
+def put_in_order(model: ir.Model) -> None:
+    """Sort nodes behind what they read, and let local functions use the operators of the model's versions, as runtimes do.
+
+    ONNX Runtime inlines a function without looking at the versions that it names.  Raises `ValueError` for a cyclic graph.
+    """
+    model.graph.sort()
+    for function in model.functions.values():
+        function.sort()
+        function.opset_imports.update({domain: model.opset_imports[domain] for domain in function.opset_imports if domain in model.opset_imports})
+
+
+def ordered(model: ir.Model) -> ir.Model:
+    """A copy in order that shares the weights; raises `ValueError` for a cyclic graph."""
+    try:
+        copy = model.clone()
+    except RuntimeError:  # only what is in order can be cloned
+        copy = ir.from_proto(ir.to_proto(model))
+    put_in_order(copy)
+    return copy
+
+
 def skeleton(model: ir.Model) -> onnx.ModelProto:
     """The model without the contents of its large initializers, which become inputs.
 
     Checking and inferring shapes need the structure and the small integer constants only; this way neither serializes
     the weights, of which there may be more than the 2 GiB that a protobuf can hold.
     """
-    copy = model.clone()
+    copy = ordered(model)
     graph = copy.graph
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value

@@ -6,14 +6,16 @@ import ctypes
 import mmap
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import cast
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
+from tdpass.models.onnx.shapes import put_in_order
 from tdpass.models.onnx.tensors import sizes
 
 # Every mapping that somebody still reads from, so that their pages can be let go of together.
@@ -75,6 +77,22 @@ class DataFile:
         return ir.Tensor(numbers.reshape(shape.numpy()), dtype)
 
 
+def model_from(proto: onnx.ModelProto, folder: Path | None) -> ir.Model:
+    """The model in order, its external data in that folder; contents stay in their files.  Raises `ValueError` for a cyclic graph."""
+    model = ir.from_proto(proto)
+    put_in_order(model)
+    if folder is not None:
+        for graph in (model.graph, *(function.graph for function in model.functions.values())):
+            ir.external_data.set_base_dir(graph, str(folder))
+    return model
+
+
+def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """The nodes of the main graph and of the local functions, those in branches and loop bodies included."""
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        yield from ir.traversal.RecursiveGraphIterator(graph)
+
+
 def open_data_files(model: ir.Model) -> bool:
     """Let every external tensor read through an open file instead of by path; returns whether there was one."""
     files: dict[Path, DataFile] = {}
@@ -89,7 +107,7 @@ def open_data_files(model: ir.Model) -> bool:
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
                 value.const_value = opened(value.const_value)
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+    for node in all_nodes(model):
         for attribute in list(node.attributes.values()):
             if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
                 node.attributes[attribute.name] = ir.AttrTensor(attribute.name, opened(attribute.value))
