@@ -23,6 +23,7 @@ class Batch:
     args: tuple[Tensor, ...] = ()
     kwargs: Mapping[str, Tensor] = field(default_factory=dict)
     axes: tuple[int | None, ...] | None = None
+    whole: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -45,7 +46,7 @@ class Batch:
     @property
     def divisible(self) -> bool:
         """Whether the call can be cut into its samples."""
-        return any(axis is not None for axis in self.sample_axes)
+        return not self.whole and any(axis is not None for axis in self.sample_axes)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same call with every tensor changed, axes as they are."""
@@ -54,10 +55,12 @@ class Batch:
     def replaced(self, tensors: Sequence[Tensor]) -> Batch:
         """The same call with these for `tensors`, axes as they are."""
         count = len(self.args)
-        return Batch(tuple(tensors[:count]), dict(zip(self.kwargs, tensors[count:], strict=True)), self.axes)
+        return Batch(tuple(tensors[:count]), dict(zip(self.kwargs, tensors[count:], strict=True)), self.axes, self.whole)
 
     def part(self, start: int, stop: int) -> Batch:
         """The samples from `start` up to `stop`; the whole call where it cannot be cut."""
+        if not self.divisible:
+            return self
 
         def cut(tensor: Tensor, axis: int | None) -> Tensor:
             return tensor if axis is None else tensor.narrow(axis, start, min(stop, tensor.shape[axis]) - start)

@@ -51,7 +51,7 @@ class _Way:
         if self.least < most:
             stops[-1] = call.size
         for start, stop in zip(starts, stops, strict=True):
-            part = call.part(start, stop)
+            part = replace(call.part(start, stop), whole=self.least == most)
             yield replace(part, axes=(None,) * len(self.axes)) if self.one_sample else part
 
 

@@ -84,9 +84,9 @@ def test_samples_lie_along_any_axis_that_the_model_leaves_open(n: Size) -> None:
     model = open_model(recurrent(n))
     (call,), notes = calls_of(model, {"x": X, "state": STATE, "rate": 16000})
     assert (call.size, call.sample_axes, notes) == (8, (0, 1, None), [])
-    tape = model.record(call)
-    assert tape.batch_size == 8
-    assert tape.macs == 16 * 12 + 12 * 12 + 12 * 5
+    assert model.record(call).batch_size == 8
+    model.observe(call)
+    assert model.macs() == 16 * 12 + 12 * 12 + 12 * 5
 
 
 @pytest.mark.parametrize("rate", [16000, np.int64(16000), torch.tensor(16000), torch.full((8,), 16000), np.int32(16000)])
@@ -94,7 +94,7 @@ def test_a_fixed_batch_of_one_is_called_once_per_sample(rate: object) -> None:
     dynamic, fixed = open_model(recurrent("n")), open_model(recurrent(1))
     data = {"x": X.numpy(), "state": STATE.numpy(), "rate": rate}
     calls, _ = calls_of(fixed, data)
-    assert [call.size for call in calls] == [1] * 8
+    assert [(call.size, call.divisible) for call in calls] == [(1, False)] * 8
     together = dynamic.run(Batch((X, STATE, torch.tensor(16000))))
     for name, axis in (("y", 0), ("next", 1)):
         assert torch.allclose(answers(fixed, calls, name, axis), together[name], atol=1e-5)  # type: ignore[index]
@@ -284,6 +284,13 @@ def test_exported_programs_say_which_sizes_are_open() -> None:
         calls, _ = calls_of(open_model(program), (STATE, X, torch.tensor(16000)))
         assert [call.size for call in calls] == expected
         assert {call.sample_axes for call in calls} == {(1, 0, None)}
+
+
+@pytest.mark.parametrize("memory", ["2GiB", "1KiB"])
+def test_calls_of_a_fixed_size_stay_whole_in_little_memory(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TDPASS_MEMORY", memory)
+    result = tdpass.compress(image_net(4), {"macs": 0.8}, torch.randn(12, 3, 8, 8), formats=["channel_svd"])
+    assert result.report.checks["samples"] == (12 if memory == "2GiB" else 4)
 
 
 def test_a_whole_run_on_a_recurrent_net_of_a_fixed_batch_is_as_small_as_on_a_batch() -> None:

@@ -60,7 +60,7 @@ def declared_example(graph: ir.Graph) -> Batch | None:
         generator = torch.Generator().manual_seed(0)
         dtype = entry.dtype
         tensors.append(torch.randn(shape, generator=generator).to(dtype) if dtype.is_floating_point else torch.ones(shape, dtype=dtype))  # type: ignore[arg-type]
-    return Batch(tuple(tensors), axes=axes) if tensors else None
+    return Batch(tuple(tensors), axes=axes, whole=not names) if tensors else None
 
 
 def _open_axis(entry: Input, names: set[str]) -> int | None:

@@ -27,10 +27,10 @@ from tdpass.models.onnx.file import read, remove_obsolete, write
 from tdpass.models.onnx.fuse import decide
 from tdpass.models.onnx.fused_rewrite import Fusions, fused
 from tdpass.models.onnx.inputs import bind, declared_example, signature
-from tdpass.models.onnx.normalize import INPUTS_HOLD_INITIALIZERS_BELOW, defaults, normalized
+from tdpass.models.onnx.normalize import defaults, normalized
 from tdpass.models.onnx.parameters import parameters
 from tdpass.models.onnx.products import count_products
-from tdpass.models.onnx.rewrite import rewritten
+from tdpass.models.onnx.rewrite import INPUTS_HOLD_INITIALIZERS_BELOW, rewritten
 from tdpass.models.onnx.runner import OnnxRunner
 from tdpass.models.onnx.session import Session
 from tdpass.models.onnx.shapes import Shapes
