@@ -75,6 +75,28 @@ def _mixed(x: Tensor) -> Tensor:
         return (x @ torch.eye(x.shape[1])).float() * x.sigmoid()
 
 
+def _into(x: Tensor) -> Tensor:
+    made = torch.empty_like(x)
+    torch.mul(x, x.sigmoid(), out=made)
+    return made
+
+
+class _OneWay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise RuntimeError("no derivative")
+
+
+def _irreversible(x: Tensor) -> Tensor:
+    made = _through_numpy(x)
+    torch.add(x, 0.0, out=torch.empty_like(x))
+    return made
+
+
 _CUTS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "plain": (lambda x: x * x.sigmoid(), False),
     "script": (_swish, False),
@@ -88,6 +110,8 @@ _CUTS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "number": (_scaled, True),
     "view": (_through_a_view, True),
     "autocast": (_mixed, False),
+    "out": (_into, False),
+    "seeded": (lambda x: (torch.manual_seed(0), x * x.sigmoid() + 0.1 * torch.randn(x.shape))[1], True),
 }
 
 
@@ -181,6 +205,16 @@ def test_gradients_pass_through_scripted_code() -> None:
     plain, scripted = (dict(stream_metrics(each, sites, _fitted(each))) for each in tapes)
     for ours, theirs in zip(scripted.values(), plain.values(), strict=True):
         torch.testing.assert_close(ours.outputs, theirs.outputs)
+
+
+@pytest.mark.parametrize("act", [_OneWay.apply, _irreversible], ids=["backward", "forward"])
+def test_inputs_are_observed_where_there_is_no_derivative(act: Callable[[Tensor], Tensor]) -> None:
+    tapes = [[open_model(_net(act)).record(Batch((part,))) for part in X.split(40)] for act in (lambda x: x * x.sigmoid(), act)]
+    sites = open_model(_net(act), Batch((X,))).sites()
+    plain, cut = (dict(stream_metrics(each, sites, _fitted(each))) for each in tapes)
+    for ours, theirs in zip(cut.values(), plain.values(), strict=True):
+        torch.testing.assert_close(ours.inputs, theirs.inputs)
+        torch.testing.assert_close(ours.mean, theirs.mean)
 
 
 def test_a_live_tape_plays_the_model_as_it_was_recorded() -> None:

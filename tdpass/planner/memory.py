@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tdpass.errors import UnsupportedError, UsageError
+from tdpass.errors import InvalidModelError, UnsupportedError, UsageError
 from tdpass.models.base import Batch, Model
 from tdpass.tape import Tape
 
@@ -66,7 +66,7 @@ def within_memory(model: Model, calls: Sequence[Batch], limit: int) -> tuple[lis
         return [], []
     try:
         needed = Footprint.of(model.record(calls[0].part(0, 1) if calls[0].divisible else calls[0]))
-    except UnsupportedError:  # what cannot be recorded keeps no recordings
+    except (UnsupportedError, InvalidModelError):  # it cannot be recorded and keeps no recordings, or takes no single sample
         return list(calls), []
     most = max(1, int(_RUNNING * limit / max(2 * needed.total, 1.0)))
     samples = max(1, int(_PAUSED * limit / max(2 * needed.live, 1.0)))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from tdpass.errors import InvalidModelError
 from tdpass.formats.metric import Metric
 from tdpass.planner.divergence import FittedDivergence
 from tdpass.planner.patches import output_rows, patches, working
@@ -122,35 +123,46 @@ def _groups(sites: Sequence[Site]) -> list[list[Site]]:
     return [group for group in groups if group]
 
 
-def _accumulate(tape: Tape, sums: dict[str, _Sums], divergence: FittedDivergence, generator: torch.Generator) -> None:
-    if not any(name in sums for name in tape.site_calls):
-        return
-    outputs: list[tuple[_Sums, Tensor]] = []
+@dataclass
+class _Observer:
+    """Adds up what the sites of a run read, and keeps their outputs; a second try of a run goes on where the first one failed."""
 
-    def watch(name: str, x: Tensor, y: Tensor) -> Tensor:
-        entry = sums.get(name)
+    sums: Mapping[str, _Sums]
+    generator: torch.Generator
+    outputs: list[tuple[_Sums, Tensor]] = field(default_factory=list)
+    added: int = 0
+
+    def __call__(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        entry = self.sums.get(name)
         if entry is not None:
-            entry.add_inputs(x, generator)
+            if len(self.outputs) == self.added:
+                entry.add_inputs(x, self.generator)
+                self.added += 1
             if not y.requires_grad and torch.is_grad_enabled():
                 y.requires_grad_(True)
-            outputs.append((entry, y))
+            self.outputs.append((entry, y))
         return y
 
-    with torch.enable_grad():
-        returned = divergence.outputs(tape.play().finish(watch))
-        results = {name: value for name, value in returned.items() if value.requires_grad}
-        for _ in range(PROBES if results else 0):
-            directions = divergence.probe({name: value.detach() for name, value in results.items()}, generator)
-            moved = [results[name] for name in directions]
-            gradients = _gradients(moved, [y for _, y in outputs], list(directions.values()))
-            for (entry, _), gradient in zip(outputs, gradients, strict=True):
-                if gradient is not None:
-                    entry.add_gradient(gradient, tape.batch_size)
 
-
-def _gradients(results: Sequence[Tensor], at: Sequence[Tensor], directions: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """The gradients of a projection of the outputs; none where some operation on the way has no derivative."""
+def _accumulate(tape: Tape, sums: Mapping[str, _Sums], divergence: FittedDivergence, generator: torch.Generator) -> None:
+    if not any(name in sums for name in tape.site_calls):
+        return
+    observer = _Observer(sums, generator)
     try:
-        return torch.autograd.grad(results, at, directions, retain_graph=True, allow_unused=True)
-    except (RuntimeError, NotImplementedError):
-        return [None] * len(at)
+        with torch.enable_grad():
+            _add_gradients(divergence.outputs(tape.play().finish(observer)), observer, divergence, tape.batch_size)
+    except (RuntimeError, InvalidModelError):  # some operation has no derivative: what the sites read is still to be had
+        observer.outputs.clear()
+        with torch.no_grad():
+            tape.play().finish(observer)
+
+
+def _add_gradients(returned: Mapping[str, Tensor], observer: _Observer, divergence: FittedDivergence, samples: int) -> None:
+    results = {name: value for name, value in returned.items() if value.requires_grad}
+    for _ in range(PROBES if results else 0):
+        directions = divergence.probe({name: value.detach() for name, value in results.items()}, observer.generator)
+        moved, at = [results[name] for name in directions], [y for _, y in observer.outputs]
+        gradients = torch.autograd.grad(moved, at, list(directions.values()), retain_graph=True, allow_unused=True)
+        for (entry, _), gradient in zip(observer.outputs, gradients, strict=True):
+            if gradient is not None:
+                entry.add_gradient(gradient, samples)

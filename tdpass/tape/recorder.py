@@ -94,6 +94,7 @@ class _Recorder(TorchFunctionMode):
             return result
         else:
             output = tree_map(lambda leaf: self.number(leaf) if isinstance(leaf, Tensor) else leaf, result)
+        recorded_kwargs.pop("out", None)  # its value is the result; a replay makes a new one
         if site is not None:
             recorded_args, recorded_kwargs = _positional(recorded_args, recorded_kwargs)
         autocast = None if isinstance(func, OpOverload) else Autocast.of((args, kwargs))

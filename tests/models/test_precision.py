@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from tdpass.artifact import Artifact
@@ -14,6 +15,7 @@ from tdpass.models import open_model
 from tdpass.models.base import Batch
 from tdpass.models.factorized import Factorized
 from tdpass.verbs import compress
+from tests.models.onnx_nets import node
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float64)
 _STEP = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float64: 1e-6}
@@ -134,3 +136,21 @@ def test_the_type_of_inputs_is_not_that_of_an_integer_parameter() -> None:
     net, x = Ordered().eval(), _data("bias")
     torch.testing.assert_close(open_model(net).run(Batch((x,))), net(x).detach())
     assert compress(net, {"params": 0.7}, x, cache=False).report.checks["relative_difference"] < 0.3
+
+
+@pytest.mark.parametrize(("element", "dtype"), [(TensorProto.FLOAT16, torch.float16), (TensorProto.DOUBLE, torch.float64)], ids=["half", "double"])
+def test_an_onnx_model_of_any_precision_takes_data(element: int, dtype: torch.dtype) -> None:
+    net, x = _net("bias"), _data("bias")
+    tensors = {f"{name}.{kind}": getattr(net[int(name)], kind).detach().to(dtype).numpy() for name in "02" for kind in ("weight", "bias")}  # type: ignore[index]
+    graph = helper.make_graph(
+        [node("Gemm", "x 0.weight 0.bias", "a", transB=1), node("Relu", "a", "r"), node("Gemm", "r 2.weight 2.bias", "y", transB=1)],
+        "g",
+        [helper.make_tensor_value_info("x", element, ("N", 20))],
+        [helper.make_tensor_value_info("y", element, ("N", 6))],
+        [numpy_helper.from_array(array, name) for name, array in tensors.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    made = compress(model, plan=_in_float32("bias").plan, data=x, cache=False)
+    twin = _in_float32("bias").report.checks["relative_difference"]
+    assert {tensor.data_type for tensor in made.model.graph.initializer} == {element}  # type: ignore[attr-defined]
+    assert made.report.checks["relative_difference"] == pytest.approx(twin, rel=0.15, abs=2 * _STEP[dtype])
