@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from tdpass.models.base import Model
 from tdpass.pipeline import Job, Pass, register_pass
-from tdpass.planner.repair import correct_biases, divergence_of
+from tdpass.planner.repair import correct_biases, divergence_of, with_room_for_bias
+from tdpass.planner.trials import Promise
 
 
 @register_pass
@@ -18,20 +19,22 @@ class CorrectBias(Pass):
     """
 
     name = "correct-bias"
+    promise = Promise.REPAIR
 
     def run(self, model: Model, job: Job) -> bool:
         layers = {site.name: layer for site in model.sites() if (layer := model.layer(site.name)) is not None}
         if not layers or not job.batches:
             job.note("nothing to correct: no site is replaced" if job.batches else "skipped: there is no calibration data")
             return False
-        tapes = job.tapes(model)
-        corrected = correct_biases(tapes, layers)
-        divergence = job.measure(model)
-        before, after = (divergence_of(tapes, choice, divergence) for choice in (layers, corrected))
+        tapes, biased = job.tapes(model), with_room_for_bias(layers, job.room(model))
+        corrected = correct_biases(tapes, layers, biased)
+        before, after = (divergence_of(tapes, choice, job.measure) for choice in (layers, corrected))
         if not after < before:
             job.note(f"left as it was: the divergence would go from {before:.4g} to {after:.4g}")
             return False
         for name, layer in corrected.items():
             model.replace(name, layer)
+        if left := layers.keys() - biased:
+            job.note(f"{len(left)} sites get no bias: the budget has no room for one")
         job.note(f"divergence {before:.4g} -> {after:.4g}")
         return True

@@ -15,6 +15,7 @@ from tdpass.planner.candidates import SiteFits, bias_cost
 from tdpass.planner.joint import Chain, drop_layers, find_branches, find_chains, prune_layers
 from tdpass.planner.moments import stream_metrics
 from tdpass.planner.rank_plan import Choice, RankPlan
+from tdpass.planner.trials import Promise
 from tdpass.site import Site
 
 
@@ -24,6 +25,7 @@ class Factorize(Pass):
     """Replace every planned site by its factors, fitted in the metric of the calibration data where there is some."""
 
     name = "factorize"
+    promise = Promise.PLAN
 
     def run(self, model: Model, job: Job) -> bool:
         if job.plan is None:
@@ -38,7 +40,7 @@ class Factorize(Pass):
         for site in alone:
             FORMATS.get(chosen[site.name].format).check_rank(site, chosen[site.name].rank)
         _check_start(job.start, {site.name: site for site in alone}, chosen)
-        metrics = stream_metrics(tapes, alone, job.measure(model)) if tapes else ((site, Metric()) for site in alone)
+        metrics = stream_metrics(tapes, alone, job.measure) if tapes else ((site, Metric()) for site in alone)
         replaced: set[str] = set()
         for count, (site, metric) in enumerate(metrics, start=1):
             choice = chosen[site.name]
@@ -68,7 +70,7 @@ class Factorize(Pass):
             raise PlanError("the plan prunes channels or drops branches, which needs to see the model running; pass data= or example_inputs=")
         chains = find_chains(tapes, sites)
         pairs = [chain for chain in chains if _pruned_together(chain, together)]
-        metrics = {site.name: metric for site, metric in stream_metrics(tapes, [sites[chain.consumer] for chain in pairs], job.measure(model))}
+        metrics = {site.name: metric for site, metric in stream_metrics(tapes, [sites[chain.consumer] for chain in pairs], job.measure)}
         for chain in pairs:
             channels = together[chain.consumer].channels
             if not all(0 <= channel < sites[chain.consumer].i for channel in channels):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tdpass.models.base import Model
 from tdpass.pipeline import Job, Pass, register_pass
+from tdpass.planner.trials import Promise
 
 
 @register_pass
@@ -14,6 +15,7 @@ class FoldBatchnorm(Pass):
     """W' = gamma / sqrt(var + eps) W, b' = beta + gamma (b - mean) / sqrt(var + eps); the output in inference does not change."""
 
     name = "fold-batchnorm"
+    promise = Promise.SAME
 
     def run(self, model: Model, job: Job) -> bool:
         folded = model.fold_batchnorm()

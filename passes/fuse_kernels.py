@@ -8,6 +8,7 @@ from tdpass.clock import threads_of_torch
 from tdpass.models.base import Batch, Model
 from tdpass.models.chain_choice import choosing
 from tdpass.pipeline import Job, Pass, register_pass
+from tdpass.planner.trials import Promise
 
 
 @register_pass
@@ -21,6 +22,7 @@ class FuseKernels(Pass):
     """
 
     name = "fuse-kernels"
+    promise = Promise.SAME
 
     lanes: str = "auto"
     measure: bool = True

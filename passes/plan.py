@@ -14,6 +14,7 @@ from tdpass.planner.planning import Dense, Table, add_joint_options, tabulate
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.planner.stopwatch import Stopwatch
 from tdpass.planner.timed import measure_table, plan_on_time
+from tdpass.planner.trials import Promise
 from tdpass.report import CurvePoint
 from tdpass.site import Site, selects
 from tdpass.targets import Target
@@ -30,6 +31,7 @@ class Plan(Pass):
     """
 
     name = "plan"
+    promise = Promise.SAME
 
     macs: BudgetValue | None = None
     params: BudgetValue | None = None
@@ -47,7 +49,7 @@ class Plan(Pass):
         if "seconds" in budget.measures and job.target is None:
             raise BudgetError("a budget on seconds needs a machine to measure on; pass target='cpu' (--target cpu), or bound macs instead")
         effort = effort_named(self.effort or job.effort).of(job.original.macs)
-        tapes, divergence = job.tapes(model), job.measure(model)
+        tapes, divergence = job.tapes(model), job.measure
         dense, cache, context = Dense(model.weight, model.bias), CandidateCache(job.cache), self._context(model, job, sites)
         table = tabulate(sites, dense, tapes, divergence, job.formats, cache, context, job.progress, job.target is not None, effort)
         if self.joint and effort.measured and tapes and not job.formats and budget.max_error is None:
@@ -56,7 +58,7 @@ class Plan(Pass):
             plan = table.plan(budget, job.original)
         else:
             plan, table = self._on_target(job.target, table, budget, model, job)
-        job.plan = plan
+        job.plan, job.budget, job.expected = plan, budget, plan.loss if tapes and effort.measured else None
         job.report.budget, job.report.metric, job.report.divergence = str(budget), plan.metric, plan.divergence
         job.report.sites = plan.rows()
         self._draw_curve(table, budget, job)
@@ -100,8 +102,8 @@ class Plan(Pass):
             return ""
         tensors = [tensor for batch in job.batches for tensor in batch.tensors]
         weights = [weight for site in model.sites() for weight in (model.weight(site.name), model.bias(site.name))]
-        answers = [value for outputs in job.references(model) for value in outputs.values()]
-        counted = [f"{name} {term.measure.name} {term.weight}" for name, term in job.measure(model).terms.items()]
+        answers = [value for outputs in job.references for value in outputs.values()]
+        counted = [f"{name} {term.measure.name} {term.weight}" for name, term in job.measure.terms.items()]
         return digest(*counted, str(model.params()), ",".join(site.name for site in sites), *weights, *tensors, *answers)
 
     def _draw_curve(self, table: Table, budget: Budget, job: Job) -> None:

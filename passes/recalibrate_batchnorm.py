@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tdpass.models.base import Model
 from tdpass.pipeline import Job, Pass, register_pass
+from tdpass.planner.trials import Promise
 
 
 @register_pass
@@ -18,6 +19,7 @@ class RecalibrateBatchnorm(Pass):
     """
 
     name = "recalibrate-batchnorm"
+    promise = Promise.REPAIR
 
     def run(self, model: Model, job: Job) -> bool:
         if not job.batches:
@@ -38,6 +40,5 @@ class RecalibrateBatchnorm(Pass):
 
 
 def _divergence(model: Model, job: Job) -> float:
-    divergence = job.measure(model)
-    outputs = (divergence.outputs(model.run(batch)) for batch in job.batches)
-    return divergence.mean(zip(job.references(model), outputs, strict=True))
+    outputs = (job.measure.outputs(model.run(batch)) for batch in job.batches)
+    return job.measure.mean(zip(job.references, outputs, strict=True))

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from tdpass.models.base import Model
 from tdpass.pipeline import Job, Pass, register_pass
-from tdpass.planner.repair import divergence_of, refit_last_factors
+from tdpass.planner.repair import divergence_of, refit_last_factors, with_room_for_bias
+from tdpass.planner.trials import Promise
 
 
 @register_pass
@@ -19,6 +20,7 @@ class Refit(Pass):
     """
 
     name = "refit"
+    promise = Promise.REPAIR
 
     ridge: float = 1e-3
 
@@ -27,10 +29,9 @@ class Refit(Pass):
         if not layers or not job.batches:
             job.note("nothing to refit: no site is replaced" if job.batches else "skipped: there is no calibration data")
             return False
-        tapes = job.tapes(model)
-        refitted, declined = refit_last_factors(tapes, layers, self.ridge)
-        divergence = job.measure(model)
-        before, after = (divergence_of(tapes, choice, divergence) for choice in (layers, refitted))
+        tapes, biased = job.tapes(model), with_room_for_bias(layers, job.room(model))
+        refitted, declined = refit_last_factors(tapes, layers, self.ridge, biased)
+        before, after = (divergence_of(tapes, choice, job.measure) for choice in (layers, refitted))
         if not after < before:
             job.note(f"left as it was: the divergence would go from {before:.4g} to {after:.4g}")
             return False
@@ -39,5 +40,7 @@ class Refit(Pass):
                 model.replace(name, layer)
         for name, reason in declined.items():
             job.note(f"{name} not refitted: {reason}")
+        if left := layers.keys() - biased:
+            job.note(f"{len(left)} sites get no bias: the budget has no room for one")
         job.note(f"divergence {before:.4g} -> {after:.4g}")
         return True

@@ -15,6 +15,7 @@ from tdpass.data import as_batches as as_batches
 from tdpass.deploy import deploy as deploy
 from tdpass.deploy import load_deployed as load_deployed
 from tdpass.errors import BudgetError as BudgetError
+from tdpass.errors import DifferenceError as DifferenceError
 from tdpass.errors import InvalidModelError as InvalidModelError
 from tdpass.errors import PassError as PassError
 from tdpass.errors import PlanError as PlanError
@@ -33,6 +34,7 @@ from tdpass.pipeline import Pipeline as Pipeline
 from tdpass.pipeline import register_pass as register_pass
 from tdpass.planner.divergence import Divergence as Divergence
 from tdpass.planner.rank_plan import RankPlan as RankPlan
+from tdpass.planner.trials import Promise as Promise
 from tdpass.report import Report as Report
 from tdpass.verbs import compress as compress
 from tdpass.verbs import make_plan as make_plan

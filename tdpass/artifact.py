@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from torch import nn
 
-from tdpass.errors import PlanError, UsageError
+from tdpass.errors import DifferenceError, PlanError, TdpassError, UsageError
 from tdpass.files import write_text
 from tdpass.html_report import render_html
-from tdpass.models import Model, load_module, read_metadata
+from tdpass.models import Batch, Model, load_module, open_model, read_metadata
 from tdpass.packing import stored_in
 from tdpass.planner.rank_plan import RankPlan
+from tdpass.planner.trials import ROUNDING, gap
 from tdpass.report import Report
 
 PLAN_KEY = "tdpass.plan"
+LARGEST_RELOADED = 1 << 29
+
+
+@dataclass(frozen=True)
+class Reload:
+    """How a saved file is loaded and run once more: the call, and for a module the dense structure, as long as somebody else holds it."""
+
+    call: Batch
+    dense: Callable[[], nn.Module | None] = lambda: None
+
+    @classmethod
+    def of(cls, given: Model, call: Batch) -> Reload:
+        """For what was made from that model."""
+        module = getattr(given, "module", None)
+        return cls(call, weakref.ref(module)) if isinstance(module, nn.Module) else cls(call)
+
+    def opened(self, path: Path) -> Model | None:
+        """The saved model; None where its dense structure is gone."""
+        if path.suffix != ".safetensors":
+            return open_model(path)
+        dense = self.dense()
+        return None if dense is None else open_model(load_module(path, copy.deepcopy(dense)))
 
 
 @dataclass(frozen=True)
@@ -27,16 +53,35 @@ class Artifact:
     plan: RankPlan
     report: Report
     opened: Model
+    reload: Reload | None = field(default=None, repr=False, compare=False)
 
     def save(self, path: Path | str) -> None:
         """Write the deployable file: `.safetensors` for a module, `.pt2` for an exported program, `.onnx` for a graph.
 
         The plan travels inside, as metadata.  In `.safetensors`, pruned and quantized tensors are packed without loss, and
-        `report.stored` says how small they are.  Raises `UsageError` for a suffix that does not suit the model.
+        `report.stored` says how small they are.  Models of at most 512 MiB are loaded from the file again and run.  Raises `UsageError`
+        for a suffix that does not suit the model, `DifferenceError` when the file does not load or answers otherwise than the model.
         """
         self.opened.save(Path(path), {PLAN_KEY: self.plan.to_json(), "tdpass.version": _version()})
         if isinstance(self.model, nn.Module) and self.suffix == ".safetensors":
             self.report.stored = stored_in(Path(path))
+        self._check_saved(Path(path))
+
+    def _check_saved(self, path: Path) -> None:
+        """Run what was saved once more, where that is cheap."""
+        if self.reload is None:
+            return
+        if self.opened.bytes() > LARGEST_RELOADED:
+            self.report.note(f"{path.name} was not loaded and run again: the model is larger than {LARGEST_RELOADED >> 20} MiB")
+            return
+        try:
+            saved = self.reload.opened(path)
+            moved = 0.0 if saved is None else gap(self.opened.run(self.reload.call), saved.run(self.reload.call))
+        except TdpassError as error:
+            raise DifferenceError(f"what was saved does not load or run again, and is kept as {_set_aside(path)}: {error}") from error
+        if moved > ROUNDING:
+            kept = _set_aside(path)
+            raise DifferenceError(f"what was saved answers otherwise than the model, off by {moved:.3g} of its outputs' size, and is kept as {kept}")
 
     def save_all(self, folder: Path | str) -> list[Path]:
         """Write model, plan.json, report.json and report.html into a folder; returns the paths."""
@@ -53,6 +98,15 @@ class Artifact:
     def suffix(self) -> str:
         """The suffix of the deployable file."""
         return self.opened.suffix
+
+
+def unverified(path: Path) -> Path:
+    """Where a result goes that is not what it should be."""
+    return path.with_name(f"{path.stem}.unverified{path.suffix}")
+
+
+def _set_aside(path: Path) -> Path:
+    return path.replace(unverified(path))
 
 
 def load(path: Path | str, model: nn.Module) -> nn.Module:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 
 class TdpassError(Exception):
-    """Root of all errors that a user can act on."""
+    """Root of all errors that a user can act on.
+
+    `artifact` is the `Artifact` that was made before the error was found, so that the work is not lost; None where there is none.
+    """
+
+    artifact: object = None
 
 
 class InvalidModelError(TdpassError):
@@ -41,3 +46,7 @@ class KernelError(TdpassError):
 
 class TrainingError(TdpassError):
     """A training run that diverges, or cannot go on from where it stopped."""
+
+
+class DifferenceError(TdpassError):
+    """A result whose outputs differ from the original's by more than was to be expected; the message names the pass that did it."""

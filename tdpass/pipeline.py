@@ -7,18 +7,18 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from tdpass.cost import Budget, Cost
 from tdpass.documents import misfit, read_yaml, yaml_value
-from tdpass.errors import PassError, TdpassError, UsageError
+from tdpass.errors import DifferenceError, PassError, TdpassError, UnsupportedError, UsageError
 from tdpass.formats.base import Factors
 from tdpass.models.base import Batch, Model
 from tdpass.planner.divergence import Divergence, FittedDivergence, Outputs
 from tdpass.planner.rank_plan import RankPlan
+from tdpass.planner.trials import Promise, Trials
 from tdpass.registry import Registry
 from tdpass.report import PassRow, Report
 from tdpass.tape import Tape
@@ -34,6 +34,8 @@ class Job:
     `batches` is the calibration data, `tapes` the recorded runs of the still dense model on them (made on first use, and
     before any site is replaced), `plan` what the planner decided.  `progress(what, done, of)` is called now and then.
     `effort` is how much time planning may take.
+    `given` is the model as the user gave it, `expected` the loss that the plan expects on the calibration data where it was made on
+    them; with `strict` a difference that was not to be expected is an error, else a note.
     `start` holds factors of sites from which a search goes on.  `target` is the machine to plan for, where the model is called
     with `batch` samples and `threads` threads, and `dense` the model as it was when it was timed there.
     """
@@ -56,19 +58,27 @@ class Job:
     threads: int = 1
     start: Mapping[str, Factors] = field(default_factory=dict)
     dense: Model | None = None
+    given: Model | None = None
+    expected: float | None = None
+    strict: bool = True
     notes: list[str] = field(default_factory=list)
     recorded: list[Tape] = field(default_factory=list)
-    answers: list[Outputs] = field(default_factory=list)
-    fitted: FittedDivergence | None = None
+    trials: Trials | None = None
+
+    def begin(self, model: Model) -> None:
+        """Run the model on the trials, before any pass has touched it."""
+        self.given = self.given or model.clone()
+        if self.trials is None:
+            self.trials = Trials.of(self.given, self.batches, self.measure if self.batches else None)
 
     def tapes(self, model: Model) -> list[Tape]:
         """Recorded runs of the dense model on the calibration data, one per batch."""
-        if not self.recorded:
+        if not self.recorded and self.batches:
             self.recorded = list(self._record(model))
             for note in dict.fromkeys(tape.note for tape in self.recorded if tape.note):
                 self.report.note(note)
-            with torch.no_grad():
-                self.answers = [_kept(self.divergence.outputs(tape.play().finish())) for tape in self.recorded]
+            if self.trials is not None:
+                self.trials.record(model)
         return self.recorded
 
     def _record(self, model: Model) -> Iterator[Tape]:
@@ -77,16 +87,35 @@ class Job:
             yield model.record(batch)
         self.progress("recording runs of the model", len(self.batches), len(self.batches))
 
-    def references(self, model: Model) -> list[Outputs]:
-        """The original's outputs on the calibration data, one per batch."""
-        self.tapes(model)
-        return self.answers
+    @cached_property
+    def references(self) -> list[Outputs]:
+        """What the model as it was given answers on the calibration data when it is really run, one entry per batch."""
+        return [_kept(self.divergence.outputs(self._run_given(batch))) for batch in self.batches]
 
-    def measure(self, model: Model) -> FittedDivergence:
+    @cached_property
+    def measure(self) -> FittedDivergence:
         """The divergence from the original's outputs, fitted to all of them once, so that every pass goes by the same."""
-        if self.fitted is None:
-            self.fitted = self.divergence.fit(self.references(model))
-        return self.fitted
+        return self.divergence.fit(self.references)
+
+    def _run_given(self, batch: Batch) -> object:
+        assert self.given is not None, "a pipeline has begun"
+        try:
+            return self.given.run(batch)
+        except UnsupportedError as error:
+            self.report.note(f"a recorded run stands for the original, which cannot be run here as it is deployed: {error}")
+            return self.given.record(batch).play().finish()
+
+    def unexpected(self, text: str) -> None:
+        """Say that the result differs from what was to be expected: raises `DifferenceError`, or where that is allowed makes a note."""
+        if self.strict:
+            raise DifferenceError(f"{text}; exclude the layers at fault, or take the result as it is with strict=False (--no-strict)")
+        self.report.note(text)
+
+    def room(self, model: Model) -> dict[str, float]:
+        """What may still be added to the model's parameters and bytes within the budget, by measure."""
+        limits = {} if self.budget is None else self.budget.limits(self.original)
+        held = {"params": model.params, "bytes": model.bytes}
+        return {measure: limits[measure] - count() for measure, count in held.items() if measure in limits}
 
     def note(self, text: str) -> None:
         """Say something about the pass that is running."""
@@ -99,9 +128,13 @@ def _kept(outputs: Outputs) -> Outputs:
 
 
 class Pass(ABC):
-    """One rewrite of a model; a frozen dataclass whose fields are its options."""
+    """One rewrite of a model; a frozen dataclass whose fields are its options.
+
+    `promise` is what it says of the network's outputs, which every run of a pipeline holds it to.
+    """
 
     name: ClassVar[str]
+    promise: ClassVar[Promise] = Promise.NONE
 
     @abstractmethod
     def run(self, model: Model, job: Job) -> bool:
@@ -160,8 +193,10 @@ class Pipeline:
     def run(self, model: Model, job: Job) -> bool:
         """Run every pass on `model` in place, checking it after each; returns whether anything changed.
 
-        Raises `PassError` naming the pass and those before it; errors a user can act on keep their type.
+        After every pass the model is really run on the trials.  Raises `DifferenceError` naming the pass whose outputs are not what
+        it promises, `PassError` naming a pass that fails and those before it; errors a user can act on keep their type.
         """
+        job.begin(model)
         changed = False
         for index, step in enumerate(self.passes):
             before = ", ".join(done.name for done in self.passes[:index])
@@ -179,10 +214,25 @@ class Pipeline:
             seconds = time.perf_counter() - start
             job.report.passes.append(PassRow(str(step), stepped, seconds, Cost(model.params(), 0, model.bytes()), tuple(job.notes)))
             changed = changed or stepped
+            _hold(step, stepped, model, job)
         return changed
 
     def __str__(self) -> str:
         return ",".join(str(step) for step in self.passes)
+
+
+def _hold(step: Pass, changed: bool, model: Model, job: Job) -> None:
+    """Hold a pass to its promise on the trials."""
+    if changed and step.promise is not Promise.SAME:
+        job.report.checks.clear()
+    assert job.trials is not None
+    try:
+        broken = job.trials.check(str(step), step.promise, model, job.expected)
+    except Exception as error:  # noqa: BLE001 - a check that cannot be made must not cost the result
+        job.report.note(f"{step} could not be checked: {type(error).__name__}: {error}")
+        return
+    if broken:
+        job.unexpected(broken)
 
 
 def _read_recipe(path: Path) -> Sequence[Any]:

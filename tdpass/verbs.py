@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from tdpass.artifact import Artifact, load_plan
+from tdpass.artifact import Artifact, Reload, load_plan
 from tdpass.cost import Budget, BudgetSpec, Cost
 from tdpass.data import calls_of
-from tdpass.errors import UsageError
+from tdpass.errors import TdpassError, UsageError
 from tdpass.files import cache_folder
 from tdpass.formats.base import FORMATS, Factors
 from tdpass.models import Batch, ExampleInputs, Model, open_model
@@ -56,6 +56,7 @@ def compress(
     progress: Progress | None = None,
     cache: bool | Path = True,
     effort: str = "normal",
+    strict: bool = True,
 ) -> Artifact:
     """Make a model smaller within a budget, and say what was done.
 
@@ -73,12 +74,15 @@ def compress(
     `augmented`: data for re-estimating batch-norm statistics.  `cache`: False, or a folder for planning results.
     `effort`: `fast` plans in seconds from the metric alone, `normal` measures losses for about a minute of one core (for a model
     of up to 1 GMAC a sample, in proportion above), `thorough` measures all that fit in four.
+    `strict`: False makes a note of a result that differs from the original by more than the plan expects, which else is an error.
 
-    Raises `BudgetError` when the budget cannot be met (naming the smallest reachable), `InvalidModelError`, `PlanError`,
-    `UsageError`.
+    Raises `BudgetError` when the budget cannot be met (naming the smallest reachable), `DifferenceError` for such a result (naming the
+    pass that did it), `InvalidModelError`, `PlanError`, `UsageError`.  An error found after the plan was carried out holds what was
+    made in `.artifact`.
     """
     steps = Pipeline.parse(pipeline if pipeline is not None else GIVEN_PLAN if plan is not None else PLANNED if target is None else ON_TARGET)
-    setting = _Setting(target, batch, threads, include, exclude, overridable, formats, samples, divergence, augmented, progress, cache, effort, start or {})
+    searched = (include, exclude, overridable, formats, samples, divergence, augmented)
+    setting = _Setting(target, batch, threads, *searched, progress, cache, effort, start or {}, strict)
     return _run(model, budget, data, plan, steps, example_inputs, setting)
 
 
@@ -150,6 +154,7 @@ class _Setting:
     cache: bool | Path
     effort: str
     start: Mapping[str, Factors] = field(default_factory=dict)
+    strict: bool = True
 
 
 def _run(
@@ -195,23 +200,58 @@ def _run(
         effort=setting.effort,
         start=setting.start,
         original=report.original,
+        given=opened,
+        strict=setting.strict,
         target=target,
         batch=_count("batch", setting.batch),
         threads=torch.get_num_threads() if setting.threads is None else _count("threads", setting.threads),
     )
     if setting.progress is not None:
         job.progress = setting.progress
-    steps.run(model, job)
+    try:
+        steps.run(model, job)
+        return _finished(opened, model, job)
+    except TdpassError as error:
+        error.artifact = _salvaged(model, job)
+        raise
+
+
+def _finished(opened: Model, model: Model, job: Job) -> Artifact:
+    """What comes out of the passes, counted again and held to the budget and, on a target, against the dense model."""
+    report = job.report
     if job.plan is None:
         job.plan = RankPlan((), report.original, declined=dict(report.declined))
     changed = any(model.layer(site.name) is not None for site in model.sites())
-    report.dry_run = not changed and any(not choice.kept_dense for choice in job.plan)
-    report.final = job.plan.planned if report.dry_run else Cost(model.params(), _macs(model, report), model.bytes(), report.original.seconds)
+    _count_again(model, job, job.plan, changed=changed)
     if job.target is not None:
         report.target = f"{job.target.name}, batch {job.batch}, {job.threads} {'thread' if job.threads == 1 else 'threads'}"
         if changed and not hold_against_dense(opened, model, job):
             model = opened.clone()
-    return Artifact(model.unwrap(), job.plan, report, model)
+    return _artifact(model, job, job.plan)
+
+
+def _count_again(model: Model, job: Job, plan: RankPlan, *, changed: bool) -> None:
+    report = job.report
+    report.dry_run = not changed and any(not choice.kept_dense for choice in plan)
+    report.final = plan.planned if report.dry_run else Cost(model.params(), _macs(model, report), model.bytes(), report.original.seconds)
+
+
+def _artifact(model: Model, job: Job, plan: RankPlan) -> Artifact:
+    trial = next(iter(job.trials.trials), None) if job.trials is not None else None
+    return Artifact(model.unwrap(), plan, job.report, model, None if trial is None or job.given is None else Reload.of(job.given, trial.call))
+
+
+def _salvaged(model: Model, job: Job) -> Artifact | None:
+    """What was made before an error was found, where the plan was carried out; not to be trusted before the error is understood."""
+    planned = [choice.site for choice in job.plan or () if not choice.kept_dense]
+    names = {site.name for site in model.sites()}
+    if job.plan is None or not planned or not all(name in names and model.layer(name) is not None for name in planned):
+        return None
+    try:
+        _count_again(model, job, job.plan, changed=True)
+        return _artifact(model, job, job.plan)
+    except TdpassError:
+        return None
 
 
 def _count(name: str, value: int) -> int:

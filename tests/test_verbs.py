@@ -12,19 +12,12 @@ import onnx
 import onnx_ir
 import pytest
 import torch
+from onnx_nets import to_onnx
 from torch import Tensor, nn
 
 import tdpass
 from tdpass.errors import BudgetError, PlanError, UsageError
 from tdpass.formats import FORMATS
-
-
-def to_onnx(module: nn.Module, x: Tensor) -> onnx.ModelProto:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(module, (x,), dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim("n", min=1, max=4096)},))
-    assert program is not None
-    return program.model_proto
 
 
 def _outputs(artifact: tdpass.Artifact, x: Tensor) -> Tensor:

@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 
 import tdpass
+from tdpass.artifact import unverified
 from tdpass.cli.arguments import MODEL_HELP, Verbs, add_data, add_planning, add_torch, add_verb, budget
 from tdpass.cli.output import Output
 from tdpass.cli.plan import data, planning
 from tdpass.cli.sources import read_source
-from tdpass.errors import UsageError
+from tdpass.errors import TdpassError, UsageError
 from tdpass.files import write_text
 from tdpass.html_report import render_html
 from tdpass.terminal import report_view
@@ -28,6 +29,7 @@ def add(verbs: Verbs) -> None:
     add_planning(parser)
     add_torch(parser)
     parser.add_argument("--plan", metavar="PLAN.json", type=Path, help="carry out this plan instead of making one")
+    parser.add_argument("--no-strict", action="store_true", help="a result further from the original than planned is noted in the report, no error")
     parser.add_argument("--report-dir", metavar="DIR", type=Path, help="where plan and report go (default: beside the output)")
 
 
@@ -46,14 +48,16 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     except OSError as error:
         raise UsageError(f"cannot make the folder {folder}: {error.strerror}; name another with --report-dir") from None
     options = planning(arguments)
-    with out.progress() as progress:
-        artifact = tdpass.compress(source.load(), limits or None, data(arguments), plan=plan, progress=progress, **options)
-        artifact.save(output)
-    artifact.report.model = source.text
-    written = {"model": output, **{kind: folder / f"{output.stem}.{kind}" for kind in ("plan.json", "report.json", "report.html")}}
-    artifact.plan.save(written["plan.json"])
-    artifact.report.save(written["report.json"])
-    write_text(written["report.html"], render_html(artifact.report, artifact.plan))
+    strict = not arguments.no_strict
+    try:
+        with out.progress() as progress:
+            artifact = tdpass.compress(source.load(), limits or None, data(arguments), plan=plan, progress=progress, strict=strict, **options)
+    except TdpassError as error:
+        if isinstance(error.artifact, tdpass.Artifact):
+            kept = _write(error.artifact, source.text, unverified(output), folder)
+            out.say(f"what was made is kept, to look at and not to be used as it is: {', '.join(map(str, kept.values()))}")
+        raise
+    written = _write(artifact, source.text, output, folder)
 
     def view(width: int | None) -> list[Part]:
         return [*report_view(artifact.report, artifact.plan, width), "", *(f"wrote {path}" for path in written.values())]
@@ -61,3 +65,16 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     document = {"files": {kind: str(path) for kind, path in written.items()}, "report": json.loads(artifact.report.to_json())}
     out.show({**document, "plan": json.loads(artifact.plan.to_json())}, view)
     return 0
+
+
+def _write(artifact: tdpass.Artifact, name: str, output: Path, folder: Path) -> dict[str, Path]:
+    """Save the model, and its plan and report even where that fails; returns the files by kind."""
+    artifact.report.model = name
+    written = {"model": output, **{kind: folder / f"{output.stem}.{kind}" for kind in ("plan.json", "report.json", "report.html")}}
+    try:
+        artifact.save(output)
+    finally:
+        artifact.plan.save(written["plan.json"])
+        artifact.report.save(written["report.json"])
+        write_text(written["report.html"], render_html(artifact.report, artifact.plan))
+    return written

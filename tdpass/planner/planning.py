@@ -84,7 +84,7 @@ class Table:
         else:
             chosen = cheapest(options, names, "macs" if all(site.seen for site in self.sites) else "params")
         choices = tuple(self._choice(site, chosen[site.name], budget) for site in self.sites)
-        return RankPlan(self._with_channels(choices, chosen), original, str(budget), self.metric, self.divergence)
+        return RankPlan(self._with_joint(choices, chosen), original, str(budget), self.metric, self.divergence)
 
     def curve(self, measure: str, original: Cost) -> Iterator[tuple[float, RankPlan]]:
         """Plans over a range of budgets on one measure, as far as they can be met."""
@@ -110,9 +110,12 @@ class Table:
             kernel=candidate.kernel,
         )
 
-    def _with_channels(self, choices: Sequence[Choice], chosen: Mapping[str, Candidate]) -> tuple[Choice, ...]:
-        channels = {name: joint.channels for joint in self.joint for name, part in joint.parts.items() if chosen.get(name) is part}
-        return tuple(replace(choice, channels=channels.get(choice.site, ())) for choice in choices)
+    def _with_joint(self, choices: Sequence[Choice], chosen: Mapping[str, Candidate]) -> tuple[Choice, ...]:
+        """The choices with what sites that change together share: their channels, and at the last of them the loss of all."""
+        taken = [joint for joint in self.joint if all(chosen.get(name) is part for name, part in joint.parts.items())]
+        channels = {name: joint.channels for joint in taken for name in joint.parts}
+        losses = {list(joint.parts)[-1]: joint.loss for joint in taken}
+        return tuple(replace(c, channels=channels.get(c.site, ()), loss=losses.get(c.site, c.loss)) for c in choices)
 
     def _reason(self, site: Site, candidate: Candidate, budget: Budget) -> str:
         if candidate.format != DENSE:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -30,13 +30,28 @@ def divergence_of(tapes: Sequence[Tape], layers: Mapping[str, Layer], divergence
     return tally.mean
 
 
-def correct_biases(tapes: Sequence[Tape], layers: Mapping[str, Layer]) -> dict[str, Layer]:
-    """Layers whose biases restore each site's mean output, front to back on the compressed network's own activations."""
+def with_room_for_bias(layers: Mapping[str, Layer], room: Mapping[str, float]) -> frozenset[str]:
+    """Layers that have a bias, and of those without one, front to back, as many as may get one; `room` is what is left by measure."""
+    left, found = dict(room), {name for name, layer in layers.items() if layer.bias is not None}
+    for name, layer in layers.items():
+        width = next(iter(layer.factors.values())).element_size() if layer.factors else 4
+        needed = {"params": layer.site.o, "bytes": layer.site.o * width}
+        if name not in found and all(needed[measure] <= amount for measure, amount in left.items()):
+            found.add(name)
+            left = {measure: amount - needed[measure] for measure, amount in left.items()}
+    return frozenset(found)
+
+
+def correct_biases(tapes: Sequence[Tape], layers: Mapping[str, Layer], biased: Container[str]) -> dict[str, Layer]:
+    """Layers whose biases restore each site's mean output, front to back on the compressed network's own activations.
+
+    Only those named in `biased` have or get one.
+    """
     corrected = dict(layers)
     lockstep = _start(tapes, layers)
     for name, moments in lockstep.sites():
         layer = corrected.get(name)
-        if layer is None or not _full(layer):
+        if layer is None or not _full(layer) or name not in biased:
             continue
         with torch.no_grad():
             gaps = [output_rows(moment.target - layer(moment.x.to(_dtype(layer))), layer.site) for moment in moments]
@@ -47,11 +62,12 @@ def correct_biases(tapes: Sequence[Tape], layers: Mapping[str, Layer]) -> dict[s
     return corrected
 
 
-def refit_last_factors(tapes: Sequence[Tape], layers: Mapping[str, Layer], ridge: float) -> tuple[dict[str, Layer], dict[str, str]]:
+def refit_last_factors(tapes: Sequence[Tape], layers: Mapping[str, Layer], ridge: float, biased: Container[str]) -> tuple[dict[str, Layer], dict[str, str]]:
     """Layers whose last factor and bias answer the compressed network's own activations as the original did.
 
     Per site, front to back: min || U z + b - target ||^2 + ridge * level * || U - U0 ||^2 over the calibration positions,
-    where z are the features that the last factor reads, U0 is the factor as it was and level the mean of diag(E[z z^T]).
+    where z are the features that the last factor reads, U0 is the factor as it was and level the mean of diag(E[z z^T]); b is zero
+    for layers not named in `biased`.
     Returns the layers, and the reason for each that was left as it was.
     """
     refitted = dict(layers)
@@ -67,7 +83,7 @@ def refit_last_factors(tapes: Sequence[Tape], layers: Mapping[str, Layer], ridge
         if stage is None or not _full(layer):
             declined[name] = f"{layer.format} has no last factor to solve for" if stage is None else "its outputs were pruned or it was dropped"
             continue
-        refitted[name] = _solve(layer, stage.factor, stage.site, moments, ridge)
+        refitted[name] = _solve(layer, stage.factor, stage.site, moments, ridge, bias=name in biased)
         lockstep.apply(name, refitted[name])
         solved.add(name)
     for name in set(layers) - solved - set(declined):
@@ -92,7 +108,7 @@ def _full(layer: Layer) -> bool:
     return layer.format != "constant" and FORMATS.get(layer.format).outputs(layer.site, layer.rank) == layer.site.o
 
 
-def _solve(layer: Layer, factor: str, site: Site, moments: Sequence[Moment], ridge: float) -> Layer:
+def _solve(layer: Layer, factor: str, site: Site, moments: Sequence[Moment], ridge: float, *, bias: bool) -> Layer:
     current = layer.factors[factor]
     width = current[0].numel() + 1
     normal = torch.zeros(width, width, dtype=torch.float64)
@@ -109,15 +125,18 @@ def _solve(layer: Layer, factor: str, site: Site, moments: Sequence[Moment], rid
             cross += (targets.T @ features).double()
             rows += features.shape[0]
     normal, cross = normal / rows, cross / rows
-    bias = torch.zeros(site.o) if layer.bias is None else layer.bias
-    before = torch.cat([current.double().flatten(1), bias.double()[:, None]], 1)
+    offset = torch.zeros(site.o) if layer.bias is None else layer.bias
+    before = torch.cat([current.double().flatten(1), offset.double()[:, None]], 1)
     pull = torch.full((width,), ridge * float(normal.diagonal()[:-1].mean()) + 1e-12, dtype=torch.float64)
-    pull[-1] = 1e-12
+    if bias:
+        pull[-1] = 1e-12
+    else:
+        normal, cross, before, pull = normal[:-1, :-1], cross[:, :-1], before[:, :-1], pull[:-1]
     solved = torch.linalg.solve(normal + torch.diag(pull), (cross + before * pull).T).T
     if not bool(torch.isfinite(solved).all()):
         return layer
-    weight = solved[:, :-1].reshape(current.shape).to(current.dtype).contiguous()
-    return replace(layer, factors={**layer.factors, factor: weight}, bias=solved[:, -1].to(current.dtype).contiguous())
+    weight = solved[:, : width - 1].reshape(current.shape).to(current.dtype).contiguous()
+    return replace(layer, factors={**layer.factors, factor: weight}, bias=solved[:, -1].to(current.dtype).contiguous() if bias else None)
 
 
 def _with_one(rows: Tensor) -> Tensor:

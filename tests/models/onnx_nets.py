@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor
+from torch import Tensor, nn
 
 import tdpass.formats  # noqa: F401 - fills the registry
 from tdpass.formats.base import FORMATS, Layer
@@ -73,3 +74,12 @@ def svd(model: Model, name: str, rank: int, bias: Tensor | None = None) -> Layer
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return list(a) == list(b) and all(torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-5) for name in a)
+
+
+def to_onnx(module: nn.Module, x: Tensor) -> onnx.ModelProto:
+    """A torch module as the exporter writes it, with an open number of samples."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(module, (x,), dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim("n", min=1, max=4096)},))
+    assert program is not None
+    return program.model_proto

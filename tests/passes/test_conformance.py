@@ -73,6 +73,6 @@ def test_folding_and_repairs_do_what_they_promise(residual: nn.Module, images: T
     divergences = []
     for text in ("plan,factorize", "correct-bias", "refit"):
         Pipeline.parse(text).run(model, job)
-        divergence = job.measure(model)
+        divergence = job.measure
         divergences.append(divergence.mean([(divergence.outputs(dense), divergence.outputs(model.run(Batch((images,)))))]))
     assert divergences == sorted(divergences, reverse=True)

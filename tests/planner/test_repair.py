@@ -27,8 +27,8 @@ def test_each_repair_brings_the_network_closer(residual: nn.Module, images: Tens
     wish = Divergence("mse")
     divergence = wish.fit([wish.outputs(tape.play().finish()) for tape in tapes])
     before = divergence_of(tapes, layers, divergence)
-    corrected = correct_biases(tapes, layers)
-    refitted, declined = refit_last_factors(tapes, corrected, 1e-3)
+    corrected = correct_biases(tapes, layers, layers)
+    refitted, declined = refit_last_factors(tapes, corrected, 1e-3, corrected)
     assert not declined
     assert divergence_of(tapes, corrected, divergence) < before
     assert divergence_of(tapes, refitted, divergence) < divergence_of(tapes, corrected, divergence)
@@ -36,7 +36,7 @@ def test_each_repair_brings_the_network_closer(residual: nn.Module, images: Tens
 
 def test_corrected_biases_restore_the_mean_of_the_last_layer(residual: nn.Module, images: Tensor) -> None:
     tapes, layers = _rank_one(residual, images)
-    corrected = correct_biases(tapes, layers)
+    corrected = correct_biases(tapes, layers, layers)
     with torch.no_grad():
         dense = torch.cat([tape.play().finish() for tape in tapes]).mean(0)
         ours = torch.cat([tape.play().fork(dict(corrected)).finish() for tape in tapes]).mean(0)
@@ -46,7 +46,7 @@ def test_corrected_biases_restore_the_mean_of_the_last_layer(residual: nn.Module
 def test_the_last_factor_is_the_least_squares_solution(residual: nn.Module, images: Tensor) -> None:
     tapes, layers = _rank_one(residual, images)
     only = {"head": layers["head"]}
-    refitted, _ = refit_last_factors(tapes, only, 0.0)
+    refitted, _ = refit_last_factors(tapes, only, 0.0, only)
     with torch.no_grad():
         index = tapes[0].site_calls["head"][0]
         x = torch.cat([tape.play().advance(index).input_of(index) for tape in tapes])
