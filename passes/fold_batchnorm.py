@@ -18,6 +18,6 @@ class FoldBatchnorm(Pass):
     promise = Promise.SAME
 
     def run(self, model: Model, job: Job) -> bool:
-        folded = model.fold_batchnorm()
+        folded = model.fold_batchnorm(job.report.decline)
         job.note(f"folded {len(folded)} of {len(model.sites())} sites' batch-norms")
         return bool(folded)

@@ -18,6 +18,10 @@ from tdpass.site import Site
 from tdpass.tape import Tape
 
 
+def no_reasons(name: str, reason: str) -> None:
+    """Does nothing with why something was declined."""
+
+
 class Model(Protocol):
     """A network whose weights can be read, replaced and observed; the front ends implement it.
 
@@ -58,8 +62,11 @@ class Model(Protocol):
     def run(self, batch: Batch) -> object:
         """Outputs on a batch, as tensors in the model's own structure (ONNX: a dict by output name)."""
 
-    def fold_batchnorm(self) -> Sequence[str]:
-        """Fold every batch-norm that directly follows a site's only use into that site; returns the sites changed."""
+    def fold_batchnorm(self, decline: Callable[[str, str], None] = no_reasons) -> Sequence[str]:
+        """Fold every batch-norm that directly follows a site's only use into that site; returns the sites changed.
+
+        `decline` takes a batch-norm that follows a site, and why it stays.
+        """
 
     def recalibrate_batchnorm(self, batches: Iterable[Batch]) -> Callable[[], None] | None:
         """Estimate all running statistics anew; returns how to undo that, or None where there is no batch-norm left."""

@@ -109,7 +109,7 @@ def _batch_norm(graph_module: GraphModule, node: Node) -> Built:
     if _argument(node, 5, "training") or any(value is None for value in stored):
         return None, ""
     module = _FrozenBatchNorm(stored[0].shape[0], eps=float(_argument(node, 7, "eps", 1e-5)), device="meta")  # type: ignore[union-attr]
-    module._buffers.update({"running_mean": stored[0], "running_var": stored[1]})
+    module._buffers.update({"running_mean": stored[0], "running_var": stored[1], "num_batches_tracked": torch.zeros((), dtype=torch.long)})
     module.weight, module.bias = stored[2], stored[3]  # type: ignore[assignment]
     module.training = False
     return module, str(weight.target)
@@ -142,17 +142,28 @@ def _place(graph_module: GraphModule, owner: str, module: nn.Module) -> str:
     """Put the module where its weight was, unless something else lives there; returns the path."""
     path, _, leaf = owner.rpartition(".")
     current = _submodule(graph_module, path) if path else None
-    if isinstance(current, type(module)) and getattr(current, "weight", None) is module.weight and current.bias is module.bias:
+    if current is not None and _alike(current, module):
         return path
-    mine = (module.weight, module.bias, None)
-    others = [value for value in current._parameters.values() if all(value is not own for own in mine)] if current is not None else []
-    taken = current is not None and (current._modules or others)
+    others = current is not None and not {*map(id, _tensors(current))} <= {*map(id, _tensors(module))}
+    called = any(node.op == "call_module" and node.target == path for node in graph_module.graph.nodes)
+    taken = current is not None and (current._modules or others or called)
     if not path or taken or isinstance(current, tuple({nn.Linear, *_CONV.values()})):
         path = f"{owner.replace('.', '_')}_layer" if not path else f"{path}.{leaf}_layer"
         while _submodule(graph_module, path) is not None:
             path += "_"
     graph_module.add_submodule(path, module)
     return path
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules compute the same from the same tensors."""
+    return type(one) is type(other) and one.extra_repr() == other.extra_repr() and list(map(id, _tensors(one))) == list(map(id, _tensors(other)))
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    """What a module computes with."""
+    held = {**module._parameters, **module._buffers}
+    return [value for name, value in held.items() if value is not None and name != "num_batches_tracked"]
 
 
 def _drop_unread(graph_module: GraphModule, lifted: set[str]) -> None:

@@ -58,15 +58,21 @@ class PackCell(Recipe):
         return pack_v(v.detach()), pack_u(u.detach(), self.gates)
 
 
+def form(module: nn.Module) -> tuple[object, ...]:
+    """What a module is made of; another one after it was factored in place."""
+    return (type(module), module.format.name, module.rank) if isinstance(module, Factorized) else (type(module),)
+
+
 @dataclass(frozen=True)
 class Product:
     """A linear or factored layer: the names of what it multiplies with, and how those are packed where they are a chain of matrices.
 
-    `called` and `thin` are the multiply-adds of the layer as it is, and of the two matrices that it is to a recurrent kernel;
-    `dense` those of its weight.
+    `form` is that of the module when this was made; `called` and `thin` are the multiply-adds of the layer as it is, and of the
+    two matrices that it is to a recurrent kernel; `dense` those of its weight.
     """
 
     module: nn.Module
+    form: tuple[object, ...]
     names: tuple[str, ...]
     chain: PackChain | None
     widths: tuple[int, ...]
@@ -80,16 +86,16 @@ class Product:
         """The product that a plain module is."""
         if not isinstance(module, Factorized):
             o, i = module.weight.shape  # type: ignore[misc]
-            return cls(module, ("weight",), _chain((Stage(i, o),)), (i, o), None, i * o, i * (i + o), i * o)
+            return cls(module, form(module), ("weight",), _chain((Stage(i, o),)), (i, o), None, i * o, i * (i + o), i * o)
         site = replace(module.site, extents=(((1,), (1,)),))
         lowered, called = lower(module.layer()), module.format.cost(site, module.rank).macs
         names = tuple(module.factors())
         rebuild = Rebuilt(module.format.name, replace(site, extents=()), names)
         if lowered is None:
-            return cls(module, names, None, (), rebuild, called, site.i * (site.i + site.o), site.weights)
+            return cls(module, form(module), names, None, (), rebuild, called, site.i * (site.i + site.o), site.weights)
         names, widths = lowered.factors, tuple(lowered.widths)
         thin = min(widths[:-1]) * (site.i + site.o)
-        return cls(module, names, _chain(lowered.stages), widths, replace(rebuild, names=names), called, thin, site.weights)
+        return cls(module, form(module), names, _chain(lowered.stages), widths, replace(rebuild, names=names), called, thin, site.weights)
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -11,25 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
 from tdpass.errors import InvalidModelError, PlanError
 from tdpass.formats.base import Layer
-from tdpass.models.base import Batch
+from tdpass.models.base import Batch, no_reasons
+from tdpass.models.called_layers import call_layers, runs_nested
 from tdpass.models.copying import copied
 from tdpass.models.extents import alike, with_extents
 from tdpass.models.factorized import Factorized
 from tdpass.models.fused import Fused, layer_by_layer
+from tdpass.models.in_place import Backup, become
 from tdpass.models.module_values import check_filled, check_open, input_types
 from tdpass.models.signature import Input, Signature
 from tdpass.models.torch_fuse import fuse_layers
+from tdpass.models.torch_norms import Fold, batchnorms, find_folds, same_answers
+from tdpass.models.torch_readers import Run, entering, graph_readers, other_readers
 from tdpass.models.torch_sites import Matched, find_sites
 from tdpass.models.torch_state import save_module
+from tdpass.models.torch_statistics import estimate_anew
 from tdpass.products import Counted, counting
 from tdpass.site import Site
-from tdpass.tape import LiveTape, Ref, Tape, record, site_order
+from tdpass.tape import LiveTape, Tape, record, site_order
 
 
 class TorchModel:
@@ -42,15 +47,16 @@ class TorchModel:
         check_open(module)
         self.module = module
         self._input_type: torch.dtype | None = None
-        self.folded: list[str] = []
         found, self._declined = find_sites(module)
         self._by_name = {matched.site.name: matched for matched in found}
-        self._replaced: dict[str, list[Factorized]] = {}
+        self._replaced: set[str] = set()
         self._example = example
         self._observed: tuple[Batch, ...] = ()
         self._macs = 0
         self._twin: tuple[object, TorchModel] | None = None
         self._adopt_factorized()
+        if isinstance(module, GraphModule):
+            self._leave(graph_readers(module, self._by_name))
         self.check()
         if example is not None:
             self.observe(example)
@@ -66,12 +72,15 @@ class TorchModel:
         return self._matched(name).weight.detach().cpu()
 
     def bias(self, name: str) -> Tensor | None:
-        bias = self._matched(name).modules[0].bias
-        return None if bias is None else bias.detach().cpu()  # type: ignore[operator]
+        bias = self._matched(name).biases[0]
+        return None if bias is None else bias.detach().cpu()
 
     def layer(self, name: str) -> Layer | None:
-        modules = self._replaced.get(name)
-        return modules[0].layer() if modules else None
+        if name not in self._replaced:
+            return None
+        module = self._matched(name).modules[0]
+        assert isinstance(module, Factorized)
+        return module.layer()
 
     def replace(self, name: str, layer: Layer) -> None:
         matched = self._matched(name)
@@ -80,19 +89,15 @@ class TorchModel:
         weight = matched.weight
         factors = {key: nn.Parameter(factor.to(weight), requires_grad=weight.requires_grad) for key, factor in layer.factors.items()}
         shared = Layer(matched.site, layer.format, layer.rank, factors)
-        modules: list[Factorized] = []
-        for dense in matched.modules:
-            bias = _bias_for(dense, matched.modules[0], layer.bias, weight)
-            pads = tuple(dense._reversed_padding_repeated_twice) if _pads_itself(dense) else ()  # type: ignore[arg-type]
-            module = Factorized(shared, bias, str(getattr(dense, "padding_mode", "zeros")), pads)
-            module.train(dense.training)
-            module._forward_hooks, module._forward_pre_hooks = dense._forward_hooks, dense._forward_pre_hooks
-            current = self._replaced[name][len(modules)] if name in self._replaced else dense
-            if isinstance(current, Fused):  # it may have taken an activation in
-                module = Fused.of(module, current.activation, current.lanes)
-            modules.append(module)
-            self._swap(dense, current, module)
-        self._replaced[name] = modules
+        for module, own in zip(matched.modules, matched.biases, strict=True):
+            bias = _bias_for(own, matched.biases[0], layer.bias, weight)
+            pads = tuple(module._reversed_padding_repeated_twice) if _pads_itself(module) else ()  # type: ignore[arg-type]
+            new = Factorized(shared, bias, str(getattr(module, "padding_mode", "zeros")), pads)
+            if isinstance(module, Fused):  # it may have taken an activation in
+                new = Fused.of(new, module.activation, module.lanes)
+            become(module, new)
+        self._replaced.add(name)
+        call_layers(self.module)
 
     def record(self, batch: Batch) -> Tape:
         return self._record(batch)
@@ -123,7 +128,8 @@ class TorchModel:
     def observe(self, *batches: Batch) -> None:
         first = self.record(batches[0])  # the whole call: two samples of it may reach fewer layers, or be two steps of one
         self._observed = batches if first.doubt or not alike(batches) else batches[:1]
-        tapes = [first, *(self._record(batch, replayed=False) for batch in self._observed[1:])]
+        runs = [self._watch(batches[0], first), *map(self._watch, self._observed[1:])]
+        tapes = [run.tape for run in runs]
         self._example = batches[0].part(0, 2)
         try:
             self.run(self._example)
@@ -133,14 +139,17 @@ class TorchModel:
         called = site_order(tapes)
         ordered = [name for name in called if name in self._by_name] + [name for name in self._by_name if name not in called]
         self._by_name = {name: replace(self._by_name[name], site=with_extents(self._by_name[name].site, tapes)) for name in ordered}
-        for name in set(self._by_name) - set(called) - set(self._replaced):
-            self._declined[name] = "it is not called when the model runs on the data"
-            del self._by_name[name]
+        dense = {name: matched for name, matched in self._by_name.items() if name not in self._replaced}
+        self._leave({name: "it is not called when the model runs on the data" for name in dense if name not in called})
+        for run in runs:
+            self._leave(other_readers(run, dense))
+        nested = runs_nested(self.module, lambda: self.run(batches[0]))
+        self._leave({name: nested[matched.modules[0]] for name, matched in dense.items() if matched.modules[0] in nested})
 
     def run(self, batch: Batch) -> object:
         placed = self._placed(batch)
         with torch.no_grad(), self._evaluating():
-            return tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, _plain(self._call(placed)))
+            return tree_map(lambda leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf, _plain(self._call(placed)))
 
     def count(self, batch: Batch | None = None) -> Counted:
         calls = self._observed if batch is None else (batch,)
@@ -150,54 +159,51 @@ class TorchModel:
                 self._call(call)
         return counter.counted(sum(call.size for call in calls) or 1)
 
-    def fold_batchnorm(self) -> Sequence[str]:
+    def fold_batchnorm(self, decline: Callable[[str, str], None] = no_reasons) -> Sequence[str]:
         if self._example is None:
             return ()
-        tape = self.record(self._example)
-        norms = {id(m.running_mean): m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None}
-        uses = [id(call.args[1]) for call in tape.calls if call.func is F.batch_norm and len(call.args) > 1]
-        folded: list[str] = []
-        for name, indices in tape.site_calls.items():
-            norm = self._norm_after(tape, indices, norms)
-            matched = self._matched(name)
-            if norm is None or uses.count(id(norm.running_mean)) != 1 or len(matched.modules) != 1:
-                continue
-            self._fold(matched, norm)
-            folded.append(name)
-        return folded
+        run = self._watch(self._example, self.record(self._example))
+        if isinstance(run.tape, LiveTape):  # not every reader is known
+            return ()
+        sites = {name: matched for name, matched in self._by_name.items() if name not in self._replaced}
+        folds = find_folds(self.module, sites, run)
+        proved = [fold for fold in folds if not fold.reason]
+        seen = (self._example, *self._observed[1:]) if proved else ()
+        before = [self.run(batch) for batch in seen]
+        done = self._carry_out(proved, seen, before) or [made for fold in proved for made in self._carry_out([fold], seen, before)]
+        for fold in folds:
+            if fold.matched.site.name not in done:
+                decline(fold.path, f"not folded: {fold.reason or 'the model would answer otherwise'}")
+        return done
+
+    def _carry_out(self, folds: Sequence[Fold], seen: Sequence[Batch], before: Sequence[object]) -> list[str]:
+        """The folds, undone together unless the answers stay as `before`; returns the sites that changed."""
+        backup = Backup.of([module for fold in folds for module in (fold.norm, fold.matched.modules[0])])
+        folded = {fold.matched.site.name: fold.apply() for fold in folds}
+        try:
+            same = all(same_answers(self.run(batch), answer) for batch, answer in zip(seen, before, strict=True))
+        except InvalidModelError:
+            same = False
+        if same:
+            self._by_name.update(folded)
+            return list(folded)
+        for entry in backup:
+            entry.restore()
+        return []
 
     def recalibrate_batchnorm(self, batches: Iterable[Batch]) -> Callable[[], None] | None:
-        norms = [m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-        if not norms:
-            return None
-        before = [copy.deepcopy((m.running_mean, m.running_var, m.num_batches_tracked, m.momentum)) for m in norms]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None
-        with torch.no_grad(), self._evaluating():
-            hooks = [norm.register_forward_pre_hook(_learn_where_it_can) for norm in norms]
-            for batch in batches:
-                self._call(self._placed(batch))
-            for norm, hook in zip(norms, hooks, strict=True):
-                hook.remove()
-                norm.training = False
-        for norm, (*statistics, momentum) in zip(norms, before, strict=True):
-            norm.momentum = momentum
-            if not norm.num_batches_tracked:  # nothing that the data holds reaches it, or single values only
-                _set_statistics(norm, statistics)
+        def run() -> None:
+            with torch.no_grad(), self._evaluating():
+                for batch in batches:
+                    self._call(self._placed(batch))
 
-        def undo() -> None:
-            for norm, (*statistics, _) in zip(norms, before, strict=True):
-                _set_statistics(norm, statistics)
-
-        return undo
+        return estimate_anew(self.module, run)
 
     def fuse(self, note: Callable[[str], None], decline: Callable[[str, str], None], samples: Batch | None = None) -> bool:
         batch = samples or self._example
         found = fuse_layers(self.module, None if batch is None else lambda: self.run(batch), note, decline)
         for layer, fused in found.items():
-            self._swap(layer, layer, fused)
-        self._replaced = {name: [found.get(module, module) for module in modules] for name, modules in self._replaced.items()}
+            become(layer, fused)
         return bool(found)
 
     def example(self) -> Batch | None:
@@ -225,13 +231,8 @@ class TorchModel:
         twin = copy.copy(self)
         memo: dict[int, Any] = {}
         twin.module = copied(self.module, memo)
-        twin.folded = list(self.folded)
-        twin._by_name = {
-            name: Matched(m.site, copy.deepcopy(m.weight, memo), tuple(copy.deepcopy(module, memo) for module in m.modules), m.paths)
-            for name, m in self._by_name.items()
-        }
-        twin._declined = dict(self._declined)
-        twin._replaced = {name: [copy.deepcopy(module, memo) for module in modules] for name, modules in self._replaced.items()}
+        twin._by_name = {name: matched.copy(memo) for name, matched in self._by_name.items()}
+        twin._declined, twin._replaced = dict(self._declined), set(self._replaced)
         return twin
 
     def check(self) -> None:
@@ -246,7 +247,7 @@ class TorchModel:
         return self.module
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
-        save_module(self.module, self._replaced, self.folded, path, metadata)
+        save_module(self.module, path, metadata)
 
     def _matched(self, name: str) -> Matched:
         if name not in self._by_name:
@@ -299,40 +300,17 @@ class TorchModel:
             for module in training:
                 module.training = True
 
-    def _swap(self, dense: nn.Module, current: nn.Module, new: nn.Module) -> None:
-        for parent in list(self.module.modules()):
-            for child_name, child in list(parent._modules.items()):
-                if child is current or child is dense:
-                    setattr(parent, child_name, new)
-        if self.module is current or self.module is dense:
-            self.module = new
+    def _watch(self, batch: Batch, tape: Tape | None = None) -> Run:
+        """A recorded run (by default one that is not replayed), and through which modules it went."""
+        layers = {module for matched in self._by_name.values() for module in matched.modules}
+        with entering({*layers, *batchnorms(self.module)}) as entered:
+            seen = self._record(batch, replayed=False)
+        return Run(tape or seen, entered, {name: len(places) for name, places in seen.site_calls.items()})
 
-    def _norm_after(self, tape: Tape, indices: list[int], norms: Mapping[int, nn.Module]) -> Any:
-        if len(indices) != 1:
-            return None
-        number = next(tape.calls[indices[0]].writes())
-        readers = tape.readers(number)
-        if len(readers) != 1 or tape.is_output(number):
-            return None
-        call = tape.calls[readers[0]]
-        if call.func is not F.batch_norm or call.args[0] != Ref(number) or len(call.args) < 2:
-            return None
-        return norms.get(id(call.args[1]))
-
-    def _fold(self, matched: Matched, norm: Any) -> None:
-        dense: Any = matched.modules[0]
-        with torch.no_grad():
-            scale = 1 / torch.sqrt(norm.running_var.double() + norm.eps)
-            if norm.weight is not None:
-                scale = scale * norm.weight.double()
-            bias = -norm.running_mean.double() if dense.bias is None else dense.bias.double() - norm.running_mean.double()
-            bias = bias * scale if norm.bias is None else bias * scale + norm.bias.double()
-            weight = matched.weight
-            weight.copy_(weight.double() * scale.reshape(-1, *(1 for _ in weight.shape[1:])))
-            dense.bias = nn.Parameter(bias.to(weight))
-        self.folded.extend(path for path, module in self.module.named_modules(remove_duplicate=False) if module is norm)
-        self._swap(norm, norm, nn.Identity())
-        self._by_name[matched.site.name] = replace(matched, site=replace(matched.site, bias=True))
+    def _leave(self, reasons: Mapping[str, str]) -> None:
+        """Sites that stay dense."""
+        self._declined.update(reasons)
+        self._by_name = {name: matched for name, matched in self._by_name.items() if name not in reasons}
 
     def _adopt_factorized(self) -> None:
         for path, module in self.module.named_modules():
@@ -342,26 +320,15 @@ class TorchModel:
                     del self._declined[name]
 
 
-def _bias_for(dense: Any, first: Any, bias: Tensor | None, like: Tensor) -> nn.Parameter | None:
+def _bias_for(own: Tensor | None, first: Tensor | None, bias: Tensor | None, like: Tensor) -> nn.Parameter | None:
     """The bias of one of several layers that share a weight: its own, changed as the first one's was."""
     if bias is None:
         return None
     placed = bias.to(like)
-    if dense is not first:
-        own, reference = (torch.zeros_like(placed) if m.bias is None else m.bias.detach() for m in (dense, first))
-        placed = placed + own - reference
+    if own is not first:
+        own, first = (torch.zeros_like(placed) if value is None else value.detach() for value in (own, first))
+        placed = placed + own - first
     return nn.Parameter(placed.clone(), requires_grad=like.requires_grad)
-
-
-def _learn_where_it_can(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-    """Estimate statistics from this call unless it holds a single value per channel, which has no variance."""
-    norm.training = not args or args[0].numel() > args[0].shape[1]
-
-
-def _set_statistics(norm: Any, values: Sequence[Tensor | None]) -> None:
-    for buffer, value in zip((norm.running_mean, norm.running_var, norm.num_batches_tracked), values, strict=True):
-        if buffer is not None and value is not None:
-            buffer.copy_(value)
 
 
 def _pads_itself(module: nn.Module) -> bool:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from tdpass.models.factorized import Factorized
+from tdpass.models.in_place import can_become
 from tdpass.models.open_rnn import why_closed
+from tdpass.models.same_forward import computes_as
 from tdpass.site import Site
 
 Geometry = Callable[[nn.Module, str], Site]
@@ -17,12 +22,18 @@ Geometry = Callable[[nn.Module, str], Site]
 
 @dataclass(frozen=True)
 class Matched:
-    """The modules that share one weight; `paths` are all names under which they are reached."""
+    """The modules that share one weight; `paths` are all names under which they are reached, `biases` those they came with."""
 
     site: Site
     weight: nn.Parameter
     modules: tuple[nn.Module, ...]
     paths: tuple[str, ...]
+    biases: tuple[nn.Parameter | None, ...]
+
+    def copy(self, memo: dict[int, Any]) -> Matched:
+        """The same of a copy of the model that was made with `memo`."""
+        weight, modules, biases = copy.deepcopy((self.weight, self.modules, self.biases), memo)
+        return replace(self, weight=weight, modules=modules, biases=biases)
 
 
 def _linear(module: nn.Module, name: str) -> Site:
@@ -94,7 +105,8 @@ def find_sites(model: nn.Module) -> tuple[list[Matched], dict[str, str]]:
         else:
             site = GEOMETRIES[_base(members[0])](members[0], name)
             reached = tuple(path for member in members for path in paths[id(member)])
-            found.append(Matched(site, members[0].weight, tuple(members), reached))  # type: ignore[arg-type]
+            biases = tuple(member._parameters["bias"] for member in members)
+            found.append(Matched(site, members[0].weight, tuple(members), reached, biases))  # type: ignore[arg-type]
     return found, declined
 
 
@@ -120,9 +132,11 @@ def _reason(module: nn.Module) -> str | None:
             return reason
     if not isinstance(module, tuple(GEOMETRIES)):
         return f"{type(module).__name__} holds a weight but is no Linear or Conv; torch.export it to reach functional layers"
-    if type(module).forward is not _base(module).forward:
-        return f"{type(module).__name__} overrides forward"
-    weight = module.weight
+    return _reason_of_weight(module) or _reason_of_class(module)
+
+
+def _reason_of_weight(module: nn.Module) -> str | None:
+    weight: Any = module.weight
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "its weight is not initialized; run the model once"
     if not isinstance(weight, nn.Parameter):
@@ -131,6 +145,16 @@ def _reason(module: nn.Module) -> str | None:
         return f"its weight is of type {weight.dtype}"
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups != 1:
         return f"grouped convolutions (groups={module.groups}) are not factored"
-    if 0 in weight.shape:
-        return "its weight is empty"
-    return None
+    return "its weight is empty" if 0 in weight.shape else None
+
+
+def _reason_of_class(module: nn.Module) -> str | None:
+    """Why a linear layer or convolution is more than that, or cannot be changed in place."""
+    name = type(module).__name__
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    if not {*module._parameters} <= {"weight", "bias"} or module._buffers or module._modules:
+        return f"{name} holds more than a weight and a bias"
+    if not can_become(module, Factorized):
+        return f"{name} has __slots__, so it cannot become a factored layer"
+    return None if computes_as(module, _base(module)) else f"{name} overrides forward"

@@ -16,7 +16,10 @@ from torch import nn
 from tdpass.errors import InvalidModelError, PlanError, UsageError
 from tdpass.files import replacing
 from tdpass.formats.base import FORMATS
+from tdpass.models.called_layers import call_layers
 from tdpass.models.factorized import Factorized, empty_layer
+from tdpass.models.in_place import become
+from tdpass.models.torch_norms import Folded
 from tdpass.models.torch_sites import Matched, find_sites
 from tdpass.packing import SUFFIX, blocks_in, packed_state, read_header, unpack
 
@@ -33,7 +36,7 @@ class _Replacement:
     bias: bool
 
 
-def save_module(module: nn.Module, replaced: Mapping[str, Sequence[Factorized]], folded: Sequence[str], path: Path, metadata: Mapping[str, str]) -> None:
+def save_module(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
     """Write all parameters and buffers, shared ones once, and the structure; raises `UsageError` unless the suffix is .safetensors.
 
     A tensor that `tdpass.packing.pack` makes smaller is written as its block, in uint8 under its name and `SUFFIX`.
@@ -51,19 +54,15 @@ def save_module(module: nn.Module, replaced: Mapping[str, Sequence[Factorized]],
             tensors[name] = tensor.detach().cpu().contiguous().clone()
     named = list(module.named_modules(remove_duplicate=False))
     layers = [
-        {
-            "paths": [path for path, candidate in named if candidate is layer],
-            "format": layer.format.name,
-            "rank": list(layer.rank),
-            "bias": layer.bias is not None,
-        }
-        for layers in replaced.values()
-        for layer in layers
+        {"paths": [name for name, part in named if part is layer], "format": layer.format.name, "rank": list(layer.rank), "bias": layer.bias is not None}
+        for layer in module.modules()
+        if isinstance(layer, Factorized)
     ]
-    biases = [p for p, m in module.named_modules() if type(m) in _DENSE and getattr(m, "bias", None) is not None]
+    folded = [path for path, candidate in named if isinstance(candidate, Folded)]
+    biases = [path for path, candidate in named if isinstance(candidate, _DENSE) and candidate._parameters["bias"] is not None]
     written = packed_state(tensors)
     version = VERSION if written.keys() != tensors.keys() else _UNPACKED
-    structure = {"version": version, "layers": layers, "folded": list(folded), "biases": biases, "aliases": aliases}
+    structure = {"version": version, "layers": layers, "folded": folded, "biases": biases, "aliases": aliases}
     with replacing(path) as temporary:
         save_file(written, temporary, metadata={**metadata, _KEY: json.dumps(structure)})
 
@@ -182,26 +181,25 @@ def _expected_shapes(module: nn.Module, swaps: Sequence[tuple[_Replacement, Matc
     modules = dict(module.named_modules(remove_duplicate=False))
     for path in structure["biases"]:
         if path not in gone:
-            expected[f"{path}.bias"] = (modules[path].weight.shape[0],)
+            expected[_under(path, "bias")] = (modules[path].weight.shape[0],)
     for replacement, _, new in swaps:
         for path in replacement.paths:
-            expected.update({f"{path}.{name}": tuple(value.shape) for name, value in new.named_parameters()})
+            expected.update({_under(path, name): tuple(value.shape) for name, value in new.named_parameters()})
     return expected
+
+
+def _under(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _carry_out(module: nn.Module, swaps: Sequence[tuple[_Replacement, Matched, Factorized]], structure: Mapping[str, Any]) -> None:
     for path in structure["folded"]:
-        _set(module, path, nn.Identity())
+        become(module.get_submodule(path), Folded())
     for replacement, _, new in swaps:
-        for path in replacement.paths:
-            new.train(module.get_submodule(path).training)
-            _set(module, path, new)
+        become(module.get_submodule(replacement.paths[0]), new)
+    call_layers(module)
     for path in structure["biases"]:
         dense: Any = module.get_submodule(path)
         if getattr(dense, "bias", None) is None:
             dense.bias = nn.Parameter(torch.empty(dense.weight.shape[0], dtype=dense.weight.dtype, device="meta"))
 
-
-def _set(module: nn.Module, path: str, new: nn.Module) -> None:
-    owner, _, leaf = path.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, new)

@@ -25,6 +25,7 @@ from tdpass.tape.live import LiveTape, Run, argument, restore
 from tdpass.tape.playback import Tape
 
 _MUTATING_NAMES = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"})
+_CASTS = frozenset({"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "cpu"})
 _ABOUT_SHAPES = frozenset(
     {
         "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "is_floating_point", "is_complex",
@@ -84,6 +85,8 @@ class _Recorder(TorchFunctionMode):
         """Make a call and record it."""
         recorded_args, recorded_kwargs = tree_map(self.known, (args, kwargs))
         result = func(*args, **kwargs)
+        if getattr(func, "__name__", "") in _CASTS and result is args[0]:
+            return result  # nothing to cast: the value, or the weight, keeps its identity
         mutates = _mutates(func, args, kwargs)
         site, shapes = self._layer(func, args, kwargs, result)
         if mutates and not isinstance(result, Tensor):
@@ -253,7 +256,7 @@ def _moves_alike(ours: Any, theirs: Any, before: Any) -> bool:
 
 def _equal(ours: Any, theirs: Any) -> bool:
     pairs = list(zip(leaves(ours), leaves(theirs), strict=True))
-    return all(a.shape == b.shape and _same(a.double(), b.double()) for a, b in pairs if isinstance(b, Tensor))
+    return all(a.shape == b.shape and _same(a.double(), b.detach().double()) for a, b in pairs if isinstance(b, Tensor))
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:

@@ -18,7 +18,7 @@ from typing_extensions import Self
 
 from tdpass.errors import InvalidModelError, PlanError, UnsupportedError, UsageError
 from tdpass.formats.base import FORMATS, Layer
-from tdpass.models.base import Batch
+from tdpass.models.base import Batch, no_reasons
 from tdpass.models.extents import alike, with_extents
 from tdpass.models.fitting import sized
 from tdpass.models.onnx.batchnorm import BatchStatistics, batchnorms, fold, foldable, set_statistics, statistics
@@ -229,8 +229,9 @@ class OnnxModel:
         """Outputs by name, computed by ONNX Runtime on the CPU."""
         return self._session(bind(self._dense.graph, batch))
 
-    def fold_batchnorm(self) -> Sequence[str]:
+    def fold_batchnorm(self, decline: Callable[[str, str], None] = no_reasons) -> Sequence[str]:
         """Fold every batch-norm that alone reads the only use of a dense site; returns the sites changed."""
+        del decline  # what does not fold is no batch-norm of that form
         changed: list[str] = []
         for name in [name for name in self._found.sites if name not in self._layers]:
             node = foldable(self._dense, self._found.sites[name], self._shapes)
