@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tdpass.cli.output import Output
 from tdpass.cli.sources import read_source
 from tdpass.cost import Cost
 from tdpass.data import calls_of
+from tdpass.errors import TdpassError
 from tdpass.formats import FORMATS
 from tdpass.formats.base import Format, Rank, dense_cost
 from tdpass.models import open_model
@@ -42,6 +44,9 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     model = open_model(source.load(), example)
     if arguments.data is not None:
         model.observe(calls_of(model, Path(arguments.data), 1)[0][0])
+    elif example is None and (own := model.example()) is not None:
+        with suppress(TdpassError):  # what it declares need not be enough to run on
+            model.observe(own)
     rows = [InspectRow(site, dense_cost(site), _paying(site, formats)) for site in model.sites()]
     shown = [fmt.name for fmt in formats if arguments.format or any(fmt.name in row.paying for row in rows)]
     whole = sum((row.cost for row in rows), Cost())

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.models.base import Batch, Model
-from tdpass.models.fitting import Axes, candidate_axes, excess, fixed_axis, missing_axes, open_axis, unstacked
+from tdpass.models.fitting import Axes, candidate_axes, excess, fixed_axis, may_hold_samples, missing_axes, open_axis, unstacked
 from tdpass.models.signature import TO_FLOAT, Input
 
 _ROUNDING = {torch.float16: 3e-2, torch.bfloat16: 3e-2}  # else _FINE: a batch is summed in another order than a sample
@@ -108,8 +108,9 @@ class Calls:
         call = whole.call(given)
         if any(excess(*pair) for pair in zip(inputs, call.tensors, strict=True)):
             return replace(self._cut_to_fixed(call, inputs), added=added)
-        if all(entry.dims is not None and not any(isinstance(size, str) for size in entry.dims) for entry in inputs):
-            axes = self.model.signature().fixed_axes(inputs)
+        signature = self.model.signature()
+        if all(entry.dims is not None for entry in inputs) and not may_hold_samples(inputs, signature.fixed_batch()):
+            axes = signature.fixed_axes(inputs)
             size = replace(call, axes=axes).size
             return _Way(axes, size, size, added)
         for axes in candidate_axes(call, inputs):

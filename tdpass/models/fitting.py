@@ -82,6 +82,12 @@ def _names_batch(size: int | str) -> bool:
     return str(size).lower() in _BATCH_NAMES
 
 
+def may_hold_samples(inputs: Sequence[Input], fixed: int | None) -> bool:
+    """Whether an open axis may be that of the samples: where their number is `fixed`, only one that is named so, or has no name beside more than one."""
+    opened = [size for entry in inputs for size in entry.dims or () if isinstance(size, str)]
+    return bool(opened) and (fixed is None or any(_names_batch(size) or (not size and fixed > 1) for size in opened))
+
+
 def excess(entry: Input, tensor: Tensor) -> tuple[tuple[int, int], ...]:
     """Axes on which a tensor has another size than the model fixes, with that size."""
     if entry.dims is None or tensor.dim() != len(entry.dims):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import tdpass
+from tdpass.cli import main
 from tdpass.data import calls_of
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.models import Batch, Model, open_model
@@ -128,6 +131,17 @@ def test_outputs_may_hold_the_batch_along_another_axis() -> None:
         calls, _ = calls_of(model, x)
         assert [call.size for call in calls] == expected
         assert torch.allclose(answers(model, calls, "y", 1), open_model(time_first("n", "t")).run(Batch((x,)))["y"], atol=1e-5)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("axis", [True, False])
+def test_an_open_length_beside_a_fixed_batch_holds_no_samples(axis: bool) -> None:
+    lengths = [torch.randn(*((1,) if axis else ()), steps, 8) for steps in (7, 9, 7)]
+    model = open_model(time_first(1, "t"))
+    calls, notes = calls_of(model, lengths)
+    assert [(call.size, call.args[0].shape[1]) for call in calls] == [(1, 7), (1, 9), (1, 7)]
+    assert notes == []
+    model.observe(calls[0])
+    assert model.macs() == 7 * (8 * 16 + 16 * 6)
 
 
 @pytest.mark.parametrize("axis", [True, False], ids=["with the axis of samples", "without"])
@@ -364,3 +378,11 @@ def test_example_inputs_need_a_shape_but_no_matching_batch(model: onnx.ModelProt
         opened = open_model(model, torch.randn(count, 3, 8, 8))
         assert all(site.seen for site in opened.sites())
         assert opened.macs() == 8 * 27 * 64 + 8 * 5
+
+
+@pytest.mark.parametrize("given", [[], ["--input", "8x3x8x8"], ["--input", "1x3x8x8"]])
+@pytest.mark.parametrize("n", [1, 4, "n"])
+def test_inspect_counts_for_any_batch(n: Size, given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx.save(image_net(n), tmp_path / "model.onnx")
+    assert main(["inspect", str(tmp_path / "model.onnx"), *given, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["macs"] == 8 * 27 * 64 + 8 * 5
