@@ -29,6 +29,7 @@ _ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda y: y, "re
 
 def activate(y: Tensor, activation: str) -> Tensor:
     """One of "identity", "relu", "silu", "gelu" (by erf)."""
+    check_activation(activation)
     return _ACTIVATE[activation](y)
 
 
@@ -127,8 +128,10 @@ def run_native(
     y: Tensor,
 ) -> bool:
     """Fill `y[n, c, h, w]` by the C++ kernel; False where it does not serve these arguments."""
-    library = native.library()
-    if library is None or x.dtype not in native.DTYPES or (residual is not None and residual.dtype != x.dtype):
+    library = native.serving(x, residual, activation)
+    if library is None or x.dim() != 4 or lanes not in native.LANES:
+        return False
+    if bias is not None and bias.shape != y.shape[1:2]:
         return False
     program = _program(integers, lanes)
     wanted = program.shapes

@@ -11,7 +11,7 @@ from torch import Tensor
 from tdpass.errors import KernelError
 from tdpass.kernels.base import Op, implements, register_op
 from tdpass.kernels.conv_chain import MAX_STAGES, activate, check_activation, run_native
-from tdpass.kernels.stage import Lanes, Stage
+from tdpass.kernels.stage import Lanes, Stage, checked
 
 SCHEMA = "(Tensor x, Tensor[] weights, Tensor? bias, Tensor? residual, int[] widths, str activation) -> Tensor"
 _PAIR_AXES = 6
@@ -19,7 +19,7 @@ _PAIR_AXES = 6
 
 def stages_of(widths: Sequence[int]) -> tuple[Stage, ...]:
     """Layers of these widths as 1x1 convolutions; their `pack` for channel lanes or pair lanes is what the operator takes."""
-    return tuple(Stage(i, o) for i, o in pairwise(widths))
+    return tuple(checked(Stage(i, o)) for i, o in pairwise(widths))
 
 
 def lanes_of(weights: Sequence[Tensor]) -> Lanes:

@@ -77,6 +77,7 @@ class CSparse(Structure):
         ("width", c_int32),
         ("panels", c_int32),
         ("segments", c_int32),
+        ("blocks", c_int32),
         ("shape", CStage),
         ("start", c_void_p),
         ("index", c_void_p),
@@ -108,6 +109,12 @@ class CCell(Structure):
         ("y_step", c_int64),
         ("y_sample", c_int64),
     ]
+
+
+def serving(x: Tensor, residual: Tensor | None, activation: str) -> ctypes.CDLL | None:
+    """The library, where its kernels take an input of that type with that residual and activation."""
+    fits = x.dtype in DTYPES and (residual is None or residual.dtype == x.dtype) and activation in ACTIVATIONS
+    return library() if fits else None
 
 
 def rows(tensor: Tensor) -> CRows:

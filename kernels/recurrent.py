@@ -108,6 +108,8 @@ def _copy(state: Tensor) -> Tensor:
 
 def _run(pre: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, h: Tensor, c: Tensor | None, y: Tensor, *, reverse: bool) -> bool:
     library = native.library()
+    if (pre.dim(), h.dim(), v.dim(), u.dim()) != (3, 2, 3, 4):
+        return False
     steps, batch, hidden = y.shape
     (groups, rank, gates, lanes), panels = u.shape, v.shape[0]
     state = [h] if c is None else [h, c]

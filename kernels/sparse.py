@@ -20,7 +20,7 @@ from tdpass.errors import KernelError
 from tdpass.kernels import native
 from tdpass.kernels.base import Op, implements, register_op
 from tdpass.kernels.conv_chain import activate, check_activation, like_input, memory_format
-from tdpass.kernels.stage import Stage, stages_of
+from tdpass.kernels.stage import Stage, checked, stages_of
 from tdpass.ops import padded_convolution
 
 _PACKED = "Tensor values, Tensor inputs, Tensor start, Tensor rows"
@@ -88,13 +88,31 @@ def _pack(flat: Tensor, width: int, taps: int) -> Blocks:
     return Blocks(values.contiguous(), inputs.int(), start.int(), rows.int())
 
 
+def check(blocks: Blocks, shape: Sequence[int]) -> None:
+    """Raise `KernelError` unless the blocks lie within a weight of that shape and make every output once."""
+    values, inputs, start, rows = blocks
+    parts = f"blocks of shape {tuple(values.shape)} with {inputs.numel()} inputs, {start.numel()} starts, {rows.numel()} rows"
+    if values.dim() != 2 or values.shape[1] not in CYCLES or any(part.dim() != 1 or part.is_floating_point() for part in blocks[1:]):
+        raise KernelError(f"{parts} are no sparse weight; use what `pack` returns")
+    panels = len(rows) // values.shape[1]
+    places = bool(panels) and len(rows) == panels * values.shape[1] and len(start) > 1 and (len(start) - 1) % panels == 0
+    if not places or len(inputs) != len(values) or int(start[0]) != 0 or int(start[-1]) != len(values) or bool((start.diff() < 0).any()):
+        raise KernelError(f"{parts} do not fit each other; use what `pack` returns")
+    if bool(((inputs < 0) | (inputs >= math.prod(shape[1:]))).any()):
+        raise KernelError(f"inputs from {int(inputs.min())} to {int(inputs.max())} lie outside a weight of shape {tuple(shape)}; use what `pack` returns")
+    made = rows[rows != -1].long()
+    if len(made) != shape[0] or not torch.equal(made.sort().values, torch.arange(shape[0], device=made.device)):
+        raise KernelError(f"the rows of the blocks are not the {shape[0]} outputs, each of them once; use what `pack` returns")
+
+
 def unpack(blocks: Blocks, shape: Sequence[int]) -> Tensor:
-    """The dense weight of that shape."""
+    """The dense weight of that shape; raises `KernelError` as `check` does."""
+    check(blocks, shape)
     outputs, width = shape[0], blocks.width
     counts = blocks.start.diff().long()
     panel = (torch.arange(len(counts), device=counts.device) % blocks.panels).repeat_interleave(counts)
-    dense = blocks.values.new_zeros((blocks.panels, width, math.prod(shape[1:])))
-    dense[panel, :, blocks.inputs.long()] = blocks.values
+    dense = blocks.values.new_zeros((blocks.panels, math.prod(shape[1:]), width))
+    dense = dense.index_put((panel, blocks.inputs.long()), blocks.values, accumulate=True).mT
     kept = blocks.rows >= 0
     weight = blocks.values.new_zeros((outputs, dense.shape[2]))
     weight[blocks.rows[kept].long()] = dense.flatten(0, 1)[kept]
@@ -165,9 +183,9 @@ def linear_cpu(
     x: Tensor, values: Tensor, inputs: Tensor, start: Tensor, rows: Tensor, bias: Tensor | None, residual: Tensor | None, outputs: int, activation: str
 ) -> Tensor:
     """The C++ kernel; float32 and bfloat16, float32 inside."""
+    stage = tuple(checked(Stage(x.shape[-1], outputs)).integers())
     y = x.new_empty((*x.shape[:-1], outputs))
     rest = None if residual is None else _positions(residual.expand_as(y))
-    stage = tuple(Stage(x.shape[-1], outputs).integers())
     return y if _run(_positions(x), Blocks(values, inputs, start, rows), bias, rest, stage, activation, _positions(y)) else NotImplemented
 
 
@@ -182,18 +200,20 @@ def _stage(integers: tuple[int, ...]) -> native.CStage:
 
 
 def _run(x: Tensor, blocks: Blocks, bias: Tensor | None, residual: Tensor | None, stage: tuple[int, ...], activation: str, y: Tensor) -> bool:
-    library = native.library()
-    if library is None or x.dtype not in native.DTYPES or (residual is not None and residual.dtype != x.dtype):
+    library = native.serving(x, residual, activation)
+    if library is None:
         return False
-    if x.shape[1] != stage[0] or (bias is not None and bias.shape != (stage[1],)):
+    if x.dim() != 4 or x.shape[1] != stage[0] or (bias is not None and bias.shape != (stage[1],)):
+        return False
+    if blocks.values.dim() != 2 or blocks.width not in CYCLES or any(part.dim() != 1 or part.dtype != torch.int32 for part in blocks[1:]):
         return False
     if y.numel() == 0:
         return True
     values = blocks.values.float().contiguous()
-    inputs, start, rows = (tensor.int().contiguous() for tensor in blocks[1:])
-    segments = (len(start) - 1) // blocks.panels
-    if len(inputs) != len(values) or len(start) != segments * blocks.panels + 1 or len(rows) < stage[1]:
-        raise KernelError(f"{len(values)} blocks of {blocks.width} have {len(inputs)} inputs, {len(start)} starts, {len(rows)} rows; use what `pack` returns")
+    inputs, start, rows = (tensor.contiguous() for tensor in blocks[1:])
+    segments = (len(start) - 1) // max(blocks.panels, 1)
+    if len(inputs) != len(values) or len(start) != segments * blocks.panels + 1 or len(rows) != blocks.panels * blocks.width:
+        return False
     shift = None if bias is None else bias.float().contiguous()
     rest = None if residual is None else native.image(residual)
     call = native.CSparse(
@@ -202,6 +222,7 @@ def _run(x: Tensor, blocks: Blocks, bias: Tensor | None, residual: Tensor | None
         blocks.width,
         blocks.panels,
         segments,
+        len(values),
         _stage(stage),
         start.data_ptr(),
         inputs.data_ptr(),

@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tdpass.errors import KernelError
+
 Lanes = Literal["channels", "pixels", "pairs"]
 Pair = tuple[int, int]
 
 _INTEGERS = 13
+_MOST_CHANNELS, _MOST_REACH = 2**24, 2**20
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,14 @@ class Layout:
 
 
 LAYOUTS: dict[Lanes, Layout] = {"channels": Layout(16, True), "pixels": Layout(8, False), "pairs": Layout(16, True, 2, torch.bfloat16)}
+
+
+def layout_of(lanes: str) -> Layout:
+    """How weights are packed for these lanes; raises `KernelError` for unknown ones."""
+    for name, layout in LAYOUTS.items():
+        if name == lanes:
+            return layout
+    raise KernelError(f"lanes {lanes!r} are not known; they are one of {', '.join(LAYOUTS)}")
 
 
 @dataclass(frozen=True)
@@ -73,15 +84,15 @@ class Stage:
 
     def packs_by_channel(self, lanes: Lanes) -> bool:
         """Whether the weight is packed as `[panels, h w, 16]` in float32: a depthwise stage, which has no input channels to sum over."""
-        return LAYOUTS[lanes].taps_outside and self.depthwise
+        return layout_of(lanes).taps_outside and self.depthwise
 
     def packed_dtype(self, lanes: Lanes) -> torch.dtype:
         """Type of the packed weight."""
-        return torch.float32 if self.packs_by_channel(lanes) else LAYOUTS[lanes].dtype
+        return torch.float32 if self.packs_by_channel(lanes) else layout_of(lanes).dtype
 
     def packed_shape(self, lanes: Lanes) -> tuple[int, ...]:
         """Shape of the packed weight."""
-        layout, taps = LAYOUTS[lanes], math.prod(self.kernel)
+        layout, taps = layout_of(lanes), math.prod(self.kernel)
         if self.packs_by_channel(lanes):
             return (-(-self.outputs // layout.width), taps, layout.width)
         panels, depth = -(-self.outputs // self.groups // layout.width), -(-self.inputs // self.groups // layout.together)
@@ -95,7 +106,7 @@ class Stage:
         Channel lanes: `[groups, panels, h w, i / groups, 16]`, a depthwise stage `[panels, h w, 16]`; pixel lanes:
         `[groups, panels, i / groups, h w, 8]`; both float32.  Pair lanes: `[groups, panels, h w, i / groups / 2, 16, 2]`, bfloat16.
         """
-        layout = LAYOUTS[lanes]
+        layout = layout_of(lanes)
         if self.packs_by_channel(lanes):
             flat = weight.float().reshape(self.outputs, -1)
             return F.pad(flat, (0, 0, 0, -self.outputs % layout.width)).reshape(-1, layout.width, flat.shape[1]).transpose(1, 2).contiguous()
@@ -106,7 +117,7 @@ class Stage:
 
     def unpack(self, packed: Tensor, lanes: Lanes) -> Tensor:
         """The inverse of `pack`."""
-        layout = LAYOUTS[lanes]
+        layout = layout_of(lanes)
         if self.packs_by_channel(lanes):
             return packed.transpose(1, 2).flatten(0, 1)[: self.outputs].reshape(self.shape)
         panels = packed if layout.together > 1 else packed[..., None]
@@ -115,9 +126,28 @@ class Stage:
 
 
 def stages_of(integers: Sequence[int]) -> tuple[Stage, ...]:
-    """The stages of a flat list of integers."""
+    """The stages of a flat list of integers; raises `KernelError` for a list that is none."""
+    if not integers or len(integers) % _INTEGERS:
+        raise KernelError(f"{len(integers)} integers are no stages; each has {_INTEGERS}, as `Stage.integers` gives them")
     found = []
     for start in range(0, len(integers), _INTEGERS):
         i, o, g, kh, kw, sh, sw, bh, bw, ah, aw, dh, dw = integers[start : start + _INTEGERS]
-        found.append(Stage(i, o, g, (kh, kw), (sh, sw), (bh, bw), (ah, aw), (dh, dw)))
+        found.append(checked(Stage(i, o, g, (kh, kw), (sh, sw), (bh, bw), (ah, aw), (dh, dw))))
     return tuple(found)
+
+
+def checked(stage: Stage) -> Stage:
+    """The stage; raises `KernelError` for one that no convolution is."""
+    bounds = {
+        "channels": (1, _MOST_CHANNELS, (stage.inputs, stage.outputs, stage.groups)),
+        "kernel": (1, _MOST_REACH, stage.kernel),
+        "stride": (1, _MOST_REACH, stage.stride),
+        "dilation": (1, _MOST_REACH, stage.dilation),
+        "padding": (0, _MOST_REACH, (*stage.before, *stage.after)),
+    }
+    for what, (low, high, values) in bounds.items():
+        if not all(low <= value <= high for value in values):
+            raise KernelError(f"{what} {values} of {stage} is outside {low} to {high}")
+    if stage.inputs % stage.groups or stage.outputs % stage.groups:
+        raise KernelError(f"{stage.groups} groups do not divide {stage.inputs} and {stage.outputs} channels")
+    return stage

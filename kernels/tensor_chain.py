@@ -22,7 +22,7 @@ from tdpass.kernels.conv_chain import activate, check_activation
 
 SCHEMA = "(Tensor x, Tensor[] weights, Tensor? bias, Tensor? residual, int[] steps, str activation) -> Tensor"
 MAX_STEPS = 16
-_INTEGERS, _PANEL = 10, 8
+_INTEGERS, _PANEL, _MOST = 10, 8, 2**24
 _AS_MADE = (0, 2, 1, 3)
 
 
@@ -73,10 +73,14 @@ class Step:
 
 
 def steps_of(integers: Sequence[int]) -> tuple[Step, ...]:
-    """The steps of a flat list of integers."""
+    """The steps of a flat list of integers; raises `KernelError` for a list that is none."""
+    if not integers or len(integers) % _INTEGERS:
+        raise KernelError(f"{len(integers)} integers are no steps; each has {_INTEGERS}, as `Step.integers` gives them")
     found = []
     for start in range(0, len(integers), _INTEGERS):
         a, k, b, o, r, batched, *order = integers[start : start + _INTEGERS]
+        if min(a, k, b, o, r) < 1 or batched not in (0, 1) or sorted(order) != [0, 1, 2, 3]:
+            raise KernelError(f"{[a, k, b, o, r, batched, *order]} is no step; five sizes of at least 1, then 0 or 1, then an order of the axes 0 to 3")
         found.append(Step(a, k, b, o, r, bool(batched), (order[0], order[1], order[2], order[3])))
     return tuple(found)
 
@@ -147,10 +151,10 @@ def native_cpu(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residu
 
 
 def _run(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, steps: tuple[int, ...], activation: str, y: Tensor) -> bool:
-    library = native.library()
-    chain, array = _program(steps)
-    if library is None or x.dtype not in native.DTYPES or (residual is not None and residual.dtype != x.dtype):
+    library = native.serving(x, residual, activation)
+    if library is None or max(steps) > _MOST:
         return False
+    chain, array = _program(steps)
     if x.shape[-1] != chain[0].inputs or (bias is not None and bias.shape != y.shape[-1:]):
         return False
     packed = [weight.float().contiguous() for weight in weights]

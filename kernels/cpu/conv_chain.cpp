@@ -19,7 +19,7 @@ template <class Engine> int choose_step(const Geometry& g, int rows, int multipl
   return std::min(rows, (even + multiple - 1) / multiple * multiple);
 }
 
-template <class Engine> void run(const Geometry& g, const tdpass_image& x, const tdpass_image& y, const tdpass_pool* pool, int multiple) {
+template <class Engine> int run(const Geometry& g, const tdpass_image& x, const tdpass_image& y, const tdpass_pool* pool, int multiple) {
   Output output(*g.chain, y);
   const int images = int(x.size[0]), rows = g.h[g.stages];
   const long total = long(images) * rows;
@@ -36,7 +36,7 @@ template <class Engine> void run(const Geometry& g, const tdpass_image& x, const
       at += to - from;
     }
   };
-  run_tasks(pool, tasks, task);
+  return run_tasks(pool, tasks, task);
 }
 
 bool positions_only(const tdpass_chain& chain) {
@@ -70,7 +70,7 @@ bool by_panels(const Geometry& g, const tdpass_image& y) {
 }
 
 // Few positions through 1x1 layers: all threads work on one stage after the other, each on some of its output channels.
-void run_panels(const Geometry& g, const tdpass_image& x, const tdpass_image& y, int count, const tdpass_pool* pool) {
+int run_panels(const Geometry& g, const tdpass_image& x, const tdpass_image& y, int count, const tdpass_pool* pool) {
   Output output(*g.chain, y);
   Scratch memory;
   size_t total = 0, offset[MAX_STAGES];
@@ -102,29 +102,17 @@ void run_panels(const Geometry& g, const tdpass_image& x, const tdpass_image& y,
         }
       }
     };
-    run_tasks(pool, tasks, task);
+    if (int status = run_tasks(pool, tasks, task)) return status;
   }
+  return 0;
 }
 
 int run_chain(const tdpass_chain& chain, const tdpass_image& x, const tdpass_image& y, const tdpass_pool* pool) {
-  Geometry g;
-  if (!trace_sizes(&chain, int(x.size[2]), int(x.size[3]), g)) return -1;
-  if (y.size[0] != x.size[0] || x.size[1] != g.channels(0) || y.size[1] != g.channels(g.stages)) return -1;
-  if (y.size[2] != g.h[g.stages] || y.size[3] != g.w[g.stages]) return -1;
-  for (int s = 0; s < chain.stages; s++)
-    if (chain.stage[s].kernel[0] * chain.stage[s].kernel[1] > MAX_TAPS) return -1;
-  if (chain.lanes == TDPASS_PIXEL_LANES) {
-    if (!PixelLanes::serves(g)) return -1;
-    run<PixelLanes>(g, x, y, pool, PixelLanes::rows_per_cell(g));
-  } else if (chain.lanes == TDPASS_PAIR_LANES) {
-    if (!ChannelLanes<Pairs>::serves(g)) return -1;
-    run<ChannelLanes<Pairs>>(g, x, y, pool, 1);
-  } else if (pool->threads > 1 && x.size[0] * x.size[2] * x.size[3] <= FEW && chain.dtype == TDPASS_FLOAT32 && by_panels(g, y)) {
-    run_panels(g, x, y, int(x.size[3]), pool);
-  } else {
-    run<ChannelLanes<Singles>>(g, x, y, pool, 1);
-  }
-  return 0;
+  const Geometry g = trace_sizes(&chain, int(x.size[2]), int(x.size[3]));
+  if (chain.lanes == TDPASS_PIXEL_LANES) return PixelLanes::serves(g) ? run<PixelLanes>(g, x, y, pool, PixelLanes::rows_per_cell(g)) : -1;
+  if (chain.lanes == TDPASS_PAIR_LANES) return ChannelLanes<Pairs>::serves(g) ? run<ChannelLanes<Pairs>>(g, x, y, pool, 1) : -1;
+  const bool few = pool->threads > 1 && x.size[0] * x.size[2] * x.size[3] <= FEW && chain.dtype == TDPASS_FLOAT32 && by_panels(g, y);
+  return few ? run_panels(g, x, y, int(x.size[3]), pool) : run<ChannelLanes<Singles>>(g, x, y, pool, 1);
 }
 
 }  // namespace
@@ -133,7 +121,6 @@ int run_chain(const tdpass_chain& chain, const tdpass_image& x, const tdpass_ima
 extern "C" int32_t TDPASS_SYMBOL(tdpass_conv_chain)(const tdpass_chain* chain, const tdpass_image* x, const tdpass_image* y, const tdpass_pool* pool) {
   using namespace tdpass;
   const tdpass_image* residual = chain->residual;
-  if (x->size[0] == 0 || x->size[2] == 0 || x->size[3] == 0) return 0;
   bool together = chain->lanes != TDPASS_PIXEL_LANES && positions_only(*chain) && flat(*x) && flat(*y) && (!residual || flat(*residual));
   if (!together) return run_chain(*chain, *x, *y, pool);
   const long positions = x->size[0] * x->size[2] * x->size[3];

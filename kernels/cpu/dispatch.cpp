@@ -3,8 +3,9 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <new>
 
-#include "tdpass.h"
+#include "checks.h"
 
 namespace {
 
@@ -42,7 +43,7 @@ template <class Kernel> Choice<Kernel> choose(Kernel avx512bf16, Kernel avx512, 
 }  // namespace
 
 #define TDPASS_CHOOSE(name) choose(&name##_avx512bf16, &name##_avx512, &name##_avx2, &name##_generic)
-#define TDPASS_ENTRY(name, parameters, arguments)                            \
+#define TDPASS_ENTRY(name, parameters, arguments, checked)                   \
   __attribute__((weak)) int32_t name##_avx512bf16 parameters;                \
   __attribute__((weak)) int32_t name##_avx512 parameters;                    \
   __attribute__((weak)) int32_t name##_avx2 parameters;                      \
@@ -52,14 +53,19 @@ template <class Kernel> Choice<Kernel> choose(Kernel avx512bf16, Kernel avx512, 
     if (!kernel) return -1;                                                  \
     const tdpass_pool openmp = {nullptr, omp_get_max_threads(), run_openmp}; \
     if (!pool) pool = &openmp;                                               \
-    return kernel arguments;                                                 \
+    try {                                                                    \
+      const tdpass::Verdict verdict = tdpass::check checked;                 \
+      return verdict == tdpass::SERVED ? kernel arguments : int32_t(verdict); \
+    } catch (const std::bad_alloc&) {                                        \
+      return -1;                                                             \
+    }                                                                        \
   }
 
 extern "C" {
-TDPASS_ENTRY(tdpass_conv_chain, (const tdpass_chain* chain, const tdpass_image* x, const tdpass_image* y, const tdpass_pool* pool), (chain, x, y, pool))
-TDPASS_ENTRY(tdpass_tensor_chain, (const tdpass_program* program, const tdpass_rows* x, const tdpass_rows* y, const tdpass_pool* pool), (program, x, y, pool))
-TDPASS_ENTRY(tdpass_sparse_conv, (const tdpass_sparse* weight, const tdpass_image* x, const tdpass_image* y, const tdpass_pool* pool), (weight, x, y, pool))
-TDPASS_ENTRY(tdpass_recurrent, (const tdpass_cell* cell, const tdpass_pool* pool), (cell, pool))
+TDPASS_ENTRY(tdpass_conv_chain, (const tdpass_chain* chain, const tdpass_image* x, const tdpass_image* y, const tdpass_pool* pool), (chain, x, y, pool), (chain, x, y))
+TDPASS_ENTRY(tdpass_tensor_chain, (const tdpass_program* program, const tdpass_rows* x, const tdpass_rows* y, const tdpass_pool* pool), (program, x, y, pool), (program, x, y))
+TDPASS_ENTRY(tdpass_sparse_conv, (const tdpass_sparse* weight, const tdpass_image* x, const tdpass_image* y, const tdpass_pool* pool), (weight, x, y, pool), (weight, x, y))
+TDPASS_ENTRY(tdpass_recurrent, (const tdpass_cell* cell, const tdpass_pool* pool), (cell, pool), (cell))
 
 const char* tdpass_isa(void) {
   static const char* const isa = TDPASS_CHOOSE(tdpass_conv_chain).isa;

@@ -91,9 +91,9 @@ static TDPASS_INLINE Lanes clamp(Lanes x, float low, float high) {
   return x > high ? broadcast(high) : x;
 }
 
-// exp to 2 ulp on [-87, 88]: 2^n by the exponent bits, the rest by a polynomial of degree 6; NaN stays NaN.
-static TDPASS_INLINE Lanes exponential(Lanes x) {
-  x = clamp(x, -87.0f, 88.0f);
+// exp to 2 ulp on [-87, 88]: 2^n by the exponent bits, the rest by a polynomial of degree 6; above it is infinite, NaN stays NaN.
+static TDPASS_INLINE Lanes exponential(Lanes given) {
+  Lanes x = clamp(given, -87.0f, 88.0f);
   Lanes t = x * 1.44269504f;
   Lanes magic = broadcast(12582912.0f);
   Lanes n = (t + magic) - magic;
@@ -110,7 +110,7 @@ static TDPASS_INLINE Lanes exponential(Lanes x) {
   bits = bits << 23;
   Lanes scale;
   std::memcpy(&scale, &bits, sizeof scale);
-  return p * scale;
+  return given > 88.0f ? broadcast(__builtin_inff()) : p * scale;
 }
 static TDPASS_INLINE Lanes sigmoid(Lanes x) { return 1.0f / (1.0f + exponential(-x)); }
 static TDPASS_INLINE Lanes hyperbolic_tangent(Lanes x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }

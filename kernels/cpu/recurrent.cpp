@@ -132,13 +132,11 @@ template <int GATES> void run_samples(const tdpass_cell& cell, int first, int sa
 
 extern "C" int32_t TDPASS_SYMBOL(tdpass_recurrent)(const tdpass_cell* cell, const tdpass_pool* pool) {
   using namespace tdpass;
-  if (cell->gates != 3 && cell->gates != 4) return -1;
   const int tasks = std::min(pool->threads, cell->batch);
   auto task = [&](int k) {
     int low = int(long(cell->batch) * k / tasks), high = int(long(cell->batch) * (k + 1) / tasks);
     if (cell->gates == 4) run_samples<4>(*cell, low, high - low);
     else run_samples<3>(*cell, low, high - low);
   };
-  run_tasks(pool, tasks, task);
-  return 0;
+  return run_tasks(pool, tasks, task);
 }

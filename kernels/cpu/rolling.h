@@ -6,11 +6,10 @@
 #include <algorithm>
 
 #include "lanes.h"
+#include "limits.h"
 #include "scratch.h"
 
 namespace tdpass {
-
-constexpr int MAX_STAGES = 6, MAX_TAPS = 128;
 
 struct Range {
   int low = 0, high = 0;
@@ -44,23 +43,19 @@ struct Geometry {
   }
 };
 
-inline bool trace_sizes(const tdpass_chain* chain, int h, int w, Geometry& g) {
-  if (chain->stages < 1 || chain->stages > MAX_STAGES) return false;
+inline Geometry trace_sizes(const tdpass_chain* chain, int h, int w) {
+  Geometry g;
   g.chain = chain;
   g.stages = chain->stages;
   g.h[0] = h;
   g.w[0] = w;
   for (int s = 0; s < g.stages; s++) {
     const tdpass_stage& t = g.stage(s);
-    if (t.in < 1 || t.out < 1 || t.groups < 1 || t.in % t.groups || t.out % t.groups) return false;
-    if (s > 0 && g.stage(s - 1).out != t.in) return false;
     int reach_h = (t.kernel[0] - 1) * t.dilation[0] + 1, reach_w = (t.kernel[1] - 1) * t.dilation[1] + 1;
-    int room_h = g.h[s] + t.before[0] + t.after[0] - reach_h, room_w = g.w[s] + t.before[1] + t.after[1] - reach_w;
-    if (room_h < 0 || room_w < 0 || t.stride[0] < 1 || t.stride[1] < 1) return false;
-    g.h[s + 1] = room_h / t.stride[0] + 1;
-    g.w[s + 1] = room_w / t.stride[1] + 1;
+    g.h[s + 1] = (g.h[s] + t.before[0] + t.after[0] - reach_h) / t.stride[0] + 1;
+    g.w[s + 1] = (g.w[s] + t.before[1] + t.after[1] - reach_w) / t.stride[1] + 1;
   }
-  return true;
+  return g;
 }
 
 // Produces rows `rows` of image n.  `Engine` has: `first` (0 where x is copied into buffer 0, 1 where stage 0 reads x itself),

@@ -1,5 +1,6 @@
 // Working memory that a thread keeps between calls, and a pool-independent way to run tasks.
 #pragma once
+#include <atomic>
 #include <cstddef>
 #include <cstdlib>
 #include <new>
@@ -34,13 +35,23 @@ inline float* thread_scratch(size_t floats) {
   return scratch.reserve(floats);
 }
 
-template <class Task> void run_tasks(const tdpass_pool* pool, int tasks, Task& task) {
-  auto call = [](void* argument, int32_t index) { (*static_cast<Task*>(argument))(index); };
-  if (tasks <= 1) {
-    for (int k = 0; k < tasks; k++) task(k);
-  } else {
-    pool->run(pool->context, tasks, call, &task);
-  }
+// Returns 0, or -1 where a task found no memory: no exception may leave a thread of the pool.
+template <class Task> int run_tasks(const tdpass_pool* pool, int tasks, Task& task) {
+  struct Guarded {
+    Task& task;
+    std::atomic<int> status{0};
+  } guarded{task};
+  auto call = [](void* argument, int32_t index) {
+    auto* given = static_cast<Guarded*>(argument);
+    try {
+      given->task(index);
+    } catch (const std::bad_alloc&) {
+      given->status = -1;
+    }
+  };
+  if (tasks == 1) call(&guarded, 0);
+  else if (tasks > 1) pool->run(pool->context, tasks, call, &guarded);
+  return guarded.status;
 }
 
 }  // namespace tdpass

@@ -6,6 +6,7 @@
 // read as much as they multiply: they come in segments of few inputs, which then serve many outputs out of the first-level cache.
 #include "isa.h"
 
+#include "limits.h"
 #include "token_lanes.h"
 #include "scratch.h"
 
@@ -18,7 +19,8 @@ constexpr Index BAND_FLOATS = 112 * 1024;  // what a band of inputs may take of 
 constexpr int GROUP = LANES;               // outputs that are finished together
 constexpr Index SUM_FLOATS = 40 * 1024;    // what sums of several segments may take
 constexpr int MAX_ROWS = 128;
-constexpr int MAX_VECTORS = 8, MAX_PHASES = 16;
+constexpr int MAX_VECTORS = 8;
+constexpr Index MOST_FLOATS = Index(1) << 30;  // of the copy of a band: offsets into it have 32 bits
 
 // Panels of blocks and where they are applied.
 struct Walk {
@@ -111,6 +113,7 @@ struct Layout {
       if (s < 0) s = phases++;
     }
     plane = Index(high) * wide * phases;
+    if (floats() > MOST_FLOATS) return;
     offset.resize(size_t(t.in) * taps);
     for (int c = 0; c < t.in; c++)
       for (int k = 0; k < taps; k++) {
@@ -202,7 +205,8 @@ template <class T> class Engine {
 
   void finish(int n, const Band& band, const int32_t* channels, int count, const float* sums) {
     while (count > 0 && channels[count - 1] < 0) count--;
-    bool together = last_ && count > 0 && channels[count - 1] - channels[0] == count - 1;
+    bool together = last_ && count > 0 && channels[0] >= 0;
+    for (int c = 1; c < count; c++) together &= channels[c] == channels[c - 1] + 1;
     for (int r = 0; r < band.rows; r++) {
       const float* from = sums + r * at_.wide;
       if (together) {
@@ -212,7 +216,8 @@ template <class T> class Engine {
                    s_.residual ? place<const T>(*s_.residual, n, channels[0], band.row + r, band.column + i) : nullptr, s_.residual ? s_.residual->stride[3] : 0);
       } else {
         for (int c = 0; c < count; c++)
-          for (int i = 0; i < band.columns; i += LANES) put(n, band.row + r, band.column + i, channels[c], load(from + c * pitch_ + i), std::min(LANES, band.columns - i));
+          for (int i = 0; i < band.columns && channels[c] >= 0; i += LANES)
+            put(n, band.row + r, band.column + i, channels[c], load(from + c * pitch_ + i), std::min(LANES, band.columns - i));
       }
     }
   }
@@ -249,7 +254,7 @@ template <class T> class Engine {
 
 int parts_of(int size, Index most) { return int((size + std::max<Index>(most, 1) - 1) / std::max<Index>(most, 1)); }
 
-template <class T> void run_bands(const tdpass_sparse& weight, const Kernel& kernel, const tdpass_image& x, const tdpass_image& y, const tdpass_pool* pool) {
+template <class T> int run_bands(const tdpass_sparse& weight, const Kernel& kernel, const tdpass_image& x, const tdpass_image& y, const tdpass_pool* pool) {
   const tdpass_stage& t = weight.shape;
   const int h = int(y.size[2]), w = int(y.size[3]);
   const Index per_pixel = Index(t.in) * std::min(t.stride[0], t.kernel[0]) * std::min(t.stride[1], t.kernel[1]);
@@ -260,6 +265,7 @@ template <class T> void run_bands(const tdpass_sparse& weight, const Kernel& ker
   const int wide = columns + (t.kernel[1] - 1) * t.dilation[1] / t.stride[1];
   const int down = parts_of(h, BAND_FLOATS / (per_pixel * wide) - row_halo + 1), rows = columns < w ? 1 : (h + down - 1) / down;
   const Layout layout(weight, rows, columns);
+  if (layout.floats() > MOST_FLOATS) return -1;
   const long across = (w + columns - 1) / columns, bands = (h + rows - 1) / rows * across, total = x.size[0] * bands;
   const int tasks = int(std::min<long>(pool->threads, total));
   auto task = [&](int k) {
@@ -269,7 +275,7 @@ template <class T> void run_bands(const tdpass_sparse& weight, const Kernel& ker
       engine.run(int(i / bands), {row, std::min(rows, h - row), column, std::min(columns, w - column)});
     }
   };
-  run_tasks(pool, tasks, task);
+  return run_tasks(pool, tasks, task);
 }
 
 }  // namespace
@@ -277,15 +283,7 @@ template <class T> void run_bands(const tdpass_sparse& weight, const Kernel& ker
 
 extern "C" int32_t TDPASS_SYMBOL(tdpass_sparse_conv)(const tdpass_sparse* weight, const tdpass_image* x, const tdpass_image* y, const tdpass_pool* pool) {
   using namespace tdpass;
-  const tdpass_stage& t = weight->shape;
   Kernel kernel;
-  if (t.groups != 1 || !choose(weight->width, kernel) || t.stride[0] * t.stride[1] > MAX_PHASES || x->size[1] != t.in || y->size[1] != t.out) return -1;
-  for (int a = 0; a < 2; a++) {
-    long room = x->size[2 + a] + t.before[a] + t.after[a] - (t.kernel[a] - 1) * t.dilation[a] - 1;
-    if (t.stride[a] < 1 || room < 0 || y->size[2 + a] != room / t.stride[a] + 1) return x->size[0] == 0 ? 0 : -1;
-  }
-  if (x->size[0] == 0) return 0;
-  if (weight->dtype == TDPASS_BFLOAT16) run_bands<Half>(*weight, kernel, *x, *y, pool);
-  else run_bands<float>(*weight, kernel, *x, *y, pool);
-  return 0;
+  if (!choose(weight->width, kernel)) return -1;
+  return weight->dtype == TDPASS_BFLOAT16 ? run_bands<Half>(*weight, kernel, *x, *y, pool) : run_bands<float>(*weight, kernel, *x, *y, pool);
 }

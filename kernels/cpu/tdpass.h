@@ -1,6 +1,8 @@
 // The C interface of the kernels: plain pointers and sizes, no tensor class; what torch, ONNX Runtime and ctypes call.
 //
-// Every function returns 0, or -1 for an argument it does not serve (the caller then takes the plain chain).
+// Every function returns 0, or -1 for arguments that it does not serve, having touched no memory but the arguments: sizes that do not
+// fit each other or are beyond its limits, numbers out of range, blocks of a sparse weight that lie outside of it (see checks.h), or
+// more working memory than there is.  The caller then takes the plain chain.
 #pragma once
 #include <stdint.h>
 
@@ -71,10 +73,10 @@ typedef struct {
 __attribute__((visibility("default"))) int32_t tdpass_tensor_chain(const tdpass_program* program, const tdpass_rows* x, const tdpass_rows* y, const tdpass_pool* pool);
 
 // A convolution with a sparse weight, then y = activation(result + bias + residual); `shape.groups == 1`.
-// Panel p makes the outputs `rows[p width] ..` (-1: none).  Block e holds `width` weights for the input `index[e] = channel * taps +
+// Panel p makes the outputs `rows[p width] ..` (-1: none), every output in one of them.  Block e holds `width` weights for the input `index[e] = channel * taps +
 // tap`; the blocks of panel p in segment s, a range of inputs, are `start[k] .. start[k + 1]` with k = s panels + p.
 typedef struct {
-  int32_t dtype, activation, width, panels, segments;
+  int32_t dtype, activation, width, panels, segments, blocks;
   tdpass_stage shape;
   const int32_t *start, *index, *rows;
   const float* values;           // [blocks][width]

@@ -14,7 +14,6 @@
 namespace tdpass {
 namespace {
 
-constexpr int MAX_STEPS = 16;
 constexpr int PANEL = 8;    // rows of a matrix that lie together, and that a tile has at most
 constexpr int MAX_COLUMNS = 6;
 constexpr long PART = 512;  // vectors that the result of a step should not exceed: two thirds of the first-level cache
@@ -96,20 +95,6 @@ class Program {
   Program(const tdpass_program& program, int inputs, int outputs) : count(program.steps), inputs_(inputs), outputs_(outputs), works_(program.steps) {
     for (int s = 0; s < count; s++) works_[s].step = program.step + s, works_[s].weights = program.weights[s];
     split();
-  }
-
-  static bool serves(const tdpass_program& program, Index inputs, Index outputs) {
-    if (program.steps < 1 || program.steps > MAX_STEPS) return false;
-    Index size = inputs;
-    for (int s = 0; s < program.steps; s++) {
-      const tdpass_step& t = program.step[s];
-      if (std::min({t.a, t.k, t.b, t.o, t.r}) < 1 || size != Index(t.a) * t.k * t.b) return false;
-      int seen = 0;
-      for (int axis : t.order) seen |= axis >= 0 && axis < 4 ? 1 << axis : 0;
-      if (seen != 15) return false;
-      size = Index(t.a) * t.o * t.r * t.b;
-    }
-    return size == outputs;
   }
 
   // x and y of 16 tokens as vectors; the memory of all steps is one block.
@@ -231,7 +216,7 @@ class Program {
   std::vector<Work> works_;
 };
 
-template <class T> void run_tokens(const tdpass_program& program, const tdpass_rows& x, const tdpass_rows& y, const tdpass_pool* pool) {
+template <class T> int run_tokens(const tdpass_program& program, const tdpass_rows& x, const tdpass_rows& y, const tdpass_pool* pool) {
   const long blocks = (x.rows + LANES - 1) / LANES;
   const int tasks = int(std::min<long>(pool->threads, blocks));
   const tdpass_rows* residual = program.residual;
@@ -251,7 +236,7 @@ template <class T> void run_tokens(const tdpass_program& program, const tdpass_r
       }
     }
   };
-  run_tasks(pool, tasks, task);
+  return run_tasks(pool, tasks, task);
 }
 
 }  // namespace
@@ -259,8 +244,5 @@ template <class T> void run_tokens(const tdpass_program& program, const tdpass_r
 
 extern "C" int32_t TDPASS_SYMBOL(tdpass_tensor_chain)(const tdpass_program* program, const tdpass_rows* x, const tdpass_rows* y, const tdpass_pool* pool) {
   using namespace tdpass;
-  if (!Program::serves(*program, x->channels, y->channels) || x->rows != y->rows) return -1;
-  if (program->dtype == TDPASS_BFLOAT16) run_tokens<Half>(*program, *x, *y, pool);
-  else run_tokens<float>(*program, *x, *y, pool);
-  return 0;
+  return program->dtype == TDPASS_BFLOAT16 ? run_tokens<Half>(*program, *x, *y, pool) : run_tokens<float>(*program, *x, *y, pool);
 }

@@ -8,6 +8,7 @@
 #include <exception>
 #include <numeric>
 
+#include "../cpu/checks.h"
 #include "packed.h"
 #include "session.h"
 
@@ -31,8 +32,9 @@ struct Op : ort::CustomOp {
 class Chain {
  public:
   Chain(const Op& op, const ort::Api* api, const ort::KernelInfo* info) : op_(op), api_(api), layers_(op.stages) {
-    lanes_ = int(integer(api, info, "lanes", TDPASS_CHANNEL_LANES));
-    if (lanes_ != TDPASS_CHANNEL_LANES && lanes_ != TDPASS_PIXEL_LANES) refuse(op, "lanes is 0 or 1, not " + std::to_string(lanes_));
+    const int64_t lanes = integer(api, info, "lanes", TDPASS_CHANNEL_LANES);
+    if (lanes != TDPASS_CHANNEL_LANES && lanes != TDPASS_PIXEL_LANES) refuse(op, "lanes is 0 or 1, not " + std::to_string(lanes));
+    lanes_ = int(lanes);
     for (int s = 0; s < op.stages; s++) {
       Layer& layer = layers_[s];
       const std::string k = "_" + std::to_string(s + 1);
@@ -97,17 +99,22 @@ class Chain {
     const Sizes& w = weight.sizes;
     const size_t axes = op_.linear ? 0 : w.size() - 2;
     if (op_.linear ? w.size() != 2 : w.size() != 3 && w.size() != 4) refuse(op_, "a weight has " + std::to_string(w.size()) + " axes");
-    stage = {int32_t(w[op_.linear ? 0 : 1] * layer.group), int32_t(w[op_.linear ? 1 : 0]), int32_t(layer.group), {1, 1}, {1, 1}, {}, {}, {1, 1}};
+    const int64_t group = layer.group;
+    if (!tdpass::within(group, 1, tdpass::MOST_CHANNELS)) refuse(op_, "a group of " + std::to_string(group) + " is not served");
+    stage = {narrow(w[op_.linear ? 0 : 1] * group), narrow(w[op_.linear ? 1 : 0]), narrow(group), {1, 1}, {1, 1}, {}, {}, {1, 1}};
     for (size_t a = 0; a < axes; a++) {
       const size_t axis = 2 - axes + a;
-      stage.kernel[axis] = int32_t(w[2 + a]);
-      if (a < layer.strides.size()) stage.stride[axis] = int32_t(layer.strides[a]);
-      if (a < layer.dilations.size()) stage.dilation[axis] = int32_t(layer.dilations[a]);
-      if (a + axes < layer.pads.size()) stage.before[axis] = int32_t(layer.pads[a]), stage.after[axis] = int32_t(layer.pads[a + axes]);
+      stage.kernel[axis] = narrow(w[2 + a]);
+      if (a < layer.strides.size()) stage.stride[axis] = narrow(layer.strides[a]);
+      if (a < layer.dilations.size()) stage.dilation[axis] = narrow(layer.dilations[a]);
+      if (a + axes < layer.pads.size()) stage.before[axis] = narrow(layer.pads[a]), stage.after[axis] = narrow(layer.pads[a + axes]);
     }
-    if (stage.in < 1 || stage.groups < 1 || stage.out < 1 || stage.in % stage.groups || stage.out % stage.groups) refuse(op_, "a weight does not fit its group");
+    if (!tdpass::is_stage(stage, tdpass::MAX_TAPS)) refuse(op_, "a stage of these groups, strides, pads or dilations is not served");
     packed = pack(stage, lanes_, weight.data, op_.linear);
   }
+
+  // As 32 bits; what does not fit becomes a number that no stage may have.
+  static int32_t narrow(int64_t value) { return tdpass::within(value, INT32_MIN, INT32_MAX) ? int32_t(value) : INT32_MIN; }
 
   Sizes output_sizes(const Tensor& x, const std::vector<tdpass_stage>& stages) const {
     Sizes sizes = x.sizes;

@@ -87,10 +87,9 @@ class Arguments {
     return std::string(data, length);
   }
 
-  // The tensor as contiguous float32, bfloat16 or int32: itself, or a copy that lives as long as the call.
+  // The tensor as contiguous float32 or bfloat16: itself, or a copy that lives as long as the call.
   Tensor floats(const Tensor& given) { return as(given, aoti_torch_dtype_float32(), torch::headeronly::ScalarType::Float); }
   Tensor halves(const Tensor& given) { return as(given, aoti_torch_dtype_bfloat16(), torch::headeronly::ScalarType::BFloat16); }
-  Tensor indices(const Tensor& given) { return as(given, aoti_torch_dtype_int32(), torch::headeronly::ScalarType::Int); }
 
   // The tensor without gaps: itself, or a copy that lives as long as the call.
   Tensor contiguous(const Tensor& given) { return !given || given.contiguous() ? given : keep(torch::stable::contiguous(shared(given))); }

@@ -1,12 +1,11 @@
 // conv_chain and linear_chain: the same kernel, on images and on rows of channels.
-#include <cstring>
-
 #include "images.h"
 
 namespace torch_ops {
 namespace {
 
-constexpr int INTEGERS = 13, MAX_STAGES = 6, PANEL[] = {16, 8, 16}, PAIR_AXES = 6;
+using tdpass::MAX_STAGES;
+constexpr int INTEGERS = 13, PANEL[] = {16, 8, 16}, PAIR_AXES = 6;
 static_assert(sizeof(tdpass_stage) == INTEGERS * sizeof(int32_t), "a stage is its integers in a row");
 
 struct Chain {
@@ -18,11 +17,7 @@ struct Chain {
   bool read(const std::vector<int64_t>& integers) {
     if (integers.empty() || integers.size() % INTEGERS || integers.size() > INTEGERS * MAX_STAGES) return false;
     count = int32_t(integers.size()) / INTEGERS;
-    std::vector<int32_t> narrow(integers.begin(), integers.end());
-    std::memcpy(stages, narrow.data(), narrow.size() * sizeof(int32_t));
-    for (int s = 0; s < count; s++)
-      if (stages[s].in < 1 || stages[s].out < 1 || stages[s].groups < 1 || stages[s].stride[0] < 1 || stages[s].stride[1] < 1) return false;
-    return true;
+    return narrowed(integers, stages) && std::all_of(stages, stages + count, [](const tdpass_stage& t) { return tdpass::is_stage(t, tdpass::MAX_TAPS); });
   }
 
   // Throws unless the weights are packed for these stages and lanes.
@@ -72,7 +67,7 @@ Result conv_chain(Arguments& in) {
     call.residual = &rest;
   }
   Tensor shift = in.floats(bias);
-  if (shift && shift.numel() != sizes[1]) return not_served();
+  if (shift && (shift.dims != 1 || shift.numel() != sizes[1])) return not_served();
   call.bias = static_cast<const float*>(shift.data);
   Output y(sizes, strides_like(x, sizes), x.dtype);
   const tdpass_image from = image(x), into = image(y.view());
@@ -98,7 +93,7 @@ Result linear_chain(Arguments& in) {
   sizes.back() = widths.back();
   if (residual && !same_shape(residual, sizes)) return not_served();
   Tensor shift = in.floats(bias), plain = in.contiguous(x), rest = in.contiguous(residual);
-  if (shift && shift.numel() != sizes.back()) return not_served();
+  if (shift && (shift.dims != 1 || shift.numel() != sizes.back())) return not_served();
   call.bias = static_cast<const float*>(shift.data);
   tdpass_image rows{};
   if (rest) call.residual = &(rows = positions(rest));

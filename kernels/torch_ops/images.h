@@ -54,12 +54,9 @@ inline bool same_shape(const Tensor& x, const std::vector<int64_t>& sizes) { ret
 
 // Sizes `[n, c, h, w]` to those behind a convolution; false where its kernel does not fit in.
 inline bool convolved(std::vector<int64_t>& sizes, const tdpass_stage& t) {
-  sizes[1] = t.out;
-  for (int a = 0; a < 2; a++) {
-    const int64_t room = sizes[2 + a] + t.before[a] + t.after[a] - int64_t(t.kernel[a] - 1) * t.dilation[a] - 1;
-    if (room < 0) return false;
-    sizes[2 + a] = room / t.stride[a] + 1;
-  }
+  int64_t behind[2] = {sizes[2], sizes[3]};
+  if (!tdpass::convolve(t, behind)) return false;
+  sizes = {sizes[0], t.out, behind[0], behind[1]};
   return true;
 }
 

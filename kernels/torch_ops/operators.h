@@ -1,6 +1,8 @@
 // What an operator is, and how it becomes one of torch's: see the table in ops.cpp.
 #pragma once
-#include "../cpu/tdpass.h"
+#include <cstdint>
+
+#include "../cpu/checks.h"
 #include "arguments.h"
 
 namespace torch_ops {
@@ -43,6 +45,16 @@ int32_t activation_of(const std::string& name);  // tdpass_activation; throws fo
 int32_t lanes_of(const std::string& name);       // tdpass_lanes; throws for an unknown name
 tdpass_pool pool();                              // torch's own threads
 std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes);
+
+// Copies integers into a struct of 32-bit ones; false where one does not fit.
+template <class Struct> bool narrowed(const std::vector<int64_t>& integers, Struct* to) {
+  int32_t* at = reinterpret_cast<int32_t*>(to);
+  for (int64_t value : integers) {
+    if (value < INT32_MIN || value > INT32_MAX) return false;
+    *at++ = int32_t(value);
+  }
+  return true;
+}
 
 Result conv_chain(Arguments& in);
 Result linear_chain(Arguments& in);

@@ -34,6 +34,7 @@ Result run(Arguments& in, const int32_t gates) {
   const int64_t groups = (hidden + PANEL - 1) / PANEL, panels = (rank + PANEL - 1) / PANEL;
   bool right = pre.sizes[2] == gates * hidden && has_shape(h0, {batch, hidden}) && (!c0 || has_shape(c0, {batch, hidden}));
   right = right && has_shape(u, {groups, rank, gates, PANEL}) && panels && has_shape(v, {panels, hidden, PANEL});
+  right = right && std::max({steps, batch, hidden, rank}) <= tdpass::MOST_CHANNELS;
   if (!right || (bias && !has_shape(bias, {gates * hidden}))) return not_served();
 
   if (pre.strides[2] != 1) pre = in.contiguous(pre);

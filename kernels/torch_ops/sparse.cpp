@@ -1,6 +1,4 @@
 // sparse_conv2d and sparse_linear: blocks of weights, on images and on rows of channels.
-#include <cstring>
-
 #include "images.h"
 
 namespace torch_ops {
@@ -14,19 +12,21 @@ struct Blocks {
 
   explicit Blocks(Arguments& in) : values(in.tensor()), inputs(in.tensor()), start(in.tensor()), rows(in.tensor()) {}
 
-  // Throws unless its parts fit each other and make `outputs`.
-  void fill(Arguments& in, tdpass_sparse& call, int32_t outputs) {
-    values = in.floats(values), inputs = in.indices(inputs), start = in.indices(start), rows = in.indices(rows);
+  // False where its parts do not fit each other: the reference then says why.
+  bool fill(Arguments& in, tdpass_sparse& call) {
+    static const int32_t int32 = aoti_torch_dtype_int32();
+    for (const Tensor* part : {&inputs, &start, &rows})
+      if (part->dims != 1 || part->dtype != int32) return false;
     const int64_t width = values.dims == 2 ? values.sizes[1] : 0, panels = width ? rows.numel() / width : 0;
     const int64_t segments = panels ? (start.numel() - 1) / panels : 0;
-    if (!panels || inputs.numel() != values.sizes[0] || start.numel() != segments * panels + 1 || rows.numel() < outputs)
-      throw std::runtime_error(std::to_string(values.dims ? values.sizes[0] : 0) + " blocks of " + std::to_string(width) + " have " + std::to_string(inputs.numel()) +
-                               " inputs, " + std::to_string(start.numel()) + " starts, " + std::to_string(rows.numel()) + " rows; use what `pack` returns");
-    call.width = int32_t(width), call.panels = int32_t(panels), call.segments = int32_t(segments);
+    if (!panels || rows.numel() != panels * width || inputs.numel() != values.sizes[0] || start.numel() != segments * panels + 1) return false;
+    values = in.floats(values), inputs = in.contiguous(inputs), start = in.contiguous(start), rows = in.contiguous(rows);
+    call.width = int32_t(width), call.panels = int32_t(panels), call.segments = int32_t(segments), call.blocks = int32_t(inputs.numel());
     call.start = static_cast<const int32_t*>(start.data);
     call.index = static_cast<const int32_t*>(inputs.data);
     call.rows = static_cast<const int32_t*>(rows.data);
     call.values = static_cast<const float*>(values.data);
+    return true;
   }
 };
 
@@ -48,11 +48,9 @@ Result sparse_conv2d(Arguments& in) {
 
   const int32_t dtype = call.dtype = dtype_of(x);
   if (dtype < 0 || x.dims != 4 || integers.size() != INTEGERS || (residual && residual.dtype != x.dtype)) return not_served();
-  const std::vector<int32_t> narrow(integers.begin(), integers.end());
-  std::memcpy(&call.shape, narrow.data(), sizeof call.shape);
   const tdpass_stage& t = call.shape;
   std::vector<int64_t> sizes(x.sizes, x.sizes + 4);
-  if (sizes[1] != t.in || t.stride[0] < 1 || t.stride[1] < 1 || !convolved(sizes, t)) return not_served();
+  if (!narrowed(integers, &call.shape) || !tdpass::is_stage(t, tdpass::MOST_REACH) || sizes[1] != t.in || !convolved(sizes, t)) return not_served();
   tdpass_image rest{};
   if (residual) {
     if (!expanded(residual, sizes, rest)) return not_served();
@@ -61,7 +59,7 @@ Result sparse_conv2d(Arguments& in) {
   Tensor shift = in.floats(bias);
   if (shift && (shift.dims != 1 || shift.numel() != t.out)) return not_served();
   call.bias = static_cast<const float*>(shift.data);
-  blocks.fill(in, call, t.out);
+  if (!blocks.fill(in, call)) return not_served();
   Output y(sizes, strides_like(x, sizes), x.dtype);
   return run(call, image(x), image(y.view()), y);
 }
@@ -77,6 +75,7 @@ Result sparse_linear(Arguments& in) {
   call.dtype = dtype_of(x);
   if (call.dtype < 0 || x.dims < 1 || (residual && residual.dtype != x.dtype)) return not_served();
   std::vector<int64_t> sizes(x.sizes, x.sizes + x.dims);
+  if (!tdpass::within(sizes.back(), 1, tdpass::MOST_CHANNELS) || !tdpass::within(outputs, 1, tdpass::MOST_CHANNELS)) return not_served();
   call.shape = {int32_t(sizes.back()), int32_t(outputs), 1, {1, 1}, {1, 1}, {0, 0}, {0, 0}, {1, 1}};
   sizes.back() = outputs;
   if (residual && !same_shape(residual, sizes)) return not_served();
@@ -85,7 +84,7 @@ Result sparse_linear(Arguments& in) {
   call.bias = static_cast<const float*>(shift.data);
   tdpass_image rest{};
   if (added) call.residual = &(rest = positions(added));
-  blocks.fill(in, call, int32_t(outputs));
+  if (!blocks.fill(in, call)) return not_served();
   Output y(sizes, contiguous_strides(sizes), x.dtype);
   return run(call, positions(plain), positions(y.view()), y);
 }

@@ -1,12 +1,11 @@
 // tensor_chain: steps on rows of channels.
-#include <cstring>
-
 #include "operators.h"
 
 namespace torch_ops {
 namespace {
 
-constexpr int INTEGERS = 10, MAX_STEPS = 16, PANEL = 8;
+using tdpass::MAX_STEPS;
+constexpr int INTEGERS = 10, PANEL = 8;
 static_assert(sizeof(tdpass_step) == INTEGERS * sizeof(int32_t), "a step is its integers in a row");
 
 tdpass_rows rows(const Tensor& x) {
@@ -15,6 +14,7 @@ tdpass_rows rows(const Tensor& x) {
 }
 
 bool packed_for(const Tensor& weight, const tdpass_step& step) {
+  if (!tdpass::within(tdpass::product({step.o, step.r}), 1, tdpass::MOST_CHANNELS)) return false;
   const int64_t wanted[] = {step.batched ? step.a : 1, (int64_t(step.o) * step.r + PANEL - 1) / PANEL, step.k, PANEL};
   return weight.dims == 4 && std::equal(wanted, wanted + 4, weight.sizes);
 }
@@ -34,8 +34,7 @@ Result tensor_chain(Arguments& in) {
   if (residual && residual.dtype != x.dtype) return not_served();
   tdpass_step steps[MAX_STEPS];
   const float* weights[MAX_STEPS];
-  const std::vector<int32_t> narrow(integers.begin(), integers.end());
-  std::memcpy(steps, narrow.data(), narrow.size() * sizeof(int32_t));
+  if (!narrowed(integers, steps)) return not_served();
   for (size_t s = 0; s < count; s++) {
     Tensor weight = in.floats(given[s]);
     if (!packed_for(weight, steps[s])) return not_served();
@@ -43,8 +42,9 @@ Result tensor_chain(Arguments& in) {
   }
   const tdpass_step &first = steps[0], &last = steps[count - 1];
   std::vector<int64_t> sizes(x.sizes, x.sizes + x.dims);
-  if (sizes.back() != int64_t(first.a) * first.k * first.b) return not_served();
-  sizes.back() = int64_t(last.a) * last.o * last.r * last.b;
+  if (sizes.back() < 1 || sizes.back() != tdpass::product({first.a, first.k, first.b})) return not_served();
+  sizes.back() = tdpass::product({last.a, last.o, last.r, last.b});
+  if (!tdpass::within(sizes.back(), 1, tdpass::MOST_CHANNELS)) return not_served();
   if (residual && std::vector<int64_t>(residual.sizes, residual.sizes + residual.dims) != sizes) return not_served();
   Tensor shift = in.floats(bias), plain = in.contiguous(x), rest = in.contiguous(residual);
   if (shift && (shift.dims != 1 || shift.numel() != sizes.back())) return not_served();

@@ -217,3 +217,33 @@ def test_without_a_compiler_the_error_says_so(monkeypatch: pytest.MonkeyPatch, t
             native.onnx_ops_path()
     finally:
         native._onnx_ops.cache_clear()
+
+
+@pytest.mark.parametrize("value", [-(2**40), -1, 0, 2**31, 2**40])
+@pytest.mark.parametrize("name", ["group", "strides", "dilations", "lanes", "pads"])
+def test_attributes_that_no_convolution_has_are_refused(library: str, name: str, value: int) -> None:
+    if (name, value) == ("pads", 0):
+        pytest.skip("a convolution may have it")
+    model, inputs = conv_case("tucker2", True, False, "relu", 0, 2, (6, 5))
+    wanted = run(model, inputs)
+    (node,) = model.graph.node
+    for attribute in node.attribute:
+        places = range(len(attribute.ints)) if attribute.name.startswith(name) else ()
+        for place in places:
+            before = attribute.ints[place]
+            attribute.ints[place] = value
+            _refused_unless(model, inputs, library, wanted, right=value == before)
+            attribute.ints[place] = before
+        if attribute.name.startswith(name) and not places:
+            before, attribute.i = attribute.i, value
+            _refused_unless(model, inputs, library, wanted, right=value == before)
+            attribute.i = before
+    assert close(run(model, inputs, library), wanted)
+
+
+def _refused_unless(model: onnx.ModelProto, inputs: Arrays, library: str, wanted: np.ndarray, *, right: bool) -> None:
+    if right:
+        assert close(run(model, inputs, library), wanted)
+        return
+    with pytest.raises(Exception, match=r"ConvChain3BiasRelu.*(is not served|must|lanes is|smaller than the kernel)"):
+        run(model, inputs, library)

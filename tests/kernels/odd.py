@@ -1,0 +1,175 @@
+"""Cases at random: odd sizes, steps, paddings and layouts; and layers that only apply an activation."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from random import Random
+
+import torch
+from cases import BOTH, DTYPES_OF, Case, randn
+from torch import Tensor
+
+from tdpass.kernels import conv_chain, linear_chain, recurrent, sparse, tensor_chain
+from tdpass.kernels.native import ACTIVATIONS
+from tdpass.kernels.stage import Lanes, Stage
+
+WIDTHS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47)
+_LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+def _scaled(*shape: int) -> Tensor:
+    """Weights that keep the size of what they multiply."""
+    return randn(*shape) / max(1, torch.Size(shape[1:]).numel()) ** 0.5
+
+
+def _stage(chance: Random, inputs: int, outputs: int, size: list[int], *, groups: bool = True) -> Stage:
+    """A convolution that fits an image of that size, which becomes that of its output."""
+    both = [g for g in (1, 1, 2, 3, inputs) if inputs % g == 0 and outputs % g == 0]
+    pairs = [[1, 1, 0, 0, 1], [1, 1, 0, 0, 1]]
+    for axis in range(2):
+        kernel, stride, dilation = chance.choice((1, 2, 3, 5)), chance.choice((1, 1, 2, 3)), chance.choice((1, 1, 2))
+        before, after = chance.randint(0, 3), chance.randint(0, 3)
+        room = size[axis] + before + after - (kernel - 1) * dilation - 1
+        if room >= 0:
+            pairs[axis] = [kernel, stride, before, after, dilation]
+            size[axis] = room // stride + 1
+    (kh, sh, bh, ah, dh), (kw, sw, bw, aw, dw) = pairs
+    return Stage(inputs, outputs, chance.choice(both) if groups else 1, (kh, kw), (sh, sw), (bh, bw), (ah, aw), (dh, dw))
+
+
+def conv_chain_case(chance: Random) -> Case:
+    lanes: Lanes = chance.choice(list(DTYPES_OF))
+    widths = [chance.choice(WIDTHS) for _ in range(chance.randint(2, 5))]
+    batch, size = chance.randint(1, 3), [chance.randint(1, 12), chance.randint(1, 40)]
+    x = randn(batch, widths[0], *size).contiguous(memory_format=chance.choice(_LAYOUTS))
+    stages = [_stage(chance, i, o, size) for i, o in itertools.pairwise(widths)]
+    weights = [stage.pack(_scaled(*stage.shape), lanes) for stage in stages]
+    integers = [value for stage in stages for value in stage.integers()]
+    y = conv_chain.fake(x, weights, None, None, integers, "identity", lanes)
+    bias = chance.choice((None, randn(widths[-1])))
+    residual = chance.choice((None, torch.randn_like(y)))  # type: ignore[type-var]
+    activation = chance.choice(list(ACTIVATIONS))
+    dtypes = DTYPES_OF[lanes]
+    if lanes == "pixels" and any(stage.stride[1] not in (1, 2, 4) for stage in stages):  # what pixel lanes do not serve
+        return conv_chain_case(chance)
+    return Case(f"{lanes} {tuple(x.shape)} {x.stride()} {stages} {activation}", (x, weights, bias, residual, integers, activation, lanes), dtypes)
+
+
+def linear_chain_case(chance: Random) -> Case:
+    lanes: Lanes = chance.choice(("channels", "pairs"))
+    widths = [chance.choice(WIDTHS) for _ in range(chance.randint(2, 6))]
+    weights = [stage.pack(_scaled(*stage.shape), lanes) for stage in linear_chain.stages_of(widths)]
+    shape = tuple(chance.randint(1, 20) for _ in range(chance.randint(0, 2)))
+    bias, residual = chance.choice((None, randn(widths[-1]))), chance.choice((None, randn(*shape, widths[-1])))
+    activation = chance.choice(list(ACTIVATIONS))
+    return Case(f"{lanes} {shape} {widths} {activation}", (randn(*shape, widths[0]), weights, bias, residual, widths, activation), DTYPES_OF[lanes])
+
+
+def tensor_chain_case(chance: Random) -> Case:
+    small = (1, 2, 3, 4, 5, 7, 8, 9)
+    count = chance.randint(1, 4)
+    outs, ins = ([chance.choice(small) for _ in range(count)] for _ in range(2))
+    programs = (
+        tensor_chain.train_program(outs, ins, [chance.choice(small) for _ in range(count - 1)]),
+        tensor_chain.ring_program((ins[0], 3), (outs[0], 5), tuple(chance.choice(small) for _ in range(4))),  # type: ignore[arg-type]
+        tensor_chain.block_program(7 * outs[0], ins[0], 3, tuple(chance.choice(small) for _ in range(3))),  # type: ignore[arg-type]
+    )
+    steps = chance.choice(programs)
+    weights = [step.pack(randn(step.a if step.batched else 1, step.k, step.o, step.r) / step.k**0.5) for step in steps]
+    integers = [value for step in steps for value in step.integers()]
+    shape, outputs = tuple(chance.randint(1, 9) for _ in range(chance.randint(0, 2))), steps[-1].outputs
+    bias, residual = chance.choice((None, randn(outputs))), chance.choice((None, randn(*shape, outputs)))
+    activation = chance.choice(list(ACTIVATIONS))
+    return Case(f"{shape} {steps} {activation}", (randn(*shape, steps[0].inputs), weights, bias, residual, integers, activation))
+
+
+def _sparse(chance: Random, *shape: int) -> Tensor:
+    weight = _scaled(*shape) * (torch.rand(shape) < chance.choice((0.05, 0.4, 0.9)))
+    weight[torch.rand(shape[0]) < chance.choice((0.0, 0.3, 0.7))] = 0
+    return weight
+
+
+def sparse_linear_case(chance: Random) -> Case:
+    width, o, i = chance.choice(list(sparse.CYCLES)), chance.choice(WIDTHS), chance.choice(WIDTHS)
+    shape = tuple(chance.randint(1, 20) for _ in range(chance.randint(0, 2)))
+    blocks = sparse.pack(_sparse(chance, o, i), width)
+    bias, residual = chance.choice((None, randn(o))), chance.choice((None, randn(*shape, o)))
+    activation = chance.choice(list(ACTIVATIONS))
+    return Case(f"{width} {shape} {o}x{i} {activation}", (randn(*shape, i), *blocks, bias, residual, o, activation))
+
+
+def sparse_conv2d_case(chance: Random) -> Case:
+    width, o, i = chance.choice(list(sparse.CYCLES)), chance.choice(WIDTHS), chance.choice(WIDTHS)
+    size = [chance.randint(1, 12), chance.randint(1, 40)]
+    x = randn(chance.randint(1, 2), i, *size).contiguous(memory_format=chance.choice(_LAYOUTS))
+    stage = _stage(chance, i, o, size, groups=False)
+    blocks = sparse.pack(_sparse(chance, *stage.shape), width)
+    y = sparse.conv_fake(x, *blocks, None, None, stage.integers(), "identity")
+    bias, residual = chance.choice((None, randn(o))), chance.choice((None, torch.randn_like(y)))  # type: ignore[type-var]
+    activation = chance.choice(list(ACTIVATIONS))
+    return Case(f"{width} {tuple(x.shape)} {x.stride()} {stage} {activation}", (x, *blocks, bias, residual, stage.integers(), activation))
+
+
+def _cell_case(chance: Random, gates: int) -> Case:
+    steps, batch, hidden, rank = chance.randint(1, 5), chance.randint(1, 9), chance.choice(WIDTHS), chance.choice(WIDTHS)
+    v, u = _scaled(rank, hidden), _scaled(gates * hidden, rank)
+    states = [randn(batch, hidden) for _ in range(gates - 2)][: 2 if gates == 4 else 1]
+    bias = chance.choice((None, randn(gates * hidden)))
+    packed = (randn(steps, batch, gates * hidden), recurrent.pack_v(v), recurrent.pack_u(u, gates))
+    return Case(f"{steps}-{batch}-{hidden}-{rank}", (*packed, bias, *states, chance.random() < 0.5), (torch.float32,))
+
+
+ODD: dict[str, Callable[[Random], Case]] = {
+    "conv_chain": conv_chain_case,
+    "linear_chain": linear_chain_case,
+    "low_rank_gru": lambda chance: _cell_case(chance, 3),
+    "low_rank_lstm": lambda chance: _cell_case(chance, 4),
+    "sparse_conv2d": sparse_conv2d_case,
+    "sparse_linear": sparse_linear_case,
+    "tensor_chain": tensor_chain_case,
+}
+
+
+def _conv_once(values: Tensor, activation: str) -> Iterator[Case]:
+    stage = Stage(1, 1)
+    for lanes, dtypes in DTYPES_OF.items():
+        packed = [stage.pack(torch.ones(stage.shape), lanes)]
+        yield Case(f"{lanes}", (values[None, None, None], packed, None, None, stage.integers(), activation, lanes), dtypes)
+
+
+def _linear_once(values: Tensor, activation: str) -> Iterator[Case]:
+    for lanes in ("channels", "pairs"):
+        packed = [Stage(1, 1).pack(torch.ones(1, 1, 1, 1), lanes)]  # type: ignore[arg-type]
+        yield Case(lanes, (values[:, None], packed, None, None, [1, 1], activation), DTYPES_OF[lanes])  # type: ignore[index]
+
+
+def _tensor_once(values: Tensor, activation: str) -> Iterator[Case]:
+    (step,) = tensor_chain.train_program((1,), (1,), ())
+    yield Case("train", (values[:, None], [step.pack(torch.ones(1, 1, 1, 1))], None, None, step.integers(), activation), BOTH)
+
+
+def _sparse_linear_once(values: Tensor, activation: str) -> Iterator[Case]:
+    for width in sparse.CYCLES:
+        yield Case(f"{width}", (values[:, None], *sparse.pack(torch.ones(1, 1), width), None, None, 1, activation), BOTH)
+
+
+def _sparse_conv_once(values: Tensor, activation: str) -> Iterator[Case]:
+    for width in sparse.CYCLES:
+        packed = sparse.pack(torch.ones(1, 1, 1, 1), width)
+        yield Case(f"{width}", (values[None, None, None], *packed, None, None, Stage(1, 1).integers(), activation), BOTH)
+
+
+_ONCE: dict[str, Callable[[Tensor, str], Iterator[Case]]] = {
+    "conv_chain": _conv_once,
+    "linear_chain": _linear_once,
+    "sparse_conv2d": _sparse_conv_once,
+    "sparse_linear": _sparse_linear_once,
+    "tensor_chain": _tensor_once,
+}
+WITH_ACTIVATION = list(_ONCE)
+
+
+def one_to_one(name: str, values: Tensor, activation: str) -> Iterator[Case]:
+    """Layers of one channel and weight 1: their output is the activation of `values`."""
+    return _ONCE[name](values, activation)
