@@ -41,10 +41,12 @@ def build() -> Path:
     """Build the library unless it is there already; raises `KernelError` without a compiler or where that fails."""
     target = path()
     if not target.exists():
-        _schemas().mkdir(parents=True, exist_ok=True)
+        compiling.own_folder(native.cache_folder())
+        compiling.own_folder(target.parent)
+        compiling.own_folder(_schemas())
         write_text(_schemas() / "schemas.inc", "".join(f'"{op.name}{op.schema}",\n' for op in all_operators()))
         link = (f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
-        compiling.build(target, _parts(), native.cache_folder() / "objects", link)
+        compiling.build(target, _parts(), compiling.own_folder(native.cache_folder() / "objects"), link)
     return target
 
 
@@ -54,7 +56,7 @@ def load(library: Path | None = None) -> tuple[str, ...]:
     Only the first library of a process is loaded.  Raises `KernelError` where it cannot be.
     """
     if not base.compiled():
-        base.serve_compiled(lambda: _open(library or path()))
+        base.serve_compiled(lambda: _open(library or compiling.trusted(path())))
     return base.compiled()
 
 

@@ -8,8 +8,8 @@ import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 from tdpass.errors import KernelError
+from tdpass.files import folder_beside
 
 SOURCES = Path(__file__).parent / "cpu"
 LIBRARY = "libtdpass_cpu.so"
@@ -39,6 +40,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     _NEEDS |= {"avx512bf16": _NEEDS["avx512"] | {"avx512_bf16"}}
 _COMMON = "dispatch.cpp"
 _SECONDS = 1800
+_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 @dataclass(frozen=True)
@@ -132,14 +134,42 @@ def build(path: Path, parts: Sequence[Unit], objects: Path, link: Sequence[str] 
     return path
 
 
+def own_folder(folder: Path) -> Path:
+    """A folder for what will be loaded as code, made for the user alone; raises `KernelError` as `trusted` does."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise KernelError(f"cannot make the folder {folder}: {error.strerror}; name another in TDPASS_KERNELS") from None
+    return _of_the_user(folder)
+
+
+def trusted(library: Path) -> Path:
+    """A library in a cache folder, where there is one; raises `KernelError` unless it and its folder are the user's and nobody else may write there."""
+    if library.exists():
+        _of_the_user(_of_the_user(library.parent).parent)
+        _of_the_user(library)
+    return library
+
+
+def _of_the_user(place: Path) -> Path:
+    state = place.stat()
+    if state.st_uid != os.geteuid():
+        raise KernelError(f"{place} belongs to another user, so no code is loaded from there; name a folder of your own in TDPASS_KERNELS")
+    if state.st_mode & _BY_OTHERS:
+        raise KernelError(f"others may write to {place}, so no code is loaded from there; delete it, or name a folder of your own in TDPASS_KERNELS")
+    return place
+
+
 def _run(command: Sequence[str], target: Path) -> None:
     """Run a compiler that writes `target`, which appears only when it is whole."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / target.name
+    with folder_beside(target) as folder:
+        made = folder / target.name
         done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, timeout=_SECONDS, check=False)  # noqa: S603
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["it said nothing"]
             raise KernelError(f"{command[0]} could not make {target.name}: {lines[0]}; the plain chain serves meanwhile")
+        made.chmod(made.stat().st_mode & ~_BY_OTHERS)
         made.replace(target)
 
 

@@ -155,8 +155,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         if installed.exists():
             path = installed
         else:
-            parts, folder = build.units([target], sanitizing()), cache_folder()
-            path = build.build(folder / build.fingerprint(parts) / build.LIBRARY, parts, folder / "objects", sanitizing())
+            parts, folder = build.units([target], sanitizing()), build.own_folder(cache_folder())
+            place = build.own_folder(folder / build.fingerprint(parts)) / build.LIBRARY
+            path = build.trusted(build.build(place, parts, build.own_folder(folder / "objects"), sanitizing()))
         library = ctypes.CDLL(str(path))
     except (KernelError, OSError) as error:
         return None, str(error)
@@ -197,9 +198,9 @@ def _onnx_ops() -> Path:
     installed = build.ONNXRUNTIME / build.ONNXRUNTIME_LIBRARY
     if installed.exists():
         return installed
-    targets, folder = [chosen_isa()], cache_folder()
-    path = folder / build.fingerprint(build.onnxruntime_units(targets)) / build.ONNXRUNTIME_LIBRARY
-    return build.build_onnxruntime(path, folder / "objects", targets)
+    targets, folder = [chosen_isa()], build.own_folder(cache_folder())
+    path = build.own_folder(folder / build.fingerprint(build.onnxruntime_units(targets))) / build.ONNXRUNTIME_LIBRARY
+    return build.trusted(build.build_onnxruntime(path, build.own_folder(folder / "objects"), targets))
 
 
 def onnx_ops_path() -> Path:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from tdpass.digest import digest
 from tdpass.errors import PlanError
 from tdpass.formats.base import FORMATS, Factors, Layer, dense_cost
 from tdpass.formats.metric import Metric
 from tdpass.models.base import Model
 from tdpass.pipeline import Job, Pass, register_pass
-from tdpass.planner.cache import digest
 from tdpass.planner.candidates import SiteFits, bias_cost
 from tdpass.planner.joint import Chain, drop_layers, find_branches, find_chains, prune_layers
 from tdpass.planner.moments import stream_metrics

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tdpass.cost import Budget, BudgetValue, amount
+from tdpass.digest import digest
 from tdpass.errors import BudgetError, UsageError
 from tdpass.models.base import Model, call_batch
 from tdpass.pipeline import Job, Pass, register_pass
-from tdpass.planner.cache import CandidateCache, digest
+from tdpass.planner.cache import CandidateCache
 from tdpass.planner.effort import effort_named
 from tdpass.planner.planning import Dense, Table, add_joint_options, tabulate
 from tdpass.planner.rank_plan import RankPlan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import nn
 from tdpass.errors import DifferenceError, PlanError, TdpassError, UsageError
 from tdpass.files import write_text
 from tdpass.html_report import render_html
-from tdpass.models import Batch, Model, load_module, open_model, read_metadata
+from tdpass.models import Batch, Model, check_digest, load_module, open_model
 from tdpass.packing import stored_in
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.planner.trials import ROUNDING, gap
@@ -117,18 +118,24 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"load puts a .safetensors artifact on an nn.Module, not on a {type(model).__name__}; .onnx and .pt2 files load by themselves")
-    return load_module(Path(path), model)
+    return load_module(_path(path), model)
 
 
 def load_plan(path: Path | str) -> RankPlan:
     """The plan in a plan.json, or inside a `.safetensors` artifact."""
-    path = Path(path)
+    path = _path(path)
     if path.suffix != ".safetensors":
         return RankPlan.load(path)
     try:
-        return RankPlan.from_json(read_metadata(path)[PLAN_KEY], str(path))
+        return RankPlan.from_json(check_digest(path)[PLAN_KEY], str(path))
     except KeyError:
         raise PlanError(f"{path} carries no plan; it was not written by Artifact.save") from None
+
+
+def _path(path: object) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise UsageError(f"a file is named by a text or a Path, not by a {type(path).__name__}")
+    return Path(path)
 
 
 def _version() -> str:

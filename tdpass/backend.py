@@ -21,6 +21,7 @@ from torch.fx import GraphModule
 
 from tdpass.artifact import load_plan
 from tdpass.cost import Budget, BudgetSpec, Cost
+from tdpass.digest import digest
 from tdpass.errors import UsageError
 from tdpass.models.derived import DERIVED
 from tdpass.models.graph_draft import Compiled, Draft, Inner
@@ -28,7 +29,6 @@ from tdpass.models.graph_factorize import Decide, Decision, factorize
 from tdpass.models.graph_frozen import FROZEN, constants, forget, freeze
 from tdpass.models.graph_fuse import fuse_chains
 from tdpass.models.graph_layers import read_link
-from tdpass.planner.cache import digest
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.verbs import make_plan
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tdpass.arrays import read_arrays
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.models.base import Batch, Model
 from tdpass.models.calls import Calls
@@ -152,18 +151,8 @@ def _check_first_axis(batch: Batch) -> None:
 
 
 def _read(path: Path) -> object:
-    if path.suffix not in (".npz", ".npy"):
-        raise UsageError(f"cannot read {path.name!r} as calibration data; give an .npz or .npy file")
-    try:
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if not isinstance(loaded, np.lib.npyio.NpzFile):
-                return loaded
-            with loaded:
-                arrays = {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise InvalidModelError(f"cannot read calibration data from {path}: {error}; write it with numpy.savez") from None
+    arrays = read_arrays(path)
+    if not isinstance(arrays, dict):
+        return arrays
     positional = [name for name in arrays if name.startswith("arr_")]
-    if len(positional) == len(arrays):
-        return tuple(arrays[name] for name in positional)
-    return arrays
+    return tuple(arrays[name] for name in positional) if len(positional) == len(arrays) else arrays

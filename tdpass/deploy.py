@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 
 from tdpass.artifact import Artifact
 from tdpass.errors import InvalidModelError, KernelError, UnsupportedError, UsageError
+from tdpass.files import folder_beside
 from tdpass.kernels import binding, build
 from tdpass.models import Batch, ExampleInputs, Model, as_example, open_model
 from tdpass.models.deployable import compile_package, export_onnx, export_program, fused, load_package
@@ -53,7 +53,7 @@ def deploy(model: object, example_inputs: ExampleInputs, path: Path | str, *, dy
         return Deployment((target,), 0)
     layers = 0
     module, example = _torch_module(opened), _example(opened, dynamic_batch)
-    with _folder_beside(target) as folder:
+    with folder_beside(target) as folder:
         made = folder / target.name
         if target.suffix == ".onnx":
             export_onnx(module, example, dynamic_batch, made)
@@ -99,12 +99,3 @@ def _example(opened: Model, dynamic_batch: bool) -> Batch:
         raise UsageError("deploying a torch model needs to see it running; pass example_inputs=")
     # torch takes an axis of one sample for a constant
     return example.resized(2) if dynamic_batch and example.size == 1 else example
-
-
-@contextmanager
-def _folder_beside(target: Path) -> Iterator[Path]:
-    try:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-            yield Path(folder)
-    except OSError as error:
-        raise UsageError(f"cannot write {target}: {error.strerror or error}; name a file in a folder that can be written") from None

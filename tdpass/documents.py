@@ -42,9 +42,9 @@ _YAML_FAULTS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeErr
 class Document(Generic[T]):
     """One kind of file: the schema of its content, a dataclass or a collection of these, and what to say of one that does not follow it.
 
-    Strict: no value is converted but a whole number to a float, keys that the schema lacks and keys given twice are refused, and so
-    are numbers that are not finite.  `version` is that of the files, where they say one; `sound` raises `ValueError` for content that
-    contradicts itself.
+    Strict: no value is converted but a whole number to a float; keys that the schema lacks or that are given twice are refused, and
+    so are numbers that are not finite, unless `finite` says otherwise.  `version` is that of the files, where they say one; `sound`
+    raises `ValueError` for content that contradicts itself.
     """
 
     noun: str
@@ -52,6 +52,7 @@ class Document(Generic[T]):
     error: type[TdpassError]
     hint: str
     version: int | None = None
+    finite: bool = True
     sound: Callable[[T], None] = lambda value: None
 
     def load(self, path: Path) -> T:
@@ -71,7 +72,7 @@ class Document(Generic[T]):
     def check(self, found: object, source: str) -> T:
         """A value that was read already, by the schema; raises `error`."""
         try:
-            _check_plain(found)
+            _check_plain(found, finite=self.finite)
             made = msgspec.convert(found, self.schema)
             _check_known(found, msgspec.to_builtins(made))
             self.sound(made)
@@ -211,12 +212,12 @@ def _with_value(reason: str, found: object) -> str:
     return f"{place[:-1]} is {reprlib.repr(value)}: {said}" if place else reason
 
 
-def _check_plain(found: object, most: int = _MOST_NODES) -> None:
+def _check_plain(found: object, most: int = _MOST_NODES, finite: bool = True) -> None:
     """Raises `ValueError` unless everything in the tree can be shown and counted with."""
     for number, (value, depth) in enumerate(_nodes(found, 0)):
         if depth > _DEEPEST or number > most:
             raise ValueError(f"it nests more than {_DEEPEST} deep, or has more than {most:,} values")
-        if isinstance(value, float) and not math.isfinite(value):
+        if finite and isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{value} is not a finite number")
         if isinstance(value, int) and not -_LARGEST_WHOLE <= value < _LARGEST_WHOLE:
             raise ValueError(f"a number of {value.bit_length()} bits is too large")

@@ -1,14 +1,24 @@
-"""Reading and writing files so that a kill never leaves half of one."""
+"""Writing files so that a kill never leaves half of one, and what it leaves beside them is removed by the next run."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
+import re
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tdpass.errors import UsageError
+
+_SUFFIX = ".part"
+_TEMPORARY = re.compile(r".*tdpass-(?P<host>[0-9a-f]{8})-(?P<process>\d+)-\w+(\.part)?")
+_LONGEST = 100
+_STALE_SECONDS = 24 * 3600.0  # for temporaries of another machine, whose processes cannot be seen
 
 
 def cache_folder() -> Path:
@@ -21,12 +31,14 @@ def cache_folder() -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; on success it is flushed and renamed over it, on failure it is removed.
 
-    Raises `UsageError` when the folder does not exist or cannot be written.
+    What processes that are no more left in that folder is removed as well.  Raises `UsageError` when the folder does not exist or
+    cannot be written.
     """
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        remove_stale(path.parent)
+        handle, name = tempfile.mkstemp(prefix=_prefix(path.name), suffix=_SUFFIX, dir=path.parent)
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}; name a file in a folder that exists and is writable") from None
+        raise _unwritable(path, error) from None
     os.close(handle)
     temporary = Path(name)
     try:
@@ -41,8 +53,62 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, for what becomes several files; removed at the end, by a later run where this one is killed.
+
+    Raises `UsageError` as `replacing` does.
+    """
+    try:
+        remove_stale(path.parent)
+        with tempfile.TemporaryDirectory(prefix=_prefix(path.name), suffix=_SUFFIX, dir=path.parent, ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def scratch_folder() -> Path:
+    """A new folder for temporary files, which whoever asks removes; what killed processes left of theirs is removed now."""
+    remove_stale(Path(tempfile.gettempdir()))
+    return Path(tempfile.mkdtemp(prefix=_prefix("").lstrip(".")))
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove temporaries in a folder whose process is no more, or which another machine left a day ago."""
+    for place in folder.iterdir():
+        match = _TEMPORARY.fullmatch(place.name)
+        if match is None:
+            continue
+        with suppress(OSError):
+            if _is_stale(match["host"], int(match["process"]), place):
+                shutil.rmtree(place) if place.is_dir() and not place.is_symlink() else place.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
+
+def _prefix(name: str) -> str:
+    return f".{name[:_LONGEST]}.tdpass-{_host()}-{os.getpid()}-"
+
+
+def _host() -> str:
+    return hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
+
+
+def _is_stale(host: str, process: int, place: Path) -> bool:
+    if host != _host() or os.name != "posix":
+        return place.stat().st_mtime < time.time() - _STALE_SECONDS
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
+
+
+def _unwritable(path: Path, error: OSError) -> UsageError:
+    return UsageError(f"cannot write {path}: {error.strerror or error}; name a file in a folder that exists and is writable")

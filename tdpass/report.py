@@ -124,4 +124,4 @@ class Report:
         return _REPORT.load(Path(path))
 
 
-_REPORT = register_document(Document("tdpass report", Report, InvalidModelError, "it is the report.json that `tdpass compress` writes", VERSION))
+_REPORT = register_document(Document("tdpass report", Report, InvalidModelError, "it is the report.json that `tdpass compress` writes", VERSION, finite=False))

@@ -51,7 +51,8 @@ def texts(tree: Any, count: int, seed: int = 0) -> Iterator[str]:
     whole = as_json(tree)
     yield "[" * 100_000 + "]" * 100_000
     yield whole.replace("{", '{"a": ' * 2_000 + "{}" + "}" * 2_000 + ', "x": {', 1)
-    yield whole.replace(",", "," + whole[1 : whole.index(",") + 1], 1)
+    first, comma, rest = whole.partition(",")
+    yield first + "," + first[1:] + comma + rest
 
 
 def _replace(holder: Any, key: Any, draw: random.Random) -> None:

@@ -50,6 +50,7 @@ def add_torch(parser: Parser) -> None:
     """Options that only a torch factory needs."""
     group = parser.add_argument_group("torch models")
     group.add_argument("--weights", metavar="FILE", action="append", default=[], help=".safetensors file for the factory's model; once per factory")
+    group.add_argument("--trust", action="store_true", help="load a .pt2 file even where that could run code it holds")
     shape = "shape of an input, such as 1x3x32x32 or 1x16:int64; once per input"
     group.add_argument("--input", metavar="SHAPE[:DTYPE]", action="append", default=[], help=shape)
 

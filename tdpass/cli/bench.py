@@ -53,7 +53,7 @@ def add(verbs: Verbs) -> None:
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
     """Load everything, time it round by round, and show ratios first."""
-    sources = read_sources(arguments.models, arguments.weights)
+    sources = read_sources(arguments.models, arguments.weights, arguments.trust)
     wanted = tuple(arguments.runtime) or tuple(name for name in RUNTIMES if name != "inductor")
     wanted += ("inductor",) if arguments.inductor else ()
     batch = _batch(arguments, sources)

@@ -35,7 +35,7 @@ def add(verbs: Verbs) -> None:
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
     """Compress, save the model with its plan and report, and show the report."""
-    source = read_source(arguments.model, arguments.weights)
+    source = read_source(arguments.model, arguments.weights, arguments.trust)
     output: Path = arguments.output
     source.check_output(output)
     limits = budget(arguments.budget)

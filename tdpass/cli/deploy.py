@@ -25,7 +25,7 @@ def add(verbs: Verbs) -> None:
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
     """Write the files and name them."""
-    sources = read_sources(arguments.model, arguments.weights)
+    sources = read_sources(arguments.model, arguments.weights, arguments.trust)
     source, output = sources[-1], arguments.output
     if len(sources) > 2 or (len(sources) == 2 and source.kind != "safetensors"):
         raise UsageError(f"{len(sources)} models are given; name one, or a factory and the .safetensors file that compress wrote for it")

@@ -38,7 +38,7 @@ def add(verbs: Verbs) -> None:
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
     """Open the model and list it; nothing is changed."""
-    source = read_source(arguments.model, arguments.weights)
+    source = read_source(arguments.model, arguments.weights, arguments.trust)
     formats = [FORMATS.get(name) for name in arguments.format or [name for name in _COMMON if name in FORMATS]]
     example = inputs(arguments.input)
     model = open_model(source.load(), example)

@@ -29,7 +29,7 @@ def add(verbs: Verbs) -> None:
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
     """Plan, show the plan, and write it where asked."""
-    source = read_source(arguments.model, arguments.weights)
+    source = read_source(arguments.model, arguments.weights, arguments.trust)
     path: Path | None = arguments.output
     if path is not None and path.suffix != ".json":
         raise UsageError(f"the plan {path.name!r} must end in .json; write -o {path.with_suffix('.json').name}")

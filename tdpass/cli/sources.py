@@ -14,6 +14,7 @@ from torch import nn
 import tdpass
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.methods.recipe import made_by
+from tdpass.models import load_program
 
 Kind = Literal["onnx", "pt2", "factory", "safetensors"]
 _SUFFIXES: dict[str, Kind] = {".onnx": "onnx", ".pt2": "pt2", ".safetensors": "safetensors"}
@@ -31,14 +32,17 @@ class Source:
     kind: Kind
     weights: Path | None = None
     factory: str = ""
+    trust: bool = False
 
     @property
     def name(self) -> str:
         """A short name for tables."""
         return self.text if self.kind == "factory" else Path(self.text).name
 
-    def load(self) -> str | nn.Module:
-        """A path for files that the library opens itself, else a torch model in evaluation mode."""
+    def load(self) -> object:
+        """A path for files that the library opens itself, a trusted program, else a torch model in evaluation mode."""
+        if self.kind == "pt2" and self.trust:
+            return load_program(Path(self.text), trust=True)
         if self.kind in ("onnx", "pt2"):
             return self.text
         module = _build(self.factory)
@@ -59,7 +63,7 @@ class Source:
             raise UsageError(f"the output {path} is the input; name another file with -o")
 
 
-def read_sources(texts: Sequence[str], weights: Sequence[str]) -> list[Source]:
+def read_sources(texts: Sequence[str], weights: Sequence[str], trust: bool = False) -> list[Source]:
     """Sources for model arguments in order; raises `UsageError` for what is none, or for weights without a factory.
 
     Each `--weights` belongs to one factory, in order; a `.safetensors` argument is built on the first factory.
@@ -75,13 +79,13 @@ def read_sources(texts: Sequence[str], weights: Sequence[str]) -> list[Source]:
     sources = []
     for text, kind in zip(texts, kinds, strict=True):
         given = next(files, None) if kind == "factory" else None
-        sources.append(Source(text, kind, Path(given) if given else None, text if kind == "factory" else factory))
+        sources.append(Source(text, kind, Path(given) if given else None, text if kind == "factory" else factory, trust))
     return sources
 
 
-def read_source(text: str, weights: Sequence[str]) -> Source:
+def read_source(text: str, weights: Sequence[str], trust: bool = False) -> Source:
     """The one model of a verb that takes one."""
-    return read_sources([text], weights)[0]
+    return read_sources([text], weights, trust)[0]
 
 
 def _kind(text: str) -> Kind:

@@ -31,7 +31,7 @@ def add(verbs: Verbs) -> None:
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
     """Run both, show the differences, and fail when they are above the tolerance."""
-    reference, candidate = read_sources([arguments.reference, arguments.candidate], arguments.weights)
+    reference, candidate = read_sources([arguments.reference, arguments.candidate], arguments.weights, arguments.trust)
     values = tdpass.verify(
         reference.load(),
         candidate.load(),

@@ -15,11 +15,11 @@ from tdpass.constraints.level_budget import LevelBudget
 from tdpass.constraints.levels import UniformLevels
 from tdpass.constraints.sparse import Sparse
 from tdpass.constraints.weight_budget import Score, WeightBudget
+from tdpass.digest import digest
 from tdpass.errors import UsageError
 from tdpass.files import cache_folder
 from tdpass.formats.base import dense_cost
 from tdpass.methods.base import Method, register_method
-from tdpass.planner.cache import digest
 from tdpass.planner.rank_plan import DENSE, Choice, RankPlan
 from tdpass.targets.break_even import BreakEven, open_break_even
 from tdpass.training.admm import Admm

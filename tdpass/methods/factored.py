@@ -14,10 +14,10 @@ from tdpass.constraints.base import Constraint
 from tdpass.constraints.in_format import InFormat
 from tdpass.constraints.rank_budget import Price, RankBudget
 from tdpass.cost import Budget, BudgetValue, Cost
+from tdpass.digest import digest
 from tdpass.errors import BudgetError
 from tdpass.formats.base import FORMATS, Rank, dense_cost
 from tdpass.methods.base import Method
-from tdpass.planner.cache import digest
 from tdpass.planner.rank_plan import DENSE, Choice, RankPlan
 from tdpass.site import Site
 from tdpass.targets import Setting, Target, Variant

@@ -13,7 +13,8 @@ from torch.fx import GraphModule
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.models.base import Batch as Batch
 from tdpass.models.base import Model as Model
-from tdpass.models.exported_program import ExportedModel, load_program
+from tdpass.models.exported_program import ExportedModel
+from tdpass.models.exported_program import load_program as load_program
 from tdpass.models.factorized import Factorized as Factorized
 from tdpass.models.fx_lift import lift
 from tdpass.models.onnx.model import OnnxModel, is_onnx
@@ -21,8 +22,8 @@ from tdpass.models.open_rnn import OpenGRU as OpenGRU
 from tdpass.models.open_rnn import OpenLSTM as OpenLSTM
 from tdpass.models.open_rnn import open_recurrent as open_recurrent
 from tdpass.models.torch_model import TorchModel
+from tdpass.models.torch_state import check_digest as check_digest
 from tdpass.models.torch_state import load_module as load_module
-from tdpass.models.torch_state import read_metadata as read_metadata
 
 ExampleInputs = Batch | Tensor | tuple[Tensor, ...] | dict[str, Tensor] | None
 

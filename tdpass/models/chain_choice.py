@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
 import platform
 import re
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdpass.clock import interleaved
+from tdpass.documents import Amount, Document, register_document
 from tdpass.errors import TdpassError, UsageError
 from tdpass.files import cache_folder, write_text
 from tdpass.kernels import base, native
@@ -210,17 +210,20 @@ def _file() -> Path:
     return cache_folder() / "chains" / f"{_machine()}.json"
 
 
+_TIMES = register_document(Document("table of chain times", dict[str, list[Amount | None]], UsageError, "it is measured again"))
+
+
 def _read(path: Path) -> dict[str, list[float]]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return {str(key): [float("inf") if value is None else float(value) for value in row] for key, row in record.items() if len(row) == 1 + len(LANES)}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
+    """What was measured, infinite where a lane does not serve; a file that is missing or damaged holds nothing."""
+    rows: dict[str, list[Amount | None]] | None = None
+    with suppress(OSError, ValueError):
+        rows = _TIMES.unsealed(path.read_text(encoding="utf-8"), path.name)
+    return {key: [float("inf") if value is None else value for value in row] for key, row in (rows or {}).items() if len(row) == 1 + len(LANES)}
 
 
 def _remember(path: Path) -> None:
     """Add to what other processes wrote; a folder that cannot be written is no error."""
-    rows = {**_read(path), **_KNOWN}
+    rows = {key: [None if value == float("inf") else value for value in row] for key, row in {**_read(path), **_KNOWN}.items()}
     with suppress(OSError, TdpassError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({key: [None if value == float("inf") else value for value in row] for key, row in rows.items()}, indent=0))
+        write_text(path, _TIMES.sealed(rows, path.name))

@@ -16,6 +16,7 @@ from tdpass.errors import InvalidModelError, UsageError
 from tdpass.files import replacing
 from tdpass.models.base import Batch
 from tdpass.models.fx_lift import lift
+from tdpass.models.program_archive import broken, plain_archive
 from tdpass.models.signature import Dims, Input, Signature
 from tdpass.models.torch_model import TorchModel
 
@@ -56,14 +57,15 @@ class ExportedModel(TorchModel):
         return twin
 
 
-def load_program(path: Path) -> ExportedProgram:
-    """Read a `.pt2` file; raises `InvalidModelError` when it is missing or damaged."""
+def load_program(path: Path, trust: bool = False) -> ExportedProgram:
+    """Read a `.pt2` file; raises `InvalidModelError` when it is missing or damaged, and unless you `trust` it when loading could run code."""
     if not path.is_file():
         raise InvalidModelError(f"there is no file {path}; give a .pt2 file written by torch.export.save")
+    source = path if trust else plain_archive(path)
     try:
-        return torch.export.load(path)
+        return torch.export.load(source)
     except Exception as error:  # noqa: BLE001 - a damaged archive fails in any of a dozen ways
-        raise InvalidModelError(f"{path} is not an intact exported program: {str(error).splitlines()[0]}; write it with torch.export.save") from None
+        raise broken(path, error) from None
 
 
 def _example(program: ExportedProgram) -> Batch | None:

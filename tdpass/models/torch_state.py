@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from tdpass.digest import digest
+from tdpass.documents import Document, Size, register_document
 from tdpass.errors import InvalidModelError, PlanError, UsageError
 from tdpass.files import replacing
 from tdpass.formats.base import FORMATS
@@ -23,17 +25,30 @@ from tdpass.models.torch_norms import Folded
 from tdpass.models.torch_sites import Matched, find_sites
 from tdpass.packing import SUFFIX, blocks_in, packed_state, read_header, unpack
 
-VERSION = 2
-_UNPACKED = 1  # where nothing is packed, any tdpass can read the file
+_UNPACKED = 1  # where nothing is packed, any tdpass can read the file; 2 where something is
 _KEY = "tdpass.structure"
+_DIGEST = "tdpass.digest"
 
 
 @dataclass(frozen=True)
 class _Replacement:
-    paths: tuple[str, ...]
+    paths: Annotated[tuple[str, ...], Meta(min_length=1)]
     format: str
-    rank: tuple[int, ...]
+    rank: tuple[Size, ...]
     bias: bool
+
+
+@dataclass(frozen=True)
+class _Structure:
+    version: Literal[1, 2]
+    layers: tuple[_Replacement, ...]
+    folded: tuple[str, ...]
+    biases: tuple[str, ...]
+    aliases: Mapping[str, str]
+
+
+_STRUCTURE = register_document(Document("tdpass structure", _Structure, InvalidModelError, "write the file again with Artifact.save"))
+_Held = tuple[tuple[int, ...], torch.dtype]
 
 
 def save_module(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
@@ -53,18 +68,20 @@ def save_module(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> N
             first[id(tensor)] = name
             tensors[name] = tensor.detach().cpu().contiguous().clone()
     named = list(module.named_modules(remove_duplicate=False))
-    layers = [
-        {"paths": [name for name, part in named if part is layer], "format": layer.format.name, "rank": list(layer.rank), "bias": layer.bias is not None}
+    layers = tuple(
+        _Replacement(tuple(name for name, part in named if part is layer), layer.format.name, tuple(layer.rank), layer.bias is not None)
         for layer in module.modules()
         if isinstance(layer, Factorized)
-    ]
-    folded = [path for path, candidate in named if isinstance(candidate, Folded)]
-    biases = [path for path, candidate in named if isinstance(candidate, _DENSE) and candidate._parameters["bias"] is not None]
+    )
+    folded = tuple(path for path, candidate in named if isinstance(candidate, Folded))
+    biases = tuple(path for path, candidate in named if isinstance(candidate, _DENSE) and candidate._parameters["bias"] is not None)
     written = packed_state(tensors)
-    version = VERSION if written.keys() != tensors.keys() else _UNPACKED
-    structure = {"version": version, "layers": layers, "folded": folded, "biases": biases, "aliases": aliases}
+    packed = written.keys() != tensors.keys()
+    structure = _Structure(2 if packed else 1, layers, folded, biases, aliases)
+    described = {**metadata, _KEY: _STRUCTURE.text(structure)}
+    described[_DIGEST] = _digest(written.items(), described)
     with replacing(path) as temporary:
-        save_file(written, temporary, metadata={**metadata, _KEY: json.dumps(structure)})
+        save_file(written, temporary, metadata=described)
 
 
 _DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -84,8 +101,8 @@ def read_metadata(path: Path) -> dict[str, str]:
 def load_module(path: Path, module: nn.Module) -> nn.Module:
     """Put the structure and tensors of a saved model on a dense model of the same class, in place.
 
-    Names, shapes and ranks are checked before anything is allocated or changed.  Raises `InvalidModelError` when the file
-    is damaged or was not written by tdpass, `PlanError` when it does not fit the model.
+    The digest of the file, names, shapes, types and ranks are checked before anything is allocated or changed.  Raises
+    `InvalidModelError` when the file is damaged or was not written by tdpass, `PlanError` when it does not fit the model.
     """
     structure = _structure(path)
     found, _ = find_sites(module)
@@ -93,8 +110,7 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
     modules = dict(module.named_modules(remove_duplicate=False))
     swaps: list[tuple[_Replacement, Matched, Factorized]] = []
     factors: dict[int, Factorized] = {}
-    for item in structure["layers"]:
-        replacement = _read_layer(item, path)
+    for replacement in structure.layers:
         matched = by_path.get(replacement.paths[0])
         if matched is None or not all(reached in matched.paths for reached in replacement.paths):
             raise PlanError(f"{path} replaces {replacement.paths[0]!r}, which is no site of this model; load it on the class it was made from")
@@ -110,20 +126,20 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
             for name, value in shared.factors().items():
                 setattr(new, name, value)
         swaps.append((replacement, matched, new))
-    unknown = [name for name in (*structure["folded"], *structure["biases"]) if name not in modules]
+    unknown = [name for name in (*structure.folded, *structure.biases) if name not in modules]
     if unknown:
         raise PlanError(f"{path} names {unknown[0]!r}, which this model does not have; load it on the class it was made from")
-    expected = _expected_shapes(module, swaps, structure)
+    expected = _expected(module, swaps, structure)
     with safe_open(path, framework="pt") as file:
-        blocks = {} if structure["version"] == _UNPACKED else blocks_in(file)
-        held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys() if name.removesuffix(SUFFIX) not in blocks}  # noqa: SIM118 - it is no dict
-        held.update({name: read_header(block, name)[0].shape for name, block in blocks.items()})
-        held.update({alias: held.get(name, ()) for alias, name in structure["aliases"].items()})
+        blocks = {} if structure.version == _UNPACKED else blocks_in(file)
+        held = {name: _held(file, name) for name in file.keys() if name.removesuffix(SUFFIX) not in blocks}  # noqa: SIM118 - it is no dict
+        held.update({name: (header.shape, header.dtype) for name, header in ((name, read_header(block, name)[0]) for name, block in blocks.items())})
+        held.update({alias: held[name] for alias, name in structure.aliases.items() if name in held})
         if held != expected:
             wrong = sorted(name for name in {*held, *expected} if held.get(name) != expected.get(name))
             raise PlanError(
-                f"{path} does not fit this model: {wrong[0]!r} is {held.get(wrong[0], 'missing')} in the file and "
-                f"{expected.get(wrong[0], 'missing')} in the model ({len(wrong)} such); load it on the class it was made from"
+                f"{path} does not fit this model: {wrong[0]!r} is {_said(held.get(wrong[0]))} in the file and "
+                f"{_said(expected.get(wrong[0]))} in the model ({len(wrong)} such); load it on the class it was made from, of the same types"
             )
         unpacked = {name: unpack(block, name) for name, block in blocks.items()}
         _carry_out(module, swaps, structure)
@@ -133,7 +149,7 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
             owner, _, leaf = name.rpartition(".")
             holder = module.get_submodule(owner)
             if id(tensor) not in filled:
-                stored = structure["aliases"].get(name, name)
+                stored = structure.aliases.get(name, name)
                 value = unpacked[stored] if stored in unpacked else file.get_tensor(stored)
                 fresh = value if tensor.is_meta else tensor.detach().copy_(value)
                 filled[id(tensor)] = nn.Parameter(fresh, requires_grad=tensor.requires_grad) if tensor.is_meta else tensor
@@ -151,40 +167,52 @@ def _state(module: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters(remove_duplicate=False)), **buffers}
 
 
-def _structure(path: Path) -> dict[str, Any]:
-    text = read_metadata(path).get(_KEY)
-    try:
-        structure: dict[str, Any] = json.loads(text or "")
-        if structure["version"] not in {_UNPACKED, VERSION} or not isinstance(structure["layers"], list) or not isinstance(structure["aliases"], dict):
-            raise ValueError
-        for name in ("folded", "biases"):
-            if not all(isinstance(entry, str) for entry in structure[name]):
-                raise ValueError
-    except (ValueError, KeyError, TypeError):
-        raise InvalidModelError(f"{path} carries no tdpass structure of version {_UNPACKED} or {VERSION}; it was not written by Artifact.save") from None
-    return structure
+def check_digest(path: Path) -> dict[str, str]:
+    """The metadata of a file whose digest, where it has one, is that of its content; raises `InvalidModelError` for another."""
+    metadata = read_metadata(path)
+    if _DIGEST in metadata:
+        with safe_open(path, framework="pt") as file:
+            found = _digest(((name, file.get_tensor(name)) for name in file.keys()), metadata)  # noqa: SIM118 - it is no dict
+        if found != metadata[_DIGEST]:
+            raise InvalidModelError(f"{path} is damaged: its content is not what was written; write the file again with Artifact.save")
+    return metadata
 
 
-def _read_layer(item: Any, path: Path) -> _Replacement:
-    try:
-        rank = tuple(item["rank"])
-        if not all(isinstance(r, int) and not isinstance(r, bool) for r in rank) or not item["paths"]:
-            raise ValueError
-        return _Replacement(tuple(map(str, item["paths"])), str(item["format"]), rank, bool(item["bias"]))
-    except (KeyError, TypeError, ValueError):
-        raise InvalidModelError(f"the structure in {path} is damaged: {item!r}; write the file again with Artifact.save") from None
+def _digest(tensors: Iterable[tuple[str, torch.Tensor]], metadata: Mapping[str, str]) -> str:
+    """Over names, types, shapes and bytes of all tensors, and over all other metadata; one tensor at a time is in memory."""
+    texts = [text for name in sorted(metadata) if name != _DIGEST for text in (name, metadata[name])]
+    each = sorted(f"{name}:{digest(tensor)}" for name, tensor in tensors)
+    return digest(*texts, *each)
 
 
-def _expected_shapes(module: nn.Module, swaps: Sequence[tuple[_Replacement, Matched, Factorized]], structure: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    gone = {path for replacement, _, _ in swaps for path in replacement.paths} | set(structure["folded"])
-    expected = {name: tuple(value.shape) for name, value in _state(module).items() if name.rpartition(".")[0] not in gone}
+def _held(file: Any, name: str) -> _Held:
+    stored = file.get_slice(name)
+    shape = tuple(stored.get_shape())
+    return shape, (stored[:0] if shape else file.get_tensor(name)).dtype
+
+
+def _said(held: _Held | None) -> str:
+    return "missing" if held is None else f"{held[0]} {str(held[1]).removeprefix('torch.')}"
+
+
+def _structure(path: Path) -> _Structure:
+    text = check_digest(path).get(_KEY)
+    if text is None:
+        raise InvalidModelError(f"{path} carries no tdpass structure; it was not written by Artifact.save")
+    return _STRUCTURE.parse(text, f"what {path} carries")
+
+
+def _expected(module: nn.Module, swaps: Sequence[tuple[_Replacement, Matched, Factorized]], structure: _Structure) -> dict[str, _Held]:
+    gone = {path for replacement, _, _ in swaps for path in replacement.paths} | set(structure.folded)
+    expected = {name: (tuple(value.shape), value.dtype) for name, value in _state(module).items() if name.rpartition(".")[0] not in gone}
     modules = dict(module.named_modules(remove_duplicate=False))
-    for path in structure["biases"]:
-        if path not in gone:
-            expected[_under(path, "bias")] = (modules[path].weight.shape[0],)
+    for path in structure.biases:
+        weight = getattr(modules[path], "weight", None)
+        if path not in gone and isinstance(weight, torch.Tensor):
+            expected[_under(path, "bias")] = ((weight.shape[0],), weight.dtype)
     for replacement, _, new in swaps:
         for path in replacement.paths:
-            expected.update({_under(path, name): tuple(value.shape) for name, value in new.named_parameters()})
+            expected.update({_under(path, name): (tuple(value.shape), value.dtype) for name, value in new.named_parameters()})
     return expected
 
 
@@ -192,13 +220,13 @@ def _under(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _carry_out(module: nn.Module, swaps: Sequence[tuple[_Replacement, Matched, Factorized]], structure: Mapping[str, Any]) -> None:
-    for path in structure["folded"]:
+def _carry_out(module: nn.Module, swaps: Sequence[tuple[_Replacement, Matched, Factorized]], structure: _Structure) -> None:
+    for path in structure.folded:
         become(module.get_submodule(path), Folded())
     for replacement, _, new in swaps:
         become(module.get_submodule(replacement.paths[0]), new)
     call_layers(module)
-    for path in structure["biases"]:
+    for path in structure.biases:
         dense: Any = module.get_submodule(path)
         if getattr(dense, "bias", None) is None:
             dense.bias = nn.Parameter(torch.empty(dense.weight.shape[0], dtype=dense.weight.dtype, device="meta"))

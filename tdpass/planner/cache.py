@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from tdpass.documents import Document, register_document
 from tdpass.errors import PlanError, TdpassError
@@ -19,22 +14,6 @@ from tdpass.planner.candidates import Candidate
 from tdpass.planner.joint import JointOption
 
 T = TypeVar("T")
-
-
-def digest(*parts: Tensor | str | None) -> str:
-    """A hash of tensors and texts by content."""
-    state = hashlib.blake2b(digest_size=20)
-    for part in parts:
-        if part is None:
-            state.update(b"-")
-        elif isinstance(part, str):
-            state.update(f"{len(part)}:{part}".encode())
-        else:
-            tensor = part.detach().cpu().contiguous()
-            state.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            state.update(np.ascontiguousarray(tensor.reshape(-1).view(torch.uint8).numpy()).data if tensor.numel() else b"")
-        state.update(b"|")
-    return state.hexdigest()
 
 
 _HINT = "it is computed again"

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from tdpass.cost import Budget, Cost
+from tdpass.digest import digest
 from tdpass.errors import BudgetError, NumericalError
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.formats.metric import Metric
-from tdpass.planner.cache import CandidateCache, digest
+from tdpass.planner.cache import CandidateCache
 from tdpass.planner.candidates import DENSE, Candidate, SiteFits, dense_candidate, enumerate_candidates, frontier, with_loss, within
 from tdpass.planner.divergence import FittedDivergence
 from tdpass.planner.effort import THOROUGH, Allowance, Deadline, Effort

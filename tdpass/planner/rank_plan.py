@@ -131,7 +131,7 @@ def _check_sound(plan: RankPlan) -> None:
 
 
 def _fault(choice: Choice) -> str:
-    """What contradicts itself; a bias may or may not be counted."""
+    """What contradicts itself; the bias that a layer gains, or loses with its channels, may be counted."""
     if not 2 <= len(choice.shape) <= 5:
         return f"has shape {choice.shape}, which is no weight's"
     weights, outputs = math.prod(choice.shape), choice.shape[0]
@@ -149,11 +149,11 @@ def _fault(choice: Choice) -> str:
     except PlanError as error:
         return f"does not fit: {error}"
     stored = way.cost(site, choice.rank).params
-    if not stored <= choice.cost.params <= stored + outputs:
+    if abs(choice.cost.params - stored) > outputs:
         return f"takes {stored} numbers as {choice.format} of rank {choice.rank}, not {choice.cost.params}"
     if choice.cost.bytes * choice.dense.params != choice.dense.bytes * choice.cost.params:
         return f"takes {choice.cost.bytes} bytes for {choice.cost.params} numbers, dense {choice.dense.bytes} for {choice.dense.params}"
     return ""
 
 
-_PLAN = register_document(Document("tdpass plan", RankPlan, PlanError, "write one with `tdpass plan -o plan.json`", VERSION, _check_sound))
+_PLAN = register_document(Document("tdpass plan", RankPlan, PlanError, "write one with `tdpass plan -o plan.json`", VERSION, sound=_check_sound))

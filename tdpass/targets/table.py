@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
 import time
@@ -14,7 +15,7 @@ from tdpass.site import Site
 
 FILE = "timings.sqlite"
 _WAIT_SECONDS = 30.0
-_CREATE = "CREATE TABLE IF NOT EXISTS timings_1 (key TEXT PRIMARY KEY, seconds REAL, careful INTEGER NOT NULL)"
+_CREATE = "CREATE TABLE IF NOT EXISTS timings_2 (key TEXT PRIMARY KEY, seconds REAL, careful INTEGER NOT NULL, digest TEXT NOT NULL)"
 _DAMAGE = ("malformed", "no such column", "has no column", "disk image")
 _KEYS_PER_QUERY = 500
 
@@ -73,7 +74,7 @@ class TimingTable:
 
     def put(self, rows: Mapping[Key, Row]) -> None:
         """Add rows, or replace those with the same keys."""
-        records = [(str(key), row.seconds if row.seconds < float("inf") else None, int(row.careful)) for key, row in rows.items()]
+        records = [_record(str(key), row) for key, row in rows.items()]
         self._known.update((str(key), row) for key, row in rows.items())
         if records:
             self._run(lambda file: _insert(file, records))
@@ -113,16 +114,29 @@ class TimingTable:
                 self.path.with_name(self.path.name + ending).unlink()
 
 
+_Record = tuple[str, float | None, int, str]
+
+
+def _record(key: str, row: Row) -> _Record:
+    """The row as it is stored, with a digest over it: SQLite checks its pages' structure, not what is in them."""
+    seconds = row.seconds if row.seconds < float("inf") else None
+    content = f"{len(key)}:{key}{seconds!r}{int(row.careful)}"
+    return key, seconds, int(row.careful), hashlib.blake2b(content.encode(), digest_size=20).hexdigest()
+
+
 def _select(file: sqlite3.Connection, keys: Sequence[str]) -> dict[str, Row]:
     found: dict[str, Row] = {}
     for start in range(0, len(keys), _KEYS_PER_QUERY):
         part = keys[start : start + _KEYS_PER_QUERY]
         marks = ",".join("?" * len(part))
-        for key, seconds, careful in file.execute(f"SELECT key, seconds, careful FROM timings_1 WHERE key IN ({marks})", part):  # noqa: S608
-            found[key] = Row(float("inf") if seconds is None else float(seconds), bool(careful))
+        for record in file.execute(f"SELECT key, seconds, careful, digest FROM timings_2 WHERE key IN ({marks})", part):  # noqa: S608
+            key, seconds, careful, _ = record
+            row = Row(float("inf") if seconds is None else float(seconds), bool(careful))
+            if _record(key, row) == record:
+                found[key] = row
     return found
 
 
-def _insert(file: sqlite3.Connection, records: Sequence[tuple[str, float | None, int]]) -> dict[str, Row]:
-    file.executemany("INSERT OR REPLACE INTO timings_1 VALUES (?, ?, ?)", records)
+def _insert(file: sqlite3.Connection, records: Sequence[_Record]) -> dict[str, Row]:
+    file.executemany("INSERT OR REPLACE INTO timings_2 VALUES (?, ?, ?, ?)", records)
     return {}

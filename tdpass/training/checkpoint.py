@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import random
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +14,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tdpass.documents import Document, register_document
 from tdpass.errors import TrainingError
+from tdpass.training.pieces import read_pieces, read_table, write_pieces
 from tdpass.training.placement import world
 
 KEPT = 2
-_MANIFEST = "manifest.json"
+_MANIFEST_FILE = "manifest.json"
+_HINT = "train from the beginning in another folder"
+_MANIFEST = register_document(Document("list of the parts of a checkpoint", dict[str, str], TrainingError, _HINT))
+_FACTS = register_document(Document("state of a training run", dict[str, Any], TrainingError, _HINT, finite=False))
 
 
 def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
-    """Write `folder/step-N`: tensors by torch.distributed.checkpoint, `facts` (JSON values) of every process beside them.
+    """Write `folder/step-N`: what every process holds of the tensors as safetensors, its `facts` (JSON values) beside them.
 
     All processes call it.  The folder appears under its name only when it is complete; the last two are kept.
     """
-    from torch.distributed.checkpoint import state_dict_saver  # noqa: PLC0415 - takes half a second, which only a run that keeps checkpoints needs to spend
-
     rank, size = world()
     final, temporary = folder / f"step-{step:09d}", folder / f".step-{step:09d}.part"
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in folder.glob(".step-*.part"):  # by a run that was killed: one run at a time has a folder
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir()
     _barrier(size)
-    with _alone(size):
-        state_dict_saver.save(dict(tensors), checkpoint_id=temporary, no_dist=size == 1)
-    (temporary / f"facts-{rank}.json").write_text(json.dumps(dict(facts)), encoding="utf-8")
+    write_pieces(temporary, tensors)
+    (temporary / f"facts-{rank}.json").write_text(_FACTS.text(dict(facts)), encoding="utf-8")
     _barrier(size)
     if rank == 0:
         sums = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
-        (temporary / _MANIFEST).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+        (temporary / _MANIFEST_FILE).write_text(_MANIFEST.text(sums), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         for old in _found(folder)[:-KEPT]:
@@ -72,31 +72,22 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 def read_facts(path: Path) -> dict[str, Any]:
     """What this process wrote beside the tensors; the first process's where there were fewer."""
     own = path / f"facts-{world()[0]}.json"
-    found: dict[str, Any] = json.loads((own if own.exists() else path / "facts-0.json").read_text(encoding="utf-8"))
-    return found
+    return _FACTS.load(own if own.exists() else path / "facts-0.json")
 
 
 def tensors_in(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and type of every tensor in a checkpoint."""
-    from torch.distributed.checkpoint import filesystem  # noqa: PLC0415 - as above
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata  # noqa: PLC0415 - as above
-
-    entries = filesystem.FileSystemReader(path).read_metadata().state_dict_metadata
-    return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    return read_table(path)
 
 
 def load_checkpoint(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fill `tensors` in place, each laid out as it is, from a checkpoint of any number of processes; raises `TrainingError`."""
-    from torch.distributed.checkpoint import state_dict_loader  # noqa: PLC0415 - as above
-
     stored = tensors_in(path)
     wrong = [name for name, tensor in tensors.items() if name not in stored or stored[name][0] != tuple(tensor.shape)]
     if wrong:
         shape = tuple(tensors[wrong[0]].shape)
         raise TrainingError(f"checkpoint {path} holds no {wrong[0]!r} of shape {shape}; use the model, method and optimizer it was written with")
-    size = world()[1]
-    with _alone(size):
-        state_dict_loader.load(dict(tensors), checkpoint_id=path, no_dist=size == 1)
+    read_pieces(path, tensors)
 
 
 def random_state() -> dict[str, Any]:
@@ -124,15 +115,6 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(_bytes(state["cuda"]))
 
 
-@contextlib.contextmanager
-def _alone(size: int) -> Iterator[None]:
-    """Silence for torch's remark that there is one process only: that is meant."""
-    with warnings.catch_warnings():
-        if size == 1:
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
 def _bytes(text: str) -> Tensor:
     return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
@@ -142,12 +124,16 @@ def _found(folder: Path) -> list[Path]:
 
 
 def _fault(path: Path) -> str | None:
+    if (path / ".metadata").exists():
+        return "an earlier version wrote it, with a pickle that could run code in it and is not read"
     try:
-        sums = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        sums = _MANIFEST.load(path / _MANIFEST_FILE)
+        if not {"facts-0.json", "tensors-0.safetensors"} <= sums.keys() or any(Path(name).name != name for name in sums):
+            return f"{_MANIFEST_FILE} does not name its parts"
         for name, expected in sums.items():
             if _digest(path / name) != expected:
                 return f"{name} is not what was written"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, TrainingError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 

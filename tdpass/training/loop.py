@@ -210,6 +210,17 @@ class Loop:
         if path is None:
             return None
         facts = read_facts(path)
+        try:
+            self._take_over(path, facts, hooks)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise TrainingError(f"checkpoint {path} was not written by this method and settings ({what}); train from the beginning in another folder") from None
+        self.note(f"going on from {path.name}, epoch {hooks.steps // self.per_epoch}")
+        return facts
+
+    def _take_over(self, path: Path, facts: Mapping[str, Any], hooks: Hooks) -> None:
+        restore_random_state(facts["epoch_random"])
+        restore_random_state(facts["random"])
         for term, own in zip(self.terms, facts["terms"], strict=True):
             term.resume_at(own)
         self._make_optimizer_state(path)
@@ -220,8 +231,6 @@ class Loop:
         hooks.steps, hooks.round = facts["steps"], facts["round"]
         self.watch.history = facts["watch"]
         self.rounds = [TrainingRow(**line) for line in facts["rounds"]]
-        self.note(f"going on from {path.name}, epoch {hooks.steps // self.per_epoch}")
-        return facts
 
     def _make_optimizer_state(self, path: Path) -> None:
         """Room for what the optimizer had when the checkpoint was written: it makes its own only at the first step."""

@@ -59,6 +59,7 @@ def altered(path: Path, change: dict[str, torch.Tensor | None]) -> Path:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     tensors = {**load_file(path), **change}
+    metadata.pop("tdpass.digest", None)  # as in files of earlier versions: what the digest would find is found otherwise
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, metadata=metadata)
     return path
 
@@ -109,6 +110,7 @@ def test_files_written_before_packing_still_load(saved: Path, tmp_path: Path) ->
     structure = json.loads(metadata["tdpass.structure"])
     assert structure["version"] == 2
     metadata["tdpass.structure"] = json.dumps({**structure, "version": 1})
+    del metadata["tdpass.digest"]
     state = {name: value for name, value in quantized().state_dict().items() if name != "third.weight"}
     save_file(state, old, metadata=metadata)
     assert torch.equal(tdpass.load(old, Net()).second.weight, quantized().second.weight)

@@ -75,7 +75,7 @@ def test_damaged_checkpoint_is_passed_over_by_name(damage: str, tmp_path: Path) 
     first = save_checkpoint(tmp_path, 1, {"w": torch.arange(5.0)}, {"steps": 1})
     second = save_checkpoint(tmp_path, 2, {"w": torch.arange(5.0)}, {"steps": 2})
     assert newest_checkpoint(tmp_path) == (second, [])
-    victim = next(second.glob("*.distcp"))
+    victim = next(second.glob("*.safetensors"))
     if damage == "remove":
         victim.unlink()
     else:

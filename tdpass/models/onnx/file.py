@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
-from tdpass.errors import InvalidModelError, UsageError
+from tdpass.errors import InvalidModelError
+from tdpass.files import folder_beside
 from tdpass.models.onnx.checks import check_proto, invalid_if_failing, tensor_protos
 from tdpass.models.onnx.storage import model_from, release_pages
 
@@ -43,11 +42,7 @@ def write(model: ir.Model, path: Path, external: bool) -> list[Path]:
     path = path.absolute()
     obsolete = _data_files(path)
     data = _free_name(path) if external else None
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}; name a file in a folder that exists and is writable") from None
-    try:
+    with folder_beside(path) as folder:
         ir.save(model, folder / path.name, external_data=data, size_threshold_bytes=_INLINE_BELOW, callback=lambda *_: release_pages())
         release_pages()
         if data is not None and (folder / data).stat().st_size:
@@ -55,8 +50,6 @@ def write(model: ir.Model, path: Path, external: bool) -> list[Path]:
             (folder / data).replace(path.parent / data)
         _flush(folder / path.name)
         (folder / path.name).replace(path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return obsolete
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tdpass.errors import InvalidModelError, KernelError, UnsupportedError
+from tdpass.files import folder_beside, scratch_folder
 from tdpass.kernels.native import onnx_ops_path
 from tdpass.models.onnx.checks import brief
 from tdpass.models.onnx.file import write
@@ -75,7 +76,7 @@ class Session:
         try:
             if stored_bytes(model) > _THROUGH_A_FILE_ABOVE:
                 # ONNX Runtime maps the weights from the file, so it has to live as long as the session.
-                path = Path(tempfile.mkdtemp(prefix="tdpass-")) / "model.onnx"
+                path = scratch_folder() / "model.onnx"
                 weakref.finalize(self, shutil.rmtree, path.parent, ignore_errors=True)
                 write(model, path, external=True)
                 self._session = _session(str(path), model, threads, trace)
@@ -112,8 +113,8 @@ class Session:
 
 def traced(model: ir.Model, inputs: Mapping[str, Tensor]) -> list[Mapping[str, Any]]:
     """What ONNX Runtime executes when it runs the model once; see `Session.end_trace`."""
-    with tempfile.TemporaryDirectory(prefix="tdpass-") as folder:
-        session = Session(model, trace=Path(folder) / "trace")
+    with folder_beside(Path(tempfile.gettempdir()) / "trace") as folder:
+        session = Session(model, trace=folder / "trace")
         session(inputs)
         return session.end_trace()
 

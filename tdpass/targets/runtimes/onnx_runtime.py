@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import weakref
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import torch
 from torch import Tensor
 
+from tdpass.files import scratch_folder
 from tdpass.models.base import Batch, Model
 from tdpass.models.onnx.session import register_fused_ops
 from tdpass.models.onnx.single import INPUT, OUTPUT, named_inputs, single_layer
@@ -51,7 +50,7 @@ class Saved:
     """A model in a file of its own, for as long as this object lives: runtimes map large weights from there."""
 
     def __init__(self, model: Model) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="tdpass-")) / "model.onnx"
+        self.path = scratch_folder() / "model.onnx"
         weakref.finalize(self, shutil.rmtree, self.path.parent, ignore_errors=True)
         model.save(self.path, {})
 
