@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from tdpass.cost import Cost
 from tdpass.digest import digest
 from tdpass.errors import PlanError
 from tdpass.formats.base import FORMATS, Factors, Layer, dense_cost
@@ -31,6 +32,7 @@ class Factorize(Pass):
         if job.plan is None:
             raise PlanError("factorize has no plan to carry out; put the pass 'plan' before it, or pass plan=")
         job.plan = match_names(job.plan, model)
+        prepared = Cost(model.params(), job.original.macs, model.bytes(), job.original.seconds)
         sites = {site.name: site for site in model.sites()}
         chosen = {choice.site: choice for choice in job.plan if not choice.kept_dense}
         for choice in chosen.values():
@@ -55,7 +57,7 @@ class Factorize(Pass):
         left = set(chosen) - replaced
         if left:
             raise PlanError(f"site {min(left)!r} is planned as part of a pruned pair or dropped branch that this model does not have; plan for this model")
-        job.plan = replace(job.plan, choices=tuple(_priced(choice, sites, model) for choice in job.plan), original=job.original)
+        job.plan = replace(job.plan, choices=tuple(_priced(choice, sites, model) for choice in job.plan), original=job.original, prepared=prepared)
         job.report.sites = job.plan.rows()
         job.note(f"replaced {len(replaced)} sites")
         return bool(replaced)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tdpass.cost import Budget, BudgetValue, amount
+from tdpass.cost import Budget, BudgetValue, Cost, amount
 from tdpass.digest import digest
 from tdpass.errors import BudgetError, UsageError
 from tdpass.models.base import Model, call_batch
@@ -53,6 +53,7 @@ class Plan(Pass):
         tapes, divergence = job.tapes(model), job.measure
         dense, cache, context = Dense(model.weight, model.bias), CandidateCache(job.cache), self._context(model, job, sites)
         table = tabulate(sites, dense, tapes, divergence, job.formats, cache, context, job.progress, job.target is not None, effort)
+        table.prepared = Cost(model.params(), job.original.macs, model.bytes())
         if self.joint and effort.measured and tapes and not job.formats and budget.max_error is None:
             add_joint_options(table, dense, tapes, divergence, cache, context, job.progress, effort)
         if job.target is None:

@@ -42,6 +42,12 @@ class Cost:
         return value
 
 
+def pays(cost: Cost, dense: Cost) -> bool:
+    """Whether a layer is no larger than the dense one in any measure that is known beforehand, and smaller in one."""
+    pairs = [(cost.get(measure), dense.get(measure)) for measure in ("params", "macs")]
+    return all(ours <= theirs for ours, theirs in pairs) and any(ours < theirs for ours, theirs in pairs)
+
+
 MEASURES: tuple[str, ...] = tuple(field.name for field in fields(Cost))
 
 

@@ -23,7 +23,7 @@ from tdpass.views.html import Html, column, join, spaced, table, tag, text
 from tdpass.views.html_curve import curve
 from tdpass.views.html_sites import MEASURES, breakable, colours, common_prefix, composition, format_table, site_table
 from tdpass.views.html_training import training
-from tdpass.views.training import other_checks, scores
+from tdpass.views.training import destroyed, other_checks, scores
 from tdpass.views.units import cost_text, human, ratio, seconds, share, small
 
 _NAMES_SHOWN = 6
@@ -74,12 +74,14 @@ def _section(anchor: str, title: str, body: Html) -> Html:
 
 def _header(report: Report, rows: Sequence[SiteRow], name: str) -> Html:
     done = not report.dry_run
+    broken = destroyed(report)
     facts = [fact for fact in (f"budget {report.budget}" if report.budget else "", report.frontend, _moment(report.created)) if fact]
     return join(
         [
             tag("p", "tdpass report" if done else "tdpass plan: a dry run, the model is untouched", class_="eyebrow"),
             tag("h1", breakable(name)),
             tag("p", " · ".join(facts), class_="muted") if facts else None,
+            tag("p", tag("strong", broken), class_="alarm", role="alert") if broken else None,
         ]
     )
 
@@ -104,9 +106,9 @@ def _figures(report: Report, rows: Sequence[SiteRow], original: Cost, final: Cos
         times = ratio(max(before, after), min(before, after), "×")
         cards.append(tag("li", tag("p", tag("strong", times), " ", words, class_="big"), kept, change))
     if report.stored is not None:
-        times = ratio(report.stored.dense_bytes, report.stored.true_bytes, "×")
-        words = "smaller as stored: pruned and quantized tensors"
-        cards.append(tag("li", tag("p", tag("strong", times), " ", words, class_="big"), tag("p", summary.stored(report, "×"), class_="muted")))
+        whole, sizes = summary.smaller_file(report, "×")
+        packed = f"pruned and quantized tensors: {summary.stored(report, '×')}"
+        cards.append(tag("li", tag("p", tag("strong", whole), f" smaller file, {sizes}", class_="big"), tag("p", packed, class_="muted")))
     *others, final_score = scores(report) or [("", "")]
     if final_score[1]:
         words = " · ".join(f"{name} {value}" for name, value in others if "before" not in name)

@@ -13,7 +13,7 @@ from tdpass.report import Report, SiteRow
 from tdpass.site import Site
 from tdpass.views import summary
 from tdpass.views.tables import Column, Part, fitting, grid, heading, item, pairs
-from tdpass.views.training import other_checks
+from tdpass.views.training import destroyed, other_checks
 from tdpass.views.training_table import scores_line, training_table
 from tdpass.views.units import cost_text, dims, human, plain, ranks, ratio, seconds, share, small
 
@@ -33,7 +33,9 @@ class InspectRow:
 def report_view(report: Report, plan: RankPlan | None, width: int | None) -> list[Part]:
     """A whole report, the totals last, where the eye is when the command ends; `width` is None in a pipe."""
     rows = summary.site_rows(report, plan)
-    parts: list[Part] = []
+    broken = destroyed(report)
+    alarm: list[Part] = [Text(plain(broken), style="bold red")] if broken else []
+    parts: list[Part] = [*alarm]
     if rows:
         parts += site_table(rows, width)
     parts += refusals(summary.refusals(report, plan), width)
@@ -45,14 +47,14 @@ def report_view(report: Report, plan: RankPlan | None, width: int | None) -> lis
         parts += ["", heading("Checks"), grid(("Check", "Value"), checks, width, numbers=(1,), wraps=(0,))]
     if report.notes:
         parts += ["", heading("Notes"), *(item(note) for note in report.notes)]
-    return [*parts, "", *_totals(report, plan, rows, width)]
+    return [*parts, "", *alarm, *_totals(report, plan, rows, width)]
 
 
 def site_table(rows: Sequence[SiteRow], width: int | None) -> list[Part]:
     """Every site before and after: one line each where the width allows, else two; reasons below where they do not fit."""
     reason = Column[SiteRow]("Reason", lambda row: plain(row.note), least=32)
     timed = summary.timed(rows)
-    loss = [Column[SiteRow]("Loss", lambda row: "" if row.format == DENSE else small(row.loss), number=True)] if summary.losses_known(rows) else []
+    loss = [Column[SiteRow]("Loss", lambda row: "" if summary.unfactored(row) else small(row.loss), number=True)] if summary.losses_known(rows) else []
     one_line, two_lines = [*_single_line_columns(timed), *loss], [*_two_line_columns(timed, arrows=True), *loss]
     layouts = ([*one_line, reason], one_line, [*two_lines, reason], two_lines, [*_two_line_columns(timed, arrows=False), *loss])
     table, chosen = fitting(layouts, rows, width, dim=lambda row: row.format == DENSE)
@@ -131,7 +133,7 @@ def _single_line_columns(timed: bool) -> list[Column[SiteRow]]:
         return lambda row: _change(row.before.get(measure), row.after.get(measure))
 
     def times(measure: str) -> Callable[[SiteRow], str]:
-        return lambda row: "" if row.format == DENSE else ratio(row.before.get(measure), row.after.get(measure))
+        return lambda row: "" if summary.unfactored(row) else ratio(row.before.get(measure), row.after.get(measure))
 
     return [
         Column("Site", lambda row: plain(row.site)),
@@ -142,7 +144,7 @@ def _single_line_columns(timed: bool) -> list[Column[SiteRow]]:
         Column("", times("macs"), number=True),
         Column("Params", changed("params"), number=True),
         Column("", times("params"), number=True),
-        Column("Error", lambda row: "" if row.format == DENSE else small(row.error), number=True),
+        Column("Error", lambda row: "" if summary.unfactored(row) else small(row.error), number=True),
         Column("Guarantee", lambda row: plain(row.guarantee)),
     ]
 
@@ -151,7 +153,7 @@ def _time_columns() -> list[Column[SiteRow]]:
     """Dense time, the one predicted, the one measured, by how much that is faster, and in which runtime."""
 
     def dense(row: SiteRow) -> bool:
-        return row.format == DENSE
+        return summary.unfactored(row)
 
     return [
         Column("Dense", lambda row: seconds(row.before.seconds), number=True),
@@ -167,7 +169,7 @@ def _two_line_columns(timed: bool, arrows: bool) -> list[Column[SiteRow]]:
 
     def time(row: SiteRow) -> str:
         before, after = seconds(row.before.seconds), seconds(row.after.seconds)
-        if row.format == DENSE:
+        if summary.unfactored(row):
             return before
         measured = f"{before} -> {after}" if arrows else f"{before}\n{after}"
         return f"{measured}\n{seconds(row.predicted)} {plain(row.kernel)}"
@@ -175,7 +177,7 @@ def _two_line_columns(timed: bool, arrows: bool) -> list[Column[SiteRow]]:
     def cost(measure: str) -> Callable[[SiteRow], str]:
         def cell(row: SiteRow) -> str:
             before, after = row.before.get(measure), row.after.get(measure)
-            if row.format == DENSE:
+            if summary.unfactored(row):
                 return human(before)
             return f"{_change(before, after)}\n{ratio(before, after)}" if arrows else f"{human(before)}\n{human(after)} {ratio(before, after)}"
 
@@ -188,7 +190,7 @@ def _two_line_columns(timed: bool, arrows: bool) -> list[Column[SiteRow]]:
         *((Column("Time\npredicted, kernel" if arrows else "Time\nafter\npredicted,\nkernel", time, number=True, least=10),) if timed else ()),
         Column(f"MACs\n{below}", cost("macs"), number=True),
         Column(f"Params\n{below}", cost("params"), number=True),
-        Column("Error\nbound", lambda row: "" if row.format == DENSE else f"{small(row.error)}\n{plain(row.guarantee)}", number=True),
+        Column("Error\nbound", lambda row: "" if summary.unfactored(row) else f"{small(row.error)}\n{plain(row.guarantee)}", number=True),
     ]
 
 
@@ -225,6 +227,7 @@ def _totals(report: Report, plan: RankPlan | None, rows: Sequence[SiteRow], widt
     after_title = "Planned" if report.dry_run else "After"
     parts.append(grid(("Total", "Before", after_title, "Smaller", "Kept"), lines, width, numbers=(1, 2, 3, 4)))
     if report.stored is not None:
+        parts.append(Text(f"all tensors as stored: {' smaller, '.join(summary.smaller_file(report))}"))
         parts.append(Text(f"pruned and quantized tensors: {summary.stored(report)}"))
     moved = summary.divergence(report, rows)
     if moved is not None:

@@ -47,4 +47,4 @@ def _left_dense(plan: RankPlan, original: Cost) -> RankPlan:
         )
         for choice in plan
     )  # fmt: skip
-    return replace(plan, choices=choices, original=original)
+    return replace(plan, choices=choices, original=original, prepared=None)

@@ -60,6 +60,7 @@ SAMPLES: dict[str, Any] = {
     "table of tensors": {"fc.weight": Piece((4, 2), (2, 0), "float32")},
     "list of the parts of a checkpoint": {"facts-0.json": "ab"},
     "state of a training run": {"steps": 3, "rounds": [{"epoch": 0}]},
+    "start of a training run": {f"{stage}.{key}": value for stage in "abcd" for key, value in {"lr": 0.1, "clip": None, "keep": 300, "name": "sgd"}.items()},
 }
 PIPELINE = [{"plan": {"macs": 0.4, "joint": False}}, "factorize", {"refit": {"ridge": 0.01}}, {"verify": {"limit": 0.5}}]
 TABLE = [{"kind": "conv", "group": "weight", "shape": [64, "any", 3, 3], "sparsity": 0.5}, {"kind": "linear", "sparsity": "never"}]

@@ -17,7 +17,7 @@ from tdpass.constraints.spectral import SPECTRAL, energies
 from tdpass.cost import MEASURES, amount
 from tdpass.errors import PlanError, UsageError
 from tdpass.formats import FORMATS, Rank
-from tdpass.formats.base import dense_cost
+from tdpass.formats.base import dense_cost, shrinks
 from tdpass.site import Site
 
 _FINE = 128
@@ -99,13 +99,14 @@ class RankBudget(Shared):
             raise PlanError(f"site {name!r} has no activation sizes, so its multiply-adds are unknown; run the model once, or give the budget in params")
 
     def _options(self, name: str, weight: Tensor) -> tuple[list[Rank], Options]:
-        """Ranks from large to small and what they cost and lose; without the ranks that cost more than the dense layer, which comes last."""
+        """Ranks from large to small and what they cost and lose; without the ranks at which it would grow in any measure; the dense layer comes last."""
+        site = self.sites[name]
         tails = self._tails(name, weight)
         path = self._path(name, tails)
         ranks, costs, losses = [list(column) for column in zip(*path, strict=True)]
         if self.dense:
             whole = self.cost_of(name, None)
-            cheap = [k for k, cost in enumerate(costs) if cost < whole]
+            cheap = [k for k, cost in enumerate(costs) if cost < whole and shrinks(site, self.format_of(name), ranks[k])]
             ranks = [ranks[k] for k in cheap]
             return ranks, Options(np.array([*(costs[k] for k in cheap), whole]), np.array([*(losses[k] for k in cheap), 0.0]))
         return ranks, Options(np.array(costs), np.array(losses))

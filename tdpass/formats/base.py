@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from tdpass.cost import Cost
+from tdpass.cost import Cost, pays
 from tdpass.errors import PlanError
 from tdpass.formats.metric import Metric
 from tdpass.ops import Ops, TorchOps, V
@@ -189,6 +189,7 @@ def _shifted(tensor: Tensor | None, exponent: int) -> Tensor | None:
 
 
 FORMATS: Registry[Format] = Registry("format")
+_POSITIONS = 8
 
 
 def register_format(cls: type[Format]) -> type[Format]:
@@ -200,6 +201,16 @@ def register_format(cls: type[Format]) -> type[Format]:
 def dense_cost(site: Site) -> Cost:
     """What the dense layer costs, the bias not counted."""
     return Cost(site.weights, site.weights * site.out_positions // site.samples, site.weights * site.itemsize)
+
+
+def shrinks(site: Site, format_name: str, rank: Rank) -> bool:
+    """Whether the factored layer is smaller than the dense one in a measure and larger in none.
+
+    A site that was not seen running is taken to read as many positions for each of its outputs as its stride says.
+    """
+    read, made = tuple(_POSITIONS * step for step in site.stride) or (1,), (_POSITIONS,) * len(site.kernel) or (1,)
+    known = site if site.seen else replace(site, extents=((read, made),))
+    return pays(FORMATS.get(format_name).cost(known, rank), dense_cost(known))
 
 
 def apply_dense(ops: Ops[V], x: V, weight: V, bias: V | None, site: Site) -> V:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -35,6 +35,7 @@ from tdpass.verbs import compress
 
 Pruning = Literal["admm", "surgery"]
 
+SPARSE = "sparse"
 PHASES = ("prune", "retrain", "quantize", "fix")
 
 
@@ -52,7 +53,7 @@ class AdmmNN(Method):
     With `metric: fisher` what the loss makes of it counts: weights are pruned by the scores of `w sqrt(F)`, and bits divided by the errors
     times F, with F the diagonal of the Fisher information over the last thousand steps (`Curvature`).  `pruning: surgery` prunes at once and
     lets weights come back (`Surgery`) where ADMM draws them to zero.  `least` names sites that keep no fewer weights than that, whatever their
-    scores.
+    scores; every other keeps at least `least_share` of what it would if all kept alike, so that none is cut off.
 
     `hardware` (a target such as `cpu:onnxruntime`, or `table:FILE.yaml` for another machine) makes it hardware-aware: a layer whose
     sparsity would stay below its break-even goes back to dense, and the rest is pruned harder.
@@ -68,6 +69,7 @@ class AdmmNN(Method):
     metric: Metric = "frobenius"
     pruning: Pruning = "admm"
     least: Mapping[str, int] = field(default_factory=dict)
+    least_share: float = 0.1
     prune: int = 20
     retrain: int = 10
     quantize: int = 10
@@ -87,6 +89,8 @@ class AdmmNN(Method):
         for option, value, known in (("metric", self.metric, get_args(Metric)), ("pruning", self.pruning, get_args(Pruning))):
             if value not in known:
                 raise UsageError(f"{option}={value!r} is unknown to {self.name}; known: {', '.join(known)}")
+        if not 0 <= self.least_share <= 1:
+            raise UsageError(f"least_share={self.least_share} is not within 0 to 1; it is a share of what a layer would keep if all kept alike")
         if self.keep < 1 or not 0 < self.reach <= 1:
             raise UsageError(f"keep={self.keep}, reach={self.reach}: keep at least one weight, and reach that number within a share in (0, 1] of the phase")
         unknown = set(self.rates) - set(PHASES)
@@ -124,7 +128,11 @@ class AdmmNN(Method):
 
     def _budget(self, keep: int) -> WeightBudget:
         metric = {} if self.curvature is None else self.curvature.known()
-        return WeightBudget(keep, self.score, self.dense, {name: self.least.get(name, 1) for name in self.sites}, metric=metric)
+        stay = sum(self.sites[name].weights for name in self.dense)
+        free = sum(site.weights for site in self.sites.values()) - stay
+        share = self.least_share * max(0, keep - stay) / max(free, 1)
+        least = {name: self.least.get(name, max(1, int(share * site.weights))) for name, site in self.sites.items()}
+        return WeightBudget(keep, self.score, self.dense, least, metric=metric)
 
     def phases(self) -> Sequence[Phase]:
         steps = [("prune", self.prune, self._begin_pruning), ("retrain", self.retrain, self._begin_retraining)]
@@ -176,7 +184,15 @@ class AdmmNN(Method):
         result = self.template.filled(model)
         weights = self.weights_of(result)
         _project(weights, self.levels or self._budget(self.keep).divide(weights))
-        return compress(result, plan=self._plan(weights), pipeline="factorize", example_inputs=self.example, cache=False)
+        artifact = compress(result, plan=self._plan(weights), pipeline="factorize", example_inputs=self.example, cache=False)
+        artifact.report.sites = [replace(row, format=self._kind(row.site)) for row in artifact.report.sites]
+        return artifact
+
+    def _kind(self, name: str) -> str:
+        """What became of a layer, for the report: in the plan it is dense, since its shape is."""
+        if name in self.dense:
+            return DENSE
+        return SPARSE if name not in self.levels else f"{SPARSE} on {self.levels[name].count} levels"
 
     def facts(self) -> dict[str, Any]:
         return {"levels": {name: [bound.count, (bound.interval or 0.0).hex()] for name, bound in self.levels.items()}}

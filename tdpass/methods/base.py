@@ -115,10 +115,23 @@ class Method(ABC):
         """
         if self.phased is None:
             raise TrainingError(f"{self.name} has trained nothing; attach it before the loop and finish it after")
+        missed = self._missed(self._hooks)
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
-        return self.close(model)
+        artifact = self.close(model)
+        artifact.report.notes[:0] = missed
+        return artifact
+
+    def _missed(self, hooks: Hooks | None) -> list[str]:
+        """What of the training never happened."""
+        found = [name for name, weight in self.weights.items() if not (weight.requires_grad if hooks is None else hooks.moves(weight))]
+        said = [f"{self.name} did not train {name}: it is frozen, or no parameter of the optimizer; it is projected as it was" for name in found]
+        if hooks is not None and hooks.round < hooks.rounds:
+            reason = f"in {hooks.steps} steps" if hooks.steps else "for the optimizer it is attached to made no step"
+            ran = f"{hooks.round} of the {hooks.rounds} rounds of {self.name} ran, {reason}"
+            said.append(f"{ran}: the last projection does what is left; attach the optimizer that trains, and train for all rounds")
+        return said
 
     def epochs(self, rounds_per_epoch: int = 1) -> int:
         """Epochs that the rounds of all phases take; raises `UsageError` where they do not fill the last one."""

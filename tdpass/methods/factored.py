@@ -16,7 +16,7 @@ from tdpass.constraints.rank_budget import Price, RankBudget
 from tdpass.cost import Budget, BudgetValue, Cost
 from tdpass.digest import digest
 from tdpass.errors import BudgetError
-from tdpass.formats.base import FORMATS, Rank, dense_cost
+from tdpass.formats.base import FORMATS, Rank, dense_cost, shrinks
 from tdpass.methods.base import Method
 from tdpass.planner.rank_plan import DENSE, Choice, RankPlan
 from tdpass.site import Site
@@ -63,7 +63,13 @@ class Factored(Method):
         found = {name: bound.factors(weights[name]) for name, bound in constraints.items() if isinstance(bound, InFormat) and bound.searched}
         steps = WEIGHTS_ALONE if self.calibration is None else ON_DATA
         trained = self.template.filled(model)
-        return compress(trained, data=self.calibration, plan=plan, start=found, pipeline=steps, example_inputs=self.example, cache=False)
+        artifact = compress(trained, data=self.calibration, plan=plan, start=found, pipeline=steps, example_inputs=self.example, cache=False)
+        for choice in artifact.plan:
+            if choice.kept_dense:
+                artifact.report.note(f"{choice.site} stays dense: {choice.reason}")
+            elif not shrinks(self.sites[choice.site], choice.format, choice.rank):
+                artifact.report.note(f"{choice.site} is larger in a measure as {choice.format} of rank {choice.rank}, which it was given, than dense")
+        return artifact
 
     def plan(self, weights: Mapping[str, Tensor], constraints: Mapping[str, Constraint]) -> RankPlan:
         """The plan that factors each weight as its constraint says."""
@@ -82,6 +88,8 @@ class Factored(Method):
     def rank_budget(self, budget: Mapping[str, BudgetValue] | Budget, price: Price | None = None, **options: Any) -> RankBudget:
         """Ranks of all sites within a budget on the whole model, by the energy that their weights lose."""
         measure, limit = site_limit(budget, self.sites, self.original, price)
+        if measure == "params" and self.calibration is not None:  # fitted to data, a layer without a bias gets one
+            limit -= sum(site.o for site in self.sites.values() if not site.bias)
         return RankBudget(self.sites, {name: self.format_of(site) for name, site in self.sites.items()}, limit, price or measure, **options)
 
     def format_of(self, site: Site) -> str:

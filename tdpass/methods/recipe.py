@@ -17,6 +17,7 @@ from tdpass.documents import Count, Document, Size, read_yaml, register_document
 from tdpass.errors import InvalidModelError, TdpassError, UsageError
 from tdpass.methods.base import make_method
 from tdpass.methods.run import Score, train
+from tdpass.methods.same_run import check_same_run
 from tdpass.report import TrainingRow
 from tdpass.training.settings import Settings
 
@@ -98,6 +99,9 @@ class Recipe:
         note: Callable[[str], None] = lambda text: None,
     ) -> Artifact:
         """Train as the recipe says."""
+        if folder is not None:
+            names = ("model", "data", "evaluate", "test", "calibration", "example")
+            check_same_run(folder, "recipe.json", {name: getattr(self, name) for name in names}, resume)
         torch.manual_seed(self.seed)
         model = made_by(self.model)
         if not isinstance(model, nn.Module):

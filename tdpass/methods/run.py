@@ -13,11 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import TypeIs
 
 from tdpass.artifact import Artifact
 from tdpass.errors import UsageError
 from tdpass.files import write_text
 from tdpass.methods.base import METHODS, Method, make_method
+from tdpass.methods.same_run import check_same_run
 from tdpass.models import ExampleInputs
 from tdpass.models.factorized import rebuild_while_training
 from tdpass.pipeline import PipelineSpec
@@ -30,6 +32,7 @@ from tdpass.training.placement import Template, world
 from tdpass.training.settings import Settings
 from tdpass.training.terms import Term
 from tdpass.verbs import compress
+from tdpass.views.training import destroyed
 
 Score = Callable[[nn.Module], float]
 Parallel = Literal["ddp", "fsdp2"]
@@ -84,6 +87,18 @@ def train(
     run = _Run(data, objective, evaluate, None if folder is None else Path(folder), resume, seed, parallel, checkpoint_every, rounds_per_epoch, log, note)
     if run.folder is not None:
         run.folder.mkdir(parents=True, exist_ok=True)
+        facts = {
+            "method": make_method(method) if _is_method(method) else method,
+            "settings": base,
+            "pretrain": pretrain,
+            "pretraining": Settings.parse(pretraining, base),
+            "finetune": finetune,
+            "finetuning": Settings.parse(finetuning, base),
+            "control": control,
+            "rounds_per_epoch": rounds_per_epoch,
+            "seed": seed,
+        }
+        check_same_run(run.folder, "run.json", facts, resume)
     torch.manual_seed(seed)
     dense = copy.deepcopy(model)
     if pretrain:
@@ -101,6 +116,9 @@ def train(
         scores["score_final"] = _score(test, artifact.model)
     artifact.report.checks.update(scores)
     artifact.report.training = run.rows
+    broken = destroyed(artifact.report)
+    if broken:
+        artifact.report.notes.insert(0, broken)
     return artifact
 
 
@@ -176,7 +194,7 @@ def _compressed(
     """What the method or the pipeline makes of the dense model, and the epochs that took."""
     if method is None:
         return compress(dense, pipeline="", example_inputs=example), 0
-    if not (isinstance(method, Method | Mapping) or (isinstance(method, str) and method in METHODS)):
+    if not _is_method(method):
         return compress(dense, pipeline=method, data=calibration, example_inputs=example), 0
     made = make_method(method)
     if finetune and made.final:
@@ -188,6 +206,11 @@ def _compressed(
     if gap > LARGE_GAP and not made.final:
         run.note(f"the last projection moves {name!r} by {gap:.2f} of its norm; a larger last rho, or more rounds, would leave it less to do")
     return made.finish(trained), epochs
+
+
+def _is_method(method: object) -> TypeIs[Method | Mapping[str, Any] | str]:
+    """Whether it names or is a training method, not a pipeline."""
+    return isinstance(method, Method | Mapping) or (isinstance(method, str) and method in METHODS)
 
 
 def _wrapped(model: nn.Module, parallel: Parallel | None) -> nn.Module:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from tdpass.cost import Budget, Cost
+from tdpass.cost import Budget, Cost, pays
 from tdpass.errors import NumericalError
-from tdpass.formats.base import FORMATS, Decomposition, Factors, Format, Layer, Rank, dense_cost
+from tdpass.formats.base import FORMATS, Decomposition, Factors, Format, Layer, Rank, dense_cost, shrinks
 from tdpass.formats.metric import Metric
 from tdpass.planner.effort import NEVER, Deadline
 from tdpass.site import Site
@@ -114,7 +114,12 @@ class SiteFits:
             error = guarantee.value
         else:
             error = self.metric.relative_error(self.weight, fmt.reconstruct(self.factors(format_name, rank), self.site))
-        return Candidate(format_name, rank, fmt.cost(self.site, rank), error, guarantee="" if guarantee is None else str(guarantee))
+        return Candidate(format_name, rank, self.cost(format_name, rank), error, guarantee="" if guarantee is None else str(guarantee))
+
+    def cost(self, format_name: str, rank: Rank) -> Cost:
+        """What the layer costs, with the bias that keeps the mean where the site has none."""
+        cost = FORMATS.get(format_name).cost(self.site, rank)
+        return cost if self.metric.mean is None or self.site.bias else cost + Cost(params=self.site.o, bytes=self.site.o * self.site.itemsize)
 
 
 def worthwhile_ranks(site: Site, format_name: str, limit: int, lanes: int = 1) -> list[Rank]:
@@ -124,7 +129,7 @@ def worthwhile_ranks(site: Site, format_name: str, limit: int, lanes: int = 1) -
     the others take as long as the next multiple.
     """
     fmt, dense = FORMATS.get(format_name), dense_cost(site)
-    cheaper = [rank for rank in fmt.ranks(site) if pays(fmt.cost(site, rank), dense)]
+    cheaper = [rank for rank in fmt.ranks(site) if shrinks(site, format_name, rank)]
     whole = [rank for rank in cheaper if all(r % lanes == 0 for r in rank)]
     cheaper = whole if len(whole) >= _FEW else cheaper
     if limit == 1 and cheaper:
@@ -132,12 +137,6 @@ def worthwhile_ranks(site: Site, format_name: str, limit: int, lanes: int = 1) -
     step = max(1, -(-len(cheaper) // limit))
     count = -(-len(cheaper) // step)
     return [cheaper[round(k * (len(cheaper) - 1) / max(count - 1, 1))] for k in reversed(range(count))]
-
-
-def pays(cost: Cost, dense: Cost) -> bool:
-    """Whether a candidate is no larger in any measure and smaller in one."""
-    pairs = [(cost.get(measure), dense.get(measure)) for measure in ("params", "macs")]
-    return all(ours <= theirs for ours, theirs in pairs) and any(ours < theirs for ours, theirs in pairs)
 
 
 def enumerate_candidates(
@@ -175,7 +174,7 @@ def _of_format(fits: SiteFits, fmt: Format, ranks: Sequence[Rank], others: Seque
         if deadline.left <= 0 and (len(found) >= _ENDS or (fmt.searched and others)):
             break
         candidate = fits.candidate(fmt.name, rank)
-        if not math.isfinite(candidate.error):
+        if not math.isfinite(candidate.error) or not pays(candidate.cost, dense_cost(fits.site)):
             continue
         if fmt.searched and not found and _hopeless(candidate, others):
             break

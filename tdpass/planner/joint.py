@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.formats.metric import Metric
-from tdpass.planner.candidates import Candidate, with_loss
+from tdpass.planner.candidates import Candidate, bias_cost, with_loss
 from tdpass.planner.effort import Allowance
 from tdpass.planner.moments import stream_metrics
 from tdpass.planner.patches import output_rows
@@ -175,4 +175,4 @@ def _same(layers: Mapping[str, Layer]) -> Mapping[str, Layer]:
 
 def _candidate(layer: Layer, error: float) -> Candidate:
     fmt = FORMATS.get(layer.format)
-    return Candidate(layer.format, layer.rank, fmt.cost(layer.site, layer.rank), error)
+    return Candidate(layer.format, layer.rank, fmt.cost(layer.site, layer.rank) + bias_cost(layer.site, layer.bias), error)

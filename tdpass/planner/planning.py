@@ -48,7 +48,8 @@ class Dense:
 class Table:
     """All candidates of all sites with their losses: what every budget is decided from.
 
-    `dense_times` is what the dense layers take, where a target said so; `declined` says why a site has no candidates.
+    `dense_times` is what the dense layers take, where a target said so; `declined` says why a site has no candidates; `prepared` is
+    the cost of the model with its sites as they are, where that is not the cost of the model that came in.
     """
 
     sites: tuple[Site, ...]
@@ -59,6 +60,7 @@ class Table:
     divergence: str = ""
     dense_times: dict[str, Timing] = field(default_factory=dict)
     declined: dict[str, str] = field(default_factory=dict)
+    prepared: Cost | None = None
 
     def dense(self, site: Site) -> Candidate:
         """The site as it is, with its time where that is known."""
@@ -78,14 +80,15 @@ class Table:
     def plan(self, budget: Budget, original: Cost) -> RankPlan:
         """The best choice under a budget; `original` is the cost of the whole model."""
         names = [site.name for site in self.sites]
-        fixed = original - sum((self.dense(site).cost for site in self.sites), Cost())
+        prepared = replace(self.prepared or original, seconds=original.seconds)
+        fixed = prepared - sum((self.dense(site).cost for site in self.sites), Cost())
         options = self.options(budget)
         if budget.bounds:
             chosen = select(options, names, budget.limits(original), fixed)
         else:
             chosen = cheapest(options, names, "macs" if all(site.seen for site in self.sites) else "params")
         choices = tuple(self._choice(site, chosen[site.name], budget) for site in self.sites)
-        return RankPlan(self._with_joint(choices, chosen), original, str(budget), self.metric, self.divergence)
+        return RankPlan(self._with_joint(choices, chosen), original, str(budget), self.metric, self.divergence, prepared=prepared)
 
     def curve(self, measure: str, original: Cost) -> Iterator[tuple[float, RankPlan]]:
         """Plans over a range of budgets on one measure, as far as they can be met."""
@@ -160,7 +163,7 @@ def tabulate(
     versions = ",".join(f"{name}{FORMATS.get(name).version}" for name in names)
     fingerprints = {site.name: digest(dense.weight(site.name)) for site in sites}
     purpose = (effort.name, str(effort.ranks), *(("timed",) if timed else ()))
-    keys = {site.name: digest(fingerprints[site.name], str(site.geometry()), str(site.extents), versions, context, *purpose) for site in sites}
+    keys = {site.name: digest(fingerprints[site.name], *_identity(site), versions, context, *purpose) for site in sites}
     known = {site.name: found for site in sites if (found := cache.get(keys[site.name])) is not None}
     missing = [site for site in sites if site.name not in known]
     measures = ("macs", "params") if all(site.seen for site in sites) else ("params",)
@@ -191,6 +194,11 @@ def tabulate(
         table.metric = "inputs and outputs on the calibration data"
         table.divergence = str(divergence)
     return table
+
+
+def _identity(site: Site) -> tuple[str, ...]:
+    """What the candidates of a site and their costs depend on, besides its weight."""
+    return str(site.geometry()), str(site.bias), str((site.extents, site.samples))
 
 
 def _worth_timing(candidates: Sequence[Candidate], measures: Sequence[str]) -> list[Candidate]:
@@ -242,7 +250,7 @@ def add_joint_options(
 ) -> None:
     """Add the options that change neighbouring sites together: pruned channels between two, and dropped residual branches."""
     cache = cache or CandidateCache(None)
-    key = digest("joint", effort.name, context, *(f"{site.name}{site.geometry()}{site.extents}" for site in table.sites))
+    key = digest("joint", effort.name, context, *(f"{site.name}{_identity(site)}" for site in table.sites))
     known = cache.get_joint(key)
     if known is None:
         sites = {site.name: site for site in table.sites}

@@ -62,7 +62,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Choices for all sites under a budget; a JSON file that applies to the torch model and to its ONNX export alike."""
+    """Choices for all sites under a budget; a JSON file that applies to the torch model and to its ONNX export alike.
+
+    `original` is the cost of the model that came in, `prepared` that of the model that was planned on, where passes before changed it:
+    a folded batch-norm stores less, or a bias more.
+    """
 
     choices: tuple[Choice, ...]
     original: Cost
@@ -70,11 +74,12 @@ class RankPlan:
     metric: str = "weights"
     divergence: str = ""
     declined: Mapping[str, str] = field(default_factory=dict)
+    prepared: Cost | None = None
 
     @property
     def planned(self) -> Cost:
         """Cost of the whole model once the plan is carried out."""
-        return self.original + sum((choice.cost - choice.dense for choice in self.choices), Cost())
+        return (self.prepared or self.original) + sum((choice.cost - choice.dense for choice in self.choices), Cost())
 
     @property
     def loss(self) -> float:

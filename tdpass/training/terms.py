@@ -60,7 +60,7 @@ class Hooks:
     """
 
     def __init__(self, optimizer: Optimizer, terms: Iterable[Term], starts: Callable[[int], bool], rounds: int) -> None:
-        self.terms, self.starts, self.rounds = tuple(terms), starts, rounds
+        self.optimizer, self.terms, self.starts, self.rounds = optimizer, tuple(terms), starts, rounds
         self.steps = self.round = 0
         before = optimizer.register_step_pre_hook(lambda given, args, kwargs: self._before(given))
         after = optimizer.register_step_post_hook(lambda given, args, kwargs: self._after(given))
@@ -80,6 +80,10 @@ class Hooks:
         for term in self.terms:
             term.after_step(optimizer)
         self.steps += 1
+
+    def moves(self, weight: nn.Parameter) -> bool:
+        """Whether a step of the optimizer changes that weight."""
+        return weight.requires_grad and any(parameter is weight for group in self.optimizer.param_groups for parameter in group["params"])
 
     def remove(self) -> None:
         """Leave the optimizer as it was."""

@@ -9,7 +9,7 @@ from tdpass.cost import Cost
 from tdpass.planner.rank_plan import DENSE
 from tdpass.report import SiteRow
 from tdpass.views.html import Html, column, join, spaced, table, tag
-from tdpass.views.summary import FormatTotal, losses_known, timed
+from tdpass.views.summary import FormatTotal, losses_known, timed, unfactored
 from tdpass.views.units import dims, human, ranks, ratio, seconds, small
 
 MEASURES = {"macs": "MACs", "params": "Parameters"}
@@ -69,7 +69,7 @@ def site_table(rows: Sequence[SiteRow], colour: Mapping[str, str]) -> Html:
 
 
 def _row(row: SiteRow, colour: Mapping[str, str], longest: Mapping[str, float], prefix: str, with_time: bool, with_loss: bool) -> Html:
-    dense = row.format == DENSE
+    dense = unfactored(row)
     bars = [_bar(row, name, colour[row.format], longest[name]) for name in MEASURES]
     bound = tag("span", row.guarantee.replace("<=", "≤"), class_="below") if row.guarantee else None
     return tag(

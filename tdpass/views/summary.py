@@ -86,6 +86,11 @@ def checks(values: Mapping[str, float]) -> list[tuple[str, str]]:
     return shown
 
 
+def unfactored(row: SiteRow) -> bool:
+    """Whether the layer has the shape it had: it is dense, or what became of it is in its weights."""
+    return not row.rank and row.before == row.after
+
+
 def by_format(rows: Sequence[SiteRow]) -> list[FormatTotal]:
     """Totals per format, factored ones by name and dense last."""
     names = sorted({row.format for row in rows}, key=lambda name: (name == DENSE, name))
@@ -104,7 +109,17 @@ def stored(report: Report, times: str = "x") -> str:
         return ""
     figures = [("weight data", size.weight_data_bytes), ("stored", size.true_bytes)]
     shown = ", ".join(f"{name} {human(amount, 'B')} ({ratio(size.dense_bytes, amount, times)})" for name, amount in figures)
+    shown = f"{shown} of {human(size.dense_bytes, 'B')}"
     return f"{shown}; {human(size.plain_bytes, 'B')} not packed" if size.plain_bytes else shown
+
+
+def smaller_file(report: Report, times: str = "x") -> tuple[str, str]:
+    """How much smaller all tensors are as they lie in the file, and from how many bytes to how many; empty where none is packed."""
+    size = report.stored
+    if size is None:
+        return "", ""
+    before, after = size.dense_bytes + size.plain_bytes, size.true_bytes + size.plain_bytes
+    return ratio(before, after, times), f"{human(before, 'B')} to {human(after, 'B')}"
 
 
 def losses_known(rows: Sequence[SiteRow] | Sequence[FormatTotal]) -> bool:

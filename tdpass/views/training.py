@@ -12,6 +12,8 @@ from tdpass.views.units import score, small
 CONTROL = "control"
 CONTROL_IS = "the dense network, trained as long"
 _SCORE = "score_"
+_REFERENCES = {"control": CONTROL_IS, "dense": "the dense network"}
+_DESTROYED = 0.5  # share of the score of the network it is held against
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,15 @@ def scores(report: Report) -> list[tuple[str, str]]:
     if all(row.stage != "finetune" for row in report.training):
         named.pop("before_finetuning", None)  # it is the final one
     return [(name.replace("_", " ").replace("finetuning", "fine-tuning"), score(value)) for name, value in named.items()]
+
+
+def destroyed(report: Report) -> str:
+    """What training did to a network that answers far worse than it would have without, more being better; empty where it does not."""
+    final = report.checks.get(f"{_SCORE}final")
+    before, by = next(((value, words) for name, words in _REFERENCES.items() if (value := report.checks.get(f"{_SCORE}{name}")) is not None), (0.0, ""))
+    if not report.training or final is None or not 0 <= final < _DESTROYED * before:
+        return ""
+    return f"training destroyed this network: it scores {score(final)}, {by} {score(before)}; keep more, or train it in smaller steps"
 
 
 def other_checks(report: Report) -> dict[str, float]:

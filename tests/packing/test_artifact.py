@@ -149,13 +149,13 @@ def test_the_report_says_how_small_the_tensors_are(tmp_path: Path) -> None:
     loaded = Report.load(paths[2])
     assert loaded == artifact.report
     assert to_text(report_view(loaded, None, 200), 200).count("weight data") == 1
-    assert "smaller as stored" in paths[3].read_text(encoding="utf-8")
+    assert "smaller file" in paths[3].read_text(encoding="utf-8")
 
 
 def test_the_line_of_the_report() -> None:
     report = Report(stored=StoredSize(430_500, 3000, 7500, 938, 3100, 1_722_000, 2320))
     text = to_text(report_view(report, None, 200), 200)
-    assert "weight data 938 B (1836x), stored 3.10 kB (555x); 2.32 kB not packed" in text
+    assert "weight data 938 B (1836x), stored 3.10 kB (555x) of 1.72 MB; 2.32 kB not packed" in text
     assert "555×" in render_html(report)
     assert "weight data" not in to_text(report_view(Report(), None, 200), 200)
 
