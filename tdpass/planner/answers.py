@@ -54,7 +54,7 @@ class Answers:
         return torch.stack([total for total, _ in sums]).sum(0) / max(sum(count for _, count in sums), 1)
 
     def variance(self, axis: int | None, least: int = 1) -> Tensor:
-        """Variance over everything, or of each index of an axis; the mean square where there are fewer than `least` values."""
+        """Variance over everything, or of each index of an axis; of fewer than `least` values the mean square."""
         mean = self.mean(axis)
         count = sum(value.numel() for value in self.values) // max(mean.numel(), 1)
         centre = mean if count >= least else torch.zeros_like(mean)
@@ -62,23 +62,27 @@ class Answers:
         return torch.stack(squares).sum(0) / max(count, 1)
 
     def probability_axis(self) -> int | None:
-        """The axis along which values, none of them negative, sum to one at every position; None where there is none."""
+        """The axis along which values from 0 to 1 sum to one everywhere; None where there is none."""
         if self.low < -_CLOSE or self.high > 1 + _CLOSE:
             return None
         return self._axis_of_ones(lambda value, axis: value.sum(axis))
 
     def log_probability_axis(self) -> int | None:
-        """The axis along which the exponentials of values sum to one at every position; None where there is none."""
+        """The axis along which exponentials of values sum to one everywhere; None where there is none."""
         if self.high > _CLOSE:
             return None
         return self._axis_of_ones(lambda value, axis: value.exp().sum(axis))
 
     def has_unit_rows(self) -> bool:
         """Whether all vectors along the last axis have length one."""
-        return self.dim in (2, 3) and self.size(-1) > 1 and self._are_one(lambda value, axis: value.norm(dim=axis), -1)
+        return (
+            self.dim in (2, 3)
+            and self.size(-1) > 1
+            and self._are_one(lambda value, axis: value.norm(dim=axis), -1)
+        )
 
     def is_yes_or_no(self) -> bool:
-        """Whether values lie in [0, 1] and mostly at its ends: probabilities of one event each, and no fractions or coordinates.
+        """Whether values lie in [0, 1], mostly at its ends: probabilities of events, not fractions or coordinates.
 
         The variance of such values is at least a quarter of what it would be if all were 0 or 1.
         """
@@ -88,17 +92,18 @@ class Answers:
         return float(self.variance(None)) > _YES_OR_NO * mean * (1 - mean) and 0 < mean < 1
 
     def may_be_classes(self) -> bool:
-        """Whether nothing speaks against class scores along the last axis: spreads are alike, and values are not all positive."""
+        """Whether nothing speaks against class scores along the last axis: alike spreads, some negative values."""
         spread = self.variance(-1).sqrt()
         varies = spread[spread > 1e-6 * spread.max()]
         alike = varies.numel() == 0 or float(varies.max() / varies.min()) < _UNEVEN
         return alike and not (self.low >= 0 and self.high > 1)
 
     def must_be_classes(self) -> bool:
-        """Whether the softmax along the last axis says something everywhere, not the same everywhere, and classes compete.
+        """Whether the softmax along the last axis says something, not the same everywhere, and classes compete.
 
-        Its mean entropy is below 0.75 log(classes), several classes win, and the variance of the mean over classes is below
-        0.7 of what independent classes would give (not asked of 256 classes and more, whose scores drift together).
+        Its mean entropy is below 0.75 log(classes), several classes win, and the variance of the mean over
+        classes is below 0.7 of what independent classes would give (not asked of 256 classes and more, whose
+        scores drift together).
         """
         classes = self.size(-1)
         entropy = self.mean_of(lambda value: float(_entropy(value).mean())) / math.log(classes)
@@ -115,8 +120,9 @@ class Answers:
     def channel_axis(self) -> int | None:
         """The axis whose indices are channels, each of its own kind; None for one axis or none.
 
-        The last axis of two or three, axis 1 of four and more, or the other of those two where its neighbouring indices
-        differ clearly more, in mean or spread: neighbouring positions of a sequence or an image are alike.
+        The last axis of two or three, axis 1 of four and more, or the other of those two where its
+        neighbouring indices differ clearly more, in mean or spread: neighbouring positions of a sequence or
+        an image are alike.
         """
         if self.dim < 2:
             return None
@@ -152,7 +158,11 @@ class Answers:
         return next((axis for axis in self._class_axes() if self._are_one(total, axis)), None)
 
     def _are_one(self, total: Callable[[Tensor, int], Tensor], axis: int) -> bool:
-        close = _CLOSE if all(value.dtype in (torch.float32, torch.float64) for value in self.values) else _CLOSE_HALF
+        close = (
+            _CLOSE
+            if all(value.dtype in (torch.float32, torch.float64) for value in self.values)
+            else _CLOSE_HALF
+        )
         return all(bool(((total(value, axis) - 1).abs() < close).all()) for value in self._doubles())
 
     def _several_win(self) -> bool:
@@ -161,7 +171,7 @@ class Answers:
         return bool((winners != winners[:1]).any())
 
     def _distinction(self, axis: int) -> float:
-        """How much neighbouring indices of an axis differ: squared difference of means over variance, and of log variances."""
+        """How much neighbouring indices of an axis differ, in means over spreads and in logarithms of variances."""
         count = sum(value.numel() for value in self.values) // self.size(axis)
         mean, variance = self.mean(axis), self.variance(axis)
         variance = variance + 1e-4 * float(self.variance(None)) + 1e-300

@@ -59,12 +59,15 @@ class _Comparison:
         return int(self.by_channel.argmax()), float(self.by_channel.max()) / self.elements
 
 
-def compare_outputs(pairs: Iterable[tuple[Outputs, Outputs]], divergence: FittedDivergence, samples: int) -> dict[str, float]:
-    """Divergence, relative and largest difference, and, for class scores, how often both pick the same class; sums over calls.
+def compare_outputs(
+    pairs: Iterable[tuple[Outputs, Outputs]], divergence: FittedDivergence, samples: int
+) -> dict[str, float]:
+    """Divergence, relative and largest difference, and, of class scores, how often both pick the same class.
 
-    `relative_difference` is ||a - b|| / ||a|| over all calls, `max_difference` the largest |a - b| over the largest |a|.
-    Of several outputs the worst is given, and each by name: `divergence[boxes]`.  `samples` is how many the calls hold.
-    `worst_channel[boxes.3]` is the mean squared error of the channel where that is largest, relative to its spread.
+    `relative_difference` is ||a - b|| / ||a|| over all calls, `max_difference` the largest |a - b| over the
+    largest |a|. Of several outputs the worst is given, and each by name: `divergence[boxes]`.  `samples` is
+    how many the calls hold. `worst_channel[boxes.3]` is the mean squared error of the channel where that is
+    largest, relative to its spread.
     """
     tally, compared = Tally(divergence), dict[str, _Comparison]()
     for reference, outputs in pairs:
@@ -82,7 +85,9 @@ def compare_outputs(pairs: Iterable[tuple[Outputs, Outputs]], divergence: Fitted
     if same:
         checks["same_class"] = min(same.values())
     if len(each) > 1:
-        checks |= {f"{entry}[{name}]": value for name, found in each.items() for entry, value in found.items()}
+        checks |= {
+            f"{entry}[{name}]": value for name, found in each.items() for entry, value in found.items()
+        }
         checks |= {f"same_class[{name}]": value for name, value in same.items()}
     for name, found in compared.items():
         worst = found.worst_channel()

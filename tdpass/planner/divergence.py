@@ -27,15 +27,17 @@ T = TypeVar("T")
 class Divergence:
     """How the outputs of a network are to be compared: a wish, which `fit` makes a measure of.
 
-    Every floating-point output counts, or what `select` makes of what the model returns.  `name` is the measure of all of them,
-    `measures` that of single ones, `weights` how much they count (1 unless given; 0 leaves one out), both by name or glob.
-    Outputs are named as in the dict that the model returns, by their place in a tuple, or "output" where there is one.
+    Every floating-point output counts, or what `select` makes of what the model returns.  `name` is the
+    measure of all of them, `measures` that of single ones, `weights` how much they count (1 unless given; 0
+    leaves one out), both by name or glob. Outputs are named as in the dict that the model returns, by their
+    place in a tuple, or "output" where there is one.
 
-    `auto` recognises, from the original's outputs on all data: values that sum to one along an axis (`kl_probabilities`), their
-    logarithms (`kl`), vectors of length one (`cosine`), values mostly at the ends of [0, 1] (`kl_bernoulli`).  Else an output
-    [samples, classes] that is the only one is class scores (`kl`) unless the spreads of its columns differ by more than 30, or
-    all are positive and above one; [samples, positions, classes], or one of several [samples, classes], is where its softmax
-    says something, not the same everywhere, and classes compete, or where its name ends in "logits".  All others: `mse`.
+    `auto` recognises, from the original's outputs on all data: values that sum to one along an axis
+    (`kl_probabilities`), their logarithms (`kl`), vectors of length one (`cosine`), values mostly at the ends
+    of [0, 1] (`kl_bernoulli`).  Else an output [samples, classes] that is the only one is class scores (`kl`)
+    unless the spreads of its columns differ by more than 30, or all are positive and above one; [samples,
+    positions, classes], or one of several [samples, classes], is where its softmax says something, not the
+    same everywhere, and classes compete, or where its name ends in "logits".  All others: `mse`.
     """
 
     name: str = AUTO
@@ -49,20 +51,28 @@ class Divergence:
                 raise UsageError(f"unknown divergence {name!r}; known: {AUTO}, {', '.join(MEASURES.names())}")
         for name, weight in self.weights.items():
             if not 0 <= weight < float("inf"):
-                raise UsageError(f"the weight {weight!r} of output {name!r} is not a number from 0 on; 1 is usual, 0 leaves an output out")
+                raise UsageError(
+                    f"the weight {weight!r} of output {name!r} is negative or infinite; 1 is usual, 0 leaves it out"
+                )
 
     def outputs(self, returned: object) -> dict[str, Tensor]:
         """The floating-point tensors that a model returned, by name; complex ones as pairs of real numbers.
 
         Raises `InvalidModelError` where there is none.
         """
-        found = {name or ONLY_OUTPUT: value for name, value in _tensors(returned if self.select is None else self.select(returned))}
+        found = {
+            name or ONLY_OUTPUT: value
+            for name, value in _tensors(returned if self.select is None else self.select(returned))
+        }
         if not found:
-            raise InvalidModelError("the model returns no floating-point tensor to compare; pass divergence=Divergence('mse', select=...)")
+            raise InvalidModelError(
+                "the model returns no floating-point tensor to compare; "
+                "pass divergence=Divergence('mse', select=...)"
+            )
         return found
 
     def fit(self, references: Sequence[Outputs]) -> FittedDivergence:
-        """The measure of each output, its scales taken over all the calls of the original at once; empty without calls.
+        """The measure of each output, its scales taken over all calls at once; empty without calls.
 
         Raises `UsageError` where `measures` or `weights` name an output that does not exist.
         """
@@ -71,7 +81,9 @@ class Divergence:
         names = list(dict.fromkeys(name for call in references for name in call))
         for pattern in (*self.measures, *self.weights):
             if not any(fnmatchcase(name, pattern) for name in names):
-                raise UsageError(f"the divergence speaks of output {pattern!r}; the model's outputs: {', '.join(names)}")
+                raise UsageError(
+                    f"the divergence speaks of output {pattern!r}; the model's outputs: {', '.join(names)}"
+                )
         counted = [name for name in names if _chosen(self.weights, name, 1.0) > 0]
         if not counted:
             raise UsageError("the weights of all outputs are 0; leave at least one above it")
@@ -101,7 +113,7 @@ class Term:
 
 @dataclass(frozen=True)
 class FittedDivergence:
-    """The divergence from one network's outputs, as a number over all data: the weighted mean over outputs of the mean over rows.
+    """The divergence from one network's outputs: the weighted mean over outputs of the mean over rows.
 
     `wish` is what it was fitted from, `terms` the measure of each output.
     """
@@ -123,25 +135,34 @@ class FittedDivergence:
     def pairs(self, reference: Outputs, outputs: Outputs) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, reference and output of everything that counts, in float64 and of one shape.
 
-        By name, or by place where the names are not the same.  Raises `InvalidModelError` where the outputs do not correspond.
+        By name, or by place where the names are not the same.  Raises `InvalidModelError` where the outputs
+        do not correspond.
         """
         named = reference.keys() <= outputs.keys()
         if not named and len(reference) != len(outputs):
-            raise InvalidModelError(f"the models do not return the same outputs: {', '.join(reference)} and {', '.join(outputs)}")
+            raise InvalidModelError(
+                f"the models do not return the same outputs: {', '.join(reference)} and {', '.join(outputs)}"
+            )
         others = [outputs[name] for name in reference] if named else list(outputs.values())
         for (name, ours), theirs in zip(reference.items(), others, strict=True):
             if ours.numel() != theirs.numel():
                 shapes = f"{tuple(ours.shape)} and {tuple(theirs.shape)}"
-                raise InvalidModelError(f"output {name!r} has the shapes {shapes}; compare what comes before it with divergence=Divergence(select=...)")
+                raise InvalidModelError(
+                    f"output {name!r} has the shapes {shapes}; "
+                    "compare what comes before it with divergence=Divergence(select=...)"
+                )
             if name in self.terms:
                 yield name, ours.detach().cpu().double(), theirs.detach().cpu().double().reshape(ours.shape)
 
     def probe(self, outputs: Outputs, generator: torch.Generator) -> dict[str, Tensor]:
-        """A random direction for each output, for Gauss-Newton gradients; outputs weigh against each other as in the divergence."""
+        """A random direction for each output, for Gauss-Newton gradients, as long as the output weighs."""
         gains = {name: term.gain for name, term in self.terms.items()}
         largest = max(gains.values())
         counted = ((name, value) for name, value in outputs.items() if name in gains)
-        return {name: self.terms[name].measure.probe(value, generator) * (gains[name] / largest) for name, value in counted}
+        return {
+            name: self.terms[name].measure.probe(value, generator) * (gains[name] / largest)
+            for name, value in counted
+        }
 
     def __str__(self) -> str:
         """The measure's name, or, of several outputs, each measure with its outputs."""
@@ -177,7 +198,9 @@ class Tally:
     def mean(self) -> float:
         """Weighted mean over the outputs that came in; 0 before any."""
         weights = {name: self.fitted.terms[name].weight for name in self.sums}
-        return sum(weights[name] * value for name, value in self.means.items()) / max(sum(weights.values()), 1e-300)
+        return sum(weights[name] * value for name, value in self.means.items()) / max(
+            sum(weights.values()), 1e-300
+        )
 
 
 def _recognised(answers: Answers, alone: bool) -> str:
@@ -202,7 +225,7 @@ def _is_class_scores(answers: Answers, alone: bool) -> bool:
 
 
 def _tensors(tree: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Non-empty floating-point tensors in nested dicts, tuples, lists and dataclasses, each with its path; scalars with one axis."""
+    """Floating-point tensors in nested dicts, tuples, lists and dataclasses, each with its path."""
     if isinstance(tree, Tensor):
         if tree.is_complex():
             tree = torch.view_as_real(tree)
@@ -225,7 +248,11 @@ def _parts(tree: object) -> list[tuple[str, object]]:
 
 def _chosen(patterns: Mapping[str, T], name: str, default: T) -> T:
     """The value of the name itself, else of the first glob that fits."""
-    return patterns[name] if name in patterns else next((value for pattern, value in patterns.items() if fnmatchcase(name, pattern)), default)
+    return (
+        patterns[name]
+        if name in patterns
+        else next((value for pattern, value in patterns.items() if fnmatchcase(name, pattern)), default)
+    )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,7 +1,8 @@
-"""Measures of how far one output of a network is from what the original answered, each fitted to the original's answers.
+"""Measures of how far one output of a network is from the original's, each fitted to the original's answers.
 
-A measure gives one number per row, where a row is what is judged at once: a distribution over classes, one position with all its
-channels, an embedding.  Sums over rows do not depend on how samples were put into calls, or in which order.
+A measure gives one number per row, where a row is what is judged at once: a distribution over classes, one
+position with all its channels, an embedding.  Sums over rows do not depend on how samples were put into
+calls, or in which order.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Measure(ABC):
     @property
     @abstractmethod
     def gain(self) -> float:
-        """What a probe counts against those of other outputs: a row changes by about E[gain (probe . d)^2] where the output does by d."""
+        """What a probe counts: rows change by about E[gain (probe . d)^2] where the output does by d."""
 
     @abstractmethod
     def rows(self, reference: Tensor, output: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ def _divergence(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _curvature(p: Tensor, axis: int) -> float:
-    """Half the mean variance of a class drawn from p, per direction in which logits may move: the trace of KL's Hessian."""
+    """Half the trace of KL's Hessian in the logits, sum of p (1 - p), per direction in which they may move."""
     spread = 1 - p.square().sum(axis)
     return max(float(spread.mean()) / (2 * max(p.shape[axis] - 1, 1)), _LEAST_PROBABILITY)
 
@@ -103,7 +104,7 @@ class ClassScores(Measure):
 
 @dataclass(frozen=True)
 class Probabilities(Measure):
-    """KL(p || q) of distributions over `axis`: sum of p log(p / q) - p + q, which no rounding makes negative."""
+    """KL(p || q) over `axis` as the sum of p log(p / q) - p + q, which no rounding makes negative."""
 
     name: ClassVar[str] = "kl_probabilities"
     axis: int = -1
@@ -138,6 +139,7 @@ class Bernoulli(Measure):
     """KL of the yes-or-no distribution that each element is the probability of; an element is a row."""
 
     name: ClassVar[str] = "kl_bernoulli"
+
     @property
     def gain(self) -> float:
         return 0.5
@@ -158,11 +160,11 @@ class Bernoulli(Measure):
 
 @dataclass(frozen=True, eq=False)
 class ScaledError(Measure):
-    """Squared error over the squared spread of the channel, mean over channels; `scale` broadcasts along `axis`.
+    """Squared error over the squared spread of the channel, mean over channels; `scale` lies along `axis`.
 
-    The spread is the standard deviation over all answers (the root mean square below eight values a channel).  Its square
-    is raised by (1e-2 g)^2, g the geometric mean over the channels that vary, so that an error in a constant channel counts,
-    but not without bounds.
+    The spread is the standard deviation over all answers (the root mean square below eight values a
+    channel).  Its square is raised by (1e-2 g)^2, g the geometric mean over the channels that vary, so that
+    an error in a constant channel counts, but not without bounds.
     """
 
     name: ClassVar[str] = "mse"
@@ -175,7 +177,11 @@ class ScaledError(Measure):
         """The channel axis from the answers, and the spread of each of its indices."""
         axis = answers.channel_axis()
         spread = answers.variance(axis, _ROWS_FOR_SPREAD)
-        whole = float(answers.variance(None, _ROWS_FOR_SPREAD)) or answers.mean_of(lambda value: float(value.square().mean())) or 1.0
+        whole = (
+            float(answers.variance(None, _ROWS_FOR_SPREAD))
+            or answers.mean_of(lambda value: float(value.square().mean()))
+            or 1.0
+        )
         varies = spread > _LEAST_SPREAD**4 * spread.max()
         typical = float(spread[varies].log().mean().exp()) if bool(varies.any()) else whole
         return cls(axis, (spread + _LEAST_SPREAD**2 * typical).sqrt(), whole**0.5)
@@ -199,7 +205,7 @@ class ScaledError(Measure):
         return squares.reshape(-1, 1) if self.axis is None else squares.movedim(self.axis, -1).flatten(0, -2)
 
     def _along(self, reference: Tensor) -> Tensor:
-        """The scale, shaped to broadcast; the whole output's where another number of channels came than was seen."""
+        """The scale, shaped to broadcast; the whole output's for another number of channels than was seen."""
         if self.axis is None or reference.shape[self.axis] != self.scale.numel():
             return torch.tensor(self.whole, dtype=torch.float64)
         shape = [1] * reference.dim()
@@ -212,6 +218,7 @@ class Cosine(Measure):
     """One minus the cosine of the angle between outputs, all axes but the first flattened."""
 
     name: ClassVar[str] = "cosine"
+
     @property
     def gain(self) -> float:
         return 0.5

@@ -64,8 +64,11 @@ def divergence(report: Report, rows: Sequence[SiteRow]) -> Figure | None:
 
 
 def divergence_name(name: str) -> str:
-    """`kl` as people write it; without a name, the plain word."""
-    return f"{name.upper() if len(name) <= 3 else name} divergence".strip()
+    """A measure as people write it; without a name, the plain word; of several outputs, which is compared how."""
+    measure, _, outputs = name.partition(" of ")
+    if outputs:
+        return f"divergence ({name.replace('_', ' ')})"
+    return f"{measure.upper() if len(measure) <= 3 else measure.replace('_', ' ')} divergence".strip()
 
 
 def loss_name(divergence: str) -> str:
@@ -82,7 +85,8 @@ def checks(values: Mapping[str, float]) -> list[tuple[str, str]]:
         elif name == "same_class":
             shown.append(("same class chosen", share(value, 1.0)))
         else:
-            shown.append((name.replace("_", " "), score(value) if name.startswith("score_") else small(value)))
+            entry, bracket, output = name.partition("[")
+            shown.append((f"{entry.replace('_', ' ')}{bracket and ' '}{bracket}{output}", score(value) if name.startswith("score_") else small(value)))
     return shown
 
 
