@@ -92,23 +92,16 @@ class Divergence:
             answers = Answers(name, tuple(call[name].detach().cpu() for call in references if name in call))
             wish = _chosen(self.measures, name, self.name)
             measure = MEASURES.get(_recognised(answers, len(counted) == 1) if wish == AUTO else wish)(answers)
-            rows = sum(measure.rows(value.double(), value.double()).numel() for value in answers.values)
-            terms[name] = Term(measure, _chosen(self.weights, name, 1.0), rows)
+            terms[name] = Term(measure, _chosen(self.weights, name, 1.0))
         return FittedDivergence(self, terms)
 
 
 @dataclass(frozen=True)
 class Term:
-    """One output's part: its measure, its weight, and the number of rows that the references have."""
+    """One output's part: its measure and its weight."""
 
     measure: Measure
     weight: float
-    rows: int
-
-    @property
-    def gain(self) -> float:
-        """What a probe of this output counts against those of others."""
-        return math.sqrt(self.weight * self.measure.gain / max(self.rows, 1))
 
 
 @dataclass(frozen=True)
@@ -154,15 +147,20 @@ class FittedDivergence:
             if name in self.terms:
                 yield name, ours.detach().cpu().double(), theirs.detach().cpu().double().reshape(ours.shape)
 
-    def probe(self, outputs: Outputs, generator: torch.Generator) -> dict[str, Tensor]:
-        """A random direction for each output, for Gauss-Newton gradients, as long as the output weighs."""
-        gains = {name: term.gain for name, term in self.terms.items()}
-        largest = max(gains.values())
-        counted = ((name, value) for name, value in outputs.items() if name in gains)
-        return {
-            name: self.terms[name].measure.probe(value, generator) * (gains[name] / largest)
-            for name, value in counted
-        }
+    def probe(self, outputs: Outputs, samples: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """A random direction for each output of a call of `samples` samples, for the Gauss-Newton metric G.
+
+        As long as the outputs count: half of E[(sum of probe . d)^2] is `samples` times the divergence where outputs move by d.
+        """
+        whole = sum(term.weight for term in self.terms.values())
+        directions: dict[str, Tensor] = {}
+        for name, value in outputs.items():
+            if name not in self.terms:
+                continue
+            weight, measure = self.terms[name].weight / whole, self.terms[name].measure
+            length = math.sqrt(2 * weight * measure.gain * samples / max(measure.count(value), 1))
+            directions[name] = measure.probe(value, generator) * length
+        return directions
 
     def __str__(self) -> str:
         """The measure's name, or, of several outputs, each measure with its outputs."""

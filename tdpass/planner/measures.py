@@ -43,6 +43,10 @@ class Measure(ABC):
     def rows(self, reference: Tensor, output: Tensor) -> Tensor:
         """Divergence of every row, in one axis."""
 
+    def count(self, reference: Tensor) -> int:
+        """How many rows there are."""
+        return reference.numel() // (1 if self.classes is None else max(reference.shape[self.classes], 1))
+
     @abstractmethod
     def probe(self, reference: Tensor, generator: torch.Generator) -> Tensor:
         """A random direction in output space, as long as the divergence is curved there."""
@@ -193,6 +197,9 @@ class ScaledError(Measure):
     def rows(self, reference: Tensor, output: Tensor) -> Tensor:
         return self._squares(reference, output).mean(1)
 
+    def count(self, reference: Tensor) -> int:
+        return reference.numel() // (1 if self.axis is None else max(reference.shape[self.axis], 1))
+
     def by_channel(self, reference: Tensor, output: Tensor) -> Tensor | None:
         return None if self.axis is None else self._squares(reference, output).mean(0)
 
@@ -230,6 +237,9 @@ class Cosine(Measure):
 
     def rows(self, reference: Tensor, output: Tensor) -> Tensor:
         return 1 - F.cosine_similarity(self._flat(reference), self._flat(output), dim=1)
+
+    def count(self, reference: Tensor) -> int:
+        return reference.shape[0] if reference.dim() > 1 else 1
 
     def probe(self, reference: Tensor, generator: torch.Generator) -> Tensor:
         flat = self._flat(reference)

@@ -160,7 +160,8 @@ def _accumulate(tape: Tape, sums: Mapping[str, _Sums], divergence: FittedDiverge
 def _add_gradients(returned: Mapping[str, Tensor], observer: _Observer, divergence: FittedDivergence, samples: int) -> None:
     results = {name: value for name, value in returned.items() if value.requires_grad}
     for _ in range(PROBES if results else 0):
-        directions = divergence.probe({name: value.detach() for name, value in results.items()}, observer.generator)
+        answered = {name: value.detach() for name, value in results.items()}
+        directions = divergence.probe(answered, samples, observer.generator)
         moved, at = [results[name] for name in directions], [y for _, y in observer.outputs]
         gradients = torch.autograd.grad(moved, at, list(directions.values()), retain_graph=True, allow_unused=True)
         for (entry, _), gradient in zip(observer.outputs, gradients, strict=True):

@@ -173,24 +173,38 @@ def test_gradients_of_probabilities_are_those_of_scores() -> None:
         outputs = {"output": form(scores)}
         fitted = _fit({name: value.detach() for name, value in outputs.items()})
         probe = fitted.probe(
-            {name: value.detach() for name, value in outputs.items()}, torch.Generator().manual_seed(0)
+            {name: value.detach() for name, value in outputs.items()},
+            SAMPLES,
+            torch.Generator().manual_seed(0),
         )
         gradients += torch.autograd.grad(outputs["output"], scores, probe["output"])
-    assert torch.allclose(*gradients, atol=1e-8)
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize(
-    "kind", ["events", "boxes", "detections of anchors", "embeddings", "features", "image"]
+    "kind", [kind for kind, (values, _) in RECOGNISED.items() if values.dtype == torch.float32]
 )
 def test_probes_are_as_long_as_the_divergence_is_curved(kind: str) -> None:
     values = RECOGNISED[kind][0].double()
-    measure = _fit({"output": values}).terms["output"].measure
+    values = values[: max(4, 2000 // values[0].numel())]
+    outputs = {"first": values, "second": values}
+    name = RECOGNISED[kind][1]
+    fitted = Divergence(name, weights={"second": 3.0}).fit([outputs])
     generator = torch.Generator().manual_seed(1)
-    scale = values.std(0, keepdim=True)
-    direction = 1e-5 * scale * torch.randn(values.shape, generator=generator, dtype=torch.float64)
-    projections = torch.stack([(measure.probe(values, generator) * direction).sum() for _ in range(400)])
-    actual = float(measure.rows(values, values + direction).sum())
-    assert measure.gain * float(projections.square().mean()) == pytest.approx(actual, rel=0.25)
+    moved = {name: 1e-3 * _allowed(kind, value, generator) for name, value in outputs.items()}
+    probes = (fitted.probe(outputs, len(values), generator) for _ in range(300))
+    squares = [float(sum((probe[name] * moved[name]).sum() for name in outputs)) ** 2 for probe in probes]
+    actual = fitted.mean([(outputs, {name: value + moved[name] for name, value in outputs.items()})])
+    assert sum(squares) / len(squares) / 2 / len(values) == pytest.approx(actual, rel=0.3)
+
+
+def _allowed(kind: str, values: Tensor, generator: torch.Generator) -> Tensor:
+    """A direction in which such values may move."""
+    normal = torch.randn(values.shape, generator=generator, dtype=torch.float64)
+    if kind in ("probabilities", "pixel classes"):
+        axis = 1 if values.dim() == 4 else -1
+        return values * (normal - (values * normal).sum(axis, keepdim=True))
+    return normal * values * (1 - values) if "event" in kind else normal * values.std()
 
 
 def test_every_output_counts_by_its_weight() -> None:
@@ -205,7 +219,7 @@ def test_every_output_counts_by_its_weight() -> None:
         "boxes": outputs["boxes"] + 0.1 * outputs["boxes"].std(0, correction=0),
     }
     assert fitted.mean([(outputs, off)]) == pytest.approx(0.75 * 0.01, rel=1e-3)
-    probe = fitted.probe(outputs, torch.Generator().manual_seed(0))
+    probe = fitted.probe(outputs, SAMPLES, torch.Generator().manual_seed(0))
     assert all(bool((probe[name] != 0).any()) for name in outputs)
     assert str(Divergence(weights={"boxes": 0}).fit([outputs])) == "kl"
     assert str(Divergence(measures={"boxes": "cosine"}).fit([outputs])) == "kl of classes; cosine of boxes"

@@ -62,7 +62,9 @@ TASKS = {
     "detector": Task(lambda: _Beside(False), _one_output, _found, "mse"),
     "two outputs": Task(
         lambda: _Beside(True),
-        lambda outputs, label, truth: F.cross_entropy(outputs[0].flatten(0, 1), label.flatten()) + _box_loss(outputs[1], truth),
+        lambda outputs, label, truth: (
+            F.cross_entropy(outputs[0].flatten(0, 1), label.flatten()) + _box_loss(outputs[1], truth)
+        ),
         lambda outputs, label, truth: (outputs[0].argmax(-1) == label) & _boxes_right(outputs[1], truth),
         "kl of 0; mse of 1",
     ),
@@ -88,7 +90,13 @@ def _data() -> tuple[Tensor, Tensor, Tensor]:
     share = ink / ink.sum((1, 2), keepdim=True)
     place = torch.arange(8) + 0.5
     centre = torch.stack([(share.sum(axis) * place).sum(1) for axis in (1, 2)], 1)
-    spread = torch.stack([(share.sum(axis) * (place - centre[:, k : k + 1]).square()).sum(1).sqrt() for k, axis in enumerate((1, 2))], 1)
+    spread = torch.stack(
+        [
+            (share.sum(axis) * (place - centre[:, k : k + 1]).square()).sum(1).sqrt()
+            for k, axis in enumerate((1, 2))
+        ],
+        1,
+    )
     boxes = torch.cat([centre, 2.9 * spread], 1) * 40
     return ink.reshape(-1, 3, 64), torch.tensor(labels).long().reshape(-1, 3), boxes.reshape(-1, 3, 4)
 
@@ -126,7 +134,12 @@ def test_a_task_loses_three_points_at_most(name: str, rows: bool) -> None:
     with torch.no_grad():
         for model in (network, artifact.model):
             assert isinstance(model, nn.Module)
-            scores.append(100 * float(task.right(_outputs(model, images[:held]), label[:held], truth[:held]).double().mean()))
+            scores.append(
+                100
+                * float(
+                    task.right(_outputs(model, images[:held]), label[:held], truth[:held]).double().mean()
+                )
+            )
     assert scores[0] > 80
     assert scores[1] >= scores[0] - 3
     assert artifact.report.divergence == task.measure
