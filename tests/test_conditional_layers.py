@@ -132,8 +132,8 @@ def test_losses_metrics_and_repairs_use_the_runs_that_reach_a_site(kind: type[_L
     metrics = {site.name: metric for site, metric in stream_metrics(tapes, model.sites(), measure)}
     assert all(metric.inputs is not None and metric.outputs is not None for metric in metrics.values())
     before = divergence_of(tapes, layers, measure)
-    corrected = correct_biases(tapes, layers)
-    refitted, declined = refit_last_factors(tapes, corrected, 1e-3)
+    corrected = correct_biases(tapes, layers, layers)
+    refitted, declined = refit_last_factors(tapes, corrected, 1e-3, layers)
     routed_by_a_layer = {"pos", "neg"} if kind is _Listed else set()  # whose rows are others after compression
     assert set(declined) == routed_by_a_layer
     for name in {"pos", "neg", "head"} - routed_by_a_layer:

@@ -110,7 +110,7 @@ class Frames(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         frames = self.conv(torch.cat([x, x.flip(1)]).flatten(0, 1)).mean((2, 3))
         left, right = self.head(frames).relu().reshape(2, len(x), -1, 16).mean(2)
-        return self.tail(left) + F.linear(right, self.tail.weight) + self.bank(x.mean() * self.bank.weight[0])
+        return self.tail(left) + self.tail(right) + self.bank(x.mean().expand(16))
 
 
 def test_extents_and_totals_are_per_sample_however_samples_are_folded() -> None:
