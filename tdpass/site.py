@@ -74,6 +74,10 @@ class Site:
         """Output positions of `samples` samples, summed over calls."""
         return sum(math.prod(after) for _, after in self.extents)
 
+    def channel_axis(self, axes: int) -> int:
+        """Where the channels lie in what the layer reads and makes, among that many axes; before them there may be none of samples."""
+        return axes - 1 - len(self.kernel)
+
     def positions_after(self, axes: int) -> int:
         """Positions of `samples` samples once the first `axes` spatial axes are at output size and the rest still at input size."""
         return sum(math.prod(after[:axes]) * math.prod(before[axes:]) for before, after in self.extents)

@@ -19,7 +19,7 @@ from tdpass.planner.patches import output_rows
 from tdpass.planner.sensitivity import Loss, Sweep, measure_losses
 from tdpass.planner.surgeon import MAX_WIDTH, Surgery, keep_channels, remove_channels
 from tdpass.site import Site
-from tdpass.tape import Tape
+from tdpass.tape import Call, Tape
 
 KEEP_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.375, 0.25)
 
@@ -60,9 +60,14 @@ def _chains(tape: Tape, sites: Mapping[str, Site]) -> list[Chain]:
     chains: list[Chain] = []
     for index, name in sorted(once.items()):
         reader = tape.channelwise_consumer(index)
-        if reader in once and sites[once[reader]].i == sites[name].o:
+        if reader in once and _meet(sites[name], tape.calls[index], sites[once[reader]], tape.calls[reader]):
             chains.append(Chain(name, once[reader]))
     return chains
+
+
+def _meet(made: Site, making: Call, read: Site, reading: Call) -> bool:
+    """Whether the channels that one call makes are those that the other sums over: as many, and on the same axis, since sizes of others may equal them."""
+    return made.o == read.i and made.channel_axis(len(making.shapes[1])) == read.channel_axis(len(reading.shapes[0]))
 
 
 def find_branches(tapes: Sequence[Tape], sites: Mapping[str, Site], chains: Sequence[Chain]) -> list[tuple[str, ...]]:
