@@ -45,14 +45,16 @@ def deploy(model: object, example_inputs: ExampleInputs, path: Path | str, *, dy
         raise UsageError(f"cannot deploy to {target.name!r}; name a .pt2 file for AOTInductor, or an .onnx file")
     if not target.parent.is_dir():
         raise UsageError(f"there is no folder {target.parent}; make it, or name another")
-    opened = open_model(model.model if isinstance(model, Artifact) else model, as_example(example_inputs))
+    opened = open_model(model.model if isinstance(model, Artifact) else model)
     if opened.suffix == ".onnx":
         if target.suffix != ".onnx":
             raise UnsupportedError(f"an ONNX model cannot become {target.name!r}: AOTInductor compiles torch models; deploy it as .onnx, or the torch model")
         opened.save(target, {})
         return Deployment((target,), 0)
     layers = 0
-    module, example = _torch_module(opened), _example(opened, dynamic_batch)
+    twin = opened.clone()
+    example = _example(twin, as_example(example_inputs), dynamic_batch)
+    module = _for_inference(twin)
     with folder_beside(target) as folder:
         made = folder / target.name
         if target.suffix == ".onnx":
@@ -87,14 +89,20 @@ def load_deployed(path: Path | str) -> Callable[..., Any]:
     return load_package(package)
 
 
-def _torch_module(opened: Model) -> nn.Module:
-    module: Any = getattr(opened, "module", None)
+def _for_inference(model: Model) -> nn.Module:
+    """The torch module of a model, in evaluation mode part by part: an exported one refuses `eval`."""
+    module: Any = getattr(model, "module", None)
     assert isinstance(module, nn.Module)
+    for part in module.modules():
+        part.training = False
     return module
 
 
-def _example(opened: Model, dynamic_batch: bool) -> Batch:
-    example = opened.example()
+def _example(model: Model, given: Batch | None, dynamic_batch: bool) -> Batch:
+    """A call that the model was seen to run on."""
+    if given is not None:
+        model.observe(given)
+    example = model.example()
     if example is None:
         raise UsageError("deploying a torch model needs to see it running; pass example_inputs=")
     # torch takes an axis of one sample for a constant

@@ -99,11 +99,11 @@ def export_program(module: nn.Module, example: Batch, dynamic_batch: bool) -> Ex
 
 
 def export_onnx(module: nn.Module, example: Batch, dynamic_batch: bool, path: Path) -> None:
-    """Write the model as ONNX in standard operators; raises `UnsupportedError` without onnxscript, `InvalidModelError` where torch cannot."""
+    """Write a model in evaluation mode as ONNX in standard operators; raises `UnsupportedError` without onnxscript, `InvalidModelError` where torch cannot."""
     try:
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(
-                module.eval(),
+                module,
                 example.args,
                 kwargs=dict(example.kwargs),
                 dynamo=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 import tdpass
-from tdpass.deploy import OPS_SUFFIX
+from tdpass.deploy import OPS_SUFFIX, SUFFIXES
 from tdpass.errors import InvalidModelError, KernelError, UnsupportedError, UsageError
 from tdpass.formats import FORMATS
 from tdpass.kernels import build
@@ -124,6 +126,49 @@ def test_onnx_runs_in_onnx_runtime(residual: nn.Module, images: Tensor, tmp_path
     assert again.files[0].is_file()
     with pytest.raises(UnsupportedError, match="AOTInductor compiles torch models"):
         tdpass.deploy(done.files[0], None, tmp_path / "net.pt2")
+
+
+class Kept(nn.Module):
+    """A network in parts of different mode, with frozen parameters, hooks, a batch-norm, dropout and an activation that it keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(128, 10))
+        self.body[5].requires_grad_(False)
+        self.body[0].register_forward_hook(lambda module, args, output: None)
+        self.body[3].train(False)
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self.last = x
+        return self.body(x)
+
+    def state(self) -> list[object]:
+        """All that a user of the network could miss."""
+        flags = [module.training for module in self.modules()]
+        hooks = [dict(module._forward_hooks) for module in self.modules()]
+        tensors = [(name, id(tensor), tensor.requires_grad, tensor._version) for name, tensor in (*self.named_parameters(), *self.named_buffers())]
+        return [flags, hooks, tensors, id(self.last)]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_model_is_left_as_it_was(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxscript")
+    programs: list[ExportedProgram] = []
+    monkeypatch.setattr(importlib.import_module("tdpass.deploy"), "compile_package", lambda program, path: (programs.append(program), path.touch()))
+    monkeypatch.setattr(build, "compiler", lambda: "c++")
+    network, x = Kept(), torch.randn(4, 3, 4, 4)
+    network(x)
+    before = network.state()
+    done = tdpass.deploy(network, x, tmp_path / f"net{suffix}")
+    assert network.state() == before
+    answer = network.eval()(x[:2]).detach()  # dropout and batch statistics are for training
+    if suffix == ".onnx":
+        session = onnxruntime.InferenceSession(str(done.files[0]))
+        assert np.allclose(session.run(None, {session.get_inputs()[0].name: x[:2].numpy()})[0], answer.numpy(), atol=1e-5)
+    else:
+        assert torch.allclose(programs[0].module()(x[:2]), answer, atol=1e-6)
 
 
 class Stubborn(nn.Module):
