@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import tdpass
 from benchmarks import cifar
 from benchmarks.results import Table, show
-from tdpass.models.factorized import rebuild_while_training
+from tdpass.layers.factorized import rebuild_while_training
 from tdpass.training.compiled import forward_of
 from tdpass.training.distillation import Distillation
 

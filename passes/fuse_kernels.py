@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tdpass.clock import threads_of_torch
+from tdpass.fusing.choose import choosing
 from tdpass.models.base import Batch, Model
-from tdpass.models.chain_choice import choosing
 from tdpass.pipeline import Job, Pass, register_pass
 from tdpass.planner.trials import Promise
 

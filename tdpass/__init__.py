@@ -7,13 +7,13 @@ import tdpass.passes as _passes
 from tdpass.artifact import Artifact as Artifact
 from tdpass.artifact import load as load
 from tdpass.artifact import load_plan as load_plan
-from tdpass.backend import invalidate as invalidate
-from tdpass.backend import register as _register_backend
 from tdpass.cost import Budget as Budget
 from tdpass.cost import Cost as Cost
 from tdpass.data import as_batches as as_batches
 from tdpass.deploy import deploy as deploy
 from tdpass.deploy import load_deployed as load_deployed
+from tdpass.dynamo.backend import invalidate as invalidate
+from tdpass.dynamo.backend import register as _register_backend
 from tdpass.errors import BudgetError as BudgetError
 from tdpass.errors import DifferenceError as DifferenceError
 from tdpass.errors import InvalidModelError as InvalidModelError

@@ -16,7 +16,7 @@ from tdpass.errors import InvalidModelError, KernelError, UnsupportedError, Usag
 from tdpass.files import folder_beside
 from tdpass.kernels import binding, build
 from tdpass.models import Batch, ExampleInputs, Model, as_example, open_model
-from tdpass.models.deployable import compile_package, export_onnx, export_program, fused, load_package
+from tdpass.models.torch.deployable import compile_package, export_onnx, export_program, fused, load_package
 
 SUFFIXES = (".pt2", ".onnx")
 OPS_SUFFIX = ".tdpass_ops.so"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tdpass.models.derived import DERIVED
+from tdpass.layers.derived import DERIVED
 
 # Compiled once per checkout, and the operators are those in Python unless a test asks for the others.
 os.environ.setdefault("TDPASS_KERNELS", str(Path(__file__).parents[1] / "build" / "kernels"))

@@ -18,15 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
 import tdpass
-from tdpass.backend import Options, tdpass_backend
+from tdpass.dynamo.backend import Options, tdpass_backend
 from tdpass.errors import UsageError
 from tdpass.formats import FORMATS, Layer
-from tdpass.models import chain_choice, open_model
+from tdpass.fusing import choose
+from tdpass.fusing.choose import ChainCall
+from tdpass.layers.derived import DERIVED
+from tdpass.layers.factorized import Factorized
+from tdpass.layers.fused import Fused
+from tdpass.models import open_model
 from tdpass.models.base import Batch
-from tdpass.models.chain_choice import ChainCall
-from tdpass.models.derived import DERIVED
-from tdpass.models.factorized import Factorized
-from tdpass.models.fused import Fused
 from tdpass.site import Site
 
 FUSE_ALL = {"inner": "eager", "measure": False}
@@ -46,7 +47,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         graphs.append([str(node.target) for node in module.graph.nodes if node.op.startswith("call")])
         return module.forward
 
-    monkeypatch.setitem(tdpass.backend._INNER, "eager", inner)
+    monkeypatch.setitem(tdpass.dynamo.backend._INNER, "eager", inner)
     return graphs
 
 
@@ -430,9 +431,9 @@ def test_options_that_are_not_known_are_refused(bad: dict[str, Any]) -> None:
 def test_it_is_registered_by_name_and_in_the_packaging() -> None:
     assert "tdpass" in torch.compiler.list_backends()
     text = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text(encoding="utf-8")
-    assert 'tdpass = "tdpass.backend:tdpass_backend"' in text
+    assert 'tdpass = "tdpass.dynamo.backend:tdpass_backend"' in text
     assert callable(tdpass_backend)
-    command = "import tdpass, torch; tdpass.backend.register(); assert 'tdpass' in torch.compiler.list_backends()"
+    command = "import tdpass, torch; tdpass.dynamo.backend.register(); assert 'tdpass' in torch.compiler.list_backends()"
     subprocess.run([sys.executable, "-c", command], check=True)
 
 
@@ -440,15 +441,15 @@ REGISTERED_LATER = """
 import sys, tdpass
 name = "torch._dynamo.backends.registry"
 sys.modules.pop(name, None)
-tdpass.backend.entry_points = lambda group: []
-tdpass.backend.register()
-tdpass.backend.register()
+tdpass.dynamo.backend.entry_points = lambda group: []
+tdpass.dynamo.backend.register()
+tdpass.dynamo.backend.register()
 assert name not in sys.modules
 import torch._dynamo.backends.registry as registry
-assert registry._COMPILER_FNS["tdpass"] is tdpass.backend.tdpass_backend
+assert registry._COMPILER_FNS["tdpass"] is tdpass.dynamo.backend.tdpass_backend
 assert registry.__spec__.loader is registry.__loader__ and type(registry.__loader__).__module__ != "tdpass.backend"
-assert not any(isinstance(finder, tdpass.backend._OnImport) for finder in sys.meta_path)
-tdpass.backend.register()
+assert not any(isinstance(finder, tdpass.dynamo.backend._OnImport) for finder in sys.meta_path)
+tdpass.dynamo.backend.register()
 """
 
 
@@ -459,16 +460,16 @@ def test_torch_is_left_to_import_its_registry() -> None:
 @torch.no_grad()
 def test_measured_choices_are_remembered_on_disk(low: Low, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setenv("TDPASS_CACHE", str(folder))
-    monkeypatch.setattr(chain_choice, "_KNOWN", {})
+    monkeypatch.setattr(choose, "_KNOWN", {})
     call = ChainCall((tdpass.kernels.stage.Stage(8, 4), tdpass.kernels.stage.Stage(4, 8)), (2, 8, 5, 5), torch.float32)
-    first = chain_choice.choose([call])
+    first = choose.choose([call])
     assert first.plain > 0
     assert list(folder.rglob("*.json"))
-    monkeypatch.setattr(chain_choice, "_KNOWN", {})
-    monkeypatch.setattr(chain_choice, "_measure", lambda call: pytest.fail("measured again"))
-    assert chain_choice.choose([call]) == first
+    monkeypatch.setattr(choose, "_KNOWN", {})
+    monkeypatch.setattr(choose, "_measure", lambda call: pytest.fail("measured again"))
+    assert choose.choose([call]) == first
     next(folder.rglob("*.json")).write_text("{damaged", encoding="utf-8")
-    assert chain_choice._read(next(folder.rglob("*.json"))) == {}
+    assert choose._read(next(folder.rglob("*.json"))) == {}
 
 
 @torch.no_grad()

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tdpass
-from tdpass.backend import Options
+from tdpass.dynamo import fuse
+from tdpass.dynamo.backend import Options
+from tdpass.dynamo.frozen import _RUNNERS
 from tdpass.errors import UsageError
-from tdpass.models import chain_choice, graph_fuse
-from tdpass.models.chain_choice import Verdict
-from tdpass.models.graph_frozen import _RUNNERS
+from tdpass.fusing import choose
+from tdpass.fusing.choose import Verdict
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_compiler"),
@@ -45,7 +46,7 @@ class Snapshot:
 @pytest.fixture
 def inner(monkeypatch: pytest.MonkeyPatch) -> Snapshot:
     snapshot = Snapshot()
-    monkeypatch.setitem(tdpass.backend._INNER, "eager", snapshot)
+    monkeypatch.setitem(tdpass.dynamo.backend._INNER, "eager", snapshot)
     return snapshot
 
 
@@ -135,7 +136,7 @@ def test_every_instance_has_a_graph_of_its_own(inner: Snapshot) -> None:
 
 @torch.no_grad()
 def test_instances_are_told_apart_without_the_check_of_the_module(inner: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tdpass.models.graph_frozen.loosen_guards", lambda graph, weights: 0)
+    monkeypatch.setattr("tdpass.dynamo.frozen.loosen_guards", lambda graph, weights: 0)
     nets, x = [Net().eval() for _ in range(2)], images()
     for each in (*nets, *nets):
         assert close(frozen(each)(x), each(x))
@@ -278,7 +279,7 @@ def test_single_layers_are_operators_where_that_is_faster(faster: bool, net: Net
         seen.append(calls[0].frozen)
         return Verdict("channels" if faster or len(calls[0].stages) > 1 else None, 1.0, 2.0)
 
-    monkeypatch.setattr(graph_fuse, "choose", choose)
+    monkeypatch.setattr(fuse, "choose", choose)
     x = images()
     for options in ({"freeze": False}, {"freeze": True}, {"freeze": False, "alone": False}):
         torch._dynamo.reset()
@@ -294,11 +295,11 @@ def test_single_layers_are_operators_where_that_is_faster(faster: bool, net: Net
 @torch.no_grad()
 def test_constants_are_timed_laid_out() -> None:
     stage = tdpass.kernels.stage.Stage(8, 4, 1, (3, 3), (2, 2), (1, 1), (1, 1))
-    calls = [chain_choice.ChainCall((stage,), (1, 8, 9, 9), torch.float32, bias=True, activation="relu", frozen=state) for state in (False, True)]
+    calls = [choose.ChainCall((stage,), (1, 8, 9, 9), torch.float32, bias=True, activation="relu", frozen=state) for state in (False, True)]
     assert calls[0].key(1) != calls[1].key(1)
     for call in calls:
         x, weight, bias = torch.randn(call.size), torch.randn(stage.shape), torch.randn(4)
-        plain, *fused = (run() for run in chain_choice._convolutions(call, x, [weight], bias))
+        plain, *fused = (run() for run in choose._convolutions(call, x, [weight], bias))
         for y in fused:
             assert close(y, plain)
 

@@ -17,7 +17,7 @@ from tdpass.documents import DOCUMENTS, Document, yaml_value
 from tdpass.errors import InvalidModelError, PlanError, TdpassError, UsageError
 from tdpass.html_report import render_html
 from tdpass.methods.recipe import Recipe
-from tdpass.models.torch_state import _Replacement, _Structure
+from tdpass.models.torch.state import _Replacement, _Structure
 from tdpass.packing import StoredSize
 from tdpass.pipeline import Pipeline
 from tdpass.planner.cache import CandidateCache

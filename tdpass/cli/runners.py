@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tdpass.cli.sources import Source
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.models.base import Batch
-from tdpass.models.exported_program import load_program
+from tdpass.models.torch.exported_program import load_program
 from tdpass.targets.runtimes.onnx_runtime import bound, open_session
 from tdpass.targets.runtimes.openvino import open_graph, open_request
 

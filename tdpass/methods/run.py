@@ -18,10 +18,10 @@ from typing_extensions import TypeIs
 from tdpass.artifact import Artifact
 from tdpass.errors import UsageError
 from tdpass.files import write_text
+from tdpass.layers.factorized import rebuild_while_training
 from tdpass.methods.base import METHODS, Method, make_method
 from tdpass.methods.same_run import check_same_run
 from tdpass.models import ExampleInputs
-from tdpass.models.factorized import rebuild_while_training
 from tdpass.pipeline import PipelineSpec
 from tdpass.report import TrainingRow
 from tdpass.training.averaging import Average

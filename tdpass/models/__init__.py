@@ -11,19 +11,19 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from tdpass.errors import InvalidModelError, UsageError
+from tdpass.layers.factorized import Factorized as Factorized
+from tdpass.layers.recurrent import OpenGRU as OpenGRU
+from tdpass.layers.recurrent import OpenLSTM as OpenLSTM
+from tdpass.layers.recurrent import open_recurrent as open_recurrent
 from tdpass.models.base import Batch as Batch
 from tdpass.models.base import Model as Model
-from tdpass.models.exported_program import ExportedModel
-from tdpass.models.exported_program import load_program as load_program
-from tdpass.models.factorized import Factorized as Factorized
-from tdpass.models.fx_lift import lift
 from tdpass.models.onnx.model import OnnxModel, is_onnx
-from tdpass.models.open_rnn import OpenGRU as OpenGRU
-from tdpass.models.open_rnn import OpenLSTM as OpenLSTM
-from tdpass.models.open_rnn import open_recurrent as open_recurrent
-from tdpass.models.torch_model import TorchModel
-from tdpass.models.torch_state import check_digest as check_digest
-from tdpass.models.torch_state import load_module as load_module
+from tdpass.models.torch.exported_program import ExportedModel
+from tdpass.models.torch.exported_program import load_program as load_program
+from tdpass.models.torch.lift import lift
+from tdpass.models.torch.model import TorchModel
+from tdpass.models.torch.state import check_digest as check_digest
+from tdpass.models.torch.state import load_module as load_module
 
 ExampleInputs = Batch | Tensor | tuple[Tensor, ...] | dict[str, Tensor] | None
 

@@ -19,9 +19,9 @@ from tdpass.errors import InvalidModelError, KernelError, UnsupportedError, Usag
 from tdpass.formats import FORMATS
 from tdpass.kernels import build
 from tdpass.kernels.base import use_reference
-from tdpass.models.deployable import FusedLayer, fused
-from tdpass.models.factorized import Factorized
-from tdpass.models.fused import Fused
+from tdpass.layers.factorized import Factorized
+from tdpass.layers.fused import Fused
+from tdpass.models.torch.deployable import FusedLayer, fused
 
 TORCH = Path(torch.__file__).parent
 RUN = Path(__file__).with_name("run.cpp")

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tdpass.errors import PlanError
 from tdpass.formats import FORMATS, Decomposition, Factors, Metric, Rank
 from tdpass.formats.base import Layer, apply_dense
-from tdpass.models.factorized import Factorized
+from tdpass.layers.factorized import Factorized
 from tdpass.ops import TorchOps
 from tdpass.site import Site
 

@@ -16,9 +16,9 @@ import tdpass
 from tdpass.errors import UnsupportedError, UsageError
 from tdpass.formats import FORMATS, Layer
 from tdpass.kernels import native
+from tdpass.layers.recurrent import OpenRNN
 from tdpass.models import Factorized, OpenGRU, OpenLSTM, open_model
 from tdpass.models.base import Batch
-from tdpass.models.open_rnn import OpenRNN
 from tdpass.site import Site
 
 PAIRS = [pytest.param(nn.LSTM, OpenLSTM, id="lstm"), pytest.param(nn.GRU, OpenGRU, id="gru")]

@@ -11,9 +11,9 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from tdpass.artifact import Artifact
+from tdpass.layers.factorized import Factorized
 from tdpass.models import open_model
 from tdpass.models.base import Batch
-from tdpass.models.factorized import Factorized
 from tdpass.verbs import compress
 from tests.models.onnx_nets import node
 

@@ -21,7 +21,7 @@ from torch.export import Dim
 from tdpass.cli import main
 from tdpass.errors import InvalidModelError, TdpassError
 from tdpass.models import open_model
-from tdpass.models.exported_program import load_program
+from tdpass.models.torch.exported_program import load_program
 
 Members = dict[str, bytes]
 FAST, THOROUGH = 20, 300

@@ -15,13 +15,13 @@ import tdpass
 from tdpass.errors import UsageError
 from tdpass.formats import FORMATS, Layer
 from tdpass.formats.lowering import lower
+from tdpass.fusing.choose import choosing
 from tdpass.kernels import native
 from tdpass.kernels.stage import Lanes, Stage
+from tdpass.layers.fused import Fused
 from tdpass.models import Factorized, Model, open_model
 from tdpass.models.base import Batch
-from tdpass.models.chain_choice import choosing
-from tdpass.models.deployable import fused as deployable
-from tdpass.models.fused import Fused
+from tdpass.models.torch.deployable import fused as deployable
 from tdpass.pipeline import Job, Pipeline
 from tdpass.site import Site
 from tdpass.targets.runtimes import RUNTIMES

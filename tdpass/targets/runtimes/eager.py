@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tdpass.models.base import Batch, Model
-from tdpass.models.torch_model import TorchModel
+from tdpass.models.torch.model import TorchModel
 from tdpass.ops import TorchOps
 from tdpass.targets.layers import AnyLayer, apply_layer, channels_last, example_input, weights_of
 from tdpass.targets.runtimes.base import Call, Runtime, register_runtime

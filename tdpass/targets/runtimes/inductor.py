@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tdpass.models.base import Batch, Model
-from tdpass.models.torch_model import TorchModel
+from tdpass.models.torch.model import TorchModel
 from tdpass.targets.layers import AnyLayer, LayerModule, channels_last, example_input
 from tdpass.targets.runtimes.base import Call, Runtime, register_runtime
 from tdpass.targets.runtimes.eager import channels_last_model

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from tdpass.models.in_place import watching
-from tdpass.models.torch_sites import Matched
+from tdpass.models.torch.in_place import watching
+from tdpass.models.torch.sites import Matched
 from tdpass.tape import Call, Tape
 from tdpass.tape.calls import leaves
 

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
+from tdpass.dynamo.draft import Draft
+from tdpass.dynamo.links import Link, read_link
 from tdpass.errors import TdpassError
 from tdpass.formats.base import FORMATS, Layer, Rank
 from tdpass.formats.lowering import Lowered, lower
-from tdpass.models.derived import Recipe
-from tdpass.models.graph_draft import Draft
-from tdpass.models.graph_layers import Link, read_link
+from tdpass.layers.derived import Recipe
 from tdpass.ops import TorchOps
 from tdpass.site import Site
 

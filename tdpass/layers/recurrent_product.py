@@ -16,9 +16,9 @@ from tdpass.kernels.conv_chain import packing
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.recurrent import pack_u, pack_v
 from tdpass.kernels.stage import Stage
-from tdpass.models.derived import PackChain, Recipe, derived
-from tdpass.models.factorized import Factorized
-from tdpass.models.fused import Fused
+from tdpass.layers.derived import PackChain, Recipe, derived
+from tdpass.layers.factorized import Factorized
+from tdpass.layers.fused import Fused
 from tdpass.site import Site
 
 # how many times fewer multiply-adds factors need that are no chain, to be no slower than one matrix product

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
-from tdpass.models.in_place import become, can_become, watched
-from tdpass.models.torch_readers import Run
-from tdpass.models.torch_sites import Matched
+from tdpass.models.torch.in_place import become, can_become, watched
+from tdpass.models.torch.readers import Run
+from tdpass.models.torch.sites import Matched
 from tdpass.tape import Call, Ref
 
 BatchNorm = nn.modules.batchnorm._BatchNorm

@@ -18,11 +18,11 @@ from tdpass.documents import Document, Size, register_document
 from tdpass.errors import InvalidModelError, PlanError, UsageError
 from tdpass.files import replacing
 from tdpass.formats.base import FORMATS
-from tdpass.models.called_layers import call_layers
-from tdpass.models.factorized import Factorized, empty_layer
-from tdpass.models.in_place import become
-from tdpass.models.torch_norms import Folded
-from tdpass.models.torch_sites import Matched, find_sites
+from tdpass.layers.factorized import Factorized, empty_layer
+from tdpass.models.torch.called_layers import call_layers
+from tdpass.models.torch.in_place import become
+from tdpass.models.torch.norms import Folded
+from tdpass.models.torch.sites import Matched, find_sites
 from tdpass.packing import SUFFIX, blocks_in, packed_state, read_header, unpack
 
 _UNPACKED = 1  # where nothing is packed, any tdpass can read the file; 2 where something is

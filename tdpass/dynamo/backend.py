@@ -22,13 +22,13 @@ from torch.fx import GraphModule
 from tdpass.artifact import load_plan
 from tdpass.cost import Budget, BudgetSpec, Cost
 from tdpass.digest import digest
+from tdpass.dynamo.draft import Compiled, Draft, Inner
+from tdpass.dynamo.factorize import Decide, Decision, factorize
+from tdpass.dynamo.frozen import FROZEN, constants, forget, freeze
+from tdpass.dynamo.fuse import fuse_chains
+from tdpass.dynamo.links import read_link
 from tdpass.errors import UsageError
-from tdpass.models.derived import DERIVED
-from tdpass.models.graph_draft import Compiled, Draft, Inner
-from tdpass.models.graph_factorize import Decide, Decision, factorize
-from tdpass.models.graph_frozen import FROZEN, constants, forget, freeze
-from tdpass.models.graph_fuse import fuse_chains
-from tdpass.models.graph_layers import read_link
+from tdpass.layers.derived import DERIVED
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.verbs import make_plan
 
@@ -125,7 +125,7 @@ def register() -> None:
 
 
 def _register_in(registry: Any) -> None:
-    if NAME not in registry._BACKENDS and NAME not in registry._COMPILER_FNS:  # noqa: SLF001 - there is no public way to ask
+    if NAME not in registry._BACKENDS and NAME not in registry._COMPILER_FNS:
         registry.register_backend(tdpass_backend, name=NAME)
 
 

@@ -16,7 +16,7 @@ from torch.utils._device import DeviceContext
 from tdpass.errors import UnsupportedError, UsageError
 from tdpass.kernels import native
 from tdpass.kernels.recurrent import LOW_RANK_GRU, LOW_RANK_LSTM
-from tdpass.models.rnn_product import Product, form, is_plain
+from tdpass.layers.recurrent_product import Product, form, is_plain
 
 # at more than one sample, torch's LSTM does that much more in the same time than the fused operators
 _LSTM_LEAD = 1.25

@@ -17,21 +17,21 @@ from torch.utils._pytree import tree_map
 
 from tdpass.errors import InvalidModelError, PlanError
 from tdpass.formats.base import Layer
+from tdpass.layers.factorized import Factorized
+from tdpass.layers.fused import Fused, layer_by_layer
 from tdpass.models.base import Batch, no_reasons
-from tdpass.models.called_layers import call_layers, runs_nested
-from tdpass.models.copying import copied
 from tdpass.models.extents import alike, with_extents
-from tdpass.models.factorized import Factorized
-from tdpass.models.fused import Fused, layer_by_layer
-from tdpass.models.in_place import Backup, become
-from tdpass.models.module_values import check_filled, check_open, input_types
 from tdpass.models.signature import Input, Signature
-from tdpass.models.torch_fuse import fuse_layers
-from tdpass.models.torch_norms import Fold, batchnorms, find_folds, same_answers
-from tdpass.models.torch_readers import Run, entering, graph_readers, other_readers
-from tdpass.models.torch_sites import Matched, find_sites
-from tdpass.models.torch_state import save_module
-from tdpass.models.torch_statistics import estimate_anew
+from tdpass.models.torch.called_layers import call_layers, runs_nested
+from tdpass.models.torch.copying import copied
+from tdpass.models.torch.fuse import fuse_layers
+from tdpass.models.torch.in_place import Backup, become
+from tdpass.models.torch.module_values import check_filled, check_open, input_types
+from tdpass.models.torch.norms import Fold, batchnorms, find_folds, same_answers
+from tdpass.models.torch.readers import Run, entering, graph_readers, other_readers
+from tdpass.models.torch.sites import Matched, find_sites
+from tdpass.models.torch.state import save_module
+from tdpass.models.torch.statistics import estimate_anew
 from tdpass.products import Counted, counting
 from tdpass.site import Site
 from tdpass.tape import LiveTape, Tape, record, site_order

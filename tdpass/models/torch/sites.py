@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from tdpass.models.factorized import Factorized
-from tdpass.models.in_place import can_become
-from tdpass.models.open_rnn import why_closed
-from tdpass.models.same_forward import computes_as
+from tdpass.layers.factorized import Factorized
+from tdpass.layers.recurrent import why_closed
+from tdpass.models.torch.in_place import can_become
+from tdpass.models.torch.same_forward import computes_as
 from tdpass.site import Site
 
 Geometry = Callable[[nn.Module, str], Site]

@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.files import replacing
 from tdpass.models.base import Batch
-from tdpass.models.fx_lift import lift
-from tdpass.models.program_archive import broken, plain_archive
 from tdpass.models.signature import Dims, Input, Signature
-from tdpass.models.torch_model import TorchModel
+from tdpass.models.torch.lift import lift
+from tdpass.models.torch.model import TorchModel
+from tdpass.models.torch.program_archive import broken, plain_archive
 
 
 class ExportedModel(TorchModel):

@@ -13,7 +13,7 @@ from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
-from tdpass.models.derived import DERIVED, Recipe, derived
+from tdpass.layers.derived import DERIVED, Recipe, derived
 
 Compiled = Callable[..., Any]
 Inner = Callable[[GraphModule, Sequence[Any]], Compiled]

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tdpass.kernels.stage import Lanes, Stage
-from tdpass.models.identity_cache import IdentityCache
+from tdpass.layers.identity_cache import IdentityCache
 
 DERIVED: IdentityCache[tuple[Tensor, ...]] = IdentityCache()
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from tdpass.models.factorized import Factorized
-from tdpass.models.in_place import watching
+from tdpass.layers.factorized import Factorized
+from tdpass.models.torch.in_place import watching
 
 
 def call_layers(model: nn.Module) -> None:

@@ -12,8 +12,8 @@ from tdpass.formats.base import Layer
 from tdpass.formats.lowering import lower
 from tdpass.kernels import native
 from tdpass.kernels.conv_chain import activate
-from tdpass.models.factor_chain import LINEAR
-from tdpass.models.factorized import Factorized
+from tdpass.layers.factor_chain import LINEAR
+from tdpass.layers.factorized import Factorized
 
 
 class Fused(Factorized):

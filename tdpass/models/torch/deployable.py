@@ -20,9 +20,9 @@ from tdpass.kernels import native
 from tdpass.kernels.conv_chain import CONV_CHAIN, packing
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.stage import Lanes
+from tdpass.layers.factorized import Factorized
+from tdpass.layers.fused import Fused
 from tdpass.models.base import Batch
-from tdpass.models.factorized import Factorized
-from tdpass.models.fused import Fused
 
 _LANES = 16
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
+from tdpass.dynamo.links import Link, argument, mutates, read_link, same_sizes, tensor_of
 from tdpass.kernels.conv_chain import MAX_STAGES
 from tdpass.kernels.stage import Lanes, stages_of
-from tdpass.models.factor_chain import FACTOR_CHAIN
-from tdpass.models.graph_layers import Link, argument, mutates, read_link, same_sizes, tensor_of
+from tdpass.layers.factor_chain import FACTOR_CHAIN
 
 _SUMS = {operator.add, torch.add, operator.iadd}
 _ACTIVATIONS: dict[Any, str] = {

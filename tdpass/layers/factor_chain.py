@@ -16,7 +16,7 @@ from tdpass.kernels.base import NAMESPACE
 from tdpass.kernels.conv_chain import CONV_CHAIN, packing
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.stage import stages_of
-from tdpass.models.derived import DERIVED, PackChain
+from tdpass.layers.derived import DERIVED, PackChain
 
 NAME = "factor_chain"
 LINEAR = "linear"

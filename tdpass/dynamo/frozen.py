@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from tdpass.dynamo.draft import Compiled, Draft, Inner, all_inputs, getter, sources_of
+from tdpass.dynamo.guards import loosen_guards
+from tdpass.dynamo.links import argument, mutates
 from tdpass.errors import UsageError
-from tdpass.models.graph_draft import Compiled, Draft, Inner, all_inputs, getter, sources_of
-from tdpass.models.graph_guards import loosen_guards
-from tdpass.models.graph_layers import argument, mutates
-from tdpass.models.identity_cache import IdentityCache
+from tdpass.layers.identity_cache import IdentityCache
 
 FROZEN = "tdpass_frozen"  # in the `meta` of a graph whose weights are constants
 log = logging.getLogger("tdpass.backend")

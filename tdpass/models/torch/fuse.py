@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdpass.formats.lowering import Lowered, lower
-from tdpass.models.chain_choice import ChainCall, Layout, Verdict, choose, served
-from tdpass.models.factorized import Factorized
-from tdpass.models.fused import Fused
+from tdpass.fusing.choose import ChainCall, Layout, Verdict, choose, served
+from tdpass.layers.factorized import Factorized
+from tdpass.layers.fused import Fused
 
 Calls = dict[int, list[Tensor]]
 

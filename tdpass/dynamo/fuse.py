@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from tdpass.dynamo.chains import Chain, find_chains, norm_inputs
+from tdpass.dynamo.draft import Draft
+from tdpass.dynamo.links import argument, hint, mutates, read_link, tensor_of
+from tdpass.fusing.choose import ChainCall, Layout, Verdict, choose, served
 from tdpass.kernels.conv_chain import CONV_CHAIN, packing
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.stage import Lanes, Stage
-from tdpass.models.chain_choice import ChainCall, Layout, Verdict, choose, served
-from tdpass.models.derived import ChannelsInnermost, PackChain
-from tdpass.models.graph_chains import Chain, find_chains, norm_inputs
-from tdpass.models.graph_draft import Draft
-from tdpass.models.graph_layers import argument, hint, mutates, read_link, tensor_of
+from tdpass.layers.derived import ChannelsInnermost, PackChain
 
 log = logging.getLogger("tdpass.backend")
 

@@ -23,11 +23,11 @@ from tdpass.clock import interleaved
 from tdpass.documents import Amount, Document, register_document
 from tdpass.errors import TdpassError, UsageError
 from tdpass.files import cache_folder, write_text
+from tdpass.fusing.plain import frozen_chain, laid_out, plain_chain
 from tdpass.kernels import base, native
 from tdpass.kernels.conv_chain import CONV_CHAIN, activate, packing
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.stage import Lanes, Stage
-from tdpass.models.graph_plain import frozen_chain, laid_out, plain_chain
 
 Layout = Literal["channels_last", "contiguous"]
 LANES: tuple[Lanes, ...] = ("channels", "pixels")

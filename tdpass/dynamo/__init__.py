@@ -1,0 +1,1 @@
+"""`torch.compile(model, backend="tdpass")`: the backend, and the graphs that Dynamo records."""

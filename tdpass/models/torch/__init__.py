@@ -1,0 +1,1 @@
+"""The torch front end: module surgery, fx graphs and exported programs."""
