@@ -26,7 +26,7 @@ from tdpass.planner.memory import memory_limit, within_memory
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.report import Report
 from tdpass.targets import Target, open_target
-from tdpass.whole import hold_against_dense
+from tdpass.whole import hold_against_dense, hold_to_budget
 
 PLANNED = "fold-batchnorm,plan,factorize,correct-bias,refit,recalibrate-batchnorm,verify"
 GIVEN_PLAN = "fold-batchnorm,factorize,correct-bias,refit,recalibrate-batchnorm,verify"
@@ -223,6 +223,8 @@ def _finished(opened: Model, model: Model, job: Job) -> Artifact:
         job.plan = RankPlan((), report.original, declined=dict(report.declined))
     changed = any(model.layer(site.name) is not None for site in model.sites())
     _count_again(model, job, job.plan, changed=changed)
+    if not report.dry_run:
+        hold_to_budget(job)
     if job.target is not None:
         report.target = f"{job.target.name}, batch {job.batch}, {job.threads} {'thread' if job.threads == 1 else 'threads'}"
         if changed and not hold_against_dense(opened, model, job):

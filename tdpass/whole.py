@@ -1,10 +1,12 @@
-"""Whole models on a target: the compressed one against the one it was made from."""
+"""Whole models: the compressed one against its budget and, on a target, against the one it was made from."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from tdpass.cost import Cost, amount
+from tdpass.errors import BudgetError
 from tdpass.models.base import Model, call_batch
 from tdpass.pipeline import Job
 from tdpass.planner.rank_plan import DENSE, Choice, RankPlan
@@ -35,6 +37,20 @@ def hold_against_dense(opened: Model, model: Model, job: Job) -> bool:
     job.plan = _left_dense(job.plan, report.original)
     report.sites = job.plan.rows()
     return False
+
+
+def hold_to_budget(job: Job) -> None:
+    """Raise `BudgetError` unless what was counted on the result is within every bound on what it stores and multiplies."""
+    assert job.plan is not None
+    limits = {} if job.budget is None else job.budget.limits(job.original)
+    final, planned = job.report.final, job.plan.planned
+    over = [measure for measure in ("params", "macs", "bytes") if final.get(measure) > limits.get(measure, math.inf)]
+    if not over:
+        return
+    said = ", ".join(f"{amount(m, final.get(m))} {m}, {amount(m, final.get(m) - limits[m])} above the limit of {amount(m, limits[m])}" for m in over)
+    more = ", ".join(f"{amount(m, final.get(m) - planned.get(m))} {m}" for m in over if final.get(m) > planned.get(m))
+    why = f"the passes after the plan added {more}" if more else "the plan itself is above it"
+    raise BudgetError(f"the result has {said}: {why}; lower the budget by that much, or leave out the pass that adds them")
 
 
 def _left_dense(plan: RankPlan, original: Cost) -> RankPlan:

@@ -19,7 +19,7 @@ from tdpass.formats import FORMATS, Layer
 from tdpass.models import Model, TorchModel
 from tdpass.pipeline import PASSES, Job, Pass, Pipeline
 from tdpass.planner.resampled import resampled
-from tdpass.planner.trials import gap
+from tdpass.planner.trials import Promise, gap
 
 EVERY_PASS = "fold-batchnorm,plan,factorize,correct-bias,refit,recalibrate-batchnorm,fuse-kernels{measure=false},verify"
 FAST = {"formats": ["svd", "channel_svd"]}
@@ -104,10 +104,14 @@ class Folded(nn.Module):
 def test_a_fold_into_the_wrong_axis_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = Folded().eval(), torch.randn(20, 8, 6)
     with torch.no_grad():
-        module.norm.running_var.uniform_(0.2, 3)  # type: ignore[union-attr]
+        module.norm.running_var.uniform_(0.2, 3)
 
-    def folded(model: TorchModel) -> list[str]:
-        model._fold(model._matched("up"), model.module.norm)
+    def folded(model: TorchModel, *_: object) -> list[str]:
+        up, norm = model.module.up, model.module.norm
+        with torch.no_grad():
+            up.weight *= (norm.running_var + norm.eps).rsqrt()[:, None]
+            up.bias *= (norm.running_var + norm.eps).rsqrt()
+        model.module.norm = nn.Identity()
         return ["up"]
 
     monkeypatch.setattr(TorchModel, "fold_batchnorm", folded)
@@ -199,6 +203,50 @@ def test_a_file_that_answers_otherwise_is_set_aside(
         artifact.save(path)
     assert not path.exists()
     assert str(tmp_path / f"small.unverified{artifact.suffix}") in str(caught.value)
+
+
+class Plain(nn.Module):
+    """Layers without biases, whose inputs have a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head = nn.Linear(40, 64, bias=False), nn.Linear(64, 10, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.up(x)))
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize("measure", ["params", "bytes"])
+@pytest.mark.parametrize("share", [0.37, 0.5, 0.61])
+def test_no_bias_breaks_the_budget(share: float, measure: str, frontend: str) -> None:
+    x = torch.randn(64, 40) + 1
+    model = FRONTENDS[frontend](Plain().eval(), x)
+    artifact = tdpass.compress(model, {measure: share}, x, formats=["svd"])
+    if isinstance(artifact.model, nn.Module):
+        stored = [(parameter.numel(), parameter.numel() * 4) for parameter in artifact.model.parameters()]
+    else:
+        assert isinstance(artifact.model, onnx.ModelProto)
+        stored = [(array.size, array.nbytes) for array in map(onnx.numpy_helper.to_array, artifact.model.graph.initializer) if array.ndim]
+    held = dict(zip(("params", "bytes"), map(sum, zip(*stored, strict=True)), strict=True))
+    dense = {"params": 40 * 64 + 64 * 10, "bytes": 4 * (40 * 64 + 64 * 10)}
+    assert held[measure] <= int(share * dense[measure] + 1e-6)
+    assert (artifact.report.final.params, artifact.report.final.bytes) == (held["params"], held["bytes"])
+
+
+def test_a_result_above_its_budget_is_an_error_that_says_by_how_much(residual: nn.Module, images: Tensor) -> None:
+    @dataclass(frozen=True)
+    class Grows(Pass):
+        name = "grows"
+        promise = Promise.SAME
+
+        def run(self, model: Model, job: Job) -> bool:
+            model.unwrap().extra = nn.Parameter(torch.zeros(5000))  # type: ignore[attr-defined]
+            return True
+
+    with pytest.raises(tdpass.BudgetError, match=r"the result has [\d,]+ params, [\d,]+ above the limit of [\d,]+: the passes after the plan added") as caught:
+        tdpass.compress(residual, {"params": 0.6}, images, pipeline=["plan,factorize", Grows()], **FAST)
+    assert isinstance(caught.value.artifact, tdpass.Artifact)
 
 
 def test_resampled_data_has_the_moments_of_the_data_and_its_domain() -> None:
