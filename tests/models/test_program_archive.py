@@ -39,7 +39,7 @@ class Net(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
         y = self.norm(self.layer(x)) * self.scale
         flat = y.reshape(x.shape[0] * 2, 2)
-        return {"a": y + self.shift, "b": (flat, flat if mask is None else flat[: mask.shape[0]])}
+        return {"a": y + self.shift, "(c) c's": y, "b": (flat, flat if mask is None else flat[: mask.shape[0]])}
 
 
 def exported(path: Path) -> Path:
@@ -142,7 +142,7 @@ def spec(members: Members, mark: Path) -> Members:
     def change(program: dict[str, Any]) -> None:
         signature = program["graph_module"]["module_call_graph"][0]["signature"]
         tree = json.loads(signature["out_spec"])
-        context = {"default_factory_module": "imported_by_a_file", "default_factory_name": "x", "dict_context": ["a", "b"]}
+        context = {"default_factory_module": "imported_by_a_file", "default_factory_name": "x", "dict_context": ["a", "(c) c's", "b"]}
         tree[1]["type"], tree[1]["context"] = "collections.defaultdict", json.dumps(context)
         signature["out_spec"] = json.dumps(tree)
 

@@ -160,7 +160,7 @@ def _harmless(key: str, text: str) -> bool:
     if key == "expr_str":
         return _is_size(text)
     if key in {"in_spec", "out_spec"}:
-        return not text or _is_spec(json.loads(text))
+        return not text or _is_spec(json.loads(text), named=key == "in_spec")
     return bool(_NAME.fullmatch(text))
 
 
@@ -170,13 +170,14 @@ def _is_size(text: str) -> bool:
     return bool(_SIZE.fullmatch(bare)) and all(map(_SIZE_WORD.fullmatch, _WORD.findall(bare)))
 
 
-def _is_spec(value: Any) -> bool:
-    """Whether a tree spec names no module to import: neither a default factory nor an enumeration."""
+def _is_spec(value: Any, named: bool) -> bool:
+    """Whether a tree spec names no module to import, neither a default factory nor an enumeration, and nothing odd where it is `named` in code."""
     if isinstance(value, dict):
         imports = {"default_factory_module", "__enum__"} & set(value)
         context = value.get("context")
         inner = json.loads(context) if isinstance(context, str) and context[:1] in {"{", "["} else context
-        return not imports and all(map(_is_spec, [*value, *(part for key, part in value.items() if key != "context"), inner]))
+        parts = [*value, *(part for key, part in value.items() if key != "context"), inner]
+        return not imports and all(_is_spec(part, named) for part in parts)
     if isinstance(value, list):
-        return all(map(_is_spec, value))
-    return not isinstance(value, str) or bool(_NAME.fullmatch(value))
+        return all(_is_spec(part, named) for part in value)
+    return not named or not isinstance(value, str) or bool(_NAME.fullmatch(value))
