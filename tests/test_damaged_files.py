@@ -68,7 +68,7 @@ def test_a_damaged_artifact_is_refused_and_changes_nothing(artifact: bytes, tmp_
             assert found.keys() == expected.keys()
             assert all(torch.equal(value, expected[name]) for name, value in found.items())
             spared += 1
-    assert spared <= count // 100
+    assert spared <= 1 + count // 100
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     path.write_bytes(artifact)
     assert tdpass.load(path, net)(torch.ones(2, 24)).shape == (2, 16)
