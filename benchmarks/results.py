@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import datetime
 import os
-import platform
-import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import torch
+
+from tdpass.machine import processor
 
 FOLDER = Path(__file__).parent / "results"
 STAMP = ("machine", "commit", "date", "torch")
@@ -27,13 +27,8 @@ def skip(reason: str) -> NoReturn:
 
 def machine() -> str:
     """Processor, cores this process may use, threads torch uses, and the widest vector instructions."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
-        name = match[1].strip() if match else name
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name} {torch.backends.cpu.get_cpu_capability()}, {cores} cores, {torch.get_num_threads()} threads"
+    return f"{processor()} {torch.backends.cpu.get_cpu_capability()}, {cores} cores, {torch.get_num_threads()} threads"
 
 
 def commit() -> str:

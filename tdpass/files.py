@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from platformdirs import user_cache_path
+
 from tdpass.errors import UsageError
 
 _SUFFIX = ".part"
@@ -24,7 +26,7 @@ _STALE_SECONDS = 24 * 3600.0  # for temporaries of another machine, whose proces
 def cache_folder() -> Path:
     """`$TDPASS_CACHE`, or `tdpass` in the user's cache folder."""
     own = os.environ.get("TDPASS_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdpass"
+    return Path(own) if own else user_cache_path("tdpass", appauthor=False)
 
 
 @contextmanager

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +26,7 @@ from tdpass.kernels import base, native
 from tdpass.kernels.conv_chain import CONV_CHAIN, activate, packing
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.stage import Lanes, Stage
+from tdpass.machine import processor
 
 Layout = Literal["channels_last", "contiguous"]
 LANES: tuple[Lanes, ...] = ("channels", "pixels")
@@ -195,13 +194,11 @@ def _interleaved(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
 
 
 def _machine() -> str:
-    info = Path("/proc/cpuinfo")
-    match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8", errors="replace"), re.MULTILINE) if info.exists() else None
     library = native.library()
     state = None if library is None else Path(library._name).stat()
     kernels = "none" if state is None else f"{state.st_size} {state.st_mtime_ns}"
     called = "called from Python" if "conv_chain" not in base.compiled() else "called in C++"
-    parts = (match[1] if match else platform.processor(), native.isa(), torch.__version__, kernels, called)
+    parts = (processor(), native.isa(), torch.__version__, kernels, called)
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
 
 

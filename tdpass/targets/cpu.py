@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch
 
 from tdpass.clock import on_cpu
 from tdpass.errors import UsageError
+from tdpass.machine import processor
 from tdpass.targets.base import register_target
 from tdpass.targets.runtimes import RUNTIMES, Runtime
 from tdpass.targets.runtimes.base import Call
@@ -37,10 +36,7 @@ class CpuTarget(SparseTarget):
 
     @cached_property
     def device(self) -> str:
-        info = Path("/proc/cpuinfo")
-        match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8", errors="replace"), re.MULTILINE) if info.exists() else None
-        model = match[1].strip() if match else platform.processor() or platform.machine()
-        return f"{model} {torch.backends.cpu.get_cpu_capability()}"
+        return f"{processor()} {torch.backends.cpu.get_cpu_capability()}"
 
     def clock(self, calls: Sequence[Call], threads: int, rounds: int) -> list[float]:
         return on_cpu(calls, threads, rounds)
