@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.bench-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all test-sanitized lint bench bench-accuracy bench-finetune bench-minilm bench-planner bench-targets bench-break-even bench-training bench-training-cost bench-training-speed bench-project bench-peers bench-kernels bench-models bench-factorize clean
+.PHONY: demo test test-all test-sanitized lint bench bench-accuracy bench-finetune bench-minilm bench-tasks bench-planner bench-targets bench-break-even bench-training bench-training-cost bench-training-speed bench-project bench-peers bench-kernels bench-models bench-factorize clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -32,7 +32,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-bench: bench-planner bench-targets bench-accuracy bench-finetune bench-minilm
+bench: bench-planner bench-targets bench-accuracy bench-finetune bench-minilm bench-tasks
 
 bench-accuracy: $(BENCH_INSTALLED)
 	$(BIN)/python -m benchmarks.bench_accuracy --peers
@@ -42,6 +42,9 @@ bench-finetune: $(BENCH_INSTALLED)
 
 bench-minilm: $(BENCH_INSTALLED)
 	$(BIN)/python -m benchmarks.bench_accuracy --minilm
+
+bench-tasks: $(INSTALLED)
+	$(BIN)/python -m benchmarks.bench_tasks
 
 bench-planner: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_planner

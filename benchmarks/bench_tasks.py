@@ -30,6 +30,7 @@ from benchmarks.results import Table, Value, show, skip
 COLUMNS = (
     "task",
     "frontend",
+    "effort",
     "budget_asked",
     "macs_fraction",
     "score_dense",
@@ -85,13 +86,13 @@ def runner(model: object) -> Callable[[Tensor], object]:
     return run
 
 
-def row(task: Task, frontend: str, budget: float, network: nn.Module) -> dict[str, Value]:
+def row(task: Task, frontend: str, budget: float, effort: str, network: nn.Module) -> dict[str, Value]:
     """One network at one budget through one front end."""
     calibration, _ = task.make(_CALIBRATION, 2, True)
     images, targets = task.make(_HELD_OUT, 1, False)
     model = network if frontend == "torch" else as_onnx(network, calibration[:4])
     start = time.perf_counter()
-    artifact = tdpass.compress(model, {"macs": budget}, calibration, cache=False)
+    artifact = tdpass.compress(model, {"macs": budget}, calibration, cache=False, effort=effort)
     seconds = time.perf_counter() - start
     with torch.no_grad():
         dense, score = (task.score(runner(each)(images), targets) for each in (model, artifact.model))
@@ -105,6 +106,7 @@ def row(task: Task, frontend: str, budget: float, network: nn.Module) -> dict[st
     return {
         "task": task.name,
         "frontend": frontend,
+        "effort": effort,
         "budget_asked": budget,
         "macs_fraction": reached,
         **measured,
@@ -126,6 +128,7 @@ def main() -> None:
     )
     parser.add_argument("--frontends", nargs="+", default=["torch", "onnx"], choices=["torch", "onnx"])
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.6, 0.4])
+    parser.add_argument("--effort", default="normal", choices=["fast", "normal", "thorough"])
     parser.add_argument("--weights", type=Path, help="folder for the trained networks")
     parser.add_argument("--out", help="write here instead of results/tasks.csv")
     options = parser.parse_args()
@@ -138,7 +141,7 @@ def main() -> None:
         network = trained(task, options.weights) if task.name in options.tasks else None
         for frontend in options.frontends if network is not None else ():
             for budget in options.budgets:
-                measured = row(task, frontend, budget, network)
+                measured = row(task, frontend, budget, options.effort, network)
                 table.add(**measured)
                 print(show([measured], COLUMNS), flush=True)
 

@@ -196,9 +196,8 @@ class Tally:
     def mean(self) -> float:
         """Weighted mean over the outputs that came in; 0 before any."""
         weights = {name: self.fitted.terms[name].weight for name in self.sums}
-        return sum(weights[name] * value for name, value in self.means.items()) / max(
-            sum(weights.values()), 1e-300
-        )
+        whole = sum(weights.values())
+        return sum(weights[name] / whole * value for name, value in self.means.items())
 
 
 def _recognised(answers: Answers, alone: bool) -> str:
@@ -246,11 +245,9 @@ def _parts(tree: object) -> list[tuple[str, object]]:
 
 def _chosen(patterns: Mapping[str, T], name: str, default: T) -> T:
     """The value of the name itself, else of the first glob that fits."""
-    return (
-        patterns[name]
-        if name in patterns
-        else next((value for pattern, value in patterns.items() if fnmatchcase(name, pattern)), default)
-    )
+    if name in patterns:
+        return patterns[name]
+    return next((value for pattern, value in patterns.items() if fnmatchcase(name, pattern)), default)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -15,9 +15,10 @@ from tdpass.errors import InvalidModelError, UsageError
 from tdpass.formats import FORMATS, Layer
 from tdpass.models import open_model
 from tdpass.models.base import Batch
+from tdpass.planner.answers import Answers
 from tdpass.planner.compare import compare_outputs
 from tdpass.planner.divergence import Divergence, FittedDivergence, Outputs
-from tdpass.planner.measures import ScaledError
+from tdpass.planner.measures import MEASURES, ScaledError
 from tdpass.planner.repair import divergence_of
 from tdpass.planner.sensitivity import Sweep
 
@@ -98,6 +99,18 @@ def test_neither_calls_nor_order_change_a_divergence(kind: str) -> None:
     assert whole > 0
     for calls in (every.split(1), every.split(64), shuffled.split(7)):
         assert value(calls) == pytest.approx(whole, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", MEASURES.names())
+def test_a_measure_is_zero_for_the_original_and_counts_every_row(name: str) -> None:
+    reference = _logits(SAMPLES, 6, 10).softmax(-1).double()
+    output = _logits(SAMPLES, 6, 10, seed=1).softmax(-1).double()
+    measure = MEASURES.get(name)(Answers("output", (reference,)))
+    assert measure.name == name
+    assert float(measure.rows(reference, reference).abs().max()) < 1e-12
+    assert float(measure.rows(reference, output).sum()) > 0
+    assert measure.rows(reference, output).shape == (measure.count(reference),)
+    assert measure.probe(reference, torch.Generator().manual_seed(0)).shape == reference.shape
 
 
 def test_errors_of_boxes_do_not_hide_those_of_scores() -> None:
