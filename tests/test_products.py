@@ -10,10 +10,9 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from counts import torch_macs
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import tdpass
 from tdpass.models import Batch, open_model
@@ -22,21 +21,6 @@ from tdpass.products import counting
 X = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
 HEADS = X.reshape(3, 5, 2, 4).transpose(1, 2)
 IMAGE = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(1))
-
-
-def independent(run: Callable[[], object]) -> int:
-    """Torch's counter, which knows products and convolutions only, with everything else made of these."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        vector = {torch.ops.aten.mv: lambda matrix, vector, **_: 2 * matrix[0] * matrix[1]}
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=vector) as counter:
-            run()
-    finally:
-        torch._C._set_mkldnn_enabled(True)
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-    return counter.get_total_flops() // 2
 
 
 MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
@@ -75,7 +59,7 @@ def test_modules_count_as_torchs_counter_has_it(name: str) -> None:
     module = make().eval()
     with counting() as counter:
         module(*inputs)
-    assert counter.counted().macs == independent(lambda: module(*inputs)) > 0
+    assert counter.counted().macs == torch_macs(lambda: module(*inputs)) > 0
     assert counter.counted().unseen == ()
 
 
@@ -119,7 +103,7 @@ def test_extents_and_totals_are_per_sample_however_samples_are_folded() -> None:
     sites = {site.name: site for site in model.sites()}
     per_sample = {name: (site.samples, site.weights * site.out_positions) for name, site in sites.items()}
     assert per_sample == {"conv": (1, 2 * 3 * 49 * 216), "head": (1, 2 * 3 * 96), "tail": (1, 2 * 256), "bank": (4, 256)}
-    assert model.macs() == round(independent(lambda: model.run(Batch((clips,)))) / 4)
+    assert model.macs() == round(torch_macs(lambda: model.run(Batch((clips,)))) / 4)
     assert model.macs() == sum(tdpass.formats.base.dense_cost(site).macs for site in model.sites())
 
 
@@ -147,7 +131,7 @@ def test_the_report_agrees_with_an_independent_count_of_both_models(name: str) -
     torch.manual_seed(0)
     dense = make().eval()
     result = tdpass.compress(dense, {"macs": 0.8}, example_inputs=data, formats=["svd", "channel_svd"], cache=False)
-    before, after = (independent(lambda model=model: model(data)) / len(data) for model in (dense, result.model))
+    before, after = (torch_macs(lambda model=model: model(data)) / len(data) for model in (dense, result.model))
     assert (result.report.original.macs, result.report.final.macs) == (round(before), round(after))
     assert after <= 0.8 * before
     assert result.report.final.params == sum(p.numel() for p in result.model.parameters())
@@ -242,7 +226,7 @@ def test_a_plan_is_priced_anew_for_the_model_it_is_carried_out_on(given: str) ->
     plan = tdpass.make_plan(model, {"params": 0.5}, formats=["channel_svd"], cache=False, **made).plan
     images = torch.randn(2, 3, 8, 8)
     result = tdpass.compress(model, plan=plan, example_inputs=images, cache=False)
-    before, after = (independent(lambda m=m: m(images)) // 2 for m in (model, result.model))
+    before, after = (torch_macs(lambda m=m: m(images)) // 2 for m in (model, result.model))
     assert (result.report.original.macs, result.report.final.macs) == (before, after)
     rows = result.report.sites
     assert (sum(row.before.macs for row in rows), sum(row.after.macs for row in rows)) == (before, after)

@@ -58,14 +58,14 @@ def open_model(model: object, example_inputs: ExampleInputs = None, overridable:
 
 
 def as_example(value: ExampleInputs) -> Batch | None:
-    """Example inputs as a batch."""
+    """Example inputs as a batch; raises `UsageError` for anything but tensors."""
     if value is None or isinstance(value, Batch):
         return value
     if isinstance(value, Tensor):
         return Batch((value,))
-    if isinstance(value, dict):
-        return Batch((), value)
-    if isinstance(value, tuple | list) and all(isinstance(entry, Tensor) for entry in value):
-        return Batch(tuple(value))
-    raise UsageError(f"example_inputs of type {type(value).__name__} are not understood; give a tensor, a tuple or a dict of tensors")
+    entries = list(value.values()) if isinstance(value, dict) else list(value) if isinstance(value, tuple | list) else [value]
+    others = [type(entry).__name__ for entry in entries if not isinstance(entry, Tensor)]
+    if others:
+        raise UsageError(f"example_inputs hold a {others[0]}; give a tensor, a tuple or a dict of tensors (torch.from_numpy makes one of an array)")
+    return Batch((), value) if isinstance(value, dict) else Batch(tuple(entries))
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from tdpass.data import as_batches
-from tdpass.errors import InvalidModelError, UnsupportedError
+from tdpass.errors import InvalidModelError, UnsupportedError, UsageError
 from tdpass.models import open_model
 from tdpass.verbs import compress
 
@@ -140,3 +142,9 @@ def test_a_batchnorm_at_the_input_learns_from_every_batch_but_a_single_sample() 
     only.recalibrate_batchnorm(batches[1:])
     torch.testing.assert_close(only.unwrap()[0].running_var, torch.ones(20))  # type: ignore[index]
     assert compress(net, {"params": 0.6}, X, cache=False, formats=["svd"]).report.checks["samples"] == 65
+
+
+@pytest.mark.parametrize("given", [np.zeros((2, 4), np.float32), {"input": np.zeros((2, 4), np.float32)}, (np.zeros(2),), {"input": None}, 3])
+def test_example_inputs_that_are_no_tensors_are_refused_with_what_they_are(given: Any) -> None:
+    with pytest.raises(UsageError, match=r"example_inputs hold a (ndarray|NoneType|int); give a tensor"):
+        compress(nn.Linear(4, 4), {"params": 0.5}, example_inputs=given)
