@@ -64,23 +64,23 @@ def site_table(rows: Sequence[SiteRow], width: int | None) -> list[Part]:
     return [table, "", heading("Reasons"), *_grouped(reasons)]
 
 
-def inspect_table(rows: Sequence[InspectRow], formats: Sequence[str], width: int | None) -> list[Part]:
-    """Every site of a model with its cost, its share of the whole, and where each format starts to pay."""
-    whole = sum(row.cost.macs for row in rows)
+def inspect_table(rows: Sequence[InspectRow], model: Cost, formats: Sequence[str], width: int | None) -> list[Part]:
+    """Every site of a model with its cost, its share of all that the model stores and computes, and where each format starts to pay."""
 
     def paying(name: str) -> Callable[[InspectRow], str]:
         return lambda row: ranks(row.paying.get(name, ()))
 
-    def part(row: InspectRow) -> str:
-        return share(row.cost.macs, whole)
+    def part(measure: str) -> Callable[[InspectRow], str]:
+        return lambda row: share(row.cost.get(measure), model.get(measure) if row.site.seen or measure != "macs" else 0)
 
     def macs(row: InspectRow) -> str:
         return human(row.cost.macs) if row.site.seen else "?"
 
     right = [
         Column[InspectRow]("Params", lambda row: human(row.cost.params), number=True),
+        Column[InspectRow]("Of all", part("params"), number=True),
         Column[InspectRow]("MACs", macs, number=True),
-        Column[InspectRow]("Share", part, number=True),
+        Column[InspectRow]("Of all", part("macs"), number=True),
         *(Column[InspectRow](name, paying(name), number=True) for name in formats),
     ]
     one_line = [
@@ -94,7 +94,7 @@ def inspect_table(rows: Sequence[InspectRow], formats: Sequence[str], width: int
     def site(row: InspectRow) -> str:
         return f"{plain(row.site.name)}\n{row.site.kind} {dims(row.site.shape)} {geometry(row.site)}".rstrip()
 
-    without_share = [*right[:2], *right[3:]]
+    without_share = [right[0], right[2], *right[4:]]
     whole_name, any_name = Column("Site", site), Column("Site", site, least=16)
     return [fitting((one_line, [whole_name, *right], [whole_name, *without_share], [any_name, *without_share]), rows, width)[0]]
 

@@ -27,6 +27,34 @@ def chatty():
     print("a factory may print")
     return make()
 
+class Mixed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = torch.nn.LSTM(24, 24, batch_first=True)
+        self.attention = torch.nn.MultiheadAttention(24, 2, batch_first=True)
+        self.head = torch.nn.Linear(24, 10)
+
+    def forward(self, x):
+        x = self.lstm(x)[0]
+        return self.head(self.attention(x, x, x)[0])
+
+def mixed():
+    return Mixed()
+
+class StepsFirst(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = torch.nn.LSTM(24, 5)
+
+    def forward(self, x):
+        return self.lstm(x)[0][-1]
+
+def steps_first():
+    return StepsFirst()
+
+def double():
+    return make().double()
+
 def wrong():
     return 3
 
@@ -194,9 +222,40 @@ def test_inspect_lists_sites_and_where_they_pay(capsys: pytest.CaptureFixture[st
     assert "48x24" in text
     assert "3 sites" in text
     assert main(["inspect", "mlp.onnx", "--json", "--data", "calib.npz", "--format", "svd"]) == 0
-    site = document(capsys)["sites"][0]
+    said = document(capsys)
+    site = said["sites"][0]
+    weights = 24 * 48 + 48 * 32 + 32 * 5
+    assert said["in_sites"] == {"params": weights, "macs": weights, "bytes": 4 * weights}
+    assert {measure: said[measure] for measure in said["in_sites"]} == {"params": weights + 85, "macs": weights, "bytes": 4 * (weights + 85)}
     assert site["dense"] == {"params": 1152, "macs": 1152, "bytes": 4608}
     assert site["largest_paying_rank"] == {"svd": [15]}
+
+
+def test_inspect_shows_the_share_of_all_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Recurrence and attention are no sites, but the model's parameters and products."""
+    assert main(["inspect", "cli_net:mixed", "--input", "2x5x24", "--json"]) == 0
+    said = document(capsys)
+    recurrence, attention, head = 5 * 2 * 4 * 24 * 24, 5 * 4 * 24 * 24 + 2 * 5 * 5 * 24, 5 * 24 * 10
+    assert said["in_sites"]["macs"] == head
+    assert said["macs"] == recurrence + attention + head
+    assert said["params"] == 2 * 4 * 24 * 24 + 2 * 4 * 24 + 4 * 24 * 24 + 4 * 24 + 24 * 10 + 10
+    assert main(["inspect", "cli_net:mixed", "--input", "2x5x24"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"({100 * head / said['macs']:.1f} %) MACs per sample" in text
+    assert f"({100 * 240 / said['params']:.1f} %) parameters" in text
+    assert main(["inspect", "cli_net:mixed"]) == 0
+    assert "MACs unknown; give --input or --data" in capsys.readouterr().out
+
+
+def test_bench_puts_data_as_the_model_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = tmp_path / "steps.npz"
+    np.savez(steps, x=np.zeros((7, 8, 24), np.float32))  # to a model that takes its batch second, 8 samples of 7 steps
+    words = ["bench", "cli_net:steps_first", "--rounds", "1", "--data", str(steps), "--runtime", "eager", "--json"]
+    assert main([*words, "--batch", "4"]) == 0
+    assert document(capsys)["inputs"] == ["7x4x24"]
+    np.savez(tmp_path / "rows.npz", np.zeros((32, 24), np.float32))
+    assert main(["bench", "cli_net:double", "--rounds", "1", "--data", str(tmp_path / "rows.npz"), "--runtime", "eager", "--json"]) == 0
+    assert document(capsys)["inputs"] == ["32x24"]
 
 
 def test_verify_passes_and_fails_by_the_tolerance(small: Path, capsys: pytest.CaptureFixture[str]) -> None:

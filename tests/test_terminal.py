@@ -125,9 +125,9 @@ def test_losses_that_nobody_measured_are_not_shown_as_zero(loss: float, shown: b
 def test_inspect_table_marks_unknown_multiply_adds() -> None:
     site = Site("fc", "linear", (8, 8))
     row = InspectRow(site, Cost(64, 0, 256), {"svd": (3,)})
-    text = to_text(inspect_table([row], ["svd"], None), None)
-    assert text.splitlines()[0].split() == ["Site", "Kind", "Shape", "Geometry", "Params", "MACs", "Share", "svd"]
-    assert text.splitlines()[1].split() == ["fc", "linear", "8x8", "64", "?", "-", "3"]
+    text = to_text(inspect_table([row], Cost(256, 0, 1024), ["svd"], None), None)
+    assert text.splitlines()[0].split() == ["Site", "Kind", "Shape", "Geometry", "Params", "Of", "all", "MACs", "Of", "all", "svd"]
+    assert text.splitlines()[1].split() == ["fc", "linear", "8x8", "64", "25.0", "%", "?", "-", "3"]
 
 
 def test_geometry_says_only_what_is_unusual() -> None:

@@ -11,14 +11,15 @@ import torch
 from rich.text import Text
 
 from tdpass.cli.arguments import Verbs, add_data, add_torch, add_verb, count, inputs
+from tdpass.cli.fused import library_notes
 from tdpass.cli.output import Output
 from tdpass.cli.runners import RUNTIMES, Runner, example_batch, runners
 from tdpass.cli.sources import Source, read_sources
 from tdpass.cli.timing import Quartiles
 from tdpass.clock import interleaved
-from tdpass.data import as_batches
+from tdpass.data import calls_of
 from tdpass.errors import UsageError
-from tdpass.models.base import Batch
+from tdpass.models import Batch, open_model
 from tdpass.views.tables import Part, grid
 from tdpass.views.units import dims, ratio, seconds
 
@@ -64,6 +65,7 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
         rounds = interleaved([runner.call for runner in candidates], arguments.rounds, progress)
     rows = compared(candidates, rounds)
     shapes = [dims(tensor.shape) for tensor in batch.tensors]
+    notes = library_notes([Path(source.text) for source in sources])
 
     def view(width: int | None) -> list[Part]:
         lines = [(row.model, row.runtime, _times(row.faster), _times(row.faster_than_best), seconds(row.seconds.median), _range(row.seconds)) for row in rows]
@@ -72,10 +74,11 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
             grid(titles, lines, width, numbers=(2, 3, 4, 5), wraps=(0,)),
             "",
             Text(f"inputs {', '.join(shapes)}; threads {arguments.threads}; {arguments.rounds} interleaved rounds, medians"),
+            *notes,
             Text(f"Faster: than {sources[0].name} in the same runtime; Than best: than {sources[0].name} in its fastest runtime"),
         ]
 
-    document = {"inputs": shapes, "threads": arguments.threads, "rounds": arguments.rounds, "rows": [asdict(row) for row in rows]}
+    document = {"inputs": shapes, "threads": arguments.threads, "rounds": arguments.rounds, "rows": [asdict(row) for row in rows], "notes": notes}
     out.show(document, view)
     return 0
 
@@ -103,7 +106,8 @@ def _batch(arguments: argparse.Namespace, sources: Sequence[Source]) -> Batch:
     batch: Batch | None = None
     given = inputs(arguments.input)
     if arguments.data is not None:
-        batch = as_batches(Path(arguments.data), arguments.batch or arguments.samples, arguments.batch or 64)[0]
+        size = arguments.batch or 64
+        batch = calls_of(open_model(sources[0].load()), Path(arguments.data), arguments.batch or arguments.samples, size)[0][0]
     elif given is not None:
         batch = Batch(given)
     else:

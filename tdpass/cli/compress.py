@@ -9,6 +9,7 @@ from pathlib import Path
 import tdpass
 from tdpass.artifact import unverified
 from tdpass.cli.arguments import MODEL_HELP, Verbs, add_data, add_planning, add_torch, add_verb, budget
+from tdpass.cli.fused import library_notes
 from tdpass.cli.output import Output
 from tdpass.cli.plan import data, planning
 from tdpass.cli.sources import read_source
@@ -58,11 +59,12 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
             out.say(f"what was made is kept, to look at and not to be used as it is: {', '.join(map(str, kept.values()))}")
         raise
     written = _write(artifact, source.text, output, folder)
+    notes = library_notes([output])
 
     def view(width: int | None) -> list[Part]:
-        return [*report_view(artifact.report, artifact.plan, width), "", *(f"wrote {path}" for path in written.values())]
+        return [*report_view(artifact.report, artifact.plan, width), "", *(f"wrote {path}" for path in written.values()), *notes]
 
-    document = {"files": {kind: str(path) for kind, path in written.items()}, "report": json.loads(artifact.report.to_json())}
+    document = {"files": {kind: str(path) for kind, path in written.items()}, "notes": notes, "report": json.loads(artifact.report.to_json())}
     out.show({**document, "plan": json.loads(artifact.plan.to_json())}, view)
     return 0
 

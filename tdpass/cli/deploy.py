@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tdpass
 from tdpass.cli.arguments import MODEL_HELP, Verbs, add_torch, add_verb, inputs
+from tdpass.cli.fused import library_notes
 from tdpass.cli.output import Output
 from tdpass.cli.sources import read_sources
 from tdpass.errors import UsageError
@@ -32,9 +33,10 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     if output.exists() and source.kind != "factory" and output.samefile(source.text):
         raise UsageError(f"the output {output} is the input; name another file with -o")
     done = tdpass.deploy(source.load(), inputs(arguments.input), output, dynamic_batch=arguments.dynamic_batch)
+    notes = library_notes([*done.files])
 
     def view(_width: int | None) -> list[Part]:
-        return [*(f"wrote {path}" for path in done.files), f"{done.fused} layers run as fused operators"]
+        return [*(f"wrote {path}" for path in done.files), *([] if notes else [f"{done.fused} layers run as fused operators"]), *notes]
 
-    out.show({"model": source.text, "files": [str(path) for path in done.files], "fused": done.fused}, view)
+    out.show({"model": source.text, "files": [str(path) for path in done.files], "fused": done.fused, "notes": notes}, view)
     return 0

@@ -64,6 +64,7 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
         "instruction set": isa + (" (as TDPASS_ISA asks)" if asked and isa == asked else ""),
         "compiler": _compiler() or "none",
         "cache": str(native.cache_folder()),
+        "for ONNX Runtime": next((library.path for library in libraries if library.name == "onnxruntime" and library.there), "not built yet"),
     }
 
     def view(width: int | None) -> list[Part]:

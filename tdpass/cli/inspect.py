@@ -22,7 +22,7 @@ from tdpass.models import open_model
 from tdpass.site import Site
 from tdpass.terminal import InspectRow, inspect_table, refusals
 from tdpass.views.tables import Part, heading
-from tdpass.views.units import human
+from tdpass.views.units import human, share
 
 _COMMON = ("svd", "spatial_svd", "channel_svd", "tucker2")
 
@@ -49,18 +49,21 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
             model.observe(own)
     rows = [InspectRow(site, dense_cost(site), _paying(site, formats)) for site in model.sites()]
     shown = [fmt.name for fmt in formats if arguments.format or any(fmt.name in row.paying for row in rows)]
-    whole = sum((row.cost for row in rows), Cost())
+    counted = model.count()
+    whole = Cost(model.params(), counted.per_sample, model.bytes())
+    inside = sum((row.cost for row in rows), Cost())
     declined: dict[str, list[str]] = {}
     for name, reason in model.declined().items():
         declined.setdefault(reason, []).append(name)
 
     def view(width: int | None) -> list[Part]:
-        parts: list[Part] = [*inspect_table(rows, shown, width)] if rows else [Text("no site: nothing in this model can be factored")]
+        parts: list[Part] = [*inspect_table(rows, whole, shown, width)] if rows else [Text("no site: nothing in this model can be factored")]
         parts += refusals(declined, width)
-        seen = human(whole.macs) if all(row.site.seen for row in rows) else "unknown; give --input or --data to count them"
         parts += ["", heading(f"{source.name} ({model.frontend})")]
-        parts += [Text(f"{len(rows)} sites with {human(whole.params)} of {human(model.params())} parameters, {human(model.bytes(), 'B')}")]
-        parts += [Text(f"MACs per sample in the sites: {seen}")]
+        parts += [Text(f"the weights of {len(rows)} sites are {_part(inside, whole, 'params')} parameters, {_part(inside, whole, 'bytes', 'B')}")]
+        known = f"{_part(inside, whole, 'macs')} MACs per sample" if whole.macs else "MACs unknown; give --input or --data to count them"
+        parts += [Text(known)]
+        parts += [Text(f"not counted, as what it computes cannot be seen: {name}") for name in counted.unseen]
         if shown and rows:
             parts += [Text("Columns named after a format: the largest rank that costs fewer parameters and MACs than the dense layer")]
         return parts
@@ -69,9 +72,15 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
         {**asdict(row.site), "dense": _counted(row.cost), "seen": row.site.seen, "largest_paying_rank": {name: list(rank) for name, rank in row.paying.items()}}
         for row in rows
     ]
-    document = {"model": source.text, "frontend": model.frontend, "params": model.params(), "bytes": model.bytes(), "macs": whole.macs, "sites": sites}
+    document = {"model": source.text, "frontend": model.frontend, **_counted(whole), "in_sites": _counted(inside), "sites": sites}
     out.show({**document, "declined": dict(model.declined())}, view)
     return 0
+
+
+def _part(inside: Cost, whole: Cost, measure: str, unit: str = "") -> str:
+    """How much of one measure lies in the sites."""
+    here, all_of_it = inside.get(measure), whole.get(measure)
+    return f"{human(here, unit)} of {human(all_of_it, unit)} ({share(here, all_of_it)})"
 
 
 def _counted(cost: Cost) -> dict[str, float]:

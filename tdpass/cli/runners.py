@@ -14,6 +14,7 @@ from tdpass.cli.sources import Source
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.models.base import Batch
 from tdpass.models.torch.exported_program import load_program
+from tdpass.models.torch.module_values import input_types
 from tdpass.targets.runtimes.onnx_runtime import bound, open_session
 from tdpass.targets.runtimes.openvino import open_graph, open_request
 
@@ -101,9 +102,11 @@ def _torch(source: Source, batch: Batch, compiled: bool) -> Callable[[], object]
     model = source.load()
     module = model if isinstance(model, nn.Module) else load_program(Path(source.text)).module()
     run: Callable[..., object] = torch.compile(module, options={"freezing": True}) if compiled else module
+    types = input_types(module, batch)
+    placed = batch.map(lambda tensor: tensor.to(types[0]) if len(types) == 1 and tensor.is_floating_point() else tensor)
 
     def call() -> object:
         with torch.no_grad():
-            return run(*batch.args, **batch.kwargs)
+            return run(*placed.args, **placed.kwargs)
 
     return call

@@ -22,7 +22,7 @@ def test_deploy_names_what_it_wrote(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxscript")
     words = ["deploy", "deploy_net:make", "--input", "1x6", "--dynamic-batch", "-o", "net.onnx", "--json"]
     assert main(words) == 0
-    assert json.loads(capsys.readouterr().out) == {"model": "deploy_net:make", "files": ["net.onnx"], "fused": 0}
+    assert json.loads(capsys.readouterr().out) == {"model": "deploy_net:make", "files": ["net.onnx"], "fused": 0, "notes": []}
     assert main(["deploy", "net.onnx", "-o", "copy.onnx"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "wrote copy.onnx"
 

@@ -17,7 +17,7 @@ from tdpass.clock import interleaved
 from tdpass.errors import KernelError
 from tdpass.kernels.native import onnx_ops_path
 from tdpass.models.onnx.chains import Axes, Chain, LayerNode, axes_of, find_chains
-from tdpass.models.onnx.fused_ops import LANES
+from tdpass.models.onnx.fused_ops import LANES, REGISTER
 from tdpass.models.onnx.fused_rewrite import Fusion, Fusions, add_function, fused, fused_node, plain_initializers
 from tdpass.models.onnx.rewrite import opset_of
 from tdpass.models.onnx.session import Session
@@ -64,7 +64,7 @@ def decide(build: Callable[[], ir.Model], inputs: Mapping[str, Tensor], note: Ca
             decline(candidate.chain.label, f"as one operator it takes {1 / candidate.gain:.2f} times as long alone, and the model is no faster for it")
     if chosen:
         gains = sorted(candidates[name].gain for name in chosen)
-        note(f"{len(chosen)} chains became one operator each, {gains[0]:.2f} to {gains[-1]:.2f} times as fast alone")
+        note(f"{len(chosen)} chains became one operator each, {gains[0]:.2f} to {gains[-1]:.2f} times as fast alone; they, and all times here, need {REGISTER}")
     return {name: candidates[name].fusion for name in candidates if name in chosen}
 
 

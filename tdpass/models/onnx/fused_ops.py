@@ -12,6 +12,8 @@ import onnx
 import onnx_ir as ir
 
 DOMAIN, VERSION = "com.tdpass", 1
+REGISTER = "options.register_custom_ops_library(str(tdpass.onnx_ops_path()))"
+"""What a program does with the options of its session, for the operators to run and not what they stand for."""
 FUNCTIONS_SINCE_IR = 8
 LANES = ("channels", "pixels")
 

@@ -35,7 +35,7 @@ def register_fused_ops(options: onnxruntime.SessionOptions, source: str | bytes 
 
     Returns whether it does; without the library ONNX Runtime runs what the model says that they compute.
     """
-    if not _uses_fused_ops(source):
+    if not has_fused_ops(source):
         return False
     try:
         options.register_custom_ops_library(str(onnx_ops_path()))
@@ -44,7 +44,8 @@ def register_fused_ops(options: onnxruntime.SessionOptions, source: str | bytes 
     return True
 
 
-def _uses_fused_ops(source: str | bytes | ir.Model) -> bool:
+def has_fused_ops(source: str | bytes | ir.Model) -> bool:
+    """Whether a model (or file, or its content) is faster in a session with the library of fused operators; not where it cannot be read."""
     if isinstance(source, ir.Model):
         return uses_fused_ops(source)
     try:

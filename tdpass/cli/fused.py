@@ -1,0 +1,25 @@
+"""What the command line says of ONNX files with fused operators, which are only as fast as measured where their library is registered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tdpass.errors import KernelError
+from tdpass.kernels.native import onnx_ops_path
+from tdpass.models.onnx.fused_ops import REGISTER
+from tdpass.models.onnx.session import has_fused_ops
+
+
+def library_notes(paths: list[Path]) -> list[str]:
+    """What a program that runs the files has to do; nothing for files without fused operators."""
+    names = [path.name for path in paths if path.suffix == ".onnx" and has_fused_ops(str(path))]
+    if not names:
+        return []
+    return [f"{', '.join(names)}: measured with the library of fused operators, {_library()}, and slower without it; in your program: {REGISTER}"]
+
+
+def _library() -> str:
+    try:
+        return str(onnx_ops_path())
+    except KernelError:
+        return "which `tdpass doctor --build` makes (it is not there, so that nothing here ran with it)"
