@@ -93,15 +93,15 @@ def _check_start(start: Mapping[str, Factors], sites: Mapping[str, Site], chosen
 
 
 def _priced(choice: Choice, sites: Mapping[str, Site], model: Model) -> Choice:
-    """The choice with the costs it has in this model, which another input size, or none, may have hidden from who planned; seconds stay."""
+    """The choice with the costs it has in this model, which another input size, or none, may have hidden from who planned."""
     if choice.site not in sites:
         return choice
     site, layer = sites[choice.site], model.layer(choice.site)
-    dense = replace(dense_cost(site), seconds=choice.dense.seconds)
+    dense = choice.dense.recounted(dense_cost(site))
     if layer is None:
         return replace(choice, cost=dense, dense=dense)
     cost = FORMATS.get(choice.format).cost(site, choice.rank) + bias_cost(site, layer.bias)
-    return replace(choice, cost=replace(cost, seconds=choice.cost.seconds), dense=dense)
+    return replace(choice, cost=choice.cost.recounted(cost), dense=dense)
 
 
 def _pruned_together(chain: Chain, together: dict[str, Choice]) -> bool:

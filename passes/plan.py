@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
-from tdpass.cost import Budget, BudgetValue, Cost, amount
+from tdpass.cost import Budget, BudgetValue, Cost, amount, bounded
 from tdpass.digest import digest
 from tdpass.errors import BudgetError, UsageError
+from tdpass.measures import MEASURES, Needs
 from tdpass.models.base import Model, call_batch
 from tdpass.pipeline import Job, Pass, register_pass
 from tdpass.planner.cache import CandidateCache
@@ -18,7 +21,7 @@ from tdpass.planner.timed import measure_table, plan_on_time
 from tdpass.planner.trials import Promise
 from tdpass.report import CurvePoint
 from tdpass.site import Site, selects
-from tdpass.targets import Target
+from tdpass.targets import TARGETS, Target
 
 
 @register_pass
@@ -26,7 +29,8 @@ from tdpass.targets import Target
 class Plan(Pass):
     """Candidates of all formats and ranks per site, their measured losses, and the exact choice under the budget.
 
-    Options override the budget of the job.  `joint` also tries options that change neighbouring sites together.
+    Options override the budget of the job: `bounds` by measure, each of which is an option of that name.
+    `joint` also tries options that change neighbouring sites together.
     `effort`: fast (losses from the metric alone), normal (losses measured for about a minute) or thorough; default: the job's.
     The model itself is not changed.
     """
@@ -34,10 +38,9 @@ class Plan(Pass):
     name = "plan"
     promise = Promise.SAME
 
-    macs: BudgetValue | None = None
-    params: BudgetValue | None = None
-    bytes: BudgetValue | None = None
-    seconds: BudgetValue | None = None
+    gathers = MappingProxyType({"bounds": bounded})
+
+    bounds: Mapping[str, BudgetValue] = field(default_factory=dict)
     max_error: float | None = None
     joint: bool = True
     effort: str | None = None
@@ -45,10 +48,7 @@ class Plan(Pass):
     def run(self, model: Model, job: Job) -> bool:
         budget = self._budget(job)
         sites = _selected(model, job)
-        if "macs" in budget.measures and not job.original.macs:
-            raise BudgetError("a budget on macs needs to see the model running; pass data= or example_inputs=, or bound params")
-        if "seconds" in budget.measures and job.target is None:
-            raise BudgetError("a budget on seconds needs a machine to measure on; pass target='cpu' (--target cpu), or bound macs instead")
+        _check_known(budget, job)
         effort = effort_named(self.effort or job.effort).of(job.original.macs)
         tapes, divergence = job.tapes(model), job.measure
         dense, cache, context = Dense(model.weight, model.bias), CandidateCache(job.cache), self._context(model, job, sites)
@@ -85,14 +85,14 @@ class Plan(Pass):
             watch.scale = whole / layers
             job.note(f"layers alone take {amount('seconds', layers)}, the whole model {amount('seconds', whole)}: their times are scaled by {watch.scale:.2f}")
         job.dense = model.clone()
-        job.original = job.report.original = replace(job.original, seconds=whole)
+        job.original = job.report.original = job.original.replace(seconds=whole)
         found = plan_on_time(table, budget, job.original, watch, job.progress)
         for note in target.notes:
             job.report.note(note)
         return found.plan, found.table
 
     def _budget(self, job: Job) -> Budget:
-        own = {key: value for key in ("macs", "params", "bytes", "seconds", "max_error") if (value := getattr(self, key)) is not None}
+        own = {**self.bounds, **({} if self.max_error is None else {"max_error": self.max_error})}
         if own:
             return Budget.parse(own)
         if job.budget is None:
@@ -118,6 +118,19 @@ class Plan(Pass):
             CurvePoint(share, plan.planned.macs / max(plan.original.macs, 1), plan.planned.params / max(plan.original.params, 1), plan.loss, chosen)
             for share, plan, chosen in sorted(points, key=lambda point: -point[0])
         ]
+
+
+def _check_known(budget: Budget, job: Job) -> None:
+    """Raises `BudgetError` for a measure that nothing here can tell."""
+    for name in budget.measures:
+        needs = MEASURES.get(name).needs
+        if needs is Needs.RUN and not job.original.get(name):
+            raise BudgetError(f"a budget on {name} needs to see the model running; pass data= or example_inputs=, or bound params")
+        if needs is Needs.TARGET and (job.target is None or name not in job.target.measures):
+            able = [target.name for target in TARGETS if name in target.measures]
+            asked = f"target {job.target.name} does not tell them" if job.target is not None else "and none was given"
+            use = f"pass target={able[0]!r} (--target {able[0]})" if able else "no target here tells them"
+            raise BudgetError(f"a budget on {name} needs a machine that tells them, {asked}; {use}, or bound macs instead")
 
 
 def _selected(model: Model, job: Job) -> list[Site]:

@@ -2,44 +2,100 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from numbers import Real
 
-from tdpass.documents import Amount, Count
+from tdpass.documents import Plain
 from tdpass.errors import BudgetError
+from tdpass.measures import MEASURES, counted, measure_named, measures
 
 BudgetValue = float | int | str
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-_ABSOLUTE = re.compile(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
-_DURATION = re.compile(r"([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\s*(s|ms|us|\u00b5s|\u03bcs|ns)")
-_DURATIONS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ns": 1e-9}
-_ALIASES = {"latency": "seconds"}
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Stored numbers, multiply-adds per sample, bytes of storage, seconds of a call on the target; they add up over layers.
+class Cost(Plain):
+    """Amounts of registered measures, such as stored numbers and multiply-adds per sample; they add up over layers.
 
-    `seconds` is 0 where nothing was timed.  A difference may be negative, what a file says may not.
+    A measure that is not given is 0: `seconds` where nothing was timed. A difference may be negative, what a file says may not.
+    Raises `UsageError` for a measure that is not registered.
+
+    >>> cost = Cost(params=10, macs=100) + Cost(macs=20, cycles=7)
+    >>> cost.macs, cost.get("cycles"), cost.get("joules")
+    (120, 7, 0)
     """
 
-    params: Count = 0
-    macs: Count = 0
-    bytes: Count = 0
-    seconds: Amount = 0.0
+    __slots__ = ("_amounts",)
 
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.params + other.params, self.macs + other.macs, self.bytes + other.bytes, self.seconds + other.seconds)
+    def __init__(self, params: int = 0, macs: int = 0, bytes: int = 0, seconds: float = 0.0, **others: float) -> None:  # noqa: A002
+        for name in others:
+            MEASURES.get(name)
+        self._amounts = {"params": params, "macs": macs, "bytes": bytes, "seconds": seconds, **others}
 
-    def __sub__(self, other: Cost) -> Cost:
-        return Cost(self.params - other.params, self.macs - other.macs, self.bytes - other.bytes, self.seconds - other.seconds)
+    @property
+    def params(self) -> int:
+        """Stored numbers."""
+        return int(self._amounts["params"])
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds per sample."""
+        return int(self._amounts["macs"])
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of storage."""
+        return int(self._amounts["bytes"])
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of a call on the target."""
+        return self._amounts["seconds"]
 
     def get(self, measure: str) -> float:
-        """The value of one measure by name; a whole number for all but seconds."""
-        value: float = getattr(self, measure)
-        return value
+        """The amount of one measure by name; a whole number where the measure counts.  Raises `UsageError` for an unknown one."""
+        return self._amounts.get(MEASURES.get(measure).name, 0)
+
+    def replace(self, **amounts: float) -> Cost:
+        """The same cost with other amounts of these measures."""
+        return Cost(**{**self._amounts, **amounts})  # type: ignore[arg-type]
+
+    def recounted(self, counts: Cost) -> Cost:
+        """The same cost with the measures that need no target as they are in `counts`."""
+        return self.replace(**{measure: counts.get(measure) for measure in counted()})
+
+    def plain(self) -> dict[str, float]:
+        """Every amount by measure: those that any cost has, and those that were given."""
+        return dict(self._amounts)
+
+    @classmethod
+    def of_plain(cls, found: object) -> Cost:
+        if not isinstance(found, Mapping):
+            raise ValueError(f"expected amounts by measure, not {found!r}")  # noqa: TRY004 - of a file, not of a caller
+        for name, value in found.items():
+            if name not in MEASURES:
+                raise ValueError(f"measure {name!r} is not known; known: {', '.join(measure.name for measure in measures())}")
+            fault = MEASURES.get(name).fault(value)
+            if fault:
+                raise ValueError(fault)
+        return cls(**found)
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(**{name: self.get(name) + other.get(name) for name in self._with(other)})  # type: ignore[arg-type]
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(**{name: self.get(name) - other.get(name) for name in self._with(other)})  # type: ignore[arg-type]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Cost) and all(self.get(name) == other.get(name) for name in self._with(other))
+
+    def __hash__(self) -> int:
+        return hash(frozenset((name, value) for name, value in self._amounts.items() if value))
+
+    def __repr__(self) -> str:
+        return f"Cost({', '.join(f'{name}={value}' for name, value in self._amounts.items() if value)})"
+
+    def _with(self, other: Cost) -> Iterator[str]:
+        return iter({**self._amounts, **other._amounts})
 
 
 def pays(cost: Cost, dense: Cost) -> bool:
@@ -48,19 +104,13 @@ def pays(cost: Cost, dense: Cost) -> bool:
     return all(ours <= theirs for ours, theirs in pairs) and any(ours < theirs for ours, theirs in pairs)
 
 
-MEASURES: tuple[str, ...] = tuple(field.name for field in fields(Cost))
-
-
 def amount(measure: str, value: float) -> str:
-    """A value of a measure as text, which a budget reads again.
+    """A value of a measure as text.
 
     >>> amount("macs", 1200000), amount("seconds", 0.00325)
     ('1,200,000', '3.25ms')
     """
-    if measure != "seconds":
-        return f"{int(value):,}"
-    unit = next((unit for unit in ("s", "ms", "us") if value >= _DURATIONS[unit]), "us")
-    return f"{value / _DURATIONS[unit]:.4g}{unit}"
+    return MEASURES.get(measure).write(value)
 
 
 @dataclass(frozen=True)
@@ -69,20 +119,20 @@ class Bound:
 
     value: float
     fraction: bool
-    measure: str = ""
+    measure: str
 
     @classmethod
     def parse(cls, measure: str, value: BudgetValue) -> Bound:
         """Read `0.4` or `"40%"` (fractions), `"120M"` or, for seconds, `"3ms"` (absolute); raises `BudgetError` on anything else."""
-        example = "'3ms'" if measure == "seconds" else "'120M'"
-        allowed = f"write {measure} as a fraction in (0, 1] such as 0.4 or '40%', or as an absolute number with a unit such as {example}"
+        known = MEASURES.get(measure)
+        allowed = f"write {measure} as a fraction in (0, 1] such as 0.4 or '40%', or as an absolute number with a unit such as {known.example!r}"
         if isinstance(value, bool) or not isinstance(value, Real | str):
             raise BudgetError(f"budget {measure}={value!r} is not a number; {allowed}")
         if isinstance(value, str):
             text = value.strip()
             if text.endswith("%"):
                 return cls.parse(measure, _number(text[:-1], measure, allowed) / 100)
-            absolute = _absolute(measure, text)
+            absolute = known.read(text)
             if absolute is not None:
                 return cls(absolute, fraction=False, measure=measure)
             value = _number(text, measure, allowed)
@@ -91,10 +141,9 @@ class Bound:
         return cls(float(value), fraction=True, measure=measure)
 
     def limit(self, original: float) -> float:
-        """The largest allowed value for a model that costs `original`; a whole number for all but seconds."""
-        if self.measure == "seconds":
-            return self.value * original if self.fraction else self.value
-        return int(self.value * original + 1e-6) if self.fraction else int(self.value)
+        """The largest allowed value for a model that costs `original`; a whole number where the measure counts."""
+        value = self.value * original if self.fraction else self.value
+        return int(value + 1e-6 * self.fraction) if MEASURES.get(self.measure).whole else value
 
     def __str__(self) -> str:
         return f"{self.value:.4g}" if self.fraction else amount(self.measure, self.value)
@@ -122,9 +171,9 @@ class Budget:
         bounds: list[tuple[str, Bound]] = []
         max_error: float | None = None
         for name, value in spec.items():
-            measure = _ALIASES.get(name, name)
+            measure = measure_named(name)
             if any(measure == given for given, _ in bounds):
-                raise BudgetError(f"budget {measure} is given twice, as seconds and as latency; give it once")
+                raise BudgetError(f"budget {measure} is given twice, once as another word for it; give it once")
             if measure == "max_error":
                 max_error = _number(value, measure, "give the largest relative error of a site, in (0, 1]")
                 if not 0 < max_error <= 1:
@@ -132,9 +181,9 @@ class Budget:
             elif measure in MEASURES:
                 bounds.append((measure, Bound.parse(measure, value)))
             else:
-                raise BudgetError(f"unknown budget {measure!r}; known: {', '.join(MEASURES)}, max_error")
+                raise BudgetError(f"unknown budget {measure!r}; known: {_known()}")
         if not bounds and max_error is None:
-            raise BudgetError("the budget is empty; give at least one of " + ", ".join((*MEASURES, "max_error")))
+            raise BudgetError(f"the budget is empty; give at least one of {_known()}")
         return cls(tuple(bounds), max_error)
 
     @property
@@ -154,14 +203,13 @@ class Budget:
 BudgetSpec = Mapping[str, BudgetValue] | BudgetValue | Budget
 
 
-def _absolute(measure: str, text: str) -> float | None:
-    """The number that a text with a unit stands for; None for a text without one."""
-    if measure == "seconds":
-        match = _DURATION.fullmatch(text)
-        value = float(match[1]) * _DURATIONS[match[2]] if match else 0.0
-        return value if value > 0 else None
-    match = _ABSOLUTE.fullmatch(text)
-    return float(match[1]) * _UNITS[(match[2] or "").upper()] if match and (match[2] or text[-1] in "bB") else None
+def bounded() -> list[str]:
+    """The words for measures that a budget may bound."""
+    return [word for measure in measures() for word in (measure.name, *measure.aliases)]
+
+
+def _known() -> str:
+    return ", ".join([*(measure.name for measure in measures()), "max_error"])
 
 
 def _number(value: object, measure: str, allowed: str) -> float:

@@ -8,6 +8,7 @@ import math
 import re
 import reprlib
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -37,6 +38,21 @@ _MOST_WRITTEN = 1 << 16  # in YAML, which people write, and whose aliases can st
 _LARGEST_WHOLE = 1 << 63
 # what PyYAML raises for tags and scalars that it cannot construct
 _YAML_FAULTS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError)
+
+
+class Plain(ABC):
+    """A value that is no dataclass, and says itself how it stands in a document."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def plain(self) -> object:
+        """The value as a tree of mappings, lists, texts and numbers."""
+
+    @classmethod
+    @abstractmethod
+    def of_plain(cls, found: object) -> Plain:
+        """The value that such a tree stands for; raises `ValueError` for one that stands for none."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +90,8 @@ class Document(Generic[T]):
         """A value that was read already, by the schema; raises `error`."""
         try:
             _check_plain(found, finite=self.finite)
-            made = msgspec.convert(found, self.schema)
-            _check_known(found, msgspec.to_builtins(made))
+            made = msgspec.convert(found, self.schema, dec_hook=_of_plain)
+            _check_known(found, msgspec.to_builtins(made, enc_hook=_plain))
             self.sound(made)
         except (ValueError, RecursionError) as error:
             raise self._refused(source, _with_value(str(error), found)) from None
@@ -84,7 +100,7 @@ class Document(Generic[T]):
     def text(self, value: T) -> str:
         """The document as text that `parse` reads."""
         head = {} if self.version is None else {"version": self.version}
-        found = msgspec.to_builtins(value)
+        found = msgspec.to_builtins(value, enc_hook=_plain)
         return json.dumps({**head, **found} if isinstance(found, dict) else found, indent=1)
 
     def sealed(self, value: T, key: str) -> str:
@@ -120,6 +136,18 @@ def register_document(document: Document[T]) -> Document[T]:
 
 
 _SEALED = Document("sealed document", _Sealed, UsageError, "it is made again")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Plain):
+        return value.plain()
+    raise NotImplementedError
+
+
+def _of_plain(cls: type, found: object) -> object:
+    if issubclass(cls, Plain):
+        return cls.of_plain(found)
+    raise NotImplementedError
 
 
 def misfit(cls: type, option: str, value: object) -> str:

@@ -24,11 +24,9 @@ from tdpass.views.html_curve import curve
 from tdpass.views.html_sites import MEASURES, breakable, colours, common_prefix, composition, format_table, site_table
 from tdpass.views.html_training import training
 from tdpass.views.training import destroyed, other_checks, scores
-from tdpass.views.units import cost_text, human, ratio, seconds, share, small
+from tdpass.views.units import cost_text, human, ratio, seconds, share, shown_measures, small
 
 _NAMES_SHOWN = 6
-_TITLES = {"macs": "fewer MACs", "params": "fewer parameters", "bytes": "fewer bytes", "seconds": "faster"}
-_OPPOSITES = {"seconds": "slower"}
 
 
 def render_html(report: Report, plan: RankPlan | None = None) -> str:
@@ -95,14 +93,14 @@ def _moment(created: str) -> str:
 
 def _figures(report: Report, rows: Sequence[SiteRow], original: Cost, final: Cost) -> Html:
     cards: list[Html] = []
-    for measure, title in _TITLES.items():
-        before, after = original.get(measure), final.get(measure)
+    for measure in shown_measures():
+        before, after = original.get(measure.name), final.get(measure.name)
         if not before:
             continue
         kept = tag("svg", *_kept_bar(before, after), class_="kept-bar", width="100%", height=6, aria_hidden="true")
-        amounts = spaced(cost_text(measure, before)), " → ", spaced(cost_text(measure, after))
+        amounts = spaced(cost_text(measure.name, before)), " → ", spaced(cost_text(measure.name, after))
         change = tag("p", *amounts, tag("span", f"{share(after, before)} kept", class_="muted keep"))
-        words = title if after <= before else _OPPOSITES.get(measure, title.replace("fewer", "more"))
+        words = measure.less if after <= before else measure.more
         times = ratio(max(before, after), min(before, after), "×")
         cards.append(tag("li", tag("p", tag("strong", times), " ", words, class_="big"), kept, change))
     if report.stored is not None:

@@ -130,18 +130,42 @@ def _kept(outputs: Outputs) -> Outputs:
 class Pass(ABC):
     """One rewrite of a model; a frozen dataclass whose fields are its options.
 
-    `promise` is what it says of the network's outputs, which every run of a pipeline holds it to.
+    `promise` is what it says of the network's outputs, which every run of a pipeline holds it to.  `gathers` has, for fields that are
+    mappings, the words that are options of the pass and keys of that field.
     """
 
     name: ClassVar[str]
     promise: ClassVar[Promise] = Promise.NONE
+    gathers: ClassVar[Mapping[str, Callable[[], Sequence[str]]]] = {}
 
     @abstractmethod
     def run(self, model: Model, job: Job) -> bool:
         """Rewrite `model` in place, say in `job.report` what was done and what was declined and why; return whether it changed."""
 
+    @classmethod
+    def build(cls, options: Mapping[str, object]) -> Pass:
+        """The pass with these options; raises `UsageError` on one that it does not take, or of the wrong type."""
+        known = {option.name: option for option in _options(cls) if option.name not in cls.gathers}
+        into = {word: name for name, words in cls.gathers.items() for word in words()}
+        made: dict[str, Any] = {name: {} for name in cls.gathers}
+        for key, value in options.items():
+            if key not in known and key not in into:
+                raise UsageError(f"pass {cls.name!r} has no option {key!r}; it takes: {', '.join((*into, *known)) or 'none'}")
+            wrong = misfit(cls, into.get(key, key), {key: value} if key in into else value)
+            if wrong:
+                such = f", such as {_show(_default(known[key]))}" if key in known else ""
+                raise UsageError(f"option {key}={value!r} of pass {cls.name!r} must be of type {wrong}{such}")
+            made.update({into[key]: made[into[key]] | {key: value}} if key in into else {key: value})
+        return cls(**made)
+
+    def options(self) -> dict[str, object]:
+        """The options that are not as they are by default, of which `build` makes the same pass."""
+        changed = {f.name: getattr(self, f.name) for f in _options(type(self)) if getattr(self, f.name) != _default(f)}
+        gathered = {key: value for name in self.gathers for key, value in changed.pop(name, {}).items()}
+        return gathered | changed
+
     def __str__(self) -> str:
-        options = [f"{f.name}={_show(getattr(self, f.name))}" for f in _options(type(self)) if getattr(self, f.name) != _default(f)]
+        options = [f"{name}={_show(value)}" for name, value in self.options().items()]
         return self.name + (f"{{{','.join(options)}}}" if options else "")
 
 
@@ -185,7 +209,7 @@ class Pipeline:
                 passes.extend(_from_text(text) for text in _split(item))
             elif isinstance(item, Mapping) and len(item) == 1:
                 ((name, options),) = item.items()
-                passes.append(_build(str(name), _mapping(options, name)))
+                passes.append(PASSES.get(str(name)).build(_mapping(options, name)))
             else:
                 raise UsageError(f"{item!r} is not a pass; write 'name', 'name{{option=value}}' or {{name: {{option: value}}}}")
         return cls(tuple(passes))
@@ -256,7 +280,7 @@ def _from_text(text: str) -> Pass:
     for part in filter(None, (part.strip() for part in (match[2] or "").split(","))):
         key, sign, value = part.partition("=")
         options[key.strip()] = _value(value, text) if sign else True
-    return _build(match[1], options)
+    return PASSES.get(match[1]).build(options)
 
 
 def _value(text: str, where: str) -> object:
@@ -284,15 +308,3 @@ def _default(option: Field[Any]) -> Any:
 
 def _show(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
-
-
-def _build(name: str, options: Mapping[str, object]) -> Pass:
-    cls = PASSES.get(name)
-    known = {option.name: option for option in _options(cls)}
-    for key, value in options.items():
-        if key not in known:
-            raise UsageError(f"pass {name!r} has no option {key!r}; it takes: {', '.join(known) or 'none'}")
-        wrong = misfit(cls, key, value)
-        if wrong:
-            raise UsageError(f"option {key}={value!r} of pass {name!r} must be of type {wrong}, such as {_show(_default(known[key]))}")
-    return cls(**options)

@@ -15,9 +15,8 @@ from tdpass.views import summary
 from tdpass.views.tables import Column, Part, fitting, grid, heading, item, pairs
 from tdpass.views.training import destroyed, other_checks
 from tdpass.views.training_table import scores_line, training_table
-from tdpass.views.units import cost_text, dims, human, plain, ranks, ratio, seconds, share, small
+from tdpass.views.units import cost_text, dims, human, plain, ranks, ratio, seconds, share, shown_measures, small
 
-TITLES = {"macs": "MACs", "params": "Params", "bytes": "Bytes", "seconds": "Time"}
 _NAMES_SHOWN = 4
 
 
@@ -220,10 +219,10 @@ def _totals(report: Report, plan: RankPlan | None, rows: Sequence[SiteRow], widt
     facts = [("budget", report.budget), ("metric", report.metric), ("divergence", report.divergence), ("machine", report.machine), ("target", report.target)]
     parts: list[Part] = [heading(report.model or "Model"), pairs([(name, value) for name, value in facts if value]), ""]
     lines = []
-    for measure, title in TITLES.items():
-        old, new = before.get(measure), after.get(measure)
+    for measure in shown_measures():
+        old, new = before.get(measure.name), after.get(measure.name)
         if old:
-            lines.append((title, cost_text(measure, old), cost_text(measure, new), ratio(old, new), share(new, old)))
+            lines.append((measure.title, cost_text(measure.name, old), cost_text(measure.name, new), ratio(old, new), share(new, old)))
     after_title = "Planned" if report.dry_run else "After"
     parts.append(grid(("Total", "Before", after_title, "Smaller", "Kept"), lines, width, numbers=(1, 2, 3, 4)))
     if report.stored is not None:

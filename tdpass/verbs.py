@@ -235,7 +235,7 @@ def _finished(opened: Model, model: Model, job: Job) -> Artifact:
 def _count_again(model: Model, job: Job, plan: RankPlan, *, changed: bool) -> None:
     report = job.report
     report.dry_run = not changed and any(not choice.kept_dense for choice in plan)
-    report.final = plan.planned if report.dry_run else Cost(model.params(), _macs(model, report), model.bytes(), report.original.seconds)
+    report.final = plan.planned if report.dry_run else report.original.recounted(Cost(model.params(), _macs(model, report), model.bytes()))
 
 
 def _artifact(model: Model, job: Job, plan: RankPlan) -> Artifact:

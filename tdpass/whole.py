@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from tdpass.cost import Cost, amount
 from tdpass.errors import BudgetError
+from tdpass.measures import counted
 from tdpass.models.base import Model, call_batch
 from tdpass.pipeline import Job
 from tdpass.planner.rank_plan import DENSE, Choice, RankPlan
@@ -26,9 +27,9 @@ def hold_against_dense(opened: Model, model: Model, job: Job) -> bool:
     before, after = job.target.time_models([dense, model], call_batch(dense, job.batches, job.batch), setting)
     # the planned and the reached time are comparable only on the same scale
     whole = report.original.seconds or before
-    report.original = replace(report.original, seconds=whole)
+    report.original = report.original.replace(seconds=whole)
     if after < before:
-        report.final = replace(report.final, seconds=whole * after / before)
+        report.final = report.final.replace(seconds=whole * after / before)
         return True
     reason = f"the compressed model takes {amount('seconds', after)} and the original {amount('seconds', before)}: it is given back unchanged"
     report.note(reason)
@@ -44,7 +45,7 @@ def hold_to_budget(job: Job) -> None:
     assert job.plan is not None
     limits = {} if job.budget is None else job.budget.limits(job.original)
     final, planned = job.report.final, job.plan.planned
-    over = [measure for measure in ("params", "macs", "bytes") if final.get(measure) > limits.get(measure, math.inf)]
+    over = [measure for measure in counted() if final.get(measure) > limits.get(measure, math.inf)]
     if not over:
         return
     said = ", ".join(f"{amount(m, final.get(m))} {m}, {amount(m, final.get(m) - limits[m])} above the limit of {amount(m, limits[m])}" for m in over)

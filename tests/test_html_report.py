@@ -232,9 +232,9 @@ def test_children_are_escaped_unless_they_are_markup() -> None:
 def test_times_are_shown_where_sites_were_timed() -> None:
     report = report_of(3)
     report.sites = [
-        replace(row, before=replace(row.before, seconds=2.5e-3), after=replace(row.after, seconds=1e-3), kernel=HOSTILE, predicted=9e-4) for row in report.sites
+        replace(row, before=row.before.replace(seconds=2.5e-3), after=row.after.replace(seconds=1e-3), kernel=HOSTILE, predicted=9e-4) for row in report.sites
     ]
-    report.original, report.final = replace(report.original, seconds=0.02), replace(report.final, seconds=0.03)
+    report.original, report.final = report.original.replace(seconds=0.02), report.final.replace(seconds=0.03)
     report.target = "cpu, batch 1, 1 thread"
     page = Page(render_html(report))
     for word in ("2.5 ms", "1 ms", "900 us", "2.50×", "20 ms", "30 ms", "1.50× slower", "cpu, batch 1, 1 thread"):

@@ -177,9 +177,9 @@ def test_times_are_shown_where_sites_were_timed(width: int | None) -> None:
     report = report_of()
     for index, row in enumerate(report.sites):
         after = 2.5e-3 if row.format == "dense" else 1e-3
-        before, made = replace(row.before, seconds=2.5e-3), replace(row.after, seconds=after)
+        before, made = row.before.replace(seconds=2.5e-3), row.after.replace(seconds=after)
         report.sites[index] = replace(row, before=before, after=made, kernel="eager", predicted=9e-4)
-    report.original, report.final = replace(report.original, seconds=0.02), replace(report.final, seconds=0.01)
+    report.original, report.final = report.original.replace(seconds=0.02), report.final.replace(seconds=0.01)
     report.target = "cpu, batch 1, 1 thread"
     text = to_text(report_view(report, None, width), width)
     assert width is None or max(map(len, text.splitlines())) <= width

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tdpass.errors import UsageError
+from tdpass.measures import measures
 
 Run = Callable[..., int]
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")}
@@ -64,7 +65,8 @@ def add_data(parser: Parser) -> None:
 def add_planning(parser: Parser) -> None:
     """Options that decide what the planner may do."""
     group = parser.add_argument_group("planning")
-    budgets = "macs=0.4, params=50%%, bytes=2MiB, latency=3ms or max_error=0.1; may be repeated"
+    amounts = ", ".join(f"{measure.name}={measure.example}" for measure in measures()).replace("%", "%%")
+    budgets = f"a share or an amount, such as macs=0.4 or {amounts}; or max_error=0.1; may be repeated"
     group.add_argument("--budget", metavar="KEY=VALUE", action="append", default=[], help=budgets)
     group.add_argument("--include", metavar="GLOB", action="append", default=[], help="plan only sites whose names match; may be repeated")
     group.add_argument("--exclude", metavar="GLOB", action="append", default=[], help="leave sites alone whose names match; may be repeated")

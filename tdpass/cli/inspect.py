@@ -18,6 +18,7 @@ from tdpass.data import calls_of
 from tdpass.errors import TdpassError
 from tdpass.formats import FORMATS
 from tdpass.formats.base import Format, Rank, dense_cost
+from tdpass.measures import counted
 from tdpass.models import open_model
 from tdpass.site import Site
 from tdpass.terminal import InspectRow, inspect_table, refusals
@@ -85,7 +86,7 @@ def _part(inside: Cost, whole: Cost, measure: str, unit: str = "") -> str:
 
 def _counted(cost: Cost) -> dict[str, float]:
     """The measures that need no machine to run on."""
-    return {measure: cost.get(measure) for measure in ("params", "macs", "bytes")}
+    return {measure: cost.get(measure) for measure in counted()}
 
 
 def _paying(site: Site, formats: list[Format]) -> dict[str, Rank]:

@@ -14,10 +14,11 @@ from tdpass.constraints.anything import Anything
 from tdpass.constraints.base import Constraint, Shared, checked
 from tdpass.constraints.in_format import InFormat
 from tdpass.constraints.spectral import SPECTRAL, energies
-from tdpass.cost import MEASURES, amount
+from tdpass.cost import amount
 from tdpass.errors import PlanError, UsageError
 from tdpass.formats import FORMATS, Rank
 from tdpass.formats.base import dense_cost, shrinks
+from tdpass.measures import counted
 from tdpass.site import Site
 
 _FINE = 128
@@ -58,8 +59,8 @@ class RankBudget(Shared):
     sensitivity: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.price, str) and self.price not in MEASURES[:-1]:
-            raise UsageError(f"unknown measure {self.price!r} of a rank budget; known: {', '.join(MEASURES[:-1])}, or give a function of site and rank")
+        if isinstance(self.price, str) and self.price not in counted():
+            raise UsageError(f"unknown measure {self.price!r} of a rank budget; known: {', '.join(counted())}, or give a function of site and rank")
         if self.least < 1 or self.hysteresis < 1 or self.shrink < 0:
             raise UsageError(f"least={self.least}, hysteresis={self.hysteresis}, shrink={self.shrink}; these are at least 1, 1 and 0")
         wrong = {name: value for name, value in self.sensitivity.items() if name not in self.sites or not value >= 0}

@@ -66,7 +66,7 @@ class Table:
         """The site as it is, with its time where that is known."""
         timing = self.dense_times.get(site.name, Timing(0.0))
         candidate = dense_candidate(site)
-        return replace(candidate, cost=replace(candidate.cost, seconds=timing.seconds), kernel=timing.kernel)
+        return replace(candidate, cost=candidate.cost.replace(seconds=timing.seconds), kernel=timing.kernel)
 
     def options(self, budget: Budget) -> list[Option]:
         """Everything that may be chosen under that budget's error limit; dense always."""
@@ -80,7 +80,7 @@ class Table:
     def plan(self, budget: Budget, original: Cost) -> RankPlan:
         """The best choice under a budget; `original` is the cost of the whole model."""
         names = [site.name for site in self.sites]
-        prepared = replace(self.prepared or original, seconds=original.seconds)
+        prepared = original.recounted(self.prepared or original)
         fixed = prepared - sum((self.dense(site).cost for site in self.sites), Cost())
         options = self.options(budget)
         if budget.bounds:

@@ -12,6 +12,7 @@ from tdpass.documents import Amount, Count, Document, Size, register_document
 from tdpass.errors import PlanError
 from tdpass.files import write_text
 from tdpass.formats.base import FORMATS, no_padding, unit
+from tdpass.measures import counted
 from tdpass.report import SiteRow
 from tdpass.site import Site
 
@@ -131,7 +132,7 @@ def _check_sound(plan: RankPlan) -> None:
         fault = _fault(choice)
         if fault:
             raise ValueError(f"site {choice.site!r} {fault}")
-    if min(plan.planned.get(measure) for measure in ("params", "macs", "bytes")) < 0:
+    if min(plan.planned.get(measure) for measure in counted()) < 0:
         raise ValueError(f"its choices save more than the original model's {plan.original}")
 
 
@@ -143,7 +144,7 @@ def _fault(choice: Choice) -> str:
     if not weights <= choice.dense.params <= weights + outputs:
         return f"of shape {choice.shape} has {weights} weights, not {choice.dense.params}"
     if choice.kept_dense:
-        same = replace(choice.cost, seconds=0.0) == replace(choice.dense, seconds=0.0)
+        same = all(choice.cost.get(measure) == choice.dense.get(measure) for measure in counted())
         return "" if same and not choice.rank else f"is dense, of rank {choice.rank} and at another cost"
     if choice.format not in FORMATS:
         return ""  # the pass that carries it out lists those it knows

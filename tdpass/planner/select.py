@@ -13,6 +13,7 @@ import numpy as np
 
 from tdpass.cost import Cost, amount
 from tdpass.errors import BudgetError
+from tdpass.measures import MEASURES
 from tdpass.planner.candidates import Candidate
 
 _SECONDS = 30.0
@@ -113,7 +114,7 @@ def _smallest(options: Sequence[Option], sites: Sequence[str], limits: Mapping[s
         if least > limit:
             stays = amount(measure, fixed.get(measure))
             # rounded up, so that a budget of just what is named here can be met
-            asked, reachable = amount(measure, limit), amount(measure, least * 1.0005 if measure == "seconds" else least)
+            asked, reachable = amount(measure, limit), amount(measure, least if MEASURES.get(measure).whole else least * 1.0005)
             parts.append(f"budget of {asked} {measure} is below the smallest reachable plan ({reachable}, of which {stays} in layers that stay)")
     if not parts:
         return "no plan meets all budgets at once; raise one of them: " + ", ".join(f"{m} <= {amount(m, v)}" for m, v in limits.items())

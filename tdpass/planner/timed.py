@@ -70,7 +70,7 @@ def with_times(table: Table, watch: Stopwatch, only_measured: bool = False) -> T
         timing = watch.timing(sites[name], candidate)
         if not watch.faster(sites[name], timing):
             return None
-        return replace(candidate, cost=replace(candidate.cost, seconds=timing.seconds), kernel=timing.kernel)
+        return replace(candidate, cost=candidate.cost.replace(seconds=timing.seconds), kernel=timing.kernel)
 
     candidates = {name: [kept for c in found if (kept := timed(name, c)) is not None] for name, found in table.candidates.items()}
     joint = []

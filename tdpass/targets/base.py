@@ -51,10 +51,11 @@ class Target(ABC):
     """A machine that layers are timed on; a subclass per kind, registered with `register_target`.
 
     `margin` is how much faster than the dense layer a variant must have been measured to count as faster: what is left of the
-    noise after careful rounds.  `notes` is what the user should hear of.
+    noise after careful rounds.  `measures` is what it tells of a layer, `notes` what the user should hear of.
     """
 
     name: ClassVar[str]
+    measures: ClassVar[tuple[str, ...]] = ("seconds",)
     margin: ClassVar[float] = 0.0
 
     def __init__(self) -> None:

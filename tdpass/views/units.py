@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from tdpass.measures import MEASURES, Measure, measures
+
 _PREFIXES = ("", "k", "M", "G", "T", "P")
+_FIRST = ("macs", "params", "bytes")
 
 
 def human(value: float, unit: str = "") -> str:
@@ -88,10 +91,16 @@ def seconds(value: float) -> str:
 def cost_text(measure: str, value: float) -> str:
     """A cost in the unit of its measure.
 
-    >>> cost_text("macs", 1200), cost_text("bytes", 1200), cost_text("seconds", 0.0012)
-    ('1.20 k', '1.20 kB', '1.2 ms')
+    >>> cost_text("macs", 1200), cost_text("bytes", 1200), cost_text("seconds", 0.0012), cost_text("joules", 0.0012)
+    ('1.20 k', '1.20 kB', '1.2 ms', '1.2mJ')
     """
-    return seconds(value) if measure == "seconds" else human(value, "B" if measure == "bytes" else "")
+    known = MEASURES.get(measure)
+    return seconds(value) if measure == "seconds" else human(value, known.unit) if known.whole else known.write(value)
+
+
+def shown_measures() -> list[Measure]:
+    """All measures in the order in which people look for them."""
+    return sorted(measures(), key=lambda measure: _FIRST.index(measure.name) if measure.name in _FIRST else len(_FIRST))
 
 
 def dims(shape: Sequence[int], times: str = "x") -> str:

@@ -76,7 +76,7 @@ def test_what_the_solver_prints_stays_away_from_standard_output(capfd: pytest.Ca
 def test_a_bound_on_seconds_is_kept_whatever_their_size(seed: int, scale: float) -> None:
     options, sites = _options(seed)
     timed = [
-        Option({name: replace(part, cost=replace(part.cost, seconds=part.cost.macs / 1000 * scale)) for name, part in o.parts.items()}, o.loss) for o in options
+        Option({name: replace(part, cost=part.cost.replace(seconds=part.cost.macs / 1000 * scale)) for name, part in o.parts.items()}, o.loss) for o in options
     ]
     fixed = Cost(0, 0, 0, 0.1 * scale)
     chosen = select(timed, sites, {"seconds": 2.2 * scale}, fixed)
