@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
-Kind = Literal["linear", "conv"]
+Pads = tuple[tuple[int, int], ...]
 Extent = tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -22,17 +22,17 @@ class Site:
     """A weight `W[o, i]` of a linear layer or `W[o, i, *kernel]` of a convolution, and where it is used.
 
     `name` is the same on every front end: the module's path in torch, the initializer's name without
-    `.weight` in ONNX.  `padding` has a (before, after) pair per spatial axis.  `extents` holds one
+    `.weight` in ONNX.  `kind` is a name in `tdpass.kinds.KINDS`.  `padding` has a (before, after) pair per spatial axis.  `extents` holds one
     (input size, output size) per call, for `samples` samples together: spatial sizes of a convolution of one
     image, `((n,), (n,))` for a linear layer applied to `n` positions; it is empty until the model has been seen
     running.  `samples` is more than one only where a sample's own share of the calls is no whole number.
     """
 
     name: str
-    kind: Kind
+    kind: str
     shape: tuple[int, ...]
     stride: tuple[int, ...] = ()
-    padding: tuple[tuple[int, int], ...] = ()
+    padding: Pads = ()
     dilation: tuple[int, ...] = ()
     bias: bool = False
     itemsize: int = 4
@@ -53,6 +53,11 @@ class Site:
     def kernel(self) -> tuple[int, ...]:
         """Spatial size of the kernel; empty for a linear layer."""
         return self.shape[2:]
+
+    @property
+    def axes(self) -> int:
+        """Number of spatial axes."""
+        return len(self.shape) - 2
 
     @property
     def weights(self) -> int:
@@ -76,7 +81,7 @@ class Site:
 
     def channel_axis(self, axes: int) -> int:
         """Where the channels lie in what the layer reads and makes, among that many axes; before them there may be none of samples."""
-        return axes - 1 - len(self.kernel)
+        return axes - 1 - self.axes
 
     def positions_after(self, axes: int) -> int:
         """Positions of `samples` samples once the first `axes` spatial axes are at output size and the rest still at input size."""

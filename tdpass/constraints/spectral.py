@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tdpass.formats import Rank
-from tdpass.formats.chains import FAMILIES, chain_of
+from tdpass.formats.chains import chain_of, family_of
 from tdpass.formats.spectrum import top_eigenpairs
 from tdpass.site import Site
 
@@ -92,7 +92,7 @@ class Train(Spectral):
     """TT-SVD (Oseledets 2011): cut after cut, what is left is projected on its leading left singular vectors."""
 
     def ranks(self, site: Site, cuts: int | None) -> int:
-        return FAMILIES[site.kind].proposed[0] if cuts is None else cuts
+        return family_of(site).proposed[0] if cuts is None else cuts
 
     def useful(self, site: Site, rank: Rank) -> Rank:
         sizes, found = chain_of(site, len(rank)).modes.shape, list(rank)

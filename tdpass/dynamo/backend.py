@@ -28,6 +28,7 @@ from tdpass.dynamo.frozen import FROZEN, constants, forget, freeze
 from tdpass.dynamo.fuse import fuse_chains
 from tdpass.dynamo.links import read_link
 from tdpass.errors import UsageError
+from tdpass.kinds import plain_module
 from tdpass.layers.derived import DERIVED
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.verbs import make_plan
@@ -219,10 +220,6 @@ def _plan_weights(draft: Draft, budget: BudgetSpec | None) -> RankPlan:
 
 def _holder(weight: nn.Parameter) -> nn.Module:
     """A module that the planner can read a weight from."""
-    if weight.dim() == 2:
-        module: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    else:
-        cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[weight.dim() - 3]
-        module = cls(weight.shape[1], weight.shape[0], tuple(weight.shape[2:]), bias=False, device="meta")  # type: ignore[arg-type]
+    module = plain_module(tuple(weight.shape))
     module.weight = weight
     return module

@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 from tdpass.dynamo.links import Link, argument, mutates, read_link, same_sizes, tensor_of
 from tdpass.kernels.conv_chain import MAX_STAGES
 from tdpass.kernels.stage import Lanes, stages_of
-from tdpass.layers.factor_chain import FACTOR_CHAIN
+from tdpass.layers.factor_chain import FACTOR_CHAIN, LINEAR
 
 _SUMS = {operator.add, torch.add, operator.iadd}
 _ACTIVATIONS: dict[Any, str] = {
@@ -91,7 +91,7 @@ def _next(link: Link, entries: dict[Node, Link]) -> Link | None:
     if len(link.node.users) != 1 or link.bias is not None:
         return None
     after = entries.get(next(iter(link.node.users)))
-    if after is None or after.x is not link.node or after.kind != link.kind or _dtype(after.node) != _dtype(link.node):
+    if after is None or after.x is not link.node or after.axes != link.axes or _dtype(after.node) != _dtype(link.node):
         return None
     return after
 
@@ -114,7 +114,7 @@ def _whole(part: Sequence[Link], order: dict[Node, int], taken: AbstractSet[Node
     nodes = tuple(node for link in part for node in link.nodes)
     bare = Chain(tuple(part), nodes, part[-1].bias)
     for chain in (_extended(bare), _with_norm(bare), bare):
-        enough = alone or len(part) > 1 or (chain.norm is not None and part[0].kind != "linear")
+        enough = alone or len(part) > 1 or (chain.norm is not None and part[0].axes)
         if enough and taken.isdisjoint(chain.nodes) and not _crosses_mutation(chain, order):
             return chain
     return None
@@ -132,7 +132,7 @@ def _with_norm(chain: Chain) -> Chain:
     if norm is None or value is None or norm.target is not F.batch_norm or argument(norm, 0, "input") is not y:
         return chain
     tensors = norm_inputs(norm)
-    fits = chain.links[0].kind != "linear" or value.dim() == 2
+    fits = chain.links[0].axes or value.dim() == 2
     stored = all(node is None or (isinstance(node, Node) and node.op == "placeholder") for node in (*tensors, chain.bias))
     if argument(norm, 5, "training", default=False) or not fits or not stored or None in tensors[:2]:
         return chain
@@ -158,7 +158,7 @@ def _with_sum(chain: Chain) -> Chain:
         return chain
     if same_sizes(rest.shape, value.shape):
         return replace(chain, nodes=(*chain.nodes, total), residual=other)
-    shift = chain.links[0].kind == "linear" and other.op == "placeholder" and rest.dim() == 1 and same_sizes(rest.shape, value.shape[-1:])
+    shift = not chain.links[0].axes and other.op == "placeholder" and rest.dim() == 1 and same_sizes(rest.shape, value.shape[-1:])
     if not shift or chain.bias is not None or chain.norm is not None:
         return chain
     return _with_sum(replace(chain, nodes=(*chain.nodes, total), bias=other))
@@ -193,12 +193,12 @@ def _fused_module(node: Node, order: dict[Node, int], taken: AbstractSet[Node]) 
     x, factors, bias, integers, activation, lanes = node.args
     if not all(isinstance(factor, Node) and factor.op == "placeholder" for factor in factors):  # type: ignore[union-attr]
         return None
-    kind: Any = "linear" if lanes == "linear" else "conv1d" if _axes(x) == 3 else "conv2d"
+    axes = 0 if lanes == LINEAR else _axes(x) - 2
     links = tuple(
-        Link((node,), x, factor, None, kind, stage)  # type: ignore[arg-type]
+        Link((node,), x, factor, None, axes, stage)  # type: ignore[arg-type]
         for stage, factor in zip(stages_of(integers), factors, strict=True)  # type: ignore[arg-type]
     )
-    bare = Chain(links, (node,), bias, activation=str(activation), lanes="channels" if lanes == "linear" else lanes)  # type: ignore[arg-type]
+    bare = Chain(links, (node,), bias, activation=str(activation), lanes="channels" if lanes == LINEAR else lanes)  # type: ignore[arg-type]
     whole = _extended(bare) if activation == "identity" else bare
     return bare if _crosses_mutation(whole, order) or not taken.isdisjoint(whole.nodes) else whole
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,13 +18,14 @@ from tdpass.dynamo.links import Link, read_link
 from tdpass.errors import TdpassError
 from tdpass.formats.base import FORMATS, Layer, Rank
 from tdpass.formats.lowering import Lowered, lower
+from tdpass.kinds import plain_site
 from tdpass.layers.derived import Recipe
 from tdpass.ops import TorchOps
 from tdpass.site import Site
 
 log = logging.getLogger("tdpass.backend")
 
-_CONVOLVE: dict[str, Callable[..., Tensor]] = {"conv1d": torch.conv1d, "conv2d": torch.conv2d}
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {1: torch.conv1d, 2: torch.conv2d}
 Decision = tuple[str, Rank]
 Decide = Callable[[str, Tensor], "Decision | None"]
 
@@ -81,9 +82,8 @@ def module_path(weight: Node) -> str:
 
 
 def _site(link: Link, weight: Tensor) -> Site:
-    if link.kind == "linear":
-        return Site("weight", "linear", tuple(weight.shape), itemsize=weight.element_size())
-    return Site("weight", "conv", tuple(weight.shape), link.strides, link.pads, link.dilation, itemsize=weight.element_size())
+    plain = plain_site("weight", tuple(weight.shape))
+    return replace(plain, stride=link.strides, padding=link.pads, dilation=link.dilation, itemsize=weight.element_size())
 
 
 def _replace(draft: Draft, link: Link, recipe: Factorize) -> None:
@@ -92,7 +92,7 @@ def _replace(draft: Draft, link: Link, recipe: Factorize) -> None:
     layer = Layer(recipe.site, recipe.format, recipe.rank, {name: draft.value_of(node) for name, node in zip(names, factors, strict=True)})
     lowered = lower(layer)
     with draft.graph.inserting_before(link.node):
-        if lowered is None or link.kind == "conv3d":
+        if lowered is None or link.axes > 2:
             result = draft.call(_whole(layer), link.x, link.bias, *factors)
         else:
             result = _chain(draft, link, lowered, dict(zip(names, factors, strict=True)))
@@ -104,15 +104,14 @@ def _chain(draft: Draft, link: Link, lowered: Lowered, factors: dict[str, Node])
     x = link.x
     for index, (stage, name) in enumerate(zip(lowered.stages, lowered.factors, strict=True)):
         bias = link.bias if index + 1 == len(lowered.stages) else None
-        if link.kind == "linear":
+        if not link.axes:
             x = draft.call(F.linear, x, factors[name], bias)
             continue
-        axes = 1 if link.kind == "conv1d" else 2
-        stride, before, after, dilation = (list(pair[-axes:]) for pair in (stage.stride, stage.before, stage.after, stage.dilation))
+        stride, before, after, dilation = (list(pair[-link.axes:]) for pair in (stage.stride, stage.before, stage.after, stage.dilation))
         if before != after:
             sizes = [size for pair in reversed(list(zip(before, after, strict=True))) for size in pair]
-            x, before = draft.call(F.pad, x, sizes), [0] * axes
-        x = draft.call(_CONVOLVE[link.kind], x, factors[name], bias, stride, before, dilation, stage.groups)
+            x, before = draft.call(F.pad, x, sizes), [0] * link.axes
+        x = draft.call(_CONVOLVE[link.axes], x, factors[name], bias, stride, before, dilation, stage.groups)
     return x
 
 

@@ -64,7 +64,7 @@ def _reason(chain: Chain, *, measure: bool) -> str:
 
 def _layouts(draft: Draft, chains: Sequence[Chain], *, channels_last: bool) -> list[Layout]:
     """The layouts to choose from."""
-    images = any(chain.links[0].kind == "conv2d" for chain in chains)
+    images = any(chain.links[0].axes == 2 for chain in chains)
     reads_strides = any(node.op == "call_method" and node.target in _STRIDE_READERS for node in draft.graph.nodes)
     writes = any(mutates(user) for node in draft.inputs for user in node.users)
     return ["contiguous", "channels_last"] if images and channels_last and not reads_strides and not writes else ["contiguous"]
@@ -75,13 +75,13 @@ def _verdict(draft: Draft, chain: Chain, layout: Layout, *, measure: bool) -> Ve
     assert x is not None
     assert result is not None
     sizes = [hint(size) for size in x.shape]
-    kind = chain.links[0].kind
-    if kind == "linear":
+    axes = chain.links[0].axes
+    if axes == 0:
         sizes = [torch.Size(sizes[:-1]).numel(), sizes[-1]]
-    elif kind == "conv1d":
+    elif axes == 1:
         sizes.insert(2, 1)
     shift, rest = chain.bias is not None or chain.norm is not None, chain.residual is not None
-    laid: Layout = layout if kind == "conv2d" else "contiguous"
+    laid: Layout = layout if axes == 2 else "contiguous"
     call = ChainCall(stages_of(chain), tuple(sizes), result.dtype, laid, shift, rest, chain.activation, draft.frozen)
     verdict = choose([call], measure=measure)
     return verdict if chain.lanes is None else Verdict(verdict.lanes or chain.lanes, verdict.seconds, verdict.plain)
@@ -94,7 +94,7 @@ def stages_of(chain: Chain) -> tuple[Stage, ...]:
 
 def _rewrite(draft: Draft, chain: Chain, lanes: Lanes, results: Mapping[Node, Node]) -> Node:
     """The call that stands for the chain; `results` are those of chains rewritten before, which it may read."""
-    graph, kind = draft.graph, chain.links[0].kind
+    graph, axes = draft.graph, chain.links[0].axes
     result = tensor_of(chain.result)
     assert result is not None
     packed_for = packing(lanes, result.dtype)
@@ -105,16 +105,16 @@ def _rewrite(draft: Draft, chain: Chain, lanes: Lanes, results: Mapping[Node, No
         if tensor_of(x).dtype != result.dtype:  # type: ignore[union-attr]  # autocast would have converted it
             x = graph.call_method("to", (x, result.dtype))
         stages = stages_of(chain)
-        if kind == "linear":
+        if axes == 0:
             widths = [stages[0].inputs, *(stage.outputs for stage in stages)]
             call = graph.call_function(LINEAR_CHAIN.call, (x, weights, bias, residual, widths, chain.activation))
         else:
-            if kind == "conv1d":
+            if axes == 1:
                 x = graph.call_method("unsqueeze", (x, 2))
                 residual = None if residual is None else graph.call_method("unsqueeze", (residual, 2))
             integers = [value for stage in stages for value in stage.integers()]
             call = graph.call_function(CONV_CHAIN.call, (x, weights, bias, residual, integers, chain.activation, packed_for))
-            if kind == "conv1d":
+            if axes == 1:
                 call = graph.call_method("squeeze", (call, 2))
         call.meta = dict(chain.result.meta)
     draft.replace(chain.nodes, call)
@@ -145,7 +145,7 @@ def lay_channels_last(draft: Draft) -> None:
             _replace_reads(node, draft.graph.call_method("contiguous", (node,), {"memory_format": torch.channels_last}))
     for node in list(draft.graph.nodes):
         link = read_link(node, weights)
-        if link is not None and link.kind == "conv2d":
+        if link is not None and link.axes == 2:
             (laid,) = draft.derive(ChannelsInnermost(), [link.weight])
             node.replace_input_with(link.weight, laid)
     _restore_outputs(draft)

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,7 @@ from torch.fx import Node
 from tdpass.kernels.conv_chain import MAX_TAPS
 from tdpass.kernels.stage import Pair, Stage
 
-LinkKind = Literal["linear", "conv1d", "conv2d", "conv3d"]
-
-_CONVOLUTIONS: dict[Any, LinkKind] = {
-    torch.conv1d: "conv1d", F.conv1d: "conv1d", torch.conv2d: "conv2d", F.conv2d: "conv2d", torch.conv3d: "conv3d", F.conv3d: "conv3d",
-}  # fmt: skip
+_CONVOLUTIONS = {torch.conv1d, F.conv1d, torch.conv2d, F.conv2d, torch.conv3d, F.conv3d}
 _PRODUCTS = {operator.matmul, torch.matmul, torch.mm}
 _PRODUCT_METHODS = {"matmul", "mm", "__matmul__"}
 _PADS = {F.pad, torch._C._nn.pad}
@@ -32,15 +28,15 @@ _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, ope
 class Link:
     """One layer: `nodes` are its call and, before it, zero padding that only it reads.
 
-    `stage` is its geometry as a kernel takes it, None for what no kernel computes; `transposed` says that the weight is
-    `[i, o]`.
+    `axes` counts its spatial axes, none in a matrix product; `stage` is its geometry as a kernel takes it, None for what no
+    kernel computes; `transposed` says that the weight is `[i, o]`.
     """
 
     nodes: tuple[Node, ...]
     x: Node
     weight: Node
     bias: Node | None
-    kind: LinkKind
+    axes: int
     stage: Stage | None
     strides: tuple[int, ...] = ()
     pads: tuple[tuple[int, int], ...] = ()
@@ -97,7 +93,7 @@ def read_link(node: Node, stored: AbstractSet[Node]) -> Link | None:
         other = argument(node, 1, "other", argument(node, 1, "mat2"))
         return _linear(node, argument(node, 0, "input"), other, None, stored, transposed=True)
     if node.op == "call_function" and node.target in _CONVOLUTIONS:
-        return _convolution(node, _CONVOLUTIONS[node.target], stored)
+        return _convolution(node, stored)
     return None
 
 
@@ -106,10 +102,10 @@ def _linear(node: Node, x: Any, weight: Any, bias: Any, stored: AbstractSet[Node
     if value is None or matrix is None or weight not in stored or x in stored or value.dim() < 2 or matrix.dim() != 2:
         return None
     outputs, inputs = reversed(matrix.shape) if transposed else matrix.shape
-    return Link((node,), x, weight, bias, "linear", Stage(inputs, outputs), transposed=transposed)
+    return Link((node,), x, weight, bias, 0, Stage(inputs, outputs), transposed=transposed)
 
 
-def _convolution(node: Node, kind: LinkKind, stored: AbstractSet[Node]) -> Link | None:
+def _convolution(node: Node, stored: AbstractSet[Node]) -> Link | None:
     x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
     value, kernel = tensor_of(x), tensor_of(weight)
     if value is None or kernel is None or weight not in stored or value.dim() != kernel.dim():
@@ -129,7 +125,7 @@ def _convolution(node: Node, kind: LinkKind, stored: AbstractSet[Node]) -> Link 
         stage = Stage(
             kernel.shape[1] * groups, kernel.shape[0], groups, _pair(size, 1), _pair(stride, 1), _pair(before_, 0), _pair(after_, 0), _pair(dilation, 1)
         )
-    return Link(nodes, x, weight, argument(node, 2, "bias"), kind, stage, stride, pads, dilation, groups)
+    return Link(nodes, x, weight, argument(node, 2, "bias"), axes, stage, stride, pads, dilation, groups)
 
 
 def _padding_of(x: Node, axes: int) -> tuple[tuple[int, int], ...] | None:

@@ -14,9 +14,10 @@ from torch import Tensor
 from tdpass.cost import Cost, pays
 from tdpass.errors import PlanError
 from tdpass.formats.metric import Metric
+from tdpass.kinds import kind_of, plain_site
 from tdpass.ops import Ops, TorchOps, V
 from tdpass.registry import Registry
-from tdpass.site import Kind, Site
+from tdpass.site import Site
 
 _RANGE = 64
 Rank = tuple[int, ...]
@@ -87,20 +88,20 @@ class Stage:
 class Format(ABC):
     """One way to factor a weight; a subclass per file, registered with `register_format`.
 
-    Class attributes: `name`, the `kinds` of sites it fits, `version` (raised when its factors change, so that caches expire),
+    Class attributes: `name`, how many spatial `axes` the sites it fits may have, `version` (raised when its factors change, so that caches expire),
     `exact_at_full_rank` (whether the last of `ranks` reproduces any weight), `searched` (whether each rank is a search of its
     own, so that the planner tries fewer of them on large layers).
     """
 
     name: ClassVar[str]
-    kinds: ClassVar[frozenset[Kind]]
+    axes: ClassVar[range]
     version: ClassVar[int] = 1
     exact_at_full_rank: ClassVar[bool] = True
     searched: ClassVar[bool] = False
 
     def fits(self, site: Site) -> bool:
         """Whether the format makes sense for that site."""
-        return site.kind in self.kinds
+        return site.axes in self.axes
 
     @abstractmethod
     def ranks(self, site: Site) -> Sequence[Rank]:
@@ -189,7 +190,6 @@ def _shifted(tensor: Tensor | None, exponent: int) -> Tensor | None:
 
 
 FORMATS: Registry[Format] = Registry("format")
-_POSITIONS = 8
 
 
 def register_format(cls: type[Format]) -> type[Format]:
@@ -200,7 +200,7 @@ def register_format(cls: type[Format]) -> type[Format]:
 
 def dense_cost(site: Site) -> Cost:
     """What the dense layer costs, the bias not counted."""
-    return Cost(site.weights, site.weights * site.out_positions // site.samples, site.weights * site.itemsize)
+    return Cost(site.weights, site.weights * kind_of(site).positions(site) // site.samples, site.weights * site.itemsize)
 
 
 def shrinks(site: Site, format_name: str, rank: Rank) -> bool:
@@ -208,16 +208,13 @@ def shrinks(site: Site, format_name: str, rank: Rank) -> bool:
 
     A site that was not seen running is taken to read as many positions for each of its outputs as its stride says.
     """
-    read, made = tuple(_POSITIONS * step for step in site.stride) or (1,), (_POSITIONS,) * len(site.kernel) or (1,)
-    known = site if site.seen else replace(site, extents=((read, made),))
+    known = site if site.seen else replace(site, extents=(kind_of(site).typical(site),))
     return pays(FORMATS.get(format_name).cost(known, rank), dense_cost(known))
 
 
 def apply_dense(ops: Ops[V], x: V, weight: V, bias: V | None, site: Site) -> V:
     """The dense layer of that geometry."""
-    if site.kind == "linear":
-        return ops.linear(x, weight, bias)
-    return ops.conv(x, weight, bias, site.stride, site.padding, site.dilation)
+    return kind_of(site).apply(ops, x, weight, bias, site)
 
 
 def rank_grid(limit: int, steps: int = 24) -> list[int]:
@@ -244,9 +241,7 @@ def no_padding(count: int) -> tuple[tuple[int, int], ...]:
 
 def pointwise(out: int, inputs: int, axes: int, name: str) -> Site:
     """The geometry of a 1x1 convolution on `axes` spatial axes, or of a linear layer for none."""
-    if axes == 0:
-        return Site(name, "linear", (out, inputs))
-    return Site(name, "conv", (out, inputs, *unit(axes)), unit(axes), no_padding(axes), unit(axes))
+    return plain_site(name, (out, inputs, *unit(axes)))
 
 
 @dataclass(frozen=True)

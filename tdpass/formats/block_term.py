@@ -15,7 +15,7 @@ from torch import Tensor
 from tdpass.errors import PlanError
 from tdpass.formats.alternating import ANEW, Limit, State, alternate, normalized, solve_gram, squared_norm, suits_single
 from tdpass.formats.base import Decomposition, Factors, Format, Rank, Stage, pointwise, register_format, scaled_ranks
-from tdpass.formats.blocks import LAYOUTS
+from tdpass.formats.blocks import layout_of
 from tdpass.formats.metric import Metric
 from tdpass.formats.multilinear import Modes, Whitening, improve_left, left_vectors, share_norm
 from tdpass.formats.searched import Searched
@@ -29,7 +29,7 @@ _CORE_PASSES = 2
 
 class _Blocks(Searched):
     def __init__(self, weight: Tensor, site: Site, metric: Metric) -> None:
-        self.site, self.layout = site, LAYOUTS[site.kind]
+        self.site, self.layout = site, layout_of(site)
         self.modes = self.layout.modes(site)
         super().__init__(weight, metric, self.modes, lambda whitening: _Als(whitening, whitening.tensor(weight)))
 
@@ -137,22 +137,22 @@ class BlockTerm(Format):
     """
 
     name = "block_term"
-    kinds = frozenset({"linear", "conv"})
+    axes = range(4)
     version: ClassVar[int] = 2
     searched: ClassVar[bool] = True
     exact_at_full_rank: ClassVar[bool] = False
 
     def fits(self, site: Site) -> bool:
-        return super().fits(site) and LAYOUTS[site.kind].modes(site).shape[1] > 1
+        return super().fits(site) and layout_of(site).modes(site).shape[1] > 1
 
     def ranks(self, site: Site) -> Sequence[Rank]:
-        o, _, i = LAYOUTS[site.kind].modes(site).shape
+        o, _, i = layout_of(site).modes(site).shape
         blocks = [b for b in _BLOCKS if b <= min(o, i)] or [1]
         found = {(b, *rank) for b in blocks for rank in scaled_ranks((o // b, i // b), 8)}
         return sorted(found, key=lambda rank: (sum(math.prod(shape) for shape in self.shapes(site, rank).values()), rank))
 
     def check_rank(self, site: Site, rank: Rank) -> None:
-        o, _, i = LAYOUTS[site.kind].modes(site).shape
+        o, _, i = layout_of(site).modes(site).shape
         if len(rank) != 3 or min(rank) < 1 or rank[0] * rank[1] > o or rank[0] * rank[2] > i:
             raise PlanError(
                 f"{self.name} rank {rank} does not fit site {site.name!r} of shape {site.shape}; "
@@ -163,16 +163,16 @@ class BlockTerm(Format):
         return _Blocks(weight, site, metric)
 
     def shapes(self, site: Site, rank: Rank) -> dict[str, tuple[int, ...]]:
-        return LAYOUTS[site.kind].shapes(site, rank)
+        return layout_of(site).shapes(site, rank)
 
     def macs(self, site: Site, rank: Rank) -> int:
-        return LAYOUTS[site.kind].macs(site, rank)
+        return layout_of(site).macs(site, rank)
 
     def reconstruct(self, factors: Factors, site: Site) -> Tensor:
-        return _unfolded(LAYOUTS[site.kind].modes(site), _loaded(factors, site)).reshape(site.shape)
+        return _unfolded(layout_of(site).modes(site), _loaded(factors, site)).reshape(site.shape)
 
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
-        return LAYOUTS[site.kind].features(ops, x, f, site, rank)
+        return layout_of(site).features(ops, x, f, site, rank)
 
     def last_stage(self, site: Site, rank: Rank) -> Stage:
         return Stage("last", pointwise(site.o, rank[0] * rank[1], len(site.kernel), site.name))
@@ -216,7 +216,7 @@ def _left(matrix: Tensor, tensor: Tensor) -> Tensor:
 
 def _loaded(factors: Factors, site: Site) -> State:
     """`last[o, (b s)], core[b, s, p, r], first[(b r), i]`."""
-    layout = LAYOUTS[site.kind]
+    layout = layout_of(site)
     core = layout.unpack(factors["core"], layout.modes(site).shape[1], layout.rank(factors))
     return factors["last"].flatten(1), core, factors["first"].flatten(1)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tdpass.formats.base import Factors, Rank, no_padding, unit
 from tdpass.formats.multilinear import Modes, balanced_factors
 from tdpass.ops import Ops, V
-from tdpass.site import Kind, Site
+from tdpass.site import Site
 
 
 class Layout(ABC):
@@ -118,4 +118,9 @@ class Batched(Layout):
         return ops.restore_positions(ops.reshape(ops.permute(h, (1, 0, 2)), (-1, b * s)), x, b * s)
 
 
-LAYOUTS: dict[Kind, Layout] = {"conv": Grouped(), "linear": Batched()}
+GROUPED, BATCHED = Grouped(), Batched()
+
+
+def layout_of(site: Site) -> Layout:
+    """The layout of a site: grouped where it has spatial axes."""
+    return GROUPED if site.axes else BATCHED

@@ -11,7 +11,7 @@ from tdpass.formats.alternating import State
 from tdpass.formats.base import Factors, Rank, Stage, no_padding, pointwise, unit
 from tdpass.formats.multilinear import Modes, balanced_factors
 from tdpass.ops import Ops, V
-from tdpass.site import Kind, Site
+from tdpass.site import Site
 
 
 @dataclass(frozen=True)
@@ -202,19 +202,22 @@ class SplitConvChain(Chain):
 
 @dataclass(frozen=True)
 class Family:
-    """The chains of one kind of site: by how many ranks there may be, and how many are proposed."""
+    """The chains of sites with, or without, spatial axes: by how many ranks there may be, and how many are proposed."""
 
     allowed: range
     proposed: tuple[int, ...]
     chain: Callable[[Site, int], Chain]
 
 
-FAMILIES: dict[Kind, Family] = {
-    "linear": Family(range(1, 9), (1, 2), LinearChain),
-    "conv": Family(range(2, 9, 2), (2,), lambda site, cuts: (ConvChain if cuts == 2 else SplitConvChain)(site, cuts)),
-}
+_PRODUCTS = Family(range(1, 9), (1, 2), LinearChain)
+_CONVOLUTIONS = Family(range(2, 9, 2), (2,), lambda site, cuts: (ConvChain if cuts == 2 else SplitConvChain)(site, cuts))
+
+
+def family_of(site: Site) -> Family:
+    """The chains of a site: of convolutions where it has spatial axes."""
+    return _CONVOLUTIONS if site.axes else _PRODUCTS
 
 
 def chain_of(site: Site, cuts: int) -> Chain:
     """The chain of a site with that many ranks."""
-    return FAMILIES[site.kind].chain(site, cuts)
+    return family_of(site).chain(site, cuts)

@@ -36,7 +36,7 @@ class ChannelSvd(Format):
     """
 
     name = "channel_svd"
-    kinds = frozenset({"conv"})
+    axes = range(1, 4)
 
     def ranks(self, site: Site) -> Sequence[Rank]:
         return [(r,) for r in rank_grid(min(site.o, site.weights // site.o))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tdpass.formats.base import Layer
-from tdpass.formats.blocks import LAYOUTS
+from tdpass.formats.blocks import BATCHED
 from tdpass.formats.chains import LinearChain
 from tdpass.formats.multilinear import balanced_factors
 from tdpass.kernels.tensor_chain import Step, block_program, ring_program, train_program
@@ -16,7 +16,7 @@ Contraction = tuple[tuple[Step, ...], list[Tensor]]
 def contraction_of(layer: Layer) -> Contraction | None:
     """Steps and packed weights that compute `layer` without its bias; None for what is no chain of linear cores."""
     make = _CONTRACTIONS.get(layer.format)
-    if make is None or layer.site.kind != "linear":
+    if make is None or layer.site.axes:
         return None
     steps, weights = make(layer)
     return steps, [step.pack(weight) for step, weight in zip(steps, weights, strict=True)]
@@ -39,7 +39,7 @@ def _ring(layer: Layer) -> Contraction:
 
 def _blocks(layer: Layer) -> Contraction:
     b, s, r = layer.rank
-    outputs, parts, inputs = LAYOUTS["linear"].modes(layer.site).shape
+    outputs, parts, inputs = BATCHED.modes(layer.site).shape
     core = layer.factors["core"].reshape(b, parts, r, s).transpose(1, 2)
     return block_program(outputs, parts, inputs, (b, s, r)), [layer.factors["first"].T, core, layer.factors["last"].T]
 

@@ -91,7 +91,7 @@ class Cp(Format):
     """
 
     name = "cp"
-    kinds = frozenset({"conv"})
+    axes = range(1, 4)
     version: ClassVar[int] = 2
     searched: ClassVar[bool] = True
     exact_at_full_rank: ClassVar[bool] = False

@@ -38,7 +38,7 @@ class InputSvd(Format):
     """
 
     name = "input_svd"
-    kinds = frozenset({"conv"})
+    axes = range(1, 4)
 
     def fits(self, site: Site) -> bool:
         return super().fits(site) and math.prod(site.kernel) > 1

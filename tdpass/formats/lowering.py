@@ -9,17 +9,18 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from tdpass.formats.base import FORMATS, Layer
+from tdpass.formats.base import FORMATS, Layer, apply_dense
 from tdpass.kernels.conv_chain import MAX_STAGES, MAX_TAPS
 from tdpass.kernels.stage import Lanes, Stage
 from tdpass.ops import Pads
+from tdpass.site import Site
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """Stages and the factor that is each one's weight, named."""
+    """Stages, on that many spatial axes, and the factor that is each one's weight, named."""
 
-    kind: str
+    axes: int
     stages: tuple[Stage, ...]
     factors: tuple[str, ...]
 
@@ -41,7 +42,7 @@ class Lowered:
 def lower(layer: Layer) -> Lowered | None:
     """The layer as a chain of at most six stages, in one or two dimensions; None where its format does more than convolve."""
     site = layer.site
-    if site.kind == "conv" and len(site.kernel) > 2:
+    if site.axes > 2:
         return None
     recorder = _Recorder()
     weights = {name: _Weight(name, tuple(factor.shape)) for name, factor in layer.factors.items()}
@@ -52,7 +53,17 @@ def lower(layer: Layer) -> Lowered | None:
     stages = tuple(recorder.stages)
     if result != _Activation(len(stages)) or not 1 <= len(stages) <= MAX_STAGES or any(math.prod(stage.kernel) > MAX_TAPS for stage in stages):
         return None
-    return Lowered(site.kind, stages, tuple(recorder.factors))
+    return Lowered(site.axes, stages, tuple(recorder.factors))
+
+
+def stage_of(site: Site) -> Stage | None:
+    """The dense layer as one stage, in one or two dimensions; None where it is none."""
+    recorder = _Recorder()
+    try:
+        apply_dense(recorder, _Activation(0), _Weight("weight", site.shape), None, site)
+    except _NotAChainError:
+        return None
+    return recorder.stages[0] if site.axes <= 2 else None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Pruned(Format):
     """
 
     name = "pruned"
-    kinds = frozenset({"linear", "conv"})
+    axes = range(4)
 
     def fits(self, site: Site) -> bool:
         return False
@@ -62,7 +62,7 @@ class Constant(Format):
     """
 
     name = "constant"
-    kinds = frozenset({"linear", "conv"})
+    axes = range(4)
 
     def fits(self, site: Site) -> bool:
         return False

@@ -61,10 +61,10 @@ class SpatialSvd(Format):
     """
 
     name = "spatial_svd"
-    kinds = frozenset({"conv"})
+    axes = range(2, 4)
 
     def fits(self, site: Site) -> bool:
-        return super().fits(site) and len(site.kernel) > 1 and site.kernel[0] > 1 and math.prod(site.kernel[1:]) > 1
+        return super().fits(site) and site.kernel[0] > 1 and math.prod(site.kernel[1:]) > 1
 
     def ranks(self, site: Site) -> Sequence[Rank]:
         return [(r,) for r in rank_grid(min(site.i * site.kernel[0], site.o * math.prod(site.kernel[1:])))]

@@ -34,7 +34,7 @@ class Svd(Format):
     """
 
     name = "svd"
-    kinds = frozenset({"linear"})
+    axes = range(1)
 
     def ranks(self, site: Site) -> Sequence[Rank]:
         return [(r,) for r in rank_grid(min(site.shape))]

@@ -95,7 +95,7 @@ class TensorRing(Format):
     """
 
     name = "tensor_ring"
-    kinds = frozenset({"linear"})
+    axes = range(1)
     version: ClassVar[int] = 2
     searched: ClassVar[bool] = True
     exact_at_full_rank: ClassVar[bool] = False

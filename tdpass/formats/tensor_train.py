@@ -13,7 +13,7 @@ from torch import Tensor
 from tdpass.errors import PlanError
 from tdpass.formats.alternating import ANEW, ROUGH, State, squared_norm
 from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Rank, Stage, register_format, scaled_ranks
-from tdpass.formats.chains import FAMILIES, Chain, chain_of
+from tdpass.formats.chains import Chain, chain_of, family_of
 from tdpass.formats.metric import Metric, eigenvalues
 from tdpass.formats.multilinear import Whitening, best_polished, improve_left, left_vectors, share_norm
 from tdpass.ops import Ops, V
@@ -108,18 +108,18 @@ class TensorTrain(Format):
     """
 
     name = "tensor_train"
-    kinds = frozenset({"linear", "conv"})
+    axes = range(4)
     searched: ClassVar[bool] = True
 
     def fits(self, site: Site) -> bool:
         return super().fits(site) and (not site.kernel or math.prod(site.kernel) > 1)
 
     def ranks(self, site: Site) -> Sequence[Rank]:
-        found = {rank for count in FAMILIES[site.kind].proposed for rank in scaled_ranks(chain_of(site, count).limits)}
+        found = {rank for count in family_of(site).proposed for rank in scaled_ranks(chain_of(site, count).limits)}
         return sorted(found, key=lambda rank: (sum(math.prod(shape) for shape in self.shapes(site, rank).values()), rank))
 
     def check_rank(self, site: Site, rank: Rank) -> None:
-        lengths = FAMILIES[site.kind].allowed
+        lengths = family_of(site).allowed
         if len(rank) not in lengths:
             raise PlanError(f"{self.name} rank {rank} does not fit site {site.name!r} of shape {site.shape}; give one of {list(lengths)} numbers")
         limits = chain_of(site, len(rank)).limits

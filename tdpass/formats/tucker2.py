@@ -64,7 +64,7 @@ class Tucker2(Format):
     """
 
     name = "tucker2"
-    kinds = frozenset({"conv"})
+    axes = range(1, 4)
 
     def fits(self, site: Site) -> bool:
         return super().fits(site) and math.prod(site.kernel) > 1

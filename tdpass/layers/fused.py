@@ -36,7 +36,7 @@ class Fused(Factorized):
         super().__init__(layer, bias, padding_mode, pads)
         self.activation = activation
         self.lowered = lower(layer)
-        self.lanes = None if lanes is None else LINEAR if layer.site.kind == "linear" else lanes
+        self.lanes = None if lanes is None else lanes if layer.site.axes else LINEAR
 
     @classmethod
     def of(cls, module: Factorized, activation: str = "identity", lanes: str | None = "channels") -> Fused:
@@ -62,8 +62,8 @@ class Fused(Factorized):
         # an export is traced with gradients on, and what it gives is for inference
         if trainable and (self.training or not torch.compiler.is_exporting()):
             return False
-        axes = 2 if self.site.kind == "linear" else len(self.site.kernel) + 2
-        fits = x.dim() >= axes if self.site.kind == "linear" else x.dim() == axes
+        axes = self.site.axes + 2
+        fits = x.dim() == axes if self.site.axes else x.dim() >= axes
         alike = x.dtype in native.DTYPES and all(parameter.dtype == x.dtype for parameter in parameters)
         return fits and alike and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 

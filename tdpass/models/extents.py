@@ -9,11 +9,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from tdpass.kinds import kind_of
 from tdpass.models.batch import Batch
 from tdpass.site import Extent, Site
 from tdpass.tape import Tape
 
-_Calls = Sequence[tuple[tuple[int, ...], tuple[int, ...], int]]
+_Calls = Sequence[tuple[Extent, int]]
 
 
 def with_extents(site: Site, tapes: Sequence[Tape]) -> Site:
@@ -28,31 +29,25 @@ def with_extents(site: Site, tapes: Sequence[Tape]) -> Site:
         return replace(site, extents=extents, samples=samples)
     samples = sum(tape.batch_size for tape in tapes)
     times: Counter[Extent] = Counter()
-    for before, after, count in (call for calls in each for call in calls):
-        times[before, after] += count
+    for extent, count in (call for calls in each for call in calls):
+        times[extent] += count
     shared = math.gcd(samples, *times.values())
-    together = [(*extent, count // shared) for extent, count in times.items()]
+    together = [(extent, count // shared) for extent, count in times.items()]
     return replace(site, extents=_repeated(site, together), samples=samples // shared)
 
 
 def _calls(site: Site, tape: Tape) -> _Calls:
-    """The sizes that each call reads and makes, and how often: once per position of a linear layer, per image of a convolution."""
-    axes = len(site.kernel)
-    sizes = [tape.calls[index].shapes for index in tape.site_calls.get(site.name, ())]
-    if site.kind == "linear":
-        return [((1,), (1,), math.prod(before[:-1])) for before, _ in sizes]
-    return [(before[-axes:], after[-axes:], math.prod(before[: -axes - 1])) for before, after in sizes]  # without an axis of images there is one
+    """The sizes that each call reads and makes, and how often."""
+    return [kind_of(site).call(site, *tape.calls[index].shapes) for index in tape.site_calls.get(site.name, ())]
 
 
 def _extents(site: Site, calls: _Calls, samples: int) -> tuple[tuple[Extent, ...], int]:
-    whole = all(times % samples == 0 for _, _, times in calls)
-    return _repeated(site, [(before, after, times // samples if whole else times) for before, after, times in calls]), 1 if whole else samples
+    whole = all(times % samples == 0 for _, times in calls)
+    return _repeated(site, [(extent, times // samples if whole else times) for extent, times in calls]), 1 if whole else samples
 
 
 def _repeated(site: Site, calls: _Calls) -> tuple[Extent, ...]:
-    if site.kind == "linear":
-        return tuple(((times,), (times,)) for _, _, times in calls)
-    return tuple(extent for before, after, times in calls for extent in [(before, after)] * times)
+    return tuple(extent for met, times in calls for extent in kind_of(site).extents(met, times))
 
 
 def alike(batches: Sequence[Batch]) -> bool:

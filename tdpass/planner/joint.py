@@ -12,10 +12,10 @@ from torch import Tensor
 
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.formats.metric import Metric
+from tdpass.kinds import kind_of
 from tdpass.planner.candidates import Candidate, bias_cost, with_loss
 from tdpass.planner.effort import Allowance
 from tdpass.planner.moments import stream_metrics
-from tdpass.planner.patches import output_rows
 from tdpass.planner.sensitivity import Loss, Sweep, measure_losses
 from tdpass.planner.surgeon import MAX_WIDTH, Surgery, keep_channels, remove_channels
 from tdpass.site import Site
@@ -162,7 +162,7 @@ def drop_layers(branch: Sequence[str], sites: Mapping[str, Site], weight: Read, 
                     playback = tape.play().advance(index)
                     y = playback.step()
                 assert y is not None
-                rows = output_rows(y, sites[name])
+                rows = kind_of(sites[name]).output_rows(y, sites[name])
                 total += rows.double().sum(0)
                 count += rows.shape[0]
         layers[name] = Layer(sites[name], "constant", (), {}, (total / max(count, 1)).to(weight(name).dtype))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tdpass.errors import InvalidModelError
 from tdpass.formats.metric import Metric
+from tdpass.kinds import kind_of
 from tdpass.planner.divergence import FittedDivergence
-from tdpass.planner.patches import output_rows, patches, working
 from tdpass.site import Site
 from tdpass.tape import Tape
 
@@ -23,6 +23,11 @@ OUTPUT_DAMPING = 5e-2
 PROBES = 2
 _SEED = 20260
 _SQUARES_FROM = 1e15  # sums of squares of what is larger may leave the range of single precision
+
+
+def working(rows: Tensor) -> Tensor:
+    """The rows in a type to sum products in: float64 stays, everything narrower becomes float32."""
+    return rows if rows.dtype == torch.float64 else rows.float()
 
 
 def moment_bytes(site: Site) -> int:
@@ -52,7 +57,7 @@ class _Sums:
 
     def add_inputs(self, x: Tensor, generator: torch.Generator) -> None:
         width = self.site.weights // self.site.o
-        rows = working(patches(x.detach(), self.site, max(2 * width, VALUES_PER_CALL // width), generator))
+        rows = working(kind_of(self.site).rows(x.detach(), self.site, max(2 * width, VALUES_PER_CALL // width), generator))
         if float(rows.abs().max()) > _SQUARES_FROM:
             rows = rows.double()
         self.inputs += (rows.square().sum(0) if self.inputs.dim() == 1 else rows.T @ rows).double()
@@ -62,7 +67,7 @@ class _Sums:
     def add_gradient(self, gradient: Tensor, samples: int) -> None:
         if self.outputs.dim() == 0:
             return
-        rows = working(output_rows(gradient, self.site))
+        rows = working(kind_of(self.site).output_rows(gradient, self.site))
         if not bool(torch.isfinite(rows).all()):  # half precision overflows in a backward pass where it does not in the forward one
             return
         self.outputs += (rows.T @ rows).double()

@@ -11,10 +11,10 @@ from tdpass.cost import Cost
 from tdpass.documents import Amount, Count, Document, Size, register_document
 from tdpass.errors import PlanError
 from tdpass.files import write_text
-from tdpass.formats.base import FORMATS, no_padding, unit
+from tdpass.formats.base import FORMATS
+from tdpass.kinds import plain_site
 from tdpass.measures import counted
 from tdpass.report import SiteRow
-from tdpass.site import Site
 
 DENSE = "dense"
 VERSION = 1
@@ -148,8 +148,7 @@ def _fault(choice: Choice) -> str:
         return "" if same and not choice.rank else f"is dense, of rank {choice.rank} and at another cost"
     if choice.format not in FORMATS:
         return ""  # the pass that carries it out lists those it knows
-    way, axes = FORMATS.get(choice.format), len(choice.shape) - 2
-    site = Site(choice.site, "conv" if axes else "linear", choice.shape, unit(axes), no_padding(axes), unit(axes))
+    way, site = FORMATS.get(choice.format), plain_site(choice.site, choice.shape)
     try:
         way.check_rank(site, choice.rank)
     except PlanError as error:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from tdpass.formats.base import FORMATS, Layer
+from tdpass.kinds import kind_of
 from tdpass.ops import TorchOps
 from tdpass.planner.divergence import FittedDivergence, Tally
 from tdpass.planner.lockstep import Lockstep, Moment
-from tdpass.planner.patches import output_rows, patches, working
+from tdpass.planner.moments import working
 from tdpass.site import Site
 from tdpass.tape import Tape
 
@@ -54,7 +55,7 @@ def correct_biases(tapes: Sequence[Tape], layers: Mapping[str, Layer], biased: C
         if layer is None or not _full(layer) or name not in biased:
             continue
         with torch.no_grad():
-            gaps = [output_rows(moment.target - layer(moment.x.to(_dtype(layer))), layer.site) for moment in moments]
+            gaps = [kind_of(layer.site).output_rows(moment.target - layer(moment.x.to(_dtype(layer))), layer.site) for moment in moments]
             gap = sum((rows.double().sum(0) for rows in gaps), torch.zeros(layer.site.o, dtype=torch.float64)) / sum(rows.shape[0] for rows in gaps)
         bias = gap if layer.bias is None else layer.bias.double() + gap
         corrected[name] = replace(layer, bias=bias.to(_dtype(layer)))
@@ -119,8 +120,8 @@ def _solve(layer: Layer, factor: str, site: Site, moments: Sequence[Moment], rid
         for moment in moments:
             z = FORMATS.get(layer.format).features(_OPS, moment.x.to(_dtype(layer)), layer.factors, layer.site, layer.rank)
             limit = max(4 * width, _ROWS_PER_CALL // width)
-            features = _with_one(working(patches(z, site, limit, generator.manual_seed(rows))))
-            targets = working(_same_rows(output_rows(moment.target, layer.site), limit, generator.manual_seed(rows)))
+            features = _with_one(working(kind_of(site).rows(z, site, limit, generator.manual_seed(rows))))
+            targets = working(_same_rows(kind_of(layer.site).output_rows(moment.target, layer.site), limit, generator.manual_seed(rows)))
             normal += (features.T @ features).double()
             cross += (targets.T @ features).double()
             rows += features.shape[0]
@@ -144,5 +145,5 @@ def _with_one(rows: Tensor) -> Tensor:
 
 
 def _same_rows(rows: Tensor, limit: int, generator: torch.Generator) -> Tensor:
-    """The subset that `patches` drew with the same limit and seed."""
+    """The subset that `rows` drew with the same limit and seed."""
     return rows if rows.shape[0] <= limit else rows[torch.randperm(rows.shape[0], generator=generator)[:limit]]

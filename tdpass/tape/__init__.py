@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from tdpass.tape.calls import LAYER_CALLS as LAYER_CALLS
 from tdpass.tape.calls import Call as Call
 from tdpass.tape.calls import Ref as Ref
 from tdpass.tape.live import LiveTape as LiveTape

@@ -9,15 +9,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
-
-from tdpass.ops import padded_convolution
-
-LAYER_CALLS: frozenset[Callable[..., Any]] = frozenset(
-    {F.linear, torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d, padded_convolution}
-)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from tdpass.tape.calls import LAYER_CALLS, plain
+from tdpass.kinds import is_layer_call
+from tdpass.tape.calls import plain
 from tdpass.tape.playback import Playback, Replacement, Tape, Watch
 
 _LEAVING_TORCH = frozenset({"numpy", "__array__", "item", "tolist", "__float__", "__int__", "__bool__", "__dlpack__"})
@@ -143,7 +144,7 @@ class _Steered(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in _LEAVING_TORCH:
             return func(args[0].detach(), *args[1:], **kwargs)
-        name = self.sites.get(id(argument(args, kwargs, 1, "weight"))) if func in LAYER_CALLS else None
+        name = self.sites.get(id(argument(args, kwargs, 1, "weight"))) if is_layer_call(func) else None
         if name is None:
             return func(*args, **kwargs)
         rest = {key: value for key, value in kwargs.items() if key != "input"}

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tdpass.errors import TdpassError, UnsupportedError
-from tdpass.tape.calls import LAYER_CALLS, Autocast, Call, Ref, leaves, mapped, plain
+from tdpass.kinds import is_layer_call
+from tdpass.tape.calls import Autocast, Call, Ref, leaves, mapped, plain
 from tdpass.tape.live import LiveTape, Run, argument, restore
 from tdpass.tape.playback import Tape
 
@@ -107,7 +108,7 @@ class _Recorder(TorchFunctionMode):
     def _layer(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     ) -> tuple[str | None, tuple[tuple[int, ...], tuple[int, ...]]]:
-        if func not in LAYER_CALLS:
+        if not is_layer_call(func):
             return None, ((), ())
         x, weight = (argument(args, kwargs, position, name) for position, name in ((0, "input"), (1, "weight")))
         return self.sites.get(id(weight)), (tuple(x.shape), tuple(result.shape))

@@ -12,13 +12,14 @@ from typing import Protocol, get_args
 from tdpass.constraints.sparse import Group
 from tdpass.documents import read_yaml
 from tdpass.errors import UsageError
-from tdpass.site import Kind, Site
+from tdpass.kinds import KINDS
+from tdpass.site import Site
 from tdpass.targets.base import ONE_CALL, Setting, open_target
 
 STAIRCASE = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 _GROUPS = get_args(Group)
 _TABLE, _ANY, _NEVER = "table", "any", "never"
-_ROW = "a row is {kind: linear or conv, group: weight, shape: [64, any, 3, 3], sparsity: 0.8 or never}; group and shape may be left out"
+_ROW = f"a row is {{kind: {' or '.join(KINDS.names())}, group: weight, shape: [64, any, 3, 3], sparsity: 0.8 or never}}; group and shape may be left out"
 
 
 class BreakEven(Protocol):
@@ -36,7 +37,7 @@ def leaves_dense(site: Site, group: str) -> bool:
     """Whether the layer is dense again once its zero groups are gone; raises `UsageError` for an unknown group."""
     if group not in _GROUPS:
         raise UsageError(f"group {group!r} is not known; what is zero at once is one of {', '.join(_GROUPS)}")
-    return group in ("row", "filter", "channel") or (group == "column" and site.kind == "linear")
+    return group in ("row", "filter", "channel") or (group == "column" and not site.axes)
 
 
 def crossing(ratio: Callable[[float], float], steps: Sequence[float] = STAIRCASE) -> float | None:
@@ -62,7 +63,7 @@ def crossing(ratio: Callable[[float], float], steps: Sequence[float] = STAIRCASE
 class BreakEvenRow:
     """The break-even sparsity of layers of that kind and shape; None in a shape stands for any size, None as the sparsity for never."""
 
-    kind: Kind
+    kind: str
     sparsity: float | None
     group: str = "weight"
     shape: tuple[int | None, ...] | None = None
@@ -124,15 +125,15 @@ def _wrong(row: object) -> str:
     if not isinstance(row, dict) or not {"kind", "sparsity"} <= row.keys() <= {"kind", "sparsity", "group", "shape"}:
         return f"{row!r} is not one"
     kind, group, shape, sparsity = row["kind"], row.get("group", "weight"), row.get("shape"), row["sparsity"]
-    if kind not in get_args(Kind):
+    if kind not in KINDS:
         return f"kind {kind!r} is not known"
     if group not in _GROUPS:
         return f"group {group!r} is none of {', '.join(_GROUPS)}"
     number = isinstance(sparsity, int | float) and not isinstance(sparsity, bool) and 0 <= sparsity <= 1
     if not number and sparsity != _NEVER:
         return f"sparsity {sparsity!r} is not from 0 to 1"
-    axes = (2, 2) if kind == "linear" else (3, 5)
-    sizes = shape is None or (isinstance(shape, list) and axes[0] <= len(shape) <= axes[1] and all(size == _ANY or _counts(size) for size in shape))
+    axes = KINDS.get(kind).axes
+    sizes = shape is None or (isinstance(shape, list) and len(shape) - 2 in axes and all(size == _ANY or _counts(size) for size in shape))
     return "" if sizes else f"shape {shape!r} is not that of a {kind} weight"
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tdpass.formats.base import FORMATS, Layer, apply_dense
+from tdpass.kinds import kind_of
 from tdpass.ops import Ops, TorchOps, V
 from tdpass.site import Site
 from tdpass.targets.base import DENSE, Variant
@@ -73,8 +74,7 @@ def dtype_of(layer: AnyLayer) -> torch.dtype:
 
 def example_input(layer: AnyLayer, batch: int) -> Tensor:
     """The same random input for every variant of a site: what its first call reads, for `batch` samples."""
-    before, _ = layer.site.extents[0]
-    sizes = (batch, layer.site.i, *before) if layer.site.kind == "conv" else (batch, *(before if before != (1,) else ()), layer.site.i)
+    sizes = kind_of(layer.site).sample(layer.site, batch)
     return torch.randn(sizes, generator=torch.Generator().manual_seed(1)).to(dtype_of(layer))
 
 

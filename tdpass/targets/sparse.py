@@ -13,10 +13,10 @@ from torch import Tensor
 
 from tdpass.constraints.sparse import Group, Sparse
 from tdpass.errors import UsageError
+from tdpass.formats.lowering import stage_of
 from tdpass.kernels import native
 from tdpass.kernels.base import compiled
 from tdpass.kernels.sparse import SPARSE_CONV2D, SPARSE_LINEAR, pack
-from tdpass.kernels.stage import Stage
 from tdpass.site import Site
 from tdpass.targets.base import ONE_CALL, Setting, Variant
 from tdpass.targets.break_even import crossing, leaves_dense
@@ -90,23 +90,17 @@ def pruned_weight(weight: Tensor, group: str, sparsity: float) -> Tensor:
 
 def sparse_calls(site: Site, group: str, sparsity: float, setting: Setting) -> list[Bound]:
     """The layer with that share of zeros as one operator, images laid out in every way; none where the operators do not serve it."""
-    if setting.dtype not in native.DTYPES or len(site.kernel) > 2:
+    stage = stage_of(site)
+    if setting.dtype not in native.DTYPES or stage is None:
         return []
     layer = make_layer(site, Variant(), setting.dtype)
     assert isinstance(layer, DenseLayer)
     pruned = pruned_weight(layer.weight, group, sparsity)
     x, blocks, rest = example_input(layer, setting.batch), pack(pruned, positions=setting.batch * site.out_positions), (layer.bias, None)
-    if site.kind == "linear":
+    if not site.axes:
         return [Bound(functools.partial(SPARSE_LINEAR.call, x, *blocks, *rest, site.o, "identity"), blocks)]
-    before, after = zip(*site.padding, strict=True)
-    pairs = (_pair(site.kernel, 1), _pair(site.stride, 1), _pair(before, 0), _pair(after, 0), _pair(site.dilation, 1))
-    stage, seen = Stage(site.i, site.o, 1, *pairs).integers(), x if x.dim() == 4 else x[:, :, None]
+    geometry, seen = stage.integers(), x if x.dim() == 4 else x[:, :, None]
     return [
-        Bound(functools.partial(SPARSE_CONV2D.call, placed, *blocks, *rest, stage, "identity"), blocks) for placed in (seen.contiguous(), channels_last(seen))
+        Bound(functools.partial(SPARSE_CONV2D.call, placed, *blocks, *rest, geometry, "identity"), blocks)
+        for placed in (seen.contiguous(), channels_last(seen))
     ]
-
-
-def _pair(values: Sequence[int], rest: int) -> tuple[int, int]:
-    """(height, width) of one or two axes."""
-    height, width = (rest, *values)[-2:]
-    return height, width

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tdpass.errors import PlanError
 from tdpass.formats import FORMATS, Decomposition, Factors, Metric, Rank
 from tdpass.formats.base import Layer, apply_dense
+from tdpass.kinds import KINDS, kind_of
 from tdpass.layers.factorized import Factorized
 from tdpass.ops import TorchOps
 from tdpass.site import Site
@@ -22,29 +23,8 @@ from tdpass.site import Site
 LOCAL_OPTIMUM = 0.02
 
 
-def conv(name: str, shape: tuple[int, ...], size: tuple[int, ...], stride: int = 1, padding: tuple[int, int] = (0, 0), dilation: int = 1) -> Site:
-    """A convolution site that has been seen on one sample of that size."""
-    axes = len(size)
-    after = tuple((n + sum(padding) - dilation * (k - 1) - 1) // stride + 1 for n, k in zip(size, shape[2:], strict=True))
-    return Site(name, "conv", shape, (stride,) * axes, (padding,) * axes, (dilation,) * axes, extents=((size, after),))
-
-
-SITES = (
-    Site("linear", "linear", (24, 36), extents=(((3,), (3,)),)),
-    Site("linear_prime", "linear", (13, 17), extents=(((3,), (3,)),)),
-    conv("conv2d", (12, 16, 3, 3), (9, 7), padding=(1, 1)),
-    conv("conv2d_strided", (16, 12, 3, 3), (8, 9), stride=2, padding=(0, 1)),
-    conv("conv2d_dilated", (8, 12, 3, 3), (9, 8), padding=(2, 2), dilation=2),
-    conv("conv2d_pointwise", (12, 18, 1, 1), (5, 6)),
-    conv("conv2d_5x5", (8, 6, 5, 5), (9, 9), padding=(2, 2)),
-    conv("conv2d_1x7", (8, 12, 1, 7), (6, 9), stride=2, padding=(1, 1)),
-    conv("conv1d", (16, 12, 5), (15,), stride=2, padding=(1, 2)),
-    conv("conv3d", (8, 6, 3, 3, 3), (5, 6, 5), stride=2, padding=(1, 1)),
-)
-EXTRA_RANKS: dict[tuple[str, str], list[Rank]] = {
-    ("tensor_train", "linear"): [(2, 3, 2)],
-    ("tensor_train", "conv"): [(2, 3, 3, 2), (2, 4, 5, 5, 4, 2)],
-}
+SITES = tuple(site for kind in KINDS for site in kind.examples())
+EXTRA_RANKS: dict[str, list[Rank]] = {"tensor_train": [(2, 3, 2), (2, 3, 3, 2), (2, 4, 5, 5, 4, 2)]}
 METRICS = ("plain", "full", "diagonal")
 CASES = [(name, site) for name in FORMATS.names() for site in SITES if FORMATS.get(name).fits(site)]
 EXACT_CASES = [(name, site) for name, site in CASES if FORMATS.get(name).exact_at_full_rank]
@@ -113,7 +93,7 @@ def some_ranks(name: str, site: Site) -> list[Rank]:
 
 def extra_ranks(name: str, site: Site) -> Iterator[Rank]:
     """The extra ranks that the site allows."""
-    for rank in EXTRA_RANKS.get((name, site.kind), []):
+    for rank in EXTRA_RANKS.get(name, []):
         try:
             FORMATS.get(name).check_rank(site, rank)
         except PlanError:
@@ -123,8 +103,7 @@ def extra_ranks(name: str, site: Site) -> Iterator[Rank]:
 
 def sample_of(site: Site, batch: int) -> Tensor:
     """Random input of a site."""
-    size = site.extents[0][0]
-    return normal(batch, *size, site.i, seed=5) if site.kind == "linear" else normal(batch, site.i, *size, seed=5)
+    return normal(*kind_of(site).sample(site, batch), seed=5)
 
 
 def test_every_format_is_tried() -> None:

@@ -6,41 +6,14 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tdpass.kinds import kind_of
 from tdpass.models import open_model
 from tdpass.models.base import Batch
 from tdpass.planner import moments
 from tdpass.planner.divergence import Divergence, FittedDivergence
-from tdpass.planner.patches import output_rows, patches
-from tdpass.site import Site
 from tdpass.tape import Tape
-
-
-@pytest.mark.parametrize(
-    "site",
-    [
-        Site("l", "linear", (5, 4)),
-        Site("a", "conv", (5, 4, 3), (2,), ((1, 0),), (1,)),
-        Site("b", "conv", (5, 4, 3, 2), (1, 2), ((1, 1), (0, 2)), (2, 1)),
-        Site("c", "conv", (5, 4, 2, 1, 3), (1, 1, 1), ((0, 1), (0, 0), (1, 1)), (1, 1, 2)),
-    ],
-    ids=lambda site: f"{site.kind}{len(site.kernel)}",
-)
-def test_patches_times_weight_is_the_layer(site: Site) -> None:
-    x = torch.randn(3, 7, 4) if site.kind == "linear" else torch.randn(3, 4, *(9, 8, 7)[: len(site.kernel)])
-    weight = torch.randn(site.shape)
-    padded = F.pad(x, [size for pair in reversed(site.padding) for size in pair])
-    if site.kind == "linear":
-        y = F.linear(x, weight)
-    else:
-        y = (F.conv1d, F.conv2d, F.conv3d)[len(site.kernel) - 1](padded, weight, None, site.stride, 0, site.dilation)
-    rows = patches(x, site)
-    assert torch.allclose(rows @ weight.flatten(1).T, output_rows(y, site), atol=1e-5)
-    some = patches(x, site, 5, torch.Generator().manual_seed(3))
-    assert some.shape == (5, rows.shape[1])
-    assert all(bool((row == rows).all(1).any()) for row in some)
 
 
 def _fitted(tapes: Sequence[Tape]) -> FittedDivergence:
@@ -53,7 +26,7 @@ def test_covariance_and_mean_of_a_layer(residual: nn.Module, images: Tensor) -> 
     tapes = [model.record(Batch((images[:24],))), model.record(Batch((images[24:],)))]
     (site,) = (site for site in model.sites() if site.name == "stem")
     ((_, metric),) = moments.stream_metrics(tapes, [site], _fitted(tapes))
-    rows = patches(images, site).double()
+    rows = kind_of(site).rows(images, site).double()
     covariance = torch.cov(rows.T, correction=0)
     covariance.diagonal().add_(moments.INPUT_DAMPING * covariance.diagonal().mean())
     assert metric.inputs is not None

@@ -13,6 +13,7 @@ import torch
 from tdpass.errors import UsageError
 from tdpass.kernels import native
 from tdpass.kernels.base import use_reference
+from tdpass.kinds import KINDS
 from tdpass.site import Site
 from tdpass.targets import BreakEvenRow, BreakEvenTable, Setting, Target, Variant, open_break_even, open_target
 from tdpass.targets.break_even import STAIRCASE, crossing
@@ -232,7 +233,7 @@ def test_a_bad_table_is_one_clear_error(tmp_path: Path, text: str, says: str) ->
     with pytest.raises(UsageError, match=says) as caught:
         BreakEvenTable.load(path)
     assert str(path) in str(caught.value)
-    assert "a row is {kind: linear or conv" in str(caught.value)
+    assert f"a row is {{kind: {' or '.join(KINDS.names())}, group" in str(caught.value)
 
 
 def test_a_machine_is_named_or_given(table: Path) -> None:

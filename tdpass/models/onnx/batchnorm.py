@@ -47,7 +47,7 @@ def foldable(model: ir.Model, site: FoundSite, shapes: Shapes) -> ir.Node | None
     if not _is_batchnorm(node) or index != 0 or node.graph is not model.graph:
         return None
     # A batch-norm's channels are on axis 1, a linear layer's on the last one.
-    return node if site.site.kind == "conv" or shapes.rank(output) == 2 or use.node.op_type == "Gemm" else None
+    return node if site.site.axes or shapes.rank(output) == 2 or use.node.op_type == "Gemm" else None
 
 
 def fold(model: ir.Model, name: str, site: FoundSite, node: ir.Node) -> None:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tdpass.kinds.pads import explicit_pads
 from tdpass.models.onnx.functions import NotServedError, Operator, numbers, serves
-from tdpass.models.onnx.shapes import explicit_pads
 from tdpass.ops import padded_convolution
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)

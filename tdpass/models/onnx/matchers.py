@@ -8,7 +8,9 @@ from typing import Protocol
 
 import onnx_ir as ir
 
-from tdpass.models.onnx.shapes import Shapes, explicit_pads
+from tdpass.errors import UnsupportedError
+from tdpass.kinds import KINDS, PRODUCT, LayerKind
+from tdpass.models.onnx.shapes import Shapes
 from tdpass.models.onnx.tensors import FLOAT_TYPES, PARAMETER_TYPES, constant, sizes
 from tdpass.models.onnx.use import Slot, Use
 from tdpass.registry import Registry
@@ -75,36 +77,27 @@ def held_weight(node: ir.Node, index: int) -> ir.TensorProtocol | None:
     return tensor
 
 
-@matches("Conv")
-class ConvMatcher:
-    """Convolutions of one to three spatial axes with one group."""
+@dataclass(frozen=True)
+class WindowMatcher:
+    """The operator of a layer kind that reads input, weight and bias."""
+
+    kind: LayerKind
 
     def match(self, node: ir.Node, shapes: Shapes) -> Use | None:
         tensor = held_weight(node, 1)
         if tensor is None:
             return None
-        weight, attributes = Slot(node, 1), node.attributes
-        shape = sizes(tensor)
-        axes = len(shape) - 2
-        groups = attributes.get_int("group", 1)
-        if groups != 1:
-            raise DeclinedNode(weight.value, f"grouped and depthwise convolutions are not supported (group={groups})")
-        if not 1 <= axes <= 3:
-            raise DeclinedNode(weight.value, f"a convolution of {axes} spatial axes is not supported")
-        stride = tuple(attributes.get_ints("strides", (1,) * axes))
-        dilation = tuple(attributes.get_ints("dilations", (1,) * axes))
-        mode = attributes.get_string("auto_pad", "NOTSET")
+        weight, shape = Slot(node, 1), sizes(tensor)
         known = shapes.of(Slot(node, 0).value)
-        size = (None,) * axes if known is None else known[2:]
-        padding = explicit_pads(mode, attributes.get_ints("pads", ()), size, shape[2:], stride, dilation)
-        if padding is None:
-            raise DeclinedNode(weight.value, f"auto_pad={mode} with a stride needs a static input size; export with explicit pads")
-        if any(side < 0 for pair in padding for side in pair):
-            raise DeclinedNode(weight.value, "negative pads are not supported")
+        size = (None,) * (len(shape) - 2) if known is None else known[2:]
+        try:
+            window = self.kind.window(node.attributes, shape, size)
+        except UnsupportedError as error:
+            raise DeclinedNode(weight.value, str(error)) from None
         bias = Slot(node, 2) if len(node.inputs) > 2 and node.inputs[2] is not None else None
         if bias is not None and constant(bias.value) is None:
             raise DeclinedNode(weight.value, "the bias is not a constant")
-        return Use(Slot(node, 0), weight, "conv", stride=stride, padding=padding, dilation=dilation, bias=bias)
+        return Use(Slot(node, 0), weight, self.kind.name, window=window, bias=bias)
 
 
 def _operands(node: ir.Node) -> tuple[ir.TensorProtocol, Slot, Slot] | None:
@@ -140,7 +133,7 @@ class GemmMatcher:
         bias, addend = self._third(node, channels, on_rows=not right, beta=beta)
         swap = (1, 0)
         return Use(
-            data, weight, "linear", transposed, alpha, swap_in=swap if swapped else None, swap_out=None if right else swap,
+            data, weight, PRODUCT, transposed, alpha, swap_in=swap if swapped else None, swap_out=None if right else swap,
             bias=bias, bias_scale=beta if bias else 1.0, addend=addend, addend_scale=beta if addend else 1.0,
         )  # fmt: skip
 
@@ -169,13 +162,13 @@ class MatMulMatcher:
         if len(shape) != 2:
             raise DeclinedNode(weight.value, "a vector has nothing to factor" if len(shape) < 2 else "a batch of matrices as one weight is not supported")
         if right:
-            return self._with_add(Use(data, weight, "linear", transposed=True), shape[1], rank)
+            return self._with_add(Use(data, weight, PRODUCT, transposed=True), shape[1], rank)
         if rank is None:
             raise DeclinedNode(weight.value, "the weight is the left operand and the rank of the right one is unknown; run shape inference first")
         if rank == 1:
-            return self._with_add(Use(data, weight, "linear"), shape[0], 1)
+            return self._with_add(Use(data, weight, PRODUCT), shape[0], 1)
         swap = (*range(rank - 2), rank - 1, rank - 2)
-        return self._with_add(Use(data, weight, "linear", swap_in=swap, swap_out=swap), shape[0], rank)
+        return self._with_add(Use(data, weight, PRODUCT, swap_in=swap, swap_out=swap), shape[0], rank)
 
     @staticmethod
     def _with_add(use: Use, channels: int, rank: int | None) -> Use:
@@ -197,7 +190,7 @@ class MatMulMatcher:
         broadcasts = padding_axes == 0 or (rank is not None and len(shape) <= rank)
         if padding_axes < 0 or not broadcasts or shape[padding_axes:] != wanted or any(size != 1 for size in shape[:padding_axes]):
             return use
-        return Use(use.input, use.weight, "linear", use.transposed, swap_in=use.swap_in, swap_out=use.swap_out, bias=slot, absorbed=add)
+        return Use(use.input, use.weight, PRODUCT, use.transposed, swap_in=use.swap_in, swap_out=use.swap_out, bias=slot, absorbed=add)
 
 
 @dataclass(frozen=True)
@@ -241,6 +234,9 @@ for _operator, _matcher in {
     "MatMulInteger": Left((1,), _QUANTIZED),
 }.items():
     MATCHERS.add(_operator, _matcher)
+for _kind in KINDS:
+    if _kind.operator:
+        MATCHERS.add(_kind.operator, WindowMatcher(_kind))
 
 
 @dataclass(frozen=True)

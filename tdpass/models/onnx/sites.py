@@ -130,4 +130,4 @@ def _as_one(value: ir.Value, uses: list[Use]) -> tuple[str | None, tuple[Use, ..
 def _site(name: str, uses: tuple[Use, ...]) -> Site:
     use = uses[0]
     itemsize = torch_dtype(held(use.weight.value).dtype).itemsize
-    return Site(name, use.kind, use.canonical_shape(), use.stride, use.padding, use.dilation, use.bias is not None, itemsize)
+    return Site(name, use.kind, use.canonical_shape(), **vars(use.window), bias=use.bias is not None, itemsize=itemsize)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 from torch import Tensor
 
 from tdpass.errors import InvalidModelError
+from tdpass.kinds import Window
 from tdpass.models.onnx.tensors import constant, held, sizes, to_torch
 from tdpass.ops import Ops, V
-from tdpass.site import Kind
-
-Pads = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -47,12 +45,10 @@ class Use:
 
     input: Slot
     weight: Slot
-    kind: Kind
+    kind: str
     transposed: bool = False
     scale: float = 1.0
-    stride: tuple[int, ...] = ()
-    padding: Pads = ()
-    dilation: tuple[int, ...] = ()
+    window: Window = field(default_factory=Window)
     swap_in: tuple[int, ...] | None = None
     swap_out: tuple[int, ...] | None = None
     bias: Slot | None = None
@@ -79,7 +75,7 @@ class Use:
     @property
     def layer_geometry(self) -> tuple[object, ...]:
         """What must be equal between uses for one set of factors to serve them all."""
-        return self.kind, self.transposed, self.scale, self.stride, self.padding, self.dilation
+        return self.kind, self.transposed, self.scale, self.window
 
     @property
     def bias_identity(self) -> tuple[object, ...]:

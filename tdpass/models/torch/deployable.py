@@ -32,7 +32,7 @@ class FusedLayer(nn.Module):
 
     def __init__(self, dense: Factorized, lowered: Lowered) -> None:
         super().__init__()
-        self.kind, self.flat = lowered.kind, len(dense.site.kernel) == 1
+        self.axes = lowered.axes
         self.integers, self.widths = lowered.integers, lowered.widths
         self.activation = dense.activation if isinstance(dense, Fused) else "identity"
         self.lanes: Lanes = "pixels" if isinstance(dense, Fused) and dense.lanes == "pixels" else "channels"
@@ -51,17 +51,17 @@ class FusedLayer(nn.Module):
         if self.pads:
             x = F.pad(x, self.pads, mode=self.padding_mode)
         weights = [getattr(self, name) for name in self.packed]
-        if self.kind == "linear":
+        if not self.axes:
             return LINEAR_CHAIN.call(x, weights, self.bias, None, self.widths, self.activation)  # type: ignore[no-any-return]
-        y = CONV_CHAIN.call(x.unsqueeze(2) if self.flat else x, weights, self.bias, None, self.integers, self.activation, self.lanes)
-        return y.squeeze(2) if self.flat else y  # type: ignore[no-any-return]
+        y = CONV_CHAIN.call(x.unsqueeze(2) if self.axes == 1 else x, weights, self.bias, None, self.integers, self.activation, self.lanes)
+        return y.squeeze(2) if self.axes == 1 else y  # type: ignore[no-any-return]
 
 
 def lanes_for(lowered: Lowered) -> Lanes:
     """Vectors of channels where every width fills them, else of pixels, which need the steps 1, 2 and 4."""
     fills = all(stage.outputs % _LANES == 0 for stage in lowered.stages)
     steps = all(stage.stride[1] in (1, 2, 4) for stage in lowered.stages)
-    return "channels" if lowered.kind == "linear" or fills or not steps else "pixels"
+    return "channels" if not lowered.axes or fills or not steps else "pixels"
 
 
 def fused(module: nn.Module) -> tuple[nn.Module, int]:

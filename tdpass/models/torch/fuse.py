@@ -75,7 +75,7 @@ def _verdict(layer: Factorized, inputs: list[Tensor] | None) -> Verdict | str:
     if reason:
         return reason
     if inputs is None:
-        call = ChainCall(lowered.stages, (1, lowered.stages[0].inputs, *((1, 1) if lowered.kind == "conv" else ())), parameter.dtype)
+        call = ChainCall(lowered.stages, (1, lowered.stages[0].inputs, *((1, 1) if lowered.axes else ())), parameter.dtype)
         return choose([call], measure=False)
     if not inputs:
         return "it is not called when the model runs on the data"
@@ -85,7 +85,7 @@ def _verdict(layer: Factorized, inputs: list[Tensor] | None) -> Verdict | str:
 def _call(layer: Factorized, lowered: Lowered, x: Tensor) -> ChainCall:
     if layer.pads:
         x = F.pad(x, layer.pads, mode=layer.padding_mode)
-    if lowered.kind == "linear":
+    if not lowered.axes:
         return ChainCall(lowered.stages, (x.numel() // x.shape[-1], x.shape[-1]), x.dtype, bias=layer.bias is not None)
     layout: Layout = "channels_last" if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() else "contiguous"
     return ChainCall(lowered.stages, tuple(x.shape) if x.dim() == 4 else (*x.shape[:2], 1, x.shape[2]), x.dtype, layout, layer.bias is not None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,18 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from tdpass.kinds import LayerKind, dense_modules, kind_of_function
+
 _aten = torch.ops.aten
-_LINEAR = {F.linear, _aten.linear.default}
-_CONV: dict[Any, type[nn.Module]] = {
-    torch.conv1d: nn.Conv1d, _aten.conv1d.default: nn.Conv1d, torch.conv2d: nn.Conv2d, _aten.conv2d.default: nn.Conv2d,
-    torch.conv3d: nn.Conv3d, _aten.conv3d.default: nn.Conv3d, _aten.conv2d.padding: nn.Conv2d, _aten.conv1d.padding: nn.Conv1d, _aten.conv3d.padding: nn.Conv3d,
-}  # fmt: skip
 _BATCH_NORM = {F.batch_norm, _aten.batch_norm.default}
-_CONV_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 
 def lift(graph_module: GraphModule) -> GraphModule:
-    """Replace calls of linear, convolution and inference batch-norm functions on stored weights by modules holding those weights.
+    """Replace calls of functions of any layer kind, and of inference batch-norm, on stored weights by modules holding those weights.
 
     A module takes the place of the (empty) one that held its weight, so `layer1.0.conv1.weight` becomes the site `layer1.0.conv1`.
     Works in place; the outputs do not change.
@@ -58,10 +55,9 @@ Built = tuple[nn.Module | None, str]
 
 
 def _builder(node: Node) -> Callable[[GraphModule, Node], Built] | None:
-    if node.target in _LINEAR:
-        return _linear
-    if node.target in _CONV:
-        return _convolution
+    kind = kind_of_function(node.target)
+    if kind is not None:
+        return partial(_layer, kind)
     return _batch_norm if node.target in _BATCH_NORM else None
 
 
@@ -76,27 +72,14 @@ def _stored(graph_module: GraphModule, node: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
-def _linear(graph_module: GraphModule, node: Node) -> Built:
-    weight, bias = (_argument(node, 1, "weight"), _argument(node, 2, "bias"))
-    stored, stored_bias = _stored(graph_module, weight), _stored(graph_module, bias)
-    if not isinstance(stored, nn.Parameter) or (bias is not None and stored_bias is None):
-        return None, ""
-    module = nn.Linear(stored.shape[1], stored.shape[0], bias=False, device="meta")
-    return _with(module, stored, stored_bias), str(weight.target)
-
-
-def _convolution(graph_module: GraphModule, node: Node) -> Built:
+def _layer(kind: LayerKind, graph_module: GraphModule, node: Node) -> Built:
     weight = _argument(node, 1, "weight")
-    options = {name: _argument(node, position, name, default) for position, (name, default) in enumerate(_CONV_DEFAULTS.items(), start=2)}
+    options = {name: _argument(node, position, name, default) for position, (name, default) in enumerate(kind.arguments.items(), start=2)}
     bias = options.pop("bias")
     stored, stored_bias = _stored(graph_module, weight), _stored(graph_module, bias)
     if not isinstance(stored, nn.Parameter) or (bias is not None and stored_bias is None):
         return None, ""
-    axes = stored.dim() - 2
-    sizes = {name: value if isinstance(value, str) else _expand(value, axes) for name, value in options.items() if name != "groups"}
-    groups = int(options["groups"])
-    cls = _CONV[node.target]
-    module = cls(stored.shape[1] * groups, stored.shape[0], tuple(stored.shape[2:]), bias=False, groups=groups, device="meta", **sizes)
+    module = kind.build(kind.functions[node.target], tuple(stored.shape), options)
     return _with(module, stored, stored_bias), str(weight.target)
 
 
@@ -133,11 +116,6 @@ def _with(module: Any, weight: nn.Parameter, bias: torch.Tensor | None) -> nn.Mo
     return module  # type: ignore[no-any-return]
 
 
-def _expand(value: Any, axes: int) -> tuple[int, ...]:
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * axes if len(values) == 1 else values
-
-
 def _place(graph_module: GraphModule, owner: str, module: nn.Module) -> str:
     """Put the module where its weight was, unless something else lives there; returns the path."""
     path, _, leaf = owner.rpartition(".")
@@ -147,7 +125,7 @@ def _place(graph_module: GraphModule, owner: str, module: nn.Module) -> str:
     others = current is not None and not {*map(id, _tensors(current))} <= {*map(id, _tensors(module))}
     called = any(node.op == "call_module" and node.target == path for node in graph_module.graph.nodes)
     taken = current is not None and (current._modules or others or called)
-    if not path or taken or isinstance(current, tuple({nn.Linear, *_CONV.values()})):
+    if not path or taken or isinstance(current, dense_modules()):
         path = f"{owner.replace('.', '_')}_layer" if not path else f"{path}.{leaf}_layer"
         while _submodule(graph_module, path) is not None:
             path += "_"
@@ -172,7 +150,7 @@ def _drop_unread(graph_module: GraphModule, lifted: set[str]) -> None:
     for target in lifted - read:
         owner, _, leaf = target.rpartition(".")
         holder = _submodule(graph_module, owner) if owner else graph_module
-        if holder is None or type(holder) in (nn.Linear, *_CONV.values(), _FrozenBatchNorm):
+        if holder is None or type(holder) in (*dense_modules(), _FrozenBatchNorm):
             continue
         if leaf in holder._parameters or leaf in holder._buffers:
             delattr(holder, leaf)

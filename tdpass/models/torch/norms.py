@@ -117,8 +117,7 @@ def _of_run(run: Run, places: Sequence[int], place: int, matched: Matched, norm:
 
 def _on_another_axis(layer: Call, matched: Matched) -> bool:
     """Batch-norm is on axis 1; a linear layer writes the last one, a convolution the one before its positions."""
-    axes = 2 if matched.site.kind == "linear" else 2 + len(matched.site.kernel)
-    return len(layer.shapes[1]) != axes
+    return len(layer.shapes[1]) != 2 + matched.site.axes
 
 
 def _of_modules(module: nn.Module, matched: Matched, norm: Any, holders: Mapping[int, int]) -> tuple[tuple[bool, str], ...]:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 _SCALES = (0.0, 1e-3, 1.0, 1e3)
-_POSITIONS = 5
 
 
-def computes_as(module: nn.Module, base: type[nn.Module]) -> bool:
-    """Whether the module's forward answers in inference as that of its base class: bit for bit, on small, ordinary and large inputs.
+def computes_as(module: nn.Module, base: type[nn.Module], sizes: Sequence[Sequence[int]]) -> bool:
+    """Whether the module's forward answers in inference as that of its base class: bit for bit, on small, ordinary and large inputs of these sizes.
 
     A copy with random weights is run, so that neither the module nor the random state changes.  A forward that takes more than
     its input is never equal.
@@ -30,22 +29,14 @@ def computes_as(module: nn.Module, base: type[nn.Module]) -> bool:
             torch.manual_seed(0)
             for parameter in twin.parameters():
                 parameter.normal_()
-            return all(_equal(twin(x), base.forward(twin, x)) for x in _inputs(twin))
+            return all(_equal(twin(x), base.forward(twin, x)) for x in _inputs(sizes, next(twin.parameters()).dtype))
     except Exception:  # noqa: BLE001 - code of the user, run on what it may not be made for
         return False
 
 
-def _inputs(module: nn.Module) -> Iterator[Tensor]:
-    """Random inputs of a linear layer or convolution, in its own type."""
-    dtype = next(module.parameters()).dtype
-    sizes: tuple[tuple[int, ...], ...]
-    if isinstance(module, nn.Linear):
-        sizes = ((2, module.in_features), (2, 3, module.in_features))
-    else:
-        kernel = [dilation * (size - 1) + _POSITIONS for size, dilation in zip(module.kernel_size, module.dilation, strict=True)]  # type: ignore[arg-type]
-        sizes = ((2, int(module.in_channels), *kernel),)  # type: ignore[arg-type]
+def _inputs(sizes: Sequence[Sequence[int]], dtype: torch.dtype) -> Iterator[Tensor]:
     for size in sizes:
-        yield from (torch.randn(size).to(dtype) * scale for scale in _SCALES)
+        yield from (torch.randn(tuple(size)).to(dtype) * scale for scale in _SCALES)
 
 
 def _equal(one: object, other: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +11,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from tdpass.kinds import LayerKind, kind_of_module
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.recurrent import why_closed
 from tdpass.models.torch.in_place import can_become
 from tdpass.models.torch.same_forward import computes_as
 from tdpass.site import Site
-
-Geometry = Callable[[nn.Module, str], Site]
 
 
 @dataclass(frozen=True)
@@ -36,28 +35,7 @@ class Matched:
         return replace(self, weight=weight, modules=modules, biases=biases)
 
 
-def _linear(module: nn.Module, name: str) -> Site:
-    assert isinstance(module, nn.Linear)
-    return Site(name, "linear", tuple(module.weight.shape), bias=module.bias is not None, itemsize=module.weight.element_size())
-
-
-def _convolution(module: nn.Module, name: str) -> Site:
-    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    axes = len(module.kernel_size)
-    padding = ((0, 0),) * axes
-    if module.padding_mode == "zeros":
-        flat = module._reversed_padding_repeated_twice
-        if module.padding == "same":
-            padding = tuple((flat[2 * k], flat[2 * k + 1]) for k in reversed(range(axes)))
-        elif module.padding != "valid":
-            padding = tuple((int(size), int(size)) for size in module.padding)
-    return Site(
-        name, "conv", tuple(module.weight.shape), tuple(module.stride), padding, tuple(module.dilation), module.bias is not None, module.weight.element_size()
-    )
-
-
-GEOMETRIES: dict[type[nn.Module], Geometry] = {nn.Linear: _linear, nn.Conv1d: _convolution, nn.Conv2d: _convolution, nn.Conv3d: _convolution}
-
+_POSITIONS = 5
 _REASONS: dict[type[nn.Module], str] = {
     nn.RNNCellBase: "recurrent cells are not factored",
     nn.MultiheadAttention: "its projections are read by attribute, not called",
@@ -97,16 +75,15 @@ def find_sites(model: nn.Module) -> tuple[list[Matched], dict[str, str]]:
     holders = _holders(modules.values())
     for weight, members in groups.items():
         name = paths[id(members[0])][0]
-        sites = {GEOMETRIES[_base(member)](member, name) for member in members}
+        sites = [_kind(member).site(member, name) for member in members]
         if holders[weight] != {id(member) for member in members}:
             declined[name] = "its weight is shared with a layer that needs it dense"
-        elif len({(site.kind, site.shape, site.stride, site.padding, site.dilation) for site in sites}) > 1:
+        elif any(site.geometry() != sites[0].geometry() for site in sites):
             declined[name] = "its weight is shared by layers of different geometry"
         else:
-            site = GEOMETRIES[_base(members[0])](members[0], name)
             reached = tuple(path for member in members for path in paths[id(member)])
             biases = tuple(member._parameters["bias"] for member in members)
-            found.append(Matched(site, members[0].weight, tuple(members), reached, biases))  # type: ignore[arg-type]
+            found.append(Matched(sites[0], members[0].weight, tuple(members), reached, biases))  # type: ignore[arg-type]
     return found, declined
 
 
@@ -120,7 +97,13 @@ def _holders(modules: Iterable[nn.Module]) -> dict[int, set[int]]:
 
 
 def _base(module: nn.Module) -> type[nn.Module]:
-    return next(cls for cls in GEOMETRIES if isinstance(module, cls))
+    return next(cls for cls in _kind(module).modules if isinstance(module, cls))
+
+
+def _kind(module: nn.Module) -> LayerKind:
+    kind = kind_of_module(module)
+    assert kind is not None
+    return kind
 
 
 def _reason(module: nn.Module) -> str | None:
@@ -130,7 +113,7 @@ def _reason(module: nn.Module) -> str | None:
     for cls, reason in _REASONS.items():
         if isinstance(module, cls):
             return reason
-    if not isinstance(module, tuple(GEOMETRIES)):
+    if kind_of_module(module) is None:
         return f"{type(module).__name__} holds a weight but is no Linear or Conv; torch.export it to reach functional layers"
     return _reason_of_weight(module) or _reason_of_class(module)
 
@@ -143,9 +126,7 @@ def _reason_of_weight(module: nn.Module) -> str | None:
         return "a hook computes its weight (a pruning mask, weight_norm); make it a parameter by prune.remove or remove_weight_norm first"
     if weight.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         return f"its weight is of type {weight.dtype}"
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups != 1:
-        return f"grouped convolutions (groups={module.groups}) are not factored"
-    return "its weight is empty" if 0 in weight.shape else None
+    return "its weight is empty" if 0 in weight.shape else _kind(module).why_not(module)
 
 
 def _reason_of_class(module: nn.Module) -> str | None:
@@ -157,4 +138,4 @@ def _reason_of_class(module: nn.Module) -> str | None:
         return f"{name} holds more than a weight and a bias"
     if not can_become(module, Factorized):
         return f"{name} has __slots__, so it cannot become a factored layer"
-    return None if computes_as(module, _base(module)) else f"{name} overrides forward"
+    return None if computes_as(module, _base(module), _kind(module).input_sizes(module, _POSITIONS)) else f"{name} overrides forward"

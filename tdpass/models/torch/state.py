@@ -18,6 +18,7 @@ from tdpass.documents import Document, Size, register_document
 from tdpass.errors import InvalidModelError, PlanError, UsageError
 from tdpass.files import replacing
 from tdpass.formats.base import FORMATS
+from tdpass.kinds import kind_of_module
 from tdpass.layers.factorized import Factorized, empty_layer
 from tdpass.models.torch.called_layers import call_layers
 from tdpass.models.torch.in_place import become
@@ -74,7 +75,7 @@ def save_module(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> N
         if isinstance(layer, Factorized)
     )
     folded = tuple(path for path, candidate in named if isinstance(candidate, Folded))
-    biases = tuple(path for path, candidate in named if isinstance(candidate, _DENSE) and candidate._parameters["bias"] is not None)
+    biases = tuple(path for path, candidate in named if kind_of_module(candidate) is not None and candidate._parameters["bias"] is not None)
     written = packed_state(tensors)
     packed = written.keys() != tensors.keys()
     structure = _Structure(2 if packed else 1, layers, folded, biases, aliases)
@@ -82,9 +83,6 @@ def save_module(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> N
     described[_DIGEST] = _digest(written.items(), described)
     with replacing(path) as temporary:
         save_file(written, temporary, metadata=described)
-
-
-_DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -36,7 +36,7 @@ class Kernels(Runtime):
             return None
         x, lowered = example_input(layer, batch), lower(layer)
         if lowered is not None:
-            return _bind(layer, lowered, x, self.lanes) if lowered.kind == "conv" or self.lanes == "channels" else None
+            return _bind(layer, lowered, x, self.lanes) if lowered.axes or self.lanes == "channels" else None
         return _bind_contraction(layer, x) if self.lanes == "channels" else None
 
 
@@ -59,7 +59,7 @@ class PixelLanes(Kernels):
 def _bind(layer: Layer, lowered: Lowered, x: Tensor, lanes: Lanes) -> Callable[[], Tensor]:
     packed_for = packing(lanes, x.dtype)
     packed = lowered.pack(layer, packed_for)
-    if lowered.kind == "linear":
+    if not lowered.axes:
         return lambda: _call(LINEAR_CHAIN.call, x, packed, layer.bias, None, lowered.widths, "identity")
     seen = x if x.dim() == 4 else x[:, :, None]
     placed = channels_last(seen) if lanes == "channels" else seen.contiguous()
