@@ -20,8 +20,9 @@ import torch
 
 from benchmarks.bench_kernels import keep_freed_memory
 from benchmarks.results import Table, Value, show
+from tdpass.form import DENSE
 from tdpass.site import Site
-from tdpass.targets import Setting, Variant
+from tdpass.targets import Setting
 from tdpass.targets.break_even import STAIRCASE
 from tdpass.targets.cpu import CpuTarget
 from tdpass.targets.runtimes import RUNTIMES
@@ -66,7 +67,7 @@ def measure(name: str, group: str, threads: int, runtimes: Sequence[str]) -> dic
     """One row."""
     site, setting = LAYERS[name], Setting(1, threads)
     target = CpuTarget([RUNTIMES.get(runtime) for runtime in runtimes], None)
-    (dense,) = target.time(site, [Variant()], setting)
+    (dense,) = target.time(site, [DENSE], setting)
     times = [ratio * dense.seconds * 1e6 for ratio in target.sparse_over_dense(site, group, STAIRCASE, setting)]
     found = target.break_even_sparsity(site, group, setting)
     return {

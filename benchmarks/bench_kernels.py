@@ -23,9 +23,9 @@ from torch import Tensor
 
 from benchmarks.results import Table, Value, show
 from tdpass.clock import on_cpu, threads_of_torch
+from tdpass.form import DENSE
 from tdpass.formats.base import FORMATS, dense_cost
 from tdpass.site import Site
-from tdpass.targets.base import Variant
 from tdpass.targets.layers import make_layer
 from tdpass.targets.runtimes import RUNTIMES
 
@@ -85,8 +85,8 @@ CASES: tuple[Case, ...] = (
 
 def measure(case: Case, batch: int, threads: int, dtype: torch.dtype) -> dict[str, Value]:
     """One row: the fused operator against dense and chain in every runtime."""
-    dense = make_layer(case.site, Variant(), dtype)
-    factored = make_layer(case.site, Variant(case.format, case.rank), dtype)
+    dense = make_layer(case.site, DENSE, dtype)
+    factored = make_layer(case.site, case.form, dtype)
     calls: dict[str, Callable[[], Tensor]] = {}
     with threads_of_torch(threads):
         for name in BASELINES:

@@ -22,9 +22,10 @@ import tdpass
 from benchmarks.nets import NETS, Net, Recurrent, exported
 from benchmarks.results import Table, Value, show
 from tdpass.clock import on_cpu, threads_of_torch
+from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS, dense_cost
 from tdpass.models import Batch, open_model
-from tdpass.planner.rank_plan import DENSE, Choice, RankPlan
+from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.site import Site
 from tdpass.targets.runtimes import RUNTIMES, inductor
 
@@ -61,8 +62,8 @@ def _choice(net: Net, site: Site, share: float) -> Choice:
         rank = tuple(max(net.grid, round(share * limit / net.grid) * net.grid) for limit in limits)
         cost = FORMATS.get(name).cost(site, rank) if all(r <= limit for r, limit in zip(rank, limits, strict=True)) else dense
         if cost.macs < dense.macs:
-            return Choice(site.name, site.shape, name, rank, cost, dense)
-    return Choice(site.name, site.shape, DENSE, (), dense, dense)
+            return Choice(site.name, site.shape, Form(name, rank), cost, dense)
+    return Choice(site.name, site.shape, DENSE, dense, dense)
 
 
 def candidates(net: Net, batch: int, threads: int) -> tuple[Calls, float]:
@@ -106,7 +107,7 @@ def lstm(threads: int) -> tuple[Calls, float]:
     calls = {f"dense {name}": call for name, call in _in_runtimes(model, x, threads)}
     opened, svd = tdpass.open_recurrent(model), FORMATS.get("svd")
     sites = open_model(opened, x).sites()
-    choices = tuple(Choice(site.name, site.shape, "svd", (128,), svd.cost(site, (128,)), dense_cost(site)) for site in sites)
+    choices = tuple(Choice(site.name, site.shape, Form("svd", (128,)), svd.cost(site, (128,)), dense_cost(site)) for site in sites)
     plan = RankPlan(choices, sum((choice.dense for choice in choices), tdpass.Cost()))
     small = tdpass.compress(opened, plan=plan, pipeline="factorize", example_inputs=x).model
     assert isinstance(small, nn.Module)

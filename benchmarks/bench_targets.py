@@ -23,7 +23,8 @@ import tdpass
 from benchmarks.bench_planner import decaying
 from benchmarks.nets import exported
 from benchmarks.results import Table, show
-from tdpass.targets import Setting, Variant, open_target
+from tdpass.form import DENSE
+from tdpass.targets import Setting, open_target
 
 COLUMNS = ("layer", "runtime", "threads", "batch", "budget", "format", "rank", "dense_us", "chosen_us", "predicted_ratio", "measured_ratio", "goal", "met")
 GOAL = 1.03
@@ -86,7 +87,7 @@ def run_layer(name: str, module: nn.Module, x: Tensor, runtime: str, threads: in
     if artifact is None:
         return {**head, "format": "dense", "predicted_ratio": 1.0, "measured_ratio": 1.0, "met": "true"}
     (choice,), (site,) = artifact.plan.choices, artifact.opened.sites()
-    dense, chosen = open_target(text, frontend).time(site, [Variant(), Variant(choice.format, choice.rank)], Setting(1, threads), careful=True)
+    dense, chosen = open_target(text, frontend).time(site, [DENSE, choice.form], Setting(1, threads), careful=True)
     ratio = chosen.seconds / dense.seconds
     return {
         **head, "budget": budget, "format": choice.format, "rank": "x".join(map(str, choice.rank)), "dense_us": dense.seconds * 1e6,

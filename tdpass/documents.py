@@ -11,16 +11,16 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin
 
 import msgspec
 import yaml
 from msgspec import Meta
 
 from tdpass.errors import TdpassError, UsageError
+from tdpass.inlined import gathered, hints_of, place_in_file, spread, written
 from tdpass.registry import Registry
 
 T = TypeVar("T")
@@ -90,17 +90,17 @@ class Document(Generic[T]):
         """A value that was read already, by the schema; raises `error`."""
         try:
             _check_plain(found, finite=self.finite)
-            made = msgspec.convert(found, self.schema, dec_hook=_of_plain)
-            _check_known(found, msgspec.to_builtins(made, enc_hook=_plain))
+            made = msgspec.convert(gathered(found, self.schema), self.schema, dec_hook=_of_plain)
+            _check_known(found, spread(msgspec.to_builtins(made, enc_hook=_plain), self.schema))
             self.sound(made)
         except (ValueError, RecursionError) as error:
-            raise self._refused(source, _with_value(str(error), found)) from None
+            raise self._refused(source, _with_value(place_in_file(str(error), self.schema), found)) from None
         return made
 
     def text(self, value: T) -> str:
         """The document as text that `parse` reads."""
         head = {} if self.version is None else {"version": self.version}
-        found = msgspec.to_builtins(value, enc_hook=_plain)
+        found = written(msgspec.to_builtins(value, enc_hook=_plain), self.schema)
         return json.dumps({**head, **found} if isinstance(found, dict) else found, indent=1)
 
     def sealed(self, value: T, key: str) -> str:
@@ -152,14 +152,9 @@ def _of_plain(cls: type, found: object) -> object:
 
 def misfit(cls: type, option: str, value: object) -> str:
     """The type that an option of that dataclass has, where the value is not of it; empty where it is."""
-    hint = _hints(cls)[option]
+    hint = hints_of(cls)[option]
     arms = get_args(hint) if get_origin(hint) in {Union, UnionType} else (hint,)
     return "" if any(_fits(value, arm) for arm in arms) else _named(hint)
-
-
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls, include_extras=True)
 
 
 def _fits(value: object, arm: Any) -> bool:

@@ -16,7 +16,8 @@ from itertools import accumulate
 from string import Template
 
 from tdpass.cost import Cost
-from tdpass.planner.rank_plan import DENSE, RankPlan
+from tdpass.form import DENSE
+from tdpass.planner.rank_plan import RankPlan
 from tdpass.report import Report, SiteRow
 from tdpass.views import summary
 from tdpass.views.html import Html, column, join, spaced, table, tag, text
@@ -156,7 +157,7 @@ def _sites(rows: Sequence[SiteRow], colour: Mapping[str, str]) -> Html | None:
 
 
 def _left_alone(report: Report, plan: RankPlan | None, rows: Sequence[SiteRow]) -> Html | None:
-    kept = summary.reasons_by_site([row for row in rows if row.format == DENSE])
+    kept = summary.reasons_by_site([row for row in rows if row.form == DENSE])
     refused = summary.refusals(report, plan)
     groups = [("Sites kept dense", kept), ("Other layers", refused)]
     cards = [tag("div", tag("h3", f"{title} ({sum(map(len, reasons.values()))})"), _reasons(reasons), class_="card") for title, reasons in groups if reasons]

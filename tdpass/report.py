@@ -10,24 +10,24 @@ from tdpass.cost import Cost
 from tdpass.documents import Amount, Count, Document, Size, register_document
 from tdpass.errors import InvalidModelError
 from tdpass.files import write_text
+from tdpass.form import Form, Formed
 from tdpass.packing import StoredSize
 
 VERSION = 1
 
 
 @dataclass(frozen=True)
-class SiteRow:
+class SiteRow(Formed):
     """One site before and after.
 
     `error` is the relative error of the weight in the plan's metric, `loss` the expected increase of the divergence,
-    `note` the reason for the choice; `format` is "dense" for a site that was left alone.  On a target `before` and `after` hold
+    `note` the reason for the choice; `form` is dense for a site that was left alone.  On a target `before` and `after` hold
     measured seconds, `kernel` says in which runtime, and `predicted` what was expected before `after` was measured.
     """
 
     site: str
     shape: tuple[Size, ...]
-    format: str
-    rank: tuple[Size, ...]
+    form: Form
     before: Cost
     after: Cost
     error: float

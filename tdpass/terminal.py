@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from rich.text import Text
 
 from tdpass.cost import Cost
-from tdpass.planner.rank_plan import DENSE, RankPlan
+from tdpass.form import DENSE
+from tdpass.planner.rank_plan import RankPlan
 from tdpass.report import Report, SiteRow
 from tdpass.site import Site
 from tdpass.views import summary
@@ -56,7 +57,7 @@ def site_table(rows: Sequence[SiteRow], width: int | None) -> list[Part]:
     loss = [Column[SiteRow]("Loss", lambda row: "" if summary.unfactored(row) else small(row.loss), number=True)] if summary.losses_known(rows) else []
     one_line, two_lines = [*_single_line_columns(timed), *loss], [*_two_line_columns(timed, arrows=True), *loss]
     layouts = ([*one_line, reason], one_line, [*two_lines, reason], two_lines, [*_two_line_columns(timed, arrows=False), *loss])
-    table, chosen = fitting(layouts, rows, width, dim=lambda row: row.format == DENSE)
+    table, chosen = fitting(layouts, rows, width, dim=lambda row: row.form == DENSE)
     reasons = summary.reasons_by_site(rows)
     if reason in layouts[chosen] or not reasons:
         return [table]

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from tdpass.cost import Cost, amount
 from tdpass.errors import BudgetError
+from tdpass.form import DENSE
 from tdpass.measures import counted
 from tdpass.models.base import Model, call_batch
 from tdpass.pipeline import Job
-from tdpass.planner.rank_plan import DENSE, Choice, RankPlan
+from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.targets import Setting
 
 
@@ -59,7 +60,7 @@ def _left_dense(plan: RankPlan, original: Cost) -> RankPlan:
         choice
         if choice.kept_dense
         else Choice(
-            choice.site, choice.shape, DENSE, (), choice.dense, choice.dense, fingerprint=choice.fingerprint,
+            choice.site, choice.shape, DENSE, choice.dense, choice.dense, fingerprint=choice.fingerprint,
             reason=f"{choice.format} here made the whole model slower, or no faster", predicted=choice.dense.seconds,
         )
         for choice in plan

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tdpass.form import Form
 from tdpass.formats import FORMATS, Layer
 from tdpass.models import open_model
 from tdpass.models.base import Batch
@@ -106,7 +107,7 @@ def _rank_two(net: _Layers) -> dict[str, Layer]:
     model, svd = open_model(net), FORMATS.get("svd")
     model.observe(*(Batch((call,)) for call in _calls()))
     return {
-        site.name: Layer(site, "svd", (2,), svd.factorize(model.weight(site.name), site, (2,)), model.bias(site.name)).to(torch.float32)
+        site.name: Layer(site, Form("svd", (2,)), svd.factorize(model.weight(site.name), site, (2,)), model.bias(site.name)).to(torch.float32)
         for site in model.sites()
     }
 

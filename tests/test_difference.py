@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import tdpass
 from tdpass.cli import main
+from tdpass.form import Form
 from tdpass.formats import FORMATS, Layer
 from tdpass.models import Model, TorchModel
 from tdpass.pipeline import PASSES, Job, Pass, Pipeline
@@ -30,7 +31,7 @@ def _break_last(model: Model) -> None:
     """Let the last site answer with its bias alone."""
     site = model.sites()[-1]
     shapes = FORMATS.get("svd").shapes(site, (1,))
-    model.replace(site.name, Layer(site, "svd", (1,), {name: torch.zeros(shape) for name, shape in shapes.items()}, model.bias(site.name)))
+    model.replace(site.name, Layer(site, Form("svd", (1,)), {name: torch.zeros(shape) for name, shape in shapes.items()}, model.bias(site.name)))
 
 
 def _breaking(monkeypatch: pytest.MonkeyPatch, name: str) -> None:

@@ -14,6 +14,7 @@ from mutations import damaged_bytes, texts
 from tdpass.cost import Cost
 from tdpass.documents import DOCUMENTS, Document, yaml_value
 from tdpass.errors import InvalidModelError, PlanError, TdpassError, UsageError
+from tdpass.form import DENSE, Form
 from tdpass.html_report import render_html
 from tdpass.methods.recipe import Recipe
 from tdpass.models.torch.state import _Replacement, _Structure
@@ -30,12 +31,12 @@ from tdpass.training.pieces import Piece
 from tdpass.views.tables import to_text
 
 FAST, THOROUGH = 60, 500
-DENSE, SMALL = Cost(128, 1280, 512), Cost(48, 480, 192)
+WHOLE, SMALL = Cost(128, 1280, 512), Cost(48, 480, 192)
 PLAN = RankPlan(
     (
-        Choice("fc", (16, 8), "svd", (2,), SMALL, DENSE, 0.1, 0.01, "why", "= 0.1", "ab"),
-        Choice("conv", (4, 4, 3, 3), "pruned", (2, 4), Cost(72, 720, 288), Cost(144, 1440, 576), channels=(0, 3)),
-        Choice("last", (4, 4), "dense", (), Cost(16, 16, 64, 1e-3), Cost(16, 16, 64, 1e-3)),
+        Choice("fc", (16, 8), Form("svd", (2,)), SMALL, WHOLE, 0.1, 0.01, "why", "= 0.1", "ab"),
+        Choice("conv", (4, 4, 3, 3), Form("pruned", (2, 4)), Cost(72, 720, 288), Cost(144, 1440, 576), channels=(0, 3)),
+        Choice("last", (4, 4), DENSE, Cost(16, 16, 64, 1e-3), Cost(16, 16, 64, 1e-3)),
     ),
     Cost(300, 3000, 1200),
     "macs=0.5",
@@ -43,10 +44,10 @@ PLAN = RankPlan(
 )
 REPORT = Report(
     model="net", budget="macs=0.5", original=PLAN.original, final=PLAN.planned, sites=[*PLAN.rows()], declined={"bn": "no weight"},
-    passes=[PassRow("plan", True, 0.5, DENSE, ("a note",))], curve=[CurvePoint(0.5, 0.5, 0.4, 0.1, True)],
+    passes=[PassRow("plan", True, 0.5, WHOLE, ("a note",))], curve=[CurvePoint(0.5, 0.5, 0.4, 0.1, True)],
     training=[TrainingRow("method", 0, 0.5, 0.1, 2.0, 90.0, {"fc": 0.1})], checks={"divergence": 0.1}, notes=["n"], stored=StoredSize(9, 3, 12, 2, 20, 36),
 )  # fmt: skip
-CANDIDATE = Candidate("svd", (2,), SMALL, 0.1, 0.2, "= 0.1")
+CANDIDATE = Candidate(Form("svd", (2,)), SMALL, 0.1, 0.2, "= 0.1")
 RECIPE = Recipe("a:b", "a:c", {"admm-tt": {"budget": {"params": 0.6}, "rounds": 2, "rho": {"geometric": {"start": 0.1, "end": 1.0}}}}, {"lr": 0.1, "clip": 1.0})
 SAMPLES: dict[str, Any] = {
     "tdpass plan": PLAN,
@@ -54,7 +55,7 @@ SAMPLES: dict[str, Any] = {
     "table of candidates": [CANDIDATE],
     "table of joint options": [JointOption({"fc": CANDIDATE}, 0.5, (1, 2))],
     "training recipe": RECIPE,
-    "tdpass structure": _Structure(2, (_Replacement(("fc", "twin"), "svd", (2,), bias=True),), ("bn",), ("last",), {"a": "b"}),
+    "tdpass structure": _Structure(2, (_Replacement(("fc", "twin"), Form("svd", (2,)), bias=True),), ("bn",), ("last",), {"a": "b"}),
     "table of chain times": {"a": [0.1, None]},
     "table of tensors": {"fc.weight": Piece((4, 2), (2, 0), "float32")},
     "list of the parts of a checkpoint": {"facts-0.json": "ab"},

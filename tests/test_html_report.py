@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 import pytest
 
 from tdpass.cost import Cost
+from tdpass.form import DENSE, Form
 from tdpass.html_report import render_html
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.report import CurvePoint, PassRow, Report, SiteRow
@@ -65,7 +66,8 @@ def report_of(sites: int, prefix: str = "layer", note: str = "lowest loss for it
     for n in range(sites):
         name = formats[n % 4]
         after = cost(2304) if name == "dense" else cost(500 + n)
-        rows.append(SiteRow(f"{prefix}{n}.conv", (16, 16, 3, 3), name, () if name == "dense" else (n + 1,), cost(2304), after, 0.1, 1e-4, "<= 0.2000", note))
+        form = DENSE if name == "dense" else Form(name, (n + 1,))
+        rows.append(SiteRow(f"{prefix}{n}.conv", (16, 16, 3, 3), form, cost(2304), after, 0.1, 1e-4, "<= 0.2000", note))
     total, final = sum((row.before for row in rows), Cost()), sum((row.after for row in rows), Cost())
     report = Report("m.onnx", "onnx", "macs=0.4", "outputs", "kl", "machine", "2026-11-21T01:00:00+00:00", total, final, rows, {"emb": "an embedding"})
     report.passes = [PassRow("plan", False, 3.0, final, ("planned",)), PassRow("factorize", True, 1.0, final)]
@@ -114,7 +116,7 @@ def test_everything_foreign_is_escaped() -> None:
     report.checks = {HOSTILE: 1.0}
     report.notes = [HOSTILE]
     report.passes = [PassRow(HOSTILE, True, 1.0, Cost(), (HOSTILE,))]
-    rows = [SiteRow(HOSTILE, (2, 2), HOSTILE, (1,), cost(4), cost(2), 0.1, 0.1, HOSTILE, HOSTILE)]
+    rows = [SiteRow(HOSTILE, (2, 2), Form(HOSTILE, (1,)), cost(4), cost(2), 0.1, 0.1, HOSTILE, HOSTILE)]
     report.sites += rows
     text = render_html(report)
     page = Page(text)
@@ -133,7 +135,7 @@ def test_empty_report_is_a_page() -> None:
 
 
 def test_plan_stands_in_before_anything_was_done() -> None:
-    choice = Choice("fc", (8, 8), "svd", (2,), cost(32), cost(64), 0.1, 0.01, "it pays", "= 0.1000")
+    choice = Choice("fc", (8, 8), Form("svd", (2,)), cost(32), cost(64), 0.1, 0.01, "it pays", "= 0.1000")
     page = Page(render_html(Report(model="m"), RankPlan((choice,), cost(100), declined={"emb": "no site"})))
     for word in ("fc", "it pays", "= 0.1000", "1.47×", "no site", "expected by the plan"):
         assert word in page.text
@@ -163,14 +165,14 @@ def test_pictures_have_words() -> None:
 
 
 def test_bar_lengths_are_the_costs() -> None:
-    rows = [SiteRow("a", (1,), "svd", (1,), cost(1000), cost(250), 0.1, 0.1), SiteRow("b", (1,), "svd", (1,), cost(500), cost(500), 0.1, 0.1)]
+    rows = [SiteRow("a", (1,), Form("svd", (1,)), cost(1000), cost(250), 0.1, 0.1), SiteRow("b", (1,), Form("svd", (1,)), cost(500), cost(500), 0.1, 0.1)]
     page = Page(render_html(Report(sites=rows, original=cost(1500), final=cost(750))))
     widths = [attrs["width"] for name, attrs in page.tags if name == "rect" and attrs.get("height") in ("18", "10")]
     assert widths == ["100.00%", "25.00%", "100.00%", "25.00%", "50.00%", "50.00%", "50.00%", "50.00%"]
 
 
 def test_colours_are_stable_and_always_named() -> None:
-    rows = [SiteRow("a", (1,), name, (), cost(1), cost(1), 0.0, 0.0) for name in ("tucker2", "dense", "svd")]
+    rows = [SiteRow("a", (1,), Form(name, ()), cost(1), cost(1), 0.0, 0.0) for name in ("tucker2", "dense", "svd")]
     assert colours(rows) == {"dense": "dense", "svd": "colour0", "tucker2": "colour1"}
     assert colours(rows[::-1]) == colours(rows)
 

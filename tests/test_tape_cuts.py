@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tdpass.form import Form
 from tdpass.formats import FORMATS, Layer
 from tdpass.models import open_model
 from tdpass.models.base import Batch
@@ -144,7 +145,7 @@ def _layers(net: _Net, *names: str) -> dict[str, Layer]:
     svd = FORMATS.get("svd")
     sites = {site.name: site for site in model.sites()}
     made = {name: svd.factorize(model.weight(name), sites[name], (2,)) for name in names}
-    return {name: Layer(sites[name], "svd", (2,), factors, model.bias(name)).to(torch.float32) for name, factors in made.items()}
+    return {name: Layer(sites[name], Form("svd", (2,)), factors, model.bias(name)).to(torch.float32) for name, factors in made.items()}
 
 
 def _fitted(tapes: list[Tape]) -> FittedDivergence:

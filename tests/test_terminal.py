@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from tdpass.cost import Cost
+from tdpass.form import DENSE, Form
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.report import CurvePoint, PassRow, Report, SiteRow, TrainingRow
 from tdpass.site import Site
@@ -26,10 +27,10 @@ def cost(params: int, positions: int = 100) -> Cost:
 
 def report_of(sites: int = 3, prefix: str = "layer") -> Report:
     rows = [
-        SiteRow(f"{prefix}{n}.conv", (16, 16, 3, 3), "spatial_svd", (5,), cost(2304), cost(800), 0.21, 0.002, "<= 0.2500", f"reason number {n}")
+        SiteRow(f"{prefix}{n}.conv", (16, 16, 3, 3), Form("spatial_svd", (5,)), cost(2304), cost(800), 0.21, 0.002, "<= 0.2500", f"reason number {n}")
         for n in range(sites - 1)
     ]
-    rows.append(SiteRow(f"{prefix}.head", (10, 64), "dense", (), cost(640), cost(640), 0.0, 0.0, "", "no rank pays"))
+    rows.append(SiteRow(f"{prefix}.head", (10, 64), DENSE, cost(640), cost(640), 0.0, 0.0, "", "no rank pays"))
     total, final = sum((row.before for row in rows), Cost()), sum((row.after for row in rows), Cost())
     report = Report("model.onnx", "onnx", "macs=0.4", "outputs", "kl", "a machine", "2026-11-21T01:00:00+00:00", total, final, rows, {"emb": "an embedding"})
     report.passes = [PassRow("plan{macs=0.4}", False, 12.5, final, ("10 candidates",)), PassRow("factorize", True, 0.25, final)]
@@ -85,7 +86,7 @@ def test_terminal_gets_colour_unless_it_is_unwanted() -> None:
 
 def test_hostile_names_cannot_reach_the_terminal() -> None:
     report = report_of()
-    report.sites[0] = SiteRow("\x1b[2J[red]boom[/red]\u202e", (2, 2), "svd", (1,), cost(4), cost(4), 0.1, 0.1, note="a\nb\x07")
+    report.sites[0] = SiteRow("\x1b[2J[red]boom[/red]\u202e", (2, 2), Form("svd", (1,)), cost(4), cost(4), 0.1, 0.1, note="a\nb\x07")
     report.declined = {"[/]": "\x1b]0;title\x07"}
     text = to_text(report_view(report, None, None), None)
     assert "\x1b" not in text
@@ -95,7 +96,7 @@ def test_hostile_names_cannot_reach_the_terminal() -> None:
 
 
 def test_plan_stands_in_for_a_report_without_sites() -> None:
-    plan = RankPlan((Choice("fc", (8, 8), "svd", (2,), cost(32), cost(64), 0.1, 0.01, "it pays", "= 0.1000"),), cost(100), "macs=0.5")
+    plan = RankPlan((Choice("fc", (8, 8), Form("svd", (2,)), cost(32), cost(64), 0.1, 0.01, "it pays", "= 0.1000"),), cost(100), "macs=0.5")
     text = to_text(report_view(Report(model="m"), plan, None), None)
     assert "it pays" in text
     assert "= 0.1000" in text
@@ -108,14 +109,14 @@ def test_empty_report_is_still_a_page() -> None:
 
 
 def test_equal_reasons_are_said_once() -> None:
-    rows = [SiteRow(f"s{n}", (4, 4), "dense", (), cost(16), cost(16), 0.0, 0.0, note="too small") for n in range(20)]
+    rows = [SiteRow(f"s{n}", (4, 4), DENSE, cost(16), cost(16), 0.0, 0.0, note="too small") for n in range(20)]
     text = to_text(site_table(rows, 44), 44)
     assert "s0, s1, s2, s3 and 16 more: too small" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(("loss", "shown"), [(0.0, False), (0.002, True)])
 def test_losses_that_nobody_measured_are_not_shown_as_zero(loss: float, shown: bool) -> None:
-    row = SiteRow("fc", (8, 8), "svd", (2,), cost(64), cost(32), 0.1, loss)
+    row = SiteRow("fc", (8, 8), Form("svd", (2,)), cost(64), cost(32), 0.1, loss)
     for width in (None, 100, 60):
         assert ("Loss" in to_text(site_table([row], width), width)) is shown
     for page in (html_sites.site_table([row], {"svd": "c0"}), html_sites.format_table(summary.by_format([row]), {"svd": "c0"})):

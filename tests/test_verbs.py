@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import tdpass
 from tdpass.errors import BudgetError, PlanError, UsageError
-from tdpass.formats import FORMATS
+from tdpass.form import DENSE, Form
+from tdpass.formats.base import offered_formats
 
 
 def _outputs(artifact: tdpass.Artifact, x: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def test_a_plan_made_on_onnx_applies_to_torch(name: str, inputs: str, share: flo
     assert float((ours - theirs).norm() / ours.norm()) < 1e-4
 
 
-@pytest.mark.parametrize("name", FORMATS.names())
+@pytest.mark.parametrize("name", offered_formats())
 def test_every_format_gives_the_same_network_on_torch_and_onnx(name: str, residual: nn.Module, images: Tensor) -> None:
     try:
         torch_side = tdpass.compress(residual, {"macs": 0.7}, images, formats=[name])
@@ -214,7 +215,7 @@ def _with(plan: tdpass.RankPlan, format_name: str, ranks: tuple[tuple[int, ...],
 
     both = dict(zip(("first", "second"), ranks, strict=True))
     choices = tuple(
-        replace(choice, format=format_name, rank=both[choice.site], channels=channels) if choice.site in both else replace(choice, format="dense", rank=())
+        replace(choice, form=Form(format_name, both[choice.site]), channels=channels) if choice.site in both else replace(choice, form=DENSE)
         for choice in plan
     )
     return replace(plan, choices=choices)

@@ -16,8 +16,9 @@ from tdpass.cli.sources import read_source
 from tdpass.cost import Cost
 from tdpass.data import calls_of
 from tdpass.errors import TdpassError
+from tdpass.form import Rank
 from tdpass.formats import FORMATS
-from tdpass.formats.base import Format, Rank, dense_cost
+from tdpass.formats.base import Format, dense_cost
 from tdpass.measures import counted
 from tdpass.models import open_model
 from tdpass.site import Site

@@ -10,6 +10,7 @@ from tdpass.constraints.base import Constraint, checked, register_constraint
 from tdpass.constraints.spectral import SPECTRAL
 from tdpass.errors import PlanError
 from tdpass.formats import FORMATS, Factors, Rank
+from tdpass.formats.base import offered_formats
 from tdpass.site import Site
 
 
@@ -41,7 +42,7 @@ class InFormat(Constraint):
     def __post_init__(self) -> None:
         form = FORMATS.get(self.format)
         if not form.fits(self.site):
-            fitting = ", ".join(name for name in FORMATS.names() if FORMATS.get(name).fits(self.site))
+            fitting = ", ".join(name for name in offered_formats() if FORMATS.get(name).fits(self.site))
             raise PlanError(f"format {self.format} does not fit site {self.site.name!r} of shape {self.site.shape}; these do: {fitting}")
         form.check_rank(self.site, self.rank)
 

@@ -23,11 +23,12 @@ from tdpass.artifact import load_plan
 from tdpass.cost import Budget, BudgetSpec, Cost
 from tdpass.digest import digest
 from tdpass.dynamo.draft import Compiled, Draft, Inner
-from tdpass.dynamo.factorize import Decide, Decision, factorize
+from tdpass.dynamo.factorize import Decide, factorize
 from tdpass.dynamo.frozen import FROZEN, constants, forget, freeze
 from tdpass.dynamo.fuse import fuse_chains
 from tdpass.dynamo.links import read_link
 from tdpass.errors import UsageError
+from tdpass.form import Form
 from tdpass.kinds import plain_module
 from tdpass.layers.derived import DERIVED
 from tdpass.planner.rank_plan import RankPlan
@@ -192,14 +193,14 @@ def _decisions(draft: Draft, options: Options) -> Decide | None:
     prints = {choice.fingerprint: choice for choice in plan if choice.fingerprint}
     names = {choice.site: choice for choice in plan}
 
-    def decide(path: str, weight: Tensor) -> Decision | None:
+    def decide(path: str, weight: Tensor) -> Form | None:
         choice = prints.get(digest(weight)) or names.get(path)
         if choice is None or choice.kept_dense or choice.shape != tuple(weight.shape):
             return None
         if choice.channels or choice.format == "constant":
             log.warning("%s stays dense: it was planned together with other layers; compress the model with tdpass.compress instead", path)
             return None
-        return choice.format, choice.rank
+        return choice.form
 
     return decide
 

@@ -16,7 +16,8 @@ from torch.fx import Node
 from tdpass.dynamo.draft import Draft
 from tdpass.dynamo.links import Link, read_link
 from tdpass.errors import TdpassError
-from tdpass.formats.base import FORMATS, Layer, Rank
+from tdpass.form import Form, Formed
+from tdpass.formats.base import FORMATS, Layer
 from tdpass.formats.lowering import Lowered, lower
 from tdpass.kinds import plain_site
 from tdpass.layers.derived import Recipe
@@ -26,17 +27,15 @@ from tdpass.site import Site
 log = logging.getLogger("tdpass.backend")
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: torch.conv1d, 2: torch.conv2d}
-Decision = tuple[str, Rank]
-Decide = Callable[[str, Tensor], "Decision | None"]
+Decide = Callable[[str, Tensor], "Form | None"]
 
 
 @dataclass(frozen=True)
-class Factorize(Recipe):
+class Factorize(Formed, Recipe):
     """The factors of a weight, in the order of the format's shapes."""
 
     site: Site
-    format: str
-    rank: Rank
+    form: Form
 
     def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         (weight,) = tensors
@@ -46,7 +45,7 @@ class Factorize(Recipe):
 
 
 def factorize(draft: Draft, decide: Decide) -> int:
-    """Replace linear layers and convolutions by what `decide` says of (module path, weight): a format and a rank; returns how many.
+    """Replace linear layers and convolutions by what `decide` says of (module path, weight): a form; returns how many.
 
     Weights that several calls share are factored once.  A weight that is stored the other way round (`x @ w`), grouped, or
     whose decision does not fit its shape, is left dense with a logged line.
@@ -65,11 +64,11 @@ def factorize(draft: Draft, decide: Decide) -> int:
         try:
             if link.transposed or link.groups != 1:
                 raise TdpassError("its weight is stored the other way round or grouped")
-            FORMATS.get(decision[0]).check_rank(site, decision[1])
+            FORMATS.get(decision.format).check_rank(site, decision.rank)
         except TdpassError as error:
             log.warning("%s stays dense: %s", path or node.name, error)
             continue
-        _replace(draft, link, Factorize(site, *decision))
+        _replace(draft, link, Factorize(site, decision))
         count += 1
     return count
 
@@ -89,7 +88,7 @@ def _site(link: Link, weight: Tensor) -> Site:
 def _replace(draft: Draft, link: Link, recipe: Factorize) -> None:
     factors = draft.derive(recipe, [link.weight])
     names = list(FORMATS.get(recipe.format).shapes(recipe.site, recipe.rank))
-    layer = Layer(recipe.site, recipe.format, recipe.rank, {name: draft.value_of(node) for name, node in zip(names, factors, strict=True)})
+    layer = Layer(recipe.site, recipe.form, {name: draft.value_of(node) for name, node in zip(names, factors, strict=True)})
     lowered = lower(layer)
     with draft.graph.inserting_before(link.node):
         if lowered is None or link.axes > 2:

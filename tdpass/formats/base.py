@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tdpass.cost import Cost, pays
 from tdpass.errors import PlanError
+from tdpass.form import DENSE, Form, Formed, Rank
 from tdpass.formats.metric import Metric
 from tdpass.kinds import kind_of, plain_site
 from tdpass.ops import Ops, TorchOps, V
@@ -20,7 +21,6 @@ from tdpass.registry import Registry
 from tdpass.site import Site
 
 _RANGE = 64
-Rank = tuple[int, ...]
 Factors = dict[str, Tensor]
 
 
@@ -89,6 +89,7 @@ class Format(ABC):
     """One way to factor a weight; a subclass per file, registered with `register_format`.
 
     Class attributes: `name`, how many spatial `axes` the sites it fits may have, `version` (raised when its factors change, so that caches expire),
+    `offered` (whether it is a way to make a single site smaller, to be tried where no format is asked for),
     `exact_at_full_rank` (whether the last of `ranks` reproduces any weight), `searched` (whether each rank is a search of its
     own, so that the planner tries fewer of them on large layers).
     """
@@ -96,6 +97,7 @@ class Format(ABC):
     name: ClassVar[str]
     axes: ClassVar[range]
     version: ClassVar[int] = 1
+    offered: ClassVar[bool] = True
     exact_at_full_rank: ClassVar[bool] = True
     searched: ClassVar[bool] = False
 
@@ -198,9 +200,14 @@ def register_format(cls: type[Format]) -> type[Format]:
     return cls
 
 
+def offered_formats() -> tuple[str, ...]:
+    """Names of the formats that are tried where none is asked for."""
+    return tuple(form.name for form in FORMATS if form.offered)
+
+
 def dense_cost(site: Site) -> Cost:
     """What the dense layer costs, the bias not counted."""
-    return Cost(site.weights, site.weights * kind_of(site).positions(site) // site.samples, site.weights * site.itemsize)
+    return FORMATS.get(DENSE.format).cost(site, DENSE.rank)
 
 
 def shrinks(site: Site, format_name: str, rank: Rank) -> bool:
@@ -245,12 +252,11 @@ def pointwise(out: int, inputs: int, axes: int, name: str) -> Site:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A factored layer: what replaces the dense layer of a site."""
+class Layer(Formed):
+    """A layer in some form: what may stand for the dense layer of a site."""
 
     site: Site
-    format: str
-    rank: Rank
+    form: Form
     factors: Mapping[str, Tensor]
     bias: Tensor | None = None
 
@@ -261,7 +267,7 @@ class Layer:
     def to(self, dtype: torch.dtype) -> Layer:
         """The same layer in another floating-point type."""
         factors = {name: factor.to(dtype).contiguous() for name, factor in self.factors.items()}
-        return Layer(self.site, self.format, self.rank, factors, None if self.bias is None else self.bias.to(dtype))
+        return replace(self, factors=factors, bias=None if self.bias is None else self.bias.to(dtype))
 
     def reconstruct(self) -> Tensor:
         """The dense weight it stands for."""

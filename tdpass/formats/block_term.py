@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdpass.errors import PlanError
+from tdpass.form import Rank
 from tdpass.formats.alternating import ANEW, Limit, State, alternate, normalized, solve_gram, squared_norm, suits_single
-from tdpass.formats.base import Decomposition, Factors, Format, Rank, Stage, pointwise, register_format, scaled_ranks
+from tdpass.formats.base import Decomposition, Factors, Format, Stage, pointwise, register_format, scaled_ranks
 from tdpass.formats.blocks import layout_of
 from tdpass.formats.metric import Metric
 from tdpass.formats.multilinear import Modes, Whitening, improve_left, left_vectors, share_norm

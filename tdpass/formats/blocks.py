@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from tdpass.formats.base import Factors, Rank, no_padding, unit
+from tdpass.form import Rank
+from tdpass.formats.base import Factors, no_padding, unit
 from tdpass.formats.multilinear import Modes, balanced_factors
 from tdpass.ops import Ops, V
 from tdpass.site import Site

@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from tdpass.form import Rank
 from tdpass.formats.alternating import State
-from tdpass.formats.base import Factors, Rank, Stage, no_padding, pointwise, unit
+from tdpass.formats.base import Factors, Stage, no_padding, pointwise, unit
 from tdpass.formats.multilinear import Modes, balanced_factors
 from tdpass.ops import Ops, V
 from tdpass.site import Site

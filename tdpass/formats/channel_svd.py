@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Rank, Stage, apply_dense, pointwise, rank_grid, register_format
+from tdpass.form import Rank
+from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Stage, apply_dense, pointwise, rank_grid, register_format
 from tdpass.formats.metric import Metric
 from tdpass.formats.spectrum import WeightedSvd
 from tdpass.ops import Ops, V

@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tdpass.form import Rank
 from tdpass.formats.alternating import State
-from tdpass.formats.base import Decomposition, Factors, Format, Rank, Stage, no_padding, pointwise, rank_grid, register_format, unit
+from tdpass.formats.base import Decomposition, Factors, Format, Stage, no_padding, pointwise, rank_grid, register_format, unit
 from tdpass.formats.cp_fit import CpFit, khatri_rao
 from tdpass.formats.metric import Metric
 from tdpass.formats.multilinear import Modes, improve_left

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tdpass.form import Rank
 from tdpass.formats.alternating import ANEW, Limit, State, alternate, normalized, solve_gram, squared_norm, suits_single
-from tdpass.formats.base import Rank
 from tdpass.formats.multilinear import Whitening
 from tdpass.formats.spectrum import top_eigenpairs
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from tdpass.errors import PlanError, UnsupportedError
-from tdpass.formats.base import Decomposition, Factors, Format, Rank, Stage, register_format
+from tdpass.form import Rank
+from tdpass.formats.base import Decomposition, Factors, Format, Stage, register_format
 from tdpass.formats.metric import Metric
 from tdpass.ops import Ops, V
 from tdpass.site import Site
@@ -25,6 +26,7 @@ class Pruned(Format):
 
     name = "pruned"
     axes = range(4)
+    offered = False
 
     def fits(self, site: Site) -> bool:
         return False
@@ -63,6 +65,7 @@ class Constant(Format):
 
     name = "constant"
     axes = range(4)
+    offered = False
 
     def fits(self, site: Site) -> bool:
         return False

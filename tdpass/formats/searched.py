@@ -8,8 +8,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from tdpass.form import Rank
 from tdpass.formats.alternating import ANEW, GOING_ON, ROUGH, Limit, State
-from tdpass.formats.base import Decomposition, Factors, Rank
+from tdpass.formats.base import Decomposition, Factors
 from tdpass.formats.metric import Metric
 from tdpass.formats.multilinear import Modes, Whitened, Whitening, best_polished, polished
 

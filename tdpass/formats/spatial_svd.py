@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Rank, Stage, apply_dense, no_padding, rank_grid, register_format, unit
+from tdpass.form import Rank
+from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Stage, apply_dense, no_padding, rank_grid, register_format, unit
 from tdpass.formats.metric import Metric
 from tdpass.formats.shared_fit import SharedFit
 from tdpass.ops import Ops, V

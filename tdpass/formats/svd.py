@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Rank, Stage, pointwise, rank_grid, register_format
+from tdpass.form import Rank
+from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Stage, pointwise, rank_grid, register_format
 from tdpass.formats.metric import Metric
 from tdpass.formats.spectrum import WeightedSvd
 from tdpass.ops import Ops, V

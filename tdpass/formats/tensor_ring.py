@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tdpass.form import Rank
 from tdpass.formats.alternating import ANEW, Limit, State, alternate, solve_gram, squared_norm
-from tdpass.formats.base import Decomposition, Factors, Format, Rank, rank_grid, register_format
+from tdpass.formats.base import Decomposition, Factors, Format, rank_grid, register_format
 from tdpass.formats.metric import Metric
 from tdpass.formats.multilinear import Modes, Whitening, balanced_factors, left_vectors, share_norm
 from tdpass.formats.searched import Searched

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdpass.errors import PlanError
+from tdpass.form import Rank
 from tdpass.formats.alternating import ANEW, ROUGH, State, squared_norm
-from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Rank, Stage, register_format, scaled_ranks
+from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Stage, register_format, scaled_ranks
 from tdpass.formats.chains import Chain, chain_of, family_of
 from tdpass.formats.metric import Metric, eigenvalues
 from tdpass.formats.multilinear import Whitening, best_polished, improve_left, left_vectors, share_norm

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Rank, Stage, apply_dense, no_padding, pointwise, register_format, unit
+from tdpass.form import Rank
+from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Stage, apply_dense, no_padding, pointwise, register_format, unit
 from tdpass.formats.metric import Metric
 from tdpass.formats.shared_fit import SharedFit
 from tdpass.formats.spectrum import WeightedSvd

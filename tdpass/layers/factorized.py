@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tdpass.form import Form
 from tdpass.formats.base import FORMATS, Layer, apply_dense
 from tdpass.ops import TorchOps
 from tdpass.site import Site
@@ -29,8 +30,8 @@ class Factorized(nn.Module):
     def __init__(self, layer: Layer, bias: nn.Parameter | None, padding_mode: str = "zeros", pads: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.site: Site = layer.site
-        self.format = FORMATS.get(layer.format)
-        self.rank = layer.rank
+        self.form = layer.form
+        self.format, self.rank = FORMATS.get(layer.format), layer.rank
         self.padding_mode, self.pads = padding_mode, pads
         for name, factor in layer.factors.items():
             self.register_parameter(name, factor if isinstance(factor, nn.Parameter) else nn.Parameter(factor, requires_grad=factor.is_floating_point()))
@@ -45,7 +46,7 @@ class Factorized(nn.Module):
     def layer(self) -> Layer:
         """The layer as data, with the current factors."""
         factors = {name: value.detach() for name, value in self.factors().items()}
-        return Layer(self.site, self.format.name, self.rank, factors, None if self.bias is None else self.bias.detach())
+        return Layer(self.site, self.form, factors, None if self.bias is None else self.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pads:
@@ -82,14 +83,14 @@ class Factorized(nn.Module):
 
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.site.shape))
-        return f"{self.site.kind} {shape}, {self.format.name}, rank={self.rank}, bias={self.bias is not None}"
+        return f"{self.site.kind} {shape}, {self.form}, bias={self.bias is not None}"
 
 
-def empty_layer(site: Site, format_name: str, rank: tuple[int, ...], dtype: torch.dtype) -> Layer:
+def empty_layer(site: Site, form: Form, dtype: torch.dtype) -> Layer:
     """A layer of that structure without storage, on the meta device; raises `PlanError` for a rank that does not fit."""
-    fmt = FORMATS.get(format_name)
-    fmt.check_rank(site, rank)
-    return Layer(site, format_name, rank, {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in fmt.shapes(site, rank).items()})
+    fmt = FORMATS.get(form.format)
+    fmt.check_rank(site, form.rank)
+    return Layer(site, form, {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in fmt.shapes(site, form.rank).items()})
 
 
 def rebuild_while_training(model: nn.Module) -> None:

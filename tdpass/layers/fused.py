@@ -41,7 +41,7 @@ class Fused(Factorized):
     @classmethod
     def of(cls, module: Factorized, activation: str = "identity", lanes: str | None = "channels") -> Fused:
         """The fused form of a factored layer, with the very same parameters, mode and hooks."""
-        layer = Layer(module.site, module.format.name, module.rank, module.factors())
+        layer = Layer(module.site, module.form, module.factors())
         fused = cls(layer, module.bias, module.padding_mode, module.pads, activation, lanes)
         fused.train(module.training)
         fused._forward_hooks, fused._forward_pre_hooks = module._forward_hooks, module._forward_pre_hooks

@@ -18,9 +18,10 @@ from tdpass.constraints.weight_budget import Score, WeightBudget
 from tdpass.digest import digest
 from tdpass.errors import UsageError
 from tdpass.files import cache_folder
+from tdpass.form import DENSE, Form
 from tdpass.formats.base import dense_cost
 from tdpass.methods.base import Method, register_method
-from tdpass.planner.rank_plan import DENSE, Choice, RankPlan
+from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.targets.break_even import BreakEven, open_break_even
 from tdpass.training.admm import Admm
 from tdpass.training.curvature import Curvature, Metric
@@ -185,13 +186,13 @@ class AdmmNN(Method):
         weights = self.weights_of(result)
         _project(weights, self.levels or self._budget(self.keep).divide(weights))
         artifact = compress(result, plan=self._plan(weights), pipeline="factorize", example_inputs=self.example, cache=False)
-        artifact.report.sites = [replace(row, format=self._kind(row.site)) for row in artifact.report.sites]
+        artifact.report.sites = [replace(row, form=Form(self._kind(row.site), ())) for row in artifact.report.sites]
         return artifact
 
     def _kind(self, name: str) -> str:
         """What became of a layer, for the report: in the plan it is dense, since its shape is."""
         if name in self.dense:
-            return DENSE
+            return DENSE.format
         return SPARSE if name not in self.levels else f"{SPARSE} on {self.levels[name].count} levels"
 
     def facts(self) -> dict[str, Any]:
@@ -206,7 +207,7 @@ class AdmmNN(Method):
             cost, weight = dense_cost(site), weights[name].detach()
             kept = f"{int(weight.count_nonzero()):,} of {weight.numel():,} weights"
             reason = f"{kept} kept, {self.levels[name]}" if name in self.levels else "dense: below break-even" if name in self.dense else f"{kept} kept"
-            choices.append(Choice(name, site.shape, DENSE, (), cost, cost, reason=reason, fingerprint=digest(weight.cpu())))
+            choices.append(Choice(name, site.shape, DENSE, cost, cost, reason=reason, fingerprint=digest(weight.cpu())))
         return RankPlan(tuple(choices), self.original, metric="weights")
 
 

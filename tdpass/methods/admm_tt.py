@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tdpass.constraints.in_format import InFormat
 from tdpass.cost import BudgetValue
 from tdpass.errors import UsageError
-from tdpass.formats.base import FORMATS, Layer, Rank
+from tdpass.form import Rank
+from tdpass.formats.base import FORMATS, Layer
 from tdpass.methods.base import register_method
 from tdpass.methods.factored import ON_DATA, Factored
 from tdpass.planner.rank_plan import RankPlan

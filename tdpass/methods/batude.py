@@ -16,7 +16,8 @@ from tdpass.constraints.rank_budget import Price
 from tdpass.cost import BudgetValue
 from tdpass.errors import UsageError
 from tdpass.files import cache_folder
-from tdpass.formats.base import FORMATS, Rank
+from tdpass.form import Rank
+from tdpass.formats.base import FORMATS
 from tdpass.methods.base import register_method
 from tdpass.methods.factored import Factored, measured
 from tdpass.targets import Setting, Target, open_target

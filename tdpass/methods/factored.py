@@ -16,11 +16,12 @@ from tdpass.constraints.rank_budget import Price, RankBudget
 from tdpass.cost import Budget, BudgetValue, Cost
 from tdpass.digest import digest
 from tdpass.errors import BudgetError
-from tdpass.formats.base import FORMATS, Rank, dense_cost, shrinks
+from tdpass.form import DENSE, Form, Rank
+from tdpass.formats.base import FORMATS, dense_cost, shrinks
 from tdpass.methods.base import Method
-from tdpass.planner.rank_plan import DENSE, Choice, RankPlan
+from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.site import Site
-from tdpass.targets import Setting, Target, Variant
+from tdpass.targets import Setting, Target
 from tdpass.training.admm import Admm
 from tdpass.training.phases import Phase
 from tdpass.training.rules import Rule
@@ -77,12 +78,12 @@ class Factored(Method):
         for name, site in self.sites.items():
             dense, bound = dense_cost(site), constraints.get(name)
             if not isinstance(bound, InFormat):
-                choices.append(Choice(name, site.shape, DENSE, (), dense, dense, reason="factors that keep what it needs would not be cheaper"))
+                choices.append(Choice(name, site.shape, DENSE, dense, dense, reason="factors that keep what it needs would not be cheaper"))
                 continue
             weight, cost = weights[name], FORMATS.get(bound.format).cost(site, bound.rank)
             error = float((weight - bound.project(weight)).norm() / weight.norm().clamp_min(1e-30))
             reason = f"{self.name}, {self.rounds} rounds"
-            choices.append(Choice(name, site.shape, bound.format, bound.rank, cost, dense, error, reason=reason, fingerprint=digest(weight.cpu())))
+            choices.append(Choice(name, site.shape, Form(bound.format, bound.rank), cost, dense, error, reason=reason, fingerprint=digest(weight.cpu())))
         return RankPlan(tuple(choices), self.original, metric="weights")
 
     def rank_budget(self, budget: Mapping[str, BudgetValue] | Budget, price: Price | None = None, **options: Any) -> RankBudget:
@@ -124,7 +125,7 @@ def measured(target: Target, setting: Setting, formats: Mapping[str, str]) -> Pr
     """Seconds of a site at a rank as a price, measured on a target."""
 
     def price(site: Site, rank: Rank | None) -> float:
-        variant = Variant() if rank is None else Variant(formats[site.name], rank)
-        return target.time(site, [variant], setting)[0].seconds
+        form = DENSE if rank is None else Form(formats[site.name], rank)
+        return target.time(site, [form], setting)[0].seconds
 
     return price

@@ -11,12 +11,12 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from tdpass.cost import Budget, Cost, pays
 from tdpass.errors import NumericalError
-from tdpass.formats.base import FORMATS, Decomposition, Factors, Format, Layer, Rank, dense_cost, shrinks
+from tdpass.form import DENSE, Form, Formed, Rank
+from tdpass.formats.base import FORMATS, Decomposition, Factors, Format, Layer, dense_cost, shrinks
 from tdpass.formats.metric import Metric
 from tdpass.planner.effort import NEVER, Deadline
 from tdpass.site import Site
 
-DENSE = "dense"
 _KEPT_WEIGHTS = 2**18
 _KEPT_SEARCHED = 2**22
 _SEARCHED_WEIGHTS = 2**19
@@ -27,25 +27,19 @@ _ENDS = 2
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Candidate(Formed):
     """One way to store a site: `error` is the relative error in the metric, `loss` the expected increase of the divergence.
 
     `kernel` is the runtime that its seconds were measured in; `estimated` says that the loss was not measured.
     """
 
-    format: str
-    rank: Rank
+    form: Form
     cost: Cost
     error: float
     loss: float = 0.0
     guarantee: str = ""
     kernel: str = ""
     estimated: bool = False
-
-    @property
-    def label(self) -> str:
-        """Format and rank as text."""
-        return self.format if not self.rank else f"{self.format} {'x'.join(map(str, self.rank))}"
 
 
 def bias_cost(site: Site, bias: Tensor | None) -> Cost:
@@ -56,7 +50,7 @@ def bias_cost(site: Site, bias: Tensor | None) -> Cost:
 
 def dense_candidate(site: Site) -> Candidate:
     """The site as it is."""
-    return Candidate(DENSE, (), dense_cost(site), 0.0)
+    return Candidate(DENSE, dense_cost(site), 0.0)
 
 
 class SiteFits:
@@ -104,7 +98,7 @@ class SiteFits:
         if self.metric.mean is not None:
             lost = (self.weight - fmt.reconstruct(factors, self.site)).flatten(1) @ self.metric.mean
             bias = lost if bias is None else bias.double() + lost
-        return Layer(self.site, format_name, rank, factors, bias).to(self.dtype)
+        return Layer(self.site, Form(format_name, rank), factors, bias).to(self.dtype)
 
     def candidate(self, format_name: str, rank: Rank) -> Candidate:
         """Cost and measured error of one format and rank."""
@@ -114,7 +108,7 @@ class SiteFits:
             error = guarantee.value
         else:
             error = self.metric.relative_error(self.weight, fmt.reconstruct(self.factors(format_name, rank), self.site))
-        return Candidate(format_name, rank, self.cost(format_name, rank), error, guarantee="" if guarantee is None else str(guarantee))
+        return Candidate(Form(format_name, rank), self.cost(format_name, rank), error, guarantee="" if guarantee is None else str(guarantee))
 
     def cost(self, format_name: str, rank: Rank) -> Cost:
         """What the layer costs, with the bias that keeps the mean where the site has none."""

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tdpass.form import Form
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.formats.metric import Metric
 from tdpass.kinds import kind_of
@@ -129,10 +130,15 @@ def prune_layers(chain: Chain, sites: Mapping[str, Site], weight: Read, bias: Re
     if metric.mean is not None:
         lost = second.flatten(1) @ metric.mean - kept.flatten(1) @ metric.mean.reshape(read.i, -1)[index].reshape(-1)
         second_bias = lost if second_bias is None else second_bias.double() + lost
+    kept_bias = None if first_bias is None else first_bias[index]
     return {
-        made.name: Layer(made, "pruned", (len(channels), made.i), {"kept": first[index]}, None if first_bias is None else first_bias[index]).to(first.dtype),
-        read.name: Layer(read, "pruned", (read.o, len(channels)), {"kept": kept}, second_bias).to(first.dtype),
+        made.name: Layer(made, _pruned(len(channels), made.i), {"kept": first[index]}, kept_bias).to(first.dtype),
+        read.name: Layer(read, _pruned(read.o, len(channels)), {"kept": kept}, second_bias).to(first.dtype),
     }
+
+
+def _pruned(outputs: int, inputs: int) -> Form:
+    return Form("pruned", (outputs, inputs))
 
 
 def _prune(chain: Chain, sites: Mapping[str, Site], weight: Read, bias: ReadBias, metric: Metric) -> list[tuple[JointOption, Layers]]:
@@ -165,7 +171,7 @@ def drop_layers(branch: Sequence[str], sites: Mapping[str, Site], weight: Read, 
                 rows = kind_of(sites[name]).output_rows(y, sites[name])
                 total += rows.double().sum(0)
                 count += rows.shape[0]
-        layers[name] = Layer(sites[name], "constant", (), {}, (total / max(count, 1)).to(weight(name).dtype))
+        layers[name] = Layer(sites[name], Form("constant", ()), {}, (total / max(count, 1)).to(weight(name).dtype))
     return layers
 
 
@@ -180,4 +186,4 @@ def _same(layers: Mapping[str, Layer]) -> Mapping[str, Layer]:
 
 def _candidate(layer: Layer, error: float) -> Candidate:
     fmt = FORMATS.get(layer.format)
-    return Candidate(layer.format, layer.rank, fmt.cost(layer.site, layer.rank) + bias_cost(layer.site, layer.bias), error)
+    return Candidate(layer.form, fmt.cost(layer.site, layer.rank) + bias_cost(layer.site, layer.bias), error)

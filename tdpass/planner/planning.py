@@ -11,10 +11,11 @@ from torch import Tensor
 from tdpass.cost import Budget, Cost
 from tdpass.digest import digest
 from tdpass.errors import BudgetError, NumericalError
-from tdpass.formats.base import FORMATS, Layer
+from tdpass.form import DENSE
+from tdpass.formats.base import FORMATS, Layer, offered_formats
 from tdpass.formats.metric import Metric
 from tdpass.planner.cache import CandidateCache
-from tdpass.planner.candidates import DENSE, Candidate, SiteFits, dense_candidate, enumerate_candidates, frontier, with_loss, within
+from tdpass.planner.candidates import Candidate, SiteFits, dense_candidate, enumerate_candidates, frontier, with_loss, within
 from tdpass.planner.divergence import FittedDivergence
 from tdpass.planner.effort import THOROUGH, Allowance, Deadline, Effort
 from tdpass.planner.joint import JointOption, joint_options
@@ -102,8 +103,7 @@ class Table:
         return Choice(
             site=site.name,
             shape=site.shape,
-            format=candidate.format,
-            rank=candidate.rank,
+            form=candidate.form,
             cost=candidate.cost,
             dense=self.dense(site).cost,
             error=candidate.error,
@@ -122,7 +122,7 @@ class Table:
         return tuple(replace(c, channels=channels.get(c.site, ()), loss=losses.get(c.site, c.loss)) for c in choices)
 
     def _reason(self, site: Site, candidate: Candidate, budget: Budget) -> str:
-        if candidate.format != DENSE:
+        if candidate.form != DENSE:
             estimated = "; its loss is estimated" if candidate.estimated else ""
             return f"{candidate.cost.get('params') / max(site.weights, 1):.0%} of the parameters{estimated}"
         if site.name in self.declined:
@@ -134,7 +134,7 @@ class Table:
         if not allowed:
             return f"every candidate errs by more than {budget.max_error:g}"
         mildest = min(allowed, key=lambda c: c.loss)
-        return f"dense is worth its cost: {mildest.label} would add {mildest.loss:.2g} to the loss"
+        return f"dense is worth its cost: {mildest.form} would add {mildest.loss:.2g} to the loss"
 
 
 def tabulate(
@@ -157,7 +157,7 @@ def tabulate(
     the candidates are meant to be timed: ranks that fill vector units, and of every format those that may turn out to be faster.
     """
     cache = cache or CandidateCache(None)
-    names = tuple(formats) or FORMATS.names()
+    names = tuple(formats) or offered_formats()
     for name in names:
         FORMATS.get(name)
     versions = ",".join(f"{name}{FORMATS.get(name).version}" for name in names)

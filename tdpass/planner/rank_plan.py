@@ -11,17 +11,17 @@ from tdpass.cost import Cost
 from tdpass.documents import Amount, Count, Document, Size, register_document
 from tdpass.errors import PlanError
 from tdpass.files import write_text
+from tdpass.form import DENSE, Form, Formed
 from tdpass.formats.base import FORMATS
 from tdpass.kinds import plain_site
 from tdpass.measures import counted
 from tdpass.report import SiteRow
 
-DENSE = "dense"
 VERSION = 1
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Formed):
     """What one site becomes.
 
     `error` is the relative error of the weight in the metric of the plan, `loss` the expected increase of the network's
@@ -32,8 +32,7 @@ class Choice:
 
     site: str
     shape: tuple[Size, ...]
-    format: str
-    rank: tuple[Size, ...]
+    form: Form
     cost: Cost
     dense: Cost
     error: Amount = 0.0
@@ -58,7 +57,7 @@ class Choice:
     @property
     def kept_dense(self) -> bool:
         """Whether the site is left as it is."""
-        return self.format == DENSE
+        return self.form == DENSE
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class RankPlan:
     def rows(self) -> list[SiteRow]:
         """The choices as a report shows them."""
         return [
-            SiteRow(c.site, c.shape, c.format, c.rank, c.dense, c.cost, c.error, c.loss, c.guarantee, c.reason, c.kernel, c.predicted) for c in self
+            SiteRow(c.site, c.shape, c.form, c.dense, c.cost, c.error, c.loss, c.guarantee, c.reason, c.kernel, c.predicted) for c in self
         ]
 
     def get(self, site: str) -> Choice | None:

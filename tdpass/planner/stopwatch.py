@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from tdpass.formats.base import FORMATS, Rank, dense_cost
+from tdpass.form import DENSE, Form, Rank
+from tdpass.formats.base import FORMATS
 from tdpass.planner.candidates import Candidate
 from tdpass.site import Site
-from tdpass.targets.base import Setting, Target, Timing, Variant
+from tdpass.targets.base import Setting, Target, Timing
 
 RANKS_MEASURED = 6
 _GRIDS = (16, 8)
@@ -31,9 +32,9 @@ class Stopwatch:
     threads: int
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     scale: float = 1.0
-    _times: dict[Site, dict[Variant, Timing]] = field(default_factory=dict)
-    _careful: set[tuple[Site, Variant]] = field(default_factory=set)
-    _predicted: dict[tuple[Site, Variant], float] = field(default_factory=dict)
+    _times: dict[Site, dict[Form, Timing]] = field(default_factory=dict)
+    _careful: set[tuple[Site, Form]] = field(default_factory=set)
+    _predicted: dict[tuple[Site, Form], float] = field(default_factory=dict)
 
     def setting(self, site: Site) -> Setting:
         """How that site's layer is called."""
@@ -41,41 +42,41 @@ class Stopwatch:
 
     def scan(self, site: Site, candidates: Sequence[Candidate]) -> None:
         """Measure the dense layer and, of every format among the candidates, a few ranks."""
-        variants = [Variant(), *anchors(candidates)]
+        forms = [DENSE, *anchors(candidates)]
         known = self._times.setdefault(_nameless(site), {})
-        missing = [variant for variant in variants if variant not in known]
+        missing = [form for form in forms if form not in known]
         if missing:
             known.update(zip(missing, self.target.time(site, missing, self.setting(site)), strict=True))
 
-    def confirm_all(self, wanted: Iterable[tuple[Site, Variant]]) -> bool:
+    def confirm_all(self, wanted: Iterable[tuple[Site, Form]]) -> bool:
         """Measure with care what was not yet; returns whether there was anything."""
-        missing: dict[Site, tuple[Site, list[Variant]]] = {}
-        for site, variant in dict.fromkeys(wanted):
-            if not self.measured(site, variant):
-                variants = missing.setdefault(_nameless(site), (site, []))[1]
-                variants.extend(() if variant in variants else (variant,))
-        for key, (site, variants) in missing.items():
-            for variant in variants:
-                self._predicted[key, variant] = self._of(site, variant).seconds
-            self._times[key].update(zip(variants, self.target.time(site, variants, self.setting(site), careful=True), strict=True))
-            self._careful.update((key, variant) for variant in variants)
+        missing: dict[Site, tuple[Site, list[Form]]] = {}
+        for site, form in dict.fromkeys(wanted):
+            if not self.measured(site, form):
+                forms = missing.setdefault(_nameless(site), (site, []))[1]
+                forms.extend(() if form in forms else (form,))
+        for key, (site, forms) in missing.items():
+            for form in forms:
+                self._predicted[key, form] = self._of(site, form).seconds
+            self._times[key].update(zip(forms, self.target.time(site, forms, self.setting(site), careful=True), strict=True))
+            self._careful.update((key, form) for form in forms)
         return bool(missing)
 
-    def measured(self, site: Site, variant: Variant) -> bool:
+    def measured(self, site: Site, form: Form) -> bool:
         """Whether it was measured with care; what computes nothing takes nothing."""
-        return (_nameless(site), variant) in self._careful or _macs(site, variant) == 0
+        return (_nameless(site), form) in self._careful or _macs(site, form) == 0
 
-    def predicted(self, site: Site, variant: Variant) -> float:
+    def predicted(self, site: Site, form: Form) -> float:
         """What was expected of it before it was measured with care."""
-        return self._predicted.get((_nameless(site), variant), 0.0) * self.scale
+        return self._predicted.get((_nameless(site), form), 0.0) * self.scale
 
     def dense(self, site: Site) -> Timing:
         """Time of the dense layer."""
-        return self._scaled(self._times[_nameless(site)][Variant()])
+        return self._scaled(self._times[_nameless(site)][DENSE])
 
     def timing(self, site: Site, candidate: Candidate) -> Timing:
         """Time of a candidate: as measured, else on the straight line between its format's nearest measured multiply-adds."""
-        return self._scaled(self._of(site, variant_of(candidate)))
+        return self._scaled(self._of(site, candidate.form))
 
     def faster(self, site: Site, timing: Timing) -> bool:
         """Whether that is clearly less than the dense layer takes."""
@@ -84,41 +85,36 @@ class Stopwatch:
     def break_even(self, site: Site, format_name: str) -> Rank | None:
         """The largest measured rank of a format that is faster than dense."""
         found = [v for v, timing in self._times[_nameless(site)].items() if v.format == format_name and self.faster(site, self._scaled(timing))]
-        return max(found, key=lambda variant: _macs(site, variant)).rank if found else None
+        return max(found, key=lambda form: _macs(site, form)).rank if found else None
 
     def _scaled(self, timing: Timing) -> Timing:
         return replace(timing, seconds=timing.seconds * self.scale)
 
-    def _of(self, site: Site, variant: Variant) -> Timing:
+    def _of(self, site: Site, form: Form) -> Timing:
         known = self._times[_nameless(site)]
-        if variant in known:
-            return known[variant]
-        macs = _macs(site, variant)
+        if form in known:
+            return known[form]
+        macs = _macs(site, form)
         if macs == 0:
             return _NOTHING
-        points = sorted((_macs(site, other), timing.seconds, timing.kernel) for other, timing in known.items() if other.format == variant.format)
+        points = sorted((_macs(site, other), timing.seconds, timing.kernel) for other, timing in known.items() if other.format == form.format)
         finite = [point for point in points if math.isfinite(point[1])]
         return _between(finite, macs) if finite else Timing(math.inf)
 
 
-def variant_of(candidate: Candidate) -> Variant:
-    """The candidate without its cost."""
-    return Variant(candidate.format, candidate.rank)
-
-
-def anchors(candidates: Sequence[Candidate]) -> list[Variant]:
+def anchors(candidates: Sequence[Candidate]) -> list[Form]:
     """The ranks to measure: of every format a handful from the cheapest to the dearest, on a grid of 16 or 8 channels where it has such.
 
     Vector units work on that many channels at once: a rank between two such takes the time of the larger.
     """
-    found: list[Variant] = []
+    found: list[Form] = []
     for name in dict.fromkeys(candidate.format for candidate in candidates):
         group = {c.rank: c for c in sorted(candidates, key=lambda c: (c.cost.macs, c.rank)) if c.format == name and c.cost.macs > 0}
         ranks = list(group)
         inner = next((on for grid in _GRIDS if len(on := [rank for rank in ranks if all(r % grid == 0 for r in rank)]) >= RANKS_MEASURED - 2), ranks)
         count = min(len(inner), RANKS_MEASURED - 2)
         spread = [inner[round(k * (len(inner) - 1) / max(count - 1, 1))] for k in range(count)]
-        found += [Variant(name, rank) for rank in dict.fromkeys([*ranks[:1], *spread, *ranks[-1:]])]
+        found += [Form(name, rank) for rank in dict.fromkeys([*ranks[:1], *spread, *ranks[-1:]])]
     return found
 
 
@@ -134,8 +130,8 @@ def _between(points: Sequence[tuple[int, float, str]], macs: int) -> Timing:
     return Timing(seconds * max(1.0, macs / m), kernel)
 
 
-def _macs(site: Site, variant: Variant) -> int:
-    return FORMATS.get(variant.format).cost(site, variant.rank).macs if variant.format in FORMATS else dense_cost(site).macs
+def _macs(site: Site, form: Form) -> int:
+    return FORMATS.get(form.format).cost(site, form.rank).macs
 
 
 def _nameless(site: Site) -> Site:

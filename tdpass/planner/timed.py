@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 
 from tdpass.cost import Budget, Cost
 from tdpass.errors import BudgetError
-from tdpass.formats.base import FORMATS
+from tdpass.form import DENSE, Form
 from tdpass.planner.candidates import Candidate
 from tdpass.planner.planning import Table
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.planner.select import cheapest
-from tdpass.planner.stopwatch import Stopwatch, variant_of
+from tdpass.planner.stopwatch import Stopwatch
 from tdpass.site import Site
-from tdpass.targets.base import Variant
 
 TURNS = 6
 
@@ -54,7 +53,7 @@ def plan_on_time(table: Table, budget: Budget, original: Cost, watch: Stopwatch,
             if "seconds" not in budget.measures or not watch.confirm_all(_fastest(timed, budget, sites)) or last:
                 raise BudgetError(f"{error}; on target {watch.target.name} only what is faster than dense counts") from None
             continue
-        if not watch.confirm_all((sites[choice.site], _variant(choice)) for choice in plan if not choice.kept_dense):
+        if not watch.confirm_all((sites[choice.site], choice.form) for choice in plan if not choice.kept_dense):
             break
     tick("timing what was chosen", TURNS, TURNS)
     return TimedPlan(replace(plan, choices=_explained(plan, table, budget, original, watch)), timed)
@@ -65,7 +64,7 @@ def with_times(table: Table, watch: Stopwatch, only_measured: bool = False) -> T
     sites = {site.name: site for site in table.sites}
 
     def timed(name: str, candidate: Candidate) -> Candidate | None:
-        if only_measured and not watch.measured(sites[name], variant_of(candidate)):
+        if only_measured and not watch.measured(sites[name], candidate.form):
             return None
         timing = watch.timing(sites[name], candidate)
         if not watch.faster(sites[name], timing):
@@ -86,13 +85,9 @@ def _joint_parts(table: Table, name: str) -> list[Candidate]:
     return [option.parts[name] for option in table.joint if name in option.parts]
 
 
-def _variant(choice: Choice) -> Variant:
-    return Variant(choice.format, choice.rank)
-
-
-def _fastest(table: Table, budget: Budget, sites: Mapping[str, Site]) -> list[tuple[Site, Variant]]:
+def _fastest(table: Table, budget: Budget, sites: Mapping[str, Site]) -> list[tuple[Site, Form]]:
     chosen = cheapest(table.options(budget), list(sites), "seconds")
-    return [(sites[name], variant_of(candidate)) for name, candidate in chosen.items() if candidate.format in FORMATS]
+    return [(sites[name], candidate.form) for name, candidate in chosen.items() if candidate.form != DENSE]
 
 
 def _explained(plan: RankPlan, table: Table, budget: Budget, original: Cost, watch: Stopwatch) -> tuple[Choice, ...]:
@@ -101,7 +96,7 @@ def _explained(plan: RankPlan, table: Table, budget: Budget, original: Cost, wat
     choices: list[Choice] = []
     for site, choice in zip(table.sites, plan, strict=True):
         if not choice.kept_dense:
-            predicted = watch.predicted(site, _variant(choice))
+            predicted = watch.predicted(site, choice.form)
             reason = f"{choice.reason}, {choice.seconds / choice.dense_seconds:.0%} of the time" if choice.dense_seconds else choice.reason
             choices.append(replace(choice, predicted=predicted, reason=reason))
             continue
@@ -120,9 +115,9 @@ def _asked(table: Table, budget: Budget, original: Cost) -> dict[str, Candidate]
         plan = table.plan(untimed, original)
     except BudgetError:
         return {}
-    found = {(name, variant_of(c)): c for name, candidates in table.candidates.items() for c in candidates}
-    found.update({(name, variant_of(part)): part for option in table.joint for name, part in option.parts.items()})
-    return {choice.site: found[choice.site, _variant(choice)] for choice in plan if not choice.kept_dense}
+    found = {(name, c.form): c for name, candidates in table.candidates.items() for c in candidates}
+    found.update({(name, part.form): part for option in table.joint for name, part in option.parts.items()})
+    return {choice.site: found[choice.site, choice.form] for choice in plan if not choice.kept_dense}
 
 
 def _mildest(candidates: Iterable[Candidate], budget: Budget) -> Candidate | None:
@@ -142,7 +137,7 @@ def _too_slow(site: Site, asked: Candidate, table: Table, watch: Stopwatch) -> s
         return f"{asked.format}: break-even at rank {_text(rank)}, asked {_text(asked.rank)}, which takes {took}"
     if any(watch.faster(site, watch.timing(site, candidate)) for candidate in table.candidates.get(site.name, ())):
         return f"{asked.format}: no measured rank is faster than dense, asked {_text(asked.rank)}, which takes {took}"
-    return f"no measured rank of any format is faster than dense: {asked.label} takes {took}"
+    return f"no measured rank of any format is faster than dense: {asked.form} takes {took}"
 
 
 def _text(rank: Sequence[int]) -> str:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from tdpass.targets.base import DENSE as DENSE
 from tdpass.targets.base import ONE_CALL as ONE_CALL
 from tdpass.targets.base import TARGETS as TARGETS
 from tdpass.targets.base import Setting as Setting
 from tdpass.targets.base import Target as Target
 from tdpass.targets.base import Timing as Timing
-from tdpass.targets.base import Variant as Variant
 from tdpass.targets.base import open_target as open_target
 from tdpass.targets.base import register_target as register_target
 from tdpass.targets.break_even import BreakEven as BreakEven

@@ -11,20 +11,10 @@ from typing import ClassVar
 import torch
 
 from tdpass.errors import UsageError
-from tdpass.formats.base import Rank
+from tdpass.form import Form
 from tdpass.models.base import Batch, Model
 from tdpass.registry import Registry
 from tdpass.site import Site
-
-DENSE = "dense"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to store a site: a format and a rank, or the dense layer."""
-
-    format: str = DENSE
-    rank: Rank = ()
 
 
 @dataclass(frozen=True)
@@ -50,7 +40,7 @@ class Timing:
 class Target(ABC):
     """A machine that layers are timed on; a subclass per kind, registered with `register_target`.
 
-    `margin` is how much faster than the dense layer a variant must have been measured to count as faster: what is left of the
+    `margin` is how much faster than the dense layer a form must have been measured to count as faster: what is left of the
     noise after careful rounds.  `measures` is what it tells of a layer, `notes` what the user should hear of.
     """
 
@@ -70,8 +60,8 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def time(self, site: Site, variants: Sequence[Variant], setting: Setting, careful: bool = False) -> list[Timing]:
-        """Seconds of the site as each variant, summed over all its calls; all variants not known yet are measured against each other.
+    def time(self, site: Site, forms: Sequence[Form], setting: Setting, careful: bool = False) -> list[Timing]:
+        """Seconds of the site as each form, summed over all its calls; all forms not known yet are measured against each other.
 
         With `careful`, what is known from a few rounds only is measured again in many.
         """
@@ -84,9 +74,9 @@ class Target(ABC):
         is busier now than it was when the layers were timed changes nothing.
         """
 
-    def seconds(self, site: Site, format: str, rank: Rank, batch: int = 1, threads: int = 1, dtype: torch.dtype = torch.float32) -> float:  # noqa: A002
-        """Time of one layer; format `dense` with rank `()` is the layer as it is."""
-        return self.time(site, [Variant(format, rank)], Setting(batch, threads, dtype))[0].seconds
+    def seconds(self, site: Site, form: Form, batch: int = 1, threads: int = 1, dtype: torch.dtype = torch.float32) -> float:
+        """Time of one layer in that form."""
+        return self.time(site, [form], Setting(batch, threads, dtype))[0].seconds
 
     def break_even_sparsity(self, site: Site, group: str = "weight", setting: Setting = ONE_CALL) -> float | None:
         """See `tdpass.targets.break_even.BreakEven`; raises `UsageError` on a target without sparse operators."""

@@ -11,10 +11,11 @@ from functools import cached_property
 from pathlib import Path
 
 from tdpass.errors import UsageError
+from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS
 from tdpass.models.base import Batch, Model
 from tdpass.site import Site
-from tdpass.targets.base import DENSE, Setting, Target, Timing, Variant
+from tdpass.targets.base import Setting, Target, Timing
 from tdpass.targets.layers import make_layer
 from tdpass.targets.runtimes import Runtime
 from tdpass.targets.runtimes.base import Call
@@ -26,9 +27,9 @@ _TOGETHER_BYTES = 2**29
 
 @dataclass(frozen=True)
 class _Case:
-    """A variant in a runtime."""
+    """A form in a runtime."""
 
-    variant: Variant
+    form: Form
     runtime: Runtime
 
 
@@ -56,17 +57,17 @@ class MeasuredTarget(Target):
     def clock(self, calls: Sequence[Call], threads: int, rounds: int) -> list[float]:
         """Seconds of each call, all measured in turn."""
 
-    def time(self, site: Site, variants: Sequence[Variant], setting: Setting, careful: bool = False) -> list[Timing]:
-        """Seconds per variant in the runtime that is fastest over all calls of the site."""
+    def time(self, site: Site, forms: Sequence[Form], setting: Setting, careful: bool = False) -> list[Timing]:
+        """Seconds per form in the runtime that is fastest over all calls of the site."""
         if not site.seen:
             raise UsageError(f"site {site.name!r} cannot be timed: the model was not seen running; pass data= or example_inputs=")
-        wanted = list(dict.fromkeys(variants))
-        sums = {(variant, runtime.name): 0.0 for variant in wanted for runtime in self.runtimes}
+        wanted = list(dict.fromkeys(forms))
+        sums = {(form, runtime.name): 0.0 for form in wanted for runtime in self.runtimes}
         for extent, count in Counter(site.extents).items():
             for case, seconds in self._time_call(replace(site, extents=(extent,)), wanted, setting, careful).items():
-                sums[case.variant, case.runtime.name] += count / site.samples * seconds
-        best = {variant: min((sums[variant, runtime.name], runtime.name) for runtime in self.runtimes) for variant in wanted}
-        return [Timing(best[variant][0], best[variant][1] if math.isfinite(best[variant][0]) else "") for variant in variants]
+                sums[case.form, case.runtime.name] += count / site.samples * seconds
+        best = {form: min((sums[form, runtime.name], runtime.name) for runtime in self.runtimes) for form in wanted}
+        return [Timing(best[form][0], best[form][1] if math.isfinite(best[form][0]) else "") for form in forms]
 
     def time_models(self, models: Sequence[Model], batch: Batch, setting: Setting, yardstick: Site | None = None) -> list[float]:
         calls = [self._prepared(model, batch, setting) for model in models]
@@ -79,8 +80,8 @@ class MeasuredTarget(Target):
 
     def _ruler(self, site: Site, setting: Setting) -> tuple[float, Call] | None:
         """What one call of the dense layer took before where it is fastest, and that call; None where no runtime here serves it."""
-        for case, seconds in sorted(self._time_call(site, [Variant()], setting, careful=False).items(), key=lambda item: item[1]):
-            call = case.runtime.prepare(make_layer(site, Variant(), setting.dtype), setting.batch, setting.threads)
+        for case, seconds in sorted(self._time_call(site, [DENSE], setting, careful=False).items(), key=lambda item: item[1]):
+            call = case.runtime.prepare(make_layer(site, DENSE, setting.dtype), setting.batch, setting.threads)
             if call is not None and math.isfinite(seconds):
                 return seconds, call
         return None
@@ -93,26 +94,26 @@ class MeasuredTarget(Target):
         names = ", ".join(runtime.name for runtime in self.runtimes)
         raise UsageError(f"a model that came through {model.frontend} does not run in {names}; leave the runtime out of target, or export the model for it")
 
-    def _time_call(self, site: Site, variants: Sequence[Variant], setting: Setting, careful: bool) -> dict[_Case, float]:
+    def _time_call(self, site: Site, forms: Sequence[Form], setting: Setting, careful: bool) -> dict[_Case, float]:
         """Seconds of one call in each runtime; what the table lacks is measured."""
-        cases = [_Case(variant, runtime) for variant in variants for runtime in self.runtimes]
+        cases = [_Case(form, runtime) for form in forms for runtime in self.runtimes]
         keys = {case: self._key(site, case, setting) for case in (*cases, *self._rulers())}
         known = self.table.get(keys.values())
-        missing = [case for case in cases if keys[case] not in known or (careful and case.variant.format != DENSE and not _settled(known[keys[case]]))]
+        missing = [case for case in cases if keys[case] not in known or (careful and case.form != DENSE and not _settled(known[keys[case]]))]
         for part in self._portions(site, missing):
             self._measure(site, part, setting, careful, keys)
         known = self.table.get(keys.values())
         return {case: known[keys[case]].seconds for case in cases}
 
     def _rulers(self) -> list[_Case]:
-        return [_Case(Variant(), runtime) for runtime in self.runtimes]
+        return [_Case(DENSE, runtime) for runtime in self.runtimes]
 
     def _portions(self, site: Site, cases: Sequence[_Case]) -> Iterator[list[_Case]]:
         """Cases whose weights fit into memory together."""
         portion: list[_Case] = []
         size = 0
         for case in cases:
-            held = site.weights * site.itemsize if case.variant.format == DENSE else FORMATS.get(case.variant.format).cost(site, case.variant.rank).bytes
+            held = FORMATS.get(case.form.format).cost(site, case.form.rank).bytes
             if portion and size + held > _TOGETHER_BYTES:
                 yield portion
                 portion, size = [], 0
@@ -125,7 +126,7 @@ class MeasuredTarget(Target):
         """Measure the cases and every runtime's dense layer in turn, and keep the times on the scale of the first dense ones."""
         calls: dict[_Case, Call] = {}
         for case in dict.fromkeys((*self._rulers(), *cases)):
-            call = case.runtime.prepare(make_layer(site, case.variant, setting.dtype), setting.batch, setting.threads)
+            call = case.runtime.prepare(make_layer(site, case.form, setting.dtype), setting.batch, setting.threads)
             if call is not None:
                 calls[case] = call
         times = dict(zip(calls, self.clock(list(calls.values()), setting.threads, CAREFUL_ROUNDS if careful else ROUNDS), strict=True)) if calls else {}
@@ -135,18 +136,18 @@ class MeasuredTarget(Target):
         common = next(iter(scales.values()), 1.0)
         rows: dict[Key, Row] = {}
         for case in dict.fromkeys((*self._rulers(), *cases)):
-            if case.variant.format == DENSE and keys[case] in before:
+            if case.form == DENSE and keys[case] in before:
                 continue
             scale = scales.get(case.runtime.name, common)
             rows[keys[case]] = Row(times[case] * scale, careful) if case in times else Row(math.inf, careful=True)
         self.table.put(rows)
 
     def _key(self, site: Site, case: _Case, setting: Setting) -> Key:
-        name, runtime = case.variant.format, case.runtime
-        version = "" if name == DENSE else f" {FORMATS.get(name).version}"
+        form, runtime = case.form, case.runtime
+        version = FORMATS.get(form.format).version
         dtype = str(setting.dtype).removeprefix("torch.")
         return Key(
-            self.device, f"{runtime.name} {runtime.version()}", setting.threads, setting.batch, dtype, geometry_of(site), name + version, case.variant.rank
+            self.device, f"{runtime.name} {runtime.version()}", setting.threads, setting.batch, dtype, geometry_of(site), f"{form.format} {version}", form.rank
         )
 
 

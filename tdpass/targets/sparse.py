@@ -13,14 +13,15 @@ from torch import Tensor
 
 from tdpass.constraints.sparse import Group, Sparse
 from tdpass.errors import UsageError
+from tdpass.form import DENSE
 from tdpass.formats.lowering import stage_of
 from tdpass.kernels import native
 from tdpass.kernels.base import compiled
 from tdpass.kernels.sparse import SPARSE_CONV2D, SPARSE_LINEAR, pack
 from tdpass.site import Site
-from tdpass.targets.base import ONE_CALL, Setting, Variant
+from tdpass.targets.base import ONE_CALL, Setting
 from tdpass.targets.break_even import crossing, leaves_dense
-from tdpass.targets.layers import DenseLayer, channels_last, example_input, make_layer
+from tdpass.targets.layers import channels_last, example_input, make_layer
 from tdpass.targets.measured import CAREFUL_ROUNDS, MeasuredTarget
 from tdpass.targets.runtimes.base import Bound
 from tdpass.targets.table import Key, Row, geometry_of
@@ -49,7 +50,7 @@ class SparseTarget(MeasuredTarget):
             raise UsageError(f"sparsities {list(sparsities)} are not shares of zero weights; each is at least 0 and below 1")
         if native.library() is None:
             raise UsageError(f"target {self.name} has no sparse operators here: {native.missing()}; use a table of break-even sparsities, table:FILE.yaml")
-        dense = self.time(site, [Variant()], setting)[0].seconds
+        dense = self.time(site, [DENSE], setting)[0].seconds
         sums = [0.0] * len(sparsities)
         for extent, count in Counter(site.extents).items():
             times = self._sparse(replace(site, extents=(extent,)), group, sparsities, setting)
@@ -93,9 +94,8 @@ def sparse_calls(site: Site, group: str, sparsity: float, setting: Setting) -> l
     stage = stage_of(site)
     if setting.dtype not in native.DTYPES or stage is None:
         return []
-    layer = make_layer(site, Variant(), setting.dtype)
-    assert isinstance(layer, DenseLayer)
-    pruned = pruned_weight(layer.weight, group, sparsity)
+    layer = make_layer(site, DENSE, setting.dtype)
+    pruned = pruned_weight(layer.factors["kernel"], group, sparsity)
     x, blocks, rest = example_input(layer, setting.batch), pack(pruned, positions=setting.batch * site.out_positions), (layer.bias, None)
     if not site.axes:
         return [Bound(functools.partial(SPARSE_LINEAR.call, x, *blocks, *rest, site.o, "identity"), blocks)]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from tdpass.cost import Cost
-from tdpass.planner.rank_plan import DENSE
+from tdpass.form import DENSE
 from tdpass.report import SiteRow
 from tdpass.views.html import Html, column, join, spaced, table, tag
 from tdpass.views.summary import FormatTotal, losses_known, timed, unfactored
@@ -19,8 +19,8 @@ _LEAST_BAR = 0.5
 
 def colours(rows: Sequence[SiteRow]) -> dict[str, str]:
     """CSS class of every format in use: the same formats get the same colours in every report."""
-    factored = sorted({row.format for row in rows} - {DENSE})
-    return {DENSE: "dense", **{name: f"colour{index % _COLOURS}" for index, name in enumerate(factored)}}
+    factored = sorted({row.form.family for row in rows} - {DENSE.family})
+    return {DENSE.family: "dense", **{name: f"colour{index % _COLOURS}" for index, name in enumerate(factored)}}
 
 
 def measured(name: str, *children: Html | str) -> Html:
@@ -70,12 +70,12 @@ def site_table(rows: Sequence[SiteRow], colour: Mapping[str, str]) -> Html:
 
 def _row(row: SiteRow, colour: Mapping[str, str], longest: Mapping[str, float], prefix: str, with_time: bool, with_loss: bool) -> Html:
     dense = unfactored(row)
-    bars = [_bar(row, name, colour[row.format], longest[name]) for name in MEASURES]
+    bars = [_bar(row, name, colour[row.form.family], longest[name]) for name in MEASURES]
     bound = tag("span", row.guarantee.replace("<=", "≤"), class_="below") if row.guarantee else None
     return tag(
         "tr",
         tag("th", _name(row.site, prefix), tag("span", dims(row.shape, "×"), class_="below"), scope="row", data_key=row.site),
-        tag("td", chip(row.format, colour[row.format]), tag("span", ranks(row.rank), class_="below"), data_key=row.format),
+        tag("td", chip(row.form.family, colour[row.form.family]), tag("span", ranks(row.rank), class_="below"), data_key=row.form.family),
         tag("td", *bars, class_="bars"),
         *_amounts(row.before, row.after, dense),
         *(_times(row, dense) if with_time else ()),
@@ -173,8 +173,8 @@ def format_table(totals: Sequence[FormatTotal], colour: Mapping[str, str]) -> Ht
             "tr",
             tag("th", chip(total.format, colour[total.format]), scope="row"),
             tag("td", f"{total.sites}", class_="number"),
-            *_amounts(total.before, total.after, total.format == DENSE),
-            *((tag("td", "" if total.format == DENSE else small(total.loss), class_="number"),) if with_loss else ()),
+            *_amounts(total.before, total.after, total.format == DENSE.family),
+            *((tag("td", "" if total.format == DENSE.family else small(total.loss), class_="number"),) if with_loss else ()),
         )
         for total in totals
     ]

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tdpass.cost import Cost
-from tdpass.planner.rank_plan import DENSE, RankPlan
+from tdpass.form import DENSE
+from tdpass.planner.rank_plan import RankPlan
 from tdpass.report import Report, SiteRow
 from tdpass.views.units import human, ratio, score, share, small
 
@@ -97,10 +98,10 @@ def unfactored(row: SiteRow) -> bool:
 
 def by_format(rows: Sequence[SiteRow]) -> list[FormatTotal]:
     """Totals per format, factored ones by name and dense last."""
-    names = sorted({row.format for row in rows}, key=lambda name: (name == DENSE, name))
+    names = sorted({row.form.family for row in rows}, key=lambda name: (name == DENSE.family, name))
     totals = []
     for name in names:
-        group = [row for row in rows if row.format == name]
+        group = [row for row in rows if row.form.family == name]
         before, after = sum((row.before for row in group), Cost()), sum((row.after for row in group), Cost())
         totals.append(FormatTotal(name, len(group), before, after, sum(row.loss for row in group)))
     return totals

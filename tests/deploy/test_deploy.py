@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 import tdpass
 from tdpass.deploy import OPS_SUFFIX, SUFFIXES
 from tdpass.errors import InvalidModelError, KernelError, UnsupportedError, UsageError
-from tdpass.formats import FORMATS
+from tdpass.formats.base import offered_formats
 from tdpass.kernels import build
 from tdpass.kernels.base import use_reference
 from tdpass.layers.factorized import Factorized
@@ -55,7 +55,7 @@ def test_every_format_that_is_a_chain_is_fused_exactly() -> None:
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Conv2d(24, 32, 3, padding=1), nn.Flatten(2), nn.Conv1d(32, 24, 5, padding=2), nn.Flatten(), nn.Linear(24 * 36, 40))
     x, found = torch.randn(2, 24, 6, 6), set()
-    for name in FORMATS.names():
+    for name in offered_formats():
         try:
             small = tdpass.compress(dense.eval(), {"macs": 0.95}, x, formats=[name], cache=False).model
         except tdpass.TdpassError:

@@ -15,12 +15,13 @@ from nets import Case
 
 import tdpass
 from tdpass.cost import Cost
-from tdpass.formats.base import FORMATS, Rank, dense_cost
+from tdpass.form import Form, Rank
+from tdpass.formats.base import FORMATS, dense_cost, offered_formats
 from tdpass.models import open_model
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.site import Site
 
-EXACT = [name for name in FORMATS.names() if FORMATS.get(name).exact_at_full_rank]
+EXACT = [name for name in offered_formats() if FORMATS.get(name).exact_at_full_rank]
 BUDGETS: tuple[Mapping[str, float], ...] = (
     {"macs": 0.6}, {"macs": 0.8}, {"params": 0.6}, {"params": 0.8}, {"bytes": 0.6}, {"macs": 0.7, "params": 0.8}, {"bytes": 0.8, "macs": 0.9},
 )  # fmt: skip
@@ -76,7 +77,7 @@ def _whole(site: Site, rng: Random) -> Choice | None:
         return None
     way = FORMATS.get(rng.choice(able))
     rank: Rank = tuple(way.ranks(site)[-1])
-    return Choice(site.name, site.shape, way.name, rank, way.cost(site, rank), dense_cost(site))
+    return Choice(site.name, site.shape, Form(way.name, rank), way.cost(site, rank), dense_cost(site))
 
 
 def _compressed(case: Case, bounds: Mapping[str, Any], formats: tuple[str, ...], effort: str) -> tuple[tdpass.Artifact | None, str]:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from tdpass.form import Form
 from tdpass.formats import FORMATS, Layer
 from tdpass.formats.contraction import contraction_of
 from tdpass.kernels.tensor_chain import reference
@@ -15,7 +16,7 @@ from tdpass.site import Site
 
 def layer_of(name: str, site: Site, rank: tuple[int, ...]) -> Layer:
     shapes = FORMATS.get(name).shapes(site, rank)
-    return Layer(site, name, rank, {key: torch.randn(shape).double() / math.prod(shape) ** 0.25 for key, shape in shapes.items()})
+    return Layer(site, Form(name, rank), {key: torch.randn(shape).double() / math.prod(shape) ** 0.25 for key, shape in shapes.items()})
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 import tdpass.formats  # noqa: F401 - fills the registry
+from tdpass.form import Form
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.models.base import Model
 
@@ -69,7 +70,7 @@ def large_network() -> onnx.ModelProto:
 
 def svd(model: Model, name: str, rank: int, bias: Tensor | None = None) -> Layer:
     site = next(site for site in model.sites() if site.name == name)
-    return Layer(site, "svd", (rank,), FORMATS.get("svd").factorize(model.weight(name), site, (rank,)), model.bias(name) if bias is None else bias)
+    return Layer(site, Form("svd", (rank,)), FORMATS.get("svd").factorize(model.weight(name), site, (rank,)), model.bias(name) if bias is None else bias)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

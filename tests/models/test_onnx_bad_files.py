@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import tdpass.formats  # noqa: F401 - fills the registry
 from tdpass.errors import InvalidModelError, TdpassError, UnsupportedError, UsageError
+from tdpass.form import Form
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.models.base import Batch
 from tdpass.models.onnx.model import OnnxModel
@@ -275,7 +276,7 @@ def test_failure_while_saving_keeps_the_old_model(when: str, tmp_path: Path, mon
     path = external(lambda *_: None)(tmp_path)
     model = OnnxModel.open(path)
     site = model.sites()[0]
-    model.replace("w", Layer(site, "svd", (20,), FORMATS.get("svd").factorize(model.weight("w"), site, (20,))))
+    model.replace("w", Layer(site, Form("svd", (20,)), FORMATS.get("svd").factorize(model.weight("w"), site, (20,))))
     before = contents(tmp_path)
 
     def fail(*_args: object, **_options: object) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 import tdpass.formats  # noqa: F401 - fills the registry
 from tdpass.cli import main
 from tdpass.errors import KernelError
+from tdpass.form import Form
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.kernels.native import onnx_ops_path
 from tdpass.models.base import Batch
@@ -68,7 +69,7 @@ def factored(proto: onnx.ModelProto) -> OnnxModel:
     for site in model.sites():
         name, rank = ("svd", (3,)) if site.kind == "linear" else ("tucker2", (5, 4))
         factors = FORMATS.get(name).factorize(model.weight(site.name), site, rank)
-        model.replace(site.name, Layer(site, name, rank, factors, model.bias(site.name)))
+        model.replace(site.name, Layer(site, Form(name, rank), factors, model.bias(site.name)))
     return model
 
 
@@ -173,7 +174,7 @@ def test_fusing_again_changes_nothing_and_replacing_undoes_one_layer() -> None:
     assert not model.fuse(ignore, ignore, Batch((X,)))
     site = model.sites()[0]
     factors = FORMATS.get("tucker2").factorize(model.weight(site.name), site, (3, 3))
-    model.replace(site.name, Layer(site, "tucker2", (3, 3), factors, model.bias(site.name)))
+    model.replace(site.name, Layer(site, Form("tucker2", (3, 3)), factors, model.bias(site.name)))
     proto = model.unwrap()
     assert isinstance(proto, onnx.ModelProto)
     assert op_types(proto) == ["Conv", "Conv", "Conv", "Relu", *FUSED[1:]]

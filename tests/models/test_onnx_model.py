@@ -15,6 +15,7 @@ from onnx_nets import model_of, network, node, positive, same, svd, weight
 from torch import Tensor
 
 from tdpass.errors import PlanError
+from tdpass.form import Form
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.models.base import Batch
 from tdpass.models.onnx.model import OnnxModel
@@ -121,9 +122,9 @@ def test_wrong_replacements_are_refused() -> None:
     with pytest.raises(PlanError, match="but site 'conv' is"):
         model.replace("conv", layer)
     with pytest.raises(PlanError, match=r"rank \(3,\) wants"):
-        model.replace("fc", Layer(layer.site, "svd", (3,), layer.factors))
+        model.replace("fc", Layer(layer.site, Form("svd", (3,)), layer.factors))
     with pytest.raises(PlanError, match="bias of shape"):
-        model.replace("fc", Layer(layer.site, "svd", (2,), layer.factors, torch.zeros(4)))
+        model.replace("fc", Layer(layer.site, Form("svd", (2,)), layer.factors, torch.zeros(4)))
 
 
 def test_layer_bias_replaces_the_bias() -> None:
@@ -271,8 +272,8 @@ def test_channels_removed_between_two_layers_are_removed_in_the_graph() -> None:
     wanted = model.run(fed)
     first, second = model.sites()
     kept = torch.tensor([0, 2, 3, 5])
-    model.replace("a", Layer(first, "pruned", (4, 3), whole(model.weight("a")[kept]), torch.from_numpy(b)[kept]))
-    model.replace("b", Layer(second, "pruned", (4, 4), whole(model.weight("b")[:, kept])))
+    model.replace("a", Layer(first, Form("pruned", (4, 3)), whole(model.weight("a")[kept]), torch.from_numpy(b)[kept]))
+    model.replace("b", Layer(second, Form("pruned", (4, 4)), whole(model.weight("b")[:, kept])))
     model.check()
     assert same(model.run(fed), wanted)
     assert model.params() == 4 * 27 + 4 + 16
@@ -289,8 +290,8 @@ def test_branch_that_ends_in_a_constant_is_dropped(order: tuple[str, str]) -> No
     wanted = model.run(fed)
     sites = {site.name: site for site in model.sites()}
     layers = {
-        "a": Layer(sites["a"], "pruned", (5, 3), whole(model.weight("a"))),
-        "b": Layer(sites["b"], "constant", (), {}, model.bias("b")),
+        "a": Layer(sites["a"], Form("pruned", (5, 3)), whole(model.weight("a"))),
+        "b": Layer(sites["b"], Form("constant", ()), {}, model.bias("b")),
     }
     for name in order:
         model.replace(name, layers[name])

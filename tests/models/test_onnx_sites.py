@@ -14,6 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import tdpass.formats  # noqa: F401 - fills the registry
+from tdpass.form import Form
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.models.base import Batch
 from tdpass.models.onnx.model import OnnxModel
@@ -191,8 +192,8 @@ def exact(model: OnnxModel, site: Site) -> Layer:
     if site.kind == "linear":
         rank: tuple[int, ...] = (min(site.shape),)
         factors = FORMATS.get("svd").factorize(model.weight(site.name), site, rank)
-        return Layer(site, "svd", rank, factors, model.bias(site.name))
-    return Layer(site, "pruned", site.shape[:2], whole(model.weight(site.name)), model.bias(site.name))
+        return Layer(site, Form("svd", rank), factors, model.bias(site.name))
+    return Layer(site, Form("pruned", site.shape[:2]), whole(model.weight(site.name)), model.bias(site.name))
 
 
 def interface(proto: onnx.ModelProto) -> list[tuple[str, bytes]]:
@@ -241,10 +242,10 @@ def test_convolution_formats_agree_with_their_dense_weight(name: str, form: str)
     (site,) = model.sites()
     layout = FORMATS.get(form)
     rank = layout.ranks(site)[len(layout.ranks(site)) // 2]
-    layer = Layer(site, form, rank, layout.factorize(model.weight(site.name), site, rank), model.bias(site.name))
+    layer = Layer(site, Form(form, rank), layout.factorize(model.weight(site.name), site, rank), model.bias(site.name))
     x = fed(case)
     dense = model.clone()
-    dense.replace(site.name, Layer(site, "pruned", site.shape[:2], whole(layer.reconstruct().float()), layer.bias))
+    dense.replace(site.name, Layer(site, Form("pruned", site.shape[:2]), whole(layer.reconstruct().float()), layer.bias))
     model.replace(site.name, layer)
     model.check()
     assert_same(model.run(Batch((x,))), dense.run(Batch((x,))))
@@ -257,10 +258,10 @@ def test_linear_format_with_positions_agrees_with_its_dense_weight(name: str) ->
     (site,) = model.sites()
     layout = FORMATS.get("block_term")
     rank = layout.ranks(site)[-1]
-    layer = Layer(site, "block_term", rank, layout.factorize(model.weight(site.name), site, rank), model.bias(site.name))
+    layer = Layer(site, Form("block_term", rank), layout.factorize(model.weight(site.name), site, rank), model.bias(site.name))
     x = fed(case)
     dense = model.clone()
-    dense.replace(site.name, Layer(site, "pruned", site.shape, whole(layer.reconstruct().float()), layer.bias))
+    dense.replace(site.name, Layer(site, Form("pruned", site.shape), whole(layer.reconstruct().float()), layer.bias))
     model.replace(site.name, layer)
     model.check()
     assert_same(model.run(Batch((x,))), dense.run(Batch((x,))))
@@ -287,7 +288,7 @@ def test_static_sizes_need_no_shape_arithmetic() -> None:
     (site,) = model.sites()
     layout = FORMATS.get("block_term")
     rank = layout.ranks(site)[-1]
-    model.replace(site.name, Layer(site, "block_term", rank, layout.factorize(model.weight(site.name), site, rank)))
+    model.replace(site.name, Layer(site, Form("block_term", rank), layout.factorize(model.weight(site.name), site, rank)))
     assert "Shape" not in {n.op_type for n in model.unwrap().graph.node}
 
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 import tdpass
 from tdpass.errors import UnsupportedError, UsageError
+from tdpass.form import Form
 from tdpass.formats import FORMATS, Layer
+from tdpass.formats.base import offered_formats
 from tdpass.kernels import native
 from tdpass.layers.recurrent import OpenRNN
 from tdpass.models import Factorized, OpenGRU, OpenLSTM, open_model
@@ -22,7 +24,7 @@ from tdpass.models.base import Batch
 from tdpass.site import Site
 
 PAIRS = [pytest.param(nn.LSTM, OpenLSTM, id="lstm"), pytest.param(nn.GRU, OpenGRU, id="gru")]
-FORMS = [name for name in FORMATS.names() if name not in ("pruned", "constant") and FORMATS.get(name).fits(Site("", "linear", (8, 8)))]
+FORMS = [name for name in offered_formats() if FORMATS.get(name).fits(Site("", "linear", (8, 8)))]
 needs_kernels = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
 
 
@@ -52,7 +54,8 @@ def factored(layer: OpenRNN, name: str, rank: int = 1, *, only: str = "") -> tup
         fmt = FORMATS.get(name)
         if site.name.startswith(only):
             chosen = fmt.ranks(site)[min(len(fmt.ranks(site)) - 1, rank)]
-            model.replace(site.name, Layer(site, name, chosen, fmt.factorize(model.weight(site.name), site, chosen), model.bias(site.name)).to(torch.float32))
+            factors = fmt.factorize(model.weight(site.name), site, chosen)
+            model.replace(site.name, Layer(site, Form(name, chosen), factors, model.bias(site.name)).to(torch.float32))
         part, _, suffix = site.name.partition("_")
         held = model.layer(site.name)
         with torch.no_grad():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import tdpass
 from tdpass.errors import InvalidModelError, PlanError
+from tdpass.form import Form
 from tdpass.formats import FORMATS, Layer
 from tdpass.models import Factorized, open_model
 from tdpass.models.base import Batch, Model
@@ -23,7 +24,7 @@ def _full_rank(model: Model, name: str) -> Layer:
     (site,) = (site for site in model.sites() if site.name == name)
     fmt = FORMATS.get("svd" if site.kind == "linear" else "channel_svd")
     rank = fmt.ranks(site)[-1]
-    return Layer(site, fmt.name, rank, fmt.factorize(model.weight(name), site, rank), model.bias(name)).to(torch.float32)
+    return Layer(site, Form(fmt.name, rank), fmt.factorize(model.weight(name), site, rank), model.bias(name)).to(torch.float32)
 
 
 @pytest.mark.parametrize("name", ["residual", "odd"])

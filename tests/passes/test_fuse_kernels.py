@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 import tdpass
 from tdpass.errors import UsageError
+from tdpass.form import Form
 from tdpass.formats import FORMATS, Layer
+from tdpass.formats.base import offered_formats
 from tdpass.formats.lowering import lower
 from tdpass.fusing.choose import choosing
 from tdpass.kernels import native
@@ -32,7 +34,7 @@ SITES = (
     Site("0", "conv", (12, 16, 5), (1,), ((2, 2),), (1,)),
     Site("0", "conv", (6, 8, 3, 3, 3), (1, 1, 1), ((1, 1),) * 3, (1, 1, 1)),
 )
-CASES = [(name, site) for name in FORMATS.names() if name not in ("pruned", "constant") for site in SITES if FORMATS.get(name).fits(site)]
+CASES = [(name, site) for name in offered_formats() for site in SITES if FORMATS.get(name).fits(site)]
 needs_kernels = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
 
 
@@ -63,7 +65,7 @@ def compressed(name: str, site: Site, activation: nn.Module) -> tuple[nn.Module,
     model = open_model(module, Batch((input_of(site),)))
     fmt = FORMATS.get(name)
     rank = fmt.ranks(model.sites()[0])[len(fmt.ranks(site)) // 2]
-    layer = Layer(site, name, rank, fmt.factorize(model.weight("0"), site, rank), model.bias("0"))
+    layer = Layer(site, Form(name, rank), fmt.factorize(model.weight("0"), site, rank), model.bias("0"))
     model.replace("0", layer.to(torch.float32))
     return module, model
 
@@ -209,7 +211,7 @@ def test_only_an_activation_that_nothing_else_sees_is_taken_in() -> None:
     for site in model.sites():
         rank = (4,)
         fmt = FORMATS.get("svd")
-        model.replace(site.name, Layer(site, "svd", rank, fmt.factorize(model.weight(site.name), site, rank), model.bias(site.name)).to(torch.float32))
+        model.replace(site.name, Layer(site, Form("svd", rank), fmt.factorize(model.weight(site.name), site, rank), model.bias(site.name)).to(torch.float32))
     expected = module(x)
     assert fuse(model, x)[0]
     assert close(module(x), expected)

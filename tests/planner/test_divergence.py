@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import tdpass
 from tdpass.errors import InvalidModelError, UsageError
+from tdpass.form import Form
 from tdpass.formats import FORMATS, Layer
 from tdpass.models import open_model
 from tdpass.models.base import Batch
@@ -352,7 +353,7 @@ def test_losses_do_not_depend_on_how_samples_come_in_calls(last: nn.Module) -> N
     odd = torch.cat([torch.randn(95, 24), 5 * torch.randn(1, 24)])
     (site, _) = model.sites()
     factors = FORMATS.get("svd").factorize(model.weight(site.name), site, (6,))
-    layer = Layer(site, "svd", (6,), factors, model.bias(site.name)).to(torch.float32)
+    layer = Layer(site, Form("svd", (6,)), factors, model.bias(site.name)).to(torch.float32)
     losses = []
     for calls in ([odd], odd.split(1), odd.split(64), odd.flip(0).split(64)):
         tapes = [model.record(Batch((call,))) for call in calls]

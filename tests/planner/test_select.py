@@ -11,6 +11,7 @@ import pytest
 
 from tdpass.cost import Cost
 from tdpass.errors import BudgetError
+from tdpass.form import DENSE, Form
 from tdpass.planner.candidates import Candidate
 from tdpass.planner.select import Option, _silenced, select
 
@@ -20,11 +21,11 @@ def _options(seed: int) -> tuple[list[Option], list[str]]:
     sites = [f"s{k}" for k in range(4)]
     options = []
     for site in sites:
-        options.append(Option({site: Candidate("dense", (), Cost(100, 1000, 400), 0.0)}, 0.0))
+        options.append(Option({site: Candidate(DENSE, Cost(100, 1000, 400), 0.0)}, 0.0))
         for rank in range(1, 5):
             cost = Cost(int(draw.integers(5, 95)), int(draw.integers(50, 950)), 0)
             loss = float(draw.random())
-            options.append(Option({site: Candidate("svd", (rank,), cost, loss, loss)}, loss))
+            options.append(Option({site: Candidate(Form("svd", (rank,)), cost, loss, loss)}, loss))
     return options, sites
 
 
@@ -48,7 +49,7 @@ def _best(options: list[Option], sites: list[str], limits: dict[str, int], fixed
 @pytest.mark.parametrize("limits", [{"params": 200}, {"macs": 2200}, {"params": 260, "macs": 2300}])
 def test_the_choice_is_the_best_there_is(seed: int, limits: dict[str, int]) -> None:
     options, sites = _options(seed)
-    options.append(Option({"s0": Candidate("constant", (), Cost(), 1.0), "s1": Candidate("constant", (), Cost(), 1.0)}, 0.3))
+    options.append(Option({"s0": Candidate(Form("constant", ()), Cost(), 1.0), "s1": Candidate(Form("constant", ()), Cost(), 1.0)}, 0.3))
     fixed = Cost(10, 20, 0)
     chosen = select(options, sites, limits, fixed)
     assert set(chosen) == set(sites)
@@ -87,7 +88,7 @@ def test_a_bound_on_seconds_is_kept_whatever_their_size(seed: int, scale: float)
 
 
 def test_an_impossible_bound_on_seconds_names_the_smallest_reachable() -> None:
-    parts = [Candidate("dense", (), Cost(seconds=3e-3), 0.0), Candidate("svd", (1,), Cost(seconds=1.5e-3), 1.0, 1.0)]
+    parts = [Candidate(DENSE, Cost(seconds=3e-3), 0.0), Candidate(Form("svd", (1,)), Cost(seconds=1.5e-3), 1.0, 1.0)]
     options = [Option({"s": part}, part.loss) for part in parts]
     with pytest.raises(BudgetError, match=r"budget of 1ms seconds is below the smallest reachable plan \(1\.751ms, of which 250us in layers that stay"):
         select(options, ["s"], {"seconds": 1e-3}, Cost(seconds=250e-6))
@@ -95,5 +96,5 @@ def test_an_impossible_bound_on_seconds_names_the_smallest_reachable() -> None:
 
 
 def test_no_room_at_all_leaves_only_what_costs_nothing() -> None:
-    options = [Option({"s": Candidate("dense", (), Cost(macs=1), 0.0)}, 0.0), Option({"s": Candidate("constant", (), Cost(), 1.0)}, 1.0)]
+    options = [Option({"s": Candidate(DENSE, Cost(macs=1), 0.0)}, 0.0), Option({"s": Candidate(Form("constant", ()), Cost(), 1.0)}, 1.0)]
     assert select(options, ["s"], {"macs": 5}, Cost(macs=5))["s"].format == "constant"

@@ -13,20 +13,20 @@ from torch import Tensor, nn
 import tdpass
 from tdpass.cost import Cost
 from tdpass.errors import BudgetError, UsageError
+from tdpass.form import DENSE, Form
 from tdpass.formats import FORMATS
-from tdpass.formats.base import dense_cost
 from tdpass.models import Batch, Model
 from tdpass.planner.candidates import Candidate
 from tdpass.planner.stopwatch import RANKS_MEASURED, Stopwatch, anchors
 from tdpass.site import Site
-from tdpass.targets import DENSE, TARGETS, Setting, Target, Timing, Variant, open_target
+from tdpass.targets import TARGETS, Setting, Target, Timing, open_target
 
-Speed = Callable[[Site, Variant], float]
+Speed = Callable[[Site, Form], float]
 
 
-def by_macs(site: Site, variant: Variant) -> float:
+def by_macs(site: Site, form: Form) -> float:
     """A machine on which time follows multiply-adds."""
-    cost = dense_cost(site) if variant.format == DENSE else FORMATS.get(variant.format).cost(site, variant.rank)
+    cost = FORMATS.get(form.format).cost(site, form.rank)
     return cost.macs * 1e-9
 
 
@@ -38,15 +38,15 @@ class FakeTarget(Target):
     def __init__(self, speed: Speed = by_macs, rest: float = 0.0, assembled: float | None = None) -> None:
         super().__init__()
         self.speed, self.rest, self.assembled = speed, rest, assembled
-        self.asked: list[tuple[Site, Variant, bool]] = []
+        self.asked: list[tuple[Site, Form, bool]] = []
 
     @classmethod
     def open(cls, way: str, frontend: str, cache: Path | None) -> Target:
         return cls()
 
-    def time(self, site: Site, variants: Sequence[Variant], setting: Setting, careful: bool = False) -> list[Timing]:
-        self.asked += [(site, variant, careful) for variant in variants]
-        times = [self.speed(site, variant) for variant in variants]
+    def time(self, site: Site, forms: Sequence[Form], setting: Setting, careful: bool = False) -> list[Timing]:
+        self.asked += [(site, form, careful) for form in forms]
+        times = [self.speed(site, form) for form in forms]
         return [Timing(seconds, "fake kernel" if math.isfinite(seconds) else "") for seconds in times]
 
     def time_models(self, models: Sequence[Model], batch: Batch, setting: Setting, yardstick: Site | None = None) -> list[float]:
@@ -54,7 +54,7 @@ class FakeTarget(Target):
         for model in models:
             layers = [(site, model.layer(site.name)) for site in model.sites()]
             compressed = any(layer is not None for _, layer in layers)
-            whole = self.rest + sum(self.speed(site, Variant() if layer is None else Variant(layer.format, layer.rank)) for site, layer in layers)
+            whole = self.rest + sum(self.speed(site, DENSE if layer is None else layer.form) for site, layer in layers)
             times.append(self.assembled if compressed and self.assembled is not None else whole)
         return times
 
@@ -67,7 +67,7 @@ def plan_of(model: nn.Module, images: Tensor, target: Target, **budget: float | 
 def test_a_budget_on_seconds_is_met_rest_included(share: float, residual: nn.Module, images: Tensor) -> None:
     target = FakeTarget(rest=2e-5)
     artifact = plan_of(residual, images, target, seconds=share)
-    dense = sum(by_macs(site, Variant()) for site in artifact.opened.sites())
+    dense = sum(by_macs(site, DENSE) for site in artifact.opened.sites())
     assert artifact.report.original.seconds == pytest.approx(dense + 2e-5)
     assert artifact.plan.planned.seconds <= share * artifact.report.original.seconds * (1 + 1e-6)
     assert artifact.report.target == "fake, batch 1, 1 thread"
@@ -86,9 +86,9 @@ def test_a_budget_that_cannot_be_met_names_the_smallest_reachable_time(residual:
 
 
 def test_no_site_is_slower_than_dense_whatever_the_budget(residual: nn.Module, images: Tensor) -> None:
-    def slow_above(site: Site, variant: Variant) -> float:
-        ratio = by_macs(site, variant) / by_macs(site, Variant())
-        return by_macs(site, Variant()) * (1.0 if variant.format == DENSE else ratio * 2.5)
+    def slow_above(site: Site, form: Form) -> float:
+        ratio = by_macs(site, form) / by_macs(site, DENSE)
+        return by_macs(site, DENSE) * (1.0 if form == DENSE else ratio * 2.5)
 
     artifact = plan_of(residual, images, FakeTarget(slow_above), macs=0.6)
     assert all(choice.kept_dense or choice.cost.macs * 2.5 < choice.dense.macs for choice in artifact.plan)
@@ -96,14 +96,14 @@ def test_no_site_is_slower_than_dense_whatever_the_budget(residual: nn.Module, i
 
 
 def test_what_is_slower_stays_dense_and_says_where_it_breaks_even(residual: nn.Module, images: Tensor) -> None:
-    def only_small(site: Site, variant: Variant) -> float:
-        return 1.0 if variant.format == DENSE else 0.5 if max(variant.rank, default=0) <= 4 else 1.25
+    def only_small(site: Site, form: Form) -> float:
+        return 1.0 if form == DENSE else 0.5 if max(form.rank, default=0) <= 4 else 1.25
 
     artifact = plan_of(residual, images, FakeTarget(only_small), params=0.8)
     reasons = {choice.site: choice.reason for choice in artifact.plan if choice.kept_dense}
     assert any("break-even at rank" in reason and "asked" in reason and "1.25 of the dense time" in reason for reason in reasons.values())
 
-    slower = FakeTarget(lambda site, variant: 1.0 if variant.format == DENSE else 1.1)
+    slower = FakeTarget(lambda site, form: 1.0 if form == DENSE else 1.1)
     with pytest.raises(BudgetError, match="on target fake only what is faster than dense counts"):
         tdpass.make_plan(residual, {"params": 0.8}, images, target=slower, formats=["channel_svd"])
     stays = plan_of(residual, images, slower, max_error=0.3)
@@ -111,34 +111,34 @@ def test_what_is_slower_stays_dense_and_says_where_it_breaks_even(residual: nn.M
 
 
 def test_a_format_that_no_runtime_serves_is_not_chosen(residual: nn.Module, images: Tensor) -> None:
-    def without_chains(site: Site, variant: Variant) -> float:
-        return by_macs(site, variant) if variant.format in (DENSE, "channel_svd", "svd") else math.inf
+    def without_chains(site: Site, form: Form) -> float:
+        return by_macs(site, form) if form.format in ("dense", "channel_svd", "svd") else math.inf
 
     artifact = plan_of(residual, images, FakeTarget(without_chains), macs=0.7)
-    assert {choice.format for choice in artifact.plan} <= {DENSE, "channel_svd", "svd", "constant"}
+    assert {choice.format for choice in artifact.plan} <= {"dense", "channel_svd", "svd", "constant"}
 
 
 def test_all_that_is_chosen_was_measured_with_care(residual: nn.Module, images: Tensor) -> None:
     target = FakeTarget()
     plan = plan_of(residual, images, target, seconds=0.5).plan
     sites = {site.name: site for site, _, _ in target.asked}
-    careful = {(site.shape, variant) for site, variant, careful in target.asked if careful}
+    careful = {(site.shape, form) for site, form, careful in target.asked if careful}
     for choice in plan:
         if not choice.kept_dense and choice.format != "constant":
-            assert (sites[choice.site].shape if choice.site in sites else choice.shape, Variant(choice.format, choice.rank)) in careful
+            assert (sites[choice.site].shape if choice.site in sites else choice.shape, choice.form) in careful
             assert choice.predicted == pytest.approx(choice.seconds, rel=0.2)
 
 
 def test_interpolation_that_flatters_is_found_out(residual: nn.Module, images: Tensor) -> None:
     """Only ranks that are measured at once are as fast as they seem; all others take longer than dense."""
-    scanned: set[tuple[Site, Variant]] = set()
+    scanned: set[tuple[Site, Form]] = set()
 
     class Flattering(FakeTarget):
-        def time(self, site: Site, variants: Sequence[Variant], setting: Setting, careful: bool = False) -> list[Timing]:
+        def time(self, site: Site, forms: Sequence[Form], setting: Setting, careful: bool = False) -> list[Timing]:
             if not careful:
-                scanned.update((site, variant) for variant in variants)
-            late = [variant.format != DENSE and (site, variant) not in scanned for variant in variants]
-            return [Timing(2.0 if slow else by_macs(site, v), "") for slow, v in zip(late, variants, strict=True)]
+                scanned.update((site, form) for form in forms)
+            late = [form != DENSE and (site, form) not in scanned for form in forms]
+            return [Timing(2.0 if slow else by_macs(site, v), "") for slow, v in zip(late, forms, strict=True)]
 
     artifact = plan_of(residual, images, Flattering(), macs=0.6)
     changed = [choice for choice in artifact.plan if not choice.kept_dense]
@@ -149,7 +149,7 @@ def test_interpolation_that_flatters_is_found_out(residual: nn.Module, images: T
 def test_sites_of_equal_shape_are_measured_once(residual: nn.Module, images: Tensor) -> None:
     target = FakeTarget()
     plan_of(residual, images, target, macs=0.5)
-    assert sum(site.shape == (12, 12, 3, 3) and variant == Variant() for site, variant, _ in target.asked) == 1
+    assert sum(site.shape == (12, 12, 3, 3) and form == DENSE for site, form, _ in target.asked) == 1
 
 
 def test_layers_that_take_longer_than_the_whole_are_scaled(residual: nn.Module, images: Tensor) -> None:
@@ -174,8 +174,8 @@ def test_the_assembled_model_is_timed_and_reported(residual: nn.Module, images: 
     assert artifact.report.final.seconds == pytest.approx(artifact.plan.planned.seconds)
     assert tdpass.RankPlan.from_json(artifact.plan.to_json()) == artifact.plan
 
-    def by_format(site: Site, variant: Variant) -> float:
-        return 2.0 if variant.format == DENSE else 1.0
+    def by_format(site: Site, form: Form) -> float:
+        return 2.0 if form == DENSE else 1.0
 
     given = tdpass.compress(residual, plan=artifact.plan, data=images, target=FakeTarget(by_format))
     assert 0 < given.report.final.seconds < given.report.original.seconds
@@ -230,7 +230,7 @@ def test_the_real_target_end_to_end(residual: nn.Module, images: Tensor) -> None
 
 
 def candidates(format_name: str, ranks: Sequence[tuple[int, ...]], site: Site) -> list[Candidate]:
-    return [Candidate(format_name, rank, FORMATS.get(format_name).cost(site, rank), 0.1) for rank in ranks]
+    return [Candidate(Form(format_name, rank), FORMATS.get(format_name).cost(site, rank), 0.1) for rank in ranks]
 
 
 LINEAR = Site("fc", "linear", (256, 256), extents=(((4,), (4,)),))
@@ -238,7 +238,7 @@ LINEAR = Site("fc", "linear", (256, 256), extents=(((4,), (4,)),))
 
 def test_a_handful_of_ranks_on_the_grid_is_measured() -> None:
     found = anchors(candidates("svd", [(r,) for r in range(1, 128)], LINEAR))
-    ranks = [variant.rank[0] for variant in found]
+    ranks = [form.rank[0] for form in found]
     assert len(ranks) <= RANKS_MEASURED
     assert ranks[0] == 1
     assert ranks[-1] == 127

@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from tdpass.errors import UsageError
+from tdpass.form import DENSE
+from tdpass.formats.base import Layer
 from tdpass.kernels import native
 from tdpass.kernels.base import use_reference
 from tdpass.kinds import KINDS
 from tdpass.site import Site
-from tdpass.targets import BreakEvenRow, BreakEvenTable, Setting, Target, Variant, open_break_even, open_target
+from tdpass.targets import BreakEvenRow, BreakEvenTable, Setting, Target, open_break_even, open_target
 from tdpass.targets.break_even import STAIRCASE, crossing
-from tdpass.targets.layers import DenseLayer, example_input, make_layer
+from tdpass.targets.layers import example_input, make_layer
 from tdpass.targets.runtimes import RUNTIMES
 from tdpass.targets.sparse import SparseTarget, pruned_weight, sparse_calls
 
@@ -140,16 +142,16 @@ def test_layers_that_the_operators_do_not_serve_never_break_even(scripted: Calla
 @pytest.mark.parametrize("site", SITES, ids=lambda site: site.name)
 @pytest.mark.parametrize("group", ["weight", "block", "kernel", "column"])
 def test_the_layer_that_is_timed_is_the_pruned_one(site: Site, group: str) -> None:
-    layer = make_layer(site, Variant(), torch.float32)
-    assert isinstance(layer, DenseLayer)
-    weight, x = pruned_weight(layer.weight, group, 0.8), example_input(layer, 2)
+    layer = make_layer(site, DENSE, torch.float32)
+    assert layer.form == DENSE
+    weight, x = pruned_weight(layer.factors["kernel"], group, 0.8), example_input(layer, 2)
     assert 0.7 <= float((weight == 0).float().mean()) <= 0.9
-    assert bool((pruned_weight(layer.weight, group, 0.5) != 0)[weight != 0].all())
+    assert bool((pruned_weight(layer.factors["kernel"], group, 0.5) != 0)[weight != 0].all())
     calls = sparse_calls(site, group, 0.8, Setting(2))
     assert len(calls) == (2 if site.kind == "conv" else 1)
     with use_reference():
         answers = [call() for call in calls]
-    expected = DenseLayer(site, weight, layer.bias)(x)
+    expected = Layer(site, DENSE, {"kernel": weight}, layer.bias)(x)
     assert all(torch.allclose(answer.reshape(expected.shape), expected, atol=1e-4) for answer in answers)
 
 

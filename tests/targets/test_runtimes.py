@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tdpass.form import DENSE, Form
 from tdpass.formats import FORMATS
+from tdpass.formats.base import Layer
 from tdpass.models import Batch, open_model
 from tdpass.site import Site
-from tdpass.targets.base import DENSE, Variant
-from tdpass.targets.layers import AnyLayer, example_input, make_layer
+from tdpass.targets.layers import example_input, make_layer
 from tdpass.targets.runtimes import RUNTIMES
 
 SITES = (
@@ -23,22 +24,22 @@ SITES = (
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if RUNTIMES.get(name).on_demand else name for name in RUNTIMES.names()]
 
 
-def variants(site: Site) -> list[Variant]:
+def forms(site: Site) -> list[Form]:
     """Dense, fewer channels, and a middle rank of every format."""
-    formats = [fmt for fmt in FORMATS if fmt.fits(site)]
-    return [Variant(), Variant("pruned", (6, 5)), *(Variant(fmt.name, fmt.ranks(site)[len(fmt.ranks(site)) // 2]) for fmt in formats)]
+    formats = [fmt for fmt in FORMATS if fmt.offered and fmt.fits(site)]
+    return [DENSE, Form("pruned", (6, 5)), *(Form(fmt.name, fmt.ranks(site)[len(fmt.ranks(site)) // 2]) for fmt in formats)]
 
 
-CASES = [(site, variant) for site in SITES for variant in variants(site)]
+CASES = [(site, form) for site in SITES for form in forms(site)]
 
 
-@pytest.mark.parametrize(("site", "variant"), CASES, ids=[f"{site.name}-{variant.format}" for site, variant in CASES])
+@pytest.mark.parametrize(("site", "form"), CASES, ids=[f"{site.name}-{form.format}" for site, form in CASES])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_runtime_gives_the_numbers_of_the_layer_or_declines(name: str, site: Site, variant: Variant) -> None:
+def test_a_runtime_gives_the_numbers_of_the_layer_or_declines(name: str, site: Site, form: Form) -> None:
     runtime = RUNTIMES.get(name)
     if not runtime.available():
         pytest.skip(f"{name} is not installed")
-    layer = make_layer(site, variant, torch.float32)
+    layer = make_layer(site, form, torch.float32)
     call = runtime.prepare(layer, 3, 1)
     if call is None:
         return
@@ -58,7 +59,7 @@ def test_every_runtime_serves_something_and_says_its_version(name: str) -> None:
         pytest.skip(f"{name} is not installed")
     assert runtime.version()
     assert runtime.families
-    assert any(runtime.prepare(make_layer(site, variant, torch.float32), 1, 1) is not None for site, variant in CASES)
+    assert any(runtime.prepare(make_layer(site, form, torch.float32), 1, 1) is not None for site, form in CASES)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -67,14 +68,14 @@ def test_a_type_that_is_not_served_is_declined(name: str, dtype: torch.dtype) ->
     runtime = RUNTIMES.get(name)
     if not runtime.available():
         pytest.skip(f"{name} is not installed")
-    layer = make_layer(SITES[0], Variant(), dtype)
+    layer = make_layer(SITES[0], DENSE, dtype)
     call = runtime.prepare(layer, 2, 1)
     assert call is None or torch.allclose(call().double(), layer(example_input(layer, 2)).double(), rtol=1e-2, atol=1e-2)
 
 
 def test_a_graph_that_a_runtime_refuses_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tdpass.targets.runtimes.onnx_runtime.single_layer", lambda *_: b"no model")
-    layer = make_layer(SITES[0], Variant(), torch.float32)
+    layer = make_layer(SITES[0], DENSE, torch.float32)
     for name in ("onnxruntime", "openvino"):
         if RUNTIMES.get(name).available():
             assert RUNTIMES.get(name).prepare(layer, 1, 1) is None
@@ -92,7 +93,7 @@ def test_whole_models_run_where_their_front_end_says(residual: nn.Module, images
 
 
 def test_noise_layers_keep_the_size_of_activations() -> None:
-    for site, variant in CASES:
-        if variant.format in (DENSE, "tucker2", "svd"):
-            layer: AnyLayer = make_layer(site, variant, torch.float32)
+    for site, form in CASES:
+        if form.format in ("dense", "tucker2", "svd"):
+            layer: Layer = make_layer(site, form, torch.float32)
             assert 0.05 < float(layer(example_input(layer, 4)).std()) < 20

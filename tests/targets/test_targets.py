@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from tdpass.clock import on_cpu
 from tdpass.errors import UsageError
+from tdpass.form import DENSE, Form
 from tdpass.models import Batch, open_model
 from tdpass.site import Site
-from tdpass.targets import Setting, Target, Variant, open_target
+from tdpass.targets import Setting, Target, open_target
 from tdpass.targets.measured import MeasuredTarget
 
 SITE = Site("conv", "conv", (16, 16, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), True, extents=(((8, 8), (8, 8)),))
-VARIANTS = [Variant(), Variant("tucker2", (8, 8)), Variant("spatial_svd", (8,))]
+FORMS = [DENSE, Form("tucker2", (8, 8)), Form("spatial_svd", (8,))]
 
 
 def cpu(folder: Path | None = None, text: str = "cpu", frontend: str = "torch") -> MeasuredTarget:
@@ -73,25 +74,25 @@ def test_a_runtime_that_is_not_installed_is_an_error(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("threads", [1, 2])
 def test_times_are_positive_and_name_their_kernel(text: str, frontend: str, threads: int) -> None:
     target = cpu(None, text, frontend)
-    timings = target.time(SITE, VARIANTS, Setting(2, threads))
+    timings = target.time(SITE, FORMS, Setting(2, threads))
     assert all(0 < timing.seconds < 1 for timing in timings)
     assert {timing.kernel for timing in timings} <= {runtime.name for runtime in target.runtimes}
-    assert target.seconds(SITE, "dense", (), 2, threads) == timings[0].seconds
+    assert target.seconds(SITE, DENSE, 2, threads) == timings[0].seconds
     assert torch.get_num_threads() == 1
 
 
 def test_what_is_known_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = cpu(tmp_path).time(SITE, VARIANTS[1:], Setting())
+    first = cpu(tmp_path).time(SITE, FORMS[1:], Setting())
     second = cpu(tmp_path)
     monkeypatch.setattr(MeasuredTarget, "_measure", lambda *_: pytest.fail("measured again"))
-    assert second.time(replace(SITE, name="another"), VARIANTS[1:], Setting()) == first
+    assert second.time(replace(SITE, name="another"), FORMS[1:], Setting()) == first
 
 
 def test_calls_of_a_site_add_up(tmp_path: Path) -> None:
     target = cpu(tmp_path)
     small = ((4, 4), (4, 4))
-    alone = [target.seconds(replace(SITE, extents=(extent,)), "dense", ()) for extent in (SITE.extents[0], small)]
-    assert target.seconds(replace(SITE, extents=(*SITE.extents, small, small)), "dense", ()) == pytest.approx(alone[0] + 2 * alone[1])
+    alone = [target.seconds(replace(SITE, extents=(extent,)), DENSE) for extent in (SITE.extents[0], small)]
+    assert target.seconds(replace(SITE, extents=(*SITE.extents, small, small)), DENSE) == pytest.approx(alone[0] + 2 * alone[1])
 
 
 class Scripted(MeasuredTarget):
@@ -111,14 +112,14 @@ class Scripted(MeasuredTarget):
 
 def test_later_times_are_put_on_the_scale_of_the_first() -> None:
     target = Scripted(cpu().runtimes[:1], None)
-    assert [timing.seconds for timing in target.time(SITE, VARIANTS[1:2], Setting())] == [2.0]
-    assert [timing.seconds for timing in target.time(SITE, [Variant(), VARIANTS[2]], Setting())] == [1.0, 2.0]
-    assert [timing.seconds for timing in target.time(SITE, VARIANTS[1:], Setting(), careful=True)] == [2.0, 3.0]
+    assert [timing.seconds for timing in target.time(SITE, FORMS[1:2], Setting())] == [2.0]
+    assert [timing.seconds for timing in target.time(SITE, [DENSE, FORMS[2]], Setting())] == [1.0, 2.0]
+    assert [timing.seconds for timing in target.time(SITE, FORMS[1:], Setting(), careful=True)] == [2.0, 3.0]
 
 
 def test_whole_models_are_timed_on_the_scale_of_a_layer(residual: nn.Module, images: Tensor) -> None:
     target = Scripted(cpu().runtimes[:1], None)
-    target.time(SITE, [Variant()], Setting())
+    target.time(SITE, [DENSE], Setting())
     model = open_model(residual)
     assert target.time_models([model, model], Batch((images[:1],)), Setting(), SITE) == pytest.approx([1 / 3, 2 / 3])
     assert target.time_models([model], Batch((images[:1],)), Setting()) == [4.0]
@@ -126,14 +127,14 @@ def test_whole_models_are_timed_on_the_scale_of_a_layer(residual: nn.Module, ima
 
 def test_a_layer_that_no_runtime_serves_takes_forever() -> None:
     target = cpu(None, "cpu", "onnx")
-    (timing,) = target.time(SITE, [Variant()], Setting(dtype=torch.bfloat16))
+    (timing,) = target.time(SITE, [DENSE], Setting(dtype=torch.bfloat16))
     assert timing.seconds == float("inf")
     assert timing.kernel == ""
 
 
 def test_a_site_that_was_not_seen_cannot_be_timed() -> None:
     with pytest.raises(UsageError, match="not seen running"):
-        cpu().time(replace(SITE, extents=()), [Variant()], Setting())
+        cpu().time(replace(SITE, extents=()), [DENSE], Setting())
 
 
 def test_a_torch_model_does_not_run_in_onnxruntime(residual: nn.Module, images: Tensor) -> None:

@@ -88,7 +88,7 @@ class TorchModel:
             raise PlanError(f"a layer of shape {layer.site.shape} cannot replace site {name!r} of shape {matched.site.shape}; plan for this model")
         weight = matched.weight
         factors = {key: nn.Parameter(factor.to(weight), requires_grad=weight.requires_grad) for key, factor in layer.factors.items()}
-        shared = Layer(matched.site, layer.format, layer.rank, factors)
+        shared = Layer(matched.site, layer.form, factors)
         for module, own in zip(matched.modules, matched.biases, strict=True):
             bias = _bias_for(own, matched.biases[0], layer.bias, weight)
             pads = tuple(module._reversed_padding_repeated_twice) if _pads_itself(module) else ()  # type: ignore[arg-type]

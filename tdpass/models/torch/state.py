@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tdpass.digest import digest
-from tdpass.documents import Document, Size, register_document
+from tdpass.documents import Document, register_document
 from tdpass.errors import InvalidModelError, PlanError, UsageError
 from tdpass.files import replacing
+from tdpass.form import Form, Formed
 from tdpass.formats.base import FORMATS
 from tdpass.kinds import kind_of_module
 from tdpass.layers.factorized import Factorized, empty_layer
@@ -32,10 +33,9 @@ _DIGEST = "tdpass.digest"
 
 
 @dataclass(frozen=True)
-class _Replacement:
+class _Replacement(Formed):
     paths: Annotated[tuple[str, ...], Meta(min_length=1)]
-    format: str
-    rank: tuple[Size, ...]
+    form: Form
     bias: bool
 
 
@@ -70,7 +70,7 @@ def save_module(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> N
             tensors[name] = tensor.detach().cpu().contiguous().clone()
     named = list(module.named_modules(remove_duplicate=False))
     layers = tuple(
-        _Replacement(tuple(name for name, part in named if part is layer), layer.format.name, tuple(layer.rank), layer.bias is not None)
+        _Replacement(tuple(name for name, part in named if part is layer), layer.form, layer.bias is not None)
         for layer in module.modules()
         if isinstance(layer, Factorized)
     )
@@ -112,7 +112,7 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
         matched = by_path.get(replacement.paths[0])
         if matched is None or not all(reached in matched.paths for reached in replacement.paths):
             raise PlanError(f"{path} replaces {replacement.paths[0]!r}, which is no site of this model; load it on the class it was made from")
-        layer = empty_layer(matched.site, replacement.format, replacement.rank, matched.weight.dtype)
+        layer = empty_layer(matched.site, replacement.form, matched.weight.dtype)
         outputs = FORMATS.get(replacement.format).outputs(matched.site, replacement.rank)
         bias = nn.Parameter(torch.empty(outputs, dtype=matched.weight.dtype, device="meta")) if replacement.bias else None
         dense = modules[replacement.paths[0]]

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from tdpass.formats.base import Layer
 from tdpass.models.base import Batch, Model
 from tdpass.registry import Registry
-from tdpass.targets.layers import AnyLayer
 
 Call = Callable[[], object]
 
@@ -59,7 +59,7 @@ class Runtime(ABC):
         return True
 
     @abstractmethod
-    def prepare(self, layer: AnyLayer, batch: int, threads: int) -> Callable[[], Tensor] | None:
+    def prepare(self, layer: Layer, batch: int, threads: int) -> Callable[[], Tensor] | None:
         """A call that runs the layer on `example_input(layer, batch)` and answers with the output; None where it cannot serve this.
 
         The layer has one entry in `layer.site.extents`: the sizes of this call.  The output may be the same tensor every time.

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from tdpass.formats.base import Layer
 from tdpass.models.base import Batch, Model
 from tdpass.models.torch.model import TorchModel
 from tdpass.ops import TorchOps
-from tdpass.targets.layers import AnyLayer, apply_layer, channels_last, example_input, weights_of
+from tdpass.targets.layers import apply_layer, channels_last, example_input, weights_of
 from tdpass.targets.runtimes.base import Call, Runtime, register_runtime
 
 
@@ -24,7 +25,7 @@ class Eager(Runtime):
     def version(self) -> str:
         return str(torch.__version__)
 
-    def prepare(self, layer: AnyLayer, batch: int, threads: int) -> Callable[[], Tensor] | None:
+    def prepare(self, layer: Layer, batch: int, threads: int) -> Callable[[], Tensor] | None:
         weights = {name: channels_last(weight) for name, weight in weights_of(layer).items()}
         ops, x = TorchOps(), channels_last(example_input(layer, batch))
         return lambda: apply_layer(ops, layer, x, weights)

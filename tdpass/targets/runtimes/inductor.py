@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdpass.formats.base import Layer
 from tdpass.models.base import Batch, Model
 from tdpass.models.torch.model import TorchModel
-from tdpass.targets.layers import AnyLayer, LayerModule, channels_last, example_input
+from tdpass.targets.layers import LayerModule, channels_last, example_input
 from tdpass.targets.runtimes.base import Call, Runtime, register_runtime
 from tdpass.targets.runtimes.eager import channels_last_model
 
@@ -34,7 +35,7 @@ class Inductor(Runtime):
     def version(self) -> str:
         return str(torch.__version__)
 
-    def prepare(self, layer: AnyLayer, batch: int, threads: int) -> Callable[[], Tensor] | None:
+    def prepare(self, layer: Layer, batch: int, threads: int) -> Callable[[], Tensor] | None:
         module, x = LayerModule(layer), channels_last(example_input(layer, batch))
         # a linear layer compiled for sizes that vary goes to another library, on some machines one twice as fast
         ways = (False,) if layer.site.axes else (False, True)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from tdpass.form import DENSE
 from tdpass.formats.base import Layer
 from tdpass.formats.contraction import contraction_of
 from tdpass.formats.lowering import Lowered, lower
@@ -15,7 +16,7 @@ from tdpass.kernels.conv_chain import CONV_CHAIN, packing
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.stage import Lanes
 from tdpass.kernels.tensor_chain import TENSOR_CHAIN
-from tdpass.targets.layers import AnyLayer, channels_last, example_input
+from tdpass.targets.layers import channels_last, example_input
 from tdpass.targets.runtimes.base import Runtime, register_runtime
 
 
@@ -31,8 +32,8 @@ class Kernels(Runtime):
     def available(self) -> bool:
         return native.library() is not None
 
-    def prepare(self, layer: AnyLayer, batch: int, threads: int) -> Callable[[], Tensor] | None:
-        if not isinstance(layer, Layer):
+    def prepare(self, layer: Layer, batch: int, threads: int) -> Callable[[], Tensor] | None:
+        if layer.form == DENSE:
             return None
         x, lowered = example_input(layer, batch), lower(layer)
         if lowered is not None:

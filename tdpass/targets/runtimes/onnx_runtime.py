@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from tdpass.files import scratch_folder
+from tdpass.formats.base import Layer
 from tdpass.models.base import Batch, Model
 from tdpass.models.onnx.session import register_fused_ops
 from tdpass.models.onnx.single import INPUT, OUTPUT, named_inputs, single_layer
-from tdpass.targets.layers import AnyLayer, apply_layer, dtype_of, example_input, weights_of
+from tdpass.targets.layers import apply_layer, dtype_of, example_input, weights_of
 from tdpass.targets.runtimes.base import Bound, BoundLayer, Call, Runtime, register_runtime
 
 _ERRORS_ONLY = 3
@@ -32,7 +33,7 @@ class OnnxRuntime(Runtime):
     def version(self) -> str:
         return str(onnxruntime.__version__)
 
-    def prepare(self, layer: AnyLayer, batch: int, threads: int) -> Callable[[], Tensor] | None:
+    def prepare(self, layer: Layer, batch: int, threads: int) -> Callable[[], Tensor] | None:
         if dtype_of(layer) not in _SERVED:
             return None
         x = example_input(layer, batch)
@@ -55,7 +56,7 @@ class Saved:
         model.save(self.path, {})
 
 
-def as_graph(layer: AnyLayer, x: Tensor, y: Tensor) -> bytes:
+def as_graph(layer: Layer, x: Tensor, y: Tensor) -> bytes:
     """The layer as a serialized ONNX model."""
     return single_layer(weights_of(layer), x, y, lambda ops, value, weights: apply_layer(ops, layer, value, weights))
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdpass.formats.base import Layer
 from tdpass.models.base import Batch, Model
 from tdpass.models.onnx.single import INPUT, named_inputs
-from tdpass.targets.layers import AnyLayer, dtype_of, example_input
+from tdpass.targets.layers import dtype_of, example_input
 from tdpass.targets.runtimes.base import Bound, BoundLayer, Call, Runtime, register_runtime
 from tdpass.targets.runtimes.onnx_runtime import Saved, as_graph
 
@@ -30,7 +31,7 @@ class OpenVino(Runtime):
     def version(self) -> str:
         return str(importlib.import_module("openvino").__version__)
 
-    def prepare(self, layer: AnyLayer, batch: int, threads: int) -> Callable[[], Tensor] | None:
+    def prepare(self, layer: Layer, batch: int, threads: int) -> Callable[[], Tensor] | None:
         if dtype_of(layer) is not torch.float32:
             return None
         x = example_input(layer, batch)

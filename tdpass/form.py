@@ -1,0 +1,74 @@
+"""Form: what a site is stored as, as one value with a text that people read and write."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from tdpass.documents import Size
+from tdpass.errors import PlanError
+from tdpass.inlined import Inlined
+
+Rank = tuple[int, ...]
+_RANK = re.compile(r"[1-9]\d*(x[1-9]\d*)*")
+_NUMBERS = re.compile(r"[a-z]+\d+(/[a-z0-9]+)*")
+_SUPPORT = re.compile(r"[1-9]\d*:[1-9]\d*|blocks[1-9]\d*(x[1-9]\d*)*|unstructured")
+_GRAMMAR = "write a format, then its rank, number types and support where it has them, such as 'tucker2 16x24 int8' or 'dense 2:4'"
+
+
+@dataclass(frozen=True)
+class Form(Inlined):
+    """The format that factors the weight, its rank, and how the factors are stored.
+
+    `numbers` names the number type of each factor, in the format's order, or one for all of them; none is the type that the model's
+    weights have.  `support` says which entries are stored: all of them (empty), `2:4`, `blocks4x4` or `unstructured`.
+
+    >>> Form.parse("tucker2 16x24 int8")
+    Form(format='tucker2', rank=(16, 24), numbers=('int8',), support='')
+    >>> str(Form("dense", (), support="2:4"))
+    'dense 2:4'
+    """
+
+    format: str
+    rank: tuple[Size, ...]
+    numbers: tuple[str, ...] = ()
+    support: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (self.format, "x".join(map(str, self.rank)), ",".join(self.numbers), self.support) if part)
+
+    @property
+    def family(self) -> str:
+        """The text without the rank."""
+        return str(replace(self, rank=()))
+
+    @classmethod
+    def parse(cls, text: str) -> Form:
+        """Read what `str` writes; raises `PlanError` for anything else."""
+        name, *parts = text.split() or [""]
+        rank = parts.pop(0) if parts and _RANK.fullmatch(parts[0]) else ""
+        numbers = parts.pop(0).split(",") if parts and not _SUPPORT.fullmatch(parts[0]) else []
+        support = parts.pop(0) if parts else ""
+        if not name or parts or not all(map(_NUMBERS.fullmatch, numbers)) or (support and not _SUPPORT.fullmatch(support)):
+            raise PlanError(f"form {text!r} is not understood; {_GRAMMAR}")
+        return cls(name, tuple(int(size) for size in rank.split("x") if size), tuple(numbers), support)
+
+
+DENSE = Form("dense", ())
+"""A site as it is."""
+
+
+class Formed:
+    """What has a form: the two parts of it that are asked for most."""
+
+    form: Form
+
+    @property
+    def format(self) -> str:
+        """Name of the format."""
+        return self.form.format
+
+    @property
+    def rank(self) -> Rank:
+        """Rank of the format."""
+        return self.form.rank
