@@ -125,7 +125,7 @@ def _wrong(row: object) -> str:
     if not isinstance(row, dict) or not {"kind", "sparsity"} <= row.keys() <= {"kind", "sparsity", "group", "shape"}:
         return f"{row!r} is not one"
     kind, group, shape, sparsity = row["kind"], row.get("group", "weight"), row.get("shape"), row["sparsity"]
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         return f"kind {kind!r} is not known"
     if group not in _GROUPS:
         return f"group {group!r} is none of {', '.join(_GROUPS)}"
