@@ -62,6 +62,11 @@ def padded_convolution(
     return (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3](x, weight, bias, tuple(stride), 0, tuple(dilation), groups)
 
 
+def own_bias(y: Tensor, bias: Tensor, axes: int) -> Tensor:
+    """`y[..., o, *positions] + bias[o]`: the bias of one of several layers that share a weight, over `axes` axes of positions."""
+    return y + bias.to(y.dtype).reshape(-1, *(1 for _ in range(axes)))
+
+
 class TorchOps:
     """Eager torch; also the reference of every kernel."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -11,6 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+
+from tdpass.kinds import is_layer_call
+from tdpass.ops import own_bias
+
+
+def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
+    """An argument of a call, by position or by name; None where it is left out."""
+    return args[position] if len(args) > position else kwargs.get(name)
+
+
+def in_parts(
+    call: Callable[..., Any], func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], apart: Container[int]
+) -> Any:
+    """Make a layer's call by `call(func, args, kwargs)`; a bias whose id is in `apart` is added by a call of its own."""
+    bias = argument(args, kwargs, 2, "bias") if is_layer_call(func) else None
+    if bias is None or id(bias) not in apart:
+        return call(func, args, kwargs)
+    axes = argument(args, kwargs, 1, "weight").dim() - 2
+    y = call(func, (*args[:2], *((None, *args[3:]) if len(args) > 2 else ())), {name: value for name, value in kwargs.items() if name != "bias"})
+    return call(own_bias, (y, bias, axes), {})
 
 
 @dataclass(frozen=True)

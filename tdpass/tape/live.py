@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tdpass.kinds import is_layer_call
-from tdpass.tape.calls import plain
+from tdpass.tape.calls import argument, in_parts, plain
 from tdpass.tape.playback import Playback, Replacement, Tape, Watch
 
 _LEAVING_TORCH = frozenset({"numpy", "__array__", "item", "tolist", "__float__", "__int__", "__bool__", "__dlpack__"})
@@ -24,13 +24,15 @@ Steer = Callable[[str, Tensor, Replacement], Tensor]
 class LiveTape(Tape):
     """A recorded run whose playbacks run the model for real: something in it is not a torch call, or chooses what runs.
 
-    `run` executes the model on `fed`, `sites` maps `id(weight)` of what it executes to a site's name.  Which value a call
+    `run` executes the model on `fed`, `sites` maps `id(weight)` of what it executes to a site's name, and
+    `apart` holds the ids of biases that are added by calls of their own.  Which value a call
     reads is known in part only, so that no two layers are taken to be neighbours.
     """
 
     run: Run = field(kw_only=True)
     fed: Sequence[Tensor] = field(kw_only=True)
     sites: Mapping[int, str] = field(kw_only=True)
+    apart: frozenset[int] = field(kw_only=True, default=frozenset())
 
     @property
     def note(self) -> str:
@@ -125,7 +127,7 @@ class _Rerun:
         fastpath = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            with _Steered(self.tape.sites, steer):
+            with _Steered(self.tape.sites, self.tape.apart, steer):
                 return self.tape.run()
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -134,9 +136,9 @@ class _Rerun:
 class _Steered(TorchFunctionMode):
     """Hands every call of a site to `steer`; lets values leave torch where gradients are recorded, which then end there."""
 
-    def __init__(self, sites: Mapping[int, str], steer: Steer) -> None:
+    def __init__(self, sites: Mapping[int, str], apart: frozenset[int], steer: Steer) -> None:
         super().__init__()
-        self.sites, self.steer = sites, steer
+        self.sites, self.apart, self.steer = sites, apart, steer
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -144,16 +146,14 @@ class _Steered(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in _LEAVING_TORCH:
             return func(args[0].detach(), *args[1:], **kwargs)
+        return in_parts(self._call, func, args, kwargs, self.apart)
+
+    def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         name = self.sites.get(id(argument(args, kwargs, 1, "weight"))) if is_layer_call(func) else None
         if name is None:
             return func(*args, **kwargs)
         rest = {key: value for key, value in kwargs.items() if key != "input"}
         return self.steer(name, argument(args, kwargs, 0, "input"), lambda x: func(x, *args[1:], **rest))
-
-
-def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
-    """An argument of a call, by position or by name."""
-    return args[position] if len(args) > position else kwargs[name]
 
 
 def restore(fed: Sequence[Tensor], originals: Any) -> None:

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tdpass.errors import TdpassError, UnsupportedError
 from tdpass.kinds import is_layer_call
-from tdpass.tape.calls import Autocast, Call, Ref, leaves, mapped, plain
-from tdpass.tape.live import LiveTape, Run, argument, restore
+from tdpass.tape.calls import Autocast, Call, Ref, argument, in_parts, leaves, mapped, plain
+from tdpass.tape.live import LiveTape, Run, restore
 from tdpass.tape.playback import Tape
 
 _MUTATING_NAMES = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"})
@@ -39,9 +39,10 @@ _VISIBLE = 0.02
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, sites: Mapping[int, str], batch_size: int, held: frozenset[int]) -> None:
+    def __init__(self, sites: Mapping[int, str], batch_size: int, held: frozenset[int], apart: frozenset[int]) -> None:
         super().__init__()
         self.sites = sites
+        self.apart = apart
         self.batch_size = batch_size
         self.held = held
         self.calls: list[Call] = []
@@ -76,11 +77,11 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.below is None:
-            return self.call(func, args, kwargs)
+            return in_parts(self.call, func, args, kwargs, self.apart)
         if any(isinstance(leaf, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf) for leaf in tree_leaves((args, kwargs))):
             return func(*args, **kwargs)
         with self.below.hidden():
-            return self.call(func, args, kwargs)
+            return in_parts(self.call, func, args, kwargs, self.apart)
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call and record it."""
@@ -166,26 +167,34 @@ def _positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[An
 
 
 def record(
-    run: Run, inputs: Sequence[Tensor], sites: Mapping[int, str], *, samples: int | None = None, held: Iterable[Tensor] = (), replayed: bool = True
+    run: Run,
+    inputs: Sequence[Tensor],
+    sites: Mapping[int, str],
+    *,
+    samples: int | None = None,
+    held: Iterable[Tensor] = (),
+    apart: frozenset[int] = frozenset(),
+    replayed: bool = True,
 ) -> Tape:
     """Run a model once and record it.
 
     `run` executes the model on `inputs` (all tensors it is fed), which hold that many `samples`, else as many as the first
-    of them is long; `sites` maps `id(weight)` to a site's name, `held` are the tensors that the model holds.  A tape that
+    of them is long; `sites` maps `id(weight)` to a site's name, `held` are the tensors that the model holds,
+    `apart` the ids of biases that are no part of their layer's site, so that they are added by calls of their own.  A tape that
     is only looked at need not be `replayed`.  Where no replay does what the model does, because the run leaves torch, writes
     through a view or decides by values, it is a `LiveTape`.  Raises `UnsupportedError` for a model that is not deterministic.
     """
     size = samples or next((int(tensor.shape[0]) for tensor in inputs if tensor.dim() > 0), 1)
     constants = frozenset(map(id, held))
     originals = [tensor.clone() for tensor in inputs]
-    tape, result = _recorded(run, inputs, originals, _Recorder(sites, size, constants))
+    tape, result = _recorded(run, inputs, originals, _Recorder(sites, size, constants, apart))
     if not replayed:
         return tape
-    live = _live(tape, run, inputs, sites)
+    live = _live(tape, run, inputs, sites, apart)
     if _faithful(tape, live, result):
         return tape
     if tape.doubt:
-        deep = _Recorder(sites, size, constants)
+        deep = _Recorder(sites, size, constants, apart)
         deep.below = _Operators(deep)
         try:
             deeper, result = _recorded(run, inputs, originals, deep)
@@ -213,9 +222,9 @@ def _recorded(run: Run, inputs: Sequence[Tensor], originals: Sequence[Tensor], r
     return Tape(recorder.calls, dict(zip(fed, originals, strict=True)), output, recorder.batch_size, recorder.doubt), result
 
 
-def _live(tape: Tape, run: Run, inputs: Sequence[Tensor], sites: Mapping[int, str]) -> LiveTape:
+def _live(tape: Tape, run: Run, inputs: Sequence[Tensor], sites: Mapping[int, str], apart: frozenset[int]) -> LiveTape:
     doubt = tape.doubt or "a replay of its calls does not give its output"
-    return LiveTape(tape.calls, tape.inputs, tape.output, tape.batch_size, doubt, run=run, fed=inputs, sites=sites)
+    return LiveTape(tape.calls, tape.inputs, tape.output, tape.batch_size, doubt, run=run, fed=inputs, sites=sites, apart=apart)
 
 
 def _faithful(tape: Tape, live: LiveTape, result: Any) -> bool:

@@ -72,15 +72,20 @@ class TorchModel:
         return self._matched(name).weight.detach().cpu()
 
     def bias(self, name: str) -> Tensor | None:
-        bias = self._matched(name).biases[0]
+        bias = self._matched(name).bias
         return None if bias is None else bias.detach().cpu()
 
     def layer(self, name: str) -> Layer | None:
         if name not in self._replaced:
             return None
-        module = self._matched(name).modules[0]
+        matched = self._matched(name)
+        module, own = matched.modules[0], matched.biases[0] if matched.apart else None
         assert isinstance(module, Factorized)
-        return module.layer()
+        layer = module.layer()
+        if own is None or layer.bias is None:
+            return layer
+        shift = layer.bias - own.detach()
+        return replace(layer, bias=shift if bool(shift.any()) else None)
 
     def replace(self, name: str, layer: Layer) -> None:
         matched = self._matched(name)
@@ -89,8 +94,9 @@ class TorchModel:
         weight = matched.weight
         factors = {key: nn.Parameter(factor.to(weight), requires_grad=weight.requires_grad) for key, factor in layer.factors.items()}
         shared = Layer(matched.site, layer.form, factors)
+        biases = {id(own): _bias_for(own if matched.apart else None, layer.bias, weight) for own in matched.biases}
         for module, own in zip(matched.modules, matched.biases, strict=True):
-            bias = _bias_for(own, matched.biases[0], layer.bias, weight)
+            bias = biases[id(own)]
             pads = tuple(module._reversed_padding_repeated_twice) if _pads_itself(module) else ()  # type: ignore[arg-type]
             new = Factorized(shared, bias, str(getattr(module, "padding_mode", "zeros")), pads)
             if isinstance(module, Fused):  # it may have taken an activation in
@@ -106,14 +112,17 @@ class TorchModel:
         placed = self._placed(batch)
         held = (*self.module.parameters(), *self.module.buffers())
         sites = self._dense_weights()
-        tape = record(lambda: self._answer(placed), placed.tensors, sites, samples=placed.size, held=held, replayed=replayed)
+        tape = record(lambda: self._answer(placed), placed.tensors, sites, samples=placed.size, held=held, apart=self._apart(), replayed=replayed)
         if not isinstance(tape, LiveTape):
             return tape
         twin = self._as_it_is()  # layers of this one will be replaced while the tape is still played
-        return replace(tape, run=lambda: twin._answer(placed), sites=twin._dense_weights())
+        return replace(tape, run=lambda: twin._answer(placed), sites=twin._dense_weights(), apart=twin._apart())
 
     def _dense_weights(self) -> dict[int, str]:
         return {id(matched.weight): name for name, matched in self._by_name.items() if name not in self._replaced}
+
+    def _apart(self) -> frozenset[int]:
+        return frozenset(id(bias) for matched in self._by_name.values() if matched.apart for bias in matched.biases if bias is not None)
 
     def _as_it_is(self) -> TorchModel:
         """A copy, the same one until a parameter or buffer changes."""
@@ -320,15 +329,12 @@ class TorchModel:
                     del self._declined[name]
 
 
-def _bias_for(own: Tensor | None, first: Tensor | None, bias: Tensor | None, like: Tensor) -> nn.Parameter | None:
-    """The bias of one of several layers that share a weight: its own, changed as the first one's was."""
+def _bias_for(own: nn.Parameter | None, bias: Tensor | None, like: Tensor) -> nn.Parameter | None:
+    """The bias of a layer that stands for its site's, where it keeps one of its own beside it."""
     if bias is None:
-        return None
+        return own
     placed = bias.to(like)
-    if own is not first:
-        own, first = (torch.zeros_like(placed) if value is None else value.detach() for value in (own, first))
-        placed = placed + own - first
-    return nn.Parameter(placed.clone(), requires_grad=like.requires_grad)
+    return nn.Parameter(placed.clone() if own is None else placed + own.detach(), requires_grad=like.requires_grad)
 
 
 def _pads_itself(module: nn.Module) -> bool:

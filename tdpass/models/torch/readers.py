@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from tdpass.models.torch.in_place import watching
 from tdpass.models.torch.sites import Matched
+from tdpass.ops import own_bias
 from tdpass.tape import Call, Tape
 from tdpass.tape.calls import leaves
 
@@ -109,6 +110,8 @@ def _constants(tree: Any) -> list[Tensor]:
 
 def _foreign(call: Call) -> list[Tensor]:
     """What a call reads of the model; of a layer's call, without its weight and bias."""
+    if call.func is own_bias:
+        return []
     if call.site is None:
         return _constants((call.args, dict(call.kwargs)))
     return _constants((call.args[0], call.args[3:], {name: value for name, value in call.kwargs.items() if name not in ("weight", "bias")}))

@@ -21,13 +21,26 @@ from tdpass.site import Site
 
 @dataclass(frozen=True)
 class Matched:
-    """The modules that share one weight; `paths` are all names under which they are reached, `biases` those they came with."""
+    """The modules that share one weight; `paths` are all names under which they are reached, `biases` those they came with.
+
+    The site has a bias where all of them have the same; biases that differ stay with their modules.
+    """
 
     site: Site
     weight: nn.Parameter
     modules: tuple[nn.Module, ...]
     paths: tuple[str, ...]
     biases: tuple[nn.Parameter | None, ...]
+
+    @property
+    def apart(self) -> bool:
+        """Whether the biases are no part of the site."""
+        return any(bias is not self.biases[0] for bias in self.biases)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The site's bias."""
+        return None if self.apart else self.biases[0]
 
     def copy(self, memo: dict[int, Any]) -> Matched:
         """The same of a copy of the model that was made with `memo`."""
@@ -83,7 +96,8 @@ def find_sites(model: nn.Module) -> tuple[list[Matched], dict[str, str]]:
         else:
             reached = tuple(path for member in members for path in paths[id(member)])
             biases = tuple(member._parameters["bias"] for member in members)
-            found.append(Matched(sites[0], members[0].weight, tuple(members), reached, biases))  # type: ignore[arg-type]
+            matched = Matched(sites[0], members[0].weight, tuple(members), reached, biases)  # type: ignore[arg-type]
+            found.append(replace(matched, site=replace(matched.site, bias=matched.bias is not None)))
     return found, declined
 
 

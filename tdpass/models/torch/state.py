@@ -142,17 +142,18 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
         unpacked = {name: unpack(block, name) for name, block in blocks.items()}
         _carry_out(module, swaps, structure)
         state = _state(module)
-        filled: dict[int, nn.Parameter | torch.Tensor] = {}
+        filled: dict[int | str, nn.Parameter | torch.Tensor] = {}
         for name, tensor in state.items():
             owner, _, leaf = name.rpartition(".")
             holder = module.get_submodule(owner)
-            if id(tensor) not in filled:
-                stored = structure.aliases.get(name, name)
+            stored = structure.aliases.get(name, name)
+            key = stored if tensor.is_meta else id(tensor)
+            if key not in filled:
                 value = unpacked[stored] if stored in unpacked else file.get_tensor(stored)
                 fresh = value if tensor.is_meta else tensor.detach().copy_(value)
-                filled[id(tensor)] = nn.Parameter(fresh, requires_grad=tensor.requires_grad) if tensor.is_meta else tensor
+                filled[key] = nn.Parameter(fresh, requires_grad=tensor.requires_grad) if tensor.is_meta else tensor
             if tensor.is_meta:
-                setattr(holder, leaf, filled[id(tensor)])
+                setattr(holder, leaf, filled[key])
     return module
 
 
