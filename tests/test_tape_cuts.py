@@ -192,7 +192,7 @@ def test_a_run_that_leaves_torch_is_planned_and_repaired_as_one_that_does_not() 
     assert min(losses[1]) > 1e-3
     for (_, ours), (_, theirs) in zip(stream_metrics(cut, list(sites.values()), measure), stream_metrics(plain, list(sites.values()), measure), strict=True):
         torch.testing.assert_close(ours.inputs, theirs.inputs)
-    corrected = [correct_biases(tapes, layers) for tapes in (plain, cut)]
+    corrected = [correct_biases(tapes, layers, layers) for tapes in (plain, cut)]
     for name in layers:
         torch.testing.assert_close(corrected[1][name].bias, corrected[0][name].bias, atol=1e-5, rtol=1e-4)
     assert divergence_of(cut, corrected[1], measure) < divergence_of(cut, layers, measure)

@@ -175,7 +175,7 @@ def activation(g: Draft, x: Value) -> Value:
 def residual(g: Draft, x: Value) -> Value:
     """A layer and back, and the sum."""
     inner = activation(g, layer(g, x)) if x.last else x
-    if not x.last or len(inner.sizes) != len(x.sizes):
+    if not x.last or inner.sizes[:-1] != x.sizes[:-1]:
         return Value(g.op("Add", [x.name, activation(g, x).name]), x.sizes, x.channel)
     back = g.op("MatMul", [inner.name, g.hold(g.matrix(inner.channels, x.channels))])
     return Value(g.op("Add", [x.name, back]), x.sizes, x.channel)
