@@ -70,7 +70,7 @@ def measure(name: str, steps: int) -> dict[str, Any]:
     case = CASES[name]
     model, data = case.model().train(), case.data()
     method = make_method(case.method)
-    method.prepare(model, torch.zeros(case.example), None if case.calibration is None else case.calibration())
+    model = method.prepare(model, torch.zeros(case.example), None if case.calibration is None else case.calibration())
     term = method.bind(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     batches = [batch for batch, _ in zip(data, range(8), strict=False)]

@@ -32,7 +32,7 @@ class Limit:
 
 
 ANEW = Limit(40, 1e-4)
-GOING_ON = Limit(20, 3e-4)
+GOING_ON = Limit(20, 3e-5)  # it begins where a sweep gains little, and momentum takes some sweeps to build up
 ROUGH = Limit(10, 3e-3, WORK // 6, 2)
 
 

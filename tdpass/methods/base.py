@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -14,9 +14,11 @@ from tdpass.artifact import Artifact
 from tdpass.cost import Cost
 from tdpass.documents import misfit
 from tdpass.errors import TrainingError, UsageError
+from tdpass.methods.stages import Run, Stage, Stages, finished, pretrained
 from tdpass.models import ExampleInputs, open_model
 from tdpass.registry import Registry
 from tdpass.site import Site, selects
+from tdpass.training.calls import once
 from tdpass.training.phases import Phase, Phased
 from tdpass.training.placement import Template, bare, whole
 from tdpass.training.terms import Hooks
@@ -45,10 +47,12 @@ class Method(ABC):
     phased: Phased | None = None
     _hooks: Hooks | None = None
 
-    def prepare(self, model: nn.Module, example_inputs: ExampleInputs = None, calibration: object = None) -> None:
-        """Find the sites, while the weights still lie on one device; `attach` does so by itself where this was not called.
+    def prepare(self, model: nn.Module, example_inputs: ExampleInputs = None, calibration: object = None) -> nn.Module:
+        """Find the sites, while the weights still lie on one device; returns the module to train.
 
-        `calibration` is data for methods that plan or factor on it.
+        That is the model itself, or for a method that trains something else in its place (`restructured`) another module:
+        make the optimizer for what is returned, and give that to `attach` and `finish`.  `calibration` is data for methods
+        that plan or factor on it.
         """
         if not isinstance(model, nn.Module):
             raise UsageError(f"{self.name} trains an nn.Module, not a {type(model).__name__}; for other models, compress without training")
@@ -63,13 +67,43 @@ class Method(ABC):
             raise UsageError(f"include={tuple(self.include)}, exclude={tuple(self.exclude)} leave no site to train; the model has: {names}")
         self.sites = {site.name: site for site in chosen}
         self.example = opened.example()
-        self.template = Template(model)
         self.calibration = calibration
         self.original = Cost(opened.params(), opened.macs(), opened.bytes())
         self.choose(model)
+        network = self.restructured(model)
+        self.template = Template(network)
+        return network
 
     def choose(self, model: nn.Module) -> None:  # noqa: B027  # a method may have nothing to choose
         """Decide what is decided before training; `sites` are known, `weights` are not yet bound."""
+
+    def restructured(self, model: nn.Module) -> nn.Module:
+        """The module that is trained in place of the model; the model itself unless a method says otherwise."""
+        return model
+
+    def stages(self, run: Run) -> Stages:
+        """What is trained one after another: the dense model, the method, what came out, and the control.
+
+        A method with other stages yields its own; each is answered with the trained copy of the stage's model.
+        """
+        if run.finetune and self.final:
+            many = f"finetune={run.finetune} epochs would move them"
+            raise UsageError(f"{self.name} ends with weights where they shall stay, {many}; give its own phases more rounds")
+        dense = yield from pretrained(run)
+        network = self.prepare(dense, run.example_inputs, run.calibration)
+        epochs = self.epochs(run.rounds_per_epoch)
+        trained = yield Stage("method", network, run.settings, epochs, self.bind, self.passes, teacher=dense)
+        for text in self.remarks():
+            run.note(text)
+        return (yield from finished(run, dense, self.finish(trained), epochs))
+
+    def passes(self, forward: Callable[[Any], Any], inputs: Any, loss: Callable[[Any], Tensor]) -> Iterator[Tensor]:
+        """The runs of the model that a step takes, as `tdpass.training.calls.once` describes them."""
+        return once(forward, inputs, loss)
+
+    def remarks(self) -> Sequence[str]:
+        """What is to be said of the training before `finish`."""
+        return ()
 
     def facts(self) -> dict[str, Any]:
         """What was decided while training, as JSON values, for a checkpoint."""
@@ -79,7 +113,7 @@ class Method(ABC):
         """Take up what was decided before an interruption."""
 
     def bind(self, model: nn.Module) -> Phased:
-        """Tie the method to the weights of a model, of the structure that `prepare` saw; returns its phases as one term."""
+        """Tie the method to the weights of a module, of the structure that `prepare` returned; gives its phases as one term."""
         self.weights = self.weights_of(model)
         self.phased = Phased(self.phases(), self.facts, self.recall)
         return self.phased
@@ -90,7 +124,7 @@ class Method(ABC):
         names = {site: f"{site}.weight" if site else "weight" for site in self.sites}
         missing = [name for name in names.values() if name not in parameters]
         if missing:
-            raise UsageError(f"the model has no parameter {missing[0]!r}; attach to the model that was prepared")
+            raise UsageError(f"the model has no parameter {missing[0]!r}; attach to the module that prepare() returned")
         return {site: parameters[name] for site, name in names.items()}
 
     def whole_weights(self) -> dict[str, Tensor]:
@@ -98,15 +132,25 @@ class Method(ABC):
         return {name: whole(weight.detach()) for name, weight in self.weights.items()}
 
     def attach(self, model: nn.Module, optimizer: Optimizer, *, every: int, example_inputs: ExampleInputs = None, calibration: object = None) -> None:
-        """Act around every step of `optimizer`, with a round every `every` steps (those of an epoch, usually)."""
+        """Act around every step of `optimizer`, with a round every `every` steps (those of an epoch, usually).
+
+        Prepares the model where that was not done; raises `UsageError` for a method that trains another module in its place.
+        """
         if self._hooks is not None:
             raise UsageError(f"{self.name} is attached already; finish it first, or make another")
         if not hasattr(self, "sites"):
-            self.prepare(model, example_inputs, calibration)
+            self._prepare_in_place(model, example_inputs, calibration)
         phased = self.bind(model)
         if not phased.rounds:
             raise UsageError(f"{self.name} has no rounds to train in; give at least one of its phases a round; tdpass.train factors directly without")
         self._hooks = Hooks(optimizer, [phased], lambda step: step % every == 0, phased.rounds)
+
+    def _prepare_in_place(self, model: nn.Module, example_inputs: ExampleInputs, calibration: object) -> None:
+        if self.prepare(model, example_inputs, calibration) is not model:
+            raise UsageError(
+                f"{self.name} trains another module in the model's place; call network = method.prepare(model, example_inputs), "
+                "make the optimizer for its parameters, and attach and finish the network"
+            )
 
     def finish(self, model: nn.Module) -> Artifact:
         """Project once more, let go of the optimizer, and give back the compressed copy with its plan and report.
@@ -146,7 +190,7 @@ class Method(ABC):
 
     @abstractmethod
     def close(self, model: nn.Module) -> Artifact:
-        """The artifact of a trained model, which is left as it is."""
+        """The artifact of a trained module, which is left as it is."""
 
     def residuals(self) -> Mapping[str, float]:
         """||W - Z|| / ||W|| of each weight at the last projection."""

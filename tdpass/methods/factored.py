@@ -32,6 +32,7 @@ from tdpass.verbs import compress
 WEIGHTS_ALONE = "factorize"
 ON_DATA = "factorize,correct-bias,refit,recalibrate-batchnorm"  # what training left outside the format is lost where it matters least
 OTHERWISE = "svd"  # for sites that the method's own format does not fit
+LARGE_GAP = 0.2  # residual at the end of ADMM from which on the final projection costs more than training gained
 
 
 class Factored(Method):
@@ -55,6 +56,11 @@ class Factored(Method):
 
     def _begin(self) -> list[Term]:
         return [Admm(self.weights, [self.rule()], as_schedule(self.rho, "rho"), self.decoupled)]
+
+    def remarks(self) -> Sequence[str]:
+        name, gap = max(self.residuals().items(), key=lambda item: item[1], default=("", 0.0))
+        said = f"the last projection moves {name!r} by {gap:.2f} of its norm; a larger last rho, or more rounds, would leave it less to do"
+        return [said] if gap > LARGE_GAP else []
 
     @torch.no_grad()
     def close(self, model: nn.Module) -> Artifact:

@@ -16,8 +16,9 @@ from tdpass.artifact import Artifact
 from tdpass.documents import Count, Document, Size, read_yaml, register_document, yaml_value
 from tdpass.errors import InvalidModelError, TdpassError, UsageError
 from tdpass.methods.base import make_method
-from tdpass.methods.run import Score, train
+from tdpass.methods.run import train
 from tdpass.methods.same_run import check_same_run
+from tdpass.methods.stages import Score
 from tdpass.report import TrainingRow
 from tdpass.training.settings import Settings
 

@@ -6,9 +6,9 @@ import copy
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from tdpass.files import write_text
 from tdpass.layers.factorized import rebuild_while_training
 from tdpass.methods.base import METHODS, Method, make_method
 from tdpass.methods.same_run import check_same_run
+from tdpass.methods.stages import Parallel, Run, Score, Stage, Stages, of_pipeline
 from tdpass.models import ExampleInputs
 from tdpass.pipeline import PipelineSpec
 from tdpass.report import TrainingRow
@@ -31,13 +32,11 @@ from tdpass.training.phases import Phase, Phased
 from tdpass.training.placement import Template, world
 from tdpass.training.settings import Settings
 from tdpass.training.terms import Term
-from tdpass.verbs import compress
 from tdpass.views.training import destroyed
 
-Score = Callable[[nn.Module], float]
-Parallel = Literal["ddp", "fsdp2"]
 SettingsSpec = Settings | Mapping[str, Any] | None
-LARGE_GAP = 0.2  # residual at the end of ADMM from which on the final projection costs more than training gained
+# what another run in the same folder must have been started with
+_TOLD = ("settings", "pretrain", "pretraining", "finetune", "finetuning", "control", "rounds_per_epoch", "seed")
 
 
 def train(
@@ -84,38 +83,38 @@ def train(
     if pretrain < 0 or finetune < 0:
         raise UsageError(f"pretrain={pretrain} and finetune={finetune} are epochs; give 0 or more")
     base = Settings.parse(settings)
-    run = _Run(data, objective, evaluate, None if folder is None else Path(folder), resume, seed, parallel, checkpoint_every, rounds_per_epoch, log, note)
+    run = Run(
+        model=model,
+        data=data,
+        settings=base,
+        pretrain=pretrain,
+        pretraining=Settings.parse(pretraining, base),
+        finetune=finetune,
+        finetuning=Settings.parse(finetuning, base),
+        control=control,
+        objective=objective,
+        evaluate=evaluate,
+        test=test,
+        example_inputs=example_inputs,
+        calibration=calibration,
+        folder=None if folder is None else Path(folder),
+        resume=resume,
+        seed=seed,
+        parallel=parallel,
+        checkpoint_every=checkpoint_every,
+        rounds_per_epoch=rounds_per_epoch,
+        log=log,
+        note=note,
+    )
+    made = make_method(method) if _is_method(method) else method
     if run.folder is not None:
         run.folder.mkdir(parents=True, exist_ok=True)
-        facts = {
-            "method": make_method(method) if _is_method(method) else method,
-            "settings": base,
-            "pretrain": pretrain,
-            "pretraining": Settings.parse(pretraining, base),
-            "finetune": finetune,
-            "finetuning": Settings.parse(finetuning, base),
-            "control": control,
-            "rounds_per_epoch": rounds_per_epoch,
-            "seed": seed,
-        }
+        facts = {"method": made, **{name: getattr(run, name) for name in _TOLD}}
         check_same_run(run.folder, "run.json", facts, resume)
     torch.manual_seed(seed)
-    dense = copy.deepcopy(model)
-    if pretrain:
-        dense = run.stage("pretrain", dense, replace(Settings.parse(pretraining, base), distill=0.0), pretrain)
-    artifact, epochs = _compressed(dense, method, base, run, example_inputs, calibration, finetune)
-    scores = {} if test is None else {"score_dense": _score(test, dense), "score_before_finetuning": _score(test, artifact.model)}
-    if finetune:
-        tuned = run.stage("finetune", _module(artifact), Settings.parse(finetuning, base), finetune, teacher=dense)
-        _module(artifact).load_state_dict(tuned.state_dict())
-        _module(artifact).eval()
-    if control and epochs + finetune:
-        twin = run.stage("control", dense, replace(base, distill=0.0), epochs + finetune)
-        scores |= {} if test is None else {"score_control": _score(test, twin)}
-    if test is not None:
-        scores["score_final"] = _score(test, artifact.model)
-    artifact.report.checks.update(scores)
-    artifact.report.training = run.rows
+    trainer = _Trainer(run)
+    artifact = trainer.carry_out(made.stages(run) if isinstance(made, Method) else of_pipeline(run, made))
+    artifact.report.training = trainer.rows
     broken = destroyed(artifact.report)
     if broken:
         artifact.report.notes.insert(0, broken)
@@ -123,89 +122,66 @@ def train(
 
 
 @dataclass
-class _Run:
-    """What the stages of one run share."""
+class _Trainer:
+    """Trains the stages of a run and keeps its log."""
 
-    data: Data
-    objective: Objective | None
-    evaluate: Score | None
-    folder: Path | None
-    resume: bool
-    seed: int
-    parallel: Parallel | None
-    checkpoint_every: int
-    rounds_per_epoch: int
-    listener: Callable[[TrainingRow], None] | None
-    note: Callable[[str], None]
+    run: Run
     rows: list[TrainingRow] = field(default_factory=list)
 
-    def stage(self, name: str, model: nn.Module, settings: Settings, epochs: int, method: Method | None = None, teacher: nn.Module | None = None) -> nn.Module:
-        """A trained copy of the model."""
-        torch.manual_seed(self.seed + sum(map(ord, name)))
-        template, trained = None if method is not None else Template(model), copy.deepcopy(model)
+    def carry_out(self, stages: Stages) -> Artifact:
+        """Train stage after stage, each answered with what it trained; returns what they end in."""
+        try:
+            stage = next(stages)
+            while True:
+                stage = stages.send(self.trained(stage))
+        except StopIteration as end:
+            artifact: Artifact = end.value
+            return artifact
+
+    def trained(self, stage: Stage) -> nn.Module:
+        """A trained copy of the stage's model."""
+        run, settings = self.run, stage.settings
+        torch.manual_seed(run.seed + sum(map(ord, stage.name)))
+        template, copied = Template(stage.model), copy.deepcopy(stage.model)
         if settings.rebuild:
-            rebuild_while_training(trained)
-        wrapped = _wrapped(trained, self.parallel)
+            rebuild_while_training(copied)
+        wrapped = _wrapped(copied, run.parallel)
         optimizer, schedule = settings.make_optimizer(wrapped), settings.make_schedule()
-        phased = method.bind(wrapped) if method is not None else Phased([Phase("train", epochs * self.rounds_per_epoch, tuple)])
+        plain = Phase("train", stage.epochs * run.rounds_per_epoch, tuple)
+        phased = Phased([plain]) if stage.bind is None else stage.bind(wrapped)
         phased.average = Average(wrapped, settings.average) if settings.average else None
         terms: list[Term] = [phased]
-        if teacher is not None and settings.distill:
-            terms.append(Distillation(copy.deepcopy(teacher), settings.distill, settings.temperature, settings.compile))
+        if stage.teacher is not None and settings.distill:
+            terms.append(Distillation(copy.deepcopy(stage.teacher), settings.distill, settings.temperature, settings.compile))
         before = list(self.rows)
         loop = Loop(
-            stage=name,
+            stage=stage.name,
             model=wrapped,
-            data=self.data,
+            data=run.data,
             optimizer=optimizer,
-            objective=self.objective or cross_entropy(settings.label_smoothing),
-            epochs=epochs,
+            objective=run.objective or cross_entropy(settings.label_smoothing),
+            epochs=stage.epochs,
             rate=phased.rate(schedule),
             terms=tuple(terms),
+            passes=stage.passes,
             clip=settings.clip,
             autocast=settings.bf16,
             compiled=settings.compile,
-            evaluate=self.evaluate,
-            folder=None if self.folder is None else self.folder / name,
-            checkpoint_every=self.checkpoint_every,
-            rounds_per_epoch=self.rounds_per_epoch,
+            evaluate=run.evaluate,
+            folder=None if run.folder is None else run.folder / stage.name,
+            checkpoint_every=run.checkpoint_every,
+            rounds_per_epoch=run.rounds_per_epoch,
             log=lambda row: self._take(row, [*before, *loop.rounds]),
-            note=self.note,
+            note=run.note,
         )
-        self.rows = [*before, *loop.run(self.resume)]
-        return (wrapped if template is None else template.filled(wrapped)).eval()
+        self.rows = [*before, *loop.run(run.resume)]
+        return template.filled(wrapped).eval()
 
     def _take(self, row: TrainingRow, rows: Sequence[TrainingRow]) -> None:
-        if self.folder is not None and world()[0] == 0:
-            write_text(self.folder / "log.csv", log_table(rows))
-        if self.listener is not None:
-            self.listener(row)
-
-
-def _compressed(
-    dense: nn.Module,
-    method: Method | Mapping[str, Any] | PipelineSpec | None,
-    settings: Settings,
-    run: _Run,
-    example: ExampleInputs,
-    calibration: object,
-    finetune: int,
-) -> tuple[Artifact, int]:
-    """What the method or the pipeline makes of the dense model, and the epochs that took."""
-    if method is None:
-        return compress(dense, pipeline="", example_inputs=example), 0
-    if not _is_method(method):
-        return compress(dense, pipeline=method, data=calibration, example_inputs=example), 0
-    made = make_method(method)
-    if finetune and made.final:
-        raise UsageError(f"{made.name} ends with weights where they shall stay, finetune={finetune} epochs would move them; give its own phases more rounds")
-    made.prepare(dense, example, calibration)
-    epochs = made.epochs(run.rounds_per_epoch)
-    trained = run.stage("method", dense, settings, epochs, made, teacher=dense)
-    name, gap = max(made.residuals().items(), key=lambda item: item[1], default=("", 0.0))
-    if gap > LARGE_GAP and not made.final:
-        run.note(f"the last projection moves {name!r} by {gap:.2f} of its norm; a larger last rho, or more rounds, would leave it less to do")
-    return made.finish(trained), epochs
+        if self.run.folder is not None and world()[0] == 0:
+            write_text(self.run.folder / "log.csv", log_table(rows))
+        if self.run.log is not None:
+            self.run.log(row)
 
 
 def _is_method(method: object) -> TypeIs[Method | Mapping[str, Any] | str]:
@@ -224,20 +200,6 @@ def _wrapped(model: nn.Module, parallel: Parallel | None) -> nn.Module:
 
     fully_shard(model)
     return model
-
-
-def _module(artifact: Artifact) -> nn.Module:
-    assert isinstance(artifact.model, nn.Module)
-    return artifact.model
-
-
-def _score(test: Score, model: object) -> float:
-    assert isinstance(model, nn.Module)
-    training = model.training
-    with torch.no_grad():
-        score = float(test(model.eval()))
-    model.train(training)
-    return score
 
 
 def log_table(rows: Sequence[TrainingRow]) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -15,6 +15,18 @@ def call(model: Callable[..., Any], inputs: object) -> object:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+Passes: TypeAlias = Callable[[Callable[[Any], Any], Any, Callable[[Any], Tensor]], Iterator[Tensor]]
+
+
+def once(forward: Callable[[Any], Any], inputs: Any, loss: Callable[[Any], Tensor]) -> Iterator[Tensor]:
+    """The runs of a model that a step takes, each as the loss it adds: here one run on the whole batch.
+
+    Gradients of each loss are taken before the next is asked for, and add up.  `loss(outputs)` is the task's loss with what
+    the terms add; a method with several runs (at several widths, say) may yield others, of the outputs it has seen.
+    """
+    yield loss(forward(inputs))
 
 
 def class_scores(outputs: object) -> Tensor:

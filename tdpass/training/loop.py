@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 
 from tdpass.errors import TrainingError, UsageError
 from tdpass.report import TrainingRow
-from tdpass.training.calls import call, class_scores
+from tdpass.training.calls import Passes, call, class_scores, once
 from tdpass.training.checkpoint import load_checkpoint, newest_checkpoint, random_state, read_facts, restore_random_state, save_checkpoint, tensors_in
 from tdpass.training.compiled import forward_of, refused
 from tdpass.training.placement import bare
@@ -45,8 +46,9 @@ class Loop:
     """`epochs` passes over `data` with one optimizer.
 
     `data` yields (inputs, targets) and has a length; each epoch iterates it anew, after `set_epoch` where it (or its sampler)
-    has one.  `rate(progress)` is the learning rate when the share `progress` of all steps is over, as a factor on what each
-    parameter group had at the start.  A checkpoint is written to `folder` after every epoch, and every `checkpoint_every` steps.
+    has one.  `passes` runs the model, once a step or more often.  `rate(progress)` is the learning rate when the share `progress`
+    of all steps is over, as a factor on what each parameter group had at the start.  A checkpoint is written to `folder` after
+    every epoch, and every `checkpoint_every` steps.
     On a CPU, and with data that draws from torch's, numpy's or Python's global generators or from none, a resumed run repeats
     bit by bit what the interrupted one would have done.
     """
@@ -59,6 +61,7 @@ class Loop:
     epochs: int
     rate: Callable[[float], float]
     terms: tuple[Term, ...] = ()
+    passes: Passes = once
     clip: float | None = None
     autocast: bool = False
     compiled: bool = False
@@ -149,17 +152,29 @@ class Loop:
         for group, base in zip(self.optimizer.param_groups, self._base, strict=True):
             group["lr"] = factor * base
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self._device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
-            outputs = call(self._forward, inputs)
-            loss = self.objective(outputs, targets) * (1 - sum(term.replaces for term in self.terms))
-            for term in self.terms:
-                extra = term.loss(inputs, outputs)
-                loss = loss if extra is None else loss + extra
-        torch.autograd.backward(loss)
+        losses = []
+        passes = self.passes(partial(call, self._forward), inputs, lambda outputs: self._loss(inputs, outputs, targets))
+        while (loss := self._next(passes)) is not None:
+            torch.autograd.backward(loss)
+            losses.append(loss.detach())
+        if not losses:
+            raise UsageError(f"a step of stage {self.stage!r} gave no loss; its passes must yield at least one")
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
-        return loss.detach()
+        return sum(losses[1:], losses[0])
+
+    def _next(self, passes: Iterator[Tensor]) -> Tensor | None:
+        with torch.autocast(self._device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
+            return next(passes, None)
+
+    def _loss(self, inputs: Any, outputs: Any, targets: Any) -> Tensor:
+        """The task's loss of one run of the model, with what the terms add."""
+        loss = self.objective(outputs, targets) * (1 - sum(term.replaces for term in self.terms))
+        for term in self.terms:
+            extra = term.loss(inputs, outputs)
+            loss = loss if extra is None else loss + extra
+        return loss
 
     def _check(self, total: Tensor) -> None:
         if not math.isfinite(float(total)):

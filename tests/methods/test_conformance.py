@@ -15,7 +15,8 @@ from torch import nn
 import tdpass
 from tdpass.constraints.in_format import InFormat
 from tdpass.errors import TdpassError, TrainingError, UsageError
-from tdpass.methods import METHODS, make_method
+from tdpass.methods import METHODS, AdmmTT, make_method
+from tdpass.methods.stages import Run, Stage, Stages, finished, pretrained
 from tdpass.training.batches import Batches
 
 ROUNDS = 6
@@ -69,17 +70,24 @@ def batches() -> Batches:
     return Batches(images, labels, 32)
 
 
-def own_loop(name: str, options: dict[str, Any], model: nn.Module) -> tuple[Any, tdpass.Artifact]:
+def trained(name: str, options: dict[str, Any], model: nn.Module) -> tuple[Any, nn.Module]:
+    """A method and the module it trained, which is still to be finished."""
     method, data = METHODS.get(name)(**options), batches()
+    model = method.prepare(model, torch.zeros(2, 2, 8, 8))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    method.attach(model, optimizer, every=len(data), example_inputs=torch.zeros(2, 2, 8, 8))
+    method.attach(model, optimizer, every=len(data))
     for epoch in range(ROUNDS):
         data.set_epoch(epoch)
         for inputs, targets in data:
             optimizer.zero_grad()
             F.cross_entropy(model(inputs), targets).backward()
             optimizer.step()
-    return method, method.finish(model)
+    return method, model
+
+
+def own_loop(name: str, options: dict[str, Any], model: nn.Module) -> tuple[Any, tdpass.Artifact]:
+    method, network = trained(name, options, model)
+    return method, method.finish(network)
 
 
 def test_every_method_has_examples() -> None:
@@ -87,11 +95,12 @@ def test_every_method_has_examples() -> None:
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_three_lines_in_a_loop_of_ones_own(name: str, options: dict[str, Any], tmp_path: Path) -> None:
-    model = network()
-    _, artifact = own_loop(name, options, model)
-    trained = copy.deepcopy(model.state_dict())
-    assert all(torch.equal(value, trained[key]) for key, value in model.state_dict().items())
+def test_a_loop_of_ones_own_ends_in_an_artifact(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    method, model = trained(name, options, network())
+    before = copy.deepcopy(model.state_dict())
+    artifact = method.finish(model)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert len(model.__dict__["_forward_pre_hooks"]) == 0
     x = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
     result = artifact.model.eval()
@@ -313,3 +322,49 @@ def test_hardware_sends_layers_below_break_even_back_to_dense() -> None:
     modules = dict(artifact.model.named_modules())
     assert modules["conv1"].weight.count_nonzero() == 12 * 2 * 9
     assert sum(int(modules[name].weight.count_nonzero()) for name in ("conv1", "conv2", "fc", "out")) <= 900
+
+
+class Widths(AdmmTT):
+    """Runs the network twice a step, with all inputs and without the second channel, which learns from the first run."""
+
+    name = "widths"
+
+    def passes(self, forward: Any, inputs: Any, loss: Any) -> Any:
+        full = forward(inputs)
+        yield loss(full)
+        part = forward(inputs * torch.tensor([1.0, 0.0]).view(2, 1, 1))
+        yield F.cross_entropy(part, full.detach().softmax(1))
+
+
+def test_a_step_may_run_the_network_several_times() -> None:
+    options: dict[str, Any] = {"budget": {"params": 0.4}, "rounds": 2, "rho": 0.1}
+    runs, losses = [], []
+    for method in (AdmmTT(**options), Widths(**options)):
+        network_run = network()
+        counted: list[int] = []
+        network_run.register_forward_pre_hook(lambda module, inputs, seen=counted: seen.append(len(inputs[0])) if module.training else None)
+        artifact = tdpass.train(network_run, batches(), method, settings={"lr": 0.05}, control=False)
+        runs.append(len(counted))
+        losses.append(artifact.report.training[0].loss)
+    assert runs == [12, 24]
+    assert 1.9 * losses[0] < losses[1] < 2.1 * losses[0]  # two cross-entropies near ln 4
+
+
+class Twice(AdmmTT):
+    """Trains the network it was given once more before the rounds: a stage of its own."""
+
+    name = "twice"
+
+    def stages(self, run: Run) -> Stages:
+        dense = yield from pretrained(run)
+        warm = yield Stage("warm", dense, run.settings, 2)
+        trained = yield Stage("method", self.prepare(warm), run.settings, self.epochs(), self.bind)
+        return (yield from finished(run, warm, self.finish(trained), 2 + self.epochs()))
+
+
+def test_stages_are_the_methods_own(tmp_path: Path) -> None:
+    method: dict[str, Any] = {"budget": {"params": 0.4}, "rounds": 2, "rho": 0.1}
+    artifact = tdpass.train(network(), batches(), Twice(**method), settings={"lr": 0.05}, finetune=1, folder=tmp_path)
+    assert [row.stage for row in artifact.report.training] == ["warm"] * 2 + ["method"] * 2 + ["finetune"] + ["control"] * 5
+    again = tdpass.train(network(), batches(), Twice(**method), settings={"lr": 0.05}, finetune=1, folder=tmp_path, resume=True)
+    assert all(torch.equal(value, again.model.state_dict()[name]) for name, value in artifact.model.state_dict().items())
