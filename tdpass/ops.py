@@ -67,6 +67,11 @@ def own_bias(y: Tensor, bias: Tensor, axes: int) -> Tensor:
     return y + bias.to(y.dtype).reshape(-1, *(1 for _ in range(axes)))
 
 
+def transposed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer with its weight as `[i, o]`, recorded as one call that reads it as it is stored."""
+    return F.linear(x, weight.t(), bias)
+
+
 class TorchOps:
     """Eager torch; also the reference of every kernel."""
 
@@ -102,5 +107,6 @@ class TorchOps:
     def fill(self, like: Tensor, bias: Tensor, windows: Sequence[tuple[int, int]]) -> Tensor:
         if not windows:
             return bias.expand((*like.shape[:-1], bias.shape[0])).clone()
-        sizes = [(size - reach) // stride + 1 for size, (reach, stride) in zip(like.shape[2:], windows, strict=True)]
-        return bias.reshape(1, -1, *(1 for _ in sizes)).expand(like.shape[0], -1, *sizes).clone()
+        samples, spatial = like.shape[: -len(windows) - 1], like.shape[-len(windows) :]
+        sizes = [(size - reach) // stride + 1 for size, (reach, stride) in zip(spatial, windows, strict=True)]
+        return bias.reshape(-1, *(1 for _ in sizes)).expand(*samples, -1, *sizes).clone()

@@ -130,7 +130,7 @@ def verify(
     first, second = open_model(reference, example_inputs), open_model(candidate, example_inputs)
     example = first.example() or second.example()
     if data is None and example is None:
-        raise UsageError("there is nothing to run the models on; pass data= or example_inputs=")
+        raise UsageError("there is nothing to run the models on; pass data= or example_inputs= (--data, --input)")
     batches, _ = _batches(first, data if data is not None else example, samples)
     wish = divergence if isinstance(divergence, Divergence) else Divergence(divergence)
     references = [wish.outputs(first.run(batch)) for batch in batches]

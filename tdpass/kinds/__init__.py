@@ -16,6 +16,8 @@ from tdpass.kinds.base import kind_of_module as kind_of_module
 from tdpass.kinds.base import register_kind as register_kind
 from tdpass.kinds.convolution import Convolution
 from tdpass.kinds.linear import Linear
+from tdpass.kinds.transposed import TransposedLinear as TransposedLinear
+from tdpass.kinds.transposed import as_layer as as_layer
 from tdpass.site import Site
 
 PRODUCT = Linear.name

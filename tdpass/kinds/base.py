@@ -66,6 +66,10 @@ class LayerKind(ABC):
     def site(self, module: nn.Module, name: str) -> Site:
         """The site of a module of this kind."""
 
+    def base_of(self, module: nn.Module) -> type[nn.Module] | None:
+        """The one of `modules` that a module is, or whose tensors it holds so that it may compute the same; None for any other."""
+        return next((cls for cls in self.modules if isinstance(module, cls)), None)
+
     def why_not(self, module: nn.Module) -> str | None:
         """Why a module of this kind is no site; None for one that is."""
         return None
@@ -137,8 +141,8 @@ def kind_of(site: Site) -> LayerKind:
 
 
 def kind_of_module(module: nn.Module) -> LayerKind | None:
-    """The kind of which a torch module is a layer, if there is one."""
-    return next((kind for kind in KINDS if isinstance(module, kind.modules)), None)
+    """The kind of which a torch module is a layer, or may be by what it holds, if there is one."""
+    return next((kind for kind in KINDS if kind.base_of(module) is not None), None)
 
 
 def kind_of_function(function: object) -> LayerKind | None:

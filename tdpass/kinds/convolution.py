@@ -33,6 +33,7 @@ class Spatial(LayerKind):
         return (batch, site.i, *read)
 
     def output_rows(self, y: Tensor, site: Site) -> Tensor:
+        y = _with_samples(y, site)
         return y.movedim(1, -1).reshape(-1, y.shape[1])
 
 
@@ -111,6 +112,7 @@ class Convolution(Spatial):
         return ops.conv(x, weight, bias, site.stride, site.padding, site.dilation)
 
     def rows(self, x: Tensor, site: Site, limit: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+        x = _with_samples(x, site)
         if any(before or after for before, after in site.padding):
             x = F.pad(x, [size for pair in reversed(site.padding) for size in pair])
         geometry = zip(site.kernel, site.stride, site.dilation, strict=True)
@@ -123,6 +125,11 @@ class Convolution(Spatial):
         if chosen is not None:
             windows = windows[torch.unravel_index(chosen, positions)]
         return windows.reshape(-1, site.weights // site.o)
+
+
+def _with_samples(x: Tensor, site: Site) -> Tensor:
+    """What a layer reads or makes, with an axis of samples."""
+    return x if site.channel_axis(x.dim()) else x.unsqueeze(0)
 
 
 def _padding_of(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Pads:

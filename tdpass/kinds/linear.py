@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdpass.kinds.base import Functions, LayerKind, Sizes, register_kind, some_rows
-from tdpass.ops import Ops, V
+from tdpass.kinds.transposed import TransposedLinear, may_be_transposed
+from tdpass.ops import Ops, V, transposed_linear
 from tdpass.site import Extent, Site
 
 
@@ -21,10 +22,10 @@ class Linear(LayerKind):
 
     name = "linear"
     axes = range(1)
-    modules = (nn.Linear,)
+    modules = (nn.Linear, TransposedLinear)
     functions: ClassVar[Functions] = {F.linear: nn.Linear, torch.ops.aten.linear.default: nn.Linear}
     arguments: ClassVar[Mapping[str, Any]] = {"bias": None}
-    calls = frozenset({F.linear})
+    calls = frozenset({F.linear, transposed_linear})
 
     def examples(self) -> Sequence[Site]:
         return (
@@ -33,16 +34,19 @@ class Linear(LayerKind):
         )
 
     def site(self, module: nn.Module, name: str) -> Site:
-        assert isinstance(module, nn.Linear)
-        weight = module.weight
-        return Site(name, self.name, tuple(weight.shape), bias=module.bias is not None, itemsize=weight.element_size())
+        weight: Any = module.weight
+        shape = tuple(weight.shape)
+        return Site(name, self.name, shape if isinstance(module, nn.Linear) else shape[::-1], bias=module.bias is not None, itemsize=weight.element_size())
+
+    def base_of(self, module: nn.Module) -> type[nn.Module] | None:
+        return super().base_of(module) or (TransposedLinear if may_be_transposed(module) else None)
 
     def build(self, cls: type[nn.Module], shape: Sizes, options: Mapping[str, Any]) -> nn.Module:
         return cls(shape[1], shape[0], bias=False, device="meta")
 
     def input_sizes(self, module: nn.Module, positions: int) -> Sequence[Sizes]:
-        assert isinstance(module, nn.Linear)
-        return (positions, module.in_features), (2, positions, module.in_features)
+        features = self.site(module, "").i
+        return (positions, features), (2, positions, features)
 
     def call(self, site: Site, read: Sizes, made: Sizes) -> tuple[Extent, int]:
         return ((1,), (1,)), math.prod(read[:-1])

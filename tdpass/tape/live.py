@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from tdpass.kinds import is_layer_call
+from tdpass.kinds import as_layer, is_layer_call
 from tdpass.tape.calls import argument, in_parts, plain
 from tdpass.tape.playback import Playback, Replacement, Tape, Watch
 
@@ -143,7 +143,7 @@ class _Steered(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        func, args, kwargs = as_layer(func, args, kwargs or {}, self.sites)
         if getattr(func, "__name__", "") in _LEAVING_TORCH:
             return func(args[0].detach(), *args[1:], **kwargs)
         return in_parts(self._call, func, args, kwargs, self.apart)

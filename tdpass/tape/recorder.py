@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tdpass.errors import TdpassError, UnsupportedError
-from tdpass.kinds import is_layer_call
+from tdpass.kinds import as_layer, is_layer_call
 from tdpass.tape.calls import Autocast, Call, Ref, argument, in_parts, leaves, mapped, plain
 from tdpass.tape.live import LiveTape, Run, restore
 from tdpass.tape.playback import Tape
@@ -75,7 +75,7 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        func, args, kwargs = as_layer(func, args, kwargs or {}, self.sites)
         if self.below is None:
             return in_parts(self.call, func, args, kwargs, self.apart)
         if any(isinstance(leaf, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf) for leaf in tree_leaves((args, kwargs))):

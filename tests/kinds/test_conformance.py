@@ -96,6 +96,8 @@ def test_patches_times_weight_is_the_layer(site: Site) -> None:
         y = (F.conv1d, F.conv2d, F.conv3d)[len(site.kernel) - 1](padded, weight, None, site.stride, 0, site.dilation)
     rows = kind_of(site).rows(x, site)
     assert torch.allclose(rows @ weight.flatten(1).T, kind_of(site).output_rows(y, site), atol=1e-5)
+    assert torch.equal(kind_of(site).rows(x[0], site), rows[: len(rows) // 3])  # one sample without an axis of its own
+    assert torch.equal(kind_of(site).output_rows(y[0], site), kind_of(site).output_rows(y, site)[: len(rows) // 3])
     some = kind_of(site).rows(x, site, 5, torch.Generator().manual_seed(3))
     assert some.shape == (5, rows.shape[1])
     assert all(bool((row == rows).all(1).any()) for row in some)

@@ -148,3 +148,55 @@ def test_a_batchnorm_at_the_input_learns_from_every_batch_but_a_single_sample() 
 def test_example_inputs_that_are_no_tensors_are_refused_with_what_they_are(given: Any) -> None:
     with pytest.raises(UsageError, match=r"example_inputs hold a (ndarray|NoneType|int); give a tensor"):
         compress(nn.Linear(4, 4), {"params": 0.5}, example_inputs=given)
+
+
+class OneSample(nn.Module):
+    """Convolutions with a residual sum, of one sample without an axis for it."""
+
+    def __init__(self, axes: int) -> None:
+        super().__init__()
+        conv = (nn.Conv1d, nn.Conv2d)[axes - 1]
+        self.axes, self.first, self.second = axes, conv(8, 8, 3, padding=1), conv(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dim() == 1 + self.axes
+        return self.second(torch.relu(self.first(x))) + x
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+@pytest.mark.parametrize("share", [0.1, 0.7])
+def test_convolutions_of_single_samples_are_compressed(axes: int, share: float) -> None:
+    network = OneSample(axes).eval()
+    samples = [torch.randn(8, *(6, 6)[:axes]) for _ in range(8)]
+    artifact = compress(network, {"macs": share}, samples, cache=False, effort="fast")
+    assert artifact.report.final.macs <= share * artifact.report.original.macs
+    assert artifact.report.original.macs == 2 * 8 * 8 * 3**axes * 6**axes
+    assert isinstance(artifact.model, nn.Module)
+    with torch.no_grad():
+        before, after = (torch.stack([net(x) for x in samples]) for net in (network, artifact.model))
+    assert float((after - before).norm() / before.norm()) == pytest.approx(artifact.report.checks["relative_difference"], rel=1e-3)
+
+
+class Counting(nn.Module):
+    """Writes to a buffer in place, puts another in its place, and makes one at the first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 12)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("last", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = x.mean()
+        if "table" not in self._buffers:
+            self.register_buffer("table", torch.ones(12))
+        return self.layer(x * self.table)
+
+
+def test_runs_leave_the_buffers_of_a_model_as_they_were() -> None:
+    network, x = Counting().eval(), torch.randn(16, 12)
+    artifact = compress(network, {"params": 0.7}, x, cache=False, effort="fast")
+    for net in (network, artifact.model):
+        assert isinstance(net, Counting)
+        assert {name: float(buffer) for name, buffer in net.named_buffers()} == {"calls": 0, "last": 0}

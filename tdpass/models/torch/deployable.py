@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -148,10 +149,15 @@ def dynamic_shapes(example: Batch) -> tuple[dict[int, Any] | None, ...]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What torch warns about within itself is nothing that a user can act on."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """What torch warns about and logs within itself is nothing that a user can act on."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _refused(what: str, error: Exception, dynamic_batch: bool) -> InvalidModelError:

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from tdpass.kinds import LayerKind, dense_modules, kind_of_function
+from tdpass.kinds import LayerKind, TransposedLinear, dense_modules, kind_of_function
 
 _aten = torch.ops.aten
+_ADDMM = {torch.addmm, _aten.addmm.default}
 _BATCH_NORM = {F.batch_norm, _aten.batch_norm.default}
 
 
@@ -38,7 +39,7 @@ def lift(graph_module: GraphModule) -> GraphModule:
         lifted.update(str(read.target) for read in node.all_input_nodes if read.op == "get_attr")
         path = _place(graph_module, owner, module)
         with graph_module.graph.inserting_before(node):
-            call = graph_module.graph.call_module(path, (node.args[0],))
+            call = graph_module.graph.call_module(path, (node.args[1 if node.target in _ADDMM else 0],))
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
         graph_module.graph.erase_node(node)
@@ -58,6 +59,8 @@ def _builder(node: Node) -> Callable[[GraphModule, Node], Built] | None:
     kind = kind_of_function(node.target)
     if kind is not None:
         return partial(_layer, kind)
+    if node.target in _ADDMM and len(node.args) == 3 and not node.kwargs:
+        return _added_product
     return _batch_norm if node.target in _BATCH_NORM else None
 
 
@@ -81,6 +84,15 @@ def _layer(kind: LayerKind, graph_module: GraphModule, node: Node) -> Built:
         return None, ""
     module = kind.build(kind.functions[node.target], tuple(stored.shape), options)
     return _with(module, stored, stored_bias), str(weight.target)
+
+
+def _added_product(graph_module: GraphModule, node: Node) -> Built:
+    read: Any = node.args[2]
+    bias, weight = _stored(graph_module, node.args[0]), _stored(graph_module, read)
+    if not isinstance(weight, nn.Parameter) or bias is None or bias.shape != weight.shape[1:]:
+        return None, ""
+    held = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+    return TransposedLinear(weight, held), str(read.target)
 
 
 def _batch_norm(graph_module: GraphModule, node: Node) -> Built:

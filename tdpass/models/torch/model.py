@@ -26,7 +26,7 @@ from tdpass.models.torch.called_layers import call_layers, runs_nested
 from tdpass.models.torch.copying import copied
 from tdpass.models.torch.fuse import fuse_layers
 from tdpass.models.torch.in_place import Backup, become
-from tdpass.models.torch.module_values import check_filled, check_open, input_types
+from tdpass.models.torch.module_values import buffers_kept, check_filled, check_open, input_types
 from tdpass.models.torch.norms import Fold, batchnorms, find_folds, same_answers
 from tdpass.models.torch.readers import Run, entering, graph_readers, other_readers
 from tdpass.models.torch.sites import Matched, find_sites
@@ -69,7 +69,9 @@ class TorchModel:
 
     def weight(self, name: str) -> Tensor:
         check_filled(self.module)
-        return self._matched(name).weight.detach().cpu()
+        matched = self._matched(name)
+        weight = matched.weight.detach().cpu()
+        return weight.t().contiguous() if matched.transposed else weight
 
     def bias(self, name: str) -> Tensor | None:
         bias = self._matched(name).bias
@@ -112,7 +114,8 @@ class TorchModel:
         placed = self._placed(batch)
         held = (*self.module.parameters(), *self.module.buffers())
         sites = self._dense_weights()
-        tape = record(lambda: self._answer(placed), placed.tensors, sites, samples=placed.size, held=held, apart=self._apart(), replayed=replayed)
+        with buffers_kept(self.module):
+            tape = record(lambda: self._answer(placed), placed.tensors, sites, samples=placed.size, held=held, apart=self._apart(), replayed=replayed)
         if not isinstance(tape, LiveTape):
             return tape
         twin = self._as_it_is()  # layers of this one will be replaced while the tape is still played
@@ -157,13 +160,13 @@ class TorchModel:
 
     def run(self, batch: Batch) -> object:
         placed = self._placed(batch)
-        with torch.no_grad(), self._evaluating():
+        with torch.no_grad(), self._evaluating(), buffers_kept(self.module):
             return tree_map(lambda leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf, _plain(self._call(placed)))
 
     def count(self, batch: Batch | None = None) -> Counted:
         calls = self._observed if batch is None else (batch,)
         placed = [self._placed(call) for call in calls]
-        with self._evaluating(), counting() as counter, layer_by_layer(self.module):
+        with self._evaluating(), buffers_kept(self.module), counting() as counter, layer_by_layer(self.module):
             for call in placed:
                 self._call(call)
         return counter.counted(sum(call.size for call in calls) or 1)
@@ -282,7 +285,7 @@ class TorchModel:
         """The first of these types in which the model runs."""
         for dtype in types:
             try:
-                with torch.no_grad():
+                with torch.no_grad(), buffers_kept(self.module):
                     self._answer(self._moved(batch, dtype))
             except InvalidModelError:
                 continue

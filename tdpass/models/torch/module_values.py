@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -24,6 +27,25 @@ def check_filled(module: nn.Module) -> None:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_meta:
             raise InvalidModelError(f"{name!r} is on the meta device and has no values; call to_empty(device='cpu') and load its weights first")
+
+
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Undo what calls of a module write into its buffers, or put in their place: counters, caches, tables made at the first call."""
+    # a scripted module's table of them is no dict, and nothing can be put into it
+    before = [(part._buffers, dict(part._buffers)) for part in module.modules() if isinstance(part._buffers, dict)]
+    held = [buffer for buffer in module.buffers() if not (buffer.is_meta or buffer.is_inference())]
+    values = [buffer.detach().clone() for buffer in held]
+    try:
+        yield
+    finally:
+        for buffers, own in before:
+            buffers.clear()
+            buffers.update(own)
+        with torch.no_grad():
+            for buffer, value in zip(held, values, strict=True):
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def input_types(module: nn.Module, batch: Batch) -> list[torch.dtype]:

@@ -127,6 +127,7 @@ def _of_modules(module: nn.Module, matched: Matched, norm: Any, holders: Mapping
         (type(norm).forward is not BatchNorm.forward, f"{type(norm).__name__} overrides forward"),
         (parametrize.is_parametrized(norm), "its weight is parametrized"),
         (not can_become(norm, Folded), f"{type(norm).__name__} has __slots__"),
+        (matched.transposed, "its layer stores its weight as [in, out]"),
         (any(holders[id(tensor)] != 1 for tensor in held if tensor is not None), "its tensors, or those of its layer, are shared with another module"),
         (bool(watched(norm)), watched(norm)),
         (bool(watched(layer)), f"its layer: {watched(layer)}"),

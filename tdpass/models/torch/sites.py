@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from tdpass.kinds import LayerKind, kind_of_module
+from tdpass.kinds import LayerKind, TransposedLinear, kind_of_module
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.recurrent import why_closed
 from tdpass.models.torch.in_place import can_become
@@ -24,6 +24,7 @@ class Matched:
     """The modules that share one weight; `paths` are all names under which they are reached, `biases` those they came with.
 
     The site has a bias where all of them have the same; biases that differ stay with their modules.
+    The weight is as they store it: `transposed` where that is `[i, o]`.
     """
 
     site: Site
@@ -31,6 +32,7 @@ class Matched:
     modules: tuple[nn.Module, ...]
     paths: tuple[str, ...]
     biases: tuple[nn.Parameter | None, ...]
+    transposed: bool = False
 
     @property
     def apart(self) -> bool:
@@ -91,12 +93,13 @@ def find_sites(model: nn.Module) -> tuple[list[Matched], dict[str, str]]:
         sites = [_kind(member).site(member, name) for member in members]
         if holders[weight] != {id(member) for member in members}:
             declined[name] = "its weight is shared with a layer that needs it dense"
-        elif any(site.geometry() != sites[0].geometry() for site in sites):
+        elif any(site.geometry() != sites[0].geometry() for site in sites) or len({_base(member) is TransposedLinear for member in members}) > 1:
             declined[name] = "its weight is shared by layers of different geometry"
         else:
             reached = tuple(path for member in members for path in paths[id(member)])
             biases = tuple(member._parameters["bias"] for member in members)
-            matched = Matched(sites[0], members[0].weight, tuple(members), reached, biases)  # type: ignore[arg-type]
+            transposed = _base(members[0]) is TransposedLinear
+            matched = Matched(sites[0], members[0].weight, tuple(members), reached, biases, transposed)  # type: ignore[arg-type]
             found.append(replace(matched, site=replace(matched.site, bias=matched.bias is not None)))
     return found, declined
 
@@ -111,7 +114,9 @@ def _holders(modules: Iterable[nn.Module]) -> dict[int, set[int]]:
 
 
 def _base(module: nn.Module) -> type[nn.Module]:
-    return next(cls for cls in _kind(module).modules if isinstance(module, cls))
+    base = _kind(module).base_of(module)
+    assert base is not None
+    return base
 
 
 def _kind(module: nn.Module) -> LayerKind:
@@ -128,8 +133,17 @@ def _reason(module: nn.Module) -> str | None:
         if isinstance(module, cls):
             return reason
     if kind_of_module(module) is None:
-        return f"{type(module).__name__} holds a weight but is no Linear or Conv; torch.export it to reach functional layers"
+        return _reason_of_others(module)
     return _reason_of_weight(module) or _reason_of_class(module)
+
+
+def _reason_of_others(module: nn.Module) -> str:
+    """What to do about a module of no kind."""
+    stacked = next((name for name, held in module.named_parameters(recurse=False) if held.dim() > 2), None)
+    if stacked is None:
+        return f"{type(module).__name__} holds a weight but is no Linear or Conv; torch.export it to reach functional layers"
+    advice = "make an nn.Linear of each (experts: an nn.ModuleList of them) and call those that a sample needs"
+    return f"{stacked!r} holds several matrices as one parameter; {advice}"
 
 
 def _reason_of_weight(module: nn.Module) -> str | None:
@@ -152,4 +166,6 @@ def _reason_of_class(module: nn.Module) -> str | None:
         return f"{name} holds more than a weight and a bias"
     if not can_become(module, Factorized):
         return f"{name} has __slots__, so it cannot become a factored layer"
-    return None if computes_as(module, _base(module), _kind(module).input_sizes(module, _POSITIONS)) else f"{name} overrides forward"
+    if computes_as(module, _base(module), _kind(module).input_sizes(module, _POSITIONS)):
+        return None
+    return f"{name} overrides forward" if isinstance(module, _base(module)) else _reason_of_others(module)

@@ -208,7 +208,7 @@ def _expected(module: nn.Module, swaps: Sequence[tuple[_Replacement, Matched, Fa
     for path in structure.biases:
         weight = getattr(modules[path], "weight", None)
         if path not in gone and isinstance(weight, torch.Tensor):
-            expected[_under(path, "bias")] = ((weight.shape[0],), weight.dtype)
+            expected.setdefault(_under(path, "bias"), ((weight.shape[0],), weight.dtype))
     for replacement, _, new in swaps:
         for path in replacement.paths:
             expected.update({_under(path, name): (tuple(value.shape), value.dtype) for name, value in new.named_parameters()})
