@@ -71,7 +71,7 @@ EFFORTS: Mapping[str, Effort] = {
     effort.name: effort
     for effort in (
         Effort("fast", 10.0, 128, 64, 6, 1, measured=False, rough=True),
-        Effort("normal", 60.0, 512, 256, 8, 3, measured=True, rough=True),
+        Effort("normal", 60.0, 512, 256, 12, 6, measured=True, rough=True),
         Effort("thorough", math.inf, 2**31, 256, 12, 12, measured=True, rough=False),
     )
 }

@@ -177,7 +177,8 @@ def tabulate(
     allowance = Allowance(limit, _importance(missing))
     what = "planning" if math.isinf(limit) else f"planning, {limit:.0f} s of one core at most"
     declined: dict[str, str] = {}
-    tick(what, 0, len(missing))
+    if missing:
+        tick(what, 0, len(missing))
     for done, (site, metric) in enumerate(metrics, start=1):
         deadline = allowance.take(site.name)
         fits = SiteFits(site, dense.weight(site.name), dense.bias(site.name), metric, rough=effort.rough)

@@ -1,71 +1,104 @@
-"""What every registered pass must keep to."""
+"""What every registered pass must keep to, on both front ends."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from onnx_nets import to_onnx
 from torch import Tensor, nn
 
 import tdpass
 from tdpass.cost import Budget
+from tdpass.errors import PlanError
 from tdpass.models import Model, open_model
 from tdpass.models.base import Batch
 from tdpass.pipeline import PASSES, Job, Pipeline
 
+FRONT_ENDS = ("torch", "onnx")
 BEFORE = {"factorize": "plan", "correct-bias": "plan,factorize", "refit": "plan,factorize", "verify": "plan,factorize"}
+# What a second run may improve on; all others leave the output as it is.
+REPAIRS = ("correct-bias", "refit")
+
+
+@pytest.fixture(params=FRONT_ENDS)
+def model(request: pytest.FixtureRequest, residual: nn.Module, images: Tensor) -> Model:
+    return open_model(residual if request.param == "torch" else to_onnx(residual, images[:2])).clone()
 
 
 def _job(model: Model, x: Tensor) -> Job:
-    model.observe(Batch((x,)))
+    batch = _batch(model, x)
+    model.observe(batch)
     report = tdpass.Report(original=tdpass.Cost(model.params(), model.macs(), model.bytes()))
-    return Job(report, [Batch((x[:24],)), Batch((x[24:],))], budget=Budget.parse({"macs": 0.4}), original=report.original)
+    return Job(report, [_batch(model, x[:24]), _batch(model, x[24:])], budget=Budget.parse({"macs": 0.4}), original=report.original, given=model.clone())
+
+
+def _batch(model: Model, x: Tensor) -> Batch:
+    return Batch((x,)) if model.frontend == "torch" else Batch((), {"x": x})
 
 
 def _numbers(model: Model, x: Tensor) -> Tensor:
-    output = model.run(Batch((x,)))
-    assert isinstance(output, Tensor)
-    return output
+    output = model.run(_batch(model, x))
+    (value,) = output.values() if isinstance(output, dict) else (output,)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _stored(model: Model) -> dict[str, Tensor]:
+    """Every number that the model holds, with what replaced what."""
+    stored = {f"weight {site.name}": model.weight(site.name).clone() for site in model.sites()}
+    for site in model.sites():
+        bias, layer = model.bias(site.name), model.layer(site.name)
+        stored |= {} if bias is None else {f"bias {site.name}": bias.clone()}
+        stored |= {} if layer is None else {f"{layer.format} {site.name} {name}": factor.clone() for name, factor in layer.factors.items()}
+        stored |= {} if layer is None or layer.bias is None else {f"new bias {site.name}": layer.bias.clone()}
+    return stored
+
+
+def _divergence(job: Job, model: Model) -> float:
+    measure = job.measure
+    return measure.mean([(reference, measure.outputs(model.run(batch))) for reference, batch in zip(job.references, job.batches, strict=True)])
 
 
 @pytest.mark.parametrize("name", PASSES.names())
-def test_it_says_honestly_whether_it_changed_the_model(name: str, residual: nn.Module, images: Tensor) -> None:
-    model = open_model(residual).clone()
+def test_it_says_honestly_whether_it_changed_the_model(name: str, model: Model, images: Tensor) -> None:
     job = _job(model, images)
     Pipeline.parse(BEFORE.get(name, [])).run(model, job)
-    before = ({key: value.clone() for key, value in model.unwrap().state_dict().items()}, _numbers(model, images))  # type: ignore[attr-defined]
+    before = (_stored(model), _numbers(model, images))
     changed = PASSES.get(name)().run(model, job)
-    after = model.unwrap().state_dict()  # type: ignore[attr-defined]
-    same = before[0].keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before[0].items())
-    assert changed != same
-    assert bool(torch.isfinite(_numbers(model, images)).all())
+    after = (_stored(model), _numbers(model, images))
+    same = before[0].keys() == after[0].keys() and all(torch.equal(value, after[0][key]) for key, value in before[0].items())
+    assert changed or same
+    assert changed or torch.equal(before[1], after[1])
+    assert bool(torch.isfinite(after[1]).all())
     model.check()
 
 
 @pytest.mark.parametrize("name", PASSES.names())
-def test_a_second_run_leaves_the_output_as_it_is(name: str, residual: nn.Module, images: Tensor) -> None:
-    model = open_model(residual).clone()
+def test_a_second_run_leaves_the_output_as_it_is_or_repairs_more(name: str, model: Model, images: Tensor) -> None:
     job = _job(model, images)
     Pipeline.parse(BEFORE.get(name, [])).run(model, job)
     step = PASSES.get(name)()
     step.run(model, job)
-    once = _numbers(model, images)
+    once, before = _numbers(model, images), _divergence(job, model)
     step.run(model, job)
-    assert torch.allclose(_numbers(model, images), once, atol=1e-2 * float(once.abs().max()))
+    if name in REPAIRS:
+        assert _divergence(job, model) <= before * (1 + 1e-6)
+    else:
+        assert torch.allclose(_numbers(model, images), once, rtol=1e-5, atol=1e-6 * float(once.abs().max()))
 
 
 @pytest.mark.parametrize("name", PASSES.names())
-def test_without_data_it_runs_or_says_what_is_missing(name: str, residual: nn.Module) -> None:
-    model = open_model(residual).clone()
-    job = Job(tdpass.Report(), budget=Budget.parse({"params": 0.5}), original=tdpass.Cost(model.params(), 0, model.bytes()))
-    try:
-        PASSES.get(name)().run(model, job)
-    except tdpass.TdpassError as error:
-        assert len(str(error)) > 20  # noqa: PT017 - the message is the point
+def test_without_data_it_runs_or_names_what_is_missing(name: str, model: Model) -> None:
+    job = Job(tdpass.Report(), budget=Budget.parse({"params": 0.5}), original=tdpass.Cost(model.params(), 0, model.bytes()), given=model.clone())
+    if name == "factorize":
+        with pytest.raises(PlanError, match="factorize has no plan to carry out; put the pass 'plan' before it"):
+            PASSES.get(name)().run(model, job)
+    else:
+        assert not PASSES.get(name)().run(model, job)
     model.check()
 
 
-def test_folding_and_repairs_do_what_they_promise(residual: nn.Module, images: Tensor) -> None:
-    model = open_model(residual).clone()
+def test_folding_and_repairs_do_what_they_promise(model: Model, images: Tensor) -> None:
     job = _job(model, images)
     dense = _numbers(model, images)
     Pipeline.parse("fold-batchnorm").run(model, job)
@@ -73,6 +106,5 @@ def test_folding_and_repairs_do_what_they_promise(residual: nn.Module, images: T
     divergences = []
     for text in ("plan,factorize", "correct-bias", "refit"):
         Pipeline.parse(text).run(model, job)
-        divergence = job.measure
-        divergences.append(divergence.mean([(divergence.outputs(dense), divergence.outputs(model.run(Batch((images,)))))]))
+        divergences.append(_divergence(job, model))
     assert divergences == sorted(divergences, reverse=True)
