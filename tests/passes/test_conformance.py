@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnx
 import pytest
 import torch
 from onnx_nets import to_onnx
@@ -18,18 +19,30 @@ FRONT_ENDS = ("torch", "onnx")
 BEFORE = {"factorize": "plan", "correct-bias": "plan,factorize", "refit": "plan,factorize", "verify": "plan,factorize"}
 # What a second run may improve on; all others leave the output as it is.
 REPAIRS = ("correct-bias", "refit")
+FORMATS_TRIED = ("svd", "channel_svd", "spatial_svd", "tucker2")  # those that need no search
+
+
+@pytest.fixture(scope="module")
+def exported() -> dict[str, onnx.ModelProto]:
+    """The network of every test in this file, exported once."""
+    return {}
 
 
 @pytest.fixture(params=FRONT_ENDS)
-def model(request: pytest.FixtureRequest, residual: nn.Module, images: Tensor) -> Model:
-    return open_model(residual if request.param == "torch" else to_onnx(residual, images[:2])).clone()
+def model(request: pytest.FixtureRequest, residual: nn.Module, images: Tensor, exported: dict[str, onnx.ModelProto]) -> Model:
+    if request.param == "torch":
+        return open_model(residual).clone()
+    if not exported:
+        exported["residual"] = to_onnx(residual, images[:2])
+    return open_model(exported["residual"]).clone()
 
 
 def _job(model: Model, x: Tensor) -> Job:
     batch = _batch(model, x)
     model.observe(batch)
     report = tdpass.Report(original=tdpass.Cost(model.params(), model.macs(), model.bytes()))
-    return Job(report, [_batch(model, x[:24]), _batch(model, x[24:])], budget=Budget.parse({"macs": 0.4}), original=report.original, given=model.clone())
+    batches = [_batch(model, x[:24]), _batch(model, x[24:])]
+    return Job(report, batches, budget=Budget.parse({"macs": 0.4}), formats=FORMATS_TRIED, original=report.original, given=model.clone())
 
 
 def _batch(model: Model, x: Tensor) -> Batch:
@@ -82,14 +95,14 @@ def test_a_second_run_leaves_the_output_as_it_is_or_repairs_more(name: str, mode
     once, before = _numbers(model, images), _divergence(job, model)
     step.run(model, job)
     if name in REPAIRS:
-        assert _divergence(job, model) <= before * (1 + 1e-6)
+        assert _divergence(job, model) <= before * (1 + 1e-4)
     else:
         assert torch.allclose(_numbers(model, images), once, rtol=1e-5, atol=1e-6 * float(once.abs().max()))
 
 
 @pytest.mark.parametrize("name", PASSES.names())
 def test_without_data_it_runs_or_names_what_is_missing(name: str, model: Model) -> None:
-    job = Job(tdpass.Report(), budget=Budget.parse({"params": 0.5}), original=tdpass.Cost(model.params(), 0, model.bytes()), given=model.clone())
+    job = Job(tdpass.Report(), budget=Budget.parse({"params": 0.5}), formats=FORMATS_TRIED, original=tdpass.Cost(model.params(), 0, model.bytes()), given=model.clone())
     if name == "factorize":
         with pytest.raises(PlanError, match="factorize has no plan to carry out; put the pass 'plan' before it"):
             PASSES.get(name)().run(model, job)
