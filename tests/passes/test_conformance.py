@@ -102,7 +102,8 @@ def test_a_second_run_leaves_the_output_as_it_is_or_repairs_more(name: str, mode
 
 @pytest.mark.parametrize("name", PASSES.names())
 def test_without_data_it_runs_or_names_what_is_missing(name: str, model: Model) -> None:
-    job = Job(tdpass.Report(), budget=Budget.parse({"params": 0.5}), formats=FORMATS_TRIED, original=tdpass.Cost(model.params(), 0, model.bytes()), given=model.clone())
+    original = tdpass.Cost(model.params(), 0, model.bytes())
+    job = Job(tdpass.Report(), budget=Budget.parse({"params": 0.5}), formats=FORMATS_TRIED, original=original, given=model.clone())
     if name == "factorize":
         with pytest.raises(PlanError, match="factorize has no plan to carry out; put the pass 'plan' before it"):
             PASSES.get(name)().run(model, job)
