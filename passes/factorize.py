@@ -32,7 +32,7 @@ class Factorize(Pass):
         if job.plan is None:
             raise PlanError("factorize has no plan to carry out; put the pass 'plan' before it, or pass plan=")
         job.plan = match_names(job.plan, model)
-        prepared = Cost(model.params(), job.original.macs, model.bytes(), job.original.seconds)
+        prepared = job.original.recounted(Cost(model.params(), job.original.macs, model.bytes()))
         sites = {site.name: site for site in model.sites()}
         chosen = {choice.site: choice for choice in job.plan if not choice.kept_dense}
         for choice in chosen.values():

@@ -28,6 +28,9 @@ class FuseKernels(Pass):
     measure: bool = True
 
     def run(self, model: Model, job: Job) -> bool:
+        if job.target is not None and not job.target.here:
+            job.note(f"nothing is fused: target {job.target.name} is not this machine")
+            return False
         with choosing(self.lanes, measure=self.measure), threads_of_torch(job.threads):
             return model.fuse(job.note, job.report.decline, self._samples(model, job))
 

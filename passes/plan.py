@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from tdpass.cost import Budget, BudgetValue, Cost, amount, bounded
+from tdpass.cost import Budget, BudgetValue, Cost, bounded
 from tdpass.digest import digest
 from tdpass.errors import BudgetError, UsageError
 from tdpass.measures import MEASURES, Needs
@@ -16,8 +16,8 @@ from tdpass.planner.cache import CandidateCache
 from tdpass.planner.effort import effort_named
 from tdpass.planner.planning import Dense, Table, add_joint_options, tabulate
 from tdpass.planner.rank_plan import RankPlan
-from tdpass.planner.stopwatch import Stopwatch
-from tdpass.planner.timed import measure_table, plan_on_time
+from tdpass.planner.stopwatch import prices_on
+from tdpass.planner.timed import plan_on_target, price_table
 from tdpass.planner.trials import Promise
 from tdpass.report import CurvePoint
 from tdpass.site import Site, selects
@@ -52,7 +52,7 @@ class Plan(Pass):
         effort = effort_named(self.effort or job.effort).of(job.original.macs)
         tapes, divergence = job.tapes(model), job.measure
         dense, cache, context = Dense(model.weight, model.bias), CandidateCache(job.cache), self._context(model, job, sites)
-        table = tabulate(sites, dense, tapes, divergence, job.formats, cache, context, job.progress, job.target is not None, effort)
+        table = tabulate(sites, dense, tapes, divergence, job.formats, cache, context, job.progress, job.target, effort)
         table.prepared = Cost(model.params(), job.original.macs, model.bytes())
         if self.joint and effort.measured and tapes and not job.formats and budget.max_error is None:
             add_joint_options(table, dense, tapes, divergence, cache, context, job.progress, effort)
@@ -75,18 +75,19 @@ class Plan(Pass):
         return False
 
     def _on_target(self, target: Target, table: Table, budget: Budget, model: Model, job: Job) -> tuple[RankPlan, Table]:
-        """The plan by measured time, and the table with times; the model as it is now becomes what the result is held against."""
-        watch = Stopwatch(target, job.batch, job.threads, {site.name: model.weight(site.name).dtype for site in table.sites})
-        measure_table(table, watch, job.progress)
-        largest = max(table.sites, key=lambda site: watch.dense(site).seconds)
-        (whole,) = target.time_models([model], call_batch(model, job.batches, job.batch), watch.setting(largest), largest)
-        layers = sum(watch.dense(site).seconds for site in table.sites)
-        if layers > whole:
-            watch.scale = whole / layers
-            job.note(f"layers alone take {amount('seconds', layers)}, the whole model {amount('seconds', whole)}: their times are scaled by {watch.scale:.2f}")
+        """The plan by what the target says, and the table with that; the model as it is now becomes what the result is held against."""
+        dtypes = {site.name: model.weight(site.name).dtype for site in table.sites}
+        prices = prices_on(target, budget, job.batch, job.threads, dtypes)
+        price_table(table, prices, job.progress)
+        measure = prices.measures[0]
+        largest = max(table.sites, key=lambda site: prices.priced(site, table.dense(site)).cost.get(measure))
+        (whole,) = target.cost_models([model], lambda: call_batch(model, job.batches, job.batch), prices.setting(largest), largest)
+        scaled = prices.scale_to(whole, table.sites)
+        if scaled:
+            job.note(scaled)
         job.dense = model.clone()
-        job.original = job.report.original = job.original.replace(seconds=whole)
-        found = plan_on_time(table, budget, job.original, watch, job.progress)
+        job.original = job.report.original = whole.recounted(job.original)
+        found = plan_on_target(table, budget, job.original, prices, job.progress)
         for note in target.notes:
             job.report.note(note)
         return found.plan, found.table

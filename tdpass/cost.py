@@ -31,6 +31,11 @@ class Cost(Plain):
             MEASURES.get(name)
         self._amounts = {"params": params, "macs": macs, "bytes": bytes, "seconds": seconds, **others}
 
+    @classmethod
+    def of(cls, amounts: Mapping[str, float]) -> Cost:
+        """The cost with these amounts by measure."""
+        return cls(**amounts)  # type: ignore[arg-type]
+
     @property
     def params(self) -> int:
         """Stored numbers."""
@@ -57,7 +62,7 @@ class Cost(Plain):
 
     def replace(self, **amounts: float) -> Cost:
         """The same cost with other amounts of these measures."""
-        return Cost(**{**self._amounts, **amounts})  # type: ignore[arg-type]
+        return Cost.of({**self._amounts, **amounts})
 
     def recounted(self, counts: Cost) -> Cost:
         """The same cost with the measures that need no target as they are in `counts`."""
@@ -77,13 +82,13 @@ class Cost(Plain):
             fault = MEASURES.get(name).fault(value)
             if fault:
                 raise ValueError(fault)
-        return cls(**found)
+        return cls.of(found)
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(**{name: self.get(name) + other.get(name) for name in self._with(other)})  # type: ignore[arg-type]
+        return Cost.of({name: self.get(name) + other.get(name) for name in self._with(other)})
 
     def __sub__(self, other: Cost) -> Cost:
-        return Cost(**{name: self.get(name) - other.get(name) for name in self._with(other)})  # type: ignore[arg-type]
+        return Cost.of({name: self.get(name) - other.get(name) for name in self._with(other)})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Cost) and all(self.get(name) == other.get(name) for name in self._with(other))

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from tdpass.cost import Cost
 from tdpass.form import DENSE
+from tdpass.measures import Measure
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.report import Report, SiteRow
 from tdpass.site import Site
@@ -53,9 +54,9 @@ def report_view(report: Report, plan: RankPlan | None, width: int | None) -> lis
 def site_table(rows: Sequence[SiteRow], width: int | None) -> list[Part]:
     """Every site before and after: one line each where the width allows, else two; reasons below where they do not fit."""
     reason = Column[SiteRow]("Reason", lambda row: plain(row.note), least=32)
-    timed = summary.timed(rows)
+    timed, modelled = summary.timed(rows), summary.modelled(rows)
     loss = [Column[SiteRow]("Loss", lambda row: "" if summary.unfactored(row) else small(row.loss), number=True)] if summary.losses_known(rows) else []
-    one_line, two_lines = [*_single_line_columns(timed), *loss], [*_two_line_columns(timed, arrows=True), *loss]
+    one_line, two_lines = [*_single_line_columns(timed, modelled), *loss], [*_two_line_columns(timed, arrows=True), *loss]
     layouts = ([*one_line, reason], one_line, [*two_lines, reason], two_lines, [*_two_line_columns(timed, arrows=False), *loss])
     table, chosen = fitting(layouts, rows, width, dim=lambda row: row.form == DENSE)
     reasons = summary.reasons_by_site(rows)
@@ -127,10 +128,10 @@ def _same(sizes: Sequence[object]) -> str:
     return str(sizes[0]) if len(set(sizes)) == 1 else "x".join(map(str, sizes))
 
 
-def _single_line_columns(timed: bool) -> list[Column[SiteRow]]:
-    """Everything on one line; times where sites were timed."""
+def _single_line_columns(timed: bool, modelled: Sequence[Measure]) -> list[Column[SiteRow]]:
+    """Everything on one line; times where sites were timed, else what a model of a machine says."""
     def changed(measure: str) -> Callable[[SiteRow], str]:
-        return lambda row: _change(row.before.get(measure), row.after.get(measure))
+        return lambda row: _change(measure, row.before, row.after)
 
     def times(measure: str) -> Callable[[SiteRow], str]:
         return lambda row: "" if summary.unfactored(row) else ratio(row.before.get(measure), row.after.get(measure))
@@ -140,6 +141,7 @@ def _single_line_columns(timed: bool) -> list[Column[SiteRow]]:
         Column("Shape", lambda row: dims(row.shape)),
         Column("Format", lambda row: f"{plain(row.format)} {ranks(row.rank)}".rstrip()),
         *(_time_columns() if timed else ()),
+        *(Column[SiteRow](measure.title, changed(measure.name), number=True) for measure in modelled),
         Column("MACs", changed("macs"), number=True),
         Column("", times("macs"), number=True),
         Column("Params", changed("params"), number=True),
@@ -179,7 +181,7 @@ def _two_line_columns(timed: bool, arrows: bool) -> list[Column[SiteRow]]:
             before, after = row.before.get(measure), row.after.get(measure)
             if summary.unfactored(row):
                 return human(before)
-            return f"{_change(before, after)}\n{ratio(before, after)}" if arrows else f"{human(before)}\n{human(after)} {ratio(before, after)}"
+            return f"{_change(measure, row.before, row.after)}\n{ratio(before, after)}" if arrows else f"{human(before)}\n{human(after)} {ratio(before, after)}"
 
         return cell
 
@@ -194,8 +196,9 @@ def _two_line_columns(timed: bool, arrows: bool) -> list[Column[SiteRow]]:
     ]
 
 
-def _change(before: float, after: float) -> str:
-    return human(before) if before == after else f"{human(before)} -> {human(after)}"
+def _change(measure: str, before: Cost, after: Cost) -> str:
+    texts = [cost_text(measure, cost.get(measure)) for cost in (before, after)]
+    return texts[0] if before.get(measure) == after.get(measure) else " -> ".join(texts)
 
 
 def _grouped(reasons: Mapping[str, Sequence[str]]) -> list[Part]:

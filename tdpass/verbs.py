@@ -62,15 +62,16 @@ def compress(
 
     `model`: an `nn.Module`, `fx.GraphModule`, `ExportedProgram`, ONNX model (proto, `onnx_ir`, graphsurgeon) or a path;
     it is left untouched, and what comes back in `.model` is of the same type (for a path, what it holds).
-    `budget`: bounds on `macs`, `params`, `bytes`, `seconds` of the whole model, as fractions (`0.4`) or absolute (`"120M"`,
-    `"3ms"`), and `max_error` per site; a single value bounds the multiply-adds where there is something to run the model on, else
+    `budget`: bounds on `macs`, `params`, `bytes`, `seconds` or any other measure of the whole model, as fractions (`0.4`) or absolute
+    (`"120M"`, `"3ms"`), and `max_error` per site; a single value bounds the multiply-adds where there is something to run the model on, else
     the parameters.  `data`: unlabelled calibration data (see `tdpass.data.calls_of`); without it weights are factored by
     themselves and a budget on macs needs `example_inputs`.  `plan`: carry out this plan (or its file) instead of planning.
     `start`: factors of the plan's sites, by name, which the fit goes on from instead of searching anew.
     `include`, `exclude`: name globs.  `overridable`: name globs of ONNX initializers that are inputs too and that callers set; all
     others are weights.  `formats`: restrict to these.  `pipeline`: passes as text, list or YAML file.
-    `target`: plan on times measured on `cpu`, `cpu:openvino` or `cuda`, for calls of `batch` samples on `threads` threads
-    (default: as many as torch uses); no site is then made slower, and a model that is not faster is given back as it was.
+    `target`: plan on times measured on `cpu`, `cpu:openvino` or `cuda`, or on a modelled machine such as `systolic:gemmini`, for calls
+    of `batch` samples on `threads` threads (default: as many as torch uses); no site is then made dearer there, and a model that is not
+    cheaper is given back as it was.
     `augmented`: data for re-estimating batch-norm statistics.  `cache`: False, or a folder for planning results.
     `effort`: `fast` plans in seconds from the metric alone, `normal` measures losses for about a minute of one core (for a model
     of up to 1 GMAC a sample, in proportion above), `thorough` measures all that fit in four.

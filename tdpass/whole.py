@@ -8,15 +8,16 @@ from dataclasses import replace
 from tdpass.cost import Cost, amount
 from tdpass.errors import BudgetError
 from tdpass.form import DENSE
-from tdpass.measures import counted
+from tdpass.measures import MEASURES, counted
 from tdpass.models.base import Model, call_batch
 from tdpass.pipeline import Job
+from tdpass.planner.prices import deciding
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.targets import Setting
 
 
 def hold_against_dense(opened: Model, model: Model, job: Job) -> bool:
-    """Time both in turn and say in the report what came of it; returns whether the compressed model is faster.
+    """Price both, timed in turn where they are timed, and say in the report what came of it; returns whether the compressed model is cheaper.
 
     Where it is not, the plan becomes one that leaves every site as it is.  The dense model is the one that was planned on, with its
     batch-norms folded where they were, else the one that came in.
@@ -24,21 +25,31 @@ def hold_against_dense(opened: Model, model: Model, job: Job) -> bool:
     assert job.target is not None
     assert job.plan is not None
     report, dense = job.report, job.dense or opened
-    setting = Setting(job.batch, job.threads)
-    before, after = job.target.time_models([dense, model], call_batch(dense, job.batches, job.batch), setting)
-    # the planned and the reached time are comparable only on the same scale
-    whole = report.original.seconds or before
-    report.original = report.original.replace(seconds=whole)
-    if after < before:
-        report.final = report.final.replace(seconds=whole * after / before)
+    setting, measures = Setting(job.batch, job.threads), job.target.measures
+    before, after = job.target.cost_models([dense, model], lambda: call_batch(dense, job.batches, job.batch), setting)
+    # the planned and the reached amounts are comparable only on the same scale
+    whole = {measure: report.original.get(measure) or before.get(measure) for measure in measures}
+    report.original = report.original.replace(**whole)
+    first = deciding(job.target, job.budget)[0]
+    if after.get(first) < before.get(first):
+        report.final = report.final.replace(**{measure: _scaled(whole[measure], after, before, measure) for measure in measures})
         return True
-    reason = f"the compressed model takes {amount('seconds', after)} and the original {amount('seconds', before)}: it is given back unchanged"
+    takes = [f"{amount(first, cost.get(first))}{'' if first == 'seconds' else f' {first}'}" for cost in (after, before)]
+    reason = f"the compressed model takes {takes[0]} and the original {takes[1]}: it is given back unchanged"
     report.note(reason)
     report.checks.clear()
     report.final = report.original
     job.plan = _left_dense(job.plan, report.original)
     report.sites = job.plan.rows()
     return False
+
+
+def _scaled(whole: float, after: Cost, before: Cost, measure: str) -> float:
+    """The amount of the whole after, on the scale that the amount before has in the report."""
+    if not before.get(measure):
+        return after.get(measure)
+    value = whole * after.get(measure) / before.get(measure)
+    return round(value) if MEASURES.get(measure).whole else value
 
 
 def hold_to_budget(job: Job) -> None:

@@ -132,7 +132,7 @@ def test_every_measure_reads_its_example_and_what_it_writes_and_stands_in_files(
     assert value is not None
     if not measure.whole:
         assert measure.read(measure.write(value)) == pytest.approx(value)
-    cost = Cost(**{measure.name: int(value) if measure.whole else value})  # type: ignore[arg-type]
+    cost = Cost.of({measure.name: int(value) if measure.whole else value})
     assert cost.get(measure.name) == value
     read = RankPlan.from_json(RankPlan((), cost).to_json()).original
     for same in (copy.deepcopy(cost), pickle.loads(pickle.dumps(cost)), read, cost.replace(params=cost.params)):

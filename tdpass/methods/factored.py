@@ -18,6 +18,7 @@ from tdpass.digest import digest
 from tdpass.errors import BudgetError
 from tdpass.form import DENSE, Form, Rank
 from tdpass.formats.base import FORMATS, dense_cost, shrinks
+from tdpass.measures import MEASURES, Needs
 from tdpass.methods.base import Method
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.site import Site
@@ -107,16 +108,16 @@ class Factored(Method):
 def site_limit(budget: Mapping[str, BudgetValue] | Budget, sites: Mapping[str, Site], original: Cost, price: Price | None = None) -> tuple[str, float]:
     """The one measure that a budget on the whole model bounds, and what of it is left for these sites together.
 
-    Seconds are those of the sites themselves, by `price`.  Raises `BudgetError` for a budget on several measures, on macs where
-    the model was never seen running, or on seconds without a target.
+    What a target tells is that of the sites themselves, by `price`.  Raises `BudgetError` for a budget on several measures, on macs where
+    the model was never seen running, or on what needs a target without one.
     """
     parsed = Budget.parse(budget)
     if len(parsed.bounds) != 1 or parsed.bounds[0][0] == "bytes":
-        raise BudgetError(f"budget {parsed} does not bound exactly one of params, macs and seconds; give one, such as {{'params': 0.3}}")
+        raise BudgetError(f"budget {parsed} does not bound exactly one of params, macs and what a target tells; give one, such as {{'params': 0.3}}")
     ((measure, bound),) = parsed.bounds
-    if measure == "seconds":
+    if MEASURES.get(measure).needs is Needs.TARGET:
         if price is None:
-            raise BudgetError("a budget on seconds needs a machine to measure on; pass target='cpu' to a method that takes it, or bound macs")
+            raise BudgetError(f"a budget on {measure} needs a machine that tells them; pass target='cpu' to a method that takes it, or bound macs")
         return measure, bound.limit(sum(price(site, None) for site in sites.values()))
     if measure == "macs" and not all(site.seen for site in sites.values()):
         raise BudgetError("a budget on macs needs to see the model running; pass example_inputs=, or bound params")
@@ -127,11 +128,11 @@ def site_limit(budget: Mapping[str, BudgetValue] | Budget, sites: Mapping[str, S
     return measure, limit
 
 
-def measured(target: Target, setting: Setting, formats: Mapping[str, str]) -> Price:
-    """Seconds of a site at a rank as a price, measured on a target."""
+def priced_on(target: Target, measure: str, setting: Setting, formats: Mapping[str, str]) -> Price:
+    """The amount of a measure of a site at a rank as a price, as a target tells it."""
 
     def price(site: Site, rank: Rank | None) -> float:
         form = DENSE if rank is None else Form(formats[site.name], rank)
-        return target.time(site, [form], setting)[0].seconds
+        return target.cost(site, [form], setting)[0].get(measure)
 
     return price

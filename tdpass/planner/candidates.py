@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -21,7 +21,6 @@ _KEPT_WEIGHTS = 2**18
 _KEPT_SEARCHED = 2**22
 _SEARCHED_WEIGHTS = 2**19
 _CLEARLY = 1.25
-_FEW = 4
 _PLAIN_SHARE = 0.4
 _ENDS = 2
 
@@ -116,16 +115,22 @@ class SiteFits:
         return cost if self.metric.mean is None or self.site.bias else cost + Cost(params=self.site.o, bytes=self.site.o * self.site.itemsize)
 
 
-def worthwhile_ranks(site: Site, format_name: str, limit: int, lanes: int = 1) -> list[Rank]:
+Filling = Callable[[Site, str, Sequence[Rank]], Sequence[Rank]]
+
+
+def as_given(site: Site, format_name: str, ranks: Sequence[Rank]) -> Sequence[Rank]:
+    """The ranks as they are, for no machine in particular."""
+    return ranks
+
+
+def worthwhile_ranks(site: Site, format_name: str, limit: int, filling: Filling = as_given) -> list[Rank]:
     """Up to `limit` ranks of a format that make the site cheaper in every measure that is known, largest first, the smallest among them.
 
-    A single one is that which comes nearest to half of the parameters.  Multiples of `lanes` only, where there are a few:
-    the others take as long as the next multiple.
+    A single one is that which comes nearest to half of the parameters.  `filling` says which of them fill a machine.
     """
     fmt, dense = FORMATS.get(format_name), dense_cost(site)
     cheaper = [rank for rank in fmt.ranks(site) if shrinks(site, format_name, rank)]
-    whole = [rank for rank in cheaper if all(r % lanes == 0 for r in rank)]
-    cheaper = whole if len(whole) >= _FEW else cheaper
+    cheaper = [rank for rank in filling(site, format_name, cheaper) if shrinks(site, format_name, rank)]
     if limit == 1 and cheaper:
         return [min(cheaper, key=lambda rank: abs(2 * fmt.cost(site, rank).params - dense.params))]
     step = max(1, -(-len(cheaper) // limit))
@@ -134,7 +139,7 @@ def worthwhile_ranks(site: Site, format_name: str, limit: int, lanes: int = 1) -
 
 
 def enumerate_candidates(
-    fits: SiteFits, formats: Sequence[str], ranks_per_format: int, lanes: int = 1, searches: int = 12, deadline: Deadline = NEVER
+    fits: SiteFits, formats: Sequence[str], ranks_per_format: int, filling: Filling = as_given, searches: int = 12, deadline: Deadline = NEVER
 ) -> list[Candidate]:
     """All candidates of a site that pay, by format; dense is not among them.
 
@@ -151,7 +156,7 @@ def enumerate_candidates(
         if not fmt.fits(site):
             continue
         limit = max(1, min(searches, ranks_per_format, _SEARCHED_WEIGHTS // site.weights)) if fmt.searched else ranks_per_format
-        ranks = worthwhile_ranks(site, fmt.name, limit, lanes)
+        ranks = worthwhile_ranks(site, fmt.name, limit, filling)
         try:
             found += _of_format(fits, fmt, ranks, found, deadline if fmt.searched else deadline.part(_PLAIN_SHARE))
         except (LinAlgError, NumericalError) as error:

@@ -15,7 +15,7 @@ from tdpass.form import DENSE
 from tdpass.formats.base import FORMATS, Layer, offered_formats
 from tdpass.formats.metric import Metric
 from tdpass.planner.cache import CandidateCache
-from tdpass.planner.candidates import Candidate, SiteFits, dense_candidate, enumerate_candidates, frontier, with_loss, within
+from tdpass.planner.candidates import Candidate, SiteFits, as_given, dense_candidate, enumerate_candidates, frontier, with_loss, within
 from tdpass.planner.divergence import FittedDivergence
 from tdpass.planner.effort import THOROUGH, Allowance, Deadline, Effort
 from tdpass.planner.joint import JointOption, joint_options
@@ -25,10 +25,9 @@ from tdpass.planner.select import Option, cheapest, select
 from tdpass.planner.sensitivity import Sweep, estimate_losses, measure_losses
 from tdpass.site import Site
 from tdpass.tape import Tape, site_order
-from tdpass.targets.base import Timing
+from tdpass.targets.base import Target
 
 SWEEP_SECONDS = 240.0
-LANES = 8
 _SLACK = 1.5
 _FIT_SHARE = 0.5
 _JOINT_SHARE = 0.25
@@ -49,7 +48,7 @@ class Dense:
 class Table:
     """All candidates of all sites with their losses: what every budget is decided from.
 
-    `dense_times` is what the dense layers take, where a target said so; `declined` says why a site has no candidates; `prepared` is
+    `priced` holds the dense layers with what they cost on a target, where one said so; `declined` says why a site has no candidates; `prepared` is
     the cost of the model with its sites as they are, where that is not the cost of the model that came in.
     """
 
@@ -59,15 +58,13 @@ class Table:
     fingerprints: dict[str, str] = field(default_factory=dict)
     metric: str = "weights"
     divergence: str = ""
-    dense_times: dict[str, Timing] = field(default_factory=dict)
+    priced: dict[str, Candidate] = field(default_factory=dict)
     declined: dict[str, str] = field(default_factory=dict)
     prepared: Cost | None = None
 
     def dense(self, site: Site) -> Candidate:
-        """The site as it is, with its time where that is known."""
-        timing = self.dense_times.get(site.name, Timing(0.0))
-        candidate = dense_candidate(site)
-        return replace(candidate, cost=candidate.cost.replace(seconds=timing.seconds), kernel=timing.kernel)
+        """The site as it is."""
+        return self.priced.get(site.name) or dense_candidate(site)
 
     def options(self, budget: Budget) -> list[Option]:
         """Everything that may be chosen under that budget's error limit; dense always."""
@@ -146,15 +143,15 @@ def tabulate(
     cache: CandidateCache | None = None,
     context: str = "",
     tick: Tick = lambda what, done, of: None,
-    timed: bool = False,
+    target: Target | None = None,
     effort: Effort = THOROUGH,
 ) -> Table:
     """Candidates and losses for every site.
 
     With recorded runs, errors are weighed by the data and losses measured as the divergence of the network's output with one
     candidate in place; as many as the effort has time for are measured, the rest follow from their errors.  Without, the loss of
-    a candidate is the squared relative error of its weight.  `context` identifies model and data in the cache.  With `timed`
-    the candidates are meant to be timed: ranks that fill vector units, and of every format those that may turn out to be faster.
+    a candidate is the squared relative error of its weight.  `context` identifies model and data in the cache.  With `target`
+    the candidates are meant for it: ranks that fill the machine, and of every format those that may turn out to be cheaper there.
     """
     cache = cache or CandidateCache(None)
     names = tuple(formats) or offered_formats()
@@ -162,7 +159,7 @@ def tabulate(
         FORMATS.get(name)
     versions = ",".join(f"{name}{FORMATS.get(name).version}" for name in names)
     fingerprints = {site.name: digest(dense.weight(site.name)) for site in sites}
-    purpose = (effort.name, str(effort.ranks), *(("timed",) if timed else ()))
+    purpose = (effort.name, str(effort.ranks), *(() if target is None else (target.filled_by,)))
     keys = {site.name: digest(fingerprints[site.name], *_identity(site), versions, context, *purpose) for site in sites}
     known = {site.name: found for site in sites if (found := cache.get(keys[site.name])) is not None}
     missing = [site for site in sites if site.name not in known]
@@ -177,14 +174,15 @@ def tabulate(
     allowance = Allowance(limit, _importance(missing))
     what = "planning" if math.isinf(limit) else f"planning, {limit:.0f} s of one core at most"
     declined: dict[str, str] = {}
+    filling = as_given if target is None else target.filling
     if missing:
         tick(what, 0, len(missing))
     for done, (site, metric) in enumerate(metrics, start=1):
         deadline = allowance.take(site.name)
         fits = SiteFits(site, dense.weight(site.name), dense.bias(site.name), metric, rough=effort.rough)
         try:
-            found = enumerate_candidates(fits, names, effort.ranks, LANES if timed else 1, effort.searches, deadline.part(_FIT_SHARE))
-            best = _worth_timing(found, measures) if timed else frontier(found, measures)
+            found = enumerate_candidates(fits, names, effort.ranks, filling, effort.searches, deadline.part(_FIT_SHARE))
+            best = _worth_timing(found, measures) if target is not None else frontier(found, measures)
             known[site.name] = _with_losses(best, fits, sweep, len(missing), deadline, effort)
             cache.put(keys[site.name], known[site.name])
         except NumericalError as error:

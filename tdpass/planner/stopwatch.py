@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from tdpass.cost import Budget, Cost, amount
 from tdpass.form import DENSE, Form, Rank
 from tdpass.formats.base import FORMATS
 from tdpass.planner.candidates import Candidate
+from tdpass.planner.prices import PriceList, Prices, deciding
 from tdpass.site import Site
-from tdpass.targets.base import Setting, Target, Timing
+from tdpass.targets.base import Setting, Target, TimedTarget, Timing
 
 RANKS_MEASURED = 6
 _GRIDS = (16, 8)
@@ -27,11 +29,12 @@ class Stopwatch:
     their times add up to more than the whole takes, it makes them add up to just that.
     """
 
-    target: Target
+    target: TimedTarget
     batch: int
     threads: int
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     scale: float = 1.0
+    measures: tuple[str, ...] = ("seconds",)
     _times: dict[Site, dict[Form, Timing]] = field(default_factory=dict)
     _careful: set[tuple[Site, Form]] = field(default_factory=set)
     _predicted: dict[tuple[Site, Form], float] = field(default_factory=dict)
@@ -52,7 +55,7 @@ class Stopwatch:
         """Measure with care what was not yet; returns whether there was anything."""
         missing: dict[Site, tuple[Site, list[Form]]] = {}
         for site, form in dict.fromkeys(wanted):
-            if not self.measured(site, form):
+            if not self.sure(site, form):
                 forms = missing.setdefault(_nameless(site), (site, []))[1]
                 forms.extend(() if form in forms else (form,))
         for key, (site, forms) in missing.items():
@@ -62,13 +65,28 @@ class Stopwatch:
             self._careful.update((key, form) for form in forms)
         return bool(missing)
 
-    def measured(self, site: Site, form: Form) -> bool:
+    def sure(self, site: Site, form: Form) -> bool:
         """Whether it was measured with care; what computes nothing takes nothing."""
         return (_nameless(site), form) in self._careful or _macs(site, form) == 0
 
     def predicted(self, site: Site, form: Form) -> float:
         """What was expected of it before it was measured with care."""
         return self._predicted.get((_nameless(site), form), 0.0) * self.scale
+
+    def scale_to(self, whole: Cost, sites: Sequence[Site]) -> str:
+        layers = sum(self.dense(site).seconds for site in sites)
+        if layers <= whole.seconds:
+            return ""
+        self.scale = whole.seconds / layers
+        alone, together = amount("seconds", layers), amount("seconds", whole.seconds)
+        return f"layers alone take {alone}, the whole model {together}: their times are scaled by {self.scale:.2f}"
+
+    def priced(self, site: Site, candidate: Candidate) -> Candidate:
+        timing = self.timing(site, candidate)
+        return replace(candidate, cost=candidate.cost.replace(seconds=timing.seconds), kernel=timing.kernel)
+
+    def pays(self, site: Site, candidate: Candidate) -> bool:
+        return self.faster(site, candidate.cost.seconds)
 
     def dense(self, site: Site) -> Timing:
         """Time of the dense layer."""
@@ -78,13 +96,13 @@ class Stopwatch:
         """Time of a candidate: as measured, else on the straight line between its format's nearest measured multiply-adds."""
         return self._scaled(self._of(site, candidate.form))
 
-    def faster(self, site: Site, timing: Timing) -> bool:
+    def faster(self, site: Site, seconds: float) -> bool:
         """Whether that is clearly less than the dense layer takes."""
-        return timing.seconds < self.dense(site).seconds * (1 - self.target.margin)
+        return seconds < self.dense(site).seconds * (1 - self.target.margin)
 
     def break_even(self, site: Site, format_name: str) -> Rank | None:
         """The largest measured rank of a format that is faster than dense."""
-        found = [v for v, timing in self._times[_nameless(site)].items() if v.format == format_name and self.faster(site, self._scaled(timing))]
+        found = [v for v, timing in self._times[_nameless(site)].items() if v.format == format_name and self.faster(site, self._scaled(timing).seconds)]
         return max(found, key=lambda form: _macs(site, form)).rank if found else None
 
     def _scaled(self, timing: Timing) -> Timing:
@@ -100,6 +118,13 @@ class Stopwatch:
         points = sorted((_macs(site, other), timing.seconds, timing.kernel) for other, timing in known.items() if other.format == form.format)
         finite = [point for point in points if math.isfinite(point[1])]
         return _between(finite, macs) if finite else Timing(math.inf)
+
+
+def prices_on(target: Target, budget: Budget, batch: int, threads: int, dtypes: Mapping[str, torch.dtype]) -> Prices:
+    """Prices on a target, timed or computed."""
+    if isinstance(target, TimedTarget):
+        return Stopwatch(target, batch, threads, dtypes)
+    return PriceList(target, deciding(target, budget), batch)
 
 
 def anchors(candidates: Sequence[Candidate]) -> list[Form]:

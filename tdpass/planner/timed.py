@@ -1,18 +1,20 @@
-"""Planning on measured time: what each candidate takes, and the choice among those that are faster than dense."""
+"""Planning on a target: what each candidate costs there, and the choice among those that are cheaper than dense."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tdpass.cost import Budget, Cost
 from tdpass.errors import BudgetError
 from tdpass.form import DENSE, Form
-from tdpass.planner.candidates import Candidate
+from tdpass.measures import MEASURES, Needs
+from tdpass.planner.candidates import Candidate, dense_candidate
 from tdpass.planner.planning import Table
+from tdpass.planner.prices import Prices
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.planner.select import cheapest
-from tdpass.planner.stopwatch import Stopwatch
 from tdpass.site import Site
 
 TURNS = 6
@@ -21,98 +23,101 @@ Tick = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class TimedPlan:
-    """A plan whose every choice was measured with care, and the table it was chosen from."""
+class TargetPlan:
+    """A plan whose every choice has its final price, and the table it was chosen from."""
 
     plan: RankPlan
     table: Table
 
 
-def measure_table(table: Table, watch: Stopwatch, tick: Tick = lambda what, done, of: None) -> None:
-    """Measure the dense layer of every site and a handful of ranks of each format; sites of equal shape once."""
+def price_table(table: Table, prices: Prices, tick: Tick = lambda what, done, of: None) -> None:
+    """Price the dense layer of every site and its candidates, or as many as others can be judged by; sites of equal shape once."""
     for done, site in enumerate(table.sites, start=1):
-        watch.scan(site, [*table.candidates.get(site.name, []), *_joint_parts(table, site.name)])
-        tick("timing layers", done, len(table.sites))
+        prices.scan(site, [*table.candidates.get(site.name, []), *_joint_parts(table, site.name)])
+        tick("pricing layers", done, len(table.sites))
 
 
-def plan_on_time(table: Table, budget: Budget, original: Cost, watch: Stopwatch, tick: Tick = lambda what, done, of: None) -> TimedPlan:
-    """The best choice among the candidates that are faster than dense.
+def plan_on_target(table: Table, budget: Budget, original: Cost, prices: Prices, tick: Tick = lambda what, done, of: None) -> TargetPlan:
+    """The best choice among the candidates that are cheaper than dense.
 
-    Choosing by interpolated times and measuring what was chosen take turns until all that is chosen was measured; after a
-    few turns only what was measured is left to choose from.  Raises `BudgetError` naming the smallest reachable.
+    Choosing by the prices known so far and making sure of those chosen take turns until there is nothing left to make sure of;
+    after a few turns only what is sure is left to choose from.  Raises `BudgetError` naming the smallest reachable.
     """
     sites = {site.name: site for site in table.sites}
     for turn in range(TURNS + 1):
-        tick("timing what was chosen", turn, TURNS)
+        tick("pricing what was chosen", turn, TURNS)
         last = turn == TURNS
-        timed = with_times(table, watch, only_measured=last)
+        priced = with_prices(table, prices, only_sure=last)
         try:
-            plan = timed.plan(budget, original)
+            plan = priced.plan(budget, original)
         except BudgetError as error:
             # what is reachable rests on interpolated times as well, and the message must not
-            if "seconds" not in budget.measures or not watch.confirm_all(_fastest(timed, budget, sites)) or last:
-                raise BudgetError(f"{error}; on target {watch.target.name} only what is faster than dense counts") from None
+            if prices.measures[0] not in budget.measures or not prices.confirm_all(_cheapest(priced, budget, sites, prices.measures[0])) or last:
+                raise BudgetError(f"{error}; on target {prices.target.name} only what {_better(prices)} than dense counts") from None
             continue
-        if not watch.confirm_all((sites[choice.site], choice.form) for choice in plan if not choice.kept_dense):
+        if not prices.confirm_all((sites[choice.site], choice.form) for choice in plan if not choice.kept_dense):
             break
-    tick("timing what was chosen", TURNS, TURNS)
-    return TimedPlan(replace(plan, choices=_explained(plan, table, budget, original, watch)), timed)
+    tick("pricing what was chosen", TURNS, TURNS)
+    return TargetPlan(replace(plan, choices=_explained(plan, table, budget, original, prices)), priced)
 
 
-def with_times(table: Table, watch: Stopwatch, only_measured: bool = False) -> Table:
-    """The table with seconds in every cost, and without the candidates that are not clearly faster than the dense layer."""
+def with_prices(table: Table, prices: Prices, only_sure: bool = False) -> Table:
+    """The table with the target's amounts in every cost, and without the candidates that are not clearly cheaper than the dense layer."""
     sites = {site.name: site for site in table.sites}
 
-    def timed(name: str, candidate: Candidate) -> Candidate | None:
-        if only_measured and not watch.measured(sites[name], candidate.form):
+    def priced(name: str, candidate: Candidate) -> Candidate | None:
+        if only_sure and not prices.sure(sites[name], candidate.form):
             return None
-        timing = watch.timing(sites[name], candidate)
-        if not watch.faster(sites[name], timing):
-            return None
-        return replace(candidate, cost=candidate.cost.replace(seconds=timing.seconds), kernel=timing.kernel)
+        found = prices.priced(sites[name], candidate)
+        return found if prices.pays(sites[name], found) else None
 
-    candidates = {name: [kept for c in found if (kept := timed(name, c)) is not None] for name, found in table.candidates.items()}
+    candidates = {name: [kept for c in found if (kept := priced(name, c)) is not None] for name, found in table.candidates.items()}
     joint = []
     for option in table.joint:
-        parts = {name: kept for name, part in option.parts.items() if (kept := timed(name, part)) is not None}
+        parts = {name: kept for name, part in option.parts.items() if (kept := priced(name, part)) is not None}
         if len(parts) == len(option.parts):
             joint.append(replace(option, parts=parts))
-    dense = {site.name: watch.dense(site) for site in table.sites}
-    return replace(table, candidates=candidates, joint=joint, dense_times=dense)
+    dense = {site.name: prices.priced(site, dense_candidate(site)) for site in table.sites}
+    return replace(table, candidates=candidates, joint=joint, priced=dense)
 
 
 def _joint_parts(table: Table, name: str) -> list[Candidate]:
     return [option.parts[name] for option in table.joint if name in option.parts]
 
 
-def _fastest(table: Table, budget: Budget, sites: Mapping[str, Site]) -> list[tuple[Site, Form]]:
-    chosen = cheapest(table.options(budget), list(sites), "seconds")
+def _form(choice: Choice) -> Form:
+    return Form(choice.format, choice.rank)
+
+
+def _cheapest(table: Table, budget: Budget, sites: Mapping[str, Site], measure: str) -> list[tuple[Site, Form]]:
+    chosen = cheapest(table.options(budget), list(sites), measure)
     return [(sites[name], candidate.form) for name, candidate in chosen.items() if candidate.form != DENSE]
 
 
-def _explained(plan: RankPlan, table: Table, budget: Budget, original: Cost, watch: Stopwatch) -> tuple[Choice, ...]:
-    """The choices with what was predicted of them and, for sites left dense because of time, where their format breaks even."""
+def _explained(plan: RankPlan, table: Table, budget: Budget, original: Cost, prices: Prices) -> tuple[Choice, ...]:
+    """The choices with what was predicted of them and, for sites left dense because of their price, where their format breaks even."""
     asked = _asked(table, budget, original)
     choices: list[Choice] = []
     for site, choice in zip(table.sites, plan, strict=True):
         if not choice.kept_dense:
-            predicted = watch.predicted(site, choice.form)
-            reason = f"{choice.reason}, {choice.seconds / choice.dense_seconds:.0%} of the time" if choice.dense_seconds else choice.reason
+            predicted = prices.predicted(site, choice.form)
+            before, after = choice.dense.get(prices.measures[0]), choice.cost.get(prices.measures[0])
+            reason = f"{choice.reason}, {after / before:.0%} of the {_title(prices)}" if before else choice.reason
             choices.append(replace(choice, predicted=predicted, reason=reason))
             continue
         wanted = asked.get(site.name) or _mildest(table.candidates.get(site.name, ()), budget)
-        reason = "" if wanted is None else _too_slow(site, wanted, table, watch)
+        reason = "" if wanted is None else _too_dear(site, wanted, table, prices)
         choices.append(replace(choice, predicted=choice.cost.seconds, reason=reason or choice.reason))
     return tuple(choices)
 
 
 def _asked(table: Table, budget: Budget, original: Cost) -> dict[str, Candidate]:
-    """What would be chosen if time did not count."""
-    untimed = replace(budget, bounds=tuple(bound for bound in budget.bounds if bound[0] != "seconds"))
-    if not untimed.bounds and untimed.max_error is None:
+    """What would be chosen if what the target says did not count."""
+    counted = replace(budget, bounds=tuple(bound for bound in budget.bounds if MEASURES.get(bound[0]).needs is not Needs.TARGET))
+    if not counted.bounds and counted.max_error is None:
         return {}
     try:
-        plan = table.plan(untimed, original)
+        plan = table.plan(counted, original)
     except BudgetError:
         return {}
     found = {(name, c.form): c for name, candidates in table.candidates.items() for c in candidates}
@@ -125,19 +130,29 @@ def _mildest(candidates: Iterable[Candidate], budget: Budget) -> Candidate | Non
     return min(allowed, key=lambda candidate: candidate.loss, default=None)
 
 
-def _too_slow(site: Site, asked: Candidate, table: Table, watch: Stopwatch) -> str:
-    """Why time forbids what was asked for; empty where it does not."""
-    timing = watch.timing(site, asked)
-    if watch.faster(site, timing):
+def _too_dear(site: Site, asked: Candidate, table: Table, prices: Prices) -> str:
+    """Why its price forbids what was asked for; empty where it does not."""
+    measure, priced = prices.measures[0], prices.priced(site, asked)
+    if prices.pays(site, priced):
         return ""
-    dense = watch.dense(site).seconds
-    took = f"{timing.seconds / dense:.2f} of the dense time" if timing.kernel else "a format that no runtime here can run"
-    rank = watch.break_even(site, asked.format)
+    amount, dense = priced.cost.get(measure), prices.priced(site, dense_candidate(site)).cost.get(measure)
+    took = f"{amount / dense:.2f} of the dense {_title(prices)}" if math.isfinite(amount) else "a format that no runtime here can run"
+    rank, known = prices.break_even(site, asked.format), "measured rank" if prices.target.here else "rank"
     if rank is not None:
         return f"{asked.format}: break-even at rank {_text(rank)}, asked {_text(asked.rank)}, which takes {took}"
-    if any(watch.faster(site, watch.timing(site, candidate)) for candidate in table.candidates.get(site.name, ())):
-        return f"{asked.format}: no measured rank is faster than dense, asked {_text(asked.rank)}, which takes {took}"
-    return f"no measured rank of any format is faster than dense: {asked.form} takes {took}"
+    if any(prices.pays(site, prices.priced(site, candidate)) for candidate in table.candidates.get(site.name, ())):
+        return f"{asked.format}: no {known} {_better(prices)} than dense, asked {_text(asked.rank)}, which takes {took}"
+    return f"no {known} of any format {_better(prices)} than dense: {asked.form} takes {took}"
+
+
+def _title(prices: Prices) -> str:
+    return MEASURES.get(prices.measures[0]).title.lower()
+
+
+def _better(prices: Prices) -> str:
+    """What a cheaper layer does."""
+    measure = prices.measures[0]
+    return "is faster" if measure == "seconds" else f"takes {MEASURES.get(measure).less}"
 
 
 def _text(rank: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Targets: machines that a plan is made for, and how long a layer takes there.  Importing this package registers all of them."""
+"""Targets: machines that a plan is made for, and what a layer costs there.  Importing this package registers all of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from tdpass.targets.base import ONE_CALL as ONE_CALL
 from tdpass.targets.base import TARGETS as TARGETS
 from tdpass.targets.base import Setting as Setting
 from tdpass.targets.base import Target as Target
+from tdpass.targets.base import TimedTarget as TimedTarget
 from tdpass.targets.base import Timing as Timing
 from tdpass.targets.base import open_target as open_target
 from tdpass.targets.base import register_target as register_target

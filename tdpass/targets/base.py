@@ -1,20 +1,25 @@
-"""What a target is: a machine and a way to run models on it, asked how long a layer takes."""
+"""What a target is: a machine and a way to run models on it, asked what a layer costs there."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 
+from tdpass.cost import Cost
 from tdpass.errors import UsageError
-from tdpass.form import Form
+from tdpass.form import DENSE, Form, Rank
+from tdpass.formats.base import FORMATS
 from tdpass.models.base import Batch, Model
 from tdpass.registry import Registry
 from tdpass.site import Site
+
+LANES = 8
+_FEW = 4
 
 
 @dataclass(frozen=True)
@@ -38,15 +43,19 @@ class Timing:
 
 
 class Target(ABC):
-    """A machine that layers are timed on; a subclass per kind, registered with `register_target`.
+    """A machine that is asked what layers cost; a subclass per kind, registered with `register_target`.
 
-    `margin` is how much faster than the dense layer a form must have been measured to count as faster: what is left of the
-    noise after careful rounds.  `measures` is what it tells of a layer, `notes` what the user should hear of.
+    `measures` is what it tells of a layer, the one that says whether a layer pays first, and `here` whether it is this machine, so
+    that what runs faster here may be chosen by time.  `margin` is how much less than the dense layer a form must cost to count as
+    cheaper: what noise is left in what it tells.  `filled_by` identifies what `filling` goes by.  `notes` is what the user should
+    hear of.
     """
 
     name: ClassVar[str]
-    measures: ClassVar[tuple[str, ...]] = ("seconds",)
+    measures: ClassVar[tuple[str, ...]]
+    here: ClassVar[bool] = False
     margin: ClassVar[float] = 0.0
+    filled_by: str = ""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -58,6 +67,49 @@ class Target(ABC):
 
         `cache` is the folder where measurements are kept.  Raises `UsageError` for a way it does not have, or a missing device.
         """
+
+    @abstractmethod
+    def cost(self, site: Site, forms: Sequence[Form], setting: Setting = ONE_CALL) -> list[Cost]:
+        """What the site costs as each form, over all its calls: an amount of each of `measures`, infinite where it cannot run.
+
+        Raises `UsageError` for a site that was not seen running.
+        """
+
+    @abstractmethod
+    def cost_models(self, models: Sequence[Model], call: Callable[[], Batch], setting: Setting, yardstick: Site | None = None) -> list[Cost]:
+        """What one call of each model costs, all of it as far as the target knows; `call` makes the call where it has to be run.
+
+        With `yardstick`, a dense site that was priced before, the answer is on the scale of that price.
+        """
+
+    @abstractmethod
+    def filling(self, site: Site, format_name: str, ranks: Sequence[Rank]) -> list[Rank]:
+        """The ranks to consider in place of these, cheap to expensive: those that leave nothing of the machine idle, as far as there are any."""
+
+    def break_even(self, site: Site, format_name: str, setting: Setting = ONE_CALL) -> Rank | None:
+        """The largest of the format's ranks, by multiply-adds, that costs less than the dense layer of the first of `measures`; None for none."""
+        fmt, measure = FORMATS.get(format_name), self.measures[0]
+        ranks = sorted(fmt.ranks(site), key=lambda rank: fmt.macs(site, rank))
+        dense, *costs = self.cost(site, [DENSE, *(Form(format_name, rank) for rank in ranks)], setting)
+        limit = dense.get(measure) * (1 - self.margin)
+        return next((rank for rank, cost in zip(reversed(ranks), reversed(costs), strict=True) if cost.get(measure) < limit), None)
+
+    def break_even_sparsity(self, site: Site, group: str = "weight", setting: Setting = ONE_CALL) -> float | None:
+        """See `tdpass.targets.break_even.BreakEven`; raises `UsageError` on a target without sparse operators."""
+        raise UsageError(f"target {self.name} has no sparse operators; use target cpu, or a table of break-even sparsities, table:FILE.yaml")
+
+
+class TimedTarget(Target):
+    """A machine that layers are timed on."""
+
+    measures = ("seconds",)
+    here = True
+    filled_by = f"{LANES} lanes"
+
+    def filling(self, site: Site, format_name: str, ranks: Sequence[Rank]) -> list[Rank]:
+        """Multiples of the lanes of vector units where there are a few: the others take as long as the next multiple."""
+        whole = [rank for rank in ranks if all(r % LANES == 0 for r in rank)]
+        return whole if len(whole) >= _FEW else list(ranks)
 
     @abstractmethod
     def time(self, site: Site, forms: Sequence[Form], setting: Setting, careful: bool = False) -> list[Timing]:
@@ -78,9 +130,11 @@ class Target(ABC):
         """Time of one layer in that form."""
         return self.time(site, [form], Setting(batch, threads, dtype))[0].seconds
 
-    def break_even_sparsity(self, site: Site, group: str = "weight", setting: Setting = ONE_CALL) -> float | None:
-        """See `tdpass.targets.break_even.BreakEven`; raises `UsageError` on a target without sparse operators."""
-        raise UsageError(f"target {self.name} has no sparse operators; use target cpu, or a table of break-even sparsities, table:FILE.yaml")
+    def cost(self, site: Site, forms: Sequence[Form], setting: Setting = ONE_CALL) -> list[Cost]:
+        return [Cost(seconds=timing.seconds) for timing in self.time(site, forms, setting)]
+
+    def cost_models(self, models: Sequence[Model], call: Callable[[], Batch], setting: Setting, yardstick: Site | None = None) -> list[Cost]:
+        return [Cost(seconds=seconds) for seconds in self.time_models(models, call(), setting, yardstick)]
 
 
 TARGETS: Registry[type[Target]] = Registry("target")
@@ -92,7 +146,7 @@ def register_target(cls: type[Target]) -> type[Target]:
 
 
 def open_target(text: str | Target, frontend: str, cache: Path | None = None) -> Target:
-    """Read `cpu`, `cpu:openvino` or `cuda`: a registered target, and after the colon one of its ways to run a model.
+    """Read `cpu`, `cpu:openvino` or `systolic:gemmini`: a registered target, and after the colon one of its ways to run a model.
 
     Raises `UsageError` for an unknown one.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,20 +19,22 @@ _PRUNED = "pruned"
 
 
 def make_layer(site: Site, form: Form, dtype: torch.dtype) -> Layer:
-    """A layer of that form whose weights are noise, scaled so that activations keep their size; no time depends on more.
-
-    A pruned layer is a dense one with fewer channels.
-    """
+    """A layer of that form whose weights are noise, scaled so that activations keep their size; no time depends on more."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(shape: Sequence[int]) -> Tensor:
         return (torch.randn(tuple(shape), generator=generator) / math.sqrt(max(1, math.prod(shape[1:])))).to(dtype)
 
+    return layer_of(site, form, noise)
+
+
+def layer_of(site: Site, form: Form, make: Callable[[tuple[int, ...]], Tensor]) -> Layer:
+    """A layer of that form whose weights are made by their shapes; a pruned layer is a dense one with fewer channels."""
     if form.format == _PRUNED:
         site, form = replace(site, shape=(*form.rank, *site.kernel)), DENSE
-    bias = noise((site.o,)) if site.bias else None
+    bias = make((site.o,)) if site.bias else None
     shapes = FORMATS.get(form.format).shapes(site, form.rank)
-    return Layer(site, form, {name: noise(shape) for name, shape in shapes.items()}, bias)
+    return Layer(site, form, {name: make(shape) for name, shape in shapes.items()}, bias)
 
 
 def weights_of(layer: Layer) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS
 from tdpass.models.base import Batch, Model
 from tdpass.site import Site
-from tdpass.targets.base import Setting, Target, Timing
+from tdpass.targets.base import Setting, TimedTarget, Timing
 from tdpass.targets.layers import make_layer
 from tdpass.targets.runtimes import Runtime
 from tdpass.targets.runtimes.base import Call
@@ -33,7 +33,7 @@ class _Case:
     runtime: Runtime
 
 
-class MeasuredTarget(Target):
+class MeasuredTarget(TimedTarget):
     """A device, the runtimes that divide a model's layers among them, and the table of what was measured.
 
     Times of one call of a layer are kept per runtime.  What is measured later than the dense layer is put on the scale of its

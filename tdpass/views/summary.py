@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from tdpass.cost import Cost
 from tdpass.form import DENSE
+from tdpass.measures import Measure, Needs
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.report import Report, SiteRow
-from tdpass.views.units import human, ratio, score, share, small
+from tdpass.views.units import human, ratio, score, share, shown_measures, small
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,14 @@ def losses_known(rows: Sequence[SiteRow] | Sequence[FormatTotal]) -> bool:
 
 
 def timed(rows: Sequence[SiteRow]) -> bool:
-    """Whether the sites were timed on a target."""
-    return any(row.before.seconds > 0 for row in rows)
+    """Whether the sites were timed, in a runtime."""
+    return any(row.before.seconds > 0 and row.kernel for row in rows)
+
+
+def modelled(rows: Sequence[SiteRow]) -> list[Measure]:
+    """What a modelled target told of the sites."""
+    known = [measure for measure in shown_measures() if measure.needs is Needs.TARGET]
+    return [] if timed(rows) else [measure for measure in known if any(row.before.get(measure.name) for row in rows)]
 
 
 def refusals(report: Report, plan: RankPlan | None = None) -> dict[str, list[str]]:

@@ -19,7 +19,7 @@ from tdpass.models import Batch, Model
 from tdpass.planner.candidates import Candidate
 from tdpass.planner.stopwatch import RANKS_MEASURED, Stopwatch, anchors
 from tdpass.site import Site
-from tdpass.targets import TARGETS, Setting, Target, Timing, open_target
+from tdpass.targets import TARGETS, Setting, Target, TimedTarget, Timing, open_target
 
 Speed = Callable[[Site, Form], float]
 
@@ -30,7 +30,7 @@ def by_macs(site: Site, form: Form) -> float:
     return cost.macs * 1e-9
 
 
-class FakeTarget(Target):
+class FakeTarget(TimedTarget):
     """Times by a rule, and a record of what was asked."""
 
     name = "fake"

@@ -1,0 +1,146 @@
+"""systolic: an array of multiply-add units that hand operands on to their neighbours, in closed form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from tdpass.cost import Cost
+from tdpass.documents import Amount, Count, Document, Positive, Size, read_yaml
+from tdpass.errors import UsageError
+from tdpass.targets.base import register_target
+from tdpass.targets.modelled import ModelledTarget
+from tdpass.targets.workload import Product
+
+_SHIPPED = Path(__file__).parent / "systolic_arrays"
+_DEFAULT = "tpu_like"
+
+
+@dataclass(frozen=True)
+class SystolicArray:
+    """The constants of an array and its memories; a YAML file with these keys.
+
+    `rows` x `columns` units.  `stationary`: what a unit keeps while others pass, a `weight` or an `output`.
+    `hertz`: cycles per second.  `bits` of an operand, `sum_bits` of a partial sum.
+    `bytes_per_cycle` between the array's buffers and memory, which fill while the array works (double buffering).
+    `buffer_bytes` for activations: what does not fit is read again for every block of columns, or of rows.  `sum_bytes` for partial
+    sums: those of a block of columns that do not fit go to memory and back.
+    `mac_joules` per multiply-add, `buffer_joules` per byte that enters or leaves the array, `memory_joules` per byte that enters or
+    leaves the buffers, `watts` at rest.
+    `source`: where the figures come from.
+    """
+
+    rows: Size
+    columns: Size
+    stationary: Literal["weight", "output"]
+    hertz: Positive
+    bits: Size
+    sum_bits: Size
+    bytes_per_cycle: Positive
+    buffer_bytes: Count
+    sum_bytes: Count
+    mac_joules: Amount
+    buffer_joules: Amount
+    memory_joules: Amount
+    watts: Amount
+    source: str
+
+    @classmethod
+    def load(cls, way: str) -> SystolicArray:
+        """A shipped array by name, or one from a YAML file; raises `UsageError` for neither."""
+        shipped = {path.stem: path for path in sorted(_SHIPPED.glob("*.yaml"))}
+        path = shipped.get(way or _DEFAULT, Path(way))
+        hint = f"give a YAML file, or one of: {', '.join(shipped)}"
+        if path.suffix not in {".yaml", ".yml"}:
+            raise UsageError(f"systolic array {way!r} is not known; {hint}")
+        return Document("systolic array", cls, UsageError, hint).check(read_yaml(path, "systolic array", hint), str(path))
+
+    def folds(self, product: Product) -> int:
+        """How often the array is filled: ceil(K / R) ceil(N / C) with weights that stay, ceil(M / R) ceil(N / C) with outputs."""
+        return product.count * -(-self._along(product) // self.rows) * -(-product.columns // self.columns)
+
+    def busy_cycles(self, product: Product) -> int:
+        """Cycles of the array if it never waits: folds (2 R + C + T - 2), T = M or K, the axis that streams.
+
+        R cycles fill the rows (or empty them), the T operands enter one a cycle, each row and column one cycle later than the one
+        before, and the last result leaves R - 1 + C - 1 cycles after the last operand entered (Samajdar et al. 2018, SCALE-Sim).
+        """
+        streams = product.rows if self.stationary == "weight" else product.depth
+        return self.folds(product) * (2 * self.rows + self.columns + streams - 2)
+
+    def edge_bytes(self, product: Product) -> float:
+        """Bytes over the edges of the array, operands that pad it not counted.
+
+        Weights stay: each enters once, inputs ceil(N / C) times, partial sums leave ceil(K / R) times and enter once less.
+        Outputs stay: inputs ceil(N / C) times, weights ceil(M / R) times, outputs leave once.
+        """
+        blocks, folds = -(-product.columns // self.columns), -(-self._along(product) // self.rows)
+        inputs = product.count * product.rows * product.depth * blocks
+        outputs = product.count * product.rows * product.columns
+        again, passes = (1, 2 * folds - 1) if self.stationary == "weight" else (folds, 1)
+        return ((inputs + again * product.weights) * self.bits + passes * outputs * self.sum_bits) / 8
+
+    def memory_bytes(self, product: Product) -> float:
+        """Bytes between buffers and memory: everything once, and again what the buffers do not hold."""
+        blocks, folds = -(-product.columns // self.columns), -(-self._along(product) // self.rows)
+        held = product.read * self.bits <= 8 * self.buffer_bytes
+        reads = product.read * (1 if held else blocks)
+        spilled = 0
+        weights = product.weights
+        if self.stationary == "weight":
+            sums = product.rows * min(product.columns, self.columns) * self.sum_bits
+            spilled = 0 if sums <= 8 * self.sum_bytes else 2 * (folds - 1) * product.made
+        else:
+            weights *= 1 if product.weights * self.bits <= 8 * self.buffer_bytes else folds
+        return ((reads + weights + product.made) * self.bits + spilled * self.sum_bits) / 8
+
+    def cycles(self, product: Product) -> int:
+        """The longer of computing and moving, as they overlap, after the first operands have come.
+
+        Traffic is spread evenly over the folds.
+        """
+        first = self.rows * self.columns * self.bits / 8
+        return max(self.busy_cycles(product), _up(self.memory_bytes(product) / self.bytes_per_cycle)) + _up(first / self.bytes_per_cycle)
+
+    def joules(self, product: Product) -> float:
+        """Energy of the multiply-adds that count, of the traffic, and at rest over the time taken."""
+        moved = self.edge_bytes(product) * self.buffer_joules + self.memory_bytes(product) * self.memory_joules
+        return product.macs * self.mac_joules + moved + self.watts * self.cycles(product) / self.hertz
+
+    def _along(self, product: Product) -> int:
+        """The axis that is laid over the rows."""
+        return product.depth if self.stationary == "weight" else product.rows
+
+
+@register_target
+class SystolicTarget(ModelledTarget):
+    """`systolic:NAME` or `systolic:FILE.yaml`: a `SystolicArray`, running one product after another.
+
+    Every product reads its activations from memory and writes them back.
+    """
+
+    name = "systolic"
+    measures = ("cycles", "seconds", "joules")
+
+    def __init__(self, array: SystolicArray) -> None:
+        super().__init__()
+        self.array = array
+        self.filled_by = str(array)
+        self._price = cache(self._cost_product)
+
+    @classmethod
+    def open(cls, way: str, frontend: str, cache: Path | None) -> SystolicTarget:
+        return cls(SystolicArray.load(way))
+
+    def cost_product(self, product: Product) -> Cost:
+        return self._price(product)
+
+    def _cost_product(self, product: Product) -> Cost:
+        cycles = self.array.cycles(product)
+        return Cost(cycles=cycles, seconds=cycles / self.array.hertz, joules=self.array.joules(product))
+
+
+def _up(value: float) -> int:
+    return -int(-value // 1)

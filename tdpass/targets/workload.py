@@ -1,0 +1,89 @@
+"""Workloads: the matrix products that a layer is, in any format, recorded while its own `apply` runs without data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from tdpass.form import Form
+from tdpass.kinds import kind_of
+from tdpass.ops import Pads, TorchOps
+from tdpass.site import Site
+from tdpass.targets.layers import apply_layer, layer_of, weights_of
+
+
+@dataclass(frozen=True)
+class Product:
+    """`count` products `[rows, depth] @ [depth, columns]` with weights on the right.
+
+    `read` and `made` count the numbers of the activations that it reads and makes once: those of a convolution are fewer than
+    count * rows * depth.
+    """
+
+    rows: int
+    depth: int
+    columns: int
+    count: int
+    read: int
+    made: int
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds."""
+        return self.count * self.rows * self.depth * self.columns
+
+    @property
+    def weights(self) -> int:
+        """Numbers on the right."""
+        return self.count * self.depth * self.columns
+
+
+class _Recorder(TorchOps):
+    """Operations that write down every product; on tensors without data they compute shapes only."""
+
+    def __init__(self) -> None:
+        self.products: list[Product] = []
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = super().linear(x, weight, bias)
+        columns, depth = weight.shape
+        self.products.append(Product(x.numel() // depth, depth, columns, 1, x.numel(), y.numel()))
+        return y
+
+    def conv(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Pads, dilation: Sequence[int], groups: int = 1
+    ) -> Tensor:
+        y = super().conv(x, weight, bias, stride, padding, dilation, groups)
+        outputs, depth = weight.shape[0], math.prod(weight.shape[1:])
+        self.products.append(Product(y.numel() // outputs, depth, outputs // groups, groups, x.numel(), y.numel()))
+        return y
+
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        y = super().matmul(a, b)
+        (rows, depth), columns = a.shape[-2:], b.shape[-1]
+        batches = y.numel() // (rows * columns)
+        if b.dim() == 2:  # one matrix on the right of all
+            self.products.append(Product(batches * rows, depth, columns, 1, a.numel(), y.numel()))
+        elif a.dim() == 2:  # one on the left of all: the transposed product
+            self.products.append(Product(batches * columns, depth, rows, 1, b.numel(), y.numel()))
+        else:
+            self.products.append(Product(rows, depth, columns, batches, a.numel(), y.numel()))
+        return y
+
+
+def products_of(site: Site, form: Form, batch: int = 1) -> tuple[Product, ...]:
+    """The products of one call of the layer for `batch` samples, as its first extent tells; none for what computes nothing."""
+    return _products_of(replace(site, name="", extents=site.extents[:1], samples=1), form, batch)
+
+
+@cache
+def _products_of(site: Site, form: Form, batch: int) -> tuple[Product, ...]:
+    layer = layer_of(site, form, lambda shape: torch.empty(shape, device="meta"))
+    recorder = _Recorder()
+    apply_layer(recorder, layer, torch.empty(kind_of(site).sample(site, batch), device="meta"), weights_of(layer))
+    return tuple(recorder.products)
