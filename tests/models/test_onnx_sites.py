@@ -318,7 +318,7 @@ def declined_cases() -> dict[str, tuple[Callable[[], Case], str]]:
             ),
             "quantized",
         ),
-        "batched": (lambda: Case([node("MatMul", "x w")], {"w": weight(2, 8, 6)}, (2, 3, 8), ()), "batch of matrices"),
+        "batched": (lambda: Case([node("MatMul", "x w")], {"w": weight(2, 8, 6)}, (2, 3, 8), ()), "several matrices as one weight; export the model"),
         "also_read_by_transpose": (
             lambda: Case([node("MatMul", "x w", "h"), node("Transpose", "w", "t"), node("MatMul", "h t")], {"w": w.T.copy()}, (2, 8), ()), "Transpose",
         ),

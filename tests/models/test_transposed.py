@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from onnx_nets import svd, to_onnx
+from onnx_nets import model_of, node, svd, to_onnx, weight
 from torch import Tensor, nn
 
 import tdpass
@@ -121,6 +121,12 @@ def test_what_computes_something_else_is_left_alone(cls: type[Conv1D]) -> None:
     model = open_model(network, Batch((X,)))
     assert [site.name for site in model.sites()] == ["1"]
     assert f"{cls.__name__} holds a weight" in model.declined()["0"]
+
+
+def test_several_matrices_in_one_initializer_say_what_to_do() -> None:
+    proto = model_of([node("MatMul", "x w")], {"w": weight(4, 24, 16)}, (4, "N", 24))
+    with pytest.raises(tdpass.TdpassError, match="no site is left to compress: w: it holds several matrices as one weight; export the model with a linear"):
+        tdpass.compress(proto, {"params": 0.5}, torch.randn(4, 6, 24))
 
 
 class Experts(nn.Module):

@@ -34,6 +34,7 @@ class Matcher(Protocol):
 
 _QUANTIZED = "the weight is quantized; compress the floating-point model, then quantize it"
 _FOLD = "the weight is computed from a constant at run time; fold constants first (onnxscript.optimizer.optimize)"
+_SEVERAL = "it holds several matrices as one weight; export the model with a linear layer of its own for each (experts of a mixture too)"
 _UNFOLDED = {"DequantizeLinear": _QUANTIZED, "Transpose": _FOLD, "Reshape": _FOLD, "Cast": _FOLD, "Identity": _FOLD, "Squeeze": _FOLD, "Unsqueeze": _FOLD}
 MATCHERS: Registry[Matcher] = Registry("ONNX matcher")
 
@@ -160,7 +161,7 @@ class MatMulMatcher:
         right = weight.index == 1
         shape, rank = sizes(tensor), shapes.rank(data.value)
         if len(shape) != 2:
-            raise DeclinedNode(weight.value, "a vector has nothing to factor" if len(shape) < 2 else "a batch of matrices as one weight is not supported")
+            raise DeclinedNode(weight.value, "a vector has nothing to factor" if len(shape) < 2 else _SEVERAL)
         if right:
             return self._with_add(Use(data, weight, PRODUCT, transposed=True), shape[1], rank)
         if rank is None:
