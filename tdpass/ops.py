@@ -26,6 +26,13 @@ class Ops(Protocol[V]):
     def conv(self, x: V, weight: V, bias: V | None, stride: Sequence[int], padding: Pads, dilation: Sequence[int], groups: int = 1) -> V:
         """Convolution of `x[n, i, *size]` with `weight[o, i / groups, *kernel]`; `padding` is (before, after) per axis."""
 
+    def conv_transpose(self, x: V, weight: V, bias: V | None, stride: Sequence[int], cut: Pads, dilation: Sequence[int], groups: int = 1) -> V:
+        """`y[n, o, stride p + dilation k - before] += weight[o, i, k] x[n, i, p]` for `weight[o, i / groups, *kernel]`.
+
+        `cut` is (before, after) per axis: how many positions of the whole sum are left out; where `after` is negative, so many more
+        are made, fewer than the larger of stride and dilation.
+        """
+
     def reshape(self, x: V, shape: Sequence[int]) -> V:
         """Reshape; -1 stands for the one size that follows from the rest."""
 
@@ -72,6 +79,32 @@ def transposed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.t(), bias)
 
 
+def swapped_channels(weight: Tensor, groups: int) -> Tensor:
+    """`[o, i / groups, *kernel]` of `[i, o / groups, *kernel]`, the way transposed convolutions are stored, and the other way round."""
+    first, second, *kernel = weight.shape
+    parts = weight.reshape(groups, first // groups, second, *kernel).transpose(1, 2)
+    return parts.reshape(groups * second, first // groups, *kernel)
+
+
+def transposed_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], cut: Pads, dilation: Sequence[int], groups: int
+) -> Tensor:
+    """`Ops.conv_transpose`, recorded as one call."""
+    if has_torch_function((x, weight)):
+        result: Tensor = handle_torch_function(transposed_convolution, (x, weight), x, weight, bias, stride, cut, dilation, groups)
+        return result
+    whole = [(before, before - after) for before, after in cut]
+    limits = [max(steps) for steps in zip(stride, dilation, strict=True)]
+    if not all(0 <= extra < limit for (_, extra), limit in zip(whole, limits, strict=True)):  # torch cuts both ends alike
+        whole = [(min(before, after), 0) if after >= 0 else (0, -after) for before, after in cut]
+    padding, extra = zip(*whole, strict=True)
+    stored = swapped_channels(weight, groups)
+    convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.dim() - 3]
+    y = convolve(x, stored, bias, tuple(stride), padding, extra, groups, tuple(dilation))
+    rest = [(before - p, after - p + e) for (before, after), p, e in zip(cut, padding, extra, strict=True)]
+    return F.pad(y, [-size for pair in reversed(rest) for size in pair]) if any(map(any, rest)) else y
+
+
 class TorchOps:
     """Eager torch; also the reference of every kernel."""
 
@@ -85,6 +118,11 @@ class TorchOps:
             return padded_convolution(x, weight, bias, stride, padding, dilation, groups)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
         return convolve(x, weight, bias, tuple(stride), tuple(before for before, _ in padding), tuple(dilation), groups)
+
+    def conv_transpose(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], cut: Pads, dilation: Sequence[int], groups: int = 1
+    ) -> Tensor:
+        return transposed_convolution(x, weight, bias, stride, cut, dilation, groups)
 
     def reshape(self, x: Tensor, shape: Sequence[int]) -> Tensor:
         return x.reshape(tuple(shape))

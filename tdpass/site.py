@@ -19,7 +19,7 @@ def selects(name: str, include: Iterable[str], exclude: Iterable[str]) -> bool:
 
 @dataclass(frozen=True)
 class Site:
-    """A weight `W[o, i]` of a linear layer or `W[o, i, *kernel]` of a convolution, and where it is used.
+    """A weight `W[o, i / groups, *kernel]`, without a kernel that of a linear layer, and where it is used.
 
     `name` is the same on every front end: the module's path in torch, the initializer's name without
     `.weight` in ONNX.  `kind` is a name in `tdpass.kinds.KINDS`.  `padding` has a (before, after) pair per spatial axis.  `extents` holds one
@@ -38,6 +38,7 @@ class Site:
     itemsize: int = 4
     extents: tuple[Extent, ...] = ()
     samples: int = 1
+    groups: int = 1
 
     @property
     def o(self) -> int:
@@ -47,7 +48,7 @@ class Site:
     @property
     def i(self) -> int:
         """Input channels."""
-        return self.shape[1]
+        return self.shape[1] * self.groups
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -90,4 +91,5 @@ class Site:
     def geometry(self) -> dict[str, Any]:
         """What identifies the layer apart from its name and activation sizes, as JSON values."""
         record = asdict(self)
-        return {key: record[key] for key in ("kind", "shape", "stride", "padding", "dilation")}
+        named = ("kind", "shape", "stride", "padding", "dilation", *(("groups",) if self.groups > 1 else ()))
+        return {key: record[key] for key in named}

@@ -103,7 +103,7 @@ class Format(ABC):
 
     def fits(self, site: Site) -> bool:
         """Whether the format makes sense for that site."""
-        return site.axes in self.axes
+        return site.axes in self.axes and site.groups == 1
 
     @abstractmethod
     def ranks(self, site: Site) -> Sequence[Rank]:
@@ -157,7 +157,7 @@ class Format(ABC):
         if max(map(abs, exponents)) <= _RANGE:
             return self.decompose(weight, site, metric)
         shifts = [exponent if abs(exponent) > _RANGE else 0 for exponent in exponents]
-        near = Metric(_shifted(inputs, -shifts[1]), _shifted(outputs, -shifts[2]), metric.mean)
+        near = Metric(_shifted(inputs, -shifts[1]), _shifted(outputs, -shifts[2]), metric.mean, metric.groups)
         return _Scaled(self.decompose(weight * 2.0 ** -shifts[0], site, near), shifts[0])
 
     def refine(self, weight: Tensor, site: Site, rank: Rank, factors: Factors, metric: Metric | None = None) -> Factors:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
 from tdpass.form import Rank
-from tdpass.formats.base import Factors, no_padding, unit
+from tdpass.formats.base import Factors, apply_dense, no_padding, unit
 from tdpass.formats.multilinear import Modes, balanced_factors
+from tdpass.kinds import kind_of
 from tdpass.ops import Ops, V
 from tdpass.site import Site
 
@@ -65,7 +67,7 @@ class Grouped(Layout):
 
     def macs(self, site: Site, rank: Rank) -> int:
         b, s, r = rank
-        return b * (r * site.i * site.in_positions + s * (r * math.prod(site.kernel) + site.o) * site.out_positions)
+        return b * (r * site.i * site.in_positions + s * (r * math.prod(site.kernel) * kind_of(site).positions(site) + site.o * site.out_positions))
 
     def rank(self, factors: Factors) -> Rank:
         r = factors["core"].shape[1]
@@ -82,7 +84,8 @@ class Grouped(Layout):
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
         axes = len(site.kernel)
         h = ops.conv(x, f["first"], None, unit(axes), no_padding(axes), unit(axes))
-        return ops.conv(h, f["core"], None, site.stride, site.padding, site.dilation, groups=rank[0])
+        b, s, r = rank
+        return apply_dense(ops, h, f["core"], None, replace(site, shape=(b * s, r, *site.kernel), groups=b))
 
 
 class Batched(Layout):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tdpass.form import Rank
 from tdpass.formats.alternating import State
-from tdpass.formats.base import Factors, Stage, no_padding, pointwise, unit
+from tdpass.formats.base import Factors, Stage, apply_dense, no_padding, pointwise, unit
 from tdpass.formats.multilinear import Modes, balanced_factors
+from tdpass.kinds import kind_of
 from tdpass.ops import Ops, V
 from tdpass.site import Site
 
@@ -127,12 +128,12 @@ class ConvChain(Chain):
     def macs(self, rank: Rank) -> int:
         r, s = rank
         site = self.site
-        return r * site.i * site.in_positions + s * (r * math.prod(site.kernel) + site.o) * site.out_positions
+        return r * site.i * site.in_positions + s * (r * math.prod(site.kernel) * kind_of(site).positions(site) + site.o * site.out_positions)
 
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], rank: Rank) -> V:
         axes = len(self.site.kernel)
         h = ops.conv(x, f["first"], None, unit(axes), no_padding(axes), unit(axes))
-        return ops.conv(h, f["core"], None, self.site.stride, self.site.padding, self.site.dilation)
+        return apply_dense(ops, h, f["core"], None, replace(self.site, shape=(rank[1], rank[0], *self.site.kernel)))
 
     def last_stage(self, rank: Rank) -> Stage:
         return Stage("last", pointwise(self.site.o, rank[1], len(self.site.kernel), self.site.name))
@@ -177,8 +178,8 @@ class SplitConvChain(Chain):
         o, i = self.parts
         shapes, site = self.shapes(rank), self.site
         before = sum(math.prod(i[k + 1 :]) * math.prod(shapes[f"in{k + 1}"]) for k in range(len(i)))
-        after = math.prod(shapes["core"]) + sum(math.prod(o[:k]) * math.prod(shapes[f"out{k + 1}"]) for k in range(len(o)))
-        return before * site.in_positions + after * site.out_positions
+        after = sum(math.prod(o[:k]) * math.prod(shapes[f"out{k + 1}"]) for k in range(len(o)))
+        return before * site.in_positions + math.prod(shapes["core"]) * kind_of(site).positions(site) + after * site.out_positions
 
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], rank: Rank) -> V:
         """Channels go last for the matrix products and come back for the convolution and at the end."""
@@ -193,7 +194,8 @@ class SplitConvChain(Chain):
             weight = ops.reshape(f[f"in{k + 1}"], (ends[k] * i[k], ends[k + 1]))
             h = ops.matmul(ops.reshape(h, (-1, left, ends[k] * i[k])), weight)
         h = ops.permute(ops.restore_positions(ops.reshape(h, (-1, ends[a])), seen, ends[a]), to_second)
-        seen = ops.permute(ops.conv(h, f["core"], None, self.site.stride, self.site.padding, self.site.dilation), to_last)
+        core = replace(self.site, shape=(ends[a + 1], ends[a], *self.site.kernel))
+        seen = ops.permute(apply_dense(ops, h, f["core"], None, core), to_last)
         h = ops.flatten_positions(seen, ends[a + 1])
         for k in range(a):
             r, s = ends[a + 1 + k], ends[a + 2 + k]

@@ -10,7 +10,9 @@ from torch import Tensor
 from tdpass.form import Rank
 from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Stage, apply_dense, pointwise, rank_grid, register_format
 from tdpass.formats.metric import Metric
+from tdpass.formats.per_group import per_group
 from tdpass.formats.spectrum import WeightedSvd
+from tdpass.kinds import kind_of
 from tdpass.ops import Ops, V
 from tdpass.site import Site
 
@@ -30,6 +32,7 @@ class _Spectrum(Decomposition):
 
 
 @register_format
+@per_group
 class ChannelSvd(Format):
     """W[o, i, h, w] = sum_r last[o, r] first[r, i, h, w]: an SVD of the `o x (i h w)` unfolding.
 
@@ -38,6 +41,9 @@ class ChannelSvd(Format):
 
     name = "channel_svd"
     axes = range(1, 4)
+
+    def fits(self, site: Site) -> bool:
+        return super().fits(site) and site.o > 1
 
     def ranks(self, site: Site) -> Sequence[Rank]:
         return [(r,) for r in rank_grid(min(site.o, site.weights // site.o))]
@@ -50,7 +56,7 @@ class ChannelSvd(Format):
         return {"first": (r, *site.shape[1:]), "last": (site.o, r, *(1 for _ in site.kernel))}
 
     def macs(self, site: Site, rank: Rank) -> int:
-        return rank[0] * (site.weights // site.o + site.o) * site.out_positions
+        return rank[0] * (site.weights // site.o * kind_of(site).positions(site) + site.o * site.out_positions)
 
     def reconstruct(self, factors: Factors, site: Site) -> Tensor:
         return (factors["last"].flatten(1) @ factors["first"].flatten(1)).reshape(site.shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor
 
 from tdpass.form import Rank
 from tdpass.formats.alternating import State
-from tdpass.formats.base import Decomposition, Factors, Format, Stage, no_padding, pointwise, rank_grid, register_format, unit
+from tdpass.formats.base import Decomposition, Factors, Format, Stage, apply_dense, no_padding, pointwise, rank_grid, register_format, unit
 from tdpass.formats.cp_fit import CpFit, khatri_rao
 from tdpass.formats.metric import Metric
 from tdpass.formats.multilinear import Modes, improve_left
+from tdpass.formats.per_group import per_group
 from tdpass.formats.searched import Searched
+from tdpass.kinds import kind_of
 from tdpass.ops import Ops, V
 from tdpass.site import Site
 
@@ -34,11 +36,12 @@ class _Depthwise:
     def kernel(self, site: Site) -> tuple[int, ...]:
         return tuple(size if axis in self.axes else 1 for axis, size in enumerate(site.kernel))
 
-    def geometry(self, site: Site) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...], tuple[int, ...]]:
+    def site(self, site: Site, terms: int) -> Site:
+        """The layer of that many channels."""
         stride = tuple(step if axis in self.axes else 1 for axis, step in enumerate(site.stride))
         padding = tuple(pair if axis in self.axes else (0, 0) for axis, pair in enumerate(site.padding))
         dilation = tuple(step if axis in self.axes else 1 for axis, step in enumerate(site.dilation))
-        return stride, padding, dilation
+        return replace(site, shape=(terms, 1, *self.kernel(site)), stride=stride, padding=padding, dilation=dilation, groups=terms)
 
 
 def _stages(site: Site) -> Iterator[_Depthwise]:
@@ -82,6 +85,7 @@ class _Components(Searched):
 
 
 @register_format
+@per_group
 class Cp(Format):
     """W[o, i, h, w] = sum_r a[o, r] b[i, r] c[h, r] d[w, r]: a 1x1, a depthwise h x 1 and 1 x w, and a 1x1.
 
@@ -116,7 +120,8 @@ class Cp(Format):
         return {"b": (r, site.i, *ones), **depthwise, "a": (site.o, r, *ones)}
 
     def macs(self, site: Site, rank: Rank) -> int:
-        depthwise = sum(stage.size * site.positions_after(stage.axes.stop) for stage in _stages(site))
+        kind = kind_of(site)
+        depthwise = sum(stage.size * kind.positions(site, stage.axes) for stage in _stages(site))
         return rank[0] * (site.i * site.in_positions + depthwise + site.o * site.out_positions)
 
     def reconstruct(self, factors: Factors, site: Site) -> Tensor:
@@ -126,7 +131,7 @@ class Cp(Format):
         axes = len(site.kernel)
         h = ops.conv(x, f["b"], None, unit(axes), no_padding(axes), unit(axes))
         for stage in _stages(site):
-            h = ops.conv(h, f[stage.name], None, *stage.geometry(site), groups=rank[0])
+            h = apply_dense(ops, h, f[stage.name], None, stage.site(site, rank[0]))
         return h
 
     def last_stage(self, site: Site, rank: Rank) -> Stage:

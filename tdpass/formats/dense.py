@@ -22,6 +22,9 @@ class Dense(Format):
     axes = range(4)
     offered = False
 
+    def fits(self, site: Site) -> bool:
+        return True
+
     def ranks(self, site: Site) -> Sequence[Rank]:
         return [()]
 

@@ -12,7 +12,9 @@ from torch import Tensor
 from tdpass.form import Rank
 from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Stage, no_padding, rank_grid, register_format, unit
 from tdpass.formats.metric import Metric
+from tdpass.formats.per_group import per_group
 from tdpass.formats.shared_fit import SharedFit
+from tdpass.kinds import kind_of
 from tdpass.ops import Ops, V
 from tdpass.site import Site
 
@@ -32,6 +34,7 @@ class _Fit(Decomposition):
 
 
 @register_format
+@per_group
 class InputSvd(Format):
     """W[o, i, h, w] = sum_r last[o, r, h, w] first[r, i]: an SVD of the `i x (o h w)` unfolding.
 
@@ -42,7 +45,7 @@ class InputSvd(Format):
     axes = range(1, 4)
 
     def fits(self, site: Site) -> bool:
-        return super().fits(site) and math.prod(site.kernel) > 1
+        return super().fits(site) and site.i > 1 and math.prod(site.kernel) > 1
 
     def ranks(self, site: Site) -> Sequence[Rank]:
         return [(r,) for r in rank_grid(min(site.i, site.weights // site.i))]
@@ -55,7 +58,7 @@ class InputSvd(Format):
         return {"first": (r, site.i, *unit(len(site.kernel))), "last": (site.o, r, *site.kernel)}
 
     def macs(self, site: Site, rank: Rank) -> int:
-        return rank[0] * (site.i * site.in_positions + site.weights // site.i * site.out_positions)
+        return rank[0] * (site.i * site.in_positions + site.weights // site.i * kind_of(site).positions(site))
 
     def reconstruct(self, factors: Factors, site: Site) -> Tensor:
         return torch.einsum("orx,ri->oix", factors["last"].flatten(2), factors["first"].flatten(1)).reshape(site.shape)

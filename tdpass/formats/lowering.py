@@ -117,7 +117,7 @@ class _Recorder:
     def _refuse(self, *_: object) -> NoReturn:
         raise _NotAChainError
 
-    reshape = permute = matmul = add = flatten_positions = restore_positions = fill = _refuse
+    conv_transpose = reshape = permute = matmul = add = flatten_positions = restore_positions = fill = _refuse
 
 
 def _pair(values: Sequence[int], rest: int) -> tuple[int, int]:

@@ -20,12 +20,14 @@ class Metric:
 
     `inputs` is C: the covariance of the (unfolded) input, a square matrix, or its diagonal as a vector where the matrix
     would not fit; `outputs` is G: how much the network's output moves with each output channel.  None stands for the
-    identity.  `mean` is the mean unfolded input.  All float64 or float32 on the CPU; used in float64.
+    identity.  `mean` is the mean unfolded input.  Of a layer of several groups each has its own, stacked along a first
+    axis; G then holds the outputs of one group.  All float64 or float32 on the CPU; used in float64.
     """
 
     inputs: Tensor | None = None
     outputs: Tensor | None = None
     mean: Tensor | None = None
+    groups: int = 1
 
     @property
     def plain(self) -> bool:
@@ -37,11 +39,31 @@ class Metric:
         if self.inputs is None:
             return matrix
         c = self.inputs.double()
+        if self.groups > 1:
+            parts = self._by_group(matrix)
+            return (parts * c[:, None] if c.dim() == 2 else parts @ c).flatten(0, 1)
         return matrix * c if c.dim() == 1 else matrix @ c
 
     def times_outputs(self, matrix: Tensor) -> Tensor:
         """`G @ matrix`."""
-        return matrix if self.outputs is None else self.outputs.double() @ matrix
+        if self.outputs is None:
+            return matrix
+        g = self.outputs.double()
+        return g @ matrix if self.groups == 1 else (g @ self._by_group(matrix)).flatten(0, 1)
+
+    def mean_output(self, matrix: Tensor) -> Tensor | None:
+        """`matrix @ mean`, what the layer with that unfolded weight answers on average; None where the mean is not known."""
+        if self.mean is None:
+            return None
+        return matrix @ self.mean if self.groups == 1 else (self._by_group(matrix) @ self.mean[:, :, None]).flatten()
+
+    def _by_group(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(self.groups, -1, matrix.shape[1])
+
+    def of_group(self, group: int) -> Metric:
+        """That of one group of a grouped layer."""
+        inputs, outputs, mean = (None if value is None else value[group] for value in (self.inputs, self.outputs, self.mean))
+        return Metric(inputs, outputs, mean)
 
     def square(self, matrix: Tensor) -> float:
         """`|| G^1/2 M C^1/2 ||^2` of an unfolded matrix."""

@@ -12,6 +12,7 @@ from tdpass.errors import PlanError, UnsupportedError
 from tdpass.form import Rank
 from tdpass.formats.base import Decomposition, Factors, Format, Stage, register_format
 from tdpass.formats.metric import Metric
+from tdpass.kinds import kind_of
 from tdpass.ops import Ops, V
 from tdpass.site import Site
 
@@ -41,7 +42,7 @@ class Pruned(Format):
         return {"kept": (*rank, *site.kernel)}
 
     def macs(self, site: Site, rank: Rank) -> int:
-        return math.prod(rank) * math.prod(site.kernel) * site.out_positions
+        return math.prod(rank) * math.prod(site.kernel) * kind_of(site).positions(site)
 
     def outputs(self, site: Site, rank: Rank) -> int:
         return rank[0]
@@ -94,5 +95,6 @@ class Constant(Format):
 
     def apply(self, ops: Ops[V], x: V, f: Mapping[str, V], bias: V | None, site: Site, rank: Rank) -> V:
         assert bias is not None
-        geometry = zip(site.kernel, site.padding, site.dilation, site.stride, strict=True)
-        return ops.fill(x, bias, [(d * (k - 1) + 1 - sum(pads), stride) for k, pads, d, stride in geometry])
+        reaches = kind_of(site).reaches(site)
+        assert reaches is not None
+        return ops.fill(x, bias, reaches)

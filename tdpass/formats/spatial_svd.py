@@ -12,7 +12,9 @@ from torch import Tensor
 from tdpass.form import Rank
 from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Stage, apply_dense, no_padding, rank_grid, register_format, unit
 from tdpass.formats.metric import Metric
+from tdpass.formats.per_group import per_group
 from tdpass.formats.shared_fit import SharedFit
+from tdpass.kinds import kind_of
 from tdpass.ops import Ops, V
 from tdpass.site import Site
 
@@ -54,6 +56,7 @@ class _Fit(Decomposition):
 
 
 @register_format
+@per_group
 class SpatialSvd(Format):
     """W[o, i, h, w] = sum_r last[o, r, w] first[r, i, h]: an SVD of the `(i h) x (o w)` unfolding.
 
@@ -78,8 +81,9 @@ class SpatialSvd(Format):
         return {"first": _first(site, r).shape, "last": _last(site, r).shape}
 
     def macs(self, site: Site, rank: Rank) -> int:
-        (r,) = rank
-        return r * (site.i * site.kernel[0] * site.positions_after(1) + site.o * math.prod(site.kernel[1:]) * site.out_positions)
+        (r,), kind = rank, kind_of(site)
+        first, rest = kind.positions(site, range(1)), kind.positions(site, range(1, site.axes))
+        return r * (site.i * site.kernel[0] * first + site.o * math.prod(site.kernel[1:]) * rest)
 
     def reconstruct(self, factors: Factors, site: Site) -> Tensor:
         first, last = factors["first"], factors["last"]

@@ -14,8 +14,10 @@ from torch import Tensor
 from tdpass.form import Rank
 from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Stage, apply_dense, no_padding, pointwise, register_format, unit
 from tdpass.formats.metric import Metric
+from tdpass.formats.per_group import per_group
 from tdpass.formats.shared_fit import SharedFit
 from tdpass.formats.spectrum import WeightedSvd
+from tdpass.kinds import kind_of
 from tdpass.ops import Ops, V
 from tdpass.site import Site
 
@@ -57,6 +59,7 @@ class _Fit(Decomposition):
 
 
 @register_format
+@per_group
 class Tucker2(Format):
     """W[o, i, h, w] = sum_rs last[o, s] core[s, r, h, w] first[r, i]; ranks are (s, r).
 
@@ -68,7 +71,7 @@ class Tucker2(Format):
     axes = range(1, 4)
 
     def fits(self, site: Site) -> bool:
-        return super().fits(site) and math.prod(site.kernel) > 1
+        return super().fits(site) and min(site.o, site.i) > 1 and math.prod(site.kernel) > 1
 
     def ranks(self, site: Site) -> Sequence[Rank]:
         top = self._top(site)
@@ -89,7 +92,7 @@ class Tucker2(Format):
 
     def macs(self, site: Site, rank: Rank) -> int:
         s, r = rank
-        return r * site.i * site.in_positions + s * (r * math.prod(site.kernel) + site.o) * site.out_positions
+        return r * site.i * site.in_positions + s * (r * math.prod(site.kernel) * kind_of(site).positions(site) + site.o * site.out_positions)
 
     def reconstruct(self, factors: Factors, site: Site) -> Tensor:
         first, core, last = factors["first"].flatten(1), factors["core"].flatten(2), factors["last"].flatten(1)

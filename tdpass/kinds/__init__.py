@@ -18,6 +18,7 @@ from tdpass.kinds.convolution import Convolution
 from tdpass.kinds.linear import Linear
 from tdpass.kinds.transposed import TransposedLinear as TransposedLinear
 from tdpass.kinds.transposed import as_layer as as_layer
+from tdpass.kinds.transposed_convolution import TransposedConvolution as TransposedConvolution
 from tdpass.site import Site
 
 PRODUCT = Linear.name

@@ -34,11 +34,12 @@ class Attributes(Protocol):
 
 @dataclass(frozen=True)
 class Window:
-    """How a layer moves over what it reads: per spatial axis its stride, (before, after) padding and dilation."""
+    """How a layer moves over what it reads: per spatial axis its stride, (before, after) padding and dilation; and its groups."""
 
     stride: Sizes = ()
     padding: Pads = ()
     dilation: Sizes = ()
+    groups: int = 1
 
 
 class LayerKind(ABC):
@@ -47,7 +48,8 @@ class LayerKind(ABC):
     Class attributes: `name`, as sites and files say it; `axes`, the numbers of spatial axes that its layers may have; `modules`, the
     torch classes of it; `functions`, what torch graphs call it by, each with the class of module that computes the same, and
     `arguments`, what those functions take after input and weight, with defaults; `calls`, the functions by which a running model
-    reaches it, input and weight first; `operator`, the ONNX operator that reads input, weight and bias, "" where there is none.
+    reaches it, input and weight first; `operator`, the ONNX operator that reads input, weight and bias, "" where there is none; `as_stored`, whether
+    models store the weight as `[o, i / groups, *kernel]`.
     """
 
     name: ClassVar[str]
@@ -57,6 +59,7 @@ class LayerKind(ABC):
     arguments: ClassVar[Mapping[str, Any]]
     calls: ClassVar[frozenset[Callable[..., Any]]]
     operator: ClassVar[str] = ""
+    as_stored: ClassVar[bool] = True
 
     @abstractmethod
     def examples(self) -> Sequence[Site]:
@@ -78,8 +81,12 @@ class LayerKind(ABC):
     def build(self, cls: type[nn.Module], shape: Sizes, options: Mapping[str, Any]) -> nn.Module:
         """A module on the meta device, without bias, for a weight of that shape and the `arguments` given."""
 
+    def turned(self, weight: Tensor, groups: int) -> Tensor:
+        """The weight `[o, i / groups, *kernel]` of one as models store it, and the other way round."""
+        return weight
+
     def window(self, attributes: Attributes, shape: Sizes, size: Sequence[int | None]) -> Window:
-        """The window of a node with a weight of that shape that reads that spatial size; raises `UnsupportedError` with the reason."""
+        """The window of a node with a stored weight of that shape that reads that spatial size; raises `UnsupportedError` with the reason."""
         return Window()
 
     @abstractmethod
@@ -111,11 +118,15 @@ class LayerKind(ABC):
 
     @abstractmethod
     def apply(self, ops: Ops[V], x: V, weight: V, bias: V | None, site: Site) -> V:
-        """The dense layer, from a weight `[o, i, *kernel]`."""
+        """The dense layer, from a weight `[o, i / groups, *kernel]`."""
+
+    @abstractmethod
+    def reaches(self, site: Site) -> Sequence[tuple[int, int]] | None:
+        """(reach, stride) per spatial axis, as `Ops.fill` takes them; None where output sizes do not follow from such."""
 
     @abstractmethod
     def rows(self, x: Tensor, site: Site, limit: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """What the layer reads as rows `[positions, i * prod(kernel)]`, in the order of `weight.flatten(1)`.
+        """What the layer reads as rows `[positions, i * prod(kernel)]`, for each group in the order of `weight.flatten(1)`.
 
         Rows run over samples, then output positions.  `limit` asks for a random subset of at most that many rows, gathered without
         unfolding the rest.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -11,35 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdpass.errors import UnsupportedError
-from tdpass.kinds.base import TYPICAL, Attributes, Functions, LayerKind, Sizes, Window, register_kind, some_rows
+from tdpass.kinds.base import TYPICAL, Attributes, Functions, Sizes, Window, register_kind
 from tdpass.kinds.pads import explicit_pads
+from tdpass.kinds.spatial import Spatial, some_windows, windows, with_samples
 from tdpass.ops import Ops, V, padded_convolution
 from tdpass.site import Extent, Pads, Site
 
 _ATEN = torch.ops.aten
 
 
-class Spatial(LayerKind):
-    """What kinds with spatial axes share: `x[n, i, *size]` and `y[n, o, *size]`, and an extent per image."""
-
-    axes = range(1, 4)
-
-    def call(self, site: Site, read: Sizes, made: Sizes) -> tuple[Extent, int]:
-        axes = site.axes
-        return (read[-axes:], made[-axes:]), math.prod(read[: -axes - 1])  # without an axis of images there is one
-
-    def sample(self, site: Site, batch: int) -> Sizes:
-        ((read, _), *_) = site.extents
-        return (batch, site.i, *read)
-
-    def output_rows(self, y: Tensor, site: Site) -> Tensor:
-        y = _with_samples(y, site)
-        return y.movedim(1, -1).reshape(-1, y.shape[1])
-
-
 @register_kind
 class Convolution(Spatial):
-    """`y[n, o, p] = sum_ik W[o, i, k] x[n, i, stride p + dilation k - before]`, zero where x has nothing."""
+    """`y[n, o, p] = sum_ik W[o, i, k] x[n, i, stride p + dilation k - before]`, zero where x has nothing.
+
+    With groups each output sums over the inputs of its own group alone: `W[o, i / groups, *kernel]`.
+    """
 
     name = "conv"
     modules = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -62,40 +47,24 @@ class Convolution(Spatial):
             _seen("conv2d_1x7", (8, 12, 1, 7), (6, 9), stride=2, padding=(1, 1)),
             _seen("conv1d", (16, 12, 5), (15,), stride=2, padding=(1, 2)),
             _seen("conv3d", (8, 6, 3, 3, 3), (5, 6, 5), stride=2, padding=(1, 1)),
+            _seen("grouped2d", (12, 6, 3, 3), (8, 7), stride=2, padding=(1, 1), groups=2),
+            _seen("grouped1d", (12, 4, 5), (13,), padding=(1, 2), groups=3),
+            _seen("depthwise2d", (8, 1, 5, 5), (9, 8), padding=(2, 2), groups=8),
+            _seen("multiplied2d", (8, 1, 5, 5), (9, 8), padding=(2, 2), groups=4),
         )
 
     def site(self, module: nn.Module, name: str) -> Site:
         assert isinstance(module, self.modules)
-        weight = module.weight
-        return Site(
-            name, self.name, tuple(weight.shape), tuple(module.stride), _padding_of(module), tuple(module.dilation),
-            module.bias is not None, weight.element_size(),
-        )  # fmt: skip
+        return self.site_of(module, name, _padding_of(module))
 
-    def why_not(self, module: nn.Module) -> str | None:
-        assert isinstance(module, self.modules)
-        return None if module.groups == 1 else f"grouped convolutions (groups={module.groups}) are not factored"
-
-    def build(self, cls: type[nn.Module], shape: Sizes, options: Mapping[str, Any]) -> nn.Module:
-        axes, groups = len(shape) - 2, int(options.get("groups", 1))
-        given = {name: value if isinstance(value, str) else _expanded(value, axes) for name, value in options.items() if name != "groups"}
-        return cls(shape[1] * groups, shape[0], shape[2:], bias=False, groups=groups, device="meta", **given)
-
-    def window(self, attributes: Attributes, shape: Sizes, size: Sequence[int | None]) -> Window:
-        axes, groups = len(shape) - 2, attributes.get_int("group", 1)
-        if groups != 1:
-            raise UnsupportedError(f"grouped and depthwise convolutions are not supported (group={groups})")
-        if axes not in self.axes:
-            raise UnsupportedError(f"a convolution of {axes} spatial axes is not supported")
-        stride = tuple(attributes.get_ints("strides", (1,) * axes))
-        dilation = tuple(attributes.get_ints("dilations", (1,) * axes))
+    def pads(self, attributes: Attributes, window: Window, kernel: Sizes, size: Sequence[int | None]) -> Pads:
         mode = attributes.get_string("auto_pad", "NOTSET")
-        padding = explicit_pads(mode, attributes.get_ints("pads", ()), size, shape[2:], stride, dilation)
+        padding = explicit_pads(mode, attributes.get_ints("pads", ()), size, kernel, window.stride, window.dilation)
         if padding is None:
             raise UnsupportedError(f"auto_pad={mode} with a stride needs a static input size; export with explicit pads")
         if any(side < 0 for pair in padding for side in pair):
             raise UnsupportedError("negative pads are not supported")
-        return Window(stride, padding, dilation)
+        return padding
 
     def input_sizes(self, module: nn.Module, positions: int) -> Sequence[Sizes]:
         assert isinstance(module, self.modules)
@@ -109,27 +78,17 @@ class Convolution(Spatial):
         return site.positions_after(site.axes if axes is None else axes.stop)
 
     def apply(self, ops: Ops[V], x: V, weight: V, bias: V | None, site: Site) -> V:
-        return ops.conv(x, weight, bias, site.stride, site.padding, site.dilation)
+        return ops.conv(x, weight, bias, site.stride, site.padding, site.dilation, site.groups)
+
+    def reaches(self, site: Site) -> Sequence[tuple[int, int]]:
+        geometry = zip(site.kernel, site.padding, site.dilation, site.stride, strict=True)
+        return [(dilation * (taps - 1) + 1 - sum(pads), stride) for taps, pads, dilation, stride in geometry]
 
     def rows(self, x: Tensor, site: Site, limit: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        x = _with_samples(x, site)
+        x = with_samples(x, site)
         if any(before or after for before, after in site.padding):
             x = F.pad(x, [size for pair in reversed(site.padding) for size in pair])
-        geometry = zip(site.kernel, site.stride, site.dilation, strict=True)
-        for axis, (taps, stride, dilation) in enumerate(geometry, start=2):
-            x = x.unfold(axis, dilation * (taps - 1) + 1, stride)[..., ::dilation]
-        axes = site.axes
-        windows = x.permute(0, *range(2, 2 + axes), 1, *range(2 + axes, 2 + 2 * axes))
-        positions = windows.shape[: 1 + axes]
-        chosen = some_rows(math.prod(positions), limit, generator)
-        if chosen is not None:
-            windows = windows[torch.unravel_index(chosen, positions)]
-        return windows.reshape(-1, site.weights // site.o)
-
-
-def _with_samples(x: Tensor, site: Site) -> Tensor:
-    """What a layer reads or makes, with an axis of samples."""
-    return x if site.channel_axis(x.dim()) else x.unsqueeze(0)
+        return some_windows(windows(x, site, site.stride), site, limit, generator).flatten(1)
 
 
 def _padding_of(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Pads:
@@ -143,16 +102,11 @@ def _padding_of(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Pads:
     return tuple((int(size), int(size)) for size in module.padding)
 
 
-def _expanded(value: Any, axes: int) -> Sizes:
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * axes if len(values) == 1 else values
-
-
 def _seen(
-    name: str, shape: Sizes, size: Sizes, stride: int = 1, padding: tuple[int, int] = (0, 0), dilation: int = 1
+    name: str, shape: Sizes, size: Sizes, stride: int = 1, padding: tuple[int, int] = (0, 0), dilation: int = 1, groups: int = 1
 ) -> Site:
     """A site that was seen on one image of that size."""
     axes = len(size)
     made = tuple((n + sum(padding) - dilation * (k - 1) - 1) // stride + 1 for n, k in zip(size, shape[2:], strict=True))
     window = (stride,) * axes, (padding,) * axes, (dilation,) * axes
-    return Site(name, Convolution.name, shape, *window, extents=((size, made),))
+    return Site(name, Convolution.name, shape, *window, extents=((size, made),), groups=groups)

@@ -67,6 +67,9 @@ class Linear(LayerKind):
     def apply(self, ops: Ops[V], x: V, weight: V, bias: V | None, site: Site) -> V:
         return ops.linear(x, weight, bias)
 
+    def reaches(self, site: Site) -> Sequence[tuple[int, int]]:
+        return ()
+
     def rows(self, x: Tensor, site: Site, limit: int | None = None, generator: torch.Generator | None = None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         chosen = some_rows(rows.shape[0], limit, generator)

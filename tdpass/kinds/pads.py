@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from tdpass.errors import UnsupportedError
+from tdpass.kinds.base import Attributes
 from tdpass.site import Pads
 
 
@@ -35,3 +37,30 @@ def explicit_pads(
         small, large = total // 2, total - total // 2
         resolved.append((small, large) if mode == "SAME_UPPER" else (large, small))
     return tuple(resolved)
+
+
+def transposed_pads(
+    attributes: Attributes, size: Sequence[int | None], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Pads:
+    """Of a transposed convolution: what is left out of its whole sum, less its output padding at the end.
+
+    Raises `UnsupportedError` where an output shape needs an input size that is unknown, or ONNX leaves open what is meant.
+    """
+    axes = len(kernel)
+    mode, wanted = attributes.get_string("auto_pad", "NOTSET"), attributes.get_ints("output_shape", ())
+    extra = attributes.get_ints("output_padding", ()) or (0,) * axes
+    if not wanted and mode in ("", "NOTSET", "VALID"):
+        flat = flat_pads(() if mode == "VALID" else attributes.get_ints("pads", ()), axes)
+        return tuple((before, after - more) for (before, after), more in zip(flat, extra, strict=True))
+    if wanted and None in size:
+        raise UnsupportedError("output_shape needs a static input size; export with explicit pads")
+    found = []
+    for axis, (k, s, d, more) in enumerate(zip(kernel, stride, dilation, extra, strict=True)):
+        reach = (k - 1) * d + 1
+        total = reach + more - s if not wanted else s * ((size[axis] or 0) - 1) + more + reach - wanted[-axes:][axis]
+        if total < 0:
+            raise UnsupportedError(f"auto_pad={mode} makes more positions than the kernel reaches; export with explicit pads")
+        small, large = total // 2, total - total // 2
+        before, after = (small, large) if mode == "SAME_UPPER" else (large, small)
+        found.append((before, after - more))
+    return tuple(found)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tdpass.form import Form
 from tdpass.formats.base import FORMATS, Layer, apply_dense
+from tdpass.kinds import kind_of
 from tdpass.ops import TorchOps
 from tdpass.site import Site
 
@@ -52,13 +53,16 @@ class Factorized(nn.Module):
         if self.pads:
             x = F.pad(x, self.pads, mode=self.padding_mode)
         if self.rebuilt and self.training and self.factors():
-            return apply_dense(_OPS, x, self.weight, self.bias, self.site)
+            return apply_dense(_OPS, x, self._dense(), self.bias, self.site)
         factors: Mapping[str, Tensor] = {name: value for name, value in self._parameters.items() if value is not None}
         return self.format.apply(_OPS, x, factors, self.bias, self.site, self.rank)
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight the factors stand for."""
+        """The dense weight the factors stand for, as the dense layer held it."""
+        return kind_of(self.site).turned(self._dense(), self.site.groups)
+
+    def _dense(self) -> Tensor:
         return self.format.reconstruct(self.factors(), self.site)
 
     @property

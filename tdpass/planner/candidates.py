@@ -94,8 +94,10 @@ class SiteFits:
         fmt = FORMATS.get(format_name)
         factors = self.factors(format_name, rank)
         bias = self.bias
+        lost = None
         if self.metric.mean is not None:
-            lost = (self.weight - fmt.reconstruct(factors, self.site)).flatten(1) @ self.metric.mean
+            lost = self.metric.mean_output((self.weight - fmt.reconstruct(factors, self.site)).flatten(1))
+        if lost is not None:
             bias = lost if bias is None else bias.double() + lost
         return Layer(self.site, Form(format_name, rank), factors, bias).to(self.dtype)
 

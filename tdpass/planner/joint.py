@@ -68,7 +68,8 @@ def _chains(tape: Tape, sites: Mapping[str, Site]) -> list[Chain]:
 
 def _meet(made: Site, making: Call, read: Site, reading: Call) -> bool:
     """Whether the channels that one call makes are those that the other sums over: as many, and on the same axis, since sizes of others may equal them."""
-    return made.o == read.i and made.channel_axis(len(making.shapes[1])) == read.channel_axis(len(reading.shapes[0]))
+    whole = made.groups == read.groups == 1
+    return whole and made.o == read.i and made.channel_axis(len(making.shapes[1])) == read.channel_axis(len(reading.shapes[0]))
 
 
 def find_branches(tapes: Sequence[Tape], sites: Mapping[str, Site], chains: Sequence[Chain]) -> list[tuple[str, ...]]:
@@ -85,7 +86,8 @@ def _branches(tape: Tape, sites: Mapping[str, Site], chains: Sequence[Chain]) ->
             branch = [name]
             while branch[0] in before:
                 branch.insert(0, before[branch[0]])
-            branches.append(tuple(branch))
+            if all(kind_of(sites[part]).reaches(sites[part]) is not None for part in branch):
+                branches.append(tuple(branch))
     return branches
 
 

@@ -34,8 +34,9 @@ def moment_bytes(site: Site) -> int:
     """Memory that the moments of a site take while they are streamed."""
     width = site.weights // site.o
     inputs = width if width > FULL_LIMIT else width * width
-    outputs = 0 if site.o > FULL_LIMIT else site.o * site.o
-    return 8 * (inputs + outputs + width)
+    share = site.o // site.groups
+    outputs = 0 if share > FULL_LIMIT else share * share
+    return 8 * site.groups * (inputs + outputs + width)
 
 
 @dataclass
@@ -50,18 +51,20 @@ class _Sums:
     samples: int = 0
 
     def __post_init__(self) -> None:
-        width = self.site.weights // self.site.o
-        self.inputs = torch.zeros(width, dtype=torch.float64) if width > FULL_LIMIT else torch.zeros(width, width, dtype=torch.float64)
-        self.mean = torch.zeros(width, dtype=torch.float64)
-        self.outputs = torch.zeros(() if self.site.o > FULL_LIMIT else (self.site.o, self.site.o), dtype=torch.float64)
+        groups, width, share = self.site.groups, self.site.weights // self.site.o, self.site.o // self.site.groups
+        self.inputs = torch.zeros((groups, width) if width > FULL_LIMIT else (groups, width, width), dtype=torch.float64)
+        self.mean = torch.zeros(groups, width, dtype=torch.float64)
+        self.outputs = torch.zeros(() if share > FULL_LIMIT else (groups, share, share), dtype=torch.float64)
 
     def add_inputs(self, x: Tensor, generator: torch.Generator) -> None:
         width = self.site.weights // self.site.o
-        rows = working(kind_of(self.site).rows(x.detach(), self.site, max(2 * width, VALUES_PER_CALL // width), generator))
+        most = max(2 * width, VALUES_PER_CALL // (self.site.groups * width))
+        rows = working(kind_of(self.site).rows(x.detach(), self.site, most, generator))
         if float(rows.abs().max()) > _SQUARES_FROM:
             rows = rows.double()
-        self.inputs += (rows.square().sum(0) if self.inputs.dim() == 1 else rows.T @ rows).double()
-        self.mean += rows.sum(0, dtype=torch.float64)
+        for sums, part in zip(self.inputs, rows.chunk(self.site.groups, 1), strict=True):
+            sums.add_((part.square().sum(0) if sums.dim() == 1 else part.T @ part).double())
+        self.mean += rows.sum(0, dtype=torch.float64).reshape(self.mean.shape)
         self.rows += rows.shape[0]
 
     def add_gradient(self, gradient: Tensor, samples: int) -> None:
@@ -70,7 +73,8 @@ class _Sums:
         rows = working(kind_of(self.site).output_rows(gradient, self.site))
         if not bool(torch.isfinite(rows).all()):  # half precision overflows in a backward pass where it does not in the forward one
             return
-        self.outputs += (rows.T @ rows).double()
+        for sums, part in zip(self.outputs, rows.chunk(self.site.groups, 1), strict=True):
+            sums.add_((part.T @ part).double())
         self.samples += samples
 
     def metric(self) -> Metric:
@@ -78,21 +82,26 @@ class _Sums:
         if self.rows == 0:
             return Metric()
         mean = self.mean / self.rows
-        inputs = self.inputs / self.rows
-        if inputs.dim() == 1:
-            inputs = (inputs - mean.square()).clamp_min(0)
-            inputs = inputs + INPUT_DAMPING * inputs.mean() + 1e-12
-        else:
-            inputs = inputs - torch.outer(mean, mean)
-            inputs.diagonal().add_(INPUT_DAMPING * float(inputs.diagonal().mean()) + 1e-12)
+        inputs = torch.stack([_damped_covariance(moment, at) for moment, at in zip(self.inputs / self.rows, mean, strict=True)])
         outputs: Tensor | None = self.outputs / max(self.samples, 1)
         assert outputs is not None
-        level = float(outputs.diagonal().mean()) if self.samples else 0.0
+        level = float(outputs.diagonal(dim1=-2, dim2=-1).mean()) if self.samples else 0.0
         if level > 0:
-            outputs.diagonal().add_(OUTPUT_DAMPING * level)
+            outputs.diagonal(dim1=-2, dim2=-1).add_(OUTPUT_DAMPING * level)
         else:
             outputs = None
-        return Metric(inputs, outputs, mean)
+        metric = Metric(inputs, outputs, mean, self.site.groups)
+        return metric if metric.groups > 1 else metric.of_group(0)
+
+
+def _damped_covariance(moment: Tensor, mean: Tensor) -> Tensor:
+    """The covariance, or its diagonal, of a second moment or of the diagonal of one."""
+    if moment.dim() == 1:
+        spread = (moment - mean.square()).clamp_min(0)
+        return spread + INPUT_DAMPING * spread.mean() + 1e-12
+    covariance = moment - torch.outer(mean, mean)
+    covariance.diagonal().add_(INPUT_DAMPING * float(covariance.diagonal().mean()) + 1e-12)
+    return covariance
 
 
 def stream_metrics(

@@ -109,6 +109,7 @@ class Table:
             guarantee=candidate.guarantee,
             fingerprint=self.fingerprints.get(site.name, ""),
             kernel=candidate.kernel,
+            groups=site.groups,
         )
 
     def _with_joint(self, choices: Sequence[Choice], chosen: Mapping[str, Candidate]) -> tuple[Choice, ...]:

@@ -22,7 +22,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Choice(Formed):
-    """What one site becomes.
+    """What one site, a weight of that shape in so many groups, becomes.
 
     `error` is the relative error of the weight in the metric of the plan, `loss` the expected increase of the network's
     divergence from the original, `channels` the channels kept where the site was pruned together with a neighbour,
@@ -43,6 +43,7 @@ class Choice(Formed):
     channels: tuple[Count, ...] = ()
     kernel: str = ""
     predicted: Amount = 0.0
+    groups: Size = 1
 
     @property
     def seconds(self) -> float:
@@ -147,7 +148,7 @@ def _fault(choice: Choice) -> str:
         return "" if same and not choice.rank else f"is dense, of rank {choice.rank} and at another cost"
     if choice.format not in FORMATS:
         return ""  # the pass that carries it out lists those it knows
-    way, site = FORMATS.get(choice.format), plain_site(choice.site, choice.shape)
+    way, site = FORMATS.get(choice.format), replace(plain_site(choice.site, choice.shape), groups=choice.groups)
     try:
         way.check_rank(site, choice.rank)
     except PlanError as error:

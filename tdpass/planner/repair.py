@@ -110,34 +110,42 @@ def _full(layer: Layer) -> bool:
 
 
 def _solve(layer: Layer, factor: str, site: Site, moments: Sequence[Moment], ridge: float, *, bias: bool) -> Layer:
-    current = layer.factors[factor]
+    current, groups = layer.factors[factor], site.groups
     width = current[0].numel() + 1
-    normal = torch.zeros(width, width, dtype=torch.float64)
-    cross = torch.zeros(site.o, width, dtype=torch.float64)
+    normal = torch.zeros(groups, width, width, dtype=torch.float64)
+    cross = torch.zeros(groups, site.o // groups, width, dtype=torch.float64)
     rows = 0
     generator = torch.Generator()
     with torch.no_grad():
         for moment in moments:
             z = FORMATS.get(layer.format).features(_OPS, moment.x.to(_dtype(layer)), layer.factors, layer.site, layer.rank)
-            limit = max(4 * width, _ROWS_PER_CALL // width)
-            features = _with_one(working(kind_of(site).rows(z, site, limit, generator.manual_seed(rows))))
+            limit = max(4 * width, _ROWS_PER_CALL // (groups * width))
+            features = working(kind_of(site).rows(z, site, limit, generator.manual_seed(rows)))
             targets = working(_same_rows(kind_of(layer.site).output_rows(moment.target, layer.site), limit, generator.manual_seed(rows)))
-            normal += (features.T @ features).double()
-            cross += (targets.T @ features).double()
+            for group, (read, wanted) in enumerate(zip(features.chunk(groups, 1), targets.chunk(groups, 1), strict=True)):
+                with_one = _with_one(read)
+                normal[group] += (with_one.T @ with_one).double()
+                cross[group] += (wanted.T @ with_one).double()
             rows += features.shape[0]
-    normal, cross = normal / rows, cross / rows
     offset = torch.zeros(site.o) if layer.bias is None else layer.bias
-    before = torch.cat([current.double().flatten(1), offset.double()[:, None]], 1)
+    before = torch.cat([current.double().flatten(1), offset.double()[:, None]], 1).chunk(groups)
+    solved = torch.cat([_pulled(normal[group] / rows, cross[group] / rows, before[group], ridge, bias=bias) for group in range(groups)])
+    if not bool(torch.isfinite(solved).all()):
+        return layer
+    weight = solved[:, : width - 1].reshape(current.shape).to(current.dtype).contiguous()
+    return replace(layer, factors={**layer.factors, factor: weight}, bias=solved[:, -1].to(current.dtype).contiguous() if bias else None)
+
+
+def _pulled(normal: Tensor, cross: Tensor, before: Tensor, ridge: float, *, bias: bool) -> Tensor:
+    """Least squares for weight and, as the last column, bias; pulled towards what they were."""
+    width = len(normal)
     pull = torch.full((width,), ridge * float(normal.diagonal()[:-1].mean()) + 1e-12, dtype=torch.float64)
     if bias:
         pull[-1] = 1e-12
     else:
         normal, cross, before, pull = normal[:-1, :-1], cross[:, :-1], before[:, :-1], pull[:-1]
-    solved = torch.linalg.solve(normal + torch.diag(pull), (cross + before * pull).T).T
-    if not bool(torch.isfinite(solved).all()):
-        return layer
-    weight = solved[:, : width - 1].reshape(current.shape).to(current.dtype).contiguous()
-    return replace(layer, factors={**layer.factors, factor: weight}, bias=solved[:, -1].to(current.dtype).contiguous() if bias else None)
+    solved: Tensor = torch.linalg.solve(normal + torch.diag(pull), (cross + before * pull).T).T
+    return solved
 
 
 def _with_one(rows: Tensor) -> Tensor:

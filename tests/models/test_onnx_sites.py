@@ -304,11 +304,12 @@ def declined_cases() -> dict[str, tuple[Callable[[], Case], str]]:
     ], [helper.make_opsetid("", 17)])
     embedding = [node("Cast", "x", "i", to=TensorProto.INT64), node("Gather", "w i", "e"), node("MatMul", "e t")]
     return {
-        "grouped": (lambda: Case([node("Conv", "x w", group=2)], {"w": weight(4, 2, 3, 3)}, (1, 4, 5, 5), ()), "group=2"),
         "dynamic_same": (
             lambda: Case([node("Conv", "x w", strides=[2, 2], auto_pad="SAME_UPPER")], {"w": weight(5, 4, 3, 3)}, ("N", 4, "H", "W"), ()), "static input size",
         ),
-        "conv_transpose": (lambda: Case([node("ConvTranspose", "x w")], {"w": weight(4, 5, 3, 3)}, (1, 4, 5, 5), ()), "transposed convolution"),
+        "transposed_dynamic_shape": (
+            lambda: Case([node("ConvTranspose", "x w", output_shape=[9, 9])], {"w": weight(4, 5, 3, 3)}, ("N", 4, "H", "W"), ()), "static input size",
+        ),
         "lstm": (lambda: Case([node("LSTM", "x w r", "y", hidden_size=4)], {"w": weight(1, 16, 3), "r": weight(1, 16, 4)}, (5, 1, 3), ()), "recurrent"),
         "einsum": (lambda: Case([node("Einsum", "x w", equation="bi,oi->bo")], {"w": w}, (2, 8), ()), "Einsum"),
         "quantized": (

@@ -39,11 +39,10 @@ def test_full_rank_replacement_changes_nothing(name: str, images: Tensor, reques
         assert torch.allclose(model.unwrap()(images), before, atol=1e-4 * float(before.abs().max()))  # type: ignore[operator]
 
 
-def test_what_is_left_alone_is_listed_with_a_reason(odd: nn.Module, images: Tensor) -> None:
+def test_layers_of_every_kind_are_sites(odd: nn.Module, images: Tensor) -> None:
     model = open_model(odd, Batch((images,)))
-    assert [site.name for site in model.sites()] == ["circular", "same", "strided", "reused", "head"]
-    assert "groups=4" in model.declined()["grouped"]
-    assert "transposed" in model.declined()["transposed"]
+    assert [site.name for site in model.sites()] == ["circular", "same", "strided", "grouped", "reused", "transposed", "head"]
+    assert model.declined() == {}
 
 
 def test_attention_parametrized_custom_and_unused_layers_are_declined() -> None:

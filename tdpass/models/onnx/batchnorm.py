@@ -55,12 +55,11 @@ def fold(model: ir.Model, name: str, site: FoundSite, node: ir.Node) -> None:
     gamma, beta, mean, variance = (to_torch(held(value)).double() for value in node.inputs[1:5])
     scale = gamma / torch.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
     use = site.uses[0]
-    stored = to_torch(site.stored).double()
-    shape = [1] * stored.dim()
-    shape[use.output_axis] = -1
+    weight = use.turned(to_torch(site.stored).double())
+    scaled = use.turned(weight * scale.reshape(-1, *(1 for _ in weight.shape[1:])))
     bias = use.bias_tensor()
     shifted = beta - mean * scale if bias is None else (bias.double() - mean) * scale + beta
-    replace_constant(model, use.weight, (stored * scale.reshape(shape)).to(site.dtype), f"{name}.weight")
+    replace_constant(model, use.weight, scaled.to(site.dtype), f"{name}.weight")
     write_bias(model, use, shifted.to(site.dtype), f"{name}.bias")
     take_place(node.outputs[0], Slot(node, 0).value)
     remove_nodes(model.graph, [node])

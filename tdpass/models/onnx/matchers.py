@@ -222,7 +222,6 @@ def _is_matrix(value: ir.Value | None) -> bool:
 
 _RECURRENT = Left((1, 2), "recurrent layers are not supported yet")
 for _operator, _matcher in {
-    "ConvTranspose": Left((1,), "transposed convolutions are not supported yet"),
     "DeformConv": Left((1,), "deformable convolutions are not supported"),
     "LSTM": _RECURRENT,
     "GRU": _RECURRENT,

@@ -86,6 +86,20 @@ class OnnxOps:
             kernel_shape=kernel, strides=list(stride), pads=before + after, dilations=list(dilation), group=groups,
         )  # fmt: skip
 
+    def conv_transpose(
+        self, x: ir.Value, weight: ir.Value, bias: ir.Value | None, stride: Sequence[int], cut: Pads, dilation: Sequence[int], groups: int = 1
+    ) -> ir.Value:
+        outputs, inputs, *kernel = [size or 0 for size in self._dims_of(weight) or ()]
+        axes = len(kernel)
+        parts = self.permute(self.reshape(weight, (groups, outputs // groups, inputs, *kernel)), (0, 2, 1, *range(3, axes + 3)))
+        stored = self.reshape(parts, (groups * inputs, outputs // groups, *kernel))
+        before, after = [pair[0] for pair in cut], [pair[1] for pair in cut]
+        return self._emit(
+            "ConvTranspose", [x, stored] if bias is None else [x, stored, bias], (None,) * (2 + axes),
+            kernel_shape=kernel, strides=list(stride), pads=before + [max(size, 0) for size in after], dilations=list(dilation), group=groups,
+            output_padding=[max(-size, 0) for size in after],
+        )  # fmt: skip
+
     def reshape(self, x: ir.Value, shape: Sequence[int]) -> ir.Value:
         if x in self._contents:
             return self._cached(("reshape", x, tuple(shape)), self._labels[x], self._contents[x].reshape(tuple(shape)))

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 from tdpass.errors import InvalidModelError
-from tdpass.kinds import Window
+from tdpass.kinds import KINDS, Window
 from tdpass.models.onnx.tensors import constant, held, sizes, to_torch
 from tdpass.ops import Ops, V
 
@@ -82,14 +83,13 @@ class Use:
         """Equal for uses that share their bias."""
         return (None,) if self.bias is None else (id(self.bias.value), self.bias_scale)
 
-    @property
-    def output_axis(self) -> int:
-        """The axis of the stored weight that runs over output channels."""
-        return 1 if self.transposed else 0
+    def turned(self, weight: Tensor) -> Tensor:
+        """The weight `[o, i, *kernel]` of one as the model stores it, and the other way round."""
+        return weight.T if self.transposed else KINDS.get(self.kind).turned(weight, self.window.groups)
 
     def canonical(self, stored: Tensor) -> Tensor:
         """The weight as `[o, i, *kernel]`; a view of `stored` where nothing has to be computed."""
-        weight = stored.T if self.transposed else stored
+        weight = self.turned(stored)
         return weight if self.scale == 1.0 else (weight.double() * self.scale).to(weight.dtype)
 
     def bias_tensor(self) -> Tensor | None:
@@ -106,8 +106,7 @@ class Use:
 
     def canonical_shape(self) -> tuple[int, ...]:
         """Sizes of the weight as `[o, i, *kernel]`."""
-        stored = self.stored_shape()
-        return stored[::-1] if self.transposed else stored
+        return tuple(self.turned(torch.empty(self.stored_shape(), device="meta")).shape)
 
     def without_bias(self) -> Use:
         """The same use with its Add left in place; only for a bias that is in an Add."""

@@ -69,9 +69,7 @@ class TorchModel:
 
     def weight(self, name: str) -> Tensor:
         check_filled(self.module)
-        matched = self._matched(name)
-        weight = matched.weight.detach().cpu()
-        return weight.t().contiguous() if matched.transposed else weight
+        return self._matched(name).dense().cpu()
 
     def bias(self, name: str) -> Tensor | None:
         bias = self._matched(name).bias

@@ -47,7 +47,7 @@ class Fold:
                 scale = scale * norm.weight.double()
             shift = -norm.running_mean.double() if bias is None else bias.double() - norm.running_mean.double()
             shift = shift * scale if norm.bias is None else shift * scale + norm.bias.double()
-            scaled = weight.double() * scale.reshape(-1, *(1 for _ in weight.shape[1:]))
+            scaled = self.matched.stored(self.matched.dense().double() * scale.reshape(-1, *(1 for _ in weight.shape[1:])))
         layer._parameters["weight"] = nn.Parameter(scaled.to(weight), requires_grad=weight.requires_grad)
         layer._parameters["bias"] = nn.Parameter(shift.to(weight), requires_grad=weight.requires_grad)
         become(norm, Folded())

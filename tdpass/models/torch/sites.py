@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tdpass.kinds import LayerKind, TransposedLinear, kind_of_module
+from tdpass.kinds import LayerKind, TransposedLinear, kind_of, kind_of_module
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.recurrent import why_closed
 from tdpass.models.torch.in_place import can_become
@@ -44,6 +44,15 @@ class Matched:
         """The site's bias."""
         return None if self.apart else self.biases[0]
 
+    def dense(self) -> Tensor:
+        """The weight as `[o, i, *kernel]`."""
+        return self.stored(self.weight.detach())
+
+    def stored(self, dense: Tensor) -> Tensor:
+        """A weight `[o, i, *kernel]` as the modules hold it, and the other way round."""
+        turned = dense.t() if self.transposed else kind_of(self.site).turned(dense, self.site.groups)
+        return dense if turned is dense else turned.contiguous()
+
     def copy(self, memo: dict[int, Any]) -> Matched:
         """The same of a copy of the model that was made with `memo`."""
         weight, modules, biases = copy.deepcopy((self.weight, self.modules, self.biases), memo)
@@ -54,9 +63,6 @@ _POSITIONS = 5
 _REASONS: dict[type[nn.Module], str] = {
     nn.RNNCellBase: "recurrent cells are not factored",
     nn.MultiheadAttention: "its projections are read by attribute, not called",
-    nn.ConvTranspose1d: "transposed convolutions are not factored",
-    nn.ConvTranspose2d: "transposed convolutions are not factored",
-    nn.ConvTranspose3d: "transposed convolutions are not factored",
     nn.Embedding: "a table lookup has no multiply-adds to save",
     nn.EmbeddingBag: "a table lookup has no multiply-adds to save",
     nn.Bilinear: "bilinear layers are not factored",

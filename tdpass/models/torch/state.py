@@ -208,7 +208,7 @@ def _expected(module: nn.Module, swaps: Sequence[tuple[_Replacement, Matched, Fa
     for path in structure.biases:
         weight = getattr(modules[path], "weight", None)
         if path not in gone and isinstance(weight, torch.Tensor):
-            expected.setdefault(_under(path, "bias"), ((weight.shape[0],), weight.dtype))
+            expected.setdefault(_under(path, "bias"), ((_outputs(modules[path]),), weight.dtype))
     for replacement, _, new in swaps:
         for path in replacement.paths:
             expected.update({_under(path, name): (tuple(value.shape), value.dtype) for name, value in new.named_parameters()})
@@ -217,6 +217,13 @@ def _expected(module: nn.Module, swaps: Sequence[tuple[_Replacement, Matched, Fa
 
 def _under(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
+
+
+def _outputs(module: nn.Module) -> int:
+    """Output channels of a layer; what is no layer has its bias along the first axis of its weight."""
+    kind, weight = kind_of_module(module), module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[0] if kind is None else kind.site(module, "").o
 
 
 def _carry_out(module: nn.Module, swaps: Sequence[tuple[_Replacement, Matched, Factorized]], structure: _Structure) -> None:
@@ -228,5 +235,5 @@ def _carry_out(module: nn.Module, swaps: Sequence[tuple[_Replacement, Matched, F
     for path in structure.biases:
         dense: Any = module.get_submodule(path)
         if getattr(dense, "bias", None) is None:
-            dense.bias = nn.Parameter(torch.empty(dense.weight.shape[0], dtype=dense.weight.dtype, device="meta"))
+            dense.bias = nn.Parameter(torch.empty(_outputs(dense), dtype=dense.weight.dtype, device="meta"))
 
