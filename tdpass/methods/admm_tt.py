@@ -16,7 +16,7 @@ from tdpass.errors import UsageError
 from tdpass.form import Rank
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.methods.base import register_method
-from tdpass.methods.factored import ON_DATA, Factored
+from tdpass.methods.factored import ON_DATA, FactoredByAdmm
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.training.placement import placed_like
 from tdpass.training.rules import Rule
@@ -30,7 +30,7 @@ RankSpec = Sequence[int] | Mapping[str, Sequence[int]]
 
 @register_method
 @dataclass
-class AdmmTT(Factored):
+class AdmmTT(FactoredByAdmm):
     """min f(W) over W of tensor-train ranks <= r, by ADMM (Yin, Sui, Liao, Yuan, CVPR 2021).
 
     Every round  Z <- TT-SVD_r(W + U),  U <- U + W - Z;  every step adds rho (W - Z + U) to the gradient; at the end W <- TT-SVD_r(W)

@@ -115,9 +115,13 @@ class Method(ABC):
 
     def bind(self, model: nn.Module) -> Phased:
         """Tie the method to the weights of a module, of the structure that `prepare` returned; gives its phases as one term."""
-        self.weights = self.weights_of(model)
+        self.weights = self.parameters_of(model)
         self.phased = Phased(self.phases(), self.facts, self.recall)
         return self.phased
+
+    def parameters_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """What the method trains, by name: the weights of its sites."""
+        return self.weights_of(model)
 
     def weights_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The weights of the sites; raises `UsageError` for a model that has not all of them."""

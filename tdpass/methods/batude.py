@@ -19,7 +19,7 @@ from tdpass.files import cache_folder
 from tdpass.form import Rank
 from tdpass.formats.base import FORMATS
 from tdpass.methods.base import register_method
-from tdpass.methods.factored import Factored, priced_on
+from tdpass.methods.factored import FactoredByAdmm, priced_on
 from tdpass.planner.prices import deciding
 from tdpass.targets import Setting, Target, open_target
 from tdpass.training.curvature import Curvature, Metric
@@ -30,7 +30,7 @@ from tdpass.training.terms import Term
 
 @register_method
 @dataclass
-class Batude(Factored):
+class Batude(FactoredByAdmm):
     """min f(W) with sum_l cost_l(rank_l) <= B, the ranks found while training (Yin, Phan, Zang, Liao, Yuan, AAAI 2022).
 
     Every round takes V = W + U, drops the singular values of its unfoldings that lose the least energy per unit of cost over the

@@ -1,4 +1,4 @@
-"""What methods that end in factored layers share: ADMM rounds on a format, then the plan carried out."""
+"""What methods that end in factored layers share: the plan carried out, and for some ADMM rounds on a format before."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.site import Site
 from tdpass.targets import Setting, Target
 from tdpass.training.admm import Admm
-from tdpass.training.phases import Phase
+from tdpass.training.phases import Phase, Phased
 from tdpass.training.rules import Rule
 from tdpass.training.schedules import ScheduleSpec, as_schedule
 from tdpass.training.terms import Term
@@ -32,45 +32,35 @@ from tdpass.verbs import compress
 
 WEIGHTS_ALONE = "factorize"
 ON_DATA = "factorize,correct-bias,refit,recalibrate-batchnorm"  # what training left outside the format is lost where it matters least
-OTHERWISE = "svd"  # for sites that the method's own format does not fit
+OTHERWISE = ("svd", "channel_svd")  # for sites that the method's own format does not fit, the first that does
 LARGE_GAP = 0.2  # residual at the end of ADMM from which on the final projection costs more than training gained
 
 
 class Factored(Method):
-    """ADMM towards a format for `rounds` rounds; `finish` factors every weight at the ranks of the last projection.
+    """`finish` factors every weight at the rank of its constraint.
 
     With calibration data it does so as the post-training path does, by what the network's output loses.  What comes out is trained
     on as any model is.  Batch-norms stay where they are.
     """
 
     format: str
-    rounds: int
-    rho: ScheduleSpec
-    decoupled: bool
 
     @abstractmethod
-    def rule(self) -> Rule:
-        """What the weights are projected on."""
+    def constraints(self, weights: Mapping[str, Tensor]) -> Mapping[str, Constraint]:
+        """The set that each of these whole, trained weights ends in; what is not named stays dense."""
 
-    def phases(self) -> Sequence[Phase]:
-        return [Phase("admm", self.rounds, self._begin)]
-
-    def _begin(self) -> list[Term]:
-        return [Admm(self.weights, [self.rule()], as_schedule(self.rho, "rho"), self.decoupled)]
-
-    def remarks(self) -> Sequence[str]:
-        name, gap = max(self.residuals().items(), key=lambda item: item[1], default=("", 0.0))
-        said = f"the last projection moves {name!r} by {gap:.2f} of its norm; a larger last rho, or more rounds, would leave it less to do"
-        return [said] if gap > LARGE_GAP else []
+    def merged(self, model: nn.Module) -> nn.Module:
+        """A copy of a trained module, of the dense model's structure."""
+        return self.template.filled(model)
 
     @torch.no_grad()
     def close(self, model: nn.Module) -> Artifact:
-        weights = self.whole_weights()
-        constraints = self.rule()(1.0, weights)
+        trained = self.merged(model)
+        weights = {name: weight.detach() for name, weight in self.weights_of(trained).items()}
+        constraints = self.constraints(weights)
         plan = self.plan(weights, constraints)
         found = {name: bound.factors(weights[name]) for name, bound in constraints.items() if isinstance(bound, InFormat) and bound.searched}
         steps = WEIGHTS_ALONE if self.calibration is None else ON_DATA
-        trained = self.template.filled(model)
         artifact = compress(trained, data=self.calibration, plan=plan, start=found, pipeline=steps, example_inputs=self.example, cache=False)
         for choice in artifact.plan:
             if choice.kept_dense:
@@ -89,7 +79,7 @@ class Factored(Method):
                 continue
             weight, cost = weights[name], FORMATS.get(bound.format).cost(site, bound.rank)
             error = float((weight - bound.project(weight)).norm() / weight.norm().clamp_min(1e-30))
-            reason = f"{self.name}, {self.rounds} rounds"
+            reason = f"{self.name}, {Phased(self.phases()).rounds} rounds"
             choices.append(Choice(name, site.shape, Form(bound.format, bound.rank), cost, dense, error, reason=reason, fingerprint=digest(weight.cpu())))
         return RankPlan(tuple(choices), self.original, metric="weights")
 
@@ -102,7 +92,33 @@ class Factored(Method):
 
     def format_of(self, site: Site) -> str:
         """The method's format where it fits the site, else the plain factorization."""
-        return self.format if FORMATS.get(self.format).fits(site) else OTHERWISE
+        return next((name for name in (self.format, *OTHERWISE) if FORMATS.get(name).fits(site)), self.format)
+
+
+class FactoredByAdmm(Factored):
+    """ADMM towards a format for `rounds` rounds; `finish` factors every weight at the ranks of the last projection."""
+
+    rounds: int
+    rho: ScheduleSpec
+    decoupled: bool
+
+    @abstractmethod
+    def rule(self) -> Rule:
+        """What the weights are projected on."""
+
+    def phases(self) -> Sequence[Phase]:
+        return [Phase("admm", self.rounds, self._begin)]
+
+    def _begin(self) -> list[Term]:
+        return [Admm(self.weights, [self.rule()], as_schedule(self.rho, "rho"), self.decoupled)]
+
+    def constraints(self, weights: Mapping[str, Tensor]) -> Mapping[str, Constraint]:
+        return self.rule()(1.0, weights)
+
+    def remarks(self) -> Sequence[str]:
+        name, gap = max(self.residuals().items(), key=lambda item: item[1], default=("", 0.0))
+        said = f"the last projection moves {name!r} by {gap:.2f} of its norm; a larger last rho, or more rounds, would leave it less to do"
+        return [said] if gap > LARGE_GAP else []
 
 
 def site_limit(budget: Mapping[str, BudgetValue] | Budget, sites: Mapping[str, Site], original: Cost, price: Price | None = None) -> tuple[str, float]:

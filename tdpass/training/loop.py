@@ -21,6 +21,7 @@ from tdpass.report import TrainingRow
 from tdpass.training.calls import Passes, call, class_scores, once
 from tdpass.training.checkpoint import load_checkpoint, newest_checkpoint, random_state, read_facts, restore_random_state, save_checkpoint, tensors_in
 from tdpass.training.compiled import forward_of, refused
+from tdpass.training.learning import make_room, optimizer_tensors
 from tdpass.training.placement import bare
 from tdpass.training.residuals import Watch
 from tdpass.training.terms import Hooks, Term
@@ -192,12 +193,8 @@ class Loop:
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{name}": value for name, value in bare(self.model).state_dict().items()}
-        names = {id(parameter): name for name, parameter in bare(self.model).named_parameters()}
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                for key, value in self.optimizer.state[parameter].items():
-                    if isinstance(value, Tensor):
-                        tensors[f"optimizer.{names[id(parameter)]}.{key}"] = value
+        held = optimizer_tensors(self.optimizer, dict(bare(self.model).named_parameters()))
+        tensors |= {f"optimizer.{key}": value for key, value in held.items()}
         for index, term in enumerate(self.terms):
             tensors |= {f"term.{index}.{key}": value for key, value in term.state().items() if isinstance(value, Tensor)}
         return tensors
@@ -238,7 +235,8 @@ class Loop:
         restore_random_state(facts["random"])
         for term, own in zip(self.terms, facts["terms"], strict=True):
             term.resume_at(own)
-        self._make_optimizer_state(path)
+        layout = {key.removeprefix("optimizer."): value for key, value in tensors_in(path).items() if key.startswith("optimizer.")}
+        make_room(self.optimizer, dict(bare(self.model).named_parameters()), layout)
         tensors = self._tensors()
         load_checkpoint(path, tensors)
         for index, (term, own) in enumerate(zip(self.terms, facts["terms"], strict=True)):
@@ -246,17 +244,6 @@ class Loop:
         hooks.steps, hooks.round = facts["steps"], facts["round"]
         self.watch.history = facts["watch"]
         self.rounds = [TrainingRow(**line) for line in facts["rounds"]]
-
-    def _make_optimizer_state(self, path: Path) -> None:
-        """Room for what the optimizer had when the checkpoint was written: it makes its own only at the first step."""
-        parameters = dict(bare(self.model).named_parameters())
-        for key, (shape, dtype) in tensors_in(path).items():
-            kind, _, rest = key.partition(".")
-            name, _, entry = rest.rpartition(".")
-            if kind == "optimizer" and name in parameters:
-                parameter = parameters[name]
-                like = tuple(parameter.shape) == shape and entry != "step"
-                self.optimizer.state[parameter][entry] = torch.zeros_like(parameter, dtype=dtype) if like else torch.zeros(shape, dtype=dtype)
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
@@ -63,6 +64,14 @@ def bare(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+def averaged(tensor: Tensor) -> Tensor:
+    """The mean of a whole tensor over the processes, written into it."""
+    if world()[1] > 1:
+        dist.all_reduce(tensor)
+        tensor.div_(world()[1])
+    return tensor
+
+
 class Template:
     """A model's structure without its numbers, taken before it is wrapped or sharded."""
 
@@ -77,7 +86,16 @@ class Template:
         """A copy with the whole weights that `model`, of this structure, has now; a collective call where it is sharded."""
         plain = bare(model)
         current = {name: whole(tensor.detach()).clone() for name, tensor in (*plain.named_parameters(), *plain.named_buffers())}
+        return self.holding(current, plain.training)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all parameters and buffers, each tensor once."""
+        return [name for name, _ in (*self._hollow.named_parameters(), *self._hollow.named_buffers())]
+
+    def holding(self, values: Mapping[str, Tensor], training: bool) -> nn.Module:
+        """A copy with these whole tensors, by name."""
         memo: dict[int, object] = {}
         for name, hollow in (*self._hollow.named_parameters(), *self._hollow.named_buffers()):
-            memo[id(hollow)] = nn.Parameter(current[name], hollow.requires_grad) if isinstance(hollow, nn.Parameter) else current[name]
-        return copy.deepcopy(self._hollow, memo).train(plain.training)
+            memo[id(hollow)] = nn.Parameter(values[name], hollow.requires_grad) if isinstance(hollow, nn.Parameter) else values[name]
+        return copy.deepcopy(self._hollow, memo).train(training)

@@ -16,6 +16,7 @@ import tdpass
 from tdpass.constraints.in_format import InFormat
 from tdpass.errors import TdpassError, TrainingError, UsageError
 from tdpass.methods import METHODS, AdmmTT, make_method
+from tdpass.methods.factored import FactoredByAdmm
 from tdpass.methods.stages import Run, Stage, Stages, finished, pretrained
 from tdpass.training.batches import Batches
 
@@ -32,6 +33,11 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "batude": [
         {"budget": {"macs": 0.5}, "rounds": ROUNDS, "stable": 2, "rho": 0.5},
         {"budget": {"params": 0.7}, "rounds": ROUNDS, "stable": 1, "rho": 0.5, "exclude": ["fc"], "metric": "fisher"},
+    ],
+    "svd-training": [
+        {"energy": 0.1, "sparse": 0.1, "sparsify": 4, "tune": 2},
+        {"energy": 0.1, "sparse": 0.05, "sparsify": 3, "tune": 2, "factored": 1, "format": "spatial_svd", "sparsity": "hoyer-square", "exclude": ["out"]},
+        {"budget": {"macs": 0.6}, "sparsity": "l1", "sparsify": 4, "tune": 2},
     ],
     "admm-nn": [
         {"keep": 400, "prune": 3, "retrain": 1, "quantize": 0, "fix": 0, "rho": 0.5},
@@ -163,7 +169,7 @@ def test_train_reports_every_epoch_and_the_control(name: str, options: dict[str,
     assert tdpass.Report(**vars(artifact.report)).to_json() == artifact.report.to_json()
 
 
-@pytest.mark.parametrize(("name", "options"), [case for case in CASES if case.values[0] != "admm-nn"])
+@pytest.mark.parametrize(("name", "options"), [case for case in CASES if issubclass(METHODS.get(case.values[0]), FactoredByAdmm)])
 def test_admm_brings_weights_nearer_to_their_set(name: str, options: dict[str, Any]) -> None:
     settings = {"lr": 0.02, "schedule": {"constant": {"start": 1.0}}}
     common: dict[str, Any] = {"settings": settings, "control": False, "example_inputs": torch.zeros(2, 2, 8, 8)}
@@ -274,7 +280,10 @@ def test_wrong_use_is_one_clear_error(name: str) -> None:
     method = METHODS.get(name)(**options)
     with pytest.raises(TrainingError, match="attach it before"):
         method.finish(model)
-    method.attach(model, optimizer, every=2, example_inputs=torch.zeros(2, 2, 8, 8))
+    model = method.prepare(model, torch.zeros(2, 2, 8, 8))
+    with pytest.raises(UsageError, match="attach"):
+        method.parameters_of(nn.Sequential())
+    method.attach(model, optimizer, every=2)
     with pytest.raises(UsageError, match="attached already"):
         method.attach(model, optimizer, every=2)
     with pytest.raises(UsageError, match="no site"):
