@@ -10,7 +10,7 @@ from dataclasses import replace
 from tdpass.cost import Cost
 from tdpass.errors import PlanError, UsageError
 from tdpass.form import DENSE, Form, Rank
-from tdpass.formats.base import FORMATS, Format
+from tdpass.formats.base import FORMATS, Format, shrinks
 from tdpass.kinds import kind_of
 from tdpass.measures import MEASURES
 from tdpass.models.base import Batch, Model
@@ -36,7 +36,10 @@ class ModelledTarget(Target):
         return [self._cost(site, form, setting.batch) for form in forms]
 
     def filling(self, site: Site, format_name: str, ranks: Sequence[Rank]) -> list[Rank]:
-        """Each rank raised, one place after the other, as far as that costs nothing: the edges of the machine's staircase."""
+        """Each rank raised, one place after the other, as far as that costs nothing here and the layer stays smaller than dense.
+
+        These are the edges of the machine's staircase.
+        """
         known = site if site.seen else replace(site, extents=(kind_of(site).typical(site),))
         return list(dict.fromkeys(self._raised(known, format_name, rank) for rank in ranks))
 
@@ -90,4 +93,4 @@ def _allowed(fmt: Format, site: Site, rank: Rank) -> bool:
         fmt.check_rank(site, rank)
     except PlanError:
         return False
-    return True
+    return shrinks(site, fmt.name, rank)

@@ -63,6 +63,14 @@ class _Recorder(TorchOps):
         self.products.append(Product(y.numel() // outputs, depth, outputs // groups, groups, x.numel(), y.numel()))
         return y
 
+    def conv_transpose(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], cut: Pads, dilation: Sequence[int], groups: int = 1
+    ) -> Tensor:
+        y = super().conv_transpose(x, weight, bias, stride, cut, dilation, groups)
+        inputs, columns = groups * weight.shape[1], weight.shape[0] // groups * math.prod(weight.shape[2:])
+        self.products.append(Product(x.numel() // inputs, inputs // groups, columns, groups, x.numel(), y.numel()))
+        return y
+
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         y = super().matmul(a, b)
         (rows, depth), columns = a.shape[-2:], b.shape[-1]

@@ -235,6 +235,14 @@ def test_no_chosen_rank_could_be_raised_at_no_cost() -> None:
             assert cost.get("cycles") > choice.cost.get("cycles"), choice
 
 
+def test_ranks_are_raised_to_the_edge_but_never_above_dense() -> None:
+    target = SystolicTarget(replace(ARRAY, bytes_per_cycle=1e9))
+    site = Site("fc", "linear", (64, 64), extents=(((512,), (512,)),))
+    assert target.filling(site, "svd", [(3,), (9,), (16,), (17,)]) == [(16,), (31,)]
+    waiting = SystolicTarget(replace(ARRAY, bytes_per_cycle=0.01))  # every number that is moved costs cycles
+    assert waiting.filling(site, "svd", [(3,), (9,)]) == [(3,), (9,)]
+
+
 def test_a_site_costs_what_its_products_do_over_all_its_calls() -> None:
     target = open_target("systolic:gemmini", "torch")
     site = Site("fc", "linear", (40, 30), extents=(((3,), (3,)), ((3,), (3,)), ((5,), (5,))))
