@@ -101,7 +101,7 @@ def inspect_table(rows: Sequence[InspectRow], model: Cost, formats: Sequence[str
 
 
 def geometry(site: Site) -> str:
-    """Stride, padding and dilation where they differ from 1, 0 and 1, and how often a weight is used per sample."""
+    """Stride, padding, dilation and groups where they differ from 1, 0, 1 and 1, and how often a weight is used per sample."""
     words = []
     if any(step != 1 for step in site.stride):
         words.append(f"stride {_same(site.stride)}")
@@ -110,6 +110,8 @@ def geometry(site: Site) -> str:
         words.append(f"pad {_same(flat)}")
     if any(step != 1 for step in site.dilation):
         words.append(f"dilation {_same(site.dilation)}")
+    if site.groups > 1:
+        words.append(f"{site.groups} groups")
     if len(site.extents) > 1:
         words.append(f"{len(site.extents)} calls")
     return " ".join(words)

@@ -136,6 +136,7 @@ def test_geometry_says_only_what_is_unusual() -> None:
     odd = Site("c", "conv", (4, 4, 3, 3), (2, 1), ((0, 1), (0, 1)), (2, 2), extents=(((8, 8), (4, 8)),) * 2)
     assert geometry(plain_site) == "pad 1"
     assert geometry(odd) == "stride 2x1 pad (0, 1) dilation 2 2 calls"
+    assert geometry(replace(plain_site, groups=4)) == "pad 1 4 groups"
 
 
 def test_layout_falls_back_to_the_narrowest() -> None:

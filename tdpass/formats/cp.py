@@ -102,7 +102,7 @@ class Cp(Format):
     exact_at_full_rank: ClassVar[bool] = False
 
     def fits(self, site: Site) -> bool:
-        return super().fits(site) and any(size > 1 for size in site.kernel)
+        return super().fits(site) and max(site.o, site.i) > 1 and any(size > 1 for size in site.kernel)
 
     def ranks(self, site: Site) -> Sequence[Rank]:
         sizes = [stage.size for stage in _stages(site)]

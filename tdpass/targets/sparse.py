@@ -92,7 +92,7 @@ def pruned_weight(weight: Tensor, group: str, sparsity: float) -> Tensor:
 def sparse_calls(site: Site, group: str, sparsity: float, setting: Setting) -> list[Bound]:
     """The layer with that share of zeros as one operator, images laid out in every way; none where the operators do not serve it."""
     stage = stage_of(site)
-    if setting.dtype not in native.DTYPES or stage is None:
+    if setting.dtype not in native.DTYPES or stage is None or stage.groups > 1:
         return []
     layer = make_layer(site, DENSE, setting.dtype)
     pruned = pruned_weight(layer.factors["kernel"], group, sparsity)

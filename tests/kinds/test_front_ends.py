@@ -114,6 +114,20 @@ def test_a_dense_layer_is_the_same_site_and_computes_the_same_everywhere(site: S
         torch.testing.assert_close(value, apply_dense(TorchOps(), x, 2 * weight, bias, site), rtol=1e-4, atol=1e-5)
 
 
+def test_a_layer_that_is_called_with_an_output_size_stays_dense() -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sized, self.plain = nn.ConvTranspose2d(4, 4, 3, 2), nn.ConvTranspose2d(4, 4, 3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.plain(self.sized(x, output_size=[8, 8]))
+
+    model = open_model(Sized(), Batch((noise(2, 4, 3, 3),)))
+    assert [site.name for site in model.sites()] == ["plain"]
+    assert "output size" in model.declined()["sized"]
+
+
 @each_case
 def test_a_format_computes_the_same_everywhere_at_its_price(site: Site, name: str) -> None:
     x, weight, bias = tensors(site)

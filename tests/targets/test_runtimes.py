@@ -18,6 +18,8 @@ SITES = (
     Site("conv", "conv", (16, 8, 3, 3), (2, 1), ((0, 1), (1, 1)), (1, 1), True, extents=(((9, 8), (4, 8)),)),
     Site("pointwise", "conv", (8, 16, 1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1), extents=(((5, 6), (5, 6)),)),
     Site("conv1d", "conv", (8, 8, 5), (1,), ((2, 2),), (1,), True, extents=(((15,), (15,)),)),
+    Site("grouped", "conv", (8, 4, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), True, extents=(((6, 5), (6, 5)),), groups=2),
+    Site("transposed", "conv_transpose", (8, 6, 3, 3), (2, 2), ((1, 0), (1, 0)), (1, 1), True, extents=(((4, 3), (8, 6)),)),
     Site("tokens", "linear", (16, 24), bias=True, extents=(((7,), (7,)),)),
     Site("vector", "linear", (8, 16), extents=(((1,), (1,)),)),
 )
@@ -27,7 +29,8 @@ NAMES = [pytest.param(name, marks=pytest.mark.slow) if RUNTIMES.get(name).on_dem
 def forms(site: Site) -> list[Form]:
     """Dense, fewer channels, and a middle rank of every format."""
     formats = [fmt for fmt in FORMATS if fmt.offered and fmt.fits(site)]
-    return [DENSE, Form("pruned", (6, 5)), *(Form(fmt.name, fmt.ranks(site)[len(fmt.ranks(site)) // 2]) for fmt in formats)]
+    pruned = [Form("pruned", (6, 5))] if site.groups == 1 else []
+    return [DENSE, *pruned, *(Form(fmt.name, fmt.ranks(site)[len(fmt.ranks(site)) // 2]) for fmt in formats)]
 
 
 CASES = [(site, form) for site in SITES for form in forms(site)]

@@ -46,7 +46,7 @@ def watched(module: nn.Module) -> str:
 
 @contextmanager
 def watching(modules: Iterable[nn.Module], see: Callable[[nn.Module, tuple[Any, ...]], None]) -> Iterator[None]:
-    """Call `see` whenever the forward of one of the modules is entered, however the module is held.
+    """Call `see` with all arguments whenever the forward of one of the modules is entered, however the module is held.
 
     A bound forward that was captured earlier goes past it, as it would go past a change of the module's class.
     """
@@ -54,7 +54,7 @@ def watching(modules: Iterable[nn.Module], see: Callable[[nn.Module, tuple[Any, 
 
     def seen(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            see(module, args)
+            see(module, (*args, *kwargs.values()))
             return forward(*args, **kwargs)
 
         return run

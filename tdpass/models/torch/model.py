@@ -313,9 +313,9 @@ class TorchModel:
     def _watch(self, batch: Batch, tape: Tape | None = None) -> Run:
         """A recorded run (by default one that is not replayed), and through which modules it went."""
         layers = {module for matched in self._by_name.values() for module in matched.modules}
-        with entering({*layers, *batchnorms(self.module)}) as entered:
+        with entering({*layers, *batchnorms(self.module)}) as (entered, more):
             seen = self._record(batch, replayed=False)
-        return Run(tape or seen, entered, {name: len(places) for name, places in seen.site_calls.items()})
+        return Run(tape or seen, entered, {name: len(places) for name, places in seen.site_calls.items()}, more)
 
     def _leave(self, reasons: Mapping[str, str]) -> None:
         """Sites that stay dense."""

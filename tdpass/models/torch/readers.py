@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,11 +24,15 @@ from tdpass.tape.calls import leaves
 
 @dataclass(frozen=True)
 class Run:
-    """A recorded run, and one of which it was counted how often forwards were entered, by id of the module, and sites' weights used."""
+    """A recorded run, and one of which it was counted how often forwards were entered, by id of the module, and sites' weights used.
+
+    `more` holds the ids of modules that were given more than their input.
+    """
 
     tape: Tape
     entered: Mapping[int, int]
     used: Mapping[str, int]
+    more: AbstractSet[int]
 
     def readers(self, tensor: Tensor) -> list[int]:
         """The calls that read a tensor of the model or a view of it made earlier; past the last call: the run returned it."""
@@ -39,11 +44,18 @@ class Run:
 
 
 @contextmanager
-def entering(modules: Iterable[nn.Module]) -> Iterator[Mapping[int, int]]:
-    """Count by id the calls that reach the forward of each module."""
+def entering(modules: Iterable[nn.Module]) -> Iterator[tuple[Mapping[int, int], AbstractSet[int]]]:
+    """Count by id the calls that reach the forward of each module; and which of these took more than an input."""
     entered: Counter[int] = Counter()
-    with watching(modules, lambda module, args: entered.update([id(module)])):
-        yield entered
+    more: set[int] = set()
+
+    def see(module: nn.Module, args: tuple[object, ...]) -> None:
+        entered[id(module)] += 1
+        if len(args) > 1:
+            more.add(id(module))
+
+    with watching(modules, see):
+        yield entered, more
 
 
 def other_readers(run: Run, sites: Mapping[str, Matched]) -> dict[str, str]:
@@ -56,6 +68,8 @@ def other_readers(run: Run, sites: Mapping[str, Matched]) -> dict[str, str]:
     for name, what in index.of(_constants(run.tape.output)):
         found.setdefault(name, f"its {what} is returned by the model, which needs it dense")
     for name, matched in sites.items():
+        if any(id(module) in run.more for module in matched.modules):
+            found.setdefault(name, "it is called with more than its input, such as an output size, which a factored layer does not take")
         if sum(run.entered[id(module)] for module in matched.modules) != run.used.get(name, 0):
             found.setdefault(name, "its weight is also used without calling the layer: by a function, or by a forward that was captured earlier")
     return found
