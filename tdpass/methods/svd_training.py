@@ -17,6 +17,7 @@ from tdpass.errors import UsageError
 from tdpass.formats.base import shrinks
 from tdpass.methods.base import register_method
 from tdpass.methods.factored import Factored
+from tdpass.site import Site
 from tdpass.training.held import Held
 from tdpass.training.phases import Phase
 from tdpass.training.placement import Template, whole
@@ -89,8 +90,11 @@ class SvdTraining(Factored):
         return {f"{name}.{part}": getattr(layer, part) for name, layer in self.layers.items() for part in ("u", "s", "v")}
 
     def phases(self) -> Sequence[Phase]:
-        steps = (("factored", self.factored, self._begin_factored), ("sparsify", self.sparsify, self._begin_sparse), ("tune", self.tune, self._begin_tuning))
-        return [Phase(name, rounds, begin) for name, rounds, begin in steps]
+        return [
+            Phase("factored", self.factored, self._begin_factored),
+            Phase("sparsify", self.sparsify, self._begin_sparse),
+            Phase("tune", self.tune, self._begin_tuning),
+        ]
 
     def _begin_factored(self) -> list[Term]:
         return [Orthogonal(self.layers, self.orthogonal)]
@@ -111,14 +115,16 @@ class SvdTraining(Factored):
     def _found(self, weights: Mapping[str, Tensor]) -> dict[str, int | None]:
         """The rank of each layer, None for one that stays dense."""
         if self.budget is None:
-            found = {name: layer.rank(self.energy) for name, layer in self.layers.items()}
-            return {name: rank if shrinks(self.sites[name], self.format_of(self.sites[name]), (rank,)) else None for name, rank in found.items()}
+            return {name: self._paying(self.sites[name], layer.rank(self.energy)) for name, layer in self.layers.items()}
         divided = self.rank_budget(self.budget).divide(weights)
         return {name: bound.rank[0] if isinstance(bound, InFormat) else None for name, bound in divided.items()}
 
+    def _paying(self, site: Site, rank: int) -> int | None:
+        return rank if shrinks(site, self.format_of(site), (rank,)) else None
+
     def constraints(self, weights: Mapping[str, Tensor]) -> Mapping[str, Constraint]:
-        ranks = self.ranks or self._found(weights)
-        return {name: InFormat(self.sites[name], self.format_of(self.sites[name]), (rank,)) for name, rank in ranks.items() if rank is not None}
+        kept = {name: rank for name, rank in (self.ranks or self._found(weights)).items() if rank is not None}
+        return {name: InFormat(self.sites[name], self.format_of(self.sites[name]), (rank,)) for name, rank in kept.items()}
 
     def facts(self) -> dict[str, Any]:
         return {"ranks": self.ranks}
@@ -132,5 +138,6 @@ class SvdTraining(Factored):
 
     def close(self, model: nn.Module) -> Artifact:
         artifact = super().close(model)
-        artifact.report.note(f"{self.name} trained {self.trains:,} parameters, {self.trains / self.replaces:.2f} times those of the dense model")
+        times = f"{self.trains / self.replaces:.2f} times those of the dense model"
+        artifact.report.note(f"{self.name} trained {self.trains:,} parameters, {times}")
         return artifact
