@@ -19,6 +19,7 @@ from tdpass.tape import Tape
 
 FACTOR = 10.0  # how many times the expected loss a result may show
 SLIGHT = 1e-2  # noise on the outputs, relative to their size, that is never held against a result that was to lose something
+NEGLIGIBLE = 1e-3  # a divergence that is never held against a plan: below it losses of single sites do not add up
 ROUNDING = 2e-4  # relative difference between two ways to compute the same in float32
 SAMPLES = 16
 OTHER_SIZE = 3
@@ -124,7 +125,7 @@ class Trials:
 
     def allowed(self, expected: float) -> float:
         """The divergence on the calibration data from which on a result is not what the plan expected."""
-        return max((trial.allowed(expected) for trial in self.trials if trial.calibration), default=float("inf"))
+        return max((max(trial.allowed(expected), NEGLIGIBLE) for trial in self.trials if trial.calibration), default=float("inf"))
 
     def _broken(self, trial: Trial, answer: object, distance: float, promise: Promise, model: Model, expected: float | None) -> str:
         if not _finite(answer):
@@ -140,9 +141,9 @@ class Trials:
     def _allowed(self, trial: Trial, promise: Promise, model: Model, expected: float | None) -> float:
         bounds = [float("inf")]
         if promise is Promise.REPAIR and trial.calibration:
-            bounds.append(2 * trial.distance + trial.slight)
+            bounds.append(max(2 * trial.distance + trial.slight, NEGLIGIBLE))
         if promise is Promise.PLAN and trial.calibration and expected is not None:
-            bounds.append(trial.allowed(expected))
+            bounds.append(max(trial.allowed(expected), NEGLIGIBLE))
         if promise is not Promise.NONE and trial.tape is not None:
             with torch.no_grad():
                 replayed = trial.tape.play().fork(_layers(model)).finish()

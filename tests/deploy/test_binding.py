@@ -76,7 +76,8 @@ def test_blocks_that_do_not_fit_are_refused() -> None:
         with pytest.raises(RuntimeError, match="use what `pack` returns"):
             sparse.SPARSE_LINEAR.call(torch.randn(2, 4), *wrong, None, None, 8, "identity")
     whole = sparse.SPARSE_LINEAR.call(torch.ones(2, 4), values, inputs.long(), start.long(), rows.long(), None, None, 8, "identity")
-    assert torch.equal(whole, sparse.SPARSE_LINEAR.call(torch.ones(2, 4), values, inputs, start, rows, None, None, 8, "identity"))
+    served = sparse.SPARSE_LINEAR.call(torch.ones(2, 4), values, inputs, start, rows, None, None, 8, "identity")
+    torch.testing.assert_close(whole, served)  # indices of 64 bits are left to the reference
 
 
 def relative(y: Tensor, expected: Tensor) -> float:

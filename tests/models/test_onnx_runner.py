@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from tdpass.errors import InvalidModelError, UnsupportedError
+from tdpass.models import open_model
 from tdpass.models.base import Batch
 from tdpass.models.onnx.functions import FUNCTIONS
 from tdpass.models.onnx.model import OnnxModel
@@ -393,10 +394,10 @@ def test_exported_network_agrees_with_torch_and_onnx_runtime(name: str) -> None:
     module = build().eval()
     proto = export(module, example, dynamic)
     model = OnnxModel.open(proto)
-    modules = dict(module.named_modules())
+    modules, original = dict(module.named_modules()), open_model(module)
     assert model.sites()
     for site in model.sites():
-        assert torch.equal(model.weight(site.name), modules[site.name].weight.detach()), site.name
+        assert torch.equal(model.weight(site.name), original.weight(site.name)), site.name
         bias = modules[site.name].bias
         assert (model.bias(site.name) is None) == (bias is None)
     with torch.no_grad():
