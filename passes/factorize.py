@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from tdpass.cost import Cost
 from tdpass.digest import digest
 from tdpass.errors import PlanError
-from tdpass.formats.base import FORMATS, Factors, Layer, dense_cost
+from tdpass.formats.base import FORMATS, Factors, Layer, check_form, cost_of, dense_cost
 from tdpass.formats.metric import Metric
 from tdpass.models.base import Model
 from tdpass.pipeline import Job, Pass, register_pass
@@ -40,14 +40,14 @@ class Factorize(Pass):
         alone = [sites[name] for name, choice in chosen.items() if not choice.channels and choice.format != "constant"]
         tapes = job.tapes(model) if job.batches else []
         for site in alone:
-            FORMATS.get(chosen[site.name].format).check_rank(site, chosen[site.name].rank)
+            check_form(site, chosen[site.name].form)
         _check_start(job.start, {site.name: site for site in alone}, chosen)
         metrics = stream_metrics(tapes, alone, job.measure) if tapes else ((site, Metric()) for site in alone)
         replaced: set[str] = set()
         for count, (site, metric) in enumerate(metrics, start=1):
             choice = chosen[site.name]
             fits = SiteFits(site, model.weight(site.name), model.bias(site.name), metric, job.start.get(site.name))
-            model.replace(site.name, fits.layer(choice.format, choice.rank))
+            model.replace(site.name, fits.layer(choice.form))
             replaced.add(site.name)
             job.progress("factorizing", count, len(alone))
         for layers in self._joint(chosen, sites, model, job):
@@ -100,7 +100,7 @@ def _priced(choice: Choice, sites: Mapping[str, Site], model: Model) -> Choice:
     dense = choice.dense.recounted(dense_cost(site))
     if layer is None:
         return replace(choice, cost=dense, dense=dense)
-    cost = FORMATS.get(choice.format).cost(site, choice.rank) + bias_cost(site, layer.bias)
+    cost = cost_of(site, choice.form) + bias_cost(site, layer.bias)
     return replace(choice, cost=choice.cost.recounted(cost), dense=dense)
 
 

@@ -23,6 +23,8 @@ from tdpass.report import CurvePoint
 from tdpass.site import Site, selects
 from tdpass.targets import TARGETS, Target
 
+NUMBERS_OFFERED = ("int8",)
+
 
 @register_pass
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Plan(Pass):
     Options override the budget of the job: `bounds` by measure, each of which is an option of that name.
     `joint` also tries options that change neighbouring sites together.
     `effort`: fast (losses from the metric alone), normal (losses measured for about a minute) or thorough; default: the job's.
-    The model itself is not changed.
+    Under a budget on bytes, where neither formats nor a target are asked for, sites may also be stored in integers.  The model itself is not changed.
     """
 
     name = "plan"
@@ -52,7 +54,8 @@ class Plan(Pass):
         effort = effort_named(self.effort or job.effort).of(job.original.macs)
         tapes, divergence = job.tapes(model), job.measure
         dense, cache, context = Dense(model.weight, model.bias), CandidateCache(job.cache), self._context(model, job, sites)
-        table = tabulate(sites, dense, tapes, divergence, job.formats, cache, context, job.progress, job.target, effort)
+        numbers = NUMBERS_OFFERED if "bytes" in budget.measures and job.target is None and not job.formats else ()
+        table = tabulate(sites, dense, tapes, divergence, job.formats, cache, context, job.progress, job.target, effort, numbers)
         table.prepared = Cost(model.params(), job.original.macs, model.bytes())
         if self.joint and effort.measured and tapes and not job.formats and budget.max_error is None:
             add_joint_options(table, dense, tapes, divergence, cache, context, job.progress, effort)

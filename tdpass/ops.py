@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
@@ -44,6 +45,15 @@ class Ops(Protocol[V]):
 
     def add(self, a: V, b: V) -> V:
         """Broadcast sum."""
+
+    def cast(self, x: V, dtype: torch.dtype) -> V:
+        """The same numbers in another floating-point type."""
+
+    def dequantize(self, values: V, scale: V, zero: V | None, shape: Sequence[int], rows: int, bits: int, dtype: torch.dtype) -> V:
+        """`(values[r, k] - zero[r]) scale[r]` in single precision, as a tensor of that shape and type.
+
+        `values` are integers of `bits` bits (8, or 4 as `pack_nibbles` packs them) of that shape, seen as so many rows.
+        """
 
     def flatten_positions(self, x: V, last: int) -> V:
         """`x[..., last]` to `[positions, last]`."""
@@ -105,6 +115,20 @@ def transposed_convolution(
     return F.pad(y, [-size for pair in reversed(rest) for size in pair]) if any(map(any, rest)) else y
 
 
+def pack_nibbles(values: Tensor) -> Tensor:
+    """Integers of four bits, two to a byte, the first in its lower half; an odd last one is followed by zero."""
+    flat = values.reshape(-1).to(torch.int16) & 15
+    pairs = F.pad(flat, (0, flat.numel() % 2)).reshape(-1, 2)
+    return (pairs[:, 0] | (pairs[:, 1] << 4)).to(torch.uint8)
+
+
+def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
+    """The first `count` integers of what `pack_nibbles` packed."""
+    wide = packed.to(torch.int16)
+    flat = torch.stack([wide & 15, wide >> 4], 1).reshape(-1)[:count]
+    return torch.where(flat > 7, flat - 16, flat).to(torch.int8)
+
+
 class TorchOps:
     """Eager torch; also the reference of every kernel."""
 
@@ -135,6 +159,18 @@ class TorchOps:
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
+
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype)
+
+    def dequantize(
+        self, values: Tensor, scale: Tensor, zero: Tensor | None, shape: Sequence[int], rows: int, bits: int, dtype: torch.dtype
+    ) -> Tensor:
+        held = values if bits == 8 else unpack_nibbles(values, math.prod(shape))
+        numbers = held.reshape(rows, -1).float()
+        if zero is not None:
+            numbers = numbers - zero.float()[:, None]
+        return (numbers * scale.float()[:, None]).reshape(tuple(shape)).to(dtype)
 
     def flatten_positions(self, x: Tensor, last: int) -> Tensor:
         return x.reshape(-1, last)

@@ -12,11 +12,13 @@ from tdpass.cost import Cost
 from tdpass.errors import PlanError
 from tdpass.form import DENSE, Form
 from tdpass.formats import FORMATS
+from tdpass.numbers import NUMBERS
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.report import Report, SiteRow
 
 RANKS = [(), (1,), (96,), (16, 24), (2, 4, 5, 5, 4, 2)]
-NUMBERS = [(), ("int8",), ("int4/64",), ("bfloat16", "int8/tensor")]
+TYPES = [*NUMBERS.names(), "int8/tensor", "int4/64", "int8/64/zero"]
+STORED = [(), *((text,) for text in TYPES), ("bfloat16", "int8/tensor")]
 SUPPORTS = ["", "2:4", "blocks4x4", "unstructured"]
 VERSION_1 = {
     "version": 1,
@@ -32,7 +34,7 @@ VERSION_1 = {
 
 @pytest.mark.parametrize("name", FORMATS.names())
 def test_every_form_reads_back_from_its_text(name: str) -> None:
-    for rank, numbers, support in itertools.product(RANKS, NUMBERS, SUPPORTS):
+    for rank, numbers, support in itertools.product(RANKS, STORED, SUPPORTS):
         form = Form(name, rank, numbers, support)
         assert Form.parse(str(form)) == form
         assert Form.parse(form.family) == replace(form, rank=())

@@ -17,7 +17,7 @@ from tdpass.dynamo.draft import Draft
 from tdpass.dynamo.links import Link, read_link
 from tdpass.errors import TdpassError
 from tdpass.form import Form, Formed
-from tdpass.formats.base import FORMATS, Layer
+from tdpass.formats.base import FORMATS, Layer, check_form
 from tdpass.formats.lowering import Lowered, lower
 from tdpass.kinds import plain_site
 from tdpass.layers.derived import Recipe
@@ -64,7 +64,9 @@ def factorize(draft: Draft, decide: Decide) -> int:
         try:
             if link.transposed or link.groups != 1:
                 raise TdpassError("its weight is stored the other way round or grouped")
-            FORMATS.get(decision.format).check_rank(site, decision.rank)
+            check_form(site, decision)
+            if decision.numbers:
+                raise TdpassError(f"the plan stores it as '{decision}', and a compiled graph keeps the weights as they are")
         except TdpassError as error:
             log.warning("%s stays dense: %s", path or node.name, error)
             continue

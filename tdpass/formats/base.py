@@ -15,6 +15,7 @@ from tdpass.cost import Cost, pays
 from tdpass.errors import PlanError
 from tdpass.form import DENSE, Form, Formed, Rank
 from tdpass.formats.metric import Metric
+from tdpass.formats.storage import Storage
 from tdpass.kinds import kind_of, plain_site
 from tdpass.ops import Ops, TorchOps, V
 from tdpass.registry import Registry
@@ -205,6 +206,20 @@ def offered_formats() -> tuple[str, ...]:
     return tuple(form.name for form in FORMATS if form.offered)
 
 
+def check_form(site: Site, form: Form) -> None:
+    """Raise `PlanError` unless the form can be that of the site, `UsageError` for an unknown format."""
+    fmt = FORMATS.get(form.format)
+    fmt.check_rank(site, form.rank)
+    Storage.of(form, fmt.shapes(site, form.rank))
+
+
+def cost_of(site: Site, form: Form) -> Cost:
+    """What a site costs in that form, the bias not counted."""
+    fmt = FORMATS.get(form.format)
+    cost = fmt.cost(site, form.rank)
+    return cost.replace(bytes=Storage.of(form, fmt.shapes(site, form.rank)).bytes) if form.numbers else cost
+
+
 def dense_cost(site: Site) -> Cost:
     """What the dense layer costs, the bias not counted."""
     return FORMATS.get(DENSE.format).cost(site, DENSE.rank)
@@ -253,7 +268,7 @@ def pointwise(out: int, inputs: int, axes: int, name: str) -> Site:
 
 @dataclass(frozen=True)
 class Layer(Formed):
-    """A layer in some form: what may stand for the dense layer of a site."""
+    """A layer in some form: what may stand for the dense layer of a site; `factors` are held as the form's number types store them."""
 
     site: Site
     form: Form
@@ -262,15 +277,34 @@ class Layer(Formed):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run it in eager torch."""
-        return FORMATS.get(self.format).apply(TorchOps(), x, self.factors, self.bias, self.site, self.rank)
+        return FORMATS.get(self.format).apply(TorchOps(), x, self.values(x.dtype), self.bias, self.site, self.rank)
+
+    @property
+    def storage(self) -> Storage:
+        """How its factors are stored."""
+        return Storage.of(self.form, FORMATS.get(self.format).shapes(self.site, self.rank))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of its bias and, where they have no number types of their own, of its factors."""
+        tensors = [*(() if self.form.numbers else self.factors.values()), *(() if self.bias is None else (self.bias,))]
+        return tensors[0].dtype if tensors else torch.float32
+
+    def values(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """Its factors as floating-point numbers; factors that have no number types of their own stay in the type they have."""
+        return self.storage.restore(TorchOps(), self.factors, dtype) if self.form.numbers else self.factors
 
     def to(self, dtype: torch.dtype) -> Layer:
-        """The same layer in another floating-point type."""
-        factors = {name: factor.to(dtype).contiguous() for name, factor in self.factors.items()}
-        return replace(self, factors=factors, bias=None if self.bias is None else self.bias.to(dtype))
+        """The same layer in another floating-point type; factors that have number types of their own stay as they are stored."""
+        kept = self.factors if self.form.numbers else {name: factor.to(dtype).contiguous() for name, factor in self.factors.items()}
+        return replace(self, factors=kept, bias=None if self.bias is None else self.bias.to(dtype))
+
+    def stored(self, form: Form) -> Layer:
+        """The same layer with its factors in the number types of that form."""
+        return replace(self, form=form, factors=replace(self, form=form).storage.store(self.factors))
 
     def reconstruct(self) -> Tensor:
         """The dense weight it stands for."""
-        return FORMATS.get(self.format).reconstruct(dict(self.factors), self.site)
+        return FORMATS.get(self.format).reconstruct(dict(self.values(self.dtype)), self.site)
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdpass.form import Form
-from tdpass.formats.base import FORMATS, Layer, apply_dense
+from tdpass.formats.base import FORMATS, Layer, apply_dense, check_form
+from tdpass.formats.storage import Storage
 from tdpass.kinds import kind_of
+from tdpass.numbers import Part
 from tdpass.ops import TorchOps
 from tdpass.site import Site
 
@@ -18,7 +18,7 @@ _OPS = TorchOps()
 
 
 class Factorized(nn.Module):
-    """A layer in factored form: one parameter per factor, and `bias`.
+    """A layer in factored form: one parameter per factor, and `bias`; factors in number types of their own are buffers.
 
     Trainable, exportable, compilable; `weight` rebuilds the dense weight for code that reads it.
     `pads` (as `F.pad` takes them) and `padding_mode` serve convolutions that do not pad with zeros.  While `rebuilt` is set, training
@@ -34,15 +34,25 @@ class Factorized(nn.Module):
         self.form = layer.form
         self.format, self.rank = FORMATS.get(layer.format), layer.rank
         self.padding_mode, self.pads = padding_mode, pads
+        self.storage = layer.storage
         for name, factor in layer.factors.items():
-            self.register_parameter(name, factor if isinstance(factor, nn.Parameter) else nn.Parameter(factor, requires_grad=factor.is_floating_point()))
+            if self.storage.numbers:
+                self.register_buffer(name, factor)
+            else:
+                self.register_parameter(name, _parameter(factor))
         self.register_parameter("bias", bias)
 
     bias: nn.Parameter | None
 
     def factors(self) -> dict[str, Tensor]:
-        """The factors by name."""
+        """The factors as they are stored, by name."""
+        if self.storage.numbers:
+            return {name: value for name, value in self._buffers.items() if value is not None}
         return {name: value for name, value in self.named_parameters(recurse=False) if name != "bias"}
+
+    def values(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The factors as floating-point numbers, by name."""
+        return dict(self.storage.restore(_OPS, self.factors(), dtype))
 
     def layer(self) -> Layer:
         """The layer as data, with the current factors."""
@@ -54,7 +64,8 @@ class Factorized(nn.Module):
             x = F.pad(x, self.pads, mode=self.padding_mode)
         if self.rebuilt and self.training and self.factors():
             return apply_dense(_OPS, x, self._dense(), self.bias, self.site)
-        factors: Mapping[str, Tensor] = {name: value for name, value in self._parameters.items() if value is not None}
+        held = self._buffers if self.storage.numbers else self._parameters
+        factors = self.storage.restore(_OPS, {name: value for name, value in held.items() if value is not None}, x.dtype)
         return self.format.apply(_OPS, x, factors, self.bias, self.site, self.rank)
 
     @property
@@ -63,7 +74,7 @@ class Factorized(nn.Module):
         return kind_of(self.site).turned(self._dense(), self.site.groups)
 
     def _dense(self) -> Tensor:
-        return self.format.reconstruct(self.factors(), self.site)
+        return self.format.reconstruct(self.values(torch.float32 if self.bias is None else self.bias.dtype), self.site)
 
     @property
     def in_features(self) -> int:
@@ -92,9 +103,14 @@ class Factorized(nn.Module):
 
 def empty_layer(site: Site, form: Form, dtype: torch.dtype) -> Layer:
     """A layer of that structure without storage, on the meta device; raises `PlanError` for a rank that does not fit."""
-    fmt = FORMATS.get(form.format)
-    fmt.check_rank(site, form.rank)
-    return Layer(site, form, {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in fmt.shapes(site, form.rank).items()})
+    check_form(site, form)
+    storage = Storage.of(form, FORMATS.get(form.format).shapes(site, form.rank))
+    parts = storage.parts() or {name: Part(shape, dtype) for name, shape in storage.shapes.items()}
+    return Layer(site, form, {name: torch.empty(part.shape, dtype=part.dtype, device="meta") for name, part in parts.items()})
+
+
+def _parameter(factor: Tensor) -> nn.Parameter:
+    return factor if isinstance(factor, nn.Parameter) else nn.Parameter(factor, requires_grad=factor.is_floating_point())
 
 
 def rebuild_while_training(model: nn.Module) -> None:

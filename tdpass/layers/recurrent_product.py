@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdpass.formats.base import FORMATS
+from tdpass.form import Form
+from tdpass.formats.base import Layer
 from tdpass.formats.lowering import lower
 from tdpass.kernels.conv_chain import packing
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
@@ -36,12 +37,12 @@ def is_plain(module: nn.Module) -> bool:
 class Rebuilt(Recipe):
     """The dense weight of a factored layer."""
 
-    format: str
+    form: Form
     site: Site
     names: tuple[str, ...]
 
     def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return (FORMATS.get(self.format).reconstruct(dict(zip(self.names, tensors, strict=True)), self.site).detach(),)
+        return (Layer(self.site, self.form, dict(zip(self.names, tensors, strict=True))).reconstruct().detach(),)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class PackCell(Recipe):
 
 def form(module: nn.Module) -> tuple[object, ...]:
     """What a module is made of; another one after it was factored in place."""
-    return (type(module), module.format.name, module.rank) if isinstance(module, Factorized) else (type(module),)
+    return (type(module), module.form) if isinstance(module, Factorized) else (type(module),)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Product:
         site = replace(module.site, extents=(((1,), (1,)),))
         lowered, called = lower(module.layer()), module.format.cost(site, module.rank).macs
         names = tuple(module.factors())
-        rebuild = Rebuilt(module.format.name, replace(site, extents=()), names)
+        rebuild = Rebuilt(module.form, replace(site, extents=()), names)
         if lowered is None:
             return cls(module, form(module), names, None, (), rebuild, called, site.i * (site.i + site.o), site.weights)
         names, widths = lowered.factors, tuple(lowered.widths)

@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from tdpass.cost import Budget, Cost, pays
 from tdpass.errors import NumericalError
 from tdpass.form import DENSE, Form, Formed, Rank
-from tdpass.formats.base import FORMATS, Decomposition, Factors, Format, Layer, dense_cost, shrinks
+from tdpass.formats.base import FORMATS, Decomposition, Factors, Format, Layer, cost_of, dense_cost, shrinks
 from tdpass.formats.metric import Metric
 from tdpass.planner.effort import NEVER, Deadline
 from tdpass.site import Site
@@ -89,32 +90,40 @@ class SiteFits:
             self._factors[key] = factors
         return factors
 
-    def layer(self, format_name: str, rank: Rank) -> Layer:
-        """The factored layer, its bias shifted so that the mean output on the calibration data stays what it was."""
-        fmt = FORMATS.get(format_name)
-        factors = self.factors(format_name, rank)
-        bias = self.bias
-        lost = None
-        if self.metric.mean is not None:
-            lost = self.metric.mean_output((self.weight - fmt.reconstruct(factors, self.site)).flatten(1))
+    def layer(self, form: Form) -> Layer:
+        """The layer in that form, its bias shifted so that the mean output on the calibration data stays what it was."""
+        made, bias, lost = self._unbiased(form), self.bias, None
+        if self._shifts_bias(form):
+            lost = self.metric.mean_output((self.weight - self._weight_of(made)).flatten(1))
         if lost is not None:
             bias = lost if bias is None else bias.double() + lost
-        return Layer(self.site, Form(format_name, rank), factors, bias).to(self.dtype)
+        return replace(made, bias=bias).to(self.dtype)
 
-    def candidate(self, format_name: str, rank: Rank) -> Candidate:
-        """Cost and measured error of one format and rank."""
-        fmt = FORMATS.get(format_name)
-        guarantee = self.decomposition(format_name).guarantee(rank)
+    def candidate(self, form: Form) -> Candidate:
+        """Cost and measured error of one form."""
+        guarantee = None if form.numbers else self.decomposition(form.format).guarantee(form.rank)
         if guarantee is not None and guarantee.kind == "exact":
             error = guarantee.value
         else:
-            error = self.metric.relative_error(self.weight, fmt.reconstruct(self.factors(format_name, rank), self.site))
-        return Candidate(Form(format_name, rank), self.cost(format_name, rank), error, guarantee="" if guarantee is None else str(guarantee))
+            error = self.metric.relative_error(self.weight, self._weight_of(self._unbiased(form)))
+        return Candidate(form, self.cost(form), error, guarantee="" if guarantee is None else str(guarantee))
 
-    def cost(self, format_name: str, rank: Rank) -> Cost:
+    def cost(self, form: Form) -> Cost:
         """What the layer costs, with the bias that keeps the mean where the site has none."""
-        cost = FORMATS.get(format_name).cost(self.site, rank)
-        return cost if self.metric.mean is None or self.site.bias else cost + Cost(params=self.site.o, bytes=self.site.o * self.site.itemsize)
+        cost = cost_of(self.site, form)
+        gains = self._shifts_bias(form) and not self.site.bias
+        return cost + Cost(params=self.site.o, bytes=self.site.o * self.site.itemsize) if gains else cost
+
+    def _shifts_bias(self, form: Form) -> bool:
+        """Whether it is worth a bias to keep the mean: a layer that stays whole gets none that it did not have."""
+        return self.metric.mean is not None and (self.site.bias or form.format != DENSE.format)
+
+    def _unbiased(self, form: Form) -> Layer:
+        plain = Layer(self.site, replace(form, numbers=()), self.factors(form.format, form.rank))
+        return plain.to(self.dtype).stored(form) if form.numbers else plain
+
+    def _weight_of(self, layer: Layer) -> Tensor:
+        return FORMATS.get(layer.format).reconstruct(dict(layer.values(torch.float64)), self.site)
 
 
 Filling = Callable[[Site, str, Sequence[Rank]], Sequence[Rank]]
@@ -168,13 +177,25 @@ def enumerate_candidates(
     return found
 
 
+def in_numbers(fits: SiteFits, candidates: Sequence[Candidate], numbers: Sequence[str]) -> list[Candidate]:
+    """The dense layer and the candidates whose format needs no search, with their factors stored in each of these number types.
+
+    Those only that take fewer bytes than dense and no more of anything else that is known.
+    """
+    dense = dense_cost(fits.site)
+    forms = [DENSE, *(candidate.form for candidate in candidates if not FORMATS.get(candidate.format).searched)]
+    found = [fits.candidate(replace(form, numbers=(each,))) for form in forms for each in numbers]
+    kept = [candidate for candidate in found if math.isfinite(candidate.error) and candidate.cost.bytes < dense.bytes]
+    return [candidate for candidate in kept if all(candidate.cost.get(m) <= dense.get(m) for m in ("params", "macs"))]
+
+
 def _of_format(fits: SiteFits, fmt: Format, ranks: Sequence[Rank], others: Sequence[Candidate], deadline: Deadline) -> list[Candidate]:
     """Candidates of one format, its middle rank and its smallest, then the others coarse to fine, until the deadline."""
     found: list[Candidate] = []
     for rank in coarse_first(ranks):
         if deadline.left <= 0 and (len(found) >= _ENDS or (fmt.searched and others)):
             break
-        candidate = fits.candidate(fmt.name, rank)
+        candidate = fits.candidate(Form(fmt.name, rank))
         if not math.isfinite(candidate.error) or not pays(candidate.cost, dense_cost(fits.site)):
             continue
         if fmt.searched and not found and _hopeless(candidate, others):

@@ -15,7 +15,7 @@ from tdpass.form import DENSE
 from tdpass.formats.base import FORMATS, Layer, offered_formats
 from tdpass.formats.metric import Metric
 from tdpass.planner.cache import CandidateCache
-from tdpass.planner.candidates import Candidate, SiteFits, as_given, dense_candidate, enumerate_candidates, frontier, with_loss, within
+from tdpass.planner.candidates import Candidate, SiteFits, as_given, dense_candidate, enumerate_candidates, frontier, in_numbers, with_loss, within
 from tdpass.planner.divergence import FittedDivergence
 from tdpass.planner.effort import THOROUGH, Allowance, Deadline, Effort
 from tdpass.planner.joint import JointOption, joint_options
@@ -122,7 +122,8 @@ class Table:
     def _reason(self, site: Site, candidate: Candidate, budget: Budget) -> str:
         if candidate.form != DENSE:
             estimated = "; its loss is estimated" if candidate.estimated else ""
-            return f"{candidate.cost.get('params') / max(site.weights, 1):.0%} of the parameters{estimated}"
+            measure, noun = ("bytes", "bytes") if candidate.form.numbers else ("params", "parameters")
+            return f"{candidate.cost.get(measure) / max(dense_candidate(site).cost.get(measure), 1):.0%} of the {noun}{estimated}"
         if site.name in self.declined:
             return self.declined[site.name]
         every = self.candidates.get(site.name, [])
@@ -146,6 +147,7 @@ def tabulate(
     tick: Tick = lambda what, done, of: None,
     target: Target | None = None,
     effort: Effort = THOROUGH,
+    numbers: Sequence[str] = (),
 ) -> Table:
     """Candidates and losses for every site.
 
@@ -153,6 +155,7 @@ def tabulate(
     candidate in place; as many as the effort has time for are measured, the rest follow from their errors.  Without, the loss of
     a candidate is the squared relative error of its weight.  `context` identifies model and data in the cache.  With `target`
     the candidates are meant for it: ranks that fill the machine, and of every format those that may turn out to be cheaper there.
+    `numbers` are number types that factors, and dense weights, may be stored in.
     """
     cache = cache or CandidateCache(None)
     names = tuple(formats) or offered_formats()
@@ -160,7 +163,7 @@ def tabulate(
         FORMATS.get(name)
     versions = ",".join(f"{name}{FORMATS.get(name).version}" for name in names)
     fingerprints = {site.name: digest(dense.weight(site.name)) for site in sites}
-    purpose = (effort.name, str(effort.ranks), *(() if target is None else (target.filled_by,)))
+    purpose = (effort.name, str(effort.ranks), *(() if target is None else (target.filled_by,)), *numbers)
     keys = {site.name: digest(fingerprints[site.name], *_identity(site), versions, context, *purpose) for site in sites}
     known = {site.name: found for site in sites if (found := cache.get(keys[site.name])) is not None}
     missing = [site for site in sites if site.name not in known]
@@ -184,6 +187,8 @@ def tabulate(
         try:
             found = enumerate_candidates(fits, names, effort.ranks, filling, effort.searches, deadline.part(_FIT_SHARE))
             best = _worth_timing(found, measures) if target is not None else frontier(found, measures)
+            if numbers:
+                best = frontier([*best, *in_numbers(fits, best, numbers)], (*measures, "bytes"))
             known[site.name] = _with_losses(best, fits, sweep, len(missing), deadline, effort)
             cache.put(keys[site.name], known[site.name])
         except NumericalError as error:
@@ -224,7 +229,7 @@ def _with_losses(
         return [with_loss(candidate, candidate.error**2) for candidate in candidates]
 
     def layers(candidate: Candidate) -> Callable[[], Mapping[str, Layer]]:
-        return lambda: {fits.site.name: fits.layer(candidate.format, candidate.rank)}
+        return lambda: {fits.site.name: fits.layer(candidate.form)}
 
     errors = [candidate.error for candidate in candidates]
     if not effort.measured and fits.metric.outputs is not None:

@@ -12,7 +12,7 @@ from tdpass.documents import Amount, Count, Document, Size, register_document
 from tdpass.errors import PlanError
 from tdpass.files import write_text
 from tdpass.form import DENSE, Form, Formed
-from tdpass.formats.base import FORMATS
+from tdpass.formats.base import FORMATS, check_form, cost_of
 from tdpass.kinds import plain_site
 from tdpass.measures import counted
 from tdpass.report import SiteRow
@@ -150,12 +150,15 @@ def _fault(choice: Choice) -> str:
         return ""  # the pass that carries it out lists those it knows
     way, site = FORMATS.get(choice.format), replace(plain_site(choice.site, choice.shape), groups=choice.groups)
     try:
-        way.check_rank(site, choice.rank)
+        check_form(site, choice.form)
     except PlanError as error:
         return f"does not fit: {error}"
     stored = way.cost(site, choice.rank).params
     if abs(choice.cost.params - stored) > outputs:
         return f"takes {stored} numbers as {choice.format} of rank {choice.rank}, not {choice.cost.params}"
+    if choice.form.numbers:
+        spare = choice.cost.bytes - cost_of(site, choice.form).bytes - (choice.cost.params - stored) * choice.dense.bytes // choice.dense.params
+        return f"takes {choice.cost.bytes} bytes, which is not what '{choice.form}' stores" if spare else ""
     if choice.cost.bytes * choice.dense.params != choice.dense.bytes * choice.cost.params:
         return f"takes {choice.cost.bytes} bytes for {choice.cost.params} numbers, dense {choice.dense.bytes} for {choice.dense.params}"
     return ""

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tdpass.formats.base import FORMATS, Layer
+from tdpass.formats.base import FORMATS, Layer, Stage
 from tdpass.kinds import kind_of
 from tdpass.ops import TorchOps
 from tdpass.planner.divergence import FittedDivergence, Tally
@@ -35,7 +35,7 @@ def with_room_for_bias(layers: Mapping[str, Layer], room: Mapping[str, float]) -
     """Layers that have a bias, and of those without one, front to back, as many as may get one; `room` is what is left by measure."""
     left, found = dict(room), {name for name, layer in layers.items() if layer.bias is not None}
     for name, layer in layers.items():
-        width = next(iter(layer.factors.values())).element_size() if layer.factors else 4
+        width = layer.dtype.itemsize
         needed = {"params": layer.site.o, "bytes": layer.site.o * width}
         if name not in found and all(needed[measure] <= amount for measure, amount in left.items()):
             found.add(name)
@@ -55,10 +55,10 @@ def correct_biases(tapes: Sequence[Tape], layers: Mapping[str, Layer], biased: C
         if layer is None or not _full(layer) or name not in biased:
             continue
         with torch.no_grad():
-            gaps = [kind_of(layer.site).output_rows(moment.target - layer(moment.x.to(_dtype(layer))), layer.site) for moment in moments]
+            gaps = [kind_of(layer.site).output_rows(moment.target - layer(moment.x.to(layer.dtype)), layer.site) for moment in moments]
             gap = sum((rows.double().sum(0) for rows in gaps), torch.zeros(layer.site.o, dtype=torch.float64)) / sum(rows.shape[0] for rows in gaps)
         bias = gap if layer.bias is None else layer.bias.double() + gap
-        corrected[name] = replace(layer, bias=bias.to(_dtype(layer)))
+        corrected[name] = replace(layer, bias=bias.to(layer.dtype))
         lockstep.apply(name, corrected[name])
     return corrected
 
@@ -81,8 +81,9 @@ def refit_last_factors(tapes: Sequence[Tape], layers: Mapping[str, Layer], ridge
         if layer is None:
             continue
         stage = FORMATS.get(layer.format).last_stage(layer.site, layer.rank)
-        if stage is None or not _full(layer):
-            declined[name] = f"{layer.format} has no last factor to solve for" if stage is None else "its outputs were pruned or it was dropped"
+        reason = _why_not_refitted(layer, stage)
+        if stage is None or reason:
+            declined[name] = reason
             continue
         refitted[name] = _solve(layer, stage.factor, stage.site, moments, ridge, bias=name in biased)
         lockstep.apply(name, refitted[name])
@@ -99,9 +100,12 @@ def _start(tapes: Sequence[Tape], layers: Mapping[str, Layer]) -> Lockstep:
     return lockstep
 
 
-def _dtype(layer: Layer) -> torch.dtype:
-    """The type of the layer's parameters."""
-    return next(iter(layer.factors.values())).dtype
+def _why_not_refitted(layer: Layer, stage: Stage | None) -> str:
+    if stage is None:
+        return f"{layer.format} has no last factor to solve for"
+    if not _full(layer):
+        return "its outputs were pruned or it was dropped"
+    return f"its factors are stored as {', '.join(layer.form.numbers)}" if layer.form.numbers else ""
 
 
 def _full(layer: Layer) -> bool:
@@ -118,7 +122,7 @@ def _solve(layer: Layer, factor: str, site: Site, moments: Sequence[Moment], rid
     generator = torch.Generator()
     with torch.no_grad():
         for moment in moments:
-            z = FORMATS.get(layer.format).features(_OPS, moment.x.to(_dtype(layer)), layer.factors, layer.site, layer.rank)
+            z = FORMATS.get(layer.format).features(_OPS, moment.x.to(layer.dtype), layer.factors, layer.site, layer.rank)
             limit = max(4 * width, _ROWS_PER_CALL // (groups * width))
             features = working(kind_of(site).rows(z, site, limit, generator.manual_seed(rows)))
             targets = working(_same_rows(kind_of(layer.site).output_rows(moment.target, layer.site), limit, generator.manual_seed(rows)))

@@ -34,7 +34,7 @@ def layer_of(site: Site, form: Form, make: Callable[[tuple[int, ...]], Tensor]) 
         site, form = replace(site, shape=(*form.rank, *site.kernel)), DENSE
     bias = make((site.o,)) if site.bias else None
     shapes = FORMATS.get(form.format).shapes(site, form.rank)
-    return Layer(site, form, {name: make(shape) for name, shape in shapes.items()}, bias)
+    return Layer(site, replace(form, numbers=()), {name: make(shape) for name, shape in shapes.items()}, bias).stored(form)
 
 
 def weights_of(layer: Layer) -> dict[str, Tensor]:
@@ -45,18 +45,14 @@ def weights_of(layer: Layer) -> dict[str, Tensor]:
 def apply_layer(ops: Ops[V], layer: Layer, x: V, weights: Mapping[str, V]) -> V:
     """The layer's output, from tensors by these names."""
     factors = {name: weights[name] for name in layer.factors}
-    return FORMATS.get(layer.format).apply(ops, x, factors, weights.get("bias"), layer.site, layer.rank)
-
-
-def dtype_of(layer: Layer) -> torch.dtype:
-    """Floating-point type of the weights."""
-    return next(iter(weights_of(layer).values())).dtype
+    values = layer.storage.restore(ops, factors, layer.dtype)
+    return FORMATS.get(layer.format).apply(ops, x, values, weights.get("bias"), layer.site, layer.rank)
 
 
 def example_input(layer: Layer, batch: int) -> Tensor:
     """The same random input for every form of a site: what its first call reads, for `batch` samples."""
     sizes = kind_of(layer.site).sample(layer.site, batch)
-    return torch.randn(sizes, generator=torch.Generator().manual_seed(1)).to(dtype_of(layer))
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(1)).to(layer.dtype)
 
 
 def channels_last(tensor: Tensor) -> Tensor:

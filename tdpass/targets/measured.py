@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tdpass.errors import UsageError
 from tdpass.form import DENSE, Form
-from tdpass.formats.base import FORMATS
+from tdpass.formats.base import FORMATS, cost_of
 from tdpass.models.base import Batch, Model
 from tdpass.site import Site
 from tdpass.targets.base import Setting, TimedTarget, Timing
@@ -113,7 +113,7 @@ class MeasuredTarget(TimedTarget):
         portion: list[_Case] = []
         size = 0
         for case in cases:
-            held = FORMATS.get(case.form.format).cost(site, case.form.rank).bytes
+            held = cost_of(site, case.form).bytes
             if portion and size + held > _TOGETHER_BYTES:
                 yield portion
                 portion, size = [], 0
@@ -147,7 +147,7 @@ class MeasuredTarget(TimedTarget):
         version = FORMATS.get(form.format).version
         dtype = str(setting.dtype).removeprefix("torch.")
         return Key(
-            self.device, f"{runtime.name} {runtime.version()}", setting.threads, setting.batch, dtype, geometry_of(site), f"{form.format} {version}", form.rank
+            self.device, f"{runtime.name} {runtime.version()}", setting.threads, setting.batch, dtype, geometry_of(site), f"{form.family} {version}", form.rank
         )
 
 

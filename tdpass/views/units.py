@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from tdpass.form import Form
 from tdpass.measures import MEASURES, Measure, measures
 
 _PREFIXES = ("", "k", "M", "G", "T", "P")
@@ -111,6 +112,11 @@ def dims(shape: Sequence[int], times: str = "x") -> str:
 def ranks(rank: Sequence[int]) -> str:
     """A rank as text, such as `8, 12`; empty for a dense layer."""
     return ", ".join(str(r) for r in rank)
+
+
+def in_form(form: Form) -> str:
+    """A form as text, its rank written as `ranks` does."""
+    return " ".join(part for part in (plain(form.format), ranks(form.rank), *map(plain, form.numbers), plain(form.support)) if part)
 
 
 def plain(text: object) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -30,7 +32,8 @@ def forms(site: Site) -> list[Form]:
     """Dense, fewer channels, and a middle rank of every format."""
     formats = [fmt for fmt in FORMATS if fmt.offered and fmt.fits(site)]
     pruned = [Form("pruned", (6, 5))] if site.groups == 1 else []
-    return [DENSE, *pruned, *(Form(fmt.name, fmt.ranks(site)[len(fmt.ranks(site)) // 2]) for fmt in formats)]
+    middle = [Form(fmt.name, fmt.ranks(site)[len(fmt.ranks(site)) // 2]) for fmt in formats]
+    return [DENSE, *pruned, *middle, *(replace(form, numbers=("int8",)) for form in (DENSE, *middle[:1]))]
 
 
 CASES = [(site, form) for site in SITES for form in forms(site)]

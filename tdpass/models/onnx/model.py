@@ -28,7 +28,7 @@ from tdpass.models.onnx.fuse import decide
 from tdpass.models.onnx.fused_rewrite import Fusions, fused
 from tdpass.models.onnx.inputs import bind, declared_example, signature
 from tdpass.models.onnx.normalize import defaults, normalized
-from tdpass.models.onnx.parameters import parameters
+from tdpass.models.onnx.parameters import parameter_bytes, parameter_count
 from tdpass.models.onnx.products import count_products
 from tdpass.models.onnx.rewrite import INPUTS_HOLD_INITIALIZERS_BELOW, rewritten
 from tdpass.models.onnx.runner import OnnxRunner
@@ -177,10 +177,10 @@ class OnnxModel:
         found = self._site(name)
         if layer.site.geometry() != found.site.geometry():
             raise PlanError(f"the layer is for {layer.site.geometry()}, but site {name!r} is {found.site.geometry()}; factorize the weight of this site")
-        expected = FORMATS.get(layer.format).shapes(layer.site, layer.rank)
+        expected = layer.storage.sizes()
         given = {label: tuple(factor.shape) for label, factor in layer.factors.items()}
         if given != expected:
-            raise PlanError(f"the {layer.format} factors of {name!r} have shapes {given}, but rank {layer.rank} wants {expected}")
+            raise PlanError(f"the {layer.format} factors of {name!r} have shapes {given}, but '{layer.form}' wants {expected}")
         outputs = FORMATS.get(layer.format).outputs(layer.site, layer.rank)
         if layer.bias is not None and tuple(layer.bias.shape) != (outputs,):
             raise PlanError(f"a bias of shape {tuple(layer.bias.shape)} does not fit site {name!r}; it takes [{outputs}]")
@@ -304,11 +304,11 @@ class OnnxModel:
 
     def params(self) -> int:
         """Stored numbers in all parameters, shared ones once; constants without axes and running statistics not counted."""
-        return sum(tensor.size for tensor in parameters(self._built))
+        return parameter_count(self._built)
 
     def bytes(self) -> int:
         """Bytes of all parameters."""
-        return sum(tensor.nbytes for tensor in parameters(self._built))
+        return parameter_bytes(self._built)
 
     def clone(self) -> Self:
         """An independent copy; weights and factors, which are never written to, are shared."""

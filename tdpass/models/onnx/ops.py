@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 import torch
+from onnx_ir import tensor_adapters
 from torch import Tensor
 
+from tdpass.errors import UnsupportedError
 from tdpass.formats.base import unit
 from tdpass.models.onnx.names import FreshNames
+from tdpass.models.onnx.parameters import SCALES
 from tdpass.models.onnx.shapes import Dims, Shapes
 from tdpass.models.onnx.tensors import from_torch
 from tdpass.ops import Pads
@@ -17,6 +20,8 @@ from tdpass.ops import Pads
 _GEMM_WITHOUT_C = 11
 _SLICE_WITH_INPUTS = 10
 _SHAPE_WITH_BOUNDS = 15
+_DEQUANTIZE_BY_ROW = 13
+_BYTE = 8
 
 
 class OnnxOps:
@@ -38,11 +43,13 @@ class OnnxOps:
         self._rearranged: dict[tuple[object, ...], ir.Value] = {}
         self._read: dict[ir.Value, None] = {}
         self._dims: dict[ir.Value, Dims | None] = {}
+        self._sources: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value | None, int]] = {}
 
-    def constant(self, label: str, tensor: Tensor) -> ir.Value:
-        """A constant to be named `<site>.<label>` if a node reads it."""
+    def constant(self, label: str, tensor: Tensor, *, scales: bool = False) -> ir.Value:
+        """A constant to be named `<site>.<label>` if a node reads it; one that `scales` others is no parameter of its own."""
         held = from_torch(tensor)
         value = ir.Value(shape=ir.Shape(list(tensor.shape)), type=ir.TensorType(held.dtype), const_value=held)
+        value.metadata_props.update({SCALES: "true"} if scales else {})
         self._contents[value] = tensor
         self._labels[value] = label
         self._dims[value] = tuple(tensor.shape)
@@ -102,7 +109,7 @@ class OnnxOps:
 
     def reshape(self, x: ir.Value, shape: Sequence[int]) -> ir.Value:
         if x in self._contents:
-            return self._cached(("reshape", x, tuple(shape)), self._labels[x], self._contents[x].reshape(tuple(shape)))
+            return self._cached(("reshape", x, tuple(shape)), self._labels[x], self._contents[x].reshape(tuple(shape)), scales=SCALES in x.metadata_props)
         return self._emit("Reshape", [x, self._ints("shape", shape)], tuple(None if size == -1 else size for size in shape))
 
     def permute(self, x: ir.Value, axes: Sequence[int]) -> ir.Value:
@@ -110,6 +117,10 @@ class OnnxOps:
             return x
         if x in self._contents:
             return self._cached(("permute", x, tuple(axes)), self._labels[x], self._contents[x].permute(tuple(axes)))
+        if x in self._sources:
+            values, scale, zero, rows = self._sources[x]
+            self._forget(x)
+            return self._dequantized(self.permute(values, axes), scale, zero, per_row=rows > 1, axis=list(axes).index(0))
         known = self._dims_of(x)
         return self._emit("Transpose", [x], None if known is None else tuple(known[axis] for axis in axes), perm=list(axes))
 
@@ -124,6 +135,36 @@ class OnnxOps:
         left, right = self._dims_of(a), self._dims_of(b)
         longer = max(left, right, key=len) if left is not None and right is not None else None
         return self._emit("Add", [a, b], left if longer is not None and longer == left else None if longer is None else (None,) * len(longer))
+
+    def cast(self, x: ir.Value, dtype: torch.dtype) -> ir.Value:
+        return self._emit("Cast", [x], self._dims_of(x), to=int(tensor_adapters.from_torch_dtype(dtype)))
+
+    def dequantize(
+        self, values: ir.Value, scale: ir.Value, zero: ir.Value | None, shape: Sequence[int], rows: int, bits: int, dtype: torch.dtype
+    ) -> ir.Value:
+        if bits < _BYTE:
+            raise UnsupportedError(f"the factors of {self._site!r} are stored in {bits} bits, which no ONNX layer here reads; store them as int8")
+        grouped = rows not in {1, shape[0]}
+        held = self.reshape(values, (rows, -1)) if grouped else values
+        numbers = self._dequantized(held, scale, zero, per_row=rows > 1)
+        self._sources[numbers] = (held, scale, zero, rows)
+        whole = self.reshape(numbers, shape) if grouped else numbers
+        return whole if dtype is torch.float32 else self.cast(whole, dtype)
+
+    def _dequantized(self, values: ir.Value, scale: ir.Value, zero: ir.Value | None, *, per_row: bool, axis: int = 0) -> ir.Value:
+        known = self._dims_of(values) or ()
+        if len(known) == 2:
+            # of a matrix and the product that reads it, ONNX Runtime makes one operator that rounds activations to eight bits too
+            deep = self.reshape(values, (1, *(size or 1 for size in known)))
+            return self.reshape(self._dequantized(deep, scale, zero, per_row=per_row, axis=axis + 1), [size or 1 for size in known])
+        if self._opset >= _DEQUANTIZE_BY_ROW:
+            inputs = [values, scale] if zero is None else [values, scale, zero]
+            return self._emit("DequantizeLinear", inputs, known, **({"axis": axis} if per_row else {}))
+        along = [-1 if place == axis else 1 for place in range(len(known))]
+        numbers = self.cast(values, torch.float32)
+        if zero is not None:
+            numbers = self._emit("Sub", [numbers, self.cast(self.reshape(zero, along), torch.float32)], known)
+        return self._emit("Mul", [numbers, self.reshape(scale, along)], known)
 
     def flatten_positions(self, x: ir.Value, last: int) -> ir.Value:
         known = self._dims_of(x)
@@ -142,6 +183,18 @@ class OnnxOps:
         leading = 1 if windows else len(self._dims_of(like) or (None,)) - 1
         return self.reshape(bias, (*unit(leading), -1, *unit(len(windows))))
 
+    def _forget(self, y: ir.Value) -> None:
+        """Take back a node that nothing reads, and those that only it read."""
+        node = y.producer()
+        if node is None or node not in self._nodes or y.uses():
+            return
+        self._nodes.remove(node)
+        inputs = [value for value in node.inputs if value is not None]
+        for place in range(len(node.inputs)):
+            node.replace_input_with(place, None)
+        for value in inputs:
+            self._forget(value)
+
     def _leading_sizes(self, like: ir.Value) -> ir.Value:
         if self._opset >= _SHAPE_WITH_BOUNDS:
             return self._emit("Shape", [like], None, start=0, end=-1)
@@ -156,9 +209,9 @@ class OnnxOps:
     def _ints(self, label: str, numbers: Sequence[int]) -> ir.Value:
         return self._cached(("ints", *numbers), label, torch.tensor(list(numbers), dtype=torch.int64))
 
-    def _cached(self, key: tuple[object, ...], label: str, tensor: Tensor) -> ir.Value:
+    def _cached(self, key: tuple[object, ...], label: str, tensor: Tensor, *, scales: bool = False) -> ir.Value:
         if key not in self._rearranged:
-            self._rearranged[key] = self.constant(label, tensor)
+            self._rearranged[key] = self.constant(label, tensor, scales=scales)
         return self._rearranged[key]
 
     def _emit(self, operator: str, inputs: list[ir.Value], known: Dims | None, **attributes: int | list[int]) -> ir.Value:

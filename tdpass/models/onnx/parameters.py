@@ -12,19 +12,33 @@ _KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 _RUNNING_STATISTICS = {"BatchNormalization": (3, 4)}
 
 
-def parameters(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+SCALES = "tdpass.scales"
+
+
+def parameter_count(model: ir.Model) -> int:
+    """How many numbers the parameters hold, what scales the integers of others not counted."""
+    return sum(tensor.size for value, tensor in _held(model) if SCALES not in value.metadata_props)
+
+
+def parameter_bytes(model: ir.Model) -> int:
+    """Bytes of all parameters."""
+    return sum(tensor.nbytes for _, tensor in _held(model))
+
+
+def _held(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
     """Floating-point and quantized constants with at least one axis, each once.
 
     Left out are running statistics, what the torch exporter marks as a buffer, and scalars, which are numbers of the
     graph's formulas.
     """
     for graph in model.graphs():
-        yield from (value.const_value for value in graph.initializers.values() if value.const_value is not None and _counts(value, value.const_value))
+        named = [(value, value.const_value) for value in graph.initializers.values() if value.const_value is not None]
+        yield from ((value, tensor) for value, tensor in named if _counts(value, tensor))
         for node in graph:
             if node.op_type == "Constant" and not node.domain:
                 tensor = constant(node.outputs[0])
                 if tensor is not None and _counts(node.outputs[0], tensor):
-                    yield tensor
+                    yield node.outputs[0], tensor
 
 
 def _counts(value: ir.Value, tensor: ir.TensorProtocol) -> bool:

@@ -26,7 +26,7 @@ def rewritten(model: ir.Model, sites: Mapping[str, FoundSite], layers: Mapping[s
         site = sites[name]
         ops = OnnxOps(name, opset_of(copy), names, shapes)
         recorders.append(ops)
-        factors = {label: ops.constant(label, factor) for label, factor in layer.factors.items()}
+        factors = {label: ops.constant(label, factor, scales=label not in layer.storage.shapes) for label, factor in layer.factors.items()}
         bias = None if layer.bias is None else ops.constant("bias", layer.bias)
         for use in site.uses:
             here = use.on(twins)
@@ -47,8 +47,12 @@ def rewritten(model: ir.Model, sites: Mapping[str, FoundSite], layers: Mapping[s
 
 def _put(graph: ir.Graph, use: Use, ops: OnnxOps, layer: Layer, factors: Mapping[str, ir.Value], bias: ir.Value | None, site: FoundSite) -> None:
     layout = FORMATS.get(layer.format)
+
+    def values() -> Mapping[str, ir.Value]:
+        return layer.storage.restore(ops, factors, site.dtype)
+
     addend = None if use.addend is None else ops.scale(use.addend.value, use.addend_scale, site.dtype)
-    y = use.apply(ops, use.input.value, lambda x: layout.apply(ops, x, factors, bias, layer.site, layer.rank), addend)
+    y = use.apply(ops, use.input.value, lambda x: layout.apply(ops, x, values(), bias, layer.site, layer.rank), addend)
     y = ops.computed(y)
     nodes = ops.take_nodes()
     for node in nodes:

@@ -69,7 +69,7 @@ def _verdict(layer: Factorized, inputs: list[Tensor] | None) -> Verdict | str:
     """The measured choice over all calls of a layer, or why there is none."""
     lowered = lower(layer.layer())
     if lowered is None:
-        return f"{layer.format.name} of rank {layer.rank} is no chain of convolutions"
+        return f"'{layer.form}' is no chain of convolutions with floating-point weights"
     parameter = next(layer.parameters())
     reason = served(parameter.device.type, parameter.dtype)
     if reason:

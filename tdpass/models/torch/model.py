@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from tdpass.errors import InvalidModelError, PlanError
 from tdpass.formats.base import Layer
+from tdpass.formats.storage import Storage
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.fused import Fused, layer_by_layer
 from tdpass.models.base import Batch, no_reasons
@@ -92,8 +93,7 @@ class TorchModel:
         if layer.site.shape != matched.site.shape:
             raise PlanError(f"a layer of shape {layer.site.shape} cannot replace site {name!r} of shape {matched.site.shape}; plan for this model")
         weight = matched.weight
-        factors = {key: nn.Parameter(factor.to(weight), requires_grad=weight.requires_grad) for key, factor in layer.factors.items()}
-        shared = Layer(matched.site, layer.form, factors)
+        shared = Layer(matched.site, layer.form, _placed_factors(layer, weight))
         biases = {id(own): _bias_for(own if matched.apart else None, layer.bias, weight) for own in matched.biases}
         for module, own in zip(matched.modules, matched.biases, strict=True):
             bias = biases[id(own)]
@@ -231,10 +231,10 @@ class TorchModel:
         return self._macs
 
     def params(self) -> int:
-        return sum(parameter.numel() for parameter in self.module.parameters())
+        return sum(parameter.numel() for parameter in self.module.parameters()) + sum(storage.params for storage in _storages(self.module))
 
     def bytes(self) -> int:
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.module.parameters())
+        return sum(parameter.nbytes for parameter in self.module.parameters()) + sum(storage.bytes for storage in _storages(self.module))
 
     def clone(self) -> TorchModel:
         """A deep copy of the module and of what is known about it."""
@@ -325,9 +325,22 @@ class TorchModel:
     def _adopt_factorized(self) -> None:
         for path, module in self.module.named_modules():
             if isinstance(module, Factorized):
-                self._declined[path] = f"it is factored already ({module.format.name}, rank {module.rank})"
+                self._declined[path] = f"it is factored already ({module.form})"
                 for name in [name for name in self._declined if name.startswith(path + ".")]:
                     del self._declined[name]
+
+
+def _placed_factors(layer: Layer, like: Tensor) -> dict[str, Tensor]:
+    """The factors as a module holds them where the dense weight lies; those in number types of their own are no parameters."""
+    if layer.form.numbers:
+        return {key: factor.to(like.device) for key, factor in layer.factors.items()}
+    return {key: nn.Parameter(factor.to(like), requires_grad=like.requires_grad) for key, factor in layer.factors.items()}
+
+
+def _storages(module: nn.Module) -> list[Storage]:
+    """How the factors are stored that are no parameters, shared ones once."""
+    layers = [layer for layer in module.modules() if isinstance(layer, Factorized) and layer.storage.numbers]
+    return list({id(next(iter(layer.factors().values()))): layer.storage for layer in layers}.values())
 
 
 def _bias_for(own: nn.Parameter | None, bias: Tensor | None, like: Tensor) -> nn.Parameter | None:

@@ -151,7 +151,8 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
             if key not in filled:
                 value = unpacked[stored] if stored in unpacked else file.get_tensor(stored)
                 fresh = value if tensor.is_meta else tensor.detach().copy_(value)
-                filled[key] = nn.Parameter(fresh, requires_grad=tensor.requires_grad) if tensor.is_meta else tensor
+                read = nn.Parameter(fresh, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fresh
+                filled[key] = read if tensor.is_meta else tensor
             if tensor.is_meta:
                 setattr(holder, leaf, filled[key])
     return module
@@ -211,7 +212,7 @@ def _expected(module: nn.Module, swaps: Sequence[tuple[_Replacement, Matched, Fa
             expected.setdefault(_under(path, "bias"), ((_outputs(modules[path]),), weight.dtype))
     for replacement, _, new in swaps:
         for path in replacement.paths:
-            expected.update({_under(path, name): (tuple(value.shape), value.dtype) for name, value in new.named_parameters()})
+            expected.update({_under(path, name): (tuple(value.shape), value.dtype) for name, value in _state(new).items()})
     return expected
 
 

@@ -13,7 +13,7 @@ from tdpass.errors import KernelError
 from tdpass.formats.base import Layer
 from tdpass.kernels import native
 from tdpass.models.onnx.fuse_single import fuse_single
-from tdpass.targets.layers import dtype_of, example_input
+from tdpass.targets.layers import example_input
 from tdpass.targets.runtimes.base import Runtime, register_runtime
 from tdpass.targets.runtimes.onnx_runtime import as_graph, bound_layer
 
@@ -34,7 +34,7 @@ class KernelsInOnnxRuntime(Runtime):
             return False
 
     def prepare(self, layer: Layer, batch: int, threads: int) -> Callable[[], Tensor] | None:
-        if not isinstance(layer, Layer) or dtype_of(layer) is not torch.float32:
+        if not isinstance(layer, Layer) or layer.dtype is not torch.float32:
             return None
         x = example_input(layer, batch)
         y = layer(x)

@@ -16,7 +16,7 @@ from tdpass.formats.base import Layer
 from tdpass.models.base import Batch, Model
 from tdpass.models.onnx.session import register_fused_ops
 from tdpass.models.onnx.single import INPUT, OUTPUT, named_inputs, single_layer
-from tdpass.targets.layers import apply_layer, dtype_of, example_input, weights_of
+from tdpass.targets.layers import apply_layer, example_input, weights_of
 from tdpass.targets.runtimes.base import Bound, BoundLayer, Call, Runtime, register_runtime
 
 _ERRORS_ONLY = 3
@@ -34,7 +34,7 @@ class OnnxRuntime(Runtime):
         return str(onnxruntime.__version__)
 
     def prepare(self, layer: Layer, batch: int, threads: int) -> Callable[[], Tensor] | None:
-        if dtype_of(layer) not in _SERVED:
+        if layer.dtype not in _SERVED:
             return None
         x = example_input(layer, batch)
         y = torch.empty(layer(x).shape, dtype=x.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tdpass.formats.base import Layer
 from tdpass.models.base import Batch, Model
 from tdpass.models.onnx.single import INPUT, named_inputs
-from tdpass.targets.layers import dtype_of, example_input
+from tdpass.targets.layers import example_input
 from tdpass.targets.runtimes.base import Bound, BoundLayer, Call, Runtime, register_runtime
 from tdpass.targets.runtimes.onnx_runtime import Saved, as_graph
 
@@ -32,7 +32,7 @@ class OpenVino(Runtime):
         return str(importlib.import_module("openvino").__version__)
 
     def prepare(self, layer: Layer, batch: int, threads: int) -> Callable[[], Tensor] | None:
-        if dtype_of(layer) is not torch.float32:
+        if layer.dtype is not torch.float32:
             return None
         x = example_input(layer, batch)
         try:
