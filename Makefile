@@ -17,11 +17,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 demo: $(INSTALLED)
 	$(BIN)/python -m benchmarks.demo
 
+# Two processes, each test file in one of them: kernels and fixtures are made once per file.
+PARALLEL := -n 2 --dist loadfile
+
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 test-all: lint
-	$(BIN)/pytest -m "slow or not slow"
+	$(BIN)/pytest $(PARALLEL) -m "slow or not slow"
 
 # The C++ kernels once more under the address and undefined-behaviour sanitizers.
 test-sanitized: $(INSTALLED)

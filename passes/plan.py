@@ -23,8 +23,6 @@ from tdpass.report import CurvePoint
 from tdpass.site import Site, selects
 from tdpass.targets import TARGETS, Target
 
-NUMBERS_OFFERED = ("int8",)
-
 
 @register_pass
 @dataclass(frozen=True)
@@ -34,7 +32,8 @@ class Plan(Pass):
     Options override the budget of the job: `bounds` by measure, each of which is an option of that name.
     `joint` also tries options that change neighbouring sites together.
     `effort`: fast (losses from the metric alone), normal (losses measured for about a minute) or thorough; default: the job's.
-    Under a budget on bytes, where neither formats nor a target are asked for, sites may also be stored in integers.  The model itself is not changed.
+    `numbers`: number types, joined by +, that sites may be stored in under a budget on bytes, where no target is asked for.
+    The model itself is not changed.
     """
 
     name = "plan"
@@ -46,6 +45,7 @@ class Plan(Pass):
     max_error: float | None = None
     joint: bool = True
     effort: str | None = None
+    numbers: str = ""
 
     def run(self, model: Model, job: Job) -> bool:
         budget = self._budget(job)
@@ -54,7 +54,7 @@ class Plan(Pass):
         effort = effort_named(self.effort or job.effort).of(job.original.macs)
         tapes, divergence = job.tapes(model), job.measure
         dense, cache, context = Dense(model.weight, model.bias), CandidateCache(job.cache), self._context(model, job, sites)
-        numbers = NUMBERS_OFFERED if "bytes" in budget.measures and job.target is None and not job.formats else ()
+        numbers = tuple(filter(None, self.numbers.split("+"))) if "bytes" in budget.measures and job.target is None else ()
         table = tabulate(sites, dense, tapes, divergence, job.formats, cache, context, job.progress, job.target, effort, numbers)
         table.prepared = Cost(model.params(), job.original.macs, model.bytes())
         if self.joint and effort.measured and tapes and not job.formats and budget.max_error is None:

@@ -35,23 +35,17 @@ def torch_macs(run: Callable[[], object]) -> int:
 
 
 def torch_params(module: nn.Module) -> tuple[int, int]:
-    """Numbers and bytes of all parameters, shared ones once, integers that stand for weights and what scales them among these."""
-    held = {id(p): p for p in module.parameters()}
-    integers = {id(b): b for b in module.buffers() if b.dtype is torch.int8}
-    owners = [part for part in module.modules() if any(b.dtype is torch.int8 for b in part.buffers(recurse=False))]
-    scales = {id(b): b for part in owners for b in part.buffers(recurse=False) if b.dtype is not torch.int8}
-    numbers = sum(p.numel() for p in (*held.values(), *integers.values()))
-    return numbers, sum(p.numel() * p.element_size() for p in (*held.values(), *integers.values(), *scales.values()))
+    """Numbers and bytes of all parameters, shared ones once."""
+    held = list(module.parameters())
+    return sum(p.numel() for p in held), sum(p.numel() * p.element_size() for p in held)
 
 
 def onnx_params(proto: onnx.ModelProto) -> tuple[int, int]:
-    """Numbers and bytes of all float and dequantized tensors with an axis but for running statistics; scales are bytes alone."""
+    """Numbers and bytes of all float tensors with an axis but for running statistics."""
     statistics = {node.input[index] for node in proto.graph.node for index in STATISTICS.get(node.op_type, ())}
-    dequantized = [node for node in proto.graph.node if node.op_type == "DequantizeLinear"]
-    values, scales = {node.input[0] for node in dequantized}, {name for node in dequantized for name in node.input[1:]}
-    stored = [(name, tensor) for name, tensor in _stored(proto) if name not in statistics and len(tensor.dims)]
-    held = {name: numpy_helper.to_array(tensor) for name, tensor in stored if tensor.data_type in FLOATS or name in values}
-    return sum(array.size for name, array in held.items() if name not in scales), sum(array.nbytes for array in held.values())
+    held = [tensor for name, tensor in _stored(proto) if name not in statistics and tensor.data_type in FLOATS and len(tensor.dims)]
+    arrays = [numpy_helper.to_array(tensor) for tensor in held]
+    return sum(array.size for array in arrays), sum(array.nbytes for array in arrays)
 
 
 def onnx_macs(proto: onnx.ModelProto, feeds: Iterable[Feed]) -> int:

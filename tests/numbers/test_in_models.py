@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -32,6 +31,7 @@ from tdpass.planner.rank_plan import Choice
 
 TEXTS = ["int8", "int8/tensor", "int8/zero", "int4", "float16", "bfloat16"]
 NAMES = ("dense", *offered_formats())
+IN_INT8 = "fold-batchnorm,plan{numbers=int8},factorize,correct-bias,refit,recalibrate-batchnorm,verify"
 
 
 class Net(nn.Module):
@@ -196,9 +196,9 @@ def test_each_factor_may_have_a_type_of_its_own() -> None:
     assert cost_of(site, layer.form).bytes == first[0] * first[1] + 4 * first[0] + 2 * second[0] * second[1]
 
 
-def test_a_budget_on_bytes_is_met_with_int8_at_less_loss_than_by_ranks_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_budget_on_bytes_is_met_with_int8_at_less_loss_than_by_ranks_alone(tmp_path: Path) -> None:
     module, x = net(), inputs()
-    artifact = tdpass.compress(module, {"bytes": 0.3}, x, cache=False)
+    artifact = tdpass.compress(module, {"bytes": 0.3}, x, cache=False, pipeline=IN_INT8)
     limit = 0.3 * artifact.report.original.bytes
     assert artifact.plan.planned.bytes <= artifact.report.final.bytes <= limit
     assert any(choice.form.numbers == ("int8",) for choice in artifact.plan)
@@ -212,22 +212,28 @@ def test_a_budget_on_bytes_is_met_with_int8_at_less_loss_than_by_ranks_alone(mon
     assert onnx_side.report.final.bytes == torch_side.report.final.bytes
     torch.testing.assert_close(run(open_model(onnx_side.model)), torch_side.model(x), rtol=1e-4, atol=1e-5)
 
-    monkeypatch.setattr(tdpass.passes.plan, "NUMBERS_OFFERED", ())
     by_rank = tdpass.compress(module, {"bytes": 0.3}, x, cache=False)
     assert artifact.report.checks["divergence"] < 0.1 * by_rank.report.checks["divergence"]
 
 
-@pytest.mark.parametrize("options", [{"budget": {"params": 0.6}}, {"budget": {"macs": 0.6}}, {"budget": {"bytes": 0.6}, "formats": ["svd", "channel_svd"]}])
-def test_number_types_are_offered_under_a_budget_on_bytes_where_no_formats_are_asked_for(options: dict[str, Any]) -> None:
-    artifact = tdpass.compress(net(), cache=False, effort="fast", data=inputs(), **options)
+@pytest.mark.parametrize("budget", [{"params": 0.6}, {"macs": 0.6}])
+def test_number_types_are_for_budgets_on_bytes(budget: dict[str, float]) -> None:
+    artifact = tdpass.compress(net(), budget, inputs(), cache=False, effort="fast", pipeline=IN_INT8)
     assert not any(choice.form.numbers for choice in artifact.plan)
+
+
+def test_number_types_are_offered_where_they_are_asked_for() -> None:
+    artifact = tdpass.compress(net(), {"bytes": 0.6}, inputs(), cache=False, effort="fast")
+    assert not any(choice.form.numbers for choice in artifact.plan)
+    with pytest.raises(tdpass.TdpassError, match="int9"):
+        tdpass.make_plan(net(), {"bytes": 0.6}, inputs(), cache=False, pipeline="plan{numbers=int9}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_exported_programs_and_recurrent_layers_store_integers_too(dtype: torch.dtype, tmp_path: Path) -> None:
     module, x = net().to(dtype), inputs().to(dtype)
     program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
-    small = tdpass.compress(program, {"bytes": 0.3}, x, cache=False, effort="fast")
+    small = tdpass.compress(program, {"bytes": 0.3}, x, cache=False, effort="fast", pipeline=IN_INT8)
     assert any(choice.form.numbers for choice in small.plan)
     assert small.report.final.bytes <= 0.3 * small.report.original.bytes
     small.save(tmp_path / "net.pt2")
