@@ -121,7 +121,7 @@ def test_wrong_replacements_are_refused() -> None:
         model.replace("nothing", layer)
     with pytest.raises(PlanError, match="but site 'conv' is"):
         model.replace("conv", layer)
-    with pytest.raises(PlanError, match=r"rank \(3,\) wants"):
+    with pytest.raises(PlanError, match=r"'svd 3' wants"):
         model.replace("fc", Layer(layer.site, Form("svd", (3,)), layer.factors))
     with pytest.raises(PlanError, match="bias of shape"):
         model.replace("fc", Layer(layer.site, Form("svd", (2,)), layer.factors, torch.zeros(4)))
