@@ -28,7 +28,7 @@ class CorrectBias(Pass):
             return False
         tapes, biased = job.tapes(model), with_room_for_bias(layers, job.room(model))
         corrected = correct_biases(tapes, layers, biased)
-        before, after = (divergence_of(tapes, choice, job.measure) for choice in (layers, corrected))
+        before, after = (divergence_of(tapes, choice, job.fitted_divergence) for choice in (layers, corrected))
         if not after < before:
             job.note(f"left as it was: the divergence would go from {before:.4g} to {after:.4g}")
             return False

@@ -42,7 +42,7 @@ class Factorize(Pass):
         for site in alone:
             check_form(site, chosen[site.name].form)
         _check_start(job.start, {site.name: site for site in alone}, chosen)
-        metrics = stream_metrics(tapes, alone, job.measure) if tapes else ((site, Metric()) for site in alone)
+        metrics = stream_metrics(tapes, alone, job.fitted_divergence) if tapes else ((site, Metric()) for site in alone)
         replaced: set[str] = set()
         for count, (site, metric) in enumerate(metrics, start=1):
             choice = chosen[site.name]
@@ -72,7 +72,7 @@ class Factorize(Pass):
             raise PlanError("the plan prunes channels or drops branches, which needs to see the model running; pass data= or example_inputs=")
         chains = find_chains(tapes, sites)
         pairs = [chain for chain in chains if _pruned_together(chain, together)]
-        metrics = {site.name: metric for site, metric in stream_metrics(tapes, [sites[chain.consumer] for chain in pairs], job.measure)}
+        metrics = {site.name: metric for site, metric in stream_metrics(tapes, [sites[chain.consumer] for chain in pairs], job.fitted_divergence)}
         for chain in pairs:
             channels = together[chain.consumer].channels
             if not all(0 <= channel < sites[chain.consumer].i for channel in channels):

@@ -52,7 +52,7 @@ class Plan(Pass):
         sites = _selected(model, job)
         _check_known(budget, job)
         effort = effort_named(self.effort or job.effort).of(job.original.macs)
-        tapes, divergence = job.tapes(model), job.measure
+        tapes, divergence = job.tapes(model), job.fitted_divergence
         dense, cache, context = Dense(model.weight, model.bias), CandidateCache(job.cache), self._context(model, job, sites)
         numbers = tuple(filter(None, self.numbers.split("+"))) if "bytes" in budget.measures and job.target is None else ()
         table = tabulate(sites, dense, tapes, divergence, job.formats, cache, context, job.progress, job.target, effort, numbers)
@@ -109,7 +109,7 @@ class Plan(Pass):
         tensors = [tensor for batch in job.batches for tensor in batch.tensors]
         weights = [weight for site in model.sites() for weight in (model.weight(site.name), model.bias(site.name))]
         answers = [value for outputs in job.references for value in outputs.values()]
-        counted = [f"{name} {term.measure.name} {term.weight}" for name, term in job.measure.terms.items()]
+        counted = [f"{name} {one.comparison.name} {one.weight}" for name, one in job.fitted_divergence.comparisons.items()]
         return digest(*counted, str(model.params()), ",".join(site.name for site in sites), *weights, *tensors, *answers)
 
     def _draw_curve(self, table: Table, budget: Budget, job: Job) -> None:

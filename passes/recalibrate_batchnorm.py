@@ -40,5 +40,5 @@ class RecalibrateBatchnorm(Pass):
 
 
 def _divergence(model: Model, job: Job) -> float:
-    outputs = (job.measure.outputs(model.run(batch)) for batch in job.batches)
-    return job.measure.mean(zip(job.references, outputs, strict=True))
+    outputs = (job.fitted_divergence.outputs(model.run(batch)) for batch in job.batches)
+    return job.fitted_divergence.mean(zip(job.references, outputs, strict=True))

@@ -31,7 +31,7 @@ class Refit(Pass):
             return False
         tapes, biased = job.tapes(model), with_room_for_bias(layers, job.room(model))
         refitted, declined = refit_last_factors(tapes, layers, self.ridge, biased)
-        before, after = (divergence_of(tapes, choice, job.measure) for choice in (layers, refitted))
+        before, after = (divergence_of(tapes, choice, job.fitted_divergence) for choice in (layers, refitted))
         if not after < before:
             job.note(f"left as it was: the divergence would go from {before:.4g} to {after:.4g}")
             return False

@@ -34,7 +34,7 @@ class Verify(Pass):
             return False
         result = open_model(model.unwrap())
         try:
-            outputs = [job.measure.outputs(result.run(batch)) for batch in job.batches]
+            outputs = [job.fitted_divergence.outputs(result.run(batch)) for batch in job.batches]
         except UnsupportedError as error:
             job.report.note(f"the result cannot be run here as it is deployed, so it was not compared with the original: {error}")
             return False
@@ -42,7 +42,7 @@ class Verify(Pass):
             job.unexpected(f"the result does not run on the calibration data, as the original does: {error}")
             return False
         try:
-            checks = compare_outputs(zip(job.references, outputs, strict=True), job.measure, sum(batch.size for batch in job.batches))
+            checks = compare_outputs(zip(job.references, outputs, strict=True), job.fitted_divergence, sum(batch.size for batch in job.batches))
         except Exception as error:  # noqa: BLE001 - a comparison that cannot be made must not cost the result
             job.report.note(f"the outputs could not be compared with the original's: {type(error).__name__}: {error}")
             return False

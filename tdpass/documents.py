@@ -20,7 +20,7 @@ import yaml
 from msgspec import Meta
 
 from tdpass.errors import TdpassError, UsageError
-from tdpass.inlined import gathered, hints_of, place_in_file, spread, written
+from tdpass.flattening import flat, flat_without_defaults, hints_of, nested, place_in_file
 from tdpass.registry import Registry
 
 T = TypeVar("T")
@@ -90,8 +90,8 @@ class Document(Generic[T]):
         """A value that was read already, by the schema; raises `error`."""
         try:
             _check_plain(found, finite=self.finite)
-            made = msgspec.convert(gathered(found, self.schema), self.schema, dec_hook=_of_plain)
-            _check_known(found, spread(msgspec.to_builtins(made, enc_hook=_plain), self.schema))
+            made = msgspec.convert(nested(found, self.schema), self.schema, dec_hook=_of_plain)
+            _check_known(found, flat(msgspec.to_builtins(made, enc_hook=_plain), self.schema))
             self.sound(made)
         except (ValueError, RecursionError) as error:
             raise self._refused(source, _with_value(place_in_file(str(error), self.schema), found)) from None
@@ -100,7 +100,7 @@ class Document(Generic[T]):
     def text(self, value: T) -> str:
         """The document as text that `parse` reads."""
         head = {} if self.version is None else {"version": self.version}
-        found = written(msgspec.to_builtins(value, enc_hook=_plain), self.schema)
+        found = flat_without_defaults(msgspec.to_builtins(value, enc_hook=_plain), self.schema)
         return json.dumps({**head, **found} if isinstance(found, dict) else found, indent=1)
 
     def sealed(self, value: T, key: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from tdpass.documents import Size
 from tdpass.errors import PlanError
-from tdpass.inlined import Inlined
+from tdpass.flattening import Flattened
 
 Rank = tuple[int, ...]
 _RANK = re.compile(r"[1-9]\d*(x[1-9]\d*)*")
@@ -17,7 +17,7 @@ _GRAMMAR = "write a format, then its rank, number types and support where it has
 
 
 @dataclass(frozen=True)
-class Form(Inlined):
+class Form(Flattened):
     """The format that factors the weight, its rank, and how the factors are stored.
 
     `numbers` names the number type of each factor, in the format's order, or one for all of them; none is the type that the model's

@@ -69,7 +69,7 @@ class Job:
         """Run the model on the trials, before any pass has touched it."""
         self.given = self.given or model.clone()
         if self.trials is None:
-            self.trials = Trials.of(self.given, self.batches, self.measure if self.batches else None)
+            self.trials = Trials.of(self.given, self.batches, self.fitted_divergence if self.batches else None)
 
     def tapes(self, model: Model) -> list[Tape]:
         """Recorded runs of the dense model on the calibration data, one per batch."""
@@ -93,7 +93,7 @@ class Job:
         return [_kept(self.divergence.outputs(self._run_given(batch))) for batch in self.batches]
 
     @cached_property
-    def measure(self) -> FittedDivergence:
+    def fitted_divergence(self) -> FittedDivergence:
         """The divergence from the original's outputs, fitted to all of them once, so that every pass goes by the same."""
         return self.divergence.fit(self.references)
 

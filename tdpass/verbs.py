@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from tdpass.acceptance import hold_against_dense, hold_to_budget
 from tdpass.artifact import Artifact, Reload, load_plan
 from tdpass.cost import Budget, BudgetSpec, Cost
 from tdpass.data import calls_of
@@ -26,7 +27,6 @@ from tdpass.planner.memory import memory_limit, within_memory
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.report import Report
 from tdpass.targets import Target, open_target
-from tdpass.whole import hold_against_dense, hold_to_budget
 
 PLANNED = "fold-batchnorm,plan,factorize,correct-bias,refit,recalibrate-batchnorm,verify"
 GIVEN_PLAN = "fold-batchnorm,factorize,correct-bias,refit,recalibrate-batchnorm,verify"

@@ -10,10 +10,10 @@ import numpy as np
 from torch import Tensor
 
 from tdpass.constraints.allocation import Numbers, Options, allocate
-from tdpass.constraints.anything import Anything
 from tdpass.constraints.base import Constraint, Shared, checked
 from tdpass.constraints.in_format import InFormat
 from tdpass.constraints.spectral import SPECTRAL, energies
+from tdpass.constraints.unconstrained import Unconstrained
 from tdpass.cost import amount
 from tdpass.errors import PlanError, UsageError
 from tdpass.formats import FORMATS, Rank
@@ -155,7 +155,7 @@ class RankBudget(Shared):
             path.append(min(trials)[2])
 
     def _constraint(self, name: str, ranks: list[Rank], k: int) -> Constraint:
-        return InFormat(self.sites[name], self.format_of(name), ranks[k]) if k < len(ranks) else Anything()
+        return InFormat(self.sites[name], self.format_of(name), ranks[k]) if k < len(ranks) else Unconstrained()
 
     def _text(self, value: float) -> str:
         return f"{amount(self.price, value)} {self.price}" if isinstance(self.price, str) else f"{value:.4g}"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdpass.constraints.base import Constraint, checked, register_constraint
-from tdpass.constraints.order import nth_largest
+from tdpass.constraints.order_statistics import nth_largest
 from tdpass.constraints.support import Support, masked
 from tdpass.errors import UsageError
 

@@ -9,10 +9,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from tdpass.constraints.anything import Anything
 from tdpass.constraints.base import Constraint, Shared, checked
-from tdpass.constraints.order import largest_first, nth_largest
+from tdpass.constraints.order_statistics import largest_first, nth_largest
 from tdpass.constraints.sparse import Sparse
+from tdpass.constraints.unconstrained import Unconstrained
 from tdpass.errors import BudgetError, PlanError, UsageError
 
 Score = Literal["magnitude", "relative", "lamp"]
@@ -55,7 +55,7 @@ class WeightBudget(Shared):
             )
         scores = {name: self._scores(name, weight, min(self.keep, high))[low:] for name, weight in free.items() for low, high in [bounds[name]]}
         counts = _split(scores, room)
-        return {name: Sparse(bounds[name][0] + counts[name], metric=self.metric.get(name)) if name in free else Anything() for name in weights}
+        return {name: Sparse(bounds[name][0] + counts[name], metric=self.metric.get(name)) if name in free else Unconstrained() for name in weights}
 
     def _bounds(self, name: str, size: int) -> tuple[int, int]:
         low = self.least if isinstance(self.least, int) else self.least.get(name, 1)

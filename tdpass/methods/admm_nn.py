@@ -25,7 +25,7 @@ from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.targets.break_even import BreakEven, open_break_even
 from tdpass.training.admm import Admm
 from tdpass.training.curvature import Curvature, Metric
-from tdpass.training.held import Fixing, Held
+from tdpass.training.fixed_weights import FixedWeights, ProgressiveFixing
 from tdpass.training.phases import Phase
 from tdpass.training.placement import placed_like, whole
 from tdpass.training.rules import fixed
@@ -157,10 +157,10 @@ class AdmmNN(Method):
 
     def _begin_retraining(self) -> list[Term]:
         _project(self.weights, self._budget(self.keep).divide(self.whole_weights()))
-        return [*self._measured(), Held(self.weights)]
+        return [*self._measured(), FixedWeights(self.weights)]
 
     def _begin_levels(self) -> list[Term]:
-        return [Held(self.weights), Admm(self._levelled(), [fixed(self.levels)], as_schedule(self.rho, "rho"), self.decoupled)]
+        return [FixedWeights(self.weights), Admm(self._levelled(), [fixed(self.levels)], as_schedule(self.rho, "rho"), self.decoupled)]
 
     def _levelled(self) -> dict[str, nn.Parameter]:
         """The weights that get levels, which are chosen when they are first asked for."""
@@ -178,7 +178,7 @@ class AdmmNN(Method):
         return {name: bound for name, bound in frozen.items() if isinstance(bound, UniformLevels)}
 
     def _begin_fixing(self) -> list[Term]:
-        return [Fixing(self._levelled(), self.levels), Held(self.weights)]
+        return [ProgressiveFixing(self._levelled(), self.levels), FixedWeights(self.weights)]
 
     @torch.no_grad()
     def close(self, model: nn.Module) -> Artifact:

@@ -21,8 +21,8 @@ from tdpass.planner.rank_plan import RankPlan
 from tdpass.training.placement import placed_like
 from tdpass.training.rules import Rule
 from tdpass.training.schedules import ScheduleSpec
-from tdpass.training.searches import Searches
 from tdpass.training.terms import Term
+from tdpass.training.warm_starts import WarmStarts
 from tdpass.verbs import compress, make_plan
 
 RankSpec = Sequence[int] | Mapping[str, Sequence[int]]
@@ -63,7 +63,7 @@ class AdmmTT(FactoredByAdmm):
     decoupled: bool = False
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
-    searches: Searches = field(init=False)
+    warm_starts: WarmStarts = field(init=False)
     fitted: dict[str, Layer] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -87,7 +87,7 @@ class AdmmTT(FactoredByAdmm):
         if fits and self.rounds:
             self.fitted = self._fitted(model, self.plan(weights, bounds) if plan is None else plan, bounds)
         starts = {name: replace(bound, start=dict(self.fitted[name].factors)) if name in self.fitted else bound for name, bound in bounds.items()}
-        self.searches = Searches({name: bound.near(weights[name]) for name, bound in starts.items()})
+        self.warm_starts = WarmStarts({name: bound.near(weights[name]) for name, bound in starts.items()})
 
     def _fits(self) -> bool:
         if self.fit and self.calibration is None:
@@ -127,11 +127,11 @@ class AdmmTT(FactoredByAdmm):
         return found
 
     def rule(self) -> Rule:
-        return self.searches.rule
+        return self.warm_starts.rule
 
     @torch.no_grad()
     def _begin(self) -> list[Term]:
         for name, layer in self.fitted.items():
             weight = self.weights[name]
             weight.copy_(placed_like(layer.reconstruct().to(weight.device, weight.dtype), weight))
-        return [*super()._begin(), self.searches]
+        return [*super()._begin(), self.warm_starts]

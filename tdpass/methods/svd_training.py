@@ -18,7 +18,7 @@ from tdpass.formats.base import shrinks
 from tdpass.methods.base import register_method
 from tdpass.methods.factored import Factored
 from tdpass.site import Site
-from tdpass.training.held import Held
+from tdpass.training.fixed_weights import FixedWeights
 from tdpass.training.phases import Phase
 from tdpass.training.placement import Template, whole
 from tdpass.training.singular import SPARSITY, FewValues, Orthogonal, Triplet, dense_values, triplets, with_singular_values
@@ -110,7 +110,7 @@ class SvdTraining(Factored):
             if rank is not None:
                 low[name] = self.layers[name]
                 low[name].keep(rank)
-        return [Orthogonal(low, self.orthogonal), Held({name: layer.s for name, layer in low.items()})]
+        return [Orthogonal(low, self.orthogonal), FixedWeights({name: layer.s for name, layer in low.items()})]
 
     def _found(self, weights: Mapping[str, Tensor]) -> dict[str, int | None]:
         """The rank of each layer, None for one that stays dense."""

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tdpass.planner.comparisons import Comparison
 from tdpass.planner.divergence import FittedDivergence, Outputs, Tally
-from tdpass.planner.measures import Measure
 
 
 @dataclass
-class _Comparison:
+class _Differences:
     """Sums over the calls of one output."""
 
-    measure: Measure
+    comparison: Comparison
     gap: float = 0.0
     power: float = 0.0
     largest_gap: float = 0.0
@@ -34,12 +34,12 @@ class _Comparison:
         self.power += float(reference.square().sum())
         self.largest_gap = float(torch.tensor(self.largest_gap).double().maximum(difference.abs().max()))
         self.largest = max(self.largest, float(reference.abs().max()))
-        classes = self.measure.classes
+        classes = self.comparison.classes
         if classes is not None:
             agree = reference.argmax(classes) == output.argmax(classes)
             self.same += int(agree.sum())
             self.decisions += agree.numel()
-        means = self.measure.by_channel(reference, output)
+        means = self.comparison.by_channel(reference, output)
         if means is not None and (self.by_channel is None or means.shape == self.by_channel.shape):
             squares = means * reference.numel()
             self.by_channel = squares if self.by_channel is None else self.by_channel + squares
@@ -69,11 +69,11 @@ def compare_outputs(
     how many the calls hold. `worst_channel[boxes.3]` is the mean squared error of the channel where that is
     largest, relative to its spread.
     """
-    tally, compared = Tally(divergence), dict[str, _Comparison]()
+    tally, compared = Tally(divergence), dict[str, _Differences]()
     for reference, outputs in pairs:
         tally.add(reference, outputs)
         for name, ours, theirs in divergence.pairs(reference, outputs):
-            compared.setdefault(name, _Comparison(divergence.terms[name].measure)).add(ours, theirs)
+            compared.setdefault(name, _Differences(divergence.comparisons[name].comparison)).add(ours, theirs)
     each = {name: {"divergence": tally.means[name], **found.checks()} for name, found in compared.items()}
     checks = {
         "divergence": tally.mean,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.planner.answers import Answers
-from tdpass.planner.measures import MEASURES, Measure
+from tdpass.planner.comparisons import COMPARISONS, Comparison
 
 AUTO = "auto"
 ONLY_OUTPUT = "output"
@@ -25,10 +25,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Divergence:
-    """How the outputs of a network are to be compared: a wish, which `fit` makes a measure of.
+    """How the outputs of a network are to be compared: a wish, which `fit` makes a comparison of.
 
     Every floating-point output counts, or what `select` makes of what the model returns.  `name` is the
-    measure of all of them, `measures` that of single ones, `weights` how much they count (1 unless given; 0
+    comparison of all of them, `measures` that of single ones, `weights` how much they count (1 unless given; 0
     leaves one out), both by name or glob. Outputs are named as in the dict that the model returns, by their
     place in a tuple, or "output" where there is one.
 
@@ -47,8 +47,8 @@ class Divergence:
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.measures.values()):
-            if name != AUTO and name not in MEASURES:
-                raise UsageError(f"unknown divergence {name!r}; known: {AUTO}, {', '.join(MEASURES.names())}")
+            if name != AUTO and name not in COMPARISONS:
+                raise UsageError(f"unknown divergence {name!r}; known: {AUTO}, {', '.join(COMPARISONS.names())}")
         for name, weight in self.weights.items():
             if not 0 <= weight < float("inf"):
                 raise UsageError(
@@ -72,7 +72,7 @@ class Divergence:
         return found
 
     def fit(self, references: Sequence[Outputs]) -> FittedDivergence:
-        """The measure of each output, its scales taken over all calls at once; empty without calls.
+        """The comparison of each output, its scales taken over all calls at once; empty without calls.
 
         Raises `UsageError` where `measures` or `weights` name an output that does not exist.
         """
@@ -87,20 +87,20 @@ class Divergence:
         counted = [name for name in names if _chosen(self.weights, name, 1.0) > 0]
         if not counted:
             raise UsageError("the weights of all outputs are 0; leave at least one above it")
-        terms: dict[str, Term] = {}
+        comparisons: dict[str, WeightedComparison] = {}
         for name in counted:
             answers = Answers(name, tuple(call[name].detach().cpu() for call in references if name in call))
             wish = _chosen(self.measures, name, self.name)
-            measure = MEASURES.get(_recognised(answers, len(counted) == 1) if wish == AUTO else wish)(answers)
-            terms[name] = Term(measure, _chosen(self.weights, name, 1.0))
-        return FittedDivergence(self, terms)
+            compared = COMPARISONS.get(_recognised(answers, len(counted) == 1) if wish == AUTO else wish)
+            comparisons[name] = WeightedComparison(compared.fit(answers), _chosen(self.weights, name, 1.0))
+        return FittedDivergence(self, comparisons)
 
 
 @dataclass(frozen=True)
-class Term:
-    """One output's part: its measure and its weight."""
+class WeightedComparison:
+    """One output's part: its comparison and its weight."""
 
-    measure: Measure
+    comparison: Comparison
     weight: float
 
 
@@ -108,11 +108,11 @@ class Term:
 class FittedDivergence:
     """The divergence from one network's outputs: the weighted mean over outputs of the mean over rows.
 
-    `wish` is what it was fitted from, `terms` the measure of each output.
+    `wish` is what it was fitted from, `comparisons` the comparison of each output.
     """
 
     wish: Divergence
-    terms: Mapping[str, Term]
+    comparisons: Mapping[str, WeightedComparison]
 
     def outputs(self, returned: object) -> dict[str, Tensor]:
         """The floating-point tensors that a model returned, by name."""
@@ -144,7 +144,7 @@ class FittedDivergence:
                     f"output {name!r} has the shapes {shapes}; "
                     "compare what comes before it with divergence=Divergence(select=...)"
                 )
-            if name in self.terms:
+            if name in self.comparisons:
                 yield name, ours.detach().cpu().double(), theirs.detach().cpu().double().reshape(ours.shape)
 
     def probe(self, outputs: Outputs, samples: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -152,24 +152,24 @@ class FittedDivergence:
 
         As long as the outputs count: half of E[(sum of probe . d)^2] is `samples` times the divergence where outputs move by d.
         """
-        whole = sum(term.weight for term in self.terms.values())
+        whole = sum(one.weight for one in self.comparisons.values())
         directions: dict[str, Tensor] = {}
         for name, value in outputs.items():
-            if name not in self.terms:
+            if name not in self.comparisons:
                 continue
-            weight, measure = self.terms[name].weight / whole, self.terms[name].measure
-            length = math.sqrt(2 * weight * measure.gain * samples / max(measure.count(value), 1))
-            directions[name] = measure.probe(value, generator) * length
+            weight, comparison = self.comparisons[name].weight / whole, self.comparisons[name].comparison
+            length = math.sqrt(2 * weight * comparison.gain * samples / max(comparison.count(value), 1))
+            directions[name] = comparison.probe(value, generator) * length
         return directions
 
     def __str__(self) -> str:
-        """The measure's name, or, of several outputs, each measure with its outputs."""
-        if len(self.terms) == 1:
-            return next(iter(self.terms.values())).measure.name
+        """The comparison's name, or, of several outputs, each with its outputs."""
+        if len(self.comparisons) == 1:
+            return next(iter(self.comparisons.values())).comparison.name
         outputs: dict[str, list[str]] = {}
-        for name, term in self.terms.items():
-            outputs.setdefault(term.measure.name, []).append(name)
-        return "; ".join(f"{measure} of {_listed(names)}" for measure, names in outputs.items())
+        for name, one in self.comparisons.items():
+            outputs.setdefault(one.comparison.name, []).append(name)
+        return "; ".join(f"{name} of {_listed(names)}" for name, names in outputs.items())
 
 
 @dataclass
@@ -183,7 +183,7 @@ class Tally:
     def add(self, reference: Outputs, outputs: Outputs) -> None:
         """Count one call."""
         for name, ours, theirs in self.fitted.pairs(reference, outputs):
-            values = self.fitted.terms[name].measure.rows(ours, theirs)
+            values = self.fitted.comparisons[name].comparison.rows(ours, theirs)
             self.sums[name] = self.sums.get(name, 0.0) + float(values.sum())
             self.rows[name] = self.rows.get(name, 0) + values.numel()
 
@@ -195,13 +195,13 @@ class Tally:
     @property
     def mean(self) -> float:
         """Weighted mean over the outputs that came in; 0 before any."""
-        weights = {name: self.fitted.terms[name].weight for name in self.sums}
+        weights = {name: self.fitted.comparisons[name].weight for name in self.sums}
         whole = sum(weights.values())
         return sum(weights[name] / whole * value for name, value in self.means.items())
 
 
 def _recognised(answers: Answers, alone: bool) -> str:
-    """The measure for an output of which nothing but its values and name is known."""
+    """The comparison for an output of which nothing but its values and name is known."""
     if answers.probability_axis() is not None:
         return "kl_probabilities"
     if answers.log_probability_axis() is not None:

@@ -63,18 +63,18 @@ class Trials:
     """The calls of one run; `steps` holds how far each pass brought the calibration data's outputs from the original's."""
 
     given: Model
-    measure: FittedDivergence | None
+    divergence: FittedDivergence | None
     trials: list[Trial] = field(default_factory=list)
     steps: list[tuple[str, float]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, given: Model, batches: Sequence[Batch], measure: FittedDivergence | None) -> Trials:
+    def of(cls, given: Model, batches: Sequence[Batch], divergence: FittedDivergence | None) -> Trials:
         """Calls on the calibration data, on noise of its moments and with another number of samples, where the model answers them.
 
-        `measure` is that of the calibration data.  Without data the model's example stands for it, unless the model is larger
+        `divergence` is that of the calibration data.  Without data the model's example stands for it, unless the model is larger
         than 256 MiB.
         """
-        trials = cls(given, measure)
+        trials = cls(given, divergence)
         example = batches[0] if batches else given.example() if given.bytes() <= LARGEST_WITHOUT_DATA else None
         if example is None:
             return trials
@@ -151,11 +151,11 @@ class Trials:
         return min(bounds)
 
     def _distance(self, trial: Trial, answer: object) -> float:
-        if self.measure is None:
+        if self.divergence is None:
             return 0.0
         if _shapes(answer) != _shapes(trial.original):
             return float("inf")
-        return self.measure.mean([(self.measure.outputs(trial.original), self.measure.outputs(answer))])
+        return self.divergence.mean([(self.divergence.outputs(trial.original), self.divergence.outputs(answer))])
 
     def _rounding(self, trial: Trial, answer: object) -> float:
         """What rounding may change: some last digits, or what the original makes of a last digit in its input."""

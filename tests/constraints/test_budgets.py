@@ -13,12 +13,12 @@ from torch import Tensor
 
 from tdpass.constraints import Constraint
 from tdpass.constraints.allocation import Options, allocate
-from tdpass.constraints.anything import Anything
 from tdpass.constraints.in_format import InFormat
 from tdpass.constraints.level_budget import LevelBudget
 from tdpass.constraints.levels import UniformLevels
 from tdpass.constraints.rank_budget import RankBudget
 from tdpass.constraints.sparse import Sparse
+from tdpass.constraints.unconstrained import Unconstrained
 from tdpass.constraints.weight_budget import WeightBudget
 from tdpass.errors import BudgetError, PlanError, UsageError
 from tdpass.formats import FORMATS, Rank
@@ -101,7 +101,7 @@ def test_ranks_of_matrices_are_the_best_of_all() -> None:
 def test_layers_stay_dense_where_factors_would_cost_more() -> None:
     weights = weights_of(SITES)
     free = RankBudget(SITES, "tucker2", dense(SITES, "macs")).divide(weights)
-    assert all(isinstance(one, Anything) for one in free.values())
+    assert all(isinstance(one, Unconstrained) for one in free.values())
     for share in (0.9, 0.6, 0.3):
         budget = RankBudget(SITES, "tucker2", share * dense(SITES, "macs"))
         made = budget.divide(weights)
@@ -115,7 +115,7 @@ def test_a_layer_whose_factors_never_pay_stays_dense() -> None:
     sites = {"tiny": Site("tiny", "linear", (1, 9)), "b": SITES["b"]}
     budget = RankBudget(sites, {"tiny": "svd", "b": "tucker2"}, 2000, "params")
     made = budget.divide({"tiny": torch.ones(1, 9), "b": weights_of(SITES)["b"]})
-    assert isinstance(made["tiny"], Anything)
+    assert isinstance(made["tiny"], Unconstrained)
     assert isinstance(made["b"], InFormat)
 
 
@@ -138,7 +138,7 @@ def test_a_measured_price_is_used() -> None:
     made = RankBudget(SITES, "channel_svd", 0.1, seconds).divide(weights_of(SITES))
     assert isinstance(made["a"], InFormat)
     assert made["a"].rank == (8,)
-    assert all(isinstance(made[name], Anything) for name in "bcd")
+    assert all(isinstance(made[name], Unconstrained) for name in "bcd")
 
 
 def test_kept_ranks_resist_small_changes_of_the_weights() -> None:
@@ -160,7 +160,7 @@ def test_singular_values_below_the_soft_threshold_are_free_to_drop() -> None:
     u, v = (torch.linalg.qr(torch.randn(30, 30, generator=torch.Generator().manual_seed(seed)))[0] for seed in (1, 2))
     weight = (u * torch.tensor([5.0, 4.0, 3.0, *[0.1] * 27])) @ v
     made = {shrink: RankBudget({"r": LINEARS["r"]}, "svd", 900, "params", shrink=shrink).divide({"r": weight})["r"] for shrink in (0.0, 0.2, 3.5)}
-    assert isinstance(made[0.0], Anything)
+    assert isinstance(made[0.0], Unconstrained)
     assert [made[shrink].rank for shrink in (0.2, 3.5)] == [(3,), (2,)]
 
 
@@ -244,7 +244,7 @@ def test_bounds_and_dense_layers_of_a_weight_budget() -> None:
     assert kept(WeightBudget(7, least={"a": 4})) == {"a": 4, "b": 2, "c": 1}
     assert kept(WeightBudget(100)) == {"a": 4, "b": 4, "c": 3}
     assert kept(WeightBudget(100, most={"b": 2})) == {"a": 4, "b": 2, "c": 3}
-    assert isinstance(WeightBudget(8, dense=("c",)).divide(LAYERS)["c"], Anything)
+    assert isinstance(WeightBudget(8, dense=("c",)).divide(LAYERS)["c"], Unconstrained)
     equal = {"x": torch.ones(2, 3), "y": torch.ones(2, 3)}
     assert kept(WeightBudget(7), equal) == {"x": 6, "y": 1}
 

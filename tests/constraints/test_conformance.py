@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tdpass.constraints import CONSTRAINTS, Constraint
-from tdpass.constraints.anything import Anything
 from tdpass.constraints.in_format import InFormat
 from tdpass.constraints.integer import IntegerLevels
 from tdpass.constraints.levels import UniformLevels
@@ -17,6 +16,7 @@ from tdpass.constraints.n_of_m import NOfM
 from tdpass.constraints.power_of_two import PowerOfTwoLevels
 from tdpass.constraints.sparse import Sparse
 from tdpass.constraints.support import Support
+from tdpass.constraints.unconstrained import Unconstrained
 from tdpass.errors import InvalidModelError
 from tdpass.formats import FORMATS
 from tdpass.site import Site
@@ -43,7 +43,7 @@ def mask_of(shape: tuple[int, ...]) -> Tensor:
 
 
 EXAMPLES: dict[str, list[tuple[Constraint, tuple[int, ...]]]] = {
-    "anything": [(Anything(), CONV.shape)],
+    "unconstrained": [(Unconstrained(), CONV.shape)],
     "in_format": [
         (InFormat(CONV, "tucker2", (5, 4)), CONV.shape),
         (InFormat(CONV, "tucker2", (12, 10)), CONV.shape),

@@ -13,7 +13,7 @@ from tdpass.constraints.integer import IntegerLevels
 from tdpass.constraints.levels import UniformLevels
 from tdpass.constraints.magnitudes import Magnitudes
 from tdpass.constraints.n_of_m import NOfM
-from tdpass.constraints.order import largest_first, nth_largest
+from tdpass.constraints.order_statistics import largest_first, nth_largest
 from tdpass.constraints.power_of_two import PowerOfTwoLevels
 from tdpass.constraints.sparse import Group, Sparse
 from tdpass.constraints.spectral import SPECTRAL

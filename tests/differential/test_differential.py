@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 from frontends import FRONTENDS
-from held import at_a_budget, at_full_rank
+from invariants import at_a_budget, at_full_rank
 
 FEW, MANY = 20, 200
 SEEDS = [seed if seed < FEW else pytest.param(seed, marks=pytest.mark.slow) for seed in range(MANY)]

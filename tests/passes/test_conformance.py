@@ -68,8 +68,8 @@ def _stored(model: Model) -> dict[str, Tensor]:
 
 
 def _divergence(job: Job, model: Model) -> float:
-    measure = job.measure
-    return measure.mean([(reference, measure.outputs(model.run(batch))) for reference, batch in zip(job.references, job.batches, strict=True)])
+    divergence = job.fitted_divergence
+    return divergence.mean([(reference, divergence.outputs(model.run(batch))) for reference, batch in zip(job.references, job.batches, strict=True)])
 
 
 @pytest.mark.parametrize("name", PASSES.names())

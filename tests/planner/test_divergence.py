@@ -1,4 +1,4 @@
-"""What is compared: measures recognised from a network's answers, fitted once over all data."""
+"""What is compared: comparisons recognised from a network's answers, fitted once over all data."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from tdpass.models import open_model
 from tdpass.models.base import Batch
 from tdpass.planner.answers import Answers
 from tdpass.planner.compare import compare_outputs
+from tdpass.planner.comparisons import COMPARISONS
+from tdpass.planner.comparisons.mse import ScaledError
 from tdpass.planner.divergence import Divergence, FittedDivergence, Outputs
-from tdpass.planner.measures import MEASURES, ScaledError
 from tdpass.planner.repair import divergence_of
 from tdpass.planner.sensitivity import Sweep
 
@@ -102,16 +103,16 @@ def test_neither_calls_nor_order_change_a_divergence(kind: str) -> None:
         assert value(calls) == pytest.approx(whole, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", MEASURES.names())
+@pytest.mark.parametrize("name", COMPARISONS.names())
 def test_a_measure_is_zero_for_the_original_and_counts_every_row(name: str) -> None:
     reference = _logits(SAMPLES, 6, 10).softmax(-1).double()
     output = _logits(SAMPLES, 6, 10, seed=1).softmax(-1).double()
-    measure = MEASURES.get(name)(Answers("output", (reference,)))
-    assert measure.name == name
-    assert float(measure.rows(reference, reference).abs().max()) < 1e-12
-    assert float(measure.rows(reference, output).sum()) > 0
-    assert measure.rows(reference, output).shape == (measure.count(reference),)
-    assert measure.probe(reference, torch.Generator().manual_seed(0)).shape == reference.shape
+    comparison = COMPARISONS.get(name).fit(Answers("output", (reference,)))
+    assert comparison.name == name
+    assert float(comparison.rows(reference, reference).abs().max()) < 1e-12
+    assert float(comparison.rows(reference, output).sum()) > 0
+    assert comparison.rows(reference, output).shape == (comparison.count(reference),)
+    assert comparison.probe(reference, torch.Generator().manual_seed(0)).shape == reference.shape
 
 
 def test_errors_of_boxes_do_not_hide_those_of_scores() -> None:
@@ -136,11 +137,11 @@ def test_channels_are_found_on_any_axis(shape: tuple[int, ...]) -> None:
     axis = shape.index(14)
     last = [size for place, size in enumerate(shape) if place != axis]
     values = _detections(*last).movedim(-1, axis)
-    measure = _fit({"output": values}).terms["output"].measure
+    comparison = _fit({"output": values}).comparisons["output"].comparison
     other = [place for place in range(len(shape)) if place != axis]
-    assert isinstance(measure, ScaledError)
-    assert measure.axis == axis
-    assert torch.allclose(measure.scale, values.double().var(other, correction=0).sqrt(), rtol=2e-2)
+    assert isinstance(comparison, ScaledError)
+    assert comparison.axis == axis
+    assert torch.allclose(comparison.scale, values.double().var(other, correction=0).sqrt(), rtol=2e-2)
 
 
 def test_a_constant_channel_neither_explodes_nor_vanishes() -> None:

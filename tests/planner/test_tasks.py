@@ -25,7 +25,7 @@ class Task:
     head: Callable[[], nn.Module]
     loss: Loss
     right: Right
-    measure: str
+    comparison: str
 
 
 class _Beside(nn.Module):
@@ -142,5 +142,5 @@ def test_a_task_loses_three_points_at_most(name: str, rows: bool) -> None:
             )
     assert scores[0] > 80
     assert scores[1] >= scores[0] - 3
-    assert artifact.report.divergence == task.measure
+    assert artifact.report.divergence == task.comparison
     assert artifact.report.final.macs <= 0.6 * artifact.report.original.macs

@@ -20,7 +20,7 @@ from tdpass.training.averaging import Average
 from tdpass.training.batches import Batches
 from tdpass.training.curvature import Curvature
 from tdpass.training.distillation import Distillation
-from tdpass.training.held import Fixing, Held
+from tdpass.training.fixed_weights import FixedWeights, ProgressiveFixing
 from tdpass.training.loop import Loop, cross_entropy
 from tdpass.training.phases import Phase, Phased
 from tdpass.training.residuals import Watch
@@ -80,7 +80,7 @@ def test_rho_rescales_the_duals() -> None:
 def test_hooks_leave_the_optimizer_as_it_was() -> None:
     weight = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([weight], lr=0.1)
-    hooks = Hooks(optimizer, [Held({"w": weight})], lambda step: True, 1)
+    hooks = Hooks(optimizer, [FixedWeights({"w": weight})], lambda step: True, 1)
     hooks.remove()
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
@@ -129,7 +129,7 @@ def test_surgery_takes_weights_back() -> None:
 def test_held_weights_stay_and_the_others_move() -> None:
     weight = nn.Parameter(torch.tensor([0.0, 1.0, -2.0]))
     optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
-    solve(optimizer, weight, torch.ones(3) * 5, Held({"w": weight}), rounds=3, every=4)
+    solve(optimizer, weight, torch.ones(3) * 5, FixedWeights({"w": weight}), rounds=3, every=4)
     assert weight[0] == 0
     assert torch.all(weight[1:] > torch.tensor([1.0, -2.0]))
 
@@ -138,7 +138,7 @@ def test_fixing_ends_on_levels_and_never_moves_what_is_fixed() -> None:
     goal = torch.randn(10, 10, generator=torch.Generator().manual_seed(2))
     weight = nn.Parameter(Sparse(60).project(goal))
     levels = UniformLevels(4).frozen(weight.detach())
-    term = Fixing({"w": weight}, {"w": levels}, first=0.3)
+    term = ProgressiveFixing({"w": weight}, {"w": levels}, first=0.3)
     fixed_before = torch.zeros(10, 10, dtype=torch.bool)
     optimizer = torch.optim.SGD([weight], lr=0.05)
     for progress in (0.0, 0.5, 1.0):

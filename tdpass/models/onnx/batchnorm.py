@@ -16,7 +16,7 @@ from tdpass.models.onnx.rewrite import remove_nodes, take_place
 from tdpass.models.onnx.shapes import Shapes
 from tdpass.models.onnx.sites import FoundSite
 from tdpass.models.onnx.tensors import constant, held, to_torch
-from tdpass.models.onnx.use import Slot
+from tdpass.models.onnx.weight_use import Slot
 
 _MEAN, _VARIANCE = 3, 4
 

@@ -15,7 +15,7 @@ from tdpass.models.onnx.activations import activation_after, other, sole_reader
 from tdpass.models.onnx.fused_ops import FusedOp
 from tdpass.models.onnx.shapes import skeleton
 from tdpass.models.onnx.tensors import constant, sizes
-from tdpass.models.onnx.use import Slot
+from tdpass.models.onnx.weight_use import Slot
 
 Axes = tuple[int | None, ...]
 

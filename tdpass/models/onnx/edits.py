@@ -8,7 +8,7 @@ from torch import Tensor
 from tdpass.models.onnx.names import FreshNames
 from tdpass.models.onnx.rewrite import prune_initializers, remove_nodes
 from tdpass.models.onnx.tensors import from_torch
-from tdpass.models.onnx.use import Slot, Use
+from tdpass.models.onnx.weight_use import Slot, WeightUse
 
 
 def replace_constant(model: ir.Model, slot: Slot, tensor: Tensor, name: str) -> None:
@@ -20,7 +20,7 @@ def replace_constant(model: ir.Model, slot: Slot, tensor: Tensor, name: str) -> 
     value.metadata_props.update(old.metadata_props)
 
 
-def write_bias(model: ir.Model, use: Use, bias: Tensor, name: str) -> None:
+def write_bias(model: ir.Model, use: WeightUse, bias: Tensor, name: str) -> None:
     """Give the layer of a convolution, a Gemm or a MatMul this bias."""
     node = use.node
     if node.op_type == "Gemm":

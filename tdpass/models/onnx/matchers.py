@@ -12,7 +12,7 @@ from tdpass.errors import UnsupportedError
 from tdpass.kinds import KINDS, PRODUCT, LayerKind
 from tdpass.models.onnx.shapes import Shapes
 from tdpass.models.onnx.tensors import FLOAT_TYPES, PARAMETER_TYPES, constant, sizes
-from tdpass.models.onnx.use import Slot, Use
+from tdpass.models.onnx.weight_use import Slot, WeightUse
 from tdpass.registry import Registry
 
 
@@ -28,7 +28,7 @@ class DeclinedNode(Exception):  # noqa: N818 - declining is normal, not an error
 class Matcher(Protocol):
     """Recognizes the use of a weight by one kind of operator."""
 
-    def match(self, node: ir.Node, shapes: Shapes, /) -> Use | None:
+    def match(self, node: ir.Node, shapes: Shapes, /) -> WeightUse | None:
         """The use, or None where the node holds no weight; raises `DeclinedNode` where it holds one that must stay."""
 
 
@@ -84,7 +84,7 @@ class WindowMatcher:
 
     kind: LayerKind
 
-    def match(self, node: ir.Node, shapes: Shapes) -> Use | None:
+    def match(self, node: ir.Node, shapes: Shapes) -> WeightUse | None:
         tensor = held_weight(node, 1)
         if tensor is None:
             return None
@@ -98,7 +98,7 @@ class WindowMatcher:
         bias = Slot(node, 2) if len(node.inputs) > 2 and node.inputs[2] is not None else None
         if bias is not None and constant(bias.value) is None:
             raise DeclinedNode(weight.value, "the bias is not a constant")
-        return Use(Slot(node, 0), weight, self.kind.name, window=window, bias=bias)
+        return WeightUse(Slot(node, 0), weight, self.kind.name, window=window, bias=bias)
 
 
 def _operands(node: ir.Node) -> tuple[ir.TensorProtocol, Slot, Slot] | None:
@@ -117,7 +117,7 @@ def _operands(node: ir.Node) -> tuple[ir.TensorProtocol, Slot, Slot] | None:
 class GemmMatcher:
     """`alpha A' B' + beta C` with a constant on either side, in every transposition."""
 
-    def match(self, node: ir.Node, _shapes: Shapes) -> Use | None:
+    def match(self, node: ir.Node, _shapes: Shapes) -> WeightUse | None:
         attributes = node.attributes
         alpha, beta = attributes.get_float("alpha", 1.0), attributes.get_float("beta", 1.0)
         operands = _operands(node)
@@ -133,7 +133,7 @@ class GemmMatcher:
         channels = sizes(tensor)[1 if transposed else 0]
         bias, addend = self._third(node, channels, on_rows=not right, beta=beta)
         swap = (1, 0)
-        return Use(
+        return WeightUse(
             data, weight, PRODUCT, transposed, alpha, swap_in=swap if swapped else None, swap_out=None if right else swap,
             bias=bias, bias_scale=beta if bias else 1.0, addend=addend, addend_scale=beta if addend else 1.0,
         )  # fmt: skip
@@ -153,7 +153,7 @@ class GemmMatcher:
 class MatMulMatcher:
     """`x @ W` and `W @ x` with a constant matrix; a constant added right after is the bias."""
 
-    def match(self, node: ir.Node, shapes: Shapes) -> Use | None:
+    def match(self, node: ir.Node, shapes: Shapes) -> WeightUse | None:
         operands = _operands(node)
         if operands is None:
             return None
@@ -163,16 +163,16 @@ class MatMulMatcher:
         if len(shape) != 2:
             raise DeclinedNode(weight.value, "a vector has nothing to factor" if len(shape) < 2 else _SEVERAL)
         if right:
-            return self._with_add(Use(data, weight, PRODUCT, transposed=True), shape[1], rank)
+            return self._with_add(WeightUse(data, weight, PRODUCT, transposed=True), shape[1], rank)
         if rank is None:
             raise DeclinedNode(weight.value, "the weight is the left operand and the rank of the right one is unknown; run shape inference first")
         if rank == 1:
-            return self._with_add(Use(data, weight, PRODUCT), shape[0], 1)
+            return self._with_add(WeightUse(data, weight, PRODUCT), shape[0], 1)
         swap = (*range(rank - 2), rank - 1, rank - 2)
-        return self._with_add(Use(data, weight, PRODUCT, swap_in=swap, swap_out=swap), shape[0], rank)
+        return self._with_add(WeightUse(data, weight, PRODUCT, swap_in=swap, swap_out=swap), shape[0], rank)
 
     @staticmethod
-    def _with_add(use: Use, channels: int, rank: int | None) -> Use:
+    def _with_add(use: WeightUse, channels: int, rank: int | None) -> WeightUse:
         product = use.node.outputs[0]
         consumers = product.uses()
         if len(consumers) != 1 or product.is_graph_output():
@@ -191,7 +191,7 @@ class MatMulMatcher:
         broadcasts = padding_axes == 0 or (rank is not None and len(shape) <= rank)
         if padding_axes < 0 or not broadcasts or shape[padding_axes:] != wanted or any(size != 1 for size in shape[:padding_axes]):
             return use
-        return Use(use.input, use.weight, PRODUCT, use.transposed, swap_in=use.swap_in, swap_out=use.swap_out, bias=slot, absorbed=add)
+        return WeightUse(use.input, use.weight, PRODUCT, use.transposed, swap_in=use.swap_in, swap_out=use.swap_out, bias=slot, absorbed=add)
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class Left:
     inputs: tuple[int, ...]
     reason: str
 
-    def match(self, node: ir.Node, _shapes: Shapes) -> Use | None:
+    def match(self, node: ir.Node, _shapes: Shapes) -> WeightUse | None:
         for index in self.inputs:
             value = node.inputs[index] if index < len(node.inputs) else None
             if value is not None and _is_matrix(value):
@@ -243,7 +243,7 @@ for _kind in KINDS:
 class OtherDomain:
     """Contrib operators and model-local functions: any constant matrix they read is held, but never replaced."""
 
-    def match(self, node: ir.Node, _shapes: Shapes) -> Use | None:
+    def match(self, node: ir.Node, _shapes: Shapes) -> WeightUse | None:
         for value in node.inputs:
             if value is not None and _is_matrix(value):
                 raise DeclinedNode(value, f"operator {operator_name(node)} is not one that tdpass rewrites")

@@ -11,7 +11,7 @@ from tdpass.models.onnx.names import FreshNames
 from tdpass.models.onnx.ops import OnnxOps
 from tdpass.models.onnx.shapes import Shapes
 from tdpass.models.onnx.sites import FoundSite
-from tdpass.models.onnx.use import Use
+from tdpass.models.onnx.weight_use import WeightUse
 
 INPUTS_HOLD_INITIALIZERS_BELOW = 4
 
@@ -45,7 +45,7 @@ def rewritten(model: ir.Model, sites: Mapping[str, FoundSite], layers: Mapping[s
     return copy
 
 
-def _put(graph: ir.Graph, use: Use, ops: OnnxOps, layer: Layer, factors: Mapping[str, ir.Value], bias: ir.Value | None, site: FoundSite) -> None:
+def _put(graph: ir.Graph, use: WeightUse, ops: OnnxOps, layer: Layer, factors: Mapping[str, ir.Value], bias: ir.Value | None, site: FoundSite) -> None:
     layout = FORMATS.get(layer.format)
 
     def values() -> Mapping[str, ir.Value]:

@@ -24,7 +24,7 @@ from tdpass.models.onnx.session import NodeSession, captured_values
 from tdpass.models.onnx.sites import FoundSite
 from tdpass.models.onnx.storage import release_pages
 from tdpass.models.onnx.tensors import constant, to_torch
-from tdpass.models.onnx.use import Use
+from tdpass.models.onnx.weight_use import WeightUse
 from tdpass.ops import TorchOps
 
 _KNOWN_FROM_SHAPES = frozenset({"Shape", "Size"})
@@ -67,7 +67,7 @@ class _NodeStep:
 class _SiteStep:
     """One use of a site: its dense layer, or the factored layer in its place."""
 
-    use: Use
+    use: WeightUse
     compute: Callable[[Tensor], Tensor]
     fixed: bool = False
 

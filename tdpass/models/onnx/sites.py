@@ -14,7 +14,7 @@ from tdpass.models.onnx.matchers import DeclinedNode, matcher_for
 from tdpass.models.onnx.names import site_names
 from tdpass.models.onnx.shapes import Shapes
 from tdpass.models.onnx.tensors import held, to_torch, torch_dtype
-from tdpass.models.onnx.use import Use
+from tdpass.models.onnx.weight_use import WeightUse
 from tdpass.site import Site
 
 
@@ -23,7 +23,7 @@ class FoundSite:
     """A site and the nodes that use its weight, in the order of the graph."""
 
     site: Site
-    uses: tuple[Use, ...]
+    uses: tuple[WeightUse, ...]
 
     @property
     def stored(self) -> ir.TensorProtocol:
@@ -70,7 +70,7 @@ class Findings:
 
 def find_sites(model: ir.Model, shapes: Shapes) -> Findings:
     """Group the uses of every weight in the main graph; decline the weights that cannot be replaced as a whole."""
-    uses: dict[ir.Value, list[Use]] = {}
+    uses: dict[ir.Value, list[WeightUse]] = {}
     refused: dict[ir.Value, tuple[ir.Node, str]] = {}
     for node, place in _nodes(model):
         matcher = matcher_for(node)
@@ -83,7 +83,7 @@ def find_sites(model: ir.Model, shapes: Shapes) -> Findings:
             refused.setdefault(use.weight.value, (node, f"the layer is inside {place}"))
         elif use is not None:
             uses.setdefault(use.weight.value, []).append(use)
-    grouped: dict[ir.Value, tuple[Use, ...]] = {}
+    grouped: dict[ir.Value, tuple[WeightUse, ...]] = {}
     for value, group in uses.items():
         if value in refused:
             continue
@@ -110,7 +110,7 @@ def _nodes(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
             yield node, f"the model-local function {function.name}"
 
 
-def _as_one(value: ir.Value, uses: list[Use]) -> tuple[str | None, tuple[Use, ...]]:
+def _as_one(value: ir.Value, uses: list[WeightUse]) -> tuple[str | None, tuple[WeightUse, ...]]:
     """Why the uses cannot be replaced together, or None and the uses to replace."""
     if value.is_graph_output():
         return "the weight is also a graph output", ()
@@ -127,7 +127,7 @@ def _as_one(value: ir.Value, uses: list[Use]) -> tuple[str | None, tuple[Use, ..
     return None, tuple(uses)
 
 
-def _site(name: str, uses: tuple[Use, ...]) -> Site:
+def _site(name: str, uses: tuple[WeightUse, ...]) -> Site:
     use = uses[0]
     itemsize = torch_dtype(held(use.weight.value).dtype).itemsize
     return Site(name, use.kind, use.canonical_shape(), **vars(use.window), bias=use.bias is not None, itemsize=itemsize)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tdpass.errors import KernelError
 from tdpass.formats.base import Layer
 from tdpass.kernels import native
-from tdpass.models.onnx.fuse_single import fuse_single
+from tdpass.models.onnx.fuse_layer_graph import fuse_layer_graph
 from tdpass.targets.layers import example_input
 from tdpass.targets.runtimes.base import Runtime, register_runtime
 from tdpass.targets.runtimes.onnx_runtime import as_graph, bound_layer
@@ -38,7 +38,7 @@ class KernelsInOnnxRuntime(Runtime):
             return None
         x = example_input(layer, batch)
         y = layer(x)
-        graph = fuse_single(as_graph(layer, x, y), self.lanes)
+        graph = fuse_layer_graph(as_graph(layer, x, y), self.lanes)
         return None if graph is None else bound_layer(graph, x, torch.empty_like(y, memory_format=torch.contiguous_format), threads)
 
 

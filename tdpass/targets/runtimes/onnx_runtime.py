@@ -14,8 +14,8 @@ from torch import Tensor
 from tdpass.files import scratch_folder
 from tdpass.formats.base import Layer
 from tdpass.models.base import Batch, Model
+from tdpass.models.onnx.layer_graph import INPUT, OUTPUT, layer_graph, named_inputs
 from tdpass.models.onnx.session import register_fused_ops
-from tdpass.models.onnx.single import INPUT, OUTPUT, named_inputs, single_layer
 from tdpass.targets.layers import apply_layer, example_input, weights_of
 from tdpass.targets.runtimes.base import Bound, BoundLayer, Call, Runtime, register_runtime
 
@@ -58,7 +58,7 @@ class Saved:
 
 def as_graph(layer: Layer, x: Tensor, y: Tensor) -> bytes:
     """The layer as a serialized ONNX model."""
-    return single_layer(weights_of(layer), x, y, lambda ops, value, weights: apply_layer(ops, layer, value, weights))
+    return layer_graph(weights_of(layer), x, y, lambda ops, value, weights: apply_layer(ops, layer, value, weights))
 
 
 def bound_layer(graph: bytes, x: Tensor, y: Tensor, threads: int) -> Callable[[], Tensor] | None:

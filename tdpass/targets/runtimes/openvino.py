@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdpass.formats.base import Layer
 from tdpass.models.base import Batch, Model
-from tdpass.models.onnx.single import INPUT, named_inputs
+from tdpass.models.onnx.layer_graph import INPUT, named_inputs
 from tdpass.targets.layers import example_input
 from tdpass.targets.runtimes.base import Bound, BoundLayer, Call, Runtime, register_runtime
 from tdpass.targets.runtimes.onnx_runtime import Saved, as_graph

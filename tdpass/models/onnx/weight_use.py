@@ -36,7 +36,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Use:
+class WeightUse:
     """One node that applies a constant weight.
 
     The node computes `y = unswap(layer(swap(x))) + addend`, where `layer` is the plain linear or convolution layer with
@@ -108,11 +108,11 @@ class Use:
         """Sizes of the weight as `[o, i, *kernel]`."""
         return tuple(self.turned(torch.empty(self.stored_shape(), device="meta")).shape)
 
-    def without_bias(self) -> Use:
+    def without_bias(self) -> WeightUse:
         """The same use with its Add left in place; only for a bias that is in an Add."""
         return replace(self, bias=None, bias_scale=1.0, absorbed=None)
 
-    def on(self, twins: Mapping[ir.Node, ir.Node]) -> Use:
+    def on(self, twins: Mapping[ir.Node, ir.Node]) -> WeightUse:
         """The same use in a copy of the graph."""
         bias, addend, absorbed = self.bias, self.addend, self.absorbed
         return replace(

@@ -9,7 +9,7 @@ from tdpass.models.onnx.chains import find_chains
 from tdpass.models.onnx.fused_rewrite import Fusion, fused, plain_initializers
 
 
-def fuse_single(graph: bytes, lanes: str) -> bytes | None:
+def fuse_layer_graph(graph: bytes, lanes: str) -> bytes | None:
     """The serialized model with its only chain fused; None where it has none, or one that these lanes do not serve."""
     model = ir.from_proto(onnx.load_from_string(graph))
     plain_initializers(model)

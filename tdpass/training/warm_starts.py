@@ -15,7 +15,7 @@ from tdpass.training.terms import State, Term
 
 
 @dataclass(frozen=True)
-class Found(InFormat):
+class SolvedInFormat(InFormat):
     """The set of `InFormat` for the one weight that `start` was searched for: these factors are its projection."""
 
     def factors(self, weight: Tensor) -> Factors:
@@ -23,7 +23,7 @@ class Found(InFormat):
         return self.start
 
 
-class Searches(Term):
+class WarmStarts(Term):
     """The constraints of weights by name, as a rule; those on formats with local optima go on from the factors they found last.
 
     A search that began anew in every round would end in other optima, so that Z jumps however little W moves.  The factors are part of
@@ -39,7 +39,7 @@ class Searches(Term):
         for name, bound in self._searched().items():
             start = bound.factors(weights[name])
             self.constraints[name] = replace(bound, start=start)
-            found[name] = Found(bound.site, bound.format, bound.rank, start)
+            found[name] = SolvedInFormat(bound.site, bound.format, bound.rank, start)
         return found
 
     def _searched(self) -> dict[str, InFormat]:

@@ -15,7 +15,7 @@ from tdpass.training.placement import placed_like, whole
 from tdpass.training.terms import State, Term
 
 
-class Held(Term):
+class FixedWeights(Term):
     """After every step  W[mask] <- value[mask].
 
     Starts with the zeros of each weight held at zero, which keeps a pruned model pruned.
@@ -40,7 +40,7 @@ class Held(Term):
         self.values = {name: state[f"value.{name}"] for name in self.weights}
 
 
-class Fixing(Held):
+class ProgressiveFixing(FixedWeights):
     """More and more weights are put where a constraint wants them and stay there, those nearest to it first.
 
     With `constraints` of fixed structure (levels of a fixed interval, say), a share of every level's weights is held from the

@@ -11,25 +11,25 @@ from typing import Any, get_args, get_type_hints
 import msgspec
 
 
-class Inlined:
+class Flattened:
     """A dataclass whose fields stand, in a document, among those of the record that holds it; a default is not written."""
 
 
 Record = dict[str, Any]
 
 
-def gathered(tree: Any, hint: Any) -> Any:
+def nested(tree: Any, hint: Any) -> Any:
     """What a file says, nested as a value of that type is."""
     return _reshaped(tree, hint, _gather)
 
 
-def spread(tree: Any, hint: Any) -> Any:
+def flat(tree: Any, hint: Any) -> Any:
     """The tree of a value of that type, laid out as in a file."""
     return _reshaped(tree, hint, _spread)
 
 
-def written(tree: Any, hint: Any) -> Any:
-    """`spread` without the defaults of inlined records."""
+def flat_without_defaults(tree: Any, hint: Any) -> Any:
+    """`flat` without the defaults of flattened records."""
     return _reshaped(tree, hint, _without_defaults)
 
 
@@ -47,7 +47,7 @@ def hints_of(cls: type) -> dict[str, Any]:
 
 
 def _reshaped(tree: Any, hint: Any, change: Callable[[Record, str, type], Record]) -> Any:
-    """The tree with every record that holds an `Inlined` one changed."""
+    """The tree with every record that holds a `Flattened` one changed."""
     if not _names(hint):
         return tree
     arms = get_args(hint)
@@ -84,12 +84,12 @@ def _without_defaults(record: Record, name: str, part: Any) -> Record:
 
 @cache
 def _held(cls: type) -> tuple[str, ...]:
-    return tuple(name for name, hint in hints_of(cls).items() if isinstance(hint, type) and issubclass(hint, Inlined))
+    return tuple(name for name, hint in hints_of(cls).items() if isinstance(hint, type) and issubclass(hint, Flattened))
 
 
 @cache
 def _names(hint: Any) -> frozenset[str]:
-    """Names of the fields, anywhere in a value of that type, that hold `Inlined` records."""
+    """Names of the fields, anywhere in a value of that type, that hold `Flattened` records."""
     if is_dataclass(hint) and isinstance(hint, type):
         return frozenset(_held(hint)).union(*map(_names, hints_of(hint).values()))
     return frozenset[str]().union(*map(_names, get_args(hint)))

@@ -22,7 +22,7 @@ _OPSET, _IR_VERSION = 17, 8
 Write = Callable[[Ops[ir.Value], ir.Value, Mapping[str, ir.Value]], ir.Value]
 
 
-def single_layer(weights: Mapping[str, Tensor], x: Tensor, y: Tensor, write: Write) -> bytes:
+def layer_graph(weights: Mapping[str, Tensor], x: Tensor, y: Tensor, write: Write) -> bytes:
     """A serialized model from an input like `x` to an output like `y`; `write` records its nodes as a factored site's are recorded."""
     source = ir.Value(name=INPUT, shape=ir.Shape(list(x.shape)), type=ir.TensorType(from_torch(x).dtype))
     graph = ir.Graph([source], [], nodes=[], opset_imports={"": _OPSET}, name="layer")

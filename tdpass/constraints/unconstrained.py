@@ -1,4 +1,4 @@
-"""anything: no constraint, for weights that stay as they are."""
+"""unconstrained: no constraint, for weights that stay as they are."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tdpass.constraints.base import Constraint, checked, register_constraint
 
 @register_constraint
 @dataclass(frozen=True)
-class Anything(Constraint):
+class Unconstrained(Constraint):
     """All weights."""
 
-    name = "anything"
+    name = "unconstrained"
 
     def project(self, weight: Tensor) -> Tensor:
         checked(weight)
         return weight.detach().clone()
 
     def __str__(self) -> str:
-        return "anything"
+        return "unconstrained"
