@@ -62,7 +62,11 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """One epoch: mean loss, learning rate at its end, seconds, what `evaluate` said of it, and ||W - Z|| / ||W|| of each constrained weight."""
+    """One epoch: mean loss, learning rate at its end, seconds, what `evaluate` said of it, and ||W - Z|| / ||W|| of each constrained weight.
+
+    `memory` is what training holds from step to step, in bytes: the parameters and buffers, their gradients, and what the optimizer
+    and the method keep; neither activations nor the teacher are in it.  0 where it is not known.
+    """
 
     stage: str
     epoch: Count
@@ -71,6 +75,7 @@ class TrainingRow:
     seconds: Amount
     score: float | None = None
     residuals: Mapping[str, float] = field(default_factory=dict)
+    memory: Count = 0
 
 
 @dataclass

@@ -28,9 +28,9 @@ class OpenRNN(nn.Module):
 
     Per layer and direction (suffix `_l0`, `_l0_reverse` and so on, as torch has it) `input` makes the input's part of the gates,
     `hidden` that of the last hidden state, each with its own bias.  They hold the very parameters of the dense module; any of
-    them may be replaced by a factored layer.  Where gradients are wanted torch's own layer runs on the dense weights, so that
-    it trains as fast; else, where they are faster, the fused operators run on the factors.  Step by step, every layer called as it
-    is, it runs while it is recorded or exported, and where one of the layers is of another kind or has hooks.
+    them may be replaced by a factored layer.  Where gradients are wanted torch's own layer runs on the dense weights, each asked for
+    once a call, so that it trains as fast; else, where they are faster, the fused operators run on the factors.  Step by step, every
+    layer called as it is, it runs while it is recorded or exported, and where one of the layers is of another kind or has hooks.
     """
 
     kind: ClassVar[type[nn.LSTM | nn.GRU]]
@@ -106,6 +106,8 @@ class OpenRNN(nn.Module):
         if type(x) is not Tensor or x.device.type != "cpu" or (self.training and self.dropout) or torch.is_autocast_enabled("cpu") or native.missing():
             return False
         products = [self._product(name) for name in self._names]
+        if any(product.computed for product in products):
+            return False
         if not all(tensor.dtype == torch.float32 for tensor in (x, *(tensor for product in products for tensor in product.tensors))):
             return False
         own = sum(min(product.called, product.dense) for product in products[::2]) + sum(product.thin for product in products[1::2])

@@ -9,6 +9,7 @@ from functools import reduce
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from tdpass.form import Form
 from tdpass.formats.base import Layer
@@ -30,7 +31,8 @@ _FORWARDS = (nn.Linear.forward, Factorized.forward, Fused.forward)
 def is_plain(module: nn.Module) -> bool:
     """Whether it does nothing but multiply with a weight, so that nobody notices when the weight is used without a call."""
     watched = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return getattr(module.forward, "__func__", None) in _FORWARDS and not watched and module._parameters.keys() != {"bias"}
+    known = module._parameters.keys() != {"bias"} or parametrize.is_parametrized(module, "weight")
+    return getattr(module.forward, "__func__", None) in _FORWARDS and not watched and known
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Product:
     """A linear or factored layer: the names of what it multiplies with, and how those are packed where they are a chain of matrices.
 
     `form` is that of the module when this was made; `called` and `thin` are the multiply-adds of the layer as it is, and of the
-    two matrices that it is to a recurrent kernel; `dense` those of its weight.
+    two matrices that it is to a recurrent kernel; `dense` those of its weight.  `computed` says that the weight is a parametrization's,
+    made anew whenever it is asked for.
     """
 
     module: nn.Module
@@ -81,13 +84,15 @@ class Product:
     called: int
     thin: int
     dense: int
+    computed: bool = False
 
     @classmethod
     def of(cls, module: nn.Module) -> Product:
         """The product that a plain module is."""
         if not isinstance(module, Factorized):
             o, i = module.weight.shape  # type: ignore[misc]
-            return cls(module, form(module), ("weight",), _chain((Stage(i, o),)), (i, o), None, i * o, i * (i + o), i * o)
+            computed = parametrize.is_parametrized(module, "weight")
+            return cls(module, form(module), ("weight",), _chain((Stage(i, o),)), (i, o), None, i * o, i * (i + o), i * o, computed)
         site = replace(module.site, extents=(((1,), (1,)),))
         lowered, called = lower(module.layer()), module.format.cost(site, module.rank).macs
         names = tuple(module.factors())

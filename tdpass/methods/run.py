@@ -207,9 +207,9 @@ def log_table(rows: Sequence[TrainingRow]) -> str:
     names = sorted({name for row in rows for name in row.residuals})
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["stage", "epoch", "loss", "rate", "seconds", "score", *(f"residual {name}" for name in names)])
+    table.writerow(["stage", "epoch", "loss", "rate", "seconds", "score", "memory", *(f"residual {name}" for name in names)])
     for row in rows:
         residuals = [f"{row.residuals[name]:.5g}" if name in row.residuals else "" for name in names]
         score = "" if row.score is None else f"{row.score:.6g}"
-        table.writerow([row.stage, row.epoch, f"{row.loss:.6g}", f"{row.rate:.5g}", f"{row.seconds:.2f}", score, *residuals])
+        table.writerow([row.stage, row.epoch, f"{row.loss:.6g}", f"{row.rate:.5g}", f"{row.seconds:.2f}", score, row.memory, *residuals])
     return text.getvalue()

@@ -144,7 +144,7 @@ class Loop:
                 score = float(self.evaluate(self.model))
             restore_random_state(state)
         rate = self.rate(min(1.0, (epoch + 1) / self.epochs)) * self._base[0]
-        line = TrainingRow(self.stage, epoch, loss, rate, time.perf_counter() - start, score, residuals)
+        line = TrainingRow(self.stage, epoch, loss, rate, time.perf_counter() - start, score, residuals, self._memory())
         self.rounds.append(line)
         self.log(line)
 
@@ -198,6 +198,12 @@ class Loop:
         for index, term in enumerate(self.terms):
             tensors |= {f"term.{index}.{key}": value for key, value in term.state().items() if isinstance(value, Tensor)}
         return tensors
+
+    def _memory(self) -> int:
+        """Bytes that stay from step to step; of a sharded model, over all processes."""
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        besides = [tensor for name, tensor in self._tensors().items() if not name.startswith("model.")]
+        return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers(), *gradients, *besides))
 
     def _save(self, hooks: Hooks, epoch_random: Mapping[str, Any], total: float) -> None:
         if self.folder is None:

@@ -22,8 +22,8 @@ from tdpass.training.terms import Term
 class SingularValues(nn.Module):
     """W from U[m, r], s[r], V[n, r] as a parametrization of a weight (`torch.nn.utils.parametrize`).
 
-    U diag(s) V^T is the matrix whose rank a format of two factors has, the first `V^T` and the last `U diag(s)`; r is full at
-    first.  No root of s is taken, whose gradient would not be finite at 0.
+    U diag(s) V^T is the matrix whose rank a format of two factors has, the first `V^T` and the last
+    `U diag(s)`; r is full at first.  No root of s is taken, whose gradient would not be finite at 0.
     """
 
     def __init__(self, site: Site, format_name: str) -> None:
@@ -31,8 +31,13 @@ class SingularValues(nn.Module):
         self.site, self.format = site, FORMATS.get(format_name)
         one, two = self.format.shapes(site, (1,)), self.format.shapes(site, (2,))
         self.first, self.last = one
-        self._axis = {name: next(k for k, size in enumerate(two[name]) if size != shape[k]) for name, shape in one.items()}
-        self._rest = {name: (*shape[: self._axis[name]], *shape[self._axis[name] + 1 :]) for name, shape in one.items()}
+        self._axis = {
+            name: next(k for k, size in enumerate(two[name]) if size != shape[k])
+            for name, shape in one.items()
+        }
+        self._rest = {
+            name: (*shape[: self._axis[name]], *shape[self._axis[name] + 1 :]) for name, shape in one.items()
+        }
         self.full = min(torch.Size(rest).numel() for rest in self._rest.values())
 
     def forward(self, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
@@ -73,19 +78,23 @@ class Triplet:
             self.s.mul_(mask)
 
     def rank(self, energy: float) -> int:
-        """The least rank, of at least one, such that the squares of the singular values left out are no more than that share of all."""
+        """The least rank, of at least one, that leaves out no more than that share of the squares of all values."""
         squares = whole(self.s.detach()).double().square().sort(descending=True).values
         left_out = squares.flip(0).cumsum(0).flip(0)
         return max(1, int((left_out > energy * squares.sum()).sum()))
 
 
 def with_singular_values(model: nn.Module, formats: Mapping[str, tuple[Site, str]]) -> nn.Module:
-    """A copy of a model that trains U, s and V of the named modules' weights; modules that share a weight go on sharing it."""
+    """A copy of a model that trains U, s and V of the named modules' weights; shared weights stay shared."""
     network = copy.deepcopy(model)
-    weights = {module: dict(module.named_parameters(recurse=False)).get("weight") for module in network.modules()}
+    weights = {
+        module: dict(module.named_parameters(recurse=False)).get("weight") for module in network.modules()
+    }
     for name, (site, format_name) in formats.items():
         module = network.get_submodule(name)
-        sharing = [other for other, weight in weights.items() if other is not module and weight is weights[module]]
+        sharing = [
+            other for other, weight in weights.items() if other is not module and weight is weights[module]
+        ]
         for member in (module, *sharing):
             parametrize.register_parametrization(member, "weight", SingularValues(site, format_name))
         for member in sharing:
@@ -104,7 +113,7 @@ def triplets(network: nn.Module, names: Iterable[str]) -> dict[str, Triplet]:
 
 
 def dense_values(network: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors of those names, of parameters and buffers of the dense model, as the network stands for them."""
+    """The dense model's parameters and buffers of those names, as the network stands for them."""
     return {name: operator.attrgetter(name)(network).detach().clone() for name in names}
 
 
@@ -115,7 +124,7 @@ def _parametrizations(module: nn.Module) -> nn.ModuleDict:
 
 
 class Orthogonal(Term):
-    """Adds the gradient of  strength * (||U^T U - I||^2 + ||V^T V - I||^2) / r^2  for each layer (Frobenius norms)."""
+    """Adds the gradient of  strength * (||U^T U - I||^2 + ||V^T V - I||^2) / r^2  for each layer."""
 
     def __init__(self, layers: Mapping[str, Triplet], strength: float) -> None:
         self.layers, self.strength = dict(layers), strength
@@ -130,7 +139,7 @@ class Orthogonal(Term):
 
     @torch.no_grad()
     def residuals(self) -> Mapping[str, float]:
-        """How far U and V are from orthonormal columns: the root mean square of ||U^T U - I|| and ||V^T V - I|| over ||I||."""
+        """The root mean square of ||U^T U - I|| and ||V^T V - I||, over ||I||."""
         found = {}
         for name, layer in self.layers.items():
             gaps = sum(float(whole(_off(factor).square().sum())) for factor in (layer.u, layer.v))
@@ -145,7 +154,7 @@ def _off(factor: Tensor) -> Tensor:
 
 
 def hoyer(s: Tensor) -> Tensor:
-    """||s||_1 / ||s||_2: of the singular values' scale nothing depends, only how few they are (Hoyer 2004)."""
+    """||s||_1 / ||s||_2 (Hoyer 2004): it falls with the number of values that matter, at any scale."""
     length: Tensor = torch.linalg.vector_norm(s).clamp_min(torch.finfo(s.dtype).tiny ** 0.25)
     return s.abs().sum() / length
 

@@ -10,7 +10,7 @@ from tdpass.views.html_axes import Frame
 from tdpass.views.html_lines import Line, LineChart, Point
 from tdpass.views.html_sites import breakable
 from tdpass.views.training import CONTROL, CONTROL_IS, Course, Stage, courses, scores, stages, starts
-from tdpass.views.units import seconds, small
+from tdpass.views.units import human, seconds, small
 
 _LARGE, _LOW = Frame(right=34), Frame(height=230)
 _WORST = 3
@@ -40,11 +40,14 @@ def _scores(shown: Sequence[tuple[str, str]]) -> Html | None:
 
 def _stage_table(found: Sequence[Stage]) -> Html:
     scored, constrained = any(stage.score for stage in found), any(stage.farthest for stage in found)
-    names = ["Epochs", "First loss", "Last loss", *(["Last score"] if scored else []), "Time per epoch", *(["Largest residual"] if constrained else [])]
+    known = any(stage.memory for stage in found)
+    optional = (("Last score", scored), ("Time per epoch", True), ("Memory held", known), ("Largest residual", constrained))
+    names = ["Epochs", "First loss", "Last loss", *(name for name, shown in optional if shown)]
     headers = [column("Stage"), *(column(name, number=True) for name in names), *([column("Weight")] if constrained else [])]
     rows = []
     for stage in found:
         cells = [str(stage.epochs), *stage.losses, *([stage.score] if scored else []), seconds(stage.seconds)]
+        cells += [human(stage.memory, "B")] if known else []
         farthest = stage.farthest
         if constrained:
             cells.append("" if farthest is None else small(farthest[1]))

@@ -44,6 +44,11 @@ class Stage:
         return sum(row.seconds for row in self.rows) / len(self.rows)
 
     @property
+    def memory(self) -> int:
+        """Bytes that it held from step to step at most; 0 where nobody knows."""
+        return max(row.memory for row in self.rows)
+
+    @property
     def farthest(self) -> tuple[str, float] | None:
         """The weight of largest residual, and that residual, in the last epoch that has some."""
         last = next((row.residuals for row in reversed(self.rows) if row.residuals), None)

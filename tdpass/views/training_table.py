@@ -5,7 +5,7 @@ from __future__ import annotations
 from tdpass.report import Report
 from tdpass.views.tables import Column, Part, fitting, heading
 from tdpass.views.training import CONTROL, CONTROL_IS, Stage, scores, stages
-from tdpass.views.units import plain, seconds, small
+from tdpass.views.units import human, plain, seconds, small
 
 
 def training_table(report: Report, width: int | None) -> list[Part]:
@@ -16,6 +16,7 @@ def training_table(report: Report, width: int | None) -> list[Part]:
     scored = [Column[Stage]("Score", lambda stage: stage.score, number=True)] if any(stage.score for stage in found) else []
     constrained = any(stage.farthest for stage in found)
     time = Column[Stage]("Per epoch", lambda stage: seconds(stage.seconds), number=True)
+    held = [Column[Stage]("Held", lambda stage: human(stage.memory, "B"), number=True)] if any(stage.memory for stage in found) else []
     one_line = [
         Column[Stage]("Stage", lambda stage: plain(stage.name)),
         Column[Stage]("Epochs", lambda stage: str(stage.epochs), number=True),
@@ -23,6 +24,7 @@ def training_table(report: Report, width: int | None) -> list[Part]:
         Column[Stage]("Last loss", lambda stage: stage.losses[1], number=True),
         *scored,
         time,
+        *held,
         *([Column[Stage]("Residual", _residual, number=True), Column[Stage]("Of", _weight)] if constrained else ()),
     ]
     two_lines = [

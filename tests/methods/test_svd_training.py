@@ -1,4 +1,4 @@
-"""SVD training: U diag(s) V^T in place of a weight, its terms, what is dropped, and what goes back to dense."""
+"""SVD training: U diag(s) V^T in place of a weight, its terms, what is dropped, what goes back to dense."""
 
 from __future__ import annotations
 
@@ -17,10 +17,23 @@ from tdpass.methods import SvdTraining
 from tdpass.models import open_model
 from tdpass.site import Site
 from tdpass.training.batches import Batches
-from tdpass.training.singular import SPARSITY, FewValues, Orthogonal, SingularValues, Triplet, triplets, with_singular_values
+from tdpass.training.singular import (
+    SPARSITY,
+    FewValues,
+    Orthogonal,
+    SingularValues,
+    Triplet,
+    triplets,
+    with_singular_values,
+)
 
 CONV = Site("c", "conv", (6, 4, 3, 5), (2, 1), ((1, 1), (2, 2)), (1, 1))
-SITES = [("channel_svd", CONV), ("spatial_svd", CONV), ("svd", Site("l", "linear", (5, 9))), ("svd", Site("l", "linear", (9, 5)))]
+SITES = [
+    ("channel_svd", CONV),
+    ("spatial_svd", CONV),
+    ("svd", Site("l", "linear", (5, 9))),
+    ("svd", Site("l", "linear", (9, 5))),
+]
 METHOD: dict[str, Any] = {"energy": 0.3, "sparse": 0.05, "sparsify": 2, "tune": 1}
 
 
@@ -46,12 +59,19 @@ def network() -> Net:
 
 def batches() -> Batches:
     labels = torch.arange(64) % 2
-    return Batches(torch.randn(64, 1, 6, 6, generator=torch.Generator().manual_seed(1)) + labels.view(-1, 1, 1, 1), labels, 16)
+    return Batches(
+        torch.randn(64, 1, 6, 6, generator=torch.Generator().manual_seed(1)) + labels.view(-1, 1, 1, 1),
+        labels,
+        16,
+    )
 
 
 def triplet(rank: int = 5) -> Triplet:
     generator = torch.Generator().manual_seed(2)
-    u, s, v = (nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in ((7, rank), (rank,), (6, rank)))
+    u, s, v = (
+        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+        for shape in ((7, rank), (rank,), (6, rank))
+    )
     return Triplet(u, s, v, lambda: (u * s) @ v.T)
 
 
@@ -95,7 +115,10 @@ def test_the_orthogonality_term_has_the_gradient_of_its_formula() -> None:
     ("name", "formula"),
     [
         ("hoyer", lambda s: s.sign() / s.norm() - s.abs().sum() * s / s.norm() ** 3),
-        ("hoyer-square", lambda s: 2 * s.abs().sum() / s.norm() ** 2 * (s.sign() - s.abs().sum() * s / s.norm() ** 2)),
+        (
+            "hoyer-square",
+            lambda s: 2 * s.abs().sum() / s.norm() ** 2 * (s.sign() - s.abs().sum() * s / s.norm() ** 2),
+        ),
         ("l1", torch.sign),
     ],
 )
@@ -125,7 +148,9 @@ def test_singular_values_go_by_energy(energy: float, rank: int) -> None:
     assert layer.rank(energy) == rank
     layer.keep(rank)
     squares = torch.tensor([81.0, 9.0, 4.0, 1.0]).double() / 95
-    torch.testing.assert_close(layer.s.detach().square().sort(descending=True).values[:4], squares * (torch.arange(4) < rank))
+    torch.testing.assert_close(
+        layer.s.detach().square().sort(descending=True).values[:4], squares * (torch.arange(4) < rank)
+    )
 
 
 @pytest.mark.parametrize("form", ["channel_svd", "spatial_svd"])
@@ -136,7 +161,11 @@ def test_the_network_in_the_models_place_computes_the_same(form: str) -> None:
     torch.testing.assert_close(trained(x), model(x), rtol=1e-5, atol=1e-5)
     assert not any(parametrize.is_parametrized(module) for module in model.modules())
     layers = triplets(trained, method.sites)
-    assert {name: layer.s.numel() for name, layer in layers.items()} == {"wide": 9 if form == "channel_svd" else 3, "point": 12, "one": 12}
+    assert {name: layer.s.numel() for name, layer in layers.items()} == {
+        "wide": 9 if form == "channel_svd" else 3,
+        "point": 12,
+        "one": 12,
+    }
     with torch.no_grad():
         layers["one"].s.mul_(2)
     torch.testing.assert_close(trained.two.weight, 2 * model.two.weight)
@@ -144,7 +173,13 @@ def test_the_network_in_the_models_place_computes_the_same(form: str) -> None:
 
 @pytest.mark.parametrize("form", ["channel_svd", "spatial_svd"])
 def test_layers_that_do_not_pay_go_back_to_dense_and_shared_weights_stay_shared(form: str) -> None:
-    artifact = tdpass.train(network(), batches(), {"svd-training": {**METHOD, "format": form}}, settings={"lr": 0.02}, control=False)
+    artifact = tdpass.train(
+        network(),
+        batches(),
+        {"svd-training": {**METHOD, "format": form}},
+        settings={"lr": 0.02},
+        control=False,
+    )
     sites = {site.name: site for site in open_model(network()).sites()}
     choices = {choice.site: choice for choice in artifact.plan}
     assert set(choices) == set(sites)
@@ -154,10 +189,14 @@ def test_layers_that_do_not_pay_go_back_to_dense_and_shared_weights_stay_shared(
     assert artifact.model.one.u is artifact.model.two.u
     again = SvdTraining(**{**METHOD, "energy": 0.0}, format=form)  # type: ignore[arg-type]
     whole = tdpass.train(network(), batches(), again, settings={"lr": 0.02}, control=False)
-    assert all(choice.kept_dense or shrinks(sites[choice.site], choice.format, choice.rank) for choice in whole.plan)
+    assert all(
+        choice.kept_dense or shrinks(sites[choice.site], choice.format, choice.rank) for choice in whole.plan
+    )
     assert any(choice.kept_dense for choice in whole.plan)
     (said,) = [note for note in whole.report.notes if "parameters" in note]
-    network_trained = with_singular_values(network(), {name: (site, again.format_of(site)) for name, site in sites.items()})
+    network_trained = with_singular_values(
+        network(), {name: (site, again.format_of(site)) for name, site in sites.items()}
+    )
     assert f"{sum(parameter.numel() for parameter in network_trained.parameters()):,} parameters" in said
 
 
@@ -182,8 +221,70 @@ def test_the_prepared_network_is_what_is_attached() -> None:
         method.attach(model, torch.optim.SGD(model.parameters(), 0.1), every=2)
 
 
-@pytest.mark.parametrize("wrong", [{"format": "tucker2"}, {"sparsity": "l2"}, {"energy": 1.0}, {"energy": -0.1}, {"sparse": -1.0}, {"orthogonal": -1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"format": "tucker2"},
+        {"sparsity": "l2"},
+        {"energy": 1.0},
+        {"energy": -0.1},
+        {"sparse": -1.0},
+        {"orthogonal": -1.0},
+    ],
+)
 def test_options_are_checked(wrong: dict[str, Any]) -> None:
     (name,) = wrong
     with pytest.raises(UsageError, match=name):
         SvdTraining(**wrong)
+
+
+class Reader(nn.Module):
+    """A recurrent network with two layers and a classifier on its last state."""
+
+    def __init__(self, kind: type[nn.LSTM | nn.GRU]) -> None:
+        super().__init__()
+        self.rnn = kind(6, 16, 2, batch_first=True)
+        self.out = nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores of `[n, 1, 6, 6]`, read row by row."""
+        return self.out(self.rnn(x.squeeze(1))[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_train_as_singular_values(kind: type[nn.LSTM | nn.GRU]) -> None:
+    torch.manual_seed(0)
+    model, x = tdpass.open_recurrent(Reader(kind)), torch.randn(3, 1, 6, 6)
+    method = SvdTraining(budget={"params": 0.5}, sparse=0.02, sparsify=3, tune=2)
+    trained = method.prepare(model, x)
+    assert set(method.sites) == {*(f"rnn.{part}_l{k}" for part in ("input", "hidden") for k in (0, 1)), "out"}
+    torch.testing.assert_close(trained(x), model(x), rtol=1e-5, atol=1e-5)
+    made = []
+    for module in trained.modules():
+        if isinstance(module, SingularValues):
+            module.register_forward_hook(lambda module, inputs, output: made.append(output))
+    trained(x)
+    assert len(made) == len(method.sites)  # once a call, not once a step of the recurrence
+    with torch.no_grad():
+        torch.testing.assert_close(trained(x), model(x), rtol=1e-5, atol=1e-5)
+    options = {"svd-training": {"budget": {"params": 0.5}, "sparse": 0.02, "sparsify": 3, "tune": 2}}
+    artifact = tdpass.train(model, batches(), options, settings={"lr": 0.1}, example_inputs=x, control=False)
+    choices = {choice.site: choice for choice in artifact.plan}
+    assert {choices[f"rnn.hidden_l{k}"].format for k in (0, 1)} == {"svd"}
+    assert 0.35 < artifact.report.final.params / artifact.report.original.params <= 0.5
+    assert artifact.report.training[-1].loss < artifact.report.training[0].loss
+
+
+def test_the_memory_that_training_holds_is_reported() -> None:
+    method = {"svd-training": {"energy": 0.3, "sparsify": 1, "tune": 0}}
+    settings = {"optimizer": "adam", "lr": 0.01, "schedule": 1.0}
+    dense = sum(parameter.numel() for parameter in network().parameters())
+    prepared = SvdTraining(energy=0.3).prepare(network())
+    factored = sum(parameter.numel() for parameter in prepared.parameters())
+    steps = 4 * len(list(prepared.parameters())), 4 * len(list(network().parameters()))
+    artifact = tdpass.train(network(), batches(), method, settings=settings)
+    rows = {row.stage: row for row in artifact.report.training}
+    # weights, gradients, two moments; a count of steps for each tensor
+    assert rows["method"].memory == 4 * 4 * factored + steps[0]
+    assert rows["control"].memory == 4 * 4 * dense + steps[1]
+    assert any(f"trained {factored:,} parameters" in note for note in artifact.report.notes)
