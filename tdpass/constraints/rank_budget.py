@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -70,15 +70,26 @@ class RankBudget(Shared):
             self._check(name, site)
 
     def divide(self, weights: Mapping[str, Tensor]) -> dict[str, Constraint]:
+        return self.allocated(self.options(weights))
+
+    def allocated(self, options: Mapping[str, tuple[list[Rank], Options]]) -> dict[str, Constraint]:
+        """The choice among `options` that the limit allows."""
+        chosen = allocate({name: found for name, (_, found) in options.items()}, self.limit, self._text)
+        return {name: self.constraint(name, options[name][0], k) for name, k in chosen.items()}
+
+    def options(self, weights: Mapping[str, Tensor]) -> dict[str, tuple[list[Rank], Options]]:
+        """The ranks that each weight may have, from large to small, and what these and, last, the dense layer cost and lose.
+
+        Ranks at which a layer would grow in any measure are left out.
+        """
         if set(weights) != set(self.sites):
             odd = sorted(set(weights) ^ set(self.sites))
             raise PlanError(f"weights and sites of a rank budget differ in {', '.join(odd)}; give one weight for each site")
-        ranks: dict[str, list[Rank]] = {}
-        options: dict[str, Options] = {}
-        for name, weight in weights.items():
-            ranks[name], options[name] = self._options(name, weight)
-        chosen = allocate(options, self.limit, self._text)
-        return {name: self._constraint(name, ranks[name], k) for name, k in chosen.items()}
+        return {name: self._options(name, weight) for name, weight in weights.items()}
+
+    def constraint(self, name: str, ranks: Sequence[Rank], k: int) -> Constraint:
+        """What choosing option k of `options` makes of a weight."""
+        return InFormat(self.sites[name], self.format_of(name), ranks[k]) if k < len(ranks) else Unconstrained()
 
     def format_of(self, name: str) -> str:
         """The format of a site."""
@@ -100,7 +111,6 @@ class RankBudget(Shared):
             raise PlanError(f"site {name!r} has no activation sizes, so its multiply-adds are unknown; run the model once, or give the budget in params")
 
     def _options(self, name: str, weight: Tensor) -> tuple[list[Rank], Options]:
-        """Ranks from large to small and what they cost and lose; without the ranks at which it would grow in any measure; the dense layer comes last."""
         site = self.sites[name]
         tails = self._tails(name, weight)
         path = self._path(name, tails)
@@ -153,9 +163,6 @@ class RankBudget(Shared):
             if not trials:
                 return path
             path.append(min(trials)[2])
-
-    def _constraint(self, name: str, ranks: list[Rank], k: int) -> Constraint:
-        return InFormat(self.sites[name], self.format_of(name), ranks[k]) if k < len(ranks) else Unconstrained()
 
     def _text(self, value: float) -> str:
         return f"{amount(self.price, value)} {self.price}" if isinstance(self.price, str) else f"{value:.4g}"

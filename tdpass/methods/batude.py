@@ -12,16 +12,13 @@ from torch import Tensor, nn
 
 from tdpass.constraints.base import Constraint
 from tdpass.constraints.in_format import InFormat
-from tdpass.constraints.rank_budget import Price
 from tdpass.cost import Budget, BudgetValue
 from tdpass.errors import UsageError
-from tdpass.files import cache_folder
 from tdpass.form import Rank
 from tdpass.formats.base import FORMATS
 from tdpass.methods.base import register_method
-from tdpass.methods.factored import FactoredByAdmm, priced_on
-from tdpass.planner.prices import deciding
-from tdpass.targets import Setting, Target, open_target
+from tdpass.methods.factored import FactoredByAdmm, price_on_target
+from tdpass.targets import Target
 from tdpass.training.curvature import Curvature, Metric
 from tdpass.training.rules import Rule
 from tdpass.training.schedules import ScheduleSpec
@@ -70,11 +67,7 @@ class Batude(FactoredByAdmm):
 
     @torch.no_grad()
     def choose(self, model: nn.Module) -> None:
-        self.price: Price | None = None
-        if self.target is not None:
-            target = open_target(self.target, "torch", self.cache or cache_folder())
-            measure = deciding(target, Budget.parse(self.budget))[0]
-            self.price = priced_on(target, measure, Setting(self.batch, self.threads), {name: self.format_of(site) for name, site in self.sites.items()})
+        self.price = price_on_target(self, Budget.parse(self.budget), self.format_of)
         self.rank_budget(self.budget, self.price).divide(self.weights_of(model))  # an impossible budget is refused before training
 
     def rule(self) -> Rule:

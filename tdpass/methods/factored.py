@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,15 @@ from tdpass.constraints.rank_budget import Price, RankBudget
 from tdpass.cost import Budget, BudgetValue, Cost
 from tdpass.digest import digest
 from tdpass.errors import BudgetError
+from tdpass.files import cache_folder
 from tdpass.form import DENSE, Form, Rank
 from tdpass.formats.base import FORMATS, dense_cost, shrinks
 from tdpass.measures import MEASURES, Needs
 from tdpass.methods.base import Method
+from tdpass.planner.prices import deciding
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.site import Site
-from tdpass.targets import Setting, Target
+from tdpass.targets import Setting, Target, open_target
 from tdpass.training.admm import Admm
 from tdpass.training.phases import Phase, Phased
 from tdpass.training.rules import Rule
@@ -144,11 +147,24 @@ def site_limit(budget: Mapping[str, BudgetValue] | Budget, sites: Mapping[str, S
     return measure, limit
 
 
-def priced_on(target: Target, measure: str, setting: Setting, formats: Mapping[str, str]) -> Price:
-    """The amount of a measure of a site at a rank as a price, as a target tells it."""
+class OnTarget(Protocol):
+    """The options of a method whose prices are those of a machine: calls of `batch` samples on `threads` threads."""
+
+    target: str | Target | None
+    batch: int
+    threads: int
+    cache: Path | None
+
+
+def price_on_target(on: OnTarget, budget: Budget | None, format_of: Callable[[Site], str]) -> Price | None:
+    """What a site costs there at a rank, in the measure that decides; None without a target."""
+    if on.target is None:
+        return None
+    target, setting = open_target(on.target, "torch", on.cache or cache_folder()), Setting(on.batch, on.threads)
+    measure = deciding(target, budget)[0]
 
     def price(site: Site, rank: Rank | None) -> float:
-        form = DENSE if rank is None else Form(formats[site.name], rank)
+        form = DENSE if rank is None else Form(format_of(site), rank)
         return target.cost(site, [form], setting)[0].get(measure)
 
     return price

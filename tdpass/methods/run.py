@@ -108,7 +108,6 @@ def train(
     )
     made = make_method(method) if _is_method(method) else method
     if run.folder is not None:
-        run.folder.mkdir(parents=True, exist_ok=True)
         facts = {"method": made, **{name: getattr(run, name) for name in _TOLD}}
         check_same_run(run.folder, "run.json", facts, resume)
     torch.manual_seed(seed)

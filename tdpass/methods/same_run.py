@@ -17,7 +17,10 @@ _STARTED = register_document(Document("start of a training run", dict[str, Fact]
 
 
 def check_same_run(folder: Path, name: str, facts: Mapping[str, object], resume: bool) -> None:
-    """Write down the facts of a new run as `folder/name`; raises `UsageError` where a run to go on with was started with others."""
+    """Write down the facts of a new run as `folder/name`, in a folder that is made where there is none.
+
+    Raises `UsageError` where a run to go on with was started with others.
+    """
     path, given = folder / name, dict(_flat("", facts))
     if resume and path.exists():
         known = _STARTED.load(path)
@@ -26,6 +29,7 @@ def check_same_run(folder: Path, name: str, facts: Mapping[str, object], resume:
             differences = ", ".join(f"{key}={before!r}, not {now!r}" for key, (before, now) in found.items())
             raise UsageError(f"{folder} holds a run with {differences}; resume it with what it was started with, or give another folder")
     elif world()[0] == 0:
+        folder.mkdir(parents=True, exist_ok=True)
         write_text(path, _STARTED.text(given) + "\n")
 
 

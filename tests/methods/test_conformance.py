@@ -34,6 +34,11 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"budget": {"macs": 0.5}, "rounds": ROUNDS, "stable": 2, "rho": 0.5},
         {"budget": {"params": 0.7}, "rounds": ROUNDS, "stable": 1, "rho": 0.5, "exclude": ["fc"], "metric": "fisher"},
     ],
+    "lc": [
+        {"penalty": 2.0, "rounds": ROUNDS, "rho": 0.5},
+        {"budget": {"macs": 0.5}, "rounds": ROUNDS, "rho": 0.5},
+        {"budget": {"params": 0.6}, "penalty": 0.1, "format": "spatial_svd", "rounds": ROUNDS, "rho": 0.5, "exclude": ["out"]},
+    ],
     "svd-training": [
         {"energy": 0.1, "sparse": 0.1, "sparsify": 4, "tune": 2},
         {"energy": 0.1, "sparse": 0.05, "sparsify": 3, "tune": 2, "factored": 1, "format": "spatial_svd", "sparsity": "hoyer-square", "exclude": ["out"]},
@@ -296,7 +301,12 @@ def test_wrong_use_is_one_clear_error(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("admm-tt", {"budget": {"params": 1e-4}}), ("batude", {"budget": {"macs": 1e-4}}), ("batude", {"budget": {"seconds": 0.5}})],
+    [
+        ("admm-tt", {"budget": {"params": 1e-4}}),
+        ("batude", {"budget": {"macs": 1e-4}}),
+        ("batude", {"budget": {"seconds": 0.5}}),
+        ("lc", {"budget": {"macs": 1e-4}}),
+    ],
 )
 def test_impossible_budgets_are_refused_before_training(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(tdpass.BudgetError):

@@ -71,6 +71,12 @@ def test_options_change_a_recipe() -> None:
             Recipe.parse(recipe()).with_options([wrong])
 
 
+def test_a_run_makes_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "new"
+    Recipe.parse(recipe(pretrain=0, finetune=0)).run(folder)
+    assert {path.name for path in folder.iterdir()} >= {"recipe.json", "run.json", "log.csv"}
+
+
 def test_the_command_line_trains_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     path, folder = tmp_path / "recipe.yaml", tmp_path / "run"

@@ -17,6 +17,7 @@ METHODS = {
     "admm-tt": {"admm-tt": {"budget": {"params": 0.5}, "rounds": 4, "rho": {"geometric": {"start": 0.01, "end": 0.1}}}},
     "searches": {"admm-tt": {"ranks": {"2": {"cp": [6]}}, "rounds": 4, "rho": 0.1}},
     "batude": {"batude": {"budget": {"macs": 0.5}, "rounds": 4, "rho": 0.05, "metric": "fisher"}},
+    "lc": {"lc": {"penalty": 1.0, "rounds": 4, "rho": {"geometric": {"start": 0.01, "end": 0.1}}}},
     "admm-nn": {"admm-nn": {"keep": 700, "bits_per_weight": 3, "prune": 3, "retrain": 1, "quantize": 2, "fix": 2, "rho": 0.05}},
     "svd-training": {"svd-training": {"energy": 0.1, "sparse": 0.1, "factored": 1, "sparsify": 2, "tune": 2}},
     "surgery": {"admm-nn": {"keep": 700, "bits_per_weight": 3, "prune": 4, "retrain": 2, "fix": 2, "quantize": 0, "metric": "fisher", "pruning": "surgery"}},
