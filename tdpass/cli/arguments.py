@@ -74,7 +74,7 @@ def add_planning(parser: Parser) -> None:
     group.add_argument("--format", metavar="NAME", action="append", default=[], help="use only these formats; may be repeated")
     group.add_argument("--divergence", metavar="NAME", default="auto", help="how outputs are compared: auto, kl, mse or cosine (default %(default)s)")
     group.add_argument("--effort", choices=("fast", "normal", "thorough"), default="normal", help="how long planning may take (default %(default)s)")
-    group.add_argument("--target", metavar="NAME", help="plan on times measured here (cpu, cpu:openvino, cuda) or on a model of a machine (systolic:gemmini)")
+    group.add_argument("--target", metavar="NAME", help="plan on times measured here (cpu, cpu:openvino, cuda) or on a modelled one (crossbar:isaac)")
     group.add_argument("--batch", metavar="N", type=count, default=1, help="samples per call on the target (default %(default)s)")
     group.add_argument("--threads", metavar="N", type=count, help="threads on the target (default: as many as torch uses)")
     group.add_argument("--pipeline", metavar="TEXT|FILE", help="passes as text, such as 'plan{macs=0.4},factorize', or a recipe.yaml")

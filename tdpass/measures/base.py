@@ -34,6 +34,7 @@ class Measure:
     `title` heads a column of it; `less` and `more` are what a model has, or is, that costs less or more of it. `units` is what an
     amount may be written in, each as a multiple of that in which it is kept, and `example` such an amount. A `whole` measure counts:
     its units do not mind case, and it is written out in full; `unit` is what is counted, where that is shown. `aliases` are other words for it.
+    A `standing` one is that of what is there, however often it is called.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Measure:
     needs: Needs = Needs.NOTHING
     unit: str = ""
     aliases: tuple[str, ...] = ()
+    standing: bool = False
 
     def read(self, text: str) -> float | None:
         """The amount that a text with a unit stands for; None for a text that is no such amount.

@@ -74,18 +74,27 @@ class ModelledTarget(Target):
         return cost
 
     def _cost(self, site: Site, form: Form, batch: int) -> Cost:
-        """The sum over the site's calls, per call of the model; counts are rounded up where calls are shared by several samples."""
-        total = self._nothing()
-        for extent, times in Counter(site.extents).items():
-            call = replace(site, extents=(extent,))
-            one = sum((self.cost_product(product) for product in products_of(call, form, batch)), self._nothing())
-            total += Cost.of({measure: times * one.get(measure) for measure in self.measures})
-        whole = {measure: -(-total.get(measure) // site.samples) for measure in self.measures if MEASURES.get(measure).whole}
-        shared = {measure: total.get(measure) / site.samples for measure in self.measures if measure not in whole}
-        return Cost.of({**whole, **shared})
+        """The sum over the site's calls, per call of the model; counts are rounded up where calls are shared by several samples.
+
+        What stands there whether it is called or not is that of the largest call.
+        """
+        calls = [(replace(site, extents=(extent,)), times) for extent, times in Counter(site.extents).items()]
+        ones = [(self._one(products_of(call, form, batch)), times) for call, times in calls]
+        return Cost.of({measure: _over_calls(measure, [(one.get(measure), times) for one, times in ones], site.samples) for measure in self.measures})
+
+    def _one(self, products: Sequence[Product]) -> Cost:
+        return sum((self.cost_product(product) for product in products), self._nothing())
 
     def _nothing(self) -> Cost:
         return Cost.of(dict.fromkeys(self.measures, 0))
+
+
+def _over_calls(measure: str, amounts: Sequence[tuple[float, int]], samples: int) -> float:
+    """What calls cost together, each so often, for one of the samples that share them."""
+    if MEASURES.get(measure).standing:
+        return max(amount for amount, _ in amounts)
+    total = sum(amount * times for amount, times in amounts)
+    return -(-total // samples) if MEASURES.get(measure).whole else total / samples
 
 
 def _allowed(fmt: Format, site: Site, rank: Rank) -> bool:

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
 from tdpass.cost import Cost
-from tdpass.documents import Amount, Count, Document, Positive, Size, read_yaml
-from tdpass.errors import UsageError
+from tdpass.documents import Amount, Count, Positive, Size
 from tdpass.targets.base import register_target
+from tdpass.targets.constants import Constants
 from tdpass.targets.modelled import ModelledTarget
 from tdpass.targets.workload import Product
 
-_SHIPPED = Path(__file__).parent / "systolic_arrays"
-_DEFAULT = "tpu_like"
-
 
 @dataclass(frozen=True)
-class SystolicArray:
+class SystolicArray(Constants):
     """The constants of an array and its memories; a YAML file with these keys.
 
-    `rows` x `columns` units.  `stationary`: what a unit keeps while others pass, a `weight` or an `output`.
-    `hertz`: cycles per second.  `bits` of an operand, `sum_bits` of a partial sum.
-    `bytes_per_cycle` between the array's buffers and memory, which fill while the array works (double buffering).
-    `buffer_bytes` for activations: what does not fit is read again for every block of columns, or of rows.  `sum_bytes` for partial
-    sums: those of a block of columns that do not fit go to memory and back.
-    `mac_joules` per multiply-add, `buffer_joules` per byte that enters or leaves the array, `memory_joules` per byte that enters or
-    leaves the buffers, `watts` at rest.
-    `source`: where the figures come from.
+    `rows` [units]: along the axis that partial sums or weights move on.
+    `columns` [units]: along the other axis.
+    `stationary` []: what a unit keeps while others pass, a `weight` or an `output`.
+    `hertz` [Hz]: cycles per second.
+    `bits` [bit]: of an operand.
+    `sum_bits` [bit]: of a partial sum.
+    `bytes_per_cycle` [B]: between the array's buffers and memory, which fill while the array works (double buffering).
+    `buffer_bytes` [B]: for activations; what does not fit is read again for every block of columns, or of rows.
+    `sum_bytes` [B]: for partial sums; those of a block of columns that do not fit go to memory and back.
+    `mac_joules` [J]: of a multiply-add.
+    `buffer_joules` [J/B]: of what enters or leaves the array.
+    `memory_joules` [J/B]: of what enters or leaves the buffers.
+    `watts` [W]: at rest.
     """
+
+    noun = "systolic array"
+    folder = "systolic_arrays"
+    usual = "tpu_like"
 
     rows: Size
     columns: Size
@@ -46,16 +53,7 @@ class SystolicArray:
     memory_joules: Amount
     watts: Amount
     source: str
-
-    @classmethod
-    def load(cls, way: str) -> SystolicArray:
-        """A shipped array by name, or one from a YAML file; raises `UsageError` for neither."""
-        shipped = {path.stem: path for path in sorted(_SHIPPED.glob("*.yaml"))}
-        path = shipped.get(way or _DEFAULT, Path(way))
-        hint = f"give a YAML file, or one of: {', '.join(shipped)}"
-        if path.suffix not in {".yaml", ".yml"}:
-            raise UsageError(f"systolic array {way!r} is not known; {hint}")
-        return Document("systolic array", cls, UsageError, hint).check(read_yaml(path, "systolic array", hint), str(path))
+    sources: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def folds(self, product: Product) -> int:
         """How often the array is filled: ceil(K / R) ceil(N / C) with weights that stay, ceil(M / R) ceil(N / C) with outputs."""
