@@ -18,6 +18,32 @@ _STEPS = 30
 
 
 @dataclass(frozen=True)
+class Levels:
+    """Magnitudes that a scale multiplies, ascending and positive; float64 on the CPU."""
+
+    magnitudes: Tensor
+
+    def index(self, values: Tensor) -> Tensor:
+        """The place of the nearest magnitude of each value."""
+        middles = (self.magnitudes[1:] + self.magnitudes[:-1]) / 2
+        return torch.bucketize(values.contiguous(), middles.to(values))
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """The magnitude nearest to each value."""
+        return self.magnitudes.to(values)[self.index(values)]
+
+
+class Multiples(Levels):
+    """1, 2 .. `count`."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(torch.arange(1, count + 1).double())
+
+    def nearest(self, values: Tensor) -> Tensor:
+        return values.round().clamp_(1, len(self.magnitudes))
+
+
+@dataclass(frozen=True)
 class Magnitudes:
     """Number, sum and sum of squares of the magnitudes in each bin, zeros left out; up to 4,096 weights have a bin each.  Float64 on the CPU."""
 
@@ -53,22 +79,26 @@ class Magnitudes:
         return (self.squares - 2 * nearest * self.total + nearest.square() * self.number).sum(-1).clamp_min(0)
 
     def interval(self, levels: int) -> tuple[float, float]:
-        """The interval q of the levels q, 2 q ... `levels` q of least squared error, and that error; (1, 0) where all weights are zero.
+        """The interval q of the levels q, 2 q ... `levels` q of least squared error, and that error; (1, 0) where all weights are zero."""
+        return self.scale(Multiples(levels))
+
+    def scale(self, levels: Levels) -> tuple[float, float]:
+        """The scale q of the levels `q a` of least squared error, and that error; (1, 0) where all weights are zero.
 
         A scan whose best places are followed by alternating between the nearest levels a and `q = sum a w / sum a^2`, then a finer
         scan about the best of these, as with many levels each place is a fixed point of its own.
         """
         if self.count == 0:
             return 1.0, 0.0
-        top = float(self.means.max())
-        # A weight that is on levels already has its largest at a whole number of intervals.
-        places = torch.cat([torch.arange(1, levels + 1).double(), levels * torch.logspace(math.log10(0.9), math.log10(_CLIPPED), _FINE, dtype=torch.float64)])
-        q, error = self._followed(top / places, levels)
+        top, largest = float(self.means.max()), float(levels.magnitudes[-1])
+        # A weight that is on levels already has its largest on one of them.
+        clipped = largest * torch.logspace(math.log10(0.9), math.log10(_CLIPPED), _FINE, dtype=torch.float64)
+        q, error = self._followed(top / torch.cat([levels.magnitudes, clipped]), levels)
         finer, less = self._followed(q * torch.linspace(1 - _NEAR, 1 + _NEAR, _FINE, dtype=torch.float64), levels)
         return (finer, less) if less < error else (q, error)
 
-    def _followed(self, q: Tensor, levels: int) -> tuple[float, float]:
-        """The best interval that alternation reaches from the best of those given, and its error."""
+    def _followed(self, q: Tensor, levels: Levels) -> tuple[float, float]:
+        """The best scale that alternation reaches from the best of those given, and its error."""
         q = q[self._error(q, levels).argsort(stable=True)[:_FOLLOWED]]
         for _ in range(_STEPS):
             a = self._assigned(q, levels)
@@ -80,10 +110,10 @@ class Magnitudes:
         found = int(errors.argmin())
         return float(q[found]), float(errors[found])
 
-    def _assigned(self, q: Tensor, levels: int) -> Tensor:
-        return (self.means / q[:, None]).round_().clamp_(1, levels)
+    def _assigned(self, q: Tensor, levels: Levels) -> Tensor:
+        return levels.nearest(self.means / q[:, None])
 
-    def _error(self, q: Tensor, levels: int) -> Tensor:
+    def _error(self, q: Tensor, levels: Levels) -> Tensor:
         return torch.cat([self.errors(part[:, None] * self._assigned(part, levels)) for part in torch.split(q, 16)])
 
 

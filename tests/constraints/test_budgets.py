@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tdpass.constraints import Constraint
 from tdpass.constraints.allocation import Options, allocate
+from tdpass.constraints.group_budget import GroupBudget
 from tdpass.constraints.in_format import InFormat
 from tdpass.constraints.level_budget import LevelBudget
 from tdpass.constraints.levels import UniformLevels
@@ -326,3 +327,25 @@ def test_an_allocation_skips_options_above_the_hull() -> None:
     option = Options(np.array([14.0, 12.0, 6.0, 4.0, 10.0]), np.array([0.01, 0.05, 0.3, 0.9, 0.0]))
     assert option.hull() == [3, 2, 4]
     assert [allocate({"x": option}, limit, str)["x"] for limit in (20.0, 10.0, 9.0, 6.0, 5.0, 4.0)] == [4, 4, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("side", ["row", "column"])
+@pytest.mark.parametrize("keep", [200, 700, 1500])
+def test_groups_of_many_layers_share_one_total_of_weights(side: str, keep: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in {"a": (40, 30), "b": (10, 5, 3, 3), "c": (6, 50)}.items()}
+    weights["b"] *= 0.01
+    found = GroupBudget(keep, side, (8, 8)).divide(weights)
+    kept = {name: int(found[name].project(weight).count_nonzero()) for name, weight in weights.items()}
+    assert keep - 16 <= sum(kept.values()) <= keep
+    assert min(kept.values()) > 0
+    # a scale of a layer changes nothing, what its weights are worth to the loss does
+    scaled = GroupBudget(keep, side, (8, 8)).divide({**weights, "a": 9 * weights["a"]})
+    assert scaled == found
+    metric = {name: torch.full(weight.shape, 100.0 if name == "c" else 0.01) for name, weight in weights.items()}
+    worth = GroupBudget(keep, side, (8, 8), metric=metric).divide(weights)
+    assert int(worth["c"].project(weights["c"]).count_nonzero()) > kept["c"]
+    half = GroupBudget(1300, side, (8, 8), least=0.5).divide(weights)
+    assert all(int(half[name].project(weight).count_nonzero()) >= 0.45 * weight.numel() for name, weight in weights.items())
+    with pytest.raises(BudgetError, match="below the smallest reachable"):
+        GroupBudget(10, side, (8, 8), least=0.5).divide(weights)

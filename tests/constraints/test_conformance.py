@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from tdpass.constraints import CONSTRAINTS, Constraint
+from tdpass.constraints.composed import Composed
+from tdpass.constraints.device_levels import DeviceLevels
+from tdpass.constraints.in_block import InBlock
 from tdpass.constraints.in_format import InFormat
 from tdpass.constraints.integer import IntegerLevels
 from tdpass.constraints.levels import UniformLevels
 from tdpass.constraints.n_of_m import NOfM
+from tdpass.constraints.one_sign import OneSign
 from tdpass.constraints.power_of_two import PowerOfTwoLevels
 from tdpass.constraints.sparse import Sparse
 from tdpass.constraints.support import Support
@@ -36,6 +40,10 @@ def weight_of(shape: tuple[int, ...], seed: int = 0) -> Tensor:
         weight = weight * scale
     weight.view(-1)[::7] = 0
     return weight
+
+
+STATES = tuple(0.1 + 0.06 * k for k in range(16))
+MEASURED = (0.11, 0.3, 0.42, 1.0)
 
 
 def mask_of(shape: tuple[int, ...]) -> Tensor:
@@ -71,6 +79,10 @@ EXAMPLES: dict[str, list[tuple[Constraint, tuple[int, ...]]]] = {
     "support": [(Support(mask_of(CONV.shape)), CONV.shape)],
     "uniform_levels": [(constraint, CONV.shape) for constraint in (UniformLevels(1), UniformLevels(8), UniformLevels(4, 0.1), UniformLevels(4, 0.1, 0.3))],
     "power_of_two_levels": [(PowerOfTwoLevels(1), CONV.shape), (PowerOfTwoLevels(4), CONV.shape), (PowerOfTwoLevels(3, -1), CONV.shape)],
+    "device_levels": [(DeviceLevels(STATES), CONV.shape), (DeviceLevels(MEASURED), CONV.shape), (DeviceLevels(MEASURED, 0.7), LINEAR.shape)],
+    "in_block": [(InBlock(20), CONV.shape), (InBlock(9, "row", (4, 16)), CONV.shape), (InBlock(40, "column", (5, 7)), LINEAR.shape)],
+    "one_sign": [(OneSign(4), LINEAR.shape), (OneSign(8), CONV.shape), (OneSign(1), CONV.shape)],
+    "composed": [(Composed((Support(mask_of(CONV.shape)), DeviceLevels(STATES, 0.9))), CONV.shape), (Composed((InBlock(30), OneSign(4))), LINEAR.shape)],
     "integer_levels": [(IntegerLevels(8), CONV.shape), (IntegerLevels(4), LINEAR.shape), (IntegerLevels(3, torch.full((12,), 0.1)), CONV.shape)],
 }
 CASES = [pytest.param(constraint, shape, id=f"{name}-{constraint}-{len(shape)}d") for name, found in EXAMPLES.items() for constraint, shape in found]

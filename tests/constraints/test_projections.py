@@ -8,11 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from tdpass.constraints.composed import Composed
+from tdpass.constraints.device_levels import DeviceLevels
+from tdpass.constraints.in_block import InBlock
 from tdpass.constraints.in_format import InFormat
 from tdpass.constraints.integer import IntegerLevels
 from tdpass.constraints.levels import UniformLevels
 from tdpass.constraints.magnitudes import Magnitudes
 from tdpass.constraints.n_of_m import NOfM
+from tdpass.constraints.one_sign import OneSign
 from tdpass.constraints.order_statistics import largest_first, nth_largest
 from tdpass.constraints.power_of_two import PowerOfTwoLevels
 from tdpass.constraints.sparse import Group, Sparse
@@ -238,3 +242,54 @@ def test_order_statistics_are_those_of_torch(kind: torch.dtype) -> None:
     for count in (1, 17, 199, 200):
         assert torch.equal(nth_largest(values, count), ordered[count - 1])
         assert torch.equal(largest_first(values, count), ordered[:count])
+
+
+@pytest.mark.parametrize("side", ["row", "column"])
+def test_groups_in_blocks_are_kept_by_norm(side: str) -> None:
+    weight = torch.randn(7, 3, 2, 2, generator=torch.Generator().manual_seed(4))
+    constraint = InBlock(5, side, (3, 5))
+    matrix, found = weight.flatten(1), {}
+    for top, left in itertools.product(range(0, 7, 3), range(0, 12, 5)):
+        rows, columns = range(top, min(top + 3, 7)), range(left, min(left + 5, 12))
+        groups = [[(r, c) for r in rows] for c in columns] if side == "column" else [[(r, c) for c in columns] for r in rows]
+        found |= {tuple(group): sum(float(matrix[place]) ** 2 for place in group) for group in groups}
+    best = {place for group in sorted(found, key=lambda group: -found[group])[:5] for place in group}
+    kept = constraint.project(weight).flatten(1)
+    assert {tuple(place) for place in kept.nonzero().tolist()} == best
+
+
+def test_a_fragment_keeps_the_sign_with_more_energy() -> None:
+    weight = torch.tensor([[1.0, -2.0, 0.5, 3.0, -1.0], [-1.0, -1.0, 2.0, -0.25, 0.0]])
+    kept = OneSign(3).project(weight)
+    assert kept.tolist() == [[0.0, -2.0, 0.0, 3.0, 0.0], [0.0, 0.0, 2.0, -0.25, 0.0]]
+    frozen = OneSign(3).frozen(kept)
+    assert frozen.project(-kept).count_nonzero() == 0
+    with pytest.raises(PlanError, match="do not fit a weight"):
+        frozen.project(torch.ones(3, 5))
+
+
+@pytest.mark.parametrize("magnitudes", [(0.1, 0.4, 1.0), tuple(0.1 + 0.06 * k for k in range(16))])
+def test_the_scale_of_device_levels_is_as_good_as_a_fine_scan(magnitudes: tuple[float, ...]) -> None:
+    weight = torch.randn(400, generator=torch.Generator().manual_seed(1)).double()
+    mine = float((weight - DeviceLevels(magnitudes).project(weight)).square().sum())
+    scanned = min(float((weight - DeviceLevels(magnitudes, scale).project(weight)).square().sum()) for scale in torch.linspace(0.2, 6.0, 3000).tolist())
+    assert mine <= 1.0005 * scanned
+
+
+def test_no_device_state_is_zero_and_weights_beyond_its_range_go_to_the_ends() -> None:
+    levels = DeviceLevels((0.1, 0.5, 1.0), 2.0)
+    assert levels.project(torch.tensor([0.0, 0.01, -0.01, 9.0, -9.0, 0.7])).tolist() == pytest.approx([0.0, 0.2, -0.2, 2.0, -2.0, 1.0])
+    assert levels.places(torch.tensor([0.0, 0.2, -2.0, 1.0])).tolist() == [0, 1, 3, 2]
+    for wrong in ((0.0, 1.0), (1.0,), (1.0, 0.5)):
+        with pytest.raises(UsageError, match="zero is no state"):
+            DeviceLevels(wrong)
+
+
+def test_sets_compose_to_what_is_in_all_of_them() -> None:
+    weight = torch.randn(12, 40, generator=torch.Generator().manual_seed(2))
+    parts = InBlock(30, "column", (4, 8)), OneSign(8), DeviceLevels((0.2, 0.6, 1.0))
+    made = Composed(parts).project(weight)
+    fixed = Composed(parts).frozen(made)
+    assert torch.equal(made, fixed.project(made))
+    assert all(torch.allclose(part.frozen(made).project(made), made) for part in parts)
+    assert 0 < len({round(float(value), 5) for value in made[made != 0].abs()}) <= 3
