@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 V = TypeVar("V")
+_BYTE = 8
 Pads = Sequence[tuple[int, int]]
 
 
@@ -46,15 +46,6 @@ class Ops(Protocol[V]):
     def add(self, a: V, b: V) -> V:
         """Broadcast sum."""
 
-    def cast(self, x: V, dtype: torch.dtype) -> V:
-        """The same numbers in another floating-point type."""
-
-    def dequantize(self, values: V, scale: V, zero: V | None, shape: Sequence[int], rows: int, bits: int, dtype: torch.dtype) -> V:
-        """`(values[r, k] - zero[r]) scale[r]` in single precision, as a tensor of that shape and type.
-
-        `values` are integers of `bits` bits (8, or 4 as `pack_nibbles` packs them) of that shape, seen as so many rows.
-        """
-
     def flatten_positions(self, x: V, last: int) -> V:
         """`x[..., last]` to `[positions, last]`."""
 
@@ -66,6 +57,34 @@ class Ops(Protocol[V]):
 
         `windows` holds (reach, stride) per spatial axis, output size = (size - reach) // stride + 1; none for a linear layer.
         """
+
+
+class StorageOps(Ops[V], Protocol[V]):
+    """`Ops`, and what makes factors of the parts that they are stored as."""
+
+    def cast(self, x: V, dtype: torch.dtype) -> V:
+        """The same numbers in another floating-point type."""
+
+    def quantize(self, x: V, scale: V, zero: V) -> V:
+        """`x / scale + zero`, rounded to the nearest (halves to even) and kept within the range of the integer type of `zero`."""
+
+    def dequantize(self, values: V, scale: V, zero: V | None, shape: Sequence[int], rows: int, dtype: torch.dtype) -> V:
+        """`(values[r, k] - zero[r]) scale[r]` in single precision, as a tensor of that shape and type.
+
+        `values` are integers of that shape, or one after another, seen as so many rows.
+        """
+
+    def unpack(self, packed: V, count: int, bits: int, *, signed: bool = False) -> V:
+        """The first `count` integers of what `pack_bits` packed, one after another; with `signed` in two's complement."""
+
+    def spread(self, values: V, kept: V, shape: Sequence[int]) -> V:
+        """A tensor of that shape with `values`, in order, where `kept` (ones and zeros, one after another) is one; zero elsewhere."""
+
+    def tiled(self, cells: V, tile: tuple[int, int], shape: tuple[int, int]) -> V:
+        """What is said of the tiles of a matrix of that shape, row by row, said of each of its entries, one after another."""
+
+    def lookup(self, table: V, indices: V) -> V:
+        """`table[indices]`, of a table of one axis."""
 
 
 def padded_convolution(
@@ -115,18 +134,28 @@ def transposed_convolution(
     return F.pad(y, [-size for pair in reversed(rest) for size in pair]) if any(map(any, rest)) else y
 
 
-def pack_nibbles(values: Tensor) -> Tensor:
-    """Integers of four bits, two to a byte, the first in its lower half; an odd last one is followed by zero."""
-    flat = values.reshape(-1).to(torch.int16) & 15
-    pairs = F.pad(flat, (0, flat.numel() % 2)).reshape(-1, 2)
-    return (pairs[:, 0] | (pairs[:, 1] << 4)).to(torch.uint8)
+def pack_bits(values: Tensor, bits: int) -> Tensor:
+    """Integers of so many bits one after another in bytes, the lowest bit first; zero bits fill the last byte."""
+    if bits == _BYTE:
+        return values.reshape(-1).to(torch.uint8)
+    flat = values.reshape(-1, 1).to(torch.int16) & (2**bits - 1)
+    single = (flat >> torch.arange(bits, dtype=torch.int16, device=flat.device)) & 1
+    eights = F.pad(single.reshape(-1), (0, -flat.numel() * bits % _BYTE)).reshape(-1, _BYTE)
+    return (eights << torch.arange(_BYTE, dtype=torch.int16, device=flat.device)).sum(1).to(torch.uint8)
 
 
-def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
-    """The first `count` integers of what `pack_nibbles` packed."""
-    wide = packed.to(torch.int16)
-    flat = torch.stack([wide & 15, wide >> 4], 1).reshape(-1)[:count]
-    return torch.where(flat > 7, flat - 16, flat).to(torch.int8)
+def unpack_bits(packed: Tensor, count: int, bits: int, *, signed: bool = False) -> Tensor:
+    """The first `count` integers of what `pack_bits` packed."""
+    flat: Tensor = packed.reshape(-1, 1).to(torch.int32)
+    step = bits if _BYTE % bits == 0 else 1
+    steps = torch.tensor([2**shift for shift in range(0, _BYTE, step)], dtype=torch.int32, device=flat.device)
+    flat = (torch.div(flat, steps, rounding_mode="floor") % 2**step).reshape(-1)[: count * bits // step]
+    if step < bits:
+        weights = torch.tensor([2**shift for shift in range(bits)], dtype=torch.int32, device=flat.device)
+        flat = (flat.reshape(-1, bits) * weights).sum(1, dtype=torch.int32)
+    if signed:
+        flat = flat - 2**bits * (flat >= 2 ** (bits - 1)).to(torch.int32)
+    return flat
 
 
 class TorchOps:
@@ -163,14 +192,32 @@ class TorchOps:
     def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return x.to(dtype)
 
+    def quantize(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        held = torch.iinfo(zero.dtype)
+        return ((x.float() / scale).round() + zero.float()).clamp(held.min, held.max).to(zero.dtype)
+
     def dequantize(
-        self, values: Tensor, scale: Tensor, zero: Tensor | None, shape: Sequence[int], rows: int, bits: int, dtype: torch.dtype
+        self, values: Tensor, scale: Tensor, zero: Tensor | None, shape: Sequence[int], rows: int, dtype: torch.dtype
     ) -> Tensor:
-        held = values if bits == 8 else unpack_nibbles(values, math.prod(shape))
-        numbers = held.reshape(rows, -1).float()
+        numbers = values.reshape(rows, -1).float()
         if zero is not None:
             numbers = numbers - zero.float()[:, None]
         return (numbers * scale.float()[:, None]).reshape(tuple(shape)).to(dtype)
+
+    def unpack(self, packed: Tensor, count: int, bits: int, *, signed: bool = False) -> Tensor:
+        return unpack_bits(packed, count, bits, signed=signed)
+
+    def spread(self, values: Tensor, kept: Tensor, shape: Sequence[int]) -> Tensor:
+        places = (kept.cumsum(0) - 1).clamp_min(0)
+        found = values.reshape(-1)[places] if values.numel() else values.new_zeros(kept.shape)
+        return torch.where(kept > 0, found, torch.zeros_like(found)).reshape(tuple(shape))
+
+    def tiled(self, cells: Tensor, tile: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+        (high, wide), (rows, columns) = tile, shape
+        return cells.reshape(rows // high, 1, columns // wide, 1).expand(-1, high, -1, wide).reshape(-1)
+
+    def lookup(self, table: Tensor, indices: Tensor) -> Tensor:
+        return table[indices]
 
     def flatten_positions(self, x: Tensor, last: int) -> Tensor:
         return x.reshape(-1, last)

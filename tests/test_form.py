@@ -15,11 +15,12 @@ from tdpass.formats import FORMATS
 from tdpass.numbers import NUMBERS
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.report import Report, SiteRow
+from tdpass.supports import SUPPORTS as SUPPORT_KINDS
 
 RANKS = [(), (1,), (96,), (16, 24), (2, 4, 5, 5, 4, 2)]
-TYPES = [*NUMBERS.names(), "int8/tensor", "int4/64", "int8/64/zero"]
+TYPES = [*(name + "16" * (name == "levels") for name in NUMBERS.names()), "int8/tensor", "int4/64", "int8/64/zero"]
 STORED = [(), *((text,) for text in TYPES), ("bfloat16", "int8/tensor")]
-SUPPORTS = ["", "2:4", "blocks4x4", "unstructured"]
+SUPPORTS = ["", *(cls.example for cls in SUPPORT_KINDS), "rows/3,columns/12.5%"]
 VERSION_1 = {
     "version": 1,
     "choices": [
@@ -45,10 +46,12 @@ def test_the_text_is_what_people_write() -> None:
     assert Form.parse("dense 2:4") == Form("dense", (), support="2:4")
     assert Form.parse("svd 96 int4/64") == Form("svd", (96,), ("int4/64",))
     assert Form.parse(" dense ") == DENSE
-    assert str(Form("svd", (12,), ("int8", "float16"), "unstructured")) == "svd 12 int8,float16 unstructured"
+    assert str(Form("svd", (12,), ("int8", "float16"), "rows/3")) == "svd 12 int8,float16 rows/3"
+    assert Form.parse("dense levels16 unstructured/500") == Form("dense", (), ("levels16",), "unstructured/500")
 
 
-@pytest.mark.parametrize("text", ["", "svd 12x", "svd 0", "svd twelve", "svd 12 int8 2:4 2:4", "svd 12 2:4 int8", "dense 2:4:8", "dense int8, float16"])
+@pytest.mark.parametrize("text", ["", "svd 12x", "svd 0", "svd twelve", "svd 12 int8 2:4 2:4", "svd 12 2:4 int8", "dense 2:4:8", "dense int8, float16",
+         "dense unstructured", "dense rows/0"])
 def test_other_text_is_refused_with_what_to_write(text: str) -> None:
     with pytest.raises(PlanError, match="is not understood; write a format"):
         Form.parse(text)

@@ -65,7 +65,7 @@ def factorize(draft: Draft, decide: Decide) -> int:
             if link.transposed or link.groups != 1:
                 raise TdpassError("its weight is stored the other way round or grouped")
             check_form(site, decision)
-            if decision.numbers:
+            if decision.encoded:
                 raise TdpassError(f"the plan stores it as '{decision}', and a compiled graph keeps the weights as they are")
         except TdpassError as error:
             log.warning("%s stays dense: %s", path or node.name, error)

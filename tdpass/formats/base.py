@@ -217,7 +217,10 @@ def cost_of(site: Site, form: Form) -> Cost:
     """What a site costs in that form, the bias not counted."""
     fmt = FORMATS.get(form.format)
     cost = fmt.cost(site, form.rank)
-    return cost.replace(bytes=Storage.of(form, fmt.shapes(site, form.rank)).bytes) if form.numbers else cost
+    if not form.encoded:
+        return cost
+    storage = Storage.of(form, fmt.shapes(site, form.rank))
+    return cost.replace(params=storage.params, bytes=storage.bytes)
 
 
 def dense_cost(site: Site) -> Cost:
@@ -287,20 +290,20 @@ class Layer(Formed):
     @property
     def dtype(self) -> torch.dtype:
         """The floating-point type of its bias and, where they have no number types of their own, of its factors."""
-        tensors = [*(() if self.form.numbers else self.factors.values()), *(() if self.bias is None else (self.bias,))]
+        tensors = [*(() if self.form.encoded else self.factors.values()), *(() if self.bias is None else (self.bias,))]
         return tensors[0].dtype if tensors else torch.float32
 
     def values(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
         """Its factors as floating-point numbers; factors that have no number types of their own stay in the type they have."""
-        return self.storage.restore(TorchOps(), self.factors, dtype) if self.form.numbers else self.factors
+        return self.storage.restore(TorchOps(), self.factors, dtype) if self.form.encoded else self.factors
 
     def to(self, dtype: torch.dtype) -> Layer:
         """The same layer in another floating-point type; factors that have number types of their own stay as they are stored."""
-        kept = self.factors if self.form.numbers else {name: factor.to(dtype).contiguous() for name, factor in self.factors.items()}
+        kept = self.factors if self.form.encoded else {name: factor.to(dtype).contiguous() for name, factor in self.factors.items()}
         return replace(self, factors=kept, bias=None if self.bias is None else self.bias.to(dtype))
 
     def stored(self, form: Form) -> Layer:
-        """The same layer with its factors in the number types of that form."""
+        """The same layer with its factors in the number types of that form, and with its support."""
         return replace(self, form=form, factors=replace(self, form=form).storage.store(self.factors))
 
     def reconstruct(self) -> Tensor:

@@ -16,7 +16,7 @@ Contraction = tuple[tuple[Step, ...], list[Tensor]]
 def contraction_of(layer: Layer) -> Contraction | None:
     """Steps and packed weights that compute `layer` without its bias; None for what is no chain of linear cores."""
     make = _CONTRACTIONS.get(layer.format)
-    if make is None or layer.form.numbers or layer.site.axes:
+    if make is None or layer.form.encoded or layer.site.axes:
         return None
     steps, weights = make(layer)
     return steps, [step.pack(weight) for step, weight in zip(steps, weights, strict=True)]

@@ -42,7 +42,7 @@ class Lowered:
 def lower(layer: Layer) -> Lowered | None:
     """The layer as a chain of at most six stages, in one or two dimensions; None where its format does more than convolve."""
     site = layer.site
-    if layer.form.numbers:  # the kernels read floating-point weights
+    if layer.form.encoded:  # the kernels read floating-point weights
         return None
     if site.axes > 2:
         return None
@@ -119,7 +119,7 @@ class _Recorder:
     def _refuse(self, *_: object) -> NoReturn:
         raise _NotAChainError
 
-    conv_transpose = reshape = permute = matmul = add = flatten_positions = restore_positions = fill = cast = dequantize = _refuse
+    conv_transpose = reshape = permute = matmul = add = flatten_positions = restore_positions = fill = _refuse
 
 
 def _pair(values: Sequence[int], rest: int) -> tuple[int, int]:

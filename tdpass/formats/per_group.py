@@ -132,4 +132,4 @@ class _SideBySide(Ops[V]):
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise NotImplementedError("a format that is used per group must be made of convolutions")
 
-    linear = reshape = permute = matmul = add = flatten_positions = restore_positions = fill = cast = dequantize = _refuse
+    linear = reshape = permute = matmul = add = flatten_positions = restore_positions = fill = _refuse

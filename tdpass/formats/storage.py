@@ -1,10 +1,11 @@
-"""Factors as they are stored: each in its number type, as named tensors of known sizes and types."""
+"""Factors as they are stored: each in its number type and with its support, as named tensors of known sizes and types."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,67 +14,111 @@ from typing_extensions import Self
 from tdpass.errors import PlanError
 from tdpass.form import Form
 from tdpass.numbers import VALUES, Numbers, Part, numbers_named
-from tdpass.ops import Ops, V
+from tdpass.ops import StorageOps, V
+from tdpass.supports import SUPPORT, Support, support_named
 
 Shapes = Mapping[str, tuple[int, ...]]
+_WITH_SUPPORT = "float32"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How factors of these shapes are stored; no `numbers` where they have the type of the model's weights."""
+    """How factors of these shapes are stored; no `numbers` where they have the type of the model's weights and no support."""
 
     shapes: Shapes
     numbers: Mapping[str, Numbers]
+    supports: Mapping[str, Support] = field(default_factory=dict)
 
     @classmethod
     def of(cls, form: Form, shapes: Shapes) -> Self:
         """The storage that a form says.
 
-        Raises `PlanError` for another count of number types than of factors, an unknown one, one that does not divide a factor, and
-        for a support, which no front end can store.
+        Raises `PlanError` for another count of number types or supports than of factors, an unknown one, and one that does not divide
+        a factor.
         """
-        if form.support:
-            raise PlanError(f"form '{form}' asks for the support {form.support!r}, which neither torch nor ONNX layers store; leave it out")
-        if len(form.numbers) not in {0, 1, len(shapes)}:
-            raise PlanError(f"form '{form}' has {len(form.numbers)} number types for the factors {', '.join(shapes)}; give one for all, or one for each")
-        named = [numbers_named(text) for text in form.numbers]
-        made = cls(shapes, dict(zip(shapes, named if len(named) == len(shapes) else named * len(shapes), strict=False)))
+        named = form.numbers or ((_WITH_SUPPORT,) if form.support else ())
+        numbers = _each(form, "number types", named, shapes, numbers_named)
+        supports = _each(form, "supports", tuple(filter(None, form.support.split(","))), shapes, support_named)
+        made = cls(shapes, numbers, supports)
         made.parts()
         return made
 
     def parts(self) -> dict[str, Part]:
         """What is stored, by name; empty where no number types are named."""
-        return {_name(name, part): held for name, each in self.numbers.items() for part, held in each.parts(self.shapes[name]).items()}
+        return {part: held for name in self.numbers for part, held in self.parts_of(name).items()}
+
+    def parts_of(self, name: str) -> dict[str, Part]:
+        """What is stored of one factor, by name, where number types are named."""
+        each, shape, support = self.numbers[name], self.shapes[name], self.supports.get(name)
+        kept = None if support is None else support.kept(shape)
+        found = {_name(name, part): held for part, held in each.parts(shape, kept).items()}
+        if support is not None:
+            found[_name(name, SUPPORT)] = Part((math.ceil(support.bits(shape) / 8),), torch.uint8)
+        return found
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
         """Sizes of all that is stored, by name."""
         return {name: part.shape for name, part in self.parts().items()} if self.numbers else dict(self.shapes)
 
+    def count(self, name: str) -> int:
+        """How many numbers the part of that name holds, 0 for what scales or places them."""
+        if name not in self.shapes:
+            return 0
+        support = self.supports.get(name)
+        return math.prod(self.shapes[name]) if support is None else support.kept(self.shapes[name])
+
     @property
     def params(self) -> int:
-        """How many numbers are stored, what scales them not counted."""
-        return sum(map(math.prod, self.shapes.values()))
+        """How many numbers are stored, what scales or places them not counted."""
+        return sum(map(self.count, self.shapes))
 
     @property
     def bytes(self) -> int:
         """Bytes of all parts."""
         return sum(part.bytes for part in self.parts().values())
 
-    def store(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parts of factors of floating-point numbers."""
+    def store(self, factors: Mapping[str, Tensor], beside: Mapping[str, Mapping[str, Tensor]] | None = None) -> dict[str, Tensor]:
+        """The parts of factors of floating-point numbers; of a factor with a support the entries of largest magnitude are kept.
+
+        `beside` has, by factor, parts such as scales to use instead of those that suit.
+        """
         if not self.numbers:
             return dict(factors)
-        return {_name(name, part): held for name, each in self.numbers.items() for part, held in each.store(factors[name]).items()}
+        beside = beside or {}
+        return {part: held for name in self.numbers for part, held in self.stored(name, factors[name], beside.get(name)).items()}
 
-    def restore(self, ops: Ops[V], held: Mapping[str, V], dtype: torch.dtype) -> Mapping[str, V]:
+    def stored(self, name: str, factor: Tensor, beside: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The parts of one factor, as `store` makes them."""
+        each, support = self.numbers[name], self.supports.get(name)
+        if support is None:
+            return {_name(name, part): held for part, held in each.store(factor, None, beside).items()}
+        kept = support.choose(factor.detach().double().square().flatten(1)).reshape(factor.shape)
+        parts = {**each.store(factor * kept, kept, beside), SUPPORT: support.packed(kept)}
+        return {_name(name, part): held for part, held in parts.items()}
+
+    def restore(self, ops: StorageOps[V], held: Mapping[str, V], dtype: torch.dtype) -> Mapping[str, V]:
         """The factors that the parts stand for, in a floating-point type; as they are where no number types are named."""
         if not self.numbers:
             return held
-        found: dict[str, V] = {}
-        for name, each in self.numbers.items():
-            shape = self.shapes[name]
-            found[name] = each.restore(ops, {part: held[_name(name, part)] for part in each.parts(shape)}, shape, dtype)
-        return found
+        return {name: self.restored(ops, name, held, dtype) for name in self.numbers}
+
+    def restored(self, ops: StorageOps[V], name: str, held: Mapping[str, V], dtype: torch.dtype) -> V:
+        """One factor of those that are stored in number types of their own, as `restore` makes it."""
+        each, shape, support = self.numbers[name], self.shapes[name], self.supports.get(name)
+        if support is None:
+            return each.restore(ops, {part: held[_name(name, part)] for part in each.parts(shape)}, shape, dtype)
+        count = support.kept(shape)
+        kept = support.mask(ops, held[_name(name, SUPPORT)], shape)
+        return each.restore(ops, {part: held[_name(name, part)] for part in each.parts(shape, count)}, shape, dtype, kept, count)
+
+
+def _each(form: Form, what: str, texts: tuple[str, ...], shapes: Shapes, read: Callable[[str], T]) -> dict[str, T]:
+    """What is read from the texts, one for all factors or one for each."""
+    if len(texts) not in {0, 1, len(shapes)}:
+        raise PlanError(f"form '{form}' has {len(texts)} {what} for the factors {', '.join(shapes)}; give one for all, or one for each")
+    made = [read(text) for text in texts]
+    return dict(zip(shapes, made if len(made) == len(shapes) else made * len(shapes), strict=False))
 
 
 def _name(factor: str, part: str) -> str:

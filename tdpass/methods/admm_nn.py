@@ -19,7 +19,7 @@ from tdpass.digest import digest
 from tdpass.errors import UsageError
 from tdpass.files import cache_folder
 from tdpass.form import DENSE, Form
-from tdpass.formats.base import dense_cost
+from tdpass.formats.base import cost_of, dense_cost
 from tdpass.methods.base import Method, register_method
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.targets.break_even import BreakEven, open_break_even
@@ -36,7 +36,6 @@ from tdpass.verbs import compress
 
 Pruning = Literal["admm", "surgery"]
 
-SPARSE = "sparse"
 PHASES = ("prune", "retrain", "quantize", "fix")
 
 
@@ -160,6 +159,8 @@ class AdmmNN(Method):
         return [*self._measured(), FixedWeights(self.weights)]
 
     def _begin_levels(self) -> list[Term]:
+        if not self.retrain:  # whose beginning prunes
+            _project(self.weights, self._budget(self.keep).divide(self.whole_weights()))
         return [FixedWeights(self.weights), Admm(self._levelled(), [fixed(self.levels)], as_schedule(self.rho, "rho"), self.decoupled)]
 
     def _levelled(self) -> dict[str, nn.Parameter]:
@@ -185,15 +186,17 @@ class AdmmNN(Method):
         result = self.template.filled(model)
         weights = self.weights_of(result)
         _project(weights, self.levels or self._budget(self.keep).divide(weights))
-        artifact = compress(result, plan=self._plan(weights), pipeline="factorize", example_inputs=self.example, cache=False)
-        artifact.report.sites = [replace(row, form=Form(self._kind(row.site), ())) for row in artifact.report.sites]
-        return artifact
+        return compress(result, plan=self._plan(weights), pipeline="factorize", example_inputs=self.example, cache=False)
 
-    def _kind(self, name: str) -> str:
-        """What became of a layer, for the report: in the plan it is dense, since its shape is."""
-        if name in self.dense:
-            return DENSE.format
-        return SPARSE if name not in self.levels else f"{SPARSE} on {self.levels[name].count} levels"
+    def _form(self, name: str, weight: Tensor) -> Form:
+        """What a layer is stored as: the weights that are not zero, on their levels where it has some; dense where that takes fewer bytes."""
+        kept = int(weight.count_nonzero())
+        if name in self.dense or not kept:
+            return DENSE
+        levels = 2 * self.levels[name].count if name in self.levels else 0
+        types = (f"levels{levels}",) if levels else (str(weight.dtype).removeprefix("torch."),)
+        form = replace(DENSE, numbers=types, support=f"unstructured/{kept}" if kept < weight.numel() else "")
+        return form if cost_of(self.sites[name], form).bytes < dense_cost(self.sites[name]).bytes else DENSE
 
     def facts(self) -> dict[str, Any]:
         return {"levels": {name: [bound.count, (bound.interval or 0.0).hex()] for name, bound in self.levels.items()}}
@@ -204,10 +207,12 @@ class AdmmNN(Method):
     def _plan(self, weights: Mapping[str, Tensor]) -> RankPlan:
         choices = []
         for name, site in self.sites.items():
-            cost, weight = dense_cost(site), weights[name].detach()
+            weight = weights[name].detach()
+            form = self._form(name, weight)
             kept = f"{int(weight.count_nonzero()):,} of {weight.numel():,} weights"
             reason = f"{kept} kept, {self.levels[name]}" if name in self.levels else "dense: below break-even" if name in self.dense else f"{kept} kept"
-            choices.append(Choice(name, site.shape, DENSE, cost, cost, reason=reason, fingerprint=digest(weight.cpu())))
+            costs = cost_of(site, form), dense_cost(site)
+            choices.append(Choice(name, site.shape, form, *costs, reason=reason, fingerprint=digest(weight.cpu())))
         return RankPlan(tuple(choices), self.original, metric="weights")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from tdpass.numbers.base import VALUES, Numbers, Part, Shape
-from tdpass.ops import Ops, V
+from tdpass.ops import StorageOps, V
 
 
 class Floating(Numbers, ABC):
@@ -28,11 +28,14 @@ class Floating(Numbers, ABC):
     def __str__(self) -> str:
         return self.name
 
-    def parts(self, shape: Shape) -> dict[str, Part]:
-        return {VALUES: Part(shape, self.dtype)}
+    def parts(self, shape: Shape, kept: int | None = None) -> dict[str, Part]:
+        return {VALUES: Part(shape if kept is None else (kept,), self.dtype)}
 
-    def store(self, factor: Tensor) -> dict[str, Tensor]:
-        return {VALUES: factor.to(self.dtype).contiguous()}
+    def fit(self, factor: Tensor) -> dict[str, Tensor]:
+        return {}
 
-    def restore(self, ops: Ops[V], parts: Mapping[str, V], shape: Shape, dtype: torch.dtype) -> V:
-        return parts[VALUES] if dtype is self.dtype else ops.cast(parts[VALUES], dtype)
+    def codes(self, factor: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
+        return factor.detach().to(self.dtype)
+
+    def decode(self, ops: StorageOps[V], codes: V, beside: Mapping[str, V], shape: Shape, dtype: torch.dtype) -> V:
+        return codes if dtype is self.dtype else ops.cast(codes, dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tdpass.numbers.base import Part, Shape, register_numbers
 from tdpass.numbers.integer import Integer
-from tdpass.ops import pack_nibbles
+from tdpass.ops import StorageOps, V, pack_bits
 
 
 @register_numbers
@@ -24,5 +24,8 @@ class Int4(Integer):
     def stored(self, shape: Shape) -> Part:
         return Part(((math.prod(shape) + 1) // 2,), torch.uint8)
 
-    def packed(self, values: Tensor) -> Tensor:
-        return pack_nibbles(values)
+    def packed(self, codes: Tensor) -> Tensor:
+        return pack_bits(codes, self.bits)
+
+    def unpacked(self, ops: StorageOps[V], values: V, count: int) -> V:
+        return ops.unpack(values, count, self.bits, signed=True)

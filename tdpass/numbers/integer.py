@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from tdpass.errors import PlanError
 from tdpass.numbers.base import VALUES, Numbers, Part, Shape
-from tdpass.ops import Ops, V
+from tdpass.ops import StorageOps, V
 
 _SCALE, _ZERO = "scale", "zero"
 _ALLOWED = "a granularity ('tensor', or the size of a group such as '64'; none for one scale per channel), then 'zero' for a zero point"
@@ -52,35 +52,41 @@ class Integer(Numbers, ABC):
             raise PlanError(f"{self} does not divide a factor of shape {shape}: a channel holds {math.prod(shape) // shape[0]} numbers; choose another group")
         return math.prod(shape) // self.group
 
-    def parts(self, shape: Shape) -> dict[str, Part]:
+    def parts(self, shape: Shape, kept: int | None = None) -> dict[str, Part]:
+        if kept is not None and self.zero:
+            raise PlanError(f"{self} has a zero point, and entries that are not stored are zero; leave out '/zero' beside a support")
         rows = (self.rows(shape),)
-        found = {VALUES: self.stored(shape), _SCALE: Part(rows, torch.float32)}
+        found = {VALUES: self.stored(shape if kept is None else (kept,)), _SCALE: Part(rows, torch.float32)}
         return {**found, _ZERO: Part(rows, torch.int8)} if self.zero else found
 
     def stored(self, shape: Shape) -> Part:
         """The values alone."""
         return Part(shape, torch.int8)
 
-    def packed(self, values: Tensor) -> Tensor:
-        """Values, int8, as they are stored."""
-        return values
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return int(2 ** (self.bits - 1)) - 1
 
-    def store(self, factor: Tensor) -> dict[str, Tensor]:
-        rows = factor.detach().double().reshape(self.rows(tuple(factor.shape)), -1)
-        top = 2 ** (self.bits - 1) - 1
-        if self.zero:
-            low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
-            scale = _positive((high - low) / (2 * top + 1))
-            zero = (-top - 1 - low / scale).round().clamp(-top - 1, top)
-        else:
-            scale = _positive(rows.abs().amax(1) / top)
-            zero = torch.zeros_like(scale)
-        values = ((rows / scale.double()[:, None]).round() + zero[:, None]).clamp(-top - self.zero, top).to(torch.int8).reshape(factor.shape)
-        found = {VALUES: self.packed(values), _SCALE: scale}
-        return {**found, _ZERO: zero.to(torch.int8)} if self.zero else found
+    def fit(self, factor: Tensor) -> dict[str, Tensor]:
+        rows = self._by_row(factor)
+        if not self.zero:
+            return {_SCALE: _positive(rows.abs().amax(1) / self.top)}
+        low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
+        scale = _positive((high - low) / (2 * self.top + 1))
+        zero = (-self.top - 1 - low / scale).round().clamp(-self.top - 1, self.top)
+        return {_SCALE: scale, _ZERO: zero.to(torch.int8)}
 
-    def restore(self, ops: Ops[V], parts: Mapping[str, V], shape: Shape, dtype: torch.dtype) -> V:
-        return ops.dequantize(parts[VALUES], parts[_SCALE], parts.get(_ZERO), shape, self.rows(shape), self.bits, dtype)
+    def codes(self, factor: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
+        steps = (self._by_row(factor) / beside[_SCALE].double()[:, None]).round()
+        shifted = steps + beside[_ZERO].double()[:, None] if self.zero else steps
+        return shifted.clamp(-self.top - self.zero, self.top).to(torch.int8).reshape(factor.shape)
+
+    def decode(self, ops: StorageOps[V], codes: V, beside: Mapping[str, V], shape: Shape, dtype: torch.dtype) -> V:
+        return ops.dequantize(codes, beside[_SCALE], beside.get(_ZERO), shape, self.rows(shape), dtype)
+
+    def _by_row(self, factor: Tensor) -> Tensor:
+        return factor.detach().double().reshape(self.rows(tuple(factor.shape)), -1)
 
 
 def _positive(scale: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ class SiteFits:
 
     def candidate(self, form: Form) -> Candidate:
         """Cost and measured error of one form."""
-        guarantee = None if form.numbers else self.decomposition(form.format).guarantee(form.rank)
+        guarantee = None if form.encoded else self.decomposition(form.format).guarantee(form.rank)
         if guarantee is not None and guarantee.kind == "exact":
             error = guarantee.value
         else:
@@ -119,8 +119,8 @@ class SiteFits:
         return self.metric.mean is not None and (self.site.bias or form.format != DENSE.format)
 
     def _unbiased(self, form: Form) -> Layer:
-        plain = Layer(self.site, replace(form, numbers=()), self.factors(form.format, form.rank))
-        return plain.to(self.dtype).stored(form) if form.numbers else plain
+        plain = Layer(self.site, replace(form, numbers=(), support=""), self.factors(form.format, form.rank))
+        return plain.to(self.dtype).stored(form) if form.encoded else plain
 
     def _weight_of(self, layer: Layer) -> Tensor:
         return FORMATS.get(layer.format).reconstruct(dict(layer.values(torch.float64)), self.site)

@@ -122,7 +122,7 @@ class Table:
     def _reason(self, site: Site, candidate: Candidate, budget: Budget) -> str:
         if candidate.form != DENSE:
             estimated = "; its loss is estimated" if candidate.estimated else ""
-            measure, noun = ("bytes", "bytes") if candidate.form.numbers else ("params", "parameters")
+            measure, noun = ("bytes", "bytes") if candidate.form.encoded else ("params", "parameters")
             return f"{candidate.cost.get(measure) / max(dense_candidate(site).cost.get(measure), 1):.0%} of the {noun}{estimated}"
         if site.name in self.declined:
             return self.declined[site.name]

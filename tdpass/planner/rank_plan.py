@@ -148,15 +148,15 @@ def _fault(choice: Choice) -> str:
         return "" if same and not choice.rank else f"is dense, of rank {choice.rank} and at another cost"
     if choice.format not in FORMATS:
         return ""  # the pass that carries it out lists those it knows
-    way, site = FORMATS.get(choice.format), replace(plain_site(choice.site, choice.shape), groups=choice.groups)
+    site = replace(plain_site(choice.site, choice.shape), groups=choice.groups)
     try:
         check_form(site, choice.form)
     except PlanError as error:
         return f"does not fit: {error}"
-    stored = way.cost(site, choice.rank).params
+    stored = cost_of(site, choice.form).params
     if abs(choice.cost.params - stored) > outputs:
-        return f"takes {stored} numbers as {choice.format} of rank {choice.rank}, not {choice.cost.params}"
-    if choice.form.numbers:
+        return f"takes {stored} numbers as '{choice.form}', not {choice.cost.params}"
+    if choice.form.encoded:
         spare = choice.cost.bytes - cost_of(site, choice.form).bytes - (choice.cost.params - stored) * choice.dense.bytes // choice.dense.params
         return f"takes {choice.cost.bytes} bytes, which is not what '{choice.form}' stores" if spare else ""
     if choice.cost.bytes * choice.dense.params != choice.dense.bytes * choice.cost.params:

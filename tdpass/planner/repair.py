@@ -105,7 +105,7 @@ def _why_not_refitted(layer: Layer, stage: Stage | None) -> str:
         return f"{layer.format} has no last factor to solve for"
     if not _full(layer):
         return "its outputs were pruned or it was dropped"
-    return f"its factors are stored as {', '.join(layer.form.numbers)}" if layer.form.numbers else ""
+    return f"its factors are stored as '{layer.form}'" if layer.form.encoded else ""
 
 
 def _full(layer: Layer) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.kinds import kind_of
-from tdpass.ops import Ops, TorchOps, V
+from tdpass.ops import StorageOps, TorchOps, V
 from tdpass.site import Site
 
 _PRUNED = "pruned"
@@ -34,7 +34,7 @@ def layer_of(site: Site, form: Form, make: Callable[[tuple[int, ...]], Tensor]) 
         site, form = replace(site, shape=(*form.rank, *site.kernel)), DENSE
     bias = make((site.o,)) if site.bias else None
     shapes = FORMATS.get(form.format).shapes(site, form.rank)
-    return Layer(site, replace(form, numbers=()), {name: make(shape) for name, shape in shapes.items()}, bias).stored(form)
+    return Layer(site, replace(form, numbers=(), support=""), {name: make(shape) for name, shape in shapes.items()}, bias).stored(form)
 
 
 def weights_of(layer: Layer) -> dict[str, Tensor]:
@@ -42,7 +42,7 @@ def weights_of(layer: Layer) -> dict[str, Tensor]:
     return dict(layer.factors) if layer.bias is None else {**layer.factors, "bias": layer.bias}
 
 
-def apply_layer(ops: Ops[V], layer: Layer, x: V, weights: Mapping[str, V]) -> V:
+def apply_layer(ops: StorageOps[V], layer: Layer, x: V, weights: Mapping[str, V]) -> V:
     """The layer's output, from tensors by these names."""
     factors = {name: weights[name] for name in layer.factors}
     values = layer.storage.restore(ops, factors, layer.dtype)

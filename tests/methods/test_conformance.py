@@ -137,11 +137,11 @@ def test_the_result_keeps_its_bounds(name: str, options: dict[str, Any]) -> None
     for choice in artifact.plan:
         weight = dict(artifact.model.named_modules())[choice.site].weight.detach()
         if not choice.kept_dense:
-            assert choice.cost.params < choice.dense.params or "ranks" in options
+            assert choice.cost.params < choice.dense.params or "ranks" in options or choice.form.numbers
             if choice.format not in {"tensor_ring", "cp", "block_term"}:  # whose projections are searches
                 again = InFormat(method.sites[choice.site], choice.format, choice.rank).project(weight)
                 torch.testing.assert_close(again, weight, rtol=1e-4, atol=1e-4)
-        elif "bits_per_weight" in options:
+        if "bits_per_weight" in options:
             level = method.levels[choice.site]
             assert weight[weight != 0].abs().unique().numel() <= level.count
     for site, least in options.get("least", {}).items():
@@ -327,6 +327,26 @@ WRONG: list[dict[str, Any]] = [
 def test_admm_nn_checks_its_options(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         METHODS.get("admm-nn")(**wrong).prepare(network())
+
+
+@pytest.mark.parametrize("options", EXAMPLES["admm-nn"])
+def test_a_plan_of_pruned_weights_makes_the_same_numbers_of_the_onnx_export(options: dict[str, Any], tmp_path: Path) -> None:
+    _, artifact = own_loop("admm-nn", options, network())
+    x = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert any(choice.form.support for choice in artifact.plan)
+    assert artifact.report.final.bytes < 0.5 * artifact.report.original.bytes
+    dense = network().eval()
+    stored = dict(artifact.model.named_modules())
+    state = {name: stored[name.removesuffix(".weight")].weight if name.endswith(".weight") else value for name, value in dense.state_dict().items()}
+    state |= {name: value for name, value in artifact.model.state_dict().items() if name in state and not name.endswith(".weight")}
+    dense.load_state_dict(state)
+    torch.onnx.export(dense, (x,), tmp_path / "dense.onnx", dynamo=True, verbose=False, optimize=False)
+    found = tdpass.compress(tmp_path / "dense.onnx", plan=artifact.plan, pipeline="factorize", cache=False)
+    assert [choice.form for choice in found.plan] == [choice.form for choice in artifact.plan]
+    model = tdpass.open_model(found.model)
+    assert found.report.final.bytes == artifact.report.final.bytes
+    (answer,) = model.run(tdpass.models.base.Batch((x,))).values()
+    torch.testing.assert_close(answer, artifact.model.eval()(x), rtol=1e-5, atol=1e-6)
 
 
 def test_hardware_sends_layers_below_break_even_back_to_dense() -> None:

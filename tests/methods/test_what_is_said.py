@@ -95,7 +95,7 @@ def test_every_layer_keeps_a_share() -> None:
     with torch.no_grad():
         model[2].weight.mul_(1e-3)
     rows = tdpass.train(model, Batches(X, Y, 32), {"admm-nn": {"keep": 400, "prune": 2, "retrain": 0, "rho": 1e-3}}, control=False)
-    kept = {name: int(module.weight.count_nonzero()) for name, module in rows.model.named_modules() if isinstance(module, nn.Linear)}
+    kept = {name: int(module.weight.count_nonzero()) for name, module in rows.model.named_modules() if hasattr(module, "weight")}
     assert sum(kept.values()) <= 400
     assert kept["2"] >= int(0.1 * 400 * 64 / (24 * 32 + 64))
     cut = tdpass.train(model, Batches(X, Y, 32), {"admm-nn": {"keep": 400, "prune": 2, "retrain": 0, "rho": 1e-3, "least_share": 0.0}}, control=False)
@@ -107,9 +107,13 @@ def test_every_layer_keeps_a_share() -> None:
 def test_pruned_layers_are_not_called_dense() -> None:
     method = {"admm-nn": {"keep": 300, "bits_per_weight": 3, "prune": 1, "retrain": 0, "quantize": 1, "fix": 1}}
     artifact = tdpass.train(network(), Batches(X, Y, 32), method, control=False)
-    assert all(row.format.startswith("sparse on ") for row in artifact.report.sites)
+    assert all(row.form.support.startswith("unstructured/") and row.form.numbers[0].startswith("levels") for row in artifact.report.sites)
+    assert artifact.report.final.bytes == sum(row.after.bytes for row in artifact.report.sites) + 4 * (32 + 2)
+    kept = [int(artifact.model[place].weight.count_nonzero()) for place in (0, 2)]
+    assert kept == [row.after.params for row in artifact.report.sites]
+    assert sum(kept) <= 300
     shown = to_text(report_view(artifact.report, artifact.plan, 200), 200)
-    assert "dense" not in shown.split("Total")[-1]
+    assert all(f"{row.form.numbers[0]} {row.form.support}" in shown.split("Total")[-1] for row in artifact.report.sites)
 
 
 STARTED = {"method": {"admm-nn": {"keep": 400, "prune": 2, "retrain": 0}}, "settings": {"lr": 0.05}, "seed": 1, "control": False}

@@ -23,14 +23,14 @@ from tdpass.formats.base import check_form, cost_of, offered_formats
 from tdpass.layers.recurrent import OpenLSTM
 from tdpass.models import open_model
 from tdpass.models.base import Batch, Model
-from tdpass.models.onnx.model import OnnxModel
 from tdpass.models.torch.model import TorchModel
 from tdpass.models.torch.state import load_module, save_module
 from tdpass.packing import SUFFIX
 from tdpass.planner.rank_plan import Choice
 
-TEXTS = ["int8", "int8/tensor", "int8/zero", "int4", "float16", "bfloat16"]
+TEXTS = ["int8", "int8/tensor", "int8/zero", "int4", "levels16", "float16", "bfloat16"]
 NAMES = ("dense", *offered_formats())
+PACKED = ["dense int4", "dense int4/4", "dense levels5", "dense int4 2:4", "dense levels16 blocks2x2/25%", "svd 4 int4 unstructured/40%"]
 IN_INT8 = "fold-batchnorm,plan{numbers=int8},factorize,correct-bias,refit,recalibrate-batchnorm,verify"
 
 
@@ -131,7 +131,7 @@ def test_a_torch_model_counts_runs_saves_and_loads_what_it_stores(name: str, tex
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("text", [text for text in TEXTS if text != "int4"])
+@pytest.mark.parametrize("text", TEXTS)
 def test_onnx_runtime_answers_as_torch_does_from_as_many_bytes(name: str, text: str) -> None:
     module = net()
     torch_side, onnx_side = open_model(copy.deepcopy(module)), open_model(graph(module))
@@ -165,18 +165,85 @@ def test_every_opset_reads_integers(opset: int, text: str, tmp_path: Path) -> No
     assert stored["conv.kernel"] == stored["tokens.kernel"] == stored["fc.kernel"] == TensorProto.INT8
 
 
-def test_four_bits_are_refused_in_onnx_with_what_to_do() -> None:
-    model = open_model(graph(net()))
-    assert isinstance(model, OnnxModel)
+def in_form(model: Model, numbers: str, support: str) -> list[Layer]:
+    """Store every site that the support divides in that form."""
+    layers = []
+    for site in model.sites():
+        form = Form("dense", (), tuple(filter(None, [numbers])), support)
+        try:
+            check_form(site, form)
+        except PlanError:
+            continue
+        plain = Layer(site, DENSE, {"kernel": model.weight(site.name)}, model.bias(site.name))
+        layers.append(plain.stored(form))
+        model.replace(site.name, layers[-1])
+    return layers
+
+
+@pytest.mark.parametrize("support", ["2:4", "unstructured/30%", "unstructured/7", "rows/3", "columns/25%", "blocks2x2/25%"])
+@pytest.mark.parametrize("numbers", ["", "float16", "int8", "int4", "levels16"])
+def test_supports_are_counted_to_the_byte_saved_and_alike_on_both_front_ends(support: str, numbers: str, tmp_path: Path) -> None:
+    module = net()
+    model, onnx_side = open_model(copy.deepcopy(module)), open_model(graph(module))
+    assert isinstance(model, TorchModel)
+    before = {site.name: cost_of(site, DENSE) for site in model.sites()}
+    params, size = model.params(), model.bytes()
+    layers = in_form(model, numbers, support)
+    assert layers
+    in_form(onnx_side, numbers, support)
+    costs = {layer.site.name: cost_of(layer.site, layer.form) for layer in layers}
+    assert model.params() == params + sum(cost.params - before[site].params for site, cost in costs.items())
+    assert model.bytes() == size + sum(cost.bytes - before[site].bytes for site, cost in costs.items())
+    assert (onnx_side.params(), onnx_side.bytes()) == (model.params(), model.bytes())
+    for layer in layers:
+        assert sum(part.nbytes for part in layer.factors.values()) == cost_of(layer.site, layer.form).bytes
+        assert int(layer.reconstruct().count_nonzero()) <= cost_of(layer.site, layer.form).params
+    torch.testing.assert_close(run(onnx_side), run(model), rtol=1e-4, atol=1e-5)
+    save_module(model.module, tmp_path / "net.safetensors", {})
+    with safe_open(tmp_path / "net.safetensors", framework="pt") as file:
+        assert sum(file.get_tensor(key).nbytes for key in file.keys()) <= model.bytes()  # noqa: SIM118 - it is no dict
+    loaded = load_module(tmp_path / "net.safetensors", net())
+    assert torch.equal(loaded(inputs()), model.module(inputs()))
+    if numbers == "int4":
+        exported = torch.export.export(model.module, (inputs(),)).module()
+        assert torch.equal(exported(inputs()), model.module(inputs()))
+
+
+@pytest.mark.parametrize("opset", [11, 13, 21])
+@pytest.mark.parametrize("form", PACKED)
+def test_every_opset_reads_packed_numbers_and_supports(opset: int, form: str, tmp_path: Path) -> None:
+    module = net()
+    wanted = Form.parse(form)
+    torch_side, onnx_side = open_model(copy.deepcopy(module)), open_model(graph(module, opset))
+    for model in (torch_side, onnx_side):
+        site = next(site for site in model.sites() if site.name == "fc")
+        factors = FORMATS.get(wanted.format).factorize(model.weight("fc"), site, wanted.rank)
+        plain = Layer(site, Form(wanted.format, wanted.rank), factors, model.bias("fc")).to(torch.float32)
+        model.replace("fc", plain.stored(wanted))
+    assert onnx_side.bytes() == torch_side.bytes()
+    onnx_side.save(tmp_path / "net.onnx", {})
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(None, {"x": inputs().numpy()})[0])
+    torch.testing.assert_close(found, run(torch_side), rtol=1e-4, atol=1e-5)
+    types = {held.data_type for held in onnx.load(tmp_path / "net.onnx").graph.initializer}
+    assert (TensorProto.INT4 in types) == (opset >= 21 and "int4" in form)
+
+
+def test_an_old_opset_refuses_what_it_cannot_read_with_what_to_do() -> None:
+    model = open_model(graph(net(), 9))
     put(model, "dense", "int4")
-    with pytest.raises(UnsupportedError, match="store them as int8"):
+    with pytest.raises(UnsupportedError, match="store them as int8, or convert the model to opset 11"):
         run(model)
 
 
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        (Form("dense", (), support="2:4"), "asks for the support '2:4'"),
+        (Form("dense", (), support="5:7"), "does not divide a factor of shape"),
+        (Form("dense", (), support="rows/13"), "keeps 13 of the 12"),
+        (Form("dense", (), support="half"), "support 'half' is not understood"),
+        (Form("dense", (), ("int8/zero",), "2:4"), "leave out '/zero' beside a support"),
+        (Form("svd", (2,), (), "2:4,2:4,2:4"), "3 supports for the factors"),
         (Form("svd", (2,), ("int8", "int8", "int8")), "3 number types for the factors"),
         (Form("svd", (2,), ("int9",)), "unknown number type 'int9'"),
         (Form("dense", (1,), ("int8",)), "rank"),

@@ -13,10 +13,12 @@ from tdpass.errors import PlanError
 from tdpass.form import Form
 from tdpass.numbers import NUMBERS, numbers_named
 from tdpass.numbers.integer import Integer
-from tdpass.ops import TorchOps, pack_nibbles, unpack_nibbles
+from tdpass.numbers.levels import Levels
+from tdpass.ops import TorchOps, pack_bits, unpack_bits
 
 TEXTS = [
     "float64", "float32", "float16", "bfloat16", "int8", "int8/tensor", "int8/9", "int8/zero", "int8/tensor/zero", "int4", "int4/6", "int4/3/zero",
+    "levels2", "levels5", "levels16", "levels256",
 ]  # fmt: skip
 SHAPES = [(5, 18), (4, 3, 3, 2), (3, 6, 3)]
 each_text = pytest.mark.parametrize("text", TEXTS)
@@ -46,7 +48,11 @@ def test_the_text_reads_back_alone_and_in_a_form(text: str) -> None:
     assert Form.parse(str(form)) == form
 
 
-@pytest.mark.parametrize("text", ["int7", "int8/", "int8/0", "int8/tensor/64", "int8/zero/zero", "int8/-3", "float32/tensor", "int8/zero/64"])
+WRONG = ["int7", "int8/", "int8/0", "int8/tensor/64", "int8/zero/zero", "int8/-3", "float32/tensor", "int8/zero/64",
+         "levels", "levels1", "levels300", "levels16/64"]
+
+
+@pytest.mark.parametrize("text", WRONG)
 def test_other_texts_are_refused(text: str) -> None:
     with pytest.raises(PlanError, match=r"unknown number type|is not understood"):
         numbers_named(text)
@@ -85,6 +91,9 @@ def test_no_value_moves_by_more_than_half_a_step(text: str, shape: tuple[int, ..
     if isinstance(numbers, Integer):
         scale = numbers.store(factor)["scale"].double()[:, None]
         assert bool((gap.reshape(len(scale), -1) <= scale * (1.0 if numbers.zero else 0.5) * (1 + 1e-6)).all())
+    elif isinstance(numbers, Levels):
+        table = numbers.store(factor)["levels"].double()
+        assert bool((gap <= (factor.double()[..., None] - table).abs().min(-1).values * (1 + 1e-6)).all())
     else:
         assert bool((gap <= factor.abs() * 2.0 ** {"bfloat16": -8, "float16": -11}.get(text, -25)).all())
 
@@ -103,9 +112,28 @@ def test_a_zero_point_covers_a_range_from_end_to_end() -> None:
     assert held["zero"].tolist() == [-128]
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("count", [1, 2, 7, 16])
-def test_four_bit_integers_come_out_of_their_bytes_as_they_went_in(count: int) -> None:
-    values = torch.arange(16, dtype=torch.int8)[:count] - 8
-    packed = pack_nibbles(values)
-    assert packed.numel() == (count + 1) // 2
-    assert torch.equal(unpack_nibbles(packed, count), values)
+@pytest.mark.parametrize("signed", [False, True])
+def test_integers_come_out_of_their_bytes_as_they_went_in(bits: int, count: int, signed: bool) -> None:
+    values = (torch.arange(count) * 5) % 2**bits - signed * 2 ** (bits - 1)
+    packed = pack_bits(values, bits)
+    assert packed.numel() == math.ceil(count * bits / 8)
+    assert unpack_bits(packed, count, bits, signed=signed).tolist() == values.tolist()
+
+
+def test_four_bits_lie_in_a_byte_as_onnx_stores_them() -> None:
+    assert pack_bits(torch.tensor([1, -2, 7]), 4).tolist() == [1 | 14 << 4, 7]
+
+
+@pytest.mark.parametrize("count", [2, 5, 16])
+def test_a_codebook_of_what_a_factor_holds_is_exact(count: int) -> None:
+    table = torch.randn(count, generator=torch.Generator().manual_seed(2))
+    factor = table[torch.arange(60) % count].reshape(6, 10)
+    assert torch.equal(restored(f"levels{count}", factor, torch.float32), factor)
+
+
+def test_a_codebook_of_few_levels_is_about_as_good_as_the_best() -> None:
+    factor = torch.randn(64, 64, generator=torch.Generator().manual_seed(3))
+    error = float((restored("levels16", factor) - factor).square().mean())
+    assert error < 1.03 * 0.009497  # Max 1960: the best quantizer of 16 levels of a normal distribution

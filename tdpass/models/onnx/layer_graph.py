@@ -14,12 +14,12 @@ from tdpass.models.onnx.names import FreshNames
 from tdpass.models.onnx.ops import OnnxOps
 from tdpass.models.onnx.shapes import Shapes
 from tdpass.models.onnx.tensors import from_torch
-from tdpass.ops import Ops
+from tdpass.ops import StorageOps
 
 INPUT, OUTPUT = "x", "y"
 _OPSET, _IR_VERSION = 17, 8
 
-Write = Callable[[Ops[ir.Value], ir.Value, Mapping[str, ir.Value]], ir.Value]
+Write = Callable[[StorageOps[ir.Value], ir.Value, Mapping[str, ir.Value]], ir.Value]
 
 
 def layer_graph(weights: Mapping[str, Tensor], x: Tensor, y: Tensor, write: Write) -> bytes:

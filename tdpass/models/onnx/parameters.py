@@ -12,12 +12,12 @@ _KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 _RUNNING_STATISTICS = {"BatchNormalization": (3, 4)}
 
 
-SCALES = "tdpass.scales"
+HOLDS = "tdpass.holds"  # how many numbers a tensor holds where those are not its elements, 0 for what scales or places others
 
 
 def parameter_count(model: ir.Model) -> int:
-    """How many numbers the parameters hold, what scales the integers of others not counted."""
-    return sum(tensor.size for value, tensor in _held(model) if SCALES not in value.metadata_props)
+    """How many numbers the parameters hold, what scales or places the numbers of others not counted."""
+    return sum(int(value.metadata_props.get(HOLDS, tensor.size)) for value, tensor in _held(model))
 
 
 def parameter_bytes(model: ir.Model) -> int:

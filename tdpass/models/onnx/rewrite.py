@@ -9,6 +9,7 @@ import onnx_ir as ir
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.models.onnx.names import FreshNames
 from tdpass.models.onnx.ops import OnnxOps
+from tdpass.models.onnx.parameters import HOLDS
 from tdpass.models.onnx.shapes import Shapes
 from tdpass.models.onnx.sites import FoundSite
 from tdpass.models.onnx.weight_use import WeightUse
@@ -26,7 +27,9 @@ def rewritten(model: ir.Model, sites: Mapping[str, FoundSite], layers: Mapping[s
         site = sites[name]
         ops = OnnxOps(name, opset_of(copy), names, shapes)
         recorders.append(ops)
-        factors = {label: ops.constant(label, factor, scales=label not in layer.storage.shapes) for label, factor in layer.factors.items()}
+        storage = layer.storage
+        holds = {label: {HOLDS: str(storage.count(label))} if storage.numbers else {} for label in layer.factors}
+        factors = {label: ops.constant(label, factor, holds[label]) for label, factor in layer.factors.items()}
         bias = None if layer.bias is None else ops.constant("bias", layer.bias)
         for use in site.uses:
             here = use.on(twins)

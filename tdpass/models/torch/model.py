@@ -332,7 +332,7 @@ class TorchModel:
 
 def _placed_factors(layer: Layer, like: Tensor) -> dict[str, Tensor]:
     """The factors as a module holds them where the dense weight lies; those in number types of their own are no parameters."""
-    if layer.form.numbers:
+    if layer.form.encoded:
         return {key: factor.to(like.device) for key, factor in layer.factors.items()}
     return {key: nn.Parameter(factor.to(like), requires_grad=like.requires_grad) for key, factor in layer.factors.items()}
 

@@ -22,6 +22,7 @@ from tdpass.formats.base import FORMATS
 from tdpass.kinds import kind_of_module
 from tdpass.layers.factorized import Factorized, empty_layer
 from tdpass.models.torch.called_layers import call_layers
+from tdpass.models.torch.coded import Held, coded_factors, under, with_coded_factors
 from tdpass.models.torch.in_place import become
 from tdpass.models.torch.norms import Folded
 from tdpass.models.torch.sites import Matched, find_sites
@@ -49,7 +50,6 @@ class _Structure:
 
 
 _STRUCTURE = register_document(Document("tdpass structure", _Structure, InvalidModelError, "write the file again with Artifact.save"))
-_Held = tuple[tuple[int, ...], torch.dtype]
 
 
 def save_module(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
@@ -76,7 +76,7 @@ def save_module(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> N
     )
     folded = tuple(path for path, candidate in named if isinstance(candidate, Folded))
     biases = tuple(path for path, candidate in named if kind_of_module(candidate) is not None and candidate._parameters["bias"] is not None)
-    written = packed_state(tensors)
+    written = packed_state(with_coded_factors(tensors, module))
     packed = written.keys() != tensors.keys()
     structure = _Structure(2 if packed else 1, layers, folded, biases, aliases)
     described = {**metadata, _KEY: _STRUCTURE.text(structure)}
@@ -112,13 +112,7 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
         matched = by_path.get(replacement.paths[0])
         if matched is None or not all(reached in matched.paths for reached in replacement.paths):
             raise PlanError(f"{path} replaces {replacement.paths[0]!r}, which is no site of this model; load it on the class it was made from")
-        layer = empty_layer(matched.site, replacement.form, matched.weight.dtype)
-        outputs = FORMATS.get(replacement.format).outputs(matched.site, replacement.rank)
-        bias = nn.Parameter(torch.empty(outputs, dtype=matched.weight.dtype, device="meta")) if replacement.bias else None
-        dense = modules[replacement.paths[0]]
-        mode = str(getattr(dense, "padding_mode", "zeros"))
-        pads: Any = tuple(dense._reversed_padding_repeated_twice) if mode != "zeros" else ()
-        new = Factorized(layer, bias, mode, pads)
+        new = _empty_module(replacement, matched, modules[replacement.paths[0]])
         shared = factors.setdefault(id(matched.weight), new)
         if shared is not new:
             for name, value in shared.factors().items():
@@ -132,6 +126,8 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
         blocks = {} if structure.version == _UNPACKED else blocks_in(file)
         held = {name: _held(file, name) for name in file.keys() if name.removesuffix(SUFFIX) not in blocks}  # noqa: SIM118 - it is no dict
         held.update({name: (header.shape, header.dtype) for name, header in ((name, read_header(block, name)[0]) for name, block in blocks.items())})
+        coded = coded_factors([(replacement.paths, new.storage) for replacement, _, new in swaps], held)
+        held.update({name: part for each in coded.values() for name, part in each.parts.items()})
         held.update({alias: held[name] for alias, name in structure.aliases.items() if name in held})
         if held != expected:
             wrong = sorted(name for name in {*held, *expected} if held.get(name) != expected.get(name))
@@ -140,6 +136,7 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
                 f"{_said(expected.get(wrong[0]))} in the model ({len(wrong)} such); load it on the class it was made from, of the same types"
             )
         unpacked = {name: unpack(block, name) for name, block in blocks.items()}
+        unpacked.update({part: value for name, each in coded.items() for part, value in each.made(unpacked[name]).items()})
         _carry_out(module, swaps, structure)
         state = _state(module)
         filled: dict[int | str, nn.Parameter | torch.Tensor] = {}
@@ -156,6 +153,16 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
             if tensor.is_meta:
                 setattr(holder, leaf, filled[key])
     return module
+
+
+def _empty_module(replacement: _Replacement, matched: Matched, dense: nn.Module) -> Factorized:
+    """The layer that stands for a dense one, without storage."""
+    layer = empty_layer(matched.site, replacement.form, matched.weight.dtype)
+    outputs = FORMATS.get(replacement.format).outputs(matched.site, replacement.rank)
+    bias = nn.Parameter(torch.empty(outputs, dtype=matched.weight.dtype, device="meta")) if replacement.bias else None
+    mode = str(getattr(dense, "padding_mode", "zeros"))
+    pads: Any = tuple(dense._reversed_padding_repeated_twice) if mode != "zeros" else ()  # type: ignore[arg-type]
+    return Factorized(layer, bias, mode, pads)
 
 
 def _state(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -185,13 +192,13 @@ def _digest(tensors: Iterable[tuple[str, torch.Tensor]], metadata: Mapping[str, 
     return digest(*texts, *each)
 
 
-def _held(file: Any, name: str) -> _Held:
+def _held(file: Any, name: str) -> Held:
     stored = file.get_slice(name)
     shape = tuple(stored.get_shape())
     return shape, (stored[:0] if shape else file.get_tensor(name)).dtype
 
 
-def _said(held: _Held | None) -> str:
+def _said(held: Held | None) -> str:
     return "missing" if held is None else f"{held[0]} {str(held[1]).removeprefix('torch.')}"
 
 
@@ -202,22 +209,18 @@ def _structure(path: Path) -> _Structure:
     return _STRUCTURE.parse(text, f"what {path} carries")
 
 
-def _expected(module: nn.Module, swaps: Sequence[tuple[_Replacement, Matched, Factorized]], structure: _Structure) -> dict[str, _Held]:
+def _expected(module: nn.Module, swaps: Sequence[tuple[_Replacement, Matched, Factorized]], structure: _Structure) -> dict[str, Held]:
     gone = {path for replacement, _, _ in swaps for path in replacement.paths} | set(structure.folded)
     expected = {name: (tuple(value.shape), value.dtype) for name, value in _state(module).items() if name.rpartition(".")[0] not in gone}
     modules = dict(module.named_modules(remove_duplicate=False))
     for path in structure.biases:
         weight = getattr(modules[path], "weight", None)
         if path not in gone and isinstance(weight, torch.Tensor):
-            expected.setdefault(_under(path, "bias"), ((_outputs(modules[path]),), weight.dtype))
+            expected.setdefault(under(path, "bias"), ((_outputs(modules[path]),), weight.dtype))
     for replacement, _, new in swaps:
         for path in replacement.paths:
-            expected.update({_under(path, name): (tuple(value.shape), value.dtype) for name, value in _state(new).items()})
+            expected.update({under(path, name): (tuple(value.shape), value.dtype) for name, value in _state(new).items()})
     return expected
-
-
-def _under(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def _outputs(module: nn.Module) -> int:

@@ -1,0 +1,73 @@
+"""Factors in number types of their own as a file may hold them: their parts, or the numbers that these stand for, entropy-coded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tdpass.formats.storage import Storage
+from tdpass.layers.factorized import Factorized
+from tdpass.ops import TorchOps
+from tdpass.packing import pack
+
+Held = tuple[tuple[int, ...], torch.dtype]
+_OPS = TorchOps()
+
+
+def under(path: str, name: str) -> str:
+    """The name of a tensor of the module at that path."""
+    return f"{path}.{name}" if path else name
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A factor of the layer at that path, which a file may hold as the numbers that its parts stand for."""
+
+    path: str
+    name: str
+    storage: Storage
+
+    @property
+    def whole(self) -> Held:
+        """Shape and type of these numbers."""
+        return tuple(self.storage.shapes[self.name]), torch.float32
+
+    @property
+    def parts(self) -> dict[str, Held]:
+        """Shapes and types of the parts."""
+        return {under(self.path, part): (held.shape, held.dtype) for part, held in self.storage.parts_of(self.name).items()}
+
+    def made(self, factor: Tensor) -> dict[str, Tensor]:
+        """The parts of the numbers."""
+        return {under(self.path, part): held for part, held in self.storage.stored(self.name, factor).items()}
+
+
+def coded_factors(layers: Iterable[tuple[Sequence[str], Storage]], held: Mapping[str, Held]) -> dict[str, Coded]:
+    """Factors of these layers, given with their paths, that `held` has as numbers, by the name of those."""
+    each = [Coded(path, name, storage) for paths, storage in layers for path in paths for name in storage.numbers]
+    named = {under(coded.path, coded.name): coded for coded in each}
+    return {name: coded for name, coded in named.items() if held.get(name) == coded.whole and coded.parts.get(name) != coded.whole}
+
+
+def with_coded_factors(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The tensors, with the numbers that a factor stands for in place of its parts where those numbers have a block that is smaller.
+
+    Only where the parts that are made of them anew stand for the same numbers.
+    """
+    found = dict(tensors)
+    for path, layer in module.named_modules():
+        for name in layer.storage.numbers if isinstance(layer, Factorized) else ():
+            assert isinstance(layer, Factorized)
+            keys = {under(path, part): part for part in layer.storage.parts_of(name)}
+            if not keys.keys() <= tensors.keys():  # they are shared with a layer that comes first
+                continue
+            exact = layer.storage.restored(_OPS, name, {part: tensors[key] for key, part in keys.items()}, torch.float64)
+            block = pack(exact.float())
+            if block is None or len(block) >= sum(tensors[key].nbytes for key in keys):
+                continue
+            if torch.equal(layer.storage.restored(_OPS, name, layer.storage.stored(name, exact.float()), torch.float64), exact):
+                found = {key: tensor for key, tensor in found.items() if key not in keys} | {under(path, name): exact.float()}
+    return found
