@@ -13,7 +13,7 @@ from tdpass.formats.metric import Metric
 from tdpass.models.base import Model
 from tdpass.pipeline import Job, Pass, register_pass
 from tdpass.planner.candidates import SiteFits, bias_cost
-from tdpass.planner.joint import Chain, drop_layers, find_branches, find_chains, prune_layers
+from tdpass.planner.joint import joint_layers
 from tdpass.planner.moments import stream_metrics
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.planner.trials import Promise
@@ -37,7 +37,7 @@ class Factorize(Pass):
         chosen = {choice.site: choice for choice in job.plan if not choice.kept_dense}
         for choice in chosen.values():
             FORMATS.get(choice.format)
-        alone = [sites[name] for name, choice in chosen.items() if not choice.channels and choice.format != "constant"]
+        alone = [sites[name] for name, choice in chosen.items() if not choice.joint]
         tapes = job.tapes(model) if job.batches else []
         for site in alone:
             check_form(site, chosen[site.name].form)
@@ -56,31 +56,22 @@ class Factorize(Pass):
                 replaced.add(name)
         left = set(chosen) - replaced
         if left:
-            raise PlanError(f"site {min(left)!r} is planned as part of a pruned pair or dropped branch that this model does not have; plan for this model")
+            change = chosen[min(left)].joint
+            raise PlanError(f"site {min(left)!r} is planned as part of '{change}' with other sites, but this model lacks such a group; plan for this model")
         job.plan = replace(job.plan, choices=tuple(_priced(choice, sites, model) for choice in job.plan), original=job.original, prepared=prepared)
         job.report.sites = job.plan.rows()
         job.note(f"replaced {len(replaced)} sites")
         return bool(replaced)
 
-    def _joint(self, chosen: dict[str, Choice], sites: dict[str, Site], model: Model, job: Job) -> Iterator[dict[str, Layer]]:
-        """Layers of pruned pairs and dropped branches."""
-        together = {name: choice for name, choice in chosen.items() if choice.channels or choice.format == "constant"}
+    def _joint(self, chosen: dict[str, Choice], sites: dict[str, Site], model: Model, job: Job) -> Iterator[Mapping[str, Layer]]:
+        """Layers of sites that change together."""
+        together = {name: choice for name, choice in chosen.items() if choice.joint}
         if not together:
             return
         tapes = job.tapes(model)
         if not tapes:
-            raise PlanError("the plan prunes channels or drops branches, which needs to see the model running; pass data= or example_inputs=")
-        chains = find_chains(tapes, sites)
-        pairs = [chain for chain in chains if _pruned_together(chain, together)]
-        metrics = {site.name: metric for site, metric in stream_metrics(tapes, [sites[chain.consumer] for chain in pairs], job.fitted_divergence)}
-        for chain in pairs:
-            channels = together[chain.consumer].channels
-            if not all(0 <= channel < sites[chain.consumer].i for channel in channels):
-                raise PlanError(f"the plan keeps channels {channels} of site {chain.consumer!r}, which has {sites[chain.consumer].i}; plan again")
-            yield prune_layers(chain, sites, model.weight, model.bias, metrics[chain.consumer], channels)
-        for branch in find_branches(tapes, sites, chains):
-            if all(name in together and together[name].format == "constant" for name in branch):
-                yield drop_layers(branch, sites, model.weight, tapes)
+            raise PlanError("the plan changes several sites together, which needs to see the model running; pass data= or example_inputs=")
+        yield from joint_layers(together, sites, model.weight, model.bias, tapes, job.fitted_divergence)
 
 
 def _check_start(start: Mapping[str, Factors], sites: Mapping[str, Site], chosen: Mapping[str, Choice]) -> None:
@@ -102,13 +93,6 @@ def _priced(choice: Choice, sites: Mapping[str, Site], model: Model) -> Choice:
         return replace(choice, cost=dense, dense=dense)
     cost = cost_of(site, choice.form) + bias_cost(site, layer.bias)
     return replace(choice, cost=choice.cost.recounted(cost), dense=dense)
-
-
-def _pruned_together(chain: Chain, together: dict[str, Choice]) -> bool:
-    first, second = together.get(chain.producer), together.get(chain.consumer)
-    if first is None or second is None or not first.channels or first.channels != second.channels:
-        return False
-    return first.rank[0] == len(first.channels) == second.rank[1]
 
 
 def match_names(plan: RankPlan, model: Model) -> RankPlan:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from tdpass.documents import Size
+from tdpass.documents import Count, Size
 from tdpass.errors import PlanError
 from tdpass.flattening import Flattened
+from tdpass.site import Site
 
 Rank = tuple[int, ...]
 _RANK = re.compile(r"[1-9]\d*(x[1-9]\d*)*")
 _NUMBERS = re.compile(r"[a-z]+\d+(/[a-z0-9]+)*")
 _SUPPORT = re.compile(r"[1-9]\d*:[1-9]\d*|(rows|columns|unstructured|blocks[1-9]\d*x[1-9]\d*)/([1-9]\d*|\d+(\.\d+)?%)")
-_GRAMMAR = "write a format, then its rank, number types and support where it has them, such as 'tucker2 16x24 int8' or 'dense 2:4'"
+_CHANNELS = re.compile(r"\b(in|out) (0|[1-9]\d*)(?= |$)")
+_GRAMMAR = "write a format, then its rank, channels, number types and support where it has them, such as 'tucker2 16x24 int8' or 'dense 2:4'"
+_PRUNED, _CONSTANT = "pruned", "constant"
 
 
 @dataclass(frozen=True)
@@ -23,21 +26,53 @@ class Form(Flattened):
     `numbers` names the number type of each factor, in the format's order, or one for all of them; none is the type that the model's
     weights have, and single precision where a support is named.  `support` says of which entries of each factor the values are stored,
     one text for all factors or one for each, joined by commas: all of them (empty), `2:4`, `rows/8`, `columns/30%`, `blocks4x4/12`,
-    `unstructured/500`.
+    `unstructured/500`.  `inputs` and `outputs` are how many channels are left of those that the site reads and makes, None for all:
+    what stands there is a layer of the smaller site `on(site)`.  One that reads no channel answers with its bias.
+
+    Files of version 1 say `pruned` with the channels for a rank, and `constant`.
 
     >>> Form.parse("tucker2 16x24 int8")
-    Form(format='tucker2', rank=(16, 24), numbers=('int8',), support='')
+    Form(format='tucker2', rank=(16, 24), numbers=('int8',), support='', inputs=None, outputs=None)
     >>> str(Form("dense", (), support="2:4"))
     'dense 2:4'
+    >>> str(Form("dense", (), inputs=12, outputs=6))
+    'dense in 12 out 6'
     """
 
     format: str
     rank: tuple[Size, ...]
     numbers: tuple[str, ...] = ()
     support: str = ""
+    inputs: Count | None = None
+    outputs: Size | None = None
+
+    def __post_init__(self) -> None:
+        if self.format == _PRUNED and len(self.rank) == 2:
+            self._become("dense", inputs=self.rank[1], outputs=self.rank[0])
+        elif self.format == _CONSTANT and not self.rank:
+            self._become("dense", inputs=0, outputs=None)
+
+    def _become(self, name: str, inputs: int, outputs: int | None) -> None:
+        for key, value in {"format": name, "rank": (), "inputs": inputs, "outputs": outputs}.items():
+            object.__setattr__(self, key, value)
 
     def __str__(self) -> str:
-        return " ".join(part for part in (self.format, "x".join(map(str, self.rank)), ",".join(self.numbers), self.support) if part)
+        return " ".join(part for part in (self.format, self.size, ",".join(self.numbers), self.support) if part)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The rank, and how many channels are left in and out where it says so."""
+        return (*self.rank, *(count for count in (self.inputs, self.outputs) if count is not None))
+
+    @property
+    def size(self) -> str:
+        """The rank and the channels as text; empty for a dense layer of all channels."""
+        return " ".join(part for part in ("x".join(map(str, self.rank)), self.channels) if part)
+
+    @property
+    def channels(self) -> str:
+        """The channels that are left as text; empty where all are."""
+        return " ".join(f"{way} {count}" for way, count in (("in", self.inputs), ("out", self.outputs)) if count is not None)
 
     @property
     def encoded(self) -> bool:
@@ -46,19 +81,46 @@ class Form(Flattened):
 
     @property
     def family(self) -> str:
-        """The text without the rank."""
-        return str(replace(self, rank=()))
+        """The text without rank and channels; `narrow` before it where there are fewer of these than the site has."""
+        family = str(replace(self.whole, rank=()))
+        return f"narrow {family}" if self.narrow else family
+
+    @property
+    def whole(self) -> Form:
+        """The form with all channels."""
+        return replace(self, inputs=None, outputs=None)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it says how many channels are left, which only makes sense together with neighbours."""
+        return self.inputs is not None or self.outputs is not None
+
+    def on(self, site: Site) -> Site:
+        """The site that the layer in this form is one of: that with the channels that are left.
+
+        Raises `PlanError` where the site has fewer, or groups of them.
+        """
+        if not self.narrow:
+            return site
+        inputs = site.i if self.inputs is None else self.inputs
+        outputs = site.o if self.outputs is None else self.outputs
+        divided = site.groups > 1 and (inputs > 0 or outputs < site.o)
+        if inputs > site.i or outputs > site.o or divided:
+            raise PlanError(f"'{self}' does not fit site {site.name!r}: it has {site.i} channels in and {site.o} out, in {site.groups} groups; plan again")
+        return replace(site, shape=(outputs, inputs, *site.kernel))
 
     @classmethod
     def parse(cls, text: str) -> Form:
         """Read what `str` writes; raises `PlanError` for anything else."""
-        name, *parts = text.split() or [""]
+        channels = {way: int(count) for way, count in _CHANNELS.findall(text)}
+        name, *parts = _CHANNELS.sub("", text).split() or [""]
         rank = parts.pop(0) if parts and _RANK.fullmatch(parts[0]) else ""
         numbers = parts.pop(0).split(",") if parts and not _supports(parts[0]) else []
         support = parts.pop(0) if parts else ""
         if not name or parts or not all(map(_NUMBERS.fullmatch, numbers)) or (support and not _supports(support)):
             raise PlanError(f"form {text!r} is not understood; {_GRAMMAR}")
-        return cls(name, tuple(int(size) for size in rank.split("x") if size), tuple(numbers), support)
+        sizes = tuple(int(size) for size in rank.split("x") if size)
+        return cls(name, sizes, tuple(numbers), support, channels.get("in"), channels.get("out"))
 
 
 def _supports(text: str) -> bool:

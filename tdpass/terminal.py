@@ -17,7 +17,7 @@ from tdpass.views import summary
 from tdpass.views.tables import Column, Part, fitting, grid, heading, item, pairs
 from tdpass.views.training import destroyed, other_checks
 from tdpass.views.training_table import scores_line, training_table
-from tdpass.views.units import cost_text, dims, human, in_form, plain, ranks, ratio, seconds, share, shown_measures, small
+from tdpass.views.units import cost_text, dims, form_sizes, human, in_form, plain, ranks, ratio, seconds, share, shown_measures, small
 
 _NAMES_SHOWN = 4
 
@@ -190,7 +190,7 @@ def _two_line_columns(timed: bool, arrows: bool) -> list[Column[SiteRow]]:
     below = "ratio" if arrows else "after"
     return [
         Column("Site\nshape", lambda row: f"{plain(row.site)}\n{dims(row.shape)}", least=16),
-        Column("Format\nrank", lambda row: f"{plain(row.form.family)}\n{ranks(row.rank)}", least=12),
+        Column("Format\nrank", lambda row: f"{plain(row.form.family)}\n{form_sizes(row.form)}", least=12),
         *((Column("Time\npredicted, kernel" if arrows else "Time\nafter\npredicted,\nkernel", time, number=True, least=10),) if timed else ()),
         Column(f"MACs\n{below}", cost("macs"), number=True),
         Column(f"Params\n{below}", cost("params"), number=True),

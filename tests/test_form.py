@@ -15,8 +15,10 @@ from tdpass.formats import FORMATS
 from tdpass.numbers import NUMBERS
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.report import Report, SiteRow
+from tdpass.site import Site
 from tdpass.supports import SUPPORTS as SUPPORT_KINDS
 
+SITE = Site("conv1d", "conv", (16, 24, 3), (1,), ((1, 1),), (1,))
 RANKS = [(), (1,), (96,), (16, 24), (2, 4, 5, 5, 4, 2)]
 TYPES = [*(name + "16" * (name == "levels") for name in NUMBERS.names()), "int8/tensor", "int4/64", "int8/64/zero"]
 STORED = [(), *((text,) for text in TYPES), ("bfloat16", "int8/tensor")]
@@ -50,8 +52,53 @@ def test_the_text_is_what_people_write() -> None:
     assert Form.parse("dense levels16 unstructured/500") == Form("dense", (), ("levels16",), "unstructured/500")
 
 
-@pytest.mark.parametrize("text", ["", "svd 12x", "svd 0", "svd twelve", "svd 12 int8 2:4 2:4", "svd 12 2:4 int8", "dense 2:4:8", "dense int8, float16",
-         "dense unstructured", "dense rows/0"])
+@pytest.mark.parametrize(("inputs", "outputs"), [(12, None), (None, 6), (12, 6), (0, None)])
+def test_channels_that_are_left_stand_in_the_text_and_narrow_the_site(inputs: int | None, outputs: int | None) -> None:
+    for form in (Form("dense", (), inputs=inputs, outputs=outputs), Form("svd", (3,), ("int8",), "2:4", inputs, outputs)):
+        assert Form.parse(str(form)) == form
+        assert form.family.startswith("narrow ")
+        shape = (16 if outputs is None else outputs, 24 if inputs is None else inputs, 3)
+        assert form.on(SITE).shape == shape
+        assert form.on(form.on(SITE)) == form.on(SITE)
+    assert str(Form("svd", (3,), ("int8",), inputs=12, outputs=6)) == "svd 3 in 12 out 6 int8"
+
+
+@pytest.mark.parametrize("form", [Form("dense", (), inputs=25), Form("dense", (), outputs=17)])
+def test_a_site_has_no_more_channels_than_it_has(form: Form) -> None:
+    with pytest.raises(PlanError, match="it has 24 channels in and 16 out"):
+        form.on(SITE)
+
+
+def test_channels_of_groups_cannot_be_left_out_one_by_one() -> None:
+    grouped = replace(SITE, shape=(16, 6, 3), groups=4)
+    assert Form("dense", (), inputs=0).on(grouped).weights == 0
+    for form in (Form("dense", (), inputs=12), Form("dense", (), outputs=8)):
+        with pytest.raises(PlanError, match="in 4 groups"):
+            form.on(grouped)
+
+
+def test_names_of_version_1_are_what_they_stood_for() -> None:
+    assert Form("pruned", (6, 12)) == Form("dense", (), inputs=12, outputs=6)
+    assert Form("constant", ()) == Form("dense", (), inputs=0)
+    told = json.loads(json.dumps(VERSION_1))
+    pruned = {"format": "pruned", "rank": [4, 8], "channels": [0, 2, 3, 9], "cost": {"params": 32, "macs": 320, "bytes": 128}}
+    told["choices"][0] |= pruned
+    told["choices"][1] |= {"format": "constant", "cost": {"params": 4, "macs": 0, "bytes": 16}}
+    plan = RankPlan.from_json(json.dumps(told))
+    assert [(choice.form, choice.joint) for choice in plan] == [
+        (Form("dense", (), inputs=8, outputs=4), "prune-channels"),
+        (Form("dense", (), inputs=0), "drop-branch"),
+    ]
+    assert RankPlan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *["", "svd 12x", "svd 0", "svd twelve", "svd 12 int8 2:4 2:4", "svd 12 2:4 int8", "dense 2:4:8", "dense int8, float16"],
+        *["dense unstructured", "dense rows/0", "dense in", "dense out 012"],
+    ],
+)
 def test_other_text_is_refused_with_what_to_write(text: str) -> None:
     with pytest.raises(PlanError, match="is not understood; write a format"):
         Form.parse(text)

@@ -197,7 +197,7 @@ def _decisions(draft: Draft, options: Options) -> Decide | None:
         choice = prints.get(digest(weight)) or names.get(path)
         if choice is None or choice.kept_dense or choice.shape != tuple(weight.shape):
             return None
-        if choice.channels or choice.format == "constant":
+        if choice.joint:
             log.warning("%s stays dense: it was planned together with other layers; compress the model with tdpass.compress instead", path)
             return None
         return choice.form

@@ -122,10 +122,6 @@ class Format(ABC):
     def macs(self, site: Site, rank: Rank) -> int:
         """Multiply-adds of the calls that the site's extents tell of."""
 
-    def outputs(self, site: Site, rank: Rank) -> int:
-        """Number of output channels; that of the site unless channels were removed."""
-        return site.o
-
     @abstractmethod
     def reconstruct(self, factors: Factors, site: Site) -> Tensor:
         """The dense weight that the factors stand for."""
@@ -208,18 +204,21 @@ def offered_formats() -> tuple[str, ...]:
 
 def check_form(site: Site, form: Form) -> None:
     """Raise `PlanError` unless the form can be that of the site, `UsageError` for an unknown format."""
-    fmt = FORMATS.get(form.format)
-    fmt.check_rank(site, form.rank)
-    Storage.of(form, fmt.shapes(site, form.rank))
+    FORMATS.get(form.format).check_rank(form.on(site), form.rank)
+    storage_of(site, form)
+
+
+def storage_of(site: Site, form: Form) -> Storage:
+    """How the site's factors are stored in that form; raises `PlanError` where they cannot be."""
+    return Storage.of(form, FORMATS.get(form.format).shapes(form.on(site), form.rank))
 
 
 def cost_of(site: Site, form: Form) -> Cost:
     """What a site costs in that form, the bias not counted."""
-    fmt = FORMATS.get(form.format)
-    cost = fmt.cost(site, form.rank)
+    cost = FORMATS.get(form.format).cost(form.on(site), form.rank)
     if not form.encoded:
         return cost
-    storage = Storage.of(form, fmt.shapes(site, form.rank))
+    storage = storage_of(site, form)
     return cost.replace(params=storage.params, bytes=storage.bytes)
 
 
@@ -271,7 +270,10 @@ def pointwise(out: int, inputs: int, axes: int, name: str) -> Site:
 
 @dataclass(frozen=True)
 class Layer(Formed):
-    """A layer in some form: what may stand for the dense layer of a site; `factors` are held as the form's number types store them."""
+    """A layer in some form: what may stand for the dense layer of a site; `factors` are held as the form's number types store them.
+
+    `site` is its own geometry: `form.on` that of the site it stands at, which may have more channels.
+    """
 
     site: Site
     form: Form
@@ -285,7 +287,7 @@ class Layer(Formed):
     @property
     def storage(self) -> Storage:
         """How its factors are stored."""
-        return Storage.of(self.form, FORMATS.get(self.format).shapes(self.site, self.rank))
+        return storage_of(self.site, self.form)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -42,7 +42,7 @@ class Lowered:
 def lower(layer: Layer) -> Lowered | None:
     """The layer as a chain of at most six stages, in one or two dimensions; None where its format does more than convolve."""
     site = layer.site
-    if layer.form.encoded:  # the kernels read floating-point weights
+    if layer.form.encoded or not layer.factors:  # the kernels read floating-point weights
         return None
     if site.axes > 2:
         return None

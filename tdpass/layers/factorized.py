@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdpass.form import Form
-from tdpass.formats.base import FORMATS, Layer, apply_dense, check_form
-from tdpass.formats.storage import Storage
+from tdpass.formats.base import FORMATS, Layer, apply_dense, check_form, storage_of
 from tdpass.kinds import kind_of
 from tdpass.numbers import Part
 from tdpass.ops import TorchOps
@@ -84,7 +83,7 @@ class Factorized(nn.Module):
     @property
     def out_features(self) -> int:
         """Output features of a linear layer."""
-        return self.format.outputs(self.site, self.rank)
+        return self.site.o
 
     @property
     def in_channels(self) -> int:
@@ -94,7 +93,7 @@ class Factorized(nn.Module):
     @property
     def out_channels(self) -> int:
         """Output channels of a convolution."""
-        return self.format.outputs(self.site, self.rank)
+        return self.site.o
 
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.site.shape))
@@ -104,7 +103,8 @@ class Factorized(nn.Module):
 def empty_layer(site: Site, form: Form, dtype: torch.dtype) -> Layer:
     """A layer of that structure without storage, on the meta device; raises `PlanError` for a rank that does not fit."""
     check_form(site, form)
-    storage = Storage.of(form, FORMATS.get(form.format).shapes(site, form.rank))
+    site = form.on(site)
+    storage = storage_of(site, form)
     parts = storage.parts() or {name: Part(shape, dtype) for name, shape in storage.shapes.items()}
     return Layer(site, form, {name: torch.empty(part.shape, dtype=part.dtype, device="meta") for name, part in parts.items()})
 

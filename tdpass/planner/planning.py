@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from tdpass.planner.cache import CandidateCache
 from tdpass.planner.candidates import Candidate, SiteFits, as_given, dense_candidate, enumerate_candidates, frontier, in_numbers, with_loss, within
 from tdpass.planner.divergence import FittedDivergence
 from tdpass.planner.effort import THOROUGH, Allowance, Deadline, Effort
-from tdpass.planner.joint import JointOption, joint_options
+from tdpass.planner.joint import JOINT_CHANGES, JointOption, joint_options
 from tdpass.planner.moments import stream_metrics
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.planner.select import Option, cheapest, select
@@ -85,8 +85,10 @@ class Table:
             chosen = select(options, names, budget.limits(original), fixed)
         else:
             chosen = cheapest(options, names, "macs" if all(site.seen for site in self.sites) else "params")
-        choices = tuple(self._choice(site, chosen[site.name], budget) for site in self.sites)
-        return RankPlan(self._with_joint(choices, chosen), original, str(budget), self.metric, self.divergence, prepared=prepared)
+        taken = [joint for joint in self.joint if all(chosen.get(name) is part for name, part in joint.parts.items())]
+        joint = {name: option for option in taken for name in option.parts}
+        choices = tuple(self._choice(site, chosen[site.name], budget, joint.get(site.name)) for site in self.sites)
+        return RankPlan(choices, original, str(budget), self.metric, self.divergence, prepared=prepared)
 
     def curve(self, measure: str, original: Cost) -> Iterator[tuple[float, RankPlan]]:
         """Plans over a range of budgets on one measure, as far as they can be met."""
@@ -96,7 +98,7 @@ class Table:
             except BudgetError:
                 return
 
-    def _choice(self, site: Site, candidate: Candidate, budget: Budget) -> Choice:
+    def _choice(self, site: Site, candidate: Candidate, budget: Budget, joint: JointOption | None) -> Choice:
         return Choice(
             site=site.name,
             shape=site.shape,
@@ -110,14 +112,9 @@ class Table:
             fingerprint=self.fingerprints.get(site.name, ""),
             kernel=candidate.kernel,
             groups=site.groups,
+            channels=() if joint is None else joint.channels,
+            joint="" if joint is None else joint.change,
         )
-
-    def _with_joint(self, choices: Sequence[Choice], chosen: Mapping[str, Candidate]) -> tuple[Choice, ...]:
-        """The choices with what sites that change together share: their channels, and at the last of them the loss of all."""
-        taken = [joint for joint in self.joint if all(chosen.get(name) is part for name, part in joint.parts.items())]
-        channels = {name: joint.channels for joint in taken for name in joint.parts}
-        losses = {list(joint.parts)[-1]: joint.loss for joint in taken}
-        return tuple(replace(c, channels=channels.get(c.site, ()), loss=losses.get(c.site, c.loss)) for c in choices)
 
     def _reason(self, site: Site, candidate: Candidate, budget: Budget) -> str:
         if candidate.form != DENSE:
@@ -253,9 +250,9 @@ def add_joint_options(
     tick: Tick = lambda what, done, of: None,
     effort: Effort = THOROUGH,
 ) -> None:
-    """Add the options that change neighbouring sites together: pruned channels between two, and dropped residual branches."""
+    """Add the options that change several sites together."""
     cache = cache or CandidateCache(None)
-    key = digest("joint", effort.name, context, *(f"{site.name}{_identity(site)}" for site in table.sites))
+    key = digest("joint changes", *JOINT_CHANGES.names(), effort.name, context, *(f"{site.name}{_identity(site)}" for site in table.sites))
     known = cache.get_joint(key)
     if known is None:
         sites = {site.name: site for site in table.sites}

@@ -25,9 +25,10 @@ class Choice(Formed):
     """What one site, a weight of that shape in so many groups, becomes.
 
     `error` is the relative error of the weight in the metric of the plan, `loss` the expected increase of the network's
-    divergence from the original, `channels` the channels kept where the site was pruned together with a neighbour,
-    `fingerprint` identifies the site's weight where names differ, `guarantee` is what theory says of the error.  On a target
-    the costs hold measured seconds, `kernel` is the runtime they were measured in and `predicted` what was expected before.
+    divergence from the original.  `joint` is the change that it takes part in together with other sites, if any, and `channels` are
+    those that this keeps between them; files of version 1 leave `joint` out.  `fingerprint` identifies the site's weight where names
+    differ, `guarantee` is what theory says of the error.  On a target the costs hold measured seconds, `kernel` is the runtime they
+    were measured in and `predicted` what was expected before.
     """
 
     site: str
@@ -44,6 +45,11 @@ class Choice(Formed):
     kernel: str = ""
     predicted: Amount = 0.0
     groups: Size = 1
+    joint: str = ""
+
+    def __post_init__(self) -> None:
+        if self.form.narrow and not self.joint:
+            object.__setattr__(self, "joint", "prune-channels" if self.channels else "drop-branch")
 
     @property
     def seconds(self) -> float:
@@ -153,11 +159,12 @@ def _fault(choice: Choice) -> str:
         check_form(site, choice.form)
     except PlanError as error:
         return f"does not fit: {error}"
-    stored = cost_of(site, choice.form).params
+    cost = cost_of(site, choice.form)
+    stored = cost.params
     if abs(choice.cost.params - stored) > outputs:
         return f"takes {stored} numbers as '{choice.form}', not {choice.cost.params}"
     if choice.form.encoded:
-        spare = choice.cost.bytes - cost_of(site, choice.form).bytes - (choice.cost.params - stored) * choice.dense.bytes // choice.dense.params
+        spare = choice.cost.bytes - cost.bytes - (choice.cost.params - stored) * choice.dense.bytes // choice.dense.params
         return f"takes {choice.cost.bytes} bytes, which is not what '{choice.form}' stores" if spare else ""
     if choice.cost.bytes * choice.dense.params != choice.dense.bytes * choice.cost.params:
         return f"takes {choice.cost.bytes} bytes for {choice.cost.params} numbers, dense {choice.dense.bytes} for {choice.dense.params}"

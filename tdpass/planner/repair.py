@@ -52,7 +52,7 @@ def correct_biases(tapes: Sequence[Tape], layers: Mapping[str, Layer], biased: C
     lockstep = _start(tapes, layers)
     for name, moments in lockstep.sites():
         layer = corrected.get(name)
-        if layer is None or not _full(layer) or name not in biased:
+        if layer is None or not _answers(layer, moments) or name not in biased:
             continue
         with torch.no_grad():
             gaps = [kind_of(layer.site).output_rows(moment.target - layer(moment.x.to(layer.dtype)), layer.site) for moment in moments]
@@ -81,7 +81,7 @@ def refit_last_factors(tapes: Sequence[Tape], layers: Mapping[str, Layer], ridge
         if layer is None:
             continue
         stage = FORMATS.get(layer.format).last_stage(layer.site, layer.rank)
-        reason = _why_not_refitted(layer, stage)
+        reason = _why_not_refitted(layer, stage, moments)
         if stage is None or reason:
             declined[name] = reason
             continue
@@ -100,17 +100,18 @@ def _start(tapes: Sequence[Tape], layers: Mapping[str, Layer]) -> Lockstep:
     return lockstep
 
 
-def _why_not_refitted(layer: Layer, stage: Stage | None) -> str:
+def _why_not_refitted(layer: Layer, stage: Stage | None, moments: Sequence[Moment]) -> str:
+    if not _answers(layer, moments):
+        return "it makes fewer channels than the original, or reads none"
     if stage is None:
         return f"{layer.format} has no last factor to solve for"
-    if not _full(layer):
-        return "its outputs were pruned or it was dropped"
     return f"its factors are stored as '{layer.form}'" if layer.form.encoded else ""
 
 
-def _full(layer: Layer) -> bool:
-    """Whether the layer makes all of its site's outputs from what it reads."""
-    return layer.format != "constant" and FORMATS.get(layer.format).outputs(layer.site, layer.rank) == layer.site.o
+def _answers(layer: Layer, moments: Sequence[Moment]) -> bool:
+    """Whether the layer makes all channels of what it should answer, from what it reads."""
+    site = layer.site
+    return site.i > 0 and all(moment.target.shape[site.channel_axis(moment.target.dim())] == site.o for moment in moments)
 
 
 def _solve(layer: Layer, factor: str, site: Site, moments: Sequence[Moment], ridge: float, *, bias: bool) -> Layer:

@@ -10,7 +10,7 @@ import torch
 
 from tdpass.cost import Budget, Cost, amount
 from tdpass.form import DENSE, Form, Rank
-from tdpass.formats.base import FORMATS
+from tdpass.formats.base import cost_of
 from tdpass.planner.candidates import Candidate
 from tdpass.planner.prices import PriceList, Prices, deciding
 from tdpass.site import Site
@@ -102,7 +102,8 @@ class Stopwatch:
 
     def break_even(self, site: Site, format_name: str) -> Rank | None:
         """The largest measured rank of a format that is faster than dense."""
-        found = [v for v, timing in self._times[_nameless(site)].items() if v.format == format_name and self.faster(site, self._scaled(timing).seconds)]
+        known = {form: timing for form, timing in self._times[_nameless(site)].items() if form.format == format_name and not form.narrow}
+        found = [form for form, timing in known.items() if self.faster(site, self._scaled(timing).seconds)]
         return max(found, key=lambda form: _macs(site, form)).rank if found else None
 
     def _scaled(self, timing: Timing) -> Timing:
@@ -115,7 +116,8 @@ class Stopwatch:
         macs = _macs(site, form)
         if macs == 0:
             return _NOTHING
-        points = sorted((_macs(site, other), timing.seconds, timing.kernel) for other, timing in known.items() if other.format == form.format)
+        like = {other: timing for other, timing in known.items() if (other.format, other.narrow) == (form.format, form.narrow)}
+        points = sorted((_macs(site, other), timing.seconds, timing.kernel) for other, timing in like.items())
         finite = [point for point in points if math.isfinite(point[1])]
         return _between(finite, macs) if finite else Timing(math.inf)
 
@@ -133,13 +135,14 @@ def anchors(candidates: Sequence[Candidate]) -> list[Form]:
     Vector units work on that many channels at once: a rank between two such takes the time of the larger.
     """
     found: list[Form] = []
-    for name in dict.fromkeys(candidate.format for candidate in candidates):
-        group = {c.rank: c for c in sorted(candidates, key=lambda c: (c.cost.macs, c.rank)) if c.format == name and c.cost.macs > 0}
-        ranks = list(group)
+    for key in dict.fromkeys((candidate.format, candidate.form.narrow) for candidate in candidates):
+        group = [c for c in candidates if (c.format, c.form.narrow) == key and c.cost.macs > 0]
+        forms = {c.form.sizes: replace(c.form, numbers=(), support="") for c in sorted(group, key=lambda c: (c.cost.macs, c.form.sizes))}
+        ranks = list(forms)
         inner = next((on for grid in _GRIDS if len(on := [rank for rank in ranks if all(r % grid == 0 for r in rank)]) >= RANKS_MEASURED - 2), ranks)
         count = min(len(inner), RANKS_MEASURED - 2)
         spread = [inner[round(k * (len(inner) - 1) / max(count - 1, 1))] for k in range(count)]
-        found += [Form(name, rank) for rank in dict.fromkeys([*ranks[:1], *spread, *ranks[-1:]])]
+        found += [forms[rank] for rank in dict.fromkeys([*ranks[:1], *spread, *ranks[-1:]])]
     return found
 
 
@@ -156,7 +159,7 @@ def _between(points: Sequence[tuple[int, float, str]], macs: int) -> Timing:
 
 
 def _macs(site: Site, form: Form) -> int:
-    return FORMATS.get(form.format).cost(site, form.rank).macs
+    return cost_of(site, form).macs
 
 
 def _nameless(site: Site) -> Site:

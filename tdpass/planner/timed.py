@@ -85,10 +85,6 @@ def _joint_parts(table: Table, name: str) -> list[Candidate]:
     return [option.parts[name] for option in table.joint if name in option.parts]
 
 
-def _form(choice: Choice) -> Form:
-    return Form(choice.format, choice.rank)
-
-
 def _cheapest(table: Table, budget: Budget, sites: Mapping[str, Site], measure: str) -> list[tuple[Site, Form]]:
     chosen = cheapest(table.options(budget), list(sites), measure)
     return [(sites[name], candidate.form) for name, candidate in chosen.items() if candidate.form != DENSE]
@@ -137,6 +133,8 @@ def _too_dear(site: Site, asked: Candidate, table: Table, prices: Prices) -> str
         return ""
     amount, dense = priced.cost.get(measure), prices.priced(site, dense_candidate(site)).cost.get(measure)
     took = f"{amount / dense:.2f} of the dense {_title(prices)}" if math.isfinite(amount) else "a format that no runtime here can run"
+    if asked.form.narrow:
+        return f"{asked.form} takes {took}"
     rank, known = prices.break_even(site, asked.format), "measured rank" if prices.target.here else "rank"
     if rank is not None:
         return f"{asked.format}: break-even at rank {_text(rank)}, asked {_text(asked.rank)}, which takes {took}"

@@ -9,13 +9,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from tdpass.form import DENSE, Form
+from tdpass.form import Form
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.kinds import kind_of
 from tdpass.ops import StorageOps, TorchOps, V
 from tdpass.site import Site
-
-_PRUNED = "pruned"
 
 
 def make_layer(site: Site, form: Form, dtype: torch.dtype) -> Layer:
@@ -29,10 +27,9 @@ def make_layer(site: Site, form: Form, dtype: torch.dtype) -> Layer:
 
 
 def layer_of(site: Site, form: Form, make: Callable[[tuple[int, ...]], Tensor]) -> Layer:
-    """A layer of that form whose weights are made by their shapes; a pruned layer is a dense one with fewer channels."""
-    if form.format == _PRUNED:
-        site, form = replace(site, shape=(*form.rank, *site.kernel)), DENSE
-    bias = make((site.o,)) if site.bias else None
+    """A layer of that form whose weights are made by their shapes; one that reads no channel has a bias in any case."""
+    site = form.on(site)
+    bias = make((site.o,)) if site.bias or not site.i else None
     shapes = FORMATS.get(form.format).shapes(site, form.rank)
     return Layer(site, replace(form, numbers=(), support=""), {name: make(shape) for name, shape in shapes.items()}, bias).stored(form)
 

@@ -144,11 +144,10 @@ class MeasuredTarget(TimedTarget):
 
     def _key(self, site: Site, case: _Case, setting: Setting) -> Key:
         form, runtime = case.form, case.runtime
-        version = FORMATS.get(form.format).version
+        stored = f"{form.whole.family} {FORMATS.get(form.format).version}"
         dtype = str(setting.dtype).removeprefix("torch.")
-        return Key(
-            self.device, f"{runtime.name} {runtime.version()}", setting.threads, setting.batch, dtype, geometry_of(site), f"{form.family} {version}", form.rank
-        )
+        geometry = geometry_of(form.on(site))
+        return Key(self.device, f"{runtime.name} {runtime.version()}", setting.threads, setting.batch, dtype, geometry, stored, form.rank)
 
 
 def _settled(row: Row) -> bool:

@@ -93,5 +93,5 @@ def products_of(site: Site, form: Form, batch: int = 1) -> tuple[Product, ...]:
 def _products_of(site: Site, form: Form, batch: int) -> tuple[Product, ...]:
     layer = layer_of(site, form, lambda shape: torch.empty(shape, device="meta"))
     recorder = _Recorder()
-    apply_layer(recorder, layer, torch.empty(kind_of(site).sample(site, batch), device="meta"), weights_of(layer))
+    apply_layer(recorder, layer, torch.empty(kind_of(layer.site).sample(layer.site, batch), device="meta"), weights_of(layer))
     return tuple(recorder.products)

@@ -10,7 +10,7 @@ from tdpass.form import DENSE
 from tdpass.report import SiteRow
 from tdpass.views.html import Html, column, join, spaced, table, tag
 from tdpass.views.summary import FormatTotal, losses_known, timed, unfactored
-from tdpass.views.units import dims, human, ranks, ratio, seconds, small
+from tdpass.views.units import dims, form_sizes, human, ratio, seconds, small
 
 MEASURES = {"macs": "MACs", "params": "Parameters"}
 _COLOURS = 8
@@ -75,7 +75,7 @@ def _row(row: SiteRow, colour: Mapping[str, str], longest: Mapping[str, float], 
     return tag(
         "tr",
         tag("th", _name(row.site, prefix), tag("span", dims(row.shape, "×"), class_="below"), scope="row", data_key=row.site),
-        tag("td", chip(row.form.family, colour[row.form.family]), tag("span", ranks(row.rank), class_="below"), data_key=row.form.family),
+        tag("td", chip(row.form.family, colour[row.form.family]), tag("span", form_sizes(row.form), class_="below"), data_key=row.form.family),
         tag("td", *bars, class_="bars"),
         *_amounts(row.before, row.after, dense),
         *(_times(row, dense) if with_time else ()),

@@ -114,9 +114,14 @@ def ranks(rank: Sequence[int]) -> str:
     return ", ".join(str(r) for r in rank)
 
 
+def form_sizes(form: Form) -> str:
+    """The rank of a form, written as `ranks` does, and the channels that are left."""
+    return " ".join(part for part in (ranks(form.rank), form.channels) if part)
+
+
 def in_form(form: Form) -> str:
     """A form as text, its rank written as `ranks` does."""
-    return " ".join(part for part in (plain(form.format), ranks(form.rank), *map(plain, form.numbers), plain(form.support)) if part)
+    return " ".join(part for part in (plain(form.format), form_sizes(form), *map(plain, form.numbers), plain(form.support)) if part)
 
 
 def plain(text: object) -> str:

@@ -15,7 +15,7 @@ from onnx_nets import model_of, network, node, positive, same, svd, weight
 from torch import Tensor
 
 from tdpass.errors import PlanError
-from tdpass.form import Form
+from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.models.base import Batch
 from tdpass.models.onnx.model import OnnxModel
@@ -26,8 +26,8 @@ BATCH = Batch((X,))
 
 
 def whole(weight: Tensor) -> dict[str, Tensor]:
-    """The one factor of the format that keeps a weight, or a part of its channels, as it is."""
-    (name,) = FORMATS.get("pruned").shapes(Site("", "linear", (1, 1)), (1, 1))
+    """The one factor of the format that keeps a weight as it is."""
+    (name,) = FORMATS.get("dense").shapes(Site("", "linear", (1, 1)), ())
     return {name: weight}
 
 
@@ -272,8 +272,9 @@ def test_channels_removed_between_two_layers_are_removed_in_the_graph() -> None:
     wanted = model.run(fed)
     first, second = model.sites()
     kept = torch.tensor([0, 2, 3, 5])
-    model.replace("a", Layer(first, Form("pruned", (4, 3)), whole(model.weight("a")[kept]), torch.from_numpy(b)[kept]))
-    model.replace("b", Layer(second, Form("pruned", (4, 4)), whole(model.weight("b")[:, kept])))
+    makes, reads = Form("dense", (), outputs=4), Form("dense", (), inputs=4)
+    model.replace("a", Layer(makes.on(first), makes, whole(model.weight("a")[kept]), torch.from_numpy(b)[kept]))
+    model.replace("b", Layer(reads.on(second), reads, whole(model.weight("b")[:, kept])))
     model.check()
     assert same(model.run(fed), wanted)
     assert model.params() == 4 * 27 + 4 + 16
@@ -288,10 +289,10 @@ def test_branch_that_ends_in_a_constant_is_dropped(order: tuple[str, str]) -> No
     model = OnnxModel.open(model_of(nodes, constants, ("N", 3, 5, 5)))
     fed = Batch((torch.randn(2, 3, 5, 5),))
     wanted = model.run(fed)
-    sites = {site.name: site for site in model.sites()}
+    sites, nothing = {site.name: site for site in model.sites()}, Form("dense", (), inputs=0)
     layers = {
-        "a": Layer(sites["a"], Form("pruned", (5, 3)), whole(model.weight("a"))),
-        "b": Layer(sites["b"], Form("constant", ()), {}, model.bias("b")),
+        "a": Layer(sites["a"], DENSE, whole(model.weight("a"))),
+        "b": Layer(nothing.on(sites["b"]), nothing, {}, model.bias("b")),
     }
     for name in order:
         model.replace(name, layers[name])

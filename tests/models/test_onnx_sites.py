@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import tdpass.formats  # noqa: F401 - fills the registry
-from tdpass.form import Form
+from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.models.base import Batch
 from tdpass.models.onnx.model import OnnxModel
@@ -182,8 +182,8 @@ def assert_same(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], t
 
 
 def whole(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The one factor of the format that keeps a weight, or a part of its channels, as it is."""
-    (name,) = FORMATS.get("pruned").shapes(Site("", "linear", (1, 1)), (1, 1))
+    """The one factor of the format that keeps a weight as it is."""
+    (name,) = FORMATS.get("dense").shapes(Site("", "linear", (1, 1)), ())
     return {name: weight}
 
 
@@ -193,7 +193,7 @@ def exact(model: OnnxModel, site: Site) -> Layer:
         rank: tuple[int, ...] = (min(site.shape),)
         factors = FORMATS.get("svd").factorize(model.weight(site.name), site, rank)
         return Layer(site, Form("svd", rank), factors, model.bias(site.name))
-    return Layer(site, Form("pruned", site.shape[:2]), whole(model.weight(site.name)), model.bias(site.name))
+    return Layer(site, DENSE, whole(model.weight(site.name)), model.bias(site.name))
 
 
 def interface(proto: onnx.ModelProto) -> list[tuple[str, bytes]]:
@@ -245,7 +245,7 @@ def test_convolution_formats_agree_with_their_dense_weight(name: str, form: str)
     layer = Layer(site, Form(form, rank), layout.factorize(model.weight(site.name), site, rank), model.bias(site.name))
     x = fed(case)
     dense = model.clone()
-    dense.replace(site.name, Layer(site, Form("pruned", site.shape[:2]), whole(layer.reconstruct().float()), layer.bias))
+    dense.replace(site.name, Layer(site, DENSE, whole(layer.reconstruct().float()), layer.bias))
     model.replace(site.name, layer)
     model.check()
     assert_same(model.run(Batch((x,))), dense.run(Batch((x,))))
@@ -261,7 +261,7 @@ def test_linear_format_with_positions_agrees_with_its_dense_weight(name: str) ->
     layer = Layer(site, Form("block_term", rank), layout.factorize(model.weight(site.name), site, rank), model.bias(site.name))
     x = fed(case)
     dense = model.clone()
-    dense.replace(site.name, Layer(site, Form("pruned", site.shape), whole(layer.reconstruct().float()), layer.bias))
+    dense.replace(site.name, Layer(site, DENSE, whole(layer.reconstruct().float()), layer.bias))
     model.replace(site.name, layer)
     model.check()
     assert_same(model.run(Batch((x,))), dense.run(Batch((x,))))

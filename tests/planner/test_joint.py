@@ -12,7 +12,8 @@ import tdpass
 from tdpass.models import open_model
 from tdpass.models.base import Batch
 from tdpass.planner.divergence import Divergence
-from tdpass.planner.joint import Chain, find_chains, joint_options
+from tdpass.planner.joint import joint_options
+from tdpass.planner.joint.pairs import find_pairs
 from tdpass.planner.sensitivity import Sweep
 
 
@@ -51,8 +52,8 @@ def test_channels_between_layers_are_told_by_their_axis(first: str, second: str,
     network = nn.Sequential(LAYERS[first](), nn.ReLU(), LAYERS[second]()).eval()
     batch = Batch((torch.randn(8, *size),))
     model = open_model(_as_onnx(first, second, size) if frontend == "onnx" else network, batch)
-    chains = find_chains([model.record(batch)], {site.name: site for site in model.sites()})
-    assert chains == ([Chain("0", "2")] if meet else [])
+    pairs = find_pairs([model.record(batch)], {site.name: site for site in model.sites()})
+    assert pairs == ([("0", "2")] if meet else [])
 
 
 def _as_onnx(first: str, second: str, size: tuple[int, ...]) -> onnx.ModelProto:
@@ -66,7 +67,7 @@ def _as_onnx(first: str, second: str, size: tuple[int, ...]) -> onnx.ModelProto:
 def test_an_image_without_an_axis_of_samples_has_its_channels_first() -> None:
     network = nn.Sequential(nn.Conv1d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)).eval()
     model = open_model(network, Batch((torch.randn(8, 8, 8),)))  # to the second layer, one image whose channels are the first one's samples
-    assert find_chains([model.record(Batch((torch.randn(8, 8, 8),)))], {site.name: site for site in model.sites()}) == []
+    assert find_pairs([model.record(Batch((torch.randn(8, 8, 8),)))], {site.name: site for site in model.sites()}) == []
 
 
 @pytest.mark.parametrize(("first", "second", "size"), [pair[:3] for pair in PAIRS if not pair[3]], ids=lambda value: value if isinstance(value, str) else "")

@@ -49,7 +49,7 @@ def _best(options: list[Option], sites: list[str], limits: dict[str, int], fixed
 @pytest.mark.parametrize("limits", [{"params": 200}, {"macs": 2200}, {"params": 260, "macs": 2300}])
 def test_the_choice_is_the_best_there_is(seed: int, limits: dict[str, int]) -> None:
     options, sites = _options(seed)
-    options.append(Option({"s0": Candidate(Form("constant", ()), Cost(), 1.0), "s1": Candidate(Form("constant", ()), Cost(), 1.0)}, 0.3))
+    options.append(Option({"s0": Candidate(Form("dense", (), inputs=0), Cost(), 1.0), "s1": Candidate(Form("dense", (), inputs=0), Cost(), 1.0)}, 0.3))
     fixed = Cost(10, 20, 0)
     chosen = select(options, sites, limits, fixed)
     assert set(chosen) == set(sites)
@@ -96,5 +96,5 @@ def test_an_impossible_bound_on_seconds_names_the_smallest_reachable() -> None:
 
 
 def test_no_room_at_all_leaves_only_what_costs_nothing() -> None:
-    options = [Option({"s": Candidate(DENSE, Cost(macs=1), 0.0)}, 0.0), Option({"s": Candidate(Form("constant", ()), Cost(), 1.0)}, 1.0)]
-    assert select(options, ["s"], {"macs": 5}, Cost(macs=5))["s"].format == "constant"
+    options = [Option({"s": Candidate(DENSE, Cost(macs=1), 0.0)}, 0.0), Option({"s": Candidate(Form("dense", (), inputs=0), Cost(), 1.0)}, 1.0)]
+    assert select(options, ["s"], {"macs": 5}, Cost(macs=5))["s"].form.inputs == 0

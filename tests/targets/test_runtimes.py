@@ -31,9 +31,9 @@ NAMES = [pytest.param(name, marks=pytest.mark.slow) if RUNTIMES.get(name).on_dem
 def forms(site: Site) -> list[Form]:
     """Dense, fewer channels, and a middle rank of every format."""
     formats = [fmt for fmt in FORMATS if fmt.offered and fmt.fits(site)]
-    pruned = [Form("pruned", (6, 5))] if site.groups == 1 else []
+    narrow = [Form("dense", (), inputs=5, outputs=6)] if site.groups == 1 else []
     middle = [Form(fmt.name, fmt.ranks(site)[len(fmt.ranks(site)) // 2]) for fmt in formats]
-    return [DENSE, *pruned, *middle, *(replace(form, numbers=("int8",)) for form in (DENSE, *middle[:1]))]
+    return [DENSE, *narrow, *middle, *(replace(form, numbers=("int8",)) for form in (DENSE, *middle[:1]))]
 
 
 CASES = [(site, form) for site in SITES for form in forms(site)]

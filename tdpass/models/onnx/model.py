@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from tdpass.errors import InvalidModelError, PlanError, UnsupportedError, UsageError
-from tdpass.formats.base import FORMATS, Layer
+from tdpass.formats.base import Layer
 from tdpass.models.base import Batch, no_reasons
 from tdpass.models.extents import alike, with_extents
 from tdpass.models.fitting import sized
@@ -175,15 +175,15 @@ class OnnxModel:
     def replace(self, name: str, layer: Layer) -> None:
         """Put a factored layer at every use of the site; raises `PlanError` for an unknown site or a shape that does not fit."""
         found = self._site(name)
-        if layer.site.geometry() != found.site.geometry():
-            raise PlanError(f"the layer is for {layer.site.geometry()}, but site {name!r} is {found.site.geometry()}; factorize the weight of this site")
+        wanted = layer.form.on(found.site).geometry()
+        if layer.site.geometry() != wanted:
+            raise PlanError(f"the layer is for {layer.site.geometry()}, but site {name!r} is {wanted}; factorize the weight of this site")
         expected = layer.storage.sizes()
         given = {label: tuple(factor.shape) for label, factor in layer.factors.items()}
         if given != expected:
             raise PlanError(f"the {layer.format} factors of {name!r} have shapes {given}, but '{layer.form}' wants {expected}")
-        outputs = FORMATS.get(layer.format).outputs(layer.site, layer.rank)
-        if layer.bias is not None and tuple(layer.bias.shape) != (outputs,):
-            raise PlanError(f"a bias of shape {tuple(layer.bias.shape)} does not fit site {name!r}; it takes [{outputs}]")
+        if layer.bias is not None and tuple(layer.bias.shape) != (layer.site.o,):
+            raise PlanError(f"a bias of shape {tuple(layer.bias.shape)} does not fit site {name!r}; it takes [{layer.site.o}]")
         self._layers[name] = layer.to(found.dtype)
         self._waiting |= {name}
         self._spill()

@@ -35,7 +35,7 @@ def rewritten(model: ir.Model, sites: Mapping[str, FoundSite], layers: Mapping[s
             here = use.on(twins)
             if here.node.graph is copy.graph:  # else it went with a branch that was dropped
                 _put(copy.graph, here, ops, layer, factors, bias, site)
-    if any(_resizes(layer) for layer in layers.values()):
+    if any(_resizes(layer, sites[name]) for name, layer in layers.items()):
         _forget_shapes(copy)
     prune_initializers(copy)
     # Only now are the names of the weights that were replaced free again.
@@ -65,9 +65,9 @@ def _put(graph: ir.Graph, use: WeightUse, ops: OnnxOps, layer: Layer, factors: M
     remove_nodes(graph, use.nodes)
 
 
-def _resizes(layer: Layer) -> bool:
+def _resizes(layer: Layer, found: FoundSite) -> bool:
     """Whether the layer's output is smaller than the dense layer's, so that declared sizes after it no longer hold."""
-    return not layer.factors or FORMATS.get(layer.format).outputs(layer.site, layer.rank) != layer.site.o
+    return not layer.factors or layer.site.o != found.site.o
 
 
 def _forget_shapes(model: ir.Model) -> None:

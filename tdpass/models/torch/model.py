@@ -90,10 +90,11 @@ class TorchModel:
 
     def replace(self, name: str, layer: Layer) -> None:
         matched = self._matched(name)
-        if layer.site.shape != matched.site.shape:
+        site = layer.form.on(matched.site)
+        if layer.site.shape != site.shape:
             raise PlanError(f"a layer of shape {layer.site.shape} cannot replace site {name!r} of shape {matched.site.shape}; plan for this model")
         weight = matched.weight
-        shared = Layer(matched.site, layer.form, _placed_factors(layer, weight))
+        shared = Layer(site, layer.form, _placed_factors(layer, weight))
         biases = {id(own): _bias_for(own if matched.apart else None, layer.bias, weight) for own in matched.biases}
         for module, own in zip(matched.modules, matched.biases, strict=True):
             bias = biases[id(own)]

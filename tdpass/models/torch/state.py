@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +18,6 @@ from tdpass.documents import Document, register_document
 from tdpass.errors import InvalidModelError, PlanError, UsageError
 from tdpass.files import replacing
 from tdpass.form import Form, Formed
-from tdpass.formats.base import FORMATS
 from tdpass.kinds import kind_of_module
 from tdpass.layers.factorized import Factorized, empty_layer
 from tdpass.models.torch.called_layers import call_layers
@@ -126,9 +125,12 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
         blocks = {} if structure.version == _UNPACKED else blocks_in(file)
         held = {name: _held(file, name) for name in file.keys() if name.removesuffix(SUFFIX) not in blocks}  # noqa: SIM118 - it is no dict
         held.update({name: (header.shape, header.dtype) for name, header in ((name, read_header(block, name)[0]) for name, block in blocks.items())})
+        older = _older_names(structure, held)
+        aliases = {alias: name for alias, name in structure.aliases.items() if name not in older.values()} | older
         coded = coded_factors([(replacement.paths, new.storage) for replacement, _, new in swaps], held)
         held.update({name: part for each in coded.values() for name, part in each.parts.items()})
-        held.update({alias: held[name] for alias, name in structure.aliases.items() if name in held})
+        held.update({alias: held[name] for alias, name in aliases.items() if name in held})
+        held = {name: value for name, value in held.items() if name not in older.values()}
         if held != expected:
             wrong = sorted(name for name in {*held, *expected} if held.get(name) != expected.get(name))
             raise PlanError(
@@ -143,7 +145,7 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
         for name, tensor in state.items():
             owner, _, leaf = name.rpartition(".")
             holder = module.get_submodule(owner)
-            stored = structure.aliases.get(name, name)
+            stored = aliases.get(name, name)
             key = stored if tensor.is_meta else id(tensor)
             if key not in filled:
                 value = unpacked[stored] if stored in unpacked else file.get_tensor(stored)
@@ -158,8 +160,7 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
 def _empty_module(replacement: _Replacement, matched: Matched, dense: nn.Module) -> Factorized:
     """The layer that stands for a dense one, without storage."""
     layer = empty_layer(matched.site, replacement.form, matched.weight.dtype)
-    outputs = FORMATS.get(replacement.format).outputs(matched.site, replacement.rank)
-    bias = nn.Parameter(torch.empty(outputs, dtype=matched.weight.dtype, device="meta")) if replacement.bias else None
+    bias = nn.Parameter(torch.empty(layer.site.o, dtype=matched.weight.dtype, device="meta")) if replacement.bias else None
     mode = str(getattr(dense, "padding_mode", "zeros"))
     pads: Any = tuple(dense._reversed_padding_repeated_twice) if mode != "zeros" else ()  # type: ignore[arg-type]
     return Factorized(layer, bias, mode, pads)
@@ -207,6 +208,13 @@ def _structure(path: Path) -> _Structure:
     if text is None:
         raise InvalidModelError(f"{path} carries no tdpass structure; it was not written by Artifact.save")
     return _STRUCTURE.parse(text, f"what {path} carries")
+
+
+def _older_names(structure: _Structure, stored: Container[str]) -> dict[str, str]:
+    """The weights of narrow layers that the file holds under the name they have in version 1, `kept`."""
+    paths = [path for replacement in structure.layers if replacement.form.narrow for path in replacement.paths]
+    found = {under(path, "kernel"): structure.aliases.get(under(path, "kept"), under(path, "kept")) for path in paths}
+    return {name: older for name, older in found.items() if older in stored}
 
 
 def _expected(module: nn.Module, swaps: Sequence[tuple[_Replacement, Matched, Factorized]], structure: _Structure) -> dict[str, Held]:
