@@ -98,7 +98,7 @@ class CpFit:
 
 def khatri_rao(factors: Sequence[Tensor]) -> Tensor:
     """Column-wise Kronecker product: `[h w, r]` of `[h, r]` and `[w, r]`; a row of ones for none."""
-    product = torch.ones(1, 1, dtype=torch.float32)  # takes on the type of the factors
+    product = torch.ones(1, 1, dtype=factors[0].dtype if factors else torch.float32)
     for factor in factors:
         product = (product[:, None] * factor).flatten(0, 1)
     return product
@@ -106,7 +106,7 @@ def khatri_rao(factors: Sequence[Tensor]) -> Tensor:
 
 def _gram(factors: Sequence[Tensor]) -> Tensor:
     """Gram matrix of the Khatri-Rao product."""
-    product = torch.ones(1, 1, dtype=torch.float32)  # takes on the type of the factors
+    product = torch.ones(1, 1, dtype=factors[0].dtype if factors else torch.float32)
     for factor in factors:
         product = product * (factor.T @ factor)
     return product

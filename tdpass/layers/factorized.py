@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tdpass.form import Form
 from tdpass.formats.base import FORMATS, Layer, apply_dense, check_form, storage_of
 from tdpass.kinds import kind_of
+from tdpass.layers.deferred import Deferred
 from tdpass.numbers import Part
 from tdpass.ops import TorchOps
 from tdpass.site import Site
@@ -69,11 +70,26 @@ class Factorized(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight the factors stand for, as the dense layer held it."""
+        """The dense weight the factors stand for, as the dense layer held it.
+
+        Without gradients it is multiplied out only where its numbers are read.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._stood_for()
+        shape = kind_of(self.site).turned(torch.empty(self.site.shape, device="meta"), self.site.groups).shape
+        return Deferred.of(self._stood_for, shape, self._dtype, next(iter(self.factors().values())).device)
+
+    def _stood_for(self) -> Tensor:
         return kind_of(self.site).turned(self._dense(), self.site.groups)
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        if self.bias is not None:
+            return self.bias.dtype
+        return torch.float32 if self.storage.numbers else next(iter(self.factors().values())).dtype
+
     def _dense(self) -> Tensor:
-        return self.format.reconstruct(self.values(torch.float32 if self.bias is None else self.bias.dtype), self.site)
+        return self.format.reconstruct(self.values(self._dtype), self.site)
 
     @property
     def in_features(self) -> int:
