@@ -9,5 +9,6 @@ from tdpass.methods.base import Method as Method
 from tdpass.methods.base import make_method as make_method
 from tdpass.methods.base import register_method as register_method
 from tdpass.methods.batude import Batude as Batude
+from tdpass.methods.haloc import Haloc as Haloc
 from tdpass.methods.lc import Lc as Lc
 from tdpass.methods.svd_training import SvdTraining as SvdTraining

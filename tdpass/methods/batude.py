@@ -17,7 +17,8 @@ from tdpass.errors import UsageError
 from tdpass.form import Rank
 from tdpass.formats.base import FORMATS
 from tdpass.methods.base import register_method
-from tdpass.methods.factored import FactoredByAdmm, price_on_target
+from tdpass.methods.factored import FactoredByAdmm
+from tdpass.methods.tariff import price_on_target
 from tdpass.targets import Target
 from tdpass.training.curvature import Curvature, Metric
 from tdpass.training.rules import Rule

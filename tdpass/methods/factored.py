@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +16,12 @@ from tdpass.constraints.rank_budget import Price, RankBudget
 from tdpass.cost import Budget, BudgetValue, Cost
 from tdpass.digest import digest
 from tdpass.errors import BudgetError
-from tdpass.files import cache_folder
-from tdpass.form import DENSE, Form, Rank
+from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS, dense_cost, shrinks
 from tdpass.measures import MEASURES, Needs
 from tdpass.methods.base import Method
-from tdpass.planner.prices import deciding
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.site import Site
-from tdpass.targets import Setting, Target, open_target
 from tdpass.training.admm import Admm
 from tdpass.training.phases import Phase, Phased
 from tdpass.training.rules import Rule
@@ -88,10 +84,15 @@ class Factored(Method):
 
     def rank_budget(self, budget: Mapping[str, BudgetValue] | Budget, price: Price | None = None, **options: Any) -> RankBudget:
         """Ranks of all sites within a budget on the whole model, by the energy that their weights lose."""
+        measure, limit = self.limit_of(budget, price)
+        return RankBudget(self.sites, {name: self.format_of(site) for name, site in self.sites.items()}, limit, price or measure, **options)
+
+    def limit_of(self, budget: Mapping[str, BudgetValue] | Budget, price: Price | None = None) -> tuple[str, float]:
+        """The measure that a budget on the whole model bounds, and what of it the sites' factors may take."""
         measure, limit = site_limit(budget, self.sites, self.original, price)
         if measure == "params" and self.calibration is not None:  # fitted to data, a layer without a bias gets one
             limit -= sum(site.o for site in self.sites.values() if not site.bias)
-        return RankBudget(self.sites, {name: self.format_of(site) for name, site in self.sites.items()}, limit, price or measure, **options)
+        return measure, limit
 
     def format_of(self, site: Site) -> str:
         """The method's format where it fits the site, else the plain factorization."""
@@ -145,26 +146,3 @@ def site_limit(budget: Mapping[str, BudgetValue] | Budget, sites: Mapping[str, S
     if limit <= 0:
         raise BudgetError(f"budget {measure}={bound} of {total:,} leaves nothing for the {len(sites)} sites, which hold {own:,}; raise it, or include more")
     return measure, limit
-
-
-class OnTarget(Protocol):
-    """The options of a method whose prices are those of a machine: calls of `batch` samples on `threads` threads."""
-
-    target: str | Target | None
-    batch: int
-    threads: int
-    cache: Path | None
-
-
-def price_on_target(on: OnTarget, budget: Budget | None, format_of: Callable[[Site], str]) -> Price | None:
-    """What a site costs there at a rank, in the measure that decides; None without a target."""
-    if on.target is None:
-        return None
-    target, setting = open_target(on.target, "torch", on.cache or cache_folder()), Setting(on.batch, on.threads)
-    measure = deciding(target, budget)[0]
-
-    def price(site: Site, rank: Rank | None) -> float:
-        form = DENSE if rank is None else Form(format_of(site), rank)
-        return target.cost(site, [form], setting)[0].get(measure)
-
-    return price

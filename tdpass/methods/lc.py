@@ -19,7 +19,8 @@ from tdpass.cost import Budget, BudgetValue
 from tdpass.errors import UsageError
 from tdpass.form import Rank
 from tdpass.methods.base import register_method
-from tdpass.methods.factored import FactoredByAdmm, price_on_target
+from tdpass.methods.factored import FactoredByAdmm
+from tdpass.methods.tariff import price_on_target
 from tdpass.targets import Target
 from tdpass.training.rules import Rule
 from tdpass.training.schedules import Geometric, ScheduleSpec, as_schedule

@@ -19,6 +19,7 @@ from tdpass.methods.base import register_method
 from tdpass.methods.factored import Factored
 from tdpass.site import Site
 from tdpass.training.fixed_weights import FixedWeights
+from tdpass.training.parametrized import dense_values
 from tdpass.training.phases import Phase
 from tdpass.training.placement import Template, whole
 from tdpass.training.singular import (
@@ -26,7 +27,6 @@ from tdpass.training.singular import (
     FewValues,
     Orthogonal,
     Triplet,
-    dense_values,
     triplets,
     with_singular_values,
 )

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from tdpass.formats.base import FORMATS
 from tdpass.site import Site
-from tdpass.training.placement import bare, whole
+from tdpass.training.parametrized import parametrized, with_parametrizations
+from tdpass.training.placement import whole
 from tdpass.training.terms import Term
 
 
@@ -86,41 +84,14 @@ class Triplet:
 
 def with_singular_values(model: nn.Module, formats: Mapping[str, tuple[Site, str]]) -> nn.Module:
     """A copy of a model that trains U, s and V of the named modules' weights; shared weights stay shared."""
-    network = copy.deepcopy(model)
-    weights = {
-        module: dict(module.named_parameters(recurse=False)).get("weight") for module in network.modules()
-    }
-    for name, (site, format_name) in formats.items():
-        module = network.get_submodule(name)
-        sharing = [
-            other for other, weight in weights.items() if other is not module and weight is weights[module]
-        ]
-        for member in (module, *sharing):
-            parametrize.register_parametrization(member, "weight", SingularValues(site, format_name))
-        for member in sharing:
-            _parametrizations(member)["weight"] = _parametrizations(module)["weight"]
-    return network
+    return with_parametrizations(model, {name: partial(SingularValues, *found) for name, found in formats.items()})
 
 
 def triplets(network: nn.Module, names: Iterable[str]) -> dict[str, Triplet]:
     """U, s and V of the named modules; raises `AttributeError` for a model without them."""
-    plain, found = bare(network), {}
-    for name in names:
-        module = plain.get_submodule(name)
-        held: Any = _parametrizations(module)["weight"]
-        found[name] = Triplet(held.original0, held.original1, held.original2, held)
-    return found
-
-
-def dense_values(network: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """The dense model's parameters and buffers of those names, as the network stands for them."""
-    return {name: operator.attrgetter(name)(network).detach().clone() for name in names}
-
-
-def _parametrizations(module: nn.Module) -> nn.ModuleDict:
-    found = module.parametrizations
-    assert isinstance(found, nn.ModuleDict)
-    return found
+    layers = parametrized(network, names)
+    parts = {name: layer.originals for name, layer in layers.items()}
+    return {name: Triplet(u, s, v, layers[name].weight) for name, (u, s, v) in parts.items()}
 
 
 class Orthogonal(Term):

@@ -34,6 +34,12 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"budget": {"macs": 0.5}, "rounds": ROUNDS, "stable": 2, "rho": 0.5},
         {"budget": {"params": 0.7}, "rounds": ROUNDS, "stable": 1, "rho": 0.5, "exclude": ["fc"], "metric": "fisher"},
     ],
+    "haloc": [
+        {"penalty": 2.0, "warm": 1, "search": 3, "tune": 2},
+        {"budget": {"macs": 0.5}, "warm": 1, "search": 3, "tune": 2, "ranks": 4},
+        {"budget": {"params": 0.6}, "warm": 0, "search": 6, "tune": 0, "formats": ["spatial_svd", "svd"], "exclude": ["out"]},
+        {"penalty": 1.0, "target": "systolic:gemmini", "warm": 0, "search": 4, "tune": 2, "ranks": 3},
+    ],
     "lc": [
         {"penalty": 2.0, "rounds": ROUNDS, "rho": 0.5},
         {"budget": {"macs": 0.5}, "rounds": ROUNDS, "rho": 0.5},
@@ -306,6 +312,8 @@ def test_wrong_use_is_one_clear_error(name: str) -> None:
         ("batude", {"budget": {"macs": 1e-4}}),
         ("batude", {"budget": {"seconds": 0.5}}),
         ("lc", {"budget": {"macs": 1e-4}}),
+        ("haloc", {"budget": {"macs": 1e-4}}),
+        ("haloc", {"budget": {"macs": 0.5}, "target": "systolic:gemmini"}),
     ],
 )
 def test_impossible_budgets_are_refused_before_training(name: str, options: dict[str, Any]) -> None:

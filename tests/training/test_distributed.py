@@ -31,7 +31,7 @@ def together(folder: Path, method: str, parallel: str) -> list[dict[str, Tensor]
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "parallel"),
-    [("admm-tt", "ddp"), ("admm-nn", "fsdp2"), ("batude", "fsdp2"), ("searches", "fsdp2"), ("surgery", "fsdp2"), ("surgery", "ddp")],
+    [("admm-tt", "ddp"), ("admm-nn", "fsdp2"), ("batude", "fsdp2"), ("searches", "fsdp2"), ("surgery", "fsdp2"), ("surgery", "ddp"), ("lc", "ddp")],
 )
 def test_two_processes_train_as_one(method: str, parallel: str, tmp_path: Path) -> None:
     alone = training_run.train(tmp_path / "alone", method).model.state_dict()
@@ -42,9 +42,10 @@ def test_two_processes_train_as_one(method: str, parallel: str, tmp_path: Path) 
         torch.testing.assert_close(first[name], value, rtol=2e-3, atol=2e-4)
 
 
-def test_replicated_and_sharded_training_agree(tmp_path: Path) -> None:
-    replicated, _ = together(tmp_path / "ddp", "batude", "ddp")
-    sharded, again = together(tmp_path / "fsdp2", "batude", "fsdp2")
+@pytest.mark.parametrize("method", ["batude", pytest.param("haloc", marks=pytest.mark.slow)])
+def test_replicated_and_sharded_training_agree(method: str, tmp_path: Path) -> None:
+    replicated, _ = together(tmp_path / "ddp", method, "ddp")
+    sharded, again = together(tmp_path / "fsdp2", method, "fsdp2")
     assert all(torch.equal(sharded[name], again[name]) for name in again)
     for name, value in replicated.items():
         torch.testing.assert_close(sharded[name], value, rtol=1e-4, atol=1e-5)

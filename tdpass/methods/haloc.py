@@ -1,0 +1,217 @@
+"""HALOC: ranks and formats of all layers as a differentiable choice, under what they cost on a machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tdpass.artifact import Artifact
+from tdpass.constraints.allocation import Options, allocate
+from tdpass.constraints.base import Constraint
+from tdpass.constraints.in_format import InFormat
+from tdpass.cost import Budget, BudgetValue
+from tdpass.data import calls_of
+from tdpass.errors import UsageError
+from tdpass.form import DENSE, Form
+from tdpass.formats.metric import Metric
+from tdpass.measures import counted
+from tdpass.methods.assembled import Assembled
+from tdpass.methods.base import register_method
+from tdpass.methods.calibrated import answers_of, metrics_of
+from tdpass.methods.factored import Factored
+from tdpass.methods.menu import Menu
+from tdpass.methods.tariff import Tariff
+from tdpass.models import open_model
+from tdpass.targets import Target
+from tdpass.training.choices import Choices
+from tdpass.training.parametrized import Parametrized, dense_values, parametrized, with_parametrizations
+from tdpass.training.phases import Phase
+from tdpass.training.placement import Template, bare
+from tdpass.training.rank_search import Answers, Approach, Prices, RankSearch
+from tdpass.training.schedules import Geometric, ScheduleSpec, as_schedule
+from tdpass.training.terms import Term
+
+Sliced = Literal["svd", "channel_svd", "input_svd", "spatial_svd", "tucker2"]
+_COOLING = Geometric(2.0, 0.2)
+
+
+@register_method
+@dataclass
+class Haloc(Factored):
+    """min_{W, alpha} f(sum_c p_lc W_lc) + penalty * E[cost], p_l = softmax((alpha_l + g) / tau) over the forms of layer l.
+
+    Xiao, Zhang, Gong, Yin, Sui, Xiang, Tao, Yuan: HALOC: Hardware-Aware Automatic Low-Rank Compression, AAAI 2023.  The
+    forms of a layer are dense and up to `ranks` ranks of each of `formats`, both Tucker ranks free; all ranks of a format
+    are the leading parts of one ordered set of factors (`Choices`), so that a step costs what the dense network does.
+
+    In turn: *warm*, all forms alike, before any has a price;  *search*, where steps of the weights alternate with steps of
+    alpha on the calibration data, which the weights do not see: KL(dense || network) + penalty * E[cost] (`RankSearch`);
+    then the most probable forms, or the most probable ones that a `budget` allows, are chosen, and *tune* trains them
+    alone.  In the first two every candidate is drawn to the original layer's output by `approach` (`Approach`).  Without
+    calibration data alpha learns from the training batches.  Phases without rounds are left out.
+
+    The cost is `measure`, or what a `target` tells of the sites, for calls of `batch` samples on `threads` threads, both
+    as shares of the dense ones; under a budget it is how far the cost is from that.  The report says what it was
+    predicted to be and what the assembled network takes.
+    """
+
+    name = "haloc"
+    format = "svd"
+
+    budget: Mapping[str, BudgetValue] | None = None
+    penalty: float = 1.0
+    measure: str = "macs"
+    target: str | Target | None = None
+    batch: int = 1
+    threads: int = 1
+    formats: Sequence[Sliced] = ("svd", "channel_svd", "spatial_svd", "tucker2")
+    ranks: int = 6
+    warm: int = 2
+    search: int = 10
+    tune: int = 8
+    every: int = 1
+    rate: float = 0.02
+    temperature: ScheduleSpec = _COOLING
+    approach: float = 0.1
+    samples: int = 512
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+    cache: Path | None = None
+    forms: dict[str, str] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        known = get_args(Sliced)
+        if not self.formats or not set(self.formats) <= set(known):
+            raise UsageError(f"formats={tuple(self.formats)}: {self.name} chooses among {', '.join(known)}")
+        if self.measure not in counted():
+            raise UsageError(f"measure={self.measure!r} is not counted; give one of {', '.join(counted())}, or a target")
+        if self.ranks < 1 or self.every < 1 or self.samples < 1:
+            raise UsageError(f"ranks={self.ranks}, every={self.every}, samples={self.samples} are counts; give 1 or more")
+        for name in ("penalty", "rate", "approach"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name}={getattr(self, name)} is no number of at least 0")
+        as_schedule(self.temperature, "temperature")
+
+    @torch.no_grad()
+    def choose(self, model: nn.Module) -> None:
+        self.opened = open_model(model, self.example)
+        example = self.opened.example()
+        if example is not None:
+            self.opened.observe(example)
+        calls = [] if self.calibration is None else calls_of(self.opened, self.calibration, self.samples)[0]
+        device = next(model.parameters()).device
+        self.batches = [batch.map(lambda tensor: tensor.to(device)) for batch in calls]
+        self.limit, self.tariff = self._limited(None if self.budget is None else Budget.parse(self.budget))
+        self.menus = {name: Menu.of(site, self.formats, self.ranks, self.tariff) for name, site in self.sites.items()}
+        self.whole = sum(menu.costs[0] for menu in self.menus.values())
+        self._allocated({name: np.zeros(len(menu.forms)) for name, menu in self.menus.items()})  # or it is refused before training
+        self.answers = Answers(self.batches, answers_of(model, self.batches)) if self.batches else None
+        self.metrics = metrics_of(self.opened, list(self.sites.values()), self.batches) if self.batches else dict.fromkeys(self.sites, Metric())
+
+    def _limited(self, budget: Budget | None) -> tuple[float, Tariff]:
+        """The most that the sites may cost together, and how that is counted."""
+        tariff = Tariff.on_target(self, budget) or Tariff(self.measure)
+        if budget is not None:
+            measure, limit = self.limit_of(budget, tariff.price(self.format_of))
+            return limit, tariff if tariff.target else Tariff(measure)
+        if tariff.measure == "macs" and not all(site.seen for site in self.sites.values()):
+            raise UsageError("multiply-adds as the cost need to see the model running; pass example_inputs=, or measure='params'")
+        return math.inf, tariff
+
+    def restructured(self, model: nn.Module) -> nn.Module:
+        self.dense = Template(model)
+        made = {name: partial(Choices, site, self.menus[name].forms[1:], self.metrics[name]) for name, site in self.sites.items()}
+        network = with_parametrizations(model, made)
+        layers = parametrized(network, self.sites)
+        self.originals = {name: layer.originals[0].detach().clone() for name, layer in layers.items()}
+        self.begins = {name: -Approach(layers, self.originals, 0.0).distances(name) for name in layers}
+        self.trains, self.replaces = (sum(parameter.numel() for parameter in net.parameters()) for net in (network, model))
+        return network
+
+    def parameters_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        try:
+            self.layers = parametrized(model, self.sites)
+        except AttributeError:
+            raise UsageError(f"the model does not hold choices; attach {self.name} to the module that prepare() returned") from None
+        self.network = bare(model)
+        return {f"{name}.{k}": part for name, layer in self.layers.items() for k, part in enumerate(layer.originals)}
+
+    def phases(self) -> Sequence[Phase]:
+        return [
+            Phase("warm", self.warm, partial(self._begin_search, 0)),
+            Phase("search", self.search, partial(self._begin_search, self.every)),
+            Phase("tune", self.tune, self._begin_tuning),
+        ]
+
+    def _begin_search(self, every: int) -> list[Term]:
+        costs = {name: torch.tensor(menu.costs) / self.whole for name, menu in self.menus.items()}
+        prices = Prices(costs, self.limit / self.whole if math.isfinite(self.limit) else 0.0)
+        self.learning = RankSearch(
+            self.network, self._choices(self.layers), self.begins, prices, as_schedule(self.temperature, "temperature"),
+            rate=self.rate, penalty=self.penalty, every=every, answers=self.answers,
+        )  # fmt: skip
+        return [self.learning, Approach(self.layers, self.originals, self.approach)]
+
+    def _begin_tuning(self) -> list[Term]:
+        self._settle(self.layers)
+        if self.batches:
+            open_model(self.network).recalibrate_batchnorm(self.batches)
+        return []
+
+    def _decide(self) -> None:
+        """Choose the forms, once."""
+        if self.forms:
+            return
+        draws = {name: choice.draw for name, choice in self._choices(self.layers).items()}
+        logits = {name: self.begins[name] if draw is None else draw.logits.detach() for name, draw in draws.items()}
+        found = self._allocated({name: -torch.log_softmax(value.double().cpu(), 0).numpy() for name, value in logits.items()})
+        self.forms = {name: str(self.menus[name].forms[k]) for name, k in found.items()}
+
+    def _settle(self, layers: Mapping[str, Parametrized]) -> None:
+        """Let the weights be of the forms that are chosen."""
+        self._decide()
+        for name, choice in self._choices(layers).items():
+            choice.chosen = choice.forms.index(Form.parse(self.forms[name]))
+
+    def _allocated(self, losses: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, int]:
+        """The form of each site of least summed loss within the limit."""
+        options = {name: Options(np.array(self.menus[name].costs), loss) for name, loss in losses.items()}
+        return allocate(options, self.limit, self.tariff.text)
+
+    def _choices(self, layers: Mapping[str, Parametrized]) -> dict[str, Choices]:
+        return {name: layer.made_by for name, layer in layers.items() if isinstance(layer.made_by, Choices)}
+
+    def constraints(self, weights: Mapping[str, Tensor]) -> Mapping[str, Constraint]:
+        forms = {name: Form.parse(text) for name, text in self.forms.items()}
+        return {name: InFormat(self.sites[name], form.format, form.rank) for name, form in forms.items() if form != DENSE}
+
+    def facts(self) -> dict[str, Any]:
+        return {"forms": self.forms}
+
+    def recall(self, facts: Mapping[str, Any]) -> None:
+        self.forms = dict(facts["forms"])
+
+    def merged(self, model: nn.Module) -> nn.Module:
+        trained = super().merged(model)
+        self._settle(parametrized(trained, self.sites))
+        return self.dense.holding(dense_values(trained, self.dense.names), trained.training)
+
+    def close(self, model: nn.Module) -> Artifact:
+        artifact = super().close(model)
+        chosen = {name: menu.costs[menu.forms.index(Form.parse(self.forms[name]))] for name, menu in self.menus.items()}
+        dense = {name: menu.costs[0] for name, menu in self.menus.items()}
+        batch, largest = self.batches[0] if self.batches else self.opened.example(), max(dense, key=lambda name: dense[name])
+        Assembled(self.tariff, dense, chosen).weigh(self.opened, artifact, batch, self.sites[largest])
+        count, times = sum(len(menu.forms) for menu in self.menus.values()), f"{self.trains / self.replaces:.2f} times those of the dense model"
+        artifact.report.note(f"{self.name} chose among {count} forms of {len(self.menus)} sites and trained {self.trains:,} parameters, {times}")
+        if self.answers is None:
+            artifact.report.note("without calibration data the forms were chosen on the batches that the weights learned from")
+        return artifact

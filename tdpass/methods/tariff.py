@@ -1,0 +1,75 @@
+"""What a method pays for forms and ranks: one measure, counted or told by a target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from tdpass.constraints.rank_budget import Price
+from tdpass.cost import Budget, amount
+from tdpass.errors import BudgetError
+from tdpass.files import cache_folder
+from tdpass.form import DENSE, Form, Rank
+from tdpass.formats.base import cost_of
+from tdpass.measures import MEASURES
+from tdpass.planner.prices import deciding
+from tdpass.site import Site
+from tdpass.targets import ONE_CALL, Setting, Target, open_target
+
+
+class OnTarget(Protocol):
+    """The options of a method whose prices are those of a machine: calls of `batch` samples on `threads` threads."""
+
+    target: str | Target | None
+    batch: int
+    threads: int
+    cache: Path | None
+
+
+@dataclass(frozen=True)
+class Tariff:
+    """Amounts of one measure; without a target it is one that is counted."""
+
+    measure: str
+    target: Target | None = None
+    setting: Setting = ONE_CALL
+
+    @classmethod
+    def on_target(cls, on: OnTarget, budget: Budget | None) -> Tariff | None:
+        """That of the measure which the budget bounds, else of what the target tells first; None without a target.
+
+        Raises `BudgetError` for a budget on what the target does not tell.
+        """
+        if on.target is None:
+            return None
+        target = open_target(on.target, "torch", on.cache or cache_folder())
+        if budget is not None and not set(budget.measures) & set(target.measures):
+            tells = ", ".join(target.measures)
+            raise BudgetError(f"budget {budget} bounds nothing that target {target.name} tells; bound one of {tells}, or leave target out")
+        return cls(deciding(target, budget)[0], target, Setting(on.batch, on.threads))
+
+    def amounts(self, site: Site, forms: Sequence[Form]) -> list[float]:
+        """What the site costs in each form."""
+        costs = [cost_of(site, form) for form in forms] if self.target is None else self.target.cost(site, forms, self.setting)
+        return [cost.get(self.measure) for cost in costs]
+
+    def text(self, value: float) -> str:
+        """An amount as people read it."""
+        return f"{amount(self.measure, value)} {self.measure}" if MEASURES.get(self.measure).whole else amount(self.measure, value)
+
+    def price(self, format_of: Callable[[Site], str]) -> Price:
+        """What a site costs at a rank of its format, or dense."""
+
+        def price(site: Site, rank: Rank | None) -> float:
+            (amount,) = self.amounts(site, [DENSE if rank is None else Form(format_of(site), rank)])
+            return amount
+
+        return price
+
+
+def price_on_target(on: OnTarget, budget: Budget | None, format_of: Callable[[Site], str]) -> Price | None:
+    """What a site costs there at a rank, in the measure that decides; None without a target."""
+    tariff = Tariff.on_target(on, budget)
+    return None if tariff is None else tariff.price(format_of)

@@ -1,0 +1,176 @@
+"""HALOC: forms chosen while training, under what they cost on a machine; what was predicted is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tdpass
+from tdpass.errors import BudgetError, UsageError
+from tdpass.form import DENSE, Form
+from tdpass.formats.base import FORMATS, cost_of, shrinks
+from tdpass.methods import Haloc
+from tdpass.methods.menu import Menu
+from tdpass.methods.tariff import Tariff
+from tdpass.models import Batch, Model
+from tdpass.site import Site
+from tdpass.targets import Setting, Target, TimedTarget, Timing, open_target
+from tdpass.training.batches import Batches
+
+CONV = Site("c", "conv", (32, 24, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), extents=(((8, 8), (8, 8)),))
+SHORT: dict[str, Any] = {"warm": 1, "search": 3, "tune": 1, "ranks": 3}
+
+
+class Machine(TimedTarget):
+    """A machine on which time follows multiply-adds, and whole networks take something besides their layers."""
+
+    name = "machine"
+
+    def __init__(self, rest: float = 0.0, surprise: float = 1.0) -> None:
+        super().__init__()
+        self.rest, self.surprise = rest, surprise
+
+    @classmethod
+    def open(cls, way: str, frontend: str, cache: Path | None) -> Target:
+        return cls()
+
+    def time(self, site: Site, forms: Sequence[Form], setting: Setting, careful: bool = False) -> list[Timing]:
+        return [Timing(cost_of(site, form).macs * 1e-9, "fake") for form in forms]
+
+    def time_models(self, models: Sequence[Model], batch: Batch, setting: Setting, yardstick: Site | None = None) -> list[float]:
+        times = []
+        for model in models:
+            layers = [(site, model.layer(site.name)) for site in model.sites()]
+            whole = sum(cost_of(site, DENSE if layer is None else layer.form).macs * 1e-9 for site, layer in layers)
+            changed = any(layer is not None for _, layer in layers)
+            times.append((self.rest + whole) * (self.surprise if changed else 1.0))
+        return times
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm, self.two = nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12), nn.Conv2d(12, 16, 3, padding=1)
+        self.out = nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.two(torch.relu(self.norm(self.one(x))))).mean((2, 3)))
+
+
+def network() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def images(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Two kinds of stripes, in noise."""
+    labels = torch.arange(count) % 2
+    stripes = torch.stack([torch.eye(8)[::2].repeat_interleave(2, 0), torch.eye(8).flip(0)])
+    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) * 0.3 + stripes[labels, None], labels
+
+
+def train(calibration: Tensor | None = None, **options: Any) -> tdpass.Artifact:
+    x = torch.zeros(2, 1, 8, 8)
+    common: dict[str, Any] = {"settings": {"lr": 0.05}, "control": False, "example_inputs": x, "calibration": calibration}
+    return tdpass.train(network(), Batches(*images(64, 1), 16), Haloc(**{**SHORT, **options}), **common)
+
+
+@pytest.mark.parametrize("target", [None, "systolic:gemmini", Machine()])
+def test_a_menu_holds_few_forms_that_are_cheaper_than_dense(target: str | Target | None) -> None:
+    tariff = Tariff("macs") if target is None else Tariff(open_target(target, "torch").measures[0], open_target(target, "torch"))
+    menu = Menu.of(CONV, ("svd", "spatial_svd", "tucker2"), 5, tariff)
+    assert menu.forms[0] == DENSE
+    assert menu.costs == tuple(tariff.amounts(CONV, menu.forms))
+    assert {form.format for form in menu.forms[1:]} == {"spatial_svd", "tucker2"}
+    assert all(cost < menu.costs[0] for cost in menu.costs[1:])
+    assert all(shrinks(CONV, form.format, form.rank) for form in menu.forms[1:])
+    for name in ("spatial_svd", "tucker2"):
+        ranks = [form.rank for form in menu.forms if form.format == name]
+        assert 2 <= len(ranks) <= 5
+        if target is not None:
+            assert set(ranks) <= set(tariff.target.filling(CONV, name, FORMATS.get(name).ranks(CONV)))
+    assert any(len(set(form.rank)) > 1 for form in menu.forms)  # the two Tucker ranks may differ
+
+
+def test_a_budget_on_seconds_is_met_and_prediction_is_held_against_measurement() -> None:
+    artifact = train(images(32, 2)[0], budget={"seconds": 0.4}, target=Machine(rest=1e-5, surprise=1.1))
+    report = artifact.report
+    dense = sum(choice.dense.macs for choice in artifact.plan) * 1e-9
+    chosen = sum(cost_of(site, artifact.plan.get(site.name).form).macs for site in sites_seen()) * 1e-9
+    assert chosen <= 0.4 * dense
+    assert report.checks["predicted_seconds"] == pytest.approx(1e-5 + chosen)
+    assert report.checks["measured_seconds"] == pytest.approx(1.1 * (1e-5 + chosen))
+    assert report.original.seconds == pytest.approx(1e-5 + dense)
+    assert report.final.seconds == report.checks["measured_seconds"]
+    assert report.target == "machine, batch 1, 1 thread"
+    assert any("+10.0%" in note for note in report.notes)
+
+
+def sites_seen() -> list[Site]:
+    model = tdpass.open_model(network(), torch.zeros(2, 1, 8, 8))
+    model.observe(Batch((torch.zeros(2, 1, 8, 8),)))
+    return list(model.sites())
+
+
+def test_on_a_modelled_target_prediction_and_measurement_are_the_same() -> None:
+    checks = train(target="systolic:gemmini", budget={"cycles": 0.7}).report.checks
+    assert checks["predicted_cycles"] == checks["measured_cycles"] > 0
+
+
+def test_the_dense_answers_keep_what_the_network_needs() -> None:
+    """With calibration data alone, no price and many steps, what is chosen answers nearly as the dense network does."""
+    data, labels = images(64, 2)
+    model, batches = network(), Batches(*images(64, 1), 16)
+    settings = {"lr": 0.05, "schedule": 1.0}
+    common: dict[str, Any] = {"example_inputs": data[:2], "calibration": data, "pretrain": 12, "control": False, "settings": settings}
+    artifact = tdpass.train(model, batches, Haloc(penalty=0.3, search=8, tune=2, ranks=3), **common)
+    right = float((artifact.model(data).argmax(1) == labels).float().mean())
+    assert right > 0.95
+    assert artifact.report.final.macs < 0.7 * artifact.report.original.macs
+    assert not any("without calibration data" in note for note in artifact.report.notes)
+    assert any("without calibration data" in note for note in train().report.notes)
+
+
+def test_a_higher_penalty_buys_a_cheaper_network() -> None:
+    macs = [train(penalty=penalty, search=12, rate=0.1).report.final.macs for penalty in (0.0, 30.0)]
+    assert macs[1] < 0.5 * macs[0]
+
+
+def test_counted_costs_are_predicted_exactly() -> None:
+    checks = train(budget={"params": 0.5}).report.checks
+    assert checks["predicted_params"] == checks["measured_params"]
+    assert train(measure="bytes").report.checks.keys() >= {"predicted_bytes", "measured_bytes"}
+
+
+def test_the_prepared_network_is_what_is_attached() -> None:
+    model, method = network(), Haloc(**SHORT)
+    method.prepare(model, torch.zeros(2, 1, 8, 8))
+    with pytest.raises(UsageError, match=r"prepare\(\) returned"):
+        method.attach(model, torch.optim.SGD(model.parameters(), 0.1), every=2)
+    with pytest.raises(UsageError, match="measure='params'"):
+        Haloc(**SHORT).prepare(network())
+
+
+def test_a_budget_on_what_the_target_does_not_tell_is_refused() -> None:
+    for name in ("haloc", "batude", "lc"):
+        method = tdpass.methods.METHODS.get(name)(budget={"macs": 0.5}, target="systolic:gemmini")
+        with pytest.raises(BudgetError, match="bounds nothing that target systolic tells"):
+            method.prepare(network(), torch.zeros(2, 1, 8, 8))
+
+
+WRONG: list[dict[str, Any]] = [
+    {"formats": ["tensor_ring"]}, {"formats": []}, {"measure": "seconds"}, {"ranks": 0}, {"every": 0}, {"penalty": -1.0}, {"approach": -1.0},
+    {"temperature": -1.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_options_are_checked(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(UsageError, match=name):
+        Haloc(**wrong)
