@@ -49,7 +49,7 @@ def tdpass_rows(name: str, budgets: Sequence[float], finetune: bool, formats: Se
 
 def resnets(options: argparse.Namespace) -> None:
     """The accuracy table of the networks on CIFAR-10."""
-    cifar.data_folder()
+    cifar.data()
     table = Table(options.out or "accuracy.csv", COLUMNS)
     for name in options.networks:
         for row in tdpass_rows(name, options.budgets, options.finetune, options.formats):
@@ -95,7 +95,7 @@ def encoder(options: argparse.Namespace) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--networks", nargs="+", default=list(cifar.BLOCKS), choices=list(cifar.BLOCKS))
+    parser.add_argument("--networks", nargs="+", default=list(cifar.DENSE_ACCURACY), choices=list(cifar.DENSE_ACCURACY))
     parser.add_argument("--budgets", nargs="+", type=float, help="fractions (default: 0.8 0.7 0.6 0.5 0.4; with --minilm down to 0.5)")
     parser.add_argument("--formats", nargs="+", default=[], help="restrict tdpass to these formats")
     parser.add_argument("--peers", action="store_true", help="run the other tools too")

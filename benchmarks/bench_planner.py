@@ -28,11 +28,11 @@ import torch
 from torch import Tensor, nn
 
 import tdpass
-from benchmarks.nets import ResNet
 from benchmarks.results import Table, show
 from tdpass.formats import FORMATS
 from tdpass.formats.metric import Metric
 from tdpass.site import Site
+from tdpass.zoo.resnet import ResNet
 
 COLUMNS = ("case", "seconds", "peak_mib", "goal", "met", "detail")
 Figures = dict[str, str | float]

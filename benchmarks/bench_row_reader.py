@@ -18,16 +18,16 @@ import onnxruntime
 import torch
 
 import tdpass
-from benchmarks import mnist
 from benchmarks.results import Table, show
 from tdpass.clock import on_cpu
+from tdpass.zoo.row_reader import RowReader, row_reader
 
 COLUMNS = ("batch", "runtime", "milliseconds", "over_best_dense")
 
 
 def dense_calls(batch: int, folder: Path) -> dict[str, Callable[[], Any]]:
     """One call of the dense network in each runtime."""
-    model, x = mnist.RowReader().eval(), torch.randn(batch, 1, 28, 28)
+    model, x = RowReader().eval(), torch.randn(batch, 1, 28, 28)
     path = folder / f"dense_{batch}.onnx"
     torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
     options = onnxruntime.SessionOptions()
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("artifact", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    small = tdpass.load(options.artifact, mnist.row_reader()).eval()
+    small = tdpass.load(options.artifact, row_reader()).eval()
     table = Table("row_reader.csv", COLUMNS)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         for batch in (1, 8, 64):

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import cifar, mnist
+from benchmarks import cifar
 from benchmarks.results import Table, show
+from tdpass.datasets import open_dataset
 from tdpass.methods import make_method
 from tdpass.training.batches import Batches
 from tdpass.training.loop import cross_entropy
+from tdpass.zoo import lenet5
 
 COLUMNS = (
     "model",
@@ -54,10 +56,15 @@ class Case:
     calibration: Callable[[], torch.Tensor] | None = None
 
 
+def mnist() -> Batches:
+    """Shuffled batches of 128 training images of MNIST."""
+    return open_dataset("mnist").batches()
+
+
 CASES = {
-    "lenet5": Case(mnist.lenet5, mnist.training, (2, 1, 28, 28), {"admm-nn": {"keep": 4500, "rho": 1e-3}}, 48),
+    "lenet5": Case(lenet5, mnist, (2, 1, 28, 28), {"admm-nn": {"keep": 4500, "rho": 1e-3}}, 48),
     "lenet5_surgery": Case(
-        mnist.lenet5, mnist.training, (2, 1, 28, 28), {"admm-nn": {"keep": 4500, "rho": 1e-3, "metric": "fisher", "pruning": "surgery"}}, 48
+        lenet5, mnist, (2, 1, 28, 28), {"admm-nn": {"keep": 4500, "rho": 1e-3, "metric": "fisher", "pruning": "surgery"}}, 48
     ),
     "resnet20": Case(cifar.resnet20, cifar.training, (2, 3, 32, 32), {"admm-tt": {"budget": {"macs": 0.5}, "format": "tucker2"}}, 8),
     "resnet20_planned": Case(cifar.resnet20, cifar.training, (2, 3, 32, 32), {"admm-tt": {"start": {"params": 0.2}}}, 24, cifar.calibration),

@@ -2,7 +2,7 @@
 
     make demo          # or: python -m benchmarks.demo [--out out/demo]
 
-The digits come with scikit-learn.  The network is compressed to 35 % of its multiply-adds as a torch module; then its
+The digits come with tdpass.  The network is compressed to 35 % of its multiply-adds as a torch module; then its
 dense ONNX export is compressed by the same plan, and the two results and the original are held against each other.
 Exits with 1 if they disagree.
 """
@@ -21,52 +21,22 @@ import onnx
 import onnxruntime
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import tdpass
 from tdpass.cli import main as tdpass_command
+from tdpass.datasets import open_dataset
+from tdpass.zoo import digits_net
 
 BUDGET = 0.35
 AGREEMENT = 1e-4  # largest relative difference between the torch and the ONNX result
 WORST_LOSS = 3.0  # percentage points of accuracy that compression may cost
-Split = tuple[Tensor, Tensor]
 
 
-class Digits(nn.Module):
-    """A convolutional network for 8 x 8 images: two stages with batch-norm, the second with a residual block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
-        self.widen = nn.Sequential(nn.Conv2d(32, 64, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(64), nn.ReLU())
-        self.block = nn.Sequential(
-            nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)
-        )
-        self.hidden = nn.Linear(64 * 2 * 2, 128)
-        self.classes = nn.Linear(128, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Class scores of `[n, 1, 8, 8]` images."""
-        x = self.widen(self.stem(x))
-        x = F.max_pool2d(F.relu(self.block(x) + x), 2)
-        return self.classes(F.relu(self.hidden(x.flatten(1))))
-
-
-def splits() -> tuple[Split, Split, Split]:
-    """Training (1,181), calibration (256) and test (360) images with their classes; always the same ones."""
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).float().div(16).unsqueeze(1)
-    classes = torch.from_numpy(digits.target).long()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    test, calibration, training = order[:360], order[360:616], order[616:]
-    return (images[training], classes[training]), (images[calibration], classes[calibration]), (images[test], classes[test])
-
-
-def train(images: Tensor, classes: Tensor, epochs: int = 12) -> Digits:
+def train(images: Tensor, classes: Tensor, epochs: int = 12) -> nn.Module:
     """A trained network in evaluation mode."""
     torch.manual_seed(0)
-    model, generator = Digits(), torch.Generator().manual_seed(0)
+    model, generator = digits_net(), torch.Generator().manual_seed(0)
     steps = epochs * -(-len(images) // 64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps)
@@ -110,7 +80,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="where the model, plan and report go")
     out: Path = parser.parse_args().out
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    (images, classes), (calibration, _), (unseen, truth) = splits()
+    digits = open_dataset("digits")
+    images, calibration, unseen = (digits.inputs(part) for part in ("training", "calibration", "test"))
+    classes, truth = digits.training.targets, digits.test.targets
 
     start = time.perf_counter()
     dense = train(images, classes)
@@ -128,7 +100,7 @@ def main() -> int:
 
     tdpass_command(["report", str(out)])
 
-    loaded = tdpass.load(out / "model.safetensors", Digits().eval())
+    loaded = tdpass.load(out / "model.safetensors", digits_net().eval())
     answers = {
         "dense, torch": run_torch(dense, unseen),
         "compressed, torch": run_torch(small.model, unseen),

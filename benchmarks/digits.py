@@ -1,4 +1,4 @@
-"""Small networks for the kinds of output that tasks read, trained on the digits of scikit-learn, with scores."""
+"""Small networks for the kinds of output that tasks read, trained on handwritten digits, with scores."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tdpass.datasets.digits import stored
 
 SCALE = 320.0
 CANVAS = 24
@@ -44,14 +46,10 @@ class Task:
 
 
 def _digits(train: bool) -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    held = torch.arange(len(labels)) % 4 == 0
+    found = stored()
+    held = torch.arange(len(found)) % 4 == 0
     chosen = ~held if train else held
-    return torch.tensor(images, dtype=torch.float32).reshape(-1, 1, CELL, CELL)[chosen] / 16, torch.tensor(
-        labels
-    )[chosen].long()
+    return found.inputs[chosen].float() / 16, found.targets[chosen]
 
 
 def _drawn(count: int, seed: int, train: bool) -> tuple[Tensor, Tensor, torch.Generator]:

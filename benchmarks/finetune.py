@@ -25,13 +25,14 @@ def distil(
     SGD at a usual rate diverges.
     """
     model, teacher = copy.deepcopy(model), teacher.eval()
-    pixels, _ = cifar.cut("training")
+    data = cifar.data()
+    pixels = data.training.inputs
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * (len(pixels) // batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     warm_up = steps // 10
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps)))
-    tuning = cifar.normalise(cifar.augment(cifar.cut("tuning")[0], torch.Generator().manual_seed(2)))
+    tuning = data.prepared(data.augment(data.tuning.inputs, torch.Generator().manual_seed(2)))
     best, kept = _divergence(model, teacher, tuning), copy.deepcopy(model.state_dict())
     step = 0
     for _ in range(epochs):
@@ -39,7 +40,7 @@ def distil(
         for chosen in torch.randperm(len(pixels), generator=generator).split(batch):
             if len(chosen) < batch:
                 continue
-            x = cifar.normalise(cifar.augment(pixels[chosen], generator)).to(memory_format=torch.channels_last)
+            x = data.prepared(data.augment(pixels[chosen], generator))
             with torch.no_grad():
                 target = F.log_softmax(teacher(x) / temperature, 1)
             optimizer.zero_grad()

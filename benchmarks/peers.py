@@ -112,11 +112,11 @@ def torch_pruning(criterion: str, name: str, budgets: Sequence[float], steps: in
     pruner = tp.pruner.BasePruner(
         model, torch.zeros(1, 3, 32, 32), importance, global_pruning=True, pruning_ratio=0.95, iterative_steps=steps, ignored_layers=kept
     )
-    pixels, labels = cifar.cut("calibration")
+    inputs, labels = cifar.calibration(), cifar.data().calibration.targets
     start, waiting = time.perf_counter(), sorted(budgets, reverse=True)
     for _ in range(steps):
         model.zero_grad()
-        for x, y in zip(cifar.normalise(pixels).split(128), labels.split(128), strict=True):
+        for x, y in zip(inputs.split(128), labels.split(128), strict=True):
             F.cross_entropy(model(x), y, reduction="sum").div(len(labels)).backward()
         pruner.step()
         while waiting and cifar.macs(model) <= waiting[0] * full:
@@ -178,7 +178,7 @@ def run(name: str, method: str, budgets: Sequence[float], finetune: bool = False
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--networks", nargs="+", default=list(cifar.BLOCKS), choices=list(cifar.BLOCKS))
+    parser.add_argument("--networks", nargs="+", default=list(cifar.DENSE_ACCURACY), choices=list(cifar.DENSE_ACCURACY))
     parser.add_argument("--methods", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
     options = parser.parse_args()

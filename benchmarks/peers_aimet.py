@@ -42,8 +42,7 @@ def compress(dense: nn.Module, target: Decimal, scores: str | None) -> nn.Module
     from aimet_torch.compress import ModelCompressor
     from aimet_torch.defs import SpatialSvdParameters
 
-    pixels, labels = cifar.cut("calibration")
-    inputs = cifar.normalise(pixels)
+    inputs, labels = cifar.calibration(), cifar.data().calibration.targets
 
     def accuracy(model: nn.Module, iterations: int | None, use_cuda: bool = False) -> float:
         with torch.no_grad():

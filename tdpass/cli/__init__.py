@@ -22,8 +22,8 @@ _VERBS = (inspect, plan, compress, train, deploy, verify, bench, report, doctor)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code.
 
-    0: done; 1: a model, budget or plan was refused, or a check failed; 2: wrong usage; 70: an error of tdpass itself;
-    130: interrupted.  Every error is one line on stderr, after the traceback where `--debug` is given.
+    0: done; 1: a model, budget or plan was refused, or a check failed; 2: wrong usage; 3: training destroyed the network, whose
+    files are written; 70: an error of tdpass itself; 130: interrupted.  Every error is one line on stderr, after the traceback where `--debug` is given.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:

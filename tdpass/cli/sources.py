@@ -13,7 +13,7 @@ from torch import nn
 
 import tdpass
 from tdpass.errors import InvalidModelError, UsageError
-from tdpass.methods.recipe import made_by
+from tdpass.methods.objects import made_by
 from tdpass.models import load_program
 
 Kind = Literal["onnx", "pt2", "factory", "safetensors"]

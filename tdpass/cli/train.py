@@ -10,21 +10,30 @@ from torch import nn
 
 from tdpass.cli.arguments import Verbs, add_verb, count
 from tdpass.cli.output import Output
+from tdpass.datasets import SOURCES
 from tdpass.errors import UsageError
 from tdpass.files import write_text
 from tdpass.html_report import render_html
-from tdpass.methods.recipe import Recipe, names
+from tdpass.methods.recipe import Recipe, names, starting_recipe
 from tdpass.report import TrainingRow
 from tdpass.terminal import report_view
 from tdpass.views.tables import Part
+from tdpass.views.training import destroyed
+
+DESTROYED = 3  # the exit code where training went through and left a network that is no use
 
 
 def add(verbs: Verbs) -> None:
     """Declare the verb."""
-    example = "tdpass train lenet5_admm_nn --folder runs/lenet5 --seed 1"
+    example = "tdpass train lenet5_admm_nn --data digits --folder runs/lenet5"
     parser = add_verb(verbs, "train", run, "compress a model while training it, as a recipe says", example)
-    parser.add_argument("recipe", metavar="RECIPE", help=f"a YAML file, or one that comes with tdpass: {', '.join(names())}")
-    parser.add_argument("--folder", metavar="DIR", type=Path, required=True, help="where checkpoints, the log, the model and its report go")
+    known = f"a YAML file, or one that comes with tdpass: {', '.join(names())}"
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help=known)
+    parser.add_argument("--folder", metavar="DIR", type=Path, help="where checkpoints, the log, the model and its report go")
+    sources = ", ".join(source.example for source in SOURCES)
+    parser.add_argument("--data", metavar="DATA", help=f"train on this instead of the recipe's data: {sources}")
+    init = "write a commented recipe for package.module:factory to RECIPE (default: recipe.yaml), and train nothing"
+    parser.add_argument("--init", metavar="MODEL", help=init)
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in the folder")
     parser.add_argument("--seed", metavar="N", type=int, help="instead of the recipe's")
     change = "change the recipe: finetune=2, method.admm-nn.keep=3000; may be repeated"
@@ -33,10 +42,25 @@ def add(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
-    """Train, save the model with its plan and report, and show the report."""
-    recipe = Recipe.load(arguments.recipe).with_options(arguments.set)
-    if arguments.seed is not None:
-        recipe = recipe.seeded(arguments.seed)
+    """Train, save the model with its plan and report, and show the report; or write a recipe."""
+    if arguments.init:
+        return _init(arguments, out)
+    if arguments.recipe is None:
+        raise UsageError(f"name a recipe: a YAML file, or one of {', '.join(names())}; --init package.module:factory writes one to start from")
+    if arguments.folder is None:
+        raise UsageError("name a folder for checkpoints, the model and its report with --folder, such as --folder runs/one")
+    return _train(_recipe(arguments), arguments, out)
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    recipe = Recipe.load(arguments.recipe)
+    if arguments.data is not None:
+        recipe = recipe.with_data(arguments.data)
+    recipe = recipe.with_options(arguments.set)
+    return recipe if arguments.seed is None else recipe.seeded(arguments.seed)
+
+
+def _train(recipe: Recipe, arguments: argparse.Namespace, out: Output) -> int:
     folder: Path = arguments.folder
     if folder.exists() and any(folder.glob("*/step-*")) and not arguments.resume:
         raise UsageError(f"{folder} holds checkpoints of an earlier run; give --resume to go on with it, or another --folder")
@@ -58,6 +82,17 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
         return [*report_view(artifact.report, artifact.plan, width), "", written]
 
     out.show({"folder": str(folder), "report": json.loads(artifact.report.to_json())}, view)
+    return DESTROYED if destroyed(artifact.report) else 0
+
+
+def _init(arguments: argparse.Namespace, out: Output) -> int:
+    path = Path(arguments.recipe or "recipe.yaml")
+    if path.exists():
+        raise UsageError(f"{path} is there already; name another file: tdpass train other.yaml --init {arguments.init}")
+    text = starting_recipe(arguments.init, arguments.data or "digits")
+    write_text(path, text)
+    written = f"wrote {path}; edit it, then: tdpass train {path} --folder runs/{path.stem}"
+    out.show({"recipe": str(path)}, lambda width: [written])
     return 0
 
 

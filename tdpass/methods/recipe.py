@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from tdpass.artifact import Artifact
+from tdpass.datasets import Augment, is_dataset, open_dataset
 from tdpass.documents import Count, Document, Size, read_yaml, register_document, yaml_value
-from tdpass.errors import InvalidModelError, TdpassError, UsageError
+from tdpass.errors import UsageError
 from tdpass.methods.base import make_method
+from tdpass.methods.material import gathered
 from tdpass.methods.run import train
 from tdpass.methods.same_run import check_same_run
-from tdpass.methods.stages import Score
 from tdpass.report import TrainingRow
 from tdpass.training.settings import Settings
+from tdpass.zoo import NETS
 
-_SHIPPED = Path(__file__).parent.parent / "recipes" / "training"
+_RECIPES = Path(__file__).parent.parent / "recipes"
+_SHIPPED = _RECIPES / "training"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `tdpass.train` is called with; objects are named `package.module:name`.
+    """What `tdpass.train` is called with.
 
-    `model()` makes the dense network, `data(seed)` the training batches, `evaluate(model)` scores on data that is not the test data,
-    `test(model)` on the test data; `calibration()` gives the data of a pipeline; `example` is the shape of one input.  The rest is as `tdpass.train` has it.
+    `model` is a network of `tdpass.zoo` by name or `package.module:name`, which `model()` makes.  `data` is what
+    `tdpass.datasets.open_dataset` opens, or `package.module:name`, where `data(seed)` returns the training batches.  `evaluate`
+    (not on test data) and `test` score the model: a part of the data set (`tuning`, `test`), on which accuracy is measured, or
+    `package.module:name`, where `test(model)` returns a score; `calibration` gives the data of a pipeline in the same way.
+    `batch`, `augment` and `trained` are for data sets: the largest batch, how images are changed (the set's own way by default), and
+    whether to start from the trained weights that come with the set; where there are none the network is trained first.
+    `example` is the shape of one input, for networks that are not of the zoo.  The rest is as `tdpass.train` has it.
     """
 
     model: str
@@ -47,6 +53,9 @@ class Recipe:
     evaluate: str | None = None
     test: str | None = None
     example: tuple[Size, ...] = ()
+    batch: Size = 128
+    augment: Augment | None = None
+    trained: bool = False
     seed: Count = 0
     about: str = ""
 
@@ -62,7 +71,7 @@ class Recipe:
     def parse(cls, found: object, source: str = "recipe") -> Recipe:
         """Check the keys of a recipe and the types of their values; raises `UsageError`."""
         if not isinstance(found, dict) or not {"model", "data"} <= set(found):
-            raise UsageError(f"{source} is not a training recipe; it maps at least 'model' and 'data' to package.module:name")
+            raise UsageError(f"{source} is not a training recipe; it maps at least 'model' and 'data', to names or package.module:name")
         known = [entry.name for entry in fields(cls)]
         unknown = [key for key in found if key not in known]
         if unknown:
@@ -91,6 +100,17 @@ class Recipe:
             inner[last] = yaml_value(value)
         return Recipe.parse(found)
 
+    def with_data(self, data: str) -> Recipe:
+        """The same on another data set: scored on its parts, images changed in its own way, and without compiling, which few images do not repay.
+
+        Raises `UsageError` where it is none.
+        """
+        if not is_dataset(data):
+            open_dataset(data)
+        calibration = None if self.calibration is None else "calibration"
+        settings = {**self.settings, "compile": False}
+        return replace(self, data=data, calibration=calibration, evaluate="tuning", test="test", augment=None, settings=settings)
+
     def run(
         self,
         folder: Path | None = None,
@@ -101,27 +121,25 @@ class Recipe:
     ) -> Artifact:
         """Train as the recipe says."""
         if folder is not None:
-            names = ("model", "data", "evaluate", "test", "calibration", "example")
+            names = ("model", "data", "evaluate", "test", "calibration", "example", "batch", "augment", "trained")
             check_same_run(folder, "recipe.json", {name: getattr(self, name) for name in names}, resume)
         torch.manual_seed(self.seed)
-        model = made_by(self.model)
-        if not isinstance(model, nn.Module):
-            raise UsageError(f"{self.model!r} returned a {type(model).__name__}; it must return a torch.nn.Module")
+        material = gathered(self, note)
         return train(
-            model,
-            made_by(self.data, self.seed),
+            material.model,
+            material.batches,
             self.method,
             settings=self.settings,
-            pretrain=self.pretrain,
-            pretraining=self.pretraining,
+            pretrain=material.pretrain,
+            pretraining=material.pretraining,
             finetune=self.finetune,
             finetuning=self.finetuning,
             control=self.control,
             rounds_per_epoch=self.rounds_per_epoch,
-            evaluate=_score(self.evaluate),
-            test=_score(self.test),
-            example_inputs=torch.zeros(self.example) if self.example else None,
-            calibration=None if self.calibration is None else made_by(self.calibration),
+            evaluate=material.score(self.evaluate),
+            test=material.score(self.test),
+            example_inputs=torch.zeros(material.example) if material.example else None,
+            calibration=material.inputs(self.calibration),
             folder=folder,
             resume=resume,
             seed=self.seed,
@@ -143,30 +161,10 @@ def names() -> list[str]:
     return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
 
 
-def named(text: str) -> Any:
-    """The object that `package.module:name` names, imported with the current folder on the path; raises `UsageError`."""
-    module_name, _, name = text.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        return getattr(importlib.import_module(module_name), name)
-    except ModuleNotFoundError as error:
-        raise UsageError(f"cannot import {module_name!r} of {text!r}: {error}; run from the folder it lies in, or install it") from error
-    except (AttributeError, ValueError):
-        raise UsageError(f"module {module_name!r} has no {name!r}; name a function, as package.module:name") from None
-
-
-def made_by(text: str, *arguments: object) -> Any:
-    """What the named function returns; raises `UsageError`, or `InvalidModelError` where it fails."""
-    function = named(text)
-    try:
-        return function(*arguments)
-    except TdpassError:
-        raise
-    except Exception as error:
-        with_what = f"called with {arguments}" if arguments else "called without arguments"
-        raise InvalidModelError(f"{text!r} failed when it was {with_what}: {type(error).__name__}: {error}") from error
-
-
-def _score(text: str | None) -> Score | None:
-    return None if text is None else named(text)
+def starting_recipe(model: str, data: str) -> str:
+    """A commented recipe for that network, as text; raises `UsageError`, `InvalidModelError` where network or data cannot be made."""
+    dataset = open_dataset(data, NETS.get(model).sample if ":" not in model else None)
+    gathered(Recipe(model=model, data=data, example=(2, *dataset.sample)))
+    text = (_RECIPES / "start.yaml").read_text(encoding="utf-8")
+    values = {"MODEL": model, "DATA": data, "EXAMPLE": ", ".join(map(str, (1, *dataset.sample)))}
+    return re.sub("|".join(values), lambda found: values[found[0]], text)

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import nn
 
 from tdpass.cli import main
-from tdpass.errors import UsageError
-from tdpass.methods.recipe import Recipe, named, names
+from tdpass.datasets import PARTS, is_dataset, open_dataset
+from tdpass.errors import InvalidModelError, UsageError
+from tdpass.methods.material import gathered
+from tdpass.methods.recipe import Recipe, names, starting_recipe
 from tdpass.training.batches import Batches
+from tdpass.zoo import NETS
 
 HERE = "tests.methods.test_recipe"
 
 
-def network() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4))
+def network(inputs: int = 16, classes: int = 4) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, 24), nn.ReLU(), nn.Linear(24, classes))
 
 
 def data(seed: int) -> Batches:
@@ -43,8 +48,36 @@ def recipe(**changes: object) -> dict[str, object]:
 def test_shipped_recipes_are_sound(name: str) -> None:
     found = Recipe.load(name)
     assert found.about
-    for text in (found.model, found.data, found.test, found.evaluate, found.calibration):
-        assert text is None or callable(named(text))
+    assert found.model in NETS
+    assert is_dataset(found.data)
+    assert {found.test, found.evaluate, found.calibration} <= {*PARTS, None}
+
+
+@pytest.mark.parametrize("name", names())
+def test_shipped_recipes_find_what_they_need_in_the_digits(name: str) -> None:
+    recipe, said = Recipe.load(name).with_data("digits"), list[str]()
+    material = gathered(recipe, said.append)
+    inputs, targets = next(iter(material.batches))
+    assert inputs.shape[1:] == material.example[1:]
+    assert material.model(inputs).shape == (len(targets), 10)
+    assert len(material.batches) >= recipe.rounds_per_epoch
+    assert material.pretrain > 0
+    assert bool(said) == recipe.trained
+    for text in (recipe.test, recipe.evaluate):
+        score = material.score(text)
+        assert score is not None
+        assert 0 <= score(material.model) < 50
+    if recipe.calibration is not None:
+        assert material.inputs(recipe.calibration).shape[1:] == inputs.shape[1:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", names())
+def test_every_recipe_runs_on_the_digits(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", name, "--data", "digits", "--folder", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["report"]
+    assert found["checks"]["score_final"] > 90
 
 
 @pytest.mark.parametrize(
@@ -52,6 +85,7 @@ def test_shipped_recipes_are_sound(name: str) -> None:
     [
         ({"model": None, "nonsense": 1}, "unknown key 'nonsense'"),
         ({"finetune": "two"}, "finetune is 'two'"),
+        ({"augment": {"turn": 3}}, "unknown key 'turn'"),
         ({"method": {"admm-xx": {}}}, "unknown training method 'admm-xx'"),
         ({"method": {"admm-tt": {"rank": 3}}}, "unexpected keyword argument 'rank'"),
     ],
@@ -93,3 +127,74 @@ def test_the_command_line_trains_and_goes_on(tmp_path: Path, capsys: pytest.Capt
     assert again["training"] == first["training"]
     assert main(["train", "nothing.yaml", "--folder", str(folder)]) == 2
     assert "lenet5_admm_nn" in capsys.readouterr().err
+
+
+def test_trained_weights_that_come_with_the_data_are_where_a_run_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = open_dataset("digits", NETS.get("lenet5").sample)
+    weights = NETS.get("lenet5").build()
+    save_file(weights.state_dict(), tmp_path / "lenet5_digits.safetensors")
+    known = replace(dataset, weights={"lenet5": tmp_path / "lenet5_digits.safetensors"})
+    monkeypatch.setattr("tdpass.methods.material.open_dataset", lambda name, sample=None: known)
+    material = gathered(Recipe(model="lenet5", data="digits", trained=True))
+    assert material.pretrain == 0
+    assert all(torch.equal(value, weights.state_dict()[name]) for name, value in material.model.state_dict().items())
+    (tmp_path / "lenet5_digits.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InvalidModelError, match="cannot be loaded"):
+        gathered(Recipe(model="lenet5", data="digits", trained=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "lenet6"}, "unknown network 'lenet6'; known: digits_net"),
+        ({"data": "imagenet"}, "names no data set; give one of"),
+        ({"test": "test"}, "'test' is a part of a data set"),
+        ({"trained": True}, "names no data set"),
+    ],
+)
+def test_names_that_mean_nothing_are_one_clear_error(change: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Recipe.parse(recipe(**change)).run()
+
+
+@pytest.mark.parametrize("model", [f"{HERE}:network", "resnet20"])
+def test_a_recipe_to_start_from_is_sound(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    path = tmp_path / "own.yaml"
+    assert main(["train", str(path), "--init", model]) == 0
+    assert f"tdpass train {path} --folder" in capsys.readouterr().out
+    made = Recipe.load(path)
+    assert (made.model, made.data, made.test, made.pretrain) == (model, "digits", "test", 12)
+    assert path.read_text().count("#") > 10
+    assert main(["train", str(path), "--init", model]) == 2
+    assert "is there already" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="cannot import"):
+        starting_recipe("nowhere:net", "digits")
+
+
+def ruined(model: nn.Module) -> float:
+    return 90.0 if isinstance(model[1], nn.Linear) else 9.0
+
+
+def test_a_network_that_training_destroyed_is_an_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    path, folder = tmp_path / "recipe.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(recipe(test=f"{HERE}:ruined", pretrain=1)))
+    assert main(["train", str(path), "--folder", str(folder), "--quiet"]) == 3
+    assert (folder / "model.safetensors").is_file()
+    assert "destroyed" in (folder / "report.json").read_text()
+
+
+def test_what_train_lacks_is_said_and_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TDPASS_DATA", raising=False)
+    for module in ("torchvision", "hugging_face"):
+        monkeypatch.setattr(f"tdpass.datasets.{module}.is_installed", lambda _: False)
+    said = {
+        ("lenet5_admm_nn", "--folder", str(tmp_path)): "--data digits",
+        ("lenet5_admm_nn",): "--folder",
+        (): "name a recipe",
+        ("lenet5_admm_nn", "--data", "nothing", "--folder", str(tmp_path)): "names no data set",
+    }
+    for words, message in said.items():
+        assert main(["train", *words]) == 2
+        assert message in capsys.readouterr().err

@@ -1,0 +1,111 @@
+"""What a recipe trains and what it trains on, made from the names in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from tdpass.datasets import PARTS, Dataset, is_dataset, open_dataset
+from tdpass.errors import InvalidModelError, UsageError
+from tdpass.methods.objects import made_by, named
+from tdpass.methods.stages import Score
+from tdpass.training.loop import Data
+from tdpass.zoo import NETS
+
+if TYPE_CHECKING:
+    from tdpass.methods.recipe import Recipe
+
+# a network without trained weights on hand is trained like this before a recipe begins that starts from such
+_EPOCHS = 20
+_FROM_SCRATCH = {
+    "optimizer": "adam",
+    "lr": 3e-3,
+    "clip": 1.0,
+    "distill": 0.0,
+    "schedule": {"cosine": {"start": 1.0, "floor": 0.02, "warm_up": 0.1}},
+}
+
+
+@dataclass(frozen=True)
+class Material:
+    """The network, the training batches, the data set where they are of one, and how the network is trained before the method."""
+
+    model: nn.Module
+    batches: Data
+    dataset: Dataset | None
+    example: tuple[int, ...]
+    pretrain: int
+    pretraining: Mapping[str, Any] | None
+
+    def score(self, text: str | None) -> Score | None:
+        """What scores a model: accuracy on a part of the data set, or the named function; raises `UsageError`."""
+        if text is None or text not in PARTS:
+            return None if text is None else named(text)
+        return _accuracy(self._set_for(text), text)
+
+    def inputs(self, text: str | None) -> object:
+        """The inputs of a part of the data set, or what the named function returns; raises `UsageError`."""
+        if text is None or text not in PARTS:
+            return None if text is None else made_by(text)
+        return self._set_for(text).inputs(text)
+
+    def _set_for(self, part: str) -> Dataset:
+        if self.dataset is None:
+            raise UsageError(f"{part!r} is a part of a data set, and this data is a function's; name a function for it, as package.module:name")
+        return self.dataset
+
+
+def gathered(recipe: Recipe, note: Callable[[str], None] = lambda text: None) -> Material:
+    """Make what the recipe names; raises `UsageError` for unknown names and missing data, `InvalidModelError` for what fails."""
+    of_zoo = ":" not in recipe.model
+    sample = NETS.get(recipe.model).sample if of_zoo else recipe.example[1:] or None
+    dataset = open_dataset(recipe.data, sample) if is_dataset(recipe.data) else None
+    if dataset is None and (recipe.trained or ":" not in recipe.data):
+        open_dataset(recipe.data)  # says which there are
+    example = recipe.example if dataset is None else (2, *dataset.sample)
+    model = _of_zoo(recipe.model, dataset) if of_zoo else made_by(recipe.model)
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{recipe.model!r} returned a {type(model).__name__}; it must return a torch.nn.Module")
+    if dataset is None:
+        batches = made_by(recipe.data, recipe.seed)
+        return Material(model, batches, None, example, recipe.pretrain, recipe.pretraining)
+    batches = dataset.batches(recipe.seed, recipe.batch, recipe.augment, recipe.rounds_per_epoch)
+    made = Material(model, batches, dataset, example, recipe.pretrain, recipe.pretraining)
+    return _started(made, recipe.model, note) if recipe.trained else made
+
+
+def _accuracy(dataset: Dataset, part: str) -> Score:
+    return lambda model: dataset.accuracy(model, part)
+
+
+def _of_zoo(name: str, dataset: Dataset | None) -> nn.Module:
+    build = NETS.get(name).build
+    model = build() if dataset is None else build(classes=dataset.classes)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as images are; torch's stubs lack it for modules
+    return model
+
+
+def _started(made: Material, net: str, note: Callable[[str], None]) -> Material:
+    """From the trained weights that come with the data set, or trained from the beginning where there are none."""
+    assert made.dataset is not None
+    path = made.dataset.weights.get(net)
+    if path is not None:
+        _load(made.model, path)
+        return made
+    epochs = made.pretrain or _EPOCHS
+    note(f"there are no trained weights of {net} for {made.dataset.name}: it is trained for {epochs} epochs first")
+    return replace(made, pretrain=epochs, pretraining=made.pretraining or _FROM_SCRATCH)
+
+
+def _load(model: nn.Module, path: Path) -> None:
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise InvalidModelError(f"the weights in {path} cannot be loaded: {str(error).splitlines()[0]}; fetch the file again") from None
