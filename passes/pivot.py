@@ -11,6 +11,7 @@ from tdpass.formats.base import Layer, cost_of
 from tdpass.formats.pivoted import spared_formats
 from tdpass.models.base import Model
 from tdpass.pipeline import Job, Pass, register_pass
+from tdpass.planner.rank_plan import Choice
 from tdpass.planner.trials import Promise
 from tdpass.site import Site
 from tdpass.targets import Target, open_target
@@ -51,8 +52,8 @@ class Pivot(Pass):
 
 def _ways(layer: Layer, job: Job) -> list[Layer]:
     """The layer in every format that spares what it holds twice, the one that needs no order of channels first."""
-    if layer.form.numbers:
-        job.report.decline(layer.site.name, f"not pivoted: its factors are stored as {', '.join(layer.form.numbers)}; pivot before")
+    if layer.form.encoded:
+        job.report.decline(layer.site.name, f"not pivoted: its factors are stored as '{layer.form}'; pivot before that")
         return []
     found, reasons = [], []
     for name in spared_formats(layer.format, layer.site, layer.rank):
@@ -86,12 +87,13 @@ def _enter(changed: Mapping[str, Layer], before: Mapping[str, Layer], job: Job) 
     """Write forms and costs of the layers that changed into the plan and its report."""
     if job.plan is None or not changed:
         return
-    choices = []
-    for choice in job.plan:
-        if choice.site in changed:
-            old, new = before[choice.site], changed[choice.site]
-            less = cost_of(old.site, old.form) - cost_of(new.site, new.form)
-            choice = replace(choice, form=new.form, cost=choice.cost - less)
-        choices.append(choice)
-    job.plan = replace(job.plan, choices=tuple(choices))
+
+    def entered(choice: Choice) -> Choice:
+        if choice.site not in changed:
+            return choice
+        old, new = before[choice.site], changed[choice.site]
+        less = cost_of(old.site, old.form) - cost_of(new.site, new.form)
+        return replace(choice, form=new.form, cost=choice.cost - less)
+
+    job.plan = replace(job.plan, choices=tuple(entered(choice) for choice in job.plan))
     job.report.sites = job.plan.rows()

@@ -118,7 +118,8 @@ class Bond:
     def absorbed(self, partner: Tensor, square: Tensor) -> Tensor:
         """The partner with `square[r, r]` of the factor put into it."""
         axis = 0 if self.writes else 1
-        return torch.tensordot(square, partner, dims=([1], [axis])).movedim(0, axis).contiguous()
+        product: Tensor = torch.tensordot(square, partner, dims=([1], [axis]))
+        return product.movedim(0, axis).contiguous()
 
 
 class Format(ABC):
@@ -369,12 +370,13 @@ class Layer(Formed):
     def converted(self, format_name: str) -> Layer:
         """The same layer in another format that stores the factors of the same chain, in their own type.
 
-        Raises `NumericalError` where that format cannot without a loss.
+        Raises `NumericalError` where that format cannot without a loss, `PlanError` for the factors of another chain.
         """
         if format_name == self.format:
             return self
         ours, theirs = FORMATS.get(self.format), FORMATS.get(format_name)
-        assert ours.chain is theirs.chain, "formats of one chain"
+        if ours.chain.name != theirs.chain.name:
+            raise PlanError(f"'{self.form}' does not convert to {format_name}, which stores the factors of {theirs.chain.name}; factorize the weight anew")
         whole = {name: factor.double() if factor.is_floating_point() else factor for name, factor in self.factors.items()}
         factors = theirs.from_chain(ours.to_chain(whole, self.site), self.site)
         return replace(self, form=replace(self.form, format=format_name), factors=factors).to(self.dtype)

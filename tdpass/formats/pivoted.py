@@ -84,7 +84,8 @@ class Pivoted(Format):
         sparing: Any = _Sparing(ops)
         for bond, r in self._bonds(site, self.inner.shapes(site, rank)):
             held[bond.factor] = _Spare(f[bond.factor], f.get(_order(bond)), bond.writes, r, bond.width(site))
-        return self.inner.apply(sparing, x, held, bias, site, rank)
+        y: V = self.inner.apply(sparing, x, held, bias, site, rank)
+        return y
 
     @property
     def chain(self) -> Format:

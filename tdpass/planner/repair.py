@@ -86,8 +86,8 @@ def refit_last_factors(tapes: Sequence[Tape], layers: Mapping[str, Layer], ridge
         if stage is None or reason:
             declined[name] = reason
             continue
-        solved = _solve(layer.converted(chain.name), stage.factor, stage.site, moments, ridge, bias=name in biased)
-        refitted[name] = solved.converted(layer.format)
+        found = _solve(layer.converted(chain.name), stage.factor, stage.site, moments, ridge, bias=name in biased)
+        refitted[name] = found.converted(layer.format)
         lockstep.apply(name, refitted[name])
         solved.add(name)
     for name in set(layers) - solved - set(declined):
