@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tdpass.models.abilities import FoldsBatchNorm
 from tdpass.models.base import Model
 from tdpass.pipeline import Job, Pass, register_pass
 from tdpass.planner.trials import Promise
@@ -18,6 +19,9 @@ class FoldBatchnorm(Pass):
     promise = Promise.SAME
 
     def run(self, model: Model, job: Job) -> bool:
+        if not isinstance(model, FoldsBatchNorm):
+            job.note(f"skipped: batch-norms of models that came through {model.frontend} cannot be folded")
+            return False
         folded = model.fold_batchnorm(job.report.decline)
         job.note(f"folded {len(folded)} of {len(model.sites())} sites' batch-norms")
         return bool(folded)

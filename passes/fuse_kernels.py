@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tdpass.clock import threads_of_torch
 from tdpass.fusing.choose import choosing
+from tdpass.models.abilities import FusesChains
 from tdpass.models.base import Batch, Model
 from tdpass.pipeline import Job, Pass, register_pass
 from tdpass.planner.trials import Promise
@@ -28,6 +29,9 @@ class FuseKernels(Pass):
     measure: bool = True
 
     def run(self, model: Model, job: Job) -> bool:
+        if not isinstance(model, FusesChains):
+            job.note(f"nothing is fused: models that came through {model.frontend} have no fused operators")
+            return False
         if job.target is not None and not job.target.here:
             job.note(f"nothing is fused: target {job.target.name} is not this machine")
             return False
@@ -37,4 +41,4 @@ class FuseKernels(Pass):
     def _samples(self, model: Model, job: Job) -> Batch | None:
         """One call as it will be made; None where there is nothing to call the model with."""
         example = job.batches[0] if job.batches else model.example()
-        return None if example is None else example.resized(model.fixed_batch() or job.batch)
+        return None if example is None else example.resized(model.signature().fixed_batch() or job.batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tdpass.models.abilities import RecalibratesBatchNorm
 from tdpass.models.base import Model
 from tdpass.pipeline import Job, Pass, register_pass
 from tdpass.planner.trials import Promise
@@ -22,6 +23,9 @@ class RecalibrateBatchnorm(Pass):
     promise = Promise.REPAIR
 
     def run(self, model: Model, job: Job) -> bool:
+        if not isinstance(model, RecalibratesBatchNorm):
+            job.note(f"skipped: statistics of models that came through {model.frontend} cannot be estimated anew")
+            return False
         if not job.batches:
             job.note("skipped: there is no calibration data")
             return False

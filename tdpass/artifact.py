@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -15,8 +13,7 @@ from torch import nn
 from tdpass.errors import DifferenceError, PlanError, TdpassError, UsageError
 from tdpass.files import write_text
 from tdpass.html_report import render_html
-from tdpass.models import Batch, Model, check_digest, load_module, open_model
-from tdpass.packing import stored_in
+from tdpass.models import Batch, Model, check_digest, load_module
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.planner.trials import ROUNDING, gap
 from tdpass.report import Report
@@ -27,23 +24,10 @@ LARGEST_RELOADED = 1 << 29
 
 @dataclass(frozen=True)
 class Reload:
-    """How a saved file is loaded and run once more: the call, and for a module the dense structure, as long as somebody else holds it."""
+    """How a saved file is run once more: the call, and how the front end opens the file."""
 
     call: Batch
-    dense: Callable[[], nn.Module | None] = lambda: None
-
-    @classmethod
-    def of(cls, given: Model, call: Batch) -> Reload:
-        """For what was made from that model."""
-        module = getattr(given, "module", None)
-        return cls(call, weakref.ref(module)) if isinstance(module, nn.Module) else cls(call)
-
-    def opened(self, path: Path) -> Model | None:
-        """The saved model; None where its dense structure is gone."""
-        if path.suffix != ".safetensors":
-            return open_model(path)
-        dense = self.dense()
-        return None if dense is None else open_model(load_module(path, copy.deepcopy(dense)))
+    opened: Callable[[Path], Model | None]
 
 
 @dataclass(frozen=True)
@@ -64,8 +48,7 @@ class Artifact:
         for a suffix that does not suit the model, `DifferenceError` when the file does not load or answers otherwise than the model.
         """
         self.opened.save(Path(path), {PLAN_KEY: self.plan.to_json(), "tdpass.version": _version()})
-        if isinstance(self.model, nn.Module) and self.suffix == ".safetensors":
-            self.report.stored = stored_in(Path(path))
+        self.report.stored = self.opened.stored(Path(path))
         self._check_saved(Path(path))
 
     def _check_saved(self, path: Path) -> None:

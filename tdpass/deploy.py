@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from tdpass.artifact import Artifact
 from tdpass.errors import InvalidModelError, KernelError, UnsupportedError, UsageError
 from tdpass.files import folder_beside
 from tdpass.kernels import binding, build
 from tdpass.models import Batch, ExampleInputs, Model, as_example, open_model
+from tdpass.models.abilities import RunsAsModule
 from tdpass.models.torch.deployable import compile_package, export_onnx, export_program, fused, load_package
 
 SUFFIXES = (".pt2", ".onnx")
@@ -46,15 +45,17 @@ def deploy(model: object, example_inputs: ExampleInputs, path: Path | str, *, dy
     if not target.parent.is_dir():
         raise UsageError(f"there is no folder {target.parent}; make it, or name another")
     opened = open_model(model.model if isinstance(model, Artifact) else model)
-    if opened.suffix == ".onnx":
-        if target.suffix != ".onnx":
-            raise UnsupportedError(f"an ONNX model cannot become {target.name!r}: AOTInductor compiles torch models; deploy it as .onnx, or the torch model")
+    if not isinstance(opened, RunsAsModule):
+        if target.suffix != opened.suffix:
+            raise UnsupportedError(
+                f"a model that came through {opened.frontend} cannot become {target.name!r}: AOTInductor compiles torch models; "
+                f"deploy it as {opened.suffix}, or the torch model"
+            )
         opened.save(target, {})
         return Deployment((target,), 0)
     layers = 0
-    twin = opened.clone()
-    example = _example(twin, as_example(example_inputs), dynamic_batch)
-    module = _for_inference(twin)
+    example = _example(opened, as_example(example_inputs), dynamic_batch)
+    module = opened.inference_module()
     with folder_beside(target) as folder:
         made = folder / target.name
         if target.suffix == ".onnx":
@@ -87,15 +88,6 @@ def load_deployed(path: Path | str) -> Callable[..., Any]:
         with suppress(KernelError):
             binding.load(library)
     return load_package(package)
-
-
-def _for_inference(model: Model) -> nn.Module:
-    """The torch module of a model, in evaluation mode part by part: an exported one refuses `eval`."""
-    module: Any = getattr(model, "module", None)
-    assert isinstance(module, nn.Module)
-    for part in module.modules():
-        part.training = False
-    return module
 
 
 def _example(model: Model, given: Batch | None, dynamic_batch: bool) -> Batch:

@@ -241,7 +241,7 @@ def _count_again(model: Model, job: Job, plan: RankPlan, *, changed: bool) -> No
 
 def _artifact(model: Model, job: Job, plan: RankPlan) -> Artifact:
     trial = next(iter(job.trials.trials), None) if job.trials is not None else None
-    return Artifact(model.unwrap(), plan, job.report, model, None if trial is None or job.given is None else Reload.of(job.given, trial.call))
+    return Artifact(model.unwrap(), plan, job.report, model, None if trial is None or job.given is None else Reload(trial.call, job.given.reader()))
 
 
 def _salvaged(model: Model, job: Job) -> Artifact | None:

@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     """Write the files and name them."""
     sources = read_sources(arguments.model, arguments.weights, arguments.trust)
     source, output = sources[-1], arguments.output
-    if len(sources) > 2 or (len(sources) == 2 and source.kind != "safetensors"):
+    if len(sources) > 2 or (len(sources) == 2 and source.kind != "factors"):
         raise UsageError(f"{len(sources)} models are given; name one, or a factory and the .safetensors file that compress wrote for it")
     if output.exists() and source.kind != "factory" and output.samefile(source.text):
         raise UsageError(f"the output {output} is the input; name another file with -o")

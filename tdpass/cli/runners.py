@@ -41,7 +41,7 @@ class Runner:
 
 def runners(source: Source, batch: Batch, threads: int, wanted: tuple[str, ...]) -> Iterator[Runner]:
     """The runtimes among `wanted` that fit the model and are installed; raises `InvalidModelError` when one cannot run it."""
-    if source.kind == "onnx":
+    if source.suffix == ".onnx":
         if "onnxruntime" in wanted:
             yield _tried(source, "onnxruntime", lambda: _onnxruntime(source.text, batch, threads))
         if "openvino" in wanted and importlib.util.find_spec("openvino") is not None:
@@ -56,10 +56,10 @@ def runners(source: Source, batch: Batch, threads: int, wanted: tuple[str, ...])
 
 def example_batch(source: Source, size: int | None) -> Batch | None:
     """Inputs that the model itself describes, `size` samples where it leaves that open; None where it says nothing."""
-    if source.kind == "pt2":
+    if source.suffix == ".pt2":
         given = load_program(Path(source.text)).example_inputs
         return None if given is None else Batch(tuple(given[0]), dict(given[1]))
-    if source.kind != "onnx":
+    if source.suffix != ".onnx":
         return None
     generator = torch.Generator().manual_seed(0)
     tensors: list[Tensor] = []

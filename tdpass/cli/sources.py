@@ -14,18 +14,17 @@ from torch import nn
 import tdpass
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.methods.objects import made_by
-from tdpass.models import load_program
+from tdpass.models.front_ends import front_end_of, front_end_of_file
 
-Kind = Literal["onnx", "pt2", "factory", "safetensors"]
-_SUFFIXES: dict[str, Kind] = {".onnx": "onnx", ".pt2": "pt2", ".safetensors": "safetensors"}
-_OUTPUT: dict[Kind, str] = {"onnx": ".onnx", "pt2": ".pt2", "factory": ".safetensors", "safetensors": ".safetensors"}
+Kind = Literal["file", "factory", "factors"]
+_FACTORS = ".safetensors"
 
 
 @dataclass(frozen=True)
 class Source:
     """A model named on the command line: a file, or a factory with the weights for its model.
 
-    A `.safetensors` file that `compress` wrote needs the factory of the dense model, in `factory`.
+    A `.safetensors` file that `compress` wrote holds `factors`; it needs the factory of the dense model, in `factory`.
     """
 
     text: str
@@ -39,14 +38,18 @@ class Source:
         """A short name for tables."""
         return self.text if self.kind == "factory" else Path(self.text).name
 
+    @property
+    def suffix(self) -> str:
+        """What the file of the model ends in; empty for a factory."""
+        return "" if self.kind == "factory" else Path(self.text).suffix.lower()
+
     def load(self) -> object:
         """A path for files that the library opens itself, a trusted program, else a torch model in evaluation mode."""
-        if self.kind == "pt2" and self.trust:
-            return load_program(Path(self.text), trust=True)
-        if self.kind in ("onnx", "pt2"):
-            return self.text
+        if self.kind == "file":
+            front_end = front_end_of(Path(self.text))
+            return front_end.trusted(Path(self.text)) if self.trust and front_end.trusted is not None else self.text
         module = _build(self.factory)
-        if self.kind == "safetensors":
+        if self.kind == "factors":
             return tdpass.load(Path(self.text), module).eval()
         if self.weights is not None:
             _load_weights(module, self.weights)
@@ -54,9 +57,9 @@ class Source:
 
     def check_output(self, path: Path) -> None:
         """Raise `UsageError` unless a result can be written there."""
-        suffix = _OUTPUT[self.kind]
+        suffix = self.suffix or _FACTORS
         if path.suffix != suffix:
-            raise UsageError(f"the output {path.name!r} of a {self.kind} model must end in {suffix}; write -o {path.with_suffix(suffix).name}")
+            raise UsageError(f"the output {path.name!r} of {self.name} must end in {suffix}; write -o {path.with_suffix(suffix).name}")
         if not path.parent.is_dir():
             raise UsageError(f"there is no folder {path.parent}; make it, or name another with -o")
         if self.kind != "factory" and path.exists() and path.samefile(self.text):
@@ -70,8 +73,8 @@ def read_sources(texts: Sequence[str], weights: Sequence[str], trust: bool = Fal
     """
     kinds = [_kind(text) for text in texts]
     factory = next((text for text, kind in zip(texts, kinds, strict=True) if kind == "factory"), "")
-    if "safetensors" in kinds and not factory:
-        place = texts[kinds.index("safetensors")]
+    if "factors" in kinds and not factory:
+        place = texts[kinds.index("factors")]
         raise UsageError(f"{place!r} holds factors only; name the torch model they belong to as well, as package.module:factory")
     if len(weights) > kinds.count("factory"):
         raise UsageError(f"{len(weights)} --weights for {kinds.count('factory')} torch factories; a .onnx or .pt2 file holds its own weights")
@@ -89,11 +92,12 @@ def read_source(text: str, weights: Sequence[str], trust: bool = False) -> Sourc
 
 
 def _kind(text: str) -> Kind:
-    kind = _SUFFIXES.get(Path(text).suffix.lower())
-    if kind is not None:
-        if not Path(text).is_file():
+    path = Path(text)
+    factors = path.suffix.lower() == _FACTORS
+    if factors or front_end_of_file(path) is not None:
+        if not path.is_file():
             raise InvalidModelError(f"there is no file {text}; check the path")
-        return kind
+        return "factors" if factors else "file"
     module, sign, name = text.partition(":")
     if sign and name.isidentifier() and all(part.isidentifier() for part in module.split(".")):
         return "factory"
@@ -108,7 +112,7 @@ def _build(text: str) -> nn.Module:
 
 
 def _load_weights(module: nn.Module, path: Path) -> None:
-    if path.suffix != ".safetensors":
+    if path.suffix != _FACTORS:
         raise UsageError(f"--weights {path.name!r} is not a .safetensors file; convert it with safetensors.torch.save_file")
     try:
         state = load_file(path)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tdpass.artifact import Artifact
 from tdpass.methods.tariff import Tariff
+from tdpass.models.abilities import FusesChains
 from tdpass.models.base import Model, call_batch
 from tdpass.models.batch import Batch
 from tdpass.site import Site
@@ -44,7 +45,7 @@ class Assembled:
     def _on_target(self, target: Target, original: Model, artifact: Artifact, batch: Batch, yardstick: Site) -> tuple[float, float]:
         """Amounts of the dense and of the assembled whole."""
         made, setting, report = artifact.opened.clone(), self.tariff.setting, artifact.report
-        if target.here:
+        if target.here and isinstance(made, FusesChains):
             made.fuse(lambda text: None, lambda name, reason: None, batch.resized(setting.batch))
         before, after = target.cost_models([original, made], lambda: call_batch(original, [batch], setting.batch), setting, yardstick)
         report.original = report.original.replace(**{measure: before.get(measure) for measure in target.measures})

@@ -30,6 +30,7 @@ from tdpass.methods.factored import Factored
 from tdpass.methods.menu import Menu
 from tdpass.methods.tariff import Tariff
 from tdpass.models import open_model
+from tdpass.models.abilities import RecalibratesBatchNorm
 from tdpass.targets import Target
 from tdpass.training.choices import Choices
 from tdpass.training.parametrized import Parametrized, dense_values, parametrized, with_parametrizations
@@ -162,8 +163,9 @@ class Haloc(Factored):
 
     def _begin_tuning(self) -> list[Term]:
         self._settle(self.layers)
-        if self.batches:
-            open_model(self.network).recalibrate_batchnorm(self.batches)
+        opened = open_model(self.network)
+        if self.batches and isinstance(opened, RecalibratesBatchNorm):
+            opened.recalibrate_batchnorm(self.batches)
         return []
 
     def _decide(self) -> None:

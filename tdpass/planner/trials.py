@@ -78,7 +78,7 @@ class Trials:
         example = batches[0] if batches else given.example() if given.bytes() <= LARGEST_WITHOUT_DATA else None
         if example is None:
             return trials
-        for what, call in _calls(example, given.fixed_batch()):
+        for what, call in _calls(example, given.signature().fixed_batch()):
             try:
                 answer = given.run(call)
             except TdpassError:

@@ -65,7 +65,7 @@ def block(**options: int) -> onnx.ModelProto:
 
 def factored(proto: onnx.ModelProto) -> OnnxModel:
     """The block with its convolutions and its head factored."""
-    model = OnnxModel.from_proto(proto)
+    model = OnnxModel.open(proto)
     for site in model.sites():
         name, rank = ("svd", (3,)) if site.kind == "linear" else ("tucker2", (5, 4))
         factors = FORMATS.get(name).factorize(model.weight(site.name), site, rank)
@@ -273,7 +273,7 @@ def test_what_follows_a_chain(always: None, opset: int, tail: list[onnx.NodeProt
     nodes = [node("Conv", "x u.weight", "a"), node("Conv", "a v.weight", last, pads=[1, 1, 1, 1]), *tail]
     constants = {"u.weight": weight(4, 8, 1, 1), "v.weight": weight(8, 4, 3, 3), "row": weight(8, 1, 1)}
     constants |= {"root": np.float32(np.sqrt(2)).reshape(()), "half": np.float32(0.5).reshape(()), "one": np.ones((), np.float32)}
-    model = OnnxModel.from_proto(model_of(nodes, constants, ("N", 8, "H", "W"), opset))
+    model = OnnxModel.open(model_of(nodes, constants, ("N", 8, "H", "W"), opset))
     before = model.run(Batch((X,)))["y"]
     assert model.fuse(ignore, ignore, Batch((X,)))
     assert expected in op_types(model._built)
@@ -293,7 +293,7 @@ def test_what_follows_a_chain(always: None, opset: int, tail: list[onnx.NodeProt
 )
 def test_what_is_no_chain(nodes: list[onnx.NodeProto], reason: str) -> None:
     constants = {"u.weight": weight(4, 8, 1, 1), "u.bias": weight(4), "v.weight": weight(8, 4, 1, 1)}
-    assert find_chains(OnnxModel.from_proto(model_of(nodes, constants, ("N", 8, 6, 6)))._built) == [], reason
+    assert find_chains(OnnxModel.open(model_of(nodes, constants, ("N", 8, 6, 6)))._built) == [], reason
 
 
 @pytest.mark.usefixtures("always")
@@ -304,7 +304,7 @@ def test_matrices_in_a_row_on_three_axes(tmp_path: Path) -> None:
         node("Sigmoid", "d", "e"), node("Mul", "d e", "f"), node("MatMul", "f u.weight", "g"), node("MatMul", "g v.weight", "y"),
     ]  # fmt: skip
     constants = {"u.weight": weight(12, 3), "v.weight": weight(3, 12), "v.bias": weight(12)}
-    model = OnnxModel.from_proto(model_of(nodes, constants, ("N", "T", 12)))
+    model = OnnxModel.open(model_of(nodes, constants, ("N", "T", 12)))
     before = model.run(Batch((tokens,)))["y"]
     assert model.fuse(ignore, ignore, Batch((tokens,)))
     assert op_types(model._built) == ["LinearChain2BiasAddSilu", "LinearChain2"]

@@ -203,7 +203,7 @@ def test_seconds_need_a_target_and_a_target_needs_to_see_the_model(residual: nn.
 
 
 def test_a_model_of_a_fixed_batch_size_is_timed_at_that_size(residual: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tdpass.models.torch.model.TorchModel.fixed_batch", lambda self: 4)
+    monkeypatch.setattr("tdpass.models.signature.Signature.fixed_batch", lambda self: 4)
     with pytest.raises(UsageError, match=r"exactly 4 samples at a time and cannot be timed with 1; pass batch=4"):
         plan_of(residual, images, FakeTarget(), macs=0.5)
     assert tdpass.make_plan(residual, {"macs": 0.5}, images, target=FakeTarget(), batch=4).report.original.seconds > 0

@@ -1,4 +1,4 @@
-"""Graphs of one layer, to be run alone, and the inputs of whole models by name."""
+"""Graphs of one layer, to be run alone."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from collections.abc import Callable, Mapping
 import onnx_ir as ir
 from torch import Tensor
 
-from tdpass.models.base import Batch, Model
-from tdpass.models.onnx.inputs import bind
-from tdpass.models.onnx.model import OnnxModel
 from tdpass.models.onnx.names import FreshNames
 from tdpass.models.onnx.ops import OnnxOps
 from tdpass.models.onnx.shapes import Shapes
@@ -39,8 +36,3 @@ def layer_graph(weights: Mapping[str, Tensor], x: Tensor, y: Tensor, write: Writ
     content: bytes = ir.to_proto(model).SerializeToString()
     return content
 
-
-def named_inputs(model: Model, batch: Batch) -> dict[str, Tensor]:
-    """The batch by input name of an ONNX model; raises `InvalidModelError` where it does not fit."""
-    assert isinstance(model, OnnxModel)
-    return bind(model._dense.graph, batch)

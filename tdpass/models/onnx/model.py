@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
-import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -18,12 +15,13 @@ from typing_extensions import Self
 
 from tdpass.errors import InvalidModelError, PlanError, UnsupportedError, UsageError
 from tdpass.formats.base import Layer
-from tdpass.models.base import Batch, no_reasons
+from tdpass.models.abilities import Decline, Note, no_reasons
+from tdpass.models.base import Batch, Model
 from tdpass.models.extents import alike, with_extents
 from tdpass.models.fitting import sized
 from tdpass.models.onnx.batchnorm import BatchStatistics, batchnorms, fold, foldable, set_statistics, statistics
-from tdpass.models.onnx.checks import EXTERNAL_ABOVE, check_proto, check_structure, invalid_if_failing
-from tdpass.models.onnx.file import read, remove_obsolete, write
+from tdpass.models.onnx.checks import EXTERNAL_ABOVE, check_structure, invalid_if_failing
+from tdpass.models.onnx.file import remove_obsolete, write
 from tdpass.models.onnx.fuse import decide
 from tdpass.models.onnx.fused_rewrite import Fusions, fused
 from tdpass.models.onnx.inputs import bind, declared_example, signature
@@ -35,18 +33,17 @@ from tdpass.models.onnx.runner import OnnxRunner
 from tdpass.models.onnx.session import Session
 from tdpass.models.onnx.shapes import Shapes
 from tdpass.models.onnx.sites import Findings, FoundSite, find_sites
+from tdpass.models.onnx.source import Source, source_of
 from tdpass.models.onnx.spill import HELD_BYTES, held_bytes, spilled
-from tdpass.models.onnx.storage import model_from, open_data_files, release_heap, stored_bytes
+from tdpass.models.onnx.storage import open_data_files, release_heap, stored_bytes
 from tdpass.models.signature import Signature
 from tdpass.products import Counted
 from tdpass.site import Site
 from tdpass.tape import Tape, record
 
-Source = Literal["path", "proto", "ir", "graphsurgeon"]
 
-
-class OnnxModel:
-    """A model from an ONNX file, `onnx.ModelProto`, `onnx_ir.Model` or `onnx_graphsurgeon.Graph`; implements `Model`.
+class OnnxModel(Model):
+    """A model from an ONNX file, `onnx.ModelProto`, `onnx_ir.Model` or `onnx_graphsurgeon.Graph`.
 
     The dense model is kept as it came, weights in their file where they were, and the layers that replace sites beside
     it.  The rewritten graph is built when it is asked for, so replacing is free and a later replacement leaves no trace
@@ -60,7 +57,7 @@ class OnnxModel:
 
     def __init__(self, dense: ir.Model, source: Source, external: bool, shapes: Shapes) -> None:
         self._dense = dense
-        self._source = source
+        self._give_back, self._owned = source.give_back, source.owned  # not what came in: it would stay in memory
         self._external = external
         self._shapes = shapes
         self._layers: dict[str, Layer] = {}
@@ -73,48 +70,21 @@ class OnnxModel:
         self._constants: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, source: object, example: Batch | None = None, overridable: Sequence[str] = ()) -> OnnxModel:
+    def open(cls, given: object, example: Batch | None = None, overridable: Sequence[str] = ()) -> Self:
         """Accept any of the four kinds; with an example the sites' extents are known.
 
         Initializers that are inputs too are taken for weights, but for those that match a name in `overridable`.  Raises
         `InvalidModelError` for an unsound model or another type.
         """
-        model = cls._open(source, overridable)
-        if example is not None:
-            model.observe(sized(model.signature(), example))
-        return model
-
-    @classmethod
-    def _open(cls, source: object, overridable: Sequence[str]) -> OnnxModel:
-        if isinstance(source, str | Path):
-            return cls._of(read(Path(source)), "path", overridable)
-        if isinstance(source, onnx.ModelProto):
-            return cls.from_proto(source, overridable=overridable)
-        if isinstance(source, ir.Model):
-            check_structure(source, "see that it was built or changed correctly")
-            return cls._of(source, "ir", overridable)
-        if _is_graphsurgeon(source):
-            with invalid_if_failing("the graphsurgeon graph cannot be exported", "see that it is complete"):
-                proto = importlib.import_module("onnx_graphsurgeon").export_onnx(source)
-            return cls.from_proto(proto, "graphsurgeon", overridable)
-        raise InvalidModelError(f"{type(source).__name__} is no ONNX model; give a path, an onnx.ModelProto, an onnx_ir.Model or an onnx_graphsurgeon.Graph")
-
-    @classmethod
-    def from_proto(cls, proto: onnx.ModelProto, source: Source = "proto", overridable: Sequence[str] = ()) -> OnnxModel:
-        """Wrap a protobuf that holds its weights; raises `InvalidModelError` for an unsound one."""
-        check_proto(proto)
-        with invalid_if_failing("the model cannot be read", "export it again"):
-            model = model_from(proto, None)
-        return cls._of(model, source, overridable)
-
-    @classmethod
-    def _of(cls, model: ir.Model, source: Source, overridable: Sequence[str]) -> OnnxModel:
-        dense = normalized(model, overridable)
+        source = source_of(given)
+        dense = normalized(source.model, overridable)
         with invalid_if_failing("the model's data files cannot be opened", "put them beside the model"):
             external = open_data_files(dense)
         made = cls(dense, source, external, Shapes.infer(dense))
         if (dense.ir_version or 0) >= INPUTS_HOLD_INITIALIZERS_BELOW:
-            made._constants = tuple(str(value.name) for value in defaults(model) if value.name not in {kept.name for kept in dense.graph.inputs})
+            made._constants = tuple(str(value.name) for value in defaults(source.model) if value.name not in {kept.name for kept in dense.graph.inputs})
+        if example is not None:
+            made.observe(sized(made.signature(), example))
         return made
 
     @cached_property
@@ -220,16 +190,16 @@ class OnnxModel:
         self._macs = self._count(self._dense, self._observed).per_sample
 
     def _record(self, runner: OnnxRunner, batch: Batch, *, replayed: bool = True) -> Tape:
-        inputs = bind(self._dense.graph, batch)
+        inputs = self.named_inputs(batch)
         sites = {id(weight): name for name, weight in runner.weights.items()}
         held = (*runner.weights.values(), *runner.constants.values())
         return record(lambda: runner(inputs), list(inputs.values()), sites, samples=batch.size, held=held, replayed=replayed)
 
     def run(self, batch: Batch) -> dict[str, Tensor]:
         """Outputs by name, computed by ONNX Runtime on the CPU."""
-        return self._session(bind(self._dense.graph, batch))
+        return self._session(self.named_inputs(batch))
 
-    def fold_batchnorm(self, decline: Callable[[str, str], None] = no_reasons) -> Sequence[str]:
+    def fold_batchnorm(self, decline: Decline = no_reasons) -> Sequence[str]:
         """Fold every batch-norm that alone reads the only use of a dense site; returns the sites changed."""
         del decline  # what does not fold is no batch-norm of that form
         changed: list[str] = []
@@ -251,7 +221,7 @@ class OnnxModel:
         runner = OnnxRunner(self._dense, self._found.sites, self._layers, seen)
         with torch.no_grad():
             for batch in batches:
-                runner(bind(self._dense.graph, batch))
+                runner(self.named_inputs(batch))
         for node, batch_statistics in seen.items():
             batch_statistics.write(self._dense, node)
         self._changed(dense=True)
@@ -263,13 +233,13 @@ class OnnxModel:
 
         return undo
 
-    def fuse(self, note: Callable[[str], None], decline: Callable[[str, str], None], samples: Batch | None = None) -> bool:
+    def fuse(self, note: Note, decline: Decline, samples: Batch | None = None) -> bool:
         """Make one operator of com.tdpass of each chain of layers where that is faster in ONNX Runtime; returns whether anything changed.
 
         Timed on the samples, else on the example.  A layer that is replaced afterwards is a chain of plain layers again.
         """
         batch = samples or self.example()
-        fusions = decide(self._unfused, {} if batch is None else bind(self._dense.graph, batch), note, decline)
+        fusions = decide(self._unfused, {} if batch is None else self.named_inputs(batch), note, decline)
         changed = fusions != self._fusions
         self._fusions = fusions
         self._changed()
@@ -285,16 +255,12 @@ class OnnxModel:
         """Inputs by name, type and sizes."""
         return signature(self._dense.graph, self._constants)
 
-    def fixed_batch(self) -> int | None:
-        """The one number of samples it takes, where every input fixes it."""
-        return self.signature().fixed_batch()
-
     def count(self, batch: Batch | None = None) -> Counted:
         """Multiply-adds of every node that runs, of a fused operator those of what it stands for; by default on what was last observed."""
         return self._count(self._unfused(), self._observed if batch is None else (batch,))
 
     def _count(self, model: ir.Model, calls: Sequence[Batch]) -> Counted:
-        each = [count_products(model, bind(self._dense.graph, call)) for call in calls]
+        each = [count_products(model, self.named_inputs(call)) for call in calls]
         unseen = dict.fromkeys(name for counted in each for name in counted.unseen)
         return Counted(sum(counted.macs for counted in each), tuple(unseen), sum(call.size for call in calls) or 1)
 
@@ -322,15 +288,16 @@ class OnnxModel:
         """Raise `InvalidModelError` if the rewritten model is inconsistent."""
         check_structure(self._built, "the pass that changed it last is at fault; please report it")
 
-    def unwrap(self) -> ir.Model | onnx.ModelProto | object:
+    def unwrap(self) -> object:
         """The rewritten model as the type that came in; an `onnx_ir.Model` for a path."""
-        convert: dict[Source, Callable[[], object]] = {
-            "path": self._built.clone,
-            "ir": self._built.clone,
-            "proto": lambda: ir.to_proto(self._built),
-            "graphsurgeon": lambda: importlib.import_module("onnx_graphsurgeon").import_onnx(ir.to_proto(self._built)),
-        }
-        return convert[self._source]()
+        return self._give_back(self._built)
+
+    def named_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The batch by input name; raises `InvalidModelError` where it does not fit."""
+        return bind(self._dense.graph, batch)
+
+    def reader(self) -> Callable[[Path], Model | None]:
+        return OnnxModel.open
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         """Write an .onnx file, atomically, with `metadata` among its properties; raises `UsageError` for another suffix.
@@ -342,15 +309,7 @@ class OnnxModel:
         model = self._built.clone()
         model.metadata_props.update(metadata)
         obsolete = write(model, path, self._external or stored_bytes(model) > EXTERNAL_ABOVE)
-        if self._source == "path":
+        if self._owned:
             # An onnx_ir.Model that came in may still read by path from the file it was loaded from.
             remove_obsolete(obsolete)
 
-
-def is_onnx(source: object) -> bool:
-    """Whether that is an ONNX model in memory, of any library."""
-    return isinstance(source, onnx.ModelProto | ir.Model) or _is_graphsurgeon(source)
-
-
-def _is_graphsurgeon(source: object) -> bool:
-    return type(source).__module__.partition(".")[0] == "onnx_graphsurgeon"

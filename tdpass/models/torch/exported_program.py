@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.files import replacing
-from tdpass.models.base import Batch
+from tdpass.models.base import Batch, Model
 from tdpass.models.signature import Dims, Input, Signature
 from tdpass.models.torch.lift import lift
 from tdpass.models.torch.model import TorchModel
 from tdpass.models.torch.program_archive import broken, plain_archive
+from tdpass.packing import StoredSize
 
 
 class ExportedModel(TorchModel):
@@ -51,10 +52,11 @@ class ExportedModel(TorchModel):
         with replacing(path) as temporary, temporary.open("wb") as file:
             torch.export.save(self.unwrap(), file, extra_files=dict(metadata))
 
-    def clone(self) -> ExportedModel:
-        twin = super().clone()
-        assert isinstance(twin, ExportedModel)
-        return twin
+    def stored(self, path: Path) -> StoredSize | None:
+        return None  # a program's tensors are not packed
+
+    def reader(self) -> Callable[[Path], Model | None]:
+        return lambda path: ExportedModel(load_program(path))
 
 
 def load_program(path: Path, trust: bool = False) -> ExportedProgram:

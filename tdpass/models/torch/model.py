@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,32 +13,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_map
+from typing_extensions import Self
 
 from tdpass.errors import InvalidModelError, PlanError
 from tdpass.formats.base import Layer
 from tdpass.formats.storage import Storage
 from tdpass.layers.factorized import Factorized
-from tdpass.layers.fused import Fused, layer_by_layer
-from tdpass.models.base import Batch, no_reasons
+from tdpass.layers.fused import Fused
+from tdpass.models.abilities import Decline, Note, no_reasons
+from tdpass.models.base import Batch, Model
 from tdpass.models.extents import alike, with_extents
 from tdpass.models.signature import Input, Signature
 from tdpass.models.torch.called_layers import call_layers, runs_nested
 from tdpass.models.torch.copying import copied
 from tdpass.models.torch.fuse import fuse_layers
 from tdpass.models.torch.in_place import Backup, become
-from tdpass.models.torch.module_values import buffers_kept, check_filled, check_open, input_types
+from tdpass.models.torch.module_values import buffers_kept, check_filled, check_open
 from tdpass.models.torch.norms import Fold, batchnorms, find_folds, same_answers
 from tdpass.models.torch.readers import Run, entering, graph_readers, other_readers
+from tdpass.models.torch.runner import ModuleRunner
 from tdpass.models.torch.sites import Matched, find_sites
-from tdpass.models.torch.state import save_module
+from tdpass.models.torch.state import load_module, save_module
 from tdpass.models.torch.statistics import estimate_anew
-from tdpass.products import Counted, counting
+from tdpass.packing import StoredSize, stored_in
+from tdpass.products import Counted
 from tdpass.site import Site
 from tdpass.tape import LiveTape, Tape, record, site_order
 
 
-class TorchModel:
+class TorchModel(Model):
     """An `nn.Module` as the passes see it; rewrites `module` in place."""
 
     frontend = "torch"
@@ -47,7 +50,7 @@ class TorchModel:
     def __init__(self, module: nn.Module, example: Batch | None = None) -> None:
         check_open(module)
         self.module = module
-        self._input_type: torch.dtype | None = None
+        self._runner = ModuleRunner(module)
         found, self._declined = find_sites(module)
         self._by_name = {matched.site.name: matched for matched in found}
         self._replaced: set[str] = set()
@@ -110,15 +113,15 @@ class TorchModel:
         return self._record(batch)
 
     def _record(self, batch: Batch, *, replayed: bool = True) -> Tape:
-        placed = self._placed(batch)
+        placed = self._runner.placed(batch)
         held = (*self.module.parameters(), *self.module.buffers())
         sites = self._dense_weights()
         with buffers_kept(self.module):
-            tape = record(lambda: self._answer(placed), placed.tensors, sites, samples=placed.size, held=held, apart=self._apart(), replayed=replayed)
+            tape = record(lambda: self._runner.answer(placed), placed.tensors, sites, samples=placed.size, held=held, apart=self._apart(), replayed=replayed)
         if not isinstance(tape, LiveTape):
             return tape
         twin = self._as_it_is()  # layers of this one will be replaced while the tape is still played
-        return replace(tape, run=lambda: twin._answer(placed), sites=twin._dense_weights(), apart=twin._apart())
+        return replace(tape, run=lambda: twin._runner.answer(placed), sites=twin._dense_weights(), apart=twin._apart())
 
     def _dense_weights(self) -> dict[int, str]:
         return {id(matched.weight): name for name, matched in self._by_name.items() if name not in self._replaced}
@@ -158,19 +161,12 @@ class TorchModel:
         self._leave({name: nested[matched.modules[0]] for name, matched in dense.items() if matched.modules[0] in nested})
 
     def run(self, batch: Batch) -> object:
-        placed = self._placed(batch)
-        with torch.no_grad(), self._evaluating(), buffers_kept(self.module):
-            return tree_map(lambda leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf, _plain(self._call(placed)))
+        return self._runner.run(batch)
 
     def count(self, batch: Batch | None = None) -> Counted:
-        calls = self._observed if batch is None else (batch,)
-        placed = [self._placed(call) for call in calls]
-        with self._evaluating(), buffers_kept(self.module), counting() as counter, layer_by_layer(self.module):
-            for call in placed:
-                self._call(call)
-        return counter.counted(sum(call.size for call in calls) or 1)
+        return self._runner.count(self._observed if batch is None else (batch,))
 
-    def fold_batchnorm(self, decline: Callable[[str, str], None] = no_reasons) -> Sequence[str]:
+    def fold_batchnorm(self, decline: Decline = no_reasons) -> Sequence[str]:
         if self._example is None:
             return ()
         run = self._watch(self._example, self.record(self._example))
@@ -204,13 +200,13 @@ class TorchModel:
 
     def recalibrate_batchnorm(self, batches: Iterable[Batch]) -> Callable[[], None] | None:
         def run() -> None:
-            with torch.no_grad(), self._evaluating():
+            with torch.no_grad():
                 for batch in batches:
-                    self._call(self._placed(batch))
+                    self._runner.answer(self._runner.placed(batch))
 
         return estimate_anew(self.module, run)
 
-    def fuse(self, note: Callable[[str], None], decline: Callable[[str, str], None], samples: Batch | None = None) -> bool:
+    def fuse(self, note: Note, decline: Decline, samples: Batch | None = None) -> bool:
         batch = samples or self._example
         found = fuse_layers(self.module, None if batch is None else lambda: self.run(batch), note, decline)
         for layer, fused in found.items():
@@ -225,9 +221,6 @@ class TorchModel:
         named = [entry for entry in given if entry.kind not in (entry.VAR_POSITIONAL, entry.VAR_KEYWORD)]
         return Signature(tuple(Input(entry.name, required=entry.default is entry.empty) for entry in named), others=len(named) < len(given))
 
-    def fixed_batch(self) -> int | None:
-        return self.signature().fixed_batch()
-
     def macs(self) -> int:
         return self._macs
 
@@ -237,11 +230,12 @@ class TorchModel:
     def bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self.module.parameters()) + sum(storage.bytes for storage in _storages(self.module))
 
-    def clone(self) -> TorchModel:
+    def clone(self) -> Self:
         """A deep copy of the module and of what is known about it."""
         twin = copy.copy(self)
         memo: dict[int, Any] = {}
         twin.module = copied(self.module, memo)
+        twin._runner = self._runner.on(twin.module)
         twin._by_name = {name: matched.copy(memo) for name, matched in self._by_name.items()}
         twin._declined, twin._replaced = dict(self._declined), set(self._replaced)
         return twin
@@ -257,59 +251,33 @@ class TorchModel:
     def unwrap(self) -> object:
         return self.module
 
+    def inference_module(self) -> nn.Module:
+        """A copy of the module, in evaluation mode part by part: an exported one refuses `eval`."""
+        module = copied(self.module, {})
+        for part in module.modules():
+            part.training = False
+        return module
+
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         save_module(self.module, path, metadata)
+
+    def stored(self, path: Path) -> StoredSize | None:
+        return stored_in(path)
+
+    def reader(self) -> Callable[[Path], Model | None]:
+        """Puts the file on the dense structure, for as long as somebody else holds that."""
+        held = weakref.ref(self.module)
+
+        def read(path: Path) -> Model | None:
+            dense = held()
+            return None if dense is None else TorchModel(load_module(path, copy.deepcopy(dense)))
+
+        return read
 
     def _matched(self, name: str) -> Matched:
         if name not in self._by_name:
             raise PlanError(f"the model has no site {name!r}; `tdpass inspect` lists them")
         return self._by_name[name]
-
-    def _call(self, batch: Batch) -> object:
-        return self.module(*batch.args, **batch.kwargs)
-
-    def _answer(self, placed: Batch) -> object:
-        with self._evaluating():
-            return self._call(placed)
-
-    def _placed(self, batch: Batch) -> Batch:
-        """The batch on the model's device, floating-point tensors in the type that it runs with."""
-        check_filled(self.module)
-        types = input_types(self.module, batch)
-        if self._input_type not in types:
-            self._input_type = types[0] if len(types) == 1 else self._type_it_takes(batch, types)
-        return self._moved(batch, self._input_type)
-
-    def _type_it_takes(self, batch: Batch, types: Sequence[torch.dtype]) -> torch.dtype | None:
-        """The first of these types in which the model runs."""
-        for dtype in types:
-            try:
-                with torch.no_grad(), buffers_kept(self.module):
-                    self._answer(self._moved(batch, dtype))
-            except InvalidModelError:
-                continue
-            return dtype
-        return next(iter(types), None)
-
-    def _moved(self, batch: Batch, dtype: torch.dtype | None) -> Batch:
-        device = next((parameter.device for parameter in self.module.parameters()), None)
-        return batch.map(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        training = [module for module in self.module.modules() if module.training]
-        for module in training:
-            module.training = False
-        try:
-            yield
-        except (TypeError, RuntimeError, IndexError, ValueError, AssertionError) as error:
-            raise InvalidModelError(
-                f"the model does not run on the given data: {type(error).__name__}: {str(error).splitlines()[0]}; "
-                "pass example_inputs or data of the shape and type that it takes"
-            ) from error
-        finally:
-            for module in training:
-                module.training = True
 
     def _watch(self, batch: Batch, tape: Tape | None = None) -> Run:
         """A recorded run (by default one that is not replayed), and through which modules it went."""
@@ -357,6 +325,3 @@ def _bias_for(own: nn.Parameter | None, bias: Tensor | None, like: Tensor) -> nn
 def _pads_itself(module: nn.Module) -> bool:
     return getattr(module, "padding_mode", "zeros") != "zeros"
 
-
-def _plain(result: object) -> object:
-    return dict(result) if isinstance(result, Mapping) else result

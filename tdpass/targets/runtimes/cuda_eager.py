@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tdpass.formats.base import Layer
+from tdpass.models.abilities import RunsAsModule
 from tdpass.models.base import Batch, Model
-from tdpass.models.torch.model import TorchModel
 from tdpass.ops import TorchOps
 from tdpass.targets.layers import apply_layer, channels_last, example_input, weights_of
 from tdpass.targets.runtimes.base import Call, Runtime, register_runtime
@@ -35,7 +35,7 @@ class CudaEager(Runtime):
         return lambda: apply_layer(ops, layer, x, weights)
 
     def prepare_model(self, model: Model, batch: Batch, threads: int) -> Call | None:
-        if not isinstance(model, TorchModel):
+        if not isinstance(model, RunsAsModule):
             return None
         module, placed = channels_last_model(model, batch)
         module = module.cuda()

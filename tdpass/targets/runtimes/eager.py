@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tdpass.formats.base import Layer
+from tdpass.models.abilities import RunsAsModule
 from tdpass.models.base import Batch, Model
-from tdpass.models.torch.model import TorchModel
 from tdpass.ops import TorchOps
 from tdpass.targets.layers import apply_layer, channels_last, example_input, weights_of
 from tdpass.targets.runtimes.base import Call, Runtime, register_runtime
@@ -31,17 +31,15 @@ class Eager(Runtime):
         return lambda: apply_layer(ops, layer, x, weights)
 
     def prepare_model(self, model: Model, batch: Batch, threads: int) -> Call | None:
-        if not isinstance(model, TorchModel):
+        if not isinstance(model, RunsAsModule):
             return None
         module, placed = channels_last_model(model, batch)
         return lambda: module(*placed.args, **placed.kwargs)
 
 
-def channels_last_model(model: TorchModel, batch: Batch) -> tuple[nn.Module, Batch]:
+def channels_last_model(model: RunsAsModule, batch: Batch) -> tuple[nn.Module, Batch]:
     """A copy of the module on the CPU, in evaluation mode, and the batch in its floating-point type, both channels innermost."""
-    module: nn.Module = model.clone().module.cpu().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for part in module.modules():
-        part.training = False
+    module: nn.Module = model.inference_module().cpu().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     dtype = next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), torch.float32)
 
     def place(tensor: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tdpass.formats.base import Layer
+from tdpass.models.abilities import RunsAsModule
 from tdpass.models.base import Batch, Model
-from tdpass.models.torch.model import TorchModel
 from tdpass.targets.layers import LayerModule, channels_last, example_input
 from tdpass.targets.runtimes.base import Call, Runtime, register_runtime
 from tdpass.targets.runtimes.eager import channels_last_model
@@ -43,7 +43,7 @@ class Inductor(Runtime):
         return min(calls, key=_a_few_calls) if calls else None
 
     def prepare_model(self, model: Model, batch: Batch, threads: int) -> Call | None:
-        if not isinstance(model, TorchModel):
+        if not isinstance(model, RunsAsModule):
             return None
         module, placed = channels_last_model(model, batch)
         return compiled(module, placed, dynamic=None)

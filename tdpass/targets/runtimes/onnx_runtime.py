@@ -13,8 +13,9 @@ from torch import Tensor
 
 from tdpass.files import scratch_folder
 from tdpass.formats.base import Layer
+from tdpass.models.abilities import RunsAsGraph
 from tdpass.models.base import Batch, Model
-from tdpass.models.onnx.layer_graph import INPUT, OUTPUT, layer_graph, named_inputs
+from tdpass.models.onnx.layer_graph import INPUT, OUTPUT, layer_graph
 from tdpass.models.onnx.session import register_fused_ops
 from tdpass.targets.layers import apply_layer, example_input, weights_of
 from tdpass.targets.runtimes.base import Bound, BoundLayer, Call, Runtime, register_runtime
@@ -41,10 +42,10 @@ class OnnxRuntime(Runtime):
         return bound_layer(as_graph(layer, x, y), x, y, threads)
 
     def prepare_model(self, model: Model, batch: Batch, threads: int) -> Call | None:
-        if model.frontend != "onnx":
+        if not isinstance(model, RunsAsGraph):
             return None
         saved = Saved(model)
-        return Bound(bound(open_session(str(saved.path), threads), named_inputs(model, batch)), saved)
+        return Bound(bound(open_session(str(saved.path), threads), model.named_inputs(batch)), saved)
 
 
 class Saved:

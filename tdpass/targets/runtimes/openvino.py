@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tdpass.formats.base import Layer
+from tdpass.models.abilities import RunsAsGraph
 from tdpass.models.base import Batch, Model
-from tdpass.models.onnx.layer_graph import INPUT, named_inputs
+from tdpass.models.onnx.layer_graph import INPUT
 from tdpass.targets.layers import example_input
 from tdpass.targets.runtimes.base import Bound, BoundLayer, Call, Runtime, register_runtime
 from tdpass.targets.runtimes.onnx_runtime import Saved, as_graph
@@ -43,9 +44,9 @@ class OpenVino(Runtime):
         return BoundLayer(request.infer, x, torch.from_numpy(request.get_output_tensor(0).data))
 
     def prepare_model(self, model: Model, batch: Batch, threads: int) -> Call | None:
-        if model.frontend != "onnx":
+        if not isinstance(model, RunsAsGraph):
             return None
-        saved, inputs = Saved(model), named_inputs(model, batch)
+        saved, inputs = Saved(model), model.named_inputs(batch)
         return Bound(open_request(open_graph(str(saved.path)), inputs, threads).infer, (saved, inputs))
 
 
