@@ -16,6 +16,7 @@ from tdpass.cli import main
 from tdpass.datasets import PARTS, is_dataset, open_dataset
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.methods.material import gathered
+from tdpass.methods.objects import named
 from tdpass.methods.recipe import Recipe, names, starting_recipe
 from tdpass.training.batches import Batches
 from tdpass.zoo import NETS
@@ -61,7 +62,7 @@ def test_shipped_recipes_find_what_they_need_in_the_digits(name: str) -> None:
     assert inputs.shape[1:] == material.example[1:]
     assert material.model(inputs).shape == (len(targets), 10)
     assert len(material.batches) >= recipe.rounds_per_epoch
-    assert material.pretrain > 0
+    assert (material.pretrain > 0) != ("from random weights" in recipe.about)
     assert bool(said) == recipe.trained
     for text in (recipe.test, recipe.evaluate):
         score = material.score(text)
@@ -198,3 +199,11 @@ def test_what_train_lacks_is_said_and_no_success(tmp_path: Path, capsys: pytest.
     for words, message in said.items():
         assert main(["train", *words]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "benchmarks" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_of_the_benchmarks_name_what_is_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    found = Recipe.load(path)
+    assert found.about
+    assert all(callable(named(text)) for text in (found.model, found.data, found.test, found.evaluate) if text is not None and ":" in text)
