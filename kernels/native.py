@@ -219,4 +219,9 @@ def onnx_ops_path() -> Path:
 @functools.cache
 def version() -> str:
     """Identifies the kernels by their sources: measured times are good for no other."""
-    return build.fingerprint(build.units([chosen_isa()], sanitizing()))
+    return _fingerprint(chosen_isa(), sanitizing())
+
+
+@functools.cache
+def _fingerprint(isa: str, flags: tuple[str, ...]) -> str:
+    return build.fingerprint(build.units([isa], flags))

@@ -125,6 +125,16 @@ class Stage:
         return channels[:, : self.outputs // self.groups, : self.inputs // self.groups].reshape(self.shape)
 
 
+def integers_of(stages: Sequence[Stage]) -> list[int]:
+    """Stages as `conv_chain` takes them; `stages_of` reads them."""
+    return [value for stage in stages for value in stage.integers()]
+
+
+def widths_of(stages: Sequence[Stage]) -> list[int]:
+    """How many channels a chain reads, then how many each stage makes, as `linear_chain` takes them."""
+    return [stages[0].inputs, *(stage.outputs for stage in stages)]
+
+
 def stages_of(integers: Sequence[int]) -> tuple[Stage, ...]:
     """The stages of a flat list of integers; raises `KernelError` for a list that is none."""
     if not integers or len(integers) % _INTEGERS:

@@ -24,7 +24,9 @@ from tdpass.form import Form
 from tdpass.formats import FORMATS, Layer
 from tdpass.formats.base import offered_formats
 from tdpass.fusing import choose
-from tdpass.fusing.choose import ChainCall
+from tdpass.fusing.spec import ChainCall, ChainSpec
+from tdpass.fusing.torch_calls import in_torch
+from tdpass.kernels.stage import Stage
 from tdpass.layers.derived import DERIVED
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.fused import Fused
@@ -460,16 +462,12 @@ def test_torch_is_left_to_import_its_registry() -> None:
 @torch.no_grad()
 def test_measured_choices_are_remembered_on_disk(low: Low, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setenv("TDPASS_CACHE", str(folder))
-    monkeypatch.setattr(choose, "_KNOWN", {})
-    call = ChainCall((tdpass.kernels.stage.Stage(8, 4), tdpass.kernels.stage.Stage(4, 8)), (2, 8, 5, 5), torch.float32)
-    first = choose.choose([call])
+    call = ChainCall(ChainSpec((Stage(8, 4), Stage(4, 8)), 2), (2, 8, 5, 5))
+    first = choose.choose([in_torch(call)])
     assert first.plain > 0
-    assert list(folder.rglob("*.json"))
-    monkeypatch.setattr(choose, "_KNOWN", {})
-    monkeypatch.setattr(choose, "_measure", lambda call: pytest.fail("measured again"))
-    assert choose.choose([call]) == first
-    next(folder.rglob("*.json")).write_text("{damaged", encoding="utf-8")
-    assert choose._read(next(folder.rglob("*.json"))) == {}
+    choose._table_in.cache_clear()
+    monkeypatch.setattr(choose, "seconds_of", lambda *_: pytest.fail("measured again"))
+    assert choose.choose([in_torch(call)]) == first
 
 
 @torch.no_grad()

@@ -19,8 +19,9 @@ from tdpass.dynamo import fuse
 from tdpass.dynamo.backend import Options
 from tdpass.dynamo.frozen import _RUNNERS
 from tdpass.errors import UsageError
-from tdpass.fusing import choose
 from tdpass.fusing.choose import Verdict
+from tdpass.fusing.spec import ChainCall, ChainSpec
+from tdpass.fusing.torch_calls import convolutions, in_torch
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_compiler"),
@@ -276,8 +277,8 @@ def test_single_layers_are_operators_where_that_is_faster(faster: bool, net: Net
     seen: list[bool] = []
 
     def choose(calls: Any, *, measure: bool = True) -> Verdict:
-        seen.append(calls[0].frozen)
-        return Verdict("channels" if faster or len(calls[0].stages) > 1 else None, 1.0, 2.0)
+        seen.append(calls[0].call.frozen)
+        return Verdict("channels" if faster or len(calls[0].call.spec.stages) > 1 else None, 1.0, 2.0)
 
     monkeypatch.setattr(fuse, "choose", choose)
     x = images()
@@ -295,11 +296,12 @@ def test_single_layers_are_operators_where_that_is_faster(faster: bool, net: Net
 @torch.no_grad()
 def test_constants_are_timed_laid_out() -> None:
     stage = tdpass.kernels.stage.Stage(8, 4, 1, (3, 3), (2, 2), (1, 1), (1, 1))
-    calls = [choose.ChainCall((stage,), (1, 8, 9, 9), torch.float32, bias=True, activation="relu", frozen=state) for state in (False, True)]
-    assert calls[0].key(1) != calls[1].key(1)
+    spec = ChainSpec((stage,), 2, bias=True, activation="relu")
+    calls = [ChainCall(spec, (1, 8, 9, 9), frozen=state) for state in (False, True)]
+    assert in_torch(calls[0]).key("plain") != in_torch(calls[1]).key("plain")
     for call in calls:
         x, weight, bias = torch.randn(call.size), torch.randn(stage.shape), torch.randn(4)
-        plain, *fused = (run() for run in choose._convolutions(call, x, [weight], bias))
+        plain, *fused = (run() for run in convolutions(call, x, [weight], bias).values())
         for y in fused:
             assert close(y, plain)
 

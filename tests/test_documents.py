@@ -56,7 +56,6 @@ SAMPLES: dict[str, Any] = {
     "table of joint options": [JointOption({"fc": CANDIDATE}, 0.5, (1, 2))],
     "training recipe": RECIPE,
     "tdpass structure": _Structure(2, (_Replacement(("fc", "twin"), Form("svd", (2,)), bias=True),), ("bn",), ("last",), {"a": "b"}),
-    "table of chain times": {"a": [0.1, None]},
     "table of tensors": {"fc.weight": Piece((4, 2), (2, 0), "float32")},
     "list of the parts of a checkpoint": {"facts-0.json": "ab"},
     "state of a training run": {"steps": 3, "rounds": [{"epoch": 0}]},

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from tdpass.dynamo.draft import Draft
-from tdpass.dynamo.links import Link, read_link
+from tdpass.dynamo.links import GraphLink, read_link
 from tdpass.errors import TdpassError
 from tdpass.form import Form, Formed
 from tdpass.formats.base import FORMATS, Layer, check_form
@@ -82,12 +82,12 @@ def module_path(weight: Node) -> str:
     return ".".join(re.findall(r"_modules\['([^']*)'\]", str(name() if callable(name) else name)))
 
 
-def _site(link: Link, weight: Tensor) -> Site:
+def _site(link: GraphLink, weight: Tensor) -> Site:
     plain = plain_site("weight", tuple(weight.shape))
     return replace(plain, stride=link.strides, padding=link.pads, dilation=link.dilation, itemsize=weight.element_size())
 
 
-def _replace(draft: Draft, link: Link, recipe: Factorize) -> None:
+def _replace(draft: Draft, link: GraphLink, recipe: Factorize) -> None:
     factors = draft.derive(recipe, [link.weight])
     names = list(FORMATS.get(recipe.format).shapes(recipe.site, recipe.rank))
     layer = Layer(recipe.site, recipe.form, {name: draft.value_of(node) for name, node in zip(names, factors, strict=True)})
@@ -100,7 +100,7 @@ def _replace(draft: Draft, link: Link, recipe: Factorize) -> None:
     draft.replace(link.nodes, result)
 
 
-def _chain(draft: Draft, link: Link, lowered: Lowered, factors: dict[str, Node]) -> Node:
+def _chain(draft: Draft, link: GraphLink, lowered: Lowered, factors: dict[str, Node]) -> Node:
     """The layers one by one, so that they can be fused."""
     x = link.x
     for index, (stage, name) in enumerate(zip(lowered.stages, lowered.factors, strict=True)):

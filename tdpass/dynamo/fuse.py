@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tdpass.dynamo.chains import Chain, find_chains, norm_inputs
+from tdpass.dynamo.chains import GraphChain, GraphReader, norm_inputs
 from tdpass.dynamo.draft import Draft
 from tdpass.dynamo.links import argument, hint, mutates, read_link, tensor_of
-from tdpass.fusing.choose import ChainCall, Layout, Verdict, choose, served
+from tdpass.fusing.choose import Verdict, choose, served
+from tdpass.fusing.find import find_chains
+from tdpass.fusing.spec import ChainCall, Layout
+from tdpass.fusing.torch_calls import in_torch
 from tdpass.kernels.conv_chain import CONV_CHAIN, packing
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
-from tdpass.kernels.stage import Lanes, Stage
+from tdpass.kernels.stage import Lanes
 from tdpass.layers.derived import ChannelsInnermost, PackChain
 
 log = logging.getLogger("tdpass.backend")
@@ -30,10 +33,11 @@ def fuse_chains(draft: Draft, *, measure: bool = True, channels_last: bool = Tru
     The layout of four-dimensional activations is the one in which the chains together take less time.  Dynamic sizes are
     measured as they are in the example.
     """
-    chains = [chain for chain in find_chains(draft.graph, draft.stored, alone=alone) if _reason(chain, measure=measure) == ""]
+    found = find_chains(GraphReader(draft.graph, draft.stored), alone=alone)
+    chains = [chain for chain in found if _reason(chain, measure=measure) == ""]
     layout: Layout = "contiguous"
     totals: dict[Layout, float] = {}
-    verdicts: dict[Layout, dict[Chain, Verdict]] = {}
+    verdicts: dict[Layout, dict[GraphChain, Verdict]] = {}
     for option in _layouts(draft, chains, channels_last=channels_last):
         verdicts[option] = {chain: _verdict(draft, chain, option, measure=measure) for chain in chains}
         totals[option] = sum(verdict.best for verdict in verdicts[option].values())
@@ -52,7 +56,7 @@ def fuse_chains(draft: Draft, *, measure: bool = True, channels_last: bool = Tru
     return fused
 
 
-def _reason(chain: Chain, *, measure: bool) -> str:
+def _reason(chain: GraphChain, *, measure: bool) -> str:
     """Why a chain cannot be fused; empty where it can."""
     values = (tensor_of(chain.x), tensor_of(chain.result))
     if values[0] is None or values[1] is None:
@@ -62,7 +66,7 @@ def _reason(chain: Chain, *, measure: bool) -> str:
     return served(values[0].device.type, values[1].dtype)
 
 
-def _layouts(draft: Draft, chains: Sequence[Chain], *, channels_last: bool) -> list[Layout]:
+def _layouts(draft: Draft, chains: Sequence[GraphChain], *, channels_last: bool) -> list[Layout]:
     """The layouts to choose from."""
     images = any(chain.links[0].axes == 2 for chain in chains)
     reads_strides = any(node.op == "call_method" and node.target in _STRIDE_READERS for node in draft.graph.nodes)
@@ -70,31 +74,19 @@ def _layouts(draft: Draft, chains: Sequence[Chain], *, channels_last: bool) -> l
     return ["contiguous", "channels_last"] if images and channels_last and not reads_strides and not writes else ["contiguous"]
 
 
-def _verdict(draft: Draft, chain: Chain, layout: Layout, *, measure: bool) -> Verdict:
+def _verdict(draft: Draft, chain: GraphChain, layout: Layout, *, measure: bool) -> Verdict:
     x, result = tensor_of(chain.x), tensor_of(chain.result)
     assert x is not None
     assert result is not None
-    sizes = [hint(size) for size in x.shape]
-    axes = chain.links[0].axes
-    if axes == 0:
-        sizes = [torch.Size(sizes[:-1]).numel(), sizes[-1]]
-    elif axes == 1:
-        sizes.insert(2, 1)
-    shift, rest = chain.bias is not None or chain.norm is not None, chain.residual is not None
-    laid: Layout = layout if axes == 2 else "contiguous"
-    call = ChainCall(stages_of(chain), tuple(sizes), result.dtype, laid, shift, rest, chain.activation, draft.frozen)
-    verdict = choose([call], measure=measure)
+    laid: Layout = layout if chain.spec.axes == 2 else "contiguous"
+    call = ChainCall(chain.spec, tuple(map(hint, x.shape)), result.dtype, laid, draft.frozen)
+    verdict = choose([in_torch(call)], measure=measure)
     return verdict if chain.lanes is None else Verdict(verdict.lanes or chain.lanes, verdict.seconds, verdict.plain)
 
 
-def stages_of(chain: Chain) -> tuple[Stage, ...]:
-    """Its geometry."""
-    return tuple(link.stage for link in chain.links if link.stage is not None)
-
-
-def _rewrite(draft: Draft, chain: Chain, lanes: Lanes, results: Mapping[Node, Node]) -> Node:
+def _rewrite(draft: Draft, chain: GraphChain, lanes: Lanes, results: Mapping[Node, Node]) -> Node:
     """The call that stands for the chain; `results` are those of chains rewritten before, which it may read."""
-    graph, axes = draft.graph, chain.links[0].axes
+    graph, spec = draft.graph, chain.spec
     result = tensor_of(chain.result)
     assert result is not None
     packed_for = packing(lanes, result.dtype)
@@ -104,32 +96,29 @@ def _rewrite(draft: Draft, chain: Chain, lanes: Lanes, results: Mapping[Node, No
         residual = None if chain.residual is None else results.get(chain.residual, chain.residual)
         if tensor_of(x).dtype != result.dtype:  # type: ignore[union-attr]  # autocast would have converted it
             x = graph.call_method("to", (x, result.dtype))
-        stages = stages_of(chain)
-        if axes == 0:
-            widths = [stages[0].inputs, *(stage.outputs for stage in stages)]
-            call = graph.call_function(LINEAR_CHAIN.call, (x, weights, bias, residual, widths, chain.activation))
+        if spec.linear:
+            call = graph.call_function(LINEAR_CHAIN.call, (x, weights, bias, residual, spec.widths, spec.activation))
         else:
-            if axes == 1:
+            if spec.axes == 1:
                 x = graph.call_method("unsqueeze", (x, 2))
                 residual = None if residual is None else graph.call_method("unsqueeze", (residual, 2))
-            integers = [value for stage in stages for value in stage.integers()]
-            call = graph.call_function(CONV_CHAIN.call, (x, weights, bias, residual, integers, chain.activation, packed_for))
-            if axes == 1:
+            call = graph.call_function(CONV_CHAIN.call, (x, weights, bias, residual, spec.integers, spec.activation, packed_for))
+            if spec.axes == 1:
                 call = graph.call_method("squeeze", (call, 2))
         call.meta = dict(chain.result.meta)
     draft.replace(chain.nodes, call)
     return call
 
 
-def _packed(draft: Draft, chain: Chain, lanes: Lanes) -> list[Any]:
+def _packed(draft: Draft, chain: GraphChain, lanes: Lanes) -> list[Any]:
     """Packed weights as inputs of the graph, and the bias or None."""
     sources = [link.weight for link in chain.links]
     transposed = tuple(link.transposed for link in chain.links)
     if chain.norm is None:
-        return [*draft.derive(PackChain(stages_of(chain), lanes, transposed), sources), chain.bias]
+        return [*draft.derive(PackChain(chain.spec.stages, lanes, transposed), sources), chain.bias]
     tensors = norm_inputs(chain.norm)
     affine = (tensors[2] is not None, tensors[3] is not None)
-    recipe = PackChain(stages_of(chain), lanes, transposed, chain.bias is not None, float(argument(chain.norm, 7, "eps", 1e-5)), affine)
+    recipe = PackChain(chain.spec.stages, lanes, transposed, chain.bias is not None, float(argument(chain.norm, 7, "eps", 1e-5)), affine)
     return draft.derive(recipe, [node for node in (*sources, chain.bias, *tensors) if node is not None])
 
 

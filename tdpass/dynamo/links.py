@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
+from tdpass.fusing.spec import Link
 from tdpass.kernels.conv_chain import MAX_TAPS
 from tdpass.kernels.stage import Pair, Stage
 
@@ -25,29 +26,13 @@ _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, ope
 
 
 @dataclass(frozen=True)
-class Link:
-    """One layer: `nodes` are its call and, before it, zero padding that only it reads.
+class GraphLink(Link[Node, Node]):
+    """A layer, with its geometry on any number of axes."""
 
-    `axes` counts its spatial axes, none in a matrix product; `stage` is its geometry as a kernel takes it, None for what no
-    kernel computes; `transposed` says that the weight is `[i, o]`.
-    """
-
-    nodes: tuple[Node, ...]
-    x: Node
-    weight: Node
-    bias: Node | None
-    axes: int
-    stage: Stage | None
     strides: tuple[int, ...] = ()
     pads: tuple[tuple[int, int], ...] = ()
     dilation: tuple[int, ...] = ()
     groups: int = 1
-    transposed: bool = False
-
-    @property
-    def node(self) -> Node:
-        """The call."""
-        return self.nodes[-1]
 
 
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
@@ -85,7 +70,7 @@ def mutates(node: Node) -> bool:
     return named or asked or node.target in _IN_PLACE
 
 
-def read_link(node: Node, stored: AbstractSet[Node]) -> Link | None:
+def read_link(node: Node, stored: AbstractSet[Node]) -> GraphLink | None:
     """The layer that a node calls, where its weight is one of `stored`; None for everything else."""
     if node.op == "call_function" and node.target is F.linear:
         return _linear(node, argument(node, 0, "input"), argument(node, 1, "weight"), argument(node, 2, "bias"), stored, transposed=False)
@@ -97,15 +82,15 @@ def read_link(node: Node, stored: AbstractSet[Node]) -> Link | None:
     return None
 
 
-def _linear(node: Node, x: Any, weight: Any, bias: Any, stored: AbstractSet[Node], *, transposed: bool) -> Link | None:
+def _linear(node: Node, x: Any, weight: Any, bias: Any, stored: AbstractSet[Node], *, transposed: bool) -> GraphLink | None:
     value, matrix = tensor_of(x), tensor_of(weight)
     if value is None or matrix is None or weight not in stored or x in stored or value.dim() < 2 or matrix.dim() != 2:
         return None
     outputs, inputs = reversed(matrix.shape) if transposed else matrix.shape
-    return Link((node,), x, weight, bias, 0, Stage(inputs, outputs), transposed=transposed)
+    return GraphLink((node,), x, weight, bias, 0, Stage(inputs, outputs), transposed=transposed)
 
 
-def _convolution(node: Node, stored: AbstractSet[Node]) -> Link | None:
+def _convolution(node: Node, stored: AbstractSet[Node]) -> GraphLink | None:
     x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
     value, kernel = tensor_of(x), tensor_of(weight)
     if value is None or kernel is None or weight not in stored or value.dim() != kernel.dim():
@@ -125,7 +110,8 @@ def _convolution(node: Node, stored: AbstractSet[Node]) -> Link | None:
         stage = Stage(
             kernel.shape[1] * groups, kernel.shape[0], groups, _pair(size, 1), _pair(stride, 1), _pair(before_, 0), _pair(after_, 0), _pair(dilation, 1)
         )
-    return Link(nodes, x, weight, argument(node, 2, "bias"), axes, stage, stride, pads, dilation, groups)
+    bias = argument(node, 2, "bias")
+    return GraphLink(nodes, x, weight, bias, axes, stage, strides=stride, pads=pads, dilation=dilation, groups=groups)
 
 
 def _padding_of(x: Node, axes: int) -> tuple[tuple[int, int], ...] | None:

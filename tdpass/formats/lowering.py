@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdpass.formats.base import FORMATS, Layer, apply_dense
 from tdpass.kernels.conv_chain import MAX_STAGES, MAX_TAPS
-from tdpass.kernels.stage import Lanes, Stage
+from tdpass.kernels.stage import Lanes, Stage, integers_of, widths_of
 from tdpass.ops import Pads
 from tdpass.site import Site
 
@@ -31,12 +31,12 @@ class Lowered:
     @property
     def integers(self) -> list[int]:
         """The stages as `conv_chain` takes them."""
-        return [value for stage in self.stages for value in stage.integers()]
+        return integers_of(self.stages)
 
     @property
     def widths(self) -> list[int]:
         """The widths as `linear_chain` takes them."""
-        return [self.stages[0].inputs, *(stage.outputs for stage in self.stages)]
+        return widths_of(self.stages)
 
 
 def lower(layer: Layer) -> Lowered | None:

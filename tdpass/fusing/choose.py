@@ -1,38 +1,36 @@
-"""Which chains are worth a fused operator, by measurement: once per process and shape, remembered on disk."""
+"""Which chains are worth a fused operator, by measurement: once per machine, runtime and shape, remembered in the table of times."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from tdpass.clock import interleaved
-from tdpass.documents import Amount, Document, register_document
-from tdpass.errors import TdpassError, UsageError
-from tdpass.files import cache_folder, write_text
-from tdpass.fusing.plain import frozen_chain, laid_out, plain_chain
-from tdpass.kernels import base, native
-from tdpass.kernels.conv_chain import CONV_CHAIN, activate, packing
-from tdpass.kernels.linear_chain import LINEAR_CHAIN
-from tdpass.kernels.stage import Lanes, Stage
+from tdpass.errors import UsageError
+from tdpass.files import cache_folder
+from tdpass.fusing.spec import ChainCall
+from tdpass.kernels import native
+from tdpass.kernels.stage import Lanes
 from tdpass.machine import processor
+from tdpass.timings import Key, Row, TimingTable
 
-Layout = Literal["channels_last", "contiguous"]
+PLAIN = "plain"
 LANES: tuple[Lanes, ...] = ("channels", "pixels")
-FORMATS_OF: dict[Layout, torch.memory_format] = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 _ROUNDS, _LEAST_SECONDS = 9, 2e-3
+_LEAST_ALONE = 1 / 0.95
+
+K = TypeVar("K", bound=Hashable)
+Calls = Mapping[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -45,37 +43,30 @@ _RULES = [_Rules()]
 
 
 @dataclass(frozen=True)
-class ChainCall:
-    """A chain as it is called: `size` is that of its input, `[n, c, h, w]` or `[positions, c]`; then what follows its last layer.
+class Trial:
+    """A chain to be timed in a runtime, which names its version, by that many threads.
 
-    With `frozen` its weights are constants, which the plain layers too have laid out beforehand.
+    `calls` makes what is timed: the layers one by one, under `PLAIN`, and the operator with each family of lanes that serves it.
     """
 
-    stages: tuple[Stage, ...]
-    size: tuple[int, ...]
-    dtype: torch.dtype
-    layout: Layout = "contiguous"
-    bias: bool = False
-    residual: bool = False
-    activation: str = "identity"
-    frozen: bool = False
+    call: ChainCall
+    runtime: str
+    threads: int
+    calls: Callable[[], Calls]
 
-    @property
-    def linear(self) -> bool:
-        """Whether it is a chain of linear layers."""
-        return len(self.size) == 2
-
-    def key(self, threads: int) -> str:
-        """What its times depend on, as text."""
-        stages = " ".join(",".join(map(str, stage.integers())) for stage in self.stages)
-        after = f"{'+bias' * self.bias}{'+residual' * self.residual} {self.activation}"
-        frozen = " frozen" * self.frozen
-        return f"{stages} | {'x'.join(map(str, self.size))} {str(self.dtype).removeprefix('torch.')} {self.layout} {after}{frozen} threads={threads}"
+    def key(self, way: str) -> Key:
+        """What the time of one way to run it depends on."""
+        device, kernels = f"{processor()} {native.isa()}", native.version()
+        dtype = str(self.call.dtype).removeprefix("torch.")
+        return Key(device, f"{self.runtime}, kernels {kernels}", self.threads, self.call.size[0], dtype, str(self.call), f"chain {way}", ())
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The fastest lane family, None where the plain chain is faster; seconds of it and of the plain chain, 0 where unmeasured."""
+    """The lane family to use, None where the plain chain is to stay.
+
+    `seconds` are those of the fastest family, `plain` those of the plain chain; 0 where unmeasured.
+    """
 
     lanes: Lanes | None
     seconds: float = 0.0
@@ -85,6 +76,11 @@ class Verdict:
     def best(self) -> float:
         """Seconds of what is chosen."""
         return self.plain if self.lanes is None else self.seconds
+
+    @property
+    def gain(self) -> float:
+        """How many times as fast the operator is, where it was measured."""
+        return self.plain / self.seconds
 
 
 def served(device: str, dtype: torch.dtype) -> str:
@@ -108,119 +104,53 @@ def choosing(lanes: str = "auto", *, measure: bool = True) -> Iterator[None]:
         _RULES.pop()
 
 
-def choose(calls: Sequence[ChainCall], *, measure: bool = True) -> Verdict:
-    """Whether to fuse a chain that is called so, and in which lanes.
+def choose(trials: Sequence[Trial], *, measure: bool = True) -> Verdict:
+    """Whether to fuse a chain that is called so, and in which lanes; unmeasured, every chain is fused.
 
-    Timed against the same layers called one by one in eager torch, channels last: the library that inductor's code calls for
-    them too.  The fused operator is timed as the dispatcher calls it.  Unmeasured, every chain is fused.  A layer alone has to
-    gain more than 5 %: its packed weight is a second copy.
+    A layer alone has to gain more than 5 %: its packed weight is a second copy.
     """
-    families: tuple[Lanes, ...] = ("channels",) if calls[0].linear else _RULES[-1].lanes
-    if not measure or not _RULES[-1].measure:
+    spec, rules = trials[0].call.spec, _RULES[-1]
+    families = LANES[:1] if spec.linear else rules.lanes
+    if not measure or not rules.measure:
         return Verdict(families[0])
-    rows = [_times(call) for call in calls]
-    plain = sum(row[0] for row in rows)
-    fused = {family: sum(row[1 + LANES.index(family)] for row in rows) for family in families}
+    return measured(trials, families, 1.0 if len(spec.stages) > 1 else _LEAST_ALONE)
+
+
+def measured(trials: Sequence[Trial], families: Sequence[Lanes], least: float = 1.0) -> Verdict:
+    """The fastest of the lane families over all calls of a chain, where it is more than `least` times as fast as the plain chain."""
+    rows = [_times(trial) for trial in trials]
+    plain = sum(row[PLAIN] for row in rows)
+    fused = {family: sum(row[family] for row in rows) for family in families}
     lanes = min(fused, key=lambda family: fused[family])
-    enough = plain if len(calls[0].stages) > 1 else 0.95 * plain
-    return Verdict(lanes if fused[lanes] < enough else None, fused[lanes], plain)
+    return Verdict(lanes if fused[lanes] * least < plain else None, fused[lanes], plain)
 
 
-_KNOWN: dict[str, list[float]] = {}
+def _times(trial: Trial) -> dict[str, float]:
+    """Seconds of each way to run the chain, infinite for what does not serve it; measured in turn where the table lacks one."""
+    keys = {way: trial.key(way) for way in (PLAIN, *LANES)}
+    table = times_kept()
+    known = table.get(keys.values())
+    if len(known) < len(keys):
+        seconds = seconds_of(trial.calls(), trial.threads)
+        known = {key: Row(seconds.get(way, math.inf)) for way, key in keys.items()}
+        table.put(known)
+    return {way: known[key].seconds for way, key in keys.items()}
 
 
-def _times(call: ChainCall) -> list[float]:
-    """Seconds of the plain chain and of each lane family; infinite where one does not serve it."""
-    key = call.key(torch.get_num_threads())
-    if not _KNOWN:
-        _KNOWN.update(_read(_file()))
-    if key not in _KNOWN:
-        _KNOWN[key] = _measure(call)
-        _remember(_file())
-    return _KNOWN[key]
-
-
-def _measure(call: ChainCall) -> list[float]:
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).div(math.sqrt(shape[-1])).to(call.dtype)
-
-    weights = [noise(*stage.shape) for stage in call.stages]
-    bias = noise(call.stages[-1].outputs) if call.bias else None
-    if call.linear:
-        x, flat = noise(*call.size), [weight.flatten(1) for weight in weights]
-        residual = noise(call.size[0], call.stages[-1].outputs) if call.residual else None
-        packed = [stage.pack(weight, packing("channels", call.dtype)) for stage, weight in zip(call.stages, weights, strict=True)]
-        widths = [call.size[1], *(stage.outputs for stage in call.stages)]
-        calls: list[Callable[[], Tensor]] = [
-            lambda: _finish(F.linear(functools.reduce(F.linear, flat[:-1], x), flat[-1], bias), residual, call.activation),
-            functools.partial(LINEAR_CHAIN.call, x, packed, bias, residual, widths, call.activation),
-        ]
-    else:
-        calls = _convolutions(call, noise(*call.size), weights, bias)
-    seconds = _interleaved(calls)
-    return [*seconds, *[float("inf")] * (1 + len(LANES) - len(seconds))]
-
-
-def _convolutions(call: ChainCall, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> list[Callable[[], Tensor]]:
-    last = x.contiguous(memory_format=torch.channels_last)
-    laid = x.contiguous(memory_format=FORMATS_OF[call.layout])
-    plain = [weight.contiguous(memory_format=torch.channels_last) for weight in weights]
-    rest = plain_chain(last, call.stages, plain, None).clone() if call.residual else None
-    residual = None if rest is None else rest.contiguous(memory_format=FORMATS_OF[call.layout])
-    integers = [value for stage in call.stages for value in stage.integers()]
-    ahead, relu = laid_out(call.stages, weights, call.size) if call.frozen else None, rest is None and call.activation == "relu"
-    calls: list[Callable[[], Tensor]] = [lambda: _finish(plain_chain(last, call.stages, plain, bias), rest, call.activation)]
-    if ahead is not None:
-        calls = [lambda: _finish(frozen_chain(last, call.stages, ahead, bias, relu), rest, "identity" if relu else call.activation)]
-    for family in LANES:
-        lanes = packing(family, call.dtype)
-        packed = [stage.pack(weight, lanes) for stage, weight in zip(call.stages, weights, strict=True)]
-        calls.append(functools.partial(CONV_CHAIN.call, laid, packed, bias, residual, integers, call.activation, lanes))
-    return calls
-
-
-def _finish(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    return activate(y if residual is None else y + residual, activation)
-
-
-def _interleaved(calls: Sequence[Callable[[], Tensor]]) -> list[float]:
-    """Seconds of each: the median of thread time at one thread, the least wall time at more."""
-    alone = torch.get_num_threads() == 1
+def seconds_of(calls: Mapping[K, Callable[[], object]], threads: int, rounds: int = _ROUNDS) -> dict[K, float]:
+    """Seconds of each call: the median of this thread's time at one thread, the least wall time at more; all take turns."""
+    alone = threads == 1
     with torch.inference_mode(mode=False), torch.no_grad():
-        rows = interleaved(calls, _ROUNDS, clock=time.thread_time if alone else time.perf_counter, least=_LEAST_SECONDS, warm_up=0.0)
-    return [statistics.median(row) if alone else min(row) for row in rows]
+        clock = time.thread_time if alone else time.perf_counter
+        rows = interleaved(list(calls.values()), rounds, clock=clock, least=_LEAST_SECONDS, warm_up=0.0)
+    return {key: statistics.median(row) if alone else min(row) for key, row in zip(calls, rows, strict=True)}
 
 
-def _machine() -> str:
-    library = native.library()
-    state = None if library is None else Path(library._name).stat()
-    kernels = "none" if state is None else f"{state.st_size} {state.st_mtime_ns}"
-    called = "called from Python" if "conv_chain" not in base.compiled() else "called in C++"
-    parts = (processor(), native.isa(), torch.__version__, kernels, called)
-    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+def times_kept() -> TimingTable:
+    """The table of measured times in the cache folder."""
+    return _table_in(cache_folder())
 
 
-def _file() -> Path:
-    """One file per processor, instruction set, torch and build of the kernels."""
-    return cache_folder() / "chains" / f"{_machine()}.json"
-
-
-_TIMES = register_document(Document("table of chain times", dict[str, list[Amount | None]], UsageError, "it is measured again"))
-
-
-def _read(path: Path) -> dict[str, list[float]]:
-    """What was measured, infinite where a lane does not serve; a file that is missing or damaged holds nothing."""
-    rows: dict[str, list[Amount | None]] | None = None
-    with suppress(OSError, ValueError):
-        rows = _TIMES.unsealed(path.read_text(encoding="utf-8"), path.name)
-    return {key: [float("inf") if value is None else value for value in row] for key, row in (rows or {}).items() if len(row) == 1 + len(LANES)}
-
-
-def _remember(path: Path) -> None:
-    """Add to what other processes wrote; a folder that cannot be written is no error."""
-    rows = {key: [None if value == float("inf") else value for value in row] for key, row in {**_read(path), **_KNOWN}.items()}
-    with suppress(OSError, TdpassError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, _TIMES.sealed(rows, path.name))
+@functools.lru_cache(maxsize=1)
+def _table_in(folder: Path) -> TimingTable:
+    return TimingTable(folder)

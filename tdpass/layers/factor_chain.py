@@ -15,7 +15,7 @@ from torch.library import Library
 from tdpass.kernels.base import NAMESPACE
 from tdpass.kernels.conv_chain import CONV_CHAIN, packing
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
-from tdpass.kernels.stage import stages_of
+from tdpass.kernels.stage import stages_of, widths_of
 from tdpass.layers.derived import DERIVED, PackChain
 
 NAME = "factor_chain"
@@ -39,7 +39,7 @@ def fake(x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, stages: Sequ
     """Shape and strides."""
     del bias
     if lanes == LINEAR:
-        return LINEAR_CHAIN.fake(x, factors, None, None, _widths(stages), activation)  # type: ignore[return-value]
+        return LINEAR_CHAIN.fake(x, factors, None, None, widths_of(stages_of(stages)), activation)  # type: ignore[return-value]
     flat = x.dim() == 3
     y: Any = CONV_CHAIN.fake(x.unsqueeze(2) if flat else x, factors, None, None, stages, activation, lanes)
     return y.squeeze(2) if flat else y  # type: ignore[no-any-return]
@@ -47,15 +47,10 @@ def fake(x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, stages: Sequ
 
 def _call(x: Tensor, packed: list[Tensor], bias: Tensor | None, stages: Sequence[int], activation: str, lanes: str) -> Tensor:
     if lanes == LINEAR:
-        return LINEAR_CHAIN.call(x, packed, bias, None, _widths(stages), activation)  # type: ignore[no-any-return]
+        return LINEAR_CHAIN.call(x, packed, bias, None, widths_of(stages_of(stages)), activation)  # type: ignore[no-any-return]
     if x.dim() == 3:
         return CONV_CHAIN.call(x.unsqueeze(2), packed, bias, None, stages, activation, lanes).squeeze(2)  # type: ignore[no-any-return]
     return CONV_CHAIN.call(x, packed, bias, None, stages, activation, lanes)  # type: ignore[no-any-return]
-
-
-def _widths(stages: Sequence[int]) -> list[int]:
-    chain = stages_of(stages)
-    return [chain[0].inputs, *(stage.outputs for stage in chain)]
 
 
 _LIBRARY: Any = Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]

@@ -19,7 +19,7 @@ from tdpass.targets.base import Setting, TimedTarget, Timing
 from tdpass.targets.layers import make_layer
 from tdpass.targets.runtimes import Runtime
 from tdpass.targets.runtimes.base import Call
-from tdpass.targets.table import Key, Row, TimingTable, geometry_of
+from tdpass.timings import Key, Row, TimingTable, geometry_of
 
 ROUNDS, CAREFUL_ROUNDS, MODEL_ROUNDS = 7, 25, 15
 _TOGETHER_BYTES = 2**29

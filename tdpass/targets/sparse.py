@@ -24,7 +24,7 @@ from tdpass.targets.break_even import crossing, leaves_dense
 from tdpass.targets.layers import channels_last, example_input, make_layer
 from tdpass.targets.measured import CAREFUL_ROUNDS, MeasuredTarget
 from tdpass.targets.runtimes.base import Bound
-from tdpass.targets.table import Key, Row, geometry_of
+from tdpass.timings import Key, Row, geometry_of
 
 BLOCK = (16, 1)  # outputs and columns: what the operators skip at once
 _PARTS = 10_000  # sparsities are kept as whole numbers of this

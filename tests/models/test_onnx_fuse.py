@@ -21,12 +21,15 @@ from tdpass.cli import main
 from tdpass.errors import KernelError
 from tdpass.form import Form
 from tdpass.formats.base import FORMATS, Layer
+from tdpass.fusing import choose
+from tdpass.fusing.find import find_chains
 from tdpass.kernels.native import onnx_ops_path
 from tdpass.models.base import Batch
 from tdpass.models.onnx import fuse, session
-from tdpass.models.onnx.chains import find_chains
+from tdpass.models.onnx.chains import NodeReader
 from tdpass.models.onnx.fused_ops import DOMAIN, REGISTER
 from tdpass.models.onnx.model import OnnxModel
+from tdpass.timings import TimingTable
 
 RNG = np.random.default_rng(0)
 X = torch.randn(3, 8, 10, 9, generator=torch.Generator().manual_seed(0))
@@ -91,11 +94,12 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(str(error))
     order = {"plain": 9.0, "channels": 2.0, "pixels": 1.0}
 
-    def times(calls: dict[object, Callable[[], object]]) -> dict[object, float]:
+    def times(calls: dict[object, Callable[[], object]], threads: int, rounds: int = 1) -> dict[object, float]:
         return {key: order[key] if isinstance(key, str) else 10.0 - len(key) for key in calls}  # type: ignore[arg-type]
 
-    monkeypatch.setattr(fuse, "_TIMES", {})
-    monkeypatch.setattr(fuse, "_interleaved", times)
+    monkeypatch.setattr(choose, "times_kept", lambda: TimingTable(None))
+    for module in (choose, fuse):
+        monkeypatch.setattr(module, "seconds_of", times)
 
 
 FUSED = ["ConvChain3BiasRelu", "ConvChain3BiasAddRelu", "GlobalAveragePool", "Flatten", "LinearChain2Bias"]
@@ -194,14 +198,15 @@ def test_real_times_decide_and_leave_the_result_alone() -> None:
 
 
 def test_what_is_slower_stays_as_it_is(always: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuse, "_interleaved", lambda calls: {key: 1.0 if key == "plain" else 2.0 for key in calls})
+    monkeypatch.setattr(choose, "seconds_of", lambda calls, *_: {key: 1.0 if key == "plain" else 2.0 for key in calls})
     model, declined = factored(block()), dict[str, str]()
     assert not model.fuse(ignore, declined.__setitem__, Batch((X,)))
     assert declined == dict.fromkeys(("first", "second", "head"), "as one operator it takes 2.00 times as long")
 
 
 def test_a_gain_that_the_model_does_not_show_is_declined(always: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuse, "_interleaved", lambda calls: {key: 2.0 if key == "plain" else 1.0 for key in calls})
+    for module in (choose, fuse):
+        monkeypatch.setattr(module, "seconds_of", lambda calls, *_: {key: 2.0 if key == "plain" else 1.0 for key in calls})
     model, declined = factored(block()), dict[str, str]()
     assert not model.fuse(ignore, declined.__setitem__, Batch((X,)))
     assert declined["first"] == "as one operator it takes 0.50 times as long alone, and the model is no faster for it"
@@ -293,7 +298,7 @@ def test_what_follows_a_chain(always: None, opset: int, tail: list[onnx.NodeProt
 )
 def test_what_is_no_chain(nodes: list[onnx.NodeProto], reason: str) -> None:
     constants = {"u.weight": weight(4, 8, 1, 1), "u.bias": weight(4), "v.weight": weight(8, 4, 1, 1)}
-    assert find_chains(OnnxModel.open(model_of(nodes, constants, ("N", 8, 6, 6)))._built) == [], reason
+    assert find_chains(NodeReader(OnnxModel.open(model_of(nodes, constants, ("N", 8, 6, 6)))._built)) == [], reason
 
 
 @pytest.mark.usefixtures("always")

@@ -1,100 +1,98 @@
-"""Finding layers in a row that one fused operator can compute: no bias, and no other reader, between them."""
+"""Chains in an ONNX graph: how its layers, and what follows the last of them, are read."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import onnx
 import onnx_ir as ir
 
-from tdpass.kernels.conv_chain import MAX_STAGES, MAX_TAPS
+from tdpass.fusing.spec import Chain, Link
+from tdpass.kernels.conv_chain import MAX_TAPS
 from tdpass.kernels.stage import Stage
 from tdpass.models.onnx.activations import activation_after, other, sole_reader
-from tdpass.models.onnx.fused_ops import FusedOp
 from tdpass.models.onnx.shapes import skeleton
 from tdpass.models.onnx.tensors import constant, sizes
 from tdpass.models.onnx.weight_use import Slot
 
 Axes = tuple[int | None, ...]
+NodeLink = Link[ir.Node, Slot]
+NodeChain = Chain[ir.Node, Slot]
 
 
-@dataclass(frozen=True)
-class LayerNode:
-    """A Conv, MatMul or Gemm with a constant weight of float32; a Gemm's is stored `[o, i]` where `flipped`."""
+class NodeReader:
+    """Reads the layers of the main graph whose weights are constants of float32; see `tdpass.fusing.find.Reader`."""
 
-    node: ir.Node
-    weight: ir.Value
-    stage: Stage
-    axes: int
-    flipped: bool = False
-    bias: ir.Value | None = None
+    cuts = False
 
-    @property
-    def linear(self) -> bool:
-        """Whether it is a product with a matrix."""
-        return self.node.op_type != "Conv"
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self._sizes = [axes_of(model, inputs) for inputs in _probes(model)]
+
+    def links(self) -> Iterator[NodeLink]:
+        for node in self.model.graph:
+            link = _layer(node)
+            if link is not None:
+                yield link
+
+    def following(self, link: NodeLink) -> ir.Node | None:
+        return sole_reader(link.node.outputs[0])
+
+    def fuses(self, first: NodeLink, second: NodeLink) -> bool:
+        return second.node.inputs[0] is first.node.outputs[0]
+
+    def norm(self, chain: NodeChain) -> NodeChain:
+        """The chain: batch-norms of constants are folded before."""
+        return chain
+
+    def bias(self, chain: NodeChain) -> NodeChain:
+        add, slot = _sum(result(chain))
+        if add is None or slot is None or chain.links[0].axes or chain.bias is not None or not _is_bias(slot.value, outputs_of(chain)):
+            return chain
+        return replace(chain, nodes=(*chain.nodes, add), bias=slot)
+
+    def residual(self, chain: NodeChain) -> NodeChain:
+        add, slot = _sum(result(chain))
+        if add is None or slot is None or not self._same_size(result(chain), slot.value):
+            return chain
+        return replace(chain, nodes=(*chain.nodes, add), residual=slot)
+
+    def activation(self, chain: NodeChain) -> NodeChain:
+        name, nodes = activation_after(result(chain))
+        return replace(chain, nodes=(*chain.nodes, *nodes), activation=name)
+
+    def movable(self, chain: NodeChain) -> bool:
+        return True
+
+    def fused(self) -> Iterator[NodeChain]:
+        """None: operators that were fused before are read as what they are."""
+        yield from ()
+
+    def _same_size(self, a: ir.Value, b: ir.Value) -> bool:
+        """Whether both are as large in every case, so that neither is broadcast."""
+        if constant(b) is not None:
+            return False
+        pairs = [(known.get(a.name or ""), known.get(b.name or "")) for known in self._sizes]
+        return all(left is not None and left == right and None not in left for left, right in pairs)
 
 
-@dataclass(frozen=True)
-class Chain:
-    """Layers in a row, what is added to their result, the activation, and the nodes that all of this is now; the last makes `y`."""
-
-    layers: tuple[LayerNode, ...]
-    bias: ir.Value | None
-    residual: Slot | None
-    activation: str
-    nodes: tuple[ir.Node, ...]
-
-    @property
-    def x(self) -> ir.Value:
-        """What the first layer reads."""
-        value = self.layers[0].node.inputs[0]
-        assert value is not None
-        return value
-
-    @property
-    def y(self) -> ir.Value:
-        """What the last node makes."""
-        return self.nodes[-1].outputs[0]
-
-    @property
-    def op(self) -> FusedOp:
-        """The operator that computes it."""
-        return FusedOp(self.layers[0].linear, len(self.layers), self.bias is not None, self.residual is not None, self.activation)
-
-    @property
-    def signature(self) -> tuple[object, ...]:
-        """Equal for chains that do the same work on inputs of the same size."""
-        return (self.op, self.layers[0].axes, *(layer.stage for layer in self.layers))
-
-    @property
-    def label(self) -> str:
-        """A name for people: that of the layer the nodes stand for."""
-        return (self.layers[0].node.name or self.layers[0].weight.name or self.y.name or "").rpartition("/")[0] or self.layers[0].node.name or str(self.y.name)
+def result(chain: NodeChain) -> ir.Value:
+    """What the last node of a chain makes."""
+    return chain.result.outputs[0]
 
 
-def find_chains(model: ir.Model) -> list[Chain]:
-    """Chains of two to six layers in the main graph, each as long as it can be, in the order of the graph."""
-    known = [axes_of(model, inputs) for inputs in _probes(model)]
-    found: list[Chain] = []
-    taken: set[ir.Node] = set()
-    for node in model.graph:
-        layer = None if node in taken else _layer(node)
-        if layer is None:
-            continue
-        layers = [layer]
-        while len(layers) < MAX_STAGES and layers[-1].bias is None:
-            reader = sole_reader(layers[-1].node.outputs[0])
-            following = None if reader is None or reader.inputs[0] is not layers[-1].node.outputs[0] else _layer(reader)
-            if following is None or following.linear != layer.linear or following.axes != layer.axes:
-                break
-            layers.append(following)
-        if len(layers) > 1:
-            found.append(_with_rest(layers, known))
-            taken.update(found[-1].nodes)
-    return found
+def outputs_of(chain: NodeChain) -> int:
+    """How many channels a chain makes."""
+    return chain.spec.stages[-1].outputs
+
+
+def label(chain: NodeChain) -> str:
+    """A name for people: that of the layer the nodes stand for."""
+    first = chain.links[0]
+    named = (first.node.name or first.weight.value.name or result(chain).name or "").rpartition("/")[0]
+    return named or first.node.name or str(result(chain).name)
 
 
 def axes_of(model: ir.Model, inputs: Mapping[str, Axes]) -> dict[str, Axes]:
@@ -132,17 +130,17 @@ def _probes(model: ir.Model) -> list[dict[str, Axes]]:
     return probes
 
 
-def _layer(node: ir.Node) -> LayerNode | None:
+def _layer(node: ir.Node) -> NodeLink | None:
     if node.domain or node.op_type not in ("Conv", "MatMul", "Gemm"):
         return None
     weight = node.inputs[1]
     tensor = constant(weight)
     if weight is None or tensor is None or tensor.dtype != ir.DataType.FLOAT or 0 in sizes(tensor) or constant(node.inputs[0]) is not None:
         return None
-    return _conv(node, weight, sizes(tensor)) if node.op_type == "Conv" else _product(node, weight, sizes(tensor))
+    return _conv(node, sizes(tensor)) if node.op_type == "Conv" else _product(node, sizes(tensor))
 
 
-def _conv(node: ir.Node, weight: ir.Value, shape: tuple[int, ...]) -> LayerNode | None:
+def _conv(node: ir.Node, shape: tuple[int, ...]) -> NodeLink | None:
     axes, attributes = len(shape) - 2, node.attributes
     pads = list(attributes.get_ints("pads", (0,) * (2 * axes)))
     if axes not in (1, 2) or math.prod(shape[2:]) > MAX_TAPS or attributes.get_string("auto_pad", "NOTSET") != "NOTSET" or min(pads) < 0:
@@ -157,46 +155,32 @@ def _conv(node: ir.Node, weight: ir.Value, shape: tuple[int, ...]) -> LayerNode 
         shape[1] * groups, shape[0], groups, pair(shape[2:], 1), pair(tuple(attributes.get_ints("strides", ones)), 1),
         pair(tuple(pads[:axes]), 0), pair(tuple(pads[axes:]), 0), pair(tuple(attributes.get_ints("dilations", ones)), 1),
     )  # fmt: skip
-    return LayerNode(node, weight, stage, axes, bias=node.inputs[2] if len(node.inputs) > 2 else None)
+    return Link((node,), Slot(node, 0), Slot(node, 1), _bias(node), axes, stage)
 
 
-def _product(node: ir.Node, weight: ir.Value, shape: tuple[int, ...]) -> LayerNode | None:
+def _product(node: ir.Node, shape: tuple[int, ...]) -> NodeLink | None:
     attributes = node.attributes
     flipped = attributes.get_int("transB", 0) == 1
     if len(shape) != 2 or attributes.get_int("transA", 0) != 0 or attributes.get_float("alpha", 1.0) != 1.0 or attributes.get_float("beta", 1.0) != 1.0:
         return None
     inputs, outputs = shape[::-1] if flipped else shape
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is not None and not _is_bias(bias, outputs):
+    bias = _bias(node)
+    if bias is not None and not _is_bias(bias.value, outputs):
         return None
-    return LayerNode(node, weight, Stage(inputs, outputs), 0, flipped, bias)
+    return Link((node,), Slot(node, 0), Slot(node, 1), bias, 0, Stage(inputs, outputs), transposed=not flipped)
 
 
-def _with_rest(layers: list[LayerNode], known: Sequence[Mapping[str, Axes]]) -> Chain:
-    """The chain with what follows its last layer and has no other reader: bias, sum, activation."""
-    last = layers[-1]
-    nodes = [layer.node for layer in layers]
-    y, bias, residual = last.node.outputs[0], last.bias, None
+def _bias(node: ir.Node) -> Slot | None:
+    return Slot(node, 2) if len(node.inputs) > 2 and node.inputs[2] is not None else None
+
+
+def _sum(y: ir.Value) -> tuple[ir.Node, Slot] | tuple[None, None]:
+    """The sum that alone reads a value, and where it reads what it adds; None for none."""
     add = sole_reader(y, "Add")
-    if add is not None and last.linear and bias is None and _is_bias(operand := other(add, y), last.stage.outputs):
-        bias, y = operand, add.outputs[0]
-        nodes.append(add)
-        add = sole_reader(y, "Add")
-    if add is not None and _same_size(known, y, operand := other(add, y)):
-        residual, y = Slot(add, add.inputs.index(operand)), add.outputs[0]
-        nodes.append(add)
-    activation, found = activation_after(y)
-    return Chain(tuple(layers), bias, residual, activation, (*nodes, *found))
+    operand = None if add is None else other(add, y)
+    return (None, None) if add is None or operand is None else (add, Slot(add, add.inputs.index(operand)))
 
 
-def _is_bias(value: ir.Value | None, outputs: int) -> bool:
+def _is_bias(value: ir.Value, outputs: int) -> bool:
     tensor = constant(value)
     return tensor is not None and sizes(tensor) == (outputs,)
-
-
-def _same_size(known: Sequence[Mapping[str, Axes]], a: ir.Value, b: ir.Value | None) -> bool:
-    """Whether both are as large in every case, so that neither is broadcast."""
-    if b is None or constant(b) is not None:
-        return False
-    pairs = [(sizes_of.get(a.name or ""), sizes_of.get(b.name or "")) for sizes_of in known]
-    return all(left is not None and left == right and None not in left for left, right in pairs)

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 import onnx
 import onnx_ir as ir
+from typing_extensions import Self
+
+from tdpass.fusing.spec import ChainSpec
 
 DOMAIN, VERSION = "com.tdpass", 1
 REGISTER = "options.register_custom_ops_library(str(tdpass.onnx_ops_path()))"
 """What a program does with the options of its session, for the operators to run and not what they stand for."""
 FUNCTIONS_SINCE_IR = 8
-LANES = ("channels", "pixels")
 
 _CONV_ATTRIBUTES = {"group": "int", "strides": "ints", "pads": "ints", "dilations": "ints"}
 _ACTIVATE = {
@@ -47,6 +49,11 @@ class FusedOp:
     bias: bool
     residual: bool
     activation: str
+
+    @classmethod
+    def of(cls, spec: ChainSpec) -> Self:
+        """The operator of a chain."""
+        return cls(spec.linear, len(spec.stages), spec.bias, spec.residual, spec.activation)
 
     @property
     def name(self) -> str:

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from tdpass.models.onnx.chains import LayerNode, find_chains
-from tdpass.models.onnx.fused_ops import DOMAIN, FUNCTIONS_SINCE_IR, LANES, VERSION, FusedOp
+from tdpass.fusing.choose import LANES
+from tdpass.fusing.find import find_chains
+from tdpass.fusing.spec import ChainSpec
+from tdpass.kernels.stage import Lanes
+from tdpass.models.onnx.chains import NodeLink, NodeReader, label, result
+from tdpass.models.onnx.fused_ops import DOMAIN, FUNCTIONS_SINCE_IR, VERSION, FusedOp
 from tdpass.models.onnx.names import FreshNames
 from tdpass.models.onnx.rewrite import opset_of, prune_initializers, remove_nodes, take_place
 from tdpass.models.onnx.tensors import from_torch, held, to_torch
@@ -18,8 +22,8 @@ from tdpass.models.onnx.tensors import from_torch, held, to_torch
 class Fusion:
     """That a chain is to be one operator with these lanes, as long as it is the chain that it was."""
 
-    signature: tuple[object, ...]
-    lanes: str
+    spec: ChainSpec
+    lanes: Lanes
 
 
 Fusions = Mapping[str, Fusion]
@@ -32,19 +36,20 @@ def fused(model: ir.Model, fusions: Fusions) -> ir.Model:
     plain_initializers(model)
     names = FreshNames(model)
     matrices: dict[ir.Value, ir.Value] = {}
-    for chain in find_chains(model):
-        fusion = fusions.get(str(chain.y.name))
-        if fusion is None or fusion.signature != chain.signature:
+    for chain in find_chains(NodeReader(model)):
+        fusion = fusions.get(str(result(chain).name))
+        if fusion is None or fusion.spec != chain.spec:
             continue
-        weights = [_weight(layer, matrices) for layer in chain.layers]
-        added = [value for value in (chain.bias, chain.residual.value if chain.residual else None) if value is not None]
-        node = fused_node(chain.op, chain.layers, [chain.x, *weights, *added], fusion.lanes, names.node(f"{chain.label}/fused"))
-        node.outputs[0].name = names.value(f"{chain.label}/fused")
+        weights = [_weight(link, matrices) for link in chain.links]
+        added = [slot.value for slot in (chain.bias, chain.residual) if slot is not None]
+        named = f"{label(chain)}/fused"
+        node = fused_node(chain.spec, [chain.x.value, *weights, *added], fusion.lanes, names.node(named))
+        node.outputs[0].name = names.value(named)
         node.metadata_props.update(chain.nodes[0].metadata_props)
-        model.graph.insert_before(chain.nodes[-1], node)
-        take_place(chain.y, node.outputs[0])
+        model.graph.insert_before(chain.result, node)
+        take_place(result(chain), node.outputs[0])
         remove_nodes(model.graph, chain.nodes)
-        add_function(model, chain.op)
+        add_function(model, chain.spec)
     prune_initializers(model)
     names = FreshNames(model)
     for stored, matrix in matrices.items():
@@ -53,11 +58,11 @@ def fused(model: ir.Model, fusions: Fusions) -> ir.Model:
     return model
 
 
-def fused_node(op: FusedOp, layers: Sequence[LayerNode], inputs: Sequence[ir.Value], lanes: str, name: str) -> ir.Node:
-    """The node of an operator that computes these layers."""
+def fused_node(spec: ChainSpec, inputs: Sequence[ir.Value], lanes: Lanes, name: str) -> ir.Node:
+    """The node of the operator that computes a chain."""
     attributes: dict[str, int | list[int]] = {}
-    for k, layer in enumerate(layers, start=1):
-        stage, axes = layer.stage, layer.axes
+    axes = spec.axes
+    for k, stage in enumerate(spec.stages, start=1):
         if axes:
             attributes |= {
                 f"group_{k}": stage.groups,
@@ -65,14 +70,14 @@ def fused_node(op: FusedOp, layers: Sequence[LayerNode], inputs: Sequence[ir.Val
                 f"pads_{k}": [*stage.before[-axes:], *stage.after[-axes:]],
                 f"dilations_{k}": list(stage.dilation[-axes:]),
             }
-    return ir.node(op.name, inputs, attributes={**attributes, "lanes": LANES.index(lanes)}, domain=DOMAIN, name=name)
+    return ir.node(FusedOp.of(spec).name, inputs, attributes={**attributes, "lanes": LANES.index(lanes)}, domain=DOMAIN, name=name)
 
 
-def add_function(model: ir.Model, op: FusedOp) -> None:
-    """Say in the model what the operator computes."""
+def add_function(model: ir.Model, spec: ChainSpec) -> None:
+    """Say in the model what the operator of a chain computes."""
     model.ir_version = max(model.ir_version or 0, FUNCTIONS_SINCE_IR)
     model.graph.opset_imports[DOMAIN] = VERSION
-    function = op.function(opset_of(model))
+    function = FusedOp.of(spec).function(opset_of(model))
     model.functions.setdefault(function.identifier(), function)
 
 
@@ -83,13 +88,14 @@ def plain_initializers(model: ir.Model) -> None:
             model.graph.inputs.remove(value)
 
 
-def _weight(layer: LayerNode, matrices: dict[ir.Value, ir.Value]) -> ir.Value:
-    """The weight as the operator takes it; a flipped matrix is stored anew, once for all its readers."""
-    if not layer.flipped:
-        return layer.weight
-    if layer.weight not in matrices:
-        tensor = from_torch(to_torch(held(layer.weight)).T)
-        value = ir.Value(shape=ir.Shape([layer.stage.inputs, layer.stage.outputs]), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        value.metadata_props.update(layer.weight.metadata_props)
-        matrices[layer.weight] = value
-    return matrices[layer.weight]
+def _weight(link: NodeLink, matrices: dict[ir.Value, ir.Value]) -> ir.Value:
+    """The weight as the operator takes it; a matrix `[o, i]` is stored anew, once for all its readers."""
+    weight = link.weight.value
+    if link.axes or link.transposed:
+        return weight
+    if weight not in matrices:
+        tensor = from_torch(to_torch(held(weight)).T)
+        value = ir.Value(shape=ir.Shape([link.stage.inputs, link.stage.outputs] if link.stage else []), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value.metadata_props.update(weight.metadata_props)
+        matrices[weight] = value
+    return matrices[weight]

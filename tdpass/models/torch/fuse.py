@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdpass.formats.lowering import Lowered, lower
-from tdpass.fusing.choose import ChainCall, Layout, Verdict, choose, served
+from tdpass.fusing.choose import Verdict, choose, served
+from tdpass.fusing.spec import ChainCall, ChainSpec, Layout
+from tdpass.fusing.torch_calls import in_torch
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.fused import Fused
 
@@ -75,20 +77,25 @@ def _verdict(layer: Factorized, inputs: list[Tensor] | None) -> Verdict | str:
     if reason:
         return reason
     if inputs is None:
-        call = ChainCall(lowered.stages, (1, lowered.stages[0].inputs, *((1, 1) if lowered.axes else ())), parameter.dtype)
-        return choose([call], measure=False)
+        size = (1, lowered.stages[0].inputs, *(1 for _ in range(lowered.axes)))
+        return choose([in_torch(ChainCall(_spec(layer, lowered), size, parameter.dtype))], measure=False)
     if not inputs:
         return "it is not called when the model runs on the data"
-    return choose([_call(layer, lowered, x) for x in inputs])
+    return choose([in_torch(_call(layer, lowered, x)) for x in inputs])
 
 
 def _call(layer: Factorized, lowered: Lowered, x: Tensor) -> ChainCall:
     if layer.pads:
         x = F.pad(x, layer.pads, mode=layer.padding_mode)
-    if not lowered.axes:
-        return ChainCall(lowered.stages, (x.numel() // x.shape[-1], x.shape[-1]), x.dtype, bias=layer.bias is not None)
-    layout: Layout = "channels_last" if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() else "contiguous"
-    return ChainCall(lowered.stages, tuple(x.shape) if x.dim() == 4 else (*x.shape[:2], 1, x.shape[2]), x.dtype, layout, layer.bias is not None)
+    if x.dim() < lowered.axes + 2:
+        x = x.unsqueeze(0)
+    last = lowered.axes == 2 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    layout: Layout = "channels_last" if last else "contiguous"
+    return ChainCall(_spec(layer, lowered), tuple(x.shape), x.dtype, layout)
+
+
+def _spec(layer: Factorized, lowered: Lowered) -> ChainSpec:
+    return ChainSpec(lowered.stages, lowered.axes, bias=layer.bias is not None)
 
 
 def _absorb(module: nn.Module, layer: Factorized) -> str:

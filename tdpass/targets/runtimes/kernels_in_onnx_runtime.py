@@ -12,6 +12,7 @@ from torch import Tensor
 from tdpass.errors import KernelError
 from tdpass.formats.base import Layer
 from tdpass.kernels import native
+from tdpass.kernels.stage import Lanes
 from tdpass.models.onnx.fuse_layer_graph import fuse_layer_graph
 from tdpass.targets.layers import example_input
 from tdpass.targets.runtimes.base import Runtime, register_runtime
@@ -22,7 +23,7 @@ class KernelsInOnnxRuntime(Runtime):
     """One operator for a whole factor chain."""
 
     families = frozenset({"onnxruntime"})
-    lanes: ClassVar[str]
+    lanes: ClassVar[Lanes]
 
     def version(self) -> str:
         return f"{onnxruntime.__version__} {native.version()}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tdpass.site import Site
-from tdpass.targets.table import FILE, Key, Row, TimingTable, geometry_of
+from tdpass.timings import FILE, Key, Row, TimingTable, geometry_of
 
 KEY = Key("cpu", "eager 1", 1, 1, "float32", "conv", "svd 1", (8,))
 
@@ -85,7 +85,7 @@ WRITER = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from tdpass.targets.table import Key, Row, TimingTable
+from tdpass.timings import Key, Row, TimingTable
 key = Key("cpu", "eager 1", 1, 1, "float32", "conv", "svd 1", (8,))
 for n in range(20):
     TimingTable(Path(sys.argv[1])).put({replace(key, rank=(int(sys.argv[2]) + 5 * n + k,)): Row(1.0) for k in range(5)})
