@@ -33,6 +33,7 @@ class Plan(Pass):
     `joint` also tries options that change neighbouring sites together.
     `effort`: fast (losses from the metric alone), normal (losses measured for about a minute) or thorough; default: the job's.
     `numbers`: number types, joined by +, that sites may be stored in under a budget on bytes, where no target is asked for.
+    `pivot`: factors without what they hold twice, as the pass `pivot` makes them, at their lower cost.
     The model itself is not changed.
     """
 
@@ -46,6 +47,7 @@ class Plan(Pass):
     joint: bool = True
     effort: str | None = None
     numbers: str = ""
+    pivot: bool = False
 
     def run(self, model: Model, job: Job) -> bool:
         budget = self._budget(job)
@@ -55,7 +57,7 @@ class Plan(Pass):
         tapes, divergence = job.tapes(model), job.fitted_divergence
         dense, cache, context = Dense(model.weight, model.bias), CandidateCache(job.cache), self._context(model, job, sites)
         numbers = tuple(filter(None, self.numbers.split("+"))) if "bytes" in budget.measures and job.target is None else ()
-        table = tabulate(sites, dense, tapes, divergence, job.formats, cache, context, job.progress, job.target, effort, numbers)
+        table = tabulate(sites, dense, tapes, divergence, job.formats, cache, context, job.progress, job.target, effort, numbers, self.pivot)
         table.prepared = Cost(model.params(), job.original.macs, model.bytes())
         if self.joint and effort.measured and tapes and not job.formats and budget.max_error is None:
             add_joint_options(table, dense, tapes, divergence, cache, context, job.progress, effort)

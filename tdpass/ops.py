@@ -40,6 +40,15 @@ class Ops(Protocol[V]):
     def permute(self, x: V, axes: Sequence[int]) -> V:
         """Reorder axes."""
 
+    def take(self, x: V, index: V, axis: int) -> V:
+        """The slices of `x` along an axis, counted from the last, that whole numbers `index[k]` name."""
+
+    def part(self, x: V, axis: int, start: int, stop: int) -> V:
+        """The slices `start` to `stop` along an axis, counted from the last."""
+
+    def concat(self, a: V, b: V, axis: int) -> V:
+        """`a`, then `b` along an axis, counted from the last."""
+
     def matmul(self, a: V, b: V) -> V:
         """Batched matrix product over the last two axes."""
 
@@ -182,6 +191,15 @@ class TorchOps:
 
     def permute(self, x: Tensor, axes: Sequence[int]) -> Tensor:
         return x.permute(tuple(axes))
+
+    def take(self, x: Tensor, index: Tensor, axis: int) -> Tensor:
+        return x.index_select(axis, index)
+
+    def part(self, x: Tensor, axis: int, start: int, stop: int) -> Tensor:
+        return x.narrow(axis, start, stop - start)
+
+    def concat(self, a: Tensor, b: Tensor, axis: int) -> Tensor:
+        return torch.cat((a, b), axis)
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.matmul(a, b)

@@ -17,7 +17,7 @@ from tdpass.dynamo.draft import Draft
 from tdpass.dynamo.links import GraphLink, read_link
 from tdpass.errors import TdpassError
 from tdpass.form import Form, Formed
-from tdpass.formats.base import FORMATS, Layer, check_form
+from tdpass.formats.base import FORMATS, Layer, check_form, storage_of
 from tdpass.formats.lowering import Lowered, lower
 from tdpass.kinds import plain_site
 from tdpass.layers.derived import Recipe
@@ -40,8 +40,8 @@ class Factorize(Formed, Recipe):
     def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         (weight,) = tensors
         fmt = FORMATS.get(self.format)
-        factors = fmt.factorize(weight.detach().cpu(), self.site, self.rank)
-        return tuple(factors[name].to(weight).contiguous() for name in fmt.shapes(self.site, self.rank))
+        layer = Layer(self.site, self.form, fmt.factorize(weight.detach().cpu(), self.site, self.rank)).to(weight.dtype)
+        return tuple(layer.factors[name].to(weight.device) for name in layer.storage.sizes())
 
 
 def factorize(draft: Draft, decide: Decide) -> int:
@@ -89,7 +89,7 @@ def _site(link: GraphLink, weight: Tensor) -> Site:
 
 def _replace(draft: Draft, link: GraphLink, recipe: Factorize) -> None:
     factors = draft.derive(recipe, [link.weight])
-    names = list(FORMATS.get(recipe.format).shapes(recipe.site, recipe.rank))
+    names = list(storage_of(recipe.site, recipe.form).sizes())
     layer = Layer(recipe.site, recipe.form, {name: draft.value_of(node) for name, node in zip(names, factors, strict=True)})
     lowered = lower(layer)
     with draft.graph.inserting_before(link.node):

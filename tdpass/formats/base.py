@@ -86,6 +86,42 @@ class Stage:
     site: Site
 
 
+@dataclass(frozen=True)
+class Bond:
+    """An axis of r that two factors share, between which any invertible r x r matrix may be put.
+
+    `factor` is a linear layer or 1x1 convolution that writes the site's output (`writes`), or reads its input; `partner` is the factor
+    before, or after it.
+    """
+
+    factor: str
+    partner: str
+    writes: bool
+
+    def width(self, site: Site) -> int:
+        """Channels on the factor's other side."""
+        return site.o if self.writes else site.i
+
+    def size(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """r, from the shapes of the factors."""
+        return shapes[self.partner][0 if self.writes else 1]
+
+    def matrix(self, factor: Tensor) -> Tensor:
+        """The factor as `[channels, r]`."""
+        flat = factor.flatten(1)
+        return flat if self.writes else flat.T
+
+    def with_channels(self, shape: Sequence[int], count: int) -> tuple[int, ...]:
+        """The factor's shape with another number of channels."""
+        return (count, *shape[1:]) if self.writes else (shape[0], count, *shape[2:])
+
+    def absorbed(self, partner: Tensor, square: Tensor) -> Tensor:
+        """The partner with `square[r, r]` of the factor put into it."""
+        axis = 0 if self.writes else 1
+        product: Tensor = torch.tensordot(square, partner, dims=([1], [axis]))
+        return product.movedim(0, axis).contiguous()
+
+
 class Format(ABC):
     """One way to factor a weight; a subclass per file, registered with `register_format`.
 
@@ -129,6 +165,27 @@ class Format(ABC):
     @abstractmethod
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
         """Everything but the last stage; where there is none, the output without bias."""
+
+    def bonds(self, site: Site) -> Sequence[Bond]:
+        """Axes that its factors share of which `tdpass.formats.pivoted` can spare r^2 numbers; a factor that a rank does not have counts for none."""
+        return ()
+
+    def orders(self, site: Site, rank: Rank) -> dict[str, int]:
+        """Orders of channels that are stored beside the factors, as whole numbers: how many, by name."""
+        return {}
+
+    @property
+    def chain(self) -> Format:
+        """The format of which it stores the factors in another way; most store their own."""
+        return self
+
+    def from_chain(self, factors: Factors, site: Site) -> Factors:
+        """What it stores for factors of its `chain`, float64, and the orders; raises `NumericalError` where that would lose something."""
+        return factors
+
+    def to_chain(self, factors: Factors, site: Site) -> Factors:
+        """The factors of its `chain` for what it stores."""
+        return factors
 
     def last_stage(self, site: Site, rank: Rank) -> Stage | None:
         """The final linear or convolution layer of the chain, the one that `refit` solves for; None where there is none."""
@@ -210,7 +267,8 @@ def check_form(site: Site, form: Form) -> None:
 
 def storage_of(site: Site, form: Form) -> Storage:
     """How the site's factors are stored in that form; raises `PlanError` where they cannot be."""
-    return Storage.of(form, FORMATS.get(form.format).shapes(form.on(site), form.rank))
+    fmt, own = FORMATS.get(form.format), form.on(site)
+    return Storage.of(form, fmt.shapes(own, form.rank), fmt.orders(own, form.rank))
 
 
 def cost_of(site: Site, form: Form) -> Cost:
@@ -301,12 +359,27 @@ class Layer(Formed):
 
     def to(self, dtype: torch.dtype) -> Layer:
         """The same layer in another floating-point type; factors that have number types of their own stay as they are stored."""
-        kept = self.factors if self.form.encoded else {name: factor.to(dtype).contiguous() for name, factor in self.factors.items()}
-        return replace(self, factors=kept, bias=None if self.bias is None else self.bias.to(dtype))
+        kept = {name: factor.to(dtype).contiguous() for name, factor in self.factors.items() if factor.is_floating_point()}
+        factors = self.factors if self.form.encoded else {**self.factors, **kept}
+        return replace(self, factors=factors, bias=None if self.bias is None else self.bias.to(dtype))
 
     def stored(self, form: Form) -> Layer:
         """The same layer with its factors in the number types of that form, and with its support."""
         return replace(self, form=form, factors=replace(self, form=form).storage.store(self.factors))
+
+    def converted(self, format_name: str) -> Layer:
+        """The same layer in another format that stores the factors of the same chain, in their own type.
+
+        Raises `NumericalError` where that format cannot without a loss, `PlanError` for the factors of another chain.
+        """
+        if format_name == self.format:
+            return self
+        ours, theirs = FORMATS.get(self.format), FORMATS.get(format_name)
+        if ours.chain.name != theirs.chain.name:
+            raise PlanError(f"'{self.form}' does not convert to {format_name}, which stores the factors of {theirs.chain.name}; factorize the weight anew")
+        whole = {name: factor.double() if factor.is_floating_point() else factor for name, factor in self.factors.items()}
+        factors = theirs.from_chain(ours.to_chain(whole, self.site), self.site)
+        return replace(self, form=replace(self.form, format=format_name), factors=factors).to(self.dtype)
 
     def reconstruct(self) -> Tensor:
         """The dense weight it stands for."""

@@ -8,9 +8,10 @@ from dataclasses import replace
 from torch import Tensor
 
 from tdpass.form import Rank
-from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Stage, apply_dense, pointwise, rank_grid, register_format
+from tdpass.formats.base import Bond, Decomposition, Factors, Format, Guarantee, Stage, apply_dense, pointwise, rank_grid, register_format
 from tdpass.formats.metric import Metric
 from tdpass.formats.per_group import per_group
+from tdpass.formats.pivoted import pivotable
 from tdpass.formats.spectrum import WeightedSvd
 from tdpass.kinds import kind_of
 from tdpass.ops import Ops, V
@@ -32,6 +33,7 @@ class _Spectrum(Decomposition):
 
 
 @register_format
+@pivotable
 @per_group
 class ChannelSvd(Format):
     """W[o, i, h, w] = sum_r last[o, r] first[r, i, h, w]: an SVD of the `o x (i h w)` unfolding.
@@ -63,6 +65,9 @@ class ChannelSvd(Format):
 
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
         return apply_dense(ops, x, f["first"], None, replace(site, shape=(rank[0], *site.shape[1:])))
+
+    def bonds(self, site: Site) -> Sequence[Bond]:
+        return (Bond("last", "first", writes=True),)
 
     def last_stage(self, site: Site, rank: Rank) -> Stage:
         return Stage("last", pointwise(site.o, rank[0], len(site.kernel), site.name))

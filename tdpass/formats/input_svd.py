@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from tdpass.form import Rank
-from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Stage, no_padding, rank_grid, register_format, unit
+from tdpass.formats.base import Bond, Decomposition, Factors, Format, Guarantee, Stage, no_padding, rank_grid, register_format, unit
 from tdpass.formats.metric import Metric
 from tdpass.formats.per_group import per_group
+from tdpass.formats.pivoted import pivotable
 from tdpass.formats.shared_fit import SharedFit
 from tdpass.kinds import kind_of
 from tdpass.ops import Ops, V
@@ -34,6 +35,7 @@ class _Fit(Decomposition):
 
 
 @register_format
+@pivotable
 @per_group
 class InputSvd(Format):
     """W[o, i, h, w] = sum_r last[o, r, h, w] first[r, i]: an SVD of the `i x (o h w)` unfolding.
@@ -66,6 +68,9 @@ class InputSvd(Format):
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
         axes = len(site.kernel)
         return ops.conv(x, f["first"], None, unit(axes), no_padding(axes), unit(axes))
+
+    def bonds(self, site: Site) -> Sequence[Bond]:
+        return (Bond("first", "last", writes=False),)
 
     def last_stage(self, site: Site, rank: Rank) -> Stage:
         return Stage("last", replace(site, shape=(site.o, rank[0], *site.kernel)))

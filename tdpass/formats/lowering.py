@@ -119,7 +119,7 @@ class _Recorder:
     def _refuse(self, *_: object) -> NoReturn:
         raise _NotAChainError
 
-    conv_transpose = reshape = permute = matmul = add = flatten_positions = restore_positions = fill = _refuse
+    conv_transpose = reshape = permute = take = part = concat = matmul = add = flatten_positions = restore_positions = fill = _refuse
 
 
 def _pair(values: Sequence[int], rest: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tdpass.form import Rank
-from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Stage
+from tdpass.formats.base import Bond, Decomposition, Factors, Format, Guarantee, Stage
 from tdpass.formats.metric import Metric
 from tdpass.ops import Ops, Pads, V
 from tdpass.site import Site
@@ -57,6 +57,9 @@ class PerGroup(Format):
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
         inside: Ops[V] = ops if site.groups == 1 else _SideBySide(ops, site.groups)
         return self.inner.features(inside, x, f, _one(site), rank)
+
+    def bonds(self, site: Site) -> Sequence[Bond]:
+        return self.inner.bonds(site) if site.groups == 1 else ()
 
     def last_stage(self, site: Site, rank: Rank) -> Stage | None:
         stage = self.inner.last_stage(_one(site), rank)
@@ -132,4 +135,4 @@ class _SideBySide(Ops[V]):
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise NotImplementedError("a format that is used per group must be made of convolutions")
 
-    linear = reshape = permute = matmul = add = flatten_positions = restore_positions = fill = _refuse
+    linear = reshape = permute = take = part = concat = matmul = add = flatten_positions = restore_positions = fill = _refuse

@@ -24,14 +24,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Storage:
-    """How factors of these shapes are stored; no `numbers` where they have the type of the model's weights and no support."""
+    """How factors of these shapes are stored; no `numbers` where they have the type of the model's weights and no support.
+
+    `orders` are stored beside them as they are, whole numbers of which so many have that name.
+    """
 
     shapes: Shapes
     numbers: Mapping[str, Numbers]
     supports: Mapping[str, Support] = field(default_factory=dict)
+    orders: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, form: Form, shapes: Shapes) -> Self:
+    def of(cls, form: Form, shapes: Shapes, orders: Mapping[str, int] | None = None) -> Self:
         """The storage that a form says.
 
         Raises `PlanError` for another count of number types or supports than of factors, an unknown one, and one that does not divide
@@ -40,7 +44,7 @@ class Storage:
         named = form.numbers or ((_WITH_SUPPORT,) if form.support else ())
         numbers = _each(form, "number types", named, shapes, numbers_named)
         supports = _each(form, "supports", tuple(filter(None, form.support.split(","))), shapes, support_named)
-        made = cls(shapes, numbers, supports)
+        made = cls(shapes, numbers, supports, orders or {})
         made.parts()
         return made
 
@@ -59,7 +63,8 @@ class Storage:
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
         """Sizes of all that is stored, by name."""
-        return {name: part.shape for name, part in self.parts().items()} if self.numbers else dict(self.shapes)
+        factors = {name: part.shape for name, part in self.parts().items()} if self.numbers else dict(self.shapes)
+        return {**factors, **{name: (count,) for name, count in self.orders.items()}}
 
     def count(self, name: str) -> int:
         """How many numbers the part of that name holds, 0 for what scales or places them."""
@@ -86,7 +91,8 @@ class Storage:
         if not self.numbers:
             return dict(factors)
         beside = beside or {}
-        return {part: held for name in self.numbers for part, held in self.stored(name, factors[name], beside.get(name)).items()}
+        parts = {part: held for name in self.numbers for part, held in self.stored(name, factors[name], beside.get(name)).items()}
+        return {**parts, **{name: factors[name] for name in self.orders}}
 
     def stored(self, name: str, factor: Tensor, beside: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The parts of one factor, as `store` makes them."""
@@ -101,7 +107,8 @@ class Storage:
         """The factors that the parts stand for, in a floating-point type; as they are where no number types are named."""
         if not self.numbers:
             return held
-        return {name: self.restored(ops, name, held, dtype) for name in self.numbers}
+        orders = {name: held[name] for name in self.orders}
+        return {**{name: self.restored(ops, name, held, dtype) for name in self.numbers}, **orders}
 
     def restored(self, ops: StorageOps[V], name: str, held: Mapping[str, V], dtype: torch.dtype) -> V:
         """One factor of those that are stored in number types of their own, as `restore` makes it."""

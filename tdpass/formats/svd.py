@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from tdpass.form import Rank
-from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Stage, pointwise, rank_grid, register_format
+from tdpass.formats.base import Bond, Decomposition, Factors, Format, Guarantee, Stage, pointwise, rank_grid, register_format
 from tdpass.formats.metric import Metric
+from tdpass.formats.pivoted import pivotable
 from tdpass.formats.spectrum import WeightedSvd
 from tdpass.ops import Ops, V
 from tdpass.site import Site
@@ -27,6 +28,7 @@ class _Spectrum(Decomposition):
 
 
 @register_format
+@pivotable
 class Svd(Format):
     """W[o, i] = sum_r u[o, r] v[r, i]: two linear layers.
 
@@ -55,6 +57,9 @@ class Svd(Format):
 
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
         return ops.linear(x, f["v"], None)
+
+    def bonds(self, site: Site) -> Sequence[Bond]:
+        return (Bond("u", "v", writes=True) if site.o <= site.i else Bond("v", "u", writes=False),)
 
     def last_stage(self, site: Site, rank: Rank) -> Stage:
         return Stage("u", pointwise(site.o, rank[0], 0, site.name))

@@ -13,10 +13,11 @@ from torch import Tensor
 from tdpass.errors import PlanError
 from tdpass.form import Rank
 from tdpass.formats.alternating import ANEW, ROUGH, State, squared_norm
-from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Stage, register_format, scaled_ranks
+from tdpass.formats.base import Bond, Decomposition, Factors, Format, Guarantee, Stage, register_format, scaled_ranks
 from tdpass.formats.chains import Chain, chain_of, family_of
 from tdpass.formats.metric import Metric, eigenvalues
 from tdpass.formats.multilinear import Whitening, best_polished, improve_left, left_vectors, share_norm
+from tdpass.formats.pivoted import pivotable
 from tdpass.ops import Ops, V
 from tdpass.site import Site
 
@@ -100,6 +101,7 @@ class _Sweep:
 
 
 @register_format
+@pivotable
 class TensorTrain(Format):
     """W = G_1 G_2 ... G_d, a product of cores G_k[r, n, s] with s of one core equal to r of the next.
 
@@ -142,6 +144,9 @@ class TensorTrain(Format):
 
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
         return chain_of(site, len(rank)).features(ops, x, f, rank)
+
+    def bonds(self, site: Site) -> Sequence[Bond]:
+        return (Bond("first", "core", writes=False), Bond("last", "core", writes=True)) if site.axes else ()
 
     def last_stage(self, site: Site, rank: Rank) -> Stage | None:
         return chain_of(site, len(rank)).last_stage(rank)

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdpass.form import Rank
-from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Stage, apply_dense, no_padding, pointwise, register_format, unit
+from tdpass.formats.base import Bond, Decomposition, Factors, Format, Guarantee, Stage, apply_dense, no_padding, pointwise, register_format, unit
 from tdpass.formats.metric import Metric
 from tdpass.formats.per_group import per_group
+from tdpass.formats.pivoted import pivotable
 from tdpass.formats.shared_fit import SharedFit
 from tdpass.formats.spectrum import WeightedSvd
 from tdpass.kinds import kind_of
@@ -59,6 +60,7 @@ class _Fit(Decomposition):
 
 
 @register_format
+@pivotable
 @per_group
 class Tucker2(Format):
     """W[o, i, h, w] = sum_rs last[o, s] core[s, r, h, w] first[r, i]; ranks are (s, r).
@@ -103,6 +105,9 @@ class Tucker2(Format):
         axes = len(site.kernel)
         x = ops.conv(x, f["first"], None, unit(axes), no_padding(axes), unit(axes))
         return apply_dense(ops, x, f["core"], None, replace(site, shape=(s, r, *site.kernel)))
+
+    def bonds(self, site: Site) -> Sequence[Bond]:
+        return Bond("first", "core", writes=False), Bond("last", "core", writes=True)
 
     def last_stage(self, site: Site, rank: Rank) -> Stage:
         return Stage("last", pointwise(site.o, rank[0], len(site.kernel), site.name))

@@ -36,7 +36,7 @@ class Factorized(nn.Module):
         self.padding_mode, self.pads = padding_mode, pads
         self.storage = layer.storage
         for name, factor in layer.factors.items():
-            if self.storage.numbers:
+            if self.storage.numbers or name in self.storage.orders:
                 self.register_buffer(name, factor)
             else:
                 self.register_parameter(name, _parameter(factor))
@@ -46,9 +46,8 @@ class Factorized(nn.Module):
 
     def factors(self) -> dict[str, Tensor]:
         """The factors as they are stored, by name."""
-        if self.storage.numbers:
-            return {name: value for name, value in self._buffers.items() if value is not None}
-        return {name: value for name, value in self.named_parameters(recurse=False) if name != "bias"}
+        trained = {name: value for name, value in self.named_parameters(recurse=False) if name != "bias"}
+        return {**trained, **{name: value for name, value in self._buffers.items() if value is not None}}
 
     def values(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The factors as floating-point numbers, by name."""
@@ -64,8 +63,8 @@ class Factorized(nn.Module):
             x = F.pad(x, self.pads, mode=self.padding_mode)
         if self.rebuilt and self.training and self.factors():
             return apply_dense(_OPS, x, self._dense(), self.bias, self.site)
-        held = self._buffers if self.storage.numbers else self._parameters
-        factors = self.storage.restore(_OPS, {name: value for name, value in held.items() if value is not None}, x.dtype)
+        held = {name: value for name, value in (*self._parameters.items(), *self._buffers.items()) if value is not None}
+        factors = self.storage.restore(_OPS, held, x.dtype)
         return self.format.apply(_OPS, x, factors, self.bias, self.site, self.rank)
 
     @property
@@ -122,6 +121,7 @@ def empty_layer(site: Site, form: Form, dtype: torch.dtype) -> Layer:
     site = form.on(site)
     storage = storage_of(site, form)
     parts = storage.parts() or {name: Part(shape, dtype) for name, shape in storage.shapes.items()}
+    parts = {**parts, **{name: Part((count,), torch.int32) for name, count in storage.orders.items()}}
     return Layer(site, form, {name: torch.empty(part.shape, dtype=part.dtype, device="meta") for name, part in parts.items()})
 
 

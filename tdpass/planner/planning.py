@@ -14,6 +14,7 @@ from tdpass.errors import BudgetError, NumericalError
 from tdpass.form import DENSE
 from tdpass.formats.base import FORMATS, Layer, offered_formats
 from tdpass.formats.metric import Metric
+from tdpass.formats.pivoted import without_spare
 from tdpass.planner.cache import CandidateCache
 from tdpass.planner.candidates import Candidate, SiteFits, as_given, dense_candidate, enumerate_candidates, frontier, in_numbers, with_loss, within
 from tdpass.planner.divergence import FittedDivergence
@@ -145,6 +146,7 @@ def tabulate(
     target: Target | None = None,
     effort: Effort = THOROUGH,
     numbers: Sequence[str] = (),
+    pivot: bool = False,
 ) -> Table:
     """Candidates and losses for every site.
 
@@ -152,7 +154,7 @@ def tabulate(
     candidate in place; as many as the effort has time for are measured, the rest follow from their errors.  Without, the loss of
     a candidate is the squared relative error of its weight.  `context` identifies model and data in the cache.  With `target`
     the candidates are meant for it: ranks that fill the machine, and of every format those that may turn out to be cheaper there.
-    `numbers` are number types that factors, and dense weights, may be stored in.
+    `numbers` are number types that factors, and dense weights, may be stored in; with `pivot` factors hold nothing twice where that can be.
     """
     cache = cache or CandidateCache(None)
     names = tuple(formats) or offered_formats()
@@ -160,7 +162,7 @@ def tabulate(
         FORMATS.get(name)
     versions = ",".join(f"{name}{FORMATS.get(name).version}" for name in names)
     fingerprints = {site.name: digest(dense.weight(site.name)) for site in sites}
-    purpose = (effort.name, str(effort.ranks), *(() if target is None else (target.filled_by,)), *numbers)
+    purpose = (effort.name, str(effort.ranks), *(() if target is None else (target.filled_by,)), *numbers, *(("pivot",) if pivot else ()))
     keys = {site.name: digest(fingerprints[site.name], *_identity(site), versions, context, *purpose) for site in sites}
     known = {site.name: found for site in sites if (found := cache.get(keys[site.name])) is not None}
     missing = [site for site in sites if site.name not in known]
@@ -182,7 +184,8 @@ def tabulate(
         deadline = allowance.take(site.name)
         fits = SiteFits(site, dense.weight(site.name), dense.bias(site.name), metric, rough=effort.rough)
         try:
-            found = enumerate_candidates(fits, names, effort.ranks, filling, effort.searches, deadline.part(_FIT_SHARE))
+            tried = without_spare(names, site) if pivot else names
+            found = enumerate_candidates(fits, tried, effort.ranks, filling, effort.searches, deadline.part(_FIT_SHARE))
             best = _worth_timing(found, measures) if target is not None else frontier(found, measures)
             if numbers:
                 best = frontier([*best, *in_numbers(fits, best, numbers)], (*measures, "bytes"))

@@ -80,12 +80,14 @@ def refit_last_factors(tapes: Sequence[Tape], layers: Mapping[str, Layer], ridge
         layer = refitted.get(name)
         if layer is None:
             continue
-        stage = FORMATS.get(layer.format).last_stage(layer.site, layer.rank)
+        chain = FORMATS.get(layer.format).chain
+        stage = chain.last_stage(layer.site, layer.rank)
         reason = _why_not_refitted(layer, stage, moments)
         if stage is None or reason:
             declined[name] = reason
             continue
-        refitted[name] = _solve(layer, stage.factor, stage.site, moments, ridge, bias=name in biased)
+        found = _solve(layer.converted(chain.name), stage.factor, stage.site, moments, ridge, bias=name in biased)
+        refitted[name] = found.converted(layer.format)
         lockstep.apply(name, refitted[name])
         solved.add(name)
     for name in set(layers) - solved - set(declined):

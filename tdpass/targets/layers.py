@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tdpass.form import Form
-from tdpass.formats.base import FORMATS, Layer
+from tdpass.formats.base import FORMATS, Layer, storage_of
 from tdpass.kinds import kind_of
 from tdpass.ops import StorageOps, TorchOps, V
 from tdpass.site import Site
@@ -30,8 +30,11 @@ def layer_of(site: Site, form: Form, make: Callable[[tuple[int, ...]], Tensor]) 
     """A layer of that form whose weights are made by their shapes; one that reads no channel has a bias in any case."""
     site = form.on(site)
     bias = make((site.o,)) if site.bias or not site.i else None
-    shapes = FORMATS.get(form.format).shapes(site, form.rank)
-    return Layer(site, replace(form, numbers=(), support=""), {name: make(shape) for name, shape in shapes.items()}, bias).stored(form)
+    plain = replace(form, numbers=(), support="")
+    storage = storage_of(site, plain)
+    factors = {name: make(shape) for name, shape in storage.shapes.items()}
+    orders = {name: torch.arange(count - 1, -1, -1, dtype=torch.int32) for name, count in storage.orders.items()}
+    return Layer(site, plain, {**factors, **orders}, bias).stored(form)
 
 
 def weights_of(layer: Layer) -> dict[str, Tensor]:

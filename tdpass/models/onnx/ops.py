@@ -19,6 +19,7 @@ from tdpass.ops import Pads, unpack_bits
 
 _GEMM_WITHOUT_C = 11
 _SLICE_WITH_INPUTS = 10
+_AXES_FROM_THE_LAST = 11
 _SHAPE_WITH_BOUNDS = 15
 _DEQUANTIZE_BY_ROW = 13
 _FOUR_BIT_INTEGERS = 21
@@ -131,6 +132,32 @@ class OnnxOps:
             return self._dequantized(self.permute(values, axes), scale, zero, per_row=rows > 1, axis=list(axes).index(0))
         known = self._dims_of(x)
         return self._emit("Transpose", [x], None if known is None else tuple(known[axis] for axis in axes), perm=list(axes))
+
+    def take(self, x: ir.Value, index: ir.Value, axis: int) -> ir.Value:
+        known = self._dims_of(x)
+        dims = None if known is None else _with_size(known, axis, (self._dims_of(index) or (None,))[0])
+        return self._emit("Gather", [x, index], dims, axis=self._axis(axis, known))
+
+    def part(self, x: ir.Value, axis: int, start: int, stop: int) -> ir.Value:
+        if x in self._contents:
+            return self._cached(("part", x, axis, start, stop), self._labels[x], self._contents[x].narrow(axis, start, stop - start))
+        known = self._dims_of(x)
+        dims, at = None if known is None else _with_size(known, axis, stop - start), self._axis(axis, known)
+        if self._opset < _SLICE_WITH_INPUTS:
+            return self._emit("Slice", [x], dims, axes=[at], starts=[start], ends=[stop])
+        return self._emit("Slice", [x, *(self._ints(label, (number,)) for label, number in (("start", start), ("end", stop), ("axis", at)))], dims)
+
+    def concat(self, a: ir.Value, b: ir.Value, axis: int) -> ir.Value:
+        known, others = self._dims_of(a), self._dims_of(b)
+        sizes = [None if dims is None else dims[axis] for dims in (known, others)]
+        whole = None if sizes[0] is None or sizes[1] is None else sizes[0] + sizes[1]
+        return self._emit("Concat", [a, b], None if known is None else _with_size(known, axis, whole), axis=self._axis(axis, known))
+
+    def _axis(self, axis: int, known: Dims | None) -> int:
+        """An axis counted from the last, as nodes of this opset name it."""
+        if known is None and self._opset < _AXES_FROM_THE_LAST:
+            raise UnsupportedError(f"{self._site!r} reads values of unknown rank, whose last axes opset {self._opset} cannot name; export with opset 11")
+        return axis if known is None else axis + len(known)
 
     def matmul(self, a: ir.Value, b: ir.Value) -> ir.Value:
         left, right = self._dims_of(a), self._dims_of(b)
@@ -321,3 +348,8 @@ class OnnxOps:
         self._dims[output] = known
         self._nodes.append(node)
         return output
+
+
+def _with_size(known: Dims, axis: int, size: int | None) -> Dims:
+    """The sizes with another along an axis counted from the last."""
+    return tuple(size if place == axis + len(known) else each for place, each in enumerate(known))

@@ -301,9 +301,11 @@ class TorchModel(Model):
 
 def _placed_factors(layer: Layer, like: Tensor) -> dict[str, Tensor]:
     """The factors as a module holds them where the dense weight lies; those in number types of their own are no parameters."""
+    held = {key: factor.to(like.device) for key, factor in layer.factors.items()}
     if layer.form.encoded:
-        return {key: factor.to(like.device) for key, factor in layer.factors.items()}
-    return {key: nn.Parameter(factor.to(like), requires_grad=like.requires_grad) for key, factor in layer.factors.items()}
+        return held
+    trained = {key: nn.Parameter(factor.to(like), requires_grad=like.requires_grad) for key, factor in held.items() if factor.is_floating_point()}
+    return {**held, **trained}
 
 
 def _storages(module: nn.Module) -> list[Storage]:
