@@ -30,7 +30,7 @@ class Refit(Pass):
             job.note("nothing to refit: no site is replaced" if job.batches else "skipped: there is no calibration data")
             return False
         tapes, biased = job.tapes(model), with_room_for_bias(layers, job.room(model))
-        refitted, declined = refit_last_factors(tapes, layers, self.ridge, biased)
+        refitted, declined = refit_last_factors(tapes, layers, self.ridge, biased, model.weight)
         before, after = (divergence_of(tapes, choice, job.fitted_divergence) for choice in (layers, refitted))
         if not after < before:
             job.note(f"left as it was: the divergence would go from {before:.4g} to {after:.4g}")

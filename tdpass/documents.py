@@ -201,8 +201,16 @@ def yaml_value(text: str) -> Any:
     return found
 
 
+_TEXT = "tag:yaml.org,2002:str"
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
 class _Loader(yaml.SafeLoader):
-    """The safe loader, refusing a key that is given twice."""
+    """The safe loader, refusing a key that is given twice; `2:4` is text, as in YAML 1.2, and no number to base 60."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+        return _TEXT if kind is yaml.ScalarNode and tag in _NUMBERS and ":" in value else tag
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]

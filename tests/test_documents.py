@@ -234,3 +234,7 @@ def _written(path: Path, content: bytes) -> Path:
 def test_rows_hold_what_the_plan_says() -> None:
     assert isinstance(REPORT.sites[0], SiteRow)
     assert PLAN.planned == Cost(300 - 80 - 72, 3000 - 800 - 720, 1200 - 320 - 288)
+
+
+def test_numbers_to_base_60_are_text() -> None:
+    assert yaml_value("{support: 2:4, time: 1:30.5, plain: 24, share: 0.5}") == {"support": "2:4", "time": "1:30.5", "plain": 24, "share": 0.5}

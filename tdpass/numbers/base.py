@@ -59,8 +59,11 @@ class Numbers(ABC):
         """
 
     @abstractmethod
-    def fit(self, factor: Tensor) -> dict[str, Tensor]:
-        """The parts beside the values, such as scales, that suit a factor of floating-point numbers."""
+    def fit(self, factor: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
+        """The parts beside the values, such as scales, that suit a factor of floating-point numbers.
+
+        `weights`, of its shape, say how much the squared error of each number counts, 0 for one that is not stored.
+        """
 
     @abstractmethod
     def codes(self, factor: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
@@ -97,8 +100,11 @@ class Numbers(ABC):
 
     def rounded(self, factor: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
         """The numbers nearest to those of a factor, float64, of all that are stored with these parts beside the values."""
-        shape = tuple(factor.shape)
-        return self.decode(TorchOps(), self.codes(factor, beside), beside, shape, torch.float64)
+        return self.decode(TorchOps(), self.codes(factor, beside), beside, tuple(factor.shape), torch.float64)
+
+    def column(self, numbers: Tensor, beside: Mapping[str, Tensor], shape: Shape, place: int, rows: slice) -> Tensor:
+        """`rounded` of one column of the factor of that shape, seen as a matrix, where numbers of these rows alone are given."""
+        return self.rounded(numbers[:, None], beside)[:, 0]
 
     def bytes(self, shape: Shape) -> int:
         """Bytes of all parts of a factor of that shape."""

@@ -31,7 +31,7 @@ class Floating(Numbers, ABC):
     def parts(self, shape: Shape, kept: int | None = None) -> dict[str, Part]:
         return {VALUES: Part(shape if kept is None else (kept,), self.dtype)}
 
-    def fit(self, factor: Tensor) -> dict[str, Tensor]:
+    def fit(self, factor: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
         return {}
 
     def codes(self, factor: Tensor, beside: Mapping[str, Tensor]) -> Tensor:

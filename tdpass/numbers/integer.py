@@ -16,6 +16,7 @@ from tdpass.numbers.base import VALUES, Numbers, Part, Shape
 from tdpass.ops import StorageOps, V
 
 _SCALE, _ZERO = "scale", "zero"
+_SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)  # of the range of a row, what is beyond being cut
 _ALLOWED = "a granularity ('tensor', or the size of a group such as '64'; none for one scale per channel), then 'zero' for a zero point"
 
 
@@ -68,11 +69,32 @@ class Integer(Numbers, ABC):
         """The largest code."""
         return int(2 ** (self.bits - 1)) - 1
 
-    def fit(self, factor: Tensor) -> dict[str, Tensor]:
+    def fit(self, factor: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
         rows = self._by_row(factor)
+        whole = self._range(rows, 1.0)
+        if weights is None:
+            return whole
+        counts = self._by_row(weights)
+        best, least = whole, self._error(rows, whole, counts)
+        for share in _SHARES:
+            tried = self._range(rows, share)
+            error = self._error(rows, tried, counts)
+            best = {name: torch.where(error < least, tried[name], best[name]) for name in best}
+            least = torch.minimum(error, least)
+        return best
+
+    def _error(self, rows: Tensor, beside: Mapping[str, Tensor], weights: Tensor) -> Tensor:
+        """Weighed squared error of each row."""
+        scale = beside[_SCALE].double()[:, None]
+        zero = beside[_ZERO].double()[:, None] if self.zero else 0.0
+        steps = ((rows / scale).round() + zero).clamp(-self.top - self.zero, self.top) - zero
+        return (weights * (steps * scale - rows).square()).sum(1)
+
+    def _range(self, rows: Tensor, share: float) -> dict[str, Tensor]:
+        """Scales and zero points that cover so much of the range of each row."""
         if not self.zero:
-            return {_SCALE: _positive(rows.abs().amax(1) / self.top)}
-        low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
+            return {_SCALE: _positive(share * rows.abs().amax(1) / self.top)}
+        low, high = share * rows.amin(1).clamp(max=0), share * rows.amax(1).clamp(min=0)
         scale = _positive((high - low) / (2 * self.top + 1))
         zero = (-self.top - 1 - low / scale).round().clamp(-self.top - 1, self.top)
         return {_SCALE: scale, _ZERO: zero.to(torch.int8)}
@@ -84,6 +106,17 @@ class Integer(Numbers, ABC):
 
     def decode(self, ops: StorageOps[V], codes: V, beside: Mapping[str, V], shape: Shape, dtype: torch.dtype) -> V:
         return ops.dequantize(codes, beside[_SCALE], beside.get(_ZERO), shape, self.rows(shape), dtype)
+
+    def column(self, numbers: Tensor, beside: Mapping[str, Tensor], shape: Shape, place: int, rows: slice) -> Tensor:
+        scale, zero = (self._along(beside.get(name), shape, place, rows) for name in (_SCALE, _ZERO))
+        return (((numbers / scale).round() + zero).clamp(-self.top - self.zero, self.top) - zero) * scale
+
+    def _along(self, part: Tensor | None, shape: Shape, place: int, rows: slice) -> Tensor:
+        """Scales or zero points of one column at these rows; zero where there are none."""
+        if part is None:
+            return torch.zeros((), dtype=torch.float64)
+        grid = part.double().reshape(1 if self.group < 0 else shape[0], -1)
+        return grid[:, 0] if self.group < 0 else grid[rows, place // self.group if self.group else 0]
 
     def _by_row(self, factor: Tensor) -> Tensor:
         return factor.detach().double().reshape(self.rows(tuple(factor.shape)), -1)

@@ -48,14 +48,18 @@ class Levels(Numbers):
         values = math.prod(shape) if kept is None else kept
         return {VALUES: Part((math.ceil(values * self.bits / 8),), torch.uint8), _TABLE: Part((self.count,), torch.float32)}
 
-    def fit(self, factor: Tensor) -> dict[str, Tensor]:
-        numbers, counts = torch.unique(factor.detach().double(), return_counts=True)
-        table = numbers if numbers.numel() <= self.count else _lloyd(numbers, counts.double(), self.count)
+    def fit(self, factor: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
+        given = torch.ones_like(factor) if weights is None else weights
+        numbers, places = torch.unique(factor.detach().double()[given > 0], return_inverse=True)
+        counts = torch.zeros_like(numbers).index_add_(0, places, given[given > 0].double())
+        if not numbers.numel():
+            return {_TABLE: torch.zeros(self.count)}
+        table = numbers if numbers.numel() <= self.count else _lloyd(numbers, counts, self.count)
         return {_TABLE: torch.cat([table, table[-1:].expand(self.count - table.numel())]).float()}
 
     def codes(self, factor: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
         table = beside[_TABLE].double()
-        return torch.bucketize(factor.detach().double(), (table[1:] + table[:-1]) / 2)
+        return torch.bucketize(factor.detach().double().contiguous(), (table[1:] + table[:-1]) / 2)
 
     def packed(self, codes: Tensor) -> Tensor:
         return pack_bits(codes, self.bits)

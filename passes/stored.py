@@ -1,0 +1,137 @@
+"""What passes that change how factors are stored have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tdpass.cost import Cost
+from tdpass.errors import PlanError
+from tdpass.form import DENSE, Form
+from tdpass.formats.base import FORMATS, Layer, check_form, cost_of, dense_cost
+from tdpass.models.base import Model
+from tdpass.pipeline import Job, Pass
+from tdpass.planner.candidates import bias_cost
+from tdpass.planner.rank_plan import Choice, RankPlan
+from tdpass.planner.repair import divergence_of
+from tdpass.planner.rounding import Way
+from tdpass.planner.storing import floating, store_layers
+from tdpass.planner.trials import Promise
+from tdpass.site import selects
+
+
+@dataclass(frozen=True)
+class Stored(Pass, ABC):
+    """Store the factors of every site, and the weights of those that are dense, in another form than they are stored in.
+
+    With calibration data and `rounding: moments` columns make up for what those before them lost and the last factor of a chain for the
+    others; the plain rounding is kept where the network's output is nearer to the original's with it.
+    """
+
+    promise = Promise.PLAN
+
+    rounding: Way = "moments"
+
+    @abstractmethod
+    def form(self, present: Form) -> Form:
+        """What becomes of a site that is stored as `present`; the same where it is as it is to be."""
+
+    def run(self, model: Model, job: Job) -> bool:
+        layers = _layers(model)
+        forms = self._forms(model, layers, job)
+        if not forms:
+            job.note("no site changes")
+            return False
+        plain = {name: floating(layer, partial(model.weight, name)) if name in forms else layer for name, layer in layers.items()}
+        made = {name: plain[name].stored(form) for name, form in forms.items()}
+        prepared = job.original.recounted(Cost(model.params(), job.original.macs, model.bytes()))
+        if job.batches:
+            made = self._nearer(plain, forms, made, model, job)
+        for name in forms:
+            model.replace(name, made[name])
+        job.plan = _restated(job.plan or RankPlan((), job.original, prepared=prepared), forms, model, self.name)
+        job.report.sites = job.plan.rows()
+        sites = {site.name: site for site in model.sites()}
+        saved = sum(cost_of(sites[name], layers[name].form).bytes - cost_of(sites[name], form).bytes for name, form in forms.items())
+        job.note(f"{len(forms)} sites are stored as {', '.join(sorted({form.family for form in forms.values()}))}: {saved:,} bytes less")
+        return True
+
+    def _forms(self, model: Model, layers: Mapping[str, Layer], job: Job) -> dict[str, Form]:
+        found = {}
+        for site in model.sites():
+            layer = layers[site.name]
+            if not selects(site.name, job.include, job.exclude) or not layer.factors:
+                continue
+            form = self.form(layer.form)
+            if form.support and not form.numbers:
+                form = replace(form, numbers=_own_numbers(layer))
+            try:
+                check_form(site, form)
+            except PlanError as error:
+                job.report.decline(site.name, str(error))
+                continue
+            if form == layer.form:
+                continue
+            if cost_of(site, form).bytes >= cost_of(site, layer.form).bytes:
+                job.report.decline(site.name, f"'{form}' would take no fewer bytes than '{layer.form}'")
+                continue
+            found[site.name] = form
+        return found
+
+    def _nearer(
+        self, plain: Mapping[str, Layer], forms: Mapping[str, Form], made: dict[str, Layer], model: Model, job: Job
+    ) -> dict[str, Layer]:
+        """Those of the plain rounding and of `rounding` with which the network's output is nearer to the original's."""
+        tapes = job.tapes(model)
+        others = {name: layer for name, layer in plain.items() if name not in forms and layer.form != DENSE}
+        nearest = divergence_of(tapes, {**others, **made}, job.fitted_divergence)
+        if self.rounding != "nearest":
+            biased = {name for name, layer in plain.items() if layer.bias is not None}
+            changed = {**others, **{name: plain[name] for name in forms}}
+            better = store_layers(tapes, changed, forms, biased, self.rounding)
+            found = divergence_of(tapes, better, job.fitted_divergence)
+            job.note(f"divergence {found:.4g}, rounded one by one {nearest:.4g}")
+            if found < nearest:
+                nearest, made = found, better
+        else:
+            job.note(f"divergence {nearest:.4g}")
+        job.expected = max(job.expected or 0.0, nearest)
+        return made
+
+
+def _own_numbers(layer: Layer) -> tuple[str, ...]:
+    """The number type that the layer has; none for single precision, in which what a support keeps is stored anyway."""
+    return () if layer.dtype is torch.float32 else (str(layer.dtype).removeprefix("torch."),)
+
+
+def _layers(model: Model) -> dict[str, Layer]:
+    """Every site's layer, dense ones as such."""
+    found = {}
+    for site in model.sites():
+        layer = model.layer(site.name)
+        found[site.name] = Layer(site, DENSE, {"kernel": model.weight(site.name)}, model.bias(site.name)) if layer is None else layer
+    return found
+
+
+def _restated(plan: RankPlan, forms: Mapping[str, Form], model: Model, by: str) -> RankPlan:
+    """The plan with the forms of these sites, their costs and the plain relative error of their weights."""
+    choices = []
+    for site in model.sites():
+        known = plan.get(site.name) or Choice(site.name, site.shape, DENSE, dense_cost(site), dense_cost(site), groups=site.groups)
+        layer = model.layer(site.name)
+        if site.name in forms and layer is not None:
+            error = _error(layer, model.weight(site.name)) if layer.site.shape == site.shape else known.error
+            cost = known.cost.recounted(cost_of(site, layer.form) + bias_cost(site, layer.bias))
+            known = replace(known, form=layer.form, cost=cost, error=error, reason=f"{known.reason}; {by}".removeprefix("; "))
+        choices.append(known)
+    return replace(plan, choices=tuple(choices))
+
+
+def _error(layer: Layer, weight: Tensor) -> float:
+    found = FORMATS.get(layer.format).reconstruct(dict(layer.values(torch.float64)), layer.site)
+    return float((found - weight.double()).norm()) / (float(weight.double().norm()) or 1.0)

@@ -1,0 +1,100 @@
+"""quantize and sparsify: on both front ends, alone and after factorize, to the byte, and nearer than rounding one by one."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+import torch
+from onnx_nets import to_onnx
+from torch import Tensor, nn
+
+import tdpass
+from tdpass.cost import Cost
+from tdpass.errors import TdpassError
+from tdpass.form import DENSE
+from tdpass.formats.base import cost_of
+from tdpass.models import open_model
+
+FACTORED = "plan{macs=0.5,joint=false},factorize,"
+FORMATS_TRIED = ("svd", "channel_svd", "spatial_svd", "tucker2")
+STEPS = [
+    "quantize", "quantize{numbers=int4}", "sparsify{support=unstructured/50%}",
+    "sparsify{support=columns/75%},quantize{numbers=int4}",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def exported() -> dict[str, onnx.ModelProto]:
+    """The network, exported once."""
+    return {}
+
+
+def models(residual: nn.Module, images: Tensor, exported: dict[str, onnx.ModelProto]) -> list[object]:
+    if not exported:
+        exported["residual"] = to_onnx(residual, images[:2])
+    return [residual, exported["residual"]]
+
+
+def made(model: object, images: Tensor | None, pipeline: str) -> tdpass.Artifact:
+    return tdpass.compress(model, None, images, pipeline=f"fold-batchnorm,{pipeline}", cache=False, effort="fast", formats=FORMATS_TRIED)
+
+
+@pytest.mark.parametrize("before", ["", FACTORED])
+@pytest.mark.parametrize("step", STEPS)
+def test_bytes_answers_and_plan_agree_on_both_front_ends(
+    step: str, before: str, residual: nn.Module, images: Tensor, exported: dict[str, onnx.ModelProto]
+) -> None:
+    found = [made(model, images, before + step) for model in models(residual, images, exported)]
+    for artifact in found:
+        result = open_model(artifact.model)
+        assert artifact.report.final.bytes == artifact.plan.planned.bytes == result.bytes()
+        assert artifact.report.final.params == artifact.plan.planned.params == result.params()
+        assert artifact.report.final.bytes < 0.75 * artifact.report.original.bytes
+        assert all(choice.form.encoded or choice.site in artifact.report.declined for choice in artifact.plan)
+    assert found[0].report.final.bytes == found[1].report.final.bytes
+    assert [choice.form for choice in found[0].plan] == [choice.form for choice in found[1].plan]
+    plain = made(residual, images, before + step.replace("}", ",rounding=nearest}") if "{" in step else f"{before}{step}{{rounding=nearest}}")
+    apart = [tdpass.verify(residual, each.model, images)["divergence"] for each in (found[0], plain)]
+    assert apart[0] < 0.8 * apart[1]
+
+
+def test_they_leave_what_is_stored_so_already_and_what_is_excluded(residual: nn.Module, images: Tensor) -> None:
+    once, twice = (made(residual, images, pipeline) for pipeline in ("quantize", "quantize,quantize{numbers=int4}"))
+    assert [choice.form for choice in once.plan] == [choice.form for choice in twice.plan]
+    assert twice.report.passes[-1].notes == ("no site changes",)
+    names = [choice.site for choice in once.plan]
+    part = tdpass.compress(residual, None, images, pipeline="quantize", cache=False, exclude=[names[0]])
+    assert part.plan.get(names[0]).form == DENSE
+    assert all(choice.form.numbers for choice in part.plan if choice.site != names[0])
+
+
+def test_what_a_form_does_not_divide_is_declined_with_the_reason(residual: nn.Module) -> None:
+    artifact = made(residual, None, "quantize{numbers=int4/64}")
+    sites = {site.name: site for site in open_model(residual).sites()}
+    divided = [name for name, site in sites.items() if site.weights // site.o % 64 == 0]
+    assert sorted(choice.site for choice in artifact.plan if choice.form.numbers) == sorted(divided)
+    assert all("does not divide" in artifact.report.declined[name] for name in sites if name not in divided)
+
+
+def test_half_precision_stays_half() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8)).half().eval()
+    artifact = made(model, None, "sparsify{support=2:4}")
+    assert [str(choice.form) for choice in artifact.plan] == ["dense float16 2:4"] * 2
+    expected = sum((cost_of(site, choice.form) for site, choice in zip(open_model(model).sites(), artifact.plan, strict=True)), Cost())
+    assert artifact.report.final.bytes == expected.bytes + 2 * (24 + 8)
+    assert int(artifact.model[0].weight.count_nonzero()) == 16 * 24 // 2
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ("quantize{numbers=int9}", "unknown number type 'int9'"),
+        ("sparsify{support=half}", "support 'half' is not understood"),
+        ("sparsify{support=4:2}", "keeps everything"),
+        ("quantize{rounding=best}", "option rounding='best' of pass 'quantize' must be of type"),
+    ],
+)
+def test_wrong_options_are_one_clear_error(step: str, message: str, residual: nn.Module) -> None:
+    with pytest.raises(TdpassError, match=message):
+        made(residual, None, step)
