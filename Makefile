@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
-	$(BIN)/python -m benchmarks.demo
+	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.demo
 
 # Two processes, each test file in one of them: kernels and fixtures are made once per file.
 PARALLEL := -n 2 --dist loadfile

@@ -80,6 +80,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="where the model, plan and report go")
     out: Path = parser.parse_args().out
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    torch.set_num_threads(1)  # more threads only wait for each other on a network this small
     digits = open_dataset("digits")
     images, calibration, unseen = (digits.inputs(part) for part in ("training", "calibration", "test"))
     classes, truth = digits.training.targets, digits.test.targets

@@ -12,6 +12,7 @@ import torch
 
 Call = Callable[[], object]
 _WARM_UP_CALLS = 3
+_SMALL = 1 << 22  # multiply-adds of one sample
 
 
 def interleaved(
@@ -66,6 +67,21 @@ def threads_of_torch(threads: int) -> Iterator[None]:
     try:
         with torch.no_grad():
             yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def one_thread_if_small(macs: int) -> Iterator[None]:
+    """One thread of torch for a network of so few multiply-adds a sample that more only wait for each other, and spin while they wait.
+
+    Where the number is 0 it is not known, and nothing changes.
+    """
+    before = torch.get_num_threads()
+    if 0 < macs <= _SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(before)
 

@@ -13,6 +13,7 @@ import torch
 
 from tdpass.acceptance import hold_against_dense, hold_to_budget
 from tdpass.artifact import Artifact, Reload, load_plan
+from tdpass.clock import one_thread_if_small
 from tdpass.cost import Budget, BudgetSpec, Cost
 from tdpass.data import calls_of
 from tdpass.errors import TdpassError, UsageError
@@ -210,8 +211,9 @@ def _run(
     if setting.progress is not None:
         job.progress = setting.progress
     try:
-        steps.run(model, job)
-        return _finished(opened, model, job)
+        with one_thread_if_small(model.macs() if target is None else 0):
+            steps.run(model, job)
+            return _finished(opened, model, job)
     except TdpassError as error:
         error.artifact = _salvaged(model, job)
         raise

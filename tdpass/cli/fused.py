@@ -6,13 +6,17 @@ from pathlib import Path
 
 from tdpass.errors import KernelError
 from tdpass.kernels.native import onnx_ops_path
-from tdpass.models.onnx.fused_ops import REGISTER
-from tdpass.models.onnx.session import has_fused_ops
 
 
 def library_notes(paths: list[Path]) -> list[str]:
     """What a program that runs the files has to do; nothing for files without fused operators."""
-    names = [path.name for path in paths if path.suffix == ".onnx" and has_fused_ops(str(path))]
+    graphs = [path for path in paths if path.suffix == ".onnx"]
+    if not graphs:
+        return []
+    from tdpass.models.onnx.fused_ops import REGISTER  # noqa: PLC0415 - loads the ONNX libraries
+    from tdpass.models.onnx.session import has_fused_ops  # noqa: PLC0415 - as above
+
+    names = [path.name for path in graphs if has_fused_ops(str(path))]
     if not names:
         return []
     return [f"{', '.join(names)}: measured with the library of fused operators, {_library()}, and slower without it; in your program: {REGISTER}"]

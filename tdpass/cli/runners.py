@@ -15,7 +15,6 @@ from tdpass.errors import InvalidModelError, UsageError
 from tdpass.models.base import Batch
 from tdpass.models.torch.exported_program import load_program
 from tdpass.models.torch.module_values import input_types
-from tdpass.targets.runtimes.onnx_runtime import bound, open_session
 from tdpass.targets.runtimes.openvino import open_graph, open_request
 
 RUNTIMES = ("onnxruntime", "openvino", "eager", "inductor")
@@ -63,6 +62,8 @@ def example_batch(source: Source, size: int | None) -> Batch | None:
         return None
     generator = torch.Generator().manual_seed(0)
     tensors: list[Tensor] = []
+    from tdpass.targets.sessions.onnx import open_session  # noqa: PLC0415 - loads ONNX Runtime
+
     for value in open_session(source.text, 1).get_inputs():
         shape = [size or 1 if index == 0 and not isinstance(extent, int) else extent for index, extent in enumerate(value.shape)]
         dtype = _ELEMENT_TYPES.get(value.type)
@@ -88,6 +89,8 @@ def _named(names: list[str], batch: Batch) -> dict[str, Tensor]:
 
 
 def _onnxruntime(path: str, batch: Batch, threads: int) -> Callable[[], object]:
+    from tdpass.targets.sessions.onnx import bound, open_session  # noqa: PLC0415 - loads ONNX Runtime
+
     session = open_session(path, threads)
     return bound(session, _named([value.name for value in session.get_inputs()], batch))
 

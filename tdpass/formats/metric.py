@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-import scipy.linalg
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
@@ -103,6 +102,8 @@ def eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = torch.linalg.eigh(matrix)
     except LinAlgError:
+        import scipy.linalg  # noqa: PLC0415 - takes a third of a second, and is rarely needed
+
         scale = float(matrix.abs().max())
         if not math.isfinite(scale):
             raise NumericalError(f"a second moment of {matrix.shape[0]} x {matrix.shape[0]} holds values that are not finite") from None

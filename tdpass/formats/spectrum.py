@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from functools import cached_property
 
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -99,6 +98,8 @@ def top_eigenpairs(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest eigenvalues of a symmetric matrix, descending and not negative, and their vectors as columns."""
     size = gram.shape[0]
     if size >= _SUBSET_FROM and count <= size // _PARTS:
+        import scipy.linalg  # noqa: PLC0415 - takes a third of a second, and only large matrices need it
+
         values, vectors = scipy.linalg.eigh(gram.numpy(), driver="evr", subset_by_index=[size - count, size - 1], check_finite=False)
         top, columns = torch.from_numpy(values), torch.from_numpy(vectors)
     else:

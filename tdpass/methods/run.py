@@ -16,13 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import TypeIs
 
 from tdpass.artifact import Artifact
+from tdpass.clock import one_thread_if_small
 from tdpass.errors import UsageError
 from tdpass.files import write_text
 from tdpass.layers.factorized import rebuild_while_training
 from tdpass.methods.base import METHODS, Method, make_method
 from tdpass.methods.same_run import check_same_run
 from tdpass.methods.stages import Parallel, Run, Score, Stage, Stages, of_pipeline
-from tdpass.models import ExampleInputs
+from tdpass.models import ExampleInputs, open_model
 from tdpass.pipeline import PipelineSpec
 from tdpass.report import TrainingRow
 from tdpass.training.averaging import Average
@@ -110,9 +111,11 @@ def train(
     if run.folder is not None:
         facts = {"method": made, **{name: getattr(run, name) for name in _TOLD}}
         check_same_run(run.folder, "run.json", facts, resume)
+    macs = _macs(run)
     torch.manual_seed(seed)
     trainer = _Trainer(run)
-    artifact = trainer.carry_out(made.stages(run) if isinstance(made, Method) else of_pipeline(run, made))
+    with one_thread_if_small(macs):
+        artifact = trainer.carry_out(made.stages(run) if isinstance(made, Method) else of_pipeline(run, made))
     artifact.report.training = trainer.rows
     broken = destroyed(artifact.report)
     if broken:
@@ -181,6 +184,16 @@ class _Trainer:
             write_text(self.run.folder / "log.csv", log_table(rows))
         if self.run.log is not None:
             self.run.log(row)
+
+
+def _macs(run: Run) -> int:
+    """Multiply-adds per sample, 0 where there is nothing to run the model on."""
+    opened = open_model(run.model, run.example_inputs)
+    example = opened.example()
+    if run.example_inputs is None or example is None:
+        return 0
+    opened.observe(example)
+    return opened.macs()
 
 
 def _is_method(method: object) -> TypeIs[Method | Mapping[str, Any] | str]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import constriction
 import numpy as np
 import numpy.typing as npt
 
@@ -17,8 +16,12 @@ BITS = 24
 ONE = 1 << BITS
 _WEIGHED = 1 << 20
 
-_models: Any = constriction.stream.model
-_queue: Any = constriction.stream.queue
+
+def _coding() -> Any:
+    import constriction  # noqa: PLC0415 - only packed weights need it
+
+    return constriction.stream
+
 
 
 class Stream(Protocol):
@@ -35,11 +38,11 @@ class Writer:
     """A range encoder."""
 
     def __init__(self) -> None:
-        self._coder = _queue.RangeEncoder()
+        self._coder = _coding().queue.RangeEncoder()
 
     def cells(self, rates: Ints, known: Ints | None) -> Ints:
         assert known is not None
-        self._coder.encode(known.astype(np.int32), _models.Categorical(perfect=False), _pairs(rates))
+        self._coder.encode(known.astype(np.int32), _coding().model.Categorical(perfect=False), _pairs(rates))
         return known
 
     def symbols(self, frequencies: Ints, count: int, known: Ints | None) -> Ints:
@@ -58,10 +61,10 @@ class Reader:
     def __init__(self, data: bytes) -> None:
         if len(data) % 4:
             raise InvalidModelError(f"its stream of {len(data)} bytes is cut off; it holds words of 4 bytes")
-        self._coder = _queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
+        self._coder = _coding().queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
 
     def cells(self, rates: Ints, known: Ints | None) -> Ints:
-        return self._read(_models.Categorical(perfect=False), _pairs(rates))
+        return self._read(_coding().model.Categorical(perfect=False), _pairs(rates))
 
     def symbols(self, frequencies: Ints, count: int, known: Ints | None) -> Ints:
         return self._read(_model(frequencies), count)
@@ -102,7 +105,7 @@ def _pairs(rates: Ints) -> npt.NDArray[np.float32]:
 
 
 def _model(frequencies: Ints) -> Any:
-    return _models.Categorical((frequencies - 1).astype(np.float32), perfect=False)
+    return _coding().model.Categorical((frequencies - 1).astype(np.float32), perfect=False)
 
 
 def learned_symbols(stream: Stream, alphabet: int, count: int, prior: int, known: Ints | None) -> Ints:

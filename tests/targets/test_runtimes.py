@@ -80,7 +80,7 @@ def test_a_type_that_is_not_served_is_declined(name: str, dtype: torch.dtype) ->
 
 
 def test_a_graph_that_a_runtime_refuses_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tdpass.targets.runtimes.onnx_runtime.layer_graph", lambda *_: b"no model")
+    monkeypatch.setattr("tdpass.targets.sessions.onnx.layer_graph", lambda *_: b"no model")
     layer = make_layer(SITES[0], DENSE, torch.float32)
     for name in ("onnxruntime", "openvino"):
         if RUNTIMES.get(name).available():

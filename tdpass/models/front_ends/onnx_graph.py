@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import onnx
-import onnx_ir as ir
+from collections.abc import Sequence
 
+from tdpass.models.base import Batch, Model
 from tdpass.models.front_ends.base import FrontEnd, register_front_end
-from tdpass.models.onnx.model import OnnxModel
 
-_TYPES = (onnx.ModelProto, ir.Model, "onnx_graphsurgeon.ir.graph.Graph")
+_TYPES = ("onnx.onnx_ml_pb2.ModelProto", "onnx_ir.Model", "onnx_graphsurgeon.ir.graph.Graph")
 
-register_front_end(FrontEnd("onnx", OnnxModel.open, types=_TYPES, suffixes=(".onnx",)))
+
+def _open(model: object, example: Batch | None, overridable: Sequence[str]) -> Model:
+    from tdpass.models.onnx.model import OnnxModel  # noqa: PLC0415 - the ONNX libraries take a second, which torch models need not spend
+
+    return OnnxModel.open(model, example, overridable)
+
+
+register_front_end(FrontEnd("onnx", _open, types=_TYPES, suffixes=(".onnx",)))

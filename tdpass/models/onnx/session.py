@@ -58,6 +58,7 @@ def has_fused_ops(source: str | bytes | ir.Model) -> bool:
 def _session(source: str | bytes, model: ir.Model | None = None, threads: int = 0, trace: Path | None = None) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = _ERRORS_ONLY, threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # what waits leaves its core to others
     if trace is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(trace)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
-import onnxruntime
 import torch
 from torch import Tensor
 
@@ -13,10 +12,8 @@ from tdpass.errors import KernelError
 from tdpass.formats.base import Layer
 from tdpass.kernels import native
 from tdpass.kernels.stage import Lanes
-from tdpass.models.onnx.fuse_layer_graph import fuse_layer_graph
 from tdpass.targets.layers import example_input
 from tdpass.targets.runtimes.base import Runtime, register_runtime
-from tdpass.targets.runtimes.onnx_runtime import as_graph, bound_layer
 
 
 class KernelsInOnnxRuntime(Runtime):
@@ -26,6 +23,8 @@ class KernelsInOnnxRuntime(Runtime):
     lanes: ClassVar[Lanes]
 
     def version(self) -> str:
+        import onnxruntime  # noqa: PLC0415 - takes a tenth of a second
+
         return f"{onnxruntime.__version__} {native.version()}"
 
     def available(self) -> bool:
@@ -37,6 +36,9 @@ class KernelsInOnnxRuntime(Runtime):
     def prepare(self, layer: Layer, batch: int, threads: int) -> Callable[[], Tensor] | None:
         if not isinstance(layer, Layer) or layer.dtype is not torch.float32:
             return None
+        from tdpass.models.onnx.fuse_layer_graph import fuse_layer_graph  # noqa: PLC0415 - loads the ONNX libraries
+        from tdpass.targets.sessions.onnx import as_graph, bound_layer  # noqa: PLC0415 - as above
+
         x = example_input(layer, batch)
         y = layer(x)
         graph = fuse_layer_graph(as_graph(layer, x, y), self.lanes)

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-import weakref
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
-import onnxruntime
 import torch
 from torch import Tensor
 
-from tdpass.files import scratch_folder
 from tdpass.formats.base import Layer
 from tdpass.models.abilities import RunsAsGraph
 from tdpass.models.base import Batch, Model
-from tdpass.models.onnx.layer_graph import INPUT, OUTPUT, layer_graph
-from tdpass.models.onnx.session import register_fused_ops
-from tdpass.targets.layers import apply_layer, example_input, weights_of
-from tdpass.targets.runtimes.base import Bound, BoundLayer, Call, Runtime, register_runtime
+from tdpass.targets.layers import example_input
+from tdpass.targets.runtimes.base import Bound, Call, Runtime, register_runtime
 
-_ERRORS_ONLY = 3
 _SERVED = frozenset({torch.float32, torch.float64, torch.float16})
 
 
@@ -32,11 +24,15 @@ class OnnxRuntime(Runtime):
     families = frozenset({"onnxruntime"})
 
     def version(self) -> str:
+        import onnxruntime  # noqa: PLC0415 - takes a tenth of a second
+
         return str(onnxruntime.__version__)
 
     def prepare(self, layer: Layer, batch: int, threads: int) -> Callable[[], Tensor] | None:
         if layer.dtype not in _SERVED:
             return None
+        from tdpass.targets.sessions.onnx import as_graph, bound_layer  # noqa: PLC0415 - loads the ONNX libraries
+
         x = example_input(layer, batch)
         y = torch.empty(layer(x).shape, dtype=x.dtype)
         return bound_layer(as_graph(layer, x, y), x, y, threads)
@@ -44,51 +40,7 @@ class OnnxRuntime(Runtime):
     def prepare_model(self, model: Model, batch: Batch, threads: int) -> Call | None:
         if not isinstance(model, RunsAsGraph):
             return None
+        from tdpass.targets.sessions.onnx import Saved, bound, open_session  # noqa: PLC0415 - as above
+
         saved = Saved(model)
         return Bound(bound(open_session(str(saved.path), threads), model.named_inputs(batch)), saved)
-
-
-class Saved:
-    """A model in a file of its own, for as long as this object lives: runtimes map large weights from there."""
-
-    def __init__(self, model: Model) -> None:
-        self.path = scratch_folder() / "model.onnx"
-        weakref.finalize(self, shutil.rmtree, self.path.parent, ignore_errors=True)
-        model.save(self.path, {})
-
-
-def as_graph(layer: Layer, x: Tensor, y: Tensor) -> bytes:
-    """The layer as a serialized ONNX model."""
-    return layer_graph(weights_of(layer), x, y, lambda ops, value, weights: apply_layer(ops, layer, value, weights))
-
-
-def bound_layer(graph: bytes, x: Tensor, y: Tensor, threads: int) -> Callable[[], Tensor] | None:
-    """A call that runs a graph of one layer from x to y; None where ONNX Runtime does not take it."""
-    try:
-        session = open_session(graph, threads)
-        binding = session.io_binding()
-        for name, tensor, bind in ((INPUT, x, binding.bind_input), (OUTPUT, y, binding.bind_output)):
-            bind(name, "cpu", 0, tensor.numpy().dtype.type, tuple(tensor.shape), tensor.data_ptr())
-        session.run_with_iobinding(binding)
-    except Exception:  # noqa: BLE001 - it raises a dozen unrelated types, and each means that it does not serve this layer
-        return None
-    return BoundLayer(lambda: session.run_with_iobinding(binding), x, y)
-
-
-def open_session(source: str | bytes, threads: int) -> Any:
-    """A session on the CPU with that many threads."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, _ERRORS_ONLY
-    register_fused_ops(options, source)
-    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-
-
-def bound(session: Any, inputs: Mapping[str, Tensor]) -> Call:
-    """A call that runs a session on these inputs, all memory bound beforehand."""
-    binding = session.io_binding()
-    for name, tensor in inputs.items():
-        binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy()))
-    for value in session.get_outputs():
-        binding.bind_output(value.name, "cpu")
-    return lambda: session.run_with_iobinding(binding)
-

@@ -13,10 +13,8 @@ from torch import Tensor
 from tdpass.formats.base import Layer
 from tdpass.models.abilities import RunsAsGraph
 from tdpass.models.base import Batch, Model
-from tdpass.models.onnx.layer_graph import INPUT
 from tdpass.targets.layers import example_input
 from tdpass.targets.runtimes.base import Bound, BoundLayer, Call, Runtime, register_runtime
-from tdpass.targets.runtimes.onnx_runtime import Saved, as_graph
 
 
 @register_runtime
@@ -35,6 +33,9 @@ class OpenVino(Runtime):
     def prepare(self, layer: Layer, batch: int, threads: int) -> Callable[[], Tensor] | None:
         if layer.dtype is not torch.float32:
             return None
+        from tdpass.models.onnx.layer_graph import INPUT  # noqa: PLC0415 - loads the ONNX libraries
+        from tdpass.targets.sessions.onnx import as_graph  # noqa: PLC0415 - as above
+
         x = example_input(layer, batch)
         try:
             request = open_request(open_graph(as_graph(layer, x, layer(x))), {INPUT: x}, threads)
@@ -46,6 +47,8 @@ class OpenVino(Runtime):
     def prepare_model(self, model: Model, batch: Batch, threads: int) -> Call | None:
         if not isinstance(model, RunsAsGraph):
             return None
+        from tdpass.targets.sessions.onnx import Saved  # noqa: PLC0415 - as above
+
         saved, inputs = Saved(model), model.named_inputs(batch)
         return Bound(open_request(open_graph(str(saved.path)), inputs, threads).infer, (saved, inputs))
 
