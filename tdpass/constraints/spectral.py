@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from tdpass.formats import Rank
-from tdpass.formats.chains import chain_of, family_of
 from tdpass.formats.spectrum import top_eigenpairs
+from tdpass.formats.trains import family_of, train_of
 from tdpass.site import Site
 
 _SWEEPS = 2
@@ -95,7 +95,7 @@ class Train(Spectral):
         return family_of(site).proposed[0] if cuts is None else cuts
 
     def useful(self, site: Site, rank: Rank) -> Rank:
-        sizes, found = chain_of(site, len(rank)).modes.shape, list(rank)
+        sizes, found = train_of(site, len(rank)).modes.shape, list(rank)
         for k in range(1, len(found)):
             found[k] = min(found[k], found[k - 1] * sizes[k])
         for k in reversed(range(len(found) - 1)):
@@ -103,11 +103,11 @@ class Train(Spectral):
         return tuple(found)
 
     def unfoldings(self, weight: Tensor, site: Site, cuts: int) -> list[Tensor]:
-        tensor = chain_of(site, cuts).modes.tensor(weight)
+        tensor = train_of(site, cuts).modes.tensor(weight)
         return [tensor.reshape(math.prod(tensor.shape[:k]), -1) for k in range(1, cuts + 1)]
 
     def nearest(self, weight: Tensor, site: Site, rank: Rank) -> Tensor:
-        modes = chain_of(site, len(rank)).modes
+        modes = train_of(site, len(rank)).modes
         rest, bases = modes.tensor(weight), list[Tensor]()
         sizes = rest.shape
         rest = rest.reshape(sizes[0], -1)

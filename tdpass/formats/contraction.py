@@ -6,8 +6,8 @@ from torch import Tensor
 
 from tdpass.formats.base import Layer
 from tdpass.formats.blocks import BATCHED
-from tdpass.formats.chains import LinearChain
 from tdpass.formats.multilinear import balanced_factors
+from tdpass.formats.trains import LinearTrain
 from tdpass.kernels.tensor_chain import Step, block_program, ring_program, train_program
 
 Contraction = tuple[tuple[Step, ...], list[Tensor]]
@@ -23,7 +23,7 @@ def contraction_of(layer: Layer) -> Contraction | None:
 
 
 def _train(layer: Layer) -> Contraction:
-    o, i = LinearChain(layer.site, len(layer.rank)).parts
+    o, i = LinearTrain(layer.site, len(layer.rank)).parts
     cores = [layer.factors[f"g{k + 1}"] for k in range(len(o))]
     return train_program(o, i, layer.rank), [core.permute(2, 3, 1, 0) for core in reversed(cores)]
 

@@ -14,10 +14,10 @@ from tdpass.errors import PlanError
 from tdpass.form import Rank
 from tdpass.formats.alternating import ANEW, ROUGH, State, squared_norm
 from tdpass.formats.base import Bond, Decomposition, Factors, Format, Guarantee, Stage, register_format, scaled_ranks
-from tdpass.formats.chains import Chain, chain_of, family_of
 from tdpass.formats.metric import Metric, eigenvalues
 from tdpass.formats.multilinear import Whitening, best_polished, improve_left, left_vectors, share_norm
 from tdpass.formats.pivoted import pivotable
+from tdpass.formats.trains import Train, family_of, train_of
 from tdpass.ops import Ops, V
 from tdpass.site import Site
 
@@ -27,33 +27,33 @@ class _Train(Decomposition):
         self.weight, self.site, self.metric, self.matrix = weight, site, metric, weight.flatten(1)
         self._sweeps: dict[int, list[_Sweep]] = {}
 
-    def sweeps(self, chain: Chain) -> list[_Sweep]:
-        """The plain and, in a metric, the whitened weight, cut as that chain is."""
-        if chain.cuts not in self._sweeps:
-            self._sweeps[chain.cuts] = [_Sweep(whitening, self.weight) for whitening in Whitening.starts(self.metric, chain.modes)]
-        return self._sweeps[chain.cuts]
+    def sweeps(self, cut: Train) -> list[_Sweep]:
+        """The plain and, in a metric, the whitened weight, cut as that train is."""
+        if cut.cuts not in self._sweeps:
+            self._sweeps[cut.cuts] = [_Sweep(whitening, self.weight) for whitening in Whitening.starts(self.metric, cut.modes)]
+        return self._sweeps[cut.cuts]
 
     def factors(self, rank: Rank) -> Factors:
-        chain = chain_of(self.site, len(rank))
-        sweeps = self.sweeps(chain)[-1:] if self.rough else self.sweeps(chain)
+        cut = train_of(self.site, len(rank))
+        sweeps = self.sweeps(cut)[-1:] if self.rough else self.sweeps(cut)
         trains = [sweep.cores(rank) for sweep in sweeps]
         if self.metric.plain:
-            return _packed(chain, trains[0])
+            return _packed(cut, trains[0])
 
         def unfolded(train: State) -> Tensor:
-            return chain.modes.matrix(_contract(train))
+            return cut.modes.matrix(_contract(train))
 
         order, macs = range(len(rank), -1, -1), self.matrix.numel() * max(rank)
         *cores, last = best_polished(self.matrix, sweeps, trains, unfolded, self.metric, order, macs, ROUGH.work if self.rough else ANEW.work)
-        if chain.last_stage(rank) is not None:
+        if cut.last_stage(rank) is not None:
             last = improve_left(self.matrix, last.flatten(1).T, _contract(cores).T, self.metric).T[:, :, None]
-        return _packed(chain, (*cores, last))
+        return _packed(cut, (*cores, last))
 
     def guarantee(self, rank: Rank) -> Guarantee | None:
         """Root of the sum of squares of all discarded singular values (Oseledets 2011): exact for one cut, a bound for more."""
         if not self.metric.plain:
             return None
-        sweep = self.sweeps(chain_of(self.site, len(rank)))[0]
+        sweep = self.sweeps(train_of(self.site, len(rank)))[0]
         discarded = sum(float(tail[r]) for tail, r in zip(sweep.tails, rank, strict=True))
         value = min(1.0, discarded / sweep.energy) ** 0.5 if sweep.energy > 0 else 0.0
         return Guarantee(value, "exact" if len(rank) == 1 else "upper bound")
@@ -118,14 +118,14 @@ class TensorTrain(Format):
         return super().fits(site) and (not site.kernel or math.prod(site.kernel) > 1)
 
     def ranks(self, site: Site) -> Sequence[Rank]:
-        found = {rank for count in family_of(site).proposed for rank in scaled_ranks(chain_of(site, count).limits)}
+        found = {rank for count in family_of(site).proposed for rank in scaled_ranks(train_of(site, count).limits)}
         return sorted(found, key=lambda rank: (sum(math.prod(shape) for shape in self.shapes(site, rank).values()), rank))
 
     def check_rank(self, site: Site, rank: Rank) -> None:
         lengths = family_of(site).allowed
         if len(rank) not in lengths:
             raise PlanError(f"{self.name} rank {rank} does not fit site {site.name!r} of shape {site.shape}; give one of {list(lengths)} numbers")
-        limits = chain_of(site, len(rank)).limits
+        limits = train_of(site, len(rank)).limits
         if not all(1 <= r <= limit for r, limit in zip(rank, limits, strict=True)):
             raise PlanError(f"{self.name} rank {rank} does not fit site {site.name!r} of shape {site.shape}; allowed is 1 to {limits} in each place")
 
@@ -133,27 +133,27 @@ class TensorTrain(Format):
         return _Train(weight, site, metric)
 
     def shapes(self, site: Site, rank: Rank) -> dict[str, tuple[int, ...]]:
-        return chain_of(site, len(rank)).shapes(rank)
+        return train_of(site, len(rank)).shapes(rank)
 
     def macs(self, site: Site, rank: Rank) -> int:
-        return chain_of(site, len(rank)).macs(rank)
+        return train_of(site, len(rank)).macs(rank)
 
     def reconstruct(self, factors: Factors, site: Site) -> Tensor:
-        chain = chain_of(site, len(factors) - 1)
-        return chain.modes.matrix(_contract(chain.unpack(factors))).reshape(site.shape)
+        cut = train_of(site, len(factors) - 1)
+        return cut.modes.matrix(_contract(cut.unpack(factors))).reshape(site.shape)
 
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
-        return chain_of(site, len(rank)).features(ops, x, f, rank)
+        return train_of(site, len(rank)).features(ops, x, f, rank)
 
     def bonds(self, site: Site) -> Sequence[Bond]:
         return (Bond("first", "core", writes=False), Bond("last", "core", writes=True)) if site.axes else ()
 
     def last_stage(self, site: Site, rank: Rank) -> Stage | None:
-        return chain_of(site, len(rank)).last_stage(rank)
+        return train_of(site, len(rank)).last_stage(rank)
 
 
-def _packed(chain: Chain, cores: State) -> Factors:
-    return {name: factor.contiguous() for name, factor in chain.pack(share_norm(*cores)).items()}
+def _packed(cut: Train, cores: State) -> Factors:
+    return {name: factor.contiguous() for name, factor in cut.pack(share_norm(*cores)).items()}
 
 
 def _contract(cores: Sequence[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from tdpass.site import Site
 
 
 @dataclass(frozen=True)
-class Chain(ABC):
+class Train(ABC):
     """How a weight is cut into a train of cores `G_k[r_k-1, n_k, r_k]`, and how such a train is stored and applied."""
 
     site: Site
@@ -59,7 +59,7 @@ class Chain(ABC):
         """The cores of their stored form."""
 
 
-class LinearChain(Chain):
+class LinearTrain(Train):
     """TT-matrix: `W[(o1 .. od), (i1 .. id)] = G_1[o1, i1] ... G_d[od, id]`, core k stored as `[r, o_k, i_k, s]` (Novikov et al. 2015)."""
 
     @property
@@ -103,7 +103,7 @@ class LinearChain(Chain):
         return ops.restore_positions(h, x, self.site.o)
 
 
-class ConvChain(Chain):
+class ConvTrain(Train):
     """`W[o, i, h, w] = G_1[i] G_2[h w] G_3[o]`: three convolutions, stored as `[r, i, 1, 1]`, `[s, r, h, w]`, `[o, s, 1, 1]`."""
 
     @property
@@ -139,7 +139,7 @@ class ConvChain(Chain):
         return Stage("last", pointwise(self.site.o, rank[1], len(self.site.kernel), self.site.name))
 
 
-class SplitConvChain(Chain):
+class SplitConvTrain(Train):
     """`W[(o1 .. oa), (i1 .. ia), h, w] = G_1[i1] .. G_a[ia] G[h w] H_1[o1] .. H_a[oa]`, as in ADMM-TT (Yin et al. 2021).
 
     The core is stored as `[s, r, h, w]` and convolves r channels to s; the other cores are matrix products at every position.
@@ -205,22 +205,22 @@ class SplitConvChain(Chain):
 
 @dataclass(frozen=True)
 class Family:
-    """The chains of sites with, or without, spatial axes: by how many ranks there may be, and how many are proposed."""
+    """The trains of sites with, or without, spatial axes: by how many ranks there may be, and how many are proposed."""
 
     allowed: range
     proposed: tuple[int, ...]
-    chain: Callable[[Site, int], Chain]
+    train: Callable[[Site, int], Train]
 
 
-_PRODUCTS = Family(range(1, 9), (1, 2), LinearChain)
-_CONVOLUTIONS = Family(range(2, 9, 2), (2,), lambda site, cuts: (ConvChain if cuts == 2 else SplitConvChain)(site, cuts))
+_PRODUCTS = Family(range(1, 9), (1, 2), LinearTrain)
+_CONVOLUTIONS = Family(range(2, 9, 2), (2,), lambda site, cuts: (ConvTrain if cuts == 2 else SplitConvTrain)(site, cuts))
 
 
 def family_of(site: Site) -> Family:
-    """The chains of a site: of convolutions where it has spatial axes."""
+    """The trains of a site: of convolutions where it has spatial axes."""
     return _CONVOLUTIONS if site.axes else _PRODUCTS
 
 
-def chain_of(site: Site, cuts: int) -> Chain:
-    """The chain of a site with that many ranks."""
-    return family_of(site).chain(site, cuts)
+def train_of(site: Site, cuts: int) -> Train:
+    """The train of a site with that many ranks."""
+    return family_of(site).train(site, cuts)
