@@ -62,7 +62,7 @@ class Method(ABC):
             example = opened.example()
             assert example is not None
             opened.observe(example)
-        chosen = [site for site in opened.sites() if selects(site.name, self.include, self.exclude) and _as_stored(site)]
+        chosen = [site for site in opened.sites() if selects(site.name, self.include, self.exclude) and as_stored(site)]
         if not chosen:
             names = ", ".join(site.name for site in opened.sites()) or "none"
             raise UsageError(f"include={tuple(self.include)}, exclude={tuple(self.exclude)} leave no site to train; the model has: {names}")
@@ -230,6 +230,6 @@ def make_method(spec: Method | Mapping[str, Any] | str) -> Method:
         raise UsageError(f"method {name!r} cannot be made from {dict(given)!r}: {str(error).partition('() ')[2] or error}") from None
 
 
-def _as_stored(site: Site) -> bool:
+def as_stored(site: Site) -> bool:
     """Whether the parameter itself is the matrix or kernel that a constraint is about: of one group, and not stored another way round."""
     return site.groups == 1 and kind_of(site).as_stored

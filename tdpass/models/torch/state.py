@@ -78,10 +78,14 @@ def save_module(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> N
     written = packed_state(with_coded_factors(tensors, module))
     packed = written.keys() != tensors.keys()
     structure = _Structure(2 if packed else 1, layers, folded, biases, aliases)
-    described = {**metadata, _KEY: _STRUCTURE.text(structure)}
-    described[_DIGEST] = _digest(written.items(), described)
+    write_tensors(path, written, {**metadata, _KEY: _STRUCTURE.text(structure)})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, to a temporary name first, with a digest over all of it that `check_digest` reads."""
+    described = {**metadata, _DIGEST: _digest(tensors.items(), metadata)}
     with replacing(path) as temporary:
-        save_file(written, temporary, metadata=described)
+        save_file(dict(tensors), temporary, metadata=described)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
