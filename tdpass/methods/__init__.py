@@ -10,5 +10,6 @@ from tdpass.methods.base import make_method as make_method
 from tdpass.methods.base import register_method as register_method
 from tdpass.methods.batude import Batude as Batude
 from tdpass.methods.haloc import Haloc as Haloc
+from tdpass.methods.incremental_tasks import IncrementalTasks as IncrementalTasks
 from tdpass.methods.lc import Lc as Lc
 from tdpass.methods.svd_training import SvdTraining as SvdTraining

@@ -201,7 +201,8 @@ class IncrementalTasks:
 
     def _weight(self, name: str, task: int) -> Tensor:
         u, v = self._columns(name, task)
-        return SingularValues(self.sites[name], self.formats[name])(u, self.tasks[task].s[name], v)
+        weight: Tensor = SingularValues(self.sites[name], self.formats[name])(u, self.tasks[task].s[name], v)
+        return weight
 
     def _choice(self, name: str, task: int) -> Choice:
         site, rank = self.sites[name], len(self.tasks[task].s[name])

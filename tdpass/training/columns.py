@@ -86,7 +86,11 @@ def with_columns(model: nn.Module, growths: Mapping[str, Growth]) -> nn.Module:
 
 def new_columns(network: nn.Module, names: Iterable[str]) -> dict[str, Triplet]:
     """The new columns of each weight, and its selector; raises `AttributeError` for a model without them."""
-    return {name: Triplet(*layer.originals, layer.weight) for name, layer in parametrized(network, names).items()}
+    found = {}
+    for name, layer in parametrized(network, names).items():
+        u, s, v = layer.originals
+        found[name] = Triplet(u, s, v, layer.weight)
+    return found
 
 
 def ranks_by_fisher(network: nn.Module, growths: Mapping[str, Growth], data: Data, objective: Objective) -> dict[str, int]:
@@ -122,7 +126,8 @@ def _slopes(network: nn.Module, names: list[str], data: Data, objective: Objecti
         with parametrize.cached():
             weights: list[Any] = [network.get_submodule(name).weight for name in names]
             seen.append(torch.autograd.grad(objective(call(network, inputs), targets), weights))
-    return {
-        name: (each.mean(0), each.square().mean(0))
-        for name, each in ((name, torch.stack([slope.flatten(1) for slope in slopes])) for name, slopes in zip(names, zip(*seen, strict=True), strict=True))
-    }
+    found = {}
+    for name, slopes in zip(names, zip(*seen, strict=True), strict=True):
+        each = torch.stack([slope.flatten(1) for slope in slopes])
+        found[name] = each.mean(0), each.square().mean(0)
+    return found
