@@ -27,6 +27,7 @@ from tdpass.kernels.binding import load_cached as _load_binding
 from tdpass.kernels.native import onnx_ops_path as onnx_ops_path
 from tdpass.methods.run import train as train
 from tdpass.models import Batch as Batch
+from tdpass.models import open_attention as open_attention
 from tdpass.models import open_model as open_model
 from tdpass.models import open_recurrent as open_recurrent
 from tdpass.pipeline import Pass as Pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -16,6 +15,7 @@ from torch.utils._device import DeviceContext
 from tdpass.errors import UnsupportedError, UsageError
 from tdpass.kernels import native
 from tdpass.kernels.recurrent import LOW_RANK_GRU, LOW_RANK_LSTM
+from tdpass.layers.opening import linear, opened
 from tdpass.layers.recurrent_product import Product, form, is_plain
 
 # at more than one sample, torch's LSTM does that much more in the same time than the fused operators
@@ -51,7 +51,7 @@ class OpenRNN(nn.Module):
         for suffix in self.suffixes:
             for name, end in (("input", "ih"), ("hidden", "hh")):
                 bias = getattr(dense, f"bias_{end}{suffix}") if self.bias else None
-                self.add_module(name + suffix, _linear(getattr(dense, f"weight_{end}{suffix}"), bias))
+                self.add_module(name + suffix, linear(getattr(dense, f"weight_{end}{suffix}"), bias))
         self.train(dense.training)
         self._known: dict[str, Product] = {}
 
@@ -211,25 +211,11 @@ def open_recurrent(model: nn.Module) -> nn.Module:
 
     It computes the same from the same parameters; what cannot be opened stays, and `open_model(...).declined()` says why.
     """
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"open_recurrent takes an nn.Module, not a {type(model).__name__}")
-    root = nn.ModuleDict({"model": copy.deepcopy(model)})
-    found: dict[nn.Module, OpenRNN] = {}
-    for parent in list(root.modules()):
-        for name, child in parent._modules.items():
-            if isinstance(child, nn.RNNBase) and not why_closed(child):
-                if child not in found:
-                    found[child] = _OPEN[type(child)](child)  # type: ignore[arg-type]
-                    found[child]._forward_hooks, found[child]._forward_pre_hooks = child._forward_hooks, child._forward_pre_hooks
-                parent._modules[name] = found[child]
-    return root["model"]
 
+    def make(_path: str, module: nn.Module) -> nn.Module | None:
+        return _OPEN[type(module)](module) if isinstance(module, nn.RNNBase) and not why_closed(module) else None  # type: ignore[arg-type,index]
 
-def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
-    """A linear layer of these very parameters."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight, layer.bias = weight, bias  # type: ignore[assignment]
-    return layer
+    return opened(model, make, "open_recurrent")
 
 
 def _recorded() -> bool:

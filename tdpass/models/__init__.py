@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tdpass.errors import UsageError
+from tdpass.layers.attention import open_attention as open_attention
 from tdpass.layers.factorized import Factorized as Factorized
 from tdpass.layers.recurrent import OpenGRU as OpenGRU
 from tdpass.layers.recurrent import OpenLSTM as OpenLSTM

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tdpass.kinds import LayerKind, TransposedLinear, kind_of, kind_of_module
+from tdpass.layers.attention import why_closed as why_attention_closed
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.recurrent import why_closed
 from tdpass.models.torch.in_place import can_become
@@ -62,7 +63,6 @@ class Matched:
 _POSITIONS = 5
 _REASONS: dict[type[nn.Module], str] = {
     nn.RNNCellBase: "recurrent cells are not factored",
-    nn.MultiheadAttention: "its projections are read by attribute, not called",
     nn.Embedding: "a table lookup has no multiply-adds to save",
     nn.EmbeddingBag: "a table lookup has no multiply-adds to save",
     nn.Bilinear: "bilinear layers are not factored",
@@ -135,6 +135,8 @@ def _reason(module: nn.Module) -> str | None:
     """Why a module that holds a matrix is not a site; None for one that is."""
     if isinstance(module, nn.RNNBase):
         return why_closed(module) or "recurrent layers are factored after tdpass.open_recurrent(model)"
+    if isinstance(module, nn.MultiheadAttention):
+        return why_attention_closed(module) or "its projections are factored after tdpass.open_attention(model)"
     for cls, reason in _REASONS.items():
         if isinstance(module, cls):
             return reason
