@@ -13,7 +13,7 @@ from tdpass.site import Site
 Rank = tuple[int, ...]
 _RANK = re.compile(r"[1-9]\d*(x[1-9]\d*)*")
 _NUMBERS = re.compile(r"[a-z]+\d+(/[a-z0-9]+)*")
-_SUPPORT = re.compile(r"[1-9]\d*:[1-9]\d*|(rows|columns|unstructured|blocks[1-9]\d*x[1-9]\d*)/([1-9]\d*|\d+(\.\d+)?%)")
+_SUPPORT = re.compile(r"[1-9]\d*:[1-9]\d*|[a-z]+([1-9]\d*x[1-9]\d*)?/([1-9]\d*|\d+(\.\d+)?%)")
 _CHANNELS = re.compile(r"\b(in|out) (0|[1-9]\d*)(?= |$)")
 _GRAMMAR = "write a format, then its rank, channels, number types and support where it has them, such as 'tucker2 16x24 int8' or 'dense 2:4'"
 _PRUNED, _CONSTANT = "pruned", "constant"

@@ -1,6 +1,9 @@
-"""Layer kinds: one file each under the registry `KINDS`; nothing outside names one."""
+"""Layer kinds: one file each under the registry `KINDS`; nothing outside names one.  Importing this package registers all of them."""
 
 from __future__ import annotations
+
+import importlib
+import pkgutil
 
 from torch import nn
 
@@ -20,6 +23,9 @@ from tdpass.kinds.transposed import TransposedLinear as TransposedLinear
 from tdpass.kinds.transposed import as_layer as as_layer
 from tdpass.kinds.transposed_convolution import TransposedConvolution as TransposedConvolution
 from tdpass.site import Site
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 PRODUCT = Linear.name
 """The kind that is a matrix product and nothing more."""

@@ -152,8 +152,10 @@ def kind_of(site: Site) -> LayerKind:
 
 
 def kind_of_module(module: nn.Module) -> LayerKind | None:
-    """The kind of which a torch module is a layer, or may be by what it holds, if there is one."""
-    return next((kind for kind in KINDS if kind.base_of(module) is not None), None)
+    """The kind of which a torch module is a layer, its nearest class deciding, or may be by what it holds, if there is one."""
+    named = {cls: kind for kind in KINDS for cls in kind.modules}
+    nearest = [named[cls] for cls in type(module).__mro__ if cls in named]
+    return next((kind for kind in (*nearest, *KINDS) if kind.base_of(module) is not None), None)
 
 
 def kind_of_function(function: object) -> LayerKind | None:

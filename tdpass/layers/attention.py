@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,6 @@ from torch import Tensor, nn
 
 from tdpass.errors import UnsupportedError, UsageError
 from tdpass.layers.opening import linear, opened
-
-_PARTS = ("query", "key", "value")
 
 
 class OpenAttention(nn.Module):
@@ -33,10 +32,9 @@ class OpenAttention(nn.Module):
         if reason:
             raise UnsupportedError(f"{reason}; leave this layer as it is")
         self.embed_dim, self.num_heads, self.dropout, self.batch_first = dense.embed_dim, dense.num_heads, dense.dropout, dense.batch_first
-        biases: Sequence[Tensor | None] = (None,) * 3 if dense.in_proj_bias is None else dense.in_proj_bias.chunk(3)
-        for name, weight, bias in zip(_PARTS, _weights(dense), biases, strict=True):
-            self.add_module(name, linear(_own(weight), None if bias is None else _own(bias)))
-        self.out_proj = linear(dense.out_proj.weight, dense.out_proj.bias)
+        self.query, self.key, self.value = _layers(_weights(dense), dense.in_proj_bias)
+        out: Any = dense.out_proj
+        self.out_proj = linear(out.weight, out.bias)
         self.train(dense.training)
 
     def extra_repr(self) -> str:
@@ -59,7 +57,7 @@ class OpenAttention(nn.Module):
         alone = query.dim() == 2
         sample = 0 if alone or self.batch_first else 1
         given = [x.unsqueeze(0) if alone else x.transpose(0, sample) for x in (query, key, value)]
-        q, k, v = (self._heads(getattr(self, name)(x)) for name, x in zip(_PARTS, given, strict=True))
+        q, k, v = (self._heads(layer(x)) for layer, x in zip((self.query, self.key, self.value), given, strict=True))
         mask = self._mask(attn_mask, key_padding_mask, q)
         weights = None
         if need_weights:
@@ -76,13 +74,14 @@ class OpenAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """`[samples, heads, positions, width]` of `[samples, positions, E]`."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return x.reshape(*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads).transpose(1, 2)
 
     def _mask(self, attention: Tensor | None, padding: Tensor | None, like: Tensor) -> Tensor | None:
         """What is added to the scores; True in a mask of booleans stands for minus infinity."""
         masks = []
         if attention is not None:  # [positions, positions], or that of every sample's every head
-            masks.append(_added(attention, like).unflatten(0, (-1, self.num_heads)) if attention.dim() == 3 else _added(attention, like))
+            each = (like.shape[0], self.num_heads) if attention.dim() == 3 else ()
+            masks.append(_added(attention, like).reshape(*each, *attention.shape[-2:]))
         if padding is not None:  # [samples, positions], or [positions] of a single sample
             masks.append(_added(padding, like).reshape(like.shape[0], 1, 1, -1))
         return sum(masks[1:], masks[0]) if masks else None
@@ -93,14 +92,12 @@ class OpenProjections(nn.Module):
 
     def __init__(self, dense: nn.Linear) -> None:
         super().__init__()
-        biases: Sequence[Tensor | None] = (None,) * 3 if dense.bias is None else dense.bias.chunk(3)
-        for name, weight, bias in zip(_PARTS, dense.weight.chunk(3), biases, strict=True):
-            self.add_module(name, linear(_own(weight), None if bias is None else _own(bias)))
+        self.query, self.key, self.value = _layers(dense.weight.chunk(3), dense.bias)
         self.train(dense.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., 3 E]` of `[..., E]`."""
-        return torch.cat([getattr(self, name)(x) for name in _PARTS], -1)
+        return torch.cat([self.query(x), self.key(x), self.value(x)], -1)
 
 
 def why_closed(module: nn.MultiheadAttention) -> str:
@@ -145,6 +142,12 @@ def _weights(dense: nn.MultiheadAttention) -> Sequence[Tensor]:
     if dense._qkv_same_embed_dim:
         return dense.in_proj_weight.chunk(3)
     return dense.q_proj_weight, dense.k_proj_weight, dense.v_proj_weight
+
+
+def _layers(weights: Sequence[Tensor], bias: Tensor | None) -> list[nn.Linear]:
+    """A linear layer of each weight with its third of the bias, in parameters of their own."""
+    biases: Sequence[Tensor | None] = (None,) * 3 if bias is None else bias.chunk(3)
+    return [linear(_own(weight), None if part is None else _own(part)) for weight, part in zip(weights, biases, strict=True)]
 
 
 def _own(part: Tensor) -> nn.Parameter:

@@ -213,7 +213,7 @@ def open_recurrent(model: nn.Module) -> nn.Module:
     """
 
     def make(_path: str, module: nn.Module) -> nn.Module | None:
-        return _OPEN[type(module)](module) if isinstance(module, nn.RNNBase) and not why_closed(module) else None  # type: ignore[arg-type,index]
+        return _OPEN[type(module)](module) if isinstance(module, nn.RNNBase) and not why_closed(module) else None  # type: ignore[arg-type]
 
     return opened(model, make, "open_recurrent")
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 from tdpass.methods.admm_nn import AdmmNN as AdmmNN
 from tdpass.methods.admm_tt import AdmmTT as AdmmTT
 from tdpass.methods.base import METHODS as METHODS
@@ -13,3 +16,6 @@ from tdpass.methods.haloc import Haloc as Haloc
 from tdpass.methods.incremental_tasks import IncrementalTasks as IncrementalTasks
 from tdpass.methods.lc import Lc as Lc
 from tdpass.methods.svd_training import SvdTraining as SvdTraining
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
