@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from typing_extensions import TypeIs
 
 from tdpass.arrays import read_arrays
 from tdpass.errors import InvalidModelError, UsageError
+from tdpass.images import photographs
 from tdpass.models.base import Batch, Model
 from tdpass.models.calls import Calls
 from tdpass.models.signature import Signature
 
 _SCALARS = (bool, int, float, np.generic)
 _NUMBERS = (Tensor, np.ndarray, *_SCALARS)
-_ALLOWED = "give a tensor, an array, a dict by input name, an .npz or .npy file, or an iterable of calls (as a DataLoader is)"
+_COLLATED = 32
+_ALLOWED = "give a tensor, an array, a dict by input name, an .npz or .npy file, a folder of images, a Dataset, or an iterable of calls (as a DataLoader is)"
 
 
 def as_batches(data: object, samples: int = 512, batch_size: int = 64) -> list[Batch]:
@@ -44,15 +49,27 @@ def as_batches(data: object, samples: int = 512, batch_size: int = 64) -> list[B
 def calls_of(model: Model, data: object, samples: int = 512, batch_size: int = 64) -> tuple[list[Batch], list[str]]:
     """Calibration data as calls that the model takes, up to `samples` samples, and what is to be said of it.
 
-    The kinds of data are those of `as_batches`.  Inputs whose samples lie along another axis, scalars beside a batch, calls of a
-    fixed size, samples without an axis of their own and samples of different sizes are put as the model takes them: samples are
-    cut and put together, at most `batch_size` in a call, only where that changes no answer (see `Calls`).  Named values that the
-    model does not take, such as labels, are left out.  Raises `InvalidModelError` for what does not fit it, else as `as_batches`.
+    The kinds of data are those of `as_batches`, a `Dataset` of single samples, and a folder of images (see `photographs`).  Inputs
+    whose samples lie along another axis, scalars beside a batch, calls of a fixed size, samples without an axis of their own and samples
+    of different sizes are put as the model takes them: samples are cut and put together, at most `batch_size` in a call, only where
+    that changes no answer (see `Calls`).  Named values that the model does not take, such as labels, are left out; the only array is
+    the only input, whatever it is called.  Raises `InvalidModelError` for what does not fit it, else as `as_batches`.
     """
     _at_least_one(samples, batch_size)
     notes: list[str] = []
-    calls = Calls(model, batch_size, notes).of(_read_calls(data, model.signature(), notes), samples)
+    read = photographs(Path(data), _sample(model), samples) if isinstance(data, str | Path) and Path(data).is_dir() else data
+    calls = Calls(model, batch_size, notes).of(_read_calls(read, model.signature(), notes), samples)
     return _some(list(calls)), notes
+
+
+def _sample(model: Model) -> tuple[int, ...] | None:
+    """The shape of what the model reads first, without the samples, where it is known of an example or a declaration."""
+    example, declared = model.example(), model.signature().inputs
+    if example is not None and example.tensors:
+        return tuple(example.tensors[0].shape[1:])
+    dims = declared[0].dims if declared else None
+    sizes = () if dims is None else dims[1:]
+    return tuple(size for size in sizes if isinstance(size, int)) if sizes and all(isinstance(size, int) for size in sizes) else None
 
 
 def _at_least_one(samples: int, batch_size: int) -> None:
@@ -82,10 +99,23 @@ def _whole(data: object, signature: Signature, notes: list[str]) -> Batch | None
     if isinstance(data, Tensor | np.ndarray):
         return Batch((_tensor(data),))
     if isinstance(data, Mapping):
-        return Batch((), {name: _tensor(value) for name, value in _taken(data, signature, notes).items()})
+        return _only_input(data, signature, notes) or Batch((), {name: _tensor(value) for name, value in _taken(data, signature, notes).items()})
     if isinstance(data, tuple) and data and all(isinstance(value, _NUMBERS) for value in data) and not isinstance(data[0], _SCALARS):
         return Batch(_without_labels([_tensor(value) for value in data], signature))
     return None
+
+
+def _only_input(data: Mapping[object, object], signature: Signature, notes: list[str]) -> Batch | None:
+    """The one array, or the one beside labels, for a model of one input that has another name; None where it is not that."""
+    if signature.others or signature.required > 1 or len(signature.inputs) != 1 or len(data) > 2 or any(signature.takes(str(name)) for name in data):
+        return None
+    tensors = _without_labels([_tensor(value) for value in data.values()], signature)
+    if len(tensors) != 1:
+        return None
+    note = f"{next(iter(data))!r} in the data is taken for the model's only input, {signature.inputs[0].name!r}"
+    if note not in notes:
+        notes.append(note)
+    return Batch(tensors)
 
 
 def _taken(data: Mapping[object, object], signature: Signature, notes: list[str]) -> dict[str, object]:
@@ -102,6 +132,8 @@ def _taken(data: Mapping[object, object], signature: Signature, notes: list[str]
 
 
 def _each(data: object, signature: Signature, notes: list[str]) -> Iterator[Batch]:
+    if _is_map_style(data):
+        data = DataLoader(data, batch_size=_COLLATED)
     if not isinstance(data, Iterable) or isinstance(data, bytes):
         raise UsageError(f"calibration data of type {type(data).__name__} is not understood; {_ALLOWED}")
     for item in data:
@@ -109,6 +141,12 @@ def _each(data: object, signature: Signature, notes: list[str]) -> Iterator[Batc
         if batch is None:
             raise UsageError(f"a calibration batch of type {type(item).__name__} is not understood; {_ALLOWED}")
         yield batch
+
+
+def _is_map_style(data: object) -> TypeIs[Dataset[Any]]:
+    """Whether it gives single samples by their index, as the data sets of torch and Hugging Face do."""
+    library = type(data).__module__.partition(".")[0]
+    return (isinstance(data, Dataset) and not isinstance(data, IterableDataset)) or (library == "datasets" and hasattr(data, "__getitem__"))
 
 
 def _without_labels(tensors: Sequence[Tensor], signature: Signature) -> tuple[Tensor, ...]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
 from tdpass.errors import UsageError
 
 T = TypeVar("T")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """What was probably meant, as a part of a sentence; empty where no name is near."""
+    found = difflib.get_close_matches(name.lower(), list(names), n=1, cutoff=0.6)
+    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 class Registry(Generic[T]):
@@ -34,7 +41,7 @@ class Registry(Generic[T]):
         try:
             return self._entries[name]
         except KeyError:
-            raise UsageError(f"unknown {self._noun} {name!r}; known: {', '.join(self.names())}") from None
+            raise UsageError(f"unknown {self._noun} {name!r}{nearest(name, self.names())}; known: {', '.join(self.names())}") from None
 
     def names(self) -> tuple[str, ...]:
         """All names, sorted."""

@@ -16,7 +16,10 @@ from tdpass.measures import measures
 Run = Callable[..., int]
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")}
 _INPUT = re.compile(r"(\d+(?:x\d+)*)(?::(\w+))?")
-MODEL_HELP = "model.onnx, program.pt2, or package.module:factory for a torch model (imported with the current folder on the path)"
+MODEL_HELP = (
+    "model.onnx, program.pt2, package.module:factory for a torch model (imported with the current folder on the path), "
+    "or timm:NAME, torchvision:NAME, hf:NAME, zoo:NAME"
+)
 
 
 class Verbs(Protocol):
@@ -50,7 +53,8 @@ def add_verb(verbs: Verbs, name: str, run: Run, summary: str, example: str) -> P
 def add_torch(parser: Parser) -> None:
     """Options that only a torch factory needs."""
     group = parser.add_argument_group("torch models")
-    group.add_argument("--weights", metavar="FILE", action="append", default=[], help=".safetensors file for the factory's model; once per factory")
+    weights = "weights of the factory's model: .safetensors, or a state dict in .pth; once per factory"
+    group.add_argument("--weights", metavar="FILE", action="append", default=[], help=weights)
     group.add_argument("--trust", action="store_true", help="load a .pt2 file even where that could run code it holds")
     shape = "shape of an input, such as 1x3x32x32 or 1x16:int64; once per input"
     group.add_argument("--input", metavar="SHAPE[:DTYPE]", action="append", default=[], help=shape)
@@ -58,7 +62,7 @@ def add_torch(parser: Parser) -> None:
 
 def add_data(parser: Parser) -> None:
     """Where calibration data comes from."""
-    parser.add_argument("--data", metavar="FILE", help=".npz with arrays named after the inputs (else taken in order), or .npy")
+    parser.add_argument("--data", metavar="FILE", help=".npz with arrays named after the inputs (else taken in order), .npy, or a folder of images")
     parser.add_argument("--samples", metavar="N", type=count, default=512, help="how many samples to use at most (default %(default)s)")
 
 

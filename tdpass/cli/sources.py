@@ -7,14 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
-
 import tdpass
 from tdpass.errors import InvalidModelError, UsageError
-from tdpass.methods.objects import made_by
 from tdpass.models.front_ends import front_end_of, front_end_of_file
+from tdpass.sources import MODULE_SOURCES, is_module, load_weights, module_of
 
 Kind = Literal["file", "factory", "factors"]
 _FACTORS = ".safetensors"
@@ -48,11 +44,12 @@ class Source:
         if self.kind == "file":
             front_end = front_end_of(Path(self.text))
             return front_end.trusted(Path(self.text)) if self.trust and front_end.trusted is not None else self.text
-        module = _build(self.factory)
+        # published weights are not fetched where others take their place
+        module = module_of(self.factory, pretrained=self.kind == "factory" and self.weights is None)
         if self.kind == "factors":
             return tdpass.load(Path(self.text), module).eval()
         if self.weights is not None:
-            _load_weights(module, self.weights)
+            load_weights(module, self.weights)
         return module.eval()
 
     def check_output(self, path: Path) -> None:
@@ -98,29 +95,7 @@ def _kind(text: str) -> Kind:
         if not path.is_file():
             raise InvalidModelError(f"there is no file {text}; check the path")
         return "factors" if factors else "file"
-    module, sign, name = text.partition(":")
-    if sign and name.isidentifier() and all(part.isidentifier() for part in module.split(".")):
+    if is_module(text):
         return "factory"
-    raise UsageError(f"{text!r} names no model; give a .onnx or .pt2 file, or package.module:factory")
-
-
-def _build(text: str) -> nn.Module:
-    model = made_by(text)
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"{text!r} returned a {type(model).__name__}; it must return a torch.nn.Module")
-    return model
-
-
-def _load_weights(module: nn.Module, path: Path) -> None:
-    if path.suffix != _FACTORS:
-        raise UsageError(f"--weights {path.name!r} is not a .safetensors file; convert it with safetensors.torch.save_file")
-    try:
-        state = load_file(path)
-    except OSError as error:
-        raise InvalidModelError(f"cannot read {path}: {error.strerror or error}; check the path") from None
-    except SafetensorError as error:
-        raise InvalidModelError(f"{path} is damaged: {error}") from None
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise InvalidModelError(f"the weights in {path} do not fit the model: {str(error).splitlines()[-1].strip()}") from None
+    known = ", ".join(source.example for source in MODULE_SOURCES)
+    raise UsageError(f"{text!r} names no model; give a .onnx or .pt2 file, package.module:factory, or one such as {known}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from tdpass.datasets.base import Dataset, Examples, Source, measured, register_source
-from tdpass.datasets.images import as_examples
-from tdpass.datasets.optional import is_installed, optional
 from tdpass.errors import InvalidModelError, UsageError
+from tdpass.images import stacked
+from tdpass.optional import is_installed, optional
 
 _PREFIX = "hf:"
 _SPLITS = {"train": ("train",), "test": ("test", "validation", "valid")}
@@ -42,7 +44,7 @@ def _split(name: str, split: str) -> Examples | None:
         columns = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
         raise UsageError(f"the data set {name!r} needs a column of images and one of classes; it has {columns}; make batches of it in Python")
     column = next((entry for entry in labels if entry in ("label", "labels", "fine_label")), labels[0])
-    return as_examples(rows[images[0]], rows[column], name)
+    return Examples(stacked(rows[images[0]], name), torch.as_tensor(list(rows[column])).long())
 
 
 @register_source

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from tdpass.datasets.base import Dataset, Examples, Source, measured, register_source
-from tdpass.datasets.images import as_examples
-from tdpass.datasets.optional import optional
-from tdpass.errors import InvalidModelError, UsageError
+from tdpass.errors import UsageError
+from tdpass.images import image_files, opened, stacked
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _TEST = ("test", "val", "valid", "validation")
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The images in a folder and below, in order of their paths."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-
-
-def opened(files: Sequence[Path]) -> Iterator[Any]:
-    """The files as Pillow images; raises `InvalidModelError` for one that is none, `UsageError` where Pillow is not there."""
-    library = optional("PIL.Image", "pillow", "reading images")
-    for file in files:
-        try:
-            with library.open(file) as picture:
-                picture.load()
-                yield picture
-        except (OSError, ValueError, SyntaxError) as error:
-            raise InvalidModelError(f"cannot read the image {file}: {error}; remove it, or write it again") from None
 
 
 @register_source
@@ -62,4 +44,5 @@ def _classes(folder: Path) -> list[str]:
 
 def _read(folder: Path, classes: Sequence[str], size: tuple[int, int] | None = None) -> Examples:
     files = [(file, label) for label, name in enumerate(classes) for file in image_files(folder / name)]
-    return as_examples(opened([file for file, _ in files]), [label for _, label in files], str(folder), size)
+    images = stacked(opened([file for file, _ in files]), str(folder), size)
+    return Examples(images, torch.tensor([label for _, label in files]))

@@ -19,9 +19,10 @@ from tdpass.datasets import hugging_face, torchvision
 from tdpass.datasets.augment import UNCHANGED, Augment
 from tdpass.datasets.base import Dataset, Examples, Source, register_source
 from tdpass.errors import InvalidModelError, UsageError
+from tdpass.images import COLOUR_MEAN, COLOUR_STD
 
 _VARIABLE = "TDPASS_DATA"
-_COLOUR = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_COLOUR = (COLOUR_MEAN, COLOUR_STD)
 _MOVED_AND_MIRRORED = Augment(shift=4, flip=True)
 
 

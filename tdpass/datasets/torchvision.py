@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from tdpass.datasets.base import Dataset, Examples, Source, measured, register_source
-from tdpass.datasets.optional import is_installed, optional
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.files import cache_folder
+from tdpass.optional import is_installed, optional
 
 _PREFIX = "torchvision:"
 

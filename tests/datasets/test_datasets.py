@@ -197,7 +197,8 @@ def test_a_test_folder_is_used_where_there_is_one(tmp_path: Path) -> None:
 def test_missing_data_is_one_error_that_says_how_to_get_it(text: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TDPASS_DATA", raising=False)
     for name in ("torchvision", "datasets"):
-        monkeypatch.setattr(f"tdpass.datasets.{'torchvision' if name == 'torchvision' else 'hugging_face'}.is_installed", lambda _: False)
+        module = "torchvision" if name == "torchvision" else "hugging_face"
+        monkeypatch.setattr(f"tdpass.datasets.{module}.is_installed", lambda _: False)
         monkeypatch.setitem(sys.modules, name, None)
         monkeypatch.setitem(sys.modules, f"{name}.datasets", None)
     with pytest.raises(UsageError, match=message):

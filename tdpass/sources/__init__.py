@@ -1,0 +1,14 @@
+"""Torch models by name: `package.module:factory`, or `timm:`, `torchvision:`, `hf:` and `zoo:` with a name of theirs; one file per source."""
+
+from __future__ import annotations
+
+import tdpass.sources.hugging_face
+import tdpass.sources.timm
+import tdpass.sources.torchvision
+import tdpass.sources.zoo  # noqa: F401  # these register themselves
+from tdpass.sources.base import MODULE_SOURCES as MODULE_SOURCES
+from tdpass.sources.base import ModuleSource as ModuleSource
+from tdpass.sources.base import is_module as is_module
+from tdpass.sources.base import module_of as module_of
+from tdpass.sources.base import register_module_source as register_module_source
+from tdpass.sources.weights import load_weights as load_weights
