@@ -22,7 +22,7 @@ from tdpass.report import Report, SiteRow
 from tdpass.views import summary
 from tdpass.views.html import Html, column, join, spaced, table, tag, text
 from tdpass.views.html_curve import curve
-from tdpass.views.html_sites import MEASURES, breakable, colours, common_prefix, composition, format_table, site_table
+from tdpass.views.html_sites import SWITCHED, breakable, colours, common_prefix, composition, format_table, site_table
 from tdpass.views.html_training import training
 from tdpass.views.training import destroyed, other_checks, scores
 from tdpass.views.units import cost_text, human, ratio, seconds, share, shown_measures, small
@@ -131,7 +131,7 @@ def _switch(original: Cost) -> Html:
     chosen = "macs" if original.macs else "params"
     choices = [
         tag("label", tag("input", type="radio", name="measure", id=f"measure-{name}", value=name, checked=name == chosen), tag("span", title))
-        for name, title in MEASURES.items()
+        for name, title in SWITCHED.items()
     ]
     return tag("fieldset", tag("legend", "Cost shown as", class_="unseen"), *choices, class_="switch")
 

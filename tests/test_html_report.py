@@ -171,6 +171,20 @@ def test_bar_lengths_are_the_costs() -> None:
     assert widths == ["100.00%", "25.00%", "100.00%", "25.00%", "50.00%", "50.00%", "50.00%", "50.00%"]
 
 
+def test_what_a_modelled_machine_says_of_each_site_has_columns() -> None:
+    before, after = Cost(100, 1000, 400, cycles=5_000, joules=2e-3), Cost(50, 500, 200, cycles=2_000, joules=5e-4)
+    rows = [SiteRow("a", (2,), Form("svd", (1,)), before, after, 0.1, 0.1), SiteRow("b", (2,), DENSE, before, before, 0.0, 0.0)]
+    text = render_html(Report(sites=rows, original=before + before, final=before + after))
+    table = text[text.index('id="sites-table"') :]
+    for title in (">Cycles<", ">Energy<"):
+        assert table.count(title) == 1
+    for key in ('data-key="2000"', 'data-key="5000"', 'data-key="0.0005"', 'data-key="0.002"'):
+        assert table.count(key) == 1, key
+    for amount in ("5.00", "2.00", "2mJ", "500uJ"):
+        assert amount in table
+    assert "cycles" not in render_html(Report(sites=[SiteRow("a", (2,), DENSE, cost(4), cost(4), 0.0, 0.0)], original=cost(4), final=cost(4))).lower()
+
+
 def test_colours_are_stable_and_always_named() -> None:
     rows = [SiteRow("a", (1,), Form(name, ()), cost(1), cost(1), 0.0, 0.0) for name in ("tucker2", "dense", "svd")]
     assert colours(rows) == {"dense": "dense", "svd": "colour0", "tucker2": "colour1"}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tdpass.report import CurvePoint
 from tdpass.views.html import Html, column, join, table, tag
 from tdpass.views.html_axes import Frame, Heights, axes, steps
-from tdpass.views.html_sites import MEASURES
+from tdpass.views.html_sites import SWITCHED
 from tdpass.views.summary import loss_name
 from tdpass.views.units import small
 
@@ -20,7 +20,7 @@ def curve(points: Sequence[CurvePoint], divergence: str) -> Html:
     ordered = sorted((point for point in points if math.isfinite(point.loss)), key=lambda point: point.budget)
     if len(ordered) < 2:
         return tag("p", "No curve: only one budget was looked at.", class_="muted")
-    return join([*(_Chart(ordered, name, divergence).svg() for name in MEASURES), _numbers(ordered)])
+    return join([*(_Chart(ordered, name, divergence).svg() for name in SWITCHED), _numbers(ordered)])
 
 
 class _Chart:
@@ -40,7 +40,7 @@ class _Chart:
         return self.heights.at(loss)
 
     def svg(self) -> Html:
-        title = MEASURES[self.measure]
+        title = SWITCHED[self.measure]
         marks = list(zip(self.points, self.shares, strict=True))
         path = " ".join(f"{self.x(share):.1f},{self.y(point.loss):.1f}" for point, share in marks)
         chosen = [(point, share) for point, share in marks if point.chosen]
@@ -63,7 +63,7 @@ class _Chart:
         )
 
     def _dot(self, point: CurvePoint, share: float) -> Html:
-        words = tag("title", f"{_percent(share)} of the {MEASURES[self.measure]}: {small(point.loss)}")
+        words = tag("title", f"{_percent(share)} of the {SWITCHED[self.measure]}: {small(point.loss)}")
         return tag("circle", words, class_="dot", cx=f"{self.x(share):.1f}", cy=f"{self.y(point.loss):.1f}", r=3.5)
 
     def _chosen(self, point: CurvePoint, share: float) -> list[Html]:

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 
 from tdpass.cost import Cost
 from tdpass.form import DENSE
+from tdpass.measures import Measure
 from tdpass.report import SiteRow
 from tdpass.views.html import Html, column, join, spaced, table, tag
-from tdpass.views.summary import FormatTotal, losses_known, timed, unfactored
-from tdpass.views.units import dims, form_sizes, human, ratio, seconds, small
+from tdpass.views.summary import FormatTotal, losses_known, modelled, timed, unfactored
+from tdpass.views.units import cost_text, dims, form_sizes, human, ratio, seconds, small
 
-MEASURES = {"macs": "MACs", "params": "Parameters"}
+SWITCHED = {"macs": "MACs", "params": "Parameters"}  # what the reader chooses between
 _COLOURS = 8
 _LEAST_BAR = 0.5
 
@@ -50,7 +51,7 @@ def chip(name: str, colour: str) -> Html:
 
 def site_table(rows: Sequence[SiteRow], colour: Mapping[str, str]) -> Html:
     """One row per site, in the order of the network until the reader sorts it."""
-    with_time, with_loss = timed(rows), losses_known(rows)
+    with_time, with_loss, told = timed(rows), losses_known(rows), modelled(rows)
     headers = [
         column("Site"),
         column("Format"),
@@ -59,18 +60,21 @@ def site_table(rows: Sequence[SiteRow], colour: Mapping[str, str]) -> Html:
         column("After", number=True),
         column("Ratio", number=True),
         *((column("Time", number=True), column("Predicted", number=True)) if with_time else ()),
+        *(column(measure.title, number=True) for measure in told),
         column("Error", number=True),
         *((column("Loss", number=True),) if with_loss else ()),
         column("Reason"),
     ]
-    longest = {name: max((max(row.before.get(name), row.after.get(name)) for row in rows), default=0) for name in MEASURES}
+    longest = {name: max((max(row.before.get(name), row.after.get(name)) for row in rows), default=0) for name in SWITCHED}
     prefix = common_prefix([row.site for row in rows])
-    return table(headers, [_row(row, colour, longest, prefix, with_time, with_loss) for row in rows], "Sites", id="sites-table")
+    return table(headers, [_row(row, colour, longest, prefix, with_time, told, with_loss) for row in rows], "Sites", id="sites-table")
 
 
-def _row(row: SiteRow, colour: Mapping[str, str], longest: Mapping[str, float], prefix: str, with_time: bool, with_loss: bool) -> Html:
+def _row(
+    row: SiteRow, colour: Mapping[str, str], longest: Mapping[str, float], prefix: str, with_time: bool, told: Sequence[Measure], with_loss: bool
+) -> Html:
     dense = unfactored(row)
-    bars = [_bar(row, name, colour[row.form.family], longest[name]) for name in MEASURES]
+    bars = [_bar(row, name, colour[row.form.family], longest[name]) for name in SWITCHED]
     bound = tag("span", row.guarantee.replace("<=", "≤"), class_="below") if row.guarantee else None
     return tag(
         "tr",
@@ -79,6 +83,7 @@ def _row(row: SiteRow, colour: Mapping[str, str], longest: Mapping[str, float], 
         tag("td", *bars, class_="bars"),
         *_amounts(row.before, row.after, dense),
         *(_times(row, dense) if with_time else ()),
+        *(_modelled(row, measure.name, dense) for measure in told),
         tag("td", "" if dense else small(row.error), bound, class_="number", data_key=0 if dense else row.error),
         *((tag("td", "" if dense else small(row.loss), class_="number", data_key=0 if dense else row.loss),) if with_loss else ()),
         tag("td", row.note, class_="why", data_key=row.note),
@@ -96,6 +101,14 @@ def _times(row: SiteRow, dense: bool) -> list[Html]:
     return [tag("td", shown, faster, kernel, class_="number", data_key=after), predicted]
 
 
+def _modelled(row: SiteRow, measure: str, dense: bool) -> Html:
+    """A cell for what a modelled machine says of the layer, dense and as it is."""
+    before, after = row.before.get(measure), row.after.get(measure)
+    amounts = [cost_text(measure, before)] if dense else [cost_text(measure, before), " → ", cost_text(measure, after)]
+    less = None if dense else tag("span", ratio(before, after, "×"), class_="below")
+    return tag("td", join(map(spaced, amounts)), less, class_="number", data_key=after)
+
+
 def _name(site: str, prefix: str) -> Html:
     # the prefix stays in the text, so that copying, searching and reading aloud give the whole name
     start = tag("span", prefix, class_="unseen") if prefix else None
@@ -108,7 +121,7 @@ def _amounts(before: Cost, after: Cost, dense: bool) -> list[Html]:
     def cell(shown: Mapping[str, str], keys: Mapping[str, str]) -> Html:
         return tag("td", *(measured(name, spaced(text)) for name, text in shown.items()), class_="number", data_macs=keys["macs"], data_params=keys["params"])
 
-    costs = {name: (before.get(name), after.get(name)) for name in MEASURES}
+    costs = {name: (before.get(name), after.get(name)) for name in SWITCHED}
     return [
         *(cell({name: human(pair[side]) for name, pair in costs.items()}, {name: str(pair[side]) for name, pair in costs.items()}) for side in (0, 1)),
         cell(
@@ -138,7 +151,7 @@ def _bar(row: SiteRow, name: str, colour: str, longest: float) -> Html:
 def composition(totals: Sequence[FormatTotal], original: Cost, final: Cost, colour: Mapping[str, str]) -> Html:
     """Two bars, the whole model before and after, divided by the format its sites were given."""
     bars = []
-    for name, title in MEASURES.items():
+    for name, title in SWITCHED.items():
         whole = original.get(name)
         if not whole:
             bars.append(tag("p", f"{title} were not counted.", class_=f"only-{name}"))

@@ -68,15 +68,19 @@ def test_every_runtime_serves_something_and_says_its_version(name: str) -> None:
     assert any(runtime.prepare(make_layer(site, form, torch.float32), 1, 1) is not None for site, form in CASES)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("dtype", "serve", "rounding"), [(torch.bfloat16, {"eager"}, 1e-2), (torch.float64, {"eager", "onnxruntime"}, 1e-9)], ids=str)
 @pytest.mark.parametrize("name", ["eager", "onnxruntime", "openvino"])
-def test_a_type_that_is_not_served_is_declined(name: str, dtype: torch.dtype) -> None:
+def test_a_type_is_served_as_it_is_or_declined(name: str, dtype: torch.dtype, serve: set[str], rounding: float) -> None:
     runtime = RUNTIMES.get(name)
     if not runtime.available():
         pytest.skip(f"{name} is not installed")
-    layer = make_layer(SITES[0], DENSE, dtype)
+    layer = make_layer(next(site for site in SITES if not site.axes), DENSE, dtype)
     call = runtime.prepare(layer, 2, 1)
-    assert call is None or torch.allclose(call().double(), layer(example_input(layer, 2)).double(), rtol=1e-2, atol=1e-2)
+    assert (call is not None) == (name in serve)
+    if call is not None:
+        answer = call()
+        assert answer.dtype is dtype
+        torch.testing.assert_close(answer, layer(example_input(layer, 2)), rtol=rounding, atol=rounding)
 
 
 def test_a_graph_that_a_runtime_refuses_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
