@@ -78,11 +78,35 @@ class TrainingRow:
     memory: Count = 0
 
 
+@dataclass(frozen=True)
+class ArrayBlock:
+    """A block of weights in an array: where it begins and how large it is, in word lines and columns of weights, and how many are not zero."""
+
+    row: Count
+    column: Count
+    rows: Size
+    columns: Size
+    weights: Count
+
+
+@dataclass(frozen=True)
+class ArrayRow:
+    """A set of `copies` arrays that hold the same blocks of a site's weights, each another digit or sign of them; so large, in weights."""
+
+    site: str
+    array: Count
+    rows: Size
+    columns: Size
+    copies: Size
+    blocks: tuple[ArrayBlock, ...]
+
+
 @dataclass
 class Report:
     """Everything a run has to say; filled by the passes, printed, saved as JSON, rendered as HTML.
 
-    After a dry run `final` is the planned cost, and the model is as it was.  `stored` is what saving found for pruned and
+    After a dry run `final` is the planned cost, and the model is as it was.  `arrays` are those of a machine that holds the weights in
+    arrays.  `stored` is what saving found for pruned and
     quantized tensors, None where there are none.
     """
 
@@ -105,6 +129,7 @@ class Report:
     dry_run: bool = False
     target: str = ""
     stored: StoredSize | None = None
+    arrays: list[ArrayRow] = field(default_factory=list)
 
     def decline(self, name: str, reason: str) -> None:
         """Say that a layer is left alone, and why."""

@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from tdpass.artifact import Artifact
 from tdpass.constraints.base import Constraint
 from tdpass.constraints.level_budget import LevelBudget
 from tdpass.constraints.levels import UniformLevels
 from tdpass.constraints.sparse import Sparse
 from tdpass.constraints.weight_budget import Score, WeightBudget
-from tdpass.digest import digest
 from tdpass.errors import UsageError
 from tdpass.files import cache_folder
-from tdpass.form import DENSE, Form
-from tdpass.formats.base import cost_of, dense_cost
-from tdpass.methods.base import Method, register_method
-from tdpass.planner.rank_plan import Choice, RankPlan
+from tdpass.methods.base import register_method
+from tdpass.methods.sparse_weights import SparseWeights, project
 from tdpass.targets.break_even import BreakEven, open_break_even
 from tdpass.training.admm import Admm
 from tdpass.training.curvature import Curvature, Metric
 from tdpass.training.fixed_weights import FixedWeights, ProgressiveFixing
 from tdpass.training.phases import Phase
-from tdpass.training.placement import placed_like, whole
 from tdpass.training.rules import fixed
 from tdpass.training.schedules import ScheduleSpec, as_schedule
 from tdpass.training.surgery import Surgery
 from tdpass.training.terms import Term
-from tdpass.verbs import compress
 
 Pruning = Literal["admm", "surgery"]
 
@@ -41,7 +35,7 @@ PHASES = ("prune", "retrain", "quantize", "fix")
 
 @register_method
 @dataclass
-class AdmmNN(Method):
+class AdmmNN(SparseWeights):
     """Few weights on few levels, by ADMM (Ren, Zhang, Ye, Li, Xu, Qian, Lin, Wang, ASPLOS 2019).
 
     In turn: *prune*, ADMM towards the `keep` weights of largest score over the whole net, where the number kept falls from all to
@@ -60,7 +54,6 @@ class AdmmNN(Method):
     """
 
     name = "admm-nn"
-    final = True
 
     keep: int
     bits_per_weight: float | None = None
@@ -155,12 +148,12 @@ class AdmmNN(Method):
         return self._budget(round(self.keep * (total / self.keep) ** left)).divide(weights)
 
     def _begin_retraining(self) -> list[Term]:
-        _project(self.weights, self._budget(self.keep).divide(self.whole_weights()))
+        project(self.weights, self._budget(self.keep).divide(self.whole_weights()))
         return [*self._measured(), FixedWeights(self.weights)]
 
     def _begin_levels(self) -> list[Term]:
         if not self.retrain:  # whose beginning prunes
-            _project(self.weights, self._budget(self.keep).divide(self.whole_weights()))
+            project(self.weights, self._budget(self.keep).divide(self.whole_weights()))
         return [FixedWeights(self.weights), Admm(self._levelled(), [fixed(self.levels)], as_schedule(self.rho, "rho"), self.decoupled)]
 
     def _levelled(self) -> dict[str, nn.Parameter]:
@@ -181,44 +174,22 @@ class AdmmNN(Method):
     def _begin_fixing(self) -> list[Term]:
         return [ProgressiveFixing(self._levelled(), self.levels), FixedWeights(self.weights)]
 
-    @torch.no_grad()
-    def close(self, model: nn.Module) -> Artifact:
-        result = self.template.filled(model)
-        weights = self.weights_of(result)
-        _project(weights, self.levels or self._budget(self.keep).divide(weights))
-        return compress(result, plan=self._plan(weights), pipeline="factorize", example_inputs=self.example, cache=False)
+    def ends(self, weights: Mapping[str, Tensor]) -> Mapping[str, Constraint]:
+        return self.levels or self._budget(self.keep).divide(weights)
 
-    def _form(self, name: str, weight: Tensor) -> Form:
-        """What a layer is stored as: the weights that are not zero, on their levels where it has some; dense where that takes fewer bytes."""
-        kept = int(weight.count_nonzero())
-        if name in self.dense or not kept:
-            return DENSE
-        levels = 2 * self.levels[name].count if name in self.levels else 0
-        types = (f"levels{levels}",) if levels else (str(weight.dtype).removeprefix("torch."),)
-        form = replace(DENSE, numbers=types, support=f"unstructured/{kept}" if kept < weight.numel() else "")
-        return form if cost_of(self.sites[name], form).bytes < dense_cost(self.sites[name]).bytes else DENSE
+    def levels_in(self, name: str) -> int:
+        return 2 * self.levels[name].count if name in self.levels else 0
+
+    def stays_dense(self, name: str) -> bool:
+        return name in self.dense
+
+    def reason(self, name: str, weight: Tensor) -> str:
+        if name in self.levels:
+            return f"{super().reason(name, weight)}, {self.levels[name]}"
+        return "dense: below break-even" if name in self.dense else super().reason(name, weight)
 
     def facts(self) -> dict[str, Any]:
         return {"levels": {name: [bound.count, (bound.interval or 0.0).hex()] for name, bound in self.levels.items()}}
 
     def recall(self, facts: Mapping[str, Any]) -> None:
         self.levels = {name: UniformLevels(count, float.fromhex(interval)) for name, (count, interval) in facts["levels"].items()}
-
-    def _plan(self, weights: Mapping[str, Tensor]) -> RankPlan:
-        choices = []
-        for name, site in self.sites.items():
-            weight = weights[name].detach()
-            form = self._form(name, weight)
-            kept = f"{int(weight.count_nonzero()):,} of {weight.numel():,} weights"
-            reason = f"{kept} kept, {self.levels[name]}" if name in self.levels else "dense: below break-even" if name in self.dense else f"{kept} kept"
-            costs = cost_of(site, form), dense_cost(site)
-            choices.append(Choice(name, site.shape, form, *costs, reason=reason, fingerprint=digest(weight.cpu())))
-        return RankPlan(tuple(choices), self.original, metric="weights")
-
-
-@torch.no_grad()
-def _project(weights: Mapping[str, nn.Parameter], constraints: Mapping[str, Constraint]) -> None:
-    """Put weights where their constraints want them."""
-    for name, bound in constraints.items():
-        weight = weights[name]
-        weight.copy_(placed_like(bound.project(whole(weight.detach())), weight))

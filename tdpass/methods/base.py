@@ -166,6 +166,7 @@ class Method(ABC):
             raise TrainingError(f"{self.name} has trained nothing; attach it before the loop and finish it after")
         missed = self._missed(self._hooks)
         if self._hooks is not None:
+            self.phased.end()
             self._hooks.remove()
             self._hooks = None
         artifact = self.close(model)

@@ -14,7 +14,7 @@ from tdpass.numbers.base import VALUES, Numbers, Part, Shape, register_numbers
 from tdpass.ops import StorageOps, V, pack_bits
 
 _TABLE = "levels"
-_MOST = 256
+MOST_LEVELS = 256
 _ROUNDS = 200
 
 
@@ -32,8 +32,8 @@ class Levels(Numbers):
 
     @classmethod
     def read(cls, options: Sequence[str]) -> Self:
-        if len(options) != 1 or not options[0].isdecimal() or not 2 <= int(options[0]) <= _MOST:
-            raise ValueError(f"after levels stands their number, 2 to {_MOST}, such as 'levels16'")
+        if len(options) != 1 or not options[0].isdecimal() or not 2 <= int(options[0]) <= MOST_LEVELS:
+            raise ValueError(f"after levels stands their number, 2 to {MOST_LEVELS}, such as 'levels16'")
         return cls(int(options[0]))
 
     def __str__(self) -> str:

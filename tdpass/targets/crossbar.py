@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Literal
 
 from tdpass.cost import Cost
 from tdpass.documents import Amount, Positive, Size
+from tdpass.form import DENSE
+from tdpass.site import Site
 from tdpass.targets.base import register_target
 from tdpass.targets.constants import Constants
 from tdpass.targets.modelled import ModelledTarget
@@ -116,7 +118,7 @@ class CrossbarArray(Constants):
     buffer_area: Amount
     source: str
     states: tuple[Positive, ...] = ()
-    sources: Mapping[str, str] = field(default_factory=dict, repr=False)
+    sources: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
 
     def sound(self) -> None:
         if self.weight_bits < 2 or self.width < 1:
@@ -232,6 +234,10 @@ class CrossbarTarget(ModelledTarget):
 
     def cost_product(self, product: Product) -> Cost:
         return self._price(product)
+
+    def cost_filled(self, site: Site, filled: Sequence[Filling], batch: int = 1) -> Cost:
+        """What a dense site costs whose weights fill arrays like that, rather than as a whole matrix does."""
+        return self._cost(site, DENSE, batch, lambda product: self.array.cost(product.rows, filled, product.read + product.made))
 
     def _cost_product(self, product: Product) -> Cost:
         return self.array.cost(product.rows, self.array.fillings(product), product.read + product.made)

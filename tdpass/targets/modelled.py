@@ -73,17 +73,15 @@ class ModelledTarget(Target):
         (cost,) = self.cost(site, [DENSE if layer is None else layer.form], setting)
         return cost
 
-    def _cost(self, site: Site, form: Form, batch: int) -> Cost:
+    def _cost(self, site: Site, form: Form, batch: int, price: Callable[[Product], Cost] | None = None) -> Cost:
         """The sum over the site's calls, per call of the model; counts are rounded up where calls are shared by several samples.
 
-        What stands there whether it is called or not is that of the largest call.
+        What stands there whether it is called or not is that of the largest call.  `price` is used in place of `cost_product`.
         """
         calls = [(replace(site, extents=(extent,)), times) for extent, times in Counter(site.extents).items()]
-        ones = [(self._one(products_of(call, form, batch)), times) for call, times in calls]
+        products = [(products_of(call, form, batch), times) for call, times in calls]
+        ones = [(sum(map(price or self.cost_product, found), self._nothing()), times) for found, times in products]
         return Cost.of({measure: _over_calls(measure, [(one.get(measure), times) for one, times in ones], site.samples) for measure in self.measures})
-
-    def _one(self, products: Sequence[Product]) -> Cost:
-        return sum((self.cost_product(product) for product in products), self._nothing())
 
     def _nothing(self) -> Cost:
         return Cost.of(dict.fromkeys(self.measures, 0))

@@ -52,7 +52,7 @@ class PimMemory(Constants):
     sub_array_area: Amount
     watts: Amount
     source: str
-    sources: Mapping[str, str] = field(default_factory=dict, repr=False)
+    sources: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
 
     def weight_memory(self, product: Product) -> int:
         """Bits that the weights of a product take."""

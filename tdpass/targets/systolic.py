@@ -53,7 +53,7 @@ class SystolicArray(Constants):
     memory_joules: Amount
     watts: Amount
     source: str
-    sources: Mapping[str, str] = field(default_factory=dict, repr=False)
+    sources: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
 
     def folds(self, product: Product) -> int:
         """How often the array is filled: ceil(K / R) ceil(N / C) with weights that stay, ceil(M / R) ceil(N / C) with outputs."""

@@ -86,6 +86,8 @@ class Phased(Term):
             self.average.update()
 
     def end(self) -> None:
+        for term in self.terms:
+            term.end()
         if self.average is not None and self.index >= 0:
             self.average.put()
 

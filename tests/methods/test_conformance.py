@@ -50,6 +50,12 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"energy": 0.1, "sparse": 0.05, "sparsify": 3, "tune": 2, "factored": 1, "format": "spatial_svd", "sparsity": "hoyer-square", "exclude": ["out"]},
         {"budget": {"macs": 0.6}, "sparsity": "l1", "sparsify": 4, "tune": 2},
     ],
+    "crossbar": [
+        {"keep": 700, "admm": 3, "retrain": 1, "fix": 2, "rho": 0.5},
+        {"keep": 700, "weight_bits": 5, "side": "row", "admm": 3, "retrain": 2, "fix": 1, "rho": 0.5, "noise": 0.1, "metric": "fisher", "least": 0.05},
+        {"groups": {"fc": {"filter": 0.5, "column": 0.5}, "conv*": {"channel": 0.75}}, "array": "forms", "admm": 4, "retrain": 0, "fix": 2, "rho": 0.5},
+        {"keep": 900, "groups": {"*": {"column": 0.6}}, "weight_bits": 6, "admm": 4, "retrain": 2, "fix": 0, "rho": 0.5, "exclude": ["out"]},
+    ],
     "admm-nn": [
         {"keep": 400, "prune": 3, "retrain": 1, "quantize": 0, "fix": 0, "rho": 0.5},
         {"keep": 400, "bits_per_weight": 3, "prune": 2, "retrain": 1, "quantize": 1, "fix": 2, "rho": 0.5, "score": "lamp", "least": {"conv1": 60}},
@@ -114,6 +120,7 @@ def test_every_method_has_examples() -> None:
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_a_loop_of_ones_own_ends_in_an_artifact(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     method, model = trained(name, options, network())
+    method.phased.end()  # noise that a step left in the weights is taken away
     before = copy.deepcopy(model.state_dict())
     artifact = method.finish(model)
     assert model.state_dict().keys() == before.keys()
@@ -154,7 +161,8 @@ def test_the_result_keeps_its_bounds(name: str, options: dict[str, Any]) -> None
         assert dict(artifact.model.named_modules())[site].weight.count_nonzero() >= least
     if "keep" in options:
         kept = sum(int(dict(artifact.model.named_modules())[choice.site].weight.count_nonzero()) for choice in artifact.plan)
-        assert 0.95 * options["keep"] <= kept <= options["keep"]
+        slack = 0.9 if name == "crossbar" else 0.95  # which drops whole groups
+        assert slack * options["keep"] <= kept <= options["keep"]
     if "bits_per_weight" in options:
         bits = sum(level.bits * int(dict(artifact.model.named_modules())[site].weight.count_nonzero()) for site, level in method.levels.items())
         assert bits <= options["bits_per_weight"] * options["keep"]

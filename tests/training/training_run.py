@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import tdpass
+from tdpass.methods import make_method
 from tdpass.training.batches import Batches
 
 METHODS = {
@@ -21,6 +22,7 @@ METHODS = {
     "haloc": {"haloc": {"budget": {"macs": 0.5}, "warm": 1, "search": 3, "tune": 2, "ranks": 4}},
     "admm-nn": {"admm-nn": {"keep": 700, "bits_per_weight": 3, "prune": 3, "retrain": 1, "quantize": 2, "fix": 2, "rho": 0.05}},
     "svd-training": {"svd-training": {"energy": 0.1, "sparse": 0.1, "factored": 1, "sparsify": 2, "tune": 2}},
+    "crossbar": {"crossbar": {"keep": 600, "weight_bits": 5, "admm": 4, "retrain": 2, "fix": 2, "noise": 0.1, "metric": "fisher", "rho": 0.05}},
     "surgery": {"admm-nn": {"keep": 700, "bits_per_weight": 3, "prune": 4, "retrain": 2, "fix": 2, "quantize": 0, "metric": "fisher", "pruning": "surgery"}},
 }
 
@@ -47,7 +49,7 @@ def train(folder: Path | None, method: str, parallel: str | None = None, resume:
         METHODS[method],
         settings={"optimizer": "sgd", "lr": 0.05, "distill": 0.3, "average": 0.9, "compile": compiled, "rebuild": compiled},
         pretrain=1,
-        finetune=0 if "admm-nn" in METHODS[method] else 1,
+        finetune=0 if make_method(METHODS[method]).final else 1,
         evaluate=lambda model: float(model(torch.ones(4, 1, 8, 8)).sum()),
         example_inputs=torch.zeros(2, 1, 8, 8),
         calibration=data().inputs[:64] if method == "haloc" else None,

@@ -1,0 +1,96 @@
+"""Where the weights of a matrix lie: its blocks without what is zero, in as few arrays as they fit."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from torch import Tensor
+
+from tdpass.documents import Count, Size
+from tdpass.targets.crossbar import Block, CrossbarArray, Filling
+
+
+@dataclass(frozen=True)
+class Place:
+    """A block of a matrix in a set of arrays, which hold one copy of it each.
+
+    `rows` and `columns` are those of the matrix, in the order of the word lines from `row` on and of the columns of weights from
+    `column` on.  `groups` are the numbers of consecutive word lines that are driven together.
+    """
+
+    array: Count
+    row: Count
+    column: Count
+    rows: tuple[Count, ...]
+    columns: tuple[Count, ...]
+    groups: tuple[Size, ...]
+
+
+def placed(kept: Tensor, array: CrossbarArray, first: int = 0) -> tuple[Place, ...]:
+    """Places for the weights of a matrix `[depth, columns]` where the booleans say so, in sets of arrays from `first` on.
+
+    Rows and columns that are empty in a block are left out of it, and blocks that are then smaller share arrays along their diagonals.
+    The blocks are those of the matrix as it is, or of the matrix without rows and columns that are empty throughout, whichever takes
+    fewer arrays.
+    """
+    rows, columns = list(range(len(kept))), list(range(kept.shape[1]))
+    filled_rows, filled_columns = kept.any(1).nonzero().flatten().tolist(), kept.any(0).nonzero().flatten().tolist()
+    blocks = _blocks(kept, rows, columns, array), _blocks(kept, filled_rows, filled_columns, array)
+    choices = [_packed(found, array, first) for found in blocks]
+    return min(choices, key=lambda places: (array_sets(places), len(places)))
+
+
+def array_sets(places: Iterable[Place]) -> int:
+    """How many sets of arrays they lie in."""
+    return len({place.array for place in places})
+
+
+def fillings(places: Iterable[Place]) -> list[Filling]:
+    """What lies in each set of arrays, as costs are computed from."""
+    held: dict[int, list[Block]] = defaultdict(list)
+    for place in places:
+        held[place.array].append(Block(len(place.rows), len(place.columns), len(place.groups)))
+    return [Filling(tuple(blocks)) for blocks in held.values()]
+
+
+def _blocks(kept: Tensor, rows: Sequence[int], columns: Sequence[int], array: CrossbarArray) -> list[Place]:
+    found = []
+    for top in range(0, len(rows), array.rows):
+        for left in range(0, len(columns), array.width):
+            lines, across = rows[top : top + array.rows], columns[left : left + array.width]
+            part = kept[lines][:, across]
+            lines = [line for line, filled in zip(lines, part.any(1).tolist(), strict=True) if filled]
+            across = [line for line, filled in zip(across, part.any(0).tolist(), strict=True) if filled]
+            if lines:
+                found.append(Place(0, 0, 0, tuple(lines), tuple(across), _groups(lines, array)))
+    return found
+
+
+def _groups(rows: Sequence[int], array: CrossbarArray) -> tuple[int, ...]:
+    """Word lines driven at once: as many as may be, or the rows that are left of each fragment."""
+    if array.signs == "fragments":
+        return tuple(len(list(run)) for _, run in groupby(rows, key=lambda row: row // array.rows_at_once))
+    return tuple(min(array.rows_at_once, len(rows) - start) for start in range(0, len(rows), array.rows_at_once))
+
+
+def _packed(blocks: Sequence[Place], array: CrossbarArray, first: int) -> tuple[Place, ...]:
+    """Blocks side by side along the diagonals of arrays, the largest first, each where it first fits."""
+    filled: list[tuple[int, int]] = []
+    open_arrays: list[int] = []
+    found = []
+    for block in sorted(blocks, key=lambda block: -len(block.rows) * len(block.columns)):
+        high, wide = len(block.rows), len(block.columns)
+        place = next((k for k in open_arrays if filled[k][0] + high <= array.rows and filled[k][1] + wide <= array.width), None)
+        if place is None:
+            place = len(filled)
+            filled.append((0, 0))
+            open_arrays.append(place)
+        row, column = filled[place]
+        found.append(replace(block, array=first + place, row=row, column=column))
+        filled[place] = row + high, column + wide
+        if filled[place][0] == array.rows or filled[place][1] == array.width:
+            open_arrays.remove(place)
+    return tuple(sorted(found, key=lambda block: (block.array, block.row)))
