@@ -15,7 +15,10 @@ _RANK = re.compile(r"[1-9]\d*(x[1-9]\d*)*")
 _NUMBERS = re.compile(r"[a-z]+\d+(/[a-z0-9]+)*")
 _SUPPORT = re.compile(r"[1-9]\d*:[1-9]\d*|[a-z]+([1-9]\d*x[1-9]\d*)?/([1-9]\d*|\d+(\.\d+)?%)")
 _CHANNELS = re.compile(r"\b(in|out) (0|[1-9]\d*)(?= |$)")
-_GRAMMAR = "write a format, then its rank, channels, number types and support where it has them, such as 'tucker2 16x24 int8' or 'dense 2:4'"
+_GRAMMAR = (
+    "write a format, then its rank, channels, number types and support where it has them, "
+    "such as 'tucker2 16x24 int8' or 'dense 2:4'"
+)
 _PRUNED, _CONSTANT = "pruned", "constant"
 
 
@@ -23,11 +26,12 @@ _PRUNED, _CONSTANT = "pruned", "constant"
 class Form(Flattened):
     """The format that factors the weight, its rank, and how the factors are stored.
 
-    `numbers` names the number type of each factor, in the format's order, or one for all of them; none is the type that the model's
-    weights have, and single precision where a support is named.  `support` says of which entries of each factor the values are stored,
-    one text for all factors or one for each, joined by commas: all of them (empty), `2:4`, `rows/8`, `columns/30%`, `blocks4x4/12`,
-    `unstructured/500`.  `inputs` and `outputs` are how many channels are left of those that the site reads and makes, None for all:
-    what stands there is a layer of the smaller site `on(site)`.  One that reads no channel answers with its bias.
+    `numbers` names the number type of each factor, in the format's order, or one for all of them; none is the
+    type that the model's weights have, and single precision where a support is named.  `support` says of
+    which entries of each factor the values are stored, one text for all factors or one for each, joined by
+    commas: all of them (empty), `2:4`, `rows/8`, `columns/30%`, `blocks4x4/12`, `unstructured/500`.  `inputs`
+    and `outputs` are how many channels are left of those that the site reads and makes, None for all: what
+    stands there is a layer of the smaller site `on(site)`.  One that reads no channel answers with its bias.
 
     Files of version 1 say `pruned` with the channels for a rank, and `constant`.
 
@@ -72,7 +76,8 @@ class Form(Flattened):
     @property
     def channels(self) -> str:
         """The channels that are left as text; empty where all are."""
-        return " ".join(f"{way} {count}" for way, count in (("in", self.inputs), ("out", self.outputs)) if count is not None)
+        left = {"in": self.inputs, "out": self.outputs}
+        return " ".join(f"{way} {count}" for way, count in left.items() if count is not None)
 
     @property
     def encoded(self) -> bool:
@@ -81,7 +86,7 @@ class Form(Flattened):
 
     @property
     def family(self) -> str:
-        """The text without rank and channels; `narrow` before it where there are fewer of these than the site has."""
+        """The text without rank and channels; `narrow` before it where some channels are left out."""
         family = str(replace(self.whole, rank=()))
         return f"narrow {family}" if self.narrow else family
 
@@ -106,7 +111,8 @@ class Form(Flattened):
         outputs = site.o if self.outputs is None else self.outputs
         divided = site.groups > 1 and (inputs > 0 or outputs < site.o)
         if inputs > site.i or outputs > site.o or divided:
-            raise PlanError(f"'{self}' does not fit site {site.name!r}: it has {site.i} channels in and {site.o} out, in {site.groups} groups; plan again")
+            has = f"it has {site.i} channels in and {site.o} out, in {site.groups} groups"
+            raise PlanError(f"'{self}' does not fit site {site.name!r}: {has}; plan again")
         return replace(site, shape=(outputs, inputs, *site.kernel))
 
     @classmethod

@@ -51,14 +51,24 @@ class GraphReader:
     def norm(self, chain: GraphChain) -> GraphChain:
         y = chain.result
         norm, value = _only_user(y), tensor_of(y)
-        if norm is None or value is None or norm.target is not F.batch_norm or argument(norm, 0, "input") is not y:
+        if (
+            norm is None
+            or value is None
+            or norm.target is not F.batch_norm
+            or argument(norm, 0, "input") is not y
+        ):
             return chain
         tensors = norm_inputs(norm)
         fits = chain.links[0].axes or value.dim() == 2
-        stored = all(node is None or (isinstance(node, Node) and node.op == "placeholder") for node in (*tensors, chain.bias))
+        stored = all(
+            node is None or (isinstance(node, Node) and node.op == "placeholder")
+            for node in (*tensors, chain.bias)
+        )
         if argument(norm, 5, "training", default=False) or not fits or not stored or None in tensors[:2]:
             return chain
-        if isinstance(argument(norm, 7, "eps"), Node):  # a number that Dynamo left open, since models of one class differ in it
+        if isinstance(
+            argument(norm, 7, "eps"), Node
+        ):  # a number that Dynamo left open, since models of one class differ in it
             return chain
         return replace(chain, nodes=(*chain.nodes, norm), norm=norm)
 
@@ -82,12 +92,17 @@ class GraphReader:
     def activation(self, chain: GraphChain) -> GraphChain:
         user = _only_user(chain.result)
         name = None if user is None else _ACTIVATIONS.get(user.target)
-        if user is None or name is None or argument(user, 0, "input") is not chain.result or user.kwargs.get("approximate", "none") != "none":
+        if (
+            user is None
+            or name is None
+            or argument(user, 0, "input") is not chain.result
+            or user.kwargs.get("approximate", "none") != "none"
+        ):
             return chain
         return replace(chain, nodes=(*chain.nodes, user), activation=name)
 
     def movable(self, chain: GraphChain) -> bool:
-        """Whether no call between its first and last node, and not its own, may change what the first ones read."""
+        """Whether no call of others between its first and last node may change what the first ones read."""
         own, node = set(chain.nodes), chain.nodes[0]
         if self.order[node] > self.order[chain.result]:
             return False
@@ -107,7 +122,10 @@ class GraphReader:
 
 def norm_inputs(norm: Node) -> list[Any]:
     """Running mean and variance, scale and shift of a batch-norm call."""
-    return [argument(norm, position, name) for position, name in ((1, "running_mean"), (2, "running_var"), (3, "weight"), (4, "bias"))]
+    return [
+        argument(norm, position, name)
+        for position, name in ((1, "running_mean"), (2, "running_var"), (3, "weight"), (4, "bias"))
+    ]
 
 
 def _sum(y: Node) -> tuple[Node, Node] | tuple[None, None]:
@@ -118,7 +136,13 @@ def _sum(y: Node) -> tuple[Node, Node] | tuple[None, None]:
     first, second = total.args
     other = second if first is y else first
     rest = tensor_of(other)
-    if rest is None or other is y or not isinstance(other, Node) or (total.target is operator.iadd and first is not y) or rest.dtype != value.dtype:
+    if (
+        rest is None
+        or other is y
+        or not isinstance(other, Node)
+        or (total.target is operator.iadd and first is not y)
+        or rest.dtype != value.dtype
+    ):
         return None, None
     return total, other
 
@@ -131,15 +155,14 @@ def _fused_module(node: Node) -> GraphChain | None:
     """The chain that a fused module calls by its factors."""
     if node.op != "call_function" or node.target is not FACTOR_CHAIN:
         return None
-    x, factors, bias, integers, activation, lanes = node.args
-    if not all(isinstance(factor, Node) and factor.op == "placeholder" for factor in factors):  # type: ignore[union-attr]
+    arguments: tuple[Any, ...] = node.args
+    x, factors, bias, integers, activation, lanes = arguments
+    if not all(isinstance(factor, Node) and factor.op == "placeholder" for factor in factors):
         return None
     axes = 0 if lanes == LINEAR else _axes(x) - 2
-    links = tuple(
-        Link((node,), x, factor, None, axes, stage)
-        for stage, factor in zip(stages_of(integers), factors, strict=True)  # type: ignore[arg-type]
-    )
-    return Chain(links, (node,), bias, activation=str(activation), lanes="channels" if lanes == LINEAR else lanes)  # type: ignore[arg-type]
+    pairs = zip(stages_of(integers), factors, strict=True)
+    links = tuple(Link((node,), x, factor, None, axes, stage) for stage, factor in pairs)
+    return Chain(links, (node,), bias, activation=str(activation), lanes="channels" if lanes == LINEAR else lanes)
 
 
 def _axes(node: Any) -> int:

@@ -1,4 +1,4 @@
-"""Which chains are worth a fused operator, by measurement: once per machine, runtime and shape, remembered in the table of times."""
+"""Which chains are worth a fused operator: measured once per machine, runtime and shape, and kept."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ _RULES = [_Rules()]
 class Trial:
     """A chain to be timed in a runtime, which names its version, by that many threads.
 
-    `calls` makes what is timed: the layers one by one, under `PLAIN`, and the operator with each family of lanes that serves it.
+    `calls` makes what is timed: the layers one by one, under `PLAIN`, and the operator with each family of
+    lanes that serves it.
     """
 
     call: ChainCall
@@ -58,7 +59,16 @@ class Trial:
         """What the time of one way to run it depends on."""
         device, kernels = f"{processor()} {native.isa()}", native.version()
         dtype = str(self.call.dtype).removeprefix("torch.")
-        return Key(device, f"{self.runtime}, kernels {kernels}", self.threads, self.call.size[0], dtype, str(self.call), f"chain {way}", ())
+        return Key(
+            device,
+            f"{self.runtime}, kernels {kernels}",
+            self.threads,
+            self.call.size[0],
+            dtype,
+            str(self.call),
+            f"chain {way}",
+            (),
+        )
 
 
 @dataclass(frozen=True)
@@ -88,16 +98,22 @@ def served(device: str, dtype: torch.dtype) -> str:
     if device != "cpu":
         return f"there are no fused kernels for {device}"
     if dtype not in native.DTYPES:
-        return f"the kernels compute in {' and '.join(str(known).removeprefix('torch.') for known in native.DTYPES)}, this is {dtype}"
+        known = " and ".join(str(each).removeprefix("torch.") for each in native.DTYPES)
+        return f"the kernels compute in {known}, this is {dtype}"
     return native.missing()
 
 
 @contextmanager
 def choosing(lanes: str = "auto", *, measure: bool = True) -> Iterator[None]:
-    """Within it, convolutions use one lane family, "channels" or "pixels", unless it is "auto"; or all chains are fused unmeasured."""
+    """Within it, convolutions use one lane family, or with `measure` false all chains are fused unmeasured.
+
+    `lanes` is "channels", "pixels", or "auto" for the faster.  Raises `UsageError` for another.
+    """
     if lanes != "auto" and lanes not in LANES:
         raise UsageError(f"lanes={lanes!r} is not known; it is one of auto, {', '.join(LANES)}")
-    _RULES.append(_Rules(LANES if lanes == "auto" else tuple(family for family in LANES if family == lanes), measure))
+    _RULES.append(
+        _Rules(LANES if lanes == "auto" else tuple(family for family in LANES if family == lanes), measure)
+    )
     try:
         yield
     finally:
@@ -117,7 +133,7 @@ def choose(trials: Sequence[Trial], *, measure: bool = True) -> Verdict:
 
 
 def measured(trials: Sequence[Trial], families: Sequence[Lanes], least: float = 1.0) -> Verdict:
-    """The fastest of the lane families over all calls of a chain, where it is more than `least` times as fast as the plain chain."""
+    """The fastest lane family over all calls of a chain, if more than `least` times as fast as plain."""
     rows = [_times(trial) for trial in trials]
     plain = sum(row[PLAIN] for row in rows)
     fused = {family: sum(row[family] for row in rows) for family in families}
@@ -126,7 +142,7 @@ def measured(trials: Sequence[Trial], families: Sequence[Lanes], least: float = 
 
 
 def _times(trial: Trial) -> dict[str, float]:
-    """Seconds of each way to run the chain, infinite for what does not serve it; measured in turn where the table lacks one."""
+    """Seconds of each way to run the chain, infinite where not served; measured where the table has none."""
     keys = {way: trial.key(way) for way in (PLAIN, *LANES)}
     table = times_kept()
     known = table.get(keys.values())
@@ -137,8 +153,10 @@ def _times(trial: Trial) -> dict[str, float]:
     return {way: known[key].seconds for way, key in keys.items()}
 
 
-def seconds_of(calls: Mapping[K, Callable[[], object]], threads: int, rounds: int = _ROUNDS) -> dict[K, float]:
-    """Seconds of each call: the median of this thread's time at one thread, the least wall time at more; all take turns."""
+def seconds_of(
+    calls: Mapping[K, Callable[[], object]], threads: int, rounds: int = _ROUNDS
+) -> dict[K, float]:
+    """Seconds of each call, all in turn: the median of this thread's time, or of several the least wall time."""
     alone = threads == 1
     with torch.inference_mode(mode=False), torch.no_grad():
         clock = time.thread_time if alone else time.perf_counter

@@ -13,9 +13,9 @@ from tdpass.kernels.stage import widths_of
 class Reader(Protocol[N, V]):
     """How a front end reads its graph.
 
-    Of `norm`, `bias`, `residual` and `activation`, each gives the chain with what it is named for, where such a call alone reads the
-    chain's result and may move into it; else the chain as it is.  `cuts` says that a row of layers may be several low-rank layers, which
-    nothing marks.
+    Of `norm`, `bias`, `residual` and `activation`, each gives the chain with what it is named for, where such
+    a call alone reads the chain's result and may move into it; else the chain as it is.  `cuts` says that a
+    row of layers may be several low-rank layers, which nothing marks.
     """
 
     cuts: bool
@@ -51,24 +51,31 @@ class Reader(Protocol[N, V]):
 def find_chains(reader: Reader[N, V], *, alone: bool = False) -> list[Chain[N, V]]:
     """Chains of 2 to 6 convolutions or linear layers, none of which shares a call with another.
 
-    A convolution alone counts where batch-norm follows it: where weights are no constants of the graph, nothing else would fold the
-    one into the other, or lay the weight out for the kernel once and for all.  A chain is cut where an intermediate is wider than
-    both its neighbours, where the reader says so: what is narrow between two wide layers is low rank, what is wide between two narrow
-    ones is where one low-rank layer ends and the next begins.  With `alone` every layer that is left counts by itself.
+    A convolution alone counts where batch-norm follows it: where weights are no constants of the graph,
+    nothing else would fold the one into the other, or lay the weight out for the kernel once and for all.  A
+    chain is cut where an intermediate is wider than both its neighbours, where the reader says so: what is
+    narrow between two wide layers is low rank, what is wide between two narrow ones is where one low-rank
+    layer ends and the next begins.  With `alone` every layer that is left counts by itself.
     """
     links = {link.nodes[0]: link for link in reader.links() if link.stage is not None}
     found: list[Chain[N, V]] = []
     taken: set[N] = set()  # of a sum of two chains one takes it in, and reads the other
 
     def take(wholes: Iterable[Chain[N, V]]) -> None:
-        chain = next((chain for chain in wholes if taken.isdisjoint(chain.nodes) and reader.movable(chain)), None)
+        chain = next(
+            (chain for chain in wholes if taken.isdisjoint(chain.nodes) and reader.movable(chain)), None
+        )
         if chain is not None:
             found.append(chain)
             taken.update(chain.nodes)
 
     for row in _rows(reader, links):
         for part in _parts(row, cuts=reader.cuts):
-            take(chain for chain in _wholes(reader, part) if len(part) > 1 or (chain.norm is not None and part[0].axes))
+            take(
+                chain
+                for chain in _wholes(reader, part)
+                if len(part) > 1 or (chain.norm is not None and part[0].axes)
+            )
     for chain in reader.fused():
         take([_extended(reader, chain), chain] if chain.activation == "identity" else [chain])
     for link in links.values() if alone else ():

@@ -16,7 +16,10 @@ Layout = Literal["channels_last", "contiguous"]
 
 @dataclass(frozen=True)
 class ChainSpec:
-    """What a chain computes: `activation(layers(x) + bias + residual)`, on that many spatial axes, none for products with matrices."""
+    """What a chain computes: `activation(layers(x) + bias + residual)`.
+
+    `axes` counts the spatial axes of its layers, none for products with matrices.
+    """
 
     stages: tuple[Stage, ...]
     axes: int
@@ -41,7 +44,9 @@ class ChainSpec:
 
     def __str__(self) -> str:
         stages = " ".join(",".join(map(str, stage.integers())) for stage in self.stages)
-        return f"{stages} | {self.axes} axes{'+bias' * self.bias}{'+residual' * self.residual} {self.activation}"
+        return (
+            f"{stages} | {self.axes} axes{'+bias' * self.bias}{'+residual' * self.residual} {self.activation}"
+        )
 
 
 @dataclass(frozen=True)
@@ -74,10 +79,11 @@ class ChainCall:
 
 @dataclass(frozen=True)
 class Link(Generic[N, V]):
-    """One layer in the graph of a front end: `nodes` are its call and, before it, zero padding that only it reads.
+    """One layer in the graph of a front end.
 
-    `axes` counts its spatial axes, none in a matrix product; `stage` is its geometry as a kernel takes it, None for what no kernel
-    computes; `transposed` says that the weight is stored as `[i, o]`.
+    `nodes` are its call and, before it, zero padding that only it reads.  `axes` counts its spatial axes,
+    none in a matrix product; `stage` is its geometry as a kernel takes it, None for what no kernel computes;
+    `transposed` says that the weight is stored as `[i, o]`.
     """
 
     nodes: tuple[N, ...]
@@ -98,8 +104,8 @@ class Link(Generic[N, V]):
 class Chain(Generic[N, V]):
     """Layers in a row, then optionally: inference batch-norm, a bias, `+ residual`, an activation.
 
-    `nodes` are all the calls it stands for, the last is the result.  `bias` belongs to the last layer.  `lanes` is set where they
-    were chosen before.
+    `nodes` are all the calls it stands for, the last is the result.  `bias` belongs to the last layer.
+    `lanes` is set where they were chosen before.
     """
 
     links: tuple[Link[N, V], ...]

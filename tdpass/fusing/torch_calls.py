@@ -1,4 +1,4 @@
-"""How a chain is called in torch: as one operator, and its layers one by one, as the library that inductor's code calls computes them."""
+"""How a chain is called in torch: as one operator, and layer by layer in the library that inductor calls."""
 
 from __future__ import annotations
 
@@ -18,13 +18,21 @@ from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.stage import Stage
 from tdpass.ops import padded_convolution
 
-FORMATS_OF: dict[Layout, torch.memory_format] = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+FORMATS_OF: dict[Layout, torch.memory_format] = {
+    "channels_last": torch.channels_last,
+    "contiguous": torch.contiguous_format,
+}
 
 
 def in_torch(call: ChainCall) -> Trial:
-    """The chain as torch calls it: the operator as the dispatcher does, against the same layers in eager torch, channels last."""
+    """The chain in torch: the operator as the dispatcher calls it, the layers in eager torch, channels last."""
     called = "from Python" if "conv_chain" not in base.compiled() else "in C++"
-    return Trial(call, f"torch {torch.__version__}, called {called}", torch.get_num_threads(), functools.partial(_calls, call))
+    return Trial(
+        call,
+        f"torch {torch.__version__}, called {called}",
+        torch.get_num_threads(),
+        functools.partial(_calls, call),
+    )
 
 
 def _calls(call: ChainCall) -> Calls:
@@ -41,10 +49,17 @@ def _calls(call: ChainCall) -> Calls:
         return convolutions(call, x.unsqueeze(2) if spec.axes == 1 else x, weights, bias)
     x, flat = noise(*call.size), [weight.flatten(1) for weight in weights]
     residual = noise(*call.output_size) if spec.residual else None
-    packed = [stage.pack(weight, packing("channels", call.dtype)) for stage, weight in zip(spec.stages, weights, strict=True)]
+    packed = [
+        stage.pack(weight, packing("channels", call.dtype))
+        for stage, weight in zip(spec.stages, weights, strict=True)
+    ]
     return {
-        PLAIN: lambda: _finish(F.linear(functools.reduce(F.linear, flat[:-1], x), flat[-1], bias), residual, spec.activation),
-        "channels": functools.partial(LINEAR_CHAIN.call, x, packed, bias, residual, spec.widths, spec.activation),
+        PLAIN: lambda: _finish(
+            F.linear(functools.reduce(F.linear, flat[:-1], x), flat[-1], bias), residual, spec.activation
+        ),
+        "channels": functools.partial(
+            LINEAR_CHAIN.call, x, packed, bias, residual, spec.widths, spec.activation
+        ),
     }
 
 
@@ -56,16 +71,23 @@ def convolutions(call: ChainCall, x: Tensor, weights: Sequence[Tensor], bias: Te
     plain = [weight.contiguous(memory_format=torch.channels_last) for weight in weights]
     rest = plain_chain(last, spec.stages, plain, None).clone() if spec.residual else None
     residual = None if rest is None else rest.contiguous(memory_format=FORMATS_OF[call.layout])
-    ahead, relu = laid_out(spec.stages, weights, x.shape) if call.frozen else None, rest is None and spec.activation == "relu"
-    one_by_one: Callable[[], Tensor] = lambda: _finish(plain_chain(last, spec.stages, plain, bias), rest, spec.activation)  # noqa: E731
-    if ahead is not None:
-        after = "identity" if relu else spec.activation
-        one_by_one = lambda: _finish(frozen_chain(last, spec.stages, ahead, bias, relu), rest, after)  # noqa: E731
-    calls: dict[str, Callable[[], Tensor]] = {PLAIN: one_by_one}
+    ahead = laid_out(spec.stages, weights, x.shape) if call.frozen else None
+    relu = rest is None and spec.activation == "relu"
+    after = "identity" if relu else spec.activation
+
+    def layer_by_layer() -> Tensor:
+        return _finish(plain_chain(last, spec.stages, plain, bias), rest, spec.activation)
+
+    def laid_out_before() -> Tensor:
+        return _finish(frozen_chain(last, spec.stages, ahead or (), bias, relu), rest, after)
+
+    calls: dict[str, Callable[[], Tensor]] = {PLAIN: layer_by_layer if ahead is None else laid_out_before}
     for family in LANES:
         lanes = packing(family, call.dtype)
         packed = [stage.pack(weight, lanes) for stage, weight in zip(spec.stages, weights, strict=True)]
-        calls[family] = functools.partial(CONV_CHAIN.call, laid, packed, bias, residual, spec.integers, spec.activation, lanes)
+        calls[family] = functools.partial(
+            CONV_CHAIN.call, laid, packed, bias, residual, spec.integers, spec.activation, lanes
+        )
     return calls
 
 
@@ -92,17 +114,34 @@ def laid_out(stages: Sequence[Stage], weights: Sequence[Tensor], size: Sequence[
     made, size = [], list(size)
     try:
         for stage, weight in zip(stages, weights, strict=True):
-            made.append(torch.ops.mkldnn._reorder_convolution_weight(weight, stage.before, stage.stride, stage.dilation, stage.groups, size))
+            made.append(
+                torch.ops.mkldnn._reorder_convolution_weight(
+                    weight, stage.before, stage.stride, stage.dilation, stage.groups, size
+                )
+            )
             size = [size[0], stage.outputs, *stage.output_size(size[2:])]  # type: ignore[list-item]
     except (AttributeError, RuntimeError):  # inductor's own operators: another version of torch may lack them
         return None
     return made
 
 
-def frozen_chain(x: Tensor, stages: Sequence[Stage], weights: Sequence[Tensor], bias: Tensor | None, relu: bool) -> Tensor:
+def frozen_chain(
+    x: Tensor, stages: Sequence[Stage], weights: Sequence[Tensor], bias: Tensor | None, relu: bool
+) -> Tensor:
     """The same with weights `laid_out` before, and relu after the last."""
     for index, (stage, weight) in enumerate(zip(stages, weights, strict=True)):
         last = index + 1 == len(stages)
         after = "relu" if relu and last else "none"
-        x = torch.ops.mkldnn._convolution_pointwise(x, weight, bias if last else None, stage.before, stage.stride, stage.dilation, stage.groups, after, [], "")
+        x = torch.ops.mkldnn._convolution_pointwise(
+            x,
+            weight,
+            bias if last else None,
+            stage.before,
+            stage.stride,
+            stage.dilation,
+            stage.groups,
+            after,
+            [],
+            "",
+        )
     return x

@@ -68,7 +68,11 @@ class _ProgramReader:
     def activation(self, chain: Chain[_Call, str]) -> Chain[_Call, str]:
         call = self._only_reader(chain.result)
         known = call is not None and call.name.startswith("relu")
-        return replace(chain, nodes=(*chain.nodes, call), activation="relu") if known and call is not None else chain
+        return (
+            replace(chain, nodes=(*chain.nodes, call), activation="relu")
+            if known and call is not None
+            else chain
+        )
 
     def movable(self, chain: Chain[_Call, str]) -> bool:
         return True
@@ -85,7 +89,12 @@ def layer(name: str, read: str, *widths: int) -> _Call:
     return _Call(f"layer {name}", (read,), widths)  # type: ignore[arg-type]
 
 
-LOW_RANK = (layer("a", "x", 16, 4), layer("b", "layer a", 4, 16), layer("c", "layer b", 16, 4), layer("d", "layer c", 4, 16))
+LOW_RANK = (
+    layer("a", "x", 16, 4),
+    layer("b", "layer a", 4, 16),
+    layer("c", "layer b", 16, 4),
+    layer("d", "layer c", 4, 16),
+)
 
 
 def names(chains: list[Chain[_Call, str]]) -> list[list[str]]:
@@ -102,12 +111,22 @@ def test_a_front_end_says_only_how_its_calls_are_read() -> None:
 
 def test_rows_are_cut_where_one_low_rank_layer_ends_if_nothing_else_tells() -> None:
     assert names(find_chains(_ProgramReader(*LOW_RANK))) == [["layer a", "layer b"], ["layer c", "layer d"]]
-    assert names(find_chains(_ProgramReader(*LOW_RANK, cuts=False))) == [["layer a", "layer b", "layer c", "layer d"]]
+    assert names(find_chains(_ProgramReader(*LOW_RANK, cuts=False))) == [
+        ["layer a", "layer b", "layer c", "layer d"]
+    ]
 
 
 def test_a_sum_of_two_chains_belongs_to_one_of_them() -> None:
-    calls = (*LOW_RANK[:2], layer("c", "x", 16, 2), layer("d", "layer c", 2, 16), _Call("sum", ("layer b", "layer d")))
-    assert names(find_chains(_ProgramReader(*calls))) == [["layer a", "layer b", "sum"], ["layer c", "layer d"]]
+    calls = (
+        *LOW_RANK[:2],
+        layer("c", "x", 16, 2),
+        layer("d", "layer c", 2, 16),
+        _Call("sum", ("layer b", "layer d")),
+    )
+    assert names(find_chains(_ProgramReader(*calls))) == [
+        ["layer a", "layer b", "sum"],
+        ["layer c", "layer d"],
+    ]
 
 
 def test_a_result_that_is_read_twice_ends_a_chain_and_layers_alone_count_where_asked() -> None:
@@ -119,7 +138,10 @@ def test_a_result_that_is_read_twice_ends_a_chain_and_layers_alone_count_where_a
 class _Low(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.down, self.up = nn.Conv2d(16, 4, (3, 1), (2, 1), (1, 0), bias=False), nn.Conv2d(4, 16, (1, 3), 1, (0, 1))
+        self.down, self.up = (
+            nn.Conv2d(16, 4, (3, 1), (2, 1), (1, 0), bias=False),
+            nn.Conv2d(4, 16, (1, 3), 1, (0, 1)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.up(self.down(x)))
@@ -138,7 +160,12 @@ def test_the_same_network_has_the_same_spec_on_every_front_end() -> None:
     with torch.no_grad():
         torch.compile(net, backend=backend)(x)
     model = ir.from_proto(to_onnx(net, x))
-    spec = ChainSpec((Stage(16, 4, 1, (3, 1), (2, 1), (1, 0), (1, 0)), Stage(4, 16, 1, (1, 3), (1, 1), (0, 1), (0, 1))), 2, bias=True, activation="relu")
+    spec = ChainSpec(
+        (Stage(16, 4, 1, (3, 1), (2, 1), (1, 0), (1, 0)), Stage(4, 16, 1, (1, 3), (1, 1), (0, 1), (0, 1))),
+        2,
+        bias=True,
+        activation="relu",
+    )
     assert found == [chain.spec for chain in find_chains(NodeReader(model))] == [spec]
 
 
@@ -147,7 +174,7 @@ CALL = ChainCall(ChainSpec((Stage(8, 2), Stage(2, 8)), 0, bias=True), (5, 8))
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
-    """A clock by which the plain chain takes 4 s, channel lanes 2 s; how many calls it was given each time."""
+    """A clock: plain chains take 4 s, channel lanes 2 s; tells how many calls it was given each time."""
     seen: list[int] = []
 
     def seconds(calls: dict[str, object], threads: int) -> dict[str, float]:
@@ -167,7 +194,12 @@ def test_times_are_measured_once_for_all_that_they_depend_on(timed: list[int]) -
     assert measured([trial()], choose.LANES) == Verdict("channels", 2.0, 4.0)
     assert measured([trial()], choose.LANES) == Verdict("channels", 2.0, 4.0)
     assert timed == [2]
-    others = [trial(threads=2), trial(runtime="here 2"), trial(replace(CALL, size=(6, 8))), trial(replace(CALL, frozen=True))]
+    others = [
+        trial(threads=2),
+        trial(runtime="here 2"),
+        trial(replace(CALL, size=(6, 8))),
+        trial(replace(CALL, frozen=True)),
+    ]
     for count, other in enumerate(others, start=2):
         measured([other], choose.LANES)
         assert len(timed) == count
@@ -179,7 +211,12 @@ def test_the_key_names_the_machine_the_libraries_and_the_kernels(monkeypatch: py
     assert native.isa() in key.device
     assert f"torch {torch.__version__}" in key.runtime
     assert native.version() in key.runtime
-    assert (key.threads, key.batch, key.dtype, key.format) == (torch.get_num_threads(), 5, "float32", "chain channels")
+    assert (key.threads, key.batch, key.dtype, key.format) == (
+        torch.get_num_threads(),
+        5,
+        "float32",
+        "chain channels",
+    )
     monkeypatch.setattr(native, "version", lambda: "another build")
     assert in_torch(CALL).key("channels") != key
 

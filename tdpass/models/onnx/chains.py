@@ -23,7 +23,7 @@ NodeChain = Chain[ir.Node, Slot]
 
 
 class NodeReader:
-    """Reads the layers of the main graph whose weights are constants of float32; see `tdpass.fusing.find.Reader`."""
+    """Reads layers of the main graph whose weights are constants of float32; a `tdpass.fusing.find.Reader`."""
 
     cuts = False
 
@@ -49,7 +49,13 @@ class NodeReader:
 
     def bias(self, chain: NodeChain) -> NodeChain:
         add, slot = _sum(result(chain))
-        if add is None or slot is None or chain.links[0].axes or chain.bias is not None or not _is_bias(slot.value, outputs_of(chain)):
+        if (
+            add is None
+            or slot is None
+            or chain.links[0].axes
+            or chain.bias is not None
+            or not _is_bias(slot.value, outputs_of(chain))
+        ):
             return chain
         return replace(chain, nodes=(*chain.nodes, add), bias=slot)
 
@@ -100,8 +106,16 @@ def axes_of(model: ir.Model, inputs: Mapping[str, Axes]) -> dict[str, Axes]:
     proto = skeleton(model)
     for value in proto.graph.input:
         if value.name in inputs:
-            value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, value.type.tensor_type.elem_type, inputs[value.name]))
-    declared = [value for value in proto.graph.value_info if all(axis.HasField("dim_value") for axis in value.type.tensor_type.shape.dim)]
+            value.CopyFrom(
+                onnx.helper.make_tensor_value_info(
+                    value.name, value.type.tensor_type.elem_type, inputs[value.name]
+                )
+            )
+    declared = [
+        value
+        for value in proto.graph.value_info
+        if all(axis.HasField("dim_value") for axis in value.type.tensor_type.shape.dim)
+    ]
     del proto.graph.value_info[:]
     proto.graph.value_info.extend(declared)
     for value in proto.graph.output:
@@ -113,20 +127,31 @@ def axes_of(model: ir.Model, inputs: Mapping[str, Axes]) -> dict[str, Axes]:
     known: dict[str, Axes] = {}
     for value in (*graph.input, *graph.output, *graph.value_info):
         if value.type.tensor_type.HasField("shape"):
-            known[value.name] = tuple(axis.dim_value if axis.HasField("dim_value") else None for axis in value.type.tensor_type.shape.dim)
+            known[value.name] = tuple(
+                axis.dim_value if axis.HasField("dim_value") else None
+                for axis in value.type.tensor_type.shape.dim
+            )
     return known
 
 
 def _probes(model: ir.Model) -> list[dict[str, Axes]]:
-    """Two choices of sizes for the open axes of the inputs, an even and an odd one: values as large as each other in both always are."""
+    """Two choices of sizes for the open axes of the inputs, an even and an odd one.
+
+    Values that are as large as each other in both always are.
+    """
     probes: list[dict[str, Axes]] = []
     for first in (64, 97):
         numbers: dict[object, int] = {}
         probes.append({})
         for value in model.graph.inputs:
             if value.shape is not None:
-                axes = [size if isinstance(size, int) else size.value or object() for size in value.shape.dims]
-                probes[-1][value.name or ""] = tuple(axis if isinstance(axis, int) else numbers.setdefault(axis, first + 32 * len(numbers)) for axis in axes)
+                axes = [
+                    size if isinstance(size, int) else size.value or object() for size in value.shape.dims
+                ]
+                probes[-1][value.name or ""] = tuple(
+                    axis if isinstance(axis, int) else numbers.setdefault(axis, first + 32 * len(numbers))
+                    for axis in axes
+                )
     return probes
 
 
@@ -135,7 +160,13 @@ def _layer(node: ir.Node) -> NodeLink | None:
         return None
     weight = node.inputs[1]
     tensor = constant(weight)
-    if weight is None or tensor is None or tensor.dtype != ir.DataType.FLOAT or 0 in sizes(tensor) or constant(node.inputs[0]) is not None:
+    if (
+        weight is None
+        or tensor is None
+        or tensor.dtype != ir.DataType.FLOAT
+        or 0 in sizes(tensor)
+        or constant(node.inputs[0]) is not None
+    ):
         return None
     return _conv(node, sizes(tensor)) if node.op_type == "Conv" else _product(node, sizes(tensor))
 
@@ -143,7 +174,12 @@ def _layer(node: ir.Node) -> NodeLink | None:
 def _conv(node: ir.Node, shape: tuple[int, ...]) -> NodeLink | None:
     axes, attributes = len(shape) - 2, node.attributes
     pads = list(attributes.get_ints("pads", (0,) * (2 * axes)))
-    if axes not in (1, 2) or math.prod(shape[2:]) > MAX_TAPS or attributes.get_string("auto_pad", "NOTSET") != "NOTSET" or min(pads) < 0:
+    if (
+        axes not in (1, 2)
+        or math.prod(shape[2:]) > MAX_TAPS
+        or attributes.get_string("auto_pad", "NOTSET") != "NOTSET"
+        or min(pads) < 0
+    ):
         return None
 
     def pair(values: tuple[int, ...], rest: int) -> tuple[int, int]:
@@ -161,13 +197,20 @@ def _conv(node: ir.Node, shape: tuple[int, ...]) -> NodeLink | None:
 def _product(node: ir.Node, shape: tuple[int, ...]) -> NodeLink | None:
     attributes = node.attributes
     flipped = attributes.get_int("transB", 0) == 1
-    if len(shape) != 2 or attributes.get_int("transA", 0) != 0 or attributes.get_float("alpha", 1.0) != 1.0 or attributes.get_float("beta", 1.0) != 1.0:
+    if (
+        len(shape) != 2
+        or attributes.get_int("transA", 0) != 0
+        or attributes.get_float("alpha", 1.0) != 1.0
+        or attributes.get_float("beta", 1.0) != 1.0
+    ):
         return None
     inputs, outputs = shape[::-1] if flipped else shape
     bias = _bias(node)
     if bias is not None and not _is_bias(bias.value, outputs):
         return None
-    return Link((node,), Slot(node, 0), Slot(node, 1), bias, 0, Stage(inputs, outputs), transposed=not flipped)
+    return Link(
+        (node,), Slot(node, 0), Slot(node, 1), bias, 0, Stage(inputs, outputs), transposed=not flipped
+    )
 
 
 def _bias(node: ir.Node) -> Slot | None:

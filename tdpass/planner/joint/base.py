@@ -21,7 +21,7 @@ Group = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Network:
-    """A network as joint changes see it: its sites by name, their dense weights and biases, and recorded runs.
+    """A network as joint changes see it: its sites by name, their dense weights and biases, recorded runs.
 
     `metrics` holds the errors' metric of every site that some change `reads`.
     """
@@ -48,10 +48,11 @@ class Variant:
 class JointChange(ABC):
     """A change of several sites; a subclass per file, registered with `register_joint_change` by its `name`.
 
-    A layer that it makes may have fewer channels than its site, as `Form.inputs` and `Form.outputs` say: `site` of the layer is then
-    `form.on(site)`.  It costs what its layers cost in their forms.  In a plan, the choice of every site that takes part says its form,
-    `joint`, the name of the change, and the `channels` of the variant; matrices that a change computes are computed again from the
-    data when the plan is carried out, as factors are.
+    A layer that it makes may have fewer channels than its site, as `Form.inputs` and `Form.outputs` say:
+    `site` of the layer is then `form.on(site)`.  It costs what its layers cost in their forms.  In a plan,
+    the choice of every site that takes part says its form, `joint`, the name of the change, and the
+    `channels` of the variant; matrices that a change computes are computed again from the data when the plan
+    is carried out, as factors are.
     """
 
     name: ClassVar[str]
@@ -73,7 +74,7 @@ class JointChange(ABC):
         """What planning may choose among."""
 
     def planned(self, choices: Sequence[Choice]) -> bool:
-        """Whether a plan makes the change to a group for whose sites it has these choices, of which each names the change."""
+        """Whether a plan makes the change to a group with these choices, each of which names it."""
         return True
 
     @abstractmethod

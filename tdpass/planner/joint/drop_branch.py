@@ -21,7 +21,7 @@ _NOTHING_READ = Form("dense", (), inputs=0)
 
 @register_joint_change
 class DropBranch(JointChange):
-    """No site of the branch reads anything; the last, whose output enters the sum, answers with its mean output."""
+    """No site of the branch reads anything; the last, whose output enters the sum, answers with its mean."""
 
     name = "drop-branch"
 
@@ -38,7 +38,7 @@ class DropBranch(JointChange):
 
 
 def _branches(tape: Tape, sites: Mapping[str, Site], pairs: Sequence[Pair]) -> list[Group]:
-    """Residual branches made of sites only, each from its first site to the one whose output enters the sum."""
+    """Residual branches of sites only, each from its first site to the one whose output enters the sum."""
     before = {consumer: producer for producer, consumer in pairs}
     branches: list[Group] = []
     for name, indices in tape.site_calls.items():

@@ -28,7 +28,7 @@ Made = tuple[JointChange, Group]
 
 @dataclass(frozen=True)
 class JointOption:
-    """Candidates for the sites of one joint change, which only make sense together; `channels` are those kept between them."""
+    """Candidates for the sites of one change, none without the others; `channels` are kept between them."""
 
     parts: Mapping[str, Candidate]
     loss: float
@@ -37,9 +37,18 @@ class JointOption:
 
 
 def joint_options(
-    sites: Mapping[str, Site], weight: Read, bias: ReadBias, tapes: Sequence[Tape], sweep: Sweep, tick: Tick, seconds: float = math.inf
+    sites: Mapping[str, Site],
+    weight: Read,
+    bias: ReadBias,
+    tapes: Sequence[Tape],
+    sweep: Sweep,
+    tick: Tick,
+    seconds: float = math.inf,
 ) -> list[JointOption]:
-    """All joint options with their losses, as many of them measured as there are seconds of one core for, one of each group at least."""
+    """All joint options with their losses.
+
+    As many of these are measured as there are seconds of one core for, one of each group at least.
+    """
     found = [made for made in _everywhere(tapes, sites) if made[0].worth_trying(made[1], sites)]
     network = _observed(found, sites, weight, bias, tapes, sweep.divergence)
     calls = tapes[0].site_calls
@@ -51,18 +60,27 @@ def joint_options(
         layers = [partial(_layers, variant) for variant in variants]
         errors = [max(variant.errors.values()) for variant in variants]
         losses = measure_losses(sweep, layers, errors, len(variants), deadline) if variants else []
-        finite = [(variant, loss) for variant, loss in zip(variants, losses, strict=True) if math.isfinite(loss.value)]
+        finite = [
+            (variant, loss)
+            for variant, loss in zip(variants, losses, strict=True)
+            if math.isfinite(loss.value)
+        ]
         options += [_option(change, variant, loss, sites) for variant, loss in finite]
         tick("trying changes of several layers", done + 1, len(found))
     return options
 
 
 def joint_layers(
-    chosen: Mapping[str, Choice], sites: Mapping[str, Site], weight: Read, bias: ReadBias, tapes: Sequence[Tape], divergence: FittedDivergence
+    chosen: Mapping[str, Choice],
+    sites: Mapping[str, Site],
+    weight: Read,
+    bias: ReadBias,
+    tapes: Sequence[Tape],
+    divergence: FittedDivergence,
 ) -> Iterator[Mapping[str, Layer]]:
-    """The layers of the sites that a plan changes together, group by group; those of groups that the network lacks are left out.
+    """The layers of the sites that a plan changes together, group by group.
 
-    Raises `UsageError` for an unknown change.
+    Groups that the network lacks are left out.  Raises `UsageError` for an unknown change.
     """
     for choice in chosen.values():
         JOINT_CHANGES.get(choice.joint)
@@ -74,7 +92,9 @@ def joint_layers(
 
 def _everywhere(tapes: Sequence[Tape], sites: Mapping[str, Site]) -> list[Made]:
     # of options that cost and lose the same the knapsack takes the first: channels rather than branches
-    return [(change, group) for change in reversed(list(JOINT_CHANGES)) for group in change.find(tapes, sites)]
+    return [
+        (change, group) for change in reversed(list(JOINT_CHANGES)) for group in change.find(tapes, sites)
+    ]
 
 
 def _planned(made: Made, chosen: Mapping[str, Choice]) -> bool:
@@ -84,16 +104,26 @@ def _planned(made: Made, chosen: Mapping[str, Choice]) -> bool:
 
 
 def _observed(
-    found: Sequence[Made], sites: Mapping[str, Site], weight: Read, bias: ReadBias, tapes: Sequence[Tape], divergence: FittedDivergence
+    found: Sequence[Made],
+    sites: Mapping[str, Site],
+    weight: Read,
+    bias: ReadBias,
+    tapes: Sequence[Tape],
+    divergence: FittedDivergence,
 ) -> Network:
     read = dict.fromkeys(name for change, group in found for name in change.reads(group))
-    metrics = {site.name: metric for site, metric in stream_metrics(tapes, [sites[name] for name in read], divergence)}
+    metrics = {
+        site.name: metric
+        for site, metric in stream_metrics(tapes, [sites[name] for name in read], divergence)
+    }
     return Network(sites, weight, bias, tapes, metrics)
 
 
 def _option(change: JointChange, variant: Variant, loss: Loss, sites: Mapping[str, Site]) -> JointOption:
     """The option with its loss, which the last of its parts bears: a plan adds up those of its sites."""
-    parts = {name: _candidate(sites[name], layer, variant.errors[name]) for name, layer in variant.layers.items()}
+    parts = {
+        name: _candidate(sites[name], layer, variant.errors[name]) for name, layer in variant.layers.items()
+    }
     last = list(parts)[-1]
     parts[last] = with_loss(parts[last], loss.value, not loss.measured)
     return JointOption(parts, loss.value, variant.channels, change.name)

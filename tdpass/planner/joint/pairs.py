@@ -11,13 +11,18 @@ Pair = tuple[str, str]
 
 
 def find_pairs(tapes: Sequence[Tape], sites: Mapping[str, Site]) -> list[Pair]:
-    """Sites of which the first feeds the second alone, through element-wise functions without parameters, in every run; front to back."""
+    """Sites of which the first feeds the second alone, in every run; front to back.
+
+    Between them are at most element-wise functions without parameters.
+    """
     found = [_pairs(tape, sites) for tape in tapes]
     return [pair for pair in found[0] if all(pair in others for others in found[1:])]
 
 
 def _pairs(tape: Tape, sites: Mapping[str, Site]) -> list[Pair]:
-    once = {indices[0]: name for name, indices in tape.site_calls.items() if len(indices) == 1 and name in sites}
+    once = {
+        indices[0]: name for name, indices in tape.site_calls.items() if len(indices) == 1 and name in sites
+    }
     pairs: list[Pair] = []
     for index, name in sorted(once.items()):
         reader = tape.channelwise_consumer(index)
@@ -32,4 +37,8 @@ def _meet(made: Site, making: Call, read: Site, reading: Call) -> bool:
     They are as many, and on the same axis, since sizes of other axes may equal them.
     """
     whole = made.groups == read.groups == 1
-    return whole and made.o == read.i and made.channel_axis(len(making.shapes[1])) == read.channel_axis(len(reading.shapes[0]))
+    return (
+        whole
+        and made.o == read.i
+        and made.channel_axis(len(making.shapes[1])) == read.channel_axis(len(reading.shapes[0]))
+    )

@@ -21,8 +21,9 @@ KEEP_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.375, 0.25)
 
 @register_joint_change
 class PruneChannels(JointChange):
-    """W1[kept, :] and the W2 on the kept channels that answers best: least squares in the second site's metric, and its mean in the bias.
+    """W1[kept, :] and the best W2 on the kept channels.
 
+    W2 is found by least squares in the second site's metric; its bias takes up what the mean output lost.
     Channels go one by one by structured optimal brain surgery, see `tdpass.planner.surgeon`.
     """
 
@@ -49,12 +50,17 @@ class PruneChannels(JointChange):
 
     def planned(self, choices: Sequence[Choice]) -> bool:
         first, second = choices
-        return first.channels == second.channels and first.form.outputs == len(first.channels) == second.form.inputs
+        return (
+            first.channels == second.channels
+            and first.form.outputs == len(first.channels) == second.form.inputs
+        )
 
     def carry_out(self, group: Group, choices: Sequence[Choice], network: Network) -> Mapping[str, Layer]:
         channels, read = choices[1].channels, network.sites[group[1]]
         if not all(0 <= channel < read.i for channel in channels):
-            raise PlanError(f"the plan keeps channels {channels} of site {read.name!r}, which has {read.i}; plan again")
+            raise PlanError(
+                f"the plan keeps channels {channels} of site {read.name!r}, which has {read.i}; plan again"
+            )
         return _pruned(group, network, channels)
 
 
@@ -65,7 +71,9 @@ def _pruned(group: Group, network: Network, channels: Sequence[int]) -> dict[str
     second, second_bias = network.weight(read.name).double(), network.bias(read.name)
     kept = keep_channels(second, metric, channels)
     if metric.mean is not None:
-        lost = second.flatten(1) @ metric.mean - kept.flatten(1) @ metric.mean.reshape(read.i, -1)[index].reshape(-1)
+        lost = second.flatten(1) @ metric.mean - kept.flatten(1) @ metric.mean.reshape(read.i, -1)[
+            index
+        ].reshape(-1)
         second_bias = lost if second_bias is None else second_bias.double() + lost
     kept_bias = None if first_bias is None else first_bias[index]
     makes, reads = Form("dense", (), outputs=len(channels)), Form("dense", (), inputs=len(channels))
