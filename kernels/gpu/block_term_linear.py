@@ -25,10 +25,28 @@ _LARGEST_TILE = 1 << 16  # bytes of one block's core for one part; float32 witho
 
 @jit
 def block_kernel(
-    x: tl.tensor, first: tl.tensor, core: tl.tensor, h: tl.tensor, rows: tl.tensor, parts: tl.tensor, length: tl.tensor, rank_r: tl.tensor,
-    rank_s: tl.tensor, x_step: tl.tensor, first_step: tl.tensor, core_block: tl.tensor, core_part: tl.tensor, core_row: tl.tensor, h_step: tl.tensor,
-    block_m: tl.constexpr, block_k: tl.constexpr, block_r: tl.constexpr, block_s: tl.constexpr, compute: tl.constexpr, precision: tl.constexpr,
-) -> None:  # fmt: skip
+    x: tl.tensor,
+    first: tl.tensor,
+    core: tl.tensor,
+    h: tl.tensor,
+    rows: tl.tensor,
+    parts: tl.tensor,
+    length: tl.tensor,
+    rank_r: tl.tensor,
+    rank_s: tl.tensor,
+    x_step: tl.tensor,
+    first_step: tl.tensor,
+    core_block: tl.tensor,
+    core_part: tl.tensor,
+    core_row: tl.tensor,
+    h_step: tl.tensor,
+    block_m: tl.constexpr,
+    block_k: tl.constexpr,
+    block_r: tl.constexpr,
+    block_s: tl.constexpr,
+    compute: tl.constexpr,
+    precision: tl.constexpr,
+) -> None:
     """Block `program_id(1)` of h for `block_m` rows; `core[b, p, s, r]`, `first[(b r), i]`."""
     m, b = tl.program_id(0) * block_m + tl.arange(0, block_m), tl.program_id(1)
     r, s = tl.arange(0, block_r), tl.arange(0, block_s)
@@ -115,11 +133,30 @@ class _Call:
         """Launch the first of the two kernels."""
         b, parts, s, r = self.core.shape
         block_kernel[blocks(len(self.x), config["m"]), b](
-            self.x, self.first, self.core, self.hidden, len(self.x), parts, self.first.shape[1], r, s,
-            self.x.stride(0), self.first.stride(0), self.core.stride(0), self.core.stride(1), self.core.stride(2), self.hidden.stride(0),
-            config["m"], min(config["k"], power(self.first.shape[1])), power(r), power(s), triton_type(self.x.dtype), self.precision,
-            num_warps=config["warps"], num_stages=config["stages"],
-        )  # fmt: skip
+            x=self.x,
+            first=self.first,
+            core=self.core,
+            h=self.hidden,
+            rows=len(self.x),
+            parts=parts,
+            length=self.first.shape[1],
+            rank_r=r,
+            rank_s=s,
+            x_step=self.x.stride(0),
+            first_step=self.first.stride(0),
+            core_block=self.core.stride(0),
+            core_part=self.core.stride(1),
+            core_row=self.core.stride(2),
+            h_step=self.hidden.stride(0),
+            block_m=config["m"],
+            block_k=min(config["k"], power(self.first.shape[1])),
+            block_r=power(r),
+            block_s=power(s),
+            compute=triton_type(self.x.dtype),
+            precision=self.precision,
+            num_warps=config["warps"],
+            num_stages=config["stages"],
+        )
 
     def candidates(self) -> list[Config]:
         """Configurations worth timing, the default first."""

@@ -34,11 +34,6 @@ class Matrix:
         n, c, h, w = x.shape
         return cls(x, n * h * w, c, h * w, x.stride(0), x.stride(3 if w > 1 else 2), x.stride(1))
 
-    @property
-    def place(self) -> tuple[int, int, int, int]:
-        """`inner, outer, step, column`."""
-        return self.inner, self.outer, self.step, self.column
-
 
 def even(x: Tensor) -> Tensor:
     """The image x, copied to channels last unless its rows follow each other without a gap."""

@@ -40,12 +40,36 @@ _SPLITS = 8
 
 @jit
 def svd_kernel(
-    x: tl.tensor, v: tl.tensor, u: tl.tensor, scale_v: tl.tensor, scale_u: tl.tensor, bias: tl.tensor, rest: tl.tensor, y: tl.tensor, rows: tl.tensor,
-    depth: tl.tensor, rank: tl.tensor, columns: tl.tensor, x_step: tl.tensor, v_step: tl.tensor, u_step: tl.tensor, rest_step: tl.tensor, y_step: tl.tensor,
+    x: tl.tensor,
+    v: tl.tensor,
+    u: tl.tensor,
+    scale_v: tl.tensor,
+    scale_u: tl.tensor,
+    bias: tl.tensor,
+    rest: tl.tensor,
+    y: tl.tensor,
+    rows: tl.tensor,
+    depth: tl.tensor,
+    rank: tl.tensor,
+    columns: tl.tensor,
+    x_step: tl.tensor,
+    v_step: tl.tensor,
+    u_step: tl.tensor,
+    rest_step: tl.tensor,
+    y_step: tl.tensor,
     share: tl.tensor,
-    block_m: tl.constexpr, block_k: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr, activation: tl.constexpr, scaled: tl.constexpr,
-    biased: tl.constexpr, rested: tl.constexpr, compute: tl.constexpr, between: tl.constexpr, precision: tl.constexpr,
-) -> None:  # fmt: skip
+    block_m: tl.constexpr,
+    block_k: tl.constexpr,
+    block_n: tl.constexpr,
+    block_r: tl.constexpr,
+    activation: tl.constexpr,
+    scaled: tl.constexpr,
+    biased: tl.constexpr,
+    rested: tl.constexpr,
+    compute: tl.constexpr,
+    between: tl.constexpr,
+    precision: tl.constexpr,
+) -> None:
     """`block_m` rows and columns `program_id(1) * share` onwards; programs of the same rows make the hidden values anew."""
     m, r = tl.program_id(0) * block_m + tl.arange(0, block_m), tl.arange(0, block_r)
     far, in_rank = m.to(tl.int64)[:, None], r < rank
@@ -152,12 +176,38 @@ class _Call:
         share = blocks(blocks(columns, config["programs"]), config["n"]) * config["n"]
         compute = self.x.dtype if self.x.dtype == self.v.dtype else self.wide
         svd_kernel[blocks(len(self.x), config["m"]), blocks(columns, share)](
-            self.x, self.v, self.u, self.scale_v, self.scale_u, self.bias, rest, self.y, len(self.x), self.x.shape[1], rank, columns,
-            self.x.stride(0), self.v.stride(0), self.u.stride(0), rest.stride(0), self.y.stride(0), share,
-            config["m"], config["k"], config["n"], power(rank), ACTIVATIONS[self.activation], self.scale_v is not None,
-            self.bias is not None, self.rest is not None, triton_type(compute), triton_type(self.wide), self.precision,
-            num_warps=config["warps"], num_stages=config["stages"],
-        )  # fmt: skip
+            x=self.x,
+            v=self.v,
+            u=self.u,
+            scale_v=self.scale_v,
+            scale_u=self.scale_u,
+            bias=self.bias,
+            rest=rest,
+            y=self.y,
+            rows=len(self.x),
+            depth=self.x.shape[1],
+            rank=rank,
+            columns=columns,
+            x_step=self.x.stride(0),
+            v_step=self.v.stride(0),
+            u_step=self.u.stride(0),
+            rest_step=rest.stride(0),
+            y_step=self.y.stride(0),
+            share=share,
+            block_m=config["m"],
+            block_k=config["k"],
+            block_n=config["n"],
+            block_r=power(rank),
+            activation=ACTIVATIONS[self.activation],
+            scaled=self.scale_v is not None,
+            biased=self.bias is not None,
+            rested=self.rest is not None,
+            compute=triton_type(compute),
+            between=triton_type(self.wide),
+            precision=self.precision,
+            num_warps=config["warps"],
+            num_stages=config["stages"],
+        )
 
     def _in_two(self, config: Config) -> None:
         rows, rank, splits = len(self.x), self.v.shape[0], config["programs"]

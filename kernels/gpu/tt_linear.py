@@ -27,11 +27,32 @@ _LONGEST = 256  # i' of two cores, a side of the tile of x that is held
 
 @jit
 def tt_kernel(
-    x: tl.tensor, a: tl.tensor, b: tl.tensor, bias: tl.tensor, rest: tl.tensor, y: tl.tensor, tokens: tl.tensor, rank: tl.tensor, out_left: tl.tensor,
-    out_right: tl.tensor, in_left: tl.tensor, in_right: tl.tensor, x_step: tl.tensor, rest_step: tl.tensor, y_step: tl.tensor,
-    block_t: tl.constexpr, block_ol: tl.constexpr, block_or: tl.constexpr, block_il: tl.constexpr, block_ir: tl.constexpr, activation: tl.constexpr,
-    biased: tl.constexpr, rested: tl.constexpr, compute: tl.constexpr, precision: tl.constexpr,
-) -> None:  # fmt: skip
+    x: tl.tensor,
+    a: tl.tensor,
+    b: tl.tensor,
+    bias: tl.tensor,
+    rest: tl.tensor,
+    y: tl.tensor,
+    tokens: tl.tensor,
+    rank: tl.tensor,
+    out_left: tl.tensor,
+    out_right: tl.tensor,
+    in_left: tl.tensor,
+    in_right: tl.tensor,
+    x_step: tl.tensor,
+    rest_step: tl.tensor,
+    y_step: tl.tensor,
+    block_t: tl.constexpr,
+    block_ol: tl.constexpr,
+    block_or: tl.constexpr,
+    block_il: tl.constexpr,
+    block_ir: tl.constexpr,
+    activation: tl.constexpr,
+    biased: tl.constexpr,
+    rested: tl.constexpr,
+    compute: tl.constexpr,
+    precision: tl.constexpr,
+) -> None:
     """A tile `[o, (token, o')]` of y; `a[r, o, i]` and `b[r, o', i']` are contiguous."""
     first = tl.program_id(0) * block_t
     right = tl.program_id(1) * block_or + tl.arange(0, block_or)
@@ -145,12 +166,34 @@ class _Call:
         block_ol, block_or = min(config["ol"], power(out_left)), min(config["or"], power(out_right))
         grid = (blocks(len(self.x), config["t"]), blocks(out_right, block_or), blocks(out_left, block_ol))
         tt_kernel[grid](
-            self.x, self.left, self.right, self.bias, rest, self.y, len(self.x), rank, out_left, out_right, in_left, in_right,
-            self.x.stride(0), rest.stride(0), self.y.stride(0),
-            config["t"], block_ol, block_or, min(config["il"], power(in_left)), power(in_right),
-            ACTIVATIONS[self.activation], self.bias is not None, self.rest is not None, triton_type(self.x.dtype), self.precision,
-            num_warps=config["warps"], num_stages=config["stages"],
-        )  # fmt: skip
+            x=self.x,
+            a=self.left,
+            b=self.right,
+            bias=self.bias,
+            rest=rest,
+            y=self.y,
+            tokens=len(self.x),
+            rank=rank,
+            out_left=out_left,
+            out_right=out_right,
+            in_left=in_left,
+            in_right=in_right,
+            x_step=self.x.stride(0),
+            rest_step=rest.stride(0),
+            y_step=self.y.stride(0),
+            block_t=config["t"],
+            block_ol=block_ol,
+            block_or=block_or,
+            block_il=min(config["il"], power(in_left)),
+            block_ir=power(in_right),
+            activation=ACTIVATIONS[self.activation],
+            biased=self.bias is not None,
+            rested=self.rest is not None,
+            compute=triton_type(self.x.dtype),
+            precision=self.precision,
+            num_warps=config["warps"],
+            num_stages=config["stages"],
+        )
 
     def candidates(self) -> list[Config]:
         """Configurations worth timing, the default first: tokens, o, o' and i per tile, of which tokens times i and times o' multiply."""
