@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from tdpass.models.base import Model, call_batch
 from tdpass.pipeline import Job, Pass, register_pass
 from tdpass.planner.cache import CandidateCache
 from tdpass.planner.effort import effort_named
+from tdpass.planner.offers import EVERYTHING, NOTHING, Offer
 from tdpass.planner.planning import Dense, Table, add_joint_options, tabulate
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.planner.stopwatch import prices_on
@@ -22,6 +24,9 @@ from tdpass.planner.trials import Promise
 from tdpass.report import CurvePoint
 from tdpass.site import Site, selects
 from tdpass.targets import TARGETS, Target
+
+AUTO, NONE = "auto", "none"
+FEW_BYTES = 0.25  # what integers of a byte leave of single precision
 
 
 @register_pass
@@ -32,7 +37,9 @@ class Plan(Pass):
     Options override the budget of the job: `bounds` by measure, each of which is an option of that name.
     `joint` also tries options that change neighbouring sites together.
     `effort`: fast (losses from the metric alone), normal (losses measured for about a minute) or thorough; default: the job's.
-    `numbers`: number types, joined by +, that sites may be stored in under a budget on bytes, where no target is asked for.
+    `numbers`: number types, joined by +, that sites may be stored in under a budget on bytes, where no target is asked for, and
+    `supports`: supports of weights, likewise.  `auto` offers some of each under a budget of at most a quarter of the bytes, and under one
+    that cannot be met without; `none` offers none.
     `pivot`: factors without what they hold twice, as the pass `pivot` makes them, at their lower cost.
     The model itself is not changed.
     """
@@ -46,7 +53,8 @@ class Plan(Pass):
     max_error: float | None = None
     joint: bool = True
     effort: str | None = None
-    numbers: str = ""
+    numbers: str = "auto"
+    supports: str = ""
     pivot: bool = False
 
     def run(self, model: Model, job: Job) -> bool:
@@ -56,15 +64,26 @@ class Plan(Pass):
         effort = effort_named(self.effort or job.effort).of(job.original.macs)
         tapes, divergence = job.tapes(model), job.fitted_divergence
         dense, cache, context = Dense(model.weight, model.bias), CandidateCache(job.cache), self._context(model, job, sites)
-        numbers = tuple(filter(None, self.numbers.split("+"))) if "bytes" in budget.measures and job.target is None else ()
-        table = tabulate(sites, dense, tapes, divergence, job.formats, cache, context, job.progress, job.target, effort, numbers, self.pivot)
-        table.prepared = Cost(model.params(), job.original.macs, model.bytes())
-        if self.joint and effort.measured and tapes and not job.formats and budget.max_error is None:
-            add_joint_options(table, dense, tapes, divergence, cache, context, job.progress, effort)
-        if job.target is None:
-            plan = table.plan(budget, job.original)
-        else:
+
+        def tabulated(offer: Offer) -> Table:
+            table = tabulate(sites, dense, tapes, divergence, job.formats, cache, context, job.progress, job.target, effort, offer, self.pivot)
+            table.prepared = Cost(model.params(), job.original.macs, model.bytes())
+            if self.joint and effort.measured and tapes and not job.formats and budget.max_error is None:
+                add_joint_options(table, dense, tapes, divergence, cache, context, job.progress, effort)
+            return table
+
+        offer = self._offer(budget, job)
+        table = tabulated(offer)
+        if job.target is not None:
             plan, table = self._on_target(job.target, table, budget, model, job)
+        else:
+            try:
+                plan = table.plan(budget, job.original)
+            except BudgetError:
+                if offer or self.numbers != AUTO or "bytes" not in budget.measures:
+                    raise
+                table = tabulated(EVERYTHING)
+                plan = table.plan(budget, job.original)
         job.plan, job.budget, job.expected = plan, budget, plan.loss if tapes and effort.measured else None
         job.report.budget, job.report.metric, job.report.divergence = str(budget), plan.metric, plan.divergence
         job.report.sites = plan.rows()
@@ -78,6 +97,17 @@ class Plan(Pass):
             estimated = sum(candidate.estimated for candidate in every)
             job.note(f"effort {effort.name}: {len(every) - estimated} losses measured, {estimated} estimated")
         return False
+
+    def _offer(self, budget: Budget, job: Job) -> Offer:
+        """Number types and supports for the first try."""
+        if self.numbers not in {AUTO, NONE}:
+            wanted = Offer.parse(self.numbers, self.supports)
+        elif self.supports:
+            wanted = Offer.parse("", self.supports)
+        else:
+            low = budget.limits(job.original).get("bytes", math.inf) <= FEW_BYTES * job.original.bytes
+            wanted = EVERYTHING if self.numbers == AUTO and low else NOTHING
+        return wanted if "bytes" in budget.measures and job.target is None else NOTHING
 
     def _on_target(self, target: Target, table: Table, budget: Budget, model: Model, job: Job) -> tuple[RankPlan, Table]:
         """The plan by what the target says, and the table with that; the model as it is now becomes what the result is held against."""

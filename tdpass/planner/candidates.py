@@ -11,16 +11,19 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from tdpass.cost import Budget, Cost, pays
-from tdpass.errors import NumericalError
+from tdpass.errors import NumericalError, PlanError
 from tdpass.form import DENSE, Form, Formed, Rank
-from tdpass.formats.base import FORMATS, Decomposition, Factors, Format, Layer, cost_of, dense_cost, shrinks
+from tdpass.formats.base import FORMATS, Decomposition, Factors, Format, Layer, check_form, cost_of, dense_cost, shrinks
 from tdpass.formats.metric import Metric
 from tdpass.planner.effort import NEVER, Deadline
+from tdpass.planner.offers import Offer
+from tdpass.planner.rounding import Way, rounded_factor
 from tdpass.site import Site
 
 _KEPT_WEIGHTS = 2**18
 _KEPT_SEARCHED = 2**22
 _SEARCHED_WEIGHTS = 2**19
+_COMPENSATED = 1152  # columns up to which what each loses is made up for in rough fits too
 _CLEARLY = 1.25
 _PLAIN_SHARE = 0.4
 _ENDS = 2
@@ -68,6 +71,7 @@ class SiteFits:
         self.bias, self.start = bias, start
         self._decompositions: dict[str, Decomposition] = {}
         self._factors: dict[tuple[str, Rank], Factors] = {}
+        self._stored: dict[Form, Layer] = {}
 
     def decomposition(self, format_name: str) -> Decomposition:
         """The shared work of a format, done once."""
@@ -89,6 +93,10 @@ class SiteFits:
         if self.site.weights <= (_KEPT_SEARCHED if FORMATS.get(format_name).searched else _KEPT_WEIGHTS):
             self._factors[key] = factors
         return factors
+
+    def at_hand(self, form: Form) -> bool:
+        """Whether its factors are kept, or found without a search."""
+        return (form.format, form.rank) in self._factors or not FORMATS.get(form.format).searched
 
     def layer(self, form: Form) -> Layer:
         """The layer in that form, its bias shifted so that the mean output on the calibration data stays what it was."""
@@ -119,8 +127,26 @@ class SiteFits:
         return self.metric.mean is not None and (self.site.bias or form.format != DENSE.format)
 
     def _unbiased(self, form: Form) -> Layer:
+        if form in self._stored:
+            return self._stored[form]
         plain = Layer(self.site, replace(form, numbers=(), support=""), self.factors(form.format, form.rank))
-        return plain.to(self.dtype).stored(form) if form.encoded else plain
+        if not form.encoded:
+            return plain
+        made = self._rounded(plain.to(self.dtype), form)
+        if self.site.weights <= _KEPT_WEIGHTS:
+            self._stored[form] = made
+        return made
+
+    def _rounded(self, plain: Layer, form: Form) -> Layer:
+        """The layer in number types of its own; what is the weight itself is rounded in the metric of the inputs, where that is known."""
+        inputs, groups = self.metric.inputs, self.metric.groups
+        if plain.form != DENSE or inputs is None or inputs.dim() != 2 + (groups > 1):
+            return plain.stored(form)
+        storage, (name,) = replace(plain, form=form).storage, plain.factors
+        covariance = inputs.double() if groups > 1 else inputs.double()[None]
+        way: Way = "activations" if self.rough and covariance.shape[-1] > _COMPENSATED else "moments"
+        rounded = rounded_factor(plain.factors[name], covariance, storage.numbers[name], storage.supports.get(name), way)
+        return replace(plain, form=form, factors=storage.stored(name, rounded.factor, rounded.beside))
 
     def _weight_of(self, layer: Layer) -> Tensor:
         return FORMATS.get(layer.format).reconstruct(dict(layer.values(torch.float64)), self.site)
@@ -177,16 +203,27 @@ def enumerate_candidates(
     return found
 
 
-def in_numbers(fits: SiteFits, candidates: Sequence[Candidate], numbers: Sequence[str]) -> list[Candidate]:
-    """The dense layer and the candidates whose format needs no search, with their factors stored in each of these number types.
+def on_offer(fits: SiteFits, candidates: Sequence[Candidate], offer: Offer, deadline: Deadline = NEVER) -> list[Candidate]:
+    """The dense layer and the candidates whose factors are at hand, in each number type and with each support on offer.
 
-    Those only that take fewer bytes than dense and no more of anything else that is known.
+    Those only that take fewer bytes than dense and no more of anything else that is known; past the deadline, of the dense layer alone.
     """
     dense = dense_cost(fits.site)
-    forms = [DENSE, *(candidate.form for candidate in candidates if not FORMATS.get(candidate.format).searched)]
-    found = [fits.candidate(replace(form, numbers=(each,))) for form in forms for each in numbers]
+    found = [fits.candidate(form) for form in offer.forms(DENSE) if _fits(fits.site, form)]
+    for candidate in candidates:
+        if deadline.left > 0 and fits.at_hand(candidate.form):
+            found += [fits.candidate(form) for form in offer.forms(candidate.form) if _fits(fits.site, form)]
     kept = [candidate for candidate in found if math.isfinite(candidate.error) and candidate.cost.bytes < dense.bytes]
     return [candidate for candidate in kept if all(candidate.cost.get(m) <= dense.get(m) for m in ("params", "macs"))]
+
+
+def _fits(site: Site, form: Form) -> bool:
+    """Whether the number types and the support of a form divide its factors."""
+    try:
+        check_form(site, form)
+    except PlanError:
+        return False
+    return True
 
 
 def _of_format(fits: SiteFits, fmt: Format, ranks: Sequence[Rank], others: Sequence[Candidate], deadline: Deadline) -> list[Candidate]:

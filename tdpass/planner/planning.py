@@ -16,11 +16,12 @@ from tdpass.formats.base import FORMATS, Layer, offered_formats
 from tdpass.formats.metric import Metric
 from tdpass.formats.pivoted import without_spare
 from tdpass.planner.cache import CandidateCache
-from tdpass.planner.candidates import Candidate, SiteFits, as_given, dense_candidate, enumerate_candidates, frontier, in_numbers, with_loss, within
+from tdpass.planner.candidates import Candidate, SiteFits, as_given, dense_candidate, enumerate_candidates, frontier, on_offer, with_loss, within
 from tdpass.planner.divergence import FittedDivergence
 from tdpass.planner.effort import THOROUGH, Allowance, Deadline, Effort
 from tdpass.planner.joint import JOINT_CHANGES, JointOption, joint_options
 from tdpass.planner.moments import stream_metrics
+from tdpass.planner.offers import NOTHING, Offer
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.planner.select import Option, cheapest, select
 from tdpass.planner.sensitivity import Sweep, estimate_losses, measure_losses
@@ -145,7 +146,7 @@ def tabulate(
     tick: Tick = lambda what, done, of: None,
     target: Target | None = None,
     effort: Effort = THOROUGH,
-    numbers: Sequence[str] = (),
+    offer: Offer = NOTHING,
     pivot: bool = False,
 ) -> Table:
     """Candidates and losses for every site.
@@ -154,7 +155,7 @@ def tabulate(
     candidate in place; as many as the effort has time for are measured, the rest follow from their errors.  Without, the loss of
     a candidate is the squared relative error of its weight.  `context` identifies model and data in the cache.  With `target`
     the candidates are meant for it: ranks that fill the machine, and of every format those that may turn out to be cheaper there.
-    `numbers` are number types that factors, and dense weights, may be stored in; with `pivot` factors hold nothing twice where that can be.
+    `offer` has number types and supports that factors, and dense weights, may be stored in; with `pivot` factors hold nothing twice where that can be.
     """
     cache = cache or CandidateCache(None)
     names = tuple(formats) or offered_formats()
@@ -162,7 +163,8 @@ def tabulate(
         FORMATS.get(name)
     versions = ",".join(f"{name}{FORMATS.get(name).version}" for name in names)
     fingerprints = {site.name: digest(dense.weight(site.name)) for site in sites}
-    purpose = (effort.name, str(effort.ranks), *(() if target is None else (target.filled_by,)), *numbers, *(("pivot",) if pivot else ()))
+    wishes = (*((str(offer),) if offer else ()), *(("pivot",) if pivot else ()))
+    purpose = (effort.name, str(effort.ranks), *(() if target is None else (target.filled_by,)), *wishes)
     keys = {site.name: digest(fingerprints[site.name], *_identity(site), versions, context, *purpose) for site in sites}
     known = {site.name: found for site in sites if (found := cache.get(keys[site.name])) is not None}
     missing = [site for site in sites if site.name not in known]
@@ -187,8 +189,8 @@ def tabulate(
             tried = without_spare(names, site) if pivot else names
             found = enumerate_candidates(fits, tried, effort.ranks, filling, effort.searches, deadline.part(_FIT_SHARE))
             best = _worth_timing(found, measures) if target is not None else frontier(found, measures)
-            if numbers:
-                best = frontier([*best, *in_numbers(fits, best, numbers)], (*measures, "bytes"))
+            if offer:
+                best = frontier([*best, *on_offer(fits, best, offer, deadline.part(_FIT_SHARE))], (*measures, "bytes"))
             known[site.name] = _with_losses(best, fits, sweep, len(missing), deadline, effort)
             cache.put(keys[site.name], known[site.name])
         except NumericalError as error:

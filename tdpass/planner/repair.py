@@ -51,11 +51,12 @@ def correct_biases(tapes: Sequence[Tape], layers: Mapping[str, Layer], biased: C
         layer = corrected.get(name)
         if layer is None or not answers(layer, moments) or name not in biased:
             continue
+        dtype = moments[0].target.dtype if layer.form.encoded else layer.dtype
         with torch.no_grad():
-            gaps = [kind_of(layer.site).output_rows(moment.target - layer(moment.x.to(layer.dtype)), layer.site) for moment in moments]
+            gaps = [kind_of(layer.site).output_rows(moment.target - layer(moment.x.to(dtype)), layer.site) for moment in moments]
             gap = sum((rows.double().sum(0) for rows in gaps), torch.zeros(layer.site.o, dtype=torch.float64)) / sum(rows.shape[0] for rows in gaps)
         bias = gap if layer.bias is None else layer.bias.double() + gap
-        corrected[name] = replace(layer, bias=bias.to(layer.dtype))
+        corrected[name] = replace(layer, bias=bias.to(dtype))
         lockstep.apply(name, corrected[name])
     return corrected
 

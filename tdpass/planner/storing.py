@@ -125,10 +125,10 @@ def _moments_of(name: str, layer: Layer, moments: Sequence[Moment]) -> Tensor | 
 
 
 def floating(layer: Layer, weight: Callable[[], Tensor]) -> Layer:
-    """A layer with factors of floating-point numbers: those it stands for, or the site's own weight where it is a dense layer."""
+    """A layer with factors of floating-point numbers, of the type of the site's weight: those it stands for, or that weight itself where it is dense."""
     if not layer.form.encoded:
         return layer
     plain = replace(layer.form, numbers=(), support="")
-    if plain == DENSE:
-        return replace(layer, form=plain, factors={"kernel": weight().to(layer.dtype)})
-    return replace(layer, form=plain, factors=dict(layer.values(layer.dtype)))
+    own = weight()
+    factors = {"kernel": own} if plain == DENSE else dict(layer.values(own.dtype))
+    return replace(layer, form=plain, factors=factors).to(own.dtype)
