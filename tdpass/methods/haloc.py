@@ -53,11 +53,14 @@ class Haloc(Factored):
     forms of a layer are dense and up to `ranks` ranks of each of `formats`, both Tucker ranks free; all ranks of a format
     are the leading parts of one ordered set of factors (`Choices`), so that a step costs what the dense network does.
 
-    In turn: *warm*, all forms alike, before any has a price;  *search*, where steps of the weights alternate with steps of
-    alpha on the calibration data, which the weights do not see: KL(dense || network) + penalty * E[cost] (`RankSearch`);
-    then the most probable forms, or the most probable ones that a `budget` allows, are chosen, and *tune* trains them
-    alone.  In the first two every candidate is drawn to the original layer's output by `approach` (`Approach`).  Without
-    calibration data alpha learns from the training batches.  Phases without rounds are left out.
+    Every form begins as likely as its weight is near the original one in the metric, at the penalty or,
+    under a budget, the price that meets it (`Prices`).  In turn: *warm*, where alpha stays, so that no form
+    is given up before it was trained;  *search*, where steps of the weights alternate with steps of alpha
+    on the calibration data, which the weights do not see: KL(dense || network) + penalty * E[cost]
+    (`RankSearch`);  then the most probable forms, or those that a `budget` allows of most worth, are
+    chosen, and *tune* trains them alone.  In the first two every candidate is drawn to the original layer's
+    output by `approach` (`Approach`).  Without calibration data alpha learns from the training batches.
+    Phases without rounds are left out.
 
     The cost is `measure`, or what a `target` tells of the sites, for calls of `batch` samples on `threads` threads, both
     as shares of the dense ones; under a budget it is how far the cost is from that.  The report says what it was
@@ -133,7 +136,9 @@ class Haloc(Factored):
         network = with_parametrizations(model, made)
         layers = parametrized(network, self.sites)
         self.originals = {name: layer.originals[0].detach().clone() for name, layer in layers.items()}
-        self.begins = {name: -Approach(layers, self.originals, 0.0).distances(name) for name in layers}
+        distances = {name: Approach(layers, self.originals, 0.0).distances(name) for name in layers}
+        self.price = self._prices().meeting(distances) if math.isfinite(self.limit) else self.penalty
+        self.begins = self._prices().logits(distances, self.price)
         self.trains, self.replaces = (sum(parameter.numel() for parameter in net.parameters()) for net in (network, model))
         return network
 
@@ -153,13 +158,15 @@ class Haloc(Factored):
         ]
 
     def _begin_search(self, every: int) -> list[Term]:
-        costs = {name: torch.tensor(menu.costs) / self.whole for name, menu in self.menus.items()}
-        prices = Prices(costs, self.limit / self.whole if math.isfinite(self.limit) else 0.0)
         self.learning = RankSearch(
-            self.network, self._choices(self.layers), self.begins, prices, as_schedule(self.temperature, "temperature"),
+            self.network, self._choices(self.layers), self.begins, self._prices(), as_schedule(self.temperature, "temperature"),
             rate=self.rate, penalty=self.penalty, every=every, answers=self.answers,
         )  # fmt: skip
         return [self.learning, Approach(self.layers, self.originals, self.approach)]
+
+    def _prices(self) -> Prices:
+        costs = {name: torch.tensor(menu.costs) / self.whole for name, menu in self.menus.items()}
+        return Prices(costs, self.limit / self.whole if math.isfinite(self.limit) else 0.0)
 
     def _begin_tuning(self) -> list[Term]:
         self._settle(self.layers)
@@ -174,7 +181,8 @@ class Haloc(Factored):
             return
         draws = {name: choice.draw for name, choice in self._choices(self.layers).items()}
         logits = {name: self.begins[name] if draw is None else draw.logits.detach() for name, draw in draws.items()}
-        found = self._allocated({name: -torch.log_softmax(value.double().cpu(), 0).numpy() for name, value in logits.items()})
+        worth = self._prices().worth(logits, self.price) if math.isfinite(self.limit) else logits
+        found = self._allocated({name: (value.max() - value).double().cpu().numpy() for name, value in worth.items()})
         self.forms = {name: str(self.menus[name].forms[k]) for name, k in found.items()}
 
     def _settle(self, layers: Mapping[str, Parametrized]) -> None:

@@ -21,6 +21,9 @@ from tdpass.training.placement import placed_like, whole
 from tdpass.training.schedules import Schedule
 from tdpass.training.terms import State, Term
 
+_SHARPNESS = 10.0  # a form that loses a tenth of the weight's energy begins e times less likely than one that loses nothing
+_HIGHEST, _HALVINGS = 1e3, 40
+
 
 class Call(Protocol):
     """Positional and named inputs of one call of a model."""
@@ -43,8 +46,30 @@ class Prices:
 
     def charge(self, logits: Mapping[str, Tensor]) -> Tensor:
         """How far the expected cost sum_l sum_c softmax(logits_l)_c cost_lc is from the goal."""
-        expected = torch.stack([torch.softmax(logits[name], 0) @ costs.to(logits[name]) for name, costs in self.costs.items()]).sum()
-        return (expected - self.goal).abs()
+        return (self._expected(logits) - self.goal).abs()
+
+    def meeting(self, distances: Mapping[str, Tensor]) -> float:
+        """The least price, the same for all, at which the expected cost of forms begun at `logits` meets the goal."""
+        low, high = 0.0, _HIGHEST
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            above = self._expected(self.logits(distances, middle)) > self.goal
+            low, high = (middle, high) if above else (low, middle)
+        return high
+
+    def logits(self, distances: Mapping[str, Tensor], price: float) -> dict[str, Tensor]:
+        """-10 (distance + price * cost) of forms at these relative squared distances from the original weights.
+
+        A search that began with all forms alike would train the weights under mixtures that answer nothing.
+        """
+        return {name: -_SHARPNESS * (found + price * self.costs[name].to(found)) for name, found in distances.items()}
+
+    def worth(self, logits: Mapping[str, Tensor], price: float) -> dict[str, Tensor]:
+        """Logits without the price that they began at, for a choice that is held to a budget by itself."""
+        return {name: found + _SHARPNESS * price * self.costs[name].to(found) for name, found in logits.items()}
+
+    def _expected(self, logits: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([torch.softmax(logits[name], 0) @ costs.to(logits[name]) for name, costs in self.costs.items()]).sum()
 
 
 @dataclass(frozen=True)
@@ -169,14 +194,15 @@ class Approach(Term):
 
     @torch.no_grad()
     def residuals(self) -> Mapping[str, float]:
-        """How far each weight, mixed without noise, is from its most probable candidate, which the search ends in."""
+        """How far each weight, mixed without noise, is from its most probable candidate, over the sum of their norms."""
         found = {}
         for name, layer in self.layers.items():
             choices, parts = self._choices(name), [whole(original.detach()) for original in layer.originals]
             if choices.draw is not None:
                 likely = choices.one(int(choices.draw.logits.argmax()), *parts)
                 shares = torch.softmax(choices.draw.logits / choices.draw.temperature, 0)
-                found[name] = float((choices.mixed(shares, *parts) - likely).norm() / likely.norm().clamp_min(1e-30))
+                mixed = choices.mixed(shares, *parts)
+                found[name] = float((mixed - likely).norm() / (mixed.norm() + likely.norm()).clamp_min(1e-30))
         return found
 
     def _choices(self, name: str) -> Choices:

@@ -178,3 +178,20 @@ def test_candidates_are_drawn_to_the_output_of_the_original_layer() -> None:
     after = term.distances("0")
     assert torch.all(after < before)
     assert after[0] < 0.3 * before[0]
+
+
+@pytest.mark.parametrize("goal", [0.0, 0.3, 0.6, 0.95])
+def test_a_search_begins_at_the_budget_with_the_forms_that_lose_least(goal: float) -> None:
+    costs = {"a": torch.tensor([0.6, 0.3, 0.15, 0.03]), "b": torch.tensor([0.4, 0.2, 0.1, 0.02])}
+    distances = {"a": torch.tensor([0.0, 0.05, 0.2, 0.9]), "b": torch.tensor([0.0, 0.4, 0.6, 1.0])}
+    prices = Prices(costs, goal)
+    price = prices.meeting(distances) if goal else 0.0
+    begins = prices.logits(distances, price)
+    shares = {name: torch.softmax(logits, 0) for name, logits in begins.items()}
+    expected = sum(float(shares[name] @ costs[name]) for name in costs)
+    most = sum(float(torch.softmax(-10 * distances[name], 0) @ costs[name]) for name in costs)
+    assert expected == pytest.approx(min(goal or 1.0, most), abs=1e-3)
+    if goal == 0.6:
+        assert shares["b"][0] > shares["a"][0]  # the layer that loses more by being factored
+    for name, worth in prices.worth(begins, price).items():
+        torch.testing.assert_close(worth, -10 * distances[name])
