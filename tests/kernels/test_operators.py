@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import subprocess
@@ -16,7 +17,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tdpass.kernels import build, native
-from tdpass.kernels.base import OPS, use_reference
+from tdpass.kernels.base import IMPLEMENTATIONS, OPS, use_reference
+from tdpass.kernels.binding import all_operators
 
 ALL = [pytest.param(name, case, id=f"{name}-{case.name}") for name in CASES for case in cases_of(name)]
 GUARD = Path(__file__).parent / "guard.py"
@@ -122,3 +124,14 @@ ctypes.c_float.from_address(tensor.data_ptr() + 4 * {index}).value
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=GUARD.parent, env=os.environ, capture_output=True, check=False, timeout=120)
     assert done.returncode == -signal.SIGSEGV
+
+
+@pytest.mark.parametrize("name", sorted(op.name for op in all_operators()))
+def test_what_python_implements_takes_what_the_schema_says(name: str) -> None:
+    """The schema is the one declaration: C++ is given it by the build, and functions that drifted from it are found here."""
+    op = OPS.get(name)
+    wanted = [argument.name for argument in op.call._schema.arguments]
+    functions = [op.reference, op.fake, *(function for (of, device), function in IMPLEMENTATIONS.items() if of == name and device == "cpu")]
+    assert len(functions) == 3
+    for function in functions:
+        assert list(inspect.signature(function).parameters) == wanted, function
