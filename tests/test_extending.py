@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,6 +42,7 @@ from tdpass.planner.divergence import Divergence
 from tdpass.planner.trials import Promise
 from tdpass.registry import Registry
 from tdpass.site import Site
+from tdpass.sources import MODULE_SOURCES, ModuleSource, module_of, register_module_source
 from tdpass.supports import SUPPORTS, register_support
 from tdpass.supports.rows import Rows
 from tdpass.tape import Tape, record
@@ -76,6 +78,7 @@ TRIED: Mapping[str, str] = {
     "A divergence": "test_a_comparison_is_named_by_a_divergence",
     "A kind of layer": "test_a_kind_of_layer_is_found_factored_and_counted",
     "A front end": "test_a_front_end_is_compressed_by_what_is_abstract_alone",
+    "A source of models or data": "test_a_source_of_models_is_named_before_the_colon",
 }
 
 
@@ -531,3 +534,22 @@ def test_a_front_end_is_compressed_by_what_is_abstract_alone(tmp_path: Path) -> 
         assert (tmp_path / "stack.pt").is_file()
     with pytest.raises(tdpass.InvalidModelError, match="Stack"):
         open_model(stack)
+
+
+def test_a_source_of_models_is_named_before_the_colon() -> None:
+    with added((MODULE_SOURCES, "mine")):
+
+        @register_module_source
+        class Mine(ModuleSource):
+            """Stacks of linear layers by their widths."""
+
+            name = "mine"
+            example = "mine:12x4"
+
+            def build(self, text: str, *, pretrained: bool) -> nn.Module:
+                widths = [int(width) for width in text.split("x")]
+                return nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths)))
+
+        assert [tuple(layer.weight.shape) for layer in module_of("mine:12x8x4")] == [(8, 12), (4, 8)]  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match="mine"):
+        module_of("mine:12x8x4")

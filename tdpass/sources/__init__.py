@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import tdpass.sources.hugging_face
-import tdpass.sources.timm
-import tdpass.sources.torchvision
-import tdpass.sources.zoo  # noqa: F401  # these register themselves
+import importlib
+import pkgutil
+
 from tdpass.sources.base import MODULE_SOURCES as MODULE_SOURCES
 from tdpass.sources.base import ModuleSource as ModuleSource
 from tdpass.sources.base import is_module as is_module
 from tdpass.sources.base import module_of as module_of
 from tdpass.sources.base import register_module_source as register_module_source
 from tdpass.sources.weights import load_weights as load_weights
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
