@@ -25,6 +25,7 @@ from tdpass.errors import UnsupportedError as UnsupportedError
 from tdpass.errors import UsageError as UsageError
 from tdpass.kernels.binding import load_cached as _load_binding
 from tdpass.kernels.native import onnx_ops_path as onnx_ops_path
+from tdpass.machine import installed_version as _installed_version
 from tdpass.methods.run import train as train
 from tdpass.models import Batch as Batch
 from tdpass.models import open_attention as open_attention
@@ -41,6 +42,45 @@ from tdpass.verbs import compress as compress
 from tdpass.verbs import make_plan as make_plan
 from tdpass.verbs import verify as verify
 
+__version__ = _installed_version()
+__all__ = [
+    "Artifact",
+    "Batch",
+    "Budget",
+    "BudgetError",
+    "Cost",
+    "DifferenceError",
+    "Divergence",
+    "InvalidModelError",
+    "Pass",
+    "PassError",
+    "Pipeline",
+    "PlanError",
+    "Promise",
+    "RankPlan",
+    "Report",
+    "TdpassError",
+    "TrainingError",
+    "UnsupportedError",
+    "UsageError",
+    "__version__",
+    "as_batches",
+    "compress",
+    "deploy",
+    "invalidate",
+    "load",
+    "load_deployed",
+    "load_plan",
+    "make_plan",
+    "onnx_ops_path",
+    "open_attention",
+    "open_model",
+    "open_recurrent",
+    "register_pass",
+    "train",
+    "verify",
+]
+
 _register_backend()
 _load_binding()
-del _gpu, _load_binding, _passes, _register_backend
+del _gpu, _installed_version, _load_binding, _passes, _register_backend

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, Generic
 
 from torch import nn
+from typing_extensions import TypeVar
 
 from tdpass.errors import DifferenceError, PlanError, TdpassError, UsageError
 from tdpass.files import write_text
 from tdpass.html_report import render_html
+from tdpass.machine import installed_version
 from tdpass.models import Batch, Model, check_digest, load_module
+from tdpass.notebook import page
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.planner.trials import ROUNDING, gap
 from tdpass.report import Report
@@ -30,15 +33,25 @@ class Reload:
     opened: Callable[[Path], Model | None]
 
 
-@dataclass(frozen=True)
-class Artifact:
+M = TypeVar("M", default=Any)
+
+
+@dataclass(frozen=True, repr=False)
+class Artifact(Generic[M]):
     """A compressed model of the type that went in, the plan that made it and the report of the run."""
 
-    model: object
+    model: M
     plan: RankPlan
     report: Report
     opened: Model
     reload: Reload | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        return f"<Artifact: {type(self.model).__name__}, {self.plan!r}>"
+
+    def _repr_html_(self) -> str:
+        """The report as a notebook shows it."""
+        return page(render_html(self.report, self.plan))
 
     def save(self, path: Path | str) -> None:
         """Write the deployable file: `.safetensors` for a module, `.pt2` for an exported program, `.onnx` for a graph.
@@ -47,7 +60,7 @@ class Artifact:
         `report.stored` says how small they are.  Models of at most 512 MiB are loaded from the file again and run.  Raises `UsageError`
         for a suffix that does not suit the model, `DifferenceError` when the file does not load or answers otherwise than the model.
         """
-        self.opened.save(Path(path), {PLAN_KEY: self.plan.to_json(), "tdpass.version": _version()})
+        self.opened.save(Path(path), {PLAN_KEY: self.plan.to_json(), "tdpass.version": installed_version()})
         self.report.stored = self.opened.stored(Path(path))
         self._check_saved(Path(path))
 
@@ -119,12 +132,3 @@ def _path(path: object) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise UsageError(f"a file is named by a text or a Path, not by a {type(path).__name__}")
     return Path(path)
-
-
-def _version() -> str:
-    try:
-        return version("tdpass")
-    except PackageNotFoundError:
-        return "uninstalled"
-
-

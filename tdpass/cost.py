@@ -84,6 +84,10 @@ class Cost(Plain):
                 raise ValueError(fault)
         return cls.of(found)
 
+    def shares(self, original: Cost) -> dict[str, float]:
+        """What is left of each measure that needs no target, of those that the original has some of."""
+        return {measure: self.get(measure) / original.get(measure) for measure in counted() if original.get(measure)}
+
     def __add__(self, other: Cost) -> Cost:
         return Cost.of({name: self.get(name) + other.get(name) for name in self._with(other)})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -15,3 +16,11 @@ def processor() -> str:
     text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
     named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return named[1].strip() if named else platform.processor() or platform.machine()
+
+
+def installed_version() -> str:
+    """The version of tdpass that is installed, else `uninstalled`."""
+    try:
+        return version("tdpass")
+    except PackageNotFoundError:
+        return "uninstalled"

@@ -11,6 +11,7 @@ from tdpass.documents import Amount, Count, Document, Size, register_document
 from tdpass.errors import InvalidModelError
 from tdpass.files import write_text
 from tdpass.form import Form, Formed
+from tdpass.notebook import table
 from tdpass.packing import StoredSize
 
 VERSION = 1
@@ -101,7 +102,7 @@ class ArrayRow:
     blocks: tuple[ArrayBlock, ...]
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """Everything a run has to say; filled by the passes, printed, saved as JSON, rendered as HTML.
 
@@ -139,6 +140,16 @@ class Report:
         """Say something about the run as a whole; each text once."""
         if text not in self.notes:
             self.notes.append(text)
+
+    def __repr__(self) -> str:
+        measures = ", ".join(f"{name} {share:.0%}" for name, share in self.final.shares(self.original).items())
+        what = "plan of " if self.dry_run else ""
+        return f"<Report: {what}{self.model or 'no model'}, {measures or 'nothing counted'} of the original, {len(self.sites)} sites, {len(self.notes)} notes>"
+
+    def _repr_html_(self) -> str:
+        """The report's table for a notebook."""
+        rows = [(row.site, "x".join(map(str, row.shape)), row.form, f"{row.error:.2g}", row.note) for row in self.sites]
+        return table(repr(self).strip("<>"), ("site", "shape", "form", "error", "note"), rows)
 
     def to_json(self) -> str:
         """The report as text."""

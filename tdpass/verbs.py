@@ -5,11 +5,14 @@ from __future__ import annotations
 import datetime
 import platform
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from typing_extensions import TypeVar
 
 from tdpass.acceptance import hold_against_dense, hold_to_budget
 from tdpass.artifact import Artifact, Reload, load_plan
@@ -26,8 +29,12 @@ from tdpass.planner.divergence import Divergence
 from tdpass.planner.effort import effort_named
 from tdpass.planner.memory import memory_limit, within_memory
 from tdpass.planner.rank_plan import RankPlan
+from tdpass.progress import ProgressBars
 from tdpass.report import Report
+from tdpass.smallest import Kept, smallest
 from tdpass.targets import Target, open_target
+
+M = TypeVar("M", default=Any)
 
 PLANNED = "fold-batchnorm,plan,factorize,correct-bias,refit,recalibrate-batchnorm,verify"
 GIVEN_PLAN = "fold-batchnorm,factorize,correct-bias,refit,recalibrate-batchnorm,verify"
@@ -36,7 +43,7 @@ DRY_RUN = "fold-batchnorm,plan"
 
 
 def compress(
-    model: object,
+    model: M | str | Path,
     budget: BudgetSpec | None = None,
     data: object = None,
     *,
@@ -54,11 +61,13 @@ def compress(
     samples: int = 512,
     divergence: str | Divergence = "auto",
     augmented: object = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     cache: bool | Path = True,
     effort: str = "normal",
     strict: bool = True,
-) -> Artifact:
+    metric: Callable[[M], float] | None = None,
+    max_loss: float = 0.0,
+) -> Artifact[M]:
     """Make a model smaller within a budget, and say what was done.
 
     `model`: an `nn.Module`, `fx.GraphModule`, `ExportedProgram`, ONNX model (proto, `onnx_ir`, graphsurgeon) or a path;
@@ -76,6 +85,9 @@ def compress(
     `augmented`: data for re-estimating batch-norm statistics.  `cache`: False, or a folder for planning results.
     `effort`: `fast` plans in seconds from the metric alone, `normal` measures losses for about a minute of one core (for a model
     of up to 1 GMAC a sample, in proportion above), `thorough` measures all that fit in four.
+    `progress`: False is silent, True shows bars on stderr (lines now and then where that is no terminal), a function is called instead.
+    `metric`: instead of a budget, a function of the model, of which more is better; the smallest model is looked for whose metric is at
+    most `max_loss` below the dense model's, by bisection over budgets on what a single value bounds.
     `strict`: False makes a note of a result that differs from the original by more than the plan expects, which else is an error.
 
     Raises `BudgetError` when the budget cannot be met (naming the smallest reachable), `DifferenceError` for such a result (naming the
@@ -85,11 +97,20 @@ def compress(
     steps = Pipeline.parse(pipeline if pipeline is not None else GIVEN_PLAN if plan is not None else PLANNED if target is None else ON_TARGET)
     searched = (include, exclude, overridable, formats, samples, divergence, augmented)
     setting = _Setting(target, batch, threads, *searched, progress, cache, effort, start or {}, strict)
-    return _run(model, budget, data, plan, steps, example_inputs, setting)
+    if metric is None:
+        return _run(model, budget, data, plan, steps, example_inputs, setting)
+    if budget is not None or plan is not None:
+        raise UsageError("metric= looks for the smallest budget itself; leave budget= and plan= out")
+    kept, dense = Kept(metric, max_loss), open_model(model, example_inputs, overridable).clone().unwrap()
+    quiet = replace(setting, progress=False)
+    with _progress(progress) as bars:
+        return smallest(
+            lambda share: _run(model, share, data, None, steps, example_inputs, quiet), dense, kept, lambda done, of: bars("budgets tried", done, of)
+        )
 
 
 def make_plan(
-    model: object,
+    model: M | str | Path,
     budget: BudgetSpec | None,
     data: object = None,
     *,
@@ -104,10 +125,10 @@ def make_plan(
     formats: Sequence[str] = (),
     samples: int = 512,
     divergence: str | Divergence = "auto",
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     cache: bool | Path = True,
     effort: str = "normal",
-) -> Artifact:
+) -> Artifact[M]:
     """Plan only: `.plan` and `.report` of the result say what `compress` would do; `.model` is the model as it was."""
     steps = Pipeline.parse(pipeline if pipeline is not None else DRY_RUN)
     setting = _Setting(target, batch, threads, include, exclude, overridable, formats, samples, divergence, None, progress, cache, effort)
@@ -152,7 +173,7 @@ class _Setting:
     samples: int
     divergence: str | Divergence
     augmented: object
-    progress: Progress | None
+    progress: Progress | bool
     cache: bool | Path
     effort: str
     start: Mapping[str, Factors] = field(default_factory=dict)
@@ -208,10 +229,8 @@ def _run(
         batch=_count("batch", setting.batch),
         threads=torch.get_num_threads() if setting.threads is None else _count("threads", setting.threads),
     )
-    if setting.progress is not None:
-        job.progress = setting.progress
     try:
-        with one_thread_if_small(model.macs() if target is None else 0):
+        with one_thread_if_small(model.macs() if target is None else 0), _progress(setting.progress) as job.progress:
             steps.run(model, job)
             return _finished(opened, model, job)
     except TdpassError as error:
@@ -257,6 +276,16 @@ def _salvaged(model: Model, job: Job) -> Artifact | None:
         return _artifact(model, job, job.plan)
     except TdpassError:
         return None
+
+
+@contextmanager
+def _progress(wanted: Progress | bool) -> Iterator[Progress]:
+    """What is called as work goes on: the caller's own, bars on stderr, or nothing."""
+    if not isinstance(wanted, bool):
+        yield wanted
+        return
+    with ProgressBars(sys.stderr, shown=wanted) as bars:
+        yield bars
 
 
 def _count(name: str, value: int) -> int:

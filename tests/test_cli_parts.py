@@ -10,11 +10,11 @@ import torch
 from tdpass.cli.arguments import budget, inputs
 from tdpass.cli.bench import compared
 from tdpass.cli.output import finite
-from tdpass.cli.progress import ProgressBars
 from tdpass.cli.runners import Runner
 from tdpass.cli.timing import Quartiles
 from tdpass.clock import interleaved
 from tdpass.errors import UsageError
+from tdpass.progress import ProgressBars
 
 
 def test_budget_pairs_keep_their_text() -> None:
@@ -37,8 +37,10 @@ def test_numbers_that_json_lacks_become_null() -> None:
 
 def test_bars_appear_only_after_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("tdpass.cli.progress.time.monotonic", lambda: now[0])
-    with ProgressBars(io.StringIO(), shown=True) as progress:
+    monkeypatch.setattr("tdpass.progress.time.monotonic", lambda: now[0])
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    with ProgressBars(stream, shown=True) as progress:
         progress("fit", 0, 4)
         now[0] = 1.9
         progress("fit", 1, 4)

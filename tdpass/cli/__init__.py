@@ -7,12 +7,12 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 from tdpass.cli import bench, compress, deploy, doctor, inspect, plan, report, train, verify
 from tdpass.cli.arguments import Parser
 from tdpass.cli.output import Output
 from tdpass.errors import TdpassError, UsageError
+from tdpass.machine import installed_version
 from tdpass.views.units import plain
 
 REFUSED, WRONG_USAGE, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 1, 2, 70, 130, 141
@@ -60,15 +60,8 @@ def _parser() -> Parser:
         description="Make neural networks smaller and faster by factoring their weights.",
         epilog="shortest use: tdpass compress model.onnx --budget macs=0.4 --data calib.npz -o small.onnx",
     )
-    parser.add_argument("--version", action="version", version=f"tdpass {_version()}")
+    parser.add_argument("--version", action="version", version=f"tdpass {installed_version()}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     for verb in _VERBS:
         verb.add(verbs)
     return parser
-
-
-def _version() -> str:
-    try:
-        return version("tdpass")
-    except PackageNotFoundError:
-        return "(not installed)"

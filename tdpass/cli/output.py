@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from tdpass.cli.progress import ProgressBars
+from tdpass.progress import ProgressBars
 from tdpass.views import tables
 
 
@@ -29,8 +29,8 @@ class Output:
             tables.write(view(tables.width_of(self.stdout)), self.stdout)
 
     def progress(self) -> ProgressBars:
-        """Progress bars on stderr, when a person is looking at it."""
-        return ProgressBars(self.stderr, shown=not self.json and not self.quiet and self.stderr.isatty())
+        """Progress on stderr."""
+        return ProgressBars(self.stderr, shown=not self.json and not self.quiet)
 
     def say(self, text: str) -> None:
         """A line on what is going on, on stderr."""

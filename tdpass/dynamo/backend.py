@@ -216,7 +216,7 @@ def _plan_weights(draft: Draft, budget: BudgetSpec | None) -> RankPlan:
         if link is None or not isinstance(weight, nn.Parameter) or link.transposed or link.groups != 1:
             continue
         layers.setdefault(id(weight), _holder(weight))
-    return make_plan(nn.ModuleList(layers.values()), limits).plan if layers else RankPlan((), Cost())
+    return make_plan(nn.ModuleList(layers.values()), limits, progress=False).plan if layers else RankPlan((), Cost())
 
 
 def _holder(weight: nn.Parameter) -> nn.Module:

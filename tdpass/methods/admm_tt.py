@@ -106,7 +106,7 @@ class AdmmTT(FactoredByAdmm):
 
     def _fitted(self, model: nn.Module, plan: RankPlan, names: Iterable[str]) -> dict[str, Layer]:
         """The layers that the post-training path makes of these sites."""
-        made = compress(model, data=self.calibration, plan=plan, pipeline=ON_DATA, example_inputs=self.example).model
+        made = compress(model, data=self.calibration, plan=plan, pipeline=ON_DATA, example_inputs=self.example, progress=False).model
         assert isinstance(made, nn.Module)
         modules = dict(made.named_modules())
         return {name: modules[name].layer() for name in names}
@@ -114,7 +114,7 @@ class AdmmTT(FactoredByAdmm):
     def _planned(self, model: nn.Module, budget: Mapping[str, BudgetValue]) -> RankPlan:
         common: dict[str, Any] = {"example_inputs": self.example, "include": self.include, "exclude": self.exclude, "formats": self.formats}
         # what changes two sites together is no set for one weight
-        return make_plan(model, budget, self.calibration, pipeline="plan{joint=false}", **common).plan
+        return make_plan(model, budget, self.calibration, pipeline="plan{joint=false}", progress=False, **common).plan
 
     def _by_glob(self, ranks: Mapping[str, RankSpec]) -> dict[str, tuple[str, Rank]]:
         found: dict[str, tuple[str, Rank]] = {}

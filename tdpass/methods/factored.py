@@ -60,7 +60,7 @@ class Factored(Method):
         plan = self.plan(weights, constraints)
         found = {name: bound.factors(weights[name]) for name, bound in constraints.items() if isinstance(bound, InFormat) and bound.searched}
         steps = WEIGHTS_ALONE if self.calibration is None else ON_DATA
-        artifact = compress(trained, data=self.calibration, plan=plan, start=found, pipeline=steps, example_inputs=self.example, cache=False)
+        artifact = compress(trained, data=self.calibration, plan=plan, start=found, pipeline=steps, example_inputs=self.example, cache=False, progress=False)
         for choice in artifact.plan:
             if choice.kept_dense:
                 artifact.report.note(f"{choice.site} stays dense: {choice.reason}")

@@ -138,7 +138,7 @@ class IncrementalTasks:
         weights = {self._weights[name]: self._weight(name, task) for name in self.sites}
         dense = self._template.holding({**weights, **_copies(self.tasks[task].own)}, training=False)
         plan = RankPlan(tuple(self._choice(name, task) for name in self.sites), Cost(), metric="weights")
-        return compress(dense, plan=plan, pipeline="factorize", example_inputs=self.example, cache=False)
+        return compress(dense, plan=plan, pipeline="factorize", example_inputs=self.example, cache=False, progress=False)
 
     def memory(self, task: int) -> dict[str, int]:
         """Bytes that a task added: `columns`, `selectors`, and its `own` biases, norms and head."""

@@ -47,7 +47,7 @@ class SparseWeights(Method):
         result = self.template.filled(model)
         weights = self.weights_of(result)
         project(weights, self.ends({name: weight.detach() for name, weight in weights.items()}))
-        return compress(result, plan=self.plan(weights), pipeline="factorize", example_inputs=self.example, cache=False)
+        return compress(result, plan=self.plan(weights), pipeline="factorize", example_inputs=self.example, cache=False, progress=False)
 
     def plan(self, weights: Mapping[str, Tensor]) -> RankPlan:
         """The plan that stores each weight as it is."""

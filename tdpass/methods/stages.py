@@ -103,9 +103,9 @@ def of_pipeline(run: Run, pipeline: PipelineSpec | None) -> Stages:
     """A pipeline of passes on the dense model in place of a method; None leaves the model dense."""
     dense = yield from pretrained(run)
     if pipeline is None:
-        artifact = compress(dense, pipeline="", example_inputs=run.example_inputs)
+        artifact = compress(dense, pipeline="", progress=False, example_inputs=run.example_inputs)
     else:
-        artifact = compress(dense, pipeline=pipeline, data=run.calibration, example_inputs=run.example_inputs)
+        artifact = compress(dense, pipeline=pipeline, progress=False, data=run.calibration, example_inputs=run.example_inputs)
     return (yield from finished(run, dense, artifact, 0))
 
 

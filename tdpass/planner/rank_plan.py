@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from tdpass.form import DENSE, Form, Formed
 from tdpass.formats.base import FORMATS, check_form, cost_of
 from tdpass.kinds import plain_site
 from tdpass.measures import counted
+from tdpass.notebook import table
 from tdpass.report import SiteRow
 
 VERSION = 1
@@ -67,7 +69,7 @@ class Choice(Formed):
         return self.form == DENSE
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RankPlan:
     """Choices for all sites under a budget; a JSON file that applies to the torch model and to its ONNX export alike.
 
@@ -92,6 +94,17 @@ class RankPlan:
     def loss(self) -> float:
         """Summed expected loss increase."""
         return sum(choice.loss for choice in self.choices)
+
+    def __repr__(self) -> str:
+        counted = Counter(choice.format for choice in self)
+        formats = ", ".join(f"{count} {name}" for name, count in sorted(counted.items()))
+        measures = ", ".join(f"{name} {share:.0%}" for name, share in self.planned.shares(self.original).items())
+        return f"<RankPlan: {len(self.choices)} sites ({formats or 'none'}), {measures or 'nothing counted'} of the original>"
+
+    def _repr_html_(self) -> str:
+        """The plan's table for a notebook."""
+        rows = [(choice.site, "x".join(map(str, choice.shape)), choice.form, f"{choice.error:.2g}", choice.reason) for choice in self]
+        return table(repr(self).strip("<>"), ("site", "shape", "form", "error", "reason"), rows)
 
     def __iter__(self) -> Iterator[Choice]:
         return iter(self.choices)
