@@ -32,7 +32,7 @@ class Factorize(Pass):
         if job.plan is None:
             raise PlanError("factorize has no plan to carry out; put the pass 'plan' before it, or pass plan=")
         job.plan = match_names(job.plan, model)
-        prepared = job.original.recounted(Cost(model.params(), job.original.macs, model.bytes()))
+        prepared = job.prepared(model)
         sites = {site.name: site for site in model.sites()}
         chosen = {choice.site: choice for choice in job.plan if not choice.kept_dense}
         for choice in chosen.values():

@@ -67,7 +67,7 @@ class Plan(Pass):
 
         def tabulated(offer: Offer) -> Table:
             table = tabulate(sites, dense, tapes, divergence, job.formats, cache, context, job.progress, job.target, effort, offer, self.pivot)
-            table.prepared = Cost(model.params(), job.original.macs, model.bytes())
+            table.prepared = job.prepared(model)
             if self.joint and effort.measured and tapes and not job.formats and budget.max_error is None:
                 add_joint_options(table, dense, tapes, divergence, cache, context, job.progress, effort)
             return table
@@ -173,10 +173,13 @@ def _selected(model: Model, job: Job) -> list[Site]:
     """The sites that include and exclude leave; the others are declined by name."""
     chosen: list[Site] = []
     for site in model.sites():
-        if selects(site.name, job.include, job.exclude):
-            chosen.append(site)
-        else:
+        layer = model.layer(site.name)
+        if not selects(site.name, job.include, job.exclude):
             job.report.decline(site.name, "excluded by name")
+        elif layer is not None and layer.form.narrow:
+            job.report.decline(site.name, f"it is '{layer.form}' already, which goes with its neighbours")
+        else:
+            chosen.append(site)
     if not chosen:
         raise UsageError(f"no site is left to compress: {_why_none(model, job)}")
     return chosen

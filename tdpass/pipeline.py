@@ -117,6 +117,13 @@ class Job:
         held = {"params": model.params, "bytes": model.bytes}
         return {measure: limits[measure] - count() for measure, count in held.items() if measure in limits}
 
+    def prepared(self, model: Model) -> Cost:
+        """The cost of a model that planning begins with, where passes before may have folded batch-norms or narrowed layers."""
+        layers = [layer for site in model.sites() if (layer := model.layer(site.name)) is not None]
+        narrowed = self.batches and any(layer.form.narrow for layer in layers)
+        macs = model.count(self.batches[0]).per_sample if narrowed else self.original.macs
+        return self.original.recounted(Cost(model.params(), macs, model.bytes()))
+
     def note(self, text: str) -> None:
         """Say something about the pass that is running."""
         self.notes.append(text)

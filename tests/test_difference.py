@@ -17,12 +17,16 @@ import tdpass
 from tdpass.cli import main
 from tdpass.form import Form
 from tdpass.formats import FORMATS, Layer
-from tdpass.models import Model, TorchModel
+from tdpass.models import Model
+from tdpass.models.torch.model import TorchModel
 from tdpass.pipeline import PASSES, Job, Pass, Pipeline
 from tdpass.planner.resampled import resampled
 from tdpass.planner.trials import Promise, gap
 
-EVERY_PASS = "fold-batchnorm,plan,factorize,correct-bias,refit,recalibrate-batchnorm,fuse-kernels{measure=false},verify"
+EVERY_PASS = (
+    "fold-batchnorm,project-channels,plan,factorize,correct-bias,refit,recalibrate-batchnorm,"
+    "pivot{measure=false},fuse-kernels{measure=false},verify"
+)
 FAST = {"formats": ["svd", "channel_svd"]}
 FRONTENDS: dict[str, Callable[[nn.Module, Tensor], object]] = {"torch": lambda module, x: module, "onnx": to_onnx}
 

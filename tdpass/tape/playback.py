@@ -18,7 +18,7 @@ from typing_extensions import Self
 from tdpass.tape.calls import Call, Ref, leaves, mapped
 
 _ADDITIONS = frozenset({"add", "__add__", "__radd__", "add_", "__iadd__"})
-_CHANNELWISE = frozenset(
+CHANNELWISE = frozenset(
     {"relu", "relu_", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "elu", "sigmoid", "tanh", "dropout", "clamp", "clip"}
 )
 
@@ -120,7 +120,7 @@ class Tape:
                 return readers[0] if call.args[0] == Ref(number) else None
             written = list(call.writes())
             tensors = [leaf for leaf in leaves((call.args, dict(call.kwargs))) if isinstance(leaf, Ref | Tensor)]
-            if call.name not in _CHANNELWISE or len(written) != 1 or len(tensors) != 1:
+            if call.name not in CHANNELWISE or len(written) != 1 or len(tensors) != 1:
                 return None
             number = written[0]
 

@@ -44,12 +44,14 @@ def joint_options(
     sweep: Sweep,
     tick: Tick,
     seconds: float = math.inf,
+    changes: Sequence[JointChange] = (),
 ) -> list[JointOption]:
-    """All joint options with their losses.
+    """All joint options of `changes`, or of all that are offered, with their losses.
 
     As many of these are measured as there are seconds of one core for, one of each group at least.
     """
-    found = [made for made in _everywhere(tapes, sites) if made[0].worth_trying(made[1], sites)]
+    tried = changes or [change for change in JOINT_CHANGES if change.offered]
+    found = [made for made in _everywhere(tapes, sites, tried) if made[0].worth_trying(made[1], sites)]
     network = _observed(found, sites, weight, bias, tapes, sweep.divergence)
     calls = tapes[0].site_calls
     allowance = Allowance(seconds, {str(number): 1.0 for number in range(len(found))})
@@ -82,19 +84,16 @@ def joint_layers(
 
     Groups that the network lacks are left out.  Raises `UsageError` for an unknown change.
     """
-    for choice in chosen.values():
-        JOINT_CHANGES.get(choice.joint)
-    found = [made for made in _everywhere(tapes, sites) if _planned(made, chosen)]
+    named = [JOINT_CHANGES.get(name) for name in dict.fromkeys(choice.joint for choice in chosen.values())]
+    found = [made for made in _everywhere(tapes, sites, named) if _planned(made, chosen)]
     network = _observed(found, sites, weight, bias, tapes, divergence)
     for change, group in found:
         yield change.carry_out(group, [chosen[name] for name in group], network)
 
 
-def _everywhere(tapes: Sequence[Tape], sites: Mapping[str, Site]) -> list[Made]:
+def _everywhere(tapes: Sequence[Tape], sites: Mapping[str, Site], changes: Sequence[JointChange]) -> list[Made]:
     # of options that cost and lose the same the knapsack takes the first: channels rather than branches
-    return [
-        (change, group) for change in reversed(list(JOINT_CHANGES)) for group in change.find(tapes, sites)
-    ]
+    return [(change, group) for change in reversed(changes) for group in change.find(tapes, sites)]
 
 
 def _planned(made: Made, chosen: Mapping[str, Choice]) -> bool:
