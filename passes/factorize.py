@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tdpass.cost import Cost
 from tdpass.digest import digest
 from tdpass.errors import PlanError
 from tdpass.formats.base import FORMATS, Factors, Layer, check_form, cost_of, dense_cost

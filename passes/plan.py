@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from tdpass.cost import Budget, BudgetValue, Cost, bounded
+from tdpass.cost import Budget, BudgetValue, bounded
 from tdpass.digest import digest
 from tdpass.errors import BudgetError, UsageError
 from tdpass.measures import MEASURES, Needs

@@ -24,8 +24,8 @@ from tdpass.planner.resampled import resampled
 from tdpass.planner.trials import Promise, gap
 
 EVERY_PASS = (
-    "fold-batchnorm,project-channels,plan,factorize,correct-bias,refit,recalibrate-batchnorm,"
-    "pivot{measure=false},fuse-kernels{measure=false},verify"
+    "fold-batchnorm,project-channels{keep=1.0},plan,factorize,correct-bias,refit,recalibrate-batchnorm,"
+    "pivot{measure=false},sparsify,quantize,fuse-kernels{measure=false},verify"
 )
 FAST = {"formats": ["svd", "channel_svd"]}
 FRONTENDS: dict[str, Callable[[nn.Module, Tensor], object]] = {"torch": lambda module, x: module, "onnx": to_onnx}
@@ -61,7 +61,7 @@ def test_a_pass_that_breaks_a_layer_is_named(name: str, frontend: str, residual:
     _breaking(monkeypatch, name)
     with pytest.raises(tdpass.DifferenceError, match=rf"^{name}.* the outputs on the calibration data") as caught:
         tdpass.compress(model, {"params": 0.6}, images, pipeline=EVERY_PASS, **FAST)
-    assert isinstance(caught.value.artifact, tdpass.Artifact) == (name not in ("fold-batchnorm", "plan"))
+    assert isinstance(caught.value.artifact, tdpass.Artifact) == (name not in ("fold-batchnorm", "project-channels", "plan"))
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
