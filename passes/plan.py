@@ -10,6 +10,7 @@ from types import MappingProxyType
 from tdpass.cost import Budget, BudgetValue, bounded
 from tdpass.digest import digest
 from tdpass.errors import BudgetError, UsageError
+from tdpass.form import DENSE
 from tdpass.measures import MEASURES, Needs
 from tdpass.models.base import Model, call_batch
 from tdpass.pipeline import Job, Pass, register_pass
@@ -150,10 +151,13 @@ class Plan(Pass):
         points = [*((share, plan, False) for share, plan in table.curve(measure, job.original))]
         reached = job.plan.planned.get(measure) / (job.original.get(measure) or 1)
         points.append((reached, job.plan, True))
-        job.report.curve = [
-            CurvePoint(share, plan.planned.macs / max(plan.original.macs, 1), plan.planned.params / max(plan.original.params, 1), plan.loss, chosen)
-            for share, plan, chosen in sorted(points, key=lambda point: -point[0])
-        ]
+        job.report.curve = [_curve_point(*point) for point in sorted(points, key=lambda point: -point[0])]
+
+
+def _curve_point(share: float, plan: RankPlan, chosen: bool) -> CurvePoint:
+    macs, params = (plan.planned.get(name) / max(plan.original.get(name), 1) for name in ("macs", "params"))
+    forms = {choice.site: choice.form for choice in plan if choice.form != DENSE}
+    return CurvePoint(share, macs, params, plan.loss, chosen, forms)
 
 
 def _check_known(budget: Budget, job: Job) -> None:

@@ -14,6 +14,7 @@ from datetime import datetime
 from importlib.resources import files
 from itertools import accumulate
 from string import Template
+from typing import NamedTuple
 
 from tdpass.cost import Cost
 from tdpass.form import DENSE
@@ -21,7 +22,9 @@ from tdpass.planner.rank_plan import RankPlan
 from tdpass.report import Report, SiteRow
 from tdpass.views import summary
 from tdpass.views.html import Html, column, join, spaced, table, tag, text
+from tdpass.views.html_comparison import comparison
 from tdpass.views.html_curve import curve
+from tdpass.views.html_network import strip
 from tdpass.views.html_sites import SWITCHED, breakable, colours, common_prefix, composition, format_table, site_table
 from tdpass.views.html_training import training
 from tdpass.views.training import destroyed, other_checks, scores
@@ -30,26 +33,50 @@ from tdpass.views.units import cost_text, human, ratio, seconds, share, shown_me
 _NAMES_SHOWN = 6
 
 
-def render_html(report: Report, plan: RankPlan | None = None) -> str:
-    """The page; `plan` fills in what a report alone does not say, and stands in for it before anything was done."""
+class _Page(NamedTuple):
+    """The files that a page is made of; `html` has a place for each of the others."""
+
+    html: str
+    css: str
+    js: str
+
+    @classmethod
+    def read(cls) -> _Page:
+        folder = files("tdpass") / "views" / "page"
+        return cls(*((folder / f"page.{name}").read_text(encoding="utf-8") for name in cls._fields))
+
+    def policy(self) -> str:
+        """Nothing is loaded, and only this style and this script are allowed."""
+        style, script = (base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() for content in (self.css, self.js))
+        return f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; base-uri 'none'; form-action 'none'"
+
+
+def render_html(report: Report, plan: RankPlan | None = None, against: Report | None = None) -> str:
+    """The page; `plan` fills in what a report alone does not say, and stands in for it before anything was done.
+
+    `against` is another report of the same model, to be shown beside this one.
+    """
     rows = summary.site_rows(report, plan)
     original, final = summary.original_cost(report, plan), summary.final_cost(report, plan)
     colour = colours(rows)
     sections = {
         "overview": ("Where the cost went", _overview(report, rows, original, final, colour)),
         "training": ("Training", training(report)),
+        "against": ("Against another", None if against is None else comparison(report, against)),
         "sites": (f"Sites ({len(rows)})", _sites(rows, colour)),
-        "left-alone": ("Left alone", _left_alone(report, plan, rows)),
+        "left-alone": ("Left alone", _left_alone(report, plan, rows, original)),
         "passes": ("Passes", _passes(report)),
         "checks": ("Checks", _checks(report)),
         "notes": ("Notes", tag("ul", *(tag("li", note) for note in report.notes)) if report.notes else None),
         "environment": ("Environment", _environment(report)),
     }
     shown = {name: (title, body) for name, (title, body) in sections.items() if body is not None}
-    template = files("tdpass").joinpath("report_template.html").read_text(encoding="utf-8")
+    page = _Page.read()
     name = re.split(r"[/\\]", report.model)[-1] or "model"
-    return Template(template).substitute(
-        policy=text(_policy(template)),
+    return Template(page.html).substitute(
+        policy=text(page.policy()),
+        style=page.css,
+        script=page.js,
         title=text(f"{name} - tdpass report"),
         header=_header(report, rows, name),
         figures=_figures(report, rows, original, final),
@@ -57,14 +84,6 @@ def render_html(report: Report, plan: RankPlan | None = None) -> str:
         switch=_switch(original),
         sections=join(_section(anchor, title, body) for anchor, (title, body) in shown.items()),
     )
-
-
-def _policy(template: str) -> str:
-    def hashed(element: str) -> str:
-        (content,) = re.findall(rf"<{element}>(.*?)</{element}>", template, re.DOTALL)
-        return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
-
-    return f"default-src 'none'; style-src {hashed('style')}; script-src {hashed('script')}; base-uri 'none'; form-action 'none'"
 
 
 def _section(anchor: str, title: str, body: Html) -> Html:
@@ -142,7 +161,7 @@ def _overview(report: Report, rows: Sequence[SiteRow], original: Cost, final: Co
     totals = summary.by_format(rows)
     by_format = tag("div", tag("h3", "By format"), composition(totals, original, final, colour), format_table(totals, colour), class_="card")
     budget_curve = tag("div", tag("h3", "Budget against loss"), curve(report.curve, report.divergence), class_="card") if report.curve else None
-    return tag("div", by_format, budget_curve, class_="columns")
+    return join([tag("div", by_format, budget_curve, class_="columns"), strip(rows, colour)])
 
 
 def _sites(rows: Sequence[SiteRow], colour: Mapping[str, str]) -> Html | None:
@@ -156,21 +175,38 @@ def _sites(rows: Sequence[SiteRow], colour: Mapping[str, str]) -> Html | None:
     return tag("div", tag("div", key, search, count, class_="tools"), shared, site_table(rows, colour), class_="card")
 
 
-def _left_alone(report: Report, plan: RankPlan | None, rows: Sequence[SiteRow]) -> Html | None:
-    kept = summary.reasons_by_site([row for row in rows if row.form == DENSE])
-    refused = summary.refusals(report, plan)
-    groups = [("Sites kept dense", kept), ("Other layers", refused)]
-    cards = [tag("div", tag("h3", f"{title} ({sum(map(len, reasons.values()))})"), _reasons(reasons), class_="card") for title, reasons in groups if reasons]
-    return join(cards) if cards else None
+def _left_alone(report: Report, plan: RankPlan | None, rows: Sequence[SiteRow], original: Cost) -> Html | None:
+    dense = [row for row in rows if row.form == DENSE]
+    kept, refused = summary.reasons_by_site(dense), summary.refusals(report, plan)
+    held = {row.site: row.before for row in dense}
+    shares = {reason: _share_of(sum((held[name] for name in names), Cost()), original) for reason, names in kept.items()}
+    elsewhere = _share_of(original - sum((row.before for row in rows), Cost()), original)
+    cards = [_refusal_card("Sites kept dense", kept, _share_of(sum(held.values(), Cost()), original), shares)]
+    cards.append(_refusal_card("Other layers", refused, elsewhere, {}))
+    return join(cards) if any(cards) else None
 
 
-def _reasons(reasons: Mapping[str, Sequence[str]]) -> Html:
+def _refusal_card(title: str, reasons: Mapping[str, Sequence[str]], held: str, shares: Mapping[str, str]) -> Html | None:
+    if not reasons:
+        return None
+    words = tag("p", f"They hold {held}.", class_="muted") if held else None
+    return tag("div", tag("h3", f"{title} ({sum(map(len, reasons.values()))})"), words, _reasons(reasons, shares), class_="card")
+
+
+def _share_of(part: Cost, whole: Cost) -> str:
+    """What part of the model that is, in the measures that can be switched between."""
+    known = [f"{share(part.get(name), whole.get(name))} of its {title}" for name, title in SWITCHED.items() if whole.get(name)]
+    return " and ".join(known)
+
+
+def _reasons(reasons: Mapping[str, Sequence[str]], shares: Mapping[str, str]) -> Html:
     items = []
     for reason, names in reasons.items():
         listed = join((tag("code", breakable(name)) for name in names), " ")
         if len(names) > _NAMES_SHOWN:
             listed = tag("details", tag("summary", f"{len(names)} layers"), listed)
-        items.append(join([tag("dt", reason), tag("dd", listed)]))
+        held = tag("span", f" ({shares[reason]})", class_="muted") if len(reasons) > 1 and shares.get(reason) else None
+        items.append(join([tag("dt", reason, held), tag("dd", listed)]))
     return tag("dl", *items, class_="reasons")
 
 

@@ -52,13 +52,17 @@ class PassRow:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A point of the budget curve: multiply-adds and parameters as fractions of the original, and the summed expected loss."""
+    """A point of the budget curve: multiply-adds and parameters as fractions of the original, and the summed expected loss.
+
+    `forms` is what each site that is not left dense would be stored as.
+    """
 
     budget: float
     macs: float
     params: float
     loss: float
     chosen: bool = False
+    forms: Mapping[str, Form] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,10 @@ from tdpass.form import DENSE, Form
 from tdpass.html_report import render_html
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.report import CurvePoint, PassRow, Report, SiteRow
+from tdpass.views.blocks import blocks
 from tdpass.views.html import tag
 from tdpass.views.html_curve import curve
+from tdpass.views.html_network import strip
 from tdpass.views.html_sites import colours, common_prefix
 
 VOID = {"meta", "input", "wbr", "link", "br"}
@@ -257,3 +259,73 @@ def test_times_are_shown_where_sites_were_timed() -> None:
         assert word in page.text
     assert "Predicted" not in Page(render_html(report_of(3))).text
     assert page.count("td", **{"data-key": "0.0009"}) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1", "fc"], ["", "layer1.0", "layer1.1", ""]),
+        (["a", "b", "c"], [""]),
+        (["one"], [""]),
+        ([], [""]),
+        ([f"blocks.{n}.conv.{m}" for n in range(80) for m in range(2)], ["blocks"]),
+    ],
+)
+def test_blocks_are_the_finest_that_are_few(names: list[str], expected: list[str]) -> None:
+    found = blocks(names)
+    assert [name for name, _ in found] == expected
+    assert [place for _, places in found for place in places] == list(range(len(names)))
+
+
+@pytest.mark.parametrize("sites", [1, 74, 300])
+def test_every_cell_of_the_network_leads_to_the_row_of_its_site(sites: int) -> None:
+    page = Page(render_html(report_of(sites)))
+    rows = [str(attrs["id"]) for name, attrs in page.tags if name == "tr" and "id" in attrs]
+    cells = [attrs for name, attrs in page.tags if name == "a" and attrs.get("class") == "cell"]
+    assert [attrs["href"] for attrs in cells] == [f"#{row}" for row in rows]
+    assert all(f"layer{place}.conv" in str(attrs["title"]) for place, attrs in enumerate(cells))
+    assert page.count("tr", **{"class": "block-row"}) == (0 if sites < 40 else 1)
+
+
+def test_heights_in_the_network_are_roots_of_costs() -> None:
+    rows = [SiteRow("a", (1,), Form("svd", (1,)), cost(1600), cost(400), 0.1, 0.1)]
+    page = Page(strip(rows, colours(rows)))
+    heights = [float(str(attrs["height"])) for name, attrs in page.tags if name == "rect"]
+    assert heights == [64.0, 32.0, 64.0, 32.0]
+
+
+def test_another_budget_says_what_it_would_change() -> None:
+    svd, tucker = Form("svd", (4,)), Form("tucker2", (3, 4))
+    curved = [
+        CurvePoint(0.3, 0.3, 0.3, 0.2, forms={"a": svd, "b": svd}),
+        CurvePoint(0.5, 0.5, 0.5, 0.1, chosen=True, forms={"a": tucker, "b": svd}),
+        CurvePoint(0.9, 0.9, 0.9, 0.0, forms={"b": svd, HOSTILE: svd}),
+    ]
+    page = Page(curve(curved, "kl"))
+    for word in ("30 % of the MACs, loss 0.2: 1 site", "tucker2 3x4 → svd 4", "tucker2 3x4 → dense", "dense → svd 4"):
+        assert word in page.text
+    places = {str(attrs["id"]) for name, attrs in page.tags if name == "ul"}
+    assert {str(attrs["href"]) for name, attrs in page.tags if name == "a"} == {f"#{place}" for place in places}
+    assert "would change" not in curve(points(1.0, 0.1), "kl")
+
+
+def test_what_was_left_alone_says_what_it_holds() -> None:
+    rows = [
+        SiteRow("a", (1,), Form("svd", (1,)), cost(500), cost(250), 0.1, 0.1),
+        SiteRow("b", (1,), DENSE, cost(300), cost(300), 0.0, 0.0, note="too small"),
+        SiteRow("c", (1,), DENSE, cost(100), cost(100), 0.0, 0.0, note="sensitive"),
+    ]
+    report = Report(sites=rows, original=cost(1000), final=cost(750), declined={"emb": "an embedding"})
+    text = Page(render_html(report)).text
+    for word in ("They hold 40.0 % of its MACs", "(30.0 % of its MACs", "(10.0 % of its MACs", "They hold 10.0 % of its MACs"):
+        assert word in text
+
+
+def test_two_reports_beside_each_other() -> None:
+    report, other = report_of(4), replace(report_of(4), budget="macs=0.2")
+    other.sites = [replace(other.sites[0], form=Form("svd", (9,)), after=cost(123)), *other.sites[1:3]]
+    other.final = cost(1234)
+    text = Page(render_html(report, against=other)).text
+    for word in ("macs=0.2", "1 of 4 sites differ; 1 are in one of the two only", "svd 9"):
+        assert word in text
+    assert "Against another" not in Page(render_html(report)).text

@@ -21,6 +21,7 @@ def add(verbs: Verbs) -> None:
     parser = add_verb(verbs, "report", run, "show a saved report and render it as HTML", "tdpass report out/small.report.json -o report.html")
     parser.add_argument("report", metavar="DIR|REPORT.json", type=Path, help="a report.json, or the folder that holds one")
     parser.add_argument("-o", "--output", metavar="REPORT.html", type=Path, help="where the page goes (default: beside the report)")
+    parser.add_argument("--against", metavar="DIR|REPORT.json", type=Path, help="another report of the same model, shown beside it")
 
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
@@ -32,7 +33,8 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     report = Report.load(path)
     beside = path.with_name(path.name.replace("report.json", "plan.json"))
     plan = RankPlan.load(beside) if beside != path and beside.is_file() else None
-    write_text(page, render_html(report, plan))
+    against = None if arguments.against is None else Report.load(_find(arguments.against))
+    write_text(page, render_html(report, plan, against))
     document = {"files": {"report.html": str(page)}, "report": json.loads(report.to_json())}
     out.show(document, lambda width: [*report_view(report, plan, width), "", f"wrote {page}"])
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from tdpass.form import DENSE
 from tdpass.report import CurvePoint
 from tdpass.views.html import Html, column, join, table, tag
 from tdpass.views.html_axes import Frame, Heights, axes, steps
@@ -20,7 +21,7 @@ def curve(points: Sequence[CurvePoint], divergence: str) -> Html:
     ordered = sorted((point for point in points if math.isfinite(point.loss)), key=lambda point: point.budget)
     if len(ordered) < 2:
         return tag("p", "No curve: only one budget was looked at.", class_="muted")
-    return join([*(_Chart(ordered, name, divergence).svg() for name in SWITCHED), _numbers(ordered)])
+    return join([*(_Chart(ordered, name, divergence).svg() for name in SWITCHED), _others(ordered), _numbers(ordered)])
 
 
 class _Chart:
@@ -54,7 +55,7 @@ class _Chart:
             "svg",
             *axes(FRAME, self.heights, marks_below, f"{title} kept, in percent of the original", beside),
             tag("polyline", class_="curve", points=path),
-            *(self._dot(point, share) for point, share in marks if not point.chosen),
+            *(self._dot(place, share) for place, share in enumerate(self.shares) if not self.points[place].chosen),
             *(part for point, share in chosen for part in self._chosen(point, share)),
             viewBox=f"0 0 {FRAME.width} {FRAME.height}",
             class_=f"chart only-{self.measure}",
@@ -62,9 +63,11 @@ class _Chart:
             aria_label=label,
         )
 
-    def _dot(self, point: CurvePoint, share: float) -> Html:
+    def _dot(self, place: int, share: float) -> Html:
+        point = self.points[place]
         words = tag("title", f"{_percent(share)} of the {SWITCHED[self.measure]}: {small(point.loss)}")
-        return tag("circle", words, class_="dot", cx=f"{self.x(share):.1f}", cy=f"{self.y(point.loss):.1f}", r=3.5)
+        dot = tag("circle", words, class_="dot", cx=f"{self.x(share):.1f}", cy=f"{self.y(point.loss):.1f}", r=3.5)
+        return tag("a", dot, href=f"#{_anchor(place)}", tabindex=-1) if point.forms else dot
 
     def _chosen(self, point: CurvePoint, share: float) -> list[Html]:
         x, y = self.x(share), self.y(point.loss)
@@ -79,6 +82,27 @@ class _Chart:
             tag("circle", class_="chosen", cx=f"{x:.1f}", cy=f"{y:.1f}", r=5),
             *(tag("text", word, class_="callout", x=f"{x + side:.1f}", y=f"{height - 10 + down:.1f}", text_anchor=anchor) for word, down in words),
         ]
+
+
+def _anchor(place: int) -> str:
+    return f"budget-{place}"
+
+
+def _others(points: Sequence[CurvePoint]) -> Html | None:
+    """What another budget on the curve would change, site by site; a point of the curve opens its own."""
+    chosen = next((point for point in points if point.chosen), None)
+    if chosen is None or not chosen.forms:
+        return None
+    listed = [_change(place, point, chosen) for place, point in enumerate(points) if point.forms and not point.chosen]
+    return tag("div", tag("h4", "Another budget would change"), *listed, class_="budgets")
+
+
+def _change(place: int, point: CurvePoint, chosen: CurvePoint) -> Html:
+    names = [*chosen.forms, *(name for name in point.forms if name not in chosen.forms)]
+    pairs = ((name, chosen.forms.get(name, DENSE), point.forms.get(name, DENSE)) for name in names)
+    unlike = [tag("li", tag("code", name), f": {before} → {after}") for name, before, after in pairs if before != after]
+    said = f"{_percent(point.macs)} of the MACs, loss {small(point.loss)}: {len(unlike)} {'site' if len(unlike) == 1 else 'sites'}"
+    return tag("details", tag("summary", said), tag("ul", *unlike, id=_anchor(place)), name="budget")
 
 
 def _percent(share: float) -> str:

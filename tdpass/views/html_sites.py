@@ -9,6 +9,7 @@ from tdpass.cost import Cost
 from tdpass.form import DENSE
 from tdpass.measures import Measure
 from tdpass.report import SiteRow
+from tdpass.views.blocks import blocks
 from tdpass.views.html import Html, column, join, spaced, table, tag
 from tdpass.views.summary import FormatTotal, losses_known, modelled, timed, unfactored
 from tdpass.views.units import cost_text, dims, form_sizes, human, ratio, seconds, small
@@ -16,6 +17,7 @@ from tdpass.views.units import cost_text, dims, form_sizes, human, ratio, second
 SWITCHED = {"macs": "MACs", "params": "Parameters"}  # what the reader chooses between
 _COLOURS = 8
 _LEAST_BAR = 0.5
+_IN_BLOCKS = 40
 
 
 def colours(rows: Sequence[SiteRow]) -> dict[str, str]:
@@ -44,6 +46,11 @@ def common_prefix(names: Sequence[str]) -> str:
     return prefix if len(prefix) > 12 else ""
 
 
+def site_anchor(place: int) -> str:
+    """The id of the row of a site, by its place in the network."""
+    return f"site-{place}"
+
+
 def chip(name: str, colour: str) -> Html:
     """A format: a colour and its name, so that neither has to carry the meaning alone."""
     return tag("span", tag("span", class_=f"swatch {colour}", aria_hidden="true"), name, class_="chip")
@@ -67,11 +74,30 @@ def site_table(rows: Sequence[SiteRow], colour: Mapping[str, str]) -> Html:
     ]
     longest = {name: max((max(row.before.get(name), row.after.get(name)) for row in rows), default=0) for name in SWITCHED}
     prefix = common_prefix([row.site for row in rows])
-    return table(headers, [_row(row, colour, longest, prefix, with_time, told, with_loss) for row in rows], "Sites", id="sites-table")
+    body = [_row(row, site_anchor(place), colour, longest, prefix, with_time, told, with_loss) for place, row in enumerate(rows)]
+    if len(rows) >= _IN_BLOCKS:
+        for name, places in reversed(blocks([row.site[len(prefix) :] for row in rows])):
+            body.insert(places[0], _block(name, [rows[place] for place in places], len(headers)))
+    return table(headers, body, "Sites", id="sites-table")
+
+
+def _block(name: str, rows: Sequence[SiteRow], width: int) -> Html:
+    """The line above the sites of a block: how many they are, and what they cost together."""
+    costs = ((sum(row.before.get(each) for row in rows), sum(row.after.get(each) for row in rows)) for each in SWITCHED)
+    shown = (measured(each, f"{human(before)} → {human(after)}") for each, (before, after) in zip(SWITCHED, costs, strict=True))
+    words = tag("span", f"{len(rows)} sites, ", *shown, class_="muted")
+    return tag("tr", tag("th", tag("code", breakable(name or "…")), " ", words, colspan=width, scope="rowgroup"), class_="block-row")
 
 
 def _row(
-    row: SiteRow, colour: Mapping[str, str], longest: Mapping[str, float], prefix: str, with_time: bool, told: Sequence[Measure], with_loss: bool
+    row: SiteRow,
+    anchor: str,
+    colour: Mapping[str, str],
+    longest: Mapping[str, float],
+    prefix: str,
+    with_time: bool,
+    told: Sequence[Measure],
+    with_loss: bool,
 ) -> Html:
     dense = unfactored(row)
     bars = [_bar(row, name, colour[row.form.family], longest[name]) for name in SWITCHED]
@@ -87,6 +113,7 @@ def _row(
         tag("td", "" if dense else small(row.error), bound, class_="number", data_key=0 if dense else row.error),
         *((tag("td", "" if dense else small(row.loss), class_="number", data_key=0 if dense else row.loss),) if with_loss else ()),
         tag("td", row.note, class_="why", data_key=row.note),
+        id=anchor,
         class_="kept" if dense else None,
     )
 
