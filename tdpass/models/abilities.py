@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from tdpass.models.batch import Batch
+
+_STEPS = 255
 
 Note = Callable[[str], None]
 Decline = Callable[[str, str], None]
@@ -46,6 +49,44 @@ class FusesChains(Protocol):
         What changes is how the model runs, not what it computes, how its tensors are named or what `layer` answers.  `note` takes
         a line about the whole, `decline` a layer and why it is left alone.
         """
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a tensor is to hold; zero is always among them."""
+
+    low: float
+    high: float
+
+    @property
+    def scale(self) -> float:
+        """The step of eight bits; one where the tensor is always zero."""
+        return (max(self.high, 0.0) - min(self.low, 0.0)) / _STEPS or 1.0
+
+    @property
+    def zero(self) -> int:
+        """The code of zero, 0 to 255."""
+        return max(0, min(_STEPS, round(-min(self.low, 0.0) / self.scale)))
+
+
+@runtime_checkable
+class HoldsIntegerActivations(Protocol):
+    """Tensors between its layers can be integers of eight bits."""
+
+    def integer_layers(self) -> Sequence[str]:
+        """The layers whose weights are integers already, so that what they read and make may be; raises `UnsupportedError` where none can."""
+
+    def activations(self, without: Container[str] = ()) -> Sequence[str]:
+        """The tensors that may be integers where those layers stay as they are."""
+
+    def watch(self, names: Sequence[str], batch: Batch) -> Mapping[str, Tensor]:
+        """What these tensors hold in a run."""
+
+    def hold_integers(self, ranges: Mapping[str, Range]) -> None:
+        """Let these tensors, and no others, be integers of eight bits."""
+
+    def held_integers(self) -> Mapping[str, Range]:
+        """The tensors that are integers."""
 
 
 @runtime_checkable

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tdpass.errors import UsageError
+from tdpass.models.batch import Batch
 from tdpass.tape import Tape
 
 RATE = 2e10
@@ -92,6 +93,16 @@ def first_samples(tapes: Sequence[Tape], samples: int) -> list[Tape]:
         if taken and sum(t.batch_size for t in taken) + tape.batch_size > samples:
             break
         taken.append(tape)
+    return taken
+
+
+def first_batches(batches: Sequence[Batch], samples: int) -> list[Batch]:
+    """The first calls that hold so many samples together, one at least."""
+    taken: list[Batch] = []
+    for batch in batches:
+        if taken and sum(held.size for held in taken) >= samples:
+            break
+        taken.append(batch)
     return taken
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from tdpass.errors import InvalidModelError, PlanError, UnsupportedError, UsageError
 from tdpass.formats.base import Layer
-from tdpass.models.abilities import Decline, Note, no_reasons
+from tdpass.models.abilities import Decline, Note, Range, no_reasons
 from tdpass.models.base import Batch, Model
 from tdpass.models.extents import alike, with_extents
 from tdpass.models.fitting import sized
@@ -25,6 +25,7 @@ from tdpass.models.onnx.file import remove_obsolete, write
 from tdpass.models.onnx.fuse import decide
 from tdpass.models.onnx.fused_rewrite import Fusions, fused
 from tdpass.models.onnx.inputs import bind, declared_example, signature
+from tdpass.models.onnx.integer_activations import check_opset, integer_layers, quantizable, watched, with_integer_activations
 from tdpass.models.onnx.normalize import defaults, normalized
 from tdpass.models.onnx.parameters import parameter_bytes, parameter_count
 from tdpass.models.onnx.products import count_products
@@ -62,6 +63,7 @@ class OnnxModel(Model):
         self._shapes = shapes
         self._layers: dict[str, Layer] = {}
         self._fusions: Fusions = {}
+        self._ranges: Mapping[str, Range] = {}
         self._waiting: frozenset[str] = frozenset()
         self._seen: dict[str, Site] = {}
         self._example: Batch | None = None
@@ -93,10 +95,31 @@ class OnnxModel(Model):
 
     @cached_property
     def _built(self) -> ir.Model:
-        return fused(self._unfused(), self._fusions)
+        return with_integer_activations(self._with_integers(), self._ranges) if self._ranges else fused(self._unfused(), self._fusions)
 
     def _unfused(self) -> ir.Model:
         return rewritten(self._dense, self._found.sites, self._layers, self._shapes)
+
+    def _with_integers(self) -> ir.Model:
+        """The model with its integer weights as integer operators read them."""
+        return rewritten(self._dense, self._found.sites, self._layers, self._shapes, integers=True)
+
+    def integer_layers(self) -> Sequence[str]:
+        check_opset(self._dense)
+        return list(integer_layers(self._with_integers()))
+
+    def activations(self, without: Container[str] = ()) -> Sequence[str]:
+        return quantizable(self._with_integers(), without)
+
+    def watch(self, names: Sequence[str], batch: Batch) -> Mapping[str, Tensor]:
+        return watched(self._with_integers(), names)(self.named_inputs(batch))
+
+    def hold_integers(self, ranges: Mapping[str, Range]) -> None:
+        self._ranges = dict(ranges)
+        self._changed()
+
+    def held_integers(self) -> Mapping[str, Range]:
+        return self._ranges
 
     @cached_property
     def _session(self) -> Session:

@@ -33,12 +33,14 @@ class OnnxOps:
 
     Factors are constants that become initializers when a node first reads them, in the layout that node wants: a factor
     that is only ever a MatMul's right operand is stored transposed, and one that is only reshaped is stored reshaped,
-    so that no constant is rearranged at run time.  Recording a second use of the site reads the same initializers.
+    so that no constant is rearranged at run time.  With `integers` activations are of eight bits too.
+    Recording a second use of the site reads the same initializers.
     """
 
-    def __init__(self, site: str, opset: int, names: FreshNames, shapes: Shapes) -> None:
+    def __init__(self, site: str, opset: int, names: FreshNames, shapes: Shapes, *, integers: bool = False) -> None:
         self._site = site
         self._opset = opset
+        self._integers_run = integers
         self._names = names
         self._shapes = shapes
         self._nodes: list[ir.Node] = []
@@ -268,8 +270,8 @@ class OnnxOps:
 
     def _dequantized(self, values: ir.Value, scale: ir.Value, zero: ir.Value | None, *, per_row: bool, axis: int = 0) -> ir.Value:
         known = self._dims_of(values) or ()
-        if len(known) == 2:
-            # of a matrix and the product that reads it, ONNX Runtime makes one operator that rounds activations to eight bits too
+        if len(known) == 2 and axis == 1 and not self._integers_run:
+            # of [i, o] and the product that reads it, ONNX Runtime makes one operator that rounds activations to eight bits too
             deep = self.reshape(values, (1, *(size or 1 for size in known)))
             return self.reshape(self._dequantized(deep, scale, zero, per_row=per_row, axis=axis + 1), [size or 1 for size in known])
         if self._opset >= _DEQUANTIZE_BY_ROW:

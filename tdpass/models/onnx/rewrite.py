@@ -17,15 +17,18 @@ from tdpass.models.onnx.weight_use import WeightUse
 INPUTS_HOLD_INITIALIZERS_BELOW = 4
 
 
-def rewritten(model: ir.Model, sites: Mapping[str, FoundSite], layers: Mapping[str, Layer], shapes: Shapes) -> ir.Model:
-    """A copy of the model with these layers in place of the dense ones; weights that stay are shared, not copied."""
+def rewritten(model: ir.Model, sites: Mapping[str, FoundSite], layers: Mapping[str, Layer], shapes: Shapes, *, integers: bool = False) -> ir.Model:
+    """A copy of the model with these layers in place of the dense ones; weights that stay are shared, not copied.
+
+    With `integers` the weights that are such are written for activations that are, too.
+    """
     copy = model.clone()
     twins = dict(zip(model.graph, copy.graph, strict=True))
     names = FreshNames(copy)
     recorders: list[OnnxOps] = []
     for name, layer in layers.items():
         site = sites[name]
-        ops = OnnxOps(name, opset_of(copy), names, shapes)
+        ops = OnnxOps(name, opset_of(copy), names, shapes, integers=integers)
         recorders.append(ops)
         storage = layer.storage
         holds = {label: {HOLDS: str(storage.count(label))} if storage.numbers else {} for label in layer.factors}

@@ -1,0 +1,104 @@
+"""quantize-activations: what layers of integer weights read and make is held in eight bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from tdpass.errors import UnsupportedError, UsageError
+from tdpass.models.abilities import HoldsIntegerActivations, Range
+from tdpass.models.base import Model
+from tdpass.pipeline import Job, Pass, register_pass
+from tdpass.planner.effort import first_batches
+from tdpass.planner.ranges import BINS, CALIBRATIONS, Histogram
+from tdpass.planner.trials import Promise
+
+_SAMPLES = 64
+
+
+@register_pass
+@dataclass(frozen=True)
+class QuantizeActivations(Pass):
+    """Hold in eight bits, with one scale and zero point each, what the layers whose weights are int8 read and make, and what joins such.
+
+    Ranges come from the calibration data: `calibration` is `minmax` (all that was seen), `percentile` (all but one number in ten
+    thousand), `mse` (least squared error) or `kl` (least divergence of the distribution).  Of the layers, the share `keep` whose
+    activations cost most, measured one by one as the divergence of the output, stays as it is.  Runs after `quantize`, as the last
+    pass but `verify`; ONNX models, whose runtimes make integer operators of it.
+    """
+
+    name = "quantize-activations"
+    promise = Promise.NONE  # a replay knows nothing of it; `verify` holds the result to what is measured here
+
+    calibration: Literal["minmax", "percentile", "mse", "kl"] = "percentile"
+    keep: float = 0.0
+
+    def run(self, model: Model, job: Job) -> bool:
+        if not 0 <= self.keep < 1:
+            raise UsageError(f"keep={self.keep} is no share of layers; give one of at least 0 and below 1")
+        if not isinstance(model, HoldsIntegerActivations):
+            job.note(f"skipped: activations of models that came through {model.frontend} stay as they are; export to ONNX and compress that")
+            return False
+        if not job.batches:
+            job.note("skipped: there is no calibration data")
+            return False
+        if model.held_integers():
+            job.note("skipped: activations are integers already")
+            return False
+        layers = model.integer_layers()
+        if not layers:
+            job.note("skipped: no layer has int8 weights; put quantize before it")
+            return False
+        ranges = self._ranges(model, model.activations(), job)
+        kept = self._sensitive(model, layers, ranges, job) if self.keep else []
+        wanted = set(model.activations(kept))
+        model.hold_integers({name: found for name, found in ranges.items() if name in wanted})
+        assert isinstance(model, Model)
+        found = _divergence(model, job, len(job.batches))
+        job.expected = max(job.expected or 0.0, found)
+        job.note(f"{len(wanted)} tensors of {len(layers) - len(kept)} layers are held in eight bits; divergence {found:.4g}")
+        return bool(wanted)
+
+    def _ranges(self, model: HoldsIntegerActivations, names: Sequence[str], job: Job) -> dict[str, Range]:
+        ends: dict[str, tuple[float, float]] = dict.fromkeys(names, (0.0, 0.0))
+        for batch in job.batches:
+            for name, value in model.watch(names, batch).items():
+                if name in ends:
+                    ends[name] = min(ends[name][0], float(value.min())), max(ends[name][1], float(value.max()))
+                    if not all(map(math.isfinite, ends[name])) or bool(value.isnan().any()):
+                        raise UnsupportedError(f"the tensor {name!r} is NaN or infinite on the calibration data, so it has no range; leave such samples out")
+        if self.calibration == "minmax":
+            return {name: Range(*found) for name, found in ends.items()}
+        seen = {name: Histogram(low, high, np.zeros(BINS)) for name, (low, high) in ends.items() if high > low}
+        for batch in job.batches:
+            for name, value in model.watch(list(seen), batch).items():
+                if name in seen:
+                    seen[name].add(value.numpy())
+        choose = CALIBRATIONS.get(self.calibration)
+        return {name: Range(*(choose(seen[name]) if name in seen else ends[name])) for name in names}
+
+    def _sensitive(self, model: HoldsIntegerActivations, layers: Sequence[str], ranges: Mapping[str, Range], job: Job) -> list[str]:
+        """The layers whose activations cost most when they alone are integers."""
+        assert isinstance(model, Model)
+        few = len(first_batches(job.batches, _SAMPLES))
+        losses: dict[str, float] = {}
+        for count, layer in enumerate(layers):
+            job.progress("measuring layers with integer activations", count, len(layers))
+            alone = set(model.activations([other for other in layers if other != layer]))
+            model.hold_integers({name: found for name, found in ranges.items() if name in alone})
+            losses[layer] = _divergence(model, job, few)
+        kept = sorted(layers, key=lambda layer: -losses[layer])[: round(self.keep * len(layers))]
+        for layer in kept:
+            job.report.decline(layer, f"its activations stay as they are: in eight bits they alone cost a divergence of {losses[layer]:.2g}")
+        return kept
+
+
+def _divergence(model: Model, job: Job, count: int) -> float:
+    """From the original, of the model as it really runs, on the first calls of the calibration data."""
+    measure = job.fitted_divergence
+    pairs = zip(job.references[:count], job.batches[:count], strict=True)
+    return measure.mean([(reference, measure.outputs(model.run(batch))) for reference, batch in pairs])
