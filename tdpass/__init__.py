@@ -25,12 +25,15 @@ from tdpass.errors import UnsupportedError as UnsupportedError
 from tdpass.errors import UsageError as UsageError
 from tdpass.kernels.binding import load_cached as _load_binding
 from tdpass.kernels.native import onnx_ops_path as onnx_ops_path
+from tdpass.layers.adaptive import set_rank as set_rank
+from tdpass.layers.adaptive import set_width as set_width
 from tdpass.machine import installed_version as _installed_version
 from tdpass.methods.run import train as train
 from tdpass.models import Batch as Batch
 from tdpass.models import open_attention as open_attention
 from tdpass.models import open_model as open_model
 from tdpass.models import open_recurrent as open_recurrent
+from tdpass.models.torch.ordinary import ordinary as ordinary
 from tdpass.pipeline import Pass as Pass
 from tdpass.pipeline import Pipeline as Pipeline
 from tdpass.pipeline import register_pass as register_pass
@@ -76,7 +79,10 @@ __all__ = [
     "open_attention",
     "open_model",
     "open_recurrent",
+    "ordinary",
     "register_pass",
+    "set_rank",
+    "set_width",
     "train",
     "verify",
 ]

@@ -9,15 +9,12 @@ from tdpass.zoo.base import register_net
 
 
 class Shortcut(nn.Module):
-    """Parameter-free shortcut: every second pixel, new channels zero, half of them before and half after."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.pad = channels // 4
+    """Parameter-free shortcut: every second pixel, as many new channels as there are, zero, half of them before and half after."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`[n, c, h, w]` to `[n, 2 c, h / 2, w / 2]`."""
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad))
+        side = x.shape[1] // 2
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, side, side))
 
 
 class Block(nn.Module):
@@ -29,7 +26,7 @@ class Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(after)
         self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(after)
-        self.shortcut = nn.Identity() if stride == 1 else Shortcut(after)
+        self.shortcut = nn.Identity() if stride == 1 else Shortcut()
 
     def forward(self, x: Tensor) -> Tensor:
         """One residual block."""

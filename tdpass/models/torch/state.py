@@ -19,10 +19,12 @@ from tdpass.errors import InvalidModelError, PlanError, UsageError
 from tdpass.files import replacing
 from tdpass.form import Form, Formed
 from tdpass.kinds import kind_of_module
+from tdpass.layers.adaptive import Adaptation
 from tdpass.layers.factorized import Factorized, empty_layer
+from tdpass.models.torch.adapting import adapt, adaptation_of
 from tdpass.models.torch.called_layers import call_layers
 from tdpass.models.torch.coded import Held, coded_factors, under, with_coded_factors
-from tdpass.models.torch.in_place import become
+from tdpass.models.torch.in_place import Backup, become
 from tdpass.models.torch.norms import Folded
 from tdpass.models.torch.sites import Matched, find_sites
 from tdpass.packing import SUFFIX, blocks_in, packed_state, read_header, unpack
@@ -46,6 +48,7 @@ class _Structure:
     folded: tuple[str, ...]
     biases: tuple[str, ...]
     aliases: Mapping[str, str]
+    adaptive: Adaptation | None = None
 
 
 _STRUCTURE = register_document(Document("tdpass structure", _Structure, InvalidModelError, "write the file again with Artifact.save"))
@@ -77,7 +80,7 @@ def save_module(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> N
     biases = tuple(path for path, candidate in named if kind_of_module(candidate) is not None and candidate._parameters["bias"] is not None)
     written = packed_state(with_coded_factors(tensors, module))
     packed = written.keys() != tensors.keys()
-    structure = _Structure(2 if packed else 1, layers, folded, biases, aliases)
+    structure = _Structure(2 if packed else 1, layers, folded, biases, aliases, adaptation_of(module))
     write_tensors(path, written, {**metadata, _KEY: _STRUCTURE.text(structure)})
 
 
@@ -106,6 +109,19 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
     `InvalidModelError` when the file is damaged or was not written by tdpass, `PlanError` when it does not fit the model.
     """
     structure = _structure(path)
+    if structure.adaptive is None:
+        return _loaded(path, module, structure)
+    backup = Backup.of(list(module.modules()))
+    try:
+        adapt(module, structure.adaptive, filled=False)
+        return _loaded(path, module, structure)
+    except BaseException:
+        for entry in backup:
+            entry.restore()
+        raise
+
+
+def _loaded(path: Path, module: nn.Module, structure: _Structure) -> nn.Module:
     found, _ = find_sites(module)
     by_path = {reached: matched for matched in found for reached in matched.paths}
     modules = dict(module.named_modules(remove_duplicate=False))

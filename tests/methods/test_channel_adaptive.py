@@ -1,0 +1,306 @@
+"""Networks of several widths and ranks: what shrinks together, what a switch is, what every setting stands for."""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tdpass
+from tdpass.errors import BudgetError, InvalidModelError, PlanError, UsageError
+from tdpass.layers.adaptive import Adaptive, AdaptiveNorm, dial_of
+from tdpass.methods import ChannelAdaptive, Controller
+from tdpass.models.torch.adapting import adaptation_of
+from tdpass.training.batches import Batches
+from tdpass.zoo import digits_net, resnet20
+
+WIDTHS = (0.25, 0.5, 0.75, 1.0)
+
+
+class Joined(nn.Module):
+    """A residual sum, a depthwise convolution, a gate, and a flattened map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.depthwise, self.second = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8)
+        self.gate = nn.Conv2d(8, 8, 1)
+        self.hidden, self.out = nn.Linear(8 * 4, 10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.norm(self.stem(x)))
+        x = x + self.second(self.depthwise(x)) * torch.sigmoid(self.gate(x))
+        return self.out(torch.relu(self.hidden(F.adaptive_avg_pool2d(x, 2).flatten(1))))
+
+
+class Concatenated(nn.Module):
+    """What is concatenated keeps its channels, what is behind it may lose some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.both, self.out = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 6, 1), nn.Conv2d(10, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.both(torch.cat([torch.relu(self.one(x)), self.two(x)], 1))))
+
+
+class Padded(nn.Module):
+    """A shortcut that pads by numbers that are written into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.body = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 8, 1)
+        self.norm, self.out = nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.out(torch.relu(self.norm(self.body(torch.relu(self.inner(x)))) + F.pad(x, (0, 0, 0, 0, 2, 2))))
+
+
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+NETS: dict[str, tuple[Any, Tensor]] = {
+    "joined": (Joined, IMAGES),
+    "concatenated": (Concatenated, IMAGES),
+    "padded": (Padded, IMAGES),
+    "digits": (digits_net, torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))),
+    "resnet20": (resnet20, torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))),
+}
+GRIDS = {"widths": {"widths": WIDTHS}, "ranks": {"widths": [1.0], "ranks": [0.25, 0.5, 1.0]}, "both": {"widths": [0.5, 1.0], "ranks": [0.5, 1.0]}}
+
+
+def network(name: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(3)
+    build, x = NETS[name]
+    model = build().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model, x
+
+
+def adaptive(name: str, **options: Any) -> tuple[nn.Module, ChannelAdaptive, Tensor]:
+    model, x = network(name)
+    method = ChannelAdaptive(**options)
+    return method.prepare(model, x).eval(), method, x
+
+
+def channels(model: nn.Module) -> dict[str, list[tuple[int, int]]]:
+    found = adaptation_of(model)
+    assert found is not None
+    return {name: [(i.count, o.count) for i, o in zip(form.inputs, form.outputs, strict=True)] for name, form in found.layers.items()}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_at_full_width_nothing_changes_and_what_was_given_stays(name: str) -> None:
+    model, x = network(name)
+    before = copy.deepcopy(model.state_dict())
+    wide = ChannelAdaptive(widths=WIDTHS).prepare(model, x).eval()
+    torch.testing.assert_close(wide(x), model(x), rtol=0, atol=0)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("name", NETS)
+def test_every_setting_is_the_ordinary_model_that_it_stands_for(name: str, grid: str) -> None:
+    model, _, x = adaptive(name, **GRIDS[grid])
+    found = adaptation_of(model)
+    assert found is not None
+    sizes = []
+    for width in found.widths:
+        for rank in found.ranks:
+            tdpass.set_width(model, width)
+            tdpass.set_rank(model, rank)
+            plain = tdpass.ordinary(model, width, rank)
+            assert not any(isinstance(module, Adaptive | AdaptiveNorm) for module in plain.modules())
+            torch.testing.assert_close(plain(x), model(x), rtol=1e-5, atol=1e-5)
+            sizes.append(sum(parameter.numel() for parameter in plain.parameters()))
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1]
+
+
+def test_channels_shrink_together_as_the_run_joins_them() -> None:
+    halves = {name: channels(adaptive(name, widths=[0.5, 1.0])[0]) for name in NETS}
+    assert {name: counts[0] for name, counts in halves["joined"].items()} == {
+        "stem": (3, 4), "depthwise": (4, 4), "gate": (4, 4), "hidden": (16, 6), "out": (6, 3),
+    }  # fmt: skip
+    assert {name: counts[0] for name, counts in halves["concatenated"].items()} == {"one": (3, 4), "two": (3, 6), "both": (10, 4), "out": (4, 2)}
+    assert {name: counts[0] for name, counts in halves["padded"].items()} == {
+        "stem": (3, 4), "inner": (4, 4), "body": (4, 8), "out": (8, 2),
+    }  # fmt: skip
+    assert halves["resnet20"]["layer2.0.conv1"][0] == (8, 16)
+    assert halves["resnet20"]["layer3.2.conv2"][0] == (32, 32)
+    assert halves["resnet20"]["linear"][0] == (32, 10)
+
+
+def test_a_narrow_network_is_the_whole_one_with_other_channels_at_zero() -> None:
+    model, x = network("resnet20")
+    narrow = tdpass.ordinary(ChannelAdaptive(widths=[0.5, 1.0]).prepare(model, x), 0.5).eval()
+    masked = copy.deepcopy(model)
+    for module in masked.modules():
+        if isinstance(module, nn.Conv2d):
+            o, i = module.weight.shape[:2]
+            mask = torch.zeros_like(module.weight)
+            mask[o // 4 : o // 4 + o // 2, slice(None) if i == 3 else slice(i // 4, i // 4 + i // 2)] = 1
+            module.weight.data *= mask
+        if isinstance(module, nn.BatchNorm2d):
+            c = module.num_features
+            keep = torch.zeros(c)
+            keep[c // 4 : c // 4 + c // 2] = 1
+            for tensor in (module.weight.data, module.bias.data, module.running_mean):
+                tensor.mul_(keep)
+        if isinstance(module, nn.Linear):
+            module.weight.data[:, :16] = 0
+            module.weight.data[:, 48:] = 0
+    torch.testing.assert_close(narrow(x), masked(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_switch_is_quick_and_copies_nothing() -> None:
+    model, _, x = adaptive("resnet20", widths=WIDTHS)
+    held = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    wide = model(x)
+    start = time.perf_counter()
+    for _ in range(100):
+        tdpass.set_width(model, 0.25)
+    assert (time.perf_counter() - start) / 100 < 1e-3
+    assert not torch.equal(model(x), wide)
+    tdpass.set_width(model, 1.0)
+    assert torch.equal(model(x), wide)
+    assert {name: value.data_ptr() for name, value in model.state_dict().items()} == held
+    twin = copy.deepcopy(model)
+    tdpass.set_width(twin, 0.25)
+    assert torch.equal(model(x), wide)
+
+
+def test_a_step_runs_the_whole_network_the_narrowest_and_some_others() -> None:
+    model, method, x = adaptive("digits", widths=WIDTHS, random=1, distill=1.0)
+    method.bind(model)
+    seen = []
+
+    def forward(inputs: Tensor) -> Tensor:
+        seen.append(dial_of(model).place)
+        return model(inputs)
+
+    losses = list(method.passes(forward, x, lambda scores: F.cross_entropy(scores, torch.tensor([1, 2, 3]))))
+    assert seen[:2] == [3, 0]
+    assert seen[2] in {1, 2}
+    assert len(losses) == 3
+    assert dial_of(model).place == 3
+    tdpass.set_width(model, 0.25)
+    narrow = model(x)
+    tdpass.set_width(model, 1.0)
+    apart = F.kl_div(narrow.log_softmax(-1), model(x).softmax(-1), reduction="batchmean")
+    torch.testing.assert_close(losses[1], apart)
+    torch.testing.assert_close(losses[0], F.cross_entropy(model(x), torch.tensor([1, 2, 3])))
+
+
+def digits() -> Batches:
+    images = torch.randn(192, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    labels = (images[:, :, :4].mean((1, 2, 3)) > images[:, :, 4:].mean((1, 2, 3))).long()
+    return Batches(images, labels, 32)
+
+
+@pytest.fixture(scope="module")
+def artifact() -> tdpass.Artifact:
+    torch.manual_seed(0)
+    method = {"channel-adaptive": {"widths": [0.25, 1.0], "ranks": [0.5, 1.0], "rounds": 8}}
+    images = digits().inputs
+    options: dict[str, Any] = {"settings": {"lr": 0.05}, "example_inputs": images[:2], "calibration": images, "control": False, "test": right}
+    return tdpass.train(digits_net(classes=2), digits(), method, **options)
+
+
+def right(model: nn.Module) -> float:
+    return 100 * float((model(digits().inputs).argmax(1) == digits().targets).float().mean())
+
+
+def test_every_setting_learns_and_is_scored(artifact: tdpass.Artifact) -> None:
+    scores = {name: value for name, value in artifact.report.checks.items() if name.startswith("score_width")}
+    assert set(scores) == {f"score_width_{width}_rank_{rank}" for width in ("0.25", "1") for rank in ("0.5", "1")}
+    assert min(scores.values()) > 75
+    counts = [artifact.report.checks[f"macs_width_{width}_rank_{rank}"] for width in ("0.25", "1") for rank in ("0.5", "1")]
+    assert counts == sorted(set(counts))
+
+
+def test_statistics_are_those_of_each_setting(artifact: tdpass.Artifact) -> None:
+    model = copy.deepcopy(artifact.model).eval()
+    assert isinstance(model, nn.Module)
+    for width, rank in ((0.25, 0.5), (1.0, 1.0)):
+        plain = tdpass.ordinary(model, width, rank)
+        read = plain.stem[0](digits().inputs)
+        torch.testing.assert_close(plain.stem[1].running_mean, read.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+
+
+def test_one_file_holds_all_settings(artifact: tdpass.Artifact, tmp_path: Path) -> None:
+    artifact.save(tmp_path / "model.safetensors")
+    loaded, x = tdpass.load(tmp_path / "model.safetensors", digits_net(classes=2)).eval(), digits().inputs
+    for width in (0.25, 1.0):
+        for rank in (0.5, 1.0):
+            for model in (loaded, artifact.model):
+                tdpass.set_width(model, width)
+                tdpass.set_rank(model, rank)
+            assert torch.equal(loaded(x), artifact.model(x))
+    other = digits_net(classes=3)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(PlanError, match="the class it was made from"):
+        tdpass.load(tmp_path / "model.safetensors", other)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    assert not any(isinstance(module, Adaptive) for module in other.modules())
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-8] + b"damaged!")
+    with pytest.raises(InvalidModelError):
+        tdpass.load(tmp_path / "model.safetensors", digits_net(classes=2))
+
+
+def test_a_width_is_exported_and_quantized_like_any_model(artifact: tdpass.Artifact, tmp_path: Path) -> None:
+    x = digits().inputs
+    for width in (0.25, 1.0):
+        plain = tdpass.ordinary(artifact.model, width).eval()
+        torch.onnx.export(plain, (x,), tmp_path / f"{width}.onnx", dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(tmp_path / f"{width}.onnx")
+        (answer,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(answer), plain(x), rtol=1e-3, atol=1e-4)
+    plain = tdpass.ordinary(artifact.model, 1.0).eval()
+    stored = {numbers: tdpass.compress(plain, pipeline=f"quantize{{numbers={numbers}}}", example_inputs=x[:2]) for numbers in ("int8", "float16")}
+    assert stored["int8"].report.final.bytes < stored["float16"].report.final.bytes < stored["int8"].report.original.bytes
+    assert all(right(each.model) > 75 for each in stored.values())
+
+
+def test_a_controller_turns_to_the_best_setting_within_a_budget(artifact: tdpass.Artifact) -> None:
+    controller = Controller(artifact.model, digits().inputs[:1], "pim:sot_mram")
+    joules = [setting.cost.get("joules") for setting in controller.settings]
+    assert joules == sorted(joules)
+    assert controller.choose({"joules": 1.0}).width == 1.0
+    assert dial_of(artifact.model).place == 3
+    least = controller.choose({"joules": 1.01 * joules[0] / joules[-1]})
+    assert (least.width, least.rank) == (0.25, 0.5)
+    assert dial_of(artifact.model).place == 0
+    with pytest.raises(BudgetError, match=r"0\.25 at rank 0\.5"):
+        controller.choose({"joules": 0.5 * joules[0] / joules[-1]})
+    assert dial_of(artifact.model).place == 0
+    scored = Controller(artifact.model, digits().inputs[:1], "pim:sot_mram", score=right)
+    best = max(setting.score for setting in scored.settings if setting.score is not None)
+    assert scored.choose({"joules": 1.0}).score == best
+
+
+def test_what_cannot_be_is_said() -> None:
+    for options in ({"widths": [0.5]}, {"widths": []}, {"widths": [1.0]}, {"widths": [0.5, 0.5, 1.0]}, {"ranks": [2.0, 1.0]}, {"distill": 2.0}):
+        with pytest.raises(UsageError, match=r"give|fit"):
+            ChannelAdaptive(**options)
+    with pytest.raises(UsageError, match="no layer can have fewer"):
+        ChannelAdaptive().prepare(nn.Sequential(nn.Linear(4, 3)), torch.zeros(2, 4))
+    model, x = network("joined")
+    with pytest.raises(UsageError, match="example_inputs"):
+        ChannelAdaptive().prepare(model)
+    with pytest.raises(UsageError, match="one width"):
+        tdpass.set_width(model, 0.5)
+    wide = ChannelAdaptive().prepare(model, x)
+    with pytest.raises(UsageError, match=r"0\.3.*0\.25, 0\.5, 0\.75, 1\.0"):
+        tdpass.set_width(wide, 0.3)
+    with pytest.raises(UsageError, match="share of the rank"):
+        tdpass.set_rank(wide, 0.3)
