@@ -12,6 +12,8 @@ import yaml
 from mutations import damaged_bytes, texts
 
 from tdpass.cost import Cost
+from tdpass.crossbars.mapping import ArrayMap, MappedMatrix
+from tdpass.crossbars.placement import Place
 from tdpass.documents import DOCUMENTS, Document, yaml_value
 from tdpass.errors import InvalidModelError, PlanError, TdpassError, UsageError
 from tdpass.form import DENSE, Form
@@ -26,6 +28,7 @@ from tdpass.planner.joint import JointOption
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.report import CurvePoint, PassRow, Report, SiteRow, TrainingRow
 from tdpass.targets.break_even import BreakEvenTable
+from tdpass.targets.crossbar import CrossbarArray
 from tdpass.terminal import report_view
 from tdpass.training.pieces import Piece
 from tdpass.views.tables import to_text
@@ -55,6 +58,9 @@ SAMPLES: dict[str, Any] = {
     "table of candidates": [CANDIDATE],
     "table of joint options": [JointOption({"fc": CANDIDATE}, 0.5, (1, 2))],
     "training recipe": RECIPE,
+    "map of crossbar arrays": ArrayMap(
+        CrossbarArray.load("admm_32x32"), (MappedMatrix("fc", 0, 0, 8, 16, 0.5, (Place(0, 0, 2, (0, 3), (1, 2), (2,)),)),), 1, "ab"
+    ),
     "tdpass structure": _Structure(2, (_Replacement(("fc", "twin"), Form("svd", (2,)), bias=True),), ("bn",), ("last",), {"a": "b"}),
     "table of tensors": {"fc.weight": Piece((4, 2), (2, 0), "float32")},
     "list of the parts of a checkpoint": {"facts-0.json": "ab"},
