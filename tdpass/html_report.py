@@ -22,6 +22,7 @@ from tdpass.planner.rank_plan import RankPlan
 from tdpass.report import Report, SiteRow
 from tdpass.views import summary
 from tdpass.views.html import Html, column, join, spaced, table, tag, text
+from tdpass.views.html_arrays import arrays
 from tdpass.views.html_comparison import comparison
 from tdpass.views.html_curve import curve
 from tdpass.views.html_network import strip
@@ -64,6 +65,7 @@ def render_html(report: Report, plan: RankPlan | None = None, against: Report | 
         "training": ("Training", training(report)),
         "against": ("Against another", None if against is None else comparison(report, against)),
         "sites": (f"Sites ({len(rows)})", _sites(rows, colour)),
+        "arrays": (f"Arrays ({sum(row.copies for row in report.arrays):,})", arrays(report.arrays)),
         "left-alone": ("Left alone", _left_alone(report, plan, rows, original)),
         "passes": ("Passes", _passes(report)),
         "checks": ("Checks", _checks(report)),

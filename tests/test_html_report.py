@@ -14,7 +14,7 @@ from tdpass.cost import Cost
 from tdpass.form import DENSE, Form
 from tdpass.html_report import render_html
 from tdpass.planner.rank_plan import Choice, RankPlan
-from tdpass.report import CurvePoint, PassRow, Report, SiteRow
+from tdpass.report import ArrayBlock, ArrayRow, CurvePoint, PassRow, Report, SiteRow
 from tdpass.views.blocks import blocks
 from tdpass.views.html import tag
 from tdpass.views.html_curve import curve
@@ -329,3 +329,24 @@ def test_two_reports_beside_each_other() -> None:
     for word in ("macs=0.2", "1 of 4 sites differ; 1 are in one of the two only", "svd 9"):
         assert word in text
     assert "Against another" not in Page(render_html(report)).text
+
+
+def test_every_array_is_drawn_with_the_blocks_that_lie_in_it() -> None:
+    blocks = (ArrayBlock(0, 0, 20, 8, 160), ArrayBlock(20, 8, 4, 16, 16))
+    report = report_of(2)
+    report.arrays = [ArrayRow("fc", 0, 32, 32, 4, blocks), ArrayRow("fc", 1, 32, 32, 4, blocks[:1]), ArrayRow(HOSTILE, 2, 128, 32, 1, ())]
+    page = Page(render_html(report))
+    drawn = [attrs for tag_name, attrs in page.tags if tag_name == "svg" and "array" in str(attrs.get("aria-label"))]
+    assert [attrs["viewbox"] for attrs in drawn] == ["0 0 32 32", "0 0 32 32", "0 0 32 128"]
+    assert drawn[0]["aria-label"] == "fc, array 0: 20 × 8 from line 0 and column 0, 160 weights, 4 × 16 from line 20 and column 8, 16 weights"
+    placed = [attrs for tag_name, attrs in page.tags if tag_name == "rect" and "fill-opacity" in attrs]
+    assert [(attrs["x"], attrs["y"], attrs["width"], attrs["height"], attrs["fill-opacity"]) for attrs in placed] == [
+        ("0", "0", "8", "20", "1.00"), ("8", "20", "16", "4", "0.44"), ("0", "0", "8", "20", "1.00"),
+    ]  # fmt: skip
+    assert "8 arrays of 32 × 32 weights, 4 of each; 16.4 % of their cells hold one of 336 weights" in page.text
+    report.arrays = [ArrayRow("fc", number, 32, 32, 1, blocks) for number in range(130)]
+    page = Page(render_html(report))
+    assert sum("array" in str(attrs.get("aria-label")) for tag_name, attrs in page.tags if tag_name == "svg") == 128
+    assert "and 2 more" in page.text
+    report.arrays = []
+    assert "#arrays" not in render_html(report)
