@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -53,16 +54,18 @@ class Artifact(Generic[M]):
         """The report as a notebook shows it."""
         return page(render_html(self.report, self.plan))
 
-    def save(self, path: Path | str) -> None:
+    def save(self, path: Path | str) -> list[Path]:
         """Write the deployable file: `.safetensors` for a module, `.pt2` for an exported program, `.onnx` for a graph.
 
-        The plan travels inside, as metadata.  In `.safetensors`, pruned and quantized tensors are packed without loss, and
-        `report.stored` says how small they are.  Models of at most 512 MiB are loaded from the file again and run.  Raises `UsageError`
-        for a suffix that does not suit the model, `DifferenceError` when the file does not load or answers otherwise than the model.
+        Returns the files that hold weights beside it, as large `.onnx` models have.  The plan travels inside, as metadata.  In
+        `.safetensors`, pruned and quantized tensors are packed without loss, and `report.stored` says how small they are.  Models of at
+        most 512 MiB are loaded from the file again and run.  Raises `UsageError` for a suffix that does not suit the model,
+        `DifferenceError` when the file does not load or answers otherwise than the model, `WriteError` when the disk is full.
         """
         self.opened.save(Path(path), {PLAN_KEY: self.plan.to_json(), "tdpass.version": installed_version()})
         self.report.stored = self.opened.stored(Path(path))
         self._check_saved(Path(path))
+        return sorted(Path(path).parent.glob(f"{glob.escape(Path(path).name)}.*data")) if self.suffix == ".onnx" else []
 
     def _check_saved(self, path: Path) -> None:
         """Run what was saved once more, where that is cheap."""
@@ -85,11 +88,11 @@ class Artifact(Generic[M]):
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         paths = [target / f"model{self.suffix}", target / "plan.json", target / "report.json", target / "report.html"]
-        self.save(paths[0])
+        data = self.save(paths[0])
         self.plan.save(paths[1])
         self.report.save(paths[2])
         write_text(paths[3], render_html(self.report, self.plan))
-        return paths
+        return [*paths, *data]
 
     @property
     def suffix(self) -> str:

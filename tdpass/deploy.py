@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from tdpass.artifact import Artifact
 from tdpass.errors import InvalidModelError, KernelError, UnsupportedError, UsageError
@@ -90,12 +93,36 @@ def load_deployed(path: Path | str) -> Callable[..., Any]:
     return load_package(package)
 
 
+class Deployed(nn.Module):
+    """A package that `deploy` wrote, as a module; it has no parameters, and cannot be changed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._run = load_deployed(path)
+
+    def __deepcopy__(self, memo: object) -> Deployed:
+        return self
+
+    def forward(self, *inputs: Any) -> Any:
+        """What the package computes."""
+        return self._run(*inputs)
+
+
+def is_package(path: Path) -> bool:
+    """Whether a file is a compiled package, whose loading runs code that it holds."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("data/aotinductor/" in name for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
 def _example(model: Model, given: Batch | None, dynamic_batch: bool) -> Batch:
     """A call that the model was seen to run on."""
     if given is not None:
         model.observe(given)
     example = model.example()
     if example is None:
-        raise UsageError("deploying a torch model needs to see it running; pass example_inputs=")
+        raise UsageError("deploying a torch model needs to see it running; pass example_inputs= (--input)")
     # torch takes an axis of one sample for a constant
     return example.resized(2) if dynamic_batch and example.size == 1 else example

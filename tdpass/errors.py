@@ -48,5 +48,9 @@ class TrainingError(TdpassError):
     """A training run that diverges, or cannot go on from where it stopped."""
 
 
+class WriteError(TdpassError):
+    """A file that cannot be written whole: the disk is full or fails; what was there before is as it was."""
+
+
 class DifferenceError(TdpassError):
     """A result whose outputs differ from the original's by more than was to be expected; the message names the pass that did it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import platform
@@ -15,11 +16,12 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-from tdpass.errors import UsageError
+from tdpass.errors import UsageError, WriteError
 
 _SUFFIX = ".part"
 _TEMPORARY = re.compile(r".*tdpass-(?P<host>[0-9a-f]{8})-(?P<process>\d+)-\w+(\.part)?")
 _LONGEST = 100
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _STALE_SECONDS = 24 * 3600.0  # for temporaries of another machine, whose processes cannot be seen
 
 
@@ -34,7 +36,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; on success it is flushed and renamed over it, on failure it is removed.
 
     What processes that are no more left in that folder is removed as well.  Raises `UsageError` when the folder does not exist or
-    cannot be written.
+    cannot be written, `WriteError` when the disk is full.
     """
     try:
         remove_stale(path.parent)
@@ -44,13 +46,14 @@ def replacing(path: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
+        with _room_for(path):
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -63,10 +66,41 @@ def folder_beside(path: Path) -> Iterator[Path]:
     """
     try:
         remove_stale(path.parent)
-        with tempfile.TemporaryDirectory(prefix=_prefix(path.name), suffix=_SUFFIX, dir=path.parent, ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(prefix=_prefix(path.name), suffix=_SUFFIX, dir=path.parent, ignore_cleanup_errors=True) as folder, _room_for(path):
             yield Path(folder)
     except OSError as error:
         raise _unwritable(path, error) from None
+
+
+def check_writable(path: Path) -> None:
+    """Raise `UsageError` unless a file can be made where `path` is to be, and `path` is no folder."""
+    if path.is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder; name a file")
+    try:
+        with tempfile.TemporaryFile(prefix=_prefix(path.name), suffix=_SUFFIX, dir=path.parent):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Make a folder, and those above it, where they are not there; raises `UsageError` naming the option it was given by."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {folder}: {error.strerror}; name another with {option}") from None
+
+
+@contextmanager
+def _room_for(path: Path) -> Iterator[None]:
+    """A full disk as one `WriteError`, whichever library ran into it."""
+    try:
+        yield
+    except Exception as error:
+        full = error.errno in _FULL if isinstance(error, OSError) else "No space left" in str(error) or "os error 28" in str(error)
+        if not full:
+            raise
+        raise WriteError(f"cannot write {path}: no space is left there; free some, or name another place (what was there is as it was)") from error
 
 
 def scratch_folder() -> Path:

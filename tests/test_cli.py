@@ -344,7 +344,7 @@ COMPRESS = ["compress", "mlp.onnx", "-o", "never.onnx"]
         (["inspect", "cli_net:make", "--input", "3 by 4"], 2, "write 1x3x32x32"),
         (["inspect", "cli_net:make", "--input", "3x4:complex128"], 2, "types: float32"),
         (["inspect", "cli_net:make", "--weights", "none.safetensors"], 1, "none.safetensors"),
-        (["inspect", "cli_net:make", "--weights", "weights.bin"], 2, "not a .safetensors file"),
+        (["inspect", "cli_net:make", "--weights", "weights.h5"], 2, "not a file of weights"),
         (["verify", "mlp.onnx", "small.safetensors"], 1, "small.safetensors"),
         (["verify", "mlp.onnx", "factors.safetensors"], 2, "holds factors only"),
         (["plan", "mlp.onnx", "-o", "plan.yaml", "--budget", "macs=0.5"], 2, "write -o plan.json"),

@@ -8,8 +8,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from tdpass.cli import bench, compress, deploy, doctor, inspect, map_arrays, plan, report, train, verify
-from tdpass.cli.arguments import Parser
+from tdpass.cli import bench, compress, deploy, doctor, inspect, map_arrays, plan, report, silence, train, verify
+from tdpass.cli.arguments import Parser, as_options
 from tdpass.cli.output import Output
 from tdpass.errors import TdpassError, UsageError
 from tdpass.machine import installed_version
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(words)
         out = Output(json=arguments.json, quiet=arguments.quiet, stdout=sys.stdout, stderr=sys.stderr)
         # whatever a model's own code prints must not end up among the results
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), silence.libraries(arguments.debug):
             code = arguments.run(arguments, out)
         out.flush()
         return int(code)
@@ -41,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\ntdpass: interrupted; files are written whole or not at all", file=sys.stderr)
         return INTERRUPTED
     except TdpassError as error:
-        return _fail(str(error), WRONG_USAGE if isinstance(error, UsageError) else REFUSED, "--debug" in words)
+        return _fail(as_options(str(error)), WRONG_USAGE if isinstance(error, UsageError) else REFUSED, "--debug" in words)
+    except OSError as error:
+        what = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{what}{error.strerror or error}", REFUSED, "--debug" in words)
     except Exception as error:  # noqa: BLE001  # the last line of defence: a user gets one line, not a traceback
         hint = "" if "--debug" in words else "; run again with --debug for the traceback"
         return _fail(f"{type(error).__name__}: {error}{hint}", UNEXPECTED, "--debug" in words)

@@ -15,6 +15,7 @@ from tdpass.measures import measures
 
 Run = Callable[..., int]
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")}
+_BOTH = re.compile(r"(pass|with) (?:\w+=(?:'[^']*'|\[[^]]*\]|[^\s,;()]*)(?: or )?)+ \((--[^)]+)\)")
 _INPUT = re.compile(r"(\d+(?:x\d+)*)(?::(\w+))?")
 MODEL_HELP = (
     "model.onnx, program.pt2, package.module:factory for a torch model (imported with the current folder on the path), "
@@ -82,6 +83,11 @@ def add_planning(parser: Parser) -> None:
     group.add_argument("--batch", metavar="N", type=count, default=1, help="samples per call on the target (default %(default)s)")
     group.add_argument("--threads", metavar="N", type=count, help="threads on the target (default: as many as torch uses)")
     group.add_argument("--pipeline", metavar="TEXT|FILE", help="passes as text, such as 'plan{macs=0.4},factorize', or a recipe.yaml")
+
+
+def as_options(message: str) -> str:
+    """A message of the library with the options of the command line in place of Python's arguments, where it names both: `pass x= (--y)`."""
+    return _BOTH.sub(lambda found: f"{'give' if found[1] == 'pass' else 'with'} {' or '.join(found[2].split(', '))}", message)
 
 
 def count(text: str) -> int:

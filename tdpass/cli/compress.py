@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import tdpass
@@ -14,8 +15,9 @@ from tdpass.cli.output import Output
 from tdpass.cli.plan import data, planning
 from tdpass.cli.sources import read_source
 from tdpass.errors import TdpassError, UsageError
-from tdpass.files import write_text
+from tdpass.files import check_writable, make_folder, write_text
 from tdpass.html_report import render_html
+from tdpass.report import Report
 from tdpass.terminal import report_view
 from tdpass.views.tables import Part
 
@@ -31,6 +33,7 @@ def add(verbs: Verbs) -> None:
     add_torch(parser)
     parser.add_argument("--plan", metavar="PLAN.json", type=Path, help="carry out this plan instead of making one")
     parser.add_argument("--no-strict", action="store_true", help="a result further from the original than planned is noted in the report, no error")
+    parser.add_argument("--force", action="store_true", help="overwrite the output, plan and report of another model")
     parser.add_argument("--report-dir", metavar="DIR", type=Path, help="where plan and report go (default: beside the output)")
 
 
@@ -39,15 +42,17 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     source = read_source(arguments.model, arguments.weights, arguments.trust)
     output: Path = arguments.output
     source.check_output(output)
+    folder: Path = arguments.report_dir or output.parent
+    make_folder(folder, "--report-dir")
+    files = _files(output, folder)
+    for path in files.values():
+        check_writable(path)
+    if not arguments.force:
+        check_own(files, source.text)
     limits = budget(arguments.budget)
     if not limits and arguments.plan is None and arguments.pipeline is None:
         raise UsageError("nothing to aim for; give --budget macs=0.4, or a --plan, or a --pipeline")
     plan = None if arguments.plan is None else tdpass.load_plan(arguments.plan)
-    folder: Path = arguments.report_dir or output.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot make the folder {folder}: {error.strerror}; name another with --report-dir") from None
     options = planning(arguments)
     strict = not arguments.no_strict
     try:
@@ -69,14 +74,32 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     return 0
 
 
+def check_own(files: Mapping[str, Path], model: str) -> None:
+    """Raise `UsageError` where a file is there already that is not of an earlier run with the same model."""
+    there = [path for path in files.values() if path.exists()]
+    if not there:
+        return
+    try:
+        other = Report.load(files["report.json"]).model
+    except TdpassError:
+        other = "something else"
+    if other != model:
+        names = ", ".join(path.name for path in there)
+        raise UsageError(f"{names} in {there[0].parent} are there already, of {other}; name another file with -o, or give --force to overwrite them")
+
+
+def _files(output: Path, folder: Path) -> dict[str, Path]:
+    return {"model": output, **{kind: folder / f"{output.stem}.{kind}" for kind in ("plan.json", "report.json", "report.html")}}
+
+
 def _write(artifact: tdpass.Artifact, name: str, output: Path, folder: Path) -> dict[str, Path]:
     """Save the model, and its plan and report even where that fails; returns the files by kind."""
     artifact.report.model = name
-    written = {"model": output, **{kind: folder / f"{output.stem}.{kind}" for kind in ("plan.json", "report.json", "report.html")}}
+    written = _files(output, folder)
     try:
-        artifact.save(output)
+        data = artifact.save(output)
     finally:
         artifact.plan.save(written["plan.json"])
         artifact.report.save(written["report.json"])
         write_text(written["report.html"], render_html(artifact.report, artifact.plan))
-    return written
+    return {**written, **{("weights" if index == 0 else f"weights {index + 1}"): path for index, path in enumerate(data)}}

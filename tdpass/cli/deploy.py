@@ -11,6 +11,7 @@ from tdpass.cli.fused import library_notes
 from tdpass.cli.output import Output
 from tdpass.cli.sources import read_sources
 from tdpass.errors import UsageError
+from tdpass.files import check_writable
 from tdpass.views.tables import Part
 
 
@@ -32,6 +33,7 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
         raise UsageError(f"{len(sources)} models are given; name one, or a factory and the .safetensors file that compress wrote for it")
     if output.exists() and source.kind != "factory" and output.samefile(source.text):
         raise UsageError(f"the output {output} is the input; name another file with -o")
+    check_writable(output)
     done = tdpass.deploy(source.load(), inputs(arguments.input), output, dynamic_batch=arguments.dynamic_batch)
     notes = library_notes([*done.files])
 

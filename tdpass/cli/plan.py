@@ -12,6 +12,7 @@ from tdpass.cli.arguments import MODEL_HELP, Verbs, add_data, add_planning, add_
 from tdpass.cli.output import Output
 from tdpass.cli.sources import read_source
 from tdpass.errors import UsageError
+from tdpass.files import check_writable
 from tdpass.pipeline import Pipeline
 from tdpass.terminal import report_view
 
@@ -33,6 +34,8 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     path: Path | None = arguments.output
     if path is not None and path.suffix != ".json":
         raise UsageError(f"the plan {path.name!r} must end in .json; write -o {path.with_suffix('.json').name}")
+    if path is not None:
+        check_writable(path)
     limits = budget(arguments.budget)
     if not limits and arguments.pipeline is None:
         raise UsageError("no budget; give at least one, such as --budget macs=0.4")

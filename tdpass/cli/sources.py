@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import tdpass
+from tdpass.deploy import Deployed, is_package
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.models.front_ends import front_end_of, front_end_of_file
 from tdpass.sources import MODULE_SOURCES, is_module, load_weights, module_of
@@ -41,6 +42,10 @@ class Source:
 
     def load(self) -> object:
         """A path for files that the library opens itself, a trusted program, else a torch model in evaluation mode."""
+        if self.suffix == ".pt2" and is_package(Path(self.text)):
+            if not self.trust:
+                raise UsageError(f"{self.text} is compiled code, which loading runs; give --trust where you know who made it")
+            return Deployed(Path(self.text))
         if self.kind == "file":
             front_end = front_end_of(Path(self.text))
             return front_end.trusted(Path(self.text)) if self.trust and front_end.trusted is not None else self.text

@@ -12,7 +12,7 @@ from tdpass.cli.arguments import Verbs, add_verb, count
 from tdpass.cli.output import Output
 from tdpass.datasets import SOURCES
 from tdpass.errors import UsageError
-from tdpass.files import write_text
+from tdpass.files import check_writable, make_folder, write_text
 from tdpass.html_report import render_html
 from tdpass.methods.recipe import Recipe, names, starting_recipe
 from tdpass.report import TrainingRow
@@ -64,10 +64,8 @@ def _train(recipe: Recipe, arguments: argparse.Namespace, out: Output) -> int:
     folder: Path = arguments.folder
     if folder.exists() and any(folder.glob("*/step-*")) and not arguments.resume:
         raise UsageError(f"{folder} holds checkpoints of an earlier run; give --resume to go on with it, or another --folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot make the folder {folder}: {error.strerror}; name another with --folder") from None
+    make_folder(folder, "--folder")
+    check_writable(folder / "model.safetensors")
     artifact = recipe.run(folder, arguments.resume, lambda row: out.say(line(row)), arguments.checkpoint_every, out.say)
     if not isinstance(artifact.model, nn.Module):
         raise UsageError(f"the recipe made a {type(artifact.model).__name__}, not a module")

@@ -31,7 +31,7 @@ def test_deploy_names_what_it_wrote(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         (["deploy_net:make", "-o", "net.bin"], "name a .pt2 file"),
-        (["deploy_net:make", "-o", "net.pt2"], "pass example_inputs="),
+        (["deploy_net:make", "-o", "net.pt2"], "give --input"),
         (["deploy_net:make", "deploy_net:make", "-o", "net.pt2"], "2 models are given"),
     ],
 )
