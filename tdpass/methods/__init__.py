@@ -12,6 +12,7 @@ from tdpass.methods.base import Method as Method
 from tdpass.methods.base import make_method as make_method
 from tdpass.methods.base import register_method as register_method
 from tdpass.methods.batude import Batude as Batude
+from tdpass.methods.cascaded_projection import CascadedProjection as CascadedProjection
 from tdpass.methods.channel_adaptive import ChannelAdaptive as ChannelAdaptive
 from tdpass.methods.controller import Controller as Controller
 from tdpass.methods.crossbar import Crossbar as Crossbar

@@ -31,7 +31,10 @@ def together(folder: Path, method: str, parallel: str) -> list[dict[str, Tensor]
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "parallel"),
-    [("admm-tt", "ddp"), ("admm-nn", "fsdp2"), ("batude", "fsdp2"), ("searches", "fsdp2"), ("surgery", "fsdp2"), ("surgery", "ddp"), ("lc", "ddp")],
+    [
+        ("admm-tt", "ddp"), ("admm-nn", "fsdp2"), ("batude", "fsdp2"), ("searches", "fsdp2"), ("surgery", "fsdp2"), ("surgery", "ddp"), ("lc", "ddp"),
+        ("cascaded-projection", "ddp"),
+    ],  # fmt: skip
 )
 def test_two_processes_train_as_one(method: str, parallel: str, tmp_path: Path) -> None:
     alone = training_run.train(tmp_path / "alone", method).model.state_dict()

@@ -22,6 +22,7 @@ METHODS = {
     "haloc": {"haloc": {"budget": {"macs": 0.5}, "warm": 1, "search": 3, "tune": 2, "ranks": 4}},
     "admm-nn": {"admm-nn": {"keep": 700, "bits_per_weight": 3, "prune": 3, "retrain": 1, "quantize": 2, "fix": 2, "rho": 0.05}},
     "svd-training": {"svd-training": {"energy": 0.1, "sparse": 0.1, "factored": 1, "sparsify": 2, "tune": 2}},
+    "cascaded-projection": {"cascaded-projection": {"width": 0.5, "rounds": 4}},
     "crossbar": {"crossbar": {"keep": 600, "weight_bits": 5, "admm": 4, "retrain": 2, "fix": 2, "noise": 0.1, "metric": "fisher", "rho": 0.05}},
     "surgery": {"admm-nn": {"keep": 700, "bits_per_weight": 3, "prune": 4, "retrain": 2, "fix": 2, "quantize": 0, "metric": "fisher", "pruning": "surgery"}},
 }
@@ -52,7 +53,7 @@ def train(folder: Path | None, method: str, parallel: str | None = None, resume:
         finetune=0 if make_method(METHODS[method]).final else 1,
         evaluate=lambda model: float(model(torch.ones(4, 1, 8, 8)).sum()),
         example_inputs=torch.zeros(2, 1, 8, 8),
-        calibration=data().inputs[:64] if method == "haloc" else None,
+        calibration=data().inputs[:64] if method in {"haloc", "cascaded-projection"} else None,
         folder=folder,
         resume=resume,
         parallel=parallel,
