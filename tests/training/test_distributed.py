@@ -34,7 +34,7 @@ def together(folder: Path, method: str, parallel: str) -> list[dict[str, Tensor]
     [
         ("admm-tt", "ddp"), ("admm-nn", "fsdp2"), ("batude", "fsdp2"), ("searches", "fsdp2"), ("surgery", "fsdp2"), ("surgery", "ddp"), ("lc", "ddp"),
         ("cascaded-projection", "ddp"),
-    ],  # fmt: skip
+    ],
 )
 def test_two_processes_train_as_one(method: str, parallel: str, tmp_path: Path) -> None:
     alone = training_run.train(tmp_path / "alone", method).model.state_dict()
