@@ -19,6 +19,7 @@ from tdpass.form import DENSE, Form
 from tdpass.formats.base import Layer, cost_of, dense_cost
 from tdpass.methods.base import Method, register_method
 from tdpass.methods.calibrated import metrics_of
+from tdpass.methods.reconstruction import Reconstruction, Supervised
 from tdpass.models import open_model
 from tdpass.models.abilities import FoldsBatchNorm
 from tdpass.models.base import Model
@@ -30,7 +31,6 @@ from tdpass.planner.joint.run import Run
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.training.phases import Phase
 from tdpass.training.placement import bare
-from tdpass.training.reconstruction import Reconstruction, Supervised
 from tdpass.training.stiefel import NarrowBias, NarrowWeight, Projection
 from tdpass.training.terms import Term
 from tdpass.verbs import compress

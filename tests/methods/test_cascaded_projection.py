@@ -12,8 +12,8 @@ from torch import nn
 import tdpass
 from tdpass.errors import UsageError
 from tdpass.methods import METHODS
+from tdpass.methods.reconstruction import Reconstruction
 from tdpass.training.batches import Batches
-from tdpass.training.reconstruction import Reconstruction
 from tdpass.training.stiefel import NarrowWeight, Polar, Projection
 
 NAME = "cascaded-projection"
