@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,14 +63,14 @@ def correct_biases(tapes: Sequence[Tape], layers: Mapping[str, Layer], biased: C
 
 
 def refit_last_factors(
-    tapes: Sequence[Tape], layers: Mapping[str, Layer], ridge: float, biased: Container[str], weight: Callable[[str], Tensor]
+    tapes: Sequence[Tape], layers: Mapping[str, Layer], ridge: float, biased: Container[str], weight: Callable[[str], Tensor] | None = None
 ) -> tuple[dict[str, Layer], dict[str, str]]:
     """Layers whose last factor and bias answer the compressed network's own activations as the original did.
 
     Per site, front to back: min || U z + b - target ||^2 + ridge * level * || U - U0 ||^2 over the calibration positions,
     where z are the features that the last factor reads, U0 is the factor as it was and level the mean of diag(E[z z^T]); b is zero
     for layers not named in `biased`.  A factor in a number type of its own is rounded again, each column making up for those before it;
-    where it is the weight itself, U0 is the site's, which `weight` gives.
+    where it is the weight itself, U0 is the site's, where `weight` gives that.
     Returns the layers, and the reason for each that was left as it was.
     """
     refitted = dict(layers)
@@ -111,11 +112,11 @@ def _why_not_refitted(layer: Layer, stage: Stage | None, moments: Sequence[Momen
     return f"its factors are stored as '{layer.form}'" if stored_apart else ""
 
 
-def _refitted(layer: Layer, stage: Stage, moments: Sequence[Moment], ridge: float, weight: Callable[[str], Tensor], *, bias: bool) -> Layer:
+def _refitted(layer: Layer, stage: Stage, moments: Sequence[Moment], ridge: float, weight: Callable[[str], Tensor] | None, *, bias: bool) -> Layer:
     if not layer.form.encoded:
         found = _solve(layer.converted(FORMATS.get(layer.format).chain.name), stage.factor, stage.site, moments, ridge, bias=bias)
         return found.converted(layer.format)
-    plain, parts = floating(layer, lambda: weight(layer.site.name)), layer.storage.parts_of(stage.factor)
+    plain, parts = floating(layer, layer.reconstruct if weight is None else partial(weight, layer.site.name)), layer.storage.parts_of(stage.factor)
     kept = {name: held for name, held in layer.factors.items() if name not in parts}
     return stored_layer(plain, layer.form, moments, ridge, "moments", bias=bias, kept=kept)
 
