@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 
 from tdpass.cost import amount
 from tdpass.errors import NumericalError
+from tdpass.form import DENSE
 from tdpass.formats.base import Layer, cost_of
-from tdpass.formats.pivoted import spared_formats
+from tdpass.formats.pivoted import LEAD, PIVOT, led, spared_formats
 from tdpass.models.base import Model
 from tdpass.pipeline import Job, Pass, register_pass
+from tdpass.planner.joint.paths import find_paths
 from tdpass.planner.rank_plan import Choice
 from tdpass.planner.trials import Promise
 from tdpass.site import Site
@@ -24,7 +26,8 @@ class Pivot(Pass):
     """Spare r^2 numbers and multiply-adds of every axis of r that two factors share; the output stays what it was, to rounding.
 
     A layer stays the chain that it is where that costs less, by what the job's target says, else as timed here; with `measure` false
-    all change that can.  Meant for the end of a pipeline, before anything that stores factors in other number types: repairs and
+    all change that can.  Where one other layer alone reads what a layer makes, that takes its inputs in the order which leads with the
+    pivots, and no order is stored.  Meant for the end of a pipeline, before anything that stores factors in other number types: repairs and
     training work on plain chains.
     """
 
@@ -35,48 +38,73 @@ class Pivot(Pass):
 
     def run(self, model: Model, job: Job) -> bool:
         target = (job.target or open_target("cpu", model.frontend, job.cache)) if self.measure else None
-        layers = {site: layer for site in model.sites() if (layer := model.layer(site.name)) is not None}
-        changed: dict[str, Layer] = {}
-        for site, layer in layers.items():
-            ways = _ways(layer, job)
-            best = _cheapest(site, [layer, *ways], target, job) if target is not None and site.seen else ways[:1]
-            if best and best[0] is not layer:
-                changed[site.name] = best[0]
-                model.replace(site.name, best[0])
-        before = {site.name: layer for site, layer in layers.items() if site.name in changed}
-        fewer = sum(_params(layer) - _params(changed[name]) for name, layer in before.items())
-        job.note(f"{len(changed)} of {len(layers)} factored layers changed, {fewer:,} numbers fewer")
-        _enter(changed, before, job)
+        sites = {site.name: site for site in model.sites()}
+        before = {name: layer for name in sites if (layer := model.layer(name)) is not None}
+        tapes = job.tapes(model) if before else []
+        paths = {path.first: path for path in find_paths(tapes, sites)[0]} if tapes else {}
+        now = dict(before)
+        for name, layer in before.items():
+            path = paths.get(name)
+            after = None if path is None else now.get(path.second) or _dense(model, sites[path.second])
+            ways = _ways(now[name], job, after, 1 if path is None else path.spread)
+            forms = [layer, *(way[0] for way in ways)]
+            best = _cheapest(sites[name], forms, target, job) if target is not None and sites[name].seen else min(1, len(ways))
+            if best:
+                now[name], other = ways[best - 1]
+                now |= {path.second: other} if path is not None and other is not None else {}
+        changed = {name: layer for name, layer in now.items() if layer is not before.get(name)}
+        for name, layer in changed.items():
+            model.replace(name, layer)
+        pivoted = {name: layer for name, layer in changed.items() if name in before and layer.form != before[name].form}
+        fewer = sum(_params(before[name]) - _params(layer) for name, layer in pivoted.items())
+        job.note(f"{len(pivoted)} of {len(before)} factored layers changed, {fewer:,} numbers fewer")
+        _enter(pivoted, before, job)
         return bool(changed)
 
 
-def _ways(layer: Layer, job: Job) -> list[Layer]:
-    """The layer in every format that spares what it holds twice, the one that needs no order of channels first."""
+Way = tuple[Layer, "Layer | None"]
+
+
+def _dense(model: Model, site: Site) -> Layer:
+    return Layer(site, DENSE, {"kernel": model.weight(site.name)}, model.bias(site.name))
+
+
+def _ways(layer: Layer, job: Job, after: Layer | None, spread: int) -> list[Way]:
+    """The layer in every format that spares what it holds twice, with the one behind it where that changes too.
+
+    Those that need no order of channels come first: the layer behind takes its inputs in the order that leads with the pivots, or the
+    leading channels make good pivots as they are.
+    """
     if layer.form.encoded:
         job.report.decline(layer.site.name, f"not pivoted: its factors are stored as '{layer.form}'; pivot before that")
         return []
-    found, reasons = [], []
+    found: list[Way] = []
+    reasons = []
     for name in spared_formats(layer.format, layer.site, layer.rank):
         try:
-            found.append(layer.converted(name))
+            found.append((layer.converted(name), None))
         except NumericalError as error:
             reasons.append(str(error))
-    if reasons and not found:
+    if reasons and not found and after is None:
         job.report.decline(layer.site.name, f"not pivoted: {reasons[0]}")
+    ordered = [layer, *(way[0] for way in found)][-1]
+    if after is not None and not any(way[0].format.endswith(LEAD) for way in found) and ordered.format.endswith(PIVOT):
+        both = led(ordered, after, spread)
+        found = [*([both] if both is not None else []), *found]
     return found
 
 
-def _cheapest(site: Site, layers: Sequence[Layer], target: Target, job: Job) -> list[Layer]:
-    """The one that costs least on the target, where there is a choice; says why one stays as it is."""
+def _cheapest(site: Site, layers: Sequence[Layer], target: Target, job: Job) -> int:
+    """The place of the one that costs least on the target; says why one stays as it is where there was a choice."""
     if len(layers) < 2:
-        return []
+        return 0
     measure = target.measures[0]
     costs = [cost.get(measure) for cost in target.cost(site, [layer.form for layer in layers], Setting(job.batch, job.threads, layers[0].dtype))]
     best = min(range(len(layers)), key=costs.__getitem__)
     if best == 0:
         written = [amount(measure, cost) for cost in (costs[0], min(costs[1:]))]
         job.report.decline(site.name, f"not pivoted: {written[0]} as '{layers[0].form}', {written[1]} without what it holds twice")
-    return [layers[best]]
+    return best
 
 
 def _params(layer: Layer) -> int:

@@ -128,7 +128,8 @@ class Format(ABC):
     Class attributes: `name`, how many spatial `axes` the sites it fits may have, `version` (raised when its factors change, so that caches expire),
     `offered` (whether it is a way to make a single site smaller, to be tried where no format is asked for),
     `exact_at_full_rank` (whether the last of `ranks` reproduces any weight), `searched` (whether each rank is a search of its
-    own, so that the planner tries fewer of them on large layers).
+    own, so that the planner tries fewer of them on large layers), `reader` (the factor that has the site's input channels along its second
+    axis, empty where none has).
     """
 
     name: ClassVar[str]
@@ -137,6 +138,7 @@ class Format(ABC):
     offered: ClassVar[bool] = True
     exact_at_full_rank: ClassVar[bool] = True
     searched: ClassVar[bool] = False
+    reader: ClassVar[str] = ""
 
     def fits(self, site: Site) -> bool:
         """Whether the format makes sense for that site."""

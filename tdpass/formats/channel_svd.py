@@ -43,6 +43,7 @@ class ChannelSvd(Format):
 
     name = "channel_svd"
     axes = range(1, 4)
+    reader = "first"
 
     def fits(self, site: Site) -> bool:
         return super().fits(site) and site.o > 1

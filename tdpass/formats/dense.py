@@ -25,6 +25,7 @@ class Dense(Format):
 
     name = "dense"
     axes = range(4)
+    reader = "kernel"
     offered = False
 
     def fits(self, site: Site) -> bool:

@@ -45,6 +45,7 @@ class InputSvd(Format):
 
     name = "input_svd"
     axes = range(1, 4)
+    reader = "first"
 
     def fits(self, site: Site) -> bool:
         return super().fits(site) and site.i > 1 and math.prod(site.kernel) > 1

@@ -16,7 +16,7 @@ from tdpass.formats.metric import Metric
 from tdpass.ops import Ops, Pads, V
 from tdpass.site import Site
 
-_FACTS = ("name", "axes", "version", "offered", "exact_at_full_rank", "searched", "__doc__", "__module__")
+_FACTS = ("name", "axes", "version", "offered", "exact_at_full_rank", "searched", "reader", "__doc__", "__module__")
 
 
 class PerGroup(Format):

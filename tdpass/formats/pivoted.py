@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdpass.errors import PlanError
 from tdpass.form import Rank
-from tdpass.formats.base import FORMATS, Bond, Decomposition, Factors, Format, Guarantee, register_format, unit
+from tdpass.formats.base import FORMATS, Bond, Decomposition, Factors, Format, Guarantee, Layer, register_format, unit
 from tdpass.formats.metric import Metric
 from tdpass.formats.pivots import choose_pivots, leading_coefficients, order_of
 from tdpass.ops import Ops, Pads, V
@@ -216,6 +216,40 @@ def without_spare(names: Sequence[str], site: Site) -> tuple[str, ...]:
     """The formats, in place of each the one that spares what its factors hold twice where the site lets it."""
     lean = {name: name + PIVOT for name in names if name + PIVOT in FORMATS and FORMATS.get(name + PIVOT).fits(site)}
     return tuple(dict.fromkeys(lean.get(name, name) for name in names))
+
+
+def reordered(layer: Layer, order: Tensor) -> Layer | None:
+    """The layer where it reads inputs in another order, `x[order]`; None where no factor of its own holds them as they are."""
+    chain = FORMATS.get(layer.format).chain
+    if layer.form.encoded or not chain.reader:
+        return None
+    reads = next((bond for bond in chain.bonds(layer.site) if not bond.writes and layer.format != chain.name), None)
+    if reads is None:
+        return replace(layer, factors={**layer.factors, chain.reader: layer.factors[chain.reader].index_select(1, order).contiguous()})
+    held = layer.factors.get(_order(reads))
+    if held is None:
+        return None
+    return replace(layer, factors={**layer.factors, _order(reads): order.argsort()[held.long()].to(held.dtype)})
+
+
+def led(layer: Layer, after: Layer, spread: int = 1) -> tuple[Layer, Layer] | None:
+    """The layer with its pivots in the lead, and the one that alone reads what it makes, each channel `spread` times, with its inputs so.
+
+    None where the layer, which is a pivoted one, has to put its inputs in an order too, or the other cannot take them in another.
+    """
+    orders = {name: value for name, value in layer.factors.items() if name.endswith(_ORDER)}
+    bonds = {_order(bond): bond for bond in FORMATS.get(layer.format).chain.bonds(layer.site)}
+    if len(orders) != 1 or not all(bonds[name].writes for name in orders):
+        return None
+    (inverse,) = orders.values()
+    order = inverse.long().argsort()
+    inputs = (order[:, None] * spread + torch.arange(spread)).flatten()
+    other = reordered(after, inputs) if after.site.i == len(inputs) else None
+    if other is None:
+        return None
+    form = replace(layer.form, format=FORMATS.get(layer.format).chain.name + LEAD)
+    factors = {name: value for name, value in layer.factors.items() if name not in orders}
+    return replace(layer, form=form, factors=factors, bias=None if layer.bias is None else layer.bias[order]), other
 
 
 def pivotable(cls: type[Format]) -> type[Format]:

@@ -66,6 +66,7 @@ class SpatialSvd(Format):
 
     name = "spatial_svd"
     axes = range(2, 4)
+    reader = "first"
 
     def fits(self, site: Site) -> bool:
         return super().fits(site) and site.kernel[0] > 1 and math.prod(site.kernel[1:]) > 1

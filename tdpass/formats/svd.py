@@ -38,6 +38,7 @@ class Svd(Format):
 
     name = "svd"
     axes = range(1)
+    reader = "v"
 
     def ranks(self, site: Site) -> Sequence[Rank]:
         return [(r,) for r in rank_grid(min(site.shape))]

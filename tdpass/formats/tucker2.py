@@ -71,6 +71,7 @@ class Tucker2(Format):
 
     name = "tucker2"
     axes = range(1, 4)
+    reader = "first"
 
     def fits(self, site: Site) -> bool:
         return super().fits(site) and min(site.o, site.i) > 1 and math.prod(site.kernel) > 1

@@ -263,3 +263,30 @@ def test_what_is_stored_in_other_numbers_is_left_and_said(tmp_path: Path) -> Non
     encoded = [choice.site for choice in result.plan if choice.form.encoded and choice.format != "dense"]
     assert all("pivot before that" in result.report.declined[site] for site in encoded)
     assert math.isfinite(result.report.final.bytes)
+
+
+@pytest.mark.parametrize("frontend", ["torch", "onnx"])
+def test_the_layer_behind_takes_the_order_where_it_alone_reads(frontend: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(40, 24), nn.ReLU(), nn.Linear(24, 30), nn.ReLU(), nn.Linear(30, 6)).eval()
+    x = torch.randn(64, 40, generator=torch.Generator().manual_seed(2))
+    made = [helper.make_node("Gemm", [f"h{k}", f"{2 * k}.weight", f"{2 * k}.bias"], [f"g{k}"], transB=1) for k in range(3)]
+    nodes = [made[0], helper.make_node("Relu", ["g0"], ["h1"]), made[1], helper.make_node("Relu", ["g1"], ["h2"]), made[2]]
+    constants = [numpy_helper.from_array(value.numpy(), name) for name, value in module.state_dict().items()]
+    ends = (helper.make_tensor_value_info("h0", TensorProto.FLOAT, ["N", 40]), helper.make_tensor_value_info("g2", TensorProto.FLOAT, ["N", 6]))
+    onnx_graph = helper.make_graph(nodes, "g", [ends[0]], [ends[1]], constants)
+    source = module if frontend == "torch" else helper.make_model(onnx_graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    plain = tdpass.compress(source, budget={"params": 0.6}, data=x, formats=("svd",), pipeline="plan,factorize,verify", strict=False)
+    led = tdpass.compress(source, plan=plain.plan, data=x, pipeline="factorize,pivot{measure=false},verify", strict=False)
+    forms = [choice.format for choice in led.plan]
+    assert f"svd{LEAD}" in forms
+    assert led.report.final.params == led.plan.planned.params < plain.report.final.params
+    batch = Batch((x,)) if frontend == "torch" else Batch((), {"h0": x})
+    answers = [made.opened.run(batch) for made in (plain, led)]
+    first, second = (answer if isinstance(answer, Tensor) else next(iter(answer.values())) for answer in answers)
+    torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-5)
+    led.save(tmp_path / ("led.safetensors" if frontend == "torch" else "led.onnx"))
+    if frontend == "torch":
+        fresh = copy.deepcopy(module)
+        torch.testing.assert_close(tdpass.load(tmp_path / "led.safetensors", fresh).eval()(x), second, rtol=1e-5, atol=1e-6)
+    assert led.report.checks["divergence"] == pytest.approx(plain.report.checks["divergence"], rel=1e-3, abs=1e-7)
