@@ -23,6 +23,7 @@ from tdpass.errors import TdpassError, UsageError
 from tdpass.files import cache_folder
 from tdpass.formats.base import FORMATS, Factors
 from tdpass.models import Batch, ExampleInputs, Model, open_model
+from tdpass.models.torch.pretrained import mark_pretrained
 from tdpass.pipeline import Job, Pipeline, PipelineSpec, Progress
 from tdpass.planner.compare import compare_outputs
 from tdpass.planner.divergence import Divergence
@@ -262,7 +263,8 @@ def _count_again(model: Model, job: Job, plan: RankPlan, *, changed: bool) -> No
 
 def _artifact(model: Model, job: Job, plan: RankPlan) -> Artifact:
     trial = next(iter(job.trials.trials), None) if job.trials is not None else None
-    return Artifact(model.unwrap(), plan, job.report, model, None if trial is None or job.given is None else Reload(trial.call, job.given.reader()))
+    mark_pretrained(made := model.unwrap())
+    return Artifact(made, plan, job.report, model, None if trial is None or job.given is None else Reload(trial.call, job.given.reader()))
 
 
 def _salvaged(model: Model, job: Job) -> Artifact | None:

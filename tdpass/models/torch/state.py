@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import torch
 from msgspec import Meta
@@ -15,7 +15,7 @@ from torch import nn
 
 from tdpass.digest import digest
 from tdpass.documents import Document, register_document
-from tdpass.errors import InvalidModelError, PlanError, UsageError
+from tdpass.errors import InvalidModelError, PlanError, UnsupportedError, UsageError
 from tdpass.files import replacing
 from tdpass.form import Form, Formed
 from tdpass.kinds import kind_of_module
@@ -29,7 +29,7 @@ from tdpass.models.torch.norms import Folded
 from tdpass.models.torch.sites import Matched, find_sites
 from tdpass.packing import SUFFIX, blocks_in, packed_state, read_header, unpack
 
-_UNPACKED = 1  # where nothing is packed, any tdpass can read the file; 2 where something is
+_UNPACKED: Final = 1  # where nothing is packed, any tdpass can read the file; 2 where something is
 _KEY = "tdpass.structure"
 _DIGEST = "tdpass.digest"
 
@@ -70,6 +70,27 @@ def save_module(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> N
         else:
             first[id(tensor)] = name
             tensors[name] = tensor.detach().cpu().contiguous().clone()
+    written = packed_state(with_coded_factors(tensors, module))
+    packed = written.keys() != tensors.keys()
+    structure = _structure_of(module, aliases, version=2 if packed else 1)
+    write_tensors(path, written, {**metadata, _KEY: _STRUCTURE.text(structure)})
+
+
+def structure_text(module: nn.Module) -> str:
+    """Which layers of a module are factored, as text that `restructure` reads; empty where none are."""
+    structure = _structure_of(module, {}, version=_UNPACKED)
+    return _STRUCTURE.text(structure) if structure.layers or structure.folded else ""
+
+
+def restructure(module: nn.Module, text: str, source: str) -> None:
+    """Give a dense module the structure in the text, in place, its new tensors without storage; raises as `load_module` does."""
+    structure = _STRUCTURE.parse(text, source)
+    if structure.adaptive is not None:
+        raise UnsupportedError(f"{source} is of an adaptive network; load it with tdpass.load from the file that Artifact.save wrote")
+    _carry_out(module, _swaps(module, structure, source), structure)
+
+
+def _structure_of(module: nn.Module, aliases: Mapping[str, str], version: Literal[1, 2]) -> _Structure:
     named = list(module.named_modules(remove_duplicate=False))
     layers = tuple(
         _Replacement(tuple(name for name, part in named if part is layer), layer.form, layer.bias is not None)
@@ -78,10 +99,7 @@ def save_module(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> N
     )
     folded = tuple(path for path, candidate in named if isinstance(candidate, Folded))
     biases = tuple(path for path, candidate in named if kind_of_module(candidate) is not None and candidate._parameters["bias"] is not None)
-    written = packed_state(with_coded_factors(tensors, module))
-    packed = written.keys() != tensors.keys()
-    structure = _Structure(2 if packed else 1, layers, folded, biases, aliases, adaptation_of(module))
-    write_tensors(path, written, {**metadata, _KEY: _STRUCTURE.text(structure)})
+    return _Structure(version, layers, folded, biases, aliases, adaptation_of(module))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
@@ -122,24 +140,7 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
 
 
 def _loaded(path: Path, module: nn.Module, structure: _Structure) -> nn.Module:
-    found, _ = find_sites(module)
-    by_path = {reached: matched for matched in found for reached in matched.paths}
-    modules = dict(module.named_modules(remove_duplicate=False))
-    swaps: list[tuple[_Replacement, Matched, Factorized]] = []
-    factors: dict[int, Factorized] = {}
-    for replacement in structure.layers:
-        matched = by_path.get(replacement.paths[0])
-        if matched is None or not all(reached in matched.paths for reached in replacement.paths):
-            raise PlanError(f"{path} replaces {replacement.paths[0]!r}, which is no site of this model; load it on the class it was made from")
-        new = _empty_module(replacement, matched, modules[replacement.paths[0]])
-        shared = factors.setdefault(id(matched.weight), new)
-        if shared is not new:
-            for name, value in shared.factors().items():
-                setattr(new, name, value)
-        swaps.append((replacement, matched, new))
-    unknown = [name for name in (*structure.folded, *structure.biases) if name not in modules]
-    if unknown:
-        raise PlanError(f"{path} names {unknown[0]!r}, which this model does not have; load it on the class it was made from")
+    swaps = _swaps(module, structure, str(path))
     expected = _expected(module, swaps, structure)
     with safe_open(path, framework="pt") as file:
         blocks = {} if structure.version == _UNPACKED else blocks_in(file)
@@ -175,6 +176,29 @@ def _loaded(path: Path, module: nn.Module, structure: _Structure) -> nn.Module:
             if tensor.is_meta:
                 setattr(holder, leaf, filled[key])
     return module
+
+
+def _swaps(module: nn.Module, structure: _Structure, source: str) -> list[tuple[_Replacement, Matched, Factorized]]:
+    """What stands for which dense layer of the module; raises `PlanError` where the structure names what it has not."""
+    found, _ = find_sites(module)
+    by_path = {reached: matched for matched in found for reached in matched.paths}
+    modules = dict(module.named_modules(remove_duplicate=False))
+    swaps: list[tuple[_Replacement, Matched, Factorized]] = []
+    factors: dict[int, Factorized] = {}
+    for replacement in structure.layers:
+        matched = by_path.get(replacement.paths[0])
+        if matched is None or not all(reached in matched.paths for reached in replacement.paths):
+            raise PlanError(f"{source} replaces {replacement.paths[0]!r}, which is no site of this model; load it on the class it was made from")
+        new = _empty_module(replacement, matched, modules[replacement.paths[0]])
+        shared = factors.setdefault(id(matched.weight), new)
+        if shared is not new:
+            for name, value in shared.factors().items():
+                setattr(new, name, value)
+        swaps.append((replacement, matched, new))
+    unknown = [name for name in (*structure.folded, *structure.biases) if name not in modules]
+    if unknown:
+        raise PlanError(f"{source} names {unknown[0]!r}, which this model does not have; load it on the class it was made from")
+    return swaps
 
 
 def _empty_module(replacement: _Replacement, matched: Matched, dense: nn.Module) -> Factorized:
