@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tdpass.constraints.device_levels import DeviceLevels
 from tdpass.crossbars.placement import Place, array_sets, placed
 from tdpass.crossbars.states import device_levels, digit_weights, states_of
 from tdpass.documents import Amount, Count, Document, Size, register_document
@@ -28,6 +29,7 @@ from tdpass.targets.workload import matrices_of
 
 VERSION = 1
 _CELLS = ("state", "weight", "sign")
+_TURNS = 4
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,9 @@ def map_model(
 ) -> Mapped:
     """Every weight of the sites, in any format, on the nearest level of the array's devices, in cells.
 
-    Weights that are zero have no cell; those on levels already, as `Crossbar` leaves them, keep their values.  Raises `PlanError` where an
-    array for fragments of one sign would have to hold others, `UsageError` for no site or an array that keeps weights with an offset.
+    Weights nearer to zero than to the least level have no cell; those on levels already, as `Crossbar` leaves them, keep their values.
+    Raises `PlanError` where an array for fragments of one sign would have to hold others, `UsageError` for no site or an array that keeps
+    weights with an offset.
     """
     layers = layers_of(open_model(model, example_inputs), model)
     chosen = [layer for name, layer in layers.items() if selects(name, include, exclude)]
@@ -125,8 +128,7 @@ def map_model(
     levels, matrices, values, sets = device_levels(array), list[MappedMatrix](), list[Tensor](), 0
     for layer in chosen:
         for number, (_, stack) in enumerate(matrices_of(layer)):
-            found = levels.frozen(stack)
-            made = found.project(stack)
+            found, made = _nearest(levels, stack)
             for group, matrix in enumerate(made):
                 places = placed(matrix != 0, array, sets)
                 sets += array_sets(places)
@@ -135,6 +137,15 @@ def map_model(
                 values.append(torch.where(matrix == 0, 0, found.places(matrix) if found.scale else 0) * matrix.sign().long())
     cells = _filled(array, matrices, values, sets)
     return Mapped(ArrayMap(array, tuple(matrices), sets, _digest(cells)), *cells)
+
+
+def _nearest(levels: DeviceLevels, weight: Tensor) -> tuple[DeviceLevels, Tensor]:
+    """The levels of least squared error, and the nearest weight on them or at zero: what is left out decides on the scale, and the scale on that."""
+    kept, found = weight, levels.frozen(weight)
+    for _ in range(_TURNS):
+        kept = torch.where(weight.abs() < 0.5 * levels.magnitudes[0] * (found.scale or 0.0), 0, weight)
+        found = levels.frozen(kept)
+    return found, found.project(kept)
 
 
 def layers_of(opened: Model, model: object) -> dict[str, Layer]:
