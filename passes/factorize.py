@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from tdpass.cost import Cost
 from tdpass.digest import digest
 from tdpass.errors import PlanError
 from tdpass.formats.base import FORMATS, Factors, Layer, check_form, cost_of, dense_cost
@@ -31,9 +32,10 @@ class Factorize(Pass):
         if job.plan is None:
             raise PlanError("factorize has no plan to carry out; put the pass 'plan' before it, or pass plan=")
         job.plan = match_names(job.plan, model)
-        prepared = job.prepared(model)
+        done = job.carried_out(model)
+        prepared = job.prepared(model) - sum((choice.cost - choice.dense for choice in done), Cost())
         sites = {site.name: site for site in model.sites()}
-        chosen = {choice.site: choice for choice in job.plan if not choice.kept_dense}
+        chosen = {choice.site: choice for choice in job.plan if not choice.kept_dense and choice not in done}
         for choice in chosen.values():
             FORMATS.get(choice.format)
         alone = [sites[name] for name, choice in chosen.items() if not choice.joint]

@@ -85,6 +85,8 @@ class Plan(Pass):
                     raise
                 table = tabulated(EVERYTHING)
                 plan = table.plan(budget, job.original)
+        done = job.carried_out(model)
+        plan = plan.after(done) if done else plan
         job.plan, job.budget, job.expected = plan, budget, plan.loss if tapes and effort.measured else None
         job.report.budget, job.report.metric, job.report.divergence = str(budget), plan.metric, plan.divergence
         job.report.sites = plan.rows()

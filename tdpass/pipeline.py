@@ -17,7 +17,7 @@ from tdpass.errors import DifferenceError, PassError, TdpassError, UnsupportedEr
 from tdpass.formats.base import Factors
 from tdpass.models.base import Batch, Model
 from tdpass.planner.divergence import Divergence, FittedDivergence, Outputs
-from tdpass.planner.rank_plan import RankPlan
+from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.planner.trials import Promise, Trials
 from tdpass.registry import Registry
 from tdpass.report import PassRow, Report
@@ -123,6 +123,12 @@ class Job:
         narrowed = self.batches and any(layer.form.narrow for layer in layers)
         macs = model.count(self.batches[0]).per_sample if narrowed else self.original.macs
         return self.original.recounted(Cost(model.params(), macs, model.bytes()))
+
+    def carried_out(self, model: Model) -> list[Choice]:
+        """What the plan has sites become together that they are already."""
+        here = {site.name for site in model.sites()}
+        joint = [choice for choice in self.plan or () if choice.joint and choice.site in here]
+        return [choice for choice in joint if (layer := model.layer(choice.site)) is not None and layer.form == choice.form]
 
     def note(self, text: str) -> None:
         """Say something about the pass that is running."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -108,6 +108,11 @@ class RankPlan:
 
     def __iter__(self) -> Iterator[Choice]:
         return iter(self.choices)
+
+    def after(self, done: Sequence[Choice]) -> RankPlan:
+        """This plan for the model as it was before those choices were carried out, which it then holds too."""
+        saved = sum((choice.cost - choice.dense for choice in done), Cost())
+        return replace(self, choices=(*done, *self.choices), prepared=(self.prepared or self.original) - saved)
 
     def rows(self) -> list[SiteRow]:
         """The choices as a report shows them."""

@@ -173,6 +173,13 @@ def test_a_budget_divides_the_shares_and_more_may_follow(residual: nn.Module) ->
     assert made.report.final.macs <= 0.8 * made.report.original.macs
     both = tdpass.compress(residual, {"macs": 0.6}, x, pipeline="fold-batchnorm,project-channels{keep=0.5},plan,factorize,verify", strict=False)
     assert both.report.final.macs <= 0.6 * both.report.original.macs
+    assert both.report.final.macs == both.plan.planned.macs
+    assert both.report.final.params == both.plan.planned.params
+    assert {choice.joint for choice in both.plan} >= {"", "project-channels"}
+    assert [row.site for row in both.report.sites] == [choice.site for choice in both.plan]
+    again = tdpass.compress(residual, plan=both.plan, data=x, pipeline="fold-batchnorm,factorize,verify", strict=False)
+    assert again.report.final.params == both.report.final.params
+    assert again.report.checks["divergence"] == pytest.approx(both.report.checks["divergence"], rel=1e-2, abs=1e-6)
     with pytest.raises(BudgetError):
         tdpass.compress(residual, data=x, pipeline="fold-batchnorm,project-channels{macs=0.01}")
 
