@@ -5,7 +5,6 @@ from __future__ import annotations
 import tdpass.kernels.gpu as _gpu
 import tdpass.passes as _passes
 from tdpass.artifact import Artifact as Artifact
-from tdpass.artifact import load as load
 from tdpass.artifact import load_plan as load_plan
 from tdpass.cost import Budget as Budget
 from tdpass.cost import Cost as Cost
@@ -41,6 +40,7 @@ from tdpass.planner.divergence import Divergence as Divergence
 from tdpass.planner.rank_plan import RankPlan as RankPlan
 from tdpass.planner.trials import Promise as Promise
 from tdpass.report import Report as Report
+from tdpass.sources.saved import load as load
 from tdpass.verbs import compress as compress
 from tdpass.verbs import make_plan as make_plan
 from tdpass.verbs import verify as verify

@@ -23,6 +23,7 @@ from tdpass.planner.trials import ROUNDING, gap
 from tdpass.report import Report
 
 PLAN_KEY = "tdpass.plan"
+SOURCE_KEY = "tdpass.model"
 LARGEST_RELOADED = 1 << 29
 
 
@@ -62,7 +63,7 @@ class Artifact(Generic[M]):
         most 512 MiB are loaded from the file again and run.  Raises `UsageError` for a suffix that does not suit the model,
         `DifferenceError` when the file does not load or answers otherwise than the model, `WriteError` when the disk is full.
         """
-        self.opened.save(Path(path), {PLAN_KEY: self.plan.to_json(), "tdpass.version": installed_version()})
+        self.opened.save(Path(path), {PLAN_KEY: self.plan.to_json(), SOURCE_KEY: self.report.model, "tdpass.version": installed_version()})
         self.report.stored = self.opened.stored(Path(path))
         self._check_saved(Path(path))
         return sorted(Path(path).parent.glob(f"{glob.escape(Path(path).name)}.*data")) if self.suffix == ".onnx" else []

@@ -12,6 +12,7 @@ from tdpass.deploy import Deployed, is_package
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.models.front_ends import front_end_of, front_end_of_file
 from tdpass.sources import MODULE_SOURCES, is_module, load_weights, module_of
+from tdpass.sources.saved import published_model
 
 Kind = Literal["file", "factory", "factors"]
 _FACTORS = ".safetensors"
@@ -77,6 +78,8 @@ def read_sources(texts: Sequence[str], weights: Sequence[str], trust: bool = Fal
     factory = next((text for text, kind in zip(texts, kinds, strict=True) if kind == "factory"), "")
     if "factors" in kinds and not factory:
         place = texts[kinds.index("factors")]
+        factory = published_model(Path(place))
+    if "factors" in kinds and not factory:
         raise UsageError(f"{place!r} holds factors only; name the torch model they belong to as well, as package.module:factory")
     if len(weights) > kinds.count("factory"):
         raise UsageError(f"{len(weights)} --weights for {kinds.count('factory')} torch factories; a .onnx or .pt2 file holds its own weights")

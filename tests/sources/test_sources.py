@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import tdpass
 from tdpass.cli import main
 from tdpass.errors import InvalidModelError, TdpassError, UsageError
 from tdpass.sources import MODULE_SOURCES, is_module, load_weights, module_of
@@ -161,3 +162,24 @@ def test_the_command_line_takes_sources_and_state_dicts(tmp_path: Path, capsys: 
     assert main(["compress", *words, "--budget", "params=0.8", "--no-strict", "-o", str(small)]) == 0
     capsys.readouterr()
     assert main(["verify", "timm:net", str(small), "--input", "4x12", "--tolerance", "10"]) == 0
+
+
+def test_an_artifact_of_a_published_model_loads_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    timm(monkeypatch)
+    torch.save(net().state_dict(), tmp_path / "weights.pth")
+    small = tmp_path / "small.safetensors"
+    words = ["--weights", str(tmp_path / "weights.pth"), "--input", "1x12", "--quiet"]
+    assert main(["compress", "timm:net", *words, "--budget", "params=0.8", "--no-strict", "-o", str(small)]) == 0
+    loaded, given = tdpass.load(small).eval(), tdpass.load(small, net()).eval()
+    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loaded(x), given(x))
+    assert sum(parameter.numel() for parameter in loaded.parameters()) <= 0.8 * sum(parameter.numel() for parameter in net().parameters())
+    assert main(["verify", str(small), str(small), "--input", "4x12", "--quiet"]) == 0
+
+
+def test_an_artifact_of_ones_own_model_needs_it_and_calls_nothing(tmp_path: Path) -> None:
+    made = tdpass.compress(net(), {"params": 0.8}, progress=False, strict=False)
+    made.report.model = "os:getcwd"
+    made.save(tmp_path / "own.safetensors")
+    with pytest.raises(UsageError, match=r"give the dense model: tdpass.load\('.*own.safetensors', DenseClass\(\)\)"):
+        tdpass.load(tmp_path / "own.safetensors")
