@@ -361,6 +361,10 @@ def test_a_plan_of_pruned_weights_makes_the_same_numbers_of_the_onnx_export(opti
     _, artifact = own_loop("admm-nn", options, network())
     x = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
     assert any(choice.form.support for choice in artifact.plan)
+    artifact.save(tmp_path / "it.safetensors")
+    assert artifact.report.stored is not None
+    assert artifact.report.stored.weights == sum(choice.dense.params for choice in artifact.plan)  # no layer is left out of what is counted
+    assert artifact.report.stored.survivors == sum(choice.cost.params for choice in artifact.plan)
     assert artifact.report.final.bytes < 0.5 * artifact.report.original.bytes
     dense = network().eval()
     stored = dict(artifact.model.named_modules())

@@ -201,7 +201,8 @@ def test_supports_are_counted_to_the_byte_saved_and_alike_on_both_front_ends(sup
     torch.testing.assert_close(run(onnx_side), run(model), rtol=1e-4, atol=1e-5)
     save_module(model.module, tmp_path / "net.safetensors", {})
     with safe_open(tmp_path / "net.safetensors", framework="pt") as file:
-        assert sum(file.get_tensor(key).nbytes for key in file.keys()) <= model.bytes()  # noqa: SIM118 - it is no dict
+        held = {key: file.get_tensor(key).nbytes for key in file.keys()}  # noqa: SIM118 - it is no dict
+    assert sum(held.values()) <= model.bytes() + 64 * sum(key.endswith(SUFFIX) for key in held)  # what a block says of itself
     loaded = load_module(tmp_path / "net.safetensors", net())
     assert torch.equal(loaded(inputs()), model.module(inputs()))
     if numbers == "int4":

@@ -15,6 +15,7 @@ from tdpass.packing import pack
 
 Held = tuple[tuple[int, ...], torch.dtype]
 _OPS = TorchOps()
+_HEADER = 64  # bytes of a block beside its values and their places, at most
 
 
 def under(path: str, name: str) -> str:
@@ -55,7 +56,8 @@ def coded_factors(layers: Iterable[tuple[Sequence[str], Storage]], held: Mapping
 def with_coded_factors(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
     """The tensors, with the numbers that a factor stands for in place of its parts where those numbers have a block that is smaller.
 
-    Only where the parts that are made of them anew stand for the same numbers.
+    Only where the parts that are made of them anew stand for the same numbers.  Of a factor with a support the block may be larger by
+    what it says of itself: survivors and levels of a file are counted from its blocks, and small layers belong to that.
     """
     found = dict(tensors)
     for path, layer in module.named_modules():
@@ -66,7 +68,8 @@ def with_coded_factors(tensors: Mapping[str, Tensor], module: nn.Module) -> dict
                 continue
             exact = layer.storage.restored(_OPS, name, {part: tensors[key] for key, part in keys.items()}, torch.float64)
             block = pack(exact.float())
-            if block is None or len(block) >= sum(tensors[key].nbytes for key in keys):
+            room = _HEADER if name in layer.storage.supports else 0
+            if block is None or len(block) >= sum(tensors[key].nbytes for key in keys) + room:
                 continue
             if torch.equal(layer.storage.restored(_OPS, name, layer.storage.stored(name, exact.float()), torch.float64), exact):
                 found = {key: tensor for key, tensor in found.items() if key not in keys} | {under(path, name): exact.float()}
