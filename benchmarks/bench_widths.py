@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_widths                         # the digits: four widths, then two widths and four shares of the rank
     python -m benchmarks.bench_widths resnet20_widths         # another recipe whose method is channel-adaptive
-    python -m benchmarks.bench_widths --alone                 # and each width trained by itself for as many epochs
+    python -m benchmarks.bench_widths --alone                 # and every setting trained by itself for as many epochs
 
 Every setting is exported as the ordinary model it stands for, its weights stored in 32, 16 and 8 bits (`float16`, `int8`), and priced
 in memory that computes (`pim:sot_mram`, modelled) with weights and activations of 8 and of 16 bits.  `alone` is the accuracy of an
@@ -80,7 +80,7 @@ def priced(opened: TorchModel, example: Batch, bits: int) -> dict[str, float]:
 
 def measure(name: str, table: Table, *, alone: bool) -> None:
     """Train a recipe and write a row for each of its settings and numbers of bits."""
-    recipe = Recipe.load(name)
+    recipe = replace(Recipe.load(name), control=False)
     start = time.perf_counter()
     artifact = recipe.run()
     seconds = time.perf_counter() - start
