@@ -59,7 +59,8 @@ def trained_alone(recipe: Recipe, material: Material, model: nn.Module, epochs: 
         reset = getattr(module, "reset_parameters", None)
         if reset is not None:
             reset()
-    artifact = tdpass.train(fresh, material.batches, None, settings=recipe.settings, pretrain=epochs, control=False, seed=recipe.seed)
+    settings = {**recipe.settings, **(recipe.pretraining or {})}
+    artifact = tdpass.train(fresh, material.batches, None, settings=settings, pretrain=epochs, control=False, seed=recipe.seed)
     return accuracy(material, artifact.model, recipe)
 
 
