@@ -8,18 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from tdpass.planner.joint.paths import POOLS
 from tdpass.site import Site
-from tdpass.tape import Call, Ref, Tape
-from tdpass.tape.calls import leaves
+from tdpass.tape import CHANNELWISE, Call, Ref, Tape, leaves
 
-_PASSES = frozenset(
-    {
-        *("relu", "relu_", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "elu", "sigmoid", "tanh", "softplus"),
-        *("dropout", "dropout2d", "clamp", "clip", "contiguous", "to", "float", "mean", "boolean_dispatch", "_max_pool2d", "interpolate"),
-        *(f"{kind}_pool{axes}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for axes in (1, 2, 3)),
-        *("flatten", "view", "reshape", "__getitem__", "getitem"),
-    }
-)
+_PASSES = CHANNELWISE | POOLS | frozenset({"softplus", "dropout2d", "contiguous", "to", "float", "mean", "interpolate"})
+_PASSES |= frozenset({"view", "reshape", "__getitem__"})  # where they touch channels, no width is proved
 _JOINS = frozenset({"add", "__add__", "__radd__", "add_", "__iadd__", "sub", "__sub__", "mul", "__mul__", "__rmul__", "mul_", "__imul__"})
 _NORM, _PAD = "batch_norm", "pad"
 

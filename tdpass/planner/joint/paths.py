@@ -11,8 +11,8 @@ from torch import Tensor
 from tdpass.site import Site
 from tdpass.tape import CHANNELWISE, Call, Ref, Tape, leaves, mapped
 
-_POOLS = frozenset({"max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"})
-_POOLS |= frozenset({"adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "boolean_dispatch", "_max_pool2d", "flatten"})
+POOLS = frozenset({"max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"})
+POOLS |= frozenset({"adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "boolean_dispatch", "_max_pool2d", "flatten"})
 _WHY = {
     "batch_norm": "a batch-norm follows it; put fold-batchnorm before",
     "add": "its output enters a sum, whose other side would have to change too",
@@ -61,7 +61,7 @@ def path_from(tape: Tape, name: str, sites: Mapping[str, Site]) -> Path | str:
             return _met(tape.calls[indices[0]], sites[name], call, tuple(calls), sites, Ref(number))
         written = list(call.writes())
         read = [leaf for leaf in leaves((call.args, dict(call.kwargs))) if isinstance(leaf, Ref | Tensor)]
-        if call.name not in CHANNELWISE | _POOLS or len(written) != 1 or len(read) != 1:
+        if call.name not in CHANNELWISE | POOLS or len(written) != 1 or len(read) != 1:
             return _WHY.get(call.name.strip("_"), f"its output goes through {call.name}, where channels may meet")
         calls.append(call)
         number = written[0]
