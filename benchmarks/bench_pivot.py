@@ -126,7 +126,7 @@ def accuracies(budgets: Sequence[float], images: int) -> Iterator[dict[str, Valu
     for budget in budgets:
         for plan in ("plan", "plan{pivot=true}"):
             start = time.perf_counter()
-            made = tdpass.compress(cifar.load_resnet("resnet20"), {"macs": budget}, calibration, pipeline=pipeline.replace("{plan}", plan))
+            made = tdpass.compress(cifar.load_resnet("resnet20"), {"macs": budget}, calibration, pipeline=pipeline.replace("{plan}", plan), strict=False)
             seconds = time.perf_counter() - start
             with torch.no_grad():
                 right = sum(int((made.model(part).argmax(1) == wanted).sum()) for part, wanted in zip(x.split(250), labels.split(250), strict=True))
