@@ -1,4 +1,4 @@
-"""The command line: `tdpass inspect | plan | compress | train | map | deploy | verify | bench | report | doctor`."""
+"""The command line: `tdpass inspect | plan | compress | train | map | deploy | verify | bench | report | doctor | completion`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from tdpass.cli import bench, compress, deploy, doctor, inspect, map_arrays, plan, report, silence, train, verify
+from tdpass.cli import bench, completion, compress, deploy, doctor, inspect, map_arrays, plan, report, silence, train, verify
 from tdpass.cli.arguments import Parser, as_options
 from tdpass.cli.output import Output
 from tdpass.errors import TdpassError, UsageError
@@ -16,7 +16,7 @@ from tdpass.machine import installed_version
 from tdpass.views.units import plain
 
 REFUSED, WRONG_USAGE, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 1, 2, 70, 130, 141
-_VERBS = (inspect, plan, compress, train, map_arrays, deploy, verify, bench, report, doctor)
+_VERBS = (inspect, plan, compress, train, map_arrays, deploy, verify, bench, report, doctor, completion)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,7 +24,9 @@ MODEL_HELP = (
 
 
 class Verbs(Protocol):
-    """Where a verb adds its parser: what argparse makes for sub-commands."""
+    """Where a verb adds its parser: what argparse makes for sub-commands; `choices` are those added so far, by name."""
+
+    choices: Any
 
     def add_parser(self, name: str, **options: Any) -> Parser:
         """A parser for one sub-command."""
