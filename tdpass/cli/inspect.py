@@ -44,6 +44,7 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     formats = [FORMATS.get(name) for name in arguments.format or [name for name in _COMMON if name in FORMATS]]
     example = inputs(arguments.input)
     model = open_model(source.load(), example)
+    model.check_weights()
     if arguments.data is not None:
         model.observe(calls_of(model, Path(arguments.data), 1)[0][0])
     elif example is None and (own := model.example()) is not None:

@@ -90,8 +90,12 @@ class Model(ABC):
         """Other layers that hold weights, each with the reason why it is left alone."""
         return {}
 
-    def check(self) -> None:  # noqa: B027 - nothing is inconsistent by default
+    def check(self) -> None:
         """Raise `InvalidModelError` if the model is inconsistent."""
+        self.check_weights()
+
+    def check_weights(self) -> None:  # noqa: B027 - where nothing is known of them, `weight` checks each that is read
+        """Raise `InvalidModelError` where a weight is NaN or infinite."""
 
     def example(self) -> Batch | None:
         """Inputs the model can be run on, where it is known of itself (or from `observe`) what it takes."""

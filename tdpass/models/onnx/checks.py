@@ -6,14 +6,17 @@ import contextlib
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import onnx
 import onnx_ir as ir
 
 from tdpass.errors import InvalidModelError, TdpassError, UnsupportedError
-from tdpass.models.onnx.shapes import fill_output_shapes, skeleton
+from tdpass.models.onnx.bounds import check_expansion, check_loops, physical_memory
+from tdpass.models.onnx.protos import graph_protos, node_protos, tensor_protos
+from tdpass.models.onnx.shapes import fill_shapes, skeleton
 from tdpass.models.onnx.storage import model_from, open_data_files
 
 EXTERNAL_ABOVE = 3 << 29
@@ -24,7 +27,9 @@ _TOLERATED = (
     "must be topologically sorted", "not compatible with the version imported by model",
 )  # fmt: skip
 _RUNTIME_OPERATORS = frozenset({"LayerNormalization", "SimplifiedLayerNormalization"})
-_TYPED_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+_ENTRIES_PER_NUMBER = {onnx.TensorProto.COMPLEX64: 2, onnx.TensorProto.COMPLEX128: 2}
+_LONGEST_NUMBER = 19  # digits of the largest size that a file system knows
+_AUTO_PADS = frozenset({b"", b"NOTSET", b"SAME_UPPER", b"SAME_LOWER", b"VALID"})
 
 
 def brief(error: BaseException) -> str:
@@ -51,8 +56,12 @@ def check_proto(proto: onnx.ModelProto, path: Path | None = None) -> None:
     with invalid_if_failing(f"{what} is not a valid ONNX model", "export it again"):
         for tensor in tensor_protos(proto):
             _check_tensor(tensor, path, what)
+        check_expansion(proto, what)
+        for graph in graph_protos(proto):
+            _check_names(graph, what)
         for node in node_protos(proto):
             _check_node(node, what)
+        check_loops(proto, what)
         if path is None and _content_bytes(proto) > EXTERNAL_ABOVE:
             check_structure(model_from(proto, None), "export it again")
             return
@@ -71,7 +80,7 @@ def check_structure(model: ir.Model, hint: str) -> None:
     with invalid_if_failing("the model is inconsistent", hint):
         proto = skeleton(model)
         _accept_runtime_operators(proto)
-        fill_output_shapes(proto)
+        fill_shapes(proto)
         onnx.checker.check_model(proto, full_check=True)
 
 
@@ -103,39 +112,6 @@ def _check_versions(proto: onnx.ModelProto, what: str) -> None:
         raise UnsupportedError(f"{what} holds sparse initializers; store them as dense ones")
 
 
-def graph_protos(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
-    """The main graph and every subgraph, those in local functions included."""
-    waiting = [proto.graph, *(graph for function in proto.functions for graph in _subgraphs(function.node))]
-    while waiting:
-        graph = waiting.pop()
-        yield graph
-        waiting.extend(_subgraphs(graph.node))
-
-
-def _subgraphs(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.GraphProto]:
-    for node in nodes:
-        for attribute in node.attribute:
-            yield from attribute.graphs
-            if attribute.HasField("g"):
-                yield attribute.g
-
-
-def node_protos(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    """Every node, those of local functions included."""
-    for graph in graph_protos(proto):
-        yield from graph.node
-    for function in proto.functions:
-        yield from function.node
-
-
-def tensor_protos(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every initializer and every tensor that a node holds."""
-    for graph in graph_protos(proto):
-        yield from graph.initializer
-    for node in node_protos(proto):
-        yield from (attribute.t for attribute in node.attribute if attribute.HasField("t"))
-
-
 def _content_bytes(proto: onnx.ModelProto) -> int:
     return sum(len(tensor.raw_data) for graph in graph_protos(proto) for tensor in graph.initializer)
 
@@ -146,6 +122,26 @@ def _check_node(node: onnx.NodeProto, what: str) -> None:
         given = [*attribute.ints, *([attribute.i] if attribute.HasField("i") else [])]
         if smallest is not None and not node.domain and any(number < smallest for number in given):
             raise InvalidModelError(f"{what}: node {node.name!r} ({node.op_type}) has {attribute.name}={given}, but 1 is the least; export the model again")
+        if attribute.name == "auto_pad" and not node.domain and attribute.s not in _AUTO_PADS:
+            given_text = attribute.s.decode("utf-8", "replace")
+            raise InvalidModelError(
+                f"{what}: node {node.name!r} ({node.op_type}) has auto_pad={given_text!r}; "
+                "ONNX knows NOTSET, SAME_UPPER, SAME_LOWER and VALID: export the model again"
+            )
+
+
+def _check_names(graph: onnx.GraphProto, what: str) -> None:
+    """Refuse names that stand for two things in a graph; runtimes refuse them too, or take one of the two."""
+    named = {
+        "node": [node.name for node in graph.node if node.name],
+        "input": [value.name for value in graph.input],
+        "output": [value.name for value in graph.output],
+        "initializer": [tensor.name for tensor in graph.initializer],
+    }
+    for kind, names in named.items():
+        if len(set(names)) < len(names):
+            twice = next(name for name, times in Counter(names).items() if times > 1)
+            raise InvalidModelError(f"{what} has two {kind}s of the name {twice!r} in one graph; give each its own, or export the model again")
 
 
 def _check_tensor(tensor: onnx.TensorProto, path: Path | None, what: str) -> None:
@@ -154,14 +150,21 @@ def _check_tensor(tensor: onnx.TensorProto, path: Path | None, what: str) -> Non
         raise InvalidModelError(f"{what}: tensor {tensor.name!r} has negative sizes {shape}; export the model again")
     if tensor.data_type == onnx.TensorProto.STRING:
         return
-    expected = math.ceil(math.prod(shape) * ir.DataType(tensor.data_type).bitwidth / 8)
+    bits = ir.DataType(tensor.data_type).bitwidth
+    expected = math.ceil(math.prod(shape) * bits / 8)
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         _check_external(tensor, expected, path, what)
-    elif tensor.HasField("raw_data") and len(tensor.raw_data) != expected:
-        held = len(tensor.raw_data)
-        raise InvalidModelError(f"{what}: tensor {tensor.name!r} of sizes {shape} holds {held} bytes instead of {expected}; export the model again")
-    elif not tensor.HasField("raw_data") and expected and not any(len(getattr(tensor, field)) for field in _TYPED_FIELDS):
-        raise InvalidModelError(f"{what}: tensor {tensor.name!r} of sizes {shape} holds no data; export the model again")
+    elif tensor.HasField("raw_data"):
+        _check_held(tensor, len(tensor.raw_data), expected, "bytes", what)
+    else:
+        entries = math.ceil(math.prod(shape) * min(bits, 8) / 8) * _ENTRIES_PER_NUMBER.get(tensor.data_type, 1)
+        _check_held(tensor, len(getattr(tensor, onnx.helper.tensor_dtype_to_field(tensor.data_type))), entries, "entries", what)
+
+
+def _check_held(tensor: onnx.TensorProto, held: int, expected: int, unit: str, what: str) -> None:
+    if held != expected:
+        content = f"holds {held} {unit} instead of {expected}" if held else "holds no data"
+        raise InvalidModelError(f"{what}: tensor {tensor.name!r} of sizes {list(tensor.dims)} {content}; export the model again")
 
 
 def _check_external(tensor: onnx.TensorProto, expected: int, path: Path | None, what: str) -> None:
@@ -183,9 +186,22 @@ def _check_external(tensor: onnx.TensorProto, expected: int, path: Path | None, 
         raise InvalidModelError(f"{what}: the data file {location!r} is not a regular file; put the data itself beside the model")
     if status.st_nlink > 1:
         raise InvalidModelError(f"{what}: the data file {location!r} has several hard links, which may expose another file; copy it")
-    offset, length = int(entries.get("offset", 0)), int(entries.get("length", expected))
-    if offset < 0 or length != expected or offset + length > status.st_size:
+    offset, length = (_place(tensor, key, entries.get(key, str(default)), what) for key, default in (("offset", 0), ("length", expected)))
+    if length != expected or offset + length > status.st_size:
         raise InvalidModelError(
             f"{what}: tensor {tensor.name!r} needs {expected} bytes, but is said to be {length} bytes at {offset} of a file of {status.st_size}; "
             "the data file is cut short or belongs to another model"
         )
+    memory = physical_memory()
+    if memory is not None and expected > memory:
+        raise InvalidModelError(
+            f"{what}: tensor {tensor.name!r} of sizes {list(tensor.dims)} takes {expected:,} bytes, and this machine has {memory:,}; "
+            "check the sizes, or use a larger machine"
+        )
+
+
+def _place(tensor: onnx.TensorProto, key: str, text: str, what: str) -> int:
+    """A place in a file, or a length, as an external tensor names it."""
+    if not text.isascii() or not text.isdigit() or len(text) > _LONGEST_NUMBER:
+        raise InvalidModelError(f"{what}: tensor {tensor.name!r} has {key}={text[:_LONGEST_NUMBER]!r}, which is no place in a file; export the model again")
+    return int(text)

@@ -11,7 +11,9 @@ import onnx_ir as ir
 
 from tdpass.errors import InvalidModelError
 from tdpass.files import folder_beside
-from tdpass.models.onnx.checks import check_proto, invalid_if_failing, tensor_protos
+from tdpass.models.onnx.bounds import check_outline
+from tdpass.models.onnx.checks import check_proto, invalid_if_failing
+from tdpass.models.onnx.protos import drop_unused_initializers, tensor_protos
 from tdpass.models.onnx.storage import model_from, release_pages
 
 _INLINE_BELOW = 1024
@@ -22,12 +24,12 @@ def read(path: Path) -> ir.Model:
     path = path.absolute()
     if not path.is_file():
         raise InvalidModelError(f"{str(path)!r} is not a file; give the path of an .onnx file")
-    if path.stat().st_size == 0:
-        raise InvalidModelError(f"{str(path)!r} is empty; export the model again")
+    check_outline(path)
     what, hint = f"{str(path)!r} cannot be read", "the file is damaged or not ONNX; export the model again"
     with invalid_if_failing(what, hint):
         proto = onnx.load(path, load_external_data=False)
     check_proto(proto, path)
+    drop_unused_initializers(proto.graph)
     with invalid_if_failing(what, hint):
         return model_from(proto, path.parent)
 

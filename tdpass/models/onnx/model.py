@@ -27,7 +27,7 @@ from tdpass.models.onnx.fused_rewrite import Fusions, fused
 from tdpass.models.onnx.inputs import bind, declared_example, signature
 from tdpass.models.onnx.integer_activations import check_opset, integer_layers, quantizable, watched, with_integer_activations
 from tdpass.models.onnx.normalize import defaults, normalized
-from tdpass.models.onnx.parameters import parameter_bytes, parameter_count
+from tdpass.models.onnx.parameters import check_finite, parameter_bytes, parameter_count
 from tdpass.models.onnx.products import count_products
 from tdpass.models.onnx.rewrite import INPUTS_HOLD_INITIALIZERS_BELOW, rewritten
 from tdpass.models.onnx.runner import OnnxRunner
@@ -37,6 +37,7 @@ from tdpass.models.onnx.sites import Findings, FoundSite, find_sites
 from tdpass.models.onnx.source import Source, source_of
 from tdpass.models.onnx.spill import HELD_BYTES, held_bytes, spilled
 from tdpass.models.onnx.storage import open_data_files, release_heap, stored_bytes
+from tdpass.models.onnx.window_checks import check_windows
 from tdpass.models.signature import Signature
 from tdpass.products import Counted
 from tdpass.site import Site
@@ -70,6 +71,7 @@ class OnnxModel(Model):
         self._observed: tuple[Batch, ...] = ()
         self._macs = 0
         self._constants: tuple[str, ...] = ()
+        self._finite = False
 
     @classmethod
     def open(cls, given: object, example: Batch | None = None, overridable: Sequence[str] = ()) -> Self:
@@ -82,7 +84,9 @@ class OnnxModel(Model):
         dense = normalized(source.model, overridable)
         with invalid_if_failing("the model's data files cannot be opened", "put them beside the model"):
             external = open_data_files(dense)
-        made = cls(dense, source, external, Shapes.infer(dense))
+        shapes = Shapes.infer(dense)
+        check_windows(dense, shapes)
+        made = cls(dense, source, external, shapes)
         if (dense.ir_version or 0) >= INPUTS_HOLD_INITIALIZERS_BELOW:
             made._constants = tuple(str(value.name) for value in defaults(source.model) if value.name not in {kept.name for kept in dense.graph.inputs})
         if example is not None:
@@ -130,6 +134,7 @@ class OnnxModel(Model):
         return OnnxRunner(self._dense, self._found.sites, dict(self._layers))
 
     def _changed(self, *, dense: bool = False) -> None:
+        self._finite = self._finite and not dense
         for cache in ("_built", "_session", "_runner", *(("_found",) if dense else ())):
             self.__dict__.pop(cache, None)
 
@@ -305,11 +310,19 @@ class OnnxModel(Model):
         twin._dense = self._dense.clone()
         twin._layers = dict(self._layers)
         twin._changed(dense=True)
+        twin._finite = self._finite  # the same weights
         return twin
 
     def check(self) -> None:
         """Raise `InvalidModelError` if the rewritten model is inconsistent."""
         check_structure(self._built, "the pass that changed it last is at fault; please report it")
+        self.check_weights()
+
+    def check_weights(self) -> None:
+        """Raise `InvalidModelError` where a weight of the dense model is not finite; they are read once, however often this is asked."""
+        if not self._finite:
+            check_finite(self._dense)
+            self._finite = True
 
     def unwrap(self) -> object:
         """The rewritten model as the type that came in; an `onnx_ir.Model` for a path."""

@@ -6,10 +6,14 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from tdpass.models.onnx.tensors import PARAMETER_TYPES, constant
+from tdpass.models.onnx.products import PRODUCTS
+from tdpass.models.onnx.storage import release_pages
+from tdpass.models.onnx.tensors import FLOAT_TYPES, PARAMETER_TYPES, constant, finite, to_torch
 
 _KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 _RUNNING_STATISTICS = {"BatchNormalization": (3, 4)}
+_WEIGHING = frozenset({"Einsum", "BatchNormalization"})
+_MASK_FROM = {"Attention": 3, "MultiHeadAttention": 4, "GroupQueryAttention": 3, "QAttention": 5}  # -inf hides a position
 
 
 HOLDS = "tdpass.holds"  # how many numbers a tensor holds where those are not its elements, 0 for what scales or places others
@@ -25,19 +29,36 @@ def parameter_bytes(model: ir.Model) -> int:
     return sum(tensor.nbytes for _, tensor in _held(model))
 
 
+def check_finite(model: ir.Model) -> None:
+    """Raise `InvalidModelError` where a weight that a layer multiplies with, or its bias, is not finite; each is read once."""
+    for value, tensor in _constants(model):
+        if tensor.dtype in FLOAT_TYPES and any(_weighs(usage) for usage in value.uses()):
+            finite(to_torch(tensor), value.name or "a constant")
+            release_pages()
+
+
+def _weighs(usage: ir.Usage) -> bool:
+    kind = usage.node.op_type
+    return (kind in PRODUCTS or kind in _WEIGHING) and usage.idx < _MASK_FROM.get(kind, usage.idx + 1)
+
+
 def _held(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
     """Floating-point and quantized constants with at least one axis, each once.
 
     Left out are running statistics, what the torch exporter marks as a buffer, and scalars, which are numbers of the
     graph's formulas.
     """
+    return ((value, tensor) for value, tensor in _constants(model) if _counts(value, tensor))
+
+
+def _constants(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
+    """All initializers and what Constant nodes hold."""
     for graph in model.graphs():
-        named = [(value, value.const_value) for value in graph.initializers.values() if value.const_value is not None]
-        yield from ((value, tensor) for value, tensor in named if _counts(value, tensor))
+        yield from ((value, value.const_value) for value in graph.initializers.values() if value.const_value is not None)
         for node in graph:
             if node.op_type == "Constant" and not node.domain:
                 tensor = constant(node.outputs[0])
-                if tensor is not None and _counts(node.outputs[0], tensor):
+                if tensor is not None:
                     yield node.outputs[0], tensor
 
 

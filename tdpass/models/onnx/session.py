@@ -18,15 +18,16 @@ from onnx_ir import tensor_adapters
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from tdpass.errors import InvalidModelError, KernelError, UnsupportedError
+from tdpass.errors import InvalidModelError, KernelError, TdpassError, UnsupportedError
 from tdpass.files import folder_beside, scratch_folder
 from tdpass.kernels.native import onnx_ops_path
 from tdpass.models.onnx.checks import brief
+from tdpass.models.onnx.deadline import loops, run_options
 from tdpass.models.onnx.file import write
 from tdpass.models.onnx.fused_ops import DOMAIN, uses_fused_ops
-from tdpass.models.onnx.storage import stored_bytes
+from tdpass.models.onnx.storage import all_nodes, stored_bytes
 
-_ERRORS_ONLY, _FATAL_ONLY = 3, 4
+_ERRORS_ONLY = 3
 _THROUGH_A_FILE_ABOVE = 1 << 28
 
 
@@ -89,11 +90,15 @@ class Session:
         except Exception as error:
             raise InvalidModelError(f"ONNX Runtime refuses the model: {brief(error)}") from error
         self._outputs = [output.name for output in self._session.get_outputs()]
+        self._loops = loops(all_nodes(model))
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs by name."""
         try:
-            results = self._session.run(self._outputs, {name: _to_numpy(tensor) for name, tensor in inputs.items()}, _quiet())
+            with run_options(self._loops) as options:
+                results = self._session.run(self._outputs, {name: _to_numpy(tensor) for name, tensor in inputs.items()}, options)
+        except TdpassError:
+            raise
         except Exception as error:
             raise InvalidModelError(f"ONNX Runtime fails on the model: {brief(error)}") from error
         return {name: torch.from_numpy(result) for name, result in zip(self._outputs, results, strict=True)}
@@ -121,13 +126,6 @@ def traced(model: ir.Model, inputs: Mapping[str, Tensor]) -> list[Mapping[str, A
         return session.end_trace()
 
 
-def _quiet() -> onnxruntime.RunOptions:
-    """Options of a run whose failure is said by an exception, not in the log as well."""
-    options = onnxruntime.RunOptions()
-    options.log_severity_level = _FATAL_ONLY
-    return options
-
-
 def _to_numpy(tensor: Tensor) -> object:
     if tensor.dtype is torch.bfloat16:
         raise UnsupportedError("ONNX Runtime takes no bfloat16 inputs from Python; cast the model's inputs to float32")
@@ -144,6 +142,8 @@ class NodeSession:
     def __init__(self, node: ir.Node, model: ir.Model, captured: Sequence[ir.Value]) -> None:
         self.__name__ = f"onnx_{node.op_type}"
         self._node = ir.serde.serialize_node(node)
+        self._loops = loops([node, *within(node)])
+        self._refused: TdpassError | None = None
         self._captured = [value.name or "" for value in captured]
         self._opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
         self._ir_version = model.ir_version or 10
@@ -156,8 +156,14 @@ class NodeSession:
         names = [*self._node.input, *self._captured]
         feeds = {name: tensor for name, tensor in zip(names, inputs, strict=True) if tensor is not None}
         session = self._session_for(feeds)
+        if self._refused is not None:
+            raise self._refused
         try:
-            results = session.run(None, {name: _to_numpy(tensor) for name, tensor in feeds.items()})
+            with run_options(self._loops) as options:
+                results = session.run(None, {name: _to_numpy(tensor) for name, tensor in feeds.items()}, options)
+        except TdpassError as error:
+            self._refused = error
+            raise
         except Exception as error:
             raise InvalidModelError(f"node {self._node.name!r} ({self._node.op_type}) fails in ONNX Runtime: {brief(error)}") from error
         return tuple(torch.from_numpy(result) for result in results)
@@ -182,17 +188,26 @@ def _element_type(tensor: Tensor) -> int:
     return int(tensor_adapters.from_torch_dtype(tensor.dtype))
 
 
-def captured_values(node: ir.Node) -> list[ir.Value]:
-    """The outer values that a node's subgraphs read, each once."""
+def within(node: ir.Node) -> list[ir.Node]:
+    """The nodes in a node's branches and bodies."""
+    return [inner for graph in _graphs(node) for inner in ir.traversal.RecursiveGraphIterator(graph)]
+
+
+def _graphs(node: ir.Node) -> list[ir.Graph]:
     graphs: list[ir.Graph] = []
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
             graphs.append(attribute.as_graph())
         elif attribute.type == ir.AttributeType.GRAPHS:
             graphs.extend(attribute.as_graphs())
+    return graphs
+
+
+def captured_values(node: ir.Node) -> list[ir.Value]:
+    """The outer values that a node's subgraphs read, each once."""
     inner: set[ir.Value] = set()
     read: dict[ir.Value, None] = {}
-    for graph in graphs:
+    for graph in _graphs(node):
         inner.update((*graph.inputs, *graph.initializers.values()))
         for nested in ir.traversal.RecursiveGraphIterator(graph):
             inner.update(nested.outputs)

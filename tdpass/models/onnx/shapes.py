@@ -11,6 +11,7 @@ from tdpass.models.onnx.tensors import dims, sizes
 
 Dims = tuple[int | None, ...]
 _SMALL = 1024
+_STAND_IN = "tdpass:{}:{}"  # a name that no exporter gives
 
 
 def put_in_order(model: ir.Model) -> None:
@@ -54,9 +55,16 @@ def skeleton(model: ir.Model) -> onnx.ModelProto:
     return ir.to_proto(copy)
 
 
-def fill_output_shapes(proto: onnx.ModelProto) -> None:
-    """Give each graph output that declares no shape the one that follows from the graph: the checker insists on a shape, runtimes do not."""
-    missing = [output for output in proto.graph.output if output.type.HasField("tensor_type") and not output.type.tensor_type.HasField("shape")]
+def fill_shapes(proto: onnx.ModelProto) -> None:
+    """Make a model fit for the checker, which insists on a shape of every input and output, while runtimes do not.
+
+    An output gets the shape that follows from the graph.  What has none even so becomes something equivalent that has one: an input the
+    result of a Reshape by a shape that is an input too, of an output its Shape is the output.
+    """
+    names = {value.name for value in proto.graph.initializer}
+    for value in [value for value in proto.graph.input if _lacks_shape(value) and value.name not in names]:
+        _reshape_into(proto.graph, value)
+    missing = [output for output in proto.graph.output if _lacks_shape(output)]
     if not missing:
         return
     given = {value.name: value.type.tensor_type.shape for value in proto.graph.input}
@@ -66,8 +74,32 @@ def fill_output_shapes(proto: onnx.ModelProto) -> None:
             output.type.tensor_type.shape.CopyFrom(given[output.name])
     inferred = {output.name: output for output in onnx.shape_inference.infer_shapes(proto, data_prop=True).graph.output}
     for output in missing:
-        output.type.tensor_type.shape.CopyFrom(inferred[output.name].type.tensor_type.shape)
-        output.type.tensor_type.shape.SetInParent()
+        if _lacks_shape(inferred[output.name]):
+            _shape_instead_of(proto.graph, output)
+        else:
+            output.type.tensor_type.shape.CopyFrom(inferred[output.name].type.tensor_type.shape)
+            output.type.tensor_type.shape.SetInParent()
+
+
+def _lacks_shape(value: onnx.ValueInfoProto) -> bool:
+    return value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape")
+
+
+def _reshape_into(graph: onnx.GraphProto, value: onnx.ValueInfoProto) -> None:
+    """Let a value be made from a flat input and an input of sizes."""
+    flat, sizes_name = _STAND_IN.format(value.name, "numbers"), _STAND_IN.format(value.name, "sizes")
+    graph.node.insert(0, onnx.helper.make_node("Reshape", [flat, sizes_name], [value.name]))
+    graph.input.append(onnx.helper.make_tensor_value_info(flat, value.type.tensor_type.elem_type, [None]))
+    graph.input.append(onnx.helper.make_tensor_value_info(sizes_name, onnx.TensorProto.INT64, [None]))
+    graph.input.remove(value)
+
+
+def _shape_instead_of(graph: onnx.GraphProto, value: onnx.ValueInfoProto) -> None:
+    """Let the sizes of a value be the output in its place."""
+    made = _STAND_IN.format(value.name, "shape")
+    graph.node.append(onnx.helper.make_node("Shape", [value.name], [made]))
+    graph.output.append(onnx.helper.make_tensor_value_info(made, onnx.TensorProto.INT64, [None]))
+    graph.output.remove(value)
 
 
 class Shapes:

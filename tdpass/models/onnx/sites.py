@@ -13,7 +13,7 @@ from tdpass.errors import InvalidModelError
 from tdpass.models.onnx.matchers import DeclinedNode, matcher_for
 from tdpass.models.onnx.names import site_names
 from tdpass.models.onnx.shapes import Shapes
-from tdpass.models.onnx.tensors import held, to_torch, torch_dtype
+from tdpass.models.onnx.tensors import finite, held, to_torch, torch_dtype
 from tdpass.models.onnx.weight_use import WeightUse
 from tdpass.site import Site
 
@@ -39,9 +39,9 @@ class FoundSite:
         """The weight as `[o, i, *kernel]` in memory of its own; raises `InvalidModelError` unless every number is finite."""
         try:
             weight = self.weight_view().clone(memory_format=torch.contiguous_format)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             raise InvalidModelError(f"the weight of {self.site.name!r} cannot be read: {error}; restore the model's data file") from error
-        return self._finite(weight)
+        return finite(weight, self.site.name)
 
     def weight_view(self) -> Tensor:
         """The weight as `[o, i, *kernel]`, sharing memory with the model where possible; it must not be written to."""
@@ -50,14 +50,7 @@ class FoundSite:
     def bias(self) -> Tensor | None:
         """The bias as `[o]`."""
         bias = self.uses[0].bias_tensor()
-        return None if bias is None else self._finite(bias)
-
-    def _finite(self, tensor: Tensor) -> Tensor:
-        extremes = torch.stack(torch.aminmax(tensor))  # one pass, and NaN is passed on
-        if not bool(torch.isfinite(extremes).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise InvalidModelError(f"{bad} of {tensor.numel()} numbers of {self.site.name!r} are NaN or infinite; repair or retrain the model")
-        return tensor
+        return None if bias is None else finite(bias, self.site.name)
 
 
 @dataclass(frozen=True)

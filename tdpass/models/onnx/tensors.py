@@ -50,6 +50,16 @@ def to_torch(tensor: ir.TensorProtocol) -> Tensor:
     return shared if shared.dtype is dtype else shared.view(dtype)
 
 
+def finite(tensor: Tensor, name: str) -> Tensor:
+    """The tensor; raises `InvalidModelError` where one of its numbers is NaN or infinite."""
+    if tensor.numel():
+        extremes = torch.stack(torch.aminmax(tensor))  # one pass, and NaN is passed on
+        if not bool(torch.isfinite(extremes).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise InvalidModelError(f"{bad} of {tensor.numel()} numbers of {name!r} are NaN or infinite; repair or retrain the model")
+    return tensor
+
+
 def from_memory(array: np.ndarray) -> Tensor:
     """The array in torch, sharing its memory; it must not be written to."""
     with warnings.catch_warnings():

@@ -240,7 +240,7 @@ class TorchModel(Model):
         twin._declined, twin._replaced = dict(self._declined), set(self._replaced)
         return twin
 
-    def check(self) -> None:
+    def check_weights(self) -> None:
         for name, parameter in self.module.named_parameters():
             if not parameter.is_meta and not bool(torch.isfinite(parameter.detach()).all()):
                 raise InvalidModelError(f"parameter {name!r} holds NaN or infinite values; the model cannot be compressed")
