@@ -27,7 +27,7 @@ _TOLERATED = (
     "must be topologically sorted", "not compatible with the version imported by model",
 )  # fmt: skip
 _RUNTIME_OPERATORS = frozenset({"LayerNormalization", "SimplifiedLayerNormalization"})
-_ENTRIES_PER_NUMBER = {onnx.TensorProto.COMPLEX64: 2, onnx.TensorProto.COMPLEX128: 2}
+_ENTRIES_PER_NUMBER: dict[int, int] = {onnx.TensorProto.COMPLEX64: 2, onnx.TensorProto.COMPLEX128: 2}
 _LONGEST_NUMBER = 19  # digits of the largest size that a file system knows
 _AUTO_PADS = frozenset({b"", b"NOTSET", b"SAME_UPPER", b"SAME_LOWER", b"VALID"})
 
