@@ -32,14 +32,15 @@ def parameter_bytes(model: ir.Model) -> int:
 def check_finite(model: ir.Model) -> None:
     """Raise `InvalidModelError` where a weight that a layer multiplies with, or its bias, is not finite; each is read once."""
     for value, tensor in _constants(model):
-        if tensor.dtype in FLOAT_TYPES and any(_weighs(usage) for usage in value.uses()):
+        if tensor.dtype in FLOAT_TYPES and any(_weighs(usage.node, usage.idx) for usage in value.uses()):
             finite(to_torch(tensor), value.name or "a constant")
             release_pages()
 
 
-def _weighs(usage: ir.Usage) -> bool:
-    kind = usage.node.op_type
-    return (kind in PRODUCTS or kind in _WEIGHING) and usage.idx < _MASK_FROM.get(kind, usage.idx + 1)
+def _weighs(node: ir.Node, index: int) -> bool:
+    """Whether what a node reads there weighs its input, and hides nothing of it."""
+    kind = node.op_type
+    return (kind in PRODUCTS or kind in _WEIGHING) and index < _MASK_FROM.get(kind, index + 1)
 
 
 def _held(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
