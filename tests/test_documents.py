@@ -18,6 +18,7 @@ from tdpass.documents import DOCUMENTS, Document, yaml_value
 from tdpass.errors import InvalidModelError, PlanError, TdpassError, UsageError
 from tdpass.form import DENSE, Form
 from tdpass.html_report import render_html
+from tdpass.methods.kept_tasks import Growing, _Kept
 from tdpass.methods.recipe import Recipe
 from tdpass.models.torch.state import _Replacement, _Structure
 from tdpass.packing import StoredSize
@@ -65,6 +66,7 @@ SAMPLES: dict[str, Any] = {
     "table of tensors": {"fc.weight": Piece((4, 2), (2, 0), "float32")},
     "list of the parts of a checkpoint": {"facts-0.json": "ab"},
     "state of a training run": {"steps": 3, "rounds": [{"epoch": 0}]},
+    "file of tasks": _Kept(Growing(2, 1, "equal", ("fc",)), 3),
     "start of a training run": {f"{stage}.{key}": value for stage in "abcd" for key, value in {"lr": 0.1, "clip": None, "keep": 300, "name": "sgd"}.items()},
 }
 PIPELINE = [{"plan": {"macs": 0.4, "joint": False}}, "factorize", {"refit": {"ridge": 0.01}}, {"verify": {"limit": 0.5}}]

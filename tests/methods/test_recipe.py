@@ -147,7 +147,7 @@ def test_trained_weights_that_come_with_the_data_are_where_a_run_starts(tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "lenet6"}, "unknown network 'lenet6'; known: digits_net"),
+        ({"model": "lenet6"}, "unknown network 'lenet6' .did you mean 'lenet5'.*known: digits_net"),
         ({"data": "imagenet"}, "names no data set; give one of"),
         ({"test": "test"}, "'test' is a part of a data set"),
         ({"trained": True}, "names no data set"),
