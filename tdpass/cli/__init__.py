@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from tdpass.cli import bench, completion, compress, deploy, doctor, inspect, map_arrays, plan, report, silence, train, verify
 from tdpass.cli.arguments import Parser, as_options
+from tdpass.cli.isolation import Limits
 from tdpass.cli.output import Output
 from tdpass.errors import TdpassError, UsageError
 from tdpass.machine import installed_version
 from tdpass.views.units import plain
 
 REFUSED, WRONG_USAGE, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 1, 2, 70, 130, 141
+_LESS = "use a smaller model or fewer --samples, or allow more where a limit is set (--isolate-memory)"
 _VERBS = (inspect, plan, compress, train, map_arrays, deploy, verify, bench, report, doctor, completion)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, contained: bool = False) -> int:
     """Run one verb; returns the exit code.
 
     0: done; 1: a model, budget or plan was refused, or a check failed; 2: wrong usage; 3: training destroyed the network, whose
     files are written; 70: an error of tdpass itself; 130: interrupted.  Every error is one line on stderr, after the traceback where `--debug` is given.
+    `contained`: the process has the limits of `--isolate` already.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         arguments = _parser().parse_args(words)
+        if arguments.isolate and not contained:
+            return Limits(arguments.isolate_seconds, arguments.isolate_memory).run(words, _written_to(arguments))
         out = Output(json=arguments.json, quiet=arguments.quiet, stdout=sys.stdout, stderr=sys.stderr)
         # whatever a model's own code prints must not end up among the results
         with contextlib.redirect_stdout(sys.stderr), silence.libraries(arguments.debug):
@@ -42,12 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except TdpassError as error:
         return _fail(as_options(str(error)), WRONG_USAGE if isinstance(error, UsageError) else REFUSED, "--debug" in words)
+    except MemoryError as error:
+        return _fail(f"there is not enough memory for this ({str(error) or 'none was left'}); {_LESS}", REFUSED, "--debug" in words)
     except OSError as error:
         what = f"{error.filename}: " if error.filename else ""
         return _fail(f"{what}{error.strerror or error}", REFUSED, "--debug" in words)
     except Exception as error:  # noqa: BLE001  # the last line of defence: a user gets one line, not a traceback
         hint = "" if "--debug" in words else "; run again with --debug for the traceback"
         return _fail(f"{type(error).__name__}: {error}{hint}", UNEXPECTED, "--debug" in words)
+
+
+def _written_to(arguments: argparse.Namespace) -> list[Path]:
+    """The folder that a verb writes to."""
+    output = getattr(arguments, "output", None)
+    return [] if output is None else [Path(output).parent]
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

@@ -10,8 +10,10 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
+from tdpass.cli.isolation import MEMORY, SECONDS
 from tdpass.errors import UsageError
 from tdpass.measures import measures
+from tdpass.planner.memory import size_of
 
 Run = Callable[..., int]
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")}
@@ -49,6 +51,10 @@ def add_verb(verbs: Verbs, name: str, run: Run, summary: str, example: str) -> P
     common.add_argument("--json", action="store_true", help="print one JSON document on stdout, and nothing else there")
     common.add_argument("--quiet", action="store_true", help="print nothing but errors")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    alone = parser.add_argument_group("files that nobody vouches for")
+    alone.add_argument("--isolate", action="store_true", help="run in a process of its own that can take no more time and memory than it is given")
+    alone.add_argument("--isolate-seconds", metavar="N", type=count, default=SECONDS, help="how long it may run (default %(default)s)")
+    alone.add_argument("--isolate-memory", metavar="SIZE", type=_memory, default=MEMORY, help="how much memory it may take (default %(default)s)")
     parser.set_defaults(run=run)
     return parser
 
@@ -97,6 +103,14 @@ def count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _memory(text: str) -> int:
+    """A size in memory, for argparse."""
+    size = size_of(text)
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size in memory; write a number of bytes with a unit, such as 512MiB or 4GiB")
+    return size
 
 
 def budget(items: Sequence[str]) -> dict[str, str]:

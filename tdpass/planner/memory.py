@@ -49,11 +49,16 @@ def memory_limit() -> int:
     text = os.environ.get("TDPASS_MEMORY", "").strip()
     if not text:
         return DEFAULT
-    match = _SIZE.fullmatch(text)
-    limit = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    limit = size_of(text)
     if limit < 1:
         raise UsageError(f"TDPASS_MEMORY={text!r} is not a size in memory; write a number of bytes with a unit, such as '512MiB' or '4GiB'")
     return limit
+
+
+def size_of(text: str) -> int:
+    """Bytes that a text such as `512MiB` says; 0 for one that says none."""
+    match = _SIZE.fullmatch(text.strip())
+    return int(float(match[1]) * _UNITS[match[2]]) if match else 0
 
 
 def within_memory(model: Model, calls: Sequence[Batch], limit: int) -> tuple[list[Batch], list[str]]:
