@@ -132,17 +132,15 @@ class IncrementalTasks:
 
         Raises `UsageError` for a task that was not learned.
         """
-        if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < len(self.tasks):
-            learned = f"0 to {len(self.tasks) - 1}" if self.tasks else "none yet; call add_task"
-            raise UsageError(f"there is no task {task!r}; learned are {learned}")
+        learned = self._learned(task)
         weights = {self._weights[name]: self._weight(name, task) for name in self.sites}
-        dense = self._template.holding({**weights, **_copies(self.tasks[task].own)}, training=False)
+        dense = self._template.holding({**weights, **_copies(learned.own)}, training=False)
         plan = RankPlan(tuple(self._choice(name, task) for name in self.sites), Cost(), metric="weights")
         return compress(dense, plan=plan, pipeline="factorize", example_inputs=self.example, cache=False, progress=False)
 
     def memory(self, task: int) -> dict[str, int]:
-        """Bytes that a task added: `columns`, `selectors`, and its `own` biases, norms and head."""
-        return self.tasks[task].memory()
+        """Bytes that a task added: `columns`, `selectors`, and its `own` biases, norms and head; raises `UsageError` as `artifact` does."""
+        return self._learned(task).memory()
 
     def save(self, path: Path | str) -> None:
         """Write all tasks into one safetensors file, to a temporary name first."""
@@ -168,6 +166,12 @@ class IncrementalTasks:
             made._check_shapes(path)
         made.path = path
         return made
+
+    def _learned(self, task: int) -> Task:
+        if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < len(self.tasks):
+            known = f"0 to {len(self.tasks) - 1}" if self.tasks else "none yet; call add_task"
+            raise UsageError(f"there is no task {task!r}; learned are {known}")
+        return self.tasks[task]
 
     def _take(self, sites: Mapping[str, Site]) -> None:
         """Which weights are factored, and what is each task's own."""
