@@ -4,7 +4,8 @@
     python -m benchmarks.bench_widths resnet20_widths         # another recipe whose method is channel-adaptive
     python -m benchmarks.bench_widths --alone                 # and every setting trained by itself for as many epochs
 
-Every setting is exported as the ordinary model it stands for, its weights stored in 32, 16 and 8 bits (`float16`, `int8`), and priced
+Every setting is exported as the ordinary model it stands for, its weights stored in 32, 16 and 8 bits (`float16`, `int8`) unless
+they are factored, and priced
 in memory that computes (`pim:sot_mram`, modelled) with weights and activations of 8 and of 16 bits.  `alone` is the accuracy of an
 ordinary network of that width from random weights, trained for as many epochs as the adaptive one in all.  `switch_microseconds`
 is the mean over a thousand switches between the settings.  Rows go to results/widths.csv.
@@ -79,6 +80,16 @@ def priced(opened: TorchModel, example: Batch, bits: int) -> dict[str, float]:
     return {"microjoules": 1e6 * cost.get("joules"), "microseconds": 1e6 * cost.get("seconds"), "area_mm2": cost.get("area")}
 
 
+def kept_in(pipeline: str, opened: TorchModel, material: Material, recipe: Recipe) -> dict[str, float]:
+    """Accuracy and bytes of a setting with its weights stored so; nothing of a factored one, which passes leave as it is."""
+    if not pipeline:
+        return {"accuracy": accuracy(material, opened.module, recipe), "bytes": opened.bytes()}
+    if not opened.sites() or any(opened.layer(site.name) is not None for site in opened.sites()):
+        return {}
+    stored = tdpass.compress(opened.module, pipeline=pipeline, example_inputs=opened.example(), cache=False)
+    return {"accuracy": accuracy(material, stored.model, recipe), "bytes": stored.report.final.bytes}
+
+
 def measure(name: str, table: Table, *, alone: bool) -> None:
     """Train a recipe and write a row for each of its settings and numbers of bits."""
     recipe = replace(Recipe.load(name), control=False)
@@ -98,12 +109,9 @@ def measure(name: str, table: Table, *, alone: bool) -> None:
         narrow = tdpass.ordinary(model, width, rank).eval()
         by_itself = trained_alone(recipe, material, narrow, epochs) if alone else None
         for bits, pipeline in STORED.items():
-            stored = tdpass.compress(tdpass.ordinary(model, width, rank), pipeline=pipeline, example_inputs=example, cache=False) if pipeline else None
-            found = narrow if stored is None else stored.model
             table.add(
-                recipe=name, width=width, rank=rank, bits=bits, accuracy=accuracy(material, found, recipe),
+                recipe=name, width=width, rank=rank, bits=bits, **kept_in(pipeline, opened, material, recipe),
                 dense=artifact.report.checks["score_dense"], alone=by_itself, params=opened.params(), macs=opened.count().per_sample,
-                bytes=opened.bytes() if stored is None else int(stored.report.final.get("bytes")),
                 switch_microseconds=1e6 * switch, epochs=epochs, seconds=seconds,
                 **(priced(opened, example, bits) if bits in CELLS else {}),
             )  # fmt: skip
