@@ -141,7 +141,7 @@ class Trials:
     def _allowed(self, trial: Trial, promise: Promise, model: Model, expected: float | None) -> float:
         bounds = [float("inf")]
         if promise is Promise.REPAIR and trial.calibration:
-            bounds.append(max(2 * trial.distance + trial.slight, NEGLIGIBLE))
+            bounds.append(max(trial.allowed(trial.distance), NEGLIGIBLE))  # a repair is judged on all data, this on few samples
         if promise is Promise.PLAN and trial.calibration and expected is not None:
             bounds.append(max(trial.allowed(expected), NEGLIGIBLE))
         if promise is not Promise.NONE and trial.tape is not None:
