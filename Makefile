@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.bench-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all test-sanitized lint bench bench-accuracy bench-finetune bench-minilm bench-tasks bench-planner bench-targets bench-break-even bench-training bench-training-cost bench-training-speed bench-project bench-peers bench-kernels bench-models bench-factorize clean
+.PHONY: demo test test-all test-sanitized fuzz lint bench bench-accuracy bench-finetune bench-minilm bench-tasks bench-planner bench-targets bench-break-even bench-training bench-training-cost bench-training-speed bench-project bench-peers bench-kernels bench-models bench-factorize clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -29,6 +29,10 @@ test-all: lint
 # The C++ kernels once more under the address and undefined-behaviour sanitizers.
 test-sanitized: $(INSTALLED)
 	TDPASS_SANITIZE=1 LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/kernels/test_operators.py tests/kernels/test_misuse.py -k "native or gaps or odd_shapes or at_the_edge"
+
+# Two minutes of damaged files for all that reads files; guided by coverage where atheris is installed.
+fuzz: $(INSTALLED)
+	for kind in onnx json safetensors npz; do PYTHONPATH=tests $(BIN)/python tests/fuzz_loaders.py $$kind --seconds 30 || exit 1; done
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,16 @@ def test_a_damaged_file_ends_in_success_or_one_clear_error(name: str, count: int
         except TdpassError:
             refused += 1
     assert refused > count // 4  # most damage is found
+
+
+def test_all_that_fuzzing_found_ends_in_success_or_one_clear_error(tmp_path: Path) -> None:
+    corpus = sorted((Path(__file__).parents[1] / "corpus" / "onnx").iterdir())
+    assert len(corpus) > 30
+    for place in corpus:
+        path = tmp_path / "m.onnx"
+        path.write_bytes(place.read_bytes())
+        with suppress(TdpassError):
+            look_at(path)
+    path.write_bytes((corpus[0].parent / "a_name_that_is_no_text").read_bytes())
+    with pytest.raises(InvalidModelError, match="is no UTF-8 text"):
+        look_at(path)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from tdpass.errors import InvalidModelError, TdpassError, UnsupportedError
 from tdpass.models.onnx.bounds import check_expansion, check_loops, physical_memory
-from tdpass.models.onnx.protos import graph_protos, node_protos, tensor_protos
+from tdpass.models.onnx.protos import graph_protos, node_protos, tensor_protos, texts
 from tdpass.models.onnx.shapes import fill_shapes, skeleton
 from tdpass.models.onnx.storage import model_from, open_data_files
 
@@ -54,6 +54,9 @@ def check_proto(proto: onnx.ModelProto, path: Path | None = None) -> None:
     what = repr(str(path)) if path is not None else "the model"
     _check_versions(proto, what)
     with invalid_if_failing(f"{what} is not a valid ONNX model", "export it again"):
+        wrong = next((text for text in texts(proto) if not isinstance(text, str)), None)
+        if wrong is not None:
+            raise InvalidModelError(f"{what} has a name or description that is no UTF-8 text: {repr(wrong)[:80]}; export the model again")
         for tensor in tensor_protos(proto):
             _check_tensor(tensor, path, what)
         check_expansion(proto, what)
