@@ -32,6 +32,7 @@ test-sanitized: $(INSTALLED)
 
 # Two minutes of damaged files for all that reads files; guided by coverage where atheris is installed.
 fuzz: $(INSTALLED)
+	-$(PIP) install --quiet -c constraints.txt atheris
 	for kind in onnx json safetensors npz; do PYTHONPATH=tests $(BIN)/python tests/fuzz_loaders.py $$kind --seconds 30 || exit 1; done
 
 lint: $(INSTALLED)
