@@ -177,7 +177,7 @@ REFUSED: dict[str, tuple[Write, str]] = {
     "a loop without end": (written(loop), "would run for ever"),
     "a loop with a constant condition": (written(lambda: loop("constant")), "would run for ever"),
     "a loop of 2^62 rounds": (written(lambda: loop(limit=2**62)), "would run 4,611,686,018,427,387,904 times"),
-    "a chain of 100,000 nodes": (written(lambda: chain(100_000)), "has 100,000 nodes; supported are 25,000"),
+    "a chain of 100,000 nodes": (written(lambda: chain(100_000)), "has 100,000 nodes; supported are 12,000"),
     "too many entries": (written(lambda: typed(80)), r"sizes \[8, 8\] holds 80 entries instead of 64"),
     "too few entries": (written(lambda: typed(63)), "holds 63 entries instead of 64"),
     "too many half entries": (written(lambda: typed(65, TensorProto.FLOAT16)), "holds 65 entries instead of 64"),

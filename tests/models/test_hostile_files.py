@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hostile_files import REFUSED, SERVED, loop, model, product, unknown_rank
+from hostile_files import REFUSED, SERVED, chain, loop, model, product, unknown_rank
 from mutations import damaged_bytes
 from onnx import helper, numpy_helper
 
@@ -76,6 +76,16 @@ def test_a_loop_whose_end_is_not_seen_has_a_deadline(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TDPASS_LOOP_SECONDS", "soon")
     with pytest.raises(UsageError, match="TDPASS_LOOP_SECONDS='soon' is no time"):
         endless.run(batch)
+
+
+def test_how_many_nodes_are_too_many_can_be_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TDPASS_MOST_NODES", "20")
+    with pytest.raises(TdpassError, match="has 21 nodes; supported are 20"):
+        OnnxModel.open(chain(21))
+    assert OnnxModel.open(chain(20)).sites()
+    monkeypatch.setenv("TDPASS_MOST_NODES", "many")
+    with pytest.raises(UsageError, match="TDPASS_MOST_NODES='many' is no number of nodes"):
+        OnnxModel.open(chain(2))
 
 
 def test_infinite_constants_that_hide_positions_are_no_fault() -> None:

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import onnx
 
-from tdpass.errors import InvalidModelError, UnsupportedError
+from tdpass.errors import InvalidModelError, UnsupportedError, UsageError
 from tdpass.models.onnx.protos import graph_protos, nodes_within
 
 LARGEST_PROTO = (1 << 31) - 1  # what a protobuf message can hold; larger weights lie in data files
-MOST_NODES = 25_000
+MOST_NODES = 12_000
 """Nodes of one model, calls of local functions written out.
 
-Exports of the largest networks in use stay below 10,000.  Every node is copied some ten times on the way through tdpass, for about half
-a millisecond in all: this many are what is done in about ten seconds.
+Exports of the largest networks in use stay below 10,000.  `tdpass inspect` takes three quarters of a millisecond for a node, so that this
+many are listed within ten seconds; whoever has more, and the time, sets `$TDPASS_MOST_NODES`.
 """
 MOST_TRIPS = 10_000_000  # of a loop that nothing else ends; a step of the smallest body takes a microsecond or more
 MOST_PARTS = 100_000  # outermost fields of a file: a handful, and one for each local function and each property
@@ -87,9 +87,18 @@ def check_expansion(proto: onnx.ModelProto, what: str) -> None:
     for key in order:
         expanded[key] = _expanded(calls[key], expanded)
     total = _expanded(_calls(proto.graph.node, bodies), expanded)
-    if total > MOST_NODES:
+    most = most_nodes()
+    if total > most:
         written = ", its local functions written out," if proto.functions else ""
-        raise UnsupportedError(f"{what} has{written} {_count(total)} nodes; supported are {MOST_NODES:,}: split the model, or simplify it")
+        raise UnsupportedError(f"{what} has{written} {_count(total)} nodes; supported are {most:,}: simplify the model, or set TDPASS_MOST_NODES")
+
+
+def most_nodes() -> int:
+    """`$TDPASS_MOST_NODES`, or `MOST_NODES`; raises `UsageError` for what is no number of nodes."""
+    text = os.environ.get("TDPASS_MOST_NODES", "").strip()
+    if text and not (text.isascii() and text.isdigit() and 0 < len(text) < 10):
+        raise UsageError(f"TDPASS_MOST_NODES={text!r} is no number of nodes; write one such as 50000")
+    return int(text) if text else MOST_NODES
 
 
 def _calls(nodes: Iterable[onnx.NodeProto], bodies: Mapping[_Key, object]) -> tuple[int, dict[_Key, int]]:
