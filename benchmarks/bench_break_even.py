@@ -4,8 +4,9 @@
     python -m benchmarks.bench_break_even --layers lenet --threads 1 --runtimes eager --output /tmp/a.csv --plot /tmp/a.svg
     python -m benchmarks.bench_break_even --draw                 # the plot alone, from what the CSV holds
 
-Zeros lie where magnitude pruning leaves them in a weight of noise.  All sparsities of a layer are measured in turn with its dense
-form in the runtime that is fastest, batch 1; processor time at one thread, least wall time at two.
+Zeros lie where magnitude pruning leaves them in a weight of noise.  All sparsities of a layer are measured in
+turn with its dense form in the runtime that is fastest, batch 1; processor time at one thread, least wall
+time at two.
 """
 
 from __future__ import annotations
@@ -39,7 +40,16 @@ PLOT = Path(__file__).parents[1] / "docs" / "break_even.svg"
 def conv(outputs: int, inputs: int, kernel: int, before: int, pad: int) -> Site:
     """A convolution of stride 1 with bias."""
     size = ((before,) * 2, (before + 2 * pad - kernel + 1,) * 2)
-    return Site("conv", "conv", (outputs, inputs, kernel, kernel), (1, 1), ((pad, pad),) * 2, (1, 1), True, extents=(size,))
+    return Site(
+        "conv",
+        "conv",
+        (outputs, inputs, kernel, kernel),
+        (1, 1),
+        ((pad, pad),) * 2,
+        (1, 1),
+        True,
+        extents=(size,),
+    )
 
 
 def linear(outputs: int, inputs: int, tokens: int) -> Site:
@@ -68,7 +78,9 @@ def measure(name: str, group: str, threads: int, runtimes: Sequence[str]) -> dic
     site, setting = LAYERS[name], Setting(1, threads)
     target = CpuTarget([RUNTIMES.get(runtime) for runtime in runtimes], None)
     (dense,) = target.time(site, [DENSE], setting)
-    times = [ratio * dense.seconds * 1e6 for ratio in target.sparse_over_dense(site, group, STAIRCASE, setting)]
+    times = [
+        ratio * dense.seconds * 1e6 for ratio in target.sparse_over_dense(site, group, STAIRCASE, setting)
+    ]
     found = target.break_even_sparsity(site, group, setting)
     return {
         "layer": name, "shape": "x".join(map(str, site.shape)), "group": group, "threads": threads, "batch": 1, "dense_runtime": dense.kernel,
@@ -94,9 +106,15 @@ def draw(rows: Sequence[Mapping[str, Value]]) -> Html:
     layers = list(dict.fromkeys(str(row["layer"]) for row in rows))
     width = LEFT + ACROSS * (WIDE + GAP_X)
     height = TOP + math.ceil(len(layers) / ACROSS) * (HIGH + GAP_Y) + FOOT
-    places = [(LEFT + n % ACROSS * (WIDE + GAP_X), TOP + n // ACROSS * (HIGH + GAP_Y)) for n in range(len(layers))]
+    places = [
+        (LEFT + n % ACROSS * (WIDE + GAP_X), TOP + n // ACROSS * (HIGH + GAP_Y)) for n in range(len(layers))
+    ]
     panels = [
-        tag("g", *_panel([row for row in rows if row["layer"] == layer], layer, n), transform=f"translate({x} {y})")
+        tag(
+            "g",
+            *_panel([row for row in rows if row["layer"] == layer], layer, n),
+            transform=f"translate({x} {y})",
+        )
         for n, (layer, (x, y)) in enumerate(zip(layers, places, strict=True))
     ]
     middle = (height - FOOT + TOP) / 2
@@ -117,8 +135,12 @@ def _legend(threads: Sequence[int]) -> Iterator[Html]:
     x = LEFT
     for group, words in (("weight", "single weights"), ("block", "blocks of 16 x 1")):
         for count in threads:
-            yield tag("line", class_=f"legend {group}{' two' if count > 1 else ''}", x1=x, x2=x + 26, y1=16, y2=16)
-            yield tag("text", f"{words}, {count} thread{'s' if count > 1 else ''}", x=x + 32, y=16, dy="0.35em")
+            yield tag(
+                "line", class_=f"legend {group}{' two' if count > 1 else ''}", x1=x, x2=x + 26, y1=16, y2=16
+            )
+            yield tag(
+                "text", f"{words}, {count} thread{'s' if count > 1 else ''}", x=x + 32, y=16, dy="0.35em"
+            )
             x += 190
 
 
@@ -135,10 +157,17 @@ def _panel(rows: Sequence[Mapping[str, Value]], layer: str, place: int) -> Itera
         yield tag("text", words, x=x, y=HIGH + 15, text_anchor="middle")
     for row in rows:
         speeds = [float(row["dense_us"] or 0) / float(row[column] or 0) for column in TIMES]
-        points = " ".join(f"{_x(sparsity):.1f},{_y(speed):.1f}" for sparsity, speed in zip(STAIRCASE, speeds, strict=True))
+        points = " ".join(
+            f"{_x(sparsity):.1f},{_y(speed):.1f}" for sparsity, speed in zip(STAIRCASE, speeds, strict=True)
+        )
         end = str(row["break_even"])
         words = f"{row['group']}, {row['threads']} threads: {'never pays' if end == NEVER else f'pays from {100 * float(end):.3g} % on'}"
-        yield tag("polyline", tag("title", words), class_=f"{row['group']}{' two' if int(str(row['threads'])) > 1 else ''}", points=points)
+        yield tag(
+            "polyline",
+            tag("title", words),
+            class_=f"{row['group']}{' two' if int(str(row['threads'])) > 1 else ''}",
+            points=points,
+        )
 
 
 def _x(sparsity: float) -> float:
@@ -159,9 +188,17 @@ def latest(path: Path) -> list[Mapping[str, Value]]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--layers", nargs="+", default=[""], help="only layers whose names contain one of these")
+    parser.add_argument(
+        "--layers", nargs="+", default=[""], help="only layers whose names contain one of these"
+    )
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--runtimes", nargs="+", default=list(RUNTIME_NAMES), choices=RUNTIME_NAMES, help="where dense layers run")
+    parser.add_argument(
+        "--runtimes",
+        nargs="+",
+        default=list(RUNTIME_NAMES),
+        choices=RUNTIME_NAMES,
+        help="where dense layers run",
+    )
     parser.add_argument("--output", default="break_even.csv", help="file under results/, or a path")
     parser.add_argument("--plot", type=Path, default=PLOT, help="where the plot goes (default: %(default)s)")
     parser.add_argument("--draw", action="store_true", help="measure nothing")

@@ -2,8 +2,9 @@
 
     python -m benchmarks.bench_broken
 
-Each file is looked at in a forked process, so that time and peak memory are its own; starting Python and the libraries is in the memory
-(about 0.4 GiB), not in the time.  Rows go to results/broken.csv; ends with exit code 1 where one is over the limits.
+Each file is looked at in a forked process, so that time and peak memory are its own; starting Python and the
+libraries is in the memory (about 0.4 GiB), not in the time.  Rows go to results/broken.csv; ends with exit
+code 1 where one is over the limits.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def measure(write: Write) -> dict[str, str | float | int]:
         process.join(6 * SECONDS)
         ended = receiving.poll()
         process.kill()
-        code, says, seconds, peak = receiving.recv() if ended else (-1, "ended without an answer", 6 * SECONDS, float("nan"))
+        code, says, seconds, peak = (
+            receiving.recv() if ended else (-1, "ended without an answer", 6 * SECONDS, float("nan"))
+        )
         left = len(set(Path(folder).iterdir()) - before)
     return {"exit_code": code, "seconds": seconds, "peak_mib": peak, "left_behind": left, "says": says}
 
@@ -63,11 +66,17 @@ def main() -> int:
     for name, write in [*((name, write) for name, (write, _) in REFUSED.items()), *SERVED.items()]:
         row = measure(write)
         table.add(file=name, **row)
-        fits = row["exit_code"] == (1 if name in REFUSED else 0) and float(row["seconds"]) <= SECONDS and float(row["peak_mib"]) <= MEMORY
+        fits = (
+            row["exit_code"] == (1 if name in REFUSED else 0)
+            and float(row["seconds"]) <= SECONDS
+            and float(row["peak_mib"]) <= MEMORY
+        )
         if not fits or row["left_behind"]:
             over.append(name)
     print(show(table.rows, COLUMNS[:-1]))
-    print(f"over {SECONDS:g} s or {MEMORY:g} MiB, or another outcome than expected: {', '.join(over) or 'none'}")
+    print(
+        f"over {SECONDS:g} s or {MEMORY:g} MiB, or another outcome than expected: {', '.join(over) or 'none'}"
+    )
     return 1 if over else 0
 
 

@@ -3,10 +3,12 @@
     TDPASS_DATA=... python -m benchmarks.bench_crossbar lenet5_crossbar --folder out/training/lenet5_crossbar-0
     TDPASS_DATA=... python -m benchmarks.bench_crossbar resnet20_crossbar --images 100        # the trained weights that it starts from
 
-The folder is that of a run of `bench_training` or `tdpass train`, which is not repeated; without one the dense network is mapped at the
-array's own bits.  The dense mapping that it is held against has the whole matrices at these bits (9), the layers computed one after another;
-`energy_cut` is of one inference, `power_cut` of its energy over its time.  `accuracy_N` is on `--images` test images with conductances that
-vary by N % (log-normal) and the array's converters, as mean and deviation over `--draws` draws of all devices.  Rows go to results/crossbar.csv.
+The folder is that of a run of `bench_training` or `tdpass train`, which is not repeated; without one the
+dense network is mapped at the array's own bits.  The dense mapping that it is held against has the whole
+matrices at these bits (9), the layers computed one after another; `energy_cut` is of one inference,
+`power_cut` of its energy over its time.  `accuracy_N` is on `--images` test images with conductances that
+vary by N % (log-normal) and the array's converters, as mean and deviation over `--draws` draws of all
+devices.  Rows go to results/crossbar.csv.
 """
 
 from __future__ import annotations
@@ -48,9 +50,15 @@ def report_of(model: nn.Module, example: torch.Tensor, array: CrossbarArray) -> 
     opened = open_model(model.eval(), (example,))
     opened.observe(Batch((example,)))
     sites = {site.name: site for site in opened.sites()}
-    rows = [SiteRow(name, site.shape, DENSE, dense_cost(site), dense_cost(site), 0.0, 0.0) for name, site in sites.items()]
+    rows = [
+        SiteRow(name, site.shape, DENSE, dense_cost(site), dense_cost(site), 0.0, 0.0)
+        for name, site in sites.items()
+    ]
     uses = uses_of(sites, {name: opened.weight(name) for name in sites}, array)
-    before, after = sum(dense_costs(sites, array).values(), Cost()), sum((use.cost for use in uses.values()), Cost())
+    before, after = (
+        sum(dense_costs(sites, array).values(), Cost()),
+        sum((use.cost for use in uses.values()), Cost()),
+    )
     return Report(original=before, final=after, sites=rows)
 
 
@@ -73,7 +81,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("recipe")
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as the run was changed")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="as the run was changed"
+    )
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--chips", action="store_true", help="with devices as measured, by aihwkit")
@@ -89,7 +99,11 @@ def main() -> None:
         model.load_state_dict(load_file(data.weights[recipe.model]))
         report = report_of(model, data.prepared(data.test.inputs[:1]), array)
     else:
-        array, model, report = method.machine, tdpass.load(options.folder / "model.safetensors", dense), Report.load(options.folder / "report.json")
+        array, model, report = (
+            method.machine,
+            tdpass.load(options.folder / "model.safetensors", dense),
+            Report.load(options.folder / "report.json"),
+        )
     model.eval()
     test = data.part("test")
     chosen = torch.linspace(0, len(test) - 1, options.images).long()  # they may lie class by class
@@ -97,12 +111,22 @@ def main() -> None:
 
     def accuracy(net: nn.Module) -> float:
         with torch.inference_mode():
-            return 100 * sum(float((net(x).argmax(1) == y).sum()) for x, y in zip(images.split(100), classes.split(100), strict=True)) / len(classes)
+            return (
+                100
+                * sum(
+                    float((net(x).argmax(1) == y).sum())
+                    for x, y in zip(images.split(100), classes.split(100), strict=True)
+                )
+                / len(classes)
+            )
 
     mapped = map_model(model, array)
     devices = {f"accuracy_{percent}": Devices(variation=percent / 100) for percent in VARIATIONS}
     devices |= {f"accuracy_{name}": Devices(chip=chip(name)) for name in CHIPS if options.chips}
-    found: dict[str, Value] = {name: str(simulate(model, mapped, accuracy, each, draws=options.draws)) for name, each in devices.items()}
+    found: dict[str, Value] = {
+        name: str(simulate(model, mapped, accuracy, each, draws=options.draws))
+        for name, each in devices.items()
+    }
     weights, kept = (sum(getattr(row, side).params for row in report.sites) for side in ("before", "after"))
     table = Table("crossbar.csv", COLUMNS)
     table.add(

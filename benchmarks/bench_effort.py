@@ -3,9 +3,9 @@
     TDPASS_DATA=... python -m benchmarks.bench_effort                       # all networks and efforts
     python -m benchmarks.bench_effort --networks bytes bert --efforts fast  # a few
 
-Half of the multiply-adds, 512 samples, one thread, no cache.  `plan_seconds` is processor time of the plan alone; `divergence`
-that of the finished result from the original on the calibration data.  Untrained networks lose no accuracy that could be
-measured: theirs is the divergence.  Rows go to results/effort.csv.
+Half of the multiply-adds, 512 samples, one thread, no cache.  `plan_seconds` is processor time of the plan
+alone; `divergence` that of the finished result from the original on the calibration data.  Untrained networks
+lose no accuracy that could be measured: theirs is the divergence.  Rows go to results/effort.csv.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Reader(nn.Module):
         self.embedding = nn.Embedding(256, 64)
         self.recurrent = nn.LSTM(64, width, layers, batch_first=True) if recurrent else None
         kernels = [] if recurrent else [(64 if layer == 0 else width, width) for layer in range(layers)]
-        self.convolutions = nn.Sequential(*(part for sizes in kernels for part in (nn.Conv1d(*sizes, 5, padding=2), nn.ReLU())))
+        self.convolutions = nn.Sequential(
+            *(part for sizes in kernels for part in (nn.Conv1d(*sizes, 5, padding=2), nn.ReLU()))
+        )
         self.head = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, 10))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +54,9 @@ class Encoder(nn.Module):
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(1000, width)
-        self.layers = nn.ModuleList(nn.ModuleList(nn.Linear(*self._sizes(name, width)) for name in "qkvoud") for _ in range(layers))
+        self.layers = nn.ModuleList(
+            nn.ModuleList(nn.Linear(*self._sizes(name, width)) for name in "qkvoud") for _ in range(layers)
+        )
         self.pooler, self.head = nn.Linear(width, width), nn.Linear(width, 4)
 
     @staticmethod
@@ -64,7 +68,10 @@ class Encoder(nn.Module):
         h = self.embedding(x)
         for q, k, v, o, up, down in self.layers:  # type: ignore[misc]
             heads = [part(h).unflatten(-1, (4, -1)).transpose(1, 2) for part in (q, k, v)]
-            h = nn.functional.layer_norm(h + o(nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)), h.shape[-1:])
+            h = nn.functional.layer_norm(
+                h + o(nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)),
+                h.shape[-1:],
+            )
             h = nn.functional.layer_norm(h + down(nn.functional.gelu(up(h))), h.shape[-1:])
         scores: Tensor = self.head(torch.tanh(self.pooler(h[:, 0])))
         return scores
@@ -72,8 +79,14 @@ class Encoder(nn.Module):
 
 def images(*widths: int, size: int, samples: int = 512) -> tuple[nn.Module, Tensor]:
     """A plain convolutional classifier."""
-    layers = [part for before, after in zip((3, *widths), widths, strict=False) for part in (nn.Conv2d(before, after, 3, padding=1), nn.ReLU())]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10)), torch.randn(samples, 3, size, size)
+    layers = [
+        part
+        for before, after in zip((3, *widths), widths, strict=False)
+        for part in (nn.Conv2d(before, after, 3, padding=1), nn.ReLU())
+    ]
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10)
+    ), torch.randn(samples, 3, size, size)
 
 
 def perceptron(*widths: int) -> tuple[nn.Module, Tensor]:
@@ -113,7 +126,9 @@ def rows(name: str, effort: str) -> Iterator[dict[str, Value]]:
     found = tdpass.compress(model, BUDGET, data, plan=plan.plan)
     note = next(note for row in plan.report.passes for note in row.notes if "losses measured" in note)
     loss = tdpass.verify(model, found.model, data)["divergence"]
-    accuracy = cifar.evaluate(found.model) if name == "resnet20" and isinstance(found.model, nn.Module) else None
+    accuracy = (
+        cifar.evaluate(found.model) if name == "resnet20" and isinstance(found.model, nn.Module) else None
+    )
     yield {"network": name, "effort": effort, "sites": len(plan.plan.choices), "plan_seconds": seconds} | {
         "measured": note.partition(": ")[2],
         "divergence": loss,

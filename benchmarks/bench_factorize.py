@@ -22,7 +22,17 @@ from benchmarks.results import Table, Value, show
 from tdpass.formats import FORMATS
 from tdpass.site import Site
 
-COLUMNS = ("case", "seconds", "reference", "reference_seconds", "speedup", "relative_error", "reference_error", "goal", "met")
+COLUMNS = (
+    "case",
+    "seconds",
+    "reference",
+    "reference_seconds",
+    "speedup",
+    "relative_error",
+    "reference_error",
+    "goal",
+    "met",
+)
 WIDTHS = (*(64,) * 3, *(128,) * 4, *(256,) * 6, *(512,) * 3)  # the 3x3 kernels of a ResNet-50
 SWEEPS = 5
 
@@ -41,7 +51,10 @@ class Way:
             start = time.perf_counter()
             made = self.run()
             seconds.append(time.perf_counter() - start)
-        errors = [float((weight - self.rebuild(factors)).norm() / weight.norm()) for weight, factors in zip(weights, made, strict=True)]
+        errors = [
+            float((weight - self.rebuild(factors)).norm() / weight.norm())
+            for weight, factors in zip(weights, made, strict=True)
+        ]
         return statistics.median(seconds), statistics.mean(errors)
 
 
@@ -55,30 +68,64 @@ def tucker2() -> dict[str, Value]:
     sites = [Site("k", "conv", tuple(kernel.shape), (1, 1), ((1, 1), (1, 1)), (1, 1)) for kernel in kernels]
     fmt = FORMATS.get("tucker2")
     ours = Way(
-        lambda: [(site, fmt.factorize(kernel, site, (site.o // 2, site.i // 2))) for kernel, site in zip(kernels, sites, strict=True)],
+        lambda: [
+            (site, fmt.factorize(kernel, site, (site.o // 2, site.i // 2)))
+            for kernel, site in zip(kernels, sites, strict=True)
+        ],
         lambda made: fmt.reconstruct(made[1], made[0]).float(),
     )
     theirs = Way(
         lambda: [
-            partial_tucker(kernel.numpy(), rank=[len(kernel) // 2] * 2, modes=[0, 1], n_iter_max=SWEEPS, tol=0, init="svd", random_state=0)[0]
+            partial_tucker(
+                kernel.numpy(),
+                rank=[len(kernel) // 2] * 2,
+                modes=[0, 1],
+                n_iter_max=SWEEPS,
+                tol=0,
+                init="svd",
+                random_state=0,
+            )[0]
             for kernel in kernels
         ],
         lambda made: torch.from_numpy(multi_mode_dot(made[0], made[1], modes=[0, 1])),
     )
-    return compared("tucker2, 16 3x3 kernels of ResNet-50", kernels, ours, f"tensorly partial_tucker, {SWEEPS} sweeps", theirs, 8.0, 1.01)
+    return compared(
+        "tucker2, 16 3x3 kernels of ResNet-50",
+        kernels,
+        ours,
+        f"tensorly partial_tucker, {SWEEPS} sweeps",
+        theirs,
+        8.0,
+        1.01,
+    )
 
 
 def svd() -> dict[str, Value]:
     """A 4096 x 11008 matrix at rank 1024: ours, and torch's singular value decomposition."""
     weight = decaying((4096, 11008), torch.Generator().manual_seed(0))
     site, fmt = Site("w", "linear", (4096, 11008)), FORMATS.get("svd")
-    ours = Way(lambda: [fmt.factorize(weight, site, (1024,))], lambda made: fmt.reconstruct({name: factor.float() for name, factor in made.items()}, site))
-    theirs = Way(lambda: [torch.linalg.svd(weight, full_matrices=False)], lambda made: (made[0][:, :1024] * made[1][:1024]) @ made[2][:1024])
-    return compared("svd 4096x11008, rank 1024", [weight], ours, "torch.linalg.svd", theirs, 4.0, 1.001, rounds=1)
+    ours = Way(
+        lambda: [fmt.factorize(weight, site, (1024,))],
+        lambda made: fmt.reconstruct({name: factor.float() for name, factor in made.items()}, site),
+    )
+    theirs = Way(
+        lambda: [torch.linalg.svd(weight, full_matrices=False)],
+        lambda made: (made[0][:, :1024] * made[1][:1024]) @ made[2][:1024],
+    )
+    return compared(
+        "svd 4096x11008, rank 1024", [weight], ours, "torch.linalg.svd", theirs, 4.0, 1.001, rounds=1
+    )
 
 
 def compared(
-    case: str, weights: Sequence[Tensor], ours: Way, reference: str, theirs: Way, faster: float, worse: float, rounds: int = 3
+    case: str,
+    weights: Sequence[Tensor],
+    ours: Way,
+    reference: str,
+    theirs: Way,
+    faster: float,
+    worse: float,
+    rounds: int = 3,
 ) -> dict[str, Value]:
     """One row: the goal is that many times as fast at no more than that many times the error."""
     seconds, reached = ours.measure(weights, rounds)

@@ -3,11 +3,12 @@
     python -m benchmarks.bench_gpu                              # every case, to results/gpu.csv
     python -m benchmarks.bench_gpu --cases svd tucker2 --dtypes float16
 
-Every case is timed five ways: the kernel (`fused`), the dense layer by cuBLAS or cuDNN (`dense`), the same compiled with
-`max-autotune` (`dense-compiled`), the chain of its factors (`chain`) and that compiled (`chain-compiled`).  All run in a CUDA graph, so that
-the time to launch them from Python is nobody's; rounds go over the five in turn, between rounds the second-level cache is overwritten,
-and the median counts.  Beside it stand two floors of the factored layer: its bytes (input, output, factors, each once) over the
-bandwidth, and its FLOPs over the arithmetic rate, both of which are measured here, by a large copy and a large product.
+Every case is timed five ways: the kernel (`fused`), the dense layer by cuBLAS or cuDNN (`dense`), the same
+compiled with `max-autotune` (`dense-compiled`), the chain of its factors (`chain`) and that compiled
+(`chain-compiled`).  All run in a CUDA graph, so that the time to launch them from Python is nobody's; rounds
+go over the five in turn, between rounds the second-level cache is overwritten, and the median counts.  Beside
+it stand two floors of the factored layer: its bytes (input, output, factors, each once) over the bandwidth,
+and its FLOPs over the arithmetic rate, both of which are measured here, by a large copy and a large product.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ class Case:
     @property
     def bytes(self) -> int:
         """Input, output and factors, each once."""
-        return sum(t.numel() for t in (self.x, *self.factors)) * self.x.element_size() + self.outputs * self.x.element_size()
+        return (
+            sum(t.numel() for t in (self.x, *self.factors)) * self.x.element_size()
+            + self.outputs * self.x.element_size()
+        )
 
 
 def random(*shape: int, fan: int, dtype: torch.dtype) -> Tensor:
@@ -63,8 +67,18 @@ def svd(dtype: torch.dtype) -> Iterator[Case]:
     """Linear layers of a transformer, from one token to many."""
     from tdpass.kernels.gpu.svd_linear import svd_linear
 
-    for tokens, i, o, r in ((1, 4096, 4096, 256), (128, 768, 3072, 192), (4096, 768, 3072, 128), (4096, 4096, 4096, 256), (8192, 4096, 11008, 1024)):
-        x, v, u = random(tokens, i, fan=1, dtype=dtype), random(r, i, fan=i, dtype=dtype), random(o, r, fan=r, dtype=dtype)
+    for tokens, i, o, r in (
+        (1, 4096, 4096, 256),
+        (128, 768, 3072, 192),
+        (4096, 768, 3072, 128),
+        (4096, 4096, 4096, 256),
+        (8192, 4096, 11008, 1024),
+    ):
+        x, v, u = (
+            random(tokens, i, fan=1, dtype=dtype),
+            random(r, i, fan=i, dtype=dtype),
+            random(o, r, fan=r, dtype=dtype),
+        )
         yield Case(
             "svd", f"{tokens}x{i}x{o} r{r}", lambda x, w: F.gelu(F.linear(x, w)), lambda x, v, u: F.gelu(F.linear(F.linear(x, v), u)),
             lambda x, v, u: svd_linear(x, v, u, activation="gelu"), x, [v, u], u @ v, tokens * o, 2 * tokens * r * (i + o),
@@ -75,10 +89,22 @@ def tucker2(dtype: torch.dtype) -> Iterator[Case]:
     """3 x 3 convolutions of a residual network, channels last."""
     from tdpass.kernels.gpu.tucker2_conv2d import tucker2_conv2d
 
-    for n, c, r, size in ((1, 256, 128, 14), (32, 64, 32, 56), (32, 128, 64, 28), (32, 256, 128, 14), (32, 512, 256, 7)):
+    for n, c, r, size in (
+        (1, 256, 128, 14),
+        (32, 64, 32, 56),
+        (32, 128, 64, 28),
+        (32, 256, 128, 14),
+        (32, 512, 256, 7),
+    ):
         x = random(n, c, size, size, fan=1, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        first, core, last = random(r, c, 1, 1, fan=c, dtype=dtype), random(r, r, 3, 3, fan=9 * r, dtype=dtype), random(c, r, 1, 1, fan=r, dtype=dtype)
-        weight = torch.einsum("os,srhw,ri->oihw", last.flatten(1), core, first.flatten(1)).contiguous(memory_format=torch.channels_last)
+        first, core, last = (
+            random(r, c, 1, 1, fan=c, dtype=dtype),
+            random(r, r, 3, 3, fan=9 * r, dtype=dtype),
+            random(c, r, 1, 1, fan=r, dtype=dtype),
+        )
+        weight = torch.einsum("os,srhw,ri->oihw", last.flatten(1), core, first.flatten(1)).contiguous(
+            memory_format=torch.channels_last
+        )
         positions = n * size * size
         yield Case(
             "tucker2", f"{n}x{c}@{size} r{r}", lambda x, w: F.relu(F.conv2d(x, w, padding=1)),
@@ -92,7 +118,11 @@ def train(dtype: torch.dtype) -> Iterator[Case]:
     """Linear layers as tensor trains of two cores."""
     from tdpass.kernels.gpu.tt_linear import tt_linear
 
-    for tokens, (o1, o2), (i1, i2), r in ((128, (48, 64), (24, 32), 4), (4096, (48, 64), (24, 32), 4), (4096, (64, 64), (64, 64), 8)):
+    for tokens, (o1, o2), (i1, i2), r in (
+        (128, (48, 64), (24, 32), 4),
+        (4096, (48, 64), (24, 32), 4),
+        (4096, (64, 64), (64, 64), 8),
+    ):
         x = random(tokens, i1 * i2, fan=1, dtype=dtype)
         a, b = random(1, o1, i1, r, fan=i1 * r, dtype=dtype), random(r, o2, i2, 1, fan=i2, dtype=dtype)
 
@@ -100,10 +130,23 @@ def train(dtype: torch.dtype) -> Iterator[Case]:
             h = torch.einsum("nij,rbj->nirb", x.unflatten(1, (a.shape[2], -1)), b[..., 0])
             return torch.einsum("air,nirb->nab", a[0], h).flatten(1)
 
-        weight = torch.einsum("oir,rab->oaib", a[0].float(), b[..., 0].float()).reshape(o1 * o2, i1 * i2).to(dtype)
+        weight = (
+            torch.einsum("oir,rab->oaib", a[0].float(), b[..., 0].float()).reshape(o1 * o2, i1 * i2).to(dtype)
+        )
         flops = 2 * tokens * r * (i1 * i2 * o2 + o1 * o2 * i1)
         shape = f"{tokens}x{i1 * i2}x{o1 * o2} r{r}"
-        yield Case("train", shape, F.linear, chain, lambda x, a, b: tt_linear(x, [a, b]), x, [a, b], weight, tokens * o1 * o2, flops)
+        yield Case(
+            "train",
+            shape,
+            F.linear,
+            chain,
+            lambda x, a, b: tt_linear(x, [a, b]),
+            x,
+            [a, b],
+            weight,
+            tokens * o1 * o2,
+            flops,
+        )
 
 
 def block_term(dtype: torch.dtype) -> Iterator[Case]:
@@ -118,16 +161,40 @@ def block_term(dtype: torch.dtype) -> Iterator[Case]:
             h = F.linear(x.unflatten(1, (p, -1)), first).unflatten(2, (b, -1)).permute(2, 0, 1, 3).flatten(2)
             return F.linear((h @ core).permute(1, 0, 2).flatten(1), last)
 
-        whole = torch.einsum("obs,bprs,bri->opi", last.unflatten(1, (b, s)), core.unflatten(1, (p, r)), first.unflatten(0, (b, r))).flatten(1)
+        whole = torch.einsum(
+            "obs,bprs,bri->opi",
+            last.unflatten(1, (b, s)),
+            core.unflatten(1, (p, r)),
+            first.unflatten(0, (b, r)),
+        ).flatten(1)
         flops = 2 * tokens * b * (r * p * i + s * (r * p + o))
-        yield Case("block_term", f"{tokens}x{p * i}x{o} ({b},{s},{r})", F.linear, chain, block_term_linear, x, [first, core, last], whole, tokens * o, flops)
+        yield Case(
+            "block_term",
+            f"{tokens}x{p * i}x{o} ({b},{s},{r})",
+            F.linear,
+            chain,
+            block_term_linear,
+            x,
+            [first, core, last],
+            whole,
+            tokens * o,
+            flops,
+        )
 
 
-CASES: dict[str, Callable[[torch.dtype], Iterator[Case]]] = {"svd": svd, "tucker2": tucker2, "train": train, "block_term": block_term}
+CASES: dict[str, Callable[[torch.dtype], Iterator[Case]]] = {
+    "svd": svd,
+    "tucker2": tucker2,
+    "train": train,
+    "block_term": block_term,
+}
 
 
 def in_graph(run: Run) -> Callable[[], None]:
-    """The run as a CUDA graph, after runs that compile and tune; the output of the graph lives as long as it."""
+    """The run as a CUDA graph, after runs that compile and tune.
+
+    The output of the graph lives as long as it.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -158,7 +225,9 @@ def measure(runs: dict[str, Callable[[], None]]) -> dict[str, tuple[float, float
             end.synchronize()
             times[name].append(start.elapsed_time(end) / 1e3)
     deciles = {name: statistics.quantiles(seen, n=10) for name, seen in times.items()}
-    return {name: (statistics.median(seen), deciles[name][0], deciles[name][-1]) for name, seen in times.items()}
+    return {
+        name: (statistics.median(seen), deciles[name][0], deciles[name][-1]) for name, seen in times.items()
+    }
 
 
 def peaks(dtype: torch.dtype) -> tuple[float, float]:
@@ -188,7 +257,10 @@ def run_case(case: Case, dtype: torch.dtype, floors: tuple[float, float], table:
     torch.compiler.reset()
     options = {"mode": "max-autotune-no-cudagraphs", "dynamic": False}
     ways: dict[str, Run] = {"fused": lambda: case.fused(case.x, *case.factors)}
-    for name, function, weights in (("dense", case.dense, [case.weight]), ("chain", case.chain, case.factors)):
+    for name, function, weights in (
+        ("dense", case.dense, [case.weight]),
+        ("chain", case.chain, case.factors),
+    ):
         compiled = torch.compile(function, **options)
         ways[name] = lambda function=function, weights=weights: function(case.x, *weights)
         ways[f"{name}-compiled"] = lambda compiled=compiled, weights=weights: compiled(case.x, *weights)
@@ -207,7 +279,9 @@ def run_case(case: Case, dtype: torch.dtype, floors: tuple[float, float], table:
 
 def main() -> None:
     """Run the benchmark; without a device, say so and stop."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--output", default="gpu.csv", help="a file name in benchmarks/results, or a path")

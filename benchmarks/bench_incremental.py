@@ -5,10 +5,11 @@
     python -m benchmarks.bench_incremental classes --epochs 6       # CIFAR-100, 20 tasks of 5 classes, a convolutional network
     python -m benchmarks.bench_incremental permuted --folder run    # tasks are kept there; the same again goes on
 
-Every task is tested on the whole test split with its own network.  `forgotten` is the largest difference, over all tasks so far,
-between what their networks answer to 256 test images and what these answered when they were learned.  `added` is what the task
-adds in bytes, of which `own` are its biases, norms and head; `dense` is a network of its own.  `seconds` are wall time, and
-`processor_seconds` what the training took of one processor.  Rows go to results/incremental.csv.
+Every task is tested on the whole test split with its own network.  `forgotten` is the largest difference,
+over all tasks so far, between what their networks answer to 256 test images and what these answered when they
+were learned.  `added` is what the task adds in bytes, of which `own` are its biases, norms and head; `dense`
+is a network of its own.  `seconds` are wall time, and `processor_seconds` what the training took of one
+processor.  Rows go to results/incremental.csv.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class Case:
 
 def perceptron() -> nn.Module:
     """784-256-256-10."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
+    )
 
 
 def convolutions() -> nn.Module:
@@ -75,9 +78,14 @@ def rotated(dataset: Dataset, examples: Examples, task: int) -> Examples:
     """Images turned by 9 degrees a task."""
     angle = torch.tensor(torch.pi * 9 * task / 180)
     turn = torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
-    grid = F.affine_grid(F.pad(turn, (0, 1)).unsqueeze(0), [1, *examples.inputs.shape[1:]], align_corners=False)
+    grid = F.affine_grid(
+        F.pad(turn, (0, 1)).unsqueeze(0), [1, *examples.inputs.shape[1:]], align_corners=False
+    )
     grid = grid.expand(4096, -1, -1, -1)
-    turned = [F.grid_sample(images.float(), grid[: len(images)], align_corners=False) for images in torch.split(examples.inputs, 4096)]
+    turned = [
+        F.grid_sample(images.float(), grid[: len(images)], align_corners=False)
+        for images in torch.split(examples.inputs, 4096)
+    ]
     return Examples(torch.cat(turned).round().to(torch.uint8), examples.targets)
 
 
@@ -105,7 +113,9 @@ def learn(tasks: IncrementalTasks, case: Case, dataset: Dataset, epochs: int, se
     parts = (dataset.training, dataset.tuning)
     whole = Examples(torch.cat([part.inputs for part in parts]), torch.cat([part.targets for part in parts]))
     chosen = case.part(dataset, whole, len(tasks))
-    data = Batches(chosen.inputs, chosen.targets, case.batch, seed, lambda inputs, generator: dataset.prepared(inputs))
+    data = Batches(
+        chosen.inputs, chosen.targets, case.batch, seed, lambda inputs, generator: dataset.prepared(inputs)
+    )
     tasks.add_task(data, epochs, settings={"optimizer": "adam", "lr": case.lr}, seed=seed + len(tasks))
 
 
@@ -118,7 +128,9 @@ def begun(case: Case, model: nn.Module, ranks: Ranks, path: Path | None) -> Incr
 
 def main() -> None:
     """Learn the tasks of a case one after another."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--tasks", type=int, default=TASKS)
@@ -131,7 +143,12 @@ def main() -> None:
     table = Table("incremental.csv", COLUMNS)
     torch.manual_seed(arguments.seed)
     model = case.network()
-    tasks = begun(case, model, arguments.ranks, None if arguments.folder is None else arguments.folder / f"{arguments.case}.safetensors")
+    tasks = begun(
+        case,
+        model,
+        arguments.ranks,
+        None if arguments.folder is None else arguments.folder / f"{arguments.case}.safetensors",
+    )
     seen: list[tuple[Examples, Tensor]] = []
     scores: list[float] = []
     for task in range(arguments.tasks):
@@ -140,10 +157,17 @@ def main() -> None:
             learn(tasks, case, dataset, epochs, arguments.seed)
         seconds, processor = time.perf_counter() - start, time.process_time() - processor
         tested = case.part(dataset, dataset.test, task)
-        scores.append(100 * float((answers(tasks.use_task(task), dataset, tested).argmax(1) == tested.targets).double().mean()))
+        scores.append(
+            100
+            * float(
+                (answers(tasks.use_task(task), dataset, tested).argmax(1) == tested.targets).double().mean()
+            )
+        )
         watched = Examples(tested.inputs[:WATCHED], tested.targets[:WATCHED])
         seen.append((watched, answers(tasks.use_task(task), dataset, watched)))
-        moved = [answers(tasks.use_task(k), dataset, images) - before for k, (images, before) in enumerate(seen)]
+        moved = [
+            answers(tasks.use_task(k), dataset, images) - before for k, (images, before) in enumerate(seen)
+        ]
         memory = tasks.memory(task)
         table.add(
             case=arguments.case, first_rank=case.first_rank, step_rank=case.step_rank, ranks=arguments.ranks, epochs=epochs, seed=arguments.seed,

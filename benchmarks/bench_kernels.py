@@ -4,10 +4,11 @@
     python -m benchmarks.bench_kernels --cases "cifar 16" --threads 1
     python -m benchmarks.bench_kernels --dtype bfloat16                  # results/kernels_bfloat16.csv; in torch alone, and without goals
 
-All candidates of a layer run in one process, in turn and in shuffled order; processor time at one thread, least wall time at
-two.  The fused operator is the best of those in torch and in ONNX Runtime.  Freed memory is kept by the process: ONNX Runtime
-writes to memory bound beforehand, and torch's new outputs would be given back to the system and cleared by it in every call.
-`macs_ratio` is dense over factored multiply-adds; a ratio of times that reaches it loses nothing.
+All candidates of a layer run in one process, in turn and in shuffled order; processor time at one thread,
+least wall time at two.  The fused operator is the best of those in torch and in ONNX Runtime.  Freed memory
+is kept by the process: ONNX Runtime writes to memory bound beforehand, and torch's new outputs would be given
+back to the system and cleared by it in every call. `macs_ratio` is dense over factored multiply-adds; a ratio
+of times that reaches it loses nothing.
 """
 
 from __future__ import annotations
@@ -53,13 +54,24 @@ class Case:
     def name(self) -> str:
         """Shape, rank and size as text."""
         size = "x".join(map(str, self.site.extents[0][0]))
-        return f"{self.group} {'x'.join(map(str, self.site.shape))}@{size} rank {'x'.join(map(str, self.rank))}"
+        return (
+            f"{self.group} {'x'.join(map(str, self.site.shape))}@{size} rank {'x'.join(map(str, self.rank))}"
+        )
 
 
 def conv(channels: int, size: int, kernel: int = 3) -> Site:
     """A square convolution of stride 1 that keeps the size."""
     pads = ((kernel // 2, kernel // 2),) * 2
-    return Site("conv", "conv", (channels, channels, kernel, kernel), (1, 1), pads, (1, 1), True, extents=(((size, size), (size, size)),))
+    return Site(
+        "conv",
+        "conv",
+        (channels, channels, kernel, kernel),
+        (1, 1),
+        pads,
+        (1, 1),
+        True,
+        extents=(((size, size), (size, size)),),
+    )
 
 
 def linear(outputs: int, inputs: int, tokens: int) -> Site:
@@ -98,7 +110,10 @@ def measure(case: Case, batch: int, threads: int, dtype: torch.dtype) -> dict[st
             if (call := RUNTIMES.get(name).prepare(factored, batch, threads)) is not None:
                 calls[f"fused {name}"] = call
     seconds = dict(zip(calls, on_cpu(list(calls.values()), threads, ROUNDS, least=0.01), strict=True))
-    best = {form: min((name for name in seconds if name.startswith(form)), key=seconds.__getitem__) for form in ("dense", "chain", "fused")}
+    best = {
+        form: min((name for name in seconds if name.startswith(form)), key=seconds.__getitem__)
+        for form in ("dense", "chain", "fused")
+    }
     macs_ratio = dense_cost(case.site).macs / FORMATS.get(case.format).macs(case.site, case.rank)
     ours = seconds[best["fused"]]
     return {
@@ -133,13 +148,25 @@ class Goal:
             return None
         measured = self.statistic(values)
         met = str(measured >= self.bar).lower()
-        return {"goal": self.name, "what": self.what, "bar": self.bar, "measured": measured, "met": met, "layers": len(values)}
+        return {
+            "goal": self.name,
+            "what": self.what,
+            "bar": self.bar,
+            "measured": measured,
+            "met": met,
+            "layers": len(values),
+        }
 
 
-def picks(group: str, threads: int | None = None, batch: int | None = None, part: str = "") -> Callable[[Mapping[str, Value]], bool]:
+def picks(
+    group: str, threads: int | None = None, batch: int | None = None, part: str = ""
+) -> Callable[[Mapping[str, Value]], bool]:
     """Rows of a group, perhaps of one thread count, one batch size, or with this text in their names."""
     return lambda row: (
-        row["group"] == group and threads in (None, row["threads"]) and batch in (None, row["batch"]) and part in str(row["case"])
+        row["group"] == group
+        and threads in (None, row["threads"])
+        and batch in (None, row["batch"])
+        and part in str(row["case"])
     )
 
 
@@ -183,10 +210,14 @@ def keep_freed_memory() -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--cases", nargs="+", default=[""], help="only cases whose names contain one of these")
+    parser.add_argument(
+        "--cases", nargs="+", default=[""], help="only cases whose names contain one of these"
+    )
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--output", help="file under results/, or a path (default: kernels.csv, kernels_bfloat16.csv)")
+    parser.add_argument(
+        "--output", help="file under results/, or a path (default: kernels.csv, kernels_bfloat16.csv)"
+    )
     parser.add_argument("--goals", default="kernel_goals.csv", help="file under results/, or a path")
     options = parser.parse_args()
     keep_freed_memory()

@@ -3,10 +3,11 @@
     python -m benchmarks.bench_models                            # results/models.csv
     python -m benchmarks.bench_models --nets resnet18 --threads 2
 
-Random weights: speed only.  Ranks are the same share of the channels everywhere, on the grid of 16 (8 for CIFAR), at the given
-cut in multiply-adds.  All candidates of a network run in one process, in turn; processor time at one thread, least wall time at
-two; everything float32.  `chain` is the best runtime's plain chain, `fused` the best of torch with backend="tdpass", its weights
-frozen or not, and ONNX Runtime with the operator library.
+Random weights: speed only.  Ranks are the same share of the channels everywhere, on the grid of 16 (8 for
+CIFAR), at the given cut in multiply-adds.  All candidates of a network run in one process, in turn; processor
+time at one thread, least wall time at two; everything float32.  `chain` is the best runtime's plain chain,
+`fused` the best of torch with backend="tdpass", its weights frozen or not, and ONNX Runtime with the operator
+library.
 """
 
 from __future__ import annotations
@@ -42,9 +43,16 @@ BARS = {
 
 
 def uniform_plan(net: Net, model: nn.Module, x: Tensor) -> RankPlan:
-    """The largest common share of the channels that reaches the cut; layers that would not get cheaper stay dense."""
+    """The largest common share of the channels that reaches the cut.
+
+    Layers that would not get cheaper stay dense.
+    """
     opened = tdpass.compress(model, pipeline="fold-batchnorm", example_inputs=x, exclude=net.exclude).opened
-    sites = [site for site in opened.sites() if not any(site.name.startswith(name.rstrip("*")) for name in net.exclude)]
+    sites = [
+        site
+        for site in opened.sites()
+        if not any(site.name.startswith(name.rstrip("*")) for name in net.exclude)
+    ]
     whole = sum(dense_cost(site).macs for site in opened.sites())
     for step in range(100, 0, -1):
         choices = tuple(_choice(net, site, step / 100) for site in sites)
@@ -60,7 +68,11 @@ def _choice(net: Net, site: Site, share: float) -> Choice:
     if name is not None and FORMATS.get(name).fits(site):
         limits = (site.o, site.i) if name == "tucker2" else (min(site.o, site.i),)
         rank = tuple(max(net.grid, round(share * limit / net.grid) * net.grid) for limit in limits)
-        cost = FORMATS.get(name).cost(site, rank) if all(r <= limit for r, limit in zip(rank, limits, strict=True)) else dense
+        cost = (
+            FORMATS.get(name).cost(site, rank)
+            if all(r <= limit for r, limit in zip(rank, limits, strict=True))
+            else dense
+        )
         if cost.macs < dense.macs:
             return Choice(site.name, site.shape, Form(name, rank), cost, dense)
     return Choice(site.name, site.shape, DENSE, dense, dense)
@@ -81,7 +93,9 @@ def candidates(net: Net, batch: int, threads: int) -> tuple[Calls, float]:
         compiled = torch.compile(module, backend="tdpass", options=options)
         compiled(seen)
         calls[label] = functools.partial(compiled, seen)
-    fused = tdpass.compress(exported(factored, x), plan=RankPlan((), plan.original), pipeline="fuse-kernels", example_inputs=x)
+    fused = tdpass.compress(
+        exported(factored, x), plan=RankPlan((), plan.original), pipeline="fuse-kernels", example_inputs=x
+    )
     call = RUNTIMES.get("onnxruntime").prepare_model(fused.opened, Batch((x,), {}), threads)
     if call is not None:
         calls["fused onnxruntime"] = call
@@ -107,7 +121,10 @@ def lstm(threads: int) -> tuple[Calls, float]:
     calls = {f"dense {name}": call for name, call in _in_runtimes(model, x, threads)}
     opened, svd = tdpass.open_recurrent(model), FORMATS.get("svd")
     sites = open_model(opened, x).sites()
-    choices = tuple(Choice(site.name, site.shape, Form("svd", (128,)), svd.cost(site, (128,)), dense_cost(site)) for site in sites)
+    choices = tuple(
+        Choice(site.name, site.shape, Form("svd", (128,)), svd.cost(site, (128,)), dense_cost(site))
+        for site in sites
+    )
     plan = RankPlan(choices, sum((choice.dense for choice in choices), tdpass.Cost()))
     small = tdpass.compress(opened, plan=plan, pipeline="factorize", example_inputs=x).model
     assert isinstance(small, nn.Module)
@@ -119,24 +136,47 @@ def measure(name: str, batch: int, threads: int) -> tuple[list[dict[str, Value]]
     """Rows of times, and of what they say of the bars."""
     with threads_of_torch(threads):
         calls, cut = lstm(threads) if name == "lstm" else candidates(NETS[name], batch, threads)
-        seconds = dict(zip(calls, on_cpu(list(calls.values()), threads, ROUNDS, least=0.02, warm_up=0.2), strict=True))
+        seconds = dict(
+            zip(calls, on_cpu(list(calls.values()), threads, ROUNDS, least=0.02, warm_up=0.2), strict=True)
+        )
     dense = min(value for key, value in seconds.items() if key.startswith("dense"))
     head = {"net": name, "batch": batch, "threads": threads}
-    rows = [{**head, "macs_ratio": cut, "candidate": key, "ms": value * 1e3, "over_best_dense": dense / value} for key, value in seconds.items()]
+    rows = [
+        {**head, "macs_ratio": cut, "candidate": key, "ms": value * 1e3, "over_best_dense": dense / value}
+        for key, value in seconds.items()
+    ]
     bars = []
     for what, bar in zip(("chain", "fused"), BARS[name, batch], strict=True):
-        found = {key: value for key, value in seconds.items() if key.startswith(what) or (what == "fused" and key.startswith("fused"))}
+        found = {
+            key: value
+            for key, value in seconds.items()
+            if key.startswith(what) or (what == "fused" and key.startswith("fused"))
+        }
         if found:
             best = min(found, key=found.__getitem__)
             ratio = dense / found[best]
-            bars.append({**head, "what": what, "bar": bar, "measured": ratio, "met": str(ratio >= bar).lower(), "by": best.split(maxsplit=1)[1]})
+            bars.append(
+                {
+                    **head,
+                    "what": what,
+                    "bar": bar,
+                    "measured": ratio,
+                    "met": str(ratio >= bar).lower(),
+                    "by": best.split(maxsplit=1)[1],
+                }
+            )
     return rows, bars
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--nets", nargs="+", default=sorted({name for name, _ in BARS}), choices=sorted({name for name, _ in BARS}))
+    parser.add_argument(
+        "--nets",
+        nargs="+",
+        default=sorted({name for name, _ in BARS}),
+        choices=sorted({name for name, _ in BARS}),
+    )
     parser.add_argument("--batches", nargs="+", type=int, help="only these batch sizes")
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--output", default="models.csv", help="file under results/, or a path")

@@ -3,10 +3,11 @@
     python -m benchmarks.bench_pivot --parts error time
     TDPASS_DATA=... python -m benchmarks.bench_pivot --parts accuracy --images 2000
 
-Error: the relative error of a weight at the largest rank that half of its multiply-adds allow, of trained weights (ResNet-56, MiniLM)
-where they are there, else of weights of the shapes of ResNet-18 and ResNet-50 whose spectra fall as k^-0.7.  Time: one call of a layer
-at that rank, of chain, `_pivot` and `_lead` alike.  Accuracy: what `compress` makes of ResNet-20 with `plan` and with
-`plan{pivot=true}`, all formats, on the first test images.  Rows go to results/pivot.csv.
+Error: the relative error of a weight at the largest rank that half of its multiply-adds allow, of trained
+weights (ResNet-56, MiniLM) where they are there, else of weights of the shapes of ResNet-18 and ResNet-50
+whose spectra fall as k^-0.7.  Time: one call of a layer at that rank, of chain, `_pivot` and `_lead` alike.
+Accuracy: what `compress` makes of ResNet-20 with `plan` and with `plan{pivot=true}`, all formats, on the
+first test images.  Rows go to results/pivot.csv.
 """
 
 from __future__ import annotations
@@ -32,7 +33,18 @@ from tdpass.site import Site
 from tdpass.targets import open_target
 from tdpass.targets.base import Setting
 
-COLUMNS = ("part", "case", "budget", "form", "macs_fraction", "error", "runtime", "seconds", "images", "accuracy")
+COLUMNS = (
+    "part",
+    "case",
+    "budget",
+    "form",
+    "macs_fraction",
+    "error",
+    "runtime",
+    "seconds",
+    "images",
+    "accuracy",
+)
 PARTS = ("error", "time", "accuracy")
 
 
@@ -64,7 +76,9 @@ def falling(site: Site) -> Tensor:
     weight = torch.randn(site.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for axis in (0, 1):
         size = site.shape[axis]
-        mixing = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(axis)))[0]
+        mixing = torch.linalg.qr(
+            torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(axis))
+        )[0]
         mixing = mixing * torch.arange(1, size + 1, dtype=torch.float64) ** -0.7
         weight = torch.tensordot(weight, mixing, dims=([axis], [1])).movedim(-1, axis)
     return weight
@@ -102,7 +116,14 @@ def errors() -> Iterator[dict[str, Value]]:
             built = fmt.reconstruct(fmt.factorize(weight, site, form.rank), site)
             error = float((built - weight).norm() / weight.norm())
             share = fmt.cost(site, form.rank).macs / dense_cost(site).macs
-            yield {"part": "error", "case": site.name, "budget": 0.5, "form": str(form), "macs_fraction": share, "error": error}
+            yield {
+                "part": "error",
+                "case": site.name,
+                "budget": 0.5,
+                "form": str(form),
+                "macs_fraction": share,
+                "error": error,
+            }
 
 
 def times() -> Iterator[dict[str, Value]]:
@@ -115,7 +136,14 @@ def times() -> Iterator[dict[str, Value]]:
             dense = dense_cost(site).macs
             for form, timing in zip(forms, target.time(site, forms, Setting(), careful=True), strict=True):
                 share = FORMATS.get(form.format).cost(site, form.rank).macs / dense
-                yield {"part": "time", "case": site.name, "form": str(form), "macs_fraction": share, "runtime": timing.kernel, "seconds": timing.seconds}
+                yield {
+                    "part": "time",
+                    "case": site.name,
+                    "form": str(form),
+                    "macs_fraction": share,
+                    "runtime": timing.kernel,
+                    "seconds": timing.seconds,
+                }
 
 
 def accuracies(budgets: Sequence[float], images: int) -> Iterator[dict[str, Value]]:
@@ -126,13 +154,28 @@ def accuracies(budgets: Sequence[float], images: int) -> Iterator[dict[str, Valu
     for budget in budgets:
         for plan in ("plan", "plan{pivot=true}"):
             start = time.perf_counter()
-            made = tdpass.compress(cifar.load_resnet("resnet20"), {"macs": budget}, calibration, pipeline=pipeline.replace("{plan}", plan), strict=False)
+            made = tdpass.compress(
+                cifar.load_resnet("resnet20"),
+                {"macs": budget},
+                calibration,
+                pipeline=pipeline.replace("{plan}", plan),
+                strict=False,
+            )
             seconds = time.perf_counter() - start
             with torch.no_grad():
-                right = sum(int((made.model(part).argmax(1) == wanted).sum()) for part, wanted in zip(x.split(250), labels.split(250), strict=True))
+                right = sum(
+                    int((made.model(part).argmax(1) == wanted).sum())
+                    for part, wanted in zip(x.split(250), labels.split(250), strict=True)
+                )
             share = made.report.final.macs / made.report.original.macs
             row: dict[str, Value] = {"part": "accuracy", "case": "resnet20", "budget": budget, "form": plan}
-            yield {**row, "macs_fraction": share, "seconds": seconds, "images": images, "accuracy": 100 * right / images}
+            yield {
+                **row,
+                "macs_fraction": share,
+                "seconds": seconds,
+                "images": images,
+                "accuracy": 100 * right / images,
+            }
 
 
 def main() -> None:

@@ -3,9 +3,9 @@
     python -m benchmarks.bench_planner                        # every case, to results/planner.csv
     python -m benchmarks.bench_planner --cases svd_4096x11008 onnx_2.5GiB
 
-Each case runs in a process of its own, so that its peak resident memory, Python and torch included, is its own.  Weights
-are random with decaying spectra; nothing is read and no calibration data is used, so these are the costs of the
-decompositions, of the planner and of rewriting, not of measuring sensitivities.
+Each case runs in a process of its own, so that its peak resident memory, Python and torch included, is its
+own.  Weights are random with decaying spectra; nothing is read and no calibration data is used, so these are
+the costs of the decompositions, of the planner and of rewriting, not of measuring sensitivities.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ def decaying(shape: torch.Size | tuple[int, ...], generator: torch.Generator) ->
     rows, columns = shape[0], math.prod(shape[1:])
     rank = min(rows, columns)
     scale = torch.arange(1, rank + 1).float().rsqrt()
-    left, right = torch.randn(rows, rank, generator=generator), torch.randn(rank, columns, generator=generator)
+    left, right = (
+        torch.randn(rows, rank, generator=generator),
+        torch.randn(rank, columns, generator=generator),
+    )
     weight = (left * scale) @ right
     return (weight * (2 / columns) ** 0.5 / weight.std()).reshape(shape)
 
@@ -62,21 +65,30 @@ def network(depth: int, formats: tuple[str, ...] = ()) -> Figures:
     """Plan and carry out half the multiply-adds of a ResNet, all formats unless restricted."""
     model = resnet(depth)
     start = time.perf_counter()
-    artifact = tdpass.compress(model, {"macs": 0.5}, example_inputs=torch.zeros(1, 3, 224, 224), formats=formats, cache=False)
+    artifact = tdpass.compress(
+        model, {"macs": 0.5}, example_inputs=torch.zeros(1, 3, 224, 224), formats=formats, cache=False
+    )
     seconds = time.perf_counter() - start
     macs = artifact.plan.planned.macs / artifact.plan.original.macs
     chosen = sorted({choice.format for choice in artifact.plan})
-    return {"seconds": seconds, "detail": f"{len(artifact.plan.choices)} sites, {macs:.3f} of the multiply-adds, chosen: {' '.join(chosen)}"}
+    return {
+        "seconds": seconds,
+        "detail": f"{len(artifact.plan.choices)} sites, {macs:.3f} of the multiply-adds, chosen: {' '.join(chosen)}",
+    }
 
 
 def tucker2_kernels() -> Figures:
     """Tucker-2 at half the channels of the 16 3x3 kernels of ResNet-50, from the weights alone."""
     sites = [
-        Site(name, "conv", tuple(conv.weight.shape), (1, 1), ((1, 1), (1, 1)), (1, 1)) for name, conv in resnet(50).named_modules() if _is_3x3(conv)
+        Site(name, "conv", tuple(conv.weight.shape), (1, 1), ((1, 1), (1, 1)), (1, 1))
+        for name, conv in resnet(50).named_modules()
+        if _is_3x3(conv)
     ]
     generator = torch.Generator().manual_seed(0)
     weights = [decaying(site.shape, generator).double() for site in sites]
-    FORMATS.get("tucker2").decompose(weights[0], sites[0], Metric()).factors((8, 8))  # first use of the linear algebra library
+    FORMATS.get("tucker2").decompose(weights[0], sites[0], Metric()).factors(
+        (8, 8)
+    )  # first use of the linear algebra library
     start = time.perf_counter()
     for weight, site in zip(weights, sites, strict=True):
         FORMATS.get("tucker2").decompose(weight, site, Metric()).factors((site.o // 2, site.i // 2))
@@ -94,7 +106,13 @@ def large_svd(rows: int = 4096, columns: int = 11008, rank: int = 1024) -> Figur
     start = time.perf_counter()
     factors = FORMATS.get("svd").factorize(weight, site, (rank,))
     seconds = time.perf_counter() - start
-    error = float((weight - FORMATS.get("svd").reconstruct({name: factor.float() for name, factor in factors.items()}, site)).norm() / weight.norm())
+    error = float(
+        (
+            weight
+            - FORMATS.get("svd").reconstruct({name: factor.float() for name, factor in factors.items()}, site)
+        ).norm()
+        / weight.norm()
+    )
     return {"seconds": seconds, "detail": f"relative error {error:.4f}"}
 
 
@@ -109,15 +127,28 @@ def write_large_onnx(path: Path, layers: int = 160, width: int = 1024, inner: in
         for layer in range(layers):
             dims = (width, inner) if layer % 2 == 0 else (inner, width)
             # scaled a little, so that no two initializers are equal
-            values = np.ascontiguousarray((pool[layer % 4].T if layer % 2 == 0 else pool[layer % 4]) * np.float32(1 + layer / 1000))
-            tensor = TensorProto(name=f"w{layer}", data_type=TensorProto.FLOAT, dims=dims, data_location=TensorProto.EXTERNAL)
-            for key, value in (("location", path.with_suffix(".data").name), ("offset", str(offset)), ("length", str(values.nbytes))):
+            values = np.ascontiguousarray(
+                (pool[layer % 4].T if layer % 2 == 0 else pool[layer % 4]) * np.float32(1 + layer / 1000)
+            )
+            tensor = TensorProto(
+                name=f"w{layer}", data_type=TensorProto.FLOAT, dims=dims, data_location=TensorProto.EXTERNAL
+            )
+            for key, value in (
+                ("location", path.with_suffix(".data").name),
+                ("offset", str(offset)),
+                ("length", str(values.nbytes)),
+            ):
                 tensor.external_data.add(key=key, value=value)
             data.write(values.tobytes())
             offset += values.nbytes
             weights.append(tensor)
-            nodes += [helper.make_node("MatMul", [f"x{layer}", f"w{layer}"], [f"y{layer}"]), helper.make_node("Relu", [f"y{layer}"], [f"x{layer + 1}"])]
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", width]) for name in ("x0", f"x{layers}")]
+            nodes += [
+                helper.make_node("MatMul", [f"x{layer}", f"w{layer}"], [f"y{layer}"]),
+                helper.make_node("Relu", [f"y{layer}"], [f"x{layer + 1}"]),
+            ]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", width]) for name in ("x0", f"x{layers}")
+    ]
     graph = helper.make_graph(nodes, "large", ends[:1], ends[1:], weights)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
 
@@ -126,13 +157,19 @@ def large_onnx() -> Figures:
     """Half the parameters of a 2.5 GiB file with external data, by svd, read, rewritten and saved."""
     folder = Path(os.environ["TDPASS_BENCH_FOLDER"])
     start = time.perf_counter()
-    tdpass.compress(folder / "large.onnx", {"params": 0.5}, formats=("svd",), cache=False).save(folder / "small.onnx")
+    tdpass.compress(folder / "large.onnx", {"params": 0.5}, formats=("svd",), cache=False).save(
+        folder / "small.onnx"
+    )
     seconds = time.perf_counter() - start
-    before, after = (sum(path.stat().st_size for path in folder.glob(f"{stem}.*")) / 2**30 for stem in ("large", "small"))
+    before, after = (
+        sum(path.stat().st_size for path in folder.glob(f"{stem}.*")) / 2**30 for stem in ("large", "small")
+    )
     return {"seconds": seconds, "detail": f"{before:.2f} GiB to {after:.2f} GiB"}
 
 
-CASES: Mapping[str, tuple[Callable[[], Figures], str, float]] = {  # what runs, the figure that has a goal, and the goal
+CASES: Mapping[
+    str, tuple[Callable[[], Figures], str, float]
+] = {  # what runs, the figure that has a goal, and the goal
     "resnet18_all_formats": (lambda: network(18), "seconds", 30),
     "resnet50_all_formats": (lambda: network(50), "seconds", math.inf),
     "resnet50_tucker2_3x3": (tucker2_kernels, "seconds", 1),
@@ -142,7 +179,10 @@ CASES: Mapping[str, tuple[Callable[[], Figures], str, float]] = {  # what runs, 
 
 
 def peak_mib() -> float:
-    """Peak resident memory of this process; where /proc tells, without what its parent held when it was started."""
+    """Peak resident memory of this process.
+
+    Where /proc tells, without what its parent held when it was started.
+    """
     status = Path("/proc/self/status")
     own = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return (int(own[1]) if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024
@@ -154,11 +194,22 @@ def run_case(name: str) -> dict[str, str | float]:
         if name.startswith("onnx"):
             write_large_onnx(Path(folder) / "large.onnx")
         command = [sys.executable, "-m", "benchmarks.bench_planner", "--inside", name]
-        done = subprocess.run(command, env={**os.environ, "TDPASS_BENCH_FOLDER": folder}, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            command,
+            env={**os.environ, "TDPASS_BENCH_FOLDER": folder},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
     figures: dict[str, str | float] = json.loads(done.stdout.splitlines()[-1])
     _, figure, goal = CASES[name]
     bounded = math.isfinite(goal)
-    return {"case": name, **figures, "goal": f"{figure} < {goal:g}" if bounded else "", "met": str(float(figures[figure]) < goal).lower() if bounded else ""}
+    return {
+        "case": name,
+        **figures,
+        "goal": f"{figure} < {goal:g}" if bounded else "",
+        "met": str(float(figures[figure]) < goal).lower() if bounded else "",
+    }
 
 
 def main() -> None:

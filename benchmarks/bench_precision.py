@@ -3,9 +3,10 @@
     TDPASS_DATA=... python -m benchmarks.bench_precision                            # every row, on all 10,000 test images
     TDPASS_DATA=... python -m benchmarks.bench_precision --rows int8 joint_0.1 --images 2000
 
-Every row starts from the trained network and 512 unlabelled calibration images, without training.  Rows whose name begins with `onnx`
-are ONNX files with integer activations, run by ONNX Runtime; all others are torch modules whose activations stay in single precision.
-`bytes` are those of parameters, `file_bytes` those of the file that is saved.  Rows go to results/precision.csv.
+Every row starts from the trained network and 512 unlabelled calibration images, without training.  Rows whose
+name begins with `onnx` are ONNX files with integer activations, run by ONNX Runtime; all others are torch
+modules whose activations stay in single precision. `bytes` are those of parameters, `file_bytes` those of the
+file that is saved.  Rows go to results/precision.csv.
 """
 
 from __future__ import annotations
@@ -25,7 +26,19 @@ import tdpass
 from benchmarks import cifar
 from benchmarks.results import Table, Value, show
 
-COLUMNS = ("row", "pipeline", "images", "accuracy", "dense_accuracy", "divergence", "bytes", "bytes_fraction", "macs_fraction", "file_bytes", "seconds")
+COLUMNS = (
+    "row",
+    "pipeline",
+    "images",
+    "accuracy",
+    "dense_accuracy",
+    "divergence",
+    "bytes",
+    "bytes_fraction",
+    "macs_fraction",
+    "file_bytes",
+    "seconds",
+)
 BEGIN, END = "fold-batchnorm", "verify"
 REPAIR = "factorize,correct-bias,refit"
 BUDGETS = (0.25, 0.1, 0.05)
@@ -47,7 +60,9 @@ class Result:
 def compressed(budget: dict[str, float] | None, steps: str, formats: tuple[str, ...] = ()) -> Result:
     """The torch module that a pipeline makes; of the dense format alone, nothing is factored."""
     given, pipeline = cifar.load_resnet("resnet20"), f"{BEGIN},{steps},{END}"
-    artifact = tdpass.compress(given, budget, cifar.calibration(), pipeline=pipeline, formats=formats, strict=False)
+    artifact = tdpass.compress(
+        given, budget, cifar.calibration(), pipeline=pipeline, formats=formats, strict=False
+    )
     assert isinstance(artifact.model, nn.Module)
     with tempfile.TemporaryDirectory() as folder:
         artifact.save(Path(folder) / "it.safetensors")
@@ -58,7 +73,13 @@ def compressed(budget: dict[str, float] | None, steps: str, formats: tuple[str, 
 def in_onnx_runtime(budget: dict[str, float] | None, steps: str) -> Result:
     """The ONNX file that a pipeline makes of the exported network."""
     with tempfile.TemporaryDirectory() as folder:
-        artifact = tdpass.compress(exported(Path(folder)), budget, cifar.calibration(), pipeline=f"{BEGIN},{steps},{END}", strict=False)
+        artifact = tdpass.compress(
+            exported(Path(folder)),
+            budget,
+            cifar.calibration(),
+            pipeline=f"{BEGIN},{steps},{END}",
+            strict=False,
+        )
         artifact.save(Path(folder) / "it.onnx")
         return _result(artifact, session(Path(folder) / "it.onnx"), (Path(folder) / "it.onnx").stat().st_size)
 
@@ -76,7 +97,11 @@ def by_onnxruntime(per_channel: bool) -> Result:
             return next(self.left, None)
 
     with tempfile.TemporaryDirectory() as folder:
-        plain, prepared, made = exported(Path(folder)), Path(folder) / "prepared.onnx", Path(folder) / "made.onnx"
+        plain, prepared, made = (
+            exported(Path(folder)),
+            Path(folder) / "prepared.onnx",
+            Path(folder) / "made.onnx",
+        )
         quant_pre_process(str(plain), str(prepared))
         reader = Reader("x")
         quantize_static(
@@ -91,7 +116,16 @@ def exported(folder: Path) -> Path:
     path = folder / "resnet20.onnx"
     model, example = cifar.load_resnet("resnet20"), cifar.calibration()[:2].contiguous()
     shapes = ({0: torch.export.Dim("n")},)
-    torch.onnx.export(model, (example,), path, dynamo=True, verbose=False, input_names=["x"], dynamic_shapes=shapes, external_data=False)
+    torch.onnx.export(
+        model,
+        (example,),
+        path,
+        dynamo=True,
+        verbose=False,
+        input_names=["x"],
+        dynamic_shapes=shapes,
+        external_data=False,
+    )
     return path
 
 
@@ -132,9 +166,14 @@ ROWS: dict[str, Callable[[], tuple[Result, str]]] = {
     "sparse_2:4_int8": _row(compressed, None, "sparsify{support=2:4},quantize{numbers=int8}"),
     **{f"joint_{budget}": _row(compressed, {"bytes": budget}, f"plan,{REPAIR}") for budget in BUDGETS},
     **{f"rank_bytes_{budget}": _row(compressed, {"bytes": budget}, PLAIN) for budget in BUDGETS},
-    **{f"numbers_bytes_{budget}": _row(compressed, {"bytes": budget}, f"plan,{REPAIR}", ("dense",)) for budget in BUDGETS},
+    **{
+        f"numbers_bytes_{budget}": _row(compressed, {"bytes": budget}, f"plan,{REPAIR}", ("dense",))
+        for budget in BUDGETS
+    },
     "onnx_int8": _row(in_onnx_runtime, None, STATIC),
-    "onnx_int8_minmax": _row(in_onnx_runtime, None, "quantize{numbers=int8},quantize-activations{calibration=minmax}"),
+    "onnx_int8_minmax": _row(
+        in_onnx_runtime, None, "quantize{numbers=int8},quantize-activations{calibration=minmax}"
+    ),
     "onnx_rank_0.5_int8": _row(in_onnx_runtime, {"macs": 0.5}, f"{PLAIN},{STATIC}"),
     "onnxruntime_int8": _row(by_onnxruntime, True),
 }
@@ -153,9 +192,13 @@ def accuracy(answers: Answers, images: int) -> float:
 
 def main() -> None:
     """Measure the rows that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS))
-    parser.add_argument("--images", type=int, default=10_000, help="so many of the test images, evenly spaced")
+    parser.add_argument(
+        "--images", type=int, default=10_000, help="so many of the test images, evenly spaced"
+    )
     parser.add_argument("--out", help="file in results/ instead of precision.csv")
     options = parser.parse_args()
     cifar.data()

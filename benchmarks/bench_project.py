@@ -2,7 +2,8 @@
 
     python -m benchmarks.bench_project        # results/project.csv
 
-Random weights with decaying spectra, about a third of the parameters left in each layer.  Wall time with 2 threads, median of three.
+Random weights with decaying spectra, about a third of the parameters left in each layer.  Wall time with 2
+threads, median of three.
 """
 
 from __future__ import annotations
@@ -22,10 +23,21 @@ from tdpass.constraints.rank_budget import RankBudget
 from tdpass.formats import FORMATS, Rank
 from tdpass.site import Site
 
-COLUMNS = ("case", "layers", "params_fraction", "seconds", "relative_error", "reference_seconds", "reference_error", "goal", "met")
+COLUMNS = (
+    "case",
+    "layers",
+    "params_fraction",
+    "seconds",
+    "relative_error",
+    "reference_seconds",
+    "reference_error",
+    "goal",
+    "met",
+)
 SECONDS, WORSE = 3.0, 1.001
 FRACTION = 1 / 3
-# (blocks, width, input width, output size) of the stages; each block is 1x1, 3x3, 1x1, the first with a 1x1 shortcut
+# (blocks, width, input width, output size) of the stages; each block is 1x1, 3x3, 1x1, the first with a 1x1
+# shortcut
 STAGES = ((3, 64, 64, 56), (4, 128, 256, 28), (6, 256, 512, 14), (3, 512, 1024, 7))
 # the format of 3x3, 1x1 and linear layers
 CASES = {
@@ -41,7 +53,11 @@ def shapes() -> list[tuple[tuple[int, ...], int]]:
     for blocks, width, before, size in STAGES:
         for block in range(blocks):
             inputs = before if block == 0 else 4 * width
-            found += [((width, inputs, 1, 1), size), ((width, width, 3, 3), size), ((4 * width, width, 1, 1), size)]
+            found += [
+                ((width, inputs, 1, 1), size),
+                ((width, width, 3, 3), size),
+                ((4 * width, width, 1, 1), size),
+            ]
             if block == 0:
                 found.append(((4 * width, inputs, 1, 1), size))
     return [*found, ((1000, 2048), 1)]
@@ -51,7 +67,15 @@ def site_of(number: int, shape: tuple[int, ...], size: int) -> Site:
     """A layer as a site."""
     if len(shape) == 2:
         return Site(f"layer{number}", "linear", shape, extents=(((1,), (1,)),))
-    return Site(f"layer{number}", "conv", shape, (1, 1), ((shape[2] // 2,) * 2,) * 2, (1, 1), extents=(((size, size), (size, size)),))
+    return Site(
+        f"layer{number}",
+        "conv",
+        shape,
+        (1, 1),
+        ((shape[2] // 2,) * 2,) * 2,
+        (1, 1),
+        extents=(((size, size), (size, size)),),
+    )
 
 
 def format_of(case: str, site: Site) -> str:
@@ -63,7 +87,11 @@ def format_of(case: str, site: Site) -> str:
 def rank_of(site: Site, name: str) -> Rank:
     """The largest proposed rank with at most a third of the parameters."""
     form = FORMATS.get(name)
-    ranks = [rank for rank in form.ranks(site) if form.cost(site, rank).params <= FRACTION * site.weights and len(rank) == len(form.ranks(site)[0])]
+    ranks = [
+        rank
+        for rank in form.ranks(site)
+        if form.cost(site, rank).params <= FRACTION * site.weights and len(rank) == len(form.ranks(site)[0])
+    ]
     return max(ranks or [form.ranks(site)[0]], key=lambda rank: form.cost(site, rank).params)
 
 
@@ -72,7 +100,9 @@ def project(case: str, rounds: int) -> dict[str, Value]:
     generator = torch.Generator().manual_seed(0)
     sites = [site_of(number, shape, size) for number, (shape, size) in enumerate(shapes())]
     weights = [decaying(site.shape, generator) for site in sites]
-    constraints = [InFormat(site, format_of(case, site), rank_of(site, format_of(case, site))) for site in sites]
+    constraints = [
+        InFormat(site, format_of(case, site), rank_of(site, format_of(case, site))) for site in sites
+    ]
     params = sum(FORMATS.get(one.format).cost(one.site, one.rank).params for one in constraints)
     seconds: list[float] = []
     for _ in range(rounds):
@@ -80,7 +110,10 @@ def project(case: str, rounds: int) -> dict[str, Value]:
         made = [constraint.project(weight) for constraint, weight in zip(constraints, weights, strict=True)]
         seconds.append(time.perf_counter() - start)
     start = time.perf_counter()
-    rebuilt = [FORMATS.get(one.format).reconstruct(one.factors(weight), one.site).float() for one, weight in zip(constraints, weights, strict=True)]
+    rebuilt = [
+        FORMATS.get(one.format).reconstruct(one.factors(weight), one.site).float()
+        for one, weight in zip(constraints, weights, strict=True)
+    ]
     reference_seconds = time.perf_counter() - start
     ours, theirs, middle = error(weights, made), error(weights, rebuilt), statistics.median(seconds)
     return {
@@ -100,7 +133,9 @@ def divide() -> dict[str, Value]:
     start = time.perf_counter()
     chosen = budget.divide(weights)
     seconds = time.perf_counter() - start
-    cost = sum(budget.cost_of(name, one.rank if isinstance(one, InFormat) else None) for name, one in chosen.items())
+    cost = sum(
+        budget.cost_of(name, one.rank if isinstance(one, InFormat) else None) for name, one in chosen.items()
+    )
     return {
         "case": "rank budget, layers of ResNet-50", "layers": len(sites), "params_fraction": cost / sum(site.weights for site in sites.values()),
         "seconds": seconds, "goal": f"{SECONDS} s", "met": str(seconds <= SECONDS).lower(),
@@ -109,7 +144,9 @@ def divide() -> dict[str, Value]:
 
 def error(weights: Sequence[Tensor], made: Sequence[Tensor]) -> float:
     """Mean relative error in the Frobenius norm."""
-    return statistics.mean(float((weight - other).norm() / weight.norm()) for weight, other in zip(weights, made, strict=True))
+    return statistics.mean(
+        float((weight - other).norm() / weight.norm()) for weight, other in zip(weights, made, strict=True)
+    )
 
 
 def main() -> None:

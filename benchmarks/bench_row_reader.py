@@ -2,8 +2,8 @@
 
     TDPASS_DATA=... python -m benchmarks.bench_row_reader out/training/lstm_tt-0/model.safetensors
 
-Dense in eager torch, ONNX Runtime and OpenVINO (where installed), factored in eager torch, one thread; all in turn, medians.  Rows
-go to results/row_reader.csv.
+Dense in eager torch, ONNX Runtime and OpenVINO (where installed), factored in eager torch, one thread; all in
+turn, medians.  Rows go to results/row_reader.csv.
 """
 
 from __future__ import annotations
@@ -34,12 +34,17 @@ def dense_calls(batch: int, folder: Path) -> dict[str, Callable[[], Any]]:
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, options)
     feed = {session.get_inputs()[0].name: x.numpy()}
-    calls: dict[str, Callable[[], Any]] = {"dense, eager": lambda: model(x), "dense, onnxruntime": lambda: session.run(None, feed)}
+    calls: dict[str, Callable[[], Any]] = {
+        "dense, eager": lambda: model(x),
+        "dense, onnxruntime": lambda: session.run(None, feed),
+    }
     try:
         import openvino
     except ImportError:
         return calls
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino.Core().compile_model(
+        path, "CPU", {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    )
     request = compiled.create_infer_request()
     calls["dense, openvino"] = lambda: request.infer([x.numpy()])
     return calls

@@ -3,9 +3,10 @@
     python -m benchmarks.bench_systolic                        # every array, half of the cycles
     python -m benchmarks.bench_systolic --arrays gemmini       # one
 
-Random weights, effort fast, one thread, an empty cache, nothing is timed but the planning itself.  Of a chosen rank that could be one
-larger in some place, `on_edges` is the share that would then take more cycles: those are on an edge of the array's staircase.
-Where an array cannot reach the budget, the smallest reachable share is planned for.  Rows go to results/systolic.csv.
+Random weights, effort fast, one thread, an empty cache, nothing is timed but the planning itself.  Of a
+chosen rank that could be one larger in some place, `on_edges` is the share that would then take more cycles:
+those are on an edge of the array's staircase. Where an array cannot reach the budget, the smallest reachable
+share is planned for.  Rows go to results/systolic.csv.
 """
 
 from __future__ import annotations
@@ -46,7 +47,14 @@ def smallest(network: str, array: str, budget: float) -> tuple[float, tdpass.Art
         for percent in range(round(100 * budget), 101):
             start = time.perf_counter()
             try:
-                artifact = tdpass.make_plan(model, {"cycles": percent / 100}, x, target=f"systolic:{array}", effort="fast", cache=Path(cache))
+                artifact = tdpass.make_plan(
+                    model,
+                    {"cycles": percent / 100},
+                    x,
+                    target=f"systolic:{array}",
+                    effort="fast",
+                    cache=Path(cache),
+                )
             except BudgetError:
                 continue
             finally:
@@ -72,13 +80,18 @@ def _raised(form: Form, site: Site, target: Target) -> Iterator[bool]:
 
 def main() -> None:
     """Run the wanted arrays."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arrays", nargs="*", choices=ARRAYS, default=ARRAYS)
     parser.add_argument("--budget", type=float, default=0.5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     table = Table("systolic.csv", COLUMNS)
-    sites = {site.name: site for site in open_model(NETS["resnet20"].build().eval(), (NETS["resnet20"].input(1),)).sites()}
+    sites = {
+        site.name: site
+        for site in open_model(NETS["resnet20"].build().eval(), (NETS["resnet20"].input(1),)).sites()
+    }
     for array in arguments.arrays:
         budget, artifact, seconds = smallest("resnet20", array, arguments.budget)
         before, after = artifact.plan.original, artifact.plan.planned

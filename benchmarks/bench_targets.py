@@ -3,9 +3,9 @@
     python -m benchmarks.bench_targets                              # every layer in every runtime, to results/targets.csv
     python -m benchmarks.bench_targets --layers resnet18 --runtimes onnxruntime --threads 2
 
-A layer is planned with about 0.4 of its multiply-adds as the budget, or as little as is faster than dense where that is more.
-What was chosen and the dense layer are then measured in turn, in rounds of their own, nothing being read from the table.  The
-goal: what was chosen is nowhere more than 3 % slower than dense.
+A layer is planned with about 0.4 of its multiply-adds as the budget, or as little as is faster than dense
+where that is more. What was chosen and the dense layer are then measured in turn, in rounds of their own,
+nothing being read from the table.  The goal: what was chosen is nowhere more than 3 % slower than dense.
 """
 
 from __future__ import annotations
@@ -26,7 +26,21 @@ from benchmarks.results import Table, show
 from tdpass.form import DENSE
 from tdpass.targets import Setting, open_target
 
-COLUMNS = ("layer", "runtime", "threads", "batch", "budget", "format", "rank", "dense_us", "chosen_us", "predicted_ratio", "measured_ratio", "goal", "met")
+COLUMNS = (
+    "layer",
+    "runtime",
+    "threads",
+    "batch",
+    "budget",
+    "format",
+    "rank",
+    "dense_us",
+    "chosen_us",
+    "predicted_ratio",
+    "measured_ratio",
+    "goal",
+    "met",
+)
 GOAL = 1.03
 _FRONTENDS = {"eager": "torch", "onnxruntime": "onnx", "openvino": "onnx"}
 _BUDGETS = (0.4, 0.6, 0.8, 0.95)
@@ -46,7 +60,14 @@ CONVS = {
 }  # fmt: skip
 # output features, input features, tokens
 LINEARS = {
-    "bert": [(768, 768, 1), (768, 768, 128), (3072, 768, 32), (3072, 768, 128), (768, 3072, 32), (768, 3072, 128)],
+    "bert": [
+        (768, 768, 1),
+        (768, 768, 128),
+        (3072, 768, 32),
+        (3072, 768, 128),
+        (768, 3072, 32),
+        (768, 3072, 128),
+    ],
     "minilm": [(384, 384, 1), (384, 384, 128), (1536, 384, 32), (1536, 384, 128), (384, 1536, 128)],
 }
 
@@ -58,12 +79,20 @@ def layers() -> Iterator[tuple[str, nn.Module, Tensor]]:
         for o, i, k, stride, size in convs:
             conv = nn.Conv2d(i, o, k, stride, k // 2)
             conv.weight = nn.Parameter(decaying(conv.weight.shape, generator))
-            yield f"{family} {o}x{i}x{k}x{k}{'/2' if stride == 2 else ''}@{size}", nn.Sequential(conv), torch.randn(1, i, size, size, generator=generator)
+            yield (
+                f"{family} {o}x{i}x{k}x{k}{'/2' if stride == 2 else ''}@{size}",
+                nn.Sequential(conv),
+                torch.randn(1, i, size, size, generator=generator),
+            )
     for family, linears in LINEARS.items():
         for o, i, tokens in linears:
             linear = nn.Linear(i, o)
             linear.weight = nn.Parameter(decaying(linear.weight.shape, generator))
-            yield f"{family} {o}x{i}@{tokens}", nn.Sequential(linear), torch.randn(1, tokens, i, generator=generator)
+            yield (
+                f"{family} {o}x{i}@{tokens}",
+                nn.Sequential(linear),
+                torch.randn(1, tokens, i, generator=generator),
+            )
 
 
 def opened(module: nn.Module, x: Tensor, frontend: str) -> object:
@@ -71,7 +100,9 @@ def opened(module: nn.Module, x: Tensor, frontend: str) -> object:
     return module if frontend == "torch" else exported(module, x, open_batch=True)
 
 
-def run_layer(name: str, module: nn.Module, x: Tensor, runtime: str, threads: int, cache: Path) -> dict[str, str | float | int]:
+def run_layer(
+    name: str, module: nn.Module, x: Tensor, runtime: str, threads: int, cache: Path
+) -> dict[str, str | float | int]:
     """Plan one layer and measure what was chosen against the dense layer again."""
     frontend = _FRONTENDS[runtime]
     text = {"eager": "cpu", "onnxruntime": "cpu"}.get(runtime, f"cpu:{runtime}")
@@ -79,15 +110,25 @@ def run_layer(name: str, module: nn.Module, x: Tensor, runtime: str, threads: in
     artifact, budget = None, math.nan
     for budget in _BUDGETS:
         try:
-            artifact = tdpass.make_plan(model, {"macs": budget}, example_inputs=x, target=text, threads=threads, cache=cache)
+            artifact = tdpass.make_plan(
+                model, {"macs": budget}, example_inputs=x, target=text, threads=threads, cache=cache
+            )
         except tdpass.BudgetError:
             continue
         break
-    head = {"layer": name, "runtime": runtime, "threads": threads, "batch": 1, "goal": f"measured_ratio < {GOAL}"}
+    head = {
+        "layer": name,
+        "runtime": runtime,
+        "threads": threads,
+        "batch": 1,
+        "goal": f"measured_ratio < {GOAL}",
+    }
     if artifact is None:
         return {**head, "format": "dense", "predicted_ratio": 1.0, "measured_ratio": 1.0, "met": "true"}
     (choice,), (site,) = artifact.plan.choices, artifact.opened.sites()
-    dense, chosen = open_target(text, frontend).time(site, [DENSE, choice.form], Setting(1, threads), careful=True)
+    dense, chosen = open_target(text, frontend).time(
+        site, [DENSE, choice.form], Setting(1, threads), careful=True
+    )
     ratio = chosen.seconds / dense.seconds
     return {
         **head, "budget": budget, "format": choice.format, "rank": "x".join(map(str, choice.rank)), "dense_us": dense.seconds * 1e6,
@@ -98,7 +139,9 @@ def run_layer(name: str, module: nn.Module, x: Tensor, runtime: str, threads: in
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--layers", nargs="+", default=[""], help="only layers whose names contain one of these")
+    parser.add_argument(
+        "--layers", nargs="+", default=[""], help="only layers whose names contain one of these"
+    )
     parser.add_argument("--runtimes", nargs="+", default=list(_FRONTENDS), choices=list(_FRONTENDS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", default="targets.csv", help="file under results/, or a path")
@@ -112,7 +155,9 @@ def main() -> None:
                     table.add(**run_layer(name, module.eval(), x, runtime, options.threads, Path(folder)))
                     print(show(table.rows[-1:], COLUMNS), flush=True)
     ratios = [float(row["measured_ratio"] or 0) for row in table.rows]
-    print(f"\n{show(table.rows, COLUMNS)}\n\nslowest choice: {max(ratios, default=0):.3f} of dense, goal: below {GOAL}")
+    print(
+        f"\n{show(table.rows, COLUMNS)}\n\nslowest choice: {max(ratios, default=0):.3f} of dense, goal: below {GOAL}"
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     TDPASS_DATA=... python -m benchmarks.bench_training_cost
 
-Plain steps and steps under ADMM run in turn, in one process, on the same batches; the median of their ratio says what a step
-costs more, and the projections of all layers in its rounds (the median of five over the phase) are added to each epoch.  Rows go to results/training_cost.csv.
+Plain steps and steps under ADMM run in turn, in one process, on the same batches; the median of their ratio
+says what a step costs more, and the projections of all layers in its rounds (the median of five over the
+phase) are added to each epoch.  Rows go to results/training_cost.csv.
 """
 
 from __future__ import annotations
@@ -64,11 +65,30 @@ def mnist() -> Batches:
 CASES = {
     "lenet5": Case(lenet5, mnist, (2, 1, 28, 28), {"admm-nn": {"keep": 4500, "rho": 1e-3}}, 48),
     "lenet5_surgery": Case(
-        lenet5, mnist, (2, 1, 28, 28), {"admm-nn": {"keep": 4500, "rho": 1e-3, "metric": "fisher", "pruning": "surgery"}}, 48
+        lenet5,
+        mnist,
+        (2, 1, 28, 28),
+        {"admm-nn": {"keep": 4500, "rho": 1e-3, "metric": "fisher", "pruning": "surgery"}},
+        48,
     ),
-    "resnet20": Case(cifar.resnet20, cifar.training, (2, 3, 32, 32), {"admm-tt": {"budget": {"macs": 0.5}, "format": "tucker2"}}, 8),
-    "resnet20_planned": Case(cifar.resnet20, cifar.training, (2, 3, 32, 32), {"admm-tt": {"start": {"params": 0.2}}}, 24, cifar.calibration),
-    "resnet32": Case(cifar.resnet32, cifar.training, (2, 3, 32, 32), {"batude": {"budget": {"macs": 0.5}}}, 8),
+    "resnet20": Case(
+        cifar.resnet20,
+        cifar.training,
+        (2, 3, 32, 32),
+        {"admm-tt": {"budget": {"macs": 0.5}, "format": "tucker2"}},
+        8,
+    ),
+    "resnet20_planned": Case(
+        cifar.resnet20,
+        cifar.training,
+        (2, 3, 32, 32),
+        {"admm-tt": {"start": {"params": 0.2}}},
+        24,
+        cifar.calibration,
+    ),
+    "resnet32": Case(
+        cifar.resnet32, cifar.training, (2, 3, 32, 32), {"batude": {"budget": {"macs": 0.5}}}, 8
+    ),
 }
 
 
@@ -77,7 +97,9 @@ def measure(name: str, steps: int) -> dict[str, Any]:
     case = CASES[name]
     model, data = case.model().train(), case.data()
     method = make_method(case.method)
-    model = method.prepare(model, torch.zeros(case.example), None if case.calibration is None else case.calibration())
+    model = method.prepare(
+        model, torch.zeros(case.example), None if case.calibration is None else case.calibration()
+    )
     term = method.bind(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     batches = [batch for batch, _ in zip(data, range(8), strict=False)]
@@ -117,7 +139,11 @@ def measure(name: str, steps: int) -> dict[str, Any]:
     ratio = statistics.median(a / p for a, p in zip(under, plain, strict=True))
     step_plain, count = statistics.median(plain), len(data)
     epoch_plain, epoch_admm = step_plain * count, step_plain * ratio * count + case.rounds * projection
-    held = sum(value.numel() * value.element_size() for value in term.state().values() if isinstance(value, torch.Tensor))
+    held = sum(
+        value.numel() * value.element_size()
+        for value in term.state().values()
+        if isinstance(value, torch.Tensor)
+    )
     return {
         "model": name,
         "method": next(iter(case.method)),
@@ -140,7 +166,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", default="training_cost.csv", help="CSV file (default: results/training_cost.csv)")
+    parser.add_argument(
+        "--out", default="training_cost.csv", help="CSV file (default: results/training_cost.csv)"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     table = Table(options.out, COLUMNS)

@@ -2,9 +2,9 @@
 
     TDPASS_DATA=... python -m benchmarks.bench_training_speed
 
-ResNet-20 on batches of 128 in bfloat16, dense and at a third of its parameters.  The ways to train take turns step by step, in one
-process and on the same batches; each is given as the median of its ratio to eager training of the same network.  Rows go to
-results/training_speed.csv.
+ResNet-20 on batches of 128 in bfloat16, dense and at a third of its parameters.  The ways to train take turns
+step by step, in one process and on the same batches; each is given as the median of its ratio to eager
+training of the same network.  Rows go to results/training_speed.csv.
 """
 
 from __future__ import annotations
@@ -38,7 +38,13 @@ def networks() -> dict[str, nn.Module]:
     dense = cifar.resnet20()
     found: dict[str, nn.Module] = {"dense": dense}
     for name in ("tucker2", "cp"):
-        made = tdpass.compress(dense, {"params": 0.3333}, pipeline="plan,factorize", formats=(name,), example_inputs=torch.zeros(2, 3, 32, 32)).model
+        made = tdpass.compress(
+            dense,
+            {"params": 0.3333},
+            pipeline="plan,factorize",
+            formats=(name,),
+            example_inputs=torch.zeros(2, 3, 32, 32),
+        ).model
         assert isinstance(made, nn.Module)
         found[name] = made
     return found
@@ -74,7 +80,10 @@ def measure(layers: str, network: nn.Module, inputs: list[Tensor], steps: int) -
     """All ways to train one network, in turn."""
     ways = [way for way in WAYS if layers != "dense" or not way[1]]
     made = {way: step_of(network, *way) for way in ways}
-    rounds = [{way: seconds(step, inputs[index % len(inputs)]) for way, step in made.items()} for index in range(steps + WARM_UP)][WARM_UP:]
+    rounds = [
+        {way: seconds(step, inputs[index % len(inputs)]) for way, step in made.items()}
+        for index in range(steps + WARM_UP)
+    ][WARM_UP:]
     eager = WAYS[0]
     return [
         {
@@ -94,7 +103,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", default="training_speed.csv", help="CSV file (default: results/training_speed.csv)")
+    parser.add_argument(
+        "--out", default="training_speed.csv", help="CSV file (default: results/training_speed.csv)"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     table = Table(options.out, COLUMNS)

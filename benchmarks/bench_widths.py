@@ -4,11 +4,11 @@
     python -m benchmarks.bench_widths resnet20_widths         # another recipe whose method is channel-adaptive
     python -m benchmarks.bench_widths --alone                 # and every setting trained by itself for as many epochs
 
-Every setting is exported as the ordinary model it stands for, its weights stored in 32, 16 and 8 bits (`float16`, `int8`) unless
-they are factored, and priced
-in memory that computes (`pim:sot_mram`, modelled) with weights and activations of 8 and of 16 bits.  `alone` is the accuracy of an
-ordinary network of that width from random weights, trained for as many epochs as the adaptive one in all.  `switch_microseconds`
-is the mean over a thousand switches between the settings.  Rows go to results/widths.csv.
+Every setting is exported as the ordinary model it stands for, its weights stored in 32, 16 and 8 bits
+(`float16`, `int8`) unless they are factored, and priced in memory that computes (`pim:sot_mram`, modelled)
+with weights and activations of 8 and of 16 bits.  `alone` is the accuracy of an ordinary network of that
+width from random weights, trained for as many epochs as the adaptive one in all.  `switch_microseconds` is
+the mean over a thousand switches between the settings.  Rows go to results/widths.csv.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def trained_alone(recipe: Recipe, material: Material, model: nn.Module, epochs: 
         if reset is not None:
             reset()
     settings = {**recipe.settings, **(recipe.pretraining or {})}
-    artifact = tdpass.train(fresh, material.batches, None, settings=settings, pretrain=epochs, control=False, seed=recipe.seed)
+    artifact = tdpass.train(
+        fresh, material.batches, None, settings=settings, pretrain=epochs, control=False, seed=recipe.seed
+    )
     return accuracy(material, artifact.model, recipe)
 
 
@@ -77,11 +79,18 @@ def priced(opened: TorchModel, example: Batch, bits: int) -> dict[str, float]:
     """What a call costs in memory that computes, with weights and activations of so many bits."""
     target = PimTarget(replace(PimMemory.load("sot_mram"), weight_bits=bits, input_bits=bits))
     (cost,) = target.cost_models([opened], lambda: example, Setting())
-    return {"microjoules": 1e6 * cost.get("joules"), "microseconds": 1e6 * cost.get("seconds"), "area_mm2": cost.get("area")}
+    return {
+        "microjoules": 1e6 * cost.get("joules"),
+        "microseconds": 1e6 * cost.get("seconds"),
+        "area_mm2": cost.get("area"),
+    }
 
 
 def kept_in(pipeline: str, opened: TorchModel, material: Material, recipe: Recipe) -> dict[str, float]:
-    """Accuracy and bytes of a setting with its weights stored so; nothing of a factored one, which passes leave as it is."""
+    """Accuracy and bytes of a setting with its weights stored so.
+
+    Nothing of a factored one, which passes leave as it is.
+    """
     if not pipeline:
         return {"accuracy": accuracy(material, opened.module, recipe), "bytes": opened.bytes()}
     if not opened.sites() or any(opened.layer(site.name) is not None for site in opened.sites()):
@@ -119,7 +128,9 @@ def measure(name: str, table: Table, *, alone: bool) -> None:
 
 def main() -> None:
     """Measure the wanted recipes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipes", nargs="*", default=["digits_widths", "digits_widths_and_ranks"])
     parser.add_argument("--alone", action="store_true")
     arguments = parser.parse_args()

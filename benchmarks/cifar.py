@@ -1,8 +1,8 @@
 """CIFAR-10 and the trained ResNets of the accuracy benchmark.
 
-The data folder is named by the environment variable `TDPASS_DATA`, as `tdpass.datasets.published` reads it.  The training split is cut
-once, with a fixed seed, into 512 calibration images, 2,000 images to tune on, and the rest to train on; accuracy is always on the
-10,000 test images.
+The data folder is named by the environment variable `TDPASS_DATA`, as `tdpass.datasets.published` reads it.
+The training split is cut once, with a fixed seed, into 512 calibration images, 2,000 images to tune on, and
+the rest to train on; accuracy is always on the 10,000 test images.
 """
 
 from __future__ import annotations
@@ -105,5 +105,8 @@ def recalibrate_batchnorm(model: nn.Module) -> nn.Module:
 if __name__ == "__main__":
     for net, expected in DENSE_ACCURACY.items():
         dense = load_resnet(net)
-        print(f"{net}: {macs(dense):,} multiply-adds, accuracy {evaluate(dense):.2f} % (expected {expected})", end="")
+        print(
+            f"{net}: {macs(dense):,} multiply-adds, accuracy {evaluate(dense):.2f} % (expected {expected})",
+            end="",
+        )
         print(f", with recalibrated batch-norm {evaluate(recalibrate_batchnorm(dense)):.2f} %")

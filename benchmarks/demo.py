@@ -2,9 +2,9 @@
 
     make demo          # or: python -m benchmarks.demo [--out out/demo]
 
-The digits come with tdpass.  The network is compressed to 35 % of its multiply-adds as a torch module; then its
-dense ONNX export is compressed by the same plan, and the two results and the original are held against each other.
-Exits with 1 if they disagree.
+The digits come with tdpass.  The network is compressed to 35 % of its multiply-adds as a torch module; then
+its dense ONNX export is compressed by the same plan, and the two results and the original are held against
+each other. Exits with 1 if they disagree.
 """
 
 from __future__ import annotations
@@ -53,7 +53,13 @@ def export(model: nn.Module, images: Tensor) -> onnx.ModelProto:
     """The network as an ONNX model whose batch size is free."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, about its own dependencies
-        program = torch.onnx.export(model, (images[:8],), dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim("n", min=1, max=4096)},))
+        program = torch.onnx.export(
+            model,
+            (images[:8],),
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes=({0: torch.export.Dim("n", min=1, max=4096)},),
+        )
     return program.model_proto
 
 
@@ -77,7 +83,9 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 def main() -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="where the model, plan and report go")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/demo"), help="where the model, plan and report go"
+    )
     out: Path = parser.parse_args().out
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     torch.set_num_threads(1)  # more threads only wait for each other on a network this small
@@ -109,19 +117,28 @@ def main() -> int:
         "compressed, ONNX Runtime, from model.onnx": run_onnx(out / "model.onnx", unseen),
     }
     original, ours = answers["dense, torch"], answers["compressed, torch"]
-    print(f"\n{'accuracy on ' + str(len(unseen)) + ' unseen digits':50} {'accuracy':>9} {'from dense':>11} {'from torch':>11}")
+    print(
+        f"\n{'accuracy on ' + str(len(unseen)) + ' unseen digits':50} {'accuracy':>9} {'from dense':>11} {'from torch':>11}"
+    )
     accuracy = {}
     for name, scores in answers.items():
         accuracy[name] = 100 * float((scores.argmax(1) == truth).double().mean())
-        print(f"{name:50} {accuracy[name]:7.2f} % {distance(scores, original):11.1e} {distance(scores, ours):11.1e}")
+        print(
+            f"{name:50} {accuracy[name]:7.2f} % {distance(scores, original):11.1e} {distance(scores, ours):11.1e}"
+        )
 
     share = small.plan.planned.macs / small.plan.original.macs
     lost = accuracy["dense, torch"] - min(accuracy.values())
     checks = {
         f"multiply-adds {share:.3f} of the dense network, allowed {BUDGET}": share <= BUDGET,
-        f"both torch and ONNX results the same to {AGREEMENT:g}": all(distance(scores, ours) < AGREEMENT for scores in list(answers.values())[1:]),
+        f"both torch and ONNX results the same to {AGREEMENT:g}": all(
+            distance(scores, ours) < AGREEMENT for scores in list(answers.values())[1:]
+        ),
         f"accuracy lost {lost:.2f} points, allowed {WORST_LOSS}": lost <= WORST_LOSS,
-        "every file is there": all((out / name).stat().st_size > 0 for name in ("model.onnx", "model.safetensors", "plan.json", "report.json", "report.html")),
+        "every file is there": all(
+            (out / name).stat().st_size > 0
+            for name in ("model.onnx", "model.safetensors", "plan.json", "report.json", "report.html")
+        ),
     }
     print()
     for name, passed in checks.items():

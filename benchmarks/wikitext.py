@@ -1,8 +1,9 @@
 """WikiText-2 and a small language model: an LSTM that predicts the next word.
 
-The data folder is named by the environment variable `TDPASS_DATA`; its `data/wikitext2/` holds the validation and the test text,
-tokenised as they were published.  Of the validation text the first nine tenths are trained on and the rest tuned on; perplexity
-is on the test text.  Words that are seen less than three times in the text trained on are one unknown word.
+The data folder is named by the environment variable `TDPASS_DATA`; its `data/wikitext2/` holds the validation
+and the test text, tokenised as they were published.  Of the validation text the first nine tenths are trained
+on and the rest tuned on; perplexity is on the test text.  Words that are seen less than three times in the
+text trained on are one unknown word.
 """
 
 from __future__ import annotations

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-if __name__ == "kernels":  # imported from the repository root, where this folder hides PyPI's package of that name
+if (
+    __name__ == "kernels"
+):  # imported from the repository root, where this folder hides PyPI's package of that name
 
     def __getattr__(name: str) -> object:
         """Refuse every use, but not the bare import: transformers imports `kernels` only to ask for its version."""
         if name.startswith("__"):
             raise AttributeError(name)
-        raise ImportError(f"kernels/ is a part of tdpass: import tdpass.kernels; to get {name!r} from PyPI's kernels, leave this folder or use `python -P`")
+        raise ImportError(
+            f"kernels/ is a part of tdpass: import tdpass.kernels; to get {name!r} from PyPI's kernels, leave this folder or use `python -P`"
+        )

@@ -15,7 +15,9 @@ from tdpass.registry import Registry
 
 NAMESPACE = "tdpass"
 _LIBRARY: Any = Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
-_IN_PYTHON: dict[str, Any] = {}  # per operator, the library that gives the CPU its Python implementation; dropped, it gives it up
+_IN_PYTHON: dict[
+    str, Any
+] = {}  # per operator, the library that gives the CPU its Python implementation; dropped, it gives it up
 _COMPILED: set[str] = set()
 _FORCED: list[str] = []
 _FORCE: list[Callable[[bool], None]] = []
@@ -27,8 +29,8 @@ Implementation = Callable[..., "Tensor | tuple[Tensor, ...]"]
 class Op:
     """A fused operator.
 
-    `schema` is what follows the name, in torch's notation; `reference` computes it with ordinary operations and is what
-    every implementation is tested against; `fake` gives shapes and strides alone.
+    `schema` is what follows the name, in torch's notation; `reference` computes it with ordinary operations
+    and is what every implementation is tested against; `fake` gives shapes and strides alone.
     """
 
     name: str
@@ -66,8 +68,8 @@ def register_op(op: Op) -> Op:
 def serve_compiled(load: Callable[[], tuple[Sequence[str], Callable[[bool], None]]]) -> None:
     """Let operators that a C++ library registers take the place of the Python ones on the CPU.
 
-    `load` loads it, and returns the names it serves and how to make it use references; what it does not serve is asked for as
-    the operator `NAME_reference`.  Where it raises, everything stays as it was.
+    `load` loads it, and returns the names it serves and how to make it use references; what it does not serve
+    is asked for as the operator `NAME_reference`.  Where it raises, everything stays as it was.
     """
     _IN_PYTHON.clear()  # before it registers: two for one device would be an override, with a warning
     try:

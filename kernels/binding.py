@@ -1,7 +1,8 @@
 """The operators in C++ for torch, in one library that serves Python and programs without Python alike.
 
-A call through it costs a fraction of one through Python.  It is built where it is asked for (`tdpass doctor --build`, `deploy`,
-`build()`), which takes a C++ compiler; once it lies in the cache every process loads it.  TDPASS_BINDING=python leaves it alone.
+A call through it costs a fraction of one through Python.  It is built where it is asked for (`tdpass doctor
+--build`, `deploy`, `build()`), which takes a C++ compiler; once it lies in the cache every process loads it.
+TDPASS_BINDING=python leaves it alone.
 """
 
 from __future__ import annotations
@@ -38,22 +39,28 @@ def path() -> Path:
 
 
 def build() -> Path:
-    """Build the library unless it is there already; raises `KernelError` without a compiler or where that fails."""
+    """Build the library unless it is there already.
+
+    Raises `KernelError` without a compiler or where that fails.
+    """
     target = path()
     if not target.exists():
         compiling.own_folder(native.cache_folder())
         compiling.own_folder(target.parent)
         compiling.own_folder(_schemas())
-        write_text(_schemas() / "schemas.inc", "".join(f'"{op.name}{op.schema}",\n' for op in all_operators()))
+        write_text(
+            _schemas() / "schemas.inc", "".join(f'"{op.name}{op.schema}",\n' for op in all_operators())
+        )
         link = (f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
         compiling.build(target, _parts(), compiling.own_folder(native.cache_folder() / "objects"), link)
     return target
 
 
 def load(library: Path | None = None) -> tuple[str, ...]:
-    """Let the built library, or the one that lies beside a deployed model, serve its operators; returns their names.
+    """Let the built library, or the one that lies beside a deployed model, serve its operators.
 
-    Only the first library of a process is loaded.  Raises `KernelError` where it cannot be.
+    Returns their names. Only the first library of a process is loaded.  Raises `KernelError` where it cannot
+    be.
     """
     if not base.compiled():
         base.serve_compiled(lambda: _open(library or compiling.trusted(path())))
@@ -82,18 +89,30 @@ def _open(library: Path) -> tuple[list[str], Callable[[bool], None]]:
         opened.tdpass_operators.restype = ctypes.c_char_p
         return opened.tdpass_operators().decode().split(), opened.tdpass_use_reference
     except (OSError, AttributeError) as error:
-        raise KernelError(f"cannot load {library}: {error}; delete it and run `tdpass doctor --build`") from None
+        raise KernelError(
+            f"cannot load {library}: {error}; delete it and run `tdpass doctor --build`"
+        ) from None
 
 
 def _parts() -> list[Unit]:
     include = _TORCH / "include"
-    flags = (f"-DTORCH_TARGET_VERSION={_ABI:#x}ULL", f"-I{_schemas()}", f"-isystem{include}", f"-DTDPASS_TORCH={torch.__version__.partition('+')[0]!r}")
-    return [*compiling.units([native.chosen_isa()]), *(Unit(source, flags) for source in sorted(SOURCES.glob("*.cpp")))]
+    flags = (
+        f"-DTORCH_TARGET_VERSION={_ABI:#x}ULL",
+        f"-I{_schemas()}",
+        f"-isystem{include}",
+        f"-DTDPASS_TORCH={torch.__version__.partition('+')[0]!r}",
+    )
+    return [
+        *compiling.units([native.chosen_isa()]),
+        *(Unit(source, flags) for source in sorted(SOURCES.glob("*.cpp"))),
+    ]
 
 
 def _schemas() -> Path:
     """Where the schemas lie as C++; one folder per state of the operators' sources."""
-    state = hashlib.sha256(b"".join(source.read_bytes() for source in sorted(Path(__file__).parent.glob("*.py"))))
+    state = hashlib.sha256(
+        b"".join(source.read_bytes() for source in sorted(Path(__file__).parent.glob("*.py")))
+    )
     return native.cache_folder() / f"schemas_{state.hexdigest()[:20]}"
 
 

@@ -25,7 +25,18 @@ LIBRARY = "libtdpass_cpu.so"
 ONNXRUNTIME = SOURCES.parent / "onnxruntime"
 ONNXRUNTIME_LIBRARY = "libtdpass_onnxruntime.so"
 ONNXRUNTIME_LINK = ("-Wl,--as-needed", f"-Wl,--version-script={ONNXRUNTIME / 'exports.map'}")
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi")
+FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+)
 TARGETS: dict[str, tuple[str, ...]] = {"generic": ()}
 _NEEDS: dict[str, frozenset[str]] = {"generic": frozenset()}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -36,7 +47,10 @@ if platform.machine() in ("x86_64", "AMD64"):
         "avx2": ("-march=x86-64-v3",),
         "generic": ("-march=x86-64-v2",),
     }
-    _NEEDS |= {"avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"}), "avx2": frozenset({"avx2", "fma", "bmi2"})}
+    _NEEDS |= {
+        "avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"}),
+        "avx2": frozenset({"avx2", "fma", "bmi2"}),
+    }
     _NEEDS |= {"avx512bf16": _NEEDS["avx512"] | {"avx512_bf16"}}
 _COMMON = "dispatch.cpp"
 _SECONDS = 1800
@@ -71,7 +85,16 @@ def compiler() -> str | None:
 def machine_targets() -> tuple[str, ...]:
     """The instruction sets that this machine runs, best first."""
     try:
-        flags = set(re.findall(r"\w+", next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))))
+        flags = set(
+            re.findall(
+                r"\w+",
+                next(
+                    line
+                    for line in Path("/proc/cpuinfo").read_text().splitlines()
+                    if line.startswith("flags")
+                ),
+            )
+        )
     except (OSError, StopIteration):
         flags = set()
     return tuple(target for target in TARGETS if _NEEDS[target] <= flags)
@@ -109,14 +132,16 @@ def fingerprint(parts: Sequence[Unit]) -> str:
 
 
 def build(path: Path, parts: Sequence[Unit], objects: Path, link: Sequence[str] = ()) -> Path:
-    """Compile and link to `path`, written under a temporary name and renamed; `link` are further flags of the linker.
+    """Compile and link to `path`, written under a temporary name and renamed.
 
-    Objects are kept in the folder `objects` and used again; one process builds at a time.  Raises `KernelError` without a
-    compiler or where it fails, with what it said.
+    `link` are further flags of the linker. Objects are kept in the folder `objects` and used again; one
+    process builds at a time.  Raises `KernelError` without a compiler or where it fails, with what it said.
     """
     cxx = compiler()
     if cxx is None:
-        raise KernelError("there is no C++ compiler to build the kernels with; install g++ or clang, or set CXX")
+        raise KernelError(
+            "there is no C++ compiler to build the kernels with; install g++ or clang, or set CXX"
+        )
     objects.mkdir(parents=True, exist_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(objects / "lock"):
@@ -135,17 +160,25 @@ def build(path: Path, parts: Sequence[Unit], objects: Path, link: Sequence[str] 
 
 
 def own_folder(folder: Path) -> Path:
-    """A folder for what will be loaded as code, made for the user alone; raises `KernelError` as `trusted` does."""
+    """A folder for what will be loaded as code, made for the user alone.
+
+    Raises `KernelError` as `trusted` does.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        raise KernelError(f"cannot make the folder {folder}: {error.strerror}; name another in TDPASS_KERNELS") from None
+        raise KernelError(
+            f"cannot make the folder {folder}: {error.strerror}; name another in TDPASS_KERNELS"
+        ) from None
     return _of_the_user(folder)
 
 
 def trusted(library: Path) -> Path:
-    """A library in a cache folder, where there is one; raises `KernelError` unless it and its folder are the user's and nobody else may write there."""
+    """A library in a cache folder, where there is one.
+
+    Raises `KernelError` unless it and its folder are the user's and nobody else may write there.
+    """
     if library.exists():
         _of_the_user(_of_the_user(library.parent).parent)
         _of_the_user(library)
@@ -155,9 +188,13 @@ def trusted(library: Path) -> Path:
 def _of_the_user(place: Path) -> Path:
     state = place.stat()
     if state.st_uid != os.geteuid():
-        raise KernelError(f"{place} belongs to another user, so no code is loaded from there; name a folder of your own in TDPASS_KERNELS")
+        raise KernelError(
+            f"{place} belongs to another user, so no code is loaded from there; name a folder of your own in TDPASS_KERNELS"
+        )
     if state.st_mode & _BY_OTHERS:
-        raise KernelError(f"others may write to {place}, so no code is loaded from there; delete it, or name a folder of your own in TDPASS_KERNELS")
+        raise KernelError(
+            f"others may write to {place}, so no code is loaded from there; delete it, or name a folder of your own in TDPASS_KERNELS"
+        )
     return place
 
 
@@ -165,10 +202,18 @@ def _run(command: Sequence[str], target: Path) -> None:
     """Run a compiler that writes `target`, which appears only when it is whole."""
     with folder_beside(target) as folder:
         made = folder / target.name
-        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, timeout=_SECONDS, check=False)  # noqa: S603
+        done = subprocess.run(  # noqa: S603
+            [*command, "-o", str(made)], capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["it said nothing"]
-            raise KernelError(f"{command[0]} could not make {target.name}: {lines[0]}; the plain chain serves meanwhile")
+            lines = (
+                [line for line in done.stderr.splitlines() if "error" in line]
+                or done.stderr.splitlines()
+                or ["it said nothing"]
+            )
+            raise KernelError(
+                f"{command[0]} could not make {target.name}: {lines[0]}; the plain chain serves meanwhile"
+            )
         made.chmod(made.stat().st_mode & ~_BY_OTHERS)
         made.replace(target)
 

@@ -1,7 +1,8 @@
 """`conv_chain`: a low-rank convolution as one operator, what lies between its stages never leaving the cache.
 
-Serves every format whose factors are convolutions: `tucker2` (1x1, k x k, 1x1), `spatial_svd` (k x 1, 1 x k), `channel_svd`,
-`input_svd`, `cp` (1x1, two depthwise, 1x1), `block_term` (1x1, grouped, 1x1), `tensor_train` in three cores.
+Serves every format whose factors are convolutions: `tucker2` (1x1, k x k, 1x1), `spatial_svd` (k x 1, 1 x k),
+`channel_svd`, `input_svd`, `cp` (1x1, two depthwise, 1x1), `block_term` (1x1, grouped, 1x1), `tensor_train`
+in three cores.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ from tdpass.ops import padded_convolution
 SCHEMA = "(Tensor x, Tensor[] weights, Tensor? bias, Tensor? residual, int[] stages, str activation, str lanes) -> Tensor"
 MAX_STAGES, MAX_TAPS = 6, 128
 
-_ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda y: y, "relu": torch.relu, "silu": F.silu, "gelu": F.gelu}
+_ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda y: y,
+    "relu": torch.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
 
 
 def activate(y: Tensor, activation: str) -> Tensor:
@@ -45,9 +51,18 @@ def packing(lanes: Lanes, dtype: torch.dtype) -> Lanes:
 
 
 def reference(
-    x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, stages: Sequence[int], activation: str, lanes: Lanes
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stages: Sequence[int],
+    activation: str,
+    lanes: Lanes,
 ) -> Tensor:
-    """`y = activation(C_S ... C_1 x + bias + residual)` with convolutions C_s; `weights` packed as `Stage.pack` does."""
+    """`y = activation(C_S ... C_1 x + bias + residual)` with convolutions C_s.
+
+    `weights` packed as `Stage.pack` does.
+    """
     h = x
     for stage, packed in zip(stages_of(stages), weights, strict=True):
         pads = tuple(zip(stage.before, stage.after, strict=True))
@@ -70,12 +85,20 @@ def like_input(y: Tensor, x: Tensor) -> Tensor:
 
 
 def fake(
-    x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, stages: Sequence[int], activation: str, lanes: Lanes
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stages: Sequence[int],
+    activation: str,
+    lanes: Lanes,
 ) -> Tensor:
     """Shape and strides."""
     chain = stages_of(stages)
     if not 0 < len(chain) == len(weights) <= MAX_STAGES:
-        raise KernelError(f"conv_chain has {len(chain)} stages and {len(weights)} weights; it takes one weight per stage, 1 to {MAX_STAGES} of them")
+        raise KernelError(
+            f"conv_chain has {len(chain)} stages and {len(weights)} weights; it takes one weight per stage, 1 to {MAX_STAGES} of them"
+        )
     check_activation(activation)
     return _empty_output(x, chain)
 
@@ -84,7 +107,9 @@ def _empty_output(x: Tensor, chain: Sequence[Stage]) -> Tensor:
     size: Sequence[int | torch.SymInt] = x.shape[2:]
     for stage in chain:
         size = stage.output_size(size)
-    return torch.empty((x.shape[0], chain[-1].outputs, *size), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    return torch.empty(
+        (x.shape[0], chain[-1].outputs, *size), dtype=x.dtype, device=x.device, memory_format=memory_format(x)
+    )
 
 
 CONV_CHAIN = register_op(Op("conv_chain", SCHEMA, reference, fake))
@@ -104,16 +129,35 @@ def _program(integers: tuple[int, ...], lanes: Lanes) -> _Program:
     array = (native.CStage * len(stages))()
     for slot, stage in zip(array, stages, strict=True):
         slot.integers = (c_int32 * 13)(*stage.integers())
-    return _Program(array, [stage.packed_shape(lanes) for stage in stages], [stage.packed_dtype(lanes) for stage in stages])
+    return _Program(
+        array,
+        [stage.packed_shape(lanes) for stage in stages],
+        [stage.packed_dtype(lanes) for stage in stages],
+    )
 
 
 @implements("conv_chain", "cpu")
 def native_cpu(
-    x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, stages: Sequence[int], activation: str, lanes: Lanes
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stages: Sequence[int],
+    activation: str,
+    lanes: Lanes,
 ) -> Tensor:
     """The C++ kernel; float32 and bfloat16, float32 inside, or with pair lanes sums alone."""
     y = _empty_output(x, stages_of(stages))
-    done = run_native(x, weights, bias, None if residual is None else residual.expand_as(y), tuple(stages), activation, lanes, y)
+    done = run_native(
+        x,
+        weights,
+        bias,
+        None if residual is None else residual.expand_as(y),
+        tuple(stages),
+        activation,
+        lanes,
+        y,
+    )
     return y if done else NotImplemented
 
 
@@ -136,7 +180,9 @@ def run_native(
     program = _program(integers, lanes)
     wanted = program.shapes
     if [weight.shape for weight in weights] != wanted:
-        raise KernelError(f"a chain of {len(wanted)} stages takes weights packed as {wanted}, not {[tuple(weight.shape) for weight in weights]}")
+        raise KernelError(
+            f"a chain of {len(wanted)} stages takes weights packed as {wanted}, not {[tuple(weight.shape) for weight in weights]}"
+        )
     panels = [weight.to(dtype).contiguous() for weight, dtype in zip(weights, program.dtypes, strict=True)]
     shift = None if bias is None else bias.float().contiguous()
     rest = None if residual is None else native.image(residual)

@@ -13,12 +13,17 @@ from tdpass.kernels.base import Op, implements, register_op
 from tdpass.kernels.conv_chain import MAX_STAGES, activate, check_activation, run_native
 from tdpass.kernels.stage import Lanes, Stage, checked
 
-SCHEMA = "(Tensor x, Tensor[] weights, Tensor? bias, Tensor? residual, int[] widths, str activation) -> Tensor"
+SCHEMA = (
+    "(Tensor x, Tensor[] weights, Tensor? bias, Tensor? residual, int[] widths, str activation) -> Tensor"
+)
 _PAIR_AXES = 6
 
 
 def stages_of(widths: Sequence[int]) -> tuple[Stage, ...]:
-    """Layers of these widths as 1x1 convolutions; their `pack` for channel lanes or pair lanes is what the operator takes."""
+    """Layers of these widths as 1x1 convolutions.
+
+    Their `pack` for channel lanes or pair lanes is what the operator takes.
+    """
     return tuple(checked(Stage(i, o)) for i, o in pairwise(widths))
 
 
@@ -27,7 +32,14 @@ def lanes_of(weights: Sequence[Tensor]) -> Lanes:
     return "pairs" if weights and weights[0].dim() == _PAIR_AXES else "channels"
 
 
-def reference(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, widths: Sequence[int], activation: str) -> Tensor:
+def reference(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    widths: Sequence[int],
+    activation: str,
+) -> Tensor:
     """`y = activation(W_S ... W_1 x + bias + residual)` on the last axis of x."""
     h, lanes = x, lanes_of(weights)
     for stage, packed in zip(stages_of(widths), weights, strict=True):
@@ -37,10 +49,19 @@ def reference(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residua
     return activate(h if residual is None else h + residual, activation)
 
 
-def fake(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, widths: Sequence[int], activation: str) -> Tensor:
+def fake(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    widths: Sequence[int],
+    activation: str,
+) -> Tensor:
     """Shape and strides."""
     if not 1 < len(widths) == len(weights) + 1 <= MAX_STAGES + 1:
-        raise KernelError(f"linear_chain has {len(weights)} weights between {len(widths)} widths; it takes 1 to {MAX_STAGES}, each between two widths")
+        raise KernelError(
+            f"linear_chain has {len(weights)} weights between {len(widths)} widths; it takes 1 to {MAX_STAGES}, each between two widths"
+        )
     check_activation(activation)
     return x.new_empty((*x.shape[:-1], widths[-1]))
 
@@ -49,12 +70,21 @@ LINEAR_CHAIN = register_op(Op("linear_chain", SCHEMA, reference, fake))
 
 
 @implements("linear_chain", "cpu")
-def native_cpu(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, widths: Sequence[int], activation: str) -> Tensor:
+def native_cpu(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    widths: Sequence[int],
+    activation: str,
+) -> Tensor:
     """The C++ kernel; float32 and bfloat16, float32 inside, or with pair lanes sums alone."""
     y = x.new_empty((*x.shape[:-1], widths[-1]))
     rest = None if residual is None else _positions(residual.expand_as(y))
     integers = tuple(value for stage in stages_of(widths) for value in stage.integers())
-    done = run_native(_positions(x), weights, bias, rest, integers, activation, lanes_of(weights), _positions(y))
+    done = run_native(
+        _positions(x), weights, bias, rest, integers, activation, lanes_of(weights), _positions(y)
+    )
     return y if done else NotImplemented
 
 

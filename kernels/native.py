@@ -133,7 +133,10 @@ def cache_folder() -> Path:
 
 
 def chosen_isa() -> str:
-    """The best instruction set of this machine, or the one that TDPASS_ISA names; raises `KernelError` for one it has not."""
+    """The best instruction set of this machine, or the one that TDPASS_ISA names.
+
+    Raises `KernelError` for one it has not.
+    """
     known, asked = build.machine_targets(), os.environ.get("TDPASS_ISA", "")
     if asked and asked not in known:
         raise KernelError(f"TDPASS_ISA={asked!r} cannot be used here; this machine runs {', '.join(known)}")
@@ -142,7 +145,11 @@ def chosen_isa() -> str:
 
 def sanitizing() -> tuple[str, ...]:
     """Flags of the sanitizers where TDPASS_SANITIZE is set: the process then has to be started with libasan loaded."""
-    return ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g1") if os.environ.get("TDPASS_SANITIZE") else ()
+    return (
+        ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g1")
+        if os.environ.get("TDPASS_SANITIZE")
+        else ()
+    )
 
 
 @functools.cache
@@ -157,7 +164,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         else:
             parts, folder = build.units([target], sanitizing()), build.own_folder(cache_folder())
             place = build.own_folder(folder / build.fingerprint(parts)) / build.LIBRARY
-            path = build.trusted(build.build(place, parts, build.own_folder(folder / "objects"), sanitizing()))
+            path = build.trusted(
+                build.build(place, parts, build.own_folder(folder / "objects"), sanitizing())
+            )
         library = ctypes.CDLL(str(path))
     except (KernelError, OSError) as error:
         return None, str(error)
@@ -187,7 +196,10 @@ def isa() -> str:
 
 @functools.cache
 def multiplies_pairs() -> bool:
-    """Whether pairs of bfloat16 are multiplied by an instruction of their own; without it they are widened one by one."""
+    """Whether pairs of bfloat16 are multiplied by an instruction of their own.
+
+    Without it they are widened one by one.
+    """
     return isa() == "avx512bf16"
 
 
@@ -199,15 +211,19 @@ def _onnx_ops() -> Path:
     if installed.exists():
         return installed
     targets, folder = [chosen_isa()], build.own_folder(cache_folder())
-    path = build.own_folder(folder / build.fingerprint(build.onnxruntime_units(targets))) / build.ONNXRUNTIME_LIBRARY
+    path = (
+        build.own_folder(folder / build.fingerprint(build.onnxruntime_units(targets)))
+        / build.ONNXRUNTIME_LIBRARY
+    )
     return build.trusted(build.build_onnxruntime(path, build.own_folder(folder / "objects"), targets))
 
 
 def onnx_ops_path() -> Path:
-    """The library of fused operators for `onnxruntime.SessionOptions.register_custom_ops_library`; built on first use where it is not installed.
+    """The library of fused operators for `onnxruntime.SessionOptions.register_custom_ops_library`.
 
-    What is built on first use serves the instruction set of this machine; `kernels.build.build_onnxruntime` makes one for all.
-    Raises `KernelError`, saying why, where there is none.
+    Built on first use where it is not installed. What is built on first use serves the instruction set of
+    this machine; `kernels.build.build_onnxruntime` makes one for all. Raises `KernelError`, saying why, where
+    there is none.
     """
     try:
         return _onnx_ops()

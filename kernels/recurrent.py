@@ -1,6 +1,7 @@
 """`low_rank_lstm` and `low_rank_gru`: a whole sequence through a cell whose hidden-to-hidden matrix is a product of two thin ones.
 
-The input's part of the gates is one matrix product over all steps and comes ready, `pre`; gates are in torch's order.
+The input's part of the gates is one matrix product over all steps and comes ready, `pre`; gates are in
+torch's order.
 """
 
 from __future__ import annotations
@@ -21,13 +22,23 @@ _PANEL = 16
 
 def pack_v(v: Tensor) -> Tensor:
     """`v[rank, hidden]` as `[ceil(rank / 16), hidden, 16]`, missing rows zero; float32."""
-    return F.pad(v.float(), (0, 0, 0, -len(v) % _PANEL)).reshape(-1, _PANEL, v.shape[1]).transpose(1, 2).contiguous()
+    return (
+        F.pad(v.float(), (0, 0, 0, -len(v) % _PANEL))
+        .reshape(-1, _PANEL, v.shape[1])
+        .transpose(1, 2)
+        .contiguous()
+    )
 
 
 def pack_u(u: Tensor, gates: int) -> Tensor:
     """`u[(gates hidden), rank]` as `[ceil(hidden / 16), rank, gates, 16]`, missing units zero; float32."""
     per_gate = u.float().reshape(gates, -1, u.shape[1])
-    return F.pad(per_gate, (0, 0, 0, -per_gate.shape[1] % _PANEL)).reshape(gates, -1, _PANEL, u.shape[1]).permute(1, 3, 0, 2).contiguous()
+    return (
+        F.pad(per_gate, (0, 0, 0, -per_gate.shape[1] % _PANEL))
+        .reshape(gates, -1, _PANEL, u.shape[1])
+        .permute(1, 3, 0, 2)
+        .contiguous()
+    )
 
 
 def _matrix(v: Tensor, u: Tensor, like: Tensor) -> Tensor:
@@ -42,11 +53,13 @@ def _order(steps: int, *, reverse: bool) -> range:
     return range(steps - 1, -1, -1) if reverse else range(steps)
 
 
-def lstm_reference(pre: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, h0: Tensor, c0: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+def lstm_reference(
+    pre: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, h0: Tensor, c0: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states `[t, n, hidden]`, the last one and the last cell state `[n, hidden]`.
 
-    With `i, f, g, o = pre[t] + U V h + bias`: `c = sigmoid(f) c + sigmoid(i) tanh(g)`, `h = sigmoid(o) tanh(c)`; `reverse` goes from
-    the last step to the first.
+    With `i, f, g, o = pre[t] + U V h + bias`: `c = sigmoid(f) c + sigmoid(i) tanh(g)`, `h = sigmoid(o)
+    tanh(c)`; `reverse` goes from the last step to the first.
     """
     matrix, h, c = _matrix(v, u, pre), h0, c0
     y = pre.new_empty((*pre.shape[:2], h0.shape[1]))
@@ -58,10 +71,13 @@ def lstm_reference(pre: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, h0: T
     return y, h.clone(), c.clone()
 
 
-def gru_reference(pre: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, h0: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+def gru_reference(
+    pre: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, h0: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor]:
     """Hidden states `[t, n, hidden]` and the last one `[n, hidden]`.
 
-    With `r, z, n = pre[t]` and `R, Z, N = U V h + bias`: `h = (1 - k) m + k h`, `k = sigmoid(z + Z)`, `m = tanh(n + sigmoid(r + R) N)`.
+    With `r, z, n = pre[t]` and `R, Z, N = U V h + bias`: `h = (1 - k) m + k h`, `k = sigmoid(z + Z)`, `m =
+    tanh(n + sigmoid(r + R) N)`.
     """
     matrix, h = _matrix(v, u, pre), h0
     y = pre.new_empty((*pre.shape[:2], h0.shape[1]))
@@ -73,13 +89,17 @@ def gru_reference(pre: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, h0: Te
     return y, h.clone()
 
 
-def lstm_fake(pre: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, h0: Tensor, c0: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+def lstm_fake(
+    pre: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, h0: Tensor, c0: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes and strides."""
     state = h0.new_empty(h0.shape)
     return pre.new_empty((*pre.shape[:2], h0.shape[1])), state, torch.empty_like(state)
 
 
-def gru_fake(pre: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, h0: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+def gru_fake(
+    pre: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, h0: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor]:
     """Shapes and strides."""
     return pre.new_empty((*pre.shape[:2], h0.shape[1])), h0.new_empty(h0.shape)
 
@@ -89,14 +109,18 @@ LOW_RANK_GRU = register_op(Op("low_rank_gru", GRU_SCHEMA, gru_reference, gru_fak
 
 
 @implements("low_rank_lstm", "cpu")
-def lstm_cpu(pre: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, h0: Tensor, c0: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+def lstm_cpu(
+    pre: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, h0: Tensor, c0: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """The C++ kernel; float32."""
     y, h, c = pre.new_empty((*pre.shape[:2], h0.shape[1])), _copy(h0), _copy(c0)
     return (y, h, c) if _run(pre, v, u, bias, h, c, y, reverse=reverse) else NotImplemented
 
 
 @implements("low_rank_gru", "cpu")
-def gru_cpu(pre: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, h0: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+def gru_cpu(
+    pre: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, h0: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor]:
     """The C++ kernel; float32."""
     y, h = pre.new_empty((*pre.shape[:2], h0.shape[1])), _copy(h0)
     return (y, h) if _run(pre, v, u, bias, h, None, y, reverse=reverse) else NotImplemented
@@ -106,7 +130,17 @@ def _copy(state: Tensor) -> Tensor:
     return state.clone(memory_format=torch.contiguous_format)
 
 
-def _run(pre: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, h: Tensor, c: Tensor | None, y: Tensor, *, reverse: bool) -> bool:
+def _run(
+    pre: Tensor,
+    v: Tensor,
+    u: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    c: Tensor | None,
+    y: Tensor,
+    *,
+    reverse: bool,
+) -> bool:
     library = native.library()
     if (pre.dim(), h.dim(), v.dim(), u.dim()) != (3, 2, 3, 4):
         return False
@@ -115,15 +149,28 @@ def _run(pre: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, h: Tensor, c: T
     state = [h] if c is None else [h, c]
     if library is None or any(tensor.dtype != torch.float32 for tensor in (pre, *state)):
         return False
-    right = gates == (3 if c is None else 4) and pre.shape[2] == gates * hidden and (bias is None or bias.shape == (gates * hidden,))
-    right = right and all(tensor.shape == (batch, hidden) for tensor in state) and lanes == _PANEL and groups == -(-hidden // _PANEL)
+    right = (
+        gates == (3 if c is None else 4)
+        and pre.shape[2] == gates * hidden
+        and (bias is None or bias.shape == (gates * hidden,))
+    )
+    right = (
+        right
+        and all(tensor.shape == (batch, hidden) for tensor in state)
+        and lanes == _PANEL
+        and groups == -(-hidden // _PANEL)
+    )
     if not right or v.shape != (-(-rank // _PANEL), hidden, _PANEL) or panels == 0:
         return False
     if y.numel() == 0:
         return True
     if pre.stride(2) != 1:
         pre = pre.contiguous()
-    v, u, shift = v.float().contiguous(), u.float().contiguous(), None if bias is None else bias.float().contiguous()
+    v, u, shift = (
+        v.float().contiguous(),
+        u.float().contiguous(),
+        None if bias is None else bias.float().contiguous(),
+    )
     back, item = (steps - 1 if reverse else 0), pre.element_size()
     sign = -1 if reverse else 1
     call = native.CCell(

@@ -1,7 +1,8 @@
 """`sparse_linear` and `sparse_conv2d`: layers whose weight is mostly zeros, stored and multiplied without them.
 
-A weight is a list of blocks per panel of outputs, a block being the weights of `width` outputs for one input.  Pruned channels
-and rows leave blocks of 16 and 8 full; scattered zeros are best left out one by one, `width` 1, or in fours.
+A weight is a list of blocks per panel of outputs, a block being the weights of `width` outputs for one input.
+Pruned channels and rows leave blocks of 16 and 8 full; scattered zeros are best left out one by one, `width`
+1, or in fours.
 """
 
 from __future__ import annotations
@@ -25,20 +26,31 @@ from tdpass.ops import padded_convolution
 
 _PACKED = "Tensor values, Tensor inputs, Tensor start, Tensor rows"
 CONV_SCHEMA = f"(Tensor x, {_PACKED}, Tensor? bias, Tensor? residual, int[] stage, str activation) -> Tensor"
-LINEAR_SCHEMA = f"(Tensor x, {_PACKED}, Tensor? bias, Tensor? residual, int outputs, str activation) -> Tensor"
+LINEAR_SCHEMA = (
+    f"(Tensor x, {_PACKED}, Tensor? bias, Tensor? residual, int outputs, str activation) -> Tensor"
+)
 
 # Cycles per block and 16 positions, as measured; half of one per weight is what the multiply-adds take.
 CYCLES = {16: 8.8, 8: 4.6, 4: 2.5, 1: 1.1}
-_FEW_CYCLES = {16: 16.0, 8: 8.0, 4: 5.3, 1: 4.7}  # of all of fewer than 16 positions: reading the weights is what takes time
+_FEW_CYCLES = {
+    16: 16.0,
+    8: 8.0,
+    4: 5.3,
+    1: 4.7,
+}  # of all of fewer than 16 positions: reading the weights is what takes time
 _VECTOR = 16
-_SEGMENT, _FEWEST = 64, 8  # inputs per segment of single weights, and how many weights of an output it should hold on average
+_SEGMENT, _FEWEST = (
+    64,
+    8,
+)  # inputs per segment of single weights, and how many weights of an output it should hold on average
 
 
 class Blocks(NamedTuple):
     """A packed weight: `values[e]` are the weights of the outputs `rows[width p :][: width]` for input `inputs[e]`.
 
-    Inputs are counted as columns of `weight.flatten(1)` and cut into segments; blocks `start[k]` up to `start[k + 1]` belong to panel
-    p in segment s, k = s panels + p.  A row of -1 is no output.  Outputs without weights come last, where they cost nothing.
+    Inputs are counted as columns of `weight.flatten(1)` and cut into segments; blocks `start[k]` up to
+    `start[k + 1]` belong to panel p in segment s, k = s panels + p.  A row of -1 is no output.  Outputs
+    without weights come last, where they cost nothing.
     """
 
     values: Tensor
@@ -58,16 +70,23 @@ class Blocks(NamedTuple):
 
     def cycles(self, positions: int = _VECTOR) -> float:
         """Estimated cycles for that many positions."""
-        return len(self.values) * (_FEW_CYCLES[self.width] if positions < _VECTOR else CYCLES[self.width] * positions / _VECTOR)
+        return len(self.values) * (
+            _FEW_CYCLES[self.width] if positions < _VECTOR else CYCLES[self.width] * positions / _VECTOR
+        )
 
 
 def pack(weight: Tensor, width: int | None = None, positions: int = _VECTOR) -> Blocks:
-    """`weight[o, i, ...]` without its zeros, float32; the width of blocks is 16, 8, 4 or 1, by default the fastest for so many positions."""
+    """`weight[o, i, ...]` without its zeros, float32.
+
+    The width of blocks is 16, 8, 4 or 1, by default the fastest for so many positions.
+    """
     flat, taps = weight.detach().float().flatten(1), math.prod(weight.shape[2:])
     if width is None:
         return min((_pack(flat, each, taps) for each in CYCLES), key=lambda blocks: blocks.cycles(positions))
     if width not in CYCLES:
-        raise KernelError(f"blocks of {width} outputs are not known; the width is one of {', '.join(map(str, CYCLES))}")
+        raise KernelError(
+            f"blocks of {width} outputs are not known; the width is one of {', '.join(map(str, CYCLES))}"
+        )
     return _pack(flat, width, taps)
 
 
@@ -92,17 +111,38 @@ def check(blocks: Blocks, shape: Sequence[int]) -> None:
     """Raise `KernelError` unless the blocks lie within a weight of that shape and make every output once."""
     values, inputs, start, rows = blocks
     parts = f"blocks of shape {tuple(values.shape)} with {inputs.numel()} inputs, {start.numel()} starts, {rows.numel()} rows"
-    if values.dim() != 2 or values.shape[1] not in CYCLES or any(part.dim() != 1 or part.is_floating_point() for part in blocks[1:]):
+    if (
+        values.dim() != 2
+        or values.shape[1] not in CYCLES
+        or any(part.dim() != 1 or part.is_floating_point() for part in blocks[1:])
+    ):
         raise KernelError(f"{parts} are no sparse weight; use what `pack` returns")
     panels = len(rows) // values.shape[1]
-    places = bool(panels) and len(rows) == panels * values.shape[1] and len(start) > 1 and (len(start) - 1) % panels == 0
-    if not places or len(inputs) != len(values) or int(start[0]) != 0 or int(start[-1]) != len(values) or bool((start.diff() < 0).any()):
+    places = (
+        bool(panels)
+        and len(rows) == panels * values.shape[1]
+        and len(start) > 1
+        and (len(start) - 1) % panels == 0
+    )
+    if (
+        not places
+        or len(inputs) != len(values)
+        or int(start[0]) != 0
+        or int(start[-1]) != len(values)
+        or bool((start.diff() < 0).any())
+    ):
         raise KernelError(f"{parts} do not fit each other; use what `pack` returns")
     if bool(((inputs < 0) | (inputs >= math.prod(shape[1:]))).any()):
-        raise KernelError(f"inputs from {int(inputs.min())} to {int(inputs.max())} lie outside a weight of shape {tuple(shape)}; use what `pack` returns")
+        raise KernelError(
+            f"inputs from {int(inputs.min())} to {int(inputs.max())} lie outside a weight of shape {tuple(shape)}; use what `pack` returns"
+        )
     made = rows[rows != -1].long()
-    if len(made) != shape[0] or not torch.equal(made.sort().values, torch.arange(shape[0], device=made.device)):
-        raise KernelError(f"the rows of the blocks are not the {shape[0]} outputs, each of them once; use what `pack` returns")
+    if len(made) != shape[0] or not torch.equal(
+        made.sort().values, torch.arange(shape[0], device=made.device)
+    ):
+        raise KernelError(
+            f"the rows of the blocks are not the {shape[0]} outputs, each of them once; use what `pack` returns"
+        )
 
 
 def unpack(blocks: Blocks, shape: Sequence[int]) -> Tensor:
@@ -120,18 +160,36 @@ def unpack(blocks: Blocks, shape: Sequence[int]) -> Tensor:
 
 
 def conv_reference(
-    x: Tensor, values: Tensor, inputs: Tensor, start: Tensor, rows: Tensor, bias: Tensor | None, residual: Tensor | None, stage: Sequence[int], activation: str
+    x: Tensor,
+    values: Tensor,
+    inputs: Tensor,
+    start: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stage: Sequence[int],
+    activation: str,
 ) -> Tensor:
     """`y = activation(W * x + bias + residual)` with the convolution `stage` and the dense weight W."""
     (shape,) = stages_of(stage)
     pads = tuple(zip(shape.before, shape.after, strict=True))
     weight = unpack(Blocks(values, inputs, start, rows), shape.shape).to(x.dtype)
-    y = padded_convolution(x, weight, None if bias is None else bias.to(x.dtype), shape.stride, pads, shape.dilation, 1)
+    y = padded_convolution(
+        x, weight, None if bias is None else bias.to(x.dtype), shape.stride, pads, shape.dilation, 1
+    )
     return like_input(activate(y if residual is None else y + residual, activation), x)
 
 
 def conv_fake(
-    x: Tensor, values: Tensor, inputs: Tensor, start: Tensor, rows: Tensor, bias: Tensor | None, residual: Tensor | None, stage: Sequence[int], activation: str
+    x: Tensor,
+    values: Tensor,
+    inputs: Tensor,
+    start: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stage: Sequence[int],
+    activation: str,
 ) -> Tensor:
     """Shape and strides."""
     (shape,) = stages_of(stage)
@@ -147,7 +205,15 @@ def _empty_output(x: Tensor, stage: Stage) -> Tensor:
 
 
 def linear_reference(
-    x: Tensor, values: Tensor, inputs: Tensor, start: Tensor, rows: Tensor, bias: Tensor | None, residual: Tensor | None, outputs: int, activation: str
+    x: Tensor,
+    values: Tensor,
+    inputs: Tensor,
+    start: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    outputs: int,
+    activation: str,
 ) -> Tensor:
     """`y = activation(W x + bias + residual)` on the last axis of x, with the dense weight W."""
     weight = unpack(Blocks(values, inputs, start, rows), (outputs, x.shape[-1])).to(x.dtype)
@@ -156,7 +222,15 @@ def linear_reference(
 
 
 def linear_fake(
-    x: Tensor, values: Tensor, inputs: Tensor, start: Tensor, rows: Tensor, bias: Tensor | None, residual: Tensor | None, outputs: int, activation: str
+    x: Tensor,
+    values: Tensor,
+    inputs: Tensor,
+    start: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    outputs: int,
+    activation: str,
 ) -> Tensor:
     """Shape and strides."""
     check_activation(activation)
@@ -169,24 +243,50 @@ SPARSE_LINEAR = register_op(Op("sparse_linear", LINEAR_SCHEMA, linear_reference,
 
 @implements("sparse_conv2d", "cpu")
 def conv_cpu(
-    x: Tensor, values: Tensor, inputs: Tensor, start: Tensor, rows: Tensor, bias: Tensor | None, residual: Tensor | None, stage: Sequence[int], activation: str
+    x: Tensor,
+    values: Tensor,
+    inputs: Tensor,
+    start: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stage: Sequence[int],
+    activation: str,
 ) -> Tensor:
     """The C++ kernel; float32 and bfloat16, float32 inside."""
     (shape,) = stages_of(stage)
     y = _empty_output(x, shape)
     rest = None if residual is None else residual.expand_as(y)
-    return y if _run(x, Blocks(values, inputs, start, rows), bias, rest, tuple(stage), activation, y) else NotImplemented
+    return (
+        y
+        if _run(x, Blocks(values, inputs, start, rows), bias, rest, tuple(stage), activation, y)
+        else NotImplemented
+    )
 
 
 @implements("sparse_linear", "cpu")
 def linear_cpu(
-    x: Tensor, values: Tensor, inputs: Tensor, start: Tensor, rows: Tensor, bias: Tensor | None, residual: Tensor | None, outputs: int, activation: str
+    x: Tensor,
+    values: Tensor,
+    inputs: Tensor,
+    start: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    outputs: int,
+    activation: str,
 ) -> Tensor:
     """The C++ kernel; float32 and bfloat16, float32 inside."""
     stage = tuple(checked(Stage(x.shape[-1], outputs)).integers())
     y = x.new_empty((*x.shape[:-1], outputs))
     rest = None if residual is None else _positions(residual.expand_as(y))
-    return y if _run(_positions(x), Blocks(values, inputs, start, rows), bias, rest, stage, activation, _positions(y)) else NotImplemented
+    return (
+        y
+        if _run(
+            _positions(x), Blocks(values, inputs, start, rows), bias, rest, stage, activation, _positions(y)
+        )
+        else NotImplemented
+    )
 
 
 def _positions(x: Tensor) -> Tensor:
@@ -199,20 +299,36 @@ def _stage(integers: tuple[int, ...]) -> native.CStage:
     return native.CStage((c_int32 * 13)(*integers))
 
 
-def _run(x: Tensor, blocks: Blocks, bias: Tensor | None, residual: Tensor | None, stage: tuple[int, ...], activation: str, y: Tensor) -> bool:
+def _run(
+    x: Tensor,
+    blocks: Blocks,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stage: tuple[int, ...],
+    activation: str,
+    y: Tensor,
+) -> bool:
     library = native.serving(x, residual, activation)
     if library is None:
         return False
     if x.dim() != 4 or x.shape[1] != stage[0] or (bias is not None and bias.shape != (stage[1],)):
         return False
-    if blocks.values.dim() != 2 or blocks.width not in CYCLES or any(part.dim() != 1 or part.dtype != torch.int32 for part in blocks[1:]):
+    if (
+        blocks.values.dim() != 2
+        or blocks.width not in CYCLES
+        or any(part.dim() != 1 or part.dtype != torch.int32 for part in blocks[1:])
+    ):
         return False
     if y.numel() == 0:
         return True
     values = blocks.values.float().contiguous()
     inputs, start, rows = (tensor.contiguous() for tensor in blocks[1:])
     segments = (len(start) - 1) // max(blocks.panels, 1)
-    if len(inputs) != len(values) or len(start) != segments * blocks.panels + 1 or len(rows) != blocks.panels * blocks.width:
+    if (
+        len(inputs) != len(values)
+        or len(start) != segments * blocks.panels + 1
+        or len(rows) != blocks.panels * blocks.width
+    ):
         return False
     shift = None if bias is None else bias.float().contiguous()
     rest = None if residual is None else native.image(residual)
@@ -231,5 +347,7 @@ def _run(x: Tensor, blocks: Blocks, bias: Tensor | None, residual: Tensor | None
         None if shift is None else shift.data_ptr(),
         None if rest is None else addressof(rest),
     )
-    status: int = library.tdpass_sparse_conv(byref(call), byref(native.image(x)), byref(native.image(y)), None)
+    status: int = library.tdpass_sparse_conv(
+        byref(call), byref(native.image(x)), byref(native.image(y)), None
+    )
     return status == 0

@@ -35,7 +35,11 @@ class Layout:
         return (0, 1, 5, 3, 2, 4) if self.taps_outside else (0, 1, 3, 5, 2, 4)
 
 
-LAYOUTS: dict[Lanes, Layout] = {"channels": Layout(16, True), "pixels": Layout(8, False), "pairs": Layout(16, True, 2, torch.bfloat16)}
+LAYOUTS: dict[Lanes, Layout] = {
+    "channels": Layout(16, True),
+    "pixels": Layout(8, False),
+    "pairs": Layout(16, True, 2, torch.bfloat16),
+}
 
 
 def layout_of(lanes: str) -> Layout:
@@ -80,7 +84,16 @@ class Stage:
 
     def integers(self) -> list[int]:
         """The stage as an operator takes it."""
-        return [self.inputs, self.outputs, self.groups, *self.kernel, *self.stride, *self.before, *self.after, *self.dilation]
+        return [
+            self.inputs,
+            self.outputs,
+            self.groups,
+            *self.kernel,
+            *self.stride,
+            *self.before,
+            *self.after,
+            *self.dilation,
+        ]
 
     def packs_by_channel(self, lanes: Lanes) -> bool:
         """Whether the weight is packed as `[panels, h w, 16]` in float32: a depthwise stage, which has no input channels to sum over."""
@@ -95,7 +108,10 @@ class Stage:
         layout, taps = layout_of(lanes), math.prod(self.kernel)
         if self.packs_by_channel(lanes):
             return (-(-self.outputs // layout.width), taps, layout.width)
-        panels, depth = -(-self.outputs // self.groups // layout.width), -(-self.inputs // self.groups // layout.together)
+        panels, depth = (
+            -(-self.outputs // self.groups // layout.width),
+            -(-self.inputs // self.groups // layout.together),
+        )
         sizes = (self.groups, panels, layout.width, depth, layout.together, taps)
         shape = tuple(sizes[axis] for axis in layout.order)
         return shape if layout.together > 1 else shape[:-1]
@@ -103,16 +119,33 @@ class Stage:
     def pack(self, weight: Tensor, lanes: Lanes) -> Tensor:
         """`weight[o, i / groups, h, w]` in panels of output channels, missing channels zero.
 
-        Channel lanes: `[groups, panels, h w, i / groups, 16]`, a depthwise stage `[panels, h w, 16]`; pixel lanes:
-        `[groups, panels, i / groups, h w, 8]`; both float32.  Pair lanes: `[groups, panels, h w, i / groups / 2, 16, 2]`, bfloat16.
+        Channel lanes: `[groups, panels, h w, i / groups, 16]`, a depthwise stage `[panels, h w, 16]`; pixel
+        lanes: `[groups, panels, i / groups, h w, 8]`; both float32.  Pair lanes: `[groups, panels, h w, i /
+        groups / 2, 16, 2]`, bfloat16.
         """
         layout = layout_of(lanes)
         if self.packs_by_channel(lanes):
             flat = weight.float().reshape(self.outputs, -1)
-            return F.pad(flat, (0, 0, 0, -self.outputs % layout.width)).reshape(-1, layout.width, flat.shape[1]).transpose(1, 2).contiguous()
-        per_group = weight.to(layout.dtype).reshape(self.groups, self.outputs // self.groups, self.inputs // self.groups, -1)
-        padded = F.pad(per_group, (0, 0, 0, -per_group.shape[2] % layout.together, 0, -per_group.shape[1] % layout.width))
-        panels = padded.reshape(self.groups, -1, layout.width, padded.shape[2] // layout.together, layout.together, padded.shape[3])
+            return (
+                F.pad(flat, (0, 0, 0, -self.outputs % layout.width))
+                .reshape(-1, layout.width, flat.shape[1])
+                .transpose(1, 2)
+                .contiguous()
+            )
+        per_group = weight.to(layout.dtype).reshape(
+            self.groups, self.outputs // self.groups, self.inputs // self.groups, -1
+        )
+        padded = F.pad(
+            per_group, (0, 0, 0, -per_group.shape[2] % layout.together, 0, -per_group.shape[1] % layout.width)
+        )
+        panels = padded.reshape(
+            self.groups,
+            -1,
+            layout.width,
+            padded.shape[2] // layout.together,
+            layout.together,
+            padded.shape[3],
+        )
         return panels.permute(layout.order).reshape(self.packed_shape(lanes)).contiguous()
 
     def unpack(self, packed: Tensor, lanes: Lanes) -> Tensor:
@@ -121,7 +154,11 @@ class Stage:
         if self.packs_by_channel(lanes):
             return packed.transpose(1, 2).flatten(0, 1)[: self.outputs].reshape(self.shape)
         panels = packed if layout.together > 1 else packed[..., None]
-        channels = panels.permute([layout.order.index(axis) for axis in range(panels.dim())]).flatten(3, 4).flatten(1, 2)
+        channels = (
+            panels.permute([layout.order.index(axis) for axis in range(panels.dim())])
+            .flatten(3, 4)
+            .flatten(1, 2)
+        )
         return channels[:, : self.outputs // self.groups, : self.inputs // self.groups].reshape(self.shape)
 
 
@@ -138,7 +175,9 @@ def widths_of(stages: Sequence[Stage]) -> list[int]:
 def stages_of(integers: Sequence[int]) -> tuple[Stage, ...]:
     """The stages of a flat list of integers; raises `KernelError` for a list that is none."""
     if not integers or len(integers) % _INTEGERS:
-        raise KernelError(f"{len(integers)} integers are no stages; each has {_INTEGERS}, as `Stage.integers` gives them")
+        raise KernelError(
+            f"{len(integers)} integers are no stages; each has {_INTEGERS}, as `Stage.integers` gives them"
+        )
     found = []
     for start in range(0, len(integers), _INTEGERS):
         i, o, g, kh, kw, sh, sw, bh, bw, ah, aw, dh, dw = integers[start : start + _INTEGERS]

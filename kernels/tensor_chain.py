@@ -1,6 +1,7 @@
 """`tensor_chain`: a linear layer of several small cores as one operator, for `tensor_train`, `tensor_ring` and `block_term`.
 
-A program is a list of steps, each a small matrix on one axis of a block; any contraction order without sums over open bonds is one.
+A program is a list of steps, each a small matrix on one axis of a block; any contraction order without sums
+over open bonds is one.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ _AS_MADE = (0, 2, 1, 3)
 class Step:
     """Contracts the middle axis of a block: `[a, k, b]` and a weight `[k, o, r]`, or `[a, k, o, r]` if batched, give `[a, o, r, b]`.
 
-    The result is stored with its axes (0 a, 1 o, 2 r, 3 b) in the order `order`; the next step reads the same numbers as a block
-    of its own.  `r` is what the next step contracts and `o` a part of the output that is carried along: the kernel goes through
-    the program a few `o` at a time where `o` and `b` are stored last and are the next step's `b`.
+    The result is stored with its axes (0 a, 1 o, 2 r, 3 b) in the order `order`; the next step reads the same
+    numbers as a block of its own.  `r` is what the next step contracts and `o` a part of the output that is
+    carried along: the kernel goes through the program a few `o` at a time where `o` and `b` are stored last
+    and are the next step's `b`.
     """
 
     a: int
@@ -63,9 +65,17 @@ class Step:
         return [self.a, self.k, self.b, self.o, self.r, int(self.batched), *self.order]
 
     def pack(self, weight: Tensor) -> Tensor:
-        """`weight[k, o, r]`, or `[a, k, o, r]` if batched, in panels of 8 rows (o r), missing ones zero; float32."""
+        """`weight[k, o, r]`, or `[a, k, o, r]` if batched, in panels of 8 rows (o r), missing ones zero.
+
+        Float32.
+        """
         rows = weight.float().reshape(-1, self.k, self.o * self.r)
-        return F.pad(rows, (0, -rows.shape[2] % _PANEL)).reshape(len(rows), self.k, -1, _PANEL).transpose(1, 2).contiguous()
+        return (
+            F.pad(rows, (0, -rows.shape[2] % _PANEL))
+            .reshape(len(rows), self.k, -1, _PANEL)
+            .transpose(1, 2)
+            .contiguous()
+        )
 
     def unpack(self, packed: Tensor) -> Tensor:
         """The inverse of `pack`, `[a or 1, k, o, r]`."""
@@ -75,23 +85,35 @@ class Step:
 def steps_of(integers: Sequence[int]) -> tuple[Step, ...]:
     """The steps of a flat list of integers; raises `KernelError` for a list that is none."""
     if not integers or len(integers) % _INTEGERS:
-        raise KernelError(f"{len(integers)} integers are no steps; each has {_INTEGERS}, as `Step.integers` gives them")
+        raise KernelError(
+            f"{len(integers)} integers are no steps; each has {_INTEGERS}, as `Step.integers` gives them"
+        )
     found = []
     for start in range(0, len(integers), _INTEGERS):
         a, k, b, o, r, batched, *order = integers[start : start + _INTEGERS]
         if min(a, k, b, o, r) < 1 or batched not in (0, 1) or sorted(order) != [0, 1, 2, 3]:
-            raise KernelError(f"{[a, k, b, o, r, batched, *order]} is no step; five sizes of at least 1, then 0 or 1, then an order of the axes 0 to 3")
+            raise KernelError(
+                f"{[a, k, b, o, r, batched, *order]} is no step; five sizes of at least 1, then 0 or 1, then an order of the axes 0 to 3"
+            )
         found.append(Step(a, k, b, o, r, bool(batched), (order[0], order[1], order[2], order[3])))
     return tuple(found)
 
 
 def train_program(outs: Sequence[int], ins: Sequence[int], bonds: Sequence[int]) -> tuple[Step, ...]:
-    """From the last core `G_d[bond, o_d, i_d, 1]` to the first; step weights are `[(i_k right), o_k, left]`, `bonds` the inner ones."""
+    """From the last core `G_d[bond, o_d, i_d, 1]` to the first.
+
+    Step weights are `[(i_k right), o_k, left]`, `bonds` the inner ones.
+    """
     ends = (1, *bonds, 1)
-    return tuple(Step(math.prod(ins[:k]), ins[k] * ends[k + 1], math.prod(outs[k + 1 :]), outs[k], ends[k]) for k in reversed(range(len(outs))))
+    return tuple(
+        Step(math.prod(ins[:k]), ins[k] * ends[k + 1], math.prod(outs[k + 1 :]), outs[k], ends[k])
+        for k in reversed(range(len(outs)))
+    )
 
 
-def ring_program(ins: tuple[int, int], outs: tuple[int, int], bonds: tuple[int, int, int, int]) -> tuple[Step, ...]:
+def ring_program(
+    ins: tuple[int, int], outs: tuple[int, int], bonds: tuple[int, int, int, int]
+) -> tuple[Step, ...]:
     """`[i1, 1, (r0 r1)]`, `[(r1 i2), 1, r2]`, `[r2, o1, r3]`, `[(r0 r3), o2, 1]`, with `bonds` (r0, r1, r2, r3)."""
     (i1, i2), (o1, o2), (r0, r1, r2, r3) = ins, outs, bonds
     return (
@@ -112,7 +134,14 @@ def block_program(outputs: int, parts: int, inputs: int, rank: tuple[int, int, i
     )
 
 
-def reference(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, steps: Sequence[int], activation: str) -> Tensor:
+def reference(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    steps: Sequence[int],
+    activation: str,
+) -> Tensor:
     """`y = activation(P_S ... P_1 x + bias + residual)` on the last axis of x, with steps P_s."""
     chain = steps_of(steps)
     h = x.reshape(-1, chain[0].inputs)
@@ -126,11 +155,20 @@ def reference(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residua
     return activate(y if residual is None else y + residual, activation)
 
 
-def fake(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, steps: Sequence[int], activation: str) -> Tensor:
+def fake(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    steps: Sequence[int],
+    activation: str,
+) -> Tensor:
     """Shape and strides."""
     chain = steps_of(steps)
     if not 0 < len(chain) == len(weights) <= MAX_STEPS:
-        raise KernelError(f"tensor_chain has {len(chain)} steps and {len(weights)} weights; it takes one weight per step, 1 to {MAX_STEPS} of them")
+        raise KernelError(
+            f"tensor_chain has {len(chain)} steps and {len(weights)} weights; it takes one weight per step, 1 to {MAX_STEPS} of them"
+        )
     check_activation(activation)
     return x.new_empty((*x.shape[:-1], chain[-1].outputs))
 
@@ -144,13 +182,34 @@ def _program(integers: tuple[int, ...]) -> tuple[tuple[Step, ...], Array[c_int32
 
 
 @implements("tensor_chain", "cpu")
-def native_cpu(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, steps: Sequence[int], activation: str) -> Tensor:
+def native_cpu(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    steps: Sequence[int],
+    activation: str,
+) -> Tensor:
     """The C++ kernel; float32 and bfloat16, float32 inside."""
     y = x.new_empty((*x.shape[:-1], steps_of(steps)[-1].outputs))
-    return y if _run(x, weights, bias, None if residual is None else residual.expand_as(y), tuple(steps), activation, y) else NotImplemented
+    return (
+        y
+        if _run(
+            x, weights, bias, None if residual is None else residual.expand_as(y), tuple(steps), activation, y
+        )
+        else NotImplemented
+    )
 
 
-def _run(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, steps: tuple[int, ...], activation: str, y: Tensor) -> bool:
+def _run(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    steps: tuple[int, ...],
+    activation: str,
+    y: Tensor,
+) -> bool:
     library = native.serving(x, residual, activation)
     if library is None or max(steps) > _MOST:
         return False
@@ -160,7 +219,9 @@ def _run(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Te
     packed = [weight.float().contiguous() for weight in weights]
     wanted = [step.packed_shape for step in chain]
     if [weight.shape for weight in packed] != wanted:
-        raise KernelError(f"a program of {len(chain)} steps takes weights packed as {wanted}, not {[tuple(weight.shape) for weight in packed]}")
+        raise KernelError(
+            f"a program of {len(chain)} steps takes weights packed as {wanted}, not {[tuple(weight.shape) for weight in packed]}"
+        )
     shift = None if bias is None else bias.float().contiguous()
     source, rest = x.contiguous(), None if residual is None else residual.contiguous()
     rest_rows = None if rest is None else native.rows(rest)
@@ -174,5 +235,7 @@ def _run(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Te
         None if shift is None else shift.data_ptr(),
         None if rest_rows is None else addressof(rest_rows),
     )
-    status: int = library.tdpass_tensor_chain(byref(call), byref(native.rows(source)), byref(native.rows(y)), None)
+    status: int = library.tdpass_tensor_chain(
+        byref(call), byref(native.rows(source)), byref(native.rows(y)), None
+    )
     return status == 0

@@ -24,11 +24,17 @@ class CorrectBias(Pass):
     def run(self, model: Model, job: Job) -> bool:
         layers = {site.name: layer for site in model.sites() if (layer := model.layer(site.name)) is not None}
         if not layers or not job.batches:
-            job.note("nothing to correct: no site is replaced" if job.batches else "skipped: there is no calibration data")
+            job.note(
+                "nothing to correct: no site is replaced"
+                if job.batches
+                else "skipped: there is no calibration data"
+            )
             return False
         tapes, biased = job.tapes(model), with_room_for_bias(layers, job.room(model))
         corrected = correct_biases(tapes, layers, biased)
-        before, after = (divergence_of(tapes, choice, job.fitted_divergence) for choice in (layers, corrected))
+        before, after = (
+            divergence_of(tapes, choice, job.fitted_divergence) for choice in (layers, corrected)
+        )
         if not after < before:
             job.note(f"left as it was: the divergence would go from {before:.4g} to {after:.4g}")
             return False

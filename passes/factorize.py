@@ -30,7 +30,9 @@ class Factorize(Pass):
 
     def run(self, model: Model, job: Job) -> bool:
         if job.plan is None:
-            raise PlanError("factorize has no plan to carry out; put the pass 'plan' before it, or pass plan=")
+            raise PlanError(
+                "factorize has no plan to carry out; put the pass 'plan' before it, or pass plan="
+            )
         job.plan = match_names(job.plan, model)
         done = job.carried_out(model)
         prepared = job.prepared(model) - sum((choice.cost - choice.dense for choice in done), Cost())
@@ -43,11 +45,17 @@ class Factorize(Pass):
         for site in alone:
             check_form(site, chosen[site.name].form)
         _check_start(job.start, {site.name: site for site in alone}, chosen)
-        metrics = stream_metrics(tapes, alone, job.fitted_divergence) if tapes else ((site, Metric()) for site in alone)
+        metrics = (
+            stream_metrics(tapes, alone, job.fitted_divergence)
+            if tapes
+            else ((site, Metric()) for site in alone)
+        )
         replaced: set[str] = set()
         for count, (site, metric) in enumerate(metrics, start=1):
             choice = chosen[site.name]
-            fits = SiteFits(site, model.weight(site.name), model.bias(site.name), metric, job.start.get(site.name))
+            fits = SiteFits(
+                site, model.weight(site.name), model.bias(site.name), metric, job.start.get(site.name)
+            )
             model.replace(site.name, fits.layer(choice.form))
             replaced.add(site.name)
             job.progress("factorizing", count, len(alone))
@@ -58,30 +66,49 @@ class Factorize(Pass):
         left = set(chosen) - replaced
         if left:
             change = chosen[min(left)].joint
-            raise PlanError(f"site {min(left)!r} is planned as part of '{change}' with other sites, but this model lacks such a group; plan for this model")
-        job.plan = replace(job.plan, choices=tuple(_priced(choice, sites, model) for choice in job.plan), original=job.original, prepared=prepared)
+            raise PlanError(
+                f"site {min(left)!r} is planned as part of '{change}' with other sites, but this model lacks such a group; plan for this model"
+            )
+        job.plan = replace(
+            job.plan,
+            choices=tuple(_priced(choice, sites, model) for choice in job.plan),
+            original=job.original,
+            prepared=prepared,
+        )
         job.report.sites = job.plan.rows()
         job.note(f"replaced {len(replaced)} sites")
         return bool(replaced)
 
-    def _joint(self, chosen: dict[str, Choice], sites: dict[str, Site], model: Model, job: Job) -> Iterator[Mapping[str, Layer]]:
+    def _joint(
+        self, chosen: dict[str, Choice], sites: dict[str, Site], model: Model, job: Job
+    ) -> Iterator[Mapping[str, Layer]]:
         """Layers of sites that change together."""
         together = {name: choice for name, choice in chosen.items() if choice.joint}
         if not together:
             return
         tapes = job.tapes(model)
         if not tapes:
-            raise PlanError("the plan changes several sites together, which needs to see the model running; pass data= or example_inputs=")
+            raise PlanError(
+                "the plan changes several sites together, which needs to see the model running; pass data= or example_inputs="
+            )
         yield from joint_layers(together, sites, model.weight, model.bias, tapes, job.fitted_divergence)
 
 
-def _check_start(start: Mapping[str, Factors], sites: Mapping[str, Site], chosen: Mapping[str, Choice]) -> None:
+def _check_start(
+    start: Mapping[str, Factors], sites: Mapping[str, Site], chosen: Mapping[str, Choice]
+) -> None:
     for name, factors in start.items():
         choice = chosen.get(name)
-        wanted = {} if choice is None or name not in sites else FORMATS.get(choice.format).shapes(sites[name], choice.rank)
+        wanted = (
+            {}
+            if choice is None or name not in sites
+            else FORMATS.get(choice.format).shapes(sites[name], choice.rank)
+        )
         if {key: tuple(factor.shape) for key, factor in factors.items()} != wanted:
             given = ", ".join(f"{key} {tuple(factor.shape)}" for key, factor in factors.items())
-            raise PlanError(f"start has factors {given or 'of no name'} for site {name!r}, the plan has {wanted or 'none'}; give those of the same plan")
+            raise PlanError(
+                f"start has factors {given or 'of no name'} for site {name!r}, the plan has {wanted or 'none'}; give those of the same plan"
+            )
 
 
 def _priced(choice: Choice, sites: Mapping[str, Site], model: Model) -> Choice:
@@ -109,11 +136,15 @@ def match_names(plan: RankPlan, model: Model) -> RankPlan:
         if choice.fingerprint in prints:
             names[choice.site] = prints[choice.fingerprint]
         elif not choice.kept_dense:
-            raise PlanError(f"the plan changes site {choice.site!r}, which this model does not have; its sites: {_some(list(sites))}")
+            raise PlanError(
+                f"the plan changes site {choice.site!r}, which this model does not have; its sites: {_some(list(sites))}"
+            )
     renamed = plan.renamed(names)
     for choice in renamed:
         if choice.site in sites and sites[choice.site].shape != choice.shape:
-            raise PlanError(f"the plan expects site {choice.site!r} of shape {choice.shape}, the model has {sites[choice.site].shape}; plan for this model")
+            raise PlanError(
+                f"the plan expects site {choice.site!r} of shape {choice.shape}, the model has {sites[choice.site].shape}; plan for this model"
+            )
     return renamed
 
 

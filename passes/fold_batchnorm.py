@@ -13,7 +13,10 @@ from tdpass.planner.trials import Promise
 @register_pass
 @dataclass(frozen=True)
 class FoldBatchnorm(Pass):
-    """W' = gamma / sqrt(var + eps) W, b' = beta + gamma (b - mean) / sqrt(var + eps); the output in inference does not change."""
+    """W' = gamma / sqrt(var + eps) W, b' = beta + gamma (b - mean) / sqrt(var + eps).
+
+    The output in inference does not change.
+    """
 
     name = "fold-batchnorm"
     promise = Promise.SAME

@@ -17,9 +17,10 @@ from tdpass.planner.trials import Promise
 class FuseKernels(Pass):
     """Run the layers that a factored layer is made of as one operator, where that is measured to be faster.
 
-    Measured on the calibration data cut to the job's batch, else on the model's example.  The last pass of a pipeline: the result
-    computes what it did and is saved as before; an ONNX model runs anywhere, fused where the operator library is registered.
-    `lanes` ("channels", "pixels"; "auto": the faster) and `measure` (false: fuse whatever can be) are for torch models.
+    Measured on the calibration data cut to the job's batch, else on the model's example.  The last pass of a
+    pipeline: the result computes what it did and is saved as before; an ONNX model runs anywhere, fused where
+    the operator library is registered. `lanes` ("channels", "pixels"; "auto": the faster) and `measure`
+    (false: fuse whatever can be) are for torch models.
     """
 
     name = "fuse-kernels"

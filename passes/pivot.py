@@ -23,12 +23,13 @@ from tdpass.targets.base import Setting
 @register_pass
 @dataclass(frozen=True)
 class Pivot(Pass):
-    """Spare r^2 numbers and multiply-adds of every axis of r that two factors share; the output stays what it was, to rounding.
+    """Spare r^2 numbers and multiply-adds of every axis of r that two factors share.
 
-    A layer stays the chain that it is where that costs less, by what the job's target says, else as timed here; with `measure` false
-    all change that can.  Where one other layer alone reads what a layer makes, that takes its inputs in the order which leads with the
-    pivots, and no order is stored.  Meant for the end of a pipeline, before anything that stores factors in other number types: repairs and
-    training work on plain chains.
+    The output stays what it was, to rounding. A layer stays the chain that it is where that costs less, by
+    what the job's target says, else as timed here; with `measure` false all change that can.  Where one other
+    layer alone reads what a layer makes, that takes its inputs in the order which leads with the pivots, and
+    no order is stored.  Meant for the end of a pipeline, before anything that stores factors in other number
+    types: repairs and training work on plain chains.
     """
 
     name = "pivot"
@@ -48,14 +49,22 @@ class Pivot(Pass):
             after = None if path is None else now.get(path.second) or _dense(model, sites[path.second])
             ways = _ways(now[name], job, after, 1 if path is None else path.spread)
             forms = [layer, *(way[0] for way in ways)]
-            best = _cheapest(sites[name], forms, target, job) if target is not None and sites[name].seen else min(1, len(ways))
+            best = (
+                _cheapest(sites[name], forms, target, job)
+                if target is not None and sites[name].seen
+                else min(1, len(ways))
+            )
             if best:
                 now[name], other = ways[best - 1]
                 now |= {path.second: other} if path is not None and other is not None else {}
         changed = {name: layer for name, layer in now.items() if layer is not before.get(name)}
         for name, layer in changed.items():
             model.replace(name, layer)
-        pivoted = {name: layer for name, layer in changed.items() if name in before and layer.form != before[name].form}
+        pivoted = {
+            name: layer
+            for name, layer in changed.items()
+            if name in before and layer.form != before[name].form
+        }
         fewer = sum(_params(before[name]) - _params(layer) for name, layer in pivoted.items())
         job.note(f"{len(pivoted)} of {len(before)} factored layers changed, {fewer:,} numbers fewer")
         _enter(pivoted, before, job)
@@ -72,11 +81,13 @@ def _dense(model: Model, site: Site) -> Layer:
 def _ways(layer: Layer, job: Job, after: Layer | None, spread: int) -> list[Way]:
     """The layer in every format that spares what it holds twice, with the one behind it where that changes too.
 
-    Those that need no order of channels come first: the layer behind takes its inputs in the order that leads with the pivots, or the
-    leading channels make good pivots as they are.
+    Those that need no order of channels come first: the layer behind takes its inputs in the order that leads
+    with the pivots, or the leading channels make good pivots as they are.
     """
     if layer.form.encoded:
-        job.report.decline(layer.site.name, f"not pivoted: its factors are stored as '{layer.form}'; pivot before that")
+        job.report.decline(
+            layer.site.name, f"not pivoted: its factors are stored as '{layer.form}'; pivot before that"
+        )
         return []
     found: list[Way] = []
     reasons = []
@@ -88,22 +99,37 @@ def _ways(layer: Layer, job: Job, after: Layer | None, spread: int) -> list[Way]
     if reasons and not found and after is None:
         job.report.decline(layer.site.name, f"not pivoted: {reasons[0]}")
     ordered = [layer, *(way[0] for way in found)][-1]
-    if after is not None and not any(way[0].format.endswith(LEAD) for way in found) and ordered.format.endswith(PIVOT):
+    if (
+        after is not None
+        and not any(way[0].format.endswith(LEAD) for way in found)
+        and ordered.format.endswith(PIVOT)
+    ):
         both = led(ordered, after, spread)
         found = [*([both] if both is not None else []), *found]
     return found
 
 
 def _cheapest(site: Site, layers: Sequence[Layer], target: Target, job: Job) -> int:
-    """The place of the one that costs least on the target; says why one stays as it is where there was a choice."""
+    """The place of the one that costs least on the target.
+
+    Says why one stays as it is where there was a choice.
+    """
     if len(layers) < 2:
         return 0
     measure = target.measures[0]
-    costs = [cost.get(measure) for cost in target.cost(site, [layer.form for layer in layers], Setting(job.batch, job.threads, layers[0].dtype))]
+    costs = [
+        cost.get(measure)
+        for cost in target.cost(
+            site, [layer.form for layer in layers], Setting(job.batch, job.threads, layers[0].dtype)
+        )
+    ]
     best = min(range(len(layers)), key=costs.__getitem__)
     if best == 0:
         written = [amount(measure, cost) for cost in (costs[0], min(costs[1:]))]
-        job.report.decline(site.name, f"not pivoted: {written[0]} as '{layers[0].form}', {written[1]} without what it holds twice")
+        job.report.decline(
+            site.name,
+            f"not pivoted: {written[0]} as '{layers[0].form}', {written[1]} without what it holds twice",
+        )
     return best
 
 

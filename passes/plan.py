@@ -36,13 +36,12 @@ class Plan(Pass):
     """Candidates of all formats and ranks per site, their measured losses, and the exact choice under the budget.
 
     Options override the budget of the job: `bounds` by measure, each of which is an option of that name.
-    `joint` also tries options that change neighbouring sites together.
-    `effort`: fast (losses from the metric alone), normal (losses measured for about a minute) or thorough; default: the job's.
-    `numbers`: number types, joined by +, that sites may be stored in under a budget on bytes, where no target is asked for, and
-    `supports`: supports of weights, likewise.  `auto` offers some of each under a budget of at most a quarter of the bytes, and under one
-    that cannot be met without; `none` offers none.
-    `pivot`: factors without what they hold twice, as the pass `pivot` makes them, at their lower cost.
-    The model itself is not changed.
+    `joint` also tries options that change neighbouring sites together. `effort`: fast (losses from the metric
+    alone), normal (losses measured for about a minute) or thorough; default: the job's. `numbers`: number
+    types, joined by +, that sites may be stored in under a budget on bytes, where no target is asked for, and
+    `supports`: supports of weights, likewise.  `auto` offers some of each under a budget of at most a quarter
+    of the bytes, and under one that cannot be met without; `none` offers none. `pivot`: factors without what
+    they hold twice, as the pass `pivot` makes them, at their lower cost. The model itself is not changed.
     """
 
     name = "plan"
@@ -64,10 +63,27 @@ class Plan(Pass):
         _check_known(budget, job)
         effort = effort_named(self.effort or job.effort).of(job.original.macs)
         tapes, divergence = job.tapes(model), job.fitted_divergence
-        dense, cache, context = Dense(model.weight, model.bias), CandidateCache(job.cache), self._context(model, job, sites)
+        dense, cache, context = (
+            Dense(model.weight, model.bias),
+            CandidateCache(job.cache),
+            self._context(model, job, sites),
+        )
 
         def tabulated(offer: Offer) -> Table:
-            table = tabulate(sites, dense, tapes, divergence, job.formats, cache, context, job.progress, job.target, effort, offer, self.pivot)
+            table = tabulate(
+                sites,
+                dense,
+                tapes,
+                divergence,
+                job.formats,
+                cache,
+                context,
+                job.progress,
+                job.target,
+                effort,
+                offer,
+                self.pivot,
+            )
             table.prepared = job.prepared(model)
             if self.joint and effort.measured and tapes and not job.formats and budget.max_error is None:
                 add_joint_options(table, dense, tapes, divergence, cache, context, job.progress, effort)
@@ -88,13 +104,19 @@ class Plan(Pass):
         done = job.carried_out(model)
         plan = plan.after(done) if done else plan
         job.plan, job.budget, job.expected = plan, budget, plan.loss if tapes and effort.measured else None
-        job.report.budget, job.report.metric, job.report.divergence = str(budget), plan.metric, plan.divergence
+        job.report.budget, job.report.metric, job.report.divergence = (
+            str(budget),
+            plan.metric,
+            plan.divergence,
+        )
         job.report.sites = plan.rows()
         self._draw_curve(table, budget, job)
         for name, reason in table.declined.items():
             job.report.decline(name, reason)
         changed = sum(not choice.kept_dense for choice in plan)
-        job.note(f"{changed} of {len(plan.choices)} sites change; {sum(map(len, table.candidates.values()))} candidates, {len(table.joint)} joint ones")
+        job.note(
+            f"{changed} of {len(plan.choices)} sites change; {sum(map(len, table.candidates.values()))} candidates, {len(table.joint)} joint ones"
+        )
         if tapes:
             every = [candidate for candidates in table.candidates.values() for candidate in candidates]
             estimated = sum(candidate.estimated for candidate in every)
@@ -112,14 +134,21 @@ class Plan(Pass):
             wanted = EVERYTHING if self.numbers == AUTO and low else NOTHING
         return wanted if "bytes" in budget.measures and job.target is None else NOTHING
 
-    def _on_target(self, target: Target, table: Table, budget: Budget, model: Model, job: Job) -> tuple[RankPlan, Table]:
-        """The plan by what the target says, and the table with that; the model as it is now becomes what the result is held against."""
+    def _on_target(
+        self, target: Target, table: Table, budget: Budget, model: Model, job: Job
+    ) -> tuple[RankPlan, Table]:
+        """The plan by what the target says, and the table with that.
+
+        The model as it is now becomes what the result is held against.
+        """
         dtypes = {site.name: model.weight(site.name).dtype for site in table.sites}
         prices = prices_on(target, budget, job.batch, job.threads, dtypes)
         price_table(table, prices, job.progress)
         measure = prices.measures[0]
         largest = max(table.sites, key=lambda site: prices.priced(site, table.dense(site)).cost.get(measure))
-        (whole,) = target.cost_models([model], lambda: call_batch(model, job.batches, job.batch), prices.setting(largest), largest)
+        (whole,) = target.cost_models(
+            [model], lambda: call_batch(model, job.batches, job.batch), prices.setting(largest), largest
+        )
         scaled = prices.scale_to(whole, table.sites)
         if scaled:
             job.note(scaled)
@@ -135,17 +164,26 @@ class Plan(Pass):
         if own:
             return Budget.parse(own)
         if job.budget is None:
-            raise BudgetError("there is no budget; pass budget={'macs': 0.4}, or write the pass as plan{macs=0.4}")
+            raise BudgetError(
+                "there is no budget; pass budget={'macs': 0.4}, or write the pass as plan{macs=0.4}"
+            )
         return job.budget
 
     def _context(self, model: Model, job: Job, sites: list[Site]) -> str:
         if not job.batches:
             return ""
         tensors = [tensor for batch in job.batches for tensor in batch.tensors]
-        weights = [weight for site in model.sites() for weight in (model.weight(site.name), model.bias(site.name))]
+        weights = [
+            weight for site in model.sites() for weight in (model.weight(site.name), model.bias(site.name))
+        ]
         answers = [value for outputs in job.references for value in outputs.values()]
-        counted = [f"{name} {one.comparison.name} {one.weight}" for name, one in job.fitted_divergence.comparisons.items()]
-        return digest(*counted, str(model.params()), ",".join(site.name for site in sites), *weights, *tensors, *answers)
+        counted = [
+            f"{name} {one.comparison.name} {one.weight}"
+            for name, one in job.fitted_divergence.comparisons.items()
+        ]
+        return digest(
+            *counted, str(model.params()), ",".join(site.name for site in sites), *weights, *tensors, *answers
+        )
 
     def _draw_curve(self, table: Table, budget: Budget, job: Job) -> None:
         assert job.plan is not None
@@ -167,12 +205,20 @@ def _check_known(budget: Budget, job: Job) -> None:
     for name in budget.measures:
         needs = MEASURES.get(name).needs
         if needs is Needs.RUN and not job.original.get(name):
-            raise BudgetError(f"a budget on {name} needs to see the model running; pass data= or example_inputs=, or bound params")
+            raise BudgetError(
+                f"a budget on {name} needs to see the model running; pass data= or example_inputs=, or bound params"
+            )
         if needs is Needs.TARGET and (job.target is None or name not in job.target.measures):
             able = [target.name for target in TARGETS if name in target.measures]
-            asked = f"target {job.target.name} does not tell them" if job.target is not None else "and none was given"
+            asked = (
+                f"target {job.target.name} does not tell them"
+                if job.target is not None
+                else "and none was given"
+            )
             use = f"pass target={able[0]!r} (--target {able[0]})" if able else "no target here tells them"
-            raise BudgetError(f"a budget on {name} needs a machine that tells them, {asked}; {use}, or bound macs instead")
+            raise BudgetError(
+                f"a budget on {name} needs a machine that tells them, {asked}; {use}, or bound macs instead"
+            )
 
 
 def _selected(model: Model, job: Job) -> list[Site]:

@@ -27,9 +27,10 @@ from tdpass.site import Site, selects
 class ProjectChannels(Pass):
     """Narrow the runs of dense layers that feed each other; what comes out is dense, with no layer between.
 
-    `how`: "learned" mixtures, "principal" ones, or channels selected by "norm", "taylor" or "median".  `keep` is the share of channels
-    left at every joint; with a budget among the options (`macs=0.7`) the shares of all runs are chosen under it, by the divergence that
-    they are measured to cause.  Sites that take no part are declined with the reason.
+    `how`: "learned" mixtures, "principal" ones, or channels selected by "norm", "taylor" or "median".  `keep`
+    is the share of channels left at every joint; with a budget among the options (`macs=0.7`) the shares of
+    all runs are chosen under it, by the divergence that they are measured to cause.  Sites that take no part
+    are declined with the reason.
     """
 
     name = "project-channels"
@@ -43,10 +44,18 @@ class ProjectChannels(Pass):
 
     def run(self, model: Model, job: Job) -> bool:
         if self.how not in NARROWINGS:
-            raise UsageError(f"how={self.how!r} is not known to {self.name}; it is one of {', '.join(NARROWINGS)}")
+            raise UsageError(
+                f"how={self.how!r} is not known to {self.name}; it is one of {', '.join(NARROWINGS)}"
+            )
         if not 0 < self.keep <= 1:
-            raise UsageError(f"keep={self.keep!r} is no share of the channels; give one in (0, 1], or a budget such as macs=0.7")
-        sites = [site for site in model.sites() if model.layer(site.name) is None and selects(site.name, job.include, job.exclude)]
+            raise UsageError(
+                f"keep={self.keep!r} is no share of the channels; give one in (0, 1], or a budget such as macs=0.7"
+            )
+        sites = [
+            site
+            for site in model.sites()
+            if model.layer(site.name) is None and selects(site.name, job.include, job.exclude)
+        ]
         tapes = job.tapes(model)
         if not tapes or not sites:
             job.note("skipped: there is no calibration data" if sites else "skipped: no site is dense")
@@ -54,12 +63,20 @@ class ProjectChannels(Pass):
         plan = self._plan(model, job, sites)
         chosen = {choice.site: choice for choice in plan if choice.joint}
         named = {site.name: site for site in sites}
-        for layers in joint_layers(chosen, named, model.weight, model.bias, tapes, job.fitted_divergence) if chosen else ():
+        for layers in (
+            joint_layers(chosen, named, model.weight, model.bias, tapes, job.fitted_divergence)
+            if chosen
+            else ()
+        ):
             for name, layer in layers.items():
                 model.replace(name, layer)
         before = [choice for choice in job.plan or () if choice.site not in named]
         job.plan = replace(plan, choices=(*before, *plan.choices))
-        job.report.sites, job.report.metric, job.report.divergence = job.plan.rows(), plan.metric, plan.divergence
+        job.report.sites, job.report.metric, job.report.divergence = (
+            job.plan.rows(),
+            plan.metric,
+            plan.divergence,
+        )
         job.expected = (job.expected or 0.0) + plan.loss
         job.note(f"{len(chosen)} of {len(sites)} dense layers are narrower")
         return bool(chosen)
@@ -71,8 +88,22 @@ class ProjectChannels(Pass):
         for name, reason in change.declined(tapes, named).items():
             job.report.decline(name, f"its channels stay: {reason}")
         sweep = Sweep(tapes, job.fitted_divergence, effort.for_losses(len(sites)))
-        table = Table(tuple(sites), {}, fingerprints={site.name: digest(model.weight(site.name)) for site in sites})
-        table.metric, table.divergence = "inputs and outputs on the calibration data", str(job.fitted_divergence)
+        table = Table(
+            tuple(sites), {}, fingerprints={site.name: digest(model.weight(site.name)) for site in sites}
+        )
+        table.metric, table.divergence = (
+            "inputs and outputs on the calibration data",
+            str(job.fitted_divergence),
+        )
         table.prepared = job.prepared(model)
-        table.joint = joint_options(named, model.weight, model.bias, effort.for_moments(tapes), sweep, job.progress, effort.limit, [change])
+        table.joint = joint_options(
+            named,
+            model.weight,
+            model.bias,
+            effort.for_moments(tapes),
+            sweep,
+            job.progress,
+            effort.limit,
+            [change],
+        )
         return table.plan(Budget.parse(self.bounds) if self.bounds else Budget(), job.original)

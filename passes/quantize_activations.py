@@ -25,10 +25,11 @@ _SAMPLES = 64
 class QuantizeActivations(Pass):
     """Hold in eight bits, with one scale and zero point each, what the layers whose weights are int8 read and make, and what joins such.
 
-    Ranges come from the calibration data: `calibration` is `minmax` (all that was seen), `percentile` (all but one number in ten
-    thousand), `mse` (least squared error) or `kl` (least divergence of the distribution).  Of the layers, the share `keep` whose
-    activations cost most, measured one by one as the divergence of the output, stays as it is.  Runs after `quantize`, as the last
-    pass but `verify`; ONNX models, whose runtimes make integer operators of it.
+    Ranges come from the calibration data: `calibration` is `minmax` (all that was seen), `percentile` (all
+    but one number in ten thousand), `mse` (least squared error) or `kl` (least divergence of the
+    distribution).  Of the layers, the share `keep` whose activations cost most, measured one by one as the
+    divergence of the output, stays as it is.  Runs after `quantize`, as the last pass but `verify`; ONNX
+    models, whose runtimes make integer operators of it.
     """
 
     name = "quantize-activations"
@@ -41,7 +42,9 @@ class QuantizeActivations(Pass):
         if not 0 <= self.keep < 1:
             raise UsageError(f"keep={self.keep} is no share of layers; give one of at least 0 and below 1")
         if not isinstance(model, HoldsIntegerActivations):
-            job.note(f"skipped: activations of models that came through {model.frontend} stay as they are; export to ONNX and compress that")
+            job.note(
+                f"skipped: activations of models that came through {model.frontend} stay as they are; export to ONNX and compress that"
+            )
             return False
         if not job.batches:
             job.note("skipped: there is no calibration data")
@@ -60,7 +63,9 @@ class QuantizeActivations(Pass):
         assert isinstance(model, Model)
         found = _divergence(model, job, len(job.batches))
         job.expected = max(job.expected or 0.0, found)
-        job.note(f"{len(wanted)} tensors of {len(layers) - len(kept)} layers are held in eight bits; divergence {found:.4g}")
+        job.note(
+            f"{len(wanted)} tensors of {len(layers) - len(kept)} layers are held in eight bits; divergence {found:.4g}"
+        )
         return bool(wanted)
 
     def _ranges(self, model: HoldsIntegerActivations, names: Sequence[str], job: Job) -> dict[str, Range]:
@@ -68,12 +73,19 @@ class QuantizeActivations(Pass):
         for batch in job.batches:
             for name, value in model.watch(names, batch).items():
                 if name in ends:
-                    ends[name] = min(ends[name][0], float(value.min())), max(ends[name][1], float(value.max()))
+                    ends[name] = (
+                        min(ends[name][0], float(value.min())),
+                        max(ends[name][1], float(value.max())),
+                    )
                     if not all(map(math.isfinite, ends[name])) or bool(value.isnan().any()):
-                        raise UnsupportedError(f"the tensor {name!r} is NaN or infinite on the calibration data, so it has no range; leave such samples out")
+                        raise UnsupportedError(
+                            f"the tensor {name!r} is NaN or infinite on the calibration data, so it has no range; leave such samples out"
+                        )
         if self.calibration == "minmax":
             return {name: Range(*found) for name, found in ends.items()}
-        seen = {name: Histogram(low, high, np.zeros(BINS)) for name, (low, high) in ends.items() if high > low}
+        seen = {
+            name: Histogram(low, high, np.zeros(BINS)) for name, (low, high) in ends.items() if high > low
+        }
         for batch in job.batches:
             for name, value in model.watch(list(seen), batch).items():
                 if name in seen:
@@ -81,7 +93,9 @@ class QuantizeActivations(Pass):
         choose = CALIBRATIONS.get(self.calibration)
         return {name: Range(*(choose(seen[name]) if name in seen else ends[name])) for name in names}
 
-    def _sensitive(self, model: HoldsIntegerActivations, layers: Sequence[str], ranges: Mapping[str, Range], job: Job) -> list[str]:
+    def _sensitive(
+        self, model: HoldsIntegerActivations, layers: Sequence[str], ranges: Mapping[str, Range], job: Job
+    ) -> list[str]:
         """The layers whose activations cost most when they alone are integers."""
         assert isinstance(model, Model)
         few = len(first_batches(job.batches, _SAMPLES))
@@ -93,7 +107,10 @@ class QuantizeActivations(Pass):
             losses[layer] = _divergence(model, job, few)
         kept = sorted(layers, key=lambda layer: -losses[layer])[: round(self.keep * len(layers))]
         for layer in kept:
-            job.report.decline(layer, f"its activations stay as they are: in eight bits they alone cost a divergence of {losses[layer]:.2g}")
+            job.report.decline(
+                layer,
+                f"its activations stay as they are: in eight bits they alone cost a divergence of {losses[layer]:.2g}",
+            )
         return kept
 
 

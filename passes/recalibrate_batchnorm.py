@@ -15,8 +15,8 @@ from tdpass.planner.trials import Promise
 class RecalibrateBatchnorm(Pass):
     """Running means and variances anew from `augmented=` data, or else from the calibration data.
 
-    Undone when the divergence from the original grows: statistics learned on augmented images are often better than those
-    of a few clean ones.
+    Undone when the divergence from the original grows: statistics learned on augmented images are often
+    better than those of a few clean ones.
     """
 
     name = "recalibrate-batchnorm"
@@ -24,7 +24,9 @@ class RecalibrateBatchnorm(Pass):
 
     def run(self, model: Model, job: Job) -> bool:
         if not isinstance(model, RecalibratesBatchNorm):
-            job.note(f"skipped: statistics of models that came through {model.frontend} cannot be estimated anew")
+            job.note(
+                f"skipped: statistics of models that came through {model.frontend} cannot be estimated anew"
+            )
             return False
         if not job.batches:
             job.note("skipped: there is no calibration data")

@@ -15,8 +15,9 @@ from tdpass.planner.trials import Promise
 class Refit(Pass):
     """Front to back, the last factor and bias of each replaced site by ridge least squares towards the original's outputs.
 
-    Residual sums are included, so a layer also repairs what the layers before it lost.  Undone when the divergence of the
-    network's output on the calibration data grows.  `ridge` pulls towards the factor as it was, relative to its features' power.
+    Residual sums are included, so a layer also repairs what the layers before it lost.  Undone when the
+    divergence of the network's output on the calibration data grows.  `ridge` pulls towards the factor as it
+    was, relative to its features' power.
     """
 
     name = "refit"
@@ -27,7 +28,11 @@ class Refit(Pass):
     def run(self, model: Model, job: Job) -> bool:
         layers = {site.name: layer for site in model.sites() if (layer := model.layer(site.name)) is not None}
         if not layers or not job.batches:
-            job.note("nothing to refit: no site is replaced" if job.batches else "skipped: there is no calibration data")
+            job.note(
+                "nothing to refit: no site is replaced"
+                if job.batches
+                else "skipped: there is no calibration data"
+            )
             return False
         tapes, biased = job.tapes(model), with_room_for_bias(layers, job.room(model))
         refitted, declined = refit_last_factors(tapes, layers, self.ridge, biased, model.weight)

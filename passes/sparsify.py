@@ -15,9 +15,9 @@ from tdpass.supports import support_named
 class Sparsify(Stored):
     """Keep a part of the entries of weights, or of the factors of sites that are replaced: `2:4`, `unstructured/30%`, `blocks4x4/50%`, `rows/50%`.
 
-    `rounding` says which are kept: those that cost most to do without when the others make up for them (`moments`), those of largest
-    magnitude times that of what they are multiplied by (`activations`), or those of largest magnitude (`nearest`).  Sites that have a
-    support already are left as they are.
+    `rounding` says which are kept: those that cost most to do without when the others make up for them
+    (`moments`), those of largest magnitude times that of what they are multiplied by (`activations`), or
+    those of largest magnitude (`nearest`).  Sites that have a support already are left as they are.
     """
 
     name = "sparsify"

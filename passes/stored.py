@@ -29,8 +29,9 @@ from tdpass.site import selects
 class Stored(Pass, ABC):
     """Store the factors of every site, and the weights of those that are dense, in another form than they are stored in.
 
-    With calibration data and `rounding: moments` columns make up for what those before them lost and the last factor of a chain for the
-    others; the plain rounding is kept where the network's output is nearer to the original's with it.
+    With calibration data and `rounding: moments` columns make up for what those before them lost and the last
+    factor of a chain for the others; the plain rounding is kept where the network's output is nearer to the
+    original's with it.
     """
 
     promise = Promise.PLAN
@@ -47,18 +48,28 @@ class Stored(Pass, ABC):
         if not forms:
             job.note("no site changes")
             return False
-        plain = {name: floating(layer, partial(model.weight, name)) if name in forms else layer for name, layer in layers.items()}
+        plain = {
+            name: floating(layer, partial(model.weight, name)) if name in forms else layer
+            for name, layer in layers.items()
+        }
         made = {name: plain[name].stored(form) for name, form in forms.items()}
         prepared = job.original.recounted(Cost(model.params(), job.original.macs, model.bytes()))
         if job.batches:
             made = self._nearer(plain, forms, made, model, job)
         for name in forms:
             model.replace(name, made[name])
-        job.plan = _restated(job.plan or RankPlan((), job.original, prepared=prepared), forms, model, self.name)
+        job.plan = _restated(
+            job.plan or RankPlan((), job.original, prepared=prepared), forms, model, self.name
+        )
         job.report.sites = job.plan.rows()
         sites = {site.name: site for site in model.sites()}
-        saved = sum(cost_of(sites[name], layers[name].form).bytes - cost_of(sites[name], form).bytes for name, form in forms.items())
-        job.note(f"{len(forms)} sites are stored as {', '.join(sorted({form.family for form in forms.values()}))}: {saved:,} bytes less")
+        saved = sum(
+            cost_of(sites[name], layers[name].form).bytes - cost_of(sites[name], form).bytes
+            for name, form in forms.items()
+        )
+        job.note(
+            f"{len(forms)} sites are stored as {', '.join(sorted({form.family for form in forms.values()}))}: {saved:,} bytes less"
+        )
         return True
 
     def _forms(self, model: Model, layers: Mapping[str, Layer], job: Job) -> dict[str, Form]:
@@ -84,7 +95,12 @@ class Stored(Pass, ABC):
         return found
 
     def _nearer(
-        self, plain: Mapping[str, Layer], forms: Mapping[str, Form], made: dict[str, Layer], model: Model, job: Job
+        self,
+        plain: Mapping[str, Layer],
+        forms: Mapping[str, Form],
+        made: dict[str, Layer],
+        model: Model,
+        job: Job,
     ) -> dict[str, Layer]:
         """Those of the plain rounding and of `rounding` with which the network's output is nearer to the original's."""
         tapes = job.tapes(model)
@@ -105,7 +121,10 @@ class Stored(Pass, ABC):
 
 
 def _own_numbers(layer: Layer) -> tuple[str, ...]:
-    """The number type that the layer has; none for single precision, in which what a support keeps is stored anyway."""
+    """The number type that the layer has.
+
+    None for single precision, in which what a support keeps is stored anyway.
+    """
     return () if layer.dtype is torch.float32 else (str(layer.dtype).removeprefix("torch."),)
 
 
@@ -114,7 +133,11 @@ def _layers(model: Model) -> dict[str, Layer]:
     found = {}
     for site in model.sites():
         layer = model.layer(site.name)
-        found[site.name] = Layer(site, DENSE, {"kernel": model.weight(site.name)}, model.bias(site.name)) if layer is None else layer
+        found[site.name] = (
+            Layer(site, DENSE, {"kernel": model.weight(site.name)}, model.bias(site.name))
+            if layer is None
+            else layer
+        )
     return found
 
 
@@ -122,12 +145,20 @@ def _restated(plan: RankPlan, forms: Mapping[str, Form], model: Model, by: str) 
     """The plan with the forms of these sites, their costs and the plain relative error of their weights."""
     choices = []
     for site in model.sites():
-        known = plan.get(site.name) or Choice(site.name, site.shape, DENSE, dense_cost(site), dense_cost(site), groups=site.groups)
+        known = plan.get(site.name) or Choice(
+            site.name, site.shape, DENSE, dense_cost(site), dense_cost(site), groups=site.groups
+        )
         layer = model.layer(site.name)
         if site.name in forms and layer is not None:
             error = _error(layer, model.weight(site.name)) if layer.site.shape == site.shape else known.error
             cost = known.cost.recounted(cost_of(site, layer.form) + bias_cost(site, layer.bias))
-            known = replace(known, form=layer.form, cost=cost, error=error, reason=f"{known.reason}; {by}".removeprefix("; "))
+            known = replace(
+                known,
+                form=layer.form,
+                cost=cost,
+                error=error,
+                reason=f"{known.reason}; {by}".removeprefix("; "),
+            )
         choices.append(known)
     return replace(plan, choices=tuple(choices))
 

@@ -18,8 +18,8 @@ from tdpass.planner.trials import Promise
 class Verify(Pass):
     """Run the model as it is given back on the calibration data and report how far it is from the original as it was given.
 
-    Raises `DifferenceError` when an output is not finite, when the divergence is above `limit`, or, where none is set, above what
-    the plan expects.
+    Raises `DifferenceError` when an output is not finite, when the divergence is above `limit`, or, where
+    none is set, above what the plan expects.
     """
 
     name = "verify"
@@ -36,15 +36,23 @@ class Verify(Pass):
         try:
             outputs = [job.fitted_divergence.outputs(result.run(batch)) for batch in job.batches]
         except UnsupportedError as error:
-            job.report.note(f"the result cannot be run here as it is deployed, so it was not compared with the original: {error}")
+            job.report.note(
+                f"the result cannot be run here as it is deployed, so it was not compared with the original: {error}"
+            )
             return False
         except TdpassError as error:
             job.unexpected(f"the result does not run on the calibration data, as the original does: {error}")
             return False
         try:
-            checks = compare_outputs(zip(job.references, outputs, strict=True), job.fitted_divergence, sum(batch.size for batch in job.batches))
+            checks = compare_outputs(
+                zip(job.references, outputs, strict=True),
+                job.fitted_divergence,
+                sum(batch.size for batch in job.batches),
+            )
         except Exception as error:  # noqa: BLE001 - a comparison that cannot be made must not cost the result
-            job.report.note(f"the outputs could not be compared with the original's: {type(error).__name__}: {error}")
+            job.report.note(
+                f"the outputs could not be compared with the original's: {type(error).__name__}: {error}"
+            )
             return False
         job.report.checks.update(checks)
         job.note(", ".join(f"{name} {value:.4g}" for name, value in checks.items()))
@@ -58,6 +66,10 @@ class Verify(Pass):
         if not math.isfinite(checks["relative_difference"]):
             job.unexpected(f"the compressed model answers with NaN or infinite values{blame}")
         elif self.limit < math.inf and found > self.limit:
-            job.unexpected(f"the divergence {found:.4g} is above the limit {self.limit:g}{blame}; raise the budget or the limit")
+            job.unexpected(
+                f"the divergence {found:.4g} is above the limit {self.limit:g}{blame}; raise the budget or the limit"
+            )
         elif self.limit == math.inf and job.expected is not None and found > job.trials.allowed(job.expected):
-            job.unexpected(f"the divergence {found:.4g} from the original is more than ten times the {job.expected:.4g} that the plan expects{blame}")
+            job.unexpected(
+                f"the divergence {found:.4g} from the original is more than ten times the {job.expected:.4g} that the plan expects{blame}"
+            )

@@ -19,15 +19,28 @@ from tdpass.errors import InvalidModelError, UsageError
 
 Array = npt.NDArray[Any]
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-# zipfile knows encryption and methods that this Python lacks only as RuntimeError and NotImplementedError; numpy tokenizes headers
-_FAULTS = (OSError, ValueError, EOFError, LookupError, TypeError, SyntaxError, RuntimeError, MemoryError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
+# zipfile knows encryption and methods that this Python lacks only as RuntimeError and NotImplementedError;
+# numpy tokenizes headers
+_FAULTS = (
+    OSError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    SyntaxError,
+    RuntimeError,
+    MemoryError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def read_arrays(path: Path) -> Array | dict[str, Array]:
     """The array of a `.npy` file, or those of a `.npz` file by name; nothing is unpickled.
 
-    Raises `InvalidModelError` for a damaged file and for one that declares more than it holds or than memory takes, `UsageError`
-    for another suffix.
+    Raises `InvalidModelError` for a damaged file and for one that declares more than it holds or than memory
+    takes, `UsageError` for another suffix.
     """
     if path.suffix == ".npy":
         with _clear_errors(path), path.open("rb") as file:
@@ -84,4 +97,6 @@ def _clear_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except _FAULTS as error:
-        raise InvalidModelError(f"cannot read calibration data from {path}: {str(error) or type(error).__name__}; write it with numpy.savez") from None
+        raise InvalidModelError(
+            f"cannot read calibration data from {path}: {str(error) or type(error).__name__}; write it with numpy.savez"
+        ) from None

@@ -58,37 +58,62 @@ class Artifact(Generic[M]):
     def save(self, path: Path | str) -> list[Path]:
         """Write the deployable file: `.safetensors` for a module, `.pt2` for an exported program, `.onnx` for a graph.
 
-        Returns the files that hold weights beside it, as large `.onnx` models have.  The plan travels inside, as metadata.  In
-        `.safetensors`, pruned and quantized tensors are packed without loss, and `report.stored` says how small they are.  Models of at
-        most 512 MiB are loaded from the file again and run.  Raises `UsageError` for a suffix that does not suit the model,
-        `DifferenceError` when the file does not load or answers otherwise than the model, `WriteError` when the disk is full.
+        Returns the files that hold weights beside it, as large `.onnx` models have.  The plan travels inside,
+        as metadata.  In `.safetensors`, pruned and quantized tensors are packed without loss, and
+        `report.stored` says how small they are.  Models of at most 512 MiB are loaded from the file again and
+        run.  Raises `UsageError` for a suffix that does not suit the model, `DifferenceError` when the file
+        does not load or answers otherwise than the model, `WriteError` when the disk is full.
         """
-        self.opened.save(Path(path), {PLAN_KEY: self.plan.to_json(), SOURCE_KEY: self.report.model, "tdpass.version": installed_version()})
+        self.opened.save(
+            Path(path),
+            {
+                PLAN_KEY: self.plan.to_json(),
+                SOURCE_KEY: self.report.model,
+                "tdpass.version": installed_version(),
+            },
+        )
         self.report.stored = self.opened.stored(Path(path))
         self._check_saved(Path(path))
-        return sorted(Path(path).parent.glob(f"{glob.escape(Path(path).name)}.*data")) if self.suffix == ".onnx" else []
+        return (
+            sorted(Path(path).parent.glob(f"{glob.escape(Path(path).name)}.*data"))
+            if self.suffix == ".onnx"
+            else []
+        )
 
     def _check_saved(self, path: Path) -> None:
         """Run what was saved once more, where that is cheap."""
         if self.reload is None:
             return
         if self.opened.bytes() > LARGEST_RELOADED:
-            self.report.note(f"{path.name} was not loaded and run again: the model is larger than {LARGEST_RELOADED >> 20} MiB")
+            self.report.note(
+                f"{path.name} was not loaded and run again: the model is larger than {LARGEST_RELOADED >> 20} MiB"
+            )
             return
         try:
             saved = self.reload.opened(path)
-            moved = 0.0 if saved is None else gap(self.opened.run(self.reload.call), saved.run(self.reload.call))
+            moved = (
+                0.0 if saved is None else gap(self.opened.run(self.reload.call), saved.run(self.reload.call))
+            )
         except TdpassError as error:
-            raise DifferenceError(f"what was saved does not load or run again, and is kept as {_set_aside(path)}: {error}") from error
+            raise DifferenceError(
+                f"what was saved does not load or run again, and is kept as {_set_aside(path)}: {error}"
+            ) from error
         if moved > ROUNDING:
             kept = _set_aside(path)
-            raise DifferenceError(f"what was saved answers otherwise than the model, off by {moved:.3g} of its outputs' size, and is kept as {kept}")
+            raise DifferenceError(
+                f"what was saved answers otherwise than the model, off by {moved:.3g} of its outputs' size, and is kept as {kept}"
+            )
 
     def save_all(self, folder: Path | str) -> list[Path]:
         """Write model, plan.json, report.json and report.html into a folder; returns the paths."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        paths = [target / f"model{self.suffix}", target / "plan.json", target / "report.json", target / "report.html"]
+        paths = [
+            target / f"model{self.suffix}",
+            target / "plan.json",
+            target / "report.json",
+            target / "report.html",
+        ]
         data = self.save(paths[0])
         self.plan.save(paths[1])
         self.report.save(paths[2])
@@ -113,11 +138,13 @@ def _set_aside(path: Path) -> Path:
 def load(path: Path | str, model: nn.Module) -> nn.Module:
     """Put a saved `.safetensors` artifact on a dense model of the class it was made from, in place.
 
-    Everything is checked before anything is allocated or changed: raises `InvalidModelError` for a damaged file, `PlanError`
-    where names, shapes or ranks do not fit.  No pickle is ever read.
+    Everything is checked before anything is allocated or changed: raises `InvalidModelError` for a damaged
+    file, `PlanError` where names, shapes or ranks do not fit.  No pickle is ever read.
     """
     if not isinstance(model, nn.Module):
-        raise UsageError(f"load puts a .safetensors artifact on an nn.Module, not on a {type(model).__name__}; .onnx and .pt2 files load by themselves")
+        raise UsageError(
+            f"load puts a .safetensors artifact on an nn.Module, not on a {type(model).__name__}; .onnx and .pt2 files load by themselves"
+        )
     return load_module(_path(path), model)
 
 

@@ -25,7 +25,8 @@ def interleaved(
 ) -> list[list[float]]:
     """Seconds per call of every candidate in every round; the order is shuffled, the same way in every run.
 
-    A candidate is first run for `warm_up` seconds; a short call is repeated within its round until it fills `least` seconds.
+    A candidate is first run for `warm_up` seconds; a short call is repeated within its round until it fills
+    `least` seconds.
     """
     repeats = []
     for index, call in enumerate(calls):
@@ -46,11 +47,13 @@ def interleaved(
     return seconds
 
 
-def on_cpu(calls: Sequence[Call], threads: int, rounds: int, least: float = 2e-3, warm_up: float = 5e-3) -> list[float]:
+def on_cpu(
+    calls: Sequence[Call], threads: int, rounds: int, least: float = 2e-3, warm_up: float = 5e-3
+) -> list[float]:
     """Seconds of each call.
 
-    At one thread the median of processor time, which stands still while the process waits for its turn; at more the least wall
-    time, since medians drown in what else the machine does.
+    At one thread the median of processor time, which stands still while the process waits for its turn; at
+    more the least wall time, since medians drown in what else the machine does.
     """
     with threads_of_torch(threads):
         if threads == 1:

@@ -14,10 +14,10 @@ BudgetValue = float | int | str
 
 
 class Cost(Plain):
-    """Amounts of registered measures, such as stored numbers and multiply-adds per sample; they add up over layers.
+    """Amounts of registered measures, such as stored numbers and multiply-adds per sample.
 
-    A measure that is not given is 0: `seconds` where nothing was timed. A difference may be negative, what a file says may not.
-    Raises `UsageError` for a measure that is not registered.
+    They add up over layers. A measure that is not given is 0: `seconds` where nothing was timed. A difference
+    may be negative, what a file says may not. Raises `UsageError` for a measure that is not registered.
 
     >>> cost = Cost(params=10, macs=100) + Cost(macs=20, cycles=7)
     >>> cost.macs, cost.get("cycles"), cost.get("joules")
@@ -26,7 +26,14 @@ class Cost(Plain):
 
     __slots__ = ("_amounts",)
 
-    def __init__(self, params: int = 0, macs: int = 0, bytes: int = 0, seconds: float = 0.0, **others: float) -> None:  # noqa: A002
+    def __init__(
+        self,
+        params: int = 0,
+        macs: int = 0,
+        bytes: int = 0,  # noqa: A002
+        seconds: float = 0.0,
+        **others: float,
+    ) -> None:
         for name in others:
             MEASURES.get(name)
         self._amounts = {"params": params, "macs": macs, "bytes": bytes, "seconds": seconds, **others}
@@ -57,7 +64,10 @@ class Cost(Plain):
         return self._amounts["seconds"]
 
     def get(self, measure: str) -> float:
-        """The amount of one measure by name; a whole number where the measure counts.  Raises `UsageError` for an unknown one."""
+        """The amount of one measure by name; a whole number where the measure counts.
+
+        Raises `UsageError` for an unknown one.
+        """
         return self._amounts.get(MEASURES.get(measure).name, 0)
 
     def replace(self, **amounts: float) -> Cost:
@@ -78,7 +88,9 @@ class Cost(Plain):
             raise ValueError(f"expected amounts by measure, not {found!r}")  # noqa: TRY004 - of a file, not of a caller
         for name, value in found.items():
             if name not in MEASURES:
-                raise ValueError(f"measure {name!r} is not known; known: {', '.join(measure.name for measure in measures())}")
+                raise ValueError(
+                    f"measure {name!r} is not known; known: {', '.join(measure.name for measure in measures())}"
+                )
             fault = MEASURES.get(name).fault(value)
             if fault:
                 raise ValueError(fault)
@@ -86,7 +98,11 @@ class Cost(Plain):
 
     def shares(self, original: Cost) -> dict[str, float]:
         """What is left of each measure that needs no target, of those that the original has some of."""
-        return {measure: self.get(measure) / original.get(measure) for measure in counted() if original.get(measure)}
+        return {
+            measure: self.get(measure) / original.get(measure)
+            for measure in counted()
+            if original.get(measure)
+        }
 
     def __add__(self, other: Cost) -> Cost:
         return Cost.of({name: self.get(name) + other.get(name) for name in self._with(other)})
@@ -95,7 +111,9 @@ class Cost(Plain):
         return Cost.of({name: self.get(name) - other.get(name) for name in self._with(other)})
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Cost) and all(self.get(name) == other.get(name) for name in self._with(other))
+        return isinstance(other, Cost) and all(
+            self.get(name) == other.get(name) for name in self._with(other)
+        )
 
     def __hash__(self) -> int:
         return hash(frozenset((name, value) for name, value in self._amounts.items() if value))
@@ -132,7 +150,10 @@ class Bound:
 
     @classmethod
     def parse(cls, measure: str, value: BudgetValue) -> Bound:
-        """Read `0.4` or `"40%"` (fractions), `"120M"` or, for seconds, `"3ms"` (absolute); raises `BudgetError` on anything else."""
+        """Read `0.4` or `"40%"` (fractions), `"120M"` or, for seconds, `"3ms"` (absolute).
+
+        Raises `BudgetError` on anything else.
+        """
         known = MEASURES.get(measure)
         allowed = f"write {measure} as a fraction in (0, 1] such as 0.4 or '40%', or as an absolute number with a unit such as {known.example!r}"
         if isinstance(value, bool) or not isinstance(value, Real | str):
@@ -146,11 +167,16 @@ class Bound:
                 return cls(absolute, fraction=False, measure=measure)
             value = _number(text, measure, allowed)
         if not 0 < float(value) <= 1:
-            raise BudgetError(f"budget {measure}={value!r} is neither a fraction in (0, 1] nor an absolute number with a unit; {allowed}")
+            raise BudgetError(
+                f"budget {measure}={value!r} is neither a fraction in (0, 1] nor an absolute number with a unit; {allowed}"
+            )
         return cls(float(value), fraction=True, measure=measure)
 
     def limit(self, original: float) -> float:
-        """The largest allowed value for a model that costs `original`; a whole number where the measure counts."""
+        """The largest allowed value for a model that costs `original`.
+
+        A whole number where the measure counts.
+        """
         value = self.value * original if self.fraction else self.value
         return int(value + 1e-6 * self.fraction) if MEASURES.get(self.measure).whole else value
 
@@ -176,17 +202,23 @@ class Budget:
         if isinstance(spec, Real | str):
             spec = {default: spec}
         if not isinstance(spec, Mapping):
-            raise BudgetError(f"budget={spec!r} is not understood; write 0.4, or a measure with its bound such as {{'macs': 0.4}}")
+            raise BudgetError(
+                f"budget={spec!r} is not understood; write 0.4, or a measure with its bound such as {{'macs': 0.4}}"
+            )
         bounds: list[tuple[str, Bound]] = []
         max_error: float | None = None
         for name, value in spec.items():
             measure = measure_named(name)
             if any(measure == given for given, _ in bounds):
-                raise BudgetError(f"budget {measure} is given twice, once as another word for it; give it once")
+                raise BudgetError(
+                    f"budget {measure} is given twice, once as another word for it; give it once"
+                )
             if measure == "max_error":
                 max_error = _number(value, measure, "give the largest relative error of a site, in (0, 1]")
                 if not 0 < max_error <= 1:
-                    raise BudgetError(f"budget max_error={value!r} is outside (0, 1]; it is the largest relative error of a site")
+                    raise BudgetError(
+                        f"budget max_error={value!r} is outside (0, 1]; it is the largest relative error of a site"
+                    )
             elif measure in MEASURES:
                 bounds.append((measure, Bound.parse(measure, value)))
             else:

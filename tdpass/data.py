@@ -28,10 +28,11 @@ _ALLOWED = "give a tensor, an array, a dict by input name, an .npz or .npy file,
 def as_batches(data: object, samples: int = 512, batch_size: int = 64) -> list[Batch]:
     """Up to `samples` samples of calibration data as batches of at most `batch_size`, whichever model they are for.
 
-    A tensor or array is the one input; a dict holds inputs by name; a tuple of tensors holds positional inputs; an iterable
-    yields any of these, where a pair of a tensor and a one-axis integer tensor is read as (input, labels).  Integers stay
-    integers, floats become float32.  Raises `UsageError` for anything else and for inputs that share no first axis,
-    `InvalidModelError` for a file that cannot be read or values that are not finite.
+    A tensor or array is the one input; a dict holds inputs by name; a tuple of tensors holds positional
+    inputs; an iterable yields any of these, where a pair of a tensor and a one-axis integer tensor is read as
+    (input, labels).  Integers stay integers, floats become float32.  Raises `UsageError` for anything else
+    and for inputs that share no first axis, `InvalidModelError` for a file that cannot be read or values that
+    are not finite.
     """
     _at_least_one(samples, batch_size)
     batches: list[Batch] = []
@@ -39,25 +40,35 @@ def as_batches(data: object, samples: int = 512, batch_size: int = 64) -> list[B
     for batch in _read_calls(data, Signature(others=True), []):
         _check_first_axis(batch)
         taken = min(left, batch.size)
-        batches += [batch.part(start, min(start + batch_size, taken)) for start in range(0, taken, batch_size)]
+        batches += [
+            batch.part(start, min(start + batch_size, taken)) for start in range(0, taken, batch_size)
+        ]
         left -= taken
         if left <= 0:
             break
     return _some(batches)
 
 
-def calls_of(model: Model, data: object, samples: int = 512, batch_size: int = 64) -> tuple[list[Batch], list[str]]:
+def calls_of(
+    model: Model, data: object, samples: int = 512, batch_size: int = 64
+) -> tuple[list[Batch], list[str]]:
     """Calibration data as calls that the model takes, up to `samples` samples, and what is to be said of it.
 
-    The kinds of data are those of `as_batches`, a `Dataset` of single samples, and a folder of images (see `photographs`).  Inputs
-    whose samples lie along another axis, scalars beside a batch, calls of a fixed size, samples without an axis of their own and samples
-    of different sizes are put as the model takes them: samples are cut and put together, at most `batch_size` in a call, only where
-    that changes no answer (see `Calls`).  Named values that the model does not take, such as labels, are left out; the only array is
-    the only input, whatever it is called.  Raises `InvalidModelError` for what does not fit it, else as `as_batches`.
+    The kinds of data are those of `as_batches`, a `Dataset` of single samples, and a folder of images (see
+    `photographs`).  Inputs whose samples lie along another axis, scalars beside a batch, calls of a fixed
+    size, samples without an axis of their own and samples of different sizes are put as the model takes them:
+    samples are cut and put together, at most `batch_size` in a call, only where that changes no answer (see
+    `Calls`).  Named values that the model does not take, such as labels, are left out; the only array is the
+    only input, whatever it is called.  Raises `InvalidModelError` for what does not fit it, else as
+    `as_batches`.
     """
     _at_least_one(samples, batch_size)
     notes: list[str] = []
-    read = photographs(Path(data), _sample(model), samples) if isinstance(data, str | Path) and Path(data).is_dir() else data
+    read = (
+        photographs(Path(data), _sample(model), samples)
+        if isinstance(data, str | Path) and Path(data).is_dir()
+        else data
+    )
     calls = Calls(model, batch_size, notes).of(_read_calls(read, model.signature(), notes), samples)
     return _some(list(calls)), notes
 
@@ -69,7 +80,11 @@ def _sample(model: Model) -> tuple[int, ...] | None:
         return tuple(example.tensors[0].shape[1:])
     dims = declared[0].dims if declared else None
     sizes = () if dims is None else dims[1:]
-    return tuple(size for size in sizes if isinstance(size, int)) if sizes and all(isinstance(size, int) for size in sizes) else None
+    return (
+        tuple(size for size in sizes if isinstance(size, int))
+        if sizes and all(isinstance(size, int) for size in sizes)
+        else None
+    )
 
 
 def _at_least_one(samples: int, batch_size: int) -> None:
@@ -99,27 +114,48 @@ def _whole(data: object, signature: Signature, notes: list[str]) -> Batch | None
     if isinstance(data, Tensor | np.ndarray):
         return Batch((_tensor(data),))
     if isinstance(data, Mapping):
-        return _only_input(data, signature, notes) or Batch((), {name: _tensor(value) for name, value in _taken(data, signature, notes).items()})
-    if isinstance(data, tuple) and data and all(isinstance(value, _NUMBERS) for value in data) and not isinstance(data[0], _SCALARS):
+        return _only_input(data, signature, notes) or Batch(
+            (), {name: _tensor(value) for name, value in _taken(data, signature, notes).items()}
+        )
+    if (
+        isinstance(data, tuple)
+        and data
+        and all(isinstance(value, _NUMBERS) for value in data)
+        and not isinstance(data[0], _SCALARS)
+    ):
         return Batch(_without_labels([_tensor(value) for value in data], signature))
     return None
 
 
 def _only_input(data: Mapping[object, object], signature: Signature, notes: list[str]) -> Batch | None:
-    """The one array, or the one beside labels, for a model of one input that has another name; None where it is not that."""
-    if signature.others or signature.required > 1 or len(signature.inputs) != 1 or len(data) > 2 or any(signature.takes(str(name)) for name in data):
+    """The one array, or the one beside labels, for a model of one input that has another name.
+
+    None where it is not that.
+    """
+    if (
+        signature.others
+        or signature.required > 1
+        or len(signature.inputs) != 1
+        or len(data) > 2
+        or any(signature.takes(str(name)) for name in data)
+    ):
         return None
     tensors = _without_labels([_tensor(value) for value in data.values()], signature)
     if len(tensors) != 1:
         return None
-    note = f"{next(iter(data))!r} in the data is taken for the model's only input, {signature.inputs[0].name!r}"
+    note = (
+        f"{next(iter(data))!r} in the data is taken for the model's only input, {signature.inputs[0].name!r}"
+    )
     if note not in notes:
         notes.append(note)
     return Batch(tensors)
 
 
 def _taken(data: Mapping[object, object], signature: Signature, notes: list[str]) -> dict[str, object]:
-    """The named values that the model takes; all of them where it takes too few, so that the error can say so."""
+    """The named values that the model takes.
+
+    All of them where it takes too few, so that the error can say so.
+    """
     named = {str(name): value for name, value in data.items()}
     taken = {name: value for name, value in named.items() if signature.takes(name)}
     if not taken:
@@ -139,19 +175,28 @@ def _each(data: object, signature: Signature, notes: list[str]) -> Iterator[Batc
     for item in data:
         batch = _whole(tuple(item) if isinstance(item, list) else item, signature, notes)
         if batch is None:
-            raise UsageError(f"a calibration batch of type {type(item).__name__} is not understood; {_ALLOWED}")
+            raise UsageError(
+                f"a calibration batch of type {type(item).__name__} is not understood; {_ALLOWED}"
+            )
         yield batch
 
 
 def _is_map_style(data: object) -> TypeIs[Dataset[Any]]:
     """Whether it gives single samples by their index, as the data sets of torch and Hugging Face do."""
     library = type(data).__module__.partition(".")[0]
-    return (isinstance(data, Dataset) and not isinstance(data, IterableDataset)) or (library == "datasets" and hasattr(data, "__getitem__"))
+    return (isinstance(data, Dataset) and not isinstance(data, IterableDataset)) or (
+        library == "datasets" and hasattr(data, "__getitem__")
+    )
 
 
 def _without_labels(tensors: Sequence[Tensor], signature: Signature) -> tuple[Tensor, ...]:
     """The tensors without the labels that data sets pair with an input: integers of at most one axis, where the model needs one input only."""
-    labelled = len(tensors) == 2 and tensors[1].dim() <= 1 and not tensors[1].is_floating_point() and tensors[0].dim() > tensors[1].dim()
+    labelled = (
+        len(tensors) == 2
+        and tensors[1].dim() <= 1
+        and not tensors[1].is_floating_point()
+        and tensors[0].dim() > tensors[1].dim()
+    )
     return tuple(tensors[:1] if labelled and signature.required < 2 else tensors)
 
 
@@ -171,12 +216,16 @@ def _array(value: object) -> np.ndarray:
     try:
         return np.asarray(value)
     except (ValueError, TypeError) as error:
-        raise UsageError(f"calibration data of type {type(value).__name__} is not understood ({error}); {_ALLOWED}") from None
+        raise UsageError(
+            f"calibration data of type {type(value).__name__} is not understood ({error}); {_ALLOWED}"
+        ) from None
 
 
 def _check(batch: Batch) -> None:
     if any(tensor.numel() == 0 for tensor in batch.tensors) or not batch.tensors:
-        raise UsageError(f"inputs of shapes {[tuple(t.shape) for t in batch.tensors]} hold no number; give at least one sample")
+        raise UsageError(
+            f"inputs of shapes {[tuple(t.shape) for t in batch.tensors]} hold no number; give at least one sample"
+        )
     for tensor in batch.tensors:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InvalidModelError("the calibration data holds NaN or infinite values; clean it first")
@@ -185,7 +234,9 @@ def _check(batch: Batch) -> None:
 def _check_first_axis(batch: Batch) -> None:
     sizes = {tensor.shape[0] if tensor.dim() else None for tensor in batch.tensors}
     if len(sizes) != 1 or None in sizes:
-        raise UsageError(f"inputs of shapes {[tuple(t.shape) for t in batch.tensors]} do not share a first axis of samples; stack samples along axis 0")
+        raise UsageError(
+            f"inputs of shapes {[tuple(t.shape) for t in batch.tensors]} do not share a first axis of samples; stack samples along axis 0"
+        )
 
 
 def _read(path: Path) -> object:

@@ -32,19 +32,25 @@ class Deployment:
     fused: int
 
 
-def deploy(model: object, example_inputs: ExampleInputs, path: Path | str, *, dynamic_batch: bool = False) -> Deployment:
+def deploy(
+    model: object, example_inputs: ExampleInputs, path: Path | str, *, dynamic_batch: bool = False
+) -> Deployment:
     """Write a model for a program that runs it.
 
-    `model`: what `compress` gave back or takes; it is left untouched.  `path`: `.pt2` is a package for AOTInductor's loader in C++ or
-    Python, compiled for this kind of processor, with the library of the fused operators beside it as `<stem>.tdpass_ops.so`;
-    `.onnx` is the graph in standard operators.  `dynamic_batch`: let the first axis of every input be of any size.
+    `model`: what `compress` gave back or takes; it is left untouched.  `path`: `.pt2` is a package for
+    AOTInductor's loader in C++ or Python, compiled for this kind of processor, with the library of the fused
+    operators beside it as `<stem>.tdpass_ops.so`; `.onnx` is the graph in standard operators.
+    `dynamic_batch`: let the first axis of every input be of any size.
 
-    Raises `KernelError` without a C++ compiler, `InvalidModelError` for a model that torch cannot export, `UsageError` for any
-    other suffix or without example inputs, `UnsupportedError` for an ONNX model that should become a package.
+    Raises `KernelError` without a C++ compiler, `InvalidModelError` for a model that torch cannot export,
+    `UsageError` for any other suffix or without example inputs, `UnsupportedError` for an ONNX model that
+    should become a package.
     """
     target = Path(path)
     if target.suffix not in SUFFIXES:
-        raise UsageError(f"cannot deploy to {target.name!r}; name a .pt2 file for AOTInductor, or an .onnx file")
+        raise UsageError(
+            f"cannot deploy to {target.name!r}; name a .pt2 file for AOTInductor, or an .onnx file"
+        )
     if not target.parent.is_dir():
         raise UsageError(f"there is no folder {target.parent}; make it, or name another")
     opened = open_model(model.model if isinstance(model, Artifact) else model)
@@ -65,7 +71,9 @@ def deploy(model: object, example_inputs: ExampleInputs, path: Path | str, *, dy
             export_onnx(module, example, dynamic_batch, made)
         else:
             if build.compiler() is None:
-                raise KernelError("compiling ahead of time takes a C++ compiler; install g++ or clang, set CXX, or deploy to .onnx")
+                raise KernelError(
+                    "compiling ahead of time takes a C++ compiler; install g++ or clang, set CXX, or deploy to .onnx"
+                )
             network, layers = fused(module)
             if layers:
                 shutil.copyfile(binding.build(), folder / f"{target.stem}{OPS_SUFFIX}")
@@ -78,12 +86,14 @@ def deploy(model: object, example_inputs: ExampleInputs, path: Path | str, *, dy
 def load_deployed(path: Path | str) -> Callable[..., Any]:
     """A `.pt2` package that `deploy` wrote, as a function of the model's inputs.
 
-    Its operators come from the library beside it, or from tdpass itself where that cannot be loaded.  Raises `UsageError` for another
-    suffix, `InvalidModelError` where the package is missing or damaged.
+    Its operators come from the library beside it, or from tdpass itself where that cannot be loaded.  Raises
+    `UsageError` for another suffix, `InvalidModelError` where the package is missing or damaged.
     """
     package = Path(path)
     if package.suffix != ".pt2":
-        raise UsageError(f"cannot load {package.name!r} as a compiled package; name a .pt2 file that tdpass.deploy wrote, or open .onnx with ONNX Runtime")
+        raise UsageError(
+            f"cannot load {package.name!r} as a compiled package; name a .pt2 file that tdpass.deploy wrote, or open .onnx with ONNX Runtime"
+        )
     if not package.is_file():
         raise InvalidModelError(f"there is no file {package}; check the path")
     library = package.with_name(f"{package.stem}{OPS_SUFFIX}")

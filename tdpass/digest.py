@@ -26,6 +26,10 @@ def digest_of(parts: Iterable[Tensor | str | None]) -> str:
         else:
             tensor = part.detach().cpu().contiguous()
             state.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            state.update(np.ascontiguousarray(tensor.reshape(-1).view(torch.uint8).numpy()).data if tensor.numel() else b"")
+            state.update(
+                np.ascontiguousarray(tensor.reshape(-1).view(torch.uint8).numpy()).data
+                if tensor.numel()
+                else b""
+            )
         state.update(b"|")
     return state.hexdigest()

@@ -34,10 +34,20 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 LARGEST_FILE = 1 << 28
 _DEEPEST = 64
 _MOST_NODES = 1 << 22
-_MOST_WRITTEN = 1 << 16  # in YAML, which people write, and whose aliases can stand for far more than the file holds
+_MOST_WRITTEN = (
+    1 << 16
+)  # in YAML, which people write, and whose aliases can stand for far more than the file holds
 _LARGEST_WHOLE = 1 << 63
 # what PyYAML raises for tags and scalars that it cannot construct
-_YAML_FAULTS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError)
+_YAML_FAULTS = (
+    yaml.YAMLError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 class Plain(ABC):
@@ -59,9 +69,9 @@ class Plain(ABC):
 class Document(Generic[T]):
     """One kind of file: the schema of its content, a dataclass or a collection of these, and what to say of one that does not follow it.
 
-    Strict: no value is converted but a whole number to a float; keys that the schema lacks or that are given twice are refused, and
-    so are numbers that are not finite, unless `finite` says otherwise.  `version` is that of the files, where they say one; `sound`
-    raises `ValueError` for content that contradicts itself.
+    Strict: no value is converted but a whole number to a float; keys that the schema lacks or that are given
+    twice are refused, and so are numbers that are not finite, unless `finite` says otherwise.  `version` is
+    that of the files, where they say one; `sound` raises `ValueError` for content that contradicts itself.
     """
 
     noun: str
@@ -82,7 +92,9 @@ class Document(Generic[T]):
             found = json.loads(text, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
             raise self._refused(source, f"it is not JSON: {error}") from None
-        if self.version is not None and (not isinstance(found, dict) or found.pop("version", None) != self.version):
+        if self.version is not None and (
+            not isinstance(found, dict) or found.pop("version", None) != self.version
+        ):
             raise self._refused(source, f"it is not of version {self.version}")
         return self.check(found, source)
 
@@ -163,16 +175,27 @@ def _fits(value: object, arm: Any) -> bool:
     except msgspec.ValidationError:
         return isinstance(arm, type) and isinstance(value, arm) and not isinstance(value, bool)
     except TypeError:  # a type that no file can hold, such as a protocol
-        return isinstance(value, str | Path) if arm is Path else not isinstance(value, str | int | float | list | Mapping)
+        return (
+            isinstance(value, str | Path)
+            if arm is Path
+            else not isinstance(value, str | int | float | list | Mapping)
+        )
     return True
 
 
 def _named(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and get_origin(hint) is None else re.sub(r"[\w.]+\.(?=\w)", "", str(hint))
+    return (
+        hint.__name__
+        if isinstance(hint, type) and get_origin(hint) is None
+        else re.sub(r"[\w.]+\.(?=\w)", "", str(hint))
+    )
 
 
 def read_text(path: Path, error: type[TdpassError]) -> str:
-    """The text of a file of at most `LARGEST_FILE` bytes; raises `error` when it is missing, unreadable, larger or not text."""
+    """The text of a file of at most `LARGEST_FILE` bytes.
+
+    Raises `error` when it is missing, unreadable, larger or not text.
+    """
     try:
         size = path.stat().st_size
         if size > LARGEST_FILE:
@@ -184,7 +207,10 @@ def read_text(path: Path, error: type[TdpassError]) -> str:
 
 
 def read_yaml(path: Path, noun: str, hint: str) -> Any:
-    """What a YAML file holds; raises `UsageError` naming the `noun`, with the `hint`, where it cannot be read."""
+    """What a YAML file holds.
+
+    Raises `UsageError` naming the `noun`, with the `hint`, where it cannot be read.
+    """
     try:
         return yaml_value(read_text(path, UsageError))
     except UsageError as error:
@@ -192,12 +218,17 @@ def read_yaml(path: Path, noun: str, hint: str) -> Any:
 
 
 def yaml_value(text: str) -> Any:
-    """A value written in YAML; raises `UsageError` for what is not YAML, and for keys given twice, runaway aliases and infinite numbers."""
+    """A value written in YAML.
+
+    Raises `UsageError` for what is not YAML, and for keys given twice, runaway aliases and infinite numbers.
+    """
     try:
         found = yaml.load(text, _Loader)  # noqa: S506 - a safe loader
         _check_plain(found, _MOST_WRITTEN)
     except _YAML_FAULTS as error:
-        raise UsageError(f"it is not plain YAML: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
+        raise UsageError(
+            f"it is not plain YAML: {next(iter(str(error).splitlines()), type(error).__name__)}"
+        ) from None
     return found
 
 
@@ -206,7 +237,10 @@ _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, refusing a key that is given twice; `2:4` is text, as in YAML 1.2, and no number to base 60."""
+    """The safe loader, refusing a key that is given twice.
+
+    `2:4` is text, as in YAML 1.2, and no number to base 60.
+    """
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         tag = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
@@ -253,7 +287,11 @@ def _check_plain(found: object, most: int = _MOST_NODES, finite: bool = True) ->
             raise ValueError(f"{value} is not a finite number")
         if isinstance(value, int) and not -_LARGEST_WHOLE <= value < _LARGEST_WHOLE:
             raise ValueError(f"a number of {value.bit_length()} bits is too large")
-        if isinstance(value, str) and not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        if (
+            isinstance(value, str)
+            and not value.isascii()
+            and any("\ud800" <= character <= "\udfff" for character in value)
+        ):
             raise ValueError(f"{value!r} is not text")
 
 
@@ -273,7 +311,9 @@ def _check_known(found: object, understood: object, place: str = "$") -> None:
     if isinstance(found, Mapping) and isinstance(understood, Mapping):
         unknown = [key for key in found if key not in understood]
         if unknown:
-            raise ValueError(f"unknown key {unknown[0]!r} at {place}; known: {', '.join(map(str, understood)) or 'none'}")
+            raise ValueError(
+                f"unknown key {unknown[0]!r} at {place}; known: {', '.join(map(str, understood)) or 'none'}"
+            )
         for key, value in found.items():
             _check_known(value, understood[key], f"{place}.{key}")
     elif isinstance(found, list | tuple) and isinstance(understood, list | tuple):

@@ -6,7 +6,8 @@ from __future__ import annotations
 class TdpassError(Exception):
     """Root of all errors that a user can act on.
 
-    `artifact` is the `Artifact` that was made before the error was found, so that the work is not lost; None where there is none.
+    `artifact` is the `Artifact` that was made before the error was found, so that the work is not lost; None
+    where there is none.
     """
 
     artifact: object = None
@@ -53,4 +54,7 @@ class WriteError(TdpassError):
 
 
 class DifferenceError(TdpassError):
-    """A result whose outputs differ from the original's by more than was to be expected; the message names the pass that did it."""
+    """A result whose outputs differ from the original's by more than was to be expected.
+
+    The message names the pass that did it.
+    """

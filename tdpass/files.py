@@ -35,8 +35,8 @@ def cache_folder() -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; on success it is flushed and renamed over it, on failure it is removed.
 
-    What processes that are no more left in that folder is removed as well.  Raises `UsageError` when the folder does not exist or
-    cannot be written, `WriteError` when the disk is full.
+    What processes that are no more left in that folder is removed as well.  Raises `UsageError` when the
+    folder does not exist or cannot be written, `WriteError` when the disk is full.
     """
     try:
         remove_stale(path.parent)
@@ -60,13 +60,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, for what becomes several files; removed at the end, by a later run where this one is killed.
+    """A temporary folder beside `path`, for what becomes several files.
 
-    Raises `UsageError` as `replacing` does.
+    Removed at the end, by a later run where this one is killed. Raises `UsageError` as `replacing` does.
     """
     try:
         remove_stale(path.parent)
-        with tempfile.TemporaryDirectory(prefix=_prefix(path.name), suffix=_SUFFIX, dir=path.parent, ignore_cleanup_errors=True) as folder, _room_for(path):
+        with (
+            tempfile.TemporaryDirectory(
+                prefix=_prefix(path.name), suffix=_SUFFIX, dir=path.parent, ignore_cleanup_errors=True
+            ) as folder,
+            _room_for(path),
+        ):
             yield Path(folder)
     except OSError as error:
         raise _unwritable(path, error) from None
@@ -84,11 +89,16 @@ def check_writable(path: Path) -> None:
 
 
 def make_folder(folder: Path, option: str) -> None:
-    """Make a folder, and those above it, where they are not there; raises `UsageError` naming the option it was given by."""
+    """Make a folder, and those above it, where they are not there.
+
+    Raises `UsageError` naming the option it was given by.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot make the folder {folder}: {error.strerror}; name another with {option}") from None
+        raise UsageError(
+            f"cannot make the folder {folder}: {error.strerror}; name another with {option}"
+        ) from None
 
 
 @contextmanager
@@ -97,14 +107,23 @@ def _room_for(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full = error.errno in _FULL if isinstance(error, OSError) else "No space left" in str(error) or "os error 28" in str(error)
+        full = (
+            error.errno in _FULL
+            if isinstance(error, OSError)
+            else "No space left" in str(error) or "os error 28" in str(error)
+        )
         if not full:
             raise
-        raise WriteError(f"cannot write {path}: no space is left there; free some, or name another place (what was there is as it was)") from error
+        raise WriteError(
+            f"cannot write {path}: no space is left there; free some, or name another place (what was there is as it was)"
+        ) from error
 
 
 def scratch_folder() -> Path:
-    """A new folder for temporary files, which whoever asks removes; what killed processes left of theirs is removed now."""
+    """A new folder for temporary files, which whoever asks removes.
+
+    What killed processes left of theirs is removed now.
+    """
     remove_stale(Path(tempfile.gettempdir()))
     return Path(tempfile.mkdtemp(prefix=_prefix("").lstrip(".")))
 
@@ -147,4 +166,6 @@ def _is_stale(host: str, process: int, place: Path) -> bool:
 
 
 def _unwritable(path: Path, error: OSError) -> UsageError:
-    return UsageError(f"cannot write {path}: {error.strerror or error}; name a file in a folder that exists and is writable")
+    return UsageError(
+        f"cannot write {path}: {error.strerror or error}; name a file in a folder that exists and is writable"
+    )

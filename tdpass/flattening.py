@@ -12,7 +12,10 @@ import msgspec
 
 
 class Flattened:
-    """A dataclass whose fields stand, in a document, among those of the record that holds it; a default is not written."""
+    """A dataclass whose fields stand, in a document, among those of the record that holds it.
+
+    A default is not written.
+    """
 
 
 Record = dict[str, Any]
@@ -66,7 +69,10 @@ def _reshaped(tree: Any, hint: Any, change: Callable[[Record, str, type], Record
 
 def _gather(record: Record, name: str, part: type) -> Record:
     keys = hints_of(part)
-    return {**{key: value for key, value in record.items() if key not in keys}, name: {key: record[key] for key in keys if key in record}}
+    return {
+        **{key: value for key, value in record.items() if key not in keys},
+        name: {key: record[key] for key in keys if key in record},
+    }
 
 
 def _spread(record: Record, name: str, part: type) -> Record:
@@ -77,14 +83,22 @@ def _spread(record: Record, name: str, part: type) -> Record:
 
 
 def _without_defaults(record: Record, name: str, part: Any) -> Record:
-    defaults = {field.name: msgspec.to_builtins(field.default) for field in fields(part) if field.default is not MISSING}
-    said = {key: value for key, value in record[name].items() if key not in defaults or value != defaults[key]}
+    defaults = {
+        field.name: msgspec.to_builtins(field.default)
+        for field in fields(part)
+        if field.default is not MISSING
+    }
+    said = {
+        key: value for key, value in record[name].items() if key not in defaults or value != defaults[key]
+    }
     return _spread({**record, name: said}, name, part)
 
 
 @cache
 def _held(cls: type) -> tuple[str, ...]:
-    return tuple(name for name, hint in hints_of(cls).items() if isinstance(hint, type) and issubclass(hint, Flattened))
+    return tuple(
+        name for name, hint in hints_of(cls).items() if isinstance(hint, type) and issubclass(hint, Flattened)
+    )
 
 
 @cache

@@ -61,7 +61,9 @@ class Form(Flattened):
             object.__setattr__(self, key, value)
 
     def __str__(self) -> str:
-        return " ".join(part for part in (self.format, self.size, ",".join(self.numbers), self.support) if part)
+        return " ".join(
+            part for part in (self.format, self.size, ",".join(self.numbers), self.support) if part
+        )
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -123,7 +125,12 @@ class Form(Flattened):
         rank = parts.pop(0) if parts and _RANK.fullmatch(parts[0]) else ""
         numbers = parts.pop(0).split(",") if parts and not _supports(parts[0]) else []
         support = parts.pop(0) if parts else ""
-        if not name or parts or not all(map(_NUMBERS.fullmatch, numbers)) or (support and not _supports(support)):
+        if (
+            not name
+            or parts
+            or not all(map(_NUMBERS.fullmatch, numbers))
+            or (support and not _supports(support))
+        ):
             raise PlanError(f"form {text!r} is not understood; {_GRAMMAR}")
         sizes = tuple(int(size) for size in rank.split("x") if size)
         return cls(name, sizes, tuple(numbers), support, channels.get("in"), channels.get("out"))

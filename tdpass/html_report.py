@@ -1,7 +1,8 @@
 """The report as one self-contained HTML page.
 
-The page loads nothing: style and script are inline and allowed by hash in its own content security policy, charts are
-inline SVG, and it reads and switches measures without script; script only adds sorting and a filter.
+The page loads nothing: style and script are inline and allowed by hash in its own content security policy,
+charts are inline SVG, and it reads and switches measures without script; script only adds sorting and a
+filter.
 """
 
 from __future__ import annotations
@@ -27,7 +28,15 @@ from tdpass.views.html_figures import figures
 from tdpass.views.html_left_alone import left_alone
 from tdpass.views.html_network import strip
 from tdpass.views.html_passes import passes
-from tdpass.views.html_sites import SWITCHED, breakable, colours, common_prefix, composition, format_table, site_table
+from tdpass.views.html_sites import (
+    SWITCHED,
+    breakable,
+    colours,
+    common_prefix,
+    composition,
+    format_table,
+    site_table,
+)
 from tdpass.views.html_training import training
 from tdpass.views.training import destroyed, other_checks
 
@@ -46,7 +55,10 @@ class _Page(NamedTuple):
 
     def policy(self) -> str:
         """Nothing is loaded, and only this style and this script are allowed."""
-        style, script = (base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() for content in (self.css, self.js))
+        style, script = (
+            base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+            for content in (self.css, self.js)
+        )
         return f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; base-uri 'none'; form-action 'none'"
 
 
@@ -80,23 +92,39 @@ def render_html(report: Report, plan: RankPlan | None = None, against: Report | 
         title=text(f"{name} - tdpass report"),
         header=_header(report, rows, name),
         figures=figures(report, rows, original, final),
-        navigation=join(tag("a", anchor.replace("-", " ").capitalize(), href=f"#{anchor}") for anchor in shown),
+        navigation=join(
+            tag("a", anchor.replace("-", " ").capitalize(), href=f"#{anchor}") for anchor in shown
+        ),
         switch=_switch(original),
         sections=join(_section(anchor, title, body) for anchor, (title, body) in shown.items()),
     )
 
 
 def _section(anchor: str, title: str, body: Html) -> Html:
-    return tag("section", tag("h2", title, id=f"{anchor}-title"), body, id=anchor, aria_labelledby=f"{anchor}-title")
+    return tag(
+        "section", tag("h2", title, id=f"{anchor}-title"), body, id=anchor, aria_labelledby=f"{anchor}-title"
+    )
 
 
 def _header(report: Report, rows: Sequence[SiteRow], name: str) -> Html:
     done = not report.dry_run
     broken = destroyed(report)
-    facts = [fact for fact in (f"budget {report.budget}" if report.budget else "", report.frontend, _moment(report.created)) if fact]
+    facts = [
+        fact
+        for fact in (
+            f"budget {report.budget}" if report.budget else "",
+            report.frontend,
+            _moment(report.created),
+        )
+        if fact
+    ]
     return join(
         [
-            tag("p", "tdpass report" if done else "tdpass plan: a dry run, the model is untouched", class_="eyebrow"),
+            tag(
+                "p",
+                "tdpass report" if done else "tdpass plan: a dry run, the model is untouched",
+                class_="eyebrow",
+            ),
             tag("h1", breakable(name)),
             tag("p", " · ".join(facts), class_="muted") if facts else None,
             tag("p", tag("strong", broken), class_="alarm", role="alert") if broken else None,
@@ -114,38 +142,73 @@ def _moment(created: str) -> str:
 def _switch(original: Cost) -> Html:
     chosen = "macs" if original.macs else "params"
     choices = [
-        tag("label", tag("input", type="radio", name="measure", id=f"measure-{name}", value=name, checked=name == chosen), tag("span", title))
+        tag(
+            "label",
+            tag(
+                "input",
+                type="radio",
+                name="measure",
+                id=f"measure-{name}",
+                value=name,
+                checked=name == chosen,
+            ),
+            tag("span", title),
+        )
         for name, title in SWITCHED.items()
     ]
     return tag("fieldset", tag("legend", "Cost shown as", class_="unseen"), *choices, class_="switch")
 
 
-def _overview(report: Report, rows: Sequence[SiteRow], original: Cost, final: Cost, colour: Mapping[str, str]) -> Html | None:
+def _overview(
+    report: Report, rows: Sequence[SiteRow], original: Cost, final: Cost, colour: Mapping[str, str]
+) -> Html | None:
     if not rows:
         return None
     totals = summary.by_format(rows)
-    by_format = tag("div", tag("h3", "By format"), composition(totals, original, final, colour), format_table(totals, colour), class_="card")
-    budget_curve = tag("div", tag("h3", "Budget against loss"), curve(report.curve, report.divergence), class_="card") if report.curve else None
+    by_format = tag(
+        "div",
+        tag("h3", "By format"),
+        composition(totals, original, final, colour),
+        format_table(totals, colour),
+        class_="card",
+    )
+    budget_curve = (
+        tag("div", tag("h3", "Budget against loss"), curve(report.curve, report.divergence), class_="card")
+        if report.curve
+        else None
+    )
     return join([tag("div", by_format, budget_curve, class_="columns"), strip(rows, colour)])
 
 
 def _sites(rows: Sequence[SiteRow], colour: Mapping[str, str]) -> Html | None:
     if not rows:
         return None
-    search = tag("label", "Filter ", tag("input", type="search", id="filter", placeholder="name, format or reason"), id="filter-box", hidden=True)
+    search = tag(
+        "label",
+        "Filter ",
+        tag("input", type="search", id="filter", placeholder="name, format or reason"),
+        id="filter-box",
+        hidden=True,
+    )
     key = tag("p", "Pale bar: before; solid bar: after; all bars on one scale.", class_="muted")
     prefix = common_prefix([row.site for row in rows])
     shared = tag("p", "… stands for ", tag("code", breakable(prefix)), class_="muted") if prefix else None
     count = tag("span", id="filter-count", class_="muted", role="status")
-    return tag("div", tag("div", key, search, count, class_="tools"), shared, site_table(rows, colour), class_="card")
+    return tag(
+        "div", tag("div", key, search, count, class_="tools"), shared, site_table(rows, colour), class_="card"
+    )
 
 
 def _checks(report: Report) -> Html | None:
     shown = summary.checks(other_checks(report))
     if not shown:
         return None
-    rows = [tag("tr", tag("th", name, scope="row"), tag("td", value, class_="number")) for name, value in shown]
-    return tag("div", table([column("Check"), column("Value", number=True)], rows, "Checks"), class_="card narrow")
+    rows = [
+        tag("tr", tag("th", name, scope="row"), tag("td", value, class_="number")) for name, value in shown
+    ]
+    return tag(
+        "div", table([column("Check"), column("Value", number=True)], rows, "Checks"), class_="card narrow"
+    )
 
 
 def _environment(report: Report) -> Html | None:
@@ -159,5 +222,9 @@ def _environment(report: Report) -> Html | None:
         "Target": report.target,
         "Created": _moment(report.created),
     }
-    items = [join([tag("dt", name), tag("dd", breakable(value) if name == "Model" else value)]) for name, value in facts.items() if value]
+    items = [
+        join([tag("dt", name), tag("dd", breakable(value) if name == "Model" else value)])
+        for name, value in facts.items()
+        if value
+    ]
     return tag("div", tag("dl", *items, class_="facts"), class_="card") if items else None

@@ -1,7 +1,7 @@
 """Hugging Face: compressed models load with `from_pretrained`, methods train in a `Trainer`, and a model card says what was done.
 
-Importing this module registers tdpass with transformers; without it `from_pretrained` knows nothing of compressed layers and warns of an
-unknown quantization type.
+Importing this module registers tdpass with transformers; without it `from_pretrained` knows nothing of
+compressed layers and warns of an unknown quantization type.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class TdpassLoader(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = True  # a dense checkpoint is compressed by tdpass.compress, not while it loads
 
-    def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: object) -> None:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: object
+    ) -> None:
         restructure(model, json.dumps(self.quantization_config.structure), "the model's configuration")
         if checkpoint_files:
             _check_complete(model, checkpoint_files)
@@ -57,7 +59,10 @@ class TdpassLoader(HfQuantizer):  # type: ignore[misc]
 
 
 def _check_complete(model: nn.Module, files: Sequence[str]) -> None:
-    """Raise `InvalidModelError` unless the files hold every tensor of the factored layers, in its shape; else they would be made anew at random."""
+    """Raise `InvalidModelError` unless the files hold every tensor of the factored layers, in its shape.
+
+    Else they would be made anew at random.
+    """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     held: dict[str, tuple[int, ...]] = {}
     for file in files:
@@ -68,27 +73,37 @@ def _check_complete(model: nn.Module, files: Sequence[str]) -> None:
             continue
         for leaf, value in {**layer._parameters, **layer._buffers}.items():
             name = f"{path}.{leaf}"
-            shape = next((held[found] for found in (name, prefix + name, name.removeprefix(prefix)) if found in held), None)
+            shape = next(
+                (held[found] for found in (name, prefix + name, name.removeprefix(prefix)) if found in held),
+                None,
+            )
             if value is not None and shape != tuple(value.shape):
                 said = "lacks" if shape is None else f"has in shape {list(shape)}"
-                raise InvalidModelError(f"the checkpoint {said} {name!r}, of shape {list(value.shape)}; save the compressed model again with save_pretrained")
+                raise InvalidModelError(
+                    f"the checkpoint {said} {name!r}, of shape {list(value.shape)}; save the compressed model again with save_pretrained"
+                )
 
 
 class MethodCallback(TrainerCallback):  # type: ignore[misc]
-    """A training method in a `Trainer`: attached when training begins, finished when it ends; the artifact is in `.artifact`.
+    """A training method in a `Trainer`: attached when training begins, finished when it ends.
 
-    A round begins `rounds` times over the whole of training, `every` optimizer steps apart where that is given.
+    The artifact is in `.artifact`. A round begins `rounds` times over the whole of training, `every`
+    optimizer steps apart where that is given.
     """
 
     def __init__(self, method: Method, *, every: int | None = None, example_inputs: Any = None) -> None:
         self.method, self.every, self.example = method, every, example_inputs
         self.artifact: Artifact[Any] | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: object) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: object
+    ) -> None:
         """Attach the method to the model and the optimizer."""
         del args, control
         every = self.every or max(1, state.max_steps // max(1, self.method.epochs()))
-        self.method.attach(model, getattr(optimizer, "optimizer", optimizer), every=every, example_inputs=self.example)
+        self.method.attach(
+            model, getattr(optimizer, "optimizer", optimizer), every=every, example_inputs=self.example
+        )
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: object) -> None:
         """Give back the compressed copy; the model that was trained stays as it is."""
@@ -102,8 +117,13 @@ def model_card(artifact: Artifact[Any], base: str = "", license: str = "") -> st
     head = ["library_name: transformers", "tags: [tdpass, compressed]"]
     head += [f"base_model: {base}"] if base else []
     head += [f"license: {license}"] if license else []
-    shares = ", ".join(f"{share:.0%} of the {name}" for name, share in report.final.shares(report.original).items())
-    rows = [f"| {row.site} | {'x'.join(map(str, row.shape))} | {row.form} | {row.error:.2g} |" for row in report.sites]
+    shares = ", ".join(
+        f"{share:.0%} of the {name}" for name, share in report.final.shares(report.original).items()
+    )
+    rows = [
+        f"| {row.site} | {'x'.join(map(str, row.shape))} | {row.form} | {row.error:.2g} |"
+        for row in report.sites
+    ]
     checks = [f"- {name.replace('_', ' ')}: {value:.4g}" for name, value in report.checks.items()]
     return "\n".join([
         "---", *head, "---", "", f"# {report.model}, compressed", "",
@@ -116,12 +136,15 @@ def model_card(artifact: Artifact[Any], base: str = "", license: str = "") -> st
 
 
 def save_pretrained(artifact: Artifact[Any], folder: Path | str, base: str = "", license: str = "") -> None:  # noqa: A002
-    """The model as transformers saves it, with card, plan and report; `huggingface_hub.upload_folder` puts that on the hub.
+    """The model as transformers saves it, with card, plan and report.
 
-    Raises `UsageError` for a model that is not of transformers.
+    `huggingface_hub.upload_folder` puts that on the hub. Raises `UsageError` for a model that is not of
+    transformers.
     """
     if not hasattr(artifact.model, "save_pretrained"):
-        raise UsageError(f"a {type(artifact.model).__name__} is no model of transformers; write it with artifact.save")
+        raise UsageError(
+            f"a {type(artifact.model).__name__} is no model of transformers; write it with artifact.save"
+        )
     target = Path(folder)
     artifact.model.save_pretrained(target)
     artifact.plan.save(target / "plan.json")
@@ -129,7 +152,14 @@ def save_pretrained(artifact: Artifact[Any], folder: Path | str, base: str = "",
     write_text(target / "README.md", model_card(artifact, base, license))
 
 
-def push_to_hub(artifact: Artifact[Any], repository: str, *, base: str = "", license: str = "", **options: Any) -> None:  # noqa: A002
+def push_to_hub(
+    artifact: Artifact[Any],
+    repository: str,
+    *,
+    base: str = "",
+    license: str = "",  # noqa: A002
+    **options: Any,
+) -> None:
     """Put model, card, plan and report in a repository of the hub; `options` are those of `upload_folder`."""
     from huggingface_hub import create_repo, upload_folder  # noqa: PLC0415 - only who pushes needs it
 

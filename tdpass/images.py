@@ -14,7 +14,10 @@ from tdpass.errors import InvalidModelError, UsageError
 from tdpass.optional import optional
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-COLOUR_MEAN, COLOUR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which most networks were trained with
+COLOUR_MEAN, COLOUR_STD = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # of ImageNet, which most networks were trained with
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -23,7 +26,10 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def opened(files: Sequence[Path]) -> Iterator[Any]:
-    """The files as Pillow images; raises `InvalidModelError` for one that is none, `UsageError` where Pillow is not there."""
+    """The files as Pillow images.
+
+    Raises `InvalidModelError` for one that is none, `UsageError` where Pillow is not there.
+    """
     library = optional("PIL.Image", "pillow", "reading images")
     for file in files:
         try:
@@ -31,10 +37,14 @@ def opened(files: Sequence[Path]) -> Iterator[Any]:
                 picture.load()
                 yield picture
         except (OSError, ValueError, SyntaxError) as error:
-            raise InvalidModelError(f"cannot read the image {file}: {error}; remove it, or write it again") from None
+            raise InvalidModelError(
+                f"cannot read the image {file}: {error}; remove it, or write it again"
+            ) from None
 
 
-def stacked(pictures: Iterable[Any], name: str, size: tuple[int, int] | None = None, channels: int | None = None) -> Tensor:
+def stacked(
+    pictures: Iterable[Any], name: str, size: tuple[int, int] | None = None, channels: int | None = None
+) -> Tensor:
     """Pillow images as bytes `[n, c, h, w]`, of `size` (height, width) and so many channels, else of the first one's.
 
     Raises `UsageError` where there is none.
@@ -54,13 +64,15 @@ def stacked(pictures: Iterable[Any], name: str, size: tuple[int, int] | None = N
 
 
 def photographs(folder: Path, sample: Sequence[int] | None, most: int) -> Tensor:
-    """Up to `most` images of a folder as float32 `[n, c, h, w]`, spread over its files; `sample` is what a network reads.
+    """Up to `most` images of a folder as float32 `[n, c, h, w]`, spread over its files.
 
-    Colour images are normalised with the mean and deviation of ImageNet, grey ones lie between 0 and 1.  Raises `UsageError`,
-    `InvalidModelError`.
+    `sample` is what a network reads. Colour images are normalised with the mean and deviation of ImageNet,
+    grey ones lie between 0 and 1.  Raises `UsageError`, `InvalidModelError`.
     """
     if sample is not None and (len(sample) != 3 or sample[0] not in (1, 3)):
-        raise UsageError(f"the model reads inputs of shape {list(sample)}, which are no images; {folder} is a folder: give an .npz file")
+        raise UsageError(
+            f"the model reads inputs of shape {list(sample)}, which are no images; {folder} is a folder: give an .npz file"
+        )
     files = image_files(folder)
     chosen = files[:: max(1, len(files) // most)][:most]
     size = None if sample is None else (sample[1], sample[2])

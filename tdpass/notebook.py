@@ -9,8 +9,12 @@ from html import escape
 def table(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """An HTML table with a title above it."""
     cells = "".join(f"<th>{escape(name)}</th>" for name in head)
-    lines = "".join("<tr>" + "".join(f"<td>{escape(str(value))}</td>" for value in row) + "</tr>" for row in rows)
-    return f"<p><b>{escape(title)}</b></p><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table>"
+    lines = "".join(
+        "<tr>" + "".join(f"<td>{escape(str(value))}</td>" for value in row) + "</tr>" for row in rows
+    )
+    return (
+        f"<p><b>{escape(title)}</b></p><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table>"
+    )
 
 
 def page(text: str, height: int = 640) -> str:

@@ -18,20 +18,42 @@ Pads = Sequence[tuple[int, int]]
 class Ops(Protocol[V]):
     """Operations on values of one front end: torch runs them, ONNX records them.
 
-    Sizes are passed explicitly: a value's own shape is never read, because in a recorded graph it may be unknown.
+    Sizes are passed explicitly: a value's own shape is never read, because in a recorded graph it may be
+    unknown.
     """
 
     def linear(self, x: V, weight: V, bias: V | None) -> V:
         """`y[..., o] = sum_i weight[o, i] x[..., i] + bias[o]`."""
 
-    def conv(self, x: V, weight: V, bias: V | None, stride: Sequence[int], padding: Pads, dilation: Sequence[int], groups: int = 1) -> V:
-        """Convolution of `x[n, i, *size]` with `weight[o, i / groups, *kernel]`; `padding` is (before, after) per axis."""
+    def conv(
+        self,
+        x: V,
+        weight: V,
+        bias: V | None,
+        stride: Sequence[int],
+        padding: Pads,
+        dilation: Sequence[int],
+        groups: int = 1,
+    ) -> V:
+        """Convolution of `x[n, i, *size]` with `weight[o, i / groups, *kernel]`.
 
-    def conv_transpose(self, x: V, weight: V, bias: V | None, stride: Sequence[int], cut: Pads, dilation: Sequence[int], groups: int = 1) -> V:
+        `padding` is (before, after) per axis.
+        """
+
+    def conv_transpose(
+        self,
+        x: V,
+        weight: V,
+        bias: V | None,
+        stride: Sequence[int],
+        cut: Pads,
+        dilation: Sequence[int],
+        groups: int = 1,
+    ) -> V:
         """`y[n, o, stride p + dilation k - before] += weight[o, i, k] x[n, i, p]` for `weight[o, i / groups, *kernel]`.
 
-        `cut` is (before, after) per axis: how many positions of the whole sum are left out; where `after` is negative, so many more
-        are made, fewer than the larger of stride and dilation.
+        `cut` is (before, after) per axis: how many positions of the whole sum are left out; where `after` is
+        negative, so many more are made, fewer than the larger of stride and dilation.
         """
 
     def reshape(self, x: V, shape: Sequence[int]) -> V:
@@ -64,7 +86,8 @@ class Ops(Protocol[V]):
     def fill(self, like: V, bias: V, windows: Sequence[tuple[int, int]]) -> V:
         """`bias[o]` at every output position of a layer that reads `like`, or as a value that broadcasts to that.
 
-        `windows` holds (reach, stride) per spatial axis, output size = (size - reach) // stride + 1; none for a linear layer.
+        `windows` holds (reach, stride) per spatial axis, output size = (size - reach) // stride + 1; none for
+        a linear layer.
         """
 
 
@@ -77,14 +100,19 @@ class StorageOps(Ops[V], Protocol[V]):
     def quantize(self, x: V, scale: V, zero: V) -> V:
         """`x / scale + zero`, rounded to the nearest (halves to even) and kept within the range of the integer type of `zero`."""
 
-    def dequantize(self, values: V, scale: V, zero: V | None, shape: Sequence[int], rows: int, dtype: torch.dtype) -> V:
+    def dequantize(
+        self, values: V, scale: V, zero: V | None, shape: Sequence[int], rows: int, dtype: torch.dtype
+    ) -> V:
         """`(values[r, k] - zero[r]) scale[r]` in single precision, as a tensor of that shape and type.
 
         `values` are integers of that shape, or one after another, seen as so many rows.
         """
 
     def unpack(self, packed: V, count: int, bits: int, *, signed: bool = False) -> V:
-        """The first `count` integers of what `pack_bits` packed, one after another; with `signed` in two's complement."""
+        """The first `count` integers of what `pack_bits` packed, one after another.
+
+        With `signed` in two's complement.
+        """
 
     def spread(self, values: V, kept: V, shape: Sequence[int]) -> V:
         """A tensor of that shape with `values`, in order, where `kept` (ones and zeros, one after another) is one; zero elsewhere."""
@@ -97,14 +125,24 @@ class StorageOps(Ops[V], Protocol[V]):
 
 
 def padded_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[tuple[int, int]], dilation: Sequence[int], groups: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    groups: int,
 ) -> Tensor:
     """A convolution with zero padding (before, after) per axis, recorded as one call that reads the unpadded input."""
     if has_torch_function((x, weight)):
-        result: Tensor = handle_torch_function(padded_convolution, (x, weight), x, weight, bias, stride, padding, dilation, groups)
+        result: Tensor = handle_torch_function(
+            padded_convolution, (x, weight), x, weight, bias, stride, padding, dilation, groups
+        )
         return result
     x = F.pad(x, [size for pair in reversed(padding) for size in pair])
-    return (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3](x, weight, bias, tuple(stride), 0, tuple(dilation), groups)
+    return (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3](
+        x, weight, bias, tuple(stride), 0, tuple(dilation), groups
+    )
 
 
 def own_bias(y: Tensor, bias: Tensor, axes: int) -> Tensor:
@@ -125,15 +163,25 @@ def swapped_channels(weight: Tensor, groups: int) -> Tensor:
 
 
 def transposed_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], cut: Pads, dilation: Sequence[int], groups: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    cut: Pads,
+    dilation: Sequence[int],
+    groups: int,
 ) -> Tensor:
     """`Ops.conv_transpose`, recorded as one call."""
     if has_torch_function((x, weight)):
-        result: Tensor = handle_torch_function(transposed_convolution, (x, weight), x, weight, bias, stride, cut, dilation, groups)
+        result: Tensor = handle_torch_function(
+            transposed_convolution, (x, weight), x, weight, bias, stride, cut, dilation, groups
+        )
         return result
     whole = [(before, before - after) for before, after in cut]
     limits = [max(steps) for steps in zip(stride, dilation, strict=True)]
-    if not all(0 <= extra < limit for (_, extra), limit in zip(whole, limits, strict=True)):  # torch cuts both ends alike
+    if not all(
+        0 <= extra < limit for (_, extra), limit in zip(whole, limits, strict=True)
+    ):  # torch cuts both ends alike
         whole = [(min(before, after), 0) if after >= 0 else (0, -after) for before, after in cut]
     padding, extra = zip(*whole, strict=True)
     stored = swapped_channels(weight, groups)
@@ -144,7 +192,10 @@ def transposed_convolution(
 
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:
-    """Integers of so many bits one after another in bytes, the lowest bit first; zero bits fill the last byte."""
+    """Integers of so many bits one after another in bytes, the lowest bit first.
+
+    Zero bits fill the last byte.
+    """
     if bits == _BYTE:
         return values.reshape(-1).to(torch.uint8)
     flat = values.reshape(-1, 1).to(torch.int16) & (2**bits - 1)
@@ -174,15 +225,31 @@ class TorchOps:
         return F.linear(x, weight, bias)
 
     def conv(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Pads, dilation: Sequence[int], groups: int = 1
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Pads,
+        dilation: Sequence[int],
+        groups: int = 1,
     ) -> Tensor:
         if any(before != after for before, after in padding):
             return padded_convolution(x, weight, bias, stride, padding, dilation, groups)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
-        return convolve(x, weight, bias, tuple(stride), tuple(before for before, _ in padding), tuple(dilation), groups)
+        return convolve(
+            x, weight, bias, tuple(stride), tuple(before for before, _ in padding), tuple(dilation), groups
+        )
 
     def conv_transpose(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], cut: Pads, dilation: Sequence[int], groups: int = 1
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        cut: Pads,
+        dilation: Sequence[int],
+        groups: int = 1,
     ) -> Tensor:
         return transposed_convolution(x, weight, bias, stride, cut, dilation, groups)
 
@@ -215,7 +282,13 @@ class TorchOps:
         return ((x.float() / scale).round() + zero.float()).clamp(held.min, held.max).to(zero.dtype)
 
     def dequantize(
-        self, values: Tensor, scale: Tensor, zero: Tensor | None, shape: Sequence[int], rows: int, dtype: torch.dtype
+        self,
+        values: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        shape: Sequence[int],
+        rows: int,
+        dtype: torch.dtype,
     ) -> Tensor:
         numbers = values.reshape(rows, -1).float()
         if zero is not None:

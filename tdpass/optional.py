@@ -18,5 +18,8 @@ def optional(name: str, package: str, why: str) -> ModuleType:
     """The module; raises `UsageError` saying what to install, and why, where it cannot be imported."""
     try:
         return importlib.import_module(name)
-    except (ImportError, RuntimeError) as error:  # a torchvision built for another torch fails with RuntimeError
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # a torchvision built for another torch fails with RuntimeError
         raise UsageError(f"{why} needs {package}: {error}; pip install {package}") from None

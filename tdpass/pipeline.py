@@ -31,13 +31,13 @@ Progress = Callable[[str, int, int], None]
 class Job:
     """What the passes of one run share beside the model.
 
-    `batches` is the calibration data, `tapes` the recorded runs of the still dense model on them (made on first use, and
-    before any site is replaced), `plan` what the planner decided.  `progress(what, done, of)` is called now and then.
-    `effort` is how much time planning may take.
-    `given` is the model as the user gave it, `expected` the loss that the plan expects on the calibration data where it was made on
-    them; with `strict` a difference that was not to be expected is an error, else a note.
-    `start` holds factors of sites from which a search goes on.  `target` is the machine to plan for, where the model is called
-    with `batch` samples and `threads` threads, and `dense` the model as it was when it was timed there.
+    `batches` is the calibration data, `tapes` the recorded runs of the still dense model on them (made on
+    first use, and before any site is replaced), `plan` what the planner decided.  `progress(what, done, of)`
+    is called now and then. `effort` is how much time planning may take. `given` is the model as the user gave
+    it, `expected` the loss that the plan expects on the calibration data where it was made on them; with
+    `strict` a difference that was not to be expected is an error, else a note. `start` holds factors of sites
+    from which a search goes on.  `target` is the machine to plan for, where the model is called with `batch`
+    samples and `threads` threads, and `dense` the model as it was when it was timed there.
     """
 
     report: Report
@@ -69,7 +69,9 @@ class Job:
         """Run the model on the trials, before any pass has touched it."""
         self.given = self.given or model.clone()
         if self.trials is None:
-            self.trials = Trials.of(self.given, self.batches, self.fitted_divergence if self.batches else None)
+            self.trials = Trials.of(
+                self.given, self.batches, self.fitted_divergence if self.batches else None
+            )
 
     def tapes(self, model: Model) -> list[Tape]:
         """Recorded runs of the dense model on the calibration data, one per batch."""
@@ -102,13 +104,17 @@ class Job:
         try:
             return self.given.run(batch)
         except UnsupportedError as error:
-            self.report.note(f"a recorded run stands for the original, which cannot be run here as it is deployed: {error}")
+            self.report.note(
+                f"a recorded run stands for the original, which cannot be run here as it is deployed: {error}"
+            )
             return self.given.record(batch).play().finish()
 
     def unexpected(self, text: str) -> None:
         """Say that the result differs from what was to be expected: raises `DifferenceError`, or where that is allowed makes a note."""
         if self.strict:
-            raise DifferenceError(f"{text}; exclude the layers at fault, or take the result as it is with strict=False (--no-strict)")
+            raise DifferenceError(
+                f"{text}; exclude the layers at fault, or take the result as it is with strict=False (--no-strict)"
+            )
         self.report.note(text)
 
     def room(self, model: Model) -> dict[str, float]:
@@ -128,7 +134,11 @@ class Job:
         """What the plan has sites become together that they are already."""
         here = {site.name for site in model.sites()}
         joint = [choice for choice in self.plan or () if choice.joint and choice.site in here]
-        return [choice for choice in joint if (layer := model.layer(choice.site)) is not None and layer.form == choice.form]
+        return [
+            choice
+            for choice in joint
+            if (layer := model.layer(choice.site)) is not None and layer.form == choice.form
+        ]
 
     def note(self, text: str) -> None:
         """Say something about the pass that is running."""
@@ -143,8 +153,8 @@ def _kept(outputs: Outputs) -> Outputs:
 class Pass(ABC):
     """One rewrite of a model; a frozen dataclass whose fields are its options.
 
-    `promise` is what it says of the network's outputs, which every run of a pipeline holds it to.  `gathers` has, for fields that are
-    mappings, the words that are options of the pass and keys of that field.
+    `promise` is what it says of the network's outputs, which every run of a pipeline holds it to.  `gathers`
+    has, for fields that are mappings, the words that are options of the pass and keys of that field.
     """
 
     name: ClassVar[str]
@@ -153,17 +163,25 @@ class Pass(ABC):
 
     @abstractmethod
     def run(self, model: Model, job: Job) -> bool:
-        """Rewrite `model` in place, say in `job.report` what was done and what was declined and why; return whether it changed."""
+        """Rewrite `model` in place, say in `job.report` what was done and what was declined and why.
+
+        Return whether it changed.
+        """
 
     @classmethod
     def build(cls, options: Mapping[str, object]) -> Pass:
-        """The pass with these options; raises `UsageError` on one that it does not take, or of the wrong type."""
+        """The pass with these options.
+
+        Raises `UsageError` on one that it does not take, or of the wrong type.
+        """
         known = {option.name: option for option in _options(cls) if option.name not in cls.gathers}
         into = {word: name for name, words in cls.gathers.items() for word in words()}
         made: dict[str, Any] = {name: {} for name in cls.gathers}
         for key, value in options.items():
             if key not in known and key not in into:
-                raise UsageError(f"pass {cls.name!r} has no option {key!r}; it takes: {', '.join((*into, *known)) or 'none'}")
+                raise UsageError(
+                    f"pass {cls.name!r} has no option {key!r}; it takes: {', '.join((*into, *known)) or 'none'}"
+                )
             wrong = misfit(cls, into.get(key, key), {key: value} if key in into else value)
             if wrong:
                 such = f", such as {_show(_default(known[key]))}" if key in known else ""
@@ -173,7 +191,11 @@ class Pass(ABC):
 
     def options(self) -> dict[str, object]:
         """The options that are not as they are by default, of which `build` makes the same pass."""
-        changed = {f.name: getattr(self, f.name) for f in _options(type(self)) if getattr(self, f.name) != _default(f)}
+        changed = {
+            f.name: getattr(self, f.name)
+            for f in _options(type(self))
+            if getattr(self, f.name) != _default(f)
+        }
         gathered = {key: value for name in self.gathers for key, value in changed.pop(name, {}).items()}
         return gathered | changed
 
@@ -224,14 +246,17 @@ class Pipeline:
                 ((name, options),) = item.items()
                 passes.append(PASSES.get(str(name)).build(_mapping(options, name)))
             else:
-                raise UsageError(f"{item!r} is not a pass; write 'name', 'name{{option=value}}' or {{name: {{option: value}}}}")
+                raise UsageError(
+                    f"{item!r} is not a pass; write 'name', 'name{{option=value}}' or {{name: {{option: value}}}}"
+                )
         return cls(tuple(passes))
 
     def run(self, model: Model, job: Job) -> bool:
         """Run every pass on `model` in place, checking it after each; returns whether anything changed.
 
-        After every pass the model is really run on the trials.  Raises `DifferenceError` naming the pass whose outputs are not what
-        it promises, `PassError` naming a pass that fails and those before it; errors a user can act on keep their type.
+        After every pass the model is really run on the trials.  Raises `DifferenceError` naming the pass
+        whose outputs are not what it promises, `PassError` naming a pass that fails and those before it;
+        errors a user can act on keep their type.
         """
         job.begin(model)
         changed = False
@@ -249,7 +274,9 @@ class Pipeline:
                 place = f" after {before}" if before else ""
                 raise PassError(f"{step.name} failed{place}: {type(error).__name__}: {error}") from error
             seconds = time.perf_counter() - start
-            job.report.passes.append(PassRow(str(step), stepped, seconds, Cost(model.params(), 0, model.bytes()), tuple(job.notes)))
+            job.report.passes.append(
+                PassRow(str(step), stepped, seconds, Cost(model.params(), 0, model.bytes()), tuple(job.notes))
+            )
             changed = changed or stepped
             _hold(step, stepped, model, job)
         return changed
@@ -276,7 +303,9 @@ def _read_recipe(path: Path) -> Sequence[Any]:
     recipe = read_yaml(path, "recipe", "it is a YAML list of passes")
     steps = recipe.get("pipeline") if isinstance(recipe, dict) else recipe
     if not isinstance(steps, list):
-        raise UsageError(f"the recipe {path} holds no list of passes; write one pass per line, '- name: {{option: value}}'")
+        raise UsageError(
+            f"the recipe {path} holds no list of passes; write one pass per line, '- name: {{option: value}}'"
+        )
     return steps
 
 
@@ -288,7 +317,9 @@ def _split(text: str) -> list[str]:
 def _from_text(text: str) -> Pass:
     match = re.fullmatch(r"([\w-]+)(?:\{([^{}]*)\})?", text)
     if match is None:
-        raise UsageError(f"cannot read the pass {text!r}; write 'name' or 'name{{option=value,option=value}}'")
+        raise UsageError(
+            f"cannot read the pass {text!r}; write 'name' or 'name{{option=value,option=value}}'"
+        )
     options: dict[str, object] = {}
     for part in filter(None, (part.strip() for part in (match[2] or "").split(","))):
         key, sign, value = part.partition("=")
@@ -311,7 +342,9 @@ def _mapping(options: object, name: object) -> Mapping[str, object]:
     if options is None:
         return {}
     if not isinstance(options, Mapping):
-        raise UsageError(f"the options {options!r} of pass {name!r} are not a mapping; write {{{name}: {{option: value}}}}")
+        raise UsageError(
+            f"the options {options!r} of pass {name!r} are not a mapping; write {{{name}: {{option: value}}}}"
+        )
     return options
 
 

@@ -56,7 +56,15 @@ def _product(y: Tensor, a: Tensor, b: Tensor, *_: object, **__: object) -> int:
 
 
 @counts(
-    "aten.addmm", "aten.baddbmm", "aten.addbmm", "aten.addmv", "aten.addmm_", "aten.baddbmm_", "aten.addbmm_", "aten.addmv_", "aten._addmm_activation"
+    "aten.addmm",
+    "aten.baddbmm",
+    "aten.addbmm",
+    "aten.addmv",
+    "aten.addmm_",
+    "aten.baddbmm_",
+    "aten.addbmm_",
+    "aten.addmv_",
+    "aten._addmm_activation",
 )
 def _added_product(y: Tensor, added: Tensor, a: Tensor, b: Tensor, *_: object, **__: object) -> int:
     return _product(y, a, b)
@@ -64,13 +72,30 @@ def _added_product(y: Tensor, added: Tensor, a: Tensor, b: Tensor, *_: object, *
 
 @counts("aten.convolution", "aten._convolution", "aten.convolution_overrideable")
 def _convolution(
-    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: object, padding: object, dilation: object, transposed: bool, *_: object
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: object,
+    padding: object,
+    dilation: object,
+    transposed: bool,
+    *_: object,
 ) -> int:
     return convolution(x.shape, weight.shape, y.shape, transposed)
 
 
 @counts("aten._trilinear")
-def _trilinear(y: Tensor, a: Tensor, b: Tensor, c: Tensor, a_axes: Sequence[int], b_axes: Sequence[int], c_axes: Sequence[int], *_: object) -> int:
+def _trilinear(
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    a_axes: Sequence[int],
+    b_axes: Sequence[int],
+    c_axes: Sequence[int],
+    *_: object,
+) -> int:
     shapes = [list(tensor.shape) for tensor in (a, b, c)]
     for shape, axes in zip(shapes, (a_axes, b_axes, c_axes), strict=True):
         for axis in sorted(axes):
@@ -101,7 +126,10 @@ def _cudnn_rnn(y: object, x: Tensor, weights: Sequence[Tensor], *_: object) -> i
 
 @dataclass(frozen=True)
 class Counted:
-    """Multiply-adds of one call for all its samples; `unseen` names the operators that cannot be looked into."""
+    """Multiply-adds of one call for all its samples.
+
+    `unseen` names the operators that cannot be looked into.
+    """
 
     macs: int = 0
     unseen: tuple[str, ...] = ()
@@ -125,7 +153,13 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What was found so far, for a call of that many samples."""
         return Counted(self.macs, tuple(self.unseen), samples)
 
-    def __torch_dispatch__(self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         name = str(func.overloadpacket)
         if name not in PRODUCTS:
@@ -155,5 +189,11 @@ def counting() -> Iterator[Counter]:
 
 
 class _Watching(TorchFunctionMode):
-    def __torch_function__(self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         return func(*args, **(kwargs or {}))

@@ -19,7 +19,8 @@ BETWEEN_LINES = 10.0
 class ProgressBars:
     """The library's `progress(what, done, of)` callback: a bar appears once its step has lasted two seconds.
 
-    Where the file is no terminal, a line with the time that is left is written every ten seconds instead; nothing where it is not `shown`.
+    Where the file is no terminal, a line with the time that is left is written every ten seconds instead;
+    nothing where it is not `shown`.
     """
 
     def __init__(self, file: TextIO, shown: bool = True) -> None:
@@ -77,4 +78,11 @@ def _bars(file: TextIO) -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415 - as above
 
     words = TextColumn("{task.description}", markup=False)
-    return Progress(words, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(file=file), transient=True)
+    return Progress(
+        words,
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(file=file),
+        transient=True,
+    )

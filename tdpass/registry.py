@@ -32,7 +32,9 @@ class Registry(Generic[T]):
     def add(self, name: str, value: T) -> T:
         """Register `value`; raises `UsageError` when the name is taken."""
         if name in self._entries:
-            raise UsageError(f"{self._noun} {name!r} is registered twice: {self._entries[name]!r} and {value!r}")
+            raise UsageError(
+                f"{self._noun} {name!r} is registered twice: {self._entries[name]!r} and {value!r}"
+            )
         self._entries[name] = value
         return value
 
@@ -41,7 +43,9 @@ class Registry(Generic[T]):
         try:
             return self._entries[name]
         except KeyError:
-            raise UsageError(f"unknown {self._noun} {name!r}{nearest(name, self.names())}; known: {', '.join(self.names())}") from None
+            raise UsageError(
+                f"unknown {self._noun} {name!r}{nearest(name, self.names())}; known: {', '.join(self.names())}"
+            ) from None
 
     def names(self) -> tuple[str, ...]:
         """All names, sorted."""

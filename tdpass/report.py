@@ -21,9 +21,10 @@ VERSION = 1
 class SiteRow(Formed):
     """One site before and after.
 
-    `error` is the relative error of the weight in the plan's metric, `loss` the expected increase of the divergence,
-    `note` the reason for the choice; `form` is dense for a site that was left alone.  On a target `before` and `after` hold
-    measured seconds, `kernel` says in which runtime, and `predicted` what was expected before `after` was measured.
+    `error` is the relative error of the weight in the plan's metric, `loss` the expected increase of the
+    divergence, `note` the reason for the choice; `form` is dense for a site that was left alone.  On a target
+    `before` and `after` hold measured seconds, `kernel` says in which runtime, and `predicted` what was
+    expected before `after` was measured.
     """
 
     site: str
@@ -69,8 +70,9 @@ class CurvePoint:
 class TrainingRow:
     """One epoch: mean loss, learning rate at its end, seconds, what `evaluate` said of it, and ||W - Z|| / ||W|| of each constrained weight.
 
-    `memory` is what training holds from step to step, in bytes: the parameters and buffers, their gradients, and what the optimizer
-    and the method keep; neither activations nor the teacher are in it.  0 where it is not known.
+    `memory` is what training holds from step to step, in bytes: the parameters and buffers, their gradients,
+    and what the optimizer and the method keep; neither activations nor the teacher are in it.  0 where it is
+    not known.
     """
 
     stage: str
@@ -110,9 +112,9 @@ class ArrayRow:
 class Report:
     """Everything a run has to say; filled by the passes, printed, saved as JSON, rendered as HTML.
 
-    After a dry run `final` is the planned cost, and the model is as it was.  `arrays` are those of a machine that holds the weights in
-    arrays.  `stored` is what saving found for pruned and
-    quantized tensors, None where there are none.
+    After a dry run `final` is the planned cost, and the model is as it was.  `arrays` are those of a machine
+    that holds the weights in arrays.  `stored` is what saving found for pruned and quantized tensors, None
+    where there are none.
     """
 
     model: str = ""
@@ -146,13 +148,18 @@ class Report:
             self.notes.append(text)
 
     def __repr__(self) -> str:
-        measures = ", ".join(f"{name} {share:.0%}" for name, share in self.final.shares(self.original).items())
+        measures = ", ".join(
+            f"{name} {share:.0%}" for name, share in self.final.shares(self.original).items()
+        )
         what = "plan of " if self.dry_run else ""
         return f"<Report: {what}{self.model or 'no model'}, {measures or 'nothing counted'} of the original, {len(self.sites)} sites, {len(self.notes)} notes>"
 
     def _repr_html_(self) -> str:
         """The report's table for a notebook."""
-        rows = [(row.site, "x".join(map(str, row.shape)), row.form, f"{row.error:.2g}", row.note) for row in self.sites]
+        rows = [
+            (row.site, "x".join(map(str, row.shape)), row.form, f"{row.error:.2g}", row.note)
+            for row in self.sites
+        ]
         return table(repr(self).strip("<>"), ("site", "shape", "form", "error", "note"), rows)
 
     def to_json(self) -> str:
@@ -169,4 +176,13 @@ class Report:
         return _REPORT.load(Path(path))
 
 
-_REPORT = register_document(Document("tdpass report", Report, InvalidModelError, "it is the report.json that `tdpass compress` writes", VERSION, finite=False))
+_REPORT = register_document(
+    Document(
+        "tdpass report",
+        Report,
+        InvalidModelError,
+        "it is the report.json that `tdpass compress` writes",
+        VERSION,
+        finite=False,
+    )
+)

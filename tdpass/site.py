@@ -14,7 +14,9 @@ Extent = tuple[tuple[int, ...], tuple[int, ...]]
 
 def selects(name: str, include: Iterable[str], exclude: Iterable[str]) -> bool:
     """Whether a site of that name is among the globs to include and not among those to exclude."""
-    return any(fnmatchcase(name, pattern) for pattern in include) and not any(fnmatchcase(name, pattern) for pattern in exclude)
+    return any(fnmatchcase(name, pattern) for pattern in include) and not any(
+        fnmatchcase(name, pattern) for pattern in exclude
+    )
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,11 @@ class Site:
     """A weight `W[o, i / groups, *kernel]`, without a kernel that of a linear layer, and where it is used.
 
     `name` is the same on every front end: the module's path in torch, the initializer's name without
-    `.weight` in ONNX.  `kind` is a name in `tdpass.kinds.KINDS`.  `padding` has a (before, after) pair per spatial axis.  `extents` holds one
-    (input size, output size) per call, for `samples` samples together: spatial sizes of a convolution of one
-    image, `((n,), (n,))` for a linear layer applied to `n` positions; it is empty until the model has been seen
-    running.  `samples` is more than one only where a sample's own share of the calls is no whole number.
+    `.weight` in ONNX.  `kind` is a name in `tdpass.kinds.KINDS`.  `padding` has a (before, after) pair per
+    spatial axis.  `extents` holds one (input size, output size) per call, for `samples` samples together:
+    spatial sizes of a convolution of one image, `((n,), (n,))` for a linear layer applied to `n` positions;
+    it is empty until the model has been seen running.  `samples` is more than one only where a sample's own
+    share of the calls is no whole number.
     """
 
     name: str
@@ -81,7 +84,10 @@ class Site:
         return sum(math.prod(after) for _, after in self.extents)
 
     def channel_axis(self, axes: int) -> int:
-        """Where the channels lie in what the layer reads and makes, among that many axes; before them there may be none of samples."""
+        """Where the channels lie in what the layer reads and makes, among that many axes.
+
+        Before them there may be none of samples.
+        """
         return axes - 1 - self.axes
 
     def positions_after(self, axes: int) -> int:

@@ -23,23 +23,32 @@ class Kept:
 
     def __post_init__(self) -> None:
         if not callable(self.metric):
-            raise UsageError(f"metric={self.metric!r} is no function; give one of the model that returns a number, of which more is better")
+            raise UsageError(
+                f"metric={self.metric!r} is no function; give one of the model that returns a number, of which more is better"
+            )
         if not math.isfinite(self.max_loss) or self.max_loss < 0:
-            raise UsageError(f"max_loss={self.max_loss!r} must be a number of at least 0, in the units of the metric")
+            raise UsageError(
+                f"max_loss={self.max_loss!r} must be a number of at least 0, in the units of the metric"
+            )
 
     def score(self, model: object) -> float:
         """What the metric says; raises `UsageError` where that is no finite number."""
         value = float(self.metric(model))
         if not math.isfinite(value):
-            raise UsageError(f"the metric says {value} of a model; it must return a finite number, of which more is better")
+            raise UsageError(
+                f"the metric says {value} of a model; it must return a finite number, of which more is better"
+            )
         return value
 
 
-def smallest(attempt: Callable[[float], Artifact], dense: object, kept: Kept, say: Callable[[int, int], None]) -> Artifact:
+def smallest(
+    attempt: Callable[[float], Artifact], dense: object, kept: Kept, say: Callable[[int, int], None]
+) -> Artifact:
     """The artifact of least budget whose score is at most `max_loss` below the dense model's, by bisection over hundredths of the original.
 
-    `attempt(share)` compresses to that share.  What scores worse at a larger budget than at a smaller one is not looked for.  Raises
-    `BudgetError` where no smaller model keeps the score; the last one tried is in its `.artifact`.
+    `attempt(share)` compresses to that share.  What scores worse at a larger budget than at a smaller one is
+    not looked for.  Raises `BudgetError` where no smaller model keeps the score; the last one tried is in its
+    `.artifact`.
     """
     least = kept.score(dense) - kept.max_loss
     best: Artifact | None = None
@@ -62,9 +71,13 @@ def smallest(attempt: Callable[[float], Artifact], dense: object, kept: Kept, sa
     say(rounds, rounds)
     if best is not None:
         before = f"of the dense model it is {least + kept.max_loss:.6g}"
-        best.report.note(f"the smallest budget, in hundredths, at which the metric is at least {least:.6g}; {before}")
+        best.report.note(
+            f"the smallest budget, in hundredths, at which the metric is at least {least:.6g}; {before}"
+        )
         return best
-    error = BudgetError(f"no smaller model keeps the metric at {least:.6g} or more; allow a larger max_loss, or train: see docs/training.md")
+    error = BudgetError(
+        f"no smaller model keeps the metric at {least:.6g} or more; allow a larger max_loss, or train: see docs/training.md"
+    )
     error.artifact = seen
     raise error
 

@@ -17,7 +17,20 @@ from tdpass.views import summary
 from tdpass.views.tables import Column, Part, fitting, grid, heading, item, pairs
 from tdpass.views.training import destroyed, other_checks
 from tdpass.views.training_table import scores_line, training_table
-from tdpass.views.units import cost_text, dims, form_sizes, human, in_form, plain, ranks, ratio, seconds, share, shown_measures, small
+from tdpass.views.units import (
+    cost_text,
+    dims,
+    form_sizes,
+    human,
+    in_form,
+    plain,
+    ranks,
+    ratio,
+    seconds,
+    share,
+    shown_measures,
+    small,
+)
 
 _NAMES_SHOWN = 4
 
@@ -52,12 +65,28 @@ def report_view(report: Report, plan: RankPlan | None, width: int | None) -> lis
 
 
 def site_table(rows: Sequence[SiteRow], width: int | None) -> list[Part]:
-    """Every site before and after: one line each where the width allows, else two; reasons below where they do not fit."""
+    """Every site before and after: one line each where the width allows, else two.
+
+    Reasons below where they do not fit.
+    """
     reason = Column[SiteRow]("Reason", lambda row: plain(row.note), least=32)
     timed, modelled = summary.timed(rows), summary.modelled(rows)
-    loss = [Column[SiteRow]("Loss", lambda row: "" if summary.unfactored(row) else small(row.loss), number=True)] if summary.losses_known(rows) else []
-    one_line, two_lines = [*_single_line_columns(timed, modelled), *loss], [*_two_line_columns(timed, arrows=True), *loss]
-    layouts = ([*one_line, reason], one_line, [*two_lines, reason], two_lines, [*_two_line_columns(timed, arrows=False), *loss])
+    loss = (
+        [Column[SiteRow]("Loss", lambda row: "" if summary.unfactored(row) else small(row.loss), number=True)]
+        if summary.losses_known(rows)
+        else []
+    )
+    one_line, two_lines = (
+        [*_single_line_columns(timed, modelled), *loss],
+        [*_two_line_columns(timed, arrows=True), *loss],
+    )
+    layouts = (
+        [*one_line, reason],
+        one_line,
+        [*two_lines, reason],
+        two_lines,
+        [*_two_line_columns(timed, arrows=False), *loss],
+    )
     table, chosen = fitting(layouts, rows, width, dim=lambda row: row.form == DENSE)
     reasons = summary.reasons_by_site(rows)
     if reason in layouts[chosen] or not reasons:
@@ -65,14 +94,18 @@ def site_table(rows: Sequence[SiteRow], width: int | None) -> list[Part]:
     return [table, "", heading("Reasons"), *_grouped(reasons)]
 
 
-def inspect_table(rows: Sequence[InspectRow], model: Cost, formats: Sequence[str], width: int | None) -> list[Part]:
+def inspect_table(
+    rows: Sequence[InspectRow], model: Cost, formats: Sequence[str], width: int | None
+) -> list[Part]:
     """Every site of a model with its cost, its share of all that the model stores and computes, and where each format starts to pay."""
 
     def paying(name: str) -> Callable[[InspectRow], str]:
         return lambda row: ranks(row.paying.get(name, ()))
 
     def part(measure: str) -> Callable[[InspectRow], str]:
-        return lambda row: share(row.cost.get(measure), model.get(measure) if row.site.seen or measure != "macs" else 0)
+        return lambda row: share(
+            row.cost.get(measure), model.get(measure) if row.site.seen or measure != "macs" else 0
+        )
 
     def macs(row: InspectRow) -> str:
         return human(row.cost.macs) if row.site.seen else "?"
@@ -97,7 +130,13 @@ def inspect_table(rows: Sequence[InspectRow], model: Cost, formats: Sequence[str
 
     without_share = [right[0], right[2], *right[4:]]
     whole_name, any_name = Column("Site", site), Column("Site", site, least=16)
-    return [fitting((one_line, [whole_name, *right], [whole_name, *without_share], [any_name, *without_share]), rows, width)[0]]
+    return [
+        fitting(
+            (one_line, [whole_name, *right], [whole_name, *without_share], [any_name, *without_share]),
+            rows,
+            width,
+        )[0]
+    ]
 
 
 def geometry(site: Site) -> str:
@@ -132,11 +171,14 @@ def _same(sizes: Sequence[object]) -> str:
 
 def _single_line_columns(timed: bool, modelled: Sequence[Measure]) -> list[Column[SiteRow]]:
     """Everything on one line; times where sites were timed, else what a model of a machine says."""
+
     def changed(measure: str) -> Callable[[SiteRow], str]:
         return lambda row: _change(measure, row.before, row.after)
 
     def times(measure: str) -> Callable[[SiteRow], str]:
-        return lambda row: "" if summary.unfactored(row) else ratio(row.before.get(measure), row.after.get(measure))
+        return lambda row: (
+            "" if summary.unfactored(row) else ratio(row.before.get(measure), row.after.get(measure))
+        )
 
     return [
         Column("Site", lambda row: plain(row.site)),
@@ -163,13 +205,18 @@ def _time_columns() -> list[Column[SiteRow]]:
         Column("Dense", lambda row: seconds(row.before.seconds), number=True),
         Column("Predicted", lambda row: "" if dense(row) else seconds(row.predicted), number=True),
         Column("Measured", lambda row: "" if dense(row) else seconds(row.after.seconds), number=True),
-        Column("", lambda row: "" if dense(row) else ratio(row.before.seconds, row.after.seconds), number=True),
+        Column(
+            "", lambda row: "" if dense(row) else ratio(row.before.seconds, row.after.seconds), number=True
+        ),
         Column("Kernel", lambda row: plain(row.kernel)),
     ]
 
 
 def _two_line_columns(timed: bool, arrows: bool) -> list[Column[SiteRow]]:
-    """Name over shape, format over rank, cost over ratio; without arrows the cost before stands over the cost after."""
+    """Name over shape, format over rank, cost over ratio.
+
+    Without arrows the cost before stands over the cost after.
+    """
 
     def time(row: SiteRow) -> str:
         before, after = seconds(row.before.seconds), seconds(row.after.seconds)
@@ -183,7 +230,11 @@ def _two_line_columns(timed: bool, arrows: bool) -> list[Column[SiteRow]]:
             before, after = row.before.get(measure), row.after.get(measure)
             if summary.unfactored(row):
                 return human(before)
-            return f"{_change(measure, row.before, row.after)}\n{ratio(before, after)}" if arrows else f"{human(before)}\n{human(after)} {ratio(before, after)}"
+            return (
+                f"{_change(measure, row.before, row.after)}\n{ratio(before, after)}"
+                if arrows
+                else f"{human(before)}\n{human(after)} {ratio(before, after)}"
+            )
 
         return cell
 
@@ -191,10 +242,25 @@ def _two_line_columns(timed: bool, arrows: bool) -> list[Column[SiteRow]]:
     return [
         Column("Site\nshape", lambda row: f"{plain(row.site)}\n{dims(row.shape)}", least=16),
         Column("Format\nrank", lambda row: f"{plain(row.form.family)}\n{form_sizes(row.form)}", least=12),
-        *((Column("Time\npredicted, kernel" if arrows else "Time\nafter\npredicted,\nkernel", time, number=True, least=10),) if timed else ()),
+        *(
+            (
+                Column(
+                    "Time\npredicted, kernel" if arrows else "Time\nafter\npredicted,\nkernel",
+                    time,
+                    number=True,
+                    least=10,
+                ),
+            )
+            if timed
+            else ()
+        ),
         Column(f"MACs\n{below}", cost("macs"), number=True),
         Column(f"Params\n{below}", cost("params"), number=True),
-        Column("Error\nbound", lambda row: "" if summary.unfactored(row) else f"{small(row.error)}\n{plain(row.guarantee)}", number=True),
+        Column(
+            "Error\nbound",
+            lambda row: "" if summary.unfactored(row) else f"{small(row.error)}\n{plain(row.guarantee)}",
+            number=True,
+        ),
     ]
 
 
@@ -215,28 +281,59 @@ def _some(names: Sequence[str]) -> str:
 
 def _passes(report: Report, width: int | None) -> Part:
     lines = [
-        (row.text, "changed" if row.changed else "no change", seconds(row.seconds), human(row.after.params), "; ".join(row.notes)) for row in report.passes
+        (
+            row.text,
+            "changed" if row.changed else "no change",
+            seconds(row.seconds),
+            human(row.after.params),
+            "; ".join(row.notes),
+        )
+        for row in report.passes
     ]
-    return grid(("Pass", "Result", "Time", "Params after", "Notes"), lines, width, numbers=(2, 3), wraps=(0, 4))
+    return grid(
+        ("Pass", "Result", "Time", "Params after", "Notes"), lines, width, numbers=(2, 3), wraps=(0, 4)
+    )
 
 
 def _totals(report: Report, plan: RankPlan | None, rows: Sequence[SiteRow], width: int | None) -> list[Part]:
     before, after = summary.original_cost(report, plan), summary.final_cost(report, plan)
-    facts = [("budget", report.budget), ("metric", report.metric), ("divergence", report.divergence), ("machine", report.machine), ("target", report.target)]
-    parts: list[Part] = [heading(report.model or "Model"), pairs([(name, value) for name, value in facts if value]), ""]
+    facts = [
+        ("budget", report.budget),
+        ("metric", report.metric),
+        ("divergence", report.divergence),
+        ("machine", report.machine),
+        ("target", report.target),
+    ]
+    parts: list[Part] = [
+        heading(report.model or "Model"),
+        pairs([(name, value) for name, value in facts if value]),
+        "",
+    ]
     lines = []
     for measure in shown_measures():
         old, new = before.get(measure.name), after.get(measure.name)
         if old:
-            lines.append((measure.title, cost_text(measure.name, old), cost_text(measure.name, new), ratio(old, new), share(new, old)))
+            lines.append(
+                (
+                    measure.title,
+                    cost_text(measure.name, old),
+                    cost_text(measure.name, new),
+                    ratio(old, new),
+                    share(new, old),
+                )
+            )
     after_title = "Planned" if report.dry_run else "After"
-    parts.append(grid(("Total", "Before", after_title, "Smaller", "Kept"), lines, width, numbers=(1, 2, 3, 4)))
+    parts.append(
+        grid(("Total", "Before", after_title, "Smaller", "Kept"), lines, width, numbers=(1, 2, 3, 4))
+    )
     if report.stored is not None:
         parts.append(Text(f"all tensors as stored: {' smaller, '.join(summary.smaller_file(report))}"))
         parts.append(Text(f"pruned and quantized tensors: {summary.stored(report)}"))
     moved = summary.divergence(report, rows)
     if moved is not None:
-        parts.append(Text(f"{plain(moved.name)}: {small(moved.value)} {'measured' if moved.measured else 'expected'}"))
+        parts.append(
+            Text(f"{plain(moved.name)}: {small(moved.value)} {'measured' if moved.measured else 'expected'}")
+        )
     if rows:
         counts = ", ".join(f"{total.sites} {plain(total.format)}" for total in summary.by_format(rows))
         parts.append(Text(f"{len(rows)} {'site' if len(rows) == 1 else 'sites'}: {counts}"))

@@ -42,7 +42,10 @@ class Key:
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds of one call, infinite where the runtime cannot serve the layer; `careful` when they come of many rounds."""
+    """Seconds of one call, infinite where the runtime cannot serve the layer.
+
+    `careful` when they come of many rounds.
+    """
 
     seconds: float
     careful: bool = False
@@ -87,13 +90,16 @@ class TimingTable:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with closing(sqlite3.connect(self.path, timeout=_WAIT_SECONDS)) as file, file:
-                    # readers do not wait for a writer then; where another process is just opening the file, it does this
+                    # readers do not wait for a writer then; where another process is just opening the file,
+                    # it does this
                     with suppress(sqlite3.OperationalError):
                         file.execute("PRAGMA journal_mode=WAL")
                     file.execute(_CREATE)
                     return work(file)
             except (sqlite3.DatabaseError, ValueError, TypeError) as error:
-                if isinstance(error, sqlite3.OperationalError) and not any(word in str(error) for word in _DAMAGE):
+                if isinstance(error, sqlite3.OperationalError) and not any(
+                    word in str(error) for word in _DAMAGE
+                ):
                     if "locked" not in str(error):
                         self.path = None
                     break
@@ -108,7 +114,9 @@ class TimingTable:
         # another process may have moved it already
         with suppress(OSError):
             self.path.replace(aside)
-            self.notes.append(f"the table of measured times {self.path} was damaged ({reason}); it is now {aside.name}, and layers are measured again")
+            self.notes.append(
+                f"the table of measured times {self.path} was damaged ({reason}); it is now {aside.name}, and layers are measured again"
+            )
         for ending in ("-wal", "-shm"):
             with suppress(OSError):
                 self.path.with_name(self.path.name + ending).unlink()
@@ -129,7 +137,10 @@ def _select(file: sqlite3.Connection, keys: Sequence[str]) -> dict[str, Row]:
     for start in range(0, len(keys), _KEYS_PER_QUERY):
         part = keys[start : start + _KEYS_PER_QUERY]
         marks = ",".join("?" * len(part))
-        for record in file.execute(f"SELECT key, seconds, careful, digest FROM timings_2 WHERE key IN ({marks})", part):  # noqa: S608
+        for record in file.execute(
+            f"SELECT key, seconds, careful, digest FROM timings_2 WHERE key IN ({marks})",  # noqa: S608
+            part,
+        ):
             key, seconds, careful, _ = record
             row = Row(float("inf") if seconds is None else float(seconds), bool(careful))
             if _record(key, row) == record:

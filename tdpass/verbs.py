@@ -71,31 +71,41 @@ def compress(
 ) -> Artifact[M]:
     """Make a model smaller within a budget, and say what was done.
 
-    `model`: an `nn.Module`, `fx.GraphModule`, `ExportedProgram`, ONNX model (proto, `onnx_ir`, graphsurgeon) or a path;
-    it is left untouched, and what comes back in `.model` is of the same type (for a path, what it holds).
-    `budget`: bounds on `macs`, `params`, `bytes`, `seconds` or any other measure of the whole model, as fractions (`0.4`) or absolute
-    (`"120M"`, `"3ms"`), and `max_error` per site; a single value bounds the multiply-adds where there is something to run the model on, else
-    the parameters.  `data`: unlabelled calibration data (see `tdpass.data.calls_of`); without it weights are factored by
-    themselves and a budget on macs needs `example_inputs`.  `plan`: carry out this plan (or its file) instead of planning.
-    `start`: factors of the plan's sites, by name, which the fit goes on from instead of searching anew.
-    `include`, `exclude`: name globs.  `overridable`: name globs of ONNX initializers that are inputs too and that callers set; all
-    others are weights.  `formats`: restrict to these.  `pipeline`: passes as text, list or YAML file.
-    `target`: plan on times measured on `cpu`, `cpu:openvino` or `cuda`, or on a modelled machine such as `systolic:gemmini`, for calls
-    of `batch` samples on `threads` threads (default: as many as torch uses); no site is then made dearer there, and a model that is not
-    cheaper is given back as it was.
-    `augmented`: data for re-estimating batch-norm statistics.  `cache`: False, or a folder for planning results.
-    `effort`: `fast` plans in seconds from the metric alone, `normal` measures losses for about a minute of one core (for a model
-    of up to 1 GMAC a sample, in proportion above), `thorough` measures all that fit in four.
-    `progress`: False is silent, True shows bars on stderr (lines now and then where that is no terminal), a function is called instead.
-    `metric`: instead of a budget, a function of the model, of which more is better; the smallest model is looked for whose metric is at
-    most `max_loss` below the dense model's, by bisection over budgets on what a single value bounds.
-    `strict`: False makes a note of a result that differs from the original by more than the plan expects, which else is an error.
+    `model`: an `nn.Module`, `fx.GraphModule`, `ExportedProgram`, ONNX model (proto, `onnx_ir`, graphsurgeon)
+    or a path; it is left untouched, and what comes back in `.model` is of the same type (for a path, what it
+    holds). `budget`: bounds on `macs`, `params`, `bytes`, `seconds` or any other measure of the whole model,
+    as fractions (`0.4`) or absolute (`"120M"`, `"3ms"`), and `max_error` per site; a single value bounds the
+    multiply-adds where there is something to run the model on, else the parameters.  `data`: unlabelled
+    calibration data (see `tdpass.data.calls_of`); without it weights are factored by themselves and a budget
+    on macs needs `example_inputs`.  `plan`: carry out this plan (or its file) instead of planning. `start`:
+    factors of the plan's sites, by name, which the fit goes on from instead of searching anew. `include`,
+    `exclude`: name globs.  `overridable`: name globs of ONNX initializers that are inputs too and that
+    callers set; all others are weights.  `formats`: restrict to these.  `pipeline`: passes as text, list or
+    YAML file. `target`: plan on times measured on `cpu`, `cpu:openvino` or `cuda`, or on a modelled machine
+    such as `systolic:gemmini`, for calls of `batch` samples on `threads` threads (default: as many as torch
+    uses); no site is then made dearer there, and a model that is not cheaper is given back as it was.
+    `augmented`: data for re-estimating batch-norm statistics.  `cache`: False, or a folder for planning
+    results. `effort`: `fast` plans in seconds from the metric alone, `normal` measures losses for about a
+    minute of one core (for a model of up to 1 GMAC a sample, in proportion above), `thorough` measures all
+    that fit in four. `progress`: False is silent, True shows bars on stderr (lines now and then where that is
+    no terminal), a function is called instead. `metric`: instead of a budget, a function of the model, of
+    which more is better; the smallest model is looked for whose metric is at most `max_loss` below the dense
+    model's, by bisection over budgets on what a single value bounds. `strict`: False makes a note of a result
+    that differs from the original by more than the plan expects, which else is an error.
 
-    Raises `BudgetError` when the budget cannot be met (naming the smallest reachable), `DifferenceError` for such a result (naming the
-    pass that did it), `InvalidModelError`, `PlanError`, `UsageError`.  An error found after the plan was carried out holds what was
-    made in `.artifact`.
+    Raises `BudgetError` when the budget cannot be met (naming the smallest reachable), `DifferenceError` for
+    such a result (naming the pass that did it), `InvalidModelError`, `PlanError`, `UsageError`.  An error
+    found after the plan was carried out holds what was made in `.artifact`.
     """
-    steps = Pipeline.parse(pipeline if pipeline is not None else GIVEN_PLAN if plan is not None else PLANNED if target is None else ON_TARGET)
+    steps = Pipeline.parse(
+        pipeline
+        if pipeline is not None
+        else GIVEN_PLAN
+        if plan is not None
+        else PLANNED
+        if target is None
+        else ON_TARGET
+    )
     searched = (include, exclude, overridable, formats, samples, divergence, augmented)
     setting = _Setting(target, batch, threads, *searched, progress, cache, effort, start or {}, strict)
     if metric is None:
@@ -106,7 +116,10 @@ def compress(
     quiet = replace(setting, progress=False)
     with _progress(progress) as bars:
         return smallest(
-            lambda share: _run(model, share, data, None, steps, example_inputs, quiet), dense, kept, lambda done, of: bars("budgets tried", done, of)
+            lambda share: _run(model, share, data, None, steps, example_inputs, quiet),
+            dense,
+            kept,
+            lambda done, of: bars("budgets tried", done, of),
         )
 
 
@@ -130,9 +143,26 @@ def make_plan(
     cache: bool | Path = True,
     effort: str = "normal",
 ) -> Artifact[M]:
-    """Plan only: `.plan` and `.report` of the result say what `compress` would do; `.model` is the model as it was."""
+    """Plan only: `.plan` and `.report` of the result say what `compress` would do.
+
+    `.model` is the model as it was.
+    """
     steps = Pipeline.parse(pipeline if pipeline is not None else DRY_RUN)
-    setting = _Setting(target, batch, threads, include, exclude, overridable, formats, samples, divergence, None, progress, cache, effort)
+    setting = _Setting(
+        target,
+        batch,
+        threads,
+        include,
+        exclude,
+        overridable,
+        formats,
+        samples,
+        divergence,
+        None,
+        progress,
+        cache,
+        effort,
+    )
     return _run(model, budget, data, None, steps, example_inputs, setting)
 
 
@@ -147,19 +177,23 @@ def verify(
 ) -> dict[str, float]:
     """How far one model's outputs are from another's on the same data; both may come through any front end.
 
-    Returns `divergence`, `relative_difference`, `max_difference`, `samples`, `same_class` for class scores, and of several outputs
-    each as well, such as `divergence[boxes]`: see `compare_outputs`.
-    Raises `UsageError` when there is nothing to run them on.
+    Returns `divergence`, `relative_difference`, `max_difference`, `samples`, `same_class` for class scores,
+    and of several outputs each as well, such as `divergence[boxes]`: see `compare_outputs`. Raises
+    `UsageError` when there is nothing to run them on.
     """
     first, second = open_model(reference, example_inputs), open_model(candidate, example_inputs)
     example = first.example() or second.example()
     if data is None and example is None:
-        raise UsageError("there is nothing to run the models on; pass data= or example_inputs= (--data, --input)")
+        raise UsageError(
+            "there is nothing to run the models on; pass data= or example_inputs= (--data, --input)"
+        )
     batches, _ = _batches(first, data if data is not None else example, samples)
     wish = divergence if isinstance(divergence, Divergence) else Divergence(divergence)
     references = [wish.outputs(first.run(batch)) for batch in batches]
     outputs = (wish.outputs(second.run(batch)) for batch in batches)
-    return compare_outputs(zip(references, outputs, strict=True), wish.fit(references), sum(batch.size for batch in batches))
+    return compare_outputs(
+        zip(references, outputs, strict=True), wish.fit(references), sum(batch.size for batch in batches)
+    )
 
 
 @dataclass(frozen=True)
@@ -219,7 +253,9 @@ def _run(
         include=tuple(setting.include),
         exclude=tuple(setting.exclude),
         formats=tuple(setting.formats),
-        divergence=setting.divergence if isinstance(setting.divergence, Divergence) else Divergence(setting.divergence),
+        divergence=setting.divergence
+        if isinstance(setting.divergence, Divergence)
+        else Divergence(setting.divergence),
         cache=cache,
         effort=setting.effort,
         start=setting.start,
@@ -231,7 +267,10 @@ def _run(
         threads=torch.get_num_threads() if setting.threads is None else _count("threads", setting.threads),
     )
     try:
-        with one_thread_if_small(model.macs() if target is None else 0), _progress(setting.progress) as job.progress:
+        with (
+            one_thread_if_small(model.macs() if target is None else 0),
+            _progress(setting.progress) as job.progress,
+        ):
             steps.run(model, job)
             return _finished(opened, model, job)
     except TdpassError as error:
@@ -258,20 +297,37 @@ def _finished(opened: Model, model: Model, job: Job) -> Artifact:
 def _count_again(model: Model, job: Job, plan: RankPlan, *, changed: bool) -> None:
     report = job.report
     report.dry_run = not changed and any(not choice.kept_dense for choice in plan)
-    report.final = plan.planned if report.dry_run else report.original.recounted(Cost(model.params(), _macs(model, report), model.bytes()))
+    report.final = (
+        plan.planned
+        if report.dry_run
+        else report.original.recounted(Cost(model.params(), _macs(model, report), model.bytes()))
+    )
 
 
 def _artifact(model: Model, job: Job, plan: RankPlan) -> Artifact:
     trial = next(iter(job.trials.trials), None) if job.trials is not None else None
     mark_pretrained(made := model.unwrap())
-    return Artifact(made, plan, job.report, model, None if trial is None or job.given is None else Reload(trial.call, job.given.reader()))
+    return Artifact(
+        made,
+        plan,
+        job.report,
+        model,
+        None if trial is None or job.given is None else Reload(trial.call, job.given.reader()),
+    )
 
 
 def _salvaged(model: Model, job: Job) -> Artifact | None:
-    """What was made before an error was found, where the plan was carried out; not to be trusted before the error is understood."""
+    """What was made before an error was found, where the plan was carried out.
+
+    Not to be trusted before the error is understood.
+    """
     planned = [choice.site for choice in job.plan or () if not choice.kept_dense]
     names = {site.name for site in model.sites()}
-    if job.plan is None or not planned or not all(name in names and model.layer(name) is not None for name in planned):
+    if (
+        job.plan is None
+        or not planned
+        or not all(name in names and model.layer(name) is not None for name in planned)
+    ):
         return None
     try:
         _count_again(model, job, job.plan, changed=True)
@@ -302,7 +358,10 @@ def _batches(model: Model, data: object, samples: int) -> tuple[list[Batch], lis
 
 
 def _macs(model: Model, report: Report) -> int:
-    """Multiply-adds per sample of the result, counted anew; says in the report what the count has no view of."""
+    """Multiply-adds per sample of the result, counted anew.
+
+    Says in the report what the count has no view of.
+    """
     counted = model.count()
     for name in counted.unseen:
         report.note(f"the multiply-adds of {name} are not counted: what it computes cannot be seen")
@@ -319,4 +378,3 @@ def _new_report(given: object, model: Model) -> Report:
         original=Cost(model.params(), model.macs(), model.bytes()),
         declined=dict(model.declined()),
     )
-

@@ -21,7 +21,9 @@ os.environ.setdefault("TDPASS_BINDING", "python")
 def _isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's cache or depends on a terminal's width, and every test starts from the same seed."""
     monkeypatch.delenv("COLUMNS", raising=False)
-    monkeypatch.setenv("TDPASS_CACHE", os.environ.get("TDPASS_TEST_CACHE") or str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv(
+        "TDPASS_CACHE", os.environ.get("TDPASS_TEST_CACHE") or str(tmp_path_factory.getbasetemp() / "cache")
+    )
     torch.manual_seed(0)
     torch.set_num_threads(1)
 

@@ -1,7 +1,8 @@
 """Fuzzing of what reads files: `python tests/fuzz_loaders.py onnx --seconds 30`, or `make fuzz` for all.
 
-Guided by coverage where atheris is installed, else the seeded damage of `mutations`.  It starts from the files in tests/corpus, and whatever
-ends in another exception than a `TdpassError` ends it, its input written beside them.
+Guided by coverage where atheris is installed, else the seeded damage of `mutations`.  It starts from the
+files in tests/corpus, and whatever ends in another exception than a `TdpassError` ends it, its input written
+beside them.
 """
 
 from __future__ import annotations
@@ -100,7 +101,9 @@ def main() -> None:
         path = Path(folder) / f"input.{arguments.kind}"
         if atheris is None:
             read = by_seed(arguments.kind, arguments.seconds, path)
-            sys.stderr.write(f"{read} inputs read; atheris is not installed, so none were guided by coverage\n")
+            sys.stderr.write(
+                f"{read} inputs read; atheris is not installed, so none were guided by coverage\n"
+            )
         else:
             by_coverage(arguments.kind, arguments.seconds, path)
 

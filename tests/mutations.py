@@ -80,7 +80,15 @@ def _nest(holder: Any, key: Any, draw: random.Random) -> None:
         holder[key] = [holder[key]]
 
 
-_CHANGES: tuple[Callable[[Any, Any, random.Random], None], ...] = (_replace, _remove, _replace, _add, _negate, _nest, _replace)
+_CHANGES: tuple[Callable[[Any, Any, random.Random], None], ...] = (
+    _replace,
+    _remove,
+    _replace,
+    _add,
+    _negate,
+    _nest,
+    _replace,
+)
 
 
 def _places(tree: Any) -> Iterator[tuple[Any, Any]]:

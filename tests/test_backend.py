@@ -65,7 +65,11 @@ def fused(graphs: list[list[str]]) -> list[int]:
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, atol=tolerance * float(b.float().abs().max()), rtol=0)
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and torch.allclose(a, b, atol=tolerance * float(b.float().abs().max()), rtol=0)
+    )
 
 
 class Low(nn.Module):
@@ -74,7 +78,11 @@ class Low(nn.Module):
     def __init__(self, width: int = 16, activation: Callable[[Tensor], Tensor] = F.relu) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, padding=1)
-        self.first, self.core, self.last = nn.Conv2d(width, 4, 1, bias=False), nn.Conv2d(4, 6, 3, padding=1, bias=False), nn.Conv2d(6, width, 1)
+        self.first, self.core, self.last = (
+            nn.Conv2d(width, 4, 1, bias=False),
+            nn.Conv2d(4, 6, 3, padding=1, bias=False),
+            nn.Conv2d(6, width, 1),
+        )
         self.norm = nn.BatchNorm2d(width)
         self.down, self.up = nn.Linear(width, 3, bias=False), nn.Linear(3, 10)
         self.activation = activation
@@ -95,7 +103,9 @@ def low() -> Low:
 @pytest.mark.parametrize("activation", [F.relu, F.silu, F.gelu, torch.relu, torch.tanh])
 @pytest.mark.parametrize("channels_last", [True, False])
 @torch.no_grad()
-def test_a_chain_with_its_epilogue_is_one_operator(activation: Callable[[Tensor], Tensor], channels_last: bool, seen: list[list[str]]) -> None:
+def test_a_chain_with_its_epilogue_is_one_operator(
+    activation: Callable[[Tensor], Tensor], channels_last: bool, seen: list[list[str]]
+) -> None:
     model, x = Low(activation=activation).eval(), torch.randn(2, 3, 9, 7)
     assert close(compiled(model, channels_last=channels_last)(x), model(x))
     assert fused(seen) == [2]
@@ -107,7 +117,9 @@ def test_a_chain_with_its_epilogue_is_one_operator(activation: Callable[[Tensor]
 CONV = Site("w", "conv", (12, 16, 3, 3), (2, 1), ((1, 1), (0, 2)), (1, 1), extents=(((9, 8), (5, 8)),))
 LINE = Site("w", "conv", (12, 16, 5), (1,), ((2, 2),), (1,), extents=(((9,), (9,)),))
 FULL = Site("w", "linear", (24, 36), extents=(((3,), (3,)),))
-CASES = [(name, site) for name in offered_formats() for site in (CONV, LINE, FULL) if FORMATS.get(name).fits(site)]
+CASES = [
+    (name, site) for name in offered_formats() for site in (CONV, LINE, FULL) if FORMATS.get(name).fits(site)
+]
 
 
 class OneLayer(nn.Module):
@@ -115,7 +127,11 @@ class OneLayer(nn.Module):
         super().__init__()
         self.pads = [size for pair in reversed(site.padding) for size in pair]
         cls = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d}[len(site.kernel)]
-        geometry = {} if not site.kernel else {"kernel_size": site.kernel, "stride": site.stride, "dilation": site.dilation}
+        geometry = (
+            {}
+            if not site.kernel
+            else {"kernel_size": site.kernel, "stride": site.stride, "dilation": site.dilation}
+        )
         self.layer: nn.Module = cls(site.i, site.o, **geometry)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,13 +140,19 @@ class OneLayer(nn.Module):
 
 @pytest.mark.parametrize(("name", "site"), CASES, ids=[f"{name}-{len(site.kernel)}d" for name, site in CASES])
 @torch.no_grad()
-def test_a_planned_layer_of_every_format_computes_what_its_factors_do(name: str, site: Site, seen: list[list[str]]) -> None:
+def test_a_planned_layer_of_every_format_computes_what_its_factors_do(
+    name: str, site: Site, seen: list[list[str]]
+) -> None:
     fmt, model = FORMATS.get(name), OneLayer(site).eval()
     rank = fmt.ranks(site)[len(fmt.ranks(site)) // 4]
     weight = model.layer.weight
-    layer = Layer(site, Form(name, rank), fmt.factorize(weight, site, rank), model.layer.bias).to(torch.float32)
+    layer = Layer(site, Form(name, rank), fmt.factorize(weight, site, rank), model.layer.bias).to(
+        torch.float32
+    )
     x = torch.randn(2, site.i, *site.extents[0][0]) if site.kernel else torch.randn(2, 5, site.i)
-    choice = tdpass.planner.rank_plan.Choice("layer", tuple(weight.shape), Form(name, rank), tdpass.Cost(), tdpass.Cost())
+    choice = tdpass.planner.rank_plan.Choice(
+        "layer", tuple(weight.shape), Form(name, rank), tdpass.Cost(), tdpass.Cost()
+    )
     plan = tdpass.RankPlan((choice,), tdpass.Cost())
     assert close(compiled(model, plan=plan)(x), torch.relu(layer(x)), 1e-4)
     from tdpass.formats.lowering import lower
@@ -193,7 +215,9 @@ def test_a_chain_does_not_move_past_a_change_in_place(seen: list[list[str]]) -> 
 
 @torch.no_grad()
 def test_two_low_rank_layers_in_a_row_are_two_operators(seen: list[list[str]]) -> None:
-    model = nn.Sequential(*(nn.Linear(i, o, bias=False) for i, o in ((16, 4), (4, 16), (16, 4), (4, 16)))).eval()
+    model = nn.Sequential(
+        *(nn.Linear(i, o, bias=False) for i, o in ((16, 4), (4, 16), (16, 4), (4, 16)))
+    ).eval()
     x = torch.randn(3, 16)
     assert close(compiled(model)(x), model(x))
     assert fused(seen) == [2]
@@ -204,7 +228,9 @@ class TwoBranches(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.left, self.right = (nn.Sequential(nn.Conv2d(8, 3, 1, bias=False), nn.Conv2d(3, 9, 1)) for _ in range(2))
+        self.left, self.right = (
+            nn.Sequential(nn.Conv2d(8, 3, 1, bias=False), nn.Conv2d(3, 9, 1)) for _ in range(2)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.left(x) + self.right(x))
@@ -228,7 +254,9 @@ def test_dynamic_batches_recompile_a_few_times_only(low: Low, seen: list[list[st
 
 
 @torch.no_grad()
-def test_edited_loaded_replaced_and_swapped_weights_are_seen_without_recompiling(low: Low, seen: list[list[str]]) -> None:
+def test_edited_loaded_replaced_and_swapped_weights_are_seen_without_recompiling(
+    low: Low, seen: list[list[str]]
+) -> None:
     run, x, other = compiled(low), torch.randn(2, 3, 9, 7), Low().eval()
 
     def same() -> bool:
@@ -255,7 +283,14 @@ def test_edited_loaded_replaced_and_swapped_weights_are_seen_without_recompiling
 
 @pytest.mark.parametrize(
     ("optimizer", "way"),
-    [(optim.SGD, "fused"), (optim.Adam, "fused"), (optim.AdamW, "fused"), (optim.Adagrad, "fused"), (optim.SGD, "foreach"), (optim.SGD, "plain")],
+    [
+        (optim.SGD, "fused"),
+        (optim.Adam, "fused"),
+        (optim.AdamW, "fused"),
+        (optim.Adagrad, "fused"),
+        (optim.SGD, "foreach"),
+        (optim.SGD, "plain"),
+    ],
 )
 def test_steps_of_every_optimizer_are_seen(low: Low, optimizer: Any, way: str) -> None:
     run, x = compiled(low), torch.randn(2, 3, 9, 7)
@@ -363,7 +398,9 @@ def test_inference_mode_and_weights_made_in_it(low: Low) -> None:
         assert close(compiled(born)(x), born(x))
 
 
-def test_a_graph_that_computes_gradients_is_exact_and_says_so(low: Low, seen: list[list[str]], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_graph_that_computes_gradients_is_exact_and_says_so(
+    low: Low, seen: list[list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
     x = torch.randn(2, 3, 9, 7)
     with caplog.at_level(logging.WARNING, "tdpass.backend"):
         y = compiled(low)(x)
@@ -379,7 +416,10 @@ def test_views_and_output_layouts_survive(seen: list[list[str]]) -> None:
     class Images(nn.Module):
         def __init__(self, *, view: bool) -> None:
             super().__init__()
-            self.low, self.view = nn.Sequential(nn.Conv2d(8, 3, 1, bias=False), nn.Conv2d(3, 8, 3, padding=1)), view
+            self.low, self.view = (
+                nn.Sequential(nn.Conv2d(8, 3, 1, bias=False), nn.Conv2d(3, 8, 3, padding=1)),
+                view,
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.low(x)
@@ -395,7 +435,9 @@ def test_views_and_output_layouts_survive(seen: list[list[str]]) -> None:
 
 
 @torch.no_grad()
-def test_a_budget_plans_on_the_weights_of_the_graph(residual: nn.Module, images: Tensor, seen: list[list[str]]) -> None:
+def test_a_budget_plans_on_the_weights_of_the_graph(
+    residual: nn.Module, images: Tensor, seen: list[list[str]]
+) -> None:
     y = compiled(residual, budget={"params": 0.5})(images)
     assert not close(y, residual(images))
     assert bool(torch.isfinite(y).all())
@@ -403,8 +445,12 @@ def test_a_budget_plans_on_the_weights_of_the_graph(residual: nn.Module, images:
 
 
 @torch.no_grad()
-def test_a_plan_and_its_file_make_what_compress_makes(residual: nn.Module, images: Tensor, folder: Path) -> None:
-    artifact = tdpass.compress(residual, {"macs": 0.5}, example_inputs=images[:2], pipeline="plan{joint=false},factorize")
+def test_a_plan_and_its_file_make_what_compress_makes(
+    residual: nn.Module, images: Tensor, folder: Path
+) -> None:
+    artifact = tdpass.compress(
+        residual, {"macs": 0.5}, example_inputs=images[:2], pipeline="plan{joint=false},factorize"
+    )
     artifact.plan.save(folder / "plan.json")
     assert isinstance(artifact.model, nn.Module)
     for plan in (artifact.plan, str(folder / "plan.json")):
@@ -460,7 +506,9 @@ def test_torch_is_left_to_import_its_registry() -> None:
 
 
 @torch.no_grad()
-def test_measured_choices_are_remembered_on_disk(low: Low, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_measured_choices_are_remembered_on_disk(
+    low: Low, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
     monkeypatch.setenv("TDPASS_CACHE", str(folder))
     call = ChainCall(ChainSpec((Stage(8, 4), Stage(4, 8)), 2), (2, 8, 5, 5))
     first = choose.choose([in_torch(call)])

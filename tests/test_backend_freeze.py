@@ -74,11 +74,17 @@ def net() -> Net:
 
 
 def frozen(model: nn.Module, **options: Any) -> Any:
-    return torch.compile(model, backend="tdpass", options={"inner": "eager", "measure": False, "freeze": True, **options})
+    return torch.compile(
+        model, backend="tdpass", options={"inner": "eager", "measure": False, "freeze": True, **options}
+    )
 
 
 def close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, atol=2e-5 * float(b.abs().max()), rtol=0)
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and torch.allclose(a, b, atol=2e-5 * float(b.abs().max()), rtol=0)
+    )
 
 
 def images(batch: int = 2) -> Tensor:
@@ -136,7 +142,9 @@ def test_every_instance_has_a_graph_of_its_own(inner: Snapshot) -> None:
 
 
 @torch.no_grad()
-def test_instances_are_told_apart_without_the_check_of_the_module(inner: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_instances_are_told_apart_without_the_check_of_the_module(
+    inner: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tdpass.dynamo.frozen.loosen_guards", lambda graph, weights: 0)
     nets, x = [Net().eval() for _ in range(2)], images()
     for each in (*nets, *nets):
@@ -185,7 +193,9 @@ def test_few_checks_are_left(net: Net, inner: Snapshot) -> None:
 
 
 @torch.no_grad()
-def test_dynamic_batches_and_invalidation_of_them(net: Net, inner: Snapshot, caplog: pytest.LogCaptureFixture) -> None:
+def test_dynamic_batches_and_invalidation_of_them(
+    net: Net, inner: Snapshot, caplog: pytest.LogCaptureFixture
+) -> None:
     run = frozen(net)
     for size in (2, 3, 6, 5, 9, 1):
         x = images(size)
@@ -231,7 +241,10 @@ def test_tied_weights_breaks_and_writes_to_weights(inner: Snapshot) -> None:
 def test_factors_of_a_plan_are_constants_too(inner: Snapshot) -> None:
     model, x = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 24)).eval(), torch.randn(3, 24)
     options = {"inner": "eager", "measure": False, "budget": {"params": 0.5}}
-    run, other = frozen(model, budget={"params": 0.5}), torch.compile(copy.deepcopy(model), backend="tdpass", options=options)
+    run, other = (
+        frozen(model, budget={"params": 0.5}),
+        torch.compile(copy.deepcopy(model), backend="tdpass", options=options),
+    )
     assert close(run(x), other(x))
     assert not close(run(x), model(x))
     model[0].weight.mul_(-1)
@@ -273,7 +286,9 @@ def test_compiled_graphs_die_with_their_weights(net: Net) -> None:
 
 @pytest.mark.parametrize("faster", [True, False])
 @torch.no_grad()
-def test_single_layers_are_operators_where_that_is_faster(faster: bool, net: Net, inner: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_layers_are_operators_where_that_is_faster(
+    faster: bool, net: Net, inner: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[bool] = []
 
     def choose(calls: Any, *, measure: bool = True) -> Verdict:

@@ -18,13 +18,23 @@ IMAGES = torch.randn(24, 4, 10, 10, generator=torch.Generator().manual_seed(1))
 
 
 def _plain() -> nn.Module:
-    return nn.Sequential(nn.Linear(32, 64, bias=False), nn.ReLU(), nn.Linear(64, 48, bias=False), nn.ReLU(), nn.Linear(48, 8, bias=False))
+    return nn.Sequential(
+        nn.Linear(32, 64, bias=False),
+        nn.ReLU(),
+        nn.Linear(64, 48, bias=False),
+        nn.ReLU(),
+        nn.Linear(48, 8, bias=False),
+    )
 
 
 def _normed(affine: bool) -> nn.Module:
     layers: list[nn.Module] = []
     for inputs, outputs in ((4, 24), (24, 24)):
-        layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs, affine=affine), nn.ReLU()]
+        layers += [
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs, affine=affine),
+            nn.ReLU(),
+        ]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(96, 64, bias=False))
 
 
@@ -36,7 +46,9 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 
 
 def _onnx(model: nn.Module, x: Tensor, path: Path) -> onnx.ModelProto:
-    torch.onnx.export(model, (x[:2],), path, dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim("n")},))
+    torch.onnx.export(
+        model, (x[:2],), path, dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim("n")},)
+    )
     return onnx.load(path)
 
 
@@ -44,15 +56,23 @@ def _stored(model: object) -> int:
     if isinstance(model, nn.Module):
         return sum(parameter.numel() for parameter in model.parameters())
     assert isinstance(model, onnx.ModelProto)
-    statistics = {name for node in model.graph.node if node.op_type == "BatchNormalization" for name in node.input[3:5]}
-    sizes = [tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT and tensor.dims and tensor.name not in statistics]
+    statistics = {
+        name for node in model.graph.node if node.op_type == "BatchNormalization" for name in node.input[3:5]
+    }
+    sizes = [
+        tensor
+        for tensor in model.graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT and tensor.dims and tensor.name not in statistics
+    ]
     return sum(torch.Size(tensor.dims).numel() for tensor in sizes)
 
 
 @pytest.mark.parametrize("frontend", ["torch", "onnx"])
 @pytest.mark.parametrize("measure", ["params", "bytes"])
 @pytest.mark.parametrize("name", NETS)
-def test_biases_that_are_added_are_within_the_budget(name: str, measure: str, frontend: str, tmp_path: Path) -> None:
+def test_biases_that_are_added_are_within_the_budget(
+    name: str, measure: str, frontend: str, tmp_path: Path
+) -> None:
     make, data = NETS[name]
     torch.manual_seed(0)
     model: object = make().eval()
@@ -60,7 +80,9 @@ def test_biases_that_are_added_are_within_the_budget(name: str, measure: str, fr
         assert isinstance(model, nn.Module)
         model = _onnx(model, data, tmp_path / "model.onnx")
     for share in (0.5, 0.7):
-        result = tdpass.compress(model, {measure: share}, data, cache=False, formats=["svd", "channel_svd", "tucker2"])
+        result = tdpass.compress(
+            model, {measure: share}, data, cache=False, formats=["svd", "channel_svd", "tucker2"]
+        )
         before, after = result.report.original, result.report.final
         assert after.get(measure) <= share * before.get(measure)
         assert after.params == _stored(result.model)

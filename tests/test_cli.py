@@ -76,13 +76,22 @@ def mlp(path: Path) -> None:
     for n in range(3):
         initializers += [
             numpy_helper.from_array(weight(generator, sizes[n + 1], sizes[n], 6), f"fc{n}.weight"),
-            numpy_helper.from_array(generator.standard_normal(sizes[n + 1]).astype(np.float32), f"fc{n}.bias"),
+            numpy_helper.from_array(
+                generator.standard_normal(sizes[n + 1]).astype(np.float32), f"fc{n}.bias"
+            ),
         ]
         source = "x" if n == 0 else f"r{n - 1}"
-        nodes.append(helper.make_node("Gemm", [source, f"fc{n}.weight", f"fc{n}.bias"], ["y" if n == 2 else f"h{n}"], transB=1))
+        nodes.append(
+            helper.make_node(
+                "Gemm", [source, f"fc{n}.weight", f"fc{n}.bias"], ["y" if n == 2 else f"h{n}"], transB=1
+            )
+        )
         if n < 2:
             nodes.append(helper.make_node("Relu", [f"h{n}"], [f"r{n}"]))
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", size]) for name, size in (("x", 24), ("y", 5))]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", size])
+        for name, size in (("x", 24), ("y", 5))
+    ]
     graph = helper.make_graph(nodes, "mlp", ends[:1], ends[1:], initializers)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(path))
 
@@ -129,7 +138,9 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_compress_writes_the_model_and_its_report_beside_it(small: Path) -> None:
-    session = pytest.importorskip("onnxruntime").InferenceSession(str(small), providers=["CPUExecutionProvider"])
+    session = pytest.importorskip("onnxruntime").InferenceSession(
+        str(small), providers=["CPUExecutionProvider"]
+    )
     assert session.run(None, {"x": np.zeros((2, 24), np.float32)})[0].shape == (2, 5)
     for kind in ("plan.json", "report.json", "report.html"):
         assert small.with_name(f"small.{kind}").stat().st_size > 100
@@ -147,15 +158,31 @@ def test_compress_shows_its_report(capsys: pytest.CaptureFixture[str], tmp_path:
     assert (tmp_path / "new" / "r" / "out.plan.json").is_file()
 
 
-def test_compress_as_json_is_one_document_even_if_the_model_prints(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_compress_as_json_is_one_document_even_if_the_model_prints(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     output = tmp_path / "net.safetensors"
-    words = ["compress", "cli_net:chatty", "--input", "4x24", "--budget", "params=0.5", "--format", "svd", "-o", str(output), "--json"]
+    words = [
+        "compress",
+        "cli_net:chatty",
+        "--input",
+        "4x24",
+        "--budget",
+        "params=0.5",
+        "--format",
+        "svd",
+        "-o",
+        str(output),
+        "--json",
+    ]
     assert main(words) == 0
     result = document(capsys)
     assert result["files"]["model"] == str(output)
     assert result["report"]["final"]["params"] <= 0.5 * result["report"]["original"]["params"]
     assert {choice["site"] for choice in result["plan"]["choices"]} == {"0", "2", "4"}
-    assert main(["verify", "cli_net:make", str(output), "--input", "4x24", "--tolerance", "100", "--json"]) == 0
+    assert (
+        main(["verify", "cli_net:make", str(output), "--input", "4x24", "--tolerance", "100", "--json"]) == 0
+    )
     assert document(capsys)["passed"] is True
 
 
@@ -164,7 +191,21 @@ def test_weights_go_into_the_factory(capsys: pytest.CaptureFixture[str], tmp_pat
     state = {f"{name}.weight": torch.full(shape, 0.01) for name, shape in shapes.items()}
     state.update({f"{name}.bias": torch.zeros(shape[0]) for name, shape in shapes.items()})
     save_file(state, tmp_path / "w.safetensors")
-    assert main(["verify", "cli_net:make", "cli_net:make", "--weights", str(tmp_path / "w.safetensors"), "--input", "4x24", "--quiet"]) == 1
+    assert (
+        main(
+            [
+                "verify",
+                "cli_net:make",
+                "cli_net:make",
+                "--weights",
+                str(tmp_path / "w.safetensors"),
+                "--input",
+                "4x24",
+                "--quiet",
+            ]
+        )
+        == 1
+    )
     same = ["--weights", str(tmp_path / "w.safetensors")] * 2
     assert main(["verify", "cli_net:make", "cli_net:make", *same, "--input", "4x24", "--quiet"]) == 0
     capsys.readouterr()
@@ -178,15 +219,43 @@ def test_weights_go_into_the_factory(capsys: pytest.CaptureFixture[str], tmp_pat
 def test_exported_program_goes_in_and_out(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     net = torch.nn.Sequential(torch.nn.Linear(24, 48), torch.nn.ReLU(), torch.nn.Linear(48, 5)).eval()
     torch.export.save(torch.export.export(net, (torch.zeros(2, 24),)), tmp_path / "net.pt2")
-    words = [str(tmp_path / "net.pt2"), "--budget", "params=0.5", "--format", "svd", "-o", str(tmp_path / "small.pt2"), "--quiet"]
+    words = [
+        str(tmp_path / "net.pt2"),
+        "--budget",
+        "params=0.5",
+        "--format",
+        "svd",
+        "-o",
+        str(tmp_path / "small.pt2"),
+        "--quiet",
+    ]
     assert main(["compress", *words]) == 0
-    assert main(["bench", str(tmp_path / "net.pt2"), str(tmp_path / "small.pt2"), "--rounds", "2", "--json"]) == 0
+    assert (
+        main(["bench", str(tmp_path / "net.pt2"), str(tmp_path / "small.pt2"), "--rounds", "2", "--json"])
+        == 0
+    )
     assert [row["runtime"] for row in document(capsys)["rows"]] == ["eager", "eager"]
 
 
 def test_plan_can_be_written_and_carried_out(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
-    assert main(["plan", "mlp.onnx", "--budget", "params=0.5", "--exclude", "fc2*", "--format", "svd", "-o", str(plan)]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                "mlp.onnx",
+                "--budget",
+                "params=0.5",
+                "--exclude",
+                "fc2*",
+                "--format",
+                "svd",
+                "-o",
+                str(plan),
+            ]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     assert "excluded by name" in text
     assert f"wrote {plan}" in text
@@ -197,7 +266,24 @@ def test_plan_can_be_written_and_carried_out(capsys: pytest.CaptureFixture[str],
 
 
 def test_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "mlp.onnx", "--budget", "macs=0.5", "--data", "calib.npz", "--samples", "16", "--format", "svd", "--json"]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                "mlp.onnx",
+                "--budget",
+                "macs=0.5",
+                "--data",
+                "calib.npz",
+                "--samples",
+                "16",
+                "--format",
+                "svd",
+                "--json",
+            ]
+        )
+        == 0
+    )
     result = document(capsys)
     assert len(result["plan"]["choices"]) == 3
     assert result["report"]["curve"]
@@ -226,7 +312,11 @@ def test_inspect_lists_sites_and_where_they_pay(capsys: pytest.CaptureFixture[st
     site = said["sites"][0]
     weights = 24 * 48 + 48 * 32 + 32 * 5
     assert said["in_sites"] == {"params": weights, "macs": weights, "bytes": 4 * weights}
-    assert {measure: said[measure] for measure in said["in_sites"]} == {"params": weights + 85, "macs": weights, "bytes": 4 * (weights + 85)}
+    assert {measure: said[measure] for measure in said["in_sites"]} == {
+        "params": weights + 85,
+        "macs": weights,
+        "bytes": 4 * (weights + 85),
+    }
     assert site["dense"] == {"params": 1152, "macs": 1152, "bytes": 4608}
     assert site["largest_paying_rank"] == {"svd": [15]}
 
@@ -249,19 +339,48 @@ def test_inspect_shows_the_share_of_all_that_runs(capsys: pytest.CaptureFixture[
 
 def test_bench_puts_data_as_the_model_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     steps = tmp_path / "steps.npz"
-    np.savez(steps, x=np.zeros((7, 8, 24), np.float32))  # to a model that takes its batch second, 8 samples of 7 steps
-    words = ["bench", "cli_net:steps_first", "--rounds", "1", "--data", str(steps), "--runtime", "eager", "--json"]
+    np.savez(
+        steps, x=np.zeros((7, 8, 24), np.float32)
+    )  # to a model that takes its batch second, 8 samples of 7 steps
+    words = [
+        "bench",
+        "cli_net:steps_first",
+        "--rounds",
+        "1",
+        "--data",
+        str(steps),
+        "--runtime",
+        "eager",
+        "--json",
+    ]
     assert main([*words, "--batch", "4"]) == 0
     assert document(capsys)["inputs"] == ["7x4x24"]
     np.savez(tmp_path / "rows.npz", np.zeros((32, 24), np.float32))
-    assert main(["bench", "cli_net:double", "--rounds", "1", "--data", str(tmp_path / "rows.npz"), "--runtime", "eager", "--json"]) == 0
+    assert (
+        main(
+            [
+                "bench",
+                "cli_net:double",
+                "--rounds",
+                "1",
+                "--data",
+                str(tmp_path / "rows.npz"),
+                "--runtime",
+                "eager",
+                "--json",
+            ]
+        )
+        == 0
+    )
     assert document(capsys)["inputs"] == ["32x24"]
 
 
 def test_verify_passes_and_fails_by_the_tolerance(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "mlp.onnx", "mlp.onnx", "--data", "calib.npz"]) == 0
     assert "is within the tolerance of 0.0001" in capsys.readouterr().out
-    assert main(["verify", "mlp.onnx", str(small), "--data", "calib.npz", "--tolerance", "1e-9", "--json"]) == 1
+    assert (
+        main(["verify", "mlp.onnx", str(small), "--data", "calib.npz", "--tolerance", "1e-9", "--json"]) == 1
+    )
     result = document(capsys)
     assert result["passed"] is False
     assert {"divergence", "max_difference", "same_class"} <= result.keys()
@@ -280,7 +399,22 @@ def test_bench_compares_with_the_first_model(small: Path, capsys: pytest.Capture
 
 def test_bench_of_a_factory_and_of_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "cli_net:make", "--input", "2x24", "--rounds", "1", "--quiet"]) == 0
-    assert main(["bench", "mlp.onnx", "--data", "calib.npz", "--rounds", "1", "--runtime", "onnxruntime", "--json"]) == 0
+    assert (
+        main(
+            [
+                "bench",
+                "mlp.onnx",
+                "--data",
+                "calib.npz",
+                "--rounds",
+                "1",
+                "--runtime",
+                "onnxruntime",
+                "--json",
+            ]
+        )
+        == 0
+    )
     assert document(capsys)["inputs"] == ["32x24"]
     assert main(["bench", "cli_net:make", "--input", "2x9"]) == 1
     assert "eager cannot run cli_net:make" in error_line(capsys)
@@ -288,7 +422,9 @@ def test_bench_of_a_factory_and_of_data(capsys: pytest.CaptureFixture[str]) -> N
     assert "--input" in error_line(capsys)
 
 
-def test_report_is_rendered_again_from_file_or_folder(small: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_report_is_rendered_again_from_file_or_folder(
+    small: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     page = tmp_path / "again.html"
     assert main(["report", str(small.with_name("small.report.json")), "-o", str(page)]) == 0
     assert "fc0" in capsys.readouterr().out
@@ -331,9 +467,17 @@ COMPRESS = ["compress", "mlp.onnx", "-o", "never.onnx"]
         ([*COMPRESS, "--plan", "none.json"], 1, "none.json"),
         ([*COMPRESS, "--weights", "w.safetensors", "--budget", "params=0.5"], 2, "holds its own weights"),
         (["compress", "mlp.onnx", "-o", "small.pt2", "--budget", "macs=0.5"], 2, "write -o small.onnx"),
-        (["compress", "mlp.onnx", "-o", "nowhere/small.onnx", "--budget", "macs=0.5"], 2, "no folder nowhere"),
+        (
+            ["compress", "mlp.onnx", "-o", "nowhere/small.onnx", "--budget", "macs=0.5"],
+            2,
+            "no folder nowhere",
+        ),
         (["compress", "mlp.onnx", "-o", "mlp.onnx", "--budget", "macs=0.5"], 2, "is the input"),
-        (["compress", "cli_net:make", "-o", "small.onnx", "--budget", "macs=0.5"], 2, "write -o small.safetensors"),
+        (
+            ["compress", "cli_net:make", "-o", "small.onnx", "--budget", "macs=0.5"],
+            2,
+            "write -o small.safetensors",
+        ),
         (["inspect", "none.onnx"], 1, "there is no file none.onnx"),
         (["inspect", "damaged.onnx"], 1, "damaged.onnx"),
         (["inspect", "model.h5"], 2, "names no model"),
@@ -355,7 +499,9 @@ COMPRESS = ["compress", "mlp.onnx", "-o", "never.onnx"]
         (["report", "mlp.onnx", "-o", "page.pdf"], 2, "write -o page.html"),
     ],
 )
-def test_refusals_are_one_line_with_the_right_code(words: list[str], code: int, says: str, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+def test_refusals_are_one_line_with_the_right_code(
+    words: list[str], code: int, says: str, capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
     (folder / "damaged.npz").write_bytes(b"PK\x03\x04 nothing")
     (folder / "damaged.onnx").write_bytes(b"\x08\x09 nothing")
     (folder / "factors.safetensors").write_bytes(b"")
@@ -369,7 +515,9 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_unexpected_errors_are_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unexpected_errors_are_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(*args: object) -> None:
         raise ZeroDivisionError("two\nlines \x1b[31m")
 
@@ -385,7 +533,9 @@ def test_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
     monkeypatch.setattr("tdpass.cli.inspect.open_model", stop)
     assert main(["inspect", "mlp.onnx"]) == 130
-    assert capsys.readouterr().err.strip().splitlines() == ["tdpass: interrupted; files are written whole or not at all"]
+    assert capsys.readouterr().err.strip().splitlines() == [
+        "tdpass: interrupted; files are written whole or not at all"
+    ]
 
 
 @pytest.mark.parametrize("verb", ["inspect", "plan", "compress", "verify", "bench", "report"])
@@ -406,7 +556,10 @@ def test_quiet_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_as_a_real_process(folder: Path) -> None:
     call = subprocess.run(
-        [sys.executable, "-m", "tdpass", "inspect", "cli_net:chatty", "--input", "1x24", "--json"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tdpass", "inspect", "cli_net:chatty", "--input", "1x24", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert call.returncode == 0, call.stderr
     assert len(json.loads(call.stdout)["sites"]) == 3
@@ -414,7 +567,12 @@ def test_as_a_real_process(folder: Path) -> None:
 
 
 def test_closed_pipe_is_no_error(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    call = subprocess.Popen([sys.executable, "-m", "tdpass", "inspect", "mlp.onnx"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    call = subprocess.Popen(
+        [sys.executable, "-m", "tdpass", "inspect", "mlp.onnx"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert call.stdout is not None
     assert call.stderr is not None
     call.stdout.close()

@@ -33,7 +33,17 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).normal(size=(40, 24)).astype(np.float32))
 
 
-WORDS = ["--budget", "macs=0.6", "--data", "data.npz", "--effort", "fast", "--no-strict", "-o", "small.safetensors"]
+WORDS = [
+    "--budget",
+    "macs=0.6",
+    "--data",
+    "data.npz",
+    "--effort",
+    "fast",
+    "--no-strict",
+    "-o",
+    "small.safetensors",
+]
 
 
 def compressed(model: str, *more: str) -> int:
@@ -55,7 +65,9 @@ def test_the_files_of_another_model_are_not_overwritten(capsys: pytest.CaptureFi
     assert compressed("other", "--quiet") == 2
 
 
-def test_places_that_cannot_be_written_are_found_before_planning(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_places_that_cannot_be_written_are_found_before_planning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def planned(*_: object, **__: object) -> None:
         raise AssertionError("planning began")
 
@@ -73,10 +85,16 @@ def test_places_that_cannot_be_written_are_found_before_planning(monkeypatch: py
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OSError(errno.EDQUOT, "quota"), RuntimeError('I/O error: "No space left on device (os error 28)"')],
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        OSError(errno.EDQUOT, "quota"),
+        RuntimeError('I/O error: "No space left on device (os error 28)"'),
+    ],
 )
 @pytest.mark.parametrize("way", [replacing, folder_beside])
-def test_a_full_disk_is_one_error_and_leaves_what_was_there(error: Exception, way: object, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_error_and_leaves_what_was_there(
+    error: Exception, way: object, tmp_path: Path
+) -> None:
     path = tmp_path / "model.onnx"
     path.write_text("before")
     with pytest.raises(WriteError, match="no space is left"), way(path):
@@ -87,7 +105,9 @@ def test_a_full_disk_is_one_error_and_leaves_what_was_there(error: Exception, wa
         raise ValueError("another")
 
 
-def test_a_full_disk_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_ends_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def full(self: Path, *_: object, **__: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -97,13 +117,33 @@ def test_a_full_disk_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys:
     assert line.startswith("tdpass: error: cannot write plan.json: no space is left")
 
 
-def test_data_beside_an_onnx_file_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_beside_an_onnx_file_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import files_net
 
     monkeypatch.setattr("tdpass.models.onnx.model.EXTERNAL_ABOVE", 100)
     monkeypatch.setattr("tdpass.models.onnx.file._INLINE_BELOW", 10)
-    torch.onnx.export(files_net.make().eval(), (torch.zeros(2, 24),), "net.onnx", dynamo=True, verbose=False, external_data=False)
-    words = ["compress", "net.onnx", "--budget", "params=0.6", "--effort", "fast", "--no-strict", "-o", "small.onnx", "--json"]
+    torch.onnx.export(
+        files_net.make().eval(),
+        (torch.zeros(2, 24),),
+        "net.onnx",
+        dynamo=True,
+        verbose=False,
+        external_data=False,
+    )
+    words = [
+        "compress",
+        "net.onnx",
+        "--budget",
+        "params=0.6",
+        "--effort",
+        "fast",
+        "--no-strict",
+        "-o",
+        "small.onnx",
+        "--json",
+    ]
     assert main(words) == 0
     named = json.loads(capsys.readouterr().out)["files"].values()
     assert {str(path) for path in Path().glob("small*")} == set(named)
@@ -113,7 +153,10 @@ def test_data_beside_an_onnx_file_is_named(monkeypatch: pytest.MonkeyPatch, caps
 @pytest.mark.parametrize(
     ("said", "shown"),
     [
-        ("nothing to run on; pass data= or example_inputs= (--data, --input)", "nothing to run on; give --data or --input"),
+        (
+            "nothing to run on; pass data= or example_inputs= (--data, --input)",
+            "nothing to run on; give --data or --input",
+        ),
         ("at a time; pass batch=4 (--batch 4)", "at a time; give --batch 4"),
         ("take it as it is with strict=False (--no-strict)", "take it as it is with --no-strict"),
         ("pass target='systolic:gemmini' (--target systolic:gemmini)", "give --target systolic:gemmini"),
@@ -130,7 +173,9 @@ def noisy() -> nn.Module:
     return nn.Linear(4, 4)
 
 
-def test_nothing_of_other_libraries_stands_before_a_result(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_other_libraries_stands_before_a_result(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     level = logging.getLogger("torch").level
     assert main(["inspect", "tests.test_cli_files:noisy", "--input", "1x4"]) == 0
@@ -143,11 +188,32 @@ def test_verify_opens_every_kind_of_file(capsys: pytest.CaptureFixture[str]) -> 
     import files_net
 
     net = files_net.make().eval()
-    torch.onnx.export(net, (torch.zeros(2, 24),), "net.onnx", dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim("n")},))
+    torch.onnx.export(
+        net,
+        (torch.zeros(2, 24),),
+        "net.onnx",
+        dynamo=True,
+        verbose=False,
+        dynamic_shapes=({0: torch.export.Dim("n")},),
+    )
     torch.export.save(torch.export.export(net, (torch.zeros(2, 24),)), "net.pt2")
     assert compressed("make", "--quiet") == 0
     shape = ["--input", "2x24", "--tolerance", "10", "--quiet"]
-    assert main(["deploy", "files_net:make", "small.safetensors", "--input", "2x24", "-o", "deployed.pt2", "--quiet"]) == 0
+    assert (
+        main(
+            [
+                "deploy",
+                "files_net:make",
+                "small.safetensors",
+                "--input",
+                "2x24",
+                "-o",
+                "deployed.pt2",
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     for file in ("small.safetensors", "net.onnx", "net.pt2"):
         assert main(["verify", "files_net:make", file, *shape]) == 0
     assert main(["verify", "files_net:make", "deployed.pt2", *shape]) == 2

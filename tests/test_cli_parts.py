@@ -74,7 +74,12 @@ def test_timing_is_interleaved_and_repeats_short_calls() -> None:
 
 
 def test_ratios_are_taken_round_by_round() -> None:
-    candidates = [Runner("a", "ort", int), Runner("a", "vino", int), Runner("b", "ort", int), Runner("b", "eager", int)]
+    candidates = [
+        Runner("a", "ort", int),
+        Runner("a", "vino", int),
+        Runner("b", "ort", int),
+        Runner("b", "eager", int),
+    ]
     rows = compared(candidates, [[4.0, 8.0], [2.0, 4.0], [1.0, 2.0], [1.0, 1.0]])
     assert rows[2].faster == Quartiles(4.0, 4.0, 4.0)
     assert rows[2].faster_than_best == Quartiles(2.0, 2.0, 2.0)

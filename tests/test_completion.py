@@ -40,9 +40,17 @@ def test_every_verb_and_recipe_is_in_the_script(shell: str, capsys: pytest.Captu
         (["tdpass", "completion", "z"], ["zsh"]),
     ],
 )
-def test_bash_completes(words: list[str], expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bash_completes(
+    words: list[str], expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "model.onnx").touch()
     quoted = " ".join(f"'{word}'" for word in words)
     ask = f'COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _tdpass; printf "%s\\n" "${{COMPREPLY[@]}}"'
-    run = subprocess.run(["bash", "-c", f"{script('bash', capsys)}\n{ask}"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        ["bash", "-c", f"{script('bash', capsys)}\n{ask}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert sorted(run.stdout.split()) == expected

@@ -23,7 +23,12 @@ from tdpass.verbs import compress
 class _Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.pos, self.neg, self.head = nn.Linear(16, 24), nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 6)
+        self.stem, self.pos, self.neg, self.head = (
+            nn.Linear(16, 24),
+            nn.Linear(24, 24),
+            nn.Linear(24, 24),
+            nn.Linear(24, 6),
+        )
 
 
 class _Experts(_Layers):
@@ -81,7 +86,9 @@ def _calls() -> list[Tensor]:
 
 @pytest.mark.parametrize("kind", _NETS)
 @pytest.mark.parametrize("order", [lambda calls: calls, lambda calls: calls[::-1]], ids=["forth", "back"])
-def test_a_layer_that_any_call_reaches_is_a_site_and_counted_as_often_as_it_runs(kind: type[_Layers], order: Callable[[list[Tensor]], list[Tensor]]) -> None:
+def test_a_layer_that_any_call_reaches_is_a_site_and_counted_as_often_as_it_runs(
+    kind: type[_Layers], order: Callable[[list[Tensor]], list[Tensor]]
+) -> None:
     net, calls = _net(kind), order(_calls())
     model = open_model(net)
     model.observe(*(Batch((call,)) for call in calls))
@@ -107,7 +114,9 @@ def _rank_two(net: _Layers) -> dict[str, Layer]:
     model, svd = open_model(net), FORMATS.get("svd")
     model.observe(*(Batch((call,)) for call in _calls()))
     return {
-        site.name: Layer(site, Form("svd", (2,)), svd.factorize(model.weight(site.name), site, (2,)), model.bias(site.name)).to(torch.float32)
+        site.name: Layer(
+            site, Form("svd", (2,)), svd.factorize(model.weight(site.name), site, (2,)), model.bias(site.name)
+        ).to(torch.float32)
         for site in model.sites()
     }
 
@@ -135,7 +144,9 @@ def test_losses_metrics_and_repairs_use_the_runs_that_reach_a_site(kind: type[_L
     before = divergence_of(tapes, layers, measure)
     corrected = correct_biases(tapes, layers, layers)
     refitted, declined = refit_last_factors(tapes, corrected, 1e-3, layers)
-    routed_by_a_layer = {"pos", "neg"} if kind is _Listed else set()  # whose rows are others after compression
+    routed_by_a_layer = (
+        {"pos", "neg"} if kind is _Listed else set()
+    )  # whose rows are others after compression
     assert set(declined) == routed_by_a_layer
     for name in {"pos", "neg", "head"} - routed_by_a_layer:
         assert not torch.equal(corrected[name].bias, layers[name].bias)  # type: ignore[arg-type]

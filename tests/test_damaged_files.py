@@ -48,7 +48,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @COUNTS
-def test_a_damaged_artifact_is_refused_and_changes_nothing(artifact: bytes, tmp_path: Path, count: int) -> None:
+def test_a_damaged_artifact_is_refused_and_changes_nothing(
+    artifact: bytes, tmp_path: Path, count: int
+) -> None:
     path, net = tmp_path / "net.safetensors", network()
     before, spared = {name: value.clone() for name, value in net.state_dict().items()}, 0
     path.write_bytes(artifact)
@@ -111,7 +113,9 @@ def test_a_structure_of_wrong_types_is_refused(structure: str, tmp_path: Path) -
 def test_types_that_differ_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "net.safetensors"
     tdpass.compress(network().double().eval(), pipeline="").save(path)
-    with pytest.raises(PlanError, match=r"'0\.bias' is \(16,\) float64 in the file and \(16,\) float32 in the model"):
+    with pytest.raises(
+        PlanError, match=r"'0\.bias' is \(16,\) float64 in the file and \(16,\) float32 in the model"
+    ):
         tdpass.load(path, network())
     assert tdpass.load(path, network().double())[0].weight.dtype is torch.float64
     for wrong in (3, None, ["net.safetensors"]):
@@ -144,7 +148,11 @@ def one() -> bytes:
     return file.getvalue()
 
 
-ARRAYS: dict[str, Callable[[], bytes]] = {"plain.npz": archive, "packed.npz": lambda: archive(compressed=True), "one.npy": one}
+ARRAYS: dict[str, Callable[[], bytes]] = {
+    "plain.npz": archive,
+    "packed.npz": lambda: archive(compressed=True),
+    "one.npy": one,
+}
 
 
 @pytest.mark.parametrize("name", ARRAYS)
@@ -174,7 +182,10 @@ def header(text: str) -> bytes:
 @pytest.mark.parametrize(
     ("declared", "says"),
     [
-        ("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }", "declares 4,000,000,000,000 bytes"),
+        (
+            "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }",
+            "declares 4,000,000,000,000 bytes",
+        ),
         ("{'descr': '<f4', 'fortran_order': False, 'shape': (-1,), }", "shape"),
         ("{'descr': '<f4', 'fortran_order': False, 'shape': (3, ", "cannot read calibration data"),
         ("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", "give numbers"),
@@ -198,7 +209,11 @@ def test_pickled_arrays_are_not_read(tmp_path: Path) -> None:
 
 
 def state() -> dict[str, Tensor]:
-    return {"model.w": torch.arange(12.0).reshape(3, 4), "optimizer.w.step": torch.tensor(3.0), "term.0.mask": torch.ones(5, dtype=torch.bool)}
+    return {
+        "model.w": torch.arange(12.0).reshape(3, 4),
+        "optimizer.w.step": torch.tensor(3.0),
+        "term.0.mask": torch.ones(5, dtype=torch.bool),
+    }
 
 
 def reseal(path: Path) -> None:
@@ -247,9 +262,15 @@ def test_boxes_of_several_processes_become_one_tensor(tmp_path: Path) -> None:
     from tdpass.training.pieces import _PIECES, Piece, read_pieces, read_table
 
     whole = torch.arange(35.0).reshape(5, 7)
-    for rank, (rows, columns) in enumerate(((slice(0, 2), slice(0, 7)), (slice(2, 5), slice(0, 4)), (slice(2, 5), slice(4, 7)))):
+    for rank, (rows, columns) in enumerate(
+        ((slice(0, 2), slice(0, 7)), (slice(2, 5), slice(0, 4)), (slice(2, 5), slice(4, 7)))
+    ):
         piece = {"w": Piece((5, 7), (rows.start, columns.start), "float32")}
-        save_file({"w": whole[rows, columns].clone()}, tmp_path / f"tensors-{rank}.safetensors", metadata={"tdpass.pieces": _PIECES.text(piece)})
+        save_file(
+            {"w": whole[rows, columns].clone()},
+            tmp_path / f"tensors-{rank}.safetensors",
+            metadata={"tdpass.pieces": _PIECES.text(piece)},
+        )
     assert read_table(tmp_path) == {"w": ((5, 7), torch.float32)}
     found = torch.zeros(5, 7)
     read_pieces(tmp_path, {"w": found})

@@ -20,7 +20,16 @@ X = torch.arange(40.0).reshape(10, 4)
 
 @pytest.mark.parametrize(
     "data",
-    [X, X.numpy(), X.double().numpy(), (X,), (X, torch.arange(10)), [X[:5], X[5:]], DataLoader(TensorDataset(X, torch.arange(10)), batch_size=5), Batch((X,))],
+    [
+        X,
+        X.numpy(),
+        X.double().numpy(),
+        (X,),
+        (X, torch.arange(10)),
+        [X[:5], X[5:]],
+        DataLoader(TensorDataset(X, torch.arange(10)), batch_size=5),
+        Batch((X,)),
+    ],
 )
 def test_every_kind_gives_the_same_samples(data: object) -> None:
     batches = as_batches(data, samples=8, batch_size=3)
@@ -40,7 +49,9 @@ def test_named_and_positional_files(tmp_path: Path) -> None:
     assert as_batches(tmp_path / "one.npy")[0].size == 3
 
 
-@pytest.mark.parametrize("data", [3, "no-such.txt", [], {"a": X, "b": X[:3]}, np.array(["a"]), [object()], torch.tensor(3.0)])
+@pytest.mark.parametrize(
+    "data", [3, "no-such.txt", [], {"a": X, "b": X[:3]}, np.array(["a"]), [object()], torch.tensor(3.0)]
+)
 def test_other_things_are_usage_errors(data: object) -> None:
     with pytest.raises(UsageError):
         as_batches(data)
@@ -87,7 +98,9 @@ def test_a_folder_of_images_is_what_the_model_reads(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     for index in range(12):
         (tmp_path / f"class{index % 2}").mkdir(exist_ok=True)
-        image.new("RGB", (9, 7), (20 * index, 0, 255)).save(tmp_path / f"class{index % 2}" / f"{index:02}.png")
+        image.new("RGB", (9, 7), (20 * index, 0, 255)).save(
+            tmp_path / f"class{index % 2}" / f"{index:02}.png"
+        )
     model = open_model(nn.Conv2d(3, 4, 3), torch.zeros(1, 3, 5, 6))
     batches, _ = calls_of(model, tmp_path, samples=6)
     (images,) = batches[0].tensors

@@ -28,14 +28,25 @@ EVERY_PASS = (
     "pivot{measure=false},sparsify,quantize,quantize-activations,fuse-kernels{measure=false},verify"
 )
 FAST = {"formats": ["svd", "channel_svd"]}
-FRONTENDS: dict[str, Callable[[nn.Module, Tensor], object]] = {"torch": lambda module, x: module, "onnx": to_onnx}
+FRONTENDS: dict[str, Callable[[nn.Module, Tensor], object]] = {
+    "torch": lambda module, x: module,
+    "onnx": to_onnx,
+}
 
 
 def _break_last(model: Model) -> None:
     """Let the last site answer with its bias alone."""
     site = model.sites()[-1]
     shapes = FORMATS.get("svd").shapes(site, (1,))
-    model.replace(site.name, Layer(site, Form("svd", (1,)), {name: torch.zeros(shape) for name, shape in shapes.items()}, model.bias(site.name)))
+    model.replace(
+        site.name,
+        Layer(
+            site,
+            Form("svd", (1,)),
+            {name: torch.zeros(shape) for name, shape in shapes.items()},
+            model.bias(site.name),
+        ),
+    )
 
 
 def _breaking(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -56,18 +67,24 @@ def test_the_pipeline_of_these_tests_has_every_pass() -> None:
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
 @pytest.mark.parametrize("name", PASSES.names())
-def test_a_pass_that_breaks_a_layer_is_named(name: str, frontend: str, residual: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_that_breaks_a_layer_is_named(
+    name: str, frontend: str, residual: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = FRONTENDS[frontend](residual, images)
     _breaking(monkeypatch, name)
     at_once = rf"^{name}.* the outputs on the calibration data"
     said = f"the pass {name} did most of it" if PASSES.get(name).promise is Promise.NONE else at_once
     with pytest.raises(tdpass.DifferenceError, match=said) as caught:
         tdpass.compress(model, {"params": 0.6}, images, pipeline=EVERY_PASS, **FAST)
-    assert isinstance(caught.value.artifact, tdpass.Artifact) == (name not in ("fold-batchnorm", "project-channels", "plan"))
+    assert isinstance(caught.value.artifact, tdpass.Artifact) == (
+        name not in ("fold-batchnorm", "project-channels", "plan")
+    )
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
-def test_a_wrong_fold_is_found_without_data_too(frontend: str, residual: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_fold_is_found_without_data_too(
+    frontend: str, residual: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = FRONTENDS[frontend](residual, images)
     _breaking(monkeypatch, "fold-batchnorm")
     with pytest.raises(tdpass.DifferenceError, match=r"^fold-batchnorm changed the outputs"):
@@ -87,12 +104,18 @@ def test_what_is_allowed_becomes_a_note_and_the_checks_say_it(
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
-@pytest.mark.parametrize(("name", "inputs"), [("residual", "images"), ("encoder", "tokens"), ("odd", "images")])
-def test_the_report_and_the_verb_say_the_same(name: str, inputs: str, frontend: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    ("name", "inputs"), [("residual", "images"), ("encoder", "tokens"), ("odd", "images")]
+)
+def test_the_report_and_the_verb_say_the_same(
+    name: str, inputs: str, frontend: str, request: pytest.FixtureRequest
+) -> None:
     module, x = request.getfixturevalue(name), request.getfixturevalue(inputs)
     model = FRONTENDS[frontend](module, x)
     artifact = tdpass.compress(model, {"params": 0.8}, x, **FAST)
-    assert artifact.report.checks == pytest.approx(tdpass.verify(model, artifact.model, x), rel=1e-6, abs=1e-12)
+    assert artifact.report.checks == pytest.approx(
+        tdpass.verify(model, artifact.model, x), rel=1e-6, abs=1e-12
+    )
     assert artifact.report.checks["relative_difference"] > 1e-4
     assert not artifact.report.notes
 
@@ -137,18 +160,26 @@ class TimeFirst(nn.Module):
         return self.head(torch.relu(self.up(x))).transpose(0, 1)
 
 
-@pytest.mark.parametrize("shapes", [[(8, 7, 12), (3, 7, 12)], [(1, 7, 12), (1, 4, 12), (1, 9, 12)]], ids=["smaller last batch", "lengths"])
+@pytest.mark.parametrize(
+    "shapes",
+    [[(8, 7, 12), (3, 7, 12)], [(1, 7, 12), (1, 4, 12), (1, 9, 12)]],
+    ids=["smaller last batch", "lengths"],
+)
 def test_ragged_outputs_are_compared(shapes: list[tuple[int, ...]]) -> None:
     module = TimeFirst().eval()
     calls = [torch.randn(shape) for shape in shapes]
     artifact = tdpass.compress(module, {"params": 0.7}, calls, formats=["svd"])
     with torch.no_grad():
         outputs = [(module(x), artifact.model(x)) for x in calls]  # type: ignore[operator]
-    lost = sum(float((a - b).square().sum()) for a, b in outputs) / sum(float(a.square().sum()) for a, _ in outputs)
+    lost = sum(float((a - b).square().sum()) for a, b in outputs) / sum(
+        float(a.square().sum()) for a, _ in outputs
+    )
     assert artifact.report.checks["relative_difference"] == pytest.approx(lost**0.5, rel=1e-4)
 
 
-def test_a_comparison_that_fails_leaves_the_result_and_a_note(residual: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_comparison_that_fails_leaves_the_result_and_a_note(
+    residual: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def crashes(*_: object) -> dict[str, float]:
         raise RuntimeError("sizes of tensors must match")
 
@@ -156,7 +187,10 @@ def test_a_comparison_that_fails_leaves_the_result_and_a_note(residual: nn.Modul
     monkeypatch.setattr("tdpass.planner.trials.Trials.check", crashes)
     artifact = tdpass.compress(residual, {"params": 0.6}, images, **FAST)
     assert not artifact.report.checks
-    assert "the outputs could not be compared with the original's: RuntimeError: sizes of tensors must match" in artifact.report.notes
+    assert (
+        "the outputs could not be compared with the original's: RuntimeError: sizes of tensors must match"
+        in artifact.report.notes
+    )
     artifact.save(tmp_path / "small.safetensors")
     assert (tmp_path / "small.safetensors").is_file()
 
@@ -193,7 +227,9 @@ def test_a_pass_that_fixes_the_number_of_samples_is_named(images: Tensor) -> Non
             model.unwrap().rows = 16  # type: ignore[attr-defined]
             return True
 
-    with pytest.raises(tdpass.DifferenceError, match=r"^freezes made a network that does not run on 3 samples at a time"):
+    with pytest.raises(
+        tdpass.DifferenceError, match=r"^freezes made a network that does not run on 3 samples at a time"
+    ):
         tdpass.compress(Free().eval(), data=images, pipeline=[Freezes()])
 
 
@@ -234,14 +270,20 @@ def test_no_bias_breaks_the_budget(share: float, measure: str, frontend: str) ->
         stored = [(parameter.numel(), parameter.numel() * 4) for parameter in artifact.model.parameters()]
     else:
         assert isinstance(artifact.model, onnx.ModelProto)
-        stored = [(array.size, array.nbytes) for array in map(onnx.numpy_helper.to_array, artifact.model.graph.initializer) if array.ndim]
+        stored = [
+            (array.size, array.nbytes)
+            for array in map(onnx.numpy_helper.to_array, artifact.model.graph.initializer)
+            if array.ndim
+        ]
     held = dict(zip(("params", "bytes"), map(sum, zip(*stored, strict=True)), strict=True))
     dense = {"params": 40 * 64 + 64 * 10, "bytes": 4 * (40 * 64 + 64 * 10)}
     assert held[measure] <= int(share * dense[measure] + 1e-6)
     assert (artifact.report.final.params, artifact.report.final.bytes) == (held["params"], held["bytes"])
 
 
-def test_a_result_above_its_budget_is_an_error_that_says_by_how_much(residual: nn.Module, images: Tensor) -> None:
+def test_a_result_above_its_budget_is_an_error_that_says_by_how_much(
+    residual: nn.Module, images: Tensor
+) -> None:
     @dataclass(frozen=True)
     class Grows(Pass):
         name = "grows"
@@ -251,13 +293,19 @@ def test_a_result_above_its_budget_is_an_error_that_says_by_how_much(residual: n
             model.unwrap().extra = nn.Parameter(torch.zeros(5000))  # type: ignore[attr-defined]
             return True
 
-    with pytest.raises(tdpass.BudgetError, match=r"the result has [\d,]+ params, [\d,]+ above the limit of [\d,]+: the passes after the plan added") as caught:
+    with pytest.raises(
+        tdpass.BudgetError,
+        match=r"the result has [\d,]+ params, [\d,]+ above the limit of [\d,]+: the passes after the plan added",
+    ) as caught:
         tdpass.compress(residual, {"params": 0.6}, images, pipeline=["plan,factorize", Grows()], **FAST)
     assert isinstance(caught.value.artifact, tdpass.Artifact)
 
 
 def test_resampled_data_has_the_moments_of_the_data_and_its_domain() -> None:
-    images = torch.randn(32, 3, 12, 12) * torch.tensor([1.0, 5.0, 0.1])[:, None, None] + torch.tensor([0.0, 20.0, -1.0])[:, None, None]
+    images = (
+        torch.randn(32, 3, 12, 12) * torch.tensor([1.0, 5.0, 0.1])[:, None, None]
+        + torch.tensor([0.0, 20.0, -1.0])[:, None, None]
+    )
     call = tdpass.Batch((images, torch.randint(0, 50, (32, 7))), {"mask": torch.ones(32, 7).tril()})
     noise, tokens, mask = resampled(call, torch.Generator().manual_seed(0)).tensors
     assert not torch.equal(noise, images)
@@ -276,11 +324,22 @@ def test_a_gap_is_seen_in_the_smallest_channel_and_in_every_output() -> None:
     assert gap(boxes, boxes) == 0
 
 
-def test_the_command_line_keeps_what_was_made_and_fails(residual: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_command_line_keeps_what_was_made_and_fails(
+    residual: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     onnx.save(to_onnx(residual, images), tmp_path / "model.onnx")
     np.save(tmp_path / "data.npy", images.numpy())
     _breaking(monkeypatch, "refit")
-    words = ["compress", str(tmp_path / "model.onnx"), "--budget", "params=0.6", "--data", str(tmp_path / "data.npy"), "-o", str(tmp_path / "small.onnx")]
+    words = [
+        "compress",
+        str(tmp_path / "model.onnx"),
+        "--budget",
+        "params=0.6",
+        "--data",
+        str(tmp_path / "data.npy"),
+        "-o",
+        str(tmp_path / "small.onnx"),
+    ]
     words += ["--format", "svd", "--format", "channel_svd"]
     assert main(words) == 1
     assert not (tmp_path / "small.onnx").exists()
@@ -290,4 +349,6 @@ def test_the_command_line_keeps_what_was_made_and_fails(residual: nn.Module, ima
     assert main([*words, "--no-strict"]) == 0
     report = tdpass.Report.load(tmp_path / "small.report.json")
     assert any(note.startswith("refit brought the outputs") for note in report.notes)
-    assert report.checks == pytest.approx(tdpass.verify(tmp_path / "model.onnx", tmp_path / "small.onnx", images), rel=1e-4)
+    assert report.checks == pytest.approx(
+        tdpass.verify(tmp_path / "model.onnx", tmp_path / "small.onnx", images), rel=1e-4
+    )

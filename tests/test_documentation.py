@@ -30,11 +30,26 @@ def example(file: str, heading: str) -> str:
 def test_the_first_training_run(tmp_path: Path) -> None:
     (tmp_path / "first.py").write_text(example("training.md", "A first run"), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "first.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "first.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr
     folder, digits = tmp_path / "runs" / "digits", open_dataset("digits")
-    assert {path.name for path in folder.iterdir()} >= {"model.safetensors", "plan.json", "report.json", "report.html", "log.csv"}
+    assert {path.name for path in folder.iterdir()} >= {
+        "model.safetensors",
+        "plan.json",
+        "report.json",
+        "report.html",
+        "log.csv",
+    }
     small = tdpass.load(folder / "model.safetensors", digits_net()).eval()
     assert isinstance(small, torch.nn.Module)
-    assert sum(parameter.numel() for parameter in small.parameters()) <= 0.31 * sum(parameter.numel() for parameter in digits_net().parameters())
+    assert sum(parameter.numel() for parameter in small.parameters()) <= 0.31 * sum(
+        parameter.numel() for parameter in digits_net().parameters()
+    )
     assert digits.accuracy(small) > 95

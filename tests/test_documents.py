@@ -39,7 +39,14 @@ WHOLE, SMALL = Cost(128, 1280, 512), Cost(48, 480, 192)
 PLAN = RankPlan(
     (
         Choice("fc", (16, 8), Form("svd", (2,)), SMALL, WHOLE, 0.1, 0.01, "why", "= 0.1", "ab"),
-        Choice("conv", (4, 4, 3, 3), Form("pruned", (2, 4)), Cost(72, 720, 288), Cost(144, 1440, 576), channels=(0, 3)),
+        Choice(
+            "conv",
+            (4, 4, 3, 3),
+            Form("pruned", (2, 4)),
+            Cost(72, 720, 288),
+            Cost(144, 1440, 576),
+            channels=(0, 3),
+        ),
         Choice("last", (4, 4), DENSE, Cost(16, 16, 64, 1e-3), Cost(16, 16, 64, 1e-3)),
     ),
     Cost(300, 3000, 1200),
@@ -52,7 +59,12 @@ REPORT = Report(
     training=[TrainingRow("method", 0, 0.5, 0.1, 2.0, 90.0, {"fc": 0.1})], checks={"divergence": 0.1}, notes=["n"], stored=StoredSize(9, 3, 12, 2, 20, 36),
 )  # fmt: skip
 CANDIDATE = Candidate(Form("svd", (2,)), SMALL, 0.1, 0.2, "= 0.1")
-RECIPE = Recipe("a:b", "a:c", {"admm-tt": {"budget": {"params": 0.6}, "rounds": 2, "rho": {"geometric": {"start": 0.1, "end": 1.0}}}}, {"lr": 0.1, "clip": 1.0})
+RECIPE = Recipe(
+    "a:b",
+    "a:c",
+    {"admm-tt": {"budget": {"params": 0.6}, "rounds": 2, "rho": {"geometric": {"start": 0.1, "end": 1.0}}}},
+    {"lr": 0.1, "clip": 1.0},
+)
 SAMPLES: dict[str, Any] = {
     "tdpass plan": PLAN,
     "tdpass report": REPORT,
@@ -60,17 +72,34 @@ SAMPLES: dict[str, Any] = {
     "table of joint options": [JointOption({"fc": CANDIDATE}, 0.5, (1, 2))],
     "training recipe": RECIPE,
     "map of crossbar arrays": ArrayMap(
-        CrossbarArray.load("admm_32x32"), (MappedMatrix("fc", 0, 0, 8, 16, 0.5, (Place(0, 0, 2, (0, 3), (1, 2), (2,)),)),), 1, "ab"
+        CrossbarArray.load("admm_32x32"),
+        (MappedMatrix("fc", 0, 0, 8, 16, 0.5, (Place(0, 0, 2, (0, 3), (1, 2), (2,)),)),),
+        1,
+        "ab",
     ),
-    "tdpass structure": _Structure(2, (_Replacement(("fc", "twin"), Form("svd", (2,)), bias=True),), ("bn",), ("last",), {"a": "b"}),
+    "tdpass structure": _Structure(
+        2, (_Replacement(("fc", "twin"), Form("svd", (2,)), bias=True),), ("bn",), ("last",), {"a": "b"}
+    ),
     "table of tensors": {"fc.weight": Piece((4, 2), (2, 0), "float32")},
     "list of the parts of a checkpoint": {"facts-0.json": "ab"},
     "state of a training run": {"steps": 3, "rounds": [{"epoch": 0}]},
     "file of tasks": _Kept(Growing(2, 1, "equal", ("fc",)), 3),
-    "start of a training run": {f"{stage}.{key}": value for stage in "abcd" for key, value in {"lr": 0.1, "clip": None, "keep": 300, "name": "sgd"}.items()},
+    "start of a training run": {
+        f"{stage}.{key}": value
+        for stage in "abcd"
+        for key, value in {"lr": 0.1, "clip": None, "keep": 300, "name": "sgd"}.items()
+    },
 }
-PIPELINE = [{"plan": {"macs": 0.4, "joint": False}}, "factorize", {"refit": {"ridge": 0.01}}, {"verify": {"limit": 0.5}}]
-TABLE = [{"kind": "conv", "group": "weight", "shape": [64, "any", 3, 3], "sparsity": 0.5}, {"kind": "linear", "sparsity": "never"}]
+PIPELINE = [
+    {"plan": {"macs": 0.4, "joint": False}},
+    "factorize",
+    {"refit": {"ridge": 0.01}},
+    {"verify": {"limit": 0.5}},
+]
+TABLE = [
+    {"kind": "conv", "group": "weight", "shape": [64, "any", 3, 3], "sparsity": 0.5},
+    {"kind": "linear", "sparsity": "never"},
+]
 
 
 def plain(document: Document[Any]) -> Any:
@@ -95,14 +124,19 @@ def test_what_is_written_is_read(document: Document[Any]) -> None:
 @pytest.mark.parametrize("count", [FAST, pytest.param(THOROUGH, marks=pytest.mark.slow)])
 def test_damaged_documents_are_one_clear_error(document: Document[Any], count: int) -> None:
     whole = document.text(SAMPLES[document.noun])
-    broken = [*texts(plain(document), count), *(part.decode("utf-8", "replace") for part in damaged_bytes(whole.encode(), count))]
+    broken = [
+        *texts(plain(document), count),
+        *(part.decode("utf-8", "replace") for part in damaged_bytes(whole.encode(), count)),
+    ]
     complaints = []
     for text in broken:
         try:
             show(document.noun, document.parse(text, "it"))
         except document.error as error:
             complaints.append(str(error))
-    assert len(complaints) > (count if document.noun != "state of a training run" else 0)  # of which the run knows what it means
+    assert len(complaints) > (
+        count if document.noun != "state of a training run" else 0
+    )  # of which the run knows what it means
     assert all(text.startswith(f"it is not a {document.noun}: ") for text in complaints)
 
 
@@ -139,7 +173,9 @@ def test_a_plan_that_contradicts_itself_is_refused(place: tuple[Any, ...], value
 
 def test_an_error_names_the_place_the_value_and_what_is_allowed() -> None:
     text = PLAN.to_json().replace('"rank": [\n    2\n   ]', '"rank": "two"')
-    with pytest.raises(PlanError, match=r"choices\[0\]\.rank is 'two': Expected `array`, got `str`; write one with"):
+    with pytest.raises(
+        PlanError, match=r"choices\[0\]\.rank is 'two': Expected `array`, got `str`; write one with"
+    ):
         RankPlan.from_json(text)
     with pytest.raises(PlanError, match="key 'budget' is given twice"):
         RankPlan.from_json(PLAN.to_json().replace('"budget"', '"budget": "",\n"budget"'))
@@ -164,12 +200,20 @@ def test_files_of_earlier_versions_of_the_schema_are_read() -> None:
 @pytest.mark.parametrize("count", [FAST, pytest.param(THOROUGH, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["pipeline", "recipe", "break-even table"])
 def test_damaged_yaml_is_one_clear_error(kind: str, count: int, tmp_path: Path) -> None:
-    tree = {"pipeline": PIPELINE, "recipe": plain(DOCUMENTS.get("training recipe")), "break-even table": TABLE}[kind]
+    tree = {
+        "pipeline": PIPELINE,
+        "recipe": plain(DOCUMENTS.get("training recipe")),
+        "break-even table": TABLE,
+    }[kind]
     read = {"pipeline": Pipeline.parse, "recipe": Recipe.load, "break-even table": BreakEvenTable.load}[kind]
     path = tmp_path / "it.yaml"
     read(_written(path, yaml.safe_dump(tree).encode()))
     whole = yaml.safe_dump(tree).encode()
-    for broken in [*(text.encode("utf-8", "replace") for text in texts(tree, count)), *damaged_bytes(whole, count), *(tag.encode() for tag in TAGS)]:
+    for broken in [
+        *(text.encode("utf-8", "replace") for text in texts(tree, count)),
+        *damaged_bytes(whole, count),
+        *(tag.encode() for tag in TAGS),
+    ]:
         with suppress(TdpassError):
             read(_written(path, broken))
 
@@ -179,7 +223,9 @@ TAGS = (
     "a: 1\na: 2", "- .nan",
 )  # fmt: skip
 PAIRS = zip("abcdefgh", "bcdefghi", strict=True)
-BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{new}: &{new} [{','.join(['*' + old] * 9)}]\n" for old, new in PAIRS)
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{','.join(['*' + old] * 9)}]\n" for old, new in PAIRS
+)
 
 
 @pytest.mark.parametrize("text", [*TAGS, BOMB, "[" * 3000, "1" * 5000])
@@ -188,7 +234,9 @@ def test_yaml_that_is_no_plain_value_is_refused(text: str) -> None:
         yaml_value(text)
 
 
-@pytest.mark.parametrize("text", ["plan{macs=[}", "plan{macs=[1]}", "refit{ridge=!!int x}", "verify{limit=.nan}"])
+@pytest.mark.parametrize(
+    "text", ["plan{macs=[}", "plan{macs=[1]}", "refit{ridge=!!int x}", "verify{limit=.nan}"]
+)
 def test_values_of_options_are_read_as_strictly(text: str) -> None:
     with pytest.raises(UsageError):
         Pipeline.parse(text)
@@ -245,4 +293,9 @@ def test_rows_hold_what_the_plan_says() -> None:
 
 
 def test_numbers_to_base_60_are_text() -> None:
-    assert yaml_value("{support: 2:4, time: 1:30.5, plain: 24, share: 0.5}") == {"support": "2:4", "time": "1:30.5", "plain": 24, "share": 0.5}
+    assert yaml_value("{support: 2:4, time: 1:30.5, plain: 24, share: 0.5}") == {
+        "support": "2:4",
+        "time": "1:30.5",
+        "plain": 24,
+        "share": 0.5,
+    }

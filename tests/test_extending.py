@@ -103,7 +103,9 @@ def net() -> nn.Sequential:
 
 
 def compress(model: object, budget: Mapping[str, float], **options: Any) -> tdpass.Artifact:
-    return tdpass.compress(model, budget, X, divergence=options.pop("divergence", "mse"), effort="fast", cache=False, **options)
+    return tdpass.compress(
+        model, budget, X, divergence=options.pop("divergence", "mse"), effort="fast", cache=False, **options
+    )
 
 
 def answer(model: Model) -> Tensor:
@@ -267,7 +269,11 @@ def test_a_runtime_times_layers_by_its_name(tmp_path: Path) -> None:
 
 def test_a_target_prices_plans_in_a_measure_of_its_own() -> None:
     with added((TARGETS, "mine"), (MEASURES, "coins")):
-        register_measure(Measure("coins", "Coins", "fewer coins", "more coins", "5k", {"": 1, "k": 1e3}, needs=Needs.TARGET))
+        register_measure(
+            Measure(
+                "coins", "Coins", "fewer coins", "more coins", "5k", {"": 1, "k": 1e3}, needs=Needs.TARGET
+            )
+        )
 
         @register_target
         class Mine(ModelledTarget):
@@ -289,7 +295,11 @@ def test_a_target_prices_plans_in_a_measure_of_its_own() -> None:
         assert artifact.report.final.get("coins") <= 0.6 * whole
         held = [artifact.opened.layer(site.name) for site in artifact.opened.sites()]
         stored = sum(layer.storage.params for layer in held if layer is not None)
-        dense = sum(site.o * site.i for site, layer in zip(artifact.opened.sites(), held, strict=True) if layer is None)
+        dense = sum(
+            site.o * site.i
+            for site, layer in zip(artifact.opened.sites(), held, strict=True)
+            if layer is None
+        )
         assert artifact.report.final.get("coins") == stored + dense
 
 
@@ -363,7 +373,9 @@ def test_a_term_acts_around_every_step() -> None:
     term = Shrink(model[4].bias)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     before = float(term.bias.detach().norm())
-    rows = list(Loop("test", model, _data(), optimizer, cross_entropy(), 3, lambda progress: 1.0, terms=(term,)).run())
+    rows = list(
+        Loop("test", model, _data(), optimizer, cross_entropy(), 3, lambda progress: 1.0, terms=(term,)).run()
+    )
     assert term.steps == 3 * 4
     assert float(term.bias.detach().norm()) < 0.3 * before
     assert rows[-1].loss < rows[0].loss
@@ -394,7 +406,9 @@ def test_a_comparison_is_named_by_a_divergence() -> None:
                 return torch.randn(reference.shape, generator=generator, dtype=reference.dtype)
 
         one, other = torch.zeros(2, 4), torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 2]])
-        assert Divergence("l1").fit([{"output": one}]).mean([({"output": one}, {"output": other})]) == pytest.approx(0.75)
+        assert Divergence("l1").fit([{"output": one}]).mean(
+            [({"output": one}, {"output": other})]
+        ) == pytest.approx(0.75)
         artifact = compress(net(), {"params": 0.6}, divergence="l1")
         assert artifact.report.divergence == "l1"
         module = net()
@@ -426,7 +440,9 @@ def test_a_kind_of_layer_is_found_factored_and_counted() -> None:
             def examples(self) -> Sequence[Site]:
                 return (Site("mine", self.name, (12, 16), extents=(((1,), (1,)),)),)
 
-            def build(self, cls: type[nn.Module], shape: Sequence[int], options: Mapping[str, Any]) -> nn.Module:
+            def build(
+                self, cls: type[nn.Module], shape: Sequence[int], options: Mapping[str, Any]
+            ) -> nn.Module:
                 return Named(shape[1], shape[0], bias=False, device="meta")
 
             def base_of(self, module: nn.Module) -> type[nn.Module] | None:
@@ -459,7 +475,10 @@ class StackModel(Model):
 
     def sites(self) -> Sequence[Site]:
         extents = (((1,), (1,)),) if self.seen else ()
-        return [Site(str(k), "linear", tuple(weight.shape), extents=extents, bias=True) for k, (weight, _) in enumerate(self.dense)]
+        return [
+            Site(str(k), "linear", tuple(weight.shape), extents=extents, bias=True)
+            for k, (weight, _) in enumerate(self.dense)
+        ]
 
     def weight(self, name: str) -> Tensor:
         return self._layer(name)[0]
@@ -487,8 +506,12 @@ class StackModel(Model):
         return x
 
     def record(self, batch: Batch) -> Tape:
-        sites = {id(weight): str(k) for k, (weight, _) in enumerate(self.dense) if str(k) not in self.replaced}
-        held = [tensor for pair in self.dense for tensor in pair] + [f for layer in self.replaced.values() for f in layer.factors.values()]
+        sites = {
+            id(weight): str(k) for k, (weight, _) in enumerate(self.dense) if str(k) not in self.replaced
+        }
+        held = [tensor for pair in self.dense for tensor in pair] + [
+            f for layer in self.replaced.values() for f in layer.factors.values()
+        ]
         return record(lambda: self._forward(batch.args[0]), batch.tensors, sites, held=held)
 
     def observe(self, *batches: Batch) -> None:
@@ -510,7 +533,12 @@ class StackModel(Model):
 
     def unwrap(self) -> object:
         layers = [self.replaced.get(str(k)) for k in range(len(self.dense))]
-        return Stack([pair if layer is None else (layer.reconstruct(), pair[1]) for pair, layer in zip(self.dense, layers, strict=True)])
+        return Stack(
+            [
+                pair if layer is None else (layer.reconstruct(), pair[1])
+                for pair, layer in zip(self.dense, layers, strict=True)
+            ]
+        )
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         torch.save({"layers": self.unwrap().layers, **metadata}, path)  # type: ignore[attr-defined]
@@ -518,7 +546,9 @@ class StackModel(Model):
 
 def test_a_front_end_is_compressed_by_what_is_abstract_alone(tmp_path: Path) -> None:
     with added((FRONT_ENDS, "stack")):
-        register_front_end(FrontEnd("stack", lambda model, example, overridable: StackModel(model.layers), types=(Stack,)))  # type: ignore[attr-defined]
+        register_front_end(
+            FrontEnd("stack", lambda model, example, overridable: StackModel(model.layers), types=(Stack,))
+        )  # type: ignore[attr-defined]
         module = net()
         stack = Stack([(layer.weight.detach(), layer.bias.detach()) for layer in module[::2]])
         artifact = compress(stack, {"macs": 0.6})

@@ -28,12 +28,16 @@ with replacing(Path(sys.argv[1]) / "plan.json") as one, folder_beside(Path(sys.a
 """
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_killed_process_left_is_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scratch = tmp_path / "tmp"
     scratch.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch))
     (tmp_path / "plan.json").write_text("whole")
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == -9, done.stderr
     assert len(done.stdout.split()) == 2
     assert len(list(tmp_path.iterdir())) == 4
@@ -53,8 +57,16 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, monke
 def test_only_stale_temporaries_of_tdpass_are_removed(tmp_path: Path) -> None:
     with replacing(tmp_path / "a.json") as living:
         host = living.name.split("tdpass-")[1].split("-")[0]
-        kept = [living, tmp_path / ".other.Xy12.part", tmp_path / "tdpass-notes", tmp_path / f".a.tdpass-{'0' * 8}-1-new.part"]
-        gone = [tmp_path / f".a.tdpass-{host}-{2**22 + 1}-x.part", tmp_path / f".a.tdpass-{'0' * 8}-1-old.part"]
+        kept = [
+            living,
+            tmp_path / ".other.Xy12.part",
+            tmp_path / "tdpass-notes",
+            tmp_path / f".a.tdpass-{'0' * 8}-1-new.part",
+        ]
+        gone = [
+            tmp_path / f".a.tdpass-{host}-{2**22 + 1}-x.part",
+            tmp_path / f".a.tdpass-{'0' * 8}-1-old.part",
+        ]
         for path in (*kept[1:], *gone):
             path.touch()
         os.utime(gone[1], (time.time() - 2 * 86400,) * 2)
@@ -64,7 +76,10 @@ def test_only_stale_temporaries_of_tdpass_are_removed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("write", [replacing, folder_beside])
 def test_a_folder_that_is_not_there_is_a_usage_error(write: object, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="name a file in a folder that exists"), write(tmp_path / "nowhere" / "x"):  # type: ignore[operator]
+    with (
+        pytest.raises(UsageError, match="name a file in a folder that exists"),
+        write(tmp_path / "nowhere" / "x"),
+    ):  # type: ignore[operator]
         pass
 
 

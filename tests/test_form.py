@@ -20,7 +20,12 @@ from tdpass.supports import SUPPORTS as SUPPORT_KINDS
 
 SITE = Site("conv1d", "conv", (16, 24, 3), (1,), ((1, 1),), (1,))
 RANKS = [(), (1,), (96,), (16, 24), (2, 4, 5, 5, 4, 2)]
-TYPES = [*(name + "16" * (name == "levels") for name in NUMBERS.names()), "int8/tensor", "int4/64", "int8/64/zero"]
+TYPES = [
+    *(name + "16" * (name == "levels") for name in NUMBERS.names()),
+    "int8/tensor",
+    "int4/64",
+    "int8/64/zero",
+]
 STORED = [(), *((text,) for text in TYPES), ("bfloat16", "int8/tensor")]
 SUPPORTS = ["", *(cls.example for cls in SUPPORT_KINDS), "rows/3,columns/12.5%"]
 VERSION_1 = {
@@ -49,12 +54,19 @@ def test_the_text_is_what_people_write() -> None:
     assert Form.parse("svd 96 int4/64") == Form("svd", (96,), ("int4/64",))
     assert Form.parse(" dense ") == DENSE
     assert str(Form("svd", (12,), ("int8", "float16"), "rows/3")) == "svd 12 int8,float16 rows/3"
-    assert Form.parse("dense levels16 unstructured/500") == Form("dense", (), ("levels16",), "unstructured/500")
+    assert Form.parse("dense levels16 unstructured/500") == Form(
+        "dense", (), ("levels16",), "unstructured/500"
+    )
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(12, None), (None, 6), (12, 6), (0, None)])
-def test_channels_that_are_left_stand_in_the_text_and_narrow_the_site(inputs: int | None, outputs: int | None) -> None:
-    for form in (Form("dense", (), inputs=inputs, outputs=outputs), Form("svd", (3,), ("int8",), "2:4", inputs, outputs)):
+def test_channels_that_are_left_stand_in_the_text_and_narrow_the_site(
+    inputs: int | None, outputs: int | None
+) -> None:
+    for form in (
+        Form("dense", (), inputs=inputs, outputs=outputs),
+        Form("svd", (3,), ("int8",), "2:4", inputs, outputs),
+    ):
         assert Form.parse(str(form)) == form
         assert form.family.startswith("narrow ")
         shape = (16 if outputs is None else outputs, 24 if inputs is None else inputs, 3)
@@ -81,7 +93,12 @@ def test_names_of_version_1_are_what_they_stood_for() -> None:
     assert Form("pruned", (6, 12)) == Form("dense", (), inputs=12, outputs=6)
     assert Form("constant", ()) == Form("dense", (), inputs=0)
     told = json.loads(json.dumps(VERSION_1))
-    pruned = {"format": "pruned", "rank": [4, 8], "channels": [0, 2, 3, 9], "cost": {"params": 32, "macs": 320, "bytes": 128}}
+    pruned = {
+        "format": "pruned",
+        "rank": [4, 8],
+        "channels": [0, 2, 3, 9],
+        "cost": {"params": 32, "macs": 320, "bytes": 128},
+    }
     told["choices"][0] |= pruned
     told["choices"][1] |= {"format": "constant", "cost": {"params": 4, "macs": 0, "bytes": 16}}
     plan = RankPlan.from_json(json.dumps(told))
@@ -95,7 +112,16 @@ def test_names_of_version_1_are_what_they_stood_for() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *["", "svd 12x", "svd 0", "svd twelve", "svd 12 int8 2:4 2:4", "svd 12 2:4 int8", "dense 2:4:8", "dense int8, float16"],
+        *[
+            "",
+            "svd 12x",
+            "svd 0",
+            "svd twelve",
+            "svd 12 int8 2:4 2:4",
+            "svd 12 2:4 int8",
+            "dense 2:4:8",
+            "dense int8, float16",
+        ],
         *["dense unstructured", "dense rows/0", "dense in", "dense out 012"],
     ],
 )
@@ -108,12 +134,17 @@ def test_files_of_version_1_are_read_and_nothing_new_is_written_without_need() -
     plan = RankPlan.from_json(json.dumps(VERSION_1))
     assert [choice.form for choice in plan] == [Form("svd", (2,)), DENSE]
     written = json.loads(plan.to_json())["choices"]
-    assert [{key: choice[key] for key in ("format", "rank")} for choice in written] == [{"format": "svd", "rank": [2]}, {"format": "dense", "rank": []}]
+    assert [{key: choice[key] for key in ("format", "rank")} for choice in written] == [
+        {"format": "svd", "rank": [2]},
+        {"format": "dense", "rank": []},
+    ]
     assert not any(key in choice for choice in written for key in ("form", "numbers", "support"))
 
 
 def test_a_form_stands_in_a_report_among_the_fields_of_its_row(tmp_path) -> None:
-    row = SiteRow("fc", (8, 8), Form("svd", (2,), ("int8",), "2:4"), Cost(64, 64, 256), Cost(32, 32, 32), 0.1, 0.1)
+    row = SiteRow(
+        "fc", (8, 8), Form("svd", (2,), ("int8",), "2:4"), Cost(64, 64, 256), Cost(32, 32, 32), 0.1, 0.1
+    )
     report = Report(sites=[row])
     (record,) = json.loads(report.to_json())["sites"]
     assert [record[key] for key in ("format", "rank", "numbers", "support")] == ["svd", [2], ["int8"], "2:4"]
@@ -121,7 +152,9 @@ def test_a_form_stands_in_a_report_among_the_fields_of_its_row(tmp_path) -> None
     assert Report.load(tmp_path / "report.json") == report
 
 
-@pytest.mark.parametrize("change", [{"rank": [0]}, {"rank": "2"}, {"format": 3}, {"numbers": "int8"}, {"form": {}}, {"support": 3}])
+@pytest.mark.parametrize(
+    "change", [{"rank": [0]}, {"rank": "2"}, {"format": 3}, {"numbers": "int8"}, {"form": {}}, {"support": 3}]
+)
 def test_a_damaged_form_is_an_error_that_names_its_place_in_the_file(change: dict[str, object]) -> None:
     tree = json.loads(json.dumps(VERSION_1))
     tree["choices"][0].update(change)

@@ -15,7 +15,14 @@ from test_html_report import report_of
 from tdpass.html_report import render_html
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-sync",
+)
 
 PROBE = """
 const found = { errors: [] };
@@ -52,12 +59,21 @@ FRAME = """<script>addEventListener("message", (event) => document.body.setAttri
 @pytest.mark.parametrize("sites", [6, 74, 200])
 def test_it_works_in_a_browser(tmp_path: Path, sites: int, width: int) -> None:
     text = render_html(report_of(sites), against=report_of(sites))
-    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', lambda _: f"<script>{PROBE}</script>", text)
+    text = re.sub(
+        r'<meta http-equiv="Content-Security-Policy"[^>]*>', lambda _: f"<script>{PROBE}</script>", text
+    )
     (tmp_path / "report.html").write_text(text, encoding="utf-8")
     frame = tmp_path / "frame.html"  # a window is never narrower than 500 pixels, a frame may be
     frame.write_text(FRAME.format(width=width), encoding="utf-8")
     assert BROWSER is not None
-    command = [BROWSER, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=10000", "--dump-dom", frame.as_uri()]
+    command = [
+        BROWSER,
+        *FLAGS,
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=10000",
+        "--dump-dom",
+        frame.as_uri(),
+    ]
     dumped = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
     match = re.search(r'data-found="([^"]*)"', dumped)
     assert match is not None, dumped[-2000:]

@@ -69,9 +69,25 @@ def report_of(sites: int, prefix: str = "layer", note: str = "lowest loss for it
         name = formats[n % 4]
         after = cost(2304) if name == "dense" else cost(500 + n)
         form = DENSE if name == "dense" else Form(name, (n + 1,))
-        rows.append(SiteRow(f"{prefix}{n}.conv", (16, 16, 3, 3), form, cost(2304), after, 0.1, 1e-4, "<= 0.2000", note))
+        rows.append(
+            SiteRow(
+                f"{prefix}{n}.conv", (16, 16, 3, 3), form, cost(2304), after, 0.1, 1e-4, "<= 0.2000", note
+            )
+        )
     total, final = sum((row.before for row in rows), Cost()), sum((row.after for row in rows), Cost())
-    report = Report("m.onnx", "onnx", "macs=0.4", "outputs", "kl", "machine", "2026-11-21T01:00:00+00:00", total, final, rows, {"emb": "an embedding"})
+    report = Report(
+        "m.onnx",
+        "onnx",
+        "macs=0.4",
+        "outputs",
+        "kl",
+        "machine",
+        "2026-11-21T01:00:00+00:00",
+        total,
+        final,
+        rows,
+        {"emb": "an embedding"},
+    )
     report.passes = [PassRow("plan", False, 3.0, final, ("planned",)), PassRow("factorize", True, 1.0, final)]
     report.curve = [CurvePoint(b / 10, b / 10, b / 10, 10.0**-b, chosen=b == 4) for b in range(1, 10)]
     report.checks = {"divergence": 0.0123, "argmax agreement": 0.98}
@@ -87,7 +103,15 @@ def test_parses_and_holds_every_site(sites: int) -> None:
         assert page.count("th", **{"data-key": row.site}) == 1
     assert page.count("h1") == 1
     assert page.count("main") == 1
-    for word in ("emb", "an embedding", "a note", "argmax agreement", "factorize", "0.0123", "2026-11-21 01:00 UTC"):
+    for word in (
+        "emb",
+        "an embedding",
+        "a note",
+        "argmax agreement",
+        "factorize",
+        "0.0123",
+        "2026-11-21 01:00 UTC",
+    ):
         assert word in page.text
 
 
@@ -102,7 +126,11 @@ def test_loads_nothing_from_anywhere() -> None:
 def test_own_policy_allows_its_style_and_script_and_no_others() -> None:
     text = render_html(report_of(8))
     page = Page(text)
-    (policy,) = [str(attrs["content"]) for tag_name, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy"]
+    (policy,) = [
+        str(attrs["content"])
+        for tag_name, attrs in page.tags
+        if attrs.get("http-equiv") == "Content-Security-Policy"
+    ]
     for element, directive in (("style", "style-src"), ("script", "script-src")):
         (content,) = re.findall(rf"<{element}>(.*?)</{element}>", text, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
@@ -113,7 +141,9 @@ def test_own_policy_allows_its_style_and_script_and_no_others() -> None:
 
 def test_everything_foreign_is_escaped() -> None:
     report = report_of(4, prefix=HOSTILE, note=HOSTILE)
-    report.model = report.budget = report.metric = report.machine = report.created = report.frontend = report.divergence = HOSTILE
+    report.model = report.budget = report.metric = report.machine = report.created = report.frontend = (
+        report.divergence
+    ) = HOSTILE
     report.declined = {HOSTILE: HOSTILE}
     report.checks = {HOSTILE: 1.0}
     report.notes = [HOSTILE]
@@ -163,19 +193,33 @@ def test_pictures_have_words() -> None:
     page = Page(render_html(report_of(8)))
     pictures = [attrs for name, attrs in page.tags if name == "svg"]
     assert pictures
-    assert all(attrs.get("aria-hidden") == "true" or (attrs.get("role") == "img" and attrs.get("aria-label")) for attrs in pictures)
+    assert all(
+        attrs.get("aria-hidden") == "true" or (attrs.get("role") == "img" and attrs.get("aria-label"))
+        for attrs in pictures
+    )
 
 
 def test_bar_lengths_are_the_costs() -> None:
-    rows = [SiteRow("a", (1,), Form("svd", (1,)), cost(1000), cost(250), 0.1, 0.1), SiteRow("b", (1,), Form("svd", (1,)), cost(500), cost(500), 0.1, 0.1)]
+    rows = [
+        SiteRow("a", (1,), Form("svd", (1,)), cost(1000), cost(250), 0.1, 0.1),
+        SiteRow("b", (1,), Form("svd", (1,)), cost(500), cost(500), 0.1, 0.1),
+    ]
     page = Page(render_html(Report(sites=rows, original=cost(1500), final=cost(750))))
-    widths = [attrs["width"] for name, attrs in page.tags if name == "rect" and attrs.get("height") in ("18", "10")]
+    widths = [
+        attrs["width"] for name, attrs in page.tags if name == "rect" and attrs.get("height") in ("18", "10")
+    ]
     assert widths == ["100.00%", "25.00%", "100.00%", "25.00%", "50.00%", "50.00%", "50.00%", "50.00%"]
 
 
 def test_what_a_modelled_machine_says_of_each_site_has_columns() -> None:
-    before, after = Cost(100, 1000, 400, cycles=5_000, joules=2e-3), Cost(50, 500, 200, cycles=2_000, joules=5e-4)
-    rows = [SiteRow("a", (2,), Form("svd", (1,)), before, after, 0.1, 0.1), SiteRow("b", (2,), DENSE, before, before, 0.0, 0.0)]
+    before, after = (
+        Cost(100, 1000, 400, cycles=5_000, joules=2e-3),
+        Cost(50, 500, 200, cycles=2_000, joules=5e-4),
+    )
+    rows = [
+        SiteRow("a", (2,), Form("svd", (1,)), before, after, 0.1, 0.1),
+        SiteRow("b", (2,), DENSE, before, before, 0.0, 0.0),
+    ]
     text = render_html(Report(sites=rows, original=before + before, final=before + after))
     table = text[text.index('id="sites-table"') :]
     for title in (">Cycles<", ">Energy<"):
@@ -184,11 +228,20 @@ def test_what_a_modelled_machine_says_of_each_site_has_columns() -> None:
         assert table.count(key) == 1, key
     for amount in ("5.00", "2.00", "2mJ", "500uJ"):
         assert amount in table
-    assert "cycles" not in render_html(Report(sites=[SiteRow("a", (2,), DENSE, cost(4), cost(4), 0.0, 0.0)], original=cost(4), final=cost(4))).lower()
+    assert (
+        "cycles"
+        not in render_html(
+            Report(
+                sites=[SiteRow("a", (2,), DENSE, cost(4), cost(4), 0.0, 0.0)], original=cost(4), final=cost(4)
+            )
+        ).lower()
+    )
 
 
 def test_colours_are_stable_and_always_named() -> None:
-    rows = [SiteRow("a", (1,), Form(name, ()), cost(1), cost(1), 0.0, 0.0) for name in ("tucker2", "dense", "svd")]
+    rows = [
+        SiteRow("a", (1,), Form(name, ()), cost(1), cost(1), 0.0, 0.0) for name in ("tucker2", "dense", "svd")
+    ]
     assert colours(rows) == {"dense": "dense", "svd": "colour0", "tucker2": "colour1"}
     assert colours(rows[::-1]) == colours(rows)
 
@@ -209,7 +262,10 @@ def test_common_prefix(names: list[str], expected: str) -> None:
 
 
 def points(*losses: float) -> list[CurvePoint]:
-    return [CurvePoint((n + 1) / len(losses), (n + 1) / len(losses), 1.0, loss, chosen=n == 1) for n, loss in enumerate(losses)]
+    return [
+        CurvePoint((n + 1) / len(losses), (n + 1) / len(losses), 1.0, loss, chosen=n == 1)
+        for n, loss in enumerate(losses)
+    ]
 
 
 def test_curve_is_logarithmic_only_over_decades() -> None:
@@ -224,7 +280,9 @@ def test_curve_shows_zero_loss_beside_logarithms() -> None:
     assert "inf" not in chart
 
 
-@pytest.mark.parametrize("losses", [(0.0, 0.0, 0.0), (1e-9, 1e-9), (float("inf"), 1.0, 0.1), (1e300, 1.0, 1e-300), (5.0, 5.0)])
+@pytest.mark.parametrize(
+    "losses", [(0.0, 0.0, 0.0), (1e-9, 1e-9), (float("inf"), 1.0, 0.1), (1e300, 1.0, 1e-300), (5.0, 5.0)]
+)
 def test_curve_survives_odd_losses(losses: tuple[float, ...]) -> None:
     chart = curve(points(*losses), "")
     assert "nan" not in chart
@@ -240,7 +298,9 @@ def test_curve_needs_two_points() -> None:
 def test_chosen_point_is_marked_and_said() -> None:
     page = Page(curve(points(1.0, 0.1, 0.01), "kl"))
     assert page.count("circle", **{"class": "chosen"}) == 2
-    assert any("chosen: 0.1 at 66.7 %" in str(attrs.get("aria-label")) for name, attrs in page.tags if name == "svg")
+    assert any(
+        "chosen: 0.1 at 66.7 %" in str(attrs.get("aria-label")) for name, attrs in page.tags if name == "svg"
+    )
 
 
 def test_children_are_escaped_unless_they_are_markup() -> None:
@@ -250,12 +310,28 @@ def test_children_are_escaped_unless_they_are_markup() -> None:
 def test_times_are_shown_where_sites_were_timed() -> None:
     report = report_of(3)
     report.sites = [
-        replace(row, before=row.before.replace(seconds=2.5e-3), after=row.after.replace(seconds=1e-3), kernel=HOSTILE, predicted=9e-4) for row in report.sites
+        replace(
+            row,
+            before=row.before.replace(seconds=2.5e-3),
+            after=row.after.replace(seconds=1e-3),
+            kernel=HOSTILE,
+            predicted=9e-4,
+        )
+        for row in report.sites
     ]
     report.original, report.final = report.original.replace(seconds=0.02), report.final.replace(seconds=0.03)
     report.target = "cpu, batch 1, 1 thread"
     page = Page(render_html(report))
-    for word in ("2.5 ms", "1 ms", "900 us", "2.50×", "20 ms", "30 ms", "1.50× slower", "cpu, batch 1, 1 thread"):
+    for word in (
+        "2.5 ms",
+        "1 ms",
+        "900 us",
+        "2.50×",
+        "20 ms",
+        "30 ms",
+        "1.50× slower",
+        "cpu, batch 1, 1 thread",
+    ):
         assert word in page.text
     assert "Predicted" not in Page(render_html(report_of(3))).text
     assert page.count("td", **{"data-key": "0.0009"}) == 3
@@ -264,7 +340,10 @@ def test_times_are_shown_where_sites_were_timed() -> None:
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1", "fc"], ["", "layer1.0", "layer1.1", ""]),
+        (
+            ["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1", "fc"],
+            ["", "layer1.0", "layer1.1", ""],
+        ),
         (["a", "b", "c"], [""]),
         (["one"], [""]),
         ([], [""]),
@@ -302,10 +381,17 @@ def test_another_budget_says_what_it_would_change() -> None:
         CurvePoint(0.9, 0.9, 0.9, 0.0, forms={"b": svd, HOSTILE: svd}),
     ]
     page = Page(curve(curved, "kl"))
-    for word in ("30 % of the MACs, loss 0.2: 1 site", "tucker2 3x4 → svd 4", "tucker2 3x4 → dense", "dense → svd 4"):
+    for word in (
+        "30 % of the MACs, loss 0.2: 1 site",
+        "tucker2 3x4 → svd 4",
+        "tucker2 3x4 → dense",
+        "dense → svd 4",
+    ):
         assert word in page.text
     places = {str(attrs["id"]) for name, attrs in page.tags if name == "ul"}
-    assert {str(attrs["href"]) for name, attrs in page.tags if name == "a"} == {f"#{place}" for place in places}
+    assert {str(attrs["href"]) for name, attrs in page.tags if name == "a"} == {
+        f"#{place}" for place in places
+    }
     assert "would change" not in curve(points(1.0, 0.1), "kl")
 
 
@@ -317,7 +403,12 @@ def test_what_was_left_alone_says_what_it_holds() -> None:
     ]
     report = Report(sites=rows, original=cost(1000), final=cost(750), declined={"emb": "an embedding"})
     text = Page(render_html(report)).text
-    for word in ("They hold 40.0 % of its MACs", "(30.0 % of its MACs", "(10.0 % of its MACs", "They hold 10.0 % of its MACs"):
+    for word in (
+        "They hold 40.0 % of its MACs",
+        "(30.0 % of its MACs",
+        "(10.0 % of its MACs",
+        "They hold 10.0 % of its MACs",
+    ):
         assert word in text
 
 
@@ -334,19 +425,35 @@ def test_two_reports_beside_each_other() -> None:
 def test_every_array_is_drawn_with_the_blocks_that_lie_in_it() -> None:
     blocks = (ArrayBlock(0, 0, 20, 8, 160), ArrayBlock(20, 8, 4, 16, 16))
     report = report_of(2)
-    report.arrays = [ArrayRow("fc", 0, 32, 32, 4, blocks), ArrayRow("fc", 1, 32, 32, 4, blocks[:1]), ArrayRow(HOSTILE, 2, 128, 32, 1, ())]
+    report.arrays = [
+        ArrayRow("fc", 0, 32, 32, 4, blocks),
+        ArrayRow("fc", 1, 32, 32, 4, blocks[:1]),
+        ArrayRow(HOSTILE, 2, 128, 32, 1, ()),
+    ]
     page = Page(render_html(report))
-    drawn = [attrs for tag_name, attrs in page.tags if tag_name == "svg" and "array" in str(attrs.get("aria-label"))]
+    drawn = [
+        attrs
+        for tag_name, attrs in page.tags
+        if tag_name == "svg" and "array" in str(attrs.get("aria-label"))
+    ]
     assert [attrs["viewbox"] for attrs in drawn] == ["0 0 32 32", "0 0 32 32", "0 0 32 128"]
-    assert drawn[0]["aria-label"] == "fc, array 0: 20 × 8 from line 0 and column 0, 160 weights, 4 × 16 from line 20 and column 8, 16 weights"
+    assert (
+        drawn[0]["aria-label"]
+        == "fc, array 0: 20 × 8 from line 0 and column 0, 160 weights, 4 × 16 from line 20 and column 8, 16 weights"
+    )
     placed = [attrs for tag_name, attrs in page.tags if tag_name == "rect" and "fill-opacity" in attrs]
     assert [(attrs["x"], attrs["y"], attrs["width"], attrs["height"], attrs["fill-opacity"]) for attrs in placed] == [
         ("0", "0", "8", "20", "1.00"), ("8", "20", "16", "4", "0.44"), ("0", "0", "8", "20", "1.00"),
     ]  # fmt: skip
-    assert "8 arrays of 32 × 32 weights, 4 of each; 16.4 % of their cells hold one of 336 weights" in page.text
+    assert (
+        "8 arrays of 32 × 32 weights, 4 of each; 16.4 % of their cells hold one of 336 weights" in page.text
+    )
     report.arrays = [ArrayRow("fc", number, 32, 32, 1, blocks) for number in range(130)]
     page = Page(render_html(report))
-    assert sum("array" in str(attrs.get("aria-label")) for tag_name, attrs in page.tags if tag_name == "svg") == 128
+    assert (
+        sum("array" in str(attrs.get("aria-label")) for tag_name, attrs in page.tags if tag_name == "svg")
+        == 128
+    )
     assert "and 2 more" in page.text
     report.arrays = []
     assert "#arrays" not in render_html(report)

@@ -38,7 +38,12 @@ def trained(weights: int = 5, epochs: int = 6, name: str = "layer{}.conv") -> Re
         rows.append(TrainingRow("method", epoch, 0.5, 0.1, 2.0, 90.0 + epoch, residuals))
     rows += [TrainingRow("finetune", epoch, 0.2, 0.1, 1.0, 97.0 + epoch) for epoch in range(2)]
     rows += [TrainingRow("control", epoch, 0.1, 0.1, 1.0, 98.0) for epoch in range(epochs + 2)]
-    scores = {"score_dense": 98.125, "score_before_finetuning": 90.5, "score_control": 98.25, "score_final": 98.0}
+    scores = {
+        "score_dense": 98.125,
+        "score_before_finetuning": 90.5,
+        "score_control": 98.25,
+        "score_final": 98.0,
+    }
     return Report("m", training=rows, checks={"divergence": 0.01, **scores})
 
 
@@ -54,22 +59,41 @@ def test_nothing_is_said_of_training_where_there_was_none() -> None:
 
 def test_stages_scores_and_the_farthest_weights_are_shown() -> None:
     section = Section(training(trained()))
-    for word in ("pretrain", "method", "finetune", "the dense network, trained as long", "98.12", "98.25", "98.00", "0.0281", "2.0 s"):
+    for word in (
+        "pretrain",
+        "method",
+        "finetune",
+        "the dense network, trained as long",
+        "98.12",
+        "98.25",
+        "98.00",
+        "0.0281",
+        "2.0 s",
+    ):
         assert word in section.text
     shown = [code.text for code in section.find("code")]
-    assert shown == ["layer0.conv", *(f"layer{n}.conv" for n in range(3)), *(f"layer{n}.conv" for n in range(5))]  # stage, legend, numbers
+    assert shown == [
+        "layer0.conv",
+        *(f"layer{n}.conv" for n in range(3)),
+        *(f"layer{n}.conv" for n in range(5)),
+    ]  # stage, legend, numbers
     assert "the 2 others" in section.text
     assert [mark.text for mark in section.find("text", "callout")] == ["1", "2", "3"]
     assert len(section.find("svg", "chart over-epochs")) == 3
     assert len(section.find("polyline", "line thin")) == 2
-    assert all(picture.get("aria-hidden") == "true" or picture.get("aria-label") for picture in section.find("svg"))
+    assert all(
+        picture.get("aria-hidden") == "true" or picture.get("aria-label") for picture in section.find("svg")
+    )
 
 
 def test_the_control_runs_beside_what_it_is_compared_to() -> None:
     section = Section(training(trained()))
 
     def ends(style: str) -> tuple[str, str]:
-        places = [pair.split(",")[0] for pair in section.find("polyline", f"line {style}")[0].get("points", "").split()]
+        places = [
+            pair.split(",")[0]
+            for pair in section.find("polyline", f"line {style}")[0].get("points", "").split()
+        ]
         return places[0], places[-1]
 
     assert ends("colour1 dashed") == (ends("colour0")[0], ends("colour2")[1])
@@ -89,12 +113,19 @@ def test_odd_numbers_do_not_break_it(value: float, everywhere: bool) -> None:
     rows = report.training
     for index, row in enumerate(rows):
         if row.residuals and (everywhere or index == 5):
-            rows[index] = replace(row, residuals=dict.fromkeys(row.residuals, value) if everywhere else {**row.residuals, "layer1.conv": value})
+            rows[index] = replace(
+                row,
+                residuals=dict.fromkeys(row.residuals, value)
+                if everywhere
+                else {**row.residuals, "layer1.conv": value},
+            )
     rows[-1] = replace(rows[-1], loss=value, score=value)
     render_html(report)
     for element in Section(training(report)).root.iter():
         for key in ("points", "x", "y", "cx", "cy", "x1", "x2", "y1", "y2"):
-            assert all(math.isfinite(float(number)) for number in element.get(key, "0").replace(",", " ").split())
+            assert all(
+                math.isfinite(float(number)) for number in element.get(key, "0").replace(",", " ").split()
+            )
 
 
 @pytest.mark.parametrize(("weights", "epochs"), [(0, 3), (1, 1), (2, 1)])
@@ -106,7 +137,9 @@ def test_short_runs_have_pictures(weights: int, epochs: int) -> None:
 
 def test_names_are_escaped() -> None:
     report = trained(5, name=HOSTILE + "{}")
-    report.training = [replace(row, stage=HOSTILE) if row.stage == "finetune" else row for row in report.training]
+    report.training = [
+        replace(row, stage=HOSTILE) if row.stage == "finetune" else row for row in report.training
+    ]
     report.checks = {f"score_{HOSTILE}": 1.0}
     section, page = Section(training(report)), render_html(report)
     assert not section.find("script")
@@ -146,23 +179,38 @@ def test_marks_of_lines_that_end_together_stand_apart() -> None:
 
 
 def test_long_runs_draw_no_more_points_than_are_seen() -> None:
-    picture = Section(LineChart([Line([(epoch, 1.0 / epoch) for epoch in range(1, 5000)], "thin")], Frame()).svg("loss", "words"))
+    picture = Section(
+        LineChart([Line([(epoch, 1.0 / epoch) for epoch in range(1, 5000)], "thin")], Frame()).svg(
+            "loss", "words"
+        )
+    )
     points = picture.find("polyline")[0].get("points", "").split()
     assert 300 < len(points) <= 402
     assert points[-1].startswith(f"{Frame().edge:.1f},")
 
 
-@pytest.mark.parametrize("values", [[98.93], [1e-14, 2e-14], [-3.0, -1.0], [0.0], [1e300, -1e300], [1e-3, 0.0, 5.0], [3e-5, 9e-5], []])
+@pytest.mark.parametrize(
+    "values",
+    [[98.93], [1e-14, 2e-14], [-3.0, -1.0], [0.0], [1e300, -1e300], [1e-3, 0.0, 5.0], [3e-5, 9e-5], []],
+)
 def test_heights_lie_in_the_frame(values: list[float]) -> None:
     frame = Frame()
-    for heights in (Heights(values, frame), Heights(values, frame, least=None), Heights(values, frame, log=True)):
+    for heights in (
+        Heights(values, frame),
+        Heights(values, frame, least=None),
+        Heights(values, frame, log=True),
+    ):
         assert all(frame.top <= heights.at(value) <= frame.floor for value in [*values, *heights.ticks])
         assert len({heights.text(tick) for tick in heights.ticks}) == len(heights.ticks) >= 2
 
 
 def test_ticks_between_powers_of_ten_say_so() -> None:
     heights = Heights([3e-5, 9e-5], Frame(), log=True)
-    assert [heights.text(tick) for tick in heights.ticks] == ["2\u00b710\u207b\u2075", "5\u00b710\u207b\u2075", "10\u207b\u2074"]
+    assert [heights.text(tick) for tick in heights.ticks] == [
+        "2\u00b710\u207b\u2075",
+        "5\u00b710\u207b\u2075",
+        "10\u207b\u2074",
+    ]
 
 
 def test_steps_are_round() -> None:

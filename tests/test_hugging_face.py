@@ -24,13 +24,28 @@ hugging_face = pytest.importorskip("tdpass.hugging_face")
 
 def bert() -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 60}
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, max_position_embeddings=32)).eval()
+    sizes = {
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "vocab_size": 60,
+    }
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(**sizes, max_position_embeddings=32)
+    ).eval()
 
 
 def llama() -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 60}
+    sizes = {
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "vocab_size": 60,
+    }
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=True)).eval()
 
 
@@ -38,7 +53,16 @@ TOKENS = torch.randint(0, 60, (4, 7), generator=torch.Generator().manual_seed(1)
 
 
 def compressed(make: Any) -> tdpass.Artifact[Any]:
-    return tdpass.compress(make(), {"params": 0.7}, formats=["svd"], effort="fast", cache=False, progress=False, strict=False, exclude=["*lm_head*"])
+    return tdpass.compress(
+        make(),
+        {"params": 0.7},
+        formats=["svd"],
+        effort="fast",
+        cache=False,
+        progress=False,
+        strict=False,
+        exclude=["*lm_head*"],
+    )
 
 
 @pytest.mark.parametrize("make", [bert, llama])
@@ -50,7 +74,9 @@ def test_a_compressed_model_comes_back_as_it_was_saved(make: Any, tmp_path: Path
     assert said["missing_keys"] == said["unexpected_keys"] == set()
     with torch.no_grad():
         assert torch.equal(loaded.eval()(TOKENS).logits, artifact.model.eval()(TOKENS).logits)
-    assert sum(parameter.numel() for parameter in loaded.parameters()) == sum(parameter.numel() for parameter in artifact.model.parameters())
+    assert sum(parameter.numel() for parameter in loaded.parameters()) == sum(
+        parameter.numel() for parameter in artifact.model.parameters()
+    )
     loaded.save_pretrained(tmp_path / "again")
     again = type(artifact.model).from_pretrained(tmp_path / "again")
     assert torch.equal(again.eval()(TOKENS).logits, loaded(TOKENS).logits)
@@ -58,14 +84,20 @@ def test_a_compressed_model_comes_back_as_it_was_saved(make: Any, tmp_path: Path
 
 def test_the_model_that_came_in_stays_dense_in_its_configuration() -> None:
     model = bert()
-    tdpass.compress(model, {"params": 0.7}, formats=["svd"], effort="fast", cache=False, progress=False, strict=False)
+    tdpass.compress(
+        model, {"params": 0.7}, formats=["svd"], effort="fast", cache=False, progress=False, strict=False
+    )
     assert getattr(model.config, "quantization_config", None) is None
 
 
 def without_a_factor(folder: Path) -> str:
     state = load_file(folder / "model.safetensors")
     gone = next(name for name in state if not name.endswith((".weight", ".bias")))
-    save_file({name: value for name, value in state.items() if name != gone}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: value for name, value in state.items() if name != gone},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     return "the checkpoint lacks"
 
 
@@ -96,9 +128,19 @@ def test_the_card_says_what_was_done_and_everything_is_in_the_folder(tmp_path: P
     hugging_face.save_pretrained(artifact, tmp_path, base="someone/bert", license="apache-2.0")
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("---\n")
-    assert all(text in card for text in ("base_model: someone/bert", "license: apache-2.0", "import tdpass.hugging_face", "70% of the params"))
+    assert all(
+        text in card
+        for text in (
+            "base_model: someone/bert",
+            "license: apache-2.0",
+            "import tdpass.hugging_face",
+            "70% of the params",
+        )
+    )
     assert all(choice.site in card for choice in artifact.plan)
-    assert {"config.json", "model.safetensors", "plan.json", "report.json"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "model.safetensors", "plan.json", "report.json"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
     with pytest.raises(UsageError, match="no model of transformers"):
         hugging_face.save_pretrained(tdpass.compress(nn.Linear(4, 4), pipeline="", progress=False), tmp_path)
 
@@ -120,7 +162,11 @@ def held(artifact: tdpass.Artifact[Any] | None) -> None:
 
 def example() -> tuple[nn.Module, torch.optim.Optimizer, AdmmTT]:
     model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3))
-    return model, torch.optim.SGD(model.parameters(), lr=0.05), AdmmTT(budget={"params": 0.6}, format="svd", rounds=4, rho=0.5)
+    return (
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.05),
+        AdmmTT(budget={"params": 0.6}, format="svd", rounds=4, rho=0.5),
+    )
 
 
 def test_a_trainer_trains_with_a_method() -> None:

@@ -14,7 +14,10 @@ from tdpass.cli import main
 from tdpass.cli.isolation import Limits
 from tdpass.errors import UnsupportedError
 
-pytestmark = [pytest.mark.skipif(os.name != "posix", reason="needs limits of processes"), pytest.mark.timeout(280)]
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="needs limits of processes"),
+    pytest.mark.timeout(280),
+]
 LIMITS = Limits(seconds=120, memory=4 << 30)
 
 
@@ -25,9 +28,14 @@ def instead(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tdpass.cli.isolation, "_ENTRY", before + code)
 
 
-def test_output_and_exit_code_are_those_of_the_verb(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_output_and_exit_code_are_those_of_the_verb(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "inner").mkdir()
-    sound, broken = SERVED["a grouped convolution"](tmp_path), REFUSED["a part longer than the file"][0](tmp_path / "inner")
+    sound, broken = (
+        SERVED["a grouped convolution"](tmp_path),
+        REFUSED["a part longer than the file"][0](tmp_path / "inner"),
+    )
     assert main(["inspect", str(sound), "--json"]) == 0
     expected = json.loads(capfd.readouterr().out)
     assert main(["inspect", str(sound), "--json", "--isolate"]) == 0
@@ -48,14 +56,18 @@ def test_output_and_exit_code_are_those_of_the_verb(tmp_path: Path, capfd: pytes
     ],
     ids=["time", "crash", "killed"],
 )
-def test_what_takes_too_long_or_crashes_is_one_error(code: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_takes_too_long_or_crashes_is_one_error(
+    code: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     instead(code, monkeypatch)
     limits = Limits(3, LIMITS.memory) if "sleep" in code else LIMITS
     with pytest.raises(UnsupportedError, match=says):
         limits.run([])
 
 
-def test_what_takes_too_much_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_takes_too_much_memory_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     code = "import tdpass.cli.inspect as verb; verb.read_source = lambda *given: bytearray(8 << 30); sys.exit(cli.main(sys.argv[3:], contained=True))"
     instead(code, monkeypatch)
     assert LIMITS.run(["inspect", "m.onnx"]) == 1
@@ -67,13 +79,18 @@ def test_what_takes_too_much_memory_is_one_line(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.slow
 def test_nothing_of_an_ended_process_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inside = f"tdpass.files.replacing(pathlib.Path({str(tmp_path / 'out.onnx')!r}))"
-    instead(f"import os, pathlib, time, tdpass.files; entered = {inside}; entered.__enter__(); time.sleep(600)", monkeypatch)
+    instead(
+        f"import os, pathlib, time, tdpass.files; entered = {inside}; entered.__enter__(); time.sleep(600)",
+        monkeypatch,
+    )
     with pytest.raises(UnsupportedError):
         Limits(25, LIMITS.memory).run([], [tmp_path])
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("option", [["--isolate-memory", "much"], ["--isolate-memory", "0"], ["--isolate-seconds", "0"]])
+@pytest.mark.parametrize(
+    "option", [["--isolate-memory", "much"], ["--isolate-memory", "0"], ["--isolate-seconds", "0"]]
+)
 def test_limits_that_are_none_are_wrong_usage(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "m.onnx", "--isolate", *option]) == 2
     assert "is no" in capsys.readouterr().err.replace("is not a whole", "is no whole")

@@ -35,12 +35,16 @@ def test_files_that_are_not_python_ship() -> None:
     patterns = re.findall(r'"([^"]+)"', re.search(r"^tdpass = \[(.*)\]$", text, re.MULTILINE)[1])
     package = Path(tdpass.__file__).parent
     shipped = {path for pattern in patterns for path in package.glob(pattern)}
-    files = [path for folder in (package, package / "passes", package / "kernels") for path in folder.rglob("*")]
+    files = [
+        path for folder in (package, package / "passes", package / "kernels") for path in folder.rglob("*")
+    ]
     present = {path for path in files if path.is_file() and path.suffix not in (".py", ".pyc", ".so")}
     assert present == shipped
 
 
-@pytest.mark.parametrize("use", ["from kernels import get_kernel", "import kernels; kernels.get_kernel", "import passes"])
+@pytest.mark.parametrize(
+    "use", ["from kernels import get_kernel", "import kernels; kernels.get_kernel", "import passes"]
+)
 def test_using_a_folder_from_the_repository_root_says_what_to_import(use: str) -> None:
     run = subprocess.run([sys.executable, "-c", use], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 1
@@ -50,7 +54,9 @@ def test_using_a_folder_from_the_repository_root_says_what_to_import(use: str) -
 
 def test_asking_for_the_version_of_kernels_is_harmless() -> None:
     command = "import kernels; print(getattr(kernels, '__version__', 'none'))"
-    run = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert run.stdout.strip() == "none"
 
 
@@ -61,16 +67,29 @@ def _constraints() -> list[Requirement]:
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
 def test_each_package_has_one_exact_pin_on_each_python(python: str) -> None:
-    names = [canonicalize_name(pin.name) for pin in _constraints() if pin.marker is None or pin.marker.evaluate({"python_version": python})]
+    names = [
+        canonicalize_name(pin.name)
+        for pin in _constraints()
+        if pin.marker is None or pin.marker.evaluate({"python_version": python})
+    ]
     assert len(names) == len(set(names))
     assert all([specifier.operator for specifier in pin.specifier] == ["=="] for pin in _constraints())
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
 def test_what_pyproject_asks_for_is_pinned_within_its_bounds(python: str) -> None:
-    asked = [Requirement(text) for text in re.findall(r'"([A-Za-z][\w.-]*(?:(?:>=|==)[\d.*]+)?)"', _dependency_lists())]
-    pins = {canonicalize_name(pin.name): pin for pin in _constraints() if pin.marker is None or pin.marker.evaluate({"python_version": python})}
-    assert {"torch", "onnx", "pytest", "scikit-learn", "aimet-torch"} <= {canonicalize_name(requirement.name) for requirement in asked}
+    asked = [
+        Requirement(text)
+        for text in re.findall(r'"([A-Za-z][\w.-]*(?:(?:>=|==)[\d.*]+)?)"', _dependency_lists())
+    ]
+    pins = {
+        canonicalize_name(pin.name): pin
+        for pin in _constraints()
+        if pin.marker is None or pin.marker.evaluate({"python_version": python})
+    }
+    assert {"torch", "onnx", "pytest", "scikit-learn", "aimet-torch"} <= {
+        canonicalize_name(requirement.name) for requirement in asked
+    }
     for requirement in asked:
         version = next(iter(pins[canonicalize_name(requirement.name)].specifier)).version
         assert requirement.specifier.contains(version), f"{requirement} is pinned to {version}"

@@ -14,7 +14,14 @@ from tdpass.models import open_model
 from tdpass.pipeline import PASSES, Job, Pass, Pipeline
 
 
-@pytest.mark.parametrize("text", ["fold-batchnorm,plan{macs=0.4},factorize,refit{ridge=0.01}", "verify{limit=0.5}", "plan{macs=120M,joint=false}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "fold-batchnorm,plan{macs=0.4},factorize,refit{ridge=0.01}",
+        "verify{limit=0.5}",
+        "plan{macs=120M,joint=false}",
+    ],
+)
 def test_text_is_read_and_printed_alike(text: str) -> None:
     assert str(Pipeline.parse(text)) == text
 
@@ -23,7 +30,11 @@ def test_list_yaml_and_text_agree(tmp_path: Path) -> None:
     text = "fold-batchnorm,plan{macs=0.4},factorize"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("pipeline:\n- fold-batchnorm\n- plan: {macs: 0.4}\n- factorize\n")
-    assert Pipeline.parse(recipe) == Pipeline.parse(text) == Pipeline.parse(["fold-batchnorm", {"plan": {"macs": 0.4}}, "factorize"])
+    assert (
+        Pipeline.parse(recipe)
+        == Pipeline.parse(text)
+        == Pipeline.parse(["fold-batchnorm", {"plan": {"macs": 0.4}}, "factorize"])
+    )
 
 
 @pytest.mark.parametrize("name", PASSES.names())

@@ -102,7 +102,12 @@ def test_extents_and_totals_are_per_sample_however_samples_are_folded() -> None:
     model = open_model(Frames().eval(), clips)
     sites = {site.name: site for site in model.sites()}
     per_sample = {name: (site.samples, site.weights * site.out_positions) for name, site in sites.items()}
-    assert per_sample == {"conv": (1, 2 * 3 * 49 * 216), "head": (1, 2 * 3 * 96), "tail": (1, 2 * 256), "bank": (4, 256)}
+    assert per_sample == {
+        "conv": (1, 2 * 3 * 49 * 216),
+        "head": (1, 2 * 3 * 96),
+        "tail": (1, 2 * 256),
+        "bank": (4, 256),
+    }
     assert model.macs() == round(torch_macs(lambda: model.run(Batch((clips,)))) / 4)
     assert model.macs() == sum(tdpass.formats.base.dense_cost(site).macs for site in model.sites())
 
@@ -120,7 +125,10 @@ class Recurrent(nn.Module):
 
 NETS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "frames": (Frames, torch.randn(4, 3, 4, 9, 9)),
-    "encoder": (lambda: nn.Sequential(nn.TransformerEncoderLayer(16, 2, 64, batch_first=True), nn.Linear(16, 16)), torch.randn(4, 6, 16)),
+    "encoder": (
+        lambda: nn.Sequential(nn.TransformerEncoderLayer(16, 2, 64, batch_first=True), nn.Linear(16, 16)),
+        torch.randn(4, 6, 16),
+    ),
     "recurrent": (Recurrent, torch.randn(4, 6, 16)),
 }
 
@@ -130,14 +138,23 @@ def test_the_report_agrees_with_an_independent_count_of_both_models(name: str) -
     make, data = NETS[name]
     torch.manual_seed(0)
     dense = make().eval()
-    result = tdpass.compress(dense, {"macs": 0.8}, example_inputs=data, formats=["svd", "channel_svd"], cache=False)
-    before, after = (torch_macs(lambda model=model: model(data)) / len(data) for model in (dense, result.model))
+    result = tdpass.compress(
+        dense, {"macs": 0.8}, example_inputs=data, formats=["svd", "channel_svd"], cache=False
+    )
+    before, after = (
+        torch_macs(lambda model=model: model(data)) / len(data) for model in (dense, result.model)
+    )
     assert (result.report.original.macs, result.report.final.macs) == (round(before), round(after))
     assert after <= 0.8 * before
     assert result.report.final.params == sum(p.numel() for p in result.model.parameters())
 
 
-def _onnx(nodes: list[onnx.NodeProto], weights: Mapping[str, Any], sizes: tuple[int, ...], functions: tuple[onnx.FunctionProto, ...] = ()) -> onnx.ModelProto:
+def _onnx(
+    nodes: list[onnx.NodeProto],
+    weights: Mapping[str, Any],
+    sizes: tuple[int, ...],
+    functions: tuple[onnx.FunctionProto, ...] = (),
+) -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", *sizes])], [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()],
@@ -154,14 +171,26 @@ def _loop() -> onnx.ModelProto:
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("h", "h2")]
     flag = [helper.make_tensor_value_info(name, TensorProto.BOOL, []) for name in ("c", "c2")]
     step = [helper.make_node("Identity", ["c"], ["c2"]), helper.make_node("MatMul", ["h", "w"], ["h2"])]
-    body = helper.make_graph(step, "body", [helper.make_tensor_value_info("i", TensorProto.INT64, []), flag[0], value[0]], [flag[1], value[1]])
-    return _onnx([helper.make_node("Loop", ["k", "", "x"], ["y"], body=body)], {"w": _w(8, 8), "k": np.int64(5)}, (8,))
+    body = helper.make_graph(
+        step,
+        "body",
+        [helper.make_tensor_value_info("i", TensorProto.INT64, []), flag[0], value[0]],
+        [flag[1], value[1]],
+    )
+    return _onnx(
+        [helper.make_node("Loop", ["k", "", "x"], ["y"], body=body)], {"w": _w(8, 8), "k": np.int64(5)}, (8,)
+    )
 
 
 def _function() -> onnx.ModelProto:
-    nodes = [helper.make_node("MatMul", ["a", "w"], ["m"]), helper.make_node("Gemm", ["m", "w"], ["b"], transB=1)]
+    nodes = [
+        helper.make_node("MatMul", ["a", "w"], ["m"]),
+        helper.make_node("Gemm", ["m", "w"], ["b"], transB=1),
+    ]
     inner = helper.make_function("local", "Twice", ["a", "w"], ["b"], nodes, [helper.make_opsetid("", 17)])
-    return _onnx([helper.make_node("Twice", ["x", "w"], ["y"], domain="local")], {"w": _w(8, 8)}, (8,), (inner,))
+    return _onnx(
+        [helper.make_node("Twice", ["x", "w"], ["y"], domain="local")], {"w": _w(8, 8)}, (8,), (inner,)
+    )
 
 
 def _quantized() -> onnx.ModelProto:
@@ -213,9 +242,15 @@ def test_an_onnx_result_counts_what_its_nodes_do() -> None:
     original = 5 * (2 * 256 + 16 * 12)
     assert result.report.original.macs == original
     assert result.report.final.macs <= 0.8 * original
-    kept = [initializer for initializer in result.model.graph.initializer if initializer.data_type == TensorProto.FLOAT]
+    kept = [
+        initializer
+        for initializer in result.model.graph.initializer
+        if initializer.data_type == TensorProto.FLOAT
+    ]
     recurrent = sum(int(np.prod(initializer.dims)) for initializer in kept if len(initializer.dims) == 3)
-    assert result.report.final.macs == 5 * (sum(int(np.prod(i.dims)) for i in kept if len(i.dims) == 2) + recurrent)
+    assert result.report.final.macs == 5 * (
+        sum(int(np.prod(i.dims)) for i in kept if len(i.dims) == 2) + recurrent
+    )
 
 
 @pytest.mark.parametrize("given", ["another size", "no data"])

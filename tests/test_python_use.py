@@ -38,7 +38,11 @@ def test_a_number_bounds_the_default_measure(made: tdpass.Artifact[nn.Module]) -
 
 def test_texts_are_short_and_say_how_much_is_left(made: tdpass.Artifact[nn.Module]) -> None:
     share = f"{made.report.final.macs / made.report.original.macs:.0%}"
-    for value, start in ((made, "<Artifact: Residual, <RankPlan: 4 sites ("), (made.plan, "<RankPlan: 4 sites ("), (made.report, "<Report: Residual, ")):
+    for value, start in (
+        (made, "<Artifact: Residual, <RankPlan: 4 sites ("),
+        (made.plan, "<RankPlan: 4 sites ("),
+        (made.report, "<Report: Residual, "),
+    ):
         assert repr(value).startswith(start)
         assert f"macs {share}" in repr(value)
         assert len(repr(value)) < 300
@@ -88,13 +92,17 @@ def test_notebooks_show_tables_and_the_whole_report(made: tdpass.Artifact[nn.Mod
 def test_a_name_that_is_nearly_right_is_answered_with_the_right_one() -> None:
     known = Registry[int]("format")
     known.add("tucker2", 1)
-    with pytest.raises(UsageError, match=r"unknown format 'Tucker' \(did you mean 'tucker2'\?\); known: tucker2"):
+    with pytest.raises(
+        UsageError, match=r"unknown format 'Tucker' \(did you mean 'tucker2'\?\); known: tucker2"
+    ):
         known.get("Tucker")
     with pytest.raises(UsageError, match="unknown format 'xyz'; known: tucker2"):
         known.get("xyz")
 
 
-def test_progress_is_shown_unless_it_is_silenced(monkeypatch: pytest.MonkeyPatch, residual: nn.Module, images: Tensor) -> None:
+def test_progress_is_shown_unless_it_is_silenced(
+    monkeypatch: pytest.MonkeyPatch, residual: nn.Module, images: Tensor
+) -> None:
     asked: list[bool] = []
 
     class Watched(ProgressBars):
@@ -118,11 +126,16 @@ def test_a_pipe_gets_lines_with_the_time_that_is_left(monkeypatch: pytest.Monkey
             now[0] = float(done)
             progress("fit", done, 40)
         progress("fit", 40, 40)
-    assert stream.getvalue().splitlines() == [f"fit: {done} of 40, about {40 - done} s left" for done in (10, 20, 30)]
+    assert stream.getvalue().splitlines() == [
+        f"fit: {done} of 40, about {40 - done} s left" for done in (10, 20, 30)
+    ]
 
 
 def test_the_smallest_model_that_keeps_a_metric() -> None:
-    model, x = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 8)), torch.randn(64, 32, generator=torch.Generator().manual_seed(2))
+    model, x = (
+        nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 8)),
+        torch.randn(64, 32, generator=torch.Generator().manual_seed(2)),
+    )
     dense = model(x)
     scored: list[tuple[float, float]] = []
 
@@ -132,7 +145,9 @@ def test_the_smallest_model_that_keeps_a_metric() -> None:
         scored.append((value, parameters(small)))
         return value
 
-    found = tdpass.compress(model, data=x, metric=agreement, max_loss=60.0, effort="fast", progress=False, strict=False)
+    found = tdpass.compress(
+        model, data=x, metric=agreement, max_loss=60.0, effort="fast", progress=False, strict=False
+    )
     kept = [size for value, size in scored if value >= 40]
     assert found.report.checks["metric"] >= 40
     assert parameters(found.model) == min(kept)
@@ -151,7 +166,9 @@ def test_the_smallest_model_that_keeps_a_metric() -> None:
         ({"metric": len, "budget": 0.5}, "leave budget= and plan= out"),
     ],
 )
-def test_a_metric_that_is_none_is_refused(options: dict[str, object], message: str, residual: nn.Module, images: Tensor) -> None:
+def test_a_metric_that_is_none_is_refused(
+    options: dict[str, object], message: str, residual: nn.Module, images: Tensor
+) -> None:
     with pytest.raises(UsageError, match=message):
         tdpass.compress(residual, data=images, progress=False, **options)
 
@@ -162,6 +179,13 @@ def test_the_model_in_an_artifact_has_the_type_that_came_in(tmp_path: Path) -> N
     program = "import tdpass, torch\n\nmade = tdpass.compress(torch.nn.Linear(4, 4), 0.5)\nreveal_type(made.model)\nmade.model(torch.zeros(4))\n"
     (tmp_path / "use.py").write_text(program)
     command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "use.py"]
-    run = subprocess.run(command, cwd=tmp_path, env={"MYPYPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={"MYPYPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert "torch.nn.modules.linear.Linear" in run.stdout, run.stdout
     assert "error" not in run.stdout

@@ -34,11 +34,25 @@ HEAVY = (
 )
 
 
-@pytest.mark.parametrize("use", ["import tdpass", "import tdpass.cli; tdpass.cli.main(['doctor', '--help'])", "import tdpass.zoo, tdpass.datasets"])
+@pytest.mark.parametrize(
+    "use",
+    [
+        "import tdpass",
+        "import tdpass.cli; tdpass.cli.main(['doctor', '--help'])",
+        "import tdpass.zoo, tdpass.datasets",
+    ],
+)
 def test_heavy_libraries_are_imported_at_their_first_use(use: str) -> None:
     code = f"import sys\ntry:\n    {use}\nexcept SystemExit:\n    pass\nprint([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, env=environment, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert run.stderr.strip().splitlines()[-1] == "[]"
 
 
@@ -67,6 +81,13 @@ def test_compressing_and_training_a_small_network_leave_the_threads_as_they_were
     tdpass.compress(model, {"macs": 0.6}, x, effort="fast", cache=False, strict=False)
     assert seen[-1] == 1
     data = [(x, torch.arange(64) % 4)]
-    tdpass.train(model, data, {"admm-tt": {"budget": {"params": 0.6}, "format": "svd", "rounds": 1}}, control=False, test=score, example_inputs=x[:1])
+    tdpass.train(
+        model,
+        data,
+        {"admm-tt": {"budget": {"params": 0.6}, "format": "svd", "rounds": 1}},
+        control=False,
+        test=score,
+        example_inputs=x[:1],
+    )
     assert seen[-1] == 1
     assert torch.get_num_threads() == 2

@@ -16,12 +16,16 @@ def _record(model: nn.Module, *inputs: Tensor) -> Tape:
 
 
 @pytest.mark.parametrize("name", ["residual", "odd"])
-def test_a_replay_gives_what_the_model_gives(name: str, images: Tensor, request: pytest.FixtureRequest) -> None:
+def test_a_replay_gives_what_the_model_gives(
+    name: str, images: Tensor, request: pytest.FixtureRequest
+) -> None:
     model = request.getfixturevalue(name)
     tape = _record(model, images)
     with torch.no_grad():
         assert torch.equal(tape.play().finish(), model(images))
-        assert torch.equal(tape.play().finish(), model(images)), "a replay must not change what it is replayed on"
+        assert torch.equal(tape.play().finish(), model(images)), (
+            "a replay must not change what it is replayed on"
+        )
 
 
 def test_other_inputs_of_the_same_shape(residual: nn.Module, images: Tensor) -> None:
@@ -43,7 +47,9 @@ def test_a_fork_runs_the_rest_with_a_layer_replaced(residual: nn.Module, images:
         assert torch.allclose(forked, residual(images), atol=1e-6)
 
 
-def test_residual_sums_and_chains_are_found(residual: nn.Module, encoder: nn.Module, images: Tensor, tokens: Tensor) -> None:
+def test_residual_sums_and_chains_are_found(
+    residual: nn.Module, encoder: nn.Module, images: Tensor, tokens: Tensor
+) -> None:
     tape = _record(residual, images)
     first, second = tape.site_calls["first"][0], tape.site_calls["second"][0]
     assert tape.residual_partner(second) is not None

@@ -119,7 +119,9 @@ _CUTS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
 class _Net(nn.Module):
     """Two layers with an activation between them that may leave torch; `pack` makes what is returned."""
 
-    def __init__(self, act: Callable[[Tensor], Tensor], pack: Callable[[Tensor], object] = lambda y: y) -> None:
+    def __init__(
+        self, act: Callable[[Tensor], Tensor], pack: Callable[[Tensor], object] = lambda y: y
+    ) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(12, 16), nn.Linear(16, 5)
         self.act, self.pack = act, pack
@@ -145,7 +147,10 @@ def _layers(net: _Net, *names: str) -> dict[str, Layer]:
     svd = FORMATS.get("svd")
     sites = {site.name: site for site in model.sites()}
     made = {name: svd.factorize(model.weight(name), sites[name], (2,)) for name in names}
-    return {name: Layer(sites[name], Form("svd", (2,)), factors, model.bias(name)).to(torch.float32) for name, factors in made.items()}
+    return {
+        name: Layer(sites[name], Form("svd", (2,)), factors, model.bias(name)).to(torch.float32)
+        for name, factors in made.items()
+    }
 
 
 def _fitted(tapes: list[Tape]) -> FittedDivergence:
@@ -168,7 +173,10 @@ def test_a_replacement_on_the_tape_does_what_it_does_in_the_model(cut: str, site
         torch.testing.assert_close(replayed, net(X), atol=2e-2 if cut == "autocast" else 1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("pack", "live"), [(_Answer, False), (lambda y: [_Answer(y)], False), (lambda y: SimpleNamespace(scores=y), True)])
+@pytest.mark.parametrize(
+    ("pack", "live"),
+    [(_Answer, False), (lambda y: [_Answer(y)], False), (lambda y: SimpleNamespace(scores=y), True)],
+)
 def test_outputs_in_objects_follow_the_layers(pack: Callable[[Tensor], object], live: bool) -> None:
     net = _net(torch.relu, pack)
     tape = open_model(net).record(Batch((X,)))
@@ -183,14 +191,27 @@ def test_outputs_in_objects_follow_the_layers(pack: Callable[[Tensor], object], 
 
 
 def test_a_run_that_leaves_torch_is_planned_and_repaired_as_one_that_does_not() -> None:
-    plain, cut = ([open_model(_net(act)).record(Batch((part,))) for part in X.split(40)] for act in (lambda x: x * x.sigmoid(), _through_numpy))
+    plain, cut = (
+        [open_model(_net(act)).record(Batch((part,))) for part in X.split(40)]
+        for act in (lambda x: x * x.sigmoid(), _through_numpy)
+    )
     assert all(isinstance(tape, LiveTape) for tape in cut)
     net, measure = _net(_through_numpy), _fitted(plain)
-    layers, sites = _layers(net, "first", "second"), {site.name: site for site in open_model(net, Batch((X,))).sites()}
-    losses = [[Sweep(tapes, measure, 64).loss({name: layer}) for name, layer in layers.items()] for tapes in (plain, cut)]
+    layers, sites = (
+        _layers(net, "first", "second"),
+        {site.name: site for site in open_model(net, Batch((X,))).sites()},
+    )
+    losses = [
+        [Sweep(tapes, measure, 64).loss({name: layer}) for name, layer in layers.items()]
+        for tapes in (plain, cut)
+    ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert min(losses[1]) > 1e-3
-    for (_, ours), (_, theirs) in zip(stream_metrics(cut, list(sites.values()), measure), stream_metrics(plain, list(sites.values()), measure), strict=True):
+    for (_, ours), (_, theirs) in zip(
+        stream_metrics(cut, list(sites.values()), measure),
+        stream_metrics(plain, list(sites.values()), measure),
+        strict=True,
+    ):
         torch.testing.assert_close(ours.inputs, theirs.inputs)
     corrected = [correct_biases(tapes, layers, layers) for tapes in (plain, cut)]
     for name in layers:
@@ -210,7 +231,10 @@ def test_gradients_pass_through_scripted_code() -> None:
 
 @pytest.mark.parametrize("act", [_OneWay.apply, _irreversible], ids=["backward", "forward"])
 def test_inputs_are_observed_where_there_is_no_derivative(act: Callable[[Tensor], Tensor]) -> None:
-    tapes = [[open_model(_net(act)).record(Batch((part,))) for part in X.split(40)] for act in (lambda x: x * x.sigmoid(), act)]
+    tapes = [
+        [open_model(_net(act)).record(Batch((part,))) for part in X.split(40)]
+        for act in (lambda x: x * x.sigmoid(), act)
+    ]
     sites = open_model(_net(act), Batch((X,))).sites()
     plain, cut = (dict(stream_metrics(each, sites, _fitted(each))) for each in tapes)
     for ours, theirs in zip(cut.values(), plain.values(), strict=True):
@@ -230,7 +254,14 @@ def test_a_live_tape_plays_the_model_as_it_was_recorded() -> None:
 
 @pytest.mark.parametrize("cut", ["script", "numpy", "number", "vmap", "autocast"])
 def test_the_expected_loss_is_what_is_measured(cut: str) -> None:
-    made = compress(_net(_CUTS[cut][0]), {"params": 0.75}, X, cache=False, formats=["svd"], pipeline="plan,factorize,verify")
+    made = compress(
+        _net(_CUTS[cut][0]),
+        {"params": 0.75},
+        X,
+        cache=False,
+        formats=["svd"],
+        pipeline="plan,factorize,verify",
+    )
     assert made.plan is not None
     assert 0.5 < made.plan.loss / made.report.checks["divergence"] < 2
     assert any("running the whole model" in note for note in made.report.notes) == _CUTS[cut][1]

@@ -27,13 +27,40 @@ def cost(params: int, positions: int = 100) -> Cost:
 
 def report_of(sites: int = 3, prefix: str = "layer") -> Report:
     rows = [
-        SiteRow(f"{prefix}{n}.conv", (16, 16, 3, 3), Form("spatial_svd", (5,)), cost(2304), cost(800), 0.21, 0.002, "<= 0.2500", f"reason number {n}")
+        SiteRow(
+            f"{prefix}{n}.conv",
+            (16, 16, 3, 3),
+            Form("spatial_svd", (5,)),
+            cost(2304),
+            cost(800),
+            0.21,
+            0.002,
+            "<= 0.2500",
+            f"reason number {n}",
+        )
         for n in range(sites - 1)
     ]
-    rows.append(SiteRow(f"{prefix}.head", (10, 64), DENSE, cost(640), cost(640), 0.0, 0.0, "", "no rank pays"))
+    rows.append(
+        SiteRow(f"{prefix}.head", (10, 64), DENSE, cost(640), cost(640), 0.0, 0.0, "", "no rank pays")
+    )
     total, final = sum((row.before for row in rows), Cost()), sum((row.after for row in rows), Cost())
-    report = Report("model.onnx", "onnx", "macs=0.4", "outputs", "kl", "a machine", "2026-11-21T01:00:00+00:00", total, final, rows, {"emb": "an embedding"})
-    report.passes = [PassRow("plan{macs=0.4}", False, 12.5, final, ("10 candidates",)), PassRow("factorize", True, 0.25, final)]
+    report = Report(
+        "model.onnx",
+        "onnx",
+        "macs=0.4",
+        "outputs",
+        "kl",
+        "a machine",
+        "2026-11-21T01:00:00+00:00",
+        total,
+        final,
+        rows,
+        {"emb": "an embedding"},
+    )
+    report.passes = [
+        PassRow("plan{macs=0.4}", False, 12.5, final, ("10 candidates",)),
+        PassRow("factorize", True, 0.25, final),
+    ]
     report.curve = [CurvePoint(0.4, 0.39, 0.5, 0.01, chosen=True), CurvePoint(1.0, 1.0, 1.0, 0.0)]
     report.checks = {"divergence": 0.0123}
     report.note("two sites share a weight")
@@ -53,7 +80,18 @@ def test_everything_said_is_shown_at_every_width(width: int | None) -> None:
     for row in report.sites:
         assert row.site in text
         assert row.note in text
-    for word in ("spatial_svd", "0.21", "<= 0.2500", "16x16x3x3", "2.88x", "emb", "an embedding", "plan{macs=0.4}", "12.5 s", "two sites share a weight"):
+    for word in (
+        "spatial_svd",
+        "0.21",
+        "<= 0.2500",
+        "16x16x3x3",
+        "2.88x",
+        "emb",
+        "an embedding",
+        "plan{macs=0.4}",
+        "12.5 s",
+        "two sites share a weight",
+    ):
         assert word in text
     assert "KL divergence: 0.0123 measured" in text
     assert "3 sites: 2 spatial_svd, 1 dense" in text
@@ -80,13 +118,19 @@ def test_columns_variable_sets_the_width_of_a_pipe(monkeypatch: pytest.MonkeyPat
 
 
 def test_terminal_gets_colour_unless_it_is_unwanted() -> None:
-    shown = to_text(report_view(report_of(), None, 120), 120, Console(force_terminal=True, color_system="standard", no_color=False))
+    shown = to_text(
+        report_view(report_of(), None, 120),
+        120,
+        Console(force_terminal=True, color_system="standard", no_color=False),
+    )
     assert "\x1b[1m" in shown
 
 
 def test_hostile_names_cannot_reach_the_terminal() -> None:
     report = report_of()
-    report.sites[0] = SiteRow("\x1b[2J[red]boom[/red]\u202e", (2, 2), Form("svd", (1,)), cost(4), cost(4), 0.1, 0.1, note="a\nb\x07")
+    report.sites[0] = SiteRow(
+        "\x1b[2J[red]boom[/red]\u202e", (2, 2), Form("svd", (1,)), cost(4), cost(4), 0.1, 0.1, note="a\nb\x07"
+    )
     report.declined = {"[/]": "\x1b]0;title\x07"}
     text = to_text(report_view(report, None, None), None)
     assert "\x1b" not in text
@@ -96,7 +140,11 @@ def test_hostile_names_cannot_reach_the_terminal() -> None:
 
 
 def test_plan_stands_in_for_a_report_without_sites() -> None:
-    plan = RankPlan((Choice("fc", (8, 8), Form("svd", (2,)), cost(32), cost(64), 0.1, 0.01, "it pays", "= 0.1000"),), cost(100), "macs=0.5")
+    plan = RankPlan(
+        (Choice("fc", (8, 8), Form("svd", (2,)), cost(32), cost(64), 0.1, 0.01, "it pays", "= 0.1000"),),
+        cost(100),
+        "macs=0.5",
+    )
     text = to_text(report_view(Report(model="m"), plan, None), None)
     assert "it pays" in text
     assert "= 0.1000" in text
@@ -109,7 +157,9 @@ def test_empty_report_is_still_a_page() -> None:
 
 
 def test_equal_reasons_are_said_once() -> None:
-    rows = [SiteRow(f"s{n}", (4, 4), DENSE, cost(16), cost(16), 0.0, 0.0, note="too small") for n in range(20)]
+    rows = [
+        SiteRow(f"s{n}", (4, 4), DENSE, cost(16), cost(16), 0.0, 0.0, note="too small") for n in range(20)
+    ]
     text = to_text(site_table(rows, 44), 44)
     assert "s0, s1, s2, s3 and 16 more: too small" in " ".join(text.split())
 
@@ -119,7 +169,10 @@ def test_losses_that_nobody_measured_are_not_shown_as_zero(loss: float, shown: b
     row = SiteRow("fc", (8, 8), Form("svd", (2,)), cost(64), cost(32), 0.1, loss)
     for width in (None, 100, 60):
         assert ("Loss" in to_text(site_table([row], width), width)) is shown
-    for page in (html_sites.site_table([row], {"svd": "c0"}), html_sites.format_table(summary.by_format([row]), {"svd": "c0"})):
+    for page in (
+        html_sites.site_table([row], {"svd": "c0"}),
+        html_sites.format_table(summary.by_format([row]), {"svd": "c0"}),
+    ):
         assert ("Loss" in str(page)) is shown
 
 
@@ -127,7 +180,19 @@ def test_inspect_table_marks_unknown_multiply_adds() -> None:
     site = Site("fc", "linear", (8, 8))
     row = InspectRow(site, Cost(64, 0, 256), {"svd": (3,)})
     text = to_text(inspect_table([row], Cost(256, 0, 1024), ["svd"], None), None)
-    assert text.splitlines()[0].split() == ["Site", "Kind", "Shape", "Geometry", "Params", "Of", "all", "MACs", "Of", "all", "svd"]
+    assert text.splitlines()[0].split() == [
+        "Site",
+        "Kind",
+        "Shape",
+        "Geometry",
+        "Params",
+        "Of",
+        "all",
+        "MACs",
+        "Of",
+        "all",
+        "svd",
+    ]
     assert text.splitlines()[1].split() == ["fc", "linear", "8x8", "64", "25.0", "%", "?", "-", "3"]
 
 
@@ -192,11 +257,19 @@ def test_times_are_shown_where_sites_were_timed(width: int | None) -> None:
 
 def trained() -> Report:
     report = report_of()
-    rows = [TrainingRow("method", epoch, 2.0 - epoch, 0.1, 3.0, None, {"layer0.conv": 0.25, "layer1.conv": 0.75}) for epoch in range(2)]
+    rows = [
+        TrainingRow("method", epoch, 2.0 - epoch, 0.1, 3.0, None, {"layer0.conv": 0.25, "layer1.conv": 0.75})
+        for epoch in range(2)
+    ]
     rows += [TrainingRow("finetune", epoch, 0.3, 0.1, 1.0, 97.0 + epoch) for epoch in range(3)]
     rows += [TrainingRow("control", epoch, 0.1, 0.1, 1.0, 98.0) for epoch in range(5)]
     report.training = rows
-    report.checks |= {"score_dense": 98.125, "score_before_finetuning": 60.0, "score_control": 98.25, "score_final": 97.875}
+    report.checks |= {
+        "score_dense": 98.125,
+        "score_before_finetuning": 60.0,
+        "score_control": 98.25,
+        "score_final": 97.875,
+    }
     return report
 
 
@@ -234,7 +307,13 @@ def test_a_run_without_fine_tuning_has_one_score_less() -> None:
 
 
 def test_stages_of_a_resumed_run_keep_their_places() -> None:
-    found = stages([TrainingRow("pretrain", 4, 1.0, 0.1, 1.0), TrainingRow("method", 2, 1.0, 0.1, 1.0), TrainingRow("control", 0, 1.0, 0.1, 1.0)])
+    found = stages(
+        [
+            TrainingRow("pretrain", 4, 1.0, 0.1, 1.0),
+            TrainingRow("method", 2, 1.0, 0.1, 1.0),
+            TrainingRow("control", 0, 1.0, 0.1, 1.0),
+        ]
+    )
     assert [stage.epochs for stage in found] == [5, 3, 1]
     assert starts(found) == {"pretrain": 0, "method": 5, "control": 5}
 

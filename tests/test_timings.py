@@ -93,7 +93,9 @@ for n in range(20):
 
 
 def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
-    workers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(1000 * n)]) for n in range(3)]
+    workers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(1000 * n)]) for n in range(3)
+    ]
     assert [worker.wait(timeout=120) for worker in workers] == [0, 0, 0]
     wanted = [key for n in range(3) for key in keys(100, 1000 * n)]
     table = TimingTable(tmp_path)
@@ -104,4 +106,17 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
 def test_a_key_knows_the_geometry_but_not_the_name() -> None:
     site = Site("a", "linear", (8, 8), extents=(((3,), (3,)),))
     assert geometry_of(site) == geometry_of(replace(site, name="b"))
-    assert len({geometry_of(s) for s in (site, replace(site, bias=True), replace(site, shape=(8, 4)), replace(site, extents=(((4,), (4,)),)))}) == 4
+    assert (
+        len(
+            {
+                geometry_of(s)
+                for s in (
+                    site,
+                    replace(site, bias=True),
+                    replace(site, shape=(8, 4)),
+                    replace(site, extents=(((4,), (4,)),)),
+                )
+            }
+        )
+        == 4
+    )

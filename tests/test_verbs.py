@@ -31,19 +31,30 @@ MODELS = [("residual", "images", 0.5), ("odd", "images", 0.8), ("encoder", "toke
 
 @pytest.mark.parametrize("with_data", [True, False], ids=["data", "weights"])
 @pytest.mark.parametrize(("name", "inputs", "share"), MODELS)
-def test_one_plan_gives_the_same_network_on_torch_and_onnx(name: str, inputs: str, share: float, with_data: bool, request: pytest.FixtureRequest) -> None:
+def test_one_plan_gives_the_same_network_on_torch_and_onnx(
+    name: str, inputs: str, share: float, with_data: bool, request: pytest.FixtureRequest
+) -> None:
     module, x = request.getfixturevalue(name), request.getfixturevalue(inputs)
     data = x if with_data else None
     torch_side = tdpass.compress(module, {"macs": share}, data, example_inputs=x)
     assert any(not choice.kept_dense for choice in torch_side.plan)
-    onnx_side = tdpass.compress(to_onnx(module, x), plan=tdpass.RankPlan.from_json(torch_side.plan.to_json()), data=data, example_inputs=x)
+    onnx_side = tdpass.compress(
+        to_onnx(module, x),
+        plan=tdpass.RankPlan.from_json(torch_side.plan.to_json()),
+        data=data,
+        example_inputs=x,
+    )
     ours, theirs = _outputs(torch_side, x), _outputs(onnx_side, x)
     assert float((ours - theirs).norm() / ours.norm()) < 1e-4
-    assert [(c.format, c.rank) for c in onnx_side.plan if not c.kept_dense] == [(c.format, c.rank) for c in torch_side.plan if not c.kept_dense]
+    assert [(c.format, c.rank) for c in onnx_side.plan if not c.kept_dense] == [
+        (c.format, c.rank) for c in torch_side.plan if not c.kept_dense
+    ]
 
 
 @pytest.mark.parametrize(("name", "inputs", "share"), MODELS)
-def test_a_plan_made_on_onnx_applies_to_torch(name: str, inputs: str, share: float, request: pytest.FixtureRequest) -> None:
+def test_a_plan_made_on_onnx_applies_to_torch(
+    name: str, inputs: str, share: float, request: pytest.FixtureRequest
+) -> None:
     module, x = request.getfixturevalue(name), request.getfixturevalue(inputs)
     onnx_side = tdpass.compress(to_onnx(module, x), {"macs": share}, x)
     torch_side = tdpass.compress(module, plan=onnx_side.plan, data=x)
@@ -52,7 +63,9 @@ def test_a_plan_made_on_onnx_applies_to_torch(name: str, inputs: str, share: flo
 
 
 @pytest.mark.parametrize("name", offered_formats())
-def test_every_format_gives_the_same_network_on_torch_and_onnx(name: str, residual: nn.Module, images: Tensor) -> None:
+def test_every_format_gives_the_same_network_on_torch_and_onnx(
+    name: str, residual: nn.Module, images: Tensor
+) -> None:
     try:
         torch_side = tdpass.compress(residual, {"macs": 0.7}, images, formats=[name])
     except BudgetError:
@@ -64,7 +77,9 @@ def test_every_format_gives_the_same_network_on_torch_and_onnx(name: str, residu
 
 @pytest.mark.parametrize("measure", ["macs", "params", "bytes"])
 @pytest.mark.parametrize("share", [0.8, 0.4])
-def test_the_budget_is_met_and_nothing_is_made_bigger(measure: str, share: float, residual: nn.Module, images: Tensor) -> None:
+def test_the_budget_is_met_and_nothing_is_made_bigger(
+    measure: str, share: float, residual: nn.Module, images: Tensor
+) -> None:
     artifact = tdpass.compress(residual, {measure: share}, images)
     assert artifact.plan.planned.get(measure) <= share * artifact.report.original.get(measure)
     for choice in artifact.plan:
@@ -136,13 +151,17 @@ def test_a_budget_on_macs_needs_to_see_the_model(residual: nn.Module, images: Te
 def test_a_second_budget_comes_from_the_cache(residual: nn.Module, images: Tensor, tmp_path: Path) -> None:
     said: list[str] = []
     tdpass.make_plan(residual, {"macs": 0.6}, images, cache=tmp_path)
-    second = tdpass.make_plan(residual, {"macs": 0.5}, images, cache=tmp_path, progress=lambda what, done, of: said.append(what))
+    second = tdpass.make_plan(
+        residual, {"macs": 0.5}, images, cache=tmp_path, progress=lambda what, done, of: said.append(what)
+    )
     assert set(said) <= {"recording runs of the model"}, "everything but the knapsack is known"
     fresh = tdpass.make_plan(residual, {"macs": 0.5}, images, cache=False)
     assert [(c.format, c.rank) for c in second.plan] == [(c.format, c.rank) for c in fresh.plan]
 
 
-def test_plans_that_do_not_fit_are_refused(residual: nn.Module, encoder: nn.Module, images: Tensor, tmp_path: Path) -> None:
+def test_plans_that_do_not_fit_are_refused(
+    residual: nn.Module, encoder: nn.Module, images: Tensor, tmp_path: Path
+) -> None:
     plan = tdpass.make_plan(residual, {"macs": 0.5}, images).plan
     with pytest.raises(PlanError, match="which this model does not have"):
         tdpass.compress(encoder, plan=plan)
@@ -157,10 +176,16 @@ def test_plans_that_do_not_fit_are_refused(residual: nn.Module, encoder: nn.Modu
 def test_a_fit_goes_on_from_factors_that_fit_the_plan(residual: nn.Module, images: Tensor) -> None:
     planned = tdpass.make_plan(residual, {"params": 0.5}, images, formats=["cp"]).plan
     once = tdpass.compress(residual, data=images, plan=planned, pipeline="factorize")
-    start = {name: dict(layer.factors) for name in (c.site for c in planned if not c.kept_dense) if (layer := once.opened.layer(name)) is not None}
+    start = {
+        name: dict(layer.factors)
+        for name in (c.site for c in planned if not c.kept_dense)
+        if (layer := once.opened.layer(name)) is not None
+    }
     assert start
     again = tdpass.compress(residual, data=images, plan=planned, start=start, pipeline="factorize")
-    before, after = (tdpass.verify(residual, artifact.model, images)["divergence"] for artifact in (once, again))
+    before, after = (
+        tdpass.verify(residual, artifact.model, images)["divergence"] for artifact in (once, again)
+    )
     assert after <= 1.05 * before
     site = next(iter(start))
     with pytest.raises(PlanError, match=f"start has factors .* for site '{site}', the plan has"):
@@ -193,11 +218,16 @@ def test_verify_compares_any_two_models(residual: nn.Module, images: Tensor) -> 
     assert np.isfinite(list(checks.values())).all()
 
 
-def test_pruned_pairs_and_dropped_branches_are_carried_out_on_both_sides(residual: nn.Module, images: Tensor, tmp_path: Path) -> None:
+def test_pruned_pairs_and_dropped_branches_are_carried_out_on_both_sides(
+    residual: nn.Module, images: Tensor, tmp_path: Path
+) -> None:
     artifact = tdpass.make_plan(residual, {"macs": 0.9}, images)
     joint = tdpass.compress(residual, {"macs": 0.35}, images, pipeline="fold-batchnorm,plan,factorize")
     assert joint.plan.planned.macs <= 0.35 * joint.plan.original.macs
-    for format_name, ranks, channels in (("pruned", ((6, 12), (12, 6)), (0, 2, 3, 5, 7, 11)), ("constant", ((), ()), ())):
+    for format_name, ranks, channels in (
+        ("pruned", ((6, 12), (12, 6)), (0, 2, 3, 5, 7, 11)),
+        ("constant", ((), ()), ()),
+    ):
         plan = _with(artifact.plan, format_name, ranks, channels)
         torch_side = tdpass.compress(residual, plan=plan, data=images)
         onnx_side = tdpass.compress(to_onnx(residual, images), plan=plan, data=images)
@@ -210,12 +240,19 @@ def test_pruned_pairs_and_dropped_branches_are_carried_out_on_both_sides(residua
             assert torch.equal(loaded(images), ours)
 
 
-def _with(plan: tdpass.RankPlan, format_name: str, ranks: tuple[tuple[int, ...], tuple[int, ...]], channels: tuple[int, ...]) -> tdpass.RankPlan:
+def _with(
+    plan: tdpass.RankPlan,
+    format_name: str,
+    ranks: tuple[tuple[int, ...], tuple[int, ...]],
+    channels: tuple[int, ...],
+) -> tdpass.RankPlan:
     from dataclasses import replace
 
     both = dict(zip(("first", "second"), ranks, strict=True))
     choices = tuple(
-        replace(choice, form=Form(format_name, both[choice.site]), channels=channels) if choice.site in both else replace(choice, form=DENSE)
+        replace(choice, form=Form(format_name, both[choice.site]), channels=channels)
+        if choice.site in both
+        else replace(choice, form=DENSE)
         for choice in plan
     )
     return replace(plan, choices=choices)
@@ -223,7 +260,13 @@ def _with(plan: tdpass.RankPlan, format_name: str, ranks: tuple[tuple[int, ...],
 
 def test_a_hugging_face_encoder(tokens: Tensor) -> None:
     transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "vocab_size": 50,
+    }
     module = transformers.BertModel(transformers.BertConfig(max_position_embeddings=16, **sizes)).eval()
     data = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     artifact = tdpass.compress(module, {"params": 0.8}, data, formats=["svd"])
@@ -242,7 +285,9 @@ def test_the_torch_result_exports_to_the_same_onnx(residual: nn.Module, images: 
     assert checks["relative_difference"] < 1e-5
 
 
-def test_a_model_with_a_fixed_batch_size_is_calibrated_at_that_size(residual: nn.Module, images: Tensor) -> None:
+def test_a_model_with_a_fixed_batch_size_is_calibrated_at_that_size(
+    residual: nn.Module, images: Tensor
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(residual, (images[:4],), dynamo=True, verbose=False)

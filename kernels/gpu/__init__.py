@@ -1,7 +1,8 @@
-"""Triton kernels for CUDA devices; triton itself is imported with the first call that needs it, and only in this package.
+"""Triton kernels for CUDA devices.
 
-Importing this package makes the operators of `tdpass.kernels.base.OPS` run on CUDA tensors through these kernels wherever they
-cover the arguments and `available()`; the operators' references serve everything else.
+Triton itself is imported with the first call that needs it, and only in this package. Importing this package
+makes the operators of `tdpass.kernels.base.OPS` run on CUDA tensors through these kernels wherever they cover
+the arguments and `available()`; the operators' references serve everything else.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """`block_term_linear`: y = last h + bias with `h[(b s)] = sum_pr core[b, (p r), s] sum_i first[(b r), i] x[(p i)]`, x cut in p parts.
 
-Two launches.  In the first a program makes one block b of h for a few rows, part by part, and what comes between first and core
-never leaves the chip; in the second `last`, the bias, the residual and the activation.  One launch would hold all blocks of h at a
-time, which makes the core a full matrix instead of b blocks on its diagonal: b times its work, to save writing b s numbers a row.
+Two launches.  In the first a program makes one block b of h for a few rows, part by part, and what comes
+between first and core never leaves the chip; in the second `last`, the bias, the residual and the activation.
+One launch would hold all blocks of h at a time, which makes the core a full matrix instead of b blocks on its
+diagonal: b times its work, to save writing b s numbers a row.
 """
 
 from __future__ import annotations
@@ -15,12 +16,26 @@ from torch import Tensor
 
 from tdpass.errors import KernelError, UnsupportedError
 from tdpass.kernels.gpu.gemm import Epilogue, gemm
-from tdpass.kernels.gpu.language import LARGEST_RANK, Precision, bias_of, blocks, check, jit, on_device, power, precision_of, product, triton_type
+from tdpass.kernels.gpu.language import (
+    LARGEST_RANK,
+    Precision,
+    bias_of,
+    blocks,
+    check,
+    jit,
+    on_device,
+    power,
+    precision_of,
+    product,
+    triton_type,
+)
 from tdpass.kernels.gpu.matrix import Matrix, flat
 from tdpass.kernels.gpu.tuning import Config, bucket, choose
 from tdpass.kernels.gpu.weights import empty_rows, kept, rows_of
 
-_LARGEST_TILE = 1 << 16  # bytes of one block's core for one part; float32 without tensor cores counts as four times as wide
+_LARGEST_TILE = (
+    1 << 16
+)  # bytes of one block's core for one part; float32 without tensor cores counts as four times as wide
 
 
 @jit
@@ -58,10 +73,18 @@ def block_kernel(
         made = tl.zeros((block_m, block_r), tl.float32)
         for start in range(0, length, block_k):
             k = start + tl.arange(0, block_k)
-            seen = tl.load(x + far * x_step + p * length + k[None, :], mask=(m[:, None] < rows) & (k[None, :] < length), other=0.0)
-            weight = tl.load(block_first + k[:, None], mask=(r[None, :] < rank_r) & (k[:, None] < length), other=0.0)
+            seen = tl.load(
+                x + far * x_step + p * length + k[None, :],
+                mask=(m[:, None] < rows) & (k[None, :] < length),
+                other=0.0,
+            )
+            weight = tl.load(
+                block_first + k[:, None], mask=(r[None, :] < rank_r) & (k[:, None] < length), other=0.0
+            )
             made = product(seen, weight, made, compute, precision)
-        weight = tl.load(block_core + p * core_part, mask=(r[:, None] < rank_r) & (s[None, :] < rank_s), other=0.0)
+        weight = tl.load(
+            block_core + p * core_part, mask=(r[:, None] < rank_r) & (s[None, :] < rank_s), other=0.0
+        )
         total = product(made.to(compute), weight, total, compute, precision)
     mask = (m[:, None] < rows) & (s[None, :] < rank_s)
     tl.store(h + far * h_step + b * rank_s + s[None, :], total.to(h.dtype.element_ty), mask=mask)
@@ -81,12 +104,18 @@ def block_term_linear(
 ) -> Tensor:
     """`y[.., o] = activation(sum_bs last[o, (b s)] sum_pr core[b, (p r), s] sum_i first[(b r), i] x[.., (p i)] + bias + residual)`.
 
-    float32, float16 or bfloat16; Raises `UnsupportedError` where s and r, at most 256 each, are too large for s r numbers to fit on chip.
+    float32, float16 or bfloat16; Raises `UnsupportedError` where s and r, at most 256 each, are too large for
+    s r numbers to fit on chip.
     """
     check(x, activation, first, core, last, bias, residual)
     b, deep, s = core.shape
     parts, r = x.shape[-1] // first.shape[1], first.shape[0] // b
-    if (parts * first.shape[1], b * r, parts * r, b * s) != (x.shape[-1], first.shape[0], deep, last.shape[1]):
+    if (parts * first.shape[1], b * r, parts * r, b * s) != (
+        x.shape[-1],
+        first.shape[0],
+        deep,
+        last.shape[1],
+    ):
         raise KernelError(
             f"x{tuple(x.shape)}, first{tuple(first.shape)}, core{tuple(core.shape)} and last{tuple(last.shape)} do not fit; "
             "they are [.., (p i)], [(b r), i], [b, (p r), s] and [o, (b s)]"
@@ -94,7 +123,9 @@ def block_term_linear(
     way = precision_of(x, "matmul", precision)
     tile = power(r) * power(s) * (4 * x.dtype.itemsize if way != "tf32" else x.dtype.itemsize)
     if max(r, s) > LARGEST_RANK or tile > _LARGEST_TILE or x.dtype == torch.float8_e4m3fn:
-        raise UnsupportedError(f"block_term_linear cannot hold the core of a block of ranks ({s}, {r}) in {x.dtype}; the operator's reference serves it")
+        raise UnsupportedError(
+            f"block_term_linear cannot hold the core of a block of ranks ({s}, {r}) in {x.dtype}; the operator's reference serves it"
+        )
     y = torch.empty((*x.shape[:-1], last.shape[0]), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
@@ -105,7 +136,13 @@ def block_term_linear(
     with on_device(x):
         key = (bucket(len(rows)), parts, first.shape[1], b, s, r, x.dtype, way)
         call.run(config or choose("block_term_linear", key, x, call.candidates, call.run))
-        gemm(Matrix.of(hidden), last, Matrix.of(flat(y)), Epilogue(bias_of(bias, y.shape[-1]), rest, activation), way)
+        gemm(
+            Matrix.of(hidden),
+            last,
+            Matrix.of(flat(y)),
+            Epilogue(bias_of(bias, y.shape[-1]), rest, activation),
+            way,
+        )
     return y
 
 
@@ -167,4 +204,11 @@ class _Call:
         return [listed[0], *(config for config in listed[1:] if config["m"] <= power(len(self.x)))]
 
 
-_TENSOR_CORES = ((64, 32, 4, 3), (32, 32, 4, 3), (16, 64, 4, 3), (128, 32, 8, 3), (64, 64, 4, 3), (128, 64, 8, 3))
+_TENSOR_CORES = (
+    (64, 32, 4, 3),
+    (32, 32, 4, 3),
+    (16, 64, 4, 3),
+    (128, 32, 8, 3),
+    (64, 64, 4, 3),
+    (128, 64, 8, 3),
+)

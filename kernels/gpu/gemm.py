@@ -1,7 +1,7 @@
-"""Matrix product with an epilogue, `y = activation(scale (x w^T) + bias + residual)`; its first operand and output may be images.
+"""Matrix product with an epilogue, `y = activation(scale (x w^T) + bias + residual)`.
 
-For few rows the depth is split over programs: each writes float32 sums of its share, and the kernel that reads them adds them up,
-always in the same order.
+Its first operand and output may be images. For few rows the depth is split over programs: each writes float32
+sums of its share, and the kernel that reads them adds them up, always in the same order.
 """
 
 from __future__ import annotations
@@ -12,7 +12,16 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from tdpass.kernels.gpu.language import ACTIVATIONS, Precision, blocks, finish, jit, power, product, triton_type
+from tdpass.kernels.gpu.language import (
+    ACTIVATIONS,
+    Precision,
+    blocks,
+    finish,
+    jit,
+    power,
+    product,
+    triton_type,
+)
 from tdpass.kernels.gpu.matrix import Matrix
 from tdpass.kernels.gpu.tuning import Config, bucket, choose
 from tdpass.kernels.gpu.weights import rows_of
@@ -64,7 +73,10 @@ def gemm_kernel(
     compute: tl.constexpr,
     precision: tl.constexpr,
 ) -> None:
-    """One tile of y, or of its share number `program_id(1)`; `parts` matrices x are summed as they are read."""
+    """One tile of y, or of its share number `program_id(1)`.
+
+    `parts` matrices x are summed as they are read.
+    """
     tile, part = tl.program_id(0), tl.program_id(1)
     high, wide = tl.cdiv(rows, block_m), tl.cdiv(columns, block_n)
     band = tile // (group * wide)
@@ -81,14 +93,30 @@ def gemm_kernel(
         a = tl.load(x_rows[:, None] + k[None, :] * x_column, mask=seen, other=0.0)
         for other in tl.static_range(1, parts):
             a += tl.load(x_rows[:, None] + k[None, :] * x_column + other * x_part, mask=seen, other=0.0)
-        b = tl.load(w_rows[None, :] + k[:, None], mask=(k[:, None] < depth) & (n[None, :] < columns), other=0.0)
+        b = tl.load(
+            w_rows[None, :] + k[:, None], mask=(k[:, None] < depth) & (n[None, :] < columns), other=0.0
+        )
         total = product(a, b, total, compute, precision)
     if scaled:
         total *= tl.load(scale + n, mask=n < columns, other=0.0)[None, :]
     mask = (m[:, None] < rows) & (n[None, :] < columns)
     near = (m // rest_inner).to(tl.int64) * rest_outer + (m % rest_inner).to(tl.int64) * rest_step
-    total = finish(total, bias, rest + near[:, None] + n[None, :] * rest_column, n[None, :], n[None, :] < columns, mask, activation, biased, rested)
-    there = (m // y_inner).to(tl.int64) * y_outer + (m % y_inner).to(tl.int64) * y_step + part.to(tl.int64) * y_part
+    total = finish(
+        total,
+        bias,
+        rest + near[:, None] + n[None, :] * rest_column,
+        n[None, :],
+        n[None, :] < columns,
+        mask,
+        activation,
+        biased,
+        rested,
+    )
+    there = (
+        (m // y_inner).to(tl.int64) * y_outer
+        + (m % y_inner).to(tl.int64) * y_step
+        + part.to(tl.int64) * y_part
+    )
     tl.store(y + there[:, None] + n[None, :] * y_column, total.to(y.dtype.element_ty), mask=mask)
 
 
@@ -102,20 +130,44 @@ class Epilogue:
     scale: Tensor | None = None
 
 
-def gemm(x: Matrix, w: Tensor, y: Matrix, epilogue: Epilogue, precision: Precision, config: Config | None = None) -> None:
-    """Fill `y[m, o]` from `x[m, i]` and `w[o, i]`; float8 on one side only is widened to the type of the other."""
+def gemm(
+    x: Matrix, w: Tensor, y: Matrix, epilogue: Epilogue, precision: Precision, config: Config | None = None
+) -> None:
+    """Fill `y[m, o]` from `x[m, i]` and `w[o, i]`.
+
+    Float8 on one side only is widened to the type of the other.
+    """
     compute = w.dtype if x.data.dtype == torch.float8_e4m3fn else x.data.dtype
     w = rows_of(w, w.dtype if w.dtype == torch.float8_e4m3fn else compute)
 
     def run(config: Config) -> None:
         launch(x, w, y, epilogue, compute, precision, config)
 
-    key = (bucket(x.rows), x.columns, y.columns, x.column == 1, y.column == 1, x.data.dtype, w.dtype, y.data.dtype, precision, epilogue.rest is not None)
-    run(config or choose("gemm", key, x.data, lambda: candidates(x.rows, y.columns, x.columns, precision != "tf32"), run))
+    key = (
+        bucket(x.rows),
+        x.columns,
+        y.columns,
+        x.column == 1,
+        y.column == 1,
+        x.data.dtype,
+        w.dtype,
+        y.data.dtype,
+        precision,
+        epilogue.rest is not None,
+    )
+    run(
+        config
+        or choose(
+            "gemm", key, x.data, lambda: candidates(x.rows, y.columns, x.columns, precision != "tf32"), run
+        )
+    )
 
 
 def candidates(rows: int, columns: int, depth: int, plain: bool) -> list[Config]:
-    """Tiles worth timing, the default first; `plain` is float32 without tensor cores, or in three products, and takes small ones."""
+    """Tiles worth timing, the default first.
+
+    `plain` is float32 without tensor cores, or in three products, and takes small ones.
+    """
     shapes = _PLAIN if plain else _TENSOR_CORES
     listed = [dict(zip(("m", "n", "k", "warps", "stages"), shape, strict=True)) for shape in shapes]
     most = (power(rows), power(columns), power(depth))
@@ -124,9 +176,20 @@ def candidates(rows: int, columns: int, depth: int, plain: bool) -> list[Config]
 
 
 def launch(
-    x: Matrix, w: Tensor, y: Matrix, epilogue: Epilogue, compute: torch.dtype, precision: Precision, config: Config, splits: int = 1, parts: int = 1
+    x: Matrix,
+    w: Tensor,
+    y: Matrix,
+    epilogue: Epilogue,
+    compute: torch.dtype,
+    precision: Precision,
+    config: Config,
+    splits: int = 1,
+    parts: int = 1,
 ) -> None:
-    """One launch: with `splits`, y is `[splits, m, o]` of float32 shares; with `parts`, so is x, and its shares are added up."""
+    """One launch: with `splits`, y is `[splits, m, o]` of float32 shares.
+
+    With `parts`, so is x, and its shares are added up.
+    """
     rest = epilogue.rest or y
     share = blocks(blocks(x.columns, splits), config["k"]) * config["k"]
     grid = (blocks(x.rows, config["m"]) * blocks(y.columns, config["n"]), splits)

@@ -1,7 +1,7 @@
 """What all kernels share: the epilogue and the product as Triton functions, and how torch's types and settings map to Triton's.
 
-Under `TRITON_INTERPRET=1` the kernels run on CPU tensors, slowly, for tests; products are then made in float32, because the
-interpreter multiplies bfloat16 and float8 as if they were integers.
+Under `TRITON_INTERPRET=1` the kernels run on CPU tensors, slowly, for tests; products are then made in
+float32, because the interpreter multiplies bfloat16 and float8 as if they were integers.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ def finish(
     total: tl.tensor, bias: tl.tensor, rest: tl.tensor, place: tl.tensor, there: tl.tensor, mask: tl.tensor,
     activation: tl.constexpr, biased: tl.constexpr, rested: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """`activation(total + bias[place] + rest)`, float32; `there` masks `place`, `mask` the pointers `rest`; all broadcast to `total`."""
+    """`activation(total + bias[place] + rest)`, float32.
+
+    `there` masks `place`, `mask` the pointers `rest`; all broadcast to `total`.
+    """
     if biased:
         total += tl.load(bias + place, mask=there, other=0.0).to(tl.float32)
     if rested:
@@ -66,7 +69,9 @@ def finish(
 def triton_type(dtype: torch.dtype) -> Any:
     """The type in which products with operands of `dtype` are made."""
     if dtype not in _TYPES:
-        raise UnsupportedError(f"the GPU kernels compute in {', '.join(str(known) for known in _TYPES)}, not in {dtype}; the operator's reference serves it")
+        raise UnsupportedError(
+            f"the GPU kernels compute in {', '.join(str(known) for known in _TYPES)}, not in {dtype}; the operator's reference serves it"
+        )
     return tl.float32 if INTERPRETED and dtype in {torch.bfloat16, torch.float8_e4m3fn} else _TYPES[dtype]
 
 
@@ -75,25 +80,36 @@ def check(x: Tensor, activation: str, *others: Tensor | None) -> None:
     if activation not in ACTIVATIONS:
         raise KernelError(f"activation {activation!r} is not known; it is one of {', '.join(ACTIVATIONS)}")
     if not x.is_cuda and not INTERPRETED:
-        raise UnsupportedError(f"the GPU kernels read CUDA tensors, this one is on {x.device}; set TRITON_INTERPRET=1 to test them without a device")
+        raise UnsupportedError(
+            f"the GPU kernels read CUDA tensors, this one is on {x.device}; set TRITON_INTERPRET=1 to test them without a device"
+        )
     for other in others:
         if other is not None and other.device != x.device:
-            raise KernelError(f"x is on {x.device} and another operand on {other.device}; move them to one device")
+            raise KernelError(
+                f"x is on {x.device} and another operand on {other.device}; move them to one device"
+            )
     triton_type(x.dtype)
     narrow = any(each is not None and each.dtype == torch.float8_e4m3fn for each in (x, *others))
     if narrow and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
-        raise UnsupportedError(f"{torch.cuda.get_device_name(x.device)} has no float8 arithmetic; compute capability 8.9 or newer has")
+        raise UnsupportedError(
+            f"{torch.cuda.get_device_name(x.device)} has no float8 arithmetic; compute capability 8.9 or newer has"
+        )
 
 
 def bias_of(bias: Tensor | None, columns: int) -> Tensor | None:
     """The bias as the kernels read it: one number per column, without gaps."""
     if bias is not None and bias.shape != (columns,):
-        raise KernelError(f"bias{tuple(bias.shape)} does not fit an output of {columns} channels; it is [{columns}]")
+        raise KernelError(
+            f"bias{tuple(bias.shape)} does not fit an output of {columns} channels; it is [{columns}]"
+        )
     return None if bias is None else bias.contiguous()
 
 
 def precision_of(x: Tensor, kind: Literal["matmul", "conv"], asked: Precision | None) -> Precision:
-    """How float32 products are made: as asked for, else as torch is set to make them; the other types have but one way."""
+    """How float32 products are made: as asked for, else as torch is set to make them.
+
+    The other types have but one way.
+    """
     if asked is not None and asked not in _PRECISIONS:
         raise KernelError(f"precision {asked!r} is not known; it is one of {', '.join(_PRECISIONS)}")
     if x.dtype != torch.float32:
@@ -111,7 +127,10 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
 
 
 def power(size: int, least: int = 16) -> int:
-    """The power of two that holds `size`; at least 16, the least side of a tile that tensor cores multiply."""
+    """The power of two that holds `size`.
+
+    At least 16, the least side of a tile that tensor cores multiply.
+    """
     return max(least, 1 << max(0, size - 1).bit_length())
 
 

@@ -38,7 +38,11 @@ class Matrix:
 def even(x: Tensor) -> Tensor:
     """The image x, copied to channels last unless its rows follow each other without a gap."""
     _, _, h, w = x.shape
-    return x if 1 in {h, w} or x.stride(2) == w * x.stride(3) else x.contiguous(memory_format=torch.channels_last)
+    return (
+        x
+        if 1 in {h, w} or x.stride(2) == w * x.stride(3)
+        else x.contiguous(memory_format=torch.channels_last)
+    )
 
 
 def flat(x: Tensor) -> Tensor:

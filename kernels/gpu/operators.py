@@ -1,7 +1,8 @@
 """Runs the registered operators on CUDA through the Triton kernels: which arguments those cover, and their weights unpacked.
 
-Covered are `conv_chain` of one k x k stage with a 1x1 before it, behind it, or both; `linear_chain` of two layers; `tensor_chain` of a
-train of two to four cores or of a block term.  Anything else, and everything on a machine without Triton, is left to the references.
+Covered are `conv_chain` of one k x k stage with a 1x1 before it, behind it, or both; `linear_chain` of two
+layers; `tensor_chain` of a train of two to four cores or of a block term.  Anything else, and everything on a
+machine without Triton, is left to the references.
 """
 
 from __future__ import annotations
@@ -29,8 +30,15 @@ def _covered(function: Callable[..., Any]) -> Implementation:
     """Leave to the reference what the kernels cannot serve here, or say that they do not support."""
 
     @wraps(function)
-    def run(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, *rest: Any) -> Any:
-        if not available() or x.dtype not in _DTYPES or x.numel() == 0 or (residual is not None and residual.dtype != x.dtype):
+    def run(
+        x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, *rest: Any
+    ) -> Any:
+        if (
+            not available()
+            or x.dtype not in _DTYPES
+            or x.numel() == 0
+            or (residual is not None and residual.dtype != x.dtype)
+        ):
             return NotImplemented
         try:
             return function(x, weights, bias, residual, *rest)
@@ -60,7 +68,13 @@ def _matrix(stage: Stage, packed: Tensor, lanes: Lanes, dtype: torch.dtype) -> T
 @implements("conv_chain", "cuda")
 @_covered
 def conv_chain(
-    x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, stages: Sequence[int], activation: str, lanes: Lanes
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stages: Sequence[int],
+    activation: str,
+    lanes: Lanes,
 ) -> Any:
     """`tucker2`, `tensor_train` in three cores, and what has a stage less: `channel_svd`, `input_svd`."""
     chain = stages_of(stages)
@@ -68,11 +82,26 @@ def conv_chain(
     if place is None or x.dim() != 4:
         return NotImplemented
     core = chain[place]
-    kernel = _kept(weights[place], (core, lanes, x.dtype), lambda: core.unpack(weights[place], lanes).to(x.dtype, copy=True))
+    kernel = _kept(
+        weights[place],
+        (core, lanes, x.dtype),
+        lambda: core.unpack(weights[place], lanes).to(x.dtype, copy=True),
+    )
     first = _matrix(chain[0], weights[0], lanes, x.dtype) if place == 1 else None
     last = _matrix(chain[-1], weights[-1], lanes, x.dtype) if place + 1 < len(chain) else None
     pads = tuple(zip(core.before, core.after, strict=True))
-    return _kernel("tucker2_conv2d")(x, first, kernel, last, bias, residual, activation, stride=core.stride, padding=pads, dilation=core.dilation)
+    return _kernel("tucker2_conv2d")(
+        x,
+        first,
+        kernel,
+        last,
+        bias,
+        residual,
+        activation,
+        stride=core.stride,
+        padding=pads,
+        dilation=core.dilation,
+    )
 
 
 def _core_place(chain: Sequence[Stage]) -> int | None:
@@ -89,23 +118,45 @@ def _core_place(chain: Sequence[Stage]) -> int | None:
 
 @implements("linear_chain", "cuda")
 @_covered
-def linear_chain(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, widths: Sequence[int], activation: str) -> Any:
+def linear_chain(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    widths: Sequence[int],
+    activation: str,
+) -> Any:
     """`svd`."""
     if len(weights) != 2:
         return NotImplemented
     lanes = linear.lanes_of(weights)
-    v, u = (_matrix(stage, packed, lanes, x.dtype) for stage, packed in zip(linear.stages_of(widths), weights, strict=True))
+    v, u = (
+        _matrix(stage, packed, lanes, x.dtype)
+        for stage, packed in zip(linear.stages_of(widths), weights, strict=True)
+    )
     return _kernel("svd_linear")(x, v, u, bias, residual, activation)
 
 
 @implements("tensor_chain", "cuda")
 @_covered
-def tensor_chain(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, steps: Sequence[int], activation: str) -> Any:
-    """`tensor_train` and `block_term` of linear layers; their weights are given back the shapes that the formats store."""
+def tensor_chain(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    steps: Sequence[int],
+    activation: str,
+) -> Any:
+    """`tensor_train` and `block_term` of linear layers.
+
+    Their weights are given back the shapes that the formats store.
+    """
     program = tensor.steps_of(steps)
     train = _train(program)
     if train is not None:
-        cores = [_core(step, packed, i, s) for step, packed, (i, s) in zip(program, weights, train, strict=True)]
+        cores = [
+            _core(step, packed, i, s) for step, packed, (i, s) in zip(program, weights, train, strict=True)
+        ]
         return _kernel("tt_linear")(x, cores[::-1], bias, residual, activation)
     if len(program) == 3 and program[1].batched:
         parts, inputs, outputs = program[0].a, program[0].k, program[2].o
@@ -121,7 +172,9 @@ def _train(program: Sequence[tensor.Step]) -> list[tuple[int, int]] | None:
         return None
     right = (1, *(step.r for step in program[:-1]))
     ins = [step.k // s for step, s in zip(program, right, strict=True)]
-    same = tensor.train_program([step.o for step in reversed(program)], ins[::-1], [step.r for step in reversed(program[:-1])])
+    same = tensor.train_program(
+        [step.o for step in reversed(program)], ins[::-1], [step.r for step in reversed(program[:-1])]
+    )
     return list(zip(ins, right, strict=True)) if tuple(program) == same else None
 
 
@@ -129,7 +182,12 @@ def _core(step: tensor.Step, packed: Tensor, i: int, s: int) -> Tensor:
     """`[r, o, i, s]` of a step's weight `[(i s), o, r]`."""
 
     def make() -> Tensor:
-        return step.unpack(packed).reshape(i, s, step.o, step.r).permute(3, 2, 0, 1).clone(memory_format=torch.contiguous_format)
+        return (
+            step.unpack(packed)
+            .reshape(i, s, step.o, step.r)
+            .permute(3, 2, 0, 1)
+            .clone(memory_format=torch.contiguous_format)
+        )
 
     return _kept(packed, (step, "core", i, s), make)
 
@@ -143,7 +201,13 @@ def _blocks(
     spaced = import_module("tdpass.kernels.gpu.weights").spaced
     low, middle, high = program
     first = _kept(weights[0], (low, x.dtype), lambda: spaced(low.unpack(weights[0])[0, :, 0].T, x.dtype))
-    core = _kept(weights[1], (middle, r), lambda: middle.unpack(weights[1]).reshape(b, r, parts, s).transpose(1, 2).reshape(b, parts * r, s).clone())
+    core = _kept(
+        weights[1],
+        (middle, r),
+        lambda: (
+            middle.unpack(weights[1]).reshape(b, r, parts, s).transpose(1, 2).reshape(b, parts * r, s).clone()
+        ),
+    )
     last = _kept(weights[2], (high, x.dtype), lambda: spaced(high.unpack(weights[2])[0, :, :, 0].T, x.dtype))
     made: Tensor = _kernel("block_term_linear")(x, first, core, last, bias, residual, activation)
     return made

@@ -1,7 +1,8 @@
 """`svd_linear`: y = activation((x v^T) u^T + bias + residual) without writing `x v^T[tokens, rank]` to memory.
 
-A program holds the hidden values of a few rows, at most 256 of them per row, and goes through the columns of y with them.  Where
-there are too few rows to fill the device so, or the rank is larger, two products run instead, the first split along its depth.
+A program holds the hidden values of a few rows, at most 256 of them per row, and goes through the columns of
+y with them.  Where there are too few rows to fill the device so, or the rank is larger, two products run
+instead, the first split along its depth.
 """
 
 from __future__ import annotations
@@ -70,14 +71,19 @@ def svd_kernel(
     between: tl.constexpr,
     precision: tl.constexpr,
 ) -> None:
-    """`block_m` rows and columns `program_id(1) * share` onwards; programs of the same rows make the hidden values anew."""
+    """`block_m` rows and columns `program_id(1) * share` onwards.
+
+    Programs of the same rows make the hidden values anew.
+    """
     m, r = tl.program_id(0) * block_m + tl.arange(0, block_m), tl.arange(0, block_r)
     far, in_rank = m.to(tl.int64)[:, None], r < rank
     hidden = tl.zeros((block_m, block_r), tl.float32)
     for start in range(0, depth, block_k):
         k = start + tl.arange(0, block_k)
         a = tl.load(x + far * x_step + k[None, :], mask=(m[:, None] < rows) & (k[None, :] < depth), other=0.0)
-        b = tl.load(v + r[None, :] * v_step + k[:, None], mask=in_rank[None, :] & (k[:, None] < depth), other=0.0)
+        b = tl.load(
+            v + r[None, :] * v_step + k[:, None], mask=in_rank[None, :] & (k[:, None] < depth), other=0.0
+        )
         hidden = product(a, b, hidden, compute, precision)
     if scaled:
         hidden *= tl.load(scale_v + r, mask=in_rank, other=0.0)[None, :]
@@ -86,18 +92,33 @@ def svd_kernel(
     for start in range(first, tl.minimum(first + share, columns), block_n):
         n = start + tl.arange(0, block_n)
         there = n[None, :] < columns
-        b = tl.load(u + n.to(tl.int64)[None, :] * u_step + r[:, None], mask=there & in_rank[:, None], other=0.0)
+        b = tl.load(
+            u + n.to(tl.int64)[None, :] * u_step + r[:, None], mask=there & in_rank[:, None], other=0.0
+        )
         total = product(h, b, tl.zeros((block_m, block_n), tl.float32), between, precision)
         if scaled:
             total *= tl.load(scale_u + n[None, :], mask=there, other=0.0)
         mask = (m[:, None] < rows) & there
-        total = finish(total, bias, rest + far * rest_step + n[None, :], n[None, :], there, mask, activation, biased, rested)
+        total = finish(
+            total,
+            bias,
+            rest + far * rest_step + n[None, :],
+            n[None, :],
+            there,
+            mask,
+            activation,
+            biased,
+            rested,
+        )
         tl.store(y + far * y_step + n[None, :], total.to(y.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True)
 class Scales:
-    """What the numbers of float8 operands stand for: `x * x8`, `v[r] * v8[r, i]`, `u[o] * u8[o, r]`; each float32."""
+    """What the numbers of float8 operands stand for: `x * x8`, `v[r] * v8[r, i]`, `u[o] * u8[o, r]`.
+
+    Each float32.
+    """
 
     x: Tensor
     v: Tensor
@@ -124,16 +145,24 @@ def svd_linear(
 ) -> Tensor:
     """`y[..., o] = activation(sum_r u[o, r] sum_i v[r, i] x[..., i] + bias[o] + residual[..., o])`.
 
-    float32, float16, bfloat16, or float8 (e4m3) weights with `scales`, then with x in float8 (y is bfloat16) or wider; hidden values
-    are rounded to the type of x, to bfloat16 where that is float8.  `precision` says how float32 is multiplied, torch's setting
-    by default; `config` skips the tuner.
+    float32, float16, bfloat16, or float8 (e4m3) weights with `scales`, then with x in float8 (y is bfloat16)
+    or wider; hidden values are rounded to the type of x, to bfloat16 where that is float8.  `precision` says
+    how float32 is multiplied, torch's setting by default; `config` skips the tuner.
     """
     check(x, activation, v, u, bias, residual)
     rank, columns = v.shape[0], u.shape[0]
     if x.shape[-1] != v.shape[1] or u.shape[1] != rank:
-        raise KernelError(f"x{tuple(x.shape)}, v{tuple(v.shape)} and u{tuple(u.shape)} do not fit; they are [..., i], [rank, i] and [o, rank]")
-    if (scales is None) != (v.dtype != _FP8) or (v.dtype != u.dtype and scales is not None) or x.dtype == _FP8 != v.dtype:
-        raise KernelError(f"x, v and u are {x.dtype}, {v.dtype} and {u.dtype}; float8 weights come in pairs and with scales, float8 inputs with such weights")
+        raise KernelError(
+            f"x{tuple(x.shape)}, v{tuple(v.shape)} and u{tuple(u.shape)} do not fit; they are [..., i], [rank, i] and [o, rank]"
+        )
+    if (
+        (scales is None) != (v.dtype != _FP8)
+        or (v.dtype != u.dtype and scales is not None)
+        or x.dtype == _FP8 != v.dtype
+    ):
+        raise KernelError(
+            f"x, v and u are {x.dtype}, {v.dtype} and {u.dtype}; float8 weights come in pairs and with scales, float8 inputs with such weights"
+        )
     wide = torch.bfloat16 if x.dtype == _FP8 else x.dtype
     y = torch.empty((*x.shape[:-1], columns), dtype=wide, device=x.device)
     if y.numel() == 0:
@@ -146,7 +175,16 @@ def svd_linear(
     rows = call.x.shape[0]
     key = (bucket(rows), v.shape[1], rank, columns, x.dtype, v.dtype, call.precision, residual is not None)
     with on_device(x):
-        call.run(config or choose("svd_linear", key, x, lambda: candidates(rows, rank, columns, v.shape[1], wide, call.precision != "tf32"), call.run))
+        call.run(
+            config
+            or choose(
+                "svd_linear",
+                key,
+                x,
+                lambda: candidates(rows, rank, columns, v.shape[1], wide, call.precision != "tf32"),
+                call.run,
+            )
+        )
     return y
 
 
@@ -215,16 +253,34 @@ class _Call:
         made = empty_rows(splits * rows, rank, self.x, torch.float32 if splits > 1 else self.wide)
         hidden = made.view(splits, rows, rank)
         between = Matrix(hidden if splits > 1 else made, rows, rank, rows, 0, made.stride(0), 1)
-        launch(Matrix.of(self.x), self.v, between, Epilogue(scale=self.scale_v), compute, self.precision, config, splits=splits)
+        launch(
+            Matrix.of(self.x),
+            self.v,
+            between,
+            Epilogue(scale=self.scale_v),
+            compute,
+            self.precision,
+            config,
+            splits=splits,
+        )
         rest = None if self.rest is None else Matrix.of(self.rest)
         last = Epilogue(self.bias, rest, self.activation, self.scale_u)
         shallow = config if splits == 1 else {**config, "k": 32, "stages": 2}  # every share is read in turn
         launch(between, self.u, Matrix.of(self.y), last, self.wide, self.precision, shallow, parts=splits)
 
 
-def candidates(rows: int, rank: int, columns: int, depth: int, dtype: torch.dtype, plain: bool) -> list[Config]:
-    """Configurations worth timing, the default first; `plain` is float32 without tensor cores, or in three products, and takes small tiles."""
-    two = [{"fused": 0, "programs": splits, **tile} for tile in tiles(rows, max(rank, 64), depth, plain) for splits in _splits(rows, depth)]
+def candidates(
+    rows: int, rank: int, columns: int, depth: int, dtype: torch.dtype, plain: bool
+) -> list[Config]:
+    """Configurations worth timing, the default first.
+
+    `plain` is float32 without tensor cores, or in three products, and takes small tiles.
+    """
+    two = [
+        {"fused": 0, "programs": splits, **tile}
+        for tile in tiles(rows, max(rank, 64), depth, plain)
+        for splits in _splits(rows, depth)
+    ]
     if rank > LARGEST_RANK or (plain and rank > LARGEST_RANK // 2):
         return two
     high = rank > LARGEST_RANK // 2
@@ -232,7 +288,13 @@ def candidates(rows: int, rank: int, columns: int, depth: int, dtype: torch.dtyp
     if plain:
         shapes = [(32, 32, 32, 4, 2), (16, 32, 32, 4, 2)]
     else:
-        shapes += [(128, 64, 64, 8, 3), (128, 32, 128, 8, 3), (64, 64, 128, 8 if high else 4, 3), (32, 64, 64, 4, 3), (16, 128, 64, 4, 3)]
+        shapes += [
+            (128, 64, 64, 8, 3),
+            (128, 32, 128, 8, 3),
+            (64, 64, 128, 8 if high else 4, 3),
+            (32, 64, 64, 4, 3),
+            (16, 128, 64, 4, 3),
+        ]
     most = power(rows)
     programs = [1, 2, 4] if rows > 64 else [4, 16]
     fused = [
@@ -240,7 +302,9 @@ def candidates(rows: int, rank: int, columns: int, depth: int, dtype: torch.dtyp
         for shape in shapes if shape[0] <= 2 * most
         for count in programs if count <= blocks(columns, shape[2])
     ]  # fmt: skip
-    return two + fused if rows <= LARGEST_RANK or not fused or (high and dtype == torch.float32) else fused + two
+    return (
+        two + fused if rows <= LARGEST_RANK or not fused or (high and dtype == torch.float32) else fused + two
+    )
 
 
 def _splits(rows: int, depth: int) -> list[int]:

@@ -1,8 +1,9 @@
 """`tt_linear`: a linear layer stored as a tensor train of two to four cores, `W[(o1 .. od), (i1 .. id)] = G_1[o1, i1] .. G_d[od, id]`.
 
-Cores are small and tensor cores are not: neighbours are multiplied together beforehand (a few thousand numbers, made once per
-weight) until two are left, `W[(o, o'), (i, i')] = sum_r A[r, o, i] B[r, o', i']`, cut where that costs least.  One kernel then makes
-`h[i, o'] = sum_i' x[i, i'] B[r, o', i']` and adds `A[r, o, i] h[i, o']` to its tile of y, rank by rank, h staying on chip.
+Cores are small and tensor cores are not: neighbours are multiplied together beforehand (a few thousand
+numbers, made once per weight) until two are left, `W[(o, o'), (i, i')] = sum_r A[r, o, i] B[r, o', i']`, cut
+where that costs least.  One kernel then makes `h[i, o'] = sum_i' x[i, i'] B[r, o', i']` and adds `A[r, o, i]
+h[i, o']` to its tile of y, rank by rank, h staying on chip.
 """
 
 from __future__ import annotations
@@ -16,7 +17,20 @@ import triton.language as tl
 from torch import Tensor
 
 from tdpass.errors import KernelError, UnsupportedError
-from tdpass.kernels.gpu.language import ACTIVATIONS, Precision, bias_of, blocks, check, finish, jit, on_device, power, precision_of, product, triton_type
+from tdpass.kernels.gpu.language import (
+    ACTIVATIONS,
+    Precision,
+    bias_of,
+    blocks,
+    check,
+    finish,
+    jit,
+    on_device,
+    power,
+    precision_of,
+    product,
+    triton_type,
+)
 from tdpass.kernels.gpu.matrix import flat
 from tdpass.kernels.gpu.tuning import Config, bucket, choose
 from tdpass.kernels.gpu.weights import kept
@@ -70,10 +84,16 @@ def tt_kernel(
         across = start + tl.arange(0, block_il)
         in_a = (left[:, None] < out_left) & (across[None, :] < in_left)
         for r in range(rank):
-            inner = tl.load(b + (r * out_right + right[None, :]) * in_right + deep[:, None], mask=in_b, other=0.0)
-            h = product(seen, inner, tl.zeros((block_t * block_il, block_or), tl.float32), compute, precision).to(compute)
+            inner = tl.load(
+                b + (r * out_right + right[None, :]) * in_right + deep[:, None], mask=in_b, other=0.0
+            )
+            h = product(
+                seen, inner, tl.zeros((block_t * block_il, block_or), tl.float32), compute, precision
+            ).to(compute)
             h = tl.permute(tl.reshape(h, (block_t, block_il, block_or)), (1, 0, 2))
-            outer = tl.load(a + (r * out_left + left[:, None]) * in_left + across[None, :], mask=in_a, other=0.0)
+            outer = tl.load(
+                a + (r * out_left + left[:, None]) * in_left + across[None, :], mask=in_a, other=0.0
+            )
             total = product(outer, tl.reshape(h, (block_il, block_t * block_or)), total, compute, precision)
     columns = tl.arange(0, block_t * block_or)  # (token, o')
     token, o = first + columns // block_or, tl.program_id(1) * block_or + columns % block_or
@@ -96,15 +116,24 @@ def tt_linear(
 ) -> Tensor:
     """`y[.., (o1 .. od)] = activation(sum_i G_1[o1, i1] .. G_d[od, id] x[.., (i1 .. id)] + bias + residual)`, cores `[r, o_k, i_k, r']`.
 
-    Two to four cores; float32, float16 or bfloat16.  Raises `UnsupportedError` where both ways of leaving two cores are too wide.
+    Two to four cores; float32, float16 or bfloat16.  Raises `UnsupportedError` where both ways of leaving two
+    cores are too wide.
     """
     check(x, activation, *cores, bias, residual)
-    outs, ins, bonds = [core.shape[1] for core in cores], [core.shape[2] for core in cores], [core.shape[3] for core in cores]
+    outs, ins, bonds = (
+        [core.shape[1] for core in cores],
+        [core.shape[2] for core in cores],
+        [core.shape[3] for core in cores],
+    )
     if len(cores) not in _CORES:
-        raise UnsupportedError(f"tt_linear takes {_CORES.start} to {_CORES.stop - 1} cores, not {len(cores)}; the operator's reference serves them")
+        raise UnsupportedError(
+            f"tt_linear takes {_CORES.start} to {_CORES.stop - 1} cores, not {len(cores)}; the operator's reference serves them"
+        )
     fits = [core.shape[0] for core in cores] == [1, *bonds[:-1]] and bonds[-1] == 1
     if not fits or x.shape[-1] != math.prod(ins):
-        raise KernelError(f"cores {[tuple(core.shape) for core in cores]} do not fit x{tuple(x.shape)}; they are [r, o, i, r'] with equal neighbouring ranks")
+        raise KernelError(
+            f"cores {[tuple(core.shape) for core in cores]} do not fit x{tuple(x.shape)}; they are [r, o, i, r'] with equal neighbouring ranks"
+        )
     if x.dtype == torch.float8_e4m3fn:
         raise UnsupportedError("tt_linear has no scales for float8; give it float16 or bfloat16")
     split = cut(outs, ins, bonds)
@@ -113,7 +142,16 @@ def tt_linear(
     if y.numel() == 0:
         return y
     rest = None if residual is None else flat(residual.expand(y.shape))
-    call = _Call(flat(x), left, right, bias_of(bias, y.shape[-1]), rest, flat(y), activation, precision_of(x, "matmul", precision))
+    call = _Call(
+        flat(x),
+        left,
+        right,
+        bias_of(bias, y.shape[-1]),
+        rest,
+        flat(y),
+        activation,
+        precision_of(x, "matmul", precision),
+    )
     key = (bucket(len(call.x)), *left.shape, *right.shape, x.dtype, call.precision, residual is not None)
     with on_device(x):
         call.run(config or choose("tt_linear", key, x, call.candidates, call.run))
@@ -121,14 +159,19 @@ def tt_linear(
 
 
 def cut(outs: Sequence[int], ins: Sequence[int], bonds: Sequence[int]) -> int:
-    """How many cores go to the left, so that two products cost least; raises `UnsupportedError` where none leaves a tile that fits."""
+    """How many cores go to the left, so that two products cost least.
+
+    Raises `UnsupportedError` where none leaves a tile that fits.
+    """
 
     def cost(k: int) -> int:
         return bonds[k - 1] * (math.prod(outs[k:]) * math.prod(ins) + math.prod(ins[:k]) * math.prod(outs))
 
     fitting = [k for k in range(1, len(outs)) if math.prod(ins[k:]) <= _LONGEST]
     if not fitting:
-        raise UnsupportedError(f"the last input factor of {tuple(ins)} is over {_LONGEST}; split it further, or let the operator's reference serve it")
+        raise UnsupportedError(
+            f"the last input factor of {tuple(ins)} is over {_LONGEST}; split it further, or let the operator's reference serve it"
+        )
     return min(fitting, key=cost)
 
 
@@ -199,10 +242,19 @@ class _Call:
         """Configurations worth timing, the default first: tokens, o, o' and i per tile, of which tokens times i and times o' multiply."""
         deep = power(self.right.shape[2])
         shapes = _PLAIN if self.precision != "tf32" else _DEEP if deep > _LONGEST // 4 else _TENSOR_CORES
-        listed = [dict(zip(("t", "ol", "or", "il", "warps", "stages"), shape, strict=True)) for shape in shapes]
+        listed = [
+            dict(zip(("t", "ol", "or", "il", "warps", "stages"), shape, strict=True)) for shape in shapes
+        ]
         return [listed[0], *(config for config in listed[1:] if config["t"] <= bucket(len(self.x)))]
 
 
 _PLAIN = ((2, 32, 16, 16, 4, 1), (1, 32, 32, 16, 4, 1), (1, 64, 32, 16, 8, 1), (4, 32, 16, 16, 8, 1))
 _DEEP = ((2, 64, 32, 16, 4, 2), (4, 64, 16, 16, 4, 2), (1, 64, 64, 16, 4, 2), (4, 64, 32, 16, 8, 2))
-_TENSOR_CORES = ((4, 64, 32, 16, 4, 2), (2, 64, 64, 32, 4, 2), (8, 64, 16, 16, 8, 2), (4, 64, 64, 32, 8, 2), (4, 128, 32, 32, 8, 2), (1, 64, 64, 16, 4, 3))
+_TENSOR_CORES = (
+    (4, 64, 32, 16, 4, 2),
+    (2, 64, 64, 32, 4, 2),
+    (8, 64, 16, 16, 8, 2),
+    (4, 64, 64, 32, 8, 2),
+    (4, 128, 32, 32, 8, 2),
+    (1, 64, 64, 16, 4, 3),
+)

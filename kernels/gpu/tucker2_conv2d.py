@@ -1,9 +1,12 @@
 """`tucker2_conv2d`: y = activation(last * (core * (first * x)) + bias + residual), a 1x1, a k x k and a 1x1 convolution.
 
-The core is an implicit matrix product over (tap, channel), positions times channels, nothing unfolded in memory.
+The core is an implicit matrix product over (tap, channel), positions times channels, nothing unfolded in
+memory.
 
-- The last stage reads the core's tile of at most 256 channels where it is made, so the core's output is never written.
-- The first stage is a launch of its own wherever windows overlap.  Triton cannot address a shifted part of a tile on chip, so a
+- The last stage reads the core's tile of at most 256 channels where it is made, so the core's output is never
+  written.
+- The first stage is a launch of its own wherever windows overlap.  Triton cannot address a shifted part of a
+  tile on chip, so a
   fused first stage is made anew for every tap, `taps i r` multiply-adds per output instead of `i r` per input; what the launch writes
   has only r channels and mostly stays in the second-level cache.  Where windows do not overlap (stride at least the reach of the
   kernel, as in patch embeddings) or x has at most 16 channels the tuner also tries all three stages in one kernel.
@@ -119,12 +122,20 @@ def conv_kernel(
             made = tl.zeros((block_m, block_r), tl.float32)
             for start in range(0, channels, block_k):
                 c = start + tl.arange(0, block_k)
-                a = tl.load(pixel + c[None, :] * x_column, mask=inside[:, None] & (c[None, :] < channels), other=0.0)
-                b = tl.load(first + r[None, :] * first_step + c[:, None], mask=(r[None, :] < rank_r) & (c[:, None] < channels), other=0.0)
+                a = tl.load(
+                    pixel + c[None, :] * x_column, mask=inside[:, None] & (c[None, :] < channels), other=0.0
+                )
+                b = tl.load(
+                    first + r[None, :] * first_step + c[:, None],
+                    mask=(r[None, :] < rank_r) & (c[:, None] < channels),
+                    other=0.0,
+                )
                 made = product(a, b, made, compute, precision)
             seen = made.to(compute)
         else:
-            seen = tl.load(pixel + r[None, :] * x_column, mask=inside[:, None] & (r[None, :] < rank_r), other=0.0)
+            seen = tl.load(
+                pixel + r[None, :] * x_column, mask=inside[:, None] & (r[None, :] < rank_r), other=0.0
+            )
         b = tl.load(core_rows + tap * tap_step + r[:, None], mask=in_s & (r[:, None] < rank_r), other=0.0)
         total = product(seen, b, total, compute, precision)
     there = image.to(tl.int64)[:, None] * y_outer + spot.to(tl.int64)[:, None] * y_step
@@ -134,14 +145,38 @@ def conv_kernel(
         begin = tl.program_id(1) * share
         for start in range(begin, tl.minimum(begin + share, columns), block_n):
             n = start + tl.arange(0, block_n)
-            b = tl.load(last + n.to(tl.int64)[None, :] * last_step + s[:, None], mask=(n[None, :] < columns) & (s[:, None] < rank_s), other=0.0)
+            b = tl.load(
+                last + n.to(tl.int64)[None, :] * last_step + s[:, None],
+                mask=(n[None, :] < columns) & (s[:, None] < rank_s),
+                other=0.0,
+            )
             out = product(core_tile, b, tl.zeros((block_m, block_n), tl.float32), compute, precision)
             mask = (m[:, None] < rows) & (n[None, :] < columns)
-            out = finish(out, bias, rest + near + n[None, :] * rest_column, n[None, :], n[None, :] < columns, mask, activation, biased, rested)
+            out = finish(
+                out,
+                bias,
+                rest + near + n[None, :] * rest_column,
+                n[None, :],
+                n[None, :] < columns,
+                mask,
+                activation,
+                biased,
+                rested,
+            )
             tl.store(y + there + n[None, :] * y_column, out.to(y.dtype.element_ty), mask=mask)
     else:
         mask = (m[:, None] < rows) & in_s
-        total = finish(total, bias, rest + near + s[None, :] * rest_column, s[None, :], in_s, mask, activation, biased, rested)
+        total = finish(
+            total,
+            bias,
+            rest + near + s[None, :] * rest_column,
+            s[None, :],
+            in_s,
+            mask,
+            activation,
+            biased,
+            rested,
+        )
         tl.store(y + there + s[None, :] * y_column, total.to(y.dtype.element_ty), mask=mask)
 
 
@@ -157,13 +192,18 @@ class Window:
 
     def output_size(self, size: Sequence[int]) -> Pair:
         """Spatial size of the output."""
-        reach = [s + b + a - d * (k - 1) - 1 for s, b, a, d, k in zip(size, self.before, self.after, self.dilation, self.kernel, strict=True)]
+        reach = [
+            s + b + a - d * (k - 1) - 1
+            for s, b, a, d, k in zip(size, self.before, self.after, self.dilation, self.kernel, strict=True)
+        ]
         return max(0, reach[0] // self.stride[0] + 1), max(0, reach[1] // self.stride[1] + 1)
 
     @property
     def overlaps(self) -> bool:
         """Whether two windows may read one pixel."""
-        return any(s < d * (k - 1) + 1 for s, d, k in zip(self.stride, self.dilation, self.kernel, strict=True))
+        return any(
+            s < d * (k - 1) + 1 for s, d, k in zip(self.stride, self.dilation, self.kernel, strict=True)
+        )
 
 
 def tucker2_conv2d(
@@ -183,31 +223,63 @@ def tucker2_conv2d(
 ) -> Tensor:
     """`y[n, o, p] = activation(sum_s last[o, s] sum_rt core[s, r, t] sum_i first[r, i] x[n, i, p stride + t dilation - before] + ...)`.
 
-    `first[r, i]` and `last[o, s]` may have two ones for a kernel behind them, or be None (then the core reads x, or makes y); x has
-    channels first or last, y lies as x does.  `padding` holds (before, after) per axis.  `config` skips the tuner.
+    `first[r, i]` and `last[o, s]` may have two ones for a kernel behind them, or be None (then the core reads
+    x, or makes y); x has channels first or last, y lies as x does.  `padding` holds (before, after) per axis.
+    `config` skips the tuner.
     """
     check(x, activation, first, core, last, bias, residual)
     first, last = None if first is None else first.flatten(1), None if last is None else last.flatten(1)
     s, r, *kernel = core.shape
     columns = s if last is None else last.shape[0]
-    if x.dim() != 4 or len(kernel) != 2 or x.shape[1] != (r if first is None else first.shape[1]) or (first is not None and first.shape[0] != r):
-        raise KernelError(f"x{tuple(x.shape)} and core{tuple(core.shape)} do not fit the first stage; x is [n, i, h, w], first [r, i] and core [s, r, kh, kw]")
+    if (
+        x.dim() != 4
+        or len(kernel) != 2
+        or x.shape[1] != (r if first is None else first.shape[1])
+        or (first is not None and first.shape[0] != r)
+    ):
+        raise KernelError(
+            f"x{tuple(x.shape)} and core{tuple(core.shape)} do not fit the first stage; x is [n, i, h, w], first [r, i] and core [s, r, kh, kw]"
+        )
     if last is not None and last.shape[1] != s:
-        raise KernelError(f"last{tuple(last.shape)} does not fit core{tuple(core.shape)}; they are [o, s] and [s, r, kh, kw]")
+        raise KernelError(
+            f"last{tuple(last.shape)} does not fit core{tuple(core.shape)}; they are [o, s] and [s, r, kh, kw]"
+        )
     before, after = zip(*padding, strict=True)
     window = Window((kernel[0], kernel[1]), (stride[0], stride[1]), before, after, (dilation[0], dilation[1]))
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     lies = torch.channels_last if channels_last else torch.contiguous_format
-    y = torch.empty((x.shape[0], columns, *window.output_size(x.shape[2:])), dtype=x.dtype, device=x.device, memory_format=lies)
+    y = torch.empty(
+        (x.shape[0], columns, *window.output_size(x.shape[2:])),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=lies,
+    )
     if y.numel() == 0:
         return y
     dtype = x.dtype
-    epilogue = Epilogue(bias_of(bias, columns), None if residual is None else Matrix.image(even(residual.expand_as(y))), activation)
+    epilogue = Epilogue(
+        bias_of(bias, columns),
+        None if residual is None else Matrix.image(even(residual.expand_as(y))),
+        activation,
+    )
     call = _Call(
         even(x), None if first is None else rows_of(first, dtype), _core_rows(core, dtype), None if last is None else rows_of(last, dtype), (s, r), window,
         epilogue, y, precision_of(x, "conv", precision),
     )  # fmt: skip
-    key = (bucket(x.shape[0]), *x.shape[1:], r, s, columns, window, first is None, last is None, channels_last, dtype, call.precision, residual is not None)
+    key = (
+        bucket(x.shape[0]),
+        *x.shape[1:],
+        r,
+        s,
+        columns,
+        window,
+        first is None,
+        last is None,
+        channels_last,
+        dtype,
+        call.precision,
+        residual is not None,
+    )
     with on_device(x):
         call.run(config or choose("tucker2_conv2d", key, x, call.candidates, call.run))
     return y
@@ -241,7 +313,10 @@ class _Call:
         """Up to three launches: the first stage, the core, the last stage, those left out that `config` fuses with the core."""
         s, r = self.ranks
         n, _, h, w = self.x.shape
-        with_first, with_last = self.first is not None and bool(config["first"]), self.last is not None and bool(config["last"])
+        with_first, with_last = (
+            self.first is not None and bool(config["first"]),
+            self.last is not None and bool(config["last"]),
+        )
         x, y, epilogue = self.x, self.y, self.epilogue
         if self.first is not None and not with_first:
             made = empty_rows(n * h * w, r, x, x.dtype)
@@ -256,7 +331,9 @@ class _Call:
         else:
             self._launch(x, y, epilogue, with_first, with_last, config)
 
-    def _launch(self, x: Tensor, y: Tensor, epilogue: Epilogue, with_first: bool, with_last: bool, config: Config) -> None:
+    def _launch(
+        self, x: Tensor, y: Tensor, epilogue: Epilogue, with_first: bool, with_last: bool, config: Config
+    ) -> None:
         s, r = self.ranks
         n, _, oh, ow = y.shape
         window, target = self.window, Matrix.image(y)
@@ -265,8 +342,13 @@ class _Call:
         share = blocks(blocks(columns, config["programs"]), config["n"]) * config["n"]
         block_s = power(s) if with_last else min(config["n"], power(s))
         block_r = power(r) if with_first else config["k"]
-        first, last = self.core if self.first is None else self.first, self.core if self.last is None else self.last
-        conv_kernel[blocks(n * oh * ow, config["m"]), blocks(columns, share) if with_last else blocks(s, block_s)](
+        first, last = (
+            self.core if self.first is None else self.first,
+            self.core if self.last is None else self.last,
+        )
+        conv_kernel[
+            blocks(n * oh * ow, config["m"]), blocks(columns, share) if with_last else blocks(s, block_s)
+        ](
             x=x,
             first=first,
             core=self.core,
@@ -327,18 +409,38 @@ class _Call:
         (s, r), plain = self.ranks, self.precision != "tf32"
         positions, limit = self.y.numel() // self.y.shape[1], LARGEST_RANK // 2 if plain else LARGEST_RANK
         high = s > LARGEST_RANK // 2
-        lasts = [0] if self.last is None or s > limit else [0, 1] if high and self.x.dtype == torch.float32 else [1, 0]
-        cheap = self.first is not None and (not self.window.overlaps or self.x.shape[1] <= _FEW) and r <= LARGEST_RANK // 2 and not plain
+        lasts = (
+            [0]
+            if self.last is None or s > limit
+            else [0, 1]
+            if high and self.x.dtype == torch.float32
+            else [1, 0]
+        )
+        cheap = (
+            self.first is not None
+            and (not self.window.overlaps or self.x.shape[1] <= _FEW)
+            and r <= LARGEST_RANK // 2
+            and not plain
+        )
         shapes = _PLAIN if plain else _TENSOR_CORES
         listed = [
-            {"first": first, "last": last, "programs": programs, **dict(zip(("m", "k", "n", "warps", "stages"), shape, strict=True))}
+            {
+                "first": first,
+                "last": last,
+                "programs": programs,
+                **dict(zip(("m", "k", "n", "warps", "stages"), shape, strict=True)),
+            }
             for last in lasts
             for first in ([1, 0] if cheap else [0])
             for programs in ((1, 4) if last else (1,))
             for shape in shapes
-            if shape[0] <= 2 * power(positions) and shape[1] <= max(2 * power(r), shapes[0][1]) and not (last and high and shape[3] < 8)
+            if shape[0] <= 2 * power(positions)
+            and shape[1] <= max(2 * power(r), shapes[0][1])
+            and not (last and high and shape[3] < 8)
         ]
-        return listed or [{"first": 0, "last": 0, "programs": 1, "m": 16, "k": 16, "n": 32, "warps": 4, "stages": 2}]
+        return listed or [
+            {"first": 0, "last": 0, "programs": 1, "m": 16, "k": 16, "n": 32, "warps": 4, "stages": 2}
+        ]
 
 
 _PLAIN = ((32, 16, 32, 4, 2), (64, 16, 32, 8, 2), (16, 32, 32, 4, 2), (32, 16, 64, 8, 2))

@@ -1,8 +1,9 @@
 """Chooses block shapes by timing them once per device and shape, and remembers the choice on disk.
 
-The choices of one device and Triton version lie in one JSON file, `gpu/<device>-triton<version>.json` in `$TDPASS_CACHE` (default:
-the user's cache folder); a shape that is in it is never timed again.  Nothing is timed while a CUDA graph is captured, under
-the interpreter, or with `TDPASS_TUNE=0`: the remembered choice serves, else the first candidate, which each kernel lists as its default.
+The choices of one device and Triton version lie in one JSON file, `gpu/<device>-triton<version>.json` in
+`$TDPASS_CACHE` (default: the user's cache folder); a shape that is in it is never timed again.  Nothing is
+timed while a CUDA graph is captured, under the interpreter, or with `TDPASS_TUNE=0`: the remembered choice
+serves, else the first candidate, which each kernel lists as its default.
 """
 
 from __future__ import annotations
@@ -36,12 +37,20 @@ _LOCK = threading.RLock()  # a kernel being tuned may tune those that it calls
 _CHOICES: dict[Path, Choices] = {}  # what lies on disk
 _USED: dict[tuple[Path, str], Config] = {}  # what has been checked to fit its kernel
 _ROUNDS, _KEEP = 7, 1.5
-_UNFIT = (CompilationError, OutOfResources, PTXASError)  # too much shared memory or too many registers for this device
+_UNFIT = (
+    CompilationError,
+    OutOfResources,
+    PTXASError,
+)  # too much shared memory or too many registers for this device
 
 
 def cache_file(device: torch.device) -> Path:
     """Where the choices for a device are remembered."""
-    return _file(os.environ.get("TDPASS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdpass", device)
+    return _file(
+        os.environ.get("TDPASS_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdpass",
+        device,
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -65,8 +74,8 @@ def choose(
 ) -> Config:
     """The fastest of `candidates` for this kernel and shape, on the device of x.
 
-    `key` names the shape and types; `run` launches the kernel with a configuration, and must be free to do so repeatedly.
-    Raises `UnsupportedError` where no candidate runs.
+    `key` names the shape and types; `run` launches the kernel with a configuration, and must be free to do so
+    repeatedly. Raises `UnsupportedError` where no candidate runs.
     """
     path, name = cache_file(x.device), f"{_VERSION} {kernel} {' '.join(str(part) for part in key)}"
     found = _USED.get((path, name))
@@ -93,7 +102,10 @@ def _may_time(x: Tensor) -> bool:
 
 
 def _fastest(kernel: str, listed: Sequence[Config], run: Callable[[Config], object], timer: Timer) -> Config:
-    """The candidate of least median time; rounds go over all that are left in turn, so that a slow moment hits each alike."""
+    """The candidate of least median time.
+
+    Rounds go over all that are left in turn, so that a slow moment hits each alike.
+    """
     times: dict[int, list[float]] = {}
     reason: Exception | None = None
     for place, config in enumerate(listed):
@@ -103,7 +115,9 @@ def _fastest(kernel: str, listed: Sequence[Config], run: Callable[[Config], obje
         except _UNFIT as error:
             reason = error
     if not times:
-        raise UnsupportedError(f"no configuration of the GPU kernel {kernel} runs on this device: {reason}; the operator's reference serves it") from reason
+        raise UnsupportedError(
+            f"no configuration of the GPU kernel {kernel} runs on this device: {reason}; the operator's reference serves it"
+        ) from reason
     limit = _KEEP * min(first[0] for first in times.values())
     left = {place: seen for place, seen in times.items() if seen[0] <= limit}
     for _ in range(_ROUNDS):
@@ -129,7 +143,11 @@ def _read(path: Path) -> Choices:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return {name: config for name, config in content.items() if _sound(config)} if isinstance(content, Mapping) else {}
+    return (
+        {name: config for name, config in content.items() if _sound(config)}
+        if isinstance(content, Mapping)
+        else {}
+    )
 
 
 def _sound(config: object) -> bool:

@@ -14,9 +14,10 @@ _STEP = 16  # Triton vectorizes where it knows a stride to be a multiple of 16
 
 
 def kept(sources: Sequence[Tensor], form: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    """What `make` makes of `sources`, kept with the first; made again where one of them is another tensor or was written to since.
+    """What `make` makes of `sources`, kept with the first.
 
-    `make` must not return a view of the first, which would then never be freed.
+    Made again where one of them is another tensor or was written to since. `make` must not return a view of
+    the first, which would then never be freed.
     """
     if any(source.is_inference() for source in sources):  # nothing tells when they are written to
         return make()
@@ -39,7 +40,10 @@ def capturing(x: Tensor) -> bool:
 
 
 def rows_of(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """`weight[o, i]` in `dtype`, its rows apart by a multiple of 16 numbers; the weight itself where it is so already."""
+    """`weight[o, i]` in `dtype`, its rows apart by a multiple of 16 numbers.
+
+    The weight itself where it is so already.
+    """
     if weight.dtype == dtype and weight.stride(1) == 1 and weight.stride(0) % _STEP == 0:
         return weight
     return kept([weight], ("rows", dtype), lambda: spaced(weight, dtype))

@@ -10,7 +10,20 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from tdpass.cli import bench, completion, compress, deploy, doctor, inspect, map_arrays, plan, report, silence, train, verify
+from tdpass.cli import (
+    bench,
+    completion,
+    compress,
+    deploy,
+    doctor,
+    inspect,
+    map_arrays,
+    plan,
+    report,
+    silence,
+    train,
+    verify,
+)
 from tdpass.cli.arguments import Parser, as_options
 from tdpass.cli.isolation import Limits
 from tdpass.cli.output import Output
@@ -26,15 +39,18 @@ _VERBS = (inspect, plan, compress, train, map_arrays, deploy, verify, bench, rep
 def main(argv: Sequence[str] | None = None, *, contained: bool = False) -> int:
     """Run one verb; returns the exit code.
 
-    0: done; 1: a model, budget or plan was refused, or a check failed; 2: wrong usage; 3: training destroyed the network, whose
-    files are written; 70: an error of tdpass itself; 130: interrupted.  Every error is one line on stderr, after the traceback where `--debug` is given.
-    `contained`: the process has the limits of `--isolate` already.
+    0: done; 1: a model, budget or plan was refused, or a check failed; 2: wrong usage; 3: training destroyed
+    the network, whose files are written; 70: an error of tdpass itself; 130: interrupted.  Every error is one
+    line on stderr, after the traceback where `--debug` is given. `contained`: the process has the limits of
+    `--isolate` already.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         arguments = _parser().parse_args(words)
         if arguments.isolate and not contained:
-            return Limits(arguments.isolate_seconds, arguments.isolate_memory).run(words, _written_to(arguments))
+            return Limits(arguments.isolate_seconds, arguments.isolate_memory).run(
+                words, _written_to(arguments)
+            )
         out = Output(json=arguments.json, quiet=arguments.quiet, stdout=sys.stdout, stderr=sys.stderr)
         # whatever a model's own code prints must not end up among the results
         with contextlib.redirect_stdout(sys.stderr), silence.libraries(arguments.debug):
@@ -48,9 +64,17 @@ def main(argv: Sequence[str] | None = None, *, contained: bool = False) -> int:
         print("\ntdpass: interrupted; files are written whole or not at all", file=sys.stderr)
         return INTERRUPTED
     except TdpassError as error:
-        return _fail(as_options(str(error)), WRONG_USAGE if isinstance(error, UsageError) else REFUSED, "--debug" in words)
+        return _fail(
+            as_options(str(error)),
+            WRONG_USAGE if isinstance(error, UsageError) else REFUSED,
+            "--debug" in words,
+        )
     except MemoryError as error:
-        return _fail(f"there is not enough memory for this ({str(error) or 'none was left'}); {_LESS}", REFUSED, "--debug" in words)
+        return _fail(
+            f"there is not enough memory for this ({str(error) or 'none was left'}); {_LESS}",
+            REFUSED,
+            "--debug" in words,
+        )
     except OSError as error:
         what = f"{error.filename}: " if error.filename else ""
         return _fail(f"{what}{error.strerror or error}", REFUSED, "--debug" in words)

@@ -35,18 +35,20 @@ def _options(parser: Parser) -> list[str]:
 
 
 def _bash(parsers: Mapping[str, Parser]) -> str:
-    cases = "\n".join(f"    {verb}) options={' '.join(_options(parser))!r} ;;" for verb, parser in parsers.items())
+    cases = "\n".join(
+        f"    {verb}) options={' '.join(_options(parser))!r} ;;" for verb, parser in parsers.items()
+    )
     return f"""_tdpass() {{
   local word="${{COMP_WORDS[COMP_CWORD]}}" options="" words=""
   if [ "$COMP_CWORD" -eq 1 ]; then
-    COMPREPLY=($(compgen -W {' '.join(parsers)!r} -- "$word"))
+    COMPREPLY=($(compgen -W {" ".join(parsers)!r} -- "$word"))
     return
   fi
   case "${{COMP_WORDS[1]}}" in
 {cases}
   esac
-  if [ "${{COMP_WORDS[1]}}" = train ]; then words={' '.join(names())!r}; fi
-  if [ "${{COMP_WORDS[1]}}" = completion ]; then words={' '.join(SHELLS)!r}; fi
+  if [ "${{COMP_WORDS[1]}}" = train ]; then words={" ".join(names())!r}; fi
+  if [ "${{COMP_WORDS[1]}}" = completion ]; then words={" ".join(SHELLS)!r}; fi
   case "$word" in
     -*) COMPREPLY=($(compgen -W "$options" -- "$word")) ;;
     *) COMPREPLY=($(compgen -W "$words" -- "$word") $(compgen -f -- "$word")) ;;
@@ -58,6 +60,11 @@ complete -o filenames -F _tdpass tdpass"""
 def _fish(parsers: Mapping[str, Parser]) -> str:
     lines = [f"complete -c tdpass -n __fish_use_subcommand -f -a {verb}" for verb in parsers]
     for verb, parser in parsers.items():
-        lines += [f"complete -c tdpass -n '__fish_seen_subcommand_from {verb}' -l {option.removeprefix('--')}" for option in _options(parser)]
+        lines += [
+            f"complete -c tdpass -n '__fish_seen_subcommand_from {verb}' -l {option.removeprefix('--')}"
+            for option in _options(parser)
+        ]
     lines += [f"complete -c tdpass -n '__fish_seen_subcommand_from train' -a '{' '.join(names())}'"]
-    return "\n".join([*lines, f"complete -c tdpass -n '__fish_seen_subcommand_from completion' -f -a '{' '.join(SHELLS)}'"])
+    return "\n".join(
+        [*lines, f"complete -c tdpass -n '__fish_seen_subcommand_from completion' -f -a '{' '.join(SHELLS)}'"]
+    )

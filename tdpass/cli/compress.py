@@ -27,14 +27,31 @@ def add(verbs: Verbs) -> None:
     example = "tdpass compress model.onnx --budget macs=0.4 --data calib.npz -o small.onnx"
     parser = add_verb(verbs, "compress", run, "compress a model and report what was done", example)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help=".onnx, .pt2, or .safetensors for a factory's model")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help=".onnx, .pt2, or .safetensors for a factory's model",
+    )
     add_data(parser)
     add_planning(parser)
     add_torch(parser)
-    parser.add_argument("--plan", metavar="PLAN.json", type=Path, help="carry out this plan instead of making one")
-    parser.add_argument("--no-strict", action="store_true", help="a result further from the original than planned is noted in the report, no error")
-    parser.add_argument("--force", action="store_true", help="overwrite the output, plan and report of another model")
-    parser.add_argument("--report-dir", metavar="DIR", type=Path, help="where plan and report go (default: beside the output)")
+    parser.add_argument(
+        "--plan", metavar="PLAN.json", type=Path, help="carry out this plan instead of making one"
+    )
+    parser.add_argument(
+        "--no-strict",
+        action="store_true",
+        help="a result further from the original than planned is noted in the report, no error",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="overwrite the output, plan and report of another model"
+    )
+    parser.add_argument(
+        "--report-dir", metavar="DIR", type=Path, help="where plan and report go (default: beside the output)"
+    )
 
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
@@ -57,19 +74,38 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     strict = not arguments.no_strict
     try:
         with out.progress() as progress:
-            artifact = tdpass.compress(source.load(), limits or None, data(arguments), plan=plan, progress=progress, strict=strict, **options)
+            artifact = tdpass.compress(
+                source.load(),
+                limits or None,
+                data(arguments),
+                plan=plan,
+                progress=progress,
+                strict=strict,
+                **options,
+            )
     except TdpassError as error:
         if isinstance(error.artifact, tdpass.Artifact):
             kept = _write(error.artifact, source.text, unverified(output), folder)
-            out.say(f"what was made is kept, to look at and not to be used as it is: {', '.join(map(str, kept.values()))}")
+            out.say(
+                f"what was made is kept, to look at and not to be used as it is: {', '.join(map(str, kept.values()))}"
+            )
         raise
     written = _write(artifact, source.text, output, folder)
     notes = library_notes([output])
 
     def view(width: int | None) -> list[Part]:
-        return [*report_view(artifact.report, artifact.plan, width), "", *(f"wrote {path}" for path in written.values()), *notes]
+        return [
+            *report_view(artifact.report, artifact.plan, width),
+            "",
+            *(f"wrote {path}" for path in written.values()),
+            *notes,
+        ]
 
-    document = {"files": {kind: str(path) for kind, path in written.items()}, "notes": notes, "report": json.loads(artifact.report.to_json())}
+    document = {
+        "files": {kind: str(path) for kind, path in written.items()},
+        "notes": notes,
+        "report": json.loads(artifact.report.to_json()),
+    }
     out.show({**document, "plan": json.loads(artifact.plan.to_json())}, view)
     return 0
 
@@ -85,11 +121,16 @@ def check_own(files: Mapping[str, Path], model: str) -> None:
         other = "something else"
     if other != model:
         names = ", ".join(path.name for path in there)
-        raise UsageError(f"{names} in {there[0].parent} are there already, of {other}; name another file with -o, or give --force to overwrite them")
+        raise UsageError(
+            f"{names} in {there[0].parent} are there already, of {other}; name another file with -o, or give --force to overwrite them"
+        )
 
 
 def _files(output: Path, folder: Path) -> dict[str, Path]:
-    return {"model": output, **{kind: folder / f"{output.stem}.{kind}" for kind in ("plan.json", "report.json", "report.html")}}
+    return {
+        "model": output,
+        **{kind: folder / f"{output.stem}.{kind}" for kind in ("plan.json", "report.json", "report.html")},
+    }
 
 
 def _write(artifact: tdpass.Artifact, name: str, output: Path, folder: Path) -> dict[str, Path]:
@@ -102,4 +143,7 @@ def _write(artifact: tdpass.Artifact, name: str, output: Path, folder: Path) -> 
         artifact.plan.save(written["plan.json"])
         artifact.report.save(written["report.json"])
         write_text(written["report.html"], render_html(artifact.report, artifact.plan))
-    return {**written, **{("weights" if index == 0 else f"weights {index + 1}"): path for index, path in enumerate(data)}}
+    return {
+        **written,
+        **{("weights" if index == 0 else f"weights {index + 1}"): path for index, path in enumerate(data)},
+    }

@@ -41,8 +41,18 @@ class Library:
 
 def add(verbs: Verbs) -> None:
     """Declare the verb."""
-    parser = add_verb(verbs, "doctor", run, "show what is in use on this machine and what is missing", "tdpass doctor --build")
-    parser.add_argument("--build", action="store_true", help="build now what would be built on first use, and the binding that makes calls cheap")
+    parser = add_verb(
+        verbs,
+        "doctor",
+        run,
+        "show what is in use on this machine and what is missing",
+        "tdpass doctor --build",
+    )
+    parser.add_argument(
+        "--build",
+        action="store_true",
+        help="build now what would be built on first use, and the binding that makes calls cheap",
+    )
 
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
@@ -56,7 +66,14 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
         isa, libraries, failures = "none", [], {**failures, "kernels": str(error)}
     packages = {name: _version(name) for name in _PACKAGES}
     native_cpu = bool(libraries) and (libraries[0].there or build.compiler() is not None)
-    operators = [{"name": op.name, "cpu": _way(op.name, "cpu", native_cpu), "cuda": _way(op.name, "cuda", available=True)} for op in binding.all_operators()]
+    operators = [
+        {
+            "name": op.name,
+            "cpu": _way(op.name, "cpu", native_cpu),
+            "cuda": _way(op.name, "cuda", available=True),
+        }
+        for op in binding.all_operators()
+    ]
     advice = [*failures.values(), *_advice(libraries, packages)]
     facts = {
         "tdpass": _version("tdpass") or "not installed",
@@ -64,26 +81,52 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
         "instruction set": isa + (" (as TDPASS_ISA asks)" if asked and isa == asked else ""),
         "compiler": _compiler() or "none",
         "cache": str(native.cache_folder()),
-        "for ONNX Runtime": next((library.path for library in libraries if library.name == "onnxruntime" and library.there), "not built yet"),
+        "for ONNX Runtime": next(
+            (library.path for library in libraries if library.name == "onnxruntime" and library.there),
+            "not built yet",
+        ),
     }
 
     def view(width: int | None) -> list[Part]:
-        rows = [(library.name, "built" if library.there else "not built", library.purpose) for library in libraries]
+        rows = [
+            (library.name, "built" if library.there else "not built", library.purpose)
+            for library in libraries
+        ]
         return [
             pairs(facts.items()),
             "",
-            grid(("Operator", "CPU", "CUDA"), [(row["name"], row["cpu"], row["cuda"]) for row in operators], width),
+            grid(
+                ("Operator", "CPU", "CUDA"),
+                [(row["name"], row["cpu"], row["cuda"]) for row in operators],
+                width,
+            ),
             "",
             grid(("Library", "State", "For"), rows, width, wraps=(2,)),
             "",
-            grid(("Package", "Version"), [(name, found or "missing") for name, found in packages.items()], width),
+            grid(
+                ("Package", "Version"),
+                [(name, found or "missing") for name, found in packages.items()],
+                width,
+            ),
             "",
             heading("What to do"),
             *(advice or ["nothing: all is there"]),
         ]
 
-    document = {**{name.replace(" ", "_"): value for name, value in facts.items()}, "operators": operators, "packages": packages, "advice": advice}
-    out.show({**document, "binding_in_use": bool(compiled()), "libraries": [asdict(library) for library in libraries]}, view)
+    document = {
+        **{name.replace(" ", "_"): value for name, value in facts.items()},
+        "operators": operators,
+        "packages": packages,
+        "advice": advice,
+    }
+    out.show(
+        {
+            **document,
+            "binding_in_use": bool(compiled()),
+            "libraries": [asdict(library) for library in libraries],
+        },
+        view,
+    )
     return 0 if libraries and not failures else 1
 
 
@@ -92,7 +135,10 @@ def _build() -> dict[str, str]:
     failures: dict[str, str] = {}
     if native.library() is None:
         failures["kernels"] = native.missing()
-    steps: dict[str, Callable[[], object]] = {"binding": lambda: (binding.build(), binding.load()), "onnxruntime": native.onnx_ops_path}
+    steps: dict[str, Callable[[], object]] = {
+        "binding": lambda: (binding.build(), binding.load()),
+        "onnxruntime": native.onnx_ops_path,
+    }
     for name, step in steps.items():
         try:
             step()
@@ -128,10 +174,15 @@ def _advice(libraries: list[Library], packages: dict[str, str]) -> list[str]:
     absent = [library.name for library in libraries if not library.there]
     lines = []
     if absent and build.compiler() is None:
-        lines.append(f"{', '.join(absent)}: there is no C++ compiler; install g++ or clang, or set CXX; plain torch serves meanwhile")
+        lines.append(
+            f"{', '.join(absent)}: there is no C++ compiler; install g++ or clang, or set CXX; plain torch serves meanwhile"
+        )
     elif absent:
         lines.append(f"{', '.join(absent)}: not built yet; {_BUILD} builds them now")
-    return [*lines, *(f"{name}: missing; {hint}" for name, hint in _PACKAGES.items() if hint and not packages[name])]
+    return [
+        *lines,
+        *(f"{name}: missing; {hint}" for name, hint in _PACKAGES.items() if hint and not packages[name]),
+    ]
 
 
 def _version(package: str) -> str:
@@ -146,6 +197,8 @@ def _compiler() -> str:
     if name is None:
         return ""
     with suppress(OSError, subprocess.SubprocessError, IndexError):
-        said = subprocess.run([name, "--version"], capture_output=True, text=True, timeout=20, check=False).stdout  # noqa: S603
+        said = subprocess.run(  # noqa: S603
+            [name, "--version"], capture_output=True, text=True, timeout=20, check=False
+        ).stdout
         return f"{Path(name).name}: {said.splitlines()[0]}"
     return name

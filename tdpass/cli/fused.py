@@ -19,7 +19,9 @@ def library_notes(paths: list[Path]) -> list[str]:
     names = [path.name for path in graphs if has_fused_ops(str(path))]
     if not names:
         return []
-    return [f"{', '.join(names)}: measured with the library of fused operators, {_library()}, and slower without it; in your program: {REGISTER}"]
+    return [
+        f"{', '.join(names)}: measured with the library of fused operators, {_library()}, and slower without it; in your program: {REGISTER}"
+    ]
 
 
 def _library() -> str:

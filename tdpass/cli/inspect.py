@@ -31,17 +31,27 @@ _COMMON = ("svd", "spatial_svd", "channel_svd", "tucker2")
 
 def add(verbs: Verbs) -> None:
     """Declare the verb."""
-    parser = add_verb(verbs, "inspect", run, "list the sites of a model and their costs", "tdpass inspect model.onnx")
+    parser = add_verb(
+        verbs, "inspect", run, "list the sites of a model and their costs", "tdpass inspect model.onnx"
+    )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_data(parser)
     add_torch(parser)
-    parser.add_argument("--format", metavar="NAME", action="append", default=[], help="formats to compare with dense; may be repeated")
+    parser.add_argument(
+        "--format",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="formats to compare with dense; may be repeated",
+    )
 
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
     """Open the model and list it; nothing is changed."""
     source = read_source(arguments.model, arguments.weights, arguments.trust)
-    formats = [FORMATS.get(name) for name in arguments.format or [name for name in _COMMON if name in FORMATS]]
+    formats = [
+        FORMATS.get(name) for name in arguments.format or [name for name in _COMMON if name in FORMATS]
+    ]
     example = inputs(arguments.input)
     model = open_model(source.load(), example)
     model.check_weights()
@@ -60,22 +70,49 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
         declined.setdefault(reason, []).append(name)
 
     def view(width: int | None) -> list[Part]:
-        parts: list[Part] = [*inspect_table(rows, whole, shown, width)] if rows else [Text("no site: nothing in this model can be factored")]
+        parts: list[Part] = (
+            [*inspect_table(rows, whole, shown, width)]
+            if rows
+            else [Text("no site: nothing in this model can be factored")]
+        )
         parts += refusals(declined, width)
         parts += ["", heading(f"{source.name} ({model.frontend})")]
-        parts += [Text(f"the weights of {len(rows)} sites are {_part(inside, whole, 'params')} parameters, {_part(inside, whole, 'bytes', 'B')}")]
-        known = f"{_part(inside, whole, 'macs')} MACs per sample" if whole.macs else "MACs unknown; give --input or --data to count them"
+        parts += [
+            Text(
+                f"the weights of {len(rows)} sites are {_part(inside, whole, 'params')} parameters, {_part(inside, whole, 'bytes', 'B')}"
+            )
+        ]
+        known = (
+            f"{_part(inside, whole, 'macs')} MACs per sample"
+            if whole.macs
+            else "MACs unknown; give --input or --data to count them"
+        )
         parts += [Text(known)]
         parts += [Text(f"not counted, as what it computes cannot be seen: {name}") for name in counted.unseen]
         if shown and rows:
-            parts += [Text("Columns named after a format: the largest rank that costs fewer parameters and MACs than the dense layer")]
+            parts += [
+                Text(
+                    "Columns named after a format: the largest rank that costs fewer parameters and MACs than the dense layer"
+                )
+            ]
         return parts
 
     sites = [
-        {**asdict(row.site), "dense": _counted(row.cost), "seen": row.site.seen, "largest_paying_rank": {name: list(rank) for name, rank in row.paying.items()}}
+        {
+            **asdict(row.site),
+            "dense": _counted(row.cost),
+            "seen": row.site.seen,
+            "largest_paying_rank": {name: list(rank) for name, rank in row.paying.items()},
+        }
         for row in rows
     ]
-    document = {"model": source.text, "frontend": model.frontend, **_counted(whole), "in_sites": _counted(inside), "sites": sites}
+    document = {
+        "model": source.text,
+        "frontend": model.frontend,
+        **_counted(whole),
+        "in_sites": _counted(inside),
+        "sites": sites,
+    }
     out.show({**document, "declined": dict(model.declined())}, view)
     return 0
 

@@ -18,7 +18,9 @@ from tdpass.errors import UnsupportedError, UsageError
 from tdpass.files import remove_stale
 
 SECONDS = 600  # a compression of the largest models of the benchmarks takes less
-MEMORY = "4GiB"  # the libraries take half a GiB, recorded runs at most two by default; the rest is for weights
+MEMORY = (
+    "4GiB"  # the libraries take half a GiB, recorded runs at most two by default; the rest is for weights
+)
 _ENTRY = """\
 import sys
 from tdpass import cli
@@ -38,8 +40,14 @@ class Limits:
     def set(self) -> None:
         """Limit this process, for good: called before it opens anything."""
         resource: Any = importlib.import_module("resource")  # only POSIX has one
-        processor = self.seconds * (os.cpu_count() or 1)  # holds even where whoever waits for the process is gone
-        for kind, wanted in ((resource.RLIMIT_DATA, self.memory), (resource.RLIMIT_CPU, processor), (resource.RLIMIT_CORE, 0)):
+        processor = self.seconds * (
+            os.cpu_count() or 1
+        )  # holds even where whoever waits for the process is gone
+        for kind, wanted in (
+            (resource.RLIMIT_DATA, self.memory),
+            (resource.RLIMIT_CPU, processor),
+            (resource.RLIMIT_CORE, 0),
+        ):
             hard = resource.getrlimit(kind)[1]
             limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
             resource.setrlimit(kind, (limit, limit))
@@ -47,11 +55,13 @@ class Limits:
     def run(self, words: Sequence[str], folders: Sequence[Path] = ()) -> int:
         """Run `tdpass` with these words; returns its exit code, after its output and its one line of error.
 
-        What it leaves in `folders` where it is ended is removed.  Raises `UnsupportedError` where it takes more or crashes,
-        `UsageError` where the system knows no limits.
+        What it leaves in `folders` where it is ended is removed.  Raises `UnsupportedError` where it takes
+        more or crashes, `UsageError` where the system knows no limits.
         """
         if os.name != "posix":
-            raise UsageError(f"--isolate needs limits of processes, which {sys.platform} has not; leave it out, or run tdpass in a container")
+            raise UsageError(
+                f"--isolate needs limits of processes, which {sys.platform} has not; leave it out, or run tdpass in a container"
+            )
         # a session of its own: what it starts is ended with it
         command = [sys.executable, "-c", _ENTRY, str(self.seconds), str(self.memory), *words]
         process = subprocess.Popen(command, start_new_session=True)  # noqa: S603 - this very program, with the words it was given

@@ -21,7 +21,9 @@ class Output:
     stdout: TextIO
     stderr: TextIO
 
-    def show(self, document: Mapping[str, object], view: Callable[[int | None], Sequence[tables.Part]]) -> None:
+    def show(
+        self, document: Mapping[str, object], view: Callable[[int | None], Sequence[tables.Part]]
+    ) -> None:
         """The result of a verb: as `document` under `--json`, else as the tables that `view` makes for a width."""
         if self.json:
             self.stdout.write(json.dumps(finite(document), indent=1) + "\n")

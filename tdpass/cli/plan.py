@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import tdpass
-from tdpass.cli.arguments import MODEL_HELP, Verbs, add_data, add_planning, add_torch, add_verb, budget, inputs
+from tdpass.cli.arguments import (
+    MODEL_HELP,
+    Verbs,
+    add_data,
+    add_planning,
+    add_torch,
+    add_verb,
+    budget,
+    inputs,
+)
 from tdpass.cli.output import Output
 from tdpass.cli.sources import read_source
 from tdpass.errors import UsageError
@@ -20,12 +29,20 @@ from tdpass.terminal import report_view
 def add(verbs: Verbs) -> None:
     """Declare the verb."""
     example = "tdpass plan model.onnx --budget macs=0.4 --data calib.npz -o plan.json"
-    parser = add_verb(verbs, "plan", run, "plan formats and ranks under a budget, without touching the model", example)
+    parser = add_verb(
+        verbs, "plan", run, "plan formats and ranks under a budget, without touching the model", example
+    )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_data(parser)
     add_planning(parser)
     add_torch(parser)
-    parser.add_argument("-o", "--output", metavar="PLAN.json", type=Path, help="write the plan, to be changed by hand or given to compress --plan")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="PLAN.json",
+        type=Path,
+        help="write the plan, to be changed by hand or given to compress --plan",
+    )
 
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
@@ -33,7 +50,9 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     source = read_source(arguments.model, arguments.weights, arguments.trust)
     path: Path | None = arguments.output
     if path is not None and path.suffix != ".json":
-        raise UsageError(f"the plan {path.name!r} must end in .json; write -o {path.with_suffix('.json').name}")
+        raise UsageError(
+            f"the plan {path.name!r} must end in .json; write -o {path.with_suffix('.json').name}"
+        )
     if path is not None:
         check_writable(path)
     limits = budget(arguments.budget)
@@ -41,12 +60,24 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
         raise UsageError("no budget; give at least one, such as --budget macs=0.4")
     options = planning(arguments)
     with out.progress() as progress:
-        dry_run = tdpass.make_plan(source.load(), limits or None, data(arguments), progress=progress, **options)
+        dry_run = tdpass.make_plan(
+            source.load(), limits or None, data(arguments), progress=progress, **options
+        )
     dry_run.report.model = source.text
     if path is not None:
         dry_run.plan.save(path)
-    document = {"plan": json.loads(dry_run.plan.to_json()), "report": json.loads(dry_run.report.to_json()), "files": [str(path)] if path else []}
-    out.show(document, lambda width: [*report_view(dry_run.report, dry_run.plan, width), *([f"wrote {path}"] if path else [])])
+    document = {
+        "plan": json.loads(dry_run.plan.to_json()),
+        "report": json.loads(dry_run.report.to_json()),
+        "files": [str(path)] if path else [],
+    }
+    out.show(
+        document,
+        lambda width: [
+            *report_view(dry_run.report, dry_run.plan, width),
+            *([f"wrote {path}"] if path else []),
+        ],
+    )
     return 0
 
 

@@ -18,10 +18,29 @@ from tdpass.terminal import report_view
 
 def add(verbs: Verbs) -> None:
     """Declare the verb."""
-    parser = add_verb(verbs, "report", run, "show a saved report and render it as HTML", "tdpass report out/small.report.json -o report.html")
-    parser.add_argument("report", metavar="DIR|REPORT.json", type=Path, help="a report.json, or the folder that holds one")
-    parser.add_argument("-o", "--output", metavar="REPORT.html", type=Path, help="where the page goes (default: beside the report)")
-    parser.add_argument("--against", metavar="DIR|REPORT.json", type=Path, help="another report of the same model, shown beside it")
+    parser = add_verb(
+        verbs,
+        "report",
+        run,
+        "show a saved report and render it as HTML",
+        "tdpass report out/small.report.json -o report.html",
+    )
+    parser.add_argument(
+        "report", metavar="DIR|REPORT.json", type=Path, help="a report.json, or the folder that holds one"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="REPORT.html",
+        type=Path,
+        help="where the page goes (default: beside the report)",
+    )
+    parser.add_argument(
+        "--against",
+        metavar="DIR|REPORT.json",
+        type=Path,
+        help="another report of the same model, shown beside it",
+    )
 
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
@@ -29,7 +48,9 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     path = _find(arguments.report)
     page: Path = arguments.output or path.with_suffix(".html")
     if page.suffix not in (".html", ".htm"):
-        raise UsageError(f"the page {page.name!r} must end in .html; write -o {page.with_suffix('.html').name}")
+        raise UsageError(
+            f"the page {page.name!r} must end in .html; write -o {page.with_suffix('.html').name}"
+        )
     report = Report.load(path)
     beside = path.with_name(path.name.replace("report.json", "plan.json"))
     plan = RankPlan.load(beside) if beside != path and beside.is_file() else None
@@ -46,5 +67,7 @@ def _find(path: Path) -> Path:
     found = sorted(path.glob("*report.json"))
     if len(found) != 1:
         names = ", ".join(entry.name for entry in found) or "none"
-        raise UsageError(f"the folder {path} holds {len(found)} reports ({names}); name one file that ends in report.json")
+        raise UsageError(
+            f"the folder {path} holds {len(found)} reports ({names}); name one file that ends in report.json"
+        )
     return found[0]

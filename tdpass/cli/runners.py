@@ -39,7 +39,10 @@ class Runner:
 
 
 def runners(source: Source, batch: Batch, threads: int, wanted: tuple[str, ...]) -> Iterator[Runner]:
-    """The runtimes among `wanted` that fit the model and are installed; raises `InvalidModelError` when one cannot run it."""
+    """The runtimes among `wanted` that fit the model and are installed.
+
+    Raises `InvalidModelError` when one cannot run it.
+    """
     if source.suffix == ".onnx":
         if "onnxruntime" in wanted:
             yield _tried(source, "onnxruntime", lambda: _onnxruntime(source.text, batch, threads))
@@ -54,7 +57,10 @@ def runners(source: Source, batch: Batch, threads: int, wanted: tuple[str, ...])
 
 
 def example_batch(source: Source, size: int | None) -> Batch | None:
-    """Inputs that the model itself describes, `size` samples where it leaves that open; None where it says nothing."""
+    """Inputs that the model itself describes, `size` samples where it leaves that open.
+
+    None where it says nothing.
+    """
     if source.suffix == ".pt2":
         given = load_program(Path(source.text)).example_inputs
         return None if given is None else Batch(tuple(given[0]), dict(given[1]))
@@ -65,11 +71,20 @@ def example_batch(source: Source, size: int | None) -> Batch | None:
     from tdpass.targets.sessions.onnx import open_session  # noqa: PLC0415 - loads ONNX Runtime
 
     for value in open_session(source.text, 1).get_inputs():
-        shape = [size or 1 if index == 0 and not isinstance(extent, int) else extent for index, extent in enumerate(value.shape)]
+        shape = [
+            size or 1 if index == 0 and not isinstance(extent, int) else extent
+            for index, extent in enumerate(value.shape)
+        ]
         dtype = _ELEMENT_TYPES.get(value.type)
         if dtype is None or not all(isinstance(extent, int) for extent in shape):
-            raise UsageError(f"input {value.name!r} of {source.name} has shape {value.shape} and type {value.type}; say what to run with --input or --data")
-        tensors.append(torch.randn(shape, generator=generator).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype))
+            raise UsageError(
+                f"input {value.name!r} of {source.name} has shape {value.shape} and type {value.type}; say what to run with --input or --data"
+            )
+        tensors.append(
+            torch.randn(shape, generator=generator).to(dtype)
+            if dtype.is_floating_point
+            else torch.zeros(shape, dtype=dtype)
+        )
     return Batch(tuple(tensors))
 
 
@@ -79,13 +94,18 @@ def _tried(source: Source, runtime: str, make: Callable[[], Callable[[], object]
         call()
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InvalidModelError(f"{runtime} cannot run {source.name}: {reason}; choose runtimes with --runtime, inputs with --input or --data") from error
+        raise InvalidModelError(
+            f"{runtime} cannot run {source.name}: {reason}; choose runtimes with --runtime, inputs with --input or --data"
+        ) from error
     return Runner(source.name, runtime, call)
 
 
 def _named(names: list[str], batch: Batch) -> dict[str, Tensor]:
     free = [name for name in names if name not in batch.kwargs]
-    return {**dict(zip(free, batch.args, strict=False)), **{name: tensor for name, tensor in batch.kwargs.items() if name in names}}
+    return {
+        **dict(zip(free, batch.args, strict=False)),
+        **{name: tensor for name, tensor in batch.kwargs.items() if name in names},
+    }
 
 
 def _onnxruntime(path: str, batch: Batch, threads: int) -> Callable[[], object]:
@@ -97,7 +117,9 @@ def _onnxruntime(path: str, batch: Batch, threads: int) -> Callable[[], object]:
 
 def _openvino(path: str, batch: Batch, threads: int) -> Callable[[], object]:
     graph = open_graph(path)
-    infer: Callable[[], object] = open_request(graph, _named([value.get_any_name() for value in graph.inputs], batch), threads).infer
+    infer: Callable[[], object] = open_request(
+        graph, _named([value.get_any_name() for value in graph.inputs], batch), threads
+    ).infer
     return infer
 
 
@@ -106,7 +128,9 @@ def _torch(source: Source, batch: Batch, compiled: bool) -> Callable[[], object]
     module = model if isinstance(model, nn.Module) else load_program(Path(source.text)).module()
     run: Callable[..., object] = torch.compile(module, options={"freezing": True}) if compiled else module
     types = input_types(module, batch)
-    placed = batch.map(lambda tensor: tensor.to(types[0]) if len(types) == 1 and tensor.is_floating_point() else tensor)
+    placed = batch.map(
+        lambda tensor: tensor.to(types[0]) if len(types) == 1 and tensor.is_floating_point() else tensor
+    )
 
     def call() -> object:
         with torch.no_grad():

@@ -22,7 +22,8 @@ _FACTORS = ".safetensors"
 class Source:
     """A model named on the command line: a file, or a factory with the weights for its model.
 
-    A `.safetensors` file that `compress` wrote holds `factors`; it needs the factory of the dense model, in `factory`.
+    A `.safetensors` file that `compress` wrote holds `factors`; it needs the factory of the dense model, in
+    `factory`.
     """
 
     text: str
@@ -45,11 +46,17 @@ class Source:
         """A path for files that the library opens itself, a trusted program, else a torch model in evaluation mode."""
         if self.suffix == ".pt2" and is_package(Path(self.text)):
             if not self.trust:
-                raise UsageError(f"{self.text} is compiled code, which loading runs; give --trust where you know who made it")
+                raise UsageError(
+                    f"{self.text} is compiled code, which loading runs; give --trust where you know who made it"
+                )
             return Deployed(Path(self.text))
         if self.kind == "file":
             front_end = front_end_of(Path(self.text))
-            return front_end.trusted(Path(self.text)) if self.trust and front_end.trusted is not None else self.text
+            return (
+                front_end.trusted(Path(self.text))
+                if self.trust and front_end.trusted is not None
+                else self.text
+            )
         # published weights are not fetched where others take their place
         module = module_of(self.factory, pretrained=self.kind == "factory" and self.weights is None)
         if self.kind == "factors":
@@ -62,7 +69,9 @@ class Source:
         """Raise `UsageError` unless a result can be written there."""
         suffix = self.suffix or _FACTORS
         if path.suffix != suffix:
-            raise UsageError(f"the output {path.name!r} of {self.name} must end in {suffix}; write -o {path.with_suffix(suffix).name}")
+            raise UsageError(
+                f"the output {path.name!r} of {self.name} must end in {suffix}; write -o {path.with_suffix(suffix).name}"
+            )
         if not path.parent.is_dir():
             raise UsageError(f"there is no folder {path.parent}; make it, or name another with -o")
         if self.kind != "factory" and path.exists() and path.samefile(self.text):
@@ -70,9 +79,10 @@ class Source:
 
 
 def read_sources(texts: Sequence[str], weights: Sequence[str], trust: bool = False) -> list[Source]:
-    """Sources for model arguments in order; raises `UsageError` for what is none, or for weights without a factory.
+    """Sources for model arguments in order.
 
-    Each `--weights` belongs to one factory, in order; a `.safetensors` argument is built on the first factory.
+    Raises `UsageError` for what is none, or for weights without a factory. Each `--weights` belongs to one
+    factory, in order; a `.safetensors` argument is built on the first factory.
     """
     kinds = [_kind(text) for text in texts]
     factory = next((text for text, kind in zip(texts, kinds, strict=True) if kind == "factory"), "")
@@ -80,14 +90,20 @@ def read_sources(texts: Sequence[str], weights: Sequence[str], trust: bool = Fal
         place = texts[kinds.index("factors")]
         factory = published_model(Path(place))
     if "factors" in kinds and not factory:
-        raise UsageError(f"{place!r} holds factors only; name the torch model they belong to as well, as package.module:factory")
+        raise UsageError(
+            f"{place!r} holds factors only; name the torch model they belong to as well, as package.module:factory"
+        )
     if len(weights) > kinds.count("factory"):
-        raise UsageError(f"{len(weights)} --weights for {kinds.count('factory')} torch factories; a .onnx or .pt2 file holds its own weights")
+        raise UsageError(
+            f"{len(weights)} --weights for {kinds.count('factory')} torch factories; a .onnx or .pt2 file holds its own weights"
+        )
     files: Iterator[str] = iter(weights)
     sources = []
     for text, kind in zip(texts, kinds, strict=True):
         given = next(files, None) if kind == "factory" else None
-        sources.append(Source(text, kind, Path(given) if given else None, text if kind == "factory" else factory, trust))
+        sources.append(
+            Source(text, kind, Path(given) if given else None, text if kind == "factory" else factory, trust)
+        )
     return sources
 
 
@@ -106,4 +122,6 @@ def _kind(text: str) -> Kind:
     if is_module(text):
         return "factory"
     known = ", ".join(source.example for source in MODULE_SOURCES)
-    raise UsageError(f"{text!r} names no model; give a .onnx or .pt2 file, package.module:factory, or one such as {known}")
+    raise UsageError(
+        f"{text!r} names no model; give a .onnx or .pt2 file, package.module:factory, or one such as {known}"
+    )

@@ -29,16 +29,28 @@ def add(verbs: Verbs) -> None:
     parser = add_verb(verbs, "train", run, "compress a model while training it, as a recipe says", example)
     known = f"a YAML file, or one that comes with tdpass: {', '.join(names())}"
     parser.add_argument("recipe", metavar="RECIPE", nargs="?", help=known)
-    parser.add_argument("--folder", metavar="DIR", type=Path, help="where checkpoints, the log, the model and its report go")
+    parser.add_argument(
+        "--folder", metavar="DIR", type=Path, help="where checkpoints, the log, the model and its report go"
+    )
     sources = ", ".join(source.example for source in SOURCES)
-    parser.add_argument("--data", metavar="DATA", help=f"train on this instead of the recipe's data: {sources}")
+    parser.add_argument(
+        "--data", metavar="DATA", help=f"train on this instead of the recipe's data: {sources}"
+    )
     init = "write a commented recipe for package.module:factory to RECIPE (default: recipe.yaml), and train nothing"
     parser.add_argument("--init", metavar="MODEL", help=init)
-    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in the folder")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest whole checkpoint in the folder"
+    )
     parser.add_argument("--seed", metavar="N", type=int, help="instead of the recipe's")
     change = "change the recipe: finetune=2, method.admm-nn.keep=3000; may be repeated"
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=change)
-    parser.add_argument("--checkpoint-every", metavar="STEPS", type=count, default=0, help="a checkpoint this often, besides after every epoch")
+    parser.add_argument(
+        "--checkpoint-every",
+        metavar="STEPS",
+        type=count,
+        default=0,
+        help="a checkpoint this often, besides after every epoch",
+    )
 
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
@@ -46,9 +58,13 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     if arguments.init:
         return _init(arguments, out)
     if arguments.recipe is None:
-        raise UsageError(f"name a recipe: a YAML file, or one of {', '.join(names())}; --init package.module:factory writes one to start from")
+        raise UsageError(
+            f"name a recipe: a YAML file, or one of {', '.join(names())}; --init package.module:factory writes one to start from"
+        )
     if arguments.folder is None:
-        raise UsageError("name a folder for checkpoints, the model and its report with --folder, such as --folder runs/one")
+        raise UsageError(
+            "name a folder for checkpoints, the model and its report with --folder, such as --folder runs/one"
+        )
     return _train(_recipe(arguments), arguments, out)
 
 
@@ -63,10 +79,14 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
 def _train(recipe: Recipe, arguments: argparse.Namespace, out: Output) -> int:
     folder: Path = arguments.folder
     if folder.exists() and any(folder.glob("*/step-*")) and not arguments.resume:
-        raise UsageError(f"{folder} holds checkpoints of an earlier run; give --resume to go on with it, or another --folder")
+        raise UsageError(
+            f"{folder} holds checkpoints of an earlier run; give --resume to go on with it, or another --folder"
+        )
     make_folder(folder, "--folder")
     check_writable(folder / "model.safetensors")
-    artifact = recipe.run(folder, arguments.resume, lambda row: out.say(line(row)), arguments.checkpoint_every, out.say)
+    artifact = recipe.run(
+        folder, arguments.resume, lambda row: out.say(line(row)), arguments.checkpoint_every, out.say
+    )
     if not isinstance(artifact.model, nn.Module):
         raise UsageError(f"the recipe made a {type(artifact.model).__name__}, not a module")
     artifact.report.model = recipe.model
@@ -86,7 +106,9 @@ def _train(recipe: Recipe, arguments: argparse.Namespace, out: Output) -> int:
 def _init(arguments: argparse.Namespace, out: Output) -> int:
     path = Path(arguments.recipe or "recipe.yaml")
     if path.exists():
-        raise UsageError(f"{path} is there already; name another file: tdpass train other.yaml --init {arguments.init}")
+        raise UsageError(
+            f"{path} is there already; name another file: tdpass train other.yaml --init {arguments.init}"
+        )
     text = starting_recipe(arguments.init, arguments.data or "digits")
     write_text(path, text)
     written = f"wrote {path}; edit it, then: tdpass train {path} --folder runs/{path.stem}"

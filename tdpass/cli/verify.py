@@ -22,16 +22,33 @@ def add(verbs: Verbs) -> None:
     example = "tdpass verify model.onnx small.onnx --data calib.npz --tolerance 0.05"
     parser = add_verb(verbs, "verify", run, "compare the outputs of two models on the same data", example)
     parser.add_argument("reference", metavar="A", help=MODEL_HELP)
-    parser.add_argument("candidate", metavar="B", help="the same, or a .safetensors file that compress wrote for the factory A")
-    parser.add_argument("--tolerance", metavar="X", type=float, default=1e-4, help="largest allowed relative difference (default %(default)s)")
-    parser.add_argument("--divergence", metavar="NAME", default="auto", help="how outputs are compared: auto, kl, mse or cosine (default %(default)s)")
+    parser.add_argument(
+        "candidate",
+        metavar="B",
+        help="the same, or a .safetensors file that compress wrote for the factory A",
+    )
+    parser.add_argument(
+        "--tolerance",
+        metavar="X",
+        type=float,
+        default=1e-4,
+        help="largest allowed relative difference (default %(default)s)",
+    )
+    parser.add_argument(
+        "--divergence",
+        metavar="NAME",
+        default="auto",
+        help="how outputs are compared: auto, kl, mse or cosine (default %(default)s)",
+    )
     add_data(parser)
     add_torch(parser)
 
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
     """Run both, show the differences, and fail when they are above the tolerance."""
-    reference, candidate = read_sources([arguments.reference, arguments.candidate], arguments.weights, arguments.trust)
+    reference, candidate = read_sources(
+        [arguments.reference, arguments.candidate], arguments.weights, arguments.trust
+    )
     values = tdpass.verify(
         reference.load(),
         candidate.load(),
@@ -41,7 +58,9 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
         divergence=arguments.divergence,
     )
     if DIFFERENCE not in values:
-        raise InvalidModelError(f"the models have no common floating-point output; compared: {', '.join(values) or 'nothing'}")
+        raise InvalidModelError(
+            f"the models have no common floating-point output; compared: {', '.join(values) or 'nothing'}"
+        )
     passed = values[DIFFERENCE] <= arguments.tolerance
 
     def view(width: int | None) -> list[Part]:
@@ -49,5 +68,14 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
         conclusion = f"{small(values[DIFFERENCE])} is {verdict} the tolerance of {arguments.tolerance:g}"
         return [grid(("Compared", "Value"), checks(values), width, numbers=(1,)), "", conclusion]
 
-    out.show({"reference": reference.text, "candidate": candidate.text, **values, "tolerance": arguments.tolerance, "passed": passed}, view)
+    out.show(
+        {
+            "reference": reference.text,
+            "candidate": candidate.text,
+            **values,
+            "tolerance": arguments.tolerance,
+            "passed": passed,
+        },
+        view,
+    )
     return 0 if passed else 1

@@ -41,19 +41,26 @@ class Options:
 def allocate(options: Mapping[str, Options], limit: float, text: Callable[[float], str]) -> dict[str, int]:
     """The chosen option of each name, by index.
 
-    Starts from least loss and walks all hulls towards cheap, always where a unit of cost saved loses least.  A step that meets the
-    limit ends one candidate, and is then left out, so that a large step does not have the last word; the best candidate is taken.
-    Room that is left goes to the options that gain most from it.  Raises `BudgetError` naming the least reachable; `text` writes a cost.
+    Starts from least loss and walks all hulls towards cheap, always where a unit of cost saved loses least.
+    A step that meets the limit ends one candidate, and is then left out, so that a large step does not have
+    the last word; the best candidate is taken. Room that is left goes to the options that gain most from it.
+    Raises `BudgetError` naming the least reachable; `text` writes a cost.
     """
     hulls = {name: option.hull() for name, option in options.items()}
     least = sum(float(options[name].costs[hull[0]]) for name, hull in hulls.items())
     allowed = limit * (1 + _ROUNDING)
     if least > allowed:
-        raise BudgetError(f"budget of {text(limit)} is below the smallest reachable ({text(least)}); raise it, or let more layers be compressed")
+        raise BudgetError(
+            f"budget of {text(limit)} is below the smallest reachable ({text(least)}); raise it, or let more layers be compressed"
+        )
     chosen = {name: hull[-1] for name, hull in hulls.items()}
     if _total(options, chosen) <= allowed:
         return chosen
-    moves = sorted((slope, order, -place, name) for order, (name, hull) in enumerate(hulls.items()) for place, slope in _steps(options[name], hull))
+    moves = sorted(
+        (slope, order, -place, name)
+        for order, (name, hull) in enumerate(hulls.items())
+        for place, slope in _steps(options[name], hull)
+    )
     candidates: list[dict[str, int]] = []
     done: set[str] = set()
     for _, _, place, name in moves:
@@ -65,7 +72,9 @@ def allocate(options: Mapping[str, Options], limit: float, text: Callable[[float
             done.add(name)
         else:
             chosen = trial
-    return min(candidates, key=lambda choice: sum(float(options[name].losses[k]) for name, k in choice.items()))
+    return min(
+        candidates, key=lambda choice: sum(float(options[name].losses[k]) for name, k in choice.items())
+    )
 
 
 def _steps(option: Options, hull: list[int]) -> list[tuple[int, float]]:
@@ -84,7 +93,9 @@ def _filled(options: Mapping[str, Options], chosen: Mapping[str, int], allowed: 
     """The choice with what room is left spent, once for each name, those first that gain most."""
     found, room = dict(chosen), allowed - _total(options, chosen)
     best = {name: _best_within(options[name], k, room) for name, k in chosen.items()}
-    gains = {name: float(options[name].losses[k] - options[name].losses[best[name]]) for name, k in chosen.items()}
+    gains = {
+        name: float(options[name].losses[k] - options[name].losses[best[name]]) for name, k in chosen.items()
+    }
     for name in sorted(chosen, key=lambda name: -gains[name]):
         if gains[name] > 0:
             found[name] = _best_within(options[name], found[name], allowed - _total(options, found))

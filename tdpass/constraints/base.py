@@ -14,7 +14,10 @@ from tdpass.registry import Registry
 
 
 class Constraint(ABC):
-    """A set of weights; frozen dataclasses subclass it, one file per set, registered with `register_constraint` by `name`."""
+    """A set of weights.
+
+    Frozen dataclasses subclass it, one file per set, registered with `register_constraint` by `name`.
+    """
 
     name: ClassVar[str]
 
@@ -39,7 +42,10 @@ class Shared(ABC):
 
     @abstractmethod
     def divide(self, weights: Mapping[str, Tensor]) -> dict[str, Constraint]:
-        """One constraint for each weight, chosen from all of them together; raises `BudgetError` where no choice fits."""
+        """One constraint for each weight, chosen from all of them together.
+
+        Raises `BudgetError` where no choice fits.
+        """
 
 
 CONSTRAINTS: Registry[type[Constraint]] = Registry("constraint")
@@ -52,7 +58,10 @@ def register_constraint(cls: type[Constraint]) -> type[Constraint]:
 
 
 def checked(weight: Tensor) -> Tensor:
-    """The weight without gradient, in float32 or more; raises `InvalidModelError` where a value is not finite."""
+    """The weight without gradient, in float32 or more.
+
+    Raises `InvalidModelError` where a value is not finite.
+    """
     weight = weight.detach()
     low, high = torch.aminmax(weight)
     if not bool(low.isfinite() & high.isfinite()):

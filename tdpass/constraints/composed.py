@@ -15,8 +15,8 @@ from tdpass.errors import UsageError
 class Composed(Constraint):
     """The intersection of sets whose later projections leave the earlier sets intact: supports, then signs, then levels.
 
-    Projecting on one after the other ends in all of them.  For the support that the first ones choose it is the nearest weight; another
-    support may have a nearer one, by what the later sets cost.
+    Projecting on one after the other ends in all of them.  For the support that the first ones choose it is
+    the nearest weight; another support may have a nearer one, by what the later sets cost.
     """
 
     parts: tuple[Constraint, ...]

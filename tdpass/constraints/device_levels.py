@@ -18,8 +18,9 @@ from tdpass.errors import UsageError
 class DeviceLevels(Constraint):
     """Levels `+-scale m` for the magnitudes m of a device's states, such as the means of measured conductances (Yuan et al., ISLPED 2019).
 
-    The least of them is not zero: no state is a zero, a pruned weight is absent instead, so zeros stay and other weights never become
-    zero, and what lies outside the device's range goes to its ends.  Without a `scale` the projection finds that of least squared error.
+    The least of them is not zero: no state is a zero, a pruned weight is absent instead, so zeros stay and
+    other weights never become zero, and what lies outside the device's range goes to its ends.  Without a
+    `scale` the projection finds that of least squared error.
     """
 
     magnitudes: tuple[float, ...]
@@ -29,9 +30,13 @@ class DeviceLevels(Constraint):
     def __post_init__(self) -> None:
         rising = all(0 < a < b < math.inf for a, b in zip(self.magnitudes, self.magnitudes[1:], strict=False))
         if len(self.magnitudes) < 2 or not rising:
-            raise UsageError(f"magnitudes {self.magnitudes[:4]} of a device are not two or more rising positive numbers; zero is no state")
+            raise UsageError(
+                f"magnitudes {self.magnitudes[:4]} of a device are not two or more rising positive numbers; zero is no state"
+            )
         if self.scale is not None and not 0 < self.scale < math.inf:
-            raise UsageError(f"scale={self.scale} of levels is not a positive number; leave it out to have it found")
+            raise UsageError(
+                f"scale={self.scale} of levels is not a positive number; leave it out to have it found"
+            )
 
     @property
     def levels(self) -> Levels:
@@ -50,7 +55,10 @@ class DeviceLevels(Constraint):
         return replace(self, scale=magnitudes.scale(self.levels)[0]) if magnitudes.count else self
 
     def places(self, weight: Tensor) -> Tensor:
-        """For a weight on the levels of a known scale the index of each one's magnitude, from 1; 0 where it is zero."""
+        """For a weight on the levels of a known scale the index of each one's magnitude, from 1.
+
+        0 where it is zero.
+        """
         assert self.scale is not None
         return torch.where(weight == 0, 0, 1 + self.levels.index(checked(weight).abs() / self.scale))
 

@@ -17,8 +17,9 @@ from tdpass.errors import BudgetError
 class GroupBudget(Shared):
     """At most `keep` weights, in whole rows or columns of blocks (`InBlock`), those groups whose weights are worth most.
 
-    A group is worth its mean square over that of its layer, or with a `metric` m for all layers, what its weights are worth to the loss,
-    the mean of m w^2.  Every layer keeps a share of at least `least` of its groups, and one.  Raises `BudgetError` naming the least reachable.
+    A group is worth its mean square over that of its layer, or with a `metric` m for all layers, what its
+    weights are worth to the loss, the mean of m w^2.  Every layer keeps a share of at least `least` of its
+    groups, and one.  Raises `BudgetError` naming the least reachable.
     """
 
     keep: int
@@ -40,8 +41,14 @@ class GroupBudget(Shared):
             first[name] = max(1, round(self.least * len(order)))
         spent = sum(int(sizes[name][: first[name]].sum()) for name in weights)
         if spent > self.keep:
-            raise BudgetError(f"budget of {self.keep:,} weights is below the smallest reachable ({spent:,}); raise it, or lower least={self.least}")
-        counts = _split({name: scores[name][first[name] :] for name in weights}, {name: sizes[name][first[name] :] for name in weights}, self.keep - spent)
+            raise BudgetError(
+                f"budget of {self.keep:,} weights is below the smallest reachable ({spent:,}); raise it, or lower least={self.least}"
+            )
+        counts = _split(
+            {name: scores[name][first[name] :] for name in weights},
+            {name: sizes[name][first[name] :] for name in weights},
+            self.keep - spent,
+        )
         return {name: InBlock(first[name] + counts[name], self.side, self.block) for name in weights}
 
     def _worth(self, name: str, weight: Tensor, groups: InBlock) -> Tensor:
@@ -52,7 +59,10 @@ class GroupBudget(Shared):
 
 
 def _split(scores: Mapping[str, Tensor], sizes: Mapping[str, Tensor], room: int) -> dict[str, int]:
-    """How many groups of each name are among those of largest score that fit; the first that does not ends it."""
+    """How many groups of each name are among those of largest score that fit.
+
+    The first that does not ends it.
+    """
     pool = torch.cat([*scores.values()])
     owner = torch.cat([torch.full((len(found),), index) for index, found in enumerate(scores.values())])
     order = pool.argsort(descending=True, stable=True)

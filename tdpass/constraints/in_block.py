@@ -22,8 +22,9 @@ Side = Literal["row", "column"]
 class InBlock(Constraint):
     """Of all rows, or columns, that the blocks of the `o x (i h w)` matrix have, at most `keep` are not zero (Yuan et al., ISLPED 2019).
 
-    `block` is (rows, columns), ragged at the edges; a `column` of a block is one word line of the array that holds it, a `row` one
-    bit line.  The projection keeps those of largest norm, which is exact as they do not overlap; of equal ones the first.
+    `block` is (rows, columns), ragged at the edges; a `column` of a block is one word line of the array that
+    holds it, a `row` one bit line.  The projection keeps those of largest norm, which is exact as they do not
+    overlap; of equal ones the first.
     """
 
     keep: int
@@ -33,7 +34,9 @@ class InBlock(Constraint):
 
     def __post_init__(self) -> None:
         if self.keep < 1 or min(self.block) < 1:
-            raise UsageError(f"keep={self.keep}, block={self.block} of groups in blocks: give 1 or more, and blocks of at least one row and column")
+            raise UsageError(
+                f"keep={self.keep}, block={self.block} of groups in blocks: give 1 or more, and blocks of at least one row and column"
+            )
         if self.side not in get_args(Side):
             raise UsageError(f"unknown side {self.side!r} of a block; known: {', '.join(get_args(Side))}")
 
@@ -51,7 +54,11 @@ class InBlock(Constraint):
         rows, columns = matrix.shape
         if self.side == "column":
             high = math.ceil(rows / self.block[0])
-            return F.pad(matrix, (0, 0, 0, high * self.block[0] - rows)).reshape(high, self.block[0], columns).sum(1)
+            return (
+                F.pad(matrix, (0, 0, 0, high * self.block[0] - rows))
+                .reshape(high, self.block[0], columns)
+                .sum(1)
+            )
         wide = math.ceil(columns / self.block[1])
         return F.pad(matrix, (0, wide * self.block[1] - columns)).reshape(rows, wide, self.block[1]).sum(2)
 

@@ -19,9 +19,10 @@ from tdpass.site import Site
 class InFormat(Constraint):
     """`reconstruct(factors)` for any factors of the site in `format` at `rank`.
 
-    The projection is exact for formats of one matrix and within sqrt(2) or sqrt(cuts) of it for `tucker2` and `tensor_train`; other
-    formats have a local optimum, searched from `start` where that is given: a search that begins anew may leave an allowed weight for
-    another by a third of its norm.  Raises `PlanError` for a format or a rank that does not fit, or a weight of another shape.
+    The projection is exact for formats of one matrix and within sqrt(2) or sqrt(cuts) of it for `tucker2` and
+    `tensor_train`; other formats have a local optimum, searched from `start` where that is given: a search
+    that begins anew may leave an allowed weight for another by a third of its norm.  Raises `PlanError` for a
+    format or a rank that does not fit, or a weight of another shape.
     """
 
     site: Site
@@ -43,7 +44,9 @@ class InFormat(Constraint):
         form = FORMATS.get(self.format)
         if not form.fits(self.site):
             fitting = ", ".join(name for name in offered_formats() if FORMATS.get(name).fits(self.site))
-            raise PlanError(f"format {self.format} does not fit site {self.site.name!r} of shape {self.site.shape}; these do: {fitting}")
+            raise PlanError(
+                f"format {self.format} does not fit site {self.site.name!r} of shape {self.site.shape}; these do: {fitting}"
+            )
         form.check_rank(self.site, self.rank)
 
     def project(self, weight: Tensor) -> Tensor:
@@ -63,7 +66,9 @@ class InFormat(Constraint):
 
     def _checked(self, weight: Tensor) -> Tensor:
         if tuple(weight.shape) != self.site.shape:
-            raise PlanError(f"site {self.site.name!r} has shape {self.site.shape}, the weight {tuple(weight.shape)}; make the constraint from this model")
+            raise PlanError(
+                f"site {self.site.name!r} has shape {self.site.shape}, the weight {tuple(weight.shape)}; make the constraint from this model"
+            )
         return checked(weight)
 
     def __str__(self) -> str:

@@ -20,8 +20,8 @@ _STEPS = 4
 class IntegerLevels(Constraint):
     """`W[o] = scale[o] k` with integers k from -n to n, `n = 2^(bits - 1) - 1`; zero is a level.
 
-    Without `scales` the projection finds those of least squared error: a scan, then alternation between the nearest integers and
-    `scale = sum k w / sum k^2`.
+    Without `scales` the projection finds those of least squared error: a scan, then alternation between the
+    nearest integers and `scale = sum k w / sum k^2`.
     """
 
     bits: int = 8
@@ -43,7 +43,11 @@ class IntegerLevels(Constraint):
         return (self._integers(matrix, scales) * scales).reshape(weight.shape).to(weight.dtype)
 
     def frozen(self, weight: Tensor) -> IntegerLevels:
-        return self if self.scales is not None else replace(self, scales=self._scales(checked(weight).flatten(1)))
+        return (
+            self
+            if self.scales is not None
+            else replace(self, scales=self._scales(checked(weight).flatten(1)))
+        )
 
     def _integers(self, matrix: Tensor, scales: Tensor) -> Tensor:
         return (matrix / scales).round_().clamp_(-self.top, self.top)
@@ -52,7 +56,9 @@ class IntegerLevels(Constraint):
         """One scale for each row, as given or found; one where a row is zero."""
         if self.scales is not None:
             if len(self.scales) != len(matrix):
-                raise PlanError(f"{len(self.scales)} scales do not fit a weight of {len(matrix)} output channels; make them from this weight")
+                raise PlanError(
+                    f"{len(self.scales)} scales do not fit a weight of {len(matrix)} output channels; make them from this weight"
+                )
             return self.scales.to(matrix)
         peak = matrix.abs().amax(1, keepdim=True)
         peak = torch.where(peak > 0, peak, torch.full_like(peak, float(self.top)))
@@ -60,12 +66,19 @@ class IntegerLevels(Constraint):
         short = matrix.shape[1] <= _SHORT
         lower = torch.arange(max(1, self.top - 7), self.top) if short else torch.empty(0)
         places = torch.cat([lower, self.top * torch.linspace(1, _CLIPPED, 16 if short else 6)]).to(matrix)
-        errors = torch.stack([(matrix - self._integers(matrix, peak / place) * (peak / place)).square().sum(1) for place in places])
+        errors = torch.stack(
+            [
+                (matrix - self._integers(matrix, peak / place) * (peak / place)).square().sum(1)
+                for place in places
+            ]
+        )
         scales = peak / places[errors.argmin(0)][:, None]
         for _ in range(_STEPS):
             k = self._integers(matrix, scales)
             squares = k.square().sum(1, keepdim=True)
-            scales = torch.where(squares > 0, (k * matrix).sum(1, keepdim=True) / squares.clamp_min(1), scales)
+            scales = torch.where(
+                squares > 0, (k * matrix).sum(1, keepdim=True) / squares.clamp_min(1), scales
+            )
         return scales.squeeze(1)
 
     def __str__(self) -> str:

@@ -17,10 +17,11 @@ from tdpass.errors import PlanError, UsageError
 
 @dataclass(frozen=True)
 class LevelBudget(Shared):
-    """min sum_l s_l ||W_l - Q_b(W_l)||^2 / ||W_l||^2 with sum_l b_l survivors_l <= limit, in bits; b bits are 2^(b-1) levels on each side of zero.
+    """min sum_l s_l ||W_l - Q_b(W_l)||^2 / ||W_l||^2 with sum_l b_l survivors_l <= limit, in bits.
 
-    Survivors are the weights that are not zero.  `sensitivity` holds s where it is not 1.  Chosen on the convex hulls of the layers'
-    error against bits.  Raises `BudgetError` naming the least reachable.
+    B bits are 2^(b-1) levels on each side of zero. Survivors are the weights that are not zero.
+    `sensitivity` holds s where it is not 1.  Chosen on the convex hulls of the layers' error against bits.
+    Raises `BudgetError` naming the least reachable.
     """
 
     limit: int
@@ -37,7 +38,9 @@ class LevelBudget(Shared):
     def divide(self, weights: Mapping[str, Tensor]) -> dict[str, Constraint]:
         unknown = set(self.sensitivity) - set(weights)
         if unknown:
-            raise PlanError(f"sensitivities are given for {', '.join(sorted(unknown))}; known weights: {', '.join(weights)}")
+            raise PlanError(
+                f"sensitivities are given for {', '.join(sorted(unknown))}; known weights: {', '.join(weights)}"
+            )
         options = {name: self._options(name, weight) for name, weight in weights.items()}
         chosen = allocate(options, self.limit, lambda value: f"{int(value):,} bits")
         return {name: UniformLevels(_levels(self.bits[k])) for name, k in chosen.items()}
@@ -46,7 +49,10 @@ class LevelBudget(Shared):
         magnitudes = Magnitudes.of(checked(weight))
         whole = float(magnitudes.squares.sum()) or 1.0
         errors = [magnitudes.interval(_levels(b))[1] / whole for b in self.bits]
-        return Options(np.array(self.bits, dtype=float) * magnitudes.count, self.sensitivity.get(name, 1.0) * np.array(errors))
+        return Options(
+            np.array(self.bits, dtype=float) * magnitudes.count,
+            self.sensitivity.get(name, 1.0) * np.array(errors),
+        )
 
 
 def _levels(bits: int) -> int:

@@ -16,10 +16,12 @@ from tdpass.errors import UsageError
 @register_constraint
 @dataclass(frozen=True)
 class UniformLevels(Constraint):
-    """Levels `+-q, +-2 q ... +-count q`; zero is the pruned state, not a level: zeros stay, other weights never become zero (Ren et al. 2019).
+    """Levels `+-q, +-2 q ... +-count q`.
 
-    Without an `interval` the projection finds q by alternating between nearest levels and least squares.  A `fixed` share below one
-    puts only that share of the weights nearest to each level on it and leaves the rest free, which needs an interval.
+    Zero is the pruned state, not a level: zeros stay, other weights never become zero (Ren et al. 2019).
+    Without an `interval` the projection finds q by alternating between nearest levels and least squares.  A
+    `fixed` share below one puts only that share of the weights nearest to each level on it and leaves the
+    rest free, which needs an interval.
     """
 
     count: int
@@ -31,9 +33,13 @@ class UniformLevels(Constraint):
         if self.count < 1:
             raise UsageError(f"count={self.count} levels on each side of zero are too few; give 1 or more")
         if self.interval is not None and not 0 < self.interval < math.inf:
-            raise UsageError(f"interval={self.interval} between levels is not a positive number; leave it out to have it found")
+            raise UsageError(
+                f"interval={self.interval} between levels is not a positive number; leave it out to have it found"
+            )
         if not 0 < self.fixed <= 1 or (self.fixed < 1 and self.interval is None):
-            raise UsageError(f"fixed={self.fixed} with interval={self.interval} is not allowed; fix a share in (0, 1] of them, below 1 at a given interval")
+            raise UsageError(
+                f"fixed={self.fixed} with interval={self.interval} is not allowed; fix a share in (0, 1] of them, below 1 at a given interval"
+            )
 
     @property
     def bits(self) -> int:

@@ -45,7 +45,10 @@ class Multiples(Levels):
 
 @dataclass(frozen=True)
 class Magnitudes:
-    """Number, sum and sum of squares of the magnitudes in each bin, zeros left out; up to 4,096 weights have a bin each.  Float64 on the CPU."""
+    """Number, sum and sum of squares of the magnitudes in each bin, zeros left out.
+
+    Up to 4,096 weights have a bin each.  Float64 on the CPU.
+    """
 
     number: Tensor
     total: Tensor
@@ -60,7 +63,10 @@ class Magnitudes:
             values = values.cpu()
             return cls(torch.ones_like(values), values, values.square())
         place = (values * ((_BINS - 1) / values.max())).round_().long()
-        number, total, squares = (torch.bincount(place, part, minlength=_BINS).double().cpu() for part in (None, values, values.square()))
+        number, total, squares = (
+            torch.bincount(place, part, minlength=_BINS).double().cpu()
+            for part in (None, values, values.square())
+        )
         filled = number > 0
         return cls(number[filled], total[filled], squares[filled])
 
@@ -79,14 +85,18 @@ class Magnitudes:
         return (self.squares - 2 * nearest * self.total + nearest.square() * self.number).sum(-1).clamp_min(0)
 
     def interval(self, levels: int) -> tuple[float, float]:
-        """The interval q of the levels q, 2 q ... `levels` q of least squared error, and that error; (1, 0) where all weights are zero."""
+        """The interval q of the levels q, 2 q ...
+
+        `levels` q of least squared error, and that error; (1, 0) where all weights are zero.
+        """
         return self.scale(Multiples(levels))
 
     def scale(self, levels: Levels) -> tuple[float, float]:
-        """The scale q of the levels `q a` of least squared error, and that error; (1, 0) where all weights are zero.
+        """The scale q of the levels `q a` of least squared error, and that error.
 
-        A scan whose best places are followed by alternating between the nearest levels a and `q = sum a w / sum a^2`, then a finer
-        scan about the best of these, as with many levels each place is a fixed point of its own.
+        (1, 0) where all weights are zero. A scan whose best places are followed by alternating between the
+        nearest levels a and `q = sum a w / sum a^2`, then a finer scan about the best of these, as with many
+        levels each place is a fixed point of its own.
         """
         if self.count == 0:
             return 1.0, 0.0
@@ -94,7 +104,9 @@ class Magnitudes:
         # A weight that is on levels already has its largest on one of them.
         clipped = largest * torch.logspace(math.log10(0.9), math.log10(_CLIPPED), _FINE, dtype=torch.float64)
         q, error = self._followed(top / torch.cat([levels.magnitudes, clipped]), levels)
-        finer, less = self._followed(q * torch.linspace(1 - _NEAR, 1 + _NEAR, _FINE, dtype=torch.float64), levels)
+        finer, less = self._followed(
+            q * torch.linspace(1 - _NEAR, 1 + _NEAR, _FINE, dtype=torch.float64), levels
+        )
         return (finer, less) if less < error else (q, error)
 
     def _followed(self, q: Tensor, levels: Levels) -> tuple[float, float]:
@@ -114,7 +126,9 @@ class Magnitudes:
         return levels.nearest(self.means / q[:, None])
 
     def _error(self, q: Tensor, levels: Levels) -> Tensor:
-        return torch.cat([self.errors(part[:, None] * self._assigned(part, levels)) for part in torch.split(q, 16)])
+        return torch.cat(
+            [self.errors(part[:, None] * self._assigned(part, levels)) for part in torch.split(q, 16)]
+        )
 
 
 def rank_within(groups: Tensor, gaps: Tensor) -> tuple[Tensor, Tensor]:

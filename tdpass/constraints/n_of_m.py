@@ -17,9 +17,10 @@ from tdpass.errors import UsageError
 @register_constraint
 @dataclass(frozen=True)
 class NOfM(Constraint):
-    """At most `n` of every `m` weights in a row of the `o x (i h w)` matrix are not zero; a last, shorter run has at most n too.
+    """At most `n` of every `m` weights in a row of the `o x (i h w)` matrix are not zero.
 
-    The projection keeps the largest of each run, which is exact; of equal ones the first (Mishra et al. 2021 for 2 of 4).
+    A last, shorter run has at most n too. The projection keeps the largest of each run, which is exact; of
+    equal ones the first (Mishra et al. 2021 for 2 of 4).
     """
 
     n: int

@@ -17,10 +17,10 @@ from tdpass.errors import PlanError, UsageError
 @register_constraint
 @dataclass(frozen=True, eq=False)
 class OneSign(Constraint):
-    """In every run of `run` weights along a row of the `o x (i h w)` matrix all have one sign; the rest are zero (FORMS, Yuan et al., ISCA 2021).
+    """In every run of `run` weights along a row of the `o x (i h w)` matrix all have one sign.
 
-    The projection keeps of each run the sign with more energy, which is exact; positive where both have as much.  `signs`, one for
-    each run, gives them instead.
+    The rest are zero (FORMS, Yuan et al., ISCA 2021). The projection keeps of each run the sign with more
+    energy, which is exact; positive where both have as much.  `signs`, one for each run, gives them instead.
     """
 
     run: int
@@ -47,7 +47,9 @@ class OneSign(Constraint):
         matrix = weight.flatten(1)
         signs = self._found(weight) if self.signs is None else self.signs.to(matrix)
         if signs.shape != (len(matrix), math.ceil(matrix.shape[1] / self.run)):
-            raise PlanError(f"signs of shape {tuple(signs.shape)} do not fit a weight of shape {tuple(weight.shape)} in runs of {self.run}")
+            raise PlanError(
+                f"signs of shape {tuple(signs.shape)} do not fit a weight of shape {tuple(weight.shape)} in runs of {self.run}"
+            )
         return signs.repeat_interleave(self.run, 1)[:, : matrix.shape[1]]
 
     def _found(self, weight: Tensor) -> Tensor:

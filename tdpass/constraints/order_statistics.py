@@ -1,4 +1,7 @@
-"""Order statistics of many values; NumPy's vectorized sorts take a tenth of the time of those that torch has on the CPU."""
+"""Order statistics of many values.
+
+NumPy's vectorized sorts take a tenth of the time of those that torch has on the CPU.
+"""
 
 from __future__ import annotations
 

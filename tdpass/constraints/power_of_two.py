@@ -18,9 +18,10 @@ _RANGE = 64
 @register_constraint
 @dataclass(frozen=True)
 class PowerOfTwoLevels(Constraint):
-    """Levels `+-2^e` for the `count` exponents up to `exponent`; zeros stay and other weights never become zero (Zhou et al., INQ, 2017).
+    """Levels `+-2^e` for the `count` exponents up to `exponent`.
 
-    Without an `exponent` the projection takes that of least squared error.
+    Zeros stay and other weights never become zero (Zhou et al., INQ, 2017). Without an `exponent` the
+    projection takes that of least squared error.
     """
 
     count: int
@@ -43,7 +44,11 @@ class PowerOfTwoLevels(Constraint):
 
     def frozen(self, weight: Tensor) -> PowerOfTwoLevels:
         wide = checked(weight)
-        return self if self.exponent is not None or not bool(wide.any()) else replace(self, exponent=self._best(wide))
+        return (
+            self
+            if self.exponent is not None or not bool(wide.any())
+            else replace(self, exponent=self._best(wide))
+        )
 
     def _best(self, weight: Tensor) -> int:
         magnitudes = Magnitudes.of(weight)

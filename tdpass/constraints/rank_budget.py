@@ -34,16 +34,18 @@ class Price(Protocol):
 class RankBudget(Shared):
     """min sum_l s_l lost_l / ||V_l||^2 with sum_l price_l(rank_l) <= limit: the greedy of BATUDE (Yin et al. 2022), with dense layers.
 
-    `lost` sums the squared singular values that the ranks cut off all unfoldings, less `shrink` each.  In a layer, the value that
-    loses least per unit of cost saved is dropped next; over layers, the lower convex hulls of these paths and of the dense layer are
-    walked by slope, as a layer that leaves dense may have to jump to the rank where factors are cheaper.  `sensitivity` holds s where it
-    is not 1.
+    `lost` sums the squared singular values that the ranks cut off all unfoldings, less `shrink` each.  In a
+    layer, the value that loses least per unit of cost saved is dropped next; over layers, the lower convex
+    hulls of these paths and of the dense layer are walked by slope, as a layer that leaves dense may have to
+    jump to the rank where factors are cheaper.  `sensitivity` holds s where it is not 1.
 
-    `format` is one name or one for each site; `cuts` the number of ranks of `tensor_train`; `price` a measure of `Cost` or a function;
-    `dense` whether a layer may stay as it is; `least` the smallest rank.  Ranks already in use are given as `keep`: what they keep counts
-    `hysteresis` times, what they cut off that much less, so that ranks settle.
+    `format` is one name or one for each site; `cuts` the number of ranks of `tensor_train`; `price` a measure
+    of `Cost` or a function; `dense` whether a layer may stay as it is; `least` the smallest rank.  Ranks
+    already in use are given as `keep`: what they keep counts `hysteresis` times, what they cut off that much
+    less, so that ranks settle.
 
-    Raises `PlanError` where format, sites and weights do not fit each other, `BudgetError` naming the least reachable cost.
+    Raises `PlanError` where format, sites and weights do not fit each other, `BudgetError` naming the least
+    reachable cost.
     """
 
     sites: Mapping[str, Site]
@@ -60,12 +62,22 @@ class RankBudget(Shared):
 
     def __post_init__(self) -> None:
         if isinstance(self.price, str) and self.price not in counted():
-            raise UsageError(f"unknown measure {self.price!r} of a rank budget; known: {', '.join(counted())}, or give a function of site and rank")
+            raise UsageError(
+                f"unknown measure {self.price!r} of a rank budget; known: {', '.join(counted())}, or give a function of site and rank"
+            )
         if self.least < 1 or self.hysteresis < 1 or self.shrink < 0:
-            raise UsageError(f"least={self.least}, hysteresis={self.hysteresis}, shrink={self.shrink}; these are at least 1, 1 and 0")
-        wrong = {name: value for name, value in self.sensitivity.items() if name not in self.sites or not value >= 0}
+            raise UsageError(
+                f"least={self.least}, hysteresis={self.hysteresis}, shrink={self.shrink}; these are at least 1, 1 and 0"
+            )
+        wrong = {
+            name: value
+            for name, value in self.sensitivity.items()
+            if name not in self.sites or not value >= 0
+        }
         if wrong:
-            raise UsageError(f"sensitivities {wrong} are not numbers of 0 or more of the sites {', '.join(self.sites)}")
+            raise UsageError(
+                f"sensitivities {wrong} are not numbers of 0 or more of the sites {', '.join(self.sites)}"
+            )
         for name, site in self.sites.items():
             self._check(name, site)
 
@@ -84,12 +96,16 @@ class RankBudget(Shared):
         """
         if set(weights) != set(self.sites):
             odd = sorted(set(weights) ^ set(self.sites))
-            raise PlanError(f"weights and sites of a rank budget differ in {', '.join(odd)}; give one weight for each site")
+            raise PlanError(
+                f"weights and sites of a rank budget differ in {', '.join(odd)}; give one weight for each site"
+            )
         return {name: self._options(name, weight) for name, weight in weights.items()}
 
     def constraint(self, name: str, ranks: Sequence[Rank], k: int) -> Constraint:
         """What choosing option k of `options` makes of a weight."""
-        return InFormat(self.sites[name], self.format_of(name), ranks[k]) if k < len(ranks) else Unconstrained()
+        return (
+            InFormat(self.sites[name], self.format_of(name), ranks[k]) if k < len(ranks) else Unconstrained()
+        )
 
     def format_of(self, name: str) -> str:
         """The format of a site."""
@@ -100,15 +116,21 @@ class RankBudget(Shared):
         site = self.sites[name]
         if not isinstance(self.price, str):
             return float(self.price(site, rank))
-        return (dense_cost(site) if rank is None else FORMATS.get(self.format_of(name)).cost(site, rank)).get(self.price)
+        return (dense_cost(site) if rank is None else FORMATS.get(self.format_of(name)).cost(site, rank)).get(
+            self.price
+        )
 
     def _check(self, name: str, site: Site) -> None:
         form = self.format_of(name)
         if form not in SPECTRAL:
-            raise PlanError(f"format {form!r} of site {name!r} has no spectrum to choose ranks by; these have: {', '.join(sorted(SPECTRAL))}")
+            raise PlanError(
+                f"format {form!r} of site {name!r} has no spectrum to choose ranks by; these have: {', '.join(sorted(SPECTRAL))}"
+            )
         InFormat(site, form, (1,) * SPECTRAL[form].ranks(site, self.cuts))
         if self.price == "macs" and not site.seen:
-            raise PlanError(f"site {name!r} has no activation sizes, so its multiply-adds are unknown; run the model once, or give the budget in params")
+            raise PlanError(
+                f"site {name!r} has no activation sizes, so its multiply-adds are unknown; run the model once, or give the budget in params"
+            )
 
     def _options(self, name: str, weight: Tensor) -> tuple[list[Rank], Options]:
         site = self.sites[name]
@@ -117,36 +139,59 @@ class RankBudget(Shared):
         ranks, costs, losses = [list(column) for column in zip(*path, strict=True)]
         if self.dense:
             whole = self.cost_of(name, None)
-            cheap = [k for k, cost in enumerate(costs) if cost < whole and shrinks(site, self.format_of(name), ranks[k])]
+            cheap = [
+                k
+                for k, cost in enumerate(costs)
+                if cost < whole and shrinks(site, self.format_of(name), ranks[k])
+            ]
             ranks = [ranks[k] for k in cheap]
-            return ranks, Options(np.array([*(costs[k] for k in cheap), whole]), np.array([*(losses[k] for k in cheap), 0.0]))
+            return ranks, Options(
+                np.array([*(costs[k] for k in cheap), whole]), np.array([*(losses[k] for k in cheap), 0.0])
+            )
         return ranks, Options(np.array(costs), np.array(losses))
 
     def _tails(self, name: str, weight: Tensor) -> list[Numbers]:
         """`tails[k][r]`: the share of the energy that rank r cuts off unfolding k."""
         site = self.sites[name]
         if tuple(weight.shape) != site.shape:
-            raise PlanError(f"site {name!r} has shape {site.shape}, the weight {tuple(weight.shape)}; make the budget from this model")
+            raise PlanError(
+                f"site {name!r} has shape {site.shape}, the weight {tuple(weight.shape)}; make the budget from this model"
+            )
         way, before = SPECTRAL[self.format_of(name)], self.keep.get(name)
         count = way.ranks(site, self.cuts)
         if before is not None and len(before) != count:
-            raise PlanError(f"rank {before} to keep at site {name!r} has {len(before)} numbers; its format has {count}")
+            raise PlanError(
+                f"rank {before} to keep at site {name!r} has {len(before)} numbers; its format has {count}"
+            )
         tails = []
         for k, unfolding in enumerate(way.unfoldings(checked(weight), site, count)):
             energy: Numbers = energies(unfolding).numpy()
-            lost = self.sensitivity.get(name, 1.0) * np.square(np.maximum(np.sqrt(energy) - self.shrink, 0)) / (float(energy.sum()) or 1.0)
+            lost = (
+                self.sensitivity.get(name, 1.0)
+                * np.square(np.maximum(np.sqrt(energy) - self.shrink, 0))
+                / (float(energy.sum()) or 1.0)
+            )
             if before is not None:
-                lost = np.where(np.arange(len(lost)) < before[k], lost * self.hysteresis, lost / self.hysteresis)
+                lost = np.where(
+                    np.arange(len(lost)) < before[k], lost * self.hysteresis, lost / self.hysteresis
+                )
             tails.append(np.append(lost[::-1].cumsum()[::-1], 0.0))
         return tails
 
     def _path(self, name: str, tails: list[Numbers]) -> list[tuple[Rank, float, float]]:
-        """(rank, cost, loss) from full ranks to the least ones; each step lowers the rank that loses least per unit of cost saved."""
+        """(rank, cost, loss) from full ranks to the least ones.
+
+        Each step lowers the rank that loses least per unit of cost saved.
+        """
         site, way = self.sites[name], SPECTRAL[self.format_of(name)]
 
         def point(rank: Rank) -> tuple[Rank, float, float]:
             rank = way.useful(site, rank)
-            return rank, self.cost_of(name, rank), sum(float(tail[r]) for tail, r in zip(tails, rank, strict=True))
+            return (
+                rank,
+                self.cost_of(name, rank),
+                sum(float(tail[r]) for tail, r in zip(tails, rank, strict=True)),
+            )
 
         path = [point(tuple(len(tail) - 1 for tail in tails))]
         while True:
@@ -166,4 +211,3 @@ class RankBudget(Shared):
 
     def _text(self, value: float) -> str:
         return f"{amount(self.price, value)} {self.price}" if isinstance(self.price, str) else f"{value:.4g}"
-

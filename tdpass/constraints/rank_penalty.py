@@ -19,11 +19,11 @@ class RankPenalty(Shared):
     """min_Z sum_l 1/2 ||V_l - Z_l||^2 + strength * price_l(rank Z_l) (Idelbayev, Carreira-Perpinan 2020).
 
     Layer by layer the minimum is a truncated singular value decomposition whose rank is found by trying all:
-    1/2 sum_{i>r} s_i^2 + strength * price(r); the dense layer, which loses nothing, is one of the choices.  Energies
-    are absolute: a layer of small weights gives up its ranks first.
+    1/2 sum_{i>r} s_i^2 + strength * price(r); the dense layer, which loses nothing, is one of the choices.
+    Energies are absolute: a layer of small weights gives up its ranks first.
 
-    `within` holds sites, formats, prices and the most that all may cost together (`math.inf` for any cost); where the
-    penalty alone does not get there, the strength is what the limit takes (`RankBudget`).
+    `within` holds sites, formats, prices and the most that all may cost together (`math.inf` for any cost);
+    where the penalty alone does not get there, the strength is what the limit takes (`RankBudget`).
     """
 
     within: RankBudget
@@ -31,7 +31,9 @@ class RankPenalty(Shared):
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < float("inf"):
-            raise UsageError(f"strength={self.strength} of a rank penalty is no price; give a number of 0 or more")
+            raise UsageError(
+                f"strength={self.strength} of a rank penalty is no price; give a number of 0 or more"
+            )
 
     def divide(self, weights: Mapping[str, Tensor]) -> dict[str, Constraint]:
         energy = {name: float(checked(weight).double().square().sum()) for name, weight in weights.items()}

@@ -21,13 +21,14 @@ Group = Literal["weight", "row", "column", "filter", "channel", "kernel", "block
 @register_constraint
 @dataclass(frozen=True)
 class Sparse(Constraint):
-    """At most `keep` groups are not zero; the projection keeps those of largest Frobenius norm, which is exact as groups do not overlap.
+    """At most `keep` groups are not zero.
 
-    With a `metric` m of the weight's shape, not negative, the nearest is meant in the norm sum m w^2.
+    The projection keeps those of largest Frobenius norm, which is exact as groups do not overlap. With a
+    `metric` m of the weight's shape, not negative, the nearest is meant in the norm sum m w^2.
 
-    Groups of `W[o, i, *kernel]`: `weight` a single one; `row` and `column` of the `o x (i h w)` matrix; `filter` an output channel,
-    the same as `row`; `channel` an input channel; `kernel` the taps of one (o, i); `block` a tile of that matrix, ragged at the edges.
-    Of groups with equal norm the first are kept.
+    Groups of `W[o, i, *kernel]`: `weight` a single one; `row` and `column` of the `o x (i h w)` matrix;
+    `filter` an output channel, the same as `row`; `channel` an input channel; `kernel` the taps of one (o,
+    i); `block` a tile of that matrix, ragged at the edges. Of groups with equal norm the first are kept.
     """
 
     keep: int
@@ -38,11 +39,17 @@ class Sparse(Constraint):
 
     def __post_init__(self) -> None:
         if self.keep < 1:
-            raise UsageError(f"keep={self.keep} of a sparse weight is below 1; a layer with no weight left passes nothing on, remove it instead")
+            raise UsageError(
+                f"keep={self.keep} of a sparse weight is below 1; a layer with no weight left passes nothing on, remove it instead"
+            )
         if self.group not in get_args(Group):
-            raise UsageError(f"unknown group {self.group!r} of a sparse weight; known: {', '.join(get_args(Group))}")
+            raise UsageError(
+                f"unknown group {self.group!r} of a sparse weight; known: {', '.join(get_args(Group))}"
+            )
         if min(self.block) < 1:
-            raise UsageError(f"block={self.block} of a sparse weight has a side below 1; give (rows, columns) such as (1, 16)")
+            raise UsageError(
+                f"block={self.block} of a sparse weight has a side below 1; give (rows, columns) such as (1, 16)"
+            )
 
     def project(self, weight: Tensor) -> Tensor:
         return masked(weight, self.mask(weight))
@@ -56,7 +63,14 @@ class Sparse(Constraint):
             return self._blocks(energy.flatten(1)).reshape(weight.shape)
         view = energy.flatten(1) if self.group == "column" else energy
         axes = tuple(range(view.dim()))
-        shared = {"weight": (), "row": axes[1:], "filter": axes[1:], "column": (0,), "channel": (0, *axes[2:]), "kernel": axes[2:]}[self.group]
+        shared = {
+            "weight": (),
+            "row": axes[1:],
+            "filter": axes[1:],
+            "column": (0,),
+            "channel": (0, *axes[2:]),
+            "kernel": axes[2:],
+        }[self.group]
         norms = view.sum(shared, keepdim=True) if shared else view
         return largest(norms, self.keep).expand(view.shape).reshape(weight.shape)
 

@@ -1,7 +1,8 @@
 """Formats whose ranks are those of unfoldings of the weight: the spectra of these, and the projection by truncating them.
 
-Projections here are the formats' own methods in the Frobenius norm, without factors: Gram matrices and their eigenvectors in
-float64, so that small singular values are not lost, and the products with the weight in its own precision.
+Projections here are the formats' own methods in the Frobenius norm, without factors: Gram matrices and their
+eigenvectors in float64, so that small singular values are not lost, and the products with the weight in its
+own precision.
 """
 
 from __future__ import annotations
@@ -50,11 +51,17 @@ class OneMatrix(Spectral):
     rows: tuple[int, ...]
 
     def unfoldings(self, weight: Tensor, site: Site, cuts: int) -> list[Tensor]:
-        return [weight.permute(self._order(weight)).reshape(math.prod(weight.shape[axis] for axis in self.rows), -1)]
+        return [
+            weight.permute(self._order(weight)).reshape(
+                math.prod(weight.shape[axis] for axis in self.rows), -1
+            )
+        ]
 
     def nearest(self, weight: Tensor, site: Site, rank: Rank) -> Tensor:
         order = self._order(weight)
-        folded = truncated(self.unfoldings(weight, site, 1)[0], rank[0]).reshape([weight.shape[axis] for axis in order])
+        folded = truncated(self.unfoldings(weight, site, 1)[0], rank[0]).reshape(
+            [weight.shape[axis] for axis in order]
+        )
         return folded.permute([order.index(axis) for axis in range(weight.dim())])
 
     def _order(self, weight: Tensor) -> tuple[int, ...]:
@@ -85,7 +92,12 @@ class Tucker(Spectral):
             inputs, _ = _cut(outputs, rows, i, r)
             outputs, core = _cut(inputs, columns, o, s)
         spread = (outputs @ core).reshape(o, inputs.shape[1], -1).transpose(0, 1)
-        return (inputs @ spread.reshape(inputs.shape[1], -1)).reshape(i, o, -1).transpose(0, 1).reshape(weight.shape)
+        return (
+            (inputs @ spread.reshape(inputs.shape[1], -1))
+            .reshape(i, o, -1)
+            .transpose(0, 1)
+            .reshape(weight.shape)
+        )
 
 
 class Train(Spectral):
@@ -136,7 +148,8 @@ def basis(matrix: Tensor, count: int) -> Tensor:
     count, exact = min(rows, columns, count), matrix.double()
     if rows <= columns:
         return top_eigenpairs((exact @ exact.T).cpu(), count)[1].to(matrix)
-    # The images of the right vectors are the left ones times their singular values; QR keeps those of tiny values orthonormal.
+    # The images of the right vectors are the left ones times their singular values; QR keeps those of tiny
+    # values orthonormal.
     images = exact @ top_eigenpairs((exact.T @ exact).cpu(), count)[1].to(exact)
     vectors: Tensor = torch.linalg.qr(images)[0]
     return vectors.to(matrix)
@@ -163,6 +176,8 @@ def energies(matrix: Tensor) -> Tensor:
 
 def _cut(vectors: Tensor, unfolded: Tensor, channels: int, count: int) -> tuple[Tensor, Tensor]:
     """A basis of the other channels in what `vectors` leave of the weight (`unfolded[a, (channels taps)]`), and the core in both bases."""
-    inner = (vectors.T @ unfolded).reshape(vectors.shape[1], channels, -1).transpose(0, 1).reshape(channels, -1)
+    inner = (
+        (vectors.T @ unfolded).reshape(vectors.shape[1], channels, -1).transpose(0, 1).reshape(channels, -1)
+    )
     other = basis(inner, count)
     return other, other.T @ inner

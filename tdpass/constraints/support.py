@@ -24,7 +24,9 @@ class Support(Constraint):
 
     def project(self, weight: Tensor) -> Tensor:
         if weight.shape != self.mask.shape:
-            raise PlanError(f"a mask of shape {tuple(self.mask.shape)} does not fit a weight of shape {tuple(weight.shape)}; make it from this weight")
+            raise PlanError(
+                f"a mask of shape {tuple(self.mask.shape)} does not fit a weight of shape {tuple(weight.shape)}; make it from this weight"
+            )
         checked(weight)
         return masked(weight, self.mask.to(weight.device, torch.bool))
 
@@ -34,4 +36,6 @@ class Support(Constraint):
 
 def masked(weight: Tensor, mask: Tensor) -> Tensor:
     """Finite weights where the boolean mask says so, zero elsewhere."""
-    return (weight.detach() * mask).add_(0.0)  # where() takes up to thrice as long, by density; the product alone leaves negative zeros
+    return (weight.detach() * mask).add_(
+        0.0
+    )  # where() takes up to thrice as long, by density; the product alone leaves negative zeros

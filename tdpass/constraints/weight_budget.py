@@ -22,11 +22,13 @@ Score = Literal["magnitude", "relative", "lamp"]
 class WeightBudget(Shared):
     """The `keep` weights of largest score over all layers; how many of them a layer has is how many it keeps.
 
-    `magnitude`: `|w|`.  `relative`: `|w| / rms` of the layer.  `lamp`: `w^2` over the sum of the squares in the layer that are not smaller (Lee et al.
-    2021).  With a `metric` m for some layers, `w sqrt(m)` stands for w there: what a weight is worth to the loss, say.
+    `magnitude`: `|w|`.  `relative`: `|w| / rms` of the layer.  `lamp`: `w^2` over the sum of the squares in
+    the layer that are not smaller (Lee et al. 2021).  With a `metric` m for some layers, `w sqrt(m)` stands
+    for w there: what a weight is worth to the loss, say.
 
-    Layers in `dense` keep all, which counts; `least` and `most` bound the others, all at once or by name.  Fewer than `keep` are kept where
-    `most` says so.  Raises `BudgetError` naming the least reachable, `PlanError` for a name that is no weight.
+    Layers in `dense` keep all, which counts; `least` and `most` bound the others, all at once or by name.
+    Fewer than `keep` are kept where `most` says so.  Raises `BudgetError` naming the least reachable,
+    `PlanError` for a name that is no weight.
     """
 
     keep: int
@@ -43,7 +45,9 @@ class WeightBudget(Shared):
     def divide(self, weights: Mapping[str, Tensor]) -> dict[str, Constraint]:
         named = {*self.dense, *self.most, *(() if isinstance(self.least, int) else self.least)}
         if not named <= set(weights):
-            raise PlanError(f"the weight budget names {', '.join(sorted(named - set(weights)))}; known weights: {', '.join(weights)}")
+            raise PlanError(
+                f"the weight budget names {', '.join(sorted(named - set(weights)))}; known weights: {', '.join(weights)}"
+            )
         stay = sum(weights[name].numel() for name in self.dense)
         free = {name: weight for name, weight in weights.items() if name not in self.dense}
         bounds = {name: self._bounds(name, weight.numel()) for name, weight in free.items()}
@@ -53,15 +57,26 @@ class WeightBudget(Shared):
                 f"budget of {self.keep:,} weights is below the smallest reachable ({self.keep - room:,}, of which {stay:,} in layers that stay dense); "
                 "raise it, or lower the least that layers keep"
             )
-        scores = {name: self._scores(name, weight, min(self.keep, high))[low:] for name, weight in free.items() for low, high in [bounds[name]]}
+        scores = {
+            name: self._scores(name, weight, min(self.keep, high))[low:]
+            for name, weight in free.items()
+            for low, high in [bounds[name]]
+        }
         counts = _split(scores, room)
-        return {name: Sparse(bounds[name][0] + counts[name], metric=self.metric.get(name)) if name in free else Unconstrained() for name in weights}
+        return {
+            name: Sparse(bounds[name][0] + counts[name], metric=self.metric.get(name))
+            if name in free
+            else Unconstrained()
+            for name in weights
+        }
 
     def _bounds(self, name: str, size: int) -> tuple[int, int]:
         low = self.least if isinstance(self.least, int) else self.least.get(name, 1)
         high = min(size, self.most.get(name, size))
         if high < 1 or low > self.most.get(name, low):
-            raise UsageError(f"weight {name!r} is to keep at least {low} and at most {self.most.get(name)}; give 1 or more, and the least no larger")
+            raise UsageError(
+                f"weight {name!r} is to keep at least {low} and at most {self.most.get(name)}; give 1 or more, and the least no larger"
+            )
         return min(max(1, low), high), high
 
     def _scores(self, name: str, weight: Tensor, count: int) -> Tensor:

@@ -25,8 +25,8 @@ _HINT = "pip install 'tdpass[crossbar]'"
 class MeasuredChip:
     """Phase-change memory (`pcm`, Nandakumar et al. 2020), ReRAM (`reram`, Wan et al., Nature 2022) or ReRAM of CMO / HfOx (`reram_cmo`).
 
-    `seconds` pass between programming and reading, in which conductances drift.  Conductances are scaled so that the largest state is
-    the largest that was measured.
+    `seconds` pass between programming and reading, in which conductances drift.  Conductances are scaled so
+    that the largest state is the largest that was measured.
     """
 
     name: str
@@ -41,16 +41,25 @@ class MeasuredChip:
             wanted = siemens.float() * scale
             made: Tensor = model.apply_programming_noise_to_conductance(wanted)
             if self.seconds:
-                made = model.apply_drift_noise_to_conductance(made, model.generate_drift_coefficients(wanted), self.seconds)
+                made = model.apply_drift_noise_to_conductance(
+                    made, model.generate_drift_coefficients(wanted), self.seconds
+                )
         return (made / scale).clamp_min(0).to(siemens)
 
     def model(self) -> tuple[Any, float]:
-        """The noise model, and its largest conductance in microsiemens; raises `UsageError` where aihwkit is missing."""
+        """The noise model, and its largest conductance in microsiemens.
+
+        Raises `UsageError` where aihwkit is missing.
+        """
         module, name, largest = _MODELS[self.name]
         try:
-            return getattr(importlib.import_module(f"aihwkit.inference.noise.{module}"), name)(g_max=largest), largest
+            return getattr(importlib.import_module(f"aihwkit.inference.noise.{module}"), name)(
+                g_max=largest
+            ), largest
         except ImportError as error:
-            raise UsageError(f"chip {self.name!r} needs aihwkit, which cannot be imported ({error}); {_HINT}") from None
+            raise UsageError(
+                f"chip {self.name!r} needs aihwkit, which cannot be imported ({error}); {_HINT}"
+            ) from None
 
 
 def chip(name: str, seconds: float = 0.0) -> MeasuredChip:

@@ -36,8 +36,9 @@ _TURNS = 4
 class MappedMatrix:
     """One matrix `[depth, columns]` of a site: the `group`-th of its `product`-th matrix product, in the order the layer computes them.
 
-    A weight is  `scale` sum_j d_j g_j  over its cells, with the conductances g_j over the largest of all states, d_j = 2^(c (D - 1 - j)) over
-    the sum of all D of them, and the sign that its array or fragment has.
+    A weight is  `scale` sum_j d_j g_j  over its cells, with the conductances g_j over the largest of all
+    states, d_j = 2^(c (D - 1 - j)) over the sum of all D of them, and the sign that its array or fragment
+    has.
     """
 
     site: str
@@ -63,11 +64,13 @@ class ArrayMap:
 class Mapped:
     """A model on arrays; all cells are `[arrays, rows, columns]`.
 
-    `state`: the state that a cell is programmed to, from 1; 0 where it is absent.  `weight`: the row times columns plus column, in its
-    matrix, of the weight that it holds a digit of; -1 where it is absent.  `sign`: that of the weight.
+    `state`: the state that a cell is programmed to, from 1; 0 where it is absent.  `weight`: the row times
+    columns plus column, in its matrix, of the weight that it holds a digit of; -1 where it is absent.
+    `sign`: that of the weight.
 
-    Array  s copies + k  is the k-th copy of set s: with weights in pairs the first half of the copies hold the positive ones, and within
-    each sign there is one array for every digit, the most significant first, unless digits lie in adjacent columns.
+    Array  s copies + k  is the k-th copy of set s: with weights in pairs the first half of the copies hold
+    the positive ones, and within each sign there is one array for every digit, the most significant first,
+    unless digits lie in adjacent columns.
     """
 
     map: ArrayMap
@@ -87,10 +90,15 @@ class Mapped:
         return made
 
     def save(self, path: Path | str) -> list[Path]:
-        """Write `path`, a JSON file, and the cells beside it as safetensors; returns both.  Raises `UsageError` for another suffix."""
+        """Write `path`, a JSON file, and the cells beside it as safetensors; returns both.
+
+        Raises `UsageError` for another suffix.
+        """
         target = Path(path)
         if target.suffix != ".json":
-            raise UsageError(f"the map {target.name!r} must end in .json; write {target.with_suffix('.json').name}")
+            raise UsageError(
+                f"the map {target.name!r} must end in .json; write {target.with_suffix('.json').name}"
+            )
         cells = target.with_suffix(".safetensors")
         with replacing(cells) as temporary:
             save_file({name: getattr(self, name) for name in _CELLS}, temporary)
@@ -99,32 +107,46 @@ class Mapped:
 
 
 def load_mapped(path: Path | str) -> Mapped:
-    """Read what `Mapped.save` wrote; raises `InvalidModelError` where a file is damaged or they do not belong together."""
+    """Read what `Mapped.save` wrote.
+
+    Raises `InvalidModelError` where a file is damaged or they do not belong together.
+    """
     target = Path(path)
     found = _MAP.load(target)
     try:
         tensors = load_file(target.with_suffix(".safetensors"))
         mapped = Mapped(found, *(tensors[name] for name in _CELLS))
     except (OSError, KeyError, SafetensorError) as error:
-        raise InvalidModelError(f"the cells beside {target} cannot be read: {error}; map the model again") from None
+        raise InvalidModelError(
+            f"the cells beside {target} cannot be read: {error}; map the model again"
+        ) from None
     if _digest([mapped.state, mapped.weight, mapped.sign]) != found.cells:
-        raise InvalidModelError(f"the cells beside {target} are not those that it was written with; map the model again")
+        raise InvalidModelError(
+            f"the cells beside {target} are not those that it was written with; map the model again"
+        )
     return mapped
 
 
 def map_model(
-    model: object, array: CrossbarArray, *, example_inputs: ExampleInputs = None, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+    model: object,
+    array: CrossbarArray,
+    *,
+    example_inputs: ExampleInputs = None,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
 ) -> Mapped:
     """Every weight of the sites, in any format, on the nearest level of the array's devices, in cells.
 
-    Weights nearer to zero than to the least level have no cell; those on levels already, as `Crossbar` leaves them, keep their values.
-    Raises `PlanError` where an array for fragments of one sign would have to hold others, `UsageError` for no site or an array that keeps
-    weights with an offset.
+    Weights nearer to zero than to the least level have no cell; those on levels already, as `Crossbar` leaves
+    them, keep their values. Raises `PlanError` where an array for fragments of one sign would have to hold
+    others, `UsageError` for no site or an array that keeps weights with an offset.
     """
     layers = layers_of(open_model(model, example_inputs), model)
     chosen = [layer for name, layer in layers.items() if selects(name, include, exclude)]
     if not chosen:
-        raise UsageError(f"include={tuple(include)}, exclude={tuple(exclude)} leave no site to map; the model has: {', '.join(layers) or 'none'}")
+        raise UsageError(
+            f"include={tuple(include)}, exclude={tuple(exclude)} leave no site to map; the model has: {', '.join(layers) or 'none'}"
+        )
     levels, matrices, values, sets = device_levels(array), list[MappedMatrix](), list[Tensor](), 0
     for layer in chosen:
         for number, (_, stack) in enumerate(matrices_of(layer)):
@@ -133,8 +155,13 @@ def map_model(
                 places = placed(matrix != 0, array, sets)
                 sets += array_sets(places)
                 depth, columns = matrix.shape
-                matrices.append(MappedMatrix(layer.site.name, number, group, depth, columns, found.scale or 0.0, places))
-                values.append(torch.where(matrix == 0, 0, found.places(matrix) if found.scale else 0) * matrix.sign().long())
+                matrices.append(
+                    MappedMatrix(layer.site.name, number, group, depth, columns, found.scale or 0.0, places)
+                )
+                values.append(
+                    torch.where(matrix == 0, 0, found.places(matrix) if found.scale else 0)
+                    * matrix.sign().long()
+                )
     cells = _filled(array, matrices, values, sets)
     return Mapped(ArrayMap(array, tuple(matrices), sets, _digest(cells)), *cells)
 
@@ -150,9 +177,17 @@ def _nearest(levels: DeviceLevels, weight: Tensor) -> tuple[DeviceLevels, Tensor
 
 def layers_of(opened: Model, model: object) -> dict[str, Layer]:
     """What stands at every site: the dense layer, or what replaced it, also where that was done before the model was opened."""
-    found = {site.name: opened.layer(site.name) or Layer(site, DENSE, {"kernel": opened.weight(site.name)}, opened.bias(site.name)) for site in opened.sites()}
+    found = {
+        site.name: opened.layer(site.name)
+        or Layer(site, DENSE, {"kernel": opened.weight(site.name)}, opened.bias(site.name))
+        for site in opened.sites()
+    }
     if isinstance(model, nn.Module):
-        found |= {name: module.layer() for name, module in model.named_modules() if isinstance(module, Factorized) and name not in found}
+        found |= {
+            name: module.layer()
+            for name, module in model.named_modules()
+            if isinstance(module, Factorized) and name not in found
+        }
     return {name: replace(layer, site=_seen(layer.site, name)) for name, layer in found.items()}
 
 
@@ -161,7 +196,9 @@ def _seen(site: Site, name: str) -> Site:
     return replace(site, name=name, extents=site.extents or (kind_of(site).typical(site),))
 
 
-def _filled(array: CrossbarArray, matrices: Iterable[MappedMatrix], values: Iterable[Tensor], sets: int) -> list[Tensor]:
+def _filled(
+    array: CrossbarArray, matrices: Iterable[MappedMatrix], values: Iterable[Tensor], sets: int
+) -> list[Tensor]:
     """State, weight and sign of every cell, from the levels of the weights: counted from 1, with their signs, 0 for none."""
     shape = (sets * array.copies, array.rows, array.columns)
     state, sign = torch.zeros(shape, dtype=torch.int16), torch.zeros(shape, dtype=torch.int8)
@@ -193,14 +230,22 @@ def cells_of(place: Place, array: CrossbarArray) -> list[tuple[int, int, tuple[s
     first, rows = place.array * array.copies, slice(place.row, place.row + len(place.rows))
     start, stop, d = place.column, place.column + len(place.columns), array.digits
     if array.slices == "columns":
-        return [(first + p, j, (rows, slice(start * d + j, stop * d, d))) for p in range(array.polarities) for j in range(d)]
-    return [(first + p * d + j, j, (rows, slice(start, stop))) for p in range(array.polarities) for j in range(d)]
+        return [
+            (first + p, j, (rows, slice(start * d + j, stop * d, d)))
+            for p in range(array.polarities)
+            for j in range(d)
+        ]
+    return [
+        (first + p * d + j, j, (rows, slice(start, stop))) for p in range(array.polarities) for j in range(d)
+    ]
 
 
 def _check_signs(level: Tensor, place: Place, site: str) -> None:
     for part in torch.split(level, list(place.groups)):
         if bool(((part > 0).any(0) & (part < 0).any(0)).any()):
-            raise PlanError(f"site {site!r} has fragments with weights of both signs; train it with Crossbar for this array, or take an array with signs: pair")
+            raise PlanError(
+                f"site {site!r} has fragments with weights of both signs; train it with Crossbar for this array, or take an array with signs: pair"
+            )
 
 
 def _digest(cells: Iterable[Tensor]) -> str:
@@ -216,13 +261,30 @@ def _check(found: ArrayMap) -> None:
     array.sound()
     for matrix in found.matrices:
         for place in matrix.places:
-            inside = place.array < found.sets and place.row + len(place.rows) <= array.rows and place.column + len(place.columns) <= array.width
-            if not inside or max(place.rows, default=0) >= matrix.depth or max(place.columns, default=0) >= matrix.columns:
+            inside = (
+                place.array < found.sets
+                and place.row + len(place.rows) <= array.rows
+                and place.column + len(place.columns) <= array.width
+            )
+            if (
+                not inside
+                or max(place.rows, default=0) >= matrix.depth
+                or max(place.columns, default=0) >= matrix.columns
+            ):
                 raise ValueError(f"a block of {matrix.site!r} lies outside its arrays or its matrix: {place}")
             if sum(place.groups) != len(place.rows):
-                raise ValueError(f"{place.groups} rows of {matrix.site!r} are driven together, of {len(place.rows)}")
+                raise ValueError(
+                    f"{place.groups} rows of {matrix.site!r} are driven together, of {len(place.rows)}"
+                )
 
 
 _MAP = register_document(
-    Document("map of crossbar arrays", ArrayMap, InvalidModelError, "it is the .json that `tdpass map` writes", VERSION, sound=_check)
+    Document(
+        "map of crossbar arrays",
+        ArrayMap,
+        InvalidModelError,
+        "it is the .json that `tdpass map` writes",
+        VERSION,
+        sound=_check,
+    )
 )

@@ -17,8 +17,9 @@ from tdpass.targets.crossbar import Block, CrossbarArray, Filling
 class Place:
     """A block of a matrix in a set of arrays, which hold one copy of it each.
 
-    `rows` and `columns` are those of the matrix, in the order of the word lines from `row` on and of the columns of weights from
-    `column` on.  `groups` are the numbers of consecutive word lines that are driven together.
+    `rows` and `columns` are those of the matrix, in the order of the word lines from `row` on and of the
+    columns of weights from `column` on.  `groups` are the numbers of consecutive word lines that are driven
+    together.
     """
 
     array: Count
@@ -32,12 +33,15 @@ class Place:
 def placed(kept: Tensor, array: CrossbarArray, first: int = 0) -> tuple[Place, ...]:
     """Places for the weights of a matrix `[depth, columns]` where the booleans say so, in sets of arrays from `first` on.
 
-    Rows and columns that are empty in a block are left out of it, and blocks that are then smaller share arrays along their diagonals.
-    The blocks are those of the matrix as it is, or of the matrix without rows and columns that are empty throughout, whichever takes
-    fewer arrays.
+    Rows and columns that are empty in a block are left out of it, and blocks that are then smaller share
+    arrays along their diagonals. The blocks are those of the matrix as it is, or of the matrix without rows
+    and columns that are empty throughout, whichever takes fewer arrays.
     """
     rows, columns = list(range(len(kept))), list(range(kept.shape[1]))
-    filled_rows, filled_columns = kept.any(1).nonzero().flatten().tolist(), kept.any(0).nonzero().flatten().tolist()
+    filled_rows, filled_columns = (
+        kept.any(1).nonzero().flatten().tolist(),
+        kept.any(0).nonzero().flatten().tolist(),
+    )
     blocks = _blocks(kept, rows, columns, array), _blocks(kept, filled_rows, filled_columns, array)
     choices = [_packed(found, array, first) for found in blocks]
     return min(choices, key=lambda places: (array_sets(places), len(places)))
@@ -73,7 +77,9 @@ def _groups(rows: Sequence[int], array: CrossbarArray) -> tuple[int, ...]:
     """Word lines driven at once: as many as may be, or the rows that are left of each fragment."""
     if array.signs == "fragments":
         return tuple(len(list(run)) for _, run in groupby(rows, key=lambda row: row // array.rows_at_once))
-    return tuple(min(array.rows_at_once, len(rows) - start) for start in range(0, len(rows), array.rows_at_once))
+    return tuple(
+        min(array.rows_at_once, len(rows) - start) for start in range(0, len(rows), array.rows_at_once)
+    )
 
 
 def _packed(blocks: Sequence[Place], array: CrossbarArray, first: int) -> tuple[Place, ...]:
@@ -83,7 +89,14 @@ def _packed(blocks: Sequence[Place], array: CrossbarArray, first: int) -> tuple[
     found = []
     for block in sorted(blocks, key=lambda block: -len(block.rows) * len(block.columns)):
         high, wide = len(block.rows), len(block.columns)
-        place = next((k for k in open_arrays if filled[k][0] + high <= array.rows and filled[k][1] + wide <= array.width), None)
+        place = next(
+            (
+                k
+                for k in open_arrays
+                if filled[k][0] + high <= array.rows and filled[k][1] + wide <= array.width
+            ),
+            None,
+        )
         if place is None:
             place = len(filled)
             filled.append((0, 0))

@@ -59,16 +59,26 @@ def simulate(
         raise UsageError(f"draws={draws} of devices are none; give 1 or more")
     found = devices or Devices()
     with torch.no_grad():
-        return Spread(tuple(float(score(simulated(model, mapped, found, seed + draw, example_inputs).eval())) for draw in range(draws)))
+        return Spread(
+            tuple(
+                float(score(simulated(model, mapped, found, seed + draw, example_inputs).eval()))
+                for draw in range(draws)
+            )
+        )
 
 
 def simulated(
-    model: nn.Module, mapped: Mapped, devices: Devices | None = None, seed: int = 0, example_inputs: ExampleInputs = None
+    model: nn.Module,
+    mapped: Mapped,
+    devices: Devices | None = None,
+    seed: int = 0,
+    example_inputs: ExampleInputs = None,
 ) -> nn.Module:
     """A copy of a model in which every mapped layer is computed by its arrays, whose devices are drawn once.
 
-    Activations enter at once, not bit by bit, as in aihwkit's tiles; every group of rows that is driven together is converted by itself.
-    Raises `UsageError` where a mapped site is no module of its own, or pads with anything but zeros.
+    Activations enter at once, not bit by bit, as in aihwkit's tiles; every group of rows that is driven
+    together is converted by itself. Raises `UsageError` where a mapped site is no module of its own, or pads
+    with anything but zeros.
     """
     layers, made = layers_of(open_model(model, example_inputs), model), copy.deepcopy(model)
     array, found = mapped.map.array, devices or Devices()
@@ -76,9 +86,13 @@ def simulated(
     held = found.programmed(siemens, array, seed) / array.conductances[-1]
     for name in dict.fromkeys(matrix.site for matrix in mapped.map.matrices):
         if name not in layers:
-            raise UsageError(f"the map names {name!r}, which is no site of the model; it has: {', '.join(layers)}")
+            raise UsageError(
+                f"the map names {name!r}, which is no site of the model; it has: {', '.join(layers)}"
+            )
         products = _products(mapped, held, name)
-        put = OnArrays(layers[name], _pads(made.get_submodule(name), name), products, array if found.converters else None)
+        put = OnArrays(
+            layers[name], _pads(made.get_submodule(name), name), products, array if found.converters else None
+        )
         if not name:
             return put
         made.set_submodule(name, put)
@@ -94,9 +108,18 @@ class Sums:
 
 
 class OnArrays(nn.Module):
-    """A layer, in any format, whose matrix products are computed by arrays; converters round where an array is given."""
+    """A layer, in any format, whose matrix products are computed by arrays.
 
-    def __init__(self, layer: Layer, pads: tuple[str, tuple[int, ...]] | None, products: Sequence[Sums], converters: CrossbarArray | None) -> None:
+    Converters round where an array is given.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        pads: tuple[str, tuple[int, ...]] | None,
+        products: Sequence[Sums],
+        converters: CrossbarArray | None,
+    ) -> None:
         super().__init__()
         self.layer, self.pads, self.products, self.converters = layer, pads, tuple(products), converters
 
@@ -104,7 +127,9 @@ class OnArrays(nn.Module):
         """The output, with the sums of the arrays in place of those of the weights."""
         if self.pads is not None:
             x = F.pad(x, self.pads[1], mode=self.pads[0])
-        return apply_layer(_ArrayOps(iter(self.products), self.converters), self.layer, x, weights_of(self.layer))
+        return apply_layer(
+            _ArrayOps(iter(self.products), self.converters), self.layer, x, weights_of(self.layer)
+        )
 
 
 class _ArrayOps(TorchOps):
@@ -122,12 +147,21 @@ class _ArrayOps(TorchOps):
         if b.dim() == 2:
             return self._product(a, sums)
         if a.dim() != b.dim():
-            raise UsageError("a weight on the left of all activations is mapped, not simulated; leave its site out of the map with exclude=")
+            raise UsageError(
+                "a weight on the left of all activations is mapped, not simulated; leave its site out of the map with exclude="
+            )
         parts = torch.einsum("gmk,pgkn->pgmn", self._entered(a), sums.parts.to(a))
         return (self._converted(parts) * sums.worth.to(a)[:, :, None]).sum(0)
 
     def conv(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Pads, dilation: Sequence[int], groups: int = 1
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Pads,
+        dilation: Sequence[int],
+        groups: int = 1,
     ) -> Tensor:
         sums = next(self.products)
         p, _, _, n = sums.parts.shape
@@ -139,9 +173,18 @@ class _ArrayOps(TorchOps):
         return y if bias is None else y + bias.reshape(-1, *(1 for _ in stride))
 
     def conv_transpose(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], cut: Pads, dilation: Sequence[int], groups: int = 1
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        cut: Pads,
+        dilation: Sequence[int],
+        groups: int = 1,
     ) -> Tensor:
-        raise UsageError("transposed convolutions on arrays are priced and mapped, not simulated; leave their sites out of the map with exclude=")
+        raise UsageError(
+            "transposed convolutions on arrays are priced and mapped, not simulated; leave their sites out of the map with exclude="
+        )
 
     def _product(self, x: Tensor, sums: Sums) -> Tensor:
         parts = self._converted(torch.einsum("...k,pkn->...pn", self._entered(x), sums.parts[:, 0].to(x)))
@@ -196,10 +239,15 @@ def _parts(mapped: Mapped, held: Tensor, matrix: MappedMatrix) -> Iterator[tuple
             rank[columns] = number + 1
             rows = torch.tensor(place.rows[start : start + size])[:, None]
             for k, (number_of, digit, (lines, across)) in enumerate(cells_of(place, array)):
-                part, worth = made.setdefault(number * cells + k, (torch.zeros(matrix.depth, matrix.columns), torch.zeros(matrix.columns)))
+                part, worth = made.setdefault(
+                    number * cells + k,
+                    (torch.zeros(matrix.depth, matrix.columns), torch.zeros(matrix.columns)),
+                )
                 window = slice(lines.start + start, lines.start + start + size), across
                 part[rows, columns] = held[number_of][window].float()
-                worth[columns] = mapped.sign[number_of][window].sum(0).sign().float() * digits[digit] * matrix.scale
+                worth[columns] = (
+                    mapped.sign[number_of][window].sum(0).sign().float() * digits[digit] * matrix.scale
+                )
             start += size
     yield from (made[number] for number in sorted(made))
 
@@ -209,5 +257,7 @@ def _pads(module: nn.Module, name: str) -> tuple[str, tuple[int, ...]] | None:
     if isinstance(module, Factorized):
         return (module.padding_mode, module.pads) if module.pads else None
     if not isinstance(module, dense_modules()) or getattr(module, "padding_mode", "zeros") != "zeros":
-        raise UsageError(f"{name!r} is a {type(module).__name__} that is not simulated: only layers of their own that pad with zeros are; use exclude=")
+        raise UsageError(
+            f"{name!r} is a {type(module).__name__} that is not simulated: only layers of their own that pad with zeros are; use exclude="
+        )
     return None

@@ -16,7 +16,8 @@ from tdpass.targets.crossbar import CrossbarArray
 def device_levels(array: CrossbarArray) -> DeviceLevels:
     """The magnitudes that a weight may have, the largest as 1: 2^(b - 1) of the sums over its cells, evenly chosen where there are more.
 
-    A weight of d cells is  sum_j 2^(c (d - 1 - j)) g_j  with the conductances g_j of its cells of c bits, the most significant first.
+    A weight of d cells is  sum_j 2^(c (d - 1 - j)) g_j  with the conductances g_j of its cells of c bits, the
+    most significant first.
     """
     sums = _sums(array)
     return DeviceLevels(tuple(value / sums[-1][0] for value, _ in sums))
@@ -29,17 +30,24 @@ def states_of(array: CrossbarArray) -> Tensor:
 
 def digit_weights(array: CrossbarArray) -> Tensor:
     """What a cell of each digit counts, so that the largest magnitude is 1: per siemens."""
-    significance = torch.tensor([float(2 ** (array.cell_bits * (array.digits - 1 - j))) for j in range(array.digits)], dtype=torch.float64)
+    significance = torch.tensor(
+        [float(2 ** (array.cell_bits * (array.digits - 1 - j))) for j in range(array.digits)],
+        dtype=torch.float64,
+    )
     return significance / _sums(array)[-1][0]
 
 
 @cache
 def _sums(array: CrossbarArray) -> tuple[tuple[float, tuple[int, ...]], ...]:
     if array.signs == "offset":
-        raise UsageError("weights with an offset are priced, not mapped, as a zero weight is no absent cell there; use an array with signs: pair or fragments")
+        raise UsageError(
+            "weights with an offset are priced, not mapped, as a zero weight is no absent cell there; use an array with signs: pair or fragments"
+        )
     base, found = 2**array.cell_bits, dict[float, tuple[int, ...]]()
     for states in product(range(base), repeat=array.digits):
-        value = sum(array.conductances[state] * base ** (array.digits - 1 - j) for j, state in enumerate(states))
+        value = sum(
+            array.conductances[state] * base ** (array.digits - 1 - j) for j, state in enumerate(states)
+        )
         found.setdefault(value, states)
     rising = sorted(found.items())
     wanted = 2 ** (array.weight_bits - 1)

@@ -48,10 +48,19 @@ def dense_costs(sites: Mapping[str, Site], array: CrossbarArray) -> dict[str, Co
     return {name: target.cost(site, [DENSE])[0] if site.seen else Cost() for name, site in sites.items()}
 
 
-def _rows(name: str, places: list[Place], kept: Tensor | None, array: CrossbarArray, first: int) -> tuple[ArrayRow, ...]:
+def _rows(
+    name: str, places: list[Place], kept: Tensor | None, array: CrossbarArray, first: int
+) -> tuple[ArrayRow, ...]:
     held: dict[int, list[ArrayBlock]] = defaultdict(list)
     for place in places:
         high, wide = len(place.rows), len(place.columns)
-        used = high * wide if kept is None else int(kept[list(place.rows)][:, list(place.columns)].count_nonzero())
+        used = (
+            high * wide
+            if kept is None
+            else int(kept[list(place.rows)][:, list(place.columns)].count_nonzero())
+        )
         held[place.array].append(ArrayBlock(place.row, place.column, high, wide, used))
-    return tuple(ArrayRow(name, first + number, array.rows, array.width, array.copies, tuple(blocks)) for number, blocks in held.items())
+    return tuple(
+        ArrayRow(name, first + number, array.rows, array.width, array.copies, tuple(blocks))
+        for number, blocks in held.items()
+    )

@@ -1,7 +1,7 @@
 """Labelled images to train on, held in memory and cut once into parts; one file per source.
 
-`open_dataset` takes the name of a set (`digits`, `mnist`, `cifar10`, `cifar100`), a folder of images, an `.npz` file,
-`torchvision:NAME` or `hf:NAME`.  `digits` comes with tdpass and needs nothing.
+`open_dataset` takes the name of a set (`digits`, `mnist`, `cifar10`, `cifar100`), a folder of images, an
+`.npz` file, `torchvision:NAME` or `hf:NAME`.  `digits` comes with tdpass and needs nothing.
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ class Examples:
 class Dataset:
     """Examples to train on, to calibrate and tune with, and to test on.
 
-    A network is given (inputs / `scale` - `mean`) / `std` by channel.  `weights` are files of trained networks, by the network's name.
+    A network is given (inputs / `scale` - `mean`) / `std` by channel.  `weights` are files of trained
+    networks, by the network's name.
     """
 
     name: str
@@ -85,7 +86,9 @@ class Dataset:
         """The inputs of a part, prepared; no classes."""
         return self.prepared(self.part(part).inputs)
 
-    def batches(self, seed: int = 0, size: int = 128, augment: Augment | None = None, steps: int = 1) -> Batches:
+    def batches(
+        self, seed: int = 0, size: int = 128, augment: Augment | None = None, steps: int = 1
+    ) -> Batches:
         """Shuffled batches of the training part, of at most `size`, and so small that an epoch has at least 16 and at least `steps` of them."""
         change = self.augment if augment is None else augment
         fitting = max(1, min(size, len(self.training) // max(_STEPS, steps)))
@@ -102,16 +105,22 @@ class Dataset:
         return 100 * float((torch.cat(answers) == examples.targets).double().mean())
 
     def fitted(self, sample: Sequence[int | None]) -> Dataset:
-        """The same images as a network reads them that wants `sample` channels, rows and columns; None keeps what is there.
+        """The same images as a network reads them that wants `sample` channels, rows and columns.
 
-        Grey images become colour by repetition, colour images grey by their mean; sizes change by interpolation.  Raises
-        `UsageError` for data that are no images.
+        None keeps what is there. Grey images become colour by repetition, colour images grey by their mean;
+        sizes change by interpolation.  Raises `UsageError` for data that are no images.
         """
-        if len(sample) == len(self.sample) and all(wanted in (None, here) for wanted, here in zip(sample, self.sample, strict=True)):
+        if len(sample) == len(self.sample) and all(
+            wanted in (None, here) for wanted, here in zip(sample, self.sample, strict=True)
+        ):
             return self
         if len(sample) != 3 or len(self.sample) != 3 or sample[0] not in (None, 1, 3):
-            raise UsageError(f"the network reads inputs of shape {tuple(sample)}, and {self.name!r} has {self.sample}; only images are resized")
-        training, calibration, tuning, test = (Examples(_resized(part.inputs, sample), part.targets) for part in map(self.part, PARTS))
+            raise UsageError(
+                f"the network reads inputs of shape {tuple(sample)}, and {self.name!r} has {self.sample}; only images are resized"
+            )
+        training, calibration, tuning, test = (
+            Examples(_resized(part.inputs, sample), part.targets) for part in map(self.part, PARTS)
+        )
         made = replace(self, training=training, calibration=calibration, tuning=tuning, test=test)
         turns_grey = sample[0] == 1 and self.sample[0] == 3
         return replace(made, mean=_middle(self.mean), std=_middle(self.std)) if turns_grey else made
@@ -122,7 +131,9 @@ def _middle(values: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def _resized(images: Tensor, sample: Sequence[int | None]) -> Tensor:
-    channels, height, width = (here if wanted is None else wanted for wanted, here in zip(sample, images.shape[1:], strict=True))
+    channels, height, width = (
+        here if wanted is None else wanted for wanted, here in zip(sample, images.shape[1:], strict=True)
+    )
     if images.shape[1] == 3 and channels == 1:
         images = images.float().mean(1, keepdim=True)
     if images.shape[1] == 1 and channels == 3:
@@ -135,7 +146,8 @@ def _resized(images: Tensor, sample: Sequence[int | None]) -> Tensor:
 def measured(name: str, training: Examples, test: Examples | None = None, held: int = 512) -> Dataset:
     """A data set of someone's own: bytes are scaled to mean 0 and deviation 1 by channel, other numbers taken as they are.
 
-    Without `test` a fifth of the examples is held back as such; a tenth, at most `held`, calibrates and tunes.  Raises `UsageError` for too few examples.
+    Without `test` a fifth of the examples is held back as such; a tenth, at most `held`, calibrates and
+    tunes.  Raises `UsageError` for too few examples.
     """
     if len(training) < 20:
         raise UsageError(f"data set {name!r} has {len(training)} examples to train on; give at least 20")
@@ -180,9 +192,14 @@ def is_dataset(text: str) -> bool:
 
 
 def open_dataset(text: str, sample: Sequence[int | None] | None = None) -> Dataset:
-    """The data set that the text names, its images as a network reads them that wants `sample`; raises `UsageError`."""
+    """The data set that the text names, its images as a network reads them that wants `sample`.
+
+    Raises `UsageError`.
+    """
     source = next((source for source in SOURCES if source.claims(text)), None)
     if source is None:
-        raise UsageError(f"{text!r} names no data set; give one of: {', '.join(source.example for source in SOURCES)}")
+        raise UsageError(
+            f"{text!r} names no data set; give one of: {', '.join(source.example for source in SOURCES)}"
+        )
     found = source.open(text)
     return found if sample is None else found.fitted(sample)

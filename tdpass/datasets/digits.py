@@ -1,7 +1,7 @@
 """Handwritten digits of 8 x 8 grey pixels, which come with tdpass.
 
-1,797 images of Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits" (UCI Machine Learning Repository, CC BY 4.0), the
-test half of that set, which scikit-learn ships as well; pixels are 0 to 16.
+1,797 images of Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits" (UCI Machine Learning
+Repository, CC BY 4.0), the test half of that set, which scikit-learn ships as well; pixels are 0 to 16.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ def stored() -> Examples:
     """All images `[1797, 1, 8, 8]`, 0 to 16, and their classes."""
     arrays = read_arrays(Path(__file__).with_name("digits.npz"))
     assert isinstance(arrays, dict)
-    return Examples(torch.from_numpy(arrays["images"]).unsqueeze(1), torch.from_numpy(arrays["labels"]).long())
+    return Examples(
+        torch.from_numpy(arrays["images"]).unsqueeze(1), torch.from_numpy(arrays["labels"]).long()
+    )
 
 
 @register_source

@@ -24,7 +24,9 @@ def split_of(name: str, split: str) -> Examples:
     """The `train` or `test` images of a set on the hub; raises `UsageError`, `InvalidModelError`."""
     found = _split(name, split)
     if found is None:
-        raise UsageError(f"the data set {name!r} has no split {' or '.join(_SPLITS[split])}; make batches of it in Python")
+        raise UsageError(
+            f"the data set {name!r} has no split {' or '.join(_SPLITS[split])}; make batches of it in Python"
+        )
     return found
 
 
@@ -33,7 +35,9 @@ def _split(name: str, split: str) -> Examples | None:
     try:
         splits: Any = library.load_dataset(name)
     except Exception as error:  # noqa: BLE001 - whatever the hub, the network or the set's own script has to say
-        raise InvalidModelError(f"the data set {name!r} cannot be loaded: {type(error).__name__}: {error}") from None
+        raise InvalidModelError(
+            f"the data set {name!r} cannot be loaded: {type(error).__name__}: {error}"
+        ) from None
     rows = next((splits[entry] for entry in _SPLITS[split] if entry in splits), None)
     if rows is None:
         return None
@@ -42,7 +46,9 @@ def _split(name: str, split: str) -> Examples | None:
     labels = [column for column, kind in kinds.items() if kind == "ClassLabel"]
     if not images or not labels:
         columns = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
-        raise UsageError(f"the data set {name!r} needs a column of images and one of classes; it has {columns}; make batches of it in Python")
+        raise UsageError(
+            f"the data set {name!r} needs a column of images and one of classes; it has {columns}; make batches of it in Python"
+        )
     column = next((entry for entry in labels if entry in ("label", "labels", "fine_label")), labels[0])
     return Examples(stacked(rows[images[0]], name), torch.as_tensor(list(rows[column])).long())
 

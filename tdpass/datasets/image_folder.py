@@ -26,7 +26,10 @@ class ImageFolder(Source):
 
     def open(self, text: str) -> Dataset:
         folder = Path(text)
-        train, test = folder / "train", next((folder / name for name in _TEST if (folder / name).is_dir()), None)
+        train, test = (
+            folder / "train",
+            next((folder / name for name in _TEST if (folder / name).is_dir()), None),
+        )
         if not train.is_dir() or test is None:
             return measured(text, _read(folder, _classes(folder)))
         classes = _classes(train)
@@ -38,7 +41,9 @@ class ImageFolder(Source):
 def _classes(folder: Path) -> list[str]:
     found = sorted(place.name for place in folder.iterdir() if place.is_dir() and image_files(place))
     if len(found) < 2:
-        raise UsageError(f"{folder} has images of {len(found)} classes; give a folder with a sub-folder of images per class, at least two")
+        raise UsageError(
+            f"{folder} has images of {len(found)} classes; give a folder with a sub-folder of images per class, at least two"
+        )
     return found
 
 

@@ -35,7 +35,9 @@ class Npz(Source):
         training = _pair(arrays, "_train") or _pair(arrays, "")
         if training is None:
             wanted = ", ".join("/".join(pair) for pair in _PAIRS)
-            raise UsageError(f"{text} holds {', '.join(arrays)}; a data set needs two arrays named {wanted}, or these with _train and _test")
+            raise UsageError(
+                f"{text} holds {', '.join(arrays)}; a data set needs two arrays named {wanted}, or these with _train and _test"
+            )
         return measured(text, training, _pair(arrays, "_test"))
 
 
@@ -48,7 +50,12 @@ def _pair(arrays: dict[str, Array], suffix: str) -> Examples | None:
 
 
 def _examples(names: tuple[str, str], inputs: Array, labels: Array) -> Examples:
-    if len(inputs) != len(labels) or labels.ndim != 1 or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
+    if (
+        len(inputs) != len(labels)
+        or labels.ndim != 1
+        or labels.dtype.kind not in "iu"
+        or labels.min(initial=0) < 0
+    ):
         shapes = f"{names[0]} of shape {inputs.shape} and {names[1]} of shape {labels.shape} and type {labels.dtype}"
         raise UsageError(f"{shapes} are no examples; give as many classes, counted from 0, as inputs")
     images = torch.from_numpy(inputs)

@@ -1,7 +1,8 @@
 """MNIST, CIFAR-10 and CIFAR-100: from a folder of one's own, torchvision or Hugging Face, whichever there is.
 
-The environment variable `TDPASS_DATA` may name a folder with `data/load.py`, whose `load(name, split)` returns pixels, labels and class
-names as arrays, and `models/NETWORK_NAME.safetensors`, the weights of trained networks.
+The environment variable `TDPASS_DATA` may name a folder with `data/load.py`, whose `load(name, split)`
+returns pixels, labels and class names as arrays, and `models/NETWORK_NAME.safetensors`, the weights of
+trained networks.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ _MOVED_AND_MIRRORED = Augment(shift=4, flip=True)
 
 @dataclass(frozen=True)
 class _Published:
-    """How a set is cut and normalised, and what others call it; without calibration images of their own the tuning images serve."""
+    """How a set is cut and normalised, and what others call it.
+
+    Without calibration images of their own the tuning images serve.
+    """
 
     torchvision: str
     hugging_face: str
@@ -48,7 +52,10 @@ _SETS = {
 
 @register_source
 class PublishedSets(Source):
-    """The sets of the literature; the training split is cut with a fixed seed, accuracy is on the whole test split."""
+    """The sets of the literature.
+
+    The training split is cut with a fixed seed, accuracy is on the whole test split.
+    """
 
     name = "published"
     example = ", ".join(_SETS)
@@ -98,13 +105,17 @@ def _from_folder(folder: Path, name: str, split: str) -> Examples:
     path = folder / "data" / "load.py"
     spec = importlib.util.spec_from_file_location("tdpass_data_load", path)
     if not path.is_file() or spec is None or spec.loader is None:
-        raise UsageError(f"{_VARIABLE} names {str(folder)!r}, which holds no data/load.py; name the folder that does, or unset it")
+        raise UsageError(
+            f"{_VARIABLE} names {str(folder)!r}, which holds no data/load.py; name the folder that does, or unset it"
+        )
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         pixels, labels, _ = module.load(name, split)
     except (OSError, ImportError, KeyError) as error:
-        raise InvalidModelError(f"{path} cannot load the {split} split of {name!r}: {type(error).__name__}: {error}") from error
+        raise InvalidModelError(
+            f"{path} cannot load the {split} split of {name!r}: {type(error).__name__}: {error}"
+        ) from error
     images = torch.from_numpy(pixels)
     images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
     return Examples(images, torch.from_numpy(labels).long())

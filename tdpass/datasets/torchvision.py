@@ -21,15 +21,22 @@ def installed() -> bool:
 
 
 def split_of(name: str, split: str) -> Examples:
-    """The `train` or `test` images of a set that torchvision holds in memory; raises `UsageError`, `InvalidModelError`."""
+    """The `train` or `test` images of a set that torchvision holds in memory.
+
+    Raises `UsageError`, `InvalidModelError`.
+    """
     made = getattr(optional("torchvision.datasets", "torchvision", f"the data set {name!r}"), name, None)
     if made is None:
-        raise UsageError(f"torchvision has no data set {name!r}; write it as torchvision does, such as torchvision:CIFAR10")
+        raise UsageError(
+            f"torchvision has no data set {name!r}; write it as torchvision does, such as torchvision:CIFAR10"
+        )
     try:
         found: Any = made(str(cache_folder() / "datasets"), train=split == "train", download=True)
         pixels, labels = found.data, found.targets
     except (TypeError, AttributeError):
-        raise UsageError(f"torchvision's {name} is not one of images in memory with a train and a test split; make batches of it in Python") from None
+        raise UsageError(
+            f"torchvision's {name} is not one of images in memory with a train and a test split; make batches of it in Python"
+        ) from None
     except (OSError, RuntimeError) as error:
         raise InvalidModelError(f"torchvision cannot fetch {name}: {error}") from None
     images = torch.as_tensor(np.asarray(pixels))

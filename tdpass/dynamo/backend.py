@@ -43,12 +43,13 @@ log = logging.getLogger("tdpass.backend")
 class Options:
     """What `options=` takes.
 
-    `inner`: what compiles the rewritten graph, "inductor" or "eager".  `measure`: fuse only where that was measured to be
-    faster.  `alone`: with `measure`, single layers too, whose packed weights are a second copy in memory.  `freeze`: weights are
-    constants, taken as they are when the graph is compiled; edited ones are taken anew after `tdpass.invalidate(model)`.
-    `channels_last`: lay images with their channels innermost where the chains are faster so.  `plan`, a plan or its file: factor dense
-    weights as it says.  `budget`: plan on the weights of each graph alone, for bounds on `params` or `bytes` (of the linear and
-    convolution weights of that graph) or `max_error`.
+    `inner`: what compiles the rewritten graph, "inductor" or "eager".  `measure`: fuse only where that was
+    measured to be faster.  `alone`: with `measure`, single layers too, whose packed weights are a second copy
+    in memory.  `freeze`: weights are constants, taken as they are when the graph is compiled; edited ones are
+    taken anew after `tdpass.invalidate(model)`. `channels_last`: lay images with their channels innermost
+    where the chains are faster so.  `plan`, a plan or its file: factor dense weights as it says.  `budget`:
+    plan on the weights of each graph alone, for bounds on `params` or `bytes` (of the linear and convolution
+    weights of that graph) or `max_error`.
     """
 
     inner: str = "inductor"
@@ -61,10 +62,14 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.inner not in _INNER:
-            raise UsageError(f"option inner={self.inner!r} of the backend is not known; it is one of {', '.join(_INNER)}")
+            raise UsageError(
+                f"option inner={self.inner!r} of the backend is not known; it is one of {', '.join(_INNER)}"
+            )
         for name in ("measure", "alone", "freeze", "channels_last"):
             if not isinstance(getattr(self, name), bool):
-                raise UsageError(f"option {name}={getattr(self, name)!r} of the backend must be true or false")
+                raise UsageError(
+                    f"option {name}={getattr(self, name)!r} of the backend must be true or false"
+                )
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> Options:
@@ -76,18 +81,31 @@ class Options:
         return cls(**(given or {}))
 
 
-def tdpass_backend(graph_module: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Compiled:
+def tdpass_backend(
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Compiled:
     """Compile a graph that Dynamo recorded; what `torch.compile` calls.
 
-    Exact unless `plan` or `budget` is given.  Weights may be edited, loaded or replaced afterwards: what is derived from them is
-    made anew at the next call, without compiling again, unless `freeze` is set.  A graph that computes gradients is compiled as it is.
+    Exact unless `plan` or `budget` is given.  Weights may be edited, loaded or replaced afterwards: what is
+    derived from them is made anew at the next call, without compiling again, unless `freeze` is set.  A graph
+    that computes gradients is compiled as it is.
     """
     chosen = Options.of(options)
     if mode not in (None, "default"):
-        raise UsageError(f"mode={mode!r} is inductor's; this backend takes options={{...}}, or wrap the model for inductor instead")
+        raise UsageError(
+            f"mode={mode!r} is inductor's; this backend takes options={{...}}, or wrap the model for inductor instead"
+        )
     inner = _INNER[chosen.inner]
-    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in example_inputs):
-        log.warning("a graph that computes gradients is left as it is; call the model under torch.no_grad() to have it rewritten")
+    if torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad for value in example_inputs
+    ):
+        log.warning(
+            "a graph that computes gradients is left as it is; call the model under torch.no_grad() to have it rewritten"
+        )
         return inner(graph_module, example_inputs)
     draft = Draft(graph_module, example_inputs, frozen=chosen.freeze)
     if not draft.rewritable:
@@ -99,7 +117,12 @@ def tdpass_backend(graph_module: GraphModule, example_inputs: Sequence[Any], *, 
         factored = factorize(draft, decide)
         log.info("%d layers factored", factored)
     fixed = constants(draft) if chosen.freeze else []
-    fused = fuse_chains(draft, measure=chosen.measure, channels_last=chosen.channels_last, alone=chosen.alone and chosen.measure)
+    fused = fuse_chains(
+        draft,
+        measure=chosen.measure,
+        channels_last=chosen.channels_last,
+        alone=chosen.alone and chosen.measure,
+    )
     if fixed and (run := freeze(draft, fixed, inner)) is not None:
         return run
     return draft.compile(inner) if fused or factored else inner(graph_module, example_inputs)
@@ -108,8 +131,8 @@ def tdpass_backend(graph_module: GraphModule, example_inputs: Sequence[Any], *, 
 def invalidate(model: nn.Module | None = None) -> None:
     """Forget what was derived from a model's weights, or from all.
 
-    Needed after `weight.data.copy_(...)`, which leaves no trace, and after every edit of frozen weights: the next call compiles with
-    them as they are then.
+    Needed after `weight.data.copy_(...)`, which leaves no trace, and after every edit of frozen weights: the
+    next call compiles with them as they are then.
     """
     weights = None if model is None else [*model.parameters(), *model.buffers()]
     DERIVED.clear(weights)
@@ -117,7 +140,10 @@ def invalidate(model: nn.Module | None = None) -> None:
 
 
 def register() -> None:
-    """Make the backend known by its name, unless an installed entry point does; torch's registry is not imported for it, which takes seconds."""
+    """Make the backend known by its name, unless an installed entry point does.
+
+    Torch's registry is not imported for it, which takes seconds.
+    """
     if any(entry.name == NAME for entry in entry_points(group=GROUP)):
         return
     if _REGISTRY in sys.modules:
@@ -132,9 +158,14 @@ def _register_in(registry: Any) -> None:
 
 
 class _OnImport(MetaPathFinder):
-    """Registers the backend when torch imports its registry, then is gone; finds that module as it would be found without it."""
+    """Registers the backend when torch imports its registry, then is gone.
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    Finds that module as it would be found without it.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         del path, target
         if fullname != _REGISTRY:
             return None
@@ -185,7 +216,10 @@ _INNER: dict[str, Inner] = {"inductor": _inductor, "eager": _eager}
 
 
 def _decisions(draft: Draft, options: Options) -> Decide | None:
-    """What each weight becomes: matched by its content, else by the path of its module; None where nothing was asked for."""
+    """What each weight becomes: matched by its content, else by the path of its module.
+
+    None where nothing was asked for.
+    """
     if options.plan is None and options.budget is None:
         return None
     plan = _plan_weights(draft, options.budget) if options.plan is None else options.plan
@@ -198,7 +232,10 @@ def _decisions(draft: Draft, options: Options) -> Decide | None:
         if choice is None or choice.kept_dense or choice.shape != tuple(weight.shape):
             return None
         if choice.joint:
-            log.warning("%s stays dense: it was planned together with other layers; compress the model with tdpass.compress instead", path)
+            log.warning(
+                "%s stays dense: it was planned together with other layers; compress the model with tdpass.compress instead",
+                path,
+            )
             return None
         return choice.form
 
@@ -216,7 +253,11 @@ def _plan_weights(draft: Draft, budget: BudgetSpec | None) -> RankPlan:
         if link is None or not isinstance(weight, nn.Parameter) or link.transposed or link.groups != 1:
             continue
         layers.setdefault(id(weight), _holder(weight))
-    return make_plan(nn.ModuleList(layers.values()), limits, progress=False).plan if layers else RankPlan((), Cost())
+    return (
+        make_plan(nn.ModuleList(layers.values()), limits, progress=False).plan
+        if layers
+        else RankPlan((), Cost())
+    )
 
 
 def _holder(weight: nn.Parameter) -> nn.Module:

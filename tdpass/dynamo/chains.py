@@ -162,7 +162,9 @@ def _fused_module(node: Node) -> GraphChain | None:
     axes = 0 if lanes == LINEAR else _axes(x) - 2
     pairs = zip(stages_of(integers), factors, strict=True)
     links = tuple(Link((node,), x, factor, None, axes, stage) for stage, factor in pairs)
-    return Chain(links, (node,), bias, activation=str(activation), lanes="channels" if lanes == LINEAR else lanes)
+    return Chain(
+        links, (node,), bias, activation=str(activation), lanes="channels" if lanes == LINEAR else lanes
+    )
 
 
 def _axes(node: Any) -> int:

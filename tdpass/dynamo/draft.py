@@ -30,8 +30,8 @@ class Step:
 class Draft:
     """The copy, while it is being rewritten; the graph that Dynamo gave is left as it was.
 
-    One compiled graph serves every instance of a class, so no weight may be baked into it: what is derived from weights is
-    looked up at every call, by the identity of the weights that came in.
+    One compiled graph serves every instance of a class, so no weight may be baked into it: what is derived
+    from weights is looked up at every call, by the identity of the weights that came in.
     """
 
     def __init__(self, given: GraphModule, examples: Sequence[Any], *, frozen: bool = False) -> None:
@@ -48,9 +48,13 @@ class Draft:
         self.fake_inputs: list[Any] = list(examples)
         self.steps: list[Step] = []
         # the graph was recorded in one fake mode and is compiled in another
-        self._fake_mode: Any = detect_fake_mode(examples) or getattr(TracingContext.try_get(), "fake_mode", None)
+        self._fake_mode: Any = detect_fake_mode(examples) or getattr(
+            TracingContext.try_get(), "fake_mode", None
+        )
         recorded = (node.meta.get("example_value") for node in self.inputs)
-        self._recorded: Any = next((value.fake_mode for value in recorded if isinstance(value, FakeTensor)), None)
+        self._recorded: Any = next(
+            (value.fake_mode for value in recorded if isinstance(value, FakeTensor)), None
+        )
 
     @property
     def rewritable(self) -> bool:
@@ -62,7 +66,11 @@ class Draft:
     def stored(self) -> set[Node]:
         """The inputs that are weights."""
         pairs = zip(self.inputs, self.values, strict=True)
-        return {node for index, (node, value) in enumerate(pairs) if isinstance(value, nn.Parameter) or index >= self.given_count}
+        return {
+            node
+            for index, (node, value) in enumerate(pairs)
+            if isinstance(value, nn.Parameter) or index >= self.given_count
+        }
 
     def value_of(self, node: Node) -> Any:
         """What was given for an input."""
@@ -78,7 +86,8 @@ class Draft:
             with self.graph.inserting_after(self.inputs[-1]):
                 node = self.graph.placeholder(f"derived_{len(self.inputs)}")
             node._dynamo_source = None
-            # sizes of weights are constants: a symbol would be shared with a batch that happens to be of that size
+            # sizes of weights are constants: a symbol would be shared with a batch that happens to be of that
+            # size
             node.meta["example_value"] = self._recorded.from_tensor(tensor, static_shapes=True)
             self.inputs.append(node)
             self.values.append(tensor)
@@ -90,7 +99,9 @@ class Draft:
         """A call with its fake result, put where the graph is being written."""
         node = self.graph.call_function(function, args)
         with self._recorded, torch.no_grad():
-            node.meta["example_value"] = function(*torch.fx.map_arg(args, lambda read: read.meta["example_value"]))
+            node.meta["example_value"] = function(
+                *torch.fx.map_arg(args, lambda read: read.meta["example_value"])
+            )
         return node
 
     def replace(self, nodes: Sequence[Node], result: Node) -> None:
@@ -101,7 +112,11 @@ class Draft:
 
     def kept(self) -> list[int]:
         """Positions of the inputs that are read; the others leave the graph."""
-        kept = [index for index, node in enumerate(self.inputs) if node.users or not isinstance(self.values[index], Tensor)]
+        kept = [
+            index
+            for index, node in enumerate(self.inputs)
+            if node.users or not isinstance(self.values[index], Tensor)
+        ]
         for index in set(range(len(self.inputs))).difference(kept):
             self.graph.erase_node(self.inputs[index])
         return kept
@@ -115,13 +130,17 @@ class Draft:
             module._param_name_to_source = self.given._param_name_to_source
         run = inner(module, [self.fake_inputs[index] for index in kept])
         passed = [index for index in kept if index < self.given_count]
-        return _Runner(run, passed, self.steps, [index for index in kept if index >= self.given_count], self.given_count)
+        return _Runner(
+            run, passed, self.steps, [index for index in kept if index >= self.given_count], self.given_count
+        )
 
 
 class _Runner:
     """A compiled graph whose derived inputs are looked up at every call."""
 
-    def __init__(self, run: Compiled, passed: Sequence[int], steps: Sequence[Step], extras: Sequence[int], given: int) -> None:
+    def __init__(
+        self, run: Compiled, passed: Sequence[int], steps: Sequence[Step], extras: Sequence[int], given: int
+    ) -> None:
         self.run, self.steps, self.extras, self.given = run, steps, extras, given
         self.sources = sources_of(steps, given)
         self.token = object()

@@ -40,15 +40,17 @@ class Factorize(Formed, Recipe):
     def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         (weight,) = tensors
         fmt = FORMATS.get(self.format)
-        layer = Layer(self.site, self.form, fmt.factorize(weight.detach().cpu(), self.site, self.rank)).to(weight.dtype)
+        layer = Layer(self.site, self.form, fmt.factorize(weight.detach().cpu(), self.site, self.rank)).to(
+            weight.dtype
+        )
         return tuple(layer.factors[name].to(weight.device) for name in layer.storage.sizes())
 
 
 def factorize(draft: Draft, decide: Decide) -> int:
-    """Replace linear layers and convolutions by what `decide` says of (module path, weight): a form; returns how many.
+    """Replace linear layers and convolutions by what `decide` says of (module path, weight): a form.
 
-    Weights that several calls share are factored once.  A weight that is stored the other way round (`x @ w`), grouped, or
-    whose decision does not fit its shape, is left dense with a logged line.
+    Returns how many. Weights that several calls share are factored once.  A weight that is stored the other
+    way round (`x @ w`), grouped, or whose decision does not fit its shape, is left dense with a logged line.
     """
     stored = draft.stored
     count = 0
@@ -66,7 +68,9 @@ def factorize(draft: Draft, decide: Decide) -> int:
                 raise TdpassError("its weight is stored the other way round or grouped")
             check_form(site, decision)
             if decision.encoded:
-                raise TdpassError(f"the plan stores it as '{decision}', and a compiled graph keeps the weights as they are")
+                raise TdpassError(
+                    f"the plan stores it as '{decision}', and a compiled graph keeps the weights as they are"
+                )
         except TdpassError as error:
             log.warning("%s stays dense: %s", path or node.name, error)
             continue
@@ -84,13 +88,19 @@ def module_path(weight: Node) -> str:
 
 def _site(link: GraphLink, weight: Tensor) -> Site:
     plain = plain_site("weight", tuple(weight.shape))
-    return replace(plain, stride=link.strides, padding=link.pads, dilation=link.dilation, itemsize=weight.element_size())
+    return replace(
+        plain, stride=link.strides, padding=link.pads, dilation=link.dilation, itemsize=weight.element_size()
+    )
 
 
 def _replace(draft: Draft, link: GraphLink, recipe: Factorize) -> None:
     factors = draft.derive(recipe, [link.weight])
     names = list(storage_of(recipe.site, recipe.form).sizes())
-    layer = Layer(recipe.site, recipe.form, {name: draft.value_of(node) for name, node in zip(names, factors, strict=True)})
+    layer = Layer(
+        recipe.site,
+        recipe.form,
+        {name: draft.value_of(node) for name, node in zip(names, factors, strict=True)},
+    )
     lowered = lower(layer)
     with draft.graph.inserting_before(link.node):
         if lowered is None or link.axes > 2:
@@ -108,7 +118,9 @@ def _chain(draft: Draft, link: GraphLink, lowered: Lowered, factors: dict[str, N
         if not link.axes:
             x = draft.call(F.linear, x, factors[name], bias)
             continue
-        stride, before, after, dilation = (list(pair[-link.axes:]) for pair in (stage.stride, stage.before, stage.after, stage.dilation))
+        stride, before, after, dilation = (
+            list(pair[-link.axes :]) for pair in (stage.stride, stage.before, stage.after, stage.dilation)
+        )
         if before != after:
             sizes = [size for pair in reversed(list(zip(before, after, strict=True))) for size in pair]
             x, before = draft.call(F.pad, x, sizes), [0] * link.axes

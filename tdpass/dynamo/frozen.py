@@ -28,7 +28,9 @@ def constants(draft: Draft) -> list[int]:
     """Positions of the given inputs that may be constants: parameters, and the statistics of batch-norms, that nothing writes to."""
     found = []
     for index, (node, value) in enumerate(zip(draft.inputs[: draft.given_count], draft.values, strict=False)):
-        kept = isinstance(value, nn.Parameter) or (_static(node) and bool(node.users) and all(_reads_statistics(user, node) for user in node.users))
+        kept = isinstance(value, nn.Parameter) or (
+            _static(node) and bool(node.users) and all(_reads_statistics(user, node) for user in node.users)
+        )
         if kept and not any(mutates(user) for user in node.users):
             found.append(index)
     return found
@@ -63,19 +65,32 @@ def forget(weights: Sequence[Tensor] | None) -> None:
 
 
 class FrozenRunner:
-    """A graph compiled with its weights as constants; other weights in their place are compiled for at the first call with them.
+    """A graph compiled with its weights as constants.
 
-    Not where sizes are dynamic: only Dynamo can guard what a compiler assumes of them, so that then the graph runs uncompiled.
+    Other weights in their place are compiled for at the first call with them. Not where sizes are dynamic:
+    only Dynamo can guard what a compiler assumes of them, so that then the graph runs uncompiled.
     """
 
     def __init__(self, draft: Draft, fixed: Sequence[int], inner: Inner) -> None:
         kept = draft.kept()
-        self.inner, self.graph, self.steps, self.given_count = inner, draft.graph, draft.steps, draft.given_count
+        self.inner, self.graph, self.steps, self.given_count = (
+            inner,
+            draft.graph,
+            draft.steps,
+            draft.given_count,
+        )
         self.given: Any = draft.given
-        self.names = {draft.inputs[index].name: index for index in kept if index in fixed or index >= draft.given_count}
+        self.names = {
+            draft.inputs[index].name: index for index in kept if index in fixed or index >= draft.given_count
+        }
         passed = [index for index in kept if index < draft.given_count and index not in fixed]
         self.fakes = [draft.fake_inputs[index] for index in passed]
-        read = dict.fromkeys((*(index for index in self.names.values() if index < draft.given_count), *sources_of(draft.steps, draft.given_count)))
+        read = dict.fromkeys(
+            (
+                *(index for index in self.names.values() if index < draft.given_count),
+                *sources_of(draft.steps, draft.given_count),
+            )
+        )
         self.sources = tuple(read)
         self.looks = [_look(draft.values[index]) for index in self.sources]
         self.dynamic = not all(_fixed_size(fake) for fake in self.fakes)
@@ -94,7 +109,9 @@ class FrozenRunner:
     def build(self, sources: Sequence[Tensor]) -> Compiled:
         """Compile for these weights."""
         if [_look(value) for value in sources] != self.looks:
-            raise UsageError("a frozen graph met weights of another shape or type; call torch.compiler.reset() to have it recorded anew")
+            raise UsageError(
+                "a frozen graph met weights of another shape or type; call torch.compiler.reset() to have it recorded anew"
+            )
         known = all_inputs(self.steps, self.given_count, dict(zip(self.sources, sources, strict=True)))
         names = {name: f"constant_{index}" for name, index in self.names.items()}
         values = {names[name]: known[index].detach() for name, index in self.names.items()}
@@ -105,9 +122,14 @@ class FrozenRunner:
         if hasattr(self.given, "_param_name_to_source"):
             from torch._dynamo.source import ConstantSource  # noqa: PLC0415 - takes seconds to import
 
-            module._param_name_to_source = {**self.given._param_name_to_source, **{name: ConstantSource(name) for name in values}}
+            module._param_name_to_source = {
+                **self.given._param_name_to_source,
+                **{name: ConstantSource(name) for name in values},
+            }
         if self.dynamic and self.recorded:
-            log.warning("a frozen graph of dynamic sizes met other weights and is not compiled for them; call torch.compiler.reset()")
+            log.warning(
+                "a frozen graph of dynamic sizes met other weights and is not compiled for them; call torch.compiler.reset()"
+            )
             return module.forward  # type: ignore[no-any-return]
         self.recorded = True
         log.info("compiled with %d weights as constants", len(values))

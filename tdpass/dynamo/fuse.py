@@ -24,14 +24,26 @@ from tdpass.layers.derived import ChannelsInnermost, PackChain
 log = logging.getLogger("tdpass.backend")
 
 # Methods that read strides: a graph that calls one keeps the layout that it was recorded in.
-_STRIDE_READERS = {"view", "view_as", "as_strided", "as_strided_", "set_", "resize_", "stride", "is_contiguous", "storage_offset"}
+_STRIDE_READERS = {
+    "view",
+    "view_as",
+    "as_strided",
+    "as_strided_",
+    "set_",
+    "resize_",
+    "stride",
+    "is_contiguous",
+    "storage_offset",
+}
 
 
-def fuse_chains(draft: Draft, *, measure: bool = True, channels_last: bool = True, alone: bool = False) -> int:
-    """Replace every chain that is faster as one operator, and with `alone` every single layer that is; returns how many.
+def fuse_chains(
+    draft: Draft, *, measure: bool = True, channels_last: bool = True, alone: bool = False
+) -> int:
+    """Replace every chain that is faster as one operator, and with `alone` every single layer that is.
 
-    The layout of four-dimensional activations is the one in which the chains together take less time.  Dynamic sizes are
-    measured as they are in the example.
+    Returns how many. The layout of four-dimensional activations is the one in which the chains together take
+    less time.  Dynamic sizes are measured as they are in the example.
     """
     found = find_chains(GraphReader(draft.graph, draft.stored), alone=alone)
     chains = [chain for chain in found if _reason(chain, measure=measure) == ""]
@@ -46,7 +58,13 @@ def fuse_chains(draft: Draft, *, measure: bool = True, channels_last: bool = Tru
     for chain in chains:
         verdict = verdicts[layout][chain]
         if verdict.lanes is None:
-            log.info("%s: left as %d layers, %.1f us against %.1f us fused", chain.result.name, len(chain.links), verdict.plain * 1e6, verdict.seconds * 1e6)
+            log.info(
+                "%s: left as %d layers, %.1f us against %.1f us fused",
+                chain.result.name,
+                len(chain.links),
+                verdict.plain * 1e6,
+                verdict.seconds * 1e6,
+            )
             continue
         results[chain.result] = _rewrite(draft, chain, verdict.lanes, results)
     if layout == "channels_last":
@@ -69,9 +87,15 @@ def _reason(chain: GraphChain, *, measure: bool) -> str:
 def _layouts(draft: Draft, chains: Sequence[GraphChain], *, channels_last: bool) -> list[Layout]:
     """The layouts to choose from."""
     images = any(chain.links[0].axes == 2 for chain in chains)
-    reads_strides = any(node.op == "call_method" and node.target in _STRIDE_READERS for node in draft.graph.nodes)
+    reads_strides = any(
+        node.op == "call_method" and node.target in _STRIDE_READERS for node in draft.graph.nodes
+    )
     writes = any(mutates(user) for node in draft.inputs for user in node.users)
-    return ["contiguous", "channels_last"] if images and channels_last and not reads_strides and not writes else ["contiguous"]
+    return (
+        ["contiguous", "channels_last"]
+        if images and channels_last and not reads_strides and not writes
+        else ["contiguous"]
+    )
 
 
 def _verdict(draft: Draft, chain: GraphChain, layout: Layout, *, measure: bool) -> Verdict:
@@ -81,11 +105,18 @@ def _verdict(draft: Draft, chain: GraphChain, layout: Layout, *, measure: bool) 
     laid: Layout = layout if chain.spec.axes == 2 else "contiguous"
     call = ChainCall(chain.spec, tuple(map(hint, x.shape)), result.dtype, laid, draft.frozen)
     verdict = choose([in_torch(call)], measure=measure)
-    return verdict if chain.lanes is None else Verdict(verdict.lanes or chain.lanes, verdict.seconds, verdict.plain)
+    return (
+        verdict
+        if chain.lanes is None
+        else Verdict(verdict.lanes or chain.lanes, verdict.seconds, verdict.plain)
+    )
 
 
 def _rewrite(draft: Draft, chain: GraphChain, lanes: Lanes, results: Mapping[Node, Node]) -> Node:
-    """The call that stands for the chain; `results` are those of chains rewritten before, which it may read."""
+    """The call that stands for the chain.
+
+    `results` are those of chains rewritten before, which it may read.
+    """
     graph, spec = draft.graph, chain.spec
     result = tensor_of(chain.result)
     assert result is not None
@@ -97,12 +128,16 @@ def _rewrite(draft: Draft, chain: GraphChain, lanes: Lanes, results: Mapping[Nod
         if tensor_of(x).dtype != result.dtype:  # type: ignore[union-attr]  # autocast would have converted it
             x = graph.call_method("to", (x, result.dtype))
         if spec.linear:
-            call = graph.call_function(LINEAR_CHAIN.call, (x, weights, bias, residual, spec.widths, spec.activation))
+            call = graph.call_function(
+                LINEAR_CHAIN.call, (x, weights, bias, residual, spec.widths, spec.activation)
+            )
         else:
             if spec.axes == 1:
                 x = graph.call_method("unsqueeze", (x, 2))
                 residual = None if residual is None else graph.call_method("unsqueeze", (residual, 2))
-            call = graph.call_function(CONV_CHAIN.call, (x, weights, bias, residual, spec.integers, spec.activation, packed_for))
+            call = graph.call_function(
+                CONV_CHAIN.call, (x, weights, bias, residual, spec.integers, spec.activation, packed_for)
+            )
             if spec.axes == 1:
                 call = graph.call_method("squeeze", (call, 2))
         call.meta = dict(chain.result.meta)
@@ -118,20 +153,38 @@ def _packed(draft: Draft, chain: GraphChain, lanes: Lanes) -> list[Any]:
         return [*draft.derive(PackChain(chain.spec.stages, lanes, transposed), sources), chain.bias]
     tensors = norm_inputs(chain.norm)
     affine = (tensors[2] is not None, tensors[3] is not None)
-    recipe = PackChain(chain.spec.stages, lanes, transposed, chain.bias is not None, float(argument(chain.norm, 7, "eps", 1e-5)), affine)
+    recipe = PackChain(
+        chain.spec.stages,
+        lanes,
+        transposed,
+        chain.bias is not None,
+        float(argument(chain.norm, 7, "eps", 1e-5)),
+        affine,
+    )
     return draft.derive(recipe, [node for node in (*sources, chain.bias, *tensors) if node is not None])
 
 
 def lay_channels_last(draft: Draft) -> None:
-    """Channels innermost in all images that enter the graph and in the weights of the convolutions left; what leaves it lies as it did."""
+    """Channels innermost in all images that enter the graph and in the weights of the convolutions left.
+
+    What leaves it lies as it did.
+    """
     weights = draft.stored
     last: Node = draft.inputs[-1]
     for node in draft.inputs:
         value = tensor_of(node)
-        if node in weights or value is None or value.dim() != 4 or not value.is_floating_point() or not node.users:
+        if (
+            node in weights
+            or value is None
+            or value.dim() != 4
+            or not value.is_floating_point()
+            or not node.users
+        ):
             continue
         with draft.graph.inserting_after(last):
-            _replace_reads(node, draft.graph.call_method("contiguous", (node,), {"memory_format": torch.channels_last}))
+            _replace_reads(
+                node, draft.graph.call_method("contiguous", (node,), {"memory_format": torch.channels_last})
+            )
     for node in list(draft.graph.nodes):
         link = read_link(node, weights)
         if link is not None and link.axes == 2:

@@ -10,28 +10,40 @@ from torch import nn
 from torch._guards import TracingContext
 from torch.fx import Graph, Node
 
-_OWN = re.compile(rf"^\.(?:{'|'.join(set(vars(nn.Module())) - {'training'})})\b")  # what a module holds itself in
+_OWN = re.compile(
+    rf"^\.(?:{'|'.join(set(vars(nn.Module())) - {'training'})})\b"
+)  # what a module holds itself in
 _LIBRARY = re.compile(r"G\['__import_(?:torch_dot_nn|tdpass)_(?!.*\._global_)")
 
 
 def loosen_guards(graph: Graph, weights: Sequence[Node]) -> int:
     """Check that the outermost modules of these weights are the same objects, in place of what lies below them; returns how many checks went.
 
-    Taken as they are: these weights, submodules, hooks, and all settings of the layers of torch and tdpass.  Still checked: `training`,
-    the attributes of other classes, other buffers.
+    Taken as they are: these weights, submodules, hooks, and all settings of the layers of torch and tdpass.
+    Still checked: `training`, the attributes of other classes, other buffers.
     """
     from torch._dynamo.guards import GuardBuilder  # noqa: PLC0415 - takes seconds to import
 
     context = TracingContext.try_get()
-    sources = {name_of(root): root for node in weights if (root := _outermost(getattr(node, "_dynamo_source", None))) is not None}
+    sources = {
+        name_of(root): root
+        for node in weights
+        if (root := _outermost(getattr(node, "_dynamo_source", None))) is not None
+    }
     if context is None or not sources:
         return 0
     guards = context.guards_context.dynamo_guards
     for root in sources.values():  # first: what is dropped below counts on it
         guards.add(root.make_guard(GuardBuilder.ID_MATCH))
-    own = {name_of(source) for node in weights if (source := getattr(node, "_dynamo_source", None)) is not None}
+    own = {
+        name_of(source) for node in weights if (source := getattr(node, "_dynamo_source", None)) is not None
+    }
     layers = _layers(graph)
-    gone = [guard for guard in guards if guard.create_fn is not GuardBuilder.ID_MATCH and _is_given(guard, sources, own, layers)]
+    gone = [
+        guard
+        for guard in guards
+        if guard.create_fn is not GuardBuilder.ID_MATCH and _is_given(guard, sources, own, layers)
+    ]
     guards.inner.difference_update(gone)
     return len(gone)
 

@@ -22,7 +22,16 @@ _CONVOLUTIONS = {torch.conv1d, F.conv1d, torch.conv2d, F.conv2d, torch.conv3d, F
 _PRODUCTS = {operator.matmul, torch.matmul, torch.mm}
 _PRODUCT_METHODS = {"matmul", "mm", "__matmul__"}
 _PADS = {F.pad, torch._C._nn.pad}
-_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.ipow, operator.imatmul, operator.setitem}
+_IN_PLACE = {
+    operator.iadd,
+    operator.isub,
+    operator.imul,
+    operator.itruediv,
+    operator.ifloordiv,
+    operator.ipow,
+    operator.imatmul,
+    operator.setitem,
+}
 
 
 @dataclass(frozen=True)
@@ -66,15 +75,28 @@ def mutates(node: Node) -> bool:
         return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     named = name.endswith("_") and not name.endswith("__")
-    asked = node.kwargs.get("inplace") is True or "out" in node.kwargs or any(value is True for value in node.args)
+    asked = (
+        node.kwargs.get("inplace") is True
+        or "out" in node.kwargs
+        or any(value is True for value in node.args)
+    )
     return named or asked or node.target in _IN_PLACE
 
 
 def read_link(node: Node, stored: AbstractSet[Node]) -> GraphLink | None:
     """The layer that a node calls, where its weight is one of `stored`; None for everything else."""
     if node.op == "call_function" and node.target is F.linear:
-        return _linear(node, argument(node, 0, "input"), argument(node, 1, "weight"), argument(node, 2, "bias"), stored, transposed=False)
-    if (node.op == "call_function" and node.target in _PRODUCTS) or (node.op == "call_method" and node.target in _PRODUCT_METHODS):
+        return _linear(
+            node,
+            argument(node, 0, "input"),
+            argument(node, 1, "weight"),
+            argument(node, 2, "bias"),
+            stored,
+            transposed=False,
+        )
+    if (node.op == "call_function" and node.target in _PRODUCTS) or (
+        node.op == "call_method" and node.target in _PRODUCT_METHODS
+    ):
         other = argument(node, 1, "other", argument(node, 1, "mat2"))
         return _linear(node, argument(node, 0, "input"), other, None, stored, transposed=True)
     if node.op == "call_function" and node.target in _CONVOLUTIONS:
@@ -82,9 +104,18 @@ def read_link(node: Node, stored: AbstractSet[Node]) -> GraphLink | None:
     return None
 
 
-def _linear(node: Node, x: Any, weight: Any, bias: Any, stored: AbstractSet[Node], *, transposed: bool) -> GraphLink | None:
+def _linear(
+    node: Node, x: Any, weight: Any, bias: Any, stored: AbstractSet[Node], *, transposed: bool
+) -> GraphLink | None:
     value, matrix = tensor_of(x), tensor_of(weight)
-    if value is None or matrix is None or weight not in stored or x in stored or value.dim() < 2 or matrix.dim() != 2:
+    if (
+        value is None
+        or matrix is None
+        or weight not in stored
+        or x in stored
+        or value.dim() < 2
+        or matrix.dim() != 2
+    ):
         return None
     outputs, inputs = reversed(matrix.shape) if transposed else matrix.shape
     return GraphLink((node,), x, weight, bias, 0, Stage(inputs, outputs), transposed=transposed)
@@ -96,7 +127,10 @@ def _convolution(node: Node, stored: AbstractSet[Node]) -> GraphLink | None:
     if value is None or kernel is None or weight not in stored or value.dim() != kernel.dim():
         return None
     axes = kernel.dim() - 2
-    stride, dilation = (_expand(argument(node, position, name, 1), axes) for position, name in ((3, "stride"), (5, "dilation")))
+    stride, dilation = (
+        _expand(argument(node, position, name, 1), axes)
+        for position, name in ((3, "stride"), (5, "dilation"))
+    )
     groups, size = int(argument(node, 6, "groups", 1)), tuple(kernel.shape[2:])
     pads = _pads(argument(node, 4, "padding", 0), size, dilation)
     nodes: tuple[Node, ...] = (node,)
@@ -108,10 +142,19 @@ def _convolution(node: Node, stored: AbstractSet[Node]) -> GraphLink | None:
     if axes <= 2 and math.prod(size) <= MAX_TAPS:
         before_, after_ = zip(*pads, strict=True)
         stage = Stage(
-            kernel.shape[1] * groups, kernel.shape[0], groups, _pair(size, 1), _pair(stride, 1), _pair(before_, 0), _pair(after_, 0), _pair(dilation, 1)
+            kernel.shape[1] * groups,
+            kernel.shape[0],
+            groups,
+            _pair(size, 1),
+            _pair(stride, 1),
+            _pair(before_, 0),
+            _pair(after_, 0),
+            _pair(dilation, 1),
         )
     bias = argument(node, 2, "bias")
-    return GraphLink(nodes, x, weight, bias, axes, stage, strides=stride, pads=pads, dilation=dilation, groups=groups)
+    return GraphLink(
+        nodes, x, weight, bias, axes, stage, strides=stride, pads=pads, dilation=dilation, groups=groups
+    )
 
 
 def _padding_of(x: Node, axes: int) -> tuple[tuple[int, int], ...] | None:

@@ -22,7 +22,8 @@ _RANGE = (1e-12, 1e12)
 class Limit:
     """When a search ends: after so many sweeps, when one gains less than that part of the error, or when its work is done.
 
-    `work` is in multiply-adds, not in seconds, so that results repeat; `fewest` sweeps are made on the largest tensors too.
+    `work` is in multiply-adds, not in seconds, so that results repeat; `fewest` sweeps are made on the
+    largest tensors too.
     """
 
     sweeps: int
@@ -46,14 +47,16 @@ def squared_norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
-def alternate(start: State, sweep: Sweep, norm: float, macs: int, single: Sweep | None = None, limit: Limit = ANEW) -> State:
+def alternate(
+    start: State, sweep: Sweep, norm: float, macs: int, single: Sweep | None = None, limit: Limit = ANEW
+) -> State:
     """Alternating least squares, each sweep started a step beyond the last (Nesterov with restarts, Mitchell et al. 2020).
 
-    `sweep` returns the new state and its error.  A sweep that makes the error grow is dropped, so the error never does.  An
-    error that is rounding beside `norm`, the tensor's, ends it: beyond that, factors would only grow against each other.
-    `macs` is what one sweep takes; large tensors get fewer sweeps.
-    `single` is the sweep in single precision, at half the price: it goes first, and alone where the error it leaves is too
-    large for rounding to matter.
+    `sweep` returns the new state and its error.  A sweep that makes the error grow is dropped, so the error
+    never does.  An error that is rounding beside `norm`, the tensor's, ends it: beyond that, factors would
+    only grow against each other. `macs` is what one sweep takes; large tensors get fewer sweeps. `single` is
+    the sweep in single precision, at half the price: it goes first, and alone where the error it leaves is
+    too large for rounding to matter.
     """
     if single is None:
         return _alternate(start, sweep, norm, macs, limit)[0]
@@ -85,7 +88,8 @@ def _alternate(start: State, sweep: Sweep, norm: float, macs: int, limit: Limit)
 def solve_gram(gram: Tensor, right: Tensor) -> Tensor:
     """`gram^-1 right` for a positive semidefinite matrix, with the least ridge, relative to its diagonal, that makes it definite."""
     diagonal, kind = gram.diagonal(), torch.finfo(gram.dtype)
-    # What is below rounding beside the largest is noise; scaling it up to the rest would fit noise with large numbers.
+    # What is below rounding beside the largest is noise; scaling it up to the rest would fit noise with large
+    # numbers.
     scale = diagonal.clamp_min(float(diagonal.max()) * kind.eps / 2 + kind.tiny).rsqrt()
     scaled = (gram + gram.T).mul_(scale / 2).mul_(scale[:, None])
     ones, most = scaled.diagonal().clone(), scaled.diagonal()

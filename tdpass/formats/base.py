@@ -58,7 +58,10 @@ class Decomposition(ABC):
 
 
 class _Scaled(Decomposition):
-    """A decomposition of the weight over `2^exponent`; its factors, each of which enters the product once, share that among them."""
+    """A decomposition of the weight over `2^exponent`.
+
+    Its factors, each of which enters the product once, share that among them.
+    """
 
     def __init__(self, inner: Decomposition, exponent: int) -> None:
         self.inner, self.exponent = inner, exponent
@@ -75,7 +78,10 @@ class _Scaled(Decomposition):
 
     def _times(self, factors: Factors, exponent: int) -> Factors:
         each, rest = divmod(exponent, len(factors))
-        return {name: factor * 2.0 ** (each + (number < rest)) for number, (name, factor) in enumerate(factors.items())}
+        return {
+            name: factor * 2.0 ** (each + (number < rest))
+            for number, (name, factor) in enumerate(factors.items())
+        }
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,8 @@ class Stage:
 class Bond:
     """An axis of r that two factors share, between which any invertible r x r matrix may be put.
 
-    `factor` is a linear layer or 1x1 convolution that writes the site's output (`writes`), or reads its input; `partner` is the factor
-    before, or after it.
+    `factor` is a linear layer or 1x1 convolution that writes the site's output (`writes`), or reads its
+    input; `partner` is the factor before, or after it.
     """
 
     factor: str
@@ -125,11 +131,12 @@ class Bond:
 class Format(ABC):
     """One way to factor a weight; a subclass per file, registered with `register_format`.
 
-    Class attributes: `name`, how many spatial `axes` the sites it fits may have, `version` (raised when its factors change, so that caches expire),
-    `offered` (whether it is a way to make a single site smaller, to be tried where no format is asked for),
-    `exact_at_full_rank` (whether the last of `ranks` reproduces any weight), `searched` (whether each rank is a search of its
-    own, so that the planner tries fewer of them on large layers), `reader` (the factor that has the site's input channels along its second
-    axis, empty where none has).
+    Class attributes: `name`, how many spatial `axes` the sites it fits may have, `version` (raised when its
+    factors change, so that caches expire), `offered` (whether it is a way to make a single site smaller, to
+    be tried where no format is asked for), `exact_at_full_rank` (whether the last of `ranks` reproduces any
+    weight), `searched` (whether each rank is a search of its own, so that the planner tries fewer of them on
+    large layers), `reader` (the factor that has the site's input channels along its second axis, empty where
+    none has).
     """
 
     name: ClassVar[str]
@@ -169,7 +176,10 @@ class Format(ABC):
         """Everything but the last stage; where there is none, the output without bias."""
 
     def bonds(self, site: Site) -> Sequence[Bond]:
-        """Axes that its factors share of which `tdpass.formats.pivoted` can spare r^2 numbers; a factor that a rank does not have counts for none."""
+        """Axes that its factors share of which `tdpass.formats.pivoted` can spare r^2 numbers.
+
+        A factor that a rank does not have counts for none.
+        """
         return ()
 
     def orders(self, site: Site, rank: Rank) -> dict[str, int]:
@@ -182,7 +192,10 @@ class Format(ABC):
         return self
 
     def from_chain(self, factors: Factors, site: Site) -> Factors:
-        """What it stores for factors of its `chain`, float64, and the orders; raises `NumericalError` where that would lose something."""
+        """What it stores for factors of its `chain`, float64, and the orders.
+
+        Raises `NumericalError` where that would lose something.
+        """
         return factors
 
     def to_chain(self, factors: Factors, site: Site) -> Factors:
@@ -190,7 +203,10 @@ class Format(ABC):
         return factors
 
     def last_stage(self, site: Site, rank: Rank) -> Stage | None:
-        """The final linear or convolution layer of the chain, the one that `refit` solves for; None where there is none."""
+        """The final linear or convolution layer of the chain, the one that `refit` solves for.
+
+        None where there is none.
+        """
         return None
 
     def apply(self, ops: Ops[V], x: V, f: Mapping[str, V], bias: V | None, site: Site, rank: Rank) -> V:
@@ -216,10 +232,13 @@ class Format(ABC):
         near = Metric(_shifted(inputs, -shifts[1]), _shifted(outputs, -shifts[2]), metric.mean, metric.groups)
         return _Scaled(self.decompose(weight * 2.0 ** -shifts[0], site, near), shifts[0])
 
-    def refine(self, weight: Tensor, site: Site, rank: Rank, factors: Factors, metric: Metric | None = None) -> Factors:
+    def refine(
+        self, weight: Tensor, site: Site, rank: Rank, factors: Factors, metric: Metric | None = None
+    ) -> Factors:
         """`factorize` for a format that searches, which goes on from given factors: their error does not grow.
 
-        A search that begins anew may end in another, poorer local optimum, even for a weight that has such factors.
+        A search that begins anew may end in another, poorer local optimum, even for a weight that has such
+        factors.
         """
         self.check_rank(site, rank)
         given = {name: factor.to(weight.device, torch.float64) for name, factor in factors.items()}
@@ -229,7 +248,9 @@ class Format(ABC):
         """Raise `PlanError` unless `rank` has the right length and is within the site's limits."""
         top = self.ranks(site)[-1]
         if len(rank) != len(top) or not all(1 <= r <= t for r, t in zip(rank, top, strict=True)):
-            raise PlanError(f"{self.name} rank {rank} does not fit site {site.name!r} of shape {site.shape}; allowed is 1 to {top} in each place")
+            raise PlanError(
+                f"{self.name} rank {rank} does not fit site {site.name!r} of shape {site.shape}; allowed is 1 to {top} in each place"
+            )
 
     def cost(self, site: Site, rank: Rank) -> Cost:
         """Stored numbers, multiply-adds and bytes, the bias not counted."""
@@ -290,7 +311,8 @@ def dense_cost(site: Site) -> Cost:
 def shrinks(site: Site, format_name: str, rank: Rank) -> bool:
     """Whether the factored layer is smaller than the dense one in a measure and larger in none.
 
-    A site that was not seen running is taken to read as many positions for each of its outputs as its stride says.
+    A site that was not seen running is taken to read as many positions for each of its outputs as its stride
+    says.
     """
     known = site if site.seen else replace(site, extents=(kind_of(site).typical(site),))
     return pays(FORMATS.get(format_name).cost(known, rank), dense_cost(known))
@@ -310,7 +332,10 @@ def rank_grid(limit: int, steps: int = 24) -> list[int]:
 
 def scaled_ranks(limits: Sequence[int], steps: int = 16) -> list[Rank]:
     """Ranks that grow in proportion to `limits`, from 1 everywhere to `limits` itself."""
-    return sorted({tuple(max(1, round(limit * k / steps)) for limit in limits) for k in range(1, steps + 1)} | {tuple(1 for _ in limits)})
+    return sorted(
+        {tuple(max(1, round(limit * k / steps)) for limit in limits) for k in range(1, steps + 1)}
+        | {tuple(1 for _ in limits)}
+    )
 
 
 def unit(count: int) -> tuple[int, ...]:
@@ -330,9 +355,10 @@ def pointwise(out: int, inputs: int, axes: int, name: str) -> Site:
 
 @dataclass(frozen=True)
 class Layer(Formed):
-    """A layer in some form: what may stand for the dense layer of a site; `factors` are held as the form's number types store them.
+    """A layer in some form: what may stand for the dense layer of a site.
 
-    `site` is its own geometry: `form.on` that of the site it stands at, which may have more channels.
+    `factors` are held as the form's number types store them. `site` is its own geometry: `form.on` that of
+    the site it stands at, which may have more channels.
     """
 
     site: Site
@@ -342,7 +368,9 @@ class Layer(Formed):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run it in eager torch."""
-        return FORMATS.get(self.format).apply(TorchOps(), x, self.values(x.dtype), self.bias, self.site, self.rank)
+        return FORMATS.get(self.format).apply(
+            TorchOps(), x, self.values(x.dtype), self.bias, self.site, self.rank
+        )
 
     @property
     def storage(self) -> Storage:
@@ -352,16 +380,29 @@ class Layer(Formed):
     @property
     def dtype(self) -> torch.dtype:
         """The floating-point type of its bias and, where they have no number types of their own, of its factors."""
-        tensors = [*(() if self.form.encoded else self.factors.values()), *(() if self.bias is None else (self.bias,))]
+        tensors = [
+            *(() if self.form.encoded else self.factors.values()),
+            *(() if self.bias is None else (self.bias,)),
+        ]
         return tensors[0].dtype if tensors else torch.float32
 
     def values(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
-        """Its factors as floating-point numbers; factors that have no number types of their own stay in the type they have."""
+        """Its factors as floating-point numbers.
+
+        Factors that have no number types of their own stay in the type they have.
+        """
         return self.storage.restore(TorchOps(), self.factors, dtype) if self.form.encoded else self.factors
 
     def to(self, dtype: torch.dtype) -> Layer:
-        """The same layer in another floating-point type; factors that have number types of their own stay as they are stored."""
-        kept = {name: factor.to(dtype).contiguous() for name, factor in self.factors.items() if factor.is_floating_point()}
+        """The same layer in another floating-point type.
+
+        Factors that have number types of their own stay as they are stored.
+        """
+        kept = {
+            name: factor.to(dtype).contiguous()
+            for name, factor in self.factors.items()
+            if factor.is_floating_point()
+        }
         factors = self.factors if self.form.encoded else {**self.factors, **kept}
         return replace(self, factors=factors, bias=None if self.bias is None else self.bias.to(dtype))
 
@@ -372,19 +413,23 @@ class Layer(Formed):
     def converted(self, format_name: str) -> Layer:
         """The same layer in another format that stores the factors of the same chain, in their own type.
 
-        Raises `NumericalError` where that format cannot without a loss, `PlanError` for the factors of another chain.
+        Raises `NumericalError` where that format cannot without a loss, `PlanError` for the factors of
+        another chain.
         """
         if format_name == self.format:
             return self
         ours, theirs = FORMATS.get(self.format), FORMATS.get(format_name)
         if ours.chain.name != theirs.chain.name:
-            raise PlanError(f"'{self.form}' does not convert to {format_name}, which stores the factors of {theirs.chain.name}; factorize the weight anew")
-        whole = {name: factor.double() if factor.is_floating_point() else factor for name, factor in self.factors.items()}
+            raise PlanError(
+                f"'{self.form}' does not convert to {format_name}, which stores the factors of {theirs.chain.name}; factorize the weight anew"
+            )
+        whole = {
+            name: factor.double() if factor.is_floating_point() else factor
+            for name, factor in self.factors.items()
+        }
         factors = theirs.from_chain(ours.to_chain(whole, self.site), self.site)
         return replace(self, form=replace(self.form, format=format_name), factors=factors).to(self.dtype)
 
     def reconstruct(self) -> Tensor:
         """The dense weight it stands for."""
         return FORMATS.get(self.format).reconstruct(dict(self.values(self.dtype)), self.site)
-
-

@@ -14,8 +14,25 @@ from torch import Tensor
 
 from tdpass.errors import PlanError
 from tdpass.form import Rank
-from tdpass.formats.alternating import ANEW, Limit, State, alternate, normalized, solve_gram, squared_norm, suits_single
-from tdpass.formats.base import Decomposition, Factors, Format, Stage, pointwise, register_format, scaled_ranks
+from tdpass.formats.alternating import (
+    ANEW,
+    Limit,
+    State,
+    alternate,
+    normalized,
+    solve_gram,
+    squared_norm,
+    suits_single,
+)
+from tdpass.formats.base import (
+    Decomposition,
+    Factors,
+    Format,
+    Stage,
+    pointwise,
+    register_format,
+    scaled_ranks,
+)
 from tdpass.formats.blocks import layout_of
 from tdpass.formats.metric import Metric
 from tdpass.formats.multilinear import Modes, Whitening, improve_left, left_vectors, share_norm
@@ -32,7 +49,9 @@ class _Blocks(Searched):
     def __init__(self, weight: Tensor, site: Site, metric: Metric) -> None:
         self.site, self.layout = site, layout_of(site)
         self.modes = self.layout.modes(site)
-        super().__init__(weight, metric, self.modes, lambda whitening: _Als(whitening, whitening.tensor(weight)))
+        super().__init__(
+            weight, metric, self.modes, lambda whitening: _Als(whitening, whitening.tensor(weight))
+        )
 
     def unfolded(self, state: State) -> Tensor:
         return _unfolded(self.modes, state)
@@ -48,7 +67,10 @@ class _Blocks(Searched):
 
     def stored(self, rank: Rank, state: State) -> Factors:
         last, core, first = share_norm(*state)
-        stored, shapes = {"first": first, "core": self.layout.pack(core), "last": last}, self.layout.shapes(self.site, rank)
+        stored, shapes = (
+            {"first": first, "core": self.layout.pack(core), "last": last},
+            self.layout.shapes(self.site, rank),
+        )
         return {name: factor.reshape(shapes[name]).contiguous() for name, factor in stored.items()}
 
     def loaded(self, factors: Factors) -> State:
@@ -81,7 +103,11 @@ class _Als:
     def undo(self, state: State) -> State:
         """The factors without the whitening."""
         last, core, first = state
-        return self.whitening.undo(last, 0, 0), self.whitening.undo(core, 2, 1), self.whitening.undo(first, 1, 2)
+        return (
+            self.whitening.undo(last, 0, 0),
+            self.whitening.undo(core, 2, 1),
+            self.whitening.undo(first, 1, 2),
+        )
 
     @functools.cached_property
     def bases(self) -> tuple[Tensor, Tensor]:
@@ -108,7 +134,10 @@ class _Als:
         return torch.cat(lasts, 1), torch.stack(cores), torch.cat(firsts)
 
     def sweep(self, state: State) -> tuple[State, float]:
-        """Solve for the last factor, for the first, and for the core block by block; the tensor itself is read twice."""
+        """Solve for the last factor, for the first, and for the core block by block.
+
+        The tensor itself is read twice.
+        """
         _, core, first = state
         b, s, p, r = core.shape
         rows = _times_first(core, first).flatten(1)
@@ -116,12 +145,18 @@ class _Als:
         core = core * norm.reshape(b, s, 1, 1)
         seen, outer = (last @ self.unfolded).reshape(b, s * p, -1), last @ last.T
         flat = core.reshape(b, s * p, r)
-        lifted = (outer.reshape(b * s, b, s).transpose(0, 1) @ core.reshape(b, s, p * r)).reshape(b, b, s, p, r)
+        lifted = (outer.reshape(b * s, b, s).transpose(0, 1) @ core.reshape(b, s, p * r)).reshape(
+            b, b, s, p, r
+        )
         gram = flat.transpose(1, 2) @ lifted.permute(1, 2, 3, 0, 4).reshape(b, s * p, b * r)
-        first, norm = normalized(solve_gram(gram.reshape(b * r, b * r), (flat.transpose(1, 2) @ seen).reshape(b * r, -1)), 1)
+        first, norm = normalized(
+            solve_gram(gram.reshape(b * r, b * r), (flat.transpose(1, 2) @ seen).reshape(b * r, -1)), 1
+        )
         core = core * norm.reshape(b, 1, 1, r)
         wanted = (seen @ first.reshape(b, r, -1).transpose(1, 2)).reshape(b, s, p, r)
-        core, energy = _solve_core(core, wanted, outer.reshape(b, s, b, s), (first @ first.T).reshape(b, r, b, r))
+        core, energy = _solve_core(
+            core, wanted, outer.reshape(b, s, b, s), (first @ first.T).reshape(b, r, b, r)
+        )
         error = self.energy + energy - 2 * float((wanted * core).sum())
         return (last.T, core, first), max(0.0, error) ** 0.5
 
@@ -130,11 +165,11 @@ class _Als:
 class BlockTerm(Format):
     """W[o, i, h, w] = sum_b sum_sr a[o, (b s)] core[b, s, r, h, w] c[(b r), i]: a 1x1, a convolution in b groups, and a 1x1.
 
-    Block-term decomposition in b rank-(s, r) terms (De Lathauwer 2008); rank is (b, s, r).  A linear layer is given a third
-    mode by cutting its input in p equal parts that share c: `W[o, (p i)] = sum a[o, (b s)] core[b, (p r), s] c[(b r), i]`;
-    without it the sum would be one matrix product, which `svd` stores in less.  Accelerated alternating
-    least squares, then conjugate gradients in the metric; a is solved last.  One block of full rank would be exact, but that is
-    Tucker-2: candidates have two blocks or more.
+    Block-term decomposition in b rank-(s, r) terms (De Lathauwer 2008); rank is (b, s, r).  A linear layer is
+    given a third mode by cutting its input in p equal parts that share c: `W[o, (p i)] = sum a[o, (b s)]
+    core[b, (p r), s] c[(b r), i]`; without it the sum would be one matrix product, which `svd` stores in
+    less.  Accelerated alternating least squares, then conjugate gradients in the metric; a is solved last.
+    One block of full rank would be exact, but that is Tucker-2: candidates have two blocks or more.
     """
 
     name = "block_term"
@@ -150,7 +185,10 @@ class BlockTerm(Format):
         o, _, i = layout_of(site).modes(site).shape
         blocks = [b for b in _BLOCKS if b <= min(o, i)] or [1]
         found = {(b, *rank) for b in blocks for rank in scaled_ranks((o // b, i // b), 8)}
-        return sorted(found, key=lambda rank: (sum(math.prod(shape) for shape in self.shapes(site, rank).values()), rank))
+        return sorted(
+            found,
+            key=lambda rank: (sum(math.prod(shape) for shape in self.shapes(site, rank).values()), rank),
+        )
 
     def check_rank(self, site: Site, rank: Rank) -> None:
         o, _, i = layout_of(site).modes(site).shape
@@ -180,7 +218,10 @@ class BlockTerm(Format):
 
 
 def _solve_core(core: Tensor, wanted: Tensor, outer: Tensor, inner: Tensor) -> tuple[Tensor, float]:
-    """Gauss-Seidel over the blocks of `sum_q outer[b, q] core[q] inner[q, b] = wanted[b]`; the core and its product with the left-hand side."""
+    """Gauss-Seidel over the blocks of `sum_q outer[b, q] core[q] inner[q, b] = wanted[b]`.
+
+    The core and its product with the left-hand side.
+    """
     b, s, p, r = core.shape
     core = core.clone()
 

@@ -28,7 +28,11 @@ class Layout(ABC):
         """Shape of every stored factor."""
         b, s, r = rank
         ones = unit(len(site.kernel))
-        return {"first": (b * r, self.modes(site).shape[2], *ones), "core": self.core_shape(site, rank), "last": (site.o, b * s, *ones)}
+        return {
+            "first": (b * r, self.modes(site).shape[2], *ones),
+            "core": self.core_shape(site, rank),
+            "last": (site.o, b * s, *ones),
+        }
 
     @abstractmethod
     def core_shape(self, site: Site, rank: Rank) -> tuple[int, ...]:
@@ -67,7 +71,10 @@ class Grouped(Layout):
 
     def macs(self, site: Site, rank: Rank) -> int:
         b, s, r = rank
-        return b * (r * site.i * site.in_positions + s * (r * math.prod(site.kernel) * kind_of(site).positions(site) + site.o * site.out_positions))
+        return b * (
+            r * site.i * site.in_positions
+            + s * (r * math.prod(site.kernel) * kind_of(site).positions(site) + site.o * site.out_positions)
+        )
 
     def rank(self, factors: Factors) -> Rank:
         r = factors["core"].shape[1]
@@ -89,7 +96,10 @@ class Grouped(Layout):
 
 
 class Batched(Layout):
-    """Linear layer: its input is cut in p parts that share the first factor; the core is a batched product, stored as `[b, (p r), s]`."""
+    """Linear layer: its input is cut in p parts that share the first factor.
+
+    The core is a batched product, stored as `[b, (p r), s]`.
+    """
 
     def modes(self, site: Site) -> Modes:
         return Modes((site.o,), balanced_factors(site.i, 2)[::-1], ((0,), (1,), (2,)))

@@ -8,7 +8,18 @@ from dataclasses import replace
 from torch import Tensor
 
 from tdpass.form import Rank
-from tdpass.formats.base import Bond, Decomposition, Factors, Format, Guarantee, Stage, apply_dense, pointwise, rank_grid, register_format
+from tdpass.formats.base import (
+    Bond,
+    Decomposition,
+    Factors,
+    Format,
+    Guarantee,
+    Stage,
+    apply_dense,
+    pointwise,
+    rank_grid,
+    register_format,
+)
 from tdpass.formats.metric import Metric
 from tdpass.formats.per_group import per_group
 from tdpass.formats.pivoted import pivotable
@@ -59,7 +70,9 @@ class ChannelSvd(Format):
         return {"first": (r, *site.shape[1:]), "last": (site.o, r, *(1 for _ in site.kernel))}
 
     def macs(self, site: Site, rank: Rank) -> int:
-        return rank[0] * (site.weights // site.o * kind_of(site).positions(site) + site.o * site.out_positions)
+        return rank[0] * (
+            site.weights // site.o * kind_of(site).positions(site) + site.o * site.out_positions
+        )
 
     def reconstruct(self, factors: Factors, site: Site) -> Tensor:
         return (factors["last"].flatten(1) @ factors["first"].flatten(1)).reshape(site.shape)

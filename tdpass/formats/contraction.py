@@ -14,7 +14,10 @@ Contraction = tuple[tuple[Step, ...], list[Tensor]]
 
 
 def contraction_of(layer: Layer) -> Contraction | None:
-    """Steps and packed weights that compute `layer` without its bias; None for what is no chain of linear cores."""
+    """Steps and packed weights that compute `layer` without its bias.
+
+    None for what is no chain of linear cores.
+    """
     make = _CONTRACTIONS.get(layer.format)
     if make is None or layer.form.encoded or layer.site.axes:
         return None
@@ -41,7 +44,11 @@ def _blocks(layer: Layer) -> Contraction:
     b, s, r = layer.rank
     outputs, parts, inputs = BATCHED.modes(layer.site).shape
     core = layer.factors["core"].reshape(b, parts, r, s).transpose(1, 2)
-    return block_program(outputs, parts, inputs, (b, s, r)), [layer.factors["first"].T, core, layer.factors["last"].T]
+    return block_program(outputs, parts, inputs, (b, s, r)), [
+        layer.factors["first"].T,
+        core,
+        layer.factors["last"].T,
+    ]
 
 
 _CONTRACTIONS = {"tensor_train": _train, "tensor_ring": _ring, "block_term": _blocks}

@@ -12,7 +12,18 @@ from torch import Tensor
 
 from tdpass.form import Rank
 from tdpass.formats.alternating import State
-from tdpass.formats.base import Decomposition, Factors, Format, Stage, apply_dense, no_padding, pointwise, rank_grid, register_format, unit
+from tdpass.formats.base import (
+    Decomposition,
+    Factors,
+    Format,
+    Stage,
+    apply_dense,
+    no_padding,
+    pointwise,
+    rank_grid,
+    register_format,
+    unit,
+)
 from tdpass.formats.cp_fit import CpFit, khatri_rao
 from tdpass.formats.metric import Metric
 from tdpass.formats.multilinear import Modes, improve_left
@@ -41,7 +52,14 @@ class _Depthwise:
         stride = tuple(step if axis in self.axes else 1 for axis, step in enumerate(site.stride))
         padding = tuple(pair if axis in self.axes else (0, 0) for axis, pair in enumerate(site.padding))
         dilation = tuple(step if axis in self.axes else 1 for axis, step in enumerate(site.dilation))
-        return replace(site, shape=(terms, 1, *self.kernel(site)), stride=stride, padding=padding, dilation=dilation, groups=terms)
+        return replace(
+            site,
+            shape=(terms, 1, *self.kernel(site)),
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=terms,
+        )
 
 
 def _stages(site: Site) -> Iterator[_Depthwise]:
@@ -77,7 +95,10 @@ class _Components(Searched):
         a, b, *kernels = _balanced(state)
         ones = unit(len(self.site.kernel))
         stored = {"b": b.T.reshape(r, self.site.i, *ones), "a": a.reshape(self.site.o, r, *ones)}
-        stored |= {stage.name: k.T.reshape(r, 1, *stage.kernel(self.site)) for stage, k in zip(self.stages, kernels, strict=True)}
+        stored |= {
+            stage.name: k.T.reshape(r, 1, *stage.kernel(self.site))
+            for stage, k in zip(self.stages, kernels, strict=True)
+        }
         return {name: factor.contiguous() for name, factor in stored.items()}
 
     def loaded(self, factors: Factors) -> State:
@@ -89,10 +110,11 @@ class _Components(Searched):
 class Cp(Format):
     """W[o, i, h, w] = sum_r a[o, r] b[i, r] c[h, r] d[w, r]: a 1x1, a depthwise h x 1 and 1 x w, and a 1x1.
 
-    Canonical polyadic decomposition (for convolutions, Lebedev et al. 2015) by accelerated alternating least squares, then by
-    conjugate gradients in the metric; a is solved last.  The factors are stored as the convolutions read them: b `[r, i, 1, 1]`,
-    c `[r, 1, h, 1]`, d `[r, 1, 1, w]`, a `[o, r, 1, 1]`; one axis more has e, one less no d.  Candidate ranks end where it breaks
-    even, or at three times the channels; the last is not exact.
+    Canonical polyadic decomposition (for convolutions, Lebedev et al. 2015) by accelerated alternating least
+    squares, then by conjugate gradients in the metric; a is solved last.  The factors are stored as the
+    convolutions read them: b `[r, i, 1, 1]`, c `[r, 1, h, 1]`, d `[r, 1, 1, w]`, a `[o, r, 1, 1]`; one axis
+    more has e, one less no d.  Candidate ranks end where it breaks even, or at three times the channels; the
+    last is not exact.
     """
 
     name = "cp"

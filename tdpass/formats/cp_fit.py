@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from tdpass.form import Rank
-from tdpass.formats.alternating import ANEW, Limit, State, alternate, normalized, solve_gram, squared_norm, suits_single
+from tdpass.formats.alternating import (
+    ANEW,
+    Limit,
+    State,
+    alternate,
+    normalized,
+    solve_gram,
+    squared_norm,
+    suits_single,
+)
 from tdpass.formats.multilinear import Whitening
 from tdpass.formats.spectrum import top_eigenpairs
 
@@ -32,7 +41,8 @@ class CpFit:
     def terms(self) -> State:
         """All rank-one terms of the slices `W x_h c x_w d` along the kernel's principal axes, strongest first.
 
-        The terms are orthogonal, so their first r are a start whose error falls with r, and which needs no random numbers.
+        The terms are orthogonal, so their first r are a start whose error falls with r, and which needs no
+        random numbers.
         """
         flat = self.slices.flatten(1)
         overlaps = (flat @ flat.T).reshape(*self.sizes, *self.sizes)
@@ -49,7 +59,11 @@ class CpFit:
         left, right = torch.cat(lefts, 1), torch.cat(rights, 1)
         order = (left.norm(dim=0) * right.norm(dim=0)).argsort(descending=True, stable=True)
         chosen = torch.tensor(places)[order]
-        return (left[:, order], right[:, order], *(basis[:, chosen[:, axis]] for axis, basis in enumerate(bases)))
+        return (
+            left[:, order],
+            right[:, order],
+            *(basis[:, chosen[:, axis]] for axis, basis in enumerate(bases)),
+        )
 
     def start(self, rank: Rank) -> State:
         """The strongest terms."""
@@ -69,7 +83,10 @@ class CpFit:
         return tuple(self.whitening.undo(factor, 0, mode) for mode, factor in enumerate(state))
 
     def sweep(self, state: State) -> tuple[State, float]:
-        """Solve for b, a, then each kernel factor; the two products with the whole tensor serve all of them."""
+        """Solve for b, a, then each kernel factor.
+
+        The two products with the whole tensor serve all of them.
+        """
         a, b, *kernels = state
         pattern, gram = khatri_rao(kernels), _gram(kernels)
         wanted = torch.zeros_like(b.T)
@@ -82,11 +99,19 @@ class CpFit:
         moments, gram = torch.stack([(image * a).sum(0) for image in seen]), a.T @ a * inner
         for mode in range(len(kernels)):
             others = kernels[:mode] + kernels[mode + 1 :]
-            target = moments.reshape(*(len(kernel) for kernel in kernels), -1).movedim(mode, 0).reshape(len(kernels[mode]), -1, a.shape[1])
+            target = (
+                moments.reshape(*(len(kernel) for kernel in kernels), -1)
+                .movedim(mode, 0)
+                .reshape(len(kernels[mode]), -1, a.shape[1])
+            )
             kernels[mode] = solve_gram(gram * _gram(others), (target * khatri_rao(others)).sum(1).T).T
             if mode < len(kernels) - 1:
                 kernels[mode] = _unit(kernels[mode])
-        error = self.energy + float((gram * _gram(kernels)).sum()) - 2 * float((moments * khatri_rao(kernels)).sum())
+        error = (
+            self.energy
+            + float((gram * _gram(kernels)).sum())
+            - 2 * float((moments * khatri_rao(kernels)).sum())
+        )
         norm = kernels[-1].norm(dim=0)
         kernels[-1] = _unit(kernels[-1])
         return (a * norm, b, *kernels), max(0.0, error) ** 0.5

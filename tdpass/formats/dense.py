@@ -57,7 +57,9 @@ class Dense(Format):
             return super().apply(ops, x, f, bias, site, rank)
         reaches = kind_of(site).reaches(site)
         if bias is None or reaches is None:
-            raise PlanError(f"site {site.name!r} reads nothing, has {'no' if bias is None else 'a'} bias, and its kind is {site.kind}; plan again")
+            raise PlanError(
+                f"site {site.name!r} reads nothing, has {'no' if bias is None else 'a'} bias, and its kind is {site.kind}; plan again"
+            )
         return ops.fill(x, bias, reaches)
 
 

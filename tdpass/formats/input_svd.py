@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 from tdpass.form import Rank
-from tdpass.formats.base import Bond, Decomposition, Factors, Format, Guarantee, Stage, no_padding, rank_grid, register_format, unit
+from tdpass.formats.base import (
+    Bond,
+    Decomposition,
+    Factors,
+    Format,
+    Guarantee,
+    Stage,
+    no_padding,
+    rank_grid,
+    register_format,
+    unit,
+)
 from tdpass.formats.metric import Metric
 from tdpass.formats.per_group import per_group
 from tdpass.formats.pivoted import pivotable
@@ -28,7 +39,10 @@ class _Fit(Decomposition):
         (r,) = rank
         first, last = self.fit.solve(r, rough=self.rough)
         site = self.site
-        return {"first": first.reshape(r, site.i, *unit(len(site.kernel))), "last": last.reshape(site.o, r, *site.kernel).contiguous()}
+        return {
+            "first": first.reshape(r, site.i, *unit(len(site.kernel))),
+            "last": last.reshape(site.o, r, *site.kernel).contiguous(),
+        }
 
     def guarantee(self, rank: Rank) -> Guarantee | None:
         return Guarantee(self.fit.start.relative_error(rank[0]), "exact") if self.fit.metric.plain else None
@@ -64,7 +78,9 @@ class InputSvd(Format):
         return rank[0] * (site.i * site.in_positions + site.weights // site.i * kind_of(site).positions(site))
 
     def reconstruct(self, factors: Factors, site: Site) -> Tensor:
-        return torch.einsum("orx,ri->oix", factors["last"].flatten(2), factors["first"].flatten(1)).reshape(site.shape)
+        return torch.einsum("orx,ri->oix", factors["last"].flatten(2), factors["first"].flatten(1)).reshape(
+            site.shape
+        )
 
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
         axes = len(site.kernel)

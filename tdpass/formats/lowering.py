@@ -26,7 +26,10 @@ class Lowered:
 
     def pack(self, layer: Layer, lanes: Lanes) -> list[Tensor]:
         """The factors of a layer as the kernels take them."""
-        return [stage.pack(layer.factors[name].reshape(stage.shape), lanes) for stage, name in zip(self.stages, self.factors, strict=True)]
+        return [
+            stage.pack(layer.factors[name].reshape(stage.shape), lanes)
+            for stage, name in zip(self.stages, self.factors, strict=True)
+        ]
 
     @property
     def integers(self) -> list[int]:
@@ -40,7 +43,10 @@ class Lowered:
 
 
 def lower(layer: Layer) -> Lowered | None:
-    """The layer as a chain of at most six stages, in one or two dimensions; None where its format does more than convolve."""
+    """The layer as a chain of at most six stages, in one or two dimensions.
+
+    None where its format does more than convolve.
+    """
     site = layer.site
     if layer.form.encoded or not layer.factors:  # the kernels read floating-point weights
         return None
@@ -53,7 +59,11 @@ def lower(layer: Layer) -> Lowered | None:
     except _NotAChainError:
         return None
     stages = tuple(recorder.stages)
-    if result != _Activation(len(stages)) or not 1 <= len(stages) <= MAX_STAGES or any(math.prod(stage.kernel) > MAX_TAPS for stage in stages):
+    if (
+        result != _Activation(len(stages))
+        or not 1 <= len(stages) <= MAX_STAGES
+        or any(math.prod(stage.kernel) > MAX_TAPS for stage in stages)
+    ):
         return None
     return Lowered(site.axes, stages, tuple(recorder.factors))
 
@@ -99,17 +109,33 @@ class _Recorder:
         return self._stage(x, weight, bias, lambda shape: Stage(shape[1], shape[0]))
 
     def conv(
-        self, x: _Value, weight: _Value, bias: _Value | None, stride: Sequence[int], padding: Pads, dilation: Sequence[int], groups: int = 1
+        self,
+        x: _Value,
+        weight: _Value,
+        bias: _Value | None,
+        stride: Sequence[int],
+        padding: Pads,
+        dilation: Sequence[int],
+        groups: int = 1,
     ) -> _Value:
         def make(shape: tuple[int, ...]) -> Stage:
             before, after = zip(*padding, strict=True)
             return Stage(
-                shape[1] * groups, shape[0], groups, _pair(shape[2:], 1), _pair(stride, 1), _pair(before, 0), _pair(after, 0), _pair(dilation, 1)
+                shape[1] * groups,
+                shape[0],
+                groups,
+                _pair(shape[2:], 1),
+                _pair(stride, 1),
+                _pair(before, 0),
+                _pair(after, 0),
+                _pair(dilation, 1),
             )
 
         return self._stage(x, weight, bias, make)
 
-    def _stage(self, x: _Value, weight: _Value, bias: _Value | None, make: Callable[[tuple[int, ...]], Stage]) -> _Value:
+    def _stage(
+        self, x: _Value, weight: _Value, bias: _Value | None, make: Callable[[tuple[int, ...]], Stage]
+    ) -> _Value:
         if x != _Activation(len(self.stages)) or not isinstance(weight, _Weight) or bias is not None:
             raise _NotAChainError
         self.stages.append(make(weight.shape))
@@ -119,7 +145,9 @@ class _Recorder:
     def _refuse(self, *_: object) -> NoReturn:
         raise _NotAChainError
 
-    conv_transpose = reshape = permute = take = part = concat = matmul = add = flatten_positions = restore_positions = fill = _refuse
+    conv_transpose = reshape = permute = take = part = concat = matmul = add = flatten_positions = (
+        restore_positions
+    ) = fill = _refuse
 
 
 def _pair(values: Sequence[int], rest: int) -> tuple[int, int]:

@@ -17,10 +17,11 @@ from tdpass.errors import NumericalError
 class Metric:
     """The error of What is || G^1/2 (W - What) C^1/2 ||_F, with W unfolded to `o x (i h w)`.
 
-    `inputs` is C: the covariance of the (unfolded) input, a square matrix, or its diagonal as a vector where the matrix
-    would not fit; `outputs` is G: how much the network's output moves with each output channel.  None stands for the
-    identity.  `mean` is the mean unfolded input.  Of a layer of several groups each has its own, stacked along a first
-    axis; G then holds the outputs of one group.  All float64 or float32 on the CPU; used in float64.
+    `inputs` is C: the covariance of the (unfolded) input, a square matrix, or its diagonal as a vector where
+    the matrix would not fit; `outputs` is G: how much the network's output moves with each output channel.
+    None stands for the identity.  `mean` is the mean unfolded input.  Of a layer of several groups each has
+    its own, stacked along a first axis; G then holds the outputs of one group.  All float64 or float32 on the
+    CPU; used in float64.
     """
 
     inputs: Tensor | None = None
@@ -51,17 +52,26 @@ class Metric:
         return g @ matrix if self.groups == 1 else (g @ self._by_group(matrix)).flatten(0, 1)
 
     def mean_output(self, matrix: Tensor) -> Tensor | None:
-        """`matrix @ mean`, what the layer with that unfolded weight answers on average; None where the mean is not known."""
+        """`matrix @ mean`, what the layer with that unfolded weight answers on average.
+
+        None where the mean is not known.
+        """
         if self.mean is None:
             return None
-        return matrix @ self.mean if self.groups == 1 else (self._by_group(matrix) @ self.mean[:, :, None]).flatten()
+        return (
+            matrix @ self.mean
+            if self.groups == 1
+            else (self._by_group(matrix) @ self.mean[:, :, None]).flatten()
+        )
 
     def _by_group(self, matrix: Tensor) -> Tensor:
         return matrix.reshape(self.groups, -1, matrix.shape[1])
 
     def of_group(self, group: int) -> Metric:
         """That of one group of a grouped layer."""
-        inputs, outputs, mean = (None if value is None else value[group] for value in (self.inputs, self.outputs, self.mean))
+        inputs, outputs, mean = (
+            None if value is None else value[group] for value in (self.inputs, self.outputs, self.mean)
+        )
         return Metric(inputs, outputs, mean)
 
     def square(self, matrix: Tensor) -> float:
@@ -96,8 +106,9 @@ class Metric:
 def eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and vectors of a symmetric matrix.
 
-    What divide and conquer cannot do (clusters of tiny values, numbers near the ends of the range) is scaled and done by QR
-    iterations in double precision.  Raises `NumericalError` where the matrix has values that are not finite.
+    What divide and conquer cannot do (clusters of tiny values, numbers near the ends of the range) is scaled
+    and done by QR iterations in double precision.  Raises `NumericalError` where the matrix has values that
+    are not finite.
     """
     try:
         values, vectors = torch.linalg.eigh(matrix)
@@ -106,7 +117,9 @@ def eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
         scale = float(matrix.abs().max())
         if not math.isfinite(scale):
-            raise NumericalError(f"a second moment of {matrix.shape[0]} x {matrix.shape[0]} holds values that are not finite") from None
+            raise NumericalError(
+                f"a second moment of {matrix.shape[0]} x {matrix.shape[0]} holds values that are not finite"
+            ) from None
         found, columns = scipy.linalg.eigh((matrix.double() / (scale or 1.0)).numpy(), driver="ev")
         values, vectors = torch.from_numpy(found * scale).to(matrix), torch.from_numpy(columns).to(matrix)
     return values, vectors

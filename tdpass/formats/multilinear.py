@@ -55,7 +55,11 @@ class Modes:
     def matrix(self, tensor: Tensor) -> Tensor:
         """The weight, unfolded to `o x (i ...)`, of a tensor with one axis per core."""
         back = tuple(self.order.index(mode) for mode in range(len(self.sizes)))
-        return tensor.reshape([self.sizes[mode] for mode in self.order]).permute(back).reshape(math.prod(self.outs), math.prod(self.ins))
+        return (
+            tensor.reshape([self.sizes[mode] for mode in self.order])
+            .permute(back)
+            .reshape(math.prod(self.outs), math.prod(self.ins))
+        )
 
 
 class Whitened(Protocol):
@@ -69,8 +73,9 @@ class Whitened(Protocol):
 class Whitening:
     """One symmetric root per mode, `G ~ (x)_k G_k` and `C ~ (x)_k C_k`, so that the plain norm of the whitened tensor resembles the metric.
 
-    A product of roots keeps every format over the modes what it is: whiten, decompose plainly, undo core by core.  The
-    factors are the marginals (partial traces) of the metric, damped so that an input that never fires stays bounded.
+    A product of roots keeps every format over the modes what it is: whiten, decompose plainly, undo core by
+    core.  The factors are the marginals (partial traces) of the metric, damped so that an input that never
+    fires stays bounded.
     """
 
     modes: Modes
@@ -79,7 +84,9 @@ class Whitening:
     @classmethod
     def of(cls, metric: Metric, modes: Modes) -> Whitening:
         """The whitening of a metric; that of the plain metric does nothing."""
-        return cls(modes, (*_marginal_roots(metric.outputs, modes.outs), *_marginal_roots(metric.inputs, modes.ins)))
+        return cls(
+            modes, (*_marginal_roots(metric.outputs, modes.outs), *_marginal_roots(metric.inputs, modes.ins))
+        )
 
     @classmethod
     def starts(cls, metric: Metric, modes: Modes) -> list[Whitening]:
@@ -111,7 +118,8 @@ def left_vectors(matrix: Tensor, count: int) -> Tensor:
     count = min(rows, columns, count)
     if rows <= columns:
         return top_eigenpairs(matrix @ matrix.T, count)[1]
-    # The images of the right vectors are the left ones times their singular values; QR keeps those of tiny values orthonormal.
+    # The images of the right vectors are the left ones times their singular values; QR keeps those of tiny
+    # values orthonormal.
     left: Tensor = torch.linalg.qr(matrix @ top_eigenpairs(matrix.T @ matrix, count)[1])[0]
     return left
 
@@ -121,25 +129,35 @@ def balanced_factors(size: int, count: int) -> tuple[int, ...]:
     return _balanced(size, count, size)
 
 
-# Dynamo warns where it traces into a cache; the decorator that sets this mark imports all of Dynamo, which takes seconds.
+# Dynamo warns where it traces into a cache; the decorator that sets this mark imports all of Dynamo, which
+# takes seconds.
 balanced_factors.__dict__["_dynamo_marked_constant"] = True
 
 
 def improve_left(weight: Tensor, left: Tensor, rows: Tensor, metric: Metric) -> Tensor:
     """The `A` that makes `A @ rows` nearest to `weight` in the metric: `A = W C T^T (T C T^T)^-1`.
 
-    Solved for the step from `left`, so the ridge pulls towards `left` and the error never grows.  G has no say: it
-    weighs the residual, and the minimum over A is the same for every G.
+    Solved for the step from `left`, so the ridge pulls towards `left` and the error never grows.  G has no
+    say: it weighs the residual, and the minimum over A is the same for every G.
     """
     lifted = metric.times_inputs(rows)
     return left + solve_gram(lifted @ rows.T, lifted @ (weight - left @ rows).T).T
 
 
-def polish(weight: Tensor, factors: State, rebuild: Callable[[State], Tensor], metric: Metric, order: Sequence[int], macs: int, work: int = WORK) -> State:
+def polish(
+    weight: Tensor,
+    factors: State,
+    rebuild: Callable[[State], Tensor],
+    metric: Metric,
+    order: Sequence[int],
+    macs: int,
+    work: int = WORK,
+) -> State:
     """Alternating conjugate gradients: a few steps on one factor after another towards least error in the metric, which never grows.
 
-    `rebuild` gives the unfolded weight of factors, linear in each.  Whitened factors make good coordinates: there the metric
-    is near the identity, so few steps do.  `macs` is what `rebuild` takes; beyond `work` multiply-adds there are fewer steps.
+    `rebuild` gives the unfolded weight of factors, linear in each.  Whitened factors make good coordinates:
+    there the metric is near the identity, so few steps do.  `macs` is what `rebuild` takes; beyond `work`
+    multiply-adds there are fewer steps.
     """
     o, d = weight.shape
     full = metric.inputs is not None and metric.inputs.dim() == 2
@@ -149,12 +167,18 @@ def polish(weight: Tensor, factors: State, rebuild: Callable[[State], Tensor], m
         if left <= 0:
             break
         rebuild_one = functools.partial(_with, rebuild, factors, k)
-        factors = (*factors[:k], _descend(weight, factors[k], rebuild_one, metric, min(left, _STEPS)), *factors[k + 1 :])
+        factors = (
+            *factors[:k],
+            _descend(weight, factors[k], rebuild_one, metric, min(left, _STEPS)),
+            *factors[k + 1 :],
+        )
         left -= _STEPS
     return factors
 
 
-def polished(weight: Tensor, factors: State, rebuild: Callable[[State], Tensor], metric: Metric, macs: int) -> State:
+def polished(
+    weight: Tensor, factors: State, rebuild: Callable[[State], Tensor], metric: Metric, macs: int
+) -> State:
     """`polish` over all factors as often as it still lowers the squared error by a fiftieth."""
     error, before = metric.square(weight - rebuild(factors)), math.inf
     for _ in range(_PASSES):
@@ -176,24 +200,32 @@ def best_polished(
     work: int = WORK,
 ) -> State:
     """The state of least error in the metric, polished in its own whitened coordinates and taken out of them."""
-    errors = [metric.square(weight - unfolded(fit.undo(state))) for fit, state in zip(fits, states, strict=True)]
+    errors = [
+        metric.square(weight - unfolded(fit.undo(state))) for fit, state in zip(fits, states, strict=True)
+    ]
     best = errors.index(min(errors))
     fit = fits[best]
-    return fit.undo(polish(weight, states[best], lambda state: unfolded(fit.undo(state)), metric, order, macs, work))
+    return fit.undo(
+        polish(weight, states[best], lambda state: unfolded(fit.undo(state)), metric, order, macs, work)
+    )
 
 
 def share_norm(*factors: Tensor) -> State:
     """The same product from factors of equal norm, so that none leaves the range of a short number format."""
     norms = [float(factor.norm()) for factor in factors]
     share = math.prod(norms) ** (1 / len(norms))
-    return tuple(factor * (share / norm) if norm > 0 else factor for factor, norm in zip(factors, norms, strict=True))
+    return tuple(
+        factor * (share / norm) if norm > 0 else factor for factor, norm in zip(factors, norms, strict=True)
+    )
 
 
 def _with(rebuild: Callable[[State], Tensor], factors: State, place: int, factor: Tensor) -> Tensor:
     return rebuild((*factors[:place], factor, *factors[place + 1 :]))
 
 
-def _descend(weight: Tensor, factor: Tensor, rebuild: Callable[[Tensor], Tensor], metric: Metric, steps: int) -> Tensor:
+def _descend(
+    weight: Tensor, factor: Tensor, rebuild: Callable[[Tensor], Tensor], metric: Metric, steps: int
+) -> Tensor:
     value, pullback, *_ = torch.func.vjp(rebuild, factor)
     slope = pullback(_weighed(weight - value, metric))[0]
     direction, size = slope, float(slope.square().sum())
@@ -227,7 +259,11 @@ def _marginal_roots(matrix: Tensor | None, sizes: tuple[int, ...]) -> list[tuple
     for mode, size in enumerate(sizes):
         marginal = _marginal(matrix.double(), sizes, mode)
         mean = float(marginal.trace()) / size
-        roots.append(symmetric_roots(marginal / mean + _DAMPING * torch.eye(size, dtype=torch.float64)) if mean > 0 else None)
+        roots.append(
+            symmetric_roots(marginal / mean + _DAMPING * torch.eye(size, dtype=torch.float64))
+            if mean > 0
+            else None
+        )
     return roots
 
 

@@ -16,15 +16,25 @@ from tdpass.formats.metric import Metric
 from tdpass.ops import Ops, Pads, V
 from tdpass.site import Site
 
-_FACTS = ("name", "axes", "version", "offered", "exact_at_full_rank", "searched", "reader", "__doc__", "__module__")
+_FACTS = (
+    "name",
+    "axes",
+    "version",
+    "offered",
+    "exact_at_full_rank",
+    "searched",
+    "reader",
+    "__doc__",
+    "__module__",
+)
 
 
 class PerGroup(Format):
     """A format whose layers are all convolutions, on sites of any number of groups.
 
-    Each group is a site of its own with `1 / groups` of the outputs, and all have one rank.  Factors of the groups are stacked along
-    their first axis, which every layer of the chain writes: with `groups` times its groups it then computes what the chains of the
-    groups would, side by side.
+    Each group is a site of its own with `1 / groups` of the outputs, and all have one rank.  Factors of the
+    groups are stacked along their first axis, which every layer of the chain writes: with `groups` times its
+    groups it then computes what the chains of the groups would, side by side.
     """
 
     inner: ClassVar[Format]
@@ -66,7 +76,10 @@ class PerGroup(Format):
         if stage is None or site.groups == 1:
             return stage
         outputs, *rest = stage.site.shape
-        return Stage(stage.factor, replace(stage.site, shape=(site.groups * outputs, *rest), groups=site.groups * stage.site.groups))
+        return Stage(
+            stage.factor,
+            replace(stage.site, shape=(site.groups * outputs, *rest), groups=site.groups * stage.site.groups),
+        )
 
 
 def per_group(cls: type[Format]) -> type[Format]:
@@ -107,9 +120,13 @@ class _Stacked(Decomposition):
         whole = sum(self.squares)
         if len(known) < len(found):
             return None
-        error = sum(guarantee.value**2 * square for guarantee, square in zip(known, self.squares, strict=True))
+        error = sum(
+            guarantee.value**2 * square for guarantee, square in zip(known, self.squares, strict=True)
+        )
         kinds = {guarantee.kind for guarantee in known}
-        return Guarantee(math.sqrt(error / whole) if whole > 0 else 0.0, kinds.pop() if len(kinds) == 1 else "upper bound")
+        return Guarantee(
+            math.sqrt(error / whole) if whole > 0 else 0.0, kinds.pop() if len(kinds) == 1 else "upper bound"
+        )
 
     def _each(self, group: int) -> Decomposition:
         self.groups[group].rough = self.rough
@@ -126,13 +143,33 @@ class _SideBySide(Ops[V]):
     def __init__(self, ops: Ops[V], groups: int) -> None:
         self.ops, self.times = ops, groups
 
-    def conv(self, x: V, weight: V, bias: V | None, stride: Sequence[int], padding: Pads, dilation: Sequence[int], groups: int = 1) -> V:
+    def conv(
+        self,
+        x: V,
+        weight: V,
+        bias: V | None,
+        stride: Sequence[int],
+        padding: Pads,
+        dilation: Sequence[int],
+        groups: int = 1,
+    ) -> V:
         return self.ops.conv(x, weight, bias, stride, padding, dilation, self.times * groups)
 
-    def conv_transpose(self, x: V, weight: V, bias: V | None, stride: Sequence[int], cut: Pads, dilation: Sequence[int], groups: int = 1) -> V:
+    def conv_transpose(
+        self,
+        x: V,
+        weight: V,
+        bias: V | None,
+        stride: Sequence[int],
+        cut: Pads,
+        dilation: Sequence[int],
+        groups: int = 1,
+    ) -> V:
         return self.ops.conv_transpose(x, weight, bias, stride, cut, dilation, self.times * groups)
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise NotImplementedError("a format that is used per group must be made of convolutions")
 
-    linear = reshape = permute = take = part = concat = matmul = add = flatten_positions = restore_positions = fill = _refuse
+    linear = reshape = permute = take = part = concat = matmul = add = flatten_positions = (
+        restore_positions
+    ) = fill = _refuse

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from tdpass.errors import PlanError
 from tdpass.form import Rank
-from tdpass.formats.base import FORMATS, Bond, Decomposition, Factors, Format, Guarantee, Layer, register_format, unit
+from tdpass.formats.base import (
+    FORMATS,
+    Bond,
+    Decomposition,
+    Factors,
+    Format,
+    Guarantee,
+    Layer,
+    register_format,
+    unit,
+)
 from tdpass.formats.metric import Metric
 from tdpass.formats.pivots import choose_pivots, leading_coefficients, order_of
 from tdpass.ops import Ops, Pads, V
@@ -25,10 +35,11 @@ _FACTS = ("axes", "version", "searched")
 class Pivoted(Format):
     """Another format whose factors hold no identity: U V with U = P [I; C] U_p becomes C and B = U_p V.
 
-    U_p are r rows of U that make up all others by small coefficients C (pivoting factorization, Zhao et al. 2025).  A factor that writes
-    the output answers `P [h; C h]` to `h = B x`, one that reads the input `x_p + D x_rest`, so both numbers and multiply-adds fall
-    by r^2 for every axis that two factors share: from r (o + i) to r (o + i - r) for two matrices, which is less than o i at any
-    rank below full.  Nothing is lost.  `ordered` says that P is stored, else it is 1: the pivots are the leading channels.
+    U_p are r rows of U that make up all others by small coefficients C (pivoting factorization, Zhao et al.
+    2025).  A factor that writes the output answers `P [h; C h]` to `h = B x`, one that reads the input `x_p +
+    D x_rest`, so both numbers and multiply-adds fall by r^2 for every axis that two factors share: from r (o
+    + i) to r (o + i - r) for two matrices, which is less than o i at any rank below full.  Nothing is lost.
+    `ordered` says that P is stored, else it is 1: the pivots are the leading channels.
     """
 
     offered = False
@@ -53,7 +64,9 @@ class Pivoted(Format):
         except PlanError as error:
             raise PlanError(f"{self.name} is made of {error}") from None
         if not self.spares(site, rank):
-            raise PlanError(f"{self.name} rank {rank} has nothing to spare at site {site.name!r} of shape {site.shape}; plan it as {self.inner.name}")
+            raise PlanError(
+                f"{self.name} rank {rank} has nothing to spare at site {site.name!r} of shape {site.shape}; plan it as {self.inner.name}"
+            )
 
     def begin(self, weight: Tensor, site: Site, metric: Metric) -> Decomposition:
         return _Spared(self, self.inner.begin(weight, site, metric), site)
@@ -63,7 +76,13 @@ class Pivoted(Format):
 
     def shapes(self, site: Site, rank: Rank) -> dict[str, tuple[int, ...]]:
         shapes = self.inner.shapes(site, rank)
-        return {**shapes, **{bond.factor: bond.with_channels(shapes[bond.factor], bond.width(site) - r) for bond, r in self._bonds(site, shapes)}}
+        return {
+            **shapes,
+            **{
+                bond.factor: bond.with_channels(shapes[bond.factor], bond.width(site) - r)
+                for bond, r in self._bonds(site, shapes)
+            },
+        }
 
     def orders(self, site: Site, rank: Rank) -> dict[str, int]:
         bonds = self._bonds(site, self.inner.shapes(site, rank)) if self.ordered else []
@@ -71,7 +90,9 @@ class Pivoted(Format):
 
     def macs(self, site: Site, rank: Rank) -> int:
         bonds = self._bonds(site, self.inner.shapes(site, rank))
-        return self.inner.macs(site, rank) - sum(r * r * (site.out_positions if bond.writes else site.in_positions) for bond, r in bonds)
+        return self.inner.macs(site, rank) - sum(
+            r * r * (site.out_positions if bond.writes else site.in_positions) for bond, r in bonds
+        )
 
     def reconstruct(self, factors: Factors, site: Site) -> Tensor:
         return self.inner.reconstruct(self.to_chain(factors, site), site)
@@ -96,12 +117,16 @@ class Pivoted(Format):
         for bond, r in self._bonds(site, {name: tuple(factor.shape) for name, factor in factors.items()}):
             matrix = bond.matrix(found[bond.factor])
             n = len(matrix)
-            pivots, coefficients = choose_pivots(matrix) if self.ordered else (torch.arange(r), leading_coefficients(matrix))
+            pivots, coefficients = (
+                choose_pivots(matrix) if self.ordered else (torch.arange(r), leading_coefficients(matrix))
+            )
             if self.ordered:
                 order = order_of(pivots, n)
                 orders[_order(bond)] = (order.argsort() if bond.writes else order).int()
             spared = bond.with_channels(found[bond.factor].shape, n - r)
-            found[bond.factor] = (coefficients if bond.writes else coefficients.T).reshape(spared).contiguous()
+            found[bond.factor] = (
+                (coefficients if bond.writes else coefficients.T).reshape(spared).contiguous()
+            )
             found[bond.partner] = bond.absorbed(found[bond.partner], matrix[pivots])
         return {**found, **orders}
 
@@ -109,7 +134,9 @@ class Pivoted(Format):
         found = {name: factors[name] for name in factors if not name.endswith(_ORDER)}
         for bond, r in self._bonds(site, {name: tuple(factor.shape) for name, factor in found.items()}):
             coefficients = bond.matrix(found[bond.factor])
-            whole = torch.cat([torch.eye(r, dtype=coefficients.dtype, device=coefficients.device), coefficients])
+            whole = torch.cat(
+                [torch.eye(r, dtype=coefficients.dtype, device=coefficients.device), coefficients]
+            )
             if self.ordered:
                 order = factors[_order(bond)].long()
                 whole = whole[order if bond.writes else order.argsort()]
@@ -139,7 +166,9 @@ class _Spared(Decomposition):
 
     def refined(self, rank: Rank, factors: Factors) -> Factors:
         self.inner.rough = self.rough
-        return self.format.from_chain(self.inner.refined(rank, self.format.to_chain(factors, self.site)), self.site)
+        return self.format.from_chain(
+            self.inner.refined(rank, self.format.to_chain(factors, self.site)), self.site
+        )
 
     def guarantee(self, rank: Rank) -> Guarantee | None:
         return self.inner.guarantee(rank)
@@ -170,11 +199,24 @@ class _Sparing(Generic[V]):
             return self.ops.linear(x, weight, bias)
         return self._product(x, weight, bias, 0, self.ops.linear)
 
-    def conv(self, x: V, weight: V, bias: V | None, stride: Sequence[int], padding: Pads, dilation: Sequence[int], groups: int = 1) -> V:
+    def conv(
+        self,
+        x: V,
+        weight: V,
+        bias: V | None,
+        stride: Sequence[int],
+        padding: Pads,
+        dilation: Sequence[int],
+        groups: int = 1,
+    ) -> V:
         def pointwise(read: V, kernel: V, shift: V | None) -> V:
             return self.ops.conv(read, kernel, shift, stride, padding, dilation, groups)
 
-        return self._product(x, weight, bias, len(stride), pointwise) if isinstance(weight, _Spare) else pointwise(x, weight, bias)
+        return (
+            self._product(x, weight, bias, len(stride), pointwise)
+            if isinstance(weight, _Spare)
+            else pointwise(x, weight, bias)
+        )
 
     def _product(self, x: V, spare: _Spare, bias: V | None, axes: int, product: Any) -> V:
         axis = -1 - axes
@@ -188,7 +230,9 @@ class _Sparing(Generic[V]):
         if spare.order is None and bias is not None:
             along = (spare.r, *unit(-1 - axis))
             first = self.ops.add(h, self.ops.reshape(self.ops.part(bias, -1, 0, spare.r), along))
-            return self.ops.concat(first, product(h, spare.rest, self.ops.part(bias, -1, spare.r, spare.width)), axis)
+            return self.ops.concat(
+                first, product(h, spare.rest, self.ops.part(bias, -1, spare.r, spare.width)), axis
+            )
         y: V = self.ops.concat(h, product(h, spare.rest, None), axis)
         if spare.order is not None:
             y = self.ops.take(y, spare.order, axis)
@@ -207,35 +251,57 @@ class _Sparing(Generic[V]):
 def spared_formats(name: str, site: Site, rank: Rank) -> list[str]:
     """Formats that store what the named one stores at that rank in fewer numbers, those that need no order of channels first."""
     chain = FORMATS.get(name).chain.name
-    lean = [fmt for ending in (LEAD, PIVOT) if chain + ending in FORMATS and isinstance(fmt := FORMATS.get(chain + ending), Pivoted)]
+    lean = [
+        fmt
+        for ending in (LEAD, PIVOT)
+        if chain + ending in FORMATS and isinstance(fmt := FORMATS.get(chain + ending), Pivoted)
+    ]
     names = [fmt.name for fmt in lean if fmt.spares(site, rank)]
     return names[: names.index(name)] if name in names else names
 
 
 def without_spare(names: Sequence[str], site: Site) -> tuple[str, ...]:
     """The formats, in place of each the one that spares what its factors hold twice where the site lets it."""
-    lean = {name: name + PIVOT for name in names if name + PIVOT in FORMATS and FORMATS.get(name + PIVOT).fits(site)}
+    lean = {
+        name: name + PIVOT
+        for name in names
+        if name + PIVOT in FORMATS and FORMATS.get(name + PIVOT).fits(site)
+    }
     return tuple(dict.fromkeys(lean.get(name, name) for name in names))
 
 
 def reordered(layer: Layer, order: Tensor) -> Layer | None:
-    """The layer where it reads inputs in another order, `x[order]`; None where no factor of its own holds them as they are."""
+    """The layer where it reads inputs in another order, `x[order]`.
+
+    None where no factor of its own holds them as they are.
+    """
     chain = FORMATS.get(layer.format).chain
     if layer.form.encoded or not chain.reader:
         return None
-    reads = next((bond for bond in chain.bonds(layer.site) if not bond.writes and layer.format != chain.name), None)
+    reads = next(
+        (bond for bond in chain.bonds(layer.site) if not bond.writes and layer.format != chain.name), None
+    )
     if reads is None:
-        return replace(layer, factors={**layer.factors, chain.reader: layer.factors[chain.reader].index_select(1, order).contiguous()})
+        return replace(
+            layer,
+            factors={
+                **layer.factors,
+                chain.reader: layer.factors[chain.reader].index_select(1, order).contiguous(),
+            },
+        )
     held = layer.factors.get(_order(reads))
     if held is None:
         return None
-    return replace(layer, factors={**layer.factors, _order(reads): order.argsort()[held.long()].to(held.dtype)})
+    return replace(
+        layer, factors={**layer.factors, _order(reads): order.argsort()[held.long()].to(held.dtype)}
+    )
 
 
 def led(layer: Layer, after: Layer, spread: int = 1) -> tuple[Layer, Layer] | None:
     """The layer with its pivots in the lead, and the one that alone reads what it makes, each channel `spread` times, with its inputs so.
 
-    None where the layer, which is a pivoted one, has to put its inputs in an order too, or the other cannot take them in another.
+    None where the layer, which is a pivoted one, has to put its inputs in an order too, or the other cannot
+    take them in another.
     """
     orders = {name: value for name, value in layer.factors.items() if name.endswith(_ORDER)}
     bonds = {_order(bond): bond for bond in FORMATS.get(layer.format).chain.bonds(layer.site)}
@@ -249,7 +315,9 @@ def led(layer: Layer, after: Layer, spread: int = 1) -> tuple[Layer, Layer] | No
         return None
     form = replace(layer.form, format=FORMATS.get(layer.format).chain.name + LEAD)
     factors = {name: value for name, value in layer.factors.items() if name not in orders}
-    return replace(layer, form=form, factors=factors, bias=None if layer.bias is None else layer.bias[order]), other
+    return replace(
+        layer, form=form, factors=factors, bias=None if layer.bias is None else layer.bias[order]
+    ), other
 
 
 def pivotable(cls: type[Format]) -> type[Format]:
@@ -257,6 +325,11 @@ def pivotable(cls: type[Format]) -> type[Format]:
     inner = cls()
     facts = {fact: getattr(inner, fact) for fact in _FACTS}
     for ending, ordered in ((PIVOT, True), (LEAD, False)):
-        own = {"name": inner.name + ending, "inner": inner, "ordered": ordered, "__doc__": f"`{inner.name}` without what its factors hold twice."}
+        own = {
+            "name": inner.name + ending,
+            "inner": inner,
+            "ordered": ordered,
+            "__doc__": f"`{inner.name}` without what its factors hold twice.",
+        }
         register_format(type(f"{cls.__name__}{ending}", (Pivoted,), {**facts, **own}))
     return cls

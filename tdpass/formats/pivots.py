@@ -14,15 +14,18 @@ BOUND = 2.0
 def choose_pivots(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Rows `p` of `M[n, r]`, ascending, and `C[n - r, r]` with `M[rest] = C M[p]` and |C| at most `BOUND`.
 
-    Gaussian elimination with partial pivoting, then swaps that each multiply the volume of the pivots by more than `BOUND`
-    (Goreinov et al., How to Find a Good Submatrix, 2010).  Exact for a matrix of smaller rank too.
+    Gaussian elimination with partial pivoting, then swaps that each multiply the volume of the pivots by more
+    than `BOUND` (Goreinov et al., How to Find a Good Submatrix, 2010).  Exact for a matrix of smaller rank
+    too.
     """
     n, r = matrix.shape
     lu, swaps, _ = torch.linalg.lu_factor_ex(matrix)
     rows = _permuted(swaps, n)
     lower = torch.tril(lu, -1) + torch.eye(n, r, dtype=lu.dtype)
     coefficients = torch.empty_like(lower)
-    coefficients[rows] = torch.linalg.solve_triangular(lower[:r], lower, upper=False, left=False, unitriangular=True)
+    coefficients[rows] = torch.linalg.solve_triangular(
+        lower[:r], lower, upper=False, left=False, unitriangular=True
+    )
     pivots = rows[:r].clone()
     while True:
         place = int(coefficients.abs().argmax())
@@ -39,13 +42,18 @@ def choose_pivots(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def leading_coefficients(matrix: Tensor) -> Tensor:
-    """`C[n - r, r]` with `M[r:] = C M[:r]`; raises `NumericalError` where the leading rows do not span the others well enough."""
+    """`C[n - r, r]` with `M[r:] = C M[:r]`.
+
+    Raises `NumericalError` where the leading rows do not span the others well enough.
+    """
     r = matrix.shape[1]
     solved: Tensor = torch.linalg.lstsq(matrix[:r].T, matrix[r:].T, driver="gelsd").solution.T
     left = float((solved @ matrix[:r] - matrix[r:]).norm())
     largest = float(solved.abs().max()) if solved.numel() else 0.0
     if not (largest <= 2 * BOUND and left <= 1e-9 * float(matrix.norm())):
-        raise NumericalError(f"the leading {r} of {len(matrix)} rows do not make up the others by coefficients up to {2 * BOUND:g}")
+        raise NumericalError(
+            f"the leading {r} of {len(matrix)} rows do not make up the others by coefficients up to {2 * BOUND:g}"
+        )
     return solved
 
 

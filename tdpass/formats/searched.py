@@ -28,8 +28,8 @@ class Fit(Whitened, Protocol):
 class Searched(Decomposition):
     """Factors of least error, from the better of two starts: the best for the plain norm, and for the whitened weight.
 
-    A `rough` search begins from the latter alone.
-    Subclasses say what the factors of a state multiply out to, how they are stored, and what `polish` has to go through.
+    A `rough` search begins from the latter alone. Subclasses say what the factors of a state multiply out to,
+    how they are stored, and what `polish` has to go through.
     """
 
     def __init__(self, weight: Tensor, metric: Metric, modes: Modes, fit: Callable[[Whitening], Fit]) -> None:
@@ -66,7 +66,9 @@ class Searched(Decomposition):
         states = [fit.search(fit.start(rank), limit) for fit in fits]
         if self.metric.plain:
             return self.stored(rank, states[0])
-        state = best_polished(self.matrix, fits, states, self.unfolded, self.metric, self.order(), self.macs(rank), limit.work)
+        state = best_polished(
+            self.matrix, fits, states, self.unfolded, self.metric, self.order(), self.macs(rank), limit.work
+        )
         return self.stored(rank, self.solved(state))
 
     def refined(self, rank: Rank, factors: Factors) -> Factors:

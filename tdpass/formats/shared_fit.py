@@ -1,8 +1,8 @@
 """Fit `W[o, a, b] ~ sum_r last[o, r, b] first[r, a]` in a metric: two convolutions in a row.
 
-Spatial SVD has `a = (i, h)`, `b = w`; a 1x1 convolution followed by a k x k one has `a = i`, `b = (h, w)`, and Tucker-2 is
-the latter with `last` of low rank.  In the Frobenius norm the optimum is one SVD; in a metric `last` has a closed form
-given `first`, and `first` is improved by conjugate gradients, in turn.
+Spatial SVD has `a = (i, h)`, `b = w`; a 1x1 convolution followed by a k x k one has `a = i`, `b = (h, w)`,
+and Tucker-2 is the latter with `last` of low rank.  In the Frobenius norm the optimum is one SVD; in a metric
+`last` has a closed form given `first`, and `first` is improved by conjugate gradients, in turn.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class SharedFit:
 
     weight: Tensor
     metric: Metric
-    _begun: dict[int, tuple[Tensor, WeightedSvd]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _begun: dict[int, tuple[Tensor, WeightedSvd]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def of(cls, weight: Tensor, shared: tuple[int, ...], metric: Metric) -> SharedFit:
@@ -53,11 +55,18 @@ class SharedFit:
         _, a, b = self.weight.shape
         if c is None:
             return None
-        return c.reshape(a, b).mean(1) if c.dim() == 1 else c.reshape(a, b, a, b).diagonal(dim1=1, dim2=3).mean(-1)
+        return (
+            c.reshape(a, b).mean(1)
+            if c.dim() == 1
+            else c.reshape(a, b, a, b).diagonal(dim1=1, dim2=3).mean(-1)
+        )
 
     @cached_property
     def start(self) -> WeightedSvd:
-        """The optimum under the marginal metric, for all ranks; the true optimum where the metric is plain."""
+        """The optimum under the marginal metric, for all ranks.
+
+        The true optimum where the metric is plain.
+        """
         o, a, b = self.weight.shape
         roots = self.metric.output_roots
         weighted = self.weight if roots is None else (roots[0] @ self.weight.reshape(o, -1)).reshape(o, a, b)
@@ -67,8 +76,13 @@ class SharedFit:
         """`first[r, a]` and `last[o, r, b]`, the latter of rank at most `core_rank` as an `o x (r b)` matrix."""
         return self.solve_split(rank, core_rank, rough)[:2]
 
-    def solve_split(self, rank: int, core_rank: int | None, rough: bool = False) -> tuple[Tensor, Tensor, WeightedSvd | None]:
-        """As `solve`, with the truncated decomposition of `last` where a core rank below full was asked for; `rough` does not improve `first`."""
+    def solve_split(
+        self, rank: int, core_rank: int | None, rough: bool = False
+    ) -> tuple[Tensor, Tensor, WeightedSvd | None]:
+        """As `solve`, with the truncated decomposition of `last` where a core rank below full was asked for.
+
+        `rough` does not improve `first`.
+        """
         first, free = self._begin(rank)
         last, split = self._truncated(free, rank, core_rank)
         if rough or (self.metric.plain and core_rank is None):
@@ -77,7 +91,11 @@ class SharedFit:
         flat = self.metric.inputs is None or self.metric.inputs.dim() == 1
         step_work = o * a * b * (rank if flat else a * b)
         most = _PLAIN_SWEEPS if self.metric.plain else _SWEEPS
-        sweeps = 0 if self.metric.plain and self.weight.numel() > _PLAIN_WEIGHTS else max(0, min(most, int(_WORK / (step_work * _STEPS))))
+        sweeps = (
+            0
+            if self.metric.plain and self.weight.numel() > _PLAIN_WEIGHTS
+            else max(0, min(most, int(_WORK / (step_work * _STEPS))))
+        )
         if sweeps == 0:
             return first, last, split
         error = self._error(first, last)
@@ -118,7 +136,9 @@ class SharedFit:
         free = torch.linalg.solve(normal, seen @ self.weight.reshape(o, -1).T).T
         return WeightedSvd(free, Metric(normal, self.metric.outputs))
 
-    def _truncated(self, free: WeightedSvd, r: int, core_rank: int | None) -> tuple[Tensor, WeightedSvd | None]:
+    def _truncated(
+        self, free: WeightedSvd, r: int, core_rank: int | None
+    ) -> tuple[Tensor, WeightedSvd | None]:
         o, _, b = self.weight.shape
         if core_rank is None or core_rank >= free.rank:
             return free.matrix.reshape(o, r, b), None
@@ -137,7 +157,9 @@ class SharedFit:
 
     def _gradient(self, residual: Tensor, last: Tensor) -> Tensor:
         o, a, b = self.weight.shape
-        weighed = self.metric.times_outputs(self.metric.times_inputs(residual.reshape(o, a * b))).reshape(o, a, b)
+        weighed = self.metric.times_outputs(self.metric.times_inputs(residual.reshape(o, a * b))).reshape(
+            o, a, b
+        )
         gradient: Tensor = torch.einsum("oab,orb->ra", weighed, last)
         return gradient
 
@@ -145,7 +167,11 @@ class SharedFit:
         """Preconditioned conjugate gradients on the quadratic in `first`."""
         o, r, b = last.shape
         spread = last.permute(1, 0, 2).reshape(r, o, b)
-        weighed = spread if self.metric.outputs is None else torch.einsum("op,rpb->rob", self.metric.outputs.double(), spread)
+        weighed = (
+            spread
+            if self.metric.outputs is None
+            else torch.einsum("op,rpb->rob", self.metric.outputs.double(), spread)
+        )
         left = spread.reshape(r, -1) @ weighed.reshape(r, -1).T
         left.diagonal().add_(float(left.diagonal().mean()) * 1e-6 + 1e-300)
         left = torch.linalg.inv(left)
@@ -155,7 +181,11 @@ class SharedFit:
             scaled: Tensor = left @ gradient
             if marginal is None:
                 return scaled
-            solved: Tensor = scaled / marginal if marginal.dim() == 1 else torch.cholesky_solve(scaled.T, self._marginal_factor).T
+            solved: Tensor = (
+                scaled / marginal
+                if marginal.dim() == 1
+                else torch.cholesky_solve(scaled.T, self._marginal_factor).T
+            )
             return solved
 
         x = first.clone()

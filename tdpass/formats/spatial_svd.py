@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 from tdpass.form import Rank
-from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Stage, apply_dense, no_padding, rank_grid, register_format, unit
+from tdpass.formats.base import (
+    Decomposition,
+    Factors,
+    Format,
+    Guarantee,
+    Stage,
+    apply_dense,
+    no_padding,
+    rank_grid,
+    register_format,
+    unit,
+)
 from tdpass.formats.metric import Metric
 from tdpass.formats.per_group import per_group
 from tdpass.formats.shared_fit import SharedFit
@@ -49,7 +60,10 @@ class _Fit(Decomposition):
     def factors(self, rank: Rank) -> Factors:
         (r,) = rank
         first, last = self.fit.solve(r, rough=self.rough)
-        return {"first": first.reshape(_first(self.site, r).shape).contiguous(), "last": last.reshape(_last(self.site, r).shape).contiguous()}
+        return {
+            "first": first.reshape(_first(self.site, r).shape).contiguous(),
+            "last": last.reshape(_last(self.site, r).shape).contiguous(),
+        }
 
     def guarantee(self, rank: Rank) -> Guarantee | None:
         return Guarantee(self.fit.start.relative_error(rank[0]), "exact") if self.fit.metric.plain else None
@@ -60,8 +74,8 @@ class _Fit(Decomposition):
 class SpatialSvd(Format):
     """W[o, i, h, w] = sum_r last[o, r, w] first[r, i, h]: an SVD of the `(i h) x (o w)` unfolding.
 
-    Exact in the Frobenius norm (Jaderberg et al. 2014); in a metric, alternating least squares from that start.
-    Pays below r = o i k / (o + i) at stride 1.
+    Exact in the Frobenius norm (Jaderberg et al. 2014); in a metric, alternating least squares from that
+    start. Pays below r = o i k / (o + i) at stride 1.
     """
 
     name = "spatial_svd"
@@ -89,7 +103,9 @@ class SpatialSvd(Format):
     def reconstruct(self, factors: Factors, site: Site) -> Tensor:
         first, last = factors["first"], factors["last"]
         r = first.shape[0]
-        return torch.einsum("orw,rih->oihw", last.reshape(site.o, r, -1), first.reshape(r, site.i, -1)).reshape(site.shape)
+        return torch.einsum(
+            "orw,rih->oihw", last.reshape(site.o, r, -1), first.reshape(r, site.i, -1)
+        ).reshape(site.shape)
 
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
         return apply_dense(ops, x, f["first"], None, _first(site, rank[0]))

@@ -17,10 +17,11 @@ _PARTS = 4
 class WeightedSvd:
     """`W ~ left @ right` of `factors(r)`, the best rank-r approximation of a matrix (o x d, float64) in the metric for every r.
 
-    With `M = G^1/2 W C^1/2 = U S V^T` the optimum is `What = G^-1/2 U_r U_r^T G^1/2 W = W C^1/2 V_r V_r^T C^-1/2`, so only
-    the eigenvectors and roots of the smaller side are needed: `M M^T` takes G^1/2 and C, `M^T M` takes C^1/2 and G.  Nothing is computed before it is
-    asked for: errors take eigenvalues alone, factors as many quarters of the vectors as their rank needs.  Quarters, so
-    that the same rank gives the same factors whatever was asked for before.
+    With `M = G^1/2 W C^1/2 = U S V^T` the optimum is `What = G^-1/2 U_r U_r^T G^1/2 W = W C^1/2 V_r V_r^T
+    C^-1/2`, so only the eigenvectors and roots of the smaller side are needed: `M M^T` takes G^1/2 and C,
+    `M^T M` takes C^1/2 and G.  Nothing is computed before it is asked for: errors take eigenvalues alone,
+    factors as many quarters of the vectors as their rank needs.  Quarters, so that the same rank gives the
+    same factors whatever was asked for before.
     """
 
     def __init__(self, matrix: Tensor, metric: Metric) -> None:
@@ -86,7 +87,9 @@ class WeightedSvd:
             roots = self._metric.output_roots
             return _signed(vectors if roots is None else roots[1] @ vectors, vectors.T @ self._weighted)
         inputs = self._metric.input_roots
-        return _signed(self._weighted @ vectors, vectors.T if inputs is None else _times(vectors.T, inputs[1]))
+        return _signed(
+            self._weighted @ vectors, vectors.T if inputs is None else _times(vectors.T, inputs[1])
+        )
 
 
 def _times(matrix: Tensor, root: Tensor) -> Tensor:
@@ -100,7 +103,9 @@ def top_eigenpairs(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if size >= _SUBSET_FROM and count <= size // _PARTS:
         import scipy.linalg  # noqa: PLC0415 - takes a third of a second, and only large matrices need it
 
-        values, vectors = scipy.linalg.eigh(gram.numpy(), driver="evr", subset_by_index=[size - count, size - 1], check_finite=False)
+        values, vectors = scipy.linalg.eigh(
+            gram.numpy(), driver="evr", subset_by_index=[size - count, size - 1], check_finite=False
+        )
         top, columns = torch.from_numpy(values), torch.from_numpy(vectors)
     else:
         top, columns = eigenpairs(gram)

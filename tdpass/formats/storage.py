@@ -24,9 +24,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Storage:
-    """How factors of these shapes are stored; no `numbers` where they have the type of the model's weights and no support.
+    """How factors of these shapes are stored.
 
-    `orders` are stored beside them as they are, whole numbers of which so many have that name.
+    No `numbers` where they have the type of the model's weights and no support. `orders` are stored beside
+    them as they are, whole numbers of which so many have that name.
     """
 
     shapes: Shapes
@@ -38,12 +39,14 @@ class Storage:
     def of(cls, form: Form, shapes: Shapes, orders: Mapping[str, int] | None = None) -> Self:
         """The storage that a form says.
 
-        Raises `PlanError` for another count of number types or supports than of factors, an unknown one, and one that does not divide
-        a factor.
+        Raises `PlanError` for another count of number types or supports than of factors, an unknown one, and
+        one that does not divide a factor.
         """
         named = form.numbers or ((_WITH_SUPPORT,) if form.support else ())
         numbers = _each(form, "number types", named, shapes, numbers_named)
-        supports = _each(form, "supports", tuple(filter(None, form.support.split(","))), shapes, support_named)
+        supports = _each(
+            form, "supports", tuple(filter(None, form.support.split(","))), shapes, support_named
+        )
         made = cls(shapes, numbers, supports, orders or {})
         made.parts()
         return made
@@ -63,7 +66,9 @@ class Storage:
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
         """Sizes of all that is stored, by name."""
-        factors = {name: part.shape for name, part in self.parts().items()} if self.numbers else dict(self.shapes)
+        factors = (
+            {name: part.shape for name, part in self.parts().items()} if self.numbers else dict(self.shapes)
+        )
         return {**factors, **{name: (count,) for name, count in self.orders.items()}}
 
     def count(self, name: str) -> int:
@@ -83,18 +88,27 @@ class Storage:
         """Bytes of all parts."""
         return sum(part.bytes for part in self.parts().values())
 
-    def store(self, factors: Mapping[str, Tensor], beside: Mapping[str, Mapping[str, Tensor]] | None = None) -> dict[str, Tensor]:
-        """The parts of factors of floating-point numbers; of a factor with a support the entries of largest magnitude are kept.
+    def store(
+        self, factors: Mapping[str, Tensor], beside: Mapping[str, Mapping[str, Tensor]] | None = None
+    ) -> dict[str, Tensor]:
+        """The parts of factors of floating-point numbers.
 
-        `beside` has, by factor, parts such as scales to use instead of those that suit.
+        Of a factor with a support the entries of largest magnitude are kept. `beside` has, by factor, parts
+        such as scales to use instead of those that suit.
         """
         if not self.numbers:
             return dict(factors)
         beside = beside or {}
-        parts = {part: held for name in self.numbers for part, held in self.stored(name, factors[name], beside.get(name)).items()}
+        parts = {
+            part: held
+            for name in self.numbers
+            for part, held in self.stored(name, factors[name], beside.get(name)).items()
+        }
         return {**parts, **{name: factors[name] for name in self.orders}}
 
-    def stored(self, name: str, factor: Tensor, beside: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def stored(
+        self, name: str, factor: Tensor, beside: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """The parts of one factor, as `store` makes them."""
         each, support = self.numbers[name], self.supports.get(name)
         if support is None:
@@ -104,7 +118,10 @@ class Storage:
         return {_name(name, part): held for part, held in parts.items()}
 
     def restore(self, ops: StorageOps[V], held: Mapping[str, V], dtype: torch.dtype) -> Mapping[str, V]:
-        """The factors that the parts stand for, in a floating-point type; as they are where no number types are named."""
+        """The factors that the parts stand for, in a floating-point type.
+
+        As they are where no number types are named.
+        """
         if not self.numbers:
             return held
         orders = {name: held[name] for name in self.orders}
@@ -114,16 +131,29 @@ class Storage:
         """One factor of those that are stored in number types of their own, as `restore` makes it."""
         each, shape, support = self.numbers[name], self.shapes[name], self.supports.get(name)
         if support is None:
-            return each.restore(ops, {part: held[_name(name, part)] for part in each.parts(shape)}, shape, dtype)
+            return each.restore(
+                ops, {part: held[_name(name, part)] for part in each.parts(shape)}, shape, dtype
+            )
         count = support.kept(shape)
         kept = support.mask(ops, held[_name(name, SUPPORT)], shape)
-        return each.restore(ops, {part: held[_name(name, part)] for part in each.parts(shape, count)}, shape, dtype, kept, count)
+        return each.restore(
+            ops,
+            {part: held[_name(name, part)] for part in each.parts(shape, count)},
+            shape,
+            dtype,
+            kept,
+            count,
+        )
 
 
-def _each(form: Form, what: str, texts: tuple[str, ...], shapes: Shapes, read: Callable[[str], T]) -> dict[str, T]:
+def _each(
+    form: Form, what: str, texts: tuple[str, ...], shapes: Shapes, read: Callable[[str], T]
+) -> dict[str, T]:
     """What is read from the texts, one for all factors or one for each."""
     if len(texts) not in {0, 1, len(shapes)}:
-        raise PlanError(f"form '{form}' has {len(texts)} {what} for the factors {', '.join(shapes)}; give one for all, or one for each")
+        raise PlanError(
+            f"form '{form}' has {len(texts)} {what} for the factors {', '.join(shapes)}; give one for all, or one for each"
+        )
     made = [read(text) for text in texts]
     return dict(zip(shapes, made if len(made) == len(shapes) else made * len(shapes), strict=False))
 

@@ -7,7 +7,17 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from tdpass.form import Rank
-from tdpass.formats.base import Bond, Decomposition, Factors, Format, Guarantee, Stage, pointwise, rank_grid, register_format
+from tdpass.formats.base import (
+    Bond,
+    Decomposition,
+    Factors,
+    Format,
+    Guarantee,
+    Stage,
+    pointwise,
+    rank_grid,
+    register_format,
+)
 from tdpass.formats.metric import Metric
 from tdpass.formats.pivoted import pivotable
 from tdpass.formats.spectrum import WeightedSvd
@@ -32,8 +42,8 @@ class _Spectrum(Decomposition):
 class Svd(Format):
     """W[o, i] = sum_r u[o, r] v[r, i]: two linear layers.
 
-    Optimal in the metric for every rank (Eckart and Young 1936; whitened by the input covariance as in SVD-LLM, 2024).
-    Pays below r = o i / (o + i).
+    Optimal in the metric for every rank (Eckart and Young 1936; whitened by the input covariance as in
+    SVD-LLM, 2024). Pays below r = o i / (o + i).
     """
 
     name = "svd"

@@ -89,10 +89,11 @@ class _Als:
 class TensorRing(Format):
     """W[(o1 o2), (i1 i2)] = tr(G_1[i1] G_2[i2] G_3[o1] G_4[o2]), with G_k[r, n, s] read as r x s matrices.
 
-    Tensor ring (Zhao et al. 2016; for layers, Wang et al. 2018): rank is (r0, r1, r2, r3), the bonds before each core, and the
-    bond r0 closes the ring.  TR-SVD start, accelerated alternating least squares, then conjugate gradients in the metric.  The
-    cores are stored as the products read them: `[r0, r1, i1]`, `[r2, r1, i2]`, `[o1, r3, r2]`, `[o2, r0, r3]`.  Candidate ranks
-    are equal in all places and end where it breaks even; the last is not exact.
+    Tensor ring (Zhao et al. 2016; for layers, Wang et al. 2018): rank is (r0, r1, r2, r3), the bonds before
+    each core, and the bond r0 closes the ring.  TR-SVD start, accelerated alternating least squares, then
+    conjugate gradients in the metric.  The cores are stored as the products read them: `[r0, r1, i1]`, `[r2,
+    r1, i2]`, `[o1, r3, r2]`, `[o2, r0, r3]`.  Candidate ranks are equal in all places and end where it breaks
+    even; the last is not exact.
     """
 
     name = "tensor_ring"
@@ -147,7 +148,12 @@ def _per_position(site: Site, rank: Rank) -> int:
 
 def _packed(cores: State) -> Factors:
     g1, g2, g3, g4 = share_norm(*cores)
-    stored = {"g1": g1.transpose(1, 2), "g2": g2.permute(2, 0, 1), "g3": g3.permute(1, 2, 0), "g4": g4.permute(1, 2, 0)}
+    stored = {
+        "g1": g1.transpose(1, 2),
+        "g2": g2.permute(2, 0, 1),
+        "g3": g3.permute(1, 2, 0),
+        "g4": g4.permute(1, 2, 0),
+    }
     return {name: core.contiguous() for name, core in stored.items()}
 
 
@@ -177,15 +183,18 @@ def _halves(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _solve_pair(seen: Tensor, rest: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Least squares for `first[a, m, b]`, then for `second[b, n, c]`; and by how much their product lowers the squared error.
+    """Least squares for `first[a, m, b]`, then for `second[b, n, c]`.
 
-    `rest[x, y, c, a]` is the other half of the ring and `seen[m, n, c, a]` the weight times it, so neither solve reads the weight.
+    And by how much their product lowers the squared error. `rest[x, y, c, a]` is the other half of the ring
+    and `seen[m, n, c, a]` the weight times it, so neither solve reads the weight.
     """
     open_bonds = rest.flatten(0, 1).flatten(1)
     outer = (open_bonds.T @ open_bonds).reshape(*rest.shape[2:], *rest.shape[2:])
     gram = torch.einsum("bcBC,caCA->abAB", _bonds(second), outer)
     a, m, b = first.shape
-    solved = solve_gram(gram.reshape(a * b, a * b), torch.einsum("mnca,bnc->abm", seen, second).reshape(a * b, m))
+    solved = solve_gram(
+        gram.reshape(a * b, a * b), torch.einsum("mnca,bnc->abm", seen, second).reshape(a * b, m)
+    )
     first = solved.reshape(a, b, m).transpose(1, 2)
     first = first / first.norm().clamp_min(1e-150)
     _, n, c = second.shape

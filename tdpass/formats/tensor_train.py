@@ -13,7 +13,16 @@ from torch import Tensor
 from tdpass.errors import PlanError
 from tdpass.form import Rank
 from tdpass.formats.alternating import ANEW, ROUGH, State, squared_norm
-from tdpass.formats.base import Bond, Decomposition, Factors, Format, Guarantee, Stage, register_format, scaled_ranks
+from tdpass.formats.base import (
+    Bond,
+    Decomposition,
+    Factors,
+    Format,
+    Guarantee,
+    Stage,
+    register_format,
+    scaled_ranks,
+)
 from tdpass.formats.metric import Metric, eigenvalues
 from tdpass.formats.multilinear import Whitening, best_polished, improve_left, left_vectors, share_norm
 from tdpass.formats.pivoted import pivotable
@@ -30,7 +39,9 @@ class _Train(Decomposition):
     def sweeps(self, cut: Train) -> list[_Sweep]:
         """The plain and, in a metric, the whitened weight, cut as that train is."""
         if cut.cuts not in self._sweeps:
-            self._sweeps[cut.cuts] = [_Sweep(whitening, self.weight) for whitening in Whitening.starts(self.metric, cut.modes)]
+            self._sweeps[cut.cuts] = [
+                _Sweep(whitening, self.weight) for whitening in Whitening.starts(self.metric, cut.modes)
+            ]
         return self._sweeps[cut.cuts]
 
     def factors(self, rank: Rank) -> Factors:
@@ -44,7 +55,16 @@ class _Train(Decomposition):
             return cut.modes.matrix(_contract(train))
 
         order, macs = range(len(rank), -1, -1), self.matrix.numel() * max(rank)
-        *cores, last = best_polished(self.matrix, sweeps, trains, unfolded, self.metric, order, macs, ROUGH.work if self.rough else ANEW.work)
+        *cores, last = best_polished(
+            self.matrix,
+            sweeps,
+            trains,
+            unfolded,
+            self.metric,
+            order,
+            macs,
+            ROUGH.work if self.rough else ANEW.work,
+        )
         if cut.last_stage(rank) is not None:
             last = improve_left(self.matrix, last.flatten(1).T, _contract(cores).T, self.metric).T[:, :, None]
         return _packed(cut, (*cores, last))
@@ -84,7 +104,10 @@ class _Sweep:
         return found
 
     def cores(self, rank: Rank) -> State:
-        """Whitened cores `[r, n, s]`, all but the last with orthonormal columns; a rank that a cut cannot use is filled with zeros."""
+        """Whitened cores `[r, n, s]`, all but the last with orthonormal columns.
+
+        A rank that a cut cannot use is filled with zeros.
+        """
         sizes, found = self.tensor.shape, []
         rest, before = self.tensor.flatten(1), 1
         for k, r in enumerate(rank):
@@ -105,9 +128,10 @@ class _Sweep:
 class TensorTrain(Format):
     """W = G_1 G_2 ... G_d, a product of cores G_k[r, n, s] with s of one core equal to r of the next.
 
-    TT-SVD (Oseledets 2011) of the weight as a tensor.  Linear: `n_k = (o_k i_k)`, one rank per cut, any number of cuts.
-    Convolution: modes `i_1 .. i_a, (h w), o_1 .. o_a`, so 2 a ranks; a = 1 is three convolutions.  In a metric the weight is
-    whitened mode by mode, and the cores are then improved in the metric itself by conjugate gradients.
+    TT-SVD (Oseledets 2011) of the weight as a tensor.  Linear: `n_k = (o_k i_k)`, one rank per cut, any
+    number of cuts. Convolution: modes `i_1 .. i_a, (h w), o_1 .. o_a`, so 2 a ranks; a = 1 is three
+    convolutions.  In a metric the weight is whitened mode by mode, and the cores are then improved in the
+    metric itself by conjugate gradients.
     """
 
     name = "tensor_train"
@@ -118,16 +142,25 @@ class TensorTrain(Format):
         return super().fits(site) and (not site.kernel or math.prod(site.kernel) > 1)
 
     def ranks(self, site: Site) -> Sequence[Rank]:
-        found = {rank for count in family_of(site).proposed for rank in scaled_ranks(train_of(site, count).limits)}
-        return sorted(found, key=lambda rank: (sum(math.prod(shape) for shape in self.shapes(site, rank).values()), rank))
+        found = {
+            rank for count in family_of(site).proposed for rank in scaled_ranks(train_of(site, count).limits)
+        }
+        return sorted(
+            found,
+            key=lambda rank: (sum(math.prod(shape) for shape in self.shapes(site, rank).values()), rank),
+        )
 
     def check_rank(self, site: Site, rank: Rank) -> None:
         lengths = family_of(site).allowed
         if len(rank) not in lengths:
-            raise PlanError(f"{self.name} rank {rank} does not fit site {site.name!r} of shape {site.shape}; give one of {list(lengths)} numbers")
+            raise PlanError(
+                f"{self.name} rank {rank} does not fit site {site.name!r} of shape {site.shape}; give one of {list(lengths)} numbers"
+            )
         limits = train_of(site, len(rank)).limits
         if not all(1 <= r <= limit for r, limit in zip(rank, limits, strict=True)):
-            raise PlanError(f"{self.name} rank {rank} does not fit site {site.name!r} of shape {site.shape}; allowed is 1 to {limits} in each place")
+            raise PlanError(
+                f"{self.name} rank {rank} does not fit site {site.name!r} of shape {site.shape}; allowed is 1 to {limits} in each place"
+            )
 
     def decompose(self, weight: Tensor, site: Site, metric: Metric) -> Decomposition:
         return _Train(weight, site, metric)
@@ -157,7 +190,10 @@ def _packed(cut: Train, cores: State) -> Factors:
 
 
 def _contract(cores: Sequence[Tensor]) -> Tensor:
-    """Product of cores `[r, n, s]` from the first on, `[(n_1 ... n_k), s]`; the last s is 1 for a whole train."""
+    """Product of cores `[r, n, s]` from the first on, `[(n_1 ... n_k), s]`.
+
+    The last s is 1 for a whole train.
+    """
     product = cores[0].flatten(0, 1)
     for core in cores[1:]:
         product = (product @ core.flatten(1)).reshape(-1, core.shape[2])

@@ -65,7 +65,9 @@ class LinearTrain(Train):
     @property
     def parts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Factors of o, descending, and of i, ascending: what is large while much of the input is left should be small."""
-        return balanced_factors(self.site.o, self.cuts + 1), balanced_factors(self.site.i, self.cuts + 1)[::-1]
+        return balanced_factors(self.site.o, self.cuts + 1), balanced_factors(self.site.i, self.cuts + 1)[
+            ::-1
+        ]
 
     @property
     def modes(self) -> Modes:
@@ -74,22 +76,34 @@ class LinearTrain(Train):
 
     def shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
         ends = (1, *rank, 1)
-        return {f"g{k + 1}": (ends[k], o, i, ends[k + 1]) for k, (o, i) in enumerate(zip(*self.parts, strict=True))}
+        return {
+            f"g{k + 1}": (ends[k], o, i, ends[k + 1])
+            for k, (o, i) in enumerate(zip(*self.parts, strict=True))
+        }
 
     def pack(self, cores: State) -> Factors:
         stored = zip(cores, *self.parts, strict=True)
-        return {f"g{k + 1}": core.reshape(core.shape[0], o, i, core.shape[2]) for k, (core, o, i) in enumerate(stored)}
+        return {
+            f"g{k + 1}": core.reshape(core.shape[0], o, i, core.shape[2])
+            for k, (core, o, i) in enumerate(stored)
+        }
 
     def unpack(self, factors: Factors) -> State:
         return tuple(factors[f"g{k + 1}"].flatten(1, 2) for k in range(self.cuts + 1))
 
     def macs(self, rank: Rank) -> int:
         o, i = self.parts
-        per_position = sum(math.prod(o[k + 1 :]) * math.prod(i[:k]) * math.prod(shape) for k, shape in enumerate(self.shapes(rank).values()))
+        per_position = sum(
+            math.prod(o[k + 1 :]) * math.prod(i[:k]) * math.prod(shape)
+            for k, shape in enumerate(self.shapes(rank).values())
+        )
         return per_position * self.site.out_positions
 
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], rank: Rank) -> V:
-        """From the last core to the first; a value is `[n, outputs so far, inputs left, (i_k s)]` before core k."""
+        """From the last core to the first.
+
+        A value is `[n, outputs so far, inputs left, (i_k s)]` before core k.
+        """
         o, i = self.parts
         ends = (1, *rank, 1)
         h = ops.reshape(ops.flatten_positions(x, self.site.i), (-1, 1, math.prod(i[:-1]), i[-1]))
@@ -97,9 +111,13 @@ class LinearTrain(Train):
             done, left = math.prod(o[k + 1 :]), math.prod(i[:k])
             h = ops.linear(h, ops.reshape(f[f"g{k + 1}"], (ends[k] * o[k], i[k] * ends[k + 1])), None)
             if k > 0:
-                h = ops.permute(ops.reshape(h, (-1, done, left // i[k - 1], i[k - 1] * ends[k], o[k])), (0, 4, 1, 2, 3))
+                h = ops.permute(
+                    ops.reshape(h, (-1, done, left // i[k - 1], i[k - 1] * ends[k], o[k])), (0, 4, 1, 2, 3)
+                )
                 h = ops.reshape(h, (-1, o[k] * done, left // i[k - 1], i[k - 1] * ends[k]))
-        h = ops.reshape(ops.permute(ops.reshape(h, (-1, math.prod(o[1:]), o[0])), (0, 2, 1)), (-1, self.site.o))
+        h = ops.reshape(
+            ops.permute(ops.reshape(h, (-1, math.prod(o[1:]), o[0])), (0, 2, 1)), (-1, self.site.o)
+        )
         return ops.restore_positions(h, x, self.site.o)
 
 
@@ -113,7 +131,11 @@ class ConvTrain(Train):
     def shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
         r, s = rank
         ones = unit(len(self.site.kernel))
-        return {"first": (r, self.site.i, *ones), "core": (s, r, *self.site.kernel), "last": (self.site.o, s, *ones)}
+        return {
+            "first": (r, self.site.i, *ones),
+            "core": (s, r, *self.site.kernel),
+            "last": (self.site.o, s, *ones),
+        }
 
     def pack(self, cores: State) -> Factors:
         first, core, last = cores
@@ -128,12 +150,16 @@ class ConvTrain(Train):
     def macs(self, rank: Rank) -> int:
         r, s = rank
         site = self.site
-        return r * site.i * site.in_positions + s * (r * math.prod(site.kernel) * kind_of(site).positions(site) + site.o * site.out_positions)
+        return r * site.i * site.in_positions + s * (
+            r * math.prod(site.kernel) * kind_of(site).positions(site) + site.o * site.out_positions
+        )
 
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], rank: Rank) -> V:
         axes = len(self.site.kernel)
         h = ops.conv(x, f["first"], None, unit(axes), no_padding(axes), unit(axes))
-        return apply_dense(ops, h, f["core"], None, replace(self.site, shape=(rank[1], rank[0], *self.site.kernel)))
+        return apply_dense(
+            ops, h, f["core"], None, replace(self.site, shape=(rank[1], rank[0], *self.site.kernel))
+        )
 
     def last_stage(self, rank: Rank) -> Stage:
         return Stage("last", pointwise(self.site.o, rank[1], len(self.site.kernel), self.site.name))
@@ -142,19 +168,26 @@ class ConvTrain(Train):
 class SplitConvTrain(Train):
     """`W[(o1 .. oa), (i1 .. ia), h, w] = G_1[i1] .. G_a[ia] G[h w] H_1[o1] .. H_a[oa]`, as in ADMM-TT (Yin et al. 2021).
 
-    The core is stored as `[s, r, h, w]` and convolves r channels to s; the other cores are matrix products at every position.
+    The core is stored as `[s, r, h, w]` and convolves r channels to s; the other cores are matrix products at
+    every position.
     """
 
     @property
     def parts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Factors of o, ascending, and of i, descending: so the products over few channels come while many are left."""
-        return balanced_factors(self.site.o, self.cuts // 2)[::-1], balanced_factors(self.site.i, self.cuts // 2)
+        return balanced_factors(self.site.o, self.cuts // 2)[::-1], balanced_factors(
+            self.site.i, self.cuts // 2
+        )
 
     @property
     def modes(self) -> Modes:
         o, i = self.parts
         a = len(o)
-        return Modes(o, (*i, math.prod(self.site.kernel)), (*((a + k,) for k in range(a + 1)), *((k,) for k in range(a))))
+        return Modes(
+            o,
+            (*i, math.prod(self.site.kernel)),
+            (*((a + k,) for k in range(a + 1)), *((k,) for k in range(a))),
+        )
 
     def shapes(self, rank: Rank) -> dict[str, tuple[int, ...]]:
         o, i = self.parts
@@ -172,14 +205,22 @@ class SplitConvTrain(Train):
 
     def unpack(self, factors: Factors) -> State:
         a = range(1, self.cuts // 2 + 1)
-        return *(factors[f"in{k}"] for k in a), factors["core"].flatten(2).permute(1, 2, 0), *(factors[f"out{k}"] for k in a)
+        return (
+            *(factors[f"in{k}"] for k in a),
+            factors["core"].flatten(2).permute(1, 2, 0),
+            *(factors[f"out{k}"] for k in a),
+        )
 
     def macs(self, rank: Rank) -> int:
         o, i = self.parts
         shapes, site = self.shapes(rank), self.site
         before = sum(math.prod(i[k + 1 :]) * math.prod(shapes[f"in{k + 1}"]) for k in range(len(i)))
         after = sum(math.prod(o[:k]) * math.prod(shapes[f"out{k + 1}"]) for k in range(len(o)))
-        return before * site.in_positions + math.prod(shapes["core"]) * kind_of(site).positions(site) + after * site.out_positions
+        return (
+            before * site.in_positions
+            + math.prod(shapes["core"]) * kind_of(site).positions(site)
+            + after * site.out_positions
+        )
 
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], rank: Rank) -> V:
         """Channels go last for the matrix products and come back for the convolution and at the end."""
@@ -199,8 +240,12 @@ class SplitConvTrain(Train):
         h = ops.flatten_positions(seen, ends[a + 1])
         for k in range(a):
             r, s = ends[a + 1 + k], ends[a + 2 + k]
-            h = ops.matmul(ops.reshape(h, (-1, math.prod(o[:k]), r)), ops.reshape(f[f"out{k + 1}"], (r, o[k] * s)))
-        return ops.permute(ops.restore_positions(ops.reshape(h, (-1, self.site.o)), seen, self.site.o), to_second)
+            h = ops.matmul(
+                ops.reshape(h, (-1, math.prod(o[:k]), r)), ops.reshape(f[f"out{k + 1}"], (r, o[k] * s))
+            )
+        return ops.permute(
+            ops.restore_positions(ops.reshape(h, (-1, self.site.o)), seen, self.site.o), to_second
+        )
 
 
 @dataclass(frozen=True)
@@ -213,7 +258,9 @@ class Family:
 
 
 _PRODUCTS = Family(range(1, 9), (1, 2), LinearTrain)
-_CONVOLUTIONS = Family(range(2, 9, 2), (2,), lambda site, cuts: (ConvTrain if cuts == 2 else SplitConvTrain)(site, cuts))
+_CONVOLUTIONS = Family(
+    range(2, 9, 2), (2,), lambda site, cuts: (ConvTrain if cuts == 2 else SplitConvTrain)(site, cuts)
+)
 
 
 def family_of(site: Site) -> Family:

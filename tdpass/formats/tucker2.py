@@ -12,7 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdpass.form import Rank
-from tdpass.formats.base import Bond, Decomposition, Factors, Format, Guarantee, Stage, apply_dense, no_padding, pointwise, register_format, unit
+from tdpass.formats.base import (
+    Bond,
+    Decomposition,
+    Factors,
+    Format,
+    Guarantee,
+    Stage,
+    apply_dense,
+    no_padding,
+    pointwise,
+    register_format,
+    unit,
+)
 from tdpass.formats.metric import Metric
 from tdpass.formats.per_group import per_group
 from tdpass.formats.pivoted import pivotable
@@ -26,7 +38,10 @@ _STEPS = 8
 
 
 class _Fit(Decomposition):
-    """Given `first`, the core and `last` are a reduced-rank regression in closed form; `first` is fitted for a free core."""
+    """Given `first`, the core and `last` are a reduced-rank regression in closed form.
+
+    `first` is fitted for a free core.
+    """
 
     def __init__(self, fit: SharedFit, site: Site) -> None:
         self.fit, self.site = fit, site
@@ -65,8 +80,8 @@ class _Fit(Decomposition):
 class Tucker2(Format):
     """W[o, i, h, w] = sum_rs last[o, s] core[s, r, h, w] first[r, i]; ranks are (s, r).
 
-    Partial Tucker decomposition on the channel modes (Kim et al. 2016), started from the HOSVD and improved by
-    alternating least squares in the metric, so the HOSVD bound ||tail_o||^2 + ||tail_i||^2 holds.
+    Partial Tucker decomposition on the channel modes (Kim et al. 2016), started from the HOSVD and improved
+    by alternating least squares in the metric, so the HOSVD bound ||tail_o||^2 + ||tail_i||^2 holds.
     """
 
     name = "tucker2"
@@ -79,7 +94,12 @@ class Tucker2(Format):
     def ranks(self, site: Site) -> Sequence[Rank]:
         top = self._top(site)
         grids = [sorted({max(1, round(limit * k / _STEPS)) for k in range(1, _STEPS + 1)}) for limit in top]
-        pairs = {(s, r) for s in grids[0] for r in grids[1] if 0.45 <= (s * top[1]) / (r * top[0]) <= 2.2 and s <= r * math.prod(site.kernel)}
+        pairs = {
+            (s, r)
+            for s in grids[0]
+            for r in grids[1]
+            if 0.45 <= (s * top[1]) / (r * top[0]) <= 2.2 and s <= r * math.prod(site.kernel)
+        }
         return sorted(pairs | {(1, 1), top}, key=lambda rank: (self.cost(site, rank).params, rank))
 
     def _top(self, site: Site) -> tuple[int, int]:
@@ -95,10 +115,16 @@ class Tucker2(Format):
 
     def macs(self, site: Site, rank: Rank) -> int:
         s, r = rank
-        return r * site.i * site.in_positions + s * (r * math.prod(site.kernel) * kind_of(site).positions(site) + site.o * site.out_positions)
+        return r * site.i * site.in_positions + s * (
+            r * math.prod(site.kernel) * kind_of(site).positions(site) + site.o * site.out_positions
+        )
 
     def reconstruct(self, factors: Factors, site: Site) -> Tensor:
-        first, core, last = factors["first"].flatten(1), factors["core"].flatten(2), factors["last"].flatten(1)
+        first, core, last = (
+            factors["first"].flatten(1),
+            factors["core"].flatten(2),
+            factors["last"].flatten(1),
+        )
         return torch.einsum("os,srx,ri->oix", last, core, first).reshape(site.shape)
 
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:

@@ -1,4 +1,7 @@
-"""Layer kinds: one file each under the registry `KINDS`; nothing outside names one.  Importing this package registers all of them."""
+"""Layer kinds: one file each under the registry `KINDS`; nothing outside names one.
+
+Importing this package registers all of them.
+"""
 
 from __future__ import annotations
 

@@ -45,11 +45,12 @@ class Window:
 class LayerKind(ABC):
     """One kind of layer; a subclass per file, registered with `register_kind`.
 
-    Class attributes: `name`, as sites and files say it; `axes`, the numbers of spatial axes that its layers may have; `modules`, the
-    torch classes of it; `functions`, what torch graphs call it by, each with the class of module that computes the same, and
-    `arguments`, what those functions take after input and weight, with defaults; `calls`, the functions by which a running model
-    reaches it, input and weight first; `operator`, the ONNX operator that reads input, weight and bias, "" where there is none; `as_stored`, whether
-    models store the weight as `[o, i / groups, *kernel]`.
+    Class attributes: `name`, as sites and files say it; `axes`, the numbers of spatial axes that its layers
+    may have; `modules`, the torch classes of it; `functions`, what torch graphs call it by, each with the
+    class of module that computes the same, and `arguments`, what those functions take after input and weight,
+    with defaults; `calls`, the functions by which a running model reaches it, input and weight first;
+    `operator`, the ONNX operator that reads input, weight and bias, "" where there is none; `as_stored`,
+    whether models store the weight as `[o, i / groups, *kernel]`.
     """
 
     name: ClassVar[str]
@@ -70,7 +71,10 @@ class LayerKind(ABC):
         """The site of a module of this kind."""
 
     def base_of(self, module: nn.Module) -> type[nn.Module] | None:
-        """The one of `modules` that a module is, or whose tensors it holds so that it may compute the same; None for any other."""
+        """The one of `modules` that a module is, or whose tensors it holds so that it may compute the same.
+
+        None for any other.
+        """
         return next((cls for cls in self.modules if isinstance(module, cls)), None)
 
     def why_not(self, module: nn.Module) -> str | None:
@@ -86,7 +90,10 @@ class LayerKind(ABC):
         return weight
 
     def window(self, attributes: Attributes, shape: Sizes, size: Sequence[int | None]) -> Window:
-        """The window of a node with a stored weight of that shape that reads that spatial size; raises `UnsupportedError` with the reason."""
+        """The window of a node with a stored weight of that shape that reads that spatial size.
+
+        Raises `UnsupportedError` with the reason.
+        """
         return Window()
 
     @abstractmethod
@@ -122,14 +129,19 @@ class LayerKind(ABC):
 
     @abstractmethod
     def reaches(self, site: Site) -> Sequence[tuple[int, int]] | None:
-        """(reach, stride) per spatial axis, as `Ops.fill` takes them; None where output sizes do not follow from such."""
+        """(reach, stride) per spatial axis, as `Ops.fill` takes them.
+
+        None where output sizes do not follow from such.
+        """
 
     @abstractmethod
-    def rows(self, x: Tensor, site: Site, limit: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def rows(
+        self, x: Tensor, site: Site, limit: int | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """What the layer reads as rows `[positions, i * prod(kernel)]`, for each group in the order of `weight.flatten(1)`.
 
-        Rows run over samples, then output positions.  `limit` asks for a random subset of at most that many rows, gathered without
-        unfolding the rest.
+        Rows run over samples, then output positions.  `limit` asks for a random subset of at most that many
+        rows, gathered without unfolding the rest.
         """
 
     @abstractmethod

@@ -33,8 +33,16 @@ class Convolution(Spatial):
         _ATEN.conv1d.default: nn.Conv1d, _ATEN.conv2d.default: nn.Conv2d, _ATEN.conv3d.default: nn.Conv3d,
         _ATEN.conv1d.padding: nn.Conv1d, _ATEN.conv2d.padding: nn.Conv2d, _ATEN.conv3d.padding: nn.Conv3d,
     }  # fmt: skip
-    arguments: ClassVar[Mapping[str, Any]] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    calls = frozenset({torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d, padded_convolution})
+    arguments: ClassVar[Mapping[str, Any]] = {
+        "bias": None,
+        "stride": 1,
+        "padding": 0,
+        "dilation": 1,
+        "groups": 1,
+    }
+    calls = frozenset(
+        {torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d, padded_convolution}
+    )
     operator = "Conv"
 
     def examples(self) -> Sequence[Site]:
@@ -59,16 +67,23 @@ class Convolution(Spatial):
 
     def pads(self, attributes: Attributes, window: Window, kernel: Sizes, size: Sequence[int | None]) -> Pads:
         mode = attributes.get_string("auto_pad", "NOTSET")
-        padding = explicit_pads(mode, attributes.get_ints("pads", ()), size, kernel, window.stride, window.dilation)
+        padding = explicit_pads(
+            mode, attributes.get_ints("pads", ()), size, kernel, window.stride, window.dilation
+        )
         if padding is None:
-            raise UnsupportedError(f"auto_pad={mode} with a stride needs a static input size; export with explicit pads")
+            raise UnsupportedError(
+                f"auto_pad={mode} with a stride needs a static input size; export with explicit pads"
+            )
         if any(side < 0 for pair in padding for side in pair):
             raise UnsupportedError("negative pads are not supported")
         return padding
 
     def input_sizes(self, module: nn.Module, positions: int) -> Sequence[Sizes]:
         assert isinstance(module, self.modules)
-        reach = [step * (taps - 1) + positions for taps, step in zip(module.kernel_size, module.dilation, strict=True)]
+        reach = [
+            step * (taps - 1) + positions
+            for taps, step in zip(module.kernel_size, module.dilation, strict=True)
+        ]
         return ((2, module.in_channels, *reach),)
 
     def typical(self, site: Site) -> Extent:
@@ -84,7 +99,9 @@ class Convolution(Spatial):
         geometry = zip(site.kernel, site.padding, site.dilation, site.stride, strict=True)
         return [(dilation * (taps - 1) + 1 - sum(pads), stride) for taps, pads, dilation, stride in geometry]
 
-    def rows(self, x: Tensor, site: Site, limit: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def rows(
+        self, x: Tensor, site: Site, limit: int | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         x = with_samples(x, site)
         if any(before or after for before, after in site.padding):
             x = F.pad(x, [size for pair in reversed(site.padding) for size in pair])
@@ -103,10 +120,19 @@ def _padding_of(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Pads:
 
 
 def _seen(
-    name: str, shape: Sizes, size: Sizes, stride: int = 1, padding: tuple[int, int] = (0, 0), dilation: int = 1, groups: int = 1
+    name: str,
+    shape: Sizes,
+    size: Sizes,
+    stride: int = 1,
+    padding: tuple[int, int] = (0, 0),
+    dilation: int = 1,
+    groups: int = 1,
 ) -> Site:
     """A site that was seen on one image of that size."""
     axes = len(size)
-    made = tuple((n + sum(padding) - dilation * (k - 1) - 1) // stride + 1 for n, k in zip(size, shape[2:], strict=True))
+    made = tuple(
+        (n + sum(padding) - dilation * (k - 1) - 1) // stride + 1
+        for n, k in zip(size, shape[2:], strict=True)
+    )
     window = (stride,) * axes, (padding,) * axes, (dilation,) * axes
     return Site(name, Convolution.name, shape, *window, extents=((size, made),), groups=groups)

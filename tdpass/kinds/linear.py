@@ -18,7 +18,10 @@ from tdpass.site import Extent, Site
 
 @register_kind
 class Linear(LayerKind):
-    """`y[..., o] = sum_i W[o, i] x[..., i]`, at every position alike; its extents are numbers of positions."""
+    """`y[..., o] = sum_i W[o, i] x[..., i]`, at every position alike.
+
+    Its extents are numbers of positions.
+    """
 
     name = "linear"
     axes = range(1)
@@ -36,7 +39,13 @@ class Linear(LayerKind):
     def site(self, module: nn.Module, name: str) -> Site:
         weight: Any = module.weight
         shape = tuple(weight.shape)
-        return Site(name, self.name, shape if isinstance(module, nn.Linear) else shape[::-1], bias=module.bias is not None, itemsize=weight.element_size())
+        return Site(
+            name,
+            self.name,
+            shape if isinstance(module, nn.Linear) else shape[::-1],
+            bias=module.bias is not None,
+            itemsize=weight.element_size(),
+        )
 
     def base_of(self, module: nn.Module) -> type[nn.Module] | None:
         return super().base_of(module) or (TransposedLinear if may_be_transposed(module) else None)
@@ -70,7 +79,9 @@ class Linear(LayerKind):
     def reaches(self, site: Site) -> Sequence[tuple[int, int]]:
         return ()
 
-    def rows(self, x: Tensor, site: Site, limit: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def rows(
+        self, x: Tensor, site: Site, limit: int | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         chosen = some_rows(rows.shape[0], limit, generator)
         return rows if chosen is None else rows[chosen]

@@ -17,9 +17,17 @@ def flat_pads(pads: Sequence[int], axes: int) -> Pads:
 
 
 def explicit_pads(
-    mode: str, pads: Sequence[int], size: Sequence[int | None], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+    mode: str,
+    pads: Sequence[int],
+    size: Sequence[int | None],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
 ) -> Pads | None:
-    """Of a convolution or pooling with any `auto_pad` mode; None where it needs an input size that is unknown."""
+    """Of a convolution or pooling with any `auto_pad` mode.
+
+    None where it needs an input size that is unknown.
+    """
     axes = len(kernel)
     if mode == "VALID":
         return ((0, 0),) * axes
@@ -40,11 +48,16 @@ def explicit_pads(
 
 
 def transposed_pads(
-    attributes: Attributes, size: Sequence[int | None], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+    attributes: Attributes,
+    size: Sequence[int | None],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
 ) -> Pads:
     """Of a transposed convolution: what is left out of its whole sum, less its output padding at the end.
 
-    Raises `UnsupportedError` where an output shape needs an input size that is unknown, or ONNX leaves open what is meant.
+    Raises `UnsupportedError` where an output shape needs an input size that is unknown, or ONNX leaves open
+    what is meant.
     """
     axes = len(kernel)
     mode, wanted = attributes.get_string("auto_pad", "NOTSET"), attributes.get_ints("output_shape", ())
@@ -57,9 +70,15 @@ def transposed_pads(
     found = []
     for axis, (k, s, d, more) in enumerate(zip(kernel, stride, dilation, extra, strict=True)):
         reach = (k - 1) * d + 1
-        total = reach + more - s if not wanted else s * ((size[axis] or 0) - 1) + more + reach - wanted[-axes:][axis]
+        total = (
+            reach + more - s
+            if not wanted
+            else s * ((size[axis] or 0) - 1) + more + reach - wanted[-axes:][axis]
+        )
         if total < 0:
-            raise UnsupportedError(f"auto_pad={mode} makes more positions than the kernel reaches; export with explicit pads")
+            raise UnsupportedError(
+                f"auto_pad={mode} makes more positions than the kernel reaches; export with explicit pads"
+            )
         small, large = total // 2, total - total // 2
         before, after = (small, large) if mode == "SAME_UPPER" else (large, small)
         found.append((before, after - more))

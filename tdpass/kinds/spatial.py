@@ -31,7 +31,11 @@ class Spatial(LayerKind):
 
     def build(self, cls: type[nn.Module], shape: Sizes, options: Mapping[str, Any]) -> nn.Module:
         axes, groups = len(shape) - 2, int(options.get("groups", 1))
-        given = {name: value if isinstance(value, str) else _expanded(value, axes) for name, value in options.items() if name != "groups"}
+        given = {
+            name: value if isinstance(value, str) else _expanded(value, axes)
+            for name, value in options.items()
+            if name != "groups"
+        }
         outputs, inputs = self.channels(shape, groups)
         return cls(inputs, outputs, shape[2:], bias=False, groups=groups, device="meta", **given)
 
@@ -54,7 +58,9 @@ class Spatial(LayerKind):
 
     def call(self, site: Site, read: Sizes, made: Sizes) -> tuple[Extent, int]:
         axes = site.axes
-        return (read[-axes:], made[-axes:]), math.prod(read[: -axes - 1])  # without an axis of images there is one
+        return (read[-axes:], made[-axes:]), math.prod(
+            read[: -axes - 1]
+        )  # without an axis of images there is one
 
     def sample(self, site: Site, batch: int) -> Sizes:
         ((read, _), *_) = site.extents
@@ -80,7 +86,10 @@ def windows(x: Tensor, site: Site, stride: Sequence[int]) -> Tensor:
 
 
 def some_windows(seen: Tensor, site: Site, limit: int | None, generator: torch.Generator | None) -> Tensor:
-    """`[rows, i, *kernel]` of at most `limit` windows, gathered without copying the rest; all of them where there are no more."""
+    """`[rows, i, *kernel]` of at most `limit` windows, gathered without copying the rest.
+
+    All of them where there are no more.
+    """
     positions = seen.shape[: 1 + site.axes]
     chosen = some_rows(math.prod(positions), limit, generator)
     return seen.flatten(0, site.axes) if chosen is None else seen[torch.unravel_index(chosen, positions)]

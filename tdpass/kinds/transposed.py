@@ -26,14 +26,19 @@ class TransposedLinear(nn.Module):
 
 
 def may_be_transposed(module: nn.Module) -> bool:
-    """Whether a module holds what a `TransposedLinear` does, and nothing else; what it computes is another question."""
+    """Whether a module holds what a `TransposedLinear` does, and nothing else.
+
+    What it computes is another question.
+    """
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if weight is None or bias is None or len(module._parameters) != 2 or module._buffers or module._modules:
         return False
     return weight.dim() == 2 and bias.shape == weight.shape[1:]
 
 
-def as_layer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], weights: Container[int]) -> AnyCall:
+def as_layer(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], weights: Container[int]
+) -> AnyCall:
     """A call that reads one of these weights (by `id`) with its input and weight first: `addmm(bias, x, weight)` has them last."""
     if func is torch.addmm and len(args) == 3 and not kwargs and id(args[2]) in weights:
         bias, x, weight = args

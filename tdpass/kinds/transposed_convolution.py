@@ -22,8 +22,8 @@ _ATEN = torch.ops.aten
 class TransposedConvolution(Spatial):
     """`y[n, o, q] = sum_ik W[o, i, k] x[n, i, p]` over all `stride p + dilation k - before = q`.
 
-    The padding of a site is what is left out of the whole sum, (before, after) per axis; an output padding counts against `after`.
-    Models store the weight as `[i, o / groups, *kernel]`.
+    The padding of a site is what is left out of the whole sum, (before, after) per axis; an output padding
+    counts against `after`. Models store the weight as `[i, o / groups, *kernel]`.
     """
 
     name = "conv_transpose"
@@ -33,7 +33,14 @@ class TransposedConvolution(Spatial):
         _ATEN.conv_transpose1d.default: nn.ConvTranspose1d, _ATEN.conv_transpose2d.input: nn.ConvTranspose2d,
         _ATEN.conv_transpose3d.input: nn.ConvTranspose3d,
     }  # fmt: skip
-    arguments: ClassVar[Mapping[str, Any]] = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+    arguments: ClassVar[Mapping[str, Any]] = {
+        "bias": None,
+        "stride": 1,
+        "padding": 0,
+        "output_padding": 0,
+        "groups": 1,
+        "dilation": 1,
+    }
     calls = frozenset(
         {
             torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
@@ -56,7 +63,11 @@ class TransposedConvolution(Spatial):
     def site(self, module: nn.Module, name: str) -> Site:
         assert isinstance(module, self.modules)
         padding = [int(size) for size in module.padding]
-        return self.site_of(module, name, tuple((size, size - extra) for size, extra in zip(padding, module.output_padding, strict=True)))
+        return self.site_of(
+            module,
+            name,
+            tuple((size, size - extra) for size, extra in zip(padding, module.output_padding, strict=True)),
+        )
 
     def channels(self, shape: Sizes, groups: int) -> tuple[int, int]:
         return shape[1] * groups, shape[0]
@@ -83,10 +94,15 @@ class TransposedConvolution(Spatial):
     def reaches(self, site: Site) -> None:
         return None
 
-    def rows(self, x: Tensor, site: Site, limit: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def rows(
+        self, x: Tensor, site: Site, limit: int | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Of a plain convolution with the kernel turned round, over the input with zeros between its positions."""
         x = with_samples(x, site)
-        spread = x.new_zeros(*x.shape[:2], *(stride * (size - 1) + 1 for size, stride in zip(x.shape[2:], site.stride, strict=True)))
+        spread = x.new_zeros(
+            *x.shape[:2],
+            *(stride * (size - 1) + 1 for size, stride in zip(x.shape[2:], site.stride, strict=True)),
+        )
         places: tuple[Any, ...] = (..., *(slice(None, None, stride) for stride in site.stride))
         spread[places] = x
         reach = [dilation * (taps - 1) for taps, dilation in zip(site.kernel, site.dilation, strict=True)]
@@ -98,10 +114,18 @@ class TransposedConvolution(Spatial):
 
 
 def _seen(
-    name: str, shape: Sizes, size: Sizes, stride: int = 1, cut: tuple[int, int] = (0, 0), dilation: int = 1, groups: int = 1
+    name: str,
+    shape: Sizes,
+    size: Sizes,
+    stride: int = 1,
+    cut: tuple[int, int] = (0, 0),
+    dilation: int = 1,
+    groups: int = 1,
 ) -> Site:
     """A site that was seen on one image of that size."""
     axes = len(size)
-    made = tuple(stride * (n - 1) + dilation * (k - 1) + 1 - sum(cut) for n, k in zip(size, shape[2:], strict=True))
+    made = tuple(
+        stride * (n - 1) + dilation * (k - 1) + 1 - sum(cut) for n, k in zip(size, shape[2:], strict=True)
+    )
     window = (stride,) * axes, (cut,) * axes, (dilation,) * axes
     return Site(name, TransposedConvolution.name, shape, *window, extents=((size, made),), groups=groups)

@@ -1,4 +1,7 @@
-"""Layers of one set of weights that run at several widths and ranks; which one is a switch, and copies nothing."""
+"""Layers of one set of weights that run at several widths and ranks.
+
+Which one is a switch, and copies nothing.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,10 @@ class Adaptation:
 
 
 class Dial:
-    """The width and the share of the rank that a model runs at, by their places; its adaptive layers share one dial."""
+    """The width and the share of the rank that a model runs at, by their places.
+
+    Its adaptive layers share one dial.
+    """
 
     def __init__(self, adaptation: Adaptation) -> None:
         self.adaptation = adaptation
@@ -92,10 +98,10 @@ class Dial:
 
 
 class Adaptive(nn.Module):
-    """A layer of which a part of the channels and of the rank is in use, as its dial says; its factors are its parameters.
+    """A layer of which a part of the channels and of the rank is in use, as its dial says.
 
-    The rank grows with the width.  Factors are views of the whole ones, so that a switch costs nothing and all settings train
-    the same numbers.
+    Its factors are its parameters. The rank grows with the width.  Factors are views of the whole ones, so
+    that a switch costs nothing and all settings train the same numbers.
     """
 
     bias: nn.Parameter | None
@@ -114,10 +120,16 @@ class Adaptive(nn.Module):
         self.names = list(self.format.shapes(self.site, self._whole))
         for name, shape in self.format.shapes(self.site, self._whole).items():
             made = torch.empty(shape, dtype=weight.dtype, device="meta") if factors is None else factors[name]
-            parameter = made if isinstance(made, nn.Parameter) else nn.Parameter(made, requires_grad=weight.requires_grad)
+            parameter = (
+                made
+                if isinstance(made, nn.Parameter)
+                else nn.Parameter(made, requires_grad=weight.requires_grad)
+            )
             self.register_parameter(name, parameter)
         self.register_parameter("bias", layer.bias)  # type: ignore[arg-type]
-        self.sites = [_narrow(self.site, *cuts) for cuts in zip(self.form.inputs, self.form.outputs, strict=True)]
+        self.sites = [
+            _narrow(self.site, *cuts) for cuts in zip(self.form.inputs, self.form.outputs, strict=True)
+        ]
 
     @property
     def _whole(self) -> tuple[int, ...]:
@@ -161,7 +173,11 @@ class Adaptive(nn.Module):
         """What is in use as factors; None of a layer that is not factored."""
         site, rank, factors, bias = self.kept(self.dial.place)
         own = {name: factor.detach().contiguous() for name, factor in factors.items()}
-        return Layer(site, Form(self.form.format, rank), own, None if bias is None else bias.detach()) if rank else None
+        return (
+            Layer(site, Form(self.form.format, rank), own, None if bias is None else bias.detach())
+            if rank
+            else None
+        )
 
     def plain(self) -> nn.Module:
         """An ordinary dense layer of what is in use, with tensors of its own."""
@@ -191,7 +207,11 @@ class AdaptiveNorm(nn.Module):
     def __init__(self, norm: Any, path: str, dial: Dial) -> None:
         super().__init__()
         self.dial, self.cuts, self.cls = dial, dial.adaptation.norms[path], type(norm)
-        self.eps, self.momentum, self.affine = norm.eps, 0.1 if norm.momentum is None else norm.momentum, norm.affine
+        self.eps, self.momentum, self.affine = (
+            norm.eps,
+            0.1 if norm.momentum is None else norm.momentum,
+            norm.affine,
+        )
         self.counted: int | None = None
         for width, cut in enumerate(self.cuts):
             if self.affine:
@@ -207,7 +227,9 @@ class AdaptiveNorm(nn.Module):
         if self.counted is None:
             return F.batch_norm(x, mean, variance, scale, shift, self.training, self.momentum, self.eps)
         self.counted += 1
-        return F.batch_norm(x, mean, variance, scale, shift, training=True, momentum=1 / self.counted, eps=self.eps)
+        return F.batch_norm(
+            x, mean, variance, scale, shift, training=True, momentum=1 / self.counted, eps=self.eps
+        )
 
     def _held(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         place, width = self.dial.place, self.dial.width
@@ -220,7 +242,9 @@ class AdaptiveNorm(nn.Module):
 
     def plain(self) -> nn.Module:
         """An ordinary batch-norm of what is in use, with tensors of its own."""
-        mean, variance, scale, shift = (None if tensor is None else tensor.detach().clone() for tensor in self._held())
+        mean, variance, scale, shift = (
+            None if tensor is None else tensor.detach().clone() for tensor in self._held()
+        )
         norm: Any = self.cls(self.cuts[self.dial.width].count, self.eps, self.momentum, self.affine)
         norm.running_mean, norm.running_var = mean, variance
         if scale is not None and shift is not None:
@@ -233,7 +257,9 @@ def dial_of(model: nn.Module) -> Dial:
     for module in model.modules():
         if isinstance(module, Adaptive | AdaptiveNorm):
             return module.dial
-    raise UsageError("the model has one width and rank only; train it with ChannelAdaptive, or load the artifact of one")
+    raise UsageError(
+        "the model has one width and rank only; train it with ChannelAdaptive, or load the artifact of one"
+    )
 
 
 def set_width(model: nn.Module, width: float) -> None:

@@ -16,10 +16,11 @@ from tdpass.layers.opening import linear, opened
 
 
 class OpenAttention(nn.Module):
-    """An `nn.MultiheadAttention` that calls linear layers; takes and returns what the dense module does, nested tensors excepted.
+    """An `nn.MultiheadAttention` that calls linear layers.
 
-    `query`, `key` and `value` hold what were slices of its `in_proj_weight` `[3 E, E]` and its bias, `out_proj` the very parameters of
-    the dense module.  Any of them may be replaced by a factored layer.
+    Takes and returns what the dense module does, nested tensors excepted. `query`, `key` and `value` hold
+    what were slices of its `in_proj_weight` `[3 E, E]` and its bias, `out_proj` the very parameters of the
+    dense module.  Any of them may be replaced by a factored layer.
     """
 
     # what torch's encoder layers read to choose their path: one that reads no weights
@@ -31,7 +32,12 @@ class OpenAttention(nn.Module):
         reason = why_closed(dense)
         if reason:
             raise UnsupportedError(f"{reason}; leave this layer as it is")
-        self.embed_dim, self.num_heads, self.dropout, self.batch_first = dense.embed_dim, dense.num_heads, dense.dropout, dense.batch_first
+        self.embed_dim, self.num_heads, self.dropout, self.batch_first = (
+            dense.embed_dim,
+            dense.num_heads,
+            dense.dropout,
+            dense.batch_first,
+        )
         self.query, self.key, self.value = _layers(_weights(dense), dense.in_proj_bias)
         out: Any = dense.out_proj
         self.out_proj = linear(out.weight, out.bias)
@@ -51,18 +57,25 @@ class OpenAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """The output and, where asked for, the attention weights; `is_causal` only says what `attn_mask` is."""
+        """The output and, where asked for, the attention weights.
+
+        `is_causal` only says what `attn_mask` is.
+        """
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")  # as torch says it
         alone = query.dim() == 2
         sample = 0 if alone or self.batch_first else 1
         given = [x.unsqueeze(0) if alone else x.transpose(0, sample) for x in (query, key, value)]
-        q, k, v = (self._heads(layer(x)) for layer, x in zip((self.query, self.key, self.value), given, strict=True))
+        q, k, v = (
+            self._heads(layer(x)) for layer, x in zip((self.query, self.key, self.value), given, strict=True)
+        )
         mask = self._mask(attn_mask, key_padding_mask, q)
         weights = None
         if need_weights:
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), self.dropout, self.training)
+            weights = F.dropout(
+                (scores if mask is None else scores + mask).softmax(-1), self.dropout, self.training
+            )
             y = weights @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
@@ -88,7 +101,10 @@ class OpenAttention(nn.Module):
 
 
 class OpenProjections(nn.Module):
-    """A linear layer that makes query, key and value at once, as three; it answers with them along the last axis as before."""
+    """A linear layer that makes query, key and value at once, as three.
+
+    It answers with them along the last axis as before.
+    """
 
     def __init__(self, dense: nn.Linear) -> None:
         super().__init__()
@@ -106,16 +122,25 @@ def why_closed(module: nn.MultiheadAttention) -> str:
         return f"only nn.MultiheadAttention itself is opened, this is {type(module).__name__}"
     if module.bias_k is not None or module.add_zero_attn:
         return "it adds keys of its own (add_bias_kv, add_zero_attn)"
-    held = [module.in_proj_weight] if module._qkv_same_embed_dim else [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
-    return "" if all(isinstance(weight, nn.Parameter) for weight in held) else "its weights are computed from other parameters"
+    held = (
+        [module.in_proj_weight]
+        if module._qkv_same_embed_dim
+        else [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+    )
+    return (
+        ""
+        if all(isinstance(weight, nn.Parameter) for weight in held)
+        else "its weights are computed from other parameters"
+    )
 
 
 def open_attention(model: nn.Module, fused: Sequence[str] = ()) -> nn.Module:
     """A copy of the model in which query, key and value are linear layers of their own, so that `compress` can factor each.
 
-    Opens every `nn.MultiheadAttention`, those of torch's encoder and decoder layers among them, and the `nn.Linear` layers with three
-    projections in one whose names fit a glob of `fused`.  The copy computes the same with as many parameters.  Raises `UsageError` for
-    a glob that fits no linear layer whose outputs divide by 3.
+    Opens every `nn.MultiheadAttention`, those of torch's encoder and decoder layers among them, and the
+    `nn.Linear` layers with three projections in one whose names fit a glob of `fused`.  The copy computes the
+    same with as many parameters.  Raises `UsageError` for a glob that fits no linear layer whose outputs
+    divide by 3.
     """
     fits: set[str] = set()
 
@@ -131,9 +156,13 @@ def open_attention(model: nn.Module, fused: Sequence[str] = ()) -> nn.Module:
     made = opened(model, make, "open_attention")
     missing = [glob for glob in fused if glob not in fits]
     if missing:
-        raise UsageError(f"fused={missing[0]!r} fits no nn.Linear whose outputs divide by 3; give the names of layers that make query, key and value")
+        raise UsageError(
+            f"fused={missing[0]!r} fits no nn.Linear whose outputs divide by 3; give the names of layers that make query, key and value"
+        )
     for module in made.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(isinstance(part, OpenAttention) for part in module.modules()):
+        if isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(part, OpenAttention) for part in module.modules()
+        ):
             module.enable_nested_tensor = module.use_nested_tensor = False  # that path reads weights
     return made
 
@@ -147,7 +176,10 @@ def _weights(dense: nn.MultiheadAttention) -> Sequence[Tensor]:
 def _layers(weights: Sequence[Tensor], bias: Tensor | None) -> list[nn.Linear]:
     """A linear layer of each weight with its third of the bias, in parameters of their own."""
     biases: Sequence[Tensor | None] = (None,) * 3 if bias is None else bias.chunk(3)
-    return [linear(_own(weight), None if part is None else _own(part)) for weight, part in zip(weights, biases, strict=True)]
+    return [
+        linear(_own(weight), None if part is None else _own(part))
+        for weight, part in zip(weights, biases, strict=True)
+    ]
 
 
 def _own(part: Tensor) -> nn.Parameter:
@@ -155,4 +187,8 @@ def _own(part: Tensor) -> nn.Parameter:
 
 
 def _added(mask: Tensor, like: Tensor) -> Tensor:
-    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -math.inf) if mask.dtype is torch.bool else mask.to(like.dtype)
+    return (
+        torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -math.inf)
+        if mask.dtype is torch.bool
+        else mask.to(like.dtype)
+    )

@@ -11,22 +11,35 @@ from torch.utils._pytree import tree_map_only
 
 _KNOWN = frozenset(
     read
-    for name in ("dtype", "shape", "device", "layout", "ndim", "is_cuda", "is_sparse", "is_quantized", "is_meta", "requires_grad")
+    for name in (
+        "dtype",
+        "shape",
+        "device",
+        "layout",
+        "ndim",
+        "is_cuda",
+        "is_sparse",
+        "is_quantized",
+        "is_meta",
+        "requires_grad",
+    )
     for read in (getattr(Tensor, name).__get__,)
 ) | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__}
 
 
 class Deferred(Tensor):
-    """What `make()` answers with, made anew at each read of its numbers; its type, size and device cost nothing.
+    """What `make()` answers with, made anew at each read of its numbers.
 
-    Libraries ask a layer's weight for its type at every call (T5 casts what it multiplies to it): the dense weight of a
-    factored layer must not be multiplied out for that.
+    Its type, size and device cost nothing. Libraries ask a layer's weight for its type at every call (T5
+    casts what it multiplies to it): the dense weight of a factored layer must not be multiplied out for that.
     """
 
     _make: Callable[[], Tensor]
 
     @staticmethod
-    def of(make: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Deferred:
+    def of(
+        make: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> Deferred:
         """The tensor of that shape, type and device which `make` answers with."""
         wrapper = cast(Any, Tensor)._make_wrapper_subclass
         deferred: Deferred = wrapper(Deferred, Size(shape), dtype=dtype, device=device, requires_grad=False)

@@ -46,7 +46,8 @@ def derived(recipe: Recipe, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 class PackChain(Recipe):
     """Packed weights of a chain from its weights, and the bias of its last layer with a batch-norm folded into both.
 
-    Reads the weights, then the bias if `bias`, then with `norm` (its epsilon) mean, variance, and scale and shift as `affine` says.
+    Reads the weights, then the bias if `bias`, then with `norm` (its epsilon) mean, variance, and scale and
+    shift as `affine` says.
     """
 
     stages: tuple[Stage, ...]
@@ -57,15 +58,23 @@ class PackChain(Recipe):
     affine: tuple[bool, bool] = (False, False)
 
     def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        weights = [(w.t() if flip else w).reshape(stage.shape) for stage, w, flip in zip(self.stages, tensors, self.transposed, strict=False)]
+        weights = [
+            (w.t() if flip else w).reshape(stage.shape)
+            for stage, w, flip in zip(self.stages, tensors, self.transposed, strict=False)
+        ]
         rest = iter(tensors[len(self.stages) :])
         shift = next(rest).detach() if self.bias else None
         if self.norm is not None:
             weights[-1], shift = self._folded(weights[-1], shift, rest, self.norm)
-        packed = tuple(stage.pack(weight, self.lanes).detach() for stage, weight in zip(self.stages, weights, strict=True))
+        packed = tuple(
+            stage.pack(weight, self.lanes).detach()
+            for stage, weight in zip(self.stages, weights, strict=True)
+        )
         return packed if shift is None else (*packed, shift.float())
 
-    def _folded(self, weight: Tensor, shift: Tensor | None, rest: Iterator[Tensor], eps: float) -> tuple[Tensor, Tensor]:
+    def _folded(
+        self, weight: Tensor, shift: Tensor | None, rest: Iterator[Tensor], eps: float
+    ) -> tuple[Tensor, Tensor]:
         mean, variance = next(rest).double(), next(rest).double()
         scale = (variance + eps).rsqrt()
         if self.affine[0]:

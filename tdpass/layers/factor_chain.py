@@ -1,6 +1,7 @@
-"""`factor_chain`: a fused chain called by its factors; their packed form is looked up by identity when it runs.
+"""`factor_chain`: a fused chain called by its factors.
 
-Compiled and exported programs thus hold the factors alone, as parameters that may be edited, loaded and saved like any other.
+Their packed form is looked up by identity when it runs. Compiled and exported programs thus hold the factors
+alone, as parameters that may be edited, loaded and saved like any other.
 """
 
 from __future__ import annotations
@@ -23,8 +24,18 @@ LINEAR = "linear"
 _SCHEMA = "(Tensor x, Tensor[] factors, Tensor? bias, int[] stages, str activation, str lanes) -> Tensor"
 
 
-def run(x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, stages: Sequence[int], activation: str, lanes: str) -> Tensor:
-    """The chain, and its activation; `lanes` is "channels" or "pixels", or "linear" for linear layers on the last axis of x."""
+def run(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor | None,
+    stages: Sequence[int],
+    activation: str,
+    lanes: str,
+) -> Tensor:
+    """The chain, and its activation.
+
+    `lanes` is "channels" or "pixels", or "linear" for linear layers on the last axis of x.
+    """
     family = packing("pixels" if lanes == "pixels" else "channels", x.dtype)
 
     def pack(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -35,7 +46,14 @@ def run(x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, stages: Seque
     return _call(x, packed, bias, stages, activation, LINEAR if lanes == LINEAR else family)
 
 
-def fake(x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, stages: Sequence[int], activation: str, lanes: str) -> Tensor:
+def fake(
+    x: Tensor,
+    factors: Sequence[Tensor],
+    bias: Tensor | None,
+    stages: Sequence[int],
+    activation: str,
+    lanes: str,
+) -> Tensor:
     """Shape and strides."""
     del bias
     if lanes == LINEAR:
@@ -45,7 +63,9 @@ def fake(x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, stages: Sequ
     return y.squeeze(2) if flat else y  # type: ignore[no-any-return]
 
 
-def _call(x: Tensor, packed: list[Tensor], bias: Tensor | None, stages: Sequence[int], activation: str, lanes: str) -> Tensor:
+def _call(
+    x: Tensor, packed: list[Tensor], bias: Tensor | None, stages: Sequence[int], activation: str, lanes: str
+) -> Tensor:
     if lanes == LINEAR:
         return LINEAR_CHAIN.call(x, packed, bias, None, widths_of(stages_of(stages)), activation)  # type: ignore[no-any-return]
     if x.dim() == 3:

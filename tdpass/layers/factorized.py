@@ -18,17 +18,20 @@ _OPS = TorchOps()
 
 
 class Factorized(nn.Module):
-    """A layer in factored form: one parameter per factor, and `bias`; factors in number types of their own are buffers.
+    """A layer in factored form: one parameter per factor, and `bias`.
 
-    Trainable, exportable, compilable; `weight` rebuilds the dense weight for code that reads it.
-    `pads` (as `F.pad` takes them) and `padding_mode` serve convolutions that do not pad with zeros.  While `rebuilt` is set, training
-    computes with `weight` instead of the chain: the same output and gradients, and the faster way where ranks are so small that a
-    chain spends its time on reading and writing what lies between its factors.
+    Factors in number types of their own are buffers. Trainable, exportable, compilable; `weight` rebuilds the
+    dense weight for code that reads it. `pads` (as `F.pad` takes them) and `padding_mode` serve convolutions
+    that do not pad with zeros.  While `rebuilt` is set, training computes with `weight` instead of the chain:
+    the same output and gradients, and the faster way where ranks are so small that a chain spends its time on
+    reading and writing what lies between its factors.
     """
 
     rebuilt = False
 
-    def __init__(self, layer: Layer, bias: nn.Parameter | None, padding_mode: str = "zeros", pads: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, layer: Layer, bias: nn.Parameter | None, padding_mode: str = "zeros", pads: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
         self.site: Site = layer.site
         self.form = layer.form
@@ -63,7 +66,11 @@ class Factorized(nn.Module):
             x = F.pad(x, self.pads, mode=self.padding_mode)
         if self.rebuilt and self.training and self.factors():
             return apply_dense(_OPS, x, self._dense(), self.bias, self.site)
-        held = {name: value for name, value in (*self._parameters.items(), *self._buffers.items()) if value is not None}
+        held = {
+            name: value
+            for name, value in (*self._parameters.items(), *self._buffers.items())
+            if value is not None
+        }
         factors = self.storage.restore(_OPS, held, x.dtype)
         return self.format.apply(_OPS, x, factors, self.bias, self.site, self.rank)
 
@@ -116,17 +123,28 @@ class Factorized(nn.Module):
 
 
 def empty_layer(site: Site, form: Form, dtype: torch.dtype) -> Layer:
-    """A layer of that structure without storage, on the meta device; raises `PlanError` for a rank that does not fit."""
+    """A layer of that structure without storage, on the meta device.
+
+    Raises `PlanError` for a rank that does not fit.
+    """
     check_form(site, form)
     site = form.on(site)
     storage = storage_of(site, form)
     parts = storage.parts() or {name: Part(shape, dtype) for name, shape in storage.shapes.items()}
     parts = {**parts, **{name: Part((count,), torch.int32) for name, count in storage.orders.items()}}
-    return Layer(site, form, {name: torch.empty(part.shape, dtype=part.dtype, device="meta") for name, part in parts.items()})
+    return Layer(
+        site,
+        form,
+        {name: torch.empty(part.shape, dtype=part.dtype, device="meta") for name, part in parts.items()},
+    )
 
 
 def _parameter(factor: Tensor) -> nn.Parameter:
-    return factor if isinstance(factor, nn.Parameter) else nn.Parameter(factor, requires_grad=factor.is_floating_point())
+    return (
+        factor
+        if isinstance(factor, nn.Parameter)
+        else nn.Parameter(factor, requires_grad=factor.is_floating_point())
+    )
 
 
 def rebuild_while_training(model: nn.Module) -> None:

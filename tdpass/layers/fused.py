@@ -19,9 +19,10 @@ from tdpass.layers.factorized import Factorized
 class Fused(Factorized):
     """A factored layer that runs as one operator, followed by an activation that it took in.
 
-    Its parameters are those of the factored layer, under the same names; what the kernels read is packed from them at the first
-    call and whenever they change.  Where gradients are needed, under autocast, and for devices and types that the kernels
-    do not serve, the layers run one by one.  `lanes` None means that they always do.
+    Its parameters are those of the factored layer, under the same names; what the kernels read is packed from
+    them at the first call and whenever they change.  Where gradients are needed, under autocast, and for
+    devices and types that the kernels do not serve, the layers run one by one.  `lanes` None means that they
+    always do.
     """
 
     def __init__(
@@ -53,12 +54,16 @@ class Fused(Factorized):
         if self.pads:
             x = torch.nn.functional.pad(x, self.pads, mode=self.padding_mode)
         factors = [self._parameters[name] for name in self.lowered.factors]
-        result: Tensor = torch.ops.tdpass.factor_chain(x, factors, self.bias, self.lowered.integers, self.activation, self.lanes)
+        result: Tensor = torch.ops.tdpass.factor_chain(
+            x, factors, self.bias, self.lowered.integers, self.activation, self.lanes
+        )
         return result
 
     def _served(self, x: Tensor) -> bool:
         parameters = [parameter for parameter in self._parameters.values() if parameter is not None]
-        trainable = torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in parameters))
+        trainable = torch.is_grad_enabled() and (
+            x.requires_grad or any(parameter.requires_grad for parameter in parameters)
+        )
         # an export is traced with gradients on, and what it gives is for inference
         if trainable and (self.training or not torch.compiler.is_exporting()):
             return False

@@ -28,8 +28,9 @@ class _Entry(Generic[T]):
 class IdentityCache(Generic[T]):
     """Values by the identity of tensors and a recipe.
 
-    An edit in place, `load_state_dict` and an assignment to `.data` are seen, since a tensor's version or its address changes;
-    `weight.data.copy_(...)` changes neither, and `clear` is for that.  A `frozen` cache looks at the identity alone.
+    An edit in place, `load_state_dict` and an assignment to `.data` are seen, since a tensor's version or its
+    address changes; `weight.data.copy_(...)` changes neither, and `clear` is for that.  A `frozen` cache
+    looks at the identity alone.
     """
 
     def __init__(self, *, frozen: bool = False) -> None:
@@ -49,13 +50,19 @@ class IdentityCache(Generic[T]):
             return entry.value
         with self._lock, nullcontext() if self._frozen else _without_gradients():
             value = make(tensors)
-            self._entries[key] = _Entry(tag, value, tuple(weakref.ref(tensor, partial(self._drop, key)) for tensor in tensors))
+            self._entries[key] = _Entry(
+                tag, value, tuple(weakref.ref(tensor, partial(self._drop, key)) for tensor in tensors)
+            )
         return value
 
     def clear(self, tensors: Sequence[Tensor] | None = None) -> int:
         """Forget everything, or what was derived from these tensors; returns how many values."""
         gone = None if tensors is None else set(map(id, tensors))
-        keys = [key for key, entry in list(self._entries.items()) if gone is None or any(id(alive()) in gone for alive in entry.alive)]
+        keys = [
+            key
+            for key, entry in list(self._entries.items())
+            if gone is None or any(id(alive()) in gone for alive in entry.alive)
+        ]
         for key in keys:
             self._entries.pop(key, None)
         return len(keys)

@@ -13,9 +13,10 @@ Make = Callable[[str, nn.Module], nn.Module | None]
 
 
 def opened(model: nn.Module, make: Make, verb: str) -> nn.Module:
-    """A copy of the model with what `make(path, module)` makes in the place of modules; hooks stay, and what is held twice stays one.
+    """A copy of the model with what `make(path, module)` makes in the place of modules.
 
-    `make` answers None for what stays.  Raises `UsageError` for anything but an `nn.Module`.
+    Hooks stay, and what is held twice stays one. `make` answers None for what stays.  Raises `UsageError` for
+    anything but an `nn.Module`.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"{verb} takes an nn.Module, not a {type(model).__name__}")

@@ -24,13 +24,15 @@ _Direction = Callable[[Tensor, str, list[Tensor], bool], tuple[Tensor, Sequence[
 
 
 class OpenRNN(nn.Module):
-    """An `nn.LSTM` or `nn.GRU` that calls linear layers; takes and returns what the dense module does, a `PackedSequence` excepted.
+    """An `nn.LSTM` or `nn.GRU` that calls linear layers.
 
-    Per layer and direction (suffix `_l0`, `_l0_reverse` and so on, as torch has it) `input` makes the input's part of the gates,
-    `hidden` that of the last hidden state, each with its own bias.  They hold the very parameters of the dense module; any of
-    them may be replaced by a factored layer.  Where gradients are wanted torch's own layer runs on the dense weights, each asked for
-    once a call, so that it trains as fast; else, where they are faster, the fused operators run on the factors.  Step by step, every
-    layer called as it is, it runs while it is recorded or exported, and where one of the layers is of another kind or has hooks.
+    Takes and returns what the dense module does, a `PackedSequence` excepted. Per layer and direction (suffix
+    `_l0`, `_l0_reverse` and so on, as torch has it) `input` makes the input's part of the gates, `hidden`
+    that of the last hidden state, each with its own bias.  They hold the very parameters of the dense module;
+    any of them may be replaced by a factored layer.  Where gradients are wanted torch's own layer runs on the
+    dense weights, each asked for once a call, so that it trains as fast; else, where they are faster, the
+    fused operators run on the factors.  Step by step, every layer called as it is, it runs while it is
+    recorded or exported, and where one of the layers is of another kind or has hooks.
     """
 
     kind: ClassVar[type[nn.LSTM | nn.GRU]]
@@ -40,13 +42,29 @@ class OpenRNN(nn.Module):
     def __init__(self, dense: nn.LSTM | nn.GRU) -> None:
         super().__init__()
         if type(dense) is not self.kind:
-            raise UsageError(f"{type(self).__name__} is made from nn.{self.kind.__name__}, not from {type(dense).__name__}")
+            raise UsageError(
+                f"{type(self).__name__} is made from nn.{self.kind.__name__}, not from {type(dense).__name__}"
+            )
         reason = why_closed(dense)
         if reason:
             raise UnsupportedError(f"{reason}; leave this layer as it is")
-        self.input_size, self.hidden_size, self.num_layers, self.proj_size = dense.input_size, dense.hidden_size, dense.num_layers, 0
-        self.bias, self.batch_first, self.dropout, self.bidirectional = dense.bias, dense.batch_first, dense.dropout, dense.bidirectional
-        self.suffixes = tuple(f"_l{layer}{end}" for layer in range(self.num_layers) for end in ("", "_reverse")[: 1 + self.bidirectional])
+        self.input_size, self.hidden_size, self.num_layers, self.proj_size = (
+            dense.input_size,
+            dense.hidden_size,
+            dense.num_layers,
+            0,
+        )
+        self.bias, self.batch_first, self.dropout, self.bidirectional = (
+            dense.bias,
+            dense.batch_first,
+            dense.dropout,
+            dense.bidirectional,
+        )
+        self.suffixes = tuple(
+            f"_l{layer}{end}"
+            for layer in range(self.num_layers)
+            for end in ("", "_reverse")[: 1 + self.bidirectional]
+        )
         self._names = tuple(name + suffix for suffix in self.suffixes for name in ("input", "hidden"))
         for suffix in self.suffixes:
             for name, end in (("input", "ih"), ("hidden", "hh")):
@@ -66,21 +84,29 @@ class OpenRNN(nn.Module):
 
     def _run(self, x: Tensor, state: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         if not isinstance(x, Tensor):
-            raise UnsupportedError(f"{type(self).__name__} takes a tensor, not a {type(x).__name__}; pad the sequences")
+            raise UnsupportedError(
+                f"{type(self).__name__} takes a tensor, not a {type(x).__name__}; pad the sequences"
+            )
         batched, axis = x.dim() == 3, int(self.batch_first)
         if not batched:
             x = x.unsqueeze(1 - axis)
             state = None if state is None else [part.unsqueeze(1) for part in state]
         if state is None:
             state = [x.new_zeros((len(self.suffixes), x.shape[1 - axis], self.hidden_size))] * self.states
-        y, ends = self._layers(x, state, self._by_steps, axis) if torch.compiler.is_exporting() else self._eager(x, state)
+        y, ends = (
+            self._layers(x, state, self._by_steps, axis)
+            if torch.compiler.is_exporting()
+            else self._eager(x, state)
+        )
         return (y, ends) if batched else (y.squeeze(1 - axis), [end.squeeze(1) for end in ends])
 
     @_disable_dynamo  # torch.compiler.disable would import the compiler here and now
     def _eager(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         if _recorded() or not all(is_plain(getattr(self, name)) for name in self._names):
             return self._layers(x, state, self._by_steps, int(self.batch_first))
-        trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *state, *self.parameters()))
+        trained = torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (x, *state, *self.parameters())
+        )
         if not trained and self._fused(x):
             y, ends = self._layers(x.transpose(0, 1) if self.batch_first else x, state, self._by_operators, 0)
             return y.transpose(0, 1) if self.batch_first else y, ends
@@ -89,33 +115,65 @@ class OpenRNN(nn.Module):
         weights = [product.weight(trained=trained) for product in products]
         biased = any(bias is not None for bias in biases)
         if biased:
-            biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in zip(weights, biases, strict=True)]
-        flat = [tensor for k in range(0, len(weights), 2) for tensor in (*weights[k : k + 2], *biases[k : k + 2]) if tensor is not None]
+            biases = [
+                weight.new_zeros(len(weight)) if bias is None else bias
+                for weight, bias in zip(weights, biases, strict=True)
+            ]
+        flat = [
+            tensor
+            for k in range(0, len(weights), 2)
+            for tensor in (*weights[k : k + 2], *biases[k : k + 2])
+            if tensor is not None
+        ]
         how = (biased, self.num_layers, self.dropout, self.training, self.bidirectional, self.batch_first)
-        y, *ends = torch.lstm(x, state, flat, *how) if self.states == 2 else torch.gru(x, state[0], flat, *how)
+        y, *ends = (
+            torch.lstm(x, state, flat, *how) if self.states == 2 else torch.gru(x, state[0], flat, *how)
+        )
         return y, ends
 
     def _product(self, name: str) -> Product:
         module = getattr(self, name)
-        if name not in self._known or self._known[name].module is not module or self._known[name].form != form(module):
+        if (
+            name not in self._known
+            or self._known[name].module is not module
+            or self._known[name].form != form(module)
+        ):
             self._known[name] = Product.of(module)
         return self._known[name]
 
     def _fused(self, x: Tensor) -> bool:
         """Whether the fused operators can serve the call, and are faster than torch's own layer."""
-        if type(x) is not Tensor or x.device.type != "cpu" or (self.training and self.dropout) or torch.is_autocast_enabled("cpu") or native.missing():
+        if (
+            type(x) is not Tensor
+            or x.device.type != "cpu"
+            or (self.training and self.dropout)
+            or torch.is_autocast_enabled("cpu")
+            or native.missing()
+        ):
             return False
         products = [self._product(name) for name in self._names]
         if any(product.computed for product in products):
             return False
-        if not all(tensor.dtype == torch.float32 for tensor in (x, *(tensor for product in products for tensor in product.tensors))):
+        if not all(
+            tensor.dtype == torch.float32
+            for tensor in (x, *(tensor for product in products for tensor in product.tensors))
+        ):
             return False
-        own = sum(min(product.called, product.dense) for product in products[::2]) + sum(product.thin for product in products[1::2])
+        own = sum(min(product.called, product.dense) for product in products[::2]) + sum(
+            product.thin for product in products[1::2]
+        )
         samples = x.shape[1 - int(self.batch_first)]
-        return samples == 1 or self.states == 1 or own * _LSTM_LEAD <= sum(product.dense for product in products)
+        return (
+            samples == 1 or self.states == 1 or own * _LSTM_LEAD <= sum(product.dense for product in products)
+        )
 
-    def _layers(self, x: Tensor, state: list[Tensor], run: _Direction, axis: int) -> tuple[Tensor, list[Tensor]]:
-        """All layers on x, its steps on `axis`; `state` holds h, and c of an LSTM, as `[layers directions, n, hidden]`."""
+    def _layers(
+        self, x: Tensor, state: list[Tensor], run: _Direction, axis: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """All layers on x, its steps on `axis`.
+
+        `state` holds h, and c of an LSTM, as `[layers directions, n, hidden]`.
+        """
         last: list[list[Tensor]] = [[] for _ in state]
         step = 1 + self.bidirectional
         for layer in range(0, len(self.suffixes), step):
@@ -130,14 +188,20 @@ class OpenRNN(nn.Module):
             x = outputs[0] if step == 1 else torch.cat(outputs, 2)
         return x, [torch.stack(found) for found in last]
 
-    def _by_operators(self, x: Tensor, suffix: str, state: list[Tensor], reverse: bool) -> tuple[Tensor, Sequence[Tensor]]:
+    def _by_operators(
+        self, x: Tensor, suffix: str, state: list[Tensor], reverse: bool
+    ) -> tuple[Tensor, Sequence[Tensor]]:
         """One direction of a layer on `x[t, n, inputs]`, without gradients."""
         hidden = self._product("hidden" + suffix)
         op = LOW_RANK_LSTM if self.states == 2 else LOW_RANK_GRU
-        y, *ends = op.call(self._product("input" + suffix)(x), *hidden.cell(self.gates), hidden.bias, *state, reverse)
+        y, *ends = op.call(
+            self._product("input" + suffix)(x), *hidden.cell(self.gates), hidden.bias, *state, reverse
+        )
         return y, ends
 
-    def _by_steps(self, x: Tensor, suffix: str, state: list[Tensor], reverse: bool) -> tuple[Tensor, Sequence[Tensor]]:
+    def _by_steps(
+        self, x: Tensor, suffix: str, state: list[Tensor], reverse: bool
+    ) -> tuple[Tensor, Sequence[Tensor]]:
         """One direction of a layer by calls of its two products, on x as the module takes it."""
         axis, hidden = int(self.batch_first), getattr(self, "hidden" + suffix)
         found = []
@@ -161,7 +225,9 @@ class OpenLSTM(OpenRNN):
 
     kind, gates, states = nn.LSTM, 4, 2
 
-    def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(
+        self, x: Tensor, state: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         y, (h, c) = self._run(x, None if state is None else list(state))
         return y, (h, c)
 
@@ -201,7 +267,9 @@ def why_closed(module: nn.RNNBase) -> str:
         return f"only nn.LSTM and nn.GRU are factored, this is {type(module).__name__}"
     if module.proj_size:
         return f"a projection of the hidden state (proj_size={module.proj_size}) is of low rank already"
-    if not all(isinstance(getattr(module, name), nn.Parameter) for names in module._all_weights for name in names):
+    if not all(
+        isinstance(getattr(module, name), nn.Parameter) for names in module._all_weights for name in names
+    ):
         return "its weights are computed from other parameters"
     return ""
 
@@ -209,11 +277,14 @@ def why_closed(module: nn.RNNBase) -> str:
 def open_recurrent(model: nn.Module) -> nn.Module:
     """A copy of the model in which every `nn.LSTM` and `nn.GRU` calls linear layers, so that `compress` can factor them.
 
-    It computes the same from the same parameters; what cannot be opened stays, and `open_model(...).declined()` says why.
+    It computes the same from the same parameters; what cannot be opened stays, and
+    `open_model(...).declined()` says why.
     """
 
     def make(_path: str, module: nn.Module) -> nn.Module | None:
-        return _OPEN[type(module)](module) if isinstance(module, nn.RNNBase) and not why_closed(module) else None  # type: ignore[arg-type]
+        if not isinstance(module, nn.LSTM | nn.GRU) or why_closed(module):
+            return None
+        return _OPEN[type(module)](module)
 
     return opened(model, make, "open_recurrent")
 
@@ -221,4 +292,6 @@ def open_recurrent(model: nn.Module) -> nn.Module:
 def _recorded() -> bool:
     """Whether somebody follows the calls of torch functions."""
     modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    return torch._C._get_tracing_state() is not None or any(not isinstance(mode, DeviceContext) for mode in modes)
+    return torch._C._get_tracing_state() is not None or any(
+        not isinstance(mode, DeviceContext) for mode in modes
+    )

@@ -30,7 +30,12 @@ _FORWARDS = (nn.Linear.forward, Factorized.forward, Fused.forward)
 
 def is_plain(module: nn.Module) -> bool:
     """Whether it does nothing but multiply with a weight, so that nobody notices when the weight is used without a call."""
-    watched = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    watched = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
     known = module._parameters.keys() != {"bias"} or parametrize.is_parametrized(module, "weight")
     return getattr(module.forward, "__func__", None) in _FORWARDS and not watched and known
 
@@ -44,7 +49,9 @@ class Rebuilt(Recipe):
     names: tuple[str, ...]
 
     def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return (Layer(self.site, self.form, dict(zip(self.names, tensors, strict=True))).reconstruct().detach(),)
+        return (
+            Layer(self.site, self.form, dict(zip(self.names, tensors, strict=True))).reconstruct().detach(),
+        )
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,10 @@ class PackCell(Recipe):
         widths = [tensor.shape[1] for tensor in tensors]
         cut = widths.index(min(widths))
         one = torch.eye(widths[0], dtype=tensors[0].dtype, device=tensors[0].device)
-        v, u = (reduce(lambda product, weight: weight @ product, part) for part in ([one, *tensors[:cut]], tensors[cut:]))
+        v, u = (
+            reduce(lambda product, weight: weight @ product, part)
+            for part in ([one, *tensors[:cut]], tensors[cut:])
+        )
         return pack_v(v.detach()), pack_u(u.detach(), self.gates)
 
 
@@ -70,9 +80,9 @@ def form(module: nn.Module) -> tuple[object, ...]:
 class Product:
     """A linear or factored layer: the names of what it multiplies with, and how those are packed where they are a chain of matrices.
 
-    `form` is that of the module when this was made; `called` and `thin` are the multiply-adds of the layer as it is, and of the
-    two matrices that it is to a recurrent kernel; `dense` those of its weight.  `computed` says that the weight is a parametrization's,
-    made anew whenever it is asked for.
+    `form` is that of the module when this was made; `called` and `thin` are the multiply-adds of the layer as
+    it is, and of the two matrices that it is to a recurrent kernel; `dense` those of its weight.  `computed`
+    says that the weight is a parametrization's, made anew whenever it is asked for.
     """
 
     module: nn.Module
@@ -92,16 +102,47 @@ class Product:
         if not isinstance(module, Factorized):
             o, i = module.weight.shape  # type: ignore[misc]
             computed = parametrize.is_parametrized(module, "weight")
-            return cls(module, form(module), ("weight",), _chain((Stage(i, o),)), (i, o), None, i * o, i * (i + o), i * o, computed)
+            return cls(
+                module,
+                form(module),
+                ("weight",),
+                _chain((Stage(i, o),)),
+                (i, o),
+                None,
+                i * o,
+                i * (i + o),
+                i * o,
+                computed,
+            )
         site = replace(module.site, extents=(((1,), (1,)),))
         lowered, called = lower(module.layer()), module.format.cost(site, module.rank).macs
         names = tuple(module.factors())
         rebuild = Rebuilt(module.form, replace(site, extents=()), names)
         if lowered is None:
-            return cls(module, form(module), names, None, (), rebuild, called, site.i * (site.i + site.o), site.weights)
+            return cls(
+                module,
+                form(module),
+                names,
+                None,
+                (),
+                rebuild,
+                called,
+                site.i * (site.i + site.o),
+                site.weights,
+            )
         names, widths = lowered.factors, tuple(lowered.widths)
         thin = min(widths[:-1]) * (site.i + site.o)
-        return cls(module, form(module), names, _chain(lowered.stages), widths, replace(rebuild, names=names), called, thin, site.weights)
+        return cls(
+            module,
+            form(module),
+            names,
+            _chain(lowered.stages),
+            widths,
+            replace(rebuild, names=names),
+            called,
+            thin,
+            site.weights,
+        )
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -130,12 +171,18 @@ class Product:
             result = self.module(x)
         else:
             recipe = replace(self.chain, lanes=packing(self.chain.lanes, x.dtype))
-            result = LINEAR_CHAIN.call(x, list(derived(recipe, self.tensors)), self.bias, None, self.widths, "identity")
+            result = LINEAR_CHAIN.call(
+                x, list(derived(recipe, self.tensors)), self.bias, None, self.widths, "identity"
+            )
         return result
 
     def cell(self, gates: int) -> tuple[Tensor, ...]:
         """V and U as a recurrent kernel takes them."""
-        tensors = self.tensors if self.chain is not None or self.rebuild is None else derived(self.rebuild, self.tensors)
+        tensors = (
+            self.tensors
+            if self.chain is not None or self.rebuild is None
+            else derived(self.rebuild, self.tensors)
+        )
         return derived(PackCell(gates), tensors)
 
 

@@ -14,7 +14,16 @@ from tdpass.registry import Registry
 _NUMBER = re.compile(r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(\S*)", re.IGNORECASE)
 COUNTS: Mapping[str, float] = {
     prefix + ending: factor
-    for prefix, factor in {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30}.items()
+    for prefix, factor in {
+        "": 1,
+        "k": 1e3,
+        "m": 1e6,
+        "g": 1e9,
+        "t": 1e12,
+        "ki": 2**10,
+        "mi": 2**20,
+        "gi": 2**30,
+    }.items()
     for ending in ("", "b")
 }
 
@@ -31,10 +40,11 @@ class Needs(IntEnum):
 class Measure:
     """A number that adds up over layers, at least 0.
 
-    `title` heads a column of it; `less` and `more` are what a model has, or is, that costs less or more of it. `units` is what an
-    amount may be written in, each as a multiple of that in which it is kept, and `example` such an amount. A `whole` measure counts:
-    its units do not mind case, and it is written out in full; `unit` is what is counted, where that is shown. `aliases` are other words for it.
-    A `standing` one is that of what is there, however often it is called.
+    `title` heads a column of it; `less` and `more` are what a model has, or is, that costs less or more of
+    it. `units` is what an amount may be written in, each as a multiple of that in which it is kept, and
+    `example` such an amount. A `whole` measure counts: its units do not mind case, and it is written out in
+    full; `unit` is what is counted, where that is shown. `aliases` are other words for it. A `standing` one
+    is that of what is there, however often it is called.
     """
 
     name: str
@@ -77,8 +87,14 @@ class Measure:
     def fault(self, value: object) -> str:
         """What the value is instead of an amount; empty for one."""
         kinds = int if self.whole else (int, float)
-        fits = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-        return "" if fits else f"{self.name} is {value!r}: expected {'a whole' if self.whole else 'a'} number of at least 0"
+        fits = (
+            isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+        )
+        return (
+            ""
+            if fits
+            else f"{self.name} is {value!r}: expected {'a whole' if self.whole else 'a'} number of at least 0"
+        )
 
 
 MEASURES: Registry[Measure] = Registry("measure")

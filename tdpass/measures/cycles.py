@@ -4,4 +4,6 @@ from __future__ import annotations
 
 from tdpass.measures.base import COUNTS, Measure, Needs, register_measure
 
-register_measure(Measure("cycles", "Cycles", "fewer cycles", "more cycles", "120M", COUNTS, needs=Needs.TARGET))
+register_measure(
+    Measure("cycles", "Cycles", "fewer cycles", "more cycles", "120M", COUNTS, needs=Needs.TARGET)
+)

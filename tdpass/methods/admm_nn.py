@@ -38,19 +38,24 @@ PHASES = ("prune", "retrain", "quantize", "fix")
 class AdmmNN(SparseWeights):
     """Few weights on few levels, by ADMM (Ren, Zhang, Ye, Li, Xu, Qian, Lin, Wang, ASPLOS 2019).
 
-    In turn: *prune*, ADMM towards the `keep` weights of largest score over the whole net, where the number kept falls from all to
-    `keep` by equal factors over the first `reach` of the phase;  *retrain* with the others at zero;  *quantize*, ADMM towards levels
-    {+-q .. +-n q}, whose interval is found in closed form and whose number in each layer is chosen so that all surviving weights
-    together take `bits_per_weight` bits on average, one of `bits` in each (`LevelBudget`);  *fix*, where more and more weights stay on their levels.
-    Phases without rounds are left out; without `bits_per_weight` the last two are.  `rates` has factors on the learning rate by phase.
+    In turn: *prune*, ADMM towards the `keep` weights of largest score over the whole net, where the number
+    kept falls from all to `keep` by equal factors over the first `reach` of the phase;  *retrain* with the
+    others at zero;  *quantize*, ADMM towards levels {+-q .. +-n q}, whose interval is found in closed form
+    and whose number in each layer is chosen so that all surviving weights together take `bits_per_weight`
+    bits on average, one of `bits` in each (`LevelBudget`);  *fix*, where more and more weights stay on their
+    levels. Phases without rounds are left out; without `bits_per_weight` the last two are.  `rates` has
+    factors on the learning rate by phase.
 
-    With `metric: fisher` what the loss makes of it counts: weights are pruned by the scores of `w sqrt(F)`, and bits divided by the errors
-    times F, with F the diagonal of the Fisher information over the last thousand steps (`Curvature`).  `pruning: surgery` prunes at once and
-    lets weights come back (`Surgery`) where ADMM draws them to zero.  `least` names sites that keep no fewer weights than that, whatever their
-    scores; every other keeps at least `least_share` of what it would if all kept alike, so that none is cut off.
+    With `metric: fisher` what the loss makes of it counts: weights are pruned by the scores of `w sqrt(F)`,
+    and bits divided by the errors times F, with F the diagonal of the Fisher information over the last
+    thousand steps (`Curvature`).  `pruning: surgery` prunes at once and lets weights come back (`Surgery`)
+    where ADMM draws them to zero.  `least` names sites that keep no fewer weights than that, whatever their
+    scores; every other keeps at least `least_share` of what it would if all kept alike, so that none is cut
+    off.
 
-    `hardware` (a target such as `cpu:onnxruntime`, or `table:FILE.yaml` for another machine) makes it hardware-aware: a layer whose
-    sparsity would stay below its break-even goes back to dense, and the rest is pruned harder.
+    `hardware` (a target such as `cpu:onnxruntime`, or `table:FILE.yaml` for another machine) makes it
+    hardware-aware: a layer whose sparsity would stay below its break-even goes back to dense, and the rest is
+    pruned harder.
     """
 
     name = "admm-nn"
@@ -79,30 +84,47 @@ class AdmmNN(SparseWeights):
     curvature: Curvature | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        for option, value, known in (("metric", self.metric, get_args(Metric)), ("pruning", self.pruning, get_args(Pruning))):
+        for option, value, known in (
+            ("metric", self.metric, get_args(Metric)),
+            ("pruning", self.pruning, get_args(Pruning)),
+        ):
             if value not in known:
                 raise UsageError(f"{option}={value!r} is unknown to {self.name}; known: {', '.join(known)}")
         if not 0 <= self.least_share <= 1:
-            raise UsageError(f"least_share={self.least_share} is not within 0 to 1; it is a share of what a layer would keep if all kept alike")
+            raise UsageError(
+                f"least_share={self.least_share} is not within 0 to 1; it is a share of what a layer would keep if all kept alike"
+            )
         if self.keep < 1 or not 0 < self.reach <= 1:
-            raise UsageError(f"keep={self.keep}, reach={self.reach}: keep at least one weight, and reach that number within a share in (0, 1] of the phase")
+            raise UsageError(
+                f"keep={self.keep}, reach={self.reach}: keep at least one weight, and reach that number within a share in (0, 1] of the phase"
+            )
         unknown = set(self.rates) - set(PHASES)
         if unknown or not all(rate > 0 for rate in self.rates.values()):
-            raise UsageError(f"rates={dict(self.rates)!r} are not positive factors on the learning rate of phases; the phases are {', '.join(PHASES)}")
+            raise UsageError(
+                f"rates={dict(self.rates)!r} are not positive factors on the learning rate of phases; the phases are {', '.join(PHASES)}"
+            )
         if self.bits_per_weight is not None and not 1 <= self.bits_per_weight <= 8:
-            raise UsageError(f"bits_per_weight={self.bits_per_weight} is not within 1 to 8; leave it out to prune only")
+            raise UsageError(
+                f"bits_per_weight={self.bits_per_weight} is not within 1 to 8; leave it out to prune only"
+            )
         if self.bits_per_weight is not None and not self.quantize + self.fix:
-            raise UsageError(f"bits_per_weight={self.bits_per_weight} with quantize=0 and fix=0 would put no weight on a level; give either some rounds")
+            raise UsageError(
+                f"bits_per_weight={self.bits_per_weight} with quantize=0 and fix=0 would put no weight on a level; give either some rounds"
+            )
 
     @torch.no_grad()
     def choose(self, model: nn.Module) -> None:
         weights = self.weights_of(model)
         total = sum(weight.numel() for weight in weights.values())
         if self.keep > total:
-            raise UsageError(f"keep={self.keep:,} is more than the {total:,} weights of the sites; keep fewer")
+            raise UsageError(
+                f"keep={self.keep:,} is more than the {total:,} weights of the sites; keep fewer"
+            )
         unknown = set(self.least) - set(self.sites)
         if unknown:
-            raise UsageError(f"least names {', '.join(sorted(unknown))}; the sites are: {', '.join(self.sites)}")
+            raise UsageError(
+                f"least names {', '.join(sorted(unknown))}; the sites are: {', '.join(self.sites)}"
+            )
         machine = None if self.hardware is None else open_break_even(self.hardware, cache=cache_folder())
         while machine is not None:
             slow = self._below_break_even(machine, self._budget(self.keep).divide(weights))
@@ -124,11 +146,16 @@ class AdmmNN(SparseWeights):
         stay = sum(self.sites[name].weights for name in self.dense)
         free = sum(site.weights for site in self.sites.values()) - stay
         share = self.least_share * max(0, keep - stay) / max(free, 1)
-        least = {name: self.least.get(name, max(1, int(share * site.weights))) for name, site in self.sites.items()}
+        least = {
+            name: self.least.get(name, max(1, int(share * site.weights))) for name, site in self.sites.items()
+        }
         return WeightBudget(keep, self.score, self.dense, least, metric=metric)
 
     def phases(self) -> Sequence[Phase]:
-        steps = [("prune", self.prune, self._begin_pruning), ("retrain", self.retrain, self._begin_retraining)]
+        steps = [
+            ("prune", self.prune, self._begin_pruning),
+            ("retrain", self.retrain, self._begin_retraining),
+        ]
         if self.bits_per_weight is not None:
             steps += [("quantize", self.quantize, self._begin_levels), ("fix", self.fix, self._begin_fixing)]
         return [Phase(name, rounds, begin, self.rates.get(name, 1.0)) for name, rounds, begin in steps]
@@ -136,7 +163,10 @@ class AdmmNN(SparseWeights):
     def _begin_pruning(self) -> list[Term]:
         if self.pruning == "surgery":
             return [*self._measured(), Surgery(self.weights, self._falling)]
-        return [*self._measured(), Admm(self.weights, [self._falling], as_schedule(self.rho, "rho"), self.decoupled)]
+        return [
+            *self._measured(),
+            Admm(self.weights, [self._falling], as_schedule(self.rho, "rho"), self.decoupled),
+        ]
 
     def _measured(self) -> list[Curvature]:
         self.curvature = None if self.metric == "frobenius" else Curvature(self.weights)
@@ -154,7 +184,10 @@ class AdmmNN(SparseWeights):
     def _begin_levels(self) -> list[Term]:
         if not self.retrain:  # whose beginning prunes
             project(self.weights, self._budget(self.keep).divide(self.whole_weights()))
-        return [FixedWeights(self.weights), Admm(self._levelled(), [fixed(self.levels)], as_schedule(self.rho, "rho"), self.decoupled)]
+        return [
+            FixedWeights(self.weights),
+            Admm(self._levelled(), [fixed(self.levels)], as_schedule(self.rho, "rho"), self.decoupled),
+        ]
 
     def _levelled(self) -> dict[str, nn.Parameter]:
         """The weights that get levels, which are chosen when they are first asked for."""
@@ -167,7 +200,9 @@ class AdmmNN(SparseWeights):
         weights = {name: weight for name, weight in self.whole_weights().items() if name not in self.dense}
         survivors = sum(int(weight.count_nonzero()) for weight in weights.values())
         worth = {} if self.curvature is None else self.curvature.sensitivity(weights)
-        found = LevelBudget(int((self.bits_per_weight or 0) * survivors), worth, tuple(self.bits)).divide(weights)
+        found = LevelBudget(int((self.bits_per_weight or 0) * survivors), worth, tuple(self.bits)).divide(
+            weights
+        )
         frozen = {name: bound.frozen(weights[name]) for name, bound in found.items()}
         return {name: bound for name, bound in frozen.items() if isinstance(bound, UniformLevels)}
 
@@ -189,7 +224,14 @@ class AdmmNN(SparseWeights):
         return "dense: below break-even" if name in self.dense else super().reason(name, weight)
 
     def facts(self) -> dict[str, Any]:
-        return {"levels": {name: [bound.count, (bound.interval or 0.0).hex()] for name, bound in self.levels.items()}}
+        return {
+            "levels": {
+                name: [bound.count, (bound.interval or 0.0).hex()] for name, bound in self.levels.items()
+            }
+        }
 
     def recall(self, facts: Mapping[str, Any]) -> None:
-        self.levels = {name: UniformLevels(count, float.fromhex(interval)) for name, (count, interval) in facts["levels"].items()}
+        self.levels = {
+            name: UniformLevels(count, float.fromhex(interval))
+            for name, (count, interval) in facts["levels"].items()
+        }

@@ -25,15 +25,18 @@ class Assembled:
     def weigh(self, original: Model, artifact: Artifact, batch: Batch | None, yardstick: Site) -> None:
         """Say in the report what the whole was predicted to cost and what it is measured to.
 
-        Predicted is the dense whole less what its layers save; on a target that times, both wholes are timed in turn, the
-        new one with its factored layers fused where that is faster, on the scale of `yardstick`'s price.
+        Predicted is the dense whole less what its layers save; on a target that times, both wholes are timed
+        in turn, the new one with its factored layers fused where that is faster, on the scale of
+        `yardstick`'s price.
         """
         measure, report, target = self.tariff.measure, artifact.report, self.tariff.target
         saved = sum(self.dense.values()) - sum(self.chosen.values())
         before, after = report.original.get(measure), report.final.get(measure)
         if target is not None:
             if batch is None:
-                report.note(f"the assembled network was not measured on {target.name}: there is nothing to call it with")
+                report.note(
+                    f"the assembled network was not measured on {target.name}: there is nothing to call it with"
+                )
                 return
             before, after = self._on_target(target, original, artifact, batch, yardstick)
         predicted = before - saved
@@ -42,13 +45,19 @@ class Assembled:
         said = f"{self.tariff.text(predicted)} predicted, {self.tariff.text(after)} measured ({gap:+.1%})"
         report.note(f"the assembled network: {said}; dense {self.tariff.text(before)}")
 
-    def _on_target(self, target: Target, original: Model, artifact: Artifact, batch: Batch, yardstick: Site) -> tuple[float, float]:
+    def _on_target(
+        self, target: Target, original: Model, artifact: Artifact, batch: Batch, yardstick: Site
+    ) -> tuple[float, float]:
         """Amounts of the dense and of the assembled whole."""
         made, setting, report = artifact.opened.clone(), self.tariff.setting, artifact.report
         if target.here and isinstance(made, FusesChains):
             made.fuse(lambda text: None, lambda name, reason: None, batch.resized(setting.batch))
-        before, after = target.cost_models([original, made], lambda: call_batch(original, [batch], setting.batch), setting, yardstick)
-        report.original = report.original.replace(**{measure: before.get(measure) for measure in target.measures})
+        before, after = target.cost_models(
+            [original, made], lambda: call_batch(original, [batch], setting.batch), setting, yardstick
+        )
+        report.original = report.original.replace(
+            **{measure: before.get(measure) for measure in target.measures}
+        )
         report.final = report.final.replace(**{measure: after.get(measure) for measure in target.measures})
         report.target = f"{target.name}, batch {setting.batch}, {setting.threads} {'thread' if setting.threads == 1 else 'threads'}"
         return before.get(self.tariff.measure), after.get(self.tariff.measure)

@@ -26,16 +26,16 @@ from tdpass.training.terms import Hooks
 
 
 class Method(ABC):
-    """A published way to train a model into a smaller one; a subclass per file, registered with `register_method`.
+    """A published way to train a model into a smaller one.
 
-    In a loop of one's own, three lines:
+    A subclass per file, registered with `register_method`. In a loop of one's own, three lines:
 
     >>> method = AdmmTT(budget={"params": 0.3}, rounds=20)         # doctest: +SKIP
     >>> method.attach(model, optimizer, every=len(loader))          # doctest: +SKIP
     >>> artifact = method.finish(model)                             # doctest: +SKIP
 
-    A round begins every `every` optimizer steps.  Sites are named by globs in `include` and `exclude`.  `tdpass.train` does the
-    same with a loop, checkpoints and a report.
+    A round begins every `every` optimizer steps.  Sites are named by globs in `include` and `exclude`.
+    `tdpass.train` does the same with a loop, checkpoints and a report.
     """
 
     name: ClassVar[str]
@@ -48,24 +48,34 @@ class Method(ABC):
     phased: Phased | None = None
     _hooks: Hooks | None = None
 
-    def prepare(self, model: nn.Module, example_inputs: ExampleInputs = None, calibration: object = None) -> nn.Module:
+    def prepare(
+        self, model: nn.Module, example_inputs: ExampleInputs = None, calibration: object = None
+    ) -> nn.Module:
         """Find the sites, while the weights still lie on one device; returns the module to train.
 
-        That is the model itself, or for a method that trains something else in its place (`restructured`) another module:
-        make the optimizer for what is returned, and give that to `attach` and `finish`.  `calibration` is data for methods
-        that plan or factor on it.
+        That is the model itself, or for a method that trains something else in its place (`restructured`)
+        another module: make the optimizer for what is returned, and give that to `attach` and `finish`.
+        `calibration` is data for methods that plan or factor on it.
         """
         if not isinstance(model, nn.Module):
-            raise UsageError(f"{self.name} trains an nn.Module, not a {type(model).__name__}; for other models, compress without training")
+            raise UsageError(
+                f"{self.name} trains an nn.Module, not a {type(model).__name__}; for other models, compress without training"
+            )
         opened = open_model(model, example_inputs)
         if example_inputs is not None:
             example = opened.example()
             assert example is not None
             opened.observe(example)
-        chosen = [site for site in opened.sites() if selects(site.name, self.include, self.exclude) and as_stored(site)]
+        chosen = [
+            site
+            for site in opened.sites()
+            if selects(site.name, self.include, self.exclude) and as_stored(site)
+        ]
         if not chosen:
             names = ", ".join(site.name for site in opened.sites()) or "none"
-            raise UsageError(f"include={tuple(self.include)}, exclude={tuple(self.exclude)} leave no site to train; the model has: {names}")
+            raise UsageError(
+                f"include={tuple(self.include)}, exclude={tuple(self.exclude)} leave no site to train; the model has: {names}"
+            )
         self.sites = {site.name: site for site in chosen}
         self.example = opened.example()
         self.calibration = calibration
@@ -79,17 +89,23 @@ class Method(ABC):
         """Decide what is decided before training; `sites` are known, `weights` are not yet bound."""
 
     def restructured(self, model: nn.Module) -> nn.Module:
-        """The module that is trained in place of the model; the model itself unless a method says otherwise."""
+        """The module that is trained in place of the model.
+
+        The model itself unless a method says otherwise.
+        """
         return model
 
     def stages(self, run: Run) -> Stages:
         """What is trained one after another: the dense model, the method, what came out, and the control.
 
-        A method with other stages yields its own; each is answered with the trained copy of the stage's model.
+        A method with other stages yields its own; each is answered with the trained copy of the stage's
+        model.
         """
         if run.finetune and self.final:
             many = f"finetune={run.finetune} epochs would move them"
-            raise UsageError(f"{self.name} ends with weights where they shall stay, {many}; give its own phases more rounds")
+            raise UsageError(
+                f"{self.name} ends with weights where they shall stay, {many}; give its own phases more rounds"
+            )
         dense = yield from pretrained(run)
         network = self.prepare(dense, run.example_inputs, run.calibration)
         epochs = self.epochs(run.rounds_per_epoch)
@@ -98,7 +114,9 @@ class Method(ABC):
             run.note(text)
         return (yield from finished(run, dense, self.finish(trained), epochs))
 
-    def passes(self, forward: Callable[[Any], Any], inputs: Any, loss: Callable[[Any], Tensor]) -> Iterator[Tensor]:
+    def passes(
+        self, forward: Callable[[Any], Any], inputs: Any, loss: Callable[[Any], Tensor]
+    ) -> Iterator[Tensor]:
         """The runs of the model that a step takes, as `tdpass.training.calls.once` describes them."""
         return once(forward, inputs, loss)
 
@@ -114,7 +132,10 @@ class Method(ABC):
         """Take up what was decided before an interruption."""
 
     def bind(self, model: nn.Module) -> Phased:
-        """Tie the method to the weights of a module, of the structure that `prepare` returned; gives its phases as one term."""
+        """Tie the method to the weights of a module, of the structure that `prepare` returned.
+
+        Gives its phases as one term.
+        """
         self.weights = self.parameters_of(model)
         self.phased = Phased(self.phases(), self.facts, self.recall)
         return self.phased
@@ -129,17 +150,28 @@ class Method(ABC):
         names = {site: f"{site}.weight" if site else "weight" for site in self.sites}
         missing = [name for name in names.values() if name not in parameters]
         if missing:
-            raise UsageError(f"the model has no parameter {missing[0]!r}; attach to the module that prepare() returned")
+            raise UsageError(
+                f"the model has no parameter {missing[0]!r}; attach to the module that prepare() returned"
+            )
         return {site: parameters[name] for site, name in names.items()}
 
     def whole_weights(self) -> dict[str, Tensor]:
         """The bound weights as they are now, each in full; a collective call where they are sharded."""
         return {name: whole(weight.detach()) for name, weight in self.weights.items()}
 
-    def attach(self, model: nn.Module, optimizer: Optimizer, *, every: int, example_inputs: ExampleInputs = None, calibration: object = None) -> None:
+    def attach(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        every: int,
+        example_inputs: ExampleInputs = None,
+        calibration: object = None,
+    ) -> None:
         """Act around every step of `optimizer`, with a round every `every` steps (those of an epoch, usually).
 
-        Prepares the model where that was not done; raises `UsageError` for a method that trains another module in its place.
+        Prepares the model where that was not done; raises `UsageError` for a method that trains another
+        module in its place.
         """
         if self._hooks is not None:
             raise UsageError(f"{self.name} is attached already; finish it first, or make another")
@@ -147,7 +179,9 @@ class Method(ABC):
             self._prepare_in_place(model, example_inputs, calibration)
         phased = self.bind(model)
         if not phased.rounds:
-            raise UsageError(f"{self.name} has no rounds to train in; give at least one of its phases a round; tdpass.train factors directly without")
+            raise UsageError(
+                f"{self.name} has no rounds to train in; give at least one of its phases a round; tdpass.train factors directly without"
+            )
         self._hooks = Hooks(optimizer, [phased], lambda step: step % every == 0, phased.rounds)
 
     def _prepare_in_place(self, model: nn.Module, example_inputs: ExampleInputs, calibration: object) -> None:
@@ -163,7 +197,9 @@ class Method(ABC):
         Raises `TrainingError` where the method was never attached.
         """
         if self.phased is None:
-            raise TrainingError(f"{self.name} has trained nothing; attach it before the loop and finish it after")
+            raise TrainingError(
+                f"{self.name} has trained nothing; attach it before the loop and finish it after"
+            )
         missed = self._missed(self._hooks)
         if self._hooks is not None:
             self.phased.end()
@@ -175,19 +211,37 @@ class Method(ABC):
 
     def _missed(self, hooks: Hooks | None) -> list[str]:
         """What of the training never happened."""
-        found = [name for name, weight in self.weights.items() if not (weight.requires_grad if hooks is None else hooks.moves(weight))]
-        said = [f"{self.name} did not train {name}: it is frozen, or no parameter of the optimizer; it is projected as it was" for name in found]
+        found = [
+            name
+            for name, weight in self.weights.items()
+            if not (weight.requires_grad if hooks is None else hooks.moves(weight))
+        ]
+        said = [
+            f"{self.name} did not train {name}: it is frozen, or no parameter of the optimizer; it is projected as it was"
+            for name in found
+        ]
         if hooks is not None and hooks.round < hooks.rounds:
-            reason = f"in {hooks.steps} steps" if hooks.steps else "for the optimizer it is attached to made no step"
+            reason = (
+                f"in {hooks.steps} steps"
+                if hooks.steps
+                else "for the optimizer it is attached to made no step"
+            )
             ran = f"{hooks.round} of the {hooks.rounds} rounds of {self.name} ran, {reason}"
-            said.append(f"{ran}: the last projection does what is left; attach the optimizer that trains, and train for all rounds")
+            said.append(
+                f"{ran}: the last projection does what is left; attach the optimizer that trains, and train for all rounds"
+            )
         return said
 
     def epochs(self, rounds_per_epoch: int = 1) -> int:
-        """Epochs that the rounds of all phases take; raises `UsageError` where they do not fill the last one."""
+        """Epochs that the rounds of all phases take.
+
+        Raises `UsageError` where they do not fill the last one.
+        """
         rounds = Phased(self.phases()).rounds
         if rounds % rounds_per_epoch:
-            raise UsageError(f"the {rounds} rounds of {self.name} do not fill epochs of {rounds_per_epoch}; let its phases have a multiple of that")
+            raise UsageError(
+                f"the {rounds} rounds of {self.name} do not fill epochs of {rounds_per_epoch}; let its phases have a multiple of that"
+            )
         return rounds // rounds_per_epoch
 
     @abstractmethod
@@ -212,14 +266,21 @@ def register_method(cls: type[Method]) -> type[Method]:
 
 
 def make_method(spec: Method | Mapping[str, Any] | str) -> Method:
-    """A method as it is, by name, or as a recipe has it: `{"admm-tt": {"budget": {"params": 0.3}}}`; raises `UsageError`."""
+    """A method as it is, by name, or as a recipe has it: `{"admm-tt": {"budget": {"params": 0.3}}}`.
+
+    Raises `UsageError`.
+    """
     if isinstance(spec, Method):
         return spec
-    name, options = (spec, {}) if isinstance(spec, str) else next(iter(spec.items())) if len(spec) == 1 else ("", {})
+    name, options = (
+        (spec, {}) if isinstance(spec, str) else next(iter(spec.items())) if len(spec) == 1 else ("", {})
+    )
     cls = METHODS.get(str(name))
     given: Any = {} if options is None else options
     if not isinstance(given, Mapping):
-        raise UsageError(f"the options {given!r} of method {name!r} are not a mapping; write {{{name}: {{option: value}}}}")
+        raise UsageError(
+            f"the options {given!r} of method {name!r} are not a mapping; write {{{name}: {{option: value}}}}"
+        )
     known = {option.name for option in fields(cls) if option.init}  # type: ignore[arg-type] # every method is a dataclass
     for key, value in given.items():
         wrong = misfit(cls, key, value) if key in known else ""
@@ -228,7 +289,9 @@ def make_method(spec: Method | Mapping[str, Any] | str) -> Method:
     try:
         return cls(**given)
     except TypeError as error:
-        raise UsageError(f"method {name!r} cannot be made from {dict(given)!r}: {str(error).partition('() ')[2] or error}") from None
+        raise UsageError(
+            f"method {name!r} cannot be made from {dict(given)!r}: {str(error).partition('() ')[2] or error}"
+        ) from None
 
 
 def as_stored(site: Site) -> bool:

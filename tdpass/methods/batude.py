@@ -31,13 +31,14 @@ from tdpass.training.terms import Term
 class Batude(FactoredByAdmm):
     """min f(W) with sum_l cost_l(rank_l) <= B, the ranks found while training (Yin, Phan, Zang, Liao, Yuan, AAAI 2022).
 
-    Every round takes V = W + U, drops the singular values of its unfoldings that lose the least energy per unit of cost over the
-    whole net until the budget is met (`RankBudget`), and projects V on the subspaces that are left: Z <- HOSVD(V), U <- U + W - Z.
-    Ranks that did not change for `stable` rounds are kept to the end.  Layers that no factoring makes cheaper stay dense.
+    Every round takes V = W + U, drops the singular values of its unfoldings that lose the least energy per
+    unit of cost over the whole net until the budget is met (`RankBudget`), and projects V on the subspaces
+    that are left: Z <- HOSVD(V), U <- U + W - Z. Ranks that did not change for `stable` rounds are kept to
+    the end.  Layers that no factoring makes cheaper stay dense.
 
-    `budget` bounds the params or macs of the whole model, or with a `target` the measured seconds of the sites, for calls of `batch`
-    samples on `threads` threads.  Energy is a share of each layer's own; with `metric: fisher` times what the layer's weights are worth to
-    the loss, ||W||^2 mean(F) (`Curvature`).
+    `budget` bounds the params or macs of the whole model, or with a `target` the measured seconds of the
+    sites, for calls of `batch` samples on `threads` threads.  Energy is a share of each layer's own; with
+    `metric: fisher` times what the layer's weights are worth to the loss, ||W||^2 mean(F) (`Curvature`).
     """
 
     name = "batude"
@@ -62,14 +63,18 @@ class Batude(FactoredByAdmm):
     def __post_init__(self) -> None:
         FORMATS.get(self.format)
         if self.metric not in get_args(Metric):
-            raise UsageError(f"metric={self.metric!r} is unknown to {self.name}; known: {', '.join(get_args(Metric))}")
+            raise UsageError(
+                f"metric={self.metric!r} is unknown to {self.name}; known: {', '.join(get_args(Metric))}"
+            )
         if self.stable < 1:
             raise UsageError(f"stable={self.stable} rounds are too few to call ranks settled; give 1 or more")
 
     @torch.no_grad()
     def choose(self, model: nn.Module) -> None:
         self.price = price_on_target(self, Budget.parse(self.budget), self.format_of)
-        self.rank_budget(self.budget, self.price).divide(self.weights_of(model))  # an impossible budget is refused before training
+        self.rank_budget(self.budget, self.price).divide(
+            self.weights_of(model)
+        )  # an impossible budget is refused before training
 
     def rule(self) -> Rule:
         return lambda progress, weights: self._divide(weights)
@@ -79,10 +84,16 @@ class Batude(FactoredByAdmm):
             keep = {name: rank for name, rank in self.ranks.items() if rank is not None}
             worth = {} if self.curvature is None else self.curvature.sensitivity(weights)
             found = self.rank_budget(self.budget, self.price, keep=keep, sensitivity=worth).divide(weights)
-            ranks = {name: bound.rank if isinstance(bound, InFormat) else None for name, bound in found.items()}
+            ranks = {
+                name: bound.rank if isinstance(bound, InFormat) else None for name, bound in found.items()
+            }
             self.unchanged = self.unchanged + 1 if ranks == self.ranks else 0
             self.ranks = ranks
-        return {name: InFormat(self.sites[name], self.format_of(self.sites[name]), rank) for name, rank in self.ranks.items() if rank is not None}
+        return {
+            name: InFormat(self.sites[name], self.format_of(self.sites[name]), rank)
+            for name, rank in self.ranks.items()
+            if rank is not None
+        }
 
     def _begin(self) -> list[Term]:
         self.curvature = None if self.metric == "frobenius" else Curvature(self.weights)

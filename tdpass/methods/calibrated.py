@@ -27,7 +27,10 @@ def metrics_of(model: Model, sites: Sequence[Site], batches: Sequence[Batch]) ->
 
 @torch.no_grad()
 def answers_of(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
-    """The class scores that a model in evaluation answers each call with; raises `UsageError` where it answers with none."""
+    """The class scores that a model in evaluation answers each call with.
+
+    Raises `UsageError` where it answers with none.
+    """
     training = model.training
     model.eval()
     scores = [class_scores(model(*batch.args, **batch.kwargs)) for batch in batches]

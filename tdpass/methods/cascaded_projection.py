@@ -43,15 +43,17 @@ Start = Literal["principal", "norm", "taylor", "median"]
 class CascadedProjection(Method):
     """min f(P) + gamma sum_l ||Y_l+1 - Y_l+1(P_l)||^2 / ||Y_l+1||^2 over all P_l with P_l^T P_l = I.
 
-    Minnehan, Savakis: Cascaded Projection: End-to-End Network Compression and Acceleration, CVPR 2019.  P_l[n, r] projects the n channels
-    between two layers: the first becomes P^T W, the second, on what comes through the nonlinearity, W P.  P is the polar factor of a
-    free matrix Q (`Polar`), and gradient steps are on Q.  Every layer behind a projection is also held to what the dense model's answers
-    on the calibration data, `gamma` strong (`Reconstruction`).  At the end the projections are multiplied into the weights: the result
-    is a narrower dense network, which is then fine-tuned as any other.
+    Minnehan, Savakis: Cascaded Projection: End-to-End Network Compression and Acceleration, CVPR 2019.
+    P_l[n, r] projects the n channels between two layers: the first becomes P^T W, the second, on what comes
+    through the nonlinearity, W P.  P is the polar factor of a free matrix Q (`Polar`), and gradient steps are
+    on Q.  Every layer behind a projection is also held to what the dense model's answers on the calibration
+    data, `gamma` strong (`Reconstruction`).  At the end the projections are multiplied into the weights: the
+    result is a narrower dense network, which is then fine-tuned as any other.
 
-    `width` is the share of channels left at every joint of the runs of layers that feed each other alone, as the pass
-    `project-channels` finds them; batch-norms between them are folded first.  `start` says what Q begins from: principal directions, or
-    the channels that a criterion selects.  With `train_weights` those learn too; else only the projections do.
+    `width` is the share of channels left at every joint of the runs of layers that feed each other alone, as
+    the pass `project-channels` finds them; batch-norms between them are folded first.  `start` says what Q
+    begins from: principal directions, or the channels that a criterion selects.  With `train_weights` those
+    learn too; else only the projections do.
     """
 
     name = "cascaded-projection"
@@ -68,15 +70,21 @@ class CascadedProjection(Method):
 
     def __post_init__(self) -> None:
         if not 0 < self.width < 1:
-            raise UsageError(f"width={self.width} is no share of the channels to be left; give one between 0 and 1, such as 0.5")
+            raise UsageError(
+                f"width={self.width} is no share of the channels to be left; give one between 0 and 1, such as 0.5"
+            )
         if self.start not in get_args(Start):
-            raise UsageError(f"start={self.start!r} is unknown to {self.name}; known: {', '.join(get_args(Start))}")
+            raise UsageError(
+                f"start={self.start!r} is unknown to {self.name}; known: {', '.join(get_args(Start))}"
+            )
         if self.gamma < 0:
             raise UsageError(f"gamma={self.gamma} is the weight of a term in the loss; give 0 or more")
 
     def choose(self, model: nn.Module) -> None:
         if self.example is None:
-            raise UsageError(f"{self.name} needs to see the model running; pass example_inputs, and calibration data to start from")
+            raise UsageError(
+                f"{self.name} needs to see the model running; pass example_inputs, and calibration data to start from"
+            )
         self.given = copy.deepcopy(model)
         self.folded = open_model(copy.deepcopy(model).eval(), self.example)
         self.folded.observe(self.example)
@@ -89,7 +97,9 @@ class CascadedProjection(Method):
         self.reasons = dict(change.declined(tapes, sites))
         if not groups:
             why = "; ".join(f"{name}: {reason}" for name, reason in self.reasons.items())
-            raise UsageError(f"no site feeds another alone, so there is no channel to project ({why}); leave more sites in, or train another method")
+            raise UsageError(
+                f"no site feeds another alone, so there is no channel to project ({why}); leave more sites in, or train another method"
+            )
         metrics = metrics_of(self.folded, [sites[name] for group in groups for name in group], data)
         network = Network(sites, self.folded.weight, self.folded.bias, tapes, metrics)
         self.runs = [Run.of(group, network) for group in groups]
@@ -103,7 +113,12 @@ class CascadedProjection(Method):
             for place, site in enumerate(run.sites):
                 before = projections[place - 1] if place else None
                 after = projections[place] if place < len(projections) else None
-                _narrow(network.get_submodule(site.name), after, before, run.paths[place - 1].spread if place else 1)
+                _narrow(
+                    network.get_submodule(site.name),
+                    after,
+                    before,
+                    run.paths[place - 1].spread if place else 1,
+                )
         return network
 
     def _started(self, run: Run, place: int) -> Projection:
@@ -112,7 +127,9 @@ class CascadedProjection(Method):
         return Projection(mix.T.to(run.weights[place]).contiguous())
 
     def parameters_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        self.projections = _projections(model, [site.name for run in self.runs for site in run.sites[:-1]], self.name)
+        self.projections = _projections(
+            model, [site.name for run in self.runs for site in run.sites[:-1]], self.name
+        )
         return {name: projection.q for name, projection in self.projections.items()}
 
     def phases(self) -> Sequence[Phase]:
@@ -134,11 +151,25 @@ class CascadedProjection(Method):
     @torch.no_grad()
     def close(self, model: nn.Module) -> Artifact:
         trained = self.template.filled(model)
-        layers = {site.name: _narrowed(trained, run, place) for run in self.runs for place, site in enumerate(run.sites)}
+        layers = {
+            site.name: _narrowed(trained, run, place)
+            for run in self.runs
+            for place, site in enumerate(run.sites)
+        }
         dense = copy.deepcopy(self.given).eval()
         kept = {name: value for name, value in trained.state_dict().items() if "parametrizations" not in name}
-        dense.load_state_dict({name: kept.get(name, value) for name, value in dense.state_dict().items()} if self.train_weights else dense.state_dict())
-        artifact = compress(dense, pipeline=["fold-batchnorm", _PutIn(layers)], example_inputs=self.example, cache=False, progress=False)
+        dense.load_state_dict(
+            {name: kept.get(name, value) for name, value in dense.state_dict().items()}
+            if self.train_weights
+            else dense.state_dict()
+        )
+        artifact = compress(
+            dense,
+            pipeline=["fold-batchnorm", _PutIn(layers)],
+            example_inputs=self.example,
+            cache=False,
+            progress=False,
+        )
         for name, reason in self.reasons.items():
             artifact.report.decline(name, f"its channels stay: {reason}")
         return artifact
@@ -163,7 +194,9 @@ def _projections(model: nn.Module, names: Sequence[str], method: str) -> dict[st
             made: Any = bare(model).get_submodule(f"{name}.parametrizations.weight.0".removeprefix("."))
             found[name] = made.after
         except AttributeError:
-            raise UsageError(f"the model projects no channels of {name!r}; attach {method} to the module that prepare() returned") from None
+            raise UsageError(
+                f"the model projects no channels of {name!r}; attach {method} to the module that prepare() returned"
+            ) from None
     return found
 
 
@@ -172,8 +205,18 @@ def _narrowed(trained: nn.Module, run: Run, place: int) -> Layer:
     site, module = run.sites[place], trained.get_submodule(run.sites[place].name)
     kernel, bias = module.weight, module.bias
     assert isinstance(kernel, torch.Tensor)
-    form = Form("dense", (), inputs=kernel.shape[1] if place else None, outputs=kernel.shape[0] if place < len(run.paths) else None)
-    return Layer(form.on(site), form, {"kernel": kernel.detach().contiguous()}, bias.detach() if isinstance(bias, torch.Tensor) else None)
+    form = Form(
+        "dense",
+        (),
+        inputs=kernel.shape[1] if place else None,
+        outputs=kernel.shape[0] if place < len(run.paths) else None,
+    )
+    return Layer(
+        form.on(site),
+        form,
+        {"kernel": kernel.detach().contiguous()},
+        bias.detach() if isinstance(bias, torch.Tensor) else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -190,7 +233,18 @@ class _PutIn(Pass):
             form = DENSE if layer is None else layer.form
             cost = dense if layer is None else cost_of(site, form) + bias_cost(site, layer.bias)
             joint, print_ = "" if layer is None else ProjectChannels.name, digest(model.weight(site.name))
-            choices.append(Choice(site.name, site.shape, form, cost, dense, joint=joint, fingerprint=print_, groups=site.groups))
+            choices.append(
+                Choice(
+                    site.name,
+                    site.shape,
+                    form,
+                    cost,
+                    dense,
+                    joint=joint,
+                    fingerprint=print_,
+                    groups=site.groups,
+                )
+            )
             if layer is not None:
                 model.replace(site.name, layer)
         job.plan = RankPlan(tuple(choices), job.original, prepared=prepared)

@@ -37,15 +37,17 @@ _SAMPLES = 2048  # from which statistics are estimated
 class ChannelAdaptive(Method):
     """min sum_w f(W[w]): a network whose layers also run with the middle ceil(w C) of their channels, all on one set of weights.
 
-    Yang, Angizi, Fan: A Flexible Processing-in-Memory Accelerator for Dynamic Channel-Adaptive Deep Neural Networks, ASP-DAC 2020,
-    after Yu et al.: Slimmable Neural Networks, ICLR 2019.  A step runs the whole network, the narrowest, and `random` others
-    (the sandwich rule of Yu, Huang: Universally Slimmable Networks, ICCV 2019); these learn, for the share `distill`, what the
-    whole one answers to the same batch: (1 - a) f + a T^2 KL.  Batch-norms have a scale and a shift per width, and statistics per
-    setting, which `finish` estimates anew on calibration data.  Which channels shrink together follows from a recorded run
+    Yang, Angizi, Fan: A Flexible Processing-in-Memory Accelerator for Dynamic Channel-Adaptive Deep Neural
+    Networks, ASP-DAC 2020, after Yu et al.: Slimmable Neural Networks, ICLR 2019.  A step runs the whole
+    network, the narrowest, and `random` others (the sandwich rule of Yu, Huang: Universally Slimmable
+    Networks, ICCV 2019); these learn, for the share `distill`, what the whole one answers to the same batch:
+    (1 - a) f + a T^2 KL.  Batch-norms have a scale and a shift per width, and statistics per setting, which
+    `finish` estimates anew on calibration data.  Which channels shrink together follows from a recorded run
     (`channel_groups`), and is proved by holding every width against the whole network with all else at zero.
 
-    With more than one share in `ranks` every layer is factored at the largest rank that costs no more than the layer, factors in
-    order of importance, and also runs with the first ones only: rank = share * width * largest.
+    With more than one share in `ranks` every layer is factored at the largest rank that costs no more than
+    the layer, factors in order of importance, and also runs with the first ones only: rank = share * width *
+    largest.
 
     In a loop of one's own, `passes` gives the losses of a step:
 
@@ -67,26 +69,43 @@ class ChannelAdaptive(Method):
 
     def __post_init__(self) -> None:
         for option, values in (("widths", self.widths), ("ranks", self.ranks)):
-            if not values or 1.0 not in values or len(set(values)) < len(values) or not all(0 < value <= 1 for value in values):
-                raise UsageError(f"{option}={tuple(values)} are no shares of the whole; give different numbers above 0 and up to 1, with 1 among them")
+            if (
+                not values
+                or 1.0 not in values
+                or len(set(values)) < len(values)
+                or not all(0 < value <= 1 for value in values)
+            ):
+                raise UsageError(
+                    f"{option}={tuple(values)} are no shares of the whole; give different numbers above 0 and up to 1, with 1 among them"
+                )
         if len(self.widths) * len(self.ranks) < 2:
-            raise UsageError(f"widths={tuple(self.widths)}, ranks={tuple(self.ranks)} are one setting; give more widths or ranks")
+            raise UsageError(
+                f"widths={tuple(self.widths)}, ranks={tuple(self.ranks)} are one setting; give more widths or ranks"
+            )
         if not (0 <= self.distill <= 1 and self.temperature > 0 and self.random >= 0):
             options = f"distill={self.distill}, temperature={self.temperature}, random={self.random}"
-            raise UsageError(f"{options} do not fit; distill is a share of the loss, the temperature above 0, and random a number of settings")
+            raise UsageError(
+                f"{options} do not fit; distill is a share of the loss, the temperature above 0, and random a number of settings"
+            )
 
     def restructured(self, model: nn.Module) -> nn.Module:
         if self.example is None:
-            raise UsageError(f"{self.name} needs to see the model running to know which channels belong together; pass example_inputs=")
+            raise UsageError(
+                f"{self.name} needs to see the model running to know which channels belong together; pass example_inputs="
+            )
         for pads in (True, False):
             adaptation, self.why = self._adaptation(model, pads=pads)
             if self._proved(model, adaptation):
                 break
         else:
-            raise UsageError(f"the model does not run with fewer channels as it does with these at zero; {_EXCLUDE}")
+            raise UsageError(
+                f"the model does not run with fewer channels as it does with these at zero; {_EXCLUDE}"
+            )
         if len(self.ranks) == 1 and not any(form.shrinks for form in adaptation.layers.values()):
             reasons = "; ".join(f"{name}: {why}" for name, why in self.why.items())
-            raise UsageError(f"no layer can have fewer channels ({reasons}); give several ranks, which need none, as in ranks=[0.5, 1.0]")
+            raise UsageError(
+                f"no layer can have fewer channels ({reasons}); give several ranks, which need none, as in ranks=[0.5, 1.0]"
+            )
         return adapt(copy.deepcopy(model), adaptation)
 
     def _adaptation(self, model: nn.Module, *, pads: bool) -> tuple[Adaptation, dict[str, str]]:
@@ -94,7 +113,11 @@ class ChannelAdaptive(Method):
         assert self.example is not None
         opened = open_model(model, self.example)
         tape = opened.record(self.example)
-        chosen = (site for site in opened.sites() if selects(site.name, self.include, self.exclude) and kind_of(site).as_stored)
+        chosen = (
+            site
+            for site in opened.sites()
+            if selects(site.name, self.include, self.exclude) and kind_of(site).as_stored
+        )
         sites = {site.name: site for site in chosen if _alone(model, site.name)}
         groups = channel_groups(tape, sites, pads=pads)
         widths, ranks = sorted(self.widths), sorted(self.ranks)
@@ -134,17 +157,25 @@ class ChannelAdaptive(Method):
     def parameters_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
         layers = [module for module in model.modules() if isinstance(module, Adaptive)]
         if not layers:
-            raise UsageError(f"the model has one width; attach {self.name} to the module that prepare() returned")
+            raise UsageError(
+                f"the model has one width; attach {self.name} to the module that prepare() returned"
+            )
         self.dial = layers[0].dial
         return {f"{layer.site.name}.{name}": getattr(layer, name) for layer in layers for name in layer.names}
 
     def phases(self) -> Sequence[Phase]:
         return [Phase("widths", self.rounds, tuple)]
 
-    def passes(self, forward: Callable[[Any], Any], inputs: Any, loss: Callable[[Any], Tensor]) -> Iterator[Tensor]:
+    def passes(
+        self, forward: Callable[[Any], Any], inputs: Any, loss: Callable[[Any], Tensor]
+    ) -> Iterator[Tensor]:
         whole = forward(inputs)
         yield loss(whole)
-        teacher = F.log_softmax(class_scores(whole).detach().float() / self.temperature, -1) if self.distill else None
+        teacher = (
+            F.log_softmax(class_scores(whole).detach().float() / self.temperature, -1)
+            if self.distill
+            else None
+        )
         others = torch.randperm(max(0, self.dial.places - 2))[: self.random] + 1
         for place in (0, *others.tolist()):
             with self.dial.at(place):
@@ -165,11 +196,15 @@ class ChannelAdaptive(Method):
             estimate_statistics(trained, partial(_run_all, trained, batches))
         artifact = compress(trained, pipeline="", example_inputs=self.example, cache=False)
         artifact.report.original = self.original
-        artifact.report.declined = {name: f"all its channels stay: {reason}" for name, reason in self.why.items()}
+        artifact.report.declined = {
+            name: f"all its channels stay: {reason}" for name, reason in self.why.items()
+        }
         dial = dial_of(module_of(artifact))
         for place in range(dial.places):
             with dial.at(place):
-                artifact.report.checks[f"macs_{_label(dial.adaptation, place)}"] = float(artifact.opened.count(self.example).per_sample)
+                artifact.report.checks[f"macs_{_label(dial.adaptation, place)}"] = float(
+                    artifact.opened.count(self.example).per_sample
+                )
         return artifact
 
     def stages(self, run: Run) -> Stages:
@@ -200,7 +235,9 @@ def _cuts(groups: ChannelGroups, number: int, size: int, widths: Sequence[float]
         return tuple(Cut(0, size) for _ in widths)
     channels = groups.channels.get(groups.of(number), size)
     spread = size // channels
-    return tuple(Cut(spread * cut.first, spread * cut.count) for cut in (_middle(channels, width) for width in widths))
+    return tuple(
+        Cut(spread * cut.first, spread * cut.count) for cut in (_middle(channels, width) for width in widths)
+    )
 
 
 def _middle(channels: int, width: float) -> Cut:

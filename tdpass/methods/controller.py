@@ -31,9 +31,9 @@ class Priced:
 class Controller:
     """Knows what every setting of an adaptive model costs on a target, and turns the model to the best that a budget has room for.
 
-    Each setting is priced once, as the ordinary model that it stands for: with multiply-adds, parameters and bytes, and what the
-    target tells of a call of `batch` samples on `threads` threads; a machine that is here is measured.  The best setting is that
-    of the highest `score`, without one that of most multiply-adds.
+    Each setting is priced once, as the ordinary model that it stands for: with multiply-adds, parameters and
+    bytes, and what the target tells of a call of `batch` samples on `threads` threads; a machine that is here
+    is measured.  The best setting is that of the highest `score`, without one that of most multiply-adds.
     """
 
     def __init__(
@@ -50,10 +50,13 @@ class Controller:
         pairs = [(width, rank) for width in adaptation.widths for rank in adaptation.ranks]
         opened = [open_setting(model, *pair, as_example(example_inputs)) for pair in pairs]
         self.target = open_target(target, "torch", cache_folder())
-        told = self.target.cost_models(opened, lambda: call_batch(opened[-1], [], batch), Setting(batch, threads))
+        told = self.target.cost_models(
+            opened, lambda: call_batch(opened[-1], [], batch), Setting(batch, threads)
+        )
         scores = [None if score is None else float(score(each.module.eval())) for each in opened]
         self.settings = [
-            Priced(*pair, cost=_with_counts(each, cost), score=mark) for pair, each, cost, mark in zip(pairs, opened, told, scores, strict=True)
+            Priced(*pair, cost=_with_counts(each, cost), score=mark)
+            for pair, each, cost, mark in zip(pairs, opened, told, scores, strict=True)
         ]
 
     def choose(self, budget: BudgetSpec) -> Priced:
@@ -63,11 +66,17 @@ class Controller:
         """
         wanted = Budget.parse(budget, default="macs")
         limits = wanted.limits(self.settings[-1].cost)
-        within = [setting for setting in self.settings if all(setting.cost.get(measure) <= limit for measure, limit in limits.items())]
+        within = [
+            setting
+            for setting in self.settings
+            if all(setting.cost.get(measure) <= limit for measure, limit in limits.items())
+        ]
         if not within:
             least = min(self.settings, key=lambda setting: setting.cost.get(next(iter(limits))))
             smallest = ", ".join(f"{measure}={least.cost.get(measure):.4g}" for measure in limits)
-            raise BudgetError(f"no width is within {wanted}; the smallest, {least.width} at rank {least.rank}, takes {smallest}")
+            raise BudgetError(
+                f"no width is within {wanted}; the smallest, {least.width} at rank {least.rank}, takes {smallest}"
+            )
         best = max(within, key=lambda setting: (setting.score or 0.0, setting.cost.macs))
         dial, adaptation = dial_of(self.model), dial_of(self.model).adaptation
         dial.width, dial.rank = adaptation.widths.index(best.width), adaptation.ranks.index(best.rank)

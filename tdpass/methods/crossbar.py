@@ -43,18 +43,21 @@ WHOLE: tuple[Group, ...] = ("filter", "channel", "column")
 class Crossbar(SparseWeights):
     """Few groups of weights, on the levels of memristors, by ADMM (Yuan, Ma, Ding, Lin, Zhang et al., ISLPED 2019).
 
-    In turn: *admm*, towards all of these sets at once, each projection after the one before:  the filters, channels and columns that
-    `groups` says, which is `{glob of sites: {group: share kept}}`;  rows or columns (`side`) within blocks of the size of an array, whose
-    weights are `keep` in all (`GroupBudget`), falling from all by equal factors over the first `reach` of the phase;  fragments of one
-    sign where the array needs them (FORMS, ISCA 2021);  and from `reach` on the levels of its devices, of which none is zero.  *retrain*,
-    with zeros and signs fixed, so that the weights stay in the arrays they were mapped to;  *fix*, where more and more weights stay on
-    their levels.  Phases without rounds are left out.
+    In turn: *admm*, towards all of these sets at once, each projection after the one before:  the filters,
+    channels and columns that `groups` says, which is `{glob of sites: {group: share kept}}`;  rows or columns
+    (`side`) within blocks of the size of an array, whose weights are `keep` in all (`GroupBudget`), falling
+    from all by equal factors over the first `reach` of the phase;  fragments of one sign where the array
+    needs them (FORMS, ISCA 2021);  and from `reach` on the levels of its devices, of which none is zero.
+    *retrain*, with zeros and signs fixed, so that the weights stay in the arrays they were mapped to;  *fix*,
+    where more and more weights stay on their levels.  Phases without rounds are left out.
 
-    `array` is a name or a file as target `crossbar` has them, `weight_bits` a number of bits in place of the array's own.  `noise` is the
-    log-normal deviation of conductances that the last two phases train for.  With `metric: fisher` groups are worth what they are to the loss
-    (`Curvature`).  Every layer keeps at least the share `least` of its groups.
+    `array` is a name or a file as target `crossbar` has them, `weight_bits` a number of bits in place of the
+    array's own.  `noise` is the log-normal deviation of conductances that the last two phases train for.
+    With `metric: fisher` groups are worth what they are to the loss (`Curvature`).  Every layer keeps at
+    least the share `least` of its groups.
 
-    The report has the cost of each layer on its arrays against that of the dense matrix at the array's own bits, and which cells are used.
+    The report has the cost of each layer on its arrays against that of the dense matrix at the array's own
+    bits, and which cells are used.
     """
 
     name = "crossbar"
@@ -81,38 +84,63 @@ class Crossbar(SparseWeights):
 
     def __post_init__(self) -> None:
         self.own = CrossbarArray.load(self.array)
-        self.machine = self.own if self.weight_bits is None else replace(self.own, weight_bits=self.weight_bits)
+        self.machine = (
+            self.own if self.weight_bits is None else replace(self.own, weight_bits=self.weight_bits)
+        )
         try:
             self.machine.sound()
         except ValueError as error:
             raise UsageError(f"weight_bits={self.weight_bits} on array {self.array!r}: {error}") from None
         self.states = device_levels(self.machine)
         if self.metric not in get_args(Metric) or self.side not in get_args(Side):
-            raise UsageError(f"metric={self.metric!r}, side={self.side!r}: known are {', '.join((*get_args(Metric), *get_args(Side)))}")
+            raise UsageError(
+                f"metric={self.metric!r}, side={self.side!r}: known are {', '.join((*get_args(Metric), *get_args(Side)))}"
+            )
         if self.keep is None and not self.groups:
-            raise UsageError("nothing says what is kept; give keep, the number of weights, or groups such as {'fc*': {'filter': 0.5}}")
-        wrong = [f"{group}: {share}" for found in self.groups.values() for group, share in found.items() if group not in WHOLE or not 0 < share <= 1]
+            raise UsageError(
+                "nothing says what is kept; give keep, the number of weights, or groups such as {'fc*': {'filter': 0.5}}"
+            )
+        wrong = [
+            f"{group}: {share}"
+            for found in self.groups.values()
+            for group, share in found.items()
+            if group not in WHOLE or not 0 < share <= 1
+        ]
         if wrong:
             raise UsageError(f"groups have {wrong[0]}; give {', '.join(WHOLE)} with a share kept in (0, 1]")
         if not 0 < self.reach < 1 or not 0 <= self.least <= 1 or self.noise < 0:
-            raise UsageError(f"reach={self.reach}, least={self.least}, noise={self.noise}: shares within 0 and 1 (reach strictly), a deviation of 0 or more")
+            raise UsageError(
+                f"reach={self.reach}, least={self.least}, noise={self.noise}: shares within 0 and 1 (reach strictly), a deviation of 0 or more"
+            )
         unknown = set(self.rates) - set(PHASES)
         if unknown or not all(rate > 0 for rate in self.rates.values()):
-            raise UsageError(f"rates={dict(self.rates)!r} are not positive factors on the learning rate of phases; the phases are {', '.join(PHASES)}")
+            raise UsageError(
+                f"rates={dict(self.rates)!r} are not positive factors on the learning rate of phases; the phases are {', '.join(PHASES)}"
+            )
 
     @torch.no_grad()
     def choose(self, model: nn.Module) -> None:
         weights = self.weights_of(model)
         unmatched = [glob for glob in self.groups if not any(fnmatchcase(name, glob) for name in self.sites)]
         if unmatched:
-            raise UsageError(f"groups name {unmatched[0]!r}, which matches no site; the sites are: {', '.join(self.sites)}")
+            raise UsageError(
+                f"groups name {unmatched[0]!r}, which matches no site; the sites are: {', '.join(self.sites)}"
+            )
         total = sum(weight.numel() for weight in weights.values())
         if self.keep is not None and self.keep > total:
-            raise UsageError(f"keep={self.keep:,} is more than the {total:,} weights of the sites; keep fewer")
-        self._structure(1.0, {name: weight.detach() for name, weight in weights.items()})  # an impossible budget is refused before training
+            raise UsageError(
+                f"keep={self.keep:,} is more than the {total:,} weights of the sites; keep fewer"
+            )
+        self._structure(
+            1.0, {name: weight.detach() for name, weight in weights.items()}
+        )  # an impossible budget is refused before training
 
     def phases(self) -> Sequence[Phase]:
-        steps = (("admm", self.admm, self._begin), ("retrain", self.retrain, self._begin_retraining), ("fix", self.fix, self._begin_fixing))
+        steps = (
+            ("admm", self.admm, self._begin),
+            ("retrain", self.retrain, self._begin_retraining),
+            ("fix", self.fix, self._begin_fixing),
+        )
         return [Phase(name, rounds, begin, self.rates.get(name, 1.0)) for name, rounds, begin in steps]
 
     def _begin(self) -> list[Term]:
@@ -129,7 +157,12 @@ class Crossbar(SparseWeights):
             project(self.weights, self._structure(1.0, self.whole_weights()))
             found = {name: self.states.frozen(weight) for name, weight in self.whole_weights().items()}
             self.levels = {name: levels for name, levels in found.items() if levels.scale is not None}
-        return self._noisy([ProgressiveFixing({name: self.weights[name] for name in self.levels}, self.levels), FixedSigns(self.weights)])
+        return self._noisy(
+            [
+                ProgressiveFixing({name: self.weights[name] for name in self.levels}, self.levels),
+                FixedSigns(self.weights),
+            ]
+        )
 
     def _noisy(self, terms: list[Term]) -> list[Term]:
         return [NoisyWeights(self.weights, self.noise, terms)] if self.noise else terms
@@ -144,7 +177,10 @@ class Crossbar(SparseWeights):
         """Groups and signs, with the share `reached` of the way to `keep` gone."""
         parts: dict[str, list[Constraint]] = {name: self._whole_groups(name) for name in weights}
         if self.keep is not None:
-            left = {name: Composed(tuple(found)).project(weights[name]) if found else weights[name] for name, found in parts.items()}
+            left = {
+                name: Composed(tuple(found)).project(weights[name]) if found else weights[name]
+                for name, found in parts.items()
+            }
             total = sum(weight.numel() for weight in weights.values())
             kept = round(self.keep * (total / self.keep) ** (1 - reached))
             metric = {} if self.curvature is None else self.curvature.known()
@@ -162,7 +198,9 @@ class Crossbar(SparseWeights):
             if fnmatchcase(name, glob):
                 found = {**shares, **found}
         sizes = {"filter": site.o, "channel": site.shape[1], "column": site.weights // site.o}
-        return [Sparse(max(1, round(found[group] * sizes[group])), group) for group in WHOLE if group in found]
+        return [
+            Sparse(max(1, round(found[group] * sizes[group])), group) for group in WHOLE if group in found
+        ]
 
     def ends(self, weights: Mapping[str, Tensor]) -> Mapping[str, Constraint]:
         structure = self._structure(1.0, weights)
@@ -184,14 +222,27 @@ class Crossbar(SparseWeights):
         report = artifact.report
         report.target = f"crossbar:{self.array}, {self.machine.weight_bits}-bit weights, against {self.own.weight_bits}-bit dense"
         report.arrays = [row for use in uses.values() for row in use.rows]
-        report.sites = [replace(row, before=row.before + before[row.site], after=row.after + after[row.site]) for row in report.sites]
-        report.original, report.final = sum(before.values(), report.original), sum(after.values(), report.final)
-        report.note(f"{sum(use.arrays for use in uses.values()):,} arrays of {self.machine.rows} x {self.machine.columns} cells hold the weights")
-        choices = [replace(choice, cost=choice.cost + after[choice.site], dense=choice.dense + before[choice.site]) for choice in artifact.plan]
+        report.sites = [
+            replace(row, before=row.before + before[row.site], after=row.after + after[row.site])
+            for row in report.sites
+        ]
+        report.original, report.final = (
+            sum(before.values(), report.original),
+            sum(after.values(), report.final),
+        )
+        report.note(
+            f"{sum(use.arrays for use in uses.values()):,} arrays of {self.machine.rows} x {self.machine.columns} cells hold the weights"
+        )
+        choices = [
+            replace(choice, cost=choice.cost + after[choice.site], dense=choice.dense + before[choice.site])
+            for choice in artifact.plan
+        ]
         return replace(artifact, plan=replace(artifact.plan, choices=tuple(choices)))
 
     def facts(self) -> dict[str, Any]:
         return {"scales": {name: (levels.scale or 0.0).hex() for name, levels in self.levels.items()}}
 
     def recall(self, facts: Mapping[str, Any]) -> None:
-        self.levels = {name: replace(self.states, scale=float.fromhex(scale)) for name, scale in facts["scales"].items()}
+        self.levels = {
+            name: replace(self.states, scale=float.fromhex(scale)) for name, scale in facts["scales"].items()
+        }

@@ -32,14 +32,16 @@ from tdpass.verbs import compress
 WEIGHTS_ALONE = "factorize"
 ON_DATA = "factorize,correct-bias,refit,recalibrate-batchnorm"  # what training left outside the format is lost where it matters least
 OTHERWISE = ("svd", "channel_svd")  # for sites that the method's own format does not fit, the first that does
-LARGE_GAP = 0.2  # residual at the end of ADMM from which on the final projection costs more than training gained
+LARGE_GAP = (
+    0.2  # residual at the end of ADMM from which on the final projection costs more than training gained
+)
 
 
 class Factored(Method):
     """`finish` factors every weight at the rank of its constraint.
 
-    With calibration data it does so as the post-training path does, by what the network's output loses.  What comes out is trained
-    on as any model is.  Batch-norms stay where they are.
+    With calibration data it does so as the post-training path does, by what the network's output loses.  What
+    comes out is trained on as any model is.  Batch-norms stay where they are.
     """
 
     format: str
@@ -58,14 +60,29 @@ class Factored(Method):
         weights = {name: weight.detach() for name, weight in self.weights_of(trained).items()}
         constraints = self.constraints(weights)
         plan = self.plan(weights, constraints)
-        found = {name: bound.factors(weights[name]) for name, bound in constraints.items() if isinstance(bound, InFormat) and bound.searched}
+        found = {
+            name: bound.factors(weights[name])
+            for name, bound in constraints.items()
+            if isinstance(bound, InFormat) and bound.searched
+        }
         steps = WEIGHTS_ALONE if self.calibration is None else ON_DATA
-        artifact = compress(trained, data=self.calibration, plan=plan, start=found, pipeline=steps, example_inputs=self.example, cache=False, progress=False)
+        artifact = compress(
+            trained,
+            data=self.calibration,
+            plan=plan,
+            start=found,
+            pipeline=steps,
+            example_inputs=self.example,
+            cache=False,
+            progress=False,
+        )
         for choice in artifact.plan:
             if choice.kept_dense:
                 artifact.report.note(f"{choice.site} stays dense: {choice.reason}")
             elif not shrinks(self.sites[choice.site], choice.format, choice.rank):
-                artifact.report.note(f"{choice.site} is larger in a measure as {choice.format} of rank {choice.rank}, which it was given, than dense")
+                artifact.report.note(
+                    f"{choice.site} is larger in a measure as {choice.format} of rank {choice.rank}, which it was given, than dense"
+                )
         return artifact
 
     def plan(self, weights: Mapping[str, Tensor], constraints: Mapping[str, Constraint]) -> RankPlan:
@@ -74,23 +91,55 @@ class Factored(Method):
         for name, site in self.sites.items():
             dense, bound = dense_cost(site), constraints.get(name)
             if not isinstance(bound, InFormat):
-                choices.append(Choice(name, site.shape, DENSE, dense, dense, reason="factors that keep what it needs would not be cheaper"))
+                choices.append(
+                    Choice(
+                        name,
+                        site.shape,
+                        DENSE,
+                        dense,
+                        dense,
+                        reason="factors that keep what it needs would not be cheaper",
+                    )
+                )
                 continue
             weight, cost = weights[name], FORMATS.get(bound.format).cost(site, bound.rank)
             error = float((weight - bound.project(weight)).norm() / weight.norm().clamp_min(1e-30))
             reason = f"{self.name}, {Phased(self.phases()).rounds} rounds"
-            choices.append(Choice(name, site.shape, Form(bound.format, bound.rank), cost, dense, error, reason=reason, fingerprint=digest(weight.cpu())))
+            choices.append(
+                Choice(
+                    name,
+                    site.shape,
+                    Form(bound.format, bound.rank),
+                    cost,
+                    dense,
+                    error,
+                    reason=reason,
+                    fingerprint=digest(weight.cpu()),
+                )
+            )
         return RankPlan(tuple(choices), self.original, metric="weights")
 
-    def rank_budget(self, budget: Mapping[str, BudgetValue] | Budget, price: Price | None = None, **options: Any) -> RankBudget:
+    def rank_budget(
+        self, budget: Mapping[str, BudgetValue] | Budget, price: Price | None = None, **options: Any
+    ) -> RankBudget:
         """Ranks of all sites within a budget on the whole model, by the energy that their weights lose."""
         measure, limit = self.limit_of(budget, price)
-        return RankBudget(self.sites, {name: self.format_of(site) for name, site in self.sites.items()}, limit, price or measure, **options)
+        return RankBudget(
+            self.sites,
+            {name: self.format_of(site) for name, site in self.sites.items()},
+            limit,
+            price or measure,
+            **options,
+        )
 
-    def limit_of(self, budget: Mapping[str, BudgetValue] | Budget, price: Price | None = None) -> tuple[str, float]:
+    def limit_of(
+        self, budget: Mapping[str, BudgetValue] | Budget, price: Price | None = None
+    ) -> tuple[str, float]:
         """The measure that a budget on the whole model bounds, and what of it the sites' factors may take."""
         measure, limit = site_limit(budget, self.sites, self.original, price)
-        if measure == "params" and self.calibration is not None:  # fitted to data, a layer without a bias gets one
+        if (
+            measure == "params" and self.calibration is not None
+        ):  # fitted to data, a layer without a bias gets one
             limit -= sum(site.o for site in self.sites.values() if not site.bias)
         return measure, limit
 
@@ -100,7 +149,10 @@ class Factored(Method):
 
 
 class FactoredByAdmm(Factored):
-    """ADMM towards a format for `rounds` rounds; `finish` factors every weight at the ranks of the last projection."""
+    """ADMM towards a format for `rounds` rounds.
+
+    `finish` factors every weight at the ranks of the last projection.
+    """
 
     rounds: int
     rho: ScheduleSpec
@@ -125,24 +177,37 @@ class FactoredByAdmm(Factored):
         return [said] if gap > LARGE_GAP else []
 
 
-def site_limit(budget: Mapping[str, BudgetValue] | Budget, sites: Mapping[str, Site], original: Cost, price: Price | None = None) -> tuple[str, float]:
+def site_limit(
+    budget: Mapping[str, BudgetValue] | Budget,
+    sites: Mapping[str, Site],
+    original: Cost,
+    price: Price | None = None,
+) -> tuple[str, float]:
     """The one measure that a budget on the whole model bounds, and what of it is left for these sites together.
 
-    What a target tells is that of the sites themselves, by `price`.  Raises `BudgetError` for a budget on several measures, on macs where
-    the model was never seen running, or on what needs a target without one.
+    What a target tells is that of the sites themselves, by `price`.  Raises `BudgetError` for a budget on
+    several measures, on macs where the model was never seen running, or on what needs a target without one.
     """
     parsed = Budget.parse(budget)
     if len(parsed.bounds) != 1 or parsed.bounds[0][0] == "bytes":
-        raise BudgetError(f"budget {parsed} does not bound exactly one of params, macs and what a target tells; give one, such as {{'params': 0.3}}")
+        raise BudgetError(
+            f"budget {parsed} does not bound exactly one of params, macs and what a target tells; give one, such as {{'params': 0.3}}"
+        )
     ((measure, bound),) = parsed.bounds
     if MEASURES.get(measure).needs is Needs.TARGET:
         if price is None:
-            raise BudgetError(f"a budget on {measure} needs a machine that tells them; pass target='cpu' to a method that takes it, or bound macs")
+            raise BudgetError(
+                f"a budget on {measure} needs a machine that tells them; pass target='cpu' to a method that takes it, or bound macs"
+            )
         return measure, bound.limit(sum(price(site, None) for site in sites.values()))
     if measure == "macs" and not all(site.seen for site in sites.values()):
-        raise BudgetError("a budget on macs needs to see the model running; pass example_inputs=, or bound params")
+        raise BudgetError(
+            "a budget on macs needs to see the model running; pass example_inputs=, or bound params"
+        )
     total, own = original.get(measure), sum(dense_cost(site).get(measure) for site in sites.values())
     limit = bound.limit(total) - (total - own)
     if limit <= 0:
-        raise BudgetError(f"budget {measure}={bound} of {total:,} leaves nothing for the {len(sites)} sites, which hold {own:,}; raise it, or include more")
+        raise BudgetError(
+            f"budget {measure}={bound} of {total:,} leaves nothing for the {len(sites)} sites, which hold {own:,}; raise it, or include more"
+        )
     return measure, limit

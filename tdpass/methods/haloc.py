@@ -49,9 +49,10 @@ _COOLING = Geometric(2.0, 0.2)
 class Haloc(Factored):
     """min_{W, alpha} f(sum_c p_lc W_lc) + penalty * E[cost], p_l = softmax((alpha_l + g) / tau) over the forms of layer l.
 
-    Xiao, Zhang, Gong, Yin, Sui, Xiang, Tao, Yuan: HALOC: Hardware-Aware Automatic Low-Rank Compression, AAAI 2023.  The
-    forms of a layer are dense and up to `ranks` ranks of each of `formats`, both Tucker ranks free; all ranks of a format
-    are the leading parts of one ordered set of factors (`Choices`), so that a step costs what the dense network does.
+    Xiao, Zhang, Gong, Yin, Sui, Xiang, Tao, Yuan: HALOC: Hardware-Aware Automatic Low-Rank Compression, AAAI
+    2023.  The forms of a layer are dense and up to `ranks` ranks of each of `formats`, both Tucker ranks
+    free; all ranks of a format are the leading parts of one ordered set of factors (`Choices`), so that a
+    step costs what the dense network does.
 
     Every form begins as likely as its weight is near the original one in the metric, at the penalty or,
     under a budget, the price that meets it (`Prices`).  In turn: *warm*, where alpha stays, so that no form
@@ -62,9 +63,9 @@ class Haloc(Factored):
     output by `approach` (`Approach`).  Without calibration data alpha learns from the training batches.
     Phases without rounds are left out.
 
-    The cost is `measure`, or what a `target` tells of the sites, for calls of `batch` samples on `threads` threads, both
-    as shares of the dense ones; under a budget it is how far the cost is from that.  The report says what it was
-    predicted to be and what the assembled network takes.
+    The cost is `measure`, or what a `target` tells of the sites, for calls of `batch` samples on `threads`
+    threads, both as shares of the dense ones; under a budget it is how far the cost is from that.  The report
+    says what it was predicted to be and what the assembled network takes.
     """
 
     name = "haloc"
@@ -96,9 +97,13 @@ class Haloc(Factored):
         if not self.formats or not set(self.formats) <= set(known):
             raise UsageError(f"formats={tuple(self.formats)}: {self.name} chooses among {', '.join(known)}")
         if self.measure not in counted():
-            raise UsageError(f"measure={self.measure!r} is not counted; give one of {', '.join(counted())}, or a target")
+            raise UsageError(
+                f"measure={self.measure!r} is not counted; give one of {', '.join(counted())}, or a target"
+            )
         if self.ranks < 1 or self.every < 1 or self.samples < 1:
-            raise UsageError(f"ranks={self.ranks}, every={self.every}, samples={self.samples} are counts; give 1 or more")
+            raise UsageError(
+                f"ranks={self.ranks}, every={self.every}, samples={self.samples} are counts; give 1 or more"
+            )
         for name in ("penalty", "rate", "approach"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name}={getattr(self, name)} is no number of at least 0")
@@ -114,11 +119,19 @@ class Haloc(Factored):
         device = next(model.parameters()).device
         self.batches = [batch.map(lambda tensor: tensor.to(device)) for batch in calls]
         self.limit, self.tariff = self._limited(None if self.budget is None else Budget.parse(self.budget))
-        self.menus = {name: Menu.of(site, self.formats, self.ranks, self.tariff) for name, site in self.sites.items()}
+        self.menus = {
+            name: Menu.of(site, self.formats, self.ranks, self.tariff) for name, site in self.sites.items()
+        }
         self.whole = sum(menu.costs[0] for menu in self.menus.values())
-        self._allocated({name: np.zeros(len(menu.forms)) for name, menu in self.menus.items()})  # or it is refused before training
+        self._allocated(
+            {name: np.zeros(len(menu.forms)) for name, menu in self.menus.items()}
+        )  # or it is refused before training
         self.answers = Answers(self.batches, answers_of(model, self.batches)) if self.batches else None
-        self.metrics = metrics_of(self.opened, list(self.sites.values()), self.batches) if self.batches else dict.fromkeys(self.sites, Metric())
+        self.metrics = (
+            metrics_of(self.opened, list(self.sites.values()), self.batches)
+            if self.batches
+            else dict.fromkeys(self.sites, Metric())
+        )
 
     def _limited(self, budget: Budget | None) -> tuple[float, Tariff]:
         """The most that the sites may cost together, and how that is counted."""
@@ -127,28 +140,41 @@ class Haloc(Factored):
             measure, limit = self.limit_of(budget, tariff.price(self.format_of))
             return limit, tariff if tariff.target else Tariff(measure)
         if tariff.measure == "macs" and not all(site.seen for site in self.sites.values()):
-            raise UsageError("multiply-adds as the cost need to see the model running; pass example_inputs=, or measure='params'")
+            raise UsageError(
+                "multiply-adds as the cost need to see the model running; pass example_inputs=, or measure='params'"
+            )
         return math.inf, tariff
 
     def restructured(self, model: nn.Module) -> nn.Module:
         self.dense = Template(model)
-        made = {name: partial(Choices, site, self.menus[name].forms[1:], self.metrics[name]) for name, site in self.sites.items()}
+        made = {
+            name: partial(Choices, site, self.menus[name].forms[1:], self.metrics[name])
+            for name, site in self.sites.items()
+        }
         network = with_parametrizations(model, made)
         layers = parametrized(network, self.sites)
         self.originals = {name: layer.originals[0].detach().clone() for name, layer in layers.items()}
         distances = {name: Approach(layers, self.originals, 0.0).distances(name) for name in layers}
         self.price = self._prices().meeting(distances) if math.isfinite(self.limit) else self.penalty
         self.begins = self._prices().logits(distances, self.price)
-        self.trains, self.replaces = (sum(parameter.numel() for parameter in net.parameters()) for net in (network, model))
+        self.trains, self.replaces = (
+            sum(parameter.numel() for parameter in net.parameters()) for net in (network, model)
+        )
         return network
 
     def parameters_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
         try:
             self.layers = parametrized(model, self.sites)
         except AttributeError:
-            raise UsageError(f"the model does not hold choices; attach {self.name} to the module that prepare() returned") from None
+            raise UsageError(
+                f"the model does not hold choices; attach {self.name} to the module that prepare() returned"
+            ) from None
         self.network = bare(model)
-        return {f"{name}.{k}": part for name, layer in self.layers.items() for k, part in enumerate(layer.originals)}
+        return {
+            f"{name}.{k}": part
+            for name, layer in self.layers.items()
+            for k, part in enumerate(layer.originals)
+        }
 
     def phases(self) -> Sequence[Phase]:
         return [
@@ -180,9 +206,13 @@ class Haloc(Factored):
         if self.forms:
             return
         draws = {name: choice.draw for name, choice in self._choices(self.layers).items()}
-        logits = {name: self.begins[name] if draw is None else draw.logits.detach() for name, draw in draws.items()}
+        logits = {
+            name: self.begins[name] if draw is None else draw.logits.detach() for name, draw in draws.items()
+        }
         worth = self._prices().worth(logits, self.price) if math.isfinite(self.limit) else logits
-        found = self._allocated({name: (value.max() - value).double().cpu().numpy() for name, value in worth.items()})
+        found = self._allocated(
+            {name: (value.max() - value).double().cpu().numpy() for name, value in worth.items()}
+        )
         self.forms = {name: str(self.menus[name].forms[k]) for name, k in found.items()}
 
     def _settle(self, layers: Mapping[str, Parametrized]) -> None:
@@ -201,7 +231,11 @@ class Haloc(Factored):
 
     def constraints(self, weights: Mapping[str, Tensor]) -> Mapping[str, Constraint]:
         forms = {name: Form.parse(text) for name, text in self.forms.items()}
-        return {name: InFormat(self.sites[name], form.format, form.rank) for name, form in forms.items() if form != DENSE}
+        return {
+            name: InFormat(self.sites[name], form.format, form.rank)
+            for name, form in forms.items()
+            if form != DENSE
+        }
 
     def facts(self) -> dict[str, Any]:
         return {"forms": self.forms}
@@ -216,12 +250,25 @@ class Haloc(Factored):
 
     def close(self, model: nn.Module) -> Artifact:
         artifact = super().close(model)
-        chosen = {name: menu.costs[menu.forms.index(Form.parse(self.forms[name]))] for name, menu in self.menus.items()}
+        chosen = {
+            name: menu.costs[menu.forms.index(Form.parse(self.forms[name]))]
+            for name, menu in self.menus.items()
+        }
         dense = {name: menu.costs[0] for name, menu in self.menus.items()}
-        batch, largest = self.batches[0] if self.batches else self.opened.example(), max(dense, key=lambda name: dense[name])
+        batch, largest = (
+            self.batches[0] if self.batches else self.opened.example(),
+            max(dense, key=lambda name: dense[name]),
+        )
         Assembled(self.tariff, dense, chosen).weigh(self.opened, artifact, batch, self.sites[largest])
-        count, times = sum(len(menu.forms) for menu in self.menus.values()), f"{self.trains / self.replaces:.2f} times those of the dense model"
-        artifact.report.note(f"{self.name} chose among {count} forms of {len(self.menus)} sites and trained {self.trains:,} parameters, {times}")
+        count, times = (
+            sum(len(menu.forms) for menu in self.menus.values()),
+            f"{self.trains / self.replaces:.2f} times those of the dense model",
+        )
+        artifact.report.note(
+            f"{self.name} chose among {count} forms of {len(self.menus)} sites and trained {self.trains:,} parameters, {times}"
+        )
         if self.answers is None:
-            artifact.report.note("without calibration data the forms were chosen on the batches that the weights learned from")
+            artifact.report.note(
+                "without calibration data the forms were chosen on the batches that the weights learned from"
+            )
         return artifact

@@ -37,18 +37,20 @@ _SAME_MODEL = "give the model that the tasks were begun with"
 class IncrementalTasks:
     """W_t = U_{1:t} diag(s_t) V_{1:t}^T: task t adds columns to U and V, and weighs all of them by its own s_t.
 
-    Hyder, Shao, Hou, Markopoulos, Prater-Bennette, Asif: Incremental Task Learning with Incremental Rank Updates, ECCV 2022.
-    Columns of earlier tasks stay as they are; biases, norms and the head (the last site, unless `head` names another) are each
-    task's own, so a task answers forever as it did when it was learned.  The matrix of a convolution is W[o, (i h w)].
+    Hyder, Shao, Hou, Markopoulos, Prater-Bennette, Asif: Incremental Task Learning with Incremental Rank
+    Updates, ECCV 2022. Columns of earlier tasks stay as they are; biases, norms and the head (the last site,
+    unless `head` names another) are each task's own, so a task answers forever as it did when it was learned.
+    The matrix of a convolution is W[o, (i h w)].
 
     >>> tasks = IncrementalTasks(model, first_rank=11, step_rank=1, path="tasks.safetensors")     # doctest: +SKIP
     >>> tasks.add_task(batches, epochs=10)                                                        # doctest: +SKIP
     >>> network = tasks.use_task(0)                                                               # doctest: +SKIP
 
-    The first task has `first_rank` columns in every layer and begins as the model is; each further one adds `step_rank`, or with
-    `ranks="fisher"` as many numbers where they lower the loss most (`ranks_by_fisher`).  With a `path` every finished task is
-    written there, to a temporary name first: one that is killed leaves those before it.  Which task an input belongs to is the
-    caller's to know.  Raises `UsageError` for ranks below one, and for globs that leave no site.
+    The first task has `first_rank` columns in every layer and begins as the model is; each further one adds
+    `step_rank`, or with `ranks="fisher"` as many numbers where they lower the loss most (`ranks_by_fisher`).
+    With a `path` every finished task is written there, to a temporary name first: one that is killed leaves
+    those before it.  Which task an input belongs to is the caller's to know.  Raises `UsageError` for ranks
+    below one, and for globs that leave no site.
     """
 
     def __init__(
@@ -66,18 +68,31 @@ class IncrementalTasks:
     ) -> None:
         if min(first_rank, step_rank) < 1 or ranks not in get_args(Ranks):
             options = f"first_rank={first_rank}, step_rank={step_rank}, ranks={ranks!r}"
-            raise UsageError(f"{options} add no columns; ranks are at least 1, divided as one of: {', '.join(get_args(Ranks))}")
+            raise UsageError(
+                f"{options} add no columns; ranks are at least 1, divided as one of: {', '.join(get_args(Ranks))}"
+            )
         if not isinstance(model, nn.Module):
-            raise UsageError(f"tasks are learned by an nn.Module, not by a {type(model).__name__}; give the torch model")
+            raise UsageError(
+                f"tasks are learned by an nn.Module, not by a {type(model).__name__}; give the torch model"
+            )
         self.path = None if path is None else Path(path)
         if self.path is not None and self.path.exists():
-            raise UsageError(f"{self.path} exists; go on from it with IncrementalTasks.load, or name another file")
+            raise UsageError(
+                f"{self.path} exists; go on from it with IncrementalTasks.load, or name another file"
+            )
         sites = _sites(model, example_inputs)
         last = list(sites)[-1] if head is None and sites else head
         chosen = [name for name in sites if name != last and selects(name, include, exclude)]
         if not chosen:
-            raise UsageError(f"head={last!r}, include={tuple(include)}, exclude={tuple(exclude)} leave no site to factor; the model has: {', '.join(sites)}")
-        self.first_rank, self.step_rank, self.ranks, self.example = first_rank, step_rank, ranks, example_inputs
+            raise UsageError(
+                f"head={last!r}, include={tuple(include)}, exclude={tuple(exclude)} leave no site to factor; the model has: {', '.join(sites)}"
+            )
+        self.first_rank, self.step_rank, self.ranks, self.example = (
+            first_rank,
+            step_rank,
+            ranks,
+            example_inputs,
+        )
         self.model = Template(model).filled(model)
         self._take({name: sites[name] for name in chosen})
         self.tasks: list[Task] = []
@@ -102,8 +117,8 @@ class IncrementalTasks:
     ) -> int:
         """Learn one more task from (inputs, targets); returns its number, the first being 0.
 
-        It is trained as `tdpass.train` trains, with checkpoints of this task in `folder`, and kept when that is over; `training` is
-        its log.  Raises `UsageError`, `TrainingError`.
+        It is trained as `tdpass.train` trains, with checkpoints of this task in `folder`, and kept when that
+        is over; `training` is its log.  Raises `UsageError`, `TrainingError`.
         """
         torch.manual_seed(seed)
         network = with_columns(self.model, self._growths(data, objective or cross_entropy()))
@@ -113,10 +128,15 @@ class IncrementalTasks:
         )  # fmt: skip
         trained = module_of(artifact)
         layers = new_columns(trained, self.sites)
-        parts = {part: {name: getattr(layer, part).detach().clone() for name, layer in layers.items()} for part in ("u", "v", "s")}
+        parts = {
+            part: {name: getattr(layer, part).detach().clone() for name, layer in layers.items()}
+            for part in ("u", "v", "s")
+        }
         learned = Task(**parts, own=dense_values(trained, self.own))
         if not all(bool(torch.isfinite(value).all()) for value in learned.tensors().values()):
-            raise TrainingError("the task ended in numbers that are not finite and is not kept; lower the learning rate, or clip gradients")
+            raise TrainingError(
+                "the task ended in numbers that are not finite and is not kept; lower the learning rate, or clip gradients"
+            )
         if self.path is not None:
             write_tasks(self.path, self._growing, [*self.tasks, learned])
         self.tasks.append(learned)
@@ -136,10 +156,15 @@ class IncrementalTasks:
         weights = {self._weights[name]: self._weight(name, task) for name in self.sites}
         dense = self._template.holding({**weights, **_copies(learned.own)}, training=False)
         plan = RankPlan(tuple(self._choice(name, task) for name in self.sites), Cost(), metric="weights")
-        return compress(dense, plan=plan, pipeline="factorize", example_inputs=self.example, cache=False, progress=False)
+        return compress(
+            dense, plan=plan, pipeline="factorize", example_inputs=self.example, cache=False, progress=False
+        )
 
     def memory(self, task: int) -> dict[str, int]:
-        """Bytes that a task added: `columns`, `selectors`, and its `own` biases, norms and head; raises `UsageError` as `artifact` does."""
+        """Bytes that a task added: `columns`, `selectors`, and its `own` biases, norms and head.
+
+        Raises `UsageError` as `artifact` does.
+        """
         return self._learned(task).memory()
 
     def save(self, path: Path | str) -> None:
@@ -147,7 +172,9 @@ class IncrementalTasks:
         write_tasks(Path(path), self._growing, self.tasks)
 
     @classmethod
-    def load(cls, path: Path | str, model: nn.Module, *, example_inputs: ExampleInputs = None) -> IncrementalTasks:
+    def load(
+        cls, path: Path | str, model: nn.Module, *, example_inputs: ExampleInputs = None
+    ) -> IncrementalTasks:
         """The tasks in a file, for a model as they were begun with; further tasks are written there too.
 
         Raises `InvalidModelError` for a damaged file, or one that does not fit the model.
@@ -156,10 +183,18 @@ class IncrementalTasks:
         growing, tasks = read_tasks(path)
         strange = [name for name in growing.sites if name not in sites]
         if strange:
-            raise InvalidModelError(f"{path} has columns for {strange[0]!r}, which is no site of this model; {_SAME_MODEL}")
+            raise InvalidModelError(
+                f"{path} has columns for {strange[0]!r}, which is no site of this model; {_SAME_MODEL}"
+            )
         others = [name for name in sites if name not in growing.sites]
         made = cls(
-            model, growing.first_rank, growing.step_rank, ranks=growing.ranks, head="", exclude=others, example_inputs=example_inputs
+            model,
+            growing.first_rank,
+            growing.step_rank,
+            ranks=growing.ranks,
+            head="",
+            exclude=others,
+            example_inputs=example_inputs,
         )
         for task in tasks:
             made.tasks.append(task)
@@ -176,7 +211,10 @@ class IncrementalTasks:
     def _take(self, sites: Mapping[str, Site]) -> None:
         """Which weights are factored, and what is each task's own."""
         self.sites = dict(sites)
-        self.formats = {name: next(form for form in _FORMATS if FORMATS.get(form).fits(site)) for name, site in sites.items()}
+        self.formats = {
+            name: next(form for form in _FORMATS if FORMATS.get(form).fits(site))
+            for name, site in sites.items()
+        }
         self._template = Template(self.model)
         names = {id(tensor): name for name, tensor in self.model.named_parameters()}
         self._weights = {name: names[id(self.model.get_submodule(name).weight)] for name in sites}
@@ -185,10 +223,16 @@ class IncrementalTasks:
 
     def _growths(self, data: Data, objective: Objective) -> dict[str, Growth]:
         if not self.tasks:
-            return {name: Growth(site, self.formats[name], min(self.first_rank, self._full(name))) for name, site in self.sites.items()}
+            return {
+                name: Growth(site, self.formats[name], min(self.first_rank, self._full(name)))
+                for name, site in self.sites.items()
+            }
         old = {name: self._columns(name, len(self.tasks) - 1) for name in self.sites}
         scales = {name: float(self.tasks[0].s[name].abs().mean()) for name in self.sites}
-        growths = {name: Growth(site, self.formats[name], self.step_rank, old[name], scales[name]) for name, site in self.sites.items()}
+        growths = {
+            name: Growth(site, self.formats[name], self.step_rank, old[name], scales[name])
+            for name, site in self.sites.items()
+        }
         if self.ranks == "equal":
             return growths
         found = ranks_by_fisher(with_columns(self.model, growths), growths, data, objective)
@@ -216,18 +260,29 @@ class IncrementalTasks:
     def _check_shapes(self, path: Path) -> None:
         """Raises `InvalidModelError` unless the last task is one of this model."""
         task = self.tasks[-1]
-        own = {name: tensor.shape for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()) if name in self.own}
+        own = {
+            name: tensor.shape
+            for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers())
+            if name in self.own
+        }
         fits = {name: value.shape for name, value in task.own.items()} == own and all(
-            self._columns(name, len(self.tasks) - 1)[0].shape == (site.o, len(task.s[name])) for name, site in self.sites.items()
+            self._columns(name, len(self.tasks) - 1)[0].shape == (site.o, len(task.s[name]))
+            for name, site in self.sites.items()
         )
         if not fits:
-            raise InvalidModelError(f"task {len(self.tasks) - 1} in {path} is not of this model; {_SAME_MODEL}")
+            raise InvalidModelError(
+                f"task {len(self.tasks) - 1} in {path} is not of this model; {_SAME_MODEL}"
+            )
 
 
 def _sites(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Site]:
     """The sites whose weight is one matrix as it is stored, in the order of a run where there is one."""
     opened = open_model(model, example_inputs)
-    return {site.name: site for site in opened.sites() if as_stored(site) and any(FORMATS.get(form).fits(site) for form in _FORMATS)}
+    return {
+        site.name: site
+        for site in opened.sites()
+        if as_stored(site) and any(FORMATS.get(form).fits(site) for form in _FORMATS)
+    }
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

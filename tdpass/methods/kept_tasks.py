@@ -64,12 +64,20 @@ class _Kept:
     tasks: Count
 
 
-_KEPT = register_document(Document("file of tasks", _Kept, InvalidModelError, "write it again with IncrementalTasks.save", version=1))
+_KEPT = register_document(
+    Document(
+        "file of tasks", _Kept, InvalidModelError, "write it again with IncrementalTasks.save", version=1
+    )
+)
 
 
 def write_tasks(path: Path, growing: Growing, tasks: Sequence[Task]) -> None:
     """Write all tasks into one safetensors file, to a temporary name first."""
-    tensors = {f"{number}/{name}": value.cpu() for number, task in enumerate(tasks) for name, value in task.tensors().items()}
+    tensors = {
+        f"{number}/{name}": value.cpu()
+        for number, task in enumerate(tasks)
+        for name, value in task.tensors().items()
+    }
     write_tensors(path, tensors, {_KEY: _KEPT.text(_Kept(growing, len(tasks)))})
 
 
@@ -84,5 +92,9 @@ def read_tasks(path: Path) -> tuple[Growing, list[Task]]:
     tasks = []
     for number in range(kept.tasks):
         start = f"{number}/"
-        tasks.append(Task.of_tensors({name.removeprefix(start): value for name, value in held.items() if name.startswith(start)}))
+        tasks.append(
+            Task.of_tensors(
+                {name.removeprefix(start): value for name, value in held.items() if name.startswith(start)}
+            )
+        )
     return kept.growing, tasks

@@ -34,14 +34,15 @@ _GROWING = Geometric(1e-3, 1e-1)
 class Lc(FactoredByAdmm):
     """min f(W) + penalty * sum_l cost_l(r_l) / cost(dense) with rank W_l = r_l, over W and r.
 
-    Idelbayev, Carreira-Perpinan: Low-rank Compression of Neural Nets: Learning the Rank of Each Layer, CVPR 2020.
-    Learning and compression take turns: every step adds rho (W - Z + U) to the gradient; every round chooses
-    min_{r, Z} rho/2 ||W + U - Z||^2 + penalty * cost(r) in closed form, layer by layer (`RankPenalty`).  rho grows, so
-    that the ranks follow the price first and the weights last.
+    Idelbayev, Carreira-Perpinan: Low-rank Compression of Neural Nets: Learning the Rank of Each Layer, CVPR
+    2020. Learning and compression take turns: every step adds rho (W - Z + U) to the gradient; every round
+    chooses min_{r, Z} rho/2 ||W + U - Z||^2 + penalty * cost(r) in closed form, layer by layer
+    (`RankPenalty`).  rho grows, so that the ranks follow the price first and the weights last.
 
-    The price is counted in multiply-adds where the model was seen running, else in parameters, or with a `target` in
-    what it tells first, for calls of `batch` samples on `threads` threads.  A `budget` bounds the whole model as that
-    of `Batude` does; where the penalty alone stays above it, it is the smallest price that meets it.
+    The price is counted in multiply-adds where the model was seen running, else in parameters, or with a
+    `target` in what it tells first, for calls of `batch` samples on `threads` threads.  A `budget` bounds the
+    whole model as that of `Batude` does; where the penalty alone stays above it, it is the smallest price
+    that meets it.
     """
 
     name = "lc"
@@ -62,10 +63,14 @@ class Lc(FactoredByAdmm):
 
     def __post_init__(self) -> None:
         if self.format not in get_args(OneMatrix):
-            raise UsageError(f"format={self.format!r} is unknown to {self.name}; known: {', '.join(get_args(OneMatrix))}")
+            raise UsageError(
+                f"format={self.format!r} is unknown to {self.name}; known: {', '.join(get_args(OneMatrix))}"
+            )
         if not (math.isfinite(self.penalty) and self.penalty >= 0) or not (self.penalty or self.budget):
             options = f"penalty={self.penalty}, budget={self.budget}"
-            raise UsageError(f"{options} put no price on ranks; give {self.name} a penalty above 0, such as 0.5, or a budget")
+            raise UsageError(
+                f"{options} put no price on ranks; give {self.name} a penalty above 0, such as 0.5, or a budget"
+            )
         as_schedule(self.rho, "rho")
 
     @torch.no_grad()
@@ -85,14 +90,19 @@ class Lc(FactoredByAdmm):
     def _divided(self, progress: float, weights: Mapping[str, Tensor]) -> Mapping[str, Constraint]:
         rho = as_schedule(self.rho, "rho").value(progress)
         found = RankPenalty(self.within, self.penalty / (rho * self.whole)).divide(weights)
-        self.ranks = {name: bound.rank if isinstance(bound, InFormat) else None for name, bound in found.items()}
+        self.ranks = {
+            name: bound.rank if isinstance(bound, InFormat) else None for name, bound in found.items()
+        }
         return {name: bound for name, bound in found.items() if isinstance(bound, InFormat)}
 
     def constraints(self, weights: Mapping[str, Tensor]) -> Mapping[str, Constraint]:
         if not self.ranks:
             return self._divided(1.0, weights)
         kept = {name: rank for name, rank in self.ranks.items() if rank is not None}
-        return {name: InFormat(self.sites[name], self.format_of(self.sites[name]), rank) for name, rank in kept.items()}
+        return {
+            name: InFormat(self.sites[name], self.format_of(self.sites[name]), rank)
+            for name, rank in kept.items()
+        }
 
     def facts(self) -> dict[str, Any]:
         return {"ranks": self.ranks}

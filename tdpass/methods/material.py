@@ -45,7 +45,10 @@ class Material:
     pretraining: Mapping[str, Any] | None
 
     def score(self, text: str | None) -> Score | None:
-        """What scores a model: accuracy on a part of the data set, or the named function; raises `UsageError`."""
+        """What scores a model: accuracy on a part of the data set, or the named function.
+
+        Raises `UsageError`.
+        """
         if text is None or text not in PARTS:
             return None if text is None else named(text)
         return _accuracy(self._set_for(text), text)
@@ -58,12 +61,17 @@ class Material:
 
     def _set_for(self, part: str) -> Dataset:
         if self.dataset is None:
-            raise UsageError(f"{part!r} is a part of a data set, and this data is a function's; name a function for it, as package.module:name")
+            raise UsageError(
+                f"{part!r} is a part of a data set, and this data is a function's; name a function for it, as package.module:name"
+            )
         return self.dataset
 
 
 def gathered(recipe: Recipe, note: Callable[[str], None] = lambda text: None) -> Material:
-    """Make what the recipe names; raises `UsageError` for unknown names and missing data, `InvalidModelError` for what fails."""
+    """Make what the recipe names.
+
+    Raises `UsageError` for unknown names and missing data, `InvalidModelError` for what fails.
+    """
     of_zoo = ":" not in recipe.model
     sample = NETS.get(recipe.model).sample if of_zoo else recipe.example[1:] or None
     dataset = open_dataset(recipe.data, sample) if is_dataset(recipe.data) else None
@@ -72,7 +80,9 @@ def gathered(recipe: Recipe, note: Callable[[str], None] = lambda text: None) ->
     example = recipe.example if dataset is None else (2, *dataset.sample)
     model = _of_zoo(recipe.model, dataset) if of_zoo else made_by(recipe.model)
     if not isinstance(model, nn.Module):
-        raise UsageError(f"{recipe.model!r} returned a {type(model).__name__}; it must return a torch.nn.Module")
+        raise UsageError(
+            f"{recipe.model!r} returned a {type(model).__name__}; it must return a torch.nn.Module"
+        )
     if dataset is None:
         batches = made_by(recipe.data, recipe.seed)
         return Material(model, batches, None, example, recipe.pretrain, recipe.pretraining)
@@ -100,7 +110,9 @@ def _started(made: Material, net: str, note: Callable[[str], None]) -> Material:
         _load(made.model, path)
         return made
     epochs = made.pretrain or _EPOCHS
-    note(f"there are no trained weights of {net} for {made.dataset.name}: it is trained for {epochs} epochs first")
+    note(
+        f"there are no trained weights of {net} for {made.dataset.name}: it is trained for {epochs} epochs first"
+    )
     return replace(made, pretrain=epochs, pretraining=made.pretraining or _FROM_SCRATCH)
 
 
@@ -108,4 +120,6 @@ def _load(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise InvalidModelError(f"the weights in {path} cannot be loaded: {str(error).splitlines()[0]}; fetch the file again") from None
+        raise InvalidModelError(
+            f"the weights in {path} cannot be loaded: {str(error).splitlines()[0]}; fetch the file again"
+        ) from None

@@ -32,7 +32,11 @@ class Menu:
         for name in formats:
             if FORMATS.get(name).fits(site):
                 forms = [Form(name, rank) for rank in _thinned(site, name, _ranks(site, name, tariff), ranks)]
-                found += [(form, cost) for form, cost in zip(forms, tariff.amounts(site, forms), strict=True) if cost < limit]
+                found += [
+                    (form, cost)
+                    for form, cost in zip(forms, tariff.amounts(site, forms), strict=True)
+                    if cost < limit
+                ]
         return cls(tuple(form for form, _ in found), tuple(cost for _, cost in found))
 
 

@@ -11,16 +11,23 @@ from tdpass.errors import InvalidModelError, TdpassError, UsageError
 
 
 def named(text: str) -> Any:
-    """The object that `package.module:name` names, imported with the current folder on the path; raises `UsageError`."""
+    """The object that `package.module:name` names, imported with the current folder on the path.
+
+    Raises `UsageError`.
+    """
     module_name, _, name = text.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         return getattr(importlib.import_module(module_name), name)
     except ModuleNotFoundError as error:
-        raise UsageError(f"cannot import {module_name!r} of {text!r}: {error}; run from the folder it lies in, or install it") from error
+        raise UsageError(
+            f"cannot import {module_name!r} of {text!r}: {error}; run from the folder it lies in, or install it"
+        ) from error
     except (AttributeError, ValueError):
-        raise UsageError(f"module {module_name!r} has no {name!r}; name a function, as package.module:name") from None
+        raise UsageError(
+            f"module {module_name!r} has no {name!r}; name a function, as package.module:name"
+        ) from None
 
 
 def made_by(text: str, *arguments: object) -> Any:
@@ -32,4 +39,6 @@ def made_by(text: str, *arguments: object) -> Any:
         raise
     except Exception as error:
         with_what = f"called with {arguments}" if arguments else "called without arguments"
-        raise InvalidModelError(f"{text!r} failed when it was {with_what}: {type(error).__name__}: {error}") from error
+        raise InvalidModelError(
+            f"{text!r} failed when it was {with_what}: {type(error).__name__}: {error}"
+        ) from error

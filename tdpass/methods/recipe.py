@@ -30,13 +30,15 @@ _SHIPPED = _RECIPES / "training"
 class Recipe:
     """What `tdpass.train` is called with.
 
-    `model` is a network of `tdpass.zoo` by name or `package.module:name`, which `model()` makes.  `data` is what
-    `tdpass.datasets.open_dataset` opens, or `package.module:name`, where `data(seed)` returns the training batches.  `evaluate`
-    (not on test data) and `test` score the model: a part of the data set (`tuning`, `test`), on which accuracy is measured, or
-    `package.module:name`, where `test(model)` returns a score; `calibration` gives the data of a pipeline in the same way.
-    `batch`, `augment` and `trained` are for data sets: the largest batch, how images are changed (the set's own way by default), and
-    whether to start from the trained weights that come with the set; where there are none the network is trained first.
-    `example` is the shape of one input, for networks that are not of the zoo.  The rest is as `tdpass.train` has it.
+    `model` is a network of `tdpass.zoo` by name or `package.module:name`, which `model()` makes.  `data` is
+    what `tdpass.datasets.open_dataset` opens, or `package.module:name`, where `data(seed)` returns the
+    training batches.  `evaluate` (not on test data) and `test` score the model: a part of the data set
+    (`tuning`, `test`), on which accuracy is measured, or `package.module:name`, where `test(model)` returns a
+    score; `calibration` gives the data of a pipeline in the same way. `batch`, `augment` and `trained` are
+    for data sets: the largest batch, how images are changed (the set's own way by default), and whether to
+    start from the trained weights that come with the set; where there are none the network is trained first.
+    `example` is the shape of one input, for networks that are not of the zoo.  The rest is as `tdpass.train`
+    has it.
     """
 
     model: str
@@ -64,14 +66,20 @@ class Recipe:
         """Read a recipe file, or one that comes with tdpass by its name; raises `UsageError`."""
         path = Path(path)
         shipped = _SHIPPED / f"{path.name.removesuffix('.yaml')}.yaml"
-        found = read_yaml(path if path.exists() or not shipped.exists() else shipped, "recipe", f"give a YAML file, or one of: {', '.join(names())}")
+        found = read_yaml(
+            path if path.exists() or not shipped.exists() else shipped,
+            "recipe",
+            f"give a YAML file, or one of: {', '.join(names())}",
+        )
         return cls.parse(found, str(path))
 
     @classmethod
     def parse(cls, found: object, source: str = "recipe") -> Recipe:
         """Check the keys of a recipe and the types of their values; raises `UsageError`."""
         if not isinstance(found, dict) or not {"model", "data"} <= set(found):
-            raise UsageError(f"{source} is not a training recipe; it maps at least 'model' and 'data', to names or package.module:name")
+            raise UsageError(
+                f"{source} is not a training recipe; it maps at least 'model' and 'data', to names or package.module:name"
+            )
         known = [entry.name for entry in fields(cls)]
         unknown = [key for key in found if key not in known]
         if unknown:
@@ -92,7 +100,9 @@ class Recipe:
             inner = found
             for key in outer:
                 if not isinstance(inner.get(key), Mapping):
-                    raise UsageError(f"the recipe has no {place!r} to set; write key=value or method.NAME.key=value with keys it has")
+                    raise UsageError(
+                        f"the recipe has no {place!r} to set; write key=value or method.NAME.key=value with keys it has"
+                    )
                 inner[key] = dict(inner[key])
                 inner = inner[key]
             if not sign:
@@ -109,7 +119,15 @@ class Recipe:
             open_dataset(data)
         calibration = None if self.calibration is None else "calibration"
         settings = {**self.settings, "compile": False}
-        return replace(self, data=data, calibration=calibration, evaluate="tuning", test="test", augment=None, settings=settings)
+        return replace(
+            self,
+            data=data,
+            calibration=calibration,
+            evaluate="tuning",
+            test="test",
+            augment=None,
+            settings=settings,
+        )
 
     def run(
         self,
@@ -121,7 +139,17 @@ class Recipe:
     ) -> Artifact:
         """Train as the recipe says."""
         if folder is not None:
-            names = ("model", "data", "evaluate", "test", "calibration", "example", "batch", "augment", "trained")
+            names = (
+                "model",
+                "data",
+                "evaluate",
+                "test",
+                "calibration",
+                "example",
+                "batch",
+                "augment",
+                "trained",
+            )
             check_same_run(folder, "recipe.json", {name: getattr(self, name) for name in names}, resume)
         torch.manual_seed(self.seed)
         material = gathered(self, note)
@@ -153,7 +181,9 @@ class Recipe:
         return replace(self, seed=seed)
 
 
-_RECIPE = register_document(Document("training recipe", Recipe, UsageError, "the guide to training lists the keys"))
+_RECIPE = register_document(
+    Document("training recipe", Recipe, UsageError, "the guide to training lists the keys")
+)
 
 
 def names() -> list[str]:
@@ -162,7 +192,10 @@ def names() -> list[str]:
 
 
 def starting_recipe(model: str, data: str) -> str:
-    """A commented recipe for that network, as text; raises `UsageError`, `InvalidModelError` where network or data cannot be made."""
+    """A commented recipe for that network, as text.
+
+    Raises `UsageError`, `InvalidModelError` where network or data cannot be made.
+    """
     dataset = open_dataset(data, NETS.get(model).sample if ":" not in model else None)
     gathered(Recipe(model=model, data=data, example=(2, *dataset.sample)))
     text = (_RECIPES / "start.yaml").read_text(encoding="utf-8")

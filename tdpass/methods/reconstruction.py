@@ -41,8 +41,8 @@ class Supervised:
 class Reconstruction(Term):
     """Adds the gradient of  strength * ||Y - Y(P)||^2 / ||Y||^2  for the layer behind each projection, Y less its mean.
 
-    What the layer before makes is the dense model's on the calibration data, an eighth of it in turn at every step, so that every
-    layer is supervised by itself.  A layer whose answers do not vary there is not.
+    What the layer before makes is the dense model's on the calibration data, an eighth of it in turn at every
+    step, so that every layer is supervised by itself.  A layer whose answers do not vary there is not.
     """
 
     def __init__(self, joints: Mapping[str, Supervised], strength: float) -> None:
@@ -56,7 +56,9 @@ class Reconstruction(Term):
             projection = supervised.projection
             if projection.q.grad is None or not self.strength:
                 continue
-            held = [whole(value.detach()).clone().requires_grad_() for value in (projection.q, projection.shift)]
+            held = [
+                whole(value.detach()).clone().requires_grad_() for value in (projection.q, projection.shift)
+            ]
             with torch.enable_grad():
                 loss = self._gap(supervised, *held)
                 slopes = torch.autograd.grad(loss, held)
@@ -72,10 +74,22 @@ class Reconstruction(Term):
         read, spread = joint.narrowed(p.shape[1]), joint.read.i // joint.first.o
         part, number = self.step % _PARTS, self.step // _PARTS % len(joint.made)
         z = joint.made[number].to(q)
-        chosen = slice(part * len(z) // _PARTS, max((part + 1) * len(z) // _PARTS, part * len(z) // _PARTS + 1))
+        chosen = slice(
+            part * len(z) // _PARTS, max((part + 1) * len(z) // _PARTS, part * len(z) // _PARTS + 1)
+        )
         o, _, *kernels = joint.read.shape
-        narrow = torch.tensordot(kernel.to(q).reshape(o, -1, spread, *kernels), p, dims=([1], [0])).movedim(-1, 1).reshape(read.shape)
-        y = apply_dense(_OPS, joint.between(mixed(z[chosen], p.T, shift, joint.first)), narrow, None if bias is None else bias.to(q), read)
+        narrow = (
+            torch.tensordot(kernel.to(q).reshape(o, -1, spread, *kernels), p, dims=([1], [0]))
+            .movedim(-1, 1)
+            .reshape(read.shape)
+        )
+        y = apply_dense(
+            _OPS,
+            joint.between(mixed(z[chosen], p.T, shift, joint.first)),
+            narrow,
+            None if bias is None else bias.to(q),
+            read,
+        )
         wanted = joint.targets[number].to(q)
         rows = len(wanted) // len(z)
         target = wanted[chosen.start * rows : chosen.stop * rows]

@@ -37,7 +37,16 @@ from tdpass.views.training import destroyed
 
 SettingsSpec = Settings | Mapping[str, Any] | None
 # what another run in the same folder must have been started with
-_TOLD = ("settings", "pretrain", "pretraining", "finetune", "finetuning", "control", "rounds_per_epoch", "seed")
+_TOLD = (
+    "settings",
+    "pretrain",
+    "pretraining",
+    "finetune",
+    "finetuning",
+    "control",
+    "rounds_per_epoch",
+    "seed",
+)
 
 
 def train(
@@ -67,20 +76,24 @@ def train(
 ) -> Artifact:
     """Train a copy of a model into a smaller one, and say what each epoch and the whole did.
 
-    `data` yields (inputs, targets) and has a length.  Stages: `pretrain` epochs of the dense model; the rounds of `method` (an
-    object, a name, or `{name: options}`), `rounds_per_epoch` of them in each epoch, and its `finish`, or a pipeline of passes,
-    both of which may use `calibration` data; `finetune` epochs of what came out; and with `control` the dense model once more
-    for as many epochs, learning from labels only, since an accuracy gain means nothing without it.  `settings` hold for the
-    method, and where `pretraining` and `finetuning` do not say otherwise for these.
+    `data` yields (inputs, targets) and has a length.  Stages: `pretrain` epochs of the dense model; the
+    rounds of `method` (an object, a name, or `{name: options}`), `rounds_per_epoch` of them in each epoch,
+    and its `finish`, or a pipeline of passes, both of which may use `calibration` data; `finetune` epochs of
+    what came out; and with `control` the dense model once more for as many epochs, learning from labels only,
+    since an accuracy gain means nothing without it.  `settings` hold for the method, and where `pretraining`
+    and `finetuning` do not say otherwise for these.
 
-    `evaluate(model)` scores every epoch (on data that is not the test data), `test(model)` the dense, the control and the final
-    model once.  With a `folder` checkpoints and log.csv are written there, and `resume` goes on from them.  Under torchrun every
-    process calls this with its own share of the data; `parallel` is `ddp` or `fsdp2`.
+    `evaluate(model)` scores every epoch (on data that is not the test data), `test(model)` the dense, the
+    control and the final model once.  With a `folder` checkpoints and log.csv are written there, and `resume`
+    goes on from them.  Under torchrun every process calls this with its own share of the data; `parallel` is
+    `ddp` or `fsdp2`.
 
     Raises `UsageError`, `TrainingError`, `BudgetError`.
     """
     if not isinstance(model, nn.Module):
-        raise UsageError(f"train takes an nn.Module, not a {type(model).__name__}; convert the model, or compress it without training")
+        raise UsageError(
+            f"train takes an nn.Module, not a {type(model).__name__}; convert the model, or compress it without training"
+        )
     if pretrain < 0 or finetune < 0:
         raise UsageError(f"pretrain={pretrain} and finetune={finetune} are epochs; give 0 or more")
     base = Settings.parse(settings)
@@ -154,7 +167,11 @@ class _Trainer:
         phased.average = Average(wrapped, settings.average) if settings.average else None
         terms: list[Term] = [phased]
         if stage.teacher is not None and settings.distill:
-            terms.append(Distillation(copy.deepcopy(stage.teacher), settings.distill, settings.temperature, settings.compile))
+            terms.append(
+                Distillation(
+                    copy.deepcopy(stage.teacher), settings.distill, settings.temperature, settings.compile
+                )
+            )
         before = list(self.rows)
         loop = Loop(
             stage=stage.name,
@@ -205,7 +222,9 @@ def _wrapped(model: nn.Module, parallel: Parallel | None) -> nn.Module:
     if parallel is None:
         return model
     if world()[1] == 1 and not torch.distributed.is_initialized():
-        raise UsageError(f"parallel={parallel!r} needs several processes; start with torchrun and torch.distributed.init_process_group()")
+        raise UsageError(
+            f"parallel={parallel!r} needs several processes; start with torchrun and torch.distributed.init_process_group()"
+        )
     if parallel == "ddp":
         return DistributedDataParallel(model)
     from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - takes most of a second, which one process need not spend
@@ -219,9 +238,31 @@ def log_table(rows: Sequence[TrainingRow]) -> str:
     names = sorted({name for row in rows for name in row.residuals})
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["stage", "epoch", "loss", "rate", "seconds", "score", "memory", *(f"residual {name}" for name in names)])
+    table.writerow(
+        [
+            "stage",
+            "epoch",
+            "loss",
+            "rate",
+            "seconds",
+            "score",
+            "memory",
+            *(f"residual {name}" for name in names),
+        ]
+    )
     for row in rows:
         residuals = [f"{row.residuals[name]:.5g}" if name in row.residuals else "" for name in names]
         score = "" if row.score is None else f"{row.score:.6g}"
-        table.writerow([row.stage, row.epoch, f"{row.loss:.6g}", f"{row.rate:.5g}", f"{row.seconds:.2f}", score, row.memory, *residuals])
+        table.writerow(
+            [
+                row.stage,
+                row.epoch,
+                f"{row.loss:.6g}",
+                f"{row.rate:.5g}",
+                f"{row.seconds:.2f}",
+                score,
+                row.memory,
+                *residuals,
+            ]
+        )
     return text.getvalue()

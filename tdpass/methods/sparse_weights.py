@@ -47,7 +47,14 @@ class SparseWeights(Method):
         result = self.template.filled(model)
         weights = self.weights_of(result)
         project(weights, self.ends({name: weight.detach() for name, weight in weights.items()}))
-        return compress(result, plan=self.plan(weights), pipeline="factorize", example_inputs=self.example, cache=False, progress=False)
+        return compress(
+            result,
+            plan=self.plan(weights),
+            pipeline="factorize",
+            example_inputs=self.example,
+            cache=False,
+            progress=False,
+        )
 
     def plan(self, weights: Mapping[str, Tensor]) -> RankPlan:
         """The plan that stores each weight as it is."""
@@ -56,15 +63,29 @@ class SparseWeights(Method):
             weight = weights[name].detach()
             form = self._form(name, weight)
             costs = cost_of(site, form), dense_cost(site)
-            choices.append(Choice(name, site.shape, form, *costs, reason=self.reason(name, weight), fingerprint=digest(weight.cpu())))
+            choices.append(
+                Choice(
+                    name,
+                    site.shape,
+                    form,
+                    *costs,
+                    reason=self.reason(name, weight),
+                    fingerprint=digest(weight.cpu()),
+                )
+            )
         return RankPlan(tuple(choices), self.original, metric="weights")
 
     def _form(self, name: str, weight: Tensor) -> Form:
-        """What a layer is stored as: the weights that are not zero, on their levels where it has some; dense where that takes fewer bytes."""
+        """What a layer is stored as: the weights that are not zero, on their levels where it has some.
+
+        Dense where that takes fewer bytes.
+        """
         kept, levels = int(weight.count_nonzero()), self.levels_in(name)
         if self.stays_dense(name) or not kept:
             return DENSE
-        types = (f"levels{levels}",) if 1 < levels <= MOST_LEVELS else (str(weight.dtype).removeprefix("torch."),)
+        types = (
+            (f"levels{levels}",) if 1 < levels <= MOST_LEVELS else (str(weight.dtype).removeprefix("torch."),)
+        )
         form = replace(DENSE, numbers=types, support=f"unstructured/{kept}" if kept < weight.numel() else "")
         return form if cost_of(self.sites[name], form).bytes < dense_cost(self.sites[name]).bytes else DENSE
 

@@ -27,10 +27,11 @@ Parallel = Literal["ddp", "fsdp2"]
 
 @dataclass(frozen=True)
 class Stage:
-    """`epochs` epochs of a copy of `model`; the copy, trained and in evaluation mode, is what the stage is answered with.
+    """`epochs` epochs of a copy of `model`.
 
-    `bind` ties the terms of a method to the weights of the copy, `passes` says how often a step runs it, and `teacher` is what it
-    learns from where its `settings` distill.
+    The copy, trained and in evaluation mode, is what the stage is answered with. `bind` ties the terms of a
+    method to the weights of the copy, `passes` says how often a step runs it, and `teacher` is what it learns
+    from where its `settings` distill.
     """
 
     name: str
@@ -47,7 +48,10 @@ Stages: TypeAlias = Generator[Stage, nn.Module, Artifact]
 
 @dataclass(frozen=True)
 class Run:
-    """What the stages of one run share; the fields are as `tdpass.train` has them, with settings that are read and complete."""
+    """What the stages of one run share.
+
+    The fields are as `tdpass.train` has them, with settings that are read and complete.
+    """
 
     model: nn.Module
     data: Data
@@ -73,7 +77,11 @@ class Run:
 
     def scores(self, **models: nn.Module) -> dict[str, float]:
         """What `test` says of each model, as `score_NAME`; nothing without it."""
-        return {} if self.test is None else {f"score_{name}": _score(self.test, model) for name, model in models.items()}
+        return (
+            {}
+            if self.test is None
+            else {f"score_{name}": _score(self.test, model) for name, model in models.items()}
+        )
 
 
 def pretrained(run: Run) -> Generator[Stage, nn.Module, nn.Module]:
@@ -105,7 +113,9 @@ def of_pipeline(run: Run, pipeline: PipelineSpec | None) -> Stages:
     if pipeline is None:
         artifact = compress(dense, pipeline="", progress=False, example_inputs=run.example_inputs)
     else:
-        artifact = compress(dense, pipeline=pipeline, progress=False, data=run.calibration, example_inputs=run.example_inputs)
+        artifact = compress(
+            dense, pipeline=pipeline, progress=False, data=run.calibration, example_inputs=run.example_inputs
+        )
     return (yield from finished(run, dense, artifact, 0))
 
 

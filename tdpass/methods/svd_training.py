@@ -143,7 +143,10 @@ class SvdTraining(Factored):
             if rank is not None:
                 low[name] = self.layers[name]
                 low[name].keep(rank)
-        return [Orthogonal(low, self.orthogonal), FixedWeights({name: layer.s for name, layer in low.items()})]
+        return [
+            Orthogonal(low, self.orthogonal),
+            FixedWeights({name: layer.s for name, layer in low.items()}),
+        ]
 
     def _found(self, weights: Mapping[str, Tensor]) -> dict[str, int | None]:
         """The rank of each layer, None for one that stays dense."""

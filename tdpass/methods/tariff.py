@@ -38,26 +38,36 @@ class Tariff:
 
     @classmethod
     def on_target(cls, on: OnTarget, budget: Budget | None) -> Tariff | None:
-        """That of the measure which the budget bounds, else of what the target tells first; None without a target.
+        """That of the measure which the budget bounds, else of what the target tells first.
 
-        Raises `BudgetError` for a budget on what the target does not tell.
+        None without a target. Raises `BudgetError` for a budget on what the target does not tell.
         """
         if on.target is None:
             return None
         target = open_target(on.target, "torch", on.cache or cache_folder())
         if budget is not None and not set(budget.measures) & set(target.measures):
             tells = ", ".join(target.measures)
-            raise BudgetError(f"budget {budget} bounds nothing that target {target.name} tells; bound one of {tells}, or leave target out")
+            raise BudgetError(
+                f"budget {budget} bounds nothing that target {target.name} tells; bound one of {tells}, or leave target out"
+            )
         return cls(deciding(target, budget)[0], target, Setting(on.batch, on.threads))
 
     def amounts(self, site: Site, forms: Sequence[Form]) -> list[float]:
         """What the site costs in each form."""
-        costs = [cost_of(site, form) for form in forms] if self.target is None else self.target.cost(site, forms, self.setting)
+        costs = (
+            [cost_of(site, form) for form in forms]
+            if self.target is None
+            else self.target.cost(site, forms, self.setting)
+        )
         return [cost.get(self.measure) for cost in costs]
 
     def text(self, value: float) -> str:
         """An amount as people read it."""
-        return f"{amount(self.measure, value)} {self.measure}" if MEASURES.get(self.measure).whole else amount(self.measure, value)
+        return (
+            f"{amount(self.measure, value)} {self.measure}"
+            if MEASURES.get(self.measure).whole
+            else amount(self.measure, value)
+        )
 
     def price(self, format_of: Callable[[Site], str]) -> Price:
         """What a site costs at a rank of its format, or dense."""

@@ -25,9 +25,10 @@ ExampleInputs = Batch | Tensor | tuple[Tensor, ...] | dict[str, Tensor] | None
 def open_model(model: object, example_inputs: ExampleInputs = None, overridable: Sequence[str] = ()) -> Model:
     """Any supported model as a `Model`; nothing is changed and, for files, little is read.
 
-    Takes what a front end is registered for: an `nn.Module`, `fx.GraphModule`, `ExportedProgram`, `onnx.ModelProto`, `onnx_ir.Model`,
-    `onnx_graphsurgeon.Graph`, or a path to `.onnx` or `.pt2`.
-    `overridable`: name globs of ONNX initializers that stay inputs.  Raises `InvalidModelError` for anything else, `UsageError` for other files.
+    Takes what a front end is registered for: an `nn.Module`, `fx.GraphModule`, `ExportedProgram`,
+    `onnx.ModelProto`, `onnx_ir.Model`, `onnx_graphsurgeon.Graph`, or a path to `.onnx` or `.pt2`.
+    `overridable`: name globs of ONNX initializers that stay inputs.  Raises `InvalidModelError` for anything
+    else, `UsageError` for other files.
     """
     source = Path(model) if isinstance(model, str) else model
     return front_end_of(source).open(source, as_example(example_inputs), overridable)
@@ -39,9 +40,16 @@ def as_example(value: ExampleInputs) -> Batch | None:
         return value
     if isinstance(value, Tensor):
         return Batch((value,))
-    entries = list(value.values()) if isinstance(value, dict) else list(value) if isinstance(value, tuple | list) else [value]
+    entries = (
+        list(value.values())
+        if isinstance(value, dict)
+        else list(value)
+        if isinstance(value, tuple | list)
+        else [value]
+    )
     others = [type(entry).__name__ for entry in entries if not isinstance(entry, Tensor)]
     if others:
-        raise UsageError(f"example_inputs hold a {others[0]}; give a tensor, a tuple or a dict of tensors (torch.from_numpy makes one of an array)")
+        raise UsageError(
+            f"example_inputs hold a {others[0]}; give a tensor, a tuple or a dict of tensors (torch.from_numpy makes one of an array)"
+        )
     return Batch((), value) if isinstance(value, dict) else Batch(tuple(entries))
-

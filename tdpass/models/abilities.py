@@ -25,9 +25,9 @@ class FoldsBatchNorm(Protocol):
     """Its batch-norms can become part of the layers before them."""
 
     def fold_batchnorm(self, decline: Decline = no_reasons) -> Sequence[str]:
-        """Fold every batch-norm that directly follows a site's only use into that site; returns the sites changed.
+        """Fold every batch-norm that directly follows a site's only use into that site.
 
-        `decline` takes a batch-norm that follows a site, and why it stays.
+        Returns the sites changed. `decline` takes a batch-norm that follows a site, and why it stays.
         """
 
 
@@ -36,7 +36,10 @@ class RecalibratesBatchNorm(Protocol):
     """Its batch-norms keep statistics that can be estimated anew."""
 
     def recalibrate_batchnorm(self, batches: Iterable[Batch]) -> Callable[[], None] | None:
-        """Estimate all running statistics anew; returns how to undo that, or None where there is no batch-norm left."""
+        """Estimate all running statistics anew.
+
+        Returns how to undo that, or None where there is no batch-norm left.
+        """
 
 
 @runtime_checkable
@@ -46,8 +49,8 @@ class FusesChains(Protocol):
     def fuse(self, note: Note, decline: Decline, samples: Batch | None = None) -> bool:
         """Make one operator of each chain of layers that is faster so, timed on `samples`, else on the example; whether anything changed.
 
-        What changes is how the model runs, not what it computes, how its tensors are named or what `layer` answers.  `note` takes
-        a line about the whole, `decline` a layer and why it is left alone.
+        What changes is how the model runs, not what it computes, how its tensors are named or what `layer`
+        answers.  `note` takes a line about the whole, `decline` a layer and why it is left alone.
         """
 
 
@@ -74,7 +77,10 @@ class HoldsIntegerActivations(Protocol):
     """Tensors between its layers can be integers of eight bits."""
 
     def integer_layers(self) -> Sequence[str]:
-        """The layers whose weights are integers already, so that what they read and make may be; raises `UnsupportedError` where none can."""
+        """The layers whose weights are integers already, so that what they read and make may be.
+
+        Raises `UnsupportedError` where none can.
+        """
 
     def activations(self, without: Container[str] = ()) -> Sequence[str]:
         """The tensors that may be integers where those layers stay as they are."""

@@ -23,9 +23,10 @@ from tdpass.tape import Tape
 class Model(ABC):
     """A network whose weights can be read, replaced and observed; the front ends implement it.
 
-    A site's name is stable for the life of the model; `sites()` lists dense and replaced ones alike.  `frontend` is its kind as
-    text, `suffix` that of the file it is saved to.  A front end writes what is abstract here; the rest follows from it, and is
-    said anew by front ends that know more.  What only some of them can do is in `tdpass.models.abilities`.
+    A site's name is stable for the life of the model; `sites()` lists dense and replaced ones alike.
+    `frontend` is its kind as text, `suffix` that of the file it is saved to.  A front end writes what is
+    abstract here; the rest follows from it, and is said anew by front ends that know more.  What only some of
+    them can do is in `tdpass.models.abilities`.
     """
 
     frontend: ClassVar[str]
@@ -33,11 +34,17 @@ class Model(ABC):
 
     @abstractmethod
     def sites(self) -> Sequence[Site]:
-        """Every replaceable weight, in the order of first use where known; with extents once `observe` has run."""
+        """Every replaceable weight, in the order of first use where known.
+
+        With extents once `observe` has run.
+        """
 
     @abstractmethod
     def weight(self, name: str) -> Tensor:
-        """The dense weight of a site as `[o, i, *kernel]` on the CPU, in its own floating-point type; still there after `replace`."""
+        """The dense weight of a site as `[o, i, *kernel]` on the CPU, in its own floating-point type.
+
+        Still there after `replace`.
+        """
 
     @abstractmethod
     def bias(self, name: str) -> Tensor | None:
@@ -45,13 +52,17 @@ class Model(ABC):
 
     @abstractmethod
     def layer(self, name: str) -> Layer | None:
-        """What replaced the site's dense layer, with current factors; None while it is dense.  Raises `PlanError` for an unknown site."""
+        """What replaced the site's dense layer, with current factors; None while it is dense.
+
+        Raises `PlanError` for an unknown site.
+        """
 
     @abstractmethod
     def replace(self, name: str, layer: Layer) -> None:
         """Put a factored layer at every use of the site; may be called again to change it.
 
-        `layer.bias` replaces the site's bias.  Raises `PlanError` for an unknown site or a shape that does not fit.
+        `layer.bias` replaces the site's bias.  Raises `PlanError` for an unknown site or a shape that does
+        not fit.
         """
 
     @abstractmethod
@@ -76,10 +87,16 @@ class Model(ABC):
 
     @abstractmethod
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Write the deployable file of this front end, atomically, with `metadata` inside; raises `UsageError` for a wrong suffix."""
+        """Write the deployable file of this front end, atomically, with `metadata` inside.
+
+        Raises `UsageError` for a wrong suffix.
+        """
 
     def reader(self) -> Callable[[Path], Model | None]:
-        """How a file is opened again that a model made from this one is saved to; the function answers None where that cannot be."""
+        """How a file is opened again that a model made from this one is saved to.
+
+        The function answers None where that cannot be.
+        """
         return lambda path: None
 
     def stored(self, path: Path) -> StoredSize | None:
@@ -121,7 +138,10 @@ class Model(ABC):
         return self.count().per_sample
 
     def params(self) -> int:
-        """Stored numbers in all parameters, shared ones once; buffers such as running means not counted.  By default those of the sites."""
+        """Stored numbers in all parameters, shared ones once; buffers such as running means not counted.
+
+        By default those of the sites.
+        """
         layers = ((self.layer(site.name), self.weight(site.name)) for site in self.sites())
         factors = sum(weight.numel() if layer is None else layer.storage.params for layer, weight in layers)
         return factors + sum(bias.numel() for bias in self._biases())
@@ -129,7 +149,11 @@ class Model(ABC):
     def bytes(self) -> int:
         """Bytes of all parameters; by default those of the sites."""
         layers = ((self.layer(site.name), self.weight(site.name)) for site in self.sites())
-        factors = sum(tensor.nbytes for layer, weight in layers for tensor in ([weight] if layer is None else layer.factors.values()))
+        factors = sum(
+            tensor.nbytes
+            for layer, weight in layers
+            for tensor in ([weight] if layer is None else layer.factors.values())
+        )
         return factors + sum(bias.nbytes for bias in self._biases())
 
     def _biases(self) -> Iterator[Tensor]:
@@ -147,8 +171,12 @@ def call_batch(model: Model, batches: Sequence[Batch], size: int) -> Batch:
     """
     fixed = model.signature().fixed_batch()
     if fixed not in (None, size):
-        raise UsageError(f"the model takes exactly {fixed} samples at a time and cannot be timed with {size}; pass batch={fixed} (--batch {fixed})")
+        raise UsageError(
+            f"the model takes exactly {fixed} samples at a time and cannot be timed with {size}; pass batch={fixed} (--batch {fixed})"
+        )
     example = batches[0] if batches else model.example()
     if example is None:
-        raise UsageError("planning on measured time needs to see the model running; pass data= or example_inputs= (--data, --input)")
+        raise UsageError(
+            "planning on measured time needs to see the model running; pass data= or example_inputs= (--data, --input)"
+        )
     return example.resized(size)

@@ -15,9 +15,9 @@ from tdpass.errors import UsageError
 class Batch:
     """One call of a model: positional and named tensors.
 
-    `axes` says along which axis of each of `tensors` the samples lie, None for one that all of them share; a call of which
-    no tensor has one is a single sample.  Where `axes` is not given the samples lie along the first axis, of all tensors that
-    are as long there as the first tensor that has one.
+    `axes` says along which axis of each of `tensors` the samples lie, None for one that all of them share; a
+    call of which no tensor has one is a single sample.  Where `axes` is not given the samples lie along the
+    first axis, of all tensors that are as long there as the first tensor that has one.
     """
 
     args: tuple[Tensor, ...] = ()
@@ -41,7 +41,14 @@ class Batch:
     @property
     def size(self) -> int:
         """Number of samples."""
-        return next((int(tensor.shape[axis]) for tensor, axis in zip(self.tensors, self.sample_axes, strict=True) if axis is not None), 1)
+        return next(
+            (
+                int(tensor.shape[axis])
+                for tensor, axis in zip(self.tensors, self.sample_axes, strict=True)
+                if axis is not None
+            ),
+            1,
+        )
 
     @property
     def divisible(self) -> bool:
@@ -55,7 +62,12 @@ class Batch:
     def replaced(self, tensors: Sequence[Tensor]) -> Batch:
         """The same call with these for `tensors`, axes as they are."""
         count = len(self.args)
-        return Batch(tuple(tensors[:count]), dict(zip(self.kwargs, tensors[count:], strict=True)), self.axes, self.whole)
+        return Batch(
+            tuple(tensors[:count]),
+            dict(zip(self.kwargs, tensors[count:], strict=True)),
+            self.axes,
+            self.whole,
+        )
 
     def part(self, start: int, stop: int) -> Batch:
         """The samples from `start` up to `stop`; the whole call where it cannot be cut."""
@@ -63,17 +75,24 @@ class Batch:
             return self
 
         def cut(tensor: Tensor, axis: int | None) -> Tensor:
-            return tensor if axis is None else tensor.narrow(axis, start, min(stop, tensor.shape[axis]) - start)
+            return (
+                tensor if axis is None else tensor.narrow(axis, start, min(stop, tensor.shape[axis]) - start)
+            )
 
         parts = [cut(tensor, axis) for tensor, axis in zip(self.tensors, self.sample_axes, strict=True)]
         return replace(self.replaced(parts), axes=self.sample_axes)
 
     def resized(self, size: int) -> Batch:
-        """The call cut or repeated to `size` samples; raises `UsageError` for another size where it cannot be cut."""
+        """The call cut or repeated to `size` samples.
+
+        Raises `UsageError` for another size where it cannot be cut.
+        """
         if size == self.size:
             return self.map(Tensor.contiguous)
         if not self.divisible or self.size == 0:
-            raise UsageError(f"the model takes its inputs as they are, {self.size} at a time, and cannot be called with {size} samples")
+            raise UsageError(
+                f"the model takes its inputs as they are, {self.size} at a time, and cannot be called with {size} samples"
+            )
 
         def fit(tensor: Tensor, axis: int | None) -> Tensor:
             if axis is None:

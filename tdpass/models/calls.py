@@ -13,10 +13,22 @@ from torch.utils._pytree import tree_leaves
 
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.models.base import Batch, Model
-from tdpass.models.fitting import Axes, candidate_axes, excess, fixed_axis, may_hold_samples, missing_axes, open_axis, unstacked
+from tdpass.models.fitting import (
+    Axes,
+    candidate_axes,
+    excess,
+    fixed_axis,
+    may_hold_samples,
+    missing_axes,
+    open_axis,
+    unstacked,
+)
 from tdpass.models.signature import TO_FLOAT, Input
 
-_ROUNDING = {torch.float16: 3e-2, torch.bfloat16: 3e-2}  # else _FINE: a batch is summed in another order than a sample
+_ROUNDING = {
+    torch.float16: 3e-2,
+    torch.bfloat16: 3e-2,
+}  # else _FINE: a batch is summed in another order than a sample
 _FINE = 1e-3
 
 
@@ -24,8 +36,8 @@ _FINE = 1e-3
 class _Way:
     """How given tensors become calls.
 
-    `added` are axes to insert, `axes` those along which samples then lie, all None where a call stays whole; `least` and
-    `most` bound the samples of a call, and a call that is `one_sample` is not divided further.
+    `added` are axes to insert, `axes` those along which samples then lie, all None where a call stays whole;
+    `least` and `most` bound the samples of a call, and a call that is `one_sample` is not divided further.
     """
 
     axes: Axes
@@ -37,10 +49,16 @@ class _Way:
     def call(self, given: Batch) -> Batch:
         """The tensors as one call, not yet cut."""
         pairs = zip(given.tensors, self.added or (None,) * len(self.axes), strict=True)
-        return replace(given.replaced([tensor if axis is None else tensor.unsqueeze(axis) for tensor, axis in pairs]), axes=self.axes)
+        return replace(
+            given.replaced([tensor if axis is None else tensor.unsqueeze(axis) for tensor, axis in pairs]),
+            axes=self.axes,
+        )
 
     def pieces(self, call: Batch, most: int) -> Iterator[Batch]:
-        """Parts of at most that many samples; the last takes in a rest that is too small for a call, or drops it where the size is fixed."""
+        """Parts of at most that many samples.
+
+        The last takes in a rest that is too small for a call, or drops it where the size is fixed.
+        """
         if not call.divisible:
             yield call
             return
@@ -59,8 +77,9 @@ class _Way:
 class Calls:
     """Turns tensors that somebody holds into calls that the model takes, of at most `limit` samples.
 
-    The sizes that the model declares come first; where it leaves one open, two samples in one call must be answered as they are
-    one by one, or the model is run on the calls as they were given.  `notes` says what was done beyond cutting.
+    The sizes that the model declares come first; where it leaves one open, two samples in one call must be
+    answered as they are one by one, or the model is run on the calls as they were given.  `notes` says what
+    was done beyond cutting.
     """
 
     model: Model
@@ -93,9 +112,17 @@ class Calls:
 
     def _fitted(self, batch: Batch) -> Iterator[tuple[Batch, _Way]]:
         inputs = self.model.signature().inputs_of(batch)
-        batch = batch.replaced([entry.converted(tensor) for entry, tensor in zip(inputs, batch.tensors, strict=True)])
+        batch = batch.replaced(
+            [entry.converted(tensor) for entry, tensor in zip(inputs, batch.tensors, strict=True)]
+        )
         for given in unstacked(batch, inputs):
-            key = given.axes, tuple((entry.name, tensor.dim(), excess(entry, tensor)) for entry, tensor in zip(inputs, given.tensors, strict=True))
+            key = (
+                given.axes,
+                tuple(
+                    (entry.name, tensor.dim(), excess(entry, tensor))
+                    for entry, tensor in zip(inputs, given.tensors, strict=True)
+                ),
+            )
             if key not in self._ways:
                 self._ways[key] = self._way(given, inputs)
             yield self._ways[key].call(given), self._ways[key]
@@ -109,7 +136,9 @@ class Calls:
         if any(excess(*pair) for pair in zip(inputs, call.tensors, strict=True)):
             return replace(self._cut_to_fixed(call, inputs), added=added)
         signature = self.model.signature()
-        if all(entry.dims is not None for entry in inputs) and not may_hold_samples(inputs, signature.fixed_batch()):
+        if all(entry.dims is not None for entry in inputs) and not may_hold_samples(
+            inputs, signature.fixed_batch()
+        ):
             axes = signature.fixed_axes(inputs)
             size = replace(call, axes=axes).size
             return _Way(axes, size, size, added)
@@ -126,23 +155,46 @@ class Calls:
         pairs = list(zip(inputs, call.tensors, strict=True))
         expected = [fixed_axis(entry, axis) for entry, axis in zip(inputs, declared, strict=True)]
         beyond = [dict(excess(*pair)) for pair in pairs]
-        leading = [found for (entry, _), axis, found in zip(pairs, expected, beyond, strict=True) if list(found) == [axis]]
+        leading = [
+            found
+            for (entry, _), axis, found in zip(pairs, expected, beyond, strict=True)
+            if list(found) == [axis]
+        ]
         for (entry, tensor), axis, found in zip(pairs, expected, beyond, strict=True):
-            # beside an input that shows the number of samples, another may hold them along any axis of that size
-            alike = len(found) == 1 and bool(leading) and leading[0] is not found and set(found.values()) == set(leading[0].values())
+            # beside an input that shows the number of samples, another may hold them along any axis of that
+            # size
+            alike = (
+                len(found) == 1
+                and bool(leading)
+                and leading[0] is not found
+                and set(found.values()) == set(leading[0].values())
+            )
             if found and list(found) != [axis] and not alike:
                 raise signature.unfit(f"input {entry.name!r} is [{', '.join(map(str, tensor.shape))}]")
-        held = {(int(tensor.shape[axis]), size) for (_, tensor), found in zip(pairs, beyond, strict=True) for axis, size in found.items()}
+        held = {
+            (int(tensor.shape[axis]), size)
+            for (_, tensor), found in zip(pairs, beyond, strict=True)
+            for axis, size in found.items()
+        }
         if len(held) > 1:
-            raise signature.unfit(f"the inputs of sizes {[tuple(tensor.shape) for tensor in call.tensors]} hold different numbers of calls")
+            raise signature.unfit(
+                f"the inputs of sizes {[tuple(tensor.shape) for tensor in call.tensors]} hold different numbers of calls"
+            )
         ((length, size),) = held
         if length < size:
-            raise UsageError(f"the model takes exactly {size} samples at a time, the data holds {length}; give more, or export it with a dynamic first axis")
-        axes = tuple(next(iter(found), open_axis(*pair, length)) for pair, found in zip(pairs, beyond, strict=True))
+            raise UsageError(
+                f"the model takes exactly {size} samples at a time, the data holds {length}; give more, or export it with a dynamic first axis"
+            )
+        axes = tuple(
+            next(iter(found), open_axis(*pair, length)) for pair, found in zip(pairs, beyond, strict=True)
+        )
         return _Way(axes, size, size, one_sample=size > 1 and not any(axis is not None for axis in declared))
 
     def _bounds(self, call: Batch) -> tuple[int, int | None] | None:
-        """The least and the most samples of a call where its axes hold samples, as running the model shows; None where they do not."""
+        """The least and the most samples of a call where its axes hold samples, as running the model shows.
+
+        None where they do not.
+        """
         pair = call.part(0, 2) if call.size > 1 else call.resized(2)
         one, both = self._tried(pair.part(0, 1)), self._tried(pair)
         if both is None:
@@ -151,10 +203,17 @@ class Calls:
             return 1, None
         # a model that squeezes its answers loses the axis of a single sample
         four = call.part(0, 4) if call.size > 3 else call.resized(4)
-        return (2, None) if _follow(self._tried(four), (self._tried(four.part(0, 2)), self._tried(four.part(2, 4)))) else None
+        return (
+            (2, None)
+            if _follow(self._tried(four), (self._tried(four.part(0, 2)), self._tried(four.part(2, 4))))
+            else None
+        )
 
     def _tried(self, call: Batch) -> object:
-        """What the model answers; None where it fails, which it may do in any way on sizes that it does not take."""
+        """What the model answers.
+
+        None where it fails, which it may do in any way on sizes that it does not take.
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -173,7 +232,9 @@ class Calls:
             self.model.run(call)
         except InvalidModelError as error:
             if any(tensor.dtype is torch.uint8 for tensor in call.tensors):
-                raise InvalidModelError(f"{error}; the data is uint8: convert it as it was for training, {TO_FLOAT}") from error
+                raise InvalidModelError(
+                    f"{error}; the data is uint8: convert it as it was for training, {TO_FLOAT}"
+                ) from error
             raise
         return self._uncut(_Way(call.sample_axes))
 
@@ -188,20 +249,33 @@ def _kind(call: Batch) -> object:
     """Equal for calls that can be put together: shapes, types, and what the samples share."""
 
     def one(tensor: Tensor, axis: int | None) -> object:
-        shared = None if axis is not None else tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        shared = (
+            None if axis is not None else tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        )
         return tensor.shape, tensor.dtype, shared
 
-    return tuple(call.kwargs), call.sample_axes, tuple(one(*pair) for pair in zip(call.tensors, call.sample_axes, strict=True))
+    return (
+        tuple(call.kwargs),
+        call.sample_axes,
+        tuple(one(*pair) for pair in zip(call.tensors, call.sample_axes, strict=True)),
+    )
 
 
 def _joined(calls: Sequence[Batch]) -> Batch:
     columns = zip(*(call.tensors for call in calls), strict=True)
-    return calls[0].replaced([column[0] if axis is None else torch.cat(column, axis) for column, axis in zip(columns, calls[0].sample_axes, strict=True)])
+    return calls[0].replaced(
+        [
+            column[0] if axis is None else torch.cat(column, axis)
+            for column, axis in zip(columns, calls[0].sample_axes, strict=True)
+        ]
+    )
 
 
 def _follow(whole: object, parts: Sequence[object]) -> bool:
     """Whether what a call answers is what its parts answer, one beside the other along some axis of an output."""
-    columns = [[leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)] for outputs in (whole, *parts)]
+    columns = [
+        [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)] for outputs in (whole, *parts)
+    ]
     if len({len(column) for column in columns}) != 1:
         return False
     axes = [_axis_of(together, single) for together, *single in zip(*columns, strict=True)]

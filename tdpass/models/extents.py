@@ -20,7 +20,8 @@ _Calls = Sequence[tuple[Extent, int]]
 def with_extents(site: Site, tapes: Sequence[Tape]) -> Site:
     """The site with the activation sizes that recorded runs show: per sample, where each has the same whole number of calls.
 
-    Where runs differ, because a layer is reached by some samples only or samples differ in size, those of all runs together.
+    Where runs differ, because a layer is reached by some samples only or samples differ in size, those of all
+    runs together.
     """
     each = [_calls(site, tape) for tape in tapes]
     alone = {_extents(site, calls, tape.batch_size) for calls, tape in zip(each, tapes, strict=True)}
@@ -38,12 +39,16 @@ def with_extents(site: Site, tapes: Sequence[Tape]) -> Site:
 
 def _calls(site: Site, tape: Tape) -> _Calls:
     """The sizes that each call reads and makes, and how often."""
-    return [kind_of(site).call(site, *tape.calls[index].shapes) for index in tape.site_calls.get(site.name, ())]
+    return [
+        kind_of(site).call(site, *tape.calls[index].shapes) for index in tape.site_calls.get(site.name, ())
+    ]
 
 
 def _extents(site: Site, calls: _Calls, samples: int) -> tuple[tuple[Extent, ...], int]:
     whole = all(times % samples == 0 for _, times in calls)
-    return _repeated(site, [(extent, times // samples if whole else times) for extent, times in calls]), 1 if whole else samples
+    return _repeated(
+        site, [(extent, times // samples if whole else times) for extent, times in calls]
+    ), 1 if whole else samples
 
 
 def _repeated(site: Site, calls: _Calls) -> tuple[Extent, ...]:

@@ -23,19 +23,31 @@ def unstacked(batch: Batch, inputs: Sequence[Input]) -> Iterator[Batch]:
     """
     tensors = [_as_declared(entry, tensor) for entry, tensor in zip(inputs, batch.tensors, strict=True)]
     batch = batch.replaced(tensors)
-    extra = [entry.dims is not None and tensor.dim() == len(entry.dims) + 1 for entry, tensor in zip(inputs, tensors, strict=True)]
+    extra = [
+        entry.dims is not None and tensor.dim() == len(entry.dims) + 1
+        for entry, tensor in zip(inputs, tensors, strict=True)
+    ]
     if not any(extra):
         yield batch
         return
     counts = {int(tensor.shape[0]) for tensor, stacked in zip(tensors, extra, strict=True) if stacked}
     if len(counts) > 1:
         shapes = [tuple(tensor.shape) for tensor in tensors]
-        raise UsageError(f"inputs of shapes {shapes} hold different numbers of calls along their first axis; give as many of each")
+        raise UsageError(
+            f"inputs of shapes {shapes} hold different numbers of calls along their first axis; give as many of each"
+        )
     (count,) = counts
-    beside = [None if more else _axis_beside(entry, tensor, count) for entry, tensor, more in zip(inputs, tensors, extra, strict=True)]
-    constant = all(bool((tensor == tensor[:1]).all()) for tensor, more in zip(tensors, extra, strict=True) if more)
+    beside = [
+        None if more else _axis_beside(entry, tensor, count)
+        for entry, tensor, more in zip(inputs, tensors, extra, strict=True)
+    ]
+    constant = all(
+        bool((tensor == tensor[:1]).all()) for tensor, more in zip(tensors, extra, strict=True) if more
+    )
     if constant and any(axis is not None for axis in beside):
-        yield batch.replaced([tensor[0] if more else tensor for tensor, more in zip(tensors, extra, strict=True)])
+        yield batch.replaced(
+            [tensor[0] if more else tensor for tensor, more in zip(tensors, extra, strict=True)]
+        )
         return
     for index in range(count):
         yield batch.replaced([_at(index, *item) for item in zip(tensors, extra, beside, strict=True)])
@@ -50,7 +62,11 @@ def _at(index: int, tensor: Tensor, stacked: bool, axis: int | None) -> Tensor:
 def _axis_beside(entry: Input, tensor: Tensor, count: int) -> int | None:
     """The axis along which an input that is not stacked holds one sample for each of `count` calls."""
     sizes = entry.dims or ()
-    fitting = (axis for axis, size in enumerate(sizes) if tensor.dim() > axis and tensor.shape[axis] == count and _takes_one(size))
+    fitting = (
+        axis
+        for axis, size in enumerate(sizes)
+        if tensor.dim() > axis and tensor.shape[axis] == count and _takes_one(size)
+    )
     return next(fitting, None)
 
 
@@ -73,7 +89,11 @@ def _missing_axis(entry: Input, tensor: Tensor) -> int | None:
     dims = entry.dims
     if dims is None or tensor.dim() != len(dims) - 1:
         return None
-    found = [axis for axis, size in enumerate(dims) if _takes_one(size) and replace(entry, dims=dims[:axis] + dims[axis + 1 :]).fits(tensor.shape)]
+    found = [
+        axis
+        for axis, size in enumerate(dims)
+        if _takes_one(size) and replace(entry, dims=dims[:axis] + dims[axis + 1 :]).fits(tensor.shape)
+    ]
     named = [axis for axis in found if _names_batch(dims[axis])]
     return next(iter(named or found), None)
 
@@ -85,7 +105,9 @@ def _names_batch(size: int | str) -> bool:
 def may_hold_samples(inputs: Sequence[Input], fixed: int | None) -> bool:
     """Whether an open axis may be that of the samples: where their number is `fixed`, only one that is named so, or has no name beside more than one."""
     opened = [size for entry in inputs for size in entry.dims or () if isinstance(size, str)]
-    return bool(opened) and (fixed is None or any(_names_batch(size) or (not size and fixed > 1) for size in opened))
+    return bool(opened) and (
+        fixed is None or any(_names_batch(size) or (not size and fixed > 1) for size in opened)
+    )
 
 
 def excess(entry: Input, tensor: Tensor) -> tuple[tuple[int, int], ...]:
@@ -105,9 +127,14 @@ def fixed_axis(entry: Input, declared: int | None) -> int | None:
 
 
 def open_axis(entry: Input, tensor: Tensor, length: int, preferred: int = 0) -> int | None:
-    """An axis that the model leaves open and that is `length` long, the preferred one where it is one; else None."""
+    """An axis that the model leaves open and that is `length` long, the preferred one where it is one.
+
+    Else None.
+    """
     sizes: Dims = entry.dims if entry.dims is not None else ("",) * tensor.dim()
-    found = [axis for axis, size in enumerate(sizes) if isinstance(size, str) and tensor.shape[axis] == length]
+    found = [
+        axis for axis, size in enumerate(sizes) if isinstance(size, str) and tensor.shape[axis] == length
+    ]
     return preferred if preferred in found else next(iter(found), None)
 
 
@@ -121,7 +148,11 @@ def candidate_axes(call: Batch, inputs: Sequence[Input]) -> Iterator[Axes]:
 
 
 def _named_alike(inputs: Sequence[Input]) -> Iterator[Axes]:
-    names = Counter(name for entry in inputs for name in {size for size in entry.dims or () if isinstance(size, str) and size})
+    names = Counter(
+        name
+        for entry in inputs
+        for name in {size for size in entry.dims or () if isinstance(size, str) and size}
+    )
     first = next((entry.dims[0] for entry in inputs if entry.dims), None)
     for name in sorted(names, key=lambda name: (not _names_batch(name), name != first)):
         yield tuple(entry.dims.index(name) if entry.dims and name in entry.dims else None for entry in inputs)
@@ -130,18 +161,31 @@ def _named_alike(inputs: Sequence[Input]) -> Iterator[Axes]:
 def _equally_long(call: Batch, inputs: Sequence[Input]) -> Iterator[Axes]:
     pairs = list(zip(inputs, call.tensors, strict=True))
     for axis in (0, 1):
-        opened = [tensor for entry, tensor in pairs if tensor.dim() > axis and open_axis(entry, tensor, tensor.shape[axis], axis) == axis]
+        opened = [
+            tensor
+            for entry, tensor in pairs
+            if tensor.dim() > axis and open_axis(entry, tensor, tensor.shape[axis], axis) == axis
+        ]
         for other in (0, 1) if opened else ():
             leader, length = opened[0], opened[0].shape[axis]
-            yield tuple(open_axis(entry, tensor, length, axis if tensor is leader else other) for entry, tensor in pairs)
+            yield tuple(
+                open_axis(entry, tensor, length, axis if tensor is leader else other)
+                for entry, tensor in pairs
+            )
 
 
 def sized(signature: Signature, batch: Batch) -> Batch:
     """A call of the types and sizes that the model fixes, made of example inputs of any batch: cut, or grown by repetition."""
     inputs = signature.inputs_of(batch)
-    tensors = [_as_declared(entry, entry.converted(tensor)) for entry, tensor in zip(inputs, batch.tensors, strict=True)]
+    tensors = [
+        _as_declared(entry, entry.converted(tensor))
+        for entry, tensor in zip(inputs, batch.tensors, strict=True)
+    ]
     added = missing_axes(inputs, batch.replaced(tensors))
-    tensors = [tensor if axis is None else tensor.unsqueeze(axis) for tensor, axis in zip(tensors, added, strict=True)]
+    tensors = [
+        tensor if axis is None else tensor.unsqueeze(axis)
+        for tensor, axis in zip(tensors, added, strict=True)
+    ]
     places = [fixed_axis(*pair) for pair in zip(inputs, signature.fixed_axes(inputs), strict=True)]
     return batch.replaced([_fitted(*item) for item in zip(inputs, tensors, places, strict=True)])
 

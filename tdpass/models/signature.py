@@ -19,8 +19,8 @@ Dims = tuple[Size, ...]
 class Input:
     """One input as the model declares it; None where it says nothing.
 
-    A size is a number where it is fixed and a text where it is open: equal texts stand for equal sizes, the empty one for a
-    size of its own.
+    A size is a number where it is fixed and a text where it is open: equal texts stand for equal sizes, the
+    empty one for a size of its own.
     """
 
     name: str
@@ -31,7 +31,8 @@ class Input:
     def converted(self, tensor: Tensor) -> Tensor:
         """The tensor in the type that the input takes, where that changes no value but for rounding to another precision.
 
-        Raises `InvalidModelError` where it does, or where only whoever trained the model knows how to convert.
+        Raises `InvalidModelError` where it does, or where only whoever trained the model knows how to
+        convert.
         """
         if self.dtype is None or tensor.dtype is self.dtype:
             return tensor
@@ -42,30 +43,41 @@ class Input:
         if before.is_floating_point and not after.is_floating_point:
             raise InvalidModelError(f"{told}; give whole numbers, such as token numbers, in an integer type")
         made = tensor.to(after)
-        unchanged = torch.isfinite(made).all() if after.is_floating_point else torch.equal(made.to(before), tensor)
+        unchanged = (
+            torch.isfinite(made).all() if after.is_floating_point else torch.equal(made.to(before), tensor)
+        )
         if not bool(unchanged):
             largest = float(tensor.abs().max()) if before is not torch.bool else 1.0
-            raise InvalidModelError(f"{told}, with numbers up to {largest:g}, which {_plain(after)} cannot hold; scale or clip them as for training")
+            raise InvalidModelError(
+                f"{told}, with numbers up to {largest:g}, which {_plain(after)} cannot hold; scale or clip them as for training"
+            )
         return made
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of that shape can be given as it is."""
         if self.dims is None:
             return True
-        return len(shape) == len(self.dims) and all(isinstance(size, str) or size == given for size, given in zip(self.dims, shape, strict=True))
+        return len(shape) == len(self.dims) and all(
+            isinstance(size, str) or size == given for size, given in zip(self.dims, shape, strict=True)
+        )
 
     def __str__(self) -> str:
-        sizes = "of any shape" if self.dims is None else f"[{', '.join(str(size) or '?' for size in self.dims)}]"
+        sizes = (
+            "of any shape" if self.dims is None else f"[{', '.join(str(size) or '?' for size in self.dims)}]"
+        )
         return f"{self.name}: {'any type' if self.dtype is None else _plain(self.dtype)} {sizes}"
 
 
-TO_FLOAT = "images of uint8 usually as x.float() / 255, then normalised with the mean and deviation of training"
+TO_FLOAT = (
+    "images of uint8 usually as x.float() / 255, then normalised with the mean and deviation of training"
+)
 
 
 @dataclass(frozen=True)
 class Signature:
-    """The inputs in their order; `outputs` are the sizes of its outputs, `others` tells whether it takes inputs that are not listed.
+    """The inputs in their order.
 
+    `outputs` are the sizes of its outputs, `others` tells whether it takes inputs that are not listed.
     `notes` says what is to be known of the inputs.
     """
 
@@ -106,12 +118,17 @@ class Signature:
         return found
 
     def bind(self, batch: Batch) -> dict[str, Tensor]:
-        """Tensors by input name, in the types that the model takes; raises `InvalidModelError`, listing those, for what does not fit."""
+        """Tensors by input name, in the types that the model takes.
+
+        Raises `InvalidModelError`, listing those, for what does not fit.
+        """
         bound: dict[str, Tensor] = {}
         for entry, tensor in zip(self.inputs_of(batch), batch.tensors, strict=True):
             bound[entry.name] = entry.converted(tensor)
             if not entry.fits(tensor.shape):
-                raise self.unfit(f"input {entry.name!r} is {_plain(tensor.dtype)} [{', '.join(map(str, tensor.shape))}]")
+                raise self.unfit(
+                    f"input {entry.name!r} is {_plain(tensor.dtype)} [{', '.join(map(str, tensor.shape))}]"
+                )
         return bound
 
     def unfit(self, problem: str) -> InvalidModelError:
@@ -122,13 +139,18 @@ class Signature:
     def fixed_axes(self, inputs: Iterable[Input]) -> tuple[int | None, ...]:
         """Where the samples of inputs of fixed sizes lie: along the first size that all inputs with axes have in common.
 
-        None for all where there is no such size, or an output has no axis of that size: the inputs are then one sample.
+        None for all where there is no such size, or an output has no axis of that size: the inputs are then
+        one sample.
         """
         dims = [entry.dims or () for entry in inputs]
         ranked = [sizes for sizes in dims if sizes]
         shortest: Dims = min(ranked, key=len, default=())
         common = next((size for size in shortest if all(size in sizes for sizes in ranked)), None)
-        if not isinstance(common, int) or any(common not in sizes for sizes in self.outputs if sizes and not any(isinstance(size, str) for size in sizes)):
+        if not isinstance(common, int) or any(
+            common not in sizes
+            for sizes in self.outputs
+            if sizes and not any(isinstance(size, str) for size in sizes)
+        ):
             return tuple(None for _ in dims)
         return tuple(sizes.index(common) if common in sizes else None for sizes in dims)
 
@@ -138,7 +160,14 @@ class Signature:
         if any(entry.dims is None or (entry.dims and isinstance(entry.dims[0], str)) for entry in needed):
             return None
         axes = self.fixed_axes(needed)
-        return next((entry.dims[axis] for entry, axis in zip(needed, axes, strict=True) if entry.dims and axis is not None), None)  # type: ignore[return-value]
+        return next(
+            (
+                entry.dims[axis]
+                for entry, axis in zip(needed, axes, strict=True)
+                if entry.dims and axis is not None
+            ),
+            None,
+        )  # type: ignore[return-value]
 
 
 def _plain(dtype: torch.dtype) -> str:

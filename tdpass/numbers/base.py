@@ -36,7 +36,8 @@ class Part:
 class Numbers(ABC):
     """One number type with its granularity; a frozen dataclass per file, registered with `register_numbers`.
 
-    Class attributes: `name`, and `bits` of one value, which may be a property.  `str` is the text that `numbers_named` reads.
+    Class attributes: `name`, and `bits` of one value, which may be a property.  `str` is the text that
+    `numbers_named` reads.
     """
 
     name: ClassVar[str]
@@ -53,16 +54,18 @@ class Numbers(ABC):
 
     @abstractmethod
     def parts(self, shape: Shape, kept: int | None = None) -> dict[str, Part]:
-        """What is stored for a factor of that shape, the values first; raises `PlanError` for a shape it does not divide.
+        """What is stored for a factor of that shape, the values first.
 
-        `kept` is how many values are stored of a factor with a support.
+        Raises `PlanError` for a shape it does not divide. `kept` is how many values are stored of a factor
+        with a support.
         """
 
     @abstractmethod
     def fit(self, factor: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
         """The parts beside the values, such as scales, that suit a factor of floating-point numbers.
 
-        `weights`, of its shape, say how much the squared error of each number counts, 0 for one that is not stored.
+        `weights`, of its shape, say how much the squared error of each number counts, 0 for one that is not
+        stored.
         """
 
     @abstractmethod
@@ -78,31 +81,49 @@ class Numbers(ABC):
         return values
 
     @abstractmethod
-    def decode(self, ops: StorageOps[V], codes: V, beside: Mapping[str, V], shape: Shape, dtype: torch.dtype) -> V:
+    def decode(
+        self, ops: StorageOps[V], codes: V, beside: Mapping[str, V], shape: Shape, dtype: torch.dtype
+    ) -> V:
         """The factor that codes, in its shape or one after another, stand for, in a floating-point type."""
 
-    def store(self, factor: Tensor, kept: Tensor | None = None, beside: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def store(
+        self, factor: Tensor, kept: Tensor | None = None, beside: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """The parts of a factor of floating-point numbers, its values rounded to the nearest.
 
-        `kept` says of which entries the values are stored, all others being zero; `beside` are parts to use instead of those that suit.
+        `kept` says of which entries the values are stored, all others being zero; `beside` are parts to use
+        instead of those that suit.
         """
         beside = dict(self.fit(factor) if beside is None else beside)
         codes = self.codes(factor, beside)
         return {VALUES: self.packed(codes if kept is None else codes[kept]), **beside}
 
     def restore(
-        self, ops: StorageOps[V], parts: Mapping[str, V], shape: Shape, dtype: torch.dtype, kept: V | None = None, count: int | None = None
+        self,
+        ops: StorageOps[V],
+        parts: Mapping[str, V],
+        shape: Shape,
+        dtype: torch.dtype,
+        kept: V | None = None,
+        count: int | None = None,
     ) -> V:
-        """The factor that the parts stand for, in a floating-point type; `kept` as ones and zeros, `count` of them ones."""
+        """The factor that the parts stand for, in a floating-point type.
+
+        `kept` as ones and zeros, `count` of them ones.
+        """
         codes = self.unpacked(ops, parts[VALUES], math.prod(shape) if count is None else count)
         beside = {name: part for name, part in parts.items() if name != VALUES}
-        return self.decode(ops, codes if kept is None else ops.spread(codes, kept, shape), beside, shape, dtype)
+        return self.decode(
+            ops, codes if kept is None else ops.spread(codes, kept, shape), beside, shape, dtype
+        )
 
     def rounded(self, factor: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
         """The numbers nearest to those of a factor, float64, of all that are stored with these parts beside the values."""
         return self.decode(TorchOps(), self.codes(factor, beside), beside, tuple(factor.shape), torch.float64)
 
-    def column(self, numbers: Tensor, beside: Mapping[str, Tensor], shape: Shape, place: int, rows: slice) -> Tensor:
+    def column(
+        self, numbers: Tensor, beside: Mapping[str, Tensor], shape: Shape, place: int, rows: slice
+    ) -> Tensor:
         """`rounded` of one column of the factor of that shape, seen as a matrix, where numbers of these rows alone are given."""
         return self.rounded(numbers[:, None], beside)[:, 0]
 
@@ -120,12 +141,19 @@ def register_numbers(cls: type[Numbers]) -> type[Numbers]:
 
 
 def numbers_named(text: str) -> Numbers:
-    """Read `int8`, `int8/tensor`, `int4/64`, `int8/zero` or `levels16`; raises `PlanError` for what is no number type."""
+    """Read `int8`, `int8/tensor`, `int4/64`, `int8/zero` or `levels16`.
+
+    Raises `PlanError` for what is no number type.
+    """
     name, *options = text.split("/")
     stem = name.rstrip("0123456789")
     if name not in NUMBERS and stem not in NUMBERS:
         raise PlanError(f"unknown number type {text!r}; known: {', '.join(NUMBERS.names())}")
     try:
-        return NUMBERS.get(name).read(options) if name in NUMBERS else NUMBERS.get(stem).read([name.removeprefix(stem), *options])
+        return (
+            NUMBERS.get(name).read(options)
+            if name in NUMBERS
+            else NUMBERS.get(stem).read([name.removeprefix(stem), *options])
+        )
     except ValueError as error:
         raise PlanError(f"number type {text!r} is not understood: {error}") from None

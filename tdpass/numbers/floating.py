@@ -37,5 +37,7 @@ class Floating(Numbers, ABC):
     def codes(self, factor: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
         return factor.detach().to(self.dtype)
 
-    def decode(self, ops: StorageOps[V], codes: V, beside: Mapping[str, V], shape: Shape, dtype: torch.dtype) -> V:
+    def decode(
+        self, ops: StorageOps[V], codes: V, beside: Mapping[str, V], shape: Shape, dtype: torch.dtype
+    ) -> V:
         return codes if dtype is self.dtype else ops.cast(codes, dtype)

@@ -24,9 +24,9 @@ _ALLOWED = "a granularity ('tensor', or the size of a group such as '64'; none f
 class Integer(Numbers, ABC):
     """Signed integers of `bits` bits, rounded to the nearest, that share a scale by row.
 
-    A row is what one index of the factor's first axis holds (`group` 0), a group of that many numbers of it, or all of the factor
-    (`group` -1).  Symmetric: scale = max |w| / (2^(bits - 1) - 1).  With `zero` the range from the least to the largest number, 0
-    included, is covered from end to end.
+    A row is what one index of the factor's first axis holds (`group` 0), a group of that many numbers of it,
+    or all of the factor (`group` -1).  Symmetric: scale = max |w| / (2^(bits - 1) - 1).  With `zero` the
+    range from the least to the largest number, 0 included, is covered from end to end.
     """
 
     group: int = 0
@@ -50,12 +50,16 @@ class Integer(Numbers, ABC):
         if self.group <= 0:
             return 1 if self.group else shape[0]
         if (math.prod(shape) // shape[0]) % self.group:
-            raise PlanError(f"{self} does not divide a factor of shape {shape}: a channel holds {math.prod(shape) // shape[0]} numbers; choose another group")
+            raise PlanError(
+                f"{self} does not divide a factor of shape {shape}: a channel holds {math.prod(shape) // shape[0]} numbers; choose another group"
+            )
         return math.prod(shape) // self.group
 
     def parts(self, shape: Shape, kept: int | None = None) -> dict[str, Part]:
         if kept is not None and self.zero:
-            raise PlanError(f"{self} has a zero point, and entries that are not stored are zero; leave out '/zero' beside a support")
+            raise PlanError(
+                f"{self} has a zero point, and entries that are not stored are zero; leave out '/zero' beside a support"
+            )
         rows = (self.rows(shape),)
         found = {VALUES: self.stored(shape if kept is None else (kept,)), _SCALE: Part(rows, torch.float32)}
         return {**found, _ZERO: Part(rows, torch.int8)} if self.zero else found
@@ -104,10 +108,14 @@ class Integer(Numbers, ABC):
         shifted = steps + beside[_ZERO].double()[:, None] if self.zero else steps
         return shifted.clamp(-self.top - self.zero, self.top).to(torch.int8).reshape(factor.shape)
 
-    def decode(self, ops: StorageOps[V], codes: V, beside: Mapping[str, V], shape: Shape, dtype: torch.dtype) -> V:
+    def decode(
+        self, ops: StorageOps[V], codes: V, beside: Mapping[str, V], shape: Shape, dtype: torch.dtype
+    ) -> V:
         return ops.dequantize(codes, beside[_SCALE], beside.get(_ZERO), shape, self.rows(shape), dtype)
 
-    def column(self, numbers: Tensor, beside: Mapping[str, Tensor], shape: Shape, place: int, rows: slice) -> Tensor:
+    def column(
+        self, numbers: Tensor, beside: Mapping[str, Tensor], shape: Shape, place: int, rows: slice
+    ) -> Tensor:
         scale, zero = (self._along(beside.get(name), shape, place, rows) for name in (_SCALE, _ZERO))
         return (((numbers / scale).round() + zero).clamp(-self.top - self.zero, self.top) - zero) * scale
 

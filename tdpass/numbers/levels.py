@@ -23,8 +23,8 @@ _ROUNDS = 200
 class Levels(Numbers):
     """`table[values]`, the table in single precision, of `count` numbers.
 
-    Where a factor has no more distinct numbers, the table is those; else it is found by Lloyd's algorithm from evenly spaced quantiles,
-    zero among it where the factor holds zeros.
+    Where a factor has no more distinct numbers, the table is those; else it is found by Lloyd's algorithm
+    from evenly spaced quantiles, zero among it where the factor holds zeros.
     """
 
     count: int
@@ -46,7 +46,10 @@ class Levels(Numbers):
 
     def parts(self, shape: Shape, kept: int | None = None) -> dict[str, Part]:
         values = math.prod(shape) if kept is None else kept
-        return {VALUES: Part((math.ceil(values * self.bits / 8),), torch.uint8), _TABLE: Part((self.count,), torch.float32)}
+        return {
+            VALUES: Part((math.ceil(values * self.bits / 8),), torch.uint8),
+            _TABLE: Part((self.count,), torch.float32),
+        }
 
     def fit(self, factor: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
         given = torch.ones_like(factor) if weights is None else weights
@@ -67,20 +70,32 @@ class Levels(Numbers):
     def unpacked(self, ops: StorageOps[V], values: V, count: int) -> V:
         return ops.unpack(values, count, self.bits)
 
-    def decode(self, ops: StorageOps[V], codes: V, beside: Mapping[str, V], shape: Shape, dtype: torch.dtype) -> V:
+    def decode(
+        self, ops: StorageOps[V], codes: V, beside: Mapping[str, V], shape: Shape, dtype: torch.dtype
+    ) -> V:
         return self._typed(ops, ops.reshape(ops.lookup(beside[_TABLE], codes), shape), dtype)
 
-    def store(self, factor: Tensor, kept: Tensor | None = None, beside: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def store(
+        self, factor: Tensor, kept: Tensor | None = None, beside: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         if kept is None:
             return super().store(factor, None, beside)
         return super().store(factor[kept], None, beside)
 
     def restore(
-        self, ops: StorageOps[V], parts: Mapping[str, V], shape: Shape, dtype: torch.dtype, kept: V | None = None, count: int | None = None
+        self,
+        ops: StorageOps[V],
+        parts: Mapping[str, V],
+        shape: Shape,
+        dtype: torch.dtype,
+        kept: V | None = None,
+        count: int | None = None,
     ) -> V:
         if kept is None or count is None:
             return super().restore(ops, parts, shape, dtype)
-        numbers = ops.lookup(parts[_TABLE], self.unpacked(ops, parts[VALUES], count))  # the first level is not zero
+        numbers = ops.lookup(
+            parts[_TABLE], self.unpacked(ops, parts[VALUES], count)
+        )  # the first level is not zero
         return self._typed(ops, ops.spread(numbers, kept, shape), dtype)
 
     def _typed(self, ops: StorageOps[V], numbers: V, dtype: torch.dtype) -> V:
@@ -88,17 +103,31 @@ class Levels(Numbers):
 
 
 def _lloyd(numbers: Tensor, weights: Tensor, count: int) -> Tensor:
-    """The `count` numbers of least squared distance to weighted ones, which are distinct and in order; zero stays where it is one of them."""
-    total, moment = (torch.cat([torch.zeros(1, dtype=torch.float64), part.cumsum(0)]) for part in (weights, weights * numbers))
+    """The `count` numbers of least squared distance to weighted ones, which are distinct and in order.
+
+    Zero stays where it is one of them.
+    """
+    total, moment = (
+        torch.cat([torch.zeros(1, dtype=torch.float64), part.cumsum(0)])
+        for part in (weights, weights * numbers)
+    )
     places = (torch.arange(count, dtype=torch.float64) + 0.5) / count * numbers.numel()
     table, zero = numbers[places.long()], bool((numbers == 0).any())
     for _ in range(_ROUNDS):
         if zero:
             table[table.abs().argmin()] = 0.0
         table = table.sort().values
-        edges = torch.cat([torch.zeros(1, dtype=torch.long), torch.bucketize((table[1:] + table[:-1]) / 2, numbers), torch.tensor([numbers.numel()])])
+        edges = torch.cat(
+            [
+                torch.zeros(1, dtype=torch.long),
+                torch.bucketize((table[1:] + table[:-1]) / 2, numbers),
+                torch.tensor([numbers.numel()]),
+            ]
+        )
         held = total[edges[1:]] - total[edges[:-1]]
-        means = torch.where(held > 0, (moment[edges[1:]] - moment[edges[:-1]]) / held.clamp_min(1e-300), table)
+        means = torch.where(
+            held > 0, (moment[edges[1:]] - moment[edges[:-1]]) / held.clamp_min(1e-300), table
+        )
         if torch.equal(means, table):
             break
         table = means

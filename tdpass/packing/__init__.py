@@ -1,7 +1,8 @@
 """Pruned and quantized tensors as few bytes, without loss.
 
-`pack` turns a floating-point tensor into one self-describing block of bytes where that pays, and `unpack` gives back the
-same bits: 0.0 and -0.0 are told apart, infinite and NaN tensors are left alone.  What it does is read off the content alone.
+`pack` turns a floating-point tensor into one self-describing block of bytes where that pays, and `unpack`
+gives back the same bits: 0.0 and -0.0 are told apart, infinite and NaN tensors are left alone.  What it does
+is read off the content alone.
 
 Block, all integers little-endian, `varint` seven bits a byte with the low ones first:
 
@@ -16,9 +17,10 @@ Block, all integers little-endian, `varint` seven bits a byte with the low ones 
     stream    32-bit words of one range coder: positions, signs of zeros, indices, signs
     checks    16 bits of the CRC-32 of the tensor, CRC-32 of everything before
 
-Positions are a bitmap with one probability per element, from a stored total and from the counts of its row and column so
-far; an entropy-coded bitmap at a constant rate costs what entropy-coded gaps cost.  All probabilities are 24-bit integers from
-integer arithmetic, which the coder takes over exactly, so that a block decodes alike on every machine.
+Positions are a bitmap with one probability per element, from a stored total and from the counts of its row
+and column so far; an entropy-coded bitmap at a constant rate costs what entropy-coded gaps cost.  All
+probabilities are 24-bit integers from integer arithmetic, which the coder takes over exactly, so that a block
+decodes alike on every machine.
 """
 
 from tdpass.packing.block import pack as pack

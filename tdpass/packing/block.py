@@ -12,7 +12,15 @@ from torch import Tensor
 from tdpass.errors import InvalidModelError
 from tdpass.packing.floats import DTYPES, Bits, from_bits, sign_bit, to_bits, unsigned
 from tdpass.packing.grids import find_multiples
-from tdpass.packing.header import MOST_AXES, MOST_ELEMENTS, PER_BYTE, Header, content_check, read_header, sealed
+from tdpass.packing.header import (
+    MOST_AXES,
+    MOST_ELEMENTS,
+    PER_BYTE,
+    Header,
+    content_check,
+    read_header,
+    sealed,
+)
 from tdpass.packing.positions import Mask, choose_learning, code_positions, folded
 from tdpass.packing.stream import Ints, Reader, Stream, Writer, learned_symbols
 from tdpass.packing.values import SIGN_PRIOR, code_indices, describe, levels_of, restore
@@ -24,18 +32,32 @@ _GLANCE = 1 << 16
 
 
 def pack(tensor: Tensor) -> bytes | None:
-    """The block of a floating-point tensor; None where it is not at most 3/4 of the plain size, or an element is not finite.
+    """The block of a floating-point tensor.
 
-    A tensor with neither a quarter of zeros nor levels is left alone, even where its exponents could be coded in fewer bits.
+    None where it is not at most 3/4 of the plain size, or an element is not finite. A tensor with neither a
+    quarter of zeros nor levels is left alone, even where its exponents could be coded in fewer bits.
     """
-    if tensor.dtype not in DTYPES or tensor.layout is not torch.strided or tensor.is_meta or tensor.dim() > MOST_AXES:
+    if (
+        tensor.dtype not in DTYPES
+        or tensor.layout is not torch.strided
+        or tensor.is_meta
+        or tensor.dim() > MOST_AXES
+    ):
         return None
     plain = tensor.numel() * tensor.element_size()
     if not 0 < tensor.numel() <= MOST_ELEMENTS or not bool(torch.isfinite(tensor).all()):
         return None
     bits = to_bits(tensor)
-    block = _pack(bits, tensor.dtype, tuple(tensor.shape)) if _promising(bits, tensor.dtype, tuple(tensor.shape)) else None
-    return block if block is not None and len(block) <= _WORTH * plain and tensor.numel() <= PER_BYTE * len(block) else None
+    block = (
+        _pack(bits, tensor.dtype, tuple(tensor.shape))
+        if _promising(bits, tensor.dtype, tuple(tensor.shape))
+        else None
+    )
+    return (
+        block
+        if block is not None and len(block) <= _WORTH * plain and tensor.numel() <= PER_BYTE * len(block)
+        else None
+    )
 
 
 def unpack(block: bytes, name: str = "") -> Tensor:
@@ -46,7 +68,9 @@ def unpack(block: bytes, name: str = "") -> Tensor:
         if zlib.crc32(bits.tobytes()) & 0xFFFF != content_check(block):
             raise InvalidModelError("its content fails its checksum")
     except InvalidModelError as error:
-        raise InvalidModelError(f"the packed tensor {name!r} is damaged: {error}; write the file again with Artifact.save") from None
+        raise InvalidModelError(
+            f"the packed tensor {name!r} is damaged: {error}; write the file again with Artifact.save"
+        ) from None
     return from_bits(bits, header.dtype, header.shape)
 
 
@@ -81,7 +105,9 @@ def _pack(bits: Bits, dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
     _code_zeros(writer, header, mask, negative_zeros)
     if values is not None:
         code_indices(writer, values, header.kind, header.alphabet, header.prior, header.survivors)
-    return sealed(header.to_bytes() + (values.data if values is not None else b"") + writer.finish(), bits.tobytes())
+    return sealed(
+        header.to_bytes() + (values.data if values is not None else b"") + writer.finish(), bits.tobytes()
+    )
 
 
 def _unpack(header: Header, data: bytes, stream: bytes) -> Bits:
@@ -94,12 +120,16 @@ def _unpack(header: Header, data: bytes, stream: bytes) -> Bits:
     if header.negative_zeros:
         bits[~survives] = np.where(negative == 1, sign_bit(header.dtype), bits[:1])
     if header.survivors:
-        indices, signs = code_indices(reader, None, header.kind, header.alphabet, header.prior, header.survivors)
+        indices, signs = code_indices(
+            reader, None, header.kind, header.alphabet, header.prior, header.survivors
+        )
         bits[survives] = restore(header.kind, data, indices, signs, _groups(header, mask), header.dtype)
     return bits
 
 
-def _code_zeros(stream: Stream, header: Header, mask: Mask | None, negative: Ints | None) -> tuple[Mask, Ints]:
+def _code_zeros(
+    stream: Stream, header: Header, mask: Mask | None, negative: Ints | None
+) -> tuple[Mask, Ints]:
     """Positions of survivors, and which zeros are negative."""
     found = code_positions(stream, folded(header.shape), header.survivors, header.learning, mask)
     if not header.negative_zeros:

@@ -46,13 +46,19 @@ def numbers(bits: Bits, dtype: torch.dtype) -> Floats:
 
 
 def rounded(values: Floats, dtype: torch.dtype) -> Bits:
-    """The bits of numbers rounded to a type, half precisions by way of float32; each step rounds to nearest even, on any machine."""
+    """The bits of numbers rounded to a type, half precisions by way of float32.
+
+    Each step rounds to nearest even, on any machine.
+    """
     exact = torch.from_numpy(np.ascontiguousarray(values))
     return to_bits(exact if dtype is torch.float64 else exact.float().to(dtype))
 
 
 def spacing(values: Floats, dtype: torch.dtype) -> Floats:
-    """About the distance to the next number of the type; halved first, since there is none after the largest."""
+    """About the distance to the next number of the type.
+
+    Halved first, since there is none after the largest.
+    """
     narrow = {torch.float64: np.float64, torch.float16: np.float16}.get(dtype, np.float32)
     gaps: Floats = np.spacing((values / 2).astype(narrow)).astype(np.float64)
     return gaps * (2 << 16 if dtype is torch.bfloat16 else 2)

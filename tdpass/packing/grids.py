@@ -19,7 +19,10 @@ _GLANCE = 1 << 14
 
 @dataclass(frozen=True)
 class Grid:
-    """Magnitudes as scale[group] * (index + 1), or scale * 2^index; scales are float64, of which `narrow` are float32 too."""
+    """Magnitudes as scale[group] * (index + 1), or scale * 2^index.
+
+    Scales are float64, of which `narrow` are float32 too.
+    """
 
     scales: Floats
     indices: Ints
@@ -27,10 +30,11 @@ class Grid:
 
 
 def find_multiples(magnitudes: Bits, dtype: torch.dtype, starts: Ints) -> Grid | None:
-    """The grid of positive magnitudes that come in groups, each with its own scale; None where some are on none.
+    """The grid of positive magnitudes that come in groups, each with its own scale.
 
-    Every level k bounds the scale to [(v - ulp/2) / k, (v + ulp/2) / k]; a scale within all bounds is tried and kept when the
-    products have the same bits.  The least magnitude may itself be the 1st to 8th level.
+    None where some are on none. Every level k bounds the scale to [(v - ulp/2) / k, (v + ulp/2) / k]; a scale
+    within all bounds is tried and kept when the products have the same bits.  The least magnitude may itself
+    be the 1st to 8th level.
     """
     glance = magnitudes[:_GLANCE]
     if glance.size < magnitudes.size and _solve(glance, dtype, starts[starts < glance.size]) is None:
@@ -47,7 +51,10 @@ def _solve(magnitudes: Bits, dtype: torch.dtype, starts: Ints) -> Grid | None:
     for multiple in range(1, _LEAST_MULTIPLES + 1):
         levels = np.rint(values / (least / multiple)[group])
         few = np.maximum.reduceat(levels, starts) <= MOST_LEVELS
-        low, high = np.maximum.reduceat((values - half) / levels, starts), np.minimum.reduceat((values + half) / levels, starts)
+        low, high = (
+            np.maximum.reduceat((values - half) / levels, starts),
+            np.minimum.reduceat((values + half) / levels, starts),
+        )
         for trial in (least / multiple, (low + high) / 2):
             for candidate in (trial.astype(np.float32).astype(np.float64), trial):
                 same = rounded(levels * candidate[group], dtype) == magnitudes
@@ -56,14 +63,19 @@ def _solve(magnitudes: Bits, dtype: torch.dtype, starts: Ints) -> Grid | None:
                 kept = np.where(fits[group], levels, kept)
                 solved |= fits
             if solved.all():
-                return Grid(scales, kept.astype(np.int64) - 1, bool((scales.astype(np.float32) == scales).all()))
+                return Grid(
+                    scales, kept.astype(np.int64) - 1, bool((scales.astype(np.float32) == scales).all())
+                )
         if starts.size == 1 and not few.all():
             return None
     return None
 
 
 def find_powers(magnitudes: Bits, dtype: torch.dtype) -> Grid | None:
-    """The grid scale * 2^index of positive magnitudes; None where their mantissas differ or they lie too far apart."""
+    """The grid scale * 2^index of positive magnitudes.
+
+    None where their mantissas differ or they lie too far apart.
+    """
     values = numbers(magnitudes, dtype)
     fractions, exponents = np.frexp(values)
     if (fractions != fractions[0]).any():

@@ -16,14 +16,19 @@ from tdpass.packing.values import PRIORS, Kind, data_size
 VERSION = 1
 MOST_AXES = 32
 MOST_ELEMENTS = 1 << 31
-PER_BYTE = 1 << 22  # elements that one byte may stand for: what a few bytes can make a reader allocate is bounded
+PER_BYTE = (
+    1 << 22
+)  # elements that one byte may stand for: what a few bytes can make a reader allocate is bounded
 _CHECK = 6
 _ONE_RATE = Learning()
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a block holds; `scales` counts the scales of a grid, `levels` the distinct values, 0 when they are raw."""
+    """What a block holds.
+
+    `scales` counts the scales of a grid, `levels` the distinct values, 0 when they are raw.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -44,12 +49,27 @@ class Header:
 
     def to_bytes(self) -> bytes:
         """The bytes up to the values."""
-        layout = DTYPES.index(self.dtype) | self.kind << 2 | self.learning.named << 5 | self.grouped << 6 | self.negative_zeros << 7
-        head = bytes([VERSION, layout]) + b"".join(map(varint, (len(self.shape), *self.shape, self.survivors)))
+        layout = (
+            DTYPES.index(self.dtype)
+            | self.kind << 2
+            | self.learning.named << 5
+            | self.grouped << 6
+            | self.negative_zeros << 7
+        )
+        head = bytes([VERSION, layout]) + b"".join(
+            map(varint, (len(self.shape), *self.shape, self.survivors))
+        )
         if not self.survivors:
             return head
         rates = self.learning.rows | self.learning.columns << 4
-        return head + varint(self.levels) + bytes([rates]) + varint(self.alphabet) + bytes([self.prior]) + (varint(self.scales) if self.grouped else b"")
+        return (
+            head
+            + varint(self.levels)
+            + bytes([rates])
+            + varint(self.alphabet)
+            + bytes([self.prior])
+            + (varint(self.scales) if self.grouped else b"")
+        )
 
 
 def varint(value: int) -> bytes:
@@ -75,7 +95,8 @@ def content_check(block: bytes) -> int:
 def read_header(block: bytes, name: str) -> tuple[Header, bytes, bytes]:
     """Header, value bytes and stream of a block.
 
-    Raises `InvalidModelError` naming the tensor when the block is damaged, of another version, or describes what cannot be.
+    Raises `InvalidModelError` naming the tensor when the block is damaged, of another version, or describes
+    what cannot be.
     """
     try:
         if len(block) < 4 + _CHECK or zlib.crc32(block[:-4]) != int.from_bytes(block[-4:], "little"):
@@ -84,13 +105,23 @@ def read_header(block: bytes, name: str) -> tuple[Header, bytes, bytes]:
             raise InvalidModelError(f"it is of version {block[0]}, and this tdpass reads version {VERSION}")
         header, offset = _parse(block)
         _check(header, len(block))
-        size = data_size(header.kind, header.survivors, header.alphabet, header.scales, header.dtype.itemsize) if header.survivors else 0
+        size = (
+            data_size(header.kind, header.survivors, header.alphabet, header.scales, header.dtype.itemsize)
+            if header.survivors
+            else 0
+        )
         if offset + size > len(block) - _CHECK:
-            raise InvalidModelError(f"its values take {size} bytes, and {len(block) - _CHECK - offset} are left")
+            raise InvalidModelError(
+                f"its values take {size} bytes, and {len(block) - _CHECK - offset} are left"
+            )
     except InvalidModelError as error:
-        raise InvalidModelError(f"the packed tensor {name!r} is damaged: {error}; write the file again with Artifact.save") from None
+        raise InvalidModelError(
+            f"the packed tensor {name!r} is damaged: {error}; write the file again with Artifact.save"
+        ) from None
     except (IndexError, ValueError):
-        raise InvalidModelError(f"the packed tensor {name!r} is damaged: its header is cut off; write the file again with Artifact.save") from None
+        raise InvalidModelError(
+            f"the packed tensor {name!r} is damaged: its header is cut off; write the file again with Artifact.save"
+        ) from None
     return header, block[offset : offset + size], block[offset + size : -_CHECK]
 
 
@@ -114,7 +145,17 @@ def _parse(block: bytes) -> tuple[Header, int]:
     if layout >> 6 & 1:
         scales, offset = _varint(body, offset)
     learning = Learning(rates & 15, rates >> 4, bool(layout >> 5 & 1))
-    return Header(*fixed, levels, bool(layout >> 7), learning, Kind(layout >> 2 & 7), bool(layout >> 6 & 1), alphabet, prior, scales), offset
+    return Header(
+        *fixed,
+        levels,
+        bool(layout >> 7),
+        learning,
+        Kind(layout >> 2 & 7),
+        bool(layout >> 6 & 1),
+        alphabet,
+        prior,
+        scales,
+    ), offset
 
 
 def _varint(data: bytes, offset: int) -> tuple[int, int]:
@@ -131,10 +172,16 @@ def _varint(data: bytes, offset: int) -> tuple[int, int]:
 def _check(header: Header, length: int) -> None:
     elements, most = header.elements, min(MOST_ELEMENTS, PER_BYTE * length)
     if not 1 <= elements <= most:
-        raise InvalidModelError(f"its shape {header.shape} has {elements} elements; {length} bytes can hold 1 to {most}")
+        raise InvalidModelError(
+            f"its shape {header.shape} has {elements} elements; {length} bytes can hold 1 to {most}"
+        )
     if header.survivors > elements or header.levels > header.survivors:
-        raise InvalidModelError(f"it counts {header.survivors} survivors and {header.levels} levels among {elements} elements")
+        raise InvalidModelError(
+            f"it counts {header.survivors} survivors and {header.levels} levels among {elements} elements"
+        )
     if max(header.learning.rows, header.learning.columns) >= len(STRENGTHS) or header.prior >= len(PRIORS):
         raise InvalidModelError("its rates are coded in an unknown way")
-    if header.grouped and (header.kind not in {Kind.MULTIPLES, Kind.WIDE_MULTIPLES} or header.scales > header.survivors):
+    if header.grouped and (
+        header.kind not in {Kind.MULTIPLES, Kind.WIDE_MULTIPLES} or header.scales > header.survivors
+    ):
         raise InvalidModelError(f"it has {header.scales} scales for {header.survivors} survivors")

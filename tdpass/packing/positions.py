@@ -13,7 +13,8 @@ from tdpass.packing.stream import ONE, Ints, Scale, Stream, learned_symbols
 
 Mask = npt.NDArray[np.bool_]
 
-# Strength of the expected count against the seen one, in quarters of an element; 0 stands for one rate throughout.
+# Strength of the expected count against the seen one, in quarters of an element; 0 stands for one rate
+# throughout.
 STRENGTHS = (0, 1, 2, 4, 8, 16, 32, 64, 256)
 _TRIED = (1, 4, 7)
 _FLAG_PRIOR = 8
@@ -36,17 +37,28 @@ def folded(shape: Sequence[int]) -> tuple[int, int]:
     return (1, math.prod(shape)) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
 
 
-def code_positions(stream: Stream, shape: tuple[int, int], count: int, learning: Learning, known: Mask | None) -> Mask:
+def code_positions(
+    stream: Stream, shape: tuple[int, int], count: int, learning: Learning, known: Mask | None
+) -> Mask:
     """The mask of a matrix with `count` survivors, written or read.
 
-    p = K/N * row factor * column factor, each factor (4 seen + s) / (4 expected + s) of its row or column up to now.
+    p = K/N * row factor * column factor, each factor (4 seen + s) / (4 expected + s) of its row or column up
+    to now.
     """
     if count in {0, shape[0] * shape[1]}:
         return np.full(shape, count > 0)
     if not learning.named:
         return _matrix(stream, shape, count, learning, known)
     rows, columns = (
-        learned_symbols(stream, 2, shape[axis], _FLAG_PRIOR, None if known is None else np.asarray(known.any(axis=1 - axis), np.int64)) == 1 for axis in (0, 1)
+        learned_symbols(
+            stream,
+            2,
+            shape[axis],
+            _FLAG_PRIOR,
+            None if known is None else np.asarray(known.any(axis=1 - axis), np.int64),
+        )
+        == 1
+        for axis in (0, 1)
     )
     inner = (int(rows.sum()), int(columns.sum()))
     place = np.ix_(rows, columns)
@@ -80,7 +92,9 @@ def choose_learning(known: Mask) -> Learning:
     return best[1]
 
 
-def _matrix(stream: Stream, shape: tuple[int, int], count: int, learning: Learning, known: Mask | None) -> Mask:
+def _matrix(
+    stream: Stream, shape: tuple[int, int], count: int, learning: Learning, known: Mask | None
+) -> Mask:
     """Tile by tile; counts are brought up to date after each tile."""
     cells = shape[0] * shape[1]
     base = min(max(count * ONE // cells, 1), ONE - 1)
@@ -95,8 +109,12 @@ def _matrix(stream: Stream, shape: tuple[int, int], count: int, learning: Learni
         for left in range(0, shape[1], width):
             tile = np.s_[top : top + height, left : left + width]
             rows = np.minimum(base * _factors(in_rows, left * base, by_row) >> 16, 16 * ONE)
-            rates = np.clip(rows[:, None] * column_factors[None, left : left + width] >> 16, 1, max(base, _TOP))
-            found = stream.cells(rates.ravel(), None if known is None else known[tile].ravel().astype(np.int64)).reshape(rates.shape)
+            rates = np.clip(
+                rows[:, None] * column_factors[None, left : left + width] >> 16, 1, max(base, _TOP)
+            )
+            found = stream.cells(
+                rates.ravel(), None if known is None else known[tile].ravel().astype(np.int64)
+            ).reshape(rates.shape)
             mask[tile] = found
             in_rows += found.sum(axis=1)
             in_columns[left : left + width] += found.sum(axis=0)
@@ -104,7 +122,10 @@ def _matrix(stream: Stream, shape: tuple[int, int], count: int, learning: Learni
 
 
 def _factors(seen: Ints, expected: int, strength: int) -> Ints:
-    """16-bit fixed-point factors by which rows or columns differ from the base rate; `expected` has 24 bits of fraction."""
+    """16-bit fixed-point factors by which rows or columns differ from the base rate.
+
+    `expected` has 24 bits of fraction.
+    """
     if strength == 0:
         return np.full(seen.shape, 1 << 16, np.int64)
     factors: Ints = ((4 * seen + strength) << 40) // (4 * expected + (strength << 24))

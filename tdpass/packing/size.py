@@ -18,10 +18,10 @@ from tdpass.packing.header import read_header
 class StoredSize:
     """Sizes of all packed tensors together; the literature's figure leaves out where the survivors are.
 
-    `weights` elements of which `survivors` are not zero; `value_bits` = sum over tensors of survivors * max(1, ceil(log2(levels))),
-    the type's width for raw values; `weight_data_bytes` = value_bits / 8, without positions, tables and headers;
-    `true_bytes` everything in the blocks; `dense_bytes` the same tensors plain; `plain_bytes` the floating-point tensors that
-    are not packed.
+    `weights` elements of which `survivors` are not zero; `value_bits` = sum over tensors of survivors *
+    max(1, ceil(log2(levels))), the type's width for raw values; `weight_data_bytes` = value_bits / 8, without
+    positions, tables and headers; `true_bytes` everything in the blocks; `dense_bytes` the same tensors
+    plain; `plain_bytes` the floating-point tensors that are not packed.
     """
 
     weights: Count = 0
@@ -44,13 +44,19 @@ def size_of_blocks(blocks: Iterable[tuple[str, bytes]], plain_bytes: int = 0) ->
         value_bits += header.survivors * width
         true_bytes += len(block)
         dense_bytes += header.elements * header.dtype.itemsize
-    return StoredSize(weights, survivors, value_bits, math.ceil(value_bits / 8), true_bytes, dense_bytes, plain_bytes)
+    return StoredSize(
+        weights, survivors, value_bits, math.ceil(value_bits / 8), true_bytes, dense_bytes, plain_bytes
+    )
 
 
 def stored_size(tensors: Mapping[str, Tensor] | nn.Module) -> StoredSize:
     """The sizes that saving would reach; tensors that are shared count once."""
     named = tensors.state_dict() if isinstance(tensors, nn.Module) else tensors
-    distinct = {(t.data_ptr(), t.shape, t.stride()) if t.numel() else name: (name, t) for name, t in named.items() if t.dtype in DTYPES}
+    distinct = {
+        (t.data_ptr(), t.shape, t.stride()) if t.numel() else name: (name, t)
+        for name, t in named.items()
+        if t.dtype in DTYPES
+    }
     packed = [(name, tensor, pack(tensor)) for name, tensor in distinct.values()]
     plain = sum(tensor.numel() * tensor.element_size() for _, tensor, block in packed if block is None)
     return size_of_blocks([(name, block) for name, _, block in packed if block is not None], plain)

@@ -20,10 +20,15 @@ _FLOATS = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 
 
 def packed_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as they go into the file, those worth it packed; raises `UsageError` for a name that ends with the suffix."""
+    """The tensors as they go into the file, those worth it packed.
+
+    Raises `UsageError` for a name that ends with the suffix.
+    """
     taken = [name for name in tensors if name.endswith(SUFFIX)]
     if taken:
-        raise UsageError(f"the model names a tensor {taken[0]!r}; names that end with {SUFFIX!r} are kept for packed tensors, so give it another")
+        raise UsageError(
+            f"the model names a tensor {taken[0]!r}; names that end with {SUFFIX!r} are kept for packed tensors, so give it another"
+        )
     written = {}
     for name, tensor in tensors.items():
         block = pack(tensor)
@@ -35,13 +40,18 @@ def packed_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def blocks_in(file: Any) -> dict[str, bytes]:
-    """Blocks of an open safetensors file by the names of their tensors; raises `InvalidModelError` for one that is no bytes."""
+    """Blocks of an open safetensors file by the names of their tensors.
+
+    Raises `InvalidModelError` for one that is no bytes.
+    """
     blocks = {}
     for name in file.keys():  # noqa: SIM118 - it is no dict
         if name.endswith(SUFFIX):
             held = file.get_tensor(name)
             if held.dtype is not torch.uint8:
-                raise InvalidModelError(f"the packed tensor {name!r} holds {held.dtype} instead of bytes; write the file again with Artifact.save")
+                raise InvalidModelError(
+                    f"the packed tensor {name!r} holds {held.dtype} instead of bytes; write the file again with Artifact.save"
+                )
             blocks[name.removesuffix(SUFFIX)] = held.numpy().tobytes()
     return blocks
 

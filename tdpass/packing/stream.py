@@ -23,7 +23,6 @@ def _coding() -> Any:
     return constriction.stream
 
 
-
 class Stream(Protocol):
     """Integers one after another; `known` is what to write, and None when reading."""
 
@@ -95,8 +94,10 @@ class Scale:
         return known
 
 
-# The coder takes floating-point weights, adds one to each after scaling them to 2^24 less their number.  Weights that are integers
-# of just that sum are therefore taken over as they are: every intermediate result is an integer below 2^24, exact in float32.
+# The coder takes floating-point weights, adds one to each after scaling them to 2^24 less their number.
+# Weights that are integers
+# of just that sum are therefore taken over as they are: every intermediate result is an integer below 2^24,
+# exact in float32.
 def _pairs(rates: Ints) -> npt.NDArray[np.float32]:
     pairs = np.empty((rates.size, 2), np.float32)
     pairs[:, 1] = rates - 1
@@ -111,7 +112,8 @@ def _model(frequencies: Ints) -> Any:
 def learned_symbols(stream: Stream, alphabet: int, count: int, prior: int, known: Ints | None) -> Ints:
     """Symbols whose frequencies are learned as they pass, in blocks that grow with what was seen.
 
-    f = 1 + (16 seen + prior) (2^24 - alphabet) / sum(16 seen + prior), the remainder to the most frequent symbol.
+    f = 1 + (16 seen + prior) (2^24 - alphabet) / sum(16 seen + prior), the remainder to the most frequent
+    symbol.
     """
     if alphabet < 2:
         return np.zeros(count, np.int64)

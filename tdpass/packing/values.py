@@ -12,7 +12,16 @@ import torch
 
 from tdpass.errors import InvalidModelError
 from tdpass.packing.floats import Bits, Floats, sign_bit, unsigned
-from tdpass.packing.grids import MOST_LEVELS, MOST_POWERS, Grid, find_multiples, find_powers, multiples, powers, with_signs
+from tdpass.packing.grids import (
+    MOST_LEVELS,
+    MOST_POWERS,
+    Grid,
+    find_multiples,
+    find_powers,
+    multiples,
+    powers,
+    with_signs,
+)
 from tdpass.packing.stream import Ints, Stream, learned_symbols, weighed
 
 PRIORS = (1, 4, 16, 64)
@@ -34,7 +43,10 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Values:
-    """Survivors ready to be written; `bits` is what they take, `data` included.  `levels` counts the distinct ones, 0 when raw."""
+    """Survivors ready to be written; `bits` is what they take, `data` included.
+
+    `levels` counts the distinct ones, 0 when raw.
+    """
 
     kind: Kind
     grouped: bool
@@ -48,7 +60,15 @@ class Values:
     scales: int = 1
 
     @classmethod
-    def weigh(cls, kind: Kind, alphabet: int, data: bytes, indices: Ints, negative: npt.NDArray[np.bool_], grouped: bool = False) -> Values:
+    def weigh(
+        cls,
+        kind: Kind,
+        alphabet: int,
+        data: bytes,
+        indices: Ints,
+        negative: npt.NDArray[np.bool_],
+        grouped: bool = False,
+    ) -> Values:
         bits, prior = weighed(alphabet, indices, PRIORS)
         signs = weighed(2, negative.astype(np.int64), (SIGN_PRIOR,))[0] if kind >= Kind.MAGNITUDES else 0.0
         return cls(kind, grouped, alphabet, prior, data, indices, negative, bits + signs + 8 * len(data))
@@ -69,7 +89,9 @@ def describe(bits: Bits, dtype: torch.dtype, rows: Ints) -> Values:
     if best.kind is Kind.RAW:
         return best
     if best.grouped:
-        return replace(best, levels=np.unique(2 * best.indices + best.negative).size, scales=int(np.count_nonzero(rows)))
+        return replace(
+            best, levels=np.unique(2 * best.indices + best.negative).size, scales=int(np.count_nonzero(rows))
+        )
     return replace(best, levels=np.unique(bits).size)
 
 
@@ -86,7 +108,13 @@ def _forms(bits: Bits, dtype: torch.dtype, rows: Ints) -> Iterator[Values]:
         yield Values.weigh(Kind.MAGNITUDES, sizes.size, _stored(sizes), places, negative)
         powers_of = find_powers(sizes, dtype)
         if powers_of is not None:
-            yield Values.weigh(Kind.POWERS, int(powers_of.indices.max()) + 1, powers_of.scales.astype("<f8").tobytes(), powers_of.indices[places], negative)
+            yield Values.weigh(
+                Kind.POWERS,
+                int(powers_of.indices.max()) + 1,
+                powers_of.scales.astype("<f8").tobytes(),
+                powers_of.indices[places],
+                negative,
+            )
         grid = find_multiples(sizes, dtype, np.zeros(1, np.int64))
         if grid is not None:
             yield _multiples(replace(grid, indices=grid.indices[places]), negative, grouped=False)
@@ -110,7 +138,12 @@ def _stored(bits: Bits) -> bytes:
 
 def data_size(kind: Kind, count: int, alphabet: int, scales: int, itemsize: int) -> int:
     """Bytes of `Values.data`; raises `InvalidModelError` for an alphabet that the kind cannot have."""
-    allowed = {Kind.RAW: 256, Kind.MULTIPLES: MOST_LEVELS, Kind.WIDE_MULTIPLES: MOST_LEVELS, Kind.POWERS: MOST_POWERS}.get(kind, MOST_ENTRIES)
+    allowed = {
+        Kind.RAW: 256,
+        Kind.MULTIPLES: MOST_LEVELS,
+        Kind.WIDE_MULTIPLES: MOST_LEVELS,
+        Kind.POWERS: MOST_POWERS,
+    }.get(kind, MOST_ENTRIES)
     if not 1 <= alphabet <= allowed or (kind is Kind.RAW and alphabet != allowed):
         raise InvalidModelError(f"its values have an alphabet of {alphabet}; 1 to {allowed} are possible")
     sizes = {
@@ -122,15 +155,23 @@ def data_size(kind: Kind, count: int, alphabet: int, scales: int, itemsize: int)
     return sizes.get(kind, alphabet * itemsize)
 
 
-def code_indices(stream: Stream, values: Values | None, kind: Kind, alphabet: int, prior: int, count: int) -> tuple[Ints, npt.NDArray[np.bool_]]:
+def code_indices(
+    stream: Stream, values: Values | None, kind: Kind, alphabet: int, prior: int, count: int
+) -> tuple[Ints, npt.NDArray[np.bool_]]:
     """Indices and signs of the survivors, written or, without values, read."""
-    indices = learned_symbols(stream, alphabet, count, PRIORS[prior], None if values is None else values.indices)
+    indices = learned_symbols(
+        stream, alphabet, count, PRIORS[prior], None if values is None else values.indices
+    )
     if kind < Kind.MAGNITUDES:
         return indices, np.zeros(count, bool)
-    return indices, learned_symbols(stream, 2, count, SIGN_PRIOR, None if values is None else values.negative.astype(np.int64)) == 1
+    return indices, learned_symbols(
+        stream, 2, count, SIGN_PRIOR, None if values is None else values.negative.astype(np.int64)
+    ) == 1
 
 
-def restore(kind: Kind, data: bytes, indices: Ints, negative: npt.NDArray[np.bool_], group: Ints, dtype: torch.dtype) -> Bits:
+def restore(
+    kind: Kind, data: bytes, indices: Ints, negative: npt.NDArray[np.bool_], group: Ints, dtype: torch.dtype
+) -> Bits:
     """The bits of the survivors; `group` is the index of each one's scale."""
     little = unsigned(dtype).newbyteorder("<")
     if kind is Kind.RAW:
@@ -143,5 +184,9 @@ def restore(kind: Kind, data: bytes, indices: Ints, negative: npt.NDArray[np.boo
         found: Bits = np.frombuffer(data, little).astype(unsigned(dtype))[indices]
     else:
         scales: Floats = np.frombuffer(data, "<f4" if kind is Kind.MULTIPLES else "<f8").astype(np.float64)
-        found = powers(float(scales[0]), indices, dtype) if kind is Kind.POWERS else multiples(scales, group, indices, dtype)
+        found = (
+            powers(float(scales[0]), indices, dtype)
+            if kind is Kind.POWERS
+            else multiples(scales, group, indices, dtype)
+        )
     return found if kind is Kind.TABLE else with_signs(found, negative, dtype)

@@ -54,7 +54,10 @@ class Answers:
         return torch.stack([total for total, _ in sums]).sum(0) / max(sum(count for _, count in sums), 1)
 
     def variance(self, axis: int | None, least: int = 1) -> Tensor:
-        """Variance over everything, or of each index of an axis; of fewer than `least` values the mean square."""
+        """Variance over everything, or of each index of an axis.
+
+        Of fewer than `least` values the mean square.
+        """
         mean = self.mean(axis)
         count = sum(value.numel() for value in self.values) // max(mean.numel(), 1)
         centre = mean if count >= least else torch.zeros_like(mean)

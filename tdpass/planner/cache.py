@@ -69,4 +69,3 @@ class CandidateCache:
     def _path(self, key: str) -> Path:
         assert self.folder is not None
         return self.folder / key[:2] / f"{key}.json"
-

@@ -13,7 +13,17 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from tdpass.cost import Budget, Cost, pays
 from tdpass.errors import NumericalError, PlanError
 from tdpass.form import DENSE, Form, Formed, Rank
-from tdpass.formats.base import FORMATS, Decomposition, Factors, Format, Layer, check_form, cost_of, dense_cost, shrinks
+from tdpass.formats.base import (
+    FORMATS,
+    Decomposition,
+    Factors,
+    Format,
+    Layer,
+    check_form,
+    cost_of,
+    dense_cost,
+    shrinks,
+)
 from tdpass.formats.metric import Metric
 from tdpass.planner.effort import NEVER, Deadline
 from tdpass.planner.offers import Offer
@@ -33,7 +43,8 @@ _ENDS = 2
 class Candidate(Formed):
     """One way to store a site: `error` is the relative error in the metric, `loss` the expected increase of the divergence.
 
-    `kernel` is the runtime that its seconds were measured in; `estimated` says that the loss was not measured.
+    `kernel` is the runtime that its seconds were measured in; `estimated` says that the loss was not
+    measured.
     """
 
     form: Form
@@ -63,7 +74,13 @@ class SiteFits:
     """
 
     def __init__(
-        self, site: Site, weight: Tensor, bias: Tensor | None, metric: Metric, start: Factors | None = None, rough: bool = False
+        self,
+        site: Site,
+        weight: Tensor,
+        bias: Tensor | None,
+        metric: Metric,
+        start: Factors | None = None,
+        rough: bool = False,
     ) -> None:
         self.site, self.metric, self.rough = site, metric, rough
         self.weight = weight.double()
@@ -138,14 +155,19 @@ class SiteFits:
         return made
 
     def _rounded(self, plain: Layer, form: Form) -> Layer:
-        """The layer in number types of its own; what is the weight itself is rounded in the metric of the inputs, where that is known."""
+        """The layer in number types of its own.
+
+        What is the weight itself is rounded in the metric of the inputs, where that is known.
+        """
         inputs, groups = self.metric.inputs, self.metric.groups
         if plain.form != DENSE or inputs is None or inputs.dim() != 2 + (groups > 1):
             return plain.stored(form)
         storage, (name,) = replace(plain, form=form).storage, plain.factors
         covariance = inputs.double() if groups > 1 else inputs.double()[None]
         way: Way = "activations" if self.rough and covariance.shape[-1] > _COMPENSATED else "moments"
-        rounded = rounded_factor(plain.factors[name], covariance, storage.numbers[name], storage.supports.get(name), way)
+        rounded = rounded_factor(
+            plain.factors[name], covariance, storage.numbers[name], storage.supports.get(name), way
+        )
         return replace(plain, form=form, factors=storage.stored(name, rounded.factor, rounded.beside))
 
     def _weight_of(self, layer: Layer) -> Tensor:
@@ -163,7 +185,8 @@ def as_given(site: Site, format_name: str, ranks: Sequence[Rank]) -> Sequence[Ra
 def worthwhile_ranks(site: Site, format_name: str, limit: int, filling: Filling = as_given) -> list[Rank]:
     """Up to `limit` ranks of a format that make the site cheaper in every measure that is known, largest first, the smallest among them.
 
-    A single one is that which comes nearest to half of the parameters.  `filling` says which of them fill a machine.
+    A single one is that which comes nearest to half of the parameters.  `filling` says which of them fill a
+    machine.
     """
     fmt, dense = FORMATS.get(format_name), dense_cost(site)
     cheaper = [rank for rank in fmt.ranks(site) if shrinks(site, format_name, rank)]
@@ -176,13 +199,19 @@ def worthwhile_ranks(site: Site, format_name: str, limit: int, filling: Filling 
 
 
 def enumerate_candidates(
-    fits: SiteFits, formats: Sequence[str], ranks_per_format: int, filling: Filling = as_given, searches: int = 12, deadline: Deadline = NEVER
+    fits: SiteFits,
+    formats: Sequence[str],
+    ranks_per_format: int,
+    filling: Filling = as_given,
+    searches: int = 12,
+    deadline: Deadline = NEVER,
 ) -> list[Candidate]:
     """All candidates of a site that pay, by format; dense is not among them.
 
-    A format that searches each rank gets `searches` of them, fewer on a large layer, and is given up after its middle rank
-    where another format is clearly better at no more cost.  Past the deadline no further rank is tried; the middle and the
-    smallest one of every format that needs no search are in any case, and so is one candidate at least.
+    A format that searches each rank gets `searches` of them, fewer on a large layer, and is given up after
+    its middle rank where another format is clearly better at no more cost.  Past the deadline no further rank
+    is tried; the middle and the smallest one of every format that needs no search are in any case, and so is
+    one candidate at least.
 
     Raises `NumericalError` where no format can be fitted in floating point.
     """
@@ -192,10 +221,16 @@ def enumerate_candidates(
     for fmt in sorted((FORMATS.get(name) for name in formats), key=lambda fmt: (fmt.searched, fmt.name)):
         if not fmt.fits(site):
             continue
-        limit = max(1, min(searches, ranks_per_format, _SEARCHED_WEIGHTS // site.weights)) if fmt.searched else ranks_per_format
+        limit = (
+            max(1, min(searches, ranks_per_format, _SEARCHED_WEIGHTS // site.weights))
+            if fmt.searched
+            else ranks_per_format
+        )
         ranks = worthwhile_ranks(site, fmt.name, limit, filling)
         try:
-            found += _of_format(fits, fmt, ranks, found, deadline if fmt.searched else deadline.part(_PLAIN_SHARE))
+            found += _of_format(
+                fits, fmt, ranks, found, deadline if fmt.searched else deadline.part(_PLAIN_SHARE)
+            )
         except (LinAlgError, NumericalError) as error:
             failed.append(f"{fmt.name}: {error}")
     if failed and not found:
@@ -203,18 +238,29 @@ def enumerate_candidates(
     return found
 
 
-def on_offer(fits: SiteFits, candidates: Sequence[Candidate], offer: Offer, deadline: Deadline = NEVER) -> list[Candidate]:
+def on_offer(
+    fits: SiteFits, candidates: Sequence[Candidate], offer: Offer, deadline: Deadline = NEVER
+) -> list[Candidate]:
     """The dense layer and the candidates whose factors are at hand, in each number type and with each support on offer.
 
-    Those only that take fewer bytes than dense and no more of anything else that is known; past the deadline, of the dense layer alone.
+    Those only that take fewer bytes than dense and no more of anything else that is known; past the deadline,
+    of the dense layer alone.
     """
     dense = dense_cost(fits.site)
     found = [fits.candidate(form) for form in offer.forms(DENSE) if _fits(fits.site, form)]
     for candidate in candidates:
         if deadline.left > 0 and fits.at_hand(candidate.form):
             found += [fits.candidate(form) for form in offer.forms(candidate.form) if _fits(fits.site, form)]
-    kept = [candidate for candidate in found if math.isfinite(candidate.error) and candidate.cost.bytes < dense.bytes]
-    return [candidate for candidate in kept if all(candidate.cost.get(m) <= dense.get(m) for m in ("params", "macs"))]
+    kept = [
+        candidate
+        for candidate in found
+        if math.isfinite(candidate.error) and candidate.cost.bytes < dense.bytes
+    ]
+    return [
+        candidate
+        for candidate in kept
+        if all(candidate.cost.get(m) <= dense.get(m) for m in ("params", "macs"))
+    ]
 
 
 def _fits(site: Site, form: Form) -> bool:
@@ -226,7 +272,9 @@ def _fits(site: Site, form: Form) -> bool:
     return True
 
 
-def _of_format(fits: SiteFits, fmt: Format, ranks: Sequence[Rank], others: Sequence[Candidate], deadline: Deadline) -> list[Candidate]:
+def _of_format(
+    fits: SiteFits, fmt: Format, ranks: Sequence[Rank], others: Sequence[Candidate], deadline: Deadline
+) -> list[Candidate]:
     """Candidates of one format, its middle rank and its smallest, then the others coarse to fine, until the deadline."""
     found: list[Candidate] = []
     for rank in coarse_first(ranks):
@@ -250,7 +298,12 @@ def coarse_first(ranks: Sequence[Rank]) -> list[Rank]:
 def _hopeless(candidate: Candidate, found: Sequence[Candidate]) -> bool:
     """Whether one found before is clearly better at no more cost."""
     cost = candidate.cost
-    return any(other.error * _CLEARLY <= candidate.error and other.cost.macs <= cost.macs and other.cost.params <= cost.params for other in found)
+    return any(
+        other.error * _CLEARLY <= candidate.error
+        and other.cost.macs <= cost.macs
+        and other.cost.params <= cost.params
+        for other in found
+    )
 
 
 def frontier(candidates: Sequence[Candidate], measures: Sequence[str], slack: float = 1.0) -> list[Candidate]:
@@ -259,7 +312,9 @@ def frontier(candidates: Sequence[Candidate], measures: Sequence[str], slack: fl
     kept: list[Candidate] = []
     for candidate in ordered:
         beaten = any(
-            other.error * slack <= candidate.error and all(other.cost.get(m) <= candidate.cost.get(m) for m in measures) for other in kept
+            other.error * slack <= candidate.error
+            and all(other.cost.get(m) <= candidate.cost.get(m) for m in measures)
+            for other in kept
         )
         if not beaten:
             kept.append(candidate)

@@ -28,8 +28,8 @@ class Divergence:
     """How the outputs of a network are to be compared: a wish, which `fit` makes a comparison of.
 
     Every floating-point output counts, or what `select` makes of what the model returns.  `name` is the
-    comparison of all of them, `measures` that of single ones, `weights` how much they count (1 unless given; 0
-    leaves one out), both by name or glob. Outputs are named as in the dict that the model returns, by their
+    comparison of all of them, `measures` that of single ones, `weights` how much they count (1 unless given;
+    0 leaves one out), both by name or glob. Outputs are named as in the dict that the model returns, by their
     place in a tuple, or "output" where there is one.
 
     `auto` recognises, from the original's outputs on all data: values that sum to one along an axis
@@ -48,7 +48,9 @@ class Divergence:
     def __post_init__(self) -> None:
         for name in (self.name, *self.measures.values()):
             if name != AUTO and name not in COMPARISONS:
-                raise UsageError(f"unknown divergence {name!r}; known: {AUTO}, {', '.join(COMPARISONS.names())}")
+                raise UsageError(
+                    f"unknown divergence {name!r}; known: {AUTO}, {', '.join(COMPARISONS.names())}"
+                )
         for name, weight in self.weights.items():
             if not 0 <= weight < float("inf"):
                 raise UsageError(
@@ -150,7 +152,8 @@ class FittedDivergence:
     def probe(self, outputs: Outputs, samples: int, generator: torch.Generator) -> dict[str, Tensor]:
         """A random direction for each output of a call of `samples` samples, for the Gauss-Newton metric G.
 
-        As long as the outputs count: half of E[(sum of probe . d)^2] is `samples` times the divergence where outputs move by d.
+        As long as the outputs count: half of E[(sum of probe . d)^2] is `samples` times the divergence where
+        outputs move by d.
         """
         whole = sum(one.weight for one in self.comparisons.values())
         directions: dict[str, Tensor] = {}

@@ -21,9 +21,9 @@ _TRIES = 4
 class Effort:
     """What a planning run of a model of `macs` multiply-adds a sample may cost.
 
-    `seconds` of one core for a model of up to 1 GMAC a sample, in proportion above; infinite for no limit.  Losses are
-    `measured` on up to `sweep_samples`, else estimated from the metric alone; `ranks` candidates per format, the searched ones
-    found by a `rough` search, `searches` of them at most.
+    `seconds` of one core for a model of up to 1 GMAC a sample, in proportion above; infinite for no limit.
+    Losses are `measured` on up to `sweep_samples`, else estimated from the metric alone; `ranks` candidates
+    per format, the searched ones found by a `rough` search, `searches` of them at most.
     """
 
     name: str

@@ -22,7 +22,9 @@ _ROWS_PER_CALL = 2**24
 def answers(layer: Layer, moments: Sequence[Moment]) -> bool:
     """Whether the layer makes all channels of what it should answer, from what it reads."""
     site = layer.site
-    return site.i > 0 and all(moment.target.shape[site.channel_axis(moment.target.dim())] == site.o for moment in moments)
+    return site.i > 0 and all(
+        moment.target.shape[site.channel_axis(moment.target.dim())] == site.o for moment in moments
+    )
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,21 @@ class Sums:
         generator = torch.Generator()
         with torch.no_grad():
             for moment in moments:
-                z = FORMATS.get(layer.format).features(_OPS, moment.x.to(layer.dtype), layer.factors, layer.site, layer.rank)
+                z = FORMATS.get(layer.format).features(
+                    _OPS, moment.x.to(layer.dtype), layer.factors, layer.site, layer.rank
+                )
                 limit = max(4 * width, _ROWS_PER_CALL // (groups * width))
                 features = working(kind_of(site).rows(z, site, limit, generator.manual_seed(rows)))
-                targets = working(_same_rows(kind_of(layer.site).output_rows(moment.target, layer.site), limit, generator.manual_seed(rows)))
-                for group, (read, wanted) in enumerate(zip(features.chunk(groups, 1), targets.chunk(groups, 1), strict=True)):
+                targets = working(
+                    _same_rows(
+                        kind_of(layer.site).output_rows(moment.target, layer.site),
+                        limit,
+                        generator.manual_seed(rows),
+                    )
+                )
+                for group, (read, wanted) in enumerate(
+                    zip(features.chunk(groups, 1), targets.chunk(groups, 1), strict=True)
+                ):
                     with_one = _with_one(read)
                     normal[group] += (with_one.T @ with_one).double()
                     cross[group] += (wanted.T @ with_one).double()
@@ -69,12 +81,17 @@ class Sums:
         return (self.cross[:, :, -1] - (parts @ self.means[:, :, None])[:, :, 0]).reshape(-1)
 
 
-def least_squares(layer: Layer, factor: str, sums: Sums, ridge: float, *, bias: bool) -> tuple[Tensor, Tensor]:
+def least_squares(
+    layer: Layer, factor: str, sums: Sums, ridge: float, *, bias: bool
+) -> tuple[Tensor, Tensor]:
     """The last factor as a matrix, and the bias (zero where there shall be none), that answer best what the layer is to, float64."""
     current, groups = layer.factors[factor], len(sums.normal)
     offset = torch.zeros(current.shape[0]) if layer.bias is None else layer.bias
     before = torch.cat([current.double().flatten(1), offset.double()[:, None]], 1).chunk(groups)
-    found = [_pulled(sums.normal[group], sums.cross[group], before[group], ridge, bias=bias) for group in range(groups)]
+    found = [
+        _pulled(sums.normal[group], sums.cross[group], before[group], ridge, bias=bias)
+        for group in range(groups)
+    ]
     solved = torch.cat(found)
     width = current[0].numel()
     return solved[:, :width], solved[:, -1] if bias else torch.zeros(len(solved), dtype=torch.float64)
@@ -98,4 +115,6 @@ def _with_one(rows: Tensor) -> Tensor:
 
 def _same_rows(rows: Tensor, limit: int, generator: torch.Generator) -> Tensor:
     """The subset that `rows` drew with the same limit and seed."""
-    return rows if rows.shape[0] <= limit else rows[torch.randperm(rows.shape[0], generator=generator)[:limit]]
+    return (
+        rows if rows.shape[0] <= limit else rows[torch.randperm(rows.shape[0], generator=generator)[:limit]]
+    )

@@ -17,8 +17,8 @@ Apply = Callable[[Tensor], Tensor]
 class Moment:
     """One calibration batch at one site: what the compressed network feeds it and what it should answer.
 
-    `target` is the original's output, plus what the other summand lost where both meet in a residual sum, so that a layer
-    also repairs the errors of the branch beside it.
+    `target` is the original's output, plus what the other summand lost where both meet in a residual sum, so
+    that a layer also repairs the errors of the branch beside it.
     """
 
     x: Tensor
@@ -27,7 +27,10 @@ class Moment:
 
 @dataclass
 class Lockstep:
-    """Playbacks of the dense runs (`tapes`) beside those with replaced layers; `apply` sets how a site runs from its moment on."""
+    """Playbacks of the dense runs (`tapes`) beside those with replaced layers.
+
+    `apply` sets how a site runs from its moment on.
+    """
 
     tapes: Sequence[Tape]
     dense: list[Playback] = field(init=False)
@@ -44,14 +47,22 @@ class Lockstep:
         """
         for name in self.called_once():
             with torch.no_grad():
-                found = [self._moment(batch, indices[0]) for batch, tape in enumerate(self.tapes) if (indices := tape.site_calls.get(name))]
+                found = [
+                    self._moment(batch, indices[0])
+                    for batch, tape in enumerate(self.tapes)
+                    if (indices := tape.site_calls.get(name))
+                ]
             moments = [moment for moment in found if moment is not None]
             if moments:
                 yield name, moments
 
     def called_once(self) -> list[str]:
         """The sites that some run calls, and none more than once, in order."""
-        return [name for name in site_order(self.tapes) if all(len(tape.site_calls.get(name, ())) <= 1 for tape in self.tapes)]
+        return [
+            name
+            for name in site_order(self.tapes)
+            if all(len(tape.site_calls.get(name, ())) <= 1 for tape in self.tapes)
+        ]
 
     def apply(self, name: str, run: Apply) -> None:
         """Run the site with `run` from here on in the compressed network."""

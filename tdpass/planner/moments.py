@@ -51,8 +51,14 @@ class _Sums:
     samples: int = 0
 
     def __post_init__(self) -> None:
-        groups, width, share = self.site.groups, self.site.weights // self.site.o, self.site.o // self.site.groups
-        self.inputs = torch.zeros((groups, width) if width > FULL_LIMIT else (groups, width, width), dtype=torch.float64)
+        groups, width, share = (
+            self.site.groups,
+            self.site.weights // self.site.o,
+            self.site.o // self.site.groups,
+        )
+        self.inputs = torch.zeros(
+            (groups, width) if width > FULL_LIMIT else (groups, width, width), dtype=torch.float64
+        )
         self.mean = torch.zeros(groups, width, dtype=torch.float64)
         self.outputs = torch.zeros(() if share > FULL_LIMIT else (groups, share, share), dtype=torch.float64)
 
@@ -71,7 +77,9 @@ class _Sums:
         if self.outputs.dim() == 0:
             return
         rows = working(kind_of(self.site).output_rows(gradient, self.site))
-        if not bool(torch.isfinite(rows).all()):  # half precision overflows in a backward pass where it does not in the forward one
+        if not bool(
+            torch.isfinite(rows).all()
+        ):  # half precision overflows in a backward pass where it does not in the forward one
             return
         for sums, part in zip(self.outputs, rows.chunk(self.site.groups, 1), strict=True):
             sums.add_((part.T @ part).double())
@@ -82,7 +90,9 @@ class _Sums:
         if self.rows == 0:
             return Metric()
         mean = self.mean / self.rows
-        inputs = torch.stack([_damped_covariance(moment, at) for moment, at in zip(self.inputs / self.rows, mean, strict=True)])
+        inputs = torch.stack(
+            [_damped_covariance(moment, at) for moment, at in zip(self.inputs / self.rows, mean, strict=True)]
+        )
         outputs: Tensor | None = self.outputs / max(self.samples, 1)
         assert outputs is not None
         level = float(outputs.diagonal(dim1=-2, dim2=-1).mean()) if self.samples else 0.0
@@ -105,13 +115,17 @@ def _damped_covariance(moment: Tensor, mean: Tensor) -> Tensor:
 
 
 def stream_metrics(
-    tapes: Sequence[Tape], sites: Sequence[Site], divergence: FittedDivergence, tick: Callable[[int, int], None] = lambda done, of: None
+    tapes: Sequence[Tape],
+    sites: Sequence[Site],
+    divergence: FittedDivergence,
+    tick: Callable[[int, int], None] = lambda done, of: None,
 ) -> Iterator[tuple[Site, Metric]]:
-    """The metric of each site, in groups whose sums fit in memory; every group is one pass over the calibration runs.
+    """The metric of each site, in groups whose sums fit in memory.
 
-    C is the covariance of the unfolded input, plus 1e-3 of its mean diagonal (its diagonal alone beyond 8,192 inputs).
-    G is the Gauss-Newton metric of the site's output: the second moment, summed over positions, of the gradients of random
-    projections of the network's outputs, plus 5 % (none beyond 8,192 outputs, or where no gradient arrives).
+    Every group is one pass over the calibration runs. C is the covariance of the unfolded input, plus 1e-3 of
+    its mean diagonal (its diagonal alone beyond 8,192 inputs). G is the Gauss-Newton metric of the site's
+    output: the second moment, summed over positions, of the gradients of random projections of the network's
+    outputs, plus 5 % (none beyond 8,192 outputs, or where no gradient arrives).
     """
     groups = _groups(sites)
     for number, group in enumerate(groups):
@@ -139,7 +153,10 @@ def _groups(sites: Sequence[Site]) -> list[list[Site]]:
 
 @dataclass
 class _Observer:
-    """Adds up what the sites of a run read, and keeps their outputs; a second try of a run goes on where the first one failed."""
+    """Adds up what the sites of a run read, and keeps their outputs.
+
+    A second try of a run goes on where the first one failed.
+    """
 
     sums: Mapping[str, _Sums]
     generator: torch.Generator
@@ -158,26 +175,37 @@ class _Observer:
         return y
 
 
-def _accumulate(tape: Tape, sums: Mapping[str, _Sums], divergence: FittedDivergence, generator: torch.Generator) -> None:
+def _accumulate(
+    tape: Tape, sums: Mapping[str, _Sums], divergence: FittedDivergence, generator: torch.Generator
+) -> None:
     if not any(name in sums for name in tape.site_calls):
         return
     observer = _Observer(sums, generator)
     try:
         with torch.enable_grad():
-            _add_gradients(divergence.outputs(tape.play().finish(observer)), observer, divergence, tape.batch_size)
-    except (RuntimeError, InvalidModelError):  # some operation has no derivative: what the sites read is still to be had
+            _add_gradients(
+                divergence.outputs(tape.play().finish(observer)), observer, divergence, tape.batch_size
+            )
+    except (
+        RuntimeError,
+        InvalidModelError,
+    ):  # some operation has no derivative: what the sites read is still to be had
         observer.outputs.clear()
         with torch.no_grad():
             tape.play().finish(observer)
 
 
-def _add_gradients(returned: Mapping[str, Tensor], observer: _Observer, divergence: FittedDivergence, samples: int) -> None:
+def _add_gradients(
+    returned: Mapping[str, Tensor], observer: _Observer, divergence: FittedDivergence, samples: int
+) -> None:
     results = {name: value for name, value in returned.items() if value.requires_grad}
     for _ in range(PROBES if results else 0):
         answered = {name: value.detach() for name, value in results.items()}
         directions = divergence.probe(answered, samples, observer.generator)
         moved, at = [results[name] for name in directions], [y for _, y in observer.outputs]
-        gradients = torch.autograd.grad(moved, at, list(directions.values()), retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(
+            moved, at, list(directions.values()), retain_graph=True, allow_unused=True
+        )
         for (entry, _), gradient in zip(observer.outputs, gradients, strict=True):
             if gradient is not None:
                 entry.add_gradient(gradient, samples)

@@ -12,14 +12,20 @@ from tdpass.supports import support_named
 
 @dataclass(frozen=True)
 class Offer:
-    """Number types for weights and factors, and supports for weights; each support goes with each number type, and with none."""
+    """Number types for weights and factors, and supports for weights.
+
+    Each support goes with each number type, and with none.
+    """
 
     numbers: tuple[str, ...] = ()
     supports: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, numbers: str, supports: str) -> Offer:
-        """Read texts that are joined by +; raises `PlanError` for one that is no number type, or no support."""
+        """Read texts that are joined by +.
+
+        Raises `PlanError` for one that is no number type, or no support.
+        """
         names = tuple(str(numbers_named(text)) for text in filter(None, numbers.split("+")))
         return cls(names, tuple(str(support_named(text)) for text in filter(None, supports.split("+"))))
 

@@ -16,7 +16,17 @@ from tdpass.formats.base import FORMATS, Layer, offered_formats
 from tdpass.formats.metric import Metric
 from tdpass.formats.pivoted import without_spare
 from tdpass.planner.cache import CandidateCache
-from tdpass.planner.candidates import Candidate, SiteFits, as_given, dense_candidate, enumerate_candidates, frontier, on_offer, with_loss, within
+from tdpass.planner.candidates import (
+    Candidate,
+    SiteFits,
+    as_given,
+    dense_candidate,
+    enumerate_candidates,
+    frontier,
+    on_offer,
+    with_loss,
+    within,
+)
 from tdpass.planner.divergence import FittedDivergence
 from tdpass.planner.effort import THOROUGH, Allowance, Deadline, Effort
 from tdpass.planner.joint import JOINT_CHANGES, JointOption, joint_options
@@ -50,8 +60,9 @@ class Dense:
 class Table:
     """All candidates of all sites with their losses: what every budget is decided from.
 
-    `priced` holds the dense layers with what they cost on a target, where one said so; `declined` says why a site has no candidates; `prepared` is
-    the cost of the model with its sites as they are, where that is not the cost of the model that came in.
+    `priced` holds the dense layers with what they cost on a target, where one said so; `declined` says why a
+    site has no candidates; `prepared` is the cost of the model with its sites as they are, where that is not
+    the cost of the model that came in.
     """
 
     sites: tuple[Site, ...]
@@ -87,9 +98,15 @@ class Table:
             chosen = select(options, names, budget.limits(original), fixed)
         else:
             chosen = cheapest(options, names, "macs" if all(site.seen for site in self.sites) else "params")
-        taken = [joint for joint in self.joint if all(chosen.get(name) is part for name, part in joint.parts.items())]
+        taken = [
+            joint
+            for joint in self.joint
+            if all(chosen.get(name) is part for name, part in joint.parts.items())
+        ]
         joint = {name: option for option in taken for name in option.parts}
-        choices = tuple(self._choice(site, chosen[site.name], budget, joint.get(site.name)) for site in self.sites)
+        choices = tuple(
+            self._choice(site, chosen[site.name], budget, joint.get(site.name)) for site in self.sites
+        )
         return RankPlan(choices, original, str(budget), self.metric, self.divergence, prepared=prepared)
 
     def curve(self, measure: str, original: Cost) -> Iterator[tuple[float, RankPlan]]:
@@ -151,11 +168,13 @@ def tabulate(
 ) -> Table:
     """Candidates and losses for every site.
 
-    With recorded runs, errors are weighed by the data and losses measured as the divergence of the network's output with one
-    candidate in place; as many as the effort has time for are measured, the rest follow from their errors.  Without, the loss of
-    a candidate is the squared relative error of its weight.  `context` identifies model and data in the cache.  With `target`
-    the candidates are meant for it: ranks that fill the machine, and of every format those that may turn out to be cheaper there.
-    `offer` has number types and supports that factors, and dense weights, may be stored in; with `pivot` factors hold nothing twice where that can be.
+    With recorded runs, errors are weighed by the data and losses measured as the divergence of the network's
+    output with one candidate in place; as many as the effort has time for are measured, the rest follow from
+    their errors.  Without, the loss of a candidate is the squared relative error of its weight.  `context`
+    identifies model and data in the cache.  With `target` the candidates are meant for it: ranks that fill
+    the machine, and of every format those that may turn out to be cheaper there. `offer` has number types and
+    supports that factors, and dense weights, may be stored in; with `pivot` factors hold nothing twice where
+    that can be.
     """
     cache = cache or CandidateCache(None)
     names = tuple(formats) or offered_formats()
@@ -165,13 +184,21 @@ def tabulate(
     fingerprints = {site.name: digest(dense.weight(site.name)) for site in sites}
     wishes = (*((str(offer),) if offer else ()), *(("pivot",) if pivot else ()))
     purpose = (effort.name, str(effort.ranks), *(() if target is None else (target.filled_by,)), *wishes)
-    keys = {site.name: digest(fingerprints[site.name], *_identity(site), versions, context, *purpose) for site in sites}
+    keys = {
+        site.name: digest(fingerprints[site.name], *_identity(site), versions, context, *purpose)
+        for site in sites
+    }
     known = {site.name: found for site in sites if (found := cache.get(keys[site.name])) is not None}
     missing = [site for site in sites if site.name not in known]
     measures = ("macs", "params") if all(site.seen for site in sites) else ("params",)
     sweep = Sweep(tapes, divergence, effort.for_losses(len(missing))) if tapes and missing else None
     metrics: Iterator[tuple[Site, Metric]] = (
-        stream_metrics(effort.for_moments(tapes), _in_order(missing, tapes), divergence, lambda n, of: tick("reading calibration data", n, of))
+        stream_metrics(
+            effort.for_moments(tapes),
+            _in_order(missing, tapes),
+            divergence,
+            lambda n, of: tick("reading calibration data", n, of),
+        )
         if tapes
         else ((site, Metric()) for site in missing)
     )
@@ -187,16 +214,22 @@ def tabulate(
         fits = SiteFits(site, dense.weight(site.name), dense.bias(site.name), metric, rough=effort.rough)
         try:
             tried = without_spare(names, site) if pivot else names
-            found = enumerate_candidates(fits, tried, effort.ranks, filling, effort.searches, deadline.part(_FIT_SHARE))
+            found = enumerate_candidates(
+                fits, tried, effort.ranks, filling, effort.searches, deadline.part(_FIT_SHARE)
+            )
             best = _worth_timing(found, measures) if target is not None else frontier(found, measures)
             if offer:
-                best = frontier([*best, *on_offer(fits, best, offer, deadline.part(_FIT_SHARE))], (*measures, "bytes"))
+                best = frontier(
+                    [*best, *on_offer(fits, best, offer, deadline.part(_FIT_SHARE))], (*measures, "bytes")
+                )
             known[site.name] = _with_losses(best, fits, sweep, len(missing), deadline, effort)
             cache.put(keys[site.name], known[site.name])
         except NumericalError as error:
             known[site.name], declined[site.name] = [], str(error)
         tick(what, done, len(missing))
-    table = Table(tuple(sites), {site.name: known[site.name] for site in sites}, [], fingerprints, declined=declined)
+    table = Table(
+        tuple(sites), {site.name: known[site.name] for site in sites}, [], fingerprints, declined=declined
+    )
     if tapes:
         table.metric = "inputs and outputs on the calibration data"
         table.divergence = str(divergence)
@@ -211,7 +244,11 @@ def _identity(site: Site) -> tuple[str, ...]:
 def _worth_timing(candidates: Sequence[Candidate], measures: Sequence[str]) -> list[Candidate]:
     """Every format's own frontier, without what errs far more than another at no less cost: what counts less may still be slower."""
     names = dict.fromkeys(candidate.format for candidate in candidates)
-    best = [c for name in names for c in frontier([candidate for candidate in candidates if candidate.format == name], measures)]
+    best = [
+        c
+        for name in names
+        for c in frontier([candidate for candidate in candidates if candidate.format == name], measures)
+    ]
     return frontier(best, measures, _SLACK)
 
 
@@ -219,11 +256,19 @@ def _importance(sites: Sequence[Site]) -> dict[str, float]:
     """By how much of the network's multiply-adds and weights a site holds, and a little for each alike."""
     macs = sum(dense_candidate(site).cost.macs for site in sites) or 1
     weights = sum(site.weights for site in sites) or 1
-    return {site.name: dense_candidate(site).cost.macs / macs + site.weights / weights + 1 / len(sites) for site in sites}
+    return {
+        site.name: dense_candidate(site).cost.macs / macs + site.weights / weights + 1 / len(sites)
+        for site in sites
+    }
 
 
 def _with_losses(
-    candidates: list[Candidate], fits: SiteFits, sweep: Sweep | None, sites: int, deadline: Deadline, effort: Effort
+    candidates: list[Candidate],
+    fits: SiteFits,
+    sweep: Sweep | None,
+    sites: int,
+    deadline: Deadline,
+    effort: Effort,
 ) -> list[Candidate]:
     if not candidates:
         return []
@@ -238,10 +283,18 @@ def _with_losses(
         losses = estimate_losses(fits.metric, fits.weight, errors)
     else:
         each = max(sweep.seconds_from([fits.site.name]), 1e-9)
-        allowed = 1 if not effort.measured else int(min(deadline.left / each, SWEEP_SECONDS / (sites * sweep.seconds / 2 + 1e-9)))
-        losses = measure_losses(sweep, [layers(candidate) for candidate in candidates], errors, allowed, deadline)
+        allowed = (
+            1
+            if not effort.measured
+            else int(min(deadline.left / each, SWEEP_SECONDS / (sites * sweep.seconds / 2 + 1e-9)))
+        )
+        losses = measure_losses(
+            sweep, [layers(candidate) for candidate in candidates], errors, allowed, deadline
+        )
     return [
-        with_loss(candidate, loss.value, not loss.measured) for candidate, loss in zip(candidates, losses, strict=True) if math.isfinite(loss.value)
+        with_loss(candidate, loss.value, not loss.measured)
+        for candidate, loss in zip(candidates, losses, strict=True)
+        if math.isfinite(loss.value)
     ]
 
 
@@ -257,13 +310,21 @@ def add_joint_options(
 ) -> None:
     """Add the options that change several sites together."""
     cache = cache or CandidateCache(None)
-    key = digest("joint changes", *JOINT_CHANGES.names(), effort.name, context, *(f"{site.name}{_identity(site)}" for site in table.sites))
+    key = digest(
+        "joint changes",
+        *JOINT_CHANGES.names(),
+        effort.name,
+        context,
+        *(f"{site.name}{_identity(site)}" for site in table.sites),
+    )
     known = cache.get_joint(key)
     if known is None:
         sites = {site.name: site for site in table.sites}
         sweep = Sweep(tapes, divergence, effort.for_losses(len(sites)))
         seconds = _JOINT_SHARE * effort.limit
-        known = joint_options(sites, dense.weight, dense.bias, effort.for_moments(tapes), sweep, tick, seconds)
+        known = joint_options(
+            sites, dense.weight, dense.bias, effort.for_moments(tapes), sweep, tick, seconds
+        )
         cache.put_joint(key, known)
     table.joint = known
 

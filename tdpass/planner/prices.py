@@ -22,7 +22,10 @@ class Prices(Protocol):
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """Those by which a candidate must be cheaper than the dense layer to be of use; reasons give the first."""
+        """Those by which a candidate must be cheaper than the dense layer to be of use.
+
+        Reasons give the first.
+        """
 
     def setting(self, site: Site) -> Setting:
         """How that site's layer is called."""
@@ -31,7 +34,10 @@ class Prices(Protocol):
         """Get to know what the dense layer and these candidates cost, as far as is needed to judge them."""
 
     def scale_to(self, whole: Cost, sites: Sequence[Site]) -> str:
-        """Bring the layers' prices into line with that of the whole model; says what was done, empty for nothing."""
+        """Bring the layers' prices into line with that of the whole model.
+
+        Says what was done, empty for nothing.
+        """
 
     def priced(self, site: Site, candidate: Candidate) -> Candidate:
         """The candidate with its amounts on the target in its cost, and the runtime that they are of."""
@@ -54,7 +60,9 @@ class Prices(Protocol):
 
 def deciding(target: Target, budget: Budget | None) -> tuple[str, ...]:
     """The measures that decide on a target what pays: those that the budget bounds, else what the target names first."""
-    bounded = () if budget is None else tuple(measure for measure in target.measures if measure in budget.measures)
+    bounded = (
+        () if budget is None else tuple(measure for measure in target.measures if measure in budget.measures)
+    )
     return bounded or target.measures[:1]
 
 

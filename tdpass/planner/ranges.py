@@ -73,8 +73,8 @@ def mse(seen: Histogram) -> tuple[float, float]:
 def kl(seen: Histogram) -> tuple[float, float]:
     """The share of the range in which the distribution of the codes is nearest to that of the numbers (Migacz 2017).
 
-    Zeros, of which an activation makes many, are exact in any range and left out; counts are smoothed over as many bins as a code of the
-    whole range covers, or the noise of few samples would ask for narrow ranges.
+    Zeros, of which an activation makes many, are exact in any range and left out; counts are smoothed over as
+    many bins as a code of the whole range covers, or the noise of few samples would ask for narrow ranges.
     """
     counts = seen.counts.copy()
     counts[(np.abs(seen.centers) < (seen.high - seen.low) / len(counts))] = 0
@@ -89,7 +89,10 @@ def kl(seen: Histogram) -> tuple[float, float]:
         wanted[-1] += counts[last + 1 :].sum()
         places = np.arange(len(held)) * (_STEPS + 1) // len(held)
         filled = held > 0
-        sums, fills = (np.bincount(places, weights, minlength=_STEPS + 1) for weights in (held, filled.astype(np.float64)))
+        sums, fills = (
+            np.bincount(places, weights, minlength=_STEPS + 1)
+            for weights in (held, filled.astype(np.float64))
+        )
         spread = np.where(filled, (sums / np.maximum(fills, 1))[places], 0.0)
         p, q = wanted / wanted.sum(), spread / max(spread.sum(), 1e-300)
         return float((p[p > 0] * np.log(p[p > 0] / np.maximum(q[p > 0], 1e-12))).sum())

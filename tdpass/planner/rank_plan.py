@@ -26,11 +26,12 @@ VERSION = 1
 class Choice(Formed):
     """What one site, a weight of that shape in so many groups, becomes.
 
-    `error` is the relative error of the weight in the metric of the plan, `loss` the expected increase of the network's
-    divergence from the original.  `joint` is the change that it takes part in together with other sites, if any, and `channels` are
-    those that this keeps between them; files of version 1 leave `joint` out.  `fingerprint` identifies the site's weight where names
-    differ, `guarantee` is what theory says of the error.  On a target the costs hold measured seconds, `kernel` is the runtime they
-    were measured in and `predicted` what was expected before.
+    `error` is the relative error of the weight in the metric of the plan, `loss` the expected increase of the
+    network's divergence from the original.  `joint` is the change that it takes part in together with other
+    sites, if any, and `channels` are those that this keeps between them; files of version 1 leave `joint`
+    out.  `fingerprint` identifies the site's weight where names differ, `guarantee` is what theory says of
+    the error.  On a target the costs hold measured seconds, `kernel` is the runtime they were measured in and
+    `predicted` what was expected before.
     """
 
     site: str
@@ -71,10 +72,11 @@ class Choice(Formed):
 
 @dataclass(frozen=True, repr=False)
 class RankPlan:
-    """Choices for all sites under a budget; a JSON file that applies to the torch model and to its ONNX export alike.
+    """Choices for all sites under a budget.
 
-    `original` is the cost of the model that came in, `prepared` that of the model that was planned on, where passes before changed it:
-    a folded batch-norm stores less, or a bias more.
+    A JSON file that applies to the torch model and to its ONNX export alike. `original` is the cost of the
+    model that came in, `prepared` that of the model that was planned on, where passes before changed it: a
+    folded batch-norm stores less, or a bias more.
     """
 
     choices: tuple[Choice, ...]
@@ -88,7 +90,9 @@ class RankPlan:
     @property
     def planned(self) -> Cost:
         """Cost of the whole model once the plan is carried out."""
-        return (self.prepared or self.original) + sum((choice.cost - choice.dense for choice in self.choices), Cost())
+        return (self.prepared or self.original) + sum(
+            (choice.cost - choice.dense for choice in self.choices), Cost()
+        )
 
     @property
     def loss(self) -> float:
@@ -98,12 +102,17 @@ class RankPlan:
     def __repr__(self) -> str:
         counted = Counter(choice.format for choice in self)
         formats = ", ".join(f"{count} {name}" for name, count in sorted(counted.items()))
-        measures = ", ".join(f"{name} {share:.0%}" for name, share in self.planned.shares(self.original).items())
+        measures = ", ".join(
+            f"{name} {share:.0%}" for name, share in self.planned.shares(self.original).items()
+        )
         return f"<RankPlan: {len(self.choices)} sites ({formats or 'none'}), {measures or 'nothing counted'} of the original>"
 
     def _repr_html_(self) -> str:
         """The plan's table for a notebook."""
-        rows = [(choice.site, "x".join(map(str, choice.shape)), choice.form, f"{choice.error:.2g}", choice.reason) for choice in self]
+        rows = [
+            (choice.site, "x".join(map(str, choice.shape)), choice.form, f"{choice.error:.2g}", choice.reason)
+            for choice in self
+        ]
         return table(repr(self).strip("<>"), ("site", "shape", "form", "error", "reason"), rows)
 
     def __iter__(self) -> Iterator[Choice]:
@@ -112,12 +121,27 @@ class RankPlan:
     def after(self, done: Sequence[Choice]) -> RankPlan:
         """This plan for the model as it was before those choices were carried out, which it then holds too."""
         saved = sum((choice.cost - choice.dense for choice in done), Cost())
-        return replace(self, choices=(*done, *self.choices), prepared=(self.prepared or self.original) - saved)
+        return replace(
+            self, choices=(*done, *self.choices), prepared=(self.prepared or self.original) - saved
+        )
 
     def rows(self) -> list[SiteRow]:
         """The choices as a report shows them."""
         return [
-            SiteRow(c.site, c.shape, c.form, c.dense, c.cost, c.error, c.loss, c.guarantee, c.reason, c.kernel, c.predicted) for c in self
+            SiteRow(
+                c.site,
+                c.shape,
+                c.form,
+                c.dense,
+                c.cost,
+                c.error,
+                c.loss,
+                c.guarantee,
+                c.reason,
+                c.kernel,
+                c.predicted,
+            )
+            for c in self
         ]
 
     def get(self, site: str) -> Choice | None:
@@ -126,7 +150,12 @@ class RankPlan:
 
     def renamed(self, names: Mapping[str, str]) -> RankPlan:
         """The same plan with sites renamed, for a model that names them differently."""
-        return replace(self, choices=tuple(replace(choice, site=names.get(choice.site, choice.site)) for choice in self.choices))
+        return replace(
+            self,
+            choices=tuple(
+                replace(choice, site=names.get(choice.site, choice.site)) for choice in self.choices
+            ),
+        )
 
     def to_json(self) -> str:
         """The plan as text."""
@@ -182,11 +211,24 @@ def _fault(choice: Choice) -> str:
     if abs(choice.cost.params - stored) > outputs:
         return f"takes {stored} numbers as '{choice.form}', not {choice.cost.params}"
     if choice.form.encoded:
-        spare = choice.cost.bytes - cost.bytes - (choice.cost.params - stored) * choice.dense.bytes // choice.dense.params
+        spare = (
+            choice.cost.bytes
+            - cost.bytes
+            - (choice.cost.params - stored) * choice.dense.bytes // choice.dense.params
+        )
         return f"takes {choice.cost.bytes} bytes, which is not what '{choice.form}' stores" if spare else ""
     if choice.cost.bytes * choice.dense.params != choice.dense.bytes * choice.cost.params:
         return f"takes {choice.cost.bytes} bytes for {choice.cost.params} numbers, dense {choice.dense.bytes} for {choice.dense.params}"
     return ""
 
 
-_PLAN = register_document(Document("tdpass plan", RankPlan, PlanError, "write one with `tdpass plan -o plan.json`", VERSION, sound=_check_sound))
+_PLAN = register_document(
+    Document(
+        "tdpass plan",
+        RankPlan,
+        PlanError,
+        "write one with `tdpass plan -o plan.json`",
+        VERSION,
+        sound=_check_sound,
+    )
+)

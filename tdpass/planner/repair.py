@@ -30,7 +30,10 @@ def divergence_of(tapes: Sequence[Tape], layers: Mapping[str, Layer], divergence
 
 
 def with_room_for_bias(layers: Mapping[str, Layer], room: Mapping[str, float]) -> frozenset[str]:
-    """Layers that have a bias, and of those without one, front to back, as many as may get one; `room` is what is left by measure."""
+    """Layers that have a bias, and of those without one, front to back, as many as may get one.
+
+    `room` is what is left by measure.
+    """
     left, found = dict(room), {name for name, layer in layers.items() if layer.bias is not None}
     for name, layer in layers.items():
         width = layer.dtype.itemsize
@@ -41,7 +44,9 @@ def with_room_for_bias(layers: Mapping[str, Layer], room: Mapping[str, float]) -
     return frozenset(found)
 
 
-def correct_biases(tapes: Sequence[Tape], layers: Mapping[str, Layer], biased: Container[str]) -> dict[str, Layer]:
+def correct_biases(
+    tapes: Sequence[Tape], layers: Mapping[str, Layer], biased: Container[str]
+) -> dict[str, Layer]:
     """Layers whose biases restore each site's mean output, front to back on the compressed network's own activations.
 
     Only those named in `biased` have or get one.
@@ -54,8 +59,13 @@ def correct_biases(tapes: Sequence[Tape], layers: Mapping[str, Layer], biased: C
             continue
         dtype = moments[0].target.dtype if layer.form.encoded else layer.dtype
         with torch.no_grad():
-            gaps = [kind_of(layer.site).output_rows(moment.target - layer(moment.x.to(dtype)), layer.site) for moment in moments]
-            gap = sum((rows.double().sum(0) for rows in gaps), torch.zeros(layer.site.o, dtype=torch.float64)) / sum(rows.shape[0] for rows in gaps)
+            gaps = [
+                kind_of(layer.site).output_rows(moment.target - layer(moment.x.to(dtype)), layer.site)
+                for moment in moments
+            ]
+            gap = sum(
+                (rows.double().sum(0) for rows in gaps), torch.zeros(layer.site.o, dtype=torch.float64)
+            ) / sum(rows.shape[0] for rows in gaps)
         bias = gap if layer.bias is None else layer.bias.double() + gap
         corrected[name] = replace(layer, bias=bias.to(dtype))
         lockstep.apply(name, corrected[name])
@@ -63,15 +73,20 @@ def correct_biases(tapes: Sequence[Tape], layers: Mapping[str, Layer], biased: C
 
 
 def refit_last_factors(
-    tapes: Sequence[Tape], layers: Mapping[str, Layer], ridge: float, biased: Container[str], weight: Callable[[str], Tensor] | None = None
+    tapes: Sequence[Tape],
+    layers: Mapping[str, Layer],
+    ridge: float,
+    biased: Container[str],
+    weight: Callable[[str], Tensor] | None = None,
 ) -> tuple[dict[str, Layer], dict[str, str]]:
     """Layers whose last factor and bias answer the compressed network's own activations as the original did.
 
-    Per site, front to back: min || U z + b - target ||^2 + ridge * level * || U - U0 ||^2 over the calibration positions,
-    where z are the features that the last factor reads, U0 is the factor as it was and level the mean of diag(E[z z^T]); b is zero
-    for layers not named in `biased`.  A factor in a number type of its own is rounded again, each column making up for those before it;
-    where it is the weight itself, U0 is the site's, where `weight` gives that.
-    Returns the layers, and the reason for each that was left as it was.
+    Per site, front to back: min || U z + b - target ||^2 + ridge * level * || U - U0 ||^2 over the
+    calibration positions, where z are the features that the last factor reads, U0 is the factor as it was and
+    level the mean of diag(E[z z^T]); b is zero for layers not named in `biased`.  A factor in a number type
+    of its own is rounded again, each column making up for those before it; where it is the weight itself, U0
+    is the site's, where `weight` gives that. Returns the layers, and the reason for each that was left as it
+    was.
     """
     refitted = dict(layers)
     lockstep = _start(tapes, layers)
@@ -112,19 +127,43 @@ def _why_not_refitted(layer: Layer, stage: Stage | None, moments: Sequence[Momen
     return f"its factors are stored as '{layer.form}'" if stored_apart else ""
 
 
-def _refitted(layer: Layer, stage: Stage, moments: Sequence[Moment], ridge: float, weight: Callable[[str], Tensor] | None, *, bias: bool) -> Layer:
+def _refitted(
+    layer: Layer,
+    stage: Stage,
+    moments: Sequence[Moment],
+    ridge: float,
+    weight: Callable[[str], Tensor] | None,
+    *,
+    bias: bool,
+) -> Layer:
     if not layer.form.encoded:
-        found = _solve(layer.converted(FORMATS.get(layer.format).chain.name), stage.factor, stage.site, moments, ridge, bias=bias)
+        found = _solve(
+            layer.converted(FORMATS.get(layer.format).chain.name),
+            stage.factor,
+            stage.site,
+            moments,
+            ridge,
+            bias=bias,
+        )
         return found.converted(layer.format)
-    plain, parts = floating(layer, layer.reconstruct if weight is None else partial(weight, layer.site.name)), layer.storage.parts_of(stage.factor)
+    plain, parts = (
+        floating(layer, layer.reconstruct if weight is None else partial(weight, layer.site.name)),
+        layer.storage.parts_of(stage.factor),
+    )
     kept = {name: held for name, held in layer.factors.items() if name not in parts}
     return stored_layer(plain, layer.form, moments, ridge, "moments", bias=bias, kept=kept)
 
 
-def _solve(layer: Layer, factor: str, site: Site, moments: Sequence[Moment], ridge: float, *, bias: bool) -> Layer:
+def _solve(
+    layer: Layer, factor: str, site: Site, moments: Sequence[Moment], ridge: float, *, bias: bool
+) -> Layer:
     current = layer.factors[factor]
     weight, offset = least_squares(layer, factor, Sums.of(layer, site, moments), ridge, bias=bias)
     if not bool(torch.isfinite(weight).all() and torch.isfinite(offset).all()):
         return layer
     solved = weight.reshape(current.shape).to(current.dtype).contiguous()
-    return replace(layer, factors={**layer.factors, factor: solved}, bias=offset.to(current.dtype).contiguous() if bias else None)
+    return replace(
+        layer,
+        factors={**layer.factors, factor: solved},
+        bias=offset.to(current.dtype).contiguous() if bias else None,
+    )

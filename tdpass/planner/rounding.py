@@ -28,15 +28,21 @@ class Rounded:
 
 
 def rounded_factor(
-    factor: Tensor, covariance: Tensor | None, numbers: Numbers, support: Support | None = None, way: Way = "moments"
+    factor: Tensor,
+    covariance: Tensor | None,
+    numbers: Numbers,
+    support: Support | None = None,
+    way: Way = "moments",
 ) -> Rounded:
     """A factor rounded to a number type, and to the entries that a support keeps, float64.
 
-    `covariance` is C of what the rows of the factor, seen as a matrix W, are multiplied by: `[groups, d, d]`, one for each part of the
-    rows, or None where it is not known.  With `moments` columns are rounded in order and the others updated,
-    `W -= (w_j - q_j) (H_jj)^-1 H_j` with `H = C^-1` (Frantar, Ashkboos, Hoefler, Alistarh 2023), where the support keeps what is largest in
-    `w^2 / H_jj` (Frantar and Alistarh 2023).  With `activations` and `nearest` nothing is made up for, and it keeps what is largest in
-    `w^2 C_jj` (Sun, Liu, Bair, Kolter 2024) and in magnitude.  Scales are such that the error is least, weighed by C_jj where it is known.
+    `covariance` is C of what the rows of the factor, seen as a matrix W, are multiplied by: `[groups, d, d]`,
+    one for each part of the rows, or None where it is not known.  With `moments` columns are rounded in order
+    and the others updated, `W -= (w_j - q_j) (H_jj)^-1 H_j` with `H = C^-1` (Frantar, Ashkboos, Hoefler,
+    Alistarh 2023), where the support keeps what is largest in `w^2 / H_jj` (Frantar and Alistarh 2023).  With
+    `activations` and `nearest` nothing is made up for, and it keeps what is largest in `w^2 C_jj` (Sun, Liu,
+    Bair, Kolter 2024) and in magnitude.  Scales are such that the error is least, weighed by C_jj where it is
+    known.
     """
     matrix = factor.double().flatten(1)
     if covariance is None or way == "nearest":
@@ -45,7 +51,9 @@ def rounded_factor(
     roots = None if way == "activations" else _inverse_roots(covariance)
     if roots is None:
         return _independently(matrix, spread, factor.shape, numbers, support)
-    inverse = roots.square().sum(1).repeat_interleave(matrix.shape[0] // covariance.shape[0], 0)  # the diagonal of U^T U
+    inverse = (
+        roots.square().sum(1).repeat_interleave(matrix.shape[0] // covariance.shape[0], 0)
+    )  # the diagonal of U^T U
     kept = None if support is None else support.choose(matrix.square() / inverse)
     weights = spread if kept is None else spread * kept
     shape = tuple(factor.shape)
@@ -66,22 +74,33 @@ def _error(difference: Tensor, covariance: Tensor) -> float:
     return float(((parts @ covariance) * parts).sum())
 
 
-def _independently(matrix: Tensor, spread: Tensor | None, shape: torch.Size, numbers: Numbers, support: Support | None) -> Rounded:
+def _independently(
+    matrix: Tensor, spread: Tensor | None, shape: torch.Size, numbers: Numbers, support: Support | None
+) -> Rounded:
     weights = torch.ones_like(matrix) if spread is None else spread
     kept = None if support is None else support.choose(matrix.square() * weights)
     masked, weights = (matrix, weights) if kept is None else (matrix * kept, weights * kept)
-    beside = numbers.fit(masked.reshape(shape), None if spread is None and kept is None else weights.reshape(shape))
+    beside = numbers.fit(
+        masked.reshape(shape), None if spread is None and kept is None else weights.reshape(shape)
+    )
     rounded = numbers.rounded(masked.reshape(shape), beside)
     return Rounded(rounded if kept is None else rounded * kept.reshape(shape), beside)
 
 
 def _inverse_roots(covariance: Tensor) -> Tensor | None:
-    """Upper triangular U with `U^T U = C^-1` of each damped covariance; None where there is none in floating point."""
+    """Upper triangular U with `U^T U = C^-1` of each damped covariance.
+
+    None where there is none in floating point.
+    """
     level = covariance.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     for damping in _DAMPING:
         try:
-            damped = covariance + (damping * level + 1e-300) * torch.eye(covariance.shape[1], dtype=covariance.dtype)
-            roots: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+            damped = covariance + (damping * level + 1e-300) * torch.eye(
+                covariance.shape[1], dtype=covariance.dtype
+            )
+            roots: Tensor = torch.linalg.cholesky(
+                torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True
+            )
         except LinAlgError:
             continue
         if bool(torch.isfinite(roots).all()):
@@ -89,7 +108,9 @@ def _inverse_roots(covariance: Tensor) -> Tensor | None:
     return None
 
 
-def _compensated(found: Tensor, rows: slice, root: Tensor, kept: Tensor | None, rounded: Callable[..., Tensor]) -> None:
+def _compensated(
+    found: Tensor, rows: slice, root: Tensor, kept: Tensor | None, rounded: Callable[..., Tensor]
+) -> None:
     """Round these rows in place, column by column."""
     width = found.shape[1]
     for start in range(0, width, _BLOCK):

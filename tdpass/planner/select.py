@@ -32,7 +32,9 @@ class Option:
         return sum((candidate.cost for candidate in self.parts.values()), Cost())
 
 
-def select(options: Sequence[Option], sites: Sequence[str], limits: Mapping[str, float], fixed: Cost) -> dict[str, Candidate]:
+def select(
+    options: Sequence[Option], sites: Sequence[str], limits: Mapping[str, float], fixed: Cost
+) -> dict[str, Candidate]:
     """The cheapest loss within the limits: min sum loss x, every site covered exactly once, sum cost x <= limit - fixed.
 
     Solved by HiGHS branch and bound.  `fixed` is the cost of everything that is not a site.
@@ -52,7 +54,11 @@ def cheapest(options: Sequence[Option], sites: Sequence[str], measure: str) -> d
 
 
 def _solve(
-    options: Sequence[Option], sites: Sequence[str], limits: Mapping[str, float], fixed: Cost, objective: Sequence[float]
+    options: Sequence[Option],
+    sites: Sequence[str],
+    limits: Mapping[str, float],
+    fixed: Cost,
+    objective: Sequence[float],
 ) -> dict[str, Candidate] | None:
     if not sites:
         return {} if all(fixed.get(measure) <= limit for measure, limit in limits.items()) else None
@@ -61,7 +67,9 @@ def _solve(
 
     rows = {site: row for row, site in enumerate(sites)}
     entries = [(rows[site], column) for column, option in enumerate(options) for site in option.parts]
-    cover = csr_array((np.ones(len(entries)), tuple(zip(*entries, strict=True))), shape=(len(sites), len(options)))
+    cover = csr_array(
+        (np.ones(len(entries)), tuple(zip(*entries, strict=True))), shape=(len(sites), len(options))
+    )
     constraints = [LinearConstraint(cover, 1, 1)]
     for measure, limit in limits.items():
         room = limit - fixed.get(measure)
@@ -83,7 +91,12 @@ def _solve(
         )
     if result.x is None:
         return None
-    return {site: candidate for option, x in zip(options, result.x, strict=True) if x > 0.5 for site, candidate in option.parts.items()}
+    return {
+        site: candidate
+        for option, x in zip(options, result.x, strict=True)
+        if x > 0.5
+        for site, candidate in option.parts.items()
+    }
 
 
 @contextmanager
@@ -106,7 +119,9 @@ def _silenced() -> Iterator[None]:
         os.close(sink)
 
 
-def _smallest(options: Sequence[Option], sites: Sequence[str], limits: Mapping[str, float], fixed: Cost) -> str:
+def _smallest(
+    options: Sequence[Option], sites: Sequence[str], limits: Mapping[str, float], fixed: Cost
+) -> str:
     parts: list[str] = []
     for measure, limit in limits.items():
         chosen = cheapest(options, sites, measure) if sites else {}
@@ -114,8 +129,15 @@ def _smallest(options: Sequence[Option], sites: Sequence[str], limits: Mapping[s
         if least > limit:
             stays = amount(measure, fixed.get(measure))
             # rounded up, so that a budget of just what is named here can be met
-            asked, reachable = amount(measure, limit), amount(measure, least if MEASURES.get(measure).whole else least * 1.0005)
-            parts.append(f"budget of {asked} {measure} is below the smallest reachable plan ({reachable}, of which {stays} in layers that stay)")
+            asked, reachable = (
+                amount(measure, limit),
+                amount(measure, least if MEASURES.get(measure).whole else least * 1.0005),
+            )
+            parts.append(
+                f"budget of {asked} {measure} is below the smallest reachable plan ({reachable}, of which {stays} in layers that stay)"
+            )
     if not parts:
-        return "no plan meets all budgets at once; raise one of them: " + ", ".join(f"{m} <= {amount(m, v)}" for m, v in limits.items())
+        return "no plan meets all budgets at once; raise one of them: " + ", ".join(
+            f"{m} <= {amount(m, v)}" for m, v in limits.items()
+        )
     return "; ".join(parts) + "; raise it, allow more sites, or loosen max_error"

@@ -21,8 +21,8 @@ from tdpass.tape import Playback, Tape
 class Sweep:
     """The calibration runs, stopped just before a site; candidates for it are tried from there to the end.
 
-    Sites are visited front to back, so that the part of the network before a site is seldom computed twice.  A site is tried
-    on the first `samples` of the runs that call it; all others count as unchanged.
+    Sites are visited front to back, so that the part of the network before a site is seldom computed twice.
+    A site is tried on the first `samples` of the runs that call it; all others count as unchanged.
     """
 
     tapes: Sequence[Tape]
@@ -38,21 +38,35 @@ class Sweep:
         self.seconds = time.process_time() - start
 
     def loss(self, replaced: Mapping[str, Layer]) -> float:
-        """Divergence of the outputs from the original's with those sites replaced and all others dense; 0 where no run calls them."""
-        reached = [index for index, tape in enumerate(self.tapes) if any(name in tape.site_calls for name in replaced)]
+        """Divergence of the outputs from the original's with those sites replaced and all others dense.
+
+        0 where no run calls them.
+        """
+        reached = [
+            index
+            for index, tape in enumerate(self.tapes)
+            if any(name in tape.site_calls for name in replaced)
+        ]
         tally = Tally(self.divergence)
         with torch.no_grad():
             for index in self._first(reached):
                 tape, (playback, reference) = self.tapes[index], self._start(index)
-                playback.advance(min(tape.site_calls[name][0] for name in replaced if name in tape.site_calls))
+                playback.advance(
+                    min(tape.site_calls[name][0] for name in replaced if name in tape.site_calls)
+                )
                 tally.add(reference, self.divergence.outputs(playback.fork(dict(replaced)).finish()))
-        share = sum(self.tapes[index].batch_size for index in reached) / sum(tape.batch_size for tape in self.tapes)
+        share = sum(self.tapes[index].batch_size for index in reached) / sum(
+            tape.batch_size for tape in self.tapes
+        )
         return tally.mean * share
 
     def _start(self, index: int) -> tuple[Playback, Outputs]:
         if index not in self.started:
             with torch.no_grad():
-                self.started[index] = self.tapes[index].play(), self.divergence.outputs(self.tapes[index].play().finish())
+                self.started[index] = (
+                    self.tapes[index].play(),
+                    self.divergence.outputs(self.tapes[index].play().finish()),
+                )
         return self.started[index]
 
     def _first(self, indices: Sequence[int]) -> list[int]:
@@ -82,26 +96,35 @@ class Loss:
 
 
 def measure_losses(
-    sweep: Sweep, layers: Sequence[Callable[[], Mapping[str, Layer]]], errors: Sequence[float], allowed: int, deadline: Deadline = NEVER
+    sweep: Sweep,
+    layers: Sequence[Callable[[], Mapping[str, Layer]]],
+    errors: Sequence[float],
+    allowed: int,
+    deadline: Deadline = NEVER,
 ) -> list[Loss]:
     """Losses of candidates for one site: up to `allowed` measured, the rest from the loss measured at the nearest errors.
 
-    The one of middle error comes first, then those that are evenly spread, until the deadline.  Between two measured
-    candidates the loss follows a power of the error; beyond them, its square (the loss of a small perturbation is quadratic).
-    A loss that is no finite number is taken for infinite.
+    The one of middle error comes first, then those that are evenly spread, until the deadline.  Between two
+    measured candidates the loss follows a power of the error; beyond them, its square (the loss of a small
+    perturbation is quadratic). A loss that is no finite number is taken for infinite.
     """
     order = sorted(range(len(errors)), key=lambda index: errors[index])
     count = max(1, min(allowed, len(order)))
     middle = len(order) // 2
     picked = [round(k * (len(order) - 1) / (count - 1)) for k in range(count)] if count > 1 else [middle]
     known: dict[int, float] = {}
-    for position in dict.fromkeys([min(picked, key=lambda position: abs(position - middle)), picked[0], picked[-1], *picked]):
+    for position in dict.fromkeys(
+        [min(picked, key=lambda position: abs(position - middle)), picked[0], picked[-1], *picked]
+    ):
         if known and deadline.left <= 0:
             break
         loss = sweep.loss(layers[order[position]]())
         known[order[position]] = max(loss, 0.0) if math.isfinite(loss) else math.inf
     points = sorted((errors[index], loss) for index, loss in known.items() if math.isfinite(loss))
-    return [Loss(known[index], True) if index in known else Loss(_interpolate(points, errors[index]), False) for index in range(len(errors))]
+    return [
+        Loss(known[index], True) if index in known else Loss(_interpolate(points, errors[index]), False)
+        for index in range(len(errors))
+    ]
 
 
 def estimate_losses(metric: Metric, weight: Tensor, errors: Sequence[float]) -> list[Loss]:

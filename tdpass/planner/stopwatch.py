@@ -25,8 +25,8 @@ _NOTHING = Timing(0.0)
 class Stopwatch:
     """What a target says of a model's sites, called with that many samples and threads.
 
-    `dtypes` holds the type of each site's weight.  `scale` is by how much layers are faster inside the model than alone: where
-    their times add up to more than the whole takes, it makes them add up to just that.
+    `dtypes` holds the type of each site's weight.  `scale` is by how much layers are faster inside the model
+    than alone: where their times add up to more than the whole takes, it makes them add up to just that.
     """
 
     target: TimedTarget
@@ -61,7 +61,9 @@ class Stopwatch:
         for key, (site, forms) in missing.items():
             for form in forms:
                 self._predicted[key, form] = self._of(site, form).seconds
-            self._times[key].update(zip(forms, self.target.time(site, forms, self.setting(site), careful=True), strict=True))
+            self._times[key].update(
+                zip(forms, self.target.time(site, forms, self.setting(site), careful=True), strict=True)
+            )
             self._careful.update((key, form) for form in forms)
         return bool(missing)
 
@@ -102,7 +104,11 @@ class Stopwatch:
 
     def break_even(self, site: Site, format_name: str) -> Rank | None:
         """The largest measured rank of a format that is faster than dense."""
-        known = {form: timing for form, timing in self._times[_nameless(site)].items() if form.format == format_name and not form.narrow}
+        known = {
+            form: timing
+            for form, timing in self._times[_nameless(site)].items()
+            if form.format == format_name and not form.narrow
+        }
         found = [form for form, timing in known.items() if self.faster(site, self._scaled(timing).seconds)]
         return max(found, key=lambda form: _macs(site, form)).rank if found else None
 
@@ -116,13 +122,19 @@ class Stopwatch:
         macs = _macs(site, form)
         if macs == 0:
             return _NOTHING
-        like = {other: timing for other, timing in known.items() if (other.format, other.narrow) == (form.format, form.narrow)}
+        like = {
+            other: timing
+            for other, timing in known.items()
+            if (other.format, other.narrow) == (form.format, form.narrow)
+        }
         points = sorted((_macs(site, other), timing.seconds, timing.kernel) for other, timing in like.items())
         finite = [point for point in points if math.isfinite(point[1])]
         return _between(finite, macs) if finite else Timing(math.inf)
 
 
-def prices_on(target: Target, budget: Budget, batch: int, threads: int, dtypes: Mapping[str, torch.dtype]) -> Prices:
+def prices_on(
+    target: Target, budget: Budget, batch: int, threads: int, dtypes: Mapping[str, torch.dtype]
+) -> Prices:
     """Prices on a target, timed or computed."""
     if isinstance(target, TimedTarget):
         return Stopwatch(target, batch, threads, dtypes)
@@ -137,9 +149,20 @@ def anchors(candidates: Sequence[Candidate]) -> list[Form]:
     found: list[Form] = []
     for key in dict.fromkeys((candidate.format, candidate.form.narrow) for candidate in candidates):
         group = [c for c in candidates if (c.format, c.form.narrow) == key and c.cost.macs > 0]
-        forms = {c.form.sizes: replace(c.form, numbers=(), support="") for c in sorted(group, key=lambda c: (c.cost.macs, c.form.sizes))}
+        forms = {
+            c.form.sizes: replace(c.form, numbers=(), support="")
+            for c in sorted(group, key=lambda c: (c.cost.macs, c.form.sizes))
+        }
         ranks = list(forms)
-        inner = next((on for grid in _GRIDS if len(on := [rank for rank in ranks if all(r % grid == 0 for r in rank)]) >= RANKS_MEASURED - 2), ranks)
+        inner = next(
+            (
+                on
+                for grid in _GRIDS
+                if len(on := [rank for rank in ranks if all(r % grid == 0 for r in rank)])
+                >= RANKS_MEASURED - 2
+            ),
+            ranks,
+        )
         count = min(len(inner), RANKS_MEASURED - 2)
         spread = [inner[round(k * (len(inner) - 1) / max(count - 1, 1))] for k in range(count)]
         found += [forms[rank] for rank in dict.fromkeys([*ranks[:1], *spread, *ranks[-1:]])]

@@ -23,30 +23,50 @@ RIDGE = 1e-3
 
 
 def store_layers(
-    tapes: Sequence[Tape], layers: Mapping[str, Layer], forms: Mapping[str, Form], biased: Container[str], way: Way = "moments", ridge: float = RIDGE
+    tapes: Sequence[Tape],
+    layers: Mapping[str, Layer],
+    forms: Mapping[str, Form],
+    biased: Container[str],
+    way: Way = "moments",
+    ridge: float = RIDGE,
 ) -> dict[str, Layer]:
     """The layers, those named in `forms` stored so, front to back.
 
-    Of a chain of factors each but the last is rounded in the second moments of what it reads; the last is then solved for, so that
-    the layer answers what the original did, which makes up for the others, and rounded in those of what it reads.  Layers not named in
-    `biased` have no bias.  With another `way` each factor is rounded as it is.  So is every factor of a layer that is called more than
-    once, that reads too much, or that makes fewer channels than the original.
+    Of a chain of factors each but the last is rounded in the second moments of what it reads; the last is
+    then solved for, so that the layer answers what the original did, which makes up for the others, and
+    rounded in those of what it reads.  Layers not named in `biased` have no bias.  With another `way` each
+    factor is rounded as it is.  So is every factor of a layer that is called more than once, that reads too
+    much, or that makes fewer channels than the original.
     """
     lockstep = Lockstep(tapes)
     made = {name: layer.stored(forms[name]) if name in forms else layer for name, layer in layers.items()}
     for name, layer in made.items():
         lockstep.apply(name, layer)
     for name, moments in lockstep.sites():
-        if name in forms and layers[name].site.weights // layers[name].site.o <= FULL_LIMIT and answers(layers[name], moments):
+        if (
+            name in forms
+            and layers[name].site.weights // layers[name].site.o <= FULL_LIMIT
+            and answers(layers[name], moments)
+        ):
             made[name] = stored_layer(layers[name], forms[name], moments, ridge, way, bias=name in biased)
             lockstep.apply(name, made[name])
     return made
 
 
 def stored_layer(
-    layer: Layer, form: Form, moments: Sequence[Moment], ridge: float, way: Way, *, bias: bool, kept: Mapping[str, Tensor] | None = None
+    layer: Layer,
+    form: Form,
+    moments: Sequence[Moment],
+    ridge: float,
+    way: Way,
+    *,
+    bias: bool,
+    kept: Mapping[str, Tensor] | None = None,
 ) -> Layer:
-    """A layer of floating-point factors stored in a form; `kept` are the parts of factors that are stored already."""
+    """A layer of floating-point factors stored in a form.
+
+    `kept` are the parts of factors that are stored already.
+    """
     storage, values, parts = replace(layer, form=form).storage, dict(layer.factors), dict(kept or {})
     stage = FORMATS.get(layer.format).last_stage(layer.site, layer.rank)
     for name in storage.shapes:
@@ -70,7 +90,12 @@ def stored_layer(
         parts.update(storage.stored(stage.factor, rounded.factor, rounded.beside))
         offset = sums.offsets(rounded.factor.flatten(1)) if bias else None
     orders = {name: layer.factors[name] for name in storage.orders}
-    return Layer(layer.site, form, {**{name: parts[name] for name in storage.parts()}, **orders}, None if offset is None else offset.to(layer.dtype))
+    return Layer(
+        layer.site,
+        form,
+        {**{name: parts[name] for name in storage.parts()}, **orders},
+        None if offset is None else offset.to(layer.dtype),
+    )
 
 
 @dataclass
@@ -88,21 +113,35 @@ class _Tap(TorchOps):
         return super().linear(x, weight, bias)
 
     def conv(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Pads, dilation: Sequence[int], groups: int = 1
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Pads,
+        dilation: Sequence[int],
+        groups: int = 1,
     ) -> Tensor:
         window = tuple(stride), tuple((before, after) for before, after in padding), tuple(dilation)
         self._see(x, weight, Site("", "conv", tuple(weight.shape), *window, groups=groups))
         return super().conv(x, weight, bias, stride, padding, dilation, groups)
 
     def covariance(self) -> Tensor | None:
-        """`[groups, d, d]`; None where the factor is no weight of a convolution or linear layer as it is stored."""
+        """`[groups, d, d]`.
+
+        None where the factor is no weight of a convolution or linear layer as it is stored.
+        """
         if self.sums is None or self.means is None:
             return None
         means = self.means / self.rows
         return self.sums / self.rows - means[:, :, None] * means[:, None, :]
 
     def _see(self, x: Tensor, weight: Tensor, site: Site) -> None:
-        same = weight.data_ptr() == self.factor.data_ptr() and weight.is_contiguous() and weight.shape[0] == self.factor.shape[0]
+        same = (
+            weight.data_ptr() == self.factor.data_ptr()
+            and weight.is_contiguous()
+            and weight.shape[0] == self.factor.shape[0]
+        )
         if not same or weight.numel() != self.factor.numel():
             return
         width = site.weights // site.o
@@ -120,7 +159,9 @@ def _moments_of(name: str, layer: Layer, moments: Sequence[Moment]) -> Tensor | 
     tap = _Tap(layer.factors[name])
     with torch.no_grad():
         for moment in moments:
-            FORMATS.get(layer.format).apply(tap, moment.x.to(layer.dtype), layer.factors, layer.bias, layer.site, layer.rank)
+            FORMATS.get(layer.format).apply(
+                tap, moment.x.to(layer.dtype), layer.factors, layer.bias, layer.site, layer.rank
+            )
     return tap.covariance()
 
 

@@ -28,9 +28,9 @@ class Surgery:
 def remove_channels(weight: Tensor, metric: Metric) -> Surgery:
     """Remove input channels one by one, each time the one that costs least in the metric.
 
-    Removing the columns g of `W` costs `tr(G W_g (H_gg)^-1 W_g^T)` with `H = C^-1`, and the best update of the others is
-    `W -= W_g (H_gg)^-1 H_g` (Hassibi and Stork 1993; in blocks, Frantar and Alistarh 2022).  The mean input is not part of
-    C, so the layer's bias must be shifted by the lost mean.
+    Removing the columns g of `W` costs `tr(G W_g (H_gg)^-1 W_g^T)` with `H = C^-1`, and the best update of
+    the others is `W -= W_g (H_gg)^-1 H_g` (Hassibi and Stork 1993; in blocks, Frantar and Alistarh 2022).
+    The mean input is not part of C, so the layer's bias must be shifted by the lost mean.
     """
     o, i = weight.shape[:2]
     block = weight[0, 0].numel()

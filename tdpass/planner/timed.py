@@ -31,17 +31,23 @@ class TargetPlan:
 
 
 def price_table(table: Table, prices: Prices, tick: Tick = lambda what, done, of: None) -> None:
-    """Price the dense layer of every site and its candidates, or as many as others can be judged by; sites of equal shape once."""
+    """Price the dense layer of every site and its candidates, or as many as others can be judged by.
+
+    Sites of equal shape once.
+    """
     for done, site in enumerate(table.sites, start=1):
         prices.scan(site, [*table.candidates.get(site.name, []), *_joint_parts(table, site.name)])
         tick("pricing layers", done, len(table.sites))
 
 
-def plan_on_target(table: Table, budget: Budget, original: Cost, prices: Prices, tick: Tick = lambda what, done, of: None) -> TargetPlan:
+def plan_on_target(
+    table: Table, budget: Budget, original: Cost, prices: Prices, tick: Tick = lambda what, done, of: None
+) -> TargetPlan:
     """The best choice among the candidates that are cheaper than dense.
 
-    Choosing by the prices known so far and making sure of those chosen take turns until there is nothing left to make sure of;
-    after a few turns only what is sure is left to choose from.  Raises `BudgetError` naming the smallest reachable.
+    Choosing by the prices known so far and making sure of those chosen take turns until there is nothing left
+    to make sure of; after a few turns only what is sure is left to choose from.  Raises `BudgetError` naming
+    the smallest reachable.
     """
     sites = {site.name: site for site in table.sites}
     for turn in range(TURNS + 1):
@@ -52,10 +58,18 @@ def plan_on_target(table: Table, budget: Budget, original: Cost, prices: Prices,
             plan = priced.plan(budget, original)
         except BudgetError as error:
             # what is reachable rests on interpolated times as well, and the message must not
-            if prices.measures[0] not in budget.measures or not prices.confirm_all(_cheapest(priced, budget, sites, prices.measures[0])) or last:
-                raise BudgetError(f"{error}; on target {prices.target.name} only what {_better(prices)} than dense counts") from None
+            if (
+                prices.measures[0] not in budget.measures
+                or not prices.confirm_all(_cheapest(priced, budget, sites, prices.measures[0]))
+                or last
+            ):
+                raise BudgetError(
+                    f"{error}; on target {prices.target.name} only what {_better(prices)} than dense counts"
+                ) from None
             continue
-        if not prices.confirm_all((sites[choice.site], choice.form) for choice in plan if not choice.kept_dense):
+        if not prices.confirm_all(
+            (sites[choice.site], choice.form) for choice in plan if not choice.kept_dense
+        ):
             break
     tick("pricing what was chosen", TURNS, TURNS)
     return TargetPlan(replace(plan, choices=_explained(plan, table, budget, original, prices)), priced)
@@ -71,10 +85,15 @@ def with_prices(table: Table, prices: Prices, only_sure: bool = False) -> Table:
         found = prices.priced(sites[name], candidate)
         return found if prices.pays(sites[name], found) else None
 
-    candidates = {name: [kept for c in found if (kept := priced(name, c)) is not None] for name, found in table.candidates.items()}
+    candidates = {
+        name: [kept for c in found if (kept := priced(name, c)) is not None]
+        for name, found in table.candidates.items()
+    }
     joint = []
     for option in table.joint:
-        parts = {name: kept for name, part in option.parts.items() if (kept := priced(name, part)) is not None}
+        parts = {
+            name: kept for name, part in option.parts.items() if (kept := priced(name, part)) is not None
+        }
         if len(parts) == len(option.parts):
             joint.append(replace(option, parts=parts))
     dense = {site.name: prices.priced(site, dense_candidate(site)) for site in table.sites}
@@ -85,12 +104,16 @@ def _joint_parts(table: Table, name: str) -> list[Candidate]:
     return [option.parts[name] for option in table.joint if name in option.parts]
 
 
-def _cheapest(table: Table, budget: Budget, sites: Mapping[str, Site], measure: str) -> list[tuple[Site, Form]]:
+def _cheapest(
+    table: Table, budget: Budget, sites: Mapping[str, Site], measure: str
+) -> list[tuple[Site, Form]]:
     chosen = cheapest(table.options(budget), list(sites), measure)
     return [(sites[name], candidate.form) for name, candidate in chosen.items() if candidate.form != DENSE]
 
 
-def _explained(plan: RankPlan, table: Table, budget: Budget, original: Cost, prices: Prices) -> tuple[Choice, ...]:
+def _explained(
+    plan: RankPlan, table: Table, budget: Budget, original: Cost, prices: Prices
+) -> tuple[Choice, ...]:
     """The choices with what was predicted of them and, for sites left dense because of their price, where their format breaks even."""
     asked = _asked(table, budget, original)
     choices: list[Choice] = []
@@ -98,7 +121,9 @@ def _explained(plan: RankPlan, table: Table, budget: Budget, original: Cost, pri
         if not choice.kept_dense:
             predicted = prices.predicted(site, choice.form)
             before, after = choice.dense.get(prices.measures[0]), choice.cost.get(prices.measures[0])
-            reason = f"{choice.reason}, {after / before:.0%} of the {_title(prices)}" if before else choice.reason
+            reason = (
+                f"{choice.reason}, {after / before:.0%} of the {_title(prices)}" if before else choice.reason
+            )
             choices.append(replace(choice, predicted=predicted, reason=reason))
             continue
         wanted = asked.get(site.name) or _mildest(table.candidates.get(site.name, ()), budget)
@@ -109,7 +134,10 @@ def _explained(plan: RankPlan, table: Table, budget: Budget, original: Cost, pri
 
 def _asked(table: Table, budget: Budget, original: Cost) -> dict[str, Candidate]:
     """What would be chosen if what the target says did not count."""
-    counted = replace(budget, bounds=tuple(bound for bound in budget.bounds if MEASURES.get(bound[0]).needs is not Needs.TARGET))
+    counted = replace(
+        budget,
+        bounds=tuple(bound for bound in budget.bounds if MEASURES.get(bound[0]).needs is not Needs.TARGET),
+    )
     if not counted.bounds and counted.max_error is None:
         return {}
     try:
@@ -122,7 +150,11 @@ def _asked(table: Table, budget: Budget, original: Cost) -> dict[str, Candidate]
 
 
 def _mildest(candidates: Iterable[Candidate], budget: Budget) -> Candidate | None:
-    allowed = [candidate for candidate in candidates if budget.max_error is None or candidate.error <= budget.max_error]
+    allowed = [
+        candidate
+        for candidate in candidates
+        if budget.max_error is None or candidate.error <= budget.max_error
+    ]
     return min(allowed, key=lambda candidate: candidate.loss, default=None)
 
 
@@ -132,13 +164,21 @@ def _too_dear(site: Site, asked: Candidate, table: Table, prices: Prices) -> str
     if prices.pays(site, priced):
         return ""
     amount, dense = priced.cost.get(measure), prices.priced(site, dense_candidate(site)).cost.get(measure)
-    took = f"{amount / dense:.2f} of the dense {_title(prices)}" if math.isfinite(amount) else "a format that no runtime here can run"
+    took = (
+        f"{amount / dense:.2f} of the dense {_title(prices)}"
+        if math.isfinite(amount)
+        else "a format that no runtime here can run"
+    )
     if asked.form.narrow:
         return f"{asked.form} takes {took}"
     rank, known = prices.break_even(site, asked.format), "measured rank" if prices.target.here else "rank"
     if rank is not None:
-        return f"{asked.format}: break-even at rank {_text(rank)}, asked {_text(asked.rank)}, which takes {took}"
-    if any(prices.pays(site, prices.priced(site, candidate)) for candidate in table.candidates.get(site.name, ())):
+        return (
+            f"{asked.format}: break-even at rank {_text(rank)}, asked {_text(asked.rank)}, which takes {took}"
+        )
+    if any(
+        prices.pays(site, prices.priced(site, candidate)) for candidate in table.candidates.get(site.name, ())
+    ):
         return f"{asked.format}: no {known} {_better(prices)} than dense, asked {_text(asked.rank)}, which takes {took}"
     return f"no {known} of any format {_better(prices)} than dense: {asked.form} takes {took}"
 

@@ -19,7 +19,9 @@ from tdpass.tape import Tape
 
 FACTOR = 10.0  # how many times the expected loss a result may show
 SLIGHT = 1e-2  # noise on the outputs, relative to their size, that is never held against a result that was to lose something
-NEGLIGIBLE = 1e-3  # a divergence that is never held against a plan: below it losses of single sites do not add up
+NEGLIGIBLE = (
+    1e-3  # a divergence that is never held against a plan: below it losses of single sites do not add up
+)
 ROUNDING = 2e-4  # relative difference between two ways to compute the same in float32
 SAMPLES = 16
 OTHER_SIZE = 3
@@ -41,7 +43,8 @@ class Promise(Enum):
 class Trial:
     """One call: what the model as it was given answered, and what it answered after the last pass.
 
-    `tape` is the call recorded on the still dense model; a replay with the layers in place says what they should answer.
+    `tape` is the call recorded on the still dense model; a replay with the layers in place says what they
+    should answer.
     """
 
     what: str
@@ -54,13 +57,19 @@ class Trial:
     tape: Tape | None = None
 
     def allowed(self, expected: float) -> float:
-        """The divergence from which on a result is not what was expected; `slight` is what a hundredth of noise on the outputs makes."""
+        """The divergence from which on a result is not what was expected.
+
+        `slight` is what a hundredth of noise on the outputs makes.
+        """
         return FACTOR * max(expected, 0.0) + self.slight
 
 
 @dataclass
 class Trials:
-    """The calls of one run; `steps` holds how far each pass brought the calibration data's outputs from the original's."""
+    """The calls of one run.
+
+    `steps` holds how far each pass brought the calibration data's outputs from the original's.
+    """
 
     given: Model
     divergence: FittedDivergence | None
@@ -71,11 +80,13 @@ class Trials:
     def of(cls, given: Model, batches: Sequence[Batch], divergence: FittedDivergence | None) -> Trials:
         """Calls on the calibration data, on noise of its moments and with another number of samples, where the model answers them.
 
-        `divergence` is that of the calibration data.  Without data the model's example stands for it, unless the model is larger
-        than 256 MiB.
+        `divergence` is that of the calibration data.  Without data the model's example stands for it, unless
+        the model is larger than 256 MiB.
         """
         trials = cls(given, divergence)
-        example = batches[0] if batches else given.example() if given.bytes() <= LARGEST_WITHOUT_DATA else None
+        example = (
+            batches[0] if batches else given.example() if given.bytes() <= LARGEST_WITHOUT_DATA else None
+        )
         if example is None:
             return trials
         for what, call in _calls(example, given.signature().fixed_batch()):
@@ -107,7 +118,9 @@ class Trials:
             try:
                 answer = model.run(trial.call)
             except TdpassError as error:
-                return f"{step} made a network that does not run on {trial.what}, as the original does: {error}"
+                return (
+                    f"{step} made a network that does not run on {trial.what}, as the original does: {error}"
+                )
             distance = self._distance(trial, answer)
             broken = broken or self._broken(trial, answer, distance, promise, model, expected)
             if trial.calibration:
@@ -125,14 +138,29 @@ class Trials:
 
     def allowed(self, expected: float) -> float:
         """The divergence on the calibration data from which on a result is not what the plan expected."""
-        return max((max(trial.allowed(expected), NEGLIGIBLE) for trial in self.trials if trial.calibration), default=float("inf"))
+        return max(
+            (max(trial.allowed(expected), NEGLIGIBLE) for trial in self.trials if trial.calibration),
+            default=float("inf"),
+        )
 
-    def _broken(self, trial: Trial, answer: object, distance: float, promise: Promise, model: Model, expected: float | None) -> str:
+    def _broken(
+        self,
+        trial: Trial,
+        answer: object,
+        distance: float,
+        promise: Promise,
+        model: Model,
+        expected: float | None,
+    ) -> str:
         if not _finite(answer):
             return f"makes the network answer {trial.what} with NaN or infinite values"
         if promise is Promise.SAME:
             moved, allowed = gap(trial.now, answer), self._rounding(trial, answer)
-            return f"changed the outputs on {trial.what} by {moved:.3g} of their size, where rounding allows {allowed:.2g}" if moved > allowed else ""
+            return (
+                f"changed the outputs on {trial.what} by {moved:.3g} of their size, where rounding allows {allowed:.2g}"
+                if moved > allowed
+                else ""
+            )
         allowed = self._allowed(trial, promise, model, expected)
         if distance <= allowed:
             return ""
@@ -141,7 +169,9 @@ class Trials:
     def _allowed(self, trial: Trial, promise: Promise, model: Model, expected: float | None) -> float:
         bounds = [float("inf")]
         if promise is Promise.REPAIR and trial.calibration:
-            bounds.append(max(trial.allowed(trial.distance), NEGLIGIBLE))  # a repair is judged on all data, this on few samples
+            bounds.append(
+                max(trial.allowed(trial.distance), NEGLIGIBLE)
+            )  # a repair is judged on all data, this on few samples
         if promise is Promise.PLAN and trial.calibration and expected is not None:
             bounds.append(max(trial.allowed(expected), NEGLIGIBLE))
         if promise is not Promise.NONE and trial.tape is not None:
@@ -155,7 +185,9 @@ class Trials:
             return 0.0
         if _shapes(answer) != _shapes(trial.original):
             return float("inf")
-        return self.divergence.mean([(self.divergence.outputs(trial.original), self.divergence.outputs(answer))])
+        return self.divergence.mean(
+            [(self.divergence.outputs(trial.original), self.divergence.outputs(answer))]
+        )
 
     def _rounding(self, trial: Trial, answer: object) -> float:
         """What rounding may change: some last digits, or what the original makes of a last digit in its input."""
@@ -166,7 +198,11 @@ class Trials:
         generator = torch.Generator().manual_seed(0)
 
         def nudged(tensor: Tensor) -> Tensor:
-            return tensor * (1 + epsilon * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype) if tensor.is_floating_point() else tensor
+            return (
+                tensor * (1 + epsilon * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
+                if tensor.is_floating_point()
+                else tensor
+            )
 
         again, near = self.given.run(trial.call), self.given.run(trial.call.map(nudged))
         return max(least, _AMPLIFIED * max(gap(trial.original, again), gap(trial.original, near)))
@@ -175,12 +211,18 @@ class Trials:
 def gap(reference: object, output: object) -> float:
     """The largest difference of any channel of any floating-point output, relative to that channel's root mean square.
 
-    Channels lie along the second and along the last axis.  Infinite where the outputs have other shapes or other values that
-    are not finite.
+    Channels lie along the second and along the last axis.  Infinite where the outputs have other shapes or
+    other values that are not finite.
     """
     if _shapes(reference) != _shapes(output):
         return float("inf")
-    return max((_channel_gap(a.double(), b.double()) for a, b in zip(_floats(reference), _floats(output), strict=True)), default=0.0)
+    return max(
+        (
+            _channel_gap(a.double(), b.double())
+            for a, b in zip(_floats(reference), _floats(output), strict=True)
+        ),
+        default=0.0,
+    )
 
 
 def _channel_gap(reference: Tensor, output: Tensor) -> float:

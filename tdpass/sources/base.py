@@ -19,7 +19,10 @@ class ModuleSource(ABC):
 
     @abstractmethod
     def build(self, text: str, *, pretrained: bool) -> nn.Module:
-        """The model of that name, with its published weights or untrained; raises `UsageError`, `InvalidModelError`."""
+        """The model of that name, with its published weights or untrained.
+
+        Raises `UsageError`, `InvalidModelError`.
+        """
 
 
 MODULE_SOURCES: Registry[ModuleSource] = Registry("source of models")
@@ -41,7 +44,9 @@ def is_module(text: str) -> bool:
 def module_of(text: str, *, pretrained: bool = True) -> nn.Module:
     """The named model; raises `UsageError`, `InvalidModelError` where it cannot be made."""
     source, _, name = text.partition(":")
-    model = _built(MODULE_SOURCES.get(source), name, pretrained) if source in MODULE_SOURCES else made_by(text)
+    model = (
+        _built(MODULE_SOURCES.get(source), name, pretrained) if source in MODULE_SOURCES else made_by(text)
+    )
     if not isinstance(model, nn.Module):
         raise UsageError(f"{text!r} returned a {type(model).__name__}; it must return a torch.nn.Module")
     return model
@@ -55,4 +60,6 @@ def _built(source: ModuleSource, name: str, pretrained: bool) -> nn.Module:
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "")
         told = f"{source.name} cannot make {name!r} ({type(error).__name__}: {reason})"
-        raise InvalidModelError(f"{told}; check its name, and the connection where weights are fetched, or give them with --weights") from error
+        raise InvalidModelError(
+            f"{told}; check its name, and the connection where weights are fetched, or give them with --weights"
+        ) from error

@@ -13,7 +13,10 @@ from tdpass.sources.base import MODULE_SOURCES, module_of
 
 
 def published_model(path: Path) -> str:
-    """The name of the published model that a `.safetensors` artifact was made from, as `timm:resnet50`; empty where it was another, or cannot be read."""
+    """The name of the published model that a `.safetensors` artifact was made from, as `timm:resnet50`.
+
+    Empty where it was another, or cannot be read.
+    """
     try:
         text = read_metadata(path).get(artifact.SOURCE_KEY, "")
     except InvalidModelError:
@@ -24,15 +27,18 @@ def published_model(path: Path) -> str:
 def load(path: Path | str, model: nn.Module | None = None) -> nn.Module:
     """Put a saved `.safetensors` artifact on a dense model of the class it was made from, in place.
 
-    Without a model, one is built by the name in the file, where that is of a library that tdpass knows (`timm:`, `torchvision:`, `hf:`,
-    `zoo:`); functions that a file names are never called.  Everything is checked before anything is allocated or changed: raises
-    `InvalidModelError` for a damaged file, `PlanError` where names, shapes or ranks do not fit, `UsageError` where there is no model.
-    No pickle is ever read.
+    Without a model, one is built by the name in the file, where that is of a library that tdpass knows
+    (`timm:`, `torchvision:`, `hf:`, `zoo:`); functions that a file names are never called.  Everything is
+    checked before anything is allocated or changed: raises `InvalidModelError` for a damaged file,
+    `PlanError` where names, shapes or ranks do not fit, `UsageError` where there is no model. No pickle is
+    ever read.
     """
     if model is not None:
         return artifact.load(path, model)
     read_metadata(Path(path))  # says what is wrong with a file that cannot be read
     text = published_model(Path(path))
     if not text:
-        raise UsageError(f"{path} does not say how its model is built; give the dense model: tdpass.load({str(path)!r}, DenseClass())")
+        raise UsageError(
+            f"{path} does not say how its model is built; give the dense model: tdpass.load({str(path)!r}, DenseClass())"
+        )
     return artifact.load(path, module_of(text, pretrained=False))

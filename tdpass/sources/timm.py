@@ -21,6 +21,8 @@ class Timm(ModuleSource):
     def build(self, text: str, *, pretrained: bool) -> nn.Module:
         library: Any = optional("timm", "timm", f"timm:{text}")
         if not library.is_model(text.partition(".")[0]):
-            raise UsageError(f"timm has no model {text!r}; near it: {', '.join(library.list_models(f'*{text[:6]}*')[:5]) or 'nothing'}")
+            raise UsageError(
+                f"timm has no model {text!r}; near it: {', '.join(library.list_models(f'*{text[:6]}*')[:5]) or 'nothing'}"
+            )
         model: nn.Module = library.create_model(text, pretrained=pretrained)
         return model

@@ -1,4 +1,7 @@
-"""Supports: which entries of a factor are stored, all others being zero.  Importing this package registers all of them."""
+"""Supports: which entries of a factor are stored, all others being zero.
+
+Importing this package registers all of them.
+"""
 
 from __future__ import annotations
 

@@ -29,8 +29,9 @@ def matrix_of(shape: Shape) -> tuple[int, int]:
 class Support(ABC):
     """One kind of support with its sizes; a frozen dataclass per file, registered with `register_support`.
 
-    Class attributes: `name`, and `example`, a text that `read` takes.  A factor is seen as a matrix (`matrix_of`), divided into tiles;
-    what is kept of it is stored in order of rows, and of columns within a row.
+    Class attributes: `name`, and `example`, a text that `read` takes.  A factor is seen as a matrix
+    (`matrix_of`), divided into tiles; what is kept of it is stored in order of rows, and of columns within a
+    row.
     """
 
     name: ClassVar[str]
@@ -84,12 +85,17 @@ def register_support(cls: type[Support]) -> type[Support]:
 
 
 def support_named(text: str) -> Support:
-    """Read `2:4`, `blocks4x4/12`, `rows/8`, `columns/30%` or `unstructured/500`; raises `PlanError` for what is no support."""
+    """Read `2:4`, `blocks4x4/12`, `rows/8`, `columns/30%` or `unstructured/500`.
+
+    Raises `PlanError` for what is no support.
+    """
     for cls in SUPPORTS:
         found = cls.read(text)
         if found is not None:
             return found
-    raise PlanError(f"support {text!r} is not understood; write one of {', '.join(cls.example for cls in SUPPORTS)}")
+    raise PlanError(
+        f"support {text!r} is not understood; write one of {', '.join(cls.example for cls in SUPPORTS)}"
+    )
 
 
 def amount_of(text: str, whole: int) -> int:

@@ -33,5 +33,7 @@ class Blocks(Tiles):
     def tile(self, shape: Shape) -> tuple[int, int]:
         rows, columns = matrix_of(shape)
         if rows % self.high or columns % self.wide:
-            raise PlanError(f"support '{self}' does not divide a factor of shape {shape}, a matrix of {rows} x {columns}; choose other blocks")
+            raise PlanError(
+                f"support '{self}' does not divide a factor of shape {shape}, a matrix of {rows} x {columns}; choose other blocks"
+            )
         return self.high, self.wide

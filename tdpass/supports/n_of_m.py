@@ -30,7 +30,9 @@ class NOfM(Support):
             return None
         keep, of = int(match[1]), int(match[2])
         if keep >= of:
-            raise PlanError(f"support {text!r} keeps everything; keep fewer of every {of}, or leave the support out")
+            raise PlanError(
+                f"support {text!r} keeps everything; keep fewer of every {of}, or leave the support out"
+            )
         return cls(keep, of)
 
     def __str__(self) -> str:
@@ -38,7 +40,9 @@ class NOfM(Support):
 
     def tile(self, shape: Shape) -> tuple[int, int]:
         if matrix_of(shape)[1] % self.of:
-            raise PlanError(f"support '{self}' does not divide a factor of shape {shape}, whose rows hold {matrix_of(shape)[1]} numbers; choose another")
+            raise PlanError(
+                f"support '{self}' does not divide a factor of shape {shape}, whose rows hold {matrix_of(shape)[1]} numbers; choose another"
+            )
         return 1, 1
 
     def tiles(self, shape: Shape) -> int:
@@ -48,4 +52,8 @@ class NOfM(Support):
     def choose(self, scores: Tensor) -> Tensor:
         parts = scores.reshape(-1, self.of)
         order = torch.sort(parts, dim=1, descending=True, stable=True).indices[:, : self.keep]
-        return torch.zeros(parts.shape, dtype=torch.bool, device=scores.device).scatter_(1, order, value=True).reshape(scores.shape)
+        return (
+            torch.zeros(parts.shape, dtype=torch.bool, device=scores.device)
+            .scatter_(1, order, value=True)
+            .reshape(scores.shape)
+        )

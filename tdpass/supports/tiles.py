@@ -33,7 +33,9 @@ class Tiles(Support, ABC):
         whole = self.bits(shape)
         found = amount_of(self.amount, whole)
         if found > whole:
-            raise PlanError(f"support '{self}' keeps {found} of the {whole} that a factor of shape {shape} has; keep fewer")
+            raise PlanError(
+                f"support '{self}' keeps {found} of the {whole} that a factor of shape {shape} has; keep fewer"
+            )
         return found
 
     def choose(self, scores: Tensor) -> Tensor:

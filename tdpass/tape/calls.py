@@ -22,14 +22,25 @@ def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, na
 
 
 def in_parts(
-    call: Callable[..., Any], func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], apart: Container[int]
+    call: Callable[..., Any],
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    apart: Container[int],
 ) -> Any:
-    """Make a layer's call by `call(func, args, kwargs)`; a bias whose id is in `apart` is added by a call of its own."""
+    """Make a layer's call by `call(func, args, kwargs)`.
+
+    A bias whose id is in `apart` is added by a call of its own.
+    """
     bias = argument(args, kwargs, 2, "bias") if is_layer_call(func) else None
     if bias is None or id(bias) not in apart:
         return call(func, args, kwargs)
     axes = argument(args, kwargs, 1, "weight").dim() - 2
-    y = call(func, (*args[:2], *((None, *args[3:]) if len(args) > 2 else ())), {name: value for name, value in kwargs.items() if name != "bias"})
+    y = call(
+        func,
+        (*args[:2], *((None, *args[3:]) if len(args) > 2 else ())),
+        {name: value for name, value in kwargs.items() if name != "bias"},
+    )
     return call(own_bias, (y, bias, axes), {})
 
 
@@ -56,9 +67,10 @@ class Autocast:
 
 @dataclass(frozen=True)
 class Call:
-    """One recorded torch function call; `output` has the structure of what it returned, with `Ref` for tensors.
+    """One recorded torch function call.
 
-    Layer calls also carry the shapes of their input and output.
+    `output` has the structure of what it returned, with `Ref` for tensors. Layer calls also carry the shapes
+    of their input and output.
     """
 
     func: Callable[..., Any]
@@ -85,7 +97,11 @@ class Call:
 
     def context(self) -> AbstractContextManager[object]:
         """The mixed precision to repeat the call under."""
-        return nullcontext() if self.autocast is None else torch.autocast(self.autocast.device, self.autocast.dtype)
+        return (
+            nullcontext()
+            if self.autocast is None
+            else torch.autocast(self.autocast.device, self.autocast.dtype)
+        )
 
 
 def leaves(tree: Any) -> list[Any]:

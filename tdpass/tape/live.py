@@ -14,7 +14,9 @@ from tdpass.kinds import as_layer, is_layer_call
 from tdpass.tape.calls import argument, in_parts, plain
 from tdpass.tape.playback import Playback, Replacement, Tape, Watch
 
-_LEAVING_TORCH = frozenset({"numpy", "__array__", "item", "tolist", "__float__", "__int__", "__bool__", "__dlpack__"})
+_LEAVING_TORCH = frozenset(
+    {"numpy", "__array__", "item", "tolist", "__float__", "__int__", "__bool__", "__dlpack__"}
+)
 
 Run = Callable[[], Any]
 Steer = Callable[[str, Tensor, Replacement], Tensor]
@@ -97,7 +99,9 @@ class _Rerun:
             if watch is None:
                 return y
             y = watch(name, x, y)
-            return y.clone() if y.requires_grad and y.is_leaf else y  # what follows may write in place, which a leaf forbids
+            return (
+                y.clone() if y.requires_grad and y.is_leaf else y
+            )  # what follows may write in place, which a leaf forbids
 
         return plain(self._run(steer))
 
@@ -134,14 +138,21 @@ class _Rerun:
 
 
 class _Steered(TorchFunctionMode):
-    """Hands every call of a site to `steer`; lets values leave torch where gradients are recorded, which then end there."""
+    """Hands every call of a site to `steer`.
+
+    Lets values leave torch where gradients are recorded, which then end there.
+    """
 
     def __init__(self, sites: Mapping[int, str], apart: frozenset[int], steer: Steer) -> None:
         super().__init__()
         self.sites, self.apart, self.steer = sites, apart, steer
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         func, args, kwargs = as_layer(func, args, kwargs or {}, self.sites)
         if getattr(func, "__name__", "") in _LEAVING_TORCH:

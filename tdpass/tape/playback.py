@@ -1,7 +1,7 @@
 """A tape and its replays.
 
-A replay computes only what it needs: sensitivity analysis forks a replay at a layer and runs the rest of the network once
-per candidate, without ever recomputing the prefix.
+A replay computes only what it needs: sensitivity analysis forks a replay at a layer and runs the rest of the
+network once per candidate, without ever recomputing the prefix.
 """
 
 from __future__ import annotations
@@ -19,7 +19,23 @@ from tdpass.tape.calls import Call, Ref, leaves, mapped
 
 _ADDITIONS = frozenset({"add", "__add__", "__radd__", "add_", "__iadd__"})
 CHANNELWISE = frozenset(
-    {"relu", "relu_", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "elu", "sigmoid", "tanh", "dropout", "clamp", "clip"}
+    {
+        "relu",
+        "relu_",
+        "relu6",
+        "silu",
+        "gelu",
+        "hardswish",
+        "hardsigmoid",
+        "hardtanh",
+        "leaky_relu",
+        "elu",
+        "sigmoid",
+        "tanh",
+        "dropout",
+        "clamp",
+        "clip",
+    }
 )
 
 Replacement = Callable[[Tensor], Tensor]
@@ -41,7 +57,10 @@ class Playback(Protocol):
         """Go to just before call `index`; from the start again where that is behind."""
 
     def input_of(self, index: int) -> Tensor | None:
-        """The activation that site call `index`, the next one, is about to read; None where this run does not come there."""
+        """The activation that site call `index`, the next one, is about to read.
+
+        None where this run does not come there.
+        """
 
     def step(self) -> Tensor | None:
         """The output of the site call that is next; None where this run does not come there."""
@@ -52,7 +71,8 @@ class Playback(Protocol):
     def finish(self, watch: Watch | None = None) -> Any:
         """Run to the end; returns what the model would have returned.
 
-        `watch(site, x, y)` is told of every call of a site on the way and answers with the output to go on with, mostly `y`.
+        `watch(site, x, y)` is told of every call of a site on the way and answers with the output to go on
+        with, mostly `y`.
         """
 
 
@@ -60,8 +80,8 @@ class Playback(Protocol):
 class Tape:
     """The recorded calls of one run; `inputs` are the values it was run on, `output` what it returned.
 
-    `doubt` says why a replay may differ from what the model would do with a layer replaced; empty where every tensor that
-    a call reads is an input, was made by a call, or was held by the model before.
+    `doubt` says why a replay may differ from what the model would do with a layer replaced; empty where every
+    tensor that a call reads is an input, was made by a call, or was held by the model before.
     """
 
     calls: list[Call]
@@ -119,7 +139,9 @@ class Tape:
             if call.site is not None:
                 return readers[0] if call.args[0] == Ref(number) else None
             written = list(call.writes())
-            tensors = [leaf for leaf in leaves((call.args, dict(call.kwargs))) if isinstance(leaf, Ref | Tensor)]
+            tensors = [
+                leaf for leaf in leaves((call.args, dict(call.kwargs))) if isinstance(leaf, Ref | Tensor)
+            ]
             if call.name not in CHANNELWISE or len(written) != 1 or len(tensors) != 1:
                 return None
             number = written[0]
@@ -130,7 +152,10 @@ class Tape:
 
 
 def site_order(tapes: Iterable[Tape]) -> list[str]:
-    """Every site that some run calls, by first call; one that the first run leaves out comes after what precedes it in another."""
+    """Every site that some run calls, by first call.
+
+    One that the first run leaves out comes after what precedes it in another.
+    """
     order: list[str] = []
     for tape in tapes:
         place = 0
@@ -158,7 +183,9 @@ class _Replay:
 
     def fork(self, replaced: Mapping[str, Replacement] | None = None) -> _Replay:
         """A copy from here on; values are shared, since a replay never changes one in place."""
-        return _Replay(self.tape, dict(self.values), self.position, {**self.replaced, **(replaced or {})}, self.start)
+        return _Replay(
+            self.tape, dict(self.values), self.position, {**self.replaced, **(replaced or {})}, self.start
+        )
 
     def advance(self, index: int) -> _Replay:
         if index < self.position:

@@ -1,8 +1,9 @@
 """Recording a run, at the level of torch functions and, where that is not enough, of the operators below them.
 
-Recording happens while the model really runs, so control flow, reused modules and code that no tracer understands are all
-fine.  What leaves torch on the way (NumPy, scripted code, values read into Python) enters the tape as a constant; a tape of
-which that is true is compared with the model, both with the output of every site disturbed, before it is trusted.
+Recording happens while the model really runs, so control flow, reused modules and code that no tracer
+understands are all fine.  What leaves torch on the way (NumPy, scripted code, values read into Python) enters
+the tape as a constant; a tape of which that is true is compared with the model, both with the output of every
+site disturbed, before it is trusted.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ _VISIBLE = 0.02
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, sites: Mapping[int, str], batch_size: int, held: frozenset[int], apart: frozenset[int]) -> None:
+    def __init__(
+        self, sites: Mapping[int, str], batch_size: int, held: frozenset[int], apart: frozenset[int]
+    ) -> None:
         super().__init__()
         self.sites = sites
         self.apart = apart
@@ -73,12 +76,19 @@ class _Recorder(TorchFunctionMode):
         return self.known(leaf)
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         func, args, kwargs = as_layer(func, args, kwargs or {}, self.sites)
         if self.below is None:
             return in_parts(self.call, func, args, kwargs, self.apart)
-        if any(isinstance(leaf, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf) for leaf in tree_leaves((args, kwargs))):
+        if any(
+            isinstance(leaf, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf)
+            for leaf in tree_leaves((args, kwargs))
+        ):
             return func(*args, **kwargs)
         with self.below.hidden():
             return in_parts(self.call, func, args, kwargs, self.apart)
@@ -95,7 +105,10 @@ class _Recorder(TorchFunctionMode):
             output: Any = self.number(args[0])
         elif not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             if getattr(func, "__name__", "") not in _ABOUT_SHAPES:
-                self.doubt = self.doubt or f"values of tensors are read into Python ({getattr(func, '__name__', func)})"
+                self.doubt = (
+                    self.doubt
+                    or f"values of tensors are read into Python ({getattr(func, '__name__', func)})"
+                )
             return result
         else:
             output = tree_map(lambda leaf: self.number(leaf) if isinstance(leaf, Tensor) else leaf, result)
@@ -111,7 +124,9 @@ class _Recorder(TorchFunctionMode):
     ) -> tuple[str | None, tuple[tuple[int, ...], tuple[int, ...]]]:
         if not is_layer_call(func):
             return None, ((), ())
-        x, weight = (argument(args, kwargs, position, name) for position, name in ((0, "input"), (1, "weight")))
+        x, weight = (
+            argument(args, kwargs, position, name) for position, name in ((0, "input"), (1, "weight"))
+        )
         return self.sites.get(id(weight)), (tuple(x.shape), tuple(result.shape))
 
 
@@ -128,10 +143,16 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return _Depth(self)
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         with torch._C.DisableTorchFunction():
-            return func(*args, **(kwargs or {})) if self.depth else self.recorder.call(func, args, kwargs or {})
+            return (
+                func(*args, **(kwargs or {})) if self.depth else self.recorder.call(func, args, kwargs or {})
+            )
 
 
 class _Depth:
@@ -151,7 +172,12 @@ def _mutates(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
     if isinstance(func, OpOverload):
         return func._schema.is_mutable
     name = getattr(func, "__name__", "")
-    return name in _MUTATING_NAMES or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True or _inplace(name, args)
+    return (
+        name in _MUTATING_NAMES
+        or (name.endswith("_") and not name.endswith("__"))
+        or kwargs.get("inplace") is True
+        or _inplace(name, args)
+    )
 
 
 def _inplace(name: str, args: tuple[Any, ...]) -> bool:
@@ -178,11 +204,12 @@ def record(
 ) -> Tape:
     """Run a model once and record it.
 
-    `run` executes the model on `inputs` (all tensors it is fed), which hold that many `samples`, else as many as the first
-    of them is long; `sites` maps `id(weight)` to a site's name, `held` are the tensors that the model holds,
-    `apart` the ids of biases that are no part of their layer's site, so that they are added by calls of their own.  A tape that
-    is only looked at need not be `replayed`.  Where no replay does what the model does, because the run leaves torch, writes
-    through a view or decides by values, it is a `LiveTape`.  Raises `UnsupportedError` for a model that is not deterministic.
+    `run` executes the model on `inputs` (all tensors it is fed), which hold that many `samples`, else as many
+    as the first of them is long; `sites` maps `id(weight)` to a site's name, `held` are the tensors that the
+    model holds, `apart` the ids of biases that are no part of their layer's site, so that they are added by
+    calls of their own.  A tape that is only looked at need not be `replayed`.  Where no replay does what the
+    model does, because the run leaves torch, writes through a view or decides by values, it is a `LiveTape`.
+    Raises `UnsupportedError` for a model that is not deterministic.
     """
     size = samples or next((int(tensor.shape[0]) for tensor in inputs if tensor.dim() > 0), 1)
     constants = frozenset(map(id, held))
@@ -204,11 +231,15 @@ def record(
             return deeper
     with torch.no_grad():
         if not _equal(live.play().finish(), result):
-            raise UnsupportedError("two runs on the same data differ: the model is not deterministic; put it in eval mode, or fix its seed in forward")
+            raise UnsupportedError(
+                "two runs on the same data differ: the model is not deterministic; put it in eval mode, or fix its seed in forward"
+            )
     return live
 
 
-def _recorded(run: Run, inputs: Sequence[Tensor], originals: Sequence[Tensor], recorder: _Recorder) -> tuple[Tape, Any]:
+def _recorded(
+    run: Run, inputs: Sequence[Tensor], originals: Sequence[Tensor], recorder: _Recorder
+) -> tuple[Tape, Any]:
     fed = [recorder.number(tensor).number for tensor in inputs]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -219,12 +250,26 @@ def _recorded(run: Run, inputs: Sequence[Tensor], originals: Sequence[Tensor], r
         torch.backends.mha.set_fastpath_enabled(fastpath)
     restore(inputs, originals)
     output = mapped(recorder.returned, result)
-    return Tape(recorder.calls, dict(zip(fed, originals, strict=True)), output, recorder.batch_size, recorder.doubt), result
+    return Tape(
+        recorder.calls, dict(zip(fed, originals, strict=True)), output, recorder.batch_size, recorder.doubt
+    ), result
 
 
-def _live(tape: Tape, run: Run, inputs: Sequence[Tensor], sites: Mapping[int, str], apart: frozenset[int]) -> LiveTape:
+def _live(
+    tape: Tape, run: Run, inputs: Sequence[Tensor], sites: Mapping[int, str], apart: frozenset[int]
+) -> LiveTape:
     doubt = tape.doubt or "a replay of its calls does not give its output"
-    return LiveTape(tape.calls, tape.inputs, tape.output, tape.batch_size, doubt, run=run, fed=inputs, sites=sites, apart=apart)
+    return LiveTape(
+        tape.calls,
+        tape.inputs,
+        tape.output,
+        tape.batch_size,
+        doubt,
+        run=run,
+        fed=inputs,
+        sites=sites,
+        apart=apart,
+    )
 
 
 def _faithful(tape: Tape, live: LiveTape, result: Any) -> bool:
@@ -233,7 +278,9 @@ def _faithful(tape: Tape, live: LiveTape, result: Any) -> bool:
         with torch.no_grad():
             if not _equal(tape.play().finish(), result):
                 return False
-            return not tape.doubt or _moves_alike(tape.play().finish(_Disturb()), live.play().finish(_Disturb()), result)
+            return not tape.doubt or _moves_alike(
+                tape.play().finish(_Disturb()), live.play().finish(_Disturb()), result
+            )
     except _FAILURES:
         return False
 
@@ -258,15 +305,23 @@ def _moves_alike(ours: Any, theirs: Any, before: Any) -> bool:
             continue
         if a.shape != b.shape or b.shape != c.shape:
             return False
-        gap, moved = ((left.double() - right.double()).nan_to_num(0, 0, 0) for left, right in ((a, b), (b, c)))
-        if float(gap.norm()) > _VISIBLE * float(moved.norm()) + 1e-6 * float(c.double().nan_to_num(0, 0, 0).norm()):
+        gap, moved = (
+            (left.double() - right.double()).nan_to_num(0, 0, 0) for left, right in ((a, b), (b, c))
+        )
+        if float(gap.norm()) > _VISIBLE * float(moved.norm()) + 1e-6 * float(
+            c.double().nan_to_num(0, 0, 0).norm()
+        ):
             return False
     return True
 
 
 def _equal(ours: Any, theirs: Any) -> bool:
     pairs = list(zip(leaves(ours), leaves(theirs), strict=True))
-    return all(a.shape == b.shape and _same(a.double(), b.detach().double()) for a, b in pairs if isinstance(b, Tensor))
+    return all(
+        a.shape == b.shape and _same(a.double(), b.detach().double())
+        for a, b in pairs
+        if isinstance(b, Tensor)
+    )
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:

@@ -1,4 +1,7 @@
-"""Targets: machines that a plan is made for, and what a layer costs there.  Importing this package registers all of them."""
+"""Targets: machines that a plan is made for, and what a layer costs there.
+
+Importing this package registers all of them.
+"""
 
 from __future__ import annotations
 

@@ -36,7 +36,10 @@ ONE_CALL = Setting()
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call of the model spent in a layer, and the runtime that was fastest; infinite where none can run it."""
+    """Seconds of one call of the model spent in a layer, and the runtime that was fastest.
+
+    Infinite where none can run it.
+    """
 
     seconds: float
     kernel: str = ""
@@ -45,10 +48,10 @@ class Timing:
 class Target(ABC):
     """A machine that is asked what layers cost; a subclass per kind, registered with `register_target`.
 
-    `measures` is what it tells of a layer, the one that says whether a layer pays first, and `here` whether it is this machine, so
-    that what runs faster here may be chosen by time.  `margin` is how much less than the dense layer a form must cost to count as
-    cheaper: what noise is left in what it tells.  `filled_by` identifies what `filling` goes by.  `notes` is what the user should
-    hear of.
+    `measures` is what it tells of a layer, the one that says whether a layer pays first, and `here` whether
+    it is this machine, so that what runs faster here may be chosen by time.  `margin` is how much less than
+    the dense layer a form must cost to count as cheaper: what noise is left in what it tells.  `filled_by`
+    identifies what `filling` goes by.  `notes` is what the user should hear of.
     """
 
     name: ClassVar[str]
@@ -65,7 +68,8 @@ class Target(ABC):
     def open(cls, way: str, frontend: str, cache: Path | None) -> Target:
         """The target for models of that front end, run in the given way (`""`: as the front end's models usually are).
 
-        `cache` is the folder where measurements are kept.  Raises `UsageError` for a way it does not have, or a missing device.
+        `cache` is the folder where measurements are kept.  Raises `UsageError` for a way it does not have, or
+        a missing device.
         """
 
     @abstractmethod
@@ -76,10 +80,17 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def cost_models(self, models: Sequence[Model], call: Callable[[], Batch], setting: Setting, yardstick: Site | None = None) -> list[Cost]:
-        """What one call of each model costs, all of it as far as the target knows; `call` makes the call where it has to be run.
+    def cost_models(
+        self,
+        models: Sequence[Model],
+        call: Callable[[], Batch],
+        setting: Setting,
+        yardstick: Site | None = None,
+    ) -> list[Cost]:
+        """What one call of each model costs, all of it as far as the target knows.
 
-        With `yardstick`, a dense site that was priced before, the answer is on the scale of that price.
+        `call` makes the call where it has to be run. With `yardstick`, a dense site that was priced before,
+        the answer is on the scale of that price.
         """
 
     @abstractmethod
@@ -92,11 +103,25 @@ class Target(ABC):
         ranks = sorted(fmt.ranks(site), key=lambda rank: fmt.macs(site, rank))
         dense, *costs = self.cost(site, [DENSE, *(Form(format_name, rank) for rank in ranks)], setting)
         limit = dense.get(measure) * (1 - self.margin)
-        return next((rank for rank, cost in zip(reversed(ranks), reversed(costs), strict=True) if cost.get(measure) < limit), None)
+        return next(
+            (
+                rank
+                for rank, cost in zip(reversed(ranks), reversed(costs), strict=True)
+                if cost.get(measure) < limit
+            ),
+            None,
+        )
 
-    def break_even_sparsity(self, site: Site, group: str = "weight", setting: Setting = ONE_CALL) -> float | None:
-        """See `tdpass.targets.break_even.BreakEven`; raises `UsageError` on a target without sparse operators."""
-        raise UsageError(f"target {self.name} has no sparse operators; use target cpu, or a table of break-even sparsities, table:FILE.yaml")
+    def break_even_sparsity(
+        self, site: Site, group: str = "weight", setting: Setting = ONE_CALL
+    ) -> float | None:
+        """See `tdpass.targets.break_even.BreakEven`.
+
+        Raises `UsageError` on a target without sparse operators.
+        """
+        raise UsageError(
+            f"target {self.name} has no sparse operators; use target cpu, or a table of break-even sparsities, table:FILE.yaml"
+        )
 
 
 class TimedTarget(Target):
@@ -112,28 +137,41 @@ class TimedTarget(Target):
         return whole if len(whole) >= _FEW else list(ranks)
 
     @abstractmethod
-    def time(self, site: Site, forms: Sequence[Form], setting: Setting, careful: bool = False) -> list[Timing]:
-        """Seconds of the site as each form, summed over all its calls; all forms not known yet are measured against each other.
+    def time(
+        self, site: Site, forms: Sequence[Form], setting: Setting, careful: bool = False
+    ) -> list[Timing]:
+        """Seconds of the site as each form, summed over all its calls.
 
-        With `careful`, what is known from a few rounds only is measured again in many.
+        All forms not known yet are measured against each other. With `careful`, what is known from a few
+        rounds only is measured again in many.
         """
 
     @abstractmethod
-    def time_models(self, models: Sequence[Model], batch: Batch, setting: Setting, yardstick: Site | None = None) -> list[float]:
+    def time_models(
+        self, models: Sequence[Model], batch: Batch, setting: Setting, yardstick: Site | None = None
+    ) -> list[float]:
         """Seconds of one call of each model, measured against each other.
 
-        With `yardstick`, a dense site that was timed before, the answer is on the scale of what it took then: a machine that
-        is busier now than it was when the layers were timed changes nothing.
+        With `yardstick`, a dense site that was timed before, the answer is on the scale of what it took then:
+        a machine that is busier now than it was when the layers were timed changes nothing.
         """
 
-    def seconds(self, site: Site, form: Form, batch: int = 1, threads: int = 1, dtype: torch.dtype = torch.float32) -> float:
+    def seconds(
+        self, site: Site, form: Form, batch: int = 1, threads: int = 1, dtype: torch.dtype = torch.float32
+    ) -> float:
         """Time of one layer in that form."""
         return self.time(site, [form], Setting(batch, threads, dtype))[0].seconds
 
     def cost(self, site: Site, forms: Sequence[Form], setting: Setting = ONE_CALL) -> list[Cost]:
         return [Cost(seconds=timing.seconds) for timing in self.time(site, forms, setting)]
 
-    def cost_models(self, models: Sequence[Model], call: Callable[[], Batch], setting: Setting, yardstick: Site | None = None) -> list[Cost]:
+    def cost_models(
+        self,
+        models: Sequence[Model],
+        call: Callable[[], Batch],
+        setting: Setting,
+        yardstick: Site | None = None,
+    ) -> list[Cost]:
         return [Cost(seconds=seconds) for seconds in self.time_models(models, call(), setting, yardstick)]
 
 
@@ -153,8 +191,12 @@ def open_target(text: str | Target, frontend: str, cache: Path | None = None) ->
     if isinstance(text, Target):
         return text
     if not isinstance(text, str):
-        raise UsageError(f"target={text!r} is not a text; write 'cpu', or another of: {', '.join(TARGETS.names())}")
+        raise UsageError(
+            f"target={text!r} is not a text; write 'cpu', or another of: {', '.join(TARGETS.names())}"
+        )
     name, colon, way = text.strip().partition(":")
     if colon and not way:
-        raise UsageError(f"target {text!r} names no way to run a model after the colon; write {name!r}, or {name}:NAME")
+        raise UsageError(
+            f"target {text!r} names no way to run a model after the colon; write {name!r}, or {name}:NAME"
+        )
     return TARGETS.get(name).open(way, frontend, cache)

@@ -20,9 +20,9 @@ _LINE = re.compile(r"^ *`(\w+)` \[([^\]]*)\]: (.+?)(?=^ *`\w+` \[|^ *$|\Z)", re.
 class Constants:
     """What a machine's costs are computed from; frozen dataclasses extend it.
 
-    Class attributes: `noun`, `folder` beside this file with the presets, and `usual`, the one that is taken without a name.  The
-    docstring has a line `` `name` [unit]: meaning `` for every field.  `source` says where the figures of one machine come from,
-    `sources` where single ones do, by field.
+    Class attributes: `noun`, `folder` beside this file with the presets, and `usual`, the one that is taken
+    without a name.  The docstring has a line `` `name` [unit]: meaning `` for every field.  `source` says
+    where the figures of one machine come from, `sources` where single ones do, by field.
     """
 
     noun: ClassVar[str]

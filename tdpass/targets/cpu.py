@@ -24,8 +24,8 @@ _ELSEWHERE = "cuda"
 class CpuTarget(SparseTarget):
     """The processor of this machine.
 
-    `cpu` divides layers among the runtimes of the front end: those of torch, or ONNX Runtime for ONNX models.  `cpu:FAMILY`
-    names another family, `cpu:RUNTIME` one runtime.
+    `cpu` divides layers among the runtimes of the front end: those of torch, or ONNX Runtime for ONNX models.
+    `cpu:FAMILY` names another family, `cpu:RUNTIME` one runtime.
     """
 
     name = "cpu"
@@ -48,11 +48,15 @@ def runtimes_of(way: str, default: str) -> list[Runtime]:
     Raises `UsageError` for a name that is neither, or when what it names is not installed.
     """
     here = [runtime for runtime in RUNTIMES if _ELSEWHERE not in runtime.families]
-    known = sorted({runtime.name for runtime in here} | {family for runtime in here for family in runtime.families})
+    known = sorted(
+        {runtime.name for runtime in here} | {family for runtime in here for family in runtime.families}
+    )
     if way and way not in known:
         raise UsageError(f"target cpu has no runtime {way!r}; known: {', '.join(known)}")
     chosen = way or default
-    found = [runtime for runtime in here if chosen in runtime.families and not runtime.on_demand] or [runtime for runtime in here if runtime.name == chosen]
+    found = [runtime for runtime in here if chosen in runtime.families and not runtime.on_demand] or [
+        runtime for runtime in here if runtime.name == chosen
+    ]
     installed = [runtime for runtime in found if runtime.available()]
     if not installed:
         raise UsageError(f"the runtime {chosen!r} is not installed; install it, or leave it out of target")

@@ -53,35 +53,24 @@ class Filling:
 class CrossbarArray(Constants):
     """The constants of an array of memristors and its periphery; a YAML file with these keys.
 
-    `rows` [cells]: word lines of an array.
-    `columns` [cells]: bit lines of an array.
-    `cell_bits` [bit]: of a cell, which has 2^cell_bits states.
-    `weight_bits` [bit]: of a weight, its sign included.
-    `signs` []: how weights are negative: a `pair` of arrays whose sums are subtracted, `fragments` of rows whose weights share a sign, or an `offset`.
-    `slices` []: where the cells of one weight lie, in `arrays` of their own or in adjacent `columns`.
-    `rows_at_once` [cells]: word lines driven in one step; a fragment has as many.
-    `input_bits` [bit]: of an activation.
-    `dac_bits` [bit]: of an activation that a word line is driven with at once.
-    `adc_bits` [bit]: of a converted sum.
-    `adcs` [converters]: of an array, which convert its columns one after another.
-    `hertz` [Hz]: conversions per second of a converter.
-    `read_seconds` [s]: from driving the rows to sums that stand.
-    `least_siemens` [S]: the least conductance of a state.
-    `most_siemens` [S]: the largest.
-    `states` [S]: all conductances, ascending, where they are not evenly spaced from the least to the largest.
-    `wire_ohms` [Ohm]: of a line between two cells.
-    `cell_joules` [J]: of a cell in a driven row of a used column, per step, over all states and inputs.
-    `adc_joules` [J]: of a conversion.
-    `dac_joules` [J]: of driving a row, per step.
-    `driver_joules` [J]: of an array per step: decoders, samples held.
-    `sum_joules` [J]: of a shift and an addition, one for each conversion.
-    `buffer_joules` [J/bit]: of an activation that is read or written.
-    `cell_area` [um2]: of a cell.
-    `adc_area` [um2]: of a converter.
-    `dac_area` [um2]: of the driver of one row.
-    `driver_area` [um2]: of decoders and what holds samples, of an array.
-    `sum_area` [um2]: of a unit that shifts and adds, one for each converter.
-    `buffer_area` [um2]: of an array's share of the activation buffers.
+    `rows` [cells]: word lines of an array. `columns` [cells]: bit lines of an array. `cell_bits` [bit]: of a
+    cell, which has 2^cell_bits states. `weight_bits` [bit]: of a weight, its sign included. `signs` []: how
+    weights are negative: a `pair` of arrays whose sums are subtracted, `fragments` of rows whose weights
+    share a sign, or an `offset`. `slices` []: where the cells of one weight lie, in `arrays` of their own or
+    in adjacent `columns`. `rows_at_once` [cells]: word lines driven in one step; a fragment has as many.
+    `input_bits` [bit]: of an activation. `dac_bits` [bit]: of an activation that a word line is driven with
+    at once. `adc_bits` [bit]: of a converted sum. `adcs` [converters]: of an array, which convert its columns
+    one after another. `hertz` [Hz]: conversions per second of a converter. `read_seconds` [s]: from driving
+    the rows to sums that stand. `least_siemens` [S]: the least conductance of a state. `most_siemens` [S]:
+    the largest. `states` [S]: all conductances, ascending, where they are not evenly spaced from the least to
+    the largest. `wire_ohms` [Ohm]: of a line between two cells. `cell_joules` [J]: of a cell in a driven row
+    of a used column, per step, over all states and inputs. `adc_joules` [J]: of a conversion. `dac_joules`
+    [J]: of driving a row, per step. `driver_joules` [J]: of an array per step: decoders, samples held.
+    `sum_joules` [J]: of a shift and an addition, one for each conversion. `buffer_joules` [J/bit]: of an
+    activation that is read or written. `cell_area` [um2]: of a cell. `adc_area` [um2]: of a converter.
+    `dac_area` [um2]: of the driver of one row. `driver_area` [um2]: of decoders and what holds samples, of an
+    array. `sum_area` [um2]: of a unit that shifts and adds, one for each converter. `buffer_area` [um2]: of
+    an array's share of the activation buffers.
     """
 
     noun = "crossbar array"
@@ -122,13 +111,23 @@ class CrossbarArray(Constants):
 
     def sound(self) -> None:
         if self.weight_bits < 2 or self.width < 1:
-            raise ValueError(f"weights of {self.weight_bits} bits in cells of {self.cell_bits} do not fit {self.columns} columns")
+            raise ValueError(
+                f"weights of {self.weight_bits} bits in cells of {self.cell_bits} do not fit {self.columns} columns"
+            )
         if self.least_siemens >= self.most_siemens:
-            raise ValueError(f"least_siemens is {self.least_siemens}, which is not below most_siemens, {self.most_siemens}")
-        if self.states and (len(self.states) != 2**self.cell_bits or list(self.states) != sorted(set(self.states))):
-            raise ValueError(f"states are {len(self.states)} conductances; give 2^cell_bits = {2**self.cell_bits} of them, ascending")
+            raise ValueError(
+                f"least_siemens is {self.least_siemens}, which is not below most_siemens, {self.most_siemens}"
+            )
+        if self.states and (
+            len(self.states) != 2**self.cell_bits or list(self.states) != sorted(set(self.states))
+        ):
+            raise ValueError(
+                f"states are {len(self.states)} conductances; give 2^cell_bits = {2**self.cell_bits} of them, ascending"
+            )
         if self.states and not self.least_siemens <= self.states[0] < self.states[-1] <= self.most_siemens:
-            raise ValueError(f"states run from {self.states[0]} to {self.states[-1]}, outside least_siemens to most_siemens")
+            raise ValueError(
+                f"states run from {self.states[0]} to {self.states[-1]}, outside least_siemens to most_siemens"
+            )
 
     @property
     def digits(self) -> int:
@@ -156,7 +155,10 @@ class CrossbarArray(Constants):
         if self.states:
             return self.states
         steps = 2**self.cell_bits - 1
-        return tuple(self.least_siemens + k * (self.most_siemens - self.least_siemens) / steps for k in range(steps + 1))
+        return tuple(
+            self.least_siemens + k * (self.most_siemens - self.least_siemens) / steps
+            for k in range(steps + 1)
+        )
 
     def groups(self, rows: int) -> int:
         """Steps in which so many rows are driven."""
@@ -169,7 +171,11 @@ class CrossbarArray(Constants):
             abreast = min(count, self.rows // depth, self.width // columns)
             block = Block(depth, columns, self.groups(depth))
             whole, rest = divmod(count, abreast)
-            return [Filling((block,) * size, times) for size, times in ((abreast, whole), (rest, 1)) if size and times]
+            return [
+                Filling((block,) * size, times)
+                for size, times in ((abreast, whole), (rest, 1))
+                if size and times
+            ]
         high, wide = _parts(depth, self.rows), _parts(columns, self.width)
         return [Filling((Block(r, c, self.groups(r)),), count * n * m) for r, n in high for c, m in wide]
 
@@ -180,7 +186,9 @@ class CrossbarArray(Constants):
     def utilisation(self, fillings: Iterable[Filling]) -> float:
         """The share of the cells of these arrays that holds weights."""
         filled = list(fillings)
-        cells = sum(filling.times * block.rows * block.columns for filling in filled for block in filling.blocks)
+        cells = sum(
+            filling.times * block.rows * block.columns for filling in filled for block in filling.blocks
+        )
         return cells * self.polarities * self.digits / (self.arrays(filled) * self.rows * self.columns)
 
     def array_area(self) -> float:
@@ -189,10 +197,11 @@ class CrossbarArray(Constants):
         return (self.rows * (self.columns * self.cell_area + self.dac_area) + periphery) * _MM2
 
     def cost(self, rows: int, fillings: Iterable[Filling], moved: float) -> Cost:
-        """What `rows` products with the weights in these arrays cost; `moved` counts the activations that are read and written.
+        """What `rows` products with the weights in these arrays cost.
 
-        An activation enters in ceil(input_bits / dac_bits) slices.  In each, every group of rows is driven once, and every used column
-        of its block converted once.  Arrays work side by side, the columns of one wait for its converters.
+        `moved` counts the activations that are read and written. An activation enters in ceil(input_bits /
+        dac_bits) slices.  In each, every group of rows is driven once, and every used column of its block
+        converted once.  Arrays work side by side, the columns of one wait for its converters.
         """
         filled = list(fillings)
         steps, cells = rows * -(-self.input_bits // self.dac_bits), self.polarities * self.digits
@@ -202,9 +211,18 @@ class CrossbarArray(Constants):
         drives = steps * self.copies * sum(times * block.rows for block, times in blocks)
         driven = steps * self.copies * sum(filling.times * filling.groups for filling in filled)
         cycles = steps * max((filling.groups * self._step(filling) for filling in filled), default=0)
-        joules = conversions * (self.adc_joules + self.sum_joules) + reads * self.cell_joules + drives * self.dac_joules
+        joules = (
+            conversions * (self.adc_joules + self.sum_joules)
+            + reads * self.cell_joules
+            + drives * self.dac_joules
+        )
         joules += driven * self.driver_joules + moved * self.input_bits * self.buffer_joules
-        return Cost(cycles=cycles, seconds=cycles / self.hertz, joules=joules, area=self.arrays(filled) * self.array_area())
+        return Cost(
+            cycles=cycles,
+            seconds=cycles / self.hertz,
+            joules=joules,
+            area=self.arrays(filled) * self.array_area(),
+        )
 
     def _step(self, filling: Filling) -> int:
         """Conversions that a converter has time for or makes in one step."""
@@ -216,7 +234,8 @@ class CrossbarArray(Constants):
 class CrossbarTarget(ModelledTarget):
     """`crossbar:NAME` or `crossbar:FILE.yaml`: a `CrossbarArray` as often as the weights need it, one layer computed after another.
 
-    Weights stay where they are, so the area of all layers adds up and a layer that is called twice is there once.
+    Weights stay where they are, so the area of all layers adds up and a layer that is called twice is there
+    once.
     """
 
     name = "crossbar"
@@ -237,7 +256,12 @@ class CrossbarTarget(ModelledTarget):
 
     def cost_filled(self, site: Site, filled: Sequence[Filling], batch: int = 1) -> Cost:
         """What a dense site costs whose weights fill arrays like that, rather than as a whole matrix does."""
-        return self._cost(site, DENSE, batch, lambda product: self.array.cost(product.rows, filled, product.read + product.made))
+        return self._cost(
+            site,
+            DENSE,
+            batch,
+            lambda product: self.array.cost(product.rows, filled, product.read + product.made),
+        )
 
     def _cost_product(self, product: Product) -> Cost:
         return self.array.cost(product.rows, self.array.fillings(product), product.read + product.made)

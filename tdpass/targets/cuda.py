@@ -29,9 +29,13 @@ class CudaTarget(MeasuredTarget):
         if way:
             raise UsageError(f"target cuda runs models in one way only, not in {way!r}; write 'cuda'")
         if not torch.cuda.is_available():
-            raise UsageError("target cuda needs a CUDA device and a build of torch for it, and finds none; use target cpu")
+            raise UsageError(
+                "target cuda needs a CUDA device and a build of torch for it, and finds none; use target cpu"
+            )
         if frontend == "onnx":
-            raise UsageError("target cuda times torch models, and this one is ONNX; give the torch model, or use target cpu")
+            raise UsageError(
+                "target cuda times torch models, and this one is ONNX; give the torch model, or use target cpu"
+            )
         return cls([runtime for runtime in RUNTIMES if cls.name in runtime.families], cache)
 
     @cached_property

@@ -17,23 +17,33 @@ from tdpass.site import Site
 
 
 def make_layer(site: Site, form: Form, dtype: torch.dtype) -> Layer:
-    """A layer of that form whose weights are noise, scaled so that activations keep their size; no time depends on more."""
+    """A layer of that form whose weights are noise, scaled so that activations keep their size.
+
+    No time depends on more.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def noise(shape: Sequence[int]) -> Tensor:
-        return (torch.randn(tuple(shape), generator=generator) / math.sqrt(max(1, math.prod(shape[1:])))).to(dtype)
+        return (torch.randn(tuple(shape), generator=generator) / math.sqrt(max(1, math.prod(shape[1:])))).to(
+            dtype
+        )
 
     return layer_of(site, form, noise)
 
 
 def layer_of(site: Site, form: Form, make: Callable[[tuple[int, ...]], Tensor]) -> Layer:
-    """A layer of that form whose weights are made by their shapes; one that reads no channel has a bias in any case."""
+    """A layer of that form whose weights are made by their shapes.
+
+    One that reads no channel has a bias in any case.
+    """
     site = form.on(site)
     bias = make((site.o,)) if site.bias or not site.i else None
     plain = replace(form, numbers=(), support="")
     storage = storage_of(site, plain)
     factors = {name: make(shape) for name, shape in storage.shapes.items()}
-    orders = {name: torch.arange(count - 1, -1, -1, dtype=torch.int32) for name, count in storage.orders.items()}
+    orders = {
+        name: torch.arange(count - 1, -1, -1, dtype=torch.int32) for name, count in storage.orders.items()
+    }
     return Layer(site, plain, {**factors, **orders}, bias).stored(form)
 
 
@@ -70,4 +80,9 @@ class LayerModule(nn.Module):
             self.register_parameter(name, nn.Parameter(channels_last(weight), requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        return apply_layer(TorchOps(), self._layer, x, {name: weight for name, weight in self._parameters.items() if weight is not None})
+        return apply_layer(
+            TorchOps(),
+            self._layer,
+            x,
+            {name: weight for name, weight in self._parameters.items() if weight is not None},
+        )

@@ -36,8 +36,9 @@ class _Case:
 class MeasuredTarget(TimedTarget):
     """A device, the runtimes that divide a model's layers among them, and the table of what was measured.
 
-    Times of one call of a layer are kept per runtime.  What is measured later than the dense layer is put on the scale of its
-    first time: both are measured again, and only their ratio counts, so that a busier or slower moment does not.
+    Times of one call of a layer are kept per runtime.  What is measured later than the dense layer is put on
+    the scale of its first time: both are measured again, and only their ratio counts, so that a busier or
+    slower moment does not.
     """
 
     margin = 0.02
@@ -57,21 +58,38 @@ class MeasuredTarget(TimedTarget):
     def clock(self, calls: Sequence[Call], threads: int, rounds: int) -> list[float]:
         """Seconds of each call, all measured in turn."""
 
-    def time(self, site: Site, forms: Sequence[Form], setting: Setting, careful: bool = False) -> list[Timing]:
+    def time(
+        self, site: Site, forms: Sequence[Form], setting: Setting, careful: bool = False
+    ) -> list[Timing]:
         """Seconds per form in the runtime that is fastest over all calls of the site."""
         if not site.seen:
-            raise UsageError(f"site {site.name!r} cannot be timed: the model was not seen running; pass data= or example_inputs=")
+            raise UsageError(
+                f"site {site.name!r} cannot be timed: the model was not seen running; pass data= or example_inputs="
+            )
         wanted = list(dict.fromkeys(forms))
         sums = {(form, runtime.name): 0.0 for form in wanted for runtime in self.runtimes}
         for extent, count in Counter(site.extents).items():
-            for case, seconds in self._time_call(replace(site, extents=(extent,)), wanted, setting, careful).items():
+            for case, seconds in self._time_call(
+                replace(site, extents=(extent,)), wanted, setting, careful
+            ).items():
                 sums[case.form, case.runtime.name] += count / site.samples * seconds
-        best = {form: min((sums[form, runtime.name], runtime.name) for runtime in self.runtimes) for form in wanted}
-        return [Timing(best[form][0], best[form][1] if math.isfinite(best[form][0]) else "") for form in forms]
+        best = {
+            form: min((sums[form, runtime.name], runtime.name) for runtime in self.runtimes)
+            for form in wanted
+        }
+        return [
+            Timing(best[form][0], best[form][1] if math.isfinite(best[form][0]) else "") for form in forms
+        ]
 
-    def time_models(self, models: Sequence[Model], batch: Batch, setting: Setting, yardstick: Site | None = None) -> list[float]:
+    def time_models(
+        self, models: Sequence[Model], batch: Batch, setting: Setting, yardstick: Site | None = None
+    ) -> list[float]:
         calls = [self._prepared(model, batch, setting) for model in models]
-        ruler = None if yardstick is None else self._ruler(replace(yardstick, extents=yardstick.extents[:1]), setting)
+        ruler = (
+            None
+            if yardstick is None
+            else self._ruler(replace(yardstick, extents=yardstick.extents[:1]), setting)
+        )
         if ruler is None:
             return self.clock(calls, setting.threads, MODEL_ROUNDS)
         known, layer = ruler
@@ -79,9 +97,16 @@ class MeasuredTarget(TimedTarget):
         return [seconds * known / now for seconds in times]
 
     def _ruler(self, site: Site, setting: Setting) -> tuple[float, Call] | None:
-        """What one call of the dense layer took before where it is fastest, and that call; None where no runtime here serves it."""
-        for case, seconds in sorted(self._time_call(site, [DENSE], setting, careful=False).items(), key=lambda item: item[1]):
-            call = case.runtime.prepare(make_layer(site, DENSE, setting.dtype), setting.batch, setting.threads)
+        """What one call of the dense layer took before where it is fastest, and that call.
+
+        None where no runtime here serves it.
+        """
+        for case, seconds in sorted(
+            self._time_call(site, [DENSE], setting, careful=False).items(), key=lambda item: item[1]
+        ):
+            call = case.runtime.prepare(
+                make_layer(site, DENSE, setting.dtype), setting.batch, setting.threads
+            )
             if call is not None and math.isfinite(seconds):
                 return seconds, call
         return None
@@ -92,14 +117,22 @@ class MeasuredTarget(TimedTarget):
             if call is not None:
                 return call
         names = ", ".join(runtime.name for runtime in self.runtimes)
-        raise UsageError(f"a model that came through {model.frontend} does not run in {names}; leave the runtime out of target, or export the model for it")
+        raise UsageError(
+            f"a model that came through {model.frontend} does not run in {names}; leave the runtime out of target, or export the model for it"
+        )
 
-    def _time_call(self, site: Site, forms: Sequence[Form], setting: Setting, careful: bool) -> dict[_Case, float]:
+    def _time_call(
+        self, site: Site, forms: Sequence[Form], setting: Setting, careful: bool
+    ) -> dict[_Case, float]:
         """Seconds of one call in each runtime; what the table lacks is measured."""
         cases = [_Case(form, runtime) for form in forms for runtime in self.runtimes]
         keys = {case: self._key(site, case, setting) for case in (*cases, *self._rulers())}
         known = self.table.get(keys.values())
-        missing = [case for case in cases if keys[case] not in known or (careful and case.form != DENSE and not _settled(known[keys[case]]))]
+        missing = [
+            case
+            for case in cases
+            if keys[case] not in known or (careful and case.form != DENSE and not _settled(known[keys[case]]))
+        ]
         for part in self._portions(site, missing):
             self._measure(site, part, setting, careful, keys)
         known = self.table.get(keys.values())
@@ -122,16 +155,34 @@ class MeasuredTarget(TimedTarget):
         if portion:
             yield portion
 
-    def _measure(self, site: Site, cases: Sequence[_Case], setting: Setting, careful: bool, keys: dict[_Case, Key]) -> None:
+    def _measure(
+        self, site: Site, cases: Sequence[_Case], setting: Setting, careful: bool, keys: dict[_Case, Key]
+    ) -> None:
         """Measure the cases and every runtime's dense layer in turn, and keep the times on the scale of the first dense ones."""
         calls: dict[_Case, Call] = {}
         for case in dict.fromkeys((*self._rulers(), *cases)):
-            call = case.runtime.prepare(make_layer(site, case.form, setting.dtype), setting.batch, setting.threads)
+            call = case.runtime.prepare(
+                make_layer(site, case.form, setting.dtype), setting.batch, setting.threads
+            )
             if call is not None:
                 calls[case] = call
-        times = dict(zip(calls, self.clock(list(calls.values()), setting.threads, CAREFUL_ROUNDS if careful else ROUNDS), strict=True)) if calls else {}
+        times = (
+            dict(
+                zip(
+                    calls,
+                    self.clock(list(calls.values()), setting.threads, CAREFUL_ROUNDS if careful else ROUNDS),
+                    strict=True,
+                )
+            )
+            if calls
+            else {}
+        )
         before = self.table.get(keys[case] for case in self._rulers())
-        scales = {case.runtime.name: before[keys[case]].seconds / times[case] for case in self._rulers() if case in times and keys[case] in before}
+        scales = {
+            case.runtime.name: before[keys[case]].seconds / times[case]
+            for case in self._rulers()
+            if case in times and keys[case] in before
+        }
         # a runtime that does not serve the dense layer is held against one that does
         common = next(iter(scales.values()), 1.0)
         rows: dict[Key, Row] = {}
@@ -139,7 +190,9 @@ class MeasuredTarget(TimedTarget):
             if case.form == DENSE and keys[case] in before:
                 continue
             scale = scales.get(case.runtime.name, common)
-            rows[keys[case]] = Row(times[case] * scale, careful) if case in times else Row(math.inf, careful=True)
+            rows[keys[case]] = (
+                Row(times[case] * scale, careful) if case in times else Row(math.inf, careful=True)
+            )
         self.table.put(rows)
 
     def _key(self, site: Site, case: _Case, setting: Setting) -> Key:
@@ -147,10 +200,18 @@ class MeasuredTarget(TimedTarget):
         stored = f"{form.whole.family} {FORMATS.get(form.format).version}"
         dtype = str(setting.dtype).removeprefix("torch.")
         geometry = geometry_of(form.on(site))
-        return Key(self.device, f"{runtime.name} {runtime.version()}", setting.threads, setting.batch, dtype, geometry, stored, form.rank)
+        return Key(
+            self.device,
+            f"{runtime.name} {runtime.version()}",
+            setting.threads,
+            setting.batch,
+            dtype,
+            geometry,
+            stored,
+            form.rank,
+        )
 
 
 def _settled(row: Row) -> bool:
     """Whether measuring it again would tell nothing new."""
     return row.careful or math.isinf(row.seconds)
-

@@ -22,8 +22,8 @@ from tdpass.targets.workload import Product, products_of
 class ModelledTarget(Target):
     """A machine whose every cost is computed: there is no noise, and the whole is the sum of its parts.
 
-    A layer costs what the products that it is made of cost, in any format; what lies between them (adding, reshaping,
-    normalizing, activations) and layers that are no sites cost nothing here, which `notes` says.
+    A layer costs what the products that it is made of cost, in any format; what lies between them (adding,
+    reshaping, normalizing, activations) and layers that are no sites cost nothing here, which `notes` says.
     """
 
     @abstractmethod
@@ -32,7 +32,9 @@ class ModelledTarget(Target):
 
     def cost(self, site: Site, forms: Sequence[Form], setting: Setting = ONE_CALL) -> list[Cost]:
         if not site.seen:
-            raise UsageError(f"site {site.name!r} cannot be priced: the model was not seen running; pass data= or example_inputs=")
+            raise UsageError(
+                f"site {site.name!r} cannot be priced: the model was not seen running; pass data= or example_inputs="
+            )
         return [self._cost(site, form, setting.batch) for form in forms]
 
     def filling(self, site: Site, format_name: str, ranks: Sequence[Rank]) -> list[Rank]:
@@ -61,27 +63,50 @@ class ModelledTarget(Target):
     def _at_one(self, site: Site, format_name: str, rank: Rank) -> float:
         return self._cost(site, Form(format_name, rank), 1).get(self.measures[0])
 
-    def cost_models(self, models: Sequence[Model], call: Callable[[], Batch], setting: Setting, yardstick: Site | None = None) -> list[Cost]:
+    def cost_models(
+        self,
+        models: Sequence[Model],
+        call: Callable[[], Batch],
+        setting: Setting,
+        yardstick: Site | None = None,
+    ) -> list[Cost]:
         for model in models:
             missing = ", ".join(sorted(name or "the model" for name in model.declined()))
-            said = f"what target {self.name} says is that of the sites alone" + (f"; these layers are none: {missing}" if missing else "")
+            said = f"what target {self.name} says is that of the sites alone" + (
+                f"; these layers are none: {missing}" if missing else ""
+            )
             self.notes = list(dict.fromkeys([*self.notes, said]))
-        return [sum((self._layer(model, site, setting) for site in model.sites()), self._nothing()) for model in models]
+        return [
+            sum((self._layer(model, site, setting) for site in model.sites()), self._nothing())
+            for model in models
+        ]
 
     def _layer(self, model: Model, site: Site, setting: Setting) -> Cost:
         layer = model.layer(site.name)
         (cost,) = self.cost(site, [DENSE if layer is None else layer.form], setting)
         return cost
 
-    def _cost(self, site: Site, form: Form, batch: int, price: Callable[[Product], Cost] | None = None) -> Cost:
-        """The sum over the site's calls, per call of the model; counts are rounded up where calls are shared by several samples.
+    def _cost(
+        self, site: Site, form: Form, batch: int, price: Callable[[Product], Cost] | None = None
+    ) -> Cost:
+        """The sum over the site's calls, per call of the model.
 
-        What stands there whether it is called or not is that of the largest call.  `price` is used in place of `cost_product`.
+        Counts are rounded up where calls are shared by several samples. What stands there whether it is
+        called or not is that of the largest call.  `price` is used in place of `cost_product`.
         """
         calls = [(replace(site, extents=(extent,)), times) for extent, times in Counter(site.extents).items()]
         products = [(products_of(call, form, batch), times) for call, times in calls]
-        ones = [(sum(map(price or self.cost_product, found), self._nothing()), times) for found, times in products]
-        return Cost.of({measure: _over_calls(measure, [(one.get(measure), times) for one, times in ones], site.samples) for measure in self.measures})
+        ones = [
+            (sum(map(price or self.cost_product, found), self._nothing()), times) for found, times in products
+        ]
+        return Cost.of(
+            {
+                measure: _over_calls(
+                    measure, [(one.get(measure), times) for one, times in ones], site.samples
+                )
+                for measure in self.measures
+            }
+        )
 
     def _nothing(self) -> Cost:
         return Cost.of(dict.fromkeys(self.measures, 0))

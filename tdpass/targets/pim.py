@@ -17,21 +17,15 @@ from tdpass.targets.workload import Product
 
 @dataclass(frozen=True)
 class PimMemory(Constants):
-    """The constants of sub-arrays that combine two rows in one sensing, and add up bits beside them; a YAML file with these keys.
+    """The constants of sub-arrays that combine two rows in one sensing, and add up bits beside them.
 
-    `rows` [cells]: word lines of a sub-array.
-    `columns` [cells]: bit lines of a sub-array, all sensed at once.
-    `sub_arrays` []: those that may work at once.
-    `weight_bits` [bit]: of a weight.
-    `input_bits` [bit]: of an activation.
-    `sum_bits` [bit]: of a result that is written back.
-    `and_joules` [J]: of one bit of a row-wide AND, which is one sensing.
-    `count_joules` [J]: of adding one bit.
-    `write_joules` [J]: of writing one bit.
-    `sense_seconds` [s]: of sensing a row.
-    `write_seconds` [s]: of writing a row.
-    `sub_array_area` [mm2]: of a sub-array with its periphery.
-    `watts` [W]: at rest, of a sub-array that holds weights, while its layer is computed.
+    A YAML file with these keys. `rows` [cells]: word lines of a sub-array. `columns` [cells]: bit lines of a
+    sub-array, all sensed at once. `sub_arrays` []: those that may work at once. `weight_bits` [bit]: of a
+    weight. `input_bits` [bit]: of an activation. `sum_bits` [bit]: of a result that is written back.
+    `and_joules` [J]: of one bit of a row-wide AND, which is one sensing. `count_joules` [J]: of adding one
+    bit. `write_joules` [J]: of writing one bit. `sense_seconds` [s]: of sensing a row. `write_seconds` [s]:
+    of writing a row. `sub_array_area` [mm2]: of a sub-array with its periphery. `watts` [W]: at rest, of a
+    sub-array that holds weights, while its layer is computed.
     """
 
     noun = "memory that computes"
@@ -69,15 +63,25 @@ class PimMemory(Constants):
     def cost(self, product: Product) -> Cost:
         """Energy, time and area; the sub-arrays that hold the weights work at once, a row after another.
 
-        E = macs b_w b_a (e_and + e_count) + outputs b_sum e_write + watts t,  t = macs b_w b_a / (columns n) t_sense + outputs b_sum /
-        (columns n) t_write, with n sub-arrays (Angizi, He, Fan, ISVLSI 2019, whose AND-accumulate this is).  Cycles are sensings.
+        E = macs b_w b_a (e_and + e_count) + outputs b_sum e_write + watts t,  t = macs b_w b_a / (columns n)
+        t_sense + outputs b_sum / (columns n) t_write, with n sub-arrays (Angizi, He, Fan, ISVLSI 2019, whose
+        AND-accumulate this is).  Cycles are sensings.
         """
         ands, written = self.bit_products(product), product.made * self.sum_bits
         held = self.held_by(product)
         lanes = self.columns * min(held, self.sub_arrays)
         seconds = -(-ands // lanes) * self.sense_seconds + -(-written // lanes) * self.write_seconds
-        joules = ands * (self.and_joules + self.count_joules) + written * self.write_joules + held * self.watts * seconds
-        return Cost(cycles=-int(-seconds / self.sense_seconds // 1), seconds=seconds, joules=joules, area=held * self.sub_array_area)
+        joules = (
+            ands * (self.and_joules + self.count_joules)
+            + written * self.write_joules
+            + held * self.watts * seconds
+        )
+        return Cost(
+            cycles=-int(-seconds / self.sense_seconds // 1),
+            seconds=seconds,
+            joules=joules,
+            area=held * self.sub_array_area,
+        )
 
 
 @register_target

@@ -33,35 +33,53 @@ _PARTS = 10_000  # sparsities are kept as whole numbers of this
 class SparseTarget(MeasuredTarget):
     """A device with `sparse_linear` and `sparse_conv2d`, which take part in no plan: they are asked when weights are pruned."""
 
-    def break_even_sparsity(self, site: Site, group: str = "weight", setting: Setting = ONE_CALL) -> float | None:
+    def break_even_sparsity(
+        self, site: Site, group: str = "weight", setting: Setting = ONE_CALL
+    ) -> float | None:
         if leaves_dense(site, group):
             return 0.0
         return crossing(lambda sparsity: self.sparse_over_dense(site, group, [sparsity], setting)[0])
 
-    def sparse_over_dense(self, site: Site, group: str, sparsities: Sequence[float], setting: Setting) -> list[float]:
+    def sparse_over_dense(
+        self, site: Site, group: str, sparsities: Sequence[float], setting: Setting
+    ) -> list[float]:
         """Time of the layer with that share of zero weights over that of the dense layer in the runtime that is fastest.
 
-        Infinite where the sparse operators do not serve it.  What is not in the table is measured in turn with the dense layer.
-        Raises `UsageError` for sparsities outside [0, 1), a group that leaves dense layers, and without compiled operators.
+        Infinite where the sparse operators do not serve it.  What is not in the table is measured in turn
+        with the dense layer. Raises `UsageError` for sparsities outside [0, 1), a group that leaves dense
+        layers, and without compiled operators.
         """
         if leaves_dense(site, group):
-            raise UsageError(f"zeros by {group} leave {site.name!r} a smaller dense layer; time that, or ask for weight or block")
+            raise UsageError(
+                f"zeros by {group} leave {site.name!r} a smaller dense layer; time that, or ask for weight or block"
+            )
         if not all(0 <= sparsity < 1 for sparsity in sparsities):
-            raise UsageError(f"sparsities {list(sparsities)} are not shares of zero weights; each is at least 0 and below 1")
+            raise UsageError(
+                f"sparsities {list(sparsities)} are not shares of zero weights; each is at least 0 and below 1"
+            )
         if native.library() is None:
-            raise UsageError(f"target {self.name} has no sparse operators here: {native.missing()}; use a table of break-even sparsities, table:FILE.yaml")
+            raise UsageError(
+                f"target {self.name} has no sparse operators here: {native.missing()}; use a table of break-even sparsities, table:FILE.yaml"
+            )
         dense = self.time(site, [DENSE], setting)[0].seconds
         sums = [0.0] * len(sparsities)
         for extent, count in Counter(site.extents).items():
             times = self._sparse(replace(site, extents=(extent,)), group, sparsities, setting)
-            sums = [total + count / site.samples * seconds for total, seconds in zip(sums, times, strict=True)]
+            sums = [
+                total + count / site.samples * seconds for total, seconds in zip(sums, times, strict=True)
+            ]
         return [seconds / dense for seconds in sums]
 
     def _sparse(self, site: Site, group: str, sparsities: Sequence[float], setting: Setting) -> list[float]:
         """Seconds of one call, on the scale of the dense times that are kept."""
         keys = {sparsity: self._sparse_key(site, group, sparsity, setting) for sparsity in sparsities}
         known = self.table.get(keys.values())
-        calls = [(key, call) for sparsity, key in keys.items() if key not in known for call in sparse_calls(site, group, sparsity, setting)]
+        calls = [
+            (key, call)
+            for sparsity, key in keys.items()
+            if key not in known
+            for call in sparse_calls(site, group, sparsity, setting)
+        ]
         rows = {key: Row(math.inf, careful=True) for key in keys.values() if key not in known}
         if calls:
             ruler = self._ruler(site, setting)
@@ -79,24 +97,45 @@ class SparseTarget(MeasuredTarget):
         binding = "c++" if SPARSE_LINEAR.name in compiled() else "python"
         runtime = f"sparse {native.isa()} {native.version()} {binding}"
         dtype = str(setting.dtype).removeprefix("torch.")
-        return Key(self.device, runtime, setting.threads, setting.batch, dtype, geometry_of(site), f"zeros by {group}", (round(sparsity * _PARTS),))
+        return Key(
+            self.device,
+            runtime,
+            setting.threads,
+            setting.batch,
+            dtype,
+            geometry_of(site),
+            f"zeros by {group}",
+            (round(sparsity * _PARTS),),
+        )
 
 
 def pruned_weight(weight: Tensor, group: str, sparsity: float) -> Tensor:
     """What magnitude pruning leaves of a weight of noise: groups at random places, those of a larger share among those of a smaller one."""
     o, columns = weight.flatten(1).shape
-    groups = {"weight": o * columns, "block": math.ceil(o / BLOCK[0]) * columns, "column": columns, "kernel": math.prod(weight.shape[:2])}[group]
+    groups = {
+        "weight": o * columns,
+        "block": math.ceil(o / BLOCK[0]) * columns,
+        "column": columns,
+        "kernel": math.prod(weight.shape[:2]),
+    }[group]
     return Sparse(max(1, round((1 - sparsity) * groups)), cast("Group", group), BLOCK).project(weight)
 
 
 def sparse_calls(site: Site, group: str, sparsity: float, setting: Setting) -> list[Bound]:
-    """The layer with that share of zeros as one operator, images laid out in every way; none where the operators do not serve it."""
+    """The layer with that share of zeros as one operator, images laid out in every way.
+
+    None where the operators do not serve it.
+    """
     stage = stage_of(site)
     if setting.dtype not in native.DTYPES or stage is None or stage.groups > 1:
         return []
     layer = make_layer(site, DENSE, setting.dtype)
     pruned = pruned_weight(layer.factors["kernel"], group, sparsity)
-    x, blocks, rest = example_input(layer, setting.batch), pack(pruned, positions=setting.batch * site.out_positions), (layer.bias, None)
+    x, blocks, rest = (
+        example_input(layer, setting.batch),
+        pack(pruned, positions=setting.batch * site.out_positions),
+        (layer.bias, None),
+    )
     if not site.axes:
         return [Bound(functools.partial(SPARSE_LINEAR.call, x, *blocks, *rest, site.o, "identity"), blocks)]
     geometry, seen = stage.integers(), x if x.dim() == 4 else x[:, :, None]

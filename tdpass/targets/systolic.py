@@ -20,19 +20,14 @@ from tdpass.targets.workload import Product
 class SystolicArray(Constants):
     """The constants of an array and its memories; a YAML file with these keys.
 
-    `rows` [units]: along the axis that partial sums or weights move on.
-    `columns` [units]: along the other axis.
-    `stationary` []: what a unit keeps while others pass, a `weight` or an `output`.
-    `hertz` [Hz]: cycles per second.
-    `bits` [bit]: of an operand.
-    `sum_bits` [bit]: of a partial sum.
-    `bytes_per_cycle` [B]: between the array's buffers and memory, which fill while the array works (double buffering).
-    `buffer_bytes` [B]: for activations; what does not fit is read again for every block of columns, or of rows.
-    `sum_bytes` [B]: for partial sums; those of a block of columns that do not fit go to memory and back.
-    `mac_joules` [J]: of a multiply-add.
-    `buffer_joules` [J/B]: of what enters or leaves the array.
-    `memory_joules` [J/B]: of what enters or leaves the buffers.
-    `watts` [W]: at rest.
+    `rows` [units]: along the axis that partial sums or weights move on. `columns` [units]: along the other
+    axis. `stationary` []: what a unit keeps while others pass, a `weight` or an `output`. `hertz` [Hz]:
+    cycles per second. `bits` [bit]: of an operand. `sum_bits` [bit]: of a partial sum. `bytes_per_cycle` [B]:
+    between the array's buffers and memory, which fill while the array works (double buffering).
+    `buffer_bytes` [B]: for activations; what does not fit is read again for every block of columns, or of
+    rows. `sum_bytes` [B]: for partial sums; those of a block of columns that do not fit go to memory and
+    back. `mac_joules` [J]: of a multiply-add. `buffer_joules` [J/B]: of what enters or leaves the array.
+    `memory_joules` [J/B]: of what enters or leaves the buffers. `watts` [W]: at rest.
     """
 
     noun = "systolic array"
@@ -62,8 +57,9 @@ class SystolicArray(Constants):
     def busy_cycles(self, product: Product) -> int:
         """Cycles of the array if it never waits: folds (2 R + C + T - 2), T = M or K, the axis that streams.
 
-        R cycles fill the rows (or empty them), the T operands enter one a cycle, each row and column one cycle later than the one
-        before, and the last result leaves R - 1 + C - 1 cycles after the last operand entered (Samajdar et al. 2018, SCALE-Sim).
+        R cycles fill the rows (or empty them), the T operands enter one a cycle, each row and column one
+        cycle later than the one before, and the last result leaves R - 1 + C - 1 cycles after the last
+        operand entered (Samajdar et al. 2018, SCALE-Sim).
         """
         streams = product.rows if self.stationary == "weight" else product.depth
         return self.folds(product) * (2 * self.rows + self.columns + streams - 2)
@@ -71,8 +67,9 @@ class SystolicArray(Constants):
     def edge_bytes(self, product: Product) -> float:
         """Bytes over the edges of the array, operands that pad it not counted.
 
-        Weights stay: each enters once, inputs ceil(N / C) times, partial sums leave ceil(K / R) times and enter once less.
-        Outputs stay: inputs ceil(N / C) times, weights ceil(M / R) times, outputs leave once.
+        Weights stay: each enters once, inputs ceil(N / C) times, partial sums leave ceil(K / R) times and
+        enter once less. Outputs stay: inputs ceil(N / C) times, weights ceil(M / R) times, outputs leave
+        once.
         """
         blocks, folds = -(-product.columns // self.columns), -(-self._along(product) // self.rows)
         inputs = product.count * product.rows * product.depth * blocks
@@ -100,11 +97,15 @@ class SystolicArray(Constants):
         Traffic is spread evenly over the folds.
         """
         first = self.rows * self.columns * self.bits / 8
-        return max(self.busy_cycles(product), _up(self.memory_bytes(product) / self.bytes_per_cycle)) + _up(first / self.bytes_per_cycle)
+        return max(self.busy_cycles(product), _up(self.memory_bytes(product) / self.bytes_per_cycle)) + _up(
+            first / self.bytes_per_cycle
+        )
 
     def joules(self, product: Product) -> float:
         """Energy of the multiply-adds that count, of the traffic, and at rest over the time taken."""
-        moved = self.edge_bytes(product) * self.buffer_joules + self.memory_bytes(product) * self.memory_joules
+        moved = (
+            self.edge_bytes(product) * self.buffer_joules + self.memory_bytes(product) * self.memory_joules
+        )
         return product.macs * self.mac_joules + moved + self.watts * self.cycles(product) / self.hertz
 
     def _along(self, product: Product) -> int:

@@ -22,8 +22,8 @@ from tdpass.targets.layers import apply_layer, layer_of, weights_of
 class Product:
     """`count` products `[rows, depth] @ [depth, columns]` with weights on the right.
 
-    `read` and `made` count the numbers of the activations that it reads and makes once: those of a convolution are fewer than
-    count * rows * depth.
+    `read` and `made` count the numbers of the activations that it reads and makes once: those of a
+    convolution are fewer than count * rows * depth.
     """
 
     rows: int
@@ -45,7 +45,10 @@ class Product:
 
 
 class _Recorder(TorchOps):
-    """Operations that write down every product and its weights `[count, depth, columns]`; on tensors without data they compute shapes only."""
+    """Operations that write down every product and its weights `[count, depth, columns]`.
+
+    On tensors without data they compute shapes only.
+    """
 
     def __init__(self) -> None:
         self.products: list[Product] = []
@@ -59,20 +62,38 @@ class _Recorder(TorchOps):
         return y
 
     def conv(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Pads, dilation: Sequence[int], groups: int = 1
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Pads,
+        dilation: Sequence[int],
+        groups: int = 1,
     ) -> Tensor:
         y = super().conv(x, weight, bias, stride, padding, dilation, groups)
         outputs, depth = weight.shape[0], math.prod(weight.shape[1:])
-        self.products.append(Product(y.numel() // outputs, depth, outputs // groups, groups, x.numel(), y.numel()))
+        self.products.append(
+            Product(y.numel() // outputs, depth, outputs // groups, groups, x.numel(), y.numel())
+        )
         self.matrices.append(as_matrices(weight, groups))
         return y
 
     def conv_transpose(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], cut: Pads, dilation: Sequence[int], groups: int = 1
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        cut: Pads,
+        dilation: Sequence[int],
+        groups: int = 1,
     ) -> Tensor:
         y = super().conv_transpose(x, weight, bias, stride, cut, dilation, groups)
         inputs, columns = groups * weight.shape[1], weight.shape[0] // groups * math.prod(weight.shape[2:])
-        self.products.append(Product(x.numel() // inputs, inputs // groups, columns, groups, x.numel(), y.numel()))
+        self.products.append(
+            Product(x.numel() // inputs, inputs // groups, columns, groups, x.numel(), y.numel())
+        )
         parts = weight.reshape(groups, -1, inputs // groups, math.prod(weight.shape[2:]))
         self.matrices.append(parts.transpose(1, 2).reshape(groups, inputs // groups, columns))
         return y
@@ -94,7 +115,10 @@ class _Recorder(TorchOps):
 
 
 def products_of(site: Site, form: Form, batch: int = 1) -> tuple[Product, ...]:
-    """The products of one call of the layer for `batch` samples, as its first extent tells; none for what computes nothing."""
+    """The products of one call of the layer for `batch` samples, as its first extent tells.
+
+    None for what computes nothing.
+    """
     return _products_of(replace(site, name="", extents=site.extents[:1], samples=1), form, batch)
 
 
@@ -106,7 +130,12 @@ def as_matrices(weight: Tensor, groups: int) -> Tensor:
 def matrices_of(layer: Layer) -> list[tuple[Product, Tensor]]:
     """The products of one call of a layer for one sample, each with the weights on its right, `[count, depth, columns]`."""
     recorder = _Recorder()
-    apply_layer(recorder, layer, torch.zeros(kind_of(layer.site).sample(layer.site, 1), dtype=layer.dtype), weights_of(layer))
+    apply_layer(
+        recorder,
+        layer,
+        torch.zeros(kind_of(layer.site).sample(layer.site, 1), dtype=layer.dtype),
+        weights_of(layer),
+    )
     return list(zip(recorder.products, recorder.matrices, strict=True))
 
 
@@ -114,5 +143,10 @@ def matrices_of(layer: Layer) -> list[tuple[Product, Tensor]]:
 def _products_of(site: Site, form: Form, batch: int) -> tuple[Product, ...]:
     layer = layer_of(site, form, lambda shape: torch.empty(shape, device="meta"))
     recorder = _Recorder()
-    apply_layer(recorder, layer, torch.empty(kind_of(layer.site).sample(layer.site, batch), device="meta"), weights_of(layer))
+    apply_layer(
+        recorder,
+        layer,
+        torch.empty(kind_of(layer.site).sample(layer.site, batch), device="meta"),
+        weights_of(layer),
+    )
     return tuple(recorder.products)

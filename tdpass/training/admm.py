@@ -33,23 +33,39 @@ class Split:
 class Admm(Term):
     """min f(W) over W in S, as f(W) + rho/2 ||W - Z + U||^2 with Z in S (Boyd et al. 2011, section 9.1).
 
-    At the beginning of every round  Z <- project(W + U),  U <- U + W - Z,  but in the first, before which W has not moved, U stays zero:
-    otherwise W would be drawn past Z, to 2 Z - W, by as much as it is away from it.  In between, every step adds rho (W - Z + U) to the
-    gradient, or with `decoupled` (for optimizers that rescale gradients, such as Adam) moves the weight after the step by the
-    proximal map  W <- (W + s (Z - U)) / (1 + s)  with  s = rate * rho.  When rho changes U is rescaled, since it is U = dual / rho.
+    At the beginning of every round  Z <- project(W + U),  U <- U + W - Z,  but in the first, before which W
+    has not moved, U stays zero: otherwise W would be drawn past Z, to 2 Z - W, by as much as it is away from
+    it.  In between, every step adds rho (W - Z + U) to the gradient, or with `decoupled` (for optimizers that
+    rescale gradients, such as Adam) moves the weight after the step by the proximal map  W <- (W + s (Z - U))
+    / (1 + s)  with  s = rate * rho.  When rho changes U is rescaled, since it is U = dual / rho.
 
-    `weights` by name; each of `rules` names constraints for some or all of them and adds a copy and a dual of its own, so sets
-    compose by listing.  A rule is asked anew in each round, with the weights W + U it is about to project.
+    `weights` by name; each of `rules` names constraints for some or all of them and adds a copy and a dual of
+    its own, so sets compose by listing.  A rule is asked anew in each round, with the weights W + U it is
+    about to project.
     """
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], rules: Sequence[Rule], rho: Schedule | float, decoupled: bool = False) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, nn.Parameter],
+        rules: Sequence[Rule],
+        rho: Schedule | float,
+        decoupled: bool = False,
+    ) -> None:
         if not weights:
-            raise UsageError("there is no weight to constrain; name sites with include=, or leave fewer out with exclude=")
+            raise UsageError(
+                "there is no weight to constrain; name sites with include=, or leave fewer out with exclude="
+            )
         self.rules = tuple(rules)
         self.schedule = Constant(rho) if isinstance(rho, int | float) else rho
         self.decoupled = decoupled
         self.rho = self.schedule.value(0.0)
-        self.splits = [[Split(name, weight, weight.detach().clone(), torch.zeros_like(weight)) for name, weight in weights.items()] for _ in self.rules]
+        self.splits = [
+            [
+                Split(name, weight, weight.detach().clone(), torch.zeros_like(weight))
+                for name, weight in weights.items()
+            ]
+            for _ in self.rules
+        ]
 
     @torch.no_grad()
     def begin_round(self, progress: float) -> None:
@@ -69,7 +85,9 @@ class Admm(Term):
             split.goal = split.z - split.u
 
     def _project(self, rule: Rule, splits: Sequence[Split], progress: float) -> None:
-        found = projections(rule, progress, {split.name: whole(split.weight.detach() + split.u) for split in splits})
+        found = projections(
+            rule, progress, {split.name: whole(split.weight.detach() + split.u) for split in splits}
+        )
         for split in splits:
             if split.name in found:
                 split.z = placed_like(found[split.name], split.weight)
@@ -77,7 +95,9 @@ class Admm(Term):
                 if split.bound:
                     split.u.add_(gap)
                 split.bound = True
-                split.residual = float(whole(gap.norm()) / whole(split.weight.detach().norm()).clamp_min(1e-30))
+                split.residual = float(
+                    whole(gap.norm()) / whole(split.weight.detach().norm()).clamp_min(1e-30)
+                )
 
     def _active(self) -> list[Split]:
         return [split for splits in self.splits for split in splits if split.bound]
@@ -108,7 +128,10 @@ class Admm(Term):
         for index, splits in enumerate(self.splits):
             for split in splits:
                 state[f"z.{index}.{split.name}"], state[f"u.{index}.{split.name}"] = split.z, split.u
-                state[f"bound.{index}.{split.name}"], state[f"residual.{index}.{split.name}"] = split.bound, split.residual
+                state[f"bound.{index}.{split.name}"], state[f"residual.{index}.{split.name}"] = (
+                    split.bound,
+                    split.residual,
+                )
         return state
 
     @torch.no_grad()
@@ -118,5 +141,8 @@ class Admm(Term):
             for split in splits:
                 split.z = state[f"z.{index}.{split.name}"]
                 split.u = state[f"u.{index}.{split.name}"]
-                split.bound, split.residual = bool(state[f"bound.{index}.{split.name}"]), float(state[f"residual.{index}.{split.name}"])
+                split.bound, split.residual = (
+                    bool(state[f"bound.{index}.{split.name}"]),
+                    float(state[f"residual.{index}.{split.name}"]),
+                )
         self._aim()

@@ -16,15 +16,22 @@ _START = 10
 class Average:
     """A <- d A + (1 - d) W after every step, with d = min(decay, n / (n + 10)) after n steps, so that the beginning is soon forgotten.
 
-    Polyak and Juditsky 1992, with exponential weights.  Statistics of batch-norms are averaged as weights are.
+    Polyak and Juditsky 1992, with exponential weights.  Statistics of batch-norms are averaged as weights
+    are.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0 < decay < 1:
-            raise UsageError(f"average={decay!r} is not a decay between 0 and 1; 0.998 averages over about 500 steps")
+            raise UsageError(
+                f"average={decay!r} is not a decay between 0 and 1; 0.998 averages over about 500 steps"
+            )
         self.decay, self.steps = decay, 0
         plain = bare(model)
-        self._tensors = {name: tensor for name, tensor in (*plain.named_parameters(), *plain.named_buffers()) if tensor.is_floating_point()}
+        self._tensors = {
+            name: tensor
+            for name, tensor in (*plain.named_parameters(), *plain.named_buffers())
+            if tensor.is_floating_point()
+        }
         self.values: dict[str, Tensor] = {}
         self.restart()
 

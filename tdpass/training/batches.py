@@ -16,10 +16,11 @@ Change = Callable[[Tensor, torch.Generator], Tensor]
 
 @dataclass
 class Batches:
-    """Shuffled batches of `inputs[n, ...]` and `targets[n, ...]`, the same for the same seed and epoch; a rest smaller than `size` is left out.
+    """Shuffled batches of `inputs[n, ...]` and `targets[n, ...]`, the same for the same seed and epoch.
 
-    `change(inputs, generator)` prepares each batch: normalises, crops, flips.  With several processes each gets its part of every
-    batch, so that together they see what one alone would.
+    A rest smaller than `size` is left out. `change(inputs, generator)` prepares each batch: normalises,
+    crops, flips.  With several processes each gets its part of every batch, so that together they see what
+    one alone would.
     """
 
     inputs: Tensor
@@ -44,7 +45,9 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         rank, size = world()
-        for chosen in torch.split(torch.randperm(len(self.inputs), generator=generator), self.size)[: len(self)]:
+        for chosen in torch.split(torch.randperm(len(self.inputs), generator=generator), self.size)[
+            : len(self)
+        ]:
             inputs = self.inputs[chosen]
             if self.change is not None:
                 inputs = self.change(inputs, generator)

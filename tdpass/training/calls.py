@@ -23,14 +23,18 @@ Passes: TypeAlias = Callable[[Callable[[Any], Any], Any, Callable[[Any], Tensor]
 def once(forward: Callable[[Any], Any], inputs: Any, loss: Callable[[Any], Tensor]) -> Iterator[Tensor]:
     """The runs of a model that a step takes, each as the loss it adds: here one run on the whole batch.
 
-    Gradients of each loss are taken before the next is asked for, and add up.  `loss(outputs)` is the task's loss with what
-    the terms add; a method with several runs (at several widths, say) may yield others, of the outputs it has seen.
+    Gradients of each loss are taken before the next is asked for, and add up.  `loss(outputs)` is the task's
+    loss with what the terms add; a method with several runs (at several widths, say) may yield others, of the
+    outputs it has seen.
     """
     yield loss(forward(inputs))
 
 
 def class_scores(outputs: object) -> Tensor:
-    """The tensor a model returned, or the `logits` in what it returned; raises `UsageError` where there are none."""
+    """The tensor a model returned, or the `logits` in what it returned.
+
+    Raises `UsageError` where there are none.
+    """
     found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
     if not isinstance(found, Tensor):
         raise UsageError(

@@ -22,8 +22,12 @@ from tdpass.training.placement import world
 KEPT = 2
 _MANIFEST_FILE = "manifest.json"
 _HINT = "train from the beginning in another folder"
-_MANIFEST = register_document(Document("list of the parts of a checkpoint", dict[str, str], TrainingError, _HINT))
-_FACTS = register_document(Document("state of a training run", dict[str, Any], TrainingError, _HINT, finite=False))
+_MANIFEST = register_document(
+    Document("list of the parts of a checkpoint", dict[str, str], TrainingError, _HINT)
+)
+_FACTS = register_document(
+    Document("state of a training run", dict[str, Any], TrainingError, _HINT, finite=False)
+)
 
 
 def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
@@ -65,7 +69,9 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
             return path, complaints
         complaints.append(f"checkpoint {path} is damaged ({fault}); it is passed over")
     if complaints:
-        raise TrainingError(f"no checkpoint in {folder} can be used: {'; '.join(complaints)}; train from the beginning in another folder")
+        raise TrainingError(
+            f"no checkpoint in {folder} can be used: {'; '.join(complaints)}; train from the beginning in another folder"
+        )
     return None, complaints
 
 
@@ -81,12 +87,21 @@ def tensors_in(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 
 
 def load_checkpoint(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fill `tensors` in place, each laid out as it is, from a checkpoint of any number of processes; raises `TrainingError`."""
+    """Fill `tensors` in place, each laid out as it is, from a checkpoint of any number of processes.
+
+    Raises `TrainingError`.
+    """
     stored = tensors_in(path)
-    wrong = [name for name, tensor in tensors.items() if name not in stored or stored[name][0] != tuple(tensor.shape)]
+    wrong = [
+        name
+        for name, tensor in tensors.items()
+        if name not in stored or stored[name][0] != tuple(tensor.shape)
+    ]
     if wrong:
         shape = tuple(tensors[wrong[0]].shape)
-        raise TrainingError(f"checkpoint {path} holds no {wrong[0]!r} of shape {shape}; use the model, method and optimizer it was written with")
+        raise TrainingError(
+            f"checkpoint {path} holds no {wrong[0]!r} of shape {shape}; use the model, method and optimizer it was written with"
+        )
     read_pieces(path, tensors)
 
 
@@ -128,7 +143,9 @@ def _fault(path: Path) -> str | None:
         return "an earlier version wrote it, with a pickle that could run code in it and is not read"
     try:
         sums = _MANIFEST.load(path / _MANIFEST_FILE)
-        if not {"facts-0.json", "tensors-0.safetensors"} <= sums.keys() or any(Path(name).name != name for name in sums):
+        if not {"facts-0.json", "tensors-0.safetensors"} <= sums.keys() or any(
+            Path(name).name != name for name in sums
+        ):
             return f"{_MANIFEST_FILE} does not name its parts"
         for name, expected in sums.items():
             if _digest(path / name) != expected:
@@ -140,7 +157,11 @@ def _fault(path: Path) -> str | None:
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.blake2b(file.read()).hexdigest()
+        return (
+            hashlib.file_digest(file, "blake2b").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.blake2b(file.read()).hexdigest()
+        )
 
 
 def _barrier(size: int) -> None:

@@ -37,18 +37,21 @@ class Draw:
 class Choices(nn.Module):
     """W = sum_c p_c W_c as a parametrization of a weight, the candidates W_c its forms; the first is dense.
 
-    A layer is linear in its weight, so that this is the layer whose output is sum_c p_c T_c(x), at the price of one
-    dense layer however many candidates there are.  All ranks of a format are the leading parts of one set of factors, of
-    the largest ranks: sum_c p_c W_c is then one reconstruction, in which the factor that has all ranks is weighed by
-    how much of p reaches each entry.
+    A layer is linear in its weight, so that this is the layer whose output is sum_c p_c T_c(x), at the price
+    of one dense layer however many candidates there are.  All ranks of a format are the leading parts of one
+    set of factors, of the largest ranks: sum_c p_c W_c is then one reconstruction, in which the factor that
+    has all ranks is weighed by how much of p reaches each entry.
 
-    `draw` gives p; in evaluation it is the most probable form, and `chosen` fixes one.  Without either it is dense.
+    `draw` gives p; in evaluation it is the most probable form, and `chosen` fixes one.  Without either it is
+    dense.
     """
 
     def __init__(self, site: Site, forms: Sequence[Form], metric: Metric) -> None:
         super().__init__()
         self.site, self.forms, self.metric = site, (DENSE, *forms), metric
-        self.stacks = [_Stack.of(site, name, self.forms) for name in dict.fromkeys(form.format for form in forms)]
+        self.stacks = [
+            _Stack.of(site, name, self.forms) for name in dict.fromkeys(form.format for form in forms)
+        ]
         self.draw: Draw | None = None
         self.chosen: int | None = None
 
@@ -82,7 +85,9 @@ class Choices(nn.Module):
         """The dense weight, and the factors of each format at its largest ranks, those that matter most in the metric first."""
         found = [weight.clone()]
         for stack in self.stacks:
-            factors = FORMATS.get(stack.format).factorize(weight.detach().cpu(), self.site, stack.top, self.metric)
+            factors = FORMATS.get(stack.format).factorize(
+                weight.detach().cpu(), self.site, stack.top, self.metric
+            )
             found += [factors[name].to(weight) for name in stack.names]
         return tuple(found)
 
@@ -114,13 +119,18 @@ class _Stack:
     @classmethod
     def of(cls, site: Site, format_name: str, forms: Sequence[Form]) -> _Stack:
         """Raises `PlanError` for a format none of whose factors has all its ranks."""
-        fmt, places = FORMATS.get(format_name), [k for k, form in enumerate(forms) if form.format == format_name]
+        fmt, places = (
+            FORMATS.get(format_name),
+            [k for k, form in enumerate(forms) if form.format == format_name],
+        )
         top = tuple(max(column) for column in zip(*(forms[k].rank for k in places), strict=True))
         shapes = fmt.shapes(site, top)
         axes = {name: _rank_axes(fmt, site, top, name) for name in shapes}
         carriers = [number for number, found in enumerate(axes.values()) if None not in found]
         if not carriers:
-            raise PlanError(f"the ranks of format {format_name} lie in several factors; choose among svd, spatial_svd, tucker2 and their like")
+            raise PlanError(
+                f"the ranks of format {format_name} lie in several factors; choose among svd, spatial_svd, tucker2 and their like"
+            )
         names = tuple(shapes)
         carrier = names[carriers[0]]
         reach = torch.stack([_reached(shapes[carrier], axes[carrier], forms[k].rank) for k in places])
@@ -136,7 +146,12 @@ class _Stack:
     def leading(self, rank: Rank, factors: Sequence[Tensor]) -> Tensor:
         """The candidate at that rank."""
         shapes = FORMATS.get(self.format).shapes(self.site, rank)
-        return self._made([factor[tuple(map(slice, shapes[name]))] for name, factor in zip(self.names, factors, strict=True)])
+        return self._made(
+            [
+                factor[tuple(map(slice, shapes[name]))]
+                for name, factor in zip(self.names, factors, strict=True)
+            ]
+        )
 
     def _made(self, factors: Sequence[Tensor]) -> Tensor:
         return FORMATS.get(self.format).reconstruct(dict(zip(self.names, factors, strict=True)), self.site)

@@ -43,8 +43,8 @@ class Growth:
 class GrownWeight(SingularValues):
     """W = [U_old U] diag(s) [V_old V]^T as a parametrization of a weight: U_old and V_old are fixed, U, V and all of s are trained.
 
-    Without old columns U, s and V begin as the largest singular values of the weight and their vectors.  Beside old ones U and V
-    begin as random orthonormal columns.
+    Without old columns U, s and V begin as the largest singular values of the weight and their vectors.
+    Beside old ones U and V begin as random orthonormal columns.
     """
 
     u_old: Tensor
@@ -81,7 +81,9 @@ def _orthonormal(like: Tensor, columns: int) -> Tensor:
 
 def with_columns(model: nn.Module, growths: Mapping[str, Growth]) -> nn.Module:
     """A copy of a model whose named modules' weights grow; shared weights stay shared."""
-    return with_parametrizations(model, {name: partial(GrownWeight, growth) for name, growth in growths.items()})
+    return with_parametrizations(
+        model, {name: partial(GrownWeight, growth) for name, growth in growths.items()}
+    )
 
 
 def new_columns(network: nn.Module, names: Iterable[str]) -> dict[str, Triplet]:
@@ -93,16 +95,21 @@ def new_columns(network: nn.Module, names: Iterable[str]) -> dict[str, Triplet]:
     return found
 
 
-def ranks_by_fisher(network: nn.Module, growths: Mapping[str, Growth], data: Data, objective: Objective) -> dict[str, int]:
+def ranks_by_fisher(
+    network: nn.Module, growths: Mapping[str, Growth], data: Data, objective: Objective
+) -> dict[str, int]:
     """How many columns each weight gets, for as many numbers as the growths' own ranks would take.
 
-    A new piece of rank one lowers the loss, to first order, by the square of a singular value of F^-1/2 G, with G the gradient at
-    the weight and F the diagonal of the Fisher information in the form a b^T, which keeps rank one at rank one (Shazeer, Stern:
-    Adafactor, 2018).  The pieces that lower it most for their size are taken.
+    A new piece of rank one lowers the loss, to first order, by the square of a singular value of F^-1/2 G,
+    with G the gradient at the weight and F the diagonal of the Fisher information in the form a b^T, which
+    keeps rank one at rank one (Shazeer, Stern: Adafactor, 2018).  The pieces that lower it most for their
+    size are taken.
     """
     room = sum(growth.rank * growth.column for growth in growths.values())
     slopes = _slopes(network, list(growths), data, objective)
-    pieces = [(gain / growth.column, name) for name, growth in growths.items() for gain in _gains(*slopes[name])]
+    pieces = [
+        (gain / growth.column, name) for name, growth in growths.items() for gain in _gains(*slopes[name])
+    ]
     found = dict.fromkeys(growths, 0)
     for _, name in sorted(pieces, reverse=True):
         if growths[name].column <= room:
@@ -119,7 +126,9 @@ def _gains(slope: Tensor, square: Tensor) -> list[float]:
     return gains
 
 
-def _slopes(network: nn.Module, names: list[str], data: Data, objective: Objective) -> dict[str, tuple[Tensor, Tensor]]:
+def _slopes(
+    network: nn.Module, names: list[str], data: Data, objective: Objective
+) -> dict[str, tuple[Tensor, Tensor]]:
     """The mean gradient at each weight as a matrix, and the mean of its square, over the first batches."""
     seen: list[tuple[Tensor, ...]] = []
     for inputs, targets in itertools.islice(data, _LOOKED_AT):

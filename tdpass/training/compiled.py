@@ -15,7 +15,8 @@ from tdpass.errors import TrainingError
 def forward_of(model: nn.Module, compiled: bool) -> Callable[..., Any]:
     """What runs the model; compiled at its first call where asked for.
 
-    Weights stay where they are, so what changes them in place (optimizers, terms, checkpoints) acts on compiled code too.
+    Weights stay where they are, so what changes them in place (optimizers, terms, checkpoints) acts on
+    compiled code too.
     """
     if not compiled:
         return model
@@ -31,5 +32,7 @@ def refused() -> Iterator[None]:
     except Exception as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             summary = str(error).strip().partition("\n")[0]
-            raise TrainingError(f"the model cannot be compiled ({type(error).__name__}: {summary}); train it without compile") from error
+            raise TrainingError(
+                f"the model cannot be compiled ({type(error).__name__}: {summary}); train it without compile"
+            ) from error
         raise

@@ -23,7 +23,9 @@ class FixedWeights(Term):
 
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
         self.weights = dict(weights)
-        self.values: dict[str, Tensor] = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self.values: dict[str, Tensor] = {
+            name: weight.detach().clone() for name, weight in self.weights.items()
+        }
         self.masks: dict[str, Tensor] = {name: value == 0 for name, value in self.values.items()}
 
     @torch.no_grad()
@@ -43,12 +45,19 @@ class FixedWeights(Term):
 class ProgressiveFixing(FixedWeights):
     """More and more weights are put where a constraint wants them and stay there, those nearest to it first.
 
-    With `constraints` of fixed structure (levels of a fixed interval, say), a share of every level's weights is held from the
-    beginning of a round on (ADMM-NN's progressive fixing): `first`, then evenly more, and all of them from `reach` of the phase on,
-    so that what is never held (biases, norms) still trains around the last ones, which moved most.
+    With `constraints` of fixed structure (levels of a fixed interval, say), a share of every level's weights
+    is held from the beginning of a round on (ADMM-NN's progressive fixing): `first`, then evenly more, and
+    all of them from `reach` of the phase on, so that what is never held (biases, norms) still trains around
+    the last ones, which moved most.
     """
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], constraints: Mapping[str, Constraint], first: float = 0.3, reach: float = 0.8) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, nn.Parameter],
+        constraints: Mapping[str, Constraint],
+        first: float = 0.3,
+        reach: float = 0.8,
+    ) -> None:
         super().__init__(weights)
         self.constraints, self.first, self.reach = dict(constraints), first, reach
 

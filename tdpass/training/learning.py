@@ -18,8 +18,17 @@ Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 def optimizer_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """What an optimizer holds of named parameters, as `NAME.entry`."""
     names = {id(parameter): name for name, parameter in parameters.items()}
-    held = ((names[id(parameter)], optimizer.state[parameter]) for group in optimizer.param_groups for parameter in group["params"])
-    return {f"{name}.{key}": value for name, entries in held for key, value in entries.items() if isinstance(value, Tensor)}
+    held = (
+        (names[id(parameter)], optimizer.state[parameter])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
+    return {
+        f"{name}.{key}": value
+        for name, entries in held
+        for key, value in entries.items()
+        if isinstance(value, Tensor)
+    }
 
 
 def make_room(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], layout: Layout) -> None:
@@ -29,14 +38,16 @@ def make_room(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], layo
         if name in parameters:
             parameter = parameters[name]
             like = tuple(parameter.shape) == shape and entry != "step"
-            optimizer.state[parameter][entry] = torch.zeros_like(parameter, dtype=dtype) if like else torch.zeros(shape, dtype=dtype)
+            optimizer.state[parameter][entry] = (
+                torch.zeros_like(parameter, dtype=dtype) if like else torch.zeros(shape, dtype=dtype)
+            )
 
 
 class Learning(Term):
     """A term that trains parameters of its own, by an optimizer of its own; both are in its checkpoints.
 
-    A subclass gives `loss` that depends on them (or lets the model read them), and the gradients that arise move them once
-    after every step of the model; over several processes gradients are averaged.
+    A subclass gives `loss` that depends on them (or lets the model read them), and the gradients that arise
+    move them once after every step of the model; over several processes gradients are averaged.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
@@ -51,7 +62,9 @@ class Learning(Term):
 
     def state(self) -> State:
         held = optimizer_tensors(self.optimizer, self.parameters)
-        layout = {key: [list(value.shape), str(value.dtype).removeprefix("torch.")] for key, value in held.items()}
+        layout = {
+            key: [list(value.shape), str(value.dtype).removeprefix("torch.")] for key, value in held.items()
+        }
         own = {f"parameter.{name}": parameter.detach() for name, parameter in self.parameters.items()}
         return {"layout": layout, **own, **{f"optimizer.{key}": value for key, value in held.items()}}
 

@@ -19,7 +19,15 @@ from torch.optim import Optimizer
 from tdpass.errors import TrainingError, UsageError
 from tdpass.report import TrainingRow
 from tdpass.training.calls import Passes, call, class_scores, once
-from tdpass.training.checkpoint import load_checkpoint, newest_checkpoint, random_state, read_facts, restore_random_state, save_checkpoint, tensors_in
+from tdpass.training.checkpoint import (
+    load_checkpoint,
+    newest_checkpoint,
+    random_state,
+    read_facts,
+    restore_random_state,
+    save_checkpoint,
+    tensors_in,
+)
 from tdpass.training.compiled import forward_of, refused
 from tdpass.training.learning import make_room, optimizer_tensors
 from tdpass.training.placement import bare
@@ -46,12 +54,12 @@ def cross_entropy(label_smoothing: float = 0.0) -> Objective:
 class Loop:
     """`epochs` passes over `data` with one optimizer.
 
-    `data` yields (inputs, targets) and has a length; each epoch iterates it anew, after `set_epoch` where it (or its sampler)
-    has one.  `passes` runs the model, once a step or more often.  `rate(progress)` is the learning rate when the share `progress`
-    of all steps is over, as a factor on what each parameter group had at the start.  A checkpoint is written to `folder` after
-    every epoch, and every `checkpoint_every` steps.
-    On a CPU, and with data that draws from torch's, numpy's or Python's global generators or from none, a resumed run repeats
-    bit by bit what the interrupted one would have done.
+    `data` yields (inputs, targets) and has a length; each epoch iterates it anew, after `set_epoch` where it
+    (or its sampler) has one.  `passes` runs the model, once a step or more often.  `rate(progress)` is the
+    learning rate when the share `progress` of all steps is over, as a factor on what each parameter group had
+    at the start.  A checkpoint is written to `folder` after every epoch, and every `checkpoint_every` steps.
+    On a CPU, and with data that draws from torch's, numpy's or Python's global generators or from none, a
+    resumed run repeats bit by bit what the interrupted one would have done.
     """
 
     stage: str
@@ -79,7 +87,9 @@ class Loop:
         try:
             self.per_epoch = len(self.data)  # type: ignore[arg-type]
         except TypeError:
-            raise UsageError(f"training data of type {type(self.data).__name__} has no length; give a DataLoader or a list of (inputs, targets)") from None
+            raise UsageError(
+                f"training data of type {type(self.data).__name__} has no length; give a DataLoader or a list of (inputs, targets)"
+            ) from None
         if self.epochs < 0 or not 1 <= self.rounds_per_epoch <= self.per_epoch:
             sizes = f"{self.epochs} epochs of {self.per_epoch} batches in {self.rounds_per_epoch} rounds"
             raise UsageError(f"{sizes} make no training; give at least one batch to each round")
@@ -88,11 +98,14 @@ class Loop:
         self._forward = forward_of(self.model, self.compiled)
 
     def run(self, resume: bool = False) -> list[TrainingRow]:
-        """Train, from the newest checkpoint in `folder` where `resume` is set and there is one; returns the log.
+        """Train, from the newest checkpoint in `folder` where `resume` is set and there is one.
 
-        Raises `TrainingError` when the loss is not finite, ADMM diverges, or a checkpoint does not fit.
+        Returns the log. Raises `TrainingError` when the loss is not finite, ADMM diverges, or a checkpoint
+        does not fit.
         """
-        hooks = Hooks(self.optimizer, self.terms, self._round_starts, max(1, self.epochs * self.rounds_per_epoch))
+        hooks = Hooks(
+            self.optimizer, self.terms, self._round_starts, max(1, self.epochs * self.rounds_per_epoch)
+        )
         try:
             started = self._resume(hooks) if resume and self.folder is not None else None
             for epoch in range(hooks.steps // self.per_epoch, self.epochs):
@@ -106,7 +119,9 @@ class Loop:
 
     def _round_starts(self, step: int) -> bool:
         inside = step % self.per_epoch
-        return any(inside == self.per_epoch * k // self.rounds_per_epoch for k in range(self.rounds_per_epoch))
+        return any(
+            inside == self.per_epoch * k // self.rounds_per_epoch for k in range(self.rounds_per_epoch)
+        )
 
     def _epoch(self, epoch: int, hooks: Hooks, resumed: Mapping[str, Any] | None) -> None:
         start = time.perf_counter()
@@ -114,7 +129,11 @@ class Loop:
         if resumed is not None:
             restore_random_state(resumed["epoch_random"])
         at_start = random_state()
-        total = torch.tensor(resumed["total"] if resumed is not None and done else 0.0, dtype=torch.float64, device=self._device)
+        total = torch.tensor(
+            resumed["total"] if resumed is not None and done else 0.0,
+            dtype=torch.float64,
+            device=self._device,
+        )
         self.model.train()
         for index, (inputs, targets) in enumerate(self._batches(epoch)):
             if index < done:
@@ -125,10 +144,16 @@ class Loop:
                 total += self._step(hooks.steps / (self.per_epoch * self.epochs), inputs, targets)
             if index % _LOOK_EVERY == 0:
                 self._check(total)
-            if self.checkpoint_every and hooks.steps % self.checkpoint_every == 0 and index + 1 < self.per_epoch:
+            if (
+                self.checkpoint_every
+                and hooks.steps % self.checkpoint_every == 0
+                and index + 1 < self.per_epoch
+            ):
                 self._save(hooks, at_start, float(total))
         if hooks.steps != (epoch + 1) * self.per_epoch:
-            raise UsageError(f"the data gave {hooks.steps - epoch * self.per_epoch} batches in epoch {epoch}, its length says {self.per_epoch}")
+            raise UsageError(
+                f"the data gave {hooks.steps - epoch * self.per_epoch} batches in epoch {epoch}, its length says {self.per_epoch}"
+            )
         self._check(total)
         self._close_epoch(epoch, float(total) / self.per_epoch, start)
         self._save(hooks, random_state(), 0.0)
@@ -144,7 +169,9 @@ class Loop:
                 score = float(self.evaluate(self.model))
             restore_random_state(state)
         rate = self.rate(min(1.0, (epoch + 1) / self.epochs)) * self._base[0]
-        line = TrainingRow(self.stage, epoch, loss, rate, time.perf_counter() - start, score, residuals, self._memory())
+        line = TrainingRow(
+            self.stage, epoch, loss, rate, time.perf_counter() - start, score, residuals, self._memory()
+        )
         self.rounds.append(line)
         self.log(line)
 
@@ -154,12 +181,16 @@ class Loop:
             group["lr"] = factor * base
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
-        passes = self.passes(partial(call, self._forward), inputs, lambda outputs: self._loss(inputs, outputs, targets))
+        passes = self.passes(
+            partial(call, self._forward), inputs, lambda outputs: self._loss(inputs, outputs, targets)
+        )
         while (loss := self._next(passes)) is not None:
             torch.autograd.backward(loss)
             losses.append(loss.detach())
         if not losses:
-            raise UsageError(f"a step of stage {self.stage!r} gave no loss; its passes must yield at least one")
+            raise UsageError(
+                f"a step of stage {self.stage!r} gave no loss; its passes must yield at least one"
+            )
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
@@ -179,7 +210,9 @@ class Loop:
 
     def _check(self, total: Tensor) -> None:
         if not math.isfinite(float(total)):
-            raise TrainingError(f"the loss of stage {self.stage!r} is no longer finite; lower the learning rate, clip gradients, or start from trained weights")
+            raise TrainingError(
+                f"the loss of stage {self.stage!r} is no longer finite; lower the learning rate, clip gradients, or start from trained weights"
+            )
 
     def _batches(self, epoch: int) -> Iterator[tuple[Any, Any]]:
         holders: tuple[Any, ...] = (self.data, getattr(self.data, "sampler", None))
@@ -188,7 +221,9 @@ class Loop:
                 holder.set_epoch(epoch)
         for batch in self.data:
             if not isinstance(batch, tuple | list) or len(batch) != 2:
-                raise UsageError(f"a training batch of type {type(batch).__name__} is not understood; give pairs of (inputs, targets)")
+                raise UsageError(
+                    f"a training batch of type {type(batch).__name__} is not understood; give pairs of (inputs, targets)"
+                )
             yield _on(batch[0], self._device), _on(batch[1], self._device)
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -196,14 +231,21 @@ class Loop:
         held = optimizer_tensors(self.optimizer, dict(bare(self.model).named_parameters()))
         tensors |= {f"optimizer.{key}": value for key, value in held.items()}
         for index, term in enumerate(self.terms):
-            tensors |= {f"term.{index}.{key}": value for key, value in term.state().items() if isinstance(value, Tensor)}
+            tensors |= {
+                f"term.{index}.{key}": value
+                for key, value in term.state().items()
+                if isinstance(value, Tensor)
+            }
         return tensors
 
     def _memory(self) -> int:
         """Bytes that stay from step to step; of a sharded model, over all processes."""
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         besides = [tensor for name, tensor in self._tensors().items() if not name.startswith("model.")]
-        return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers(), *gradients, *besides))
+        return sum(
+            tensor.nbytes
+            for tensor in (*self.model.parameters(), *self.model.buffers(), *gradients, *besides)
+        )
 
     def _save(self, hooks: Hooks, epoch_random: Mapping[str, Any], total: float) -> None:
         if self.folder is None:
@@ -216,7 +258,10 @@ class Loop:
             "epoch_random": dict(epoch_random),
             "watch": self.watch.history,
             "rounds": [asdict(line) for line in self.rounds],
-            "terms": [{key: value for key, value in term.state().items() if not isinstance(value, Tensor)} for term in self.terms],
+            "terms": [
+                {key: value for key, value in term.state().items() if not isinstance(value, Tensor)}
+                for term in self.terms
+            ],
         }
         save_checkpoint(self.folder, hooks.steps, self._tensors(), facts)
 
@@ -232,7 +277,9 @@ class Loop:
             self._take_over(path, facts, hooks)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             what = f"{type(error).__name__}: {error}"
-            raise TrainingError(f"checkpoint {path} was not written by this method and settings ({what}); train from the beginning in another folder") from None
+            raise TrainingError(
+                f"checkpoint {path} was not written by this method and settings ({what}); train from the beginning in another folder"
+            ) from None
         self.note(f"going on from {path.name}, epoch {hooks.steps // self.per_epoch}")
         return facts
 
@@ -241,12 +288,25 @@ class Loop:
         restore_random_state(facts["random"])
         for term, own in zip(self.terms, facts["terms"], strict=True):
             term.resume_at(own)
-        layout = {key.removeprefix("optimizer."): value for key, value in tensors_in(path).items() if key.startswith("optimizer.")}
+        layout = {
+            key.removeprefix("optimizer."): value
+            for key, value in tensors_in(path).items()
+            if key.startswith("optimizer.")
+        }
         make_room(self.optimizer, dict(bare(self.model).named_parameters()), layout)
         tensors = self._tensors()
         load_checkpoint(path, tensors)
         for index, (term, own) in enumerate(zip(self.terms, facts["terms"], strict=True)):
-            term.load_state({**own, **{key: tensors[f"term.{index}.{key}"] for key, value in term.state().items() if isinstance(value, Tensor)}})
+            term.load_state(
+                {
+                    **own,
+                    **{
+                        key: tensors[f"term.{index}.{key}"]
+                        for key, value in term.state().items()
+                        if isinstance(value, Tensor)
+                    },
+                }
+            )
         hooks.steps, hooks.round = facts["steps"], facts["round"]
         self.watch.history = facts["watch"]
         self.rounds = [TrainingRow(**line) for line in facts["rounds"]]

@@ -16,8 +16,9 @@ from tdpass.training.terms import State, Term
 class NoisyWeights(Term):
     """The model computes with  W exp(sigma z),  z standard normal and drawn anew for every step, and the gradient there moves W.
 
-    So a network learns to do with conductances that vary (log-normal, as of memristors).  `inner` are the other terms, which see W; W
-    is what the weights are at the end, and in `state`.  The draws are the same on every process and after an interruption.
+    So a network learns to do with conductances that vary (log-normal, as of memristors).  `inner` are the
+    other terms, which see W; W is what the weights are at the end, and in `state`.  The draws are the same on
+    every process and after an interruption.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], sigma: float, inner: Sequence[Term] = ()) -> None:
@@ -51,7 +52,10 @@ class NoisyWeights(Term):
         return {name: value for term in self.inner for name, value in term.residuals().items()}
 
     def state(self) -> State:
-        state: State = {"steps": self.steps, **{f"value.{name}": value for name, value in self.values.items()}}
+        state: State = {
+            "steps": self.steps,
+            **{f"value.{name}": value for name, value in self.values.items()},
+        }
         for number, term in enumerate(self.inner):
             state |= {f"{number}.{key}": value for key, value in term.state().items()}
         return state
@@ -60,7 +64,13 @@ class NoisyWeights(Term):
         self.steps = int(state["steps"])
         self.values = {name: state[f"value.{name}"] for name in self.weights}
         for number, term in enumerate(self.inner):
-            term.load_state({key.removeprefix(f"{number}."): value for key, value in state.items() if key.startswith(f"{number}.")})
+            term.load_state(
+                {
+                    key.removeprefix(f"{number}."): value
+                    for key, value in state.items()
+                    if key.startswith(f"{number}.")
+                }
+            )
 
     @torch.no_grad()
     def _clean(self) -> None:
@@ -74,5 +84,10 @@ class NoisyWeights(Term):
         for name, weight in self.weights.items():
             self.values[name] = weight.detach().clone()
             shape = whole(weight.detach()).shape
-            noise = torch.randn(shape, generator=generator).mul_(self.sigma).exp_().to(weight.device, weight.dtype)
+            noise = (
+                torch.randn(shape, generator=generator)
+                .mul_(self.sigma)
+                .exp_()
+                .to(weight.device, weight.dtype)
+            )
             weight.mul_(placed_like(noise, weight))

@@ -24,9 +24,14 @@ class Parametrized:
 
 
 def with_parametrizations(model: nn.Module, made_by: Mapping[str, Callable[[], nn.Module]]) -> nn.Module:
-    """A copy of a model that trains the named modules' weights as these make them; shared weights stay shared."""
+    """A copy of a model that trains the named modules' weights as these make them.
+
+    Shared weights stay shared.
+    """
     network = copy.deepcopy(model)
-    weights = {module: dict(module.named_parameters(recurse=False)).get("weight") for module in network.modules()}
+    weights = {
+        module: dict(module.named_parameters(recurse=False)).get("weight") for module in network.modules()
+    }
     for name, make in made_by.items():
         module = network.get_submodule(name)
         members = [other for other, weight in weights.items() if other is module or weight is weights[module]]

@@ -28,12 +28,15 @@ class Phase:
 class Phased(Term):
     """One phase after another, each begun when the rounds of the one before are over; the last goes on.
 
-    With an `average` every phase ends with the average of its weights.
-    `facts` are JSON values that belong to the state besides that of the terms; `recall` takes them up before a phase is begun.
+    With an `average` every phase ends with the average of its weights. `facts` are JSON values that belong to
+    the state besides that of the terms; `recall` takes them up before a phase is begun.
     """
 
     def __init__(
-        self, phases: Sequence[Phase], facts: Callable[[], Mapping[str, Any]] = dict, recall: Callable[[Mapping[str, Any]], None] = lambda facts: None
+        self,
+        phases: Sequence[Phase],
+        facts: Callable[[], Mapping[str, Any]] = dict,
+        recall: Callable[[Mapping[str, Any]], None] = lambda facts: None,
     ) -> None:
         self._facts, self._recall = facts, recall
         self.phases = tuple(phase for phase in phases if phase.rounds > 0)
@@ -99,7 +102,10 @@ class Phased(Term):
         for number, term in enumerate(self.terms):
             state |= {f"{number}.{key}": value for key, value in term.state().items()}
         if self.average is not None:
-            state |= {"steps": self.average.steps, **{f"average.{name}": value for name, value in self.average.values.items()}}
+            state |= {
+                "steps": self.average.steps,
+                **{f"average.{name}": value for name, value in self.average.values.items()},
+            }
         return state
 
     def resume_at(self, facts: Mapping[str, Any]) -> None:

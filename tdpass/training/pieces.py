@@ -29,7 +29,11 @@ class Piece:
     dtype: str
 
 
-_PIECES = register_document(Document("table of tensors", dict[str, Piece], TrainingError, "train from the beginning in another folder"))
+_PIECES = register_document(
+    Document(
+        "table of tensors", dict[str, Piece], TrainingError, "train from the beginning in another folder"
+    )
+)
 
 
 def write_pieces(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -50,14 +54,22 @@ def read_table(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     for path in _files(folder):
         for name, piece in _pieces(path).items():
             dtype = getattr(torch, piece.dtype, None)
-            if not isinstance(dtype, torch.dtype) or found.setdefault(name, (piece.shape, dtype)) != (piece.shape, dtype):
-                raise TrainingError(f"{path} does not fit the other files of its checkpoint at {name!r}; train from the beginning in another folder")
+            if not isinstance(dtype, torch.dtype) or found.setdefault(name, (piece.shape, dtype)) != (
+                piece.shape,
+                dtype,
+            ):
+                raise TrainingError(
+                    f"{path} does not fit the other files of its checkpoint at {name!r}; train from the beginning in another folder"
+                )
     return found
 
 
 @torch.no_grad()
 def read_pieces(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fill what this process holds of each tensor; raises `TrainingError` where a part of it was not written."""
+    """Fill what this process holds of each tensor.
+
+    Raises `TrainingError` where a part of it was not written.
+    """
     wanted = {name: _held(tensor)[:2] for name, tensor in tensors.items()}
     filled = dict.fromkeys(wanted, 0)
     for path in _files(folder):
@@ -67,10 +79,14 @@ def read_pieces(folder: Path, tensors: Mapping[str, Tensor]) -> None:
                 for name in wanted.keys() & pieces.keys():
                     filled[name] += _fill(*wanted[name], file.get_slice(name), pieces[name].offset)
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise TrainingError(f"cannot read {path}: {error}; train from the beginning in another folder") from None
+            raise TrainingError(
+                f"cannot read {path}: {error}; train from the beginning in another folder"
+            ) from None
     for name, (local, _) in wanted.items():
         if filled[name] != local.numel():
-            raise TrainingError(f"checkpoint {folder} holds {filled[name]} of the {local.numel()} numbers of {name!r}; use a checkpoint that is whole")
+            raise TrainingError(
+                f"checkpoint {folder} holds {filled[name]} of the {local.numel()} numbers of {name!r}; use a checkpoint that is whole"
+            )
 
 
 def _fill(local: Tensor, offset: Sequence[int], source: object, begin: Sequence[int]) -> int:
@@ -80,7 +96,10 @@ def _fill(local: Tensor, offset: Sequence[int], source: object, begin: Sequence[
         local.copy_(source[...])  # type: ignore[index]
         return 1
     starts = [max(ours, theirs) for ours, theirs in zip(offset, begin, strict=True)]
-    stops = [min(ours + size, theirs + length) for ours, size, theirs, length in zip(offset, local.shape, begin, shape, strict=True)]
+    stops = [
+        min(ours + size, theirs + length)
+        for ours, size, theirs, length in zip(offset, local.shape, begin, shape, strict=True)
+    ]
     if any(start >= stop for start, stop in zip(starts, stops, strict=True)):
         return 0
     ours = tuple(slice(start - at, stop - at) for start, stop, at in zip(starts, stops, offset, strict=True))
@@ -100,7 +119,11 @@ def _held(tensor: Tensor) -> tuple[Tensor, tuple[int, ...], bool]:
             mesh, placements = tensor.device_mesh, tensor.placements
             _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
             places = zip(mesh.get_coordinate() or (), placements, strict=True)
-            return tensor.to_local().detach(), tuple(offset), all(place == 0 for place, placement in places if placement.is_replicate())
+            return (
+                tensor.to_local().detach(),
+                tuple(offset),
+                all(place == 0 for place, placement in places if placement.is_replicate()),
+            )
     return tensor.detach(), (0,) * tensor.dim(), rank == 0
 
 
@@ -114,9 +137,13 @@ def _pieces(path: Path) -> dict[str, Piece]:
             text = (file.metadata() or {}).get(_KEY, "")
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no dict
     except (SafetensorError, OSError) as error:
-        raise TrainingError(f"cannot read {path}: {error}; train from the beginning in another folder") from None
+        raise TrainingError(
+            f"cannot read {path}: {error}; train from the beginning in another folder"
+        ) from None
     pieces = _PIECES.parse(text, str(path))
     for name, piece in pieces.items():
         if name not in shapes or not len(piece.shape) == len(piece.offset) == len(shapes[name]):
-            raise TrainingError(f"{path} does not hold {name!r} as its table says; train from the beginning in another folder")
+            raise TrainingError(
+                f"{path} does not hold {name!r} as its table says; train from the beginning in another folder"
+            )
     return pieces

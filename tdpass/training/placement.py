@@ -79,13 +79,21 @@ class Template:
         memo: dict[int, object] = {}
         for tensor in (*model.parameters(), *model.buffers()):
             hollow = torch.empty_like(tensor, device="meta")
-            memo[id(tensor)] = nn.Parameter(hollow, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else hollow
+            memo[id(tensor)] = (
+                nn.Parameter(hollow, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else hollow
+            )
         self._hollow = copy.deepcopy(model, memo)
 
     def filled(self, model: nn.Module) -> nn.Module:
-        """A copy with the whole weights that `model`, of this structure, has now; a collective call where it is sharded."""
+        """A copy with the whole weights that `model`, of this structure, has now.
+
+        A collective call where it is sharded.
+        """
         plain = bare(model)
-        current = {name: whole(tensor.detach()).clone() for name, tensor in (*plain.named_parameters(), *plain.named_buffers())}
+        current = {
+            name: whole(tensor.detach()).clone()
+            for name, tensor in (*plain.named_parameters(), *plain.named_buffers())
+        }
         return self.holding(current, plain.training)
 
     @property
@@ -97,5 +105,9 @@ class Template:
         """A copy with these whole tensors, by name."""
         memo: dict[int, object] = {}
         for name, hollow in (*self._hollow.named_parameters(), *self._hollow.named_buffers()):
-            memo[id(hollow)] = nn.Parameter(values[name], hollow.requires_grad) if isinstance(hollow, nn.Parameter) else values[name]
+            memo[id(hollow)] = (
+                nn.Parameter(values[name], hollow.requires_grad)
+                if isinstance(hollow, nn.Parameter)
+                else values[name]
+            )
         return copy.deepcopy(self._hollow, memo).train(training)

@@ -62,14 +62,21 @@ class Prices:
 
         A search that began with all forms alike would train the weights under mixtures that answer nothing.
         """
-        return {name: -_SHARPNESS * (found + price * self.costs[name].to(found)) for name, found in distances.items()}
+        return {
+            name: -_SHARPNESS * (found + price * self.costs[name].to(found))
+            for name, found in distances.items()
+        }
 
     def worth(self, logits: Mapping[str, Tensor], price: float) -> dict[str, Tensor]:
         """Logits without the price that they began at, for a choice that is held to a budget by itself."""
-        return {name: found + _SHARPNESS * price * self.costs[name].to(found) for name, found in logits.items()}
+        return {
+            name: found + _SHARPNESS * price * self.costs[name].to(found) for name, found in logits.items()
+        }
 
     def _expected(self, logits: Mapping[str, Tensor]) -> Tensor:
-        return torch.stack([torch.softmax(logits[name], 0) @ costs.to(logits[name]) for name, costs in self.costs.items()]).sum()
+        return torch.stack(
+            [torch.softmax(logits[name], 0) @ costs.to(logits[name]) for name, costs in self.costs.items()]
+        ).sum()
 
 
 @dataclass(frozen=True)
@@ -80,21 +87,27 @@ class Answers:
     scores: Sequence[Tensor]
 
     def divergence(self, network: nn.Module, number: int) -> Tensor:
-        """KL(dense || network) of the class probabilities of one call, in turn; batch-norms use the call's own statistics."""
+        """KL(dense || network) of the class probabilities of one call, in turn.
+
+        Batch-norms use the call's own statistics.
+        """
         asked = self.calls[number % len(self.calls)]
         with judged(network):
             scores = class_scores(network(*asked.args, **asked.kwargs)).float().flatten(0, -2)
         wanted = self.scores[number % len(self.calls)].float().flatten(0, -2)
-        return F.kl_div(F.log_softmax(scores, -1), F.log_softmax(wanted, -1), reduction="batchmean", log_target=True)
+        return F.kl_div(
+            F.log_softmax(scores, -1), F.log_softmax(wanted, -1), reduction="batchmean", log_target=True
+        )
 
 
 class RankSearch(Learning):
     """Learns the logits of every layer's forms, and draws how the weights are mixed in the next step.
 
-    y_l = sum_c p_lc T_lc(x) with p_l = softmax((alpha_l + g) / tau) and Gumbel noise g, drawn anew for every step (Jang,
-    Gu, Poole 2017); tau falls from round to round.  Between steps of the weights, every `every` of them, alpha takes a step
-    on KL(dense || network) + penalty * E[cost], on the `answers` to data that the weights do not see.  Without answers it
-    learns from the same batches as the weights do, in the same backward pass.  It begins at `begins`; `every` of 0 only draws.
+    y_l = sum_c p_lc T_lc(x) with p_l = softmax((alpha_l + g) / tau) and Gumbel noise g, drawn anew for every
+    step (Jang, Gu, Poole 2017); tau falls from round to round.  Between steps of the weights, every `every`
+    of them, alpha takes a step on KL(dense || network) + penalty * E[cost], on the `answers` to data that the
+    weights do not see.  Without answers it learns from the same batches as the weights do, in the same
+    backward pass.  It begins at `begins`; `every` of 0 only draws.
     """
 
     def __init__(
@@ -160,15 +173,21 @@ class RankSearch(Learning):
 class Approach(Term):
     """Adds the gradient of  strength * sum_l ||(W_lc - V_l) C_l^1/2||^2 / ||V_l C_l^1/2||^2,  c drawn from softmax(alpha_l).
 
-    V is the weight that the layer began with and C the second moments of what it read then (or the identity), so that on
-    average this is  sum_l sum_c p_lc ||T_lc(x) - V_l x||^2  of the layer's outputs: every candidate is drawn to answer as
-    the original layer does, which keeps candidates that share factors from pulling these apart.
+    V is the weight that the layer began with and C the second moments of what it read then (or the identity),
+    so that on average this is  sum_l sum_c p_lc ||T_lc(x) - V_l x||^2  of the layer's outputs: every
+    candidate is drawn to answer as the original layer does, which keeps candidates that share factors from
+    pulling these apart.
     """
 
-    def __init__(self, layers: Mapping[str, Parametrized], originals: Mapping[str, Tensor], strength: float) -> None:
+    def __init__(
+        self, layers: Mapping[str, Parametrized], originals: Mapping[str, Tensor], strength: float
+    ) -> None:
         self.layers, self.originals, self.strength = dict(layers), dict(originals), strength
         self.moments = {name: _moments(self._choices(name)) for name in self.layers}
-        self.sizes = {name: _size(weight, self.moments[name]).clamp_min(1e-30) for name, weight in self.originals.items()}
+        self.sizes = {
+            name: _size(weight, self.moments[name]).clamp_min(1e-30)
+            for name, weight in self.originals.items()
+        }
 
     @torch.no_grad()
     def distances(self, name: str) -> Tensor:
@@ -229,7 +248,11 @@ def _size(weight: Tensor, moments: Tensor | None) -> Tensor:
 def judged(network: nn.Module) -> Iterator[None]:
     """Run a network as it is judged: in evaluation, but mixed as it is drawn, batch-norms on the statistics of what they read."""
     training = {module: module.training for module in network.modules()}
-    norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms = [
+        module
+        for module in network.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    ]
     network.eval()
     for module in network.modules():
         if isinstance(module, Choices | _BatchNorm):

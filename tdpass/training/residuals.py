@@ -13,8 +13,8 @@ from tdpass.errors import TrainingError
 class Watch:
     """Stops a run whose residuals ||W - Z|| / ||W|| grow.
 
-    A weight's residual may grow while its set shrinks; a run is stopped once it has grown in `patience` rounds in a row, to
-    more than `factor` times what it was before them, and is no longer small (`above`).
+    A weight's residual may grow while its set shrinks; a run is stopped once it has grown in `patience`
+    rounds in a row, to more than `factor` times what it was before them, and is no longer small (`above`).
     """
 
     patience: int = 6
@@ -26,7 +26,9 @@ class Watch:
         """Take in the residuals of a round; raises `TrainingError` naming the weight and what to change."""
         for name, value in residuals.items():
             if not math.isfinite(value):
-                raise TrainingError(f"the weight {name!r} is no longer finite; lower the learning rate, or clip gradients")
+                raise TrainingError(
+                    f"the weight {name!r} is no longer finite; lower the learning rate, or clip gradients"
+                )
             seen = self.history.setdefault(name, [])
             if seen and value <= seen[-1]:
                 seen.clear()

@@ -24,10 +24,18 @@ def shared(budget: Shared) -> Rule:
 
 
 def projections(rule: Rule, progress: float, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The projections of those whole weights that the rule names; each process finds its share of them, and all get all."""
+    """The projections of those whole weights that the rule names.
+
+    Each process finds its share of them, and all get all.
+    """
     rank, size = world()
     constraints = from_first(rule(progress, weights))
     found: dict[str, Tensor] = {}
-    for index, (name, weight) in enumerate((name, weight) for name, weight in weights.items() if name in constraints):
+    for index, (name, weight) in enumerate(
+        (name, weight) for name, weight in weights.items() if name in constraints
+    ):
         found[name] = constraints[name].project(weight) if index % size == rank else torch.empty_like(weight)
-    return {name: from_owner(value.contiguous(), index % size) for index, (name, value) in enumerate(found.items())}
+    return {
+        name: from_owner(value.contiguous(), index % size)
+        for index, (name, value) in enumerate(found.items())
+    }

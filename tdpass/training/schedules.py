@@ -67,17 +67,29 @@ class Steps:
         return self.start * self.factor ** sum(progress >= share for share in self.at)
 
 
-_KINDS: dict[str, type[Constant | Geometric | Cosine | Steps]] = {"constant": Constant, "geometric": Geometric, "cosine": Cosine, "steps": Steps}
+_KINDS: dict[str, type[Constant | Geometric | Cosine | Steps]] = {
+    "constant": Constant,
+    "geometric": Geometric,
+    "cosine": Cosine,
+    "steps": Steps,
+}
 ScheduleSpec = float | Schedule | Mapping[str, object]
 
 
 def as_schedule(spec: ScheduleSpec, noun: str) -> Schedule:
-    """Read `0.01`, a schedule, or `{"cosine": {"start": 0.01, "floor": 0.02}}` as a recipe has it; raises `UsageError`."""
+    """Read `0.01`, a schedule, or `{"cosine": {"start": 0.01, "floor": 0.02}}` as a recipe has it.
+
+    Raises `UsageError`.
+    """
     if isinstance(spec, Mapping):
         ((kind, options),) = spec.items() if len(spec) == 1 else ((None, None),)
         if kind not in _KINDS or not isinstance(options, Mapping):
-            raise UsageError(f"{noun} {dict(spec)!r} is no schedule; write a number or {{KIND: {{start: ...}}}}, KIND one of: {', '.join(_KINDS)}")
-        made: Schedule = Document(f"{kind} schedule", _KINDS[kind], UsageError, "see the guide to training").check(options, f"{noun} {dict(spec)!r}")
+            raise UsageError(
+                f"{noun} {dict(spec)!r} is no schedule; write a number or {{KIND: {{start: ...}}}}, KIND one of: {', '.join(_KINDS)}"
+            )
+        made: Schedule = Document(
+            f"{kind} schedule", _KINDS[kind], UsageError, "see the guide to training"
+        ).check(options, f"{noun} {dict(spec)!r}")
         return made
     if isinstance(spec, bool) or (isinstance(spec, int | float) and not (math.isfinite(spec) and spec >= 0)):
         raise UsageError(f"{noun}={spec!r} is not a number of at least 0")

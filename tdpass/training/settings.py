@@ -23,11 +23,12 @@ Decay = Annotated[float, Meta(ge=0, lt=1)]
 class Settings:
     """One stage of training.
 
-    `lr` is the peak learning rate; `schedule` (a schedule that starts at 1, or None for half a cosine to zero) is run once per
-    phase.  `distill` is the share of the loss that the dense model decides, at `temperature`; `clip` bounds the norm of the
-    gradient; `average` is the decay of an average of the weights that each phase ends with; `bf16` computes in bfloat16 where
-    autocast knows how; `compile` runs model and teacher through `torch.compile`;
-    `rebuild` lets factored layers compute with the weights that their factors stand for.  Momentum is that of SGD.
+    `lr` is the peak learning rate; `schedule` (a schedule that starts at 1, or None for half a cosine to
+    zero) is run once per phase.  `distill` is the share of the loss that the dense model decides, at
+    `temperature`; `clip` bounds the norm of the gradient; `average` is the decay of an average of the weights
+    that each phase ends with; `bf16` computes in bfloat16 where autocast knows how; `compile` runs model and
+    teacher through `torch.compile`; `rebuild` lets factored layers compute with the weights that their
+    factors stand for.  Momentum is that of SGD.
     """
 
     optimizer: Name = "sgd"
@@ -52,7 +53,10 @@ class Settings:
 
     @classmethod
     def parse(cls, spec: Settings | Mapping[str, Any] | None, base: Settings | None = None) -> Settings:
-        """Settings as they are, or those of a recipe on top of `base`; raises `UsageError` for an unknown one."""
+        """Settings as they are, or those of a recipe on top of `base`.
+
+        Raises `UsageError` for an unknown one.
+        """
         if isinstance(spec, Settings):
             return spec
         base, given = base or cls(), dict(spec or {})
@@ -68,15 +72,23 @@ class Settings:
         return made
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
-        """The optimizer over all parameters that require gradients; weights of one axis (biases, norms) do not decay."""
+        """The optimizer over all parameters that require gradients.
+
+        Weights of one axis (biases, norms) do not decay.
+        """
         wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [
-            {"params": [parameter for parameter in wanted if parameter.dim() > 1], "weight_decay": self.weight_decay},
+            {
+                "params": [parameter for parameter in wanted if parameter.dim() > 1],
+                "weight_decay": self.weight_decay,
+            },
             {"params": [parameter for parameter in wanted if parameter.dim() <= 1], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
         if not groups:
-            raise UsageError("the model has no parameter that requires gradients; call requires_grad_() on it")
+            raise UsageError(
+                "the model has no parameter that requires gradients; call requires_grad_() on it"
+            )
         if self.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
         return (torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW)(groups, lr=self.lr)

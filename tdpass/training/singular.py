@@ -84,7 +84,9 @@ class Triplet:
 
 def with_singular_values(model: nn.Module, formats: Mapping[str, tuple[Site, str]]) -> nn.Module:
     """A copy of a model that trains U, s and V of the named modules' weights; shared weights stay shared."""
-    return with_parametrizations(model, {name: partial(SingularValues, *found) for name, found in formats.items()})
+    return with_parametrizations(
+        model, {name: partial(SingularValues, *found) for name, found in formats.items()}
+    )
 
 
 def triplets(network: nn.Module, names: Iterable[str]) -> dict[str, Triplet]:

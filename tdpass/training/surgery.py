@@ -17,14 +17,16 @@ from tdpass.training.terms import State, Term
 class Surgery(Term):
     """The model computes with Z = V * mask, and the gradient at Z moves all of V (dynamic network surgery: Guo, Yao, Chen 2016).
 
-    At the beginning of every round the mask becomes what the constraints of `rule` leave of V, so a weight that was cut too soon
-    grows until it is taken back.  The weights of the model are Z; V is in `state`.
+    At the beginning of every round the mask becomes what the constraints of `rule` leave of V, so a weight
+    that was cut too soon grows until it is taken back.  The weights of the model are Z; V is in `state`.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], rule: Rule) -> None:
         self.weights, self.rule = dict(weights), rule
         self.values = {name: weight.detach().clone() for name, weight in self.weights.items()}
-        self.masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self.weights.items()}
+        self.masks = {
+            name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self.weights.items()
+        }
         self._residuals: dict[str, float] = {}
 
     @torch.no_grad()
@@ -50,7 +52,11 @@ class Surgery(Term):
 
     def state(self) -> State:
         masks: State = {f"mask.{name}": mask for name, mask in self.masks.items()}
-        return {**masks, **{f"value.{name}": value for name, value in self.values.items()}, "residuals": dict(self._residuals)}
+        return {
+            **masks,
+            **{f"value.{name}": value for name, value in self.values.items()},
+            "residuals": dict(self._residuals),
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.masks = {name: state[f"mask.{name}"] for name in self.weights}

@@ -15,9 +15,10 @@ State: TypeAlias = dict[str, Any]  # tensors, and JSON values
 class Term:
     """Something that acts on the weights or on the loss while a model trains; the base does nothing.
 
-    `begin_round` is called before the first step of every round (an epoch, unless said otherwise) with the share of the phase
-    that is over, in [0, 1); `before_step` after back-propagation and clipping, when gradients are there; `after_step` after
-    the optimizer.  All of it happens alike on every process.  `replaces` is the share of the task's own loss that `loss` stands for.
+    `begin_round` is called before the first step of every round (an epoch, unless said otherwise) with the
+    share of the phase that is over, in [0, 1); `before_step` after back-propagation and clipping, when
+    gradients are there; `after_step` after the optimizer.  All of it happens alike on every process.
+    `replaces` is the share of the task's own loss that `loss` stands for.
     """
 
     replaces: float = 0.0
@@ -47,7 +48,10 @@ class Term:
         return {}
 
     def resume_at(self, facts: Mapping[str, Any]) -> None:
-        """Take the form it had when `state` was read, given what there was in it besides tensors; `load_state` follows."""
+        """Take the form it had when `state` was read, given what there was in it besides tensors.
+
+        `load_state` follows.
+        """
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
@@ -56,10 +60,13 @@ class Term:
 class Hooks:
     """Terms tied to an optimizer: they act around its `step`, whoever calls it.
 
-    A round begins before those steps, counted from 0, for which `starts` is true; there are `rounds` in all.  `remove` unties them.
+    A round begins before those steps, counted from 0, for which `starts` is true; there are `rounds` in all.
+    `remove` unties them.
     """
 
-    def __init__(self, optimizer: Optimizer, terms: Iterable[Term], starts: Callable[[int], bool], rounds: int) -> None:
+    def __init__(
+        self, optimizer: Optimizer, terms: Iterable[Term], starts: Callable[[int], bool], rounds: int
+    ) -> None:
         self.optimizer, self.terms, self.starts, self.rounds = optimizer, tuple(terms), starts, rounds
         self.steps = self.round = 0
         before = optimizer.register_step_pre_hook(lambda given, args, kwargs: self._before(given))
@@ -83,7 +90,9 @@ class Hooks:
 
     def moves(self, weight: nn.Parameter) -> bool:
         """Whether a step of the optimizer changes that weight."""
-        return weight.requires_grad and any(parameter is weight for group in self.optimizer.param_groups for parameter in group["params"])
+        return weight.requires_grad and any(
+            parameter is weight for group in self.optimizer.param_groups for parameter in group["params"]
+        )
 
     def remove(self) -> None:
         """Leave the optimizer as it was."""

@@ -24,10 +24,11 @@ class SolvedInFormat(InFormat):
 
 
 class WarmStarts(Term):
-    """The constraints of weights by name, as a rule; those on formats with local optima go on from the factors they found last.
+    """The constraints of weights by name, as a rule.
 
-    A search that began anew in every round would end in other optima, so that Z jumps however little W moves.  The factors are part of
-    a checkpoint.
+    Those on formats with local optima go on from the factors they found last. A search that began anew in
+    every round would end in other optima, so that Z jumps however little W moves.  The factors are part of a
+    checkpoint.
     """
 
     def __init__(self, constraints: Mapping[str, InFormat]) -> None:
@@ -46,8 +47,14 @@ class WarmStarts(Term):
         return {name: bound for name, bound in self.constraints.items() if bound.searched}
 
     def state(self) -> State:
-        return {f"{name}.{key}": factor.clone() for name, bound in self._searched().items() for key, factor in (bound.start or {}).items()}
+        return {
+            f"{name}.{key}": factor.clone()
+            for name, bound in self._searched().items()
+            for key, factor in (bound.start or {}).items()
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         for name, bound in self._searched().items():
-            self.constraints[name] = replace(bound, start={key: state[f"{name}.{key}"] for key in bound.start or {}})
+            self.constraints[name] = replace(
+                bound, start={key: state[f"{name}.{key}"] for key in bound.start or {}}
+            )

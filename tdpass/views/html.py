@@ -24,8 +24,8 @@ def text(value: object) -> Html:
 def tag(element: str, /, *children: Html | str | None, **attributes: object) -> Html:
     """An element.
 
-    Children that are not markup are escaped and None is left out.  An attribute is left out when None or False and bare
-    when True; `class_` stands for `class` and `_` for `-`, so `aria_label` is `aria-label`.
+    Children that are not markup are escaped and None is left out.  An attribute is left out when None or
+    False and bare when True; `class_` stands for `class` and `_` for `-`, so `aria_label` is `aria-label`.
     """
     parts = [element]
     for key, value in attributes.items():
@@ -39,12 +39,20 @@ def tag(element: str, /, *children: Html | str | None, **attributes: object) -> 
 
 def join(parts: Iterable[Html | str | None], between: str = "") -> Html:
     """Markup and texts one after another."""
-    return Html(between.join(part if isinstance(part, Html) else text(part) for part in parts if part is not None))
+    return Html(
+        between.join(part if isinstance(part, Html) else text(part) for part in parts if part is not None)
+    )
 
 
 def table(headers: Iterable[Html], rows: Iterable[Html], label: str, **attributes: object) -> Html:
     """A table in a box of its own that scrolls sideways, and can be scrolled from the keyboard."""
-    body = tag("table", tag("caption", label, class_="unseen"), tag("thead", tag("tr", *headers)), tag("tbody", *rows), **attributes)
+    body = tag(
+        "table",
+        tag("caption", label, class_="unseen"),
+        tag("thead", tag("tr", *headers)),
+        tag("tbody", *rows),
+        **attributes,
+    )
     return tag("div", body, class_="scroll", tabindex="0", role="region", aria_label=label)
 
 

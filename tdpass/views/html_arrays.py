@@ -15,12 +15,17 @@ _SIDE = 44
 
 
 def arrays(rows: Sequence[ArrayRow]) -> Html | None:
-    """A small map of every array, site by site; the fuller a block, the darker it is.  None where there are no arrays."""
+    """A small map of every array, site by site; the fuller a block, the darker it is.
+
+    None where there are no arrays.
+    """
     if not rows:
         return None
     key = "One square is one array, in as many copies as the site's line says: word lines run down, columns of weights across. "
     sites = [_site(name, list(found)) for name, found in groupby(rows, key=lambda row: row.site)]
-    return tag("div", tag("p", f"{key}Darker blocks have fewer zeros.", class_="muted"), *sites, class_="card")
+    return tag(
+        "div", tag("p", f"{key}Darker blocks have fewer zeros.", class_="muted"), *sites, class_="card"
+    )
 
 
 def _site(name: str, rows: Sequence[ArrayRow]) -> Html:
@@ -29,7 +34,13 @@ def _site(name: str, rows: Sequence[ArrayRow]) -> Html:
     filled = share(weights, sum(row.rows * row.columns for row in rows))
     words = f"{count:,} arrays of {first.rows} × {first.columns} weights, {first.copies} of each; {filled} of their cells hold one of {weights:,} weights"
     more = tag("span", f" and {len(rows) - _SHOWN:,} more", class_="muted") if len(rows) > _SHOWN else None
-    return join([tag("h3", breakable(name)), tag("p", words), tag("p", *(_array(row) for row in rows[:_SHOWN]), more, class_="arrays")])
+    return join(
+        [
+            tag("h3", breakable(name)),
+            tag("p", words),
+            tag("p", *(_array(row) for row in rows[:_SHOWN]), more, class_="arrays"),
+        ]
+    )
 
 
 def _array(row: ArrayRow) -> Html:

@@ -38,11 +38,19 @@ class Frame:
 class Heights:
     """The vertical axis: heights of finite values in a frame, and its ticks.
 
-    Logarithmic over many decades, or where `log` says so; a zero then stands on a line of its own below all others.  A linear
-    axis reaches down to `least`, where there is one.
+    Logarithmic over many decades, or where `log` says so; a zero then stands on a line of its own below all
+    others.  A linear axis reaches down to `least`, where there is one.
     """
 
-    def __init__(self, values: Sequence[float], frame: Frame, *, log: bool | None = None, least: float | None = 0.0, count: int = 5) -> None:
+    def __init__(
+        self,
+        values: Sequence[float],
+        frame: Frame,
+        *,
+        log: bool | None = None,
+        least: float | None = 0.0,
+        count: int = 5,
+    ) -> None:
         self.frame = frame
         positive = [min(max(value, 1 / _LARGEST), _LARGEST) for value in values if value > 0]
         decades = math.log10(max(positive)) - math.log10(min(positive)) if positive else 0.0
@@ -53,7 +61,10 @@ class Heights:
             self.low, self.high = round_values[0], round_values[-1]
             self.ticks = _powers(self.low, self.high) if wide else round_values
         else:
-            low, high = (max(min(value, _LARGEST), -_LARGEST) for value in (min(values, default=0.0), max(values, default=1.0)))
+            low, high = (
+                max(min(value, _LARGEST), -_LARGEST)
+                for value in (min(values, default=0.0), max(values, default=1.0))
+            )
             if least is not None:
                 low, high = min(low, least), high if high > least else least + 1.0
             self.ticks = steps(low, high, count)
@@ -77,7 +88,9 @@ class Heights:
         return f"{value:.10g}" if plainly or not self.log else _power(value)
 
 
-def axes(frame: Frame, heights: Heights, marks: Iterable[tuple[float, str]], below: str, beside: str) -> list[Html]:
+def axes(
+    frame: Frame, heights: Heights, marks: Iterable[tuple[float, str]], below: str, beside: str
+) -> list[Html]:
     """Grid lines with their values, `marks` (place and text) along the horizontal axis, and what both axes show."""
     parts: list[Html] = []
     for value in heights.ticks:
@@ -88,9 +101,26 @@ def axes(frame: Frame, heights: Heights, marks: Iterable[tuple[float, str]], bel
         parts.append(tag("text", "0", x=frame.left - 8, y=frame.floor, dy="0.35em", text_anchor="end"))
     parts += [tag("text", mark, x=f"{x:.1f}", y=frame.floor + 22, text_anchor="middle") for x, mark in marks]
     parts.append(tag("line", class_="axis", x1=frame.left, x2=frame.edge, y1=frame.floor, y2=frame.floor))
-    parts.append(tag("text", below, class_="title", x=(frame.left + frame.edge) / 2, y=frame.height - 8, text_anchor="middle"))
+    parts.append(
+        tag(
+            "text",
+            below,
+            class_="title",
+            x=(frame.left + frame.edge) / 2,
+            y=frame.height - 8,
+            text_anchor="middle",
+        )
+    )
     middle = (frame.top + frame.floor) / 2
-    parts.append(tag("text", beside, class_="title", transform=f"translate(18 {middle:g}) rotate(-90)", text_anchor="middle"))
+    parts.append(
+        tag(
+            "text",
+            beside,
+            class_="title",
+            transform=f"translate(18 {middle:g}) rotate(-90)",
+            text_anchor="middle",
+        )
+    )
     return parts
 
 

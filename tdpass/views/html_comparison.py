@@ -32,7 +32,11 @@ def _figures(report: Report, other: Report) -> Html:
     found = [dict(scores(each)) for each in pair]
     scored = sorted(found[0].keys() & found[1].keys())
     rows += [_line(f"Score, {name}", [each[name] for each in found]) for name in scored]
-    headers = [column(""), column(report.budget or "this", number=True), column(other.budget or "the other", number=True)]
+    headers = [
+        column(""),
+        column(report.budget or "this", number=True),
+        column(other.budget or "the other", number=True),
+    ]
     return tag("div", table(headers, rows, "Two reports"), class_="card narrow")
 
 
@@ -44,10 +48,32 @@ def _sites(report: Report, other: Report) -> Html:
     ours, theirs = ({row.site: row for row in summary.site_rows(each)} for each in (report, other))
     unlike = [name for name in ours if name in theirs and ours[name].form != theirs[name].form]
     missing = len(ours.keys() ^ theirs.keys())
-    rows = [tag("tr", tag("th", tag("code", breakable(name)), scope="row"), *_cells(name, ours), *_cells(name, theirs)) for name in unlike]
-    headers = [column("Site"), *(column(title, number=number) for _ in range(2) for title, number in (("Form", False), ("Multiply-adds", True)))]
-    said = f"{len(unlike)} of {len(ours)} sites differ" + (f"; {missing} are in one of the two only" if missing else "")
-    return tag("div", tag("p", said, class_="muted"), table(headers, rows, "Sites that differ") if rows else None, class_="card")
+    rows = [
+        tag(
+            "tr",
+            tag("th", tag("code", breakable(name)), scope="row"),
+            *_cells(name, ours),
+            *_cells(name, theirs),
+        )
+        for name in unlike
+    ]
+    headers = [
+        column("Site"),
+        *(
+            column(title, number=number)
+            for _ in range(2)
+            for title, number in (("Form", False), ("Multiply-adds", True))
+        ),
+    ]
+    said = f"{len(unlike)} of {len(ours)} sites differ" + (
+        f"; {missing} are in one of the two only" if missing else ""
+    )
+    return tag(
+        "div",
+        tag("p", said, class_="muted"),
+        table(headers, rows, "Sites that differ") if rows else None,
+        class_="card",
+    )
 
 
 def _cells(name: str, rows: Mapping[str, SiteRow]) -> list[Html]:

@@ -19,7 +19,9 @@ def figures(report: Report, rows: Sequence[SiteRow], original: Cost, final: Cost
         before, after = original.get(measure.name), final.get(measure.name)
         if not before:
             continue
-        kept = tag("svg", *_kept_bar(before, after), class_="kept-bar", width="100%", height=6, aria_hidden="true")
+        kept = tag(
+            "svg", *_kept_bar(before, after), class_="kept-bar", width="100%", height=6, aria_hidden="true"
+        )
         amounts = spaced(cost_text(measure.name, before)), " → ", spaced(cost_text(measure.name, after))
         change = tag("p", *amounts, tag("span", f"{share(after, before)} kept", class_="muted keep"))
         words = measure.less if after <= before else measure.more
@@ -28,16 +30,40 @@ def figures(report: Report, rows: Sequence[SiteRow], original: Cost, final: Cost
     if report.stored is not None:
         whole, sizes = summary.smaller_file(report, "×")
         packed = f"pruned and quantized tensors: {summary.stored(report, '×')}"
-        cards.append(tag("li", tag("p", tag("strong", whole), f" smaller file, {sizes}", class_="big"), tag("p", packed, class_="muted")))
+        cards.append(
+            tag(
+                "li",
+                tag("p", tag("strong", whole), f" smaller file, {sizes}", class_="big"),
+                tag("p", packed, class_="muted"),
+            )
+        )
     *others, final_score = scores(report) or [("", "")]
     if final_score[1]:
         words = " · ".join(f"{name} {value}" for name, value in others if "before" not in name)
-        cards.append(tag("li", tag("p", tag("strong", final_score[1]), f" score, {final_score[0]}", class_="big"), tag("p", words, class_="muted")))
+        cards.append(
+            tag(
+                "li",
+                tag("p", tag("strong", final_score[1]), f" score, {final_score[0]}", class_="big"),
+                tag("p", words, class_="muted"),
+            )
+        )
     moved = summary.divergence(report, rows)
     if moved is not None:
         expected = sum(row.loss for row in rows)
-        words = f"measured; the plan expected {small(expected)}" if moved.measured and expected else "measured" if moved.measured else "expected by the plan"
-        cards.append(tag("li", tag("p", tag("strong", small(moved.value)), f" {moved.name}", class_="big"), tag("p", words, class_="muted")))
+        words = (
+            f"measured; the plan expected {small(expected)}"
+            if moved.measured and expected
+            else "measured"
+            if moved.measured
+            else "expected by the plan"
+        )
+        cards.append(
+            tag(
+                "li",
+                tag("p", tag("strong", small(moved.value)), f" {moved.name}", class_="big"),
+                tag("p", words, class_="muted"),
+            )
+        )
     return tag("ul", *cards, class_="figures")
 
 

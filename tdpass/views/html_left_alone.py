@@ -21,23 +21,38 @@ def left_alone(report: Report, plan: RankPlan | None, rows: Sequence[SiteRow], o
     dense = [row for row in rows if row.form == DENSE]
     kept, refused = summary.reasons_by_site(dense), summary.refusals(report, plan)
     held = {row.site: row.before for row in dense}
-    shares = {reason: _share_of(sum((held[name] for name in names), Cost()), original) for reason, names in kept.items()}
+    shares = {
+        reason: _share_of(sum((held[name] for name in names), Cost()), original)
+        for reason, names in kept.items()
+    }
     elsewhere = _share_of(original - sum((row.before for row in rows), Cost()), original)
     cards = [_refusal_card("Sites kept dense", kept, _share_of(sum(held.values(), Cost()), original), shares)]
     cards.append(_refusal_card("Other layers", refused, elsewhere, {}))
     return join(cards) if any(cards) else None
 
 
-def _refusal_card(title: str, reasons: Mapping[str, Sequence[str]], held: str, shares: Mapping[str, str]) -> Html | None:
+def _refusal_card(
+    title: str, reasons: Mapping[str, Sequence[str]], held: str, shares: Mapping[str, str]
+) -> Html | None:
     if not reasons:
         return None
     words = tag("p", f"They hold {held}.", class_="muted") if held else None
-    return tag("div", tag("h3", f"{title} ({sum(map(len, reasons.values()))})"), words, _reasons(reasons, shares), class_="card")
+    return tag(
+        "div",
+        tag("h3", f"{title} ({sum(map(len, reasons.values()))})"),
+        words,
+        _reasons(reasons, shares),
+        class_="card",
+    )
 
 
 def _share_of(part: Cost, whole: Cost) -> str:
     """What part of the model that is, in the measures that can be switched between."""
-    known = [f"{share(part.get(name), whole.get(name))} of its {title}" for name, title in SWITCHED.items() if whole.get(name)]
+    known = [
+        f"{share(part.get(name), whole.get(name))} of its {title}"
+        for name, title in SWITCHED.items()
+        if whole.get(name)
+    ]
     return " and ".join(known)
 
 
@@ -47,6 +62,10 @@ def _reasons(reasons: Mapping[str, Sequence[str]], shares: Mapping[str, str]) ->
         listed = join((tag("code", breakable(name)) for name in names), " ")
         if len(names) > _NAMES_SHOWN:
             listed = tag("details", tag("summary", f"{len(names)} layers"), listed)
-        held = tag("span", f" ({shares[reason]})", class_="muted") if len(reasons) > 1 and shares.get(reason) else None
+        held = (
+            tag("span", f" ({shares[reason]})", class_="muted")
+            if len(reasons) > 1 and shares.get(reason)
+            else None
+        )
         items.append(join([tag("dt", reason, held), tag("dd", listed)]))
     return tag("dl", *items, class_="reasons")

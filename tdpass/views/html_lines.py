@@ -39,9 +39,20 @@ class Line:
 
 
 class LineChart:
-    """Lines, and a band behind them, over the epochs of a run; `borders` are the epochs after which a stage ends."""
+    """Lines, and a band behind them, over the epochs of a run.
 
-    def __init__(self, lines: Sequence[Line], frame: Frame, *, band: Sequence[Line] = (), log: bool | None = None, least: float | None = 0.0) -> None:
+    `borders` are the epochs after which a stage ends.
+    """
+
+    def __init__(
+        self,
+        lines: Sequence[Line],
+        frame: Frame,
+        *,
+        band: Sequence[Line] = (),
+        log: bool | None = None,
+        least: float | None = 0.0,
+    ) -> None:
         self.lines, self.band, self.frame = lines, band, frame
         points = [point for line in (*lines, *band) for piece in line.pieces() for point in piece]
         self.empty = not points
@@ -56,7 +67,11 @@ class LineChart:
 
     def svg(self, beside: str, label: str, borders: Sequence[int] = ()) -> Html:
         """The picture, and in `label` what it says."""
-        ticks = [value for value in steps(self.first, self.last, 7) if self.first <= value <= self.last and value == int(value)]
+        ticks = [
+            value
+            for value in steps(self.first, self.last, 7)
+            if self.first <= value <= self.last and value == int(value)
+        ]
         marks = [(self.x(value), f"{value:.0f}") for value in ticks or [self.first]]
         inside = [border for border in borders if self.first <= border < self.last]
         return tag(
@@ -73,7 +88,9 @@ class LineChart:
         )
 
     def _places(self, points: Sequence[Point]) -> str:
-        return " ".join(f"{self.x(epoch):.1f},{self.heights.at(value):.1f}" for epoch, value in _thinned(points))
+        return " ".join(
+            f"{self.x(epoch):.1f},{self.heights.at(value):.1f}" for epoch, value in _thinned(points)
+        )
 
     def _line(self, line: Line) -> Iterator[Html]:
         hint = tag("title", line.hint) if line.hint else None
@@ -82,7 +99,14 @@ class LineChart:
                 yield tag("polyline", hint, class_=f"line {line.style}", points=self._places(piece))
             else:
                 ((epoch, value),) = piece
-                yield tag("circle", hint, class_=f"line {line.style} alone", cx=f"{self.x(epoch):.1f}", cy=f"{self.heights.at(value):.1f}", r=2.5)
+                yield tag(
+                    "circle",
+                    hint,
+                    class_=f"line {line.style} alone",
+                    cx=f"{self.x(epoch):.1f}",
+                    cy=f"{self.heights.at(value):.1f}",
+                    r=2.5,
+                )
 
     def _band(self) -> Html:
         """Between the least and the largest value of each epoch."""
@@ -94,11 +118,20 @@ class LineChart:
         shapes = []
         for piece in above.pieces():
             below = [(epoch, min(by_epoch[epoch])) for epoch, _ in piece]
-            shapes.append(tag("polygon", class_="band", points=f"{self._places(piece)} {self._places(below[::-1])}"))
+            shapes.append(
+                tag("polygon", class_="band", points=f"{self._places(piece)} {self._places(below[::-1])}")
+            )
         return tag("g", *shapes)
 
     def _border(self, epoch: float) -> Html:
-        return tag("line", class_="border", x1=f"{self.x(epoch):.1f}", x2=f"{self.x(epoch):.1f}", y1=self.frame.top, y2=self.frame.floor)
+        return tag(
+            "line",
+            class_="border",
+            x1=f"{self.x(epoch):.1f}",
+            x2=f"{self.x(epoch):.1f}",
+            y1=self.frame.top,
+            y2=self.frame.floor,
+        )
 
     def _marks(self) -> Iterator[Html]:
         """Marks at the ends of lines, moved apart where these end close together."""

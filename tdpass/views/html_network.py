@@ -15,7 +15,10 @@ _LEAST = 2.0
 
 
 def strip(rows: Sequence[SiteRow], colour: Mapping[str, str]) -> Html:
-    """Every site in the order of the network, under the name of its block; a cell leads to the row of its site."""
+    """Every site in the order of the network, under the name of its block.
+
+    A cell leads to the row of its site.
+    """
     most = {name: max((row.before.get(name) for row in rows), default=0) for name in SWITCHED}
     prefix = common_prefix([row.site for row in rows])
     parts = []
@@ -23,9 +26,15 @@ def strip(rows: Sequence[SiteRow], colour: Mapping[str, str]) -> Html:
         cells = (_cell(rows[place], place, colour[rows[place].form.family], most) for place in places)
         label = tag("span", breakable(block), class_="block-name") if block else None
         parts.append(tag("div", tag("div", *cells, class_="cells"), label, class_="block"))
-    key = tag("p", "One column a site: its height is the root of its cost, pale before and solid after. Click one to see it.", class_="muted")
+    key = tag(
+        "p",
+        "One column a site: its height is the root of its cost, pale before and solid after. Click one to see it.",
+        class_="muted",
+    )
     details = tag("div", id="site-details", class_="details", role="status", hidden=True)
-    return tag("div", tag("h3", "The network"), tag("div", *parts, class_="strip"), key, details, class_="card")
+    return tag(
+        "div", tag("h3", "The network"), tag("div", *parts, class_="strip"), key, details, class_="card"
+    )
 
 
 def _cell(row: SiteRow, place: int, colour: str, most: Mapping[str, float]) -> Html:
@@ -37,7 +46,15 @@ def _cell(row: SiteRow, place: int, colour: str, most: Mapping[str, float]) -> H
 def _column(row: SiteRow, name: str, colour: str, most: float) -> Html:
     def bar(cost: float, css: str, inset: int) -> Html:
         height = max(_LEAST, _HEIGHT * (cost / most) ** 0.5) if most else _LEAST
-        return tag("rect", class_=css, x=inset, y=f"{_HEIGHT - height:.1f}", width=_WIDTH - 2 * inset, height=f"{height:.1f}", rx=1)
+        return tag(
+            "rect",
+            class_=css,
+            x=inset,
+            y=f"{_HEIGHT - height:.1f}",
+            width=_WIDTH - 2 * inset,
+            height=f"{height:.1f}",
+            rx=1,
+        )
 
     bars = bar(row.before.get(name), "before", 0), bar(row.after.get(name), colour, 2)
     return tag("svg", *bars, class_=f"only-{name}", width=_WIDTH, height=_HEIGHT, aria_hidden="true")

@@ -23,7 +23,10 @@ _IN_BLOCKS = 40
 def colours(rows: Sequence[SiteRow]) -> dict[str, str]:
     """CSS class of every format in use: the same formats get the same colours in every report."""
     factored = sorted({row.form.family for row in rows} - {DENSE.family})
-    return {DENSE.family: "dense", **{name: f"colour{index % _COLOURS}" for index, name in enumerate(factored)}}
+    return {
+        DENSE.family: "dense",
+        **{name: f"colour{index % _COLOURS}" for index, name in enumerate(factored)},
+    }
 
 
 def measured(name: str, *children: Html | str) -> Html:
@@ -72,9 +75,15 @@ def site_table(rows: Sequence[SiteRow], colour: Mapping[str, str]) -> Html:
         *((column("Loss", number=True),) if with_loss else ()),
         column("Reason"),
     ]
-    longest = {name: max((max(row.before.get(name), row.after.get(name)) for row in rows), default=0) for name in SWITCHED}
+    longest = {
+        name: max((max(row.before.get(name), row.after.get(name)) for row in rows), default=0)
+        for name in SWITCHED
+    }
     prefix = common_prefix([row.site for row in rows])
-    body = [_row(row, site_anchor(place), colour, longest, prefix, with_time, told, with_loss) for place, row in enumerate(rows)]
+    body = [
+        _row(row, site_anchor(place), colour, longest, prefix, with_time, told, with_loss)
+        for place, row in enumerate(rows)
+    ]
     if len(rows) >= _IN_BLOCKS:
         for name, places in reversed(blocks([row.site[len(prefix) :] for row in rows])):
             body.insert(places[0], _block(name, [rows[place] for place in places], len(headers)))
@@ -83,10 +92,20 @@ def site_table(rows: Sequence[SiteRow], colour: Mapping[str, str]) -> Html:
 
 def _block(name: str, rows: Sequence[SiteRow], width: int) -> Html:
     """The line above the sites of a block: how many they are, and what they cost together."""
-    costs = ((sum(row.before.get(each) for row in rows), sum(row.after.get(each) for row in rows)) for each in SWITCHED)
-    shown = (measured(each, f"{human(before)} → {human(after)}") for each, (before, after) in zip(SWITCHED, costs, strict=True))
+    costs = (
+        (sum(row.before.get(each) for row in rows), sum(row.after.get(each) for row in rows))
+        for each in SWITCHED
+    )
+    shown = (
+        measured(each, f"{human(before)} → {human(after)}")
+        for each, (before, after) in zip(SWITCHED, costs, strict=True)
+    )
     words = tag("span", f"{len(rows)} sites, ", *shown, class_="muted")
-    return tag("tr", tag("th", tag("code", breakable(name or "…")), " ", words, colspan=width, scope="rowgroup"), class_="block-row")
+    return tag(
+        "tr",
+        tag("th", tag("code", breakable(name or "…")), " ", words, colspan=width, scope="rowgroup"),
+        class_="block-row",
+    )
 
 
 def _row(
@@ -104,14 +123,35 @@ def _row(
     bound = tag("span", row.guarantee.replace("<=", "≤"), class_="below") if row.guarantee else None
     return tag(
         "tr",
-        tag("th", _name(row.site, prefix), tag("span", dims(row.shape, "×"), class_="below"), scope="row", data_key=row.site),
-        tag("td", chip(row.form.family, colour[row.form.family]), tag("span", form_sizes(row.form), class_="below"), data_key=row.form.family),
+        tag(
+            "th",
+            _name(row.site, prefix),
+            tag("span", dims(row.shape, "×"), class_="below"),
+            scope="row",
+            data_key=row.site,
+        ),
+        tag(
+            "td",
+            chip(row.form.family, colour[row.form.family]),
+            tag("span", form_sizes(row.form), class_="below"),
+            data_key=row.form.family,
+        ),
         tag("td", *bars, class_="bars"),
         *_amounts(row.before, row.after, dense),
         *(_times(row, dense) if with_time else ()),
         *(_modelled(row, measure.name, dense) for measure in told),
-        tag("td", "" if dense else small(row.error), bound, class_="number", data_key=0 if dense else row.error),
-        *((tag("td", "" if dense else small(row.loss), class_="number", data_key=0 if dense else row.loss),) if with_loss else ()),
+        tag(
+            "td",
+            "" if dense else small(row.error),
+            bound,
+            class_="number",
+            data_key=0 if dense else row.error,
+        ),
+        *(
+            (tag("td", "" if dense else small(row.loss), class_="number", data_key=0 if dense else row.loss),)
+            if with_loss
+            else ()
+        ),
         tag("td", row.note, class_="why", data_key=row.note),
         id=anchor,
         class_="kept" if dense else None,
@@ -121,17 +161,28 @@ def _row(
 def _times(row: SiteRow, dense: bool) -> list[Html]:
     """Cells for the measured time over the dense one and the runtime, and for what was predicted."""
     before, after = row.before.seconds, row.after.seconds
-    shown = spaced(seconds(before)) if dense else join([spaced(seconds(before)), " → ", spaced(seconds(after))])
+    shown = (
+        spaced(seconds(before)) if dense else join([spaced(seconds(before)), " → ", spaced(seconds(after))])
+    )
     faster = None if dense else tag("span", ratio(before, after, "×"), class_="below")
     kernel = tag("span", row.kernel, class_="below kernel") if row.kernel else None
-    predicted = tag("td", "" if dense else spaced(seconds(row.predicted)), class_="number", data_key=0 if dense else row.predicted)
+    predicted = tag(
+        "td",
+        "" if dense else spaced(seconds(row.predicted)),
+        class_="number",
+        data_key=0 if dense else row.predicted,
+    )
     return [tag("td", shown, faster, kernel, class_="number", data_key=after), predicted]
 
 
 def _modelled(row: SiteRow, measure: str, dense: bool) -> Html:
     """A cell for what a modelled machine says of the layer, dense and as it is."""
     before, after = row.before.get(measure), row.after.get(measure)
-    amounts = [cost_text(measure, before)] if dense else [cost_text(measure, before), " → ", cost_text(measure, after)]
+    amounts = (
+        [cost_text(measure, before)]
+        if dense
+        else [cost_text(measure, before), " → ", cost_text(measure, after)]
+    )
     less = None if dense else tag("span", ratio(before, after, "×"), class_="below")
     return tag("td", join(map(spaced, amounts)), less, class_="number", data_key=after)
 
@@ -139,18 +190,36 @@ def _modelled(row: SiteRow, measure: str, dense: bool) -> Html:
 def _name(site: str, prefix: str) -> Html:
     # the prefix stays in the text, so that copying, searching and reading aloud give the whole name
     start = tag("span", prefix, class_="unseen") if prefix else None
-    return tag("span", start, breakable(site[len(prefix) :]), class_="name shortened" if prefix else "name", title=site if prefix else None)
+    return tag(
+        "span",
+        start,
+        breakable(site[len(prefix) :]),
+        class_="name shortened" if prefix else "name",
+        title=site if prefix else None,
+    )
 
 
 def _amounts(before: Cost, after: Cost, dense: bool) -> list[Html]:
     """Cells for before, after and ratio, each holding every measure and its sort key."""
 
     def cell(shown: Mapping[str, str], keys: Mapping[str, str]) -> Html:
-        return tag("td", *(measured(name, spaced(text)) for name, text in shown.items()), class_="number", data_macs=keys["macs"], data_params=keys["params"])
+        return tag(
+            "td",
+            *(measured(name, spaced(text)) for name, text in shown.items()),
+            class_="number",
+            data_macs=keys["macs"],
+            data_params=keys["params"],
+        )
 
     costs = {name: (before.get(name), after.get(name)) for name in SWITCHED}
     return [
-        *(cell({name: human(pair[side]) for name, pair in costs.items()}, {name: str(pair[side]) for name, pair in costs.items()}) for side in (0, 1)),
+        *(
+            cell(
+                {name: human(pair[side]) for name, pair in costs.items()},
+                {name: str(pair[side]) for name, pair in costs.items()},
+            )
+            for side in (0, 1)
+        ),
         cell(
             {name: "" if dense else ratio(*pair, times="×") for name, pair in costs.items()},
             {name: f"{pair[0] / pair[1]:.6g}" if pair[1] else "0" for name, pair in costs.items()},
@@ -175,7 +244,9 @@ def _bar(row: SiteRow, name: str, colour: str, longest: float) -> Html:
     )
 
 
-def composition(totals: Sequence[FormatTotal], original: Cost, final: Cost, colour: Mapping[str, str]) -> Html:
+def composition(
+    totals: Sequence[FormatTotal], original: Cost, final: Cost, colour: Mapping[str, str]
+) -> Html:
     """Two bars, the whole model before and after, divided by the format its sites were given."""
     bars = []
     for name, title in SWITCHED.items():
@@ -183,12 +254,26 @@ def composition(totals: Sequence[FormatTotal], original: Cost, final: Cost, colo
         if not whole:
             bars.append(tag("p", f"{title} were not counted.", class_=f"only-{name}"))
             continue
-        pieces = [(total.format, colour[total.format], total.before.get(name), total.after.get(name)) for total in totals]
-        rest = [("elsewhere", "elsewhere", whole - sum(piece[2] for piece in pieces), final.get(name) - sum(piece[3] for piece in pieces))]
+        pieces = [
+            (total.format, colour[total.format], total.before.get(name), total.after.get(name))
+            for total in totals
+        ]
+        rest = [
+            (
+                "elsewhere",
+                "elsewhere",
+                whole - sum(piece[2] for piece in pieces),
+                final.get(name) - sum(piece[3] for piece in pieces),
+            )
+        ]
         parts: list[Html | str] = []
         for label, index, cost in (("before", 2, whole), ("after", 3, final.get(name))):
             shown = [(piece[0], piece[1], piece[index]) for piece in (*pieces, *rest)]
-            parts += [tag("span", label, class_="label"), _stack(shown, whole, f"{title} {label}"), tag("span", human(cost), class_="number")]
+            parts += [
+                tag("span", label, class_="label"),
+                _stack(shown, whole, f"{title} {label}"),
+                tag("span", human(cost), class_="number"),
+            ]
         bars.append(tag("div", *parts, class_=f"stacks only-{name}"))
     return join(bars)
 
@@ -198,23 +283,50 @@ def _stack(pieces: Sequence[tuple[str, str, object]], whole: float, label: str) 
     for name, colour, value in pieces:
         width = _percent(max(0, int(str(value))), whole)
         if width > 0:
-            rects.append(tag("rect", tag("title", f"{name}: {width:.1f} %"), class_=colour, x=f"{place:.2f}%", width=f"{width:.2f}%", height=26))
+            rects.append(
+                tag(
+                    "rect",
+                    tag("title", f"{name}: {width:.1f} %"),
+                    class_=colour,
+                    x=f"{place:.2f}%",
+                    width=f"{width:.2f}%",
+                    height=26,
+                )
+            )
             words.append(f"{name} {width:.1f} %")
         place += width
-    return tag("svg", *rects, class_="stack", width="100%", height=26, role="img", aria_label=f"{label}, in percent of the original: {', '.join(words)}")
+    return tag(
+        "svg",
+        *rects,
+        class_="stack",
+        width="100%",
+        height=26,
+        role="img",
+        aria_label=f"{label}, in percent of the original: {', '.join(words)}",
+    )
 
 
 def format_table(totals: Sequence[FormatTotal], colour: Mapping[str, str]) -> Html:
     """Sites, cost and, where they are known, losses per format; the legend of the colours."""
     with_loss = losses_known(totals)
-    headers = [column("Format"), *(column(name, number=True) for name in ("Sites", "Before", "After", "Ratio", *(("Loss",) if with_loss else ())))]
+    headers = [
+        column("Format"),
+        *(
+            column(name, number=True)
+            for name in ("Sites", "Before", "After", "Ratio", *(("Loss",) if with_loss else ()))
+        ),
+    ]
     rows = [
         tag(
             "tr",
             tag("th", chip(total.format, colour[total.format]), scope="row"),
             tag("td", f"{total.sites}", class_="number"),
             *_amounts(total.before, total.after, total.format == DENSE.family),
-            *((tag("td", "" if total.format == DENSE.family else small(total.loss), class_="number"),) if with_loss else ()),
+            *(
+                (tag("td", "" if total.format == DENSE.family else small(total.loss), class_="number"),)
+                if with_loss
+                else ()
+            ),
         )
         for total in totals
     ]

@@ -26,11 +26,19 @@ def page() -> str:
 def _kind(kind: type[Constants]) -> list[str]:
     meanings = [(f"`{name}`", unit, meaning) for name, (unit, meaning) in kind.described().items()]
     machines = (_machine(name, kind.load(name)) for name in kind.presets())
-    return [f"## {kind.noun[0].upper()}{kind.noun[1:]}: `{kind.__name__}`", _table(("constant", "unit", "meaning"), meanings), *machines]
+    return [
+        f"## {kind.noun[0].upper()}{kind.noun[1:]}: `{kind.__name__}`",
+        _table(("constant", "unit", "meaning"), meanings),
+        *machines,
+    ]
 
 
 def _machine(name: str, constants: Constants) -> str:
-    rows = [(f"`{field}`", _text(value), constants.sources.get(field, "")) for field, value in constants.figures().items() if value != ()]
+    rows = [
+        (f"`{field}`", _text(value), constants.sources.get(field, ""))
+        for field, value in constants.figures().items()
+        if value != ()
+    ]
     return f"### {name}\n\n{constants.source}\n\n{_table(('constant', 'value', 'source'), rows)}"
 
 

@@ -34,12 +34,21 @@ class Figure:
 
 
 def site_rows(report: Report, plan: RankPlan | None = None) -> list[SiteRow]:
-    """The report's rows, with what only the plan says filled in; the plan's choices when nothing was done yet."""
+    """The report's rows, with what only the plan says filled in.
+
+    The plan's choices when nothing was done yet.
+    """
     if not report.sites and plan is not None:
         return plan.rows()
     chosen = {} if plan is None else {choice.site: choice for choice in plan}
     return [
-        replace(row, note=row.note or chosen[row.site].reason, guarantee=row.guarantee or chosen[row.site].guarantee) if row.site in chosen else row
+        replace(
+            row,
+            note=row.note or chosen[row.site].reason,
+            guarantee=row.guarantee or chosen[row.site].guarantee,
+        )
+        if row.site in chosen
+        else row
         for row in report.sites
     ]
 
@@ -55,7 +64,10 @@ def original_cost(report: Report, plan: RankPlan | None = None) -> Cost:
 
 
 def divergence(report: Report, rows: Sequence[SiteRow]) -> Figure | None:
-    """How far the outputs moved: the first check that measured it, else the summed expectation; None when nothing says."""
+    """How far the outputs moved: the first check that measured it, else the summed expectation.
+
+    None when nothing says.
+    """
     kind = divergence_name(report.divergence)
     if "divergence" in report.checks:
         return Figure(report.checks["divergence"], kind, measured=True)
@@ -66,7 +78,10 @@ def divergence(report: Report, rows: Sequence[SiteRow]) -> Figure | None:
 
 
 def divergence_name(name: str) -> str:
-    """A measure as people write it; without a name, the plain word; of several outputs, which is compared how."""
+    """A measure as people write it; without a name, the plain word.
+
+    Of several outputs, which is compared how.
+    """
     measure, _, outputs = name.partition(" of ")
     if outputs:
         return f"divergence ({name.replace('_', ' ')})"
@@ -88,7 +103,12 @@ def checks(values: Mapping[str, float]) -> list[tuple[str, str]]:
             shown.append(("same class chosen", share(value, 1.0)))
         else:
             entry, bracket, output = name.partition("[")
-            shown.append((f"{entry.replace('_', ' ')}{bracket and ' '}{bracket}{output}", score(value) if name.startswith("score_") else small(value)))
+            shown.append(
+                (
+                    f"{entry.replace('_', ' ')}{bracket and ' '}{bracket}{output}",
+                    score(value) if name.startswith("score_") else small(value),
+                )
+            )
     return shown
 
 
@@ -114,13 +134,18 @@ def stored(report: Report, times: str = "x") -> str:
     if size is None:
         return ""
     figures = [("weight data", size.weight_data_bytes), ("stored", size.true_bytes)]
-    shown = ", ".join(f"{name} {human(amount, 'B')} ({ratio(size.dense_bytes, amount, times)})" for name, amount in figures)
+    shown = ", ".join(
+        f"{name} {human(amount, 'B')} ({ratio(size.dense_bytes, amount, times)})" for name, amount in figures
+    )
     shown = f"{shown} of {human(size.dense_bytes, 'B')}"
     return f"{shown}; {human(size.plain_bytes, 'B')} not packed" if size.plain_bytes else shown
 
 
 def smaller_file(report: Report, times: str = "x") -> tuple[str, str]:
-    """How much smaller all tensors are as they lie in the file, and from how many bytes to how many; empty where none is packed."""
+    """How much smaller all tensors are as they lie in the file, and from how many bytes to how many.
+
+    Empty where none is packed.
+    """
     size = report.stored
     if size is None:
         return "", ""
@@ -129,7 +154,10 @@ def smaller_file(report: Report, times: str = "x") -> tuple[str, str]:
 
 
 def losses_known(rows: Sequence[SiteRow] | Sequence[FormatTotal]) -> bool:
-    """Whether the plan went by what the network's outputs lose; one that went by weights alone has no losses to show."""
+    """Whether the plan went by what the network's outputs lose.
+
+    One that went by weights alone has no losses to show.
+    """
     return any(row.loss for row in rows)
 
 
@@ -141,7 +169,11 @@ def timed(rows: Sequence[SiteRow]) -> bool:
 def modelled(rows: Sequence[SiteRow]) -> list[Measure]:
     """What a modelled target told of the sites."""
     known = [measure for measure in shown_measures() if measure.needs is Needs.TARGET]
-    return [] if timed(rows) else [measure for measure in known if any(row.before.get(measure.name) for row in rows)]
+    return (
+        []
+        if timed(rows)
+        else [measure for measure in known if any(row.before.get(measure.name) for row in rows)]
+    )
 
 
 def refusals(report: Report, plan: RankPlan | None = None) -> dict[str, list[str]]:

@@ -1,7 +1,7 @@
 """Text tables for a terminal or a pipe.
 
-A terminal gets the first of several layouts that fits its width; a pipe gets one line per row at its natural width,
-without colour or lines, so that grep, cut and less work on it.
+A terminal gets the first of several layouts that fits its width; a pipe gets one line per row at its natural
+width, without colour or lines, so that grep, cut and less work on it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ UNBOUNDED = 10_000
 class Column(Generic[Row]):
     """A column: its title, the text of a cell, and how it is set.
 
-    `least` is the width below which a layout no longer counts as fitting; 0 means that cells must not wrap at all.
+    `least` is the width below which a layout no longer counts as fitting; 0 means that cells must not wrap at
+    all.
     """
 
     title: str
@@ -52,7 +53,10 @@ def write(parts: Iterable[Part], file: TextIO) -> None:
 
 
 def to_text(parts: Iterable[Part], width: int | None, console: Console | None = None) -> str:
-    """The text of tables and lines at that width; with colour only where `console` is a terminal that has it."""
+    """The text of tables and lines at that width.
+
+    With colour only where `console` is a terminal that has it.
+    """
     buffer = io.StringIO()
     inside = Console(
         file=buffer,
@@ -69,8 +73,16 @@ def to_text(parts: Iterable[Part], width: int | None, console: Console | None = 
     return "".join(line.rstrip() + "\n" for line in buffer.getvalue().splitlines())
 
 
-def fitting(layouts: Sequence[Sequence[Column[Row]]], rows: Sequence[Row], width: int | None, dim: Callable[[Row], bool] | None = None) -> tuple[Table, int]:
-    """A table in the first layout that fits the width, else in the last, and the layout's index; `dim` says which rows are set back."""
+def fitting(
+    layouts: Sequence[Sequence[Column[Row]]],
+    rows: Sequence[Row],
+    width: int | None,
+    dim: Callable[[Row], bool] | None = None,
+) -> tuple[Table, int]:
+    """A table in the first layout that fits the width, else in the last, and the layout's index.
+
+    `dim` says which rows are set back.
+    """
     for index, columns in enumerate(layouts[:-1]):
         table = _table(columns, rows, width, dim)
         if width is None or _least_width(table) <= width:
@@ -78,12 +90,23 @@ def fitting(layouts: Sequence[Sequence[Column[Row]]], rows: Sequence[Row], width
     return _table(layouts[-1], rows, width, dim), len(layouts) - 1
 
 
-def grid(titles: Sequence[str], lines: Iterable[Sequence[str]], width: int | None, numbers: Iterable[int] = (), wraps: Iterable[int] = ()) -> Table:
-    """A plain table of texts; `numbers` are the columns set flush right, `wraps` those that may take several lines."""
+def grid(
+    titles: Sequence[str],
+    lines: Iterable[Sequence[str]],
+    width: int | None,
+    numbers: Iterable[int] = (),
+    wraps: Iterable[int] = (),
+) -> Table:
+    """A plain table of texts.
+
+    `numbers` are the columns set flush right, `wraps` those that may take several lines.
+    """
     table = _empty_table(width)
     right, free = set(numbers), set(wraps)
     for index, title in enumerate(titles):
-        table.add_column(title, justify="right" if index in right else "left", no_wrap=index not in free, overflow="fold")
+        table.add_column(
+            title, justify="right" if index in right else "left", no_wrap=index not in free, overflow="fold"
+        )
     for line in lines:
         table.add_row(*(Text(plain(cell), overflow="fold") for cell in line))
     return table
@@ -109,14 +132,22 @@ def item(text: str) -> Table:
     return pairs([("-", text)], gap=1)
 
 
-def _table(columns: Sequence[Column[Row]], rows: Sequence[Row], width: int | None, dim: Callable[[Row], bool] | None) -> Table:
+def _table(
+    columns: Sequence[Column[Row]], rows: Sequence[Row], width: int | None, dim: Callable[[Row], bool] | None
+) -> Table:
     table = _empty_table(width)
     lines = [[column.cell(row) for column in columns] for row in rows]
     for index, column in enumerate(columns):
         # rich would shrink even columns that may not wrap, so their least width is spelled out
         natural = max(map(len, "\n".join([column.title, *(cells[index] for cells in lines)]).split("\n")))
         least = min(natural, column.least) if column.least else natural
-        table.add_column(column.title, justify="right" if column.number else "left", no_wrap=not column.least, overflow="fold", min_width=least)
+        table.add_column(
+            column.title,
+            justify="right" if column.number else "left",
+            no_wrap=not column.least,
+            overflow="fold",
+            min_width=least,
+        )
     for row, cells in zip(rows, lines, strict=True):
         style = "dim" if dim is not None and dim(row) else ""
         table.add_row(*(Text(cell, style=style, overflow="fold") for cell in cells))
@@ -125,7 +156,14 @@ def _table(columns: Sequence[Column[Row]], rows: Sequence[Row], width: int | Non
 
 def _empty_table(width: int | None) -> Table:
     lines = box.SIMPLE_HEAD if width else None
-    return Table(box=lines, padding=(0, 1 if width else 2, 0, 0), pad_edge=False, show_edge=False, header_style="bold", collapse_padding=True)
+    return Table(
+        box=lines,
+        padding=(0, 1 if width else 2, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+        header_style="bold",
+        collapse_padding=True,
+    )
 
 
 def _least_width(table: Table) -> int:

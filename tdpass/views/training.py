@@ -70,11 +70,17 @@ class Course:
 
 def stages(rows: Sequence[TrainingRow]) -> list[Stage]:
     """The rows by stage, in the order in which the stages began."""
-    return [Stage(name, [row for row in rows if row.stage == name]) for name in dict.fromkeys(row.stage for row in rows)]
+    return [
+        Stage(name, [row for row in rows if row.stage == name])
+        for name in dict.fromkeys(row.stage for row in rows)
+    ]
 
 
 def starts(found: Sequence[Stage]) -> dict[str, int]:
-    """Epochs of the run before each stage; the control starts from the dense network, beside what follows the pre-training."""
+    """Epochs of the run before each stage.
+
+    The control starts from the dense network, beside what follows the pre-training.
+    """
     places: dict[str, int] = {}
     place = 0
     for stage in found:
@@ -92,23 +98,37 @@ def courses(rows: Sequence[TrainingRow]) -> list[Course]:
     for row in rows:
         for name, value in row.residuals.items():
             found.setdefault(name, []).append((before[row.stage] + row.epoch + 1, value))
-    return sorted((Course(name, points) for name, points in found.items()), key=lambda course: -_size(course.last))
+    return sorted(
+        (Course(name, points) for name, points in found.items()), key=lambda course: -_size(course.last)
+    )
 
 
 def scores(report: Report) -> list[tuple[str, str]]:
     """What `test` said of each network, in words; nothing where nothing was trained."""
     if not report.training:
         return []
-    named = {name.removeprefix(_SCORE): value for name, value in report.checks.items() if name.startswith(_SCORE)}
+    named = {
+        name.removeprefix(_SCORE): value for name, value in report.checks.items() if name.startswith(_SCORE)
+    }
     if all(row.stage != "finetune" for row in report.training):
         named.pop("before_finetuning", None)  # it is the final one
-    return [(name.replace("_", " ").replace("finetuning", "fine-tuning"), score(value)) for name, value in named.items()]
+    return [
+        (name.replace("_", " ").replace("finetuning", "fine-tuning"), score(value))
+        for name, value in named.items()
+    ]
 
 
 def destroyed(report: Report) -> str:
     """What training did to a network that answers far worse than it would have without, more being better; empty where it does not."""
     final = report.checks.get(f"{_SCORE}final")
-    before, by = next(((value, words) for name, words in _REFERENCES.items() if (value := report.checks.get(f"{_SCORE}{name}")) is not None), (0.0, ""))
+    before, by = next(
+        (
+            (value, words)
+            for name, words in _REFERENCES.items()
+            if (value := report.checks.get(f"{_SCORE}{name}")) is not None
+        ),
+        (0.0, ""),
+    )
     if not report.training or final is None or not 0 <= final < _DESTROYED * before:
         return ""
     return f"training destroyed this network: it scores {score(final)}, {by} {score(before)}; keep more, or train it in smaller steps"
@@ -116,7 +136,11 @@ def destroyed(report: Report) -> str:
 
 def other_checks(report: Report) -> dict[str, float]:
     """The checks that `scores` leaves out."""
-    return {name: value for name, value in report.checks.items() if not (report.training and name.startswith(_SCORE))}
+    return {
+        name: value
+        for name, value in report.checks.items()
+        if not (report.training and name.startswith(_SCORE))
+    }
 
 
 def _size(residual: float) -> float:

@@ -13,10 +13,18 @@ def training_table(report: Report, width: int | None) -> list[Part]:
     if not report.training:
         return []
     found = stages(report.training)
-    scored = [Column[Stage]("Score", lambda stage: stage.score, number=True)] if any(stage.score for stage in found) else []
+    scored = (
+        [Column[Stage]("Score", lambda stage: stage.score, number=True)]
+        if any(stage.score for stage in found)
+        else []
+    )
     constrained = any(stage.farthest for stage in found)
     time = Column[Stage]("Per epoch", lambda stage: seconds(stage.seconds), number=True)
-    held = [Column[Stage]("Held", lambda stage: human(stage.memory, "B"), number=True)] if any(stage.memory for stage in found) else []
+    held = (
+        [Column[Stage]("Held", lambda stage: human(stage.memory, "B"), number=True)]
+        if any(stage.memory for stage in found)
+        else []
+    )
     one_line = [
         Column[Stage]("Stage", lambda stage: plain(stage.name)),
         Column[Stage]("Epochs", lambda stage: str(stage.epochs), number=True),
@@ -25,21 +33,36 @@ def training_table(report: Report, width: int | None) -> list[Part]:
         *scored,
         time,
         *held,
-        *([Column[Stage]("Residual", _residual, number=True), Column[Stage]("Of", _weight)] if constrained else ()),
+        *(
+            [Column[Stage]("Residual", _residual, number=True), Column[Stage]("Of", _weight)]
+            if constrained
+            else ()
+        ),
     ]
     two_lines = [
         Column[Stage]("Stage\nepochs", lambda stage: f"{plain(stage.name)}\n{stage.epochs}", least=8),
         Column[Stage]("Loss\nfirst, last", lambda stage: "\n".join(stage.losses), number=True),
         *scored,
         time,
-        *([Column[Stage]("Residual\nof", lambda stage: f"{_residual(stage)}\n{_weight(stage)}".rstrip(), least=12)] if constrained else ()),
+        *(
+            [
+                Column[Stage](
+                    "Residual\nof", lambda stage: f"{_residual(stage)}\n{_weight(stage)}".rstrip(), least=12
+                )
+            ]
+            if constrained
+            else ()
+        ),
     ]
     return ["", heading("Training"), fitting((one_line, two_lines), found, width)[0]]
 
 
 def scores_line(report: Report) -> str:
     """The scores of all networks; empty where there are none."""
-    shown = ", ".join(f"{name} {value} ({CONTROL_IS})" if name == CONTROL else f"{name} {value}" for name, value in scores(report))
+    shown = ", ".join(
+        f"{name} {value} ({CONTROL_IS})" if name == CONTROL else f"{name} {value}"
+        for name, value in scores(report)
+    )
     return f"score: {shown}" if shown else ""
 
 

@@ -96,12 +96,20 @@ def cost_text(measure: str, value: float) -> str:
     ('1.20 k', '1.20 kB', '1.2 ms', '1.2mJ')
     """
     known = MEASURES.get(measure)
-    return seconds(value) if measure == "seconds" else human(value, known.unit) if known.whole else known.write(value)
+    return (
+        seconds(value)
+        if measure == "seconds"
+        else human(value, known.unit)
+        if known.whole
+        else known.write(value)
+    )
 
 
 def shown_measures() -> list[Measure]:
     """All measures in the order in which people look for them."""
-    return sorted(measures(), key=lambda measure: _FIRST.index(measure.name) if measure.name in _FIRST else len(_FIRST))
+    return sorted(
+        measures(), key=lambda measure: _FIRST.index(measure.name) if measure.name in _FIRST else len(_FIRST)
+    )
 
 
 def dims(shape: Sequence[int], times: str = "x") -> str:
@@ -121,15 +129,23 @@ def form_sizes(form: Form) -> str:
 
 def in_form(form: Form) -> str:
     """A form as text, its rank written as `ranks` does."""
-    return " ".join(part for part in (plain(form.format), form_sizes(form), *map(plain, form.numbers), plain(form.support)) if part)
+    return " ".join(
+        part
+        for part in (plain(form.format), form_sizes(form), *map(plain, form.numbers), plain(form.support))
+        if part
+    )
 
 
 def plain(text: object) -> str:
     """Foreign text made safe to show: anything that could move a cursor or reorder a line becomes a visible mark.
 
-    Names and messages come from model files, which may hold escape sequences, bidirectional overrides or broken Unicode.
+    Names and messages come from model files, which may hold escape sequences, bidirectional overrides or
+    broken Unicode.
     """
-    return "".join(character if character.isprintable() else " " if character.isspace() else "\ufffd" for character in str(text))
+    return "".join(
+        character if character.isprintable() else " " if character.isspace() else "\ufffd"
+        for character in str(text)
+    )
 
 
 def _three(value: float) -> str:

@@ -1,6 +1,7 @@
 """Networks to try things on, untrained; one file per network, known by name.
 
-Each is built by its function or by name, `NETS.get("lenet5").build(classes=10)`, and says in `sample` what one input must look like.
+Each is built by its function or by name, `NETS.get("lenet5").build(classes=10)`, and says in `sample` what
+one input must look like.
 """
 
 from __future__ import annotations

@@ -30,7 +30,10 @@ NETS: Registry[Net] = Registry("network")
 
 
 def register_net(*sample: int | None) -> Callable[[Build], Build]:
-    """Make a function known, by its name, as the network that it builds; `sample` is what the network reads."""
+    """Make a function known, by its name, as the network that it builds.
+
+    `sample` is what the network reads.
+    """
 
     def register(build: Build) -> Build:
         name = build.__name__  # type: ignore[attr-defined]

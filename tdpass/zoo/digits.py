@@ -14,7 +14,9 @@ class DigitsNet(nn.Module):
     def __init__(self, classes: int = 10) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
-        self.widen = nn.Sequential(nn.Conv2d(32, 64, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(64), nn.ReLU())
+        self.widen = nn.Sequential(
+            nn.Conv2d(32, 64, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(64), nn.ReLU()
+        )
         first = (nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
         self.block = nn.Sequential(*first, nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64))
         self.hidden = nn.Linear(64 * 2 * 2, 128)

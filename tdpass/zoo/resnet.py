@@ -21,7 +21,11 @@ class Residual(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(i, o, k, s, k // 2, bias=False) for i, o, k, s in shapes)
         self.norms = nn.ModuleList(nn.BatchNorm2d(o) for o in widths[1:])
         changes = stride != 1 or widths[0] != widths[-1]
-        projection = (nn.Conv2d(widths[0], widths[-1], 1, stride, bias=False), nn.BatchNorm2d(widths[-1])) if changes else ()
+        projection = (
+            (nn.Conv2d(widths[0], widths[-1], 1, stride, bias=False), nn.BatchNorm2d(widths[-1]))
+            if changes
+            else ()
+        )
         self.shortcut = nn.Sequential(*projection) if changes else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,7 +42,9 @@ class ResNet(nn.Module):
 
     def __init__(self, depths: Sequence[int], bottleneck: bool, classes: int = 1000) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+        )
         blocks, inputs = [], 64
         for stage, depth in enumerate(depths):
             width = 64 * 2**stage

@@ -28,11 +28,19 @@ from tdpass.site import Site
 
 
 def conv(name: str, o: int, i: int, size: int) -> Site:
-    return Site(name, "conv", (o, i, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), extents=(((size, size), (size, size)),))
+    return Site(
+        name, "conv", (o, i, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), extents=(((size, size), (size, size)),)
+    )
 
 
-SITES = {site.name: site for site in (conv("a", 16, 12, 16), conv("b", 32, 16, 8), conv("c", 32, 32, 8), conv("d", 64, 32, 4))}
-LINEARS = {name: Site(name, "linear", shape, extents=(((1,), (1,)),)) for name, shape in {"p": (40, 60), "q": (60, 40), "r": (30, 30)}.items()}
+SITES = {
+    site.name: site
+    for site in (conv("a", 16, 12, 16), conv("b", 32, 16, 8), conv("c", 32, 32, 8), conv("d", 64, 32, 4))
+}
+LINEARS = {
+    name: Site(name, "linear", shape, extents=(((1,), (1,)),))
+    for name, shape in {"p": (40, 60), "q": (60, 40), "r": (30, 30)}.items()
+}
 
 
 def weights_of(sites: Mapping[str, Site]) -> dict[str, Tensor]:
@@ -42,7 +50,9 @@ def weights_of(sites: Mapping[str, Site]) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(number)
         weight = torch.randn(site.shape, generator=generator)
         for axis, size in enumerate(site.shape):
-            mixing = torch.linalg.qr(torch.randn(size, size, generator=generator))[0] * torch.arange(1, size + 1) ** (-0.2 - 0.3 * number)
+            mixing = torch.linalg.qr(torch.randn(size, size, generator=generator))[0] * torch.arange(
+                1, size + 1
+            ) ** (-0.2 - 0.3 * number)
             weight = torch.tensordot(weight, mixing, dims=([axis], [1])).movedim(-1, axis)
         found[name] = weight * 10.0 ** (number - 2)
     return found
@@ -50,11 +60,17 @@ def weights_of(sites: Mapping[str, Site]) -> dict[str, Tensor]:
 
 def lost(weights: Mapping[str, Tensor], constraints: Mapping[str, Constraint]) -> float:
     """Summed squared relative distance of the projections."""
-    return sum(float((weight - constraints[name].project(weight)).square().sum() / weight.square().sum()) for name, weight in weights.items())
+    return sum(
+        float((weight - constraints[name].project(weight)).square().sum() / weight.square().sum())
+        for name, weight in weights.items()
+    )
 
 
 def spent(budget: RankBudget, constraints: Mapping[str, Constraint]) -> float:
-    return sum(budget.cost_of(name, one.rank if isinstance(one, InFormat) else None) for name, one in constraints.items())
+    return sum(
+        budget.cost_of(name, one.rank if isinstance(one, InFormat) else None)
+        for name, one in constraints.items()
+    )
 
 
 def dense(sites: Mapping[str, Site], measure: str) -> float:
@@ -73,9 +89,16 @@ def test_ranks_meet_the_limit_and_lose_less_than_uniform_ones(name: str, measure
 
     def uniform(scale: float) -> dict[str, Constraint]:
         tops = {key: form.ranks(site)[-1] for key, site in SITES.items()}
-        return {key: InFormat(SITES[key], name, tuple(max(1, int(scale * r)) for r in top)) for key, top in tops.items()}
+        return {
+            key: InFormat(SITES[key], name, tuple(max(1, int(scale * r)) for r in top))
+            for key, top in tops.items()
+        }
 
-    same = next(found for found in (uniform(scale / 100) for scale in range(100, 0, -1)) if spent(budget, found) <= budget.limit)
+    same = next(
+        found
+        for found in (uniform(scale / 100) for scale in range(100, 0, -1))
+        if spent(budget, found) <= budget.limit
+    )
     assert lost(weights, made) < lost(weights, same)
 
 
@@ -89,7 +112,10 @@ def test_ranks_of_matrices_are_the_best_of_all() -> None:
     budget = RankBudget(LINEARS, "svd", 2500, "params", dense=False)
     made = budget.divide(weights)
     energy = {name: torch.linalg.svdvals(weight.double()).square() for name, weight in weights.items()}
-    tails = {name: [float(values[r:].sum() / values.sum()) for r in range(len(values) + 1)] for name, values in energy.items()}
+    tails = {
+        name: [float(values[r:].sum() / values.sum()) for r in range(len(values) + 1)]
+        for name, values in energy.items()
+    }
     prices = {name: sum(site.shape) for name, site in LINEARS.items()}
     best = min(
         sum(tails[name][r] for name, r in zip(LINEARS, rank, strict=True))
@@ -107,7 +133,11 @@ def test_layers_stay_dense_where_factors_would_cost_more() -> None:
         budget = RankBudget(SITES, "tucker2", share * dense(SITES, "macs"))
         made = budget.divide(weights)
         assert any(isinstance(one, InFormat) for one in made.values())
-        assert all(budget.cost_of(name, one.rank) < budget.cost_of(name, None) for name, one in made.items() if isinstance(one, InFormat))
+        assert all(
+            budget.cost_of(name, one.rank) < budget.cost_of(name, None)
+            for name, one in made.items()
+            if isinstance(one, InFormat)
+        )
     factored = RankBudget(SITES, "tucker2", 0.9 * dense(SITES, "macs"), dense=False).divide(weights)
     assert all(isinstance(one, InFormat) for one in factored.values())
 
@@ -122,7 +152,9 @@ def test_a_layer_whose_factors_never_pay_stays_dense() -> None:
 
 def test_no_rank_is_more_than_the_others_can_use() -> None:
     """All input channels but one matter little, so one is left, of which nine taps are no more than nine outputs."""
-    weight = torch.randn(32, 1, 3, 3, generator=torch.Generator().manual_seed(0)) + 0.01 * weights_of(SITES)["c"]
+    weight = (
+        torch.randn(32, 1, 3, 3, generator=torch.Generator().manual_seed(0)) + 0.01 * weights_of(SITES)["c"]
+    )
     made = RankBudget({"c": SITES["c"]}, "tucker2", 410, "params").divide({"c": weight})["c"]
     assert isinstance(made, InFormat)
     assert made.rank == (9, 1)
@@ -145,10 +177,19 @@ def test_a_measured_price_is_used() -> None:
 def test_kept_ranks_resist_small_changes_of_the_weights() -> None:
     weights, budget = weights_of(SITES), RankBudget(SITES, "tucker2", 0.3 * dense(SITES, "macs"))
     before = ranks(budget.divide(weights))
-    noisy = {name: weight + 0.5 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(5)) for name, weight in weights.items()}
-    moved, held = (ranks(RankBudget(SITES, "tucker2", budget.limit, keep=keep, hysteresis=3.0).divide(noisy)) for keep in ({}, before))
+    noisy = {
+        name: weight
+        + 0.5 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(5))
+        for name, weight in weights.items()
+    }
+    moved, held = (
+        ranks(RankBudget(SITES, "tucker2", budget.limit, keep=keep, hysteresis=3.0).divide(noisy))
+        for keep in ({}, before)
+    )
     assert moved != before
-    assert sum(held[name] != rank for name, rank in before.items()) < sum(moved[name] != rank for name, rank in before.items())
+    assert sum(held[name] != rank for name, rank in before.items()) < sum(
+        moved[name] != rank for name, rank in before.items()
+    )
     with pytest.raises(PlanError, match="to keep"):
         RankBudget(SITES, "tucker2", budget.limit, keep={"a": (3,)}).divide(weights)
 
@@ -158,9 +199,17 @@ def ranks(made: Mapping[str, Constraint]) -> dict[str, Rank]:
 
 
 def test_singular_values_below_the_soft_threshold_are_free_to_drop() -> None:
-    u, v = (torch.linalg.qr(torch.randn(30, 30, generator=torch.Generator().manual_seed(seed)))[0] for seed in (1, 2))
+    u, v = (
+        torch.linalg.qr(torch.randn(30, 30, generator=torch.Generator().manual_seed(seed)))[0]
+        for seed in (1, 2)
+    )
     weight = (u * torch.tensor([5.0, 4.0, 3.0, *[0.1] * 27])) @ v
-    made = {shrink: RankBudget({"r": LINEARS["r"]}, "svd", 900, "params", shrink=shrink).divide({"r": weight})["r"] for shrink in (0.0, 0.2, 3.5)}
+    made = {
+        shrink: RankBudget({"r": LINEARS["r"]}, "svd", 900, "params", shrink=shrink).divide({"r": weight})[
+            "r"
+        ]
+        for shrink in (0.0, 0.2, 3.5)
+    }
     assert isinstance(made[0.0], Unconstrained)
     assert [made[shrink].rank for shrink in (0.2, 3.5)] == [(3,), (2,)]
 
@@ -189,10 +238,14 @@ def test_rank_budgets_that_cannot_be_met_are_refused() -> None:
     weights = weights_of(SITES)
     least = sum(FORMATS.get("tucker2").cost(site, (1, 1)).macs for site in SITES.values())
     assert ranks(RankBudget(SITES, "tucker2", least).divide(weights)) == dict.fromkeys(SITES, (1, 1))
-    with pytest.raises(BudgetError, match=f"budget of {least - 1:,} macs is below the smallest reachable .{least:,} macs"):
+    with pytest.raises(
+        BudgetError, match=f"budget of {least - 1:,} macs is below the smallest reachable .{least:,} macs"
+    ):
         RankBudget(SITES, "tucker2", least - 1).divide(weights)
     with pytest.raises(PlanError, match="differ in a"):
-        RankBudget(SITES, "tucker2", 1e6).divide({name: weight for name, weight in weights.items() if name != "a"})
+        RankBudget(SITES, "tucker2", 1e6).divide(
+            {name: weight for name, weight in weights.items() if name != "a"}
+        )
     with pytest.raises(PlanError, match="has shape"):
         RankBudget(SITES, "tucker2", 1e6).divide({**weights, "a": weights["b"]})
     with pytest.raises(PlanError, match="no spectrum"):
@@ -214,7 +267,9 @@ LAYERS = {
 
 def kept(budget: WeightBudget, weights: Mapping[str, Tensor] = LAYERS) -> dict[str, int]:
     made = budget.divide(weights)
-    return {name: one.keep if isinstance(one, Sparse) else weights[name].numel() for name, one in made.items()}
+    return {
+        name: one.keep if isinstance(one, Sparse) else weights[name].numel() for name, one in made.items()
+    }
 
 
 @pytest.mark.parametrize("keep", range(3, 12))
@@ -225,17 +280,35 @@ def test_the_weights_of_largest_score_are_kept(score: str, keep: int) -> None:
         values = weight.reshape(-1).double()
         for w in values:
             larger = values[values.abs() >= w.abs()].square().sum()
-            scores.append((float({"magnitude": w.abs(), "relative": w.abs() / values.square().mean().sqrt(), "lamp": w.square() / larger}[score]), name))
+            scores.append(
+                (
+                    float(
+                        {
+                            "magnitude": w.abs(),
+                            "relative": w.abs() / values.square().mean().sqrt(),
+                            "lamp": w.square() / larger,
+                        }[score]
+                    ),
+                    name,
+                )
+            )
     best = {name: max(pair[0] for pair in scores if pair[1] == name) for name in LAYERS}
-    order = sorted(scores, key=lambda pair: (pair[0] < best[pair[1]], -pair[0]))[:keep]  # each layer keeps one
-    assert kept(WeightBudget(keep, score)) == {name: sum(pair[1] == name for pair in order) for name in LAYERS}
+    order = sorted(scores, key=lambda pair: (pair[0] < best[pair[1]], -pair[0]))[
+        :keep
+    ]  # each layer keeps one
+    assert kept(WeightBudget(keep, score)) == {
+        name: sum(pair[1] == name for pair in order) for name in LAYERS
+    }
 
 
 def test_a_metric_stands_for_what_weights_are_worth() -> None:
     name = next(iter(LAYERS))
     assert sum(kept(WeightBudget(6, metric={name: torch.zeros_like(LAYERS[name])})).values()) == 6
     assert kept(WeightBudget(6, metric={name: torch.zeros_like(LAYERS[name])}))[name] == 1
-    metric = {name: torch.rand(weight.shape, generator=torch.Generator().manual_seed(4)) for name, weight in LAYERS.items()}
+    metric = {
+        name: torch.rand(weight.shape, generator=torch.Generator().manual_seed(4))
+        for name, weight in LAYERS.items()
+    }
     worth = {name: weight * metric[name].sqrt() for name, weight in LAYERS.items()}
     assert kept(WeightBudget(6, metric=metric)) == kept(WeightBudget(6), worth)
 
@@ -251,7 +324,9 @@ def test_bounds_and_dense_layers_of_a_weight_budget() -> None:
 
 
 def test_weight_budgets_that_cannot_be_met_are_refused() -> None:
-    with pytest.raises(BudgetError, match=r"budget of 5 weights is below the smallest reachable \(6, of which 4"):
+    with pytest.raises(
+        BudgetError, match=r"budget of 5 weights is below the smallest reachable \(6, of which 4"
+    ):
         WeightBudget(5, dense=("a",)).divide(LAYERS)
     assert kept(WeightBudget(6, dense=("a",))) == {"a": 4, "b": 1, "c": 1}
     with pytest.raises(PlanError, match="known weights"):
@@ -277,11 +352,19 @@ def test_bits_are_within_the_limit_and_beat_equal_ones(share: float) -> None:
 
 
 def test_bits_are_the_best_of_all_where_layers_are_of_one_size() -> None:
-    weights = {name: torch.randn(20, 5, generator=torch.Generator().manual_seed(k)) ** (2 * k + 1) for k, name in enumerate("abc")}
-    choices = {name: [lost({name: weight}, {name: UniformLevels(2 ** (b - 1))}) for b in range(1, 9)] for name, weight in weights.items()}
+    weights = {
+        name: torch.randn(20, 5, generator=torch.Generator().manual_seed(k)) ** (2 * k + 1)
+        for k, name in enumerate("abc")
+    }
+    choices = {
+        name: [lost({name: weight}, {name: UniformLevels(2 ** (b - 1))}) for b in range(1, 9)]
+        for name, weight in weights.items()
+    }
     for total in range(3, 25):
         best = min(
-            sum(choices[name][b - 1] for name, b in zip("abc", bits, strict=True)) for bits in itertools.product(range(1, 9), repeat=3) if sum(bits) <= total
+            sum(choices[name][b - 1] for name, b in zip("abc", bits, strict=True))
+            for bits in itertools.product(range(1, 9), repeat=3)
+            if sum(bits) <= total
         )
         assert lost(weights, LevelBudget(100 * total).divide(weights)) == pytest.approx(best, rel=0.02)
 
@@ -326,14 +409,24 @@ def test_an_allocation_skips_options_above_the_hull() -> None:
     """A dense layer at cost 10, and factors that cost more than that until much is lost."""
     option = Options(np.array([14.0, 12.0, 6.0, 4.0, 10.0]), np.array([0.01, 0.05, 0.3, 0.9, 0.0]))
     assert option.hull() == [3, 2, 4]
-    assert [allocate({"x": option}, limit, str)["x"] for limit in (20.0, 10.0, 9.0, 6.0, 5.0, 4.0)] == [4, 4, 2, 2, 3, 3]
+    assert [allocate({"x": option}, limit, str)["x"] for limit in (20.0, 10.0, 9.0, 6.0, 5.0, 4.0)] == [
+        4,
+        4,
+        2,
+        2,
+        3,
+        3,
+    ]
 
 
 @pytest.mark.parametrize("side", ["row", "column"])
 @pytest.mark.parametrize("keep", [200, 700, 1500])
 def test_groups_of_many_layers_share_one_total_of_weights(side: str, keep: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    weights = {name: torch.randn(shape, generator=generator) for name, shape in {"a": (40, 30), "b": (10, 5, 3, 3), "c": (6, 50)}.items()}
+    weights = {
+        name: torch.randn(shape, generator=generator)
+        for name, shape in {"a": (40, 30), "b": (10, 5, 3, 3), "c": (6, 50)}.items()
+    }
     weights["b"] *= 0.01
     found = GroupBudget(keep, side, (8, 8)).divide(weights)
     kept = {name: int(found[name].project(weight).count_nonzero()) for name, weight in weights.items()}
@@ -342,10 +435,15 @@ def test_groups_of_many_layers_share_one_total_of_weights(side: str, keep: int) 
     # a scale of a layer changes nothing, what its weights are worth to the loss does
     scaled = GroupBudget(keep, side, (8, 8)).divide({**weights, "a": 9 * weights["a"]})
     assert scaled == found
-    metric = {name: torch.full(weight.shape, 100.0 if name == "c" else 0.01) for name, weight in weights.items()}
+    metric = {
+        name: torch.full(weight.shape, 100.0 if name == "c" else 0.01) for name, weight in weights.items()
+    }
     worth = GroupBudget(keep, side, (8, 8), metric=metric).divide(weights)
     assert int(worth["c"].project(weights["c"]).count_nonzero()) > kept["c"]
     half = GroupBudget(1300, side, (8, 8), least=0.5).divide(weights)
-    assert all(int(half[name].project(weight).count_nonzero()) >= 0.45 * weight.numel() for name, weight in weights.items())
+    assert all(
+        int(half[name].project(weight).count_nonzero()) >= 0.45 * weight.numel()
+        for name, weight in weights.items()
+    )
     with pytest.raises(BudgetError, match="below the smallest reachable"):
         GroupBudget(10, side, (8, 8), least=0.5).divide(weights)

@@ -66,26 +66,70 @@ EXAMPLES: dict[str, list[tuple[Constraint, tuple[int, ...]]]] = {
         (InFormat(LINEAR, "tensor_train", (6,)), LINEAR.shape),
         (InFormat(LINEAR, "tensor_train", (3, 5)), LINEAR.shape),
         (InFormat(LINEAR, "tensor_ring", (2, 2, 2, 2)), LINEAR.shape),
-        *((InFormat(CONV, form, rank).near(weight_of(CONV.shape)), CONV.shape) for form, rank in {"cp": (6,), "block_term": (2, 3, 3)}.items()),
+        *(
+            (InFormat(CONV, form, rank).near(weight_of(CONV.shape)), CONV.shape)
+            for form, rank in {"cp": (6,), "block_term": (2, 3, 3)}.items()
+        ),
         (InFormat(LINEAR, "tensor_ring", (2, 2, 2, 2)).near(weight_of(LINEAR.shape)), LINEAR.shape),
     ],
     "sparse": [
-        *((Sparse(count, group), CONV.shape) for group, count in {"weight": 100, "row": 5, "column": 30, "filter": 4, "channel": 3, "kernel": 25}.items()),
+        *(
+            (Sparse(count, group), CONV.shape)
+            for group, count in {
+                "weight": 100,
+                "row": 5,
+                "column": 30,
+                "filter": 4,
+                "channel": 3,
+                "kernel": 25,
+            }.items()
+        ),
         (Sparse(9, "block", (5, 16)), CONV.shape),
         (Sparse(10**6), CONV.shape),
         (Sparse(7), LINEAR.shape),
     ],
     "n_of_m": [(NOfM(2, 4), LINEAR.shape), (NOfM(3, 7), CONV.shape)],
     "support": [(Support(mask_of(CONV.shape)), CONV.shape)],
-    "uniform_levels": [(constraint, CONV.shape) for constraint in (UniformLevels(1), UniformLevels(8), UniformLevels(4, 0.1), UniformLevels(4, 0.1, 0.3))],
-    "power_of_two_levels": [(PowerOfTwoLevels(1), CONV.shape), (PowerOfTwoLevels(4), CONV.shape), (PowerOfTwoLevels(3, -1), CONV.shape)],
-    "device_levels": [(DeviceLevels(STATES), CONV.shape), (DeviceLevels(MEASURED), CONV.shape), (DeviceLevels(MEASURED, 0.7), LINEAR.shape)],
-    "in_block": [(InBlock(20), CONV.shape), (InBlock(9, "row", (4, 16)), CONV.shape), (InBlock(40, "column", (5, 7)), LINEAR.shape)],
+    "uniform_levels": [
+        (constraint, CONV.shape)
+        for constraint in (
+            UniformLevels(1),
+            UniformLevels(8),
+            UniformLevels(4, 0.1),
+            UniformLevels(4, 0.1, 0.3),
+        )
+    ],
+    "power_of_two_levels": [
+        (PowerOfTwoLevels(1), CONV.shape),
+        (PowerOfTwoLevels(4), CONV.shape),
+        (PowerOfTwoLevels(3, -1), CONV.shape),
+    ],
+    "device_levels": [
+        (DeviceLevels(STATES), CONV.shape),
+        (DeviceLevels(MEASURED), CONV.shape),
+        (DeviceLevels(MEASURED, 0.7), LINEAR.shape),
+    ],
+    "in_block": [
+        (InBlock(20), CONV.shape),
+        (InBlock(9, "row", (4, 16)), CONV.shape),
+        (InBlock(40, "column", (5, 7)), LINEAR.shape),
+    ],
     "one_sign": [(OneSign(4), LINEAR.shape), (OneSign(8), CONV.shape), (OneSign(1), CONV.shape)],
-    "composed": [(Composed((Support(mask_of(CONV.shape)), DeviceLevels(STATES, 0.9))), CONV.shape), (Composed((InBlock(30), OneSign(4))), LINEAR.shape)],
-    "integer_levels": [(IntegerLevels(8), CONV.shape), (IntegerLevels(4), LINEAR.shape), (IntegerLevels(3, torch.full((12,), 0.1)), CONV.shape)],
+    "composed": [
+        (Composed((Support(mask_of(CONV.shape)), DeviceLevels(STATES, 0.9))), CONV.shape),
+        (Composed((InBlock(30), OneSign(4))), LINEAR.shape),
+    ],
+    "integer_levels": [
+        (IntegerLevels(8), CONV.shape),
+        (IntegerLevels(4), LINEAR.shape),
+        (IntegerLevels(3, torch.full((12,), 0.1)), CONV.shape),
+    ],
 }
-CASES = [pytest.param(constraint, shape, id=f"{name}-{constraint}-{len(shape)}d") for name, found in EXAMPLES.items() for constraint, shape in found]
+CASES = [
+    pytest.param(constraint, shape, id=f"{name}-{constraint}-{len(shape)}d")
+    for name, found in EXAMPLES.items()
+    for constraint, shape in found
+]
 each_case = pytest.mark.parametrize(("constraint", "shape"), CASES)
 
 
@@ -99,7 +143,11 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 def test_every_constraint_is_tried() -> None:
     assert set(EXAMPLES) == set(CONSTRAINTS.names())
-    assert all(type(constraint) is CONSTRAINTS.get(name) for name, found in EXAMPLES.items() for constraint, _ in found)
+    assert all(
+        type(constraint) is CONSTRAINTS.get(name)
+        for name, found in EXAMPLES.items()
+        for constraint, _ in found
+    )
 
 
 def test_every_format_with_factors_of_one_site_is_tried() -> None:
@@ -108,13 +156,17 @@ def test_every_format_with_factors_of_one_site_is_tried() -> None:
 
 
 @each_case
-def test_a_projection_is_allowed_so_projecting_it_changes_nothing(constraint: Constraint, shape: tuple[int, ...]) -> None:
+def test_a_projection_is_allowed_so_projecting_it_changes_nothing(
+    constraint: Constraint, shape: tuple[int, ...]
+) -> None:
     once = constraint.project(weight_of(shape))
     assert distance(constraint.project(once), once) <= tolerance(constraint) * float(once.norm())
 
 
 @each_case
-def test_no_other_allowed_weight_that_is_tried_is_nearer(constraint: Constraint, shape: tuple[int, ...]) -> None:
+def test_no_other_allowed_weight_that_is_tried_is_nearer(
+    constraint: Constraint, shape: tuple[int, ...]
+) -> None:
     weight = weight_of(shape)
     mine = constraint.project(weight)
     # the searched formats and the quasi-optimal ones may lose to a neighbour by a little
@@ -128,7 +180,9 @@ def test_no_other_allowed_weight_that_is_tried_is_nearer(constraint: Constraint,
 
 
 @each_case
-def test_the_result_is_like_the_input_and_the_input_is_as_it_was(constraint: Constraint, shape: tuple[int, ...]) -> None:
+def test_the_result_is_like_the_input_and_the_input_is_as_it_was(
+    constraint: Constraint, shape: tuple[int, ...]
+) -> None:
     missed = distance(constraint.project(weight_of(shape)), weight_of(shape))
     for dtype, near in ((torch.float32, 0.0), (torch.float64, 1e-4), (torch.bfloat16, 0.02)):
         weight = weight_of(shape).to(dtype).requires_grad_()
@@ -142,7 +196,9 @@ def test_the_result_is_like_the_input_and_the_input_is_as_it_was(constraint: Con
 
 
 @each_case
-def test_memory_layout_does_not_matter_and_results_repeat(constraint: Constraint, shape: tuple[int, ...]) -> None:
+def test_memory_layout_does_not_matter_and_results_repeat(
+    constraint: Constraint, shape: tuple[int, ...]
+) -> None:
     weight = weight_of(shape)
     spread = torch.empty(*reversed(shape)).permute(*reversed(range(len(shape)))).copy_(weight)
     assert not spread.is_contiguous()
@@ -152,7 +208,9 @@ def test_memory_layout_does_not_matter_and_results_repeat(constraint: Constraint
 
 
 @each_case
-def test_frozen_keeps_an_allowed_weight_and_its_structure(constraint: Constraint, shape: tuple[int, ...]) -> None:
+def test_frozen_keeps_an_allowed_weight_and_its_structure(
+    constraint: Constraint, shape: tuple[int, ...]
+) -> None:
     allowed = constraint.project(weight_of(shape))
     frozen = constraint.frozen(allowed)
     assert distance(frozen.project(allowed), allowed) <= tolerance(constraint) * float(allowed.norm())
@@ -166,7 +224,9 @@ def test_frozen_keeps_an_allowed_weight_and_its_structure(constraint: Constraint
 
 @each_case
 @pytest.mark.parametrize("value", [0.0, 0.25])
-def test_weights_of_one_value_are_projected(constraint: Constraint, shape: tuple[int, ...], value: float) -> None:
+def test_weights_of_one_value_are_projected(
+    constraint: Constraint, shape: tuple[int, ...], value: float
+) -> None:
     made = constraint.project(torch.full(shape, value))
     assert bool(made.isfinite().all())
     if value == 0:
@@ -176,7 +236,9 @@ def test_weights_of_one_value_are_projected(constraint: Constraint, shape: tuple
 
 @each_case
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_values_that_are_not_finite_are_refused(constraint: Constraint, shape: tuple[int, ...], value: float) -> None:
+def test_values_that_are_not_finite_are_refused(
+    constraint: Constraint, shape: tuple[int, ...], value: float
+) -> None:
     weight = weight_of(shape)
     weight.view(-1)[3] = value
     with pytest.raises(InvalidModelError, match="finite"):

@@ -78,7 +78,10 @@ def test_a_metric_says_which_groups_are_the_best() -> None:
     chosen = (weight.square() * metric).flatten().topk(7).indices
     assert made.flatten().nonzero().flatten().tolist() == chosen.sort().values.tolist()
     rows = Sparse(2, "row", metric=metric).project(weight).any(1)
-    assert rows.nonzero().flatten().tolist() == (weight.square() * metric).sum(1).topk(2).indices.sort().values.tolist()
+    assert (
+        rows.nonzero().flatten().tolist()
+        == (weight.square() * metric).sum(1).topk(2).indices.sort().values.tolist()
+    )
 
 
 def test_of_equal_groups_the_first_are_kept() -> None:
@@ -95,7 +98,10 @@ def test_the_best_n_of_m_are_kept_and_a_short_run_at_the_end_too(n: int, m: int)
     for row, kept in zip(weight, made, strict=True):
         for start in range(0, 7, m):
             run, left = row[start : start + m], kept[start : start + m]
-            best = max(sum(float(run[k]) ** 2 for k in some) for some in itertools.combinations(range(len(run)), min(n, len(run))))
+            best = max(
+                sum(float(run[k]) ** 2 for k in some)
+                for some in itertools.combinations(range(len(run)), min(n, len(run)))
+            )
             assert int(left.count_nonzero()) == min(n, len(run))
             assert float(left.square().sum()) == pytest.approx(best)
             assert torch.equal(left[left != 0], run[left != 0])
@@ -117,7 +123,10 @@ def test_the_interval_of_uniform_levels_is_the_best_of_all(count: int, seed: int
 def test_the_interval_of_many_weights_is_as_good_as_a_fine_scan(count: int) -> None:
     weight = normal(30_000)
     widest = float(weight.abs().max()) / count
-    scanned = min(squared(weight, UniformLevels(count, widest * share).project(weight)) for share in torch.linspace(0.1, 1.1, 200).tolist())
+    scanned = min(
+        squared(weight, UniformLevels(count, widest * share).project(weight))
+        for share in torch.linspace(0.1, 1.1, 200).tolist()
+    )
     made = UniformLevels(count).project(weight)
     assert squared(weight, made) <= 1.001 * scanned
     assert Magnitudes.of(weight).interval(count)[1] == pytest.approx(squared(weight, made), rel=1e-3)
@@ -161,8 +170,14 @@ def test_integer_scales_are_as_good_as_a_fine_scan_in_each_channel(bits: int, co
     constraint = IntegerLevels(bits)
     made = constraint.project(weight)
     for row, found in zip(weight, made, strict=True):
-        scans = (float(row.abs().max()) / constraint.top * share for share in torch.linspace(0.3, 1.2, 300).tolist())
-        best = min(squared(row, (row / scale).round().clamp(-constraint.top, constraint.top) * scale) for scale in scans)
+        scans = (
+            float(row.abs().max()) / constraint.top * share
+            for share in torch.linspace(0.3, 1.2, 300).tolist()
+        )
+        best = min(
+            squared(row, (row / scale).round().clamp(-constraint.top, constraint.top) * scale)
+            for scale in scans
+        )
         assert squared(row, found) <= 1.05 * best
         assert len(found.unique()) <= 2 * constraint.top + 1
 
@@ -175,8 +190,12 @@ RANKS: list[tuple[str, Site, Rank]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "site", "rank"), RANKS, ids=[f"{name}-{site.name}-{rank}" for name, site, rank in RANKS])
-def test_the_quick_projection_is_as_near_as_the_factors_of_the_format(name: str, site: Site, rank: Rank) -> None:
+@pytest.mark.parametrize(
+    ("name", "site", "rank"), RANKS, ids=[f"{name}-{site.name}-{rank}" for name, site, rank in RANKS]
+)
+def test_the_quick_projection_is_as_near_as_the_factors_of_the_format(
+    name: str, site: Site, rank: Rank
+) -> None:
     weight, form = decaying(site.shape), FORMATS.get(name)
     constraint = InFormat(site, name, rank)
     rebuilt = form.reconstruct(form.factorize(weight, site, rank), site)
@@ -199,7 +218,10 @@ def test_small_singular_values_are_not_lost() -> None:
     assert squared(weight, made) ** 0.5 < 1e-6
 
 
-@pytest.mark.parametrize(("name", "site", "rank"), [("cp", WIDE, (8,)), ("block_term", WIDE, (4, 2, 2)), ("tensor_ring", LINEAR, (3, 3, 3, 3))])
+@pytest.mark.parametrize(
+    ("name", "site", "rank"),
+    [("cp", WIDE, (8,)), ("block_term", WIDE, (4, 2, 2)), ("tensor_ring", LINEAR, (3, 3, 3, 3))],
+)
 def test_a_search_goes_on_from_where_it_starts(name: str, site: Site, rank: Rank) -> None:
     form = FORMATS.get(name)
     held = {key: normal(*shape, seed=len(key)).double() for key, shape in form.shapes(site, rank).items()}
@@ -251,7 +273,11 @@ def test_groups_in_blocks_are_kept_by_norm(side: str) -> None:
     matrix, found = weight.flatten(1), {}
     for top, left in itertools.product(range(0, 7, 3), range(0, 12, 5)):
         rows, columns = range(top, min(top + 3, 7)), range(left, min(left + 5, 12))
-        groups = [[(r, c) for r in rows] for c in columns] if side == "column" else [[(r, c) for c in columns] for r in rows]
+        groups = (
+            [[(r, c) for r in rows] for c in columns]
+            if side == "column"
+            else [[(r, c) for c in columns] for r in rows]
+        )
         found |= {tuple(group): sum(float(matrix[place]) ** 2 for place in group) for group in groups}
     best = {place for group in sorted(found, key=lambda group: -found[group])[:5] for place in group}
     kept = constraint.project(weight).flatten(1)
@@ -272,13 +298,18 @@ def test_a_fragment_keeps_the_sign_with_more_energy() -> None:
 def test_the_scale_of_device_levels_is_as_good_as_a_fine_scan(magnitudes: tuple[float, ...]) -> None:
     weight = torch.randn(400, generator=torch.Generator().manual_seed(1)).double()
     mine = float((weight - DeviceLevels(magnitudes).project(weight)).square().sum())
-    scanned = min(float((weight - DeviceLevels(magnitudes, scale).project(weight)).square().sum()) for scale in torch.linspace(0.2, 6.0, 3000).tolist())
+    scanned = min(
+        float((weight - DeviceLevels(magnitudes, scale).project(weight)).square().sum())
+        for scale in torch.linspace(0.2, 6.0, 3000).tolist()
+    )
     assert mine <= 1.0005 * scanned
 
 
 def test_no_device_state_is_zero_and_weights_beyond_its_range_go_to_the_ends() -> None:
     levels = DeviceLevels((0.1, 0.5, 1.0), 2.0)
-    assert levels.project(torch.tensor([0.0, 0.01, -0.01, 9.0, -9.0, 0.7])).tolist() == pytest.approx([0.0, 0.2, -0.2, 2.0, -2.0, 1.0])
+    assert levels.project(torch.tensor([0.0, 0.01, -0.01, 9.0, -9.0, 0.7])).tolist() == pytest.approx(
+        [0.0, 0.2, -0.2, 2.0, -2.0, 1.0]
+    )
     assert levels.places(torch.tensor([0.0, 0.2, -2.0, 1.0])).tolist() == [0, 1, 3, 2]
     for wrong in ((0.0, 1.0), (1.0,), (1.0, 0.5)):
         with pytest.raises(UsageError, match="zero is no state"):

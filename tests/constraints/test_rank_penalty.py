@@ -25,7 +25,10 @@ FORMS = {"c": "spatial_svd", "l": "svd"}
 
 def weights() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(site.shape, generator=generator, dtype=torch.float64) for name, site in SITES.items()}
+    return {
+        name: torch.randn(site.shape, generator=generator, dtype=torch.float64)
+        for name, site in SITES.items()
+    }
 
 
 def within(limit: float = math.inf, measure: str = "params") -> RankBudget:
@@ -35,7 +38,11 @@ def within(limit: float = math.inf, measure: str = "params") -> RankBudget:
 def value(name: str, weight: Tensor, constraint: Constraint, strength: float, measure: str) -> float:
     """1/2 ||V - Z||^2 and the price of Z's rank."""
     site = SITES[name]
-    cost = FORMATS.get(constraint.format).cost(site, constraint.rank) if isinstance(constraint, InFormat) else dense_cost(site)
+    cost = (
+        FORMATS.get(constraint.format).cost(site, constraint.rank)
+        if isinstance(constraint, InFormat)
+        else dense_cost(site)
+    )
     return float((weight - constraint.project(weight)).square().sum()) / 2 + strength * cost.get(measure)
 
 
@@ -55,7 +62,12 @@ def test_a_higher_price_buys_smaller_ranks_and_none_leaves_layers_dense() -> Non
     spent = []
     for strength in (0.0, 0.02, 0.05, 0.2, 100.0):
         found = RankPenalty(within(), strength).divide(weights())
-        spent.append(sum(within().cost_of(name, one.rank if isinstance(one, InFormat) else None) for name, one in found.items()))
+        spent.append(
+            sum(
+                within().cost_of(name, one.rank if isinstance(one, InFormat) else None)
+                for name, one in found.items()
+            )
+        )
     assert spent == sorted(spent, reverse=True)
     assert spent[0] == sum(site.weights for site in SITES.values())
     assert spent[-1] == sum(within().cost_of(name, (1,)) for name in SITES)
@@ -74,7 +86,12 @@ def test_a_limit_holds_where_the_price_alone_is_too_low() -> None:
     spent = []
     for strength in (0.0, 100.0):
         found = RankPenalty(within(limit), strength).divide(weights())
-        spent.append(sum(within().cost_of(name, one.rank if isinstance(one, InFormat) else None) for name, one in found.items()))
+        spent.append(
+            sum(
+                within().cost_of(name, one.rank if isinstance(one, InFormat) else None)
+                for name, one in found.items()
+            )
+        )
     assert 0.9 * limit < spent[0] <= limit
     assert spent[1] == sum(within().cost_of(name, (1,)) for name in SITES)
     with pytest.raises(BudgetError, match="smallest reachable"):

@@ -15,9 +15,20 @@ from tdpass.targets.crossbar import CrossbarArray
 
 def test_the_map_is_written_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = tmp_path / "crossbar.yaml"
-    own.write_text(CrossbarArray.presets()["admm_32x32"].read_text().replace("weight_bits: 9", "weight_bits: 5"))
+    own.write_text(
+        CrossbarArray.presets()["admm_32x32"].read_text().replace("weight_bits: 9", "weight_bits: 5")
+    )
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(4, 1, 8, 8)).astype(np.float32))
-    words = ["map", "training_run:network", "--target", str(own), "-o", str(tmp_path / "map.json"), "--data", str(tmp_path / "x.npy")]
+    words = [
+        "map",
+        "training_run:network",
+        "--target",
+        str(own),
+        "-o",
+        str(tmp_path / "map.json"),
+        "--data",
+        str(tmp_path / "x.npy"),
+    ]
     assert main([*words, "--draws", "3", "--variation", "0.1", "--stuck", "0.02", "--wires", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     mapped = load_mapped(tmp_path / "map.json")
@@ -40,6 +51,8 @@ def test_the_map_is_written_and_shown(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--exclude", "*"], WRONG_USAGE, "leave no site to map"),
     ],
 )
-def test_what_cannot_be_mapped_or_simulated_is_one_line(words: list[str], code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_mapped_or_simulated_is_one_line(
+    words: list[str], code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["map", "training_run:network", "-o", str(tmp_path / "map.json"), *words]) == code
     assert said in capsys.readouterr().err

@@ -55,7 +55,9 @@ def test_weights_follow_from_the_cells_of_the_file(array: CrossbarArray, tmp_pat
     states = torch.tensor(device_levels(array).magnitudes, dtype=torch.float64)
     for which, (name, (matrix,)) in zip(read.map.matrices, weights_of(read).items(), strict=True):
         weight = as_matrices(net.get_submodule(name).weight.detach(), 1)[0].double()
-        held = torch.cat([-states.flip(0), torch.zeros(1), states]) * which.scale  # what a weight may be, no cell being zero
+        held = (
+            torch.cat([-states.flip(0), torch.zeros(1), states]) * which.scale
+        )  # what a weight may be, no cell being zero
         nearest = held[(weight[..., None] - held).abs().argmin(-1)]
         torch.testing.assert_close(matrix, nearest, rtol=1e-5, atol=2e-3 * which.scale)
         assert not matrix[weight == 0].any()
@@ -69,21 +71,47 @@ def test_weights_follow_from_the_cells_of_the_file(array: CrossbarArray, tmp_pat
 def test_what_the_method_trained_is_mapped_as_it_is(tmp_path: Path) -> None:
     for options in ({"keep": 600, "weight_bits": 5}, {"keep": 900, "array": "forms"}):
         method = Crossbar(**options, admm=2, retrain=0, fix=1, rho=0.5)  # type: ignore[arg-type]
-        artifact = tdpass.train(network(), data(), method, settings={"lr": 0.05}, control=False, example_inputs=torch.zeros(2, 1, 8, 8))
+        artifact = tdpass.train(
+            network(),
+            data(),
+            method,
+            settings={"lr": 0.05},
+            control=False,
+            example_inputs=torch.zeros(2, 1, 8, 8),
+        )
         artifact.save(tmp_path / "model.safetensors")
         loaded = tdpass.load(tmp_path / "model.safetensors", network())
         for name, (matrix,) in weights_of(map_model(loaded, method.machine)).items():
-            torch.testing.assert_close(matrix.float(), as_matrices(loaded.get_submodule(name).weight.detach(), 1)[0], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                matrix.float(),
+                as_matrices(loaded.get_submodule(name).weight.detach(), 1)[0],
+                rtol=1e-4,
+                atol=1e-6,
+            )
         sets = map_model(loaded, method.machine).map.sets
         assert sets == len(artifact.report.arrays)
 
 
-@pytest.mark.parametrize("formats", [["tucker2", "svd"], ["cp", "svd"], ["tensor_train"], ["spatial_svd", "tensor_ring"], ["block_term", "svd"]])
+@pytest.mark.parametrize(
+    "formats",
+    [
+        ["tucker2", "svd"],
+        ["cp", "svd"],
+        ["tensor_train"],
+        ["spatial_svd", "tensor_ring"],
+        ["block_term", "svd"],
+    ],
+)
 def test_factored_layers_are_the_products_that_they_make(formats: list[str]) -> None:
     example = torch.zeros(1, 1, 8, 8)
-    made = tdpass.compress(network(), {"params": 0.6}, formats=formats, example_inputs=example, cache=False, strict=False)
+    made = tdpass.compress(
+        network(), {"params": 0.6}, formats=formats, example_inputs=example, cache=False, strict=False
+    )
     mapped = map_model(made.model, ADMM, example_inputs=example)
-    products = {matrix.site: 1 + max(m.product for m in mapped.map.matrices if m.site == matrix.site) for matrix in mapped.map.matrices}
+    products = {
+        matrix.site: 1 + max(m.product for m in mapped.map.matrices if m.site == matrix.site)
+        for matrix in mapped.map.matrices
+    }
     for choice in made.plan:
         assert (products[choice.site] > 1) is (not choice.kept_dense)
 

@@ -54,12 +54,17 @@ def test_every_weight_has_one_place_and_no_two_blocks_meet(kind: str, array: Cro
     places = placed(kept, array, 3)
     for place in places:
         assert place.array >= 3
-        rows, columns = (range(start, start + len(lines)) for start, lines in ((place.row, place.rows), (place.column, place.columns)))
+        rows, columns = (
+            range(start, start + len(lines))
+            for start, lines in ((place.row, place.rows), (place.column, place.columns))
+        )
         assert rows.stop <= array.rows
         assert columns.stop <= array.width
         assert sum(place.groups) == len(place.rows)
         assert max(place.groups) <= array.rows_at_once
-        for other_rows, other_columns in lines.setdefault(place.array, []):  # side by side on both axes, so that no current mixes
+        for other_rows, other_columns in lines.setdefault(
+            place.array, []
+        ):  # side by side on both axes, so that no current mixes
             assert not set(rows) & set(other_rows)
             assert not set(columns) & set(other_columns)
         lines[place.array].append((rows, columns))
@@ -100,7 +105,10 @@ def test_pruning_saves_conversions_even_where_it_saves_no_array() -> None:
     site = Site("fc", "linear", (6, 8), extents=(((1,), (1,)),))
     weight = torch.ones(6, 8)
     weight[:, ::2] = 0
-    uses = [uses_of({"fc": site}, {"fc": w}, replace(ARRAY, rows_at_once=2))["fc"] for w in (torch.ones(6, 8), weight)]
+    uses = [
+        uses_of({"fc": site}, {"fc": w}, replace(ARRAY, rows_at_once=2))["fc"]
+        for w in (torch.ones(6, 8), weight)
+    ]
     assert uses[0].arrays == uses[1].arrays == 4
     assert uses[1].cost.get("joules") < uses[0].cost.get("joules")
     assert [block.weights for row in uses[1].rows for block in row.blocks] == [24]
@@ -113,6 +121,8 @@ def test_the_cells_of_a_level_hold_what_it_stands_for(bits: int) -> None:
     assert len(levels.magnitudes) == 2 ** (bits - 1)
     assert states.shape == (2 ** (bits - 1), array.digits)
     siemens = torch.tensor(array.conductances, dtype=torch.float64)[states]
-    torch.testing.assert_close((siemens * digit_weights(array)).sum(1), torch.tensor(levels.magnitudes, dtype=torch.float64))
+    torch.testing.assert_close(
+        (siemens * digit_weights(array)).sum(1), torch.tensor(levels.magnitudes, dtype=torch.float64)
+    )
     with pytest.raises(UsageError, match="priced, not mapped"):
         device_levels(CrossbarArray.load("isaac"))

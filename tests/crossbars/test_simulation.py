@@ -1,4 +1,7 @@
-"""Simulated arrays: ideal ones answer as the mapped weights do; each fault is held to what it is in numbers."""
+"""Simulated arrays: ideal ones answer as the mapped weights do.
+
+Each fault is held to what it is in numbers.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,11 @@ def with_mapped_weights(net: nn.Module, array: CrossbarArray) -> nn.Module:
     return made
 
 
-@pytest.mark.parametrize("array", [ADMM, replace(ADMM, weight_bits=5), replace(ADMM, slices="columns", cell_bits=3)], ids=["9 bits", "5 bits", "adjacent"])
+@pytest.mark.parametrize(
+    "array",
+    [ADMM, replace(ADMM, weight_bits=5), replace(ADMM, slices="columns", cell_bits=3)],
+    ids=["9 bits", "5 bits", "adjacent"],
+)
 def test_ideal_arrays_answer_as_their_weights_do(array: CrossbarArray) -> None:
     net = network()
     made = simulated(net, map_model(net, array), IDEAL)
@@ -47,14 +54,23 @@ def test_ideal_arrays_answer_as_their_weights_do(array: CrossbarArray) -> None:
 
 def test_fragments_are_added_up_with_their_signs() -> None:
     method = Crossbar(keep=900, array="forms", admm=2, retrain=0, fix=1, rho=0.5)
-    artifact = tdpass.train(network(), data(), method, settings={"lr": 0.05}, control=False, example_inputs=torch.zeros(2, 1, 8, 8))
+    artifact = tdpass.train(
+        network(),
+        data(),
+        method,
+        settings={"lr": 0.05},
+        control=False,
+        example_inputs=torch.zeros(2, 1, 8, 8),
+    )
     made = simulated(artifact.model, map_model(artifact.model, method.machine), IDEAL)
     torch.testing.assert_close(made(X), artifact.model(X), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("formats", [["tucker2", "svd"], ["cp", "svd"], ["tensor_train"], ["block_term"]])
 def test_factored_layers_are_simulated_product_by_product(formats: list[str]) -> None:
-    made = tdpass.compress(network(), {"params": 0.6}, formats=formats, example_inputs=X[:1], cache=False, strict=False).model
+    made = tdpass.compress(
+        network(), {"params": 0.6}, formats=formats, example_inputs=X[:1], cache=False, strict=False
+    ).model
     fine = replace(ADMM, weight_bits=9, least_siemens=1e-9)
     answer = simulated(made, map_model(made, fine, example_inputs=X[:1]), IDEAL, example_inputs=X[:1])(X)
     assert far(answer, made(X)) < 0.05
@@ -131,7 +147,9 @@ def test_wires_are_what_kirchhoff_says_to_the_first_order() -> None:
         errors.append(float(np.abs(mine - exact).max()))
         drops.append(float(np.abs(volts @ siemens - exact).max()))
     assert errors[0] < 0.05 * drops[0]
-    assert [errors[k] / errors[k + 1] for k in range(2)] == pytest.approx([4, 4], rel=0.1)  # what is left is of second order
+    assert [errors[k] / errors[k + 1] for k in range(2)] == pytest.approx(
+        [4, 4], rel=0.1
+    )  # what is left is of second order
 
 
 def test_monte_carlo_tells_mean_and_spread() -> None:
@@ -142,7 +160,9 @@ def test_monte_carlo_tells_mean_and_spread() -> None:
     def moved(made: nn.Module) -> float:
         return far(made(X), exact)
 
-    still, little, much = (simulate(net, mapped, moved, Devices(variation=sigma), draws=4) for sigma in (0.0, 0.05, 0.3))
+    still, little, much = (
+        simulate(net, mapped, moved, Devices(variation=sigma), draws=4) for sigma in (0.0, 0.05, 0.3)
+    )
     assert still.deviation == pytest.approx(0.0, abs=1e-12)
     assert still.mean < little.mean < much.mean
     assert little.deviation > 0
@@ -153,7 +173,9 @@ def test_monte_carlo_tells_mean_and_spread() -> None:
 
 
 def test_what_is_not_simulated_says_so() -> None:
-    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1, padding_mode="reflect"), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2))
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1, padding_mode="reflect"), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2)
+    )
     with pytest.raises(UsageError, match="pad with zeros"):
         simulated(net, map_model(net, ADMM, include=["0"]))
     made = simulated(net, map_model(net, ADMM, include=["2"]), IDEAL)
@@ -180,10 +202,17 @@ def test_measured_chips_are_those_of_aihwkit(name: str, near: float) -> None:
 
 
 def test_the_log_normal_model_agrees_with_aihwkits_state_independent_one() -> None:
-    custom: Callable[..., object] = pytest.importorskip("aihwkit.inference.noise.custom").StateIndependentNoiseModel
+    custom: Callable[..., object] = pytest.importorskip(
+        "aihwkit.inference.noise.custom"
+    ).StateIndependentNoiseModel
     siemens = torch.full((4, 100, 100), 1e-6)
     mine = Devices(variation=0.05).programmed(siemens, ADMM, 0)
-    theirs = custom(g_max=1.0, prog_noise_scale=1.0, prog_coeff=[0.05]).apply_programming_noise_to_conductance(siemens * 1e6) * 1e-6  # type: ignore[attr-defined]
+    theirs = (
+        custom(g_max=1.0, prog_noise_scale=1.0, prog_coeff=[0.05]).apply_programming_noise_to_conductance(
+            siemens * 1e6
+        )
+        * 1e-6
+    )  # type: ignore[attr-defined]
     assert float(mine.std()) == pytest.approx(float(theirs.std()), rel=0.1)
 
 

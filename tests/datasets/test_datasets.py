@@ -73,13 +73,23 @@ def of_hugging_face(root: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     rows = Library("rows")
     pictures = [image.fromarray(pixels) for pixels in PIXELS]
     split = {"img": pictures, "label": LABELS.tolist()}
-    found = type("Rows", (), {"features": {"img": Image(), "label": ClassLabel()}, "__getitem__": lambda self, name: split[name]})()
+    found = type(
+        "Rows",
+        (),
+        {"features": {"img": Image(), "label": ClassLabel()}, "__getitem__": lambda self, name: split[name]},
+    )()
     rows.__dict__["load_dataset"] = lambda name: {"train": found}
     monkeypatch.setitem(sys.modules, "datasets", rows)
     return "hf:some/set"
 
 
-MADE = {"published": in_own_folder, "npz": in_npz, "folder": in_image_folder, "torchvision": of_torchvision, "hf": of_hugging_face}
+MADE = {
+    "published": in_own_folder,
+    "npz": in_npz,
+    "folder": in_image_folder,
+    "torchvision": of_torchvision,
+    "hf": of_hugging_face,
+}
 
 
 @pytest.fixture(params=SOURCES.names())
@@ -110,10 +120,15 @@ def test_every_source_gives_parts_that_train_and_score(dataset: Dataset) -> None
 def test_images_of_someones_own_come_out_as_they_were(dataset: Dataset) -> None:
     if dataset.name == "digits":
         pytest.skip("they are not of this test")
-    known = {pixels.transpose(2, 0, 1).tobytes(): int(label) for pixels, label in zip(PIXELS, LABELS, strict=True)}
+    known = {
+        pixels.transpose(2, 0, 1).tobytes(): int(label) for pixels, label in zip(PIXELS, LABELS, strict=True)
+    }
     for name in PARTS:
         part = dataset.part(name)
-        assert all(known[image.numpy().tobytes()] == int(label) for image, label in zip(part.inputs[:50], part.targets[:50], strict=True))
+        assert all(
+            known[image.numpy().tobytes()] == int(label)
+            for image, label in zip(part.inputs[:50], part.targets[:50], strict=True)
+        )
 
 
 def test_the_digits_are_those_of_scikit_learn() -> None:
@@ -152,7 +167,9 @@ def test_images_are_fitted_to_what_a_network_reads(sample: tuple[int | None, ...
 def test_colour_becomes_grey_by_its_mean() -> None:
     images = torch.arange(24, dtype=torch.uint8).reshape(2, 3, 2, 2)
     part = Examples(images, torch.tensor([0, 1]))
-    made = Dataset("own", part, part, part, part, 255.0, (0.2, 0.4, 0.6), (0.1, 0.2, 0.3)).fitted((1, None, None))
+    made = Dataset("own", part, part, part, part, 255.0, (0.2, 0.4, 0.6), (0.1, 0.2, 0.3)).fitted(
+        (1, None, None)
+    )
     expected = (images.float().mean(1, keepdim=True) / 255 - 0.4) / 0.2
     torch.testing.assert_close(made.inputs("test"), expected)
 
@@ -194,7 +211,9 @@ def test_a_test_folder_is_used_where_there_is_one(tmp_path: Path) -> None:
         ("missing.npz", "no file missing.npz"),
     ],
 )
-def test_missing_data_is_one_error_that_says_how_to_get_it(text: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_data_is_one_error_that_says_how_to_get_it(
+    text: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("TDPASS_DATA", raising=False)
     for name in ("torchvision", "datasets"):
         module = "torchvision" if name == "torchvision" else "hugging_face"
@@ -214,7 +233,9 @@ def test_missing_data_is_one_error_that_says_how_to_get_it(text: str, message: s
         ({"x": np.zeros((9, 4, 4)), "y": np.zeros(9, int)}, "7|8|9 examples to train on; give at least 20"),
     ],
 )
-def test_arrays_that_are_no_examples_are_refused(arrays: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_arrays_that_are_no_examples_are_refused(
+    arrays: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     np.savez(tmp_path / "own.npz", **arrays)
     with pytest.raises(TdpassError, match=message):
         open_dataset(str(tmp_path / "own.npz"))

@@ -26,8 +26,16 @@ pytestmark = pytest.mark.skipif(build.compiler() is None, reason="there is no C+
 CHAINS = {
     "one": (Stage(3, 5, 1, (3, 3), (1, 1), (1, 1), (1, 1)),),
     "tucker2": (Stage(7, 6), Stage(6, 9, 1, (3, 3), (2, 2), (1, 1), (1, 1)), Stage(9, 17)),
-    "spatial": (Stage(8, 6, 1, (3, 1), (2, 1), (1, 0), (1, 0)), Stage(6, 8, 1, (1, 3), (1, 2), (0, 1), (0, 1))),
-    "cp": (Stage(5, 19), Stage(19, 19, 19, (5, 1), (1, 1), (2, 0), (2, 0)), Stage(19, 19, 19, (1, 3), (1, 1), (0, 0), (0, 2)), Stage(19, 4)),
+    "spatial": (
+        Stage(8, 6, 1, (3, 1), (2, 1), (1, 0), (1, 0)),
+        Stage(6, 8, 1, (1, 3), (1, 2), (0, 1), (0, 1)),
+    ),
+    "cp": (
+        Stage(5, 19),
+        Stage(19, 19, 19, (5, 1), (1, 1), (2, 0), (2, 0)),
+        Stage(19, 19, 19, (1, 3), (1, 1), (0, 0), (0, 2)),
+        Stage(19, 4),
+    ),
     "grouped": (Stage(8, 12, 2, (3, 3), (1, 1), (2, 2), (2, 2), (2, 2)), Stage(12, 20)),
 }
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -42,7 +50,10 @@ def loaded() -> None:
     assert set(binding.load()) == set(binding.all_operators().names())
 
 
-@pytest.mark.parametrize(("name", "case"), [pytest.param(name, case, id=f"{name}-{case.name}") for name in CASES for case in cases_of(name)])
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [pytest.param(name, case, id=f"{name}-{case.name}") for name in CASES for case in cases_of(name)],
+)
 def test_every_operator_computes_what_its_kernel_does(name: str, case: Case) -> None:
     op = base.OPS.get(name)
     for dtype in case.dtypes:
@@ -66,17 +77,32 @@ def test_every_operator_hands_over_what_its_kernel_does_not_serve(name: str) -> 
 @pytest.mark.parametrize("name", list(CASES))
 def test_torch_finds_nothing_wrong_with_any(name: str) -> None:
     op = base.OPS.get(name)
-    args = arguments_of(op, next(case for case in cases_of(name) if "empty" not in case.name and "-0" not in case.name), torch.float32)
-    torch.library.opcheck(op.call, tuple(args), test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+    args = arguments_of(
+        op,
+        next(case for case in cases_of(name) if "empty" not in case.name and "-0" not in case.name),
+        torch.float32,
+    )
+    torch.library.opcheck(
+        op.call, tuple(args), test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    )
 
 
 def test_blocks_that_do_not_fit_are_refused() -> None:
     values, inputs, start, rows = sparse.pack(torch.randn(8, 4), 4)
-    for wrong in ((values, inputs[1:], start, rows), (values, inputs, start[1:], rows), (values, inputs, start, rows[:4]), (values, inputs, start, rows[:0])):
+    for wrong in (
+        (values, inputs[1:], start, rows),
+        (values, inputs, start[1:], rows),
+        (values, inputs, start, rows[:4]),
+        (values, inputs, start, rows[:0]),
+    ):
         with pytest.raises(RuntimeError, match="use what `pack` returns"):
             sparse.SPARSE_LINEAR.call(torch.randn(2, 4), *wrong, None, None, 8, "identity")
-    whole = sparse.SPARSE_LINEAR.call(torch.ones(2, 4), values, inputs.long(), start.long(), rows.long(), None, None, 8, "identity")
-    served = sparse.SPARSE_LINEAR.call(torch.ones(2, 4), values, inputs, start, rows, None, None, 8, "identity")
+    whole = sparse.SPARSE_LINEAR.call(
+        torch.ones(2, 4), values, inputs.long(), start.long(), rows.long(), None, None, 8, "identity"
+    )
+    served = sparse.SPARSE_LINEAR.call(
+        torch.ones(2, 4), values, inputs, start, rows, None, None, 8, "identity"
+    )
     torch.testing.assert_close(whole, served)  # indices of 64 bits are left to the reference
 
 
@@ -84,11 +110,18 @@ def relative(y: Tensor, expected: Tensor) -> float:
     return float((y.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-9))
 
 
-def arguments(name: str, lanes: Lanes, dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor], Tensor, list[int]]:
+def arguments(
+    name: str, lanes: Lanes, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, list[Tensor], Tensor, list[int]]:
     stages = CHAINS[name]
     x = torch.randn(2, stages[0].inputs, 11, 13).to(dtype)
     weights = [stage.pack(torch.randn(stage.shape) / stage.shape[1] ** 0.5, lanes) for stage in stages]
-    return x, weights, torch.randn(stages[-1].outputs).to(dtype), [value for stage in stages for value in stage.integers()]
+    return (
+        x,
+        weights,
+        torch.randn(stages[-1].outputs).to(dtype),
+        [value for stage in stages for value in stage.integers()],
+    )
 
 
 def strided(x: Tensor, layout: str) -> Tensor:
@@ -98,15 +131,32 @@ def strided(x: Tensor, layout: str) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
-@pytest.mark.parametrize(("lanes", "dtype"), [(lanes, dtype) for lanes, dtypes in DTYPES_OF.items() for dtype in dtypes])
+@pytest.mark.parametrize(
+    ("lanes", "dtype"), [(lanes, dtype) for lanes, dtypes in DTYPES_OF.items() for dtype in dtypes]
+)
 @pytest.mark.parametrize("name", list(CHAINS))
-def test_convolutions_answer_as_the_reference(name: str, lanes: Lanes, layout: str, dtype: torch.dtype) -> None:
+def test_convolutions_answer_as_the_reference(
+    name: str, lanes: Lanes, layout: str, dtype: torch.dtype
+) -> None:
     x, weights, bias, integers = arguments(name, lanes, dtype)
     x = strided(x, layout)
     shape = CONV_CHAIN.fake(x, weights, bias, None, integers, "identity", lanes)
-    for activation, residual in (("identity", None), ("relu", torch.randn(shape.shape).to(dtype)), ("silu", torch.randn(1, 1, 1, 1).to(dtype)), ("gelu", None)):
+    for activation, residual in (
+        ("identity", None),
+        ("relu", torch.randn(shape.shape).to(dtype)),
+        ("silu", torch.randn(1, 1, 1, 1).to(dtype)),
+        ("gelu", None),
+    ):
         y = CONV_CHAIN.call(x, weights, bias, residual, integers, activation, lanes)
-        expected = CONV_CHAIN.reference(x.float(), weights, bias.float(), None if residual is None else residual.float(), integers, activation, lanes)
+        expected = CONV_CHAIN.reference(
+            x.float(),
+            weights,
+            bias.float(),
+            None if residual is None else residual.float(),
+            integers,
+            activation,
+            lanes,
+        )
         assert (y.shape, y.stride(), y.dtype) == (shape.shape, shape.stride(), dtype)
         assert relative(y, expected) < TOLERANCE[dtype]
 
@@ -114,10 +164,18 @@ def test_convolutions_answer_as_the_reference(name: str, lanes: Lanes, layout: s
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lanes", ["channels", "pairs"])
 @pytest.mark.parametrize("size", [(3,), (1, 3), (7, 3), (2, 5, 3), (0, 3)])
-def test_linear_layers_answer_as_the_reference(size: tuple[int, ...], lanes: Lanes, dtype: torch.dtype) -> None:
+def test_linear_layers_answer_as_the_reference(
+    size: tuple[int, ...], lanes: Lanes, dtype: torch.dtype
+) -> None:
     widths = [3, 18, 5]
-    weights = [stage.pack(torch.randn(stage.shape), lanes) for stage in layers_of(widths)]  # float32 in pairs goes to the reference
-    x, bias, residual = torch.randn(size).to(dtype), torch.randn(5).to(dtype), torch.randn(*size[:-1], 5).to(dtype)
+    weights = [
+        stage.pack(torch.randn(stage.shape), lanes) for stage in layers_of(widths)
+    ]  # float32 in pairs goes to the reference
+    x, bias, residual = (
+        torch.randn(size).to(dtype),
+        torch.randn(5).to(dtype),
+        torch.randn(*size[:-1], 5).to(dtype),
+    )
     for given in (x, torch.stack([x, x], -1)[..., 0]):
         y = LINEAR_CHAIN.call(given, weights, bias, residual, widths, "gelu")
         expected = LINEAR_CHAIN.reference(x.float(), weights, bias.float(), residual.float(), widths, "gelu")
@@ -127,10 +185,22 @@ def test_linear_layers_answer_as_the_reference(size: tuple[int, ...], lanes: Lan
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [(1,), (5,), (2, 19)])
-@pytest.mark.parametrize("program", [train_program((3, 4), (5, 2), (7,)), ring_program((4, 3), (2, 5), (2, 3, 2, 2)), block_program(9, 3, 4, (2, 3, 2))])
-def test_tensor_chains_answer_as_the_reference(program: tuple[Step, ...], size: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "program",
+    [
+        train_program((3, 4), (5, 2), (7,)),
+        ring_program((4, 3), (2, 5), (2, 3, 2, 2)),
+        block_program(9, 3, 4, (2, 3, 2)),
+    ],
+)
+def test_tensor_chains_answer_as_the_reference(
+    program: tuple[Step, ...], size: tuple[int, ...], dtype: torch.dtype
+) -> None:
     integers = [value for step in program for value in step.integers()]
-    weights = [step.pack(torch.randn((step.a, step.k, step.o, step.r) if step.batched else (step.k, step.o, step.r))) for step in program]
+    weights = [
+        step.pack(torch.randn((step.a, step.k, step.o, step.r) if step.batched else (step.k, step.o, step.r)))
+        for step in program
+    ]
     x, bias = torch.randn(*size, program[0].inputs).to(dtype), torch.randn(program[-1].outputs).to(dtype)
     residual = torch.randn(*size, program[-1].outputs).to(dtype)
     y = TENSOR_CHAIN.call(x, weights, bias, residual, integers, "relu")
@@ -141,7 +211,9 @@ def test_tensor_chains_answer_as_the_reference(program: tuple[Step, ...], size: 
 
 
 def test_the_cpp_kernel_runs_and_python_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(base.IMPLEMENTATIONS, ("conv_chain", "cpu"), lambda *_: pytest.fail("Python was called"))
+    monkeypatch.setitem(
+        base.IMPLEMENTATIONS, ("conv_chain", "cpu"), lambda *_: pytest.fail("Python was called")
+    )
     x, weights, bias, integers = arguments("tucker2", "channels")
     CONV_CHAIN.call(x, weights, bias, None, integers, "relu", "channels")
     assert "conv_chain" in base.compiled()
@@ -150,11 +222,21 @@ def test_the_cpp_kernel_runs_and_python_does_not(monkeypatch: pytest.MonkeyPatch
 def test_weights_of_another_type_are_converted() -> None:
     x, weights, bias, integers = arguments("tucker2", "channels")
     halved = [weight.bfloat16() for weight in weights]
-    expected = CONV_CHAIN.call(x, [weight.float() for weight in halved], bias, None, integers, "relu", "channels")
+    expected = CONV_CHAIN.call(
+        x, [weight.float() for weight in halved], bias, None, integers, "relu", "channels"
+    )
     assert torch.equal(CONV_CHAIN.call(x, halved, bias, None, integers, "relu", "channels"), expected)
-    pairs, bias = [stage.pack(torch.randn(stage.shape), "pairs") for stage in CHAINS["tucker2"]], bias.bfloat16()
+    pairs, bias = (
+        [stage.pack(torch.randn(stage.shape), "pairs") for stage in CHAINS["tucker2"]],
+        bias.bfloat16(),
+    )
     expected = CONV_CHAIN.call(x.bfloat16(), pairs, bias, None, integers, "relu", "pairs")
-    assert torch.equal(CONV_CHAIN.call(x.bfloat16(), [weight.float() for weight in pairs], bias, None, integers, "relu", "pairs"), expected)
+    assert torch.equal(
+        CONV_CHAIN.call(
+            x.bfloat16(), [weight.float() for weight in pairs], bias, None, integers, "relu", "pairs"
+        ),
+        expected,
+    )
     gaps = [torch.stack([weight, weight], -1)[..., 0] for weight in weights]
     expected = CONV_CHAIN.call(x, weights, bias, None, integers, "relu", "channels")
     assert torch.equal(CONV_CHAIN.call(x, gaps, bias, None, integers, "relu", "channels"), expected)
@@ -163,7 +245,9 @@ def test_weights_of_another_type_are_converted() -> None:
 def test_what_the_kernel_does_not_serve_the_reference_answers() -> None:
     x, weights, bias, integers = arguments("tucker2", "channels")
     exact = CONV_CHAIN.reference(x.double(), weights, bias.double(), None, integers, "relu", "channels")
-    assert torch.equal(CONV_CHAIN.call(x.double(), weights, bias.double(), None, integers, "relu", "channels"), exact)
+    assert torch.equal(
+        CONV_CHAIN.call(x.double(), weights, bias.double(), None, integers, "relu", "channels"), exact
+    )
     with base.use_reference(), base.use_reference():
         forced = CONV_CHAIN.call(x, weights, bias, None, integers, "relu", "channels")
     assert torch.equal(forced, CONV_CHAIN.reference(x, weights, bias, None, integers, "relu", "channels"))
@@ -175,7 +259,9 @@ def test_wrong_arguments_are_refused_by_name() -> None:
         CONV_CHAIN.call(x, weights, bias, None, integers, "tanh", "channels")
     with pytest.raises(RuntimeError, match=r"stage 0 of a chain takes weights packed as \[1, 1, 7, 1, 8\]"):
         CONV_CHAIN.call(x, weights, bias, None, integers, "relu", "pixels")
-    with pytest.raises(RuntimeError, match=r"stage 0 of a chain takes weights packed as \[1, 1, 1, 4, 16, 2\]"):
+    with pytest.raises(
+        RuntimeError, match=r"stage 0 of a chain takes weights packed as \[1, 1, 1, 4, 16, 2\]"
+    ):
         CONV_CHAIN.call(x.bfloat16(), weights, bias, None, integers, "relu", "pairs")
     with pytest.raises(RuntimeError, match="3 stages has 2 weights"):
         CONV_CHAIN.call(x, weights[:2], bias, None, integers, "relu", "channels")
@@ -185,10 +271,16 @@ def test_wrong_arguments_are_refused_by_name() -> None:
 def test_torch_finds_nothing_wrong(layout: str) -> None:
     x, weights, bias, integers = arguments("cp", "channels")
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(CONV_CHAIN.call, (strided(x, layout), weights, bias, None, integers, "relu", "channels"), test_utils=tests)
+    torch.library.opcheck(
+        CONV_CHAIN.call,
+        (strided(x, layout), weights, bias, None, integers, "relu", "channels"),
+        test_utils=tests,
+    )
     widths = [3, 4, 5]
     packed = [stage.pack(torch.randn(stage.shape), "channels") for stage in layers_of(widths)]
-    torch.library.opcheck(LINEAR_CHAIN.call, (torch.randn(2, 3), packed, None, None, widths, "identity"), test_utils=tests)
+    torch.library.opcheck(
+        LINEAR_CHAIN.call, (torch.randn(2, 3), packed, None, None, widths, "identity"), test_utils=tests
+    )
 
 
 def test_memory_is_given_back() -> None:
@@ -215,10 +307,14 @@ print(*LINEAR_CHAIN.call(torch.ones(1, 2), weights, None, None, [2, 2], "identit
 """
 
 
-@pytest.mark.parametrize(("asked", "names"), [("", "".join(f" {name}" for name in sorted(CASES))), ("python", "")])
+@pytest.mark.parametrize(
+    ("asked", "names"), [("", "".join(f" {name}" for name in sorted(CASES))), ("python", "")]
+)
 def test_a_new_process_takes_what_lies_in_the_cache(asked: str, names: str) -> None:
     environment = {**os.environ, "TDPASS_BINDING": asked}
-    run = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True
+    )
     assert run.stderr == ""
     assert run.stdout.strip().startswith(f"[2.0, 2.0]{names}")
     assert bool(names) or "chain" not in run.stdout

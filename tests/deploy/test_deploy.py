@@ -39,7 +39,14 @@ def compressed(model: nn.Module, data: Tensor, share: float = 0.6) -> nn.Module:
 def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
     """A small network with a dynamic batch, deployed."""
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+    )
     network.append(nn.Linear(64, 48)).append(nn.Linear(48, 10))
     small = compressed(network.eval(), torch.randn(16, 3, 12, 12), 0.5)
     path = tmp_path_factory.mktemp("deploy") / "net.pt2"
@@ -53,7 +60,13 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
 @pytest.mark.slow
 def test_every_format_that_is_a_chain_is_fused_exactly() -> None:
     torch.manual_seed(0)
-    dense = nn.Sequential(nn.Conv2d(24, 32, 3, padding=1), nn.Flatten(2), nn.Conv1d(32, 24, 5, padding=2), nn.Flatten(), nn.Linear(24 * 36, 40))
+    dense = nn.Sequential(
+        nn.Conv2d(24, 32, 3, padding=1),
+        nn.Flatten(2),
+        nn.Conv1d(32, 24, 5, padding=2),
+        nn.Flatten(),
+        nn.Linear(24 * 36, 40),
+    )
     x, found = torch.randn(2, 24, 6, 6), set()
     for name in offered_formats():
         try:
@@ -100,14 +113,32 @@ def test_python_loads_what_was_deployed(package: tuple[Path, nn.Module]) -> None
 
 @compiled
 @pytest.mark.slow
-def test_a_program_without_python_gives_the_same_numbers(package: tuple[Path, nn.Module], tmp_path: Path) -> None:
+def test_a_program_without_python_gives_the_same_numbers(
+    package: tuple[Path, nn.Module], tmp_path: Path
+) -> None:
     path, small = package
     program, x = tmp_path / "run", torch.randn(3, 3, 12, 12)
     include = [f"-isystem{TORCH / 'include'}", f"-isystem{TORCH / 'include/torch/csrc/api/include'}"]
-    link = [f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
-    subprocess.run([str(build.compiler()), "-std=c++20", *include, str(RUN), "-o", str(program), *link], check=True)
+    link = [
+        f"-L{TORCH / 'lib'}",
+        f"-Wl,-rpath,{TORCH / 'lib'}",
+        "-Wl,--no-as-needed",
+        "-ltorch",
+        "-ltorch_cpu",
+        "-lc10",
+        "-ldl",
+    ]
+    subprocess.run(
+        [str(build.compiler()), "-std=c++20", *include, str(RUN), "-o", str(program), *link], check=True
+    )
     x.numpy().tofile(tmp_path / "x.f32")
-    words = [str(program), str(path.with_name(f"net{OPS_SUFFIX}")), str(path), str(tmp_path / "x.f32"), *map(str, x.shape)]
+    words = [
+        str(program),
+        str(path.with_name(f"net{OPS_SUFFIX}")),
+        str(path),
+        str(tmp_path / "x.f32"),
+        *map(str, x.shape),
+    ]
     run = subprocess.run(words, capture_output=True, text=True, check=True)
     assert run.stderr == ""
     with torch.no_grad():
@@ -121,7 +152,11 @@ def test_onnx_runs_in_onnx_runtime(residual: nn.Module, images: Tensor, tmp_path
     assert done.files == (tmp_path / "net.onnx",)
     session = onnxruntime.InferenceSession(str(done.files[0]))
     with torch.no_grad():
-        assert np.allclose(session.run(None, {session.get_inputs()[0].name: images[:5].numpy()})[0], small(images[:5]).numpy(), atol=1e-5)
+        assert np.allclose(
+            session.run(None, {session.get_inputs()[0].name: images[:5].numpy()})[0],
+            small(images[:5]).numpy(),
+            atol=1e-5,
+        )
     again = tdpass.deploy(done.files[0], None, tmp_path / "again.onnx")
     assert again.files[0].is_file()
     with pytest.raises(UnsupportedError, match="AOTInductor compiles torch models"):
@@ -133,7 +168,14 @@ class Kept(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(128, 10))
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+            nn.Flatten(),
+            nn.Linear(128, 10),
+        )
         self.body[5].requires_grad_(False)
         self.body[0].register_forward_hook(lambda module, args, output: None)
         self.body[3].train(False)
@@ -148,7 +190,10 @@ class Kept(nn.Module):
         """All that a user of the network could miss."""
         flags = [module.training for module in self.modules()]
         hooks = [dict(module._forward_hooks) for module in self.modules()]
-        tensors = [(name, id(tensor), tensor.requires_grad, tensor._version) for name, tensor in (*self.named_parameters(), *self.named_buffers())]
+        tensors = [
+            (name, id(tensor), tensor.requires_grad, tensor._version)
+            for name, tensor in (*self.named_parameters(), *self.named_buffers())
+        ]
         return [flags, hooks, tensors, id(self.last)]
 
 
@@ -156,7 +201,11 @@ class Kept(nn.Module):
 def test_the_model_is_left_as_it_was(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxscript")
     programs: list[ExportedProgram] = []
-    monkeypatch.setattr(importlib.import_module("tdpass.deploy"), "compile_package", lambda program, path: (programs.append(program), path.touch()))
+    monkeypatch.setattr(
+        importlib.import_module("tdpass.deploy"),
+        "compile_package",
+        lambda program, path: (programs.append(program), path.touch()),
+    )
     monkeypatch.setattr(build, "compiler", lambda: "c++")
     network, x = Kept(), torch.randn(4, 3, 4, 4)
     network(x)
@@ -166,7 +215,9 @@ def test_the_model_is_left_as_it_was(suffix: str, tmp_path: Path, monkeypatch: p
     answer = network.eval()(x[:2]).detach()  # dropout and batch statistics are for training
     if suffix == ".onnx":
         session = onnxruntime.InferenceSession(str(done.files[0]))
-        assert np.allclose(session.run(None, {session.get_inputs()[0].name: x[:2].numpy()})[0], answer.numpy(), atol=1e-5)
+        assert np.allclose(
+            session.run(None, {session.get_inputs()[0].name: x[:2].numpy()})[0], answer.numpy(), atol=1e-5
+        )
     else:
         assert torch.allclose(programs[0].module()(x[:2]), answer, atol=1e-6)
 
@@ -176,7 +227,9 @@ class Stubborn(nn.Module):
         return x if x.sum() > 0 else -x
 
 
-def test_what_cannot_be_deployed_is_refused(residual: nn.Module, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_deployed_is_refused(
+    residual: nn.Module, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UsageError, match=r"cannot deploy to 'net.so'; name a .pt2"):
         tdpass.deploy(residual, images, tmp_path / "net.so")
     with pytest.raises(UsageError, match="there is no folder"):

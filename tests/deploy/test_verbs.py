@@ -13,7 +13,9 @@ from tdpass.kernels import build
 
 @pytest.fixture(autouse=True)
 def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "deploy_net.py").write_text("import torch\n\ndef make():\n    return torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU())\n")
+    (tmp_path / "deploy_net.py").write_text(
+        "import torch\n\ndef make():\n    return torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU())\n"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -22,7 +24,12 @@ def test_deploy_names_what_it_wrote(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxscript")
     words = ["deploy", "deploy_net:make", "--input", "1x6", "--dynamic-batch", "-o", "net.onnx", "--json"]
     assert main(words) == 0
-    assert json.loads(capsys.readouterr().out) == {"model": "deploy_net:make", "files": ["net.onnx"], "fused": 0, "notes": []}
+    assert json.loads(capsys.readouterr().out) == {
+        "model": "deploy_net:make",
+        "files": ["net.onnx"],
+        "fused": 0,
+        "notes": [],
+    }
     assert main(["deploy", "net.onnx", "-o", "copy.onnx"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "wrote copy.onnx"
 
@@ -35,14 +42,18 @@ def test_deploy_names_what_it_wrote(capsys: pytest.CaptureFixture[str]) -> None:
         (["deploy_net:make", "deploy_net:make", "-o", "net.pt2"], "2 models are given"),
     ],
 )
-def test_deploy_refuses_in_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_deploy_refuses_in_one_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["deploy", *words]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert len(said.splitlines()) == 1
 
 
-def test_doctor_lists_everything_without_building(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_lists_everything_without_building(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("TDPASS_KERNELS", str(tmp_path / "kernels"))
     main(["doctor", "--json"])
     document = json.loads(capsys.readouterr().out)
@@ -55,7 +66,9 @@ def test_doctor_lists_everything_without_building(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "kernels").exists()
 
 
-def test_doctor_says_what_to_do_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_says_what_to_do_without_a_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("TDPASS_KERNELS", str(tmp_path / "kernels"))
     monkeypatch.setattr(build, "compiler", lambda: None)
     assert main(["doctor"]) == 0
@@ -63,7 +76,9 @@ def test_doctor_says_what_to_do_without_a_compiler(tmp_path: Path, monkeypatch: 
     assert main(["doctor", "--build"]) == 1
 
 
-def test_doctor_refuses_an_instruction_set_that_is_not_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_refuses_an_instruction_set_that_is_not_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("TDPASS_ISA", "mmx")
     assert main(["doctor"]) == 1
     assert "'mmx' cannot be used here" in " ".join(capsys.readouterr().out.split())

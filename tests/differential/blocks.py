@@ -39,7 +39,11 @@ class Here:
         bias, inputs = self.rng.random() < 0.6, inputs or self.channels
         if self.kind in ROWS:
             return nn.Linear(inputs, out, bias=bias)
-        kernel = self.rng.choice((1, 3, 3, 5)) if self.kind == "line" else self.rng.choice((1, 3, 3, (3, 1), (1, 5)))
+        kernel = (
+            self.rng.choice((1, 3, 3, 5))
+            if self.kind == "line"
+            else self.rng.choice((1, 3, 3, (3, 1), (1, 5)))
+        )
         cls = (nn.Conv1d, nn.Conv2d)[CHANNELS_FIRST[self.kind] - 1]
         return cls(inputs, out, kernel, padding="same", groups=groups, bias=bias)
 
@@ -61,7 +65,11 @@ class Plain(nn.Module):
     def __init__(self, here: Here) -> None:
         super().__init__()
         self.there = here.with_channels(here.rng.choice((8, 12, 16)))
-        self.layer, self.norm, self.again = here.layer(self.there.channels), self.there.maybe_norm(), self.there.maybe_norm(0.15)
+        self.layer, self.norm, self.again = (
+            here.layer(self.there.channels),
+            self.there.maybe_norm(),
+            self.there.maybe_norm(0.15),
+        )
         self.act = here.activation()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,7 +131,9 @@ class Twins(Block):
         if isinstance(self.one, nn.Linear):
             self.two: Any = nn.Linear(width, width, bias=here.rng.random() < 0.5)
         else:
-            self.two = type(self.one)(width, width, self.one.kernel_size, padding="same", bias=here.rng.random() < 0.5)
+            self.two = type(self.one)(
+                width, width, self.one.kernel_size, padding="same", bias=here.rng.random() < 0.5
+            )
         self.two.weight = self.one.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,7 +178,9 @@ class Listed(Block):
 
     def build(self, here: Here, width: int) -> None:
         self.way = here.rng.choice(("list", "dict", "call"))
-        self.parts = nn.ModuleList([here.layer(width), here.maybe_norm(), here.layer(width), here.maybe_norm()])
+        self.parts = nn.ModuleList(
+            [here.layer(width), here.maybe_norm(), here.layer(width), here.maybe_norm()]
+        )
         self.reached = {
             "list": lambda: list(self.parts),
             "dict": lambda: {str(place): part for place, part in enumerate(self.parts)},
@@ -229,11 +241,28 @@ TURNS: dict[str, tuple[Callable[[Sizes], tuple[Callable[[Tensor], Tensor], str, 
         lambda s: (lambda x: x.permute(0, 3, 1, 2), "image", (s[2], *s[:2])),
         lambda s: (lambda x: x.flatten(1, 2), "rows", (s[0] * s[1], s[2])),
     ),
-    "line": (lambda s: (lambda x: x.transpose(1, 2), "rows", (s[1], s[0])), lambda s: (lambda x: x.amax(2), "row", s[:1])),
+    "line": (
+        lambda s: (lambda x: x.transpose(1, 2), "rows", (s[1], s[0])),
+        lambda s: (lambda x: x.amax(2), "row", s[:1]),
+    ),
     "image": (
         lambda s: (lambda x: x.mean((2, 3)), "row", s[:1]),
         lambda s: (lambda x: x.flatten(2), "line", (s[0], s[1] * s[2])),
         lambda s: (lambda x: x.permute(0, 2, 3, 1), "grid", (*s[1:], s[0])),
     ),
 }
-BLOCKS = (Plain, Plain, Residual, Residual, Reused, Twins, Decoded, Reader, Listed, NormFirst, Joined, Turned, Turned)
+BLOCKS = (
+    Plain,
+    Plain,
+    Residual,
+    Residual,
+    Reused,
+    Twins,
+    Decoded,
+    Reader,
+    Listed,
+    NormFirst,
+    Joined,
+    Turned,
+    Turned,
+)

@@ -14,7 +14,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+FLOATS = {
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.DOUBLE,
+    onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.BFLOAT16,
+}
 STATISTICS = {"BatchNormalization": (3, 4)}
 Feed = Mapping[str, np.ndarray]
 
@@ -26,7 +31,11 @@ def torch_macs(run: Callable[[], object]) -> int:
     torch._C._set_mkldnn_enabled(False)
     try:
         vector = {torch.ops.aten.mv: lambda matrix, vector, **_: 2 * matrix[0] * matrix[1]}
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=vector) as counter:
+        with (
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False, custom_mapping=vector) as counter,
+        ):
             run()
     finally:
         torch._C._set_mkldnn_enabled(True)
@@ -42,8 +51,14 @@ def torch_params(module: nn.Module) -> tuple[int, int]:
 
 def onnx_params(proto: onnx.ModelProto) -> tuple[int, int]:
     """Numbers and bytes of all float tensors with an axis but for running statistics."""
-    statistics = {node.input[index] for node in proto.graph.node for index in STATISTICS.get(node.op_type, ())}
-    held = [tensor for name, tensor in _stored(proto) if name not in statistics and tensor.data_type in FLOATS and len(tensor.dims)]
+    statistics = {
+        node.input[index] for node in proto.graph.node for index in STATISTICS.get(node.op_type, ())
+    }
+    held = [
+        tensor
+        for name, tensor in _stored(proto)
+        if name not in statistics and tensor.data_type in FLOATS and len(tensor.dims)
+    ]
     arrays = [numpy_helper.to_array(tensor) for tensor in held]
     return sum(array.size for array in arrays), sum(array.nbytes for array in arrays)
 
@@ -61,7 +76,9 @@ def onnx_macs(proto: onnx.ModelProto, feeds: Iterable[Feed]) -> int:
     total = 0
     for feed in feeds:
         sizes = {**weights, **{name: array.shape for name, array in feed.items()}}
-        sizes |= {name: array.shape for name, array in zip(names, session.run(names, dict(feed)), strict=True)}
+        sizes |= {
+            name: array.shape for name, array in zip(names, session.run(names, dict(feed)), strict=True)
+        }
         total += sum(_products(node, sizes) for node in proto.graph.node)
     return total
 
@@ -71,12 +88,19 @@ def onnx_session(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 def _stored(proto: onnx.ModelProto) -> list[tuple[str, onnx.TensorProto]]:
     constants = [node for node in proto.graph.node if node.op_type == "Constant"]
-    values = [(node.output[0], attribute.t) for node in constants for attribute in node.attribute if attribute.name == "value"]
+    values = [
+        (node.output[0], attribute.t)
+        for node in constants
+        for attribute in node.attribute
+        if attribute.name == "value"
+    ]
     return [*((tensor.name, tensor) for tensor in proto.graph.initializer), *values]
 
 
@@ -93,5 +117,9 @@ def _products(node: onnx.NodeProto, sizes: Mapping[str, tuple[int, ...]]) -> int
 
 def _einsum(node: onnx.NodeProto, inputs: list[tuple[int, ...]]) -> int:
     terms = node.attribute[0].s.decode().replace(" ", "").partition("->")[0].split(",")
-    lengths = {letter: size for term, shape in zip(terms, inputs, strict=True) for letter, size in zip(term, shape, strict=True)}
+    lengths = {
+        letter: size
+        for term, shape in zip(terms, inputs, strict=True)
+        for letter, size in zip(term, shape, strict=True)
+    }
     return math.prod(lengths.values())

@@ -51,7 +51,11 @@ class TorchFrontend:
             returned = model(call)
         if isinstance(returned, Tensor):
             return {"output": returned}
-        return dict(returned) if isinstance(returned, Mapping) else {str(place): value for place, value in enumerate(returned)}
+        return (
+            dict(returned)
+            if isinstance(returned, Mapping)
+            else {str(place): value for place, value in enumerate(returned)}
+        )
 
     def macs(self, model: nn.Module, calls: list[Tensor]) -> int:
         return sum(torch_macs(lambda call=call: model(call)) for call in calls)
@@ -81,7 +85,10 @@ class OnnxFrontend:
     def run(self, model: onnx.ModelProto, call: Mapping[str, Any]) -> dict[str, Tensor]:
         session = onnx_session(model)
         names = [output.name for output in session.get_outputs()]
-        return {name: torch.from_numpy(array) for name, array in zip(names, session.run(names, dict(call)), strict=True)}
+        return {
+            name: torch.from_numpy(array)
+            for name, array in zip(names, session.run(names, dict(call)), strict=True)
+        }
 
     def macs(self, model: onnx.ModelProto, calls: list[Mapping[str, Any]]) -> int:
         return onnx_macs(model, calls)

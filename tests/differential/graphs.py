@@ -142,7 +142,10 @@ def conv(g: Draft, x: Value) -> Value:
     inputs = [x.name, g.hold(g.kernel(out, x.channels // groups, *kernel))]
     if g.rng.random() < 0.5:
         inputs.append(g.hold(g.vector(out)))
-    mode, attributes = g.rng.choice(("SAME_UPPER", "SAME_LOWER", "VALID", "NOTSET", "NOTSET")), {"strides": stride, "group": groups}
+    mode, attributes = (
+        g.rng.choice(("SAME_UPPER", "SAME_LOWER", "VALID", "NOTSET", "NOTSET")),
+        {"strides": stride, "group": groups},
+    )
     if mode == "NOTSET":
         dilation = tuple(g.rng.choice((1, 1, 2)) for _ in range(axes))
         reach = [1 + d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
@@ -162,7 +165,11 @@ def norm(g: Draft, x: Value) -> Value:
     """A batch-norm, on axis 1 wherever the channels lie."""
     width = x.sizes[1]
     numbers = [0.5 + g.numbers.random(width), g.vector(width), g.vector(width), 0.5 + g.numbers.random(width)]
-    name = g.op("BatchNormalization", [x.name, *(g.hold(array) for array in numbers)], epsilon=g.rng.choice((1e-5, 1e-3)))
+    name = g.op(
+        "BatchNormalization",
+        [x.name, *(g.hold(array) for array in numbers)],
+        epsilon=g.rng.choice((1e-5, 1e-3)),
+    )
     return Value(name, x.sizes, x.channel)
 
 
@@ -188,7 +195,9 @@ def shared(g: Draft, x: Value) -> Value:
     g.said.append(way)
     y = g.op("Tanh", [g.op("MatMul", [x.name, held])])
     if way == "measured":
-        return Value(g.op("Mul", [y, g.op("ReduceMean", [g.op("Mul", [held, held])], keepdims=0)]), x.sizes, x.channel)
+        return Value(
+            g.op("Mul", [y, g.op("ReduceMean", [g.op("Mul", [held, held])], keepdims=0)]), x.sizes, x.channel
+        )
     if way == "gemm" and len(x.sizes) == 2:
         return Value(g.op("Gemm", [y, held], transB=1), x.sizes, x.channel)
     again = g.op("Transpose", [held], perm=[1, 0]) if way == "transposed" else held
@@ -203,7 +212,9 @@ def turn(g: Draft, x: Value) -> Value:
         if x.channel == 1 and g.rng.random() < 0.6:
             return Value(g.op("Flatten", [g.op("GlobalAveragePool", [x.name])]), x.sizes[:2], 1)
         perm = (0, 2, 3, 1) if x.channel == 1 else (0, 3, 1, 2)
-        return Value(g.op("Transpose", [x.name], perm=perm), tuple(x.sizes[axis] for axis in perm), 4 - x.channel)
+        return Value(
+            g.op("Transpose", [x.name], perm=perm), tuple(x.sizes[axis] for axis in perm), 4 - x.channel
+        )
     if x.sizes[0] != -1 or g.rng.random() < 0.4:
         axis = 0 if x.sizes[0] != -1 else 3 - x.channel
         return Value(g.op("ReduceMean", [x.name], axes=[axis], keepdims=0), (-1, x.channels), 1)
@@ -236,14 +247,28 @@ INPUTS: dict[str, Value] = {
 
 
 def graph(rng: Random) -> Case:
-    """A graph with data; raises nothing, but ONNX Runtime may refuse it (some types have no kernels there)."""
-    dtype = rng.choice((TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16))
+    """A graph with data.
+
+    Raises nothing, but ONNX Runtime may refuse it (some types have no kernels there).
+    """
+    dtype = rng.choice(
+        (TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
+    )
     g = Draft(rng, dtype, np.random.default_rng(rng.randrange(2**31)))
     kind = rng.choice([kind for kind, x in INPUTS.items() if dtype != TensorProto.DOUBLE or not x.is_image])
     x = INPUTS[kind]
     y, hidden = x, []
     for _ in range(rng.choice((1, 2, 3, 4))):
-        ways = [layer, layer_and_norm, layer_and_norm, activation, residual, turn, *([shared] if y.last else []), *([norm] if y.sizes[1] != -1 else [])]
+        ways = [
+            layer,
+            layer_and_norm,
+            layer_and_norm,
+            activation,
+            residual,
+            turn,
+            *([shared] if y.last else []),
+            *([norm] if y.sizes[1] != -1 else []),
+        ]
         way = rng.choice(ways)
         g.said.append(way.__name__)
         y = way(g, y)
@@ -257,11 +282,17 @@ def graph(rng: Random) -> Case:
 
 def _case(g: Draft, kind: str, x: Value, outputs: Sequence[Value]) -> Case:
     rng = g.rng
-    fixed = rng.random() < 0.15 and x.sizes[0] == -1  # an axis of one elsewhere is not known to be that of the samples
+    fixed = (
+        rng.random() < 0.15 and x.sizes[0] == -1
+    )  # an axis of one elsewhere is not known to be that of the samples
     samples = 1 if fixed else "n"
     sizes = [samples if size == -1 else size for size in x.sizes]
     declared = [helper.make_tensor_value_info("x", g.dtype, sizes)]
-    inputs = [helper.make_tensor_value_info(name, g.dtype, array.shape) for name, array in g.weights.items() if rng.random() < 0.1]
+    inputs = [
+        helper.make_tensor_value_info(name, g.dtype, array.shape)
+        for name, array in g.weights.items()
+        if rng.random() < 0.1
+    ]
     if rng.random() < 0.3:
         rng.shuffle(g.nodes)
         g.said.append("unsorted")
@@ -278,7 +309,15 @@ def _case(g: Draft, kind: str, x: Value, outputs: Sequence[Value]) -> Case:
     data, fresh = draw(rng.choice((5, 9, 16, 24))), [draw(7), draw(1)]
     axis = x.sizes.index(-1)
     apart = [np.split(array, array.shape[axis], axis) for array in (data, *fresh)]
-    calls = [[{"x": one} for one in ones] for ones in apart] if fixed else [[{"x": array}] for array in (data, *fresh)]
+    calls = (
+        [[{"x": one} for one in ones] for ones in apart]
+        if fixed
+        else [[{"x": array}] for array in (data, *fresh)]
+    )
     text = f"{np.dtype(TYPES[g.dtype])} {kind}{sizes} {'; '.join(g.said)}; {len(inputs)} initializers are inputs; {len(outputs)} outputs"
-    dtype = {TensorProto.FLOAT: torch.float32, TensorProto.DOUBLE: torch.float64, TensorProto.FLOAT16: torch.float16}[g.dtype]
+    dtype = {
+        TensorProto.FLOAT: torch.float32,
+        TensorProto.DOUBLE: torch.float64,
+        TensorProto.FLOAT16: torch.float16,
+    }[g.dtype]
     return Case(proto, {"x": data}, calls[0], [*calls[1], *calls[2]], text, dtype)

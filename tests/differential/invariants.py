@@ -37,18 +37,31 @@ def at_full_rank(frontend: Frontend, case: Case, rng: Random) -> None:
     model = open_model(case.model, case.example)
     choices = [_whole(site, rng) for site in model.sites() if rng.random() < 0.9]
     plan = RankPlan(tuple(choice for choice in choices if choice is not None), Cost())
-    steps = "fold-batchnorm,verify" if not plan.choices or rng.random() < 0.2 else "fold-batchnorm,factorize,verify"
+    steps = (
+        "fold-batchnorm,verify"
+        if not plan.choices or rng.random() < 0.2
+        else "fold-batchnorm,factorize,verify"
+    )
     artifact = tdpass.compress(case.model, data=case.data, plan=plan, pipeline=steps, cache=False)
     for call in (*case.calls, *case.fresh):
         ours, theirs = frontend.run(case.model, call), frontend.run(artifact.model, call)
         assert list(ours) == list(theirs)
         worst = max(off(ours[name], theirs[name]) for name in ours)
-        assert worst < ROUNDING[case.dtype], f"off by {worst:.3g} at full rank, {[(c.site, c.format, c.rank) for c in plan.choices]}, {steps}"
+        assert worst < ROUNDING[case.dtype], (
+            f"off by {worst:.3g} at full rank, {[(c.site, c.format, c.rank) for c in plan.choices]}, {steps}"
+        )
 
 
 def at_a_budget(frontend: Frontend, case: Case, rng: Random, folder: Path) -> None:
-    """The report, the budget and the saved file hold what independent runs and counts find; what is refused can be had as the refusal says."""
-    bounds, formats, effort = rng.choice(BUDGETS), rng.choice(SEARCHED), rng.choice(("fast", "fast", "normal"))
+    """The report, the budget and the saved file hold what independent runs and counts find.
+
+    What is refused can be had as the refusal says.
+    """
+    bounds, formats, effort = (
+        rng.choice(BUDGETS),
+        rng.choice(SEARCHED),
+        rng.choice(("fast", "fast", "normal")),
+    )
     artifact, refusal = _compressed(case, bounds, formats, effort)
     if not open_model(case.model, case.example).sites():
         assert refusal.startswith("no site is left to compress: ")
@@ -59,15 +72,23 @@ def at_a_budget(frontend: Frontend, case: Case, rng: Random, folder: Path) -> No
     assert artifact is not None, refusal
     _counted(frontend, case, artifact)
     for measure, bound in bounds.items():
-        limit = int(bound[:-1]) if isinstance(bound, str) else bound * artifact.report.original.get(measure) + 1e-6
-        assert artifact.report.final.get(measure) <= limit, f"{measure} {artifact.report.final.get(measure)} for a bound of {bound}"
+        limit = (
+            int(bound[:-1])
+            if isinstance(bound, str)
+            else bound * artifact.report.original.get(measure) + 1e-6
+        )
+        assert artifact.report.final.get(measure) <= limit, (
+            f"{measure} {artifact.report.final.get(measure)} for a bound of {bound}"
+        )
     _measured(frontend, case, artifact)
     path = folder / f"small{frontend.suffix}"
     artifact.save(path)
     saved = frontend.loaded(path, case.model)
     for call in case.fresh:
         ours, theirs = frontend.run(artifact.model, call), frontend.run(saved, call)
-        assert all(off(ours[name], theirs[name]) < 10 * torch.finfo(case.dtype).eps for name in ours), "what was saved answers otherwise"
+        assert all(off(ours[name], theirs[name]) < 10 * torch.finfo(case.dtype).eps for name in ours), (
+            "what was saved answers otherwise"
+        )
 
 
 def _whole(site: Site, rng: Random) -> Choice | None:
@@ -80,10 +101,14 @@ def _whole(site: Site, rng: Random) -> Choice | None:
     return Choice(site.name, site.shape, Form(way.name, rank), way.cost(site, rank), dense_cost(site))
 
 
-def _compressed(case: Case, bounds: Mapping[str, Any], formats: tuple[str, ...], effort: str) -> tuple[tdpass.Artifact | None, str]:
+def _compressed(
+    case: Case, bounds: Mapping[str, Any], formats: tuple[str, ...], effort: str
+) -> tuple[tdpass.Artifact | None, str]:
     """The result, or why there is none."""
     try:
-        return tdpass.compress(case.model, dict(bounds), case.data, formats=formats, effort=effort, cache=False), ""
+        return tdpass.compress(
+            case.model, dict(bounds), case.data, formats=formats, effort=effort, cache=False
+        ), ""
     except (tdpass.BudgetError, tdpass.UsageError) as error:
         return None, str(error)
 
@@ -92,7 +117,12 @@ def _allowed(bounds: Mapping[str, Any], refusal: str) -> dict[str, Any]:
     """The smallest budget that a refusal names; where single ones can be met, the first of them."""
     if refusal.startswith("no plan meets all budgets at once"):
         return dict([next(iter(bounds.items()))])
-    measures = {measure: NAMED.search(part) for measure in bounds for part in refusal.split("; ") if f" {measure} is below" in part}
+    measures = {
+        measure: NAMED.search(part)
+        for measure in bounds
+        for part in refusal.split("; ")
+        if f" {measure} is below" in part
+    }
     (measure, found), *_ = measures.items()
     assert found is not None, refusal
     return {measure: found[1].replace(",", "") + "b"}
@@ -102,19 +132,28 @@ def _counted(frontend: Frontend, case: Case, artifact: tdpass.Artifact) -> None:
     samples = artifact.report.checks["samples"]
     for report, model in ((artifact.report.original, case.model), (artifact.report.final, artifact.model)):
         assert (report.params, report.bytes) == frontend.stored(model)
-        assert report.macs == round(frontend.macs(model, case.calls) / samples), f"{report.macs} multiply-adds reported"
+        assert report.macs == round(frontend.macs(model, case.calls) / samples), (
+            f"{report.macs} multiply-adds reported"
+        )
 
 
 def _measured(frontend: Frontend, case: Case, artifact: tdpass.Artifact) -> None:
-    reference, outputs = ([frontend.run(model, call) for call in case.calls] for model in (case.model, artifact.model))
+    reference, outputs = (
+        [frontend.run(model, call) for call in case.calls] for model in (case.model, artifact.model)
+    )
     checks, close = artifact.report.checks, {"rel": 1e-3, "abs": 10 * torch.finfo(case.dtype).eps}
     for name, value in differences(reference, outputs).items():
         assert _near(checks[name], value, close), f"{name} {checks[name]} reported, {value} found"
     measures = _measures(artifact.report.divergence, list(reference[0]))
-    found = {name: divergences(measure, [c[name] for c in reference], [c[name] for c in outputs]) for name, measure in measures.items()}
+    found = {
+        name: divergences(measure, [c[name] for c in reference], [c[name] for c in outputs])
+        for name, measure in measures.items()
+    }
     for name, values in found.items():
         said = checks["divergence" if len(found) == 1 else f"divergence[{name}]"]
-        assert any(_near(said, value, close) for value in values), f"divergence {said} of {name} ({measures[name]}) reported, {values} found"
+        assert any(_near(said, value, close) for value in values), (
+            f"divergence {said} of {name} ({measures[name]}) reported, {values} found"
+        )
 
 
 def _near(said: float, found: float, close: Mapping[str, float]) -> bool:

@@ -36,11 +36,19 @@ def divergences(measure: str, reference: Sequence[Tensor], outputs: Sequence[Ten
     dims = reference[0].dim()
     axes = [axis for axis in range(1, dims) if len({value.shape[axis] for value in reference}) == 1]
     count = DIVERGENCES[measure]
-    return [count([v.double().movedim(axis, -1) for v in reference], [v.double().movedim(axis, -1) for v in outputs]) for axis in axes]
+    return [
+        count(
+            [v.double().movedim(axis, -1) for v in reference], [v.double().movedim(axis, -1) for v in outputs]
+        )
+        for axis in axes
+    ]
 
 
 def _kl(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
-    rows = [(a.softmax(-1) * (a.log_softmax(-1) - b.log_softmax(-1))).sum(-1).flatten() for a, b in zip(reference, outputs, strict=True)]
+    rows = [
+        (a.softmax(-1) * (a.log_softmax(-1) - b.log_softmax(-1))).sum(-1).flatten()
+        for a, b in zip(reference, outputs, strict=True)
+    ]
     return float(torch.cat(rows).mean())
 
 
@@ -56,13 +64,18 @@ def _kl_bernoulli(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> flo
 
 
 def _cosine(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
-    rows = [1 - torch.cosine_similarity(a.flatten(1), b.flatten(1)) for a, b in zip(reference, outputs, strict=True)]
+    rows = [
+        1 - torch.cosine_similarity(a.flatten(1), b.flatten(1))
+        for a, b in zip(reference, outputs, strict=True)
+    ]
     return float(torch.cat(rows).mean())
 
 
 def _mse(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
     """Squared error over the variance of each channel, which is raised by a ten-thousandth of the geometric mean of those that vary."""
-    a, b = (torch.cat([value.reshape(-1, value.shape[-1]) for value in values]) for values in (reference, outputs))
+    a, b = (
+        torch.cat([value.reshape(-1, value.shape[-1]) for value in values]) for values in (reference, outputs)
+    )
     spread = a.var(0, unbiased=False) if len(a) >= 8 else a.square().mean(0)
     varying = spread[spread > 1e-8 * spread.max()]
     typical = float(varying.log().mean().exp()) if len(varying) else float(a.square().mean()) or 1.0
@@ -74,6 +87,11 @@ DIVERGENCES: Mapping[str, Callable[[Sequence[Tensor], Sequence[Tensor]], float]]
 }  # fmt: skip
 
 
-def _together(name: str, reference: Sequence[Outputs], outputs: Sequence[Outputs]) -> tuple[np.ndarray, np.ndarray]:
-    a, b = (np.concatenate([call[name].double().numpy().ravel() for call in calls]) for calls in (reference, outputs))
+def _together(
+    name: str, reference: Sequence[Outputs], outputs: Sequence[Outputs]
+) -> tuple[np.ndarray, np.ndarray]:
+    a, b = (
+        np.concatenate([call[name].double().numpy().ravel() for call in calls])
+        for calls in (reference, outputs)
+    )
     return a, b

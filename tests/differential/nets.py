@@ -31,7 +31,11 @@ class Case:
     def example(self) -> Any:
         """The first call, in torch."""
         first = self.calls[0]
-        return {name: torch.from_numpy(array) for name, array in first.items()} if isinstance(first, dict) else first
+        return (
+            {name: torch.from_numpy(array) for name, array in first.items()}
+            if isinstance(first, dict)
+            else first
+        )
 
 
 STARTS: dict[str, tuple[Sizes, ...]] = {
@@ -78,7 +82,9 @@ class Net(nn.Module):
 def net(rng: Random) -> Case:
     """A trained-looking network with data: weights of decaying spectrum, real statistics."""
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
-    dtype = rng.choice((torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16))
+    dtype = rng.choice(
+        (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    )
     with torch.random.fork_rng():
         torch.manual_seed(rng.randrange(2**31))
         model = Net(rng).eval()
@@ -92,9 +98,17 @@ def net(rng: Random) -> Case:
         x = torch.randn(samples, *model.sizes, generator=generator).to(dtype)
         return x.transpose(0, 1).contiguous() if model.time_first else x
 
-    calls, fresh = [draw(count) for count in rng.choice(((5,), (9,), (16,), (24,), (8, 3)))], [draw(7), draw(1)]
-    parts = [f"{type(block).__name__}{'' if not isinstance(block, Turned) else ' to ' + block.there.kind}" for block in model.blocks]
-    text = f"{str(dtype)[6:]} {model.kind}{[list(call.shape) for call in calls]} {', '.join(parts)}, {model.end}"
+    calls, fresh = (
+        [draw(count) for count in rng.choice(((5,), (9,), (16,), (24,), (8, 3)))],
+        [draw(7), draw(1)],
+    )
+    parts = [
+        f"{type(block).__name__}{'' if not isinstance(block, Turned) else ' to ' + block.there.kind}"
+        for block in model.blocks
+    ]
+    text = (
+        f"{str(dtype)[6:]} {model.kind}{[list(call.shape) for call in calls]} {', '.join(parts)}, {model.end}"
+    )
     data = calls if len(calls) > 1 else {"x": calls[0]} if rng.random() < 0.2 else calls[0]
     return Case(model, data, calls, fresh, text, dtype)
 

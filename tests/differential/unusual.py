@@ -46,7 +46,9 @@ def _half(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor
     return 0.5 * output
 
 
-def _twice(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+def _twice(
+    module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     return (2 * args[0], *args[1:]), kwargs
 
 
@@ -147,7 +149,11 @@ class OverPositions(Block):
 
     def build(self, here: Here, width: int) -> None:
         self.layer = here.layer(width)
-        self.way = here.rng.choice(("gru", "attention", "encoder")) if here.kind == "rows" and width % 4 == 0 else "none"
+        self.way = (
+            here.rng.choice(("gru", "attention", "encoder"))
+            if here.kind == "rows" and width % 4 == 0
+            else "none"
+        )
         makers = {
             "gru": lambda: nn.GRU(width, width, batch_first=True),
             "attention": lambda: nn.MultiheadAttention(width, 2, batch_first=True),
@@ -187,9 +193,22 @@ class Strided(Block):
             return
         axes = CHANNELS_FIRST[here.kind]
         stride, dilation = here.rng.choice((1, 2)), here.rng.choice((1, 2))
-        mode = "zeros" if min(here.sizes[1:]) <= dilation else here.rng.choice(("circular", "reflect", "replicate", "zeros"))
+        mode = (
+            "zeros"
+            if min(here.sizes[1:]) <= dilation
+            else here.rng.choice(("circular", "reflect", "replicate", "zeros"))
+        )
         cls, reach = (nn.Conv1d, nn.Conv2d)[axes - 1], dilation
-        self.layer = cls(width, width, 3, stride=stride, dilation=dilation, padding=reach, padding_mode=mode, bias=here.rng.random() < 0.5)
+        self.layer = cls(
+            width,
+            width,
+            3,
+            stride=stride,
+            dilation=dilation,
+            padding=reach,
+            padding_mode=mode,
+            bias=here.rng.random() < 0.5,
+        )
         sizes = tuple((size - 1) // stride + 1 for size in here.sizes[1:])
         self.there = Here(here.kind, (width, *sizes), here.rng)
         self.norm = self.there.maybe_norm()
@@ -201,4 +220,16 @@ class Strided(Block):
         return both[: len(x)] + self.act(both[len(x) :])
 
 
-UNUSUAL = (Hooked, Subclassed, Functional, ThroughNumpy, Experts, Wider, SharedNorm, Degenerate, OverPositions, InPlace, Strided)
+UNUSUAL = (
+    Hooked,
+    Subclassed,
+    Functional,
+    ThroughNumpy,
+    Experts,
+    Wider,
+    SharedNorm,
+    Degenerate,
+    OverPositions,
+    InPlace,
+    Strided,
+)

@@ -77,11 +77,21 @@ def test_tensor_train_of_a_convolution_with_split_channels_equals_tt_svd(rank: R
     assert our_error("tensor_train", CONV, rank) == pytest.approx(theirs, abs=1e-6)
 
 
-@pytest.mark.parametrize(("rank", "o", "i"), [((9,), (8, 6), (6, 10)), ((30,), (8, 6), (6, 10)), ((5, 6), (4, 4, 3), (3, 4, 5))])
-def test_tensor_train_of_a_linear_layer_equals_tt_svd(rank: Rank, o: tuple[int, ...], i: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("rank", "o", "i"), [((9,), (8, 6), (6, 10)), ((30,), (8, 6), (6, 10)), ((5, 6), (4, 4, 3), (3, 4, 5))]
+)
+def test_tensor_train_of_a_linear_layer_equals_tt_svd(
+    rank: Rank, o: tuple[int, ...], i: tuple[int, ...]
+) -> None:
     d = len(o)
     order = [axis for k in range(d) for axis in (k, d + k)]
-    tensor = trained(LINEAR).reshape(*o, *i).permute(order).reshape([a * b for a, b in zip(o, i, strict=True)]).numpy()
+    tensor = (
+        trained(LINEAR)
+        .reshape(*o, *i)
+        .permute(order)
+        .reshape([a * b for a, b in zip(o, i, strict=True)])
+        .numpy()
+    )
     theirs = error(tensor, tensor_train(tensor, [1, *rank, 1]).to_tensor())
     assert our_error("tensor_train", LINEAR, rank) == pytest.approx(theirs, abs=1e-6)
 
@@ -89,7 +99,10 @@ def test_tensor_train_of_a_linear_layer_equals_tt_svd(rank: Rank, o: tuple[int, 
 @pytest.mark.parametrize("rank", [4, 12, 40])
 def test_cp_is_as_good_as_parafac(rank: int) -> None:
     weight = trained(CONV).numpy()
-    theirs = error(weight, parafac(weight, rank, init="svd", n_iter_max=60, tol=0, random_state=0, l2_reg=1e-10).to_tensor())
+    theirs = error(
+        weight,
+        parafac(weight, rank, init="svd", n_iter_max=60, tol=0, random_state=0, l2_reg=1e-10).to_tensor(),
+    )
     assert our_error("cp", CONV, (rank,)) <= 1.03 * theirs
 
 

@@ -17,7 +17,14 @@ from tdpass.site import Site
 def conv(*shape: int) -> Site:
     """A convolution that keeps the size of its input."""
     axes = len(shape) - 2
-    return Site("x".join(map(str, shape)), "conv", shape, (1,) * axes, tuple((k // 2, k // 2) for k in shape[2:]), (1,) * axes)
+    return Site(
+        "x".join(map(str, shape)),
+        "conv",
+        shape,
+        (1,) * axes,
+        tuple((k // 2, k // 2) for k in shape[2:]),
+        (1,) * axes,
+    )
 
 
 def linear(*shape: int) -> Site:
@@ -53,7 +60,9 @@ each_metric = pytest.mark.parametrize("data", [False, True], ids=["without", "wi
 def weight_of(site: Site) -> Tensor:
     """A weight of one part in a few directions and another in all."""
     generator = torch.Generator().manual_seed(site.weights)
-    low = torch.randn(site.o, 4, generator=generator) @ torch.randn(4, site.weights // site.o, generator=generator)
+    low = torch.randn(site.o, 4, generator=generator) @ torch.randn(
+        4, site.weights // site.o, generator=generator
+    )
     return (low + torch.randn(low.shape, generator=generator)).reshape(site.shape)
 
 
@@ -64,32 +73,42 @@ def metric_of(site: Site, data: bool) -> Metric:
     generator, width = torch.Generator().manual_seed(1), site.weights // site.o
     reads = torch.randn(width // 2 + 2, width, generator=generator, dtype=torch.float64).relu()
     sent = torch.randn(site.o + 2, site.o, generator=generator, dtype=torch.float64)
-    return Metric(reads.T @ reads / len(reads) + 1e-3 * torch.eye(width), sent.T @ sent / len(sent), reads.mean(0))
+    return Metric(
+        reads.T @ reads / len(reads) + 1e-3 * torch.eye(width), sent.T @ sent / len(sent), reads.mean(0)
+    )
 
 
 def few_ranks(name: str, site: Site) -> list[Rank]:
     """A cheap one first, so that what is shared is made for it, then the dearest that still makes the layer smaller."""
     form = FORMATS.get(name)
-    ranks = [rank for rank in form.ranks(site) if form.cost(site, rank).params < site.weights] or list(form.ranks(site)[:1])
+    ranks = [rank for rank in form.ranks(site) if form.cost(site, rank).params < site.weights] or list(
+        form.ranks(site)[:1]
+    )
     return [ranks[len(ranks) // 4], ranks[len(ranks) // 2]]
 
 
 @each_case
 @each_metric
 @pytest.mark.parametrize("single_from", [0, math.inf], ids=["single", "double"])
-def test_factors_are_finite_and_better_than_nothing(name: str, site: Site, data: bool, single_from: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_factors_are_finite_and_better_than_nothing(
+    name: str, site: Site, data: bool, single_from: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(alternating, "_SINGLE_FROM", single_from)
     form, weight, metric = FORMATS.get(name), weight_of(site).double(), metric_of(site, data)
     shared = form.decompose(weight, site, metric)
     for rank in few_ranks(name, site):
         factors = shared.factors(rank)
-        assert all(factor.dtype == torch.float64 and bool(factor.isfinite().all()) for factor in factors.values())
+        assert all(
+            factor.dtype == torch.float64 and bool(factor.isfinite().all()) for factor in factors.values()
+        )
         assert metric.relative_error(weight, form.reconstruct(factors, site)) < 1
 
 
 @pytest.mark.parametrize("data", [False, True], ids=["without", "with"])
 @pytest.mark.parametrize("name", [name for name in offered_formats() if FORMATS.get(name).searched])
-def test_a_search_does_not_depend_on_the_precision_of_those_before_it(name: str, data: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_does_not_depend_on_the_precision_of_those_before_it(
+    name: str, data: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first rank is searched in double precision, the second in single precision, from what both share."""
     site = next(site for site in SITES if FORMATS.get(name).fits(site))
     form, weight, metric = FORMATS.get(name), weight_of(site).double(), metric_of(site, data)
@@ -105,7 +124,11 @@ def test_a_search_does_not_depend_on_the_precision_of_those_before_it(name: str,
 @each_metric
 @pytest.mark.parametrize("site", [linear(128, 96), conv(32, 16, 3, 3)], ids=lambda site: site.name)
 def test_a_site_gets_candidates_of_every_format_that_can_make_it_smaller(site: Site, data: bool) -> None:
-    found = enumerate_candidates(SiteFits(site, weight_of(site), None, metric_of(site, data)), offered_formats(), 2)
-    plain = {name for name in offered_formats() if FORMATS.get(name).fits(site) and not FORMATS.get(name).searched}
+    found = enumerate_candidates(
+        SiteFits(site, weight_of(site), None, metric_of(site, data)), offered_formats(), 2
+    )
+    plain = {
+        name for name in offered_formats() if FORMATS.get(name).fits(site) and not FORMATS.get(name).searched
+    }
     assert plain <= {candidate.format for candidate in found}
     assert all(0 <= candidate.error < 1 for candidate in found)

@@ -21,20 +21,27 @@ from tdpass.layers.factorized import Factorized
 from tdpass.ops import TorchOps
 from tdpass.site import Site
 
-# Alternating least squares may end in a poorer local optimum at a larger rank, by so much of the weight's norm.
+# Alternating least squares may end in a poorer local optimum at a larger rank, by so much of the weight's
+# norm.
 LOCAL_OPTIMUM = 0.02
 
 SITES = tuple(site for kind in KINDS for site in kind.examples())
 EXTRA_RANKS: dict[str, list[Rank]] = {"tensor_train": [(2, 3, 2), (2, 3, 3, 2), (2, 4, 5, 5, 4, 2)]}
 METRICS = ("plain", "full", "diagonal")
 CASES = [(name, site) for name in FORMATS.names() for site in SITES if FORMATS.get(name).fits(site)]
-each_case = pytest.mark.parametrize(("name", "site"), CASES, ids=[f"{name}-{site.name}" for name, site in CASES])
+each_case = pytest.mark.parametrize(
+    ("name", "site"), CASES, ids=[f"{name}-{site.name}" for name, site in CASES]
+)
 # how a weight is decomposed depends on its shape and groups alone, not on how its layer moves
 APART = {(site.shape, site.groups): site for site in reversed(SITES)}
 UNLIKE = [(name, site) for name, site in CASES if APART[site.shape, site.groups] is site]
 EXACT_CASES = [(name, site) for name, site in UNLIKE if FORMATS.get(name).exact_at_full_rank]
-each_exact_case = pytest.mark.parametrize(("name", "site"), EXACT_CASES, ids=[f"{name}-{site.name}" for name, site in EXACT_CASES])
-each_unlike_case = pytest.mark.parametrize(("name", "site"), UNLIKE, ids=[f"{name}-{site.name}" for name, site in UNLIKE])
+each_exact_case = pytest.mark.parametrize(
+    ("name", "site"), EXACT_CASES, ids=[f"{name}-{site.name}" for name, site in EXACT_CASES]
+)
+each_unlike_case = pytest.mark.parametrize(
+    ("name", "site"), UNLIKE, ids=[f"{name}-{site.name}" for name, site in UNLIKE]
+)
 each_metric = pytest.mark.parametrize("kind", METRICS)
 
 
@@ -48,23 +55,35 @@ def weight_of(site: Site) -> Tensor:
     """A weight whose spectra decay in every mode, as trained ones do."""
     weight = normal(*site.shape, seed=site.weights)
     for axis, size in enumerate(site.shape):
-        mixing = torch.linalg.qr(normal(size, size, seed=axis))[0] * torch.arange(1, size + 1, dtype=torch.float64) ** -0.7
+        mixing = (
+            torch.linalg.qr(normal(size, size, seed=axis))[0]
+            * torch.arange(1, size + 1, dtype=torch.float64) ** -0.7
+        )
         weight = torch.tensordot(weight, mixing, dims=([axis], [1])).movedim(-1, axis)
     return weight
 
 
 @functools.cache
 def metric_of(site: Site, kind: str) -> Metric:
-    """A metric with correlated inputs, one of them dead, from fewer samples than it has dimensions; or its diagonal; per group."""
+    """A metric with correlated inputs, one of them dead, from fewer samples than it has dimensions.
+
+    Or its diagonal; per group.
+    """
     each = [_metric_of_group(site, kind, group) for group in range(site.groups)]
     if site.groups == 1 or kind == "plain":
         return each[0] if site.groups == 1 else Metric(groups=site.groups)
-    return Metric(torch.stack([own.inputs for own in each]), None if kind == "diagonal" else torch.stack([own.outputs for own in each]), groups=site.groups)
+    return Metric(
+        torch.stack([own.inputs for own in each]),
+        None if kind == "diagonal" else torch.stack([own.outputs for own in each]),
+        groups=site.groups,
+    )
 
 
 def _metric_of_group(site: Site, kind: str, group: int) -> Metric:
     width, outputs = site.weights // site.o, site.o // site.groups
-    reads = torch.relu(normal(max(1, width // 2), width, seed=1 + 10 * group) @ normal(width, width, seed=2) + 1)
+    reads = torch.relu(
+        normal(max(1, width // 2), width, seed=1 + 10 * group) @ normal(width, width, seed=2) + 1
+    )
     reads[:, 0] = 0
     covariance = reads.T @ reads / len(reads)
     sent = normal(2 * outputs, outputs, seed=3 + 10 * group) @ normal(outputs, outputs, seed=4)
@@ -133,7 +152,9 @@ def test_factors_have_the_shapes_and_the_number_of_values_that_are_promised(name
         assert {key: tuple(factor.shape) for key, factor in factors.items()} == form.shapes(site, rank)
         assert all(factor.dtype == torch.float64 and factor.is_contiguous() for factor in factors.values())
         assert form.cost(site, rank).params == sum(factor.numel() for factor in factors.values())
-        assert {key: order.sort().values.tolist() for key, order in orders.items()} == {key: list(range(n)) for key, n in form.orders(site, rank).items()}
+        assert {key: order.sort().values.tolist() for key, order in orders.items()} == {
+            key: list(range(n)) for key, n in form.orders(site, rank).items()
+        }
 
 
 @each_case
@@ -152,9 +173,13 @@ def test_apply_is_the_dense_layer_with_the_rebuilt_weight(name: str, site: Site)
     for rank in some_ranks(name, site):
         factors = factors_of(name, site, "plain", rank)
         expected = apply_dense(ops, x, form.reconstruct(factors, site), bias, site)
-        torch.testing.assert_close(form.apply(ops, x, factors, bias, site, rank), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            form.apply(ops, x, factors, bias, site, rank), expected, rtol=1e-9, atol=1e-9
+        )
         without = form.apply(ops, x, factors, None, site, rank)
-        torch.testing.assert_close(without, apply_dense(ops, x, form.reconstruct(factors, site), None, site), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            without, apply_dense(ops, x, form.reconstruct(factors, site), None, site), rtol=1e-9, atol=1e-9
+        )
 
 
 @each_case
@@ -163,23 +188,36 @@ def test_rebuilt_training_has_the_gradients_of_the_chain(name: str, site: Site) 
     factors = factors_of(name, site, "plain", rank)
     found = []
     for rebuilt in (False, True):
-        module = Factorized(Layer(site, Form(name, rank), {key: factor.clone() for key, factor in factors.items()}), torch.nn.Parameter(normal(site.o, seed=6)))
+        module = Factorized(
+            Layer(site, Form(name, rank), {key: factor.clone() for key, factor in factors.items()}),
+            torch.nn.Parameter(normal(site.o, seed=6)),
+        )
         module.rebuilt = rebuilt
         y = module.train()(sample_of(site, 2))
         y.backward(normal(*y.shape, seed=7))
-        found.append([y.detach(), *(parameter.grad for parameter in module.parameters() if parameter.requires_grad)])
+        found.append(
+            [y.detach(), *(parameter.grad for parameter in module.parameters() if parameter.requires_grad)]
+        )
     for chain, dense in zip(*found, strict=True):
         torch.testing.assert_close(chain, dense, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("name", "site"), [case for case in CASES if case[1].name in ("linear", "conv2d")], ids=lambda value: getattr(value, "name", value))
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [case for case in CASES if case[1].name in ("linear", "conv2d")],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_layers_compile_without_a_break(name: str, site: Site) -> None:
     x = sample_of(site, 2)
     for rank in {len(rank): rank for rank in some_ranks(name, site)}.values():
-        module = Factorized(Layer(site, Form(name, rank), dict(factors_of(name, site, "plain", rank))), None).train()
+        module = Factorized(
+            Layer(site, Form(name, rank), dict(factors_of(name, site, "plain", rank))), None
+        ).train()
         for module.rebuilt in (False, True):
             torch._dynamo.reset()  # or what was compiled before counts as recompilation of this
-            torch.testing.assert_close(torch.compile(module, backend="eager", fullgraph=True)(x), module(x), rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(
+                torch.compile(module, backend="eager", fullgraph=True)(x), module(x), rtol=1e-9, atol=1e-9
+            )
 
 
 @each_case
@@ -187,7 +225,9 @@ def test_macs_are_those_of_a_real_call(name: str, site: Site) -> None:
     form = FORMATS.get(name)
     for rank in some_ranks(name, site):
         with FlopCounterMode(display=False) as counter:
-            form.apply(TorchOps(), sample_of(site, 1), factors_of(name, site, "plain", rank), None, site, rank)
+            form.apply(
+                TorchOps(), sample_of(site, 1), factors_of(name, site, "plain", rank), None, site, rank
+            )
         assert form.macs(site, rank) == counter.get_total_flops() // 2
 
 
@@ -233,14 +273,22 @@ def test_the_metric_pays(name: str, site: Site, kind: str) -> None:
 def test_refining_goes_on_from_the_factors_it_is_given(name: str, site: Site, kind: str) -> None:
     form, rank, metric = FORMATS.get(name), some_ranks(name, site)[:2][-1], metric_of(site, kind)
     held = {key: normal(*shape, seed=len(key)) for key, shape in form.shapes(site, rank).items()}
-    held |= {key: torch.arange(count - 1, -1, -1, dtype=torch.int32) for key, count in form.orders(site, rank).items()}
+    held |= {
+        key: torch.arange(count - 1, -1, -1, dtype=torch.int32)
+        for key, count in form.orders(site, rank).items()
+    }
     weight = form.reconstruct(held, site)
     kept = form.refine(weight, site, rank, held, metric)
     assert metric.relative_error(weight, form.reconstruct(kept, site)) < 1e-7
-    start = {key: factor + 0.03 * normal(*factor.shape, seed=9) if factor.is_floating_point() else factor for key, factor in held.items()}
+    start = {
+        key: factor + 0.03 * normal(*factor.shape, seed=9) if factor.is_floating_point() else factor
+        for key, factor in held.items()
+    }
     before = metric.relative_error(weight, form.reconstruct(start, site))
     found = form.refine(weight, site, rank, start, metric)
-    assert {key: factor.shape for key, factor in found.items()} == {key: factor.shape for key, factor in start.items()}
+    assert {key: factor.shape for key, factor in found.items()} == {
+        key: factor.shape for key, factor in start.items()
+    }
     assert metric.relative_error(weight, form.reconstruct(found, site)) < 0.5 * before
 
 
@@ -258,7 +306,8 @@ def test_equal_inputs_give_equal_factors(name: str, site: Site, kind: str) -> No
 @each_metric
 def test_degenerate_weights_give_finite_factors(name: str, site: Site, kind: str) -> None:
     form, rank = FORMATS.get(name), some_ranks(name, site)[-2:][0]
-    # A geometric sequence is a product of geometric sequences however its axis is split, so this weight has rank one in every format.
+    # A geometric sequence is a product of geometric sequences however its axis is split, so this weight has
+    # rank one in every format.
     sequences = (0.8 ** torch.arange(size, dtype=torch.float64) for size in site.shape)
     outer = functools.reduce(lambda left, right: left[..., None] * right, sequences)
     deficient = (normal(site.o, 2, seed=7) @ normal(2, site.weights // site.o, seed=8)).reshape(site.shape)
@@ -272,7 +321,12 @@ def test_degenerate_weights_give_finite_factors(name: str, site: Site, kind: str
 def test_a_rank_outside_the_limits_is_refused(name: str, site: Site) -> None:
     form = FORMATS.get(name)
     top = form.ranks(site)[-1]
-    bad = {(), (*top, *top, *top, *top, *top, *top, *top, *top, *top, 1), tuple(0 for _ in top), tuple(math.prod(site.shape) + 1 for _ in top)}
+    bad = {
+        (),
+        (*top, *top, *top, *top, *top, *top, *top, *top, *top, 1),
+        tuple(0 for _ in top),
+        tuple(math.prod(site.shape) + 1 for _ in top),
+    }
     for rank in bad - {top}:
         with pytest.raises(PlanError, match=name):
             form.factorize(weight_of(site), site, rank)

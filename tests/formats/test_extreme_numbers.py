@@ -23,7 +23,9 @@ WEIGHTS = {
     "constant": torch.ones_like,
     "huge": lambda weight: 1e30 * weight,
     "tiny": lambda weight: 1e-30 * weight,
-    "one_row": lambda weight: weight * (torch.arange(len(weight)) == 0).reshape(-1, *[1] * (weight.dim() - 1)),
+    "one_row": lambda weight: (
+        weight * (torch.arange(len(weight)) == 0).reshape(-1, *[1] * (weight.dim() - 1))
+    ),
 }
 
 
@@ -41,7 +43,9 @@ def metric_of(site: Site, kind: str) -> Metric:
 @pytest.mark.parametrize("kind", ["one", "exploding", "dead"])
 @pytest.mark.parametrize("values", list(WEIGHTS))
 def test_factors_are_finite_and_no_worse_than_nothing(name: str, site: Site, kind: str, values: str) -> None:
-    weight = WEIGHTS[values](torch.randn(site.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    weight = WEIGHTS[values](
+        torch.randn(site.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    )
     form, metric = FORMATS.get(name), metric_of(site, kind)
     ranks = form.ranks(site)
     factors = form.factorize(weight, site, ranks[len(ranks) // 3], metric)
@@ -89,8 +93,12 @@ def scaled(levels: dict[str, float]) -> nn.Module:
 @pytest.mark.parametrize("samples", [1, 40])
 @pytest.mark.parametrize("levels", [{"2": 0.0}, {"0": 1e20}, {"0": 1e18, "2": 1e18}, {"0": 1e-30}], ids=str)
 @pytest.mark.parametrize("effort", ["fast", pytest.param("normal", marks=pytest.mark.slow)])
-def test_planning_on_extreme_activations_gives_a_plan_of_finite_losses(samples: int, levels: dict[str, float], effort: str) -> None:
+def test_planning_on_extreme_activations_gives_a_plan_of_finite_losses(
+    samples: int, levels: dict[str, float], effort: str
+) -> None:
     with warnings.catch_warnings(record=True):
-        found = tdpass.make_plan(scaled(levels), {"params": 0.7}, torch.randn(samples, 16), effort=effort, cache=False)
+        found = tdpass.make_plan(
+            scaled(levels), {"params": 0.7}, torch.randn(samples, 16), effort=effort, cache=False
+        )
     assert found.plan.planned.params <= 0.7 * found.plan.original.params
     assert all(0 <= choice.loss < float("inf") and 0 <= choice.error <= 1 + 1e-6 for choice in found.plan)

@@ -38,11 +38,17 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize(("n", "r"), [(30, 1), (30, 12), (12, 12), (200, 90)])
 def test_all_rows_are_small_multiples_of_the_pivots(n: int, r: int) -> None:
-    for matrix in (normal(n, r), normal(n, r) * 10.0 ** -torch.arange(r), torch.cat([normal(n, r)[:, : r // 2], torch.zeros(n, r - r // 2)], 1)):
+    for matrix in (
+        normal(n, r),
+        normal(n, r) * 10.0 ** -torch.arange(r),
+        torch.cat([normal(n, r)[:, : r // 2], torch.zeros(n, r - r // 2)], 1),
+    ):
         pivots, coefficients = choose_pivots(matrix.double())
         assert pivots.tolist() == sorted(set(pivots.tolist()))
         rest = order_of(pivots, n)[r:]
-        assert torch.allclose(coefficients @ matrix[pivots], matrix[rest], rtol=1e-12, atol=1e-12 * float(matrix.abs().max()))
+        assert torch.allclose(
+            coefficients @ matrix[pivots], matrix[rest], rtol=1e-12, atol=1e-12 * float(matrix.abs().max())
+        )
         assert not coefficients.numel() or float(coefficients.abs().max()) <= BOUND
 
 
@@ -56,7 +62,9 @@ def test_leading_rows_that_do_not_make_up_the_others_are_refused() -> None:
 
 
 def test_every_format_of_two_or_three_layers_has_one_without_what_is_held_twice() -> None:
-    assert set(NAMES) == {name + PIVOT for name in ("svd", "channel_svd", "input_svd", "tucker2", "tensor_train")}
+    assert set(NAMES) == {
+        name + PIVOT for name in ("svd", "channel_svd", "input_svd", "tucker2", "tensor_train")
+    }
     assert {name.removesuffix(PIVOT) + LEAD for name in NAMES} <= set(FORMATS.names())
 
 
@@ -80,13 +88,17 @@ def test_a_layer_converts_there_and_back(name: str) -> None:
     fmt = FORMATS.get(name)
     for site in (site for site in SITES if fmt.fits(site)):
         rank = fmt.ranks(site)[len(fmt.ranks(site)) // 2]
-        chain = Layer(site, Form(fmt.chain.name, rank), fmt.chain.factorize(normal(*site.shape), site, rank)).to(torch.float32)
+        chain = Layer(
+            site, Form(fmt.chain.name, rank), fmt.chain.factorize(normal(*site.shape), site, rank)
+        ).to(torch.float32)
         spared = chain.converted(name)
         assert spared.form == Form(name, rank)
         scale = float(chain.reconstruct().norm())
         assert float((spared.reconstruct() - chain.reconstruct()).norm()) < 1e-5 * scale
         again = spared.converted(fmt.chain.name)
-        assert {key: factor.shape for key, factor in again.factors.items()} == {key: factor.shape for key, factor in chain.factors.items()}
+        assert {key: factor.shape for key, factor in again.factors.items()} == {
+            key: factor.shape for key, factor in chain.factors.items()
+        }
         assert float((again.reconstruct() - chain.reconstruct()).norm()) < 1e-5 * scale
 
 
@@ -97,11 +109,18 @@ def test_leading_channels_need_no_order(name: str) -> None:
     for site in (site for site in SITES if fmt.fits(site)):
         rank = fmt.ranks(site)[len(fmt.ranks(site)) // 2]
         factors = fmt.factorize(normal(*site.shape), site, rank)
-        unordered = {key: torch.arange(len(factor), dtype=torch.int32) if key in fmt.orders(site, rank) else factor for key, factor in factors.items()}
+        unordered = {
+            key: torch.arange(len(factor), dtype=torch.int32) if key in fmt.orders(site, rank) else factor
+            for key, factor in factors.items()
+        }
         ordered = Layer(site, Form(name, rank), unordered, normal(site.o))
         layer = ordered.converted(lead.name)
         assert lead.orders(site, rank) == {}
-        assert {key: tuple(factor.shape) for key, factor in layer.factors.items()} == lead.shapes(site, rank) == fmt.shapes(site, rank)
+        assert (
+            {key: tuple(factor.shape) for key, factor in layer.factors.items()}
+            == lead.shapes(site, rank)
+            == fmt.shapes(site, rank)
+        )
         x = torch.randn(KINDS.get(site.kind).sample(site, 2), dtype=torch.float64)
         torch.testing.assert_close(layer(x), ordered(x), rtol=1e-9, atol=1e-9)
 
@@ -159,8 +178,15 @@ def graph(module: Net, opset: int = 17) -> onnx.ModelProto:
         state[name] = np.ascontiguousarray(state[name].T)
     constants = [numpy_helper.from_array(array, name) for name, array in state.items()]
     constants.append(numpy_helper.from_array(np.array([0, 8, 64]), "whole"))
-    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n, shape in (("x", ["N", 6, 8, 8]), ("y", ["N", 10])))
-    return helper.make_model(helper.make_graph(nodes, "g", [x], [y], constants), opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    x, y = (
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, shape)
+        for n, shape in (("x", ["N", 6, 8, 8]), ("y", ["N", 10]))
+    )
+    return helper.make_model(
+        helper.make_graph(nodes, "g", [x], [y], constants),
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=8,
+    )
 
 
 def put(model: Model, name: str, numbers: tuple[str, ...] = ()) -> list[Layer]:
@@ -170,7 +196,12 @@ def put(model: Model, name: str, numbers: tuple[str, ...] = ()) -> list[Layer]:
         fmt = FORMATS.get(name)
         if fmt.fits(site):
             rank = fmt.ranks(site)[len(fmt.ranks(site)) // 2]
-            plain = Layer(site, Form(name, rank), fmt.factorize(model.weight(site.name), site, rank), model.bias(site.name)).to(torch.float32)
+            plain = Layer(
+                site,
+                Form(name, rank),
+                fmt.factorize(model.weight(site.name), site, rank),
+                model.bias(site.name),
+            ).to(torch.float32)
             layers.append(plain.stored(Form(name, rank, numbers)))
             model.replace(site.name, layers[-1])
     return layers
@@ -183,7 +214,9 @@ def run(model: Model) -> Tensor:
 
 @pytest.mark.parametrize("numbers", [(), ("int8",), ("float16",)])
 @pytest.mark.parametrize("name", NAMES)
-def test_both_front_ends_count_run_save_and_load_it(name: str, numbers: tuple[str, ...], tmp_path: Path) -> None:
+def test_both_front_ends_count_run_save_and_load_it(
+    name: str, numbers: tuple[str, ...], tmp_path: Path
+) -> None:
     module = net()
     model, onnx_side = open_model(copy.deepcopy(module)), open_model(graph(module))
     assert isinstance(model, TorchModel)
@@ -192,8 +225,12 @@ def test_both_front_ends_count_run_save_and_load_it(name: str, numbers: tuple[st
     layers = put(model, name, numbers)
     assert layers
     put(onnx_side, name, numbers)
-    assert model.params() == params + sum(cost_of(layer.site, layer.form).params - before[layer.site.name].params for layer in layers)
-    assert model.bytes() == size + sum(cost_of(layer.site, layer.form).bytes - before[layer.site.name].bytes for layer in layers)
+    assert model.params() == params + sum(
+        cost_of(layer.site, layer.form).params - before[layer.site.name].params for layer in layers
+    )
+    assert model.bytes() == size + sum(
+        cost_of(layer.site, layer.form).bytes - before[layer.site.name].bytes for layer in layers
+    )
     assert (onnx_side.params(), onnx_side.bytes()) == (model.params(), model.bytes())
     torch.testing.assert_close(run(onnx_side), run(model), rtol=1e-4, atol=1e-5)
     save_module(model.module, tmp_path / "net.safetensors", {})
@@ -215,7 +252,9 @@ def test_every_opset_runs_it(opset: int, ending: str, tmp_path: Path) -> None:
         rank = fmt.ranks(site)[0]
         weight = fmt.chain.reconstruct(fmt.chain.factorize(model.weight(site.name), site, rank), site)
         long = weight if ending == PIVOT else _with_leading_pivots(weight, rank)
-        layer = Layer(site, Form(fmt.chain.name, rank), fmt.chain.factorize(long, site, rank), model.bias(site.name)).to(torch.float32)
+        layer = Layer(
+            site, Form(fmt.chain.name, rank), fmt.chain.factorize(long, site, rank), model.bias(site.name)
+        ).to(torch.float32)
         model.replace(site.name, layer.converted(fmt.name))
         expected[site.name] = layer.reconstruct()
     for name, weight in expected.items():
@@ -241,12 +280,25 @@ def test_plans_price_it_and_the_pass_makes_it(frontend: str, tmp_path: Path) -> 
     source = net() if frontend == "torch" else graph(net())
     data = [inputs(), inputs() + 0.1]
     steps = "plan{pivot=true},factorize,correct-bias,refit,verify"
-    asked = tdpass.compress(source, budget={"macs": 0.5}, data=data, formats=("svd", "tucker2"), pipeline=steps)
+    asked = tdpass.compress(
+        source, budget={"macs": 0.5}, data=data, formats=("svd", "tucker2"), pipeline=steps
+    )
     assert any(choice.format.endswith(PIVOT) for choice in asked.plan)
     assert asked.report.final.macs <= 0.5 * asked.report.original.macs
-    after = tdpass.compress(source, budget={"macs": 0.5}, data=data, formats=("svd", "tucker2"),
-                            pipeline="plan,factorize,correct-bias,refit,pivot{measure=false},verify")
-    plain = tdpass.compress(source, budget={"macs": 0.5}, data=data, formats=("svd", "tucker2"), pipeline="plan,factorize,correct-bias,refit,verify")
+    after = tdpass.compress(
+        source,
+        budget={"macs": 0.5},
+        data=data,
+        formats=("svd", "tucker2"),
+        pipeline="plan,factorize,correct-bias,refit,pivot{measure=false},verify",
+    )
+    plain = tdpass.compress(
+        source,
+        budget={"macs": 0.5},
+        data=data,
+        formats=("svd", "tucker2"),
+        pipeline="plan,factorize,correct-bias,refit,verify",
+    )
     changed = [choice for choice in after.plan if choice.format.endswith((PIVOT, LEAD))]
     assert changed
     assert after.report.final.params == after.plan.planned.params < plain.report.final.params
@@ -258,8 +310,13 @@ def test_plans_price_it_and_the_pass_makes_it(frontend: str, tmp_path: Path) -> 
 
 
 def test_what_is_stored_in_other_numbers_is_left_and_said(tmp_path: Path) -> None:
-    result = tdpass.compress(net(), budget={"bytes": 0.4}, data=[inputs()], formats=("svd", "tucker2"),
-                             pipeline="plan{numbers=int8},factorize,pivot{measure=false},verify")
+    result = tdpass.compress(
+        net(),
+        budget={"bytes": 0.4},
+        data=[inputs()],
+        formats=("svd", "tucker2"),
+        pipeline="plan{numbers=int8},factorize,pivot{measure=false},verify",
+    )
     encoded = [choice.site for choice in result.plan if choice.form.encoded and choice.format != "dense"]
     assert all("pivot before that" in result.report.declined[site] for site in encoded)
     assert math.isfinite(result.report.final.bytes)
@@ -268,25 +325,58 @@ def test_what_is_stored_in_other_numbers_is_left_and_said(tmp_path: Path) -> Non
 @pytest.mark.parametrize("frontend", ["torch", "onnx"])
 def test_the_layer_behind_takes_the_order_where_it_alone_reads(frontend: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(40, 24), nn.ReLU(), nn.Linear(24, 30), nn.ReLU(), nn.Linear(30, 6)).eval()
+    module = nn.Sequential(
+        nn.Linear(40, 24), nn.ReLU(), nn.Linear(24, 30), nn.ReLU(), nn.Linear(30, 6)
+    ).eval()
     x = torch.randn(64, 40, generator=torch.Generator().manual_seed(2))
-    made = [helper.make_node("Gemm", [f"h{k}", f"{2 * k}.weight", f"{2 * k}.bias"], [f"g{k}"], transB=1) for k in range(3)]
-    nodes = [made[0], helper.make_node("Relu", ["g0"], ["h1"]), made[1], helper.make_node("Relu", ["g1"], ["h2"]), made[2]]
+    made = [
+        helper.make_node("Gemm", [f"h{k}", f"{2 * k}.weight", f"{2 * k}.bias"], [f"g{k}"], transB=1)
+        for k in range(3)
+    ]
+    nodes = [
+        made[0],
+        helper.make_node("Relu", ["g0"], ["h1"]),
+        made[1],
+        helper.make_node("Relu", ["g1"], ["h2"]),
+        made[2],
+    ]
     constants = [numpy_helper.from_array(value.numpy(), name) for name, value in module.state_dict().items()]
-    ends = (helper.make_tensor_value_info("h0", TensorProto.FLOAT, ["N", 40]), helper.make_tensor_value_info("g2", TensorProto.FLOAT, ["N", 6]))
+    ends = (
+        helper.make_tensor_value_info("h0", TensorProto.FLOAT, ["N", 40]),
+        helper.make_tensor_value_info("g2", TensorProto.FLOAT, ["N", 6]),
+    )
     onnx_graph = helper.make_graph(nodes, "g", [ends[0]], [ends[1]], constants)
-    source = module if frontend == "torch" else helper.make_model(onnx_graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    plain = tdpass.compress(source, budget={"params": 0.6}, data=x, formats=("svd",), pipeline="plan,factorize,verify", strict=False)
-    led = tdpass.compress(source, plan=plain.plan, data=x, pipeline="factorize,pivot{measure=false},verify", strict=False)
+    source = (
+        module
+        if frontend == "torch"
+        else helper.make_model(onnx_graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    )
+    plain = tdpass.compress(
+        source,
+        budget={"params": 0.6},
+        data=x,
+        formats=("svd",),
+        pipeline="plan,factorize,verify",
+        strict=False,
+    )
+    led = tdpass.compress(
+        source, plan=plain.plan, data=x, pipeline="factorize,pivot{measure=false},verify", strict=False
+    )
     forms = [choice.format for choice in led.plan]
     assert f"svd{LEAD}" in forms
     assert led.report.final.params == led.plan.planned.params < plain.report.final.params
     batch = Batch((x,)) if frontend == "torch" else Batch((), {"h0": x})
     answers = [made.opened.run(batch) for made in (plain, led)]
-    first, second = (answer if isinstance(answer, Tensor) else next(iter(answer.values())) for answer in answers)
+    first, second = (
+        answer if isinstance(answer, Tensor) else next(iter(answer.values())) for answer in answers
+    )
     torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-5)
     led.save(tmp_path / ("led.safetensors" if frontend == "torch" else "led.onnx"))
     if frontend == "torch":
         fresh = copy.deepcopy(module)
-        torch.testing.assert_close(tdpass.load(tmp_path / "led.safetensors", fresh).eval()(x), second, rtol=1e-5, atol=1e-6)
-    assert led.report.checks["divergence"] == pytest.approx(plain.report.checks["divergence"], rel=1e-3, abs=1e-7)
+        torch.testing.assert_close(
+            tdpass.load(tmp_path / "led.safetensors", fresh).eval()(x), second, rtol=1e-5, atol=1e-6
+        )
+    assert led.report.checks["divergence"] == pytest.approx(
+        plain.report.checks["divergence"], rel=1e-3, abs=1e-7
+    )

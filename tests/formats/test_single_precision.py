@@ -20,7 +20,11 @@ def weight() -> Tensor:
     generator = torch.Generator().manual_seed(0)
     core = torch.randn(96, 112, 3, 3, generator=generator, dtype=torch.float64)
     scales = (torch.arange(1, size + 1).double() ** -0.7 for size in core.shape[:2])
-    mixed = (torch.linalg.qr(torch.randn(len(scale), len(scale), generator=generator, dtype=torch.float64))[0] * scale for scale in scales)
+    mixed = (
+        torch.linalg.qr(torch.randn(len(scale), len(scale), generator=generator, dtype=torch.float64))[0]
+        * scale
+        for scale in scales
+    )
     return torch.einsum("oihw,po,qi->pqhw", core, *mixed)
 
 
@@ -33,7 +37,9 @@ def error(name: str, rank: Rank, kernel: Tensor) -> float:
 
 @pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25])
 @pytest.mark.parametrize(("name", "rank"), CASES)
-def test_the_error_is_that_of_double_precision(name: str, rank: Rank, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_is_that_of_double_precision(
+    name: str, rank: Rank, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kernel = weight()
     found = error(name, rank, scale * kernel)
     monkeypatch.setattr(alternating, "_SINGLE_FROM", math.inf)
@@ -41,7 +47,9 @@ def test_the_error_is_that_of_double_precision(name: str, rank: Rank, scale: flo
 
 
 @pytest.mark.parametrize(("name", "rank"), CASES)
-def test_a_tensor_that_the_format_can_hold_is_found_as_well_as_in_double_precision(name: str, rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensor_that_the_format_can_hold_is_found_as_well_as_in_double_precision(
+    name: str, rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
     form, half = FORMATS.get(name), (rank[0] // 2, *(size // 2 for size in rank[1:]))
     kernel = form.reconstruct(form.decompose(weight(), SITE, Metric()).factors(half), SITE)
     found = error(name, rank, kernel)

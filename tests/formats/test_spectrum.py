@@ -30,7 +30,10 @@ def moment(size: int, seed: int) -> Tensor:
 def test_factors_are_those_of_the_exact_whitened_svd(shape: tuple[int, int], diagonal: bool) -> None:
     weight, c, g = normal(*shape, seed=0), moment(shape[1], 1), moment(shape[0], 2)
     metric = Metric(c.diagonal() if diagonal else c, g)
-    (left, left_inverse), (right, right_inverse) = symmetric_roots(g), symmetric_roots(torch.diag(c.diagonal()) if diagonal else c)
+    (left, left_inverse), (right, right_inverse) = (
+        symmetric_roots(g),
+        symmetric_roots(torch.diag(c.diagonal()) if diagonal else c),
+    )
     u, s, v = torch.linalg.svd(left @ weight @ right, full_matrices=False)
     found = WeightedSvd(weight, metric)
     for rank in (1, 5, 12):
@@ -49,4 +52,6 @@ def test_a_layer_of_low_rank_takes_seconds_however_wide_one_side_is(shape: tuple
     start = time.process_time()
     factors = FORMATS.get("svd").factorize(weight, site, (60,), metric)
     assert time.process_time() - start < 30
-    assert metric.relative_error(weight, factors["u"] @ factors["v"]) == pytest.approx(WeightedSvd(weight, metric).relative_error(60), abs=1e-6)
+    assert metric.relative_error(weight, factors["u"] @ factors["v"]) == pytest.approx(
+        WeightedSvd(weight, metric).relative_error(60), abs=1e-6
+    )

@@ -36,12 +36,22 @@ def randn(*shape: int) -> Tensor:
 def arguments(op: Op, case: Case, dtype: torch.dtype) -> list[Any]:
     """The arguments with activations of that type."""
     names = [argument.name for argument in op.call._schema.arguments]
-    return [arg.to(dtype) if name in ACTIVATIONS and isinstance(arg, Tensor) else arg for name, arg in zip(names, case.args, strict=True)]
+    return [
+        arg.to(dtype) if name in ACTIVATIONS and isinstance(arg, Tensor) else arg
+        for name, arg in zip(names, case.args, strict=True)
+    ]
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], args: Sequence[Any]) -> list[Any]:
     """The arguments with every tensor replaced."""
-    return [function(arg) if isinstance(arg, Tensor) else [function(each) for each in arg] if is_tensors(arg) else arg for arg in args]
+    return [
+        function(arg)
+        if isinstance(arg, Tensor)
+        else [function(each) for each in arg]
+        if is_tensors(arg)
+        else arg
+        for arg in args
+    ]
 
 
 def is_tensors(arg: object) -> bool:
@@ -50,7 +60,11 @@ def is_tensors(arg: object) -> bool:
 
 def exact(op: Op, args: Sequence[Any]) -> tuple[Tensor, ...]:
     """The reference in float64 on these very numbers."""
-    return as_tuple(op.reference(*map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, args)))
+    return as_tuple(
+        op.reference(
+            *map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, args)
+        )
+    )
 
 
 def run_native(op: Op, args: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -72,35 +86,63 @@ def assert_close(got: Sequence[Tensor], wanted: Sequence[Tensor], dtype: torch.d
             assert error <= TOLERANCE[dtype], f"relative error {error:.2e}"
 
 
-# Geometries beyond a bottleneck: steps, dilation, uneven padding, groups of odd and even size, every channel by itself.
+# Geometries beyond a bottleneck: steps, dilation, uneven padding, groups of odd and even size, every channel
+# by itself.
 CHAINS = {
-    "spatial": (Stage(8, 6, 1, (3, 1), (2, 1), (1, 0), (1, 0)), Stage(6, 8, 1, (1, 3), (1, 2), (0, 1), (0, 1))),
-    "cp": (Stage(5, 19), Stage(19, 19, 19, (5, 1), (1, 1), (2, 0), (2, 0)), Stage(19, 19, 19, (1, 3), (1, 1), (0, 0), (0, 2)), Stage(19, 4)),
+    "spatial": (
+        Stage(8, 6, 1, (3, 1), (2, 1), (1, 0), (1, 0)),
+        Stage(6, 8, 1, (1, 3), (1, 2), (0, 1), (0, 1)),
+    ),
+    "cp": (
+        Stage(5, 19),
+        Stage(19, 19, 19, (5, 1), (1, 1), (2, 0), (2, 0)),
+        Stage(19, 19, 19, (1, 3), (1, 1), (0, 0), (0, 2)),
+        Stage(19, 4),
+    ),
     "grouped": (Stage(8, 12, 2, (3, 3), (1, 1), (2, 2), (2, 2), (2, 2)), Stage(12, 21, 3), Stage(21, 6, 3)),
     "depthwise": (Stage(17, 17, 17, (3, 3), (2, 2), (1, 1), (1, 1)),),
     "wide": (Stage(40, 70, 1, (2, 3), (1, 1), (1, 0), (0, 2)),),
 }
 # What pairs of bfloat16 are summed for is bfloat16 alone.
-DTYPES_OF: dict[Lanes, tuple[torch.dtype, ...]] = {"channels": BOTH, "pixels": BOTH, "pairs": (torch.bfloat16,)}
+DTYPES_OF: dict[Lanes, tuple[torch.dtype, ...]] = {
+    "channels": BOTH,
+    "pixels": BOTH,
+    "pairs": (torch.bfloat16,),
+}
 
 
 def conv_chain_cases() -> Iterator[Case]:
     for lanes, dtypes in DTYPES_OF.items():
         for channels, rank, size in ((1, 1, (5, 5)), (3, 2, (9, 16)), (17, 5, (4, 4)), (33, 16, (8, 33))):
-            stages = (Stage(channels, rank), Stage(rank, rank, 1, (3, 3), (1, 1), (1, 1), (1, 1)), Stage(rank, channels))
+            stages = (
+                Stage(channels, rank),
+                Stage(rank, rank, 1, (3, 3), (1, 1), (1, 1), (1, 1)),
+                Stage(rank, channels),
+            )
             weights = [stage.pack(randn(*stage.shape), lanes) for stage in stages]
             integers = [value for stage in stages for value in stage.integers()]
             x, name = randn(2, channels, *size), f"{lanes}-{channels}-{rank}"
-            yield Case(name, (x, weights, randn(channels), torch.randn_like(x), integers, "relu", lanes), dtypes)
+            yield Case(
+                name, (x, weights, randn(channels), torch.randn_like(x), integers, "relu", lanes), dtypes
+            )
             yield Case(f"{name}-empty", (x[:0], weights, None, None, integers, "identity", lanes), dtypes)
         for name, stages in CHAINS.items():
             weights = [stage.pack(randn(*stage.shape), lanes) for stage in stages]
             integers = [value for stage in stages for value in stage.integers()]
             x = randn(2, stages[0].inputs, 11, 18)
-            for memory_format, activation in ((torch.contiguous_format, "identity"), (torch.channels_last, "silu")):
+            for memory_format, activation in (
+                (torch.contiguous_format, "identity"),
+                (torch.channels_last, "silu"),
+            ):
                 placed = x.contiguous(memory_format=memory_format)
-                residual = torch.randn_like(conv_chain.fake(placed, weights, None, None, integers, "identity", lanes))
-                yield Case(f"{lanes}-{name}-{activation}", (placed, weights, randn(stages[-1].outputs), residual, integers, activation, lanes), dtypes)
+                residual = torch.randn_like(
+                    conv_chain.fake(placed, weights, None, None, integers, "identity", lanes)
+                )
+                yield Case(
+                    f"{lanes}-{name}-{activation}",
+                    (placed, weights, randn(stages[-1].outputs), residual, integers, activation, lanes),
+                    dtypes,
+                )
 
 
 def linear_chain_cases() -> Iterator[Case]:
@@ -110,7 +152,11 @@ def linear_chain_cases() -> Iterator[Case]:
             weights = [stage.pack(randn(*stage.shape), lanes) for stage in linear_chain.stages_of(widths)]
             for tokens in (0, 1, 5, 16, 33):
                 x, bias, residual = randn(tokens, widths[0]), randn(widths[-1]), randn(tokens, widths[-1])
-                yield Case(f"{lanes}-{widths}-{tokens}", (x, weights, bias, residual, list(widths), "gelu"), DTYPES_OF[lanes])
+                yield Case(
+                    f"{lanes}-{widths}-{tokens}",
+                    (x, weights, bias, residual, list(widths), "gelu"),
+                    DTYPES_OF[lanes],
+                )
 
 
 PROGRAMS = {
@@ -128,11 +174,24 @@ PROGRAMS = {
 
 def tensor_chain_cases() -> Iterator[Case]:
     for name, steps in PROGRAMS.items():
-        weights = [step.pack(randn(step.a if step.batched else 1, step.k, step.o, step.r) / step.k**0.5) for step in steps]
+        weights = [
+            step.pack(randn(step.a if step.batched else 1, step.k, step.o, step.r) / step.k**0.5)
+            for step in steps
+        ]
         integers = [value for step in steps for value in step.integers()]
         inputs, outputs = steps[0].inputs, steps[-1].outputs
         for tokens, activation in ((0, "identity"), (1, "relu"), (5, "silu"), (16, "gelu"), (33, "identity")):
-            yield Case(f"{name}-{tokens}", (randn(tokens, inputs), weights, randn(outputs), randn(tokens, outputs), integers, activation))
+            yield Case(
+                f"{name}-{tokens}",
+                (
+                    randn(tokens, inputs),
+                    weights,
+                    randn(outputs),
+                    randn(tokens, outputs),
+                    integers,
+                    activation,
+                ),
+            )
         yield Case(f"{name}-plain", (randn(2, 3, inputs), weights, None, None, integers, "identity"))
 
 
@@ -148,9 +207,22 @@ def sparse_linear_cases() -> Iterator[Case]:
     for width in sparse.CYCLES:
         for o, i in ((1, 1), (3, 17), (33, 50), (70, 3)):
             blocks, bias = sparse.pack(sparse_weight(o, i), width), randn(o)
-            for tokens, activation in ((0, "identity"), (1, "relu"), (5, "silu"), (16, "gelu"), (33, "identity"), (200, "relu")):
-                yield Case(f"{width}-{o}x{i}-{tokens}", (randn(tokens, i), *blocks, bias, randn(tokens, o), o, activation))
-        yield Case(f"{width}-zero", (randn(2, 3, 4), *sparse.pack(torch.zeros(5, 4), width), None, None, 5, "identity"))
+            for tokens, activation in (
+                (0, "identity"),
+                (1, "relu"),
+                (5, "silu"),
+                (16, "gelu"),
+                (33, "identity"),
+                (200, "relu"),
+            ):
+                yield Case(
+                    f"{width}-{o}x{i}-{tokens}",
+                    (randn(tokens, i), *blocks, bias, randn(tokens, o), o, activation),
+                )
+        yield Case(
+            f"{width}-zero",
+            (randn(2, 3, 4), *sparse.pack(torch.zeros(5, 4), width), None, None, 5, "identity"),
+        )
 
 
 SPARSE_STAGES = {
@@ -167,21 +239,48 @@ def sparse_conv2d_cases() -> Iterator[Case]:
     for width in sparse.CYCLES:
         for name, stage in SPARSE_STAGES.items():
             blocks, bias = sparse.pack(sparse_weight(*stage.shape), width), randn(stage.outputs)
-            for memory_format, activation in ((torch.contiguous_format, "relu"), (torch.channels_last, "silu")):
+            for memory_format, activation in (
+                (torch.contiguous_format, "relu"),
+                (torch.channels_last, "silu"),
+            ):
                 x = randn(2, stage.inputs, 9, 21).contiguous(memory_format=memory_format)
                 y = torch.empty((2, stage.outputs, *stage.output_size((9, 21))), memory_format=memory_format)
                 args = (x, *blocks, bias, torch.randn_like(y), stage.integers(), activation)
                 yield Case(f"{width}-{name}-{activation}", args)
             yield Case(f"{width}-{name}-empty", (x[:0], *blocks, None, None, stage.integers(), "identity"))
-    wide = Stage(64, 16, 1, (3, 3), (1, 1), (1, 1), (1, 1))  # rows are cut where a band of whole rows would not fit the cache
-    yield Case("bands", (randn(1, 64, 4, 700), *sparse.pack(sparse_weight(*wide.shape), 8), None, None, wide.integers(), "identity"))
+    wide = Stage(
+        64, 16, 1, (3, 3), (1, 1), (1, 1), (1, 1)
+    )  # rows are cut where a band of whole rows would not fit the cache
+    yield Case(
+        "bands",
+        (
+            randn(1, 64, 4, 700),
+            *sparse.pack(sparse_weight(*wide.shape), 8),
+            None,
+            None,
+            wide.integers(),
+            "identity",
+        ),
+    )
 
 
 def _cells(gates: int) -> Iterator[tuple[str, tuple[Tensor, ...], Tensor, tuple[Tensor, Tensor]]]:
-    for steps, batch, hidden, rank in ((1, 1, 1, 1), (5, 1, 17, 3), (4, 3, 33, 17), (3, 7, 16, 1), (2, 0, 8, 4), (6, 2, 64, 33)):
+    for steps, batch, hidden, rank in (
+        (1, 1, 1, 1),
+        (5, 1, 17, 3),
+        (4, 3, 33, 17),
+        (3, 7, 16, 1),
+        (2, 0, 8, 4),
+        (6, 2, 64, 33),
+    ):
         v, u = randn(rank, hidden) / hidden**0.5, randn(gates * hidden, rank) / rank**0.5
         packed = (randn(steps, batch, gates * hidden), recurrent.pack_v(v), recurrent.pack_u(u, gates))
-        yield f"{steps}-{batch}-{hidden}-{rank}", packed, randn(gates * hidden), (randn(batch, hidden), randn(batch, hidden))
+        yield (
+            f"{steps}-{batch}-{hidden}-{rank}",
+            packed,
+            randn(gates * hidden),
+            (randn(batch, hidden), randn(batch, hidden)),
+        )
 
 
 def low_rank_lstm_cases() -> Iterator[Case]:

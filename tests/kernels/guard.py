@@ -1,6 +1,7 @@
 """Tensors that touch an inaccessible page, so that a kernel that reads or writes past them is stopped by the machine.
 
-`python guard.py [operator ...]` runs every case with everything it reads and writes guarded at the end, then at the start.
+`python guard.py [operator ...]` runs every case with everything it reads and writes guarded at the end, then
+at the start.
 """
 
 from __future__ import annotations
@@ -30,7 +31,12 @@ class Guarded:
         self.side = side
         self.maps: list[tuple[mmap.mmap, int, int]] = []
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    def empty(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Tensor:
         """An uninitialized tensor, in that memory format."""
         like = _EMPTY(shape, dtype=dtype, memory_format=memory_format, device="meta")
         size, page = like.numel() * dtype.itemsize, mmap.PAGESIZE
@@ -48,8 +54,14 @@ class Guarded:
 
     def copy(self, tensor: Tensor) -> Tensor:
         """The tensor without gaps, its order of axes kept."""
-        last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
-        return self.empty(tuple(tensor.shape), tensor.dtype, torch.channels_last if last else torch.contiguous_format).copy_(tensor)
+        last = (
+            tensor.dim() == 4
+            and tensor.is_contiguous(memory_format=torch.channels_last)
+            and not tensor.is_contiguous()
+        )
+        return self.empty(
+            tuple(tensor.shape), tensor.dtype, torch.channels_last if last else torch.contiguous_format
+        ).copy_(tensor)
 
     def close(self) -> None:
         """Open the pages again; the memory goes with the last tensor."""
@@ -60,7 +72,13 @@ class Guarded:
     def outputs(self) -> Iterator[None]:
         """Within it, what torch allocates by `torch.empty`, `new_empty` and `clone` is guarded too."""
 
-        def empty(size: Any, *, dtype: torch.dtype = torch.float32, memory_format: Any = torch.contiguous_format, **_: object) -> Tensor:
+        def empty(
+            size: Any,
+            *,
+            dtype: torch.dtype = torch.float32,
+            memory_format: Any = torch.contiguous_format,
+            **_: object,
+        ) -> Tensor:
             return self.empty(tuple(size), dtype, memory_format)
 
         def new_empty(tensor: Tensor, size: Any) -> Tensor:
@@ -69,7 +87,11 @@ class Guarded:
         def clone(tensor: Tensor, **_: object) -> Tensor:
             return self.copy(tensor)
 
-        with mock.patch("torch.empty", empty), mock.patch.object(Tensor, "new_empty", new_empty), mock.patch.object(Tensor, "clone", clone):
+        with (
+            mock.patch("torch.empty", empty),
+            mock.patch.object(Tensor, "new_empty", new_empty),
+            mock.patch.object(Tensor, "clone", clone),
+        ):
             yield
 
 

@@ -1,7 +1,7 @@
 """Every operator called wrongly in every way that can be generated from a right call.
 
-`python misuse.py [operator ...]` tries each; a call either raises, or answers what the reference answers.  It prints what it tries,
-so that the last line tells what crashed.
+`python misuse.py [operator ...]` tries each; a call either raises, or answers what the reference answers.  It
+prints what it tries, so that the last line tells what crashed.
 """
 
 from __future__ import annotations
@@ -42,12 +42,20 @@ def _changed(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif value and isinstance(value[0], Tensor):
         yield "none", []
         yield "one more", [*value, value[-1]]
-        yield from ((f"[{k}] {what}", [*value[:k], other, *value[k + 1 :]]) for k, each in enumerate(value) for what, other in _tensors(each))
+        yield from (
+            (f"[{k}] {what}", [*value[:k], other, *value[k + 1 :]])
+            for k, each in enumerate(value)
+            for what, other in _tensors(each)
+        )
     else:
         yield "none", []
         yield "one fewer", value[:-1]
         yield "one more", [*value, 1]
-        yield from ((f"[{k}] = {other}", [*value[:k], other, *value[k + 1 :]]) for k in range(len(value)) for other in INTEGERS)
+        yield from (
+            (f"[{k}] = {other}", [*value[:k], other, *value[k + 1 :]])
+            for k in range(len(value))
+            for other in INTEGERS
+        )
 
 
 def _tensors(value: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -86,7 +94,14 @@ def agree(got: tuple[Tensor, ...] | None, wanted: tuple[Tensor, ...] | None) -> 
     if got is None or wanted is None:
         return got is None
     return all(
-        a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-4 * float(b.abs().max()) if b.numel() else 0, equal_nan=True)
+        a.shape == b.shape
+        and torch.allclose(
+            a.double(),
+            b.double(),
+            rtol=1e-4,
+            atol=1e-4 * float(b.abs().max()) if b.numel() else 0,
+            equal_nan=True,
+        )
         for a, b in zip(got, wanted, strict=True)
     )
 
@@ -119,7 +134,11 @@ def main(names: list[str]) -> int:
     wrong = 0
     for name in names or CASES:
         op = OPS.get(name)
-        case = next(case for case in cases_of(name) if "empty" not in case.name and "-0" not in case.name and torch.float32 in case.dtypes)
+        case = next(
+            case
+            for case in cases_of(name)
+            if "empty" not in case.name and "-0" not in case.name and torch.float32 in case.dtypes
+        )
         right = arguments(op, case, torch.float32)
         for what, args in misuses(op, right):
             sys.stdout.write(f"{name} {case.name}: {what}\n")

@@ -28,14 +28,27 @@ def _stage(chance: Random, inputs: int, outputs: int, size: list[int], *, groups
     both = [g for g in (1, 1, 2, 3, inputs) if inputs % g == 0 and outputs % g == 0]
     pairs = [[1, 1, 0, 0, 1], [1, 1, 0, 0, 1]]
     for axis in range(2):
-        kernel, stride, dilation = chance.choice((1, 2, 3, 5)), chance.choice((1, 1, 2, 3)), chance.choice((1, 1, 2))
+        kernel, stride, dilation = (
+            chance.choice((1, 2, 3, 5)),
+            chance.choice((1, 1, 2, 3)),
+            chance.choice((1, 1, 2)),
+        )
         before, after = chance.randint(0, 3), chance.randint(0, 3)
         room = size[axis] + before + after - (kernel - 1) * dilation - 1
         if room >= 0:
             pairs[axis] = [kernel, stride, before, after, dilation]
             size[axis] = room // stride + 1
     (kh, sh, bh, ah, dh), (kw, sw, bw, aw, dw) = pairs
-    return Stage(inputs, outputs, chance.choice(both) if groups else 1, (kh, kw), (sh, sw), (bh, bw), (ah, aw), (dh, dw))
+    return Stage(
+        inputs,
+        outputs,
+        chance.choice(both) if groups else 1,
+        (kh, kw),
+        (sh, sw),
+        (bh, bw),
+        (ah, aw),
+        (dh, dw),
+    )
 
 
 def conv_chain_case(chance: Random) -> Case:
@@ -51,9 +64,15 @@ def conv_chain_case(chance: Random) -> Case:
     residual = chance.choice((None, torch.randn_like(y)))  # type: ignore[type-var]
     activation = chance.choice(list(ACTIVATIONS))
     dtypes = DTYPES_OF[lanes]
-    if lanes == "pixels" and any(stage.stride[1] not in (1, 2, 4) for stage in stages):  # what pixel lanes do not serve
+    if lanes == "pixels" and any(
+        stage.stride[1] not in (1, 2, 4) for stage in stages
+    ):  # what pixel lanes do not serve
         return conv_chain_case(chance)
-    return Case(f"{lanes} {tuple(x.shape)} {x.stride()} {stages} {activation}", (x, weights, bias, residual, integers, activation, lanes), dtypes)
+    return Case(
+        f"{lanes} {tuple(x.shape)} {x.stride()} {stages} {activation}",
+        (x, weights, bias, residual, integers, activation, lanes),
+        dtypes,
+    )
 
 
 def linear_chain_case(chance: Random) -> Case:
@@ -61,9 +80,16 @@ def linear_chain_case(chance: Random) -> Case:
     widths = [chance.choice(WIDTHS) for _ in range(chance.randint(2, 6))]
     weights = [stage.pack(_scaled(*stage.shape), lanes) for stage in linear_chain.stages_of(widths)]
     shape = tuple(chance.randint(1, 20) for _ in range(chance.randint(0, 2)))
-    bias, residual = chance.choice((None, randn(widths[-1]))), chance.choice((None, randn(*shape, widths[-1])))
+    bias, residual = (
+        chance.choice((None, randn(widths[-1]))),
+        chance.choice((None, randn(*shape, widths[-1]))),
+    )
     activation = chance.choice(list(ACTIVATIONS))
-    return Case(f"{lanes} {shape} {widths} {activation}", (randn(*shape, widths[0]), weights, bias, residual, widths, activation), DTYPES_OF[lanes])
+    return Case(
+        f"{lanes} {shape} {widths} {activation}",
+        (randn(*shape, widths[0]), weights, bias, residual, widths, activation),
+        DTYPES_OF[lanes],
+    )
 
 
 def tensor_chain_case(chance: Random) -> Case:
@@ -76,12 +102,18 @@ def tensor_chain_case(chance: Random) -> Case:
         tensor_chain.block_program(7 * outs[0], ins[0], 3, tuple(chance.choice(small) for _ in range(3))),  # type: ignore[arg-type]
     )
     steps = chance.choice(programs)
-    weights = [step.pack(randn(step.a if step.batched else 1, step.k, step.o, step.r) / step.k**0.5) for step in steps]
+    weights = [
+        step.pack(randn(step.a if step.batched else 1, step.k, step.o, step.r) / step.k**0.5)
+        for step in steps
+    ]
     integers = [value for step in steps for value in step.integers()]
     shape, outputs = tuple(chance.randint(1, 9) for _ in range(chance.randint(0, 2))), steps[-1].outputs
     bias, residual = chance.choice((None, randn(outputs))), chance.choice((None, randn(*shape, outputs)))
     activation = chance.choice(list(ACTIVATIONS))
-    return Case(f"{shape} {steps} {activation}", (randn(*shape, steps[0].inputs), weights, bias, residual, integers, activation))
+    return Case(
+        f"{shape} {steps} {activation}",
+        (randn(*shape, steps[0].inputs), weights, bias, residual, integers, activation),
+    )
 
 
 def _sparse(chance: Random, *shape: int) -> Tensor:
@@ -96,7 +128,9 @@ def sparse_linear_case(chance: Random) -> Case:
     blocks = sparse.pack(_sparse(chance, o, i), width)
     bias, residual = chance.choice((None, randn(o))), chance.choice((None, randn(*shape, o)))
     activation = chance.choice(list(ACTIVATIONS))
-    return Case(f"{width} {shape} {o}x{i} {activation}", (randn(*shape, i), *blocks, bias, residual, o, activation))
+    return Case(
+        f"{width} {shape} {o}x{i} {activation}", (randn(*shape, i), *blocks, bias, residual, o, activation)
+    )
 
 
 def sparse_conv2d_case(chance: Random) -> Case:
@@ -108,16 +142,26 @@ def sparse_conv2d_case(chance: Random) -> Case:
     y = sparse.conv_fake(x, *blocks, None, None, stage.integers(), "identity")
     bias, residual = chance.choice((None, randn(o))), chance.choice((None, torch.randn_like(y)))  # type: ignore[type-var]
     activation = chance.choice(list(ACTIVATIONS))
-    return Case(f"{width} {tuple(x.shape)} {x.stride()} {stage} {activation}", (x, *blocks, bias, residual, stage.integers(), activation))
+    return Case(
+        f"{width} {tuple(x.shape)} {x.stride()} {stage} {activation}",
+        (x, *blocks, bias, residual, stage.integers(), activation),
+    )
 
 
 def _cell_case(chance: Random, gates: int) -> Case:
-    steps, batch, hidden, rank = chance.randint(1, 5), chance.randint(1, 9), chance.choice(WIDTHS), chance.choice(WIDTHS)
+    steps, batch, hidden, rank = (
+        chance.randint(1, 5),
+        chance.randint(1, 9),
+        chance.choice(WIDTHS),
+        chance.choice(WIDTHS),
+    )
     v, u = _scaled(rank, hidden), _scaled(gates * hidden, rank)
     states = [randn(batch, hidden) for _ in range(gates - 2)][: 2 if gates == 4 else 1]
     bias = chance.choice((None, randn(gates * hidden)))
     packed = (randn(steps, batch, gates * hidden), recurrent.pack_v(v), recurrent.pack_u(u, gates))
-    return Case(f"{steps}-{batch}-{hidden}-{rank}", (*packed, bias, *states, chance.random() < 0.5), (torch.float32,))
+    return Case(
+        f"{steps}-{batch}-{hidden}-{rank}", (*packed, bias, *states, chance.random() < 0.5), (torch.float32,)
+    )
 
 
 ODD: dict[str, Callable[[Random], Case]] = {
@@ -135,7 +179,11 @@ def _conv_once(values: Tensor, activation: str) -> Iterator[Case]:
     stage = Stage(1, 1)
     for lanes, dtypes in DTYPES_OF.items():
         packed = [stage.pack(torch.ones(stage.shape), lanes)]
-        yield Case(f"{lanes}", (values[None, None, None], packed, None, None, stage.integers(), activation, lanes), dtypes)
+        yield Case(
+            f"{lanes}",
+            (values[None, None, None], packed, None, None, stage.integers(), activation, lanes),
+            dtypes,
+        )
 
 
 def _linear_once(values: Tensor, activation: str) -> Iterator[Case]:
@@ -146,18 +194,30 @@ def _linear_once(values: Tensor, activation: str) -> Iterator[Case]:
 
 def _tensor_once(values: Tensor, activation: str) -> Iterator[Case]:
     (step,) = tensor_chain.train_program((1,), (1,), ())
-    yield Case("train", (values[:, None], [step.pack(torch.ones(1, 1, 1, 1))], None, None, step.integers(), activation), BOTH)
+    yield Case(
+        "train",
+        (values[:, None], [step.pack(torch.ones(1, 1, 1, 1))], None, None, step.integers(), activation),
+        BOTH,
+    )
 
 
 def _sparse_linear_once(values: Tensor, activation: str) -> Iterator[Case]:
     for width in sparse.CYCLES:
-        yield Case(f"{width}", (values[:, None], *sparse.pack(torch.ones(1, 1), width), None, None, 1, activation), BOTH)
+        yield Case(
+            f"{width}",
+            (values[:, None], *sparse.pack(torch.ones(1, 1), width), None, None, 1, activation),
+            BOTH,
+        )
 
 
 def _sparse_conv_once(values: Tensor, activation: str) -> Iterator[Case]:
     for width in sparse.CYCLES:
         packed = sparse.pack(torch.ones(1, 1, 1, 1), width)
-        yield Case(f"{width}", (values[None, None, None], *packed, None, None, Stage(1, 1).integers(), activation), BOTH)
+        yield Case(
+            f"{width}",
+            (values[None, None, None], *packed, None, None, Stage(1, 1).integers(), activation),
+            BOTH,
+        )
 
 
 _ONCE: dict[str, Callable[[Tensor, str], Iterator[Case]]] = {

@@ -16,7 +16,11 @@ from tdpass.site import Site
 
 def layer_of(name: str, site: Site, rank: tuple[int, ...]) -> Layer:
     shapes = FORMATS.get(name).shapes(site, rank)
-    return Layer(site, Form(name, rank), {key: torch.randn(shape).double() / math.prod(shape) ** 0.25 for key, shape in shapes.items()})
+    return Layer(
+        site,
+        Form(name, rank),
+        {key: torch.randn(shape).double() / math.prod(shape) ** 0.25 for key, shape in shapes.items()},
+    )
 
 
 @pytest.mark.parametrize(

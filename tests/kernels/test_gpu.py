@@ -1,6 +1,7 @@
 """The Triton kernels against float64: interpreted on CPU tensors in a process of their own, compiled where there is a CUDA device.
 
-The interpreter accepts what the compiler refuses, so without a device every kernel is also compiled for two of them.
+The interpreter accepts what the compiler refuses, so without a device every kernel is also compiled for two
+of them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ ROOT = Path(__file__).parents[2]
 TRITON = find_spec("triton") is not None
 
 needs_triton = pytest.mark.skipif(not TRITON, reason="triton is not installed")
-runs_kernels = pytest.mark.skipif(not TRITON or not (INTERPRETED or DEVICE == "cuda"), reason="no CUDA device; the interpreted run covers it")
+runs_kernels = pytest.mark.skipif(
+    not TRITON or not (INTERPRETED or DEVICE == "cuda"),
+    reason="no CUDA device; the interpreted run covers it",
+)
 on_device = pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA device")
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -83,16 +87,26 @@ SVD = [(1, 17, 1, 3), (5, 33, 17, 40), (3, 20, 260, 7)]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "inputs", "rank", "outputs"), SVD)
 @pytest.mark.parametrize("fused", [None, 0, 1])
-def test_svd_linear(rows: int, inputs: int, rank: int, outputs: int, fused: int | None, dtype: torch.dtype) -> None:
+def test_svd_linear(
+    rows: int, inputs: int, rank: int, outputs: int, fused: int | None, dtype: torch.dtype
+) -> None:
     from tdpass.kernels.gpu.svd_linear import svd_linear
 
     if fused and rank > 256:
         pytest.skip("a fused kernel holds ranks up to 256")
-    x, v, u = normal(2, rows, inputs, dtype=dtype), normal(rank, inputs, dtype=dtype, scale=inputs**-0.5), normal(outputs, rank, dtype=dtype, scale=rank**-0.5)
+    x, v, u = (
+        normal(2, rows, inputs, dtype=dtype),
+        normal(rank, inputs, dtype=dtype, scale=inputs**-0.5),
+        normal(outputs, rank, dtype=dtype, scale=rank**-0.5),
+    )
     bias, residual = normal(outputs, dtype=dtype), normal(rows, outputs, dtype=dtype)
     config = None if fused is None else tile(fused=fused)
     y = svd_linear(x, v, u, bias, residual, "gelu", precision="ieee", config=config)
-    assert_close(y, activate(x.double() @ v.double().T @ u.double().T + bias.double() + residual.double(), "gelu"), dtype)
+    assert_close(
+        y,
+        activate(x.double() @ v.double().T @ u.double().T + bias.double() + residual.double(), "gelu"),
+        dtype,
+    )
 
 
 @runs_kernels
@@ -103,7 +117,9 @@ def test_every_activation_keeps_signs_and_nans(activation: str) -> None:
     x = torch.linspace(-9, 9, 60, device=DEVICE).reshape(20, 3)
     x[3, 1] = math.nan
     eye = torch.eye(3, device=DEVICE)
-    y = svd_linear(x.nan_to_num(0.0), eye, eye, None, torch.where(x.isnan(), x, 0.0), activation, precision="ieee")
+    y = svd_linear(
+        x.nan_to_num(0.0), eye, eye, None, torch.where(x.isnan(), x, 0.0), activation, precision="ieee"
+    )
     assert torch.allclose(y, activate(x, activation), atol=1e-5, equal_nan=True)
 
 
@@ -135,7 +151,9 @@ CONVS = [
 ]
 
 
-def conv_reference(x: Tensor, first: Tensor | None, core: Tensor, last: Tensor | None, how: Sequence[Sequence[int]]) -> Tensor:
+def conv_reference(
+    x: Tensor, first: Tensor | None, core: Tensor, last: Tensor | None, how: Sequence[Sequence[int]]
+) -> Tensor:
     stride, padding, dilation = how
     h = x.double() if first is None else F.conv2d(x.double(), first.double())
     h = padded_convolution(h, core.double(), None, stride, padding, dilation, 1)  # type: ignore[arg-type]
@@ -155,13 +173,34 @@ def test_tucker2_conv2d(case: tuple, fused: tuple[int, int] | None, channels_las
     dtype = DTYPES[(i + channels_last + bool(fused)) % 3]
     x = normal(2, i, *size, dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
-    first, core, last = normal(r, i, 1, 1, dtype=dtype, scale=i**-0.5), normal(s, r, *kernel, dtype=dtype), normal(o, s, 1, 1, dtype=dtype, scale=s**-0.5)
+    first, core, last = (
+        normal(r, i, 1, 1, dtype=dtype, scale=i**-0.5),
+        normal(s, r, *kernel, dtype=dtype),
+        normal(o, s, 1, 1, dtype=dtype, scale=s**-0.5),
+    )
     wanted = conv_reference(x, first, core, last, (stride, padding, dilation))
     bias, residual = normal(o, dtype=dtype), normal(*wanted.shape, dtype=dtype)
     config = tile(first=fused[0], last=fused[1]) if fused else None
-    y = tucker2_conv2d(x, first, core, last, bias, residual, "silu", stride=stride, padding=padding, dilation=dilation, precision="ieee", config=config)
+    y = tucker2_conv2d(
+        x,
+        first,
+        core,
+        last,
+        bias,
+        residual,
+        "silu",
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        precision="ieee",
+        config=config,
+    )
     assert_close(y, activate(wanted + bias.double()[:, None, None] + residual.double(), "silu"), dtype)
-    assert y.is_contiguous(memory_format=torch.channels_last) if channels_last and not x.is_contiguous() else y.is_contiguous()
+    assert (
+        y.is_contiguous(memory_format=torch.channels_last)
+        if channels_last and not x.is_contiguous()
+        else y.is_contiguous()
+    )
 
 
 @runs_kernels
@@ -180,9 +219,14 @@ def test_a_convolution_with_fewer_stages(missing: str) -> None:
 TRAINS = [((3, 5), (7, 17), (1,)), ((2, 3, 3), (3, 2, 4), (3, 5)), ((2, 3, 2, 2), (2, 2, 3, 3), (2, 3, 4))]
 
 
-def train(outs: Sequence[int], ins: Sequence[int], bonds: Sequence[int], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+def train(
+    outs: Sequence[int], ins: Sequence[int], bonds: Sequence[int], dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor]:
     ends = (1, *bonds, 1)
-    cores = [normal(ends[k], o, i, ends[k + 1], dtype=dtype, scale=(i * ends[k]) ** -0.5) for k, (o, i) in enumerate(zip(outs, ins, strict=True))]
+    cores = [
+        normal(ends[k], o, i, ends[k + 1], dtype=dtype, scale=(i * ends[k]) ** -0.5)
+        for k, (o, i) in enumerate(zip(outs, ins, strict=True))
+    ]
     whole = cores[0].double()
     for core in cores[1:]:
         whole = torch.einsum("poir,rabs->poaibs", whole, core.double())
@@ -198,22 +242,36 @@ def test_tt_linear(case: tuple, dtype: torch.dtype, rows: int) -> None:
     from tdpass.kernels.gpu.tt_linear import tt_linear
 
     cores, dense = train(*case, dtype)
-    x, bias, residual = normal(rows, dense.shape[1], dtype=dtype), normal(len(dense), dtype=dtype), normal(rows, len(dense), dtype=dtype)
+    x, bias, residual = (
+        normal(rows, dense.shape[1], dtype=dtype),
+        normal(len(dense), dtype=dtype),
+        normal(rows, len(dense), dtype=dtype),
+    )
     y = tt_linear(x, cores, bias, residual, "silu", precision="ieee")
     assert_close(y, activate(x.double() @ dense.T + bias.double() + residual.double(), "silu"), dtype)
 
 
 @runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("b", "s", "r", "parts", "length", "outputs"), [(2, 3, 5, 4, 17, 33), (1, 1, 1, 1, 3, 1), (3, 17, 2, 2, 5, 7)])
-def test_block_term_linear(b: int, s: int, r: int, parts: int, length: int, outputs: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("b", "s", "r", "parts", "length", "outputs"),
+    [(2, 3, 5, 4, 17, 33), (1, 1, 1, 1, 3, 1), (3, 17, 2, 2, 5, 7)],
+)
+def test_block_term_linear(
+    b: int, s: int, r: int, parts: int, length: int, outputs: int, dtype: torch.dtype
+) -> None:
     from tdpass.kernels.gpu.block_term_linear import block_term_linear
 
     x, first = normal(5, parts * length, dtype=dtype), normal(b * r, length, dtype=dtype, scale=length**-0.5)
-    core, last = normal(b, parts * r, s, dtype=dtype, scale=(parts * r) ** -0.5), normal(outputs, b * s, dtype=dtype)
+    core, last = (
+        normal(b, parts * r, s, dtype=dtype, scale=(parts * r) ** -0.5),
+        normal(outputs, b * s, dtype=dtype),
+    )
     bias = normal(outputs, dtype=dtype)
     y = block_term_linear(x, first, core, last, bias, activation="relu", precision="ieee")
-    h = torch.einsum("xpi,bri->xbpr", x.double().unflatten(-1, (parts, length)), first.double().unflatten(0, (b, r)))
+    h = torch.einsum(
+        "xpi,bri->xbpr", x.double().unflatten(-1, (parts, length)), first.double().unflatten(0, (b, r))
+    )
     h = torch.einsum("xbpr,bprs->xbs", h, core.double().unflatten(1, (parts, r))).flatten(1)
     assert_close(y, torch.relu(h @ last.double().T + bias.double()), dtype)
 
@@ -222,7 +280,14 @@ def served(name: str, *args: object) -> None:
     """The implementation of an operator takes these arguments and agrees with the reference in float64."""
     y = IMPLEMENTATIONS[name, "cuda"](*args)
     assert isinstance(y, Tensor), f"{name} left it to the reference"
-    double = [[t.double() for t in a] if isinstance(a, list) and isinstance(a[0], Tensor) else a.double() if isinstance(a, Tensor) else a for a in args]
+    double = [
+        [t.double() for t in a]
+        if isinstance(a, list) and isinstance(a[0], Tensor)
+        else a.double()
+        if isinstance(a, Tensor)
+        else a
+        for a in args
+    ]
     reference = OPS.get(name).reference(*double)
     assert isinstance(reference, Tensor)
     assert_close(y, reference, torch.float32)
@@ -245,10 +310,24 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_conv_chain_on_cuda(stages: str, lanes: str) -> None:
     first, last = Stage(5, 3), Stage(4, 18)
     core = Stage(3, 4, kernel=(3, 2), stride=(2, 1), before=(1, 0), after=(1, 1))
-    chain = {"tucker2": [first, core, last], "channel_svd": [core, last], "input_svd": [first, core], "pointwise": [first, Stage(3, 4), last]}[stages]
+    chain = {
+        "tucker2": [first, core, last],
+        "channel_svd": [core, last],
+        "input_svd": [first, core],
+        "pointwise": [first, Stage(3, 4), last],
+    }[stages]
     x = normal(2, chain[0].inputs, 5, 6).contiguous(memory_format=torch.channels_last)
     weights = [stage.pack(normal(*stage.shape), lanes) for stage in chain]  # type: ignore[arg-type]
-    served("conv_chain", x, weights, normal(chain[-1].outputs), None, [n for stage in chain for n in stage.integers()], "gelu", lanes)
+    served(
+        "conv_chain",
+        x,
+        weights,
+        normal(chain[-1].outputs),
+        None,
+        [n for stage in chain for n in stage.integers()],
+        "gelu",
+        lanes,
+    )
 
 
 @runs_kernels
@@ -259,13 +338,29 @@ def test_linear_and_tensor_chain_on_cuda() -> None:
     served("linear_chain", normal(2, 3, 33), weights, normal(17), normal(2, 3, 17), widths, "silu")
     outs, ins, bonds = (2, 3, 4), (3, 2, 5), (3, 2)
     steps = train_program(outs, ins, bonds)
-    served("tensor_chain", normal(3, 30), *_packed(steps), normal(3, 24), [n for step in steps for n in step.integers()], "relu")
+    served(
+        "tensor_chain",
+        normal(3, 30),
+        *_packed(steps),
+        normal(3, 24),
+        [n for step in steps for n in step.integers()],
+        "relu",
+    )
     steps = block_program(7, 4, 6, (2, 3, 5))
-    served("tensor_chain", normal(3, 24), *_packed(steps), None, [n for step in steps for n in step.integers()], "identity")
+    served(
+        "tensor_chain",
+        normal(3, 24),
+        *_packed(steps),
+        None,
+        [n for step in steps for n in step.integers()],
+        "identity",
+    )
 
 
 def _packed(steps: Sequence[Step]) -> tuple[list[Tensor], Tensor]:
-    return [step.pack(normal(step.a if step.batched else 1, step.k, step.o, step.r)) for step in steps], normal(steps[-1].outputs)
+    return [
+        step.pack(normal(step.a if step.batched else 1, step.k, step.o, step.r)) for step in steps
+    ], normal(steps[-1].outputs)
 
 
 @pytest.mark.usefixtures("here")
@@ -276,14 +371,19 @@ def test_what_the_kernels_do_not_cover_is_left_to_the_reference() -> None:
     assert call(x, weights, None, None, grouped.integers(), "relu", "channels") is NotImplemented
     assert call(x.double(), weights, None, None, Stage(4, 4).integers(), "relu", "channels") is NotImplemented
     three = [stage.pack(normal(*stage.shape), "channels") for stage in layers_of([4, 4, 4, 4])]
-    assert IMPLEMENTATIONS["linear_chain", "cuda"](x, three, None, None, [4, 4, 4, 4], "relu") is NotImplemented
+    assert (
+        IMPLEMENTATIONS["linear_chain", "cuda"](x, three, None, None, [4, 4, 4, 4], "relu") is NotImplemented
+    )
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a device")
 def test_without_a_device_it_says_why_and_leaves_everything() -> None:
     assert not gpu.available()
     assert "triton" in gpu.missing() or "CUDA" in gpu.missing()
-    assert IMPLEMENTATIONS["linear_chain", "cuda"](normal(1, 4), [], None, None, [4, 2, 4], "relu") is NotImplemented
+    assert (
+        IMPLEMENTATIONS["linear_chain", "cuda"](normal(1, 4), [], None, None, [4, 2, 4], "relu")
+        is NotImplemented
+    )
 
 
 @needs_triton
@@ -383,7 +483,9 @@ def test_the_tuner_times_once_and_remembers_on_disk(folder: Path, monkeypatch: p
 @needs_triton
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="compiled and run elsewhere")
 @pytest.mark.parametrize("capability", [80, 90])
-def test_the_defaults_compile_for_a_device_that_is_not_here(capability: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_defaults_compile_for_a_device_that_is_not_here(
+    capability: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -401,7 +503,9 @@ def test_the_defaults_compile_for_a_device_that_is_not_here(capability: int, fol
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
     chip = GPUTarget("cuda", capability, 32)
-    target = types.SimpleNamespace(get_current_device=lambda: capability, get_current_target=lambda: chip, get_current_stream=lambda _: 0)
+    target = types.SimpleNamespace(
+        get_current_device=lambda: capability, get_current_target=lambda: chip, get_current_stream=lambda _: 0
+    )
     monkeypatch.setattr(JITFunction, "__getitem__", compiled)
     for module in (block_term_linear, svd_linear, tt_linear, tucker2_conv2d):
         monkeypatch.setattr(module, "check", lambda *_: None)
@@ -410,15 +514,32 @@ def test_the_defaults_compile_for_a_device_that_is_not_here(capability: int, fol
     x = normal(512, 768, dtype=low)
     for rows in (8, 512):
         svd_linear.svd_linear(x[:rows], normal(160, 768), normal(64, 160), normal(64), None, "gelu")
-    tt_linear.tt_linear(x, [normal(1, 32, 24, 4), normal(4, 48, 32, 1)], normal(1536), x[:, :1].expand(512, 1536), "silu")
-    block_term_linear.block_term_linear(x, normal(64, 32), normal(4, 24 * 16, 16), normal(64, 64), activation="relu")
+    tt_linear.tt_linear(
+        x, [normal(1, 32, 24, 4), normal(4, 48, 32, 1)], normal(1536), x[:, :1].expand(512, 1536), "silu"
+    )
+    block_term_linear.block_term_linear(
+        x, normal(64, 32), normal(4, 24 * 16, 16), normal(64, 64), activation="relu"
+    )
     how = {"padding": ((1, 1), (1, 1)), "stride": (2, 2)}
-    tucker2_conv2d.tucker2_conv2d(normal(1, 64, 14, 14, dtype=low), normal(32, 64), normal(48, 32, 3, 3), normal(64, 48), normal(64), **how)
-    tucker2_conv2d.tucker2_conv2d(normal(1, 3, 14, 14, dtype=low), normal(32, 3), normal(48, 32, 3, 3), None, **how)
-    tucker2_conv2d.tucker2_conv2d(normal(1, 24, 14, 14), normal(32, 24), normal(48, 32, 3, 3), normal(64, 48), precision="ieee", **how)
+    tucker2_conv2d.tucker2_conv2d(
+        normal(1, 64, 14, 14, dtype=low),
+        normal(32, 64),
+        normal(48, 32, 3, 3),
+        normal(64, 48),
+        normal(64),
+        **how,
+    )
+    tucker2_conv2d.tucker2_conv2d(
+        normal(1, 3, 14, 14, dtype=low), normal(32, 3), normal(48, 32, 3, 3), None, **how
+    )
+    tucker2_conv2d.tucker2_conv2d(
+        normal(1, 24, 14, 14), normal(32, 24), normal(48, 32, 3, 3), normal(64, 48), precision="ieee", **how
+    )
     if capability == 90:
         (v, sv), (u, su) = svd_linear.quantize(normal(48, 768)), svd_linear.quantize(normal(64, 48))
-        svd_linear.svd_linear(x.to(torch.float8_e4m3fn), v, u, scales=svd_linear.Scales(torch.ones(()), sv, su))
+        svd_linear.svd_linear(
+            x.to(torch.float8_e4m3fn), v, u, scales=svd_linear.Scales(torch.ones(()), sv, su)
+        )
     assert shared.keys() == {"svd_kernel", "gemm_kernel", "tt_kernel", "block_kernel", "conv_kernel"}
     assert max(shared.values()) <= 99 << 10, "a default must fit every device of capability 8.0 and newer"
 

@@ -20,7 +20,25 @@ from tdpass.kernels.base import OPS
 from tdpass.kernels.native import ACTIVATIONS
 
 MISUSE = Path(__file__).parent / "misuse.py"
-EDGES = (float("nan"), float("inf"), -float("inf"), 3.3e38, -3.3e38, 1e38, -1e38, 1e-40, -1e-40, 100.0, -100.0, 88.2, -88.2, 5.0, -5.0, 0.0, -0.0)
+EDGES = (
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    3.3e38,
+    -3.3e38,
+    1e38,
+    -1e38,
+    1e-40,
+    -1e-40,
+    100.0,
+    -100.0,
+    88.2,
+    -88.2,
+    5.0,
+    -5.0,
+    0.0,
+    -0.0,
+)
 
 
 def test_every_operator_has_odd_shapes() -> None:
@@ -29,7 +47,14 @@ def test_every_operator_has_odd_shapes() -> None:
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_misuse_is_refused_or_answered_as_the_reference_does(name: str) -> None:
-    done = subprocess.run([sys.executable, str(MISUSE), name], env=dict(os.environ), capture_output=True, text=True, check=False, timeout=280)
+    done = subprocess.run(
+        [sys.executable, str(MISUSE), name],
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
     said = done.stdout.splitlines()
     wrong = [before for before, line in itertools.pairwise(said) if line.startswith("WRONG")]
     assert done.returncode == 0, f"{wrong or said[-1:]} ended with {done.returncode}: {done.stderr[-2000:]}"
@@ -63,9 +88,17 @@ def test_numbers_at_the_edge_come_through_the_epilogue_as_they_should(name: str,
 
 
 def assert_same_kinds(got: Tensor, wanted: Tensor, name: str) -> None:
-    kinds: dict[str, Callable[[Tensor], Tensor]] = {"NaN": torch.isnan, "infinite": torch.isposinf, "minus infinite": torch.isneginf}
+    kinds: dict[str, Callable[[Tensor], Tensor]] = {
+        "NaN": torch.isnan,
+        "infinite": torch.isposinf,
+        "minus infinite": torch.isneginf,
+    }
     for kind, find in kinds.items():
-        assert torch.equal(find(got), find(wanted)), f"{name}: {kind} in {got.tolist()}, should be {wanted.tolist()}"
+        assert torch.equal(find(got), find(wanted)), (
+            f"{name}: {kind} in {got.tolist()}, should be {wanted.tolist()}"
+        )
     finite = torch.isfinite(wanted)
     one, other = got[finite].double(), wanted[finite].double()
-    assert bool(((one - other).abs() <= 1e-2 * other.abs() + 2e-6).all()), f"{name}: {one.tolist()}, should be {other.tolist()}"
+    assert bool(((one - other).abs() <= 1e-2 * other.abs() + 2e-6).all()), (
+        f"{name}: {one.tolist()}, should be {other.tolist()}"
+    )

@@ -42,10 +42,21 @@ class Conv:
 
 
 TUCKER2 = (Conv(6, (1, 1)), Conv(5, (3, 3), pads=(1, 1, 1, 1)), Conv(17, (1, 1)))
-CP = (Conv(7, (1, 1)), Conv(7, (3, 1), 7, pads=(1, 0, 1, 0)), Conv(7, (1, 3), 7, pads=(0, 1, 0, 1)), Conv(11, (1, 1)))
+CP = (
+    Conv(7, (1, 1)),
+    Conv(7, (3, 1), 7, pads=(1, 0, 1, 0)),
+    Conv(7, (1, 3), 7, pads=(0, 1, 0, 1)),
+    Conv(11, (1, 1)),
+)
 CHAINS = {
     "tucker2": (13, TUCKER2),
-    "spatial": (9, (Conv(5, (3, 1), strides=(2, 1), pads=(1, 0, 1, 0)), Conv(12, (1, 3), strides=(1, 2), pads=(0, 1, 0, 1)))),
+    "spatial": (
+        9,
+        (
+            Conv(5, (3, 1), strides=(2, 1), pads=(1, 0, 1, 0)),
+            Conv(12, (1, 3), strides=(1, 2), pads=(0, 1, 0, 1)),
+        ),
+    ),
     "uneven": (4, (Conv(3, (2, 3), pads=(0, 2, 1, 0), dilations=(1, 2)), Conv(18, (1, 1)))),
     "cp": (10, CP),
     "grouped": (12, (Conv(8, (1, 1)), Conv(8, (3, 3), 4, pads=(1, 1, 1, 1)), Conv(20, (1, 1)))),
@@ -58,13 +69,22 @@ def numbers(*shape: int) -> np.ndarray:
     return (RNG.standard_normal(shape) / np.sqrt(np.prod(shape[1:]) or 1)).astype(np.float32)
 
 
-def one_node(op: FusedOp, attributes: dict[str, object], constants: Arrays, inputs: Arrays) -> onnx.ModelProto:
+def one_node(
+    op: FusedOp, attributes: dict[str, object], constants: Arrays, inputs: Arrays
+) -> onnx.ModelProto:
     """A model of one node, the first axis of whose inputs is open."""
     node = helper.make_node(op.name, op.inputs, ["y"], domain=DOMAIN, **attributes)
-    given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *array.shape[1:]] if array.ndim else []) for name, array in inputs.items()]
+    given = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *array.shape[1:]] if array.ndim else [])
+        for name, array in inputs.items()
+    ]
     stored = [numpy_helper.from_array(array, name) for name, array in constants.items()]
-    graph = helper.make_graph([node], "g", given, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], stored)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)], ir_version=8)
+    graph = helper.make_graph(
+        [node], "g", given, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], stored
+    )
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)], ir_version=8
+    )
     model.functions.append(ir.serde.serialize_function(op.function(17)))
     model = onnx.shape_inference.infer_shapes(model)
     onnx.checker.check_model(model, full_check=True)
@@ -80,14 +100,20 @@ def opened(model: onnx.ModelProto, library: str | None, threads: int = 1) -> onn
     options.intra_op_num_threads, options.log_severity_level = threads, 4
     if library is not None:
         options.register_custom_ops_library(library)
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 def close(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and bool(np.allclose(a, b, rtol=2e-5, atol=2e-5 * (np.abs(b).max(initial=0) + 1e-6)))
+    return a.shape == b.shape and bool(
+        np.allclose(a, b, rtol=2e-5, atol=2e-5 * (np.abs(b).max(initial=0) + 1e-6))
+    )
 
 
-def conv_case(chain: str, bias: bool, residual: bool, activation: str, lanes: int, batch: int, size: tuple[int, int]) -> tuple[onnx.ModelProto, Arrays]:
+def conv_case(
+    chain: str, bias: bool, residual: bool, activation: str, lanes: int, batch: int, size: tuple[int, int]
+) -> tuple[onnx.ModelProto, Arrays]:
     channels, stages = CHAINS[chain]
     op = FusedOp(False, len(stages), bias, residual, activation)
     attributes: dict[str, object] = {"lanes": lanes}
@@ -95,20 +121,26 @@ def conv_case(chain: str, bias: bool, residual: bool, activation: str, lanes: in
     inputs = {"x": numbers(batch, channels, *size[: len(stages[0].kernel)])}
     for k, stage in enumerate(stages, start=1):
         constants[f"w{k}"] = numbers(stage.o, channels // stage.group, *stage.kernel)
-        attributes |= {f"{name}_{k}": getattr(stage, name) for name in ("group", "strides", "pads", "dilations")}
+        attributes |= {
+            f"{name}_{k}": getattr(stage, name) for name in ("group", "strides", "pads", "dilations")
+        }
         channels = stage.o
     if bias:
         constants["bias"] = numbers(channels, 1)[:, 0]
     if residual:
         bare = FusedOp(False, len(stages), False, False, "identity")
-        plain = one_node(bare, attributes, {name: array for name, array in constants.items() if name != "bias"}, inputs)
+        plain = one_node(
+            bare, attributes, {name: array for name, array in constants.items() if name != "bias"}, inputs
+        )
         inputs["residual"] = numbers(*run(plain, inputs).shape)
     return one_node(op, attributes, constants, inputs), inputs
 
 
 @pytest.mark.parametrize("lanes", [0, 1])
 @pytest.mark.parametrize("chain", CHAINS)
-def test_chains_of_convolutions_compute_what_their_functions_say(library: str, chain: str, lanes: int) -> None:
+def test_chains_of_convolutions_compute_what_their_functions_say(
+    library: str, chain: str, lanes: int
+) -> None:
     for batch, size in ((1, (11, 13)), (3, (8, 8)), (2, (5, 4))):
         model, inputs = conv_case(chain, True, False, "relu", lanes, batch, size)
         assert close(run(model, inputs, library), run(model, inputs))
@@ -122,7 +154,9 @@ def test_bias_residual_and_activation(library: str, bias: bool, residual: bool, 
     assert close(ReferenceEvaluator(model).run(None, inputs)[0], run(model, inputs))
 
 
-def linear_case(shape: tuple[int, ...], widths: tuple[int, ...], bias: bool, residual: bool, activation: str) -> tuple[onnx.ModelProto, Arrays]:
+def linear_case(
+    shape: tuple[int, ...], widths: tuple[int, ...], bias: bool, residual: bool, activation: str
+) -> tuple[onnx.ModelProto, Arrays]:
     op = FusedOp(True, len(widths) - 1, bias, residual, activation)
     constants = {f"w{k}": numbers(widths[k - 1], widths[k]) for k in range(1, len(widths))}
     inputs = {"x": numbers(*shape, widths[0])}
@@ -134,8 +168,13 @@ def linear_case(shape: tuple[int, ...], widths: tuple[int, ...], bias: bool, res
 
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (2, 5), (2, 3, 4)])
-@pytest.mark.parametrize(("bias", "residual", "activation"), [(True, False, "gelu"), (False, True, "identity"), (True, True, "relu"), (False, False, "silu")])
-def test_chains_of_matrices(library: str, shape: tuple[int, ...], bias: bool, residual: bool, activation: str) -> None:
+@pytest.mark.parametrize(
+    ("bias", "residual", "activation"),
+    [(True, False, "gelu"), (False, True, "identity"), (True, True, "relu"), (False, False, "silu")],
+)
+def test_chains_of_matrices(
+    library: str, shape: tuple[int, ...], bias: bool, residual: bool, activation: str
+) -> None:
     model, inputs = linear_case(shape, (24, 5, 19, 33), bias, residual, activation)
     assert close(run(model, inputs, library), run(model, inputs))
     assert close(ReferenceEvaluator(model).run(None, inputs)[0], run(model, inputs))
@@ -158,7 +197,9 @@ def test_the_batch_may_change_and_be_empty(library: str) -> None:
         assert close(fused.run(None, some)[0], plain.run(None, some)[0])
 
 
-def test_the_kernel_runs_where_it_is_registered_and_the_function_where_not(library: str, tmp_path: Path) -> None:
+def test_the_kernel_runs_where_it_is_registered_and_the_function_where_not(
+    library: str, tmp_path: Path
+) -> None:
     model, inputs = conv_case("tucker2", True, False, "relu", 1, 1, (8, 8))
     ran: dict[bool, str] = {}
     for registered in (False, True):
@@ -167,8 +208,12 @@ def test_the_kernel_runs_where_it_is_registered_and_the_function_where_not(libra
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         if registered:
             options.register_custom_ops_library(library)
-        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(None, inputs)
-        ran[registered] = " ".join(node.op_type for node in onnx.load(tmp_path / f"{registered}.onnx").graph.node)
+        onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        ).run(None, inputs)
+        ran[registered] = " ".join(
+            node.op_type for node in onnx.load(tmp_path / f"{registered}.onnx").graph.node
+        )
     assert ran[True] == "ConvChain3BiasRelu"
     assert "Chain" not in ran[False]
     assert "Conv" in ran[False]
@@ -179,9 +224,15 @@ def test_weights_that_are_not_constant(library: str) -> None:
     op = FusedOp(True, 2, True, False, "relu")
     arrays = {"x": numbers(7, 24), "w1": numbers(24, 5), "w2": numbers(5, 33), "bias": numbers(33, 1)[:, 0]}
     node = helper.make_node(op.name, op.inputs, ["y"], domain=DOMAIN, lanes=0)
-    given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape) for name, array in arrays.items()]
-    graph = helper.make_graph([node], "g", given, [helper.make_tensor_value_info("y", TensorProto.FLOAT, (7, widths[-1]))])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)], ir_version=8)
+    given = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape) for name, array in arrays.items()
+    ]
+    graph = helper.make_graph(
+        [node], "g", given, [helper.make_tensor_value_info("y", TensorProto.FLOAT, (7, widths[-1]))]
+    )
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)], ir_version=8
+    )
     model.functions.append(ir.serde.serialize_function(op.function(17)))
     for scale in (1, 2):
         inputs = {name: scale * array for name, array in arrays.items()}
@@ -213,7 +264,10 @@ def test_without_a_compiler_the_error_says_so(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(build, "compiler", lambda: None)
     native._onnx_ops.cache_clear()
     try:
-        with pytest.raises(KernelError, match="the fused operators for ONNX Runtime are missing: there is no C\\+\\+ compiler"):
+        with pytest.raises(
+            KernelError,
+            match="the fused operators for ONNX Runtime are missing: there is no C\\+\\+ compiler",
+        ):
             native.onnx_ops_path()
     finally:
         native._onnx_ops.cache_clear()
@@ -241,9 +295,13 @@ def test_attributes_that_no_convolution_has_are_refused(library: str, name: str,
     assert close(run(model, inputs, library), wanted)
 
 
-def _refused_unless(model: onnx.ModelProto, inputs: Arrays, library: str, wanted: np.ndarray, *, right: bool) -> None:
+def _refused_unless(
+    model: onnx.ModelProto, inputs: Arrays, library: str, wanted: np.ndarray, *, right: bool
+) -> None:
     if right:
         assert close(run(model, inputs, library), wanted)
         return
-    with pytest.raises(Exception, match=r"ConvChain3BiasRelu.*(is not served|must|lanes is|smaller than the kernel)"):
+    with pytest.raises(
+        Exception, match=r"ConvChain3BiasRelu.*(is not served|must|lanes is|smaller than the kernel)"
+    ):
         run(model, inputs, library)

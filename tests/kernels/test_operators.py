@@ -12,7 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ACTIVATIONS, CASES, Case, arguments, as_tuple, assert_close, cases_of, exact, map_tensors, run_native
+from cases import (
+    ACTIVATIONS,
+    CASES,
+    Case,
+    arguments,
+    as_tuple,
+    assert_close,
+    cases_of,
+    exact,
+    map_tensors,
+    run_native,
+)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -40,7 +51,11 @@ def test_native_agrees_with_the_reference(name: str, case: Case) -> None:
         assert_close(run_native(op, args), exact(op, args), dtype)
 
 
-CHAINS = [pytest.param(name, case, id=f"{name}-{case.name}") for name in ("conv_chain", "linear_chain") for case in cases_of(name)]
+CHAINS = [
+    pytest.param(name, case, id=f"{name}-{case.name}")
+    for name in ("conv_chain", "linear_chain")
+    for case in cases_of(name)
+]
 STEEPEST = 1.13  # of the activations: gelu
 SUMMED = 1000 * torch.finfo(torch.float32).eps / 2  # more terms than any case has, added up in float32
 
@@ -80,13 +95,18 @@ def test_activations_may_have_gaps(name: str) -> None:
     names = [argument.name for argument in op.call._schema.arguments]
     for case in cases_of(name):
         args = arguments(op, case, case.dtypes[0])
-        gaps = [spread(arg) if key in ACTIVATIONS and isinstance(arg, Tensor) else arg for key, arg in zip(names, args, strict=True)]
+        gaps = [
+            spread(arg) if key in ACTIVATIONS and isinstance(arg, Tensor) else arg
+            for key, arg in zip(names, args, strict=True)
+        ]
         assert_close(run_native(op, gaps), exact(op, args), case.dtypes[0])
 
 
 def spread(tensor: Tensor) -> Tensor:
     """The same numbers with gaps between them, and its last two axes the other way round in memory."""
-    wide = torch.full((*tensor.shape[:-2], tensor.shape[-1], 2 * tensor.shape[-2]), float("nan"), dtype=tensor.dtype)
+    wide = torch.full(
+        (*tensor.shape[:-2], tensor.shape[-1], 2 * tensor.shape[-2]), float("nan"), dtype=tensor.dtype
+    )
     view = wide.transpose(-1, -2)[..., ::2, :]
     return view.copy_(tensor)
 
@@ -94,13 +114,26 @@ def spread(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", list(CASES))
 def test_torch_accepts_the_operator(name: str) -> None:
     op = OPS.get(name)
-    args = arguments(op, next(case for case in cases_of(name) if "empty" not in case.name and "-0" not in case.name), torch.float32)
+    args = arguments(
+        op,
+        next(case for case in cases_of(name) if "empty" not in case.name and "-0" not in case.name),
+        torch.float32,
+    )
     torch.library.opcheck(op.call, tuple(args), test_utils=("test_schema", "test_faketensor"))
 
 
 def run_guarded(**env: Any) -> None:
-    done = subprocess.run([sys.executable, str(GUARD)], env={**os.environ, **env}, capture_output=True, text=True, check=False, timeout=1500)
-    assert done.returncode == 0, f"{done.stdout.splitlines()[-1:]} ended with {done.returncode}: {done.stderr[-2000:]}"
+    done = subprocess.run(
+        [sys.executable, str(GUARD)],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1500,
+    )
+    assert done.returncode == 0, (
+        f"{done.stdout.splitlines()[-1:]} ended with {done.returncode}: {done.stderr[-2000:]}"
+    )
 
 
 def test_nothing_past_the_end_of_a_tensor_is_touched() -> None:
@@ -122,7 +155,14 @@ tensor = guard.Guarded({side!r}).copy(torch.ones(3))
 assert (ctypes.c_float * 3).from_address(tensor.data_ptr())[2] == 1
 ctypes.c_float.from_address(tensor.data_ptr() + 4 * {index}).value
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=GUARD.parent, env=os.environ, capture_output=True, check=False, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=GUARD.parent,
+        env=os.environ,
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
     assert done.returncode == -signal.SIGSEGV
 
 
@@ -131,7 +171,11 @@ def test_what_python_implements_takes_what_the_schema_says(name: str) -> None:
     """The schema is the one declaration: C++ is given it by the build, and functions that drifted from it are found here."""
     op = OPS.get(name)
     wanted = [argument.name for argument in op.call._schema.arguments]
-    functions = [op.reference, op.fake, *(function for (of, device), function in IMPLEMENTATIONS.items() if of == name and device == "cpu")]
+    functions = [
+        op.reference,
+        op.fake,
+        *(function for (of, device), function in IMPLEMENTATIONS.items() if of == name and device == "cpu"),
+    ]
     assert len(functions) == 3
     for function in functions:
         assert list(inspect.signature(function).parameters) == wanted, function

@@ -55,7 +55,15 @@ def net() -> nn.Module:
 def exported(net: nn.Module, x: Tensor) -> onnx.ModelProto:
     """The network as an ONNX graph."""
     buffer = io.BytesIO()
-    torch.onnx.export(net, (x,), buffer, dynamo=False, dynamic_axes={"input": {0: "n"}}, input_names=["input"], do_constant_folding=False)
+    torch.onnx.export(
+        net,
+        (x,),
+        buffer,
+        dynamo=False,
+        dynamic_axes={"input": {0: "n"}},
+        input_names=["input"],
+        do_constant_folding=False,
+    )
     return onnx.load_from_string(buffer.getvalue())
 
 
@@ -67,7 +75,9 @@ def answer(model: Model, x: Tensor) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("frontend", ["torch", "onnx"])
-def test_batchnorms_fold_into_grouped_and_transposed_layers(net: nn.Module, images: Tensor, frontend: str) -> None:
+def test_batchnorms_fold_into_grouped_and_transposed_layers(
+    net: nn.Module, images: Tensor, frontend: str
+) -> None:
     x = images[:4]
     wanted = net(x).detach()
     model = open_model(net if frontend == "torch" else exported(net, x), Batch((x,)))
@@ -78,7 +88,9 @@ def test_batchnorms_fold_into_grouped_and_transposed_layers(net: nn.Module, imag
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("frontend", ["torch", "onnx"])
 @pytest.mark.parametrize("measure", ["params", "macs"])
-def test_a_budget_is_kept_and_what_is_planned_is_what_runs(net: nn.Module, images: Tensor, frontend: str, measure: str, tmp_path: Path) -> None:
+def test_a_budget_is_kept_and_what_is_planned_is_what_runs(
+    net: nn.Module, images: Tensor, frontend: str, measure: str, tmp_path: Path
+) -> None:
     x = images[:4]
     wanted = net(x).detach()
     given = net if frontend == "torch" else exported(net, x)
@@ -95,7 +107,9 @@ def test_a_budget_is_kept_and_what_is_planned_is_what_runs(net: nn.Module, image
     again = RankPlan.load(tmp_path / "plan.json")
     assert again.choices == plan.choices
     repeated = tdpass.compress(given, data=images, plan=again, cache=False)
-    torch.testing.assert_close(answer(open_model(repeated.model, Batch((x,))), x), found, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        answer(open_model(repeated.model, Batch((x,))), x), found, rtol=1e-4, atol=1e-5
+    )
     assert repeated.report.final.get(measure) == report.final.get(measure)
     if frontend == "torch":
         with counting() as counter:

@@ -34,7 +34,9 @@ def test_rows_times_weight_is_the_layer(site: Site) -> None:
     x, weight = normal(*kind.sample(site, 2)), normal(*site.shape, seed=1)
     rows, y = kind.rows(x, site), dense(x, weight, site)
     parts = zip(rows.chunk(site.groups, 1), weight.flatten(1).chunk(site.groups), strict=True)
-    torch.testing.assert_close(torch.cat([part @ own.T for part, own in parts], 1), kind.output_rows(y, site), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        torch.cat([part @ own.T for part, own in parts], 1), kind.output_rows(y, site), rtol=1e-9, atol=1e-9
+    )
     some = kind.rows(x, site, 3, torch.Generator().manual_seed(3))
     assert some.shape == (min(3, len(rows)), rows.shape[1])
     assert all(bool((row == rows).all(1).any()) for row in some)
@@ -94,11 +96,17 @@ def test_patches_times_weight_is_the_layer(site: Site) -> None:
     if site.kind == "linear":
         y = F.linear(x, weight)
     else:
-        y = (F.conv1d, F.conv2d, F.conv3d)[len(site.kernel) - 1](padded, weight, None, site.stride, 0, site.dilation)
+        y = (F.conv1d, F.conv2d, F.conv3d)[len(site.kernel) - 1](
+            padded, weight, None, site.stride, 0, site.dilation
+        )
     rows = kind_of(site).rows(x, site)
     assert torch.allclose(rows @ weight.flatten(1).T, kind_of(site).output_rows(y, site), atol=1e-5)
-    assert torch.equal(kind_of(site).rows(x[0], site), rows[: len(rows) // 3])  # one sample without an axis of its own
-    assert torch.equal(kind_of(site).output_rows(y[0], site), kind_of(site).output_rows(y, site)[: len(rows) // 3])
+    assert torch.equal(
+        kind_of(site).rows(x[0], site), rows[: len(rows) // 3]
+    )  # one sample without an axis of its own
+    assert torch.equal(
+        kind_of(site).output_rows(y[0], site), kind_of(site).output_rows(y, site)[: len(rows) // 3]
+    )
     some = kind_of(site).rows(x, site, 5, torch.Generator().manual_seed(3))
     assert some.shape == (5, rows.shape[1])
     assert all(bool((row == rows).all(1).any()) for row in some)

@@ -20,7 +20,9 @@ from tdpass.site import Site
 EXAMPLES = [site for kind in KINDS if kind.operator for site in kind.examples()]
 CASES = [(site, name) for site in EXAMPLES for name in FORMATS.names() if FORMATS.get(name).fits(site)]
 each_example = pytest.mark.parametrize("site", EXAMPLES, ids=[site.name for site in EXAMPLES])
-each_case = pytest.mark.parametrize(("site", "name"), CASES, ids=[f"{site.name}-{name}" for site, name in CASES])
+each_case = pytest.mark.parametrize(
+    ("site", "name"), CASES, ids=[f"{site.name}-{name}" for site, name in CASES]
+)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -49,7 +51,9 @@ def graph(site: Site, weight: Tensor, bias: Tensor) -> onnx.ModelProto:
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(np.ascontiguousarray(value.numpy()), name) for name, value in stored.items()],
     )  # fmt: skip
-    return onnx.shape_inference.infer_shapes(helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    return onnx.shape_inference.infer_shapes(
+        helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    )
 
 
 class Net(nn.Module):
@@ -58,10 +62,17 @@ class Net(nn.Module):
     def __init__(self, site: Site, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         kind, extra = kind_of(site), [before - after for before, after in site.padding]
-        options = {"stride": site.stride, "dilation": site.dilation, "groups": site.groups, "padding": [before for before, _ in site.padding]}
+        options = {
+            "stride": site.stride,
+            "dilation": site.dilation,
+            "groups": site.groups,
+            "padding": [before for before, _ in site.padding],
+        }
         if any(extra):
             options["output_padding"] = extra
-        module = kind.build(kind.modules[site.axes - 1], tuple(kind.turned(weight, site.groups).shape), options)
+        module = kind.build(
+            kind.modules[site.axes - 1], tuple(kind.turned(weight, site.groups).shape), options
+        )
         module.weight, module.bias = nn.Parameter(kind.turned(weight, site.groups)), nn.Parameter(bias)
         self.add_module(site.name, module)
 
@@ -73,7 +84,10 @@ class Net(nn.Module):
 def torch_can(site: Site) -> bool:
     """Whether a module of torch pads so."""
     extra = [before - after for before, after in site.padding]
-    limits = [max(steps) if kind_of(site).reaches(site) is None else 1 for steps in zip(site.stride, site.dilation, strict=True)]
+    limits = [
+        max(steps) if kind_of(site).reaches(site) is None else 1
+        for steps in zip(site.stride, site.dilation, strict=True)
+    ]
     return all(0 <= size < limit for size, limit in zip(extra, limits, strict=True))
 
 
@@ -109,9 +123,15 @@ def test_a_dense_layer_is_the_same_site_and_computes_the_same_everywhere(site: S
         torch.testing.assert_close(answer(model, x), wanted, rtol=1e-4, atol=1e-5)
         tape = model.record(Batch((x,)))
         assert set(tape.site_calls) == {site.name}
-        played = tape.play().fork({site.name: lambda value: apply_dense(TorchOps(), value, 2 * weight, bias, site)}).finish()
+        played = (
+            tape.play()
+            .fork({site.name: lambda value: apply_dense(TorchOps(), value, 2 * weight, bias, site)})
+            .finish()
+        )
         (value,) = played.values() if isinstance(played, dict) else [played]
-        torch.testing.assert_close(value, apply_dense(TorchOps(), x, 2 * weight, bias, site), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            value, apply_dense(TorchOps(), x, 2 * weight, bias, site), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_a_layer_that_is_called_with_an_output_size_stays_dense() -> None:
@@ -143,4 +163,6 @@ def test_a_format_computes_the_same_everywhere_at_its_price(site: Site, name: st
             assert model.count(Batch((x,))).per_sample == form.cost(site, rank).macs
             assert model.params() == form.cost(site, rank).params + site.o
             if form.exact_at_full_rank and rank == ranks[-1]:
-                torch.testing.assert_close(answer(model, x), apply_dense(TorchOps(), x, weight, bias, site), rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(
+                    answer(model, x), apply_dense(TorchOps(), x, weight, bias, site), rtol=1e-3, atol=1e-4
+                )

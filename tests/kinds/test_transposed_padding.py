@@ -23,7 +23,13 @@ def attributes(mode: str) -> list[dict[str, Any]]:
     """Kernels, strides, dilations and output paddings with every kind of padding that goes with the mode."""
     found = []
     for kernel, stride, dilation, extra in itertools.product((2, 3, 4), (1, 2, 3), (1, 2), (0, 1)):
-        plain = {"auto_pad": mode, "kernel_shape": [kernel], "strides": [stride], "dilations": [dilation], "output_padding": [extra]}
+        plain = {
+            "auto_pad": mode,
+            "kernel_shape": [kernel],
+            "strides": [stride],
+            "dilations": [dilation],
+            "output_padding": [extra],
+        }
         if extra >= max(stride, dilation):
             continue
         paddings = [{"pads": pads} for pads in ((0, 0), (1, 0), (0, 1))] if mode == "NOTSET" else [{}]
@@ -48,7 +54,9 @@ def test_a_node_is_read_as_the_runtime_computes_it_or_left_alone(mode: str) -> N
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         try:
-            session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(
+                proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
             (wanted,) = session.run(None, {"x": x})
         except Exception:  # noqa: BLE001 - the runtime refuses the node, so that nothing is to be compared
             continue
@@ -56,6 +64,8 @@ def test_a_node_is_read_as_the_runtime_computes_it_or_left_alone(mode: str) -> N
         if not sites:
             continue
         agreed += 1
-        answered = apply_dense(TorchOps(), from_numpy(x), from_numpy(weight).transpose(0, 1), None, sites[0]).numpy()
+        answered = apply_dense(
+            TorchOps(), from_numpy(x), from_numpy(weight).transpose(0, 1), None, sites[0]
+        ).numpy()
         np.testing.assert_allclose(answered, wanted, rtol=1e-4, atol=1e-5, err_msg=str(given))
     assert agreed >= 30

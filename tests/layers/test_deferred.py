@@ -26,7 +26,9 @@ CASES = [
     if FORMATS.get(name).fits(site) and FORMATS.get(name).offered
     for dtype in (torch.float32, torch.float16)
 ]
-each_case = pytest.mark.parametrize(("name", "site", "dtype"), CASES, ids=lambda value: getattr(value, "name", str(value)))
+each_case = pytest.mark.parametrize(
+    ("name", "site", "dtype"), CASES, ids=lambda value: getattr(value, "name", str(value))
+)
 
 
 def factored(name: str, site: Site, dtype: torch.dtype, bias: bool = False) -> Factorized:
@@ -34,7 +36,9 @@ def factored(name: str, site: Site, dtype: torch.dtype, bias: bool = False) -> F
     rank = fmt.ranks(site)[0]
     factors = fmt.decompose(weight, site, Metric(groups=site.groups)).factors(rank)
     held = nn.Parameter(torch.zeros(site.o, dtype=dtype)) if bias else None
-    return Factorized(Layer(site, Form(name, rank), {key: value.to(dtype) for key, value in factors.items()}), held)
+    return Factorized(
+        Layer(site, Form(name, rank), {key: value.to(dtype) for key, value in factors.items()}), held
+    )
 
 
 @each_case
@@ -78,7 +82,14 @@ def test_numbers_are_read_in_every_way(layer: Factorized) -> None:
         weight = layer.weight
         torch.save(weight, stored)
         stored.seek(0)
-        read = [weight.t().t(), torch.cat([weight]), weight.detach(), weight.data, copy.deepcopy(weight), weight.clone()]
+        read = [
+            weight.t().t(),
+            torch.cat([weight]),
+            weight.detach(),
+            weight.data,
+            copy.deepcopy(weight),
+            weight.clone(),
+        ]
         read += [torch.from_numpy(weight.numpy()), torch.load(stored), weight.to(torch.float64).float()]
         assert all(torch.equal(each, dense) and type(each) is Tensor for each in read)
         assert torch.equal(F.linear(x, weight), F.linear(x, dense))

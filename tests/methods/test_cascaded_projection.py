@@ -22,7 +22,9 @@ NAME = "cascaded-projection"
 def data() -> Batches:
     generator = torch.Generator().manual_seed(5)
     labels = torch.arange(192) % 4
-    images = torch.randn(192, 2, 8, 8, generator=generator) + labels[:, None, None, None] * torch.tensor([0.5, -0.5]).view(1, 2, 1, 1)
+    images = torch.randn(192, 2, 8, 8, generator=generator) + labels[:, None, None, None] * torch.tensor(
+        [0.5, -0.5]
+    ).view(1, 2, 1, 1)
     return Batches(images, labels, 32)
 
 
@@ -57,7 +59,9 @@ def test_equal_singular_values_do_no_harm() -> None:
 
 def test_gradient_steps_on_the_proxy_reach_the_principal_directions() -> None:
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(200, 8, dtype=torch.float64, generator=generator) * torch.arange(1, 9, dtype=torch.float64)
+    x = torch.randn(200, 8, dtype=torch.float64, generator=generator) * torch.arange(
+        1, 9, dtype=torch.float64
+    )
     q = torch.randn(8, 3, dtype=torch.float64, generator=generator).requires_grad_()
     optimizer = torch.optim.Adam([q], lr=0.05)
     for _ in range(400):
@@ -72,17 +76,24 @@ def test_gradient_steps_on_the_proxy_reach_the_principal_directions() -> None:
 
 def test_a_narrow_weight_is_projected_on_both_sides() -> None:
     generator = torch.Generator().manual_seed(2)
-    after, before = Projection(torch.randn(6, 2, generator=generator)), Projection(torch.randn(4, 3, generator=generator))
+    after, before = (
+        Projection(torch.randn(6, 2, generator=generator)),
+        Projection(torch.randn(4, 3, generator=generator)),
+    )
     weight = torch.randn(6, 8, 3, generator=generator)
     made = NarrowWeight(after, before, 2)(weight)
-    expected = torch.einsum("or,oisk,iq->rqsk", after(), weight.reshape(6, 4, 2, 3), before()).reshape(2, 6, 3)
+    expected = torch.einsum("or,oisk,iq->rqsk", after(), weight.reshape(6, 4, 2, 3), before()).reshape(
+        2, 6, 3
+    )
     torch.testing.assert_close(made, expected)
 
 
 def test_only_projections_train_and_are_multiplied_into_the_weights() -> None:
     method, net = prepared(width=0.5)
     weights = {name: value.clone() for name, value in net.state_dict().items() if "original" in name}
-    assert {name.rpartition(".")[2] for name, parameter in net.named_parameters() if parameter.requires_grad} == {"q", "shift"}
+    assert {
+        name.rpartition(".")[2] for name, parameter in net.named_parameters() if parameter.requires_grad
+    } == {"q", "shift"}
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.05)
     method.attach(net, optimizer, every=2)
     for inputs, targets in [*data()][:4]:
@@ -94,8 +105,17 @@ def test_only_projections_train_and_are_multiplied_into_the_weights() -> None:
     assert all(torch.equal(net.state_dict()[name], value) for name, value in weights.items())
     x = data().inputs[:16]
     torch.testing.assert_close(artifact.model.eval()(x), net.eval()(x), rtol=1e-4, atol=1e-5)
-    assert [str(choice.form) for choice in artifact.plan] == ["dense out 6", "dense in 6 out 4", "dense in 64 out 8", "dense in 8"]
-    assert artifact.report.final.params == sum(parameter.numel() for parameter in artifact.model.parameters()) == artifact.plan.planned.params
+    assert [str(choice.form) for choice in artifact.plan] == [
+        "dense out 6",
+        "dense in 6 out 4",
+        "dense in 64 out 8",
+        "dense in 8",
+    ]
+    assert (
+        artifact.report.final.params
+        == sum(parameter.numel() for parameter in artifact.model.parameters())
+        == artifact.plan.planned.params
+    )
     assert artifact.report.final.macs < 0.5 * artifact.report.original.macs
     assert "the model returns its output" in artifact.report.declined["9"]
 

@@ -45,7 +45,12 @@ class Concatenated(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.two, self.both, self.out = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 6, 1), nn.Conv2d(10, 8, 1), nn.Conv2d(8, 2, 1)
+        self.one, self.two, self.both, self.out = (
+            nn.Conv2d(3, 4, 1),
+            nn.Conv2d(3, 6, 1),
+            nn.Conv2d(10, 8, 1),
+            nn.Conv2d(8, 2, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(torch.relu(self.both(torch.cat([torch.relu(self.one(x)), self.two(x)], 1))))
@@ -61,7 +66,9 @@ class Padded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.stem(x))
-        return self.out(torch.relu(self.norm(self.body(torch.relu(self.inner(x)))) + F.pad(x, (0, 0, 0, 0, 2, 2))))
+        return self.out(
+            torch.relu(self.norm(self.body(torch.relu(self.inner(x)))) + F.pad(x, (0, 0, 0, 0, 2, 2)))
+        )
 
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -72,7 +79,11 @@ NETS: dict[str, tuple[Any, Tensor]] = {
     "digits": (digits_net, torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))),
     "resnet20": (resnet20, torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))),
 }
-GRIDS = {"widths": {"widths": WIDTHS}, "ranks": {"widths": [1.0], "ranks": [0.25, 0.5, 1.0]}, "both": {"widths": [0.5, 1.0], "ranks": [0.5, 1.0]}}
+GRIDS = {
+    "widths": {"widths": WIDTHS},
+    "ranks": {"widths": [1.0], "ranks": [0.25, 0.5, 1.0]},
+    "both": {"widths": [0.5, 1.0], "ranks": [0.5, 1.0]},
+}
 
 
 def network(name: str) -> tuple[nn.Module, Tensor]:
@@ -95,7 +106,10 @@ def adaptive(name: str, **options: Any) -> tuple[nn.Module, ChannelAdaptive, Ten
 def channels(model: nn.Module) -> dict[str, list[tuple[int, int]]]:
     found = adaptation_of(model)
     assert found is not None
-    return {name: [(i.count, o.count) for i, o in zip(form.inputs, form.outputs, strict=True)] for name, form in found.layers.items()}
+    return {
+        name: [(i.count, o.count) for i, o in zip(form.inputs, form.outputs, strict=True)]
+        for name, form in found.layers.items()
+    }
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -131,7 +145,12 @@ def test_channels_shrink_together_as_the_run_joins_them() -> None:
     assert {name: counts[0] for name, counts in halves["joined"].items()} == {
         "stem": (3, 4), "depthwise": (4, 4), "gate": (4, 4), "hidden": (16, 6), "out": (6, 3),
     }  # fmt: skip
-    assert {name: counts[0] for name, counts in halves["concatenated"].items()} == {"one": (3, 4), "two": (3, 6), "both": (10, 4), "out": (4, 2)}
+    assert {name: counts[0] for name, counts in halves["concatenated"].items()} == {
+        "one": (3, 4),
+        "two": (3, 6),
+        "both": (10, 4),
+        "out": (4, 2),
+    }
     assert {name: counts[0] for name, counts in halves["padded"].items()} == {
         "stem": (3, 4), "inner": (4, 4), "body": (4, 8), "out": (8, 2),
     }  # fmt: skip
@@ -212,7 +231,13 @@ def artifact() -> tdpass.Artifact:
     torch.manual_seed(0)
     method = {"channel-adaptive": {"widths": [0.25, 1.0], "ranks": [0.5, 1.0], "rounds": 8}}
     images = digits().inputs
-    options: dict[str, Any] = {"settings": {"lr": 0.05}, "example_inputs": images[:2], "calibration": images, "control": False, "test": right}
+    options: dict[str, Any] = {
+        "settings": {"lr": 0.05},
+        "example_inputs": images[:2],
+        "calibration": images,
+        "control": False,
+        "test": right,
+    }
     return tdpass.train(digits_net(classes=2), digits(), method, **options)
 
 
@@ -222,9 +247,15 @@ def right(model: nn.Module) -> float:
 
 def test_every_setting_learns_and_is_scored(artifact: tdpass.Artifact) -> None:
     scores = {name: value for name, value in artifact.report.checks.items() if name.startswith("score_width")}
-    assert set(scores) == {f"score_width_{width}_rank_{rank}" for width in ("0.25", "1") for rank in ("0.5", "1")}
+    assert set(scores) == {
+        f"score_width_{width}_rank_{rank}" for width in ("0.25", "1") for rank in ("0.5", "1")
+    }
     assert min(scores.values()) > 75
-    counts = [artifact.report.checks[f"macs_width_{width}_rank_{rank}"] for width in ("0.25", "1") for rank in ("0.5", "1")]
+    counts = [
+        artifact.report.checks[f"macs_width_{width}_rank_{rank}"]
+        for width in ("0.25", "1")
+        for rank in ("0.5", "1")
+    ]
     assert counts == sorted(set(counts))
 
 
@@ -252,7 +283,9 @@ def test_one_file_holds_all_settings(artifact: tdpass.Artifact, tmp_path: Path) 
         tdpass.load(tmp_path / "model.safetensors", other)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
     assert not any(isinstance(module, Adaptive) for module in other.modules())
-    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-8] + b"damaged!")
+    (tmp_path / "model.safetensors").write_bytes(
+        (tmp_path / "model.safetensors").read_bytes()[:-8] + b"damaged!"
+    )
     with pytest.raises(InvalidModelError):
         tdpass.load(tmp_path / "model.safetensors", digits_net(classes=2))
 
@@ -295,7 +328,14 @@ def test_a_controller_turns_to_the_best_setting_within_a_budget(artifact: tdpass
 
 
 def test_what_cannot_be_is_said() -> None:
-    for options in ({"widths": [0.5]}, {"widths": []}, {"widths": [1.0]}, {"widths": [0.5, 0.5, 1.0]}, {"ranks": [2.0, 1.0]}, {"distill": 2.0}):
+    for options in (
+        {"widths": [0.5]},
+        {"widths": []},
+        {"widths": [1.0]},
+        {"widths": [0.5, 0.5, 1.0]},
+        {"ranks": [2.0, 1.0]},
+        {"distill": 2.0},
+    ):
         with pytest.raises(UsageError, match=r"give|fit"):
             ChannelAdaptive(**options)
     with pytest.raises(UsageError, match="no layer can have fewer"):

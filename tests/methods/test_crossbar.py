@@ -22,31 +22,71 @@ from tdpass.training.noise import NoisyWeights
 
 CASES: dict[str, dict[str, Any]] = {
     "blocks": {"keep": 500, "admm": 3, "retrain": 1, "fix": 2, "rho": 0.5},
-    "five bits, noise": {"keep": 500, "weight_bits": 5, "side": "row", "admm": 3, "retrain": 2, "fix": 1, "rho": 0.5, "noise": 0.1, "metric": "fisher"},
-    "fragments": {"groups": {"2": {"filter": 0.5, "column": 0.5}}, "array": "forms", "admm": 4, "retrain": 0, "fix": 2, "rho": 0.5},
-    "both": {"keep": 500, "groups": {"*": {"column": 0.6}}, "weight_bits": 6, "admm": 4, "retrain": 2, "fix": 0, "rho": 0.5, "exclude": ["6"]},
+    "five bits, noise": {
+        "keep": 500,
+        "weight_bits": 5,
+        "side": "row",
+        "admm": 3,
+        "retrain": 2,
+        "fix": 1,
+        "rho": 0.5,
+        "noise": 0.1,
+        "metric": "fisher",
+    },
+    "fragments": {
+        "groups": {"2": {"filter": 0.5, "column": 0.5}},
+        "array": "forms",
+        "admm": 4,
+        "retrain": 0,
+        "fix": 2,
+        "rho": 0.5,
+    },
+    "both": {
+        "keep": 500,
+        "groups": {"*": {"column": 0.6}},
+        "weight_bits": 6,
+        "admm": 4,
+        "retrain": 2,
+        "fix": 0,
+        "rho": 0.5,
+        "exclude": ["6"],
+    },
 }
 each_case = pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 
 
 def trained(options: dict[str, Any]) -> tuple[Crossbar, tdpass.Artifact]:
     method = Crossbar(**options)
-    return method, tdpass.train(network(), data(), method, settings={"lr": 0.05}, control=False, example_inputs=torch.zeros(2, 1, 8, 8))
+    return method, tdpass.train(
+        network(),
+        data(),
+        method,
+        settings={"lr": 0.05},
+        control=False,
+        example_inputs=torch.zeros(2, 1, 8, 8),
+    )
 
 
 def weights_of(artifact: tdpass.Artifact) -> dict[str, torch.Tensor]:
-    return {choice.site: dict(artifact.model.named_modules())[choice.site].weight.detach() for choice in artifact.plan}
+    return {
+        choice.site: dict(artifact.model.named_modules())[choice.site].weight.detach()
+        for choice in artifact.plan
+    }
 
 
 @each_case
-def test_weights_end_in_groups_on_levels_of_devices_and_in_fragments_of_one_sign(options: dict[str, Any]) -> None:
+def test_weights_end_in_groups_on_levels_of_devices_and_in_fragments_of_one_sign(
+    options: dict[str, Any],
+) -> None:
     method, artifact = trained(options)
     for name, weight in weights_of(artifact).items():
         levels = method.levels[name]
         ratios = weight[weight != 0].abs().double() / levels.scale
         states = torch.tensor(levels.magnitudes, dtype=torch.float64)
         assert float((ratios[:, None] - states).abs().min(1).values.max()) < 1e-6
-        assert levels.magnitudes[0] == pytest.approx(method.machine.least_siemens / method.machine.most_siemens)  # no state is zero
+        assert levels.magnitudes[0] == pytest.approx(
+            method.machine.least_siemens / method.machine.most_siemens
+        )  # no state is zero
         matrix = as_matrices(weight, 1)[0]
         if options.get("array") == "forms":
             for run in matrix.split(8):
@@ -54,7 +94,9 @@ def test_weights_end_in_groups_on_levels_of_devices_and_in_fragments_of_one_sign
         site = method.sites[name]
         if name in options.get("groups", {}):
             assert int(weight.flatten(1).any(1).sum()) <= round(options["groups"][name]["filter"] * site.o)
-            assert int(weight.flatten(1).any(0).sum()) <= round(options["groups"][name]["column"] * site.weights / site.o)
+            assert int(weight.flatten(1).any(0).sum()) <= round(
+                options["groups"][name]["column"] * site.weights / site.o
+            )
 
 
 @each_case
@@ -63,12 +105,20 @@ def test_the_report_has_the_cost_of_the_arrays_that_are_left(options: dict[str, 
     report, weights = artifact.report, weights_of(artifact)
     uses, before = uses_of(method.sites, weights, method.machine), dense_costs(method.sites, method.own)
     for measure in ("joules", "area", "cycles"):
-        assert report.original.get(measure) == pytest.approx(sum(cost.get(measure) for cost in before.values()))
+        assert report.original.get(measure) == pytest.approx(
+            sum(cost.get(measure) for cost in before.values())
+        )
         assert report.final.get(measure) == pytest.approx(sum(use.cost.get(measure) for use in uses.values()))
-        assert sum(choice.cost.get(measure) for choice in artifact.plan) == pytest.approx(report.final.get(measure))
+        assert sum(choice.cost.get(measure) for choice in artifact.plan) == pytest.approx(
+            report.final.get(measure)
+        )
     assert 0 < report.final.get("joules") < report.original.get("joules")
-    assert {row.site: row.after.get("area") for row in report.sites} == {name: use.cost.get("area") for name, use in uses.items()}
-    assert sum(block.weights for row in report.arrays for block in row.blocks) == sum(int(weight.count_nonzero()) for weight in weights.values())
+    assert {row.site: row.after.get("area") for row in report.sites} == {
+        name: use.cost.get("area") for name, use in uses.items()
+    }
+    assert sum(block.weights for row in report.arrays for block in row.blocks) == sum(
+        int(weight.count_nonzero()) for weight in weights.values()
+    )
     assert tdpass.Report(**vars(report)).to_json() == report.to_json()
 
 
@@ -150,4 +200,6 @@ def test_states_of_devices_are_data(tmp_path: Path) -> None:
     own.write_text(text)
     method = Crossbar(keep=900, array=str(own))
     assert method.states.magnitudes == (pytest.approx(2 / 9), 1.0)
-    assert method.machine == replace(array, cell_bits=1, weight_bits=2, states=(2e-7, 9e-7), sources=method.machine.sources)
+    assert method.machine == replace(
+        array, cell_bits=1, weight_bits=2, states=(2e-7, 9e-7), sources=method.machine.sources
+    )

@@ -39,14 +39,20 @@ class Machine(TimedTarget):
     def open(cls, way: str, frontend: str, cache: Path | None) -> Target:
         return cls()
 
-    def time(self, site: Site, forms: Sequence[Form], setting: Setting, careful: bool = False) -> list[Timing]:
+    def time(
+        self, site: Site, forms: Sequence[Form], setting: Setting, careful: bool = False
+    ) -> list[Timing]:
         return [Timing(cost_of(site, form).macs * 1e-9, "fake") for form in forms]
 
-    def time_models(self, models: Sequence[Model], batch: Batch, setting: Setting, yardstick: Site | None = None) -> list[float]:
+    def time_models(
+        self, models: Sequence[Model], batch: Batch, setting: Setting, yardstick: Site | None = None
+    ) -> list[float]:
         times = []
         for model in models:
             layers = [(site, model.layer(site.name)) for site in model.sites()]
-            whole = sum(cost_of(site, DENSE if layer is None else layer.form).macs * 1e-9 for site, layer in layers)
+            whole = sum(
+                cost_of(site, DENSE if layer is None else layer.form).macs * 1e-9 for site, layer in layers
+            )
             changed = any(layer is not None for _, layer in layers)
             times.append((self.rest + whole) * (self.surprise if changed else 1.0))
         return times
@@ -55,7 +61,11 @@ class Machine(TimedTarget):
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.norm, self.two = nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12), nn.Conv2d(12, 16, 3, padding=1)
+        self.one, self.norm, self.two = (
+            nn.Conv2d(1, 12, 3, padding=1),
+            nn.BatchNorm2d(12),
+            nn.Conv2d(12, 16, 3, padding=1),
+        )
         self.out = nn.Linear(16, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,18 +81,29 @@ def images(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Two kinds of stripes, in noise."""
     labels = torch.arange(count) % 2
     stripes = torch.stack([torch.eye(8)[::2].repeat_interleave(2, 0), torch.eye(8).flip(0)])
-    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) * 0.3 + stripes[labels, None], labels
+    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) * 0.3 + stripes[
+        labels, None
+    ], labels
 
 
 def train(calibration: Tensor | None = None, **options: Any) -> tdpass.Artifact:
     x = torch.zeros(2, 1, 8, 8)
-    common: dict[str, Any] = {"settings": {"lr": 0.05}, "control": False, "example_inputs": x, "calibration": calibration}
+    common: dict[str, Any] = {
+        "settings": {"lr": 0.05},
+        "control": False,
+        "example_inputs": x,
+        "calibration": calibration,
+    }
     return tdpass.train(network(), Batches(*images(64, 1), 16), Haloc(**{**SHORT, **options}), **common)
 
 
 @pytest.mark.parametrize("target", [None, "systolic:gemmini", Machine()])
 def test_a_menu_holds_few_forms_that_are_cheaper_than_dense(target: str | Target | None) -> None:
-    tariff = Tariff("macs") if target is None else Tariff(open_target(target, "torch").measures[0], open_target(target, "torch"))
+    tariff = (
+        Tariff("macs")
+        if target is None
+        else Tariff(open_target(target, "torch").measures[0], open_target(target, "torch"))
+    )
     menu = Menu.of(CONV, ("svd", "spatial_svd", "tucker2"), 5, tariff)
     assert menu.forms[0] == DENSE
     assert menu.costs == tuple(tariff.amounts(CONV, menu.forms))
@@ -126,8 +147,16 @@ def test_the_dense_answers_keep_what_the_network_needs() -> None:
     data, labels = images(64, 2)
     model, batches = network(), Batches(*images(64, 1), 16)
     settings = {"lr": 0.02, "schedule": 1.0, "clip": 1.0}
-    common: dict[str, Any] = {"example_inputs": data[:2], "calibration": data, "pretrain": 12, "pretraining": {"lr": 0.05}, "control": False}
-    artifact = tdpass.train(model, batches, Haloc(penalty=0.3, search=8, tune=8, ranks=3), settings=settings, **common)
+    common: dict[str, Any] = {
+        "example_inputs": data[:2],
+        "calibration": data,
+        "pretrain": 12,
+        "pretraining": {"lr": 0.05},
+        "control": False,
+    }
+    artifact = tdpass.train(
+        model, batches, Haloc(penalty=0.3, search=8, tune=8, ranks=3), settings=settings, **common
+    )
     right = float((artifact.model(data).argmax(1) == labels).float().mean())
     assert right > 0.95
     assert artifact.report.final.macs < 0.7 * artifact.report.original.macs

@@ -23,13 +23,20 @@ LABELS = torch.arange(96) % 3
 
 def convolutional() -> nn.Module:
     torch.manual_seed(0)
-    stem = (nn.Conv2d(1, 6, 3, padding=1, padding_mode="reflect", bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3, stride=2))
+    stem = (
+        nn.Conv2d(1, 6, 3, padding=1, padding_mode="reflect", bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3, stride=2),
+    )
     return nn.Sequential(*stem, nn.ReLU(), nn.Flatten(), nn.Linear(72, 16), nn.ReLU(), nn.Linear(16, 3))
 
 
 def linear() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 3))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 3)
+    )
 
 
 class Tied(nn.Module):
@@ -38,7 +45,12 @@ class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.one, self.two, self.out = nn.Linear(64, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.first, self.one, self.two, self.out = (
+            nn.Linear(64, 16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 3),
+        )
         self.two.weight = self.one.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,7 +93,9 @@ def test_a_task_is_learned_by_its_new_columns_its_selector_and_what_is_its_own()
         assert right > 0.9
     assert [row.loss for row in tasks.training][-1] < tasks.training[0].loss
     u, v = (torch.cat([getattr(each, part)["6"] for each in tasks.tasks], 1) for part in ("u", "v"))
-    torch.testing.assert_close(tasks.use_task(1)[6].weight + 0, (u * tasks.tasks[1].s["6"]) @ v.T, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        tasks.use_task(1)[6].weight + 0, (u * tasks.tasks[1].s["6"]) @ v.T, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_first_task_begins_as_the_best_low_rank_model_of_what_was_given() -> None:
@@ -97,7 +111,9 @@ def test_the_first_task_begins_as_the_best_low_rank_model_of_what_was_given() ->
 def test_memory_is_all_that_a_task_adds(net: str) -> None:
     tasks = learned(IncrementalTasks(NETS[net](), 3, 1), 2)
     for number in range(2):
-        assert sum(tasks.memory(number).values()) == sum(value.nbytes for value in tasks.tasks[number].tensors().values())
+        assert sum(tasks.memory(number).values()) == sum(
+            value.nbytes for value in tasks.tasks[number].tensors().values()
+        )
     if net == "linear":
         heads = 4 * (20 + 16 + 16 * 3 + 3)
         assert tasks.memory(0) == {"columns": 4 * 3 * (84 + 36), "selectors": 4 * 6, "own": heads}
@@ -139,7 +155,9 @@ def test_tasks_are_read_again_and_gone_on_with(net: str, tmp_path: Path) -> None
     assert torch.equal(again.use_task(2)(IMAGES), tasks.use_task(2)(IMAGES))
 
 
-def test_a_task_that_is_killed_leaves_those_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_that_is_killed_leaves_those_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "tasks.safetensors"
     tasks = learned(IncrementalTasks(linear(), 3, 1, path=path), 2)
     content, answer = path.read_bytes(), tasks.use_task(1)(IMAGES)
@@ -166,8 +184,12 @@ def test_a_task_goes_on_from_its_checkpoints(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        halves.add_task(task(1), 2, settings=QUICK, seed=1, folder=tmp_path / "halves", checkpoint_every=1, log=stop)
-    halves.add_task(task(1), 2, settings=QUICK, seed=1, folder=tmp_path / "halves", checkpoint_every=1, resume=True)
+        halves.add_task(
+            task(1), 2, settings=QUICK, seed=1, folder=tmp_path / "halves", checkpoint_every=1, log=stop
+        )
+    halves.add_task(
+        task(1), 2, settings=QUICK, seed=1, folder=tmp_path / "halves", checkpoint_every=1, resume=True
+    )
     assert torch.equal(whole.use_task(1)(IMAGES), halves.use_task(1)(IMAGES))
 
 
@@ -190,7 +212,12 @@ def test_what_cannot_be_is_said(tmp_path: Path) -> None:
     with pytest.raises(InvalidModelError, match="begun with"):
         IncrementalTasks.load(path, convolutional())
     with pytest.raises(InvalidModelError, match="begun with"):
-        IncrementalTasks.load(path, nn.Sequential(nn.Flatten(), nn.Linear(64, 22), nn.ReLU(), nn.Linear(22, 16), nn.ReLU(), nn.Linear(16, 3)))
+        IncrementalTasks.load(
+            path,
+            nn.Sequential(
+                nn.Flatten(), nn.Linear(64, 22), nn.ReLU(), nn.Linear(22, 16), nn.ReLU(), nn.Linear(16, 3)
+            ),
+        )
     with pytest.raises(TrainingError, match="finite"):
         tasks.add_task(task(1), 1, settings={"optimizer": "sgd", "lr": 1e30})
     assert len(tasks) == 1

@@ -16,7 +16,9 @@ from tdpass.training.batches import Batches
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(36, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(36, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2)
+    )
 
 
 def batches() -> Batches:
@@ -27,7 +29,9 @@ def batches() -> Batches:
 
 def train(**options: Any) -> tdpass.Artifact:
     settings = {"lr": 0.05, "schedule": 1.0}
-    return tdpass.train(network(), batches(), {"lc": {"rounds": 4, **options}}, settings=settings, control=False)
+    return tdpass.train(
+        network(), batches(), {"lc": {"rounds": 4, **options}}, settings=settings, control=False
+    )
 
 
 def test_a_higher_penalty_leaves_smaller_ranks() -> None:
@@ -46,7 +50,12 @@ def test_the_weights_end_at_the_ranks_that_were_chosen() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "named"),
-    [({}, "no price"), ({"penalty": -1.0}, "penalty"), ({"penalty": 1.0, "format": "tucker2"}, "format"), ({"penalty": 1.0, "rho": -1.0}, "rho")],
+    [
+        ({}, "no price"),
+        ({"penalty": -1.0}, "penalty"),
+        ({"penalty": 1.0, "format": "tucker2"}, "format"),
+        ({"penalty": 1.0, "rho": -1.0}, "rho"),
+    ],
 )
 def test_options_are_checked(wrong: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError, match=named):

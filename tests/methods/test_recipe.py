@@ -41,7 +41,13 @@ def score(model: nn.Module) -> float:
 
 def recipe(**changes: object) -> dict[str, object]:
     method = {"admm-tt": {"budget": {"params": 0.6}, "format": "svd", "rounds": 2, "rho": 0.1}}
-    own = {"model": f"{HERE}:network", "data": f"{HERE}:data", "test": f"{HERE}:score", "method": method, "settings": {"lr": 0.1}}
+    own = {
+        "model": f"{HERE}:network",
+        "data": f"{HERE}:data",
+        "test": f"{HERE}:score",
+        "method": method,
+        "settings": {"lr": 0.1},
+    }
     return {**own, "pretrain": 3, "finetune": 1, "example": [2, 4, 4], **changes}
 
 
@@ -75,7 +81,9 @@ def test_shipped_recipes_find_what_they_need_in_the_digits(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", names())
-def test_every_recipe_runs_on_the_digits(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_recipe_runs_on_the_digits(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", name, "--data", "digits", "--folder", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["report"]
     assert found["checks"]["score_final"] > 90
@@ -112,13 +120,21 @@ def test_a_run_makes_its_folder(tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} >= {"recipe.json", "run.json", "log.csv"}
 
 
-def test_the_command_line_trains_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_trains_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     path, folder = tmp_path / "recipe.yaml", tmp_path / "run"
     path.write_text(yaml.safe_dump(recipe()))
     assert main(["train", str(path), "--folder", str(folder), "--json"]) == 0
     first = json.loads(capsys.readouterr().out)["report"]
-    assert {path.name for path in folder.iterdir()} >= {"model.safetensors", "plan.json", "report.json", "report.html", "log.csv"}
+    assert {path.name for path in folder.iterdir()} >= {
+        "model.safetensors",
+        "plan.json",
+        "report.json",
+        "report.html",
+        "log.csv",
+    }
     assert first["checks"]["score_final"] > 50
     assert main(["train", str(path), "--folder", str(folder)]) == 2
     assert "give --resume" in capsys.readouterr().err
@@ -130,7 +146,9 @@ def test_the_command_line_trains_and_goes_on(tmp_path: Path, capsys: pytest.Capt
     assert "lenet5_admm_nn" in capsys.readouterr().err
 
 
-def test_trained_weights_that_come_with_the_data_are_where_a_run_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trained_weights_that_come_with_the_data_are_where_a_run_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset = open_dataset("digits", NETS.get("lenet5").sample)
     weights = NETS.get("lenet5").build()
     save_file(weights.state_dict(), tmp_path / "lenet5_digits.safetensors")
@@ -138,7 +156,9 @@ def test_trained_weights_that_come_with_the_data_are_where_a_run_starts(tmp_path
     monkeypatch.setattr("tdpass.methods.material.open_dataset", lambda name, sample=None: known)
     material = gathered(Recipe(model="lenet5", data="digits", trained=True))
     assert material.pretrain == 0
-    assert all(torch.equal(value, weights.state_dict()[name]) for name, value in material.model.state_dict().items())
+    assert all(
+        torch.equal(value, weights.state_dict()[name]) for name, value in material.model.state_dict().items()
+    )
     (tmp_path / "lenet5_digits.safetensors").write_bytes(b"damaged")
     with pytest.raises(InvalidModelError, match="cannot be loaded"):
         gathered(Recipe(model="lenet5", data="digits", trained=True))
@@ -159,7 +179,9 @@ def test_names_that_mean_nothing_are_one_clear_error(change: dict[str, object], 
 
 
 @pytest.mark.parametrize("model", [f"{HERE}:network", "resnet20"])
-def test_a_recipe_to_start_from_is_sound(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_to_start_from_is_sound(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     path = tmp_path / "own.yaml"
     assert main(["train", str(path), "--init", model]) == 0
@@ -177,7 +199,9 @@ def ruined(model: nn.Module) -> float:
     return 90.0 if isinstance(model[1], nn.Linear) else 9.0
 
 
-def test_a_network_that_training_destroyed_is_an_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_training_destroyed_is_an_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     path, folder = tmp_path / "recipe.yaml", tmp_path / "run"
     path.write_text(yaml.safe_dump(recipe(test=f"{HERE}:ruined", pretrain=1)))
@@ -186,7 +210,9 @@ def test_a_network_that_training_destroyed_is_an_exit_code(tmp_path: Path, capsy
     assert "destroyed" in (folder / "report.json").read_text()
 
 
-def test_what_train_lacks_is_said_and_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_train_lacks_is_said_and_no_success(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("TDPASS_DATA", raising=False)
     for module in ("torchvision", "hugging_face"):
         monkeypatch.setattr(f"tdpass.datasets.{module}.is_installed", lambda _: False)
@@ -201,9 +227,17 @@ def test_what_train_lacks_is_said_and_no_success(tmp_path: Path, capsys: pytest.
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "benchmarks" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    sorted((Path(__file__).parents[2] / "benchmarks" / "recipes").glob("*.yaml")),
+    ids=lambda path: path.stem,
+)
 def test_recipes_of_the_benchmarks_name_what_is_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     found = Recipe.load(path)
     assert found.about
-    assert all(callable(named(text)) for text in (found.model, found.data, found.test, found.evaluate) if text is not None and ":" in text)
+    assert all(
+        callable(named(text))
+        for text in (found.model, found.data, found.test, found.evaluate)
+        if text is not None and ":" in text
+    )

@@ -21,7 +21,11 @@ def info(name: str, sizes: Sequence[object] | None, kind: int = _FLOAT) -> onnx.
     return helper.make_tensor_value_info(name, kind, sizes)
 
 
-def model(nodes: Sequence[onnx.NodeProto], held: Sequence[onnx.TensorProto] = (WEIGHT,), functions: Sequence[onnx.FunctionProto] = ()) -> onnx.ModelProto:
+def model(
+    nodes: Sequence[onnx.NodeProto],
+    held: Sequence[onnx.TensorProto] = (WEIGHT,),
+    functions: Sequence[onnx.FunctionProto] = (),
+) -> onnx.ModelProto:
     graph = helper.make_graph(list(nodes), "g", [info("x", ["N", 8])], [info("y", ["N", 8])], list(held))
     versions = [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)]
     return helper.make_model(graph, opset_imports=versions, ir_version=8, functions=list(functions))
@@ -41,12 +45,18 @@ def written(make: Callable[[], onnx.ModelProto]) -> Write:
 
 
 def chain(count: int) -> onnx.ModelProto:
-    relus = [helper.make_node("Relu", [f"h{index}"], ["y" if index == count - 2 else f"h{index + 1}"]) for index in range(count - 1)]
+    relus = [
+        helper.make_node("Relu", [f"h{index}"], ["y" if index == count - 2 else f"h{index + 1}"])
+        for index in range(count - 1)
+    ]
     return model([product("h0"), *relus])
 
 
 def unused(count: int) -> onnx.ModelProto:
-    return model([product()], [WEIGHT, *(numpy_helper.from_array(np.zeros(1, np.float32), f"u{index}") for index in range(count))])
+    return model(
+        [product()],
+        [WEIGHT, *(numpy_helper.from_array(np.zeros(1, np.float32), f"u{index}") for index in range(count))],
+    )
 
 
 def doubling(levels: int, *, inside: bool = False) -> onnx.ModelProto:
@@ -54,12 +64,32 @@ def doubling(levels: int, *, inside: bool = False) -> onnx.ModelProto:
     functions = []
     for level in range(levels):
         below = ("Relu", "") if level == 0 else (f"f{level - 1}", "local")
-        calls = [helper.make_node(below[0], ["a"], ["m"], domain=below[1]), helper.make_node(below[0], ["m"], ["b"], domain=below[1])]
+        calls = [
+            helper.make_node(below[0], ["a"], ["m"], domain=below[1]),
+            helper.make_node(below[0], ["m"], ["b"], domain=below[1]),
+        ]
         if inside:
-            branches = [helper.make_graph([helper.make_node(below[0], ["a"], [name], domain=below[1])], name, [], [info(name, None)]) for name in ("t", "e")]
+            branches = [
+                helper.make_graph(
+                    [helper.make_node(below[0], ["a"], [name], domain=below[1])], name, [], [info(name, None)]
+                )
+                for name in ("t", "e")
+            ]
             flag = helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(np.array(True)))
-            calls = [flag, helper.make_node("If", ["c"], ["b"], then_branch=branches[0], else_branch=branches[1])]
-        functions.append(helper.make_function("local", f"f{level}", ["a"], ["b"], calls, [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)]))
+            calls = [
+                flag,
+                helper.make_node("If", ["c"], ["b"], then_branch=branches[0], else_branch=branches[1]),
+            ]
+        functions.append(
+            helper.make_function(
+                "local",
+                f"f{level}",
+                ["a"],
+                ["b"],
+                calls,
+                [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)],
+            )
+        )
     top = helper.make_node(f"f{levels - 1}", ["h"], ["y"], domain="local")
     return model([product("h"), top], functions=functions)
 
@@ -76,9 +106,19 @@ def loop(condition: str = "copied", limit: int | None = None) -> onnx.ModelProto
         [*ways[condition], helper.make_node("Tanh", ["v"], ["made"])], "body",
         [info("i", [], TensorProto.INT64), flag, info("v", ["N", 8])], [info("on", [], TensorProto.BOOL), info("made", ["N", 8])],
     )  # fmt: skip
-    held = [WEIGHT, numpy_helper.from_array(np.array(True), "true"), numpy_helper.from_array(np.array(0), "zero")]
+    held = [
+        WEIGHT,
+        numpy_helper.from_array(np.array(True), "true"),
+        numpy_helper.from_array(np.array(0), "zero"),
+    ]
     held += [] if limit is None else [numpy_helper.from_array(np.array(limit), "limit")]
-    return model([product("h"), helper.make_node("Loop", ["" if limit is None else "limit", "true", "h"], ["y"], body=body)], held)
+    return model(
+        [
+            product("h"),
+            helper.make_node("Loop", ["" if limit is None else "limit", "true", "h"], ["y"], body=body),
+        ],
+        held,
+    )
 
 
 def typed(entries: int, kind: int = _FLOAT) -> onnx.ModelProto:
@@ -96,14 +136,19 @@ def weight_with(value: float) -> onnx.ModelProto:
 def bias_with(value: float) -> onnx.ModelProto:
     numbers = np.zeros(8, np.float32)
     numbers[2] = value
-    return model([helper.make_node("Gemm", ["x", "w", "b"], ["y"])], [WEIGHT, numpy_helper.from_array(numbers, "b")])
+    return model(
+        [helper.make_node("Gemm", ["x", "w", "b"], ["y"])], [WEIGHT, numpy_helper.from_array(numbers, "b")]
+    )
 
 
 def recurrent_with(value: float) -> onnx.ModelProto:
     held = [numpy_helper.from_array(np.full((1, 32, 8), 0.1, np.float32), name) for name in ("w", "r")]
     numbers = numpy_helper.to_array(held[1]).copy()
     numbers[0, 1, 2] = value
-    shape = numpy_helper.from_array(np.array([1, -1, 8]), "as_sequence"), numpy_helper.from_array(np.array([-1, 8]), "as_rows")
+    shape = (
+        numpy_helper.from_array(np.array([1, -1, 8]), "as_sequence"),
+        numpy_helper.from_array(np.array([-1, 8]), "as_rows"),
+    )
     nodes = [
         helper.make_node("Reshape", ["x", "as_sequence"], ["s"]),
         helper.make_node("LSTM", ["s", "w", "r"], ["", "last"], hidden_size=8),
@@ -112,9 +157,18 @@ def recurrent_with(value: float) -> onnx.ModelProto:
     return model(nodes, [held[0], numpy_helper.from_array(numbers, "r"), *shape])
 
 
-def conv(operator: str = "Conv", channels: int = 4, held: Sequence[onnx.TensorProto] = (KERNEL,), **attributes: object) -> onnx.ModelProto:
-    node = helper.make_node(operator, ["x", *(tensor.name for tensor in held)], ["y"], name="conv", **attributes)
-    graph = helper.make_graph([node], "g", [info("x", [1, channels, 8, 8])], [info("y", ["a", "b", "c", "d"])], list(held))
+def conv(
+    operator: str = "Conv",
+    channels: int = 4,
+    held: Sequence[onnx.TensorProto] = (KERNEL,),
+    **attributes: object,
+) -> onnx.ModelProto:
+    node = helper.make_node(
+        operator, ["x", *(tensor.name for tensor in held)], ["y"], name="conv", **attributes
+    )
+    graph = helper.make_graph(
+        [node], "g", [info("x", [1, channels, 8, 8])], [info("y", ["a", "b", "c", "d"])], list(held)
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
@@ -123,7 +177,11 @@ def twice(kind: str) -> onnx.ModelProto:
     if kind == "node":
         proto.graph.node[1].name = "one"
     else:
-        entries = {"input": proto.graph.input, "output": proto.graph.output, "initializer": proto.graph.initializer}[kind]
+        entries = {
+            "input": proto.graph.input,
+            "output": proto.graph.output,
+            "initializer": proto.graph.initializer,
+        }[kind]
         entries.append(entries[0])
     return proto
 
@@ -144,8 +202,12 @@ def external(shape: tuple[int, int], **entries: str) -> Write:
         tensor = onnx.TensorProto(name="w", data_type=_FLOAT, dims=shape, data_location=TensorProto.EXTERNAL)
         for key, value in {"location": "m.data", **entries}.items():
             tensor.external_data.add(key=key, value=value)
-        graph = helper.make_graph([product()], "g", [info("x", ["N", shape[0]])], [info("y", ["N", shape[1]])], [tensor])
-        return written(lambda: helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))(folder)
+        graph = helper.make_graph(
+            [product()], "g", [info("x", ["N", shape[0]])], [info("y", ["N", shape[1]])], [tensor]
+        )
+        return written(
+            lambda: helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        )(folder)
 
     return write
 

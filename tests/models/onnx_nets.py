@@ -28,16 +28,27 @@ def positive(*shape: int, rng: np.random.Generator = RNG) -> np.ndarray:
 
 
 def node(operator: str, inputs: str, outputs: str = "y", **attributes: Any) -> onnx.NodeProto:
-    return helper.make_node(operator, inputs.split(), outputs.split(), name=f"{operator}_{outputs}", **attributes)
+    return helper.make_node(
+        operator, inputs.split(), outputs.split(), name=f"{operator}_{outputs}", **attributes
+    )
 
 
-def model_of(nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray], x: tuple[int | str, ...], outputs: tuple[str, ...] = ("y",)) -> onnx.ModelProto:
+def model_of(
+    nodes: list[onnx.NodeProto],
+    constants: dict[str, np.ndarray],
+    x: tuple[int | str, ...],
+    outputs: tuple[str, ...] = ("y",),
+) -> onnx.ModelProto:
     graph = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, x)],
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x)],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
-    return onnx.shape_inference.infer_shapes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    return onnx.shape_inference.infer_shapes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    )
 
 
 def network() -> onnx.ModelProto:
@@ -52,8 +63,13 @@ def network() -> onnx.ModelProto:
         node("Gemm", "f fc.weight fc.bias", "y", transB=1),
     ]
     constants = {
-        "conv.weight": weight(6, 3, 3, 3, rng=rng), "bn.gamma": positive(6, rng=rng), "bn.beta": weight(6, rng=rng), "bn.mean": weight(6, rng=rng),
-        "bn.var": positive(6, rng=rng), "fc.weight": weight(5, 6, rng=rng), "fc.bias": weight(5, rng=rng),
+        "conv.weight": weight(6, 3, 3, 3, rng=rng),
+        "bn.gamma": positive(6, rng=rng),
+        "bn.beta": weight(6, rng=rng),
+        "bn.mean": weight(6, rng=rng),
+        "bn.var": positive(6, rng=rng),
+        "fc.weight": weight(5, 6, rng=rng),
+        "fc.bias": weight(5, rng=rng),
     }
     proto = model_of(nodes, constants, ("N", 3, 8, 8))
     proto.metadata_props.add(key="author", value="someone")
@@ -70,7 +86,12 @@ def large_network() -> onnx.ModelProto:
 
 def svd(model: Model, name: str, rank: int, bias: Tensor | None = None) -> Layer:
     site = next(site for site in model.sites() if site.name == name)
-    return Layer(site, Form("svd", (rank,)), FORMATS.get("svd").factorize(model.weight(name), site, (rank,)), model.bias(name) if bias is None else bias)
+    return Layer(
+        site,
+        Form("svd", (rank,)),
+        FORMATS.get("svd").factorize(model.weight(name), site, (rank,)),
+        model.bias(name) if bias is None else bias,
+    )
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -81,6 +102,12 @@ def to_onnx(module: nn.Module, x: Tensor) -> onnx.ModelProto:
     """A torch module as the exporter writes it, with an open number of samples."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(module, (x,), dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim("n", min=1, max=4096)},))
+        program = torch.onnx.export(
+            module,
+            (x,),
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes=({0: torch.export.Dim("n", min=1, max=4096)},),
+        )
     assert program is not None
     return program.model_proto

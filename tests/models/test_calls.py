@@ -34,7 +34,10 @@ def graph(
     """A model of these nodes; inputs and outputs are float where `types` says nothing."""
 
     def infos(values: Mapping[str, tuple[Size, ...]]) -> list[onnx.ValueInfoProto]:
-        return [helper.make_tensor_value_info(name, types.get(name, TensorProto.FLOAT), shape) for name, shape in values.items()]
+        return [
+            helper.make_tensor_value_info(name, types.get(name, TensorProto.FLOAT), shape)
+            for name, shape in values.items()
+        ]
 
     initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
     made = helper.make_graph(nodes, "g", infos(inputs), infos(outputs), initializers)
@@ -42,11 +45,18 @@ def graph(
 
 
 def recurrent(n: Size) -> onnx.ModelProto:
-    """One step of a small recurrent net: x [n, 16], state [2, n, 12] and a sample rate; answers y [n, 5] and the next state."""
+    """One step of a small recurrent net: x [n, 16], state [2, n, 12] and a sample rate.
+
+    Answers y [n, 5] and the next state.
+    """
     rng = np.random.default_rng(0)
     constants = {
-        "w": weight(16, 12, rng=rng), "u": weight(12, 12, rng=rng), "v": weight(12, 5, rng=rng), "first": np.array([0], np.int64),
-        "khz": np.array(16000.0, np.float32), "axes": np.array([0], np.int64),
+        "w": weight(16, 12, rng=rng),
+        "u": weight(12, 12, rng=rng),
+        "v": weight(12, 5, rng=rng),
+        "first": np.array([0], np.int64),
+        "khz": np.array(16000.0, np.float32),
+        "axes": np.array([0], np.int64),
     }
     nodes = [
         node("Cast", "rate", "r", to=TensorProto.FLOAT), node("Div", "r khz", "scale"), node("Mul", "x scale", "scaled"),
@@ -64,14 +74,29 @@ def image_net(n: Size, height: Size = 8, classes: int = 5) -> onnx.ModelProto:
         node("GlobalAveragePool", "r", "p"), node("Flatten", "p", "f"), node("MatMul", "f w"),
     ]  # fmt: skip
     rng = np.random.default_rng(3)
-    return graph(nodes, {"c": weight(8, 3, 3, 3, rng=rng), "w": weight(8, classes, rng=rng)}, {"x": (n, 3, height, height)}, {"y": (n, classes)})
+    return graph(
+        nodes,
+        {"c": weight(8, 3, 3, 3, rng=rng), "w": weight(8, classes, rng=rng)},
+        {"x": (n, 3, height, height)},
+        {"y": (n, classes)},
+    )
 
 
 def time_first(n: Size, steps: Size) -> onnx.ModelProto:
     """x [n, steps, 8] to scores [steps, n, 6], the batch on another axis of the output."""
     rng = np.random.default_rng(4)
-    nodes = [node("MatMul", "x w", "h"), node("Relu", "h", "r"), node("MatMul", "r v", "s"), node("Transpose", "s", "y", perm=[1, 0, 2])]
-    return graph(nodes, {"w": weight(8, 16, rng=rng), "v": weight(16, 6, rng=rng)}, {"x": (n, steps, 8)}, {"y": (steps, n, 6)})
+    nodes = [
+        node("MatMul", "x w", "h"),
+        node("Relu", "h", "r"),
+        node("MatMul", "r v", "s"),
+        node("Transpose", "s", "y", perm=[1, 0, 2]),
+    ]
+    return graph(
+        nodes,
+        {"w": weight(8, 16, rng=rng), "v": weight(16, 6, rng=rng)},
+        {"x": (n, steps, 8)},
+        {"y": (steps, n, 6)},
+    )
 
 
 def sizes(model: object, data: object, samples: int = 512) -> list[int]:
@@ -92,7 +117,9 @@ def test_samples_lie_along_any_axis_that_the_model_leaves_open(n: Size) -> None:
     assert model.macs() == 16 * 12 + 12 * 12 + 12 * 5
 
 
-@pytest.mark.parametrize("rate", [16000, np.int64(16000), torch.tensor(16000), torch.full((8,), 16000), np.int32(16000)])
+@pytest.mark.parametrize(
+    "rate", [16000, np.int64(16000), torch.tensor(16000), torch.full((8,), 16000), np.int32(16000)]
+)
 def test_a_fixed_batch_of_one_is_called_once_per_sample(rate: object) -> None:
     dynamic, fixed = open_model(recurrent("n")), open_model(recurrent(1))
     data = {"x": X.numpy(), "state": STATE.numpy(), "rate": rate}
@@ -107,7 +134,9 @@ def test_a_scalar_that_differs_between_samples_makes_calls_of_one() -> None:
     model = open_model(recurrent("n"))
     calls, _ = calls_of(model, {"x": X, "state": STATE, "rate": torch.arange(1, 9) * 1000})
     assert [int(call.kwargs["rate"]) for call in calls] == list(range(1000, 9000, 1000))
-    assert all(torch.equal(call.kwargs["state"], STATE[:, index : index + 1]) for index, call in enumerate(calls))
+    assert all(
+        torch.equal(call.kwargs["state"], STATE[:, index : index + 1]) for index, call in enumerate(calls)
+    )
 
 
 @pytest.mark.parametrize("n", ["n", 1])
@@ -130,7 +159,9 @@ def test_outputs_may_hold_the_batch_along_another_axis() -> None:
         model = open_model(time_first(n, "t"))
         calls, _ = calls_of(model, x)
         assert [call.size for call in calls] == expected
-        assert torch.allclose(answers(model, calls, "y", 1), open_model(time_first("n", "t")).run(Batch((x,)))["y"], atol=1e-5)  # type: ignore[index]
+        assert torch.allclose(
+            answers(model, calls, "y", 1), open_model(time_first("n", "t")).run(Batch((x,)))["y"], atol=1e-5
+        )  # type: ignore[index]
 
 
 @pytest.mark.parametrize("axis", [True, False])
@@ -173,7 +204,9 @@ class Tagger(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         x = self.embed(input_ids)
-        return self.head(torch.relu(self.hidden(x if attention_mask is None else x * attention_mask[..., None])))
+        return self.head(
+            torch.relu(self.hidden(x if attention_mask is None else x * attention_mask[..., None]))
+        )
 
 
 def exported(module: nn.Module, *args: Tensor, dynamic: Any) -> torch.export.ExportedProgram:
@@ -182,7 +215,12 @@ def exported(module: nn.Module, *args: Tensor, dynamic: Any) -> torch.export.Exp
 
 def test_named_values_that_the_model_does_not_take_are_left_out_with_a_note() -> None:
     tokens = torch.randint(0, 30, (6, 9))
-    data = {"input_ids": tokens, "attention_mask": torch.ones(6, 9, dtype=torch.int64), "labels": torch.zeros(6), "text": ["a"] * 6}
+    data = {
+        "input_ids": tokens,
+        "attention_mask": torch.ones(6, 9, dtype=torch.int64),
+        "labels": torch.zeros(6),
+        "text": ["a"] * 6,
+    }
     calls, notes = calls_of(open_model(Tagger().eval()), data)
     assert [set(call.kwargs) for call in calls] == [{"input_ids", "attention_mask"}]
     assert [note.split("'")[1] for note in notes] == ["labels", "text"]
@@ -301,7 +339,9 @@ def test_exported_programs_say_which_sizes_are_open() -> None:
 
 
 @pytest.mark.parametrize("memory", ["2GiB", "1KiB"])
-def test_calls_of_a_fixed_size_stay_whole_in_little_memory(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_of_a_fixed_size_stay_whole_in_little_memory(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TDPASS_MEMORY", memory)
     result = tdpass.compress(image_net(4), {"macs": 0.8}, torch.randn(12, 3, 8, 8), formats=["channel_svd"])
     assert result.report.checks["samples"] == (12 if memory == "2GiB" else 4)
@@ -325,12 +365,23 @@ def test_a_whole_run_on_a_recurrent_net_of_a_fixed_batch_is_as_small_as_on_a_bat
 )  # fmt: skip
 def test_floats_of_another_precision_are_converted(declared: int, given: torch.dtype) -> None:
     dtype = helper.tensor_dtype_to_np_dtype(declared)
-    constants = {name: weight(*shape).astype(dtype) for name, shape in {"a": (16, 24), "c": (24,), "b": (24, 8), "d": (8,)}.items()}
+    constants = {
+        name: weight(*shape).astype(dtype)
+        for name, shape in {"a": (16, 24), "c": (24,), "b": (24, 8), "d": (8,)}.items()
+    }
     types = {"x": declared, "y": declared}
-    proto = graph([node("Gemm", "x a c", "h"), node("Relu", "h", "r"), node("Gemm", "r b d")], constants, {"x": ("n", 16)}, {"y": ("n", 8)}, types)
+    proto = graph(
+        [node("Gemm", "x a c", "h"), node("Relu", "h", "r"), node("Gemm", "r b d")],
+        constants,
+        {"x": ("n", 16)},
+        {"y": ("n", 8)},
+        types,
+    )
     (call,), _ = calls_of(open_model(proto), X.to(given))
     assert torch.equal(call.args[0], X.to(given).to(torch.from_numpy(np.zeros(0, dtype)).dtype))
-    result = tdpass.compress(proto, {"macs": 0.8}, X.to(given), formats=["svd"], pipeline="plan,factorize,verify")
+    result = tdpass.compress(
+        proto, {"macs": 0.8}, X.to(given), formats=["svd"], pipeline="plan,factorize,verify"
+    )
     assert 0 < result.report.final.macs <= 0.8 * result.report.original.macs == 0.8 * (16 * 24 + 24 * 8)
     assert result.report.checks["samples"] == 8
 
@@ -382,7 +433,9 @@ def test_example_inputs_need_a_shape_but_no_matching_batch(model: onnx.ModelProt
 
 @pytest.mark.parametrize("given", [[], ["--input", "8x3x8x8"], ["--input", "1x3x8x8"]])
 @pytest.mark.parametrize("n", [1, 4, "n"])
-def test_inspect_counts_for_any_batch(n: Size, given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_counts_for_any_batch(
+    n: Size, given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     onnx.save(image_net(n), tmp_path / "model.onnx")
     assert main(["inspect", str(tmp_path / "model.onnx"), *given, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["macs"] == 8 * 27 * 64 + 8 * 5

@@ -17,7 +17,13 @@ from tdpass.errors import InvalidModelError, PlanError, TdpassError, UsageError
 from tdpass.form import Form
 from tdpass.formats.base import FORMATS, Layer
 from tdpass.models import Model, open_model
-from tdpass.models.abilities import FoldsBatchNorm, FusesChains, RecalibratesBatchNorm, RunsAsGraph, RunsAsModule
+from tdpass.models.abilities import (
+    FoldsBatchNorm,
+    FusesChains,
+    RecalibratesBatchNorm,
+    RunsAsGraph,
+    RunsAsModule,
+)
 from tdpass.models.base import Batch
 from tdpass.models.front_ends import FRONT_ENDS, FrontEnd, front_end_of, register_front_end
 from tdpass.site import Site
@@ -27,11 +33,15 @@ X = torch.randn(6, 3, 10, 10, generator=torch.Generator().manual_seed(3))
 SOURCES: Mapping[str, Callable[[nn.Module], object]] = {
     "torch": lambda module: module,
     "torch.fx": torch.fx.symbolic_trace,
-    "torch.export": lambda module: torch.export.export(module, (X,), dynamic_shapes=({0: Dim("n", min=2, max=512)},)),
+    "torch.export": lambda module: torch.export.export(
+        module, (X,), dynamic_shapes=({0: Dim("n", min=2, max=512)},)
+    ),
     "onnx": lambda module: to_onnx(module, X[:2]),
 }
 MACS = 100 * (12 * 27 + 2 * 12 * 108) + 5 * 12
-PARAMS = 12 * 27 + 2 * (12 * 108 + 12) + 5 * 12 + 5 + 2 * 12  # the last are the scale and shift of the batch-norm
+PARAMS = (
+    12 * 27 + 2 * (12 * 108 + 12) + 5 * 12 + 5 + 2 * 12
+)  # the last are the scale and shift of the batch-norm
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +114,9 @@ def test_it_answers_alike_through_every_front_end(model: Model, sources: dict[st
 def test_it_counts_what_runs_and_what_is_stored(model: Model) -> None:
     assert model.macs() == model.count().per_sample == MACS
     assert model.count(Batch((X,))).macs == MACS * len(X)
-    stored = PARAMS - 12 * isinstance(model, RunsAsGraph)  # torch's exporter makes the batch-norm a bias of its convolution
+    stored = PARAMS - 12 * isinstance(
+        model, RunsAsGraph
+    )  # torch's exporter makes the batch-norm a bias of its convolution
     assert model.params() == stored
     assert model.bytes() == 4 * stored
 
@@ -211,11 +223,16 @@ def test_what_it_can_do_keeps_its_answers(model: Model) -> None:
         with torch.no_grad():
             _same(module(X), before)
     if isinstance(model, RunsAsGraph):
-        assert [tuple(tensor.shape) for tensor in model.named_inputs(Batch((X,))).values()] == [tuple(X.shape)]
+        assert [tuple(tensor.shape) for tensor in model.named_inputs(Batch((X,))).values()] == [
+            tuple(X.shape)
+        ]
     if isinstance(model, FoldsBatchNorm):
         model.fold_batchnorm()
         _same(_run(model), before)
-    if isinstance(model, RecalibratesBatchNorm) and (undo := model.recalibrate_batchnorm([Batch((X,))])) is not None:
+    if (
+        isinstance(model, RecalibratesBatchNorm)
+        and (undo := model.recalibrate_batchnorm([Batch((X,))])) is not None
+    ):
         undo()
         _same(_run(model), before)
     if isinstance(model, FusesChains):
@@ -225,15 +242,21 @@ def test_what_it_can_do_keeps_its_answers(model: Model) -> None:
 
 def test_a_front_end_cannot_take_what_another_has() -> None:
     taken = FrontEnd("again", FRONT_ENDS.get("torch").open, types=(nn.Module,))
-    with pytest.raises(UsageError, match=r"'again' takes 'torch\.nn\.modules\.module\.Module', which 'torch' takes already"):
+    with pytest.raises(
+        UsageError, match=r"'again' takes 'torch\.nn\.modules\.module\.Module', which 'torch' takes already"
+    ):
         register_front_end(taken)
     assert "again" not in FRONT_ENDS
 
 
 def test_what_no_front_end_takes_is_said_with_what_they_take(tmp_path: Path) -> None:
-    with pytest.raises(InvalidModelError, match=r"cannot compress a builtins\.dict; .*Module.*, or a path to \.onnx or \.pt2"):
+    with pytest.raises(
+        InvalidModelError, match=r"cannot compress a builtins\.dict; .*Module.*, or a path to \.onnx or \.pt2"
+    ):
         open_model({})
-    with pytest.raises(UsageError, match=r"cannot read 'net\.tflite' as a model; give a file that ends in \.onnx or \.pt2"):
+    with pytest.raises(
+        UsageError, match=r"cannot read 'net\.tflite' as a model; give a file that ends in \.onnx or \.pt2"
+    ):
         open_model(tmp_path / "net.tflite")
 
 

@@ -20,20 +20,33 @@ def _export(module: nn.Module, x: Tensor) -> ExportedProgram:
 
 
 def test_sites_are_named_as_in_the_module(residual: nn.Module, images: Tensor) -> None:
-    assert {site.name for site in open_model(_export(residual, images)).sites()} == {"stem", "first", "second", "head"}
+    assert {site.name for site in open_model(_export(residual, images)).sites()} == {
+        "stem",
+        "first",
+        "second",
+        "head",
+    }
 
 
-def test_a_program_comes_back_as_a_program_with_its_dynamic_axes(residual: nn.Module, images: Tensor, tmp_path: Path) -> None:
+def test_a_program_comes_back_as_a_program_with_its_dynamic_axes(
+    residual: nn.Module, images: Tensor, tmp_path: Path
+) -> None:
     from_module = tdpass.compress(residual, {"macs": 0.5}, images)
     artifact = tdpass.compress(_export(residual, images), plan=from_module.plan, data=images)
     assert isinstance(artifact.model, ExportedProgram)
     assert isinstance(from_module.model, nn.Module)
     with torch.no_grad():
         expected = from_module.model(images[:5])
-        assert torch.allclose(artifact.model.module()(images[:5]), expected, atol=1e-4 * float(expected.abs().max()))
+        assert torch.allclose(
+            artifact.model.module()(images[:5]), expected, atol=1e-4 * float(expected.abs().max())
+        )
     artifact.save(tmp_path / "small.pt2")
     with torch.no_grad():
-        assert torch.allclose(torch.export.load(tmp_path / "small.pt2").module()(images[:3]), expected[:3], atol=1e-4 * float(expected.abs().max()))
+        assert torch.allclose(
+            torch.export.load(tmp_path / "small.pt2").module()(images[:3]),
+            expected[:3],
+            atol=1e-4 * float(expected.abs().max()),
+        )
     again = open_model(tmp_path / "small.pt2")
     assert again.frontend == "torch.export"
 

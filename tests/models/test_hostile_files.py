@@ -90,13 +90,21 @@ def test_how_many_nodes_are_too_many_can_be_said(monkeypatch: pytest.MonkeyPatch
 
 def test_infinite_constants_that_hide_positions_are_no_fault() -> None:
     mask = numpy_helper.from_array(np.array([0, 0, 0, 0, 0, 0, -np.inf, -np.inf], np.float32), "mask")
-    nodes = [product("h"), helper.make_node("Add", ["h", "mask"], ["m"]), helper.make_node("Softmax", ["m"], ["y"])]
+    nodes = [
+        product("h"),
+        helper.make_node("Add", ["h", "mask"], ["m"]),
+        helper.make_node("Softmax", ["m"], ["y"]),
+    ]
     OnnxModel.open(model(nodes, [*model([product()]).graph.initializer, mask])).check()
 
 
 @pytest.mark.parametrize("count", [FAST, pytest.param(THOROUGH, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["functions that double a little", "a loop of ten rounds", "a grouped convolution"])
-def test_a_damaged_file_ends_in_success_or_one_clear_error(name: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", ["functions that double a little", "a loop of ten rounds", "a grouped convolution"]
+)
+def test_a_damaged_file_ends_in_success_or_one_clear_error(
+    name: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TDPASS_LOOP_SECONDS", "0.3")
     path = SERVED[name](tmp_path)
     whole, refused = path.read_bytes(), 0

@@ -35,13 +35,29 @@ def holds(source: object, wanted: torch.Tensor) -> None:
     assert result.report.final.macs <= 0.7 * result.report.original.macs
 
 
-def two_layers(middle: list[onnx.NodeProto], functions: list[onnx.FunctionProto] | None = None) -> onnx.ModelProto:
+def two_layers(
+    middle: list[onnx.NodeProto], functions: list[onnx.FunctionProto] | None = None
+) -> onnx.ModelProto:
     """Two products with nodes from h to r between them."""
     rng = np.random.default_rng(0)
-    constants = {"a": weight(16, 24, rng=rng), "c": weight(24, rng=rng), "b": weight(24, 8, rng=rng), "d": weight(8, rng=rng)}
-    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, ("N", size))] for name, size in (("x", 16), ("y", 8)))
+    constants = {
+        "a": weight(16, 24, rng=rng),
+        "c": weight(24, rng=rng),
+        "b": weight(24, 8, rng=rng),
+        "d": weight(8, rng=rng),
+    }
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ("N", size))]
+        for name, size in (("x", 16), ("y", 8))
+    )
     nodes = [node("Gemm", "x a c", "h"), *middle, node("Gemm", "r b d")]
-    graph = helper.make_graph(nodes, "g", inputs, outputs, [numpy_helper.from_array(array, name) for name, array in constants.items()])
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        inputs,
+        outputs,
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=functions or [])
 
@@ -66,9 +82,17 @@ def test_a_cycle_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("opset", [9, 13, 17])
-def test_a_local_function_may_name_another_opset_as_far_as_its_operators_are_those_of_the_model(opset: int) -> None:
-    body = [node("Relu", "fx", "fa"), helper.make_node("ReduceMean", ["fa"], ["fm"], axes=[1], keepdims=1), node("Sub", "fa fm", "fy")]
-    function = helper.make_function("local", "Centred", ["fx"], ["fy"], body, [helper.make_opsetid("", opset)])
+def test_a_local_function_may_name_another_opset_as_far_as_its_operators_are_those_of_the_model(
+    opset: int,
+) -> None:
+    body = [
+        node("Relu", "fx", "fa"),
+        helper.make_node("ReduceMean", ["fa"], ["fm"], axes=[1], keepdims=1),
+        node("Sub", "fa fm", "fy"),
+    ]
+    function = helper.make_function(
+        "local", "Centred", ["fx"], ["fy"], body, [helper.make_opsetid("", opset)]
+    )
     proto = two_layers([helper.make_node("Centred", ["h"], ["r"], domain="local")], [function])
     holds(proto, expected(proto))
 
@@ -84,7 +108,10 @@ def test_a_local_function_of_operators_that_the_model_lacks_is_an_error() -> Non
 def with_data_in_a_function(folder: Path, location: str) -> tuple[Path, torch.Tensor]:
     """A model whose local function holds a matrix in a data file, and what it answers."""
     matrix = weight(24, 24, rng=np.random.default_rng(1))
-    body = [helper.make_node("Constant", [], ["k"], value=numpy_helper.from_array(matrix, "k")), node("MatMul", "fx k", "fy")]
+    body = [
+        helper.make_node("Constant", [], ["k"], value=numpy_helper.from_array(matrix, "k")),
+        node("MatMul", "fx k", "fy"),
+    ]
     function = helper.make_function("local", "Turn", ["fx"], ["fy"], body, [helper.make_opsetid("", 17)])
     proto = two_layers([helper.make_node("Turn", ["h"], ["r"], domain="local")], [function])
     wanted = expected(proto)
@@ -100,7 +127,9 @@ def test_a_local_function_may_hold_external_data(tmp_path: Path) -> None:
     path, wanted = with_data_in_a_function(tmp_path, "k.data")
     holds(path, wanted)
     (tmp_path / "out").mkdir()
-    tdpass.compress(path, {"macs": 0.7}, X, formats=["svd"], pipeline="plan,factorize").save(tmp_path / "out" / "small.onnx")
+    tdpass.compress(path, {"macs": 0.7}, X, formats=["svd"], pipeline="plan,factorize").save(
+        tmp_path / "out" / "small.onnx"
+    )
     small = OnnxModel.open(tmp_path / "out" / "small.onnx").run(Batch((X,)))["y"]
     assert float((small - wanted).norm() / wanted.norm()) < 0.9
 
@@ -120,7 +149,11 @@ def test_external_data_of_a_local_function_is_checked_as_all_is(tmp_path: Path) 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (24,), (1, 24), (24, 1), (24, 24)])
 def test_a_third_operand_of_any_shape_is_added_as_it_was(shape: tuple[int, ...], left: bool) -> None:
     rng = np.random.default_rng(2)
-    constants = {"w": weight(24, 24, rng=rng), "c": np.asarray(rng.standard_normal(shape), np.float32), "v": weight(24, 24, rng=rng)}
+    constants = {
+        "w": weight(24, 24, rng=rng),
+        "c": np.asarray(rng.standard_normal(shape), np.float32),
+        "v": weight(24, 24, rng=rng),
+    }
     gemm = node("Gemm", "w x c" if left else "x w c", "h", beta=0.5)
     proto = model_of([gemm, node("Relu", "h", "r"), node("Gemm", "r v")], constants, (24, 24))
     x = torch.randn(24, 24, generator=torch.Generator().manual_seed(3))

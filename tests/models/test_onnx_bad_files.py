@@ -26,7 +26,10 @@ WEIGHT = np.random.default_rng(0).standard_normal((64, 48)).astype(np.float32)
 
 def sound(weight: np.ndarray = WEIGHT, opset: int = 17, ir_version: int = 8) -> onnx.ModelProto:
     info = helper.make_tensor_value_info
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"], name="product"), helper.make_node("Relu", ["h"], ["y"], name="relu")]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], name="product"),
+        helper.make_node("Relu", ["h"], ["y"], name="relu"),
+    ]
     values = [info("x", TensorProto.FLOAT, ["N", 64])], [info("y", TensorProto.FLOAT, ["N", 48])]
     graph = helper.make_graph(nodes, "g", *values, [numpy_helper.from_array(weight, "w")])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
@@ -36,7 +39,13 @@ def conv(**attributes: object) -> onnx.ModelProto:
     info = helper.make_tensor_value_info
     weight = numpy_helper.from_array(np.ones((4, 4, 3, 3), np.float32), "w")
     node = helper.make_node("Conv", ["x", "w"], ["y"], name="conv", **attributes)
-    graph = helper.make_graph([node], "g", [info("x", TensorProto.FLOAT, [1, 4, 8, 8])], [info("y", TensorProto.FLOAT, ["a", "b", "c", "d"])], [weight])
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [info("x", TensorProto.FLOAT, [1, 4, 8, 8])],
+        [info("y", TensorProto.FLOAT, ["a", "b", "c", "d"])],
+        [weight],
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
@@ -98,7 +107,10 @@ def outside(folder: Path) -> Path:
 
 
 def deep(levels: int) -> bytes:
-    """An If inside an If inside an If; put together as bytes, since the protobuf library refuses to copy what it refuses to read."""
+    """An If inside an If inside an If.
+
+    Put together as bytes, since the protobuf library refuses to copy what it refuses to read.
+    """
 
     def message(field: int, content: bytes) -> bytes:
         length, size = b"", len(content)
@@ -108,7 +120,11 @@ def deep(levels: int) -> bytes:
 
     node = helper.make_node("Identity", ["h"], ["o"]).SerializeToString()
     for _ in range(levels):
-        graph = message(1, node) + message(2, b"g") + helper.make_graph([], "", [], [onnx.ValueInfoProto(name="o")]).SerializeToString()
+        graph = (
+            message(1, node)
+            + message(2, b"g")
+            + helper.make_graph([], "", [], [onnx.ValueInfoProto(name="o")]).SerializeToString()
+        )
         branch = message(5, message(1, b"then_branch") + message(6, graph) + b"\xa0\x01\x05")
         node = message(1, b"c") + message(2, b"o") + message(4, b"If") + branch
     proto = sound()
@@ -119,7 +135,16 @@ def deep(levels: int) -> bytes:
 
 def recursive(proto: onnx.ModelProto) -> None:
     body = [helper.make_node("Again", ["a"], ["b"], domain="local")]
-    proto.functions.append(helper.make_function("local", "Again", ["a"], ["b"], body, [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)]))
+    proto.functions.append(
+        helper.make_function(
+            "local",
+            "Again",
+            ["a"],
+            ["b"],
+            body,
+            [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)],
+        )
+    )
     proto.opset_import.append(helper.make_opsetid("local", 1))
     proto.graph.node[1].CopyFrom(helper.make_node("Again", ["h"], ["y"], domain="local"))
 
@@ -182,7 +207,11 @@ BAD: dict[str, Callable[[Path], Path]] = {
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -197,7 +226,10 @@ def test_bad_file_is_refused_and_left_alone(name: str, tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["huge_dims", "long_raw", "cycle", "missing_initializer", "opset_999", "group_0", "recursive_function"])
+@pytest.mark.parametrize(
+    "name",
+    ["huge_dims", "long_raw", "cycle", "missing_initializer", "opset_999", "group_0", "recursive_function"],
+)
 def test_bad_proto_is_refused(name: str, tmp_path: Path) -> None:
     proto = onnx.load(BAD[name](tmp_path), load_external_data=False)
     with pytest.raises(InvalidModelError):
@@ -236,7 +268,9 @@ def test_empty_weight_is_declined() -> None:
 def test_sparse_and_training_models_are_unsupported() -> None:
     sparse = sound()
     values = numpy_helper.from_array(np.ones(2, np.float32), "w")
-    sparse.graph.sparse_initializer.append(helper.make_sparse_tensor(values, numpy_helper.from_array(np.array([0, 5])), [64, 48]))
+    sparse.graph.sparse_initializer.append(
+        helper.make_sparse_tensor(values, numpy_helper.from_array(np.array([0, 5])), [64, 48])
+    )
     sparse.graph.initializer.pop()
     training = sound()
     training.training_info.add()
@@ -272,11 +306,15 @@ def test_batch_that_does_not_fit_names_the_inputs(batch: Batch) -> None:
 
 
 @pytest.mark.parametrize("when", ["data", "model"])
-def test_failure_while_saving_keeps_the_old_model(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_while_saving_keeps_the_old_model(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = external(lambda *_: None)(tmp_path)
     model = OnnxModel.open(path)
     site = model.sites()[0]
-    model.replace("w", Layer(site, Form("svd", (20,)), FORMATS.get("svd").factorize(model.weight("w"), site, (20,))))
+    model.replace(
+        "w", Layer(site, Form("svd", (20,)), FORMATS.get("svd").factorize(model.weight("w"), site, (20,)))
+    )
     before = contents(tmp_path)
 
     def fail(*_args: object, **_options: object) -> None:

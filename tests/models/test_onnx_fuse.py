@@ -39,20 +39,35 @@ def weight(*shape: int) -> np.ndarray:
     return (RNG.standard_normal(shape) / np.sqrt(np.prod(shape[1:]) or 1)).astype(np.float32)
 
 
-def node(operator: str, inputs: str, output: str = "y", domain: str = "", **attributes: object) -> onnx.NodeProto:
-    return helper.make_node(operator, inputs.split(), [output], name=f"{output}/{operator.lower()}", domain=domain, **attributes)
+def node(
+    operator: str, inputs: str, output: str = "y", domain: str = "", **attributes: object
+) -> onnx.NodeProto:
+    return helper.make_node(
+        operator, inputs.split(), [output], name=f"{output}/{operator.lower()}", domain=domain, **attributes
+    )
 
 
 def model_of(
-    nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray], x: tuple[int | str, ...], opset: int = 17, ir_version: int = 8
+    nodes: list[onnx.NodeProto],
+    constants: dict[str, np.ndarray],
+    x: tuple[int | str, ...],
+    opset: int = 17,
+    ir_version: int = 8,
 ) -> onnx.ModelProto:
     stored = [numpy_helper.from_array(array, name) for name, array in constants.items()]
     given = [helper.make_tensor_value_info("x", TensorProto.FLOAT, x)]
     if ir_version < 4:
-        given += [helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape) for name, array in constants.items()]
-    graph = helper.make_graph(nodes, "g", given, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], stored)
+        given += [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape)
+            for name, array in constants.items()
+        ]
+    graph = helper.make_graph(
+        nodes, "g", given, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], stored
+    )
     imports = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
-    return onnx.shape_inference.infer_shapes(helper.make_model(graph, opset_imports=imports, ir_version=ir_version))
+    return onnx.shape_inference.infer_shapes(
+        helper.make_model(graph, opset_imports=imports, ir_version=ir_version)
+    )
 
 
 def block(**options: int) -> onnx.ModelProto:
@@ -62,8 +77,18 @@ def block(**options: int) -> onnx.ModelProto:
         node("Conv", "b second.weight second.bias", "c", pads=[1, 1, 1, 1]), node("Add", "x c", "d"), node("Relu", "d", "e"),
         node("GlobalAveragePool", "e", "f"), node("Flatten", "f", "g"), node("Gemm", "g head.weight head.bias", "y", transB=1),
     ]  # fmt: skip
-    constants = {"first.weight": weight(8, 8, 3, 3), "first.bias": weight(8), "second.weight": weight(8, 8, 3, 3), "second.bias": weight(8)}
-    return model_of(nodes, {**constants, "head.weight": weight(12, 8), "head.bias": weight(12)}, ("N", 8, "H", "W"), **options)
+    constants = {
+        "first.weight": weight(8, 8, 3, 3),
+        "first.bias": weight(8),
+        "second.weight": weight(8, 8, 3, 3),
+        "second.bias": weight(8),
+    }
+    return model_of(
+        nodes,
+        {**constants, "head.weight": weight(12, 8), "head.bias": weight(12)},
+        ("N", 8, "H", "W"),
+        **options,
+    )
 
 
 def factored(proto: onnx.ModelProto) -> OnnxModel:
@@ -94,7 +119,9 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(str(error))
     order = {"plain": 9.0, "channels": 2.0, "pixels": 1.0}
 
-    def times(calls: dict[object, Callable[[], object]], threads: int, rounds: int = 1) -> dict[object, float]:
+    def times(
+        calls: dict[object, Callable[[], object]], threads: int, rounds: int = 1
+    ) -> dict[object, float]:
         return {key: order[key] if isinstance(key, str) else 10.0 - len(key) for key in calls}  # type: ignore[arg-type]
 
     monkeypatch.setattr(choose, "times_kept", lambda: TimingTable(None))
@@ -112,7 +139,9 @@ def test_a_model_keeps_its_outputs_names_and_shapes(opset: int, ir_version: int,
     before, plain = model.run(Batch((X,))), model.unwrap()
     said: list[str] = []
     assert model.fuse(said.append, lambda name, why: pytest.fail(f"{name}: {why}"), Batch((X,)))
-    assert said == [f"3 chains became one operator each, 4.50 to 9.00 times as fast alone; they, and all times here, need {REGISTER}"]
+    assert said == [
+        f"3 chains became one operator each, 4.50 to 9.00 times as fast alone; they, and all times here, need {REGISTER}"
+    ]
     model.check()
     proto = model.unwrap()
     assert isinstance(proto, onnx.ModelProto)
@@ -127,20 +156,36 @@ def test_a_model_keeps_its_outputs_names_and_shapes(opset: int, ir_version: int,
     after = model.run(Batch((X,)))
     assert after.keys() == before.keys()
     assert torch.allclose(after["y"], before["y"], rtol=1e-5, atol=1e-5)
-    bare = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": X.numpy()})[0]
+    bare = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(
+        None, {"x": X.numpy()}
+    )[0]
     assert np.allclose(bare, before["y"], rtol=1e-5, atol=1e-5)
-    assert np.allclose(ReferenceEvaluator(str(path)).run(None, {"x": X.numpy()})[0], before["y"], rtol=1e-4, atol=1e-4)
+    assert np.allclose(
+        ReferenceEvaluator(str(path)).run(None, {"x": X.numpy()})[0], before["y"], rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("verb", ["compress", "deploy", "bench"])
-def test_the_command_line_says_what_a_fused_file_needs(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_says_what_a_fused_file_needs(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     given, fused = tmp_path / "block.onnx", tmp_path / "fused.onnx"
     onnx.save(block(), str(given))
     np.save(tmp_path / "x.npy", X.numpy())
     data = ["--data", str(tmp_path / "x.npy")]
     words = {
-        "compress": ["compress", str(given), *data, "--format", "tucker2", "--pipeline", "plan{params=0.8},factorize,fuse-kernels", "-o", str(fused)],
+        "compress": [
+            "compress",
+            str(given),
+            *data,
+            "--format",
+            "tucker2",
+            "--pipeline",
+            "plan{params=0.8},factorize,fuse-kernels",
+            "-o",
+            str(fused),
+        ],
         "deploy": ["deploy", str(fused), "-o", str(tmp_path / "copy.onnx")],
         "bench": ["bench", str(given), str(fused), *data, "--rounds", "1", "--runtime", "onnxruntime"],
     }
@@ -162,7 +207,9 @@ def test_a_file_with_fused_operators_opens_again(tmp_path: Path) -> None:
     again = OnnxModel.open(tmp_path / "fused.onnx")
     assert again.sites() == []
     assert len(again.declined()) == 3
-    assert set(again.declined().values()) >= {"operator com.tdpass::ConvChain3BiasRelu is not one that tdpass rewrites"}
+    assert set(again.declined().values()) >= {
+        "operator com.tdpass::ConvChain3BiasRelu is not one that tdpass rewrites"
+    }
     assert again.params() == model.params()
     expected = model.run(Batch((X,)))["y"]
     assert torch.equal(again.run(Batch((X,)))["y"], expected)
@@ -198,29 +245,44 @@ def test_real_times_decide_and_leave_the_result_alone() -> None:
 
 
 def test_what_is_slower_stays_as_it_is(always: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "seconds_of", lambda calls, *_: {key: 1.0 if key == "plain" else 2.0 for key in calls})
+    monkeypatch.setattr(
+        choose, "seconds_of", lambda calls, *_: {key: 1.0 if key == "plain" else 2.0 for key in calls}
+    )
     model, declined = factored(block()), dict[str, str]()
     assert not model.fuse(ignore, declined.__setitem__, Batch((X,)))
-    assert declined == dict.fromkeys(("first", "second", "head"), "as one operator it takes 2.00 times as long")
+    assert declined == dict.fromkeys(
+        ("first", "second", "head"), "as one operator it takes 2.00 times as long"
+    )
 
 
-def test_a_gain_that_the_model_does_not_show_is_declined(always: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gain_that_the_model_does_not_show_is_declined(
+    always: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module in (choose, fuse):
-        monkeypatch.setattr(module, "seconds_of", lambda calls, *_: {key: 2.0 if key == "plain" else 1.0 for key in calls})
+        monkeypatch.setattr(
+            module, "seconds_of", lambda calls, *_: {key: 2.0 if key == "plain" else 1.0 for key in calls}
+        )
     model, declined = factored(block()), dict[str, str]()
     assert not model.fuse(ignore, declined.__setitem__, Batch((X,)))
-    assert declined["first"] == "as one operator it takes 0.50 times as long alone, and the model is no faster for it"
+    assert (
+        declined["first"]
+        == "as one operator it takes 0.50 times as long alone, and the model is no faster for it"
+    )
 
 
 @pytest.mark.usefixtures("always")
 def test_without_samples_unknown_sizes_are_declined() -> None:
     model, declined = factored(block()), dict[str, str]()
     assert model.fuse(ignore, declined.__setitem__)
-    assert declined == dict.fromkeys(("first", "second"), "the size of its input is not known; pass data= or example_inputs=")
+    assert declined == dict.fromkeys(
+        ("first", "second"), "the size of its input is not known; pass data= or example_inputs="
+    )
     assert op_types(model._built)[-1] == "LinearChain2Bias"
 
 
-def test_without_the_library_nothing_is_fused_and_files_still_run(always: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_nothing_is_fused_and_files_still_run(
+    always: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = factored(block())
     model.fuse(ignore, ignore, Batch((X,)))
     expected = model.run(Batch((X,)))["y"]
@@ -250,7 +312,13 @@ def test_sessions_register_the_library_for_models_that_use_it(always: None, tmp_
 
 def gelu(one: str) -> list[onnx.NodeProto]:
     """As the older exporter writes it, where that is one."""
-    return [node("Div", "b root", "s"), node("Erf", "s", "e"), node("Add", f"e {one}", "t"), node("Mul", "b t", "u"), node("Mul", "u half", "y")]
+    return [
+        node("Div", "b root", "s"),
+        node("Erf", "s", "e"),
+        node("Add", f"e {one}", "t"),
+        node("Mul", "b t", "u"),
+        node("Mul", "u half", "y"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -277,7 +345,11 @@ def test_what_follows_a_chain(always: None, opset: int, tail: list[onnx.NodeProt
     last = "b" if tail else "y"
     nodes = [node("Conv", "x u.weight", "a"), node("Conv", "a v.weight", last, pads=[1, 1, 1, 1]), *tail]
     constants = {"u.weight": weight(4, 8, 1, 1), "v.weight": weight(8, 4, 3, 3), "row": weight(8, 1, 1)}
-    constants |= {"root": np.float32(np.sqrt(2)).reshape(()), "half": np.float32(0.5).reshape(()), "one": np.ones((), np.float32)}
+    constants |= {
+        "root": np.float32(np.sqrt(2)).reshape(()),
+        "half": np.float32(0.5).reshape(()),
+        "one": np.ones((), np.float32),
+    }
     model = OnnxModel.open(model_of(nodes, constants, ("N", 8, "H", "W"), opset))
     before = model.run(Batch((X,)))["y"]
     assert model.fuse(ignore, ignore, Batch((X,)))
@@ -291,14 +363,29 @@ def test_what_follows_a_chain(always: None, opset: int, tail: list[onnx.NodeProt
     ("nodes", "reason"),
     [
         ([node("Conv", "x u.weight u.bias", "a"), node("Conv", "a v.weight")], "a bias between"),
-        ([node("Conv", "x u.weight", "a"), node("Conv", "a v.weight", "b"), node("Concat", "a b", "y", axis=1)], "two readers"),
-        ([node("Conv", "x u.weight", "a"), node("Relu", "a", "b"), node("Conv", "b v.weight")], "an activation between"),
-        ([node("Conv", "x u.weight", "a", auto_pad="SAME_UPPER"), node("Conv", "a v.weight")], "pads that depend on the size"),
+        (
+            [
+                node("Conv", "x u.weight", "a"),
+                node("Conv", "a v.weight", "b"),
+                node("Concat", "a b", "y", axis=1),
+            ],
+            "two readers",
+        ),
+        (
+            [node("Conv", "x u.weight", "a"), node("Relu", "a", "b"), node("Conv", "b v.weight")],
+            "an activation between",
+        ),
+        (
+            [node("Conv", "x u.weight", "a", auto_pad="SAME_UPPER"), node("Conv", "a v.weight")],
+            "pads that depend on the size",
+        ),
     ],
 )
 def test_what_is_no_chain(nodes: list[onnx.NodeProto], reason: str) -> None:
     constants = {"u.weight": weight(4, 8, 1, 1), "u.bias": weight(4), "v.weight": weight(8, 4, 1, 1)}
-    assert find_chains(NodeReader(OnnxModel.open(model_of(nodes, constants, ("N", 8, 6, 6)))._built)) == [], reason
+    assert find_chains(NodeReader(OnnxModel.open(model_of(nodes, constants, ("N", 8, 6, 6)))._built)) == [], (
+        reason
+    )
 
 
 @pytest.mark.usefixtures("always")

@@ -73,7 +73,11 @@ def test_everything_else_is_kept() -> None:
     model.replace("fc", svd(model, "fc", 2))
     result = model.unwrap()
     assert [(entry.key, entry.value) for entry in result.metadata_props] == [("author", "someone")]
-    assert (result.doc_string, result.graph.doc_string, result.producer_name) == ("a model", "a graph", "a producer")
+    assert (result.doc_string, result.graph.doc_string, result.producer_name) == (
+        "a model",
+        "a graph",
+        "a producer",
+    )
     kept = next(n for n in result.graph.node if n.op_type == "Relu")
     assert (kept.doc_string, kept.metadata_props[0].value) == ("a node", "somewhere")
     assert result.opset_import == proto.opset_import
@@ -141,24 +145,54 @@ def test_layer_bias_replaces_the_bias() -> None:
 
 STATISTICS = {"g": positive(4), "s": weight(4), "m": weight(4), "v": positive(4)}
 NORM_CASES = {
-    "conv": ([node("Conv", "x w", "h"), node("BatchNormalization", "h g s m v")], {"w": weight(4, 3, 3, 3)}, ("N", 3, 5, 5)),
+    "conv": (
+        [node("Conv", "x w", "h"), node("BatchNormalization", "h g s m v")],
+        {"w": weight(4, 3, 3, 3)},
+        ("N", 3, 5, 5),
+    ),
     "conv_bias": (
         [node("Conv", "x w b", "h"), node("BatchNormalization", "h g s m v", "n"), node("Relu", "n")],
-        {"w": weight(4, 3, 3, 3), "b": weight(4)}, ("N", 3, 5, 5),
+        {"w": weight(4, 3, 3, 3), "b": weight(4)},
+        ("N", 3, 5, 5),
     ),
     "shared_bias": (
-        [node("Conv", "x w b", "h"), node("BatchNormalization", "h g s m v", "n"), node("Reshape", "b f", "c"), node("Mul", "n c")],
-        {"w": weight(4, 3, 3, 3), "b": weight(4), "f": np.array([1, 4, 1, 1])}, ("N", 3, 5, 5),
+        [
+            node("Conv", "x w b", "h"),
+            node("BatchNormalization", "h g s m v", "n"),
+            node("Reshape", "b f", "c"),
+            node("Mul", "n c"),
+        ],
+        {"w": weight(4, 3, 3, 3), "b": weight(4), "f": np.array([1, 4, 1, 1])},
+        ("N", 3, 5, 5),
     ),
-    "gemm_without_c": ([node("Gemm", "x w", "h"), node("BatchNormalization", "h g s m v")], {"w": weight(6, 4)}, ("N", 6)),
-    "gemm": ([node("Gemm", "x w b", "h", alpha=2.0, beta=3.0), node("BatchNormalization", "h g s m v")], {"w": weight(6, 4), "b": weight(4)}, ("N", 6)),
-    "matmul": ([node("MatMul", "x w", "h"), node("BatchNormalization", "h g s m v")], {"w": weight(6, 4)}, ("N", 6)),
+    "gemm_without_c": (
+        [node("Gemm", "x w", "h"), node("BatchNormalization", "h g s m v")],
+        {"w": weight(6, 4)},
+        ("N", 6),
+    ),
+    "gemm": (
+        [node("Gemm", "x w b", "h", alpha=2.0, beta=3.0), node("BatchNormalization", "h g s m v")],
+        {"w": weight(6, 4), "b": weight(4)},
+        ("N", 6),
+    ),
+    "matmul": (
+        [node("MatMul", "x w", "h"), node("BatchNormalization", "h g s m v")],
+        {"w": weight(6, 4)},
+        ("N", 6),
+    ),
     "matmul_add": (
-        [node("MatMul", "x w", "h"), node("Add", "h b", "a"), node("BatchNormalization", "a g s m v")], {"w": weight(6, 4), "b": weight(4)}, ("N", 6),
+        [node("MatMul", "x w", "h"), node("Add", "h b", "a"), node("BatchNormalization", "a g s m v")],
+        {"w": weight(6, 4), "b": weight(4)},
+        ("N", 6),
     ),
     "constant_node": (
-        [node("Constant", "", "w", value=numpy_helper.from_array(weight(4, 3, 1, 1))), node("Conv", "x w", "h"), node("BatchNormalization", "h g s m v")],
-        {}, ("N", 3, 5, 5),
+        [
+            node("Constant", "", "w", value=numpy_helper.from_array(weight(4, 3, 1, 1))),
+            node("Conv", "x w", "h"),
+            node("BatchNormalization", "h g s m v"),
+        ],
+        {},
+        ("N", 3, 5, 5),
     ),
 }
 
@@ -182,11 +216,30 @@ def test_batchnorm_is_folded(name: str) -> None:
 
 
 UNFOLDED = {
-    "two_readers": ([node("Conv", "x w", "h"), node("BatchNormalization", "h g s m v", "n"), node("Add", "n h")], ("N", 3, 5, 5), ("y",)),
-    "is_output": ([node("Conv", "x w", "h"), node("BatchNormalization", "h g s m v")], ("N", 3, 5, 5), ("y", "h")),
-    "computed_statistics": ([node("Conv", "x w", "h"), node("Relu", "m", "r"), node("BatchNormalization", "h g s r v")], ("N", 3, 5, 5), ("y",)),
+    "two_readers": (
+        [node("Conv", "x w", "h"), node("BatchNormalization", "h g s m v", "n"), node("Add", "n h")],
+        ("N", 3, 5, 5),
+        ("y",),
+    ),
+    "is_output": (
+        [node("Conv", "x w", "h"), node("BatchNormalization", "h g s m v")],
+        ("N", 3, 5, 5),
+        ("y", "h"),
+    ),
+    "computed_statistics": (
+        [node("Conv", "x w", "h"), node("Relu", "m", "r"), node("BatchNormalization", "h g s r v")],
+        ("N", 3, 5, 5),
+        ("y",),
+    ),
     "used_twice": (
-        [node("Conv", "x w", "h"), node("Conv", "x w", "k"), node("BatchNormalization", "h g s m v", "n"), node("Add", "n k")], ("N", 3, 5, 5), ("y",),
+        [
+            node("Conv", "x w", "h"),
+            node("Conv", "x w", "k"),
+            node("BatchNormalization", "h g s m v", "n"),
+            node("Add", "n k"),
+        ],
+        ("N", 3, 5, 5),
+        ("y",),
     ),
 }
 
@@ -206,10 +259,20 @@ def test_batchnorm_is_recalibrated_and_that_is_undone() -> None:
     batches = [Batch((torch.randn(8, 3, 8, 8) * 3 + 1,)) for _ in range(3)]
     undo = model.recalibrate_batchnorm(batches)
     assert undo is not None
-    outputs = [torch.nn.functional.conv2d(batch.args[0], model.weight("conv"), stride=2, padding=1).transpose(0, 1).flatten(1) for batch in batches]
+    outputs = [
+        torch.nn.functional.conv2d(batch.args[0], model.weight("conv"), stride=2, padding=1)
+        .transpose(0, 1)
+        .flatten(1)
+        for batch in batches
+    ]
     constants = ir.from_proto(model.unwrap()).graph.initializers
-    for name, wanted in (("bn.mean", torch.stack([y.mean(1) for y in outputs]).mean(0)), ("bn.var", torch.stack([y.var(1) for y in outputs]).mean(0))):
-        assert torch.allclose(torch.from_numpy(constants[name].const_value.numpy().copy()), wanted, rtol=1e-4, atol=1e-5)
+    for name, wanted in (
+        ("bn.mean", torch.stack([y.mean(1) for y in outputs]).mean(0)),
+        ("bn.var", torch.stack([y.var(1) for y in outputs]).mean(0)),
+    ):
+        assert torch.allclose(
+            torch.from_numpy(constants[name].const_value.numpy().copy()), wanted, rtol=1e-4, atol=1e-5
+        )
     assert not same(model.run(BATCH), before)
     undo()
     assert same(model.run(BATCH), before)
@@ -227,7 +290,9 @@ def test_example_comes_from_the_declared_inputs_or_the_last_observation() -> Non
     assert torch.equal(model.example().args[0], X[:2])
     assert model.macs() == sum(site.weights * site.out_positions for site in model.sites())
     assert OnnxModel.open(model_of([node("Gemm", "x w")], {"w": weight(6, 4)}, ("N", "S"))).example() is None
-    fixed = model_of([node("Cast", "x", "f", to=TensorProto.FLOAT), node("MatMul", "f w")], {"w": weight(6, 4)}, (3, 6))
+    fixed = model_of(
+        [node("Cast", "x", "f", to=TensorProto.FLOAT), node("MatMul", "f w")], {"w": weight(6, 4)}, (3, 6)
+    )
     fixed.graph.input[0].type.tensor_type.elem_type = TensorProto.INT64
     tokens = OnnxModel.open(fixed).example()
     assert tokens is not None
@@ -235,7 +300,9 @@ def test_example_comes_from_the_declared_inputs_or_the_last_observation() -> Non
 
 
 def test_extents_of_pads_that_differ_from_side_to_side() -> None:
-    proto = model_of([node("Conv", "x w", pads=[0, 1, 2, 2], strides=[2, 1])], {"w": weight(4, 3, 3, 3)}, ("N", 3, 8, 7))
+    proto = model_of(
+        [node("Conv", "x w", pads=[0, 1, 2, 2], strides=[2, 1])], {"w": weight(4, 3, 3, 3)}, ("N", 3, 8, 7)
+    )
     model = OnnxModel.open(proto, Batch((torch.randn(3, 3, 8, 7),)))
     assert model.sites()[0].extents == (((8, 7), (4, 8)),)
 
@@ -259,12 +326,18 @@ def test_parameters_are_counted_once_and_statistics_not_at_all() -> None:
     assert model.bytes() == 4 * model.params()
     model.replace("fc", svd(model, "fc", 2))
     assert model.params() == 6 * 27 + 6 + 6 + 2 * (5 + 6) + 5
-    shared = OnnxModel.open(model_of([node("MatMul", "x w", "h"), node("MatMul", "h w")], {"w": weight(4, 4)}, ("N", 4)))
+    shared = OnnxModel.open(
+        model_of([node("MatMul", "x w", "h"), node("MatMul", "h w")], {"w": weight(4, 4)}, ("N", 4))
+    )
     assert shared.params() == 16
 
 
 def test_channels_removed_between_two_layers_are_removed_in_the_graph() -> None:
-    nodes = [node("Conv", "x a.weight a.bias", "h", pads=[1, 1, 1, 1]), node("Relu", "h", "r"), node("Conv", "r b.weight")]
+    nodes = [
+        node("Conv", "x a.weight a.bias", "h", pads=[1, 1, 1, 1]),
+        node("Relu", "h", "r"),
+        node("Conv", "r b.weight"),
+    ]
     w, b, v = weight(6, 3, 3, 3), weight(6), weight(4, 6, 1, 1)
     w[[1, 4]], b[[1, 4]] = 0, 0
     model = OnnxModel.open(model_of(nodes, {"a.weight": w, "a.bias": b, "b.weight": v}, ("N", 3, 5, 5)))
@@ -273,7 +346,9 @@ def test_channels_removed_between_two_layers_are_removed_in_the_graph() -> None:
     first, second = model.sites()
     kept = torch.tensor([0, 2, 3, 5])
     makes, reads = Form("dense", (), outputs=4), Form("dense", (), inputs=4)
-    model.replace("a", Layer(makes.on(first), makes, whole(model.weight("a")[kept]), torch.from_numpy(b)[kept]))
+    model.replace(
+        "a", Layer(makes.on(first), makes, whole(model.weight("a")[kept]), torch.from_numpy(b)[kept])
+    )
     model.replace("b", Layer(reads.on(second), reads, whole(model.weight("b")[:, kept])))
     model.check()
     assert same(model.run(fed), wanted)
@@ -283,9 +358,18 @@ def test_channels_removed_between_two_layers_are_removed_in_the_graph() -> None:
 @pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
 def test_branch_that_ends_in_a_constant_is_dropped(order: tuple[str, str]) -> None:
     nodes = [
-        node("Conv", "x stem.weight", "s"), node("Conv", "s a.weight", "h"), node("Relu", "h", "r"), node("Conv", "r b.weight b.bias", "k"), node("Add", "s k"),
+        node("Conv", "x stem.weight", "s"),
+        node("Conv", "s a.weight", "h"),
+        node("Relu", "h", "r"),
+        node("Conv", "r b.weight b.bias", "k"),
+        node("Add", "s k"),
     ]
-    constants = {"stem.weight": weight(3, 3, 1, 1), "a.weight": weight(5, 3, 1, 1), "b.weight": np.zeros((3, 5, 1, 1), np.float32), "b.bias": weight(3)}
+    constants = {
+        "stem.weight": weight(3, 3, 1, 1),
+        "a.weight": weight(5, 3, 1, 1),
+        "b.weight": np.zeros((3, 5, 1, 1), np.float32),
+        "b.bias": weight(3),
+    }
     model = OnnxModel.open(model_of(nodes, constants, ("N", 3, 5, 5)))
     fed = Batch((torch.randn(2, 3, 5, 5),))
     wanted = model.run(fed)

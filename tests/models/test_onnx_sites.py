@@ -48,12 +48,20 @@ class Case:
     def proto(self) -> onnx.ModelProto:
         inputs = [helper.make_tensor_value_info("x", self.dtype, self.x)]
         if self.ir_version < 4:
-            inputs += [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in self.constants.items()]
+            inputs += [
+                helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
+                for n, a in self.constants.items()
+            ]
         outputs = [helper.make_tensor_value_info(name, self.dtype, None) for name in self.outputs]
         tensors = [numpy_helper.from_array(array, name) for name, array in self.constants.items()]
         graph = helper.make_graph(self.nodes, "case", inputs, outputs, tensors)
-        opsets = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(f.domain, 1) for f in self.functions)]
-        proto = helper.make_model(graph, opset_imports=opsets, ir_version=self.ir_version, functions=self.functions)
+        opsets = [
+            helper.make_opsetid("", self.opset),
+            *(helper.make_opsetid(f.domain, 1) for f in self.functions),
+        ]
+        proto = helper.make_model(
+            graph, opset_imports=opsets, ir_version=self.ir_version, functions=self.functions
+        )
         return onnx.shape_inference.infer_shapes(proto) if self.infer else proto
 
 
@@ -64,68 +72,204 @@ def node(operator: str, inputs: str, outputs: str = "y", **attributes: object) -
 def linear_cases() -> dict[str, Callable[[], Case]]:
     w, b = weight(6, 8), weight(6)
     return {
-        "gemm_transB": lambda: Case([node("Gemm", "x w b", transB=1)], {"w": w, "b": b}, ("N", 8), (4, 8), shape=(6, 8), bias=True),
-        "gemm_plain": lambda: Case([node("Gemm", "x w b")], {"w": w.T.copy(), "b": b}, ("N", 8), (4, 8), shape=(6, 8), bias=True),
-        "gemm_without_c": lambda: Case([node("Gemm", "x w", transB=1)], {"w": w}, ("N", 8), (4, 8), shape=(6, 8)),
+        "gemm_transB": lambda: Case(
+            [node("Gemm", "x w b", transB=1)], {"w": w, "b": b}, ("N", 8), (4, 8), shape=(6, 8), bias=True
+        ),
+        "gemm_plain": lambda: Case(
+            [node("Gemm", "x w b")], {"w": w.T.copy(), "b": b}, ("N", 8), (4, 8), shape=(6, 8), bias=True
+        ),
+        "gemm_without_c": lambda: Case(
+            [node("Gemm", "x w", transB=1)], {"w": w}, ("N", 8), (4, 8), shape=(6, 8)
+        ),
         "gemm_transA_alpha_beta": lambda: Case(
-            [node("Gemm", "x w b", transA=1, alpha=0.5, beta=2.0)], {"w": w.T.copy(), "b": b}, (8, "N"), (8, 4), shape=(6, 8), bias=True
+            [node("Gemm", "x w b", transA=1, alpha=0.5, beta=2.0)],
+            {"w": w.T.copy(), "b": b},
+            (8, "N"),
+            (8, 4),
+            shape=(6, 8),
+            bias=True,
         ),
-        "gemm_row_c": lambda: Case([node("Gemm", "x w b", transB=1)], {"w": w, "b": b[None]}, ("N", 8), (4, 8), shape=(6, 8), bias=True),
-        "gemm_matrix_c": lambda: Case([node("Gemm", "x w c", transB=1, beta=0.5)], {"w": w, "c": weight(4, 6)}, (4, 8), (4, 8), shape=(6, 8)),
+        "gemm_row_c": lambda: Case(
+            [node("Gemm", "x w b", transB=1)],
+            {"w": w, "b": b[None]},
+            ("N", 8),
+            (4, 8),
+            shape=(6, 8),
+            bias=True,
+        ),
+        "gemm_matrix_c": lambda: Case(
+            [node("Gemm", "x w c", transB=1, beta=0.5)],
+            {"w": w, "c": weight(4, 6)},
+            (4, 8),
+            (4, 8),
+            shape=(6, 8),
+        ),
         "gemm_computed_c": lambda: Case(
-            [node("Relu", "x", "r"), node("Gemm", "x w r", transB=1, beta=3.0)], {"w": weight(8, 8)}, ("N", 8), (4, 8), shape=(8, 8)
+            [node("Relu", "x", "r"), node("Gemm", "x w r", transB=1, beta=3.0)],
+            {"w": weight(8, 8)},
+            ("N", 8),
+            (4, 8),
+            shape=(8, 8),
         ),
-        "gemm_left": lambda: Case([node("Gemm", "w x b", beta=2.0)], {"w": w, "b": b[:, None]}, (8, "N"), (8, 4), shape=(6, 8), bias=True),
-        "gemm_left_transposed": lambda: Case([node("Gemm", "w x", transA=1, transB=1)], {"w": w.T.copy()}, ("N", 8), (4, 8), shape=(6, 8)),
-        "gemm_opset_9": lambda: Case([node("Gemm", "x w b", transB=1)], {"w": w, "b": b}, ("N", 8), (4, 8), shape=(6, 8), bias=True, opset=9),
-        "matmul_right": lambda: Case([node("MatMul", "x w")], {"w": w.T.copy()}, ("B", "S", 8), (2, 3, 8), shape=(6, 8)),
-        "matmul_static": lambda: Case([node("MatMul", "x w")], {"w": w.T.copy()}, (2, 3, 8), (2, 3, 8), shape=(6, 8)),
-        "matmul_unknown_rank": lambda: Case([node("MatMul", "x w")], {"w": w.T.copy()}, ("B", "S", 8), (2, 3, 8), shape=(6, 8), infer=False),
+        "gemm_left": lambda: Case(
+            [node("Gemm", "w x b", beta=2.0)],
+            {"w": w, "b": b[:, None]},
+            (8, "N"),
+            (8, 4),
+            shape=(6, 8),
+            bias=True,
+        ),
+        "gemm_left_transposed": lambda: Case(
+            [node("Gemm", "w x", transA=1, transB=1)], {"w": w.T.copy()}, ("N", 8), (4, 8), shape=(6, 8)
+        ),
+        "gemm_opset_9": lambda: Case(
+            [node("Gemm", "x w b", transB=1)],
+            {"w": w, "b": b},
+            ("N", 8),
+            (4, 8),
+            shape=(6, 8),
+            bias=True,
+            opset=9,
+        ),
+        "matmul_right": lambda: Case(
+            [node("MatMul", "x w")], {"w": w.T.copy()}, ("B", "S", 8), (2, 3, 8), shape=(6, 8)
+        ),
+        "matmul_static": lambda: Case(
+            [node("MatMul", "x w")], {"w": w.T.copy()}, (2, 3, 8), (2, 3, 8), shape=(6, 8)
+        ),
+        "matmul_unknown_rank": lambda: Case(
+            [node("MatMul", "x w")], {"w": w.T.copy()}, ("B", "S", 8), (2, 3, 8), shape=(6, 8), infer=False
+        ),
         "matmul_add": lambda: Case(
-            [node("MatMul", "x w", "p"), node("Add", "b p")], {"w": w.T.copy(), "b": b}, ("B", "S", 8), (2, 3, 8), shape=(6, 8), bias=True
+            [node("MatMul", "x w", "p"), node("Add", "b p")],
+            {"w": w.T.copy(), "b": b},
+            ("B", "S", 8),
+            (2, 3, 8),
+            shape=(6, 8),
+            bias=True,
         ),
         "matmul_add_broadcast": lambda: Case(
-            [node("MatMul", "x w", "p"), node("Add", "p b")], {"w": w.T.copy(), "b": b[None, None]}, ("B", "S", 8), (2, 3, 8), shape=(6, 8), bias=True
+            [node("MatMul", "x w", "p"), node("Add", "p b")],
+            {"w": w.T.copy(), "b": b[None, None]},
+            ("B", "S", 8),
+            (2, 3, 8),
+            shape=(6, 8),
+            bias=True,
         ),
         "matmul_add_raising_rank": lambda: Case(
-            [node("MatMul", "x w", "p"), node("Add", "p b")], {"w": w.T.copy(), "b": b[None, None, None]}, ("B", "S", 8), (2, 3, 8), shape=(6, 8)
+            [node("MatMul", "x w", "p"), node("Add", "p b")],
+            {"w": w.T.copy(), "b": b[None, None, None]},
+            ("B", "S", 8),
+            (2, 3, 8),
+            shape=(6, 8),
         ),
         "matmul_product_is_output": lambda: Case(
             [node("MatMul", "x w", "p"), node("Add", "p b")],
-            {"w": w.T.copy(), "b": b}, ("B", "S", 8), (2, 3, 8), shape=(6, 8), outputs={"y": (), "p": ()},
+            {"w": w.T.copy(), "b": b},
+            ("B", "S", 8),
+            (2, 3, 8),
+            shape=(6, 8),
+            outputs={"y": (), "p": ()},
         ),
-        "matmul_left": lambda: Case([node("MatMul", "w x")], {"w": w}, ("B", 8, "S"), (2, 8, 3), shape=(6, 8)),
+        "matmul_left": lambda: Case(
+            [node("MatMul", "w x")], {"w": w}, ("B", 8, "S"), (2, 8, 3), shape=(6, 8)
+        ),
         "matmul_left_add": lambda: Case(
-            [node("MatMul", "w x", "p"), node("Add", "p b")], {"w": w, "b": b[:, None]}, ("B", 8, "S"), (2, 8, 3), shape=(6, 8), bias=True
+            [node("MatMul", "w x", "p"), node("Add", "p b")],
+            {"w": w, "b": b[:, None]},
+            ("B", 8, "S"),
+            (2, 8, 3),
+            shape=(6, 8),
+            bias=True,
         ),
         "matmul_left_vector": lambda: Case([node("MatMul", "w x")], {"w": w}, (8,), (8,), shape=(6, 8)),
         "matmul_opset_9": lambda: Case(
-            [node("MatMul", "x w", "p"), node("Add", "p b")], {"w": w.T.copy(), "b": b}, ("B", "S", 8), (2, 3, 8), shape=(6, 8), bias=True, opset=9
+            [node("MatMul", "x w", "p"), node("Add", "p b")],
+            {"w": w.T.copy(), "b": b},
+            ("B", "S", 8),
+            (2, 3, 8),
+            shape=(6, 8),
+            bias=True,
+            opset=9,
         ),
-        "matmul_ir_3": lambda: Case([node("MatMul", "x w")], {"w": w.T.copy()}, ("B", "S", 8), (2, 3, 8), shape=(6, 8), opset=8, ir_version=3),
+        "matmul_ir_3": lambda: Case(
+            [node("MatMul", "x w")],
+            {"w": w.T.copy()},
+            ("B", "S", 8),
+            (2, 3, 8),
+            shape=(6, 8),
+            opset=8,
+            ir_version=3,
+        ),
         "constant_node": lambda: Case(
-            [helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(w.T.copy())), node("MatMul", "x w")],
-            {}, ("B", 8), (4, 8), shape=(6, 8),
+            [
+                helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(w.T.copy())),
+                node("MatMul", "x w"),
+            ],
+            {},
+            ("B", 8),
+            (4, 8),
+            shape=(6, 8),
         ),
-        "folded_transpose": lambda: Case([node("Transpose", "w", "t", perm=[1, 0]), node("MatMul", "x t")], {"w": w}, ("B", "S", 8), (2, 3, 8), shape=(6, 8)),
-        "identity": lambda: Case([node("Identity", "w", "t"), node("MatMul", "x t")], {"w": w.T.copy()}, ("B", "S", 8), (2, 3, 8), shape=(6, 8)),
+        "folded_transpose": lambda: Case(
+            [node("Transpose", "w", "t", perm=[1, 0]), node("MatMul", "x t")],
+            {"w": w},
+            ("B", "S", 8),
+            (2, 3, 8),
+            shape=(6, 8),
+        ),
+        "identity": lambda: Case(
+            [node("Identity", "w", "t"), node("MatMul", "x t")],
+            {"w": w.T.copy()},
+            ("B", "S", 8),
+            (2, 3, 8),
+            shape=(6, 8),
+        ),
         "shared": lambda: Case(
-            [node("MatMul", "x w", "h"), node("Relu", "h", "r"), node("MatMul", "r w")], {"w": weight(8, 8)}, ("B", "S", 8), (2, 3, 8), shape=(8, 8)
+            [node("MatMul", "x w", "h"), node("Relu", "h", "r"), node("MatMul", "r w")],
+            {"w": weight(8, 8)},
+            ("B", "S", 8),
+            (2, 3, 8),
+            shape=(8, 8),
         ),
         "shared_different_biases": lambda: Case(
-            [node("MatMul", "x w", "h"), node("Add", "h b", "r"), node("MatMul", "r w", "p"), node("Add", "p c")],
-            {"w": weight(8, 8), "b": weight(8), "c": weight(8)}, ("B", "S", 8), (2, 3, 8), shape=(8, 8),
+            [
+                node("MatMul", "x w", "h"),
+                node("Add", "h b", "r"),
+                node("MatMul", "r w", "p"),
+                node("Add", "p c"),
+            ],
+            {"w": weight(8, 8), "b": weight(8), "c": weight(8)},
+            ("B", "S", 8),
+            (2, 3, 8),
+            shape=(8, 8),
         ),
         "intermediate_is_output": lambda: Case(
             [node("Gemm", "x w b", "h", transB=1), node("Relu", "h", "y")],
-            {"w": w, "b": b}, ("N", 8), (4, 8), shape=(6, 8), bias=True, outputs={"y": (), "h": ()},
+            {"w": w, "b": b},
+            ("N", 8),
+            (4, 8),
+            shape=(6, 8),
+            bias=True,
+            outputs={"y": (), "h": ()},
         ),
         "fp16": lambda: Case(
             [node("MatMul", "x w", "p"), node("Add", "p b")],
             {"w": w.T.astype(np.float16), "b": b.astype(np.float16)},
-            ("B", "S", 8), (2, 3, 8), shape=(6, 8), bias=True, dtype=TensorProto.FLOAT16,
+            ("B", "S", 8),
+            (2, 3, 8),
+            shape=(6, 8),
+            bias=True,
+            dtype=TensorProto.FLOAT16,
         ),
-        "double": lambda: Case([node("MatMul", "x w")], {"w": w.T.astype(np.float64)}, ("B", "S", 8), (2, 3, 8), shape=(6, 8), dtype=TensorProto.DOUBLE),
+        "double": lambda: Case(
+            [node("MatMul", "x w")],
+            {"w": w.T.astype(np.float64)},
+            ("B", "S", 8),
+            (2, 3, 8),
+            shape=(6, 8),
+            dtype=TensorProto.DOUBLE,
+        ),
     }
 
 
@@ -134,28 +278,79 @@ def conv_cases() -> dict[str, Callable[[], Case]]:
     plain = {"w": w, "b": b}
     found = {"shape": (5, 4, 3, 3), "bias": True}
     cases = {
-        "conv": lambda: Case([node("Conv", "x w b", pads=[1, 1, 1, 1])], plain, ("N", 4, "H", "W"), (2, 4, 7, 6), **found),
+        "conv": lambda: Case(
+            [node("Conv", "x w b", pads=[1, 1, 1, 1])], plain, ("N", 4, "H", "W"), (2, 4, 7, 6), **found
+        ),
         "conv_strided_asymmetric": lambda: Case(
-            [node("Conv", "x w b", strides=[2, 1], pads=[0, 1, 1, 2])], plain, ("N", 4, 7, 6), (2, 4, 7, 6), **found
+            [node("Conv", "x w b", strides=[2, 1], pads=[0, 1, 1, 2])],
+            plain,
+            ("N", 4, 7, 6),
+            (2, 4, 7, 6),
+            **found,
         ),
-        "conv_dilated": lambda: Case([node("Conv", "x w b", dilations=[2, 1], pads=[2, 0, 2, 0])], plain, ("N", 4, 7, 6), (2, 4, 7, 6), **found),
+        "conv_dilated": lambda: Case(
+            [node("Conv", "x w b", dilations=[2, 1], pads=[2, 0, 2, 0])],
+            plain,
+            ("N", 4, 7, 6),
+            (2, 4, 7, 6),
+            **found,
+        ),
         "conv_same_upper": lambda: Case(
-            [node("Conv", "x w b", strides=[2, 2], auto_pad="SAME_UPPER")], plain, ("N", 4, 8, 7), (2, 4, 8, 7), **found
+            [node("Conv", "x w b", strides=[2, 2], auto_pad="SAME_UPPER")],
+            plain,
+            ("N", 4, 8, 7),
+            (2, 4, 8, 7),
+            **found,
         ),
-        "conv_same_lower": lambda: Case([node("Conv", "x w b", strides=[2, 2], auto_pad="SAME_LOWER")], plain, ("N", 4, 8, 7), (2, 4, 8, 7), **found),
-        "conv_same_unstrided": lambda: Case([node("Conv", "x w b", auto_pad="SAME_UPPER")], plain, ("N", 4, "H", "W"), (2, 4, 8, 7), **found),
-        "conv_valid": lambda: Case([node("Conv", "x w", auto_pad="VALID")], {"w": w}, ("N", 4, 8, 7), (2, 4, 8, 7), shape=(5, 4, 3, 3)),
-        "conv_1d": lambda: Case([node("Conv", "x w b", strides=[2])], {"w": weight(5, 4, 3), "b": b}, ("N", 4, 9), (2, 4, 9), shape=(5, 4, 3), bias=True),
+        "conv_same_lower": lambda: Case(
+            [node("Conv", "x w b", strides=[2, 2], auto_pad="SAME_LOWER")],
+            plain,
+            ("N", 4, 8, 7),
+            (2, 4, 8, 7),
+            **found,
+        ),
+        "conv_same_unstrided": lambda: Case(
+            [node("Conv", "x w b", auto_pad="SAME_UPPER")], plain, ("N", 4, "H", "W"), (2, 4, 8, 7), **found
+        ),
+        "conv_valid": lambda: Case(
+            [node("Conv", "x w", auto_pad="VALID")],
+            {"w": w},
+            ("N", 4, 8, 7),
+            (2, 4, 8, 7),
+            shape=(5, 4, 3, 3),
+        ),
+        "conv_1d": lambda: Case(
+            [node("Conv", "x w b", strides=[2])],
+            {"w": weight(5, 4, 3), "b": b},
+            ("N", 4, 9),
+            (2, 4, 9),
+            shape=(5, 4, 3),
+            bias=True,
+        ),
         "conv_3d": lambda: Case(
-            [node("Conv", "x w", pads=[1, 0, 1, 1, 0, 1])], {"w": weight(5, 4, 3, 2, 3)}, ("N", 4, 5, 4, 5), (1, 4, 5, 4, 5), shape=(5, 4, 3, 2, 3)
+            [node("Conv", "x w", pads=[1, 0, 1, 1, 0, 1])],
+            {"w": weight(5, 4, 3, 2, 3)},
+            ("N", 4, 5, 4, 5),
+            (1, 4, 5, 4, 5),
+            shape=(5, 4, 3, 2, 3),
         ),
         "conv_shared": lambda: Case(
-            [node("Conv", "x w b", "h", pads=[1, 1, 1, 1]), node("Relu", "h", "r"), node("Conv", "r w b", pads=[1, 1, 1, 1])],
-            {"w": weight(4, 4, 3, 3), "b": weight(4)}, ("N", 4, 7, 6), (2, 4, 7, 6), shape=(4, 4, 3, 3), bias=True,
+            [
+                node("Conv", "x w b", "h", pads=[1, 1, 1, 1]),
+                node("Relu", "h", "r"),
+                node("Conv", "r w b", pads=[1, 1, 1, 1]),
+            ],
+            {"w": weight(4, 4, 3, 3), "b": weight(4)},
+            ("N", 4, 7, 6),
+            (2, 4, 7, 6),
+            shape=(4, 4, 3, 3),
+            bias=True,
         ),
     }
     for opset in (7, 9, 11, 13, 20, 22):
-        cases[f"conv_opset_{opset}"] = lambda opset=opset: Case([node("Conv", "x w b")], plain, ("N", 4, 7, 6), (2, 4, 7, 6), opset=opset, **found)
+        cases[f"conv_opset_{opset}"] = lambda opset=opset: Case(
+            [node("Conv", "x w b")], plain, ("N", 4, 7, 6), (2, 4, 7, 6), opset=opset, **found
+        )
     return cases
 
 
@@ -165,15 +360,22 @@ LINEAR, CONV = linear_cases(), conv_cases()
 def run_original(proto: onnx.ModelProto, x: torch.Tensor) -> dict[str, torch.Tensor]:
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return {name: torch.from_numpy(value) for name, value in zip(names, session.run(names, {"x": x.numpy()}), strict=True)}
+    return {
+        name: torch.from_numpy(value)
+        for name, value in zip(names, session.run(names, {"x": x.numpy()}), strict=True)
+    }
 
 
 def fed(case: Case) -> torch.Tensor:
-    dtype = {TensorProto.FLOAT16: torch.float16, TensorProto.DOUBLE: torch.float64}.get(case.dtype, torch.float32)
+    dtype = {TensorProto.FLOAT16: torch.float16, TensorProto.DOUBLE: torch.float64}.get(
+        case.dtype, torch.float32
+    )
     return torch.randn(case.fed, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def assert_same(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float = 1e-4) -> None:
+def assert_same(
+    got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float = 1e-4
+) -> None:
     assert list(got) == list(wanted)
     for name, value in wanted.items():
         assert got[name].dtype == value.dtype
@@ -234,7 +436,9 @@ def test_replaced_site_computes_the_same(name: str) -> None:
     assert proto.SerializeToString() == before
 
 
-@pytest.mark.parametrize("name", ["conv", "conv_strided_asymmetric", "conv_dilated", "conv_same_lower", "conv_3d", "conv_shared"])
+@pytest.mark.parametrize(
+    "name", ["conv", "conv_strided_asymmetric", "conv_dilated", "conv_same_lower", "conv_3d", "conv_shared"]
+)
 @pytest.mark.parametrize("form", ["spatial_svd", "tucker2", "block_term"])
 def test_convolution_formats_agree_with_their_dense_weight(name: str, form: str) -> None:
     case = CONV[name]()
@@ -242,7 +446,9 @@ def test_convolution_formats_agree_with_their_dense_weight(name: str, form: str)
     (site,) = model.sites()
     layout = FORMATS.get(form)
     rank = layout.ranks(site)[len(layout.ranks(site)) // 2]
-    layer = Layer(site, Form(form, rank), layout.factorize(model.weight(site.name), site, rank), model.bias(site.name))
+    layer = Layer(
+        site, Form(form, rank), layout.factorize(model.weight(site.name), site, rank), model.bias(site.name)
+    )
     x = fed(case)
     dense = model.clone()
     dense.replace(site.name, Layer(site, DENSE, whole(layer.reconstruct().float()), layer.bias))
@@ -251,14 +457,22 @@ def test_convolution_formats_agree_with_their_dense_weight(name: str, form: str)
     assert_same(model.run(Batch((x,))), dense.run(Batch((x,))))
 
 
-@pytest.mark.parametrize("name", ["matmul_right", "matmul_static", "matmul_opset_9", "matmul_unknown_rank", "gemm_transB", "matmul_left"])
+@pytest.mark.parametrize(
+    "name",
+    ["matmul_right", "matmul_static", "matmul_opset_9", "matmul_unknown_rank", "gemm_transB", "matmul_left"],
+)
 def test_linear_format_with_positions_agrees_with_its_dense_weight(name: str) -> None:
     case = LINEAR[name]()
     model = OnnxModel.open(case.proto())
     (site,) = model.sites()
     layout = FORMATS.get("block_term")
     rank = layout.ranks(site)[-1]
-    layer = Layer(site, Form("block_term", rank), layout.factorize(model.weight(site.name), site, rank), model.bias(site.name))
+    layer = Layer(
+        site,
+        Form("block_term", rank),
+        layout.factorize(model.weight(site.name), site, rank),
+        model.bias(site.name),
+    )
     x = fed(case)
     dense = model.clone()
     dense.replace(site.name, Layer(site, DENSE, whole(layer.reconstruct().float()), layer.bias))
@@ -273,7 +487,10 @@ def test_no_constant_is_rearranged_at_run_time() -> None:
     model.replace(site.name, exact(model, site))
     graph = ir.from_proto(model.unwrap()).graph
     assert [n.op_type for n in graph] == ["MatMul", "MatMul"]
-    assert {name: tuple(value.shape.numpy()) for name, value in graph.initializers.items()} == {"w.v": (8, 6), "w.u": (6, 6)}
+    assert {name: tuple(value.shape.numpy()) for name, value in graph.initializers.items()} == {
+        "w.v": (8, 6),
+        "w.u": (6, 6),
+    }
 
 
 def test_shared_weight_keeps_shared_factors() -> None:
@@ -288,7 +505,10 @@ def test_static_sizes_need_no_shape_arithmetic() -> None:
     (site,) = model.sites()
     layout = FORMATS.get("block_term")
     rank = layout.ranks(site)[-1]
-    model.replace(site.name, Layer(site, Form("block_term", rank), layout.factorize(model.weight(site.name), site, rank)))
+    model.replace(
+        site.name,
+        Layer(site, Form("block_term", rank), layout.factorize(model.weight(site.name), site, rank)),
+    )
     assert "Shape" not in {n.op_type for n in model.unwrap().graph.node}
 
 
@@ -299,42 +519,110 @@ def declined_cases() -> dict[str, tuple[Callable[[], Case], str]]:
         out = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
         return helper.make_graph([helper.make_node("MatMul", ["x", "w"], [name])], name, [], [out])
 
-    function = helper.make_function("local", "Layer", ["a"], ["b"], [
-        helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(square)), node("MatMul", "a w", "b"),
-    ], [helper.make_opsetid("", 17)])
-    embedding = [node("Cast", "x", "i", to=TensorProto.INT64), node("Gather", "w i", "e"), node("MatMul", "e t")]
+    function = helper.make_function(
+        "local",
+        "Layer",
+        ["a"],
+        ["b"],
+        [
+            helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(square)),
+            node("MatMul", "a w", "b"),
+        ],
+        [helper.make_opsetid("", 17)],
+    )
+    embedding = [
+        node("Cast", "x", "i", to=TensorProto.INT64),
+        node("Gather", "w i", "e"),
+        node("MatMul", "e t"),
+    ]
     return {
         "dynamic_same": (
-            lambda: Case([node("Conv", "x w", strides=[2, 2], auto_pad="SAME_UPPER")], {"w": weight(5, 4, 3, 3)}, ("N", 4, "H", "W"), ()), "static input size",
+            lambda: Case(
+                [node("Conv", "x w", strides=[2, 2], auto_pad="SAME_UPPER")],
+                {"w": weight(5, 4, 3, 3)},
+                ("N", 4, "H", "W"),
+                (),
+            ),
+            "static input size",
         ),
         "transposed_dynamic_shape": (
-            lambda: Case([node("ConvTranspose", "x w", output_shape=[9, 9])], {"w": weight(4, 5, 3, 3)}, ("N", 4, "H", "W"), ()), "static input size",
+            lambda: Case(
+                [node("ConvTranspose", "x w", output_shape=[9, 9])],
+                {"w": weight(4, 5, 3, 3)},
+                ("N", 4, "H", "W"),
+                (),
+            ),
+            "static input size",
         ),
-        "lstm": (lambda: Case([node("LSTM", "x w r", "y", hidden_size=4)], {"w": weight(1, 16, 3), "r": weight(1, 16, 4)}, (5, 1, 3), ()), "recurrent"),
-        "einsum": (lambda: Case([node("Einsum", "x w", equation="bi,oi->bo")], {"w": w}, (2, 8), ()), "Einsum"),
+        "lstm": (
+            lambda: Case(
+                [node("LSTM", "x w r", "y", hidden_size=4)],
+                {"w": weight(1, 16, 3), "r": weight(1, 16, 4)},
+                (5, 1, 3),
+                (),
+            ),
+            "recurrent",
+        ),
+        "einsum": (
+            lambda: Case([node("Einsum", "x w", equation="bi,oi->bo")], {"w": w}, (2, 8), ()),
+            "Einsum",
+        ),
         "quantized": (
             lambda: Case(
                 [node("DequantizeLinear", "q s z", "w"), node("MatMul", "x w")],
-                {"q": (w.T * 50).astype(np.int8), "s": np.float32(0.02), "z": np.int8(0)}, (2, 8), (),
+                {"q": (w.T * 50).astype(np.int8), "s": np.float32(0.02), "z": np.int8(0)},
+                (2, 8),
+                (),
             ),
             "quantized",
         ),
-        "batched": (lambda: Case([node("MatMul", "x w")], {"w": weight(2, 8, 6)}, (2, 3, 8), ()), "several matrices as one weight; export the model"),
+        "batched": (
+            lambda: Case([node("MatMul", "x w")], {"w": weight(2, 8, 6)}, (2, 3, 8), ()),
+            "several matrices as one weight; export the model",
+        ),
         "also_read_by_transpose": (
-            lambda: Case([node("MatMul", "x w", "h"), node("Transpose", "w", "t"), node("MatMul", "h t")], {"w": w.T.copy()}, (2, 8), ()), "Transpose",
+            lambda: Case(
+                [node("MatMul", "x w", "h"), node("Transpose", "w", "t"), node("MatMul", "h t")],
+                {"w": w.T.copy()},
+                (2, 8),
+                (),
+            ),
+            "Transpose",
         ),
         "tied_embedding": (lambda: Case(embedding, {"w": square, "t": w.T.copy()}, (2, 3), ()), "embedding"),
-        "orientation": (lambda: Case([node("MatMul", "x w", "h"), node("Gemm", "h w", transB=1)], {"w": square}, (2, 8), ()), "orientation"),
-        "weight_is_output": (lambda: Case([node("MatMul", "x w")], {"w": w.T.copy()}, (2, 8), (), outputs={"y": (), "w": ()}), "graph output"),
+        "orientation": (
+            lambda: Case(
+                [node("MatMul", "x w", "h"), node("Gemm", "h w", transB=1)], {"w": square}, (2, 8), ()
+            ),
+            "orientation",
+        ),
+        "weight_is_output": (
+            lambda: Case([node("MatMul", "x w")], {"w": w.T.copy()}, (2, 8), (), outputs={"y": (), "w": ()}),
+            "graph output",
+        ),
         "inside_if": (
             lambda: Case(
-                [node("ReduceSum", "x", "s", keepdims=0), node("Cast", "s", "c", to=TensorProto.BOOL),
-                 helper.make_node("If", ["c"], ["y"], then_branch=branch("a"), else_branch=branch("b"))],
-                {"w": w.T.copy()}, (2, 8), (),
+                [
+                    node("ReduceSum", "x", "s", keepdims=0),
+                    node("Cast", "s", "c", to=TensorProto.BOOL),
+                    helper.make_node("If", ["c"], ["y"], then_branch=branch("a"), else_branch=branch("b")),
+                ],
+                {"w": w.T.copy()},
+                (2, 8),
+                (),
             ),
             "branch or loop body",
         ),
-        "inside_function": (lambda: Case([helper.make_node("Layer", ["x"], ["y"], domain="local")], {}, (2, 8), (), functions=[function]), "function Layer"),
+        "inside_function": (
+            lambda: Case(
+                [helper.make_node("Layer", ["x"], ["y"], domain="local")],
+                {},
+                (2, 8),
+                (),
+                functions=[function],
+            ),
+            "function Layer",
+        ),
     }
 
 
@@ -350,7 +638,9 @@ def test_declines_with_the_reason(name: str) -> None:
 
 
 @pytest.mark.parametrize("overridable", [(), ("w",), ("*",)])
-def test_an_initializer_that_is_an_input_too_is_a_weight_unless_callers_set_it(overridable: tuple[str, ...]) -> None:
+def test_an_initializer_that_is_an_input_too_is_a_weight_unless_callers_set_it(
+    overridable: tuple[str, ...],
+) -> None:
     proto = LINEAR["matmul_right"]().proto()
     proto.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, (8, 6)))
     model = OnnxModel.open(proto, overridable=overridable)
@@ -385,7 +675,14 @@ def test_names_follow_the_module_path(initializer: str, name: str, scopes: str |
 def test_output_of_the_runtime_optimizer_is_accepted() -> None:
     """ONNX Runtime writes LayerNormalization into the standard domain of opsets that do not have it."""
     nodes = [node("LayerNormalization", "x g b", "n"), node("MatMul", "n w")]
-    case = Case(nodes, {"g": weight(8), "b": weight(8), "w": weight(8, 6)}, ("B", "S", 8), (2, 3, 8), opset=13, infer=False)
+    case = Case(
+        nodes,
+        {"g": weight(8), "b": weight(8), "w": weight(8, 6)},
+        ("B", "S", 8),
+        (2, 3, 8),
+        opset=13,
+        infer=False,
+    )
     model = OnnxModel.open(case.proto())
     (site,) = model.sites()
     x = fed(case)

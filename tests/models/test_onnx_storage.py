@@ -38,7 +38,13 @@ def test_external_data_stays_external_in_another_folder(tmp_path: Path) -> None:
     source, target = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     target.mkdir()
-    onnx.save(large_network(), source / "m.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    onnx.save(
+        large_network(),
+        source / "m.onnx",
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=0,
+    )
     before = {path.name: path.read_bytes() for path in source.iterdir()}
     model = OnnxModel.open(source / "m.onnx")
     model.replace("a", svd(model, "a", 20))
@@ -77,7 +83,9 @@ def test_saving_in_place_keeps_a_file_that_a_given_ir_model_reads(tmp_path: Path
     model = OnnxModel.open(source)
     model.replace("a", svd(model, "a", 20))
     model.save(path, {})
-    assert np.array_equal(source.graph.initializers["b.weight"].const_value.numpy(), model.weight("b").T.numpy())
+    assert np.array_equal(
+        source.graph.initializers["b.weight"].const_value.numpy(), model.weight("b").T.numpy()
+    )
 
 
 def test_a_weight_on_disk_is_read_only_when_asked_for(tmp_path: Path) -> None:
@@ -107,15 +115,26 @@ def mappings() -> int:
 def test_spilled_factors_are_those_that_were_given(dtype: type, spilling: Path) -> None:
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     x, y = (helper.make_tensor_value_info(name, kind, ["N", size]) for name, size in (("x", 7), ("y", 9)))
-    graph = helper.make_graph([node("MatMul", "x a.weight")], "g", [x], [y], [numpy_helper.from_array(weight(7, 9).astype(dtype), "a.weight")])
-    model = OnnxModel.open(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    graph = helper.make_graph(
+        [node("MatMul", "x a.weight")],
+        "g",
+        [x],
+        [y],
+        [numpy_helper.from_array(weight(7, 9).astype(dtype), "a.weight")],
+    )
+    model = OnnxModel.open(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    )
     layer = svd(model, "a", 5)
     before = mappings()
     model.replace("a", layer)
     assert mappings() == before + 1
     kept = model.layer("a")
     assert kept is not None
-    assert all(torch.equal(kept.factors[name], factor.to(model.weight("a").dtype)) for name, factor in layer.factors.items())
+    assert all(
+        torch.equal(kept.factors[name], factor.to(model.weight("a").dtype))
+        for name, factor in layer.factors.items()
+    )
     assert list(spilling.iterdir()) == []
 
 
@@ -175,7 +194,9 @@ def test_a_small_model_and_a_full_disk_leave_factors_in_memory(monkeypatch: pyte
 
 
 def test_external_weights_read_by_a_run_are_read_again_after_their_pages_went(tmp_path: Path) -> None:
-    onnx.save(large_network(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    onnx.save(
+        large_network(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0
+    )
     model, fed = OnnxModel.open(tmp_path / "m.onnx"), Batch((torch.randn(2, 3, 64),))
     tape = model.record(fed)
     release_pages()
@@ -219,7 +240,9 @@ def test_a_model_of_more_than_two_gigabytes_is_compressed_in_little_memory(tmp_p
         print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) // 1024)
         """
     )
-    result = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) < 1024
     assert OnnxModel.open(tmp_path / "out.onnx").params() == 10 * 2 * 64 * 8192

@@ -26,16 +26,28 @@ from tdpass.site import Site
 
 E = 16
 PROJECTIONS = ("query", "key", "value", "out_proj")
-FORMS = [name for name in offered_formats() if FORMATS.get(name).fits(Site("", "linear", (8, 8))) and FORMATS.get(name).exact_at_full_rank]
+FORMS = [
+    name
+    for name in offered_formats()
+    if FORMATS.get(name).fits(Site("", "linear", (8, 8))) and FORMATS.get(name).exact_at_full_rank
+]
 WAYS = {
     "plain": {},
     "no weights": {"need_weights": False},
     "of each head": {"average_attn_weights": False},
     "causal": {"attn_mask": torch.ones(5, 5).triu(1).bool(), "is_causal": True, "need_weights": False},
     "added": {"attn_mask": torch.linspace(-1, 1, 25).reshape(5, 5)},
-    "of every head": {"attn_mask": torch.linspace(-1, 1, 3 * 4 * 25).reshape(12, 5, 5), "need_weights": False},
-    "padded": {"key_padding_mask": torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])},
-    "padded by numbers": {"key_padding_mask": torch.tensor([[0.0] * 5, [0.0] * 3 + [-9.0] * 2, [0.5] * 5]), "need_weights": False},
+    "of every head": {
+        "attn_mask": torch.linspace(-1, 1, 3 * 4 * 25).reshape(12, 5, 5),
+        "need_weights": False,
+    },
+    "padded": {
+        "key_padding_mask": torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
+    },
+    "padded by numbers": {
+        "key_padding_mask": torch.tensor([[0.0] * 5, [0.0] * 3 + [-9.0] * 2, [0.5] * 5]),
+        "need_weights": False,
+    },
 }
 
 
@@ -70,7 +82,9 @@ def full_rank(model: Model, name: str = "svd") -> Model:
         fmt = FORMATS.get(name)
         rank = fmt.ranks(site)[-1]
         factors = fmt.factorize(model.weight(site.name), site, rank)
-        model.replace(site.name, Layer(site, Form(name, rank), factors, model.bias(site.name)).to(torch.float32))
+        model.replace(
+            site.name, Layer(site, Form(name, rank), factors, model.bias(site.name)).to(torch.float32)
+        )
     return model
 
 
@@ -81,7 +95,11 @@ def same(ours: Tensor | None, theirs: Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("how", [{"batch_first": True}, {}, {"batch_first": True, "bias": False}], ids=["batch first", "positions first", "no bias"])
+@pytest.mark.parametrize(
+    "how",
+    [{"batch_first": True}, {}, {"batch_first": True, "bias": False}],
+    ids=["batch first", "positions first", "no bias"],
+)
 def test_it_answers_as_torch_does(how: dict[str, Any], way: str) -> None:
     dense = attention(**how)
     opened = open_attention(dense)
@@ -124,7 +142,9 @@ def test_encoders_answer_as_before_and_every_projection_is_a_site(how: dict[str,
         kept = ~padding
         same(opened(x, src_key_padding_mask=padding)[kept], dense(x, src_key_padding_mask=padding)[kept])
     model = open_model(opened, Batch((x,)))
-    assert {f"layers.{k}.self_attn.{name}" for k in (0, 1) for name in PROJECTIONS} < {site.name for site in model.sites()}
+    assert {f"layers.{k}.self_attn.{name}" for k in (0, 1) for name in PROJECTIONS} < {
+        site.name for site in model.sites()
+    }
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
     assert "open_attention" in open_model(dense, Batch((x,))).declined()["layers.0.self_attn"]
 
@@ -163,7 +183,11 @@ def test_a_budget_is_kept_the_file_loads_and_the_export_answers_alike(tmp_path: 
         same(program.module()(x), artifact.model(x))
 
 
-@pytest.mark.parametrize("make", [lambda: open_attention(encoder()), lambda: open_attention(Packed().eval(), fused=["qkv"])], ids=["encoder", "packed"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: open_attention(encoder()), lambda: open_attention(Packed().eval(), fused=["qkv"])],
+    ids=["encoder", "packed"],
+)
 def test_an_onnx_export_has_a_site_for_each_and_answers_alike(make: Callable[[], nn.Module]) -> None:
     module, x = make(), torch.randn(4, 5, E)
     model = full_rank(open_model(to_onnx(module, x)))

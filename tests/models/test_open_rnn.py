@@ -55,13 +55,19 @@ def factored(layer: OpenRNN, name: str, rank: int = 1, *, only: str = "") -> tup
         if site.name.startswith(only):
             chosen = fmt.ranks(site)[min(len(fmt.ranks(site)) - 1, rank)]
             factors = fmt.factorize(model.weight(site.name), site, chosen)
-            model.replace(site.name, Layer(site, Form(name, chosen), factors, model.bias(site.name)).to(torch.float32))
+            model.replace(
+                site.name, Layer(site, Form(name, chosen), factors, model.bias(site.name)).to(torch.float32)
+            )
         part, _, suffix = site.name.partition("_")
         held = model.layer(site.name)
         with torch.no_grad():
-            getattr(dense, f"{weights[part]}_{suffix}").copy_(model.weight(site.name) if held is None else held.reconstruct())
+            getattr(dense, f"{weights[part]}_{suffix}").copy_(
+                model.weight(site.name) if held is None else held.reconstruct()
+            )
             if layer.bias:
-                getattr(dense, f"{weights[part].replace('weight', 'bias')}_{suffix}").copy_(model.bias(site.name))
+                getattr(dense, f"{weights[part].replace('weight', 'bias')}_{suffix}").copy_(
+                    model.bias(site.name)
+                )
     opened = model.unwrap()
     assert isinstance(opened, OpenRNN)
     return opened, dense
@@ -99,7 +105,9 @@ def test_it_is_the_dense_layer(kind: type, opened: type, bidirectional: bool, ba
 @pytest.mark.parametrize("only", ["", "input", "hidden"])
 @pytest.mark.parametrize(("kind", "opened"), PAIRS)
 def test_factors_stand_for_their_weight_on_every_way(kind: type, opened: type, name: str, only: str) -> None:
-    layer, dense = factored(opened(kind(12, 20, 2, batch_first=True, bidirectional=True).eval()), name, only=only)
+    layer, dense = factored(
+        opened(kind(12, 20, 2, batch_first=True, bidirectional=True).eval()), name, only=only
+    )
     assert {type(module) for path, module in layer.named_children() if path.startswith(only)} == {Factorized}
     for samples in (1, 3):
         x = torch.randn(samples, 5, 12)
@@ -124,7 +132,12 @@ def test_the_quicker_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     small, _ = factored(lstm, "svd")
     one, many = torch.randn(4, 1, 16), torch.randn(4, 8, 16)
     with torch.no_grad():
-        for layer, x, way in ((lstm, one, ["_by_operators"]), (lstm, many, []), (small, many, ["_by_operators"]), (gru, many, ["_by_operators"])):
+        for layer, x, way in (
+            (lstm, one, ["_by_operators"]),
+            (lstm, many, []),
+            (small, many, ["_by_operators"]),
+            (gru, many, ["_by_operators"]),
+        ):
             ways.clear()
             layer(x)
             assert ways == way
@@ -148,7 +161,9 @@ def test_it_trains_and_the_fused_layer_follows(kind: type, opened: type) -> None
     with torch.no_grad():
         before = layer(x)[0]
     layer(x)[0].square().sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in layer.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in layer.parameters()
+    )
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.sub_(0.1 * parameter.grad)
@@ -193,7 +208,9 @@ def test_a_model_is_opened_as_a_copy_with_the_same_parameters() -> None:
             self.first = nn.LSTM(6, 8, batch_first=True)
             self.again = self.first
             self.plain = nn.RNN(8, 8, batch_first=True)
-            self.normed = nn.utils.parametrizations.weight_norm(nn.GRU(8, 6, batch_first=True), "weight_hh_l0")
+            self.normed = nn.utils.parametrizations.weight_norm(
+                nn.GRU(8, 6, batch_first=True), "weight_hh_l0"
+            )
             self.projected = nn.LSTM(8, 8, proj_size=6)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -211,7 +228,10 @@ def test_a_model_is_opened_as_a_copy_with_the_same_parameters() -> None:
     with torch.no_grad():
         torch.testing.assert_close(opened(x), model(x), rtol=0, atol=1e-6)
     seen = open_model(opened, x)
-    assert {site.name: site.out_positions for site in seen.sites()} == {"first.input_l0": 6, "first.hidden_l0": 6}
+    assert {site.name: site.out_positions for site in seen.sites()} == {
+        "first.input_l0": 6,
+        "first.hidden_l0": 6,
+    }
     reasons = seen.declined()
     assert "nn.LSTM and nn.GRU" in reasons["plain"]
     assert "proj_size=6" in reasons["projected"]
@@ -227,14 +247,18 @@ def test_a_classifier_is_compressed_saved_loaded_and_exported(kind: type, tmp_pa
     model = open_model(opened, data)
     gates = 4 if kind is nn.LSTM else 3
     assert model.macs() == 4 * (6 * 12 + gates * 24 * (12 + 3 * 24)) + 4 * 24
-    result = tdpass.compress(opened, {"params": 0.5}, data, formats=FORMS if kind is nn.LSTM else ["svd"], cache=False)
+    result = tdpass.compress(
+        opened, {"params": 0.5}, data, formats=FORMS if kind is nn.LSTM else ["svd"], cache=False
+    )
     small = result.model
     assert isinstance(small, Classifier)
     assert result.report.final.params <= 0.5 * result.report.original.params
     assert any(isinstance(module, Factorized) for module in small.rnn.children())
     with torch.no_grad():
         wanted = small(data)
-    again = tdpass.compress(opened, plan=tdpass.RankPlan.from_json(result.plan.to_json()), data=data, cache=False).model
+    again = tdpass.compress(
+        opened, plan=tdpass.RankPlan.from_json(result.plan.to_json()), data=data, cache=False
+    ).model
     with torch.no_grad():
         torch.testing.assert_close(again(data), wanted)
     result.save(tmp_path / "small.safetensors")

@@ -34,7 +34,12 @@ def _decaying(model: nn.Module) -> nn.Module:
 class _Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.a, self.b, self.head = nn.Linear(20, 24), nn.Linear(24, 24), nn.Linear(24, 24, bias=False), nn.Linear(24, 6)
+        self.stem, self.a, self.b, self.head = (
+            nn.Linear(20, 24),
+            nn.Linear(24, 24),
+            nn.Linear(24, 24, bias=False),
+            nn.Linear(24, 6),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.stem(x)
@@ -45,7 +50,13 @@ _NETS = {
     "bias": lambda: nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 6)),
     "no bias": lambda: nn.Sequential(nn.Linear(20, 32, bias=False), nn.ReLU(), nn.Linear(32, 6, bias=False)),
     "conv": lambda: nn.Sequential(
-        nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 12, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4)
+        nn.Conv2d(3, 12, 3),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 12, 3, bias=False),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(12, 4),
     ),
     "residual": _Residual,
 }
@@ -58,7 +69,11 @@ def _net(name: str) -> nn.Module:
 
 def _data(name: str) -> Tensor:
     generator = torch.Generator().manual_seed(3)
-    return torch.randn(48, 3, 5, 5, generator=generator) if name == "conv" else torch.randn(48, 20, generator=generator)
+    return (
+        torch.randn(48, 3, 5, 5, generator=generator)
+        if name == "conv"
+        else torch.randn(48, 20, generator=generator)
+    )
 
 
 def _off(model: nn.Module, reference: nn.Module, x: Tensor) -> float:
@@ -117,7 +132,11 @@ def test_layers_of_several_types_in_one_model(dtype: torch.dtype, first: bool) -
     net, x = _Mixed(dtype, first).eval(), _data("residual")
     made = compress(net, {"params": 0.7}, x, cache=False)
     assert isinstance(made.model, nn.Module)
-    types = {name: module.bias.dtype for name, module in made.model.named_modules() if isinstance(module, Factorized) and module.bias is not None}
+    types = {
+        name: module.bias.dtype
+        for name, module in made.model.named_modules()
+        if isinstance(module, Factorized) and module.bias is not None
+    }
     assert types
     assert all(kind == (torch.float32 if name == "head" else dtype) for name, kind in types.items())
     assert _off(made.model, net, x if first else x.to(dtype)) < 0.3
@@ -138,12 +157,24 @@ def test_the_type_of_inputs_is_not_that_of_an_integer_parameter() -> None:
     assert compress(net, {"params": 0.7}, x, cache=False).report.checks["relative_difference"] < 0.3
 
 
-@pytest.mark.parametrize(("element", "dtype"), [(TensorProto.FLOAT16, torch.float16), (TensorProto.DOUBLE, torch.float64)], ids=["half", "double"])
+@pytest.mark.parametrize(
+    ("element", "dtype"),
+    [(TensorProto.FLOAT16, torch.float16), (TensorProto.DOUBLE, torch.float64)],
+    ids=["half", "double"],
+)
 def test_an_onnx_model_of_any_precision_takes_data(element: int, dtype: torch.dtype) -> None:
     net, x = _net("bias"), _data("bias")
-    tensors = {f"{name}.{kind}": getattr(net[int(name)], kind).detach().to(dtype).numpy() for name in "02" for kind in ("weight", "bias")}  # type: ignore[index]
+    tensors = {
+        f"{name}.{kind}": getattr(net[int(name)], kind).detach().to(dtype).numpy()
+        for name in "02"
+        for kind in ("weight", "bias")
+    }  # type: ignore[index]
     graph = helper.make_graph(
-        [node("Gemm", "x 0.weight 0.bias", "a", transB=1), node("Relu", "a", "r"), node("Gemm", "r 2.weight 2.bias", "y", transB=1)],
+        [
+            node("Gemm", "x 0.weight 0.bias", "a", transB=1),
+            node("Relu", "a", "r"),
+            node("Gemm", "r 2.weight 2.bias", "y", transB=1),
+        ],
         "g",
         [helper.make_tensor_value_info("x", element, ("N", 20))],
         [helper.make_tensor_value_info("y", element, ("N", 6))],

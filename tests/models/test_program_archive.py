@@ -39,14 +39,20 @@ class Net(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
         y = self.norm(self.layer(x)) * self.scale
         flat = y.reshape(x.shape[0] * 2, 2)
-        return {"a": y + self.shift, "(c) c's": y, "b": (flat, flat if mask is None else flat[: mask.shape[0]])}
+        return {
+            "a": y + self.shift,
+            "(c) c's": y,
+            "b": (flat, flat if mask is None else flat[: mask.shape[0]]),
+        }
 
 
 def exported(path: Path) -> Path:
     torch.manual_seed(0)
     batch, length = Dim("n", min=2, max=64), Dim("m", min=2, max=8)
     inputs = (torch.randn(4, 8),)
-    program = torch.export.export(Net().eval(), inputs, {"mask": torch.ones(4)}, dynamic_shapes={"x": {0: batch}, "mask": {0: length}})
+    program = torch.export.export(
+        Net().eval(), inputs, {"mask": torch.ones(4)}, dynamic_shapes={"x": {0: batch}, "mask": {0: length}}
+    )
     torch.export.save(program, path, extra_files={"tdpass.plan": "{}"})
     return path
 
@@ -67,7 +73,10 @@ def write(path: Path, members: Members) -> Path:
 def test_what_torch_exports_gives_the_same_outputs(tmp_path: Path) -> None:
     path = exported(tmp_path / "net.pt2")
     x, mask = torch.randn(6, 8), torch.ones(3)
-    expected, found = torch.export.load(path).module()(x, mask=mask), load_program(path).module()(x, mask=mask)
+    expected, found = (
+        torch.export.load(path).module()(x, mask=mask),
+        load_program(path).module()(x, mask=mask),
+    )
     assert torch.equal(found["a"], expected["a"])
     assert torch.equal(found["b"][1], expected["b"][1])
     assert load_program(path, trust=True).state_dict.keys() == load_program(path).state_dict.keys()
@@ -142,7 +151,11 @@ def spec(members: Members, mark: Path) -> Members:
     def change(program: dict[str, Any]) -> None:
         signature = program["graph_module"]["module_call_graph"][0]["signature"]
         tree = json.loads(signature["out_spec"])
-        context = {"default_factory_module": "imported_by_a_file", "default_factory_name": "x", "dict_context": ["a", "(c) c's", "b"]}
+        context = {
+            "default_factory_module": "imported_by_a_file",
+            "default_factory_name": "x",
+            "dict_context": ["a", "(c) c's", "b"],
+        }
         tree[1]["type"], tree[1]["context"] = "collections.defaultdict", json.dumps(context)
         signature["out_spec"] = json.dumps(tree)
 
@@ -168,7 +181,10 @@ def hidden(members: Members, mark: Path) -> Members:
 def target(members: Members, mark: Path) -> Members:
     def change(program: dict[str, Any]) -> None:
         node = program["graph_module"]["graph"]["nodes"][0]
-        node["target"], node["inputs"] = "torch.os.mkdir", [{"name": "path", "arg": {"as_string": str(mark)}, "kind": 1}]
+        node["target"], node["inputs"] = (
+            "torch.os.mkdir",
+            [{"name": "path", "arg": {"as_string": str(mark)}, "kind": 1}],
+        )
 
     return with_program(members, change)
 
@@ -176,7 +192,10 @@ def target(members: Members, mark: Path) -> Members:
 def old_layout(members: Members, mark: Path) -> Members:
     program = members[find(members, "models/model.json")]
     parts = {"serialized_exported_program.json": program, "version": b"8.20"}
-    return parts | {f"serialized_{part}.pt": saved({"a": Touch(mark)}) for part in ("state_dict", "constants", "example_inputs")}
+    return parts | {
+        f"serialized_{part}.pt": saved({"a": Touch(mark)})
+        for part in ("state_dict", "constants", "example_inputs")
+    }
 
 
 CRAFTED: dict[str, Callable[[Members, Path], Members]] = {
@@ -197,7 +216,9 @@ CRAFTED: dict[str, Callable[[Members, Path], Members]] = {
 
 
 @pytest.mark.parametrize("way", CRAFTED)
-def test_crafted_files_are_refused_and_nothing_runs(way: str, members: Members, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crafted_files_are_refused_and_nothing_runs(
+    way: str, members: Members, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     mark = tmp_path / "marker"
     path = write(tmp_path / "net.pt2", CRAFTED[way](members, mark))
@@ -225,7 +246,9 @@ def test_guards_of_the_file_are_not_run(members: Members, tmp_path: Path) -> Non
 def test_other_members_and_compressed_ones_are_refused(members: Members, tmp_path: Path) -> None:
     root = next(iter(members)).partition("/")[0]
     with pytest.raises(InvalidModelError, match="aotinductor"):
-        load_program(write(tmp_path / "net.pt2", {**members, f"{root}/data/aotinductor/model/it.so": b"code"}))
+        load_program(
+            write(tmp_path / "net.pt2", {**members, f"{root}/data/aotinductor/model/it.so": b"code"})
+        )
     with zipfile.ZipFile(tmp_path / "net.pt2", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("net/data/weights/weight_0", bytes(1 << 20))
     with pytest.raises(InvalidModelError, match="compressed"):
@@ -242,6 +265,9 @@ def test_damaged_archives_are_one_clear_error(members: Members, tmp_path: Path, 
 
 
 def test_a_pickle_of_a_default_dict_is_no_tensor(members: Members, tmp_path: Path) -> None:
-    path = write(tmp_path / "net.pt2", {**members, find(members, "sample_inputs/model.pt"): saved(((defaultdict(exec),), {}))})
+    path = write(
+        tmp_path / "net.pt2",
+        {**members, find(members, "sample_inputs/model.pt"): saved(((defaultdict(exec),), {}))},
+    )
     with pytest.raises(InvalidModelError, match=r"sample_inputs/model\.pt.*more than tensors"):
         load_program(path)

@@ -14,7 +14,13 @@ from tdpass.form import Form
 from tdpass.formats import FORMATS, Layer
 from tdpass.models import open_model
 
-BIASES = {"none": (), "one object": ("a", "b", "same"), "each its own": ("a", "b"), "the first": ("a",), "the second": ("b",)}
+BIASES = {
+    "none": (),
+    "one object": ("a", "b", "same"),
+    "each its own": ("a", "b"),
+    "the first": ("a",),
+    "the second": ("b",),
+}
 FACTORED = {"linear": "svd", "conv": "channel_svd"}
 
 
@@ -28,7 +34,9 @@ class Twins(nn.Module):
         self.a, self.b, self.cut = make(), make(), cut
         with torch.no_grad():
             u, s, v = torch.linalg.svd(self.a.weight.flatten(1), full_matrices=False)
-            self.a.weight.copy_(((u * s * torch.exp(-torch.arange(16) / 3)) @ v).reshape(self.a.weight.shape) * 4)
+            self.a.weight.copy_(
+                ((u * s * torch.exp(-torch.arange(16) / 3)) @ v).reshape(self.a.weight.shape) * 4
+            )
         self.b.weight = self.a.weight
         if "same" in biased:
             self.b.bias = self.a.bias
@@ -46,10 +54,20 @@ class Twins(nn.Module):
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("biased", BIASES)
 @pytest.mark.parametrize("kind", FACTORED)
-def test_losses_repair_and_counts_are_those_of_every_layer(kind: str, biased: str, cut: bool, folder: Path) -> None:
+def test_losses_repair_and_counts_are_those_of_every_layer(
+    kind: str, biased: str, cut: bool, folder: Path
+) -> None:
     net = Twins(kind, BIASES[biased], cut).eval()
     x = torch.randn(40, *((16,) if kind == "linear" else (16, 9)), generator=torch.Generator().manual_seed(1))
-    planned = tdpass.compress(net, {"params": 0.75}, x, formats=[FACTORED[kind]], divergence="mse", pipeline="plan,factorize,verify", cache=False)
+    planned = tdpass.compress(
+        net,
+        {"params": 0.75},
+        x,
+        formats=[FACTORED[kind]],
+        divergence="mse",
+        pipeline="plan,factorize,verify",
+        cache=False,
+    )
     assert [choice.site for choice in planned.plan if not choice.kept_dense] == ["a"]
     assert planned.report.checks["divergence"] == pytest.approx(planned.plan.loss, rel=1e-3)
     whole = tdpass.compress(net, {"params": 0.75}, x, formats=[FACTORED[kind]], divergence="mse", cache=False)
@@ -57,7 +75,9 @@ def test_losses_repair_and_counts_are_those_of_every_layer(kind: str, biased: st
     held = sum(parameter.numel() for parameter in whole.model.parameters())
     assert held == whole.report.final.params <= 0.75 * whole.report.original.params
     assert whole.report.original.params == sum(parameter.numel() for parameter in net.parameters())
-    assert whole.report.checks["divergence"] == pytest.approx(tdpass.verify(net, whole.model, x, divergence="mse")["divergence"], rel=1e-4)
+    assert whole.report.checks["divergence"] == pytest.approx(
+        tdpass.verify(net, whole.model, x, divergence="mse")["divergence"], rel=1e-4
+    )
     whole.save(folder / "small.safetensors")
     loaded = tdpass.load(folder / "small.safetensors", copy.deepcopy(net))
     with torch.no_grad():

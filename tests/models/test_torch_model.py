@@ -24,11 +24,15 @@ def _full_rank(model: Model, name: str) -> Layer:
     (site,) = (site for site in model.sites() if site.name == name)
     fmt = FORMATS.get("svd" if site.kind == "linear" else "channel_svd")
     rank = fmt.ranks(site)[-1]
-    return Layer(site, Form(fmt.name, rank), fmt.factorize(model.weight(name), site, rank), model.bias(name)).to(torch.float32)
+    return Layer(
+        site, Form(fmt.name, rank), fmt.factorize(model.weight(name), site, rank), model.bias(name)
+    ).to(torch.float32)
 
 
 @pytest.mark.parametrize("name", ["residual", "odd"])
-def test_full_rank_replacement_changes_nothing(name: str, images: Tensor, request: pytest.FixtureRequest) -> None:
+def test_full_rank_replacement_changes_nothing(
+    name: str, images: Tensor, request: pytest.FixtureRequest
+) -> None:
     module = request.getfixturevalue(name)
     with torch.no_grad():
         before = module(images)
@@ -41,7 +45,15 @@ def test_full_rank_replacement_changes_nothing(name: str, images: Tensor, reques
 
 def test_layers_of_every_kind_are_sites(odd: nn.Module, images: Tensor) -> None:
     model = open_model(odd, Batch((images,)))
-    assert [site.name for site in model.sites()] == ["circular", "same", "strided", "grouped", "reused", "transposed", "head"]
+    assert [site.name for site in model.sites()] == [
+        "circular",
+        "same",
+        "strided",
+        "grouped",
+        "reused",
+        "transposed",
+        "head",
+    ]
     assert model.declined() == {}
 
 
@@ -116,7 +128,9 @@ def test_the_result_trains_exports_compiles_and_copies(residual: nn.Module, imag
     with torch.no_grad():
         expected = module(images)
         assert torch.equal(copy.deepcopy(module)(images), expected)
-        assert torch.allclose(torch.compile(module, backend="aot_eager", fullgraph=True)(images), expected, atol=1e-5)
+        assert torch.allclose(
+            torch.compile(module, backend="aot_eager", fullgraph=True)(images), expected, atol=1e-5
+        )
         exported = torch.export.export(module, (images,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
         assert torch.allclose(exported.module()(images[:7]), expected[:7], atol=1e-5)
     optimizer = torch.optim.SGD(module.parameters(), 0.01)
@@ -177,7 +191,9 @@ def saved(residual: nn.Module, images: Tensor, tmp_path: Path) -> tuple[Path, Te
         return tmp_path / "small.safetensors", artifact.model(images)
 
 
-def test_saved_and_loaded_is_the_same(saved: tuple[Path, Tensor], residual: nn.Module, images: Tensor) -> None:
+def test_saved_and_loaded_is_the_same(
+    saved: tuple[Path, Tensor], residual: nn.Module, images: Tensor
+) -> None:
     path, expected = saved
     loaded = tdpass.load(path, type(residual)().eval())
     with torch.no_grad():
@@ -185,7 +201,9 @@ def test_saved_and_loaded_is_the_same(saved: tuple[Path, Tensor], residual: nn.M
     assert tdpass.load_plan(path).choices
 
 
-def test_loading_on_another_class_is_refused_and_changes_nothing(saved: tuple[Path, Tensor], encoder: nn.Module) -> None:
+def test_loading_on_another_class_is_refused_and_changes_nothing(
+    saved: tuple[Path, Tensor], encoder: nn.Module
+) -> None:
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     with pytest.raises(PlanError, match="class it was made from"):
         tdpass.load(saved[0], encoder)
@@ -204,8 +222,20 @@ def _tampered(path: Path, change: dict[str, object]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("change", [{"rank": [10**9]}, {"rank": [0]}, {"rank": ["a"]}, {"format": "nonsense"}, {"paths": ["elsewhere"]}, {"paths": []}])
-def test_a_tampered_structure_is_refused_before_anything_is_allocated(saved: tuple[Path, Tensor], residual: nn.Module, change: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rank": [10**9]},
+        {"rank": [0]},
+        {"rank": ["a"]},
+        {"format": "nonsense"},
+        {"paths": ["elsewhere"]},
+        {"paths": []},
+    ],
+)
+def test_a_tampered_structure_is_refused_before_anything_is_allocated(
+    saved: tuple[Path, Tensor], residual: nn.Module, change: dict[str, object]
+) -> None:
     path = _tampered(saved[0], change)
     with pytest.raises(tdpass.TdpassError):
         tdpass.load(path, type(residual)())

@@ -76,7 +76,9 @@ class Casting(nn.Linear):
     """Overrides forward, though it only casts."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch names it so
-        return F.linear(input, self.weight.to(input.dtype), None if self.bias is None else self.bias.to(input.dtype))
+        return F.linear(
+            input, self.weight.to(input.dtype), None if self.bias is None else self.bias.to(input.dtype)
+        )
 
 
 class Casts(Plain):
@@ -100,7 +102,9 @@ class BoundForward(Plain):
 class Functional(Plain):
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.a.weight, self.a.bias)
-        return self.b(torch.relu(F.batch_norm(y, self.n.running_mean, self.n.running_var, self.n.weight, self.n.bias)))
+        return self.b(
+            torch.relu(F.batch_norm(y, self.n.running_mean, self.n.running_var, self.n.weight, self.n.bias))
+        )
 
 
 class Transposed(Plain):
@@ -128,7 +132,15 @@ class Returned(Plain):
         return self.b(torch.relu(self.n(self.a(x)))), self.a.weight
 
 
-READ_ELSEWHERE: list[type[Plain]] = [BoundForward, Functional, Transposed, Einsum, WeightPenalty, BiasRead, Returned]
+READ_ELSEWHERE: list[type[Plain]] = [
+    BoundForward,
+    Functional,
+    Transposed,
+    Einsum,
+    WeightPenalty,
+    BiasRead,
+    Returned,
+]
 
 
 class Activated(nn.BatchNorm1d):
@@ -197,7 +209,12 @@ def _made(cls: Callable[[], nn.Module]) -> nn.Module:
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm1d):
-                for tensor, low, high in ((module.running_mean, -1, 1), (module.running_var, 0.2, 3), (module.weight, 0.5, 2), (module.bias, -1, 1)):
+                for tensor, low, high in (
+                    (module.running_mean, -1, 1),
+                    (module.running_var, 0.2, 3),
+                    (module.weight, 0.5, 2),
+                    (module.bias, -1, 1),
+                ):
                     assert tensor is not None
                     tensor.uniform_(low, high)
     return model.eval()
@@ -220,7 +237,9 @@ def _folded(model: object, x: Tensor) -> Artifact:
 
 def _small(model: object, x: Tensor, share: float = 0.9, formats: tuple[str, ...] = ("svd",)) -> Artifact:
     passes = "fold-batchnorm,plan,factorize,correct-bias,verify"
-    return tdpass.compress(model, {"params": share}, x, pipeline=passes, cache=False, divergence="mse", formats=formats)
+    return tdpass.compress(
+        model, {"params": share}, x, pipeline=passes, cache=False, divergence="mse", formats=formats
+    )
 
 
 @pytest.mark.parametrize("cls", [*REACHED, *READ_ELSEWHERE, *NOT_FOLDED])
@@ -245,7 +264,9 @@ def test_every_reference_sees_the_factored_layer_and_a_file_too(cls: type[Plain]
     difference = float((answer - expected).norm() / expected.norm())
     assert difference == pytest.approx(artifact.report.checks["relative_difference"], rel=0.01)
     artifact.save(tmp_path / "small.safetensors")
-    torch.testing.assert_close(_answer(tdpass.load(tmp_path / "small.safetensors", cls().eval()), x), answer, rtol=0, atol=0)
+    torch.testing.assert_close(
+        _answer(tdpass.load(tmp_path / "small.safetensors", cls().eval()), x), answer, rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("cls", READ_ELSEWHERE)
@@ -274,7 +295,11 @@ def test_a_batch_norm_on_another_axis_stays(cls: type[nn.Module], exported: bool
 @pytest.mark.parametrize("cls", [Plain, Transposed, Einsum, WeightPenalty, BiasRead, ReadBefore, NormTwice])
 def test_graphs_fold_and_factor_under_the_same_conditions(front: str, cls: type[Plain]) -> None:
     model, x = _made(cls), _data(32, 24)
-    given = symbolic_trace(model) if front == "fx" else torch.export.export(model, (x[:4],), dynamic_shapes=({0: Dim("n", min=2, max=64)},))
+    given = (
+        symbolic_trace(model)
+        if front == "fx"
+        else torch.export.export(model, (x[:4],), dynamic_shapes=({0: Dim("n", min=2, max=64)},))
+    )
     artifact = _small(given, x)
     result = artifact.model.module() if isinstance(artifact.model, ExportedProgram) else artifact.model
     expected, answer = _answer(model, x), _answer(result, x)
@@ -294,7 +319,9 @@ class TwoGeometries(nn.Module):
         self.m.weight, self.m.bias = self.n.weight, self.n.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.n(F.conv1d(x, self.kernel, padding=1))[:, :, ::2] + self.m(F.conv1d(x, self.kernel, padding=1, stride=2))
+        return self.n(F.conv1d(x, self.kernel, padding=1))[:, :, ::2] + self.m(
+            F.conv1d(x, self.kernel, padding=1, stride=2)
+        )
 
 
 def test_calls_of_one_weight_at_other_settings_stay_apart() -> None:
@@ -307,7 +334,11 @@ def test_calls_of_one_weight_at_other_settings_stay_apart() -> None:
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.mid, self.head = nn.Embedding(60, 16), nn.Linear(16, 16), nn.Linear(16, 60, bias=False)
+        self.embed, self.mid, self.head = (
+            nn.Embedding(60, 16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 60, bias=False),
+        )
         self.head.weight = self.embed.weight
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -317,9 +348,14 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("front", ["module", "export", "fx", "fx without inputs"])
 def test_a_table_tied_to_a_head_stays_dense(front: str) -> None:
     model, ids = _made(Tied), torch.randint(0, 60, (16, 5), generator=torch.Generator().manual_seed(1))
-    made: dict[str, Callable[[], object]] = {"export": lambda: torch.export.export(model, (ids,)), "module": lambda: model}
+    made: dict[str, Callable[[], object]] = {
+        "export": lambda: torch.export.export(model, (ids,)),
+        "module": lambda: model,
+    }
     given = made.get(front, lambda: symbolic_trace(model))()
-    artifact = tdpass.make_plan(given, {"params": 0.95}, None if front == "fx without inputs" else ids, cache=False, formats=["svd"])
+    artifact = tdpass.make_plan(
+        given, {"params": 0.95}, None if front == "fx without inputs" else ids, cache=False, formats=["svd"]
+    )
     assert [choice.site for choice in artifact.plan if not choice.kept_dense] == ["mid"]
     assert "dense" in artifact.report.declined["head"]
 
@@ -329,14 +365,20 @@ def test_hooks_of_every_kind_stay_and_are_called() -> None:
     seen: list[str] = []
     for layer in (model.a, model.b):
         assert isinstance(layer, nn.Module)
-        layer.register_forward_hook(lambda module, args, kwargs, output: seen.append("kwargs"), with_kwargs=True, always_call=True)
-        layer.register_forward_pre_hook(lambda module, args, kwargs: ((args[0] + 1,), kwargs), with_kwargs=True)
+        layer.register_forward_hook(
+            lambda module, args, kwargs, output: seen.append("kwargs"), with_kwargs=True, always_call=True
+        )
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: ((args[0] + 1,), kwargs), with_kwargs=True
+        )
         layer.register_forward_hook(lambda module, args, output: output * 2)
         layer.register_full_backward_hook(lambda module, entered, left: seen.append("backward"))
         layer.register_full_backward_pre_hook(lambda module, left: seen.append("backward pre"))
     artifact = _small(model, x)
     expected, answer = _answer(model, x), _answer(artifact.model, x)
-    assert float((answer - expected).norm() / expected.norm()) == pytest.approx(artifact.report.checks["relative_difference"], rel=0.01)
+    assert float((answer - expected).norm() / expected.norm()) == pytest.approx(
+        artifact.report.checks["relative_difference"], rel=0.01
+    )
     assert isinstance(artifact.model, nn.Module)
     assert any(isinstance(module, Factorized) for module in artifact.model.modules())
     seen.clear()
@@ -348,7 +390,9 @@ def test_a_watched_batch_norm_is_not_folded() -> None:
     for name in ("a", "n"):
         model, x = _made(Plain), _data(8, 24)
         means: list[float] = []
-        model.get_submodule(name).register_forward_hook(lambda module, args, output, means=means: means.append(output.sum().item()))
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, means=means: means.append(output.sum().item())
+        )
         expected = (_answer(model, x), means[-1])
         artifact = _folded(model, x)
         torch.testing.assert_close((_answer(artifact.model, x), means[-1]), expected)
@@ -356,7 +400,11 @@ def test_a_watched_batch_norm_is_not_folded() -> None:
 
 
 def test_a_batch_norm_with_a_hook_that_reads_nothing_is_not_folded() -> None:
-    for name, method in (("a", "register_forward_hook"), ("n", "register_forward_pre_hook"), ("n", "register_full_backward_hook")):
+    for name, method in (
+        ("a", "register_forward_hook"),
+        ("n", "register_forward_pre_hook"),
+        ("n", "register_full_backward_hook"),
+    ):
         model = _made(Plain)
         getattr(model.get_submodule(name), method)(lambda *given: None)
         assert "hooks" in _folded(model, _data(8, 24)).report.declined["n"]
@@ -364,10 +412,14 @@ def test_a_batch_norm_with_a_hook_that_reads_nothing_is_not_folded() -> None:
 
 def test_a_forward_of_the_instance_survives() -> None:
     model, x = _made(Plain), _data(32, 24)
-    model.a.forward = types.MethodType(lambda self, value: F.linear(value, self.weight, self.bias) * 2, model.a)  # type: ignore[union-attr,method-assign]
+    model.a.forward = types.MethodType(
+        lambda self, value: F.linear(value, self.weight, self.bias) * 2, model.a
+    )  # type: ignore[union-attr,method-assign]
     artifact = _small(model, x)
     expected, answer = _answer(model, x), _answer(artifact.model, x)
-    assert float((answer - expected).norm() / expected.norm()) == pytest.approx(artifact.report.checks["relative_difference"], rel=0.01)
+    assert float((answer - expected).norm() / expected.norm()) == pytest.approx(
+        artifact.report.checks["relative_difference"], rel=0.01
+    )
     assert "on the instance" in artifact.report.declined["a"]
 
 
@@ -420,7 +472,12 @@ def test_a_model_that_is_one_layer_loads(tmp_path: Path) -> None:
     artifact = _small(model, x, 0.7)
     assert isinstance(artifact.model, Factorized)
     artifact.save(tmp_path / "one.safetensors")
-    torch.testing.assert_close(_answer(tdpass.load(tmp_path / "one.safetensors", nn.Linear(24, 32)), x), _answer(artifact.model, x), rtol=0, atol=0)
+    torch.testing.assert_close(
+        _answer(tdpass.load(tmp_path / "one.safetensors", nn.Linear(24, 32)), x),
+        _answer(artifact.model, x),
+        rtol=0,
+        atol=0,
+    )
 
 
 def _encoder() -> nn.Module:
@@ -433,12 +490,16 @@ def _rebuilt(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     read: list[str] = []
     rebuild = Factorized.weight.fget
     assert rebuild is not None
-    monkeypatch.setattr(Factorized, "weight", property(lambda self: read.append(self.site.name) or rebuild(self)))
+    monkeypatch.setattr(
+        Factorized, "weight", property(lambda self: read.append(self.site.name) or rebuild(self))
+    )
     return read
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-def test_a_factored_encoder_calls_its_layers_instead_of_rebuilding_weights(loaded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_factored_encoder_calls_its_layers_instead_of_rebuilding_weights(
+    loaded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, x = _made(_encoder), _data(16, 5, 16)
     artifact = tdpass.compress(model, {"params": 0.55}, x, cache=False, formats=["svd"], divergence="mse")
     artifact.save(tmp_path / "encoder.safetensors")
@@ -447,7 +508,9 @@ def test_a_factored_encoder_calls_its_layers_instead_of_rebuilding_weights(loade
     expected, answer = _answer(model, x), _answer(small, x)
     assert sum(isinstance(module, Factorized) for module in small.modules()) == 4  # type: ignore[attr-defined]
     assert read == []
-    assert float((answer - expected).norm() / expected.norm()) == pytest.approx(artifact.report.checks["relative_difference"], rel=0.01)
+    assert float((answer - expected).norm() / expected.norm()) == pytest.approx(
+        artifact.report.checks["relative_difference"], rel=0.01
+    )
 
 
 class Masked(nn.Module):
@@ -465,9 +528,14 @@ class Masked(nn.Module):
 def test_an_encoder_that_runs_on_nested_tensors_stays_dense() -> None:
     model, x = _made(Masked), _data(16, 5, 16)
     x[::2, 3:] = 0
-    artifact = tdpass.compress(model, {"params": 0.99}, x, pipeline="plan,factorize", cache=False, formats=["svd"], divergence="mse")
+    artifact = tdpass.compress(
+        model, {"params": 0.99}, x, pipeline="plan,factorize", cache=False, formats=["svd"], divergence="mse"
+    )
     assert isinstance(artifact.model, Masked)
     assert isinstance(artifact.model.head, Factorized)
     assert "nested" in artifact.report.declined["encoder.layers.0.linear1"]
     with torch.no_grad():
-        assert torch.equal(artifact.model.encoder(x, src_key_padding_mask=x[:, :, 0] == 0), model.encoder(x, src_key_padding_mask=x[:, :, 0] == 0))  # type: ignore[operator]
+        assert torch.equal(
+            artifact.model.encoder(x, src_key_padding_mask=x[:, :, 0] == 0),
+            model.encoder(x, src_key_padding_mask=x[:, :, 0] == 0),
+        )  # type: ignore[operator]

@@ -32,7 +32,12 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down, self.square, self.twin = Conv1D(64, 24), Conv1D(24, 64), Conv1D(24, 24), Conv1D(24, 24)
+        self.up, self.down, self.square, self.twin = (
+            Conv1D(64, 24),
+            Conv1D(24, 64),
+            Conv1D(24, 24),
+            Conv1D(24, 24),
+        )
         self.twin.weight = self.square.weight
         self.head = nn.Linear(24, 5)
 
@@ -52,7 +57,12 @@ X = torch.randn(32, 7, 24, generator=torch.Generator().manual_seed(0))
 def test_their_weights_are_those_of_a_linear_layer(block: Block) -> None:
     model = open_model(block, Batch((X,)))
     shapes = {site.name: (site.shape, site.out_positions) for site in model.sites()}
-    assert shapes == {"up": ((64, 24), 7), "down": ((24, 64), 7), "square": ((24, 24), 21), "head": ((5, 24), 7)}
+    assert shapes == {
+        "up": ((64, 24), 7),
+        "down": ((24, 64), 7),
+        "square": ((24, 24), 21),
+        "head": ((5, 24), 7),
+    }
     assert model.declined() == {}
     for name in ("up", "down", "square"):
         assert torch.equal(model.weight(name), block.get_submodule(name).weight.detach().t())
@@ -75,7 +85,9 @@ def test_a_block_is_compressed_saved_and_loaded(block: Block, tmp_path: Path) ->
     assert artifact.report.final.macs <= 0.6 * artifact.report.original.macs
     small = artifact.model
     assert isinstance(small, Block)
-    assert tdpass.verify(block, small, X)["relative_difference"] == pytest.approx(artifact.report.checks["relative_difference"], rel=1e-3)
+    assert tdpass.verify(block, small, X)["relative_difference"] == pytest.approx(
+        artifact.report.checks["relative_difference"], rel=1e-3
+    )
     assert artifact.report.checks["relative_difference"] < 0.1
     artifact.save(tmp_path / "small.safetensors")
     loaded = tdpass.load(tmp_path / "small.safetensors", Block())
@@ -125,7 +137,10 @@ def test_what_computes_something_else_is_left_alone(cls: type[Conv1D]) -> None:
 
 def test_several_matrices_in_one_initializer_say_what_to_do() -> None:
     proto = model_of([node("MatMul", "x w")], {"w": weight(4, 24, 16)}, (4, "N", 24))
-    with pytest.raises(tdpass.TdpassError, match="no site is left to compress: w: it holds several matrices as one weight; export the model with a linear"):
+    with pytest.raises(
+        tdpass.TdpassError,
+        match="no site is left to compress: w: it holds several matrices as one weight; export the model with a linear",
+    ):
         tdpass.compress(proto, {"params": 0.5}, torch.randn(4, 6, 24))
 
 

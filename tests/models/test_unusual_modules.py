@@ -67,7 +67,9 @@ def _normed(net: nn.Sequential) -> None:
 
 
 @pytest.mark.parametrize("change", [_masked, _normed])
-def test_a_weight_that_a_hook_computes_stays_and_the_reason_names_the_way_out(change: Callable[[nn.Sequential], None]) -> None:
+def test_a_weight_that_a_hook_computes_stays_and_the_reason_names_the_way_out(
+    change: Callable[[nn.Sequential], None],
+) -> None:
     net = _mlp()
     change(net)
     made = compress(net, {"params": 0.9}, X, cache=False, formats=["svd"])
@@ -84,7 +86,9 @@ def test_parameters_made_in_inference_mode() -> None:
     twin = compress(_mlp(), {"params": 0.6}, X, cache=False, formats=["svd"])
     assert made.plan is not None
     assert twin.plan is not None
-    assert [(choice.site, choice.rank) for choice in made.plan] == [(choice.site, choice.rank) for choice in twin.plan]
+    assert [(choice.site, choice.rank) for choice in made.plan] == [
+        (choice.site, choice.rank) for choice in twin.plan
+    ]
     assert made.report.checks["divergence"] == pytest.approx(twin.report.checks["divergence"], rel=1e-3)
 
 
@@ -104,13 +108,19 @@ def _scripted() -> nn.Module:
     ("make", "kind", "text"),
     [
         (lambda: nn.Sequential(nn.LazyLinear(8)), InvalidModelError, "run the model once"),
-        (lambda: nn.Sequential(nn.Linear(20, 8), nn.LazyBatchNorm1d()), InvalidModelError, "run the model once"),
+        (
+            lambda: nn.Sequential(nn.Linear(20, 8), nn.LazyBatchNorm1d()),
+            InvalidModelError,
+            "run the model once",
+        ),
         (_meta, InvalidModelError, "meta device"),
         (_scripted, UnsupportedError, "ScriptModule"),
     ],
     ids=["lazy", "lazy norm", "meta", "script"],
 )
-def test_what_has_no_values_is_refused(make: Callable[[], nn.Module], kind: type[Exception], text: str, data: Tensor | None) -> None:
+def test_what_has_no_values_is_refused(
+    make: Callable[[], nn.Module], kind: type[Exception], text: str, data: Tensor | None
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # lazy modules warn of themselves
         net = make()
@@ -144,7 +154,16 @@ def test_a_batchnorm_at_the_input_learns_from_every_batch_but_a_single_sample() 
     assert compress(net, {"params": 0.6}, X, cache=False, formats=["svd"]).report.checks["samples"] == 65
 
 
-@pytest.mark.parametrize("given", [np.zeros((2, 4), np.float32), {"input": np.zeros((2, 4), np.float32)}, (np.zeros(2),), {"input": None}, 3])
+@pytest.mark.parametrize(
+    "given",
+    [
+        np.zeros((2, 4), np.float32),
+        {"input": np.zeros((2, 4), np.float32)},
+        (np.zeros(2),),
+        {"input": None},
+        3,
+    ],
+)
 def test_example_inputs_that_are_no_tensors_are_refused_with_what_they_are(given: Any) -> None:
     with pytest.raises(UsageError, match=r"example_inputs hold a (ndarray|NoneType|int); give a tensor"):
         compress(nn.Linear(4, 4), {"params": 0.5}, example_inputs=given)
@@ -174,7 +193,9 @@ def test_convolutions_of_single_samples_are_compressed(axes: int, share: float) 
     assert isinstance(artifact.model, nn.Module)
     with torch.no_grad():
         before, after = (torch.stack([net(x) for x in samples]) for net in (network, artifact.model))
-    assert float((after - before).norm() / before.norm()) == pytest.approx(artifact.report.checks["relative_difference"], rel=1e-3)
+    assert float((after - before).norm() / before.norm()) == pytest.approx(
+        artifact.report.checks["relative_difference"], rel=1e-3
+    )
 
 
 class Counting(nn.Module):

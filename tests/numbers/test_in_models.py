@@ -30,7 +30,14 @@ from tdpass.planner.rank_plan import Choice
 
 TEXTS = ["int8", "int8/tensor", "int8/zero", "int4", "levels16", "float16", "bfloat16"]
 NAMES = ("dense", *offered_formats())
-PACKED = ["dense int4", "dense int4/4", "dense levels5", "dense int4 2:4", "dense levels16 blocks2x2/25%", "svd 4 int4 unstructured/40%"]
+PACKED = [
+    "dense int4",
+    "dense int4/4",
+    "dense levels5",
+    "dense int4 2:4",
+    "dense levels16 blocks2x2/25%",
+    "svd 4 int4 unstructured/40%",
+]
 IN_INT8 = "fold-batchnorm,plan{numbers=int8},factorize,correct-bias,refit,recalibrate-batchnorm,verify"
 
 
@@ -73,7 +80,10 @@ def graph(module: Net, opset: int = 17) -> onnx.ModelProto:
     state["tokens.weight"] = np.ascontiguousarray(state["tokens.weight"].T)
     constants = [numpy_helper.from_array(array, name) for name, array in state.items()]
     constants.append(numpy_helper.from_array(np.array([0, 8, 64]), "whole"))
-    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n, shape in (("x", ["N", 6, 8, 8]), ("y", ["N", 10])))
+    x, y = (
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, shape)
+        for n, shape in (("x", ["N", 6, 8, 8]), ("y", ["N", 10]))
+    )
     made = helper.make_graph(nodes, "g", [x], [y], constants)
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
 
@@ -104,7 +114,9 @@ def run(model: Model) -> Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_torch_model_counts_runs_saves_and_loads_what_it_stores(name: str, text: str, tmp_path: Path) -> None:
+def test_a_torch_model_counts_runs_saves_and_loads_what_it_stores(
+    name: str, text: str, tmp_path: Path
+) -> None:
     model = open_model(net())
     assert isinstance(model, TorchModel)
     before = {site.name: cost_of(site, DENSE) for site in model.sites()}
@@ -180,9 +192,13 @@ def in_form(model: Model, numbers: str, support: str) -> list[Layer]:
     return layers
 
 
-@pytest.mark.parametrize("support", ["2:4", "unstructured/30%", "unstructured/7", "rows/3", "columns/25%", "blocks2x2/25%"])
+@pytest.mark.parametrize(
+    "support", ["2:4", "unstructured/30%", "unstructured/7", "rows/3", "columns/25%", "blocks2x2/25%"]
+)
 @pytest.mark.parametrize("numbers", ["", "float16", "int8", "int4", "levels16"])
-def test_supports_are_counted_to_the_byte_saved_and_alike_on_both_front_ends(support: str, numbers: str, tmp_path: Path) -> None:
+def test_supports_are_counted_to_the_byte_saved_and_alike_on_both_front_ends(
+    support: str, numbers: str, tmp_path: Path
+) -> None:
     module = net()
     model, onnx_side = open_model(copy.deepcopy(module)), open_model(graph(module))
     assert isinstance(model, TorchModel)
@@ -202,7 +218,9 @@ def test_supports_are_counted_to_the_byte_saved_and_alike_on_both_front_ends(sup
     save_module(model.module, tmp_path / "net.safetensors", {})
     with safe_open(tmp_path / "net.safetensors", framework="pt") as file:
         held = {key: file.get_tensor(key).nbytes for key in file.keys()}  # noqa: SIM118 - it is no dict
-    assert sum(held.values()) <= model.bytes() + 64 * sum(key.endswith(SUFFIX) for key in held)  # what a block says of itself
+    assert sum(held.values()) <= model.bytes() + 64 * sum(
+        key.endswith(SUFFIX) for key in held
+    )  # what a block says of itself
     loaded = load_module(tmp_path / "net.safetensors", net())
     assert torch.equal(loaded(inputs()), model.module(inputs()))
     if numbers == "int4":
@@ -259,7 +277,11 @@ def test_each_factor_may_have_a_type_of_its_own() -> None:
     model = open_model(net())
     site = next(site for site in model.sites() if site.name == "fc")
     factors = FORMATS.get("svd").factorize(model.weight("fc"), site, (4,))
-    layer = Layer(site, Form("svd", (4,)), factors).to(torch.float32).stored(Form("svd", (4,), ("int8", "bfloat16")))
+    layer = (
+        Layer(site, Form("svd", (4,)), factors)
+        .to(torch.float32)
+        .stored(Form("svd", (4,), ("int8", "bfloat16")))
+    )
     first, second = FORMATS.get("svd").shapes(site, (4,)).values()
     assert cost_of(site, layer.form).bytes == first[0] * first[1] + 4 * first[0] + 2 * second[0] * second[1]
 
@@ -298,7 +320,9 @@ def test_number_types_are_offered_where_they_are_asked_for() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_exported_programs_and_recurrent_layers_store_integers_too(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_exported_programs_and_recurrent_layers_store_integers_too(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
     module, x = net().to(dtype), inputs().to(dtype)
     program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
     small = tdpass.compress(program, {"bytes": 0.3}, x, cache=False, effort="fast", pipeline=IN_INT8)
@@ -310,7 +334,10 @@ def test_exported_programs_and_recurrent_layers_store_integers_too(dtype: torch.
     torch.testing.assert_close(read(x).detach(), wanted, rtol=0.05, atol=0.05 * float(wanted.abs().max()))
 
     torch.manual_seed(0)
-    layer, steps = OpenLSTM(nn.LSTM(16, 24, batch_first=True)).to(dtype).eval(), torch.randn(4, 5, 16, dtype=dtype)
+    layer, steps = (
+        OpenLSTM(nn.LSTM(16, 24, batch_first=True)).to(dtype).eval(),
+        torch.randn(4, 5, 16, dtype=dtype),
+    )
     model = open_model(copy.deepcopy(layer))
     assert isinstance(model, TorchModel)
     put(model, "svd", "int8")
@@ -319,16 +346,22 @@ def test_exported_programs_and_recurrent_layers_store_integers_too(dtype: torch.
     for site in twin.sites():
         held = model.layer(site.name)
         assert held is not None
-        twin.replace(site.name, Layer(site, Form("dense", (), ()), {"kernel": held.reconstruct()}, held.bias).to(dtype))
+        twin.replace(
+            site.name, Layer(site, Form("dense", (), ()), {"kernel": held.reconstruct()}, held.bias).to(dtype)
+        )
     torch.testing.assert_close(model.module(steps)[0], dense(steps)[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_compiled_graph_keeps_the_weights_of_a_plan_that_stores_integers(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_compiled_graph_keeps_the_weights_of_a_plan_that_stores_integers(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     module, x = nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 4)).eval(), torch.randn(3, 24)
     site = open_model(copy.deepcopy(module)).sites()[0]
     form = Form("dense", (), ("int8",))
     choice = Choice(site.name, site.shape, form, cost_of(site, form), cost_of(site, DENSE))
     with torch.no_grad():
-        found = torch.compile(module, backend="tdpass", options={"plan": tdpass.RankPlan((choice,), tdpass.Cost())})(x)
+        found = torch.compile(
+            module, backend="tdpass", options={"plan": tdpass.RankPlan((choice,), tdpass.Cost())}
+        )(x)
         torch.testing.assert_close(found, module(x))
     assert "a compiled graph keeps the weights as they are" in caplog.text

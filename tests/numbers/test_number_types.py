@@ -28,7 +28,9 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 def factor_of(shape: tuple[int, ...]) -> Tensor:
     """Rows of unlike size, one of them zero, none of them centred."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(1)) + 0.3
-    return values * torch.tensor([0.0, *(10.0**n for n in range(shape[0] - 1))]).reshape(-1, *(1,) * (len(shape) - 1))
+    return values * torch.tensor([0.0, *(10.0**n for n in range(shape[0] - 1))]).reshape(
+        -1, *(1,) * (len(shape) - 1)
+    )
 
 
 def restored(text: str, factor: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -48,8 +50,20 @@ def test_the_text_reads_back_alone_and_in_a_form(text: str) -> None:
     assert Form.parse(str(form)) == form
 
 
-WRONG = ["int7", "int8/", "int8/0", "int8/tensor/64", "int8/zero/zero", "int8/-3", "float32/tensor", "int8/zero/64",
-         "levels", "levels1", "levels300", "levels16/64"]
+WRONG = [
+    "int7",
+    "int8/",
+    "int8/0",
+    "int8/tensor/64",
+    "int8/zero/zero",
+    "int8/-3",
+    "float32/tensor",
+    "int8/zero/64",
+    "levels",
+    "levels1",
+    "levels300",
+    "levels16/64",
+]
 
 
 @pytest.mark.parametrize("text", WRONG)
@@ -65,23 +79,38 @@ def test_a_group_that_does_not_divide_a_channel_is_refused() -> None:
 
 @each_text
 @each_shape
-def test_a_factor_takes_the_bytes_that_are_said_in_memory_and_in_a_file(text: str, shape: tuple[int, ...], tmp_path) -> None:
+def test_a_factor_takes_the_bytes_that_are_said_in_memory_and_in_a_file(
+    text: str, shape: tuple[int, ...], tmp_path
+) -> None:
     numbers = numbers_named(text)
     held = numbers.store(factor_of(shape))
-    assert {name: (tuple(part.shape), part.dtype) for name, part in held.items()} == {n: (p.shape, p.dtype) for n, p in numbers.parts(shape).items()}
+    assert {name: (tuple(part.shape), part.dtype) for name, part in held.items()} == {
+        n: (p.shape, p.dtype) for n, p in numbers.parts(shape).items()
+    }
     save_file(held, tmp_path / "it.safetensors")
     read = load_file(tmp_path / "it.safetensors")
     header = int.from_bytes((tmp_path / "it.safetensors").read_bytes()[:8], "little") + 8
-    assert sum(part.nbytes for part in held.values()) == numbers.bytes(shape) == (tmp_path / "it.safetensors").stat().st_size - header
-    assert torch.equal(numbers.restore(TorchOps(), read, shape, torch.float32), restored(text, factor_of(shape), torch.float32))
+    assert (
+        sum(part.nbytes for part in held.values())
+        == numbers.bytes(shape)
+        == (tmp_path / "it.safetensors").stat().st_size - header
+    )
+    assert torch.equal(
+        numbers.restore(TorchOps(), read, shape, torch.float32),
+        restored(text, factor_of(shape), torch.float32),
+    )
     values = math.ceil(numbers.bits * math.prod(shape) / 8)
-    assert numbers.bytes(shape) == values + sum(part.nbytes for name, part in held.items() if name != "values")
+    assert numbers.bytes(shape) == values + sum(
+        part.nbytes for name, part in held.items() if name != "values"
+    )
 
 
 @each_text
 @each_shape
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_no_value_moves_by_more_than_half_a_step(text: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_no_value_moves_by_more_than_half_a_step(
+    text: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     numbers, factor = numbers_named(text), factor_of(shape)
     found = restored(text, factor, dtype)
     assert found.dtype is dtype
@@ -90,7 +119,9 @@ def test_no_value_moves_by_more_than_half_a_step(text: str, shape: tuple[int, ..
     gap = (found.double() - factor.double()).abs()
     if isinstance(numbers, Integer):
         scale = numbers.store(factor)["scale"].double()[:, None]
-        assert bool((gap.reshape(len(scale), -1) <= scale * (1.0 if numbers.zero else 0.5) * (1 + 1e-6)).all())
+        assert bool(
+            (gap.reshape(len(scale), -1) <= scale * (1.0 if numbers.zero else 0.5) * (1 + 1e-6)).all()
+        )
     elif isinstance(numbers, Levels):
         table = numbers.store(factor)["levels"].double()
         assert bool((gap <= (factor.double()[..., None] - table).abs().min(-1).values * (1 + 1e-6)).all())

@@ -59,8 +59,12 @@ def altered(path: Path, change: dict[str, torch.Tensor | None]) -> Path:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     tensors = {**load_file(path), **change}
-    metadata.pop("tdpass.digest", None)  # as in files of earlier versions: what the digest would find is found otherwise
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, metadata=metadata)
+    metadata.pop(
+        "tdpass.digest", None
+    )  # as in files of earlier versions: what the digest would find is found otherwise
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if tensor is not None}, path, metadata=metadata
+    )
     return path
 
 
@@ -73,7 +77,10 @@ def test_saved_and_loaded_bit_for_bit(saved: Path) -> None:
 
 def test_another_reader_sees_bytes_under_a_clear_name(saved: Path) -> None:
     held = load_file(saved)
-    assert {name for name in held if name.endswith(SUFFIX)} == {f"first.weight{SUFFIX}", f"second.weight{SUFFIX}"}
+    assert {name for name in held if name.endswith(SUFFIX)} == {
+        f"first.weight{SUFFIX}",
+        f"second.weight{SUFFIX}",
+    }
     assert held[f"first.weight{SUFFIX}"].dtype is torch.uint8
     assert held["first.bias"].dtype is torch.float32
 

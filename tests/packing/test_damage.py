@@ -19,7 +19,9 @@ from tdpass.packing.values import Kind
 @pytest.fixture(scope="module")
 def tensor() -> Tensor:
     torch.manual_seed(0)
-    return torch.where(torch.rand(60, 90) < 0.05, torch.randn(60, 90).sign() * torch.randint(1, 5, (60, 90)) * 0.3, 0.0)
+    return torch.where(
+        torch.rand(60, 90) < 0.05, torch.randn(60, 90).sign() * torch.randint(1, 5, (60, 90)) * 0.3, 0.0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,10 @@ def test_impossible_headers_are_refused_before_anything_is_allocated(header: Hea
 
 def test_unknown_kinds_and_headers_that_are_cut_off_are_refused() -> None:
     whole = SOUND.to_bytes()
-    for body in (whole[:1] + bytes([whole[1] | 7 << 2]) + whole[2:] + bytes(64), *(whole[:length] for length in range(2, len(whole)))):
+    for body in (
+        whole[:1] + bytes([whole[1] | 7 << 2]) + whole[2:] + bytes(64),
+        *(whole[:length] for length in range(2, len(whole))),
+    ):
         with pytest.raises(InvalidModelError, match="'w'"):
             read_header(sealed(body, b""), "w")
 

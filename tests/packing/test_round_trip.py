@@ -16,7 +16,11 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
+    )
 
 
 def pruned(shape: tuple[int, ...], density: float, dtype: torch.dtype, levels: str, seed: int = 0) -> Tensor:
@@ -29,7 +33,8 @@ def pruned(shape: tuple[int, ...], density: float, dtype: torch.dtype, levels: s
         "raw": values,
         "multiples": index * torch.tensor(0.0371, dtype=dtype).double(),
         "wide": index * 0.0371,
-        "powers": torch.randn(shape, generator=generator, dtype=torch.float64).sign() * 2.0 ** (-3 * index.abs()),
+        "powers": torch.randn(shape, generator=generator, dtype=torch.float64).sign()
+        * 2.0 ** (-3 * index.abs()),
         "table": torch.tensor([-0.3, 0.11, 0.17, 0.9], dtype=torch.float64)[index.long() % 4],
         "one": torch.full_like(values, -0.7),
     }[levels]
@@ -54,13 +59,25 @@ def test_every_type_sparsity_and_kind_of_level(dtype: torch.dtype, density: floa
     assert len(checked(tensor)) < 0.75 * tensor.numel() * tensor.element_size()
 
 
-@pytest.mark.parametrize("shape", [(6000,), (1, 6000), (6000, 1), (20, 1, 5, 5), (3, 1, 2, 3, 4, 5, 6), (33, 65), (2, 3000)])
+@pytest.mark.parametrize(
+    "shape", [(6000,), (1, 6000), (6000, 1), (20, 1, 5, 5), (3, 1, 2, 3, 4, 5, 6), (33, 65), (2, 3000)]
+)
 @pytest.mark.parametrize("levels", ["raw", "multiples"])
 def test_every_shape(shape: tuple[int, ...], levels: str) -> None:
     checked(pruned(shape, 0.1, torch.float32, levels))
 
 
-@pytest.mark.parametrize("tensor", [torch.tensor(1.5), torch.zeros(()), torch.empty(0), torch.empty(3, 0), torch.arange(9), torch.ones(2, dtype=torch.bool)])
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.tensor(1.5),
+        torch.zeros(()),
+        torch.empty(0),
+        torch.empty(3, 0),
+        torch.arange(9),
+        torch.ones(2, dtype=torch.bool),
+    ],
+)
 def test_scalars_empty_tensors_and_integers_stay_plain(tensor: Tensor) -> None:
     assert pack(tensor) is None
 
@@ -91,7 +108,9 @@ def test_negative_zeros_are_kept_apart(dtype: torch.dtype) -> None:
 
 def test_extreme_numbers_survive() -> None:
     tensor = torch.zeros(40, 40)
-    tensor[0, :4] = torch.tensor([1e-45, -1e-45, torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny])
+    tensor[0, :4] = torch.tensor(
+        [1e-45, -1e-45, torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny]
+    )
     checked(tensor)
     checked(tensor.double() * 1e-300)
 
@@ -101,7 +120,15 @@ def test_tensors_that_are_not_contiguous() -> None:
     assert same_bits(unpack(checked(tensor.T)), tensor.T.contiguous())
 
 
-@pytest.mark.parametrize(("levels", "kinds"), [("multiples", {Kind.MULTIPLES}), ("powers", {Kind.POWERS}), ("table", {Kind.TABLE}), ("raw", {Kind.RAW})])
+@pytest.mark.parametrize(
+    ("levels", "kinds"),
+    [
+        ("multiples", {Kind.MULTIPLES}),
+        ("powers", {Kind.POWERS}),
+        ("table", {Kind.TABLE}),
+        ("raw", {Kind.RAW}),
+    ],
+)
 def test_the_fitting_kind_is_chosen(levels: str, kinds: set[Kind]) -> None:
     assert read_header(checked(pruned((100, 200), 0.1, torch.float32, levels)), "w")[0].kind in kinds
 

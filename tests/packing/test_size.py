@@ -20,7 +20,9 @@ def entropy(counts: np.ndarray) -> float:
 def floor_of(tensor: Tensor) -> float:
     flat = tensor.numpy().ravel()
     kept = flat[flat != 0]
-    return entropy(np.array([kept.size, flat.size - kept.size])) + entropy(np.unique(kept, return_counts=True)[1])
+    return entropy(np.array([kept.size, flat.size - kept.size])) + entropy(
+        np.unique(kept, return_counts=True)[1]
+    )
 
 
 def layer(rows: int = 500, columns: int = 800, density: float = 0.008, levels: int = 4) -> Tensor:
@@ -61,7 +63,11 @@ def test_rows_that_are_kept_whole_are_named() -> None:
 
 def test_uneven_rows_and_columns_cost_less_than_even_ones() -> None:
     torch.manual_seed(0)
-    rates = 0.008 * torch.distributions.Gamma(0.3, 0.3).sample((500, 1)) * torch.distributions.Gamma(0.3, 0.3).sample((1, 800))
+    rates = (
+        0.008
+        * torch.distributions.Gamma(0.3, 0.3).sample((500, 1))
+        * torch.distributions.Gamma(0.3, 0.3).sample((1, 800))
+    )
     tensor = torch.where(torch.rand(500, 800) < rates, 0.1, 0.0)
     block = pack(tensor)
     assert block is not None

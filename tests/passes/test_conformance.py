@@ -16,7 +16,12 @@ from tdpass.models.base import Batch
 from tdpass.pipeline import PASSES, Job, Pipeline
 
 FRONT_ENDS = ("torch", "onnx")
-BEFORE = {"factorize": "plan", "correct-bias": "plan,factorize", "refit": "plan,factorize", "verify": "plan,factorize"}
+BEFORE = {
+    "factorize": "plan",
+    "correct-bias": "plan,factorize",
+    "refit": "plan,factorize",
+    "verify": "plan,factorize",
+}
 # What a second run may improve on; all others leave the output as it is.
 REPAIRS = ("correct-bias", "refit")
 WITHOUT_DATA = ("quantize", "sparsify")  # they need none to round, or to keep what is largest
@@ -30,7 +35,9 @@ def exported() -> dict[str, onnx.ModelProto]:
 
 
 @pytest.fixture(params=FRONT_ENDS)
-def model(request: pytest.FixtureRequest, residual: nn.Module, images: Tensor, exported: dict[str, onnx.ModelProto]) -> Model:
+def model(
+    request: pytest.FixtureRequest, residual: nn.Module, images: Tensor, exported: dict[str, onnx.ModelProto]
+) -> Model:
     if request.param == "torch":
         return open_model(residual).clone()
     if not exported:
@@ -43,7 +50,14 @@ def _job(model: Model, x: Tensor) -> Job:
     model.observe(batch)
     report = tdpass.Report(original=tdpass.Cost(model.params(), model.macs(), model.bytes()))
     batches = [_batch(model, x[:24]), _batch(model, x[24:])]
-    return Job(report, batches, budget=Budget.parse({"macs": 0.4}), formats=FORMATS_TRIED, original=report.original, given=model.clone())
+    return Job(
+        report,
+        batches,
+        budget=Budget.parse({"macs": 0.4}),
+        formats=FORMATS_TRIED,
+        original=report.original,
+        given=model.clone(),
+    )
 
 
 def _batch(model: Model, x: Tensor) -> Batch:
@@ -63,14 +77,25 @@ def _stored(model: Model) -> dict[str, Tensor]:
     for site in model.sites():
         bias, layer = model.bias(site.name), model.layer(site.name)
         stored |= {} if bias is None else {f"bias {site.name}": bias.clone()}
-        stored |= {} if layer is None else {f"{layer.format} {site.name} {name}": factor.clone() for name, factor in layer.factors.items()}
+        stored |= (
+            {}
+            if layer is None
+            else {
+                f"{layer.format} {site.name} {name}": factor.clone() for name, factor in layer.factors.items()
+            }
+        )
         stored |= {} if layer is None or layer.bias is None else {f"new bias {site.name}": layer.bias.clone()}
     return stored
 
 
 def _divergence(job: Job, model: Model) -> float:
     divergence = job.fitted_divergence
-    return divergence.mean([(reference, divergence.outputs(model.run(batch))) for reference, batch in zip(job.references, job.batches, strict=True)])
+    return divergence.mean(
+        [
+            (reference, divergence.outputs(model.run(batch)))
+            for reference, batch in zip(job.references, job.batches, strict=True)
+        ]
+    )
 
 
 @pytest.mark.parametrize("name", PASSES.names())
@@ -80,7 +105,9 @@ def test_it_says_honestly_whether_it_changed_the_model(name: str, model: Model, 
     before = (_stored(model), _numbers(model, images))
     changed = PASSES.get(name)().run(model, job)
     after = (_stored(model), _numbers(model, images))
-    same = before[0].keys() == after[0].keys() and all(torch.equal(value, after[0][key]) for key, value in before[0].items())
+    same = before[0].keys() == after[0].keys() and all(
+        torch.equal(value, after[0][key]) for key, value in before[0].items()
+    )
     assert changed or same
     assert changed or torch.equal(before[1], after[1])
     assert bool(torch.isfinite(after[1]).all())
@@ -88,7 +115,9 @@ def test_it_says_honestly_whether_it_changed_the_model(name: str, model: Model, 
 
 
 @pytest.mark.parametrize("name", PASSES.names())
-def test_a_second_run_leaves_the_output_as_it_is_or_repairs_more(name: str, model: Model, images: Tensor) -> None:
+def test_a_second_run_leaves_the_output_as_it_is_or_repairs_more(
+    name: str, model: Model, images: Tensor
+) -> None:
     job = _job(model, images)
     Pipeline.parse(BEFORE.get(name, [])).run(model, job)
     step = PASSES.get(name)()
@@ -104,9 +133,17 @@ def test_a_second_run_leaves_the_output_as_it_is_or_repairs_more(name: str, mode
 @pytest.mark.parametrize("name", PASSES.names())
 def test_without_data_it_runs_or_names_what_is_missing(name: str, model: Model) -> None:
     original = tdpass.Cost(model.params(), 0, model.bytes())
-    job = Job(tdpass.Report(), budget=Budget.parse({"params": 0.5}), formats=FORMATS_TRIED, original=original, given=model.clone())
+    job = Job(
+        tdpass.Report(),
+        budget=Budget.parse({"params": 0.5}),
+        formats=FORMATS_TRIED,
+        original=original,
+        given=model.clone(),
+    )
     if name == "factorize":
-        with pytest.raises(PlanError, match="factorize has no plan to carry out; put the pass 'plan' before it"):
+        with pytest.raises(
+            PlanError, match="factorize has no plan to carry out; put the pass 'plan' before it"
+        ):
             PASSES.get(name)().run(model, job)
     else:
         assert PASSES.get(name)().run(model, job) == (name in WITHOUT_DATA)

@@ -39,24 +39,41 @@ needs_kernels = pytest.mark.skipif(bool(native.missing()), reason=native.missing
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, atol=tolerance * float(b.detach().float().abs().max()), rtol=0)
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and torch.allclose(a, b, atol=tolerance * float(b.detach().float().abs().max()), rtol=0)
+    )
 
 
 def dense_of(site: Site) -> nn.Module:
     if site.kind == "linear":
         return nn.Linear(site.i, site.o)
     cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(site.kernel) - 1]
-    return cls(site.i, site.o, site.kernel, stride=site.stride, padding=tuple(before for before, _ in site.padding), dilation=site.dilation)
+    return cls(
+        site.i,
+        site.o,
+        site.kernel,
+        stride=site.stride,
+        padding=tuple(before for before, _ in site.padding),
+        dilation=site.dilation,
+    )
 
 
 def input_of(site: Site) -> Tensor:
-    return torch.randn(2, site.i, *(7 + axis for axis in range(len(site.kernel)))) if site.kernel else torch.randn(2, 5, site.i)
+    return (
+        torch.randn(2, site.i, *(7 + axis for axis in range(len(site.kernel))))
+        if site.kernel
+        else torch.randn(2, 5, site.i)
+    )
 
 
 def fuse(model: Model, example: Tensor | None = None) -> tuple[bool, dict[str, str]]:
     declined: dict[str, str] = {}
     with choosing(measure=False):
-        changed = model.fuse(lambda text: None, declined.__setitem__, None if example is None else Batch((example,)))
+        changed = model.fuse(
+            lambda text: None, declined.__setitem__, None if example is None else Batch((example,))
+        )
     return changed, declined
 
 
@@ -97,7 +114,10 @@ def test_it_follows_its_factors_and_falls_back_where_it_must() -> None:
     plain = copy.deepcopy(module)
     fuse(model)
     twin = copy.deepcopy(module)
-    for change in (lambda m: m[0].core.mul_(2), lambda m: m.load_state_dict({key: value + 0.1 for key, value in plain.state_dict().items()})):
+    for change in (
+        lambda m: m[0].core.mul_(2),
+        lambda m: m.load_state_dict({key: value + 0.1 for key, value in plain.state_dict().items()}),
+    ):
         change(module)
         change(plain)
         assert close(module(x), plain(x))
@@ -133,8 +153,12 @@ def deployed(module: nn.Module, model: Model, x: Tensor) -> Tensor:
 def timed(module: nn.Module, model: Model, x: Tensor) -> Tensor:
     layer = model.layer("0")
     assert layer is not None
-    extent = (tuple(x.shape[2:]), tuple(module(x).shape[2:])) if x.dim() > 3 else ((x.shape[1],), (x.shape[1],))
-    call = RUNTIMES.get("kernels-channels").prepare(replace(layer, site=replace(layer.site, extents=(extent,))), len(x), 1)
+    extent = (
+        (tuple(x.shape[2:]), tuple(module(x).shape[2:])) if x.dim() > 3 else ((x.shape[1],), (x.shape[1],))
+    )
+    call = RUNTIMES.get("kernels-channels").prepare(
+        replace(layer, site=replace(layer.site, extents=(extent,))), len(x), 1
+    )
     assert call is not None
     call()
     return module(x)
@@ -211,7 +235,15 @@ def test_only_an_activation_that_nothing_else_sees_is_taken_in() -> None:
     for site in model.sites():
         rank = (4,)
         fmt = FORMATS.get("svd")
-        model.replace(site.name, Layer(site, Form("svd", rank), fmt.factorize(model.weight(site.name), site, rank), model.bias(site.name)).to(torch.float32))
+        model.replace(
+            site.name,
+            Layer(
+                site,
+                Form("svd", rank),
+                fmt.factorize(model.weight(site.name), site, rank),
+                model.bias(site.name),
+            ).to(torch.float32),
+        )
     expected = module(x)
     assert fuse(model, x)[0]
     assert close(module(x), expected)
@@ -220,7 +252,13 @@ def test_only_an_activation_that_nothing_else_sees_is_taken_in() -> None:
 
 @torch.no_grad()
 def test_saved_and_loaded_it_computes_the_same(residual: nn.Module, images: Tensor, folder: Path) -> None:
-    artifact = tdpass.compress(residual, {"macs": 0.5}, images, pipeline="fold-batchnorm,plan,factorize,fuse-kernels{measure=false},verify", cache=False)
+    artifact = tdpass.compress(
+        residual,
+        {"macs": 0.5},
+        images,
+        pipeline="fold-batchnorm,plan,factorize,fuse-kernels{measure=false},verify",
+        cache=False,
+    )
     assert isinstance(artifact.model, nn.Module)
     if not native.missing():
         assert any(isinstance(child, Fused) for child in artifact.model.modules())
@@ -232,7 +270,9 @@ def test_saved_and_loaded_it_computes_the_same(residual: nn.Module, images: Tens
 
 @torch.no_grad()
 def test_measured_it_says_what_it_did(residual: nn.Module, images: Tensor) -> None:
-    artifact = tdpass.compress(residual, {"macs": 0.5}, images, pipeline="plan,factorize,fuse-kernels", cache=False)
+    artifact = tdpass.compress(
+        residual, {"macs": 0.5}, images, pipeline="plan,factorize,fuse-kernels", cache=False
+    )
     (row,) = (row for row in artifact.report.passes if row.text.startswith("fuse-kernels"))
     fused = [child for child in artifact.model.modules() if isinstance(child, Fused)]  # type: ignore[attr-defined]
     assert row.changed == bool(fused)
@@ -242,8 +282,12 @@ def test_measured_it_says_what_it_did(residual: nn.Module, images: Tensor) -> No
 @needs_kernels
 @torch.no_grad()
 def test_an_exported_program_is_fused_and_saved(residual: nn.Module, images: Tensor, folder: Path) -> None:
-    program = torch.export.export(residual, (images[:4],), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
-    artifact = tdpass.compress(program, {"macs": 0.5}, images, pipeline="plan,factorize,fuse-kernels{measure=false}", cache=False)
+    program = torch.export.export(
+        residual, (images[:4],), dynamic_shapes=({0: torch.export.Dim("n", min=2)},)
+    )
+    artifact = tdpass.compress(
+        program, {"macs": 0.5}, images, pipeline="plan,factorize,fuse-kernels{measure=false}", cache=False
+    )
     artifact.save(folder / "small.pt2")
     loaded = torch.export.load(folder / "small.pt2")
     assert any("factor_chain" in str(node.target) for node in loaded.graph.nodes)

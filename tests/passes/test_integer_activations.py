@@ -67,8 +67,12 @@ def executed(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("calibration", CALIBRATIONS.names())
-def test_onnx_runtime_and_openvino_run_integers_and_answer_alike(calibration: str, net: Net, exported: onnx.ModelProto, tmp_path: Path) -> None:
-    artifact = compressed(exported, STATIC.replace("activations", f"activations{{calibration={calibration}}}"))
+def test_onnx_runtime_and_openvino_run_integers_and_answer_alike(
+    calibration: str, net: Net, exported: onnx.ModelProto, tmp_path: Path
+) -> None:
+    artifact = compressed(
+        exported, STATIC.replace("activations", f"activations{{calibration={calibration}}}")
+    )
     artifact.save(tmp_path / "it.onnx")
     onnx.checker.check_model(str(tmp_path / "it.onnx"))
     exact, session = net(images()).detach().numpy(), onnxruntime.InferenceSession(str(tmp_path / "it.onnx"))
@@ -86,39 +90,83 @@ def test_onnx_runtime_and_openvino_run_integers_and_answer_alike(calibration: st
     assert float(np.abs(theirs - exact).max()) < 0.05 * scale
 
 
-@pytest.mark.parametrize("form", ["dense int8", "dense int8/tensor", "dense int8/zero", "dense int4", "svd 4 int8", "dense levels16", "dense rows/50%"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "dense int8",
+        "dense int8/tensor",
+        "dense int8/zero",
+        "dense int4",
+        "svd 4 int8",
+        "dense levels16",
+        "dense rows/50%",
+    ],
+)
 @pytest.mark.parametrize("opset", [13, 21])
 def test_openvino_reads_what_weights_are_stored_as(form: str, opset: int, tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino")
     weights = torch.randn(10, 16, generator=torch.Generator().manual_seed(2)).numpy()
     make = helper.make_node
-    nodes = [make("Gemm", ["x", "fc.weight"], ["h"], transB=1), make("Relu", ["h"], ["r"]), make("MatMul", ["r", "out.weight"], ["y"])]
-    constants = [numpy_helper.from_array(weights, "fc.weight"), numpy_helper.from_array(weights[:, :8].copy(), "out.weight")]
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", size]) for name, size in (("x", 16), ("y", 8)))
-    proto = helper.make_model(helper.make_graph(nodes, "g", [x], [y], constants), opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+    nodes = [
+        make("Gemm", ["x", "fc.weight"], ["h"], transB=1),
+        make("Relu", ["h"], ["r"]),
+        make("MatMul", ["r", "out.weight"], ["y"]),
+    ]
+    constants = [
+        numpy_helper.from_array(weights, "fc.weight"),
+        numpy_helper.from_array(weights[:, :8].copy(), "out.weight"),
+    ]
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", size])
+        for name, size in (("x", 16), ("y", 8))
+    )
+    proto = helper.make_model(
+        helper.make_graph(nodes, "g", [x], [y], constants),
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=10,
+    )
     model = tdpass.open_model(proto)
     for site in model.sites():
         wanted = tdpass.form.Form.parse(form)
-        factors = tdpass.formats.FORMATS.get(wanted.format).factorize(model.weight(site.name), site, wanted.rank)
-        plain = tdpass.formats.Layer(site, tdpass.form.Form(wanted.format, wanted.rank), factors).to(torch.float32)
+        factors = tdpass.formats.FORMATS.get(wanted.format).factorize(
+            model.weight(site.name), site, wanted.rank
+        )
+        plain = tdpass.formats.Layer(site, tdpass.form.Form(wanted.format, wanted.rank), factors).to(
+            torch.float32
+        )
         model.replace(site.name, plain.stored(wanted))
     model.save(tmp_path / "it.onnx", {})
     given = torch.randn(4, 16, generator=torch.Generator().manual_seed(3))
     (ours,) = model.run(tdpass.models.base.Batch((given,))).values()
-    theirs = openvino.Core().compile_model(str(tmp_path / "it.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(given.numpy())[0]
+    theirs = openvino.Core().compile_model(
+        str(tmp_path / "it.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )(given.numpy())[0]
     torch.testing.assert_close(torch.from_numpy(theirs), ours, rtol=1e-4, atol=1e-5)
 
 
 def test_sensitive_layers_keep_their_activations(exported: onnx.ModelProto) -> None:
-    every, most = (compressed(exported, STATIC.replace("activations", f"activations{{keep={share}}}")) for share in (0.0, 0.4))
-    declined = [name for name, reason in most.report.declined.items() if "activations stay as they are" in reason]
+    every, most = (
+        compressed(exported, STATIC.replace("activations", f"activations{{keep={share}}}"))
+        for share in (0.0, 0.4)
+    )
+    declined = [
+        name for name, reason in most.report.declined.items() if "activations stay as they are" in reason
+    ]
     assert len(declined) == 2
     assert most.report.checks["divergence"] < every.report.checks["divergence"]
 
 
 def test_low_rank_and_integers_run_together(net: Net, exported: onnx.ModelProto, tmp_path: Path) -> None:
     pipeline = "fold-batchnorm,plan{macs=0.6},factorize,refit,quantize,quantize-activations,verify"
-    artifact = tdpass.compress(exported, None, images(), pipeline=pipeline, cache=False, effort="fast", formats=["channel_svd", "tucker2", "svd"])
+    artifact = tdpass.compress(
+        exported,
+        None,
+        images(),
+        pipeline=pipeline,
+        cache=False,
+        effort="fast",
+        formats=["channel_svd", "tucker2", "svd"],
+    )
     artifact.save(tmp_path / "it.onnx")
     assert executed(tmp_path / "it.onnx").count("QLinearConv") > 3
     assert artifact.report.final.macs <= 0.6 * artifact.report.original.macs
@@ -127,16 +175,22 @@ def test_low_rank_and_integers_run_together(net: Net, exported: onnx.ModelProto,
 def test_a_quantized_model_given_again_is_left_as_it_is(exported: onnx.ModelProto) -> None:
     once = compressed(exported)
     again = compressed(once.model)
-    first, second = (onnx.load_from_string(artifact.model.SerializeToString()).graph for artifact in (once, again))
+    first, second = (
+        onnx.load_from_string(artifact.model.SerializeToString()).graph for artifact in (once, again)
+    )
     assert [node.op_type for node in first.node] == [node.op_type for node in second.node]
-    assert {held.name: held.raw_data for held in first.initializer} == {held.name: held.raw_data for held in second.initializer}
+    assert {held.name: held.raw_data for held in first.initializer} == {
+        held.name: held.raw_data for held in second.initializer
+    }
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [(torch.full((8, 3, 8, 8), torch.nan), "NaN"), (torch.zeros(8, 4, 8, 8), "x")],
 )
-def test_bad_calibration_data_is_one_clear_error(data: Tensor, message: str, exported: onnx.ModelProto) -> None:
+def test_bad_calibration_data_is_one_clear_error(
+    data: Tensor, message: str, exported: onnx.ModelProto
+) -> None:
     with pytest.raises(TdpassError, match=message):
         compressed(exported, data=data)
 
@@ -158,11 +212,23 @@ def test_torch_models_and_old_opsets_say_what_to_do(net: Net, exported: onnx.Mod
     artifact = compressed(net)
     assert any("export to ONNX" in note for row in artifact.report.passes for note in row.notes)
     weight = numpy_helper.from_array(torch.randn(6, 4).numpy(), "fc.weight")
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", size]) for name, size in (("x", 4), ("y", 6)))
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", size])
+        for name, size in (("x", 4), ("y", 6))
+    )
     bias = numpy_helper.from_array(np.zeros(6, np.float32), "fc.bias")
-    graph = helper.make_graph([helper.make_node("Gemm", ["x", "fc.weight", "fc.bias"], ["y"], transB=1)], "g", [x], [y], [weight, bias])
+    graph = helper.make_graph(
+        [helper.make_node("Gemm", ["x", "fc.weight", "fc.bias"], ["y"], transB=1)],
+        "g",
+        [x],
+        [y],
+        [weight, bias],
+    )
     old = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=6)
-    with pytest.raises(TdpassError, match="opset 11, in which DequantizeLinear takes no scale per channel; convert it to opset 13"):
+    with pytest.raises(
+        TdpassError,
+        match="opset 11, in which DequantizeLinear takes no scale per channel; convert it to opset 13",
+    ):
         compressed(old, data=torch.randn(16, 4))
 
 
@@ -182,5 +248,7 @@ def test_ranges_cover_what_counts(name: str) -> None:
     assert error(found) <= error(whole) * (1 + 1e-9)
     if name != "minmax":
         assert error(found) < 0.6 * error(whole)
-    one_sided = Histogram(0.0, 4.0, np.histogram(np.abs(values[4:]), bins=BINS, range=(0.0, 4.0))[0].astype(float))
+    one_sided = Histogram(
+        0.0, 4.0, np.histogram(np.abs(values[4:]), bins=BINS, range=(0.0, 4.0))[0].astype(float)
+    )
     assert CALIBRATIONS.get(name)(one_sided)[0] == 0.0

@@ -36,7 +36,15 @@ def models(residual: nn.Module, images: Tensor, exported: dict[str, onnx.ModelPr
 
 
 def made(model: object, images: Tensor | None, pipeline: str) -> tdpass.Artifact:
-    return tdpass.compress(model, None, images, pipeline=f"fold-batchnorm,{pipeline}", cache=False, effort="fast", formats=FORMATS_TRIED)
+    return tdpass.compress(
+        model,
+        None,
+        images,
+        pipeline=f"fold-batchnorm,{pipeline}",
+        cache=False,
+        effort="fast",
+        formats=FORMATS_TRIED,
+    )
 
 
 @pytest.mark.parametrize("before", ["", FACTORED])
@@ -53,13 +61,23 @@ def test_bytes_answers_and_plan_agree_on_both_front_ends(
         assert all(choice.form.encoded or choice.site in artifact.report.declined for choice in artifact.plan)
     assert found[0].report.final.bytes == found[1].report.final.bytes
     assert [choice.form for choice in found[0].plan] == [choice.form for choice in found[1].plan]
-    plain = made(residual, images, before + step.replace("}", ",rounding=nearest}") if "{" in step else f"{before}{step}{{rounding=nearest}}")
+    plain = made(
+        residual,
+        images,
+        before + step.replace("}", ",rounding=nearest}")
+        if "{" in step
+        else f"{before}{step}{{rounding=nearest}}",
+    )
     apart = [tdpass.verify(residual, each.model, images)["divergence"] for each in (found[0], plain)]
     assert apart[0] < 0.8 * apart[1]
 
 
-def test_they_leave_what_is_stored_so_already_and_what_is_excluded(residual: nn.Module, images: Tensor) -> None:
-    once, twice = (made(residual, images, pipeline) for pipeline in ("quantize", "quantize,quantize{numbers=int4}"))
+def test_they_leave_what_is_stored_so_already_and_what_is_excluded(
+    residual: nn.Module, images: Tensor
+) -> None:
+    once, twice = (
+        made(residual, images, pipeline) for pipeline in ("quantize", "quantize,quantize{numbers=int4}")
+    )
     assert [choice.form for choice in once.plan] == [choice.form for choice in twice.plan]
     assert twice.report.passes[-1].notes == ("no site changes",)
     names = [choice.site for choice in once.plan]
@@ -81,7 +99,13 @@ def test_half_precision_stays_half() -> None:
     model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8)).half().eval()
     artifact = made(model, None, "sparsify{support=2:4}")
     assert [str(choice.form) for choice in artifact.plan] == ["dense float16 2:4"] * 2
-    expected = sum((cost_of(site, choice.form) for site, choice in zip(open_model(model).sites(), artifact.plan, strict=True)), Cost())
+    expected = sum(
+        (
+            cost_of(site, choice.form)
+            for site, choice in zip(open_model(model).sites(), artifact.plan, strict=True)
+        ),
+        Cost(),
+    )
     assert artifact.report.final.bytes == expected.bytes + 2 * (24 + 8)
     assert int(artifact.model[0].weight.count_nonzero()) == 16 * 24 // 2
 

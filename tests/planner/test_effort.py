@@ -24,7 +24,16 @@ class Clock:
 def net() -> tuple[nn.Module, torch.Tensor]:
     """A trained-like classifier, and data."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 16, 24), nn.ReLU(), nn.Linear(24, 5))
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3),
+        nn.ReLU(),
+        nn.Conv2d(12, 16, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * 16, 24),
+        nn.ReLU(),
+        nn.Linear(24, 5),
+    )
     return model.eval(), torch.randn(96, 3, 8, 8)
 
 
@@ -37,7 +46,9 @@ def table(effort: str, formats: tuple[str, ...] = ()) -> Table:
     tape = opened.record(batch)
     divergence = tdpass.Divergence()
     fitted = divergence.fit([divergence.outputs(tape.play().finish())])
-    return tabulate(opened.sites(), Dense(opened.weight, opened.bias), [tape], fitted, formats, effort=EFFORTS[effort])
+    return tabulate(
+        opened.sites(), Dense(opened.weight, opened.bias), [tape], fitted, formats, effort=EFFORTS[effort]
+    )
 
 
 def test_parts_share_time_by_weight_and_leave_what_they_do_not_use() -> None:
@@ -56,7 +67,9 @@ def test_parts_share_time_by_weight_and_leave_what_they_do_not_use() -> None:
 
 def test_fast_estimates_every_loss_and_the_others_measure() -> None:
     formats = ("svd", "channel_svd")
-    share = {name: [c.estimated for cs in table(name, formats).candidates.values() for c in cs] for name in EFFORTS}
+    share = {
+        name: [c.estimated for cs in table(name, formats).candidates.values() for c in cs] for name in EFFORTS
+    }
     assert all(share["fast"])
     assert not any(share["normal"])
     assert 0 < len(share["fast"]) < len(share["normal"]) <= len(share["thorough"])
@@ -65,15 +78,31 @@ def test_fast_estimates_every_loss_and_the_others_measure() -> None:
 def test_the_metric_orders_losses_as_measuring_does() -> None:
     """Estimates of all sites together, against measured losses of the same candidates."""
     formats = ("svd", "channel_svd")
-    measured = {(name, c.format, c.rank): c.loss for name, cs in table("thorough", formats).candidates.items() for c in cs}
-    estimated = {(name, c.format, c.rank): c.loss for name, cs in table("fast", formats).candidates.items() for c in cs}
+    measured = {
+        (name, c.format, c.rank): c.loss
+        for name, cs in table("thorough", formats).candidates.items()
+        for c in cs
+    }
+    estimated = {
+        (name, c.format, c.rank): c.loss for name, cs in table("fast", formats).candidates.items() for c in cs
+    }
     both = sorted(measured.keys() & estimated.keys())
     assert len(both) >= 8
-    ranks = [torch.tensor([losses[key] for key in both]).argsort().argsort().double() for losses in (measured, estimated)]
+    ranks = [
+        torch.tensor([losses[key] for key in both]).argsort().argsort().double()
+        for losses in (measured, estimated)
+    ]
     assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.9
 
 
-@pytest.mark.parametrize("effort", ["fast", pytest.param("normal", marks=pytest.mark.slow), pytest.param("thorough", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "effort",
+    [
+        "fast",
+        pytest.param("normal", marks=pytest.mark.slow),
+        pytest.param("thorough", marks=pytest.mark.slow),
+    ],
+)
 def test_every_effort_meets_the_budget_and_says_what_it_measured(effort: str) -> None:
     model, data = net()
     found = tdpass.make_plan(model, {"macs": 0.5}, data, effort=effort, cache=False)
@@ -85,15 +114,21 @@ def test_every_effort_meets_the_budget_and_says_what_it_measured(effort: str) ->
 def test_tables_of_one_effort_do_not_serve_another(tmp_path: object) -> None:
     model, data = net()
     for effort, measured in (("fast", 0), ("normal", 1)):
-        found = tdpass.make_plan(model, {"macs": 0.5}, data, formats=("svd", "channel_svd"), effort=effort, cache=tmp_path)  # type: ignore[arg-type]
+        found = tdpass.make_plan(
+            model, {"macs": 0.5}, data, formats=("svd", "channel_svd"), effort=effort, cache=tmp_path
+        )  # type: ignore[arg-type]
         (note,) = [note for row in found.report.passes for note in row.notes if "measured" in note]
         assert (not note.startswith(f"effort {effort}: 0 ")) == bool(measured)
 
 
 def test_the_pass_option_goes_before_the_argument() -> None:
     model, data = net()
-    found = tdpass.make_plan(model, {"macs": 0.5}, data, pipeline="plan{effort=fast}", effort="thorough", cache=False)
-    assert any(note.startswith("effort fast: 0 losses measured") for row in found.report.passes for note in row.notes)
+    found = tdpass.make_plan(
+        model, {"macs": 0.5}, data, pipeline="plan{effort=fast}", effort="thorough", cache=False
+    )
+    assert any(
+        note.startswith("effort fast: 0 losses measured") for row in found.report.passes for note in row.notes
+    )
 
 
 @pytest.mark.parametrize("arguments", [{"effort": "hasty"}, {"pipeline": "plan{effort=hasty}"}])
@@ -106,6 +141,13 @@ def test_an_unknown_effort_is_refused_with_those_there_are(arguments: dict[str, 
 def test_progress_begins_at_once_and_says_how_long_it_may_take() -> None:
     model, data = net()
     seen: list[tuple[str, int, int]] = []
-    tdpass.make_plan(model, {"macs": 0.5}, data, formats=("svd", "channel_svd"), cache=False, progress=lambda *step: seen.append(step))
+    tdpass.make_plan(
+        model,
+        {"macs": 0.5},
+        data,
+        formats=("svd", "channel_svd"),
+        cache=False,
+        progress=lambda *step: seen.append(step),
+    )
     assert seen[0] == ("recording runs of the model", 0, 2)
     assert ("planning, 45 s of one core at most", 0, 4) in seen

@@ -23,7 +23,9 @@ def test_a_plan_that_takes_an_option_counts_its_loss(residual: nn.Module, images
     divergence = Divergence()
     fitted = divergence.fit([divergence.outputs(tape.play().finish()) for tape in tapes])
     sites = {site.name: site for site in model.sites()}
-    options = joint_options(sites, model.weight, model.bias, tapes, Sweep(tapes, fitted, 64), lambda what, done, of: None)
+    options = joint_options(
+        sites, model.weight, model.bias, tapes, Sweep(tapes, fitted, 64), lambda what, done, of: None
+    )
     assert any(len(option.parts) == 2 for option in options)
     for option in options:
         assert option.loss > 0
@@ -47,8 +49,12 @@ PAIRS = [  # the sizes of one sample, all 8 as the channels are, and whether the
 
 
 @pytest.mark.parametrize("frontend", ["torch", "onnx"])
-@pytest.mark.parametrize(("first", "second", "size", "meet"), PAIRS, ids=lambda value: value if isinstance(value, str) else "")
-def test_channels_between_layers_are_told_by_their_axis(first: str, second: str, size: tuple[int, ...], meet: bool, frontend: str) -> None:
+@pytest.mark.parametrize(
+    ("first", "second", "size", "meet"), PAIRS, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_channels_between_layers_are_told_by_their_axis(
+    first: str, second: str, size: tuple[int, ...], meet: bool, frontend: str
+) -> None:
     network = nn.Sequential(LAYERS[first](), nn.ReLU(), LAYERS[second]()).eval()
     batch = Batch((torch.randn(8, *size),))
     model = open_model(_as_onnx(first, second, size) if frontend == "onnx" else network, batch)
@@ -60,21 +66,40 @@ def _as_onnx(first: str, second: str, size: tuple[int, ...]) -> onnx.ModelProto:
     shapes = [LAYERS[kind]().weight.shape for kind in (first, second)]
     kinds = ["MatMul" if kind == "linear" else "Conv" for kind in (first, second)]
     pads = [{} if kind == "MatMul" else {"pads": [1] * 2 * (len(size) - 1)} for kind in kinds]
-    nodes = [node(kinds[0], "x 0.weight", "h", **pads[0]), node("Relu", "h", "r"), node(kinds[1], "r 2.weight", **pads[1])]
+    nodes = [
+        node(kinds[0], "x 0.weight", "h", **pads[0]),
+        node("Relu", "h", "r"),
+        node(kinds[1], "r 2.weight", **pads[1]),
+    ]
     return model_of(nodes, {"0.weight": weight(*shapes[0]), "2.weight": weight(*shapes[1])}, ("N", *size))
 
 
 def test_an_image_without_an_axis_of_samples_has_its_channels_first() -> None:
     network = nn.Sequential(nn.Conv1d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)).eval()
-    model = open_model(network, Batch((torch.randn(8, 8, 8),)))  # to the second layer, one image whose channels are the first one's samples
-    assert find_pairs([model.record(Batch((torch.randn(8, 8, 8),)))], {site.name: site for site in model.sites()}) == []
+    model = open_model(
+        network, Batch((torch.randn(8, 8, 8),))
+    )  # to the second layer, one image whose channels are the first one's samples
+    assert (
+        find_pairs(
+            [model.record(Batch((torch.randn(8, 8, 8),)))], {site.name: site for site in model.sites()}
+        )
+        == []
+    )
 
 
-@pytest.mark.parametrize(("first", "second", "size"), [pair[:3] for pair in PAIRS if not pair[3]], ids=lambda value: value if isinstance(value, str) else "")
-def test_layers_whose_channels_are_as_many_as_their_positions_are_compressed(first: str, second: str, size: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("first", "second", "size"),
+    [pair[:3] for pair in PAIRS if not pair[3]],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_layers_whose_channels_are_as_many_as_their_positions_are_compressed(
+    first: str, second: str, size: tuple[int, ...]
+) -> None:
     network = nn.Sequential(LAYERS[first](), nn.ReLU(), LAYERS[second]()).eval()
     x = torch.randn(32, *size)
     artifact = tdpass.compress(network, {"params": 0.7}, x, cache=False, effort="fast")
     assert artifact.report.final.params <= 0.7 * artifact.report.original.params
     measured = tdpass.verify(network, artifact.model, x)
-    assert measured["relative_difference"] == pytest.approx(artifact.report.checks["relative_difference"], rel=1e-3)
+    assert measured["relative_difference"] == pytest.approx(
+        artifact.report.checks["relative_difference"], rel=1e-3
+    )

@@ -133,7 +133,8 @@ def test_an_unknown_change_is_refused_with_those_that_are_known(doubled: nn.Modu
         choices=tuple(replace(choice, form=forms[choice.site], joint="merge-channels") for choice in plan),
     )
     with pytest.raises(
-        UsageError, match=f"unknown joint change 'merge-channels'.*; known: {', '.join(JOINT_CHANGES.names())}"
+        UsageError,
+        match=f"unknown joint change 'merge-channels'.*; known: {', '.join(JOINT_CHANGES.names())}",
     ):
         tdpass.compress(doubled, plan=odd, data=X)
 

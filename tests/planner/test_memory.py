@@ -31,7 +31,10 @@ def test_a_footprint_counts_what_a_backward_pass_keeps_and_what_waits_at_one_tim
         assert found.live == 4 * 32
 
 
-@pytest.mark.parametrize(("text", "bytes_"), [("", DEFAULT), ("512MiB", 2**29), ("4GiB", 2**32), ("1.5G", 3 * 2**29), ("1000", 1000)])
+@pytest.mark.parametrize(
+    ("text", "bytes_"),
+    [("", DEFAULT), ("512MiB", 2**29), ("4GiB", 2**32), ("1.5G", 3 * 2**29), ("1000", 1000)],
+)
 def test_the_limit_is_read_with_its_unit(text: str, bytes_: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TDPASS_MEMORY", text)
     assert memory_limit() == bytes_
@@ -54,7 +57,9 @@ def test_calls_that_fit_stay_as_they_are() -> None:
 def test_calls_are_cut_to_what_a_backward_pass_can_keep_and_samples_to_what_can_wait() -> None:
     given, limit = calls(64, 64), 8 * 2 * 340 * 4  # a quarter of it holds two samples' 340 bytes eight times
     kept, notes = within_memory(open_model(net()), given, limit)
-    assert [call.size for call in kept] == [8] * 7 + [7]  # three quarters of it hold twice the 128 bytes of 63 samples
+    assert [call.size for call in kept] == [8] * 7 + [
+        7
+    ]  # three quarters of it hold twice the 128 bytes of 63 samples
     assert torch.equal(torch.cat([call.tensors[0] for call in kept]), given[0].tensors[0][:63])
     assert notes[0].startswith("63 of 128 samples are used, at most 8 in a call")
 

@@ -37,7 +37,9 @@ def test_covariance_and_mean_of_a_layer(residual: nn.Module, images: Tensor) -> 
     assert torch.linalg.eigvalsh(metric.outputs)[0] > 0
 
 
-def test_wide_layers_are_streamed_in_groups_within_the_limit(monkeypatch: pytest.MonkeyPatch, residual: nn.Module, images: Tensor) -> None:
+def test_wide_layers_are_streamed_in_groups_within_the_limit(
+    monkeypatch: pytest.MonkeyPatch, residual: nn.Module, images: Tensor
+) -> None:
     model = open_model(residual)
     tapes = [model.record(Batch((images,)))]
     together = dict(moments.stream_metrics(tapes, model.sites(), _fitted(tapes)))

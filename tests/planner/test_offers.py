@@ -18,7 +18,15 @@ PLAIN = "fold-batchnorm,plan{numbers=none},factorize,correct-bias,refit,recalibr
 
 def net() -> nn.Sequential:
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 10)]
+    layers = [
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    ]
     return nn.Sequential(*layers).eval()
 
 
@@ -28,7 +36,13 @@ def images() -> Tensor:
 
 def test_an_offer_is_every_number_type_with_every_support_of_weights() -> None:
     offer = Offer.parse("int8+int4/32", "2:4")
-    assert [str(form) for form in offer.forms(DENSE)] == ["dense int8", "dense int4/32", "dense 2:4", "dense int8 2:4", "dense int4/32 2:4"]
+    assert [str(form) for form in offer.forms(DENSE)] == [
+        "dense int8",
+        "dense int4/32",
+        "dense 2:4",
+        "dense int8 2:4",
+        "dense int4/32 2:4",
+    ]
     assert [str(form) for form in offer.forms(Form("svd", (4,)))] == ["svd 4 int8", "svd 4 int4/32"]
     assert not NOTHING
     assert EVERYTHING
@@ -43,21 +57,34 @@ def test_a_small_budget_on_bytes_chooses_precision_and_loses_less_than_ranks_alo
     artifact = tdpass.compress(module, {"bytes": share}, x, cache=False)
     limit = share * artifact.report.original.bytes
     held = [*artifact.model.parameters(), *artifact.model.buffers()]  # nothing else is a buffer here
-    assert artifact.report.final.bytes == sum(tensor.nbytes for tensor in held) == open_model(artifact.model).bytes() <= limit
+    assert (
+        artifact.report.final.bytes
+        == sum(tensor.nbytes for tensor in held)
+        == open_model(artifact.model).bytes()
+        <= limit
+    )
     assert any(choice.form.numbers for choice in artifact.plan)
     sites = {site.name: site for site in open_model(net()).sites()}
-    assert all(choice.cost.bytes >= cost_of(sites[choice.site], choice.form).bytes for choice in artifact.plan)
+    assert all(
+        choice.cost.bytes >= cost_of(sites[choice.site], choice.form).bytes for choice in artifact.plan
+    )
     try:
-        by_rank = tdpass.compress(module, {"bytes": share}, x, cache=False, pipeline=PLAIN).report.checks["divergence"]
+        by_rank = tdpass.compress(module, {"bytes": share}, x, cache=False, pipeline=PLAIN).report.checks[
+            "divergence"
+        ]
     except tdpass.BudgetError:
         by_rank = float("inf")
     assert artifact.report.checks["divergence"] < 0.9 * by_rank
 
 
 @pytest.mark.parametrize("pipeline", ["plan", "plan{numbers=none}"])
-def test_a_budget_that_plain_factors_cannot_meet_is_met_with_numbers_unless_they_are_refused(pipeline: str) -> None:
+def test_a_budget_that_plain_factors_cannot_meet_is_met_with_numbers_unless_they_are_refused(
+    pipeline: str,
+) -> None:
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)).eval()  # rank 1 takes 12 of 36 numbers
+    module = nn.Sequential(
+        nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)
+    ).eval()  # rank 1 takes 12 of 36 numbers
     x = torch.randn(32, 6, generator=torch.Generator().manual_seed(1))
     budget = {"bytes": 0.4}
     if "none" in pipeline:
@@ -72,7 +99,14 @@ def test_a_budget_that_plain_factors_cannot_meet_is_met_with_numbers_unless_they
 @pytest.mark.parametrize("numbers", ["none", "int8"])
 def test_supports_may_be_asked_for(numbers: str) -> None:
     pipeline = f"plan{{numbers={numbers},supports=unstructured/40%}},factorize"
-    artifact = tdpass.compress(net(), {"bytes": 0.5 if numbers == "none" else 0.2}, images(), cache=False, pipeline=pipeline, formats=["svd"])
+    artifact = tdpass.compress(
+        net(),
+        {"bytes": 0.5 if numbers == "none" else 0.2},
+        images(),
+        cache=False,
+        pipeline=pipeline,
+        formats=["svd"],
+    )
     assert any(choice.form.support for choice in artifact.plan)
     assert artifact.report.final.bytes == artifact.plan.planned.bytes
 

@@ -72,7 +72,11 @@ def errors(module: nn.Module, x: Tensor, share: float) -> dict[str, float]:
 def test_a_run_goes_through_pools_and_flattened_positions() -> None:
     network = network_of(lenet(), images())
     paths, reasons = find_paths(network.tapes, network.sites)
-    assert [(path.first, path.second, path.spread) for path in paths] == [("first", "second", 1), ("second", "third", 4), ("third", "last", 1)]
+    assert [(path.first, path.second, path.spread) for path in paths] == [
+        ("first", "second", 1),
+        ("second", "third", 4),
+        ("third", "last", 1),
+    ]
     assert [len(run) for run in runs_of(paths)] == [3]
     assert reasons == {"last": "the model returns its output"}
     x = torch.randn(3, 5, 12, 12)
@@ -86,7 +90,11 @@ class Tangled(nn.Module):
         super().__init__()
         self.normed, self.norm, self.summed = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
         self.joined, self.deep, self.twice = nn.Conv2d(4, 4, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 4, 1)
-        self.before, self.depthwise, self.after = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 1)
+        self.before, self.depthwise, self.after = (
+            nn.Conv2d(4, 4, 1),
+            nn.Conv2d(4, 4, 3, groups=4),
+            nn.Conv2d(4, 4, 1),
+        )
         self.viewed, self.head = nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,7 +151,9 @@ def test_copies_of_channels_cost_nothing_to_leave_out() -> None:
 
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("frontend", ["torch", "onnx"])
-def test_the_pass_narrows_layers_alike_on_both_front_ends(how: str, frontend: str, residual: nn.Module, tmp_path: Path) -> None:
+def test_the_pass_narrows_layers_alike_on_both_front_ends(
+    how: str, frontend: str, residual: nn.Module, tmp_path: Path
+) -> None:
     x = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     source = residual if frontend == "torch" else to_onnx(residual, x[:2])
     steps = f"fold-batchnorm,project-channels{{how={how},keep=0.5}},verify"
@@ -155,13 +165,26 @@ def test_the_pass_narrows_layers_alike_on_both_front_ends(how: str, frontend: st
     assert {choice.joint for choice in made.plan if not choice.kept_dense} == {NARROWINGS[how].name}
     assert any("enters a sum" in reason for reason in made.report.declined.values())
     made.plan.save(tmp_path / "plan.json")
-    again = tdpass.compress(source, plan=tdpass.RankPlan.load(tmp_path / "plan.json"), data=x, pipeline="fold-batchnorm,factorize,verify", strict=False)
-    assert again.report.checks["divergence"] == pytest.approx(made.report.checks["divergence"], rel=1e-3, abs=1e-6)
+    again = tdpass.compress(
+        source,
+        plan=tdpass.RankPlan.load(tmp_path / "plan.json"),
+        data=x,
+        pipeline="fold-batchnorm,factorize,verify",
+        strict=False,
+    )
+    assert again.report.checks["divergence"] == pytest.approx(
+        made.report.checks["divergence"], rel=1e-3, abs=1e-6
+    )
 
 
 def test_a_run_of_several_joints_is_narrowed_at_all_of_them() -> None:
     made = tdpass.compress(lenet(), data=images(), pipeline="project-channels{keep=0.5},verify", strict=False)
-    assert [str(choice.form) for choice in made.plan] == ["dense out 3", "dense in 3 out 4", "dense in 16 out 8", "dense in 8"]
+    assert [str(choice.form) for choice in made.plan] == [
+        "dense out 3",
+        "dense in 3 out 4",
+        "dense in 16 out 8",
+        "dense in 8",
+    ]
     assert isinstance(made.model, nn.Module)
     assert tuple(made.model(images()).shape) == (64, 4)
     assert made.report.final.macs == made.plan.planned.macs
@@ -169,17 +192,29 @@ def test_a_run_of_several_joints_is_narrowed_at_all_of_them() -> None:
 
 def test_a_budget_divides_the_shares_and_more_may_follow(residual: nn.Module) -> None:
     x = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    made = tdpass.compress(residual, data=x, pipeline="fold-batchnorm,project-channels{macs=0.8},verify", strict=False)
+    made = tdpass.compress(
+        residual, data=x, pipeline="fold-batchnorm,project-channels{macs=0.8},verify", strict=False
+    )
     assert made.report.final.macs <= 0.8 * made.report.original.macs
-    both = tdpass.compress(residual, {"macs": 0.6}, x, pipeline="fold-batchnorm,project-channels{keep=0.5},plan,factorize,verify", strict=False)
+    both = tdpass.compress(
+        residual,
+        {"macs": 0.6},
+        x,
+        pipeline="fold-batchnorm,project-channels{keep=0.5},plan,factorize,verify",
+        strict=False,
+    )
     assert both.report.final.macs <= 0.6 * both.report.original.macs
     assert both.report.final.macs == both.plan.planned.macs
     assert both.report.final.params == both.plan.planned.params
     assert {choice.joint for choice in both.plan} >= {"", "project-channels"}
     assert [row.site for row in both.report.sites] == [choice.site for choice in both.plan]
-    again = tdpass.compress(residual, plan=both.plan, data=x, pipeline="fold-batchnorm,factorize,verify", strict=False)
+    again = tdpass.compress(
+        residual, plan=both.plan, data=x, pipeline="fold-batchnorm,factorize,verify", strict=False
+    )
     assert again.report.final.params == both.report.final.params
-    assert again.report.checks["divergence"] == pytest.approx(both.report.checks["divergence"], rel=1e-2, abs=1e-6)
+    assert again.report.checks["divergence"] == pytest.approx(
+        both.report.checks["divergence"], rel=1e-2, abs=1e-6
+    )
     with pytest.raises(BudgetError):
         tdpass.compress(residual, data=x, pipeline="fold-batchnorm,project-channels{macs=0.01}")
 

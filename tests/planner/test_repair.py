@@ -19,7 +19,12 @@ def _rank_one(module: nn.Module, images: Tensor) -> tuple[list, dict[str, Layer]
     layers = {}
     for site in model.sites():
         fmt = FORMATS.get("svd" if site.kind == "linear" else "channel_svd")
-        layers[site.name] = Layer(site, Form(fmt.name, (1,)), fmt.factorize(model.weight(site.name), site, (1,)), model.bias(site.name)).to(torch.float32)
+        layers[site.name] = Layer(
+            site,
+            Form(fmt.name, (1,)),
+            fmt.factorize(model.weight(site.name), site, (1,)),
+            model.bias(site.name),
+        ).to(torch.float32)
     return [model.record(Batch((images[:24],))), model.record(Batch((images[24:],)))], layers
 
 

@@ -11,7 +11,9 @@ from tdpass.planner.surgeon import keep_channels, remove_channels
 def _problem() -> tuple[torch.Tensor, Metric]:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(5, 6, 3, 3, generator=generator, dtype=torch.float64)
-    x = torch.randn(400, 54, generator=generator, dtype=torch.float64) @ torch.randn(54, 54, generator=generator, dtype=torch.float64)
+    x = torch.randn(400, 54, generator=generator, dtype=torch.float64) @ torch.randn(
+        54, 54, generator=generator, dtype=torch.float64
+    )
     g = torch.randn(50, 5, generator=generator, dtype=torch.float64)
     return weight, Metric(x.T @ x / 400, g.T @ g / 50)
 
@@ -23,7 +25,9 @@ def test_errors_are_those_of_the_best_weights_on_the_channels_kept() -> None:
         channels = surgery.kept(keep)
         full = torch.zeros_like(weight)
         full[:, list(channels)] = keep_channels(weight, metric, channels)
-        assert abs(metric.square((weight - full).flatten(1)) - surgery.errors[6 - keep - 1]) < 1e-6 * metric.square(weight.flatten(1))
+        assert abs(
+            metric.square((weight - full).flatten(1)) - surgery.errors[6 - keep - 1]
+        ) < 1e-6 * metric.square(weight.flatten(1))
 
 
 def test_the_first_removal_is_the_cheapest_one() -> None:

@@ -20,7 +20,10 @@ Right = Callable[[tuple[Tensor, ...], Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """`head` is what comes after two hidden layers; `right` says of each answer whether the task is solved."""
+    """`head` is what comes after two hidden layers.
+
+    `right` says of each answer whether the task is solved.
+    """
 
     head: Callable[[], nn.Module]
     loss: Loss

@@ -34,7 +34,11 @@ class Known(nn.Sequential):
 
 def timm(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     library = ModuleType("timm")
-    library.__dict__.update(is_model=lambda name: name == "net", list_models=lambda pattern: ["net"], create_model=lambda name, **asked: Known(**asked))
+    library.__dict__.update(
+        is_model=lambda name: name == "net",
+        list_models=lambda pattern: ["net"],
+        create_model=lambda name, **asked: Known(**asked),
+    )
     monkeypatch.setitem(sys.modules, "timm", library)
     return {"pretrained": True}
 
@@ -54,7 +58,9 @@ def hugging_face(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     library = ModuleType("transformers")
     config = SimpleNamespace(architectures=["Net"])
-    library.__dict__.update(AutoConfig=SimpleNamespace(from_pretrained=lambda name: config), AutoModel=None, Net=Net)
+    library.__dict__.update(
+        AutoConfig=SimpleNamespace(from_pretrained=lambda name: config), AutoModel=None, Net=Net
+    )
     monkeypatch.setitem(sys.modules, "transformers", library)
     return {"fetched": "net"}
 
@@ -73,7 +79,9 @@ def test_sources_make_models_with_their_published_weights(name: str, monkeypatch
 
 
 @pytest.mark.parametrize("name", [name for name in MODULE_SOURCES.names() if name not in ("zoo", "hf")])
-def test_weights_of_ones_own_leave_the_published_ones_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_ones_own_leave_the_published_ones_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     STAND_INS[name](monkeypatch)
     made = module_of(f"{name}:net", pretrained=False)
     assert isinstance(made, Known)
@@ -84,7 +92,9 @@ def test_weights_of_ones_own_leave_the_published_ones_alone(name: str, monkeypat
 
 def test_a_bert_from_its_configuration(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50
+    )
     model = transformers.BertForSequenceClassification(config).eval()
     model.save_pretrained(tmp_path)
     made = module_of(f"hf:{tmp_path}")
@@ -104,7 +114,9 @@ def test_a_bert_from_its_configuration(tmp_path: Path) -> None:
         ("hf:/no/such/folder", InvalidModelError, r"hf cannot make '/no/such/folder' .*--weights"),
     ],
 )
-def test_a_model_that_cannot_be_made_is_one_clear_error(text: str, error: type[TdpassError], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_made_is_one_clear_error(
+    text: str, error: type[TdpassError], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("timm", "torchvision", "torchvision.models"):
         monkeypatch.setitem(sys.modules, name, None)
     if text.startswith("hf:"):
@@ -116,7 +128,9 @@ def test_a_model_that_cannot_be_made_is_one_clear_error(text: str, error: type[T
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt", ".bin", ".ckpt"])
 @pytest.mark.parametrize("inside", ["", "state_dict", "model"])
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_weights_are_read_wherever_a_training_script_put_them(suffix: str, inside: str, prefix: str, tmp_path: Path) -> None:
+def test_weights_are_read_wherever_a_training_script_put_them(
+    suffix: str, inside: str, prefix: str, tmp_path: Path
+) -> None:
     source, path = net(), tmp_path / f"weights{suffix}"
     state = {prefix + name: value for name, value in source.state_dict().items()}
     if suffix == ".safetensors":
@@ -133,7 +147,9 @@ class Harmful:
         return (Path.touch, (Path("harm"),))
 
 
-def test_files_that_are_no_state_dict_are_refused_and_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_are_no_state_dict_are_refused_and_run_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(net(), tmp_path / "whole.pth")
     torch.save([1, 2], tmp_path / "list.pth")
@@ -152,7 +168,9 @@ def test_files_that_are_no_state_dict_are_refused_and_run_nothing(tmp_path: Path
         load_weights(net(), tmp_path / "weights.h5")
 
 
-def test_the_command_line_takes_sources_and_state_dicts(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_takes_sources_and_state_dicts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     timm(monkeypatch)
     torch.save(net().state_dict(), tmp_path / "weights.pth")
     words = ["timm:net", "--weights", str(tmp_path / "weights.pth"), "--input", "1x12", "--json"]
@@ -164,16 +182,22 @@ def test_the_command_line_takes_sources_and_state_dicts(tmp_path: Path, capsys: 
     assert main(["verify", "timm:net", str(small), "--input", "4x12", "--tolerance", "10"]) == 0
 
 
-def test_an_artifact_of_a_published_model_loads_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_artifact_of_a_published_model_loads_by_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     timm(monkeypatch)
     torch.save(net().state_dict(), tmp_path / "weights.pth")
     small = tmp_path / "small.safetensors"
     words = ["--weights", str(tmp_path / "weights.pth"), "--input", "1x12", "--quiet"]
-    assert main(["compress", "timm:net", *words, "--budget", "params=0.8", "--no-strict", "-o", str(small)]) == 0
+    assert (
+        main(["compress", "timm:net", *words, "--budget", "params=0.8", "--no-strict", "-o", str(small)]) == 0
+    )
     loaded, given = tdpass.load(small).eval(), tdpass.load(small, net()).eval()
     x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
     assert torch.equal(loaded(x), given(x))
-    assert sum(parameter.numel() for parameter in loaded.parameters()) <= 0.8 * sum(parameter.numel() for parameter in net().parameters())
+    assert sum(parameter.numel() for parameter in loaded.parameters()) <= 0.8 * sum(
+        parameter.numel() for parameter in net().parameters()
+    )
     assert main(["verify", str(small), str(small), "--input", "4x12", "--quiet"]) == 0
 
 
@@ -181,5 +205,7 @@ def test_an_artifact_of_ones_own_model_needs_it_and_calls_nothing(tmp_path: Path
     made = tdpass.compress(net(), {"params": 0.8}, progress=False, strict=False)
     made.report.model = "os:getcwd"
     made.save(tmp_path / "own.safetensors")
-    with pytest.raises(UsageError, match=r"give the dense model: tdpass.load\('.*own.safetensors', DenseClass\(\)\)"):
+    with pytest.raises(
+        UsageError, match=r"give the dense model: tdpass.load\('.*own.safetensors', DenseClass\(\)\)"
+    ):
         tdpass.load(tmp_path / "own.safetensors")

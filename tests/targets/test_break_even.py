@@ -1,4 +1,7 @@
-"""From which sparsity on a layer pays: found between measured points, kept, or read from a table; no test here looks at a clock."""
+"""From which sparsity on a layer pays: found between measured points, kept, or read from a table.
+
+No test here looks at a clock.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,19 @@ from tdpass.targets.layers import example_input, make_layer
 from tdpass.targets.runtimes import RUNTIMES
 from tdpass.targets.sparse import SparseTarget, pruned_weight, sparse_calls
 
-CONV = Site("conv", "conv", (32, 16, 3, 3), (2, 1), ((0, 1), (1, 1)), (1, 1), True, extents=(((8, 6), (4, 6)),))
+CONV = Site(
+    "conv", "conv", (32, 16, 3, 3), (2, 1), ((0, 1), (1, 1)), (1, 1), True, extents=(((8, 6), (4, 6)),)
+)
 CONV1D = Site("conv1d", "conv", (8, 8, 5), (1,), ((2, 2),), (1,), extents=(((15,), (15,)),))
 LINEAR = Site("linear", "linear", (40, 64), extents=(((3,), (3,)),))
 SITES = [CONV, CONV1D, LINEAR]
 
 
 class Scripted(SparseTarget):
-    """Dense layers take a second; a sparse one `slope` seconds per share of its weights that is stored, and `fixed` in any case."""
+    """Dense layers take a second.
+
+    A sparse one `slope` seconds per share of its weights that is stored, and `fixed` in any case.
+    """
 
     name = "scripted"
     device = "a script"
@@ -81,15 +89,21 @@ def test_a_ratio_without_a_crossing() -> None:
     assert crossing(lambda _: math.nan) is None
     assert crossing(lambda _: math.inf) is None
     assert crossing(lambda _: 0.5) == STAIRCASE[0]
-    assert crossing(lambda sparsity: 1.0 if sparsity == STAIRCASE[-1] else 1.5) == pytest.approx(STAIRCASE[-1])
+    assert crossing(lambda sparsity: 1.0 if sparsity == STAIRCASE[-1] else 1.5) == pytest.approx(
+        STAIRCASE[-1]
+    )
 
 
-def test_a_layer_breaks_even_where_its_time_is_that_of_the_dense_one(scripted: Callable[..., Scripted]) -> None:
+def test_a_layer_breaks_even_where_its_time_is_that_of_the_dense_one(
+    scripted: Callable[..., Scripted],
+) -> None:
     target = scripted()
     found = target.break_even_sparsity(CONV)
     assert found is not None
     assert 0.5 < found <= 0.6 + 1e-3
-    assert target.sparse_over_dense(CONV, "weight", [0.0, 0.9], Setting()) == pytest.approx([2.2, 0.4], abs=1e-3)
+    assert target.sparse_over_dense(CONV, "weight", [0.0, 0.9], Setting()) == pytest.approx(
+        [2.2, 0.4], abs=1e-3
+    )
     assert scripted(fixed=1.1).break_even_sparsity(CONV) is None
     assert scripted(slope=0.5).break_even_sparsity(CONV) == 0.0
 
@@ -98,7 +112,9 @@ def test_what_is_known_is_not_measured_again(scripted: Callable[..., Scripted], 
     first = scripted(tmp_path)
     answers = [first.break_even_sparsity(CONV, group) for group in ("weight", "block")]
     again = scripted(tmp_path)
-    assert [again.break_even_sparsity(replace(CONV, name="another"), group) for group in ("weight", "block")] == answers
+    assert [
+        again.break_even_sparsity(replace(CONV, name="another"), group) for group in ("weight", "block")
+    ] == answers
     assert first.clocked > 0 == again.clocked
     again.break_even_sparsity(CONV, "weight", Setting(2))
     assert again.clocked > 0
@@ -106,13 +122,19 @@ def test_what_is_known_is_not_measured_again(scripted: Callable[..., Scripted], 
 
 def test_calls_of_a_site_count_each(scripted: Callable[..., Scripted]) -> None:
     target, twice = scripted(), replace(CONV, extents=CONV.extents * 2)
-    assert target.sparse_over_dense(twice, "weight", [0.9], Setting()) == target.sparse_over_dense(CONV, "weight", [0.9], Setting())
+    assert target.sparse_over_dense(twice, "weight", [0.9], Setting()) == target.sparse_over_dense(
+        CONV, "weight", [0.9], Setting()
+    )
 
 
 @pytest.mark.parametrize("group", ["filter", "channel", "row"])
-def test_groups_that_leave_a_dense_layer_need_no_measuring(scripted: Callable[..., Scripted], group: str) -> None:
+def test_groups_that_leave_a_dense_layer_need_no_measuring(
+    scripted: Callable[..., Scripted], group: str
+) -> None:
     target = scripted()
-    assert target.break_even_sparsity(CONV, group) == BreakEvenTable(()).break_even_sparsity(CONV, group) == 0.0
+    assert (
+        target.break_even_sparsity(CONV, group) == BreakEvenTable(()).break_even_sparsity(CONV, group) == 0.0
+    )
     assert target.clocked == 0
     with pytest.raises(UsageError, match="smaller dense layer"):
         target.sparse_over_dense(CONV, group, [0.5], Setting())
@@ -120,7 +142,9 @@ def test_groups_that_leave_a_dense_layer_need_no_measuring(scripted: Callable[..
 
 def test_what_cannot_be_asked(scripted: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
     target = scripted()
-    with pytest.raises(UsageError, match="group 'heads' is not known; what is zero at once is one of weight, row"):
+    with pytest.raises(
+        UsageError, match="group 'heads' is not known; what is zero at once is one of weight, row"
+    ):
         target.break_even_sparsity(CONV, "heads")
     with pytest.raises(UsageError, match="at least 0 and below 1"):
         target.sparse_over_dense(CONV, "weight", [1.0], Setting())
@@ -134,7 +158,9 @@ def test_what_cannot_be_asked(scripted: Callable[..., Scripted], monkeypatch: py
 
 
 def test_layers_that_the_operators_do_not_serve_never_break_even(scripted: Callable[..., Scripted]) -> None:
-    cube = Site("cube", "conv", (4, 4, 3, 3, 3), (1,) * 3, ((1, 1),) * 3, (1,) * 3, extents=(((4, 4, 4), (4, 4, 4)),))
+    cube = Site(
+        "cube", "conv", (4, 4, 3, 3, 3), (1,) * 3, ((1, 1),) * 3, (1,) * 3, extents=(((4, 4, 4), (4, 4, 4)),)
+    )
     assert scripted().break_even_sparsity(cube) is None
     assert scripted().break_even_sparsity(LINEAR, setting=Setting(dtype=torch.float64)) is None
 
@@ -197,14 +223,28 @@ def test_the_nearest_row_of_a_table_counts(table: Path, kind, shape, group: str,
 
 
 def test_sizes_are_compared_by_their_ratio() -> None:
-    rows = [BreakEvenRow("linear", sparsity, shape=shape) for sparsity, shape in ((0.2, (16, 64)), (0.4, (256, 64)), (None, (256, None)))]
+    rows = [
+        BreakEvenRow("linear", sparsity, shape=shape)
+        for sparsity, shape in ((0.2, (16, 64)), (0.4, (256, 64)), (None, (256, None)))
+    ]
     table = BreakEvenTable(tuple(rows))
-    for o, i, sparsity in ((20, 64, 0.2), (63, 64, 0.2), (65, 64, 0.4), (256, 64, 0.4), (512, 65, None), (256, 4096, None), (16, 60, 0.2)):
+    for o, i, sparsity in (
+        (20, 64, 0.2),
+        (63, 64, 0.2),
+        (65, 64, 0.4),
+        (256, 64, 0.4),
+        (512, 65, None),
+        (256, 4096, None),
+        (16, 60, 0.2),
+    ):
         assert table.break_even_sparsity(Site("a", "linear", (o, i))) == sparsity
 
 
 def test_a_table_that_says_nothing_of_a_layer_asks_for_a_row(table: Path) -> None:
-    with pytest.raises(UsageError, match=r"says nothing of 'fc'; add a row \{kind: linear, group: weight, shape: \[any, any\]"):
+    with pytest.raises(
+        UsageError,
+        match=r"says nothing of 'fc'; add a row \{kind: linear, group: weight, shape: \[any, any\]",
+    ):
         BreakEvenTable.load(table).break_even_sparsity(Site("fc", "linear", (10, 20)))
     with pytest.raises(UsageError, match="group 'heads' is not known"):
         BreakEvenTable.load(table).break_even_sparsity(CONV, "heads")

@@ -38,23 +38,35 @@ def test_every_constant_has_a_unit_and_a_meaning(kind: type[Constants]) -> None:
 def test_every_figure_of_a_machine_has_a_source(kind: type[Constants], name: str) -> None:
     machine = kind.load(name)
     assert machine.source
-    named = {field for field, value in machine.figures().items() if field.endswith(("_joules", "_area", "watts")) and value}
+    named = {
+        field
+        for field, value in machine.figures().items()
+        if field.endswith(("_joules", "_area", "watts")) and value
+    }
     general = "energ" in machine.source or "read" in machine.source
     assert general or named <= set(machine.sources)
 
 
 @pytest.mark.parametrize(("kind", "name"), MACHINES)
-def test_machines_are_read_from_files_and_what_is_none_is_an_error(kind: type[Constants], name: str, tmp_path: Path) -> None:
+def test_machines_are_read_from_files_and_what_is_none_is_an_error(
+    kind: type[Constants], name: str, tmp_path: Path
+) -> None:
     text = kind.presets()[name].read_text()
     own = tmp_path / "own.yaml"
     own.write_text(text)
     assert kind.load(str(own)) == kind.load(name)
-    target = next(target.name for target in TARGETS if issubclass(target, ModelledTarget) and kind.__module__ == target.__module__)
+    target = next(
+        target.name
+        for target in TARGETS
+        if issubclass(target, ModelledTarget) and kind.__module__ == target.__module__
+    )
     assert isinstance(open_target(f"{target}:{own}", "torch"), ModelledTarget)
     own.write_text(text.replace("sources:", "sources:\n  colour: red", 1))
     with pytest.raises(UsageError, match="names 'colour', which is no constant"):
         kind.load(str(own))
-    own.write_text("\n".join(line if not line.startswith("rows:") else "rows: 0" for line in text.splitlines()))
+    own.write_text(
+        "\n".join(line if not line.startswith("rows:") else "rows: 0" for line in text.splitlines())
+    )
     with pytest.raises(UsageError, match="rows is 0"):
         kind.load(str(own))
     with pytest.raises(UsageError, match=", ".join(kind.presets())):

@@ -18,7 +18,16 @@ from tdpass.targets import open_target
 from tdpass.targets.crossbar import Block, CrossbarArray, Filling
 from tdpass.targets.workload import Product
 
-SMALL = replace(CrossbarArray.load("admm_32x32"), rows=8, columns=6, rows_at_once=4, adcs=2, weight_bits=9, input_bits=8, dac_bits=2)
+SMALL = replace(
+    CrossbarArray.load("admm_32x32"),
+    rows=8,
+    columns=6,
+    rows_at_once=4,
+    adcs=2,
+    weight_bits=9,
+    input_bits=8,
+    dac_bits=2,
+)
 ISAAC = CrossbarArray.load("isaac")
 
 
@@ -29,9 +38,16 @@ def counted(array: CrossbarArray, product: Product) -> Counter[str]:
     for matrix in range(product.count):
         for top in range(0, product.depth, array.rows):
             for left in range(0, product.columns, array.width):
-                block = (min(array.rows, product.depth - top), min(array.width, product.columns - left), matrix)
+                block = (
+                    min(array.rows, product.depth - top),
+                    min(array.width, product.columns - left),
+                    matrix,
+                )
                 last = places[-1] if places else []
-                fits = sum(b[0] for b in last) + block[0] <= array.rows and sum(b[1] for b in last) + block[1] <= array.width
+                fits = (
+                    sum(b[0] for b in last) + block[0] <= array.rows
+                    and sum(b[1] for b in last) + block[1] <= array.width
+                )
                 whole = product.depth <= array.rows and product.columns <= array.width
                 if last and fits and whole and last[-1][2] != matrix:
                     last.append(block)
@@ -69,7 +85,9 @@ PRODUCTS = [
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=str)
 @pytest.mark.parametrize("array", ARRAYS.values(), ids=ARRAYS)
-def test_the_closed_form_is_what_arrays_laid_out_one_by_one_do(array: CrossbarArray, product: Product) -> None:
+def test_the_closed_form_is_what_arrays_laid_out_one_by_one_do(
+    array: CrossbarArray, product: Product
+) -> None:
     found = counted(array, product)
     fillings = array.fillings(product)
     cost = array.cost(product.rows, fillings, product.read + product.made)
@@ -92,7 +110,10 @@ def test_five_bits_halve_the_arrays_that_nine_take(preset: str, depth: int, colu
     product = Product(1, depth, columns, 1, depth, columns)
     counts = [array.arrays(array.fillings(product)) for array in (nine, replace(nine, weight_bits=5))]
     # arrays of a layer: ceil(rows / R) ceil(columns / C) 2 ceil((b - 1) / 4)
-    assert counts == [math.ceil(depth / nine.rows) * math.ceil(columns / nine.columns) * 2 * math.ceil((bits - 1) / 4) for bits in (9, 5)]
+    assert counts == [
+        math.ceil(depth / nine.rows) * math.ceil(columns / nine.columns) * 2 * math.ceil((bits - 1) / 4)
+        for bits in (9, 5)
+    ]
     assert counts[0] == 2 * counts[1]
 
 
@@ -115,7 +136,12 @@ def test_what_stands_on_the_chip_is_counted_once_however_often_it_is_called() ->
     one = Site("fc", "linear", (40, 30), extents=(((3,), (3,)),))
     (once,), (thrice,), (shared,), (large,) = (
         target.cost(site, [DENSE])
-        for site in (one, replace(one, extents=one.extents * 3), replace(one, extents=one.extents * 3, samples=3), replace(one, extents=(((9,), (9,)),)))
+        for site in (
+            one,
+            replace(one, extents=one.extents * 3),
+            replace(one, extents=one.extents * 3, samples=3),
+            replace(one, extents=(((9,), (9,)),)),
+        )
     )
     assert once.get("area") == thrice.get("area") == shared.get("area") == large.get("area") > 0
     assert thrice.get("joules") == pytest.approx(3 * once.get("joules"))
@@ -145,31 +171,52 @@ def test_constants_that_contradict_each_other_are_refused(change: dict[str, obje
 def test_states_are_data_and_evenly_spaced_where_none_are_given() -> None:
     array = CrossbarArray.load("admm_32x32")
     states = torch.tensor(array.conductances)
-    assert (len(states), float(states[0]), float(states[-1])) == (16, pytest.approx(1e-7), pytest.approx(1e-6))
+    assert (len(states), float(states[0]), float(states[-1])) == (
+        16,
+        pytest.approx(1e-7),
+        pytest.approx(1e-6),
+    )
     torch.testing.assert_close(states.diff(), torch.full((15,), 6e-8))
     assert replace(array, cell_bits=1, states=(2e-7, 9e-7)).conductances == (2e-7, 9e-7)
 
 
 def _net() -> nn.Module:
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 48, 3, stride=2), nn.ReLU(), nn.AvgPool2d(3), nn.Flatten()]
+    layers = [
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 48, 3, stride=2),
+        nn.ReLU(),
+        nn.AvgPool2d(3),
+        nn.Flatten(),
+    ]
     return nn.Sequential(*layers, nn.Linear(48, 10)).eval()
 
 
 IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-BUDGETS = [("crossbar:forms", "joules", 0.5), ("crossbar:admm_32x32", "area", "2 mm2"), ("pim:sot_mram", "joules", 0.4)]
+BUDGETS = [
+    ("crossbar:forms", "joules", 0.5),
+    ("crossbar:admm_32x32", "area", "2 mm2"),
+    ("pim:sot_mram", "joules", 0.4),
+]
 
 
 @pytest.mark.parametrize(("target", "measure", "bound"), BUDGETS)
-def test_budgets_on_energy_and_area_are_met_and_reported(target: str, measure: str, bound: float | str) -> None:
+def test_budgets_on_energy_and_area_are_met_and_reported(
+    target: str, measure: str, bound: float | str
+) -> None:
     artifact = tdpass.compress(_net(), {measure: bound}, IMAGES, target=target, effort="fast", cache=False)
     report = artifact.report
     limit = bound * report.original.get(measure) if isinstance(bound, float) else 2.0
     assert 0 < report.final.get(measure) <= limit < report.original.get(measure)
-    assert report.final.get(measure) == pytest.approx(sum(choice.cost.get(measure) for choice in artifact.plan))
-    assert report.original.get(measure) == pytest.approx(sum(choice.dense.get(measure) for choice in artifact.plan))
+    assert report.final.get(measure) == pytest.approx(
+        sum(choice.cost.get(measure) for choice in artifact.plan)
+    )
+    assert report.original.get(measure) == pytest.approx(
+        sum(choice.dense.get(measure) for choice in artifact.plan)
+    )
     assert any(not choice.kept_dense for choice in artifact.plan)
     opened = open_target(target, "torch")
     for choice, site in zip(artifact.plan, artifact.opened.sites(), strict=True):

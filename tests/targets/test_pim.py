@@ -45,12 +45,18 @@ def test_every_bit_of_a_weight_meets_every_bit_of_an_activation() -> None:
     rows, writes = -(-ands // memory.columns), -(-written // memory.columns)
     seconds = rows * memory.sense_seconds + writes * memory.write_seconds
     assert cost.seconds == pytest.approx(seconds)
-    assert cost.get("joules") == pytest.approx(ands * (memory.and_joules + memory.count_joules) + written * memory.write_joules + memory.watts * seconds)
+    assert cost.get("joules") == pytest.approx(
+        ands * (memory.and_joules + memory.count_joules)
+        + written * memory.write_joules
+        + memory.watts * seconds
+    )
     assert cost.get("area") == memory.sub_array_area
 
 
 @pytest.mark.parametrize("preset", PimMemory.presets())
-def test_half_the_width_or_half_the_bits_take_a_quarter_of_the_energy_and_half_the_bits_half_the_memory(preset: str) -> None:
+def test_half_the_width_or_half_the_bits_take_a_quarter_of_the_energy_and_half_the_bits_half_the_memory(
+    preset: str,
+) -> None:
     memory = replace(PimMemory.load(preset), write_joules=0.0, watts=0.0)
     full, half = Product(64, 512, 256, 1, 0, 0), Product(64, 256, 128, 1, 0, 0)
     sixteen = replace(memory, weight_bits=16, input_bits=16)

@@ -20,12 +20,34 @@ SITES = (
     Site("conv", "conv", (16, 8, 3, 3), (2, 1), ((0, 1), (1, 1)), (1, 1), True, extents=(((9, 8), (4, 8)),)),
     Site("pointwise", "conv", (8, 16, 1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1), extents=(((5, 6), (5, 6)),)),
     Site("conv1d", "conv", (8, 8, 5), (1,), ((2, 2),), (1,), True, extents=(((15,), (15,)),)),
-    Site("grouped", "conv", (8, 4, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), True, extents=(((6, 5), (6, 5)),), groups=2),
-    Site("transposed", "conv_transpose", (8, 6, 3, 3), (2, 2), ((1, 0), (1, 0)), (1, 1), True, extents=(((4, 3), (8, 6)),)),
+    Site(
+        "grouped",
+        "conv",
+        (8, 4, 3, 3),
+        (1, 1),
+        ((1, 1), (1, 1)),
+        (1, 1),
+        True,
+        extents=(((6, 5), (6, 5)),),
+        groups=2,
+    ),
+    Site(
+        "transposed",
+        "conv_transpose",
+        (8, 6, 3, 3),
+        (2, 2),
+        ((1, 0), (1, 0)),
+        (1, 1),
+        True,
+        extents=(((4, 3), (8, 6)),),
+    ),
     Site("tokens", "linear", (16, 24), bias=True, extents=(((7,), (7,)),)),
     Site("vector", "linear", (8, 16), extents=(((1,), (1,)),)),
 )
-NAMES = [pytest.param(name, marks=pytest.mark.slow) if RUNTIMES.get(name).on_demand else name for name in RUNTIMES.names()]
+NAMES = [
+    pytest.param(name, marks=pytest.mark.slow) if RUNTIMES.get(name).on_demand else name
+    for name in RUNTIMES.names()
+]
 
 
 def forms(site: Site) -> list[Form]:
@@ -65,12 +87,20 @@ def test_every_runtime_serves_something_and_says_its_version(name: str) -> None:
         pytest.skip(f"{name} is not installed")
     assert runtime.version()
     assert runtime.families
-    assert any(runtime.prepare(make_layer(site, form, torch.float32), 1, 1) is not None for site, form in CASES)
+    assert any(
+        runtime.prepare(make_layer(site, form, torch.float32), 1, 1) is not None for site, form in CASES
+    )
 
 
-@pytest.mark.parametrize(("dtype", "serve", "rounding"), [(torch.bfloat16, {"eager"}, 1e-2), (torch.float64, {"eager", "onnxruntime"}, 1e-9)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "serve", "rounding"),
+    [(torch.bfloat16, {"eager"}, 1e-2), (torch.float64, {"eager", "onnxruntime"}, 1e-9)],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["eager", "onnxruntime", "openvino"])
-def test_a_type_is_served_as_it_is_or_declined(name: str, dtype: torch.dtype, serve: set[str], rounding: float) -> None:
+def test_a_type_is_served_as_it_is_or_declined(
+    name: str, dtype: torch.dtype, serve: set[str], rounding: float
+) -> None:
     runtime = RUNTIMES.get(name)
     if not runtime.available():
         pytest.skip(f"{name} is not installed")

@@ -1,4 +1,7 @@
-"""The systolic array in closed form, against an array that is run cycle by cycle; and planning on it, where nothing is timed."""
+"""The systolic array in closed form, against an array that is run cycle by cycle.
+
+And planning on it, where nothing is timed.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ PRESETS = ("gemmini", "output_stationary", "tpu_like", "tpu_v1")
 
 @dataclass
 class Machine:
-    """A grid of units with registers, run cycle by cycle; `entered` and `left` count what crosses its edges and is no padding."""
+    """A grid of units with registers, run cycle by cycle.
+
+    `entered` and `left` count what crosses its edges and is no padding.
+    """
 
     rows: int
     columns: int
@@ -41,7 +47,9 @@ class Machine:
         (length, depth), (_, columns) = x.shape, w.shape
         kept, inputs, sums = (np.zeros((self.rows, self.columns)) for _ in range(3))
         for row in reversed(range(self.rows)):
-            kept = np.vstack([self._padded(w[row], self.columns) if row < depth else np.zeros(self.columns), kept[:-1]])
+            kept = np.vstack(
+                [self._padded(w[row], self.columns) if row < depth else np.zeros(self.columns), kept[:-1]]
+            )
             self.entered["weights"] += columns if row < depth else 0
             self.cycles += 1
         done, made = 0, np.zeros((length, self.columns))
@@ -80,7 +88,9 @@ class Machine:
                 self.entered["weights"] += 1
             inputs, weights = np.hstack([left[:, None], inputs[:, :-1]]), np.vstack([top, weights[:-1]])
             sums += inputs * weights
-            busy += sum(0 <= t - row - column < depth for row in range(self.rows) for column in range(self.columns))
+            busy += sum(
+                0 <= t - row - column < depth for row in range(self.rows) for column in range(self.columns)
+            )
             self.cycles += 1
         for row in reversed(range(self.rows)):
             if row < length:
@@ -119,10 +129,15 @@ class Machine:
 @pytest.mark.parametrize("stationary", ["weight", "output"])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 3), (4, 2), (3, 3)])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 3, 2), (4, 7, 5), (7, 4, 6), (2, 9, 3), (6, 6, 6)])
-def test_every_cycle_and_every_crossing_is_that_of_an_array_which_is_run(rows: int, columns: int, sizes: tuple[int, int, int], stationary: str) -> None:
+def test_every_cycle_and_every_crossing_is_that_of_an_array_which_is_run(
+    rows: int, columns: int, sizes: tuple[int, int, int], stationary: str
+) -> None:
     length, depth, width = sizes
     draw = np.random.default_rng(0)
-    x, w = draw.integers(-3, 4, (length, depth)).astype(float), draw.integers(-3, 4, (depth, width)).astype(float)
+    x, w = (
+        draw.integers(-3, 4, (length, depth)).astype(float),
+        draw.integers(-3, 4, (depth, width)).astype(float),
+    )
     machine = Machine(rows, columns)
     assert (machine.run(stationary, x, w) == x @ w).all()
     array = replace(ARRAY, rows=rows, columns=columns, stationary=stationary, bits=8, sum_bits=32)  # type: ignore[arg-type]
@@ -150,7 +165,10 @@ def test_what_the_buffers_do_not_hold_is_moved_again() -> None:
     product = Product(100, 64, 48, 1, 6400, 4800)
     assert ARRAY.memory_bytes(product) == 6400 + 64 * 48 + 4800
     assert replace(ARRAY, buffer_bytes=6399).memory_bytes(product) == 3 * 6400 + 64 * 48 + 4800
-    assert replace(ARRAY, sum_bytes=4 * 1600 - 1).memory_bytes(product) == 6400 + 64 * 48 + 4800 + 4 * 2 * 3 * 4800
+    assert (
+        replace(ARRAY, sum_bytes=4 * 1600 - 1).memory_bytes(product)
+        == 6400 + 64 * 48 + 4800 + 4 * 2 * 3 * 4800
+    )
     turned = replace(ARRAY, stationary="output", buffer_bytes=3071)
     assert turned.memory_bytes(product) == 3 * 6400 + 7 * 64 * 48 + 4800
 
@@ -162,12 +180,17 @@ def test_a_preset_has_sources_and_its_energy_is_the_sum_of_its_parts(preset: str
     target = open_target(f"systolic:{preset}", "torch")
     assert isinstance(target, SystolicTarget)
     cost = target.cost_product(product)
-    moved = array.edge_bytes(product) * array.buffer_joules + array.memory_bytes(product) * array.memory_joules
-    assert cost.get("joules") == pytest.approx(49 * 64 * 32 * array.mac_joules + moved + array.watts * cost.seconds)
+    moved = (
+        array.edge_bytes(product) * array.buffer_joules + array.memory_bytes(product) * array.memory_joules
+    )
+    assert cost.get("joules") == pytest.approx(
+        49 * 64 * 32 * array.mac_joules + moved + array.watts * cost.seconds
+    )
     assert cost.seconds == pytest.approx(cost.get("cycles") / array.hertz)
 
 
-# What zigzag-dse 3.9.1 finds for its tpu_like accelerator: cycles, with its own search of loop orders and its own overlaps.
+# What zigzag-dse 3.9.1 finds for its tpu_like accelerator: cycles, with its own search of loop orders and its
+# own overlaps.
 @pytest.mark.parametrize(("channels", "size", "cycles"), [(64, 56, 1.38e5), (128, 28, 1.255e5)])
 def test_cycles_are_near_those_of_another_model(channels: int, size: int, cycles: float) -> None:
     product = Product(size * size, channels * 9, channels, 1, channels * size * size, channels * size * size)
@@ -176,7 +199,15 @@ def test_cycles_are_near_those_of_another_model(channels: int, size: int, cycles
 
 def _forms(site: Site) -> list[Form]:
     fits = [FORMATS.get(name) for name in offered_formats()]
-    return [DENSE, *(Form(fmt.name, rank) for fmt in fits if fmt.fits(site) for rank in (fmt.ranks(site)[0], fmt.ranks(site)[-1]))]
+    return [
+        DENSE,
+        *(
+            Form(fmt.name, rank)
+            for fmt in fits
+            if fmt.fits(site)
+            for rank in (fmt.ranks(site)[0], fmt.ranks(site)[-1])
+        ),
+    ]
 
 
 @pytest.mark.parametrize("site", [site for kind in KINDS for site in kind.examples()], ids=str)
@@ -190,7 +221,14 @@ def test_the_products_of_a_layer_do_the_multiply_adds_that_its_format_counts(sit
 
 def _net() -> nn.Module:
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 48, 3, stride=2), nn.ReLU(), nn.Conv2d(48, 48, 3), nn.ReLU()]
+    layers = [
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 48, 3, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(48, 48, 3),
+        nn.ReLU(),
+    ]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(48 * 25, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
 
 
@@ -207,10 +245,16 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("untimed")
 @pytest.mark.parametrize("measure", ["cycles", "seconds", "joules"])
 def test_a_budget_on_what_the_model_tells_is_met_exactly_and_nothing_is_timed(measure: str) -> None:
-    artifact = tdpass.compress(_net(), {measure: 0.6}, IMAGES, target="systolic:gemmini", effort="fast", cache=False)
+    artifact = tdpass.compress(
+        _net(), {measure: 0.6}, IMAGES, target="systolic:gemmini", effort="fast", cache=False
+    )
     report, plan = artifact.report, artifact.plan
     assert report.final.get(measure) <= 0.6 * report.original.get(measure)
-    assert report.final.get("cycles") == plan.planned.get("cycles") == sum(choice.cost.get("cycles") for choice in plan)
+    assert (
+        report.final.get("cycles")
+        == plan.planned.get("cycles")
+        == sum(choice.cost.get("cycles") for choice in plan)
+    )
     assert report.original.get("cycles") == sum(choice.dense.get("cycles") for choice in plan)
     assert report.final.get("joules") == pytest.approx(sum(choice.cost.get("joules") for choice in plan))
     for choice in plan:
@@ -221,8 +265,13 @@ def test_a_budget_on_what_the_model_tells_is_met_exactly_and_nothing_is_timed(me
 
 @pytest.mark.usefixtures("untimed")
 def test_no_chosen_rank_could_be_raised_at_no_cost() -> None:
-    plan = tdpass.make_plan(_net(), {"cycles": 0.6}, IMAGES, target="systolic:gemmini", effort="fast", cache=False).plan
-    target, sites = open_target("systolic:gemmini", "torch"), {site.name: site for site in open_model(_net(), (IMAGES[:1],)).sites()}
+    plan = tdpass.make_plan(
+        _net(), {"cycles": 0.6}, IMAGES, target="systolic:gemmini", effort="fast", cache=False
+    ).plan
+    target, sites = (
+        open_target("systolic:gemmini", "torch"),
+        {site.name: site for site in open_model(_net(), (IMAGES[:1],)).sites()},
+    )
     for choice in plan:
         largest = FORMATS.get(choice.format).ranks(sites[choice.site])[-1]
         for place, rank in enumerate(choice.rank if len(choice.rank) == len(largest) else ()):
@@ -254,11 +303,22 @@ def test_a_site_costs_what_its_products_do_over_all_its_calls() -> None:
 
 
 def test_a_budget_that_cannot_be_met_or_told_says_so() -> None:
-    with pytest.raises(BudgetError, match=r"smallest reachable plan \([\d,]+, of which .* on target systolic only what takes fewer cycles than dense counts"):
-        tdpass.make_plan(_net(), {"cycles": "1k"}, IMAGES, target="systolic:gemmini", effort="fast", cache=False)
-    with pytest.raises(BudgetError, match=r"cycles needs a machine that tells them, and none was given; pass target='crossbar'"):
+    with pytest.raises(
+        BudgetError,
+        match=r"smallest reachable plan \([\d,]+, of which .* on target systolic only what takes fewer cycles than dense counts",
+    ):
+        tdpass.make_plan(
+            _net(), {"cycles": "1k"}, IMAGES, target="systolic:gemmini", effort="fast", cache=False
+        )
+    with pytest.raises(
+        BudgetError,
+        match=r"cycles needs a machine that tells them, and none was given; pass target='crossbar'",
+    ):
         tdpass.make_plan(_net(), {"cycles": 0.5}, IMAGES, effort="fast", cache=False)
-    with pytest.raises(BudgetError, match=r"area needs a machine that tells them, target systolic does not tell them; pass target='crossbar'"):
+    with pytest.raises(
+        BudgetError,
+        match=r"area needs a machine that tells them, target systolic does not tell them; pass target='crossbar'",
+    ):
         tdpass.make_plan(_net(), {"area": 0.5}, IMAGES, target="systolic", effort="fast", cache=False)
 
 
@@ -266,7 +326,9 @@ def test_break_even_is_asked_of_a_modelled_target_as_of_a_timed_one() -> None:
     target = open_target("systolic:gemmini", "torch")
     site = Site("fc", "linear", (64, 64), extents=(((512,), (512,)),))
     rank = target.break_even(site, "svd")
-    dense, least, more = (cost.get("cycles") for cost in target.cost(site, [DENSE, Form("svd", (16,)), Form("svd", (32,))]))
+    dense, least, more = (
+        cost.get("cycles") for cost in target.cost(site, [DENSE, Form("svd", (16,)), Form("svd", (32,))])
+    )
     assert least < dense <= more
     assert rank == (16,)
 

@@ -17,7 +17,9 @@ from tdpass.site import Site
 from tdpass.targets import Setting, Target, open_target
 from tdpass.targets.measured import MeasuredTarget
 
-SITE = Site("conv", "conv", (16, 16, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), True, extents=(((8, 8), (8, 8)),))
+SITE = Site(
+    "conv", "conv", (16, 16, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), True, extents=(((8, 8), (8, 8)),)
+)
 FORMS = [DENSE, Form("tucker2", (8, 8)), Form("spatial_svd", (8,))]
 
 
@@ -92,7 +94,9 @@ def test_calls_of_a_site_add_up(tmp_path: Path) -> None:
     target = cpu(tmp_path)
     small = ((4, 4), (4, 4))
     alone = [target.seconds(replace(SITE, extents=(extent,)), DENSE) for extent in (SITE.extents[0], small)]
-    assert target.seconds(replace(SITE, extents=(*SITE.extents, small, small)), DENSE) == pytest.approx(alone[0] + 2 * alone[1])
+    assert target.seconds(replace(SITE, extents=(*SITE.extents, small, small)), DENSE) == pytest.approx(
+        alone[0] + 2 * alone[1]
+    )
 
 
 class Scripted(MeasuredTarget):
@@ -121,7 +125,9 @@ def test_whole_models_are_timed_on_the_scale_of_a_layer(residual: nn.Module, ima
     target = Scripted(cpu().runtimes[:1], None)
     target.time(SITE, [DENSE], Setting())
     model = open_model(residual)
-    assert target.time_models([model, model], Batch((images[:1],)), Setting(), SITE) == pytest.approx([1 / 3, 2 / 3])
+    assert target.time_models([model, model], Batch((images[:1],)), Setting(), SITE) == pytest.approx(
+        [1 / 3, 2 / 3]
+    )
     assert target.time_models([model], Batch((images[:1],)), Setting()) == [4.0]
 
 

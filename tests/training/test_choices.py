@@ -21,7 +21,20 @@ from tdpass.training.rank_search import Answers, Approach, Prices, RankSearch, j
 from tdpass.training.schedules import Constant
 
 CONV = Site("0", "conv", (12, 8, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
-FORMS = tuple(map(Form.parse, ("tucker2 3x2", "tucker2 8x4", "tucker2 4x8", "spatial_svd 5", "spatial_svd 9", "channel_svd 4", "input_svd 3")))
+FORMS = tuple(
+    map(
+        Form.parse,
+        (
+            "tucker2 3x2",
+            "tucker2 8x4",
+            "tucker2 4x8",
+            "spatial_svd 5",
+            "spatial_svd 9",
+            "channel_svd 4",
+            "input_svd 3",
+        ),
+    )
+)
 GENERATOR = torch.Generator().manual_seed(0)
 WEIGHT = torch.randn(CONV.shape, generator=GENERATOR)
 
@@ -45,7 +58,12 @@ def test_the_mixed_weight_is_the_layer_whose_output_is_the_mixed_output() -> Non
     outputs = []
     for index, share in enumerate(shares):
         outputs.append(share * F.conv2d(x, choices.one(index, *parts), padding=1))
-    torch.testing.assert_close(F.conv2d(x, choices.mixed(shares, *parts), padding=1), torch.stack(outputs).sum(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        F.conv2d(x, choices.mixed(shares, *parts), padding=1),
+        torch.stack(outputs).sum(0),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("index", range(1, len(FORMS) + 1))
@@ -58,7 +76,9 @@ def test_every_candidate_is_its_form(index: int) -> None:
     factors = {name: own[name][tuple(map(slice, shape))] for name, shape in shapes.items()}
     x = torch.randn(1, 8, 6, 6, generator=GENERATOR)
     expected = Layer(CONV, form, factors)(x)
-    torch.testing.assert_close(F.conv2d(x, choices.one(index, *parts), padding=1), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        F.conv2d(x, choices.one(index, *parts), padding=1), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", ["svd", "channel_svd", "input_svd", "spatial_svd"])
@@ -96,11 +116,19 @@ def test_what_decides_is_the_draw_the_most_probable_or_the_chosen_form() -> None
 
 def network(forms: tuple[Form, ...] = FORMS) -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(8, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 3))
+    model = nn.Sequential(
+        nn.Conv2d(8, 12, 3, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, 3),
+    )
     return with_parametrizations(model, {"0": partial(Choices, CONV, forms, Metric())})
 
 
-def search(net: nn.Module, goal: float, penalty: float, answers: Answers | None, steps: int, every: int = 1) -> Tensor:
+def search(
+    net: nn.Module, goal: float, penalty: float, answers: Answers | None, steps: int, every: int = 1
+) -> Tensor:
     """The shares of the forms after so many steps, whose weights do not move."""
     layers = parametrized(net, ["0"])
     choices = layers["0"].made_by
@@ -109,7 +137,15 @@ def search(net: nn.Module, goal: float, penalty: float, answers: Answers | None,
     torch.manual_seed(1)
     begins = {"0": torch.zeros(len(choices.forms))}
     term = RankSearch(
-        net, {"0": choices}, begins, Prices({"0": costs}, goal), Constant(1.0), rate=0.1, penalty=penalty, every=every, answers=answers
+        net,
+        {"0": choices},
+        begins,
+        Prices({"0": costs}, goal),
+        Constant(1.0),
+        rate=0.1,
+        penalty=penalty,
+        every=every,
+        answers=answers,
     )
     optimizer = torch.optim.SGD(net.parameters(), 0.0)
     for _ in range(steps):
@@ -123,7 +159,9 @@ def test_a_price_draws_to_the_cheapest_form_and_a_goal_to_its_cost() -> None:
     assert int(search(network(), 0.0, 1.0, None, 60).argmax()) == len(FORMS)
     shares = search(network(), 0.6, 1.0, None, 150)
     assert float(shares @ torch.linspace(1.0, 0.1, len(FORMS) + 1)) == pytest.approx(0.6, abs=0.02)
-    assert torch.equal(search(network(), 0.0, 1.0, None, 10, every=0), torch.full((len(FORMS) + 1,), 1 / (len(FORMS) + 1)))
+    assert torch.equal(
+        search(network(), 0.0, 1.0, None, 10, every=0), torch.full((len(FORMS) + 1,), 1 / (len(FORMS) + 1))
+    )
 
 
 def test_the_dense_answers_draw_to_the_form_that_gives_them() -> None:

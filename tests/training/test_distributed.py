@@ -23,7 +23,9 @@ def together(folder: Path, method: str, parallel: str) -> list[dict[str, Tensor]
     for rank in range(2):
         group = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
         environment = {**os.environ, **group, "PYTHONPATH": str(RUN.parents[2]), "OMP_NUM_THREADS": "1"}
-        workers.append(subprocess.Popen([sys.executable, str(RUN), str(folder), method, parallel], env=environment))
+        workers.append(
+            subprocess.Popen([sys.executable, str(RUN), str(folder), method, parallel], env=environment)
+        )
     assert [worker.wait(timeout=200) for worker in workers] == [0, 0]
     return [torch.load(folder / f"final-{rank}.pt", weights_only=True) for rank in range(2)]
 
@@ -32,7 +34,13 @@ def together(folder: Path, method: str, parallel: str) -> list[dict[str, Tensor]
 @pytest.mark.parametrize(
     ("method", "parallel"),
     [
-        ("admm-tt", "ddp"), ("admm-nn", "fsdp2"), ("batude", "fsdp2"), ("searches", "fsdp2"), ("surgery", "fsdp2"), ("surgery", "ddp"), ("lc", "ddp"),
+        ("admm-tt", "ddp"),
+        ("admm-nn", "fsdp2"),
+        ("batude", "fsdp2"),
+        ("searches", "fsdp2"),
+        ("surgery", "fsdp2"),
+        ("surgery", "ddp"),
+        ("lc", "ddp"),
         ("cascaded-projection", "ddp"),
     ],
 )

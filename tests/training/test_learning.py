@@ -31,7 +31,9 @@ def run(folder: Path, resume: bool = False) -> tuple[nn.Module, Mixture, list[fl
     model, term = nn.Linear(5, 3), Mixture()
     data = Batches(torch.randn(24, 5, generator=torch.Generator().manual_seed(1)), torch.arange(24) % 3, 6)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-    loop = Loop("test", model, data, optimizer, cross_entropy(), 4, lambda progress: 1.0, terms=(term,), folder=folder)
+    loop = Loop(
+        "test", model, data, optimizer, cross_entropy(), 4, lambda progress: 1.0, terms=(term,), folder=folder
+    )
     return model, term, [row.loss for row in loop.run(resume)]
 
 
@@ -43,6 +45,8 @@ def test_own_parameters_learn_and_are_resumed_bit_by_bit(tmp_path: Path) -> None
     resumed, second, again = run(tmp_path, resume=True)
     assert again == losses
     assert torch.equal(second.parameters["matrix"], first.parameters["matrix"])
-    assert all(torch.equal(value, straight.state_dict()[name]) for name, value in resumed.state_dict().items())
+    assert all(
+        torch.equal(value, straight.state_dict()[name]) for name, value in resumed.state_dict().items()
+    )
     for held, other in zip(first.optimizer.state.values(), second.optimizer.state.values(), strict=True):
         assert all(torch.equal(held[key], other[key]) for key in ("exp_avg", "exp_avg_sq", "step"))

@@ -31,7 +31,14 @@ from tdpass.training.surgery import Surgery
 from tdpass.training.terms import Hooks, Term
 
 
-def solve(optimizer: torch.optim.Optimizer, weight: nn.Parameter, goal: torch.Tensor, term: Term, rounds: int, every: int) -> None:
+def solve(
+    optimizer: torch.optim.Optimizer,
+    weight: nn.Parameter,
+    goal: torch.Tensor,
+    term: Term,
+    rounds: int,
+    every: int,
+) -> None:
     """min ||W - goal||^2 / 2 with a term, by the optimizer."""
     hooks = Hooks(optimizer, [term], lambda step: step % every == 0, rounds)
     for _ in range(rounds * every):
@@ -48,7 +55,9 @@ def test_admm_finds_the_nearest_point_of_the_set(decoupled: bool) -> None:
     constraint = Sparse(10)
     term = Admm({"w": weight}, [fixed({"w": constraint})], 1.0, decoupled)
     solve(torch.optim.SGD([weight], lr=0.2), weight, goal, term, rounds=60, every=20)
-    torch.testing.assert_close(constraint.project(weight.detach()), constraint.project(goal), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        constraint.project(weight.detach()), constraint.project(goal), rtol=1e-3, atol=1e-3
+    )
     assert term.residuals()["w"] < 1e-2
 
 
@@ -56,7 +65,9 @@ def test_two_sets_compose() -> None:
     goal = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     weight = nn.Parameter(goal.clone())
     levels = IntegerLevels(4).frozen(Sparse(12).project(goal))
-    term = Admm({"w": weight}, [fixed({"w": Sparse(12)}), fixed({"w": levels})], Geometric(0.1, 10.0), decoupled=True)
+    term = Admm(
+        {"w": weight}, [fixed({"w": Sparse(12)}), fixed({"w": levels})], Geometric(0.1, 10.0), decoupled=True
+    )
     solve(torch.optim.SGD([weight], lr=0.2), weight, goal, term, rounds=120, every=10)
     found = weight.detach()
     kept = Sparse(12).project(found)
@@ -182,7 +193,12 @@ def test_schedules_are_read_from_recipes() -> None:
 
 
 def test_batches_repeat_with_seed_and_epoch() -> None:
-    data = Batches(torch.arange(20.0), torch.arange(20), 6, change=lambda x, generator: x + torch.rand(x.shape, generator=generator))
+    data = Batches(
+        torch.arange(20.0),
+        torch.arange(20),
+        6,
+        change=lambda x, generator: x + torch.rand(x.shape, generator=generator),
+    )
     first = [x.clone() for x, _ in data]
     assert len(first) == len(data) == 3
     assert all(torch.equal(a, b) for a, (b, _) in zip(first, data, strict=True))
@@ -204,12 +220,19 @@ def test_watch_stops_a_growing_residual() -> None:
 
 def test_phases_follow_each_other_and_restart_the_rate() -> None:
     begun: list[str] = []
-    phased = Phased([Phase(name, rounds, lambda name=name: [begun.append(name) or Term()]) for name, rounds in (("a", 2), ("skipped", 0), ("b", 1))])
+    phased = Phased(
+        [
+            Phase(name, rounds, lambda name=name: [begun.append(name) or Term()])
+            for name, rounds in (("a", 2), ("skipped", 0), ("b", 1))
+        ]
+    )
     for index in range(4):
         phased.begin_round(index / 3)
     assert begun == ["a", "b"]
     rate = phased.rate(Cosine(1.0))
-    assert [rate(share / 6) for share in range(6)] == pytest.approx([1.0, Cosine(1.0).value(0.25), 0.5, Cosine(1.0).value(0.75), 1.0, 0.5])
+    assert [rate(share / 6) for share in range(6)] == pytest.approx(
+        [1.0, Cosine(1.0).value(0.25), 0.5, Cosine(1.0).value(0.75), 1.0, 0.5]
+    )
 
 
 def test_phases_end_with_the_average_of_their_weights() -> None:
@@ -255,7 +278,9 @@ def test_a_loss_that_is_not_finite_stops_the_run() -> None:
 def test_data_that_is_not_understood(data: object) -> None:
     model = nn.Linear(4, 2)
     with pytest.raises(UsageError):
-        Loop("method", model, data, torch.optim.SGD(model.parameters()), F.mse_loss, 1, lambda progress: 1.0).run()
+        Loop(
+            "method", model, data, torch.optim.SGD(model.parameters()), F.mse_loss, 1, lambda progress: 1.0
+        ).run()
 
 
 class Wrapped(nn.Module):
@@ -274,7 +299,16 @@ def trained(wrap: Callable[[torch.Tensor], object]) -> torch.Tensor:
     torch.manual_seed(0)
     model, teacher = Wrapped(wrap), Wrapped(wrap)
     data = [(UserDict(pixels=torch.randn(8, 4)), torch.arange(8) % 3) for _ in range(3)]
-    Loop("method", model, data, torch.optim.SGD(model.parameters(), lr=0.1), cross_entropy(), 1, lambda progress: 1.0, (Distillation(teacher, 0.5),)).run()
+    Loop(
+        "method",
+        model,
+        data,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        cross_entropy(),
+        1,
+        lambda progress: 1.0,
+        (Distillation(teacher, 0.5),),
+    ).run()
     return model.linear.weight.detach()
 
 

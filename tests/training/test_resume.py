@@ -50,11 +50,21 @@ def test_killed_and_resumed_is_bit_identical(tmp_path: Path) -> None:
         assert torch.equal(resumed[name], value), name
 
 
-@pytest.mark.parametrize(("method", "compiled"), [*((method, False) for method in training_run.METHODS), pytest.param("admm-tt", True, marks=pytest.mark.slow)])
-def test_resume_inside_an_epoch(method: str, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("method", "compiled"),
+    [
+        *((method, False) for method in training_run.METHODS),
+        pytest.param("admm-tt", True, marks=pytest.mark.slow),
+    ],
+)
+def test_resume_inside_an_epoch(
+    method: str, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tdpass.training.loop import Loop
 
-    straight = training_run.train(tmp_path / "straight", method, every=3, compiled=compiled).model.state_dict()
+    straight = training_run.train(
+        tmp_path / "straight", method, every=3, compiled=compiled
+    ).model.state_dict()
     steps, step = iter(range(10**6)), Loop._step
 
     def stopping(self: Loop, *arguments: object) -> torch.Tensor:
@@ -66,7 +76,9 @@ def test_resume_inside_an_epoch(method: str, compiled: bool, tmp_path: Path, mon
     with pytest.raises(KeyboardInterrupt):
         training_run.train(tmp_path / "stopped", method, every=3, compiled=compiled)
     monkeypatch.undo()
-    resumed = training_run.train(tmp_path / "stopped", method, resume=True, every=3, compiled=compiled).model.state_dict()
+    resumed = training_run.train(
+        tmp_path / "stopped", method, resume=True, every=3, compiled=compiled
+    ).model.state_dict()
     assert all(torch.equal(resumed[name], value) for name, value in straight.items())
 
 

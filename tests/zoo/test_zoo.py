@@ -9,7 +9,14 @@ import tdpass
 from tdpass.datasets import open_dataset
 from tdpass.zoo import NETS
 
-PARAMETERS = {"lenet5": 431_080, "resnet20": 269_722, "resnet32": 464_154, "resnet56": 853_018, "resnet18": 11_181_642, "resnet50": 23_528_522}
+PARAMETERS = {
+    "lenet5": 431_080,
+    "resnet20": 269_722,
+    "resnet32": 464_154,
+    "resnet56": 853_018,
+    "resnet18": 11_181_642,
+    "resnet50": 23_528_522,
+}
 
 
 @pytest.mark.parametrize("name", NETS.names())
@@ -25,8 +32,17 @@ def test_networks_read_their_sample_and_score_every_class(name: str) -> None:
         assert sum(parameter.numel() for parameter in net.build(classes=10).parameters()) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", [name for name in NETS.names() if name not in ("resnet18", "resnet50", "vgg11", "vgg16")])
+@pytest.mark.parametrize(
+    "name", [name for name in NETS.names() if name not in ("resnet18", "resnet50", "vgg11", "vgg16")]
+)
 def test_networks_have_sites_that_a_plan_makes_smaller(name: str) -> None:
     net = NETS.get(name)
-    artifact = tdpass.compress(net.build().eval(), {"params": 0.8}, formats=["svd", "channel_svd"], effort="fast", cache=False, strict=False)
+    artifact = tdpass.compress(
+        net.build().eval(),
+        {"params": 0.8},
+        formats=["svd", "channel_svd"],
+        effort="fast",
+        cache=False,
+        strict=False,
+    )
     assert artifact.report.final.params <= 0.8 * artifact.report.original.params

@@ -1,4 +1,7 @@
-"""Front ends: every kind of model that `compress` takes, one file each.  Importing this package registers all of them."""
+"""Front ends: every kind of model that `compress` takes, one file each.
+
+Importing this package registers all of them.
+"""
 
 from __future__ import annotations
 

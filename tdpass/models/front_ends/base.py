@@ -17,9 +17,9 @@ Open = Callable[[object, Batch | None, Sequence[str]], Model]
 class FrontEnd:
     """Models of these classes, and files with these suffixes.
 
-    A class is given as it is, or by its full name where its library need not be there; of several front ends whose classes a model is
-    of, the one that has the nearest takes it.  `open(model, example, overridable)` gets the model or a `Path`.  `trusted` reads a file whose loading
-    could run code, where such files exist.
+    A class is given as it is, or by its full name where its library need not be there; of several front ends
+    whose classes a model is of, the one that has the nearest takes it.  `open(model, example, overridable)`
+    gets the model or a `Path`.  `trusted` reads a file whose loading could run code, where such files exist.
     """
 
     name: str
@@ -42,17 +42,24 @@ def register_front_end(front_end: FrontEnd) -> FrontEnd:
     for known in FRONT_ENDS:
         taken = {*known.names, *known.suffixes}.intersection((*front_end.names, *front_end.suffixes))
         if taken:
-            raise UsageError(f"front end {front_end.name!r} takes {min(taken)!r}, which {known.name!r} takes already")
+            raise UsageError(
+                f"front end {front_end.name!r} takes {min(taken)!r}, which {known.name!r} takes already"
+            )
     return FRONT_ENDS.add(front_end.name, front_end)
 
 
 def front_end_of(source: object) -> FrontEnd:
-    """The front end that takes a model or a path; raises `InvalidModelError`, for a path `UsageError`, where there is none."""
+    """The front end that takes a model or a path.
+
+    Raises `InvalidModelError`, for a path `UsageError`, where there is none.
+    """
     found = front_end_of_file(source) if isinstance(source, Path) else _of_type(type(source))
     if found is not None:
         return found
     if isinstance(source, Path):
-        raise UsageError(f"cannot read {source.name!r} as a model; give a file that ends in {listed(_suffixes())}, or a model in memory")
+        raise UsageError(
+            f"cannot read {source.name!r} as a model; give a file that ends in {listed(_suffixes())}, or a model in memory"
+        )
     raise InvalidModelError(
         f"cannot compress a {_name(type(source))}; give a model of type "
         f"{listed(sorted(name for known in FRONT_ENDS for name in known.names))}, or a path to {listed(_suffixes())}"

@@ -13,7 +13,10 @@ _ROOT_HALF = math.sqrt(0.5)
 
 
 def activation_after(y: ir.Value) -> tuple[str, list[ir.Node]]:
-    """The activation that alone reads the value, and its nodes in order; "identity" and none where there is no such."""
+    """The activation that alone reads the value, and its nodes in order.
+
+    "identity" and none where there is no such.
+    """
     for name, find in (("relu", _relu), ("silu", _silu), ("gelu", _gelu)):
         found = find(y)
         if found:
@@ -22,13 +25,18 @@ def activation_after(y: ir.Value) -> tuple[str, list[ir.Node]]:
 
 
 def sole_reader(value: ir.Value, *operators: str) -> ir.Node | None:
-    """The one node that reads the value, once, in the same graph; None where its operator is not one of those given."""
+    """The one node that reads the value, once, in the same graph.
+
+    None where its operator is not one of those given.
+    """
     uses = value.uses()
     producer = value.producer()
     if len(uses) != 1 or value.is_graph_output() or producer is None:
         return None
     ((node, _),) = uses
-    fits = node.graph is producer.graph and (not operators or (node.op_type in operators and node.domain in ("", "com.microsoft")))
+    fits = node.graph is producer.graph and (
+        not operators or (node.op_type in operators and node.domain in ("", "com.microsoft"))
+    )
     return node if fits else None
 
 
@@ -48,7 +56,9 @@ def _silu(y: ir.Value) -> list[ir.Node]:
         return [swish] if swish.attributes.get_float("alpha", 1.0) == 1.0 else []
     gates = [node for node in _readers(y, 2) if node.op_type == "Sigmoid" and not node.domain]
     product = sole_reader(gates[0].outputs[0], "Mul") if len(gates) == 1 else None
-    return [gates[0], product] if product is not None and set(product.inputs) == {y, gates[0].outputs[0]} else []
+    return (
+        [gates[0], product] if product is not None and set(product.inputs) == {y, gates[0].outputs[0]} else []
+    )
 
 
 def _gelu(y: ir.Value) -> list[ir.Node]:
@@ -65,13 +75,22 @@ def _gelu(y: ir.Value) -> list[ir.Node]:
     if product is None or other(product, shift.outputs[0]) is not y:
         return []
     half = sole_reader(product.outputs[0], "Mul", "Div")
-    return [scale, erf, shift, product, half] if half is not None and _scales(half, product.outputs[0], 0.5) else []
+    return (
+        [scale, erf, shift, product, half]
+        if half is not None and _scales(half, product.outputs[0], 0.5)
+        else []
+    )
 
 
 def _readers(value: ir.Value, count: int) -> Iterator[ir.Node]:
     """The nodes that read the value, if there are that many readings and all are in its graph."""
     producer, uses = value.producer(), value.uses()
-    if producer is not None and len(uses) == count and not value.is_graph_output() and all(usage.node.graph is producer.graph for usage in uses):
+    if (
+        producer is not None
+        and len(uses) == count
+        and not value.is_graph_output()
+        and all(usage.node.graph is producer.graph for usage in uses)
+    ):
         yield from dict.fromkeys(usage.node for usage in uses)
 
 
@@ -86,4 +105,8 @@ def _scales(node: ir.Node, value: ir.Value, factor: float) -> bool:
 
 def _is_number(value: ir.Value | None, number: float) -> bool:
     tensor = constant(value)
-    return tensor is not None and math.prod(sizes(tensor)) == 1 and abs(float(to_torch(tensor).reshape(())) - number) < 1e-5 * abs(number)
+    return (
+        tensor is not None
+        and math.prod(sizes(tensor)) == 1
+        and abs(float(to_torch(tensor).reshape(())) - number) < 1e-5 * abs(number)
+    )

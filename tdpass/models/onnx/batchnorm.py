@@ -31,7 +31,12 @@ def _is_batchnorm(node: ir.Node) -> bool:
         return False
     trains, per_channel = node.attributes.get_int("training_mode", 0), node.attributes.get_int("spatial", 1)
     extra = any(output.uses() or output.is_graph_output() for output in node.outputs[1:])
-    return not trains and bool(per_channel) and not extra and all(constant(value) is not None for value in node.inputs[1:])
+    return (
+        not trains
+        and bool(per_channel)
+        and not extra
+        and all(constant(value) is not None for value in node.inputs[1:])
+    )
 
 
 def foldable(model: ir.Model, site: FoundSite, shapes: Shapes) -> ir.Node | None:
@@ -51,7 +56,10 @@ def foldable(model: ir.Model, site: FoundSite, shapes: Shapes) -> ir.Node | None
 
 
 def fold(model: ir.Model, name: str, site: FoundSite, node: ir.Node) -> None:
-    """Scale the weight, shift the bias and take the batch-norm out of the dense model; computed in float64."""
+    """Scale the weight, shift the bias and take the batch-norm out of the dense model.
+
+    Computed in float64.
+    """
     gamma, beta, mean, variance = (to_torch(held(value)).double() for value in node.inputs[1:5])
     scale = gamma / torch.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
     use = site.uses[0]
@@ -95,4 +103,9 @@ def statistics(node: ir.Node) -> list[Tensor]:
 def set_statistics(model: ir.Model, node: ir.Node, values: Sequence[Tensor]) -> None:
     """Replace running mean and variance."""
     for index, value, present in zip((_MEAN, _VARIANCE), values, statistics(node), strict=True):
-        replace_constant(model, Slot(node, index), value.to(present.dtype), f"{node.name or 'norm'}.{'mean' if index == _MEAN else 'variance'}")
+        replace_constant(
+            model,
+            Slot(node, index),
+            value.to(present.dtype),
+            f"{node.name or 'norm'}.{'mean' if index == _MEAN else 'variance'}",
+        )

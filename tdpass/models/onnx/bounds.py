@@ -20,8 +20,12 @@ MOST_NODES = 12_000
 Exports of the largest networks in use stay below 10,000.  `tdpass inspect` takes three quarters of a millisecond for a node, so that this
 many are listed within ten seconds; whoever has more, and the time, sets `$TDPASS_MOST_NODES`.
 """
-MOST_TRIPS = 10_000_000  # of a loop that nothing else ends; a step of the smallest body takes a microsecond or more
-MOST_PARTS = 100_000  # outermost fields of a file: a handful, and one for each local function and each property
+MOST_TRIPS = (
+    10_000_000  # of a loop that nothing else ends; a step of the smallest body takes a microsecond or more
+)
+MOST_PARTS = (
+    100_000  # outermost fields of a file: a handful, and one for each local function and each property
+)
 _VARINT, _BYTES = 0, 2
 _FIXED_SIZES = {1: 8, 3: 0, 4: 0, 5: 4}  # 3 and 4 begin and end a group, as old writers have them
 _Key = tuple[str, str, str]
@@ -43,11 +47,16 @@ def check_outline(path: Path) -> None:
         except IndexError:
             problem = "it is cut short"
     if problem:
-        raise InvalidModelError(f"{str(path)!r} cannot be read: {problem}; the file is damaged or not ONNX; export the model again")
+        raise InvalidModelError(
+            f"{str(path)!r} cannot be read: {problem}; the file is damaged or not ONNX; export the model again"
+        )
 
 
 def _problem(content: mmap.mmap) -> str:
-    """Why the content is no protobuf, as far as its outermost fields say; empty for none.  Raises `IndexError` where it ends within one."""
+    """Why the content is no protobuf, as far as its outermost fields say; empty for none.
+
+    Raises `IndexError` where it ends within one.
+    """
     place, parts = 0, 0
     while place < len(content):
         tag, place = _varint(content, place)
@@ -75,14 +84,20 @@ def _varint(content: mmap.mmap, place: int) -> tuple[int, int]:
 
 def check_expansion(proto: onnx.ModelProto, what: str) -> None:
     """Raise unless a model has at most `MOST_NODES` nodes once its local functions are written out, as runtimes and checkers do."""
-    bodies = {(function.domain, function.name, function.overload): function.node for function in proto.functions}
+    bodies = {
+        (function.domain, function.name, function.overload): function.node for function in proto.functions
+    }
     if len(bodies) < len(proto.functions):
-        raise InvalidModelError(f"{what} defines a local function twice; give each its own name, or export the model again")
+        raise InvalidModelError(
+            f"{what} defines a local function twice; give each its own name, or export the model again"
+        )
     calls = {key: _calls(nodes, bodies) for key, nodes in bodies.items()}
     try:
         order = list(TopologicalSorter({key: called for key, (_, called) in calls.items()}).static_order())
     except CycleError:
-        raise InvalidModelError(f"{what} has a local function that calls itself; ONNX allows no recursion: export the model again") from None
+        raise InvalidModelError(
+            f"{what} has a local function that calls itself; ONNX allows no recursion: export the model again"
+        ) from None
     expanded: dict[_Key, int] = {}
     for key in order:
         expanded[key] = _expanded(calls[key], expanded)
@@ -90,7 +105,9 @@ def check_expansion(proto: onnx.ModelProto, what: str) -> None:
     most = most_nodes()
     if total > most:
         written = ", its local functions written out," if proto.functions else ""
-        raise UnsupportedError(f"{what} has{written} {_count(total)} nodes; supported are {most:,}: simplify the model, or set TDPASS_MOST_NODES")
+        raise UnsupportedError(
+            f"{what} has{written} {_count(total)} nodes; supported are {most:,}: simplify the model, or set TDPASS_MOST_NODES"
+        )
 
 
 def most_nodes() -> int:
@@ -144,7 +161,12 @@ def check_loops(proto: onnx.ModelProto, what: str) -> None:
 
 
 def _is_constant(node: onnx.NodeProto) -> bool:
-    return node.op_type == "Constant" and len(node.output) == 1 and len(node.attribute) == 1 and node.attribute[0].HasField("t")
+    return (
+        node.op_type == "Constant"
+        and len(node.output) == 1
+        and len(node.attribute) == 1
+        and node.attribute[0].HasField("t")
+    )
 
 
 def _trips(node: onnx.NodeProto, known: Mapping[str, onnx.TensorProto]) -> int | None:
@@ -162,7 +184,11 @@ def _stays_true(body: onnx.GraphProto, condition: str, known: Mapping[str, onnx.
     """Whether a loop's condition is true at first and after every run of its body, as far as that can be seen."""
     if condition and not _is_true(condition, known):
         return False
-    copied = {node.output[0]: node.input[0] for node in body.node if node.op_type == "Identity" and node.input and node.output}
+    copied = {
+        node.output[0]: node.input[0]
+        for node in body.node
+        if node.op_type == "Identity" and node.input and node.output
+    }
     name = body.output[0].name
     for _ in range(len(copied)):
         name = copied.get(name, name)

@@ -23,7 +23,10 @@ NodeChain = Chain[ir.Node, Slot]
 
 
 class NodeReader:
-    """Reads layers of the main graph whose weights are constants of float32; a `tdpass.fusing.find.Reader`."""
+    """Reads layers of the main graph whose weights are constants of float32.
+
+    A `tdpass.fusing.find.Reader`.
+    """
 
     cuts = False
 

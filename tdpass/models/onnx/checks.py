@@ -50,13 +50,18 @@ def invalid_if_failing(what: str, hint: str) -> Iterator[None]:
 
 
 def check_proto(proto: onnx.ModelProto, path: Path | None = None) -> None:
-    """Raise `InvalidModelError` unless the model is sound; `path` is where its external data lies, None where it may have none."""
+    """Raise `InvalidModelError` unless the model is sound.
+
+    `path` is where its external data lies, None where it may have none.
+    """
     what = repr(str(path)) if path is not None else "the model"
     _check_versions(proto, what)
     with invalid_if_failing(f"{what} is not a valid ONNX model", "export it again"):
         wrong = next((text for text in texts(proto) if not isinstance(text, str)), None)
         if wrong is not None:
-            raise InvalidModelError(f"{what} has a name or description that is no UTF-8 text: {repr(wrong)[:80]}; export the model again")
+            raise InvalidModelError(
+                f"{what} has a name or description that is no UTF-8 text: {repr(wrong)[:80]}; export the model again"
+            )
         for tensor in tensor_protos(proto):
             _check_tensor(tensor, path, what)
         check_expansion(proto, what)
@@ -90,7 +95,12 @@ def check_structure(model: ir.Model, hint: str) -> None:
 def _accept_runtime_operators(proto: onnx.ModelProto) -> None:
     """Take operators that ONNX Runtime's optimizer puts in the standard domain, at any opset, for what they are: its own."""
     opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
-    own = [node for graph in graph_protos(proto) for node in graph.node if not node.domain and node.op_type in _RUNTIME_OPERATORS]
+    own = [
+        node
+        for graph in graph_protos(proto)
+        for node in graph.node
+        if not node.domain and node.op_type in _RUNTIME_OPERATORS
+    ]
     for node in own:
         if not onnx.defs.has(node.op_type, opset, ""):
             node.domain = "com.microsoft"
@@ -104,11 +114,17 @@ def _check_versions(proto: onnx.ModelProto, what: str) -> None:
     if not proto.HasField("graph") or not proto.graph.node:
         raise InvalidModelError(f"{what} holds no graph; export the model again")
     if opset is None:
-        raise InvalidModelError(f"{what} does not say which version of the standard operators it uses; export the model again")
+        raise InvalidModelError(
+            f"{what} does not say which version of the standard operators it uses; export the model again"
+        )
     if opset not in _OPSETS:
-        raise InvalidModelError(f"{what} uses opset {opset}; supported is {_OPSETS[0]} to {_OPSETS[-1]}; convert it with onnx.version_converter")
+        raise InvalidModelError(
+            f"{what} uses opset {opset}; supported is {_OPSETS[0]} to {_OPSETS[-1]}; convert it with onnx.version_converter"
+        )
     if proto.ir_version not in _IR_VERSIONS:
-        raise InvalidModelError(f"{what} is of IR version {proto.ir_version}; supported is {_IR_VERSIONS[0]} to {_IR_VERSIONS[-1]}; export it again")
+        raise InvalidModelError(
+            f"{what} is of IR version {proto.ir_version}; supported is {_IR_VERSIONS[0]} to {_IR_VERSIONS[-1]}; export it again"
+        )
     if proto.training_info:
         raise UnsupportedError(f"{what} holds training information; export it for inference")
     if any(graph.sparse_initializer for graph in graph_protos(proto)):
@@ -124,7 +140,9 @@ def _check_node(node: onnx.NodeProto, what: str) -> None:
         smallest = {"group": 1, "strides": 1, "dilations": 1, "kernel_shape": 1}.get(attribute.name)
         given = [*attribute.ints, *([attribute.i] if attribute.HasField("i") else [])]
         if smallest is not None and not node.domain and any(number < smallest for number in given):
-            raise InvalidModelError(f"{what}: node {node.name!r} ({node.op_type}) has {attribute.name}={given}, but 1 is the least; export the model again")
+            raise InvalidModelError(
+                f"{what}: node {node.name!r} ({node.op_type}) has {attribute.name}={given}, but 1 is the least; export the model again"
+            )
         if attribute.name == "auto_pad" and not node.domain and attribute.s not in _AUTO_PADS:
             given_text = attribute.s.decode("utf-8", "replace")
             raise InvalidModelError(
@@ -144,13 +162,17 @@ def _check_names(graph: onnx.GraphProto, what: str) -> None:
     for kind, names in named.items():
         if len(set(names)) < len(names):
             twice = next(name for name, times in Counter(names).items() if times > 1)
-            raise InvalidModelError(f"{what} has two {kind}s of the name {twice!r} in one graph; give each its own, or export the model again")
+            raise InvalidModelError(
+                f"{what} has two {kind}s of the name {twice!r} in one graph; give each its own, or export the model again"
+            )
 
 
 def _check_tensor(tensor: onnx.TensorProto, path: Path | None, what: str) -> None:
     shape = list(tensor.dims)
     if any(size < 0 for size in shape):
-        raise InvalidModelError(f"{what}: tensor {tensor.name!r} has negative sizes {shape}; export the model again")
+        raise InvalidModelError(
+            f"{what}: tensor {tensor.name!r} has negative sizes {shape}; export the model again"
+        )
     if tensor.data_type == onnx.TensorProto.STRING:
         return
     bits = ir.DataType(tensor.data_type).bitwidth
@@ -160,36 +182,66 @@ def _check_tensor(tensor: onnx.TensorProto, path: Path | None, what: str) -> Non
     elif tensor.HasField("raw_data"):
         _check_held(tensor, len(tensor.raw_data), expected, "bytes", what)
     else:
-        entries = math.ceil(math.prod(shape) * min(bits, 8) / 8) * _ENTRIES_PER_NUMBER.get(tensor.data_type, 1)
-        _check_held(tensor, len(getattr(tensor, onnx.helper.tensor_dtype_to_field(tensor.data_type))), entries, "entries", what)
+        entries = math.ceil(math.prod(shape) * min(bits, 8) / 8) * _ENTRIES_PER_NUMBER.get(
+            tensor.data_type, 1
+        )
+        _check_held(
+            tensor,
+            len(getattr(tensor, onnx.helper.tensor_dtype_to_field(tensor.data_type))),
+            entries,
+            "entries",
+            what,
+        )
 
 
 def _check_held(tensor: onnx.TensorProto, held: int, expected: int, unit: str, what: str) -> None:
     if held != expected:
         content = f"holds {held} {unit} instead of {expected}" if held else "holds no data"
-        raise InvalidModelError(f"{what}: tensor {tensor.name!r} of sizes {list(tensor.dims)} {content}; export the model again")
+        raise InvalidModelError(
+            f"{what}: tensor {tensor.name!r} of sizes {list(tensor.dims)} {content}; export the model again"
+        )
 
 
 def _check_external(tensor: onnx.TensorProto, expected: int, path: Path | None, what: str) -> None:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     if path is None:
-        raise InvalidModelError(f"tensor {tensor.name!r} is in an external file; give the model's path, or load it with its external data")
-    if not location or Path(location).is_absolute() or location.startswith(("/", "\\")) or ".." in PurePosixPath(location.replace("\\", "/")).parts:
-        raise InvalidModelError(f"{what}: tensor {tensor.name!r} points to {location!r}, outside of the model's folder; move the data beside the model")
+        raise InvalidModelError(
+            f"tensor {tensor.name!r} is in an external file; give the model's path, or load it with its external data"
+        )
+    if (
+        not location
+        or Path(location).is_absolute()
+        or location.startswith(("/", "\\"))
+        or ".." in PurePosixPath(location.replace("\\", "/")).parts
+    ):
+        raise InvalidModelError(
+            f"{what}: tensor {tensor.name!r} points to {location!r}, outside of the model's folder; move the data beside the model"
+        )
     file = path.parent / location
     folder = os.path.realpath(path.parent)
     if os.path.commonpath([os.path.realpath(file), folder]) != folder:
-        raise InvalidModelError(f"{what}: the data file {location!r} is a link to outside of the model's folder; copy the data beside the model")
+        raise InvalidModelError(
+            f"{what}: the data file {location!r} is a link to outside of the model's folder; copy the data beside the model"
+        )
     try:
         status = file.stat()
     except OSError as error:
-        raise InvalidModelError(f"{what}: the data file {location!r} cannot be found ({brief(error)}); put it beside the model") from error
+        raise InvalidModelError(
+            f"{what}: the data file {location!r} cannot be found ({brief(error)}); put it beside the model"
+        ) from error
     if not stat.S_ISREG(status.st_mode):
-        raise InvalidModelError(f"{what}: the data file {location!r} is not a regular file; put the data itself beside the model")
+        raise InvalidModelError(
+            f"{what}: the data file {location!r} is not a regular file; put the data itself beside the model"
+        )
     if status.st_nlink > 1:
-        raise InvalidModelError(f"{what}: the data file {location!r} has several hard links, which may expose another file; copy it")
-    offset, length = (_place(tensor, key, entries.get(key, str(default)), what) for key, default in (("offset", 0), ("length", expected)))
+        raise InvalidModelError(
+            f"{what}: the data file {location!r} has several hard links, which may expose another file; copy it"
+        )
+    offset, length = (
+        _place(tensor, key, entries.get(key, str(default)), what)
+        for key, default in (("offset", 0), ("length", expected))
+    )
     if length != expected or offset + length > status.st_size:
         raise InvalidModelError(
             f"{what}: tensor {tensor.name!r} needs {expected} bytes, but is said to be {length} bytes at {offset} of a file of {status.st_size}; "
@@ -206,5 +258,7 @@ def _check_external(tensor: onnx.TensorProto, expected: int, path: Path | None, 
 def _place(tensor: onnx.TensorProto, key: str, text: str, what: str) -> int:
     """A place in a file, or a length, as an external tensor names it."""
     if not text.isascii() or not text.isdigit() or len(text) > _LONGEST_NUMBER:
-        raise InvalidModelError(f"{what}: tensor {tensor.name!r} has {key}={text[:_LONGEST_NUMBER]!r}, which is no place in a file; export the model again")
+        raise InvalidModelError(
+            f"{what}: tensor {tensor.name!r} has {key}={text[:_LONGEST_NUMBER]!r}, which is no place in a file; export the model again"
+        )
     return int(text)

@@ -41,7 +41,10 @@ def loop_seconds() -> float:
 
 @contextmanager
 def run_options(limited: bool) -> Iterator[onnxruntime.RunOptions]:
-    """Options of one run, whose failure is said by an exception only; `limited` ends it at the deadline, with `InvalidModelError`."""
+    """Options of one run, whose failure is said by an exception only.
+
+    `limited` ends it at the deadline, with `InvalidModelError`.
+    """
     options = onnxruntime.RunOptions()
     options.log_severity_level = _FATAL_ONLY
     if not limited:

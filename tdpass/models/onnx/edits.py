@@ -12,7 +12,10 @@ from tdpass.models.onnx.weight_use import Slot, WeightUse
 
 
 def replace_constant(model: ir.Model, slot: Slot, tensor: Tensor, name: str) -> None:
-    """Put another constant at an input; it keeps the old one's name if nothing else reads that, else it gets a name like `name`."""
+    """Put another constant at an input.
+
+    It keeps the old one's name if nothing else reads that, else it gets a name like `name`.
+    """
     old = slot.value
     value = _put(slot, tensor)
     _drop(model, old)

@@ -37,15 +37,21 @@ def read(path: Path) -> ir.Model:
 def write(model: ir.Model, path: Path, external: bool) -> list[Path]:
     """Write the model; with `external` its large weights go to a data file beside it.
 
-    Everything is written under temporary names in the target folder, flushed and renamed: the data file first, under a
-    name that nothing has, then the model.  A failure at any moment leaves what was there whole.  Returns the data files
-    that only the previous model at that path used, by their names.
+    Everything is written under temporary names in the target folder, flushed and renamed: the data file
+    first, under a name that nothing has, then the model.  A failure at any moment leaves what was there
+    whole.  Returns the data files that only the previous model at that path used, by their names.
     """
     path = path.absolute()
     obsolete = _data_files(path)
     data = _free_name(path) if external else None
     with folder_beside(path) as folder:
-        ir.save(model, folder / path.name, external_data=data, size_threshold_bytes=_INLINE_BELOW, callback=lambda *_: release_pages())
+        ir.save(
+            model,
+            folder / path.name,
+            external_data=data,
+            size_threshold_bytes=_INLINE_BELOW,
+            callback=lambda *_: release_pages(),
+        )
         release_pages()
         if data is not None and (folder / data).stat().st_size:
             _flush(folder / data)
@@ -84,5 +90,11 @@ def _data_files(path: Path) -> list[Path]:
     except Exception:  # noqa: BLE001 - whatever is there is no model whose data could be tidied up
         return []
     tensors = [tensor for tensor in tensor_protos(proto) if tensor.data_location == onnx.TensorProto.EXTERNAL]
-    locations = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
-    return sorted(path.parent / name for name in locations if name.startswith(f"{path.name}.") and name.endswith(".data") and os.sep not in name)
+    locations = {
+        entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"
+    }
+    return sorted(
+        path.parent / name
+        for name in locations
+        if name.startswith(f"{path.name}.") and name.endswith(".data") and os.sep not in name
+    )

@@ -28,7 +28,9 @@ class Operator:
 
     def integers(self, name: str) -> list[int] | None:
         """A list of integers, None where it is absent."""
-        return [int(number) for number in self.attributes[name].as_ints()] if name in self.attributes else None
+        return (
+            [int(number) for number in self.attributes[name].as_ints()] if name in self.attributes else None
+        )
 
     def integers_or(self, name: str, given: Tensor | None) -> list[int] | None:
         """Integers that older opsets have as an attribute and newer ones as an input."""
@@ -57,7 +59,10 @@ FUNCTIONS: Registry[TorchFunction] = Registry("torch function for the ONNX opera
 
 
 def serves(*operators: str) -> Callable[[TorchFunction], TorchFunction]:
-    """Decorator: let a function `f(operator, *inputs)` stand for these operators; an absent optional input is None."""
+    """Decorator: let a function `f(operator, *inputs)` stand for these operators.
+
+    An absent optional input is None.
+    """
 
     def add(function: TorchFunction) -> TorchFunction:
         for operator in operators:

@@ -12,11 +12,16 @@ from tdpass.models.onnx.fused_rewrite import Fusion, fused, plain_initializers
 
 
 def fuse_layer_graph(graph: bytes, lanes: Lanes) -> bytes | None:
-    """The serialized model with its only chain fused; None where it has none, or one that these lanes do not serve."""
+    """The serialized model with its only chain fused.
+
+    None where it has none, or one that these lanes do not serve.
+    """
     model = ir.from_proto(onnx.load_from_string(graph))
     plain_initializers(model)
     chains = find_chains(NodeReader(model))
     if len(chains) != 1 or (lanes == "pixels" and not chains[0].spec.axes):
         return None
-    content: bytes = ir.to_proto(fused(model, {str(result(chains[0]).name): Fusion(chains[0].spec, lanes)})).SerializeToString()
+    content: bytes = ir.to_proto(
+        fused(model, {str(result(chains[0]).name): Fusion(chains[0].spec, lanes)})
+    ).SerializeToString()
     return content

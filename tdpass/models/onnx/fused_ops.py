@@ -1,7 +1,7 @@
 """The fused operators of the domain com.tdpass: their names, and what each computes, said in standard operators.
 
-A model holds the latter as a function of its own, so any runtime can run it; one with the library of fused operators
-registered runs those instead, for ONNX Runtime looks for a kernel before it looks into a function.
+A model holds the latter as a function of its own, so any runtime can run it; one with the library of fused
+operators registered runs those instead, for ONNX Runtime looks for a kernel before it looks into a function.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _ACTIVATE = {
 class FusedOp:
     """`y = activation(layers(x) + bias + residual)` with that many convolutions, or products with matrices, in a row.
 
-    Inputs are x, a weight per layer (`[o, i / group, h, w]` as Conv has it, a matrix `[i, o]`), then bias and residual where
-    there are such.
+    Inputs are x, a weight per layer (`[o, i / group, h, w]` as Conv has it, a matrix `[i, o]`), then bias and
+    residual where there are such.
     """
 
     linear: bool
@@ -65,19 +65,32 @@ class FusedOp:
     @property
     def inputs(self) -> list[str]:
         """Names of the inputs, in order."""
-        return ["x", *(f"w{k}" for k in range(1, self.stages + 1)), *["bias"] * self.bias, *["residual"] * self.residual]
+        return [
+            "x",
+            *(f"w{k}" for k in range(1, self.stages + 1)),
+            *["bias"] * self.bias,
+            *["residual"] * self.residual,
+        ]
 
     @property
     def attributes(self) -> list[str]:
         """Names of the attributes: of Conv for every stage, and `lanes`, which only the kernel reads."""
-        conv = [] if self.linear else [f"{name}_{k}" for k in range(1, self.stages + 1) for name in _CONV_ATTRIBUTES]
+        conv = (
+            []
+            if self.linear
+            else [f"{name}_{k}" for k in range(1, self.stages + 1) for name in _CONV_ATTRIBUTES]
+        )
         return [*conv, "lanes"]
 
     def function(self, opset: int) -> ir.Function:
         """The operator in standard operators of that opset."""
         lines, last = [], "x"
         for k in range(1, self.stages + 1):
-            layer = "MatMul" if self.linear else f"Conv <{', '.join(f'{name}: {kind} = @{name}_{k}' for name, kind in _CONV_ATTRIBUTES.items())}>"
+            layer = (
+                "MatMul"
+                if self.linear
+                else f"Conv <{', '.join(f'{name}: {kind} = @{name}_{k}' for name, kind in _CONV_ATTRIBUTES.items())}>"
+            )
             shift = ", bias" if self.bias and not self.linear and k == self.stages else ""
             lines.append(f"h{k} = {layer} ({last}, w{k}{shift})")
             last = f"h{k}"

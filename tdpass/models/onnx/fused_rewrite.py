@@ -70,7 +70,13 @@ def fused_node(spec: ChainSpec, inputs: Sequence[ir.Value], lanes: Lanes, name: 
                 f"pads_{k}": [*stage.before[-axes:], *stage.after[-axes:]],
                 f"dilations_{k}": list(stage.dilation[-axes:]),
             }
-    return ir.node(FusedOp.of(spec).name, inputs, attributes={**attributes, "lanes": LANES.index(lanes)}, domain=DOMAIN, name=name)
+    return ir.node(
+        FusedOp.of(spec).name,
+        inputs,
+        attributes={**attributes, "lanes": LANES.index(lanes)},
+        domain=DOMAIN,
+        name=name,
+    )
 
 
 def add_function(model: ir.Model, spec: ChainSpec) -> None:
@@ -95,7 +101,11 @@ def _weight(link: NodeLink, matrices: dict[ir.Value, ir.Value]) -> ir.Value:
         return weight
     if weight not in matrices:
         tensor = from_torch(to_torch(held(weight)).T)
-        value = ir.Value(shape=ir.Shape([link.stage.inputs, link.stage.outputs] if link.stage else []), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(
+            shape=ir.Shape([link.stage.inputs, link.stage.outputs] if link.stage else []),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
         value.metadata_props.update(weight.metadata_props)
         matrices[weight] = value
     return matrices[weight]

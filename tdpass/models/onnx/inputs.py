@@ -19,11 +19,28 @@ _TAKEN = (
 
 
 def signature(graph: ir.Graph, constants: Sequence[str] = ()) -> Signature:
-    """Inputs by name, type and sizes; those that an initializer gives a default are not required.  `constants` were inputs with one."""
+    """Inputs by name, type and sizes; those that an initializer gives a default are not required.
+
+    `constants` were inputs with one.
+    """
     inputs = tuple(
-        Input(value.name or "", None if value.dtype is None else torch_dtype(value.dtype), _sizes(value), not value.is_initializer()) for value in graph.inputs
+        Input(
+            value.name or "",
+            None if value.dtype is None else torch_dtype(value.dtype),
+            _sizes(value),
+            not value.is_initializer(),
+        )
+        for value in graph.inputs
     )
-    notes = () if not constants else (_TAKEN.format(count=len(constants), names=", ".join(constants[:4]) + (", ..." if len(constants) > 4 else "")),)
+    notes = (
+        ()
+        if not constants
+        else (
+            _TAKEN.format(
+                count=len(constants), names=", ".join(constants[:4]) + (", ..." if len(constants) > 4 else "")
+            ),
+        )
+    )
     return Signature(inputs, tuple(_sizes(value) for value in graph.outputs), notes=notes)
 
 
@@ -37,7 +54,10 @@ def _sizes(value: ir.Value) -> Dims | None:
 
 
 def bind(graph: ir.Graph, batch: Batch) -> dict[str, Tensor]:
-    """Tensors by input name: positional ones in the graph's order, then those given by name; raises `InvalidModelError` for what does not fit."""
+    """Tensors by input name: positional ones in the graph's order, then those given by name.
+
+    Raises `InvalidModelError` for what does not fit.
+    """
     return signature(graph).bind(batch)
 
 
@@ -54,12 +74,20 @@ def declared_example(graph: ir.Graph) -> Batch | None:
     for entry, axis in zip(inputs, axes, strict=True):
         if entry.dims is None or entry.dtype is None:
             return None
-        shape = [2 if isinstance(size, str) and position == axis else size for position, size in enumerate(entry.dims)]
-        if any(isinstance(size, str) for size in shape):
+        shape = [
+            2 if isinstance(size, str) and position == axis else size
+            for position, size in enumerate(entry.dims)
+        ]
+        sizes = [size for size in shape if not isinstance(size, str)]
+        if len(sizes) < len(shape):
             return None
         generator = torch.Generator().manual_seed(0)
         dtype = entry.dtype
-        tensors.append(torch.randn(shape, generator=generator).to(dtype) if dtype.is_floating_point else torch.ones(shape, dtype=dtype))  # type: ignore[arg-type]
+        tensors.append(
+            torch.randn(sizes, generator=generator).to(dtype)
+            if dtype.is_floating_point
+            else torch.ones(sizes, dtype=dtype)
+        )
     return Batch(tuple(tensors), axes=axes, whole=not names) if tensors else None
 
 

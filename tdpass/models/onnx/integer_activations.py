@@ -42,11 +42,19 @@ def quantizable(model: ir.Model, without: Container[str] = ()) -> list[str]:
     for node in model.graph:  # in order, so that one walk carries everything forward
         if node.domain or node.op_type not in _MOVES | _JOINS:
             continue
-        read = [value for value in (node.inputs if node.op_type in _JOINS - {"ReduceMean"} else node.inputs[:1]) if value is not None]
+        read = [
+            value
+            for value in (node.inputs if node.op_type in _JOINS - {"ReduceMean"} else node.inputs[:1])
+            if value is not None
+        ]
         if read and all(value in chosen for value in read):
             chosen.add(_made(node))
     outputs = set(model.graph.outputs)
-    return [str(value.name) for value in _values(model) if value in chosen and value not in outputs and _float(value)]
+    return [
+        str(value.name)
+        for value in _values(model)
+        if value in chosen and value not in outputs and _float(value)
+    ]
 
 
 def watched(model: ir.Model, names: Sequence[str]) -> Session:
@@ -61,7 +69,8 @@ def watched(model: ir.Model, names: Sequence[str]) -> Session:
 def with_integer_activations(model: ir.Model, ranges: Mapping[str, Range]) -> ir.Model:
     """The model, changed in place: the tensors named pass through eight bits.
 
-    A Relu that alone reads a tensor goes, since the range has its lower end at zero: what is cut there is what Relu cuts.
+    A Relu that alone reads a tensor goes, since the range has its lower end at zero: what is cut there is
+    what Relu cuts.
     """
     names = FreshNames(model)
     for value in list(_values(model)):
@@ -90,7 +99,9 @@ def _put(model: ir.Model, value: ir.Value, place: ir.Value, found: Range, names:
     scale = _constant(model, f"{label}_scale", torch.tensor(found.scale), names)
     zero = _constant(model, f"{label}_zero", torch.tensor(found.zero, dtype=torch.uint8), names)
     coded = ir.node("QuantizeLinear", [place, scale, zero], name=names.node(f"{label}/quantize"))
-    decoded = ir.node("DequantizeLinear", [coded.outputs[0], scale, zero], name=names.node(f"{label}/dequantize"))
+    decoded = ir.node(
+        "DequantizeLinear", [coded.outputs[0], scale, zero], name=names.node(f"{label}/dequantize")
+    )
     for node, noun in ((coded, "codes"), (decoded, "numbers")):
         node.outputs[0].name = names.value(f"{label}_{noun}")
         node.outputs[0].shape = value.shape
@@ -109,7 +120,9 @@ def _put(model: ir.Model, value: ir.Value, place: ir.Value, found: Range, names:
 
 def _constant(model: ir.Model, wanted: str, tensor: Tensor, names: FreshNames) -> ir.Value:
     held = from_torch(tensor)
-    value = ir.Value(name=names.value(wanted), shape=ir.Shape([]), type=ir.TensorType(held.dtype), const_value=held)
+    value = ir.Value(
+        name=names.value(wanted), shape=ir.Shape([]), type=ir.TensorType(held.dtype), const_value=held
+    )
     model.graph.register_initializer(value)
     return value
 
@@ -119,7 +132,12 @@ def _integers(weight: ir.Value | None) -> ir.Value | None:
     node = None if weight is None else weight.producer()
     while node is not None and node.op_type in {"Transpose", "Reshape"}:
         node = None if node.inputs[0] is None else node.inputs[0].producer()
-    if node is None or node.op_type != "DequantizeLinear" or node.inputs[0] is None or not node.inputs[0].is_initializer():
+    if (
+        node is None
+        or node.op_type != "DequantizeLinear"
+        or node.inputs[0] is None
+        or not node.inputs[0].is_initializer()
+    ):
         return None
     return node.inputs[0] if node.inputs[0].dtype == ir.DataType.INT8 else None
 
@@ -132,14 +150,21 @@ def _from_integers(value: ir.Value | None) -> bool:
 def _made(node: ir.Node) -> ir.Value:
     """What a node makes, behind the bias of a matrix product and the Relu where these alone read it."""
     value, reader = node.outputs[0], _only_reader(node.outputs[0])
-    if node.op_type == "MatMul" and reader is not None and reader.op_type == "Add" and any(map(_is_constant, reader.inputs)):
+    if (
+        node.op_type == "MatMul"
+        and reader is not None
+        and reader.op_type == "Add"
+        and any(map(_is_constant, reader.inputs))
+    ):
         value, reader = reader.outputs[0], _only_reader(reader.outputs[0])
     return reader.outputs[0] if reader is not None and reader.op_type == "Relu" else value
 
 
 def _only_reader(value: ir.Value) -> ir.Node | None:
     uses = list(value.uses())
-    return uses[0].node if len(uses) == 1 and not uses[0].node.domain and not value.is_graph_output() else None
+    return (
+        uses[0].node if len(uses) == 1 and not uses[0].node.domain and not value.is_graph_output() else None
+    )
 
 
 def _is_constant(value: ir.Value | None) -> bool:

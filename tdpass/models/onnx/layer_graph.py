@@ -20,19 +20,27 @@ Write = Callable[[StorageOps[ir.Value], ir.Value, Mapping[str, ir.Value]], ir.Va
 
 
 def layer_graph(weights: Mapping[str, Tensor], x: Tensor, y: Tensor, write: Write) -> bytes:
-    """A serialized model from an input like `x` to an output like `y`; `write` records its nodes as a factored site's are recorded."""
+    """A serialized model from an input like `x` to an output like `y`.
+
+    `write` records its nodes as a factored site's are recorded.
+    """
     source = ir.Value(name=INPUT, shape=ir.Shape(list(x.shape)), type=ir.TensorType(from_torch(x).dtype))
     graph = ir.Graph([source], [], nodes=[], opset_imports={"": _OPSET}, name="layer")
     model = ir.Model(graph, ir_version=_IR_VERSION)
     ops = OnnxOps("layer", _OPSET, FreshNames(model), Shapes({}))
-    output = ops.computed(write(ops, source, {name: ops.constant(name, weight) for name, weight in weights.items()}))
+    output = ops.computed(
+        write(ops, source, {name: ops.constant(name, weight) for name, weight in weights.items()})
+    )
     graph.extend(ops.take_nodes())
     names = FreshNames(model)
     for value, wanted in ops.constants_read():
         value.name = names.value(wanted)
         graph.register_initializer(value)
-    output.name, output.shape, output.type = OUTPUT, ir.Shape(list(y.shape)), ir.TensorType(from_torch(y).dtype)
+    output.name, output.shape, output.type = (
+        OUTPUT,
+        ir.Shape(list(y.shape)),
+        ir.TensorType(from_torch(y).dtype),
+    )
     graph.outputs.append(output)
     content: bytes = ir.to_proto(model).SerializeToString()
     return content
-

@@ -18,13 +18,17 @@ _MAX_POOL = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 _AVERAGE_POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 
 
-def _window(op: Operator, x: Tensor, kernel: Sequence[int]) -> tuple[list[int], list[int], tuple[tuple[int, int], ...]]:
+def _window(
+    op: Operator, x: Tensor, kernel: Sequence[int]
+) -> tuple[list[int], list[int], tuple[tuple[int, int], ...]]:
     """Strides, dilations and explicit pads."""
     axes = len(kernel)
     if not 1 <= axes <= 3:
         raise NotServedError
     stride, dilation = op.integers("strides") or [1] * axes, op.integers("dilations") or [1] * axes
-    pads = explicit_pads(op.string("auto_pad", "NOTSET"), op.integers("pads") or (), x.shape[2:], kernel, stride, dilation)
+    pads = explicit_pads(
+        op.string("auto_pad", "NOTSET"), op.integers("pads") or (), x.shape[2:], kernel, stride, dilation
+    )
     if pads is None:
         raise NotServedError
     return stride, dilation, pads
@@ -39,7 +43,15 @@ def _conv(op: Operator, x: Tensor, weight: Tensor, bias: Tensor | None = None) -
     stride, dilation, pads = _window(op, x, weight.shape[2:])
     if any(before != after or before < 0 for before, after in pads):
         return padded_convolution(x, weight, bias, stride, pads, dilation, op.integer("group", 1))
-    return _CONV[len(pads) - 1](x, weight, bias, tuple(stride), tuple(before for before, _ in pads), tuple(dilation), op.integer("group", 1))
+    return _CONV[len(pads) - 1](
+        x,
+        weight,
+        bias,
+        tuple(stride),
+        tuple(before for before, _ in pads),
+        tuple(dilation),
+        op.integer("group", 1),
+    )
 
 
 @serves("ConvTranspose")
@@ -50,11 +62,15 @@ def _conv_transpose(op: Operator, x: Tensor, weight: Tensor, bias: Tensor | None
     flat = op.integers("pads") or [0] * (2 * axes)
     before, after = flat[:axes], flat[axes:]
     # torch pads both ends alike; what ONNX takes off the far end in excess is a negative output padding.
-    extra = [o + b - a for o, b, a in zip(op.integers("output_padding") or [0] * axes, before, after, strict=True)]
+    extra = [
+        o + b - a for o, b, a in zip(op.integers("output_padding") or [0] * axes, before, after, strict=True)
+    ]
     stride, dilation = op.integers("strides") or [1] * axes, op.integers("dilations") or [1] * axes
     if any(e < 0 or e >= max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)):
         raise NotServedError
-    return _CONV_TRANSPOSE[axes - 1](x, weight, bias, tuple(stride), tuple(before), tuple(extra), op.integer("group", 1), tuple(dilation))
+    return _CONV_TRANSPOSE[axes - 1](
+        x, weight, bias, tuple(stride), tuple(before), tuple(extra), op.integer("group", 1), tuple(dilation)
+    )
 
 
 @serves("MaxPool")
@@ -94,7 +110,9 @@ def _global_max_pool(_op: Operator, x: Tensor) -> Tensor:
 
 
 @serves("BatchNormalization")
-def _batch_norm(op: Operator, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+def _batch_norm(
+    op: Operator, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor
+) -> Tensor:
     op.only_first_output()
     if op.integer("training_mode") or not op.integer("spatial", 1):
         raise NotServedError
@@ -139,24 +157,40 @@ def _lp_normalization(op: Operator, x: Tensor) -> Tensor:
 
 
 @serves("Attention")
-def _attention(op: Operator, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *rest: Tensor | None) -> Tensor:
+def _attention(
+    op: Operator, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *rest: Tensor | None
+) -> Tensor:
     op.only_first_output()
-    unusual = op.number("softcap", 0.0) or op.integer("qk_matmul_output_mode") or any(value is not None for value in rest)
+    unusual = (
+        op.number("softcap", 0.0)
+        or op.integer("qk_matmul_output_mode")
+        or any(value is not None for value in rest)
+    )
     if q.dim() != 4 or unusual or (mask is not None and op.integer("is_causal")):
         raise NotServedError
     scale = op.number("scale", 0.0) or None
-    return F.scaled_dot_product_attention(q, k, v, mask, 0.0, bool(op.integer("is_causal")), scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, 0.0, bool(op.integer("is_causal")), scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
 
 
 @serves("Resize", "Upsample")
 def _resize(op: Operator, x: Tensor, *rest: Tensor | None) -> Tensor:
     roi, scales, sizes = _resize_inputs(op, rest)
-    if roi is not None and roi.numel() and op.string("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize":
+    if (
+        roi is not None
+        and roi.numel()
+        and op.string("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
+    ):
         raise NotServedError
     if "axes" in op.attributes or op.integer("antialias") or not 3 <= x.dim() <= 5:
         raise NotServedError
     factors = [float(f) for f in scales.tolist()] if scales is not None and scales.numel() else None
-    wanted = numbers(sizes) if sizes is not None and sizes.numel() else [int(n * f) for n, f in zip(x.shape, factors or [], strict=True)]
+    wanted = (
+        numbers(sizes)
+        if sizes is not None and sizes.numel()
+        else [int(n * f) for n, f in zip(x.shape, factors or [], strict=True)]
+    )
     if wanted[:2] != list(x.shape[:2]):
         raise NotServedError
     mode, place = op.string("mode", "nearest"), op.string("coordinate_transformation_mode", "half_pixel")
@@ -171,12 +205,19 @@ def _resize(op: Operator, x: Tensor, *rest: Tensor | None) -> Tensor:
         return F.interpolate(x, wanted[2:], mode="nearest")
     smooth = {3: "linear", 4: "bilinear", 5: "trilinear"}[x.dim()]
     exact = factors is None or all(n * f == w for n, f, w in zip(x.shape, factors, wanted, strict=True))
-    if mode != "linear" or not exact or place not in ("half_pixel", "pytorch_half_pixel", "align_corners") or 1 in wanted[2:]:
+    if (
+        mode != "linear"
+        or not exact
+        or place not in ("half_pixel", "pytorch_half_pixel", "align_corners")
+        or 1 in wanted[2:]
+    ):
         raise NotServedError
     return F.interpolate(x, wanted[2:], mode=smooth, align_corners=place == "align_corners")
 
 
-def _resize_inputs(op: Operator, rest: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _resize_inputs(
+    op: Operator, rest: Sequence[Tensor | None]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Region, scale factors and sizes, which moved about between opsets."""
     if op.name == "Upsample" or op.opset == 10:
         if not rest:
@@ -190,7 +231,10 @@ def _resize_inputs(op: Operator, rest: Sequence[Tensor | None]) -> tuple[Tensor 
 def _dequantize(op: Operator, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     if op.integer("block_size"):
         raise NotServedError
-    factor, offset = _along(scale, x, op.integer("axis", 1)), None if zero is None else _along(zero, x, op.integer("axis", 1))
+    factor, offset = (
+        _along(scale, x, op.integer("axis", 1)),
+        None if zero is None else _along(zero, x, op.integer("axis", 1)),
+    )
     shifted = x.to(scale.dtype) if offset is None else x.to(scale.dtype) - offset.to(scale.dtype)
     return shifted * factor
 

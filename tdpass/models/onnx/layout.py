@@ -64,7 +64,12 @@ def _split(op: Operator, x: Tensor, split: Tensor | None = None) -> tuple[Tensor
 
 @serves("Slice")
 def _slice(
-    op: Operator, x: Tensor, starts: Tensor | None = None, ends: Tensor | None = None, axes: Tensor | None = None, steps: Tensor | None = None
+    op: Operator,
+    x: Tensor,
+    starts: Tensor | None = None,
+    ends: Tensor | None = None,
+    axes: Tensor | None = None,
+    steps: Tensor | None = None,
 ) -> Tensor:
     first, last = op.integers_or("starts", starts) or [], op.integers_or("ends", ends) or []
     chosen = op.integers_or("axes", axes) or list(range(len(first)))
@@ -72,7 +77,9 @@ def _slice(
     for start, end, axis, step in zip(first, last, chosen, strides, strict=True):
         size = x.shape[axis]
         if step > 0:
-            index: list[slice] = [slice(None)] * (axis % x.dim()) + [slice(*slice(start, end, step).indices(size))]
+            index: list[slice] = [slice(None)] * (axis % x.dim()) + [
+                slice(*slice(start, end, step).indices(size))
+            ]
             x = x[tuple(index)]
         else:
             picked = range(size)[slice(start, None if end < -size else end, step)]
@@ -163,10 +170,18 @@ def _trilu(op: Operator, x: Tensor, diagonal: Tensor | None = None) -> Tensor:
 
 
 @serves("Pad")
-def _pad(op: Operator, x: Tensor, pads: Tensor | None = None, value: Tensor | None = None, axes: Tensor | None = None) -> Tensor:
+def _pad(
+    op: Operator,
+    x: Tensor,
+    pads: Tensor | None = None,
+    value: Tensor | None = None,
+    axes: Tensor | None = None,
+) -> Tensor:
     flat = op.integers_or("pads", pads) or []
     chosen = numbers(axes) if axes is not None else list(range(x.dim()))
-    mode = {"constant": "constant", "edge": "replicate", "reflect": "reflect"}.get(op.string("mode", "constant"))
+    mode = {"constant": "constant", "edge": "replicate", "reflect": "reflect"}.get(
+        op.string("mode", "constant")
+    )
     amounts = {axis % x.dim(): (flat[k], flat[k + len(chosen)]) for k, axis in enumerate(chosen)}
     reversed_pairs = [amounts.get(axis, (0, 0)) for axis in reversed(range(x.dim()))]
     if mode == "constant":
@@ -183,12 +198,22 @@ def _depth_to_space(op: Operator, x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     b = op.integer("blocksize")
     if op.string("mode", "DCR") == "DCR":
-        return x.reshape(n, b, b, c // (b * b), h, w).permute(0, 3, 4, 1, 5, 2).reshape(n, c // (b * b), h * b, w * b)
-    return x.reshape(n, c // (b * b), b, b, h, w).permute(0, 1, 4, 2, 5, 3).reshape(n, c // (b * b), h * b, w * b)
+        return (
+            x.reshape(n, b, b, c // (b * b), h, w)
+            .permute(0, 3, 4, 1, 5, 2)
+            .reshape(n, c // (b * b), h * b, w * b)
+        )
+    return (
+        x.reshape(n, c // (b * b), b, b, h, w)
+        .permute(0, 1, 4, 2, 5, 3)
+        .reshape(n, c // (b * b), h * b, w * b)
+    )
 
 
 @serves("SpaceToDepth")
 def _space_to_depth(op: Operator, x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     b = op.integer("blocksize")
-    return x.reshape(n, c, h // b, b, w // b, b).permute(0, 3, 5, 1, 2, 4).reshape(n, c * b * b, h // b, w // b)
+    return (
+        x.reshape(n, c, h // b, b, w // b, b).permute(0, 3, 5, 1, 2, 4).reshape(n, c * b * b, h // b, w // b)
+    )

@@ -17,7 +17,10 @@ from tdpass.registry import Registry
 
 
 class DeclinedNode(Exception):  # noqa: N818 - declining is normal, not an error
-    """The node holds a weight but must be left alone; carries the weight's value and the reason in one sentence."""
+    """The node holds a weight but must be left alone.
+
+    Carries the weight's value and the reason in one sentence.
+    """
 
     def __init__(self, weight: ir.Value, reason: str) -> None:
         super().__init__(reason)
@@ -29,13 +32,26 @@ class Matcher(Protocol):
     """Recognizes the use of a weight by one kind of operator."""
 
     def match(self, node: ir.Node, shapes: Shapes, /) -> WeightUse | None:
-        """The use, or None where the node holds no weight; raises `DeclinedNode` where it holds one that must stay."""
+        """The use, or None where the node holds no weight.
+
+        Raises `DeclinedNode` where it holds one that must stay.
+        """
 
 
 _QUANTIZED = "the weight is quantized; compress the floating-point model, then quantize it"
-_FOLD = "the weight is computed from a constant at run time; fold constants first (onnxscript.optimizer.optimize)"
+_FOLD = (
+    "the weight is computed from a constant at run time; fold constants first (onnxscript.optimizer.optimize)"
+)
 _SEVERAL = "it holds several matrices as one weight; export the model with a linear layer of its own for each (experts of a mixture too)"
-_UNFOLDED = {"DequantizeLinear": _QUANTIZED, "Transpose": _FOLD, "Reshape": _FOLD, "Cast": _FOLD, "Identity": _FOLD, "Squeeze": _FOLD, "Unsqueeze": _FOLD}
+_UNFOLDED = {
+    "DequantizeLinear": _QUANTIZED,
+    "Transpose": _FOLD,
+    "Reshape": _FOLD,
+    "Cast": _FOLD,
+    "Identity": _FOLD,
+    "Squeeze": _FOLD,
+    "Unsqueeze": _FOLD,
+}
 MATCHERS: Registry[Matcher] = Registry("ONNX matcher")
 
 
@@ -66,7 +82,10 @@ def held_weight(node: ir.Node, index: int) -> ir.TensorProtocol | None:
     tensor = constant(value)
     if tensor is None:
         if value.is_initializer():
-            raise DeclinedNode(value, "the weight is also a graph input, which a caller may override; remove it from the inputs to make it constant")
+            raise DeclinedNode(
+                value,
+                "the weight is also a graph input, which a caller may override; remove it from the inputs to make it constant",
+            )
         producer = value.producer()
         if producer is not None and _is_matrix(value):
             raise DeclinedNode(value, _UNFOLDED[producer.op_type])
@@ -102,7 +121,10 @@ class WindowMatcher:
 
 
 def _operands(node: ir.Node) -> tuple[ir.TensorProtocol, Slot, Slot] | None:
-    """The constant operand of a product, the right one where both are, its place, and that of the data; None where none is held."""
+    """The constant operand of a product, the right one where both are, its place, and that of the data.
+
+    None where none is held.
+    """
     for place in (1, 0):
         tensor = held_weight(node, place)
         if tensor is not None:
@@ -165,7 +187,10 @@ class MatMulMatcher:
         if right:
             return self._with_add(WeightUse(data, weight, PRODUCT, transposed=True), shape[1], rank)
         if rank is None:
-            raise DeclinedNode(weight.value, "the weight is the left operand and the rank of the right one is unknown; run shape inference first")
+            raise DeclinedNode(
+                weight.value,
+                "the weight is the left operand and the rank of the right one is unknown; run shape inference first",
+            )
         if rank == 1:
             return self._with_add(WeightUse(data, weight, PRODUCT), shape[0], 1)
         swap = (*range(rank - 2), rank - 1, rank - 2)
@@ -189,9 +214,23 @@ class MatMulMatcher:
         padding_axes = len(shape) - len(wanted)
         # Leading ones must not raise the rank of the sum above that of the product.
         broadcasts = padding_axes == 0 or (rank is not None and len(shape) <= rank)
-        if padding_axes < 0 or not broadcasts or shape[padding_axes:] != wanted or any(size != 1 for size in shape[:padding_axes]):
+        if (
+            padding_axes < 0
+            or not broadcasts
+            or shape[padding_axes:] != wanted
+            or any(size != 1 for size in shape[:padding_axes])
+        ):
             return use
-        return WeightUse(use.input, use.weight, PRODUCT, use.transposed, swap_in=use.swap_in, swap_out=use.swap_out, bias=slot, absorbed=add)
+        return WeightUse(
+            use.input,
+            use.weight,
+            PRODUCT,
+            use.transposed,
+            swap_in=use.swap_in,
+            swap_out=use.swap_out,
+            bias=slot,
+            absorbed=add,
+        )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,11 @@ _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Add": torch.add, "Sub": torch.sub, "Mul": torch.mul, "Equal": torch.eq, "Greater": torch.gt, "GreaterOrEqual": torch.ge, "Less": torch.lt,
     "LessOrEqual": torch.le, "And": torch.logical_and, "Or": torch.logical_or, "Xor": torch.logical_xor, "MatMul": torch.matmul,
 }  # fmt: skip
-_VARIADIC: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"Max": torch.maximum, "Min": torch.minimum, "Sum": torch.add}
+_VARIADIC: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "Max": torch.maximum,
+    "Min": torch.minimum,
+    "Sum": torch.add,
+}
 
 
 def _unary(function: Callable[[Tensor], Tensor]) -> TorchFunction:
@@ -206,7 +210,9 @@ FUNCTIONS.add("ArgMin", _extremum(torch.argmin))
 @serves("TopK")
 def _top_k(op: Operator, x: Tensor, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
     k = op.integer("k") if count is None else numbers(count)[0]
-    values, indices = torch.topk(x, k, op.integer("axis", -1), bool(op.integer("largest", 1)), bool(op.integer("sorted", 1)))
+    values, indices = torch.topk(
+        x, k, op.integer("axis", -1), bool(op.integer("largest", 1)), bool(op.integer("sorted", 1))
+    )
     return values, indices
 
 

@@ -19,13 +19,26 @@ from tdpass.models.abilities import Decline, Note, Range, no_reasons
 from tdpass.models.base import Batch, Model
 from tdpass.models.extents import alike, with_extents
 from tdpass.models.fitting import sized
-from tdpass.models.onnx.batchnorm import BatchStatistics, batchnorms, fold, foldable, set_statistics, statistics
+from tdpass.models.onnx.batchnorm import (
+    BatchStatistics,
+    batchnorms,
+    fold,
+    foldable,
+    set_statistics,
+    statistics,
+)
 from tdpass.models.onnx.checks import EXTERNAL_ABOVE, check_structure, invalid_if_failing
 from tdpass.models.onnx.file import remove_obsolete, write
 from tdpass.models.onnx.fuse import decide
 from tdpass.models.onnx.fused_rewrite import Fusions, fused
 from tdpass.models.onnx.inputs import bind, declared_example, signature
-from tdpass.models.onnx.integer_activations import check_opset, integer_layers, quantizable, watched, with_integer_activations
+from tdpass.models.onnx.integer_activations import (
+    check_opset,
+    integer_layers,
+    quantizable,
+    watched,
+    with_integer_activations,
+)
 from tdpass.models.onnx.normalize import defaults, normalized
 from tdpass.models.onnx.parameters import check_finite, parameter_bytes, parameter_count
 from tdpass.models.onnx.products import count_products
@@ -47,10 +60,10 @@ from tdpass.tape import Tape, record
 class OnnxModel(Model):
     """A model from an ONNX file, `onnx.ModelProto`, `onnx_ir.Model` or `onnx_graphsurgeon.Graph`.
 
-    The dense model is kept as it came, weights in their file where they were, and the layers that replace sites beside
-    it.  The rewritten graph is built when it is asked for, so replacing is free and a later replacement leaves no trace
-    of an earlier one.  Factors wait in memory up to 64 MiB, more of them in temporary files.  The object that came in is
-    never changed.
+    The dense model is kept as it came, weights in their file where they were, and the layers that replace
+    sites beside it.  The rewritten graph is built when it is asked for, so replacing is free and a later
+    replacement leaves no trace of an earlier one.  Factors wait in memory up to 64 MiB, more of them in
+    temporary files.  The object that came in is never changed.
     """
 
     frontend = "onnx"
@@ -59,7 +72,10 @@ class OnnxModel(Model):
 
     def __init__(self, dense: ir.Model, source: Source, external: bool, shapes: Shapes) -> None:
         self._dense = dense
-        self._give_back, self._owned = source.give_back, source.owned  # not what came in: it would stay in memory
+        self._give_back, self._owned = (
+            source.give_back,
+            source.owned,
+        )  # not what came in: it would stay in memory
         self._external = external
         self._shapes = shapes
         self._layers: dict[str, Layer] = {}
@@ -77,8 +93,8 @@ class OnnxModel(Model):
     def open(cls, given: object, example: Batch | None = None, overridable: Sequence[str] = ()) -> Self:
         """Accept any of the four kinds; with an example the sites' extents are known.
 
-        Initializers that are inputs too are taken for weights, but for those that match a name in `overridable`.  Raises
-        `InvalidModelError` for an unsound model or another type.
+        Initializers that are inputs too are taken for weights, but for those that match a name in
+        `overridable`.  Raises `InvalidModelError` for an unsound model or another type.
         """
         source = source_of(given)
         dense = normalized(source.model, overridable)
@@ -88,7 +104,11 @@ class OnnxModel(Model):
         check_windows(dense, shapes)
         made = cls(dense, source, external, shapes)
         if (dense.ir_version or 0) >= INPUTS_HOLD_INITIALIZERS_BELOW:
-            made._constants = tuple(str(value.name) for value in defaults(source.model) if value.name not in {kept.name for kept in dense.graph.inputs})
+            made._constants = tuple(
+                str(value.name)
+                for value in defaults(source.model)
+                if value.name not in {kept.name for kept in dense.graph.inputs}
+            )
         if example is not None:
             made.observe(sized(made.signature(), example))
         return made
@@ -99,7 +119,11 @@ class OnnxModel(Model):
 
     @cached_property
     def _built(self) -> ir.Model:
-        return with_integer_activations(self._with_integers(), self._ranges) if self._ranges else fused(self._unfused(), self._fusions)
+        return (
+            with_integer_activations(self._with_integers(), self._ranges)
+            if self._ranges
+            else fused(self._unfused(), self._fusions)
+        )
 
     def _unfused(self) -> ir.Model:
         return rewritten(self._dense, self._found.sites, self._layers, self._shapes)
@@ -147,7 +171,10 @@ class OnnxModel(Model):
 
     def sites(self) -> Sequence[Site]:
         """Every replaceable weight, in the order of the graph; with extents once `observe` has run."""
-        return [replace(self._seen.get(name, found.site), bias=self._has_bias(name)) for name, found in self._found.sites.items()]
+        return [
+            replace(self._seen.get(name, found.site), bias=self._has_bias(name))
+            for name, found in self._found.sites.items()
+        ]
 
     def _has_bias(self, name: str) -> bool:
         layer = self._layers.get(name)
@@ -158,7 +185,10 @@ class OnnxModel(Model):
         return dict(self._found.declined)
 
     def weight(self, name: str) -> Tensor:
-        """The dense weight as `[o, i, *kernel]`; raises `InvalidModelError` unless all its numbers are finite."""
+        """The dense weight as `[o, i, *kernel]`.
+
+        Raises `InvalidModelError` unless all its numbers are finite.
+        """
         return self._site(name).weight()
 
     def bias(self, name: str) -> Tensor | None:
@@ -171,17 +201,26 @@ class OnnxModel(Model):
         return self._layers.get(name)
 
     def replace(self, name: str, layer: Layer) -> None:
-        """Put a factored layer at every use of the site; raises `PlanError` for an unknown site or a shape that does not fit."""
+        """Put a factored layer at every use of the site.
+
+        Raises `PlanError` for an unknown site or a shape that does not fit.
+        """
         found = self._site(name)
         wanted = layer.form.on(found.site).geometry()
         if layer.site.geometry() != wanted:
-            raise PlanError(f"the layer is for {layer.site.geometry()}, but site {name!r} is {wanted}; factorize the weight of this site")
+            raise PlanError(
+                f"the layer is for {layer.site.geometry()}, but site {name!r} is {wanted}; factorize the weight of this site"
+            )
         expected = layer.storage.sizes()
         given = {label: tuple(factor.shape) for label, factor in layer.factors.items()}
         if given != expected:
-            raise PlanError(f"the {layer.format} factors of {name!r} have shapes {given}, but '{layer.form}' wants {expected}")
+            raise PlanError(
+                f"the {layer.format} factors of {name!r} have shapes {given}, but '{layer.form}' wants {expected}"
+            )
         if layer.bias is not None and tuple(layer.bias.shape) != (layer.site.o,):
-            raise PlanError(f"a bias of shape {tuple(layer.bias.shape)} does not fit site {name!r}; it takes [{layer.site.o}]")
+            raise PlanError(
+                f"a bias of shape {tuple(layer.bias.shape)} does not fit site {name!r}; it takes [{layer.site.o}]"
+            )
         self._layers[name] = layer.to(found.dtype)
         self._waiting |= {name}
         self._spill()
@@ -197,7 +236,10 @@ class OnnxModel(Model):
             release_heap()
 
     def record(self, batch: Batch) -> Tape:
-        """Run the model on a batch and record it; raises `InvalidModelError` for a batch that does not fit."""
+        """Run the model on a batch and record it.
+
+        Raises `InvalidModelError` for a batch that does not fit.
+        """
         return self._record(self._runner, batch)
 
     def observe(self, *batches: Batch) -> None:
@@ -211,7 +253,9 @@ class OnnxModel(Model):
             self._example = first
         tapes = [self._record(dense, first, replayed=False)]
         self._seen = {name: with_extents(found.site, tapes) for name, found in self._found.sites.items()}
-        differ = not alike(batches) or any(not site.extents or site.samples > 1 for site in self._seen.values())
+        differ = not alike(batches) or any(
+            not site.extents or site.samples > 1 for site in self._seen.values()
+        )
         self._observed = batches if differ else batches[:1]
         tapes += [self._record(dense, batch, replayed=False) for batch in self._observed[1:]]
         self._seen = {name: with_extents(found.site, tapes) for name, found in self._found.sites.items()}
@@ -221,7 +265,14 @@ class OnnxModel(Model):
         inputs = self.named_inputs(batch)
         sites = {id(weight): name for name, weight in runner.weights.items()}
         held = (*runner.weights.values(), *runner.constants.values())
-        return record(lambda: runner(inputs), list(inputs.values()), sites, samples=batch.size, held=held, replayed=replayed)
+        return record(
+            lambda: runner(inputs),
+            list(inputs.values()),
+            sites,
+            samples=batch.size,
+            held=held,
+            replayed=replayed,
+        )
 
     def run(self, batch: Batch) -> dict[str, Tensor]:
         """Outputs by name, computed by ONNX Runtime on the CPU."""
@@ -240,7 +291,10 @@ class OnnxModel(Model):
         return changed
 
     def recalibrate_batchnorm(self, batches: Iterable[Batch]) -> Callable[[], None] | None:
-        """Estimate all running statistics anew from the factored model; returns how to undo that, None without a batch-norm."""
+        """Estimate all running statistics anew from the factored model.
+
+        Returns how to undo that, None without a batch-norm.
+        """
         norms = batchnorms(self._dense)
         if not norms:
             return None
@@ -262,9 +316,10 @@ class OnnxModel(Model):
         return undo
 
     def fuse(self, note: Note, decline: Decline, samples: Batch | None = None) -> bool:
-        """Make one operator of com.tdpass of each chain of layers where that is faster in ONNX Runtime; returns whether anything changed.
+        """Make one operator of com.tdpass of each chain of layers where that is faster in ONNX Runtime.
 
-        Timed on the samples, else on the example.  A layer that is replaced afterwards is a chain of plain layers again.
+        Returns whether anything changed. Timed on the samples, else on the example.  A layer that is replaced
+        afterwards is a chain of plain layers again.
         """
         batch = samples or self.example()
         fusions = decide(self._unfused, {} if batch is None else self.named_inputs(batch), note, decline)
@@ -274,7 +329,10 @@ class OnnxModel(Model):
         return changed
 
     def example(self) -> Batch | None:
-        """Two samples of what was last observed; before that, of what the inputs declare, where only the first axis is open."""
+        """Two samples of what was last observed.
+
+        Before that, of what the inputs declare, where only the first axis is open.
+        """
         if self._example is None:
             self._example = declared_example(self._dense.graph)
         return self._example
@@ -284,20 +342,28 @@ class OnnxModel(Model):
         return signature(self._dense.graph, self._constants)
 
     def count(self, batch: Batch | None = None) -> Counted:
-        """Multiply-adds of every node that runs, of a fused operator those of what it stands for; by default on what was last observed."""
+        """Multiply-adds of every node that runs, of a fused operator those of what it stands for.
+
+        By default on what was last observed.
+        """
         return self._count(self._unfused(), self._observed if batch is None else (batch,))
 
     def _count(self, model: ir.Model, calls: Sequence[Batch]) -> Counted:
         each = [count_products(model, self.named_inputs(call)) for call in calls]
         unseen = dict.fromkeys(name for counted in each for name in counted.unseen)
-        return Counted(sum(counted.macs for counted in each), tuple(unseen), sum(call.size for call in calls) or 1)
+        return Counted(
+            sum(counted.macs for counted in each), tuple(unseen), sum(call.size for call in calls) or 1
+        )
 
     def macs(self) -> int:
         """Multiply-adds per sample of the dense model as last observed; 0 where never observed."""
         return self._macs
 
     def params(self) -> int:
-        """Stored numbers in all parameters, shared ones once; constants without axes and running statistics not counted."""
+        """Stored numbers in all parameters, shared ones once.
+
+        Constants without axes and running statistics not counted.
+        """
         return parameter_count(self._built)
 
     def bytes(self) -> int:
@@ -319,7 +385,10 @@ class OnnxModel(Model):
         self.check_weights()
 
     def check_weights(self) -> None:
-        """Raise `InvalidModelError` where a weight of the dense model is not finite; they are read once, however often this is asked."""
+        """Raise `InvalidModelError` where a weight of the dense model is not finite.
+
+        They are read once, however often this is asked.
+        """
         if not self._finite:
             check_finite(self._dense)
             self._finite = True
@@ -336,9 +405,10 @@ class OnnxModel(Model):
         return OnnxModel.open
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Write an .onnx file, atomically, with `metadata` among its properties; raises `UsageError` for another suffix.
+        """Write an .onnx file, atomically, with `metadata` among its properties.
 
-        Large weights go to a data file beside it where the source had one or they exceed 1.5 GiB.
+        Raises `UsageError` for another suffix. Large weights go to a data file beside it where the source had
+        one or they exceed 1.5 GiB.
         """
         if path.suffix != self.suffix:
             raise UsageError(f"cannot save an ONNX model as {path.name!r}; name an .onnx file")
@@ -348,4 +418,3 @@ class OnnxModel(Model):
         if self._owned:
             # An onnx_ir.Model that came in may still read by path from the file it was loaded from.
             remove_obsolete(obsolete)
-

@@ -19,9 +19,10 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 def site_names(weights: Sequence[tuple[ir.Value, ir.Node]], taken: frozenset[str] = frozenset()) -> list[str]:
     """A unique name for each weight and the first node that reads it, in order.
 
-    The initializer's own name, without `.weight`, wins where it says something.  Else the module path that the exporter
-    noted: torch folds a transposed weight into `val_0` but keeps its origin in the metadata, and the TorchScript
-    exporter keeps the path in the node's name.  Names that are said outright are given away first.
+    The initializer's own name, without `.weight`, wins where it says something.  Else the module path that
+    the exporter noted: torch folds a transposed weight into `val_0` but keeps its origin in the metadata, and
+    the TorchScript exporter keeps the path in the node's name.  Names that are said outright are given away
+    first.
     """
     candidates = [list(_candidates(value, node)) for value, node in weights]
     names: dict[int, str] = {}
@@ -30,7 +31,9 @@ def site_names(weights: Sequence[tuple[ir.Value, ir.Node]], taken: frozenset[str
         for index, ((value, _), options) in enumerate(zip(weights, candidates, strict=True)):
             if index in names or outright is not _meaningful(value.name):
                 continue
-            names[index] = next((option for option in options if option not in used), None) or _numbered(options[0], used)
+            names[index] = next((option for option in options if option not in used), None) or _numbered(
+                options[0], used
+            )
             used.add(names[index])
     return [names[index] for index in range(len(weights))]
 
@@ -82,7 +85,9 @@ class FreshNames:
         self._values: set[str] = set()
         self._nodes: set[str] = set()
         for graph in model.graphs():
-            self._values.update(value.name for value in (*graph.inputs, *graph.initializers.values()) if value.name)
+            self._values.update(
+                value.name for value in (*graph.inputs, *graph.initializers.values()) if value.name
+            )
             for node in graph:
                 self._values.update(output.name for output in node.outputs if output.name)
                 if node.name:

@@ -26,13 +26,17 @@ def defaults(model: ir.Model) -> list[ir.Value]:
 def normalized(model: ir.Model, overridable: Sequence[str] = ()) -> ir.Model:
     """An equivalent copy of the model in that form; the weights are shared.
 
-    Inputs with a default are constants, but for those that match a name in `overridable`.  Raises `InvalidModelError` for a
-    cyclic graph.
+    Inputs with a default are constants, but for those that match a name in `overridable`.  Raises
+    `InvalidModelError` for a cyclic graph.
     """
-    with invalid_if_failing("the model's graph cannot be sorted", "it has a cycle or a missing value; export it again"):
+    with invalid_if_failing(
+        "the model's graph cannot be sorted", "it has a cycle or a missing value; export it again"
+    ):
         copy = ordered(model)
     for value in defaults(copy):
-        if (copy.ir_version or 0) < INPUTS_HOLD_INITIALIZERS_BELOW or not any(fnmatchcase(value.name or "", name) for name in overridable):
+        if (copy.ir_version or 0) < INPUTS_HOLD_INITIALIZERS_BELOW or not any(
+            fnmatchcase(value.name or "", name) for name in overridable
+        ):
             copy.graph.inputs.remove(value)
     for node in list(copy.graph):
         if not node.domain and node.op_type in _REARRANGING:
@@ -46,9 +50,23 @@ def _fold(graph: ir.Graph, node: ir.Node) -> None:
     source, output = node.inputs[0], node.outputs[0]
     tensor = constant(source)
     readers = [usage.node for usage in output.uses()]
-    sole = source is not None and len(source.uses()) == 1 and not source.is_graph_output() and not output.is_graph_output()
-    feeds_layers = bool(readers) and all(not reader.domain and reader.op_type in MATCHERS and reader.graph is graph for reader in readers)
-    if source is None or tensor is None or not source.is_initializer() or source.graph is not graph or not feeds_layers or tensor.dtype not in FLOAT_TYPES:
+    sole = (
+        source is not None
+        and len(source.uses()) == 1
+        and not source.is_graph_output()
+        and not output.is_graph_output()
+    )
+    feeds_layers = bool(readers) and all(
+        not reader.domain and reader.op_type in MATCHERS and reader.graph is graph for reader in readers
+    )
+    if (
+        source is None
+        or tensor is None
+        or not source.is_initializer()
+        or source.graph is not graph
+        or not feeds_layers
+        or tensor.dtype not in FLOAT_TYPES
+    ):
         return
     if node.op_type == "Identity":
         output.replace_all_uses_with(source)
@@ -57,7 +75,9 @@ def _fold(graph: ir.Graph, node: ir.Node) -> None:
         axes = tuple(node.attributes.get_ints("perm", tuple(range(len(tensor.shape)))[::-1]))
         shape = ir.Shape([sizes(tensor)[axis] for axis in axes])
         value = ir.Value(name=source.name, shape=shape, type=ir.TensorType(tensor.dtype))
-        value.const_value = ir.LazyTensor(partial(_permuted, tensor, axes), tensor.dtype, shape, name=source.name)
+        value.const_value = ir.LazyTensor(
+            partial(_permuted, tensor, axes), tensor.dtype, shape, name=source.name
+        )
         value.metadata_props.update(source.metadata_props)
         output.replace_all_uses_with(value)
         graph.remove(node, safe=True)

@@ -31,13 +31,15 @@ _HALF_BYTE = 4
 class OnnxOps:
     """Records nodes for one site; implements `StorageOps[ir.Value]`.
 
-    Factors are constants that become initializers when a node first reads them, in the layout that node wants: a factor
-    that is only ever a MatMul's right operand is stored transposed, and one that is only reshaped is stored reshaped,
-    so that no constant is rearranged at run time.  With `integers` activations are of eight bits too.
-    Recording a second use of the site reads the same initializers.
+    Factors are constants that become initializers when a node first reads them, in the layout that node
+    wants: a factor that is only ever a MatMul's right operand is stored transposed, and one that is only
+    reshaped is stored reshaped, so that no constant is rearranged at run time.  With `integers` activations
+    are of eight bits too. Recording a second use of the site reads the same initializers.
     """
 
-    def __init__(self, site: str, opset: int, names: FreshNames, shapes: Shapes, *, integers: bool = False) -> None:
+    def __init__(
+        self, site: str, opset: int, names: FreshNames, shapes: Shapes, *, integers: bool = False
+    ) -> None:
         self._site = site
         self._opset = opset
         self._integers_run = integers
@@ -79,7 +81,11 @@ class OnnxOps:
         """`factor * x`."""
         if factor == 1.0:
             return x
-        return self._emit("Mul", [x, self._cached(("scale", factor), "scale", torch.tensor(factor, dtype=dtype))], self._dims_of(x))
+        return self._emit(
+            "Mul",
+            [x, self._cached(("scale", factor), "scale", torch.tensor(factor, dtype=dtype))],
+            self._dims_of(x),
+        )
 
     def linear(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
         known, outputs = self._dims_of(x), self._dims_of(weight)
@@ -90,7 +96,14 @@ class OnnxOps:
         return y if bias is None else self.add(y, bias)
 
     def conv(
-        self, x: ir.Value, weight: ir.Value, bias: ir.Value | None, stride: Sequence[int], padding: Pads, dilation: Sequence[int], groups: int = 1
+        self,
+        x: ir.Value,
+        weight: ir.Value,
+        bias: ir.Value | None,
+        stride: Sequence[int],
+        padding: Pads,
+        dilation: Sequence[int],
+        groups: int = 1,
     ) -> ir.Value:
         known = self._dims_of(weight) or ()
         kernel = [size for size in known[2:] if size is not None]
@@ -101,11 +114,20 @@ class OnnxOps:
         )  # fmt: skip
 
     def conv_transpose(
-        self, x: ir.Value, weight: ir.Value, bias: ir.Value | None, stride: Sequence[int], cut: Pads, dilation: Sequence[int], groups: int = 1
+        self,
+        x: ir.Value,
+        weight: ir.Value,
+        bias: ir.Value | None,
+        stride: Sequence[int],
+        cut: Pads,
+        dilation: Sequence[int],
+        groups: int = 1,
     ) -> ir.Value:
         outputs, inputs, *kernel = [size or 0 for size in self._dims_of(weight) or ()]
         axes = len(kernel)
-        parts = self.permute(self.reshape(weight, (groups, outputs // groups, inputs, *kernel)), (0, 2, 1, *range(3, axes + 3)))
+        parts = self.permute(
+            self.reshape(weight, (groups, outputs // groups, inputs, *kernel)), (0, 2, 1, *range(3, axes + 3))
+        )
         stored = self.reshape(parts, (groups * inputs, outputs // groups, *kernel))
         before, after = [pair[0] for pair in cut], [pair[1] for pair in cut]
         return self._emit(
@@ -116,24 +138,44 @@ class OnnxOps:
 
     def reshape(self, x: ir.Value, shape: Sequence[int]) -> ir.Value:
         if x in self._contents:
-            return self._cached(("reshape", x, tuple(shape)), self._labels[x], self._contents[x].reshape(tuple(shape)), x.metadata_props)
+            return self._cached(
+                ("reshape", x, tuple(shape)),
+                self._labels[x],
+                self._contents[x].reshape(tuple(shape)),
+                x.metadata_props,
+            )
         if x in self._integers:
-            return self._rearranged_integers(("reshape", x, tuple(shape)), x, self._integers[x].reshape(tuple(shape)))
-        return self._emit("Reshape", [x, self._ints("shape", shape)], tuple(None if size == -1 else size for size in shape))
+            return self._rearranged_integers(
+                ("reshape", x, tuple(shape)), x, self._integers[x].reshape(tuple(shape))
+            )
+        return self._emit(
+            "Reshape", [x, self._ints("shape", shape)], tuple(None if size == -1 else size for size in shape)
+        )
 
     def permute(self, x: ir.Value, axes: Sequence[int]) -> ir.Value:
         if list(axes) == sorted(axes):
             return x
         if x in self._contents:
-            return self._cached(("permute", x, tuple(axes)), self._labels[x], self._contents[x].permute(tuple(axes)), x.metadata_props)
+            return self._cached(
+                ("permute", x, tuple(axes)),
+                self._labels[x],
+                self._contents[x].permute(tuple(axes)),
+                x.metadata_props,
+            )
         if x in self._integers:
-            return self._rearranged_integers(("permute", x, tuple(axes)), x, self._integers[x].permute(tuple(axes)))
+            return self._rearranged_integers(
+                ("permute", x, tuple(axes)), x, self._integers[x].permute(tuple(axes))
+            )
         if x in self._sources:
             values, scale, zero, rows = self._sources[x]
             self._forget(x)
-            return self._dequantized(self.permute(values, axes), scale, zero, per_row=rows > 1, axis=list(axes).index(0))
+            return self._dequantized(
+                self.permute(values, axes), scale, zero, per_row=rows > 1, axis=list(axes).index(0)
+            )
         known = self._dims_of(x)
-        return self._emit("Transpose", [x], None if known is None else tuple(known[axis] for axis in axes), perm=list(axes))
+        return self._emit(
+            "Transpose", [x], None if known is None else tuple(known[axis] for axis in axes), perm=list(axes)
+        )
 
     def take(self, x: ir.Value, index: ir.Value, axis: int) -> ir.Value:
         known = self._dims_of(x)
@@ -142,23 +184,44 @@ class OnnxOps:
 
     def part(self, x: ir.Value, axis: int, start: int, stop: int) -> ir.Value:
         if x in self._contents:
-            return self._cached(("part", x, axis, start, stop), self._labels[x], self._contents[x].narrow(axis, start, stop - start))
+            return self._cached(
+                ("part", x, axis, start, stop),
+                self._labels[x],
+                self._contents[x].narrow(axis, start, stop - start),
+            )
         known = self._dims_of(x)
         dims, at = None if known is None else _with_size(known, axis, stop - start), self._axis(axis, known)
         if self._opset < _SLICE_WITH_INPUTS:
             return self._emit("Slice", [x], dims, axes=[at], starts=[start], ends=[stop])
-        return self._emit("Slice", [x, *(self._ints(label, (number,)) for label, number in (("start", start), ("end", stop), ("axis", at)))], dims)
+        return self._emit(
+            "Slice",
+            [
+                x,
+                *(
+                    self._ints(label, (number,))
+                    for label, number in (("start", start), ("end", stop), ("axis", at))
+                ),
+            ],
+            dims,
+        )
 
     def concat(self, a: ir.Value, b: ir.Value, axis: int) -> ir.Value:
         known, others = self._dims_of(a), self._dims_of(b)
         sizes = [None if dims is None else dims[axis] for dims in (known, others)]
         whole = None if sizes[0] is None or sizes[1] is None else sizes[0] + sizes[1]
-        return self._emit("Concat", [a, b], None if known is None else _with_size(known, axis, whole), axis=self._axis(axis, known))
+        return self._emit(
+            "Concat",
+            [a, b],
+            None if known is None else _with_size(known, axis, whole),
+            axis=self._axis(axis, known),
+        )
 
     def _axis(self, axis: int, known: Dims | None) -> int:
         """An axis counted from the last, as nodes of this opset name it."""
         if known is None and self._opset < _AXES_FROM_THE_LAST:
-            raise UnsupportedError(f"{self._site!r} reads values of unknown rank, whose last axes opset {self._opset} cannot name; export with opset 11")
+            raise UnsupportedError(
+                f"{self._site!r} reads values of unknown rank, whose last axes opset {self._opset} cannot name; export with opset 11"
+            )
         return axis if known is None else axis + len(known)
 
     def matmul(self, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -171,7 +234,15 @@ class OnnxOps:
     def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
         left, right = self._dims_of(a), self._dims_of(b)
         longer = max(left, right, key=len) if left is not None and right is not None else None
-        return self._emit("Add", [a, b], left if longer is not None and longer == left else None if longer is None else (None,) * len(longer))
+        return self._emit(
+            "Add",
+            [a, b],
+            left
+            if longer is not None and longer == left
+            else None
+            if longer is None
+            else (None,) * len(longer),
+        )
 
     def cast(self, x: ir.Value, dtype: torch.dtype) -> ir.Value:
         return self._emit("Cast", [x], self._dims_of(x), to=int(tensor_adapters.from_torch_dtype(dtype)))
@@ -180,7 +251,13 @@ class OnnxOps:
         return self._emit("QuantizeLinear", [x, scale, zero], self._dims_of(x))
 
     def dequantize(
-        self, values: ir.Value, scale: ir.Value, zero: ir.Value | None, shape: Sequence[int], rows: int, dtype: torch.dtype
+        self,
+        values: ir.Value,
+        scale: ir.Value,
+        zero: ir.Value | None,
+        shape: Sequence[int],
+        rows: int,
+        dtype: torch.dtype,
     ) -> ir.Value:
         per_row = (rows, math.prod(shape) // rows)
         grouped = rows not in {1, shape[0]}
@@ -204,27 +281,43 @@ class OnnxOps:
                 f"store them as int8, or convert the model to opset {_ARITHMETIC} or later"
             )
         step = bits if _BYTE % bits == 0 else 1
-        flat = self.reshape(self._emit("Cast", [packed], self._dims_of(packed), to=int(ir.DataType.INT32)), (-1, 1))
+        flat = self.reshape(
+            self._emit("Cast", [packed], self._dims_of(packed), to=int(ir.DataType.INT32)), (-1, 1)
+        )
         low = [2**shift for shift in range(0, _BYTE, step)]
         whole = self._emit("Div", [flat, self._numbers("powers", low)], (None, len(low)))
-        above = self._emit("Div", [flat, self._numbers("powers", [2**step * power for power in low])], (None, len(low)))
+        above = self._emit(
+            "Div", [flat, self._numbers("powers", [2**step * power for power in low])], (None, len(low))
+        )
         fields = self.reshape(self._less(whole, above, 2**step), (-1,))
         if (self._dims_of(packed) or (None,))[0] != count * bits / _BYTE:
-            ends = [self._ints("start", (0,)), self._ints("end", (count * bits // step,)), self._ints("start", (0,))]
+            ends = [
+                self._ints("start", (0,)),
+                self._ints("end", (count * bits // step,)),
+                self._ints("start", (0,)),
+            ]
             fields = self._emit("Slice", [fields, *ends], (count * bits // step,))
         if step < bits:
             weights = self.reshape(self._numbers("powers", [2**shift for shift in range(bits)]), (bits, 1))
-            fields = self.reshape(self._emit("MatMul", [self.reshape(fields, (count, bits)), weights], (count, 1)), (count,))
+            fields = self.reshape(
+                self._emit("MatMul", [self.reshape(fields, (count, bits)), weights], (count, 1)), (count,)
+            )
         if not signed:
             return fields
-        return self._less(fields, self._emit("Div", [fields, self._numbers("powers", [2 ** (bits - 1)])], (count,)), 2**bits)
+        return self._less(
+            fields, self._emit("Div", [fields, self._numbers("powers", [2 ** (bits - 1)])], (count,)), 2**bits
+        )
 
     def spread(self, values: ir.Value, kept: ir.Value, shape: Sequence[int]) -> ir.Value:
         own = self._float_type(values)
         dtype = torch.float64 if own is torch.float64 else torch.float32
         numbers = values if own is dtype else self.cast(values, dtype)
         end = self._cached(("axis",), "axis", torch.tensor(0, dtype=torch.int64))
-        places = self._emit("Sub", [self._emit("CumSum", [kept, end], self._dims_of(kept)), self._numbers("one", [1])], self._dims_of(kept))
+        places = self._emit(
+            "Sub",
+            [self._emit("CumSum", [kept, end], self._dims_of(kept)), self._numbers("one", [1])],
+            self._dims_of(kept),
+        )
         found = self._emit("Gather", [numbers, places], self._dims_of(kept), axis=0)
         whole = self.reshape(self._emit("Mul", [found, self.cast(kept, dtype)], self._dims_of(kept)), shape)
         return whole if own is None or own is dtype else self.cast(whole, own)
@@ -233,7 +326,9 @@ class OnnxOps:
         (high, wide), (rows, columns) = tile, shape
         parts = self.reshape(cells, (rows // high, 1, columns // wide, 1))
         wanted = (rows // high, high, columns // wide, wide)
-        return self.reshape(self._emit("Expand", [parts, self._ints("shape", wanted)], wanted), (rows * columns,))
+        return self.reshape(
+            self._emit("Expand", [parts, self._ints("shape", wanted)], wanted), (rows * columns,)
+        )
 
     def lookup(self, table: ir.Value, indices: ir.Value) -> ir.Value:
         return self._emit("Gather", [table, indices], self._dims_of(indices), axis=0)
@@ -250,7 +345,9 @@ class OnnxOps:
         """The integers as a constant of the type that holds two to a byte."""
         key = ("four bits", packed)
         if key not in self._rearranged:
-            self._rearranged[key] = self._integer_constant(self._labels[packed], values, dict(packed.metadata_props))
+            self._rearranged[key] = self._integer_constant(
+                self._labels[packed], values, dict(packed.metadata_props)
+            )
         return self._rearranged[key]
 
     def _integer_constant(self, label: str, values: Tensor, properties: Mapping[str, str]) -> ir.Value:
@@ -268,12 +365,18 @@ class OnnxOps:
         node = value.producer()
         return torch.float32 if node is not None and node.op_type == "Gather" else None  # a table's
 
-    def _dequantized(self, values: ir.Value, scale: ir.Value, zero: ir.Value | None, *, per_row: bool, axis: int = 0) -> ir.Value:
+    def _dequantized(
+        self, values: ir.Value, scale: ir.Value, zero: ir.Value | None, *, per_row: bool, axis: int = 0
+    ) -> ir.Value:
         known = self._dims_of(values) or ()
         if len(known) == 2 and axis == 1 and not self._integers_run:
-            # of [i, o] and the product that reads it, ONNX Runtime makes one operator that rounds activations to eight bits too
+            # of [i, o] and the product that reads it, ONNX Runtime makes one operator that rounds activations
+            # to eight bits too
             deep = self.reshape(values, (1, *(size or 1 for size in known)))
-            return self.reshape(self._dequantized(deep, scale, zero, per_row=per_row, axis=axis + 1), [size or 1 for size in known])
+            return self.reshape(
+                self._dequantized(deep, scale, zero, per_row=per_row, axis=axis + 1),
+                [size or 1 for size in known],
+            )
         if self._opset >= _DEQUANTIZE_BY_ROW:
             inputs = [values, scale] if zero is None else [values, scale, zero]
             return self._emit("DequantizeLinear", inputs, known, **({"axis": axis} if per_row else {}))
@@ -322,7 +425,11 @@ class OnnxOps:
             return self._emit("Shape", [like], None, start=0, end=-1)
         shape = self._emit("Shape", [like], None)
         if self._opset >= _SLICE_WITH_INPUTS:
-            return self._emit("Slice", [shape, self._ints("start", (0,)), self._ints("end", (-1,)), self._ints("start", (0,))], None)
+            return self._emit(
+                "Slice",
+                [shape, self._ints("start", (0,)), self._ints("end", (-1,)), self._ints("start", (0,))],
+                None,
+            )
         return self._emit("Slice", [shape], None, axes=[0], starts=[0], ends=[-1])
 
     def _dims_of(self, value: ir.Value) -> Dims | None:
@@ -331,7 +438,9 @@ class OnnxOps:
     def _ints(self, label: str, numbers: Sequence[int]) -> ir.Value:
         return self._cached(("ints", *numbers), label, torch.tensor(list(numbers), dtype=torch.int64))
 
-    def _cached(self, key: tuple[object, ...], label: str, tensor: Tensor, properties: Mapping[str, str] | None = None) -> ir.Value:
+    def _cached(
+        self, key: tuple[object, ...], label: str, tensor: Tensor, properties: Mapping[str, str] | None = None
+    ) -> ir.Value:
         if key not in self._rearranged:
             self._rearranged[key] = self.constant(label, tensor, properties)
         return self._rearranged[key]
@@ -341,8 +450,12 @@ class OnnxOps:
             self._rearranged[key] = self._integer_constant(self._labels[x], values, dict(x.metadata_props))
         return self._rearranged[key]
 
-    def _emit(self, operator: str, inputs: list[ir.Value], known: Dims | None, **attributes: int | list[int]) -> ir.Value:
-        self._read.update((value, None) for value in inputs if value in self._contents or value in self._integers)
+    def _emit(
+        self, operator: str, inputs: list[ir.Value], known: Dims | None, **attributes: int | list[int]
+    ) -> ir.Value:
+        self._read.update(
+            (value, None) for value in inputs if value in self._contents or value in self._integers
+        )
         wanted = f"{self._site}/{operator.lower()}"
         node = ir.node(operator, inputs, attributes=attributes, name=self._names.node(wanted))
         output = node.outputs[0]

@@ -13,7 +13,12 @@ from tdpass.models.onnx.tensors import FLOAT_TYPES, PARAMETER_TYPES, constant, f
 _KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 _RUNNING_STATISTICS = {"BatchNormalization": (3, 4)}
 _WEIGHING = frozenset({"Einsum", "BatchNormalization"})
-_MASK_FROM = {"Attention": 3, "MultiHeadAttention": 4, "GroupQueryAttention": 3, "QAttention": 5}  # -inf hides a position
+_MASK_FROM = {
+    "Attention": 3,
+    "MultiHeadAttention": 4,
+    "GroupQueryAttention": 3,
+    "QAttention": 5,
+}  # -inf hides a position
 
 
 HOLDS = "tdpass.holds"  # how many numbers a tensor holds where those are not its elements, 0 for what scales or places others
@@ -30,7 +35,10 @@ def parameter_bytes(model: ir.Model) -> int:
 
 
 def check_finite(model: ir.Model) -> None:
-    """Raise `InvalidModelError` where a weight that a layer multiplies with, or its bias, is not finite; each is read once."""
+    """Raise `InvalidModelError` where a weight that a layer multiplies with, or its bias, is not finite.
+
+    Each is read once.
+    """
     for value, tensor in _constants(model):
         if tensor.dtype in FLOAT_TYPES and any(_weighs(usage.node, usage.idx) for usage in value.uses()):
             finite(to_torch(tensor), value.name or "a constant")
@@ -46,8 +54,8 @@ def _weighs(node: ir.Node, index: int) -> bool:
 def _held(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
     """Floating-point and quantized constants with at least one axis, each once.
 
-    Left out are running statistics, what the torch exporter marks as a buffer, and scalars, which are numbers of the
-    graph's formulas.
+    Left out are running statistics, what the torch exporter marks as a buffer, and scalars, which are numbers
+    of the graph's formulas.
     """
     return ((value, tensor) for value, tensor in _constants(model) if _counts(value, tensor))
 
@@ -55,7 +63,11 @@ def _held(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
 def _constants(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
     """All initializers and what Constant nodes hold."""
     for graph in model.graphs():
-        yield from ((value, value.const_value) for value in graph.initializers.values() if value.const_value is not None)
+        yield from (
+            (value, value.const_value)
+            for value in graph.initializers.values()
+            if value.const_value is not None
+        )
         for node in graph:
             if node.op_type == "Constant" and not node.domain:
                 tensor = constant(node.outputs[0])
@@ -64,7 +76,11 @@ def _constants(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
 
 
 def _counts(value: ir.Value, tensor: ir.TensorProtocol) -> bool:
-    if tensor.dtype not in PARAMETER_TYPES or len(tensor.shape) == 0 or value.metadata_props.get(_KIND) == "BUFFER":
+    if (
+        tensor.dtype not in PARAMETER_TYPES
+        or len(tensor.shape) == 0
+        or value.metadata_props.get(_KIND) == "BUFFER"
+    ):
         return False
     uses = value.uses()
     return not uses or any(usage.idx not in _RUNNING_STATISTICS.get(usage.node.op_type, ()) for usage in uses)

@@ -25,8 +25,25 @@ PRODUCTS: Registry[Count] = Registry("ONNX operator with products")
 _STANDARD = frozenset({"", "ai.onnx", "ai.onnx.ml"})
 _EINSUM = "tdpass-einsum:"
 _NO_PRODUCTS = frozenset(
-    {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "EmbedLayerNormalization", "QuantizeLinear", "DequantizeLinear", "QLinearAdd", "QLinearMul"}
-    | {"QLinearSigmoid", "QLinearLeakyRelu", "QLinearGlobalAveragePool", "QLinearAveragePool", "QLinearConcat", "QLinearSoftmax", "Pad", "GatherND"}
+    {
+        "SkipLayerNormalization",
+        "SkipSimplifiedLayerNormalization",
+        "EmbedLayerNormalization",
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "QLinearAdd",
+        "QLinearMul",
+    }
+    | {
+        "QLinearSigmoid",
+        "QLinearLeakyRelu",
+        "QLinearGlobalAveragePool",
+        "QLinearAveragePool",
+        "QLinearConcat",
+        "QLinearSoftmax",
+        "Pad",
+        "GatherND",
+    }
 )
 
 
@@ -39,7 +56,16 @@ def _counts(*types: str) -> Callable[[Count], Count]:
     return register
 
 
-@_counts("MatMul", "MatMulInteger", "QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulNBits", "MatMulFpQ4", "MatMulBnb4")
+@_counts(
+    "MatMul",
+    "MatMulInteger",
+    "QLinearMatMul",
+    "MatMulIntegerToFloat",
+    "DynamicQuantizeMatMul",
+    "MatMulNBits",
+    "MatMulFpQ4",
+    "MatMulBnb4",
+)
 def _matmul(inputs: Sequence[Sizes], y: Sizes) -> int:
     return math.prod(y) * inputs[0][-1]
 
@@ -82,7 +108,9 @@ def _recurrent(inputs: Sequence[Sizes], y: Sizes) -> int:
 @_counts("Attention", "MultiHeadAttention", "GroupQueryAttention", "QAttention")
 def _attention(inputs: Sequence[Sizes], y: Sizes) -> int:
     query, key = inputs[0], inputs[1]
-    if len(key) == 2:  # the operator also projects its input, by a weight for queries, keys and values together
+    if (
+        len(key) == 2
+    ):  # the operator also projects its input, by a weight for queries, keys and values together
         width = (key[1] - y[-1]) // 2
         return math.prod(query[:-1]) * (math.prod(key) + query[-2] * (width + y[-1]))
     return (math.prod(query) + math.prod(y)) * key[-2]
@@ -125,6 +153,16 @@ def _nodes(model: ir.Model) -> list[ir.Node]:
 def _unseen(model: ir.Model) -> tuple[str, ...]:
     """Operators of other domains of which it is not known what they compute."""
     functions = {(function.domain, function.name) for function in model.functions.values()}
-    others = [node for node in _nodes(model) if node.domain not in _STANDARD and (node.domain, node.op_type) not in functions]
+    others = [
+        node
+        for node in _nodes(model)
+        if node.domain not in _STANDARD and (node.domain, node.op_type) not in functions
+    ]
     known = {*PRODUCTS.names(), "Einsum", *_NO_PRODUCTS}
-    return tuple(dict.fromkeys(f"{node.domain}::{node.op_type}" for node in others if node.op_type not in known and operator_name(node) not in FUNCTIONS))
+    return tuple(
+        dict.fromkeys(
+            f"{node.domain}::{node.op_type}"
+            for node in others
+            if node.op_type not in known and operator_name(node) not in FUNCTIONS
+        )
+    )

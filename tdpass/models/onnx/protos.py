@@ -50,17 +50,45 @@ def texts(proto: onnx.ModelProto) -> Iterator[object]:
     yield from (text for entry in proto.metadata_props for text in (entry.key, entry.value))
     yield from (entry.domain for entry in proto.opset_import)
     for function in proto.functions:
-        yield from (function.name, function.domain, function.overload, function.doc_string, *function.input, *function.output, *function.attribute)
+        yield from (
+            function.name,
+            function.domain,
+            function.overload,
+            function.doc_string,
+            *function.input,
+            *function.output,
+            *function.attribute,
+        )
     for graph in graph_protos(proto):
         yield from (graph.name, graph.doc_string)
         for value in (*graph.input, *graph.output, *graph.value_info):
-            yield from (value.name, value.doc_string, *(size.dim_param for size in value.type.tensor_type.shape.dim))
+            yield from (
+                value.name,
+                value.doc_string,
+                *(size.dim_param for size in value.type.tensor_type.shape.dim),
+            )
     for node in node_protos(proto):
-        yield from (node.name, node.op_type, node.domain, node.overload, node.doc_string, *node.input, *node.output)
-        yield from (text for attribute in node.attribute for text in (attribute.name, attribute.ref_attr_name, attribute.doc_string))
+        yield from (
+            node.name,
+            node.op_type,
+            node.domain,
+            node.overload,
+            node.doc_string,
+            *node.input,
+            *node.output,
+        )
+        yield from (
+            text
+            for attribute in node.attribute
+            for text in (attribute.name, attribute.ref_attr_name, attribute.doc_string)
+        )
         yield from (text for entry in node.metadata_props for text in (entry.key, entry.value))
     for tensor in tensor_protos(proto):
-        yield from (tensor.name, tensor.doc_string, *(text for entry in tensor.external_data for text in (entry.key, entry.value)))
+        yield from (
+            tensor.name,
+            tensor.doc_string,
+            *(text for entry in tensor.external_data for text in (entry.key, entry.value)),
+        )
 
 
 def drop_unused_initializers(graph: onnx.GraphProto) -> None:

@@ -17,10 +17,18 @@ from tdpass.models.onnx.weight_use import WeightUse
 INPUTS_HOLD_INITIALIZERS_BELOW = 4
 
 
-def rewritten(model: ir.Model, sites: Mapping[str, FoundSite], layers: Mapping[str, Layer], shapes: Shapes, *, integers: bool = False) -> ir.Model:
-    """A copy of the model with these layers in place of the dense ones; weights that stay are shared, not copied.
+def rewritten(
+    model: ir.Model,
+    sites: Mapping[str, FoundSite],
+    layers: Mapping[str, Layer],
+    shapes: Shapes,
+    *,
+    integers: bool = False,
+) -> ir.Model:
+    """A copy of the model with these layers in place of the dense ones.
 
-    With `integers` the weights that are such are written for activations that are, too.
+    Weights that stay are shared, not copied. With `integers` the weights that are such are written for
+    activations that are, too.
     """
     copy = model.clone()
     twins = dict(zip(model.graph, copy.graph, strict=True))
@@ -31,8 +39,12 @@ def rewritten(model: ir.Model, sites: Mapping[str, FoundSite], layers: Mapping[s
         ops = OnnxOps(name, opset_of(copy), names, shapes, integers=integers)
         recorders.append(ops)
         storage = layer.storage
-        holds = {label: {HOLDS: str(storage.count(label))} if storage.numbers else {} for label in layer.factors}
-        factors = {label: ops.constant(label, factor, holds[label]) for label, factor in layer.factors.items()}
+        holds = {
+            label: {HOLDS: str(storage.count(label))} if storage.numbers else {} for label in layer.factors
+        }
+        factors = {
+            label: ops.constant(label, factor, holds[label]) for label, factor in layer.factors.items()
+        }
         bias = None if layer.bias is None else ops.constant("bias", layer.bias)
         for use in site.uses:
             here = use.on(twins)
@@ -47,18 +59,30 @@ def rewritten(model: ir.Model, sites: Mapping[str, FoundSite], layers: Mapping[s
         value.name = names.value(wanted)
         copy.graph.register_initializer(value)
     if (copy.ir_version or 0) < INPUTS_HOLD_INITIALIZERS_BELOW:
-        copy.graph.inputs.extend(value for value in copy.graph.initializers.values() if not value.is_graph_input())
+        copy.graph.inputs.extend(
+            value for value in copy.graph.initializers.values() if not value.is_graph_input()
+        )
     return copy
 
 
-def _put(graph: ir.Graph, use: WeightUse, ops: OnnxOps, layer: Layer, factors: Mapping[str, ir.Value], bias: ir.Value | None, site: FoundSite) -> None:
+def _put(
+    graph: ir.Graph,
+    use: WeightUse,
+    ops: OnnxOps,
+    layer: Layer,
+    factors: Mapping[str, ir.Value],
+    bias: ir.Value | None,
+    site: FoundSite,
+) -> None:
     layout = FORMATS.get(layer.format)
 
     def values() -> Mapping[str, ir.Value]:
         return layer.storage.restore(ops, factors, site.dtype)
 
     addend = None if use.addend is None else ops.scale(use.addend.value, use.addend_scale, site.dtype)
-    y = use.apply(ops, use.input.value, lambda x: layout.apply(ops, x, values(), bias, layer.site, layer.rank), addend)
+    y = use.apply(
+        ops, use.input.value, lambda x: layout.apply(ops, x, values(), bias, layer.site, layer.rank), addend
+    )
     y = ops.computed(y)
     nodes = ops.take_nodes()
     for node in nodes:
@@ -95,7 +119,11 @@ def remove_nodes(graph: ir.Graph, nodes: Iterable[ir.Node]) -> None:
     suspects = [value.producer() for node in gone for value in node.inputs if value is not None]
     graph.remove(gone, safe=True)
     for node in suspects:
-        if node is not None and node.graph is graph and not any(output.uses() or output.is_graph_output() for output in node.outputs):
+        if (
+            node is not None
+            and node.graph is graph
+            and not any(output.uses() or output.is_graph_output() for output in node.outputs)
+        ):
             remove_nodes(graph, [node])
 
 

@@ -56,7 +56,9 @@ class _NodeStep:
             except NotServedError:
                 self.function = None
             else:
-                values.update(zip(self.outputs, (outputs,) if isinstance(outputs, Tensor) else outputs, strict=False))
+                values.update(
+                    zip(self.outputs, (outputs,) if isinstance(outputs, Tensor) else outputs, strict=False)
+                )
                 return
         self.session = self.session or self.open_session()
         made = self.session(*inputs, *(values[value] for value in self.captured))
@@ -73,7 +75,11 @@ class _SiteStep:
 
     @property
     def reads(self) -> tuple[ir.Value, ...]:
-        return (self.use.input.value,) if self.use.addend is None else (self.use.input.value, self.use.addend.value)
+        return (
+            (self.use.input.value,)
+            if self.use.addend is None
+            else (self.use.input.value, self.use.addend.value)
+        )
 
     @property
     def outputs(self) -> tuple[ir.Value, ...]:
@@ -91,9 +97,10 @@ class _SiteStep:
 class OnnxRunner:
     """The dense model with `layers` in place of some sites, as a function from named inputs to named outputs.
 
-    Dense sites call `F.linear` or `F.conv*d` with one tensor per site, held in `weights`.  What depends on constants and
-    on shapes only is computed outside of any recording mode.  Operators without a torch function run in ONNX Runtime,
-    and gradients stop there.  `functions` takes the place of the table for single nodes of the model.
+    Dense sites call `F.linear` or `F.conv*d` with one tensor per site, held in `weights`.  What depends on
+    constants and on shapes only is computed outside of any recording mode.  Operators without a torch
+    function run in ONNX Runtime, and gradients stop there.  `functions` takes the place of the table for
+    single nodes of the model.
     """
 
     model: ir.Model
@@ -115,7 +122,9 @@ class OnnxRunner:
             self._executed = self.model
         self._steps: list[_NodeStep | _SiteStep] = []
         self._fixed: set[ir.Value] = set()
-        self._compile(self._site_steps(twins), {twins[node]: function for node, function in self.functions.items()})
+        self._compile(
+            self._site_steps(twins), {twins[node]: function for node, function in self.functions.items()}
+        )
         self._last_read = {value: index for index, step in enumerate(self._steps) for value in step.reads}
 
     def _site_steps(self, twins: Mapping[ir.Node, ir.Node]) -> dict[ir.Node, _SiteStep | None]:
@@ -133,7 +142,9 @@ class OnnxRunner:
         self.weights[name] = weight
         return lambda x: apply_dense(_OPS, x, weight, bias, found.site)
 
-    def _compile(self, site_steps: Mapping[ir.Node, _SiteStep | None], functions: Mapping[ir.Node, TorchFunction]) -> None:
+    def _compile(
+        self, site_steps: Mapping[ir.Node, _SiteStep | None], functions: Mapping[ir.Node, TorchFunction]
+    ) -> None:
         model = self._executed
         opset = opset_of(model)
         for node in model.graph:
@@ -154,14 +165,27 @@ class OnnxRunner:
         name = operator_name(node)
         captured = tuple(captured_values(node))
         outputs = tuple(node.outputs)
-        read = max((index + 1 for index, output in enumerate(outputs) if output.uses() or output.is_graph_output()), default=1)
+        read = max(
+            (index + 1 for index, output in enumerate(outputs) if output.uses() or output.is_graph_output()),
+            default=1,
+        )
         operator = Operator(node.op_type, opset, node.attributes, len(outputs) if name == "Split" else read)
         function = FUNCTIONS.get(name) if name in FUNCTIONS else None
         inputs = (*node.inputs, *captured)
-        fixed = name in _KNOWN_FROM_SHAPES or all(value is None or value in self._fixed or constant(value) is not None for value in inputs)
+        fixed = name in _KNOWN_FROM_SHAPES or all(
+            value is None or value in self._fixed or constant(value) is not None for value in inputs
+        )
         if fixed:
             self._fixed.update(outputs)
-        return _NodeStep(operator, function, tuple(node.inputs), captured, outputs, partial(NodeSession, node, model, captured), fixed)
+        return _NodeStep(
+            operator,
+            function,
+            tuple(node.inputs),
+            captured,
+            outputs,
+            partial(NodeSession, node, model, captured),
+            fixed,
+        )
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs by name; raises `InvalidModelError` naming the node that fails."""
@@ -190,4 +214,6 @@ class OnnxRunner:
             raise
         except Exception as error:
             made = step.outputs[0].name
-            raise InvalidModelError(f"the node that computes {made!r} fails: {brief(error)}; check the sizes of the inputs") from error
+            raise InvalidModelError(
+                f"the node that computes {made!r} fails: {brief(error)}; check the sizes of the inputs"
+            ) from error

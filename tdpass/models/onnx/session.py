@@ -50,29 +50,40 @@ def has_fused_ops(source: str | bytes | ir.Model) -> bool:
     if isinstance(source, ir.Model):
         return uses_fused_ops(source)
     try:
-        proto = onnx.load(source, load_external_data=False) if isinstance(source, str) else onnx.load_from_string(source)
+        proto = (
+            onnx.load(source, load_external_data=False)
+            if isinstance(source, str)
+            else onnx.load_from_string(source)
+        )
     except Exception:  # noqa: BLE001 - the session that is opened next says what is wrong with it
         return False
     return any(function.domain == DOMAIN for function in proto.functions)
 
 
-def _session(source: str | bytes, model: ir.Model | None = None, threads: int = 0, trace: Path | None = None) -> onnxruntime.InferenceSession:
+def _session(
+    source: str | bytes, model: ir.Model | None = None, threads: int = 0, trace: Path | None = None
+) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = _ERRORS_ONLY, threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # what waits leaves its core to others
+    options.add_session_config_entry(
+        "session.intra_op.allow_spinning", "0"
+    )  # what waits leaves its core to others
     if trace is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(trace)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry("session.disable_prepacking", "1")  # a packed weight is no longer among a node's inputs
+        options.add_session_config_entry(
+            "session.disable_prepacking", "1"
+        )  # a packed weight is no longer among a node's inputs
     elif model is not None:
         register_fused_ops(options, model)
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 class Session:
-    """A model in ONNX Runtime on the CPU, with that many threads (0: one per core); raises `InvalidModelError` for one that it refuses.
+    """A model in ONNX Runtime on the CPU, with that many threads (0: one per core).
 
-    With `trace`, the beginning of a file's name, nodes run as the model has them and `end_trace` says what ran.
+    Raises `InvalidModelError` for one that it refuses. With `trace`, the beginning of a file's name, nodes
+    run as the model has them and `end_trace` says what ran.
     """
 
     def __init__(self, model: ir.Model, threads: int = 0, trace: Path | None = None) -> None:
@@ -96,7 +107,9 @@ class Session:
         """Outputs by name."""
         try:
             with run_options(self._loops) as options:
-                results = self._session.run(self._outputs, {name: _to_numpy(tensor) for name, tensor in inputs.items()}, options)
+                results = self._session.run(
+                    self._outputs, {name: _to_numpy(tensor) for name, tensor in inputs.items()}, options
+                )
         except TdpassError:
             raise
         except Exception as error:
@@ -106,13 +119,17 @@ class Session:
     def end_trace(self) -> list[Mapping[str, Any]]:
         """Every node that ran, as often as it did: its name, type, and the types and sizes of inputs that are present and of outputs."""
         events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
-        return [event for event in events if event.get("cat") == "Node" and "op_name" in event.get("args", {})]
+        return [
+            event for event in events if event.get("cat") == "Node" and "op_name" in event.get("args", {})
+        ]
 
     def bound(self, inputs: Mapping[str, Tensor]) -> Callable[[], object]:
         """A call that runs the model on these inputs, already in place, and drops its outputs: what is timed."""
         binding = self._session.io_binding()
         for name, tensor in inputs.items():
-            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(_to_numpy(tensor.contiguous())))
+            binding.bind_ortvalue_input(
+                name, onnxruntime.OrtValue.ortvalue_from_numpy(_to_numpy(tensor.contiguous()))
+            )
         for name in self._outputs:
             binding.bind_output(name, "cpu")
         return lambda: self._session.run_with_iobinding(binding)
@@ -128,15 +145,17 @@ def traced(model: ir.Model, inputs: Mapping[str, Tensor]) -> list[Mapping[str, A
 
 def _to_numpy(tensor: Tensor) -> object:
     if tensor.dtype is torch.bfloat16:
-        raise UnsupportedError("ONNX Runtime takes no bfloat16 inputs from Python; cast the model's inputs to float32")
+        raise UnsupportedError(
+            "ONNX Runtime takes no bfloat16 inputs from Python; cast the model's inputs to float32"
+        )
     return tensor.detach().cpu().numpy()
 
 
 class NodeSession:
     """One node, with the subgraphs it may have, run by ONNX Runtime; its outputs carry no gradient.
 
-    Called with the node's inputs, None for absent ones, and then the outer values that its subgraphs read.  A recording
-    torch function mode sees one call.
+    Called with the node's inputs, None for absent ones, and then the outer values that its subgraphs read.  A
+    recording torch function mode sees one call.
     """
 
     def __init__(self, node: ir.Node, model: ir.Model, captured: Sequence[ir.Value]) -> None:
@@ -145,7 +164,9 @@ class NodeSession:
         self._loops = loops([node, *within(node)])
         self._refused: TdpassError | None = None
         self._captured = [value.name or "" for value in captured]
-        self._opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+        self._opsets = [
+            onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()
+        ]
         self._ir_version = model.ir_version or 10
         self._sessions: dict[tuple[torch.dtype, ...], onnxruntime.InferenceSession] = {}
 
@@ -160,18 +181,25 @@ class NodeSession:
             raise self._refused
         try:
             with run_options(self._loops) as options:
-                results = session.run(None, {name: _to_numpy(tensor) for name, tensor in feeds.items()}, options)
+                results = session.run(
+                    None, {name: _to_numpy(tensor) for name, tensor in feeds.items()}, options
+                )
         except TdpassError as error:
             self._refused = error
             raise
         except Exception as error:
-            raise InvalidModelError(f"node {self._node.name!r} ({self._node.op_type}) fails in ONNX Runtime: {brief(error)}") from error
+            raise InvalidModelError(
+                f"node {self._node.name!r} ({self._node.op_type}) fails in ONNX Runtime: {brief(error)}"
+            ) from error
         return tuple(torch.from_numpy(result) for result in results)
 
     def _session_for(self, feeds: Mapping[str, Tensor]) -> onnxruntime.InferenceSession:
         key = tuple(tensor.dtype for tensor in feeds.values())
         if key not in self._sessions:
-            inputs = [onnx.helper.make_tensor_value_info(name, _element_type(tensor), None) for name, tensor in feeds.items()]
+            inputs = [
+                onnx.helper.make_tensor_value_info(name, _element_type(tensor), None)
+                for name, tensor in feeds.items()
+            ]
             outputs = [onnx.ValueInfoProto(name=name) for name in self._node.output if name]
             graph = onnx.helper.make_graph([self._node], "node", inputs, outputs)
             model = onnx.helper.make_model(graph, opset_imports=self._opsets, ir_version=self._ir_version)
@@ -212,7 +240,11 @@ def captured_values(node: ir.Node) -> list[ir.Value]:
         for nested in ir.traversal.RecursiveGraphIterator(graph):
             inner.update(nested.outputs)
             read.update((value, None) for value in nested.inputs if value is not None)
-            for subgraph in (attribute.as_graph() for attribute in nested.attributes.values() if attribute.type == ir.AttributeType.GRAPH):
+            for subgraph in (
+                attribute.as_graph()
+                for attribute in nested.attributes.values()
+                if attribute.type == ir.AttributeType.GRAPH
+            ):
                 inner.update((*subgraph.inputs, *subgraph.initializers.values()))
         read.update((value, None) for value in graph.outputs)
     direct = set(node.inputs)

@@ -17,12 +17,19 @@ _STAND_IN = "tdpass:{}:{}"  # a name that no exporter gives
 def put_in_order(model: ir.Model) -> None:
     """Sort nodes behind what they read, and let local functions use the operators of the model's versions, as runtimes do.
 
-    ONNX Runtime inlines a function without looking at the versions that it names.  Raises `ValueError` for a cyclic graph.
+    ONNX Runtime inlines a function without looking at the versions that it names.  Raises `ValueError` for a
+    cyclic graph.
     """
     model.graph.sort()
     for function in model.functions.values():
         function.sort()
-        function.opset_imports.update({domain: model.opset_imports[domain] for domain in function.opset_imports if domain in model.opset_imports})
+        function.opset_imports.update(
+            {
+                domain: model.opset_imports[domain]
+                for domain in function.opset_imports
+                if domain in model.opset_imports
+            }
+        )
 
 
 def ordered(model: ir.Model) -> ir.Model:
@@ -38,8 +45,8 @@ def ordered(model: ir.Model) -> ir.Model:
 def skeleton(model: ir.Model) -> onnx.ModelProto:
     """The model without the contents of its large initializers, which become inputs.
 
-    Checking and inferring shapes need the structure and the small integer constants only; this way neither serializes
-    the weights, of which there may be more than the 2 GiB that a protobuf can hold.
+    Checking and inferring shapes need the structure and the small integer constants only; this way neither
+    serializes the weights, of which there may be more than the 2 GiB that a protobuf can hold.
     """
     copy = ordered(model)
     graph = copy.graph
@@ -58,8 +65,9 @@ def skeleton(model: ir.Model) -> onnx.ModelProto:
 def fill_shapes(proto: onnx.ModelProto) -> None:
     """Make a model fit for the checker, which insists on a shape of every input and output, while runtimes do not.
 
-    An output gets the shape that follows from the graph.  What has none even so becomes something equivalent that has one: an input the
-    result of a Reshape by a shape that is an input too, of an output its Shape is the output.
+    An output gets the shape that follows from the graph.  What has none even so becomes something equivalent
+    that has one: an input the result of a Reshape by a shape that is an input too, of an output its Shape is
+    the output.
     """
     names = {value.name for value in proto.graph.initializer}
     for value in [value for value in proto.graph.input if _lacks_shape(value) and value.name not in names]:
@@ -68,11 +76,17 @@ def fill_shapes(proto: onnx.ModelProto) -> None:
     if not missing:
         return
     given = {value.name: value.type.tensor_type.shape for value in proto.graph.input}
-    given.update((tensor.name, onnx.helper.make_tensor_type_proto(tensor.data_type, tensor.dims).tensor_type.shape) for tensor in proto.graph.initializer)
+    given.update(
+        (tensor.name, onnx.helper.make_tensor_type_proto(tensor.data_type, tensor.dims).tensor_type.shape)
+        for tensor in proto.graph.initializer
+    )
     for output in missing:
         if output.name in given:
             output.type.tensor_type.shape.CopyFrom(given[output.name])
-    inferred = {output.name: output for output in onnx.shape_inference.infer_shapes(proto, data_prop=True).graph.output}
+    inferred = {
+        output.name: output
+        for output in onnx.shape_inference.infer_shapes(proto, data_prop=True).graph.output
+    }
     for output in missing:
         if _lacks_shape(inferred[output.name]):
             _shape_instead_of(proto.graph, output)
@@ -119,7 +133,10 @@ class Shapes:
         for info in (*inferred.input, *inferred.output, *inferred.value_info):
             tensor = info.type.tensor_type
             if tensor.HasField("shape"):
-                known[info.name] = tuple(size.dim_value if size.HasField("dim_value") and size.dim_value >= 0 else None for size in tensor.shape.dim)
+                known[info.name] = tuple(
+                    size.dim_value if size.HasField("dim_value") and size.dim_value >= 0 else None
+                    for size in tensor.shape.dim
+                )
         return cls(known)
 
     def of(self, value: ir.Value) -> Dims | None:

@@ -36,15 +36,23 @@ class FoundSite:
         return torch_dtype(self.stored.dtype)
 
     def weight(self) -> Tensor:
-        """The weight as `[o, i, *kernel]` in memory of its own; raises `InvalidModelError` unless every number is finite."""
+        """The weight as `[o, i, *kernel]` in memory of its own.
+
+        Raises `InvalidModelError` unless every number is finite.
+        """
         try:
             weight = self.weight_view().clone(memory_format=torch.contiguous_format)
         except (ValueError, OSError, MemoryError) as error:
-            raise InvalidModelError(f"the weight of {self.site.name!r} cannot be read: {error}; restore the model's data file") from error
+            raise InvalidModelError(
+                f"the weight of {self.site.name!r} cannot be read: {error}; restore the model's data file"
+            ) from error
         return finite(weight, self.site.name)
 
     def weight_view(self) -> Tensor:
-        """The weight as `[o, i, *kernel]`, sharing memory with the model where possible; it must not be written to."""
+        """The weight as `[o, i, *kernel]`, sharing memory with the model where possible.
+
+        It must not be written to.
+        """
         return self.uses[0].canonical(to_torch(self.stored))
 
     def bias(self) -> Tensor | None:
@@ -62,7 +70,10 @@ class Findings:
 
 
 def find_sites(model: ir.Model, shapes: Shapes) -> Findings:
-    """Group the uses of every weight in the main graph; decline the weights that cannot be replaced as a whole."""
+    """Group the uses of every weight in the main graph.
+
+    Decline the weights that cannot be replaced as a whole.
+    """
     uses: dict[ir.Value, list[WeightUse]] = {}
     refused: dict[ir.Value, tuple[ir.Node, str]] = {}
     for node, place in _nodes(model):
@@ -87,7 +98,10 @@ def find_sites(model: ir.Model, shapes: Shapes) -> Findings:
             refused[value] = (group[0].node, reason)
     names = site_names([(value, group[0].node) for value, group in grouped.items()])
     left = site_names([(value, node) for value, (node, _) in refused.items()], frozenset(names))
-    sites = {name: FoundSite(_site(name, group), group) for name, group in zip(names, grouped.values(), strict=True)}
+    sites = {
+        name: FoundSite(_site(name, group), group)
+        for name, group in zip(names, grouped.values(), strict=True)
+    }
     return Findings(sites, {name: reason for name, (_, reason) in zip(left, refused.values(), strict=True)})
 
 
@@ -123,4 +137,11 @@ def _as_one(value: ir.Value, uses: list[WeightUse]) -> tuple[str | None, tuple[W
 def _site(name: str, uses: tuple[WeightUse, ...]) -> Site:
     use = uses[0]
     itemsize = torch_dtype(held(use.weight.value).dtype).itemsize
-    return Site(name, use.kind, use.canonical_shape(), **vars(use.window), bias=use.bias is not None, itemsize=itemsize)
+    return Site(
+        name,
+        use.kind,
+        use.canonical_shape(),
+        **vars(use.window),
+        bias=use.bias is not None,
+        itemsize=itemsize,
+    )

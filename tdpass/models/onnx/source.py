@@ -20,7 +20,10 @@ _GRAPHSURGEON = "onnx_graphsurgeon"
 
 @dataclass(frozen=True)
 class Source:
-    """The model that came in; `give_back` makes a rewritten one its kind, `owned` says that nobody else reads its data files."""
+    """The model that came in.
+
+    `give_back` makes a rewritten one its kind, `owned` says that nobody else reads its data files.
+    """
 
     model: ir.Model
     give_back: Callable[[ir.Model], object]
@@ -28,7 +31,10 @@ class Source:
 
 
 def source_of(given: object) -> Source:
-    """Reads a path, `onnx.ModelProto`, `onnx_ir.Model` or `onnx_graphsurgeon.Graph`; raises `InvalidModelError` for others and unsound ones."""
+    """Reads a path, `onnx.ModelProto`, `onnx_ir.Model` or `onnx_graphsurgeon.Graph`.
+
+    Raises `InvalidModelError` for others and unsound ones.
+    """
     if isinstance(given, str | Path):
         return Source(read(Path(given)), ir.Model.clone, owned=True)
     if isinstance(given, onnx.ModelProto):
@@ -41,7 +47,9 @@ def source_of(given: object) -> Source:
         with invalid_if_failing("the graphsurgeon graph cannot be exported", "see that it is complete"):
             proto = surgeon.export_onnx(given)
         return Source(_read_proto(proto), lambda model: surgeon.import_onnx(ir.to_proto(model)))
-    raise InvalidModelError(f"{type(given).__name__} is no ONNX model; give a path, an onnx.ModelProto, an onnx_ir.Model or an onnx_graphsurgeon.Graph")
+    raise InvalidModelError(
+        f"{type(given).__name__} is no ONNX model; give a path, an onnx.ModelProto, an onnx_ir.Model or an onnx_graphsurgeon.Graph"
+    )
 
 
 def _read_proto(proto: onnx.ModelProto) -> ir.Model:

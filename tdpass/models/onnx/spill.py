@@ -31,14 +31,19 @@ def spilled(layers: Mapping[str, Layer]) -> Mapping[str, Layer]:
     """
     try:
         with tempfile.TemporaryFile(prefix="tdpass-") as file:
-            places = iter([_append(file, factor) for layer in layers.values() for factor in layer.factors.values()])
+            places = iter(
+                [_append(file, factor) for layer in layers.values() for factor in layer.factors.values()]
+            )
             file.flush()
             mapped = np.frombuffer(map_file(file.fileno(), file.tell()), np.uint8)
     except OSError:  # a full disk, or no file left to open: memory will have to do
         return layers
     moved: dict[str, Layer] = {}
     for name, layer in layers.items():
-        moved[name] = replace(layer, factors={label: _at(mapped, next(places), factor) for label, factor in layer.factors.items()})
+        moved[name] = replace(
+            layer,
+            factors={label: _at(mapped, next(places), factor) for label, factor in layer.factors.items()},
+        )
     return moved
 
 

@@ -30,7 +30,10 @@ def map_file(descriptor: int, length: int, start: int = 0) -> mmap.mmap:
 
 
 def release_pages() -> None:
-    """Let go of the memory that mapped files take up; what is read again comes from the file (or its cache) again."""
+    """Let go of the memory that mapped files take up.
+
+    What is read again comes from the file (or its cache) again.
+    """
     if hasattr(mmap, "MADV_DONTNEED"):
         for mapped in list(_MAPPINGS):
             mapped.madvise(mmap.MADV_DONTNEED)
@@ -63,7 +66,14 @@ class DataFile:
         """The tensor, mapped afresh on each reading and unmapped when the reader lets go of it."""
         shape = ir.Shape(sizes(stored))
         load = partial(self._map, stored.dtype, shape, stored.offset or 0, stored.nbytes)
-        return ir.LazyTensor(load, stored.dtype, shape, name=stored.name, doc_string=stored.doc_string, metadata_props=dict(stored.metadata_props))
+        return ir.LazyTensor(
+            load,
+            stored.dtype,
+            shape,
+            name=stored.name,
+            doc_string=stored.doc_string,
+            metadata_props=dict(stored.metadata_props),
+        )
 
     def _map(self, dtype: ir.DataType, shape: ir.Shape, offset: int, length: int) -> ir.TensorProtocol:
         if length == 0:
@@ -78,7 +88,10 @@ class DataFile:
 
 
 def model_from(proto: onnx.ModelProto, folder: Path | None) -> ir.Model:
-    """The model in order, its external data in that folder; contents stay in their files.  Raises `ValueError` for a cyclic graph."""
+    """The model in order, its external data in that folder; contents stay in their files.
+
+    Raises `ValueError` for a cyclic graph.
+    """
     model = ir.from_proto(proto)
     put_in_order(model)
     if folder is not None:
@@ -94,7 +107,10 @@ def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
 
 
 def open_data_files(model: ir.Model) -> bool:
-    """Let every external tensor read through an open file instead of by path; returns whether there was one."""
+    """Let every external tensor read through an open file instead of by path.
+
+    Returns whether there was one.
+    """
     files: dict[Path, DataFile] = {}
 
     def opened(tensor: ir.ExternalTensor) -> ir.LazyTensor:
@@ -116,4 +132,9 @@ def open_data_files(model: ir.Model) -> bool:
 
 def stored_bytes(model: ir.Model) -> int:
     """Bytes of all initializers."""
-    return sum(value.const_value.nbytes for graph in model.graphs() for value in graph.initializers.values() if value.const_value is not None)
+    return sum(
+        value.const_value.nbytes
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None
+    )

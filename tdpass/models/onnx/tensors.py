@@ -14,8 +14,21 @@ from tdpass.errors import InvalidModelError, UnsupportedError
 
 FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 _QUANTIZED_TYPES = frozenset(
-    {ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT2, ir.DataType.UINT2}
-    | {ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E4M3FNUZ, ir.DataType.FLOAT8E5M2, ir.DataType.FLOAT8E5M2FNUZ, ir.DataType.FLOAT4E2M1}
+    {
+        ir.DataType.INT8,
+        ir.DataType.UINT8,
+        ir.DataType.INT4,
+        ir.DataType.UINT4,
+        ir.DataType.INT2,
+        ir.DataType.UINT2,
+    }
+    | {
+        ir.DataType.FLOAT8E4M3FN,
+        ir.DataType.FLOAT8E4M3FNUZ,
+        ir.DataType.FLOAT8E5M2,
+        ir.DataType.FLOAT8E5M2FNUZ,
+        ir.DataType.FLOAT4E2M1,
+    }
 )
 PARAMETER_TYPES = FLOAT_TYPES | _QUANTIZED_TYPES
 
@@ -32,11 +45,16 @@ def torch_dtype(dtype: ir.DataType) -> torch.dtype:
     try:
         return tensor_adapters.to_torch_dtype(dtype)
     except (TypeError, ValueError):
-        raise UnsupportedError(f"ONNX tensors of type {dtype.name} have no torch counterpart; cast them in the model first") from None
+        raise UnsupportedError(
+            f"ONNX tensors of type {dtype.name} have no torch counterpart; cast them in the model first"
+        ) from None
 
 
 def to_torch(tensor: ir.TensorProtocol) -> Tensor:
-    """The tensor in torch, sharing memory with the model (or its mapped file) where possible; it must not be written to."""
+    """The tensor in torch, sharing memory with the model (or its mapped file) where possible.
+
+    It must not be written to.
+    """
     raw = getattr(tensor, "raw", None)
     if isinstance(raw, Tensor):
         return raw.detach()
@@ -56,7 +74,9 @@ def finite(tensor: Tensor, name: str) -> Tensor:
         extremes = torch.stack(torch.aminmax(tensor))  # one pass, and NaN is passed on
         if not bool(torch.isfinite(extremes).all()):
             bad = int((~torch.isfinite(tensor)).sum())
-            raise InvalidModelError(f"{bad} of {tensor.numel()} numbers of {name!r} are NaN or infinite; repair or retrain the model")
+            raise InvalidModelError(
+                f"{bad} of {tensor.numel()} numbers of {name!r} are NaN or infinite; repair or retrain the model"
+            )
     return tensor
 
 
@@ -69,7 +89,10 @@ def from_memory(array: np.ndarray) -> Tensor:
 
 
 def from_torch(tensor: Tensor) -> ir.TensorProtocol:
-    """The tensor for a graph, sharing memory; strided views are made contiguous only while they are written out."""
+    """The tensor for a graph, sharing memory.
+
+    Strided views are made contiguous only while they are written out.
+    """
     return tensor_adapters.TorchTensor(tensor.detach())
 
 
@@ -101,14 +124,23 @@ def held(value: ir.Value | None) -> ir.TensorProtocol:
     """The constant that a value was found to be; raises `InvalidModelError` if it is one no longer."""
     tensor = constant(value)
     if tensor is None:
-        raise InvalidModelError(f"{'an absent input' if value is None else repr(value.name)} is not a constant; keep the graph that was opened unchanged")
+        raise InvalidModelError(
+            f"{'an absent input' if value is None else repr(value.name)} is not a constant; keep the graph that was opened unchanged"
+        )
     return tensor
 
 
 def dims(value: ir.Value | ir.TensorProtocol) -> tuple[int | None, ...] | None:
-    """Sizes as declared, None for each that is open (symbolic, or negative as some exporters write it); None where even the rank is unknown."""
+    """Sizes as declared, None for each that is open (symbolic, or negative as some exporters write it).
+
+    None where even the rank is unknown.
+    """
     shape = value.shape
-    return None if shape is None else tuple(size if isinstance(size, int) and size >= 0 else None for size in shape.dims)
+    return (
+        None
+        if shape is None
+        else tuple(size if isinstance(size, int) and size >= 0 else None for size in shape.dims)
+    )
 
 
 def sizes(tensor: ir.TensorProtocol) -> tuple[int, ...]:

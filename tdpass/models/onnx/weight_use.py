@@ -27,7 +27,9 @@ class Slot:
         """The value there; slots are made only for inputs that are present."""
         value = self.node.inputs[self.index]
         if value is None:
-            raise InvalidModelError(f"input {self.index} of node {self.node.name!r} is absent; keep the graph that was opened unchanged")
+            raise InvalidModelError(
+                f"input {self.index} of node {self.node.name!r} is absent; keep the graph that was opened unchanged"
+            )
         return value
 
     def on(self, twins: Mapping[ir.Node, ir.Node]) -> Slot:
@@ -39,9 +41,10 @@ class Slot:
 class WeightUse:
     """One node that applies a constant weight.
 
-    The node computes `y = unswap(layer(swap(x))) + addend`, where `layer` is the plain linear or convolution layer with
-    weight `scale * (stored or its transpose)` and bias `bias_scale * bias`; `swap_in` and `swap_out` are permutations or
-    None.  `absorbed` is the Add node that holds the bias of a MatMul; it goes when the layer is replaced.
+    The node computes `y = unswap(layer(swap(x))) + addend`, where `layer` is the plain linear or convolution
+    layer with weight `scale * (stored or its transpose)` and bias `bias_scale * bias`; `swap_in` and
+    `swap_out` are permutations or None.  `absorbed` is the Add node that holds the bias of a MatMul; it goes
+    when the layer is replaced.
     """
 
     input: Slot
@@ -125,7 +128,10 @@ class WeightUse:
         )
 
     def apply(self, ops: Ops[V], x: V, layer: Callable[[V], V], addend: V | None) -> V:
-        """The node's output when `layer` stands for the plain layer with its bias; `addend` comes already scaled."""
+        """The node's output when `layer` stands for the plain layer with its bias.
+
+        `addend` comes already scaled.
+        """
         y = layer(x if self.swap_in is None else ops.permute(x, self.swap_in))
         if self.swap_out is not None:
             y = ops.permute(y, self.swap_out)

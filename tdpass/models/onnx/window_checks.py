@@ -22,7 +22,9 @@ def check_windows(model: ir.Model, shapes: Shapes) -> None:
         if x is not None and sizes is not None and len(sizes) > 2:
             problem = _problem(node, shapes.of(x), sizes)
             if problem:
-                raise InvalidModelError(f"node {node.name or node.outputs[0].name!r} ({node.op_type}) {problem}; export the model again")
+                raise InvalidModelError(
+                    f"node {node.name or node.outputs[0].name!r} ({node.op_type}) {problem}; export the model again"
+                )
 
 
 def _problem(node: ir.Node, x: Dims | None, weight: Dims) -> str:
@@ -33,7 +35,10 @@ def _problem(node: ir.Node, x: Dims | None, weight: Dims) -> str:
     if whole is not None and whole % group:
         return f"has group={group}, which does not divide the {whole} channels of its weight {list(weight)}"
     given = tuple(node.attributes.get_ints("kernel_shape", ()))
-    if given and (len(given) != len(kernel) or any(size not in (None, wanted) for size, wanted in zip(kernel, given, strict=True))):
+    if given and (
+        len(given) != len(kernel)
+        or any(size not in (None, wanted) for size, wanted in zip(kernel, given, strict=True))
+    ):
         return f"has kernel_shape={list(given)}, but its weight {list(weight)} has the kernel {list(kernel)}"
     for name, count in {"strides": len(kernel), "dilations": len(kernel), "pads": 2 * len(kernel)}.items():
         numbers = node.attributes.get_ints(name, ())

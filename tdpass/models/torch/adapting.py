@@ -13,27 +13,37 @@ from tdpass.models.torch.norms import BatchNorm
 
 
 def adapt(module: nn.Module, adaptation: Adaptation, *, filled: bool = True) -> nn.Module:
-    """Put adaptive layers in the place of those that the adaptation names; their weights are the module's own, or to be `filled`.
+    """Put adaptive layers in the place of those that the adaptation names.
 
-    Raises `PlanError` for a module that has not these layers.
+    Their weights are the module's own, or to be `filled`. Raises `PlanError` for a module that has not these
+    layers.
     """
     dial, modules = Dial(adaptation), dict(module.named_modules())
     for path in adaptation.layers:
         layer = modules.get(path)
         if layer is None or not _fits(layer, path, adaptation):
-            raise PlanError(f"{path!r} is no layer of this model, or one of other sizes; use the class that was adapted")
+            raise PlanError(
+                f"{path!r} is no layer of this model, or one of other sizes; use the class that was adapted"
+            )
         become(layer, Adaptive(layer, path, dial, _factors(layer, path, adaptation) if filled else None))
     for path in adaptation.norms:
         norm = modules.get(path)
-        if not isinstance(norm, BatchNorm) or not _within(adaptation.norms[path], norm.num_features, adaptation):
-            raise PlanError(f"{path!r} is no batch-norm of this model, or one of another size; use the class that was adapted")
+        if not isinstance(norm, BatchNorm) or not _within(
+            adaptation.norms[path], norm.num_features, adaptation
+        ):
+            raise PlanError(
+                f"{path!r} is no batch-norm of this model, or one of another size; use the class that was adapted"
+            )
         become(norm, AdaptiveNorm(norm, path, dial))
     return module
 
 
 def adaptation_of(model: nn.Module) -> Adaptation | None:
     """What an adaptive model was made by; None for an ordinary one."""
-    return next((module.dial.adaptation for module in model.modules() if isinstance(module, Adaptive | AdaptiveNorm)), None)
+    return next(
+        (module.dial.adaptation for module in model.modules() if isinstance(module, Adaptive | AdaptiveNorm)),
+        None,
+    )
 
 
 def _fits(layer: nn.Module, path: str, adaptation: Adaptation) -> bool:

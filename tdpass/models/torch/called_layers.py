@@ -16,7 +16,9 @@ def call_layers(model: nn.Module) -> None:
     That path takes dense weights, which a factored layer would rebuild from its factors at every call.
     """
     for module in model.modules():
-        if not isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) or not _factored(module):
+        if not isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) or not _factored(
+            module
+        ):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # read for the choice of the path alone
@@ -26,13 +28,22 @@ def call_layers(model: nn.Module) -> None:
 
 def runs_nested(model: nn.Module, run: Callable[[], object]) -> dict[nn.Module, str]:
     """Modules inside encoders that torch runs on nested tensors, which only the fused path takes, and why they stay dense."""
-    encoders = [module for module in model.modules() if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor]
+    encoders = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor
+    ]
     owners = {layer: encoder for encoder in encoders for layer in encoder.layers}
     found: dict[nn.Module, str] = {}
 
     def see(layer: nn.Module, args: tuple[object, ...]) -> None:
         if args and getattr(args[0], "is_nested", False):
-            found.update(dict.fromkeys(owners[layer].modules(), "torch runs its encoder on nested tensors, by a path that reads weights"))
+            found.update(
+                dict.fromkeys(
+                    owners[layer].modules(),
+                    "torch runs its encoder on nested tensors, by a path that reads weights",
+                )
+            )
 
     if owners:
         with watching(owners, see):

@@ -39,25 +39,37 @@ class Coded:
     @property
     def parts(self) -> dict[str, Held]:
         """Shapes and types of the parts."""
-        return {under(self.path, part): (held.shape, held.dtype) for part, held in self.storage.parts_of(self.name).items()}
+        return {
+            under(self.path, part): (held.shape, held.dtype)
+            for part, held in self.storage.parts_of(self.name).items()
+        }
 
     def made(self, factor: Tensor) -> dict[str, Tensor]:
         """The parts of the numbers."""
         return {under(self.path, part): held for part, held in self.storage.stored(self.name, factor).items()}
 
 
-def coded_factors(layers: Iterable[tuple[Sequence[str], Storage]], held: Mapping[str, Held]) -> dict[str, Coded]:
+def coded_factors(
+    layers: Iterable[tuple[Sequence[str], Storage]], held: Mapping[str, Held]
+) -> dict[str, Coded]:
     """Factors of these layers, given with their paths, that `held` has as numbers, by the name of those."""
-    each = [Coded(path, name, storage) for paths, storage in layers for path in paths for name in storage.numbers]
+    each = [
+        Coded(path, name, storage) for paths, storage in layers for path in paths for name in storage.numbers
+    ]
     named = {under(coded.path, coded.name): coded for coded in each}
-    return {name: coded for name, coded in named.items() if held.get(name) == coded.whole and coded.parts.get(name) != coded.whole}
+    return {
+        name: coded
+        for name, coded in named.items()
+        if held.get(name) == coded.whole and coded.parts.get(name) != coded.whole
+    }
 
 
 def with_coded_factors(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
     """The tensors, with the numbers that a factor stands for in place of its parts where those numbers have a block that is smaller.
 
-    Only where the parts that are made of them anew stand for the same numbers.  Of a factor with a support the block may be larger by
-    what it says of itself: survivors and levels of a file are counted from its blocks, and small layers belong to that.
+    Only where the parts that are made of them anew stand for the same numbers.  Of a factor with a support
+    the block may be larger by what it says of itself: survivors and levels of a file are counted from its
+    blocks, and small layers belong to that.
     """
     found = dict(tensors)
     for path, layer in module.named_modules():
@@ -66,11 +78,18 @@ def with_coded_factors(tensors: Mapping[str, Tensor], module: nn.Module) -> dict
             keys = {under(path, part): part for part in layer.storage.parts_of(name)}
             if not keys.keys() <= tensors.keys():  # they are shared with a layer that comes first
                 continue
-            exact = layer.storage.restored(_OPS, name, {part: tensors[key] for key, part in keys.items()}, torch.float64)
+            exact = layer.storage.restored(
+                _OPS, name, {part: tensors[key] for key, part in keys.items()}, torch.float64
+            )
             block = pack(exact.float())
             room = _HEADER if name in layer.storage.supports else 0
             if block is None or len(block) >= sum(tensors[key].nbytes for key in keys) + room:
                 continue
-            if torch.equal(layer.storage.restored(_OPS, name, layer.storage.stored(name, exact.float()), torch.float64), exact):
-                found = {key: tensor for key, tensor in found.items() if key not in keys} | {under(path, name): exact.float()}
+            if torch.equal(
+                layer.storage.restored(_OPS, name, layer.storage.stored(name, exact.float()), torch.float64),
+                exact,
+            ):
+                found = {key: tensor for key, tensor in found.items() if key not in keys} | {
+                    under(path, name): exact.float()
+                }
     return found

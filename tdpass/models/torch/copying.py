@@ -16,20 +16,25 @@ from tdpass.errors import InvalidModelError
 def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy, with `memo` as `copy.deepcopy` fills it.
 
-    Tensors that were computed and kept (a cached activation, a pruned or normalised weight) lose their history, those made in
-    inference mode become ordinary ones, and compiled functions are shared.  Raises `InvalidModelError` for what cannot be copied.
+    Tensors that were computed and kept (a cached activation, a pruned or normalised weight) lose their
+    history, those made in inference mode become ordinary ones, and compiled functions are shared.  Raises
+    `InvalidModelError` for what cannot be copied.
     """
     for held in _held(module):
         if isinstance(held, torch.jit.ScriptFunction):
             memo[id(held)] = held
         elif isinstance(held, Tensor) and (held.is_inference() or not held.is_leaf):
             plain = held.detach().clone()
-            memo[id(held)] = nn.Parameter(plain, held.requires_grad) if isinstance(held, nn.Parameter) else plain
+            memo[id(held)] = (
+                nn.Parameter(plain, held.requires_grad) if isinstance(held, nn.Parameter) else plain
+            )
     try:
         return copy.deepcopy(module, memo)
     except (RuntimeError, TypeError, NotImplementedError, pickle.PickleError) as error:
         why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise InvalidModelError(f"the model cannot be copied: {why}; take what cannot be copied out of its attributes") from error
+        raise InvalidModelError(
+            f"the model cannot be copied: {why}; take what cannot be copied out of its attributes"
+        ) from error
 
 
 def _held(module: nn.Module) -> Iterator[object]:

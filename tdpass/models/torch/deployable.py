@@ -54,7 +54,15 @@ class FusedLayer(nn.Module):
         weights = [getattr(self, name) for name in self.packed]
         if not self.axes:
             return LINEAR_CHAIN.call(x, weights, self.bias, None, self.widths, self.activation)  # type: ignore[no-any-return]
-        y = CONV_CHAIN.call(x.unsqueeze(2) if self.axes == 1 else x, weights, self.bias, None, self.integers, self.activation, self.lanes)
+        y = CONV_CHAIN.call(
+            x.unsqueeze(2) if self.axes == 1 else x,
+            weights,
+            self.bias,
+            None,
+            self.integers,
+            self.activation,
+            self.lanes,
+        )
         return y.squeeze(2) if self.axes == 1 else y  # type: ignore[no-any-return]
 
 
@@ -68,8 +76,8 @@ def lanes_for(lowered: Lowered) -> Lanes:
 def fused(module: nn.Module) -> tuple[nn.Module, int]:
     """A copy for inference on the CPU, and how many layers run fused.
 
-    A factored layer stays as it is where its format is no chain, its type none that the kernels compute in, or where it was
-    fused before and found to be slower so.
+    A factored layer stays as it is where its format is no chain, its type none that the kernels compute in,
+    or where it was fused before and found to be slower so.
     """
     twin = copy.deepcopy(module).cpu()
     for child in twin.modules():
@@ -94,13 +102,22 @@ def export_program(module: nn.Module, example: Batch, dynamic_batch: bool) -> Ex
     args, kwargs = example.args, dict(example.kwargs)
     try:
         with torch.no_grad(), _quiet():
-            return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes(example) if dynamic_batch else None, strict=False)
+            return torch.export.export(
+                module,
+                args,
+                kwargs,
+                dynamic_shapes=dynamic_shapes(example) if dynamic_batch else None,
+                strict=False,
+            )
     except Exception as error:
         raise _refused("be exported", error, dynamic_batch) from error
 
 
 def export_onnx(module: nn.Module, example: Batch, dynamic_batch: bool, path: Path) -> None:
-    """Write a model in evaluation mode as ONNX in standard operators; raises `UnsupportedError` without onnxscript, `InvalidModelError` where torch cannot."""
+    """Write a model in evaluation mode as ONNX in standard operators.
+
+    Raises `UnsupportedError` without onnxscript, `InvalidModelError` where torch cannot.
+    """
     try:
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(
@@ -114,13 +131,18 @@ def export_onnx(module: nn.Module, example: Batch, dynamic_batch: bool, path: Pa
             assert program is not None
             program.save(path)
     except ImportError as error:
-        raise UnsupportedError(f"writing ONNX takes a package that is not installed: {error.name}; run `pip install onnxscript`") from error
+        raise UnsupportedError(
+            f"writing ONNX takes a package that is not installed: {error.name}; run `pip install onnxscript`"
+        ) from error
     except Exception as error:
         raise _refused("be written as ONNX", error, dynamic_batch) from error
 
 
 def compile_package(program: ExportedProgram, path: Path) -> None:
-    """Compile ahead of time to a `.pt2` package; raises `InvalidModelError` where AOTInductor cannot, with what it said."""
+    """Compile ahead of time to a `.pt2` package.
+
+    Raises `InvalidModelError` where AOTInductor cannot, with what it said.
+    """
     from torch._inductor import aoti_compile_and_package  # noqa: PLC0415 - takes long to import
 
     try:
@@ -131,18 +153,26 @@ def compile_package(program: ExportedProgram, path: Path) -> None:
 
 
 def load_package(path: Path) -> Callable[..., Any]:
-    """A compiled package as a function of the model's inputs; raises `InvalidModelError` where it is damaged."""
+    """A compiled package as a function of the model's inputs.
+
+    Raises `InvalidModelError` where it is damaged.
+    """
     from torch._inductor import aoti_load_package  # noqa: PLC0415 - takes long to import
 
     try:
         with _quiet():
             return aoti_load_package(str(path))
     except Exception as error:
-        raise InvalidModelError(f"{path} is no compiled package that loads here: {_first_line(error)}; write it with tdpass.deploy") from error
+        raise InvalidModelError(
+            f"{path} is no compiled package that loads here: {_first_line(error)}; write it with tdpass.deploy"
+        ) from error
 
 
 def dynamic_shapes(example: Batch) -> tuple[dict[int, Any] | None, ...]:
-    """The first axis of every input as one dynamic size; positional inputs come first, as torch takes them."""
+    """The first axis of every input as one dynamic size.
+
+    Positional inputs come first, as torch takes them.
+    """
     batch = Dim("batch", min=1)
     return tuple({0: batch} if tensor.dim() else None for tensor in example.tensors)
 
@@ -162,7 +192,9 @@ def _quiet() -> Iterator[None]:
 
 def _refused(what: str, error: Exception, dynamic_batch: bool) -> InvalidModelError:
     hint = "try it without dynamic_batch, or see" if dynamic_batch else "see"
-    return InvalidModelError(f"the model cannot {what}: {type(error).__name__}: {_first_line(error)}; {hint} what torch.export asks of a model")
+    return InvalidModelError(
+        f"the model cannot {what}: {type(error).__name__}: {_first_line(error)}; {hint} what torch.export asks of a model"
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -36,12 +36,18 @@ class ExportedModel(TorchModel):
 
     def unwrap(self) -> ExportedProgram:
         if self.program.example_inputs is None:
-            raise InvalidModelError("the exported program carries no example inputs, so it cannot be exported again; save it with them")
+            raise InvalidModelError(
+                "the exported program carries no example inputs, so it cannot be exported again; save it with them"
+            )
         args, kwargs = self.program.example_inputs
         try:
-            return torch.export.export(self.module, args, dict(kwargs), dynamic_shapes=_dynamic_shapes(self.program), strict=False)
+            return torch.export.export(
+                self.module, args, dict(kwargs), dynamic_shapes=_dynamic_shapes(self.program), strict=False
+            )
         except Exception as error:
-            raise InvalidModelError(f"the rewritten program could not be exported again: {str(error).splitlines()[0]}") from error
+            raise InvalidModelError(
+                f"the rewritten program could not be exported again: {str(error).splitlines()[0]}"
+            ) from error
 
     def signature(self) -> Signature:
         return Signature(tuple(_inputs(self.program)), tuple(_outputs(self.program)))
@@ -60,7 +66,11 @@ class ExportedModel(TorchModel):
 
 
 def load_program(path: Path, trust: bool = False) -> ExportedProgram:
-    """Read a `.pt2` file; raises `InvalidModelError` when it is missing or damaged, and unless you `trust` it when loading could run code."""
+    """Read a `.pt2` file.
+
+    Raises `InvalidModelError` when it is missing or damaged, and unless you `trust` it when loading could run
+    code.
+    """
     if not path.is_file():
         raise InvalidModelError(f"there is no file {path}; give a .pt2 file written by torch.export.save")
     source = path if trust else plain_archive(path)
@@ -80,10 +90,16 @@ def _example(program: ExportedProgram) -> Batch | None:
 
 
 def _inputs(program: ExportedProgram) -> Iterator[Input]:
-    placeholders = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    placeholders = {
+        node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"
+    }
     for name in program.graph_signature.user_inputs:
         value = placeholders.get(name) if isinstance(name, str) else None
-        yield Input(str(name), value.dtype, _sizes(value)) if isinstance(value, torch.Tensor) else Input(str(name))
+        yield (
+            Input(str(name), value.dtype, _sizes(value))
+            if isinstance(value, torch.Tensor)
+            else Input(str(name))
+        )
 
 
 def _outputs(program: ExportedProgram) -> Iterator[Dims | None]:
@@ -118,10 +134,18 @@ def _dynamic_shapes(program: ExportedProgram) -> Any:
     leaves: list[Any] = []
     for name in program.graph_signature.user_inputs:
         value = placeholders[name].meta.get("val") if isinstance(name, str) and name in placeholders else None
-        leaves.append({position: axis(size) for position, size in enumerate(value.shape)} if isinstance(value, torch.Tensor) else None)
+        leaves.append(
+            {position: axis(size) for position, size in enumerate(value.shape)}
+            if isinstance(value, torch.Tensor)
+            else None
+        )
     _, spec = tree_flatten(program.example_inputs)
     args, kwargs = tree_unflatten(leaves, spec)
-    return {**dict(zip(_argument_names(program.module()), args, strict=False)), **kwargs} if kwargs else tuple(args)
+    return (
+        {**dict(zip(_argument_names(program.module()), args, strict=False)), **kwargs}
+        if kwargs
+        else tuple(args)
+    )
 
 
 def _argument_names(module: nn.Module) -> list[str]:

@@ -21,13 +21,21 @@ Calls = dict[int, list[Tensor]]
 
 
 def fuse_layers(
-    module: nn.Module, run: Callable[[], object] | None, note: Callable[[str], None], decline: Callable[[str, str], None]
+    module: nn.Module,
+    run: Callable[[], object] | None,
+    note: Callable[[str], None],
+    decline: Callable[[str, str], None],
 ) -> dict[Factorized, Fused]:
-    """What each factored layer that is faster so becomes; the activations they take in are replaced by identities at once.
+    """What each factored layer that is faster so becomes.
 
-    `run` calls the module on what to measure at; without it nothing is measured.
+    The activations they take in are replaced by identities at once. `run` calls the module on what to measure
+    at; without it nothing is measured.
     """
-    layers = {path: layer for path, layer in module.named_modules() if isinstance(layer, Factorized) and not isinstance(layer, Fused)}
+    layers = {
+        path: layer
+        for path, layer in module.named_modules()
+        if isinstance(layer, Factorized) and not isinstance(layer, Fused)
+    }
     inputs = None if run is None else _inputs(layers, run)
     found: dict[Factorized, Fused] = {}
     plain = fused = 0.0
@@ -38,7 +46,10 @@ def fuse_layers(
             continue
         plain, fused = plain + verdict.plain, fused + verdict.best
         if verdict.lanes is None:
-            decline(path, f"not fused: {verdict.seconds * 1e6:.0f} us as one operator, {verdict.plain * 1e6:.0f} us as it is")
+            decline(
+                path,
+                f"not fused: {verdict.seconds * 1e6:.0f} us as one operator, {verdict.plain * 1e6:.0f} us as it is",
+            )
             continue
         found[layer] = Fused.of(layer, _absorb(module, layer), verdict.lanes)
     if layers:
@@ -56,7 +67,9 @@ def _inputs(layers: Mapping[str, Factorized], run: Callable[[], object]) -> dict
     def watch(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
             del layer
-            seen[path].append(torch.empty_strided(args[0].shape, args[0].stride(), dtype=args[0].dtype, device="meta"))
+            seen[path].append(
+                torch.empty_strided(args[0].shape, args[0].stride(), dtype=args[0].dtype, device="meta")
+            )
 
         return hook
 
@@ -99,8 +112,16 @@ def _spec(layer: Factorized, lowered: Lowered) -> ChainSpec:
 
 
 def _absorb(module: nn.Module, layer: Factorized) -> str:
-    """Take the activation that follows the layer's only place, in an `nn.Sequential`, out of the model; returns its name."""
-    places = [(parent, name) for parent in module.modules() for name, child in parent._modules.items() if child is layer]
+    """Take the activation that follows the layer's only place, in an `nn.Sequential`, out of the model.
+
+    Returns its name.
+    """
+    places = [
+        (parent, name)
+        for parent in module.modules()
+        for name, child in parent._modules.items()
+        if child is layer
+    ]
     if len(places) != 1 or layer._forward_hooks:
         return "identity"
     parent, name = places[0]

@@ -15,9 +15,9 @@ _CALLING = frozenset(nn.Module().__dict__) - frozenset(_CONTENTS)
 
 
 def become(module: nn.Module, new: nn.Module) -> None:
-    """Give a module the class, tensors and attributes of `new`; its hooks, its mode and attributes of other names stay.
+    """Give a module the class, tensors and attributes of `new`.
 
-    Raises `TypeError` where `can_become` is False.
+    Its hooks, its mode and attributes of other names stay. Raises `TypeError` where `can_become` is False.
     """
     own = module.__dict__
     state = {**own, **new.__dict__, **{name: own[name] for name in _CALLING if name in own}}
@@ -37,18 +37,29 @@ def can_become(module: nn.Module, cls: type[nn.Module]) -> bool:
 
 
 def watched(module: nn.Module) -> str:
-    """Why a module is more than its class: it has hooks or a forward of its own; empty where it has neither."""
+    """Why a module is more than its class: it has hooks or a forward of its own.
+
+    Empty where it has neither.
+    """
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
     return "it carries hooks" if any(hooks) else ""
 
 
 @contextmanager
-def watching(modules: Iterable[nn.Module], see: Callable[[nn.Module, tuple[Any, ...]], None]) -> Iterator[None]:
+def watching(
+    modules: Iterable[nn.Module], see: Callable[[nn.Module, tuple[Any, ...]], None]
+) -> Iterator[None]:
     """Call `see` with all arguments whenever the forward of one of the modules is entered, however the module is held.
 
-    A bound forward that was captured earlier goes past it, as it would go past a change of the module's class.
+    A bound forward that was captured earlier goes past it, as it would go past a change of the module's
+    class.
     """
     before: list[tuple[dict[str, Any], Any]] = []
 
@@ -82,7 +93,14 @@ class Backup:
     @classmethod
     def of(cls, modules: Sequence[nn.Module]) -> list[Backup]:
         """The modules as they are now."""
-        return [cls(module, type(module), {**module.__dict__, **{name: module.__dict__[name].copy() for name in _CONTENTS}}) for module in modules]
+        return [
+            cls(
+                module,
+                type(module),
+                {**module.__dict__, **{name: module.__dict__[name].copy() for name in _CONTENTS}},
+            )
+            for module in modules
+        ]
 
     def restore(self) -> None:
         """Make the module what it was."""

@@ -22,8 +22,8 @@ _BATCH_NORM = {F.batch_norm, _aten.batch_norm.default}
 def lift(graph_module: GraphModule) -> GraphModule:
     """Replace calls of functions of any layer kind, and of inference batch-norm, on stored weights by modules holding those weights.
 
-    A module takes the place of the (empty) one that held its weight, so `layer1.0.conv1.weight` becomes the site `layer1.0.conv1`.
-    Works in place; the outputs do not change.
+    A module takes the place of the (empty) one that held its weight, so `layer1.0.conv1.weight` becomes the
+    site `layer1.0.conv1`. Works in place; the outputs do not change.
     """
     changed = False
     lifted: set[str] = set()
@@ -77,7 +77,10 @@ def _stored(graph_module: GraphModule, node: Any) -> torch.Tensor | None:
 
 def _layer(kind: LayerKind, graph_module: GraphModule, node: Node) -> Built:
     weight = _argument(node, 1, "weight")
-    options = {name: _argument(node, position, name, default) for position, (name, default) in enumerate(kind.arguments.items(), start=2)}
+    options = {
+        name: _argument(node, position, name, default)
+        for position, (name, default) in enumerate(kind.arguments.items(), start=2)
+    }
     bias = options.pop("bias")
     stored, stored_bias = _stored(graph_module, weight), _stored(graph_module, bias)
     if not isinstance(stored, nn.Parameter) or (bias is not None and stored_bias is None):
@@ -104,7 +107,13 @@ def _batch_norm(graph_module: GraphModule, node: Node) -> Built:
     if _argument(node, 5, "training") or any(value is None for value in stored):
         return None, ""
     module = _FrozenBatchNorm(stored[0].shape[0], eps=float(_argument(node, 7, "eps", 1e-5)), device="meta")  # type: ignore[union-attr]
-    module._buffers.update({"running_mean": stored[0], "running_var": stored[1], "num_batches_tracked": torch.zeros((), dtype=torch.long)})
+    module._buffers.update(
+        {
+            "running_mean": stored[0],
+            "running_var": stored[1],
+            "num_batches_tracked": torch.zeros((), dtype=torch.long),
+        }
+    )
     module.weight, module.bias = stored[2], stored[3]  # type: ignore[assignment]
     module.training = False
     return module, str(weight.target)
@@ -147,7 +156,11 @@ def _place(graph_module: GraphModule, owner: str, module: nn.Module) -> str:
 
 def _alike(one: nn.Module, other: nn.Module) -> bool:
     """Whether two modules compute the same from the same tensors."""
-    return type(one) is type(other) and one.extra_repr() == other.extra_repr() and list(map(id, _tensors(one))) == list(map(id, _tensors(other)))
+    return (
+        type(one) is type(other)
+        and one.extra_repr() == other.extra_repr()
+        and list(map(id, _tensors(one))) == list(map(id, _tensors(other)))
+    )
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:
@@ -157,7 +170,10 @@ def _tensors(module: nn.Module) -> list[torch.Tensor]:
 
 
 def _drop_unread(graph_module: GraphModule, lifted: set[str]) -> None:
-    """Remove lifted tensors from where they were, so that each has one home; a module that took that place keeps its own."""
+    """Remove lifted tensors from where they were, so that each has one home.
+
+    A module that took that place keeps its own.
+    """
     read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
     for target in lifted - read:
         owner, _, leaf = target.rpartition(".")

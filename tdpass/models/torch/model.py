@@ -95,10 +95,14 @@ class TorchModel(Model):
         matched = self._matched(name)
         site = layer.form.on(matched.site)
         if layer.site.shape != site.shape:
-            raise PlanError(f"a layer of shape {layer.site.shape} cannot replace site {name!r} of shape {matched.site.shape}; plan for this model")
+            raise PlanError(
+                f"a layer of shape {layer.site.shape} cannot replace site {name!r} of shape {matched.site.shape}; plan for this model"
+            )
         weight = matched.weight
         shared = Layer(site, layer.form, _placed_factors(layer, weight))
-        biases = {id(own): _bias_for(own if matched.apart else None, layer.bias, weight) for own in matched.biases}
+        biases = {
+            id(own): _bias_for(own if matched.apart else None, layer.bias, weight) for own in matched.biases
+        }
         for module, own in zip(matched.modules, matched.biases, strict=True):
             bias = biases[id(own)]
             pads = tuple(module._reversed_padding_repeated_twice) if _pads_itself(module) else ()  # type: ignore[arg-type]
@@ -117,17 +121,35 @@ class TorchModel(Model):
         held = (*self.module.parameters(), *self.module.buffers())
         sites = self._dense_weights()
         with buffers_kept(self.module):
-            tape = record(lambda: self._runner.answer(placed), placed.tensors, sites, samples=placed.size, held=held, apart=self._apart(), replayed=replayed)
+            tape = record(
+                lambda: self._runner.answer(placed),
+                placed.tensors,
+                sites,
+                samples=placed.size,
+                held=held,
+                apart=self._apart(),
+                replayed=replayed,
+            )
         if not isinstance(tape, LiveTape):
             return tape
         twin = self._as_it_is()  # layers of this one will be replaced while the tape is still played
-        return replace(tape, run=lambda: twin._runner.answer(placed), sites=twin._dense_weights(), apart=twin._apart())
+        return replace(
+            tape, run=lambda: twin._runner.answer(placed), sites=twin._dense_weights(), apart=twin._apart()
+        )
 
     def _dense_weights(self) -> dict[int, str]:
-        return {id(matched.weight): name for name, matched in self._by_name.items() if name not in self._replaced}
+        return {
+            id(matched.weight): name for name, matched in self._by_name.items() if name not in self._replaced
+        }
 
     def _apart(self) -> frozenset[int]:
-        return frozenset(id(bias) for matched in self._by_name.values() if matched.apart for bias in matched.biases if bias is not None)
+        return frozenset(
+            id(bias)
+            for matched in self._by_name.values()
+            if matched.apart
+            for bias in matched.biases
+            if bias is not None
+        )
 
     def _as_it_is(self) -> TorchModel:
         """A copy, the same one until a parameter or buffer changes."""
@@ -140,7 +162,9 @@ class TorchModel(Model):
         return self._twin[1]
 
     def observe(self, *batches: Batch) -> None:
-        first = self.record(batches[0])  # the whole call: two samples of it may reach fewer layers, or be two steps of one
+        first = self.record(
+            batches[0]
+        )  # the whole call: two samples of it may reach fewer layers, or be two steps of one
         self._observed = batches if first.doubt or not alike(batches) else batches[:1]
         runs = [self._watch(batches[0], first), *map(self._watch, self._observed[1:])]
         tapes = [run.tape for run in runs]
@@ -151,14 +175,27 @@ class TorchModel(Model):
             self._example = batches[0]
         self._macs = self.count().per_sample
         called = site_order(tapes)
-        ordered = [name for name in called if name in self._by_name] + [name for name in self._by_name if name not in called]
-        self._by_name = {name: replace(self._by_name[name], site=with_extents(self._by_name[name].site, tapes)) for name in ordered}
+        ordered = [name for name in called if name in self._by_name] + [
+            name for name in self._by_name if name not in called
+        ]
+        self._by_name = {
+            name: replace(self._by_name[name], site=with_extents(self._by_name[name].site, tapes))
+            for name in ordered
+        }
         dense = {name: matched for name, matched in self._by_name.items() if name not in self._replaced}
-        self._leave({name: "it is not called when the model runs on the data" for name in dense if name not in called})
+        self._leave(
+            {name: "it is not called when the model runs on the data" for name in dense if name not in called}
+        )
         for run in runs:
             self._leave(other_readers(run, dense))
         nested = runs_nested(self.module, lambda: self.run(batches[0]))
-        self._leave({name: nested[matched.modules[0]] for name, matched in dense.items() if matched.modules[0] in nested})
+        self._leave(
+            {
+                name: nested[matched.modules[0]]
+                for name, matched in dense.items()
+                if matched.modules[0] in nested
+            }
+        )
 
     def run(self, batch: Batch) -> object:
         return self._runner.run(batch)
@@ -177,7 +214,9 @@ class TorchModel(Model):
         proved = [fold for fold in folds if not fold.reason]
         seen = (self._example, *self._observed[1:]) if proved else ()
         before = [self.run(batch) for batch in seen]
-        done = self._carry_out(proved, seen, before) or [made for fold in proved for made in self._carry_out([fold], seen, before)]
+        done = self._carry_out(proved, seen, before) or [
+            made for fold in proved for made in self._carry_out([fold], seen, before)
+        ]
         for fold in folds:
             if fold.matched.site.name not in done:
                 decline(fold.path, f"not folded: {fold.reason or 'the model would answer otherwise'}")
@@ -188,7 +227,9 @@ class TorchModel(Model):
         backup = Backup.of([module for fold in folds for module in (fold.norm, fold.matched.modules[0])])
         folded = {fold.matched.site.name: fold.apply() for fold in folds}
         try:
-            same = all(same_answers(self.run(batch), answer) for batch, answer in zip(seen, before, strict=True))
+            same = all(
+                same_answers(self.run(batch), answer) for batch, answer in zip(seen, before, strict=True)
+            )
         except InvalidModelError:
             same = False
         if same:
@@ -219,16 +260,23 @@ class TorchModel(Model):
     def signature(self) -> Signature:
         given = inspect.signature(self.module.forward).parameters.values()
         named = [entry for entry in given if entry.kind not in (entry.VAR_POSITIONAL, entry.VAR_KEYWORD)]
-        return Signature(tuple(Input(entry.name, required=entry.default is entry.empty) for entry in named), others=len(named) < len(given))
+        return Signature(
+            tuple(Input(entry.name, required=entry.default is entry.empty) for entry in named),
+            others=len(named) < len(given),
+        )
 
     def macs(self) -> int:
         return self._macs
 
     def params(self) -> int:
-        return sum(parameter.numel() for parameter in self.module.parameters()) + sum(storage.params for storage in _storages(self.module))
+        return sum(parameter.numel() for parameter in self.module.parameters()) + sum(
+            storage.params for storage in _storages(self.module)
+        )
 
     def bytes(self) -> int:
-        return sum(parameter.nbytes for parameter in self.module.parameters()) + sum(storage.bytes for storage in _storages(self.module))
+        return sum(parameter.nbytes for parameter in self.module.parameters()) + sum(
+            storage.bytes for storage in _storages(self.module)
+        )
 
     def clone(self) -> Self:
         """A deep copy of the module and of what is known about it."""
@@ -243,10 +291,14 @@ class TorchModel(Model):
     def check_weights(self) -> None:
         for name, parameter in self.module.named_parameters():
             if not parameter.is_meta and not bool(torch.isfinite(parameter.detach()).all()):
-                raise InvalidModelError(f"parameter {name!r} holds NaN or infinite values; the model cannot be compressed")
+                raise InvalidModelError(
+                    f"parameter {name!r} holds NaN or infinite values; the model cannot be compressed"
+                )
         for name, buffer in self.module.named_buffers():
             if not buffer.is_meta and bool(torch.isnan(buffer).any()):  # an infinite one may be a mask
-                raise InvalidModelError(f"buffer {name!r} holds NaN; re-estimate or load it before compressing")
+                raise InvalidModelError(
+                    f"buffer {name!r} holds NaN; re-estimate or load it before compressing"
+                )
 
     def unwrap(self) -> object:
         return self.module
@@ -284,7 +336,9 @@ class TorchModel(Model):
         layers = {module for matched in self._by_name.values() for module in matched.modules}
         with entering({*layers, *batchnorms(self.module)}) as (entered, more):
             seen = self._record(batch, replayed=False)
-        return Run(tape or seen, entered, {name: len(places) for name, places in seen.site_calls.items()}, more)
+        return Run(
+            tape or seen, entered, {name: len(places) for name, places in seen.site_calls.items()}, more
+        )
 
     def _leave(self, reasons: Mapping[str, str]) -> None:
         """Sites that stay dense."""
@@ -300,11 +354,18 @@ class TorchModel(Model):
 
 
 def _placed_factors(layer: Layer, like: Tensor) -> dict[str, Tensor]:
-    """The factors as a module holds them where the dense weight lies; those in number types of their own are no parameters."""
+    """The factors as a module holds them where the dense weight lies.
+
+    Those in number types of their own are no parameters.
+    """
     held = {key: factor.to(like.device) for key, factor in layer.factors.items()}
     if layer.form.encoded:
         return held
-    trained = {key: nn.Parameter(factor.to(like), requires_grad=like.requires_grad) for key, factor in held.items() if factor.is_floating_point()}
+    trained = {
+        key: nn.Parameter(factor.to(like), requires_grad=like.requires_grad)
+        for key, factor in held.items()
+        if factor.is_floating_point()
+    }
     return {**held, **trained}
 
 
@@ -319,9 +380,10 @@ def _bias_for(own: nn.Parameter | None, bias: Tensor | None, like: Tensor) -> nn
     if bias is None:
         return own
     placed = bias.to(like)
-    return nn.Parameter(placed.clone() if own is None else placed + own.detach(), requires_grad=like.requires_grad)
+    return nn.Parameter(
+        placed.clone() if own is None else placed + own.detach(), requires_grad=like.requires_grad
+    )
 
 
 def _pads_itself(module: nn.Module) -> bool:
     return getattr(module, "padding_mode", "zeros") != "zeros"
-

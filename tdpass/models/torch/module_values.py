@@ -16,24 +16,32 @@ from tdpass.models.base import Batch
 def check_open(module: nn.Module) -> None:
     """Raise `UnsupportedError` for compiled code, `InvalidModelError` for parameters without a shape."""
     if isinstance(module, torch.jit.ScriptModule):
-        raise UnsupportedError("the layers of a ScriptModule are compiled and cannot be replaced; give the nn.Module that it was made from")
+        raise UnsupportedError(
+            "the layers of a ScriptModule are compiled and cannot be replaced; give the nn.Module that it was made from"
+        )
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if is_lazy(tensor):
-            raise InvalidModelError(f"{name!r} has no shape yet, as it belongs to a lazy module; run the model once on a batch, then compress it")
+            raise InvalidModelError(
+                f"{name!r} has no shape yet, as it belongs to a lazy module; run the model once on a batch, then compress it"
+            )
 
 
 def check_filled(module: nn.Module) -> None:
     """Raise `InvalidModelError` for tensors on the meta device."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_meta:
-            raise InvalidModelError(f"{name!r} is on the meta device and has no values; call to_empty(device='cpu') and load its weights first")
+            raise InvalidModelError(
+                f"{name!r} is on the meta device and has no values; call to_empty(device='cpu') and load its weights first"
+            )
 
 
 @contextmanager
 def buffers_kept(module: nn.Module) -> Iterator[None]:
     """Undo what calls of a module write into its buffers, or put in their place: counters, caches, tables made at the first call."""
     # a scripted module's table of them is no dict, and nothing can be put into it
-    before = [(part._buffers, dict(part._buffers)) for part in module.modules() if isinstance(part._buffers, dict)]
+    before = [
+        (part._buffers, dict(part._buffers)) for part in module.modules() if isinstance(part._buffers, dict)
+    ]
     held = [buffer for buffer in module.buffers() if not (buffer.is_meta or buffer.is_inference())]
     values = [buffer.detach().clone() for buffer in held]
     try:
@@ -49,11 +57,18 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
 
 
 def input_types(module: nn.Module, batch: Batch) -> list[torch.dtype]:
-    """Floating-point types that the module may want its inputs in, likely ones first; empty where nothing speaks for one.
+    """Floating-point types that the module may want its inputs in, likely ones first.
 
-    Those of its parameters in the order of registration; where they are of several types, that of the data as well.
+    Empty where nothing speaks for one. Those of its parameters in the order of registration; where they are
+    of several types, that of the data as well.
     """
-    types = list(dict.fromkeys(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()))
+    types = list(
+        dict.fromkeys(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+    )
     if len(types) > 1:
-        types += [tensor.dtype for tensor in batch.tensors if tensor.is_floating_point() and tensor.dtype not in types][:1]
+        types += [
+            tensor.dtype
+            for tensor in batch.tensors
+            if tensor.is_floating_point() and tensor.dtype not in types
+        ][:1]
     return types

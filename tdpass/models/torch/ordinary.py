@@ -20,8 +20,13 @@ def ordinary(model: nn.Module, width: float, rank: float | None = None) -> nn.Mo
     return open_setting(model, width, rank).module
 
 
-def open_setting(model: nn.Module, width: float, rank: float | None = None, example: Batch | None = None) -> TorchModel:
-    """The same, opened, and seen running on the example; its sites are those of the narrow layers, factored where these are."""
+def open_setting(
+    model: nn.Module, width: float, rank: float | None = None, example: Batch | None = None
+) -> TorchModel:
+    """The same, opened, and seen running on the example.
+
+    Its sites are those of the narrow layers, factored where these are.
+    """
     network = copy.deepcopy(model)
     set_width(network, width)
     set_rank(network, dial_of(network).adaptation.ranks[-1] if rank is None else rank)

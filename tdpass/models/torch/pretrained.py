@@ -10,13 +10,20 @@ from torch import nn
 from tdpass.models.torch.state import structure_text
 
 METHOD = "tdpass"
-_ENTRY = "quantization_config"  # what transformers asks of a checkpoint whose layers are not those of the class
+_ENTRY = (
+    "quantization_config"  # what transformers asks of a checkpoint whose layers are not those of the class
+)
 _CLASS = "transformers.modeling_utils.PreTrainedModel"
 
 
 def mark_pretrained(model: object) -> None:
-    """Write the structure of a compressed `PreTrainedModel` into its configuration; nothing for other models and dense ones."""
-    if not isinstance(model, nn.Module) or all(f"{base.__module__}.{base.__qualname__}" != _CLASS for base in type(model).__mro__):
+    """Write the structure of a compressed `PreTrainedModel` into its configuration.
+
+    Nothing for other models and dense ones.
+    """
+    if not isinstance(model, nn.Module) or all(
+        f"{base.__module__}.{base.__qualname__}" != _CLASS for base in type(model).__mro__
+    ):
         return
     text = structure_text(model)
     if text:

@@ -1,8 +1,9 @@
 """`.pt2` archives from elsewhere, read without running what they hold.
 
-`torch.export.load` unpickles weights, constants and example inputs, evaluates sizes and guards as Python, imports modules that tree
-specs name, and writes names into code that it compiles.  What it is given is therefore another archive, written anew from members
-that were checked here: tensors alone in pickles, and a program of known operators, sizes and names.
+`torch.export.load` unpickles weights, constants and example inputs, evaluates sizes and guards as Python,
+imports modules that tree specs name, and writes names into code that it compiles.  What it is given is
+therefore another archive, written anew from members that were checked here: tensors alone in pickles, and a
+program of known operators, sizes and names.
 """
 
 from __future__ import annotations
@@ -22,16 +23,24 @@ from tdpass.errors import InvalidModelError
 
 _LEGACY = "serialized_exported_program.json"
 _LARGEST_PROGRAM = 1 << 30
-_PLAIN = re.compile(r"extra/.*|extra_files/.*|archive_format|archive_version|version|byteorder|\.data/\w+|data/(weights|constants)/(weight|tensor)_\d+")
-_PICKLED = re.compile(r"data/(sample_inputs|weights|constants)/[^/]*\.pt|serialized_(state_dict|constants|example_inputs)\.(pt|json)")
+_PLAIN = re.compile(
+    r"extra/.*|extra_files/.*|archive_format|archive_version|version|byteorder|\.data/\w+|data/(weights|constants)/(weight|tensor)_\d+"
+)
+_PICKLED = re.compile(
+    r"data/(sample_inputs|weights|constants)/[^/]*\.pt|serialized_(state_dict|constants|example_inputs)\.(pt|json)"
+)
 _PROGRAM = re.compile(r"models/[^/]*\.json|" + re.escape(_LEGACY))
 _CONFIG = re.compile(r"data/(weights|constants)/[^/]*_config\.json")
 _TENSOR = re.compile(r"(weight|tensor)_\d+")
 
 # operators of libraries that are loaded already, and arithmetic on sizes
-_BUILT_IN = "getitem|add|mul|sub|truediv|ge|le|gt|lt|eq|ne|floordiv|mod|and_|or_|not_|pow|neg|abs|lshift|rshift"
+_BUILT_IN = (
+    "getitem|add|mul|sub|truediv|ge|le|gt|lt|eq|ne|floordiv|mod|and_|or_|not_|pow|neg|abs|lshift|rshift"
+)
 _NO_OPERATORS = r"(?!load_library|loaded_libraries|import_module|aten\.from_file)"
-_OPERATOR = re.compile(rf"(torch\.ops\.{_NO_OPERATORS}[a-zA-Z]\w*\.\w+(\.\w+)?|_operator\.({_BUILT_IN})|math\.[a-z0-9]+|torch\._?sym_[a-z]+)?")
+_OPERATOR = re.compile(
+    rf"(torch\.ops\.{_NO_OPERATORS}[a-zA-Z]\w*\.\w+(\.\w+)?|_operator\.({_BUILT_IN})|math\.[a-z0-9]+|torch\._?sym_[a-z]+)?"
+)
 _NAME = re.compile(r"[\w.\-/:$+ ]*")
 _ASSUMED = "positive|negative|integer|real|finite|zero|nonzero|nonnegative|nonpositive|infinite|even|odd|rational|commutative|evaluate"
 _COMPUTED = "floor|ceiling|sqrt|log|exp|oo|zoo|true|false|and|or|not|e"
@@ -42,7 +51,10 @@ _SIZE_WORD = re.compile(rf"[a-z_]{{1,6}}\d+|[A-Z][A-Za-z0-9]*|{_ASSUMED}|{_COMPU
 
 
 def plain_archive(path: Path) -> io.BytesIO:
-    """The archive with nothing in it that loading would run; raises `InvalidModelError` naming the member that could."""
+    """The archive with nothing in it that loading would run.
+
+    Raises `InvalidModelError` naming the member that could.
+    """
     try:
         with zipfile.ZipFile(path) as given:
             members = _members(given, path)
@@ -50,7 +62,15 @@ def plain_archive(path: Path) -> io.BytesIO:
             with zipfile.ZipFile(made, "w") as copy:
                 for name, content in _checked(members, path):
                     copy.writestr(name, content)
-    except (OSError, ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        RecursionError,
+    ) as error:
         raise broken(path, error) from None
     made.seek(0)
     return made
@@ -59,7 +79,9 @@ def plain_archive(path: Path) -> io.BytesIO:
 def broken(path: Path, error: Exception) -> InvalidModelError:
     """What to say of a file that torch, or the archive's own structure, makes nothing of."""
     said = next(iter(str(error).splitlines()), type(error).__name__)
-    return InvalidModelError(f"{path} is not an intact exported program: {said}; write it with torch.export.save")
+    return InvalidModelError(
+        f"{path} is not an intact exported program: {said}; write it with torch.export.save"
+    )
 
 
 def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, bytes]:
@@ -67,7 +89,10 @@ def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, bytes]:
     listed = [member for member in archive.infolist() if not member.is_dir()]
     if len({member.filename for member in listed}) < len(listed):
         raise ValueError("two of its members have the same name")
-    if any(member.compress_type != zipfile.ZIP_STORED for member in listed) or sum(member.file_size for member in listed) > path.stat().st_size:
+    if (
+        any(member.compress_type != zipfile.ZIP_STORED for member in listed)
+        or sum(member.file_size for member in listed) > path.stat().st_size
+    ):
         raise ValueError("its members are compressed, or overlap; torch.export.save stores them plain")
     return {member.filename: archive.read(member) for member in listed}
 
@@ -75,7 +100,12 @@ def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, bytes]:
 def _checked(members: dict[str, bytes], path: Path) -> Iterator[tuple[str, bytes]]:
     root = "" if _LEGACY in members else next(iter(members), "").partition("/")[0] + "/"
     inside = {name.removeprefix(root): name for name in members}
-    pickled = {place for short, name in inside.items() if _CONFIG.fullmatch(short) for place in _pickled(short, members[name], path)}
+    pickled = {
+        place
+        for short, name in inside.items()
+        if _CONFIG.fullmatch(short)
+        for place in _pickled(short, members[name], path)
+    }
     for short, name in inside.items():
         content = members[name]
         if short in pickled or _PICKLED.fullmatch(short):
@@ -115,7 +145,9 @@ def _tensors(content: bytes, path: Path, short: str) -> bytes:
         found = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         said = re.search(r"GLOBAL [\w.]+|Unsupported \w+ [\w.]+", str(error))
-        raise _refused(path, f"holds a pickle in {short!r} with more than tensors in it{f' ({said[0]})' if said else ''}") from None
+        raise _refused(
+            path, f"holds a pickle in {short!r} with more than tensors in it{f' ({said[0]})' if said else ''}"
+        ) from None
     written = io.BytesIO()
     torch.save(found, written)
     return written.getvalue()
@@ -135,7 +167,10 @@ def _program(content: bytes, path: Path, short: str) -> bytes:
 
 
 def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Every text of a program with the key that it stands under; constants and remarks, which are only quoted, are left out."""
+    """Every text of a program with the key that it stands under.
+
+    Constants and remarks, which are only quoted, are left out.
+    """
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, list):

@@ -35,17 +35,30 @@ class Run:
     more: AbstractSet[int]
 
     def readers(self, tensor: Tensor) -> list[int]:
-        """The calls that read a tensor of the model or a view of it made earlier; past the last call: the run returned it."""
-        return [place for place, constants in enumerate(self._constants) if any(overlap(constant, tensor) for constant in constants)]
+        """The calls that read a tensor of the model or a view of it made earlier.
+
+        Past the last call: the run returned it.
+        """
+        return [
+            place
+            for place, constants in enumerate(self._constants)
+            if any(overlap(constant, tensor) for constant in constants)
+        ]
 
     @cached_property
     def _constants(self) -> list[list[Tensor]]:
-        return [*(_constants((call.args, dict(call.kwargs))) for call in self.tape.calls), _constants(self.tape.output)]
+        return [
+            *(_constants((call.args, dict(call.kwargs))) for call in self.tape.calls),
+            _constants(self.tape.output),
+        ]
 
 
 @contextmanager
 def entering(modules: Iterable[nn.Module]) -> Iterator[tuple[Mapping[int, int], AbstractSet[int]]]:
-    """Count by id the calls that reach the forward of each module; and which of these took more than an input."""
+    """Count by id the calls that reach the forward of each module.
+
+    And which of these took more than an input.
+    """
     entered: Counter[int] = Counter()
     more: set[int] = set()
 
@@ -69,9 +82,15 @@ def other_readers(run: Run, sites: Mapping[str, Matched]) -> dict[str, str]:
         found.setdefault(name, f"its {what} is returned by the model, which needs it dense")
     for name, matched in sites.items():
         if any(id(module) in run.more for module in matched.modules):
-            found.setdefault(name, "it is called with more than its input, such as an output size, which a factored layer does not take")
+            found.setdefault(
+                name,
+                "it is called with more than its input, such as an output size, which a factored layer does not take",
+            )
         if sum(run.entered[id(module)] for module in matched.modules) != run.used.get(name, 0):
-            found.setdefault(name, "its weight is also used without calling the layer: by a function, or by a forward that was captured earlier")
+            found.setdefault(
+                name,
+                "its weight is also used without calling the layer: by a function, or by a forward that was captured earlier",
+            )
     return found
 
 
@@ -82,7 +101,9 @@ def graph_readers(graph_module: GraphModule, sites: Mapping[str, Matched]) -> di
     for node in graph_module.graph.nodes:
         if node.op == "get_attr" and node.users:
             for name, what in index.of(_constants(operator.attrgetter(str(node.target))(graph_module))):
-                found.setdefault(name, f"its {what} is also read by {next(iter(node.users))}, which needs it dense")
+                found.setdefault(
+                    name, f"its {what} is also read by {next(iter(node.users))}, which needs it dense"
+                )
     return found
 
 
@@ -99,7 +120,12 @@ class _Index:
 
     def __init__(self, sites: Mapping[str, Matched]) -> None:
         tensors = [(name, "weight", matched.weight) for name, matched in sites.items()]
-        tensors += [(name, "bias", bias) for name, matched in sites.items() for bias in matched.biases if bias is not None]
+        tensors += [
+            (name, "bias", bias)
+            for name, matched in sites.items()
+            for bias in matched.biases
+            if bias is not None
+        ]
         self._spans = [(*_span(tensor), name, what) for name, what, tensor in tensors if not tensor.is_meta]
 
     def of(self, values: Iterable[Tensor]) -> Iterator[tuple[str, str]]:
@@ -128,4 +154,10 @@ def _foreign(call: Call) -> list[Tensor]:
         return []
     if call.site is None:
         return _constants((call.args, dict(call.kwargs)))
-    return _constants((call.args[0], call.args[3:], {name: value for name, value in call.kwargs.items() if name not in ("weight", "bias")}))
+    return _constants(
+        (
+            call.args[0],
+            call.args[3:],
+            {name: value for name, value in call.kwargs.items() if name not in ("weight", "bias")},
+        )
+    )

@@ -18,7 +18,10 @@ from tdpass.products import Counted, counting
 
 
 class ModuleRunner:
-    """Runs `module` and leaves its buffers and modes as they were; a call that it does not take raises `InvalidModelError`."""
+    """Runs `module` and leaves its buffers and modes as they were.
+
+    A call that it does not take raises `InvalidModelError`.
+    """
 
     def __init__(self, module: nn.Module, input_type: torch.dtype | None = None) -> None:
         self.module, self._input_type = module, input_type

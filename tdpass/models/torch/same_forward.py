@@ -15,8 +15,8 @@ _SCALES = (0.0, 1e-3, 1.0, 1e3)
 def computes_as(module: nn.Module, base: type[nn.Module], sizes: Sequence[Sequence[int]]) -> bool:
     """Whether the module's forward answers in inference as that of its base class: bit for bit, on small, ordinary and large inputs of these sizes.
 
-    A copy with random weights is run, so that neither the module nor the random state changes.  A forward that takes more than
-    its input is never equal.
+    A copy with random weights is run, so that neither the module nor the random state changes.  A forward
+    that takes more than its input is never equal.
     """
     if type(module).forward is base.forward:
         return True
@@ -29,7 +29,9 @@ def computes_as(module: nn.Module, base: type[nn.Module], sizes: Sequence[Sequen
             torch.manual_seed(0)
             for parameter in twin.parameters():
                 parameter.normal_()
-            return all(_equal(twin(x), base.forward(twin, x)) for x in _inputs(sizes, next(twin.parameters()).dtype))
+            return all(
+                _equal(twin(x), base.forward(twin, x)) for x in _inputs(sizes, next(twin.parameters()).dtype)
+            )
     except Exception:  # noqa: BLE001 - code of the user, run on what it may not be made for
         return False
 

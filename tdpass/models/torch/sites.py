@@ -22,10 +22,11 @@ from tdpass.site import Site
 
 @dataclass(frozen=True)
 class Matched:
-    """The modules that share one weight; `paths` are all names under which they are reached, `biases` those they came with.
+    """The modules that share one weight.
 
-    The site has a bias where all of them have the same; biases that differ stay with their modules.
-    The weight is as they store it: `transposed` where that is `[i, o]`.
+    `paths` are all names under which they are reached, `biases` those they came with. The site has a bias
+    where all of them have the same; biases that differ stay with their modules. The weight is as they store
+    it: `transposed` where that is `[i, o]`.
     """
 
     site: Site
@@ -76,7 +77,13 @@ def find_sites(model: nn.Module) -> tuple[list[Matched], dict[str, str]]:
     for path, module in model.named_modules(remove_duplicate=False):
         modules[id(module)] = module
         paths.setdefault(id(module), []).append(path)
-    attention = {id(child) for module in modules.values() if isinstance(module, nn.MultiheadAttention) for child in module.modules() if child is not module}
+    attention = {
+        id(child)
+        for module in modules.values()
+        if isinstance(module, nn.MultiheadAttention)
+        for child in module.modules()
+        if child is not module
+    }
     declined: dict[str, str] = {}
     hidden: set[int] = set()
     for key, module in modules.items():
@@ -87,7 +94,11 @@ def find_sites(model: nn.Module) -> tuple[list[Matched], dict[str, str]]:
     for key, module in modules.items():
         if key in hidden or not any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
             continue
-        reason = "it belongs to an attention module that reads it by attribute" if key in attention else _reason(module)
+        reason = (
+            "it belongs to an attention module that reads it by attribute"
+            if key in attention
+            else _reason(module)
+        )
         if reason is None:
             groups.setdefault(id(module.weight), []).append(module)
         else:
@@ -99,7 +110,10 @@ def find_sites(model: nn.Module) -> tuple[list[Matched], dict[str, str]]:
         sites = [_kind(member).site(member, name) for member in members]
         if holders[weight] != {id(member) for member in members}:
             declined[name] = "its weight is shared with a layer that needs it dense"
-        elif any(site.geometry() != sites[0].geometry() for site in sites) or len({_base(member) is TransposedLinear for member in members}) > 1:
+        elif (
+            any(site.geometry() != sites[0].geometry() for site in sites)
+            or len({_base(member) is TransposedLinear for member in members}) > 1
+        ):
             declined[name] = "its weight is shared by layers of different geometry"
         else:
             reached = tuple(path for member in members for path in paths[id(member)])
@@ -136,7 +150,9 @@ def _reason(module: nn.Module) -> str | None:
     if isinstance(module, nn.RNNBase):
         return why_closed(module) or "recurrent layers are factored after tdpass.open_recurrent(model)"
     if isinstance(module, nn.MultiheadAttention):
-        return why_attention_closed(module) or "its projections are factored after tdpass.open_attention(model)"
+        return (
+            why_attention_closed(module) or "its projections are factored after tdpass.open_attention(model)"
+        )
     for cls, reason in _REASONS.items():
         if isinstance(module, cls):
             return reason
@@ -150,7 +166,9 @@ def _reason_of_others(module: nn.Module) -> str:
     stacked = next((name for name, held in module.named_parameters(recurse=False) if held.dim() > 2), None)
     if stacked is None:
         return f"{type(module).__name__} holds a weight but is no Linear or Conv; torch.export it to reach functional layers"
-    advice = "make an nn.Linear of each (experts: an nn.ModuleList of them) and call those that a sample needs"
+    advice = (
+        "make an nn.Linear of each (experts: an nn.ModuleList of them) and call those that a sample needs"
+    )
     return f"{stacked!r} holds several matrices as one parameter; {advice}"
 
 

@@ -51,13 +51,16 @@ class _Structure:
     adaptive: Adaptation | None = None
 
 
-_STRUCTURE = register_document(Document("tdpass structure", _Structure, InvalidModelError, "write the file again with Artifact.save"))
+_STRUCTURE = register_document(
+    Document("tdpass structure", _Structure, InvalidModelError, "write the file again with Artifact.save")
+)
 
 
 def save_module(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write all parameters and buffers, shared ones once, and the structure; raises `UsageError` unless the suffix is .safetensors.
+    """Write all parameters and buffers, shared ones once, and the structure.
 
-    A tensor that `tdpass.packing.pack` makes smaller is written as its block, in uint8 under its name and `SUFFIX`.
+    Raises `UsageError` unless the suffix is .safetensors. A tensor that `tdpass.packing.pack` makes smaller
+    is written as its block, in uint8 under its name and `SUFFIX`.
     """
     if path.suffix != ".safetensors":
         raise UsageError(f"cannot save a torch module as {path.name!r}; name a .safetensors file")
@@ -83,10 +86,15 @@ def structure_text(module: nn.Module) -> str:
 
 
 def restructure(module: nn.Module, text: str, source: str) -> None:
-    """Give a dense module the structure in the text, in place, its new tensors without storage; raises as `load_module` does."""
+    """Give a dense module the structure in the text, in place, its new tensors without storage.
+
+    Raises as `load_module` does.
+    """
     structure = _STRUCTURE.parse(text, source)
     if structure.adaptive is not None:
-        raise UnsupportedError(f"{source} is of an adaptive network; load it with tdpass.load from the file that Artifact.save wrote")
+        raise UnsupportedError(
+            f"{source} is of an adaptive network; load it with tdpass.load from the file that Artifact.save wrote"
+        )
     _carry_out(module, _swaps(module, structure, source), structure)
 
 
@@ -98,7 +106,11 @@ def _structure_of(module: nn.Module, aliases: Mapping[str, str], version: Litera
         if isinstance(layer, Factorized)
     )
     folded = tuple(path for path, candidate in named if isinstance(candidate, Folded))
-    biases = tuple(path for path, candidate in named if kind_of_module(candidate) is not None and candidate._parameters["bias"] is not None)
+    biases = tuple(
+        path
+        for path, candidate in named
+        if kind_of_module(candidate) is not None and candidate._parameters["bias"] is not None
+    )
     return _Structure(version, layers, folded, biases, aliases, adaptation_of(module))
 
 
@@ -110,21 +122,29 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; raises `InvalidModelError` when it is missing, damaged or not one."""
+    """The metadata of a safetensors file.
+
+    Raises `InvalidModelError` when it is missing, damaged or not one.
+    """
     if not path.is_file():
-        raise InvalidModelError(f"there is no file {path}; give the .safetensors file that `Artifact.save` wrote")
+        raise InvalidModelError(
+            f"there is no file {path}; give the .safetensors file that `Artifact.save` wrote"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise InvalidModelError(f"{path} is not an intact safetensors file ({error}); write it again with Artifact.save") from None
+        raise InvalidModelError(
+            f"{path} is not an intact safetensors file ({error}); write it again with Artifact.save"
+        ) from None
 
 
 def load_module(path: Path, module: nn.Module) -> nn.Module:
     """Put the structure and tensors of a saved model on a dense model of the same class, in place.
 
-    The digest of the file, names, shapes, types and ranks are checked before anything is allocated or changed.  Raises
-    `InvalidModelError` when the file is damaged or was not written by tdpass, `PlanError` when it does not fit the model.
+    The digest of the file, names, shapes, types and ranks are checked before anything is allocated or
+    changed.  Raises `InvalidModelError` when the file is damaged or was not written by tdpass, `PlanError`
+    when it does not fit the model.
     """
     structure = _structure(path)
     if structure.adaptive is None:
@@ -145,9 +165,16 @@ def _loaded(path: Path, module: nn.Module, structure: _Structure) -> nn.Module:
     with safe_open(path, framework="pt") as file:
         blocks = {} if structure.version == _UNPACKED else blocks_in(file)
         held = {name: _held(file, name) for name in file.keys() if name.removesuffix(SUFFIX) not in blocks}  # noqa: SIM118 - it is no dict
-        held.update({name: (header.shape, header.dtype) for name, header in ((name, read_header(block, name)[0]) for name, block in blocks.items())})
+        held.update(
+            {
+                name: (header.shape, header.dtype)
+                for name, header in ((name, read_header(block, name)[0]) for name, block in blocks.items())
+            }
+        )
         older = _older_names(structure, held)
-        aliases = {alias: name for alias, name in structure.aliases.items() if name not in older.values()} | older
+        aliases = {
+            alias: name for alias, name in structure.aliases.items() if name not in older.values()
+        } | older
         coded = coded_factors([(replacement.paths, new.storage) for replacement, _, new in swaps], held)
         held.update({name: part for each in coded.values() for name, part in each.parts.items()})
         held.update({alias: held[name] for alias, name in aliases.items() if name in held})
@@ -159,7 +186,9 @@ def _loaded(path: Path, module: nn.Module, structure: _Structure) -> nn.Module:
                 f"{_said(expected.get(wrong[0]))} in the model ({len(wrong)} such); load it on the class it was made from, of the same types"
             )
         unpacked = {name: unpack(block, name) for name, block in blocks.items()}
-        unpacked.update({part: value for name, each in coded.items() for part, value in each.made(unpacked[name]).items()})
+        unpacked.update(
+            {part: value for name, each in coded.items() for part, value in each.made(unpacked[name]).items()}
+        )
         _carry_out(module, swaps, structure)
         state = _state(module)
         filled: dict[int | str, nn.Parameter | torch.Tensor] = {}
@@ -171,15 +200,24 @@ def _loaded(path: Path, module: nn.Module, structure: _Structure) -> nn.Module:
             if key not in filled:
                 value = unpacked[stored] if stored in unpacked else file.get_tensor(stored)
                 fresh = value if tensor.is_meta else tensor.detach().copy_(value)
-                read = nn.Parameter(fresh, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fresh
+                read = (
+                    nn.Parameter(fresh, requires_grad=tensor.requires_grad)
+                    if isinstance(tensor, nn.Parameter)
+                    else fresh
+                )
                 filled[key] = read if tensor.is_meta else tensor
             if tensor.is_meta:
                 setattr(holder, leaf, filled[key])
     return module
 
 
-def _swaps(module: nn.Module, structure: _Structure, source: str) -> list[tuple[_Replacement, Matched, Factorized]]:
-    """What stands for which dense layer of the module; raises `PlanError` where the structure names what it has not."""
+def _swaps(
+    module: nn.Module, structure: _Structure, source: str
+) -> list[tuple[_Replacement, Matched, Factorized]]:
+    """What stands for which dense layer of the module.
+
+    Raises `PlanError` where the structure names what it has not.
+    """
     found, _ = find_sites(module)
     by_path = {reached: matched for matched in found for reached in matched.paths}
     modules = dict(module.named_modules(remove_duplicate=False))
@@ -188,7 +226,9 @@ def _swaps(module: nn.Module, structure: _Structure, source: str) -> list[tuple[
     for replacement in structure.layers:
         matched = by_path.get(replacement.paths[0])
         if matched is None or not all(reached in matched.paths for reached in replacement.paths):
-            raise PlanError(f"{source} replaces {replacement.paths[0]!r}, which is no site of this model; load it on the class it was made from")
+            raise PlanError(
+                f"{source} replaces {replacement.paths[0]!r}, which is no site of this model; load it on the class it was made from"
+            )
         new = _empty_module(replacement, matched, modules[replacement.paths[0]])
         shared = factors.setdefault(id(matched.weight), new)
         if shared is not new:
@@ -197,14 +237,20 @@ def _swaps(module: nn.Module, structure: _Structure, source: str) -> list[tuple[
         swaps.append((replacement, matched, new))
     unknown = [name for name in (*structure.folded, *structure.biases) if name not in modules]
     if unknown:
-        raise PlanError(f"{source} names {unknown[0]!r}, which this model does not have; load it on the class it was made from")
+        raise PlanError(
+            f"{source} names {unknown[0]!r}, which this model does not have; load it on the class it was made from"
+        )
     return swaps
 
 
 def _empty_module(replacement: _Replacement, matched: Matched, dense: nn.Module) -> Factorized:
     """The layer that stands for a dense one, without storage."""
     layer = empty_layer(matched.site, replacement.form, matched.weight.dtype)
-    bias = nn.Parameter(torch.empty(layer.site.o, dtype=matched.weight.dtype, device="meta")) if replacement.bias else None
+    bias = (
+        nn.Parameter(torch.empty(layer.site.o, dtype=matched.weight.dtype, device="meta"))
+        if replacement.bias
+        else None
+    )
     mode = str(getattr(dense, "padding_mode", "zeros"))
     pads: Any = tuple(dense._reversed_padding_repeated_twice) if mode != "zeros" else ()  # type: ignore[arg-type]
     return Factorized(layer, bias, mode, pads)
@@ -214,24 +260,33 @@ def _state(module: nn.Module) -> dict[str, torch.Tensor]:
     buffers = {
         name: value
         for name, value in module.named_buffers(remove_duplicate=False)
-        if name.rpartition(".")[2] not in module.get_submodule(name.rpartition(".")[0])._non_persistent_buffers_set
+        if name.rpartition(".")[2]
+        not in module.get_submodule(name.rpartition(".")[0])._non_persistent_buffers_set
     }
     return {**dict(module.named_parameters(remove_duplicate=False)), **buffers}
 
 
 def check_digest(path: Path) -> dict[str, str]:
-    """The metadata of a file whose digest, where it has one, is that of its content; raises `InvalidModelError` for another."""
+    """The metadata of a file whose digest, where it has one, is that of its content.
+
+    Raises `InvalidModelError` for another.
+    """
     metadata = read_metadata(path)
     if _DIGEST in metadata:
         with safe_open(path, framework="pt") as file:
             found = _digest(((name, file.get_tensor(name)) for name in file.keys()), metadata)  # noqa: SIM118 - it is no dict
         if found != metadata[_DIGEST]:
-            raise InvalidModelError(f"{path} is damaged: its content is not what was written; write the file again with Artifact.save")
+            raise InvalidModelError(
+                f"{path} is damaged: its content is not what was written; write the file again with Artifact.save"
+            )
     return metadata
 
 
 def _digest(tensors: Iterable[tuple[str, torch.Tensor]], metadata: Mapping[str, str]) -> str:
-    """Over names, types, shapes and bytes of all tensors, and over all other metadata; one tensor at a time is in memory."""
+    """Over names, types, shapes and bytes of all tensors, and over all other metadata.
+
+    One tensor at a time is in memory.
+    """
     texts = [text for name in sorted(metadata) if name != _DIGEST for text in (name, metadata[name])]
     each = sorted(f"{name}:{digest(tensor)}" for name, tensor in tensors)
     return digest(*texts, *each)
@@ -256,14 +311,25 @@ def _structure(path: Path) -> _Structure:
 
 def _older_names(structure: _Structure, stored: Container[str]) -> dict[str, str]:
     """The weights of narrow layers that the file holds under the name they have in version 1, `kept`."""
-    paths = [path for replacement in structure.layers if replacement.form.narrow for path in replacement.paths]
-    found = {under(path, "kernel"): structure.aliases.get(under(path, "kept"), under(path, "kept")) for path in paths}
+    paths = [
+        path for replacement in structure.layers if replacement.form.narrow for path in replacement.paths
+    ]
+    found = {
+        under(path, "kernel"): structure.aliases.get(under(path, "kept"), under(path, "kept"))
+        for path in paths
+    }
     return {name: older for name, older in found.items() if older in stored}
 
 
-def _expected(module: nn.Module, swaps: Sequence[tuple[_Replacement, Matched, Factorized]], structure: _Structure) -> dict[str, Held]:
+def _expected(
+    module: nn.Module, swaps: Sequence[tuple[_Replacement, Matched, Factorized]], structure: _Structure
+) -> dict[str, Held]:
     gone = {path for replacement, _, _ in swaps for path in replacement.paths} | set(structure.folded)
-    expected = {name: (tuple(value.shape), value.dtype) for name, value in _state(module).items() if name.rpartition(".")[0] not in gone}
+    expected = {
+        name: (tuple(value.shape), value.dtype)
+        for name, value in _state(module).items()
+        if name.rpartition(".")[0] not in gone
+    }
     modules = dict(module.named_modules(remove_duplicate=False))
     for path in structure.biases:
         weight = getattr(modules[path], "weight", None)
@@ -271,7 +337,9 @@ def _expected(module: nn.Module, swaps: Sequence[tuple[_Replacement, Matched, Fa
             expected.setdefault(under(path, "bias"), ((_outputs(modules[path]),), weight.dtype))
     for replacement, _, new in swaps:
         for path in replacement.paths:
-            expected.update({under(path, name): (tuple(value.shape), value.dtype) for name, value in _state(new).items()})
+            expected.update(
+                {under(path, name): (tuple(value.shape), value.dtype) for name, value in _state(new).items()}
+            )
     return expected
 
 
@@ -282,7 +350,9 @@ def _outputs(module: nn.Module) -> int:
     return weight.shape[0] if kind is None else kind.site(module, "").o
 
 
-def _carry_out(module: nn.Module, swaps: Sequence[tuple[_Replacement, Matched, Factorized]], structure: _Structure) -> None:
+def _carry_out(
+    module: nn.Module, swaps: Sequence[tuple[_Replacement, Matched, Factorized]], structure: _Structure
+) -> None:
     for path in structure.folded:
         become(module.get_submodule(path), Folded())
     for replacement, _, new in swaps:
@@ -292,4 +362,3 @@ def _carry_out(module: nn.Module, swaps: Sequence[tuple[_Replacement, Matched, F
         dense: Any = module.get_submodule(path)
         if getattr(dense, "bias", None) is None:
             dense.bias = nn.Parameter(torch.empty(_outputs(dense), dtype=dense.weight.dtype, device="meta"))
-

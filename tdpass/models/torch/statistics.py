@@ -10,11 +10,20 @@ from torch import Tensor, nn
 
 
 def estimate_anew(module: nn.Module, run: Callable[[], None]) -> Callable[[], None] | None:
-    """Estimate the statistics of all batch-norms from what `run` calls the module with; returns how to undo that, None without a batch-norm."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    """Estimate the statistics of all batch-norms from what `run` calls the module with.
+
+    Returns how to undo that, None without a batch-norm.
+    """
+    norms = [
+        m
+        for m in module.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
     if not norms:
         return None
-    before = [copy.deepcopy((m.running_mean, m.running_var, m.num_batches_tracked, m.momentum)) for m in norms]
+    before = [
+        copy.deepcopy((m.running_mean, m.running_var, m.num_batches_tracked, m.momentum)) for m in norms
+    ]
     modes = [norm.training for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
@@ -40,6 +49,8 @@ def _learn_where_it_can(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
 
 
 def _set_statistics(norm: Any, values: Sequence[Tensor | None]) -> None:
-    for buffer, value in zip((norm.running_mean, norm.running_var, norm.num_batches_tracked), values, strict=True):
+    for buffer, value in zip(
+        (norm.running_mean, norm.running_var, norm.num_batches_tracked), values, strict=True
+    ):
         if buffer is not None and value is not None:
             buffer.copy_(value)

@@ -1,4 +1,7 @@
-"""Comparisons: how far an output is from the original's, one file each.  Importing this package registers all of them."""
+"""Comparisons: how far an output is from the original's, one file each.
+
+Importing this package registers all of them.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,10 @@ LEAST_PROBABILITY = 1e-12
 
 @dataclass(frozen=True)
 class Distribution(Comparison, ABC):
-    """A distribution over the classes along `axis`; `curvature` is that of KL per direction in which the logits may move."""
+    """A distribution over the classes along `axis`.
+
+    `curvature` is that of KL per direction in which the logits may move.
+    """
 
     axis: int = -1
     curvature: float = 1.0

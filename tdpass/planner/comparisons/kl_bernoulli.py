@@ -30,7 +30,9 @@ class Bernoulli(Comparison):
         return cls()
 
     def rows(self, reference: Tensor, output: Tensor) -> Tensor:
-        return torch.stack([kl_terms(reference, output), kl_terms(1 - reference, 1 - output)]).sum(0).reshape(-1)
+        return (
+            torch.stack([kl_terms(reference, output), kl_terms(1 - reference, 1 - output)]).sum(0).reshape(-1)
+        )
 
     def probe(self, reference: Tensor, generator: torch.Generator) -> Tensor:
         return normal(reference, generator) / (reference * (1 - reference)).clamp_min(1e-4).sqrt()

@@ -12,9 +12,28 @@ from tdpass.planner.joint.paths import POOLS
 from tdpass.site import Site
 from tdpass.tape import CHANNELWISE, Call, Ref, Tape, leaves
 
-_PASSES = CHANNELWISE | POOLS | frozenset({"softplus", "dropout2d", "contiguous", "to", "float", "mean", "interpolate"})
+_PASSES = (
+    CHANNELWISE
+    | POOLS
+    | frozenset({"softplus", "dropout2d", "contiguous", "to", "float", "mean", "interpolate"})
+)
 _PASSES |= frozenset({"view", "reshape", "__getitem__"})  # where they touch channels, no width is proved
-_JOINS = frozenset({"add", "__add__", "__radd__", "add_", "__iadd__", "sub", "__sub__", "mul", "__mul__", "__rmul__", "mul_", "__imul__"})
+_JOINS = frozenset(
+    {
+        "add",
+        "__add__",
+        "__radd__",
+        "add_",
+        "__iadd__",
+        "sub",
+        "__sub__",
+        "mul",
+        "__mul__",
+        "__rmul__",
+        "mul_",
+        "__imul__",
+    }
+)
 _NORM, _PAD = "batch_norm", "pad"
 
 
@@ -22,10 +41,11 @@ _NORM, _PAD = "batch_norm", "pad"
 class ChannelGroups:
     """Which values of a run have the same channels.
 
-    `reads` and `makes` name by site the group that its layer reads and makes, `norms` by id of the running mean the one that a
-    batch-norm is on.  `whole` says of a group why all of its channels stay, and `channels` how many it has.  Sums, products and
-    batch-norms join groups, and so does a depthwise convolution; what is concatenated, normalised over channels, returned or done
-    by a call that is not known stays whole.  A pad of channels makes a group of its own, of the same share.
+    `reads` and `makes` name by site the group that its layer reads and makes, `norms` by id of the running
+    mean the one that a batch-norm is on.  `whole` says of a group why all of its channels stay, and
+    `channels` how many it has.  Sums, products and batch-norms join groups, and so does a depthwise
+    convolution; what is concatenated, normalised over channels, returned or done by a call that is not known
+    stays whole.  A pad of channels makes a group of its own, of the same share.
     """
 
     reads: dict[str, int] = field(default_factory=dict)
@@ -103,7 +123,9 @@ def _layer(call: Call, site: Site, found: ChannelGroups, read: list[int], writte
     depthwise = site.groups > 1 and site.groups == site.i == site.o
     if len(read) != 1 or len(written) != 1 or (site.groups > 1 and not depthwise):
         for number in (*read, *written):
-            found.keep(number, f"{site.name} is grouped" if site.groups > 1 else f"{site.name} reads several values")
+            found.keep(
+                number, f"{site.name} is grouped" if site.groups > 1 else f"{site.name} reads several values"
+            )
     if depthwise:
         found.join(*read, *written)
     for places, numbers in ((found.reads, read), (found.makes, written)):
@@ -118,4 +140,8 @@ def _mean(call: Call) -> Any:
 
 def _constants(call: Call) -> Iterator[Tensor]:
     """Tensors of the model that a call reads besides values of the run, single numbers left out."""
-    return (leaf for leaf in leaves((call.args, dict(call.kwargs))) if isinstance(leaf, Tensor) and leaf.numel() > 1)
+    return (
+        leaf
+        for leaf in leaves((call.args, dict(call.kwargs)))
+        if isinstance(leaf, Tensor) and leaf.numel() > 1
+    )

@@ -91,7 +91,9 @@ def joint_layers(
         yield change.carry_out(group, [chosen[name] for name in group], network)
 
 
-def _everywhere(tapes: Sequence[Tape], sites: Mapping[str, Site], changes: Sequence[JointChange]) -> list[Made]:
+def _everywhere(
+    tapes: Sequence[Tape], sites: Mapping[str, Site], changes: Sequence[JointChange]
+) -> list[Made]:
     # of options that cost and lose the same the knapsack takes the first: channels rather than branches
     return [(change, group) for change in reversed(changes) for group in change.find(tapes, sites)]
 

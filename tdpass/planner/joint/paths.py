@@ -12,7 +12,16 @@ from tdpass.site import Site
 from tdpass.tape import CHANNELWISE, Call, Ref, Tape, leaves, mapped
 
 POOLS = frozenset({"max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"})
-POOLS |= frozenset({"adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "boolean_dispatch", "_max_pool2d", "flatten"})
+POOLS |= frozenset(
+    {
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_max_pool2d",
+        "boolean_dispatch",
+        "_max_pool2d",
+        "flatten",
+    }
+)
 _WHY = {
     "batch_norm": "a batch-norm follows it; put fold-batchnorm before",
     "add": "its output enters a sum, whose other side would have to change too",
@@ -62,12 +71,16 @@ def path_from(tape: Tape, name: str, sites: Mapping[str, Site]) -> Path | str:
         written = list(call.writes())
         read = [leaf for leaf in leaves((call.args, dict(call.kwargs))) if isinstance(leaf, Ref | Tensor)]
         if call.name not in CHANNELWISE | POOLS or len(written) != 1 or len(read) != 1:
-            return _WHY.get(call.name.strip("_"), f"its output goes through {call.name}, where channels may meet")
+            return _WHY.get(
+                call.name.strip("_"), f"its output goes through {call.name}, where channels may meet"
+            )
         calls.append(call)
         number = written[0]
 
 
-def _met(making: Call, made: Site, reading: Call, calls: tuple[Call, ...], sites: Mapping[str, Site], value: Ref) -> Path | str:
+def _met(
+    making: Call, made: Site, reading: Call, calls: tuple[Call, ...], sites: Mapping[str, Site], value: Ref
+) -> Path | str:
     read = sites.get(reading.site or "")
     if read is None or reading.args[0] != value:
         return f"its output is read by {reading.site!r}, which is left alone"

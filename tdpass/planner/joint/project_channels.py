@@ -28,10 +28,11 @@ _ROUGH_STEPS = 16
 class _Narrowing(JointChange):
     """A run of layers, each feeding the next alone through functions that treat channels apart, with fewer channels between them.
 
-    `W1' = A W1` makes mixtures `A z + c` of the channels z of a layer, and the next layer becomes the `W2', d` that answers best to
-    what comes of them: least squares on the calibration data, against what it answered before.  Joints follow each other front to back,
-    each fitted on what the layers before it really make.  The result is dense and narrower; nothing is put between its layers.
-    `keep` are the shares of channels that planning tries, the same at every joint of a run.
+    `W1' = A W1` makes mixtures `A z + c` of the channels z of a layer, and the next layer becomes the `W2',
+    d` that answers best to what comes of them: least squares on the calibration data, against what it
+    answered before.  Joints follow each other front to back, each fitted on what the layers before it really
+    make.  The result is dense and narrower; nothing is put between its layers. `keep` are the shares of
+    channels that planning tries, the same at every joint of a run.
     """
 
     offered = False
@@ -41,7 +42,9 @@ class _Narrowing(JointChange):
         self.keep = tuple(keep)
 
     def find(self, tapes: Sequence[Tape], sites: Mapping[str, Site]) -> list[Group]:
-        return [(run[0].first, *(path.second for path in run)) for run in runs_of(find_paths(tapes, sites)[0])]
+        return [
+            (run[0].first, *(path.second for path in run)) for run in runs_of(find_paths(tapes, sites)[0])
+        ]
 
     def declined(self, tapes: Sequence[Tape], sites: Mapping[str, Site]) -> Mapping[str, str]:
         return find_paths(tapes, sites)[1]
@@ -63,7 +66,9 @@ class _Narrowing(JointChange):
         run, widths = Run.of(group, network), [choice.form.outputs or 0 for choice in choices[:-1]]
         for width, site in zip(widths, run.sites, strict=False):
             if not 1 <= width <= site.o:
-                raise PlanError(f"the plan keeps {width} channels of site {site.name!r}, which has {site.o}; plan again")
+                raise PlanError(
+                    f"the plan keeps {width} channels of site {site.name!r}, which has {site.o}; plan again"
+                )
         return self._narrowed(run, widths, self.steps).layers
 
     @abstractmethod
@@ -80,7 +85,9 @@ class _Narrowing(JointChange):
             found = self._fitted(run, place, joint, width, steps)
             form = Form("dense", (), inputs=inputs, outputs=width)
             shift = found.shift if bias is None else found.shift + found.mix @ bias.double()
-            layers[first.name] = _layer(first, form, torch.tensordot(found.mix, kernel, dims=1), shift, run.weights[place])
+            layers[first.name] = _layer(
+                first, form, torch.tensordot(found.mix, kernel, dims=1), shift, run.weights[place]
+            )
             errors[second.name] = found.error
             made, kernel, bias, inputs = joint.answers(found), found.kernel, found.bias, found.kernel.shape[1]
         last = run.sites[-1]
@@ -100,15 +107,18 @@ def _layer(site: Site, form: Form, kernel: Tensor, bias: Tensor | None, like: Te
 class ProjectChannels(_Narrowing):
     """Learned projection: mixtures refined on what the next layer answers, from the better of principal and selected channels.
 
-    Cascaded Projection (Minnehan and Savakis, CVPR 2019) without labels.  What is selected survives a nonlinearity as it is, and
-    mixtures do not, which is why a selection is mostly the better start.
+    Cascaded Projection (Minnehan and Savakis, CVPR 2019) without labels.  What is selected survives a
+    nonlinearity as it is, and mixtures do not, which is why a selection is mostly the better start.
     """
 
     name = "project-channels"
     steps = STEPS
 
     def starts(self, run: Run, place: int, joint: Joint, count: int) -> list[Tensor]:
-        return [principal(joint, count), _selected(_by_surgery(run, place, count) or _by_score(taylor(run, place), count), joint)]
+        return [
+            principal(joint, count),
+            _selected(_by_surgery(run, place, count) or _by_score(taylor(run, place), count), joint),
+        ]
 
 
 @register_joint_change
@@ -181,7 +191,10 @@ def taylor(run: Run, place: int) -> Tensor:
 
 
 def _by_surgery(run: Run, place: int, count: int) -> tuple[int, ...]:
-    """What structured optimal brain surgery on the next layer leaves; nothing where that layer is too wide for it."""
+    """What structured optimal brain surgery on the next layer leaves.
+
+    Nothing where that layer is too wide for it.
+    """
     read, metric = run.sites[place + 1], run.metrics[place + 1]
     width = read.weights // read.o
     if width > MAX_WIDTH or metric.inputs is None or metric.inputs.dim() == 1:

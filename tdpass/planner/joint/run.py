@@ -39,7 +39,14 @@ class Run:
         each = max(8, round(_POSITIONS / most / len(network.tapes)))
         answers = tuple(zip(*(_made(tape, group, each) for tape in network.tapes), strict=True))
         weights, biases = tuple(map(network.weight, group)), tuple(map(network.bias, group))
-        return cls(sites, tuple(after[name] for name in group[:-1]), weights, biases, tuple(network.metrics[name] for name in group), answers)
+        return cls(
+            sites,
+            tuple(after[name] for name in group[:-1]),
+            weights,
+            biases,
+            tuple(network.metrics[name] for name in group),
+            answers,
+        )
 
     @property
     def made(self) -> Sequence[Tensor]:
@@ -55,12 +62,19 @@ class Run:
         """The joint after the site at that place, where that makes `made`."""
         read = self.sites[place + 1]
         targets = [kind_of(read).output_rows(y, read) for y in self.answers[place + 1]]
-        return Joint(made, self.paths[place].between, targets, self.sites[place], read, self.outputs[place + 1])
+        return Joint(
+            made, self.paths[place].between, targets, self.sites[place], read, self.outputs[place + 1]
+        )
 
     def squares(self, place: int) -> Tensor:
         """The mean square of every channel that a site makes."""
         site = self.sites[place]
-        return torch.cat([kind_of(site).output_rows(y, site) for y in self.answers[place]]).double().square().mean(0)
+        return (
+            torch.cat([kind_of(site).output_rows(y, site) for y in self.answers[place]])
+            .double()
+            .square()
+            .mean(0)
+        )
 
 
 def _made(tape: Tape, group: Group, samples: int) -> list[Tensor]:

@@ -1,4 +1,7 @@
-"""Runtimes: the ways to run a layer or a model on a target, one per file.  Importing this package registers all of them."""
+"""Runtimes: the ways to run a layer or a model on a target, one per file.
+
+Importing this package registers all of them.
+"""
 
 from __future__ import annotations
 

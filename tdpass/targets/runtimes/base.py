@@ -41,9 +41,9 @@ class BoundLayer(Bound):
 class Runtime(ABC):
     """One way to run a layer; a subclass per file, registered with `register_runtime`.
 
-    Class attributes: `name`; `families` that it belongs to, a family being the runtimes among which the layers of one model may be
-    divided (`torch`, `onnxruntime`, `openvino`, `cuda`); `on_demand`, true where preparing takes so long that it is used only when
-    it is named.
+    Class attributes: `name`; `families` that it belongs to, a family being the runtimes among which the
+    layers of one model may be divided (`torch`, `onnxruntime`, `openvino`, `cuda`); `on_demand`, true where
+    preparing takes so long that it is used only when it is named.
     """
 
     name: ClassVar[str]
@@ -60,13 +60,17 @@ class Runtime(ABC):
 
     @abstractmethod
     def prepare(self, layer: Layer, batch: int, threads: int) -> Callable[[], Tensor] | None:
-        """A call that runs the layer on `example_input(layer, batch)` and answers with the output; None where it cannot serve this.
+        """A call that runs the layer on `example_input(layer, batch)` and answers with the output.
 
-        The layer has one entry in `layer.site.extents`: the sizes of this call.  The output may be the same tensor every time.
+        None where it cannot serve this. The layer has one entry in `layer.site.extents`: the sizes of this
+        call.  The output may be the same tensor every time.
         """
 
     def prepare_model(self, model: Model, batch: Batch, threads: int) -> Call | None:
-        """A call that runs a whole model on that batch; None where models do not run in this runtime alone."""
+        """A call that runs a whole model on that batch.
+
+        None where models do not run in this runtime alone.
+        """
         return None
 
 

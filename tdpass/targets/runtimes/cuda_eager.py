@@ -39,5 +39,8 @@ class CudaEager(Runtime):
             return None
         module, placed = channels_last_model(model, batch)
         module = module.cuda()
-        args, kwargs = tuple(tensor.cuda() for tensor in placed.args), {name: tensor.cuda() for name, tensor in placed.kwargs.items()}
+        args, kwargs = (
+            tuple(tensor.cuda() for tensor in placed.args),
+            {name: tensor.cuda() for name, tensor in placed.kwargs.items()},
+        )
         return lambda: module(*args, **kwargs)

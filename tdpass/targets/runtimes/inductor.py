@@ -37,7 +37,8 @@ class Inductor(Runtime):
 
     def prepare(self, layer: Layer, batch: int, threads: int) -> Callable[[], Tensor] | None:
         module, x = LayerModule(layer), channels_last(example_input(layer, batch))
-        # a linear layer compiled for sizes that vary goes to another library, on some machines one twice as fast
+        # a linear layer compiled for sizes that vary goes to another library, on some machines one twice as
+        # fast
         ways = (False,) if layer.site.axes else (False, True)
         calls = [call for dynamic in ways if (call := compiled(module, Batch((x,)), dynamic)) is not None]
         return min(calls, key=_a_few_calls) if calls else None

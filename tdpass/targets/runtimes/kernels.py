@@ -85,4 +85,3 @@ def _bind_contraction(layer: Layer, x: Tensor) -> Callable[[], Tensor] | None:
 def _call(operator: Any, *arguments: Tensor | Sequence[Tensor] | Sequence[int] | str | None) -> Tensor:
     y: Tensor = operator(*arguments)
     return y
-

@@ -42,7 +42,11 @@ class KernelsInOnnxRuntime(Runtime):
         x = example_input(layer, batch)
         y = layer(x)
         graph = fuse_layer_graph(as_graph(layer, x, y), self.lanes)
-        return None if graph is None else bound_layer(graph, x, torch.empty_like(y, memory_format=torch.contiguous_format), threads)
+        return (
+            None
+            if graph is None
+            else bound_layer(graph, x, torch.empty_like(y, memory_format=torch.contiguous_format), threads)
+        )
 
 
 @register_runtime

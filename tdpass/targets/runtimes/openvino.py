@@ -61,8 +61,14 @@ def open_graph(source: str | bytes) -> Any:
 def open_request(graph: Any, inputs: Mapping[str, Tensor], threads: int) -> Any:
     """One inference request with its inputs set; float32 stays float32."""
     openvino = importlib.import_module("openvino")
-    # without the precision hint OpenVINO computes in bfloat16 where the machine can, and the comparison is not one
-    hints = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT_NUM_REQUESTS": 1}
+    # without the precision hint OpenVINO computes in bfloat16 where the machine can, and the comparison is
+    # not one
+    hints = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT_NUM_REQUESTS": 1,
+    }
     graph.reshape({name: list(tensor.shape) for name, tensor in inputs.items()})
     request = openvino.Core().compile_model(graph, "CPU", hints).create_infer_request()
     for name, tensor in inputs.items():

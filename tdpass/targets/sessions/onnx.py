@@ -32,7 +32,9 @@ class Saved:
 
 def as_graph(layer: Layer, x: Tensor, y: Tensor) -> bytes:
     """The layer as a serialized ONNX model."""
-    return layer_graph(weights_of(layer), x, y, lambda ops, value, weights: apply_layer(ops, layer, value, weights))
+    return layer_graph(
+        weights_of(layer), x, y, lambda ops, value, weights: apply_layer(ops, layer, value, weights)
+    )
 
 
 def bound_layer(graph: bytes, x: Tensor, y: Tensor, threads: int) -> Callable[[], Tensor] | None:
@@ -51,7 +53,11 @@ def bound_layer(graph: bytes, x: Tensor, y: Tensor, threads: int) -> Callable[[]
 def open_session(source: str | bytes, threads: int) -> Any:
     """A session on the CPU with that many threads."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, _ERRORS_ONLY
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = (
+        threads,
+        1,
+        _ERRORS_ONLY,
+    )
     register_fused_ops(options, source)
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
@@ -60,8 +66,9 @@ def bound(session: Any, inputs: Mapping[str, Tensor]) -> Call:
     """A call that runs a session on these inputs, all memory bound beforehand."""
     binding = session.io_binding()
     for name, tensor in inputs.items():
-        binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy()))
+        binding.bind_ortvalue_input(
+            name, onnxruntime.OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy())
+        )
     for value in session.get_outputs():
         binding.bind_output(value.name, "cpu")
     return lambda: session.run_with_iobinding(binding)
-
