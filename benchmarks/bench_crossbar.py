@@ -27,7 +27,7 @@ from tdpass.crossbars import Devices, chip, map_model, simulate
 from tdpass.crossbars.use import dense_costs, uses_of
 from tdpass.datasets import open_dataset
 from tdpass.form import DENSE
-from tdpass.formats.base import dense_cost
+from tdpass.formats.layer import dense_cost
 from tdpass.methods import Crossbar
 from tdpass.methods.base import make_method
 from tdpass.methods.recipe import Recipe

@@ -25,7 +25,8 @@ from torch import Tensor
 from benchmarks.results import Table, Value, show
 from tdpass.clock import on_cpu, threads_of_torch
 from tdpass.form import DENSE
-from tdpass.formats.base import FORMATS, dense_cost
+from tdpass.formats.base import FORMATS
+from tdpass.formats.layer import dense_cost
 from tdpass.site import Site
 from tdpass.targets.layers import make_layer
 from tdpass.targets.runtimes import RUNTIMES

@@ -24,7 +24,8 @@ from benchmarks.nets import NETS, Net, Recurrent, exported
 from benchmarks.results import Table, Value, show
 from tdpass.clock import on_cpu, threads_of_torch
 from tdpass.form import DENSE, Form
-from tdpass.formats.base import FORMATS, dense_cost
+from tdpass.formats.base import FORMATS
+from tdpass.formats.layer import dense_cost
 from tdpass.models import Batch, open_model
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.site import Site

@@ -25,7 +25,8 @@ import tdpass
 from benchmarks import cifar, minilm
 from benchmarks.results import Table, Value, show
 from tdpass.form import DENSE, Form
-from tdpass.formats.base import FORMATS, dense_cost
+from tdpass.formats.base import FORMATS
+from tdpass.formats.layer import dense_cost
 from tdpass.formats.pivoted import LEAD, PIVOT
 from tdpass.kinds import plain_site
 from tdpass.models import open_model

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from tdpass.cost import Cost
 from tdpass.digest import digest
 from tdpass.errors import PlanError
-from tdpass.formats.base import FORMATS, Factors, Layer, check_form, cost_of, dense_cost
+from tdpass.formats.base import FORMATS, Factors
+from tdpass.formats.layer import Layer, check_form, cost_of, dense_cost
 from tdpass.formats.metric import Metric
 from tdpass.models.base import Model
 from tdpass.pipeline import Job, Pass, register_pass

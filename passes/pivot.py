@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from tdpass.cost import amount
 from tdpass.errors import NumericalError
 from tdpass.form import DENSE
-from tdpass.formats.base import Layer, cost_of
+from tdpass.formats.layer import Layer, cost_of
 from tdpass.formats.pivoted import LEAD, PIVOT, led, spared_formats
 from tdpass.models.base import Model
 from tdpass.pipeline import Job, Pass, register_pass

@@ -13,7 +13,8 @@ from torch import Tensor
 from tdpass.cost import Cost
 from tdpass.errors import PlanError
 from tdpass.form import DENSE, Form
-from tdpass.formats.base import FORMATS, Layer, check_form, cost_of, dense_cost
+from tdpass.formats.base import FORMATS
+from tdpass.formats.layer import Layer, check_form, cost_of, dense_cost
 from tdpass.models.base import Model
 from tdpass.pipeline import Job, Pass
 from tdpass.planner.candidates import bias_cost

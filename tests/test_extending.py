@@ -23,7 +23,8 @@ from tdpass.constraints.base import checked
 from tdpass.cost import Cost
 from tdpass.errors import PlanError, UsageError
 from tdpass.form import DENSE, Form
-from tdpass.formats.base import FORMATS, Layer, offered_formats, register_format
+from tdpass.formats.base import FORMATS, offered_formats, register_format
+from tdpass.formats.layer import Layer
 from tdpass.formats.svd import Svd
 from tdpass.kernels.base import IMPLEMENTATIONS, OPS, Op, implements, register_op, use_reference
 from tdpass.kinds import KINDS, register_kind

@@ -109,7 +109,7 @@ def test_extents_and_totals_are_per_sample_however_samples_are_folded() -> None:
         "bank": (4, 256),
     }
     assert model.macs() == round(torch_macs(lambda: model.run(Batch((clips,)))) / 4)
-    assert model.macs() == sum(tdpass.formats.base.dense_cost(site).macs for site in model.sites())
+    assert model.macs() == sum(tdpass.formats.layer.dense_cost(site).macs for site in model.sites())
 
 
 class Recurrent(nn.Module):

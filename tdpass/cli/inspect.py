@@ -18,7 +18,8 @@ from tdpass.data import calls_of
 from tdpass.errors import TdpassError
 from tdpass.form import Rank
 from tdpass.formats import FORMATS
-from tdpass.formats.base import Format, dense_cost
+from tdpass.formats.base import Format
+from tdpass.formats.layer import dense_cost
 from tdpass.measures import counted
 from tdpass.models import open_model
 from tdpass.site import Site

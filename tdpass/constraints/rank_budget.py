@@ -17,7 +17,7 @@ from tdpass.constraints.unconstrained import Unconstrained
 from tdpass.cost import amount
 from tdpass.errors import PlanError, UsageError
 from tdpass.formats import FORMATS, Rank
-from tdpass.formats.base import dense_cost, shrinks
+from tdpass.formats.layer import dense_cost, shrinks
 from tdpass.measures import counted
 from tdpass.site import Site
 

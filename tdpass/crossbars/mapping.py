@@ -19,7 +19,7 @@ from tdpass.documents import Amount, Count, Document, Size, register_document
 from tdpass.errors import InvalidModelError, PlanError, UsageError
 from tdpass.files import replacing, write_text
 from tdpass.form import DENSE
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.kinds import kind_of
 from tdpass.layers.factorized import Factorized
 from tdpass.models import ExampleInputs, Model, open_model

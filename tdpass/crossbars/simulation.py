@@ -15,7 +15,7 @@ from tdpass.crossbars.devices import Devices
 from tdpass.crossbars.mapping import Mapped, MappedMatrix, cells_of, layers_of
 from tdpass.crossbars.states import digit_weights
 from tdpass.errors import UsageError
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.kinds import dense_modules
 from tdpass.layers.factorized import Factorized
 from tdpass.models import ExampleInputs, open_model

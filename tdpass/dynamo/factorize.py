@@ -17,7 +17,8 @@ from tdpass.dynamo.draft import Draft
 from tdpass.dynamo.links import GraphLink, read_link
 from tdpass.errors import TdpassError
 from tdpass.form import Form, Formed
-from tdpass.formats.base import FORMATS, Layer, check_form, storage_of
+from tdpass.formats.base import FORMATS
+from tdpass.formats.layer import Layer, check_form, storage_of
 from tdpass.formats.lowering import Lowered, lower
 from tdpass.kinds import plain_site
 from tdpass.layers.derived import Recipe

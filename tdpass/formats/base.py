@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from tdpass.cost import Cost, pays
+from tdpass.cost import Cost
 from tdpass.errors import PlanError
-from tdpass.form import DENSE, Form, Formed, Rank
+from tdpass.form import Rank
+from tdpass.formats.geometry import apply_dense, unit
 from tdpass.formats.metric import Metric
-from tdpass.formats.storage import Storage
-from tdpass.kinds import kind_of, plain_site
-from tdpass.ops import Ops, TorchOps, V
+from tdpass.ops import Ops, V
 from tdpass.registry import Registry
 from tdpass.site import Site
 
@@ -282,47 +281,6 @@ def offered_formats() -> tuple[str, ...]:
     return tuple(form.name for form in FORMATS if form.offered)
 
 
-def check_form(site: Site, form: Form) -> None:
-    """Raise `PlanError` unless the form can be that of the site, `UsageError` for an unknown format."""
-    FORMATS.get(form.format).check_rank(form.on(site), form.rank)
-    storage_of(site, form)
-
-
-def storage_of(site: Site, form: Form) -> Storage:
-    """How the site's factors are stored in that form; raises `PlanError` where they cannot be."""
-    fmt, own = FORMATS.get(form.format), form.on(site)
-    return Storage.of(form, fmt.shapes(own, form.rank), fmt.orders(own, form.rank))
-
-
-def cost_of(site: Site, form: Form) -> Cost:
-    """What a site costs in that form, the bias not counted."""
-    cost = FORMATS.get(form.format).cost(form.on(site), form.rank)
-    if not form.encoded:
-        return cost
-    storage = storage_of(site, form)
-    return cost.replace(params=storage.params, bytes=storage.bytes)
-
-
-def dense_cost(site: Site) -> Cost:
-    """What the dense layer costs, the bias not counted."""
-    return FORMATS.get(DENSE.format).cost(site, DENSE.rank)
-
-
-def shrinks(site: Site, format_name: str, rank: Rank) -> bool:
-    """Whether the factored layer is smaller than the dense one in a measure and larger in none.
-
-    A site that was not seen running is taken to read as many positions for each of its outputs as its stride
-    says.
-    """
-    known = site if site.seen else replace(site, extents=(kind_of(site).typical(site),))
-    return pays(FORMATS.get(format_name).cost(known, rank), dense_cost(known))
-
-
-def apply_dense(ops: Ops[V], x: V, weight: V, bias: V | None, site: Site) -> V:
-    """The dense layer of that geometry."""
-    return kind_of(site).apply(ops, x, weight, bias, site)
-
-
 def rank_grid(limit: int, steps: int = 24) -> list[int]:
     """Up to `steps` ranks from 1 to `limit`, both included, evenly spaced but dense at the low end."""
     low = [r for r in (1, 2, 3, 4, 6, 8) if r < limit]
@@ -336,100 +294,3 @@ def scaled_ranks(limits: Sequence[int], steps: int = 16) -> list[Rank]:
         {tuple(max(1, round(limit * k / steps)) for limit in limits) for k in range(1, steps + 1)}
         | {tuple(1 for _ in limits)}
     )
-
-
-def unit(count: int) -> tuple[int, ...]:
-    """`count` ones: stride or dilation of a stage that does not move."""
-    return (1,) * count
-
-
-def no_padding(count: int) -> tuple[tuple[int, int], ...]:
-    """No padding on `count` axes."""
-    return ((0, 0),) * count
-
-
-def pointwise(out: int, inputs: int, axes: int, name: str) -> Site:
-    """The geometry of a 1x1 convolution on `axes` spatial axes, or of a linear layer for none."""
-    return plain_site(name, (out, inputs, *unit(axes)))
-
-
-@dataclass(frozen=True)
-class Layer(Formed):
-    """A layer in some form: what may stand for the dense layer of a site.
-
-    `factors` are held as the form's number types store them. `site` is its own geometry: `form.on` that of
-    the site it stands at, which may have more channels.
-    """
-
-    site: Site
-    form: Form
-    factors: Mapping[str, Tensor]
-    bias: Tensor | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Run it in eager torch."""
-        return FORMATS.get(self.format).apply(
-            TorchOps(), x, self.values(x.dtype), self.bias, self.site, self.rank
-        )
-
-    @property
-    def storage(self) -> Storage:
-        """How its factors are stored."""
-        return storage_of(self.site, self.form)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The floating-point type of its bias and, where they have no number types of their own, of its factors."""
-        tensors = [
-            *(() if self.form.encoded else self.factors.values()),
-            *(() if self.bias is None else (self.bias,)),
-        ]
-        return tensors[0].dtype if tensors else torch.float32
-
-    def values(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
-        """Its factors as floating-point numbers.
-
-        Factors that have no number types of their own stay in the type they have.
-        """
-        return self.storage.restore(TorchOps(), self.factors, dtype) if self.form.encoded else self.factors
-
-    def to(self, dtype: torch.dtype) -> Layer:
-        """The same layer in another floating-point type.
-
-        Factors that have number types of their own stay as they are stored.
-        """
-        kept = {
-            name: factor.to(dtype).contiguous()
-            for name, factor in self.factors.items()
-            if factor.is_floating_point()
-        }
-        factors = self.factors if self.form.encoded else {**self.factors, **kept}
-        return replace(self, factors=factors, bias=None if self.bias is None else self.bias.to(dtype))
-
-    def stored(self, form: Form) -> Layer:
-        """The same layer with its factors in the number types of that form, and with its support."""
-        return replace(self, form=form, factors=replace(self, form=form).storage.store(self.factors))
-
-    def converted(self, format_name: str) -> Layer:
-        """The same layer in another format that stores the factors of the same chain, in their own type.
-
-        Raises `NumericalError` where that format cannot without a loss, `PlanError` for the factors of
-        another chain.
-        """
-        if format_name == self.format:
-            return self
-        ours, theirs = FORMATS.get(self.format), FORMATS.get(format_name)
-        if ours.chain.name != theirs.chain.name:
-            raise PlanError(
-                f"'{self.form}' does not convert to {format_name}, which stores the factors of {theirs.chain.name}; factorize the weight anew"
-            )
-        whole = {
-            name: factor.double() if factor.is_floating_point() else factor
-            for name, factor in self.factors.items()
-        }
-        factors = theirs.from_chain(ours.to_chain(whole, self.site), self.site)
-        return replace(self, form=replace(self.form, format=format_name), factors=factors).to(self.dtype)
-
-    def reconstruct(self) -> Tensor:
-        """The dense weight it stands for."""
-        return FORMATS.get(self.format).reconstruct(dict(self.values(self.dtype)), self.site)

@@ -24,16 +24,9 @@ from tdpass.formats.alternating import (
     squared_norm,
     suits_single,
 )
-from tdpass.formats.base import (
-    Decomposition,
-    Factors,
-    Format,
-    Stage,
-    pointwise,
-    register_format,
-    scaled_ranks,
-)
+from tdpass.formats.base import Decomposition, Factors, Format, Stage, register_format, scaled_ranks
 from tdpass.formats.blocks import layout_of
+from tdpass.formats.geometry import pointwise
 from tdpass.formats.metric import Metric
 from tdpass.formats.multilinear import Modes, Whitening, improve_left, left_vectors, share_norm
 from tdpass.formats.searched import Searched

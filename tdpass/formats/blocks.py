@@ -10,7 +10,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from tdpass.form import Rank
-from tdpass.formats.base import Factors, apply_dense, no_padding, unit
+from tdpass.formats.base import Factors
+from tdpass.formats.geometry import apply_dense, no_padding, unit
 from tdpass.formats.multilinear import Modes, balanced_factors
 from tdpass.kinds import kind_of
 from tdpass.ops import Ops, V

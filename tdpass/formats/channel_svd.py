@@ -15,11 +15,10 @@ from tdpass.formats.base import (
     Format,
     Guarantee,
     Stage,
-    apply_dense,
-    pointwise,
     rank_grid,
     register_format,
 )
+from tdpass.formats.geometry import apply_dense, pointwise
 from tdpass.formats.metric import Metric
 from tdpass.formats.per_group import per_group
 from tdpass.formats.pivoted import pivotable

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tdpass.formats.base import Layer
 from tdpass.formats.blocks import BATCHED
+from tdpass.formats.layer import Layer
 from tdpass.formats.multilinear import balanced_factors
 from tdpass.formats.trains import LinearTrain
 from tdpass.kernels.tensor_chain import Step, block_program, ring_program, train_program

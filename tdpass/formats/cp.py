@@ -12,19 +12,9 @@ from torch import Tensor
 
 from tdpass.form import Rank
 from tdpass.formats.alternating import State
-from tdpass.formats.base import (
-    Decomposition,
-    Factors,
-    Format,
-    Stage,
-    apply_dense,
-    no_padding,
-    pointwise,
-    rank_grid,
-    register_format,
-    unit,
-)
+from tdpass.formats.base import Decomposition, Factors, Format, Stage, rank_grid, register_format
 from tdpass.formats.cp_fit import CpFit, khatri_rao
+from tdpass.formats.geometry import apply_dense, no_padding, pointwise, unit
 from tdpass.formats.metric import Metric
 from tdpass.formats.multilinear import Modes, improve_left
 from tdpass.formats.per_group import per_group

@@ -17,11 +17,10 @@ from tdpass.formats.base import (
     Format,
     Guarantee,
     Stage,
-    no_padding,
     rank_grid,
     register_format,
-    unit,
 )
+from tdpass.formats.geometry import no_padding, unit
 from tdpass.formats.metric import Metric
 from tdpass.formats.per_group import per_group
 from tdpass.formats.pivoted import pivotable

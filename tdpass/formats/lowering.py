@@ -9,7 +9,9 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from tdpass.formats.base import FORMATS, Layer, apply_dense
+from tdpass.formats.base import FORMATS
+from tdpass.formats.geometry import apply_dense
+from tdpass.formats.layer import Layer
 from tdpass.kernels.conv_chain import MAX_STAGES, MAX_TAPS
 from tdpass.kernels.stage import Lanes, Stage, integers_of, widths_of
 from tdpass.ops import Pads

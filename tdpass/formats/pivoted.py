@@ -11,17 +11,9 @@ from torch import Tensor
 
 from tdpass.errors import PlanError
 from tdpass.form import Rank
-from tdpass.formats.base import (
-    FORMATS,
-    Bond,
-    Decomposition,
-    Factors,
-    Format,
-    Guarantee,
-    Layer,
-    register_format,
-    unit,
-)
+from tdpass.formats.base import FORMATS, Bond, Decomposition, Factors, Format, Guarantee, register_format
+from tdpass.formats.geometry import unit
+from tdpass.formats.layer import Layer
 from tdpass.formats.metric import Metric
 from tdpass.formats.pivots import choose_pivots, leading_coefficients, order_of
 from tdpass.ops import Ops, Pads, V

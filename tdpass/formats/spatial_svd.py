@@ -10,18 +10,8 @@ import torch
 from torch import Tensor
 
 from tdpass.form import Rank
-from tdpass.formats.base import (
-    Decomposition,
-    Factors,
-    Format,
-    Guarantee,
-    Stage,
-    apply_dense,
-    no_padding,
-    rank_grid,
-    register_format,
-    unit,
-)
+from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Stage, rank_grid, register_format
+from tdpass.formats.geometry import apply_dense, no_padding, unit
 from tdpass.formats.metric import Metric
 from tdpass.formats.per_group import per_group
 from tdpass.formats.shared_fit import SharedFit

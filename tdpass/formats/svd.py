@@ -14,10 +14,10 @@ from tdpass.formats.base import (
     Format,
     Guarantee,
     Stage,
-    pointwise,
     rank_grid,
     register_format,
 )
+from tdpass.formats.geometry import pointwise
 from tdpass.formats.metric import Metric
 from tdpass.formats.pivoted import pivotable
 from tdpass.formats.spectrum import WeightedSvd

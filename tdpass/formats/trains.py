@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 from tdpass.form import Rank
 from tdpass.formats.alternating import State
-from tdpass.formats.base import Factors, Stage, apply_dense, no_padding, pointwise, unit
+from tdpass.formats.base import Factors, Stage
+from tdpass.formats.geometry import apply_dense, no_padding, pointwise, unit
 from tdpass.formats.multilinear import Modes, balanced_factors
 from tdpass.kinds import kind_of
 from tdpass.ops import Ops, V

@@ -12,19 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdpass.form import Rank
-from tdpass.formats.base import (
-    Bond,
-    Decomposition,
-    Factors,
-    Format,
-    Guarantee,
-    Stage,
-    apply_dense,
-    no_padding,
-    pointwise,
-    register_format,
-    unit,
-)
+from tdpass.formats.base import Bond, Decomposition, Factors, Format, Guarantee, Stage, register_format
+from tdpass.formats.geometry import apply_dense, no_padding, pointwise, unit
 from tdpass.formats.metric import Metric
 from tdpass.formats.per_group import per_group
 from tdpass.formats.pivoted import pivotable

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tdpass.documents import Count, Positive, Size
 from tdpass.errors import UsageError
 from tdpass.form import Form
-from tdpass.formats.base import FORMATS, Factors, Layer
+from tdpass.formats.base import FORMATS, Factors
+from tdpass.formats.layer import Layer
 from tdpass.kinds import kind_of, kind_of_module
 from tdpass.ops import TorchOps
 from tdpass.site import Site

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdpass.form import Form
-from tdpass.formats.base import FORMATS, Layer, apply_dense, check_form, storage_of
+from tdpass.formats.base import FORMATS
+from tdpass.formats.geometry import apply_dense
+from tdpass.formats.layer import Layer, check_form, storage_of
 from tdpass.kinds import kind_of
 from tdpass.layers.deferred import Deferred
 from tdpass.numbers import Part

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.formats.lowering import lower
 from tdpass.kernels import native
 from tdpass.kernels.conv_chain import activate

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tdpass.form import Form
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.formats.lowering import lower
 from tdpass.kernels.conv_chain import packing
 from tdpass.kernels.linear_chain import LINEAR_CHAIN

@@ -14,7 +14,8 @@ from tdpass.constraints.in_format import InFormat
 from tdpass.cost import BudgetValue
 from tdpass.errors import UsageError
 from tdpass.form import Rank
-from tdpass.formats.base import FORMATS, Layer
+from tdpass.formats.base import FORMATS
+from tdpass.formats.layer import Layer
 from tdpass.methods.base import register_method
 from tdpass.methods.factored import ON_DATA, FactoredByAdmm
 from tdpass.planner.rank_plan import RankPlan

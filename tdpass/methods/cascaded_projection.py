@@ -16,7 +16,7 @@ from tdpass.data import calls_of
 from tdpass.digest import digest
 from tdpass.errors import UsageError
 from tdpass.form import DENSE, Form
-from tdpass.formats.base import Layer, cost_of, dense_cost
+from tdpass.formats.layer import Layer, cost_of, dense_cost
 from tdpass.methods.base import Method, register_method
 from tdpass.methods.calibrated import metrics_of
 from tdpass.methods.reconstruction import Reconstruction, Supervised

@@ -17,7 +17,8 @@ from tdpass.cost import Budget, BudgetValue, Cost
 from tdpass.digest import digest
 from tdpass.errors import BudgetError
 from tdpass.form import DENSE, Form
-from tdpass.formats.base import FORMATS, dense_cost, shrinks
+from tdpass.formats.base import FORMATS
+from tdpass.formats.layer import dense_cost, shrinks
 from tdpass.measures import MEASURES, Needs
 from tdpass.methods.base import Method
 from tdpass.planner.rank_plan import Choice, RankPlan

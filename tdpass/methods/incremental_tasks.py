@@ -14,7 +14,8 @@ from tdpass.artifact import Artifact
 from tdpass.cost import Cost
 from tdpass.errors import InvalidModelError, TrainingError, UsageError
 from tdpass.form import DENSE, Form
-from tdpass.formats.base import FORMATS, cost_of, dense_cost
+from tdpass.formats.base import FORMATS
+from tdpass.formats.layer import cost_of, dense_cost
 from tdpass.methods.base import as_stored
 from tdpass.methods.kept_tasks import Growing, Ranks, Task, read_tasks, write_tasks
 from tdpass.methods.run import SettingsSpec, train

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tdpass.form import DENSE, Form, Rank
-from tdpass.formats.base import FORMATS, shrinks
+from tdpass.formats.base import FORMATS
+from tdpass.formats.layer import shrinks
 from tdpass.methods.tariff import Tariff
 from tdpass.site import Site
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tdpass.formats.base import apply_dense
+from tdpass.formats.geometry import apply_dense
 from tdpass.kinds import kind_of
 from tdpass.ops import TorchOps
 from tdpass.planner.projection import Joint, mixed

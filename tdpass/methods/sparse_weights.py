@@ -13,7 +13,7 @@ from tdpass.artifact import Artifact
 from tdpass.constraints.base import Constraint
 from tdpass.digest import digest
 from tdpass.form import DENSE, Form
-from tdpass.formats.base import cost_of, dense_cost
+from tdpass.formats.layer import cost_of, dense_cost
 from tdpass.methods.base import Method
 from tdpass.numbers.levels import MOST_LEVELS
 from tdpass.planner.rank_plan import Choice, RankPlan

@@ -14,7 +14,7 @@ from tdpass.constraints.base import Constraint
 from tdpass.constraints.in_format import InFormat
 from tdpass.cost import BudgetValue
 from tdpass.errors import UsageError
-from tdpass.formats.base import shrinks
+from tdpass.formats.layer import shrinks
 from tdpass.methods.base import register_method
 from tdpass.methods.factored import Factored
 from tdpass.site import Site

@@ -12,7 +12,7 @@ from tdpass.cost import Budget, amount
 from tdpass.errors import BudgetError
 from tdpass.files import cache_folder
 from tdpass.form import DENSE, Form, Rank
-from tdpass.formats.base import cost_of
+from tdpass.formats.layer import cost_of
 from tdpass.measures import MEASURES
 from tdpass.planner.prices import deciding
 from tdpass.site import Site

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from tdpass.errors import UsageError
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.models.batch import Batch as Batch  # noqa: PLC0414 - part of the interface
 from tdpass.models.signature import Signature
 from tdpass.packing.size import StoredSize

@@ -13,17 +13,8 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from tdpass.cost import Budget, Cost, pays
 from tdpass.errors import NumericalError, PlanError
 from tdpass.form import DENSE, Form, Formed, Rank
-from tdpass.formats.base import (
-    FORMATS,
-    Decomposition,
-    Factors,
-    Format,
-    Layer,
-    check_form,
-    cost_of,
-    dense_cost,
-    shrinks,
-)
+from tdpass.formats.base import FORMATS, Decomposition, Factors, Format
+from tdpass.formats.layer import Layer, check_form, cost_of, dense_cost, shrinks
 from tdpass.formats.metric import Metric
 from tdpass.planner.effort import NEVER, Deadline
 from tdpass.planner.offers import Offer

@@ -12,7 +12,8 @@ from tdpass.cost import Budget, Cost
 from tdpass.digest import digest
 from tdpass.errors import BudgetError, NumericalError
 from tdpass.form import DENSE
-from tdpass.formats.base import FORMATS, Layer, offered_formats
+from tdpass.formats.base import FORMATS, offered_formats
+from tdpass.formats.layer import Layer
 from tdpass.formats.metric import Metric
 from tdpass.formats.pivoted import without_spare
 from tdpass.planner.cache import CandidateCache

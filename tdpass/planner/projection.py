@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tdpass.formats.base import apply_dense
+from tdpass.formats.geometry import apply_dense
 from tdpass.formats.metric import Metric, eigenpairs
 from tdpass.kinds import kind_of
 from tdpass.ops import TorchOps

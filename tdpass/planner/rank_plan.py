@@ -13,7 +13,8 @@ from tdpass.documents import Amount, Count, Document, Size, register_document
 from tdpass.errors import PlanError
 from tdpass.files import write_text
 from tdpass.form import DENSE, Form, Formed
-from tdpass.formats.base import FORMATS, check_form, cost_of
+from tdpass.formats.base import FORMATS
+from tdpass.formats.layer import check_form, cost_of
 from tdpass.kinds import plain_site
 from tdpass.measures import counted
 from tdpass.notebook import table

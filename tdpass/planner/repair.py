@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tdpass.formats.base import FORMATS, Layer, Stage
+from tdpass.formats.base import FORMATS, Stage
+from tdpass.formats.layer import Layer
 from tdpass.kinds import kind_of
 from tdpass.planner.divergence import FittedDivergence, Tally
 from tdpass.planner.least_squares import Sums, answers, least_squares

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.formats.metric import Metric
 from tdpass.planner.divergence import FittedDivergence, Outputs, Tally
 from tdpass.planner.effort import NEVER, Deadline

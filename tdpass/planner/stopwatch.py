@@ -10,7 +10,7 @@ import torch
 
 from tdpass.cost import Budget, Cost, amount
 from tdpass.form import DENSE, Form, Rank
-from tdpass.formats.base import cost_of
+from tdpass.formats.layer import cost_of
 from tdpass.planner.candidates import Candidate
 from tdpass.planner.prices import PriceList, Prices, deciding
 from tdpass.site import Site

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tdpass.form import DENSE, Form
-from tdpass.formats.base import FORMATS, Layer
+from tdpass.formats.base import FORMATS
+from tdpass.formats.layer import Layer
 from tdpass.kinds import kind_of
 from tdpass.ops import Pads, TorchOps
 from tdpass.planner.least_squares import Sums, answers, least_squares

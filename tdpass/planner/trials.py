@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from tdpass.errors import InvalidModelError, TdpassError
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.models.base import Batch, Model
 from tdpass.planner.divergence import Divergence, FittedDivergence
 from tdpass.planner.resampled import resampled

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tdpass.form import Form
-from tdpass.formats.base import FORMATS, Layer, storage_of
+from tdpass.formats.base import FORMATS
+from tdpass.formats.layer import Layer, storage_of
 from tdpass.kinds import kind_of
 from tdpass.ops import StorageOps, TorchOps, V
 from tdpass.site import Site

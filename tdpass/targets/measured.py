@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tdpass.errors import UsageError
 from tdpass.form import DENSE, Form
-from tdpass.formats.base import FORMATS, cost_of
+from tdpass.formats.base import FORMATS
+from tdpass.formats.layer import cost_of
 from tdpass.models.base import Batch, Model
 from tdpass.site import Site
 from tdpass.targets.base import Setting, TimedTarget, Timing

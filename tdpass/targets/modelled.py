@@ -10,7 +10,8 @@ from dataclasses import replace
 from tdpass.cost import Cost
 from tdpass.errors import PlanError, UsageError
 from tdpass.form import DENSE, Form, Rank
-from tdpass.formats.base import FORMATS, Format, shrinks
+from tdpass.formats.base import FORMATS, Format
+from tdpass.formats.layer import shrinks
 from tdpass.kinds import kind_of
 from tdpass.measures import MEASURES
 from tdpass.models.base import Batch, Model

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tdpass.form import Form
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.kinds import kind_of
 from tdpass.ops import Pads, TorchOps
 from tdpass.site import Site

@@ -23,7 +23,7 @@ from tdpass.constraints.unconstrained import Unconstrained
 from tdpass.constraints.weight_budget import WeightBudget
 from tdpass.errors import BudgetError, PlanError, UsageError
 from tdpass.formats import FORMATS, Rank
-from tdpass.formats.base import dense_cost
+from tdpass.formats.layer import dense_cost
 from tdpass.site import Site
 
 

@@ -15,7 +15,7 @@ from tdpass.constraints.rank_penalty import RankPenalty
 from tdpass.constraints.unconstrained import Unconstrained
 from tdpass.errors import BudgetError, UsageError
 from tdpass.formats import FORMATS
-from tdpass.formats.base import dense_cost
+from tdpass.formats.layer import dense_cost
 from tdpass.site import Site
 
 CONV = Site("c", "conv", (16, 8, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), extents=(((8, 8), (8, 8)),))

@@ -16,7 +16,8 @@ from nets import Case
 import tdpass
 from tdpass.cost import Cost
 from tdpass.form import Form, Rank
-from tdpass.formats.base import FORMATS, dense_cost, offered_formats
+from tdpass.formats.base import FORMATS, offered_formats
+from tdpass.formats.layer import dense_cost
 from tdpass.models import open_model
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.site import Site

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tdpass.errors import PlanError
 from tdpass.form import Form
 from tdpass.formats import FORMATS, Decomposition, Factors, Metric, Rank
-from tdpass.formats.base import Layer, apply_dense
+from tdpass.formats.geometry import apply_dense
+from tdpass.formats.layer import Layer
 from tdpass.formats.pivoted import LEAD
 from tdpass.kinds import KINDS, kind_of
 from tdpass.layers.factorized import Factorized

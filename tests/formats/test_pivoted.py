@@ -18,7 +18,7 @@ import tdpass
 from tdpass.errors import NumericalError, PlanError
 from tdpass.form import DENSE, Form
 from tdpass.formats import FORMATS, Layer
-from tdpass.formats.base import cost_of, shrinks
+from tdpass.formats.layer import cost_of, shrinks
 from tdpass.formats.pivoted import LEAD, PIVOT, Pivoted, spared_formats
 from tdpass.formats.pivots import BOUND, choose_pivots, leading_coefficients, order_of
 from tdpass.kinds import KINDS

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tdpass.formats.base import apply_dense, dense_cost
+from tdpass.formats.geometry import apply_dense
+from tdpass.formats.layer import dense_cost
 from tdpass.kinds import KINDS, is_layer_call, kind_of, kind_of_module, plain_module, plain_site
 from tdpass.ops import TorchOps
 from tdpass.products import counting

@@ -10,7 +10,9 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from tdpass.form import Form
-from tdpass.formats.base import FORMATS, Layer, apply_dense
+from tdpass.formats.base import FORMATS
+from tdpass.formats.geometry import apply_dense
+from tdpass.formats.layer import Layer
 from tdpass.kinds import KINDS, kind_of
 from tdpass.models import open_model
 from tdpass.models.base import Batch, Model

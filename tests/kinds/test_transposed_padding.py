@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from torch import from_numpy
 
-from tdpass.formats.base import apply_dense
+from tdpass.formats.geometry import apply_dense
 from tdpass.models import open_model
 from tdpass.ops import TorchOps
 

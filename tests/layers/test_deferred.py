@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tdpass.form import Form
 from tdpass.formats import FORMATS
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.formats.metric import Metric
 from tdpass.kinds import KINDS
 from tdpass.layers.factorized import Factorized

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import tdpass
 from tdpass.errors import BudgetError, UsageError
 from tdpass.form import DENSE, Form
-from tdpass.formats.base import FORMATS, cost_of, shrinks
+from tdpass.formats.base import FORMATS
+from tdpass.formats.layer import cost_of, shrinks
 from tdpass.methods import Haloc
 from tdpass.methods.menu import Menu
 from tdpass.methods.tariff import Tariff

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 import tdpass
 from tdpass.constraints.spectral import SPECTRAL
 from tdpass.errors import UsageError
-from tdpass.formats.base import shrinks
+from tdpass.formats.layer import shrinks
 from tdpass.methods import SvdTraining
 from tdpass.models import open_model
 from tdpass.site import Site

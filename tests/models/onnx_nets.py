@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import tdpass.formats  # noqa: F401 - fills the registry
 from tdpass.form import Form
-from tdpass.formats.base import FORMATS, Layer
+from tdpass.formats.base import FORMATS
+from tdpass.formats.layer import Layer
 from tdpass.models.base import Model
 
 RNG = np.random.default_rng(0)

@@ -15,7 +15,8 @@ from torch.export import Dim
 
 from tdpass.errors import InvalidModelError, PlanError, TdpassError, UsageError
 from tdpass.form import Form
-from tdpass.formats.base import FORMATS, Layer
+from tdpass.formats.base import FORMATS
+from tdpass.formats.layer import Layer
 from tdpass.models import Model, open_model
 from tdpass.models.abilities import (
     FoldsBatchNorm,

@@ -16,7 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 import tdpass.formats  # noqa: F401 - fills the registry
 from tdpass.errors import InvalidModelError, TdpassError, UnsupportedError, UsageError
 from tdpass.form import Form
-from tdpass.formats.base import FORMATS, Layer
+from tdpass.formats.base import FORMATS
+from tdpass.formats.layer import Layer
 from tdpass.models.base import Batch
 from tdpass.models.onnx.model import OnnxModel
 

@@ -20,7 +20,8 @@ import tdpass.formats  # noqa: F401 - fills the registry
 from tdpass.cli import main
 from tdpass.errors import KernelError
 from tdpass.form import Form
-from tdpass.formats.base import FORMATS, Layer
+from tdpass.formats.base import FORMATS
+from tdpass.formats.layer import Layer
 from tdpass.fusing import choose
 from tdpass.fusing.find import find_chains
 from tdpass.kernels.native import onnx_ops_path

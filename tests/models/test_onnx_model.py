@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tdpass.errors import PlanError
 from tdpass.form import DENSE, Form
-from tdpass.formats.base import FORMATS, Layer
+from tdpass.formats.base import FORMATS
+from tdpass.formats.layer import Layer
 from tdpass.models.base import Batch
 from tdpass.models.onnx.model import OnnxModel
 from tdpass.site import Site

@@ -15,7 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 import tdpass.formats  # noqa: F401 - fills the registry
 from tdpass.form import DENSE, Form
-from tdpass.formats.base import FORMATS, Layer
+from tdpass.formats.base import FORMATS
+from tdpass.formats.layer import Layer
 from tdpass.models.base import Batch
 from tdpass.models.onnx.model import OnnxModel
 from tdpass.site import Site

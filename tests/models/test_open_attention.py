@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import tdpass
 from tdpass.errors import UnsupportedError, UsageError
 from tdpass.form import Form
-from tdpass.formats.base import FORMATS, Layer, offered_formats
+from tdpass.formats.base import FORMATS, offered_formats
+from tdpass.formats.layer import Layer
 from tdpass.layers.attention import OpenAttention
 from tdpass.models import Factorized, Model, open_attention, open_model
 from tdpass.models.base import Batch

@@ -19,7 +19,8 @@ import tdpass.passes.plan
 from tdpass.errors import PlanError, UnsupportedError
 from tdpass.form import DENSE, Form
 from tdpass.formats import FORMATS, Layer
-from tdpass.formats.base import check_form, cost_of, offered_formats
+from tdpass.formats.base import offered_formats
+from tdpass.formats.layer import check_form, cost_of
 from tdpass.layers.recurrent import OpenLSTM
 from tdpass.models import open_model
 from tdpass.models.base import Batch, Model

@@ -12,7 +12,7 @@ import tdpass
 from tdpass.cost import Cost
 from tdpass.errors import TdpassError
 from tdpass.form import DENSE
-from tdpass.formats.base import cost_of
+from tdpass.formats.layer import cost_of
 from tdpass.models import open_model
 
 FACTORED = "plan{macs=0.5,joint=false},factorize,"

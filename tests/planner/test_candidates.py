@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tdpass.formats import FORMATS
-from tdpass.formats.base import dense_cost
+from tdpass.formats.layer import dense_cost
 from tdpass.planner.candidates import worthwhile_ranks
 from tdpass.site import Site
 

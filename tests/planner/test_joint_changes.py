@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import tdpass
 from tdpass.errors import PlanError, UsageError
 from tdpass.form import DENSE, Form
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.models import open_model
 from tdpass.models.base import Batch
 from tdpass.planner.joint import JOINT_CHANGES, JointChange, Network, Variant, register_joint_change

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import tdpass
 from tdpass.errors import PlanError
 from tdpass.form import DENSE, Form
-from tdpass.formats.base import cost_of
+from tdpass.formats.layer import cost_of
 from tdpass.models import open_model
 from tdpass.planner.offers import EVERYTHING, NOTHING, Offer
 

@@ -15,7 +15,7 @@ import torch
 
 from tdpass.errors import UsageError
 from tdpass.form import DENSE
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.kernels import native
 from tdpass.kernels.base import use_reference
 from tdpass.kinds import KINDS

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tdpass.form import DENSE, Form
 from tdpass.formats import FORMATS
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.models import Batch, open_model
 from tdpass.site import Site
 from tdpass.targets.layers import example_input, make_layer

@@ -17,7 +17,8 @@ import tdpass
 from tdpass.clock import on_cpu
 from tdpass.errors import BudgetError, UsageError
 from tdpass.form import DENSE, Form
-from tdpass.formats.base import FORMATS, dense_cost, offered_formats
+from tdpass.formats.base import FORMATS, offered_formats
+from tdpass.formats.layer import dense_cost
 from tdpass.kinds import KINDS
 from tdpass.models import open_model
 from tdpass.site import Site

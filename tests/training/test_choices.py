@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tdpass.errors import PlanError
 from tdpass.form import Form
 from tdpass.formats import FORMATS
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.formats.metric import Metric
 from tdpass.site import Site
 from tdpass.training.choices import Choices, Draw

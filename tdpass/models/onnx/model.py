@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from tdpass.errors import InvalidModelError, PlanError, UnsupportedError, UsageError
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.models.abilities import Decline, Note, Range, no_reasons
 from tdpass.models.base import Batch, Model
 from tdpass.models.extents import alike, with_extents

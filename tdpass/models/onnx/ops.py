@@ -11,7 +11,7 @@ from onnx_ir import tensor_adapters
 from torch import Tensor
 
 from tdpass.errors import UnsupportedError
-from tdpass.formats.base import unit
+from tdpass.formats.geometry import unit
 from tdpass.models.onnx.names import FreshNames
 from tdpass.models.onnx.shapes import Dims, Shapes
 from tdpass.models.onnx.tensors import from_torch

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
 
-from tdpass.formats.base import FORMATS, Layer
+from tdpass.formats.base import FORMATS
+from tdpass.formats.layer import Layer
 from tdpass.models.onnx.names import FreshNames
 from tdpass.models.onnx.ops import OnnxOps
 from tdpass.models.onnx.parameters import HOLDS

@@ -15,7 +15,8 @@ import tdpass.models.onnx.layers
 import tdpass.models.onnx.layout
 import tdpass.models.onnx.math  # noqa: F401 - these three fill the table of functions
 from tdpass.errors import InvalidModelError, TdpassError
-from tdpass.formats.base import Layer, apply_dense
+from tdpass.formats.geometry import apply_dense
+from tdpass.formats.layer import Layer
 from tdpass.models.onnx.checks import brief
 from tdpass.models.onnx.functions import FUNCTIONS, NotServedError, Operator, TorchFunction
 from tdpass.models.onnx.matchers import operator_name

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.models.onnx.storage import map_file
 from tdpass.models.onnx.tensors import from_memory
 

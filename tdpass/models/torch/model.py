@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from typing_extensions import Self
 
 from tdpass.errors import InvalidModelError, PlanError
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.formats.storage import Storage
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.fused import Fused

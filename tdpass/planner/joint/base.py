@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.formats.metric import Metric
 from tdpass.planner.rank_plan import Choice
 from tdpass.registry import Registry

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tdpass.form import Form
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.kinds import kind_of
 from tdpass.planner.joint.base import Group, JointChange, Network, Variant, register_joint_change
 from tdpass.planner.joint.pairs import Pair, find_pairs

@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import Tensor
 
-from tdpass.formats.base import Layer, cost_of
+from tdpass.formats.layer import Layer, cost_of
 from tdpass.planner.candidates import Candidate, bias_cost, with_loss
 from tdpass.planner.divergence import FittedDivergence
 from tdpass.planner.effort import Allowance

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdpass.errors import PlanError
 from tdpass.form import Form
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.planner.joint.base import Group, JointChange, Network, Variant, register_joint_change
 from tdpass.planner.joint.paths import find_paths, runs_of
 from tdpass.planner.joint.prune_channels import KEEP_SHARES

@@ -8,7 +8,7 @@ import torch
 
 from tdpass.errors import PlanError
 from tdpass.form import Form
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.planner.joint.base import Group, JointChange, Network, Variant, register_joint_change
 from tdpass.planner.joint.pairs import find_pairs
 from tdpass.planner.rank_plan import Choice

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.models.base import Batch, Model
 from tdpass.registry import Registry
 

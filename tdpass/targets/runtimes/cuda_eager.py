@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.models.abilities import RunsAsModule
 from tdpass.models.base import Batch, Model
 from tdpass.ops import TorchOps

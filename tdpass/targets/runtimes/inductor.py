@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.models.abilities import RunsAsModule
 from tdpass.models.base import Batch, Model
 from tdpass.targets.layers import LayerModule, channels_last, example_input

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from tdpass.form import DENSE
-from tdpass.formats.base import Layer
 from tdpass.formats.contraction import contraction_of
+from tdpass.formats.layer import Layer
 from tdpass.formats.lowering import Lowered, lower
 from tdpass.kernels import native
 from tdpass.kernels.conv_chain import CONV_CHAIN, packing

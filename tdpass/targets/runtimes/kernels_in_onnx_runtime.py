@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdpass.errors import KernelError
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.kernels import native
 from tdpass.kernels.stage import Lanes
 from tdpass.targets.layers import example_input

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.models.abilities import RunsAsGraph
 from tdpass.models.base import Batch, Model
 from tdpass.targets.layers import example_input

@@ -11,7 +11,7 @@ import onnxruntime
 from torch import Tensor
 
 from tdpass.files import scratch_folder
-from tdpass.formats.base import Layer
+from tdpass.formats.layer import Layer
 from tdpass.models.base import Model
 from tdpass.models.onnx.layer_graph import INPUT, OUTPUT, layer_graph
 from tdpass.models.onnx.session import register_fused_ops
