@@ -8,7 +8,7 @@ from torch import nn
 
 from tdpass import artifact
 from tdpass.errors import InvalidModelError, UsageError
-from tdpass.models.torch.state import read_metadata
+from tdpass.models.torch.tensor_file import read_metadata
 from tdpass.sources.base import MODULE_SOURCES, module_of
 
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import torch
 from msgspec import Meta
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import nn
 
-from tdpass.digest import digest
 from tdpass.documents import Document, register_document
 from tdpass.errors import InvalidModelError, PlanError, UnsupportedError, UsageError
-from tdpass.files import replacing
 from tdpass.form import Form, Formed
 from tdpass.kinds import kind_of_module
 from tdpass.layers.adaptive import Adaptation
@@ -27,11 +24,11 @@ from tdpass.models.torch.coded import Held, coded_factors, under, with_coded_fac
 from tdpass.models.torch.in_place import Backup, become
 from tdpass.models.torch.norms import Folded
 from tdpass.models.torch.sites import Matched, find_sites
+from tdpass.models.torch.tensor_file import check_digest, write_tensors
 from tdpass.packing import SUFFIX, blocks_in, packed_state, read_header, unpack
 
 _UNPACKED: Final = 1  # where nothing is packed, any tdpass can read the file; 2 where something is
 _KEY = "tdpass.structure"
-_DIGEST = "tdpass.digest"
 
 
 @dataclass(frozen=True)
@@ -112,31 +109,6 @@ def _structure_of(module: nn.Module, aliases: Mapping[str, str], version: Litera
         if kind_of_module(candidate) is not None and candidate._parameters["bias"] is not None
     )
     return _Structure(version, layers, folded, biases, aliases, adaptation_of(module))
-
-
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, to a temporary name first, with a digest over all of it that `check_digest` reads."""
-    described = {**metadata, _DIGEST: _digest(tensors.items(), metadata)}
-    with replacing(path) as temporary:
-        save_file(dict(tensors), temporary, metadata=described)
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file.
-
-    Raises `InvalidModelError` when it is missing, damaged or not one.
-    """
-    if not path.is_file():
-        raise InvalidModelError(
-            f"there is no file {path}; give the .safetensors file that `Artifact.save` wrote"
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise InvalidModelError(
-            f"{path} is not an intact safetensors file ({error}); write it again with Artifact.save"
-        ) from None
 
 
 def load_module(path: Path, module: nn.Module) -> nn.Module:
@@ -264,32 +236,6 @@ def _state(module: nn.Module) -> dict[str, torch.Tensor]:
         not in module.get_submodule(name.rpartition(".")[0])._non_persistent_buffers_set
     }
     return {**dict(module.named_parameters(remove_duplicate=False)), **buffers}
-
-
-def check_digest(path: Path) -> dict[str, str]:
-    """The metadata of a file whose digest, where it has one, is that of its content.
-
-    Raises `InvalidModelError` for another.
-    """
-    metadata = read_metadata(path)
-    if _DIGEST in metadata:
-        with safe_open(path, framework="pt") as file:
-            found = _digest(((name, file.get_tensor(name)) for name in file.keys()), metadata)  # noqa: SIM118 - it is no dict
-        if found != metadata[_DIGEST]:
-            raise InvalidModelError(
-                f"{path} is damaged: its content is not what was written; write the file again with Artifact.save"
-            )
-    return metadata
-
-
-def _digest(tensors: Iterable[tuple[str, torch.Tensor]], metadata: Mapping[str, str]) -> str:
-    """Over names, types, shapes and bytes of all tensors, and over all other metadata.
-
-    One tensor at a time is in memory.
-    """
-    texts = [text for name in sorted(metadata) if name != _DIGEST for text in (name, metadata[name])]
-    each = sorted(f"{name}:{digest(tensor)}" for name, tensor in tensors)
-    return digest(*texts, *each)
 
 
 def _held(file: Any, name: str) -> Held:
