@@ -414,7 +414,7 @@ def test_images_of_bytes_are_an_error_that_says_what_to_do() -> None:
         (torch.randn(2, 3, 9, 9), r"input 'x' is \[2, 3, 9, 9\]; the model takes x: float32 \[1, 3, 8, 8\]"),
         (torch.randn(2, 1, 8, 8), r"input 'x' is \[2, 1, 8, 8\]"),
         (torch.randn(3), "the model takes x"),
-        ({"y": torch.randn(1, 3, 8, 8)}, "no input 'y'"),
+        ({"y": torch.randn(1, 3, 8, 8), "z": torch.randn(1, 3, 8, 8)}, "no input 'y'"),
         ([], "empty"),
     ],
 )

@@ -47,11 +47,11 @@ def test_a_text_names_the_runtimes(text: str, frontend: str, runtimes: set[str])
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("gpu", "known: cpu, cuda"),
+        ("gpu", "known: cpu, crossbar, cuda, pim, systolic"),
         ("cpu:nonsense", "known: eager, inductor"),
         ("cpu:cuda_eager", "known: eager, inductor"),
         ("cpu:", "after the colon"),
-        ("", "known: cpu, cuda"),
+        ("", "known: cpu, crossbar, cuda, pim, systolic"),
         (3, "not a text"),
     ],
 )
