@@ -1,0 +1,109 @@
+"""Nodes as they are recorded for one site, and the constants that they read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from tdpass.models.onnx.names import FreshNames
+from tdpass.models.onnx.shapes import Dims, Shapes
+from tdpass.models.onnx.tensors import from_torch
+
+
+class Recording:
+    """Nodes, the constants of which they make initializers, and what is known of the sizes of values."""
+
+    def __init__(
+        self, site: str, opset: int, names: FreshNames, shapes: Shapes, *, integers: bool = False
+    ) -> None:
+        self._site = site
+        self._opset = opset
+        self._integers_run = integers
+        self._names = names
+        self._shapes = shapes
+        self._nodes: list[ir.Node] = []
+        self._contents: dict[ir.Value, Tensor] = {}
+        self._integers: dict[ir.Value, Tensor] = {}
+        self._labels: dict[ir.Value, str] = {}
+        self._rearranged: dict[tuple[object, ...], ir.Value] = {}
+        self._read: dict[ir.Value, None] = {}
+        self._dims: dict[ir.Value, Dims | None] = {}
+        self._sources: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value | None, int]] = {}
+
+    def constant(self, label: str, tensor: Tensor, properties: Mapping[str, str] | None = None) -> ir.Value:
+        """A constant to be named `<site>.<label>` if a node reads it, with these properties beside it."""
+        held = from_torch(tensor)
+        value = ir.Value(shape=ir.Shape(list(tensor.shape)), type=ir.TensorType(held.dtype), const_value=held)
+        value.metadata_props.update(properties or {})
+        self._contents[value] = tensor
+        self._labels[value] = label
+        self._dims[value] = tuple(tensor.shape)
+        return value
+
+    def take_nodes(self) -> list[ir.Node]:
+        """The nodes recorded since the last call."""
+        nodes, self._nodes = self._nodes, []
+        return nodes
+
+    def computed(self, y: ir.Value) -> ir.Value:
+        """The value as the output of a node, which a constant is not."""
+        return self._emit("Identity", [y], self._dims_of(y)) if y in self._contents else y
+
+    def constants_read(self) -> list[tuple[ir.Value, str]]:
+        """Every constant that some node still reads, with the name it would like."""
+        return [(value, f"{self._site}.{self._labels[value]}") for value in self._read if value.uses()]
+
+    def _forget(self, y: ir.Value) -> None:
+        """Take back a node that nothing reads, and those that only it read."""
+        node = y.producer()
+        if node is None or node not in self._nodes or y.uses():
+            return
+        self._nodes.remove(node)
+        inputs = [value for value in node.inputs if value is not None]
+        for place in range(len(node.inputs)):
+            node.replace_input_with(place, None)
+        for value in inputs:
+            self._forget(value)
+
+    def _dims_of(self, value: ir.Value) -> Dims | None:
+        return self._dims[value] if value in self._dims else self._shapes.of(value)
+
+    def _ints(self, label: str, numbers: Sequence[int]) -> ir.Value:
+        return self._cached(("ints", *numbers), label, torch.tensor(list(numbers), dtype=torch.int64))
+
+    def _cached(
+        self, key: tuple[object, ...], label: str, tensor: Tensor, properties: Mapping[str, str] | None = None
+    ) -> ir.Value:
+        if key not in self._rearranged:
+            self._rearranged[key] = self.constant(label, tensor, properties)
+        return self._rearranged[key]
+
+    def _rearranged_integers(self, key: tuple[object, ...], x: ir.Value, values: Tensor) -> ir.Value:
+        if key not in self._rearranged:
+            self._rearranged[key] = self._integer_constant(self._labels[x], values, dict(x.metadata_props))
+        return self._rearranged[key]
+
+    def _integer_constant(self, label: str, values: Tensor, properties: Mapping[str, str]) -> ir.Value:
+        held = ir.tensor(values.to(torch.int8).contiguous().numpy(), ir.DataType.INT4)
+        value = ir.Value(shape=ir.Shape(list(values.shape)), type=ir.TensorType(held.dtype), const_value=held)
+        value.metadata_props.update(properties)
+        self._integers[value] = values
+        self._labels[value], self._dims[value] = label, tuple(values.shape)
+        return value
+
+    def _emit(
+        self, operator: str, inputs: list[ir.Value], known: Dims | None, **attributes: int | list[int]
+    ) -> ir.Value:
+        self._read.update(
+            (value, None) for value in inputs if value in self._contents or value in self._integers
+        )
+        wanted = f"{self._site}/{operator.lower()}"
+        node = ir.node(operator, inputs, attributes=attributes, name=self._names.node(wanted))
+        output = node.outputs[0]
+        output.name = self._names.value(wanted)
+        self._dims[output] = known
+        self._nodes.append(node)
+        return output
