@@ -53,24 +53,36 @@ class Filling:
 class CrossbarArray(Constants):
     """The constants of an array of memristors and its periphery; a YAML file with these keys.
 
-    `rows` [cells]: word lines of an array. `columns` [cells]: bit lines of an array. `cell_bits` [bit]: of a
-    cell, which has 2^cell_bits states. `weight_bits` [bit]: of a weight, its sign included. `signs` []: how
-    weights are negative: a `pair` of arrays whose sums are subtracted, `fragments` of rows whose weights
-    share a sign, or an `offset`. `slices` []: where the cells of one weight lie, in `arrays` of their own or
-    in adjacent `columns`. `rows_at_once` [cells]: word lines driven in one step; a fragment has as many.
-    `input_bits` [bit]: of an activation. `dac_bits` [bit]: of an activation that a word line is driven with
-    at once. `adc_bits` [bit]: of a converted sum. `adcs` [converters]: of an array, which convert its columns
-    one after another. `hertz` [Hz]: conversions per second of a converter. `read_seconds` [s]: from driving
-    the rows to sums that stand. `least_siemens` [S]: the least conductance of a state. `most_siemens` [S]:
-    the largest. `states` [S]: all conductances, ascending, where they are not evenly spaced from the least to
-    the largest. `wire_ohms` [Ohm]: of a line between two cells. `cell_joules` [J]: of a cell in a driven row
-    of a used column, per step, over all states and inputs. `adc_joules` [J]: of a conversion. `dac_joules`
-    [J]: of driving a row, per step. `driver_joules` [J]: of an array per step: decoders, samples held.
-    `sum_joules` [J]: of a shift and an addition, one for each conversion. `buffer_joules` [J/bit]: of an
-    activation that is read or written. `cell_area` [um2]: of a cell. `adc_area` [um2]: of a converter.
-    `dac_area` [um2]: of the driver of one row. `driver_area` [um2]: of decoders and what holds samples, of an
-    array. `sum_area` [um2]: of a unit that shifts and adds, one for each converter. `buffer_area` [um2]: of
-    an array's share of the activation buffers.
+    `rows` [cells]: word lines of an array.
+    `columns` [cells]: bit lines of an array.
+    `cell_bits` [bit]: of a cell, which has 2^cell_bits states.
+    `weight_bits` [bit]: of a weight, its sign included.
+    `signs` []: how weights are negative: a `pair` of arrays whose sums are subtracted, `fragments` of rows
+    whose weights share a sign, or an `offset`.
+    `slices` []: where the cells of one weight lie, in `arrays` of their own or in adjacent `columns`.
+    `rows_at_once` [cells]: word lines driven in one step; a fragment has as many.
+    `input_bits` [bit]: of an activation.
+    `dac_bits` [bit]: of an activation that a word line is driven with at once.
+    `adc_bits` [bit]: of a converted sum.
+    `adcs` [converters]: of an array, which convert its columns one after another.
+    `hertz` [Hz]: conversions per second of a converter.
+    `read_seconds` [s]: from driving the rows to sums that stand.
+    `least_siemens` [S]: the least conductance of a state.
+    `most_siemens` [S]: the largest.
+    `states` [S]: all conductances, ascending, where they are not evenly spaced from the least to the largest.
+    `wire_ohms` [Ohm]: of a line between two cells.
+    `cell_joules` [J]: of a cell in a driven row of a used column, per step, over all states and inputs.
+    `adc_joules` [J]: of a conversion.
+    `dac_joules` [J]: of driving a row, per step.
+    `driver_joules` [J]: of an array per step: decoders, samples held.
+    `sum_joules` [J]: of a shift and an addition, one for each conversion.
+    `buffer_joules` [J/bit]: of an activation that is read or written.
+    `cell_area` [um2]: of a cell.
+    `adc_area` [um2]: of a converter.
+    `dac_area` [um2]: of the driver of one row.
+    `driver_area` [um2]: of decoders and what holds samples, of an array.
+    `sum_area` [um2]: of a unit that shifts and adds, one for each converter.
+    `buffer_area` [um2]: of an array's share of the activation buffers.
     """
 
     noun = "crossbar array"

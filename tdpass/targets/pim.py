@@ -19,13 +19,21 @@ from tdpass.targets.workload import Product
 class PimMemory(Constants):
     """The constants of sub-arrays that combine two rows in one sensing, and add up bits beside them.
 
-    A YAML file with these keys. `rows` [cells]: word lines of a sub-array. `columns` [cells]: bit lines of a
-    sub-array, all sensed at once. `sub_arrays` []: those that may work at once. `weight_bits` [bit]: of a
-    weight. `input_bits` [bit]: of an activation. `sum_bits` [bit]: of a result that is written back.
-    `and_joules` [J]: of one bit of a row-wide AND, which is one sensing. `count_joules` [J]: of adding one
-    bit. `write_joules` [J]: of writing one bit. `sense_seconds` [s]: of sensing a row. `write_seconds` [s]:
-    of writing a row. `sub_array_area` [mm2]: of a sub-array with its periphery. `watts` [W]: at rest, of a
-    sub-array that holds weights, while its layer is computed.
+    A YAML file with these keys.
+
+    `rows` [cells]: word lines of a sub-array.
+    `columns` [cells]: bit lines of a sub-array, all sensed at once.
+    `sub_arrays` []: those that may work at once.
+    `weight_bits` [bit]: of a weight.
+    `input_bits` [bit]: of an activation.
+    `sum_bits` [bit]: of a result that is written back.
+    `and_joules` [J]: of one bit of a row-wide AND, which is one sensing.
+    `count_joules` [J]: of adding one bit.
+    `write_joules` [J]: of writing one bit.
+    `sense_seconds` [s]: of sensing a row.
+    `write_seconds` [s]: of writing a row.
+    `sub_array_area` [mm2]: of a sub-array with its periphery.
+    `watts` [W]: at rest, of a sub-array that holds weights, while its layer is computed.
     """
 
     noun = "memory that computes"

@@ -20,14 +20,21 @@ from tdpass.targets.workload import Product
 class SystolicArray(Constants):
     """The constants of an array and its memories; a YAML file with these keys.
 
-    `rows` [units]: along the axis that partial sums or weights move on. `columns` [units]: along the other
-    axis. `stationary` []: what a unit keeps while others pass, a `weight` or an `output`. `hertz` [Hz]:
-    cycles per second. `bits` [bit]: of an operand. `sum_bits` [bit]: of a partial sum. `bytes_per_cycle` [B]:
-    between the array's buffers and memory, which fill while the array works (double buffering).
+    `rows` [units]: along the axis that partial sums or weights move on.
+    `columns` [units]: along the other axis.
+    `stationary` []: what a unit keeps while others pass, a `weight` or an `output`.
+    `hertz` [Hz]: cycles per second.
+    `bits` [bit]: of an operand.
+    `sum_bits` [bit]: of a partial sum.
+    `bytes_per_cycle` [B]: between the array's buffers and memory, which fill while the array works (double
+    buffering).
     `buffer_bytes` [B]: for activations; what does not fit is read again for every block of columns, or of
-    rows. `sum_bytes` [B]: for partial sums; those of a block of columns that do not fit go to memory and
-    back. `mac_joules` [J]: of a multiply-add. `buffer_joules` [J/B]: of what enters or leaves the array.
-    `memory_joules` [J/B]: of what enters or leaves the buffers. `watts` [W]: at rest.
+    rows.
+    `sum_bytes` [B]: for partial sums; those of a block of columns that do not fit go to memory and back.
+    `mac_joules` [J]: of a multiply-add.
+    `buffer_joules` [J/B]: of what enters or leaves the array.
+    `memory_joules` [J/B]: of what enters or leaves the buffers.
+    `watts` [W]: at rest.
     """
 
     noun = "systolic array"
