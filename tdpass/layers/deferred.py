@@ -9,22 +9,26 @@ import torch
 from torch import Size, Tensor
 from torch.utils._pytree import tree_map_only
 
-_KNOWN = frozenset(
-    read
-    for name in (
-        "dtype",
-        "shape",
-        "device",
-        "layout",
-        "ndim",
-        "is_cuda",
-        "is_sparse",
-        "is_quantized",
-        "is_meta",
-        "requires_grad",
-    )
-    for read in (getattr(Tensor, name).__get__,)
-) | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__}
+_PROPERTIES = (
+    "dtype",
+    "shape",
+    "device",
+    "layout",
+    "ndim",
+    "is_cuda",
+    "is_sparse",
+    "is_quantized",
+    "is_meta",
+    "requires_grad",
+)
+_KNOWN = frozenset(getattr(Tensor, name).__get__ for name in _PROPERTIES) | {
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.is_floating_point,
+    Tensor.is_complex,
+    Tensor.__len__,
+}
 
 
 class Deferred(Tensor):

@@ -55,6 +55,19 @@ class Comparison(ABC):
         return None
 
 
+class Unfitted(Comparison):
+    """A comparison that depends on no answers, and whose rows change by half of (probe . d)^2."""
+
+    @property
+    def gain(self) -> float:
+        return 0.5
+
+    @classmethod
+    def fit(cls, answers: Answers) -> Self:
+        """Nothing depends on the answers."""
+        return cls()
+
+
 COMPARISONS: Registry[type[Comparison]] = Registry("divergence")
 
 C = TypeVar("C", bound=type[Comparison])

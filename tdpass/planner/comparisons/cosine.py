@@ -7,27 +7,16 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from typing_extensions import Self
 
-from tdpass.planner.answers import Answers
-from tdpass.planner.comparisons.base import Comparison, normal, register_comparison
+from tdpass.planner.comparisons.base import Unfitted, normal, register_comparison
 
 
 @register_comparison
 @dataclass(frozen=True)
-class Cosine(Comparison):
+class Cosine(Unfitted):
     """One minus the cosine of the angle between outputs, all axes but the first flattened."""
 
     name = "cosine"
-
-    @property
-    def gain(self) -> float:
-        return 0.5
-
-    @classmethod
-    def fit(cls, answers: Answers) -> Self:
-        """Nothing depends on the answers."""
-        return cls()
 
     def rows(self, reference: Tensor, output: Tensor) -> Tensor:
         return 1 - F.cosine_similarity(self._flat(reference), self._flat(output), dim=1)

@@ -6,28 +6,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
-from tdpass.planner.answers import Answers
-from tdpass.planner.comparisons.base import Comparison, normal, register_comparison
+from tdpass.planner.comparisons.base import Unfitted, normal, register_comparison
 from tdpass.planner.comparisons.distribution import kl_terms
 
 
 @register_comparison
 @dataclass(frozen=True)
-class Bernoulli(Comparison):
+class Bernoulli(Unfitted):
     """KL of the yes-or-no distribution that each element is the probability of; an element is a row."""
 
     name = "kl_bernoulli"
-
-    @property
-    def gain(self) -> float:
-        return 0.5
-
-    @classmethod
-    def fit(cls, answers: Answers) -> Self:
-        """Nothing depends on the answers."""
-        return cls()
 
     def rows(self, reference: Tensor, output: Tensor) -> Tensor:
         return (
