@@ -156,7 +156,8 @@ def main() -> None:
                     print(show(table.rows[-1:], COLUMNS), flush=True)
     ratios = [float(row["measured_ratio"] or 0) for row in table.rows]
     print(
-        f"\n{show(table.rows, COLUMNS)}\n\nslowest choice: {max(ratios, default=0):.3f} of dense, goal: below {GOAL}"
+        f"\n{show(table.rows, COLUMNS)}\n\nslowest choice: {max(ratios, default=0):.3f} of dense, goal: "
+        f"below {GOAL}"
     )
 
 

@@ -118,13 +118,15 @@ def main() -> int:
     }
     original, ours = answers["dense, torch"], answers["compressed, torch"]
     print(
-        f"\n{'accuracy on ' + str(len(unseen)) + ' unseen digits':50} {'accuracy':>9} {'from dense':>11} {'from torch':>11}"
+        f"\n{'accuracy on ' + str(len(unseen)) + ' unseen digits':50} {'accuracy':>9} {'from dense':>11} "
+        f"{'from torch':>11}"
     )
     accuracy = {}
     for name, scores in answers.items():
         accuracy[name] = 100 * float((scores.argmax(1) == truth).double().mean())
         print(
-            f"{name:50} {accuracy[name]:7.2f} % {distance(scores, original):11.1e} {distance(scores, ours):11.1e}"
+            f"{name:50} {accuracy[name]:7.2f} % {distance(scores, original):11.1e} "
+            f"{distance(scores, ours):11.1e}"
         )
 
     share = small.plan.planned.macs / small.plan.original.macs

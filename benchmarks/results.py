@@ -57,7 +57,8 @@ class Table:
                 header = tuple(next(csv.reader(file), ()))
             if header != self.columns:
                 raise SystemExit(
-                    f"{self.path} has the columns {', '.join(header)}; move it away to write {', '.join(self.columns)}"
+                    f"{self.path} has the columns {', '.join(header)}; move it away to write "
+                    f"{', '.join(self.columns)}"
                 )
 
     def add(self, **row: Value) -> None:

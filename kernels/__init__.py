@@ -11,5 +11,6 @@ if (
         if name.startswith("__"):
             raise AttributeError(name)
         raise ImportError(
-            f"kernels/ is a part of tdpass: import tdpass.kernels; to get {name!r} from PyPI's kernels, leave this folder or use `python -P`"
+            f"kernels/ is a part of tdpass: import tdpass.kernels; to get {name!r} from PyPI's kernels, "
+            "leave this folder or use `python -P`"
         )

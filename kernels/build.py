@@ -189,11 +189,13 @@ def _of_the_user(place: Path) -> Path:
     state = place.stat()
     if state.st_uid != os.geteuid():
         raise KernelError(
-            f"{place} belongs to another user, so no code is loaded from there; name a folder of your own in TDPASS_KERNELS"
+            f"{place} belongs to another user, so no code is loaded from there; name a folder of your own "
+            "in TDPASS_KERNELS"
         )
     if state.st_mode & _BY_OTHERS:
         raise KernelError(
-            f"others may write to {place}, so no code is loaded from there; delete it, or name a folder of your own in TDPASS_KERNELS"
+            f"others may write to {place}, so no code is loaded from there; delete it, or name a folder of "
+            "your own in TDPASS_KERNELS"
         )
     return place
 

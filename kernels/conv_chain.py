@@ -97,7 +97,8 @@ def fake(
     chain = stages_of(stages)
     if not 0 < len(chain) == len(weights) <= MAX_STAGES:
         raise KernelError(
-            f"conv_chain has {len(chain)} stages and {len(weights)} weights; it takes one weight per stage, 1 to {MAX_STAGES} of them"
+            f"conv_chain has {len(chain)} stages and {len(weights)} weights; it takes one weight per stage, "
+            f"1 to {MAX_STAGES} of them"
         )
     check_activation(activation)
     return _empty_output(x, chain)
@@ -181,7 +182,8 @@ def run_native(
     wanted = program.shapes
     if [weight.shape for weight in weights] != wanted:
         raise KernelError(
-            f"a chain of {len(wanted)} stages takes weights packed as {wanted}, not {[tuple(weight.shape) for weight in weights]}"
+            f"a chain of {len(wanted)} stages takes weights packed as {wanted}, not "
+            f"{[tuple(weight.shape) for weight in weights]}"
         )
     panels = [weight.to(dtype).contiguous() for weight, dtype in zip(weights, program.dtypes, strict=True)]
     shift = None if bias is None else bias.float().contiguous()

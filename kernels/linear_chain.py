@@ -60,7 +60,8 @@ def fake(
     """Shape and strides."""
     if not 1 < len(widths) == len(weights) + 1 <= MAX_STAGES + 1:
         raise KernelError(
-            f"linear_chain has {len(weights)} weights between {len(widths)} widths; it takes 1 to {MAX_STAGES}, each between two widths"
+            f"linear_chain has {len(weights)} weights between {len(widths)} widths; it takes 1 to "
+            f"{MAX_STAGES}, each between two widths"
         )
     check_activation(activation)
     return x.new_empty((*x.shape[:-1], widths[-1]))

@@ -134,14 +134,16 @@ def check(blocks: Blocks, shape: Sequence[int]) -> None:
         raise KernelError(f"{parts} do not fit each other; use what `pack` returns")
     if bool(((inputs < 0) | (inputs >= math.prod(shape[1:]))).any()):
         raise KernelError(
-            f"inputs from {int(inputs.min())} to {int(inputs.max())} lie outside a weight of shape {tuple(shape)}; use what `pack` returns"
+            f"inputs from {int(inputs.min())} to {int(inputs.max())} lie outside a weight of shape "
+            f"{tuple(shape)}; use what `pack` returns"
         )
     made = rows[rows != -1].long()
     if len(made) != shape[0] or not torch.equal(
         made.sort().values, torch.arange(shape[0], device=made.device)
     ):
         raise KernelError(
-            f"the rows of the blocks are not the {shape[0]} outputs, each of them once; use what `pack` returns"
+            f"the rows of the blocks are not the {shape[0]} outputs, each of them once; use what `pack` "
+            "returns"
         )
 
 

@@ -93,7 +93,8 @@ def steps_of(integers: Sequence[int]) -> tuple[Step, ...]:
         a, k, b, o, r, batched, *order = integers[start : start + _INTEGERS]
         if min(a, k, b, o, r) < 1 or batched not in (0, 1) or sorted(order) != [0, 1, 2, 3]:
             raise KernelError(
-                f"{[a, k, b, o, r, batched, *order]} is no step; five sizes of at least 1, then 0 or 1, then an order of the axes 0 to 3"
+                f"{[a, k, b, o, r, batched, *order]} is no step; five sizes of at least 1, then 0 or 1, "
+                "then an order of the axes 0 to 3"
             )
         found.append(Step(a, k, b, o, r, bool(batched), (order[0], order[1], order[2], order[3])))
     return tuple(found)
@@ -167,7 +168,8 @@ def fake(
     chain = steps_of(steps)
     if not 0 < len(chain) == len(weights) <= MAX_STEPS:
         raise KernelError(
-            f"tensor_chain has {len(chain)} steps and {len(weights)} weights; it takes one weight per step, 1 to {MAX_STEPS} of them"
+            f"tensor_chain has {len(chain)} steps and {len(weights)} weights; it takes one weight per step, "
+            f"1 to {MAX_STEPS} of them"
         )
     check_activation(activation)
     return x.new_empty((*x.shape[:-1], chain[-1].outputs))
@@ -220,7 +222,8 @@ def _run(
     wanted = [step.packed_shape for step in chain]
     if [weight.shape for weight in packed] != wanted:
         raise KernelError(
-            f"a program of {len(chain)} steps takes weights packed as {wanted}, not {[tuple(weight.shape) for weight in packed]}"
+            f"a program of {len(chain)} steps takes weights packed as {wanted}, not "
+            f"{[tuple(weight.shape) for weight in packed]}"
         )
     shift = None if bias is None else bias.float().contiguous()
     source, rest = x.contiguous(), None if residual is None else residual.contiguous()

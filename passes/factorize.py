@@ -68,7 +68,8 @@ class Factorize(Pass):
         if left:
             change = chosen[min(left)].joint
             raise PlanError(
-                f"site {min(left)!r} is planned as part of '{change}' with other sites, but this model lacks such a group; plan for this model"
+                f"site {min(left)!r} is planned as part of '{change}' with other sites, but this model "
+                "lacks such a group; plan for this model"
             )
         job.plan = replace(
             job.plan,
@@ -90,7 +91,8 @@ class Factorize(Pass):
         tapes = job.tapes(model)
         if not tapes:
             raise PlanError(
-                "the plan changes several sites together, which needs to see the model running; pass data= or example_inputs="
+                "the plan changes several sites together, which needs to see the model running; pass data= "
+                "or example_inputs="
             )
         yield from joint_layers(together, sites, model.weight, model.bias, tapes, job.fitted_divergence)
 
@@ -108,7 +110,8 @@ def _check_start(
         if {key: tuple(factor.shape) for key, factor in factors.items()} != wanted:
             given = ", ".join(f"{key} {tuple(factor.shape)}" for key, factor in factors.items())
             raise PlanError(
-                f"start has factors {given or 'of no name'} for site {name!r}, the plan has {wanted or 'none'}; give those of the same plan"
+                f"start has factors {given or 'of no name'} for site {name!r}, the plan has "
+                f"{wanted or 'none'}; give those of the same plan"
             )
 
 
@@ -138,13 +141,15 @@ def match_names(plan: RankPlan, model: Model) -> RankPlan:
             names[choice.site] = prints[choice.fingerprint]
         elif not choice.kept_dense:
             raise PlanError(
-                f"the plan changes site {choice.site!r}, which this model does not have; its sites: {_some(list(sites))}"
+                f"the plan changes site {choice.site!r}, which this model does not have; its sites: "
+                f"{_some(list(sites))}"
             )
     renamed = plan.renamed(names)
     for choice in renamed:
         if choice.site in sites and sites[choice.site].shape != choice.shape:
             raise PlanError(
-                f"the plan expects site {choice.site!r} of shape {choice.shape}, the model has {sites[choice.site].shape}; plan for this model"
+                f"the plan expects site {choice.site!r} of shape {choice.shape}, the model has "
+                f"{sites[choice.site].shape}; plan for this model"
             )
     return renamed
 

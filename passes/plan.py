@@ -115,7 +115,8 @@ class Plan(Pass):
             job.report.decline(name, reason)
         changed = sum(not choice.kept_dense for choice in plan)
         job.note(
-            f"{changed} of {len(plan.choices)} sites change; {sum(map(len, table.candidates.values()))} candidates, {len(table.joint)} joint ones"
+            f"{changed} of {len(plan.choices)} sites change; {sum(map(len, table.candidates.values()))} "
+            f"candidates, {len(table.joint)} joint ones"
         )
         if tapes:
             every = [candidate for candidates in table.candidates.values() for candidate in candidates]
@@ -206,7 +207,8 @@ def _check_known(budget: Budget, job: Job) -> None:
         needs = MEASURES.get(name).needs
         if needs is Needs.RUN and not job.original.get(name):
             raise BudgetError(
-                f"a budget on {name} needs to see the model running; pass data= or example_inputs=, or bound params"
+                f"a budget on {name} needs to see the model running; pass data= or example_inputs=, or "
+                "bound params"
             )
         if needs is Needs.TARGET and (job.target is None or name not in job.target.measures):
             able = [target.name for target in TARGETS if name in target.measures]

@@ -49,7 +49,8 @@ class ProjectChannels(Pass):
             )
         if not 0 < self.keep <= 1:
             raise UsageError(
-                f"keep={self.keep!r} is no share of the channels; give one in (0, 1], or a budget such as macs=0.7"
+                f"keep={self.keep!r} is no share of the channels; give one in (0, 1], or a budget such as "
+                "macs=0.7"
             )
         sites = [
             site

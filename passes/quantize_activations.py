@@ -43,7 +43,8 @@ class QuantizeActivations(Pass):
             raise UsageError(f"keep={self.keep} is no share of layers; give one of at least 0 and below 1")
         if not isinstance(model, HoldsIntegerActivations):
             job.note(
-                f"skipped: activations of models that came through {model.frontend} stay as they are; export to ONNX and compress that"
+                f"skipped: activations of models that came through {model.frontend} stay as they are; "
+                "export to ONNX and compress that"
             )
             return False
         if not job.batches:
@@ -64,7 +65,8 @@ class QuantizeActivations(Pass):
         found = _divergence(model, job, len(job.batches))
         job.expected = max(job.expected or 0.0, found)
         job.note(
-            f"{len(wanted)} tensors of {len(layers) - len(kept)} layers are held in eight bits; divergence {found:.4g}"
+            f"{len(wanted)} tensors of {len(layers) - len(kept)} layers are held in eight bits; divergence "
+            f"{found:.4g}"
         )
         return bool(wanted)
 
@@ -79,7 +81,8 @@ class QuantizeActivations(Pass):
                     )
                     if not all(map(math.isfinite, ends[name])) or bool(value.isnan().any()):
                         raise UnsupportedError(
-                            f"the tensor {name!r} is NaN or infinite on the calibration data, so it has no range; leave such samples out"
+                            f"the tensor {name!r} is NaN or infinite on the calibration data, so it has no "
+                            "range; leave such samples out"
                         )
         if self.calibration == "minmax":
             return {name: Range(*found) for name, found in ends.items()}
@@ -109,7 +112,8 @@ class QuantizeActivations(Pass):
         for layer in kept:
             job.report.decline(
                 layer,
-                f"its activations stay as they are: in eight bits they alone cost a divergence of {losses[layer]:.2g}",
+                "its activations stay as they are: in eight bits they alone cost a divergence of "
+                f"{losses[layer]:.2g}",
             )
         return kept
 

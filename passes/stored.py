@@ -69,7 +69,8 @@ class Stored(Pass, ABC):
             for name, form in forms.items()
         )
         job.note(
-            f"{len(forms)} sites are stored as {', '.join(sorted({form.family for form in forms.values()}))}: {saved:,} bytes less"
+            f"{len(forms)} sites are stored as "
+            f"{', '.join(sorted({form.family for form in forms.values()}))}: {saved:,} bytes less"
         )
         return True
 

@@ -37,7 +37,8 @@ class Verify(Pass):
             outputs = [job.fitted_divergence.outputs(result.run(batch)) for batch in job.batches]
         except UnsupportedError as error:
             job.report.note(
-                f"the result cannot be run here as it is deployed, so it was not compared with the original: {error}"
+                "the result cannot be run here as it is deployed, so it was not compared with the "
+                f"original: {error}"
             )
             return False
         except TdpassError as error:
@@ -67,9 +68,11 @@ class Verify(Pass):
             job.unexpected(f"the compressed model answers with NaN or infinite values{blame}")
         elif self.limit < math.inf and found > self.limit:
             job.unexpected(
-                f"the divergence {found:.4g} is above the limit {self.limit:g}{blame}; raise the budget or the limit"
+                f"the divergence {found:.4g} is above the limit {self.limit:g}{blame}; raise the budget or "
+                "the limit"
             )
         elif self.limit == math.inf and job.expected is not None and found > job.trials.allowed(job.expected):
             job.unexpected(
-                f"the divergence {found:.4g} from the original is more than ten times the {job.expected:.4g} that the plan expects{blame}"
+                f"the divergence {found:.4g} from the original is more than ten times the "
+                f"{job.expected:.4g} that the plan expects{blame}"
             )

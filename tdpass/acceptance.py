@@ -69,7 +69,8 @@ def hold_to_budget(job: Job) -> None:
     if not over:
         return
     said = ", ".join(
-        f"{amount(m, final.get(m))} {m}, {amount(m, final.get(m) - limits[m])} above the limit of {amount(m, limits[m])}"
+        f"{amount(m, final.get(m))} {m}, {amount(m, final.get(m) - limits[m])} above the limit of "
+        f"{amount(m, limits[m])}"
         for m in over
     )
     more = ", ".join(

@@ -98,5 +98,6 @@ def _clear_errors(path: Path) -> Iterator[None]:
         yield
     except _FAULTS as error:
         raise InvalidModelError(
-            f"cannot read calibration data from {path}: {str(error) or type(error).__name__}; write it with numpy.savez"
+            f"cannot read calibration data from {path}: {str(error) or type(error).__name__}; write it with "
+            "numpy.savez"
         ) from None

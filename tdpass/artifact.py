@@ -86,7 +86,8 @@ class Artifact(Generic[M]):
             return
         if self.opened.bytes() > LARGEST_RELOADED:
             self.report.note(
-                f"{path.name} was not loaded and run again: the model is larger than {LARGEST_RELOADED >> 20} MiB"
+                f"{path.name} was not loaded and run again: the model is larger than "
+                f"{LARGEST_RELOADED >> 20} MiB"
             )
             return
         try:
@@ -101,7 +102,8 @@ class Artifact(Generic[M]):
         if moved > ROUNDING:
             kept = _set_aside(path)
             raise DifferenceError(
-                f"what was saved answers otherwise than the model, off by {moved:.3g} of its outputs' size, and is kept as {kept}"
+                f"what was saved answers otherwise than the model, off by {moved:.3g} of its outputs' size, "
+                f"and is kept as {kept}"
             )
 
     def save_all(self, folder: Path | str) -> list[Path]:
@@ -143,7 +145,8 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise UsageError(
-            f"load puts a .safetensors artifact on an nn.Module, not on a {type(model).__name__}; .onnx and .pt2 files load by themselves"
+            f"load puts a .safetensors artifact on an nn.Module, not on a {type(model).__name__}; .onnx and "
+            ".pt2 files load by themselves"
         )
     return load_module(_path(path), model)
 

@@ -89,7 +89,8 @@ class Cost(Plain):
         for name, value in found.items():
             if name not in MEASURES:
                 raise ValueError(
-                    f"measure {name!r} is not known; known: {', '.join(measure.name for measure in measures())}"
+                    f"measure {name!r} is not known; known: "
+                    f"{', '.join(measure.name for measure in measures())}"
                 )
             fault = MEASURES.get(name).fault(value)
             if fault:
@@ -168,7 +169,8 @@ class Bound:
             value = _number(text, measure, allowed)
         if not 0 < float(value) <= 1:
             raise BudgetError(
-                f"budget {measure}={value!r} is neither a fraction in (0, 1] nor an absolute number with a unit; {allowed}"
+                f"budget {measure}={value!r} is neither a fraction in (0, 1] nor an absolute number with a "
+                f"unit; {allowed}"
             )
         return cls(float(value), fraction=True, measure=measure)
 
@@ -203,7 +205,8 @@ class Budget:
             spec = {default: spec}
         if not isinstance(spec, Mapping):
             raise BudgetError(
-                f"budget={spec!r} is not understood; write 0.4, or a measure with its bound such as {{'macs': 0.4}}"
+                f"budget={spec!r} is not understood; write 0.4, or a measure with its bound such as "
+                f"{{'macs': 0.4}}"
             )
         bounds: list[tuple[str, Bound]] = []
         max_error: float | None = None
@@ -217,7 +220,8 @@ class Budget:
                 max_error = _number(value, measure, "give the largest relative error of a site, in (0, 1]")
                 if not 0 < max_error <= 1:
                     raise BudgetError(
-                        f"budget max_error={value!r} is outside (0, 1]; it is the largest relative error of a site"
+                        f"budget max_error={value!r} is outside (0, 1]; it is the largest relative error of "
+                        "a site"
                     )
             elif measure in MEASURES:
                 bounds.append((measure, Bound.parse(measure, value)))

@@ -224,7 +224,8 @@ def _array(value: object) -> np.ndarray:
 def _check(batch: Batch) -> None:
     if any(tensor.numel() == 0 for tensor in batch.tensors) or not batch.tensors:
         raise UsageError(
-            f"inputs of shapes {[tuple(t.shape) for t in batch.tensors]} hold no number; give at least one sample"
+            f"inputs of shapes {[tuple(t.shape) for t in batch.tensors]} hold no number; give at least one "
+            "sample"
         )
     for tensor in batch.tensors:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -235,7 +236,8 @@ def _check_first_axis(batch: Batch) -> None:
     sizes = {tensor.shape[0] if tensor.dim() else None for tensor in batch.tensors}
     if len(sizes) != 1 or None in sizes:
         raise UsageError(
-            f"inputs of shapes {[tuple(t.shape) for t in batch.tensors]} do not share a first axis of samples; stack samples along axis 0"
+            f"inputs of shapes {[tuple(t.shape) for t in batch.tensors]} do not share a first axis of "
+            "samples; stack samples along axis 0"
         )
 
 

@@ -57,7 +57,8 @@ def deploy(
     if not isinstance(opened, RunsAsModule):
         if target.suffix != opened.suffix:
             raise UnsupportedError(
-                f"a model that came through {opened.frontend} cannot become {target.name!r}: AOTInductor compiles torch models; "
+                f"a model that came through {opened.frontend} cannot become {target.name!r}: AOTInductor "
+                "compiles torch models; "
                 f"deploy it as {opened.suffix}, or the torch model"
             )
         opened.save(target, {})
@@ -72,7 +73,8 @@ def deploy(
         else:
             if build.compiler() is None:
                 raise KernelError(
-                    "compiling ahead of time takes a C++ compiler; install g++ or clang, set CXX, or deploy to .onnx"
+                    "compiling ahead of time takes a C++ compiler; install g++ or clang, set CXX, or deploy "
+                    "to .onnx"
                 )
             network, layers = fused(module)
             if layers:
@@ -92,7 +94,8 @@ def load_deployed(path: Path | str) -> Callable[..., Any]:
     package = Path(path)
     if package.suffix != ".pt2":
         raise UsageError(
-            f"cannot load {package.name!r} as a compiled package; name a .pt2 file that tdpass.deploy wrote, or open .onnx with ONNX Runtime"
+            f"cannot load {package.name!r} as a compiled package; name a .pt2 file that tdpass.deploy "
+            "wrote, or open .onnx with ONNX Runtime"
         )
     if not package.is_file():
         raise InvalidModelError(f"there is no file {package}; check the path")

@@ -115,7 +115,8 @@ def _room_for(path: Path) -> Iterator[None]:
         if not full:
             raise
         raise WriteError(
-            f"cannot write {path}: no space is left there; free some, or name another place (what was there is as it was)"
+            f"cannot write {path}: no space is left there; free some, or name another place (what was there "
+            "is as it was)"
         ) from error
 
 

@@ -80,7 +80,8 @@ def _check_complete(model: nn.Module, files: Sequence[str]) -> None:
             if value is not None and shape != tuple(value.shape):
                 said = "lacks" if shape is None else f"has in shape {list(shape)}"
                 raise InvalidModelError(
-                    f"the checkpoint {said} {name!r}, of shape {list(value.shape)}; save the compressed model again with save_pretrained"
+                    f"the checkpoint {said} {name!r}, of shape {list(value.shape)}; save the compressed "
+                    "model again with save_pretrained"
                 )
 
 

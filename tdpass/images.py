@@ -71,7 +71,8 @@ def photographs(folder: Path, sample: Sequence[int] | None, most: int) -> Tensor
     """
     if sample is not None and (len(sample) != 3 or sample[0] not in (1, 3)):
         raise UsageError(
-            f"the model reads inputs of shape {list(sample)}, which are no images; {folder} is a folder: give an .npz file"
+            f"the model reads inputs of shape {list(sample)}, which are no images; {folder} is a folder: "
+            "give an .npz file"
         )
     files = image_files(folder)
     chosen = files[:: max(1, len(files) // most)][:most]

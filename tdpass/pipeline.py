@@ -113,7 +113,8 @@ class Job:
         """Say that the result differs from what was to be expected: raises `DifferenceError`, or where that is allowed makes a note."""
         if self.strict:
             raise DifferenceError(
-                f"{text}; exclude the layers at fault, or take the result as it is with strict=False (--no-strict)"
+                f"{text}; exclude the layers at fault, or take the result as it is with strict=False "
+                "(--no-strict)"
             )
         self.report.note(text)
 
@@ -180,7 +181,8 @@ class Pass(ABC):
         for key, value in options.items():
             if key not in known and key not in into:
                 raise UsageError(
-                    f"pass {cls.name!r} has no option {key!r}; it takes: {', '.join((*into, *known)) or 'none'}"
+                    f"pass {cls.name!r} has no option {key!r}; it takes: "
+                    f"{', '.join((*into, *known)) or 'none'}"
                 )
             wrong = misfit(cls, into.get(key, key), {key: value} if key in into else value)
             if wrong:
@@ -247,7 +249,8 @@ class Pipeline:
                 passes.append(PASSES.get(str(name)).build(_mapping(options, name)))
             else:
                 raise UsageError(
-                    f"{item!r} is not a pass; write 'name', 'name{{option=value}}' or {{name: {{option: value}}}}"
+                    f"{item!r} is not a pass; write 'name', 'name{{option=value}}' or {{name: {{option: "
+                    f"value}}}}"
                 )
         return cls(tuple(passes))
 

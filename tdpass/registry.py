@@ -44,7 +44,8 @@ class Registry(Generic[T]):
             return self._entries[name]
         except KeyError:
             raise UsageError(
-                f"unknown {self._noun} {name!r}{nearest(name, self.names())}; known: {', '.join(self.names())}"
+                f"unknown {self._noun} {name!r}{nearest(name, self.names())}; known: "
+                f"{', '.join(self.names())}"
             ) from None
 
     def names(self) -> tuple[str, ...]:

@@ -24,7 +24,8 @@ class Kept:
     def __post_init__(self) -> None:
         if not callable(self.metric):
             raise UsageError(
-                f"metric={self.metric!r} is no function; give one of the model that returns a number, of which more is better"
+                f"metric={self.metric!r} is no function; give one of the model that returns a number, of "
+                "which more is better"
             )
         if not math.isfinite(self.max_loss) or self.max_loss < 0:
             raise UsageError(
@@ -76,7 +77,8 @@ def smallest(
         )
         return best
     error = BudgetError(
-        f"no smaller model keeps the metric at {least:.6g} or more; allow a larger max_loss, or train: see docs/training.md"
+        f"no smaller model keeps the metric at {least:.6g} or more; allow a larger max_loss, or train: see "
+        "docs/training.md"
     )
     error.artifact = seen
     raise error

@@ -115,7 +115,8 @@ class TimingTable:
         with suppress(OSError):
             self.path.replace(aside)
             self.notes.append(
-                f"the table of measured times {self.path} was damaged ({reason}); it is now {aside.name}, and layers are measured again"
+                f"the table of measured times {self.path} was damaged ({reason}); it is now {aside.name}, "
+                "and layers are measured again"
             )
         for ending in ("-wal", "-shm"):
             with suppress(OSError):

@@ -117,14 +117,16 @@ def block_term_linear(
         last.shape[1],
     ):
         raise KernelError(
-            f"x{tuple(x.shape)}, first{tuple(first.shape)}, core{tuple(core.shape)} and last{tuple(last.shape)} do not fit; "
+            f"x{tuple(x.shape)}, first{tuple(first.shape)}, core{tuple(core.shape)} and "
+            f"last{tuple(last.shape)} do not fit; "
             "they are [.., (p i)], [(b r), i], [b, (p r), s] and [o, (b s)]"
         )
     way = precision_of(x, "matmul", precision)
     tile = power(r) * power(s) * (4 * x.dtype.itemsize if way != "tf32" else x.dtype.itemsize)
     if max(r, s) > LARGEST_RANK or tile > _LARGEST_TILE or x.dtype == torch.float8_e4m3fn:
         raise UnsupportedError(
-            f"block_term_linear cannot hold the core of a block of ranks ({s}, {r}) in {x.dtype}; the operator's reference serves it"
+            f"block_term_linear cannot hold the core of a block of ranks ({s}, {r}) in {x.dtype}; the "
+            "operator's reference serves it"
         )
     y = torch.empty((*x.shape[:-1], last.shape[0]), dtype=x.dtype, device=x.device)
     if y.numel() == 0:

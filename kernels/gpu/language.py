@@ -70,7 +70,8 @@ def triton_type(dtype: torch.dtype) -> Any:
     """The type in which products with operands of `dtype` are made."""
     if dtype not in _TYPES:
         raise UnsupportedError(
-            f"the GPU kernels compute in {', '.join(str(known) for known in _TYPES)}, not in {dtype}; the operator's reference serves it"
+            f"the GPU kernels compute in {', '.join(str(known) for known in _TYPES)}, not in {dtype}; the "
+            "operator's reference serves it"
         )
     return tl.float32 if INTERPRETED and dtype in {torch.bfloat16, torch.float8_e4m3fn} else _TYPES[dtype]
 
@@ -81,7 +82,8 @@ def check(x: Tensor, activation: str, *others: Tensor | None) -> None:
         raise KernelError(f"activation {activation!r} is not known; it is one of {', '.join(ACTIVATIONS)}")
     if not x.is_cuda and not INTERPRETED:
         raise UnsupportedError(
-            f"the GPU kernels read CUDA tensors, this one is on {x.device}; set TRITON_INTERPRET=1 to test them without a device"
+            f"the GPU kernels read CUDA tensors, this one is on {x.device}; set TRITON_INTERPRET=1 to test "
+            "them without a device"
         )
     for other in others:
         if other is not None and other.device != x.device:
@@ -92,7 +94,8 @@ def check(x: Tensor, activation: str, *others: Tensor | None) -> None:
     narrow = any(each is not None and each.dtype == torch.float8_e4m3fn for each in (x, *others))
     if narrow and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
         raise UnsupportedError(
-            f"{torch.cuda.get_device_name(x.device)} has no float8 arithmetic; compute capability 8.9 or newer has"
+            f"{torch.cuda.get_device_name(x.device)} has no float8 arithmetic; compute capability 8.9 or "
+            "newer has"
         )
 
 

@@ -153,7 +153,8 @@ def svd_linear(
     rank, columns = v.shape[0], u.shape[0]
     if x.shape[-1] != v.shape[1] or u.shape[1] != rank:
         raise KernelError(
-            f"x{tuple(x.shape)}, v{tuple(v.shape)} and u{tuple(u.shape)} do not fit; they are [..., i], [rank, i] and [o, rank]"
+            f"x{tuple(x.shape)}, v{tuple(v.shape)} and u{tuple(u.shape)} do not fit; they are [..., i], "
+            "[rank, i] and [o, rank]"
         )
     if (
         (scales is None) != (v.dtype != _FP8)
@@ -161,7 +162,8 @@ def svd_linear(
         or x.dtype == _FP8 != v.dtype
     ):
         raise KernelError(
-            f"x, v and u are {x.dtype}, {v.dtype} and {u.dtype}; float8 weights come in pairs and with scales, float8 inputs with such weights"
+            f"x, v and u are {x.dtype}, {v.dtype} and {u.dtype}; float8 weights come in pairs and with "
+            "scales, float8 inputs with such weights"
         )
     wide = torch.bfloat16 if x.dtype == _FP8 else x.dtype
     y = torch.empty((*x.shape[:-1], columns), dtype=wide, device=x.device)

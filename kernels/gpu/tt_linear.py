@@ -127,12 +127,14 @@ def tt_linear(
     )
     if len(cores) not in _CORES:
         raise UnsupportedError(
-            f"tt_linear takes {_CORES.start} to {_CORES.stop - 1} cores, not {len(cores)}; the operator's reference serves them"
+            f"tt_linear takes {_CORES.start} to {_CORES.stop - 1} cores, not {len(cores)}; the operator's "
+            "reference serves them"
         )
     fits = [core.shape[0] for core in cores] == [1, *bonds[:-1]] and bonds[-1] == 1
     if not fits or x.shape[-1] != math.prod(ins):
         raise KernelError(
-            f"cores {[tuple(core.shape) for core in cores]} do not fit x{tuple(x.shape)}; they are [r, o, i, r'] with equal neighbouring ranks"
+            f"cores {[tuple(core.shape) for core in cores]} do not fit x{tuple(x.shape)}; they are [r, o, "
+            "i, r'] with equal neighbouring ranks"
         )
     if x.dtype == torch.float8_e4m3fn:
         raise UnsupportedError("tt_linear has no scales for float8; give it float16 or bfloat16")
@@ -170,7 +172,8 @@ def cut(outs: Sequence[int], ins: Sequence[int], bonds: Sequence[int]) -> int:
     fitting = [k for k in range(1, len(outs)) if math.prod(ins[k:]) <= _LONGEST]
     if not fitting:
         raise UnsupportedError(
-            f"the last input factor of {tuple(ins)} is over {_LONGEST}; split it further, or let the operator's reference serve it"
+            f"the last input factor of {tuple(ins)} is over {_LONGEST}; split it further, or let the "
+            "operator's reference serve it"
         )
     return min(fitting, key=cost)
 

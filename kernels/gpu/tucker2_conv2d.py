@@ -238,11 +238,13 @@ def tucker2_conv2d(
         or (first is not None and first.shape[0] != r)
     ):
         raise KernelError(
-            f"x{tuple(x.shape)} and core{tuple(core.shape)} do not fit the first stage; x is [n, i, h, w], first [r, i] and core [s, r, kh, kw]"
+            f"x{tuple(x.shape)} and core{tuple(core.shape)} do not fit the first stage; x is [n, i, h, w], "
+            "first [r, i] and core [s, r, kh, kw]"
         )
     if last is not None and last.shape[1] != s:
         raise KernelError(
-            f"last{tuple(last.shape)} does not fit core{tuple(core.shape)}; they are [o, s] and [s, r, kh, kw]"
+            f"last{tuple(last.shape)} does not fit core{tuple(core.shape)}; they are [o, s] and [s, r, kh, "
+            "kw]"
         )
     before, after = zip(*padding, strict=True)
     window = Window((kernel[0], kernel[1]), (stride[0], stride[1]), before, after, (dilation[0], dilation[1]))

@@ -116,7 +116,8 @@ def _fastest(kernel: str, listed: Sequence[Config], run: Callable[[Config], obje
             reason = error
     if not times:
         raise UnsupportedError(
-            f"no configuration of the GPU kernel {kernel} runs on this device: {reason}; the operator's reference serves it"
+            f"no configuration of the GPU kernel {kernel} runs on this device: {reason}; the operator's "
+            "reference serves it"
         ) from reason
     limit = _KEEP * min(first[0] for first in times.values())
     left = {place: seen for place, seen in times.items() if seen[0] <= limit}

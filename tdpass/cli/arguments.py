@@ -34,7 +34,8 @@ _DTYPES = {
 _BOTH = re.compile(r"(pass|with) (?:\w+=(?:'[^']*'|\[[^]]*\]|[^\s,;()]*)(?: or )?)+ \((--[^)]+)\)")
 _INPUT = re.compile(r"(\d+(?:x\d+)*)(?::(\w+))?")
 MODEL_HELP = (
-    "model.onnx, program.pt2, package.module:factory for a torch model (imported with the current folder on the path), "
+    "model.onnx, program.pt2, package.module:factory for a torch model (imported with the current folder on "
+    "the path), "
     "or timm:NAME, torchvision:NAME, hf:NAME, zoo:NAME"
 )
 
@@ -229,7 +230,8 @@ def budget(items: Sequence[str]) -> dict[str, str]:
         key, sign, value = item.partition("=")
         if not sign or not key.strip() or not value.strip():
             raise UsageError(
-                f"budget {item!r} is not KEY=VALUE; write --budget macs=0.4, and repeat the option for further limits"
+                f"budget {item!r} is not KEY=VALUE; write --budget macs=0.4, and repeat the option for "
+                "further limits"
             )
         if key.strip() in pairs:
             raise UsageError(f"budget {key.strip()!r} is given twice; give each limit once")
@@ -249,7 +251,8 @@ def inputs(items: Sequence[str]) -> tuple[Tensor, ...] | None:
         dtype = _DTYPES.get((match[2] or "float32") if match else "")
         if match is None or dtype is None:
             raise UsageError(
-                f"input {item!r} is not SHAPE or SHAPE:DTYPE; write 1x3x32x32 or 1x16:int64 (types: {', '.join(_DTYPES)})"
+                f"input {item!r} is not SHAPE or SHAPE:DTYPE; write 1x3x32x32 or 1x16:int64 (types: "
+                f"{', '.join(_DTYPES)})"
             )
         shape = [int(size) for size in match[1].split("x")]
         if min(shape) < 1:

@@ -90,7 +90,8 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
         ]
         if not candidates:
             raise UsageError(
-                f"no runtime left for {', '.join(source.name for source in sources)}; allow more with --runtime"
+                f"no runtime left for {', '.join(source.name for source in sources)}; allow more with "
+                "--runtime"
             )
         rounds = interleaved([runner.call for runner in candidates], arguments.rounds, progress)
     rows = compared(candidates, rounds)
@@ -114,11 +115,13 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
             grid(titles, lines, width, numbers=(2, 3, 4, 5), wraps=(0,)),
             "",
             Text(
-                f"inputs {', '.join(shapes)}; threads {arguments.threads}; {arguments.rounds} interleaved rounds, medians"
+                f"inputs {', '.join(shapes)}; threads {arguments.threads}; {arguments.rounds} interleaved "
+                "rounds, medians"
             ),
             *notes,
             Text(
-                f"Faster: than {sources[0].name} in the same runtime; Than best: than {sources[0].name} in its fastest runtime"
+                f"Faster: than {sources[0].name} in the same runtime; Than best: than {sources[0].name} in "
+                "its fastest runtime"
             ),
         ]
 

@@ -87,7 +87,8 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
         if isinstance(error.artifact, tdpass.Artifact):
             kept = _write(error.artifact, source.text, unverified(output), folder)
             out.say(
-                f"what was made is kept, to look at and not to be used as it is: {', '.join(map(str, kept.values()))}"
+                "what was made is kept, to look at and not to be used as it is: "
+                f"{', '.join(map(str, kept.values()))}"
             )
         raise
     written = _write(artifact, source.text, output, folder)
@@ -122,7 +123,8 @@ def check_own(files: Mapping[str, Path], model: str) -> None:
     if other != model:
         names = ", ".join(path.name for path in there)
         raise UsageError(
-            f"{names} in {there[0].parent} are there already, of {other}; name another file with -o, or give --force to overwrite them"
+            f"{names} in {there[0].parent} are there already, of {other}; name another file with -o, or "
+            "give --force to overwrite them"
         )
 
 

@@ -47,7 +47,8 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     source, output = sources[-1], arguments.output
     if len(sources) > 2 or (len(sources) == 2 and source.kind != "factors"):
         raise UsageError(
-            f"{len(sources)} models are given; name one, or a factory and the .safetensors file that compress wrote for it"
+            f"{len(sources)} models are given; name one, or a factory and the .safetensors file that "
+            "compress wrote for it"
         )
     if output.exists() and source.kind != "factory" and output.samefile(source.text):
         raise UsageError(f"the output {output} is the input; name another file with -o")

@@ -175,7 +175,8 @@ def _advice(libraries: list[Library], packages: dict[str, str]) -> list[str]:
     lines = []
     if absent and build.compiler() is None:
         lines.append(
-            f"{', '.join(absent)}: there is no C++ compiler; install g++ or clang, or set CXX; plain torch serves meanwhile"
+            f"{', '.join(absent)}: there is no C++ compiler; install g++ or clang, or set CXX; plain torch "
+            "serves meanwhile"
         )
     elif absent:
         lines.append(f"{', '.join(absent)}: not built yet; {_BUILD} builds them now")

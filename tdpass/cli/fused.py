@@ -20,7 +20,10 @@ def library_notes(paths: list[Path]) -> list[str]:
     if not names:
         return []
     return [
-        f"{', '.join(names)}: measured with the library of fused operators, {_library()}, and slower without it; in your program: {REGISTER}"
+        (
+            f"{', '.join(names)}: measured with the library of fused operators, {_library()}, and slower "
+            f"without it; in your program: {REGISTER}"
+        )
     ]
 
 

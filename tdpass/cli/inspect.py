@@ -80,7 +80,8 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
         parts += ["", heading(f"{source.name} ({model.frontend})")]
         parts += [
             Text(
-                f"the weights of {len(rows)} sites are {_part(inside, whole, 'params')} parameters, {_part(inside, whole, 'bytes', 'B')}"
+                f"the weights of {len(rows)} sites are {_part(inside, whole, 'params')} parameters, "
+                f"{_part(inside, whole, 'bytes', 'B')}"
             )
         ]
         known = (
@@ -93,7 +94,8 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
         if shown and rows:
             parts += [
                 Text(
-                    "Columns named after a format: the largest rank that costs fewer parameters and MACs than the dense layer"
+                    "Columns named after a format: the largest rank that costs fewer parameters and MACs "
+                    "than the dense layer"
                 )
             ]
         return parts

@@ -60,7 +60,8 @@ class Limits:
         """
         if os.name != "posix":
             raise UsageError(
-                f"--isolate needs limits of processes, which {sys.platform} has not; leave it out, or run tdpass in a container"
+                f"--isolate needs limits of processes, which {sys.platform} has not; leave it out, or run "
+                "tdpass in a container"
             )
         # a session of its own: what it starts is ended with it
         command = [sys.executable, "-c", _ENTRY, str(self.seconds), str(self.memory), *words]
@@ -69,7 +70,8 @@ class Limits:
             code = process.wait(self.seconds)
         except subprocess.TimeoutExpired:
             raise UnsupportedError(
-                f"the run did not end within {self.seconds} seconds, the limit of --isolate; allow it more with --isolate-seconds"
+                f"the run did not end within {self.seconds} seconds, the limit of --isolate; allow it more "
+                "with --isolate-seconds"
             ) from None
         finally:
             with suppress(ProcessLookupError, PermissionError):
@@ -80,7 +82,8 @@ class Limits:
                     remove_stale(folder)
         if code < 0:
             raise UnsupportedError(
-                f"the isolated process was ended by {signal.Signals(-code).name}, as it is where memory runs out or a file is made to crash its reader; "
+                f"the isolated process was ended by {signal.Signals(-code).name}, as it is where memory "
+                "runs out or a file is made to crash its reader; "
                 "allow it more with --isolate-memory if you trust the file"
             )
         return code

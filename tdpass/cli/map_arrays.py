@@ -145,7 +145,8 @@ def _answers(arguments: argparse.Namespace, model: object, mapped: Mapped) -> di
     """How far the outputs are from the model's, over the draws."""
     if not isinstance(model, nn.Module):
         raise UsageError(
-            f"only torch models are simulated, not a {type(model).__name__}; leave --draws out to write the map alone"
+            f"only torch models are simulated, not a {type(model).__name__}; leave --draws out to write the "
+            "map alone"
         )
     if arguments.data is None:
         raise UsageError("there is nothing to simulate the arrays on; give --data")

@@ -78,7 +78,8 @@ def example_batch(source: Source, size: int | None) -> Batch | None:
         dtype = _ELEMENT_TYPES.get(value.type)
         if dtype is None or not all(isinstance(extent, int) for extent in shape):
             raise UsageError(
-                f"input {value.name!r} of {source.name} has shape {value.shape} and type {value.type}; say what to run with --input or --data"
+                f"input {value.name!r} of {source.name} has shape {value.shape} and type {value.type}; say "
+                "what to run with --input or --data"
             )
         tensors.append(
             torch.randn(shape, generator=generator).to(dtype)
@@ -95,7 +96,8 @@ def _tried(source: Source, runtime: str, make: Callable[[], Callable[[], object]
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InvalidModelError(
-            f"{runtime} cannot run {source.name}: {reason}; choose runtimes with --runtime, inputs with --input or --data"
+            f"{runtime} cannot run {source.name}: {reason}; choose runtimes with --runtime, inputs with "
+            "--input or --data"
         ) from error
     return Runner(source.name, runtime, call)
 

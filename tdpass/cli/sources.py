@@ -47,7 +47,8 @@ class Source:
         if self.suffix == ".pt2" and is_package(Path(self.text)):
             if not self.trust:
                 raise UsageError(
-                    f"{self.text} is compiled code, which loading runs; give --trust where you know who made it"
+                    f"{self.text} is compiled code, which loading runs; give --trust where you know who "
+                    "made it"
                 )
             return Deployed(Path(self.text))
         if self.kind == "file":
@@ -70,7 +71,8 @@ class Source:
         suffix = self.suffix or _FACTORS
         if path.suffix != suffix:
             raise UsageError(
-                f"the output {path.name!r} of {self.name} must end in {suffix}; write -o {path.with_suffix(suffix).name}"
+                f"the output {path.name!r} of {self.name} must end in {suffix}; write -o "
+                f"{path.with_suffix(suffix).name}"
             )
         if not path.parent.is_dir():
             raise UsageError(f"there is no folder {path.parent}; make it, or name another with -o")
@@ -91,11 +93,13 @@ def read_sources(texts: Sequence[str], weights: Sequence[str], trust: bool = Fal
         factory = published_model(Path(place))
     if "factors" in kinds and not factory:
         raise UsageError(
-            f"{place!r} holds factors only; name the torch model they belong to as well, as package.module:factory"
+            f"{place!r} holds factors only; name the torch model they belong to as well, as "
+            "package.module:factory"
         )
     if len(weights) > kinds.count("factory"):
         raise UsageError(
-            f"{len(weights)} --weights for {kinds.count('factory')} torch factories; a .onnx or .pt2 file holds its own weights"
+            f"{len(weights)} --weights for {kinds.count('factory')} torch factories; a .onnx or .pt2 file "
+            "holds its own weights"
         )
     files: Iterator[str] = iter(weights)
     sources = []

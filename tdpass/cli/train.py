@@ -59,7 +59,8 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
         return _init(arguments, out)
     if arguments.recipe is None:
         raise UsageError(
-            f"name a recipe: a YAML file, or one of {', '.join(names())}; --init package.module:factory writes one to start from"
+            f"name a recipe: a YAML file, or one of {', '.join(names())}; --init package.module:factory "
+            "writes one to start from"
         )
     if arguments.folder is None:
         raise UsageError(
@@ -80,7 +81,8 @@ def _train(recipe: Recipe, arguments: argparse.Namespace, out: Output) -> int:
     folder: Path = arguments.folder
     if folder.exists() and any(folder.glob("*/step-*")) and not arguments.resume:
         raise UsageError(
-            f"{folder} holds checkpoints of an earlier run; give --resume to go on with it, or another --folder"
+            f"{folder} holds checkpoints of an earlier run; give --resume to go on with it, or another "
+            "--folder"
         )
     make_folder(folder, "--folder")
     check_writable(folder / "model.safetensors")

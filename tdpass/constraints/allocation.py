@@ -51,7 +51,8 @@ def allocate(options: Mapping[str, Options], limit: float, text: Callable[[float
     allowed = limit * (1 + _ROUNDING)
     if least > allowed:
         raise BudgetError(
-            f"budget of {text(limit)} is below the smallest reachable ({text(least)}); raise it, or let more layers be compressed"
+            f"budget of {text(limit)} is below the smallest reachable ({text(least)}); raise it, or let "
+            "more layers be compressed"
         )
     chosen = {name: hull[-1] for name, hull in hulls.items()}
     if _total(options, chosen) <= allowed:

@@ -66,7 +66,8 @@ def checked(weight: Tensor) -> Tensor:
     low, high = torch.aminmax(weight)
     if not bool(low.isfinite() & high.isfinite()):
         raise InvalidModelError(
-            f"a weight of shape {tuple(weight.shape)} holds values from {float(low)} to {float(high)}; only finite ones can be projected; "
+            f"a weight of shape {tuple(weight.shape)} holds values from {float(low)} to {float(high)}; only "
+            "finite ones can be projected; "
             "lower the learning rate or the penalty that made it diverge"
         )
     return weight if weight.dtype.itemsize >= 4 else weight.float()

@@ -31,7 +31,8 @@ class DeviceLevels(Constraint):
         rising = all(0 < a < b < math.inf for a, b in zip(self.magnitudes, self.magnitudes[1:], strict=False))
         if len(self.magnitudes) < 2 or not rising:
             raise UsageError(
-                f"magnitudes {self.magnitudes[:4]} of a device are not two or more rising positive numbers; zero is no state"
+                f"magnitudes {self.magnitudes[:4]} of a device are not two or more rising positive numbers; "
+                "zero is no state"
             )
         if self.scale is not None and not 0 < self.scale < math.inf:
             raise UsageError(

@@ -42,7 +42,8 @@ class GroupBudget(Shared):
         spent = sum(int(sizes[name][: first[name]].sum()) for name in weights)
         if spent > self.keep:
             raise BudgetError(
-                f"budget of {self.keep:,} weights is below the smallest reachable ({spent:,}); raise it, or lower least={self.least}"
+                f"budget of {self.keep:,} weights is below the smallest reachable ({spent:,}); raise it, or "
+                f"lower least={self.least}"
             )
         counts = _split(
             {name: scores[name][first[name] :] for name in weights},

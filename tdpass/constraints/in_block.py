@@ -35,7 +35,8 @@ class InBlock(Constraint):
     def __post_init__(self) -> None:
         if self.keep < 1 or min(self.block) < 1:
             raise UsageError(
-                f"keep={self.keep}, block={self.block} of groups in blocks: give 1 or more, and blocks of at least one row and column"
+                f"keep={self.keep}, block={self.block} of groups in blocks: give 1 or more, and blocks of "
+                "at least one row and column"
             )
         if self.side not in get_args(Side):
             raise UsageError(f"unknown side {self.side!r} of a block; known: {', '.join(get_args(Side))}")

@@ -45,7 +45,8 @@ class InFormat(Constraint):
         if not form.fits(self.site):
             fitting = ", ".join(name for name in offered_formats() if FORMATS.get(name).fits(self.site))
             raise PlanError(
-                f"format {self.format} does not fit site {self.site.name!r} of shape {self.site.shape}; these do: {fitting}"
+                f"format {self.format} does not fit site {self.site.name!r} of shape {self.site.shape}; "
+                f"these do: {fitting}"
             )
         form.check_rank(self.site, self.rank)
 
@@ -67,7 +68,8 @@ class InFormat(Constraint):
     def _checked(self, weight: Tensor) -> Tensor:
         if tuple(weight.shape) != self.site.shape:
             raise PlanError(
-                f"site {self.site.name!r} has shape {self.site.shape}, the weight {tuple(weight.shape)}; make the constraint from this model"
+                f"site {self.site.name!r} has shape {self.site.shape}, the weight {tuple(weight.shape)}; "
+                "make the constraint from this model"
             )
         return checked(weight)
 

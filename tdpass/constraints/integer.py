@@ -57,7 +57,8 @@ class IntegerLevels(Constraint):
         if self.scales is not None:
             if len(self.scales) != len(matrix):
                 raise PlanError(
-                    f"{len(self.scales)} scales do not fit a weight of {len(matrix)} output channels; make them from this weight"
+                    f"{len(self.scales)} scales do not fit a weight of {len(matrix)} output channels; make "
+                    "them from this weight"
                 )
             return self.scales.to(matrix)
         peak = matrix.abs().amax(1, keepdim=True)

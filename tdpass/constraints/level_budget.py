@@ -39,7 +39,8 @@ class LevelBudget(Shared):
         unknown = set(self.sensitivity) - set(weights)
         if unknown:
             raise PlanError(
-                f"sensitivities are given for {', '.join(sorted(unknown))}; known weights: {', '.join(weights)}"
+                f"sensitivities are given for {', '.join(sorted(unknown))}; known weights: "
+                f"{', '.join(weights)}"
             )
         options = {name: self._options(name, weight) for name, weight in weights.items()}
         chosen = allocate(options, self.limit, lambda value: f"{int(value):,} bits")

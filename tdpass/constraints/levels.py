@@ -34,11 +34,13 @@ class UniformLevels(Constraint):
             raise UsageError(f"count={self.count} levels on each side of zero are too few; give 1 or more")
         if self.interval is not None and not 0 < self.interval < math.inf:
             raise UsageError(
-                f"interval={self.interval} between levels is not a positive number; leave it out to have it found"
+                f"interval={self.interval} between levels is not a positive number; leave it out to have it "
+                "found"
             )
         if not 0 < self.fixed <= 1 or (self.fixed < 1 and self.interval is None):
             raise UsageError(
-                f"fixed={self.fixed} with interval={self.interval} is not allowed; fix a share in (0, 1] of them, below 1 at a given interval"
+                f"fixed={self.fixed} with interval={self.interval} is not allowed; fix a share in (0, 1] of "
+                "them, below 1 at a given interval"
             )
 
     @property

@@ -48,7 +48,8 @@ class OneSign(Constraint):
         signs = self._found(weight) if self.signs is None else self.signs.to(matrix)
         if signs.shape != (len(matrix), math.ceil(matrix.shape[1] / self.run)):
             raise PlanError(
-                f"signs of shape {tuple(signs.shape)} do not fit a weight of shape {tuple(weight.shape)} in runs of {self.run}"
+                f"signs of shape {tuple(signs.shape)} do not fit a weight of shape {tuple(weight.shape)} in "
+                f"runs of {self.run}"
             )
         return signs.repeat_interleave(self.run, 1)[:, : matrix.shape[1]]
 

@@ -63,11 +63,13 @@ class RankBudget(Shared):
     def __post_init__(self) -> None:
         if isinstance(self.price, str) and self.price not in counted():
             raise UsageError(
-                f"unknown measure {self.price!r} of a rank budget; known: {', '.join(counted())}, or give a function of site and rank"
+                f"unknown measure {self.price!r} of a rank budget; known: {', '.join(counted())}, or give a "
+                "function of site and rank"
             )
         if self.least < 1 or self.hysteresis < 1 or self.shrink < 0:
             raise UsageError(
-                f"least={self.least}, hysteresis={self.hysteresis}, shrink={self.shrink}; these are at least 1, 1 and 0"
+                f"least={self.least}, hysteresis={self.hysteresis}, shrink={self.shrink}; these are at "
+                "least 1, 1 and 0"
             )
         wrong = {
             name: value
@@ -97,7 +99,8 @@ class RankBudget(Shared):
         if set(weights) != set(self.sites):
             odd = sorted(set(weights) ^ set(self.sites))
             raise PlanError(
-                f"weights and sites of a rank budget differ in {', '.join(odd)}; give one weight for each site"
+                f"weights and sites of a rank budget differ in {', '.join(odd)}; give one weight for each "
+                "site"
             )
         return {name: self._options(name, weight) for name, weight in weights.items()}
 
@@ -124,12 +127,14 @@ class RankBudget(Shared):
         form = self.format_of(name)
         if form not in SPECTRAL:
             raise PlanError(
-                f"format {form!r} of site {name!r} has no spectrum to choose ranks by; these have: {', '.join(sorted(SPECTRAL))}"
+                f"format {form!r} of site {name!r} has no spectrum to choose ranks by; these have: "
+                f"{', '.join(sorted(SPECTRAL))}"
             )
         InFormat(site, form, (1,) * SPECTRAL[form].ranks(site, self.cuts))
         if self.price == "macs" and not site.seen:
             raise PlanError(
-                f"site {name!r} has no activation sizes, so its multiply-adds are unknown; run the model once, or give the budget in params"
+                f"site {name!r} has no activation sizes, so its multiply-adds are unknown; run the model "
+                "once, or give the budget in params"
             )
 
     def _options(self, name: str, weight: Tensor) -> tuple[list[Rank], Options]:
@@ -155,7 +160,8 @@ class RankBudget(Shared):
         site = self.sites[name]
         if tuple(weight.shape) != site.shape:
             raise PlanError(
-                f"site {name!r} has shape {site.shape}, the weight {tuple(weight.shape)}; make the budget from this model"
+                f"site {name!r} has shape {site.shape}, the weight {tuple(weight.shape)}; make the budget "
+                "from this model"
             )
         way, before = SPECTRAL[self.format_of(name)], self.keep.get(name)
         count = way.ranks(site, self.cuts)

@@ -40,7 +40,8 @@ class Sparse(Constraint):
     def __post_init__(self) -> None:
         if self.keep < 1:
             raise UsageError(
-                f"keep={self.keep} of a sparse weight is below 1; a layer with no weight left passes nothing on, remove it instead"
+                f"keep={self.keep} of a sparse weight is below 1; a layer with no weight left passes "
+                "nothing on, remove it instead"
             )
         if self.group not in get_args(Group):
             raise UsageError(
@@ -48,7 +49,8 @@ class Sparse(Constraint):
             )
         if min(self.block) < 1:
             raise UsageError(
-                f"block={self.block} of a sparse weight has a side below 1; give (rows, columns) such as (1, 16)"
+                f"block={self.block} of a sparse weight has a side below 1; give (rows, columns) such as "
+                "(1, 16)"
             )
 
     def project(self, weight: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ class Support(Constraint):
     def project(self, weight: Tensor) -> Tensor:
         if weight.shape != self.mask.shape:
             raise PlanError(
-                f"a mask of shape {tuple(self.mask.shape)} does not fit a weight of shape {tuple(weight.shape)}; make it from this weight"
+                f"a mask of shape {tuple(self.mask.shape)} does not fit a weight of shape "
+                f"{tuple(weight.shape)}; make it from this weight"
             )
         checked(weight)
         return masked(weight, self.mask.to(weight.device, torch.bool))

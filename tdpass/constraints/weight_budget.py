@@ -46,7 +46,8 @@ class WeightBudget(Shared):
         named = {*self.dense, *self.most, *(() if isinstance(self.least, int) else self.least)}
         if not named <= set(weights):
             raise PlanError(
-                f"the weight budget names {', '.join(sorted(named - set(weights)))}; known weights: {', '.join(weights)}"
+                f"the weight budget names {', '.join(sorted(named - set(weights)))}; known weights: "
+                f"{', '.join(weights)}"
             )
         stay = sum(weights[name].numel() for name in self.dense)
         free = {name: weight for name, weight in weights.items() if name not in self.dense}
@@ -54,7 +55,8 @@ class WeightBudget(Shared):
         room = self.keep - stay - sum(low for low, _ in bounds.values())
         if room < 0:
             raise BudgetError(
-                f"budget of {self.keep:,} weights is below the smallest reachable ({self.keep - room:,}, of which {stay:,} in layers that stay dense); "
+                f"budget of {self.keep:,} weights is below the smallest reachable ({self.keep - room:,}, of "
+                f"which {stay:,} in layers that stay dense); "
                 "raise it, or lower the least that layers keep"
             )
         scores = {
@@ -75,7 +77,8 @@ class WeightBudget(Shared):
         high = min(size, self.most.get(name, size))
         if high < 1 or low > self.most.get(name, low):
             raise UsageError(
-                f"weight {name!r} is to keep at least {low} and at most {self.most.get(name)}; give 1 or more, and the least no larger"
+                f"weight {name!r} is to keep at least {low} and at most {self.most.get(name)}; give 1 or "
+                "more, and the least no larger"
             )
         return min(max(1, low), high), high
 

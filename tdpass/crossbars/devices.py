@@ -40,7 +40,8 @@ class Devices:
     def __post_init__(self) -> None:
         if self.variation < 0 or min(self.stuck_on, self.stuck_off) < 0 or self.stuck_on + self.stuck_off > 1:
             raise UsageError(
-                f"variation={self.variation}, stuck_on={self.stuck_on}, stuck_off={self.stuck_off}: a deviation of 0 or more, and shares within 1"
+                f"variation={self.variation}, stuck_on={self.stuck_on}, stuck_off={self.stuck_off}: a "
+                "deviation of 0 or more, and shares within 1"
             )
 
     def programmed(self, siemens: Tensor, array: CrossbarArray, seed: int) -> Tensor:

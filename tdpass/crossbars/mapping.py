@@ -145,7 +145,8 @@ def map_model(
     chosen = [layer for name, layer in layers.items() if selects(name, include, exclude)]
     if not chosen:
         raise UsageError(
-            f"include={tuple(include)}, exclude={tuple(exclude)} leave no site to map; the model has: {', '.join(layers) or 'none'}"
+            f"include={tuple(include)}, exclude={tuple(exclude)} leave no site to map; the model has: "
+            f"{', '.join(layers) or 'none'}"
         )
     levels, matrices, values, sets = device_levels(array), list[MappedMatrix](), list[Tensor](), 0
     for layer in chosen:
@@ -244,7 +245,8 @@ def _check_signs(level: Tensor, place: Place, site: str) -> None:
     for part in torch.split(level, list(place.groups)):
         if bool(((part > 0).any(0) & (part < 0).any(0)).any()):
             raise PlanError(
-                f"site {site!r} has fragments with weights of both signs; train it with Crossbar for this array, or take an array with signs: pair"
+                f"site {site!r} has fragments with weights of both signs; train it with Crossbar for this "
+                "array, or take an array with signs: pair"
             )
 
 

@@ -148,7 +148,8 @@ class _ArrayOps(TorchOps):
             return self._product(a, sums)
         if a.dim() != b.dim():
             raise UsageError(
-                "a weight on the left of all activations is mapped, not simulated; leave its site out of the map with exclude="
+                "a weight on the left of all activations is mapped, not simulated; leave its site out of "
+                "the map with exclude="
             )
         parts = torch.einsum("gmk,pgkn->pgmn", self._entered(a), sums.parts.to(a))
         return (self._converted(parts) * sums.worth.to(a)[:, :, None]).sum(0)
@@ -183,7 +184,8 @@ class _ArrayOps(TorchOps):
         groups: int = 1,
     ) -> Tensor:
         raise UsageError(
-            "transposed convolutions on arrays are priced and mapped, not simulated; leave their sites out of the map with exclude="
+            "transposed convolutions on arrays are priced and mapped, not simulated; leave their sites out "
+            "of the map with exclude="
         )
 
     def _product(self, x: Tensor, sums: Sums) -> Tensor:
@@ -258,6 +260,7 @@ def _pads(module: nn.Module, name: str) -> tuple[str, tuple[int, ...]] | None:
         return (module.padding_mode, module.pads) if module.pads else None
     if not isinstance(module, dense_modules()) or getattr(module, "padding_mode", "zeros") != "zeros":
         raise UsageError(
-            f"{name!r} is a {type(module).__name__} that is not simulated: only layers of their own that pad with zeros are; use exclude="
+            f"{name!r} is a {type(module).__name__} that is not simulated: only layers of their own that "
+            "pad with zeros are; use exclude="
         )
     return None

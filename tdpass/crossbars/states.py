@@ -41,7 +41,8 @@ def digit_weights(array: CrossbarArray) -> Tensor:
 def _sums(array: CrossbarArray) -> tuple[tuple[float, tuple[int, ...]], ...]:
     if array.signs == "offset":
         raise UsageError(
-            "weights with an offset are priced, not mapped, as a zero weight is no absent cell there; use an array with signs: pair or fragments"
+            "weights with an offset are priced, not mapped, as a zero weight is no absent cell there; use "
+            "an array with signs: pair or fragments"
         )
     base, found = 2**array.cell_bits, dict[float, tuple[int, ...]]()
     for states in product(range(base), repeat=array.digits):

@@ -116,7 +116,8 @@ class Dataset:
             return self
         if len(sample) != 3 or len(self.sample) != 3 or sample[0] not in (None, 1, 3):
             raise UsageError(
-                f"the network reads inputs of shape {tuple(sample)}, and {self.name!r} has {self.sample}; only images are resized"
+                f"the network reads inputs of shape {tuple(sample)}, and {self.name!r} has {self.sample}; "
+                "only images are resized"
             )
         training, calibration, tuning, test = (
             Examples(_resized(part.inputs, sample), part.targets) for part in map(self.part, PARTS)

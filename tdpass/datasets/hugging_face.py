@@ -47,7 +47,8 @@ def _split(name: str, split: str) -> Examples | None:
     if not images or not labels:
         columns = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
         raise UsageError(
-            f"the data set {name!r} needs a column of images and one of classes; it has {columns}; make batches of it in Python"
+            f"the data set {name!r} needs a column of images and one of classes; it has {columns}; make "
+            "batches of it in Python"
         )
     column = next((entry for entry in labels if entry in ("label", "labels", "fine_label")), labels[0])
     return Examples(stacked(rows[images[0]], name), torch.as_tensor(list(rows[column])).long())

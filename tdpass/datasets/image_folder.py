@@ -42,7 +42,8 @@ def _classes(folder: Path) -> list[str]:
     found = sorted(place.name for place in folder.iterdir() if place.is_dir() and image_files(place))
     if len(found) < 2:
         raise UsageError(
-            f"{folder} has images of {len(found)} classes; give a folder with a sub-folder of images per class, at least two"
+            f"{folder} has images of {len(found)} classes; give a folder with a sub-folder of images per "
+            "class, at least two"
         )
     return found
 

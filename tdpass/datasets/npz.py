@@ -36,7 +36,8 @@ class Npz(Source):
         if training is None:
             wanted = ", ".join("/".join(pair) for pair in _PAIRS)
             raise UsageError(
-                f"{text} holds {', '.join(arrays)}; a data set needs two arrays named {wanted}, or these with _train and _test"
+                f"{text} holds {', '.join(arrays)}; a data set needs two arrays named {wanted}, or these "
+                "with _train and _test"
             )
         return measured(text, training, _pair(arrays, "_test"))
 

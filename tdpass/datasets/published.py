@@ -96,7 +96,8 @@ def _reader(name: str, folder: str) -> Callable[[str], Examples]:
     if hugging_face.installed():
         return functools.partial(hugging_face.split_of, known.hugging_face)
     raise UsageError(
-        f"the data set {name!r} is not here; install torchvision or datasets (pip install datasets pillow), which fetch it, or name the folder "
+        f"the data set {name!r} is not here; install torchvision or datasets (pip install datasets pillow), "
+        "which fetch it, or name the folder "
         f"that holds it in {_VARIABLE}; data=digits (--data digits) needs neither"
     )
 
@@ -106,7 +107,8 @@ def _from_folder(folder: Path, name: str, split: str) -> Examples:
     spec = importlib.util.spec_from_file_location("tdpass_data_load", path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise UsageError(
-            f"{_VARIABLE} names {str(folder)!r}, which holds no data/load.py; name the folder that does, or unset it"
+            f"{_VARIABLE} names {str(folder)!r}, which holds no data/load.py; name the folder that does, or "
+            "unset it"
         )
     module = importlib.util.module_from_spec(spec)
     try:

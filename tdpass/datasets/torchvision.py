@@ -35,7 +35,8 @@ def split_of(name: str, split: str) -> Examples:
         pixels, labels = found.data, found.targets
     except (TypeError, AttributeError):
         raise UsageError(
-            f"torchvision's {name} is not one of images in memory with a train and a test split; make batches of it in Python"
+            f"torchvision's {name} is not one of images in memory with a train and a test split; make "
+            "batches of it in Python"
         ) from None
     except (OSError, RuntimeError) as error:
         raise InvalidModelError(f"torchvision cannot fetch {name}: {error}") from None

@@ -97,14 +97,16 @@ def tdpass_backend(
     chosen = Options.of(options)
     if mode not in (None, "default"):
         raise UsageError(
-            f"mode={mode!r} is inductor's; this backend takes options={{...}}, or wrap the model for inductor instead"
+            f"mode={mode!r} is inductor's; this backend takes options={{...}}, or wrap the model for "
+            "inductor instead"
         )
     inner = _INNER[chosen.inner]
     if torch.is_grad_enabled() and any(
         isinstance(value, Tensor) and value.requires_grad for value in example_inputs
     ):
         log.warning(
-            "a graph that computes gradients is left as it is; call the model under torch.no_grad() to have it rewritten"
+            "a graph that computes gradients is left as it is; call the model under torch.no_grad() to have "
+            "it rewritten"
         )
         return inner(graph_module, example_inputs)
     draft = Draft(graph_module, example_inputs, frozen=chosen.freeze)
@@ -233,7 +235,8 @@ def _decisions(draft: Draft, options: Options) -> Decide | None:
             return None
         if choice.joint:
             log.warning(
-                "%s stays dense: it was planned together with other layers; compress the model with tdpass.compress instead",
+                "%s stays dense: it was planned together with other layers; compress the model with "
+                "tdpass.compress instead",
                 path,
             )
             return None

@@ -110,7 +110,8 @@ class FrozenRunner:
         """Compile for these weights."""
         if [_look(value) for value in sources] != self.looks:
             raise UsageError(
-                "a frozen graph met weights of another shape or type; call torch.compiler.reset() to have it recorded anew"
+                "a frozen graph met weights of another shape or type; call torch.compiler.reset() to have "
+                "it recorded anew"
             )
         known = all_inputs(self.steps, self.given_count, dict(zip(self.sources, sources, strict=True)))
         names = {name: f"constant_{index}" for name, index in self.names.items()}
@@ -128,7 +129,8 @@ class FrozenRunner:
             }
         if self.dynamic and self.recorded:
             log.warning(
-                "a frozen graph of dynamic sizes met other weights and is not compiled for them; call torch.compiler.reset()"
+                "a frozen graph of dynamic sizes met other weights and is not compiled for them; call "
+                "torch.compiler.reset()"
             )
             return module.forward  # type: ignore[no-any-return]
         self.recorded = True

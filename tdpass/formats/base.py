@@ -248,7 +248,8 @@ class Format(ABC):
         top = self.ranks(site)[-1]
         if len(rank) != len(top) or not all(1 <= r <= t for r, t in zip(rank, top, strict=True)):
             raise PlanError(
-                f"{self.name} rank {rank} does not fit site {site.name!r} of shape {site.shape}; allowed is 1 to {top} in each place"
+                f"{self.name} rank {rank} does not fit site {site.name!r} of shape {site.shape}; allowed is "
+                f"1 to {top} in each place"
             )
 
     def cost(self, site: Site, rank: Rank) -> Cost:

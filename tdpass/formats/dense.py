@@ -58,7 +58,8 @@ class Dense(Format):
         reaches = kind_of(site).reaches(site)
         if bias is None or reaches is None:
             raise PlanError(
-                f"site {site.name!r} reads nothing, has {'no' if bias is None else 'a'} bias, and its kind is {site.kind}; plan again"
+                f"site {site.name!r} reads nothing, has {'no' if bias is None else 'a'} bias, and its kind "
+                f"is {site.kind}; plan again"
             )
         return ops.fill(x, bias, reaches)
 

@@ -122,7 +122,8 @@ class Layer(Formed):
         ours, theirs = FORMATS.get(self.format), FORMATS.get(format_name)
         if ours.chain.name != theirs.chain.name:
             raise PlanError(
-                f"'{self.form}' does not convert to {format_name}, which stores the factors of {theirs.chain.name}; factorize the weight anew"
+                f"'{self.form}' does not convert to {format_name}, which stores the factors of "
+                f"{theirs.chain.name}; factorize the weight anew"
             )
         whole = {
             name: factor.double() if factor.is_floating_point() else factor

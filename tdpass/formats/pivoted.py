@@ -57,7 +57,8 @@ class Pivoted(Format):
             raise PlanError(f"{self.name} is made of {error}") from None
         if not self.spares(site, rank):
             raise PlanError(
-                f"{self.name} rank {rank} has nothing to spare at site {site.name!r} of shape {site.shape}; plan it as {self.inner.name}"
+                f"{self.name} rank {rank} has nothing to spare at site {site.name!r} of shape {site.shape}; "
+                f"plan it as {self.inner.name}"
             )
 
     def begin(self, weight: Tensor, site: Site, metric: Metric) -> Decomposition:

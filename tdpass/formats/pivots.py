@@ -52,7 +52,8 @@ def leading_coefficients(matrix: Tensor) -> Tensor:
     largest = float(solved.abs().max()) if solved.numel() else 0.0
     if not (largest <= 2 * BOUND and left <= 1e-9 * float(matrix.norm())):
         raise NumericalError(
-            f"the leading {r} of {len(matrix)} rows do not make up the others by coefficients up to {2 * BOUND:g}"
+            f"the leading {r} of {len(matrix)} rows do not make up the others by coefficients up to "
+            f"{2 * BOUND:g}"
         )
     return solved
 

@@ -152,7 +152,8 @@ def _each(
     """What is read from the texts, one for all factors or one for each."""
     if len(texts) not in {0, 1, len(shapes)}:
         raise PlanError(
-            f"form '{form}' has {len(texts)} {what} for the factors {', '.join(shapes)}; give one for all, or one for each"
+            f"form '{form}' has {len(texts)} {what} for the factors {', '.join(shapes)}; give one for all, "
+            "or one for each"
         )
     made = [read(text) for text in texts]
     return dict(zip(shapes, made if len(made) == len(shapes) else made * len(shapes), strict=False))

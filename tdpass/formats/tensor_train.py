@@ -154,12 +154,14 @@ class TensorTrain(Format):
         lengths = family_of(site).allowed
         if len(rank) not in lengths:
             raise PlanError(
-                f"{self.name} rank {rank} does not fit site {site.name!r} of shape {site.shape}; give one of {list(lengths)} numbers"
+                f"{self.name} rank {rank} does not fit site {site.name!r} of shape {site.shape}; give one "
+                f"of {list(lengths)} numbers"
             )
         limits = train_of(site, len(rank)).limits
         if not all(1 <= r <= limit for r, limit in zip(rank, limits, strict=True)):
             raise PlanError(
-                f"{self.name} rank {rank} does not fit site {site.name!r} of shape {site.shape}; allowed is 1 to {limits} in each place"
+                f"{self.name} rank {rank} does not fit site {site.name!r} of shape {site.shape}; allowed is "
+                f"1 to {limits} in each place"
             )
 
     def decompose(self, weight: Tensor, site: Site, metric: Metric) -> Decomposition:

@@ -157,7 +157,8 @@ def open_attention(model: nn.Module, fused: Sequence[str] = ()) -> nn.Module:
     missing = [glob for glob in fused if glob not in fits]
     if missing:
         raise UsageError(
-            f"fused={missing[0]!r} fits no nn.Linear whose outputs divide by 3; give the names of layers that make query, key and value"
+            f"fused={missing[0]!r} fits no nn.Linear whose outputs divide by 3; give the names of layers "
+            "that make query, key and value"
         )
     for module in made.modules():
         if isinstance(module, nn.TransformerEncoder) and any(

@@ -92,16 +92,19 @@ class AdmmNN(SparseWeights):
                 raise UsageError(f"{option}={value!r} is unknown to {self.name}; known: {', '.join(known)}")
         if not 0 <= self.least_share <= 1:
             raise UsageError(
-                f"least_share={self.least_share} is not within 0 to 1; it is a share of what a layer would keep if all kept alike"
+                f"least_share={self.least_share} is not within 0 to 1; it is a share of what a layer would "
+                "keep if all kept alike"
             )
         if self.keep < 1 or not 0 < self.reach <= 1:
             raise UsageError(
-                f"keep={self.keep}, reach={self.reach}: keep at least one weight, and reach that number within a share in (0, 1] of the phase"
+                f"keep={self.keep}, reach={self.reach}: keep at least one weight, and reach that number "
+                "within a share in (0, 1] of the phase"
             )
         unknown = set(self.rates) - set(PHASES)
         if unknown or not all(rate > 0 for rate in self.rates.values()):
             raise UsageError(
-                f"rates={dict(self.rates)!r} are not positive factors on the learning rate of phases; the phases are {', '.join(PHASES)}"
+                f"rates={dict(self.rates)!r} are not positive factors on the learning rate of phases; the "
+                f"phases are {', '.join(PHASES)}"
             )
         if self.bits_per_weight is not None and not 1 <= self.bits_per_weight <= 8:
             raise UsageError(
@@ -109,7 +112,8 @@ class AdmmNN(SparseWeights):
             )
         if self.bits_per_weight is not None and not self.quantize + self.fix:
             raise UsageError(
-                f"bits_per_weight={self.bits_per_weight} with quantize=0 and fix=0 would put no weight on a level; give either some rounds"
+                f"bits_per_weight={self.bits_per_weight} with quantize=0 and fix=0 would put no weight on a "
+                "level; give either some rounds"
             )
 
     @torch.no_grad()

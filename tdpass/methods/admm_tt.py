@@ -78,15 +78,18 @@ class AdmmTT(FactoredByAdmm):
         ]
         if self.formats and not isinstance(self.start, Mapping):
             raise UsageError(
-                f"formats={tuple(self.formats)} are for the planner to choose from, which has no budget; give start={{'params': 0.3}}"
+                f"formats={tuple(self.formats)} are for the planner to choose from, which has no budget; "
+                f"give start={{'params': 0.3}}"
             )
         if len(given) != 1:
             raise UsageError(
-                f"{self.name} takes exactly one of budget, ranks and start, not {' and '.join(given) or 'none'}; give budget={{'params': 0.3}}"
+                f"{self.name} takes exactly one of budget, ranks and start, not "
+                f"{' and '.join(given) or 'none'}; give budget={{'params': 0.3}}"
             )
         if self.cuts is not None and (self.budget is None or self.format != "tensor_train"):
             raise UsageError(
-                f"cuts={self.cuts} are for tensor trains at ranks from a budget, not for format {self.format!r} by {given[0]}; leave them out"
+                f"cuts={self.cuts} are for tensor trains at ranks from a budget, not for format "
+                f"{self.format!r} by {given[0]}; leave them out"
             )
 
     @torch.no_grad()
@@ -112,7 +115,8 @@ class AdmmTT(FactoredByAdmm):
     def _fits(self) -> bool:
         if self.fit and self.calibration is None:
             raise UsageError(
-                f"fit=True fits the weights {self.name} begins with to data, and there is none; pass calibration=, or leave fit out"
+                f"fit=True fits the weights {self.name} begins with to data, and there is none; pass "
+                "calibration=, or leave fit out"
             )
         return self.calibration is not None and (self.start is not None if self.fit is None else self.fit)
 

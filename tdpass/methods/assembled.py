@@ -35,7 +35,8 @@ class Assembled:
         if target is not None:
             if batch is None:
                 report.note(
-                    f"the assembled network was not measured on {target.name}: there is nothing to call it with"
+                    f"the assembled network was not measured on {target.name}: there is nothing to call it "
+                    "with"
                 )
                 return
             before, after = self._on_target(target, original, artifact, batch, yardstick)

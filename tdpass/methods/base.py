@@ -59,7 +59,8 @@ class Method(ABC):
         """
         if not isinstance(model, nn.Module):
             raise UsageError(
-                f"{self.name} trains an nn.Module, not a {type(model).__name__}; for other models, compress without training"
+                f"{self.name} trains an nn.Module, not a {type(model).__name__}; for other models, compress "
+                "without training"
             )
         opened = open_model(model, example_inputs)
         if example_inputs is not None:
@@ -74,7 +75,8 @@ class Method(ABC):
         if not chosen:
             names = ", ".join(site.name for site in opened.sites()) or "none"
             raise UsageError(
-                f"include={tuple(self.include)}, exclude={tuple(self.exclude)} leave no site to train; the model has: {names}"
+                f"include={tuple(self.include)}, exclude={tuple(self.exclude)} leave no site to train; the "
+                f"model has: {names}"
             )
         self.sites = {site.name: site for site in chosen}
         self.example = opened.example()
@@ -104,7 +106,8 @@ class Method(ABC):
         if run.finetune and self.final:
             many = f"finetune={run.finetune} epochs would move them"
             raise UsageError(
-                f"{self.name} ends with weights where they shall stay, {many}; give its own phases more rounds"
+                f"{self.name} ends with weights where they shall stay, {many}; give its own phases more "
+                "rounds"
             )
         dense = yield from pretrained(run)
         network = self.prepare(dense, run.example_inputs, run.calibration)
@@ -180,14 +183,16 @@ class Method(ABC):
         phased = self.bind(model)
         if not phased.rounds:
             raise UsageError(
-                f"{self.name} has no rounds to train in; give at least one of its phases a round; tdpass.train factors directly without"
+                f"{self.name} has no rounds to train in; give at least one of its phases a round; "
+                "tdpass.train factors directly without"
             )
         self._hooks = Hooks(optimizer, [phased], lambda step: step % every == 0, phased.rounds)
 
     def _prepare_in_place(self, model: nn.Module, example_inputs: ExampleInputs, calibration: object) -> None:
         if self.prepare(model, example_inputs, calibration) is not model:
             raise UsageError(
-                f"{self.name} trains another module in the model's place; call network = method.prepare(model, example_inputs), "
+                f"{self.name} trains another module in the model's place; call network = "
+                "method.prepare(model, example_inputs), "
                 "make the optimizer for its parameters, and attach and finish the network"
             )
 
@@ -217,7 +222,8 @@ class Method(ABC):
             if not (weight.requires_grad if hooks is None else hooks.moves(weight))
         ]
         said = [
-            f"{self.name} did not train {name}: it is frozen, or no parameter of the optimizer; it is projected as it was"
+            f"{self.name} did not train {name}: it is frozen, or no parameter of the optimizer; it is "
+            "projected as it was"
             for name in found
         ]
         if hooks is not None and hooks.round < hooks.rounds:
@@ -228,7 +234,8 @@ class Method(ABC):
             )
             ran = f"{hooks.round} of the {hooks.rounds} rounds of {self.name} ran, {reason}"
             said.append(
-                f"{ran}: the last projection does what is left; attach the optimizer that trains, and train for all rounds"
+                f"{ran}: the last projection does what is left; attach the optimizer that trains, and train "
+                "for all rounds"
             )
         return said
 
@@ -240,7 +247,8 @@ class Method(ABC):
         rounds = Phased(self.phases()).rounds
         if rounds % rounds_per_epoch:
             raise UsageError(
-                f"the {rounds} rounds of {self.name} do not fill epochs of {rounds_per_epoch}; let its phases have a multiple of that"
+                f"the {rounds} rounds of {self.name} do not fill epochs of {rounds_per_epoch}; let its "
+                "phases have a multiple of that"
             )
         return rounds // rounds_per_epoch
 

@@ -71,7 +71,8 @@ class CascadedProjection(Method):
     def __post_init__(self) -> None:
         if not 0 < self.width < 1:
             raise UsageError(
-                f"width={self.width} is no share of the channels to be left; give one between 0 and 1, such as 0.5"
+                f"width={self.width} is no share of the channels to be left; give one between 0 and 1, such "
+                "as 0.5"
             )
         if self.start not in get_args(Start):
             raise UsageError(
@@ -83,7 +84,8 @@ class CascadedProjection(Method):
     def choose(self, model: nn.Module) -> None:
         if self.example is None:
             raise UsageError(
-                f"{self.name} needs to see the model running; pass example_inputs, and calibration data to start from"
+                f"{self.name} needs to see the model running; pass example_inputs, and calibration data to "
+                "start from"
             )
         self.given = copy.deepcopy(model)
         self.folded = open_model(copy.deepcopy(model).eval(), self.example)
@@ -98,7 +100,8 @@ class CascadedProjection(Method):
         if not groups:
             why = "; ".join(f"{name}: {reason}" for name, reason in self.reasons.items())
             raise UsageError(
-                f"no site feeds another alone, so there is no channel to project ({why}); leave more sites in, or train another method"
+                f"no site feeds another alone, so there is no channel to project ({why}); leave more sites "
+                "in, or train another method"
             )
         metrics = metrics_of(self.folded, [sites[name] for group in groups for name in group], data)
         network = Network(sites, self.folded.weight, self.folded.bias, tapes, metrics)
@@ -195,7 +198,8 @@ def _projections(model: nn.Module, names: Sequence[str], method: str) -> dict[st
             found[name] = made.after
         except AttributeError:
             raise UsageError(
-                f"the model projects no channels of {name!r}; attach {method} to the module that prepare() returned"
+                f"the model projects no channels of {name!r}; attach {method} to the module that prepare() "
+                "returned"
             ) from None
     return found
 

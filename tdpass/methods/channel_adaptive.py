@@ -76,22 +76,26 @@ class ChannelAdaptive(Method):
                 or not all(0 < value <= 1 for value in values)
             ):
                 raise UsageError(
-                    f"{option}={tuple(values)} are no shares of the whole; give different numbers above 0 and up to 1, with 1 among them"
+                    f"{option}={tuple(values)} are no shares of the whole; give different numbers above 0 "
+                    "and up to 1, with 1 among them"
                 )
         if len(self.widths) * len(self.ranks) < 2:
             raise UsageError(
-                f"widths={tuple(self.widths)}, ranks={tuple(self.ranks)} are one setting; give more widths or ranks"
+                f"widths={tuple(self.widths)}, ranks={tuple(self.ranks)} are one setting; give more widths "
+                "or ranks"
             )
         if not (0 <= self.distill <= 1 and self.temperature > 0 and self.random >= 0):
             options = f"distill={self.distill}, temperature={self.temperature}, random={self.random}"
             raise UsageError(
-                f"{options} do not fit; distill is a share of the loss, the temperature above 0, and random a number of settings"
+                f"{options} do not fit; distill is a share of the loss, the temperature above 0, and random "
+                "a number of settings"
             )
 
     def restructured(self, model: nn.Module) -> nn.Module:
         if self.example is None:
             raise UsageError(
-                f"{self.name} needs to see the model running to know which channels belong together; pass example_inputs="
+                f"{self.name} needs to see the model running to know which channels belong together; pass "
+                "example_inputs="
             )
         for pads in (True, False):
             adaptation, self.why = self._adaptation(model, pads=pads)
@@ -104,7 +108,8 @@ class ChannelAdaptive(Method):
         if len(self.ranks) == 1 and not any(form.shrinks for form in adaptation.layers.values()):
             reasons = "; ".join(f"{name}: {why}" for name, why in self.why.items())
             raise UsageError(
-                f"no layer can have fewer channels ({reasons}); give several ranks, which need none, as in ranks=[0.5, 1.0]"
+                f"no layer can have fewer channels ({reasons}); give several ranks, which need none, as in "
+                "ranks=[0.5, 1.0]"
             )
         return adapt(copy.deepcopy(model), adaptation)
 

@@ -75,7 +75,8 @@ class Controller:
             least = min(self.settings, key=lambda setting: setting.cost.get(next(iter(limits))))
             smallest = ", ".join(f"{measure}={least.cost.get(measure):.4g}" for measure in limits)
             raise BudgetError(
-                f"no width is within {wanted}; the smallest, {least.width} at rank {least.rank}, takes {smallest}"
+                f"no width is within {wanted}; the smallest, {least.width} at rank {least.rank}, takes "
+                f"{smallest}"
             )
         best = max(within, key=lambda setting: (setting.score or 0.0, setting.cost.macs))
         dial, adaptation = dial_of(self.model), dial_of(self.model).adaptation

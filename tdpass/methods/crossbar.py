@@ -94,11 +94,13 @@ class Crossbar(SparseWeights):
         self.states = device_levels(self.machine)
         if self.metric not in get_args(Metric) or self.side not in get_args(Side):
             raise UsageError(
-                f"metric={self.metric!r}, side={self.side!r}: known are {', '.join((*get_args(Metric), *get_args(Side)))}"
+                f"metric={self.metric!r}, side={self.side!r}: known are "
+                f"{', '.join((*get_args(Metric), *get_args(Side)))}"
             )
         if self.keep is None and not self.groups:
             raise UsageError(
-                "nothing says what is kept; give keep, the number of weights, or groups such as {'fc*': {'filter': 0.5}}"
+                "nothing says what is kept; give keep, the number of weights, or groups such as {'fc*': "
+                "{'filter': 0.5}}"
             )
         wrong = [
             f"{group}: {share}"
@@ -110,12 +112,14 @@ class Crossbar(SparseWeights):
             raise UsageError(f"groups have {wrong[0]}; give {', '.join(WHOLE)} with a share kept in (0, 1]")
         if not 0 < self.reach < 1 or not 0 <= self.least <= 1 or self.noise < 0:
             raise UsageError(
-                f"reach={self.reach}, least={self.least}, noise={self.noise}: shares within 0 and 1 (reach strictly), a deviation of 0 or more"
+                f"reach={self.reach}, least={self.least}, noise={self.noise}: shares within 0 and 1 (reach "
+                "strictly), a deviation of 0 or more"
             )
         unknown = set(self.rates) - set(PHASES)
         if unknown or not all(rate > 0 for rate in self.rates.values()):
             raise UsageError(
-                f"rates={dict(self.rates)!r} are not positive factors on the learning rate of phases; the phases are {', '.join(PHASES)}"
+                f"rates={dict(self.rates)!r} are not positive factors on the learning rate of phases; the "
+                f"phases are {', '.join(PHASES)}"
             )
 
     @torch.no_grad()
@@ -231,7 +235,8 @@ class Crossbar(SparseWeights):
             sum(after.values(), report.final),
         )
         report.note(
-            f"{sum(use.arrays for use in uses.values()):,} arrays of {self.machine.rows} x {self.machine.columns} cells hold the weights"
+            f"{sum(use.arrays for use in uses.values()):,} arrays of {self.machine.rows} x "
+            f"{self.machine.columns} cells hold the weights"
         )
         choices = [
             replace(choice, cost=choice.cost + after[choice.site], dense=choice.dense + before[choice.site])

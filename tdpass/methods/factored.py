@@ -82,7 +82,8 @@ class Factored(Method):
                 artifact.report.note(f"{choice.site} stays dense: {choice.reason}")
             elif not shrinks(self.sites[choice.site], choice.format, choice.rank):
                 artifact.report.note(
-                    f"{choice.site} is larger in a measure as {choice.format} of rank {choice.rank}, which it was given, than dense"
+                    f"{choice.site} is larger in a measure as {choice.format} of rank {choice.rank}, which "
+                    "it was given, than dense"
                 )
         return artifact
 
@@ -192,13 +193,15 @@ def site_limit(
     parsed = Budget.parse(budget)
     if len(parsed.bounds) != 1 or parsed.bounds[0][0] == "bytes":
         raise BudgetError(
-            f"budget {parsed} does not bound exactly one of params, macs and what a target tells; give one, such as {{'params': 0.3}}"
+            f"budget {parsed} does not bound exactly one of params, macs and what a target tells; give one, "
+            f"such as {{'params': 0.3}}"
         )
     ((measure, bound),) = parsed.bounds
     if MEASURES.get(measure).needs is Needs.TARGET:
         if price is None:
             raise BudgetError(
-                f"a budget on {measure} needs a machine that tells them; pass target='cpu' to a method that takes it, or bound macs"
+                f"a budget on {measure} needs a machine that tells them; pass target='cpu' to a method that "
+                "takes it, or bound macs"
             )
         return measure, bound.limit(sum(price(site, None) for site in sites.values()))
     if measure == "macs" and not all(site.seen for site in sites.values()):
@@ -209,6 +212,7 @@ def site_limit(
     limit = bound.limit(total) - (total - own)
     if limit <= 0:
         raise BudgetError(
-            f"budget {measure}={bound} of {total:,} leaves nothing for the {len(sites)} sites, which hold {own:,}; raise it, or include more"
+            f"budget {measure}={bound} of {total:,} leaves nothing for the {len(sites)} sites, which hold "
+            f"{own:,}; raise it, or include more"
         )
     return measure, limit

@@ -141,7 +141,8 @@ class Haloc(Factored):
             return limit, tariff if tariff.target else Tariff(measure)
         if tariff.measure == "macs" and not all(site.seen for site in self.sites.values()):
             raise UsageError(
-                "multiply-adds as the cost need to see the model running; pass example_inputs=, or measure='params'"
+                "multiply-adds as the cost need to see the model running; pass example_inputs=, or "
+                "measure='params'"
             )
         return math.inf, tariff
 
@@ -265,7 +266,8 @@ class Haloc(Factored):
             f"{self.trains / self.replaces:.2f} times those of the dense model",
         )
         artifact.report.note(
-            f"{self.name} chose among {count} forms of {len(self.menus)} sites and trained {self.trains:,} parameters, {times}"
+            f"{self.name} chose among {count} forms of {len(self.menus)} sites and trained {self.trains:,} "
+            f"parameters, {times}"
         )
         if self.answers is None:
             artifact.report.note(

@@ -70,7 +70,8 @@ class IncrementalTasks:
         if min(first_rank, step_rank) < 1 or ranks not in get_args(Ranks):
             options = f"first_rank={first_rank}, step_rank={step_rank}, ranks={ranks!r}"
             raise UsageError(
-                f"{options} add no columns; ranks are at least 1, divided as one of: {', '.join(get_args(Ranks))}"
+                f"{options} add no columns; ranks are at least 1, divided as one of: "
+                f"{', '.join(get_args(Ranks))}"
             )
         if not isinstance(model, nn.Module):
             raise UsageError(
@@ -86,7 +87,8 @@ class IncrementalTasks:
         chosen = [name for name in sites if name != last and selects(name, include, exclude)]
         if not chosen:
             raise UsageError(
-                f"head={last!r}, include={tuple(include)}, exclude={tuple(exclude)} leave no site to factor; the model has: {', '.join(sites)}"
+                f"head={last!r}, include={tuple(include)}, exclude={tuple(exclude)} leave no site to "
+                f"factor; the model has: {', '.join(sites)}"
             )
         self.first_rank, self.step_rank, self.ranks, self.example = (
             first_rank,
@@ -136,7 +138,8 @@ class IncrementalTasks:
         learned = Task(**parts, own=dense_values(trained, self.own))
         if not all(bool(torch.isfinite(value).all()) for value in learned.tensors().values()):
             raise TrainingError(
-                "the task ended in numbers that are not finite and is not kept; lower the learning rate, or clip gradients"
+                "the task ended in numbers that are not finite and is not kept; lower the learning rate, or "
+                "clip gradients"
             )
         if self.path is not None:
             write_tasks(self.path, self._growing, [*self.tasks, learned])

@@ -69,7 +69,8 @@ class Lc(FactoredByAdmm):
         if not (math.isfinite(self.penalty) and self.penalty >= 0) or not (self.penalty or self.budget):
             options = f"penalty={self.penalty}, budget={self.budget}"
             raise UsageError(
-                f"{options} put no price on ranks; give {self.name} a penalty above 0, such as 0.5, or a budget"
+                f"{options} put no price on ranks; give {self.name} a penalty above 0, such as 0.5, or a "
+                "budget"
             )
         as_schedule(self.rho, "rho")
 

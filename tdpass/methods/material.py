@@ -62,7 +62,8 @@ class Material:
     def _set_for(self, part: str) -> Dataset:
         if self.dataset is None:
             raise UsageError(
-                f"{part!r} is a part of a data set, and this data is a function's; name a function for it, as package.module:name"
+                f"{part!r} is a part of a data set, and this data is a function's; name a function for it, "
+                "as package.module:name"
             )
         return self.dataset
 
@@ -111,7 +112,8 @@ def _started(made: Material, net: str, note: Callable[[str], None]) -> Material:
         return made
     epochs = made.pretrain or _EPOCHS
     note(
-        f"there are no trained weights of {net} for {made.dataset.name}: it is trained for {epochs} epochs first"
+        f"there are no trained weights of {net} for {made.dataset.name}: it is trained for {epochs} epochs "
+        "first"
     )
     return replace(made, pretrain=epochs, pretraining=made.pretraining or _FROM_SCRATCH)
 

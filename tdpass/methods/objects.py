@@ -22,7 +22,8 @@ def named(text: str) -> Any:
         return getattr(importlib.import_module(module_name), name)
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"cannot import {module_name!r} of {text!r}: {error}; run from the folder it lies in, or install it"
+            f"cannot import {module_name!r} of {text!r}: {error}; run from the folder it lies in, or "
+            "install it"
         ) from error
     except (AttributeError, ValueError):
         raise UsageError(

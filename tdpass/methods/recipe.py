@@ -78,7 +78,8 @@ class Recipe:
         """Check the keys of a recipe and the types of their values; raises `UsageError`."""
         if not isinstance(found, dict) or not {"model", "data"} <= set(found):
             raise UsageError(
-                f"{source} is not a training recipe; it maps at least 'model' and 'data', to names or package.module:name"
+                f"{source} is not a training recipe; it maps at least 'model' and 'data', to names or "
+                "package.module:name"
             )
         known = [entry.name for entry in fields(cls)]
         unknown = [key for key in found if key not in known]
@@ -101,7 +102,8 @@ class Recipe:
             for key in outer:
                 if not isinstance(inner.get(key), Mapping):
                     raise UsageError(
-                        f"the recipe has no {place!r} to set; write key=value or method.NAME.key=value with keys it has"
+                        f"the recipe has no {place!r} to set; write key=value or method.NAME.key=value with "
+                        "keys it has"
                     )
                 inner[key] = dict(inner[key])
                 inner = inner[key]

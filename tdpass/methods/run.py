@@ -92,7 +92,8 @@ def train(
     """
     if not isinstance(model, nn.Module):
         raise UsageError(
-            f"train takes an nn.Module, not a {type(model).__name__}; convert the model, or compress it without training"
+            f"train takes an nn.Module, not a {type(model).__name__}; convert the model, or compress it "
+            "without training"
         )
     if pretrain < 0 or finetune < 0:
         raise UsageError(f"pretrain={pretrain} and finetune={finetune} are epochs; give 0 or more")
@@ -223,7 +224,8 @@ def _wrapped(model: nn.Module, parallel: Parallel | None) -> nn.Module:
         return model
     if world()[1] == 1 and not torch.distributed.is_initialized():
         raise UsageError(
-            f"parallel={parallel!r} needs several processes; start with torchrun and torch.distributed.init_process_group()"
+            f"parallel={parallel!r} needs several processes; start with torchrun and "
+            "torch.distributed.init_process_group()"
         )
     if parallel == "ddp":
         return DistributedDataParallel(model)

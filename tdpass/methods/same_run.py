@@ -36,7 +36,8 @@ def check_same_run(folder: Path, name: str, facts: Mapping[str, object], resume:
         if found:
             differences = ", ".join(f"{key}={before!r}, not {now!r}" for key, (before, now) in found.items())
             raise UsageError(
-                f"{folder} holds a run with {differences}; resume it with what it was started with, or give another folder"
+                f"{folder} holds a run with {differences}; resume it with what it was started with, or give "
+                "another folder"
             )
     elif world()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,8 @@ class Tariff:
         if budget is not None and not set(budget.measures) & set(target.measures):
             tells = ", ".join(target.measures)
             raise BudgetError(
-                f"budget {budget} bounds nothing that target {target.name} tells; bound one of {tells}, or leave target out"
+                f"budget {budget} bounds nothing that target {target.name} tells; bound one of {tells}, or "
+                "leave target out"
             )
         return cls(deciding(target, budget)[0], target, Setting(on.batch, on.threads))
 

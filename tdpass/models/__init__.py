@@ -50,6 +50,7 @@ def as_example(value: ExampleInputs) -> Batch | None:
     others = [type(entry).__name__ for entry in entries if not isinstance(entry, Tensor)]
     if others:
         raise UsageError(
-            f"example_inputs hold a {others[0]}; give a tensor, a tuple or a dict of tensors (torch.from_numpy makes one of an array)"
+            f"example_inputs hold a {others[0]}; give a tensor, a tuple or a dict of tensors "
+            "(torch.from_numpy makes one of an array)"
         )
     return Batch((), value) if isinstance(value, dict) else Batch(tuple(entries))

@@ -172,11 +172,13 @@ def call_batch(model: Model, batches: Sequence[Batch], size: int) -> Batch:
     fixed = model.signature().fixed_batch()
     if fixed not in (None, size):
         raise UsageError(
-            f"the model takes exactly {fixed} samples at a time and cannot be timed with {size}; pass batch={fixed} (--batch {fixed})"
+            f"the model takes exactly {fixed} samples at a time and cannot be timed with {size}; pass "
+            f"batch={fixed} (--batch {fixed})"
         )
     example = batches[0] if batches else model.example()
     if example is None:
         raise UsageError(
-            "planning on measured time needs to see the model running; pass data= or example_inputs= (--data, --input)"
+            "planning on measured time needs to see the model running; pass data= or example_inputs= "
+            "(--data, --input)"
         )
     return example.resized(size)

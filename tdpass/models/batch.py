@@ -91,7 +91,8 @@ class Batch:
             return self.map(Tensor.contiguous)
         if not self.divisible or self.size == 0:
             raise UsageError(
-                f"the model takes its inputs as they are, {self.size} at a time, and cannot be called with {size} samples"
+                f"the model takes its inputs as they are, {self.size} at a time, and cannot be called with "
+                f"{size} samples"
             )
 
         def fit(tensor: Tensor, axis: int | None) -> Tensor:

@@ -178,12 +178,14 @@ class Calls:
         }
         if len(held) > 1:
             raise signature.unfit(
-                f"the inputs of sizes {[tuple(tensor.shape) for tensor in call.tensors]} hold different numbers of calls"
+                f"the inputs of sizes {[tuple(tensor.shape) for tensor in call.tensors]} hold different "
+                "numbers of calls"
             )
         ((length, size),) = held
         if length < size:
             raise UsageError(
-                f"the model takes exactly {size} samples at a time, the data holds {length}; give more, or export it with a dynamic first axis"
+                f"the model takes exactly {size} samples at a time, the data holds {length}; give more, or "
+                "export it with a dynamic first axis"
             )
         axes = tuple(
             next(iter(found), open_axis(*pair, length)) for pair, found in zip(pairs, beyond, strict=True)

@@ -34,7 +34,8 @@ def unstacked(batch: Batch, inputs: Sequence[Input]) -> Iterator[Batch]:
     if len(counts) > 1:
         shapes = [tuple(tensor.shape) for tensor in tensors]
         raise UsageError(
-            f"inputs of shapes {shapes} hold different numbers of calls along their first axis; give as many of each"
+            f"inputs of shapes {shapes} hold different numbers of calls along their first axis; give as "
+            "many of each"
         )
     (count,) = counts
     beside = [

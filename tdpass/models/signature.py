@@ -49,7 +49,8 @@ class Input:
         if not bool(unchanged):
             largest = float(tensor.abs().max()) if before is not torch.bool else 1.0
             raise InvalidModelError(
-                f"{told}, with numbers up to {largest:g}, which {_plain(after)} cannot hold; scale or clip them as for training"
+                f"{told}, with numbers up to {largest:g}, which {_plain(after)} cannot hold; scale or clip "
+                "them as for training"
             )
         return made
 

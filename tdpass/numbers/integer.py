@@ -51,14 +51,16 @@ class Integer(Numbers, ABC):
             return 1 if self.group else shape[0]
         if (math.prod(shape) // shape[0]) % self.group:
             raise PlanError(
-                f"{self} does not divide a factor of shape {shape}: a channel holds {math.prod(shape) // shape[0]} numbers; choose another group"
+                f"{self} does not divide a factor of shape {shape}: a channel holds "
+                f"{math.prod(shape) // shape[0]} numbers; choose another group"
             )
         return math.prod(shape) // self.group
 
     def parts(self, shape: Shape, kept: int | None = None) -> dict[str, Part]:
         if kept is not None and self.zero:
             raise PlanError(
-                f"{self} has a zero point, and entries that are not stored are zero; leave out '/zero' beside a support"
+                f"{self} has a zero point, and entries that are not stored are zero; leave out '/zero' "
+                "beside a support"
             )
         rows = (self.rows(shape),)
         found = {VALUES: self.stored(shape if kept is None else (kept,)), _SCALE: Part(rows, torch.float32)}

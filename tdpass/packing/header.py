@@ -120,7 +120,8 @@ def read_header(block: bytes, name: str) -> tuple[Header, bytes, bytes]:
         ) from None
     except (IndexError, ValueError):
         raise InvalidModelError(
-            f"the packed tensor {name!r} is damaged: its header is cut off; write the file again with Artifact.save"
+            f"the packed tensor {name!r} is damaged: its header is cut off; write the file again with "
+            "Artifact.save"
         ) from None
     return header, block[offset : offset + size], block[offset + size : -_CHECK]
 

@@ -27,7 +27,8 @@ def packed_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     taken = [name for name in tensors if name.endswith(SUFFIX)]
     if taken:
         raise UsageError(
-            f"the model names a tensor {taken[0]!r}; names that end with {SUFFIX!r} are kept for packed tensors, so give it another"
+            f"the model names a tensor {taken[0]!r}; names that end with {SUFFIX!r} are kept for packed "
+            "tensors, so give it another"
         )
     written = {}
     for name, tensor in tensors.items():
@@ -50,7 +51,8 @@ def blocks_in(file: Any) -> dict[str, bytes]:
             held = file.get_tensor(name)
             if held.dtype is not torch.uint8:
                 raise InvalidModelError(
-                    f"the packed tensor {name!r} holds {held.dtype} instead of bytes; write the file again with Artifact.save"
+                    f"the packed tensor {name!r} holds {held.dtype} instead of bytes; write the file again "
+                    "with Artifact.save"
                 )
             blocks[name.removesuffix(SUFFIX)] = held.numpy().tobytes()
     return blocks

@@ -54,7 +54,8 @@ class Divergence:
         for name, weight in self.weights.items():
             if not 0 <= weight < float("inf"):
                 raise UsageError(
-                    f"the weight {weight!r} of output {name!r} is negative or infinite; 1 is usual, 0 leaves it out"
+                    f"the weight {weight!r} of output {name!r} is negative or infinite; 1 is usual, 0 "
+                    "leaves it out"
                 )
 
     def outputs(self, returned: object) -> dict[str, Tensor]:

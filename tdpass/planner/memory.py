@@ -60,7 +60,8 @@ def memory_limit() -> int:
     limit = size_of(text)
     if limit < 1:
         raise UsageError(
-            f"TDPASS_MEMORY={text!r} is not a size in memory; write a number of bytes with a unit, such as '512MiB' or '4GiB'"
+            f"TDPASS_MEMORY={text!r} is not a size in memory; write a number of bytes with a unit, such as "
+            "'512MiB' or '4GiB'"
         )
     return limit
 

@@ -134,7 +134,8 @@ def _smallest(
                 amount(measure, least if MEASURES.get(measure).whole else least * 1.0005),
             )
             parts.append(
-                f"budget of {asked} {measure} is below the smallest reachable plan ({reachable}, of which {stays} in layers that stay)"
+                f"budget of {asked} {measure} is below the smallest reachable plan ({reachable}, of which "
+                f"{stays} in layers that stay)"
             )
     if not parts:
         return "no plan meets all budgets at once; raise one of them: " + ", ".join(

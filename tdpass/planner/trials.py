@@ -157,7 +157,8 @@ class Trials:
         if promise is Promise.SAME:
             moved, allowed = gap(trial.now, answer), self._rounding(trial, answer)
             return (
-                f"changed the outputs on {trial.what} by {moved:.3g} of their size, where rounding allows {allowed:.2g}"
+                f"changed the outputs on {trial.what} by {moved:.3g} of their size, where rounding allows "
+                f"{allowed:.2g}"
                 if moved > allowed
                 else ""
             )

@@ -61,5 +61,6 @@ def _built(source: ModuleSource, name: str, pretrained: bool) -> nn.Module:
         reason = next(iter(str(error).splitlines()), "")
         told = f"{source.name} cannot make {name!r} ({type(error).__name__}: {reason})"
         raise InvalidModelError(
-            f"{told}; check its name, and the connection where weights are fetched, or give them with --weights"
+            f"{told}; check its name, and the connection where weights are fetched, or give them with "
+            "--weights"
         ) from error

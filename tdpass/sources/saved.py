@@ -39,6 +39,7 @@ def load(path: Path | str, model: nn.Module | None = None) -> nn.Module:
     text = published_model(Path(path))
     if not text:
         raise UsageError(
-            f"{path} does not say how its model is built; give the dense model: tdpass.load({str(path)!r}, DenseClass())"
+            f"{path} does not say how its model is built; give the dense model: tdpass.load({str(path)!r}, "
+            "DenseClass())"
         )
     return artifact.load(path, module_of(text, pretrained=False))

@@ -22,7 +22,8 @@ class Timm(ModuleSource):
         library: Any = optional("timm", "timm", f"timm:{text}")
         if not library.is_model(text.partition(".")[0]):
             raise UsageError(
-                f"timm has no model {text!r}; near it: {', '.join(library.list_models(f'*{text[:6]}*')[:5]) or 'nothing'}"
+                f"timm has no model {text!r}; near it: "
+                f"{', '.join(library.list_models(f'*{text[:6]}*')[:5]) or 'nothing'}"
             )
         model: nn.Module = library.create_model(text, pretrained=pretrained)
         return model

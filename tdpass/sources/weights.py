@@ -27,7 +27,8 @@ def load_weights(module: nn.Module, path: Path) -> None:
     """
     if path.suffix not in (".safetensors", *_TORCH):
         raise UsageError(
-            f"--weights {path.name!r} is not a file of weights; give .safetensors, or a state dict in {', '.join(_TORCH)}"
+            f"--weights {path.name!r} is not a file of weights; give .safetensors, or a state dict in "
+            f"{', '.join(_TORCH)}"
         )
     state = _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
     if all(name.startswith(_PARALLEL) for name in state):
@@ -72,6 +73,7 @@ def _torch(path: Path) -> Mapping[str, Tensor]:
         or not all(isinstance(value, Tensor) for value in found.values())
     ):
         raise InvalidModelError(
-            f"{path} holds no state dict, a mapping of names to tensors; write one: torch.save(model.state_dict(), 'weights.pth')"
+            f"{path} holds no state dict, a mapping of names to tensors; write one: "
+            "torch.save(model.state_dict(), 'weights.pth')"
         )
     return found

@@ -34,6 +34,7 @@ class Blocks(Tiles):
         rows, columns = matrix_of(shape)
         if rows % self.high or columns % self.wide:
             raise PlanError(
-                f"support '{self}' does not divide a factor of shape {shape}, a matrix of {rows} x {columns}; choose other blocks"
+                f"support '{self}' does not divide a factor of shape {shape}, a matrix of {rows} x "
+                f"{columns}; choose other blocks"
             )
         return self.high, self.wide

@@ -41,7 +41,8 @@ class NOfM(Support):
     def tile(self, shape: Shape) -> tuple[int, int]:
         if matrix_of(shape)[1] % self.of:
             raise PlanError(
-                f"support '{self}' does not divide a factor of shape {shape}, whose rows hold {matrix_of(shape)[1]} numbers; choose another"
+                f"support '{self}' does not divide a factor of shape {shape}, whose rows hold "
+                f"{matrix_of(shape)[1]} numbers; choose another"
             )
         return 1, 1
 

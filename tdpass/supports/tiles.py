@@ -34,7 +34,8 @@ class Tiles(Support, ABC):
         found = amount_of(self.amount, whole)
         if found > whole:
             raise PlanError(
-                f"support '{self}' keeps {found} of the {whole} that a factor of shape {shape} has; keep fewer"
+                f"support '{self}' keeps {found} of the {whole} that a factor of shape {shape} has; keep "
+                "fewer"
             )
         return found
 

@@ -232,7 +232,8 @@ def record(
     with torch.no_grad():
         if not _equal(live.play().finish(), result):
             raise UnsupportedError(
-                "two runs on the same data differ: the model is not deterministic; put it in eval mode, or fix its seed in forward"
+                "two runs on the same data differ: the model is not deterministic; put it in eval mode, or "
+                "fix its seed in forward"
             )
     return live
 

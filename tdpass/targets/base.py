@@ -120,7 +120,8 @@ class Target(ABC):
         Raises `UsageError` on a target without sparse operators.
         """
         raise UsageError(
-            f"target {self.name} has no sparse operators; use target cpu, or a table of break-even sparsities, table:FILE.yaml"
+            f"target {self.name} has no sparse operators; use target cpu, or a table of break-even "
+            "sparsities, table:FILE.yaml"
         )
 
 

@@ -146,7 +146,8 @@ class BreakEvenTable:
             return 0.0
         wanted = ", ".join([*[_ANY] * 2, *map(str, site.kernel)])
         raise UsageError(
-            f"{self.name} says nothing of {site.name!r}; add a row {{kind: {site.kind}, group: {group}, shape: [{wanted}], sparsity: ...}}"
+            f"{self.name} says nothing of {site.name!r}; add a row {{kind: {site.kind}, group: {group}, "
+            f"shape: [{wanted}], sparsity: ...}}"
         )
 
 

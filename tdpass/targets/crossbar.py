@@ -124,7 +124,8 @@ class CrossbarArray(Constants):
     def sound(self) -> None:
         if self.weight_bits < 2 or self.width < 1:
             raise ValueError(
-                f"weights of {self.weight_bits} bits in cells of {self.cell_bits} do not fit {self.columns} columns"
+                f"weights of {self.weight_bits} bits in cells of {self.cell_bits} do not fit {self.columns} "
+                "columns"
             )
         if self.least_siemens >= self.most_siemens:
             raise ValueError(
@@ -134,11 +135,13 @@ class CrossbarArray(Constants):
             len(self.states) != 2**self.cell_bits or list(self.states) != sorted(set(self.states))
         ):
             raise ValueError(
-                f"states are {len(self.states)} conductances; give 2^cell_bits = {2**self.cell_bits} of them, ascending"
+                f"states are {len(self.states)} conductances; give 2^cell_bits = {2**self.cell_bits} of "
+                "them, ascending"
             )
         if self.states and not self.least_siemens <= self.states[0] < self.states[-1] <= self.most_siemens:
             raise ValueError(
-                f"states run from {self.states[0]} to {self.states[-1]}, outside least_siemens to most_siemens"
+                f"states run from {self.states[0]} to {self.states[-1]}, outside least_siemens to "
+                "most_siemens"
             )
 
     @property

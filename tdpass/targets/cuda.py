@@ -34,7 +34,8 @@ class CudaTarget(MeasuredTarget):
             )
         if frontend == "onnx":
             raise UsageError(
-                "target cuda times torch models, and this one is ONNX; give the torch model, or use target cpu"
+                "target cuda times torch models, and this one is ONNX; give the torch model, or use target "
+                "cpu"
             )
         return cls([runtime for runtime in RUNTIMES if cls.name in runtime.families], cache)
 

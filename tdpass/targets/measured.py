@@ -65,7 +65,8 @@ class MeasuredTarget(TimedTarget):
         """Seconds per form in the runtime that is fastest over all calls of the site."""
         if not site.seen:
             raise UsageError(
-                f"site {site.name!r} cannot be timed: the model was not seen running; pass data= or example_inputs="
+                f"site {site.name!r} cannot be timed: the model was not seen running; pass data= or "
+                "example_inputs="
             )
         wanted = list(dict.fromkeys(forms))
         sums = {(form, runtime.name): 0.0 for form in wanted for runtime in self.runtimes}
@@ -119,7 +120,8 @@ class MeasuredTarget(TimedTarget):
                 return call
         names = ", ".join(runtime.name for runtime in self.runtimes)
         raise UsageError(
-            f"a model that came through {model.frontend} does not run in {names}; leave the runtime out of target, or export the model for it"
+            f"a model that came through {model.frontend} does not run in {names}; leave the runtime out of "
+            "target, or export the model for it"
         )
 
     def _time_call(

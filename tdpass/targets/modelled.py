@@ -34,7 +34,8 @@ class ModelledTarget(Target):
     def cost(self, site: Site, forms: Sequence[Form], setting: Setting = ONE_CALL) -> list[Cost]:
         if not site.seen:
             raise UsageError(
-                f"site {site.name!r} cannot be priced: the model was not seen running; pass data= or example_inputs="
+                f"site {site.name!r} cannot be priced: the model was not seen running; pass data= or "
+                "example_inputs="
             )
         return [self._cost(site, form, setting.batch) for form in forms]
 

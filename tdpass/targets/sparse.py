@@ -51,15 +51,18 @@ class SparseTarget(MeasuredTarget):
         """
         if leaves_dense(site, group):
             raise UsageError(
-                f"zeros by {group} leave {site.name!r} a smaller dense layer; time that, or ask for weight or block"
+                f"zeros by {group} leave {site.name!r} a smaller dense layer; time that, or ask for weight "
+                "or block"
             )
         if not all(0 <= sparsity < 1 for sparsity in sparsities):
             raise UsageError(
-                f"sparsities {list(sparsities)} are not shares of zero weights; each is at least 0 and below 1"
+                f"sparsities {list(sparsities)} are not shares of zero weights; each is at least 0 and "
+                "below 1"
             )
         if native.library() is None:
             raise UsageError(
-                f"target {self.name} has no sparse operators here: {native.missing()}; use a table of break-even sparsities, table:FILE.yaml"
+                f"target {self.name} has no sparse operators here: {native.missing()}; use a table of "
+                "break-even sparsities, table:FILE.yaml"
             )
         dense = self.time(site, [DENSE], setting)[0].seconds
         sums = [0.0] * len(sparsities)

@@ -38,7 +38,8 @@ def class_scores(outputs: object) -> Tensor:
     found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
     if not isinstance(found, Tensor):
         raise UsageError(
-            f"the model returned a {type(outputs).__name__}; cross-entropy and distillation need class scores: a tensor, or one named 'logits'. "
+            f"the model returned a {type(outputs).__name__}; cross-entropy and distillation need class "
+            "scores: a tensor, or one named 'logits'. "
             "Give objective= for another loss, and leave distillation out"
         )
     return found

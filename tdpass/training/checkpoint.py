@@ -70,7 +70,8 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
         complaints.append(f"checkpoint {path} is damaged ({fault}); it is passed over")
     if complaints:
         raise TrainingError(
-            f"no checkpoint in {folder} can be used: {'; '.join(complaints)}; train from the beginning in another folder"
+            f"no checkpoint in {folder} can be used: {'; '.join(complaints)}; train from the beginning in "
+            "another folder"
         )
     return None, complaints
 
@@ -100,7 +101,8 @@ def load_checkpoint(path: Path, tensors: Mapping[str, Tensor]) -> None:
     if wrong:
         shape = tuple(tensors[wrong[0]].shape)
         raise TrainingError(
-            f"checkpoint {path} holds no {wrong[0]!r} of shape {shape}; use the model, method and optimizer it was written with"
+            f"checkpoint {path} holds no {wrong[0]!r} of shape {shape}; use the model, method and optimizer "
+            "it was written with"
         )
     read_pieces(path, tensors)
 

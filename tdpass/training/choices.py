@@ -129,7 +129,8 @@ class _Stack:
         carriers = [number for number, found in enumerate(axes.values()) if None not in found]
         if not carriers:
             raise PlanError(
-                f"the ranks of format {format_name} lie in several factors; choose among svd, spatial_svd, tucker2 and their like"
+                f"the ranks of format {format_name} lie in several factors; choose among svd, spatial_svd, "
+                "tucker2 and their like"
             )
         names = tuple(shapes)
         carrier = names[carriers[0]]

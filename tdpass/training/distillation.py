@@ -30,7 +30,8 @@ class Distillation(Term):
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise UsageError(
-                f"distillation share {self.share} is outside (0, 1]; it is the part of the loss that the teacher decides"
+                f"distillation share {self.share} is outside (0, 1]; it is the part of the loss that the "
+                "teacher decides"
             )
         self.replaces = self.share
         self.teacher = self.teacher.eval().requires_grad_(requires_grad=False)

@@ -88,7 +88,8 @@ class Loop:
             self.per_epoch = len(self.data)  # type: ignore[arg-type]
         except TypeError:
             raise UsageError(
-                f"training data of type {type(self.data).__name__} has no length; give a DataLoader or a list of (inputs, targets)"
+                f"training data of type {type(self.data).__name__} has no length; give a DataLoader or a "
+                "list of (inputs, targets)"
             ) from None
         if self.epochs < 0 or not 1 <= self.rounds_per_epoch <= self.per_epoch:
             sizes = f"{self.epochs} epochs of {self.per_epoch} batches in {self.rounds_per_epoch} rounds"
@@ -152,7 +153,8 @@ class Loop:
                 self._save(hooks, at_start, float(total))
         if hooks.steps != (epoch + 1) * self.per_epoch:
             raise UsageError(
-                f"the data gave {hooks.steps - epoch * self.per_epoch} batches in epoch {epoch}, its length says {self.per_epoch}"
+                f"the data gave {hooks.steps - epoch * self.per_epoch} batches in epoch {epoch}, its length "
+                f"says {self.per_epoch}"
             )
         self._check(total)
         self._close_epoch(epoch, float(total) / self.per_epoch, start)
@@ -211,7 +213,8 @@ class Loop:
     def _check(self, total: Tensor) -> None:
         if not math.isfinite(float(total)):
             raise TrainingError(
-                f"the loss of stage {self.stage!r} is no longer finite; lower the learning rate, clip gradients, or start from trained weights"
+                f"the loss of stage {self.stage!r} is no longer finite; lower the learning rate, clip "
+                "gradients, or start from trained weights"
             )
 
     def _batches(self, epoch: int) -> Iterator[tuple[Any, Any]]:
@@ -222,7 +225,8 @@ class Loop:
         for batch in self.data:
             if not isinstance(batch, tuple | list) or len(batch) != 2:
                 raise UsageError(
-                    f"a training batch of type {type(batch).__name__} is not understood; give pairs of (inputs, targets)"
+                    f"a training batch of type {type(batch).__name__} is not understood; give pairs of "
+                    "(inputs, targets)"
                 )
             yield _on(batch[0], self._device), _on(batch[1], self._device)
 
@@ -278,7 +282,8 @@ class Loop:
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             what = f"{type(error).__name__}: {error}"
             raise TrainingError(
-                f"checkpoint {path} was not written by this method and settings ({what}); train from the beginning in another folder"
+                f"checkpoint {path} was not written by this method and settings ({what}); train from the "
+                "beginning in another folder"
             ) from None
         self.note(f"going on from {path.name}, epoch {hooks.steps // self.per_epoch}")
         return facts

@@ -59,7 +59,8 @@ def read_table(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
                 dtype,
             ):
                 raise TrainingError(
-                    f"{path} does not fit the other files of its checkpoint at {name!r}; train from the beginning in another folder"
+                    f"{path} does not fit the other files of its checkpoint at {name!r}; train from the "
+                    "beginning in another folder"
                 )
     return found
 
@@ -85,7 +86,8 @@ def read_pieces(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, (local, _) in wanted.items():
         if filled[name] != local.numel():
             raise TrainingError(
-                f"checkpoint {folder} holds {filled[name]} of the {local.numel()} numbers of {name!r}; use a checkpoint that is whole"
+                f"checkpoint {folder} holds {filled[name]} of the {local.numel()} numbers of {name!r}; use "
+                "a checkpoint that is whole"
             )
 
 

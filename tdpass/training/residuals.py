@@ -35,6 +35,7 @@ class Watch:
             seen.append(value)
             if len(seen) > self.patience and value > self.above and value > self.factor * seen[0]:
                 raise TrainingError(
-                    f"ADMM diverges: the distance of {name!r} to its constraint grew from {seen[0]:.3g} to {value:.3g} of its norm in {len(seen) - 1} rounds; "
+                    f"ADMM diverges: the distance of {name!r} to its constraint grew from {seen[0]:.3g} to "
+                    f"{value:.3g} of its norm in {len(seen) - 1} rounds; "
                     "raise rho (or let it grow: geometric), lower the learning rate, or loosen the constraint"
                 )

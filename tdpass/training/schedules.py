@@ -85,7 +85,8 @@ def as_schedule(spec: ScheduleSpec, noun: str) -> Schedule:
         ((kind, options),) = spec.items() if len(spec) == 1 else ((None, None),)
         if kind not in _KINDS or not isinstance(options, Mapping):
             raise UsageError(
-                f"{noun} {dict(spec)!r} is no schedule; write a number or {{KIND: {{start: ...}}}}, KIND one of: {', '.join(_KINDS)}"
+                f"{noun} {dict(spec)!r} is no schedule; write a number or {{KIND: {{start: ...}}}}, KIND "
+                f"one of: {', '.join(_KINDS)}"
             )
         made: Schedule = Document(
             f"{kind} schedule", _KINDS[kind], UsageError, "see the guide to training"

@@ -28,7 +28,8 @@ def strip(rows: Sequence[SiteRow], colour: Mapping[str, str]) -> Html:
         parts.append(tag("div", tag("div", *cells, class_="cells"), label, class_="block"))
     key = tag(
         "p",
-        "One column a site: its height is the root of its cost, pale before and solid after. Click one to see it.",
+        "One column a site: its height is the root of its cost, pale before and solid after. Click one to "
+        "see it.",
         class_="muted",
     )
     details = tag("div", id="site-details", class_="details", role="status", hidden=True)

@@ -196,7 +196,8 @@ def _losses(found: Sequence[Stage]) -> list[Html | None]:
         parts.append(
             tag(
                 "p",
-                "The control learns from labels alone: where the other stages distil, compare scores, not losses.",
+                "The control learns from labels alone: where the other stages distil, compare scores, not "
+                "losses.",
                 class_="muted",
             )
         )

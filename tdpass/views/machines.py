@@ -13,7 +13,8 @@ from tdpass.targets.constants import Constants
 
 _HEAD = (
     "# Constants of the modelled machines\n\n"
-    "Written by `python -m tdpass.views.machines` from the dataclasses and the presets; where a row has no source, that of the machine holds."
+    "Written by `python -m tdpass.views.machines` from the dataclasses and the presets; where a row has no "
+    "source, that of the machine holds."
 )
 
 

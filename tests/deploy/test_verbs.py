@@ -14,7 +14,8 @@ from tdpass.kernels import build
 @pytest.fixture(autouse=True)
 def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "deploy_net.py").write_text(
-        "import torch\n\ndef make():\n    return torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU())\n"
+        "import torch\n\ndef make():\n    return torch.nn.Sequential(torch.nn.Linear(6, 4), "
+        "torch.nn.ReLU())\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -141,7 +141,10 @@ def test_a_model_keeps_its_outputs_names_and_shapes(opset: int, ir_version: int,
     said: list[str] = []
     assert model.fuse(said.append, lambda name, why: pytest.fail(f"{name}: {why}"), Batch((X,)))
     assert said == [
-        f"3 chains became one operator each, 4.50 to 9.00 times as fast alone; they, and all times here, need {REGISTER}"
+        (
+            "3 chains became one operator each, 4.50 to 9.00 times as fast alone; they, and all times here, "
+            f"need {REGISTER}"
+        )
     ]
     model.check()
     proto = model.unwrap()

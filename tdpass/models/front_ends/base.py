@@ -58,11 +58,13 @@ def front_end_of(source: object) -> FrontEnd:
         return found
     if isinstance(source, Path):
         raise UsageError(
-            f"cannot read {source.name!r} as a model; give a file that ends in {listed(_suffixes())}, or a model in memory"
+            f"cannot read {source.name!r} as a model; give a file that ends in {listed(_suffixes())}, or a "
+            "model in memory"
         )
     raise InvalidModelError(
         f"cannot compress a {_name(type(source))}; give a model of type "
-        f"{listed(sorted(name for known in FRONT_ENDS for name in known.names))}, or a path to {listed(_suffixes())}"
+        f"{listed(sorted(name for known in FRONT_ENDS for name in known.names))}, or a path to "
+        f"{listed(_suffixes())}"
     )
 
 

@@ -48,7 +48,8 @@ def check_outline(path: Path) -> None:
             problem = "it is cut short"
     if problem:
         raise InvalidModelError(
-            f"{str(path)!r} cannot be read: {problem}; the file is damaged or not ONNX; export the model again"
+            f"{str(path)!r} cannot be read: {problem}; the file is damaged or not ONNX; export the model "
+            "again"
         )
 
 
@@ -106,7 +107,8 @@ def check_expansion(proto: onnx.ModelProto, what: str) -> None:
     if total > most:
         written = ", its local functions written out," if proto.functions else ""
         raise UnsupportedError(
-            f"{what} has{written} {_count(total)} nodes; supported are {most:,}: simplify the model, or set TDPASS_MOST_NODES"
+            f"{what} has{written} {_count(total)} nodes; supported are {most:,}: simplify the model, or set "
+            "TDPASS_MOST_NODES"
         )
 
 
@@ -155,7 +157,8 @@ def check_loops(proto: onnx.ModelProto, what: str) -> None:
             if trips is None or trips > MOST_TRIPS:
                 times = "for ever" if trips is None else f"{trips:,} times"
                 raise InvalidModelError(
-                    f"{what}: loop {node.name or node.output[0]!r} would run {times}, as nothing changes its condition; "
+                    f"{what}: loop {node.name or node.output[0]!r} would run {times}, as nothing changes "
+                    "its condition; "
                     f"give it a trip count of at most {MOST_TRIPS:,}, or a condition that becomes false"
                 )
 

@@ -60,7 +60,8 @@ def check_proto(proto: onnx.ModelProto, path: Path | None = None) -> None:
         wrong = next((text for text in texts(proto) if not isinstance(text, str)), None)
         if wrong is not None:
             raise InvalidModelError(
-                f"{what} has a name or description that is no UTF-8 text: {repr(wrong)[:80]}; export the model again"
+                f"{what} has a name or description that is no UTF-8 text: {repr(wrong)[:80]}; export the "
+                "model again"
             )
         for tensor in tensor_protos(proto):
             _check_tensor(tensor, path, what)
@@ -119,11 +120,13 @@ def _check_versions(proto: onnx.ModelProto, what: str) -> None:
         )
     if opset not in _OPSETS:
         raise InvalidModelError(
-            f"{what} uses opset {opset}; supported is {_OPSETS[0]} to {_OPSETS[-1]}; convert it with onnx.version_converter"
+            f"{what} uses opset {opset}; supported is {_OPSETS[0]} to {_OPSETS[-1]}; convert it with "
+            "onnx.version_converter"
         )
     if proto.ir_version not in _IR_VERSIONS:
         raise InvalidModelError(
-            f"{what} is of IR version {proto.ir_version}; supported is {_IR_VERSIONS[0]} to {_IR_VERSIONS[-1]}; export it again"
+            f"{what} is of IR version {proto.ir_version}; supported is {_IR_VERSIONS[0]} to "
+            f"{_IR_VERSIONS[-1]}; export it again"
         )
     if proto.training_info:
         raise UnsupportedError(f"{what} holds training information; export it for inference")
@@ -141,7 +144,8 @@ def _check_node(node: onnx.NodeProto, what: str) -> None:
         given = [*attribute.ints, *([attribute.i] if attribute.HasField("i") else [])]
         if smallest is not None and not node.domain and any(number < smallest for number in given):
             raise InvalidModelError(
-                f"{what}: node {node.name!r} ({node.op_type}) has {attribute.name}={given}, but 1 is the least; export the model again"
+                f"{what}: node {node.name!r} ({node.op_type}) has {attribute.name}={given}, but 1 is the "
+                "least; export the model again"
             )
         if attribute.name == "auto_pad" and not node.domain and attribute.s not in _AUTO_PADS:
             given_text = attribute.s.decode("utf-8", "replace")
@@ -163,7 +167,8 @@ def _check_names(graph: onnx.GraphProto, what: str) -> None:
         if len(set(names)) < len(names):
             twice = next(name for name, times in Counter(names).items() if times > 1)
             raise InvalidModelError(
-                f"{what} has two {kind}s of the name {twice!r} in one graph; give each its own, or export the model again"
+                f"{what} has two {kind}s of the name {twice!r} in one graph; give each its own, or export "
+                "the model again"
             )
 
 
@@ -207,7 +212,8 @@ def _check_external(tensor: onnx.TensorProto, expected: int, path: Path | None, 
     location = entries.get("location", "")
     if path is None:
         raise InvalidModelError(
-            f"tensor {tensor.name!r} is in an external file; give the model's path, or load it with its external data"
+            f"tensor {tensor.name!r} is in an external file; give the model's path, or load it with its "
+            "external data"
         )
     if (
         not location
@@ -216,13 +222,15 @@ def _check_external(tensor: onnx.TensorProto, expected: int, path: Path | None, 
         or ".." in PurePosixPath(location.replace("\\", "/")).parts
     ):
         raise InvalidModelError(
-            f"{what}: tensor {tensor.name!r} points to {location!r}, outside of the model's folder; move the data beside the model"
+            f"{what}: tensor {tensor.name!r} points to {location!r}, outside of the model's folder; move "
+            "the data beside the model"
         )
     file = path.parent / location
     folder = os.path.realpath(path.parent)
     if os.path.commonpath([os.path.realpath(file), folder]) != folder:
         raise InvalidModelError(
-            f"{what}: the data file {location!r} is a link to outside of the model's folder; copy the data beside the model"
+            f"{what}: the data file {location!r} is a link to outside of the model's folder; copy the data "
+            "beside the model"
         )
     try:
         status = file.stat()
@@ -236,7 +244,8 @@ def _check_external(tensor: onnx.TensorProto, expected: int, path: Path | None, 
         )
     if status.st_nlink > 1:
         raise InvalidModelError(
-            f"{what}: the data file {location!r} has several hard links, which may expose another file; copy it"
+            f"{what}: the data file {location!r} has several hard links, which may expose another file; "
+            "copy it"
         )
     offset, length = (
         _place(tensor, key, entries.get(key, str(default)), what)
@@ -244,13 +253,15 @@ def _check_external(tensor: onnx.TensorProto, expected: int, path: Path | None, 
     )
     if length != expected or offset + length > status.st_size:
         raise InvalidModelError(
-            f"{what}: tensor {tensor.name!r} needs {expected} bytes, but is said to be {length} bytes at {offset} of a file of {status.st_size}; "
+            f"{what}: tensor {tensor.name!r} needs {expected} bytes, but is said to be {length} bytes at "
+            f"{offset} of a file of {status.st_size}; "
             "the data file is cut short or belongs to another model"
         )
     memory = physical_memory()
     if memory is not None and expected > memory:
         raise InvalidModelError(
-            f"{what}: tensor {tensor.name!r} of sizes {list(tensor.dims)} takes {expected:,} bytes, and this machine has {memory:,}; "
+            f"{what}: tensor {tensor.name!r} of sizes {list(tensor.dims)} takes {expected:,} bytes, and "
+            f"this machine has {memory:,}; "
             "check the sizes, or use a larger machine"
         )
 
@@ -259,6 +270,7 @@ def _place(tensor: onnx.TensorProto, key: str, text: str, what: str) -> int:
     """A place in a file, or a length, as an external tensor names it."""
     if not text.isascii() or not text.isdigit() or len(text) > _LONGEST_NUMBER:
         raise InvalidModelError(
-            f"{what}: tensor {tensor.name!r} has {key}={text[:_LONGEST_NUMBER]!r}, which is no place in a file; export the model again"
+            f"{what}: tensor {tensor.name!r} has {key}={text[:_LONGEST_NUMBER]!r}, which is no place in a "
+            "file; export the model again"
         )
     return int(text)

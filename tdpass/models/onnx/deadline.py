@@ -65,7 +65,8 @@ def run_options(limited: bool) -> Iterator[onnxruntime.RunOptions]:
         if not ended.is_set():
             raise
         raise InvalidModelError(
-            f"a loop of the model did not end within {seconds:g} seconds; see that its condition becomes false, "
+            f"a loop of the model did not end within {seconds:g} seconds; see that its condition becomes "
+            "false, "
             f"or allow it more time with {_VARIABLE}=60"
         ) from error
     finally:

@@ -78,12 +78,14 @@ def decide(
         if name not in chosen:
             decline(
                 label(candidate.chain),
-                f"as one operator it takes {1 / candidate.gain:.2f} times as long alone, and the model is no faster for it",
+                f"as one operator it takes {1 / candidate.gain:.2f} times as long alone, and the model is "
+                "no faster for it",
             )
     if chosen:
         gains = sorted(candidates[name].gain for name in chosen)
         note(
-            f"{len(chosen)} chains became one operator each, {gains[0]:.2f} to {gains[-1]:.2f} times as fast alone; they, and all times here, need {REGISTER}"
+            f"{len(chosen)} chains became one operator each, {gains[0]:.2f} to {gains[-1]:.2f} times as "
+            f"fast alone; they, and all times here, need {REGISTER}"
         )
     return {name: candidates[name].fusion for name in candidates if name in chosen}
 

@@ -84,7 +84,8 @@ def held_weight(node: ir.Node, index: int) -> ir.TensorProtocol | None:
         if value.is_initializer():
             raise DeclinedNode(
                 value,
-                "the weight is also a graph input, which a caller may override; remove it from the inputs to make it constant",
+                "the weight is also a graph input, which a caller may override; remove it from the inputs "
+                "to make it constant",
             )
         producer = value.producer()
         if producer is not None and _is_matrix(value):
@@ -189,7 +190,8 @@ class MatMulMatcher:
         if rank is None:
             raise DeclinedNode(
                 weight.value,
-                "the weight is the left operand and the rank of the right one is unknown; run shape inference first",
+                "the weight is the left operand and the rank of the right one is unknown; run shape "
+                "inference first",
             )
         if rank == 1:
             return self._with_add(WeightUse(data, weight, PRODUCT), shape[0], 1)

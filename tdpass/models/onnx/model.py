@@ -209,17 +209,20 @@ class OnnxModel(Model):
         wanted = layer.form.on(found.site).geometry()
         if layer.site.geometry() != wanted:
             raise PlanError(
-                f"the layer is for {layer.site.geometry()}, but site {name!r} is {wanted}; factorize the weight of this site"
+                f"the layer is for {layer.site.geometry()}, but site {name!r} is {wanted}; factorize the "
+                "weight of this site"
             )
         expected = layer.storage.sizes()
         given = {label: tuple(factor.shape) for label, factor in layer.factors.items()}
         if given != expected:
             raise PlanError(
-                f"the {layer.format} factors of {name!r} have shapes {given}, but '{layer.form}' wants {expected}"
+                f"the {layer.format} factors of {name!r} have shapes {given}, but '{layer.form}' wants "
+                f"{expected}"
             )
         if layer.bias is not None and tuple(layer.bias.shape) != (layer.site.o,):
             raise PlanError(
-                f"a bias of shape {tuple(layer.bias.shape)} does not fit site {name!r}; it takes [{layer.site.o}]"
+                f"a bias of shape {tuple(layer.bias.shape)} does not fit site {name!r}; it takes "
+                f"[{layer.site.o}]"
             )
         self._layers[name] = layer.to(found.dtype)
         self._waiting |= {name}

@@ -130,7 +130,8 @@ class OnnxOps(StorageNodes):
         """An axis counted from the last, as nodes of this opset name it."""
         if known is None and self._opset < _AXES_FROM_THE_LAST:
             raise UnsupportedError(
-                f"{self._site!r} reads values of unknown rank, whose last axes opset {self._opset} cannot name; export with opset 11"
+                f"{self._site!r} reads values of unknown rank, whose last axes opset {self._opset} cannot "
+                "name; export with opset 11"
             )
         return axis if known is None else axis + len(known)
 

@@ -207,7 +207,8 @@ class NodeSession:
                 self._sessions[key] = _session(model.SerializeToString())
             except Exception as error:
                 raise UnsupportedError(
-                    f"operator {self._node.op_type} (node {self._node.name!r}) is known neither to tdpass nor to ONNX Runtime on the CPU: {brief(error)}"
+                    f"operator {self._node.op_type} (node {self._node.name!r}) is known neither to tdpass "
+                    f"nor to ONNX Runtime on the CPU: {brief(error)}"
                 ) from error
         return self._sessions[key]
 

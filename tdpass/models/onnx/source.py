@@ -48,7 +48,8 @@ def source_of(given: object) -> Source:
             proto = surgeon.export_onnx(given)
         return Source(_read_proto(proto), lambda model: surgeon.import_onnx(ir.to_proto(model)))
     raise InvalidModelError(
-        f"{type(given).__name__} is no ONNX model; give a path, an onnx.ModelProto, an onnx_ir.Model or an onnx_graphsurgeon.Graph"
+        f"{type(given).__name__} is no ONNX model; give a path, an onnx.ModelProto, an onnx_ir.Model or an "
+        "onnx_graphsurgeon.Graph"
     )
 
 

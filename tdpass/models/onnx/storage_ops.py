@@ -98,7 +98,8 @@ class StorageNodes(Recording):
             return self._four_bits(packed, unpack_bits(content, count, bits, signed=True))
         if content is not None and self._opset < _ARITHMETIC:
             raise UnsupportedError(
-                f"the factors of {self._site!r} are stored in {bits} bits, which no operator of opset {self._opset} reads; "
+                f"the factors of {self._site!r} are stored in {bits} bits, which no operator of opset "
+                f"{self._opset} reads; "
                 f"store them as int8, or convert the model to opset {_ARITHMETIC} or later"
             )
         step = bits if _BYTE % bits == 0 else 1

@@ -75,7 +75,8 @@ def finite(tensor: Tensor, name: str) -> Tensor:
         if not bool(torch.isfinite(extremes).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise InvalidModelError(
-                f"{bad} of {tensor.numel()} numbers of {name!r} are NaN or infinite; repair or retrain the model"
+                f"{bad} of {tensor.numel()} numbers of {name!r} are NaN or infinite; repair or retrain the "
+                "model"
             )
     return tensor
 
@@ -125,7 +126,8 @@ def held(value: ir.Value | None) -> ir.TensorProtocol:
     tensor = constant(value)
     if tensor is None:
         raise InvalidModelError(
-            f"{'an absent input' if value is None else repr(value.name)} is not a constant; keep the graph that was opened unchanged"
+            f"{'an absent input' if value is None else repr(value.name)} is not a constant; keep the graph "
+            "that was opened unchanged"
         )
     return tensor
 

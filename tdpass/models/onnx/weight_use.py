@@ -28,7 +28,8 @@ class Slot:
         value = self.node.inputs[self.index]
         if value is None:
             raise InvalidModelError(
-                f"input {self.index} of node {self.node.name!r} is absent; keep the graph that was opened unchanged"
+                f"input {self.index} of node {self.node.name!r} is absent; keep the graph that was opened "
+                "unchanged"
             )
         return value
 

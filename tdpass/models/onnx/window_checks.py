@@ -23,7 +23,8 @@ def check_windows(model: ir.Model, shapes: Shapes) -> None:
             problem = _problem(node, shapes.of(x), sizes)
             if problem:
                 raise InvalidModelError(
-                    f"node {node.name or node.outputs[0].name!r} ({node.op_type}) {problem}; export the model again"
+                    f"node {node.name or node.outputs[0].name!r} ({node.op_type}) {problem}; export the "
+                    "model again"
                 )
 
 

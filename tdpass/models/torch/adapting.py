@@ -32,7 +32,8 @@ def adapt(module: nn.Module, adaptation: Adaptation, *, filled: bool = True) -> 
             adaptation.norms[path], norm.num_features, adaptation
         ):
             raise PlanError(
-                f"{path!r} is no batch-norm of this model, or one of another size; use the class that was adapted"
+                f"{path!r} is no batch-norm of this model, or one of another size; use the class that was "
+                "adapted"
             )
         become(norm, AdaptiveNorm(norm, path, dial))
     return module

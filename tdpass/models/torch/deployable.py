@@ -164,7 +164,8 @@ def load_package(path: Path) -> Callable[..., Any]:
             return aoti_load_package(str(path))
     except Exception as error:
         raise InvalidModelError(
-            f"{path} is no compiled package that loads here: {_first_line(error)}; write it with tdpass.deploy"
+            f"{path} is no compiled package that loads here: {_first_line(error)}; write it with "
+            "tdpass.deploy"
         ) from error
 
 
@@ -193,7 +194,8 @@ def _quiet() -> Iterator[None]:
 def _refused(what: str, error: Exception, dynamic_batch: bool) -> InvalidModelError:
     hint = "try it without dynamic_batch, or see" if dynamic_batch else "see"
     return InvalidModelError(
-        f"the model cannot {what}: {type(error).__name__}: {_first_line(error)}; {hint} what torch.export asks of a model"
+        f"the model cannot {what}: {type(error).__name__}: {_first_line(error)}; {hint} what torch.export "
+        "asks of a model"
     )
 
 

@@ -37,7 +37,8 @@ class ExportedModel(TorchModel):
     def unwrap(self) -> ExportedProgram:
         if self.program.example_inputs is None:
             raise InvalidModelError(
-                "the exported program carries no example inputs, so it cannot be exported again; save it with them"
+                "the exported program carries no example inputs, so it cannot be exported again; save it "
+                "with them"
             )
         args, kwargs = self.program.example_inputs
         try:

@@ -48,7 +48,8 @@ def fuse_layers(
         if verdict.lanes is None:
             decline(
                 path,
-                f"not fused: {verdict.seconds * 1e6:.0f} us as one operator, {verdict.plain * 1e6:.0f} us as it is",
+                f"not fused: {verdict.seconds * 1e6:.0f} us as one operator, {verdict.plain * 1e6:.0f} us "
+                "as it is",
             )
             continue
         found[layer] = Fused.of(layer, _absorb(module, layer), verdict.lanes)

@@ -96,7 +96,8 @@ class TorchModel(Model):
         site = layer.form.on(matched.site)
         if layer.site.shape != site.shape:
             raise PlanError(
-                f"a layer of shape {layer.site.shape} cannot replace site {name!r} of shape {matched.site.shape}; plan for this model"
+                f"a layer of shape {layer.site.shape} cannot replace site {name!r} of shape "
+                f"{matched.site.shape}; plan for this model"
             )
         weight = matched.weight
         shared = Layer(site, layer.form, _placed_factors(layer, weight))

@@ -17,12 +17,14 @@ def check_open(module: nn.Module) -> None:
     """Raise `UnsupportedError` for compiled code, `InvalidModelError` for parameters without a shape."""
     if isinstance(module, torch.jit.ScriptModule):
         raise UnsupportedError(
-            "the layers of a ScriptModule are compiled and cannot be replaced; give the nn.Module that it was made from"
+            "the layers of a ScriptModule are compiled and cannot be replaced; give the nn.Module that it "
+            "was made from"
         )
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if is_lazy(tensor):
             raise InvalidModelError(
-                f"{name!r} has no shape yet, as it belongs to a lazy module; run the model once on a batch, then compress it"
+                f"{name!r} has no shape yet, as it belongs to a lazy module; run the model once on a batch, "
+                "then compress it"
             )
 
 
@@ -31,7 +33,8 @@ def check_filled(module: nn.Module) -> None:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_meta:
             raise InvalidModelError(
-                f"{name!r} is on the meta device and has no values; call to_empty(device='cpu') and load its weights first"
+                f"{name!r} is on the meta device and has no values; call to_empty(device='cpu') and load "
+                "its weights first"
             )
 
 

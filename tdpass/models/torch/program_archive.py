@@ -120,7 +120,8 @@ def _checked(members: dict[str, bytes], path: Path) -> Iterator[tuple[str, bytes
 
 def _refused(path: Path, what: str) -> InvalidModelError:
     return InvalidModelError(
-        f"{path} {what}; loading it could run code, so it is refused: if you trust where it comes from, pass torch.export.load(path), or --trust"
+        f"{path} {what}; loading it could run code, so it is refused: if you trust where it comes from, "
+        "pass torch.export.load(path), or --trust"
     )
 
 

@@ -84,12 +84,14 @@ def other_readers(run: Run, sites: Mapping[str, Matched]) -> dict[str, str]:
         if any(id(module) in run.more for module in matched.modules):
             found.setdefault(
                 name,
-                "it is called with more than its input, such as an output size, which a factored layer does not take",
+                "it is called with more than its input, such as an output size, which a factored layer does "
+                "not take",
             )
         if sum(run.entered[id(module)] for module in matched.modules) != run.used.get(name, 0):
             found.setdefault(
                 name,
-                "its weight is also used without calling the layer: by a function, or by a forward that was captured earlier",
+                "its weight is also used without calling the layer: by a function, or by a forward that was "
+                "captured earlier",
             )
     return found
 

@@ -69,7 +69,8 @@ class ModuleRunner:
             yield
         except (TypeError, RuntimeError, IndexError, ValueError, AssertionError) as error:
             raise InvalidModelError(
-                f"the model does not run on the given data: {type(error).__name__}: {str(error).splitlines()[0]}; "
+                f"the model does not run on the given data: {type(error).__name__}: "
+                f"{str(error).splitlines()[0]}; "
                 "pass example_inputs or data of the shape and type that it takes"
             ) from error
         finally:

@@ -90,7 +90,8 @@ def restructure(module: nn.Module, text: str, source: str) -> None:
     structure = _STRUCTURE.parse(text, source)
     if structure.adaptive is not None:
         raise UnsupportedError(
-            f"{source} is of an adaptive network; load it with tdpass.load from the file that Artifact.save wrote"
+            f"{source} is of an adaptive network; load it with tdpass.load from the file that Artifact.save "
+            "wrote"
         )
     _carry_out(module, _swaps(module, structure, source), structure)
 
@@ -154,8 +155,10 @@ def _loaded(path: Path, module: nn.Module, structure: _Structure) -> nn.Module:
         if held != expected:
             wrong = sorted(name for name in {*held, *expected} if held.get(name) != expected.get(name))
             raise PlanError(
-                f"{path} does not fit this model: {wrong[0]!r} is {_said(held.get(wrong[0]))} in the file and "
-                f"{_said(expected.get(wrong[0]))} in the model ({len(wrong)} such); load it on the class it was made from, of the same types"
+                f"{path} does not fit this model: {wrong[0]!r} is {_said(held.get(wrong[0]))} in the file "
+                "and "
+                f"{_said(expected.get(wrong[0]))} in the model ({len(wrong)} such); load it on the class it "
+                "was made from, of the same types"
             )
         unpacked = {name: unpack(block, name) for name, block in blocks.items()}
         unpacked.update(
@@ -199,7 +202,8 @@ def _swaps(
         matched = by_path.get(replacement.paths[0])
         if matched is None or not all(reached in matched.paths for reached in replacement.paths):
             raise PlanError(
-                f"{source} replaces {replacement.paths[0]!r}, which is no site of this model; load it on the class it was made from"
+                f"{source} replaces {replacement.paths[0]!r}, which is no site of this model; load it on "
+                "the class it was made from"
             )
         new = _empty_module(replacement, matched, modules[replacement.paths[0]])
         shared = factors.setdefault(id(matched.weight), new)
@@ -210,7 +214,8 @@ def _swaps(
     unknown = [name for name in (*structure.folded, *structure.biases) if name not in modules]
     if unknown:
         raise PlanError(
-            f"{source} names {unknown[0]!r}, which this model does not have; load it on the class it was made from"
+            f"{source} names {unknown[0]!r}, which this model does not have; load it on the class it was "
+            "made from"
         )
     return swaps
 

@@ -52,7 +52,8 @@ def check_digest(path: Path) -> dict[str, str]:
             found = _digest(((name, file.get_tensor(name)) for name in file.keys()), metadata)  # noqa: SIM118 - it is no dict
         if found != metadata[_DIGEST]:
             raise InvalidModelError(
-                f"{path} is damaged: its content is not what was written; write the file again with Artifact.save"
+                f"{path} is damaged: its content is not what was written; write the file again with "
+                "Artifact.save"
             )
     return metadata
 
