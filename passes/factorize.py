@@ -11,8 +11,9 @@ from tdpass.errors import PlanError
 from tdpass.formats.base import FORMATS, Factors
 from tdpass.formats.layer import Layer, check_form, cost_of, dense_cost
 from tdpass.formats.metric import Metric
+from tdpass.job import Job
 from tdpass.models.base import Model
-from tdpass.pipeline import Job, Pass, register_pass
+from tdpass.pipeline import Pass, register_pass
 from tdpass.planner.candidates import SiteFits, bias_cost
 from tdpass.planner.joint import joint_layers
 from tdpass.planner.moments import stream_metrics

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tdpass.job import Job
 from tdpass.models.abilities import FoldsBatchNorm
 from tdpass.models.base import Model
-from tdpass.pipeline import Job, Pass, register_pass
+from tdpass.pipeline import Pass, register_pass
 from tdpass.planner.trials import Promise
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from tdpass.clock import threads_of_torch
 from tdpass.fusing.choose import choosing
+from tdpass.job import Job
 from tdpass.models.abilities import FusesChains
 from tdpass.models.base import Batch, Model
-from tdpass.pipeline import Job, Pass, register_pass
+from tdpass.pipeline import Pass, register_pass
 from tdpass.planner.trials import Promise
 
 

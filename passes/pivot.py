@@ -10,8 +10,9 @@ from tdpass.errors import NumericalError
 from tdpass.form import DENSE
 from tdpass.formats.layer import Layer, cost_of
 from tdpass.formats.pivoted import LEAD, PIVOT, led, spared_formats
+from tdpass.job import Job
 from tdpass.models.base import Model
-from tdpass.pipeline import Job, Pass, register_pass
+from tdpass.pipeline import Pass, register_pass
 from tdpass.planner.joint.paths import find_paths
 from tdpass.planner.rank_plan import Choice
 from tdpass.planner.trials import Promise

@@ -11,9 +11,10 @@ from tdpass.cost import Budget, BudgetValue, bounded
 from tdpass.digest import digest
 from tdpass.errors import BudgetError, UsageError
 from tdpass.form import DENSE
+from tdpass.job import Job
 from tdpass.measures import MEASURES, Needs
 from tdpass.models.base import Model, call_batch
-from tdpass.pipeline import Job, Pass, register_pass
+from tdpass.pipeline import Pass, register_pass
 from tdpass.planner.cache import CandidateCache
 from tdpass.planner.effort import effort_named
 from tdpass.planner.offers import EVERYTHING, NOTHING, Offer

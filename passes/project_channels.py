@@ -9,8 +9,9 @@ from types import MappingProxyType
 from tdpass.cost import Budget, BudgetValue, bounded
 from tdpass.digest import digest
 from tdpass.errors import UsageError
+from tdpass.job import Job
 from tdpass.models.base import Model
-from tdpass.pipeline import Job, Pass, register_pass
+from tdpass.pipeline import Pass, register_pass
 from tdpass.planner.effort import effort_named
 from tdpass.planner.joint import joint_layers, joint_options
 from tdpass.planner.joint.project_channels import NARROWINGS

@@ -10,9 +10,10 @@ from typing import Literal
 import numpy as np
 
 from tdpass.errors import UnsupportedError, UsageError
+from tdpass.job import Job
 from tdpass.models.abilities import HoldsIntegerActivations, Range
 from tdpass.models.base import Model
-from tdpass.pipeline import Job, Pass, register_pass
+from tdpass.pipeline import Pass, register_pass
 from tdpass.planner.effort import first_batches
 from tdpass.planner.ranges import BINS, CALIBRATIONS, Histogram
 from tdpass.planner.trials import Promise

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tdpass.job import Job
 from tdpass.models.base import Model
-from tdpass.pipeline import Job, Pass, register_pass
+from tdpass.pipeline import Pass, register_pass
 from tdpass.planner.repair import divergence_of, refit_last_factors, with_room_for_bias
 from tdpass.planner.trials import Promise
 

@@ -15,8 +15,9 @@ from tdpass.errors import PlanError
 from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS
 from tdpass.formats.layer import Layer, check_form, cost_of, dense_cost
+from tdpass.job import Job
 from tdpass.models.base import Model
-from tdpass.pipeline import Job, Pass
+from tdpass.pipeline import Pass
 from tdpass.planner.candidates import bias_cost
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.planner.repair import divergence_of

@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 
 from tdpass.errors import TdpassError, UnsupportedError
+from tdpass.job import Job
 from tdpass.models import open_model
 from tdpass.models.base import Model
-from tdpass.pipeline import Job, Pass, register_pass
+from tdpass.pipeline import Pass, register_pass
 from tdpass.planner.compare import compare_outputs
 from tdpass.planner.trials import Promise
 

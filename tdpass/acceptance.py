@@ -8,9 +8,9 @@ from dataclasses import replace
 from tdpass.cost import Cost, amount
 from tdpass.errors import BudgetError
 from tdpass.form import DENSE
+from tdpass.job import Job
 from tdpass.measures import MEASURES, counted
 from tdpass.models.base import Model, call_batch
-from tdpass.pipeline import Job
 from tdpass.planner.prices import deciding
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.targets import Setting

@@ -6,9 +6,9 @@ from tdpass.acceptance import hold_against_dense, hold_to_budget
 from tdpass.artifact import Artifact, Reload
 from tdpass.cost import Cost
 from tdpass.errors import TdpassError
+from tdpass.job import Job
 from tdpass.models import Model
 from tdpass.models.torch.pretrained import mark_pretrained
-from tdpass.pipeline import Job
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.report import Report
 

@@ -1,154 +1,23 @@
-"""Passes, what they share while a pipeline runs, and pipelines as text, list or YAML."""
+"""Passes, and pipelines of them as text, list or YAML."""
 
 from __future__ import annotations
 
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tdpass.cost import Budget, Cost
+from tdpass.cost import Cost
 from tdpass.documents import misfit, read_yaml, yaml_value
-from tdpass.errors import DifferenceError, PassError, TdpassError, UnsupportedError, UsageError
-from tdpass.formats.base import Factors
-from tdpass.models.base import Batch, Model
-from tdpass.planner.divergence import Divergence, FittedDivergence, Outputs
-from tdpass.planner.rank_plan import Choice, RankPlan
-from tdpass.planner.trials import Promise, Trials
+from tdpass.errors import PassError, TdpassError, UsageError
+from tdpass.job import Job
+from tdpass.models.base import Model
+from tdpass.planner.trials import Promise
 from tdpass.registry import Registry
-from tdpass.report import PassRow, Report
-from tdpass.tape import Tape
-from tdpass.targets import Target
-
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass
-class Job:
-    """What the passes of one run share beside the model.
-
-    `batches` is the calibration data, `tapes` the recorded runs of the still dense model on them (made on
-    first use, and before any site is replaced), `plan` what the planner decided.  `progress(what, done, of)`
-    is called now and then. `effort` is how much time planning may take. `given` is the model as the user gave
-    it, `expected` the loss that the plan expects on the calibration data where it was made on them; with
-    `strict` a difference that was not to be expected is an error, else a note. `start` holds factors of sites
-    from which a search goes on.  `target` is the machine to plan for, where the model is called with `batch`
-    samples and `threads` threads, and `dense` the model as it was when it was timed there.
-    """
-
-    report: Report
-    batches: Sequence[Batch] = ()
-    augmented: Iterable[Batch] | None = None
-    budget: Budget | None = None
-    plan: RankPlan | None = None
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
-    formats: tuple[str, ...] = ()
-    divergence: Divergence = field(default_factory=Divergence)
-    progress: Progress = lambda what, done, of: None
-    cache: Path | None = None
-    effort: str = "normal"
-    original: Cost = field(default_factory=Cost)
-    target: Target | None = None
-    batch: int = 1
-    threads: int = 1
-    start: Mapping[str, Factors] = field(default_factory=dict)
-    dense: Model | None = None
-    given: Model | None = None
-    expected: float | None = None
-    strict: bool = True
-    notes: list[str] = field(default_factory=list)
-    recorded: list[Tape] = field(default_factory=list)
-    trials: Trials | None = None
-
-    def begin(self, model: Model) -> None:
-        """Run the model on the trials, before any pass has touched it."""
-        self.given = self.given or model.clone()
-        if self.trials is None:
-            self.trials = Trials.of(
-                self.given, self.batches, self.fitted_divergence if self.batches else None
-            )
-
-    def tapes(self, model: Model) -> list[Tape]:
-        """Recorded runs of the dense model on the calibration data, one per batch."""
-        if not self.recorded and self.batches:
-            self.recorded = list(self._record(model))
-            for note in dict.fromkeys(tape.note for tape in self.recorded if tape.note):
-                self.report.note(note)
-            if self.trials is not None:
-                self.trials.record(model)
-        return self.recorded
-
-    def _record(self, model: Model) -> Iterator[Tape]:
-        for done, batch in enumerate(self.batches):
-            self.progress("recording runs of the model", done, len(self.batches))
-            yield model.record(batch)
-        self.progress("recording runs of the model", len(self.batches), len(self.batches))
-
-    @cached_property
-    def references(self) -> list[Outputs]:
-        """What the model as it was given answers on the calibration data when it is really run, one entry per batch."""
-        return [_kept(self.divergence.outputs(self._run_given(batch))) for batch in self.batches]
-
-    @cached_property
-    def fitted_divergence(self) -> FittedDivergence:
-        """The divergence from the original's outputs, fitted to all of them once, so that every pass goes by the same."""
-        return self.divergence.fit(self.references)
-
-    def _run_given(self, batch: Batch) -> object:
-        assert self.given is not None, "a pipeline has begun"
-        try:
-            return self.given.run(batch)
-        except UnsupportedError as error:
-            self.report.note(
-                f"a recorded run stands for the original, which cannot be run here as it is deployed: {error}"
-            )
-            return self.given.record(batch).play().finish()
-
-    def unexpected(self, text: str) -> None:
-        """Say that the result differs from what was to be expected: raises `DifferenceError`, or where that is allowed makes a note."""
-        if self.strict:
-            raise DifferenceError(
-                f"{text}; exclude the layers at fault, or take the result as it is with strict=False "
-                "(--no-strict)"
-            )
-        self.report.note(text)
-
-    def room(self, model: Model) -> dict[str, float]:
-        """What may still be added to the model's parameters and bytes within the budget, by measure."""
-        limits = {} if self.budget is None else self.budget.limits(self.original)
-        held = {"params": model.params, "bytes": model.bytes}
-        return {measure: limits[measure] - count() for measure, count in held.items() if measure in limits}
-
-    def prepared(self, model: Model) -> Cost:
-        """The cost of a model that planning begins with, where passes before may have folded batch-norms or narrowed layers."""
-        layers = [layer for site in model.sites() if (layer := model.layer(site.name)) is not None]
-        narrowed = self.batches and any(layer.form.narrow for layer in layers)
-        macs = model.count(self.batches[0]).per_sample if narrowed else self.original.macs
-        return self.original.recounted(Cost(model.params(), macs, model.bytes()))
-
-    def carried_out(self, model: Model) -> list[Choice]:
-        """What the plan has sites become together that they are already."""
-        here = {site.name for site in model.sites()}
-        joint = [choice for choice in self.plan or () if choice.joint and choice.site in here]
-        return [
-            choice
-            for choice in joint
-            if (layer := model.layer(choice.site)) is not None and layer.form == choice.form
-        ]
-
-    def note(self, text: str) -> None:
-        """Say something about the pass that is running."""
-        self.notes.append(text)
-
-
-def _kept(outputs: Outputs) -> Outputs:
-    """Copies, since a model may answer with a view of its input."""
-    return {name: value.clone() for name, value in outputs.items()}
+from tdpass.report import PassRow
 
 
 class Pass(ABC):

@@ -21,9 +21,10 @@ from tdpass.data import calls_of
 from tdpass.errors import TdpassError, UsageError
 from tdpass.files import cache_folder
 from tdpass.formats.base import FORMATS, Factors
+from tdpass.job import Job, Progress
 from tdpass.models import Batch, ExampleInputs, Model, open_model
 from tdpass.outcome import finished, salvaged
-from tdpass.pipeline import Job, Pipeline, PipelineSpec, Progress
+from tdpass.pipeline import Pipeline, PipelineSpec
 from tdpass.planner.compare import compare_outputs
 from tdpass.planner.divergence import Divergence
 from tdpass.planner.effort import effort_named

@@ -17,9 +17,10 @@ import tdpass
 from tdpass.cli import main
 from tdpass.form import Form
 from tdpass.formats import FORMATS, Layer
+from tdpass.job import Job
 from tdpass.models import Model
 from tdpass.models.torch.model import TorchModel
-from tdpass.pipeline import PASSES, Job, Pass, Pipeline
+from tdpass.pipeline import PASSES, Pass, Pipeline
 from tdpass.planner.resampled import resampled
 from tdpass.planner.trials import Promise, gap
 

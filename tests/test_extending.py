@@ -26,6 +26,7 @@ from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS, offered_formats, register_format
 from tdpass.formats.layer import Layer
 from tdpass.formats.svd import Svd
+from tdpass.job import Job
 from tdpass.kernels.base import IMPLEMENTATIONS, OPS, Op, implements, register_op, use_reference
 from tdpass.kinds import KINDS, register_kind
 from tdpass.kinds.linear import Linear
@@ -36,7 +37,7 @@ from tdpass.models.base import Batch
 from tdpass.models.front_ends import FRONT_ENDS, FrontEnd, register_front_end
 from tdpass.numbers import NUMBERS, register_numbers
 from tdpass.numbers.integer import Integer
-from tdpass.pipeline import PASSES, Job, Pass, Pipeline, register_pass
+from tdpass.pipeline import PASSES, Pass, Pipeline, register_pass
 from tdpass.planner.answers import Answers
 from tdpass.planner.comparisons import COMPARISONS, Comparison, register_comparison
 from tdpass.planner.divergence import Divergence

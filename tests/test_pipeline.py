@@ -10,8 +10,9 @@ from torch import nn
 
 import tdpass
 from tdpass.errors import PassError, UsageError
+from tdpass.job import Job
 from tdpass.models import open_model
-from tdpass.pipeline import PASSES, Job, Pass, Pipeline
+from tdpass.pipeline import PASSES, Pass, Pipeline
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,14 @@ from tdpass.digest import digest
 from tdpass.errors import UsageError
 from tdpass.form import DENSE, Form
 from tdpass.formats.layer import Layer, cost_of, dense_cost
+from tdpass.job import Job
 from tdpass.methods.base import Method, register_method
 from tdpass.methods.calibrated import metrics_of
 from tdpass.methods.reconstruction import Reconstruction, Supervised
 from tdpass.models import open_model
 from tdpass.models.abilities import FoldsBatchNorm
 from tdpass.models.base import Model
-from tdpass.pipeline import Job, Pass
+from tdpass.pipeline import Pass
 from tdpass.planner.candidates import bias_cost
 from tdpass.planner.joint import Network
 from tdpass.planner.joint.project_channels import NARROWINGS, ProjectChannels

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 import tdpass
 from tdpass.cost import Budget
 from tdpass.errors import PlanError
+from tdpass.job import Job
 from tdpass.models import Model, open_model
 from tdpass.models.base import Batch
-from tdpass.pipeline import PASSES, Job, Pipeline
+from tdpass.pipeline import PASSES, Pipeline
 
 FRONT_ENDS = ("torch", "onnx")
 BEFORE = {

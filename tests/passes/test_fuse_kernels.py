@@ -18,13 +18,14 @@ from tdpass.formats import FORMATS, Layer
 from tdpass.formats.base import offered_formats
 from tdpass.formats.lowering import lower
 from tdpass.fusing.choose import choosing
+from tdpass.job import Job
 from tdpass.kernels import native
 from tdpass.kernels.stage import Lanes, Stage
 from tdpass.layers.fused import Fused
 from tdpass.models import Factorized, Model, open_model
 from tdpass.models.base import Batch
 from tdpass.models.torch.deployable import fused as deployable
-from tdpass.pipeline import Job, Pipeline
+from tdpass.pipeline import Pipeline
 from tdpass.site import Site
 from tdpass.targets.runtimes import RUNTIMES
 
