@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from training_run import data, network
+from training_run import network, trained_by
 
 import tdpass
 from tdpass.crossbars import Devices, chip, map_model, simulate, simulated
@@ -54,14 +54,7 @@ def test_ideal_arrays_answer_as_their_weights_do(array: CrossbarArray) -> None:
 
 def test_fragments_are_added_up_with_their_signs() -> None:
     method = Crossbar(keep=900, array="forms", admm=2, retrain=0, fix=1, rho=0.5)
-    artifact = tdpass.train(
-        network(),
-        data(),
-        method,
-        settings={"lr": 0.05},
-        control=False,
-        example_inputs=torch.zeros(2, 1, 8, 8),
-    )
+    artifact = trained_by(method)
     made = simulated(artifact.model, map_model(artifact.model, method.machine), IDEAL)
     torch.testing.assert_close(made(X), artifact.model(X), rtol=1e-3, atol=1e-4)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from training_run import data, network
+from training_run import network, trained_by
 
 import tdpass
 from tdpass.crossbars.use import dense_costs, uses_of
@@ -57,14 +57,7 @@ each_case = pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 
 def trained(options: dict[str, Any]) -> tuple[Crossbar, tdpass.Artifact]:
     method = Crossbar(**options)
-    return method, tdpass.train(
-        network(),
-        data(),
-        method,
-        settings={"lr": 0.05},
-        control=False,
-        example_inputs=torch.zeros(2, 1, 8, 8),
-    )
+    return method, trained_by(method)
 
 
 def weights_of(artifact: tdpass.Artifact) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 import tdpass
-from tdpass.methods import make_method
+from tdpass.methods import Method, make_method
 from tdpass.training.batches import Batches
 
 METHODS = {
@@ -86,6 +86,18 @@ def data() -> Batches:
     for index, label in enumerate(labels.tolist()):
         images[index, 0, (label // 2) * 4 : (label // 2) * 4 + 4, (label % 2) * 4 : (label % 2) * 4 + 4] += 1
     return Batches(images, labels, 32, change=lambda x, own: x + 0.05 * torch.randn(x.shape, generator=own))
+
+
+def trained_by(method: Method) -> tdpass.Artifact:
+    """What the method makes of the network on the data, without a control."""
+    return tdpass.train(
+        network(),
+        data(),
+        method,
+        settings={"lr": 0.05},
+        control=False,
+        example_inputs=torch.zeros(2, 1, 8, 8),
+    )
 
 
 def train(
