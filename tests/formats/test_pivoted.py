@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from onnx_nets import model_of
 from torch import Tensor, nn
 
 import tdpass
@@ -176,17 +177,8 @@ def graph(module: Net, opset: int = 17) -> onnx.ModelProto:
     state = {name: value.numpy() for name, value in module.state_dict().items()}
     for name in ("tokens.weight", "wider.weight"):
         state[name] = np.ascontiguousarray(state[name].T)
-    constants = [numpy_helper.from_array(array, name) for name, array in state.items()]
-    constants.append(numpy_helper.from_array(np.array([0, 8, 64]), "whole"))
-    x, y = (
-        helper.make_tensor_value_info(n, TensorProto.FLOAT, shape)
-        for n, shape in (("x", ["N", 6, 8, 8]), ("y", ["N", 10]))
-    )
-    return helper.make_model(
-        helper.make_graph(nodes, "g", [x], [y], constants),
-        opset_imports=[helper.make_opsetid("", opset)],
-        ir_version=8,
-    )
+    state["whole"] = np.array([0, 8, 64])
+    return model_of(nodes, state, ("N", 6, 8, 8), opset=opset)
 
 
 def put(model: Model, name: str, numbers: tuple[str, ...] = ()) -> list[Layer]:

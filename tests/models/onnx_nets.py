@@ -39,6 +39,7 @@ def model_of(
     constants: dict[str, np.ndarray],
     x: tuple[int | str, ...],
     outputs: tuple[str, ...] = ("y",),
+    opset: int = 17,
 ) -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes,
@@ -48,7 +49,7 @@ def model_of(
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     return onnx.shape_inference.infer_shapes(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
     )
 
 
