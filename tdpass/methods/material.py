@@ -1,26 +1,24 @@
-"""What a recipe trains and what it trains on, made from the names in it."""
+"""What a recipe trains and what it trains on: the names of them, and what is made from these."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from tdpass.datasets import PARTS, Dataset, is_dataset, open_dataset
+from tdpass.datasets import PARTS, Augment, Dataset, is_dataset, open_dataset
+from tdpass.documents import Count, Size
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.methods.objects import made_by, named
 from tdpass.methods.stages import Score
 from tdpass.training.loop import Data
 from tdpass.zoo import NETS
-
-if TYPE_CHECKING:
-    from tdpass.methods.recipe import Recipe
 
 # a network without trained weights on hand is trained like this before a recipe begins that starts from such
 _EPOCHS = 20
@@ -34,8 +32,32 @@ _FROM_SCRATCH = {
 
 
 @dataclass(frozen=True)
+class Ingredients:
+    """The names of a network and of its data, and how both are used before a method begins.
+
+    `model` is a network of `tdpass.zoo` by name or `package.module:name`, which `model()` makes.  `data` is
+    what `tdpass.datasets.open_dataset` opens, or `package.module:name`, where `data(seed)` returns the
+    training batches.  `batch`, `augment`, `rounds_per_epoch` and `trained` are for data sets: the largest
+    batch, how images are changed (the set's own way by default), how often an epoch goes through them, and
+    whether to start from the trained weights that come with the set; where there are none the network is
+    trained first.  `example` is the shape of one input, for networks that are not of the zoo.
+    """
+
+    model: str
+    data: str
+    example: tuple[Size, ...] = ()
+    batch: Size = 128
+    augment: Augment | None = None
+    trained: bool = False
+    rounds_per_epoch: Size = 1
+    pretrain: Count = 0
+    pretraining: Mapping[str, Any] | None = None
+    seed: Count = 0
+
+
+@dataclass(frozen=True)
 class Material:
-    """The network, the training batches, the data set where they are of one, and how the network is trained before the method."""
+    """The network, the batches, the data set where they are of one, and how it is trained before the method."""
 
     model: nn.Module
     batches: Data
@@ -68,28 +90,28 @@ class Material:
         return self.dataset
 
 
-def gathered(recipe: Recipe, note: Callable[[str], None] = lambda text: None) -> Material:
-    """Make what the recipe names.
+def gathered(wanted: Ingredients, note: Callable[[str], None] = lambda text: None) -> Material:
+    """Make what is named.
 
     Raises `UsageError` for unknown names and missing data, `InvalidModelError` for what fails.
     """
-    of_zoo = ":" not in recipe.model
-    sample = NETS.get(recipe.model).sample if of_zoo else recipe.example[1:] or None
-    dataset = open_dataset(recipe.data, sample) if is_dataset(recipe.data) else None
-    if dataset is None and (recipe.trained or ":" not in recipe.data):
-        open_dataset(recipe.data)  # says which there are
-    example = recipe.example if dataset is None else (2, *dataset.sample)
-    model = _of_zoo(recipe.model, dataset) if of_zoo else made_by(recipe.model)
+    of_zoo = ":" not in wanted.model
+    sample = NETS.get(wanted.model).sample if of_zoo else wanted.example[1:] or None
+    dataset = open_dataset(wanted.data, sample) if is_dataset(wanted.data) else None
+    if dataset is None and (wanted.trained or ":" not in wanted.data):
+        open_dataset(wanted.data)  # says which there are
+    example = wanted.example if dataset is None else (2, *dataset.sample)
+    model = _of_zoo(wanted.model, dataset) if of_zoo else made_by(wanted.model)
     if not isinstance(model, nn.Module):
         raise UsageError(
-            f"{recipe.model!r} returned a {type(model).__name__}; it must return a torch.nn.Module"
+            f"{wanted.model!r} returned a {type(model).__name__}; it must return a torch.nn.Module"
         )
     if dataset is None:
-        batches = made_by(recipe.data, recipe.seed)
-        return Material(model, batches, None, example, recipe.pretrain, recipe.pretraining)
-    batches = dataset.batches(recipe.seed, recipe.batch, recipe.augment, recipe.rounds_per_epoch)
-    made = Material(model, batches, dataset, example, recipe.pretrain, recipe.pretraining)
-    return _started(made, recipe.model, note) if recipe.trained else made
+        batches = made_by(wanted.data, wanted.seed)
+        return Material(model, batches, None, example, wanted.pretrain, wanted.pretraining)
+    batches = dataset.batches(wanted.seed, wanted.batch, wanted.augment, wanted.rounds_per_epoch)
+    made = Material(model, batches, dataset, example, wanted.pretrain, wanted.pretraining)
+    return _started(made, wanted.model, note) if wanted.trained else made
 
 
 def _accuracy(dataset: Dataset, part: str) -> Score:

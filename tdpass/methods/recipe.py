@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from tdpass.artifact import Artifact
-from tdpass.datasets import Augment, is_dataset, open_dataset
-from tdpass.documents import Count, Document, Size, read_yaml, register_document, yaml_value
+from tdpass.datasets import is_dataset, open_dataset
+from tdpass.documents import Count, Document, read_yaml, register_document, yaml_value
 from tdpass.errors import UsageError
 from tdpass.methods.base import make_method
-from tdpass.methods.material import gathered
+from tdpass.methods.material import Ingredients, gathered
 from tdpass.methods.run import train
 from tdpass.methods.same_run import check_same_run
 from tdpass.report import TrainingRow
@@ -24,41 +24,29 @@ from tdpass.zoo import NETS
 
 _RECIPES = Path(__file__).parent.parent / "recipes"
 _SHIPPED = _RECIPES / "training"
+# what a run that goes on was begun with; the rest is checked where training begins
+_OF_ONE_RUN = (
+    "model", "data", "evaluate", "test", "calibration", "example", "batch", "augment", "trained",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What `tdpass.train` is called with.
+class Recipe(Ingredients):
+    """What `tdpass.train` is called with, by names.
 
-    `model` is a network of `tdpass.zoo` by name or `package.module:name`, which `model()` makes.  `data` is
-    what `tdpass.datasets.open_dataset` opens, or `package.module:name`, where `data(seed)` returns the
-    training batches.  `evaluate` (not on test data) and `test` score the model: a part of the data set
-    (`tuning`, `test`), on which accuracy is measured, or `package.module:name`, where `test(model)` returns a
-    score; `calibration` gives the data of a pipeline in the same way. `batch`, `augment` and `trained` are
-    for data sets: the largest batch, how images are changed (the set's own way by default), and whether to
-    start from the trained weights that come with the set; where there are none the network is trained first.
-    `example` is the shape of one input, for networks that are not of the zoo.  The rest is as `tdpass.train`
-    has it.
+    `evaluate` (not on test data) and `test` score the model: a part of the data set (`tuning`, `test`), on
+    which accuracy is measured, or `package.module:name`, where `test(model)` returns a score; `calibration`
+    gives the data of a pipeline in the same way.  The rest is as `tdpass.train` has it.
     """
 
-    model: str
-    data: str
     method: Mapping[str, Any] | str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    pretrain: Count = 0
-    pretraining: Mapping[str, Any] | None = None
     finetune: Count = 0
     finetuning: Mapping[str, Any] | None = None
     control: bool = True
-    rounds_per_epoch: Size = 1
     calibration: str | None = None
     evaluate: str | None = None
     test: str | None = None
-    example: tuple[Size, ...] = ()
-    batch: Size = 128
-    augment: Augment | None = None
-    trained: bool = False
-    seed: Count = 0
     about: str = ""
 
     @classmethod
@@ -113,9 +101,9 @@ class Recipe:
         return Recipe.parse(found)
 
     def with_data(self, data: str) -> Recipe:
-        """The same on another data set: scored on its parts, images changed in its own way, and without compiling, which few images do not repay.
+        """The same on another data set: scored on its parts, images changed in its own way.
 
-        Raises `UsageError` where it is none.
+        Without compiling, which few images do not repay.  Raises `UsageError` where it is none.
         """
         if not is_dataset(data):
             open_dataset(data)
@@ -141,18 +129,7 @@ class Recipe:
     ) -> Artifact:
         """Train as the recipe says."""
         if folder is not None:
-            names = (
-                "model",
-                "data",
-                "evaluate",
-                "test",
-                "calibration",
-                "example",
-                "batch",
-                "augment",
-                "trained",
-            )
-            check_same_run(folder, "recipe.json", {name: getattr(self, name) for name in names}, resume)
+            check_same_run(folder, "recipe.json", {name: getattr(self, name) for name in _OF_ONE_RUN}, resume)
         torch.manual_seed(self.seed)
         material = gathered(self, note)
         return train(
@@ -199,7 +176,7 @@ def starting_recipe(model: str, data: str) -> str:
     Raises `UsageError`, `InvalidModelError` where network or data cannot be made.
     """
     dataset = open_dataset(data, NETS.get(model).sample if ":" not in model else None)
-    gathered(Recipe(model=model, data=data, example=(2, *dataset.sample)))
+    gathered(Ingredients(model=model, data=data, example=(2, *dataset.sample)))
     text = (_RECIPES / "start.yaml").read_text(encoding="utf-8")
     values = {"MODEL": model, "DATA": data, "EXAMPLE": ", ".join(map(str, (1, *dataset.sample)))}
     return re.sub("|".join(values), lambda found: values[found[0]], text)
