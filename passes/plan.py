@@ -39,10 +39,11 @@ class Plan(Pass):
     Options override the budget of the job: `bounds` by measure, each of which is an option of that name.
     `joint` also tries options that change neighbouring sites together. `effort`: fast (losses from the metric
     alone), normal (losses measured for about a minute) or thorough; default: the job's. `numbers`: number
-    types, joined by +, that sites may be stored in under a budget on bytes, where no target is asked for, and
-    `supports`: supports of weights, likewise.  `auto` offers some of each under a budget of at most a quarter
-    of the bytes, and under one that cannot be met without; `none` offers none. `pivot`: factors without what
-    they hold twice, as the pass `pivot` makes them, at their lower cost. The model itself is not changed.
+    types, joined by +, that sites may be stored in under a budget on bytes, or on what a target charges by
+    the bit, and `supports`: supports of weights, likewise.  `auto` offers some of each under a budget of at
+    most a quarter of the bytes, and under one that cannot be met without, and on such a target its number
+    types; `none` offers none. `pivot`: factors without what they hold twice, as the pass `pivot` makes them,
+    at their lower cost. The model itself is not changed.
     """
 
     name = "plan"
@@ -127,14 +128,17 @@ class Plan(Pass):
 
     def _offer(self, budget: Budget, job: Job) -> Offer:
         """Number types and supports for the first try."""
+        target, limit = job.target, budget.limits(job.original).get("bytes", math.inf)
+        counted = ("bytes",) if target is None else target.measures if target.numbers else ()
+        if not set(counted) & set(budget.measures):
+            return NOTHING
         if self.numbers not in {AUTO, NONE}:
-            wanted = Offer.parse(self.numbers, self.supports)
-        elif self.supports:
-            wanted = Offer.parse("", self.supports)
-        else:
-            low = budget.limits(job.original).get("bytes", math.inf) <= FEW_BYTES * job.original.bytes
-            wanted = EVERYTHING if self.numbers == AUTO and low else NOTHING
-        return wanted if "bytes" in budget.measures and job.target is None else NOTHING
+            return Offer.parse(self.numbers, self.supports)
+        if self.supports or self.numbers == NONE:
+            return Offer.parse("", self.supports)
+        if target is not None:
+            return Offer(target.numbers)
+        return EVERYTHING if limit <= FEW_BYTES * job.original.bytes else NOTHING
 
     def _on_target(
         self, target: Target, table: Table, budget: Budget, model: Model, job: Job

@@ -36,11 +36,12 @@ class Part:
 class Numbers(ABC):
     """One number type with its granularity; a frozen dataclass per file, registered with `register_numbers`.
 
-    Class attributes: `name`, and `bits` of one value, which may be a property.  `str` is the text that
-    `numbers_named` reads.
+    Class attributes: `name`, `bits` of one value, which may be a property, and whether values are
+    `floating`-point numbers.  `str` is the text that `numbers_named` reads.
     """
 
     name: ClassVar[str]
+    floating: ClassVar[bool] = False
 
     @property
     @abstractmethod

@@ -17,6 +17,7 @@ from tdpass.ops import StorageOps, V
 class Floating(Numbers, ABC):
     """Values as torch's `dtype` has them; nothing but the values is stored."""
 
+    floating = True
     dtype: ClassVar[torch.dtype]
 
     @classmethod

@@ -220,9 +220,9 @@ def tabulate(
             )
             best = _worth_timing(found, measures) if target is not None else frontier(found, measures)
             if offer:
-                best = frontier(
-                    [*best, *on_offer(fits, best, offer, deadline.part(_FIT_SHARE))], (*measures, "bytes")
-                )
+                stored = on_offer(fits, best, offer, deadline.part(_FIT_SHARE))
+                slack = 1.0 if target is None else _SLACK
+                best = frontier([*best, *stored], (*measures, "bytes"), slack)
             known[site.name] = _with_losses(best, fits, sweep, len(missing), deadline, effort)
             cache.put(keys[site.name], known[site.name])
         except NumericalError as error:

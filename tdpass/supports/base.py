@@ -62,6 +62,13 @@ class Support(ABC):
         """One for each tile."""
         return math.prod(shape) // math.prod(self.tile(shape))
 
+    def lines(self, shape: Shape) -> tuple[int, int]:
+        """Rows and columns of the matrix that are left where whole ones are left out; all of them elsewhere."""
+        (rows, columns), (high, wide) = matrix_of(shape), self.tile(shape)
+        if wide == columns:
+            return high * self.tiles(shape), columns
+        return rows, wide * self.tiles(shape) if high == rows else columns
+
     def packed(self, kept: Tensor) -> Tensor:
         """The bits of what `choose` chose for a factor, in bytes."""
         rows, columns = matrix_of(tuple(kept.shape))

@@ -50,14 +50,16 @@ class Target(ABC):
 
     `measures` is what it tells of a layer, the one that says whether a layer pays first, and `here` whether
     it is this machine, so that what runs faster here may be chosen by time.  `margin` is how much less than
-    the dense layer a form must cost to count as cheaper: what noise is left in what it tells.  `filled_by`
-    identifies what `filling` goes by.  `notes` is what the user should hear of.
+    the dense layer a form must cost to count as cheaper: what noise is left in what it tells.  `numbers` are
+    the number types that a layer may be stored in to cost less here.  `filled_by` identifies what `filling`
+    goes by.  `notes` is what the user should hear of.
     """
 
     name: ClassVar[str]
     measures: ClassVar[tuple[str, ...]]
     here: ClassVar[bool] = False
     margin: ClassVar[float] = 0.0
+    numbers: ClassVar[tuple[str, ...]] = ()
     filled_by: str = ""
 
     def __init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -56,7 +56,7 @@ class CrossbarArray(Constants):
     `rows` [cells]: word lines of an array.
     `columns` [cells]: bit lines of an array.
     `cell_bits` [bit]: of a cell, which has 2^cell_bits states.
-    `weight_bits` [bit]: of a weight, its sign included.
+    `weight_bits` [bit]: of a weight, its sign included, whose form has no number type, or a floating-point one.
     `signs` []: how weights are negative: a `pair` of arrays whose sums are subtracted, `fragments` of rows
     whose weights share a sign, or an `offset`.
     `slices` []: where the cells of one weight lie, in `arrays` of their own or in adjacent `columns`.
@@ -175,6 +175,10 @@ class CrossbarArray(Constants):
             for k in range(steps + 1)
         )
 
+    def holding(self, bits: int) -> CrossbarArray:
+        """The array with weights of so many bits in its cells, 0 for its own; one holds a sign and a bit at least."""
+        return replace(self, weight_bits=max(2, bits)) if bits else self
+
     def groups(self, rows: int) -> int:
         """Steps in which so many rows are driven."""
         return -(-rows // self.rows_at_once)
@@ -255,6 +259,7 @@ class CrossbarTarget(ModelledTarget):
 
     name = "crossbar"
     measures = ("joules", "area", "seconds", "cycles")
+    numbers = ("int8", "int4")
 
     def __init__(self, array: CrossbarArray) -> None:
         super().__init__()
@@ -279,7 +284,8 @@ class CrossbarTarget(ModelledTarget):
         )
 
     def _cost_product(self, product: Product) -> Cost:
-        return self.array.cost(product.rows, self.array.fillings(product), product.read + product.made)
+        array = self.array.holding(product.bits)
+        return array.cost(product.rows, array.fillings(product), product.read + product.made)
 
 
 def _parts(size: int, limit: int) -> list[tuple[int, int]]:

@@ -24,7 +24,7 @@ class PimMemory(Constants):
     `rows` [cells]: word lines of a sub-array.
     `columns` [cells]: bit lines of a sub-array, all sensed at once.
     `sub_arrays` []: those that may work at once.
-    `weight_bits` [bit]: of a weight.
+    `weight_bits` [bit]: of a weight whose form has no number type, or a floating-point one.
     `input_bits` [bit]: of an activation.
     `sum_bits` [bit]: of a result that is written back.
     `and_joules` [J]: of one bit of a row-wide AND, which is one sensing.
@@ -56,9 +56,13 @@ class PimMemory(Constants):
     source: str
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
 
+    def bits(self, product: Product) -> int:
+        """Bits of a weight of the product: those of its number type, else the memory's own."""
+        return product.bits or self.weight_bits
+
     def weight_memory(self, product: Product) -> int:
         """Bits that the weights of a product take."""
-        return product.weights * self.weight_bits
+        return product.weights * self.bits(product)
 
     def held_by(self, product: Product) -> int:
         """Sub-arrays that its weights fill."""
@@ -66,7 +70,7 @@ class PimMemory(Constants):
 
     def bit_products(self, product: Product) -> int:
         """Products of one bit by another: macs b_w b_a, every bit of a weight with every bit of an activation."""
-        return product.macs * self.weight_bits * self.input_bits
+        return product.macs * self.bits(product) * self.input_bits
 
     def cost(self, product: Product) -> Cost:
         """Energy, time and area; the sub-arrays that hold the weights work at once, a row after another.
@@ -98,6 +102,7 @@ class PimTarget(ModelledTarget):
 
     name = "pim"
     measures = ("joules", "seconds", "cycles", "area")
+    numbers = ("int8", "int4")
 
     def __init__(self, memory: PimMemory) -> None:
         super().__init__()

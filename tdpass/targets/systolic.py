@@ -85,18 +85,21 @@ class SystolicArray(Constants):
         return ((inputs + again * product.weights) * self.bits + passes * outputs * self.sum_bits) / 8
 
     def memory_bytes(self, product: Product) -> float:
-        """Bytes between buffers and memory: everything once, and again what the buffers do not hold."""
+        """Bytes between buffers and memory: everything once, and again what the buffers do not hold.
+
+        Weights of a number type with fewer bits than an operand are as short there and in the buffers.
+        """
         blocks, folds = -(-product.columns // self.columns), -(-self._along(product) // self.rows)
         held = product.read * self.bits <= 8 * self.buffer_bytes
         reads = product.read * (1 if held else blocks)
         spilled = 0
-        weights = product.weights
+        weights = product.weights * min(product.bits or self.bits, self.bits)
         if self.stationary == "weight":
             sums = product.rows * min(product.columns, self.columns) * self.sum_bits
             spilled = 0 if sums <= 8 * self.sum_bytes else 2 * (folds - 1) * product.made
         else:
-            weights *= 1 if product.weights * self.bits <= 8 * self.buffer_bytes else folds
-        return ((reads + weights + product.made) * self.bits + spilled * self.sum_bits) / 8
+            weights *= 1 if weights <= 8 * self.buffer_bytes else folds
+        return ((reads + product.made) * self.bits + weights + spilled * self.sum_bits) / 8
 
     def cycles(self, product: Product) -> int:
         """The longer of computing and moving, as they overlap, after the first operands have come.
@@ -129,6 +132,7 @@ class SystolicTarget(ModelledTarget):
 
     name = "systolic"
     measures = ("cycles", "seconds", "joules")
+    numbers = ("int8", "int4")
 
     def __init__(self, array: SystolicArray) -> None:
         super().__init__()

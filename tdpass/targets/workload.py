@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from tdpass.form import Form
-from tdpass.formats.layer import Layer
+from tdpass.formats.layer import Layer, storage_of
 from tdpass.kinds import kind_of
 from tdpass.ops import Pads, TorchOps
 from tdpass.site import Site
+from tdpass.supports.base import Support, matrix_of
 from tdpass.targets.layers import apply_layer, layer_of, weights_of
 
 
@@ -23,7 +26,8 @@ class Product:
     """`count` products `[rows, depth] @ [depth, columns]` with weights on the right.
 
     `read` and `made` count the numbers of the activations that it reads and makes once: those of a
-    convolution are fewer than count * rows * depth.
+    convolution are fewer than count * rows * depth.  `bits` are those of a weight, 0 where it has as many as
+    the machine gives it.
     """
 
     rows: int
@@ -32,6 +36,7 @@ class Product:
     count: int
     read: int
     made: int
+    bits: int = 0
 
     @property
     def macs(self) -> int:
@@ -47,19 +52,24 @@ class Product:
 class _Recorder(TorchOps):
     """Operations that write down every product and its weights `[count, depth, columns]`.
 
-    On tensors without data they compute shapes only.
+    On tensors without data they compute shapes only.  What they answer is detached, so that the graph of a
+    matrix leads to the factors that it was made of and no further.
     """
 
     def __init__(self) -> None:
         self.products: list[Product] = []
         self.matrices: list[Tensor] = []
 
+    def _record(self, product: Product, matrices: Tensor, y: Tensor) -> Tensor:
+        self.products.append(product)
+        self.matrices.append(matrices)
+        return y.detach()
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = super().linear(x, weight, bias)
         columns, depth = weight.shape
-        self.products.append(Product(x.numel() // depth, depth, columns, 1, x.numel(), y.numel()))
-        self.matrices.append(as_matrices(weight, 1))
-        return y
+        product = Product(x.numel() // depth, depth, columns, 1, x.numel(), y.numel())
+        return self._record(product, as_matrices(weight, 1), y)
 
     def conv(
         self,
@@ -73,11 +83,8 @@ class _Recorder(TorchOps):
     ) -> Tensor:
         y = super().conv(x, weight, bias, stride, padding, dilation, groups)
         outputs, depth = weight.shape[0], math.prod(weight.shape[1:])
-        self.products.append(
-            Product(y.numel() // outputs, depth, outputs // groups, groups, x.numel(), y.numel())
-        )
-        self.matrices.append(as_matrices(weight, groups))
-        return y
+        product = Product(y.numel() // outputs, depth, outputs // groups, groups, x.numel(), y.numel())
+        return self._record(product, as_matrices(weight, groups), y)
 
     def conv_transpose(
         self,
@@ -91,33 +98,29 @@ class _Recorder(TorchOps):
     ) -> Tensor:
         y = super().conv_transpose(x, weight, bias, stride, cut, dilation, groups)
         inputs, columns = groups * weight.shape[1], weight.shape[0] // groups * math.prod(weight.shape[2:])
-        self.products.append(
-            Product(x.numel() // inputs, inputs // groups, columns, groups, x.numel(), y.numel())
-        )
+        product = Product(x.numel() // inputs, inputs // groups, columns, groups, x.numel(), y.numel())
         parts = weight.reshape(groups, -1, inputs // groups, math.prod(weight.shape[2:]))
-        self.matrices.append(parts.transpose(1, 2).reshape(groups, inputs // groups, columns))
-        return y
+        return self._record(product, parts.transpose(1, 2).reshape(groups, inputs // groups, columns), y)
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         y = super().matmul(a, b)
         (rows, depth), columns = a.shape[-2:], b.shape[-1]
         batches = y.numel() // (rows * columns)
         if b.dim() == 2:  # one matrix on the right of all
-            self.products.append(Product(batches * rows, depth, columns, 1, a.numel(), y.numel()))
-            self.matrices.append(b[None])
-        elif a.dim() == 2:  # one on the left of all: the transposed product
-            self.products.append(Product(batches * columns, depth, rows, 1, b.numel(), y.numel()))
-            self.matrices.append(a.T[None])
-        else:
-            self.products.append(Product(rows, depth, columns, batches, a.numel(), y.numel()))
-            self.matrices.append(b.reshape(-1, depth, columns))
-        return y
+            return self._record(Product(batches * rows, depth, columns, 1, a.numel(), y.numel()), b[None], y)
+        if a.dim() == 2:  # one on the left of all: the transposed product
+            return self._record(
+                Product(batches * columns, depth, rows, 1, b.numel(), y.numel()), a.T[None], y
+            )
+        product = Product(rows, depth, columns, batches, a.numel(), y.numel())
+        return self._record(product, b.reshape(-1, depth, columns), y)
 
 
 def products_of(site: Site, form: Form, batch: int = 1) -> tuple[Product, ...]:
     """The products of one call of the layer for `batch` samples, as its first extent tells.
 
-    None for what computes nothing.
+    None for what computes nothing.  Rows and columns of a factor that its support leaves out throughout are
+    not computed, as if those left were the first; entries left out here and there are.
     """
     return _products_of(replace(site, name="", extents=site.extents[:1], samples=1), form, batch)
 
@@ -141,12 +144,69 @@ def matrices_of(layer: Layer) -> list[tuple[Product, Tensor]]:
 
 @cache
 def _products_of(site: Site, form: Form, batch: int) -> tuple[Product, ...]:
-    layer = layer_of(site, form, lambda shape: torch.empty(shape, device="meta"))
-    recorder = _Recorder()
-    apply_layer(
-        recorder,
-        layer,
-        torch.empty(kind_of(layer.site).sample(layer.site, batch), device="meta"),
-        weights_of(layer),
+    plain, storage = replace(form, numbers=(), support=""), storage_of(site, form)
+    layer = layer_of(site, plain, lambda shape: torch.empty(shape, device="meta"))
+    x = torch.empty(kind_of(layer.site).sample(layer.site, batch), device="meta")
+    recorder, weights = _Recorder(), weights_of(layer)
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        for name in storage.shapes:
+            weights[name] = weights[name].detach().requires_grad_()
+        apply_layer(recorder, layer, x, weights)
+    bits = {
+        id(weights[name]): 0 if numbers.floating else numbers.bits
+        for name, numbers in storage.numbers.items()
+    }
+    found = [
+        replace(product, bits=_bits(matrix, bits))
+        for product, matrix in zip(recorder.products, recorder.matrices, strict=True)
+    ]
+    masks = {name: _lines_left(support, storage.shapes[name]) for name, support in storage.supports.items()}
+    if all(bool(mask.all()) for mask in masks.values()):
+        return tuple(found)
+    small = replace(site, extents=(kind_of(site).typical(site),))
+    ones = layer_of(small, plain, torch.ones)
+    kept = matrices_of(replace(ones, factors={**ones.factors, **masks}))
+    return tuple(
+        part
+        for product, (_, left) in zip(found, kept, strict=True)
+        for part in _parts_left(product, left != 0)
     )
-    return tuple(recorder.products)
+
+
+def _bits(matrix: Tensor, bits: Mapping[int, int]) -> int:
+    """Those of the factor that a matrix is; 0 where it was computed from several."""
+    factors = {id(leaf) for leaf in _leaves(matrix)}
+    return bits.get(factors.pop(), 0) if len(factors) == 1 else 0
+
+
+def _leaves(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that its graph begins with."""
+    nodes = [get_gradient_edge(tensor).node] if tensor.requires_grad else []
+    while nodes:
+        node = nodes.pop()
+        nodes += [each for each, _ in node.next_functions if each is not None]
+        yield from (leaf for leaf in [getattr(node, "variable", None)] if leaf is not None)
+
+
+def _lines_left(support: Support, shape: tuple[int, ...]) -> Tensor:
+    """Ones in the first rows and columns of a factor, as many as its support leaves."""
+    (rows, columns), mask = support.lines(shape), torch.zeros(matrix_of(shape))
+    mask[:rows, :columns] = 1
+    return mask.reshape(shape)
+
+
+def _parts_left(product: Product, kept: Tensor) -> list[Product]:
+    """The product without the rows and columns of its matrices `[count, depth, columns]` that are empty."""
+    sizes = Counter(zip(kept.any(2).sum(1).tolist(), kept.any(1).sum(1).tolist(), strict=True))
+    return [
+        replace(
+            product,
+            depth=depth,
+            columns=columns,
+            count=count,
+            read=product.read * count // product.count,
+            made=product.rows * columns * count,
+        )
+        for (depth, columns), count in sizes.items()
+        if depth and columns
+    ]

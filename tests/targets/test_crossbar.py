@@ -12,7 +12,7 @@ from torch import nn
 
 import tdpass
 from tdpass.errors import BudgetError, UsageError
-from tdpass.form import DENSE, Form
+from tdpass.form import DENSE
 from tdpass.site import Site
 from tdpass.targets import open_target
 from tdpass.targets.crossbar import Block, CrossbarArray, Filling
@@ -220,7 +220,7 @@ def test_budgets_on_energy_and_area_are_met_and_reported(
     assert any(not choice.kept_dense for choice in artifact.plan)
     opened = open_target(target, "torch")
     for choice, site in zip(artifact.plan, artifact.opened.sites(), strict=True):
-        (cost,) = opened.cost(site, [Form(choice.format, choice.rank)])
+        (cost,) = opened.cost(site, [choice.form])
         assert choice.cost.get(measure) == pytest.approx(cost.get(measure))
 
 
