@@ -14,6 +14,7 @@ from tdpass.models.batch import Batch
 from tdpass.site import Extent, Site
 from tdpass.tape import Tape
 
+UNREACHED = "it is not called when the model runs on the data"
 _Calls = Sequence[tuple[Extent, int]]
 
 

@@ -516,21 +516,6 @@ def test_static_sizes_need_no_shape_arithmetic() -> None:
 def declined_cases() -> dict[str, tuple[Callable[[], Case], str]]:
     w, square = weight(6, 8), weight(8, 8)
 
-    def branch(name: str) -> onnx.GraphProto:
-        out = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
-        return helper.make_graph([helper.make_node("MatMul", ["x", "w"], [name])], name, [], [out])
-
-    function = helper.make_function(
-        "local",
-        "Layer",
-        ["a"],
-        ["b"],
-        [
-            helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(square)),
-            node("MatMul", "a w", "b"),
-        ],
-        [helper.make_opsetid("", 17)],
-    )
     embedding = [
         node("Cast", "x", "i", to=TensorProto.INT64),
         node("Gather", "w i", "e"),
@@ -600,29 +585,6 @@ def declined_cases() -> dict[str, tuple[Callable[[], Case], str]]:
         "weight_is_output": (
             lambda: Case([node("MatMul", "x w")], {"w": w.T.copy()}, (2, 8), (), outputs={"y": (), "w": ()}),
             "graph output",
-        ),
-        "inside_if": (
-            lambda: Case(
-                [
-                    node("ReduceSum", "x", "s", keepdims=0),
-                    node("Cast", "s", "c", to=TensorProto.BOOL),
-                    helper.make_node("If", ["c"], ["y"], then_branch=branch("a"), else_branch=branch("b")),
-                ],
-                {"w": w.T.copy()},
-                (2, 8),
-                (),
-            ),
-            "branch or loop body",
-        ),
-        "inside_function": (
-            lambda: Case(
-                [helper.make_node("Layer", ["x"], ["y"], domain="local")],
-                {},
-                (2, 8),
-                (),
-                functions=[function],
-            ),
-            "function Layer",
         ),
     }
 

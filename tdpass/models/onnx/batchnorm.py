@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tdpass.models.onnx.edits import replace_constant, write_bias
 from tdpass.models.onnx.functions import NotServedError, Operator
+from tdpass.models.onnx.graphs import nodes_of
 from tdpass.models.onnx.rewrite import remove_nodes, take_place
 from tdpass.models.onnx.shapes import Shapes
 from tdpass.models.onnx.sites import FoundSite
@@ -22,8 +23,8 @@ _MEAN, _VARIANCE = 3, 4
 
 
 def batchnorms(model: ir.Model) -> list[ir.Node]:
-    """The batch-norms of the main graph in inference form, with constant statistics."""
-    return [node for node in model.graph if _is_batchnorm(node)]
+    """The batch-norms in inference form, with constant statistics."""
+    return [node for node in nodes_of(model) if _is_batchnorm(node)]
 
 
 def _is_batchnorm(node: ir.Node) -> bool:
@@ -49,7 +50,7 @@ def foldable(model: ir.Model, site: FoundSite, shapes: Shapes) -> ir.Node | None
     if len(readers) != 1 or output.is_graph_output() or use.addend is not None or use.swap_out is not None:
         return None
     ((node, index),) = readers
-    if not _is_batchnorm(node) or index != 0 or node.graph is not model.graph:
+    if not _is_batchnorm(node) or index != 0 or node.graph is not use.node.graph:
         return None
     # A batch-norm's channels are on axis 1, a linear layer's on the last one.
     return node if site.site.axes or shapes.rank(output) == 2 or use.node.op_type == "Gemm" else None
@@ -70,7 +71,8 @@ def fold(model: ir.Model, name: str, site: FoundSite, node: ir.Node) -> None:
     replace_constant(model, use.weight, scaled.to(site.dtype), f"{name}.weight")
     write_bias(model, use, shifted.to(site.dtype), f"{name}.bias")
     take_place(node.outputs[0], Slot(node, 0).value)
-    remove_nodes(model.graph, [node])
+    assert node.graph is not None
+    remove_nodes(node.graph, [node])
 
 
 @dataclass

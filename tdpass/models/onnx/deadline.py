@@ -39,6 +39,14 @@ def loop_seconds() -> float:
     return seconds
 
 
+def too_long() -> InvalidModelError:
+    """What is said of a loop that did not end by then."""
+    return InvalidModelError(
+        f"a loop of the model did not end within {loop_seconds():g} seconds; see that its condition becomes "
+        f"false, or allow it more time with {_VARIABLE}=60"
+    )
+
+
 @contextmanager
 def run_options(limited: bool) -> Iterator[onnxruntime.RunOptions]:
     """Options of one run, whose failure is said by an exception only.
@@ -64,10 +72,6 @@ def run_options(limited: bool) -> Iterator[onnxruntime.RunOptions]:
     except Exception as error:
         if not ended.is_set():
             raise
-        raise InvalidModelError(
-            f"a loop of the model did not end within {seconds:g} seconds; see that its condition becomes "
-            "false, "
-            f"or allow it more time with {_VARIABLE}=60"
-        ) from error
+        raise too_long() from error
     finally:
         timer.cancel()

@@ -46,7 +46,8 @@ def _append_add(model: ir.Model, producer: ir.Node, bias: Tensor, name: str) -> 
     add.outputs[0].name = names.value(f"{name}/add")
     add.outputs[0].shape, add.outputs[0].type = product.shape, product.type
     reader.replace_input_with(index, add.outputs[0])
-    model.graph.insert_after(producer, add)
+    assert producer.graph is not None
+    producer.graph.insert_after(producer, add)
     _register(model, _put(Slot(add, 1), bias), name)
 
 
@@ -61,8 +62,8 @@ def _drop(model: ir.Model, old: ir.Value) -> None:
     producer = old.producer()
     if producer is None:
         prune_initializers(model)
-    elif not old.uses():
-        remove_nodes(model.graph, [producer])
+    elif not old.uses() and producer.graph is not None:
+        remove_nodes(producer.graph, [producer])
 
 
 def _register(model: ir.Model, value: ir.Value, wanted: str) -> None:

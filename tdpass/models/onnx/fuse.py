@@ -28,7 +28,7 @@ from tdpass.models.onnx.fused_rewrite import (
     fused_node,
     plain_initializers,
 )
-from tdpass.models.onnx.rewrite import opset_of
+from tdpass.models.onnx.graphs import opset_of
 from tdpass.models.onnx.session import Session
 from tdpass.models.onnx.tensors import from_torch
 

@@ -13,8 +13,9 @@ from tdpass.fusing.spec import ChainSpec
 from tdpass.kernels.stage import Lanes
 from tdpass.models.onnx.chains import NodeLink, NodeReader, label, result
 from tdpass.models.onnx.fused_ops import DOMAIN, FUNCTIONS_SINCE_IR, VERSION, FusedOp
+from tdpass.models.onnx.graphs import opset_of
 from tdpass.models.onnx.names import FreshNames
-from tdpass.models.onnx.rewrite import opset_of, prune_initializers, remove_nodes, take_place
+from tdpass.models.onnx.rewrite import prune_initializers, remove_nodes, take_place
 from tdpass.models.onnx.tensors import from_torch, held, to_torch
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tdpass.errors import UnsupportedError
 from tdpass.models.abilities import Range
+from tdpass.models.onnx.graphs import opset_of
 from tdpass.models.onnx.names import FreshNames
-from tdpass.models.onnx.rewrite import opset_of
 from tdpass.models.onnx.session import Session
 from tdpass.models.onnx.tensors import constant, from_torch
 

@@ -17,7 +17,7 @@ from tdpass.errors import InvalidModelError, PlanError, UnsupportedError, UsageE
 from tdpass.formats.layer import Layer
 from tdpass.models.abilities import Decline, Note, Range, no_reasons
 from tdpass.models.base import Batch, Model
-from tdpass.models.extents import alike, with_extents
+from tdpass.models.extents import UNREACHED, alike, with_extents
 from tdpass.models.fitting import sized
 from tdpass.models.onnx.batchnorm import (
     BatchStatistics,
@@ -83,6 +83,7 @@ class OnnxModel(Model):
         self._ranges: Mapping[str, Range] = {}
         self._waiting: frozenset[str] = frozenset()
         self._seen: dict[str, Site] = {}
+        self._left: dict[str, str] = {}
         self._example: Batch | None = None
         self._observed: tuple[Batch, ...] = ()
         self._macs = 0
@@ -115,7 +116,7 @@ class OnnxModel(Model):
 
     @cached_property
     def _found(self) -> Findings:
-        return find_sites(self._dense, self._shapes)
+        return find_sites(self._dense, self._shapes).without(self._left)
 
     @cached_property
     def _built(self) -> ir.Model:
@@ -262,7 +263,15 @@ class OnnxModel(Model):
         self._observed = batches if differ else batches[:1]
         tapes += [self._record(dense, batch, replayed=False) for batch in self._observed[1:]]
         self._seen = {name: with_extents(found.site, tapes) for name, found in self._found.sites.items()}
+        called = {name for tape in tapes for name in tape.site_calls}
+        self._leave({name: UNREACHED for name in self._found.sites if name not in called})
         self._macs = self._count(self._dense, self._observed).per_sample
+
+    def _leave(self, reasons: Mapping[str, str]) -> None:
+        """Sites that stay dense."""
+        self._left = {**self._left, **reasons}
+        self._found = self._found.without(reasons)
+        self._changed()
 
     def _record(self, runner: OnnxRunner, batch: Batch, *, replayed: bool = True) -> Tape:
         inputs = self.named_inputs(batch)

@@ -7,9 +7,11 @@ from fnmatch import fnmatchcase
 from functools import partial
 
 import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
 
 from tdpass.models.onnx.checks import invalid_if_failing
-from tdpass.models.onnx.matchers import MATCHERS
+from tdpass.models.onnx.fused_ops import DOMAIN
+from tdpass.models.onnx.matchers import MATCHERS, matcher_for
 from tdpass.models.onnx.rewrite import INPUTS_HOLD_INITIALIZERS_BELOW, prune_initializers
 from tdpass.models.onnx.shapes import ordered
 from tdpass.models.onnx.tensors import FLOAT_TYPES, constant, from_torch, sizes, to_torch
@@ -33,16 +35,30 @@ def normalized(model: ir.Model, overridable: Sequence[str] = ()) -> ir.Model:
         "the model's graph cannot be sorted", "it has a cycle or a missing value; export it again"
     ):
         copy = ordered(model)
+    _inline(copy)
     for value in defaults(copy):
         if (copy.ir_version or 0) < INPUTS_HOLD_INITIALIZERS_BELOW or not any(
             fnmatchcase(value.name or "", name) for name in overridable
         ):
             copy.graph.inputs.remove(value)
-    for node in list(copy.graph):
-        if not node.domain and node.op_type in _REARRANGING:
-            _fold(copy.graph, node)
+    for graph in list(copy.graphs()):
+        for node in list(graph):
+            if not node.domain and node.op_type in _REARRANGING:
+                _fold(graph, node)
     prune_initializers(copy)
     return copy
+
+
+def _inline(model: ir.Model) -> None:
+    """Write out the local functions that may hold a weight or be given one.
+
+    Those that stand for fused operators stay: what they compute is a chain of layers already.
+    """
+    InlinePass(
+        lambda function: (
+            function.domain != DOMAIN and any(matcher_for(node) is not None for node in function.all_nodes())
+        )
+    )(model)
 
 
 def _fold(graph: ir.Graph, node: ir.Node) -> None:

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from tdpass.formats.base import FORMATS
 from tdpass.formats.layer import Layer
+from tdpass.models.onnx.graphs import nodes_of, opset_of
 from tdpass.models.onnx.names import FreshNames
 from tdpass.models.onnx.ops import OnnxOps
 from tdpass.models.onnx.parameters import HOLDS
@@ -32,7 +33,7 @@ def rewritten(
     activations that are, too.
     """
     copy = model.clone()
-    twins = dict(zip(model.graph, copy.graph, strict=True))
+    twins = dict(zip(*map(nodes_of, (model, copy)), strict=True))
     names = FreshNames(copy)
     recorders: list[OnnxOps] = []
     for name, layer in layers.items():
@@ -49,8 +50,8 @@ def rewritten(
         bias = None if layer.bias is None else ops.constant("bias", layer.bias)
         for use in site.uses:
             here = use.on(twins)
-            if here.node.graph is copy.graph:  # else it went with a branch that was dropped
-                _put(copy.graph, here, ops, layer, factors, bias, site)
+            if here.node.graph is not None:  # else it went with a branch that was dropped
+                _put(here.node.graph, here, ops, layer, factors, bias, site)
     if any(_resizes(layer, sites[name]) for name, layer in layers.items()):
         _forget_shapes(copy)
     prune_initializers(copy)
@@ -67,7 +68,7 @@ def rewritten(
 
 
 def _put(
-    graph: ir.Graph,
+    graph: ir.Graph | ir.Function,
     use: WeightUse,
     ops: OnnxOps,
     layer: Layer,
@@ -99,7 +100,7 @@ def _resizes(layer: Layer, found: FoundSite) -> bool:
 
 
 def _forget_shapes(model: ir.Model) -> None:
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+    for node in nodes_of(model):
         for output in node.outputs:
             if not output.is_graph_output():
                 output.shape = None
@@ -114,7 +115,7 @@ def take_place(old: ir.Value, new: ir.Value) -> None:
     new.metadata_props.update(old.metadata_props)
 
 
-def remove_nodes(graph: ir.Graph, nodes: Iterable[ir.Node]) -> None:
+def remove_nodes(graph: ir.Graph | ir.Function, nodes: Iterable[ir.Node]) -> None:
     """Remove nodes that nothing reads any more, and then those that only they read."""
     gone = list(nodes)
     suspects = [value.producer() for node in gone for value in node.inputs if value is not None]
@@ -134,8 +135,3 @@ def prune_initializers(model: ir.Model) -> None:
         for name, value in list(graph.initializers.items()):
             if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
                 del graph.initializers[name]
-
-
-def opset_of(model: ir.Model) -> int:
-    """Version of the standard operator set."""
-    return int(model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0)))

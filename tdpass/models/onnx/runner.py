@@ -17,11 +17,12 @@ import tdpass.models.onnx.math  # noqa: F401 - these three fill the table of fun
 from tdpass.errors import InvalidModelError, TdpassError
 from tdpass.formats.geometry import apply_dense
 from tdpass.formats.layer import Layer
+from tdpass.models.onnx.bodies import Block, Control, Step, Values, runs_bodies
 from tdpass.models.onnx.checks import brief
 from tdpass.models.onnx.functions import FUNCTIONS, NotServedError, Operator, TorchFunction
+from tdpass.models.onnx.graphs import bodies, captured_values, nodes_of, opset_of, within
 from tdpass.models.onnx.matchers import operator_name
-from tdpass.models.onnx.rewrite import opset_of
-from tdpass.models.onnx.session import NodeSession, captured_values
+from tdpass.models.onnx.session import NodeSession
 from tdpass.models.onnx.sites import FoundSite
 from tdpass.models.onnx.storage import release_pages
 from tdpass.models.onnx.tensors import constant, to_torch
@@ -49,7 +50,7 @@ class _NodeStep:
     def reads(self) -> tuple[ir.Value, ...]:
         return (*(value for value in self.inputs if value is not None), *self.captured)
 
-    def run(self, values: dict[ir.Value, Tensor]) -> None:
+    def run(self, values: Values) -> None:
         inputs = [None if value is None else values[value] for value in self.inputs]
         if self.function is not None:
             try:
@@ -86,7 +87,7 @@ class _SiteStep:
     def outputs(self) -> tuple[ir.Value, ...]:
         return (self.use.output,)
 
-    def run(self, values: dict[ir.Value, Tensor]) -> None:
+    def run(self, values: Values) -> None:
         addend = None
         if self.use.addend is not None:
             addend = values[self.use.addend.value]
@@ -112,21 +113,19 @@ class OnnxRunner:
     constants: dict[ir.Value, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        graph = self.model.graph
-        twins: dict[ir.Node, ir.Node] = {node: node for node in graph}
+        twins = {node: node for node in nodes_of(self.model)}
         if self.model.functions:
             inlined = self.model.clone()
-            twins = dict(zip(graph, inlined.graph, strict=True))
+            twins = dict(zip(twins, nodes_of(inlined), strict=True))
             InlinePass()(inlined)
             self._executed = inlined
         else:
             self._executed = self.model
-        self._steps: list[_NodeStep | _SiteStep] = []
+        self._opset = opset_of(self._executed)
         self._fixed: set[ir.Value] = set()
-        self._compile(
-            self._site_steps(twins), {twins[node]: function for node, function in self.functions.items()}
-        )
-        self._last_read = {value: index for index, step in enumerate(self._steps) for value in step.reads}
+        self._site_places = self._site_steps(twins)
+        self._functions = {twins[node]: function for node, function in self.functions.items()}
+        self._block = self._compiled(self._executed.graph)
 
     def _site_steps(self, twins: Mapping[ir.Node, ir.Node]) -> dict[ir.Node, _SiteStep | None]:
         steps: dict[ir.Node, _SiteStep | None] = {}
@@ -143,24 +142,28 @@ class OnnxRunner:
         self.weights[name] = weight
         return lambda x: apply_dense(_OPS, x, weight, bias, found.site)
 
-    def _compile(
-        self, site_steps: Mapping[ir.Node, _SiteStep | None], functions: Mapping[ir.Node, TorchFunction]
-    ) -> None:
-        model = self._executed
-        opset = opset_of(model)
-        for node in model.graph:
-            if node in site_steps:
-                site_step = site_steps[node]
+    def _compiled(self, graph: ir.Graph) -> Block:
+        steps: list[Step] = []
+        for node in graph:
+            if node in self._site_places:
+                site_step = self._site_places[node]
                 if site_step is not None:
-                    self._steps.append(site_step)
+                    steps.append(site_step)
             elif constant(node.outputs[0]) is None:
-                step = self._node_step(node, opset, model)
-                step.function = functions.get(node, step.function)
-                self._steps.append(step)
-        for value in {*(value for step in self._steps for value in step.reads), *model.graph.outputs}:
+                steps.append(self._step(node))
+        for value in {*(value for step in steps for value in step.reads), *graph.outputs}:
             tensor = value.const_value if value.is_initializer() else constant(value)
             if tensor is not None:
                 self.constants[value] = to_torch(tensor)
+        return Block(graph, steps, _perform)
+
+    def _step(self, node: ir.Node) -> Step:
+        if runs_bodies(node, self._opset) and any(inner in self._site_places for inner in within(node)):
+            blocks = {name: self._compiled(graph) for name, graph in bodies(node).items()}
+            return Control(node, blocks, captured_values(node))
+        step = self._node_step(node, self._opset, self._executed)
+        step.function = self._functions.get(node, step.function)
+        return step
 
     def _node_step(self, node: ir.Node, opset: int, model: ir.Model) -> _NodeStep:
         name = operator_name(node)
@@ -193,28 +196,23 @@ class OnnxRunner:
         graph = self._executed.graph
         values = dict(self.constants)
         values.update((value, inputs[str(value.name)]) for value in graph.inputs if value.name in inputs)
-        kept = set(graph.outputs)
-        for index, step in enumerate(self._steps):
-            self._run(step, values)
-            if isinstance(step, _SiteStep):
-                release_pages()
-            for value in step.reads:
-                if self._last_read[value] == index and value not in kept:
-                    values.pop(value, None)
+        self._block.run(values)
         return {str(value.name): values[value] for value in graph.outputs}
 
-    @staticmethod
-    def _run(step: _NodeStep | _SiteStep, values: dict[ir.Value, Tensor]) -> None:
-        try:
-            if step.fixed:
-                with torch._C.DisableTorchFunction():
-                    step.run(values)
-            else:
+
+def _perform(step: Step, values: Values) -> None:
+    try:
+        if step.fixed:
+            with torch._C.DisableTorchFunction():
                 step.run(values)
-        except TdpassError:
-            raise
-        except Exception as error:
-            made = step.outputs[0].name
-            raise InvalidModelError(
-                f"the node that computes {made!r} fails: {brief(error)}; check the sizes of the inputs"
-            ) from error
+        else:
+            step.run(values)
+    except TdpassError:
+        raise
+    except Exception as error:
+        made = step.outputs[0].name
+        raise InvalidModelError(
+            f"the node that computes {made!r} fails: {brief(error)}; check the sizes of the inputs"
+        ) from error
+    if isinstance(step, _SiteStep):
+        release_pages()

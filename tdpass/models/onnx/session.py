@@ -25,7 +25,8 @@ from tdpass.models.onnx.checks import brief
 from tdpass.models.onnx.deadline import loops, run_options
 from tdpass.models.onnx.file import write
 from tdpass.models.onnx.fused_ops import DOMAIN, uses_fused_ops
-from tdpass.models.onnx.storage import all_nodes, stored_bytes
+from tdpass.models.onnx.graphs import all_nodes, within
+from tdpass.models.onnx.storage import stored_bytes
 
 _ERRORS_ONLY = 3
 _THROUGH_A_FILE_ABOVE = 1 << 28
@@ -215,38 +216,3 @@ class NodeSession:
 
 def _element_type(tensor: Tensor) -> int:
     return int(tensor_adapters.from_torch_dtype(tensor.dtype))
-
-
-def within(node: ir.Node) -> list[ir.Node]:
-    """The nodes in a node's branches and bodies."""
-    return [inner for graph in _graphs(node) for inner in ir.traversal.RecursiveGraphIterator(graph)]
-
-
-def _graphs(node: ir.Node) -> list[ir.Graph]:
-    graphs: list[ir.Graph] = []
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            graphs.append(attribute.as_graph())
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            graphs.extend(attribute.as_graphs())
-    return graphs
-
-
-def captured_values(node: ir.Node) -> list[ir.Value]:
-    """The outer values that a node's subgraphs read, each once."""
-    inner: set[ir.Value] = set()
-    read: dict[ir.Value, None] = {}
-    for graph in _graphs(node):
-        inner.update((*graph.inputs, *graph.initializers.values()))
-        for nested in ir.traversal.RecursiveGraphIterator(graph):
-            inner.update(nested.outputs)
-            read.update((value, None) for value in nested.inputs if value is not None)
-            for subgraph in (
-                attribute.as_graph()
-                for attribute in nested.attributes.values()
-                if attribute.type == ir.AttributeType.GRAPH
-            ):
-                inner.update((*subgraph.inputs, *subgraph.initializers.values()))
-        read.update((value, None) for value in graph.outputs)
-    direct = set(node.inputs)
-    return [value for value in read if value not in inner and value not in direct]

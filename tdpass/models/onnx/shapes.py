@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import onnx
 import onnx_ir as ir
 
+from tdpass.models.onnx.protos import graph_protos
 from tdpass.models.onnx.tensors import dims, sizes
 
 Dims = tuple[int | None, ...]
@@ -116,8 +117,22 @@ def _shape_instead_of(graph: onnx.GraphProto, value: onnx.ValueInfoProto) -> Non
     graph.output.remove(value)
 
 
+def _declared(graph: onnx.GraphProto) -> Iterator[tuple[str, Dims]]:
+    """The sizes that a graph says its values have."""
+    for info in (*graph.input, *graph.output, *graph.value_info):
+        tensor = info.type.tensor_type
+        if tensor.HasField("shape"):
+            yield (
+                info.name,
+                tuple(
+                    size.dim_value if size.HasField("dim_value") and size.dim_value >= 0 else None
+                    for size in tensor.shape.dim
+                ),
+            )
+
+
 class Shapes:
-    """Sizes of the values of the main graph, by name, as far as they follow from the inputs' declared sizes."""
+    """Sizes of the values of a model, by name, as far as they follow from the inputs' declared sizes."""
 
     def __init__(self, known: Mapping[str, Dims]) -> None:
         self._known = dict(known)
@@ -126,18 +141,16 @@ class Shapes:
     def infer(cls, model: ir.Model) -> Shapes:
         """Infer the sizes; where inference fails, what the model declares remains."""
         try:
-            inferred = onnx.shape_inference.infer_shapes(skeleton(model), data_prop=True).graph
+            inferred = onnx.shape_inference.infer_shapes(skeleton(model), data_prop=True)
         except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, ValueError, RuntimeError):
             return cls({})
         known: dict[str, Dims] = {}
-        for info in (*inferred.input, *inferred.output, *inferred.value_info):
-            tensor = info.type.tensor_type
-            if tensor.HasField("shape"):
-                known[info.name] = tuple(
-                    size.dim_value if size.HasField("dim_value") and size.dim_value >= 0 else None
-                    for size in tensor.shape.dim
-                )
-        return cls(known)
+        several: set[str] = set()  # branches may give one name to values of their own
+        for graph in graph_protos(inferred):
+            for name, sizes_there in _declared(graph):
+                if known.setdefault(name, sizes_there) != sizes_there:
+                    several.add(name)
+        return cls({name: found for name, found in known.items() if name not in several})
 
     def of(self, value: ir.Value) -> Dims | None:
         """Sizes, None for each that is unknown; None where even the rank is."""

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from tdpass.errors import InvalidModelError
-from tdpass.models.onnx.matchers import DeclinedNode, matcher_for
+from tdpass.models.onnx.bodies import runs_bodies
+from tdpass.models.onnx.graphs import bodies, opset_of
+from tdpass.models.onnx.matchers import DeclinedNode, matcher_for, operator_name
 from tdpass.models.onnx.names import site_names
 from tdpass.models.onnx.shapes import Shapes
 from tdpass.models.onnx.tensors import finite, held, to_torch, torch_dtype
@@ -68,9 +70,14 @@ class Findings:
     sites: Mapping[str, FoundSite]
     declined: Mapping[str, str]
 
+    def without(self, reasons: Mapping[str, str]) -> Findings:
+        """The same, but for sites that are left alone for a reason."""
+        sites = {name: found for name, found in self.sites.items() if name not in reasons}
+        return Findings(sites, {**self.declined, **reasons})
+
 
 def find_sites(model: ir.Model, shapes: Shapes) -> Findings:
-    """Group the uses of every weight in the main graph.
+    """Group the uses of every weight, in the main graph and in the branches and bodies in it.
 
     Decline the weights that cannot be replaced as a whole.
     """
@@ -106,15 +113,19 @@ def find_sites(model: ir.Model, shapes: Shapes) -> Findings:
 
 
 def _nodes(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
-    """Every node, with a description of the place where it is outside the main graph."""
-    for node in model.graph:
-        yield node, ""
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        if node.graph is not model.graph:
-            yield node, "a branch or loop body"
+    """Every node, with a description of the place where it is run by nothing but a runtime."""
+    yield from _within(model.graph, opset_of(model), "")
     for function in model.functions.values():
         for node in function.all_nodes():
             yield node, f"the model-local function {function.name}"
+
+
+def _within(graph: ir.Graph, opset: int, place: str) -> Iterator[tuple[ir.Node, str]]:
+    for node in graph:
+        yield node, place
+        inner = "" if runs_bodies(node, opset) else f"the body of a {operator_name(node)}"
+        for body in bodies(node).values():
+            yield from _within(body, opset, place or inner)
 
 
 def _as_one(value: ir.Value, uses: list[WeightUse]) -> tuple[str | None, tuple[WeightUse, ...]]:

@@ -6,7 +6,7 @@ import ctypes
 import mmap
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import cast
@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from tdpass.models.onnx.graphs import all_nodes
 from tdpass.models.onnx.shapes import put_in_order
 from tdpass.models.onnx.tensors import sizes
 
@@ -98,12 +99,6 @@ def model_from(proto: onnx.ModelProto, folder: Path | None) -> ir.Model:
         for graph in (model.graph, *(function.graph for function in model.functions.values())):
             ir.external_data.set_base_dir(graph, str(folder))
     return model
-
-
-def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
-    """The nodes of the main graph and of the local functions, those in branches and loop bodies included."""
-    for graph in (model.graph, *(function.graph for function in model.functions.values())):
-        yield from ir.traversal.RecursiveGraphIterator(graph)
 
 
 def open_data_files(model: ir.Model) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from tdpass.errors import InvalidModelError
+from tdpass.models.onnx.graphs import all_nodes
 from tdpass.models.onnx.shapes import Dims, Shapes
-from tdpass.models.onnx.storage import all_nodes
 from tdpass.models.onnx.tensors import dims
 
 _CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})

@@ -22,7 +22,7 @@ from tdpass.layers.factorized import Factorized
 from tdpass.layers.fused import Fused
 from tdpass.models.abilities import Decline, Note, no_reasons
 from tdpass.models.base import Batch, Model
-from tdpass.models.extents import alike, with_extents
+from tdpass.models.extents import UNREACHED, alike, with_extents
 from tdpass.models.signature import Input, Signature
 from tdpass.models.torch.called_layers import call_layers, runs_nested
 from tdpass.models.torch.copying import copied
@@ -185,7 +185,7 @@ class TorchModel(Model):
         }
         dense = {name: matched for name, matched in self._by_name.items() if name not in self._replaced}
         self._leave(
-            {name: "it is not called when the model runs on the data" for name in dense if name not in called}
+            {name: UNREACHED for name in dense if name not in called}
         )
         for run in runs:
             self._leave(other_readers(run, dense))
