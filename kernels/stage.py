@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdpass.errors import KernelError
 
-Lanes = Literal["channels", "pixels", "pairs"]
+Lanes = Literal["channels", "pixels", "pairs", "quads"]
 Pair = tuple[int, int]
 
 _INTEGERS = 13
@@ -28,6 +28,7 @@ class Layout:
     taps_outside: bool
     together: int = 1
     dtype: torch.dtype = torch.float32
+    by_channel: torch.dtype = torch.float32  # of a depthwise stage
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -39,6 +40,7 @@ LAYOUTS: dict[Lanes, Layout] = {
     "channels": Layout(16, True),
     "pixels": Layout(8, False),
     "pairs": Layout(16, True, 2, torch.bfloat16),
+    "quads": Layout(16, True, 4, torch.int8, torch.int8),
 }
 
 
@@ -69,6 +71,11 @@ class Stage:
         return self.groups == self.inputs == self.outputs > 1
 
     @property
+    def pointwise(self) -> bool:
+        """Whether every position of the output reads one of the input."""
+        return self.kernel == (1, 1) and self.before == self.after == (0, 0)
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         """Shape of the weight, `[o, i / groups, h, w]`."""
         return (self.outputs, self.inputs // self.groups, *self.kernel)
@@ -96,12 +103,13 @@ class Stage:
         ]
 
     def packs_by_channel(self, lanes: Lanes) -> bool:
-        """Whether the weight is packed as `[panels, h w, 16]` in float32: a depthwise stage, which has no input channels to sum over."""
+        """Whether the weight is packed as `[panels, h w, 16]`: a depthwise stage, which has no input channels to sum over."""
         return layout_of(lanes).taps_outside and self.depthwise
 
     def packed_dtype(self, lanes: Lanes) -> torch.dtype:
         """Type of the packed weight."""
-        return torch.float32 if self.packs_by_channel(lanes) else layout_of(lanes).dtype
+        layout = layout_of(lanes)
+        return layout.by_channel if self.packs_by_channel(lanes) else layout.dtype
 
     def packed_shape(self, lanes: Lanes) -> tuple[int, ...]:
         """Shape of the packed weight."""
@@ -121,11 +129,12 @@ class Stage:
 
         Channel lanes: `[groups, panels, h w, i / groups, 16]`, a depthwise stage `[panels, h w, 16]`; pixel
         lanes: `[groups, panels, i / groups, h w, 8]`; both float32.  Pair lanes: `[groups, panels, h w, i /
-        groups / 2, 16, 2]`, bfloat16.
+        groups / 2, 16, 2]`, bfloat16.  Quad lanes: `[groups, panels, h w, i / groups / 4, 16, 4]`, int8, of
+        whole numbers.
         """
         layout = layout_of(lanes)
         if self.packs_by_channel(lanes):
-            flat = weight.float().reshape(self.outputs, -1)
+            flat = weight.to(layout.by_channel).reshape(self.outputs, -1)
             return (
                 F.pad(flat, (0, 0, 0, -self.outputs % layout.width))
                 .reshape(-1, layout.width, flat.shape[1])

@@ -2,107 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
+from low_precision import cells, conv_chain_int8_cases, linear_chain_int8_cases, weight_only_linear_cases
+from setting import BOTH, CHAINS, Case, randn
 from torch import Tensor
 
-from tdpass.kernels import conv_chain, linear_chain, recurrent, sparse, tensor_chain
-from tdpass.kernels.base import IMPLEMENTATIONS, Op
+from tdpass.kernels import (
+    conv_chain,
+    int8_chain,
+    linear_chain,
+    recurrent,
+    recurrent_int8,
+    sparse,
+    tensor_chain,
+    weight_only,
+)
 from tdpass.kernels.stage import Lanes, Stage
 
-BOTH = (torch.float32, torch.bfloat16)
-# Largest error relative to the largest number of the result; a type that is not listed has none and fails.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2}
-# What has the type of the input; everything else of an operator, weights and biases, is float32.
-ACTIVATIONS = frozenset({"x", "residual", "pre", "h0", "c0"})
-
-
-@dataclass(frozen=True)
-class Case:
-    """Arguments of an operator, float32, and the input types it is run in natively."""
-
-    name: str
-    args: tuple[Any, ...]
-    dtypes: tuple[torch.dtype, ...] = BOTH
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(shape)
-
-
-def arguments(op: Op, case: Case, dtype: torch.dtype) -> list[Any]:
-    """The arguments with activations of that type."""
-    names = [argument.name for argument in op.call._schema.arguments]
-    return [
-        arg.to(dtype) if name in ACTIVATIONS and isinstance(arg, Tensor) else arg
-        for name, arg in zip(names, case.args, strict=True)
-    ]
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], args: Sequence[Any]) -> list[Any]:
-    """The arguments with every tensor replaced."""
-    return [
-        function(arg)
-        if isinstance(arg, Tensor)
-        else [function(each) for each in arg]
-        if is_tensors(arg)
-        else arg
-        for arg in args
-    ]
-
-
-def is_tensors(arg: object) -> bool:
-    return isinstance(arg, list | tuple) and len(arg) > 0 and all(isinstance(each, Tensor) for each in arg)
-
-
-def exact(op: Op, args: Sequence[Any]) -> tuple[Tensor, ...]:
-    """The reference in float64 on these very numbers."""
-    return as_tuple(
-        op.reference(
-            *map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, args)
-        )
-    )
-
-
-def run_native(op: Op, args: Sequence[Any]) -> tuple[Tensor, ...]:
-    """The native implementation, which must not pass the case on to the reference."""
-    result = IMPLEMENTATIONS[op.name, "cpu"](*args)
-    assert result is not NotImplemented, f"{op.name} has no native implementation for this case"
-    return as_tuple(result)
-
-
-def as_tuple(result: Any) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
-
-
-def assert_close(got: Sequence[Tensor], wanted: Sequence[Tensor], dtype: torch.dtype) -> None:
-    for one, other in zip(got, wanted, strict=True):
-        assert one.shape == other.shape
-        if one.numel():
-            error = float((one.double() - other).abs().max() / other.abs().max().clamp_min(1e-3))
-            assert error <= TOLERANCE[dtype], f"relative error {error:.2e}"
-
-
-# Geometries beyond a bottleneck: steps, dilation, uneven padding, groups of odd and even size, every channel
-# by itself.
-CHAINS = {
-    "spatial": (
-        Stage(8, 6, 1, (3, 1), (2, 1), (1, 0), (1, 0)),
-        Stage(6, 8, 1, (1, 3), (1, 2), (0, 1), (0, 1)),
-    ),
-    "cp": (
-        Stage(5, 19),
-        Stage(19, 19, 19, (5, 1), (1, 1), (2, 0), (2, 0)),
-        Stage(19, 19, 19, (1, 3), (1, 1), (0, 0), (0, 2)),
-        Stage(19, 4),
-    ),
-    "grouped": (Stage(8, 12, 2, (3, 3), (1, 1), (2, 2), (2, 2), (2, 2)), Stage(12, 21, 3), Stage(21, 6, 3)),
-    "depthwise": (Stage(17, 17, 17, (3, 3), (2, 2), (1, 1), (1, 1)),),
-    "wide": (Stage(40, 70, 1, (2, 3), (1, 1), (1, 0), (0, 2)),),
-}
 # What pairs of bfloat16 are summed for is bfloat16 alone.
 DTYPES_OF: dict[Lanes, tuple[torch.dtype, ...]] = {
     "channels": BOTH,
@@ -297,12 +215,17 @@ def low_rank_gru_cases() -> Iterator[Case]:
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     conv_chain.CONV_CHAIN.name: conv_chain_cases,
+    int8_chain.CONV_CHAIN_INT8.name: conv_chain_int8_cases,
+    int8_chain.LINEAR_CHAIN_INT8.name: linear_chain_int8_cases,
     linear_chain.LINEAR_CHAIN.name: linear_chain_cases,
     recurrent.LOW_RANK_GRU.name: low_rank_gru_cases,
     recurrent.LOW_RANK_LSTM.name: low_rank_lstm_cases,
+    recurrent_int8.LOW_RANK_GRU_INT8.name: lambda: cells(3),
+    recurrent_int8.LOW_RANK_LSTM_INT8.name: lambda: cells(4),
     sparse.SPARSE_CONV2D.name: sparse_conv2d_cases,
     sparse.SPARSE_LINEAR.name: sparse_linear_cases,
     tensor_chain.TENSOR_CHAIN.name: tensor_chain_cases,
+    weight_only.WEIGHT_ONLY_LINEAR.name: weight_only_linear_cases,
 }
 
 

@@ -110,7 +110,7 @@ def native(op: Op) -> Callable[..., Any]:
     """The native implementation through ctypes, with the reference where it does not serve."""
 
     def run(*args: Any) -> Any:
-        result = IMPLEMENTATIONS[op.name, "cpu"](*args)
+        result = IMPLEMENTATIONS.get((op.name, "cpu"), op.reference)(*args)
         return op.reference(*args) if result is NotImplemented else result
 
     return run
@@ -125,7 +125,8 @@ def too_large(op: Op, args: list[Any]) -> bool:
 
 def main(names: list[str]) -> int:
     """Try every misuse of these operators, or of all; returns how many went wrong."""
-    from cases import CASES, arguments, cases_of
+    from cases import CASES, cases_of
+    from setting import arguments
 
     from tdpass.kernels import binding
 

@@ -7,20 +7,19 @@ from collections.abc import Callable, Iterator
 from random import Random
 
 import torch
-from cases import BOTH, DTYPES_OF, Case, randn
+from cases import DTYPES_OF
+from low_precision import KINDS, ONE_STEP, bytes_of, chain, grid_over
+from low_precision import scaled as _scaled
+from setting import BOTH, Case, randn
 from torch import Tensor
 
-from tdpass.kernels import conv_chain, linear_chain, recurrent, sparse, tensor_chain
+from tdpass.kernels import conv_chain, linear_chain, recurrent, recurrent_int8, sparse, tensor_chain
+from tdpass.kernels.grid import Grid, Grids
 from tdpass.kernels.native import ACTIVATIONS
-from tdpass.kernels.stage import Lanes, Stage
+from tdpass.kernels.stage import Lanes, Stage, integers_of
 
 WIDTHS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47)
 _LAYOUTS = (torch.contiguous_format, torch.channels_last)
-
-
-def _scaled(*shape: int) -> Tensor:
-    """Weights that keep the size of what they multiply."""
-    return randn(*shape) / max(1, torch.Size(shape[1:]).numel()) ** 0.5
 
 
 def _stage(chance: Random, inputs: int, outputs: int, size: list[int], *, groups: bool = True) -> Stage:
@@ -164,9 +163,81 @@ def _cell_case(chance: Random, gates: int) -> Case:
     )
 
 
+def conv_chain_int8_case(chance: Random) -> Case:
+    widths = [chance.choice(WIDTHS) for _ in range(chance.randint(2, 5))]
+    size = [chance.randint(1, 12), chance.randint(1, 40)]
+    memory_format = chance.choice(_LAYOUTS)
+    x = randn(chance.randint(1, 3), widths[0], *size)
+    stages = [_stage(chance, i, o, size) for i, o in itertools.pairwise(widths)]
+    factors, reads, y = chain(x, stages, [chance.randint(0, 255) for _ in stages])
+    if chance.random() < 0.3:
+        reads = [Grid() if stage.pointwise else grid for stage, grid in zip(stages, reads, strict=True)]
+    residual: Tensor | None = torch.randn_like(y)
+    output, added = chance.choice((Grid(), grid_over(y, 77))), chance.choice((Grid(), grid_over(y, 200)))
+    if chance.random() < 0.3:
+        residual, added = None, Grid()
+    if residual is not None:
+        residual = (bytes_of(residual, added) if added else residual).contiguous(memory_format=memory_format)
+    if reads[0] and chance.random() < 0.3:
+        x = bytes_of(x, reads[0])
+    activation = chance.choice(("identity", "relu") if output else list(ACTIVATIONS))
+    numbers = Grids(tuple(reads), output, added).numbers()
+    end = (chance.choice((None, randn(widths[-1]))), residual, numbers, integers_of(stages), activation)
+    name = f"{tuple(x.shape)} {memory_format} {stages} {numbers} {activation}"
+    return Case(name, (x.contiguous(memory_format=memory_format), *factors, *end))
+
+
+def linear_chain_int8_case(chance: Random) -> Case:
+    widths = [chance.choice((*WIDTHS, 64, 65, 130)) for _ in range(chance.randint(2, 6))]
+    shape = tuple(chance.randint(1, 20) for _ in range(chance.randint(0, 2)))
+    x, stages = randn(*shape, widths[0]), linear_chain.stages_of(widths)
+    flat = x.reshape(-1, widths[0])[:, :, None, None]
+    factors, reads, y = chain(flat, stages, [chance.randint(0, 255) for _ in stages])
+    reads = [chance.choice((Grid(), grid)) for grid in reads]
+    output = chance.choice((Grid(), grid_over(y, 77)))
+    activation = chance.choice(("identity", "relu") if output else list(ACTIVATIONS))
+    bias = chance.choice((None, randn(widths[-1])))
+    residual = chance.choice((None, randn(*shape, widths[-1])))
+    end = (bias, residual, Grids(tuple(reads), output).numbers(), widths, activation)
+    return Case(f"{shape} {widths} {reads} {activation}", (x, *factors, *end))
+
+
+def weight_only_linear_case(chance: Random) -> Case:
+    kind = chance.choice(list(KINDS))
+    inputs = 32 * chance.randint(1, 5) if "/" in kind else chance.choice(WIDTHS)
+    outputs, rank = chance.choice(WIDTHS), chance.choice((0, *WIDTHS))
+    shape = tuple(chance.randint(1, 20) for _ in range(chance.randint(0, 2)))
+    single = [pack for name, pack in KINDS.items() if "/" not in name]
+    stored = [KINDS[kind](_scaled(outputs, inputs))]
+    if rank:
+        stored += [chance.choice(single)(_scaled(*size)) for size in ((rank, inputs), (outputs, rank))]
+    weights, scales = (list(each) for each in zip(*stored, strict=True))
+    bias = chance.choice((None, randn(outputs)))
+    residual = chance.choice((None, randn(*shape, outputs)))
+    activation = chance.choice(list(ACTIVATIONS))
+    end = (bias, residual, [inputs, outputs, *([rank] if rank else [])], activation)
+    return Case(f"{kind} {shape} {end[2]} {activation}", (randn(*shape, inputs), weights, scales, *end))
+
+
+def _cell_int8_case(chance: Random, gates: int) -> Case:
+    steps, batch = chance.randint(1, 5), chance.randint(1, 9)
+    hidden, rank = chance.choice(WIDTHS), chance.choice(WIDTHS)
+    v, u = _scaled(rank, hidden), _scaled(gates * hidden, rank)
+    states = [randn(batch, hidden) for _ in range(2 if gates == 4 else 1)]
+    packed = (*recurrent_int8.pack_v(v), *recurrent_int8.pack_u(u, gates))
+    bias = chance.choice((None, randn(gates * hidden)))
+    args = (randn(steps, batch, gates * hidden), *packed, bias, *states, chance.random() < 0.5)
+    return Case(f"{steps}-{batch}-{hidden}-{rank}", args, (torch.float32,), ONE_STEP)
+
+
 ODD: dict[str, Callable[[Random], Case]] = {
     "conv_chain": conv_chain_case,
+    "conv_chain_int8": conv_chain_int8_case,
     "linear_chain": linear_chain_case,
+    "linear_chain_int8": linear_chain_int8_case,
+    "low_rank_gru_int8": lambda chance: _cell_int8_case(chance, 3),
+    "low_rank_lstm_int8": lambda chance: _cell_int8_case(chance, 4),
+    "weight_only_linear": weight_only_linear_case,
     "low_rank_gru": lambda chance: _cell_case(chance, 3),
     "low_rank_lstm": lambda chance: _cell_case(chance, 4),
     "sparse_conv2d": sparse_conv2d_case,

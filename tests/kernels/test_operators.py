@@ -12,18 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import (
-    ACTIVATIONS,
-    CASES,
-    Case,
-    arguments,
-    as_tuple,
-    assert_close,
-    cases_of,
-    exact,
-    map_tensors,
-    run_native,
-)
+from cases import CASES, cases_of
+from setting import ACTIVATIONS, Case, arguments, as_tuple, assert_close, exact, map_tensors, run_native
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -48,7 +38,7 @@ def test_native_agrees_with_the_reference(name: str, case: Case) -> None:
     op = OPS.get(name)
     for dtype in case.dtypes:
         args = arguments(op, case, dtype)
-        assert_close(run_native(op, args), exact(op, args), dtype)
+        assert_close(run_native(op, args), exact(op, args), case.allowed(dtype))
 
 
 CHAINS = [
@@ -99,13 +89,14 @@ def test_activations_may_have_gaps(name: str) -> None:
             spread(arg) if key in ACTIVATIONS and isinstance(arg, Tensor) else arg
             for key, arg in zip(names, args, strict=True)
         ]
-        assert_close(run_native(op, gaps), exact(op, args), case.dtypes[0])
+        assert_close(run_native(op, gaps), exact(op, args), case.allowed(case.dtypes[0]))
 
 
 def spread(tensor: Tensor) -> Tensor:
     """The same numbers with gaps between them, and its last two axes the other way round in memory."""
+    between = float("nan") if tensor.is_floating_point() else 1
     wide = torch.full(
-        (*tensor.shape[:-2], tensor.shape[-1], 2 * tensor.shape[-2]), float("nan"), dtype=tensor.dtype
+        (*tensor.shape[:-2], tensor.shape[-1], 2 * tensor.shape[-2]), between, dtype=tensor.dtype
     )
     view = wide.transpose(-1, -2)[..., ::2, :]
     return view.copy_(tensor)
@@ -176,6 +167,6 @@ def test_what_python_implements_takes_what_the_schema_says(name: str) -> None:
         op.fake,
         *(function for (of, device), function in IMPLEMENTATIONS.items() if of == name and device == "cpu"),
     ]
-    assert len(functions) == 3
+    assert len(functions) in (2, 3)
     for function in functions:
         assert list(inspect.signature(function).parameters) == wanted, function
