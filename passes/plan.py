@@ -40,10 +40,11 @@ class Plan(Pass):
     `joint` also tries options that change neighbouring sites together. `effort`: fast (losses from the metric
     alone), normal (losses measured for about a minute) or thorough; default: the job's. `numbers`: number
     types, joined by +, that sites may be stored in under a budget on bytes, or on what a target charges by
-    the bit, and `supports`: supports of weights, likewise.  `auto` offers some of each under a budget of at
-    most a quarter of the bytes, and under one that cannot be met without, and on such a target its number
-    types; `none` offers none. `pivot`: factors without what they hold twice, as the pass `pivot` makes them,
-    at their lower cost. The model itself is not changed.
+    the bit, and `supports`: supports of weights, likewise; `beside`: ranks, joined by +, of factors beside
+    which the rest of a weight is stored in each number type of at most four bits.  `auto` offers some of each
+    under a budget of at most a quarter of the bytes, and under one that cannot be met without, and on such a
+    target its number types; `none` offers none. `pivot`: factors without what they hold twice, as the pass
+    `pivot` makes them, at their lower cost. The model itself is not changed.
     """
 
     name = "plan"
@@ -57,6 +58,7 @@ class Plan(Pass):
     effort: str | None = None
     numbers: str = "auto"
     supports: str = ""
+    beside: str = ""
     pivot: bool = False
 
     def run(self, model: Model, job: Job) -> bool:
@@ -133,7 +135,7 @@ class Plan(Pass):
         if not set(counted) & set(budget.measures):
             return NOTHING
         if self.numbers not in {AUTO, NONE}:
-            return Offer.parse(self.numbers, self.supports)
+            return Offer.parse(self.numbers, self.supports, self.beside)
         if self.supports or self.numbers == NONE:
             return Offer.parse("", self.supports)
         if target is not None:

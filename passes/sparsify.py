@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from tdpass.form import Form
 from tdpass.passes.stored import Stored
 from tdpass.pipeline import register_pass
+from tdpass.site import Site
 from tdpass.supports import support_named
 
 
@@ -24,6 +25,6 @@ class Sparsify(Stored):
 
     support: str = "2:4"
 
-    def form(self, present: Form) -> Form:
+    def form(self, present: Form, site: Site) -> Form:
         text = str(support_named(self.support))
         return present if present.support else replace(present, support=text)

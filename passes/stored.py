@@ -22,9 +22,9 @@ from tdpass.planner.candidates import bias_cost
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.planner.repair import divergence_of
 from tdpass.planner.rounding import Way
-from tdpass.planner.storing import floating, store_layers
+from tdpass.planner.storing import floating, in_format_of, store_layers
 from tdpass.planner.trials import Promise
-from tdpass.site import selects
+from tdpass.site import Site, selects
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Stored(Pass, ABC):
     rounding: Way = "moments"
 
     @abstractmethod
-    def form(self, present: Form) -> Form:
+    def form(self, present: Form, site: Site) -> Form:
         """What becomes of a site that is stored as `present`; the same where it is as it is to be."""
 
     def run(self, model: Model, job: Job) -> bool:
@@ -51,7 +51,9 @@ class Stored(Pass, ABC):
             job.note("no site changes")
             return False
         plain = {
-            name: floating(layer, partial(model.weight, name)) if name in forms else layer
+            name: in_format_of(floating(layer, partial(model.weight, name)), forms[name])
+            if name in forms
+            else layer
             for name, layer in layers.items()
         }
         made = {name: plain[name].stored(form) for name, form in forms.items()}
@@ -81,7 +83,7 @@ class Stored(Pass, ABC):
             layer = layers[site.name]
             if not selects(site.name, job.include, job.exclude) or not layer.factors:
                 continue
-            form = self.form(layer.form)
+            form = self.form(layer.form, site)
             if form.support and not form.numbers:
                 form = replace(form, numbers=_own_numbers(layer))
             try:

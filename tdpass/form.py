@@ -13,7 +13,8 @@ from tdpass.site import Site
 Rank = tuple[int, ...]
 _RANK = re.compile(r"[1-9]\d*(x[1-9]\d*)*")
 _NUMBERS = re.compile(r"[a-z]+\d+(/[a-z0-9]+)*")
-_SUPPORT = re.compile(r"[1-9]\d*:[1-9]\d*|[a-z]+([1-9]\d*x[1-9]\d*)?/([1-9]\d*|\d+(\.\d+)?%)")
+ALL = "all"
+_SUPPORT = re.compile(r"all|[1-9]\d*:[1-9]\d*|[a-z]+([1-9]\d*x[1-9]\d*)?/([1-9]\d*|\d+(\.\d+)?%)")
 _CHANNELS = re.compile(r"\b(in|out) (0|[1-9]\d*)(?= |$)")
 _GRAMMAR = (
     "write a format, then its rank, channels, number types and support where it has them, "
@@ -29,9 +30,10 @@ class Form(Flattened):
     `numbers` names the number type of each factor, in the format's order, or one for all of them; none is the
     type that the model's weights have, and single precision where a support is named.  `support` says of
     which entries of each factor the values are stored, one text for all factors or one for each, joined by
-    commas: all of them (empty), `2:4`, `rows/8`, `columns/30%`, `blocks4x4/12`, `unstructured/500`.  `inputs`
-    and `outputs` are how many channels are left of those that the site reads and makes, None for all: what
-    stands there is a layer of the smaller site `on(site)`.  One that reads no channel answers with its bias.
+    commas: all of them (empty, or `all` beside others), `2:4`, `rows/8`, `columns/30%`, `blocks4x4/12`,
+    `unstructured/500`.  `inputs` and `outputs` are how many channels are left of those that the site reads
+    and makes, None for all: what stands there is a layer of the smaller site `on(site)`.  One that reads no
+    channel answers with its bias.
 
     Files of version 1 say `pruned` with the channels for a rank, and `constant`.
 

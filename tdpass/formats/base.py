@@ -135,7 +135,7 @@ class Format(ABC):
     be tried where no format is asked for), `exact_at_full_rank` (whether the last of `ranks` reproduces any
     weight), `searched` (whether each rank is a search of its own, so that the planner tries fewer of them on
     large layers), `reader` (the factor that has the site's input channels along its second axis, empty where
-    none has).
+    none has), `remainder` (the factor that holds what all others leave of the weight, empty where none does).
     """
 
     name: ClassVar[str]
@@ -145,6 +145,7 @@ class Format(ABC):
     exact_at_full_rank: ClassVar[bool] = True
     searched: ClassVar[bool] = False
     reader: ClassVar[str] = ""
+    remainder: ClassVar[str] = ""
 
     def fits(self, site: Site) -> bool:
         """Whether the format makes sense for that site."""
@@ -188,6 +189,11 @@ class Format(ABC):
     @property
     def chain(self) -> Format:
         """The format of which it stores the factors in another way; most store their own."""
+        return self
+
+    @property
+    def leading(self) -> Format:
+        """The format of the factors beside the remainder; itself where there is none."""
         return self
 
     def from_chain(self, factors: Factors, site: Site) -> Factors:

@@ -22,6 +22,7 @@ from tdpass.formats.geometry import apply_dense, pointwise
 from tdpass.formats.metric import Metric
 from tdpass.formats.per_group import per_group
 from tdpass.formats.pivoted import pivotable
+from tdpass.formats.residual import with_residual
 from tdpass.formats.spectrum import WeightedSvd
 from tdpass.kinds import kind_of
 from tdpass.ops import Ops, V
@@ -43,6 +44,7 @@ class _Spectrum(Decomposition):
 
 
 @register_format
+@with_residual
 @pivotable
 @per_group
 class ChannelSvd(Format):

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from tdpass.errors import PlanError
-from tdpass.form import Form
+from tdpass.form import ALL, Form
 from tdpass.numbers import VALUES, Numbers, Part, numbers_named
 from tdpass.ops import StorageOps, V
 from tdpass.supports import SUPPORT, Support, support_named
@@ -44,10 +44,9 @@ class Storage:
         """
         named = form.numbers or ((_WITH_SUPPORT,) if form.support else ())
         numbers = _each(form, "number types", named, shapes, numbers_named)
-        supports = _each(
-            form, "supports", tuple(filter(None, form.support.split(","))), shapes, support_named
-        )
-        made = cls(shapes, numbers, supports, orders or {})
+        supports = _each(form, "supports", tuple(filter(None, form.support.split(","))), shapes, _support)
+        partial = {name: support for name, support in supports.items() if support is not None}
+        made = cls(shapes, numbers, partial, orders or {})
         made.parts()
         return made
 
@@ -157,6 +156,10 @@ def _each(
         )
     made = [read(text) for text in texts]
     return dict(zip(shapes, made if len(made) == len(shapes) else made * len(shapes), strict=False))
+
+
+def _support(text: str) -> Support | None:
+    return None if text == ALL else support_named(text)
 
 
 def _name(factor: str, part: str) -> str:

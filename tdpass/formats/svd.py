@@ -20,6 +20,7 @@ from tdpass.formats.base import (
 from tdpass.formats.geometry import pointwise
 from tdpass.formats.metric import Metric
 from tdpass.formats.pivoted import pivotable
+from tdpass.formats.residual import with_residual
 from tdpass.formats.spectrum import WeightedSvd
 from tdpass.ops import Ops, V
 from tdpass.site import Site
@@ -38,6 +39,7 @@ class _Spectrum(Decomposition):
 
 
 @register_format
+@with_residual
 @pivotable
 class Svd(Format):
     """W[o, i] = sum_r u[o, r] v[r, i]: two linear layers.

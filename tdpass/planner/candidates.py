@@ -18,6 +18,7 @@ from tdpass.formats.layer import Layer, check_form, cost_of, dense_cost, shrinks
 from tdpass.formats.metric import Metric
 from tdpass.planner.effort import NEVER, Deadline
 from tdpass.planner.offers import Offer
+from tdpass.planner.remainders import stored_beside
 from tdpass.planner.rounding import Way, rounded_factor
 from tdpass.site import Site
 
@@ -148,14 +149,21 @@ class SiteFits:
     def _rounded(self, plain: Layer, form: Form) -> Layer:
         """The layer in number types of its own.
 
-        What is the weight itself is rounded in the metric of the inputs, where that is known.
+        What is the weight itself, or what others leave of it, is rounded in the metric of the inputs, where
+        that is known.
         """
         inputs, groups = self.metric.inputs, self.metric.groups
-        if plain.form != DENSE or inputs is None or inputs.dim() != 2 + (groups > 1):
+        covariance: Tensor | None = None
+        if inputs is not None and inputs.dim() == 2 + (groups > 1):
+            covariance = inputs.double() if groups > 1 else inputs.double()[None]
+        wide = covariance is not None and covariance.shape[-1] > _COMPENSATED
+        way: Way = "activations" if self.rough and wide else "moments"
+        if FORMATS.get(form.format).remainder:
+            parts = stored_beside(self.weight, plain, form, self.metric, covariance, way)
+            return replace(plain, form=form, factors=parts)
+        if plain.form != DENSE or covariance is None:
             return plain.stored(form)
         storage, (name,) = replace(plain, form=form).storage, plain.factors
-        covariance = inputs.double() if groups > 1 else inputs.double()[None]
-        way: Way = "activations" if self.rough and covariance.shape[-1] > _COMPENSATED else "moments"
         rounded = rounded_factor(
             plain.factors[name], covariance, storage.numbers[name], storage.supports.get(name), way
         )
@@ -234,11 +242,12 @@ def on_offer(
 ) -> list[Candidate]:
     """The dense layer and the candidates whose factors are at hand, in each number type and with each support on offer.
 
-    Those only that take fewer bytes than dense and no more of anything else that is known; past the deadline,
-    of the dense layer alone.
+    Those only that take fewer bytes than dense and no more of anything else that is known, but that factors
+    beside a remainder are multiplied and counted besides; past the deadline, of the dense layer alone.
     """
     dense = dense_cost(fits.site)
-    found = [fits.candidate(form) for form in offer.forms(DENSE) if _fits(fits.site, form)]
+    wanted = [*offer.forms(DENSE), *offer.with_remainder(fits.site)]
+    found = [fits.candidate(form) for form in wanted if _fits(fits.site, form)]
     for candidate in candidates:
         if deadline.left > 0 and fits.at_hand(candidate.form):
             found += [fits.candidate(form) for form in offer.forms(candidate.form) if _fits(fits.site, form)]
@@ -250,7 +259,8 @@ def on_offer(
     return [
         candidate
         for candidate in kept
-        if all(candidate.cost.get(m) <= dense.get(m) for m in ("params", "macs"))
+        if FORMATS.get(candidate.format).remainder
+        or all(candidate.cost.get(m) <= dense.get(m) for m in ("params", "macs"))
     ]
 
 

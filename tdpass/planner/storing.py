@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from tdpass.form import DENSE, Form
-from tdpass.formats.base import FORMATS
+from tdpass.formats.base import FORMATS, Stage
 from tdpass.formats.layer import Layer
 from tdpass.kinds import kind_of
 from tdpass.ops import Pads, TorchOps
 from tdpass.planner.least_squares import Sums, answers, least_squares
 from tdpass.planner.lockstep import Lockstep, Moment
 from tdpass.planner.moments import FULL_LIMIT, VALUES_PER_CALL, working
+from tdpass.planner.remainders import metric_of, stored_beside
 from tdpass.planner.rounding import Way, rounded_factor
 from tdpass.site import Site
 from tdpass.tape import Tape
@@ -68,6 +69,8 @@ def stored_layer(
 
     `kept` are the parts of factors that are stored already.
     """
+    if FORMATS.get(form.format).remainder:
+        return _stored_with_remainder(layer, form, moments, ridge, way, bias=bias)
     storage, values, parts = replace(layer, form=form).storage, dict(layer.factors), dict(kept or {})
     stage = FORMATS.get(layer.format).last_stage(layer.site, layer.rank)
     for name in storage.shapes:
@@ -79,15 +82,10 @@ def stored_layer(
         values[name] = rounded.factor.to(values[name].dtype)
     offset = layer.bias
     if stage is not None and stage.factor not in parts:
-        solved, current = replace(layer, factors=values), values[stage.factor]
-        sums = Sums.of(solved, stage.site, moments)
-        weight = current.double().flatten(1)
-        if way == "moments":
-            found, _ = least_squares(solved, stage.factor, sums, ridge, bias=bias)
-            weight = found if bool(torch.isfinite(found).all()) else weight
+        weight, sums = _answering(replace(layer, factors=values), stage, moments, ridge, way, bias=bias)
         numbers, support = storage.numbers[stage.factor], storage.supports.get(stage.factor)
         covariance = None if way == "nearest" else sums.covariance
-        rounded = rounded_factor(weight.reshape(current.shape), covariance, numbers, support, way)
+        rounded = rounded_factor(weight, covariance, numbers, support, way)
         parts.update(storage.stored(stage.factor, rounded.factor, rounded.beside))
         offset = sums.offsets(rounded.factor.flatten(1)) if bias else None
     orders = {name: layer.factors[name] for name in storage.orders}
@@ -97,6 +95,43 @@ def stored_layer(
         {**{name: parts[name] for name in storage.parts()}, **orders},
         None if offset is None else offset.to(layer.dtype),
     )
+
+
+def _answering(
+    layer: Layer, stage: Stage, moments: Sequence[Moment], ridge: float, way: Way, *, bias: bool
+) -> tuple[Tensor, Sums]:
+    """The last factor that makes up for what the others lost, with `moments`, else as it is; and its second moments."""
+    sums, current = Sums.of(layer, stage.site, moments), layer.factors[stage.factor]
+    weight = current.double()
+    if way == "moments":
+        found, _ = least_squares(layer, stage.factor, sums, ridge, bias=bias)
+        weight = found.reshape(current.shape) if bool(torch.isfinite(found).all()) else weight
+    return weight, sums
+
+
+def _stored_with_remainder(
+    layer: Layer, form: Form, moments: Sequence[Moment], ridge: float, way: Way, *, bias: bool
+) -> Layer:
+    """The layer's weight, as a dense layer answers best, in a form with a remainder."""
+    dense = replace(layer, form=DENSE, factors={"kernel": layer.reconstruct()})
+    stage = FORMATS.get(DENSE.format).last_stage(layer.site, DENSE.rank)
+    assert stage is not None
+    weight, sums = _answering(dense, stage, moments, ridge, way, bias=bias)
+    covariance = None if way == "nearest" else sums.covariance
+    parts = stored_beside(weight, layer, form, metric_of(covariance), covariance, way)
+    made = replace(layer, form=form, factors=parts)
+    offset = sums.offsets(made.reconstruct().double().flatten(1)) if bias else None
+    return replace(made, bias=None if offset is None else offset.to(layer.dtype))
+
+
+def in_format_of(layer: Layer, form: Form) -> Layer:
+    """A layer of floating-point factors in the format and at the rank of a form, its weight the same where that can be."""
+    if layer.format == form.format:
+        return layer
+    fmt, weight = FORMATS.get(form.format), layer.reconstruct()
+    factors = fmt.factorize(weight, layer.site, form.rank)
+    plain = replace(layer, form=replace(form, numbers=(), support=""), factors=factors)
+    return plain.to(weight.dtype)
 
 
 @dataclass

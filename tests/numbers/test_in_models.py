@@ -39,6 +39,8 @@ PACKED = [
     "dense int4 2:4",
     "dense levels16 blocks2x2/25%",
     "svd 4 int4 unstructured/40%",
+    "svd_residual 4 float16,float16,int4/8",
+    "svd_residual 2 float32 all,all,unstructured/5%",
 ]
 IN_INT8 = "fold-batchnorm,plan{numbers=int8},factorize,correct-bias,refit,recalibrate-batchnorm,verify"
 

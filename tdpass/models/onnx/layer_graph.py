@@ -32,6 +32,7 @@ def layer_graph(weights: Mapping[str, Tensor], x: Tensor, y: Tensor, write: Writ
         write(ops, source, {name: ops.constant(name, weight) for name, weight in weights.items()})
     )
     graph.extend(ops.take_nodes())
+    graph.opset_imports.update(ops.imports)
     names = FreshNames(model)
     for value, wanted in ops.constants_read():
         value.name = names.value(wanted)

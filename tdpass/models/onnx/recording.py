@@ -31,6 +31,9 @@ class Recording:
         self._rearranged: dict[tuple[object, ...], ir.Value] = {}
         self._read: dict[ir.Value, None] = {}
         self._dims: dict[ir.Value, Dims | None] = {}
+        self._halves: dict[ir.Value, ir.Value] = {}
+        self._grouped: dict[ir.Value, tuple[ir.Value, ir.Value, int]] = {}
+        self._imports: dict[str, int] = {}
         self._sources: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value | None, int]] = {}
 
     def constant(self, label: str, tensor: Tensor, properties: Mapping[str, str] | None = None) -> ir.Value:
@@ -55,6 +58,11 @@ class Recording:
     def constants_read(self) -> list[tuple[ir.Value, str]]:
         """Every constant that some node still reads, with the name it would like."""
         return [(value, f"{self._site}.{self._labels[value]}") for value in self._read if value.uses()]
+
+    @property
+    def imports(self) -> Mapping[str, int]:
+        """Versions of the domains, beside the standard one, that the nodes recorded so far are of."""
+        return self._imports
 
     def _forget(self, y: ir.Value) -> None:
         """Take back a node that nothing reads, and those that only it read."""
@@ -95,13 +103,24 @@ class Recording:
         return value
 
     def _emit(
-        self, operator: str, inputs: list[ir.Value], known: Dims | None, **attributes: int | list[int]
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        known: Dims | None,
+        **attributes: int | list[int],
     ) -> ir.Value:
+        """A node; of another domain than the standard one where the operator is written `domain::operator`."""
+        *domains, kind = operator.split("::")
         self._read.update(
-            (value, None) for value in inputs if value in self._contents or value in self._integers
+            (value, None)
+            for value in inputs
+            if value is not None and (value in self._contents or value in self._integers)
         )
-        wanted = f"{self._site}/{operator.lower()}"
-        node = ir.node(operator, inputs, attributes=attributes, name=self._names.node(wanted))
+        domain = "".join(domains)
+        if domain:
+            self._imports[domain] = 1
+        wanted = f"{self._site}/{kind.lower()}"
+        node = ir.node(kind, inputs, domain=domain, attributes=attributes, name=self._names.node(wanted))
         output = node.outputs[0]
         output.name = self._names.value(wanted)
         self._dims[output] = known

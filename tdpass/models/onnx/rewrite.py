@@ -54,6 +54,8 @@ def rewritten(
                 _put(here.node.graph, here, ops, layer, factors, bias, site)
     if any(_resizes(layer, sites[name]) for name, layer in layers.items()):
         _forget_shapes(copy)
+    for domain, version in (pair for ops in recorders for pair in ops.imports.items()):
+        copy.graph.opset_imports.setdefault(domain, version)
     prune_initializers(copy)
     # Only now are the names of the weights that were replaced free again.
     names = FreshNames(copy)

@@ -19,6 +19,8 @@ _FOUR_BIT_INTEGERS = 21
 _ARITHMETIC = 11  # CumSum, and Slice with inputs
 _BYTE = 8
 _HALF_BYTE = 4
+_SIGNS = 0x88  # turns two's complement of four bits into distances from -8
+_GROUPS = frozenset({16, 32, 64, 128, 256})
 
 
 class StorageNodes(Recording):
@@ -80,7 +82,7 @@ class StorageNodes(Recording):
         rows: int,
         dtype: torch.dtype,
     ) -> ir.Value:
-        per_row = (rows, math.prod(shape) // rows)
+        per_row, source = (rows, math.prod(shape) // rows), self._halves.get(values)
         grouped = rows not in {1, shape[0]}
         if values in self._contents or values in self._integers:
             held = self.reshape(values, per_row if grouped else shape)
@@ -90,9 +92,48 @@ class StorageNodes(Recording):
             numbers = self._scaled(self.reshape(values, per_row), scale, zero, 0)
             grouped = True
         whole = self.reshape(numbers, shape) if grouped else numbers
-        return whole if dtype is torch.float32 else self.cast(whole, dtype)
+        if dtype is not torch.float32:
+            return self.cast(whole, dtype)
+        in_groups = rows not in {1, shape[0]} and per_row[1] in _GROUPS
+        if in_groups and source is not None and zero is None and len(shape) == 2:
+            self._grouped[whole] = (source, scale, per_row[1])
+        return whole
+
+    def product_of_groups(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value | None:
+        """The product with a matrix of four-bit integers that share scales by group, as ONNX Runtime multiplies it.
+
+        None where the weight is no such.
+        """
+        if weight not in self._grouped:
+            return None
+        packed, scale, group = self._grouped[weight]
+        outputs, inputs = (size or 0 for size in self._dims_of(weight) or ())
+        shape = (outputs, inputs // group, group // 2)
+        values = self._cached(
+            ("halves", packed),
+            self._labels[packed],
+            (self._contents[packed] ^ _SIGNS).reshape(shape),
+            packed.metadata_props,
+        )
+        self._forget(weight)
+        read = self._dims_of(x)
+        return self._emit(
+            "com.microsoft::MatMulNBits",
+            [x, values, scale] if bias is None else [x, values, scale, None, None, bias],
+            None if read is None else (*read[:-1], outputs),
+            K=inputs,
+            N=outputs,
+            bits=_HALF_BYTE,
+            block_size=group,
+        )
 
     def unpack(self, packed: ir.Value, count: int, bits: int, *, signed: bool = False) -> ir.Value:
+        numbers = self._unpacked(packed, count, bits, signed=signed)
+        if packed in self._contents and signed and bits == _HALF_BYTE:
+            self._halves[numbers] = packed
+        return numbers
+
+    def _unpacked(self, packed: ir.Value, count: int, bits: int, *, signed: bool) -> ir.Value:
         content = self._contents.get(packed)
         if content is not None and signed and bits == _HALF_BYTE and self._opset >= _FOUR_BIT_INTEGERS:
             return self._four_bits(packed, unpack_bits(content, count, bits, signed=True))
@@ -191,7 +232,8 @@ class StorageNodes(Recording):
                 self._dequantized(deep, scale, zero, per_row=per_row, axis=axis + 1),
                 [size or 1 for size in known],
             )
-        if self._opset >= _DEQUANTIZE_BY_ROW:
+        zeros_fit = zero is None or zero.dtype == values.dtype
+        if self._opset >= _DEQUANTIZE_BY_ROW and zeros_fit:
             inputs = [values, scale] if zero is None else [values, scale, zero]
             return self._emit("DequantizeLinear", inputs, known, **({"axis": axis} if per_row else {}))
         return self._scaled(values, scale, zero, axis)

@@ -184,9 +184,7 @@ class TorchModel(Model):
             for name in ordered
         }
         dense = {name: matched for name, matched in self._by_name.items() if name not in self._replaced}
-        self._leave(
-            {name: UNREACHED for name in dense if name not in called}
-        )
+        self._leave({name: UNREACHED for name in dense if name not in called})
         for run in runs:
             self._leave(other_readers(run, dense))
         nested = runs_nested(self.module, lambda: self.run(batches[0]))
