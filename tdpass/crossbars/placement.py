@@ -34,17 +34,21 @@ def placed(kept: Tensor, array: CrossbarArray, first: int = 0) -> tuple[Place, .
     """Places for the weights of a matrix `[depth, columns]` where the booleans say so, in sets of arrays from `first` on.
 
     Rows and columns that are empty in a block are left out of it, and blocks that are then smaller share
-    arrays along their diagonals. The blocks are those of the matrix as it is, or of the matrix without rows
-    and columns that are empty throughout, whichever takes fewer arrays.
+    arrays along their diagonals.  Every array has inputs and outputs of its own, so the blocks are those of
+    the matrix as it is, of the matrix without rows and columns that are empty throughout, of the rows that
+    are left in each width of columns, or of the columns that are left in each height of rows: whichever takes
+    the fewest arrays, then the fewest conversions.
     """
-    rows, columns = list(range(len(kept))), list(range(kept.shape[1]))
-    filled_rows, filled_columns = (
-        kept.any(1).nonzero().flatten().tolist(),
-        kept.any(0).nonzero().flatten().tolist(),
+    every = list(range(len(kept))), list(range(kept.shape[1]))
+    rows, columns = _filled(kept, 1), _filled(kept, 0)
+    cuts = (
+        [(r, c) for r in _cut(every[0], array.rows) for c in _cut(every[1], array.width)],
+        [(r, c) for r in _cut(rows, array.rows) for c in _cut(columns, array.width)],
+        [(r, c) for c in _cut(columns, array.width) for r in _cut(_filled(kept[:, c], 1), array.rows)],
+        [(r, c) for r in _cut(rows, array.rows) for c in _cut(_filled(kept[r], 0), array.width)],
     )
-    blocks = _blocks(kept, rows, columns, array), _blocks(kept, filled_rows, filled_columns, array)
-    choices = [_packed(found, array, first) for found in blocks]
-    return min(choices, key=lambda places: (array_sets(places), len(places)))
+    choices = [_packed(_blocks(kept, cut, array), array, first) for cut in cuts]
+    return min(choices, key=lambda places: (array_sets(places), _conversions(places), len(places)))
 
 
 def array_sets(places: Iterable[Place]) -> int:
@@ -60,16 +64,30 @@ def fillings(places: Iterable[Place]) -> list[Filling]:
     return [Filling(tuple(blocks)) for blocks in held.values()]
 
 
-def _blocks(kept: Tensor, rows: Sequence[int], columns: Sequence[int], array: CrossbarArray) -> list[Place]:
+def _filled(kept: Tensor, axis: int) -> list[int]:
+    """The rows (axis 1) or columns (axis 0) that are not empty."""
+    found: list[int] = kept.any(axis).nonzero().flatten().tolist()
+    return found
+
+
+def _cut(lines: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [lines[start : start + size] for start in range(0, len(lines), size)]
+
+
+def _conversions(places: Iterable[Place]) -> int:
+    return sum(len(place.groups) * len(place.columns) for place in places)
+
+
+def _blocks(
+    kept: Tensor, cut: Iterable[tuple[Sequence[int], Sequence[int]]], array: CrossbarArray
+) -> list[Place]:
+    """The parts of the matrix at these rows and columns, without those that are empty in them."""
     found = []
-    for top in range(0, len(rows), array.rows):
-        for left in range(0, len(columns), array.width):
-            lines, across = rows[top : top + array.rows], columns[left : left + array.width]
-            part = kept[lines][:, across]
-            lines = [line for line, filled in zip(lines, part.any(1).tolist(), strict=True) if filled]
-            across = [line for line, filled in zip(across, part.any(0).tolist(), strict=True) if filled]
-            if lines:
-                found.append(Place(0, 0, 0, tuple(lines), tuple(across), _groups(lines, array)))
+    for rows, columns in cut:
+        part = kept[rows][:, columns]
+        lines, across = [rows[k] for k in _filled(part, 1)], [columns[k] for k in _filled(part, 0)]
+        if lines:
+            found.append(Place(0, 0, 0, tuple(lines), tuple(across), _groups(lines, array)))
     return found
 
 

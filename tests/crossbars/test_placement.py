@@ -86,6 +86,21 @@ def test_whole_columns_that_are_gone_leave_as_many_arrays_as_the_rest_counts() -
     assert placed(mask_of("none"), ARRAY) == ()
 
 
+@pytest.mark.parametrize(("side", "sets"), [("rows", 8 * 2), ("columns", 8 * 3)])
+def test_lines_that_are_left_of_blocks_fill_arrays(side: str, sets: int) -> None:
+    """Two lines of each of 8 x 8 blocks, others in every one: 16 rows of 8 columns in each width, or 16 columns of 8 rows in each height."""
+    generator = torch.Generator().manual_seed(4)
+    kept = torch.zeros(64, 48, dtype=torch.bool)
+    for top in range(0, 64, 8):
+        for left in range(0, 48, 6):
+            block = kept[top : top + 8, left : left + 6]
+            lines = block if side == "rows" else block.T
+            lines[torch.randperm(len(lines), generator=generator)[:2]] = True
+    places = placed(kept, ARRAY)
+    assert array_sets(places) == sets
+    assert int(kept.sum()) == sum(len(place.rows) * len(place.columns) for place in places)
+
+
 def test_small_blocks_share_arrays() -> None:
     # 16 blocks of 2 x 3 and narrower: two stand in the columns of one array
     assert array_sets(placed(mask_of("blocks"), ARRAY)) <= 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
@@ -12,7 +12,7 @@ from torch import nn
 
 import tdpass
 from tdpass.errors import BudgetError, UsageError
-from tdpass.form import DENSE
+from tdpass.form import DENSE, Form
 from tdpass.site import Site
 from tdpass.targets import open_target
 from tdpass.targets.crossbar import Block, CrossbarArray, Filling
@@ -31,9 +31,9 @@ SMALL = replace(
 ISAAC = CrossbarArray.load("isaac")
 
 
-def counted(array: CrossbarArray, product: Product) -> Counter[str]:
+def counted(array: CrossbarArray, product: Product) -> defaultdict[str, float]:
     """What happens in arrays that are filled one after the other, place by place, without closed forms."""
-    found: Counter[str] = Counter()
+    found: defaultdict[str, float] = defaultdict(float)
     places: list[list[tuple[int, int, int]]] = []  # blocks of each array, as (rows, columns, matrix)
     for matrix in range(product.count):
         for top in range(0, product.depth, array.rows):
@@ -56,15 +56,20 @@ def counted(array: CrossbarArray, product: Product) -> Counter[str]:
     slices = math.ceil(array.input_bits / array.dac_bits)
     slowest = 0
     for blocks in places:
-        busy = 0
+        busy, joules = 0, 0.0  # of one slice of an input
         for rows, columns, _ in blocks:
             for _ in range(0, rows, array.rows_at_once):
                 found["conversions"] += product.rows * slices * columns * array.polarities * array.digits
                 found["driven"] += product.rows * slices * array.copies
                 used = sum(b[1] for b in blocks) * (array.digits if array.slices == "columns" else 1)
+                joules += columns * array.polarities * array.digits * (array.adc_joules + array.sum_joules)
+                joules += array.copies * array.driver_joules
                 busy += max(math.ceil(array.read_seconds * array.hertz - 1e-9), math.ceil(used / array.adcs))
             found["reads"] += product.rows * slices * rows * columns * array.polarities * array.digits
             found["drives"] += product.rows * slices * rows * array.copies
+            joules += rows * columns * array.polarities * array.digits * array.cell_joules
+            joules += rows * array.copies * array.dac_joules
+        found["watts"] += joules / (busy / array.hertz)
         slowest = max(slowest, busy)
         found["arrays"] += array.copies
     found["cycles"] = product.rows * slices * slowest
@@ -99,6 +104,7 @@ def test_the_closed_form_is_what_arrays_laid_out_one_by_one_do(
     joules += found["drives"] * array.dac_joules + found["driven"] * array.driver_joules
     joules += (product.read + product.made) * array.input_bits * array.buffer_joules
     assert cost.get("joules") == pytest.approx(joules)
+    assert cost.get("watts") == pytest.approx(found["watts"])
     used = product.weights * array.polarities * array.digits
     assert array.utilisation(fillings) == pytest.approx(used / (found["arrays"] * array.rows * array.columns))
 
@@ -115,6 +121,22 @@ def test_five_bits_halve_the_arrays_that_nine_take(preset: str, depth: int, colu
         for bits in (9, 5)
     ]
     assert counts[0] == 2 * counts[1]
+
+
+def test_power_is_that_of_all_arrays_at_once_however_often_a_layer_is_called() -> None:
+    """As published: a fully connected layer of LeNet-5, called once, draws as much as one called at 64 positions."""
+    target, nine = open_target("crossbar:admm_32x32", "torch"), CrossbarArray.load("admm_32x32")
+    once = Site("fc", "linear", (64, 800), extents=(((1,), (1,)),))
+    often = replace(once, extents=(((64,), (64,)),))
+    (one,), (many,) = target.cost(once, [DENSE]), target.cost(often, [DENSE])
+    assert one.get("watts") == many.get("watts")
+    assert many.get("joules") == pytest.approx(64 * one.get("joules"))
+    # whole arrays: 25 x 2 blocks of 32 rows and columns, four arrays each
+    seconds = math.ceil(nine.read_seconds * nine.hertz - 1e-9) / nine.hertz
+    each = 32 * (nine.adc_joules + nine.sum_joules + nine.dac_joules) + 1024 * nine.cell_joules
+    assert one.get("watts") == pytest.approx(200 * (each + nine.driver_joules) / max(seconds, 1 / nine.hertz))
+    (five,) = target.cost(once, [Form("dense", (), ("levels32",))])
+    assert one.get("watts") == pytest.approx(2 * five.get("watts"))
 
 
 def test_fragments_of_one_sign_need_no_second_array() -> None:
