@@ -40,7 +40,9 @@ def model_of(
     x: tuple[int | str, ...],
     outputs: tuple[str, ...] = ("y",),
     opset: int = 17,
+    domains: tuple[str, ...] = (),
 ) -> onnx.ModelProto:
+    opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
     graph = helper.make_graph(
         nodes,
         "g",
@@ -49,7 +51,7 @@ def model_of(
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     return onnx.shape_inference.infer_shapes(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+        helper.make_model(graph, opset_imports=opsets, ir_version=8)
     )
 
 

@@ -549,10 +549,6 @@ def declined_cases() -> dict[str, tuple[Callable[[], Case], str]]:
             ),
             "recurrent",
         ),
-        "einsum": (
-            lambda: Case([node("Einsum", "x w", equation="bi,oi->bo")], {"w": w}, (2, 8), ()),
-            "Einsum",
-        ),
         "quantized": (
             lambda: Case(
                 [node("DequantizeLinear", "q s z", "w"), node("MatMul", "x w")],

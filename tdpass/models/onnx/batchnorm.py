@@ -47,7 +47,8 @@ def foldable(model: ir.Model, site: FoundSite, shapes: Shapes) -> ir.Node | None
     use = site.uses[0]
     output = use.output
     readers = output.uses()
-    if len(readers) != 1 or output.is_graph_output() or use.addend is not None or use.swap_out is not None:
+    unlike = use.node.domain or use.node.op_type == "Einsum" or use.swap_out is not None
+    if len(readers) != 1 or output.is_graph_output() or use.addend is not None or unlike:
         return None
     ((node, index),) = readers
     if not _is_batchnorm(node) or index != 0 or node.graph is not use.node.graph:

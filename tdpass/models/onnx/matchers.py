@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from tdpass.errors import UnsupportedError
 from tdpass.kinds import KINDS, PRODUCT, LayerKind
+from tdpass.models.onnx.folding import REARRANGING, folded
 from tdpass.models.onnx.shapes import Shapes
 from tdpass.models.onnx.tensors import FLOAT_TYPES, PARAMETER_TYPES, constant, sizes
 from tdpass.models.onnx.weight_use import Slot, WeightUse
@@ -43,15 +44,7 @@ _FOLD = (
     "the weight is computed from a constant at run time; fold constants first (onnxscript.optimizer.optimize)"
 )
 _SEVERAL = "it holds several matrices as one weight; export the model with a linear layer of its own for each (experts of a mixture too)"
-_UNFOLDED = {
-    "DequantizeLinear": _QUANTIZED,
-    "Transpose": _FOLD,
-    "Reshape": _FOLD,
-    "Cast": _FOLD,
-    "Identity": _FOLD,
-    "Squeeze": _FOLD,
-    "Unsqueeze": _FOLD,
-}
+_UNFOLDED = {"DequantizeLinear": _QUANTIZED}
 MATCHERS: Registry[Matcher] = Registry("ONNX matcher")
 
 
@@ -79,7 +72,7 @@ def held_weight(node: ir.Node, index: int) -> ir.TensorProtocol | None:
     value = node.inputs[index] if index < len(node.inputs) else None
     if value is None:
         return None
-    tensor = constant(value)
+    tensor = folded(value)
     if tensor is None:
         if value.is_initializer():
             raise DeclinedNode(
@@ -89,7 +82,7 @@ def held_weight(node: ir.Node, index: int) -> ir.TensorProtocol | None:
             )
         producer = value.producer()
         if producer is not None and _is_matrix(value):
-            raise DeclinedNode(value, _UNFOLDED[producer.op_type])
+            raise DeclinedNode(value, _UNFOLDED.get(producer.op_type, _FOLD))
         return None
     if tensor.dtype not in FLOAT_TYPES:
         raise DeclinedNode(value, f"the weight is of type {tensor.dtype.name}, not floating-point")
@@ -116,12 +109,12 @@ class WindowMatcher:
         except UnsupportedError as error:
             raise DeclinedNode(weight.value, str(error)) from None
         bias = Slot(node, 2) if len(node.inputs) > 2 and node.inputs[2] is not None else None
-        if bias is not None and constant(bias.value) is None:
+        if bias is not None and folded(bias.value) is None:
             raise DeclinedNode(weight.value, "the bias is not a constant")
         return WeightUse(Slot(node, 0), weight, self.kind.name, window=window, bias=bias)
 
 
-def _operands(node: ir.Node) -> tuple[ir.TensorProtocol, Slot, Slot] | None:
+def operands_of(node: ir.Node) -> tuple[ir.TensorProtocol, Slot, Slot] | None:
     """The constant operand of a product, the right one where both are, its place, and that of the data.
 
     None where none is held.
@@ -130,7 +123,7 @@ def _operands(node: ir.Node) -> tuple[ir.TensorProtocol, Slot, Slot] | None:
         tensor = held_weight(node, place)
         if tensor is not None:
             weight, data = Slot(node, place), Slot(node, 1 - place)
-            if constant(data.value) is not None:
+            if folded(data.value) is not None:
                 raise DeclinedNode(weight.value, "both operands are constants; fold them first")
             return tensor, weight, data
     return None
@@ -143,7 +136,7 @@ class GemmMatcher:
     def match(self, node: ir.Node, _shapes: Shapes) -> WeightUse | None:
         attributes = node.attributes
         alpha, beta = attributes.get_float("alpha", 1.0), attributes.get_float("beta", 1.0)
-        operands = _operands(node)
+        operands = operands_of(node)
         if operands is None:
             return None
         tensor, weight, data = operands
@@ -167,7 +160,7 @@ class GemmMatcher:
         if len(node.inputs) < 3 or node.inputs[2] is None or beta == 0:
             return None, None
         slot = Slot(node, 2)
-        tensor = constant(slot.value)
+        tensor = folded(slot.value)
         fitting = {(channels, 1)} if on_rows else {(channels,), (1, channels)}
         return (slot, None) if tensor is not None and sizes(tensor) in fitting else (None, slot)
 
@@ -177,7 +170,7 @@ class MatMulMatcher:
     """`x @ W` and `W @ x` with a constant matrix; a constant added right after is the bias."""
 
     def match(self, node: ir.Node, shapes: Shapes) -> WeightUse | None:
-        operands = _operands(node)
+        operands = operands_of(node)
         if operands is None:
             return None
         tensor, weight, data = operands
@@ -208,7 +201,7 @@ class MatMulMatcher:
         if add.op_type != "Add" or add.domain or add.graph is not use.node.graph:
             return use
         slot = Slot(add, 1 - index)
-        tensor = constant(slot.value)
+        tensor = folded(slot.value)
         if tensor is None:
             return use
         shape = sizes(tensor)
@@ -258,7 +251,8 @@ def _is_matrix(value: ir.Value | None) -> bool:
     if tensor is not None:
         return tensor.dtype in PARAMETER_TYPES and sum(size != 1 for size in sizes(tensor)) >= 2
     producer = value.producer()
-    return producer is not None and producer.op_type in _UNFOLDED and _is_matrix(producer.inputs[0])
+    known = producer is not None and (producer.op_type in _UNFOLDED or producer.op_type in REARRANGING)
+    return known and producer is not None and _is_matrix(next(iter(producer.inputs), None))
 
 
 _RECURRENT = Left((1, 2), "recurrent layers are not supported yet")
@@ -267,7 +261,6 @@ for _operator, _matcher in {
     "LSTM": _RECURRENT,
     "GRU": _RECURRENT,
     "RNN": _RECURRENT,
-    "Einsum": Left((0, 1, 2), "Einsum with a constant operand is not supported; write it as a MatMul"),
     "Gather": Left((0,), "an embedding lookup has no multiply-adds to save"),
     "QLinearConv": Left((3,), _QUANTIZED),
     "QLinearMatMul": Left((3,), _QUANTIZED),

@@ -225,7 +225,8 @@ class OnnxModel(Model):
                 f"a bias of shape {tuple(layer.bias.shape)} does not fit site {name!r}; it takes "
                 f"[{layer.site.o}]"
             )
-        self._layers[name] = layer.to(found.dtype)
+        kept, bias = layer.to(found.kept), layer.bias
+        self._layers[name] = replace(kept, bias=None if bias is None else bias.to(found.dtype))
         self._waiting |= {name}
         self._spill()
         self._changed()

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
+from tdpass.models.onnx.folding import number_sources
+
 _MEANINGLESS = re.compile(
     r"(onnx::\w+|_?val|const(ant)?|tensor|init(ializer)?|param(eter)?|weight|[a-z])?[_.:]?\d+|const(ant)?(_\d+)?_output(_\d+)?|.*/const(ant)?(_\d+)?_output_\d+",
     re.IGNORECASE,
@@ -47,6 +49,9 @@ def _stem(name: str) -> str:
 
 
 def _candidates(value: ir.Value, node: ir.Node) -> Iterator[str]:
+    for source in number_sources(value):
+        if source.name and _meaningful(source.name):
+            yield _stem(source.name)
     if value.name and _meaningful(value.name):
         yield _stem(value.name)
     origin = _listed(value.metadata_props.get(_FOLDED_FROM))

@@ -11,6 +11,7 @@ from tdpass.errors import UnsupportedError
 from tdpass.formats.geometry import unit
 from tdpass.models.onnx.shapes import Dims
 from tdpass.models.onnx.storage_ops import StorageNodes
+from tdpass.models.onnx.weight_use import Following
 from tdpass.ops import Pads
 
 _GEMM_WITHOUT_C = 11
@@ -37,6 +38,10 @@ class OnnxOps(StorageNodes):
             [x, self._cached(("scale", factor), "scale", torch.tensor(factor, dtype=dtype))],
             self._dims_of(x),
         )
+
+    def activated(self, x: ir.Value, following: Following) -> ir.Value:
+        """What an operator computes after its layer, as a node of its own."""
+        return self._emit(following.operator, [x], self._dims_of(x), **dict(following.attributes))
 
     def linear(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
         known, outputs = self._dims_of(x), self._dims_of(weight)

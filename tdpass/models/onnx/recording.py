@@ -107,7 +107,7 @@ class Recording:
         operator: str,
         inputs: Sequence[ir.Value | None],
         known: Dims | None,
-        **attributes: int | list[int],
+        **attributes: float | list[int],
     ) -> ir.Value:
         """A node; of another domain than the standard one where the operator is written `domain::operator`."""
         *domains, kind = operator.split("::")

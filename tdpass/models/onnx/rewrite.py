@@ -81,13 +81,19 @@ def _put(
     layout = FORMATS.get(layer.format)
 
     def values() -> Mapping[str, ir.Value]:
-        return layer.storage.restore(ops, factors, site.dtype)
+        restored = layer.storage.restore(ops, factors, site.dtype)
+        if site.kept == site.dtype or layer.storage.numbers:
+            return restored
+        return {
+            label: value if label in layer.storage.orders else ops.cast(value, site.dtype)
+            for label, value in restored.items()
+        }
 
     addend = None if use.addend is None else ops.scale(use.addend.value, use.addend_scale, site.dtype)
     y = use.apply(
         ops, use.input.value, lambda x: layout.apply(ops, x, values(), bias, layer.site, layer.rank), addend
     )
-    y = ops.computed(y)
+    y = ops.computed(y if use.following is None else ops.activated(y, use.following))
     nodes = ops.take_nodes()
     for node in nodes:
         node.metadata_props.update(use.node.metadata_props)
@@ -125,10 +131,10 @@ def remove_nodes(graph: ir.Graph | ir.Function, nodes: Iterable[ir.Node]) -> Non
     for node in suspects:
         if (
             node is not None
-            and node.graph is graph
+            and node.graph is not None
             and not any(output.uses() or output.is_graph_output() for output in node.outputs)
         ):
-            remove_nodes(graph, [node])
+            remove_nodes(node.graph, [node])
 
 
 def prune_initializers(model: ir.Model) -> None:

@@ -26,7 +26,7 @@ from tdpass.models.onnx.session import NodeSession
 from tdpass.models.onnx.sites import FoundSite
 from tdpass.models.onnx.storage import release_pages
 from tdpass.models.onnx.tensors import constant, to_torch
-from tdpass.models.onnx.weight_use import WeightUse
+from tdpass.models.onnx.weight_use import Following, WeightUse
 from tdpass.ops import TorchOps
 
 _KNOWN_FROM_SHAPES = frozenset({"Shape", "Size"})
@@ -92,7 +92,15 @@ class _SiteStep:
         if self.use.addend is not None:
             addend = values[self.use.addend.value]
             addend = addend if self.use.addend_scale == 1.0 else self.use.addend_scale * addend
-        values[self.use.output] = self.use.apply(_OPS, values[self.use.input.value], self.compute, addend)
+        y = self.use.apply(_OPS, values[self.use.input.value], self.compute, addend)
+        values[self.use.output] = y if self.use.following is None else _activated(y, self.use.following)
+
+
+def _activated(y: Tensor, following: Following) -> Tensor:
+    attributes = {name: ir.AttrFloat32(name, number) for name, number in following.attributes}
+    made = FUNCTIONS.get(following.operator)(Operator(following.operator, 0, attributes), y)
+    assert isinstance(made, Tensor)
+    return made
 
 
 @dataclass
@@ -130,7 +138,8 @@ class OnnxRunner:
     def _site_steps(self, twins: Mapping[ir.Node, ir.Node]) -> dict[ir.Node, _SiteStep | None]:
         steps: dict[ir.Node, _SiteStep | None] = {}
         for name, found in self.sites.items():
-            compute = self.layers.get(name) or self._dense(name, found)
+            layer = self.layers.get(name)
+            compute = self._dense(name, found) if layer is None else layer.to(found.dtype)
             for use in found.uses:
                 here = use.on(twins)
                 steps.update((node, None) for node in here.nodes)

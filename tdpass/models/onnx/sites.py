@@ -9,13 +9,15 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+import tdpass.models.onnx.other_matchers  # noqa: F401 - fills the table of matchers
 from tdpass.errors import InvalidModelError
 from tdpass.models.onnx.bodies import runs_bodies
+from tdpass.models.onnx.folding import folded_weight, other_reader, sources, stored_type
 from tdpass.models.onnx.graphs import bodies, opset_of
 from tdpass.models.onnx.matchers import DeclinedNode, matcher_for, operator_name
 from tdpass.models.onnx.names import site_names
 from tdpass.models.onnx.shapes import Shapes
-from tdpass.models.onnx.tensors import finite, held, to_torch, torch_dtype
+from tdpass.models.onnx.tensors import finite, to_torch, torch_dtype
 from tdpass.models.onnx.weight_use import WeightUse
 from tdpass.site import Site
 
@@ -30,12 +32,17 @@ class FoundSite:
     @property
     def stored(self) -> ir.TensorProtocol:
         """The weight as the model stores it."""
-        return held(self.uses[0].weight.value)
+        return folded_weight(self.uses[0].weight.value)
 
     @property
     def dtype(self) -> torch.dtype:
         """The weight's floating-point type."""
         return torch_dtype(self.stored.dtype)
+
+    @property
+    def kept(self) -> torch.dtype:
+        """The type that the model stores it in, from which it may be cast each time it runs."""
+        return torch_dtype(stored_type(self.uses[0].weight.value))
 
     def weight(self) -> Tensor:
         """The weight as `[o, i, *kernel]` in memory of its own.
@@ -130,10 +137,11 @@ def _within(graph: ir.Graph, opset: int, place: str) -> Iterator[tuple[ir.Node, 
 
 def _as_one(value: ir.Value, uses: list[WeightUse]) -> tuple[str | None, tuple[WeightUse, ...]]:
     """Why the uses cannot be replaced together, or None and the uses to replace."""
-    if value.is_graph_output():
+    if value.is_graph_output() or any(source.is_graph_output() for source in sources(value)):
         return "the weight is also a graph output", ()
     known = {(use.node, use.weight.index) for use in uses}
     other = next((usage.node for usage in value.uses() if (usage.node, usage.idx) not in known), None)
+    other = other or other_reader(value)
     if other is not None:
         return f"the weight is also read by a {other.op_type} node", ()
     if len({use.layer_geometry for use in uses}) > 1:
@@ -147,7 +155,7 @@ def _as_one(value: ir.Value, uses: list[WeightUse]) -> tuple[str | None, tuple[W
 
 def _site(name: str, uses: tuple[WeightUse, ...]) -> Site:
     use = uses[0]
-    itemsize = torch_dtype(held(use.weight.value).dtype).itemsize
+    itemsize = torch_dtype(stored_type(use.weight.value)).itemsize
     return Site(
         name,
         use.kind,

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tdpass.errors import InvalidModelError
 from tdpass.kinds import KINDS, Window
-from tdpass.models.onnx.tensors import constant, held, sizes, to_torch
+from tdpass.models.onnx.folding import folded, folded_weight
+from tdpass.models.onnx.tensors import sizes, to_torch
 from tdpass.ops import Ops, V
 
 
@@ -39,10 +40,18 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class Following:
+    """The activation that an operator computes after its layer, as an operator with float attributes."""
+
+    operator: str
+    attributes: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class WeightUse:
     """One node that applies a constant weight.
 
-    The node computes `y = unswap(layer(swap(x))) + addend`, where `layer` is the plain linear or convolution
+    The node computes `y = following(unswap(layer(swap(x))) + addend)`, where `layer` is the plain linear or convolution
     layer with weight `scale * (stored or its transpose)` and bias `bias_scale * bias`; `swap_in` and
     `swap_out` are permutations or None.  `absorbed` is the Add node that holds the bias of a MatMul; it goes
     when the layer is replaced.
@@ -61,6 +70,7 @@ class WeightUse:
     addend: Slot | None = None
     addend_scale: float = 1.0
     absorbed: ir.Node | None = None
+    following: Following | None = None
 
     @property
     def node(self) -> ir.Node:
@@ -98,7 +108,7 @@ class WeightUse:
 
     def bias_tensor(self) -> Tensor | None:
         """The bias as `[o]`, its scale included."""
-        tensor = None if self.bias is None else constant(self.bias.value)
+        tensor = None if self.bias is None else folded(self.bias.value)
         if tensor is None:
             return None
         bias = to_torch(tensor).reshape(-1).clone()
@@ -106,7 +116,7 @@ class WeightUse:
 
     def stored_shape(self) -> tuple[int, ...]:
         """Sizes of the weight as the model stores it."""
-        return sizes(held(self.weight.value))
+        return sizes(folded_weight(self.weight.value))
 
     def canonical_shape(self) -> tuple[int, ...]:
         """Sizes of the weight as `[o, i, *kernel]`."""
@@ -129,7 +139,7 @@ class WeightUse:
         )
 
     def apply(self, ops: Ops[V], x: V, layer: Callable[[V], V], addend: V | None) -> V:
-        """The node's output when `layer` stands for the plain layer with its bias.
+        """The node's output, before what follows, when `layer` stands for the plain layer with its bias.
 
         `addend` comes already scaled.
         """

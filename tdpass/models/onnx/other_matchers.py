@@ -1,0 +1,149 @@
+"""Matchers of operators that say a layer in another way: fused with what follows, or as an Einsum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from tdpass.kinds import KINDS, PRODUCT
+from tdpass.models.onnx.matchers import (
+    DeclinedNode,
+    GemmMatcher,
+    WindowMatcher,
+    held_weight,
+    matches,
+    operands_of,
+)
+from tdpass.models.onnx.shapes import Shapes
+from tdpass.models.onnx.tensors import sizes
+from tdpass.models.onnx.weight_use import Following, Slot, WeightUse
+
+_FOLLOWING: Mapping[str, tuple[str, ...]] = {
+    "Relu": (),
+    "Tanh": (),
+    "Sigmoid": (),
+    "LeakyRelu": ("alpha",),
+    "HardSigmoid": ("alpha", "beta"),
+}
+"""Activations that a layer may be fused with, and the numbers that each takes, in order."""
+
+
+def _following(weight: ir.Value, name: str, given: Mapping[str, float]) -> Following | None:
+    if name in ("", "Identity"):
+        return None
+    if name not in _FOLLOWING:
+        raise DeclinedNode(weight, f"it is fused with {name}, which cannot be written apart from it")
+    return Following(name, tuple(given.items()))
+
+
+@matches("com.microsoft::FusedConv")
+class FusedConvMatcher:
+    """`activation(conv(x) + bias + z)`."""
+
+    def match(self, node: ir.Node, shapes: Shapes) -> WeightUse | None:
+        kind = next(kind for kind in KINDS if kind.operator == "Conv")
+        use = WindowMatcher(kind).match(node, shapes)
+        if use is None:
+            return None
+        name = node.attributes.get_string("activation", "")
+        numbers = node.attributes.get_floats("activation_params", ())
+        named = dict(zip(_FOLLOWING.get(name, ()), numbers, strict=False))
+        added = Slot(node, 3) if len(node.inputs) > 3 and node.inputs[3] is not None else None
+        return replace(use, addend=added, following=_following(use.weight.value, name, named))
+
+
+@matches("com.microsoft::FusedGemm")
+class FusedGemmMatcher:
+    """`activation(Gemm)`."""
+
+    def match(self, node: ir.Node, shapes: Shapes) -> WeightUse | None:
+        use = GemmMatcher().match(node, shapes)
+        if use is None:
+            return None
+        name = node.attributes.get_string("activation", "")
+        given = {
+            label: node.attributes.get_float(f"activation_{label}", 0.0)
+            for label in _FOLLOWING.get(name, ())
+            if f"activation_{label}" in node.attributes
+        }
+        return replace(use, following=_following(use.weight.value, name, given))
+
+
+@matches("com.microsoft::FusedMatMul")
+class FusedMatMulMatcher:
+    """`alpha A' B'` with a constant matrix on the right, the last two axes of either exchanged before."""
+
+    def match(self, node: ir.Node, shapes: Shapes) -> WeightUse | None:
+        tensor = held_weight(node, 1)
+        if tensor is None:
+            return None
+        weight, data, attributes = Slot(node, 1), Slot(node, 0), node.attributes
+        if len(sizes(tensor)) != 2 or bool(attributes.get_int("transBatchA", 0)):
+            raise DeclinedNode(weight.value, "its operands are exchanged along axes of samples")
+        rank, swap = shapes.rank(data.value), None
+        if bool(attributes.get_int("transA", 0)):
+            if rank is None or rank < 2:
+                raise DeclinedNode(weight.value, "its other operand is transposed and its rank is unknown")
+            swap = (*range(rank - 2), rank - 1, rank - 2)
+        transposed = not bool(attributes.get_int("transB", 0))
+        scale = attributes.get_float("alpha", 1.0)
+        return WeightUse(data, weight, PRODUCT, transposed, scale, swap_in=swap)
+
+
+@matches("Einsum")
+class EinsumMatcher:
+    """A sum over one index that data and a constant matrix share: a linear layer between permutations."""
+
+    def match(self, node: ir.Node, shapes: Shapes) -> WeightUse | None:
+        if len(node.inputs) != 2:
+            return self._several(node)
+        operands = operands_of(node)
+        if operands is None:
+            return None
+        tensor, weight, data = operands
+        equation = node.attributes["equation"].as_string().replace(" ", "")
+        terms, arrow, made = equation.partition("->")
+        read = terms.split(",")
+        of_weight, of_data = read[weight.index], read[data.index]
+        of_data, made = self._without_ellipsis(of_data, made, shapes.rank(data.value), weight)
+        summed = [letter for letter in of_weight if letter in of_data and letter not in made]
+        free = [letter for letter in of_weight if letter in made and letter not in of_data]
+        plain = len(set(of_data)) == len(of_data) and len(set(made)) == len(made) == len(of_data)
+        if not arrow or not plain or len(sizes(tensor)) != 2 or (len(summed), len(free)) != (1, 1):
+            raise DeclinedNode(
+                weight.value,
+                f"'{equation}' is no product with one matrix along one axis; write it as a MatMul",
+            )
+        rest = [letter for letter in of_data if letter != summed[0]]
+        if set(made) != {*rest, free[0]}:
+            raise DeclinedNode(weight.value, f"'{equation}' sums over more than the axis of the matrix")
+        inward = tuple(of_data.index(letter) for letter in (*rest, summed[0]))
+        outward = tuple([*rest, free[0]].index(letter) for letter in made)
+        return WeightUse(
+            data,
+            weight,
+            PRODUCT,
+            transposed=of_weight.index(summed[0]) == 0,
+            swap_in=None if list(inward) == sorted(inward) else inward,
+            swap_out=None if list(outward) == sorted(outward) else outward,
+        )
+
+    @staticmethod
+    def _several(node: ir.Node) -> None:
+        for place in range(len(node.inputs)):
+            if held_weight(node, place) is not None:
+                raise DeclinedNode(Slot(node, place).value, "it is one of several operands of an Einsum")
+
+    @staticmethod
+    def _without_ellipsis(of_data: str, made: str, rank: int | None, weight: Slot) -> tuple[str, str]:
+        """The terms with a letter of their own for every axis that dots stand for."""
+        if "..." not in of_data:
+            return of_data, made
+        if rank is None:
+            raise DeclinedNode(
+                weight.value, "the rank of the data is unknown, and dots in the equation stand for some of it"
+            )
+        axes = "".join(chr(ord("0") + k) for k in range(rank - len(of_data) + len("...")))
+        return of_data.replace("...", axes), made.replace("...", axes)
