@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from tdpass.cost import Cost
 from tdpass.digest import digest
 from tdpass.errors import PlanError
+from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS, Factors
-from tdpass.formats.layer import Layer, check_form, cost_of, dense_cost
+from tdpass.formats.layer import Layer, check_form, cost_of
 from tdpass.formats.metric import Metric
 from tdpass.job import Job
 from tdpass.models.base import Model
@@ -39,7 +40,12 @@ class Factorize(Pass):
         done = job.carried_out(model)
         prepared = job.prepared(model) - sum((choice.cost - choice.dense for choice in done), Cost())
         sites = {site.name: site for site in model.sites()}
-        chosen = {choice.site: choice for choice in job.plan if not choice.kept_dense and choice not in done}
+        present = {name: _present(name, model) for name in sites}
+        chosen = {
+            choice.site: choice
+            for choice in job.plan
+            if choice.form != present.get(choice.site, DENSE) and choice not in done
+        }
         for choice in chosen.values():
             FORMATS.get(choice.format)
         alone = [sites[name] for name, choice in chosen.items() if not choice.joint]
@@ -74,7 +80,7 @@ class Factorize(Pass):
             )
         job.plan = replace(
             job.plan,
-            choices=tuple(_priced(choice, sites, model) for choice in job.plan),
+            choices=tuple(_priced(choice, sites, present, model) for choice in job.plan),
             original=job.original,
             prepared=prepared,
         )
@@ -98,6 +104,12 @@ class Factorize(Pass):
         yield from joint_layers(together, sites, model.weight, model.bias, tapes, job.fitted_divergence)
 
 
+def _present(name: str, model: Model) -> Form:
+    """The form that a site is in; one with fewer channels counts as dense, as its neighbours were planned with it."""
+    layer = model.layer(name)
+    return DENSE if layer is None or layer.form.narrow else layer.form
+
+
 def _check_start(
     start: Mapping[str, Factors], sites: Mapping[str, Site], chosen: Mapping[str, Choice]
 ) -> None:
@@ -116,16 +128,16 @@ def _check_start(
             )
 
 
-def _priced(choice: Choice, sites: Mapping[str, Site], model: Model) -> Choice:
+def _priced(choice: Choice, sites: Mapping[str, Site], present: Mapping[str, Form], model: Model) -> Choice:
     """The choice with the costs it has in this model, which another input size, or none, may have hidden from who planned."""
     if choice.site not in sites:
         return choice
-    site, layer = sites[choice.site], model.layer(choice.site)
-    dense = choice.dense.recounted(dense_cost(site))
-    if layer is None:
-        return replace(choice, cost=dense, dense=dense)
+    site, layer, given = sites[choice.site], model.layer(choice.site), present[choice.site]
+    dense = choice.dense.recounted(cost_of(site, given))
+    if layer is None or choice.form == given:
+        return replace(choice, cost=dense, dense=dense, given=str(given))
     cost = cost_of(site, choice.form) + bias_cost(site, layer.bias)
-    return replace(choice, cost=choice.cost.recounted(cost), dense=dense)
+    return replace(choice, cost=choice.cost.recounted(cost), dense=dense, given=str(given))
 
 
 def match_names(plan: RankPlan, model: Model) -> RankPlan:

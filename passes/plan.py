@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from tdpass.cost import Budget, BudgetValue, bounded
 from tdpass.digest import digest
 from tdpass.errors import BudgetError, UsageError
-from tdpass.form import DENSE
+from tdpass.form import DENSE, Form
 from tdpass.job import Job
 from tdpass.measures import MEASURES, Needs
 from tdpass.models.base import Model, call_batch
@@ -68,7 +68,7 @@ class Plan(Pass):
         effort = effort_named(self.effort or job.effort).of(job.original.macs)
         tapes, divergence = job.tapes(model), job.fitted_divergence
         dense, cache, context = (
-            Dense(model.weight, model.bias),
+            Dense(model.weight, model.bias, _forms(sites, model)),
             CandidateCache(job.cache),
             self._context(model, job, sites),
         )
@@ -117,7 +117,7 @@ class Plan(Pass):
         self._draw_curve(table, budget, job)
         for name, reason in table.declined.items():
             job.report.decline(name, reason)
-        changed = sum(not choice.kept_dense for choice in plan)
+        changed = sum(not choice.kept for choice in plan)
         job.note(
             f"{changed} of {len(plan.choices)} sites change; {sum(map(len, table.candidates.values()))} "
             f"candidates, {len(table.joint)} joint ones"
@@ -239,11 +239,18 @@ def _selected(model: Model, job: Job) -> list[Site]:
             job.report.decline(site.name, "excluded by name")
         elif layer is not None and layer.form.narrow:
             job.report.decline(site.name, f"it is '{layer.form}' already, which goes with its neighbours")
+        elif layer is not None and job.target is not None:
+            job.report.decline(site.name, f"it is '{layer.form}' already, which is not timed again")
         else:
             chosen.append(site)
     if not chosen:
         raise UsageError(f"no site is left to compress: {_why_none(model, job)}")
     return chosen
+
+
+def _forms(sites: Sequence[Site], model: Model) -> dict[str, Form]:
+    """The forms of the sites that are in one already."""
+    return {site.name: layer.form for site in sites if (layer := model.layer(site.name)) is not None}
 
 
 def _why_none(model: Model, job: Job) -> str:

@@ -14,7 +14,7 @@ from tdpass.cost import Cost
 from tdpass.errors import PlanError
 from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS
-from tdpass.formats.layer import Layer, check_form, cost_of, dense_cost
+from tdpass.formats.layer import Layer, check_form, cost_of
 from tdpass.job import Job
 from tdpass.models.base import Model
 from tdpass.pipeline import Pass
@@ -63,7 +63,7 @@ class Stored(Pass, ABC):
         for name in forms:
             model.replace(name, made[name])
         job.plan = _restated(
-            job.plan or RankPlan((), job.original, prepared=prepared), forms, model, self.name
+            job.plan or RankPlan((), job.original, prepared=prepared), forms, layers, model, self.name
         )
         job.report.sites = job.plan.rows()
         sites = {site.name: site for site in model.sites()}
@@ -146,14 +146,17 @@ def _layers(model: Model) -> dict[str, Layer]:
     return found
 
 
-def _restated(plan: RankPlan, forms: Mapping[str, Form], model: Model, by: str) -> RankPlan:
+def _restated(
+    plan: RankPlan, forms: Mapping[str, Form], layers: Mapping[str, Layer], model: Model, by: str
+) -> RankPlan:
     """The plan with the forms of these sites, their costs and the plain relative error of their weights."""
     choices = []
     for site in model.sites():
+        given, layer = layers[site.name].form, model.layer(site.name)
+        cost = cost_of(site, given)
         known = plan.get(site.name) or Choice(
-            site.name, site.shape, DENSE, dense_cost(site), dense_cost(site), groups=site.groups
+            site.name, site.shape, given, cost, cost, groups=site.groups, given=str(given)
         )
-        layer = model.layer(site.name)
         if site.name in forms and layer is not None:
             error = _error(layer, model.weight(site.name)) if layer.site.shape == site.shape else known.error
             cost = known.cost.recounted(cost_of(site, layer.form) + bias_cost(site, layer.bias))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+
 from tdpass.acceptance import hold_against_dense, hold_to_budget
 from tdpass.artifact import Artifact, Reload
 from tdpass.cost import Cost
 from tdpass.errors import TdpassError
+from tdpass.formats.layer import Layer
 from tdpass.job import Job
 from tdpass.models import Model
 from tdpass.models.torch.pretrained import mark_pretrained
@@ -18,7 +21,7 @@ def finished(opened: Model, model: Model, job: Job) -> Artifact:
     report = job.report
     if job.plan is None:
         job.plan = RankPlan((), report.original, declined=dict(report.declined))
-    changed = any(model.layer(site.name) is not None for site in model.sites())
+    changed = any(_differ(model.layer(site.name), opened.layer(site.name)) for site in model.sites())
     _count_again(model, job, job.plan, changed=changed)
     if not report.dry_run:
         hold_to_budget(job)
@@ -29,9 +32,17 @@ def finished(opened: Model, model: Model, job: Job) -> Artifact:
     return _artifact(model, job, job.plan)
 
 
+def _differ(layer: Layer | None, given: Layer | None) -> bool:
+    if layer is None or given is None:
+        return layer is not given
+    return layer.form != given.form or any(
+        not torch.equal(factor, given.factors[name]) for name, factor in layer.factors.items()
+    )
+
+
 def _count_again(model: Model, job: Job, plan: RankPlan, *, changed: bool) -> None:
     report = job.report
-    report.dry_run = not changed and any(not choice.kept_dense for choice in plan)
+    report.dry_run = not changed and any(not choice.kept for choice in plan)
     report.final = (
         plan.planned
         if report.dry_run

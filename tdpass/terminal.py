@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from rich.text import Text
 
 from tdpass.cost import Cost
-from tdpass.form import DENSE
+from tdpass.form import DENSE, Form
 from tdpass.measures import Measure
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.report import Report, SiteRow
@@ -37,11 +37,17 @@ _NAMES_SHOWN = 4
 
 @dataclass(frozen=True)
 class InspectRow:
-    """A site, what it costs dense, and the largest rank of each format that costs less."""
+    """A site, its form, what it costs in that, and the largest rank of each format that costs less than dense."""
 
     site: Site
     cost: Cost
     paying: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    form: Form = DENSE
+
+    @property
+    def kind(self) -> str:
+        """The layer's kind, and the form that it is in where that is not dense."""
+        return self.site.kind if self.form == DENSE else f"{self.site.kind} {self.form}"
 
 
 def report_view(report: Report, plan: RankPlan | None, width: int | None) -> list[Part]:
@@ -119,14 +125,14 @@ def inspect_table(
     ]
     one_line = [
         Column[InspectRow]("Site", lambda row: plain(row.site.name)),
-        Column[InspectRow]("Kind", lambda row: row.site.kind),
+        Column[InspectRow]("Kind", lambda row: row.kind),
         Column[InspectRow]("Shape", lambda row: dims(row.site.shape)),
         Column[InspectRow]("Geometry", lambda row: geometry(row.site)),
         *right,
     ]
 
     def site(row: InspectRow) -> str:
-        return f"{plain(row.site.name)}\n{row.site.kind} {dims(row.site.shape)} {geometry(row.site)}".rstrip()
+        return f"{plain(row.site.name)}\n{row.kind} {dims(row.site.shape)} {geometry(row.site)}".rstrip()
 
     without_share = [right[0], right[2], *right[4:]]
     whole_name, any_name = Column("Site", site), Column("Site", site, least=16)

@@ -16,10 +16,10 @@ from tdpass.cli.sources import read_source
 from tdpass.cost import Cost
 from tdpass.data import calls_of
 from tdpass.errors import TdpassError
-from tdpass.form import Rank
+from tdpass.form import DENSE, Rank
 from tdpass.formats import FORMATS
 from tdpass.formats.base import Format
-from tdpass.formats.layer import dense_cost
+from tdpass.formats.layer import cost_of, dense_cost
 from tdpass.measures import counted
 from tdpass.models import open_model
 from tdpass.site import Site
@@ -61,7 +61,12 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     elif example is None and (own := model.example()) is not None:
         with suppress(TdpassError):  # what it declares need not be enough to run on
             model.observe(own)
-    rows = [InspectRow(site, dense_cost(site), _paying(site, formats)) for site in model.sites()]
+    forms = {
+        site: DENSE if (layer := model.layer(site.name)) is None else layer.form for site in model.sites()
+    }
+    rows = [
+        InspectRow(site, cost_of(site, form), _paying(site, formats), form) for site, form in forms.items()
+    ]
     shown = [fmt.name for fmt in formats if arguments.format or any(fmt.name in row.paying for row in rows)]
     counted = model.count()
     whole = Cost(model.params(), counted.per_sample, model.bytes())
@@ -103,7 +108,8 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     sites = [
         {
             **asdict(row.site),
-            "dense": _counted(row.cost),
+            "dense": _counted(dense_cost(row.site)),
+            "form": str(row.form),
             "seen": row.site.seen,
             "largest_paying_rank": {name: list(rank) for name, rank in row.paying.items()},
         }

@@ -44,14 +44,14 @@ def dense_cost(site: Site) -> Cost:
     return FORMATS.get(DENSE.format).cost(site, DENSE.rank)
 
 
-def shrinks(site: Site, format_name: str, rank: Rank) -> bool:
-    """Whether the factored layer is smaller than the dense one in a measure and larger in none.
+def shrinks(site: Site, format_name: str, rank: Rank, present: Form = DENSE) -> bool:
+    """Whether the factored layer is smaller than the present one in a measure and larger in none.
 
     A site that was not seen running is taken to read as many positions for each of its outputs as its stride
     says.
     """
     known = site if site.seen else replace(site, extents=(kind_of(site).typical(site),))
-    return pays(FORMATS.get(format_name).cost(known, rank), dense_cost(known))
+    return pays(FORMATS.get(format_name).cost(known, rank), cost_of(known, present))
 
 
 @dataclass(frozen=True)

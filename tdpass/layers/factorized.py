@@ -67,7 +67,7 @@ class Factorized(nn.Module):
         if self.pads:
             x = F.pad(x, self.pads, mode=self.padding_mode)
         if self.rebuilt and self.training and self.factors():
-            return apply_dense(_OPS, x, self._dense(), self.bias, self.site)
+            return apply_dense(_OPS, x, self.product(), self.bias, self.site)
         held = {
             name: value
             for name, value in (*self._parameters.items(), *self._buffers.items())
@@ -88,7 +88,7 @@ class Factorized(nn.Module):
         return Deferred.of(self._stood_for, shape, self._dtype, next(iter(self.factors().values())).device)
 
     def _stood_for(self) -> Tensor:
-        return kind_of(self.site).turned(self._dense(), self.site.groups)
+        return kind_of(self.site).turned(self.product(), self.site.groups)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -96,7 +96,8 @@ class Factorized(nn.Module):
             return self.bias.dtype
         return torch.float32 if self.storage.numbers else next(iter(self.factors().values())).dtype
 
-    def _dense(self) -> Tensor:
+    def product(self) -> Tensor:
+        """The weight `[o, i / groups, *kernel]` that the factors stand for."""
         return self.format.reconstruct(self.values(self._dtype), self.site)
 
     @property

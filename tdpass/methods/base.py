@@ -70,7 +70,9 @@ class Method(ABC):
         chosen = [
             site
             for site in opened.sites()
-            if selects(site.name, self.include, self.exclude) and as_stored(site)
+            if selects(site.name, self.include, self.exclude)
+            and as_stored(site)
+            and opened.layer(site.name) is None
         ]
         if not chosen:
             names = ", ".join(site.name for site in opened.sites()) or "none"

@@ -233,7 +233,9 @@ class _PutIn(Pass):
 
     def run(self, model: Model, job: Job) -> bool:
         choices, prepared = [], job.prepared(model)
-        for site in model.sites():
+        for site in (
+            site for site in model.sites() if site.name in self.layers or model.layer(site.name) is None
+        ):
             dense, layer = dense_cost(site), self.layers.get(site.name)
             form = DENSE if layer is None else layer.form
             cost = dense if layer is None else cost_of(site, form) + bias_cost(site, layer.bias)

@@ -121,7 +121,9 @@ class ChannelAdaptive(Method):
         chosen = (
             site
             for site in opened.sites()
-            if selects(site.name, self.include, self.exclude) and kind_of(site).as_stored
+            if selects(site.name, self.include, self.exclude)
+            and kind_of(site).as_stored
+            and opened.layer(site.name) is None
         )
         sites = {site.name: site for site in chosen if _alone(model, site.name)}
         groups = channel_groups(tape, sites, pads=pads)

@@ -285,7 +285,9 @@ def _sites(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Site]:
     return {
         site.name: site
         for site in opened.sites()
-        if as_stored(site) and any(FORMATS.get(form).fits(site) for form in _FORMATS)
+        if as_stored(site)
+        and opened.layer(site.name) is None
+        and any(FORMATS.get(form).fits(site) for form in _FORMATS)
     }
 
 

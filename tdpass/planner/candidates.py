@@ -14,7 +14,7 @@ from tdpass.cost import Budget, Cost, pays
 from tdpass.errors import NumericalError, PlanError
 from tdpass.form import DENSE, Form, Formed, Rank
 from tdpass.formats.base import FORMATS, Decomposition, Factors, Format
-from tdpass.formats.layer import Layer, check_form, cost_of, dense_cost, shrinks
+from tdpass.formats.layer import Layer, check_form, cost_of, shrinks
 from tdpass.formats.metric import Metric
 from tdpass.planner.effort import NEVER, Deadline
 from tdpass.planner.offers import Offer
@@ -55,14 +55,20 @@ def bias_cost(site: Site, bias: Tensor | None) -> Cost:
 
 
 def dense_candidate(site: Site) -> Candidate:
-    """The site as it is."""
-    return Candidate(DENSE, dense_cost(site), 0.0)
+    """The site as a dense layer."""
+    return as_it_is(site, DENSE)
+
+
+def as_it_is(site: Site, form: Form) -> Candidate:
+    """The site in the form that it is in."""
+    return Candidate(form, cost_of(site, form), 0.0)
 
 
 class SiteFits:
     """All formats of one site, decomposed on demand in one metric; with `start` its factors go on from these.
 
-    `rough` fits are good enough to compare candidates by, not to keep.
+    `rough` fits are good enough to compare candidates by, not to keep.  `present` is the form that the site
+    is in, than which candidates are to be smaller.
     """
 
     def __init__(
@@ -73,7 +79,9 @@ class SiteFits:
         metric: Metric,
         start: Factors | None = None,
         rough: bool = False,
+        present: Form = DENSE,
     ) -> None:
+        self.present = present
         self.site, self.metric, self.rough = site, metric, rough
         self.weight = weight.double()
         self.dtype = weight.dtype
@@ -181,17 +189,20 @@ def as_given(site: Site, format_name: str, ranks: Sequence[Rank]) -> Sequence[Ra
     return ranks
 
 
-def worthwhile_ranks(site: Site, format_name: str, limit: int, filling: Filling = as_given) -> list[Rank]:
+def worthwhile_ranks(
+    site: Site, format_name: str, limit: int, filling: Filling = as_given, present: Form = DENSE
+) -> list[Rank]:
     """Up to `limit` ranks of a format that make the site cheaper in every measure that is known, largest first, the smallest among them.
 
     A single one is that which comes nearest to half of the parameters.  `filling` says which of them fill a
     machine.
     """
-    fmt, dense = FORMATS.get(format_name), dense_cost(site)
-    cheaper = [rank for rank in fmt.ranks(site) if shrinks(site, format_name, rank)]
-    cheaper = [rank for rank in filling(site, format_name, cheaper) if shrinks(site, format_name, rank)]
+    fmt, now = FORMATS.get(format_name), cost_of(site, present)
+    cheaper = [rank for rank in fmt.ranks(site) if shrinks(site, format_name, rank, present)]
+    filled = filling(site, format_name, cheaper)
+    cheaper = [rank for rank in filled if shrinks(site, format_name, rank, present)]
     if limit == 1 and cheaper:
-        return [min(cheaper, key=lambda rank: abs(2 * fmt.cost(site, rank).params - dense.params))]
+        return [min(cheaper, key=lambda rank: abs(2 * fmt.cost(site, rank).params - now.params))]
     step = max(1, -(-len(cheaper) // limit))
     count = -(-len(cheaper) // step)
     return [cheaper[round(k * (len(cheaper) - 1) / max(count - 1, 1))] for k in reversed(range(count))]
@@ -225,7 +236,7 @@ def enumerate_candidates(
             if fmt.searched
             else ranks_per_format
         )
-        ranks = worthwhile_ranks(site, fmt.name, limit, filling)
+        ranks = worthwhile_ranks(site, fmt.name, limit, filling, fits.present)
         try:
             found += _of_format(
                 fits, fmt, ranks, found, deadline if fmt.searched else deadline.part(_PLAIN_SHARE)
@@ -245,7 +256,7 @@ def on_offer(
     Those only that take fewer bytes than dense and no more of anything else that is known, but that factors
     beside a remainder are multiplied and counted besides; past the deadline, of the dense layer alone.
     """
-    dense = dense_cost(fits.site)
+    now = cost_of(fits.site, fits.present)
     wanted = [*offer.forms(DENSE), *offer.with_remainder(fits.site)]
     found = [fits.candidate(form) for form in wanted if _fits(fits.site, form)]
     for candidate in candidates:
@@ -254,13 +265,13 @@ def on_offer(
     kept = [
         candidate
         for candidate in found
-        if math.isfinite(candidate.error) and candidate.cost.bytes < dense.bytes
+        if math.isfinite(candidate.error) and candidate.cost.bytes < now.bytes
     ]
     return [
         candidate
         for candidate in kept
         if FORMATS.get(candidate.format).remainder
-        or all(candidate.cost.get(m) <= dense.get(m) for m in ("params", "macs"))
+        or all(candidate.cost.get(m) <= now.get(m) for m in ("params", "macs"))
     ]
 
 
@@ -282,12 +293,18 @@ def _of_format(
         if deadline.left <= 0 and (len(found) >= _ENDS or (fmt.searched and others)):
             break
         candidate = fits.candidate(Form(fmt.name, rank))
-        if not math.isfinite(candidate.error) or not pays(candidate.cost, dense_cost(fits.site)):
+        if not math.isfinite(candidate.error) or not _smaller(candidate, fits):
             continue
         if fmt.searched and not found and _hopeless(candidate, others):
             break
         found.append(candidate)
     return found
+
+
+def _smaller(candidate: Candidate, fits: SiteFits) -> bool:
+    """Whether it is smaller than the site as it is; of one that is stored in number types of its own, in bytes too."""
+    now = cost_of(fits.site, fits.present)
+    return pays(candidate.cost, now) and not (fits.present.encoded and candidate.cost.bytes > now.bytes)
 
 
 def coarse_first(ranks: Sequence[Rank]) -> list[Rank]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tdpass.cost import Budget, Cost
 from tdpass.digest import digest
 from tdpass.errors import BudgetError, NumericalError
-from tdpass.form import DENSE
+from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS, offered_formats
 from tdpass.formats.layer import Layer
 from tdpass.formats.metric import Metric
@@ -21,6 +21,7 @@ from tdpass.planner.candidates import (
     Candidate,
     SiteFits,
     as_given,
+    as_it_is,
     dense_candidate,
     enumerate_candidates,
     frontier,
@@ -51,17 +52,23 @@ Tick = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Dense:
-    """The weight and bias of a site, read when needed."""
+    """The weight and bias of a site, read when needed, and the forms of those that are in one already."""
 
     weight: Callable[[str], Tensor]
     bias: Callable[[str], Tensor | None]
+    forms: Mapping[str, Form] = field(default_factory=dict)
+
+    def form(self, site: Site) -> Form:
+        """The form that a site is in."""
+        return self.forms.get(site.name, DENSE)
 
 
 @dataclass
 class Table:
     """All candidates of all sites with their losses: what every budget is decided from.
 
-    `priced` holds the dense layers with what they cost on a target, where one said so; `declined` says why a
+    `present` holds the sites that are in some form already, `priced` the dense layers with what they cost on
+    a target, where one said so; `declined` says why a
     site has no candidates; `prepared` is the cost of the model with its sites as they are, where that is not
     the cost of the model that came in.
     """
@@ -72,13 +79,14 @@ class Table:
     fingerprints: dict[str, str] = field(default_factory=dict)
     metric: str = "weights"
     divergence: str = ""
+    present: dict[str, Candidate] = field(default_factory=dict)
     priced: dict[str, Candidate] = field(default_factory=dict)
     declined: dict[str, str] = field(default_factory=dict)
     prepared: Cost | None = None
 
     def dense(self, site: Site) -> Candidate:
         """The site as it is."""
-        return self.priced.get(site.name) or dense_candidate(site)
+        return self.present.get(site.name) or self.priced.get(site.name) or dense_candidate(site)
 
     def options(self, budget: Budget) -> list[Option]:
         """Everything that may be chosen under that budget's error limit; dense always."""
@@ -134,23 +142,29 @@ class Table:
             groups=site.groups,
             channels=() if joint is None else joint.channels,
             joint="" if joint is None else joint.change,
+            given=str(self.dense(site).form),
         )
 
     def _reason(self, site: Site, candidate: Candidate, budget: Budget) -> str:
-        if candidate.form != DENSE:
+        now = self.dense(site)
+        if candidate.form != now.form:
             estimated = "; its loss is estimated" if candidate.estimated else ""
             measure, noun = ("bytes", "bytes") if candidate.form.encoded else ("params", "parameters")
-            return f"{candidate.cost.get(measure) / max(dense_candidate(site).cost.get(measure), 1):.0%} of the {noun}{estimated}"
+            return (
+                f"{candidate.cost.get(measure) / max(now.cost.get(measure), 1):.0%} of the {noun}{estimated}"
+            )
         if site.name in self.declined:
             return self.declined[site.name]
         every = self.candidates.get(site.name, [])
         if not every:
-            return "no format is smaller than the dense layer"
+            return (
+                f"no format is smaller than the {'dense layer' if now.form == DENSE else 'layer as it came'}"
+            )
         allowed = within(every, budget)
         if not allowed:
             return f"every candidate errs by more than {budget.max_error:g}"
         mildest = min(allowed, key=lambda c: c.loss)
-        return f"dense is worth its cost: {mildest.form} would add {mildest.loss:.2g} to the loss"
+        return f"{now.form} is worth its cost: {mildest.form} would add {mildest.loss:.2g} to the loss"
 
 
 def tabulate(
@@ -186,7 +200,9 @@ def tabulate(
     wishes = (*((str(offer),) if offer else ()), *(("pivot",) if pivot else ()))
     purpose = (effort.name, str(effort.ranks), *(() if target is None else (target.filled_by,)), *wishes)
     keys = {
-        site.name: digest(fingerprints[site.name], *_identity(site), versions, context, *purpose)
+        site.name: digest(
+            fingerprints[site.name], *_identity(site, dense.form(site)), versions, context, *purpose
+        )
         for site in sites
     }
     known = {site.name: found for site in sites if (found := cache.get(keys[site.name])) is not None}
@@ -212,7 +228,14 @@ def tabulate(
         tick(what, 0, len(missing))
     for done, (site, metric) in enumerate(metrics, start=1):
         deadline = allowance.take(site.name)
-        fits = SiteFits(site, dense.weight(site.name), dense.bias(site.name), metric, rough=effort.rough)
+        fits = SiteFits(
+            site,
+            dense.weight(site.name),
+            dense.bias(site.name),
+            metric,
+            rough=effort.rough,
+            present=dense.form(site),
+        )
         try:
             tried = without_spare(names, site) if pivot else names
             found = enumerate_candidates(
@@ -231,15 +254,19 @@ def tabulate(
     table = Table(
         tuple(sites), {site.name: known[site.name] for site in sites}, [], fingerprints, declined=declined
     )
+    table.present = {
+        site.name: as_it_is(site, dense.form(site)) for site in sites if site.name in dense.forms
+    }
     if tapes:
         table.metric = "inputs and outputs on the calibration data"
         table.divergence = str(divergence)
     return table
 
 
-def _identity(site: Site) -> tuple[str, ...]:
-    """What the candidates of a site and their costs depend on, besides its weight."""
-    return str(site.geometry()), str(site.bias), str((site.extents, site.samples))
+def _identity(site: Site, form: Form = DENSE) -> tuple[str, ...]:
+    """What the candidates of a site in that form and their costs depend on, besides its weight."""
+    present = () if form == DENSE else (str(form),)
+    return str(site.geometry()), str(site.bias), str((site.extents, site.samples)), *present
 
 
 def _worth_timing(candidates: Sequence[Candidate], measures: Sequence[str]) -> list[Candidate]:
@@ -320,7 +347,7 @@ def add_joint_options(
     )
     known = cache.get_joint(key)
     if known is None:
-        sites = {site.name: site for site in table.sites}
+        sites = {site.name: site for site in table.sites if site.name not in table.present}
         sweep = Sweep(tapes, divergence, effort.for_losses(len(sites)))
         seconds = _JOINT_SHARE * effort.limit
         known = joint_options(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,9 +29,10 @@ class Choice(Formed):
     `error` is the relative error of the weight in the metric of the plan, `loss` the expected increase of the
     network's divergence from the original.  `joint` is the change that it takes part in together with other
     sites, if any, and `channels` are those that this keeps between them; files of version 1 leave `joint`
-    out.  `fingerprint` identifies the site's weight where names differ, `guarantee` is what theory says of
-    the error.  On a target the costs hold measured seconds, `kernel` is the runtime they were measured in and
-    `predicted` what was expected before.
+    out.  `given` is the form that the site came in, as text, whose cost `dense` is.  `fingerprint` identifies
+    the site's weight where names differ, `guarantee` is what theory says of the error.  On a target the costs
+    hold measured seconds, `kernel` is the runtime they were measured in and `predicted` what was expected
+    before.
     """
 
     site: str
@@ -50,6 +50,7 @@ class Choice(Formed):
     predicted: Amount = 0.0
     groups: Size = 1
     joint: str = ""
+    given: str = str(DENSE)
 
     def __post_init__(self) -> None:
         if self.form.narrow and not self.joint:
@@ -67,8 +68,13 @@ class Choice(Formed):
 
     @property
     def kept_dense(self) -> bool:
-        """Whether the site is left as it is."""
+        """Whether the site is a dense layer in the end."""
         return self.form == DENSE
+
+    @property
+    def kept(self) -> bool:
+        """Whether the site is left in the form that it came in."""
+        return str(self.form) == self.given
 
 
 @dataclass(frozen=True, repr=False)
@@ -194,16 +200,19 @@ def _fault(choice: Choice) -> str:
     """What contradicts itself; the bias that a layer gains, or loses with its channels, may be counted."""
     if not 2 <= len(choice.shape) <= 5:
         return f"has shape {choice.shape}, which is no weight's"
-    weights, outputs = math.prod(choice.shape), choice.shape[0]
-    if not weights <= choice.dense.params <= weights + outputs:
-        return f"of shape {choice.shape} has {weights} weights, not {choice.dense.params}"
-    if choice.kept_dense:
-        same = all(choice.cost.get(measure) == choice.dense.get(measure) for measure in counted())
-        return "" if same and not choice.rank else f"is dense, of rank {choice.rank} and at another cost"
-    if choice.format not in FORMATS:
-        return ""  # the pass that carries it out lists those it knows
+    outputs = choice.shape[0]
     site = replace(plain_site(choice.site, choice.shape), groups=choice.groups)
     try:
+        given = Form.parse(choice.given)
+        if given.format not in FORMATS or choice.format not in FORMATS:
+            return ""  # the pass that carries it out lists those it knows
+        check_form(site, given)
+        weights = cost_of(site, given).params
+        if not weights <= choice.dense.params <= weights + outputs:
+            return f"of shape {choice.shape} has {weights} weights, not {choice.dense.params}"
+        if choice.kept:
+            same = all(choice.cost.get(measure) == choice.dense.get(measure) for measure in counted())
+            return "" if same else f"is left as '{choice.form}', at another cost"
         check_form(site, choice.form)
     except PlanError as error:
         return f"does not fit: {error}"
@@ -218,7 +227,8 @@ def _fault(choice: Choice) -> str:
             - (choice.cost.params - stored) * choice.dense.bytes // choice.dense.params
         )
         return f"takes {choice.cost.bytes} bytes, which is not what '{choice.form}' stores" if spare else ""
-    if choice.cost.bytes * choice.dense.params != choice.dense.bytes * choice.cost.params:
+    same = choice.cost.bytes * choice.dense.params == choice.dense.bytes * choice.cost.params
+    if not same and not given.encoded:
         return f"takes {choice.cost.bytes} bytes for {choice.cost.params} numbers, dense {choice.dense.bytes} for {choice.dense.params}"
     return ""
 

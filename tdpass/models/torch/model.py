@@ -17,7 +17,6 @@ from typing_extensions import Self
 
 from tdpass.errors import InvalidModelError, PlanError
 from tdpass.formats.layer import Layer
-from tdpass.formats.storage import Storage
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.fused import Fused
 from tdpass.models.abilities import Decline, Note, no_reasons
@@ -26,6 +25,14 @@ from tdpass.models.extents import UNREACHED, alike, with_extents
 from tdpass.models.signature import Input, Signature
 from tdpass.models.torch.called_layers import call_layers, runs_nested
 from tdpass.models.torch.copying import copied
+from tdpass.models.torch.factored import (
+    bias_for,
+    find_factored,
+    pads_of,
+    placed_factors,
+    put_product,
+    storages,
+)
 from tdpass.models.torch.fuse import fuse_layers
 from tdpass.models.torch.in_place import Backup, become
 from tdpass.models.torch.module_values import buffers_kept, check_filled, check_open
@@ -54,10 +61,12 @@ class TorchModel(Model):
         found, self._declined = find_sites(module)
         self._by_name = {matched.site.name: matched for matched in found}
         self._replaced: set[str] = set()
+        self._came_factored: set[str] = set()
         self._example = example
         self._observed: tuple[Batch, ...] = ()
         self._macs = 0
         self._twin: tuple[object, TorchModel] | None = None
+        self._products: tuple[object, TorchModel] | None = None
         self._adopt_factorized()
         if isinstance(module, GraphModule):
             self._leave(graph_readers(module, self._by_name))
@@ -100,22 +109,37 @@ class TorchModel(Model):
                 f"{matched.site.shape}; plan for this model"
             )
         weight = matched.weight
-        shared = Layer(site, layer.form, _placed_factors(layer, weight))
+        shared = Layer(site, layer.form, placed_factors(layer, weight))
         biases = {
-            id(own): _bias_for(own if matched.apart else None, layer.bias, weight) for own in matched.biases
+            id(own): bias_for(own if matched.apart else None, layer.bias, weight) for own in matched.biases
         }
         for module, own in zip(matched.modules, matched.biases, strict=True):
             bias = biases[id(own)]
-            pads = tuple(module._reversed_padding_repeated_twice) if _pads_itself(module) else ()  # type: ignore[arg-type]
-            new = Factorized(shared, bias, str(getattr(module, "padding_mode", "zeros")), pads)
+            new = Factorized(shared, bias, str(getattr(module, "padding_mode", "zeros")), pads_of(module))
             if isinstance(module, Fused):  # it may have taken an activation in
                 new = Fused.of(new, module.activation, module.lanes)
             become(module, new)
         self._replaced.add(name)
+        self._came_factored.discard(name)
         call_layers(self.module)
 
     def record(self, batch: Batch) -> Tape:
-        return self._record(batch)
+        """As every front end does; layers that came in factored form run, and are named, as the dense ones they stand for."""
+        return self._with_products()._record(batch)
+
+    def _with_products(self) -> TorchModel:
+        """The model itself, or where layers came in factored form a copy that multiplies them out."""
+        if not self._came_factored:
+            return self
+        state = self._version()
+        if self._products is None or self._products[0] != state:
+            twin = self.clone()
+            for name in self._came_factored:
+                put_product(twin._by_name[name])
+            twin._replaced -= self._came_factored
+            twin._came_factored = set()
+            self._products = state, twin
+        return self._products[1]
 
     def _record(self, batch: Batch, *, replayed: bool = True) -> Tape:
         placed = self._runner.placed(batch)
@@ -154,19 +178,36 @@ class TorchModel(Model):
 
     def _as_it_is(self) -> TorchModel:
         """A copy, the same one until a parameter or buffer changes."""
-        tensors = (*self.module.parameters(), *self.module.buffers())
-        version = tuple((id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+        version = self._version()
         if self._twin is None or self._twin[0] != version:
             twin = self.clone()
             twin._twin = None
             self._twin = version, twin
         return self._twin[1]
 
+    def _version(self) -> tuple[tuple[int, int], ...]:
+        """What changes with any parameter or buffer."""
+        tensors = (*self.module.parameters(), *self.module.buffers())
+        return tuple((id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+
     def observe(self, *batches: Batch) -> None:
-        first = self.record(
+        seen = self._with_products()
+        if seen is self:
+            self._observe(batches)
+            return
+        seen._observe(batches)
+        self._example, self._observed = seen._example, seen._observed
+        self._by_name = {
+            name: replace(self._by_name[name], site=matched.site) for name, matched in seen._by_name.items()
+        }
+        self._declined = dict(seen._declined)
+        self._macs = self.count().per_sample
+
+    def _observe(self, batches: Sequence[Batch]) -> None:
+        first = self._record(
             batches[0]
         )  # the whole call: two samples of it may reach fewer layers, or be two steps of one
-        self._observed = batches if first.doubt or not alike(batches) else batches[:1]
+        self._observed = tuple(batches if first.doubt or not alike(batches) else batches[:1])
         runs = [self._watch(batches[0], first), *map(self._watch, self._observed[1:])]
         tapes = [run.tape for run in runs]
         self._example = batches[0].part(0, 2)
@@ -205,7 +246,7 @@ class TorchModel(Model):
     def fold_batchnorm(self, decline: Decline = no_reasons) -> Sequence[str]:
         if self._example is None:
             return ()
-        run = self._watch(self._example, self.record(self._example))
+        run = self._watch(self._example, self._record(self._example))
         if isinstance(run.tape, LiveTape):  # not every reader is known
             return ()
         sites = {name: matched for name, matched in self._by_name.items() if name not in self._replaced}
@@ -269,12 +310,12 @@ class TorchModel(Model):
 
     def params(self) -> int:
         return sum(parameter.numel() for parameter in self.module.parameters()) + sum(
-            storage.params for storage in _storages(self.module)
+            storage.params for storage in storages(self.module)
         )
 
     def bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self.module.parameters()) + sum(
-            storage.bytes for storage in _storages(self.module)
+            storage.bytes for storage in storages(self.module)
         )
 
     def clone(self) -> Self:
@@ -285,6 +326,7 @@ class TorchModel(Model):
         twin._runner = self._runner.on(twin.module)
         twin._by_name = {name: matched.copy(memo) for name, matched in self._by_name.items()}
         twin._declined, twin._replaced = dict(self._declined), set(self._replaced)
+        twin._came_factored, twin._products = set(self._came_factored), None
         return twin
 
     def check_weights(self) -> None:
@@ -345,44 +387,17 @@ class TorchModel(Model):
         self._by_name = {name: matched for name, matched in self._by_name.items() if name not in reasons}
 
     def _adopt_factorized(self) -> None:
-        for path, module in self.module.named_modules():
-            if isinstance(module, Factorized):
-                self._declined[path] = f"it is factored already ({module.form})"
-                for name in [name for name in self._declined if name.startswith(path + ".")]:
-                    del self._declined[name]
-
-
-def _placed_factors(layer: Layer, like: Tensor) -> dict[str, Tensor]:
-    """The factors as a module holds them where the dense weight lies.
-
-    Those in number types of their own are no parameters.
-    """
-    held = {key: factor.to(like.device) for key, factor in layer.factors.items()}
-    if layer.form.encoded:
-        return held
-    trained = {
-        key: nn.Parameter(factor.to(like), requires_grad=like.requires_grad)
-        for key, factor in held.items()
-        if factor.is_floating_point()
-    }
-    return {**held, **trained}
-
-
-def _storages(module: nn.Module) -> list[Storage]:
-    """How the factors are stored that are no parameters, shared ones once."""
-    layers = [layer for layer in module.modules() if isinstance(layer, Factorized) and layer.storage.numbers]
-    return list({id(next(iter(layer.factors().values()))): layer.storage for layer in layers}.values())
-
-
-def _bias_for(own: nn.Parameter | None, bias: Tensor | None, like: Tensor) -> nn.Parameter | None:
-    """The bias of a layer that stands for its site's, where it keeps one of its own beside it."""
-    if bias is None:
-        return own
-    placed = bias.to(like)
-    return nn.Parameter(
-        placed.clone() if own is None else placed + own.detach(), requires_grad=like.requires_grad
-    )
-
-
-def _pads_itself(module: nn.Module) -> bool:
-    return getattr(module, "padding_mode", "zeros") != "zeros"
+        found, declined = find_factored(self.module)
+        self._came_factored = {matched.site.name for matched in found}
+        if not (found or declined):
+            return
+        order = {path: place for place, (path, _) in enumerate(self.module.named_modules())}
+        every = [*self._by_name.values(), *found]
+        self._by_name = {
+            matched.site.name: matched for matched in sorted(every, key=lambda one: order[one.site.name])
+        }
+        self._replaced |= self._came_factored
+        held = {*declined, *(path for matched in found for path in matched.paths)}
+        for name in [name for name in self._declined if name in held or name.rpartition(".")[0] in held]:
+            del self._declined[name]
+        self._declined |= declined

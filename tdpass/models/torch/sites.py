@@ -26,7 +26,7 @@ class Matched:
 
     `paths` are all names under which they are reached, `biases` those they came with. The site has a bias
     where all of them have the same; biases that differ stay with their modules. The weight is as they store
-    it: `transposed` where that is `[i, o]`.
+    it, `transposed` where that is `[i, o]`; unless `as_stored` it is `[o, i / groups, *kernel]`.
     """
 
     site: Site
@@ -35,6 +35,7 @@ class Matched:
     paths: tuple[str, ...]
     biases: tuple[nn.Parameter | None, ...]
     transposed: bool = False
+    as_stored: bool = True
 
     @property
     def apart(self) -> bool:
@@ -52,6 +53,8 @@ class Matched:
 
     def stored(self, dense: Tensor) -> Tensor:
         """A weight `[o, i, *kernel]` as the modules hold it, and the other way round."""
+        if not self.as_stored:
+            return dense
         turned = dense.t() if self.transposed else kind_of(self.site).turned(dense, self.site.groups)
         return dense if turned is dense else turned.contiguous()
 

@@ -21,6 +21,7 @@ from tdpass.layers.factorized import Factorized, empty_layer
 from tdpass.models.torch.adapting import adapt, adaptation_of
 from tdpass.models.torch.called_layers import call_layers
 from tdpass.models.torch.coded import Held, coded_factors, under, with_coded_factors
+from tdpass.models.torch.factored import find_factored, pads_of
 from tdpass.models.torch.in_place import Backup, become
 from tdpass.models.torch.norms import Folded
 from tdpass.models.torch.sites import Matched, find_sites
@@ -193,7 +194,7 @@ def _swaps(
 
     Raises `PlanError` where the structure names what it has not.
     """
-    found, _ = find_sites(module)
+    found = [*find_sites(module)[0], *find_factored(module)[0]]
     by_path = {reached: matched for matched in found for reached in matched.paths}
     modules = dict(module.named_modules(remove_duplicate=False))
     swaps: list[tuple[_Replacement, Matched, Factorized]] = []
@@ -228,9 +229,7 @@ def _empty_module(replacement: _Replacement, matched: Matched, dense: nn.Module)
         if replacement.bias
         else None
     )
-    mode = str(getattr(dense, "padding_mode", "zeros"))
-    pads: Any = tuple(dense._reversed_padding_repeated_twice) if mode != "zeros" else ()  # type: ignore[arg-type]
-    return Factorized(layer, bias, mode, pads)
+    return Factorized(layer, bias, str(getattr(dense, "padding_mode", "zeros")), pads_of(dense))
 
 
 def _state(module: nn.Module) -> dict[str, torch.Tensor]:
