@@ -225,7 +225,7 @@ class CrossbarArray(Constants):
 
         E = rows slices sum_a E_a + moved e_buffer, with the energy E_a of one slice in the arrays a.  In a
         chip whose layers work at once on inputs that follow each other, all arrays are busy: P = sum_a E_a /
-        t_a, however often a layer is called (how Yuan et al., ISLPED 2019, count power).
+        t_a, however often a layer is called, which the cuts in power fit that Yuan et al., ISLPED 2019, publish.
         """
         alike = Counter[tuple[Block, ...]]()
         for filling in fillings:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
-from training_run import network, trained_by
+from training_run import data, network, trained_by
 
 import tdpass
+from tdpass.crossbars import Devices, map_model, simulate
 from tdpass.crossbars.use import dense_costs, uses_of
 from tdpass.errors import BudgetError, UsageError
 from tdpass.methods import Crossbar
@@ -147,6 +149,29 @@ def test_noise_is_drawn_anew_in_every_step_and_gone_at_the_end() -> None:
     assert float(draws[0][100:].log().mean()) == pytest.approx(0.0, abs=0.02)
     term.end()
     assert torch.equal(weight.detach(), clean)
+
+
+@pytest.mark.slow
+def test_what_was_trained_with_noise_loses_less_on_devices_that_vary() -> None:
+    options: dict[str, Any] = {"keep": 900, "weight_bits": 5, "admm": 4, "retrain": 12, "fix": 4, "rho": 0.5}
+    images, labels = data().inputs, data().targets
+
+    @torch.no_grad()
+    def loss(net: nn.Module) -> float:
+        return float(F.cross_entropy(net(images), labels))
+
+    found = []
+    for noise in (0.0, 0.5):
+        method, artifact = trained({**options, "noise": noise})
+        assert isinstance(artifact.model, nn.Module)
+        model = artifact.model.eval()
+        found.append(
+            simulate(model, map_model(model, method.machine), loss, Devices(variation=0.5), draws=10)
+        )
+        assert loss(model) < 1e-3
+    without, noisy = found
+    assert noisy.mean < 0.5 * without.mean
+    assert noisy.deviation < without.deviation
 
 
 def test_nothing_changes_sides() -> None:
