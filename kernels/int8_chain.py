@@ -95,7 +95,7 @@ def _run(
     return (grids.output.codes(y) if grids.output else y).to(grids.output_dtype(x))
 
 
-def _checked(
+def check_chain(
     x: Tensor,
     factors: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]],
     residual: Tensor | None,
@@ -132,7 +132,7 @@ def conv_reference(
     `weights`, `scales` and `totals` as `int8_factor` packs them, `grids` as `Grids.numbers` gives them.
     """
     chain, factors = stages_of(stages), (weights, scales, totals)
-    found = _checked(x, factors, residual, grids, chain, activation)
+    found = check_chain(x, factors, residual, grids, chain, activation)
     return like_input(_run(x, factors, bias, residual, found, chain, activation), x)
 
 
@@ -149,7 +149,7 @@ def conv_fake(
 ) -> Tensor:
     """Shape and strides."""
     chain = stages_of(stages)
-    found = _checked(x, (weights, scales, totals), residual, grids, chain, activation)
+    found = check_chain(x, (weights, scales, totals), residual, grids, chain, activation)
     return empty_output(x, chain, found.output_dtype(x))
 
 
@@ -175,7 +175,7 @@ def linear_reference(
 ) -> Tensor:
     """The same on the last axis of x, with matrices `[widths[k + 1], widths[k]]`."""
     chain, factors = linear_stages(widths), (weights, scales, totals)
-    found = _checked(x, factors, residual, grids, chain, activation)
+    found = check_chain(x, factors, residual, grids, chain, activation)
     shape = (*x.shape[:-1], widths[-1])
     rest = None if residual is None else _image(residual.expand(shape))
     y = _run(_image(x), factors, bias, rest, found, chain, activation)
@@ -199,7 +199,7 @@ def linear_fake(
     activation: str,
 ) -> Tensor:
     """Shape and strides."""
-    found = _checked(x, (weights, scales, totals), residual, grids, linear_stages(widths), activation)
+    found = check_chain(x, (weights, scales, totals), residual, grids, linear_stages(widths), activation)
     return x.new_empty((*x.shape[:-1], widths[-1]), dtype=found.output_dtype(x))
 
 

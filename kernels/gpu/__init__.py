@@ -7,7 +7,7 @@ the arguments and `available()`; the operators' references serve everything else
 
 from __future__ import annotations
 
-from tdpass.kernels.gpu import operators
+from tdpass.kernels.gpu import low_precision, operators
 from tdpass.kernels.gpu.device import available, missing
 
-__all__ = ["available", "missing", "operators"]
+__all__ = ["available", "low_precision", "missing", "operators"]

@@ -45,6 +45,18 @@ def product(
 
 
 @jit
+def activated(total: tl.tensor, activation: tl.constexpr) -> tl.tensor:
+    """One of `ACTIVATIONS`, float32."""
+    if activation == 1:
+        total = tl.where(total < 0, 0.0, total)  # not a maximum: a NaN stays one
+    elif activation == 2:
+        total = total / (1.0 + tl.exp(-total))
+    elif activation == 3:
+        total = 0.5 * total * (1.0 + tl.erf(total * 0.7071067811865476))
+    return total
+
+
+@jit
 def finish(
     total: tl.tensor, bias: tl.tensor, rest: tl.tensor, place: tl.tensor, there: tl.tensor, mask: tl.tensor,
     activation: tl.constexpr, biased: tl.constexpr, rested: tl.constexpr,
@@ -57,13 +69,7 @@ def finish(
         total += tl.load(bias + place, mask=there, other=0.0).to(tl.float32)
     if rested:
         total += tl.load(rest, mask=mask, other=0.0).to(tl.float32)
-    if activation == 1:
-        total = tl.where(total < 0, 0.0, total)  # not a maximum: a NaN stays one
-    elif activation == 2:
-        total = total / (1.0 + tl.exp(-total))
-    elif activation == 3:
-        total = 0.5 * total * (1.0 + tl.erf(total * 0.7071067811865476))
-    return total
+    return activated(total, activation)
 
 
 def triton_type(dtype: torch.dtype) -> Any:
@@ -78,9 +84,15 @@ def triton_type(dtype: torch.dtype) -> Any:
 
 def check(x: Tensor, activation: str, *others: Tensor | None) -> None:
     """Raise `UnsupportedError` or `KernelError` unless the kernels can read these tensors and know the activation."""
+    check_operands(x, activation, *others)
+    triton_type(x.dtype)
+
+
+def check_operands(x: Tensor, activation: str, *others: Tensor | None) -> None:
+    """The same whatever the type of x, which may be bytes."""
     if activation not in ACTIVATIONS:
         raise KernelError(f"activation {activation!r} is not known; it is one of {', '.join(ACTIVATIONS)}")
-    if not x.is_cuda and not INTERPRETED:
+    if not (on_this_device(x) or INTERPRETED):
         raise UnsupportedError(
             f"the GPU kernels read CUDA tensors, this one is on {x.device}; set TRITON_INTERPRET=1 to test "
             "them without a device"
@@ -90,13 +102,17 @@ def check(x: Tensor, activation: str, *others: Tensor | None) -> None:
             raise KernelError(
                 f"x is on {x.device} and another operand on {other.device}; move them to one device"
             )
-    triton_type(x.dtype)
     narrow = any(each is not None and each.dtype == torch.float8_e4m3fn for each in (x, *others))
     if narrow and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
         raise UnsupportedError(
             f"{torch.cuda.get_device_name(x.device)} has no float8 arithmetic; compute capability 8.9 or "
             "newer has"
         )
+
+
+def on_this_device(x: Tensor) -> bool:
+    """Whether x lies where compiled kernels read it."""
+    return x.is_cuda
 
 
 def bias_of(bias: Tensor | None, columns: int) -> Tensor | None:

@@ -7,66 +7,30 @@ machine without Triton, is left to the references.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tdpass.errors import UnsupportedError
 from tdpass.kernels import linear_chain as linear
 from tdpass.kernels import tensor_chain as tensor
-from tdpass.kernels.base import Implementation, implements
-from tdpass.kernels.gpu.device import available
+from tdpass.kernels.base import implements
+from tdpass.kernels.gpu.serving import FLOATS, covered, kept, kernel
 from tdpass.kernels.stage import Lanes, Stage, stages_of
 
-_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _CORES = range(2, 5)
-
-
-def _covered(function: Callable[..., Any]) -> Implementation:
-    """Leave to the reference what the kernels cannot serve here, or say that they do not support."""
-
-    @wraps(function)
-    def run(
-        x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None, *rest: Any
-    ) -> Any:
-        if (
-            not available()
-            or x.dtype not in _DTYPES
-            or x.numel() == 0
-            or (residual is not None and residual.dtype != x.dtype)
-        ):
-            return NotImplemented
-        try:
-            return function(x, weights, bias, residual, *rest)
-        except UnsupportedError:
-            return NotImplemented
-
-    return run
-
-
-def _kernel(name: str) -> Any:
-    """The entry function of that name; the first use imports triton."""
-    return getattr(import_module(f"tdpass.kernels.gpu.{name}"), name)
-
-
-def _kept(packed: Tensor, form: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
-    """What the kernels read instead of a packed weight; see `weights.kept`."""
-    made: Tensor = import_module("tdpass.kernels.gpu.weights").kept([packed], form, make)
-    return made
 
 
 def _matrix(stage: Stage, packed: Tensor, lanes: Lanes, dtype: torch.dtype) -> Tensor:
     """A 1x1 stage as `[o, i]`."""
     spaced = import_module("tdpass.kernels.gpu.weights").spaced
-    return _kept(packed, (stage, lanes, dtype), lambda: spaced(stage.unpack(packed, lanes).flatten(1), dtype))
+    return kept(packed, (stage, lanes, dtype), lambda: spaced(stage.unpack(packed, lanes).flatten(1), dtype))
 
 
 @implements("conv_chain", "cuda")
-@_covered
+@covered(*FLOATS)
 def conv_chain(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -82,7 +46,7 @@ def conv_chain(
     if place is None or x.dim() != 4:
         return NotImplemented
     core = chain[place]
-    kernel = _kept(
+    taps = kept(
         weights[place],
         (core, lanes, x.dtype),
         lambda: core.unpack(weights[place], lanes).to(x.dtype, copy=True),
@@ -90,10 +54,10 @@ def conv_chain(
     first = _matrix(chain[0], weights[0], lanes, x.dtype) if place == 1 else None
     last = _matrix(chain[-1], weights[-1], lanes, x.dtype) if place + 1 < len(chain) else None
     pads = tuple(zip(core.before, core.after, strict=True))
-    return _kernel("tucker2_conv2d")(
+    return kernel("tucker2_conv2d")(
         x,
         first,
-        kernel,
+        taps,
         last,
         bias,
         residual,
@@ -117,7 +81,7 @@ def _core_place(chain: Sequence[Stage]) -> int | None:
 
 
 @implements("linear_chain", "cuda")
-@_covered
+@covered(*FLOATS)
 def linear_chain(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -134,11 +98,11 @@ def linear_chain(
         _matrix(stage, packed, lanes, x.dtype)
         for stage, packed in zip(linear.stages_of(widths), weights, strict=True)
     )
-    return _kernel("svd_linear")(x, v, u, bias, residual, activation)
+    return kernel("svd_linear")(x, v, u, bias, residual, activation)
 
 
 @implements("tensor_chain", "cuda")
-@_covered
+@covered(*FLOATS)
 def tensor_chain(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -157,7 +121,7 @@ def tensor_chain(
         cores = [
             _core(step, packed, i, s) for step, packed, (i, s) in zip(program, weights, train, strict=True)
         ]
-        return _kernel("tt_linear")(x, cores[::-1], bias, residual, activation)
+        return kernel("tt_linear")(x, cores[::-1], bias, residual, activation)
     if len(program) == 3 and program[1].batched:
         parts, inputs, outputs = program[0].a, program[0].k, program[2].o
         b, s, r = program[1].a, program[1].r, program[0].r // program[1].a
@@ -189,7 +153,7 @@ def _core(step: tensor.Step, packed: Tensor, i: int, s: int) -> Tensor:
             .clone(memory_format=torch.contiguous_format)
         )
 
-    return _kept(packed, (step, "core", i, s), make)
+    return kept(packed, (step, "core", i, s), make)
 
 
 def _blocks(
@@ -200,14 +164,14 @@ def _blocks(
     parts, b, s, r = sizes
     spaced = import_module("tdpass.kernels.gpu.weights").spaced
     low, middle, high = program
-    first = _kept(weights[0], (low, x.dtype), lambda: spaced(low.unpack(weights[0])[0, :, 0].T, x.dtype))
-    core = _kept(
+    first = kept(weights[0], (low, x.dtype), lambda: spaced(low.unpack(weights[0])[0, :, 0].T, x.dtype))
+    core = kept(
         weights[1],
         (middle, r),
         lambda: (
             middle.unpack(weights[1]).reshape(b, r, parts, s).transpose(1, 2).reshape(b, parts * r, s).clone()
         ),
     )
-    last = _kept(weights[2], (high, x.dtype), lambda: spaced(high.unpack(weights[2])[0, :, :, 0].T, x.dtype))
-    made: Tensor = _kernel("block_term_linear")(x, first, core, last, bias, residual, activation)
+    last = kept(weights[2], (high, x.dtype), lambda: spaced(high.unpack(weights[2])[0, :, :, 0].T, x.dtype))
+    made: Tensor = kernel("block_term_linear")(x, first, core, last, bias, residual, activation)
     return made

@@ -9,55 +9,41 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
-import subprocess
-import sys
-import types
 import weakref
-from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_setting import (
+    DEVICE,
+    INTERPRETED,
+    compiles,
+    needs_triton,
+    normal,
+    on_device,
+    run_interpreted,
+    runs_kernels,
+    starts_interpreted,
+    tile,
+)
 from torch import Tensor
 
 from tdpass.errors import KernelError, UnsupportedError
 from tdpass.kernels import gpu
 from tdpass.kernels.base import IMPLEMENTATIONS, OPS
 from tdpass.kernels.conv_chain import activate
-from tdpass.kernels.gpu import operators
 from tdpass.kernels.linear_chain import stages_of as layers_of
 from tdpass.kernels.stage import Stage
 from tdpass.kernels.tensor_chain import Step, block_program, train_program
 from tdpass.ops import padded_convolution
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if gpu.available() and not INTERPRETED else "cpu"
-ROOT = Path(__file__).parents[2]
-TRITON = find_spec("triton") is not None
-
-needs_triton = pytest.mark.skipif(not TRITON, reason="triton is not installed")
-runs_kernels = pytest.mark.skipif(
-    not TRITON or not (INTERPRETED or DEVICE == "cuda"),
-    reason="no CUDA device; the interpreted run covers it",
-)
-on_device = pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA device")
-
+pytestmark = pytest.mark.usefixtures("untuned")
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 DTYPES = list(TOLERANCE)
 ACTIVATIONS = ["identity", "relu", "silu", "gelu"]
 ONES, NONE = (1, 1), ((0, 0), (0, 0))
-
-
-@pytest.fixture(autouse=True)
-def _defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TDPASS_TUNE", "0")
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape) * scale).to(DEVICE, dtype)
 
 
 def assert_close(y: Tensor, reference: Tensor, dtype: torch.dtype) -> None:
@@ -66,18 +52,9 @@ def assert_close(y: Tensor, reference: Tensor, dtype: torch.dtype) -> None:
     assert error < TOLERANCE[dtype], f"relative error {error:.2e} in {dtype}"
 
 
-def tile(**values: int) -> dict[str, int]:
-    return {"programs": 2, "m": 16, "n": 16, "k": 16, "warps": 4, "stages": 2, **values}
-
-
-@needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreted run")
+@starts_interpreted
 def test_the_kernels_under_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
-    assert " passed" in run.stdout
+    run_interpreted(__file__)
 
 
 SVD = [(1, 17, 1, 3), (5, 33, 17, 40), (3, 20, 260, 7)]
@@ -293,16 +270,6 @@ def served(name: str, *args: object) -> None:
     assert_close(y, reference, torch.float32)
 
 
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The operators use the kernels, also under the interpreter, and multiply float32 as it is."""
-    monkeypatch.setattr(operators, "available", lambda: True)
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = before
-
-
 @runs_kernels
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("lanes", ["channels", "pixels"])
@@ -480,36 +447,14 @@ def test_the_tuner_times_once_and_remembers_on_disk(folder: Path, monkeypatch: p
         tuning.choose("k", (2,), x, lambda: [broken, broken], run, timer)
 
 
-@needs_triton
-@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="compiled and run elsewhere")
+@compiles
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_defaults_compile_for_a_device_that_is_not_here(
-    capability: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+    capability: int, compiled_for: Callable[[int], dict[str, int]]
 ) -> None:
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
     from tdpass.kernels.gpu import block_term_linear, svd_linear, tt_linear, tucker2_conv2d
 
-    shared: dict[str, int] = {}
-
-    def compiled(kernel: JITFunction, grid: object) -> object:
-        def launch(*args: object, **options: object) -> None:
-            made = kernel.run(*args, grid=grid, warmup=True, **options)
-            shared[kernel.__name__] = max(shared.get(kernel.__name__, 0), made.metadata.shared)
-
-        return launch
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
-    chip = GPUTarget("cuda", capability, 32)
-    target = types.SimpleNamespace(
-        get_current_device=lambda: capability, get_current_target=lambda: chip, get_current_stream=lambda _: 0
-    )
-    monkeypatch.setattr(JITFunction, "__getitem__", compiled)
-    for module in (block_term_linear, svd_linear, tt_linear, tucker2_conv2d):
-        monkeypatch.setattr(module, "check", lambda *_: None)
-    monkeypatch.setattr(driver, "_active", target)
+    shared = compiled_for(capability)
     low = torch.bfloat16 if capability == 90 else torch.float16
     x = normal(512, 768, dtype=low)
     for rows in (8, 512):

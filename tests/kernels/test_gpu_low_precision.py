@@ -1,0 +1,160 @@
+"""The Triton kernels of the operators in whole numbers against their references: interpreted, or on a CUDA device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import cases_of
+from gpu_setting import DEVICE, compiles, normal, run_interpreted, runs_kernels, starts_interpreted, tile
+from low_precision import bytes_of, grid_over
+from setting import Case, arguments, map_tensors
+from torch import Tensor
+
+from tdpass.kernels.base import IMPLEMENTATIONS, OPS
+from tdpass.kernels.grid import Grid, Grids
+from tdpass.kernels.int8_factor import columns, pack_weight
+from tdpass.kernels.linear_chain import stages_of
+
+pytestmark = pytest.mark.usefixtures("here")
+# The references round as the kernels do; what is left are activations, and types that x is given in.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+@starts_interpreted
+def test_the_kernels_under_the_interpreter() -> None:
+    run_interpreted(__file__)
+
+
+def serve(name: str, args: list[Any]) -> tuple[Tensor, Tensor]:
+    """What the kernels and the reference make of these arguments."""
+    there = map_tensors(lambda tensor: tensor.to(DEVICE), args)
+    y = IMPLEMENTATIONS[name, "cuda"](*there)
+    assert isinstance(y, Tensor), f"{name} left it to the reference"
+    wanted = OPS.get(name).reference(*args)
+    assert isinstance(wanted, Tensor)
+    assert (y.dtype, y.shape) == (wanted.dtype, wanted.shape)
+    return y.cpu(), wanted
+
+
+def assert_same(name: str, args: list[Any]) -> None:
+    """Floating-point numbers within rounding of their type, codes the same."""
+    y, wanted = serve(name, args)
+    if wanted.dtype == torch.uint8:
+        assert torch.equal(y, wanted)
+        return
+    error = (y.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp_min(1e-3)
+    assert error <= TOLERANCE[wanted.dtype], f"relative error {error:.1e}"
+
+
+def chosen(name: str, parts: tuple[str, ...]) -> Iterator[Case]:
+    """Cases of an operator with one of these parts in their name."""
+    return (case for case in cases_of(name) if any(part in case.name for part in parts))
+
+
+LINEAR = [*chosen("linear_chain_int8", ("(70, 9, 64, 5)-5-", "(33, 16, 1)-5-", "(20, 40)-1-"))]
+
+
+@runs_kernels
+@pytest.mark.parametrize("case", LINEAR, ids=lambda case: case.name)
+def test_linear_chain_int8(case: Case) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_same("linear_chain_int8", arguments(OPS.get("linear_chain_int8"), case, dtype))
+
+
+@runs_kernels
+@pytest.mark.parametrize("read", ["bytes", "static", "own"])
+@pytest.mark.parametrize("between", ["static", "own"])
+@pytest.mark.parametrize("rest", ["bytes", "float"])
+def test_linear_chain_int8_in_one_launch(
+    read: str, between: str, rest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tdpass.kernels.gpu import linear_chain_int8
+
+    monkeypatch.setattr(linear_chain_int8, "candidates", lambda *_: [tile(fused=1)])
+    args = pair(read, between, rest)
+    serve_exactly(args)
+
+
+def serve_exactly(args: list[Any]) -> None:
+    """Without an activation all that is computed is rounded as the reference rounds it: the same bits."""
+    y, wanted = serve("linear_chain_int8", args)
+    assert torch.equal(y, wanted)
+
+
+def pair(read: str, between: str, rest: str, widths: tuple[int, int, int] = (45, 19, 37)) -> list[Any]:
+    """Two layers; where the residual is in bytes the output is too."""
+    x, residual = normal(3, 5, widths[0]).cpu(), normal(3, 5, widths[2]).cpu()
+    stages = stages_of(widths)
+    factors = columns([pack_weight(s, normal(*s.shape, scale=s.inputs**-0.5).cpu()) for s in stages])
+    first, second = grid_over(x, 100), grid_over(x, 128)
+    last, added = grid_over(x, 17), grid_over(residual, 201)
+    grids = Grids(
+        (Grid() if read == "own" else first, Grid() if between == "own" else second),
+        *((last, added) if rest == "bytes" else ()),
+    )
+    given = bytes_of(x, first) if read == "bytes" else x
+    kept = bytes_of(residual, added) if rest == "bytes" else residual
+    bias = normal(widths[2]).cpu()
+    return [given, *factors, bias, kept, grids.numbers(), list(widths), "identity"]
+
+
+@runs_kernels
+@pytest.mark.filterwarnings(
+    "ignore:invalid value encountered:RuntimeWarning"
+)  # numpy's, of infinity times zero
+@pytest.mark.parametrize("number", [math.nan, math.inf, 0.0])
+@pytest.mark.parametrize("fused", [0, 1])
+def test_rows_with_numbers_that_are_none(number: float, fused: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tdpass.kernels.gpu import linear_chain_int8
+
+    monkeypatch.setattr(linear_chain_int8, "candidates", lambda *_: [tile(fused=fused)])
+    args = pair("own", "own", "float")
+    args[0][1, 2] = number
+    args[0][0, 0, 3] = number
+    y, wanted = serve("linear_chain_int8", args)
+    assert torch.equal(y.isnan(), wanted.isnan())
+    assert torch.equal(y.nan_to_num(), wanted.nan_to_num())
+
+
+@runs_kernels
+def test_sums_are_made_in_32_bits_and_totals_added_as_given() -> None:
+    x = torch.full((2, 300), 255, dtype=torch.uint8)
+    stage = stages_of((300, 3))[0]
+    factors = columns([pack_weight(stage, torch.ones(stage.shape))])
+    factors[2][0] += torch.tensor([0, 5, 2**31 - 1 - 127 * 300], dtype=torch.int32)
+    grids = Grids((Grid(1.0, 255),)).numbers()
+    serve_exactly([x, *factors, None, None, grids, [300, 3], "identity"])
+
+
+@compiles
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
+def test_the_defaults_compile_for_a_device_that_is_not_here(
+    capability: int, compiled_for: Callable[[int], dict[str, int]]
+) -> None:
+    shared = compiled_for(capability)
+    for widths, rows, own in (
+        ((768, 160, 64), 512, False),
+        ((768, 48, 64), 512, True),
+        ((64, 48, 64), 8, False),
+        ((64, 40), 8, True),
+    ):
+        assert IMPLEMENTATIONS["linear_chain_int8", "cuda"](*layers(widths, rows, own)) is not NotImplemented
+    assert shared.keys() == {"pair_kernel", "int8_gemm_kernel"}
+    assert max(shared.values()) <= 99 << 10, "a default must fit every device of capability 8.0 and newer"
+
+
+def layers(widths: tuple[int, ...], rows: int, own: bool) -> list[Any]:
+    """Codes on grids throughout, or bfloat16 with every row on a grid of its own."""
+    stages = stages_of(widths)
+    factors = columns([pack_weight(stage, normal(*stage.shape)) for stage in stages])
+    grids = (
+        Grids((Grid(),) * len(stages)) if own else Grids((Grid(1.0, 3),) * len(stages), Grid(1.0), Grid(2.0))
+    )
+    x, rest = (
+        torch.zeros(rows, n, dtype=torch.bfloat16 if own else torch.uint8) for n in (widths[0], widths[-1])
+    )
+    return [x, *factors, normal(widths[-1]), rest, grids.numbers(), list(widths), "gelu"]
