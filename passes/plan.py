@@ -107,7 +107,8 @@ class Plan(Pass):
                 plan = table.plan(budget, job.original)
         done = job.carried_out(model)
         plan = plan.after(done) if done else plan
-        job.plan, job.budget, job.expected = plan, budget, plan.loss if tapes and effort.measured else None
+        known = tapes and effort.measured
+        job.plan, job.budget, job.expected = plan, budget, job.lost + plan.loss if known else None
         job.report.budget, job.report.metric, job.report.divergence = (
             str(budget),
             plan.metric,

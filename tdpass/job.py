@@ -9,12 +9,15 @@ from pathlib import Path
 
 from tdpass.cost import Budget, Cost
 from tdpass.errors import DifferenceError, UnsupportedError
+from tdpass.form import Form
 from tdpass.formats.base import Factors
+from tdpass.formats.layer import dense_cost
 from tdpass.models.base import Batch, Model
 from tdpass.planner.divergence import Divergence, FittedDivergence, Outputs
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.planner.trials import Trials
-from tdpass.report import Report
+from tdpass.report import Report, SiteRow
+from tdpass.site import Site
 from tdpass.tape import Tape
 from tdpass.targets import Target
 
@@ -58,6 +61,8 @@ class Job:
     notes: list[str] = field(default_factory=list)
     recorded: list[Tape] = field(default_factory=list)
     trials: Trials | None = None
+    lost: float = 0.0
+    smaller: bool = False
 
     def begin(self, model: Model) -> None:
         """Run the model on the trials, before any pass has touched it."""
@@ -121,9 +126,21 @@ class Job:
     def prepared(self, model: Model) -> Cost:
         """The cost of a model that planning begins with, where passes before may have folded batch-norms or narrowed layers."""
         layers = [layer for site in model.sites() if (layer := model.layer(site.name)) is not None]
-        narrowed = self.batches and any(layer.form.narrow for layer in layers)
+        narrowed = self.batches and (self.smaller or any(layer.form.narrow for layer in layers))
         macs = model.count(self.batches[0]).per_sample if narrowed else self.original.macs
         return self.original.recounted(Cost(model.params(), macs, model.bytes()))
+
+    def rewritten(self, model: Model, before: Mapping[str, Site]) -> None:
+        """Go on with a dense model that is another one than before, of sites that were those: runs are recorded anew."""
+        self.recorded, self.smaller = [], True
+        if self.trials is not None:
+            self.trials.record(model)
+        answers = [self.divergence.outputs(model.run(batch)) for batch in self.batches]
+        self.lost = self.expected = self.fitted_divergence.mean(
+            list(zip(self.references, answers, strict=True))
+        )
+        sites = [site for site in model.sites() if site.name in before]
+        self.report.sites = [_narrowed(before[site.name], site) for site in sites]
 
     def carried_out(self, model: Model) -> list[Choice]:
         """What the plan has sites become together that they are already."""
@@ -138,6 +155,16 @@ class Job:
     def note(self, text: str) -> None:
         """Say something about the pass that is running."""
         self.notes.append(text)
+
+
+def _narrowed(before: Site, after: Site) -> SiteRow:
+    form = Form(
+        "dense",
+        (),
+        inputs=after.i if after.i < before.i else None,
+        outputs=after.o if after.o < before.o else None,
+    )
+    return SiteRow(before.name, before.shape, form, dense_cost(before), dense_cost(after), 0.0, 0.0)
 
 
 def _kept(outputs: Outputs) -> Outputs:

@@ -25,8 +25,8 @@ from tdpass.planner.resampled import resampled
 from tdpass.planner.trials import Promise, gap
 
 EVERY_PASS = (
-    "fold-batchnorm,project-channels{keep=1.0},plan,factorize,correct-bias,refit,recalibrate-batchnorm,"
-    "pivot{measure=false},sparsify,quantize,quantize-activations,fuse-kernels{measure=false},verify"
+    "fold-batchnorm,slice-residual{keep=1.0},project-channels{keep=1.0},plan,factorize,correct-bias,refit,"
+    "recalibrate-batchnorm,pivot{measure=false},sparsify,quantize,quantize-activations,fuse-kernels{measure=false},verify"
 )
 FAST = {"formats": ["svd", "channel_svd"]}
 FRONTENDS: dict[str, Callable[[nn.Module, Tensor], object]] = {

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from tdpass.models.batch import Batch
+from tdpass.models.streams import StreamEdits
 
 _STEPS = 255
 
@@ -51,6 +52,17 @@ class FusesChains(Protocol):
 
         What changes is how the model runs, not what it computes, how its tensors are named or what `layer`
         answers.  `note` takes a line about the whole, `decline` a layer and why it is left alone.
+        """
+
+
+@runtime_checkable
+class SlicesStreams(Protocol):
+    """Values that its layers add to and its norms read can be stored in other coordinates, and fewer of them."""
+
+    def slice_streams(self, edits: StreamEdits) -> None:
+        """Put other weights, norms and tables in the place of those that the edits name; all its layers must be dense.
+
+        Raises `UnsupportedError`, with the model as it was, where it holds one in a way that cannot change.
         """
 
 

@@ -23,6 +23,7 @@ from tdpass.models.abilities import Decline, Note, no_reasons
 from tdpass.models.base import Batch, Model
 from tdpass.models.extents import UNREACHED, alike, with_extents
 from tdpass.models.signature import Input, Signature
+from tdpass.models.streams import StreamEdits
 from tdpass.models.torch.called_layers import call_layers, runs_nested
 from tdpass.models.torch.copying import copied
 from tdpass.models.torch.factored import (
@@ -42,6 +43,7 @@ from tdpass.models.torch.runner import ModuleRunner
 from tdpass.models.torch.sites import Matched, find_sites
 from tdpass.models.torch.state import load_module, save_module
 from tdpass.models.torch.statistics import estimate_anew
+from tdpass.models.torch.streams import slice_module
 from tdpass.packing import StoredSize, stored_in
 from tdpass.products import Counted
 from tdpass.site import Site
@@ -278,6 +280,12 @@ class TorchModel(Model):
         for entry in backup:
             entry.restore()
         return []
+
+    def slice_streams(self, edits: StreamEdits) -> None:
+        slice_module(self.module, edits)
+        found, self._declined = find_sites(self.module)
+        self._by_name = {matched.site.name: matched for matched in found}
+        self.observe(*self._observed)
 
     def recalibrate_batchnorm(self, batches: Iterable[Batch]) -> Callable[[], None] | None:
         def run() -> None:

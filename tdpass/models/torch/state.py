@@ -25,6 +25,7 @@ from tdpass.models.torch.factored import find_factored, pads_of
 from tdpass.models.torch.in_place import Backup, become
 from tdpass.models.torch.norms import Folded
 from tdpass.models.torch.sites import Matched, find_sites
+from tdpass.models.torch.streams import Slicing, shape_as, slicing_of
 from tdpass.models.torch.tensor_file import check_digest, write_tensors
 from tdpass.packing import SUFFIX, blocks_in, packed_state, read_header, unpack
 
@@ -47,6 +48,7 @@ class _Structure:
     biases: tuple[str, ...]
     aliases: Mapping[str, str]
     adaptive: Adaptation | None = None
+    slicing: Slicing | None = None
 
 
 _STRUCTURE = register_document(
@@ -80,7 +82,7 @@ def save_module(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> N
 def structure_text(module: nn.Module) -> str:
     """Which layers of a module are factored, as text that `restructure` reads; empty where none are."""
     structure = _structure_of(module, {}, version=_UNPACKED)
-    return _STRUCTURE.text(structure) if structure.layers or structure.folded else ""
+    return _STRUCTURE.text(structure) if structure.layers or structure.folded or structure.slicing else ""
 
 
 def restructure(module: nn.Module, text: str, source: str) -> None:
@@ -94,6 +96,8 @@ def restructure(module: nn.Module, text: str, source: str) -> None:
             f"{source} is of an adaptive network; load it with tdpass.load from the file that Artifact.save "
             "wrote"
         )
+    if structure.slicing is not None:
+        shape_as(module, structure.slicing, source)
     _carry_out(module, _swaps(module, structure, source), structure)
 
 
@@ -110,7 +114,7 @@ def _structure_of(module: nn.Module, aliases: Mapping[str, str], version: Litera
         for path, candidate in named
         if kind_of_module(candidate) is not None and candidate._parameters["bias"] is not None
     )
-    return _Structure(version, layers, folded, biases, aliases, adaptation_of(module))
+    return _Structure(version, layers, folded, biases, aliases, adaptation_of(module), slicing_of(module))
 
 
 def load_module(path: Path, module: nn.Module) -> nn.Module:
@@ -121,11 +125,14 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
     when it does not fit the model.
     """
     structure = _structure(path)
-    if structure.adaptive is None:
+    if structure.adaptive is None and structure.slicing is None:
         return _loaded(path, module, structure)
     backup = Backup.of(list(module.modules()))
     try:
-        adapt(module, structure.adaptive, filled=False)
+        if structure.adaptive is not None:
+            adapt(module, structure.adaptive, filled=False)
+        if structure.slicing is not None:
+            shape_as(module, structure.slicing, str(path))
         return _loaded(path, module, structure)
     except BaseException:
         for entry in backup:

@@ -1,0 +1,43 @@
+"""What becomes of a model whose streams are stored in other coordinates: other weights, and norms that know what was left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NewNorm:
+    """The norm `adapter t + shift` with `t = c / sqrt(|c|^2 / reads + eps)`, c the first `reads` channels.
+
+    `drops`: one channel lies behind these, the coordinate along the direction of the mean, which such a norm
+    leaves out.  Without an adapter `[writes, reads]` it answers with t.
+    """
+
+    reads: int
+    eps: float
+    drops: bool
+    adapter: Tensor | None = None
+    shift: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class NewLayer:
+    """Weight `[o, i, *kernel]` and bias of a layer."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass
+class StreamEdits:
+    """What changes, by the tensor of the model that is held there: layers by their weight, norms by theirs, tables and other constants.
+
+    `held` are the tensors as a recorded run names them, by the keys of the others.
+    """
+
+    held: dict[int, Tensor] = field(default_factory=dict)
+    layers: dict[int, NewLayer] = field(default_factory=dict)
+    norms: dict[int, NewNorm] = field(default_factory=dict)
+    tables: dict[int, Tensor] = field(default_factory=dict)

@@ -1,0 +1,332 @@
+"""Which values of a run share their channels with which, and who writes and reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from tdpass.kinds import is_layer_call
+from tdpass.planner.streams.norms import Norm, find_norms
+from tdpass.planner.streams.values import Values, key_of, operands, written
+from tdpass.tape import Call, Ref, Tape, leaves
+from tdpass.tape.calls import argument
+
+_SAME = 1e-4
+_FORWARD = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
+
+
+@dataclass
+class Stream:
+    """Values whose channels are those of each other, `width` of them.
+
+    `norms` read it, `made` are the norms that write to it; layers read and write it by their weights, tables
+    and other constants hold their part of it along an axis.  `whole` says why its coordinates must stay.
+    """
+
+    width: int
+    norms: list[Norm] = field(default_factory=list)
+    made: list[Norm] = field(default_factory=list)
+    readers: dict[int, Tensor] = field(default_factory=dict)
+    writers: dict[int, Tensor] = field(default_factory=dict)
+    tables: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+    values: list[int] = field(default_factory=list)
+    whole: str = ""
+
+    @property
+    def turns(self) -> bool:
+        """Whether it may have other coordinates: something that minds none but lengths reads it."""
+        return bool(self.norms) and not self.whole
+
+    @property
+    def passes(self) -> bool:
+        """Whether what a norm makes is read by layers alone, which then take up what the norm does not do."""
+        only = self.made and not (self.writers or self.tables or self.norms)
+        return bool(only) and not self.whole and len({id(norm.weight) for norm in self.made}) == 1
+
+    @property
+    def centred(self) -> bool:
+        """Whether its norms subtract the mean."""
+        return any(norm.centred for norm in self.norms)
+
+
+@dataclass
+class Streams:
+    """The streams of a run by number: which one a value is of, by its number, and what a weight reads and writes, by its id.
+
+    `biases` are those of layers, by the id of the weight.
+    """
+
+    streams: dict[int, Stream]
+    value: dict[int, int]
+    reads: dict[int, int]
+    writes: dict[int, int]
+    biases: dict[int, Tensor | None]
+    norms: Sequence[Norm]
+
+    def turning(self) -> list[int]:
+        """The streams whose coordinates may be others."""
+        return [number for number, stream in self.streams.items() if stream.turns]
+
+    def reasons(self) -> list[str]:
+        """Why values that norms read keep their coordinates."""
+        return sorted(
+            {
+                f"{stream.width} channels: {stream.whole}"
+                for stream in self.streams.values()
+                if stream.norms and stream.whole
+            }
+        )
+
+
+def find_streams(tape: Tape) -> Streams:
+    """The streams of a recorded run of a few samples, which is repeated once."""
+    values = Values.of(tape)
+    return _Finder(values, find_norms(values)).found()
+
+
+@dataclass
+class _Finder:
+    """Walks a run front to back; `axis` says where the channels of a value lie, by key."""
+
+    values: Values
+    norms: Sequence[Norm]
+    group: dict[int, int] = field(default_factory=dict)
+    axis: dict[int, int] = field(default_factory=dict)
+    parents: list[int] = field(default_factory=list)
+    streams: list[Stream] = field(default_factory=list)
+    sides: dict[tuple[int, str], int] = field(default_factory=dict)
+    biases: dict[int, Tensor | None] = field(default_factory=dict)
+    turns: dict[int, Tensor] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    def found(self) -> Streams:
+        inner = {place for norm in self.norms for place in norm.calls}
+        last = {max(norm.calls): norm for norm in self.norms}
+        for place, call in enumerate(self.values.tape.calls):
+            if place in last:
+                self._norm(last[place])
+            elif place in inner:
+                continue
+            elif is_layer_call(call.func):
+                self._layer(call)
+            elif call.name == "embedding":
+                self._table(call)
+            else:
+                self._other(call)
+        for leaf in leaves(self.values.tape.output):
+            if isinstance(leaf, Ref) and key_of(leaf) in self.group:
+                self._keep(key_of(leaf), "the model returns it")
+        return self._merged()
+
+    def _merged(self) -> Streams:
+        merged: dict[int, Stream] = {}
+        for number, stream in enumerate(self.streams):
+            root = self._root(number)
+            into = merged.setdefault(root, Stream(stream.width))
+            into.norms += stream.norms
+            into.made += stream.made
+            into.readers |= stream.readers
+            into.writers |= stream.writers
+            into.tables |= stream.tables
+            into.values += stream.values
+            into.whole = into.whole or stream.whole
+        for stream in merged.values():
+            stream.whole = stream.whole or _why_whole(stream)
+        sides = {side: self._root(number) for side, number in self.sides.items()}
+        return Streams(
+            merged,
+            {-1 - key: self._root(number) for key, number in self.group.items() if key < 0},
+            {key: number for (key, side), number in sides.items() if side == "in"},
+            {key: number for (key, side), number in sides.items() if side == "out"},
+            self.biases,
+            self.norms,
+        )
+
+    def _root(self, number: int) -> int:
+        while self.parents[number] != number:
+            number = self.parents[number]
+        return number
+
+    def _new(self, leaf: Ref, width: int, axis: int) -> Stream:
+        stream = Stream(width)
+        self.parents.append(len(self.streams))
+        self.streams.append(stream)
+        self._put(leaf, len(self.streams) - 1, axis)
+        return stream
+
+    def _put(self, leaf: Ref, number: int, axis: int) -> None:
+        self.group[key_of(leaf)], self.axis[key_of(leaf)] = number, axis
+        self.streams[number].values.append(leaf.number)
+
+    def _join(self, one: int, other: int) -> None:
+        a, b = sorted((self._root(one), self._root(other)))
+        self.parents[b] = a
+
+    def _keep(self, key: int, reason: str) -> None:
+        stream = self.streams[self.group[key]]
+        stream.whole = stream.whole or reason
+
+    def _side(self, tensor: Tensor, side: str, key: int) -> None:
+        """A weight that is used twice reads, and writes, the same channels both times."""
+        known = self.sides.setdefault((id(tensor), side), self.group[key])
+        self._join(known, self.group[key])
+
+    def _norm(self, norm: Norm) -> None:
+        read, made = Ref(norm.reads), Ref(norm.makes)
+        axis = self.values.at(read).dim() - 1
+        if key_of(read) not in self.group:
+            self._new(read, self.values.at(read).shape[-1], axis)
+            self._keep(key_of(read), self.reasons.get(key_of(read), "it is made by no layer"))
+        if self.axis[key_of(read)] == axis:
+            self.streams[self.group[key_of(read)]].norms.append(norm)
+            self._side(norm.weight, "in", key_of(read))
+        else:
+            self._keep(key_of(read), "a norm reads it along another axis than its channels")
+        self._new(made, self.values.at(made).shape[-1], axis).made.append(norm)
+        self._side(norm.weight, "out", key_of(made))
+
+    def _layer(self, call: Call) -> None:
+        x, weight, bias = (
+            argument(call.args, call.kwargs, place, name)
+            for place, name in enumerate(("input", "weight", "bias"))
+        )
+        (made,) = written(call)
+        result, plain = self.values.at(made), isinstance(weight, Tensor) and call.name in _FORWARD
+        width = int(weight.shape[0]) if plain else 0
+        axis = result.dim() - 1 - (weight.dim() - 2) if plain else 0
+        if not plain or result.shape[axis] != width:
+            self._leave(call, f"it goes through {call.name} of no weight of its own")
+            return
+        self._new(made, width, axis).writers[id(weight)] = weight
+        self._side(weight, "out", key_of(made))
+        self.biases[id(weight)] = bias
+        if isinstance(x, Ref) and key_of(x) in self.group:
+            if weight.shape[1] != self.values.at(x).shape[self.axis[key_of(x)]]:
+                self._keep(key_of(x), "a grouped layer reads it")
+            elif self.axis[key_of(x)] != self.values.at(x).dim() - 1 - (weight.dim() - 2):
+                self._keep(key_of(x), "a layer sums over another axis than its channels")
+            else:
+                self.streams[self.group[key_of(x)]].readers[id(weight)] = weight
+                self._side(weight, "in", key_of(x))
+
+    def _table(self, call: Call) -> None:
+        weight = argument(call.args, call.kwargs, 1, "weight")
+        (made,) = written(call)
+        if not isinstance(weight, Tensor):
+            return
+        axis = self.values.at(made).dim() - 1
+        self._new(made, int(weight.shape[1]), axis).tables[id(weight)] = (weight, 1)
+        self._side(weight, "in", key_of(made))  # as a layer that is tied to it reads
+
+    def _other(self, call: Call) -> None:
+        """A call that is known by what it does alone: turning its channels before or after it must be the same."""
+        read = operands(call)
+        streams = [leaf for leaf in read if key_of(leaf) in self.group]
+        constants = [leaf for leaf in read if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        if not streams and any(key_of(leaf) in self.reasons for leaf in read):
+            self._leave(call, "")
+        if not streams and (len(read) != 1 or not constants or constants[0].dim() < 2):
+            return
+        widths = {self.streams[self.group[key_of(leaf)]].width for leaf in streams} or {
+            constants[0].shape[-1]
+        }
+        found = self._turned(call, streams, constants, widths.pop()) if len(widths) == 1 else None
+        if found is None:
+            self._leave(call, f"it goes through {call.name}, where channels meet")
+            return
+        axes, made = found
+        numbers = [self.group[key_of(leaf)] for leaf in streams]
+        for leaf, axis in zip(written(call), made, strict=True):
+            stream = self._new(leaf, self.values.at(leaf).shape[axis], axis)
+            numbers.append(self.group[key_of(leaf)])
+            stream.tables.update(
+                {key: (tensor, axes[key]) for tensor in constants if (key := id(tensor)) in axes}
+            )
+        for number in numbers[1:]:
+            self._join(numbers[0], number)
+
+    def _leave(self, call: Call, reason: str) -> None:
+        """What a call reads keeps its coordinates, and what it makes has none that are known; earlier reasons go on."""
+        read = [key_of(leaf) for leaf in operands(call)]
+        reason = next((self.reasons[key] for key in read if key in self.reasons), reason)
+        for key in read:
+            if key in self.group:
+                self._keep(key, reason)
+        self.reasons.update((key_of(leaf), reason) for leaf in written(call))
+
+    def _turned(
+        self, call: Call, streams: Sequence[Ref | Tensor], constants: Sequence[Tensor], width: int
+    ) -> tuple[dict[int, int], list[int]] | None:
+        """Axes of the channels in constants, by id, and in what the call makes, if it turns with them."""
+        turn = self._turn(width)
+        given = {
+            key_of(leaf): _along(self.values.at(leaf), turn, self.axis[key_of(leaf)]) for leaf in streams
+        }
+        before = [self.values.at(leaf) for leaf in written(call)]
+        for axes in _constant_axes(constants, width, needed=not streams):
+            own = {id(c): _along(c.detach(), turn, axes[id(c)]) for c in constants if id(c) in axes}
+            try:
+                with torch.no_grad():
+                    after = [
+                        leaf
+                        for leaf in tree_leaves(self.values.called(call, given | own))
+                        if isinstance(leaf, Tensor)
+                    ]
+            except (RuntimeError, TypeError, ValueError, IndexError):
+                return None
+            made = [_axis_turned(y, z, turn) for y, z in zip(before, after, strict=False)]
+            if made and len(before) == len(after) and all(axis is not None for axis in made):
+                return axes, [axis for axis in made if axis is not None]
+        return None
+
+    def _turn(self, width: int) -> Tensor:
+        if width not in self.turns:
+            noise = torch.randn(
+                width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(width)
+            )
+            self.turns[width] = torch.linalg.qr(noise)[0]
+        return self.turns[width]
+
+
+def _why_whole(stream: Stream) -> str:
+    if len({norm.centred for norm in stream.norms}) > 1:
+        return "some of its norms subtract the mean and others do not"
+    if any(norm.weight.shape[0] != stream.width for norm in stream.norms):
+        return "a norm reads a part of its channels"
+    return ""
+
+
+def _along(x: Tensor, turn: Tensor, axis: int) -> Tensor:
+    turned: Tensor = torch.tensordot(x.double(), turn, dims=([axis], [0]))
+    return turned.movedim(-1, axis).to(x.dtype)
+
+
+def _axis_turned(before: Tensor, after: Tensor, turn: Tensor) -> int | None:
+    """The axis along which `after` is `before` turned."""
+    before, after = before.detach(), after.detach()
+    if before.shape != after.shape or not before.is_floating_point():
+        return None
+    share = max(_SAME, 8 * torch.finfo(before.dtype).eps)
+    level = share * float(before.abs().max()) + 1e-12
+    for axis in reversed(range(before.dim())):
+        if before.shape[axis] == len(turn):
+            gap = (_along(before, turn, axis).double() - after.double()).abs().max()
+            if float(gap) <= level:
+                return axis
+    return None
+
+
+def _constant_axes(constants: Sequence[Tensor], width: int, *, needed: bool) -> Iterator[dict[int, int]]:
+    """Along which axes constants may hold channels, all of them first; with `needed` at least one does."""
+    places = [
+        [*(axis for axis in reversed(range(c.dim())) if c.shape[axis] == width), None] for c in constants
+    ]
+    for chosen in product(*places):
+        axes = {id(c): axis for c, axis in zip(constants, chosen, strict=True) if axis is not None}
+        if axes or not needed:
+            yield axes
