@@ -46,6 +46,7 @@ class SliceResidual(Pass):
                 f"keep={self.keep!r} is no share of the channels; give one in (0, 1], or a budget such as "
                 "params=0.8"
             )
+        job.expected = job.expected or 0.0
         why = _why_not(model, job)
         if why:
             job.note(f"skipped: {why}")
