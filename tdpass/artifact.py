@@ -17,6 +17,7 @@ from tdpass.files import write_text
 from tdpass.html_report import render_html
 from tdpass.machine import installed_version
 from tdpass.models import Batch, Model, check_digest, load_module
+from tdpass.models.abilities import HoldsProgram
 from tdpass.notebook import page
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.planner.trials import ROUNDING, gap
@@ -55,14 +56,18 @@ class Artifact(Generic[M]):
         """The report as a notebook shows it."""
         return page(render_html(self.report, self.plan))
 
-    def save(self, path: Path | str) -> list[Path]:
+    def save(self, path: Path | str, *, program: bool = False) -> list[Path]:
         """Write the deployable file: `.safetensors` for a module, `.pt2` for an exported program, `.onnx` for a graph.
 
         Returns the files that hold weights beside it, as large `.onnx` models have.  The plan travels inside,
         as metadata.  In `.safetensors`, pruned and quantized tensors are packed without loss, and
         `report.stored` says how small they are.  Models of at most 512 MiB are loaded from the file again and
-        run.  Raises `UsageError` for a suffix that does not suit the model, `DifferenceError` when the file
-        does not load or answers otherwise than the model, `WriteError` when the disk is full.
+        run.  With `program` a `.safetensors` file also holds how the network is built, as an exported program
+        without its weights, and `tdpass.load(path)` needs no dense class.
+
+        Raises `UsageError` for a suffix that does not suit the model, `UnsupportedError` where torch cannot
+        export it, `DifferenceError` when the file does not load or answers otherwise than the model,
+        `WriteError` when the disk is full.
         """
         self.opened.save(
             Path(path),
@@ -70,6 +75,7 @@ class Artifact(Generic[M]):
                 PLAN_KEY: self.plan.to_json(),
                 SOURCE_KEY: self.report.model,
                 "tdpass.version": installed_version(),
+                **(self._program() if program else {}),
             },
         )
         self.report.stored = self.opened.stored(Path(path))
@@ -79,6 +85,14 @@ class Artifact(Generic[M]):
             if self.suffix == ".onnx"
             else []
         )
+
+    def _program(self) -> dict[str, str]:
+        call = self.opened.example() or (None if self.reload is None else self.reload.call)
+        if not isinstance(self.opened, HoldsProgram) or self.suffix != ".safetensors":
+            raise UsageError(f"program=True is for torch modules; a {self.suffix} file loads by itself")
+        if call is None:
+            raise UsageError("a program is exported from a call; compress with data= or example_inputs=")
+        return self.opened.described(call)
 
     def _check_saved(self, path: Path) -> None:
         """Run what was saved once more, where that is cheap."""

@@ -50,6 +50,11 @@ def add(verbs: Verbs) -> None:
         "--force", action="store_true", help="overwrite the output, plan and report of another model"
     )
     parser.add_argument(
+        "--program",
+        action="store_true",
+        help="let a .safetensors file hold how the network is built, so that it loads without its class",
+    )
+    parser.add_argument(
         "--report-dir", metavar="DIR", type=Path, help="where plan and report go (default: beside the output)"
     )
 
@@ -91,7 +96,7 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
                 f"{', '.join(map(str, kept.values()))}"
             )
         raise
-    written = _write(artifact, source.text, output, folder)
+    written = _write(artifact, source.text, output, folder, program=arguments.program)
     notes = library_notes([output])
 
     def view(width: int | None) -> list[Part]:
@@ -135,12 +140,14 @@ def _files(output: Path, folder: Path) -> dict[str, Path]:
     }
 
 
-def _write(artifact: tdpass.Artifact, name: str, output: Path, folder: Path) -> dict[str, Path]:
+def _write(
+    artifact: tdpass.Artifact, name: str, output: Path, folder: Path, *, program: bool = False
+) -> dict[str, Path]:
     """Save the model, and its plan and report even where that fails; returns the files by kind."""
     artifact.report.model = name
     written = _files(output, folder)
     try:
-        data = artifact.save(output)
+        data = artifact.save(output, program=program)
     finally:
         artifact.plan.save(written["plan.json"])
         artifact.report.save(written["report.json"])

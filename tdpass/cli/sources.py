@@ -12,7 +12,7 @@ from tdpass.deploy import Deployed, is_package
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.models.front_ends import front_end_of, front_end_of_file
 from tdpass.sources import MODULE_SOURCES, is_module, load_weights, module_of
-from tdpass.sources.saved import published_model
+from tdpass.sources.saved import holds_program, published_model
 
 Kind = Literal["file", "factory", "factors"]
 _FACTORS = ".safetensors"
@@ -23,7 +23,7 @@ class Source:
     """A model named on the command line: a file, or a factory with the weights for its model.
 
     A `.safetensors` file that `compress` wrote holds `factors`; it needs the factory of the dense model, in
-    `factory`.
+    `factory`, unless it holds its own program.
     """
 
     text: str
@@ -58,6 +58,8 @@ class Source:
                 if self.trust and front_end.trusted is not None
                 else self.text
             )
+        if self.kind == "factors" and not self.factory:
+            return tdpass.load(Path(self.text))
         # published weights are not fetched where others take their place
         module = module_of(self.factory, pretrained=self.kind == "factory" and self.weights is None)
         if self.kind == "factors":
@@ -91,7 +93,7 @@ def read_sources(texts: Sequence[str], weights: Sequence[str], trust: bool = Fal
     if "factors" in kinds and not factory:
         place = texts[kinds.index("factors")]
         factory = published_model(Path(place))
-    if "factors" in kinds and not factory:
+    if "factors" in kinds and not factory and not holds_program(Path(place)):
         raise UsageError(
             f"{place!r} holds factors only; name the torch model they belong to as well, as "
             "package.module:factory"

@@ -116,6 +116,14 @@ class RunsAsModule(Protocol):
 
 
 @runtime_checkable
+class HoldsProgram(Protocol):
+    """The file that it is saved to can say how it is built."""
+
+    def described(self, call: Batch) -> dict[str, str]:
+        """What to add to the file's metadata, for calls such as that; raises `UnsupportedError` where that cannot be."""
+
+
+@runtime_checkable
 class RunsAsGraph(Protocol):
     """The file that it is saved to is a graph, run on inputs by name."""
 

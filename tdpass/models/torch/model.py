@@ -38,6 +38,7 @@ from tdpass.models.torch.fuse import fuse_layers
 from tdpass.models.torch.in_place import Backup, become
 from tdpass.models.torch.module_values import buffers_kept, check_filled, check_open
 from tdpass.models.torch.norms import Fold, batchnorms, find_folds, same_answers
+from tdpass.models.torch.program_text import PROGRAM_KEY, program_text
 from tdpass.models.torch.readers import Run, entering, graph_readers, other_readers
 from tdpass.models.torch.runner import ModuleRunner
 from tdpass.models.torch.sites import Matched, find_sites
@@ -361,6 +362,9 @@ class TorchModel(Model):
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         save_module(self.module, path, metadata)
+
+    def described(self, call: Batch) -> dict[str, str]:
+        return {PROGRAM_KEY: program_text(self.module, self._runner.placed(call))}
 
     def stored(self, path: Path) -> StoredSize | None:
         return stored_in(path)

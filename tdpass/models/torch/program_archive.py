@@ -41,6 +41,15 @@ _NO_OPERATORS = r"(?!load_library|loaded_libraries|import_module|aten\.from_file
 _OPERATOR = re.compile(
     rf"(torch\.ops\.{_NO_OPERATORS}[a-zA-Z]\w*\.\w+(\.\w+)?|_operator\.({_BUILT_IN})|math\.[a-z0-9]+|torch\._?sym_[a-z]+)?"
 )
+_DAMAGED = (
+    OSError,
+    ValueError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    RecursionError,
+)
 _NAME = re.compile(r"[\w.\-/:$+ ]*")
 _ASSUMED = "positive|negative|integer|real|finite|zero|nonzero|nonnegative|nonpositive|infinite|even|odd|rational|commutative|evaluate"
 _COMPUTED = "floor|ceiling|sqrt|log|exp|oo|zoo|true|false|and|or|not|e"
@@ -58,19 +67,22 @@ def plain_archive(path: Path) -> io.BytesIO:
     try:
         with zipfile.ZipFile(path) as given:
             members = _members(given, path)
-            made = io.BytesIO()
-            with zipfile.ZipFile(made, "w") as copy:
-                for name, content in _checked(members, path):
-                    copy.writestr(name, content)
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-        zipfile.BadZipFile,
-        RecursionError,
-    ) as error:
+    except _DAMAGED as error:
+        raise broken(path, error) from None
+    return checked_archive(members, path)
+
+
+def checked_archive(members: dict[str, bytes], path: Path) -> io.BytesIO:
+    """An archive of these members, which are in the file, with nothing in them that loading would run.
+
+    Raises `InvalidModelError` naming the member that could.
+    """
+    made = io.BytesIO()
+    try:
+        with zipfile.ZipFile(made, "w") as archive:
+            for name, content in _checked(members, path):
+                archive.writestr(name, content)
+    except _DAMAGED as error:
         raise broken(path, error) from None
     made.seek(0)
     return made

@@ -24,6 +24,7 @@ from tdpass.models.torch.coded import Held, coded_factors, under, with_coded_fac
 from tdpass.models.torch.factored import find_factored, pads_of
 from tdpass.models.torch.in_place import Backup, become
 from tdpass.models.torch.norms import Folded
+from tdpass.models.torch.program_text import PROGRAM_KEY, program_of
 from tdpass.models.torch.sites import Matched, find_sites
 from tdpass.models.torch.streams import Slicing, shape_as, slicing_of
 from tdpass.models.torch.tensor_file import check_digest, write_tensors
@@ -73,7 +74,9 @@ def save_module(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> N
         else:
             first[id(tensor)] = name
             tensors[name] = tensor.detach().cpu().contiguous().clone()
-    written = packed_state(with_coded_factors(tensors, module))
+    # a program reads the parts of factors, not the numbers that they stand for
+    plain = tensors if PROGRAM_KEY in metadata else with_coded_factors(tensors, module)
+    written = packed_state(plain)
     packed = written.keys() != tensors.keys()
     structure = _structure_of(module, aliases, version=2 if packed else 1)
     write_tensors(path, written, {**metadata, _KEY: _STRUCTURE.text(structure)})
@@ -138,6 +141,23 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
         for entry in backup:
             entry.restore()
         raise
+
+
+def load_program_of(path: Path) -> nn.Module | None:
+    """The module that a saved model's own program makes of its tensors; None where it carries no program.
+
+    Raises `InvalidModelError` when the file is damaged, or its program would run code.
+    """
+    metadata, structure = check_digest(path), _structure(path)
+    if PROGRAM_KEY not in metadata:
+        return None
+    with safe_open(path, framework="pt") as file:
+        blocks = {} if structure.version == _UNPACKED else blocks_in(file)
+        names = [name for name in file.keys() if name.removesuffix(SUFFIX) not in blocks]  # noqa: SIM118 - it is no dict
+        state = {name: file.get_tensor(name) for name in names}
+    state |= {name: unpack(block, name) for name, block in blocks.items()}
+    state |= {alias: state[name] for alias, name in structure.aliases.items() if name in state}
+    return program_of(metadata[PROGRAM_KEY], state, path)
 
 
 def _loaded(path: Path, module: nn.Module, structure: _Structure) -> nn.Module:
