@@ -10,12 +10,20 @@ from typing import Literal
 import numpy as np
 
 from tdpass.errors import UnsupportedError, UsageError
+from tdpass.form import DYNAMIC
 from tdpass.job import Job
 from tdpass.models.abilities import HoldsIntegerActivations, Range
 from tdpass.models.base import Model
 from tdpass.pipeline import Pass, register_pass
+from tdpass.planner.calibrations import BINS, CALIBRATIONS, Histogram
 from tdpass.planner.effort import first_batches
-from tdpass.planner.ranges import BINS, CALIBRATIONS, Histogram
+from tdpass.planner.integer_activations import (
+    ranges_on,
+    reading_integers,
+    replaced_layers,
+    with_ranges,
+)
+from tdpass.planner.repair import divergence_of
 from tdpass.planner.trials import Promise
 
 _SAMPLES = 64
@@ -24,33 +32,33 @@ _SAMPLES = 64
 @register_pass
 @dataclass(frozen=True)
 class QuantizeActivations(Pass):
-    """Hold in eight bits, with one scale and zero point each, what the layers whose weights are int8 read and make, and what joins such.
+    """Hold in eight bits, with one scale and zero point each, what the layers whose weights are int8 read, and in ONNX what they make and what joins such.
 
     Ranges come from the calibration data: `calibration` is `minmax` (all that was seen), `percentile` (all
     but one number in ten thousand), `mse` (least squared error) or `kl` (least divergence of the
-    distribution).  Of the layers, the share `keep` whose activations cost most, measured one by one as the
-    divergence of the output, stays as it is.  Runs after `quantize`, as the last pass but `verify`; ONNX
-    models, whose runtimes make integer operators of it.
+    distribution); or it is `dynamic`, and linear layers find ranges in every call, from each row on torch and
+    from all of it in ONNX.  Of the layers, the share `keep` whose activations cost most, measured one by one
+    as the divergence of the output, stays as it is.  Runs after `quantize`, as the last pass but `verify`.
     """
 
     name = "quantize-activations"
     promise = Promise.NONE  # a replay knows nothing of it; `verify` holds the result to what is measured here
 
-    calibration: Literal["minmax", "percentile", "mse", "kl"] = "percentile"
+    calibration: str = "percentile"
     keep: float = 0.0
 
     def run(self, model: Model, job: Job) -> bool:
         if not 0 <= self.keep < 1:
             raise UsageError(f"keep={self.keep} is no share of layers; give one of at least 0 and below 1")
-        if not isinstance(model, HoldsIntegerActivations):
-            job.note(
-                f"skipped: activations of models that came through {model.frontend} stay as they are; "
-                "export to ONNX and compress that"
-            )
-            return False
+        if self.calibration != DYNAMIC:
+            CALIBRATIONS.get(self.calibration)
+        else:
+            return self._by_layer(model, job, "dynamic")
         if not job.batches:
             job.note("skipped: there is no calibration data")
             return False
+        if not isinstance(model, HoldsIntegerActivations):
+            return self._by_layer(model, job, "static")
         if model.held_integers():
             job.note("skipped: activations are integers already")
             return False
@@ -70,6 +78,33 @@ class QuantizeActivations(Pass):
             f"{found:.4g}"
         )
         return bool(wanted)
+
+    def _by_layer(self, model: Model, job: Job, how: Literal["dynamic", "static"]) -> bool:
+        """Let layers round what they read, each for itself."""
+        present = replaced_layers(model)
+        if any(layer.form.activations for layer in present.values()):
+            job.note("skipped: activations are integers already")
+            return False
+        made, tapes = reading_integers(present, how), job.tapes(model) if job.batches else []
+        if how == "static":
+            ranges = ranges_on(tapes, present, made, self.calibration)
+            made = {name: with_ranges(made[name], found) for name, found in ranges.items()}
+        if not made:
+            job.note("skipped: no layer that may has int8 weights; put quantize before it")
+            return False
+        few = tapes[: len(first_batches(job.batches, _SAMPLES))]
+        losses = {
+            name: divergence_of(few, {**present, name: layer}, job.fitted_divergence)
+            for name, layer in (made.items() if self.keep and few else ())
+        }
+        kept = self._kept(losses, len(made), job)
+        for name in [name for name in made if name not in kept]:
+            model.replace(name, made[name])
+        job.note(f"{len(made) - len(kept)} layers read integers of eight bits, {how} ranges")
+        if job.batches:
+            job.expected = max(job.expected or 0.0, _divergence(model, job, len(job.batches)))
+            job.note(f"divergence {job.expected:.4g}")
+        return len(made) > len(kept)
 
     def _ranges(self, model: HoldsIntegerActivations, names: Sequence[str], job: Job) -> dict[str, Range]:
         ends: dict[str, tuple[float, float]] = dict.fromkeys(names, (0.0, 0.0))
@@ -109,7 +144,11 @@ class QuantizeActivations(Pass):
             alone = set(model.activations([other for other in layers if other != layer]))
             model.hold_integers({name: found for name, found in ranges.items() if name in alone})
             losses[layer] = _divergence(model, job, few)
-        kept = sorted(layers, key=lambda layer: -losses[layer])[: round(self.keep * len(layers))]
+        return self._kept(losses, len(layers), job)
+
+    def _kept(self, losses: Mapping[str, float], count: int, job: Job) -> list[str]:
+        """Of so many layers those that stay as they are."""
+        kept = sorted(losses, key=lambda layer: -losses[layer])[: round(self.keep * count)]
         for layer in kept:
             job.report.decline(
                 layer,

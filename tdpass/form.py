@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from tdpass.documents import Count, Size
 from tdpass.errors import PlanError
@@ -14,12 +16,18 @@ Rank = tuple[int, ...]
 _RANK = re.compile(r"[1-9]\d*(x[1-9]\d*)*")
 _NUMBERS = re.compile(r"[a-z]+\d+(/[a-z0-9]+)*")
 ALL = "all"
+DYNAMIC, STATIC = "dynamic", "static"
 _SUPPORT = re.compile(r"all|[1-9]\d*:[1-9]\d*|[a-z]+([1-9]\d*x[1-9]\d*)?/([1-9]\d*|\d+(\.\d+)?%)")
 _CHANNELS = re.compile(r"\b(in|out) (0|[1-9]\d*)(?= |$)")
 _GRAMMAR = (
-    "write a format, then its rank, channels, number types and support where it has them, "
+    "write a format, then its rank, channels, number types, support and activations where it has them, "
     "such as 'tucker2 16x24 int8' or 'dense 2:4'"
 )
+_ACTIVATIONS: Mapping[str, Literal["", "dynamic", "static"]] = {
+    "": "",
+    DYNAMIC: "dynamic",
+    STATIC: "static",
+}
 _PRUNED, _CONSTANT = "pruned", "constant"
 
 
@@ -33,12 +41,14 @@ class Form(Flattened):
     commas: all of them (empty, or `all` beside others), `2:4`, `rows/8`, `columns/30%`, `blocks4x4/12`,
     `unstructured/500`.  `inputs` and `outputs` are how many channels are left of those that the site reads
     and makes, None for all: what stands there is a layer of the smaller site `on(site)`.  One that reads no
-    channel answers with its bias.
+    channel answers with its bias.  `activations` says how what is multiplied with factors of eight-bit
+    integers becomes integers too: not at all (empty), by its own range in every call (`dynamic`), or in a range
+    that is stored with the layer (`static`).
 
     Files of version 1 say `pruned` with the channels for a rank, and `constant`.
 
     >>> Form.parse("tucker2 16x24 int8")
-    Form(format='tucker2', rank=(16, 24), numbers=('int8',), support='', inputs=None, outputs=None)
+    Form(format='tucker2', rank=(16, 24), numbers=('int8',), support='', inputs=None, outputs=None, activations='')
     >>> str(Form("dense", (), support="2:4"))
     'dense 2:4'
     >>> str(Form("dense", (), inputs=12, outputs=6))
@@ -51,6 +61,7 @@ class Form(Flattened):
     support: str = ""
     inputs: Count | None = None
     outputs: Size | None = None
+    activations: Literal["", "dynamic", "static"] = ""
 
     def __post_init__(self) -> None:
         if self.format == _PRUNED and len(self.rank) == 2:
@@ -63,9 +74,8 @@ class Form(Flattened):
             object.__setattr__(self, key, value)
 
     def __str__(self) -> str:
-        return " ".join(
-            part for part in (self.format, self.size, ",".join(self.numbers), self.support) if part
-        )
+        parts = (self.format, self.size, ",".join(self.numbers), self.support, self.activations)
+        return " ".join(filter(None, parts))
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -124,6 +134,7 @@ class Form(Flattened):
         """Read what `str` writes; raises `PlanError` for anything else."""
         channels = {way: int(count) for way, count in _CHANNELS.findall(text)}
         name, *parts = _CHANNELS.sub("", text).split() or [""]
+        activations = parts.pop() if parts and parts[-1] in (DYNAMIC, STATIC) else ""
         rank = parts.pop(0) if parts and _RANK.fullmatch(parts[0]) else ""
         numbers = parts.pop(0).split(",") if parts and not _supports(parts[0]) else []
         support = parts.pop(0) if parts else ""
@@ -135,7 +146,8 @@ class Form(Flattened):
         ):
             raise PlanError(f"form {text!r} is not understood; {_GRAMMAR}")
         sizes = tuple(int(size) for size in rank.split("x") if size)
-        return cls(name, sizes, tuple(numbers), support, channels.get("in"), channels.get("out"))
+        left = channels.get("in"), channels.get("out")
+        return cls(name, sizes, tuple(numbers), support, *left, _ACTIVATIONS[activations])
 
 
 def _supports(text: str) -> bool:

@@ -39,6 +39,8 @@ from tdpass.numbers import NUMBERS, register_numbers
 from tdpass.numbers.integer import Integer
 from tdpass.pipeline import PASSES, Pass, Pipeline, register_pass
 from tdpass.planner.answers import Answers
+from tdpass.planner.calibrations import CALIBRATIONS, Histogram
+from tdpass.planner.calibrations.base import register_calibration
 from tdpass.planner.comparisons import COMPARISONS, Comparison, register_comparison
 from tdpass.planner.divergence import Divergence
 from tdpass.planner.trials import Promise
@@ -69,6 +71,7 @@ TRIED: Mapping[str, str] = {
     "A joint change": "planner/test_joint_changes.py",
     "A number type": "test_a_number_type_is_stored_and_run_on_both_front_ends",
     "A support": "test_a_support_is_stored_and_run_on_both_front_ends",
+    "A calibration": "test_a_calibration_is_named_by_the_pass_that_rounds_activations",
     "A pass": "test_a_pass_is_read_run_and_held_to_its_promise",
     "A kernel": "test_an_operator_runs_its_implementation_or_its_reference",
     "A runtime": "test_a_runtime_times_layers_by_its_name",
@@ -198,6 +201,23 @@ def test_a_support_is_stored_and_run_on_both_front_ends() -> None:
         held = model.layer(site.name)
         assert held is not None
         assert int((held.reconstruct() != 0).any(1).sum()) == 8
+
+
+def test_a_calibration_is_named_by_the_pass_that_rounds_activations() -> None:
+    pipeline = "quantize,quantize-activations{calibration=half}"
+    with added((CALIBRATIONS, "half")):
+
+        @register_calibration
+        def half(seen: Histogram) -> tuple[float, float]:
+            return seen.low / 2, seen.high / 2
+
+        model = compress(net(), {"macs": 1.0}, pipeline=pipeline).model
+        scale, zero = model[0].layer().factors["kernel_range"].tolist()
+        low, high = (float(end) / 2 for end in (X.min(), X.max()))
+        assert scale == pytest.approx((high - low) / 255)
+        assert zero == round(-low / scale)
+    with pytest.raises(UsageError, match="unknown calibration 'half'"):
+        compress(net(), {"macs": 1.0}, pipeline=pipeline)
 
 
 def test_a_pass_is_read_run_and_held_to_its_promise() -> None:

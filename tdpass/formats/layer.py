@@ -12,6 +12,7 @@ from tdpass.cost import Cost, pays
 from tdpass.errors import PlanError
 from tdpass.form import DENSE, Form, Formed, Rank
 from tdpass.formats.base import FORMATS
+from tdpass.formats.integers import apply_integers, coded
 from tdpass.formats.storage import Storage
 from tdpass.kinds import kind_of
 from tdpass.ops import TorchOps
@@ -69,9 +70,11 @@ class Layer(Formed):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run it in eager torch."""
-        return FORMATS.get(self.format).apply(
-            TorchOps(), x, self.values(x.dtype), self.bias, self.site, self.rank
-        )
+        fmt = FORMATS.get(self.format)
+        if self.form.activations:
+            values = coded(self.storage, self.factors, x.dtype)
+            return apply_integers(fmt, x, values, self.bias, self.site, self.rank)
+        return fmt.apply(TorchOps(), x, self.values(x.dtype), self.bias, self.site, self.rank)
 
     @property
     def storage(self) -> Storage:

@@ -12,12 +12,13 @@ from torch import Tensor
 from typing_extensions import Self
 
 from tdpass.errors import PlanError
-from tdpass.form import ALL, Form
-from tdpass.numbers import VALUES, Numbers, Part, numbers_named
+from tdpass.form import ALL, STATIC, Form
+from tdpass.numbers import SCALE, VALUES, Numbers, Part, numbers_named
 from tdpass.ops import StorageOps, V
 from tdpass.supports import SUPPORT, Support, support_named
 
 Shapes = Mapping[str, tuple[int, ...]]
+RANGE = "range"
 _WITH_SUPPORT = "float32"
 T = TypeVar("T")
 
@@ -27,13 +28,15 @@ class Storage:
     """How factors of these shapes are stored.
 
     No `numbers` where they have the type of the model's weights and no support. `orders` are stored beside
-    them as they are, whole numbers of which so many have that name.
+    them as they are, whole numbers of which so many have that name. With `activations` what is multiplied
+    with `integer_factors` are integers too, in ranges stored beside these where they are `static`.
     """
 
     shapes: Shapes
     numbers: Mapping[str, Numbers]
     supports: Mapping[str, Support] = field(default_factory=dict)
     orders: Mapping[str, int] = field(default_factory=dict)
+    activations: str = ""
 
     @classmethod
     def of(cls, form: Form, shapes: Shapes, orders: Mapping[str, int] | None = None) -> Self:
@@ -46,8 +49,13 @@ class Storage:
         numbers = _each(form, "number types", named, shapes, numbers_named)
         supports = _each(form, "supports", tuple(filter(None, form.support.split(","))), shapes, _support)
         partial = {name: support for name, support in supports.items() if support is not None}
-        made = cls(shapes, numbers, partial, orders or {})
+        made = cls(shapes, numbers, partial, orders or {}, form.activations)
         made.parts()
+        if form.activations and not made.integer_factors:
+            raise PlanError(
+                f"form '{form}' has no factor of int8 with one scale for each of its rows, so what it reads is "
+                f"no integer; store it as 'int8', or leave out '{form.activations}'"
+            )
         return made
 
     def parts(self) -> dict[str, Part]:
@@ -63,12 +71,35 @@ class Storage:
             found[_name(name, SUPPORT)] = Part((math.ceil(support.bits(shape) / 8),), torch.uint8)
         return found
 
+    @property
+    def integer_factors(self) -> tuple[str, ...]:
+        """The factors of which products with integers may be made: all of them stored as signed bytes with one scale a row."""
+        whole = (name for name in self.numbers if name not in self.supports)
+        return tuple(
+            name for name in whole if self.activations and self.numbers[name].scales_rows(self.shapes[name])
+        )
+
+    @property
+    def ranges(self) -> tuple[str, ...]:
+        """Names of the ranges that are stored: scale and zero point of what a factor is multiplied with."""
+        names = self.integer_factors if self.activations == STATIC else ()
+        return tuple(map(self.range_of, names))
+
+    def range_of(self, name: str) -> str:
+        """The name of what a factor's static range is stored as."""
+        return f"{name}_{RANGE}"
+
+    def scale_of(self, name: str) -> str:
+        """The name of what the scales of a factor of integers are stored as."""
+        return _name(name, SCALE)
+
     def sizes(self) -> dict[str, tuple[int, ...]]:
         """Sizes of all that is stored, by name."""
         factors = (
             {name: part.shape for name, part in self.parts().items()} if self.numbers else dict(self.shapes)
         )
-        return {**factors, **{name: (count,) for name, count in self.orders.items()}}
+        ranges = dict.fromkeys(self.ranges, (2,))
+        return {**factors, **{name: (count,) for name, count in self.orders.items()}, **ranges}
 
     def count(self, name: str) -> int:
         """How many numbers the part of that name holds, 0 for what scales or places them."""

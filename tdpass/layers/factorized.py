@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tdpass.form import Form
 from tdpass.formats.base import FORMATS
 from tdpass.formats.geometry import apply_dense
+from tdpass.formats.integers import apply_integers, coded
 from tdpass.formats.layer import Layer, check_form, storage_of
 from tdpass.kinds import kind_of
 from tdpass.layers.deferred import Deferred
@@ -73,6 +74,9 @@ class Factorized(nn.Module):
             for name, value in (*self._parameters.items(), *self._buffers.items())
             if value is not None
         }
+        if self.form.activations:
+            values = coded(self.storage, held, x.dtype)
+            return apply_integers(self.format, x, values, self.bias, self.site, self.rank)
         factors = self.storage.restore(_OPS, held, x.dtype)
         return self.format.apply(_OPS, x, factors, self.bias, self.site, self.rank)
 
@@ -135,6 +139,7 @@ def empty_layer(site: Site, form: Form, dtype: torch.dtype) -> Layer:
     storage = storage_of(site, form)
     parts = storage.parts() or {name: Part(shape, dtype) for name, shape in storage.shapes.items()}
     parts = {**parts, **{name: Part((count,), torch.int32) for name, count in storage.orders.items()}}
+    parts = {**parts, **{name: Part((2,), torch.float32) for name in storage.ranges}}
     return Layer(
         site,
         form,

@@ -37,7 +37,8 @@ def is_plain(module: nn.Module) -> bool:
         or module._backward_pre_hooks
     )
     known = module._parameters.keys() != {"bias"} or parametrize.is_parametrized(module, "weight")
-    return getattr(module.forward, "__func__", None) in _FORWARDS and not watched and known
+    rounds = isinstance(module, Factorized) and bool(module.form.activations)
+    return getattr(module.forward, "__func__", None) in _FORWARDS and not watched and known and not rounds
 
 
 @dataclass(frozen=True)

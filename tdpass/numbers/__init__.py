@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 
 from tdpass.numbers.base import NUMBERS as NUMBERS
+from tdpass.numbers.base import SCALE as SCALE
 from tdpass.numbers.base import VALUES as VALUES
 from tdpass.numbers.base import Numbers as Numbers
 from tdpass.numbers.base import Part as Part

@@ -17,7 +17,7 @@ from tdpass.ops import StorageOps, TorchOps, V
 from tdpass.registry import Registry
 
 Shape = tuple[int, ...]
-VALUES = "values"
+VALUES, SCALE = "values", "scale"
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,10 @@ class Numbers(ABC):
     ) -> Tensor:
         """`rounded` of one column of the factor of that shape, seen as a matrix, where numbers of these rows alone are given."""
         return self.rounded(numbers[:, None], beside)[:, 0]
+
+    def scales_rows(self, shape: Shape) -> bool:
+        """Whether the values are signed bytes that one scale for each row, or for all, makes numbers of."""
+        return False
 
     def bytes(self, shape: Shape) -> int:
         """Bytes of all parts of a factor of that shape."""

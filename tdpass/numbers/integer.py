@@ -12,10 +12,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from tdpass.errors import PlanError
-from tdpass.numbers.base import VALUES, Numbers, Part, Shape
+from tdpass.numbers.base import SCALE, VALUES, Numbers, Part, Shape
 from tdpass.ops import StorageOps, V
 
-_SCALE, _ZERO = "scale", "zero"
+_ZERO = "zero"
 _SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)  # of the range of a row, what is beyond being cut
 _ALLOWED = "a granularity ('tensor', or the size of a group such as '64'; none for one scale per channel), then 'zero' for a zero point"
 
@@ -63,12 +63,15 @@ class Integer(Numbers, ABC):
                 "beside a support"
             )
         rows = (self.rows(shape),)
-        found = {VALUES: self.stored(shape if kept is None else (kept,)), _SCALE: Part(rows, torch.float32)}
+        found = {VALUES: self.stored(shape if kept is None else (kept,)), SCALE: Part(rows, torch.float32)}
         return {**found, _ZERO: Part(rows, torch.int8)} if self.zero else found
 
     def stored(self, shape: Shape) -> Part:
         """The values alone."""
         return Part(shape, torch.int8)
+
+    def scales_rows(self, shape: Shape) -> bool:
+        return self.stored(shape) == Part(shape, torch.int8) and self.group <= 0 and not self.zero
 
     @property
     def top(self) -> int:
@@ -91,7 +94,7 @@ class Integer(Numbers, ABC):
 
     def _error(self, rows: Tensor, beside: Mapping[str, Tensor], weights: Tensor) -> Tensor:
         """Weighed squared error of each row."""
-        scale = beside[_SCALE].double()[:, None]
+        scale = beside[SCALE].double()[:, None]
         zero = beside[_ZERO].double()[:, None] if self.zero else 0.0
         steps = ((rows / scale).round() + zero).clamp(-self.top - self.zero, self.top) - zero
         return (weights * (steps * scale - rows).square()).sum(1)
@@ -99,26 +102,26 @@ class Integer(Numbers, ABC):
     def _range(self, rows: Tensor, share: float) -> dict[str, Tensor]:
         """Scales and zero points that cover so much of the range of each row."""
         if not self.zero:
-            return {_SCALE: _positive(share * rows.abs().amax(1) / self.top)}
+            return {SCALE: _positive(share * rows.abs().amax(1) / self.top)}
         low, high = share * rows.amin(1).clamp(max=0), share * rows.amax(1).clamp(min=0)
         scale = _positive((high - low) / (2 * self.top + 1))
         zero = (-self.top - 1 - low / scale).round().clamp(-self.top - 1, self.top)
-        return {_SCALE: scale, _ZERO: zero.to(torch.int8)}
+        return {SCALE: scale, _ZERO: zero.to(torch.int8)}
 
     def codes(self, factor: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
-        steps = (self._by_row(factor) / beside[_SCALE].double()[:, None]).round()
+        steps = (self._by_row(factor) / beside[SCALE].double()[:, None]).round()
         shifted = steps + beside[_ZERO].double()[:, None] if self.zero else steps
         return shifted.clamp(-self.top - self.zero, self.top).to(torch.int8).reshape(factor.shape)
 
     def decode(
         self, ops: StorageOps[V], codes: V, beside: Mapping[str, V], shape: Shape, dtype: torch.dtype
     ) -> V:
-        return ops.dequantize(codes, beside[_SCALE], beside.get(_ZERO), shape, self.rows(shape), dtype)
+        return ops.dequantize(codes, beside[SCALE], beside.get(_ZERO), shape, self.rows(shape), dtype)
 
     def column(
         self, numbers: Tensor, beside: Mapping[str, Tensor], shape: Shape, place: int, rows: slice
     ) -> Tensor:
-        scale, zero = (self._along(beside.get(name), shape, place, rows) for name in (_SCALE, _ZERO))
+        scale, zero = (self._along(beside.get(name), shape, place, rows) for name in (SCALE, _ZERO))
         return (((numbers / scale).round() + zero).clamp(-self.top - self.zero, self.top) - zero) * scale
 
     def _along(self, part: Tensor | None, shape: Shape, place: int, rows: slice) -> Tensor:

@@ -205,7 +205,7 @@ def floating(layer: Layer, weight: Callable[[], Tensor]) -> Layer:
     """A layer with factors of floating-point numbers, of the type of the site's weight: those it stands for, or that weight itself where it is dense."""
     if not layer.form.encoded:
         return layer
-    plain = replace(layer.form, numbers=(), support="")
+    plain = replace(layer.form, numbers=(), support="", activations="")
     own = weight()
     factors = {"kernel": own} if plain == DENSE else dict(layer.values(own.dtype))
     return replace(layer, form=plain, factors=factors).to(own.dtype)

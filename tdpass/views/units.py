@@ -131,7 +131,13 @@ def in_form(form: Form) -> str:
     """A form as text, its rank written as `ranks` does."""
     return " ".join(
         part
-        for part in (plain(form.format), form_sizes(form), *map(plain, form.numbers), plain(form.support))
+        for part in (
+            plain(form.format),
+            form_sizes(form),
+            *map(plain, form.numbers),
+            plain(form.support),
+            form.activations,
+        )
         if part
     )
 

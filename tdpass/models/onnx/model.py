@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from tdpass.errors import InvalidModelError, PlanError, UnsupportedError, UsageError
+from tdpass.form import STATIC
 from tdpass.formats.layer import Layer
 from tdpass.models.abilities import Decline, Note, Range, no_reasons
 from tdpass.models.base import Batch, Model
@@ -212,6 +213,11 @@ class OnnxModel(Model):
             raise PlanError(
                 f"the layer is for {layer.site.geometry()}, but site {name!r} is {wanted}; factorize the "
                 "weight of this site"
+            )
+        if layer.form.activations == STATIC:
+            raise PlanError(
+                f"site {name!r} of an ONNX model cannot be '{layer.form}': what is an integer there is a tensor "
+                "of the graph, whatever reads it; run quantize-activations on the model"
             )
         expected = layer.storage.sizes()
         given = {label: tuple(factor.shape) for label, factor in layer.factors.items()}

@@ -46,9 +46,10 @@ class OnnxOps(StorageNodes):
     def linear(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
         known, outputs = self._dims_of(x), self._dims_of(weight)
         y_dims = None if known is None or outputs is None else (*known[:-1], outputs[0])
-        grouped = self.product_of_groups(x, weight, bias)
-        if grouped is not None:
-            return grouped
+        for product in (self.product_of_groups, self.product_of_bytes):
+            made = product(x, weight, bias)
+            if made is not None:
+                return made
         if known is not None and len(known) == 2 and (bias is not None or self._opset >= _GEMM_WITHOUT_C):
             return self._emit("Gemm", [x, weight] if bias is None else [x, weight, bias], y_dims, transB=1)
         y = self._emit("MatMul", [x, self.permute(weight, (1, 0))], y_dims)

@@ -17,11 +17,19 @@ class Recording:
     """Nodes, the constants of which they make initializers, and what is known of the sizes of values."""
 
     def __init__(
-        self, site: str, opset: int, names: FreshNames, shapes: Shapes, *, integers: bool = False
+        self,
+        site: str,
+        opset: int,
+        names: FreshNames,
+        shapes: Shapes,
+        *,
+        integers: bool = False,
+        dynamic: bool = False,
     ) -> None:
         self._site = site
         self._opset = opset
-        self._integers_run = integers
+        self._integers_run = integers or dynamic
+        self._dynamic = dynamic
         self._names = names
         self._shapes = shapes
         self._nodes: list[ir.Node] = []
@@ -110,6 +118,16 @@ class Recording:
         **attributes: float | list[int],
     ) -> ir.Value:
         """A node; of another domain than the standard one where the operator is written `domain::operator`."""
+        return self._emit_all(operator, inputs, (known,), **attributes)[0]
+
+    def _emit_all(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        known: Sequence[Dims | None],
+        **attributes: float | list[int],
+    ) -> Sequence[ir.Value]:
+        """`_emit` of a node with as many outputs as sizes are given."""
         *domains, kind = operator.split("::")
         self._read.update(
             (value, None)
@@ -120,9 +138,16 @@ class Recording:
         if domain:
             self._imports[domain] = 1
         wanted = f"{self._site}/{kind.lower()}"
-        node = ir.node(kind, inputs, domain=domain, attributes=attributes, name=self._names.node(wanted))
-        output = node.outputs[0]
-        output.name = self._names.value(wanted)
-        self._dims[output] = known
+        node = ir.node(
+            kind,
+            inputs,
+            domain=domain,
+            attributes=attributes,
+            name=self._names.node(wanted),
+            num_outputs=len(known),
+        )
+        for output, dims in zip(node.outputs, known, strict=True):
+            output.name = self._names.value(wanted)
+            self._dims[output] = dims
         self._nodes.append(node)
-        return output
+        return node.outputs

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
 
+from tdpass.form import DYNAMIC
 from tdpass.formats.base import FORMATS
 from tdpass.formats.layer import Layer
 from tdpass.models.onnx.graphs import nodes_of, opset_of
@@ -38,7 +39,8 @@ def rewritten(
     recorders: list[OnnxOps] = []
     for name, layer in layers.items():
         site = sites[name]
-        ops = OnnxOps(name, opset_of(copy), names, shapes, integers=integers)
+        dynamic = layer.form.activations == DYNAMIC
+        ops = OnnxOps(name, opset_of(copy), names, shapes, integers=integers, dynamic=dynamic)
         recorders.append(ops)
         storage = layer.storage
         holds = {

@@ -204,6 +204,32 @@ class StorageNodes(Recording):
     def _numbers(self, label: str, numbers: Sequence[int]) -> ir.Value:
         return self._cached(("numbers", *numbers), label, torch.tensor(list(numbers), dtype=torch.int32))
 
+    def product_of_bytes(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value | None:
+        """The product of `x`, rounded to bytes by its own range in every call, with a matrix of signed bytes.
+
+        ONNX Runtime makes one operator of it.  None where the weight is no such.
+        """
+        if weight not in self._sources or not self._dynamic:
+            return None
+        if self._opset < _ARITHMETIC:
+            raise UnsupportedError(
+                f"{self._site!r} is to read integers, for which opset {self._opset} has no DynamicQuantizeLinear; "
+                f"convert the model to opset {_ARITHMETIC} or later"
+            )
+        values, scale, zero, rows = self._sources[weight]
+        outputs = (self._dims_of(weight) or (None,))[0]
+        if zero is not None or values in self._integers or rows not in {1, outputs}:
+            return None
+        self._forget(weight)
+        read = self._dims_of(x)
+        made = None if read is None else (*read[:-1], outputs)
+        codes, step, middle = self._emit_all("DynamicQuantizeLinear", [x], (read, (), ()))
+        whole = self._emit("MatMulInteger", [codes, self.permute(values, (1, 0)), middle], made)
+        y = self._emit(
+            "Mul", [self.cast(whole, torch.float32), self._emit("Mul", [step, scale], (rows,))], made
+        )
+        return y if bias is None else self._emit("Add", [y, bias], made)
+
     def _four_bits(self, packed: ir.Value, values: Tensor) -> ir.Value:
         """The integers as a constant of the type that holds two to a byte."""
         key = ("four bits", packed)

@@ -1,0 +1,185 @@
+"""Layers whose products read integers of eight bits: what they read is rounded at run time, or in ranges found before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdpass.form import STATIC, Rank
+from tdpass.formats.base import Format
+from tdpass.formats.storage import Storage
+from tdpass.ops import Pads, TorchOps
+from tdpass.site import Site
+
+_LARGEST, _STEPS, _MIDDLE = 127, 255, 128
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A factor as the integers that it is stored as: `codes[o, ...]` times `scale[o]`, or one scale for all.
+
+    `reads` holds scale and zero point of the unsigned bytes that it is multiplied with; None where these are
+    found anew in every call.
+    """
+
+    name: str
+    codes: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+    reads: Tensor | None = None
+
+    @property
+    def plain(self) -> Tensor:
+        """The factor as floating-point numbers."""
+        along = (-1, *(1 for _ in self.codes.shape[1:]))
+        return (self.codes.float() * self.scale.reshape(along)).to(self.dtype)
+
+
+Value = Tensor | Coded
+
+
+def coded(storage: Storage, held: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Value]:
+    """The factors of what is held: those whose products read integers as such, all others as they are restored."""
+    restored: Mapping[str, Tensor] = storage.restore(TorchOps(), held, dtype)
+    found: dict[str, Value] = {**restored}
+    for name in storage.integer_factors:
+        reads = held[storage.range_of(name)] if storage.activations == STATIC else None
+        found[name] = Coded(name, held[name], held[storage.scale_of(name)], dtype, reads)
+    return found
+
+
+def apply_integers(
+    fmt: Format,
+    x: Tensor,
+    values: Mapping[str, Value],
+    bias: Tensor | None,
+    site: Site,
+    rank: Rank,
+    ops: IntegerOps | None = None,
+) -> Tensor:
+    """What a layer of such factors answers."""
+    verbs: Any = ops or IntegerOps()
+    held: Mapping[str, Any] = values
+    y: Tensor = fmt.apply(verbs, x, held, bias, site, rank)
+    return y
+
+
+class IntegerOps(TorchOps):
+    """`TorchOps` where products with `Coded` factors read integers.
+
+    Without ranges known before, only linear layers do: each row is rounded to signed bytes by its own largest
+    number.  With ranges, convolutions compute with the rounded numbers in floating point.  A coded factor that
+    meets another verb is a tensor like any.
+    """
+
+    def linear(self, x: Value, weight: Value, bias: Value | None) -> Tensor:
+        x, bias = _tensor(x), None if bias is None else _tensor(bias)
+        if not isinstance(weight, Coded):
+            return super().linear(x, weight, bias)
+        if x.device.type != "cpu" or x.requires_grad or not x.numel():
+            return super().linear(rounded(x, weight.reads), weight.plain, bias)
+        y = _by_rows(x, weight) if weight.reads is None else _in_range(x, weight, weight.reads)
+        return y.to(x.dtype) if bias is None else y.to(x.dtype) + bias
+
+    def conv(
+        self,
+        x: Value,
+        weight: Value,
+        bias: Value | None,
+        stride: Sequence[int],
+        padding: Pads,
+        dilation: Sequence[int],
+        groups: int = 1,
+    ) -> Tensor:
+        x, bias = _tensor(x), None if bias is None else _tensor(bias)
+        if isinstance(weight, Coded):
+            x = x if weight.reads is None else rounded(x, weight.reads)
+            weight = weight.plain
+        return super().conv(x, weight, bias, stride, padding, dilation, groups)
+
+    def conv_transpose(
+        self,
+        x: Value,
+        weight: Value,
+        bias: Value | None,
+        stride: Sequence[int],
+        cut: Pads,
+        dilation: Sequence[int],
+        groups: int = 1,
+    ) -> Tensor:
+        x, bias = _tensor(x), None if bias is None else _tensor(bias)
+        if isinstance(weight, Coded):
+            x = x if weight.reads is None else rounded(x, weight.reads)
+            weight = weight.plain
+        return super().conv_transpose(x, weight, bias, stride, cut, dilation, groups)
+
+    def reshape(self, x: Value, shape: Sequence[int]) -> Tensor:
+        return super().reshape(_tensor(x), shape)
+
+    def permute(self, x: Value, axes: Sequence[int]) -> Tensor:
+        return super().permute(_tensor(x), axes)
+
+    def take(self, x: Value, index: Value, axis: int) -> Tensor:
+        return super().take(_tensor(x), _tensor(index), axis)
+
+    def part(self, x: Value, axis: int, start: int, stop: int) -> Tensor:
+        return super().part(_tensor(x), axis, start, stop)
+
+    def concat(self, a: Value, b: Value, axis: int) -> Tensor:
+        return super().concat(_tensor(a), _tensor(b), axis)
+
+    def matmul(self, a: Value, b: Value) -> Tensor:
+        return super().matmul(_tensor(a), _tensor(b))
+
+    def add(self, a: Value, b: Value) -> Tensor:
+        return super().add(_tensor(a), _tensor(b))
+
+
+def rounded(x: Tensor, reads: Tensor | None) -> Tensor:
+    """The numbers that the integers stand for, in whose place gradients pass to `x`."""
+    if reads is None:
+        scale = _scales(x.detach())
+        found = _codes(x.detach(), scale) * scale
+    else:
+        scale, zero = reads[0], reads[1]
+        found = (((x.detach() / scale).round() + zero).clamp(0, _STEPS) - zero) * scale
+    found = found.to(x.dtype)
+    return x + (found - x).detach() if x.requires_grad else found
+
+
+def _scales(x: Tensor) -> Tensor:
+    """What a step of each row stands for; one where the row is zero."""
+    scale = x.float().abs().amax(-1, keepdim=True) / _LARGEST
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def _codes(x: Tensor, scale: Tensor) -> Tensor:
+    return (x.float() / scale).round().clamp(-_LARGEST, _LARGEST)
+
+
+def _by_rows(x: Tensor, weight: Coded) -> Tensor:
+    scale = _scales(x)
+    return _product(_codes(x, scale).to(torch.int8), weight.codes) * scale * weight.scale
+
+
+def _in_range(x: Tensor, weight: Coded, reads: Tensor) -> Tensor:
+    """`s t ((q - 128) W + (128 - zero) sum W)` for the unsigned codes q."""
+    scale, zero = reads[0], reads[1]
+    codes = ((x.float() / scale).round() + zero).clamp(0, _STEPS) - _MIDDLE
+    sums = weight.codes.sum(1, dtype=torch.int32)
+    whole = _product(codes.to(torch.int8), weight.codes) + (_MIDDLE - zero) * sums
+    return whole * (scale * weight.scale)
+
+
+def _product(codes: Tensor, weight: Tensor) -> Tensor:
+    flat = codes.reshape(-1, codes.shape[-1]).contiguous()
+    whole: Tensor = torch._int_mm(flat, weight.t())  # noqa: SLF001 - torch has no public product of bytes
+    return whole.reshape(*codes.shape[:-1], weight.shape[0])
+
+
+def _tensor(value: Value) -> Tensor:
+    return value.plain if isinstance(value, Coded) else value
