@@ -31,7 +31,8 @@ from tdpass.kernels.grid import Grid
 
 @jit
 def int8_gemm_kernel(
-    x: tl.tensor, w: tl.tensor, scale: tl.tensor, shift: tl.tensor, bias: tl.tensor, rest: tl.tensor, y: tl.tensor,
+    x: tl.tensor, w: tl.tensor, scale: tl.tensor, shift: tl.tensor,
+    bias: tl.tensor, rest: tl.tensor, y: tl.tensor,
     rows: tl.tensor, columns: tl.tensor, depth: tl.tensor,
     x_inner: tl.tensor, x_outer: tl.tensor, x_step: tl.tensor, x_column: tl.tensor, w_step: tl.tensor,
     rest_inner: tl.tensor, rest_outer: tl.tensor, rest_step: tl.tensor, rest_column: tl.tensor,
@@ -77,7 +78,7 @@ def int8_gemm_kernel(
 
 @dataclass(frozen=True)
 class Int8Product:
-    """One stage of a chain by itself: `y[m, o]` from `x[m, i]`, x on `grid`, its products worth `level` each."""
+    """A stage by itself: `y[m, o]` from `x[m, i]`, x on `grid`, its products worth `level` each."""
 
     x: Matrix
     grid: Grid

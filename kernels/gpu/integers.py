@@ -1,8 +1,8 @@
-"""Whole numbers in Triton: what a stage of an int8 chain reads, what its products stand for, and what it leaves.
+"""Whole numbers in Triton: what a stage of an int8 chain reads, what its products stand for, what it leaves.
 
 Bytes are moved by 128 to be multiplied as int8: `sum (code - zero) w = sum (code - 128) w + shift` with
-`shift = 128 sum w - zero total`.  Floating-point numbers are float32, rounded after every operation, as in the
-references of `int8_chain`; launches are made without contraction to fused multiply-adds.
+`shift = 128 sum w - zero total`.  Floating-point numbers are float32, rounded after every operation, as in
+the references of `int8_chain`; launches are made without contraction to fused multiply-adds.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def leave(
 
 @dataclass(frozen=True)
 class Factor:
-    """A pointwise stage: int8 `rows[o, i]`, float32 `scale[o]`, and int32 `shift[o]` for the grid it reads."""
+    """A pointwise stage: int8 `rows[o, i]`, float32 `scale[o]`, int32 `shift[o]` for the grid it reads."""
 
     rows: Tensor
     scale: Tensor
@@ -137,7 +137,7 @@ def shift_of(weight: Tensor, total: Tensor, codes: Tensor, grid: Grid) -> Tensor
 
 @dataclass(frozen=True)
 class Ending:
-    """What becomes of the products of a stage: bias, residual and activation, then codes where `output` is a grid.
+    """What becomes of products: bias, residual and activation, then codes where `output` is a grid.
 
     `inverse` is of the scale of the output, where the level of the products does not hold it already.
     """
@@ -189,7 +189,7 @@ def way_of(x: Tensor, grid: Grid) -> int:
 
 
 def level_of(read: Grid, into: Grid) -> tuple[float, float]:
-    """What a product of a stage is worth beside the scale of its factor, and the `inverse` of what the next reads.
+    """What a product is worth beside the scale of its factor, and the `inverse` of what the next stage reads.
 
     Where both grids are known beforehand one number holds both scales.
     """

@@ -1,9 +1,9 @@
-"""`linear_chain_int8`: linear layers in a row in whole numbers, `y = activation(W_S .. W_1 x + bias + residual)`.
+"""`linear_chain_int8`: `y = activation(W_S .. W_1 x + bias + residual)` in whole numbers.
 
 Of two layers a program holds the hidden values of a few rows: the products of the first are put on their grid
-in registers, as int8, and multiplied on.  Where the rank is over 256, where rows are too few to fill the device
-so, and in chains of another length, every layer is a launch of its own, what lies between in bytes where its
-grid is known beforehand, in float32 where every row has its own.
+in registers, as int8, and multiplied on.  Where the rank is over 256, where rows are too few to fill the
+device so, and in chains of another length, every layer is a launch of its own, what lies between in bytes
+where its grid is known beforehand, in float32 where every row has its own.
 """
 
 from __future__ import annotations
@@ -112,10 +112,11 @@ def linear_chain_int8(
     *,
     config: Config | None = None,
 ) -> Tensor:
-    """The chain on the last axis of x; a factor is its stage, and weight, scale and total as `int8_factor` packs them.
+    """The chain on the last axis of x.
 
-    Numbers as those of the reference, whole ones exact.  x is uint8, float32, float16 or bfloat16; `config`
-    skips the tuner for chains of two.
+    A factor is its stage, and weight, scale and total as `int8_factor` packs them.  Numbers as those of the
+    reference, whole ones exact.  x is uint8, float32, float16 or bfloat16; `config` skips the tuner for chains
+    of two.
     """
     check_operands(x, activation, *(part for factor in factors for part in factor[1:]), bias, residual)
     columns = factors[-1][0].outputs
@@ -154,7 +155,7 @@ class _Call:
         )
 
     def run(self, config: Config) -> None:
-        """Launch what a configuration says: `programs` per row block of the fused kernel, or layer by layer."""
+        """Launch what a configuration says: `programs` per block of rows, fused, or layer by layer."""
         if config["fused"]:
             self._fused(config)
         else:

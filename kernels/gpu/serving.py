@@ -1,4 +1,4 @@
-"""What every operator on CUDA needs: whether the kernels serve it, their entry functions, and weights in the form that they read."""
+"""What every operator on CUDA needs: whether kernels serve it, their entry functions, weights for them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 def covered(*dtypes: torch.dtype) -> Callable[[Callable[..., Any]], Implementation]:
     """Decorator: leave to the reference what the kernels cannot serve here or say that they do not support.
 
-    That is x of types other than these, empty x, and a residual that is floating point of another type than x.
+    That is x of other types, empty x, and a residual in floating point of another type than x.
     """
 
     def serve(function: Callable[..., Any]) -> Implementation:

@@ -1,4 +1,4 @@
-"""Where the Triton kernels run in tests: on a CUDA device, or interpreted on CPU tensors in a process of its own."""
+"""Where Triton kernels run in tests: on a CUDA device, or interpreted on CPU tensors in a process of its own."""
 
 from __future__ import annotations
 

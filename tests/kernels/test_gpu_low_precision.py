@@ -1,4 +1,4 @@
-"""The Triton kernels of the operators in whole numbers against their references: interpreted, or on a CUDA device."""
+"""The Triton kernels of the operators in whole numbers, interpreted or on a CUDA device, and their references."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import pytest
 import torch
 from cases import cases_of
 from gpu_setting import DEVICE, compiles, normal, run_interpreted, runs_kernels, starts_interpreted, tile
-from low_precision import bytes_of, grid_over
-from setting import Case, arguments, map_tensors
+from low_precision import KINDS, bytes_of, grid_over
+from setting import Case, arguments, exact, map_tensors
 from torch import Tensor
 
 from tdpass.kernels.base import IMPLEMENTATIONS, OPS
 from tdpass.kernels.grid import Grid, Grids
 from tdpass.kernels.int8_factor import columns, pack_weight
 from tdpass.kernels.linear_chain import stages_of
+from tdpass.kernels.weight_only import Stored, pack_floats
 
 pytestmark = pytest.mark.usefixtures("here")
 # The references round as the kernels do; what is left are activations, and types that x is given in.
@@ -130,6 +131,29 @@ def test_sums_are_made_in_32_bits_and_totals_added_as_given() -> None:
     serve_exactly([x, *factors, None, None, grids, [300, 3], "identity"])
 
 
+WEIGHT_ONLY = [
+    case
+    for case in cases_of("weight_only_linear")
+    if any(f"{size}-9-17" in case.name for size in ("17x64", "17x13")) or "-40x70-1-0" in case.name
+]
+
+
+@runs_kernels
+@pytest.mark.parametrize("apart", [0, 1, 2])
+@pytest.mark.parametrize("case", WEIGHT_ONLY, ids=lambda case: case.name)
+def test_weight_only_linear(case: Case, apart: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tdpass.kernels.gpu import weight_only_linear
+
+    monkeypatch.setattr(weight_only_linear, "candidates", lambda *_: [tile(apart=apart, k=32)])
+    op = OPS.get("weight_only_linear")
+    for dtype in TOLERANCE if apart == 0 else (torch.float32,):
+        args = arguments(op, case, dtype)
+        y, _ = serve("weight_only_linear", args)
+        (wanted,) = exact(op, args)
+        error = (y.double() - wanted).abs().max() / wanted.abs().max()
+        assert error <= TOLERANCE[dtype], f"relative error {error:.1e}"
+
+
 @compiles
 @pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_the_defaults_compile_for_a_device_that_is_not_here(
@@ -143,7 +167,14 @@ def test_the_defaults_compile_for_a_device_that_is_not_here(
         ((64, 40), 8, True),
     ):
         assert IMPLEMENTATIONS["linear_chain_int8", "cuda"](*layers(widths, rows, own)) is not NotImplemented
-    assert shared.keys() == {"pair_kernel", "int8_gemm_kernel"}
+    for pack, dtype, rows, rank in (
+        (KINDS["int4/32"], torch.bfloat16, 1, 40),
+        (KINDS["int4"], torch.float16, 512, 0),
+        (KINDS["int8"], torch.float32, 8, 140),
+    ):
+        args = weight_only_layer(pack, dtype, rows, rank)
+        assert IMPLEMENTATIONS["weight_only_linear", "cuda"](*args) is not NotImplemented
+    assert shared.keys() == {"pair_kernel", "int8_gemm_kernel", "weight_only_kernel", "gemm_kernel"}
     assert max(shared.values()) <= 99 << 10, "a default must fit every device of capability 8.0 and newer"
 
 
@@ -158,3 +189,14 @@ def layers(widths: tuple[int, ...], rows: int, own: bool) -> list[Any]:
         torch.zeros(rows, n, dtype=torch.bfloat16 if own else torch.uint8) for n in (widths[0], widths[-1])
     )
     return [x, *factors, normal(widths[-1]), rest, grids.numbers(), list(widths), "gelu"]
+
+
+def weight_only_layer(
+    pack: Callable[[Tensor], Stored], dtype: torch.dtype, rows: int, rank: int
+) -> list[Any]:
+    """Of 768 inputs and 64 outputs."""
+    stored = [pack(normal(64, 768))]
+    stored += [pack_floats(normal(rank, 768)), KINDS["int8"](normal(64, rank))] if rank else []
+    weights, scales = (list(each) for each in zip(*stored, strict=True))
+    x, widths = normal(rows, 768, dtype=dtype), [768, 64, *([rank] if rank else [])]
+    return [x, weights, scales, normal(64), None, widths, "silu"]
