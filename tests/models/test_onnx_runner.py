@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from tdpass.errors import InvalidModelError, UnsupportedError
-from tdpass.models import open_model
+from tdpass.models import open_model, open_recurrent
 from tdpass.models.base import Batch
 from tdpass.models.onnx.functions import FUNCTIONS
 from tdpass.models.onnx.model import OnnxModel
@@ -590,6 +590,7 @@ def test_exported_network_agrees_with_torch_and_onnx_runtime(name: str) -> None:
     module = build().eval()
     proto = export(module, example, dynamic)
     model = OnnxModel.open(proto)
+    module = open_recurrent(module)
     modules, original = dict(module.named_modules()), open_model(module)
     assert model.sites()
     for site in model.sites():

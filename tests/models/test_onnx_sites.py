@@ -540,15 +540,6 @@ def declined_cases() -> dict[str, tuple[Callable[[], Case], str]]:
             ),
             "static input size",
         ),
-        "lstm": (
-            lambda: Case(
-                [node("LSTM", "x w r", "y", hidden_size=4)],
-                {"w": weight(1, 16, 3), "r": weight(1, 16, 4)},
-                (5, 1, 3),
-                (),
-            ),
-            "recurrent",
-        ),
         "quantized": (
             lambda: Case(
                 [node("DequantizeLinear", "q s z", "w"), node("MatMul", "x w")],

@@ -20,7 +20,7 @@ from tdpass.models.onnx.tensors import FLOAT_TYPES, constant, from_torch, held, 
 REARRANGING = frozenset(
     {
         "Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Cast", "CastLike",
-        "Slice", "Concat", "Gather", "Expand",
+        "Slice", "Concat", "Gather",
     }
 )  # fmt: skip
 _KNOWN = "tdpass.folded"
@@ -44,7 +44,7 @@ def folded(value: ir.Value | None) -> ir.TensorProtocol | None:
     return known
 
 
-def folded_weight(value: ir.Value) -> ir.TensorProtocol:
+def folded_weight(value: ir.Value | None) -> ir.TensorProtocol:
     """What a value was found to be; raises `InvalidModelError` if it is that no longer."""
     return folded(value) or held(value)
 

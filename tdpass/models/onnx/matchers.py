@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from tdpass.errors import UnsupportedError
 from tdpass.kinds import KINDS, PRODUCT, LayerKind
+from tdpass.models.onnx.cells import OPERATORS, SINCE, R, W, why_closed
 from tdpass.models.onnx.folding import REARRANGING, folded
 from tdpass.models.onnx.shapes import Shapes
 from tdpass.models.onnx.tensors import FLOAT_TYPES, PARAMETER_TYPES, constant, sizes
@@ -255,13 +256,26 @@ def _is_matrix(value: ir.Value | None) -> bool:
     return known and producer is not None and _is_matrix(next(iter(producer.inputs), None))
 
 
-_RECURRENT = Left((1, 2), "recurrent layers are not supported yet")
+@matches("Gather")
+class LookupMatcher:
+    """Rows of a constant matrix; those that are always the same are no lookup."""
+
+    def match(self, node: ir.Node, shapes: Shapes) -> WeightUse | None:
+        if constant(node.inputs[1]) is not None:
+            return None
+        return Left((0,), "an embedding lookup has no multiply-adds to save").match(node, shapes)
+
+
+@matches(*sorted(OPERATORS))
+class RecurrentMatcher:
+    """A node whose products were not made layers of their own when the model was opened."""
+
+    def match(self, node: ir.Node, shapes: Shapes) -> WeightUse | None:
+        return Left((W, R), why_closed(node, SINCE) or f"its steps take opset {SINCE}").match(node, shapes)
+
+
 for _operator, _matcher in {
     "DeformConv": Left((1,), "deformable convolutions are not supported"),
-    "LSTM": _RECURRENT,
-    "GRU": _RECURRENT,
-    "RNN": _RECURRENT,
-    "Gather": Left((0,), "an embedding lookup has no multiply-adds to save"),
     "QLinearConv": Left((3,), _QUANTIZED),
     "QLinearMatMul": Left((3,), _QUANTIZED),
     "ConvInteger": Left((1,), _QUANTIZED),

@@ -29,6 +29,7 @@ from tdpass.models.onnx.batchnorm import (
     statistics,
 )
 from tdpass.models.onnx.checks import EXTERNAL_ABOVE, check_structure, invalid_if_failing
+from tdpass.models.onnx.close_recurrent import close_recurrent
 from tdpass.models.onnx.file import remove_obsolete, write
 from tdpass.models.onnx.fuse import decide
 from tdpass.models.onnx.fused_rewrite import Fusions, fused
@@ -43,6 +44,7 @@ from tdpass.models.onnx.integer_activations import (
 from tdpass.models.onnx.normalize import defaults, normalized
 from tdpass.models.onnx.parameters import check_finite, parameter_bytes, parameter_count
 from tdpass.models.onnx.products import count_products
+from tdpass.models.onnx.recurrent import Opened, open_recurrent
 from tdpass.models.onnx.rewrite import INPUTS_HOLD_INITIALIZERS_BELOW, rewritten
 from tdpass.models.onnx.runner import OnnxRunner
 from tdpass.models.onnx.session import Session
@@ -51,6 +53,7 @@ from tdpass.models.onnx.sites import Findings, FoundSite, find_sites
 from tdpass.models.onnx.source import Source, source_of
 from tdpass.models.onnx.spill import HELD_BYTES, held_bytes, spilled
 from tdpass.models.onnx.storage import open_data_files, release_heap, stored_bytes
+from tdpass.models.onnx.tensors import finite, to_torch
 from tdpass.models.onnx.window_checks import check_windows
 from tdpass.models.signature import Signature
 from tdpass.products import Counted
@@ -71,8 +74,16 @@ class OnnxModel(Model):
 
     suffix = ".onnx"
 
-    def __init__(self, dense: ir.Model, source: Source, external: bool, shapes: Shapes) -> None:
+    def __init__(
+        self,
+        dense: ir.Model,
+        source: Source,
+        external: bool,
+        shapes: Shapes,
+        opened: Sequence[Opened] = (),
+    ) -> None:
         self._dense = dense
+        self._opened = opened
         self._give_back, self._owned = (
             source.give_back,
             source.owned,
@@ -104,7 +115,8 @@ class OnnxModel(Model):
             external = open_data_files(dense)
         shapes = Shapes.infer(dense)
         check_windows(dense, shapes)
-        made = cls(dense, source, external, shapes)
+        opened = open_recurrent(dense)
+        made = cls(dense, source, external, Shapes.infer(dense) if opened else shapes, opened)
         if (dense.ir_version or 0) >= INPUTS_HOLD_INITIALIZERS_BELOW:
             made._constants = tuple(
                 str(value.name)
@@ -128,11 +140,15 @@ class OnnxModel(Model):
         )
 
     def _unfused(self) -> ir.Model:
-        return rewritten(self._dense, self._found.sites, self._layers, self._shapes)
+        return rewritten(self._dense, self._found.sites, self._layers, self._shapes, close=self._close)
 
     def _with_integers(self) -> ir.Model:
         """The model with its integer weights as integer operators read them."""
-        return rewritten(self._dense, self._found.sites, self._layers, self._shapes, integers=True)
+        found = self._found.sites
+        return rewritten(self._dense, found, self._layers, self._shapes, integers=True, close=self._close)
+
+    def _close(self, model: ir.Model, layers: Mapping[str, Layer]) -> frozenset[str]:
+        return close_recurrent(model, self._opened, layers)
 
     def integer_layers(self) -> Sequence[str]:
         check_opset(self._dense)
@@ -409,6 +425,8 @@ class OnnxModel(Model):
         They are read once, however often this is asked.
         """
         if not self._finite:
+            for held in (held for record in self._opened for held in record.constants.items()):
+                finite(to_torch(held[1]), held[0])
             check_finite(self._dense)
             self._finite = True
 

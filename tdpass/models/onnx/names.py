@@ -57,6 +57,12 @@ def _candidates(value: ir.Value, node: ir.Node) -> Iterator[str]:
     origin = _listed(value.metadata_props.get(_FOLDED_FROM))
     if len(origin) == 1 and _meaningful(origin[0]):
         yield _stem(origin[0])
+    yield from places_of(node)
+    yield _stem(value.name or "") or "weight"
+
+
+def places_of(node: ir.Node) -> Iterator[str]:
+    """Where the exporter says that a node comes from, the surest first; last its own name."""
     scopes = _listed(node.metadata_props.get(_SCOPES))
     if len(scopes) >= 2 and scopes[-2]:
         yield scopes[-2]
@@ -65,7 +71,6 @@ def _candidates(value: ir.Value, node: ir.Node) -> Iterator[str]:
         yield ".".join(path[1:-1])
     if node.name:
         yield node.name
-    yield _stem(value.name or "") or "weight"
 
 
 def _listed(text: str | None) -> list[str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import onnx_ir as ir
 
 from tdpass.form import DYNAMIC
 from tdpass.formats.base import FORMATS
 from tdpass.formats.layer import Layer
-from tdpass.models.onnx.graphs import nodes_of, opset_of
+from tdpass.models.onnx.graphs import nodes_of, opset_of, within
 from tdpass.models.onnx.names import FreshNames
 from tdpass.models.onnx.ops import OnnxOps
 from tdpass.models.onnx.parameters import HOLDS
@@ -18,6 +18,11 @@ from tdpass.models.onnx.sites import FoundSite
 from tdpass.models.onnx.weight_use import WeightUse
 
 INPUTS_HOLD_INITIALIZERS_BELOW = 4
+Close = Callable[[ir.Model, Mapping[str, Layer]], frozenset[str]]
+
+
+def _nothing_closed(_model: ir.Model, _layers: Mapping[str, Layer]) -> frozenset[str]:
+    return frozenset()
 
 
 def rewritten(
@@ -27,17 +32,22 @@ def rewritten(
     shapes: Shapes,
     *,
     integers: bool = False,
+    close: Close = _nothing_closed,
 ) -> ir.Model:
     """A copy of the model with these layers in place of the dense ones.
 
-    Weights that stay are shared, not copied. With `integers` the weights that are such are written for
+    Weights that stay are shared, not copied.  `close` first puts back what was opened for layers that are not
+    there, and says which sites it has seen to. With `integers` the weights that are such are written for
     activations that are, too.
     """
     copy = model.clone()
     twins = dict(zip(*map(nodes_of, (model, copy)), strict=True))
     names = FreshNames(copy)
     recorders: list[OnnxOps] = []
+    seen_to = close(copy, layers)
     for name, layer in layers.items():
+        if name in seen_to:
+            continue
         site = sites[name]
         dynamic = layer.form.activations == DYNAMIC
         ops = OnnxOps(name, opset_of(copy), names, shapes, integers=integers, dynamic=dynamic)
@@ -129,6 +139,9 @@ def remove_nodes(graph: ir.Graph | ir.Function, nodes: Iterable[ir.Node]) -> Non
     """Remove nodes that nothing reads any more, and then those that only they read."""
     gone = list(nodes)
     suspects = [value.producer() for node in gone for value in node.inputs if value is not None]
+    for inner in (inner for node in gone for inner in within(node)):
+        for place in range(len(inner.inputs)):  # what bodies read from outside is read no more
+            inner.replace_input_with(place, None)
     graph.remove(gone, safe=True)
     for node in suspects:
         if (
