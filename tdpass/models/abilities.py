@@ -44,6 +44,20 @@ class RecalibratesBatchNorm(Protocol):
 
 
 @runtime_checkable
+class ScalesNorms(Protocol):
+    """What its norms make can be scaled channel by channel, against the columns of the layers that read it."""
+
+    def norms(self, decline: Decline = no_reasons) -> Mapping[str, Sequence[str]]:
+        """The norms that nothing but dense linear sites reads, by name, with these sites.
+
+        `decline` takes another norm, and why it is none.
+        """
+
+    def scale_norm(self, name: str, scale: Tensor) -> None:
+        """Divide what a norm makes by `scale`, channel by channel, and multiply the columns of the sites that read it."""
+
+
+@runtime_checkable
 class FusesChains(Protocol):
     """Chains of its layers can run as one operator."""
 

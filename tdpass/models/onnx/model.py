@@ -47,6 +47,7 @@ from tdpass.models.onnx.products import count_products
 from tdpass.models.onnx.recurrent import Opened, open_recurrent
 from tdpass.models.onnx.rewrite import INPUTS_HOLD_INITIALIZERS_BELOW, rewritten
 from tdpass.models.onnx.runner import OnnxRunner
+from tdpass.models.onnx.scaled_norms import scale_columns, scaled_norms
 from tdpass.models.onnx.session import Session
 from tdpass.models.onnx.shapes import Shapes
 from tdpass.models.onnx.sites import Findings, FoundSite, find_sites
@@ -324,6 +325,19 @@ class OnnxModel(Model):
                 changed.append(name)
                 self._changed(dense=True)
         return changed
+
+    def norms(self, decline: Decline = no_reasons) -> Mapping[str, Sequence[str]]:
+        """The norms that nothing but dense linear sites reads, by the name of what they make."""
+        found = scaled_norms(self._dense, self._found.sites, self._layers, decline)
+        return {name: norm.sites for name, norm in found.items()}
+
+    def scale_norm(self, name: str, scale: Tensor) -> None:
+        """Divide what a norm makes, and multiply the columns of the sites that read it."""
+        norm = scaled_norms(self._dense, self._found.sites, self._layers, no_reasons)[name]
+        norm.scale(self._dense, scale)
+        for site in norm.sites:
+            scale_columns(self._dense, site, self._found.sites[site], scale)
+        self._changed(dense=True)
 
     def recalibrate_batchnorm(self, batches: Iterable[Batch]) -> Callable[[], None] | None:
         """Estimate all running statistics anew from the factored model.

@@ -41,6 +41,7 @@ from tdpass.models.torch.norms import Fold, batchnorms, find_folds, same_answers
 from tdpass.models.torch.program_text import PROGRAM_KEY, program_text
 from tdpass.models.torch.readers import Run, entering, graph_readers, other_readers
 from tdpass.models.torch.runner import ModuleRunner
+from tdpass.models.torch.scaled_norms import ScaledNorm, scaled_norms
 from tdpass.models.torch.sites import Matched, find_sites
 from tdpass.models.torch.state import load_module, save_module
 from tdpass.models.torch.statistics import estimate_anew
@@ -295,6 +296,27 @@ class TorchModel(Model):
                     self._runner.answer(self._runner.placed(batch))
 
         return estimate_anew(self.module, run)
+
+    def norms(self, decline: Decline = no_reasons) -> Mapping[str, Sequence[str]]:
+        return {path: norm.sites for path, norm in self._norms(decline).items()}
+
+    def scale_norm(self, name: str, scale: Tensor) -> None:
+        norm = self._norms()[name]
+        norm.scale(scale)
+        for site in norm.sites:
+            matched = self._by_name[site]
+            layer, weight = matched.modules[0], matched.weight
+            scaled = matched.stored(matched.dense().double() * scale.to(torch.float64)).to(weight)
+            placed = nn.Parameter(scaled, requires_grad=weight.requires_grad)
+            layer._parameters["weight"] = placed
+            self._by_name[site] = replace(matched, weight=placed)
+
+    def _norms(self, decline: Decline = no_reasons) -> dict[str, ScaledNorm]:
+        if self._example is None:
+            return {}
+        run = self._watch(self._example, self.record(self._example))
+        dense = {name: held for name, held in self._by_name.items() if name not in self._replaced}
+        return {} if isinstance(run.tape, LiveTape) else scaled_norms(self.module, dense, run, decline)
 
     def fuse(self, note: Note, decline: Decline, samples: Batch | None = None) -> bool:
         batch = samples or self._example
