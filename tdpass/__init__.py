@@ -39,6 +39,7 @@ from tdpass.pipeline import register_pass as register_pass
 from tdpass.planner.divergence import Divergence as Divergence
 from tdpass.planner.rank_plan import RankPlan as RankPlan
 from tdpass.planner.trials import Promise as Promise
+from tdpass.raw import Raw as Raw
 from tdpass.report import Report as Report
 from tdpass.sources.saved import load as load
 from tdpass.verbs import compress as compress
@@ -61,6 +62,7 @@ __all__ = [
     "PlanError",
     "Promise",
     "RankPlan",
+    "Raw",
     "Report",
     "TdpassError",
     "TrainingError",

@@ -14,15 +14,20 @@ from typing_extensions import TypeIs
 
 from tdpass.arrays import read_arrays
 from tdpass.errors import InvalidModelError, UsageError
-from tdpass.images import photographs
 from tdpass.models.base import Batch, Model
 from tdpass.models.calls import Calls
 from tdpass.models.signature import Signature
+from tdpass.models.torch.model import TorchModel
+from tdpass.raw import RAW_KINDS, Raw, Reader, raw_kind_of
+from tdpass.raw.hub import PREFIX, from_hub
 
 _SCALARS = (bool, int, float, np.generic)
 _NUMBERS = (Tensor, np.ndarray, *_SCALARS)
 _COLLATED = 32
-_ALLOWED = "give a tensor, an array, a dict by input name, an .npz or .npy file, a folder of images, a Dataset, or an iterable of calls (as a DataLoader is)"
+_ALLOWED = (
+    "give a tensor, an array, a dict by input name, an .npz or .npy file, images, sound or text in a folder or "
+    "file, a Dataset, or an iterable of calls (as a DataLoader is)"
+)
 
 
 def as_batches(data: object, samples: int = 512, batch_size: int = 64) -> list[Batch]:
@@ -54,8 +59,8 @@ def calls_of(
 ) -> tuple[list[Batch], list[str]]:
     """Calibration data as calls that the model takes, up to `samples` samples, and what is to be said of it.
 
-    The kinds of data are those of `as_batches`, a `Dataset` of single samples, and a folder of images (see
-    `photographs`).  Inputs whose samples lie along another axis, scalars beside a batch, calls of a fixed
+    The kinds of data are those of `as_batches`, a `Dataset` of single samples, and raw data, in a folder or
+    file, of a kind in `tdpass.raw`.  Inputs whose samples lie along another axis, scalars beside a batch, calls of a fixed
     size, samples without an axis of their own and samples of different sizes are put as the model takes them:
     samples are cut and put together, at most `batch_size` in a call, only where that changes no answer (see
     `Calls`).  Named values that the model does not take, such as labels, are left out; the only array is the
@@ -64,13 +69,28 @@ def calls_of(
     """
     _at_least_one(samples, batch_size)
     notes: list[str] = []
-    read = (
-        photographs(Path(data), _sample(model), samples)
-        if isinstance(data, str | Path) and Path(data).is_dir()
-        else data
-    )
+    read = _processed(data, model, samples)
     calls = Calls(model, batch_size, notes).of(_read_calls(read, model.signature(), notes), samples)
     return _some(list(calls)), notes
+
+
+def _processed(data: object, model: Model, samples: int) -> object:
+    """Raw data as its processor makes it what the model reads; all other data as it is."""
+    raw = data if isinstance(data, Raw) else Raw(data) if isinstance(data, str | Path) else None
+    if raw is None:
+        return data
+    module = model.module if isinstance(model, TorchModel) else None
+    reader = Reader(module, _sample(model), raw.processor)
+    if str(raw.data).startswith(PREFIX):
+        return from_hub(str(raw.data), reader, samples)
+    path = Path(raw.data)
+    kind = raw_kind_of(path) if path.exists() else None
+    if kind is not None:
+        return kind.read(path, reader, samples)
+    if path.is_dir() or raw.processor is not None:
+        known = ", ".join(sorted(suffix for kind in RAW_KINDS for suffix in kind.suffixes))
+        raise UsageError(f"{path} holds no image, text or sound ({known}); check the path")
+    return path
 
 
 def _sample(model: Model) -> tuple[int, ...] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -14,6 +15,8 @@ from tdpass.cli.isolation import MEMORY, SECONDS
 from tdpass.errors import UsageError
 from tdpass.measures import measures
 from tdpass.planner.memory import size_of
+from tdpass.raw import Raw
+from tdpass.raw.hub import PREFIX
 
 Run = Callable[..., int]
 _DTYPES = {
@@ -116,7 +119,14 @@ def add_data(parser: Parser) -> None:
     parser.add_argument(
         "--data",
         metavar="FILE",
-        help=".npz with arrays named after the inputs (else taken in order), .npy, or a folder of images",
+        help=".npz with arrays named after the inputs (else taken in order), .npy, or images, text or sound in a "
+        "folder or file, or hf:NAME, which the model's own processor reads",
+    )
+    parser.add_argument(
+        "--processor",
+        metavar="NAME",
+        help="whose tokenizer, image processor or feature extractor reads --data: a folder, or a model of "
+        "transformers (default: the model's own)",
     )
     parser.add_argument(
         "--samples",
@@ -125,6 +135,14 @@ def add_data(parser: Parser) -> None:
         default=512,
         help="how many samples to use at most (default %(default)s)",
     )
+
+
+def data(arguments: argparse.Namespace) -> Raw | Path | None:
+    """The calibration data."""
+    if arguments.data is None:
+        return None
+    raw = arguments.processor is not None or arguments.data.startswith(PREFIX)
+    return Raw(arguments.data, arguments.processor) if raw else Path(arguments.data)
 
 
 def add_planning(parser: Parser) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.text import Text
 
-from tdpass.cli.arguments import Verbs, add_data, add_torch, add_verb, count, inputs
+from tdpass.cli.arguments import Verbs, add_data, add_torch, add_verb, count, data, inputs
 from tdpass.cli.fused import library_notes
 from tdpass.cli.output import Output
 from tdpass.cli.runners import RUNTIMES, Runner, example_batch, runners
@@ -173,7 +173,7 @@ def _batch(arguments: argparse.Namespace, sources: Sequence[Source]) -> Batch:
     if arguments.data is not None:
         size = arguments.batch or 64
         batch = calls_of(
-            open_model(sources[0].load()), Path(arguments.data), arguments.batch or arguments.samples, size
+            open_model(sources[0].load()), data(arguments), arguments.batch or arguments.samples, size
         )[0][0]
     elif given is not None:
         batch = Batch(given)

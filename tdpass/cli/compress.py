@@ -9,10 +9,10 @@ from pathlib import Path
 
 import tdpass
 from tdpass.artifact import unverified
-from tdpass.cli.arguments import MODEL_HELP, Verbs, add_data, add_planning, add_torch, add_verb, budget
+from tdpass.cli.arguments import MODEL_HELP, Verbs, add_data, add_planning, add_torch, add_verb, budget, data
 from tdpass.cli.fused import library_notes
 from tdpass.cli.output import Output
-from tdpass.cli.plan import data, planning
+from tdpass.cli.plan import planning
 from tdpass.cli.sources import read_source
 from tdpass.errors import TdpassError, UsageError
 from tdpass.files import check_writable, make_folder, write_text

@@ -6,11 +6,10 @@ import argparse
 import math
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 
 from rich.text import Text
 
-from tdpass.cli.arguments import MODEL_HELP, Verbs, add_data, add_torch, add_verb, inputs
+from tdpass.cli.arguments import MODEL_HELP, Verbs, add_data, add_torch, add_verb, data, inputs
 from tdpass.cli.output import Output
 from tdpass.cli.sources import read_source
 from tdpass.cost import Cost
@@ -57,7 +56,7 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     model = open_model(source.load(), example)
     model.check_weights()
     if arguments.data is not None:
-        model.observe(calls_of(model, Path(arguments.data), 1)[0][0])
+        model.observe(calls_of(model, data(arguments), 1)[0][0])
     elif example is None and (own := model.example()) is not None:
         with suppress(TdpassError):  # what it declares need not be enough to run on
             model.observe(own)

@@ -10,9 +10,8 @@ from pathlib import Path
 from torch import nn
 
 import tdpass
-from tdpass.cli.arguments import MODEL_HELP, Verbs, add_data, add_torch, add_verb, count, inputs
+from tdpass.cli.arguments import MODEL_HELP, Verbs, add_data, add_torch, add_verb, count, data, inputs
 from tdpass.cli.output import Output
-from tdpass.cli.plan import data
 from tdpass.cli.sources import read_sources
 from tdpass.crossbars import Devices, Mapped, chip, map_model, simulate
 from tdpass.errors import UsageError

@@ -16,6 +16,7 @@ from tdpass.cli.arguments import (
     add_torch,
     add_verb,
     budget,
+    data,
     inputs,
 )
 from tdpass.cli.output import Output
@@ -79,11 +80,6 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
         ],
     )
     return 0
-
-
-def data(arguments: argparse.Namespace) -> Path | None:
-    """The calibration file."""
-    return None if arguments.data is None else Path(arguments.data)
 
 
 def planning(arguments: argparse.Namespace) -> dict[str, Any]:

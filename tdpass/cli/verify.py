@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 
 import tdpass
-from tdpass.cli.arguments import MODEL_HELP, Verbs, add_data, add_torch, add_verb, inputs
+from tdpass.cli.arguments import MODEL_HELP, Verbs, add_data, add_torch, add_verb, data, inputs
 from tdpass.cli.output import Output
-from tdpass.cli.plan import data
 from tdpass.cli.sources import read_sources
 from tdpass.errors import InvalidModelError
 from tdpass.views.summary import checks
