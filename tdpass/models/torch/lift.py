@@ -16,6 +16,7 @@ from tdpass.kinds import LayerKind, TransposedLinear, dense_modules, kind_of_fun
 
 _aten = torch.ops.aten
 _ADDMM = {torch.addmm, _aten.addmm.default}
+_PRODUCT = {torch.matmul, torch.mm, operator.matmul, _aten.matmul.default, _aten.mm.default}
 _BATCH_NORM = {F.batch_norm, _aten.batch_norm.default}
 
 
@@ -61,6 +62,8 @@ def _builder(node: Node) -> Callable[[GraphModule, Node], Built] | None:
         return partial(_layer, kind)
     if node.target in _ADDMM and len(node.args) == 3 and not node.kwargs:
         return _added_product
+    if node.target in _PRODUCT and len(node.args) == 2 and not node.kwargs:
+        return _product
     return _batch_norm if node.target in _BATCH_NORM else None
 
 
@@ -96,6 +99,25 @@ def _added_product(graph_module: GraphModule, node: Node) -> Built:
         return None, ""
     held = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
     return TransposedLinear(weight, held), str(read.target)
+
+
+def _product(graph_module: GraphModule, node: Node) -> Built:
+    """`x @ W` as a linear layer that holds W the other way round; only where nothing else reads W."""
+    read: Any = node.args[1]
+    weight = _stored(graph_module, read)
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
+        return None, ""
+    readers = [
+        user
+        for other in graph_module.graph.nodes
+        if other.op == "get_attr" and other.target == read.target
+        for user in other.users
+    ]
+    if readers != [node]:
+        return None, ""
+    turned = nn.Parameter(weight.detach().t().contiguous(), requires_grad=weight.requires_grad)
+    layer = nn.Linear(weight.shape[0], weight.shape[1], bias=False, device="meta")
+    return _with(layer, turned, None), str(read.target)
 
 
 def _batch_norm(graph_module: GraphModule, node: Node) -> Built:

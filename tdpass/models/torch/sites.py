@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn.utils import parametrize
 
 from tdpass.kinds import LayerKind, TransposedLinear, kind_of, kind_of_module
@@ -167,6 +168,8 @@ def _reason(module: nn.Module) -> str | None:
 def _reason_of_others(module: nn.Module) -> str:
     """What to do about a module of no kind."""
     stacked = next((name for name, held in module.named_parameters(recurse=False) if held.dim() > 2), None)
+    if stacked is None and (type(module) is nn.Module or isinstance(module, GraphModule)):
+        return "what the graph reads its weight by is no layer (an embedding, a recurrence, a formula)"
     if stacked is None:
         return f"{type(module).__name__} holds a weight but is no Linear or Conv; torch.export it to reach functional layers"
     advice = (
