@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from tdpass.cost import Budget, BudgetValue, bounded
@@ -93,7 +93,7 @@ class Plan(Pass):
                 add_joint_options(table, dense, tapes, divergence, cache, context, job.progress, effort)
             return table
 
-        offer = self._offer(budget, job)
+        offer = _held(self._offer(budget, job), model, job)
         table = tabulated(offer)
         if job.target is not None:
             plan, table = self._on_target(job.target, table, budget, model, job)
@@ -103,7 +103,7 @@ class Plan(Pass):
             except BudgetError:
                 if offer or self.numbers != AUTO or "bytes" not in budget.measures:
                     raise
-                table = tabulated(EVERYTHING)
+                table = tabulated(_held(EVERYTHING, model, job))
                 plan = table.plan(budget, job.original)
         done = job.carried_out(model)
         plan = plan.after(done) if done else plan
@@ -252,6 +252,15 @@ def _selected(model: Model, job: Job) -> list[Site]:
 def _forms(sites: Sequence[Site], model: Model) -> dict[str, Form]:
     """The forms of the sites that are in one already."""
     return {site.name: layer.form for site in sites if (layer := model.layer(site.name)) is not None}
+
+
+def _held(offer: Offer, model: Model, job: Job) -> Offer:
+    """The offer without number types that the model refuses, which notes name."""
+    reasons = {text: model.refused(replace(DENSE, numbers=(text,))) for text in offer.numbers}
+    for text, reason in reasons.items():
+        if reason:
+            job.note(f"{text} is not offered: {reason}")
+    return replace(offer, numbers=tuple(text for text in offer.numbers if not reasons[text]))
 
 
 def _why_none(model: Model, job: Job) -> str:

@@ -86,12 +86,16 @@ class Stored(Pass, ABC):
             form = self.form(layer.form, site)
             if form.support and not form.numbers:
                 form = replace(form, numbers=_own_numbers(layer))
+            if form == layer.form:
+                continue
             try:
                 check_form(site, form)
             except PlanError as error:
                 job.report.decline(site.name, str(error))
                 continue
-            if form == layer.form:
+            reason = model.refused(form)
+            if reason:
+                job.report.decline(site.name, f"it cannot be '{form}': {reason}")
                 continue
             if cost_of(site, form).bytes >= cost_of(site, layer.form).bytes:
                 job.report.decline(site.name, f"'{form}' would take no fewer bytes than '{layer.form}'")

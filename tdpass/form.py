@@ -14,7 +14,7 @@ from tdpass.site import Site
 
 Rank = tuple[int, ...]
 _RANK = re.compile(r"[1-9]\d*(x[1-9]\d*)*")
-_NUMBERS = re.compile(r"[a-z]+\d+(/[a-z0-9]+)*")
+_NUMBERS = re.compile(r"[a-z]+\d+(_[a-z0-9]+)?(/[a-z0-9]+)*")
 ALL = "all"
 DYNAMIC, STATIC = "dynamic", "static"
 _SUPPORT = re.compile(r"all|[1-9]\d*:[1-9]\d*|[a-z]+([1-9]\d*x[1-9]\d*)?/([1-9]\d*|\d+(\.\d+)?%)")

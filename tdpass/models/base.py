@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from tdpass.errors import UsageError
+from tdpass.form import Form
 from tdpass.formats.layer import Layer
 from tdpass.models.batch import Batch as Batch  # noqa: PLC0414 - part of the interface
 from tdpass.models.signature import Signature
@@ -64,6 +65,10 @@ class Model(ABC):
         `layer.bias` replaces the site's bias.  Raises `PlanError` for an unknown site or a shape that does
         not fit.
         """
+
+    def refused(self, form: Form) -> str:
+        """Why no layer of this model can have that form; empty where one can."""
+        return ""
 
     @abstractmethod
     def record(self, batch: Batch) -> Tape:

@@ -27,10 +27,11 @@ from tdpass.models import open_model
 from tdpass.models.base import Batch, Model
 from tdpass.models.torch.model import TorchModel
 from tdpass.models.torch.state import load_module, save_module
+from tdpass.numbers import numbers_named
 from tdpass.packing import SUFFIX
 from tdpass.planner.rank_plan import Choice
 
-TEXTS = ["int8", "int8/tensor", "int8/zero", "int4", "levels16", "float16", "bfloat16"]
+TEXTS = ["int8", "int8/tensor", "int8/zero", "int4", "levels16", "float16", "bfloat16", "float8_e4m3"]
 NAMES = ("dense", *offered_formats())
 PACKED = [
     "dense int4",
@@ -144,7 +145,8 @@ def test_a_torch_model_counts_runs_saves_and_loads_what_it_stores(
 @pytest.mark.parametrize("text", TEXTS)
 def test_onnx_runtime_answers_as_torch_does_from_as_many_bytes(name: str, text: str) -> None:
     module = net()
-    torch_side, onnx_side = open_model(copy.deepcopy(module)), open_model(graph(module))
+    opset = max(17, numbers_named(text).opset)
+    torch_side, onnx_side = open_model(copy.deepcopy(module)), open_model(graph(module, opset))
     put(torch_side, name, text)
     put(onnx_side, name, text)
     ours, theirs = run(torch_side), run(onnx_side)
@@ -244,6 +246,38 @@ def test_every_opset_reads_packed_numbers_and_supports(opset: int, form: str, tm
     torch.testing.assert_close(found, run(torch_side), rtol=1e-4, atol=1e-5)
     types = {held.data_type for held in onnx.load(tmp_path / "net.onnx").graph.initializer}
     assert (TensorProto.INT4 in types) == (opset >= 21 and "int4" in form)
+
+
+@pytest.mark.parametrize("opset", [19, 21])
+@pytest.mark.parametrize("form", ["dense float8_e4m3", "svd 4 float8_e4m3/tensor", "dense float8_e4m3/8 2:4"])
+def test_onnx_holds_the_very_bytes_of_eight_bit_floats(form: str, opset: int, tmp_path: Path) -> None:
+    module, wanted = net(), Form.parse(form)
+    model = open_model(graph(module, opset))
+    site = next(site for site in model.sites() if site.name == "fc")
+    factors = FORMATS.get(wanted.format).factorize(model.weight("fc"), site, wanted.rank)
+    layer = Layer(site, Form(wanted.format, wanted.rank), factors, model.bias("fc")).to(torch.float32)
+    stored = layer.stored(wanted)
+    model.replace("fc", stored)
+    model.save(tmp_path / "net.onnx", {})
+    held = {
+        initializer.name: initializer.raw_data
+        for initializer in onnx.load(tmp_path / "net.onnx").graph.initializer
+        if initializer.data_type == TensorProto.FLOAT8E4M3FN
+    }
+    codes = {
+        f"fc.{name}": bytes(part.flatten().view(torch.uint8).tolist())
+        for name, part in stored.factors.items()
+        if part.dtype is torch.float8_e4m3fn
+    }
+    assert sorted(held.values()) == sorted(codes.values())
+    torch.testing.assert_close(run(open_model(tmp_path / "net.onnx")), run(model))
+
+
+@pytest.mark.parametrize("how", ["quantize{numbers=float8_e4m3}", "plan{bytes=0.9,numbers=float8_e4m3}"])
+def test_an_opset_that_does_not_read_eight_bit_floats_declines_them_with_the_reason(how: str) -> None:
+    artifact = tdpass.compress(graph(net(), 17), data=inputs(), pipeline=f"{how},verify", cache=False)
+    assert not any(choice.form.numbers for choice in artifact.plan or ())
+    assert "from opset 19 on, and the model has 17" in artifact.report.to_json()
 
 
 def test_an_old_opset_refuses_what_it_cannot_read_with_what_to_do() -> None:

@@ -12,13 +12,14 @@ from torch import Tensor
 from tdpass.errors import PlanError
 from tdpass.form import Form
 from tdpass.numbers import NUMBERS, numbers_named
+from tdpass.numbers.float8_e4m3 import Float8E4M3
 from tdpass.numbers.integer import Integer
 from tdpass.numbers.levels import Levels
 from tdpass.ops import TorchOps, pack_bits, unpack_bits
 
 TEXTS = [
     "float64", "float32", "float16", "bfloat16", "int8", "int8/tensor", "int8/9", "int8/zero", "int8/tensor/zero", "int4", "int4/6", "int4/3/zero",
-    "levels2", "levels5", "levels16", "levels256",
+    "levels2", "levels5", "levels16", "levels256", "float8_e4m3", "float8_e4m3/tensor", "float8_e4m3/9",
 ]  # fmt: skip
 SHAPES = [(5, 18), (4, 3, 3, 2), (3, 6, 3)]
 each_text = pytest.mark.parametrize("text", TEXTS)
@@ -63,6 +64,9 @@ WRONG = [
     "levels1",
     "levels300",
     "levels16/64",
+    "float8",
+    "float8_e4m3/0",
+    "float8_e4m3/zero",
 ]
 
 
@@ -125,6 +129,10 @@ def test_no_value_moves_by_more_than_half_a_step(
     elif isinstance(numbers, Levels):
         table = numbers.store(factor)["levels"].double()
         assert bool((gap <= (factor.double()[..., None] - table).abs().min(-1).values * (1 + 1e-6)).all())
+    elif isinstance(numbers, Float8E4M3):
+        scale = numbers.store(factor)["scale"].double()[:, None]
+        step = 2.0**-3 * (factor.abs().reshape(len(scale), -1) / scale).log2().floor().clamp_min(-6).exp2()
+        assert bool((gap.reshape(len(scale), -1) <= 0.5 * step * scale * (1 + 1e-6)).all())
     else:
         assert bool((gap <= factor.abs() * 2.0 ** {"bfloat16": -8, "float16": -11}.get(text, -25)).all())
 

@@ -10,7 +10,17 @@ from tdpass.numbers import numbers_named
 from tdpass.planner.rounding import rounded_factor
 from tdpass.supports import support_named
 
-NUMBERS = ["int8", "int4", "int4/8", "int4/tensor", "int4/zero", "levels16", "float16"]
+NUMBERS = [
+    "int8",
+    "int4",
+    "int4/8",
+    "int4/tensor",
+    "int4/zero",
+    "levels16",
+    "float16",
+    "float8_e4m3",
+    "float8_e4m3/8",
+]
 SUPPORTS = ["2:4", "unstructured/50%", "rows/50%", "columns/50%", "blocks4x4/50%"]
 CASES = [
     *((text, "") for text in NUMBERS),

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from tdpass.errors import InvalidModelError, PlanError, UnsupportedError, UsageError
-from tdpass.form import STATIC
+from tdpass.form import Form
 from tdpass.formats.layer import Layer
 from tdpass.models.abilities import Decline, Note, Range, no_reasons
 from tdpass.models.base import Batch, Model
@@ -31,8 +31,10 @@ from tdpass.models.onnx.batchnorm import (
 from tdpass.models.onnx.checks import EXTERNAL_ABOVE, check_structure, invalid_if_failing
 from tdpass.models.onnx.close_recurrent import close_recurrent
 from tdpass.models.onnx.file import remove_obsolete, write
+from tdpass.models.onnx.forms import unreadable
 from tdpass.models.onnx.fuse import decide
 from tdpass.models.onnx.fused_rewrite import Fusions, fused
+from tdpass.models.onnx.graphs import opset_of
 from tdpass.models.onnx.inputs import bind, declared_example, signature
 from tdpass.models.onnx.integer_activations import (
     check_opset,
@@ -219,6 +221,9 @@ class OnnxModel(Model):
         self._site(name)
         return self._layers.get(name)
 
+    def refused(self, form: Form) -> str:
+        return unreadable(form, opset_of(self._dense))
+
     def replace(self, name: str, layer: Layer) -> None:
         """Put a factored layer at every use of the site.
 
@@ -231,11 +236,9 @@ class OnnxModel(Model):
                 f"the layer is for {layer.site.geometry()}, but site {name!r} is {wanted}; factorize the "
                 "weight of this site"
             )
-        if layer.form.activations == STATIC:
-            raise PlanError(
-                f"site {name!r} of an ONNX model cannot be '{layer.form}': what is an integer there is a tensor "
-                "of the graph, whatever reads it; run quantize-activations on the model"
-            )
+        reason = self.refused(layer.form)
+        if reason:
+            raise PlanError(f"site {name!r} of an ONNX model cannot be '{layer.form}': {reason}")
         expected = layer.storage.sizes()
         given = {label: tuple(factor.shape) for label, factor in layer.factors.items()}
         if given != expected:

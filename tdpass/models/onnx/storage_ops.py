@@ -183,7 +183,8 @@ class StorageNodes(Recording):
         )
         found = self._emit("Gather", [numbers, places], self._dims_of(kept), axis=0)
         whole = self.reshape(self._emit("Mul", [found, self.cast(kept, dtype)], self._dims_of(kept)), shape)
-        return whole if own is None or own is dtype else self.cast(whole, own)
+        # ONNX Runtime does not lay out floats of eight bits anew
+        return whole if own is None or own is dtype or own.itemsize == 1 else self.cast(whole, own)
 
     def tiled(self, cells: ir.Value, tile: tuple[int, int], shape: tuple[int, int]) -> ir.Value:
         (high, wide), (rows, columns) = tile, shape
