@@ -13,6 +13,7 @@ from tdpass.formats.base import FORMATS, Factors
 from tdpass.formats.layer import Layer, check_form, cost_of
 from tdpass.formats.metric import Metric
 from tdpass.job import Job
+from tdpass.models.abilities import DividesLayers
 from tdpass.models.base import Model
 from tdpass.pipeline import Pass, register_pass
 from tdpass.planner.candidates import SiteFits, bias_cost
@@ -36,6 +37,7 @@ class Factorize(Pass):
             raise PlanError(
                 "factorize has no plan to carry out; put the pass 'plan' before it, or pass plan="
             )
+        _divided_as_planned(job.plan, model)
         job.plan = match_names(job.plan, model)
         done = job.carried_out(model)
         prepared = job.prepared(model) - sum((choice.cost - choice.dense for choice in done), Cost())
@@ -85,6 +87,8 @@ class Factorize(Pass):
             prepared=prepared,
         )
         job.report.sites = job.plan.rows()
+        if isinstance(model, DividesLayers):
+            model.join()
         job.note(f"replaced {len(replaced)} sites")
         return bool(replaced)
 
@@ -108,6 +112,16 @@ def _present(name: str, model: Model) -> Form:
     """The form that a site is in; one with fewer channels counts as dense, as its neighbours were planned with it."""
     layer = model.layer(name)
     return DENSE if layer is None or layer.form.narrow else layer.form
+
+
+def _divided_as_planned(plan: RankPlan, model: Model) -> None:
+    """Divide the model's layers where the plan changes sites that it has not, by name or by the content of the weight."""
+    names = {site.name for site in model.sites()}
+    missing = {choice.fingerprint for choice in plan if not choice.kept_dense and choice.site not in names}
+    if missing and isinstance(model, DividesLayers):
+        prints = {digest(model.weight(name)) for name in names}
+        if not missing <= prints:
+            model.divide()
 
 
 def _check_start(

@@ -37,10 +37,10 @@ from tdpass.targets import Target, open_target
 
 M = TypeVar("M", default=Any)
 
-PLANNED = "fold-batchnorm,plan,factorize,correct-bias,refit,recalibrate-batchnorm,verify"
+PLANNED = "fold-batchnorm,divide,plan,factorize,correct-bias,refit,recalibrate-batchnorm,verify"
 GIVEN_PLAN = "fold-batchnorm,factorize,correct-bias,refit,recalibrate-batchnorm,verify"
-ON_TARGET = "fold-batchnorm,plan,factorize,correct-bias,refit,recalibrate-batchnorm,fuse-kernels,verify"
-DRY_RUN = "fold-batchnorm,plan"
+ON_TARGET = "fold-batchnorm,divide,plan,factorize,correct-bias,refit,recalibrate-batchnorm,fuse-kernels,verify"
+DRY_RUN = "fold-batchnorm,divide,plan"
 
 
 def compress(

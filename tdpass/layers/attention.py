@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tdpass.errors import UnsupportedError, UsageError
 from tdpass.layers.opening import linear, opened
+from tdpass.layers.parallel import Parallel
 
 
 class OpenAttention(nn.Module):
@@ -100,22 +101,6 @@ class OpenAttention(nn.Module):
         return sum(masks[1:], masks[0]) if masks else None
 
 
-class OpenProjections(nn.Module):
-    """A linear layer that makes query, key and value at once, as three.
-
-    It answers with them along the last axis as before.
-    """
-
-    def __init__(self, dense: nn.Linear) -> None:
-        super().__init__()
-        self.query, self.key, self.value = _layers(dense.weight.chunk(3), dense.bias)
-        self.train(dense.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., 3 E]` of `[..., E]`."""
-        return torch.cat([self.query(x), self.key(x), self.value(x)], -1)
-
-
 def why_closed(module: nn.MultiheadAttention) -> str:
     """Why an attention module cannot be opened; empty where it can."""
     if type(module) is not nn.MultiheadAttention:
@@ -135,9 +120,9 @@ def why_closed(module: nn.MultiheadAttention) -> str:
 
 
 def open_attention(model: nn.Module, fused: Sequence[str] = ()) -> nn.Module:
-    """A copy of the model in which query, key and value are linear layers of their own, so that `compress` can factor each.
+    """A copy of the model in which query, key and value are linear layers of their own, so that training can factor each.
 
-    Opens every `nn.MultiheadAttention`, those of torch's encoder and decoder layers among them, and the
+    `compress` does so by itself where that pays. Opens every `nn.MultiheadAttention`, those of torch's encoder and decoder layers among them, and the
     `nn.Linear` layers with three projections in one whose names fit a glob of `fused`.  The copy computes the
     same with as many parameters.  Raises `UsageError` for a glob that fits no linear layer whose outputs
     divide by 3.
@@ -151,7 +136,7 @@ def open_attention(model: nn.Module, fused: Sequence[str] = ()) -> nn.Module:
         if not asked or type(module) is not nn.Linear or module.out_features % 3:
             return None
         fits.update(asked)
-        return OpenProjections(module)
+        return Parallel([*_layers(module.weight.chunk(3), module.bias)], [module.out_features // 3] * 3)
 
     made = opened(model, make, "open_attention")
     missing = [glob for glob in fused if glob not in fits]

@@ -33,6 +33,21 @@ class FoldsBatchNorm(Protocol):
 
 
 @runtime_checkable
+class DividesLayers(Protocol):
+    """Layers that make several projections at once can become one layer for each."""
+
+    def divide(self, decline: Decline = no_reasons) -> Sequence[str]:
+        """Make sites of the slices of a weight that make what is read apart, such as query, key and value.
+
+        Returns the names of what was divided; what the model computes stays. `decline` takes what could have
+        been, and why it stays.
+        """
+
+    def join(self) -> Sequence[str]:
+        """Make whole again what was divided and of which no slice was replaced; returns the names."""
+
+
+@runtime_checkable
 class RecalibratesBatchNorm(Protocol):
     """Its batch-norms keep statistics that can be estimated anew."""
 

@@ -14,3 +14,4 @@ from tdpass.tape.playback import Tape as Tape
 from tdpass.tape.playback import Watch as Watch
 from tdpass.tape.playback import site_order as site_order
 from tdpass.tape.recorder import record as record
+from tdpass.tape.slices import slices_read as slices_read

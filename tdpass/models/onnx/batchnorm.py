@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -96,6 +96,31 @@ class BatchStatistics:
         """Put the averages in the model, in the type of what was there."""
         if self.means:
             set_statistics(model, node, [torch.stack(seen).mean(0) for seen in (self.means, self.variances)])
+
+
+def estimate_anew(
+    model: ir.Model, run: Callable[[Mapping[ir.Node, BatchStatistics]], None], changed: Callable[[], None]
+) -> Callable[[], None] | None:
+    """Estimate the statistics of all batch-norms from a run with these in their place, and tell of every change.
+
+    Returns how to undo that, None without a batch-norm.
+    """
+    norms = batchnorms(model)
+    if not norms:
+        return None
+    before = [statistics(node) for node in norms]
+    seen = {node: BatchStatistics() for node in norms}
+    run(seen)
+    for node, batch_statistics in seen.items():
+        batch_statistics.write(model, node)
+    changed()
+
+    def undo() -> None:
+        for node, values in zip(norms, before, strict=True):
+            set_statistics(model, node, values)
+        changed()
+
+    return undo
 
 
 def statistics(node: ir.Node) -> list[Tensor]:

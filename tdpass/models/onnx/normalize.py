@@ -61,6 +61,14 @@ def _inline(model: ir.Model) -> None:
     )(model)
 
 
+def made_constant(given: ir.Model, model: ir.Model) -> tuple[str, ...]:
+    """The inputs of the given model that are constants in the normalized one, where its version lets callers leave them out."""
+    if (model.ir_version or 0) < INPUTS_HOLD_INITIALIZERS_BELOW:
+        return ()
+    kept = {value.name for value in model.graph.inputs}
+    return tuple(str(value.name) for value in defaults(given) if value.name not in kept)
+
+
 def _fold(graph: ir.Graph, node: ir.Node) -> None:
     """Store a weight the way it is read, where the rearranging node is all that reads it and feeds only layers."""
     source, output = node.inputs[0], node.outputs[0]

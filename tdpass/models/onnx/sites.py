@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import tdpass.models.onnx.other_matchers  # noqa: F401 - fills the table of matchers
-from tdpass.errors import InvalidModelError
+from tdpass.errors import InvalidModelError, PlanError
+from tdpass.formats.layer import Layer
 from tdpass.models.onnx.bodies import runs_bodies
 from tdpass.models.onnx.folding import folded_weight, other_reader, sources, stored_type
 from tdpass.models.onnx.graphs import bodies, opset_of
@@ -164,3 +165,23 @@ def _site(name: str, uses: tuple[WeightUse, ...]) -> Site:
         bias=use.bias is not None,
         itemsize=itemsize,
     )
+
+
+def check_fits(layer: Layer, site: Site) -> None:
+    """Raise `PlanError` unless a layer has the geometry of a site and factors and a bias of the shapes of its form."""
+    wanted = layer.form.on(site).geometry()
+    if layer.site.geometry() != wanted:
+        raise PlanError(
+            f"the layer is for {layer.site.geometry()}, but site {site.name!r} is {wanted}; factorize the "
+            "weight of this site"
+        )
+    expected = layer.storage.sizes()
+    given = {label: tuple(factor.shape) for label, factor in layer.factors.items()}
+    if given != expected:
+        raise PlanError(
+            f"the {layer.format} factors of {site.name!r} have shapes {given}, but '{layer.form}' wants {expected}"
+        )
+    if layer.bias is not None and tuple(layer.bias.shape) != (layer.site.o,):
+        raise PlanError(
+            f"a bias of shape {tuple(layer.bias.shape)} does not fit site {site.name!r}; it takes [{layer.site.o}]"
+        )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from tdpass.layers.attention import OpenAttention
 from tdpass.layers.factorized import Factorized
 from tdpass.models.torch.in_place import watching
 
@@ -13,7 +14,8 @@ from tdpass.models.torch.in_place import watching
 def call_layers(model: nn.Module) -> None:
     """Switch off the fused path of every `nn.TransformerEncoderLayer` with a factored layer in it, and nested tensors of encoders of such.
 
-    That path takes dense weights, which a factored layer would rebuild from its factors at every call.
+    That path takes dense weights, which a factored layer would rebuild from its factors at every call, and
+    those of one matrix, which opened attention has not.
     """
     for module in model.modules():
         if not isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) or not _factored(
@@ -52,4 +54,4 @@ def runs_nested(model: nn.Module, run: Callable[[], object]) -> dict[nn.Module, 
 
 
 def _factored(module: nn.Module) -> bool:
-    return any(isinstance(part, Factorized) for part in module.modules())
+    return any(isinstance(part, Factorized | OpenAttention) for part in module.modules())

@@ -1,7 +1,8 @@
-"""What the tensors of a module are: whether they hold values, and of which types its inputs have to be."""
+"""What a module takes and holds: its inputs and their types, and whether its tensors have values."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from tdpass.errors import InvalidModelError, UnsupportedError
 from tdpass.models.base import Batch
+from tdpass.models.signature import Input, Signature
 
 
 def check_open(module: nn.Module) -> None:
@@ -75,3 +77,25 @@ def input_types(module: nn.Module, batch: Batch) -> list[torch.dtype]:
             if tensor.is_floating_point() and tensor.dtype not in types
         ][:1]
     return types
+
+
+def check_finite(module: nn.Module) -> None:
+    """Raise `InvalidModelError` where a parameter is not finite, or a buffer holds NaN."""
+    for name, parameter in module.named_parameters():
+        if not parameter.is_meta and not bool(torch.isfinite(parameter.detach()).all()):
+            raise InvalidModelError(
+                f"parameter {name!r} holds NaN or infinite values; the model cannot be compressed"
+            )
+    for name, buffer in module.named_buffers():
+        if not buffer.is_meta and bool(torch.isnan(buffer).any()):  # an infinite one may be a mask
+            raise InvalidModelError(f"buffer {name!r} holds NaN; re-estimate or load it before compressing")
+
+
+def signature_of(module: nn.Module) -> Signature:
+    """What the module's forward takes."""
+    given = inspect.signature(module.forward).parameters.values()
+    named = [entry for entry in given if entry.kind not in (entry.VAR_POSITIONAL, entry.VAR_KEYWORD)]
+    return Signature(
+        tuple(Input(entry.name, required=entry.default is entry.empty) for entry in named),
+        others=len(named) < len(given),
+    )

@@ -37,6 +37,11 @@ class Fold:
     path: str
     reason: str
 
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All that it writes to."""
+        return self.norm, self.matched.modules[0]
+
     def apply(self) -> Matched:
         """Make the layer's weight and bias those of both, in new parameters; returns the layer as it is now.
 

@@ -155,7 +155,7 @@ def _reason(module: nn.Module) -> str | None:
         return why_closed(module) or "recurrent layers are factored after tdpass.open_recurrent(model)"
     if isinstance(module, nn.MultiheadAttention):
         return (
-            why_attention_closed(module) or "its projections are factored after tdpass.open_attention(model)"
+            why_attention_closed(module) or "the pass 'divide' makes layers of its projections, before training tdpass.open_attention(model)"
         )
     for cls, reason in _REASONS.items():
         if isinstance(module, cls):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -21,6 +21,7 @@ from tdpass.layers.factorized import Factorized, empty_layer
 from tdpass.models.torch.adapting import adapt, adaptation_of
 from tdpass.models.torch.called_layers import call_layers
 from tdpass.models.torch.coded import Held, coded_factors, under, with_coded_factors
+from tdpass.models.torch.divide import divide_as, divisions_of
 from tdpass.models.torch.factored import find_factored, pads_of
 from tdpass.models.torch.in_place import Backup, become
 from tdpass.models.torch.norms import Folded
@@ -50,6 +51,7 @@ class _Structure:
     aliases: Mapping[str, str]
     adaptive: Adaptation | None = None
     slicing: Slicing | None = None
+    divided: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 _STRUCTURE = register_document(
@@ -101,6 +103,7 @@ def restructure(module: nn.Module, text: str, source: str) -> None:
         )
     if structure.slicing is not None:
         shape_as(module, structure.slicing, source)
+    divide_as(module, structure.divided, source)
     _carry_out(module, _swaps(module, structure, source), structure)
 
 
@@ -117,7 +120,8 @@ def _structure_of(module: nn.Module, aliases: Mapping[str, str], version: Litera
         for path, candidate in named
         if kind_of_module(candidate) is not None and candidate._parameters["bias"] is not None
     )
-    return _Structure(version, layers, folded, biases, aliases, adaptation_of(module), slicing_of(module))
+    how = adaptation_of(module), slicing_of(module), divisions_of(module)
+    return _Structure(version, layers, folded, biases, aliases, *how)
 
 
 def load_module(path: Path, module: nn.Module) -> nn.Module:
@@ -128,7 +132,7 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
     when it does not fit the model.
     """
     structure = _structure(path)
-    if structure.adaptive is None and structure.slicing is None:
+    if structure.adaptive is None and structure.slicing is None and not structure.divided:
         return _loaded(path, module, structure)
     backup = Backup.of(list(module.modules()))
     try:
@@ -136,6 +140,7 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
             adapt(module, structure.adaptive, filled=False)
         if structure.slicing is not None:
             shape_as(module, structure.slicing, str(path))
+        divide_as(module, structure.divided, str(path))
         return _loaded(path, module, structure)
     except BaseException:
         for entry in backup:
