@@ -14,6 +14,7 @@ from tdpass.datasets import SOURCES
 from tdpass.errors import UsageError
 from tdpass.files import check_writable, make_folder, write_text
 from tdpass.html_report import render_html
+from tdpass.loggers import LOGGERS
 from tdpass.methods.recipe import Recipe, names, starting_recipe
 from tdpass.report import TrainingRow
 from tdpass.terminal import report_view
@@ -44,6 +45,14 @@ def add(verbs: Verbs) -> None:
     parser.add_argument("--seed", metavar="N", type=int, help="instead of the recipe's")
     change = "change the recipe: finetune=2, method.admm-nn.keep=3000; may be repeated"
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=change)
+    parser.add_argument(
+        "--log",
+        metavar="LOGGER",
+        action="append",
+        default=[],
+        choices=LOGGERS.names(),
+        help=f"show the epochs in {' or '.join(LOGGERS.names())} too; may be repeated",
+    )
     parser.add_argument(
         "--checkpoint-every",
         metavar="STEPS",
@@ -87,7 +96,12 @@ def _train(recipe: Recipe, arguments: argparse.Namespace, out: Output) -> int:
     make_folder(folder, "--folder")
     check_writable(folder / "model.safetensors")
     artifact = recipe.run(
-        folder, arguments.resume, lambda row: out.say(line(row)), arguments.checkpoint_every, out.say
+        folder,
+        arguments.resume,
+        lambda row: out.say(line(row)),
+        arguments.checkpoint_every,
+        out.say,
+        arguments.log,
     )
     if not isinstance(artifact.model, nn.Module):
         raise UsageError(f"the recipe made a {type(artifact.model).__name__}, not a module")

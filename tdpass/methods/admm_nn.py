@@ -79,9 +79,9 @@ class AdmmNN(SparseWeights):
     hardware: BreakEven | str | None = None
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
-    dense: tuple[str, ...] = field(default=(), init=False)
-    levels: dict[str, UniformLevels] = field(default_factory=dict, init=False)
-    curvature: Curvature | None = field(default=None, init=False)
+    dense: tuple[str, ...] = field(default=(), init=False, repr=False)
+    levels: dict[str, UniformLevels] = field(default_factory=dict, init=False, repr=False)
+    curvature: Curvature | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for option, value, known in (

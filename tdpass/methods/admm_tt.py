@@ -66,8 +66,8 @@ class AdmmTT(FactoredByAdmm):
     decoupled: bool = False
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
-    warm_starts: WarmStarts = field(init=False)
-    fitted: dict[str, Layer] = field(default_factory=dict, init=False)
+    warm_starts: WarmStarts = field(init=False, repr=False)
+    fitted: dict[str, Layer] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         FORMATS.get(self.format)

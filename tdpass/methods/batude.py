@@ -56,9 +56,9 @@ class Batude(FactoredByAdmm):
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     cache: Path | None = None
-    ranks: dict[str, Rank | None] = field(default_factory=dict, init=False)
-    unchanged: int = field(default=0, init=False)
-    curvature: Curvature | None = field(default=None, init=False)
+    ranks: dict[str, Rank | None] = field(default_factory=dict, init=False, repr=False)
+    unchanged: int = field(default=0, init=False, repr=False)
+    curvature: Curvature | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         FORMATS.get(self.format)

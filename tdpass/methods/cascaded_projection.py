@@ -66,8 +66,8 @@ class CascadedProjection(Method):
     train_weights: bool = False
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
-    runs: list[Run] = field(default_factory=list, init=False)
-    projections: dict[str, Projection] = field(default_factory=dict, init=False)
+    runs: list[Run] = field(default_factory=list, init=False, repr=False)
+    projections: dict[str, Projection] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.width < 1:

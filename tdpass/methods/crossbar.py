@@ -79,8 +79,8 @@ class Crossbar(SparseWeights):
     decoupled: bool = False
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
-    levels: dict[str, DeviceLevels] = field(default_factory=dict, init=False)
-    curvature: Curvature | None = field(default=None, init=False)
+    levels: dict[str, DeviceLevels] = field(default_factory=dict, init=False, repr=False)
+    curvature: Curvature | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.own = CrossbarArray.load(self.array)

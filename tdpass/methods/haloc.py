@@ -90,7 +90,7 @@ class Haloc(Factored):
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     cache: Path | None = None
-    forms: dict[str, str] = field(default_factory=dict, init=False)
+    forms: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         known = get_args(Sliced)

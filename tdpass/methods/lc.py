@@ -59,7 +59,7 @@ class Lc(FactoredByAdmm):
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     cache: Path | None = None
-    ranks: dict[str, Rank | None] = field(default_factory=dict, init=False)
+    ranks: dict[str, Rank | None] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.format not in get_args(OneMatrix):

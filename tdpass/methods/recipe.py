@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from tdpass.artifact import Artifact
 from tdpass.datasets import is_dataset, open_dataset
 from tdpass.documents import Count, Document, read_yaml, register_document, yaml_value
 from tdpass.errors import UsageError
+from tdpass.loggers import Logger
 from tdpass.methods.base import make_method
 from tdpass.methods.material import Ingredients, gathered
 from tdpass.methods.run import train
@@ -126,6 +127,7 @@ class Recipe(Ingredients):
         log: Callable[[TrainingRow], None] | None = None,
         checkpoint_every: int = 0,
         note: Callable[[str], None] = lambda text: None,
+        loggers: Sequence[str | Logger] = (),
     ) -> Artifact:
         """Train as the recipe says."""
         if folder is not None:
@@ -153,6 +155,7 @@ class Recipe(Ingredients):
             log=log,
             checkpoint_every=checkpoint_every,
             note=note,
+            loggers=loggers,
         )
 
     def seeded(self, seed: int) -> Recipe:

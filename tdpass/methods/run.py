@@ -20,8 +20,9 @@ from tdpass.clock import one_thread_if_small
 from tdpass.errors import UsageError
 from tdpass.files import write_text
 from tdpass.layers.factorized import rebuild_while_training
+from tdpass.loggers import Logger, started
 from tdpass.methods.base import METHODS, Method, make_method
-from tdpass.methods.same_run import check_same_run
+from tdpass.methods.same_run import check_same_run, plain_facts
 from tdpass.methods.stages import Parallel, Run, Score, Stage, Stages, of_pipeline
 from tdpass.models import ExampleInputs, open_model
 from tdpass.pipeline import PipelineSpec
@@ -73,6 +74,7 @@ def train(
     rounds_per_epoch: int = 1,
     log: Callable[[TrainingRow], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
+    loggers: Sequence[str | Logger] = (),
 ) -> Artifact:
     """Train a copy of a model into a smaller one, and say what each epoch and the whole did.
 
@@ -85,8 +87,8 @@ def train(
 
     `evaluate(model)` scores every epoch (on data that is not the test data), `test(model)` the dense, the
     control and the final model once.  With a `folder` checkpoints and log.csv are written there, and `resume`
-    goes on from them.  Under torchrun every process calls this with its own share of the data; `parallel` is
-    `ddp` or `fsdp2`.
+    goes on from them.  `loggers` show the epochs elsewhere too: `tensorboard`, `wandb` or a `Logger`.  Under
+    torchrun every process calls this with its own share of the data; `parallel` is `ddp` or `fsdp2`.
 
     Raises `UsageError`, `TrainingError`, `BudgetError`.
     """
@@ -122,14 +124,17 @@ def train(
         note=note,
     )
     made = make_method(method) if _is_method(method) else method
+    facts = {"method": made, **{name: getattr(run, name) for name in _TOLD}}
     if run.folder is not None:
-        facts = {"method": made, **{name: getattr(run, name) for name in _TOLD}}
         check_same_run(run.folder, "run.json", facts, resume)
     macs = _macs(run)
     torch.manual_seed(seed)
-    trainer = _Trainer(run)
-    with one_thread_if_small(macs):
+    shown = loggers if world()[0] == 0 else ()
+    with started(shown, run.folder, plain_facts(facts)) as running, one_thread_if_small(macs):
+        trainer = _Trainer(run, running)
         artifact = trainer.carry_out(made.stages(run) if isinstance(made, Method) else of_pipeline(run, made))
+        while running:
+            running.pop().finish(artifact.report)
     artifact.report.training = trainer.rows
     broken = destroyed(artifact.report)
     if broken:
@@ -142,6 +147,7 @@ class _Trainer:
     """Trains the stages of a run and keeps its log."""
 
     run: Run
+    loggers: Sequence[Logger] = ()
     rows: list[TrainingRow] = field(default_factory=list)
 
     def carry_out(self, stages: Stages) -> Artifact:
@@ -202,6 +208,8 @@ class _Trainer:
             write_text(self.run.folder / "log.csv", log_table(rows))
         if self.run.log is not None:
             self.run.log(row)
+        for logger in self.loggers:
+            logger.row(row)
 
 
 def _macs(run: Run) -> int:

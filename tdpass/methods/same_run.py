@@ -25,7 +25,7 @@ def check_same_run(folder: Path, name: str, facts: Mapping[str, object], resume:
 
     Raises `UsageError` where a run to go on with was started with others.
     """
-    path, given = folder / name, dict(_flat("", facts))
+    path, given = folder / name, plain_facts(facts)
     if resume and path.exists():
         known = _STARTED.load(path)
         found = {
@@ -42,6 +42,11 @@ def check_same_run(folder: Path, name: str, facts: Mapping[str, object], resume:
     elif world()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, _STARTED.text(given) + "\n")
+
+
+def plain_facts(facts: Mapping[str, object]) -> dict[str, Fact]:
+    """The facts as numbers and texts, each under its place, as `method.keep`."""
+    return dict(_flat("", facts))
 
 
 def _flat(place: str, value: object) -> Iterator[tuple[str, Fact]]:

@@ -72,7 +72,7 @@ class SvdTraining(Factored):
     tune: int = 10
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
-    ranks: dict[str, int | None] = field(default_factory=dict, init=False)
+    ranks: dict[str, int | None] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for option, value, known in (

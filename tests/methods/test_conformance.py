@@ -216,6 +216,14 @@ def test_every_method_has_examples() -> None:
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
+def test_a_method_shows_what_it_was_made_with(name: str, options: dict[str, Any]) -> None:
+    made = make_method({name: options})
+    shown = repr(made)
+    assert shown.startswith(f"{type(made).__name__}(")
+    assert all(f"{option}=" in shown for option in options)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
 def test_a_loop_of_ones_own_ends_in_an_artifact(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     method, model = trained(name, options, network())
     method.phased.end()  # noise that a step left in the weights is taken away
