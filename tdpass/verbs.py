@@ -23,6 +23,7 @@ from tdpass.files import cache_folder
 from tdpass.formats.base import FORMATS, Factors
 from tdpass.job import Job, Progress
 from tdpass.models import Batch, ExampleInputs, Model, open_model
+from tdpass.models.abilities import MakesPlain
 from tdpass.outcome import finished, salvaged
 from tdpass.pipeline import Pipeline, PipelineSpec
 from tdpass.planner.compare import compare_outputs
@@ -237,12 +238,14 @@ def _run(
     given_batches, notes = _batches(opened, data, setting.samples)
     batches, cut = within_memory(opened, given_batches, memory)
     model = opened.clone()
+    plain = model.make_plain() if isinstance(model, MakesPlain) else ()
     model.check()
     example = batches[0] if batches else None if model.macs() else model.example()
     if example is not None:
         model.observe(*(batches or [example]))
     report = _new_report(given, model)
-    for note in (*model.signature().notes, *notes, *cut):
+    made = f"weights that were computed from other parameters are parameters now: {', '.join(plain)}"
+    for note in (*model.signature().notes, *notes, *cut, *([made] if plain else [])):
         report.note(note)
     job = Job(
         report=report,

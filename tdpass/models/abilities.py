@@ -48,6 +48,17 @@ class DividesLayers(Protocol):
 
 
 @runtime_checkable
+class MakesPlain(Protocol):
+    """Layers may compute a weight from other parameters."""
+
+    def make_plain(self) -> Sequence[str]:
+        """Make a parameter of every such weight, in place; returns the names of the layers.
+
+        What the model computes stays; training goes on without the norm or the mask.
+        """
+
+
+@runtime_checkable
 class RecalibratesBatchNorm(Protocol):
     """Its batch-norms keep statistics that can be estimated anew."""
 

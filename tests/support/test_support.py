@@ -18,6 +18,7 @@ from tdpass.form import Form
 from tdpass.formats.base import FORMATS
 from tdpass.formats.layer import Layer
 from tdpass.models import Model, open_model
+from tdpass.models.abilities import MakesPlain
 from tdpass.site import Site
 
 each = pytest.mark.parametrize("cell", CELLS.values(), ids=[cell.label for cell in CELLS.values()])
@@ -42,10 +43,19 @@ def tolerance(cell: Cell) -> float:
     return 3e-2 if halves else 1e-4
 
 
+def opened(cell: Cell) -> Model:
+    """The model as `compress` goes on with it."""
+    model = open_model(cell.make())
+    if isinstance(model, MakesPlain):
+        model.make_plain()
+    model.observe(cell.batch)
+    return model
+
+
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @each
 def test_what_is_found_is_what_the_table_says(cell: Cell) -> None:
-    model = open_model(cell.make(), cell.batch)
+    model = opened(cell)
     assert tuple(site.name for site in model.sites()) == cell.sites
     reasons = list(model.declined().values())
     assert bool(reasons) == bool(cell.left), reasons
@@ -54,7 +64,7 @@ def test_what_is_found_is_what_the_table_says(cell: Cell) -> None:
 
 @pytest.mark.parametrize("cell", [pytest.param(cell, id=cell.label) for cell in CELLS.values() if cell.sites])
 def test_every_site_at_full_rank_keeps_the_answers(cell: Cell) -> None:
-    model = open_model(cell.make(), cell.batch)
+    model = opened(cell)
     before = answers(model.run(cell.batch))
     for site in model.sites():
         model.replace(site.name, full(model, site))

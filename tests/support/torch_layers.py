@@ -277,7 +277,14 @@ layer(
     "no multiply-adds",
     exported=((), "is no layer"),
 )
-layer("Embedding tied to the head", Tied, IDS, (), "shared with a layer", exported=((), "also read by embedding"))
+layer(
+    "Embedding tied to the head",
+    Tied,
+    IDS,
+    (),
+    "shared with a layer",
+    exported=((), "also read by embedding"),
+)
 layer("Conv1D as in GPT-2", lambda: Alone(Conv1D()), TOKENS)
 layer(
     "x @ w",
@@ -310,16 +317,12 @@ layer(
     "weight_norm",
     lambda: Alone(parametrizations.weight_norm(nn.Linear(24, 16))),
     ROWS,
-    (),
-    "parametrized",
     exported=((), "no layer"),
 )
 layer(
     "spectral_norm",
     lambda: Alone(parametrizations.spectral_norm(nn.Conv2d(8, 12, 3))),
     IMAGE,
-    (),
-    "parametrized",
     exported=((), "several matrices"),
 )
 layer("float16", lambda: Alone(nn.Linear(24, 16)), TOKENS, dtype=torch.float16)

@@ -37,6 +37,7 @@ from tdpass.models.torch.module_values import (
 )
 from tdpass.models.torch.norms import batchnorms, find_folds
 from tdpass.models.torch.placement import place_layer, placed_layer
+from tdpass.models.torch.plain import make_plain
 from tdpass.models.torch.program_text import PROGRAM_KEY, program_text
 from tdpass.models.torch.proved import Change, proved
 from tdpass.models.torch.readers import Run, entering, other_readers
@@ -74,6 +75,13 @@ class TorchModel(Model):
         self.check()
         if example is not None:
             self.observe(example)
+
+    def make_plain(self) -> Sequence[str]:
+        """Make parameters of what layers compute from others, such as normed weights; returns their paths."""
+        changed = make_plain(self.module)
+        if changed:
+            self._sites = SiteTable.of(self.module)
+        return changed
 
     def sites(self) -> Sequence[Site]:
         return [matched.site for matched in self._sites.by_name.values()]

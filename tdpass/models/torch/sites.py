@@ -93,7 +93,9 @@ def find_sites(model: nn.Module) -> tuple[list[Matched], dict[str, str]]:
     for key, module in modules.items():
         if parametrize.is_parametrized(module):
             hidden.update(id(inner) for inner in module.modules())
-            declined[paths[key][0]] = "its weight is parametrized; remove the parametrization first"
+            declined[paths[key][0]] = (
+                "its weight is parametrized, and shares a parameter with another module, or was not made plain yet"
+            )
     groups: dict[int, list[nn.Module]] = {}
     for key, module in modules.items():
         if key in hidden or not any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from tdpass.form import Form, Formed
 from tdpass.kinds import kind_of_module
 from tdpass.layers.adaptive import Adaptation
 from tdpass.layers.factorized import Factorized, empty_layer
+from tdpass.machine import installed_version
 from tdpass.models.torch.adapting import adapt, adaptation_of
 from tdpass.models.torch.called_layers import call_layers
 from tdpass.models.torch.coded import Held, coded_factors, under, with_coded_factors
@@ -25,12 +27,15 @@ from tdpass.models.torch.divide import divide_as, divisions_of
 from tdpass.models.torch.factored import find_factored, pads_of
 from tdpass.models.torch.in_place import Backup, become
 from tdpass.models.torch.norms import Folded
+from tdpass.models.torch.plain import computed, make_plain
 from tdpass.models.torch.program_text import PROGRAM_KEY, program_of
 from tdpass.models.torch.sites import Matched, find_sites
 from tdpass.models.torch.streams import Slicing, shape_as, slicing_of
 from tdpass.models.torch.tensor_file import check_digest, write_tensors
 from tdpass.packing import SUFFIX, blocks_in, packed_state, read_header, unpack
 
+_VERSIONS = (1, 2)
+_VERSION = re.compile(r'"version": *(\d+)')
 _UNPACKED: Final = 1  # where nothing is packed, any tdpass can read the file; 2 where something is
 _KEY = "tdpass.structure"
 
@@ -132,10 +137,13 @@ def load_module(path: Path, module: nn.Module) -> nn.Module:
     when it does not fit the model.
     """
     structure = _structure(path)
-    if structure.adaptive is None and structure.slicing is None and not structure.divided:
+    changed = structure.adaptive or structure.slicing or structure.divided or computed(module)
+    if not changed:
         return _loaded(path, module, structure)
     backup = Backup.of(list(module.modules()))
     try:
+        with safe_open(path, framework="pt") as file:
+            make_plain(module, frozenset(name.removesuffix(SUFFIX) for name in file.keys()))  # noqa: SIM118
         if structure.adaptive is not None:
             adapt(module, structure.adaptive, filled=False)
         if structure.slicing is not None:
@@ -165,7 +173,19 @@ def load_program_of(path: Path) -> nn.Module | None:
     return program_of(metadata[PROGRAM_KEY], state, path)
 
 
+def _check_buffers(module: nn.Module, path: Path) -> None:
+    """Raise `InvalidModelError` where a buffer is to be filled that no file holds."""
+    held = _state(module)
+    for name, buffer in module.named_buffers(remove_duplicate=False):
+        if buffer.is_meta and name not in held:
+            raise InvalidModelError(
+                f"buffer {name!r} is on the meta device and no part of the model's state (persistent=False), "
+                f"so {path} does not hold it; fill it first, or build the model outside torch.device('meta')"
+            )
+
+
 def _loaded(path: Path, module: nn.Module, structure: _Structure) -> nn.Module:
+    _check_buffers(module, path)
     swaps = _swaps(module, structure, str(path))
     expected = _expected(module, swaps, structure)
     with safe_open(path, framework="pt") as file:
@@ -288,6 +308,12 @@ def _structure(path: Path) -> _Structure:
     text = check_digest(path).get(_KEY)
     if text is None:
         raise InvalidModelError(f"{path} carries no tdpass structure; it was not written by Artifact.save")
+    version = _VERSION.search(text)
+    if version is not None and int(version[1]) not in _VERSIONS:
+        raise InvalidModelError(
+            f"{path} is of version {version[1]}, and this tdpass ({installed_version()}) reads "
+            f"{_VERSIONS[0]} to {_VERSIONS[-1]}; load it with the tdpass that wrote it, or a later one"
+        )
     return _STRUCTURE.parse(text, f"what {path} carries")
 
 
