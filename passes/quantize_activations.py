@@ -26,7 +26,7 @@ from tdpass.planner.integer_activations import (
 from tdpass.planner.repair import divergence_of
 from tdpass.planner.trials import Promise
 
-_SAMPLES = 64
+_SAMPLES, _FEW = 64, 16
 
 
 @register_pass
@@ -57,6 +57,9 @@ class QuantizeActivations(Pass):
         if not job.batches:
             job.note("skipped: there is no calibration data")
             return False
+        samples = sum(batch.size for batch in job.batches)
+        if samples < _FEW:
+            job.note(f"ranges come from {samples} samples; give {_FEW} or more for ranges that hold")
         if not isinstance(model, HoldsIntegerActivations):
             return self._by_layer(model, job, "static")
         if model.held_integers():

@@ -29,6 +29,7 @@ from tdpass.layers.adaptive import set_width as set_width
 from tdpass.machine import installed_version as _installed_version
 from tdpass.methods.run import train as train
 from tdpass.models import Batch as Batch
+from tdpass.models import dequantize as dequantize
 from tdpass.models import open_attention as open_attention
 from tdpass.models import open_model as open_model
 from tdpass.models import open_recurrent as open_recurrent
@@ -72,6 +73,7 @@ __all__ = [
     "as_batches",
     "compress",
     "deploy",
+    "dequantize",
     "invalidate",
     "load",
     "load_deployed",

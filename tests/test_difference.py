@@ -25,8 +25,9 @@ from tdpass.planner.resampled import resampled
 from tdpass.planner.trials import Promise, gap
 
 EVERY_PASS = (
-    "fold-batchnorm,slice-residual{keep=1.0},project-channels{keep=1.0},divide,plan,factorize,correct-bias,refit,"
-    "recalibrate-batchnorm,pivot{measure=false},sparsify,quantize,quantize-activations,fuse-kernels{measure=false},verify"
+    "fold-batchnorm,smooth,slice-residual{keep=1.0},project-channels{keep=1.0},divide,plan,factorize,"
+    "correct-bias,refit,recalibrate-batchnorm,pivot{measure=false},sparsify,quantize,quantize-activations,"
+    "fuse-kernels{measure=false},verify"
 )
 FAST = {"formats": ["svd", "channel_svd"]}
 FRONTENDS: dict[str, Callable[[nn.Module, Tensor], object]] = {
@@ -78,7 +79,7 @@ def test_a_pass_that_breaks_a_layer_is_named(
     with pytest.raises(tdpass.DifferenceError, match=said) as caught:
         tdpass.compress(model, {"params": 0.6}, images, pipeline=EVERY_PASS, **FAST)
     assert isinstance(caught.value.artifact, tdpass.Artifact) == (
-        name not in ("fold-batchnorm", "slice-residual", "project-channels", "divide", "plan")
+        name not in ("fold-batchnorm", "smooth", "slice-residual", "project-channels", "divide", "plan")
     )
 
 

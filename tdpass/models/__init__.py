@@ -15,6 +15,7 @@ from tdpass.layers.recurrent import OpenLSTM as OpenLSTM
 from tdpass.layers.recurrent import open_recurrent as open_recurrent
 from tdpass.models.base import Batch as Batch
 from tdpass.models.base import Model as Model
+from tdpass.models.dequantize import dequantize as dequantize
 from tdpass.models.front_ends import front_end_of
 from tdpass.models.torch.state import load_module as load_module
 from tdpass.models.torch.tensor_file import check_digest as check_digest

@@ -197,3 +197,13 @@ def test_four_bits_in_groups_are_one_operator_of_onnx_runtime(
     written = {node.op_type for node in there.unwrap().graph.node}
     assert written & {"MatMulNBits", "DequantizeLinear"} >= operators
     assert ("MatMulNBits" in written) == bool(operators)
+
+
+@pytest.mark.parametrize("steps", ["quantize{numbers=int4/32,beside=8}", "quantize{numbers=int4/32}"])
+def test_few_bits_go_through_export_and_compile(steps: str) -> None:
+    model = compressed(net(), steps).model
+    with torch.no_grad():
+        exported = torch.export.export(model, (rows(),)).module()
+        assert torch.equal(exported(rows()), model(rows()))
+        made = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(made(rows()), model(rows()))

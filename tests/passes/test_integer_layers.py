@@ -206,3 +206,12 @@ def test_forms_that_cannot_be_are_refused(exported: onnx.ModelProto) -> None:
     layer = tdpass.formats.Layer(next(s for s in other.sites() if s.name == name), layer.form, layer.factors)
     with pytest.raises(PlanError, match="run quantize-activations on the model"):
         other.replace(name, layer)
+
+
+def test_too_few_samples_are_said() -> None:
+    few, enough = (compressed(net(), STATIC.format("minmax"), images(count)) for count in (4, 16))
+    said = [
+        [note for row in found.report.passes for note in row.notes if "ranges come from" in note]
+        for found in (few, enough)
+    ]
+    assert said == [["ranges come from 4 samples; give 16 or more for ranges that hold"], []]

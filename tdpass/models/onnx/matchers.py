@@ -40,7 +40,10 @@ class Matcher(Protocol):
         """
 
 
-_QUANTIZED = "the weight is quantized; compress the floating-point model, then quantize it"
+_QUANTIZED = (
+    "the weight is quantized; compress the floating-point model, or what tdpass.dequantize makes of this one, "
+    "then quantize it"
+)
 _FOLD = (
     "the weight is computed from a constant at run time; fold constants first (onnxscript.optimizer.optimize)"
 )
@@ -280,6 +283,7 @@ for _operator, _matcher in {
     "QLinearMatMul": Left((3,), _QUANTIZED),
     "ConvInteger": Left((1,), _QUANTIZED),
     "MatMulInteger": Left((1,), _QUANTIZED),
+    "com.microsoft::QGemm": Left((3,), _QUANTIZED),
 }.items():
     MATCHERS.add(_operator, _matcher)
 for _kind in KINDS:

@@ -226,7 +226,9 @@ class TorchModel(Model):
         for divided in self._divided:
             divided.keep() if divided.changed else divided.undo()
         for divided in whole:
-            self._sites.rejoin(divided.path, divided.whole, "none of its projections is worth a layer of its own")
+            self._sites.rejoin(
+                divided.path, divided.whole, "none of its projections is worth a layer of its own"
+            )
         self._divided = []
         call_layers(self.module)
         return [divided.path for divided in whole]

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from tdpass.errors import InvalidModelError, UnsupportedError
 from tdpass.models.base import Batch
 from tdpass.models.signature import Input, Signature
+from tdpass.models.torch.quantized import is_foreign
 
 
 def check_open(module: nn.Module) -> None:
@@ -82,7 +83,9 @@ def input_types(module: nn.Module, batch: Batch) -> list[torch.dtype]:
 def check_finite(module: nn.Module) -> None:
     """Raise `InvalidModelError` where a parameter is not finite, or a buffer holds NaN."""
     for name, parameter in module.named_parameters():
-        if not parameter.is_meta and not bool(torch.isfinite(parameter.detach()).all()):
+        if parameter.is_meta or is_foreign(parameter):
+            continue
+        if not bool(torch.isfinite(parameter.detach()).all()):
             raise InvalidModelError(
                 f"parameter {name!r} holds NaN or infinite values; the model cannot be compressed"
             )

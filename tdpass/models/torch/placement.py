@@ -37,9 +37,7 @@ def place_layer(matched: Matched, layer: Layer) -> None:
         )
     weight = matched.weight
     shared = Layer(site, layer.form, placed_factors(layer, weight))
-    biases = {
-        id(own): bias_for(own if matched.apart else None, layer.bias, weight) for own in matched.biases
-    }
+    biases = {id(own): bias_for(own if matched.apart else None, layer.bias, weight) for own in matched.biases}
     for module, own in zip(matched.modules, matched.biases, strict=True):
         mode = str(getattr(module, "padding_mode", "zeros"))
         new = Factorized(shared, biases[id(own)], mode, pads_of(module))

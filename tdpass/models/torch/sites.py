@@ -17,6 +17,7 @@ from tdpass.layers.attention import why_closed as why_attention_closed
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.recurrent import why_closed
 from tdpass.models.torch.in_place import can_become
+from tdpass.models.torch.quantized import why_quantized
 from tdpass.models.torch.same_forward import computes_as
 from tdpass.site import Site
 
@@ -98,6 +99,10 @@ def find_sites(model: nn.Module) -> tuple[list[Matched], dict[str, str]]:
             )
     groups: dict[int, list[nn.Module]] = {}
     for key, module in modules.items():
+        quantized = why_quantized(module)
+        if quantized:
+            declined[paths[key][0]] = quantized
+            continue
         if key in hidden or not any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
             continue
         reason = (
@@ -157,7 +162,8 @@ def _reason(module: nn.Module) -> str | None:
         return why_closed(module) or "recurrent layers are factored after tdpass.open_recurrent(model)"
     if isinstance(module, nn.MultiheadAttention):
         return (
-            why_attention_closed(module) or "the pass 'divide' makes layers of its projections, before training tdpass.open_attention(model)"
+            why_attention_closed(module)
+            or "the pass 'divide' makes layers of its projections, before training tdpass.open_attention(model)"
         )
     for cls, reason in _REASONS.items():
         if isinstance(module, cls):
