@@ -27,6 +27,7 @@ _TYPES: dict[torch.dtype, Any] = {
     torch.bfloat16: tl.bfloat16,
     torch.float8_e4m3fn: tl.float8e4nv,
 }
+_FLOAT8 = (8, 9)  # the compute capability that float8 is multiplied from
 _PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
@@ -103,11 +104,16 @@ def check_operands(x: Tensor, activation: str, *others: Tensor | None) -> None:
                 f"x is on {x.device} and another operand on {other.device}; move them to one device"
             )
     narrow = any(each is not None and each.dtype == torch.float8_e4m3fn for each in (x, *others))
-    if narrow and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
+    if narrow and capability_of(x) < _FLOAT8:
         raise UnsupportedError(
-            f"{torch.cuda.get_device_name(x.device)} has no float8 arithmetic; compute capability 8.9 or "
-            "newer has"
+            f"a device of compute capability {'.'.join(map(str, capability_of(x)))} has no float8 arithmetic; "
+            "one of 8.9 or newer has"
         )
+
+
+def capability_of(x: Tensor) -> tuple[int, int]:
+    """Compute capability of the device on which the kernels read x; interpreted they can all."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else _FLOAT8
 
 
 def on_this_device(x: Tensor) -> bool:

@@ -1,6 +1,7 @@
-"""Runs the operators whose weights are whole numbers on CUDA through the Triton kernels.
+"""Runs the operators whose weights have few bits on CUDA through the Triton kernels.
 
-Covered are `linear_chain_int8` and `weight_only_linear`.
+Covered are `linear_chain_int8`, `weight_only_linear`, and `linear_chain_float8` of two layers, on devices of
+compute capability 8.9 or newer.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdpass.kernels import weight_only
+from tdpass.kernels import float8_chain, weight_only
 from tdpass.kernels.base import implements
-from tdpass.kernels.gpu.serving import FLOATS, covered, kernel
+from tdpass.kernels.gpu.serving import FLOATS, covered, kept, kernel, spaced
 from tdpass.kernels.int8_chain import check_chain
 from tdpass.kernels.linear_chain import stages_of as linear_stages
 
@@ -52,3 +53,29 @@ def weight_only_linear(
     """All that the operator takes."""
     shapes = weight_only.matrices(weights, widths)
     return kernel("weight_only_linear")(x, weights, scales, shapes, bias, residual, activation)
+
+
+@implements("linear_chain_float8", "cuda")
+@covered(*FLOATS)
+def linear_chain_float8(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    grid: float,
+    widths: Sequence[int],
+    activation: str,
+) -> Any:
+    """Two layers; what lies between is in the type of x, or in bfloat16 where x is on a grid."""
+    float8_chain.check_chain(weights, scales, grid, widths, activation)
+    if len(weights) != 2:
+        return NotImplemented
+    read = float8_chain.on_grid(x.float(), grid) if grid else x
+    how = kernel("svd_linear", "Scales")(grid or 1.0, *scales)
+    v, u = (_float8_rows(weight) for weight in weights)
+    return kernel("svd_linear")(read, v, u, bias, residual, activation, scales=how, dtype=x.dtype)
+
+
+def _float8_rows(weight: Tensor) -> Tensor:
+    return kept(weight, ("float8",), lambda: spaced(weight.view(float8_chain.FLOAT8), float8_chain.FLOAT8))

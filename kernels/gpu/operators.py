@@ -8,7 +8,6 @@ machine without Triton, is left to the references.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from tdpass.kernels import linear_chain as linear
 from tdpass.kernels import tensor_chain as tensor
 from tdpass.kernels.base import implements
-from tdpass.kernels.gpu.serving import FLOATS, covered, kept, kernel
+from tdpass.kernels.gpu.serving import FLOATS, covered, kept, kernel, spaced
 from tdpass.kernels.stage import Lanes, Stage, stages_of
 
 _CORES = range(2, 5)
@@ -25,7 +24,6 @@ _CORES = range(2, 5)
 
 def _matrix(stage: Stage, packed: Tensor, lanes: Lanes, dtype: torch.dtype) -> Tensor:
     """A 1x1 stage as `[o, i]`."""
-    spaced = import_module("tdpass.kernels.gpu.weights").spaced
     return kept(packed, (stage, lanes, dtype), lambda: spaced(stage.unpack(packed, lanes).flatten(1), dtype))
 
 
@@ -162,7 +160,6 @@ def _blocks(
 ) -> Tensor:  # fmt: skip
     """`block_term_linear` from step weights `[i, 1, (b r)]`, `[b, (r p), 1, s]`, `[(b s), o, 1]`."""
     parts, b, s, r = sizes
-    spaced = import_module("tdpass.kernels.gpu.weights").spaced
     low, middle, high = program
     first = kept(weights[0], (low, x.dtype), lambda: spaced(low.unpack(weights[0])[0, :, 0].T, x.dtype))
     core = kept(

@@ -47,12 +47,18 @@ def _differs(x: Tensor, residual: Tensor | None) -> bool:
     return both and residual is not None and residual.dtype != x.dtype
 
 
-def kernel(name: str) -> Any:
-    """The entry function of that name; the first use imports triton."""
-    return getattr(import_module(f"tdpass.kernels.gpu.{name}"), name)
+def kernel(name: str, part: str = "") -> Any:
+    """The entry function of that name, or a part of its file; the first use imports triton."""
+    return getattr(import_module(f"tdpass.kernels.gpu.{name}"), part or name)
 
 
 def kept(packed: Tensor, form: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
     """What the kernels read instead of a packed weight; see `weights.kept`."""
     made: Tensor = import_module("tdpass.kernels.gpu.weights").kept([packed], form, make)
+    return made
+
+
+def spaced(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy with rows apart by a multiple of 16 numbers; see `weights.spaced`."""
+    made: Tensor = import_module("tdpass.kernels.gpu.weights").spaced(weight, dtype)
     return made

@@ -120,15 +120,9 @@ class Scales:
     Each float32.
     """
 
-    x: Tensor
+    x: Tensor | float
     v: Tensor
     u: Tensor
-
-
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`weight[o, i]` as float8 (e4m3) and a float32 scale per row, so that the largest of a row is the largest that float8 holds."""
-    scale = weight.abs().amax(1).float().clamp_min(1e-12) / torch.finfo(_FP8).max
-    return (weight.float() / scale[:, None]).to(_FP8), scale
 
 
 def svd_linear(
@@ -140,14 +134,16 @@ def svd_linear(
     activation: str = "identity",
     *,
     scales: Scales | None = None,
+    dtype: torch.dtype | None = None,
     precision: Precision | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """`y[..., o] = activation(sum_r u[o, r] sum_i v[r, i] x[..., i] + bias[o] + residual[..., o])`.
 
-    float32, float16, bfloat16, or float8 (e4m3) weights with `scales`, then with x in float8 (y is bfloat16)
-    or wider; hidden values are rounded to the type of x, to bfloat16 where that is float8.  `precision` says
-    how float32 is multiplied, torch's setting by default; `config` skips the tuner.
+    float32, float16, bfloat16, or float8 (e4m3) weights with `scales`, then with x in float8 or wider; hidden
+    values are rounded to the type of x, to bfloat16 where that is float8, and y has that type unless `dtype`
+    says another.  `precision` says how float32 is multiplied, torch's setting by default; `config` skips the
+    tuner.
     """
     check(x, activation, v, u, bias, residual)
     rank, columns = v.shape[0], u.shape[0]
@@ -166,12 +162,12 @@ def svd_linear(
             "scales, float8 inputs with such weights"
         )
     wide = torch.bfloat16 if x.dtype == _FP8 else x.dtype
-    y = torch.empty((*x.shape[:-1], columns), dtype=wide, device=x.device)
+    y = torch.empty((*x.shape[:-1], columns), dtype=dtype or wide, device=x.device)
     if y.numel() == 0:
         return y
     call = _Call(
         flat(x), rows_of(v, v.dtype if scales else x.dtype), rows_of(u, u.dtype if scales else x.dtype), wide,
-        None if scales is None else (scales.x.float() * scales.v).contiguous(), None if scales is None else scales.u.float().contiguous(),
+        None if scales is None else (scales.v.float() * scales.x).contiguous(), None if scales is None else scales.u.float().contiguous(),
         bias_of(bias, columns), None if residual is None else flat(residual.expand(y.shape)), flat(y), activation, precision_of(x, "matmul", precision),
     )  # fmt: skip
     rows = call.x.shape[0]

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from low_precision import cells, conv_chain_int8_cases, linear_chain_int8_cases, weight_only_linear_cases
+from low_precision import (
+    cells,
+    conv_chain_int8_cases,
+    linear_chain_float8_cases,
+    linear_chain_int8_cases,
+    weight_only_linear_cases,
+)
 from setting import BOTH, CHAINS, Case, randn
 from torch import Tensor
 
 from tdpass.kernels import (
     conv_chain,
+    float8_chain,
     int8_chain,
     linear_chain,
     recurrent,
@@ -216,6 +223,7 @@ def low_rank_gru_cases() -> Iterator[Case]:
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     conv_chain.CONV_CHAIN.name: conv_chain_cases,
     int8_chain.CONV_CHAIN_INT8.name: conv_chain_int8_cases,
+    float8_chain.LINEAR_CHAIN_FLOAT8.name: linear_chain_float8_cases,
     int8_chain.LINEAR_CHAIN_INT8.name: linear_chain_int8_cases,
     linear_chain.LINEAR_CHAIN.name: linear_chain_cases,
     recurrent.LOW_RANK_GRU.name: low_rank_gru_cases,

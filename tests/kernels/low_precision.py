@@ -9,7 +9,7 @@ import torch
 from setting import CHAINS, Case, randn
 from torch import Tensor
 
-from tdpass.kernels import recurrent_int8, weight_only
+from tdpass.kernels import float8_chain, recurrent_int8, weight_only
 from tdpass.kernels.grid import Grid, Grids
 from tdpass.kernels.int8_factor import columns, pack_weight
 from tdpass.kernels.linear_chain import stages_of
@@ -132,6 +132,17 @@ def weight_only_linear_cases() -> Iterator[Case]:
                 end = (randn(outputs), randn(tokens, outputs), [inputs, outputs, *([rank] if rank else [])])
                 name = f"{kind}-{outputs}x{inputs}-{tokens}-{rank}"
                 yield Case(name, (randn(tokens, inputs), weights, scales, *end, activation))
+
+
+def linear_chain_float8_cases() -> Iterator[Case]:
+    for widths in ((3, 1, 17), (33, 16, 1), (70, 9, 64, 5), (20, 40)):
+        packed = [float8_chain.pack_weight(scaled(o, i)) for i, o in itertools.pairwise(widths)]
+        weights, scales = (list(each) for each in zip(*packed, strict=True))
+        for tokens, activation in ((0, "identity"), (1, "relu"), (5, "silu"), (33, "gelu")):
+            x, residual = randn(tokens, widths[0]), randn(tokens, widths[-1])
+            for grid in (0.0, 2.0**-7):  # a power of two: no number falls on another side of half a step
+                end = (randn(widths[-1]), residual, grid, list(widths), activation)
+                yield Case(f"{widths}-{tokens}{'-rounded' if grid else ''}", (x, weights, scales, *end))
 
 
 def cells(gates: int) -> Iterator[Case]:

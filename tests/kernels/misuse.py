@@ -6,6 +6,7 @@ prints what it tries, so that the last line tells what crashed.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +38,8 @@ def _changed(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         return
     elif isinstance(value, int):
         yield from ((f"= {other}", other) for other in INTEGERS)
+    elif isinstance(value, float):
+        yield from ((f"= {other}", other) for other in (-1.0, math.inf, math.nan))
     elif isinstance(value, str):
         yield "= nonsense", "nonsense"
     elif value and isinstance(value[0], Tensor):

@@ -13,7 +13,15 @@ from low_precision import scaled as _scaled
 from setting import BOTH, Case, randn
 from torch import Tensor
 
-from tdpass.kernels import conv_chain, linear_chain, recurrent, recurrent_int8, sparse, tensor_chain
+from tdpass.kernels import (
+    conv_chain,
+    float8_chain,
+    linear_chain,
+    recurrent,
+    recurrent_int8,
+    sparse,
+    tensor_chain,
+)
 from tdpass.kernels.grid import Grid, Grids
 from tdpass.kernels.native import ACTIVATIONS
 from tdpass.kernels.stage import Lanes, Stage, integers_of
@@ -202,6 +210,18 @@ def linear_chain_int8_case(chance: Random) -> Case:
     return Case(f"{shape} {widths} {reads} {activation}", (x, *factors, *end))
 
 
+def linear_chain_float8_case(chance: Random) -> Case:
+    widths = [chance.choice(WIDTHS) for _ in range(chance.randint(2, 5))]
+    shape = tuple(chance.randint(1, 20) for _ in range(chance.randint(0, 2)))
+    packed = [float8_chain.pack_weight(_scaled(o, i)) for i, o in itertools.pairwise(widths)]
+    weights, scales = (list(each) for each in zip(*packed, strict=True))
+    bias = chance.choice((None, randn(widths[-1])))
+    residual = chance.choice((None, randn(*shape, widths[-1])))
+    activation, grid = chance.choice(list(ACTIVATIONS)), chance.choice((0.0, 2.0**-7))
+    end = (bias, residual, grid, widths, activation)
+    return Case(f"{shape} {widths} {grid} {activation}", (randn(*shape, widths[0]), weights, scales, *end))
+
+
 def weight_only_linear_case(chance: Random) -> Case:
     kind = chance.choice(list(KINDS))
     inputs = 32 * chance.randint(1, 5) if "/" in kind else chance.choice(WIDTHS)
@@ -235,6 +255,7 @@ ODD: dict[str, Callable[[Random], Case]] = {
     "conv_chain_int8": conv_chain_int8_case,
     "linear_chain": linear_chain_case,
     "linear_chain_int8": linear_chain_int8_case,
+    "linear_chain_float8": linear_chain_float8_case,
     "low_rank_gru_int8": lambda chance: _cell_int8_case(chance, 3),
     "low_rank_lstm_int8": lambda chance: _cell_int8_case(chance, 4),
     "weight_only_linear": weight_only_linear_case,

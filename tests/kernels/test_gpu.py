@@ -34,6 +34,7 @@ from tdpass.errors import KernelError, UnsupportedError
 from tdpass.kernels import gpu
 from tdpass.kernels.base import IMPLEMENTATIONS, OPS
 from tdpass.kernels.conv_chain import activate
+from tdpass.kernels.float8_chain import pack_weight
 from tdpass.kernels.linear_chain import stages_of as layers_of
 from tdpass.kernels.stage import Stage
 from tdpass.kernels.tensor_chain import Step, block_program, train_program
@@ -104,14 +105,15 @@ def test_every_activation_keeps_signs_and_nans(activation: str) -> None:
 @pytest.mark.parametrize("narrow", [True, False])
 @pytest.mark.parametrize("fused", [0, 1])
 def test_svd_linear_in_float8(fused: int, narrow: bool) -> None:
-    from tdpass.kernels.gpu.svd_linear import Scales, quantize, svd_linear
+    from tdpass.kernels.gpu.svd_linear import Scales, svd_linear
 
     if DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("no float8 on this device")
     x = normal(5, 33, dtype=torch.bfloat16)
-    (v, sv), (u, su) = quantize(normal(17, 33)), quantize(normal(20, 17))
+    (v, sv), (u, su) = pack_weight(normal(17, 33)), pack_weight(normal(20, 17))
     sx = x.abs().max().float() / 448 if narrow else torch.ones((), device=DEVICE)
     read = (x / sx).to(torch.float8_e4m3fn) if narrow else x
+    v, u = v.view(torch.float8_e4m3fn), u.view(torch.float8_e4m3fn)
     y = svd_linear(read, v, u, scales=Scales(sx, sv, su), config=tile(fused=fused, k=32))
     wanted = (read.double() * sx) @ (v.double() * sv[:, None]).T @ (u.double() * su[:, None]).T
     assert y.dtype == torch.bfloat16
@@ -481,7 +483,8 @@ def test_the_defaults_compile_for_a_device_that_is_not_here(
         normal(1, 24, 14, 14), normal(32, 24), normal(48, 32, 3, 3), normal(64, 48), precision="ieee", **how
     )
     if capability == 90:
-        (v, sv), (u, su) = svd_linear.quantize(normal(48, 768)), svd_linear.quantize(normal(64, 48))
+        (v, sv), (u, su) = pack_weight(normal(48, 768)), pack_weight(normal(64, 48))
+        v, u = v.view(torch.float8_e4m3fn), u.view(torch.float8_e4m3fn)
         svd_linear.svd_linear(
             x.to(torch.float8_e4m3fn), v, u, scales=svd_linear.Scales(torch.ones(()), sv, su)
         )

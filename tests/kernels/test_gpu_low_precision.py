@@ -1,4 +1,4 @@
-"""The Triton kernels of the operators in whole numbers, interpreted or on a CUDA device, and their references."""
+"""The Triton kernels of operators whose weights have few bits, interpreted or on a CUDA device."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from low_precision import KINDS, bytes_of, grid_over
 from setting import Case, arguments, exact, map_tensors
 from torch import Tensor
 
+from tdpass.errors import UnsupportedError
+from tdpass.kernels import float8_chain
 from tdpass.kernels.base import IMPLEMENTATIONS, OPS
 from tdpass.kernels.grid import Grid, Grids
 from tdpass.kernels.int8_factor import columns, pack_weight
@@ -154,6 +156,39 @@ def test_weight_only_linear(case: Case, apart: int, monkeypatch: pytest.MonkeyPa
         assert error <= TOLERANCE[dtype], f"relative error {error:.1e}"
 
 
+FLOAT8 = [*chosen("linear_chain_float8", ("(33, 16, 1)-5", "(3, 1, 17)-33"))]
+
+
+@runs_kernels
+@pytest.mark.parametrize("case", FLOAT8, ids=lambda case: case.name)
+def test_linear_chain_float8(case: Case) -> None:
+    op = OPS.get("linear_chain_float8")
+    for dtype in (torch.float32, torch.float16):
+        args = arguments(op, case, dtype)
+        if DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+            assert IMPLEMENTATIONS[op.name, "cuda"](*map_tensors(Tensor.cuda, args)) is NotImplemented
+            continue
+        y, _ = serve(op.name, args)
+        (wanted,) = exact(op, args)
+        error = (y.double() - wanted).abs().max() / wanted.abs().max()
+        assert error <= TOLERANCE[torch.bfloat16 if args[5] else dtype], f"relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6)])
+def test_a_chip_without_float8_leaves_it_to_the_reference(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from tdpass.kernels.gpu import language
+
+    args = FLOAT8[0].args
+    monkeypatch.setattr(language, "INTERPRETED", True)
+    monkeypatch.setattr(language, "capability_of", lambda _: capability)
+    assert IMPLEMENTATIONS["linear_chain_float8", "cuda"](*args) is NotImplemented
+    with pytest.raises(UnsupportedError, match=r"8\.\d has no float8 arithmetic; one of 8\.9 or newer has"):
+        language.check(args[0], "relu", args[1][0].view(float8_chain.FLOAT8))
+
+
 @compiles
 @pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_the_defaults_compile_for_a_device_that_is_not_here(
@@ -174,7 +209,16 @@ def test_the_defaults_compile_for_a_device_that_is_not_here(
     ):
         args = weight_only_layer(pack, dtype, rows, rank)
         assert IMPLEMENTATIONS["weight_only_linear", "cuda"](*args) is not NotImplemented
-    assert shared.keys() == {"pair_kernel", "int8_gemm_kernel", "weight_only_kernel", "gemm_kernel"}
+    if capability == 90:
+        for grid in (0.0, 0.5):
+            args = float8_layers(grid)
+            assert IMPLEMENTATIONS["linear_chain_float8", "cuda"](*args) is not NotImplemented
+    assert shared.keys() - {"svd_kernel"} == {
+        "pair_kernel",
+        "int8_gemm_kernel",
+        "weight_only_kernel",
+        "gemm_kernel",
+    }
     assert max(shared.values()) <= 99 << 10, "a default must fit every device of capability 8.0 and newer"
 
 
@@ -200,3 +244,11 @@ def weight_only_layer(
     weights, scales = (list(each) for each in zip(*stored, strict=True))
     x, widths = normal(rows, 768, dtype=dtype), [768, 64, *([rank] if rank else [])]
     return [x, weights, scales, normal(64), None, widths, "silu"]
+
+
+def float8_layers(grid: float) -> list[Any]:
+    """Of 768 inputs, rank 48 and 64 outputs, in bfloat16."""
+    packed = [float8_chain.pack_weight(normal(48, 768)), float8_chain.pack_weight(normal(64, 48))]
+    weights, scales = (list(each) for each in zip(*packed, strict=True))
+    x = normal(512, 768, dtype=torch.bfloat16)
+    return [x, weights, scales, normal(64), None, grid, [768, 48, 64], "gelu"]
