@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdpass.errors import UnsupportedError, UsageError
-from tdpass.layers.opening import linear, opened
+from tdpass.layers.opening import Opener, linear, opened, register_opener
 from tdpass.layers.parallel import Parallel
 
 
@@ -117,6 +117,18 @@ def why_closed(module: nn.MultiheadAttention) -> str:
         if all(isinstance(weight, nn.Parameter) for weight in held)
         else "its weights are computed from other parameters"
     )
+
+
+register_opener(
+    Opener(
+        (nn.MultiheadAttention,),
+        OpenAttention,
+        OpenAttention,
+        why_closed,
+        frozenset({"multi_head_attention_forward"}),
+        "open_attention",
+    )
+)
 
 
 def open_attention(model: nn.Module, fused: Sequence[str] = ()) -> nn.Module:

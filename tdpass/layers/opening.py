@@ -4,12 +4,51 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from tdpass.errors import UsageError
 
 Make = Callable[[str, nn.Module], nn.Module | None]
+
+
+@dataclass(frozen=True)
+class Opener:
+    """How modules of some classes come to call linear layers.
+
+    `opened` is what they become, by `open`, and in a copy of a model by the function named `verb`;
+    `why_closed` says why one cannot ("" where it can). They run by torch functions named in `calls`;
+    `leftovers` are attributes that would keep their dense weights.
+    """
+
+    dense: tuple[type[nn.Module], ...]
+    opened: type[nn.Module]
+    open: Callable[[Any], nn.Module]
+    why_closed: Callable[[Any], str]
+    calls: frozenset[str]
+    verb: str
+    leftovers: tuple[str, ...] = ()
+
+
+_OPENERS: list[Opener] = []
+
+
+def register_opener(opener: Opener) -> Opener:
+    """Let modules of its classes be opened."""
+    _OPENERS.append(opener)
+    return opener
+
+
+def opener_of(module: nn.Module) -> Opener | None:
+    """How a module is opened; None for one that is no such module."""
+    return next((opener for opener in _OPENERS if isinstance(module, opener.dense)), None)
+
+
+def is_opened(module: nn.Module) -> bool:
+    """Whether a module is what one became that was opened."""
+    return any(isinstance(module, opener.opened) for opener in _OPENERS)
 
 
 def opened(model: nn.Module, make: Make, verb: str) -> nn.Module:

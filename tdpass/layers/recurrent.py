@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,11 @@ from torch.utils._device import DeviceContext
 
 from tdpass.errors import UnsupportedError, UsageError
 from tdpass.kernels import native
+from tdpass.kernels.base import Op
 from tdpass.kernels.recurrent import LOW_RANK_GRU, LOW_RANK_LSTM
-from tdpass.layers.opening import linear, opened
+from tdpass.layers.opening import Opener, linear, opened, register_opener
+from tdpass.layers.recurrent_cells import OpenCell, gru_step, lstm_step, plain_step
+from tdpass.layers.recurrent_cells import why_closed as why_cell_closed
 from tdpass.layers.recurrent_product import Product, form, is_plain
 
 # at more than one sample, torch's LSTM does that much more in the same time than the fused operators
@@ -35,11 +38,12 @@ class OpenRNN(nn.Module):
     recorded or exported, and where one of the layers is of another kind or has hooks.
     """
 
-    kind: ClassVar[type[nn.LSTM | nn.GRU]]
+    kind: ClassVar[type[nn.RNNBase]]
+    operator: ClassVar[Op | None] = None
     gates: ClassVar[int]
     states: ClassVar[int]
 
-    def __init__(self, dense: nn.LSTM | nn.GRU) -> None:
+    def __init__(self, dense: nn.RNNBase) -> None:
         super().__init__()
         if type(dense) is not self.kind:
             raise UsageError(
@@ -127,10 +131,12 @@ class OpenRNN(nn.Module):
             if tensor is not None
         ]
         how = (biased, self.num_layers, self.dropout, self.training, self.bidirectional, self.batch_first)
-        y, *ends = (
-            torch.lstm(x, state, flat, *how) if self.states == 2 else torch.gru(x, state[0], flat, *how)
-        )
+        y, *ends = self._whole(x, state, flat, *how)
         return y, ends
+
+    def _whole(self, x: Tensor, state: list[Tensor], weights: list[Tensor], *how: Any) -> tuple[Tensor, ...]:
+        """Torch's own layer on dense weights: all hidden states, and the last of every state."""
+        raise NotImplementedError
 
     def _product(self, name: str) -> Product:
         module = getattr(self, name)
@@ -145,7 +151,8 @@ class OpenRNN(nn.Module):
     def _fused(self, x: Tensor) -> bool:
         """Whether the fused operators can serve the call, and are faster than torch's own layer."""
         if (
-            type(x) is not Tensor
+            self.operator is None
+            or type(x) is not Tensor
             or x.device.type != "cpu"
             or (self.training and self.dropout)
             or torch.is_autocast_enabled("cpu")
@@ -194,8 +201,8 @@ class OpenRNN(nn.Module):
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """One direction of a layer on `x[t, n, inputs]`, without gradients."""
         hidden = self._product("hidden" + suffix)
-        op = LOW_RANK_LSTM if self.states == 2 else LOW_RANK_GRU
-        y, *ends = op.call(
+        assert self.operator is not None
+        y, *ends = self.operator.call(
             self._product("input" + suffix)(x), *hidden.cell(self.gates), hidden.bias, *state, reverse
         )
         return y, ends
@@ -212,8 +219,7 @@ class OpenRNN(nn.Module):
             found.append(state[0])
         return torch.stack(found[::-1] if reverse else found, axis), state
 
-    @staticmethod
-    def _step(pre: Tensor, own: Tensor, state: list[Tensor]) -> list[Tensor]:
+    def _step(self, pre: Tensor, own: Tensor, state: list[Tensor]) -> list[Tensor]:
         """The next state from the two parts of the gates."""
         raise NotImplementedError
 
@@ -224,7 +230,7 @@ class OpenLSTM(OpenRNN):
     >>> y, (h, c) = OpenLSTM(nn.LSTM(32, 64))(torch.zeros(5, 1, 32))
     """
 
-    kind, gates, states = nn.LSTM, 4, 2
+    kind, operator, gates, states = nn.LSTM, LOW_RANK_LSTM, 4, 2
 
     def forward(
         self, x: Tensor, state: tuple[Tensor, Tensor] | None = None
@@ -232,11 +238,11 @@ class OpenLSTM(OpenRNN):
         y, (h, c) = self._run(x, None if state is None else list(state))
         return y, (h, c)
 
-    @staticmethod
-    def _step(pre: Tensor, own: Tensor, state: list[Tensor]) -> list[Tensor]:
-        i, f, g, o = (pre + own).chunk(4, 1)
-        c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
-        return [o.sigmoid() * c.tanh(), c]
+    def _whole(self, x: Tensor, state: list[Tensor], weights: list[Tensor], *how: Any) -> tuple[Tensor, ...]:
+        return torch.lstm(x, state, weights, *how)
+
+    def _step(self, pre: Tensor, own: Tensor, state: list[Tensor]) -> list[Tensor]:
+        return lstm_step(pre, own, state)
 
 
 class OpenGRU(OpenRNN):
@@ -245,27 +251,50 @@ class OpenGRU(OpenRNN):
     >>> y, h = OpenGRU(nn.GRU(32, 64))(torch.zeros(5, 1, 32))
     """
 
-    kind, gates, states = nn.GRU, 3, 1
+    kind, operator, gates, states = nn.GRU, LOW_RANK_GRU, 3, 1
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, (h,) = self._run(x, None if state is None else [state])
         return y, h
 
-    @staticmethod
-    def _step(pre: Tensor, own: Tensor, state: list[Tensor]) -> list[Tensor]:
-        r, z, n = pre.chunk(3, 1)
-        own_r, own_z, own_n = own.chunk(3, 1)
-        fresh = (n + (r + own_r).sigmoid() * own_n).tanh()
-        return [fresh + (z + own_z).sigmoid() * (state[0] - fresh)]
+    def _whole(self, x: Tensor, state: list[Tensor], weights: list[Tensor], *how: Any) -> tuple[Tensor, ...]:
+        return torch.gru(x, state[0], weights, *how)
+
+    def _step(self, pre: Tensor, own: Tensor, state: list[Tensor]) -> list[Tensor]:
+        return gru_step(pre, own, state)
 
 
-_OPEN: dict[type[nn.Module], type[OpenRNN]] = {nn.LSTM: OpenLSTM, nn.GRU: OpenGRU}
+class OpenElman(OpenRNN):
+    """An `nn.RNN` that calls linear layers.  See `OpenRNN`; there is no fused operator of it.
+
+    >>> y, h = OpenElman(nn.RNN(32, 64))(torch.zeros(5, 1, 32))
+    """
+
+    kind, gates, states = nn.RNN, 1, 1
+
+    def __init__(self, dense: nn.RNNBase) -> None:
+        super().__init__(dense)
+        self.nonlinearity = str(dense.nonlinearity)
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, (h,) = self._run(x, None if state is None else [state])
+        return y, h
+
+    def _whole(self, x: Tensor, state: list[Tensor], weights: list[Tensor], *how: Any) -> tuple[Tensor, ...]:
+        layer = torch.rnn_tanh if self.nonlinearity == "tanh" else torch.rnn_relu
+        return layer(x, state[0], weights, *how)
+
+    def _step(self, pre: Tensor, own: Tensor, state: list[Tensor]) -> list[Tensor]:
+        return plain_step(pre, own, self.nonlinearity)
+
+
+_OPEN: dict[type[nn.Module], type[OpenRNN]] = {nn.LSTM: OpenLSTM, nn.GRU: OpenGRU, nn.RNN: OpenElman}
 
 
 def why_closed(module: nn.RNNBase) -> str:
     """Why that recurrent layer cannot be opened; empty where it can."""
     if type(module) not in _OPEN:
-        return f"only nn.LSTM and nn.GRU are factored, this is {type(module).__name__}"
+        return f"only nn.LSTM, nn.GRU and nn.RNN are factored, this is {type(module).__name__}"
     if module.proj_size:
         return f"a projection of the hidden state (proj_size={module.proj_size}) is of low rank already"
     if not all(
@@ -275,15 +304,32 @@ def why_closed(module: nn.RNNBase) -> str:
     return ""
 
 
+register_opener(
+    Opener(
+        (nn.RNNBase,),
+        OpenRNN,
+        lambda module: _OPEN[type(module)](module),
+        why_closed,
+        frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"}),
+        "open_recurrent",
+        ("_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_all_weights"),
+    )
+)
+
+
 def open_recurrent(model: nn.Module) -> nn.Module:
-    """A copy of the model in which every `nn.LSTM` and `nn.GRU` calls linear layers, so that `compress` can factor them.
+    """A copy of the model in which every `nn.LSTM`, `nn.GRU`, `nn.RNN` and cell of these calls linear layers.
+
+    So `compress` factors them without the pass `divide`, and training methods can.
 
     It computes the same from the same parameters; what cannot be opened stays, and
     `open_model(...).declined()` says why.
     """
 
     def make(_path: str, module: nn.Module) -> nn.Module | None:
-        if not isinstance(module, nn.LSTM | nn.GRU) or why_closed(module):
+        if isinstance(module, nn.RNNCellBase):
+            return None if why_cell_closed(module) else OpenCell(module)
+        if not isinstance(module, nn.RNNBase) or why_closed(module):
             return None
         return _OPEN[type(module)](module)
 

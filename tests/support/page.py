@@ -18,7 +18,7 @@ _HEAD = """# What is a site
 
 A kind of layer in every line, a front end in every column. "yes": its weights are sites, and at full rank the model answers as
 before. "left": it stays as it is, for that reason. An empty place was not tried. Every place is a test (`tests/support`).
-Modules that hold several weights in one are opened by `tdpass.open_recurrent` and `tdpass.open_attention` where the table says so."""
+Attention and recurrent layers of torch modules become linear layers in the pass `divide`, which is in every default pipeline."""
 
 
 def page() -> str:

@@ -18,7 +18,7 @@ from tdpass.form import Form
 from tdpass.formats.base import FORMATS
 from tdpass.formats.layer import Layer
 from tdpass.models import Model, open_model
-from tdpass.models.abilities import MakesPlain
+from tdpass.models.abilities import DividesLayers, MakesPlain
 from tdpass.site import Site
 
 each = pytest.mark.parametrize("cell", CELLS.values(), ids=[cell.label for cell in CELLS.values()])
@@ -49,6 +49,8 @@ def opened(cell: Cell) -> Model:
     if isinstance(model, MakesPlain):
         model.make_plain()
     model.observe(cell.batch)
+    if isinstance(model, DividesLayers):
+        model.divide()
     return model
 
 

@@ -132,7 +132,6 @@ class Experts(nn.Module):
 ROWS, TOKENS, STEPS = (4, 24), (2, 3, 24), (2, 3, 16)
 LINE, IMAGE, VOLUME = (2, 8, 11), (2, 8, 7, 9), (2, 8, 5, 6, 4)
 IDS = "ids"
-OPEN = "open_recurrent"
 
 
 def _tensors(fed: Sizes | str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -171,6 +170,11 @@ def layer(
         add(Cell(name, "torch.export", lambda: _exported(seeded, given()), given, found, reason))
 
 
+def projections(path: str) -> tuple[str, ...]:
+    """What attention is divided into."""
+    return tuple(path + part for part in ("query", "key", "value", "out_proj"))
+
+
 NOT_EXPORTED: tuple[tuple[str, ...], str] = ((), "-")
 layer("Linear", lambda: Alone(nn.Linear(24, 16)), TOKENS)
 layer("Linear without bias", lambda: Alone(nn.Linear(24, 16, bias=False)), ROWS)
@@ -194,16 +198,16 @@ layer(
     "LSTM",
     lambda: Alone(nn.LSTM(16, 8, batch_first=True)),
     STEPS,
-    (),
-    "open_recurrent(model)",
+    ("layer.input_l0", "layer.hidden_l0"),
     exported=((), "is no layer"),
 )
 layer(
     "LSTM, two layers both ways",
     lambda: Alone(nn.LSTM(16, 8, 2, bidirectional=True)),
     STEPS,
-    (),
-    "open_recurrent(model)",
+    tuple(
+        f"layer.{part}_l{k}{end}" for k in (0, 1) for end in ("", "_reverse") for part in ("input", "hidden")
+    ),
     exported=((), "is no layer"),
 )
 layer(
@@ -214,34 +218,53 @@ layer(
     "of low rank already",
     exported=((), "is no layer"),
 )
-layer("GRU", lambda: Alone(nn.GRU(16, 8)), STEPS, (), "open_recurrent(model)", exported=((), "is no layer"))
-layer("RNN", lambda: Alone(nn.RNN(16, 8)), STEPS, (), "only nn.LSTM and nn.GRU", exported=((), "is no layer"))
 layer(
-    "LSTMCell", lambda: Cells(nn.LSTMCell(16, 8)), STEPS, (), "recurrent cells", exported=((), "is no layer")
+    "GRU",
+    lambda: Alone(nn.GRU(16, 8)),
+    STEPS,
+    ("layer.input_l0", "layer.hidden_l0"),
+    exported=((), "is no layer"),
 )
-layer("GRUCell", lambda: Cells(nn.GRUCell(16, 8)), STEPS, (), "recurrent cells", exported=((), "is no layer"))
+layer(
+    "RNN",
+    lambda: Alone(nn.RNN(16, 8)),
+    STEPS,
+    ("layer.input_l0", "layer.hidden_l0"),
+    exported=((), "is no layer"),
+)
+layer(
+    "LSTMCell",
+    lambda: Cells(nn.LSTMCell(16, 8)),
+    STEPS,
+    ("layer.input", "layer.hidden"),
+    exported=((), "is no layer"),
+)
+layer(
+    "GRUCell",
+    lambda: Cells(nn.GRUCell(16, 8)),
+    STEPS,
+    ("layer.input", "layer.hidden"),
+    exported=((), "is no layer"),
+)
 layer(
     "MultiheadAttention",
     Attended,
     STEPS,
-    (),
-    "attention",
+    projections("layer."),
     exported=(("layer.in_proj_weight_layer", "layer.out_proj"), ""),
 )
 layer(
     "MultiheadAttention, other key sizes",
     lambda: Attended(kdim=16, vdim=16),
     STEPS,
-    (),
-    "attention",
+    projections("layer."),
     exported=(("layer.in_proj_weight_layer", "layer.out_proj"), ""),
 )
 layer(
     "TransformerEncoderLayer",
     lambda: Alone(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)),
     STEPS,
-    ("layer.linear1", "layer.linear2"),
-    "attention",
+    (*projections("layer.self_attn."), "layer.linear1", "layer.linear2"),
     exported=(
         (
             "layer.self_attn.in_proj_weight_layer",
@@ -256,8 +279,12 @@ layer(
     "TransformerDecoderLayer",
     Decoded,
     STEPS,
-    ("layer.linear1", "layer.linear2"),
-    "attention",
+    (
+        *projections("layer.self_attn."),
+        *projections("layer.multihead_attn."),
+        "layer.linear1",
+        "layer.linear2",
+    ),
     exported=(
         (
             "layer.self_attn.in_proj_weight_layer",

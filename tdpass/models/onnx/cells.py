@@ -46,10 +46,14 @@ class Step:
     activation: str = "Tanh"
     clip: float = 0.0
 
+    def total(self, pre: ir.Value, own: ir.Value) -> ir.Value:
+        """`pre + own`, within the limit where there is one."""
+        total = self.emit("Add", pre, own)
+        return self.emit.clipped(total, self.clip) if self.clip else total
+
     def gate(self, function: str, pre: ir.Value, own: ir.Value) -> ir.Value:
         """`function(pre + own)`."""
-        total = self.emit("Add", pre, own)
-        return self.emit(function, self.emit.clipped(total, self.clip) if self.clip else total)
+        return self.emit(function, self.total(pre, own))
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,9 @@ def _lstm(
 ) -> Sequence[ir.Value]:
     """`c' = sigmoid(f) c + sigmoid(i) tanh(g)`, `h' = sigmoid(o) tanh(c')`."""
     emit, (h, c) = step.emit, states
-    pairs = zip(emit.split(pre, 4), emit.split(products[0](h), 4), strict=True)
-    i, f, g, o = (
-        step.gate(function, *pair)
-        for function, pair in zip(("Sigmoid", "Sigmoid", "Tanh", "Sigmoid"), pairs, strict=True)
-    )
+    functions = ("Sigmoid", "Sigmoid", "Tanh", "Sigmoid")
+    totals = emit.split(step.total(pre, products[0](h)), 4)
+    i, f, g, o = (emit(function, total) for function, total in zip(functions, totals, strict=True))
     c = emit("Add", emit("Mul", f, c), emit("Mul", i, g))
     return emit("Mul", o, emit("Tanh", c)), c
 

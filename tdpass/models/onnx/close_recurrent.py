@@ -25,7 +25,7 @@ def close_recurrent(model: ir.Model, opened: Sequence[Opened], layers: Mapping[s
     """Put the nodes back, in place, of which no product of the hidden state is among the layers.
 
     What such a node reads are the first matrices of its input's layer then, and the rest of them are its
-    weight; where the layer is no chain of matrices it stays open.  Returns the sites that are gone with what
+    weight; where the layer is no chain of matrices, or products were edited since, it stays open.  Returns the sites that are gone with what
     stood for them.
     """
     gone: set[str] = set()
@@ -33,7 +33,11 @@ def close_recurrent(model: ir.Model, opened: Sequence[Opened], layers: Mapping[s
         replaced = [name for name in record.sites if name in layers]
         of_hidden = {name for direction in record.directions for name in direction.hidden}
         chains = {name: _matrices(layers[name]) for name in replaced}
-        if of_hidden & set(replaced) or not all(chains.values()):
+        held = model.graph.initializers
+        edited = any(
+            name not in held or held[name].const_value is not made for name, made in record.made.items()
+        )
+        if edited or of_hidden & set(replaced) or not all(chains.values()):
             continue
         _Closing(model, record, layers, chains)()
         gone.update(record.sites)

@@ -131,7 +131,11 @@ class DenseGraph:
 
     def divide(self, tape: Tape, decline: Decline) -> Sequence[str]:
         """Divide the sites of which a run reads slices apart; returns their names."""
-        wanted = {} if self._undivided is not None else slices_wanted(self.sites, tape, decline)
+        gates = {
+            name for record in self.opened for name in record.sites
+        }  # what is read apart of these are gates
+        sites = {name: found for name, found in self.sites.items() if name not in gates}
+        wanted = {} if self._undivided is not None else slices_wanted(sites, tape, decline)
         if wanted:
             self._undivided = Undivided(self.model, self.shapes, wanted)
             self._put(divided(self.model, self.sites, wanted, self.shapes))

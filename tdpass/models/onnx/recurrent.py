@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import onnx_ir as ir
@@ -54,7 +54,7 @@ class Opened:
     """A recurrent node that was opened: a copy without what it read, the names of that and of what it made.
 
     `constants` are those of its weights that were initializers, by name, which
-    nothing may read any more.
+    nothing may read any more; `made` are the weights and biases of its products, as they were made of these.
     """
 
     node: ir.Node
@@ -62,6 +62,7 @@ class Opened:
     outputs: tuple[str, ...]
     weights: Weights
     constants: Mapping[str, ir.TensorProtocol]
+    made: Mapping[str, ir.TensorProtocol]
     directions: tuple[Direction, ...]
 
     @property
@@ -129,6 +130,7 @@ class _Opening:
     layer: str
     names: FreshNames
     emit: Emitter
+    made: dict[str, ir.TensorProtocol] = field(default_factory=dict)
 
     def __call__(self) -> Opened:
         node, graph, cell = self.node, self.node.graph, cell_of(self.node)
@@ -165,6 +167,7 @@ class _Opening:
             tuple(value.name or "" for value in node.outputs),
             weights,
             {value.name or "": value.const_value for value in held if value.const_value is not None},
+            dict(self.made),
             directions,
         )
 
@@ -206,10 +209,12 @@ class _Opening:
         weight = self.emit.lazy(
             f"{name}.weight", stored.dtype, (inputs, outputs), partial(part.columns, stored)
         )
+        self._note(weight)
         shift = None
         if bias is not None:
             named = self.names.value(f"{name}.bias")
             shift = self.emit.lazy(named, bias.dtype, (outputs,), partial(part.shift, bias))
+            self._note(shift)
 
         def by(emit: Emitter) -> Product:
             def product(x: ir.Value) -> ir.Value:
@@ -219,6 +224,11 @@ class _Opening:
             return product
 
         return by
+
+    def _note(self, value: ir.Value) -> None:
+        assert value.name is not None
+        assert value.const_value is not None
+        self.made[value.name] = value.const_value
 
     def _zeros(self, x: ir.Value, hidden: int, dtype: ir.DataType) -> ir.Value:
         """A state `[n, hidden]` of zeros, for the samples of `x[t, n, i]`."""

@@ -9,23 +9,21 @@ from dataclasses import dataclass
 from torch import nn
 
 from tdpass.errors import PlanError
-from tdpass.layers.attention import OpenAttention, why_closed
 from tdpass.layers.factorized import Factorized
+from tdpass.layers.opening import Opener, is_opened, opener_of
 from tdpass.layers.parallel import Parallel
 from tdpass.models.torch.in_place import Backup, become, can_become
 from tdpass.models.torch.readers import Run
 from tdpass.models.torch.sites import Matched, find_sites
 from tdpass.tape import slices_read
 
-_ATTENTION = "multi_head_attention_forward"
-
 
 @dataclass(frozen=True)
 class Division:
     """A module and what makes layers of its slices; why it stays as it is ("" where it need not).
 
-    `whole` is its site, None for attention. Torch's encoders around it are written to as well: their choice
-    of a path depends on it.
+    `whole` is its site, None for attention and recurrence, which an `opener` opens. Torch's encoders around
+    attention are written to as well: their choice of a path depends on it.
     """
 
     path: str
@@ -34,6 +32,7 @@ class Division:
     make: Callable[[], nn.Module]
     encoders: tuple[nn.Module, ...] = ()
     reason: str = ""
+    opener: Opener | None = None
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -44,6 +43,8 @@ class Division:
         """Put the layers in place; returns how to undo that."""
         backup = Backup.of(self.modules)
         become(self.module, self.make())
+        for name in () if self.opener is None else self.opener.leftovers:
+            self.module.__dict__.pop(name, None)
         for encoder in self.encoders:
             encoder.enable_nested_tensor = encoder.use_nested_tensor = False  # type: ignore[assignment]
         return Divided(self.path, self.module, self.whole, tuple(backup))
@@ -77,12 +78,15 @@ class Divided:
 def find_divisions(
     model: nn.Module, sites: Mapping[str, Matched], run: Run, nested: Container[nn.Module]
 ) -> list[Division]:
-    """Every linear layer of which a run reads slices apart, and every attention module.
+    """Every linear layer of which a run reads slices apart, and every module that can be opened.
 
     `nested` holds the modules that torch runs on nested tensors.
     """
     found = []
+    of_opened = {f"{path}." for path, module in model.named_modules() if is_opened(module)}
     for name, matched in sites.items():
+        if f"{name.rpartition('.')[0]}." in of_opened:  # what is read apart of these are gates
+            continue
         layer, sizes = matched.modules[0], () if matched.site.axes else slices_read(run.tape, name)
         if len(sizes) > 1 and len(matched.modules) == 1:
             reason = "" if can_become(layer, Parallel) else f"{type(layer).__name__} has __slots__"
@@ -90,15 +94,16 @@ def find_divisions(
     encoders = [module for module in model.modules() if isinstance(module, nn.TransformerEncoder)]
     holders = Counter(id(tensor) for module in model.modules() for tensor in module._parameters.values())
     for path, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
+        opener = opener_of(module)
+        if opener is not None:
             around = tuple(encoder for encoder in encoders if module in encoder.modules())
-            reason = _of_attention(module, run, nested, holders)
-            found.append(Division(path, module, None, _opened(module), around, reason))
+            reason = _why_closed(opener, module, run, nested, holders)
+            found.append(Division(path, module, None, _opened(opener, module), around, reason, opener))
     return found
 
 
 def divisions_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The modules that were divided, by path, with the sizes of their slices; attention has none to be told."""
+    """The modules that were divided, by path, with the sizes of their slices; what was opened has none to be told."""
     found = {path: _as_divided(part) for path, part in module.named_modules()}
     return {path: sizes for path, sizes in found.items() if sizes is not None}
 
@@ -106,7 +111,7 @@ def divisions_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
 def _as_divided(part: nn.Module) -> tuple[int, ...] | None:
     if isinstance(part, Parallel):
         return part.sizes
-    return () if isinstance(part, OpenAttention) else None
+    return () if is_opened(part) else None
 
 
 def divide_as(module: nn.Module, divisions: Mapping[str, tuple[int, ...]], source: str) -> None:
@@ -120,8 +125,9 @@ def divide_as(module: nn.Module, divisions: Mapping[str, tuple[int, ...]], sourc
         part, whole = modules.get(path), sites.get(path)
         if part is not None and _as_divided(part) == sizes:
             continue
-        if isinstance(part, nn.MultiheadAttention) and not sizes and not why_closed(part):
-            become(part, OpenAttention(part))
+        opener = None if part is None or sizes else opener_of(part)
+        if part is not None and opener is not None and not opener.why_closed(part):
+            Division(path, part, None, _opened(opener, part), opener=opener).apply()
         elif part is not None and whole is not None and sum(sizes) == whole.site.o and len(sizes) > 1:
             become(part, _slices(whole, sizes)())
         else:
@@ -136,14 +142,14 @@ def _slices(matched: Matched, sizes: tuple[int, ...]) -> Callable[[], nn.Module]
     return lambda: Parallel.of(matched.dense(), matched.biases[0], sizes, trained=trained)
 
 
-def _opened(module: nn.MultiheadAttention) -> Callable[[], nn.Module]:
-    return lambda: OpenAttention(module)
+def _opened(opener: Opener, module: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: opener.open(module)
 
 
-def _of_attention(
-    module: nn.MultiheadAttention, run: Run, nested: Container[nn.Module], holders: Mapping[int, int]
+def _why_closed(
+    opener: Opener, module: nn.Module, run: Run, nested: Container[nn.Module], holders: Mapping[int, int]
 ) -> str:
-    reason = why_closed(module)
+    reason = opener.why_closed(module)
     if reason:
         return reason
     if module in nested:
@@ -156,6 +162,6 @@ def _of_attention(
         return "it is not called when the model runs on the data"
     last = len(run.tape.calls)
     foreign = next(
-        (place for place in calls if place == last or run.tape.calls[place].name != _ATTENTION), None
+        (place for place in calls if place == last or run.tape.calls[place].name not in opener.calls), None
     )
     return "" if foreign is None else "its weights are read by more than its own call"

@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 from torch import nn
 
-from tdpass.errors import InvalidModelError
+from tdpass.errors import TdpassError
 from tdpass.models.torch.in_place import Backup
 from tdpass.models.torch.norms import same_answers
 
@@ -60,7 +60,7 @@ def _made(
     made = {place: changes[place].apply() for place in places}
     try:
         same = all(same_answers(ours, theirs) for ours, theirs in zip(answers(), before, strict=True))
-    except InvalidModelError:
+    except TdpassError:
         same = False
     if same:
         return made

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.utils import parametrize
 
+import tdpass.layers.attention
+import tdpass.layers.recurrent  # noqa: F401 - both register what can be opened
 from tdpass.kinds import LayerKind, TransposedLinear, kind_of, kind_of_module
-from tdpass.layers.attention import why_closed as why_attention_closed
 from tdpass.layers.factorized import Factorized
-from tdpass.layers.recurrent import why_closed
+from tdpass.layers.opening import opener_of
 from tdpass.models.torch.in_place import can_become
 from tdpass.models.torch.quantized import why_quantized
 from tdpass.models.torch.same_forward import computes_as
@@ -68,7 +69,6 @@ class Matched:
 
 _POSITIONS = 5
 _REASONS: dict[type[nn.Module], str] = {
-    nn.RNNCellBase: "recurrent cells are not factored",
     nn.Embedding: "a table lookup has no multiply-adds to save",
     nn.EmbeddingBag: "a table lookup has no multiply-adds to save",
     nn.Bilinear: "bilinear layers are not factored",
@@ -158,12 +158,10 @@ def _kind(module: nn.Module) -> LayerKind:
 
 def _reason(module: nn.Module) -> str | None:
     """Why a module that holds a matrix is not a site; None for one that is."""
-    if isinstance(module, nn.RNNBase):
-        return why_closed(module) or "recurrent layers are factored after tdpass.open_recurrent(model)"
-    if isinstance(module, nn.MultiheadAttention):
-        return (
-            why_attention_closed(module)
-            or "the pass 'divide' makes layers of its projections, before training tdpass.open_attention(model)"
+    opener = opener_of(module)
+    if opener is not None:
+        return opener.why_closed(module) or (
+            f"the pass 'divide' makes linear layers of it, before training tdpass.{opener.verb}(model)"
         )
     for cls, reason in _REASONS.items():
         if isinstance(module, cls):
