@@ -108,7 +108,7 @@ def leave(
 
 @dataclass(frozen=True)
 class Factor:
-    """A pointwise stage: int8 `rows[o, i]`, float32 `scale[o]`, int32 `shift[o]` for the grid it reads."""
+    """A stage: int8 `rows[o, ..]`, float32 `scale[o]`, and int32 `shift[o]` for the grid that it reads."""
 
     rows: Tensor
     scale: Tensor
@@ -116,23 +116,23 @@ class Factor:
 
     @classmethod
     def of(cls, stage: Stage, weight: Tensor, scale: Tensor, total: Tensor, grid: Grid) -> Factor:
-        """From what `int8_factor` packs."""
+        """A pointwise stage from what `int8_factor` packs."""
         rows = kept(
             [weight],
             (stage, "bytes"),
             lambda: spaced(stage.unpack(weight, "quads").flatten(1), torch.int8),
         )
-        return cls(rows, scale.float().contiguous(), shift_of(weight, total, rows, grid))
+        return cls.laid(rows, weight, scale, total, grid)
 
+    @classmethod
+    def laid(cls, rows: Tensor, weight: Tensor, scale: Tensor, total: Tensor, grid: Grid) -> Factor:
+        """With its whole numbers `rows[o, ..]` as kernels read them, which are kept with the packed weight."""
+        zero = int(zero_of(grid))
 
-def shift_of(weight: Tensor, total: Tensor, codes: Tensor, grid: Grid) -> Tensor:
-    """`shift` of a stage with int8 `codes[o, ..]`, which are kept with its packed weight."""
-    zero = int(zero_of(grid))
+        def make() -> Tensor:
+            return MIDDLE * rows.flatten(1).sum(1, dtype=torch.int32) - zero * total.int()
 
-    def make() -> Tensor:
-        return MIDDLE * codes.flatten(1).sum(1, dtype=torch.int32) - zero * total.int()
-
-    return kept([weight, total], ("shift", zero), make)
+        return cls(rows, scale.float().contiguous(), kept([weight, total], ("shift", zero), make))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Runs the operators whose weights have few bits on CUDA through the Triton kernels.
 
-Covered are `linear_chain_int8`, `weight_only_linear`, and `linear_chain_float8` of two layers, on devices of
-compute capability 8.9 or newer.
+Covered are `conv_chain_int8` of the stages that `conv_chain` has here, `linear_chain_int8`,
+`weight_only_linear`, and `linear_chain_float8` of two layers, on devices of compute capability 8.9 or newer.
 """
 
 from __future__ import annotations
@@ -14,9 +14,34 @@ from torch import Tensor
 
 from tdpass.kernels import float8_chain, weight_only
 from tdpass.kernels.base import implements
+from tdpass.kernels.gpu.operators import core_place
 from tdpass.kernels.gpu.serving import FLOATS, covered, kept, kernel, spaced
 from tdpass.kernels.int8_chain import check_chain
 from tdpass.kernels.linear_chain import stages_of as linear_stages
+from tdpass.kernels.stage import stages_of
+
+
+@implements("conv_chain_int8", "cuda")
+@covered(*FLOATS, torch.uint8)
+def conv_chain_int8(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    totals: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    grids: Sequence[float],
+    stages: Sequence[int],
+    activation: str,
+) -> Any:
+    """`tucker2` and what has a stage less, the core on a grid that is given."""
+    chain, factors = stages_of(stages), (weights, scales, totals)
+    place = core_place(chain)
+    if place is None or x.dim() != 4:
+        return NotImplemented
+    found = check_chain(x, factors, residual, grids, chain, activation)
+    packed = list(zip(chain, *factors, strict=True))
+    return kernel("conv_chain_int8")(x, packed, place, bias, residual, found, activation)
 
 
 @implements("linear_chain_int8", "cuda")

@@ -40,7 +40,7 @@ def conv_chain(
 ) -> Any:
     """`tucker2`, `tensor_train` in three cores, and what has a stage less: `channel_svd`, `input_svd`."""
     chain = stages_of(stages)
-    place = _core_place(chain)
+    place = core_place(chain)
     if place is None or x.dim() != 4:
         return NotImplemented
     core = chain[place]
@@ -66,7 +66,7 @@ def conv_chain(
     )
 
 
-def _core_place(chain: Sequence[Stage]) -> int | None:
+def core_place(chain: Sequence[Stage]) -> int | None:
     """Which stage is the core: 0 or 1, with 1x1 stages around it; None where the chain is of another form."""
     if len(chain) > 3 or any(stage.groups > 1 for stage in chain):
         return None

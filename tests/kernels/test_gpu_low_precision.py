@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from cases import cases_of
-from gpu_setting import DEVICE, compiles, normal, run_interpreted, runs_kernels, starts_interpreted, tile
-from low_precision import KINDS, bytes_of, grid_over
+from gpu_setting import DEVICE, normal, run_interpreted, runs_kernels, starts_interpreted, tile
+from low_precision import bytes_of, chain, grid_over
 from setting import Case, arguments, exact, map_tensors
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from tdpass.kernels.base import IMPLEMENTATIONS, OPS
 from tdpass.kernels.grid import Grid, Grids
 from tdpass.kernels.int8_factor import columns, pack_weight
 from tdpass.kernels.linear_chain import stages_of
-from tdpass.kernels.weight_only import Stored, pack_floats
+from tdpass.kernels.stage import Stage, integers_of
 
 pytestmark = pytest.mark.usefixtures("here")
 # The references round as the kernels do; what is left are activations, and types that x is given in.
@@ -133,6 +133,53 @@ def test_sums_are_made_in_32_bits_and_totals_added_as_given() -> None:
     serve_exactly([x, *factors, None, None, grids, [300, 3], "identity"])
 
 
+CONV_STAGES = {
+    "tucker2": (Stage(5, 3), Stage(3, 4, 1, (3, 2), (2, 1), (1, 0), (1, 1)), Stage(4, 18)),
+    "channel_svd": (Stage(5, 4, 1, (3, 3), (1, 1), (1, 1), (1, 1), (1, 1)), Stage(4, 7)),
+    "input_svd": (Stage(5, 3), Stage(3, 6, 1, (2, 2), (2, 2), (0, 0), (0, 0), (1, 2))),
+    "wide": (Stage(40, 37, 1, (1, 3), (1, 1), (0, 1), (0, 1)),),
+}
+
+
+@runs_kernels
+@pytest.mark.parametrize("last", [0, 1])
+@pytest.mark.parametrize("stages", CONV_STAGES)
+def test_conv_chain_int8(stages: str, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tdpass.kernels.gpu import conv_chain_int8
+
+    chained = CONV_STAGES[stages]
+    fused = last if chained[-1].pointwise and len(chained) > 1 else 0
+    monkeypatch.setattr(conv_chain_int8._Call, "candidates", lambda _: [tile(last=fused, m=32)])
+    for own in (False, True):
+        for args in images(chained, own):
+            y, wanted = serve("conv_chain_int8", args)
+            assert y.stride() == wanted.stride()
+            assert torch.equal(y, wanted)
+
+
+def images(stages: tuple[Stage, ...], own: bool) -> Iterator[list[Any]]:
+    """Codes in and out, and floats channels last; with `own` positions have grids of their own where they may."""
+    x = normal(2, stages[0].inputs, 4, 5).cpu()
+    factors, reads, y = chain(x, stages, (128, 3, 200))
+    core = max(range(len(stages)), key=lambda place: not stages[place].pointwise)
+    reads = [Grid() if own and place != core else grid for place, grid in enumerate(reads)]
+    bias, residual, integers = normal(y.shape[1]).cpu(), normal(*y.shape).cpu(), integers_of(stages)
+    floats, added = Grids(tuple(reads)), grid_over(residual, 9)
+    placed = x.contiguous(memory_format=torch.channels_last)
+    yield [placed, *factors, bias, residual, floats.numbers(), integers, "identity"]
+    on_grids = Grids(tuple(reads), grid_over(y, 90), added)
+    read = bytes_of(x, reads[0]) if reads[0] else x
+    yield [read, *factors, None, bytes_of(residual, added), on_grids.numbers(), integers, "relu"]
+
+
+@runs_kernels
+def test_a_core_without_a_grid_is_left_to_the_reference() -> None:
+    stages = (Stage(5, 4), Stage(4, 6))
+    factors = columns([pack_weight(stage, normal(*stage.shape)) for stage in stages])
+    args = [normal(2, 5, 3, 3), *factors, None, None, Grids((Grid(), Grid())).numbers(), integers_of(stages)]
+    assert IMPLEMENTATIONS["conv_chain_int8", "cuda"](*args, "relu") is NotImplemented
+
+
 WEIGHT_ONLY = [
     case
     for case in cases_of("weight_only_linear")
@@ -187,68 +234,3 @@ def test_a_chip_without_float8_leaves_it_to_the_reference(
     assert IMPLEMENTATIONS["linear_chain_float8", "cuda"](*args) is NotImplemented
     with pytest.raises(UnsupportedError, match=r"8\.\d has no float8 arithmetic; one of 8\.9 or newer has"):
         language.check(args[0], "relu", args[1][0].view(float8_chain.FLOAT8))
-
-
-@compiles
-@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
-def test_the_defaults_compile_for_a_device_that_is_not_here(
-    capability: int, compiled_for: Callable[[int], dict[str, int]]
-) -> None:
-    shared = compiled_for(capability)
-    for widths, rows, own in (
-        ((768, 160, 64), 512, False),
-        ((768, 48, 64), 512, True),
-        ((64, 48, 64), 8, False),
-        ((64, 40), 8, True),
-    ):
-        assert IMPLEMENTATIONS["linear_chain_int8", "cuda"](*layers(widths, rows, own)) is not NotImplemented
-    for pack, dtype, rows, rank in (
-        (KINDS["int4/32"], torch.bfloat16, 1, 40),
-        (KINDS["int4"], torch.float16, 512, 0),
-        (KINDS["int8"], torch.float32, 8, 140),
-    ):
-        args = weight_only_layer(pack, dtype, rows, rank)
-        assert IMPLEMENTATIONS["weight_only_linear", "cuda"](*args) is not NotImplemented
-    if capability == 90:
-        for grid in (0.0, 0.5):
-            args = float8_layers(grid)
-            assert IMPLEMENTATIONS["linear_chain_float8", "cuda"](*args) is not NotImplemented
-    assert shared.keys() - {"svd_kernel"} == {
-        "pair_kernel",
-        "int8_gemm_kernel",
-        "weight_only_kernel",
-        "gemm_kernel",
-    }
-    assert max(shared.values()) <= 99 << 10, "a default must fit every device of capability 8.0 and newer"
-
-
-def layers(widths: tuple[int, ...], rows: int, own: bool) -> list[Any]:
-    """Codes on grids throughout, or bfloat16 with every row on a grid of its own."""
-    stages = stages_of(widths)
-    factors = columns([pack_weight(stage, normal(*stage.shape)) for stage in stages])
-    grids = (
-        Grids((Grid(),) * len(stages)) if own else Grids((Grid(1.0, 3),) * len(stages), Grid(1.0), Grid(2.0))
-    )
-    x, rest = (
-        torch.zeros(rows, n, dtype=torch.bfloat16 if own else torch.uint8) for n in (widths[0], widths[-1])
-    )
-    return [x, *factors, normal(widths[-1]), rest, grids.numbers(), list(widths), "gelu"]
-
-
-def weight_only_layer(
-    pack: Callable[[Tensor], Stored], dtype: torch.dtype, rows: int, rank: int
-) -> list[Any]:
-    """Of 768 inputs and 64 outputs."""
-    stored = [pack(normal(64, 768))]
-    stored += [pack_floats(normal(rank, 768)), KINDS["int8"](normal(64, rank))] if rank else []
-    weights, scales = (list(each) for each in zip(*stored, strict=True))
-    x, widths = normal(rows, 768, dtype=dtype), [768, 64, *([rank] if rank else [])]
-    return [x, weights, scales, normal(64), None, widths, "silu"]
-
-
-def float8_layers(grid: float) -> list[Any]:
-    """Of 768 inputs, rank 48 and 64 outputs, in bfloat16."""
-    packed = [float8_chain.pack_weight(normal(48, 768)), float8_chain.pack_weight(normal(64, 48))]
-    weights, scales = (list(each) for each in zip(*packed, strict=True))
-    x = normal(512, 768, dtype=torch.bfloat16)
-    return [x, weights, scales, normal(64), None, grid, [768, 48, 64], "gelu"]
