@@ -2,6 +2,7 @@
 
     python -m benchmarks.bench_models                            # results/models.csv
     python -m benchmarks.bench_models --nets resnet18 --threads 2
+    python -m benchmarks.bench_models --dtype fp32,bf16,int8     # results/model_dtypes.csv, with output errors
 
 Random weights: speed only.  Ranks are the same share of the channels everywhere, on the grid of 16 (8 for
 CIFAR), at the given cut in multiply-adds.  All candidates of a network run in one process, in turn; processor
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import tdpass
+from benchmarks import model_dtypes
 from benchmarks.nets import NETS, Net, Recurrent, exported
 from benchmarks.results import Table, Value, show
 from tdpass.clock import on_cpu, threads_of_torch
@@ -169,6 +171,27 @@ def measure(name: str, batch: int, threads: int) -> tuple[list[dict[str, Value]]
     return rows, bars
 
 
+def by_dtype(options: argparse.Namespace) -> None:
+    """Measure the networks in every type that is asked for."""
+    dtypes = tuple(options.dtype.split(","))
+    unknown = [dtype for dtype in dtypes if dtype not in model_dtypes.DTYPES]
+    if unknown:
+        raise SystemExit(f"--dtype {unknown[0]} is not known; give some of {','.join(model_dtypes.DTYPES)}")
+    table = Table("model_dtypes.csv", model_dtypes.COLUMNS)
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for name, batch in BARS:
+            if name not in options.nets or name == "lstm" or batch not in (options.batches or (batch,)):
+                continue
+            torch.compiler.reset()
+            net = NETS[name]
+            plan = uniform_plan(net, net.build(), net.input(batch))
+            rows = model_dtypes.rows_of(net, plan, batch, threads, dtypes)
+            for row in rows:
+                table.add(**row)
+            print(show(rows, model_dtypes.COLUMNS), end="\n\n", flush=True)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -182,7 +205,14 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--output", default="models.csv", help="file under results/, or a path")
     parser.add_argument("--bars", default="model_bars.csv", help="file under results/, or a path")
+    parser.add_argument(
+        "--dtype",
+        help=f"types joined by commas, of {', '.join(model_dtypes.DTYPES)}: times and errors of each",
+    )
     options = parser.parse_args()
+    if options.dtype:
+        by_dtype(options)
+        return
     table, verdicts = Table(options.output, COLUMNS), Table(options.bars, BAR_COLUMNS)
     for threads in options.threads:
         torch.set_num_threads(threads)

@@ -1,17 +1,20 @@
-"""Accuracy and size of ResNet-20 on CIFAR-10 in fewer bits: precision alone, ranks alone, both in one plan, and onnxruntime.quantization.
+"""Accuracy and size of ResNet-20, 32 or 56 on CIFAR-10 in fewer bits: precision alone, ranks alone, both in one plan, and other tools.
 
     TDPASS_DATA=... python -m benchmarks.bench_precision                            # every row, on all 10,000 test images
     TDPASS_DATA=... python -m benchmarks.bench_precision --rows int8 joint_0.1 --images 2000
+    TDPASS_DATA=... python -m benchmarks.bench_precision --nets resnet32 resnet56
 
 Every row starts from the trained network and 512 unlabelled calibration images, without training.  Rows whose
 name begins with `onnx` are ONNX files with integer activations, run by ONNX Runtime; all others are torch
 modules whose activations stay in single precision. `bytes` are those of parameters, `file_bytes` those of the
-file that is saved.  Rows go to results/precision.csv.
+file that is saved.  Rows go to results/precision.csv; those of another network than ResNet-20 begin with its
+name.  NNCF takes part where it is installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextvars
 import tempfile
 import time
 from collections.abc import Callable
@@ -43,6 +46,9 @@ BEGIN, END = "fold-batchnorm", "verify"
 REPAIR = "factorize,correct-bias,refit"
 BUDGETS = (0.25, 0.1, 0.05)
 Answers = Callable[[Tensor], Tensor]
+NETWORKS = ("resnet20", "resnet32", "resnet56")
+_network = contextvars.ContextVar("network", default=NETWORKS[0])
+"""Which network the rows are of."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Result:
 
 def compressed(budget: dict[str, float] | None, steps: str, formats: tuple[str, ...] = ()) -> Result:
     """The torch module that a pipeline makes; of the dense format alone, nothing is factored."""
-    given, pipeline = cifar.load_resnet("resnet20"), f"{BEGIN},{steps},{END}"
+    given, pipeline = cifar.load_resnet(_network.get()), f"{BEGIN},{steps},{END}"
     artifact = tdpass.compress(
         given, budget, cifar.calibration(), pipeline=pipeline, formats=formats, strict=False
     )
@@ -111,10 +117,24 @@ def by_onnxruntime(per_channel: bool) -> Result:
         return Result(session(made), None, None, None, 1.0, made.stat().st_size)
 
 
+def by_nncf() -> Result:
+    """Static quantization by NNCF with its defaults, on the same images, run by ONNX Runtime."""
+    import nncf
+    import onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        parts = cifar.calibration().split(64)
+        data = nncf.Dataset(list(parts), lambda part: {"x": part.numpy()})
+        made = nncf.quantize(onnx.load(exported(Path(folder))), data, subset_size=len(parts))
+        path = Path(folder) / "made.onnx"
+        onnx.save(made, path)
+        return Result(session(path), None, None, None, 1.0, path.stat().st_size)
+
+
 def exported(folder: Path) -> Path:
     """The trained network as an ONNX file of any number of images."""
-    path = folder / "resnet20.onnx"
-    model, example = cifar.load_resnet("resnet20"), cifar.calibration()[:2].contiguous()
+    path = folder / f"{_network.get()}.onnx"
+    model, example = cifar.load_resnet(_network.get()), cifar.calibration()[:2].contiguous()
     shapes = ({0: torch.export.Dim("n")},)
     torch.onnx.export(
         model,
@@ -176,6 +196,10 @@ ROWS: dict[str, Callable[[], tuple[Result, str]]] = {
     ),
     "onnx_rank_0.5_int8": _row(in_onnx_runtime, {"macs": 0.5}, f"{PLAIN},{STATIC}"),
     "onnxruntime_int8": _row(by_onnxruntime, True),
+    "nncf_int8": _row(by_nncf),
+    "int4_32": _row(compressed, None, "quantize{numbers=int4/32}"),
+    "int4_32_beside_4": _row(compressed, None, "quantize{numbers=int4/32,beside=4}"),
+    "torch_int8_static": _row(compressed, None, STATIC),
 }
 
 
@@ -196,6 +220,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS))
+    parser.add_argument("--nets", nargs="+", choices=NETWORKS, default=[NETWORKS[0]])
     parser.add_argument(
         "--images", type=int, default=10_000, help="so many of the test images, evenly spaced"
     )
@@ -203,17 +228,24 @@ def main() -> None:
     options = parser.parse_args()
     cifar.data()
     table = Table(options.out or "precision.csv", COLUMNS)
-    dense = accuracy(cifar.load_resnet("resnet20"), options.images)
+    for network in options.nets:
+        _network.set(network)
+        _measure(network, options, table)
+
+
+def _measure(network: str, options: argparse.Namespace, table: Table) -> None:
+    dense = accuracy(cifar.load_resnet(network), options.images)
     for name in options.rows:
         start = time.perf_counter()
         try:
             result, pipeline = ROWS[name]()
-        except tdpass.BudgetError as error:
+        except (tdpass.BudgetError, ImportError) as error:
             print(f"{name}: {error}", flush=True)
             continue
         seconds = time.perf_counter() - start
         row: dict[str, Value] = {
-            "row": name, "pipeline": pipeline, "images": options.images, "accuracy": accuracy(result.answers, options.images), "dense_accuracy": dense,
+            "row": name if network == NETWORKS[0] else f"{network} {name}", "pipeline": pipeline, "images": options.images,
+            "accuracy": accuracy(result.answers, options.images), "dense_accuracy": dense,
             "divergence": result.divergence, "bytes": result.size, "bytes_fraction": result.size_fraction, "macs_fraction": result.macs_fraction,
             "file_bytes": result.file_bytes, "seconds": seconds,
         }  # fmt: skip

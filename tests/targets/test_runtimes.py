@@ -77,7 +77,8 @@ def test_a_runtime_gives_the_numbers_of_the_layer_or_declines(name: str, site: S
         answer = call()
         assert isinstance(answer, Tensor)
         assert answer.shape == expected.shape
-        assert torch.allclose(answer.cpu(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        within = {"rtol": runtime.rounding, "atol": runtime.rounding * float(expected.abs().max())}
+        assert torch.allclose(answer.cpu(), expected, **within)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -111,6 +112,20 @@ def test_a_type_is_served_as_it_is_or_declined(
         answer = call()
         assert answer.dtype is dtype
         torch.testing.assert_close(answer, layer(example_input(layer, 2)), rtol=rounding, atol=rounding)
+
+
+def test_openvino_says_in_which_precision_it_computes_by_default() -> None:
+    pytest.importorskip("openvino")
+    plain, chosen = RUNTIMES.get("openvino"), RUNTIMES.get("openvino_default")
+    precision = chosen.version().removeprefix(f"{plain.version()} ")
+    assert precision in ("float", "f32", "bfloat16", "bf16", "float16", "f16")
+    layer = make_layer(SITES[0], DENSE, torch.float32)
+    exact, errors = layer(example_input(layer, 3)), []
+    for runtime in (plain, chosen):
+        call = runtime.prepare(layer, 3, 1)
+        assert call is not None
+        errors.append(float((call() - exact).abs().max()))
+    assert (errors[1] > 10 * errors[0]) == ("16" in precision)
 
 
 def test_a_graph_that_a_runtime_refuses_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:

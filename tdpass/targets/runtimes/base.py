@@ -43,12 +43,14 @@ class Runtime(ABC):
 
     Class attributes: `name`; `families` that it belongs to, a family being the runtimes among which the
     layers of one model may be divided (`torch`, `onnxruntime`, `openvino`, `cuda`); `on_demand`, true where
-    preparing takes so long that it is used only when it is named.
+    preparing takes so long that it is used only when it is named; `rounding`, by what share of their size its
+    answers may differ from the layer's.
     """
 
     name: ClassVar[str]
     families: ClassVar[frozenset[str]]
     on_demand: ClassVar[bool] = False
+    rounding: ClassVar[float] = 1e-4
 
     @abstractmethod
     def version(self) -> str:

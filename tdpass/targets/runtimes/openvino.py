@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class OpenVino(Runtime):
 
     name = "openvino"
     families = frozenset({"openvino"})
+    precision: ClassVar[str] = "f32"
 
     def available(self) -> bool:
         return importlib.util.find_spec("openvino") is not None
@@ -38,7 +39,7 @@ class OpenVino(Runtime):
 
         x = example_input(layer, batch)
         try:
-            request = open_request(open_graph(as_graph(layer, x, layer(x))), {INPUT: x}, threads)
+            request = self._request(open_graph(as_graph(layer, x, layer(x))), {INPUT: x}, threads)
             request.infer()
         except Exception:  # noqa: BLE001 - it raises several unrelated types, and each means that it does not serve this layer
             return None
@@ -50,7 +51,29 @@ class OpenVino(Runtime):
         from tdpass.targets.sessions.onnx import Saved  # noqa: PLC0415 - as above
 
         saved, inputs = Saved(model), model.named_inputs(batch)
-        return Bound(open_request(open_graph(str(saved.path)), inputs, threads).infer, (saved, inputs))
+        return Bound(self._request(open_graph(str(saved.path)), inputs, threads).infer, (saved, inputs))
+
+    def _request(self, graph: Any, inputs: Mapping[str, Tensor], threads: int) -> Any:
+        return open_request(graph, inputs, threads, self.precision)
+
+
+@register_runtime
+class OpenVinoByDefault(OpenVino):
+    """OpenVINO on the CPU in the precision that it chooses itself: bfloat16 where the processor multiplies that."""
+
+    name = "openvino_default"
+    families = frozenset({"openvino_default"})
+    precision = ""
+    rounding = 2e-2
+
+    def version(self) -> str:
+        return f"{super().version()} {default_precision()}"
+
+
+def default_precision() -> str:
+    """The precision in which OpenVINO computes here where none is asked for, such as `bfloat16`."""
+    core = importlib.import_module("openvino").Core()
+    return str(core.get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name())
 
 
 def open_graph(source: str | bytes) -> Any:
@@ -58,13 +81,11 @@ def open_graph(source: str | bytes) -> Any:
     return importlib.import_module("openvino").Core().read_model(source)
 
 
-def open_request(graph: Any, inputs: Mapping[str, Tensor], threads: int) -> Any:
-    """One inference request with its inputs set; float32 stays float32."""
+def open_request(graph: Any, inputs: Mapping[str, Tensor], threads: int, precision: str = "f32") -> Any:
+    """One inference request with its inputs set; without a precision OpenVINO computes in that it chooses."""
     openvino = importlib.import_module("openvino")
-    # without the precision hint OpenVINO computes in bfloat16 where the machine can, and the comparison is
-    # not one
     hints = {
-        "INFERENCE_PRECISION_HINT": "f32",
+        **({"INFERENCE_PRECISION_HINT": precision} if precision else {}),
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT_NUM_REQUESTS": 1,

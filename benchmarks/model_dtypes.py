@@ -1,0 +1,154 @@
+"""Whole networks in single precision, bfloat16 and bytes: what `python -m benchmarks.bench_models --dtype` times.
+
+Every candidate is `dense`, `chain` (low rank as plain layers) or `fused` (low rank by the operators of this
+package) in one runtime.  `error` is the relative difference of the outputs, in the Euclidean norm, from those
+of the dense network in single precision; `dense` and `chain` are each compared by their best runtime.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tdpass
+from benchmarks.nets import Net, exported
+from benchmarks.results import Value
+from tdpass.clock import on_cpu, threads_of_torch
+from tdpass.models import Batch, open_model
+from tdpass.models.base import Model
+from tdpass.planner.rank_plan import RankPlan
+from tdpass.targets.runtimes import RUNTIMES
+
+DTYPES = ("fp32", "bf16", "int8")
+COLUMNS = (
+    "net", "batch", "threads", "dtype", "macs_ratio", "shape", "runtime", "ms", "error", "error_of_dense",
+    "over_best_dense_of_type", "over_best_dense",
+)  # fmt: skip
+ROUNDS = 11
+STATIC = "quantize,quantize-activations{calibration=minmax}"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run the network: its shape, the runtime, the call, and what it answers."""
+
+    shape: str
+    runtime: str
+    call: Callable[[], object]
+    answer: Tensor
+
+
+def candidates(dtype: str, dense: nn.Module, chain: nn.Module, x: Tensor, threads: int) -> list[Candidate]:
+    """Everything to be timed in that type; what a runtime does not serve is left out."""
+    ways = {"fp32": _fp32, "bf16": _bf16, "int8": _int8}
+    plain = [
+        each
+        for shape, module in (("dense", dense), ("chain", chain))
+        for each in ways[dtype](shape, module, x, threads)
+    ]
+    return [*plain, *_fused(dtype, chain, x)]
+
+
+def _fp32(shape: str, module: nn.Module, x: Tensor, threads: int) -> Iterator[Candidate]:
+    torch_side, onnx_side = open_model(module, x), open_model(exported(module, x), None)
+    yield from _in(("eager", "inductor"), torch_side, shape, x, threads)
+    yield from _in(("onnxruntime", "openvino"), onnx_side, shape, x, threads)
+
+
+def _bf16(shape: str, module: nn.Module, x: Tensor, threads: int) -> Iterator[Candidate]:
+    half = functools.partial(copy.deepcopy, module)
+    yield from _in(
+        ("eager", "inductor"), open_model(half().bfloat16(), x.bfloat16()), shape, x.bfloat16(), threads
+    )
+    yield from _in(("openvino_default",), open_model(exported(module, x), None), shape, x, threads)
+
+
+def _int8(shape: str, module: nn.Module, x: Tensor, threads: int) -> Iterator[Candidate]:
+    artifact = tdpass.compress(exported(module, x), None, x, pipeline=STATIC, strict=False)
+    yield from _in(("onnxruntime", "openvino"), artifact.opened, shape, x, threads)
+    dynamic = STATIC.replace("minmax", "dynamic")
+    small = tdpass.compress(copy.deepcopy(module), None, x, pipeline=dynamic, strict=False)
+    if any("read integers" in note for row in small.report.passes for note in row.notes):
+        yield from _in(("eager", "inductor"), small.opened, shape, x, threads)
+
+
+def _fused(dtype: str, chain: nn.Module, x: Tensor) -> Iterator[Candidate]:
+    """The operators of this package, where they serve the type."""
+    if dtype == "int8":
+        return
+    module, seen = (
+        (copy.deepcopy(chain), x) if dtype == "fp32" else (copy.deepcopy(chain).bfloat16(), x.bfloat16())
+    )
+    if x.dim() == 4:
+        module = module.to(memory_format=torch.channels_last)
+        seen = seen.contiguous(memory_format=torch.channels_last)
+    compiled: Any = torch.compile(module, backend="tdpass", options={"freeze": True})
+    with torch.no_grad():
+        answer = compiled(seen)
+        yield Candidate("fused", "torch", functools.partial(compiled, seen), answer.float())
+
+
+def _in(names: tuple[str, ...], model: Model, shape: str, x: Tensor, threads: int) -> Iterator[Candidate]:
+    for name in names:
+        runtime = RUNTIMES.get(name)
+        call = runtime.prepare_model(model, Batch((x,)), threads) if runtime.available() else None
+        if call is not None:
+            yield Candidate(shape, name, call, _answer(name, call, model, x))
+
+
+def _answer(name: str, call: Callable[[], object], model: Model, x: Tensor) -> Tensor:
+    """What the runtime answers, or the model where the runtime writes to memory of its own."""
+    found = call()
+    if isinstance(found, Tensor):
+        return found.detach().float()
+    if name.startswith("openvino") and found is not None:
+        return torch.from_numpy(next(iter(found.values())).copy()).float()  # type: ignore[attr-defined]
+    with torch.no_grad():
+        returned = model.run(Batch((x,)))
+    value = next(iter(returned.values())) if isinstance(returned, dict) else returned
+    assert isinstance(value, Tensor)
+    return value.float()
+
+
+def rows_of(
+    net: Net, plan: RankPlan, batch: int, threads: int, dtypes: tuple[str, ...]
+) -> list[dict[str, Value]]:
+    """Times and errors of one network in these types, all in one process and in turn."""
+    model, x = net.build(), net.input(batch)
+    made = tdpass.compress(model, plan=plan, pipeline="fold-batchnorm,factorize", example_inputs=x)
+    assert isinstance(made.model, nn.Module)
+    with torch.no_grad(), threads_of_torch(threads):
+        exact, low = model(x).float(), made.model(x).float()
+        found = [
+            (dtype, each) for dtype in dtypes for each in candidates(dtype, model, made.model, x, threads)
+        ]
+        calls = [each.call for _, each in found]
+        seconds = on_cpu(calls, threads, ROUNDS, least=0.02, warm_up=0.2)
+    best = {
+        dtype: min(
+            time
+            for (own, each), time in zip(found, seconds, strict=True)
+            if own == dtype and each.shape == "dense"
+        )
+        for dtype in dtypes
+    }
+    head = {"net": net.name, "batch": batch, "threads": threads}
+    return [
+        {
+            **head, "dtype": dtype, "macs_ratio": plan.original.macs / plan.planned.macs, "shape": each.shape,
+            "runtime": each.runtime, "ms": 1e3 * time, "error": _apart(each.answer, exact if each.shape == "dense" else low),
+            "error_of_dense": _apart(each.answer, exact), "over_best_dense_of_type": best[dtype] / time,
+            "over_best_dense": min(best.values()) / time,
+        }
+        for (dtype, each), time in zip(found, seconds, strict=True)
+    ]  # fmt: skip
+
+
+def _apart(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
