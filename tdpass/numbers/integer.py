@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,9 +21,10 @@ class Integer(Scaled, ABC):
     """Signed integers of `bits` bits, rounded to the nearest, that share a scale by row.
 
     Symmetric: scale = max |w| / (2^(bits - 1) - 1).  With `zero` the range from the least to the largest
-    number, 0 included, is covered from end to end.
+    number, 0 included, is covered from end to end.  Codes are of torch's `dtype`.
     """
 
+    dtype: ClassVar[torch.dtype] = torch.int8
     zero: bool = False
 
     @classmethod
@@ -43,10 +45,10 @@ class Integer(Scaled, ABC):
                 "beside a support"
             )
         found = super().parts(shape, kept)
-        return {**found, ZERO: Part(found[SCALE].shape, torch.int8)} if self.zero else found
+        return {**found, ZERO: Part(found[SCALE].shape, self.dtype)} if self.zero else found
 
     def stored(self, shape: Shape) -> Part:
-        return Part(shape, torch.int8)
+        return Part(shape, self.dtype)
 
     def scales_rows(self, shape: Shape) -> bool:
         return self.stored(shape) == Part(shape, torch.int8) and self.group <= 0 and not self.zero
@@ -61,7 +63,7 @@ class Integer(Scaled, ABC):
         low, high = share * rows.amin(1).clamp(max=0), share * rows.amax(1).clamp(min=0)
         scale = positive((high - low) / (2 * self.top + 1))
         zero = (-self.top - 1 - low / scale).round().clamp(-self.top - 1, self.top)
-        return {SCALE: scale, ZERO: zero.to(torch.int8)}
+        return {SCALE: scale, ZERO: zero.to(self.dtype)}
 
     def nearest(self, steps: Tensor, zero: Tensor | float) -> Tensor:
         return (steps.round() + zero).clamp(-self.top - self.zero, self.top) - zero
@@ -69,4 +71,4 @@ class Integer(Scaled, ABC):
     def codes(self, factor: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
         zero = beside[ZERO].double()[:, None] if self.zero else 0.0
         steps = self.nearest(self.by_row(factor) / beside[SCALE].double()[:, None], zero)
-        return (steps + zero).to(torch.int8).reshape(factor.shape)
+        return (steps + zero).to(self.dtype).reshape(factor.shape)

@@ -31,7 +31,7 @@ from tdpass.numbers import numbers_named
 from tdpass.packing import SUFFIX
 from tdpass.planner.rank_plan import Choice
 
-TEXTS = ["int8", "int8/tensor", "int8/zero", "int4", "levels16", "float16", "bfloat16", "float8_e4m3"]
+TEXTS = ["int8", "int8/tensor", "int8/zero", "int16", "int4", "levels16", "float16", "bfloat16", "float8_e4m3"]
 NAMES = ("dense", *offered_formats())
 PACKED = [
     "dense int4",
@@ -195,7 +195,7 @@ def in_form(model: Model, numbers: str, support: str) -> list[Layer]:
 @pytest.mark.parametrize(
     "support", ["2:4", "unstructured/30%", "unstructured/7", "rows/3", "columns/25%", "blocks2x2/25%"]
 )
-@pytest.mark.parametrize("numbers", ["", "float16", "int8", "int4", "levels16"])
+@pytest.mark.parametrize("numbers", ["", "float16", "int8", "int16", "int4", "levels16"])
 def test_supports_are_counted_to_the_byte_saved_and_alike_on_both_front_ends(
     support: str, numbers: str, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ from tdpass.ops import TorchOps, pack_bits, unpack_bits
 
 TEXTS = [
     "float64", "float32", "float16", "bfloat16", "int8", "int8/tensor", "int8/9", "int8/zero", "int8/tensor/zero", "int4", "int4/6", "int4/3/zero",
-    "levels2", "levels5", "levels16", "levels256", "float8_e4m3", "float8_e4m3/tensor", "float8_e4m3/9",
+    "int16", "int16/9/zero", "levels2", "levels5", "levels16", "levels256", "float8_e4m3", "float8_e4m3/tensor", "float8_e4m3/9",
 ]  # fmt: skip
 SHAPES = [(5, 18), (4, 3, 3, 2), (3, 6, 3)]
 each_text = pytest.mark.parametrize("text", TEXTS)

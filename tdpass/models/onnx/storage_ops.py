@@ -15,6 +15,7 @@ from tdpass.models.onnx.recording import Recording
 from tdpass.ops import unpack_bits
 
 _DEQUANTIZE_BY_ROW = 13
+_DEQUANTIZE_WORDS = 21
 _FOUR_BIT_INTEGERS = 21
 _ARITHMETIC = 11  # CumSum, and Slice with inputs
 _BYTE = 8
@@ -260,7 +261,8 @@ class StorageNodes(Recording):
                 [size or 1 for size in known],
             )
         zeros_fit = zero is None or zero.dtype == values.dtype
-        if self._opset >= _DEQUANTIZE_BY_ROW and zeros_fit:
+        first = _DEQUANTIZE_WORDS if values.dtype == ir.DataType.INT16 else _DEQUANTIZE_BY_ROW
+        if self._opset >= first and zeros_fit:
             inputs = [values, scale] if zero is None else [values, scale, zero]
             return self._emit("DequantizeLinear", inputs, known, **({"axis": axis} if per_row else {}))
         return self._scaled(values, scale, zero, axis)

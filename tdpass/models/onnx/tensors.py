@@ -15,6 +15,7 @@ from tdpass.errors import InvalidModelError, UnsupportedError
 FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 _QUANTIZED_TYPES = frozenset(
     {
+        ir.DataType.INT16,
         ir.DataType.INT8,
         ir.DataType.UINT8,
         ir.DataType.INT4,
