@@ -24,6 +24,7 @@ from tdpass.errors import UnsupportedError as UnsupportedError
 from tdpass.errors import UsageError as UsageError
 from tdpass.kernels.binding import load_cached as _load_binding
 from tdpass.kernels.native import onnx_ops_path as onnx_ops_path
+from tdpass.layers.adaptive import set_bits as set_bits
 from tdpass.layers.adaptive import set_rank as set_rank
 from tdpass.layers.adaptive import set_width as set_width
 from tdpass.machine import installed_version as _installed_version
@@ -85,6 +86,7 @@ __all__ = [
     "open_recurrent",
     "ordinary",
     "register_pass",
+    "set_bits",
     "set_rank",
     "set_width",
     "train",

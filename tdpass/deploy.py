@@ -18,7 +18,9 @@ from tdpass.files import folder_beside
 from tdpass.kernels import binding, build
 from tdpass.models import Batch, ExampleInputs, Model, as_example, open_model
 from tdpass.models.abilities import RunsAsModule
+from tdpass.models.torch.adapting import adaptation_of
 from tdpass.models.torch.deployable import compile_package, export_onnx, export_program, fused, load_package
+from tdpass.models.torch.selected_onnx import export_selected
 
 SUFFIXES = (".pt2", ".onnx")
 OPS_SUFFIX = ".tdpass_ops.so"
@@ -40,7 +42,9 @@ def deploy(
     `model`: what `compress` gave back or takes; it is left untouched.  `path`: `.pt2` is a package for
     AOTInductor's loader in C++ or Python, compiled for this kind of processor, with the library of the fused
     operators beside it as `<stem>.tdpass_ops.so`; `.onnx` is the graph in standard operators.
-    `dynamic_batch`: let the first axis of every input be of any size.
+    `dynamic_batch`: let the first axis of every input be of any size.  A network of several widths or ranks
+    becomes one ONNX file that holds its weights once, with a last input `setting` that selects by number (the
+    metadata `tdpass.settings` names the numbers); one setting alone is what `tdpass.ordinary` gives.
 
     Raises `KernelError` without a C++ compiler, `InvalidModelError` for a model that torch cannot export,
     `UsageError` for any other suffix or without example inputs, `UnsupportedError` for an ONNX model that
@@ -68,7 +72,9 @@ def deploy(
     module = opened.inference_module()
     with folder_beside(target) as folder:
         made = folder / target.name
-        if target.suffix == ".onnx":
+        if target.suffix == ".onnx" and adaptation_of(module) is not None:
+            export_selected(module, example, dynamic_batch, made)
+        elif target.suffix == ".onnx":
             export_onnx(module, example, dynamic_batch, made)
         else:
             if build.compiler() is None:

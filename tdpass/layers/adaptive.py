@@ -5,97 +5,26 @@ Which one is a switch, and copies nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdpass.documents import Count, Positive, Size
 from tdpass.errors import UsageError
-from tdpass.form import Form
+from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS, Factors
 from tdpass.formats.layer import Layer
+from tdpass.formats.storage import Storage
 from tdpass.kinds import kind_of, kind_of_module
+from tdpass.layers.dial import Cut, Dial
+from tdpass.layers.upper_bits import Codes, scale_of, type_of
 from tdpass.ops import TorchOps
 from tdpass.site import Site
 
 _OPS = TorchOps()
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The channels that are in use: so many from the first."""
-
-    first: Count
-    count: Size
-
-    def of(self, tensor: Tensor, axis: int = 0) -> Tensor:
-        """That part of a tensor, as a view."""
-        return tensor.narrow(axis, self.first, self.count)
-
-
-@dataclass(frozen=True)
-class AdaptiveForm:
-    """One layer: its format, its rank at width and share 1 (0 for dense), and the channels that it reads and makes at each width."""
-
-    format: str
-    rank: Count
-    inputs: tuple[Cut, ...]
-    outputs: tuple[Cut, ...]
-
-    @property
-    def shrinks(self) -> bool:
-        """Whether it has fewer channels at some width."""
-        return len(set(self.inputs)) > 1 or len(set(self.outputs)) > 1
-
-
-@dataclass(frozen=True)
-class Adaptation:
-    """The widths and shares of the rank that a model runs at, in rising order, and what they mean for its layers and batch-norms."""
-
-    widths: tuple[Positive, ...]
-    ranks: tuple[Positive, ...]
-    layers: Mapping[str, AdaptiveForm]
-    norms: Mapping[str, tuple[Cut, ...]]
-
-
-class Dial:
-    """The width and the share of the rank that a model runs at, by their places.
-
-    Its adaptive layers share one dial.
-    """
-
-    def __init__(self, adaptation: Adaptation) -> None:
-        self.adaptation = adaptation
-        self.width, self.rank = len(adaptation.widths) - 1, len(adaptation.ranks) - 1
-
-    @property
-    def place(self) -> int:
-        """The number of the setting."""
-        return self.width * len(self.adaptation.ranks) + self.rank
-
-    @property
-    def places(self) -> int:
-        """How many settings there are; the last is the whole model."""
-        return len(self.adaptation.widths) * len(self.adaptation.ranks)
-
-    def turn(self, place: int) -> None:
-        """Run at the setting of that number."""
-        self.width, self.rank = divmod(place, len(self.adaptation.ranks))
-
-    @contextmanager
-    def at(self, place: int) -> Iterator[None]:
-        """Run at the setting of that number for a while."""
-        before = self.place
-        self.turn(place)
-        try:
-            yield
-        finally:
-            self.turn(before)
 
 
 class Adaptive(nn.Module):
@@ -118,6 +47,7 @@ class Adaptive(nn.Module):
         self.cls = kind.base_of(layer)
         self.options = {name: getattr(layer, name) for name in kind.arguments if name != "bias"}
         weight: Any = layer.weight
+        self.storage, self.dtype = Storage(self.format.shapes(self.site, self._whole), {}), weight.dtype
         self.names = list(self.format.shapes(self.site, self._whole))
         for name, shape in self.format.shapes(self.site, self._whole).items():
             made = torch.empty(shape, dtype=weight.dtype, device="meta") if factors is None else factors[name]
@@ -131,6 +61,18 @@ class Adaptive(nn.Module):
         self.sites = [
             _narrow(self.site, *cuts) for cuts in zip(self.form.inputs, self.form.outputs, strict=True)
         ]
+        if dial.adaptation.bits:
+            self.code()
+
+    def code(self) -> None:
+        """Hold the factors as integers of the bits of the adaptation, as buffers."""
+        bits = self.dial.adaptation.bits
+        self.storage = replace(self.storage, numbers=dict.fromkeys(self.names, type_of(max(8, bits[-1]))))
+        for name in self.names:
+            codes = Codes.of(getattr(self, name), bits[-1], bits[0])
+            delattr(self, name)
+            self.register_buffer(name, codes.values)
+            self.register_buffer(scale_of(name), codes.scale)
 
     @property
     def _whole(self) -> tuple[int, ...]:
@@ -148,17 +90,37 @@ class Adaptive(nn.Module):
 
     def kept(self, place: int) -> tuple[Site, tuple[int, ...], dict[str, Tensor], Tensor | None]:
         """Site, rank, factors and bias of what is in use at a setting."""
+        site, rank, held, bias = self._held(place)
+        factors = {
+            name: part.floats(self.dtype) if isinstance(part, Codes) else part for name, part in held.items()
+        }
+        return site, rank, factors, bias
+
+    def _held(self, place: int) -> tuple[Site, tuple[int, ...], dict[str, Tensor | Codes], Tensor | None]:
+        """The same with factors as they are held, in the bits that the dial says."""
         width, rank = place // len(self.dial.adaptation.ranks), self.rank_at(place)
         inputs, outputs = self.form.inputs[width], self.form.outputs[width]
-        factors = {name: getattr(self, name) for name in self.names}
+        factors = {name: self._factor(name) for name in self.names}
         first, last = self.names[0], self.names[-1]
         if self.site.groups == 1:
-            factors[first] = inputs.of(factors[first], 1)
-        factors[last] = outputs.of(factors[last])
+            factors[first] = factors[first].narrow(1, inputs.first, inputs.count)
+        factors[last] = factors[last].narrow(0, outputs.first, outputs.count)
         if rank:
-            factors[first], factors[last] = factors[first][: rank[0]], factors[last][:, : rank[0]]
+            factors[first] = factors[first].narrow(0, 0, rank[0])
+            factors[last] = factors[last].narrow(1, 0, rank[0])
+        if self.dial.bits:
+            factors = {
+                name: part.upper(self.dial.bits) if isinstance(part, Codes) else part
+                for name, part in factors.items()
+            }
         bias = None if self.bias is None else outputs.of(self.bias)
         return self.sites[width], rank, factors, bias
+
+    def _factor(self, name: str) -> Tensor | Codes:
+        values: Tensor = getattr(self, name)
+        if not self.storage.numbers:
+            return values
+        return Codes(values, getattr(self, scale_of(name)), self.dial.adaptation.bits[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         site, rank, factors, bias = self.kept(self.dial.place)
@@ -171,14 +133,16 @@ class Adaptive(nn.Module):
         return self.format.reconstruct(factors, site)
 
     def factored(self) -> Layer | None:
-        """What is in use as factors; None of a layer that is not factored."""
-        site, rank, factors, bias = self.kept(self.dial.place)
-        own = {name: factor.detach().contiguous() for name, factor in factors.items()}
-        return (
-            Layer(site, Form(self.form.format, rank), own, None if bias is None else bias.detach())
-            if rank
-            else None
-        )
+        """What is in use as factors, in a number type of its bits; None of a dense layer of floating-point numbers."""
+        site, rank, held, bias = self._held(self.dial.place)
+        form, own = Form(self.form.format, rank), dict[str, Tensor]()
+        for name, part in held.items():
+            if isinstance(part, Codes):
+                form = replace(form, numbers=(str(type_of(part.bits)),))
+                own |= part.stored(name)
+            else:
+                own[name] = part.detach().contiguous()
+        return Layer(site, form, own, None if bias is None else bias.detach()) if form != DENSE else None
 
     def plain(self) -> nn.Module:
         """An ordinary dense layer of what is in use, with tensors of its own."""
@@ -278,9 +242,30 @@ def set_rank(model: nn.Module, share: float) -> None:
     dial.rank = _place_of(share, dial.adaptation.ranks, "share of the rank")
 
 
+def set_bits(model: nn.Module, bits: int) -> None:
+    """Let a model compute with the upper bits of its weights from now on, so many; a switch as `set_width` is.
+
+    Raises `UsageError` for a number that it was not made for, as by `ChannelAdaptive(bits=(8, 16))`.
+    """
+    dial = dial_of(model)
+    dial.bits = dial.adaptation.bits[_place_of(bits, dial.adaptation.bits, "number of bits")]
+
+
+def hold_bits(model: nn.Module, bits: Sequence[int]) -> None:
+    """Hold the weights of the adaptive layers as integers, which run at these numbers of bits."""
+    dial = dial_of(model)
+    dial.adaptation = replace(dial.adaptation, bits=tuple(sorted(bits)))
+    dial.bits = dial.adaptation.bits[-1]
+    for module in model.modules():
+        if isinstance(module, Adaptive):
+            module.code()
+
+
 def _place_of(value: float, known: Sequence[float], noun: str) -> int:
     if value not in known:
-        raise UsageError(f"{value!r} is no {noun} of this model; it has: {', '.join(map(str, known))}")
+        raise UsageError(
+            f"{value!r} is no {noun} of this model; it has: {', '.join(map(str, known)) or 'none'}"
+        )
     return known.index(value)
 
 

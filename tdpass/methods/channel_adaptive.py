@@ -16,7 +16,9 @@ from tdpass.artifact import Artifact
 from tdpass.data import calls_of
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.kinds import kind_of
-from tdpass.layers.adaptive import Adaptation, Adaptive, AdaptiveForm, Cut, dial_of, estimate_statistics
+from tdpass.layers.adaptive import Adaptive, dial_of, estimate_statistics, hold_bits
+from tdpass.layers.dial import Adaptation, AdaptiveForm, Cut
+from tdpass.layers.upper_bits import LEAST_BITS, MOST_BITS
 from tdpass.methods.base import Method, register_method
 from tdpass.methods.stages import Run, Stages, module_of
 from tdpass.models import Batch, open_model
@@ -49,6 +51,9 @@ class ChannelAdaptive(Method):
     the layer, factors in order of importance, and also runs with the first ones only: rank = share * width *
     largest.
 
+    With `bits`, such as (8, 16), `finish` leaves weights that are integers of the most bits, with a scale per
+    row, and every setting also runs with their upper bits only: the fixed-point forms of one set of weights.
+
     In a loop of one's own, `passes` gives the losses of a step:
 
     >>> for loss in method.passes(network, inputs, lambda scores: cross_entropy(scores, targets)):   # doctest: +SKIP
@@ -60,6 +65,7 @@ class ChannelAdaptive(Method):
 
     widths: Sequence[float] = (0.25, 0.5, 0.75, 1.0)
     ranks: Sequence[float] = (1.0,)
+    bits: Sequence[int] = ()
     rounds: int = 20
     random: int = 2
     distill: float = 1.0
@@ -83,6 +89,13 @@ class ChannelAdaptive(Method):
             raise UsageError(
                 f"widths={tuple(self.widths)}, ranks={tuple(self.ranks)} are one setting; give more widths "
                 "or ranks"
+            )
+        if len(set(self.bits)) < len(self.bits) or not all(
+            LEAST_BITS <= bits <= MOST_BITS for bits in self.bits
+        ):
+            raise UsageError(
+                f"bits={tuple(self.bits)} are no numbers of bits; give different ones from {LEAST_BITS} to "
+                f"{MOST_BITS}, or none for floating-point numbers"
             )
         if not (0 <= self.distill <= 1 and self.temperature > 0 and self.random >= 0):
             options = f"distill={self.distill}, temperature={self.temperature}, random={self.random}"
@@ -201,6 +214,8 @@ class ChannelAdaptive(Method):
             opened = open_model(trained, self.example)
             batches, _ = calls_of(opened, self.calibration, _SAMPLES)
             estimate_statistics(trained, partial(_run_all, trained, batches))
+        if self.bits:
+            hold_bits(trained, self.bits)
         artifact = compress(trained, pipeline="", example_inputs=self.example, cache=False)
         artifact.report.original = self.original
         artifact.report.declined = {
@@ -219,8 +234,12 @@ class ChannelAdaptive(Method):
         result = module_of(artifact)
         dial = dial_of(result)
         for place in range(dial.places):
+            label = _label(dial.adaptation, place)
             with dial.at(place):
-                artifact.report.checks |= run.scores(**{_label(dial.adaptation, place): result})
+                artifact.report.checks |= run.scores(**{label: result})
+                for bits in dial.adaptation.bits[:-1]:
+                    with dial.in_bits(bits):
+                        artifact.report.checks |= run.scores(**{f"{label}_bits_{bits}": result})
         return artifact
 
 

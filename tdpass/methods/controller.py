@@ -1,7 +1,8 @@
-"""Which width and share of the rank an adaptive model runs at, for a budget on latency, energy or any measure."""
+"""Which width, share of the rank and bits an adaptive model runs at, for a budget on latency, energy or any measure."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from torch import nn
@@ -24,6 +25,7 @@ class Priced:
 
     width: float
     rank: float
+    bits: int
     cost: Cost
     score: float | None = None
 
@@ -33,7 +35,8 @@ class Controller:
 
     Each setting is priced once, as the ordinary model that it stands for: with multiply-adds, parameters and
     bytes, and what the target tells of a call of `batch` samples on `threads` threads; a machine that is here
-    is measured.  The best setting is that of the highest `score`, without one that of most multiply-adds.
+    is measured.  The best setting is that of the highest `score`, without one that of most multiply-adds, and
+    of those that of most bits.
     """
 
     def __init__(
@@ -47,16 +50,17 @@ class Controller:
         score: Score | None = None,
     ) -> None:
         self.model, adaptation = model, dial_of(model).adaptation
-        pairs = [(width, rank) for width in adaptation.widths for rank in adaptation.ranks]
-        opened = [open_setting(model, *pair, as_example(example_inputs)) for pair in pairs]
+        places = list(itertools.product(adaptation.widths, adaptation.ranks, adaptation.bits or (0,)))
+        example = as_example(example_inputs)
+        opened = [open_setting(model, width, rank, example, bits or None) for width, rank, bits in places]
         self.target = open_target(target, "torch", cache_folder())
         told = self.target.cost_models(
             opened, lambda: call_batch(opened[-1], [], batch), Setting(batch, threads)
         )
         scores = [None if score is None else float(score(each.module.eval())) for each in opened]
         self.settings = [
-            Priced(*pair, cost=_with_counts(each, cost), score=mark)
-            for pair, each, cost, mark in zip(pairs, opened, told, scores, strict=True)
+            Priced(*place, cost=_with_counts(each, cost), score=mark)
+            for place, each, cost, mark in zip(places, opened, told, scores, strict=True)
         ]
 
     def choose(self, budget: BudgetSpec) -> Priced:
@@ -78,9 +82,10 @@ class Controller:
                 f"no width is within {wanted}; the smallest, {least.width} at rank {least.rank}, takes "
                 f"{smallest}"
             )
-        best = max(within, key=lambda setting: (setting.score or 0.0, setting.cost.macs))
+        best = max(within, key=lambda setting: (setting.score or 0.0, setting.cost.macs, setting.bits))
         dial, adaptation = dial_of(self.model), dial_of(self.model).adaptation
         dial.width, dial.rank = adaptation.widths.index(best.width), adaptation.ranks.index(best.rank)
+        dial.bits = best.bits
         return best
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -15,7 +19,9 @@ from torch import Tensor, nn
 
 import tdpass
 from tdpass.errors import BudgetError, InvalidModelError, PlanError, UsageError
-from tdpass.layers.adaptive import Adaptive, AdaptiveNorm, dial_of
+from tdpass.layers.adaptive import Adaptive, AdaptiveNorm, dial_of, hold_bits
+from tdpass.layers.factorized import Factorized
+from tdpass.layers.upper_bits import Codes
 from tdpass.methods import ChannelAdaptive, Controller
 from tdpass.models.torch.adapting import adaptation_of
 from tdpass.training.batches import Batches
@@ -300,14 +306,140 @@ def test_a_width_is_exported_like_any_model(artifact: tdpass.Artifact, tmp_path:
         torch.testing.assert_close(torch.from_numpy(answer), plain(x), rtol=1e-3, atol=1e-4)
 
 
-def test_a_width_is_stored_in_8_or_16_bits_like_any_model() -> None:
-    model, _, x = adaptive("digits", widths=[0.5, 1.0])
-    for width in (0.5, 1.0):
-        plain = tdpass.ordinary(model, width).eval()
-        for numbers, share, apart in (("int8", 0.35, 0.05), ("float16", 0.55, 0.01)):
+@pytest.mark.parametrize("ranks", [[1.0], [0.5, 1.0]], ids=["dense", "factored"])
+def test_every_setting_is_stored_in_8_or_16_bits_like_any_model(ranks: list[float]) -> None:
+    model, _, x = adaptive("digits", widths=[0.5, 1.0], ranks=ranks)
+    for width, rank in itertools.product((0.5, 1.0), ranks):
+        plain = tdpass.ordinary(model, width, rank).eval()
+        for numbers, share, apart in (("int8", 0.35, 0.05), ("int16", 0.55, 1e-3), ("float16", 0.55, 0.01)):
             stored = tdpass.compress(plain, pipeline=f"quantize{{numbers={numbers}}}", example_inputs=x)
             assert stored.report.final.bytes < share * stored.report.original.bytes
+            assert len(stored.plan.choices) == 6
             assert (stored.model.eval()(x) - plain(x)).norm() < apart * plain(x).norm()
+
+
+@pytest.mark.parametrize("bits", [pytest.param((), marks=pytest.mark.slow), (8,)], ids=["floats", "int8"])
+def test_one_onnx_file_holds_all_settings_and_an_input_selects(bits: tuple[int, ...], tmp_path: Path) -> None:
+    model, _, x = adaptive("digits", widths=[0.5, 1.0], ranks=[0.5, 1.0])
+    for norm in model.modules():
+        if isinstance(norm, AdaptiveNorm):  # statistics of its own for each setting
+            for place in range(4):
+                nn.init.normal_(norm.get_buffer(f"mean{place}"), std=0.1)
+    if bits:
+        hold_bits(model, bits)
+    tdpass.deploy(model, x, tmp_path / "all.onnx", dynamic_batch=True)
+    tdpass.deploy(tdpass.ordinary(model, 1.0), x, tmp_path / "whole.onnx", dynamic_batch=True)
+    found = onnx.load(tmp_path / "all.onnx")
+    (settings,) = (json.loads(entry.value) for entry in found.metadata_props)
+    assert settings == [{"width": width, "rank": rank} for width in (0.5, 1.0) for rank in (0.5, 1.0)]
+    size, whole = weights_in(found.graph), weights_in(onnx.load(tmp_path / "whole.onnx").graph)
+    assert size < 1.15 * whole
+    session = onnxruntime.InferenceSession(tmp_path / "all.onnx")
+    assert [each.name for each in session.get_inputs()][-1] == "setting"
+    images, first = torch.cat([x, x]), session.get_inputs()[0].name
+    for number, setting in enumerate([*settings, settings[-1]]):
+        (answer,) = session.run(None, {first: images.numpy(), "setting": np.array(number)})
+        wanted = tdpass.ordinary(model, setting["width"], setting["rank"])(images)
+        torch.testing.assert_close(torch.from_numpy(answer), wanted, rtol=1e-3, atol=1e-4)
+
+
+def weights_in(graph: onnx.GraphProto) -> int:
+    """Bytes of all weights of a graph and of those in it."""
+    inner = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+    return sum(len(tensor.SerializeToString()) for tensor in graph.initializer) + sum(map(weights_in, inner))
+
+
+BITS = (4, 8, 16)
+
+
+def in_bits() -> tuple[nn.Module, Tensor, dict[tuple[float, float], Tensor]]:
+    """A network of two widths, two shares of the rank and three numbers of bits, and what each width and share answers without bits."""
+    model, _, x = adaptive("digits", widths=[0.5, 1.0], ranks=[0.5, 1.0])
+    exact = {
+        (width, rank): tdpass.ordinary(model, width, rank)(x) for width in (0.5, 1.0) for rank in (0.5, 1.0)
+    }
+    hold_bits(model, BITS)
+    return model, x, exact
+
+
+@torch.no_grad()
+def test_bits_are_a_setting_beside_width_and_rank() -> None:
+    model, x, exact = in_bits()
+    held = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    for (width, rank), wanted in exact.items():
+        tdpass.set_width(model, width)
+        tdpass.set_rank(model, rank)
+        apart = []
+        for bits, numbers in zip(BITS, ("int4", "int8", "int16"), strict=True):
+            tdpass.set_bits(model, bits)
+            plain = tdpass.ordinary(model, width, rank, bits)
+            torch.testing.assert_close(plain(x), model(x), rtol=1e-5, atol=1e-5)
+            forms = {str(each.form) for each in plain.modules() if isinstance(each, Factorized)}
+            assert {form.rpartition(" ")[2] for form in forms} == {numbers}
+            apart.append(float((model(x) - wanted).norm() / wanted.norm()))
+        assert apart[2] < 1e-3 < apart[0]
+        assert apart[2] < apart[1] < apart[0]
+        assert apart[1] < 0.05
+    assert {name: value.data_ptr() for name, value in model.state_dict().items()} == held
+
+
+def test_one_file_of_half_the_bytes_holds_every_width_rank_and_bits(tmp_path: Path) -> None:
+    method = {"channel-adaptive": {"widths": [0.5, 1.0], "ranks": [0.5, 1.0], "bits": BITS, "rounds": 1}}
+    x = digits().inputs[:8]
+    artifact = tdpass.train(
+        digits_net(classes=2),
+        digits(),
+        method,
+        settings={"lr": 0.01},
+        example_inputs=x,
+        control=False,
+        test=right,
+    )
+    scores = {name for name in artifact.report.checks if name.startswith("score_width_1_rank_1")}
+    assert scores == {f"score_width_1_rank_1{bits}" for bits in ("", "_bits_4", "_bits_8")}
+    size = sum(
+        parameter.nbytes
+        for parameter in adaptive("digits", widths=[0.5, 1.0], ranks=[0.5, 1.0])[0].parameters()
+    )
+    assert artifact.report.final.bytes < 0.55 * size
+    assert 0.9 * size < 4 * artifact.report.final.params < 1.1 * size
+    artifact.save(tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").stat().st_size < 0.6 * size
+    loaded, model = tdpass.load(tmp_path / "model.safetensors", digits_net(classes=2)).eval(), artifact.model
+    for width, rank, bits in itertools.product((0.5, 1.0), (0.5, 1.0), BITS):
+        for each in (loaded, model):
+            tdpass.set_width(each, width)
+            tdpass.set_rank(each, rank)
+            tdpass.set_bits(each, bits)
+        assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("most", [8, 16])
+def test_upper_bits_are_the_nearest_of_fewer_bits(most: int) -> None:
+    factor = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [[0.0], [1e-3], [1.0], [5.0], [1e3]]
+    )
+    codes = Codes.of(factor, most, 4)
+    for bits in range(4, most + 1):
+        upper = codes.upper(bits)
+        assert int(upper.values.abs().max()) <= 2 ** (bits - 1) - 1
+        step = upper.scale[:, None]
+        assert bool(
+            ((upper.floats(torch.float64) - factor).abs() <= (0.5 + 2.0 ** (bits - most)) * step).all()
+        )
+        part = codes.narrow(0, 1, 3).narrow(1, 2, 4).upper(bits)
+        assert torch.equal(part.floats(torch.float32), upper.floats(torch.float32)[1:4, 2:6])
+
+
+def test_a_controller_chooses_bits_too() -> None:
+    model, x, _ = in_bits()
+    controller = Controller(model, x[:1], "pim:sot_mram")
+    joules = {(each.width, each.rank, each.bits): each.cost.get("joules") for each in controller.settings}
+    assert len(joules) == 12
+    assert joules[1.0, 1.0, 4] < 0.6 * joules[1.0, 1.0, 8] < 0.6 * joules[1.0, 1.0, 16]
+    chosen = controller.choose({"joules": 1.01 * joules[1.0, 1.0, 8] / joules[1.0, 1.0, 16]})
+    assert (chosen.width, chosen.rank, chosen.bits) == (1.0, 1.0, 8)
+    assert dial_of(model).bits == 8
 
 
 def test_a_controller_turns_to_the_best_setting_within_a_budget(artifact: tdpass.Artifact) -> None:
@@ -335,6 +467,9 @@ def test_what_cannot_be_is_said() -> None:
         {"widths": [0.5, 0.5, 1.0]},
         {"ranks": [2.0, 1.0]},
         {"distill": 2.0},
+        {"bits": [1, 8]},
+        {"bits": [8, 8]},
+        {"bits": [32]},
     ):
         with pytest.raises(UsageError, match=r"give|fit"):
             ChannelAdaptive(**options)
@@ -350,3 +485,5 @@ def test_what_cannot_be_is_said() -> None:
         tdpass.set_width(wide, 0.3)
     with pytest.raises(UsageError, match="share of the rank"):
         tdpass.set_rank(wide, 0.3)
+    with pytest.raises(UsageError, match="number of bits of this model; it has: none"):
+        tdpass.set_bits(wide, 8)

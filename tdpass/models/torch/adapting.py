@@ -7,7 +7,8 @@ from torch import nn
 from tdpass.errors import PlanError
 from tdpass.formats.base import FORMATS, Factors
 from tdpass.kinds import kind_of_module
-from tdpass.layers.adaptive import Adaptation, Adaptive, AdaptiveNorm, Cut, Dial
+from tdpass.layers.adaptive import Adaptive, AdaptiveNorm
+from tdpass.layers.dial import Adaptation, Cut, Dial
 from tdpass.models.torch.in_place import become
 from tdpass.models.torch.norms import BatchNorm
 

@@ -113,8 +113,10 @@ def export_program(module: nn.Module, example: Batch, dynamic_batch: bool) -> Ex
         raise _refused("be exported", error, dynamic_batch) from error
 
 
-def export_onnx(module: nn.Module, example: Batch, dynamic_batch: bool, path: Path) -> None:
-    """Write a model in evaluation mode as ONNX in standard operators.
+def export_onnx(
+    module: nn.Module, example: Batch, dynamic_batch: bool, path: Path, *, optimize: bool = True
+) -> None:
+    """Write a model in evaluation mode as ONNX in standard operators, batch-norms folded where it is optimized.
 
     Raises `UnsupportedError` without onnxscript, `InvalidModelError` where torch cannot.
     """
@@ -126,6 +128,7 @@ def export_onnx(module: nn.Module, example: Batch, dynamic_batch: bool, path: Pa
                 kwargs=dict(example.kwargs),
                 dynamo=True,
                 verbose=False,
+                optimize=optimize,
                 dynamic_shapes=dynamic_shapes(example) if dynamic_batch else None,
             )
             assert program is not None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tdpass.form import DENSE
 from tdpass.formats.layer import Layer
 from tdpass.formats.storage import Storage
+from tdpass.layers.adaptive import Adaptive
 from tdpass.layers.factorized import Factorized
 from tdpass.models.torch.in_place import become
 from tdpass.models.torch.sites import Matched
@@ -87,8 +88,14 @@ def placed_factors(layer: Layer, like: Tensor) -> dict[str, Tensor]:
 
 def storages(module: nn.Module) -> list[Storage]:
     """How the factors are stored that are no parameters, shared ones once."""
-    layers = [layer for layer in module.modules() if isinstance(layer, Factorized) and layer.storage.numbers]
-    return list({id(next(iter(layer.factors().values()))): layer.storage for layer in layers}.values())
+    layers = [
+        layer
+        for layer in module.modules()
+        if isinstance(layer, Factorized | Adaptive) and layer.storage.numbers
+    ]
+    return list(
+        {id(getattr(layer, next(iter(layer.storage.numbers)))): layer.storage for layer in layers}.values()
+    )
 
 
 def bias_for(own: nn.Parameter | None, bias: Tensor | None, like: Tensor) -> nn.Parameter | None:

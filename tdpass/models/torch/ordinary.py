@@ -6,30 +6,37 @@ import copy
 
 from torch import nn
 
-from tdpass.layers.adaptive import Adaptive, AdaptiveNorm, dial_of, set_rank, set_width
+from tdpass.layers.adaptive import Adaptive, AdaptiveNorm, dial_of, set_bits, set_rank, set_width
 from tdpass.models.base import Batch
 from tdpass.models.torch.in_place import become
 from tdpass.models.torch.model import TorchModel
 
 
-def ordinary(model: nn.Module, width: float, rank: float | None = None) -> nn.Module:
-    """A copy of an adaptive model that is an ordinary one of that width and share of the rank: to export, to compress, to deploy.
+def ordinary(model: nn.Module, width: float, rank: float | None = None, bits: int | None = None) -> nn.Module:
+    """A copy of an adaptive model that is an ordinary one of that setting: to export, to compress, to deploy.
 
-    By default with all of the rank.  Raises `UsageError` for a width or a share that the model has not.
+    By default with all of the rank, and with the most bits where the model has bits; its layers are then
+    stored in integers.  Raises `UsageError` for a width, a share or bits that the model has not.
     """
-    return open_setting(model, width, rank).module
+    return open_setting(model, width, rank, bits=bits).module
 
 
 def open_setting(
-    model: nn.Module, width: float, rank: float | None = None, example: Batch | None = None
+    model: nn.Module,
+    width: float,
+    rank: float | None = None,
+    example: Batch | None = None,
+    bits: int | None = None,
 ) -> TorchModel:
     """The same, opened, and seen running on the example.
 
-    Its sites are those of the narrow layers, factored where these are.
+    Its sites are those of the narrow layers, factored and stored as these are.
     """
     network = copy.deepcopy(model)
     set_width(network, width)
     set_rank(network, dial_of(network).adaptation.ranks[-1] if rank is None else rank)
+    if bits is not None or dial_of(network).adaptation.bits:
+        set_bits(network, dial_of(network).adaptation.bits[-1] if bits is None else bits)
     layers = {}
     for path, module in list(network.named_modules()):
         if isinstance(module, Adaptive):

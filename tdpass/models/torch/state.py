@@ -17,7 +17,7 @@ from tdpass.documents import Document, register_document
 from tdpass.errors import InvalidModelError, PlanError, UnsupportedError, UsageError
 from tdpass.form import Form, Formed
 from tdpass.kinds import kind_of_module
-from tdpass.layers.adaptive import Adaptation
+from tdpass.layers.dial import Adaptation
 from tdpass.layers.factorized import Factorized, empty_layer
 from tdpass.machine import installed_version
 from tdpass.models.torch.adapting import adapt, adaptation_of
