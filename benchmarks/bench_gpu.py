@@ -9,20 +9,22 @@ compiled with `max-autotune` (`dense-compiled`), the chain of its factors (`chai
 go over the five in turn, between rounds the second-level cache is overwritten, and the median counts.  Beside
 it stand two floors of the factored layer: its bytes (input, output, factors, each once) over the bandwidth,
 and its FLOPs over the arithmetic rate, both of which are measured here, by a large copy and a large product.
+Layers in int8, int4 and float8 (`benchmarks/gpu_low_precision.py`) stand beside the same dense layer and chain in
+the type of x; their error is that of rounding weights too.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu_cases import Case, random
+from benchmarks.gpu_low_precision import LOW_PRECISION
 from benchmarks.results import Table, show, skip
 from tdpass.kernels import gpu
 
@@ -32,35 +34,6 @@ COLUMNS = (
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ROUNDS, FLUSH = 41, 256 << 20
 Run = Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One layer: the three ways to run it, and what the factored one reads, writes and computes at the least."""
-
-    name: str
-    shape: str
-    dense: Callable[..., Tensor]
-    chain: Callable[..., Tensor]
-    fused: Callable[..., Tensor]
-    x: Tensor
-    factors: list[Tensor]
-    weight: Tensor
-    outputs: int
-    flops: int
-
-    @property
-    def bytes(self) -> int:
-        """Input, output and factors, each once."""
-        return (
-            sum(t.numel() for t in (self.x, *self.factors)) * self.x.element_size()
-            + self.outputs * self.x.element_size()
-        )
-
-
-def random(*shape: int, fan: int, dtype: torch.dtype) -> Tensor:
-    """Normal numbers that keep the size of what they multiply when `fan` of them are summed."""
-    return (torch.randn(*shape, device="cuda") / math.sqrt(fan)).to(dtype)
 
 
 def svd(dtype: torch.dtype) -> Iterator[Case]:
@@ -187,6 +160,7 @@ CASES: dict[str, Callable[[torch.dtype], Iterator[Case]]] = {
     "tucker2": tucker2,
     "train": train,
     "block_term": block_term,
+    **LOW_PRECISION,
 }
 
 
