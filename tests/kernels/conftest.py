@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 
 from tdpass.kernels.gpu import serving
+
+
+@dataclass
+class Compiled:
+    """Of each kernel that was launched, the most shared memory and the assembly of every launch."""
+
+    shared: dict[str, int] = field(default_factory=dict)
+    assembly: dict[str, list[str]] = field(default_factory=dict)
 
 
 @pytest.fixture
@@ -29,24 +38,24 @@ def here(untuned: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def compiled_for(
-    untuned: None, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[int], dict[str, int]]:
-    """Called with a compute capability, launches compile for it and nothing runs; what it returns fills with
-    the most shared memory of each kernel."""
+def compiled_for(untuned: None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Compiled]:
+    """Called with a compute capability, launches compile for it and nothing runs."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     from tdpass.kernels.gpu import language
 
-    def start(capability: int) -> dict[str, int]:
-        shared: dict[str, int] = {}
+    def start(capability: int) -> Compiled:
+        found = Compiled()
 
         def compiled(kernel: JITFunction, grid: object) -> object:
             def launch(*args: object, **options: object) -> None:
                 made = kernel.run(*args, grid=grid, warmup=True, **options)
-                shared[kernel.__name__] = max(shared.get(kernel.__name__, 0), made.metadata.shared)
+                found.shared[kernel.__name__] = max(
+                    found.shared.get(kernel.__name__, 0), made.metadata.shared
+                )
+                found.assembly.setdefault(kernel.__name__, []).append(made.asm["ptx"])
 
             return launch
 
@@ -60,6 +69,6 @@ def compiled_for(
         monkeypatch.setattr(JITFunction, "__getitem__", compiled)
         monkeypatch.setattr(language, "on_this_device", lambda _: True)
         monkeypatch.setattr(driver, "_active", target)
-        return shared
+        return found
 
     return start

@@ -25,9 +25,9 @@ pytestmark = pytest.mark.usefixtures("here")
 @compiles
 @pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_the_defaults_compile_for_a_device_that_is_not_here(
-    capability: int, compiled_for: Callable[[int], dict[str, int]]
+    capability: int, compiled_for: Callable[[int], Any]
 ) -> None:
-    shared = compiled_for(capability)
+    found = compiled_for(capability)
     for widths, rows, own in (
         ((768, 160, 64), 512, False),
         ((768, 48, 64), 512, True),
@@ -50,14 +50,22 @@ def test_the_defaults_compile_for_a_device_that_is_not_here(
         for grid in (0.0, 0.5):
             args = float8_layers(grid)
             assert IMPLEMENTATIONS["linear_chain_float8", "cuda"](*args) is not NotImplemented
-    assert shared.keys() - {"svd_kernel"} == {
+    assert found.shared.keys() - {"svd_kernel"} == {
         "pair_kernel",
         "int8_gemm_kernel",
         "conv_int8_kernel",
         "weight_only_kernel",
         "gemm_kernel",
     }
-    assert max(shared.values()) <= 99 << 10, "a default must fit every device of capability 8.0 and newer"
+    assert max(found.shared.values()) <= 99 << 10, (
+        "a default must fit every device of capability 8.0 and newer"
+    )
+    for name in ("pair_kernel", "int8_gemm_kernel", "conv_int8_kernel"):
+        for text in found.assembly[name]:
+            assert "s32.s8.s8" in text, f"{name} does not multiply bytes on tensor cores"
+            assert "fma.rn" not in text, (
+                f"{name} rounds a product and a sum at once, other than its reference"
+            )
 
 
 def layers(widths: tuple[int, ...], rows: int, own: bool) -> list[Any]:
@@ -70,7 +78,7 @@ def layers(widths: tuple[int, ...], rows: int, own: bool) -> list[Any]:
     x, rest = (
         torch.zeros(rows, n, dtype=torch.bfloat16 if own else torch.uint8) for n in (widths[0], widths[-1])
     )
-    return [x, *factors, normal(widths[-1]), rest, grids.numbers(), list(widths), "gelu"]
+    return [x, *factors, normal(widths[-1]), rest, grids.numbers(), list(widths), "relu"]
 
 
 def weight_only_layer(
