@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.bench-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: docs wheel first-hour demo test test-all test-sanitized fuzz lint bench bench-accuracy bench-finetune bench-minilm bench-tasks bench-planner bench-targets bench-break-even bench-training bench-training-cost bench-training-speed bench-project bench-peers bench-kernels bench-models bench-factorize clean
+.PHONY: docs wheel first-hour demo test test-all test-sanitized fuzz lint bench bench-accuracy bench-finetune bench-minilm bench-tasks bench-planner bench-targets bench-break-even bench-training bench-training-cost bench-training-speed bench-project bench-peers bench-reach bench-families bench-onnx-models bench-kernels bench-models bench-factorize clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -111,6 +111,18 @@ bench-factorize: $(BENCH_INSTALLED)
 bench-models: $(BENCH_INSTALLED)
 	$(BIN)/tdpass doctor --build
 	$(BIN)/python -m benchmarks.bench_models
+
+# Packages that ship a trained ONNX model are fetched, not installed.
+bench-reach: $(INSTALLED)
+	$(PIP) download --quiet --no-deps --only-binary :all: -d out/wheels_with_models silero-vad magika rapidocr-onnxruntime basic-pitch nudenet
+	$(BIN)/python -m benchmarks.bench_reach --wheels out/wheels_with_models
+
+bench-families: $(BENCH_INSTALLED)
+	$(BIN)/python -m benchmarks.bench_families
+
+bench-onnx-models: $(INSTALLED)
+	$(BIN)/python -m benchmarks.bench_onnx_models
+	$(BIN)/python -m benchmarks.bench_onnx_models --light
 
 bench-peers: $(BENCH_INSTALLED)
 	$(BIN)/python -m benchmarks.peers
