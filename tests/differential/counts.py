@@ -12,6 +12,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 FLOATS = {
@@ -24,6 +25,13 @@ STATISTICS = {"BatchNormalization": (3, 4)}
 Feed = Mapping[str, np.ndarray]
 
 
+class _Followed(TorchFunctionMode):
+    """While somebody follows them, layers that would run as one operator call their products one by one."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
 def torch_macs(run: Callable[[], object]) -> int:
     """Torch's counter, which knows products and convolutions only, with everything else made of these."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -33,6 +41,7 @@ def torch_macs(run: Callable[[], object]) -> int:
         vector = {torch.ops.aten.mv: lambda matrix, vector, **_: 2 * matrix[0] * matrix[1]}
         with (
             torch.no_grad(),
+            _Followed(),
             sdpa_kernel(SDPBackend.MATH),
             FlopCounterMode(display=False, custom_mapping=vector) as counter,
         ):

@@ -119,9 +119,9 @@ def _attention(inputs: Sequence[Sizes], y: Sizes) -> int:
 def count_products(model: ir.Model, inputs: Mapping[str, Tensor]) -> Counted:
     """Multiply-adds of one call; raises `InvalidModelError` where ONNX Runtime fails."""
     named = model.clone()
-    for node in _nodes(named):
+    for number, node in enumerate(_nodes(named)):
         if node.op_type == "Einsum":
-            node.name = f"{_EINSUM}{node.attributes['equation'].as_string()}:"
+            node.name = f"{_EINSUM}{node.attributes['equation'].as_string()}:{number}"
     macs = sum(_products_of(event) for event in traced(named, inputs))
     return Counted(macs, _unseen(model))
 
