@@ -91,7 +91,11 @@ class Storage:
 
     def scale_of(self, name: str) -> str:
         """The name of what the scales of a factor of integers are stored as."""
-        return _name(name, SCALE)
+        return self.part_of(name, SCALE)
+
+    def part_of(self, name: str, part: str) -> str:
+        """The name under which one part of a factor is stored."""
+        return _name(name, part)
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
         """Sizes of all that is stored, by name."""

@@ -120,6 +120,11 @@ def choosing(lanes: str = "auto", *, measure: bool = True) -> Iterator[None]:
         _RULES.pop()
 
 
+def measuring() -> bool:
+    """Whether what is fused is to be measured, as `choosing` says."""
+    return _RULES[-1].measure
+
+
 def choose(trials: Sequence[Trial], *, measure: bool = True) -> Verdict:
     """Whether to fuse a chain that is called so, and in which lanes; unmeasured, every chain is fused.
 

@@ -16,6 +16,8 @@ from tdpass.fusing.spec import ChainCall, ChainSpec, Layout
 from tdpass.fusing.torch_calls import in_torch
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.fused import Fused
+from tdpass.layers.weight_only import WeightOnly
+from tdpass.models.torch.fuse_weight_only import fuse_weight_only
 
 Calls = dict[int, list[Tensor]]
 
@@ -25,7 +27,7 @@ def fuse_layers(
     run: Callable[[], object] | None,
     note: Callable[[str], None],
     decline: Callable[[str, str], None],
-) -> dict[Factorized, Fused]:
+) -> dict[Factorized, Factorized]:
     """What each factored layer that is faster so becomes.
 
     The activations they take in are replaced by identities at once. `run` calls the module on what to measure
@@ -34,13 +36,21 @@ def fuse_layers(
     layers = {
         path: layer
         for path, layer in module.named_modules()
-        if isinstance(layer, Factorized) and not isinstance(layer, Fused)
+        if isinstance(layer, Factorized) and not isinstance(layer, Fused | WeightOnly)
     }
     inputs = None if run is None else _inputs(layers, run)
-    found: dict[Factorized, Fused] = {}
+    found: dict[Factorized, Factorized] = {}
     plain = fused = 0.0
     for path, layer in layers.items():
-        verdict = _verdict(layer, None if inputs is None else inputs[path])
+        called = None if inputs is None else inputs[path]
+        if layer.form.encoded:
+            made, reason = fuse_weight_only(layer, called)
+            if made is None:
+                decline(path, f"not fused: {reason}")
+            else:
+                found[layer] = made
+            continue
+        verdict = _verdict(layer, called)
         if isinstance(verdict, str):
             decline(path, f"not fused: {verdict}")
             continue

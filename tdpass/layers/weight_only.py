@@ -1,0 +1,117 @@
+"""Linear layers whose weight is whole numbers, alone or beside a thin product, as one operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tdpass.form import Form
+from tdpass.formats.base import FORMATS
+from tdpass.formats.layer import Layer
+from tdpass.formats.storage import Storage
+from tdpass.kernels.weight_only import WEIGHT_ONLY_LINEAR, pack_codes, pack_floats
+from tdpass.layers.derived import Recipe, derived
+from tdpass.layers.factorized import Factorized
+from tdpass.numbers import VALUES
+from tdpass.numbers.floating import Floating
+from tdpass.numbers.integer import Integer
+from tdpass.ops import TorchOps
+from tdpass.site import Site
+
+_EIGHTH = 8  # groups of the operator are multiples of so many inputs
+
+
+def why_not_weight_only(layer: Layer) -> str:
+    """Why the operator does not serve a layer; empty where it does."""
+    whole, *thin = _names(layer)
+    numbers = layer.storage.numbers.get(whole)
+    if layer.site.axes or layer.site.groups > 1 or layer.format not in ("dense", "svd_residual"):
+        return f"'{layer.form}' is no linear layer of one matrix, alone or beside a product of two"
+    if not isinstance(numbers, Integer) or numbers.bits not in (4, 8) or numbers.zero:
+        return f"'{layer.form}' holds no whole numbers of 4 or 8 bits around zero"
+    if layer.storage.supports or layer.form.activations or (numbers.group > 0 and numbers.group % _EIGHTH):
+        return (
+            f"'{layer.form}' has a support, integer activations or groups that are no multiples of {_EIGHTH}"
+        )
+    if not all(isinstance(layer.storage.numbers.get(name), Floating) for name in thin):
+        return f"'{layer.form}' holds no floating-point factors beside its whole numbers"
+    return ""
+
+
+def _names(layer: Layer) -> tuple[str, ...]:
+    """Q, then V and U where there is a product."""
+    remainder = FORMATS.get(layer.format).remainder
+    return (remainder, "v", "u") if remainder else tuple(layer.storage.shapes)[:1]
+
+
+@dataclass(frozen=True)
+class PackWeightOnly(Recipe):
+    """Codes and scales of every matrix of a layer, in turn, as the operator takes them."""
+
+    site: Site
+    form: Form
+    names: tuple[str, ...]
+
+    def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        held = dict(zip(self.names, tensors, strict=True))
+        layer = Layer(self.site, self.form, held)
+        whole, *thin = _names(layer)
+        storage = layer.storage
+        floats = (storage.restored(TorchOps(), name, held, torch.float32) for name in thin)
+        packed = [_pack(storage, whole, held), *(pack_floats(each, torch.float32) for each in floats)]
+        return tuple(tensor for each in packed for tensor in each)
+
+
+def _pack(storage: Storage, name: str, held: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    numbers, (outputs, inputs) = storage.numbers[name], storage.shapes[name]
+    assert isinstance(numbers, Integer)
+    codes = numbers.unpacked(TorchOps(), held[storage.part_of(name, VALUES)], outputs * inputs)
+    scale = held[storage.scale_of(name)]
+    scales = scale.expand(outputs)[:, None] if numbers.group < 0 else scale.reshape(outputs, -1)
+    return pack_codes(codes.reshape(outputs, inputs).to(torch.int8), scales, numbers.bits)
+
+
+class WeightOnly(Factorized):
+    """A linear layer of whole numbers that runs as `weight_only_linear`, from what is packed of its parts.
+
+    Where gradients are wanted, while it is compiled or exported, and for other types than single precision it
+    runs as the layer that it is.  Raises nothing of its own: `why_not_weight_only` says what it is made of.
+    """
+
+    @classmethod
+    def of(cls, module: Factorized) -> WeightOnly:
+        """The same layer with the very same tensors, mode and hooks."""
+        made = cls(module.layer(), module.bias, module.padding_mode, module.pads)
+        for name, value in module.factors().items():
+            setattr(made, name, value)
+        made.train(module.training)
+        made._forward_hooks, made._forward_pre_hooks = module._forward_hooks, module._forward_pre_hooks
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._served(x):
+            return super().forward(x)
+        return self.packed_call(x)
+
+    def packed_call(self, x: Tensor) -> Tensor:
+        """The operator on this input."""
+        held = self.factors()
+        recipe = PackWeightOnly(self.site, self.form, tuple(held))
+        packed = derived(recipe, tuple(held.values()))
+        widths = [self.site.i, self.site.o, *self.rank]
+        y: Tensor = WEIGHT_ONLY_LINEAR.call(
+            x, list(packed[::2]), list(packed[1::2]), self.bias, None, widths, "identity"
+        )
+        return y
+
+    def _served(self, x: Tensor) -> bool:
+        inference = not torch.is_grad_enabled() or not (x.requires_grad or _trained(self.bias))
+        plain = x.dtype is torch.float32 and not torch.is_autocast_enabled(x.device.type)
+        return inference and plain and not torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
+def _trained(bias: nn.Parameter | None) -> bool:
+    return bias is not None and bias.requires_grad

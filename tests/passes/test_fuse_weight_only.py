@@ -1,0 +1,113 @@
+"""Linear layers of whole numbers run as one operator: the same answers, chosen by measured times, saved as before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tdpass
+from tdpass.formats import Layer
+from tdpass.fusing.choose import PLAIN
+from tdpass.layers.factorized import Factorized
+from tdpass.layers.weight_only import WeightOnly, why_not_weight_only
+from tdpass.models.torch import fuse_weight_only
+
+SERVED = [
+    "numbers=int8",
+    "numbers=int4/16,beside=4",
+    *(
+        pytest.param(options, marks=pytest.mark.slow)
+        for options in ("numbers=int8/tensor", "numbers=int4", "numbers=int4/32", "numbers=int8,beside=4")
+    ),
+]
+UNMEASURED = "fuse-kernels{measure=false}"
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 32, bias=False)).eval()
+
+
+def rows() -> Tensor:
+    return torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+
+
+def made(options: str, last: str = UNMEASURED) -> tdpass.Artifact:
+    return tdpass.compress(net(), None, rows(), pipeline=f"quantize{{{options}}},{last}", cache=False)
+
+
+@pytest.mark.parametrize("options", SERVED)
+def test_it_answers_as_the_layer_that_it_was_and_is_saved_as_that(options: str, tmp_path: Path) -> None:
+    plain, fused = made(options, "verify").model, made(options).model
+    kinds = [type(part) for part in fused]
+    assert WeightOnly in kinds
+    with torch.no_grad():
+        torch.testing.assert_close(fused(rows()), plain(rows()), rtol=1e-4, atol=1e-5)
+        parts = [part for part in fused if isinstance(part, WeightOnly)]
+        torch.testing.assert_close(
+            parts[0].packed_call(rows()), Factorized.forward(parts[0], rows()), rtol=1e-4, atol=1e-5
+        )
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+    fused_artifact = made(options)
+    fused_artifact.save(tmp_path / "net.safetensors")
+    torch.testing.assert_close(tdpass.load(tmp_path / "net.safetensors", net())(rows()), plain(rows()))
+
+
+def test_it_exports_compiles_and_trains_as_the_layer_that_it_is() -> None:
+    model = made("numbers=int4/32").model
+    x = rows().requires_grad_()
+    model(x).sum().backward()
+    assert float(x.grad.abs().sum()) > 0
+    with torch.no_grad():
+        exported = torch.export.export(model, (rows(),)).module()
+        torch.testing.assert_close(exported(rows()), model(rows()), rtol=1e-4, atol=1e-5)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(rows()), model(rows()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("fused", "chosen"), [(1e-6, True), (1e-3, False)])
+def test_it_is_chosen_where_it_is_measured_to_be_faster(
+    fused: float, chosen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def times(layer: Factorized, one: WeightOnly, like: Tensor) -> dict[str, float]:
+        return {PLAIN: 1e-4, "weight_only_linear": fused}
+
+    monkeypatch.setattr(fuse_weight_only, "_times", times)
+    artifact = made("numbers=int8", "fuse-kernels")
+    assert any(isinstance(part, WeightOnly) for part in artifact.model) == chosen
+    said = [why for why in artifact.report.declined.values() if "us as one operator" in why]
+    assert bool(said) != chosen
+
+
+def test_times_are_measured_once_and_kept() -> None:
+    layer = made("numbers=int8", "verify").model[0]
+    one, like = WeightOnly.of(layer), torch.empty(5, 32, device="meta")
+    first = fuse_weight_only._times(layer, one, like)
+    assert all(seconds > 0 for seconds in first.values())
+    assert fuse_weight_only._times(layer, one, like) == first
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("numbers=int8/zero", "no whole numbers"),
+        ("numbers=levels16", "no whole numbers"),
+        ("numbers=int4/4", "multiples of 8"),
+    ],
+)
+def test_what_the_operator_does_not_serve_stays_with_the_reason(options: str, reason: str) -> None:
+    artifact = made(options)
+    assert not any(isinstance(part, WeightOnly) for part in artifact.model)
+    assert any(reason in why for why in artifact.report.declined.values())
+
+
+def test_convolutions_are_not_served() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 8, 3)).eval()
+    x = torch.randn(4, 3, 6, 6)
+    model = tdpass.compress(module, None, x, pipeline="quantize", cache=False).model
+    layer = model[0].layer()
+    assert isinstance(layer, Layer)
+    assert "no linear layer" in why_not_weight_only(layer)
