@@ -18,9 +18,10 @@ from tdpass.pipeline import Pass, register_pass
 from tdpass.planner.cache import CandidateCache
 from tdpass.planner.effort import effort_named
 from tdpass.planner.offers import EVERYTHING, NOTHING, Offer
-from tdpass.planner.planning import Dense, Table, add_joint_options, tabulate
+from tdpass.planner.planning import Dense, add_joint_options, tabulate
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.planner.stopwatch import prices_on
+from tdpass.planner.table import Table
 from tdpass.planner.timed import plan_on_target, price_table
 from tdpass.planner.trials import Promise
 from tdpass.report import CurvePoint

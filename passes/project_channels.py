@@ -16,9 +16,9 @@ from tdpass.planner.effort import effort_named
 from tdpass.planner.joint import joint_layers, joint_options
 from tdpass.planner.joint.project_channels import NARROWINGS
 from tdpass.planner.joint.prune_channels import KEEP_SHARES
-from tdpass.planner.planning import Table
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.planner.sensitivity import Sweep
+from tdpass.planner.table import Table
 from tdpass.planner.trials import Promise
 from tdpass.site import Site, selects
 

@@ -24,7 +24,7 @@ from tdpass.errors import InvalidModelError, UsageError
 from tdpass.files import write_text
 from tdpass.methods.base import Method
 from tdpass.models.torch.pretrained import METHOD
-from tdpass.models.torch.state import restructure
+from tdpass.models.torch.structure import restructure
 
 
 @register_quantization_config(METHOD)

@@ -20,7 +20,7 @@ from tdpass.form import DENSE, Form
 from tdpass.html_report import render_html
 from tdpass.methods.kept_tasks import Growing, _Kept
 from tdpass.methods.recipe import Recipe
-from tdpass.models.torch.state import _Replacement, _Structure
+from tdpass.models.torch.structure import Replacement, Structure
 from tdpass.packing import StoredSize
 from tdpass.pipeline import Pipeline
 from tdpass.planner.cache import CandidateCache
@@ -77,8 +77,8 @@ SAMPLES: dict[str, Any] = {
         1,
         "ab",
     ),
-    "tdpass structure": _Structure(
-        2, (_Replacement(("fc", "twin"), Form("svd", (2,)), bias=True),), ("bn",), ("last",), {"a": "b"}
+    "tdpass structure": Structure(
+        2, (Replacement(("fc", "twin"), Form("svd", (2,)), bias=True),), ("bn",), ("last",), {"a": "b"}
     ),
     "table of tensors": {"fc.weight": Piece((4, 2), (2, 0), "float32")},
     "list of the parts of a checkpoint": {"facts-0.json": "ab"},

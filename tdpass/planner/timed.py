@@ -11,10 +11,10 @@ from tdpass.errors import BudgetError
 from tdpass.form import DENSE, Form
 from tdpass.measures import MEASURES, Needs
 from tdpass.planner.candidates import Candidate, dense_candidate
-from tdpass.planner.planning import Table
 from tdpass.planner.prices import Prices
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.planner.select import cheapest
+from tdpass.planner.table import Table
 from tdpass.site import Site
 
 TURNS = 6

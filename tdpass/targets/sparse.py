@@ -17,7 +17,8 @@ from tdpass.form import DENSE
 from tdpass.formats.lowering import stage_of
 from tdpass.kernels import native
 from tdpass.kernels.base import compiled
-from tdpass.kernels.sparse import SPARSE_CONV2D, SPARSE_LINEAR, pack
+from tdpass.kernels.blocks import pack
+from tdpass.kernels.sparse import SPARSE_CONV2D, SPARSE_LINEAR
 from tdpass.site import Site
 from tdpass.targets.base import ONE_CALL, Setting
 from tdpass.targets.break_even import crossing, leaves_dense

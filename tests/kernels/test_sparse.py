@@ -7,7 +7,7 @@ import torch
 from cases import sparse_weight
 
 from tdpass.errors import KernelError
-from tdpass.kernels.sparse import CYCLES, pack, unpack
+from tdpass.kernels.blocks import CYCLES, pack, unpack
 
 
 @pytest.mark.parametrize("width", CYCLES)

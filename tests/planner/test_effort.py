@@ -9,7 +9,8 @@ from torch import nn
 import tdpass
 from tdpass.errors import UsageError
 from tdpass.planner.effort import EFFORTS, Allowance, Deadline
-from tdpass.planner.planning import Dense, Table, tabulate
+from tdpass.planner.planning import Dense, tabulate
+from tdpass.planner.table import Table
 
 
 class Clock:

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ from tdpass.models.torch.norms import batchnorms, find_folds
 from tdpass.models.torch.placement import place_layer, placed_layer
 from tdpass.models.torch.plain import make_plain
 from tdpass.models.torch.program_text import PROGRAM_KEY, program_text
-from tdpass.models.torch.proved import Change, proved
+from tdpass.models.torch.proved import proved
 from tdpass.models.torch.readers import Run, entering, other_readers
 from tdpass.models.torch.runner import ModuleRunner
 from tdpass.models.torch.scaled_norms import ScaledNorm, scaled_norms
@@ -51,8 +51,6 @@ from tdpass.packing import StoredSize, stored_in
 from tdpass.products import Counted
 from tdpass.site import Site
 from tdpass.tape import LiveTape, Tape, record
-
-T = TypeVar("T")
 
 
 class TorchModel(Model):
@@ -201,7 +199,7 @@ class TorchModel(Model):
         if isinstance(run.tape, LiveTape):  # not every reader is known
             return ()
         folds = find_folds(self.module, self._sites.dense, run)
-        folded = {made.site.name: made for made in self._proved(folds, decline, "folded").values()}
+        folded = {made.site.name: made for made in proved(folds, self._answers, decline, "folded")}
         self._sites.by_name.update(folded)
         if folded:
             self._keep_divided()
@@ -214,7 +212,7 @@ class TorchModel(Model):
         run = self._watch(example, self._record(example))
         nested = runs_nested(self.module, lambda: self.run(example))
         found = find_divisions(self.module, self._sites.dense, run, nested)
-        made = list(self._proved(found, decline, "divided").values())
+        made = proved(found, self._answers, decline, "divided")
         self._divided += made
         if made:
             self._sites = SiteTable.of(self.module)
@@ -226,9 +224,7 @@ class TorchModel(Model):
         for divided in self._divided:
             divided.keep() if divided.changed else divided.undo()
         for divided in whole:
-            self._sites.rejoin(
-                divided.path, divided.whole, "none of its projections is worth a layer of its own"
-            )
+            self._sites.rejoin(divided.path, divided.whole)
         self._divided = []
         call_layers(self.module)
         return [divided.path for divided in whole]
@@ -239,16 +235,9 @@ class TorchModel(Model):
             divided.keep()
         self._divided = []
 
-    def _proved(self, changes: Sequence[Change[T]], decline: Decline, done: str) -> dict[int, T]:
-        """What came of the changes that a run proves to leave the answers as they are."""
-        possible = [change for change in changes if not change.reason]
+    def _answers(self) -> list[object]:
         seen = (self._example, *self._observed[1:])
-        made = proved(possible, lambda: [self.run(batch) for batch in seen if batch is not None])
-        kept = [change for place, change in enumerate(possible) if place in made]
-        for change in changes:
-            if change not in kept:
-                decline(change.path, f"not {done}: {change.reason or 'the model would answer otherwise'}")
-        return made
+        return [self.run(batch) for batch in seen if batch is not None]
 
     def slice_streams(self, edits: StreamEdits) -> None:
         slice_module(self.module, edits)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tdpass.models.torch.state import structure_text
+from tdpass.models.torch.structure import structure_text
 
 METHOD = "tdpass"
 _ENTRY = (

@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 from torch import nn
 
 from tdpass.errors import TdpassError
+from tdpass.models.abilities import Decline
 from tdpass.models.torch.in_place import Backup
 from tdpass.models.torch.norms import same_answers
 
@@ -38,24 +39,30 @@ class Change(Protocol[T_co]):
         """Do it."""
 
 
-def proved(changes: Sequence[Change[T]], answers: Answers) -> dict[int, T]:
-    """What came, by place, of the changes that leave the model's answers as they are.
+def proved(changes: Sequence[Change[T]], answers: Answers, decline: Decline, done: str) -> list[T]:
+    """What came of the changes that leave the model's answers as they are.
 
-    All are made at once and, where the answers then differ, one by one; the others are undone.
+    All are made at once and, where the answers then differ, one by one; the others are undone, and `decline`
+    is told that they are not `done`.
     """
-    if not changes:
-        return {}
-    before = answers()
-    places = range(len(changes))
-    together = _made(changes, places, answers, before)
-    if together:
-        return together
-    return {place: made for each in places for place, made in _made(changes, [each], answers, before).items()}
+    possible = [change for change in changes if not change.reason]
+    before = answers() if possible else []
+    places = range(len(possible))
+    made = _made(possible, places, answers, before)
+    if not made:
+        made = {at: one for each in places for at, one in _made(possible, [each], answers, before).items()}
+    kept = [possible[place] for place in made]
+    for change in changes:
+        if change not in kept:
+            decline(change.path, f"not {done}: {change.reason or 'the model would answer otherwise'}")
+    return list(made.values())
 
 
 def _made(
     changes: Sequence[Change[T]], places: Sequence[int], answers: Answers, before: Sequence[object]
 ) -> dict[int, T]:
+    if not places:
+        return {}
     backup = Backup.of([module for place in places for module in changes[place].modules])
     made = {place: changes[place].apply() for place in places}
     try:

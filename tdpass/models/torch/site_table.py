@@ -108,8 +108,8 @@ class SiteTable:
         matched.modules[0]._parameters["weight"] = placed
         self.by_name[name] = replace(matched, weight=placed)
 
-    def rejoin(self, path: str, whole: Matched | None, why_none: str) -> None:
-        """Put the site of a module that was divided in the place of its slices; why there is none, where it had none."""
+    def rejoin(self, path: str, whole: Matched | None) -> None:
+        """Put the site of a module that was divided, where it had one, in the place of its slices."""
         prefix = f"{path}.".removeprefix(".")
         found: dict[str, Matched] = {}
         for name, matched in self.by_name.items():
@@ -119,7 +119,7 @@ class SiteTable:
                 found[whole.site.name] = whole
         self.by_name = found
         if whole is None:
-            self.declined[path] = why_none
+            self.declined[path] = "none of its projections is worth a layer of its own"
 
     def copy(self, memo: dict[int, Any]) -> SiteTable:
         """The same of a copy of the module that was made with `memo`."""

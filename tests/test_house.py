@@ -1,0 +1,18 @@
+"""Rules of the house that no linter checks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LONGEST = 350
+
+
+@pytest.mark.parametrize("folder", ["tdpass", "passes", "kernels"])
+def test_no_file_has_more_lines_than_one_can_keep_in_mind(folder: str) -> None:
+    files = [path for kind in ("py", "cpp", "h", "js", "css") for path in (ROOT / folder).rglob(f"*.{kind}")]
+    assert files
+    long = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert {name: lines for name, lines in long.items() if lines > LONGEST} == {}
