@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from ctypes import Array, addressof, byref, c_int32, c_void_p
+from ctypes import Array, Structure, addressof, byref, c_void_p
 from typing import NamedTuple
 
 import torch
@@ -119,7 +119,7 @@ CONV_CHAIN = register_op(Op("conv_chain", SCHEMA, reference, fake))
 class _Program(NamedTuple):
     """Stages as the kernel takes them, and the shapes and types of their packed weights."""
 
-    array: Array[native.CStage]
+    array: Array[Structure]
     shapes: list[tuple[int, ...]]
     dtypes: list[torch.dtype]
 
@@ -127,9 +127,7 @@ class _Program(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def _program(integers: tuple[int, ...], lanes: Lanes) -> _Program:
     stages = stages_of(integers)
-    array = (native.CStage * len(stages))()
-    for slot, stage in zip(array, stages, strict=True):
-        slot.integers = (c_int32 * 13)(*stage.integers())
+    array = (native.CStage * len(stages))(*(native.stage(stage.integers()) for stage in stages))
     return _Program(
         array,
         [stage.packed_shape(lanes) for stage in stages],

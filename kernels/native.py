@@ -6,7 +6,8 @@ import ctypes
 import functools
 import os
 import sys
-from ctypes import Structure, c_char_p, c_int32, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import Structure, c_int32, c_int64
 from pathlib import Path
 
 import torch
@@ -15,100 +16,24 @@ from torch import Tensor
 from tdpass import files
 from tdpass.errors import KernelError
 from tdpass.kernels import build
+from tdpass.kernels.interface import Interface
 
-DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}
-ACTIVATIONS: dict[str, int] = {"identity": 0, "relu": 1, "silu": 2, "gelu": 3}
-LANES: dict[str, int] = {"channels": 0, "pixels": 1, "pairs": 2}
-
-
-class CStage(Structure):
-    """tdpass_stage."""
-
-    _fields_ = [("integers", c_int32 * 13)]
+_DECLARED = Interface.read((build.SOURCES / "tdpass.h").read_text())
 
 
-class CImage(Structure):
-    """tdpass_image."""
-
-    _fields_ = [("data", c_void_p), ("size", c_int64 * 4), ("stride", c_int64 * 4)]
-
-
-class CChain(Structure):
-    """tdpass_chain."""
-
-    _fields_ = [
-        ("dtype", c_int32),
-        ("lanes", c_int32),
-        ("activation", c_int32),
-        ("stages", c_int32),
-        ("stage", c_void_p),
-        ("weights", c_void_p),
-        ("bias", c_void_p),
-        ("residual", c_void_p),
-    ]
+def _numbers(enum: str) -> dict[str, int]:
+    """The numbers of an enumeration by the rest of each name, in lower case."""
+    found = _DECLARED.enums[f"tdpass_{enum}"]
+    return {name.removeprefix("TDPASS_").lower(): number for name, number in found.items()}
 
 
-class CRows(Structure):
-    """tdpass_rows."""
-
-    _fields_ = [("data", c_void_p), ("rows", c_int64), ("channels", c_int64), ("stride", c_int64)]
-
-
-class CProgram(Structure):
-    """tdpass_program."""
-
-    _fields_ = [
-        ("dtype", c_int32),
-        ("activation", c_int32),
-        ("steps", c_int32),
-        ("step", c_void_p),
-        ("weights", c_void_p),
-        ("bias", c_void_p),
-        ("residual", c_void_p),
-    ]
-
-
-class CSparse(Structure):
-    """tdpass_sparse."""
-
-    _fields_ = [
-        ("dtype", c_int32),
-        ("activation", c_int32),
-        ("width", c_int32),
-        ("panels", c_int32),
-        ("segments", c_int32),
-        ("blocks", c_int32),
-        ("shape", CStage),
-        ("start", c_void_p),
-        ("index", c_void_p),
-        ("rows", c_void_p),
-        ("values", c_void_p),
-        ("bias", c_void_p),
-        ("residual", c_void_p),
-    ]
-
-
-class CCell(Structure):
-    """tdpass_cell."""
-
-    _fields_ = [
-        ("gates", c_int32),
-        ("steps", c_int32),
-        ("batch", c_int32),
-        ("hidden", c_int32),
-        ("rank", c_int32),
-        ("pre", c_void_p),
-        ("pre_step", c_int64),
-        ("pre_sample", c_int64),
-        ("v", c_void_p),
-        ("u", c_void_p),
-        ("bias", c_void_p),
-        ("h", c_void_p),
-        ("c", c_void_p),
-        ("y", c_void_p),
-        ("y_step", c_int64),
-        ("y_sample", c_int64),
-    ]
+DTYPES: dict[torch.dtype, int] = {getattr(torch, name): number for name, number in _numbers("dtype").items()}
+ACTIVATIONS = _numbers("activation")
+LANES = {f"{name.removesuffix('_lanes')}s": number for name, number in _numbers("lanes").items()}
+CStage, CImage, CChain, CRows, CProgram, CSparse, CCell = (
+    _DECLARED.structures[f"tdpass_{name}"]
+    for name in ("stage", "image", "chain", "rows", "program", "sparse", "cell")
+)
 
 
 def serving(x: Tensor, residual: Tensor | None, activation: str) -> ctypes.CDLL | None:
@@ -117,12 +42,17 @@ def serving(x: Tensor, residual: Tensor | None, activation: str) -> ctypes.CDLL 
     return library() if fits else None
 
 
-def rows(tensor: Tensor) -> CRows:
+def stage(integers: Sequence[int]) -> Structure:
+    """A stage of these integers, in the order of its fields."""
+    return CStage.from_buffer_copy((c_int32 * len(integers))(*integers))
+
+
+def rows(tensor: Tensor) -> Structure:
     """A contiguous tensor as rows of its last axis."""
     return CRows(tensor.data_ptr(), tensor.numel() // tensor.shape[-1], tensor.shape[-1], tensor.shape[-1])
 
 
-def image(tensor: Tensor) -> CImage:
+def image(tensor: Tensor) -> Structure:
     """A view of a four-dimensional tensor."""
     return CImage(tensor.data_ptr(), (c_int64 * 4)(*tensor.shape), (c_int64 * 4)(*tensor.stride()))
 
@@ -170,11 +100,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(path))
     except (KernelError, OSError) as error:
         return None, str(error)
-    library.tdpass_isa.restype = c_char_p
-    library.tdpass_conv_chain.argtypes = [c_void_p] * 4
-    library.tdpass_tensor_chain.argtypes = [c_void_p] * 4
-    library.tdpass_sparse_conv.argtypes = [c_void_p] * 4
-    library.tdpass_recurrent.argtypes = [c_void_p] * 2
+    _DECLARED.declare(library)
     return library, ""
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from ctypes import addressof, byref, c_int32
+from ctypes import addressof, byref
 
 import torch
 import torch.nn.functional as F
@@ -162,9 +162,7 @@ def _positions(x: Tensor) -> Tensor:
     return x.contiguous().view(-1, x.shape[-1]).t()[None, :, None, :]
 
 
-@functools.lru_cache(maxsize=4096)
-def _stage(integers: tuple[int, ...]) -> native.CStage:
-    return native.CStage((c_int32 * 13)(*integers))
+_stage = functools.lru_cache(maxsize=4096)(native.stage)
 
 
 def _run(
