@@ -209,3 +209,26 @@ def checked(stage: Stage) -> Stage:
     if stage.inputs % stage.groups or stage.outputs % stage.groups:
         raise KernelError(f"{stage.groups} groups do not divide {stage.inputs} and {stage.outputs} channels")
     return stage
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Layers in a row. `axes` counts their spatial axes, none for products with matrices."""
+
+    stages: tuple[Stage, ...]
+    axes: int
+
+    @property
+    def linear(self) -> bool:
+        """Whether it is a chain of linear layers."""
+        return self.axes == 0
+
+    @property
+    def integers(self) -> list[int]:
+        """The stages as `conv_chain` takes them."""
+        return integers_of(self.stages)
+
+    @property
+    def widths(self) -> list[int]:
+        """The widths as `linear_chain` takes them."""
+        return widths_of(self.stages)

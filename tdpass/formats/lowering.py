@@ -13,17 +13,15 @@ from tdpass.formats.base import FORMATS
 from tdpass.formats.geometry import apply_dense
 from tdpass.formats.layer import Layer
 from tdpass.kernels.conv_chain import MAX_STAGES, MAX_TAPS
-from tdpass.kernels.stage import Lanes, Stage, integers_of, widths_of
+from tdpass.kernels.stage import Lanes, Stage, Stages
 from tdpass.ops import Pads
 from tdpass.site import Site
 
 
 @dataclass(frozen=True)
-class Lowered:
-    """Stages, on that many spatial axes, and the factor that is each one's weight, named."""
+class Lowered(Stages):
+    """The stages of a layer, and the factor that is each one's weight, named."""
 
-    axes: int
-    stages: tuple[Stage, ...]
     factors: tuple[str, ...]
 
     def pack(self, layer: Layer, lanes: Lanes) -> list[Tensor]:
@@ -32,16 +30,6 @@ class Lowered:
             stage.pack(layer.factors[name].reshape(stage.shape), lanes)
             for stage, name in zip(self.stages, self.factors, strict=True)
         ]
-
-    @property
-    def integers(self) -> list[int]:
-        """The stages as `conv_chain` takes them."""
-        return integers_of(self.stages)
-
-    @property
-    def widths(self) -> list[int]:
-        """The widths as `linear_chain` takes them."""
-        return widths_of(self.stages)
 
 
 def lower(layer: Layer) -> Lowered | None:
@@ -67,7 +55,7 @@ def lower(layer: Layer) -> Lowered | None:
         or any(math.prod(stage.kernel) > MAX_TAPS for stage in stages)
     ):
         return None
-    return Lowered(site.axes, stages, tuple(recorder.factors))
+    return Lowered(stages, site.axes, tuple(recorder.factors))
 
 
 def stage_of(site: Site) -> Stage | None:

@@ -7,7 +7,7 @@ from typing import Generic, Literal, TypeVar
 
 import torch
 
-from tdpass.kernels.stage import Lanes, Stage, integers_of, widths_of
+from tdpass.kernels.stage import Lanes, Stage, Stages
 
 N = TypeVar("N")
 V = TypeVar("V")
@@ -15,32 +15,12 @@ Layout = Literal["channels_last", "contiguous"]
 
 
 @dataclass(frozen=True)
-class ChainSpec:
-    """What a chain computes: `activation(layers(x) + bias + residual)`.
+class ChainSpec(Stages):
+    """What a chain computes: `activation(layers(x) + bias + residual)`."""
 
-    `axes` counts the spatial axes of its layers, none for products with matrices.
-    """
-
-    stages: tuple[Stage, ...]
-    axes: int
     bias: bool = False
     residual: bool = False
     activation: str = "identity"
-
-    @property
-    def linear(self) -> bool:
-        """Whether it is a chain of linear layers."""
-        return self.axes == 0
-
-    @property
-    def integers(self) -> list[int]:
-        """The stages as `conv_chain` takes them."""
-        return integers_of(self.stages)
-
-    @property
-    def widths(self) -> list[int]:
-        """The widths as `linear_chain` takes them."""
-        return widths_of(self.stages)
 
     def __str__(self) -> str:
         stages = " ".join(",".join(map(str, stage.integers())) for stage in self.stages)

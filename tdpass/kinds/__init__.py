@@ -22,9 +22,9 @@ from tdpass.kinds.base import kind_of_module as kind_of_module
 from tdpass.kinds.base import register_kind as register_kind
 from tdpass.kinds.convolution import Convolution
 from tdpass.kinds.linear import Linear
-from tdpass.kinds.transposed import TransposedLinear as TransposedLinear
-from tdpass.kinds.transposed import as_layer as as_layer
 from tdpass.kinds.transposed_convolution import TransposedConvolution as TransposedConvolution
+from tdpass.kinds.transposed_linear import TransposedLinear as TransposedLinear
+from tdpass.kinds.transposed_linear import as_layer as as_layer
 from tdpass.site import Site
 
 for _module in pkgutil.iter_modules(__path__):

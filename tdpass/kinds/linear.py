@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdpass.kinds.base import Functions, LayerKind, Sizes, register_kind, some_rows
-from tdpass.kinds.transposed import TransposedLinear, may_be_transposed
+from tdpass.kinds.transposed_linear import TransposedLinear, may_be_transposed
 from tdpass.ops import Ops, V, transposed_linear
 from tdpass.site import Extent, Site
 
