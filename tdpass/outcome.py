@@ -22,7 +22,9 @@ def finished(opened: Model, model: Model, job: Job) -> Artifact:
     if job.plan is None:
         job.plan = RankPlan((), report.original, declined=dict(report.declined))
     given = {site.name: opened.layer(site.name) for site in opened.sites()}
-    changed = any(_differ(model.layer(site.name), given.get(site.name)) for site in model.sites())
+    changed = job.smaller or any(
+        _differ(model.layer(site.name), given.get(site.name)) for site in model.sites()
+    )
     _count_again(model, job, job.plan, changed=changed)
     if not report.dry_run:
         hold_to_budget(job)

@@ -107,8 +107,7 @@ def _tokens() -> Tensor:
 
 def _trained(net: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(2)
-    for part in net.modules():
-        if type(part).__name__.endswith("Norm"):
-            for parameter in part.parameters():
-                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    for name, parameter in net.named_parameters():
+        size = 0.3 if "norm" in name.lower() else 0.1 * float(parameter.detach().std())
+        parameter.data += size * torch.randn(parameter.shape, generator=generator)
     return net.eval()

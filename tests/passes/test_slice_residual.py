@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import onnx
+import onnxruntime
 import pytest
 import torch
+from onnx_nets import to_onnx
 from torch import Tensor, nn
 from transformers_small import NETS, WIDTH, Vision, bert, encoder, llama, tied_llama, vision
 
@@ -196,3 +199,40 @@ def test_norms_spelled_out_in_several_calls_are_found() -> None:
     net, x = llama()
     sliced = _sliced(net, x, "keep=0.5").model
     assert not [part for part in sliced.modules() if type(part).__name__ == "LlamaRMSNorm"]
+
+
+ON_ONNX = ("encoder", "encoder_norm_first", "llama")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("encoder_norm_first"), *(pytest.param(n, marks=pytest.mark.slow) for n in ON_ONNX)]
+)
+def test_onnx_models_are_sliced_to_the_same_answers(name: str, tmp_path: Path) -> None:
+    net, x = NETS[name]()
+    exported = _exported(net, x)
+    data = {key: value.numpy() for key, value in x.items()} if isinstance(x, dict) else x
+    whole = tdpass.compress(exported, data=data, pipeline="slice-residual{keep=1.0},verify", **QUIET)  # type: ignore[arg-type]
+    torch.testing.assert_close(_run(whole.model, x), _answer(net, x), rtol=1e-4, atol=1e-5)
+    small = tdpass.compress(exported, data=data, pipeline="slice-residual{keep=0.75},verify", **QUIET)  # type: ignore[arg-type]
+    torch.testing.assert_close(_run(small.model, x), _answer(_sliced(net, x).model, x), rtol=1e-3, atol=1e-4)
+    assert small.report.final.params < 0.9 * small.report.original.params
+    small.save(tmp_path / "small.onnx")
+    torch.testing.assert_close(_run(onnx.load(tmp_path / "small.onnx"), x), _run(small.model, x))
+
+
+def _exported(net: nn.Module, x: object) -> onnx.ModelProto:
+    if not isinstance(x, dict):
+        return to_onnx(net, x)  # type: ignore[arg-type]
+    batch = {key: {0: torch.export.Dim("batch")} for key in x}
+    few = {key: value[:2] for key, value in x.items()}
+    program = torch.onnx.export(net, (), kwargs=few, dynamo=True, verbose=False, dynamic_shapes=batch)
+    assert program is not None
+    return program.model_proto
+
+
+def _run(model: onnx.ModelProto, x: object) -> Tensor:
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    given = list(x.values()) if isinstance(x, dict) else [x]
+    names = [value.name for value in session.get_inputs()]
+    feed = {name: value.numpy() for name, value in zip(names, given, strict=True)}
+    return torch.from_numpy(session.run(None, feed)[0])

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from torch import Tensor
 from typing_extensions import Self
 
-from tdpass.errors import PlanError
+from tdpass.errors import PlanError, UnsupportedError
 from tdpass.formats.layer import Layer
 from tdpass.models.abilities import Decline, no_reasons
 from tdpass.models.onnx.batchnorm import BatchStatistics, estimate_anew, fold, foldable
@@ -19,13 +19,15 @@ from tdpass.models.onnx.divide import Undivided, divided, slices_wanted
 from tdpass.models.onnx.normalize import normalized
 from tdpass.models.onnx.parameters import check_finite
 from tdpass.models.onnx.recurrent import Opened, open_recurrent
-from tdpass.models.onnx.rewrite import rewritten
+from tdpass.models.onnx.rewrite import forget_shapes, rewritten
 from tdpass.models.onnx.scaled_norms import scale_columns, scaled_norms
 from tdpass.models.onnx.shapes import Shapes
 from tdpass.models.onnx.sites import Findings, FoundSite, find_sites
 from tdpass.models.onnx.storage import open_data_files
+from tdpass.models.onnx.streams import slice_graph
 from tdpass.models.onnx.tensors import finite, to_torch
 from tdpass.models.onnx.window_checks import check_windows
+from tdpass.models.streams import StreamEdits
 from tdpass.tape import Tape
 
 Run = Callable[[Mapping[ir.Node, BatchStatistics]], None]
@@ -129,6 +131,15 @@ class DenseGraph:
             scale_columns(self.model, site, self.sites[site], scale)
         self._edited()
 
+    def slice_streams(
+        self, edits: StreamEdits, names: Mapping[int, str], constants: Mapping[int, ir.Value]
+    ) -> None:
+        """Carry out edits of streams; `names` and `constants` are of the sites' weights and other tensors of a run, by id."""
+        if self.model.functions or self.opened:
+            raise UnsupportedError("streams of models with local functions or recurrent nodes stay as they are")
+        slice_graph(self.model, self.sites, edits, names, constants)
+        self._resized()
+
     def divide(self, tape: Tape, decline: Decline) -> Sequence[str]:
         """Divide the sites of which a run reads slices apart; returns their names."""
         gates = {
@@ -172,6 +183,12 @@ class DenseGraph:
     def _put(self, model: ir.Model, shapes: Shapes | None = None) -> None:
         self.model, self.shapes = model, shapes or Shapes.infer(model)
         self.__dict__.pop("found", None)
+
+    def _resized(self) -> None:
+        """Weights of other sizes stand in it."""
+        forget_shapes(self.model)
+        self._edited()
+        self._put(self.model)
 
     def _edited(self) -> None:
         """Constants changed, so that what the model was before is of no use."""

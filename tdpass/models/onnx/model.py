@@ -48,6 +48,7 @@ from tdpass.models.onnx.source import Source, source_of
 from tdpass.models.onnx.spill import HELD_BYTES, held_bytes, spilled
 from tdpass.models.onnx.storage import release_heap, stored_bytes
 from tdpass.models.signature import Signature
+from tdpass.models.streams import StreamEdits
 from tdpass.products import Counted
 from tdpass.site import Site
 from tdpass.tape import Tape, record
@@ -257,6 +258,13 @@ class OnnxModel(Model):
     def scale_norm(self, name: str, scale: Tensor) -> None:
         self._dense.scale_norm(name, scale, self._layers)
         self._changed()
+
+    def slice_streams(self, edits: StreamEdits) -> None:
+        names = {id(weight): name for name, weight in self._runner.weights.items()}
+        constants = {id(tensor): value for value, tensor in self._runner.constants.items()}
+        self._dense.slice_streams(edits, names, constants)
+        self._changed()
+        self.observe(*self._observed)
 
     def recalibrate_batchnorm(self, batches: Iterable[Batch]) -> Callable[[], None] | None:
         def run(seen: Mapping[ir.Node, BatchStatistics]) -> None:

@@ -65,7 +65,7 @@ def rewritten(
             if here.node.graph is not None:  # else it went with a branch that was dropped
                 _put(here.node.graph, here, ops, layer, factors, bias, site)
     if any(_resizes(layer, sites[name]) for name, layer in layers.items()):
-        _forget_shapes(copy)
+        forget_shapes(copy)
     for domain, version in (pair for ops in recorders for pair in ops.imports.items()):
         copy.graph.opset_imports.setdefault(domain, version)
     prune_initializers(copy)
@@ -119,7 +119,8 @@ def _resizes(layer: Layer, found: FoundSite) -> bool:
     return not layer.factors or layer.site.o != found.site.o
 
 
-def _forget_shapes(model: ir.Model) -> None:
+def forget_shapes(model: ir.Model) -> None:
+    """Drop the declared sizes of what nodes make."""
     for node in nodes_of(model):
         for output in node.outputs:
             if not output.is_graph_output():

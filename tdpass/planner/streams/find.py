@@ -17,6 +17,7 @@ from tdpass.tape import Call, Ref, Tape, leaves
 from tdpass.tape.calls import argument
 
 _SAME = 1e-4
+_TABLES = {"embedding": (1, "weight"), "index_select": (0, "input")}
 _FORWARD = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
 
 
@@ -114,8 +115,8 @@ class _Finder:
                 continue
             elif is_layer_call(call.func):
                 self._layer(call)
-            elif call.name == "embedding":
-                self._table(call)
+            elif call.name in _TABLES:
+                self._table(call, *_TABLES[call.name])
             else:
                 self._other(call)
         for leaf in leaves(self.values.tape.output):
@@ -214,10 +215,11 @@ class _Finder:
                 self.streams[self.group[key_of(x)]].readers[id(weight)] = weight
                 self._side(weight, "in", key_of(x))
 
-    def _table(self, call: Call) -> None:
-        weight = argument(call.args, call.kwargs, 1, "weight")
+    def _table(self, call: Call, place: int, name: str) -> None:
+        weight = argument(call.args, call.kwargs, place, name)
         (made,) = written(call)
-        if not isinstance(weight, Tensor):
+        if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+            self._other(call)
             return
         axis = self.values.at(made).dim() - 1
         self._new(made, int(weight.shape[1]), axis).tables[id(weight)] = (weight, 1)

@@ -12,7 +12,7 @@ from tdpass.planner.streams.values import Values, key_of, operands, written
 from tdpass.tape import Call, Ref, leaves
 from tdpass.tape.calls import argument
 
-_LONGEST = 10
+_LONGEST = 24
 _SMALL = 0.1
 _SAME = 1e-4
 _PRODUCTS = frozenset({"mul", "__mul__", "__rmul__", "multiply"})
