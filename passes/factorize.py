@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from tdpass.cost import Cost
 from tdpass.digest import digest
 from tdpass.errors import PlanError
 from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS, Factors
-from tdpass.formats.layer import Layer, check_form, cost_of
+from tdpass.formats.layer import Layer, check_form, cost_of, dense_cost
 from tdpass.formats.metric import Metric
 from tdpass.job import Job
 from tdpass.models.abilities import DividesLayers
@@ -38,10 +39,11 @@ class Factorize(Pass):
                 "factorize has no plan to carry out; put the pass 'plan' before it, or pass plan="
             )
         _divided_as_planned(job.plan, model)
-        job.plan = match_names(job.plan, model)
+        job.plan = match_names(job.plan, model, job.settled)
         done = job.carried_out(model)
         prepared = job.prepared(model) - sum((choice.cost - choice.dense for choice in done), Cost())
         sites = {site.name: site for site in model.sites()}
+        prepared -= _narrowed(job.plan, done, sites, job.settled)
         present = {name: _present(name, model) for name in sites}
         chosen = {
             choice.site: choice
@@ -50,7 +52,20 @@ class Factorize(Pass):
         }
         for choice in chosen.values():
             FORMATS.get(choice.format)
-        alone = [sites[name] for name, choice in chosen.items() if not choice.joint]
+        replaced: set[str] = set()
+        for layers in self._joint(chosen, sites, model, job):
+            for name, layer in layers.items():
+                model.replace(name, layer)
+                replaced.add(name)
+        inside = {name for name, choice in chosen.items() if choice.joint and choice.form.factored}
+        if inside - set(job.settled):
+            job.settle(model)
+            sites = {site.name: site for site in model.sites()}
+        alone = [
+            sites[name]
+            for name, choice in chosen.items()
+            if not choice.joint or (name in inside and name in job.settled)
+        ]
         tapes = job.tapes(model) if job.batches else []
         for site in alone:
             check_form(site, chosen[site.name].form)
@@ -60,7 +75,6 @@ class Factorize(Pass):
             if tapes
             else ((site, Metric()) for site in alone)
         )
-        replaced: set[str] = set()
         for count, (site, metric) in enumerate(metrics, start=1):
             choice = chosen[site.name]
             fits = SiteFits(
@@ -69,10 +83,6 @@ class Factorize(Pass):
             model.replace(site.name, fits.layer(choice.form))
             replaced.add(site.name)
             job.progress("factorizing", count, len(alone))
-        for layers in self._joint(chosen, sites, model, job):
-            for name, layer in layers.items():
-                model.replace(name, layer)
-                replaced.add(name)
         left = set(chosen) - replaced
         if left:
             change = chosen[min(left)].joint
@@ -82,7 +92,7 @@ class Factorize(Pass):
             )
         job.plan = replace(
             job.plan,
-            choices=tuple(_priced(choice, sites, present, model) for choice in job.plan),
+            choices=tuple(_priced(choice, sites, present, model, job.settled) for choice in job.plan),
             original=job.original,
             prepared=prepared,
         )
@@ -96,7 +106,9 @@ class Factorize(Pass):
         self, chosen: dict[str, Choice], sites: dict[str, Site], model: Model, job: Job
     ) -> Iterator[Mapping[str, Layer]]:
         """Layers of sites that change together."""
-        together = {name: choice for name, choice in chosen.items() if choice.joint}
+        together = {
+            name: choice for name, choice in chosen.items() if choice.joint and name not in job.settled
+        }
         if not together:
             return
         tapes = job.tapes(model)
@@ -142,11 +154,32 @@ def _check_start(
             )
 
 
-def _priced(choice: Choice, sites: Mapping[str, Site], present: Mapping[str, Form], model: Model) -> Choice:
+def _narrowed(
+    plan: RankPlan, done: Sequence[Choice], sites: Mapping[str, Site], settled: Mapping[str, Form]
+) -> Cost:
+    """What sites cost as they are with fewer channels, over what they did with all, of those whose layers go on to be factored."""
+    inside = [choice for choice in plan if choice.site in settled and choice not in done]
+    return sum((dense_cost(sites[choice.site]) - choice.dense for choice in inside), Cost())
+
+
+def _priced(
+    choice: Choice,
+    sites: Mapping[str, Site],
+    present: Mapping[str, Form],
+    model: Model,
+    settled: Mapping[str, Form],
+) -> Choice:
     """The choice with the costs it has in this model, which another input size, or none, may have hidden from who planned."""
     if choice.site not in sites:
         return choice
     site, layer, given = sites[choice.site], model.layer(choice.site), present[choice.site]
+    if choice.site in settled and not choice.form.factored:
+        return choice
+    if choice.site in settled:
+        cost = cost_of(site, choice.form) + bias_cost(
+            site, model.bias(site.name) if layer is None else layer.bias
+        )
+        return replace(choice, cost=choice.cost.recounted(cost))
     dense = choice.dense.recounted(cost_of(site, given))
     if layer is None or choice.form == given:
         return replace(choice, cost=dense, dense=dense, given=str(given))
@@ -154,10 +187,11 @@ def _priced(choice: Choice, sites: Mapping[str, Site], present: Mapping[str, For
     return replace(choice, cost=choice.cost.recounted(cost), dense=dense, given=str(given))
 
 
-def match_names(plan: RankPlan, model: Model) -> RankPlan:
+def match_names(plan: RankPlan, model: Model, settled: Mapping[str, Form] = MappingProxyType({})) -> RankPlan:
     """The plan with its sites named as in this model: by name, else by the content of the weight.
 
-    Raises `PlanError` when a site that the plan changes has no counterpart of the same shape.
+    Raises `PlanError` when a site that the plan changes has no counterpart of the same shape; those that are
+    `settled` have fewer channels already.
     """
     sites = {site.name: site for site in model.sites()}
     names: dict[str, str] = {}
@@ -173,6 +207,8 @@ def match_names(plan: RankPlan, model: Model) -> RankPlan:
             )
     renamed = plan.renamed(names)
     for choice in renamed:
+        if choice.site in settled:
+            continue
         if choice.site in sites and sites[choice.site].shape != choice.shape:
             raise PlanError(
                 f"the plan expects site {choice.site!r} of shape {choice.shape}, the model has "

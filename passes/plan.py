@@ -64,6 +64,9 @@ class Plan(Pass):
 
     def run(self, model: Model, job: Job) -> bool:
         budget = self._budget(job)
+        done = job.carried_out(model)
+        if job.target is None:
+            job.settle(model)
         sites = _selected(model, job)
         _check_known(budget, job)
         effort = effort_named(self.effort or job.effort).of(job.original.macs)
@@ -106,10 +109,11 @@ class Plan(Pass):
                     raise
                 table = tabulated(_held(EVERYTHING, model, job))
                 plan = table.plan(budget, job.original)
-        done = job.carried_out(model)
-        plan = plan.after(done) if done else plan
         known = tapes and effort.measured
-        job.plan, job.budget, job.expected = plan, budget, job.lost + plan.loss if known else None
+        before = job.lost if job.smaller else sum(choice.loss for choice in done)
+        job.expected = before + plan.loss if known else None
+        plan = plan.after(done) if done else plan
+        job.plan, job.budget = plan, budget
         job.report.budget, job.report.metric, job.report.divergence = (
             str(budget),
             plan.metric,

@@ -166,7 +166,7 @@ def _restated(
             cost = known.cost.recounted(cost_of(site, layer.form) + bias_cost(site, layer.bias))
             known = replace(
                 known,
-                form=layer.form,
+                form=layer.form.left_of(known.form),
                 cost=cost,
                 error=error,
                 reason=f"{known.reason}; {by}".removeprefix("; "),

@@ -114,6 +114,17 @@ class Form(Flattened):
         """Whether it says how many channels are left, which only makes sense together with neighbours."""
         return self.inputs is not None or self.outputs is not None
 
+    @property
+    def factored(self) -> bool:
+        """Whether what stands there is made of factors."""
+        return self.format != "dense"
+
+    def left_of(self, before: Form) -> Form:
+        """This form of a layer that had as many channels as `before` says, and has no fewer unless it says so."""
+        if self.narrow or not before.narrow:
+            return self
+        return replace(self, inputs=before.inputs, outputs=before.outputs)
+
     def on(self, site: Site) -> Site:
         """The site that the layer in this form is one of: that with the channels that are left.
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from tdpass.cost import Budget, Cost
 from tdpass.errors import DifferenceError, UnsupportedError
-from tdpass.form import Form
+from tdpass.form import DENSE, Form
 from tdpass.formats.base import Factors
 from tdpass.formats.layer import dense_cost
+from tdpass.models.abilities import SettlesChannels
 from tdpass.models.base import Batch, Model
 from tdpass.planner.divergence import Divergence, FittedDivergence, Outputs
 from tdpass.planner.rank_plan import Choice, RankPlan
@@ -63,6 +64,7 @@ class Job:
     trials: Trials | None = None
     lost: float = 0.0
     smaller: bool = False
+    settled: dict[str, Form] = field(default_factory=dict)
 
     def begin(self, model: Model) -> None:
         """Run the model on the trials, before any pass has touched it."""
@@ -142,15 +144,25 @@ class Job:
         sites = [site for site in model.sites() if site.name in before]
         self.report.sites = [_narrowed(before[site.name], site) for site in sites]
 
+    def settle(self, model: Model) -> bool:
+        """Let layers with fewer channels be dense layers of the model, which can be planned and factored; whether there were any."""
+        before = {site.name: site for site in model.sites()}
+        found = model.settle_channels() if isinstance(model, SettlesChannels) and self.batches else {}
+        if found:
+            self.settled.update(found)
+            self.rewritten(model, before)
+        return bool(found)
+
+    def form_of(self, model: Model, name: str) -> Form:
+        """The form that a site is in."""
+        layer = model.layer(name)
+        return self.settled.get(name, DENSE) if layer is None else layer.form
+
     def carried_out(self, model: Model) -> list[Choice]:
         """What the plan has sites become together that they are already."""
         here = {site.name for site in model.sites()}
         joint = [choice for choice in self.plan or () if choice.joint and choice.site in here]
-        return [
-            choice
-            for choice in joint
-            if (layer := model.layer(choice.site)) is not None and layer.form == choice.form
-        ]
+        return [choice for choice in joint if self.form_of(model, choice.site) == choice.form]
 
     def note(self, text: str) -> None:
         """Say something about the pass that is running."""

@@ -138,3 +138,9 @@ class Layer(Formed):
     def reconstruct(self) -> Tensor:
         """The dense weight it stands for."""
         return FORMATS.get(self.format).reconstruct(dict(self.values(self.dtype)), self.site)
+
+
+def settles(layer: Layer) -> bool:
+    """Whether a layer with fewer channels is a dense layer like any other of that many."""
+    form = layer.form
+    return form.narrow and not form.factored and not form.encoded and form.inputs != 0

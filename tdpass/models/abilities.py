@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from tdpass.form import Form
 from tdpass.models.batch import Batch
 from tdpass.models.streams import StreamEdits
 
@@ -92,6 +93,17 @@ class FusesChains(Protocol):
 
         What changes is how the model runs, not what it computes, how its tensors are named or what `layer`
         answers.  `note` takes a line about the whole, `decline` a layer and why it is left alone.
+        """
+
+
+@runtime_checkable
+class SettlesChannels(Protocol):
+    """Layers that stand for its sites with fewer channels can become dense layers of its own."""
+
+    def settle_channels(self) -> Mapping[str, Form]:
+        """Take every dense layer with fewer channels for the site's own: a site of that many, not replaced.
+
+        Returns their forms by site.
         """
 
 

@@ -56,6 +56,20 @@ class Choice(Formed):
         if self.form.narrow and not self.joint:
             object.__setattr__(self, "joint", "prune-channels" if self.channels else "drop-branch")
 
+    def within(self, then: Choice | None) -> Choice:
+        """This choice, of fewer channels, with what the dense layer that it left became."""
+        if then is None or then.kept_dense:
+            return self
+        return replace(
+            self,
+            form=then.form.left_of(self.form),
+            cost=then.cost,
+            loss=self.loss + then.loss,
+            error=then.error,
+            reason=then.reason,
+            guarantee=then.guarantee,
+        )
+
     @property
     def seconds(self) -> float:
         """Measured time; 0 where nothing was timed."""
@@ -126,11 +140,15 @@ class RankPlan:
         return iter(self.choices)
 
     def after(self, done: Sequence[Choice]) -> RankPlan:
-        """This plan for the model as it was before those choices were carried out, which it then holds too."""
+        """This plan for the model as it was before those choices were carried out, which it then holds too.
+
+        A site of both has fewer channels by the choice that was carried out, and factors of what is left of it.
+        """
         saved = sum((choice.cost - choice.dense for choice in done), Cost())
-        return replace(
-            self, choices=(*done, *self.choices), prepared=(self.prepared or self.original) - saved
-        )
+        now = {choice.site: choice for choice in self.choices}
+        both = [choice.within(now.pop(choice.site, None)) for choice in done]
+        choices = (*both, *now.values())
+        return replace(self, choices=choices, prepared=(self.prepared or self.original) - saved)
 
     def rows(self) -> list[SiteRow]:
         """The choices as a report shows them."""

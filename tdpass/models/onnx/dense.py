@@ -24,7 +24,7 @@ from tdpass.models.onnx.scaled_norms import scale_columns, scaled_norms
 from tdpass.models.onnx.shapes import Shapes
 from tdpass.models.onnx.sites import Findings, FoundSite, find_sites
 from tdpass.models.onnx.storage import open_data_files
-from tdpass.models.onnx.streams import slice_graph
+from tdpass.models.onnx.streams import slice_graph, write_layer
 from tdpass.models.onnx.tensors import finite, to_torch
 from tdpass.models.onnx.window_checks import check_windows
 from tdpass.models.streams import StreamEdits
@@ -139,6 +139,13 @@ class DenseGraph:
             raise UnsupportedError("streams of models with local functions or recurrent nodes stay as they are")
         slice_graph(self.model, self.sites, edits, names, constants)
         self._resized()
+
+    def settle(self, layers: Mapping[str, Layer]) -> None:
+        """Make dense layers with fewer channels those of their sites."""
+        for name, layer in layers.items():
+            write_layer(self.model, name, self.sites[name], layer.factors["kernel"], layer.bias)
+        if layers:
+            self._resized()
 
     def divide(self, tape: Tape, decline: Decline) -> Sequence[str]:
         """Divide the sites of which a run reads slices apart; returns their names."""

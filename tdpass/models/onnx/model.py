@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from tdpass.errors import InvalidModelError, PlanError, UnsupportedError, UsageError
 from tdpass.form import Form
-from tdpass.formats.layer import Layer
+from tdpass.formats.layer import Layer, settles
 from tdpass.models.abilities import Decline, Note, Range, no_reasons
 from tdpass.models.base import Batch, Model
 from tdpass.models.extents import UNREACHED, alike, with_extents
@@ -258,6 +258,17 @@ class OnnxModel(Model):
     def scale_norm(self, name: str, scale: Tensor) -> None:
         self._dense.scale_norm(name, scale, self._layers)
         self._changed()
+
+    def settle_channels(self) -> Mapping[str, Form]:
+        narrow = {name: layer for name, layer in self._layers.items() if settles(layer)}
+        self._dense.settle(narrow)
+        for name in narrow:
+            del self._layers[name]
+        if narrow:
+            self._waiting -= set(narrow)
+            self._changed()
+            self.observe(*self._observed)
+        return {name: layer.form for name, layer in narrow.items()}
 
     def slice_streams(self, edits: StreamEdits) -> None:
         names = {id(weight): name for name, weight in self._runner.weights.items()}

@@ -16,7 +16,7 @@ from tdpass.models.onnx.rewrite import remove_nodes, take_place
 from tdpass.models.onnx.sites import FoundSite
 from tdpass.models.onnx.tensors import from_torch
 from tdpass.models.onnx.weight_use import Slot
-from tdpass.models.streams import NewLayer, NewNorm, StreamEdits
+from tdpass.models.streams import NewNorm, StreamEdits
 
 _NORMS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"})
 _AXES_AS_INPUT = 18
@@ -41,7 +41,7 @@ def slice_graph(
     if any(key not in constants for key in edits.tables):
         raise UnsupportedError("a constant that the stream is computed from is no initializer of the model")
     for key, layer in edits.layers.items():
-        _write_layer(model, names[key], sites[names[key]], layer)
+        write_layer(model, names[key], sites[names[key]], layer.weight, layer.bias)
     for key, table in edits.tables.items():
         for node, index in constants[key].uses():
             replace_constant(model, Slot(node, index), table, str(constants[key].name))
@@ -87,11 +87,12 @@ def _leads_to(x: ir.Value, y: ir.Value) -> bool:
     return x in seen
 
 
-def _write_layer(model: ir.Model, name: str, site: FoundSite, layer: NewLayer) -> None:
+def write_layer(model: ir.Model, name: str, site: FoundSite, weight: Tensor, bias: Tensor | None) -> None:
+    """Put another weight `[o, i, *kernel]`, and bias, at every use of a site."""
     for use in site.uses:
-        replace_constant(model, use.weight, use.turned(layer.weight).contiguous(), f"{name}.weight")
-        if layer.bias is not None:
-            write_bias(model, use, layer.bias, f"{name}.bias")
+        replace_constant(model, use.weight, use.turned(weight).contiguous(), f"{name}.weight")
+        if bias is not None:
+            write_bias(model, use, bias, f"{name}.bias")
 
 
 def _write_norm(model: ir.Model, node: ir.Node, x: ir.Value, new: NewNorm, dtype: torch.dtype) -> None:

@@ -46,6 +46,17 @@ def put_product(matched: Matched) -> None:
         become(module, Factorized(dense, own, module.padding_mode, module.pads))
 
 
+def settled(matched: Matched) -> Matched:
+    """The site whose dense layer is the narrower one that stands for it."""
+    first = matched.modules[0]
+    assert isinstance(first, Factorized)
+    kernel = first.factors()["kernel"]
+    assert isinstance(kernel, nn.Parameter)
+    biases = tuple(module.bias for module in matched.modules if isinstance(module, Factorized))
+    site = replace(first.site, name=matched.site.name, bias=first.bias is not None)
+    return replace(matched, site=site, weight=kernel, biases=biases, transposed=False, as_stored=False)
+
+
 def _why_not(module: Factorized) -> str:
     if type(module) is not Factorized:
         return f"it runs as one operator ({module.form}); compress before such are made"

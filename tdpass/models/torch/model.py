@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from tdpass.errors import InvalidModelError
-from tdpass.formats.layer import Layer
+from tdpass.form import Form
+from tdpass.formats.layer import Layer, settles
 from tdpass.models.abilities import Decline, Note, no_reasons
 from tdpass.models.base import Batch, Model
 from tdpass.models.extents import alike
@@ -238,6 +239,14 @@ class TorchModel(Model):
     def _answers(self) -> list[object]:
         seen = (self._example, *self._observed[1:])
         return [self.run(batch) for batch in seen if batch is not None]
+
+    def settle_channels(self) -> Mapping[str, Form]:
+        layers = {name: self.layer(name) for name in self._sites.replaced}
+        narrow = {name: layer.form for name, layer in layers.items() if layer is not None and settles(layer)}
+        self._sites.settle(narrow)
+        if narrow:
+            self.observe(*self._observed)
+        return narrow
 
     def slice_streams(self, edits: StreamEdits) -> None:
         slice_module(self.module, edits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tdpass.errors import PlanError
+from tdpass.form import DENSE, Form
 from tdpass.formats.layer import Layer
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.fused import Fused
@@ -24,6 +25,12 @@ def placed_layer(matched: Matched) -> Layer:
     return replace(layer, bias=shift if bool(shift.any()) else None)
 
 
+def _form(matched: Matched) -> Form:
+    """The form that the layers of a site are in."""
+    first = matched.modules[0]
+    return first.form if isinstance(first, Factorized) else DENSE
+
+
 def place_layer(matched: Matched, layer: Layer) -> None:
     """Put a layer at every use of a site.
 
@@ -36,7 +43,8 @@ def place_layer(matched: Matched, layer: Layer) -> None:
             f"{matched.site.shape}; plan for this model"
         )
     weight = matched.weight
-    shared = Layer(site, layer.form, placed_factors(layer, weight))
+    form = layer.form.left_of(_form(matched))
+    shared = Layer(site, form, placed_factors(layer, weight))
     biases = {id(own): bias_for(own if matched.apart else None, layer.bias, weight) for own in matched.biases}
     for module, own in zip(matched.modules, matched.biases, strict=True):
         mode = str(getattr(module, "padding_mode", "zeros"))

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from tdpass.errors import PlanError
 from tdpass.models.extents import UNREACHED, with_extents
-from tdpass.models.torch.factored import find_factored, put_product
+from tdpass.models.torch.factored import find_factored, put_product, settled
 from tdpass.models.torch.readers import graph_readers
 from tdpass.models.torch.sites import Matched, find_sites
 from tdpass.tape import Tape, site_order
@@ -92,6 +92,13 @@ class SiteTable:
             name: replace(self.by_name[name], site=matched.site) for name, matched in seen.by_name.items()
         }
         self.declined = dict(seen.declined)
+
+    def settle(self, narrow: Collection[str]) -> None:
+        """Take the layers with fewer channels that stand for these sites for their dense layers."""
+        self.by_name = {
+            name: settled(matched) if name in narrow else matched for name, matched in self.by_name.items()
+        }
+        self.replaced -= set(narrow)
 
     def multiply_out(self) -> None:
         """Let every layer that came factored compute with the weight that its factors stand for, as a dense site."""
