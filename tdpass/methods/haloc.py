@@ -40,6 +40,7 @@ from tdpass.training.rank_search import Answers, Approach, Prices, RankSearch
 from tdpass.training.schedules import Geometric, ScheduleSpec, as_schedule
 from tdpass.training.terms import Term
 
+Begin = Literal["weights", "uniform"]
 Sliced = Literal["svd", "channel_svd", "input_svd", "spatial_svd", "tucker2"]
 _COOLING = Geometric(2.0, 0.2)
 
@@ -55,7 +56,9 @@ class Haloc(Factored):
     step costs what the dense network does.
 
     Every form begins as likely as its weight is near the original one in the metric, at the penalty or,
-    under a budget, the price that meets it (`Prices`).  In turn: *warm*, where alpha stays, so that no form
+    under a budget, the price that meets it (`Prices`), or with `begin="uniform"` as likely as any other.
+    Steps of alpha are of size `rate`: what a search shall find against its start lies some ten of its logits
+    away, which a few hundred steps of 0.02 do not reach.  In turn: *warm*, where alpha stays, so that no form
     is given up before it was trained;  *search*, where steps of the weights alternate with steps of alpha
     on the calibration data, which the weights do not see: KL(dense || network) + penalty * E[cost]
     (`RankSearch`);  then the most probable forms, or those that a `budget` allows of most worth, are
@@ -83,7 +86,8 @@ class Haloc(Factored):
     search: int = 10
     tune: int = 8
     every: int = 1
-    rate: float = 0.02
+    rate: float = 0.1
+    begin: Begin = "weights"
     temperature: ScheduleSpec = _COOLING
     approach: float = 0.1
     samples: int = 512
@@ -107,6 +111,8 @@ class Haloc(Factored):
         for name in ("penalty", "rate", "approach"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name}={getattr(self, name)} is no number of at least 0")
+        if self.begin not in get_args(Begin):
+            raise UsageError(f"begin={self.begin!r} is none of {', '.join(get_args(Begin))}")
         as_schedule(self.temperature, "temperature")
 
     @torch.no_grad()
@@ -156,8 +162,12 @@ class Haloc(Factored):
         layers = parametrized(network, self.sites)
         self.originals = {name: layer.originals[0].detach().clone() for name, layer in layers.items()}
         distances = {name: Approach(layers, self.originals, 0.0).distances(name) for name in layers}
-        self.price = self._prices().meeting(distances) if math.isfinite(self.limit) else self.penalty
-        self.begins = self._prices().logits(distances, self.price)
+        if self.begin == "uniform":
+            self.price = 0.0
+            self.begins = {name: torch.zeros_like(distance) for name, distance in distances.items()}
+        else:
+            self.price = self._prices().meeting(distances) if math.isfinite(self.limit) else self.penalty
+            self.begins = self._prices().logits(distances, self.price)
         self.trains, self.replaces = (
             sum(parameter.numel() for parameter in net.parameters()) for net in (network, model)
         )

@@ -194,7 +194,7 @@ def test_a_budget_on_what_the_target_does_not_tell_is_refused() -> None:
 
 WRONG: list[dict[str, Any]] = [
     {"formats": ["tensor_ring"]}, {"formats": []}, {"measure": "seconds"}, {"ranks": 0}, {"every": 0}, {"penalty": -1.0}, {"approach": -1.0},
-    {"temperature": -1.0},
+    {"temperature": -1.0}, {"begin": "anywhere"},
 ]  # fmt: skip
 
 
@@ -203,3 +203,72 @@ def test_options_are_checked(wrong: dict[str, Any]) -> None:
     (name,) = wrong
     with pytest.raises(UsageError, match=name):
         Haloc(**wrong)
+
+
+class Branches(nn.Module):
+    """Layers side by side, each on inputs of its own, of planted ranks in the half of its outputs that is read.
+
+    What is not read has other ranks, which mislead a choice by the weights alone.
+    """
+
+    width = 24
+
+    def __init__(self, ranks: Sequence[int], unread: Sequence[int]) -> None:
+        super().__init__()
+        half = self.width // 2
+        self.layers = nn.ModuleList(nn.Linear(self.width, self.width) for _ in ranks)
+        self.out = nn.Linear(self.width * len(ranks), 6)
+        with torch.no_grad():
+            self.out.weight.normal_(std=0.5)
+            for place, (layer, read, other) in enumerate(zip(self.layers, ranks, unread, strict=True)):
+                layer.weight.copy_(torch.cat([self._of_rank(half, rank) for rank in (read, other)]))  # type: ignore[union-attr,operator]
+                self.out.weight[:, place * self.width + half : (place + 1) * self.width] = 0
+
+    def _of_rank(self, rows: int, rank: int) -> Tensor:
+        u, v = (torch.linalg.qr(torch.randn(size, rank))[0] for size in (rows, self.width))
+        return 0.8 * (self.width / rank) ** 0.5 * u @ v.T
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = zip(self.layers, x.split(self.width, 1), strict=True)
+        return self.out(torch.cat([torch.tanh(layer(part)) for layer, part in parts], 1))
+
+
+PLANTED, UNREAD = (2, 8, 5, 3), (8, 1, 3, 5)
+
+
+def search(**options: Any) -> list[int]:
+    """The ranks that are chosen at the multiply-adds of the planted ones."""
+    torch.manual_seed(0)
+    net = Branches(PLANTED, UNREAD)
+    x, held = (torch.randn(count, 4 * Branches.width) for count in (768, 384))
+    with torch.no_grad():
+        batches = Batches(x, net(x).argmax(1), 32)
+    least = 2 * Branches.width * sum(PLANTED) + net.out.weight.numel()
+    whole = 4 * Branches.width**2 + net.out.weight.numel()
+    method = Haloc(
+        budget={"macs": least / whole + 1e-6},
+        formats=("svd",),
+        ranks=11,
+        warm=1,
+        tune=0,
+        exclude=("out",),
+        **options,
+    )
+    common: dict[str, Any] = {"settings": {"lr": 0.003}, "control": False, "example_inputs": x[:2]}
+    artifact = tdpass.train(net, batches, method, calibration=held, **common)
+    return [artifact.plan.get(f"layers.{place}").rank[0] for place in range(4)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("begin", ["uniform", "weights"])
+def test_a_search_finds_planted_ranks_from_a_start_that_does_not_show_them(begin: str) -> None:
+    found, start = (
+        sum(
+            abs(rank - planted)
+            for rank, planted in zip(search(begin=begin, search=rounds), PLANTED, strict=True)
+        )
+        for rounds in (12, 0)
+    )
+    assert found <= 3
+    assert found < start
+
