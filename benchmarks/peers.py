@@ -1,4 +1,4 @@
-"""Other tools on the same networks and calibration images: uniform Tucker-2 and spatial SVD, AIMET, torch-pruning.
+"""Other tools on the same networks and calibration images: uniform Tucker-2 and spatial SVD, BALF, AIMET, torch-pruning.
 
     TDPASS_DATA=... python -m benchmarks.peers                 # all of them on all networks, to results/peers_accuracy.csv
     TDPASS_DATA=... python -m benchmarks.peers --networks resnet20 --methods tucker2 --budgets 0.5
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks import cifar
 from benchmarks.finetune import distil
+from benchmarks.peers_balf import balf
 from benchmarks.results import Table, Value, show
 
 BUDGETS = (0.8, 0.7, 0.6, 0.5, 0.4)
@@ -173,6 +174,7 @@ def torch_pruning(criterion: str, name: str, budgets: Sequence[float], steps: in
 METHODS: Mapping[str, Callable[[str, Sequence[float]], Iterator[Outcome]]] = {
     "tucker2": lambda name, budgets: uniform(tucker2, name, budgets),
     "spatial_svd": lambda name, budgets: uniform(spatial_svd, name, budgets),
+    "balf": balf,
     "torch_pruning_norm": lambda name, budgets: torch_pruning("norm", name, budgets),
     "torch_pruning_taylor": lambda name, budgets: torch_pruning("taylor", name, budgets),
 }
