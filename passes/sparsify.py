@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tdpass.form import Form
+from tdpass.form import DENSE, Form
+from tdpass.job import Job
+from tdpass.models.base import Model
 from tdpass.passes.stored import Stored
 from tdpass.pipeline import register_pass
 from tdpass.site import Site
 from tdpass.supports import support_named
+from tdpass.targets.base import Setting
+from tdpass.targets.break_even import BreakEvenTable, open_break_even
 
 
 @register_pass
@@ -18,13 +22,29 @@ class Sparsify(Stored):
 
     `rounding` says which are kept: those that cost most to do without when the others make up for them
     (`moments`), those of largest magnitude times that of what they are multiplied by (`activations`), or
-    those of largest magnitude (`nearest`).  Sites that have a support already are left as they are.
+    those of largest magnitude (`nearest`).  Sites that have a support already are left as they are, and with
+    `break_even` (`cpu`, or `table:FILE.yaml`) those that run no faster with so many zeros on that machine.
     """
 
     name = "sparsify"
 
     support: str = "2:4"
+    break_even: str = ""
 
     def form(self, present: Form, site: Site) -> Form:
         text = str(support_named(self.support))
         return present if present.support else replace(present, support=text)
+
+    def left_alone(self, site: Site, form: Form, model: Model, job: Job) -> str:
+        if not self.break_even or form.format != DENSE.format:
+            return ""
+        support = support_named(self.support)
+        machine = open_break_even(self.break_even, model.frontend, job.cache)
+        setting = Setting(job.batch, job.threads, model.weight(site.name).dtype)
+        if not site.seen and not isinstance(machine, BreakEvenTable):
+            return f"it was not seen running, so {self.break_even} tells no break-even sparsity; give data"
+        least, share = machine.break_even_sparsity(site, support.group, setting), support.sparsity(site.shape)
+        if least is not None and share >= least:
+            return ""
+        pays = "with no share of zeros" if least is None else f"from {least:.0%} zeros on"
+        return f"it has {share:.0%} zeros as '{form}', and is faster {pays} ({self.break_even})"

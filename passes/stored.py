@@ -44,6 +44,10 @@ class Stored(Pass, ABC):
     def form(self, present: Form, site: Site) -> Form:
         """What becomes of a site that is stored as `present`; the same where it is as it is to be."""
 
+    def left_alone(self, site: Site, form: Form, model: Model, job: Job) -> str:
+        """Why a site that could be stored so stays as it is; empty where it does not."""
+        return ""
+
     def run(self, model: Model, job: Job) -> bool:
         layers = _layers(model)
         forms = self._forms(model, layers, job)
@@ -96,6 +100,10 @@ class Stored(Pass, ABC):
             reason = model.refused(form)
             if reason:
                 job.report.decline(site.name, f"it cannot be '{form}': {reason}")
+                continue
+            reason = self.left_alone(site, form, model, job)
+            if reason:
+                job.report.decline(site.name, reason)
                 continue
             if cost_of(site, form).bytes >= cost_of(site, layer.form).bytes:
                 job.report.decline(site.name, f"'{form}' would take no fewer bytes than '{layer.form}'")

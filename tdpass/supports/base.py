@@ -29,13 +29,15 @@ def matrix_of(shape: Shape) -> tuple[int, int]:
 class Support(ABC):
     """One kind of support with its sizes; a frozen dataclass per file, registered with `register_support`.
 
-    Class attributes: `name`, and `example`, a text that `read` takes.  A factor is seen as a matrix
+    Class attributes: `name`, `example`, a text that `read` takes, and `group`, what is zero at once where a
+    machine is asked from which share of zeros on that pays.  A factor is seen as a matrix
     (`matrix_of`), divided into tiles; what is kept of it is stored in order of rows, and of columns within a
     row.
     """
 
     name: ClassVar[str]
     example: ClassVar[str]
+    group: ClassVar[str] = "weight"
 
     @classmethod
     @abstractmethod
@@ -57,6 +59,10 @@ class Support(ABC):
     def kept(self, shape: Shape) -> int:
         """How many entries of a factor of that shape are stored."""
         return self.tiles(shape) * math.prod(self.tile(shape))
+
+    def sparsity(self, shape: Shape) -> float:
+        """The share of a factor of that shape that is zero."""
+        return 1 - self.kept(shape) / math.prod(shape)
 
     def bits(self, shape: Shape) -> int:
         """One for each tile."""

@@ -21,6 +21,7 @@ class Blocks(Tiles):
     wide: int
     name = "blocks"
     example = "blocks4x4/12"
+    group = "block"
 
     @classmethod
     def read(cls, text: str) -> Self | None:

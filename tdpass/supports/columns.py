@@ -15,6 +15,7 @@ class Columns(Tiles):
 
     name = "columns"
     example = "columns/30%"
+    group = "column"
 
     def tile(self, shape: Shape) -> tuple[int, int]:
         return shape[0], 1

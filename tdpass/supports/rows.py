@@ -15,6 +15,7 @@ class Rows(Tiles):
 
     name = "rows"
     example = "rows/8"
+    group = "row"
 
     def tile(self, shape: Shape) -> tuple[int, int]:
         return 1, matrix_of(shape)[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx
 import pytest
 import torch
@@ -122,3 +124,26 @@ def test_half_precision_stays_half() -> None:
 def test_wrong_options_are_one_clear_error(step: str, message: str, residual: nn.Module) -> None:
     with pytest.raises(TdpassError, match=message):
         made(residual, None, step)
+
+
+@pytest.mark.parametrize(("sparsity", "changed"), [("0.4", {"0", "2"}), ("0.9", set()), ("never", set())])
+def test_a_sparse_layer_is_made_only_above_its_break_even(
+    sparsity: str, changed: set[str], tmp_path: Path
+) -> None:
+    (tmp_path / "machine.yaml").write_text(f"- {{kind: linear, sparsity: {sparsity}}}\n")
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8)).eval()
+    step = f"sparsify{{support=unstructured/50%,break_even=table:{tmp_path / 'machine.yaml'}}}"
+    artifact = tdpass.compress(module, None, torch.randn(32, 16), pipeline=step, cache=False)
+    assert {choice.site for choice in artifact.plan if choice.form.support} == changed
+    words = "with no share of zeros" if sparsity == "never" else "from 90% zeros on"
+    declined = [why for why in artifact.report.declined.values() if words in why]
+    assert len(declined) == 2 - len(changed)
+
+
+def test_rows_and_columns_break_even_at_once(tmp_path: Path) -> None:
+    (tmp_path / "machine.yaml").write_text("- {kind: linear, sparsity: never}\n")
+    module = nn.Sequential(nn.Linear(16, 24)).eval()
+    step = f"sparsify{{support=rows/50%,break_even=table:{tmp_path / 'machine.yaml'}}}"
+    artifact = tdpass.compress(module, None, torch.randn(32, 16), pipeline=step, cache=False)
+    assert [str(choice.form) for choice in artifact.plan] == ["dense rows/50%"]
