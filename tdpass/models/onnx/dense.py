@@ -20,6 +20,7 @@ from tdpass.models.onnx.normalize import normalized
 from tdpass.models.onnx.parameters import check_finite
 from tdpass.models.onnx.recurrent import Opened, open_recurrent
 from tdpass.models.onnx.rewrite import forget_shapes, rewritten
+from tdpass.models.onnx.runner import OnnxRunner
 from tdpass.models.onnx.scaled_norms import scale_columns, scaled_norms
 from tdpass.models.onnx.shapes import Shapes
 from tdpass.models.onnx.sites import Findings, FoundSite, find_sites
@@ -131,21 +132,23 @@ class DenseGraph:
             scale_columns(self.model, site, self.sites[site], scale)
         self._edited()
 
-    def slice_streams(
-        self, edits: StreamEdits, names: Mapping[int, str], constants: Mapping[int, ir.Value]
-    ) -> None:
-        """Carry out edits of streams; `names` and `constants` are of the sites' weights and other tensors of a run, by id."""
+    def slice_streams(self, edits: StreamEdits, runner: OnnxRunner) -> Sequence[str]:
+        """Carry out edits of streams by the tensors of that runner; returns the names of the sites changed."""
         if self.model.functions or self.opened:
             raise UnsupportedError("streams of models with local functions or recurrent nodes stay as they are")
+        names = {id(weight): name for name, weight in runner.weights.items()}
+        constants = {id(tensor): value for value, tensor in runner.constants.items()}
         slice_graph(self.model, self.sites, edits, names, constants)
         self._resized()
+        return [names[key] for key in edits.layers]
 
-    def settle(self, layers: Mapping[str, Layer]) -> None:
-        """Make dense layers with fewer channels those of their sites."""
+    def settle(self, layers: Mapping[str, Layer]) -> Sequence[str]:
+        """Make dense layers with fewer channels those of their sites; returns the names of these."""
         for name, layer in layers.items():
             write_layer(self.model, name, self.sites[name], layer.factors["kernel"], layer.bias)
         if layers:
             self._resized()
+        return list(layers)
 
     def divide(self, tape: Tape, decline: Decline) -> Sequence[str]:
         """Divide the sites of which a run reads slices apart; returns their names."""

@@ -96,11 +96,9 @@ class OnnxModel(Model):
 
     @cached_property
     def _built(self) -> ir.Model:
-        return (
-            with_integer_activations(self._with_integers(), self._ranges)
-            if self._ranges
-            else fused(self._unfused(), self._fusions)
-        )
+        if self._ranges:
+            return with_integer_activations(self._with_integers(), self._ranges)
+        return fused(self._unfused(), self._fusions)
 
     def _unfused(self) -> ir.Model:
         return self._dense.rewritten(self._layers)
@@ -153,10 +151,7 @@ class OnnxModel(Model):
         return dict(self._dense.found.declined)
 
     def weight(self, name: str) -> Tensor:
-        """The dense weight as `[o, i, *kernel]`.
-
-        Raises `InvalidModelError` unless all its numbers are finite.
-        """
+        """The dense weight as `[o, i, *kernel]`; raises `InvalidModelError` unless all its numbers are finite."""
         return self._dense.site(name).weight()
 
     def bias(self, name: str) -> Tensor | None:
@@ -216,13 +211,9 @@ class OnnxModel(Model):
         inputs = self.named_inputs(batch)
         sites = {id(weight): name for name, weight in runner.weights.items()}
         held = (*runner.weights.values(), *runner.constants.values())
+        values = list(inputs.values())
         return record(
-            lambda: runner(inputs),
-            list(inputs.values()),
-            sites,
-            samples=batch.size,
-            held=held,
-            replayed=replayed,
+            lambda: runner(inputs), values, sites, samples=batch.size, held=held, replayed=replayed
         )
 
     def run(self, batch: Batch) -> dict[str, Tensor]:
@@ -261,21 +252,13 @@ class OnnxModel(Model):
 
     def settle_channels(self) -> Mapping[str, Form]:
         narrow = {name: layer for name, layer in self._layers.items() if settles(layer)}
-        self._dense.settle(narrow)
-        for name in narrow:
-            del self._layers[name]
-        if narrow:
-            self._waiting -= set(narrow)
-            self._changed()
-            self.observe(*self._observed)
+        self._layers = {name: layer for name, layer in self._layers.items() if name not in narrow}
+        self._waiting -= set(narrow)
+        self._seen_again(self._dense.settle(narrow))
         return {name: layer.form for name, layer in narrow.items()}
 
     def slice_streams(self, edits: StreamEdits) -> None:
-        names = {id(weight): name for name, weight in self._runner.weights.items()}
-        constants = {id(tensor): value for value, tensor in self._runner.constants.items()}
-        self._dense.slice_streams(edits, names, constants)
-        self._changed()
-        self.observe(*self._observed)
+        self._seen_again(self._dense.slice_streams(edits, self._runner))
 
     def recalibrate_batchnorm(self, batches: Iterable[Batch]) -> Callable[[], None] | None:
         def run(seen: Mapping[ir.Node, BatchStatistics]) -> None:

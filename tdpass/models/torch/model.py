@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from tdpass.errors import InvalidModelError
 from tdpass.form import Form
-from tdpass.formats.layer import Layer, settles
+from tdpass.formats.layer import Layer
 from tdpass.models.abilities import Decline, Note, no_reasons
 from tdpass.models.base import Batch, Model
 from tdpass.models.extents import alike
@@ -37,7 +37,7 @@ from tdpass.models.torch.module_values import (
     signature_of,
 )
 from tdpass.models.torch.norms import batchnorms, find_folds
-from tdpass.models.torch.placement import place_layer, placed_layer
+from tdpass.models.torch.placement import placed_layer
 from tdpass.models.torch.plain import make_plain
 from tdpass.models.torch.program_text import PROGRAM_KEY, program_text
 from tdpass.models.torch.proved import proved
@@ -100,9 +100,7 @@ class TorchModel(Model):
         return placed_layer(self._sites.matched(name)) if name in self._sites.replaced else None
 
     def replace(self, name: str, layer: Layer) -> None:
-        place_layer(self._sites.matched(name), layer)
-        self._sites.replaced.add(name)
-        self._sites.came_factored.discard(name)
+        self._sites.put(name, layer)
         call_layers(self.module)
 
     def record(self, batch: Batch) -> Tape:
@@ -241,10 +239,7 @@ class TorchModel(Model):
         return [self.run(batch) for batch in seen if batch is not None]
 
     def settle_channels(self) -> Mapping[str, Form]:
-        layers = {name: self.layer(name) for name in self._sites.replaced}
-        narrow = {name: layer.form for name, layer in layers.items() if layer is not None and settles(layer)}
-        self._sites.settle(narrow)
-        if narrow:
+        if narrow := self._sites.settle():
             self.observe(*self._observed)
         return narrow
 

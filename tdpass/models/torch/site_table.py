@@ -11,8 +11,11 @@ from torch.fx import GraphModule
 from typing_extensions import Self
 
 from tdpass.errors import PlanError
+from tdpass.form import Form
+from tdpass.formats.layer import Layer, settles
 from tdpass.models.extents import UNREACHED, with_extents
 from tdpass.models.torch.factored import find_factored, put_product, settled
+from tdpass.models.torch.placement import place_layer, placed_layer
 from tdpass.models.torch.readers import graph_readers
 from tdpass.models.torch.sites import Matched, find_sites
 from tdpass.tape import Tape, site_order
@@ -93,12 +96,21 @@ class SiteTable:
         }
         self.declined = dict(seen.declined)
 
-    def settle(self, narrow: Collection[str]) -> None:
-        """Take the layers with fewer channels that stand for these sites for their dense layers."""
+    def put(self, name: str, layer: Layer) -> None:
+        """Put a layer at every use of a site."""
+        place_layer(self.matched(name), layer)
+        self.replaced.add(name)
+        self.came_factored.discard(name)
+
+    def settle(self) -> dict[str, Form]:
+        """Take dense layers with fewer channels that stand for sites for their own; returns their forms."""
+        layers = {name: placed_layer(self.matched(name)) for name in self.replaced}
+        narrow = {name: layer.form for name, layer in layers.items() if settles(layer)}
         self.by_name = {
             name: settled(matched) if name in narrow else matched for name, matched in self.by_name.items()
         }
         self.replaced -= set(narrow)
+        return narrow
 
     def multiply_out(self) -> None:
         """Let every layer that came factored compute with the weight that its factors stand for, as a dense site."""
