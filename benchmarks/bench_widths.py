@@ -4,8 +4,8 @@
     python -m benchmarks.bench_widths resnet20_widths         # another recipe whose method is channel-adaptive
     python -m benchmarks.bench_widths --alone                 # and every setting trained by itself for as many epochs
 
-Every setting is exported as the ordinary model it stands for, its weights stored in 32, 16 and 8 bits
-(`float16`, `int8`) unless they are factored, and priced in memory that computes (`pim:sot_mram`, modelled)
+Every setting is exported as the ordinary model it stands for, its weights or factors stored in 32, 16 and 8
+bits (`int16`, `int8`), and priced in memory that computes (`pim:sot_mram`, modelled)
 with weights and activations of 8 and of 16 bits.  `alone` is the accuracy of an ordinary network of that
 width from random weights, trained for as many epochs as the adaptive one in all.  `switch_microseconds` is
 the mean over a thousand switches between the settings.  Rows go to results/widths.csv.
@@ -40,7 +40,7 @@ COLUMNS = (
     "switch_microseconds", "epochs", "seconds",
 )  # fmt: skip
 CELLS = (8, 16)
-STORED: Mapping[int, str] = {32: "", 16: "quantize{numbers=float16}", 8: "quantize{numbers=int8}"}
+STORED: Mapping[int, str] = {32: "", 16: "quantize{numbers=int16}", 8: "quantize{numbers=int8}"}
 
 
 def switch_seconds(model: nn.Module, settings: list[tuple[float, float]]) -> float:
@@ -87,14 +87,9 @@ def priced(opened: TorchModel, example: Batch, bits: int) -> dict[str, float]:
 
 
 def kept_in(pipeline: str, opened: TorchModel, material: Material, recipe: Recipe) -> dict[str, float]:
-    """Accuracy and bytes of a setting with its weights stored so.
-
-    Nothing of a factored one, which passes leave as it is.
-    """
+    """Accuracy and bytes of a setting with its weights, or factors, stored so."""
     if not pipeline:
         return {"accuracy": accuracy(material, opened.module, recipe), "bytes": opened.bytes()}
-    if not opened.sites() or any(opened.layer(site.name) is not None for site in opened.sites()):
-        return {}
     stored = tdpass.compress(opened.module, pipeline=pipeline, example_inputs=opened.example(), cache=False)
     return {"accuracy": accuracy(material, stored.model, recipe), "bytes": stored.report.final.bytes}
 
