@@ -48,7 +48,7 @@ class BuildWithKernels(build_py):
         build = kernels_build()
         try:
             objects = Path(self.get_finalized_command("build").build_temp).resolve() / "kernels"
-            build.build(self.library().resolve(), build.units(tuple(build.TARGETS)), objects)
+            build.build(self.library().resolve(), build.units(build.compiled_targets()), objects)
             build.build_onnxruntime(
                 self.library().resolve().parents[1] / "onnxruntime" / build.ONNXRUNTIME_LIBRARY, objects
             )

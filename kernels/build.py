@@ -39,22 +39,60 @@ FLAGS = (
 )
 TARGETS: dict[str, tuple[str, ...]] = {"generic": ()}
 _NEEDS: dict[str, frozenset[str]] = {"generic": frozenset()}
+EMULATED = "amxemulated"  # has to be asked for
 if platform.machine() in ("x86_64", "AMD64"):
+    _AVX2 = ("-march=x86-64-v3",)
     _AVX512 = ("-march=x86-64-v4", "-mprefer-vector-width=512")
+    _VNNI = (*_AVX512, "-mavx512vnni")
+    _BF16 = (*_VNNI, "-mavx512bf16")
     TARGETS = {
-        "avx512bf16": (*_AVX512, "-mavx512bf16"),
+        "amx": (*_BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
+        "avx512bf16": _BF16,
+        "avx512vnni": _VNNI,
         "avx512": _AVX512,
-        "avx2": ("-march=x86-64-v3",),
+        "avxvnni": (*_AVX2, "-mavxvnni"),
+        "avx2": _AVX2,
         "generic": ("-march=x86-64-v2",),
+        EMULATED: (*_AVX512, "-DTDPASS_AMX_EMULATED"),
     }
     _NEEDS |= {
         "avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"}),
         "avx2": frozenset({"avx2", "fma", "bmi2"}),
     }
-    _NEEDS |= {"avx512bf16": _NEEDS["avx512"] | {"avx512_bf16"}}
+    _NEEDS |= {"avxvnni": _NEEDS["avx2"] | {"avx_vnni"}, EMULATED: _NEEDS["avx512"]}
+    _NEEDS |= {"avx512vnni": _NEEDS["avx512"] | {"avx512_vnni"}}
+    _NEEDS |= {"avx512bf16": _NEEDS["avx512vnni"] | {"avx512_bf16"}}
+    _NEEDS |= {"amx": _NEEDS["avx512bf16"] | {"amx_tile", "amx_int8", "amx_bf16"}}
+_NEWEST = frozenset({"amx", "avxvnni"})
+_ROUNDED_ALONE = (
+    "-ffp-contract=off",
+)  # every operation, as the references do: whole numbers then agree bit for bit
+_OF_SOURCE: dict[str, tuple[str, ...]] = {
+    "conv_chain_int8.cpp": _ROUNDED_ALONE,
+    "recurrent_int8.cpp": _ROUNDED_ALONE,
+}
 _COMMON = "dispatch.cpp"
 _SECONDS = 1800
 _BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+
+
+@cache
+def compiles(target: str) -> bool:
+    """Whether the compiler there is knows the flags of an instruction set; True where there is none to ask.
+
+    Only of the newest it is asked: what compiles the sources at all knows the others.
+    """
+    cxx = compiler()
+    if cxx is None or target not in _NEWEST:
+        return True
+    command = [cxx, *TARGETS[target], "-x", "c++", "-fsyntax-only", "-"]
+    done = subprocess.run(command, input="", capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
+    return done.returncode == 0
+
+
+def compiled_targets() -> tuple[str, ...]:
+    """What a library for every machine is compiled for: the instruction sets that the compiler knows."""
+    return tuple(target for target in TARGETS if target != EMULATED and compiles(target))
 
 
 @dataclass(frozen=True)
@@ -83,7 +121,7 @@ def compiler() -> str | None:
 
 @cache
 def machine_targets() -> tuple[str, ...]:
-    """The instruction sets that this machine runs, best first."""
+    """The instruction sets that this machine runs, best first; what has to be asked for comes last."""
     try:
         flags = set(
             re.findall(
@@ -103,7 +141,9 @@ def machine_targets() -> tuple[str, ...]:
 def units(targets: Sequence[str], extra: Sequence[str] = ()) -> list[Unit]:
     """What a library for these instruction sets is compiled from; `extra` are further flags."""
     kernels = [
-        Unit(source, (*extra, *TARGETS[target], f"-DTDPASS_TARGET={target}"))
+        Unit(
+            source, (*extra, *TARGETS[target], *_OF_SOURCE.get(source.name, ()), f"-DTDPASS_TARGET={target}")
+        )
         for source in sorted(SOURCES.glob("*.cpp"))
         if source.name != _COMMON
         for target in targets
@@ -118,12 +158,14 @@ def onnxruntime_units(targets: Sequence[str], extra: Sequence[str] = ()) -> list
     return [Unit(ONNXRUNTIME / "ops.cpp", tuple(extra)), Unit(SOURCES / _COMMON, serial), *chains]
 
 
-def build_onnxruntime(path: Path, objects: Path, targets: Sequence[str] = tuple(TARGETS)) -> Path:
+def build_onnxruntime(path: Path, objects: Path, targets: Sequence[str] | None = None) -> Path:
     """Build the operators of ONNX Runtime, by default for every instruction set, so that the library serves on other machines too.
 
     Raises `KernelError` as `build` does.
     """
-    return build(path, onnxruntime_units(targets), objects, ONNXRUNTIME_LINK)
+    return build(
+        path, onnxruntime_units(compiled_targets() if targets is None else targets), objects, ONNXRUNTIME_LINK
+    )
 
 
 def fingerprint(parts: Sequence[Unit]) -> str:

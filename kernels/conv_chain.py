@@ -125,11 +125,17 @@ class _Program(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
+def native_stages(integers: tuple[int, ...]) -> Array[Structure]:
+    """Stages as the kernels take them."""
+    stages = stages_of(integers)
+    return (native.CStage * len(stages))(*(native.stage(stage.integers()) for stage in stages))
+
+
+@functools.lru_cache(maxsize=4096)
 def _program(integers: tuple[int, ...], lanes: Lanes) -> _Program:
     stages = stages_of(integers)
-    array = (native.CStage * len(stages))(*(native.stage(stage.integers()) for stage in stages))
     return _Program(
-        array,
+        native_stages(integers),
         [stage.packed_shape(lanes) for stage in stages],
         [stage.packed_dtype(lanes) for stage in stages],
     )

@@ -86,7 +86,8 @@ class Grids:
                 f"{list(numbers)} are no grids of a chain of {stages} stages; give a scale and a zero point for "
                 "what each stage reads, for the output and for the residual"
             )
-        found = [Grid(scale, zero) for scale, zero in zip(numbers[::2], numbers[1::2], strict=True)]  # type: ignore[arg-type]
+        pairs = zip(numbers[::2], numbers[1::2], strict=True)
+        found = [Grid(scale, int(zero) if float(zero).is_integer() else -1) for scale, zero in pairs]
         return cls(tuple(found[:stages]), *found[stages:])
 
     def output_dtype(self, x: Tensor) -> torch.dtype:

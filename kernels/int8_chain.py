@@ -7,18 +7,28 @@ never stored in floating point where that grid is known beforehand.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import addressof, byref, c_void_p
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tdpass.errors import KernelError
-from tdpass.kernels.base import Op, register_op
-from tdpass.kernels.conv_chain import MAX_STAGES, activate, check_activation, like_input, memory_format
+from tdpass.kernels import native
+from tdpass.kernels.base import Op, implements, register_op
+from tdpass.kernels.conv_chain import (
+    MAX_STAGES,
+    activate,
+    check_activation,
+    like_input,
+    memory_format,
+    native_stages,
+)
 from tdpass.kernels.grid import MIDDLE, Grid, Grids, own_grid, rounded
 from tdpass.kernels.int8_factor import check_factors
+from tdpass.kernels.linear_chain import positions
 from tdpass.kernels.linear_chain import stages_of as linear_stages
-from tdpass.kernels.stage import Stage, stages_of
+from tdpass.kernels.stage import Stage, integers_of, stages_of
 from tdpass.ops import padded_convolution
 
 _FACTORS = "Tensor[] weights, Tensor[] scales, Tensor[] totals"
@@ -47,6 +57,9 @@ def _products(read: _Codes, stage: Stage, weight: Tensor, total: Tensor) -> Tens
     shifted = read.codes - read.zero
     pads = tuple(zip(stage.before, stage.after, strict=True))
     dense = stage.unpack(weight, "quads").double()
+    size = (len(shifted), stage.outputs, *stage.output_size(shifted.shape[2:]))
+    if 0 in size:
+        return shifted.new_zeros(size)
     own = dense.flatten(1).sum(1)  # a total that is not this one is added as it is given
     summed = padded_convolution(shifted, dense, None, stage.stride, pads, stage.dilation, stage.groups)
     summed = summed + read.zero * (own - total.double())[:, None, None]
@@ -205,3 +218,93 @@ def linear_fake(
 
 CONV_CHAIN_INT8 = register_op(Op("conv_chain_int8", CONV_SCHEMA, conv_reference, conv_fake))
 LINEAR_CHAIN_INT8 = register_op(Op("linear_chain_int8", LINEAR_SCHEMA, linear_reference, linear_fake))
+
+
+@implements("conv_chain_int8", "cpu")
+def conv_cpu(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    totals: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    grids: Sequence[float],
+    stages: Sequence[int],
+    activation: str,
+) -> Tensor:
+    """The C++ kernel; x in float32, bfloat16 or bytes."""
+    chain, factors = stages_of(stages), (weights, scales, totals)
+    found = check_chain(x, factors, residual, grids, chain, activation)
+    y = empty_output(x, chain, found.output_dtype(x))
+    rest = None if residual is None else residual.expand_as(y)
+    done = _run_native(x, factors, bias, rest, found, tuple(stages), activation, y)
+    return y if done else NotImplemented
+
+
+@implements("linear_chain_int8", "cpu")
+def linear_cpu(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    totals: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    grids: Sequence[float],
+    widths: Sequence[int],
+    activation: str,
+) -> Tensor:
+    """The C++ kernel; x in float32, bfloat16 or bytes."""
+    chain, factors = linear_stages(widths), (weights, scales, totals)
+    found = check_chain(x, factors, residual, grids, chain, activation)
+    y = x.new_empty((*x.shape[:-1], widths[-1]), dtype=found.output_dtype(x))
+    rest = None if residual is None else positions(residual.expand_as(y))
+    integers = tuple(integers_of(chain))
+    done = _run_native(positions(x), factors, bias, rest, found, integers, activation, positions(y))
+    return y if done else NotImplemented
+
+
+def _run_native(
+    x: Tensor,
+    factors: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    grids: Grids,
+    integers: tuple[int, ...],
+    activation: str,
+    y: Tensor,
+) -> bool:
+    """Fill `y[n, c, h, w]`; False where the kernel does not serve these arguments."""
+    library = native.library()
+    floats = torch.float32 if x.dtype == torch.uint8 else x.dtype
+    wanted = torch.uint8 if grids.residual else floats
+    if library is None or floats not in native.DTYPES or x.dim() != 4:
+        return False
+    if (residual is not None and residual.dtype != wanted) or (
+        bias is not None and bias.shape != y.shape[1:2]
+    ):
+        return False
+    types = (torch.int8, torch.float32, torch.int32)
+    if any(part.dtype != dtype for parts, dtype in zip(factors, types, strict=True) for part in parts):
+        return False
+    kept = [[part.contiguous() for part in parts] for parts in factors]
+    weights, scales, totals = (
+        (c_void_p * len(parts))(*(part.data_ptr() for part in parts)) for parts in kept
+    )
+    numbers = (native.CGrid * (len(weights) + 2))(*(native.CGrid(grid.scale, grid.zero) for grid in grids))
+    shift = None if bias is None else bias.float().contiguous()
+    rest = None if residual is None else native.image(residual)
+    chain = native.CChain(
+        native.DTYPES.get(x.dtype, native.UINT8),
+        native.LANES["quads"],
+        native.ACTIVATIONS[activation],
+        len(weights),
+        addressof(native_stages(integers)),
+        addressof(weights),
+        None if shift is None else shift.data_ptr(),
+        None if rest is None else addressof(rest),
+    )
+    call = native.CInt8Chain(chain, addressof(scales), addressof(totals), addressof(numbers))
+    status: int = library.tdpass_conv_chain_int8(
+        byref(call), byref(native.image(x)), byref(native.image(y)), None
+    )
+    return status == 0

@@ -34,7 +34,9 @@ class Interface:
         enums = {name: _numbered(body) for name, body in _ENUM.findall(text)}
         structures: dict[str, type[ctypes.Structure]] = {}
         for body, name in _STRUCT.findall(text):
-            fields = [field for line in body.split(";") if line.strip() for field in _fields(line, structures)]
+            fields = [
+                field for line in body.split(";") if line.strip() for field in _fields(line, structures)
+            ]
             structures[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
         functions = {
             name: (_result(result), [] if given.strip() == "void" else [ctypes.c_void_p] * len(given.split(",")))

@@ -81,14 +81,14 @@ def native_cpu(
 ) -> Tensor:
     """The C++ kernel; float32 and bfloat16, float32 inside, or with pair lanes sums alone."""
     y = x.new_empty((*x.shape[:-1], widths[-1]))
-    rest = None if residual is None else _positions(residual.expand_as(y))
+    rest = None if residual is None else positions(residual.expand_as(y))
     integers = tuple(value for stage in stages_of(widths) for value in stage.integers())
     done = run_native(
-        _positions(x), weights, bias, rest, integers, activation, lanes_of(weights), _positions(y)
+        positions(x), weights, bias, rest, integers, activation, lanes_of(weights), positions(y)
     )
     return y if done else NotImplemented
 
 
-def _positions(x: Tensor) -> Tensor:
+def positions(x: Tensor) -> Tensor:
     """`x[..., c]` as `[1, c, 1, positions]`."""
     return x.contiguous().view(-1, x.shape[-1]).t()[None, :, None, :]

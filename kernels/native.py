@@ -27,12 +27,20 @@ def _numbers(enum: str) -> dict[str, int]:
     return {name.removeprefix("TDPASS_").lower(): number for name, number in found.items()}
 
 
-DTYPES: dict[torch.dtype, int] = {getattr(torch, name): number for name, number in _numbers("dtype").items()}
+_TYPES = {getattr(torch, name): number for name, number in _numbers("dtype").items()}
+DTYPES: dict[torch.dtype, int] = {
+    dtype: number for dtype, number in _TYPES.items() if dtype.is_floating_point
+}
+UINT8 = _TYPES[torch.uint8]
 ACTIVATIONS = _numbers("activation")
 LANES = {f"{name.removesuffix('_lanes')}s": number for name, number in _numbers("lanes").items()}
 CStage, CImage, CChain, CRows, CProgram, CSparse, CCell = (
     _DECLARED.structures[f"tdpass_{name}"]
     for name in ("stage", "image", "chain", "rows", "program", "sparse", "cell")
+)
+CGrid, CInt8Chain, CMatrix, CWeightOnly, CInt8Cell = (
+    _DECLARED.structures[f"tdpass_{name}"]
+    for name in ("grid", "int8_chain", "matrix", "weight_only", "int8_cell")
 )
 
 
@@ -63,14 +71,14 @@ def cache_folder() -> Path:
 
 
 def chosen_isa() -> str:
-    """The best instruction set of this machine, or the one that TDPASS_ISA names.
+    """The best instruction set of this machine that the compiler knows, or the one that TDPASS_ISA names.
 
     Raises `KernelError` for one it has not.
     """
     known, asked = build.machine_targets(), os.environ.get("TDPASS_ISA", "")
     if asked and asked not in known:
         raise KernelError(f"TDPASS_ISA={asked!r} cannot be used here; this machine runs {', '.join(known)}")
-    return asked or known[0]
+    return asked or next(target for target in known if build.compiles(target))
 
 
 def sanitizing() -> tuple[str, ...]:
@@ -126,7 +134,7 @@ def multiplies_pairs() -> bool:
 
     Without it they are widened one by one.
     """
-    return isa() == "avx512bf16"
+    return isa() in ("amx", "avx512bf16", build.EMULATED)
 
 
 @functools.cache

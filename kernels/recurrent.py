@@ -6,7 +6,7 @@ torch's order.
 
 from __future__ import annotations
 
-from ctypes import byref
+from ctypes import Structure, byref
 
 import torch
 import torch.nn.functional as F
@@ -20,19 +20,19 @@ GRU_SCHEMA = "(Tensor pre, Tensor v, Tensor u, Tensor? bias, Tensor h0, bool rev
 _PANEL = 16
 
 
-def pack_v(v: Tensor) -> Tensor:
-    """`v[rank, hidden]` as `[ceil(rank / 16), hidden, 16]`, missing rows zero; float32."""
+def pack_v(v: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`v[rank, hidden]` as `[ceil(rank / 16), hidden, 16]`, missing rows zero; float32 or bfloat16."""
     return (
-        F.pad(v.float(), (0, 0, 0, -len(v) % _PANEL))
+        F.pad(v.to(dtype), (0, 0, 0, -len(v) % _PANEL))
         .reshape(-1, _PANEL, v.shape[1])
         .transpose(1, 2)
         .contiguous()
     )
 
 
-def pack_u(u: Tensor, gates: int) -> Tensor:
-    """`u[(gates hidden), rank]` as `[ceil(hidden / 16), rank, gates, 16]`, missing units zero; float32."""
-    per_gate = u.float().reshape(gates, -1, u.shape[1])
+def pack_u(u: Tensor, gates: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`u[(gates hidden), rank]` as `[ceil(hidden / 16), rank, gates, 16]`, missing units zero; float32 or bfloat16."""
+    per_gate = u.to(dtype).reshape(gates, -1, u.shape[1])
     return (
         F.pad(per_gate, (0, 0, 0, -per_gate.shape[1] % _PANEL))
         .reshape(gates, -1, _PANEL, u.shape[1])
@@ -112,8 +112,8 @@ LOW_RANK_GRU = register_op(Op("low_rank_gru", GRU_SCHEMA, gru_reference, gru_fak
 def lstm_cpu(
     pre: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, h0: Tensor, c0: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The C++ kernel; float32."""
-    y, h, c = pre.new_empty((*pre.shape[:2], h0.shape[1])), _copy(h0), _copy(c0)
+    """The C++ kernel; float32, factors of float32 or bfloat16."""
+    y, h, c = pre.new_empty((*pre.shape[:2], h0.shape[1])), copy_of(h0), copy_of(c0)
     return (y, h, c) if _run(pre, v, u, bias, h, c, y, reverse=reverse) else NotImplemented
 
 
@@ -121,12 +121,13 @@ def lstm_cpu(
 def gru_cpu(
     pre: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, h0: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """The C++ kernel; float32."""
-    y, h = pre.new_empty((*pre.shape[:2], h0.shape[1])), _copy(h0)
+    """The C++ kernel; float32, factors of float32 or bfloat16."""
+    y, h = pre.new_empty((*pre.shape[:2], h0.shape[1])), copy_of(h0)
     return (y, h) if _run(pre, v, u, bias, h, None, y, reverse=reverse) else NotImplemented
 
 
-def _copy(state: Tensor) -> Tensor:
+def copy_of(state: Tensor) -> Tensor:
+    """A state of its own for the kernel to go on from."""
     return state.clone(memory_format=torch.contiguous_format)
 
 
@@ -144,7 +145,9 @@ def _run(
     library = native.library()
     if (pre.dim(), h.dim(), v.dim(), u.dim()) != (3, 2, 3, 4):
         return False
-    steps, batch, hidden = y.shape
+    if pre.stride(2) != 1:
+        pre = pre.contiguous()
+    _, batch, hidden = y.shape
     (groups, rank, gates, lanes), panels = u.shape, v.shape[0]
     state = [h] if c is None else [h, c]
     if library is None or any(tensor.dtype != torch.float32 for tensor in (pre, *state)):
@@ -164,32 +167,45 @@ def _run(
         return False
     if y.numel() == 0:
         return True
-    if pre.stride(2) != 1:
-        pre = pre.contiguous()
-    v, u, shift = (
-        v.float().contiguous(),
-        u.float().contiguous(),
-        None if bias is None else bias.float().contiguous(),
-    )
+    dtype = torch.bfloat16 if v.dtype == u.dtype == torch.bfloat16 else torch.float32
+    v, u = v.to(dtype).contiguous(), u.to(dtype).contiguous()
+    shift = None if bias is None else bias.float().contiguous()
+    call = cell_call(pre, shift, h, c, y, rank, reverse=reverse)
+    call.dtype, call.v, call.u = native.DTYPES[dtype], v.data_ptr(), u.data_ptr()
+    status: int = library.tdpass_recurrent(byref(call), None)
+    return status == 0
+
+
+def cell_call(
+    pre: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    c: Tensor | None,
+    y: Tensor,
+    rank: int,
+    *,
+    reverse: bool,
+) -> Structure:
+    """What the kernels take of a sequence, but for the factors; lends the tensors, of which `pre` lies together along its last axis."""
+    steps, batch, hidden = y.shape
     back, item = (steps - 1 if reverse else 0), pre.element_size()
     sign = -1 if reverse else 1
-    call = native.CCell(
-        gates,
+    return native.CCell(
+        3 if c is None else 4,
         steps,
         batch,
         hidden,
         rank,
+        native.DTYPES[torch.float32],
         pre.data_ptr() + back * pre.stride(0) * item,
         sign * pre.stride(0),
         pre.stride(1),
-        v.data_ptr(),
-        u.data_ptr(),
-        None if shift is None else shift.data_ptr(),
+        None,
+        None,
+        None if bias is None else bias.data_ptr(),
         h.data_ptr(),
         None if c is None else c.data_ptr(),
         y.data_ptr() + back * y.stride(0) * item,
         sign * y.stride(0),
         y.stride(1),
     )
-    status: int = library.tdpass_recurrent(byref(call), None)
-    return status == 0

@@ -6,14 +6,18 @@ grids of their own, one per sample and step.
 
 from __future__ import annotations
 
+from ctypes import byref
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tdpass.errors import KernelError
-from tdpass.kernels.base import Op, register_op
+from tdpass.kernels import native
+from tdpass.kernels.base import Op, implements, register_op
 from tdpass.kernels.grid import MIDDLE, own_grid
 from tdpass.kernels.int8_factor import Int8Factor, check_factors, pack_codes, pack_weight
+from tdpass.kernels.recurrent import cell_call, copy_of
 from tdpass.kernels.stage import Stage, checked
 
 _FACTORS = "Tensor v, Tensor v_scale, Tensor v_total, Tensor u, Tensor u_scale, Tensor u_total"
@@ -182,3 +186,88 @@ def gru_fake(
 
 LOW_RANK_LSTM_INT8 = register_op(Op("low_rank_lstm_int8", LSTM_SCHEMA, lstm_reference, lstm_fake))
 LOW_RANK_GRU_INT8 = register_op(Op("low_rank_gru_int8", GRU_SCHEMA, gru_reference, gru_fake))
+
+
+@implements("low_rank_lstm_int8", "cpu")
+def lstm_cpu(
+    pre: Tensor,
+    v: Tensor,
+    v_scale: Tensor,
+    v_total: Tensor,
+    u: Tensor,
+    u_scale: Tensor,
+    u_total: Tensor,
+    bias: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The C++ kernel; float32."""
+    y, h, c = pre.new_empty((*pre.shape[:2], h0.shape[1])), copy_of(h0), copy_of(c0)
+    factors = (Int8Factor(v, v_scale, v_total), Int8Factor(u, u_scale, u_total))
+    return (y, h, c) if _run(pre, *factors, bias, h, c, y, reverse=reverse) else NotImplemented
+
+
+@implements("low_rank_gru_int8", "cpu")
+def gru_cpu(
+    pre: Tensor,
+    v: Tensor,
+    v_scale: Tensor,
+    v_total: Tensor,
+    u: Tensor,
+    u_scale: Tensor,
+    u_total: Tensor,
+    bias: Tensor | None,
+    h0: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """The C++ kernel; float32."""
+    y, h = pre.new_empty((*pre.shape[:2], h0.shape[1])), copy_of(h0)
+    factors = (Int8Factor(v, v_scale, v_total), Int8Factor(u, u_scale, u_total))
+    return (y, h) if _run(pre, *factors, bias, h, None, y, reverse=reverse) else NotImplemented
+
+
+def _run(
+    pre: Tensor,
+    v: Int8Factor,
+    u: Int8Factor,
+    bias: Tensor | None,
+    h: Tensor,
+    c: Tensor | None,
+    y: Tensor,
+    *,
+    reverse: bool,
+) -> bool:
+    library, state, gates = native.library(), [h] if c is None else [h, c], 3 if c is None else 4
+    if library is None or pre.dim() != 3 or any(part.dtype != torch.float32 for part in (pre, *state)):
+        return False
+    if any(factor.weight.dtype != torch.int8 or factor.total.dtype != torch.int32 for factor in (v, u)):
+        return False
+    _, batch, hidden = y.shape
+    rank, wide = v.scale.numel(), (gates * hidden,)
+    shapes = [
+        (pre, (*y.shape[:2], *wide)),
+        *((each, (batch, hidden)) for each in state),
+        (v.weight, checked(Stage(hidden, max(rank, 1))).packed_shape("quads") if hidden else ()),
+        *((part, (rank,)) for part in v[1:]),
+        (u.weight, shape_of_u(hidden, rank, gates)),
+        *((part, wide) for part in u[1:]),
+        *(() if bias is None else ((bias, wide),)),
+    ]
+    if rank == 0 or any(tuple(tensor.shape) != shape for tensor, shape in shapes):
+        return False
+    if y.numel() == 0:
+        return True
+    if pre.stride(2) != 1:
+        pre = pre.contiguous()
+    parts = [
+        [factor.weight.contiguous(), factor.scale.float().contiguous(), factor.total.contiguous()]
+        for factor in (v, u)
+    ]
+    shift = None if bias is None else bias.float().contiguous()
+    call = native.CInt8Cell(
+        cell_call(pre, shift, h, c, y, rank, reverse=reverse),
+        *(factor[place].data_ptr() for place in range(3) for factor in parts),
+    )
+    status: int = library.tdpass_recurrent_int8(byref(call), None)
+    return status == 0

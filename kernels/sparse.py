@@ -27,6 +27,7 @@ LINEAR_SCHEMA = (
     f"(Tensor x, {_PACKED}, Tensor? bias, Tensor? residual, int outputs, str activation) -> Tensor"
 )
 
+
 def conv_reference(
     x: Tensor,
     values: Tensor,

@@ -7,6 +7,7 @@ matrices for what Q leaves.  With few tokens its time is that of reading the wei
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import addressof, byref
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdpass.errors import KernelError
-from tdpass.kernels.base import Op, register_op
+from tdpass.kernels import native
+from tdpass.kernels.base import Op, implements, register_op
 from tdpass.kernels.conv_chain import activate, check_activation
 
 SCHEMA = "(Tensor x, Tensor[] weights, Tensor[] scales, Tensor? bias, Tensor? residual, int[] widths, str activation) -> Tensor"
 PANEL, NIBBLES = 16, 8  # outputs to a panel; codes of 4 bits to a word
+_KINDS: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.int32: 3}
 _MATRIX, _WITH_PRODUCT = 2, 3  # widths of `W = Q`, and of `W = Q + U V`
 
 
@@ -168,3 +171,67 @@ def fake(
 
 
 WEIGHT_ONLY_LINEAR = register_op(Op("weight_only_linear", SCHEMA, reference, fake))
+
+
+@implements("weight_only_linear", "cpu")
+def native_cpu(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    widths: Sequence[int],
+    activation: str,
+) -> Tensor:
+    """The C++ kernel; float32 and bfloat16, float32 inside."""
+    shapes = matrices(weights, widths)
+    y = x.new_empty((*x.shape[:-1], widths[1]))
+    served = len(scales) == len(weights) and x.shape[-1] == widths[0]
+    done = served and _run_native(x, weights, scales, bias, residual, shapes, activation, y)
+    return y if done else NotImplemented
+
+
+def _run_native(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    shapes: Sequence[tuple[int, int]],
+    activation: str,
+    y: Tensor,
+) -> bool:
+    """Fill y; False where the kernel does not serve these arguments."""
+    library = native.serving(x, residual, activation)
+    if library is None or any(part.dtype not in _KINDS for part in weights):
+        return False
+    if any(part.dtype != torch.float32 for part in scales) or (
+        bias is not None and bias.shape != y.shape[-1:]
+    ):
+        return False
+    for codes, scale, shape in zip(weights, scales, shapes, strict=True):
+        check_stored(codes, scale, *shape)
+    kept = [(codes.contiguous(), scale.contiguous()) for codes, scale in zip(weights, scales, strict=True)]
+    array = (native.CMatrix * len(kept))(
+        *(
+            native.CMatrix(
+                codes.data_ptr(), scale.data_ptr(), _KINDS[codes.dtype], scale.shape[1], inputs, outputs
+            )
+            for (codes, scale), (outputs, inputs) in zip(kept, shapes, strict=True)
+        )
+    )
+    plain, shift = x.contiguous(), None if bias is None else bias.float().contiguous()
+    added = None if residual is None else residual.expand_as(y).contiguous()
+    rest = None if added is None else native.rows(added)
+    call = native.CWeightOnly(
+        native.DTYPES[x.dtype],
+        native.ACTIVATIONS[activation],
+        len(kept),
+        addressof(array),
+        None if shift is None else shift.data_ptr(),
+        None if rest is None else addressof(rest),
+    )
+    status: int = library.tdpass_weight_only_linear(
+        byref(call), byref(native.rows(plain)), byref(native.rows(y)), None
+    )
+    return status == 0

@@ -9,8 +9,6 @@
 
 namespace tdpass {
 
-static TDPASS_INLINE int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 template <class Operand> class ChannelLanes {
   typedef typename Operand::Element Element;
 
@@ -29,8 +27,6 @@ template <class Operand> class ChannelLanes {
     for (int s = first; s < g.stages; s++) buffer_[s] = reinterpret_cast<Element*>(memory + offset[s]);
     result_ = reinterpret_cast<float*>(memory + offset[g.stages]);
   }
-
-  static bool serves(const Geometry& g) { return Operand::takes(g.chain->dtype); }
 
   // Bytes a step of that many rows needs; what `step` is chosen by.
   static size_t footprint(const Geometry& g, int step) {
@@ -100,7 +96,8 @@ template <class Operand> class ChannelLanes {
     bool direct = s + 1 == g.stages && output.channels_together();
     int depth = t.in / t.groups, width = t.out / t.groups, panels = round_up(width, LANES) / LANES;
     Index panel = Index(count) * round_up(depth, Operand::TOGETHER) * LANES;
-    Blocking blocking(g.w[s + 1], panels, Operand::LATENCY);
+    const bool by_tiles = Operand::by_tiles(depth % Operand::TOGETHER == 0 || (s >= first && t.groups == 1));
+    Blocking blocking(g.w[s + 1], panels, Operand::LATENCY, by_tiles);
     for (int group = 0; group < t.groups; group++) {
       const Element* from = in + group * depth * in_channel;
       for (int p = 0; p < panels; p += blocking.panels) {
@@ -108,18 +105,17 @@ template <class Operand> class ChannelLanes {
         const Element* w = weights + (Index(group) * panels + p) * panel;
         for (int r = 0; r < out.size(); r++) {
           const Element* source = from + r * t.stride[0] * in_stride;
-          for (int b = 0, done = 0; b < blocking.blocks; b++) {
-            int mr = (g.w[s + 1] - done) / (blocking.blocks - b);
-            if (s < first && p == 0 && in_channel == 1) prefetch(source + t.stride[0] * in_stride + done * t.stride[1] * in_pixel, in_pixel * t.stride[1], mr, depth);
-            TileInput<Operand> input{source + done * t.stride[1] * in_pixel, in_pixel * t.stride[1], in_channel, taps, count, depth};
+          for (int b = 0; b < blocking.blocks; b++) {
+            const int at = blocking.start(b), mr = blocking.pixels(b);
+            if (s < first && p == 0 && in_channel == 1) prefetch(source + t.stride[0] * in_stride + at * t.stride[1] * in_pixel, in_pixel * t.stride[1], mr, depth);
+            TileInput<Operand> input{source + at * t.stride[1] * in_pixel, in_pixel * t.stride[1], in_channel, taps, count, depth};
             if (direct) {
-              alignas(64) float result[ACCUMULATORS * LANES];
-              TILES<Operand, float>[mr][nr - 1](input, w, panel, result, nr * LANES);
-              output.store_tile(n, out.low + r, done, channel, result, nr * LANES, mr, channels);
+              alignas(64) float result[MOST_RESULTS * LANES];
+              multiply(by_tiles, input, w, panel, mr, nr, Store<float>{result, nr * LANES});
+              output.store_tile(n, out.low + r, at, channel, result, nr * LANES, mr, channels);
             } else {
-              TILES<Operand, To>[mr][nr - 1](input, w, panel, to + r * row_[s + 1] + done * pixel_[s + 1] + channel, pixel_[s + 1]);
+              multiply(by_tiles, input, w, panel, mr, nr, Store<To>{to + r * row_[s + 1] + at * pixel_[s + 1] + channel, pixel_[s + 1]});
             }
-            done += mr;
           }
         }
       }

@@ -3,6 +3,7 @@
 // Limits keep every size that a kernel computes within 32 bits, and every distance within 64.
 #pragma once
 #include <algorithm>
+#include <cfloat>
 #include <cstdint>
 #include <initializer_list>
 #include <vector>
@@ -72,9 +73,8 @@ inline Verdict check_images(const tdpass_image& x, const tdpass_image& y, const 
   return x.size[2] > 0 && x.size[3] > 0 && y.size[2] == size[0] && y.size[3] == size[1] ? SERVED : REFUSED;
 }
 
-inline Verdict check(const tdpass_chain* chain, const tdpass_image* x, const tdpass_image* y) {
-  if (!chain || !is_image(x) || !is_image(y) || !has_type(chain->dtype, chain->activation)) return REFUSED;
-  if (!within(chain->lanes, TDPASS_CHANNEL_LANES, TDPASS_PAIR_LANES) || !within(chain->stages, 1, MAX_STAGES) || !chain->stage || !chain->weights) return REFUSED;
+inline Verdict check_chain(const tdpass_chain* chain, const tdpass_image* x, const tdpass_image* y) {
+  if (!is_image(x) || !is_image(y) || !within(chain->stages, 1, MAX_STAGES) || !chain->stage || !chain->weights) return REFUSED;
   int64_t steps[2] = {1, 1};
   for (int s = 0; s < chain->stages; s++) {
     const tdpass_stage& t = chain->stage[s];
@@ -83,6 +83,35 @@ inline Verdict check(const tdpass_chain* chain, const tdpass_image* x, const tdp
       if ((steps[a] *= t.stride[a]) > MOST_REACH) return REFUSED;
   }
   return check_images(*x, *y, chain->residual, chain->stage, chain->stages);
+}
+
+inline Verdict check(const tdpass_chain* chain, const tdpass_image* x, const tdpass_image* y) {
+  if (!chain || !has_type(chain->dtype, chain->activation) || !within(chain->lanes, TDPASS_CHANNEL_LANES, TDPASS_PAIR_LANES)) return REFUSED;
+  return check_chain(chain, x, y);
+}
+
+inline bool is_grid(const tdpass_grid& grid) { return grid.scale >= 0 && grid.scale <= FLT_MAX && within(grid.zero, 0, 255); }
+
+// Whether a stage may read positions on grids of their own.
+inline bool is_pointwise(const tdpass_stage& t) {
+  return t.kernel[0] == 1 && t.kernel[1] == 1 && !t.before[0] && !t.before[1] && !t.after[0] && !t.after[1];
+}
+
+inline Verdict check(const tdpass_int8_chain* given, const tdpass_image* x, const tdpass_image* y) {
+  if (!given || !given->scales || !given->totals || !given->grids) return REFUSED;
+  const tdpass_chain* chain = &given->chain;
+  const int32_t floats = chain->dtype == TDPASS_UINT8 ? int32_t(TDPASS_FLOAT32) : chain->dtype;
+  if (!has_type(floats, chain->activation) || chain->lanes != TDPASS_QUAD_LANES) return REFUSED;
+  const Verdict verdict = check_chain(chain, x, y);
+  if (verdict == REFUSED || (chain->dtype == TDPASS_UINT8 && !(given->grids[0].scale > 0))) return REFUSED;
+  for (int s = 0; s < chain->stages + 2; s++)
+    if (!is_grid(given->grids[s])) return REFUSED;
+  for (int s = 0; s < chain->stages; s++) {
+    const tdpass_stage& t = chain->stage[s];
+    if (!given->scales[s] || !given->totals[s] || !(given->grids[s].scale > 0 || is_pointwise(t))) return REFUSED;
+    if (product({t.in / t.groups, t.kernel[0], t.kernel[1]}) > MOST_PRODUCTS) return REFUSED;
+  }
+  return verdict;
 }
 
 inline bool is_rows(const tdpass_rows* v) {
@@ -104,6 +133,25 @@ inline Verdict check(const tdpass_program* program, const tdpass_rows* x, const 
   }
   const tdpass_rows* residual = program->residual;
   if (size != y->channels || (residual && (!is_rows(residual) || residual->rows != y->rows || residual->channels != y->channels))) return REFUSED;
+  return y->rows ? SERVED : NOTHING_TO_DO;
+}
+
+inline bool is_matrix(const tdpass_matrix& m) {
+  if (!m.codes || !within(m.kind, TDPASS_FLOATS, TDPASS_NIBBLES) || !within(m.in, 1, MOST_CHANNELS) || !within(m.out, 1, MOST_CHANNELS)) return false;
+  if (m.kind <= TDPASS_HALVES) return m.groups == 0;
+  return m.scales && (m.groups == 1 || (m.groups > 1 && m.in % (int64_t(m.groups) * 8) == 0));
+}
+
+inline Verdict check(const tdpass_weight_only* layer, const tdpass_rows* x, const tdpass_rows* y) {
+  if (!layer || !is_rows(x) || !is_rows(y) || x->rows != y->rows || !has_type(layer->dtype, layer->activation)) return REFUSED;
+  if ((layer->matrices != 1 && layer->matrices != 3) || !layer->matrix) return REFUSED;
+  const tdpass_matrix* m = layer->matrix;
+  for (int k = 0; k < layer->matrices; k++)
+    if (!is_matrix(m[k])) return REFUSED;
+  if (m[0].in != x->channels || m[0].out != y->channels) return REFUSED;
+  if (layer->matrices == 3 && (m[1].in != x->channels || m[2].in != m[1].out || m[2].out != y->channels)) return REFUSED;
+  const tdpass_rows* residual = layer->residual;
+  if (residual && (!is_rows(residual) || residual->rows != y->rows || residual->channels != y->channels)) return REFUSED;
   return y->rows ? SERVED : NOTHING_TO_DO;
 }
 
@@ -132,10 +180,22 @@ inline Verdict check(const tdpass_sparse* w, const tdpass_image* x, const tdpass
   return check_images(*x, *y, w->residual, &w->shape, 1);
 }
 
-inline Verdict check(const tdpass_cell* cell) {
+inline Verdict check_cell(const tdpass_cell* cell) {
   if (!cell || !within(cell->gates, 3, 4) || cell->steps < 0 || cell->batch < 0 || !within(cell->hidden, 1, MOST_CHANNELS) || !within(cell->rank, 1, MOST_CHANNELS)) return REFUSED;
   if (cell->steps == 0 || cell->batch == 0) return NOTHING_TO_DO;
-  return cell->pre && cell->v && cell->u && cell->h && cell->y && (cell->c || cell->gates == 3) ? SERVED : REFUSED;
+  return cell->pre && cell->h && cell->y && (cell->c || cell->gates == 3) ? SERVED : REFUSED;
+}
+
+inline Verdict check(const tdpass_cell* cell) {
+  const Verdict verdict = check_cell(cell);
+  if (verdict == REFUSED || !within(cell->dtype, TDPASS_FLOAT32, TDPASS_BFLOAT16)) return REFUSED;
+  return verdict == NOTHING_TO_DO || (cell->v && cell->u) ? verdict : REFUSED;
+}
+
+inline Verdict check(const tdpass_int8_cell* whole) {
+  const Verdict verdict = whole ? check_cell(&whole->cell) : REFUSED;
+  if (verdict == REFUSED || std::max(whole->cell.hidden, whole->cell.rank) > MOST_PRODUCTS) return REFUSED;
+  return whole->v && whole->u && whole->v_scale && whole->u_scale && whole->v_total && whole->u_total ? verdict : REFUSED;
 }
 
 }  // namespace tdpass

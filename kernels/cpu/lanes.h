@@ -23,6 +23,8 @@ constexpr int ACCUMULATORS = 6;
 constexpr int ACCUMULATORS = 2;
 #endif
 
+static TDPASS_INLINE int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
 static TDPASS_INLINE Lanes zero() { return Lanes{}; }
 static TDPASS_INLINE Lanes broadcast(float value) { return value - Lanes{}; }
 static TDPASS_INLINE Lanes load(const float* p) { return *reinterpret_cast<const Lanes*>(p); }

@@ -5,7 +5,8 @@
 // hidden units are made together: the cell never leaves registers.
 #include "isa.h"
 
-#include "lanes.h"
+#include "cache.h"
+#include "cell.h"
 #include "scratch.h"
 
 #include <algorithm>
@@ -14,7 +15,6 @@ namespace tdpass {
 namespace {
 
 constexpr int MAX_SAMPLES = 6;
-constexpr Index CACHE_FLOATS = 192 * 1024;  // what stays in the second-level cache from step to step
 
 static TDPASS_INLINE int panels_of(int n) { return (n + LANES - 1) / LANES; }
 
@@ -22,13 +22,13 @@ static TDPASS_INLINE int panels_of(int n) { return (n + LANES - 1) / LANES; }
 constexpr int split(int sums) { return sums >= 8 || ACCUMULATORS < 8 ? 1 : sums >= 4 ? 2 : sums >= 2 ? 4 : 8; }
 
 // sum[i][g] = sum over k of in[i row + k] * w[(k N + g) 16 ..] for MR samples and N vectors.
-template <int MR, int N> static TDPASS_INLINE void products(const float* in, Index row, int depth, const float* w, Lanes (&sum)[MR][N]) {
+template <int MR, int N, class W> static TDPASS_INLINE void products(const float* in, Index row, int depth, const W* w, Lanes (&sum)[MR][N]) {
   constexpr int SPLIT = split(MR * N);
   Lanes part[SPLIT][MR][N];
   TDPASS_UNROLL for (int s = 0; s < SPLIT; s++) TDPASS_UNROLL for (int i = 0; i < MR; i++) TDPASS_UNROLL for (int g = 0; g < N; g++) part[s][i][g] = zero();
   auto term = [&](Lanes (&to)[MR][N], int k) __attribute__((always_inline)) {
     Lanes b[N];
-    TDPASS_UNROLL for (int g = 0; g < N; g++) b[g] = load(w + (Index(k) * N + g) * LANES);
+    TDPASS_UNROLL for (int g = 0; g < N; g++) b[g] = read_some(w + (Index(k) * N + g) * LANES, LANES);
     TDPASS_UNROLL for (int i = 0; i < MR; i++) {
       Lanes a = broadcast(in[i * row + k]);
       TDPASS_UNROLL for (int g = 0; g < N; g++) to[i][g] += a * b[g];
@@ -43,19 +43,6 @@ template <int MR, int N> static TDPASS_INLINE void products(const float* in, Ind
   }
 }
 
-// LSTM: c = sigmoid(f) c + sigmoid(i) tanh(g), h = sigmoid(o) tanh(c).
-static TDPASS_INLINE void update(const Lanes (&own)[4], const Lanes (&pre)[4], float* h, float* c) {
-  Lanes state = sigmoid(own[1] + pre[1]) * load(c) + sigmoid(own[0] + pre[0]) * hyperbolic_tangent(own[2] + pre[2]);
-  store(c, state);
-  store(h, sigmoid(own[3] + pre[3]) * hyperbolic_tangent(state));
-}
-// GRU: h = (1 - z) n + z h with n = tanh(pre_n + sigmoid(r) (U V h + bias)_n).
-static TDPASS_INLINE void update(const Lanes (&own)[3], const Lanes (&pre)[3], float* h, float*) {
-  Lanes keep = sigmoid(own[1] + pre[1]);
-  Lanes fresh = hyperbolic_tangent(pre[2] + sigmoid(own[0] + pre[0]) * own[2]);
-  store(h, fresh + keep * (load(h) - fresh));
-}
-
 // Some samples at one step; pointers to the first sample.
 struct Step {
   const tdpass_cell& cell;
@@ -65,18 +52,18 @@ struct Step {
   bool backwards;
 
   // q = V h, then gates, state and output of 16 units after another, for MR samples.
-  template <int GATES, int MR> __attribute__((noinline)) void run() const {
+  template <int GATES, class W, int MR> __attribute__((noinline)) void run() const {
     const int hidden = cell.hidden, rank = cell.rank, thin = panels_of(rank), wide = panels_of(hidden);
     for (int j = 0; j < thin; j++) {
       const int p = backwards ? thin - 1 - j : j;
       Lanes sum[MR][1];
-      products<MR, 1>(h, state_row, hidden, cell.v + Index(p) * hidden * LANES, sum);
+      products<MR, 1>(h, state_row, hidden, static_cast<const W*>(cell.v) + Index(p) * hidden * LANES, sum);
       TDPASS_UNROLL for (int i = 0; i < MR; i++) store(q + i * q_row + p * LANES, sum[i][0]);
     }
     for (int j = 0; j < wide; j++) {
       const int p = backwards ? wide - 1 - j : j, at = p * LANES, count = std::min(LANES, hidden - at);
       Lanes own[MR][GATES];
-      products<MR, GATES>(q, q_row, rank, cell.u + Index(p) * rank * GATES * LANES, own);
+      products<MR, GATES>(q, q_row, rank, static_cast<const W*>(cell.u) + Index(p) * rank * GATES * LANES, own);
       TDPASS_UNROLL for (int i = 0; i < MR; i++) {
         Lanes before[GATES];
         TDPASS_UNROLL for (int g = 0; g < GATES; g++) {
@@ -91,7 +78,7 @@ struct Step {
   }
 };
 
-template <int GATES> void run_samples(const tdpass_cell& cell, int first, int samples) {
+template <int GATES, class W> void run_samples(const tdpass_cell& cell, int first, int samples) {
   constexpr int MOST = std::max(1, std::min(MAX_SAMPLES, ACCUMULATORS / GATES));
   const int hidden = panels_of(cell.hidden) * LANES, rank = panels_of(cell.rank) * LANES, groups = (samples + MOST - 1) / MOST;
   float* h = thread_scratch(size_t(samples) * (2 * hidden + rank));
@@ -103,7 +90,7 @@ template <int GATES> void run_samples(const tdpass_cell& cell, int first, int sa
       if (GATES == 4) copy(c + Index(i) * hidden, cell.c + Index(first + i) * cell.hidden);
     }
   };
-  const bool turns = samples == 1 && Index(hidden) * rank * (GATES + 1) > CACHE_FLOATS;
+  const bool turns = samples == 1 && size_t(hidden) * rank * (GATES + 1) * sizeof(W) > second_level_bytes() / 4 * 3;
   each_state([&](float* own, float* given) { std::memcpy(own, given, sizeof(float) * cell.hidden); });
   for (int t = 0; t < cell.steps; t++)
     for (int group = 0, i = 0; group < groups; group++) {
@@ -112,19 +99,24 @@ template <int GATES> void run_samples(const tdpass_cell& cell, int first, int sa
       float* y = cell.y + t * cell.y_step + (first + i) * cell.y_sample;
       const Step step{cell, pre, q + Index(i) * rank, h + Index(i) * hidden, c + Index(i) * hidden, y, rank, hidden, turns && t % 2 == 1};
       if constexpr (MOST >= 6) {
-        if (mr == 6) step.run<GATES, 6>();
-        if (mr == 5) step.run<GATES, 5>();
+        if (mr == 6) step.run<GATES, W, 6>();
+        if (mr == 5) step.run<GATES, W, 5>();
       }
       if constexpr (MOST >= 4) {
-        if (mr == 4) step.run<GATES, 4>();
-        if (mr == 3) step.run<GATES, 3>();
+        if (mr == 4) step.run<GATES, W, 4>();
+        if (mr == 3) step.run<GATES, W, 3>();
       }
       if constexpr (MOST >= 2)
-        if (mr == 2) step.run<GATES, 2>();
-      if (mr == 1) step.run<GATES, 1>();
+        if (mr == 2) step.run<GATES, W, 2>();
+      if (mr == 1) step.run<GATES, W, 1>();
       i += mr;
     }
   each_state([&](float* own, float* given) { std::memcpy(given, own, sizeof(float) * cell.hidden); });
+}
+
+template <class W> void run_gates(const tdpass_cell& cell, int first, int samples) {
+  if (cell.gates == 4) run_samples<4, W>(cell, first, samples);
+  else run_samples<3, W>(cell, first, samples);
 }
 
 }  // namespace
@@ -135,8 +127,8 @@ extern "C" int32_t TDPASS_SYMBOL(tdpass_recurrent)(const tdpass_cell* cell, cons
   const int tasks = std::min(pool->threads, cell->batch);
   auto task = [&](int k) {
     int low = int(long(cell->batch) * k / tasks), high = int(long(cell->batch) * (k + 1) / tasks);
-    if (cell->gates == 4) run_samples<4>(*cell, low, high - low);
-    else run_samples<3>(*cell, low, high - low);
+    if (cell->dtype == TDPASS_BFLOAT16) run_gates<Half>(*cell, low, high - low);
+    else run_gates<float>(*cell, low, high - low);
   };
   return run_tasks(pool, tasks, task);
 }

@@ -10,9 +10,9 @@
 extern "C" {
 #endif
 
-enum tdpass_dtype { TDPASS_FLOAT32 = 0, TDPASS_BFLOAT16 = 1 };
+enum tdpass_dtype { TDPASS_FLOAT32 = 0, TDPASS_BFLOAT16 = 1, TDPASS_UINT8 = 2 };
 enum tdpass_activation { TDPASS_IDENTITY = 0, TDPASS_RELU = 1, TDPASS_SILU = 2, TDPASS_GELU = 3 };
-enum tdpass_lanes { TDPASS_CHANNEL_LANES = 0, TDPASS_PIXEL_LANES = 1, TDPASS_PAIR_LANES = 2 };
+enum tdpass_lanes { TDPASS_CHANNEL_LANES = 0, TDPASS_PIXEL_LANES = 1, TDPASS_PAIR_LANES = 2, TDPASS_QUAD_LANES = 3 };
 
 // Runs `task(argument, k)` for k = 0 .. tasks-1, in any order, on at most `threads` threads.  A null pool means OpenMP.
 typedef struct {
@@ -35,7 +35,7 @@ typedef struct {
 
 // Convolutions in a row, then y = activation(result + bias + residual).
 // `weights[s]` is packed: channel lanes `[groups][ceil(out/g / 16)][h w][in/g][16]`, or `[ceil(out / 16)][h w][16]` where in/g == 1
-// and out == in > 1; pixel lanes `[groups][ceil(out/g / 8)][in/g][h w][8]`; pair lanes, for bfloat16 alone and weights of that type,
+// and out == in > 1; pixel lanes `[groups][ceil(out/g / 8)][in/g][h w][8]`; pair lanes, to which x is rounded, of weights of bfloat16,
 // `[groups][ceil(out/g / 16)][h w][ceil(in/g / 2)][16][2]`, where in/g == 1 and out == in as channel lanes.  Missing channels are zero.
 typedef struct {
   int32_t dtype, lanes, activation, stages;
@@ -46,6 +46,27 @@ typedef struct {
 } tdpass_chain;
 
 __attribute__((visibility("default"))) int32_t tdpass_conv_chain(const tdpass_chain* chain, const tdpass_image* x, const tdpass_image* y, const tdpass_pool* pool);
+
+// A grid of bytes: a number is `(code - zero) scale`, codes 0 to 255.  A scale of 0 is no grid.
+typedef struct {
+  float scale;
+  int32_t zero;
+} tdpass_grid;
+
+// The same in whole numbers: `chain.dtype` is that of x, bytes on the grid of the first stage if it is TDPASS_UINT8; `chain.lanes` are
+// quads and weights int8, `[groups][ceil(out/g / 16)][h w][ceil(in/g / 4)][16][4]`, or `[ceil(out / 16)][h w][16]` where in/g == 1 and
+// out == in > 1.  `scales[s]` and `totals[s]` are `[out]`: of a weight, and the sum of its whole numbers.  `grids` are what the stages
+// read, y and the residual: `chain.stages + 2` of them.  A stage that reads no grid takes every position on one of its own, with scale
+// max |x| / 127 and zero point 128; it has a 1 x 1 kernel and no padding.  Without a grid y and the residual are of the floating-point
+// type of x, float32 if x is bytes.  Every floating-point operation is rounded by itself, codes to nearest, ties to even.
+typedef struct {
+  tdpass_chain chain;
+  const float* const* scales;
+  const int32_t* const* totals;
+  const tdpass_grid* grids;
+} tdpass_int8_chain;
+
+__attribute__((visibility("default"))) int32_t tdpass_conv_chain_int8(const tdpass_int8_chain* chain, const tdpass_image* x, const tdpass_image* y, const tdpass_pool* pool);
 
 // Rows (tokens) of channels that lie together; `stride` in elements.
 typedef struct {
@@ -86,13 +107,34 @@ typedef struct {
 
 __attribute__((visibility("default"))) int32_t tdpass_sparse_conv(const tdpass_sparse* weight, const tdpass_image* x, const tdpass_image* y, const tdpass_pool* pool);
 
+// A matrix in panels of 16 outputs, missing ones zero.  `codes` are float32, bfloat16 or int8 `[ceil(out / 16)][in][16]`, or four bits each,
+// `[ceil(out / 16)][ceil(in / 8)][16]` words of 32 bits: input 8 k + j of word k at bits 4 j, in two's complement.  `scales` of int8 and four
+// bits are `[ceil(out / 16)][groups][16]`; groups are of one size, of a multiple of 8 inputs where there are several.
+enum tdpass_codes { TDPASS_FLOATS = 0, TDPASS_HALVES = 1, TDPASS_BYTES = 2, TDPASS_NIBBLES = 3 };
+typedef struct {
+  const void* codes;
+  const float* scales;
+  int32_t kind, groups, in, out;
+} tdpass_matrix;
+
+// y = activation(Q x + U V x + bias + residual): matrices Q, or Q, V and U.
+typedef struct {
+  int32_t dtype, activation, matrices;
+  const tdpass_matrix* matrix;
+  const float* bias;            // [channels of y] or null
+  const tdpass_rows* residual;  // shape of y, or null
+} tdpass_weight_only;
+
+__attribute__((visibility("default"))) int32_t tdpass_weight_only_linear(const tdpass_weight_only* layer, const tdpass_rows* x, const tdpass_rows* y, const tdpass_pool* pool);
+
 // A sequence through a recurrent cell whose hidden-to-hidden matrix is U V, in torch's order of gates: 4 for LSTM (i f g o), 3 for
 // GRU (r z n).  `v` is `[ceil(rank / 16)][hidden][16]`, `u` is `[ceil(hidden / 16)][rank][gates][16]`; strides in elements.
 typedef struct {
   int32_t gates, steps, batch, hidden, rank;
+  int32_t dtype;     // of v and u
   const float* pre;  // [t][n][gates hidden], what the input adds to the gates
   int64_t pre_step, pre_sample;
-  const float *v, *u;
+  const void *v, *u;
   const float* bias;          // [gates hidden], added to U V h, or null
   float *h, *c;               // [n][hidden]: the state, read and written; c of an LSTM only
   float* y;                   // [t][n][hidden]
@@ -101,7 +143,20 @@ typedef struct {
 
 __attribute__((visibility("default"))) int32_t tdpass_recurrent(const tdpass_cell* cell, const tdpass_pool* pool);
 
-// The instruction set in use: "avx512bf16", "avx512", "avx2" or "generic"; TDPASS_ISA chooses a lower one than the machine has.
+// The same with U and V in whole numbers, `(totals of) weight scale`: `v` is `[ceil(rank / 16)][ceil(hidden / 4)][16][4]`, `u` is
+// `[ceil(hidden / 16)][ceil(rank / 4)][gates][16][4]`, int8; v and u of `cell` are not read.  h, and what lies between V and U, is put on a
+// grid per sample and step, as in an int8 chain.
+typedef struct {
+  tdpass_cell cell;
+  const int8_t *v, *u;
+  const float *v_scale, *u_scale;      // [rank], [gates hidden]
+  const int32_t *v_total, *u_total;
+} tdpass_int8_cell;
+
+__attribute__((visibility("default"))) int32_t tdpass_recurrent_int8(const tdpass_int8_cell* cell, const tdpass_pool* pool);
+
+// The instruction set in use: "amx", "avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2" or "generic"; TDPASS_ISA chooses a
+// lower one than the machine has, or "amxemulated", which does in C++ what the matrix unit of "amx" does.
 __attribute__((visibility("default"))) const char* tdpass_isa(void);
 
 #ifdef __cplusplus

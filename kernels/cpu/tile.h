@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "lanes.h"
+#include "matrix_tiles.h"
 #include "tdpass.h"
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -13,29 +14,35 @@ namespace tdpass {
 
 // What a tile multiplies: one input channel at a time, in float32.
 struct Singles {
-  typedef float Element;
+  typedef float Element, Packed;
   typedef Lanes Weights;                // of 16 output channels
+  typedef Lanes Sum;
+  static constexpr bool PADDED = false;  // whether inputs may be read up to a multiple of TOGETHER, their weights being zero
   static constexpr int TOGETHER = 1;    // input channels that are multiplied at once
   static constexpr double LATENCY = 4;  // cycles from one multiply-add to a sum to the next
 
-  static bool takes(int) { return true; }
+  static constexpr bool by_tiles(bool) { return false; }
   static bool reads_in_place(const tdpass_image&, int dtype) { return dtype == TDPASS_FLOAT32; }
   static TDPASS_INLINE Weights weights(const float* p) { return load(p); }
   static TDPASS_INLINE Weights input(const float* p) { return broadcast(*p); }
   static TDPASS_INLINE Weights last_input(const float* p) { return input(p); }
   static TDPASS_INLINE Lanes multiply_add(Weights a, Weights b, Lanes sum) { return sum + a * b; }
+  static TDPASS_INLINE Lanes finished(Sum sum) { return sum; }
 };
 
 // Two bfloat16 input channels at a time, summed in float32.  The instruction rounds to nearest and takes denormals for zero; without
 // it the halves of every word are widened and multiplied one after the other.
 struct Pairs {
-  typedef Half Element;
+  typedef Half Element, Packed;
   typedef Bits Weights;
+  typedef Lanes Sum;
+  static constexpr bool PADDED = false;
   static constexpr int TOGETHER = 2;
   static constexpr double LATENCY = 6;
 
-  static bool takes(int dtype) { return dtype == TDPASS_BFLOAT16; }
-  static bool reads_in_place(const tdpass_image& x, int) { return x.stride[1] == 1; }
+  // An odd channel is multiplied with the next one, which has to be a number: not so beside x, nor in another group.
+  static constexpr bool by_tiles(bool whole) { return MATRIX_TILES && whole; }
+  static bool reads_in_place(const tdpass_image& x, int dtype) { return dtype == TDPASS_BFLOAT16 && x.stride[1] == 1; }
   static TDPASS_INLINE Weights weights(const Half* p) { return *reinterpret_cast<const Bits*>(p); }
   static TDPASS_INLINE Weights input(const Half* p) {
     uint32_t word;
@@ -51,19 +58,13 @@ struct Pairs {
     return sum + as_lanes(a << 16) * as_lanes(b << 16);
 #endif
   }
-};
-
-template <class Operand> struct TileInput {
-  const typename Operand::Element* base;
-  Index pixel, channel;  // strides; channels that are multiplied together lie together
-  const Index* taps;     // offsets of the kernel's positions
-  int tap_count, channels;
+  static TDPASS_INLINE Lanes finished(Sum sum) { return sum; }
 };
 
 // The products of the next channels: Operand::TOGETHER, or the LAST one where that is left without a partner.
 template <class Operand, bool LAST, int MR, int NR, int GROUPS>
-static TDPASS_INLINE void multiply_step(const typename Operand::Element* const (&row)[GROUPS], Index pixel, const typename Operand::Element* w, Index panel,
-                                        Lanes (&sum)[MR][NR]) {
+static TDPASS_INLINE void multiply_step(const typename Operand::Element* const (&row)[GROUPS], Index pixel, const typename Operand::Packed* w, Index panel,
+                                        typename Operand::Sum (&sum)[MR][NR]) {
   typename Operand::Weights b[NR];
   TDPASS_UNROLL for (int j = 0; j < NR; j++) b[j] = Operand::weights(w + j * panel);
   TDPASS_UNROLL for (int i = 0; i < MR; i++) {
@@ -73,14 +74,21 @@ static TDPASS_INLINE void multiply_step(const typename Operand::Element* const (
   }
 }
 
-// out[i][16 j ..] = sum over taps t, channels k of base[i pixel + taps[t] + k channel] * w[j panel + (t channels + k) 16 ..], as they are packed.
+// Where sums go: of pixel i and the panel j of 16 channels, as they are.
+template <class To> struct Store {
+  To* out;
+  Index pixel;
+  TDPASS_INLINE void operator()(int i, int j, Lanes sum) const { write_some(out + i * pixel + j * LANES, sum, LANES); }
+};
+
+// Gives `to` (i, j, sum) with the sum over taps t, channels k of base[i pixel + taps[t] + k channel] * w[j panel + (t channels + k) 16 ..], as they are packed.
 template <class Operand, class To, int MR, int NR>
-static __attribute__((noinline)) void tile(const TileInput<Operand>& in, const typename Operand::Element* w, Index panel, To* out, Index out_pixel) {
+static __attribute__((noinline)) void tile(const TileInput<Operand>& in, const typename Operand::Packed* w, Index panel, const To& to) {
   constexpr int GROUPS = (MR + 2) / 3, TOGETHER = Operand::TOGETHER;
-  Lanes sum[MR][NR];
-  TDPASS_UNROLL for (int i = 0; i < MR; i++) TDPASS_UNROLL for (int j = 0; j < NR; j++) sum[i][j] = zero();
+  typename Operand::Sum sum[MR][NR];
+  TDPASS_UNROLL for (int i = 0; i < MR; i++) TDPASS_UNROLL for (int j = 0; j < NR; j++) sum[i][j] = typename Operand::Sum{};
   const Index pixel = in.pixel, channel = TOGETHER > 1 ? TOGETHER : in.channel;
-  const int steps = in.channels / TOGETHER;
+  const int steps = (in.channels + (Operand::PADDED ? TOGETHER - 1 : 0)) / TOGETHER;
   for (int t = 0; t < in.tap_count; t++) {
     const typename Operand::Element* row[GROUPS];
     TDPASS_UNROLL for (int q = 0; q < GROUPS; q++) row[q] = in.base + in.taps[t] + 3 * q * pixel;
@@ -89,16 +97,18 @@ static __attribute__((noinline)) void tile(const TileInput<Operand>& in, const t
       w += LANES * TOGETHER;
       TDPASS_UNROLL for (int q = 0; q < GROUPS; q++) row[q] += channel;
     }
-    if (in.channels % TOGETHER) {
+    if (!Operand::PADDED && in.channels % TOGETHER) {
       multiply_step<Operand, true>(row, pixel, w, panel, sum);
       w += LANES * TOGETHER;
     }
   }
-  TDPASS_UNROLL for (int i = 0; i < MR; i++) TDPASS_UNROLL for (int j = 0; j < NR; j++) write_some(out + i * out_pixel + j * LANES, sum[i][j], LANES);
+  const To end = to;  // a copy: stores cannot change it
+  TDPASS_UNROLL for (int i = 0; i < MR; i++) TDPASS_UNROLL for (int j = 0; j < NR; j++) end(i, j, Operand::finished(sum[i][j]));
 }
 
-template <class Operand, class To> using Tile = void (*)(const TileInput<Operand>&, const typename Operand::Element*, Index, To*, Index);
+template <class Operand, class To> using Tile = void (*)(const TileInput<Operand>&, const typename Operand::Packed*, Index, const To&);
 constexpr int MAX_PIXELS = 14, MAX_PANELS = 4;
+constexpr int MOST_RESULTS = std::max(ACCUMULATORS, MATRIX_TILES ? 2 * MOST_TILE_PIXELS : 0);  // vectors of sums at once
 
 template <class Operand, class To, int MR, int NR> constexpr Tile<Operand, To> tile_or_null() {
   if constexpr (MR * NR <= ACCUMULATORS) return &tile<Operand, To, MR, NR>;
@@ -116,10 +126,17 @@ static constexpr const Tile<Operand, To>* TILES[MAX_PIXELS + 1] = {
     TileRow<Operand, To, 9>::by_panels,  TileRow<Operand, To, 10>::by_panels, TileRow<Operand, To, 11>::by_panels, TileRow<Operand, To, 12>::by_panels,
     TileRow<Operand, To, 13>::by_panels, TileRow<Operand, To, 14>::by_panels};
 
-// Panels and pixels per tile that take the fewest cycles for a row: two multiply-adds or two loads a cycle, `latency` cycles each.
+// Panels and pixels that are multiplied at once.  Of registers those that take the fewest cycles for a row: two multiply-adds or two
+// loads a cycle, `latency` cycles each.  Tiles of a matrix unit are all of one size; the last two may overlap.
 struct Blocking {
   int panels = 1, blocks = 1;
-  Blocking(int width, int panel_count, double latency) {
+  Blocking(int width, int panel_count, double latency, bool by_tiles) : width_(width) {
+    if (by_tiles) {
+      panels = std::min(2, panel_count);
+      blocks = (width + MOST_TILE_PIXELS - 1) / MOST_TILE_PIXELS;
+      size_ = (width + blocks - 1) / blocks;
+      return;
+    }
     double best = 1e30;
     for (int nr = 1; nr <= MAX_PANELS && nr <= panel_count; nr++) {
       int most = std::min(MAX_PIXELS, ACCUMULATORS / nr);
@@ -130,6 +147,18 @@ struct Blocking {
       if (cycles < best * 0.999) best = cycles, panels = nr, blocks = count;
     }
   }
+  int start(int block) const { return size_ ? std::min(block * size_, width_ - size_) : width_ * block / blocks; }
+  int pixels(int block) const { return size_ ? size_ : start(block + 1) - start(block); }
+
+ private:
+  int width_, size_ = 0;
 };
+
+// `mr` pixels x `nr` panels, by the matrix unit or in registers.
+template <class Operand, class To>
+static TDPASS_INLINE void multiply(bool by_tiles, const TileInput<Operand>& in, const typename Operand::Packed* w, Index panel, int mr, int nr, const To& to) {
+  if (by_tiles) matrix_tiles(in, w, panel, mr, nr, to);
+  else TILES<Operand, To>[mr][nr - 1](in, w, panel, to);
+}
 
 }  // namespace tdpass

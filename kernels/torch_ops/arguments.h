@@ -74,6 +74,12 @@ class Arguments {
     return found;
   }
 
+  std::vector<double> numbers() {
+    std::vector<double> found;
+    for (StableIValue item : list()) found.push_back(torch::stable::detail::to<double>(item));
+    return found;
+  }
+
   int64_t integer() { return int64_t(next()); }
   bool boolean() { return torch::stable::detail::to<bool>(next()); }
 

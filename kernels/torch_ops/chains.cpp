@@ -5,20 +5,10 @@ namespace torch_ops {
 namespace {
 
 using tdpass::MAX_STAGES;
-constexpr int INTEGERS = 13, PANEL[] = {16, 8, 16}, PAIR_AXES = 6;
-static_assert(sizeof(tdpass_stage) == INTEGERS * sizeof(int32_t), "a stage is its integers in a row");
+constexpr int PANEL[] = {16, 8, 16}, PAIR_AXES = 6;
 
-struct Chain {
-  int32_t count = 0;
-  tdpass_stage stages[MAX_STAGES];
+struct Chain : Stages {
   const void* weights[MAX_STAGES];
-
-  // False where it is too long for the kernel.
-  bool read(const std::vector<int64_t>& integers) {
-    if (integers.empty() || integers.size() % INTEGERS || integers.size() > INTEGERS * MAX_STAGES) return false;
-    count = int32_t(integers.size()) / INTEGERS;
-    return narrowed(integers, stages) && std::all_of(stages, stages + count, [](const tdpass_stage& t) { return tdpass::is_stage(t, tdpass::MAX_TAPS); });
-  }
 
   // Throws unless the weights are packed for these stages and lanes.
   void take(Arguments& in, const std::vector<Tensor>& given, int32_t lanes) {
@@ -59,8 +49,7 @@ Result conv_chain(Arguments& in) {
   tdpass_chain call{dtype, lanes_of(lanes), activation_of(activation), chain.count, chain.stages, chain.weights, nullptr, nullptr};
   chain.take(in, weights, call.lanes);
   std::vector<int64_t> sizes(x.sizes, x.sizes + 4);
-  for (int s = 0; s < chain.count; s++)
-    if (!convolved(sizes, chain.stages[s])) return not_served();
+  if (!chain.convolved(sizes)) return not_served();
   tdpass_image rest{};
   if (residual) {
     if (!expanded(residual, sizes, rest)) return not_served();
@@ -79,11 +68,10 @@ Result linear_chain(Arguments& in) {
   Tensor x = in.tensor();
   std::vector<Tensor> weights = in.tensors();
   Tensor bias = in.optional_tensor(), residual = in.optional_tensor();
-  std::vector<int64_t> widths = in.integers(), integers;
+  const std::vector<int64_t> widths = in.integers(), integers = integers_of(widths);
   const std::string activation = in.text();
 
   Chain chain;
-  for (size_t s = 0; s + 1 < widths.size(); s++) integers.insert(integers.end(), {widths[s], widths[s + 1], 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1});
   const int32_t dtype = dtype_of(x);
   if (dtype < 0 || x.dims < 1 || !chain.read(integers) || (residual && residual.dtype != x.dtype)) return not_served();
   const int32_t lanes = !weights.empty() && weights[0].dims == PAIR_AXES ? TDPASS_PAIR_LANES : TDPASS_CHANNEL_LANES;

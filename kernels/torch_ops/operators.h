@@ -40,7 +40,8 @@ class Output {
   AtenTensorHandle handle_ = nullptr;
 };
 
-int32_t dtype_of(const Tensor& x);               // tdpass_dtype, or -1
+int32_t dtype_of(int32_t type);                  // tdpass_dtype of torch's floating-point type, or -1
+inline int32_t dtype_of(const Tensor& x) { return dtype_of(x.dtype); }
 int32_t activation_of(const std::string& name);  // tdpass_activation; throws for an unknown name
 int32_t lanes_of(const std::string& name);       // tdpass_lanes; throws for an unknown name
 tdpass_pool pool();                              // torch's own threads
@@ -57,11 +58,16 @@ template <class Struct> bool narrowed(const std::vector<int64_t>& integers, Stru
 }
 
 Result conv_chain(Arguments& in);
+Result conv_chain_int8(Arguments& in);
 Result linear_chain(Arguments& in);
+Result linear_chain_int8(Arguments& in);
 Result tensor_chain(Arguments& in);
 Result sparse_conv2d(Arguments& in);
 Result sparse_linear(Arguments& in);
+Result weight_only_linear(Arguments& in);
 Result low_rank_lstm(Arguments& in);
 Result low_rank_gru(Arguments& in);
+Result low_rank_lstm_int8(Arguments& in);
+Result low_rank_gru_int8(Arguments& in);
 
 }  // namespace torch_ops

@@ -24,7 +24,7 @@ void run(StableIValue* stack, const char* name, Result (*kernel)(Arguments&)) {
   } else if (references) {
     in.hand_over(std::string("tdpass::") + name + "_reference");
   } else {
-    throw std::runtime_error(std::string("tdpass::") + name + " does not serve these arguments: it takes tensors of float32 or bfloat16 on the CPU, all of one type");
+    throw std::runtime_error(std::string("tdpass::") + name + " does not serve these arguments: it takes tensors of float32 or bfloat16 on the CPU, all of one type, or what its int8 form is packed for");
   }
 }
 
@@ -34,8 +34,11 @@ struct Operator {
 };
 
 #define TDPASS_OPERATOR(op) {#op, [](StableIValue* stack, uint64_t, uint64_t) { run(stack, #op, [](Arguments& in) { return op(in); }); }}
-constexpr Operator OPERATORS[] = {TDPASS_OPERATOR(conv_chain), TDPASS_OPERATOR(linear_chain), TDPASS_OPERATOR(tensor_chain), TDPASS_OPERATOR(sparse_conv2d),
-                                  TDPASS_OPERATOR(sparse_linear), TDPASS_OPERATOR(low_rank_lstm), TDPASS_OPERATOR(low_rank_gru)};
+constexpr Operator OPERATORS[] = {
+    TDPASS_OPERATOR(conv_chain),    TDPASS_OPERATOR(conv_chain_int8), TDPASS_OPERATOR(linear_chain), TDPASS_OPERATOR(linear_chain_int8), TDPASS_OPERATOR(tensor_chain),
+    TDPASS_OPERATOR(sparse_conv2d), TDPASS_OPERATOR(sparse_linear),   TDPASS_OPERATOR(low_rank_lstm), TDPASS_OPERATOR(low_rank_gru),
+    TDPASS_OPERATOR(low_rank_lstm_int8), TDPASS_OPERATOR(low_rank_gru_int8), TDPASS_OPERATOR(weight_only_linear),
+};
 
 constexpr const char* SCHEMAS[] = {
 #include "schemas.inc"  // written by the build: one string per operator known to Python
@@ -71,10 +74,10 @@ void Arguments::check_call(AOTITorchError status, const std::string& name) {
   throw std::runtime_error(why ? std::string(why) : name + " failed");
 }
 
-int32_t dtype_of(const Tensor& x) {
+int32_t dtype_of(int32_t type) {
   static const int32_t float32 = aoti_torch_dtype_float32(), bfloat16 = aoti_torch_dtype_bfloat16();
   if (forced.load(std::memory_order_relaxed)) return -1;
-  return x.dtype == float32 ? TDPASS_FLOAT32 : x.dtype == bfloat16 ? TDPASS_BFLOAT16 : -1;
+  return type == float32 ? TDPASS_FLOAT32 : type == bfloat16 ? TDPASS_BFLOAT16 : -1;
 }
 
 int32_t activation_of(const std::string& name) { return find(name, "activation", {"identity", "relu", "silu", "gelu"}); }

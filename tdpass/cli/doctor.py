@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
         "tdpass": _version("tdpass") or "not installed",
         "machine": f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}",
         "instruction set": isa + (" (as TDPASS_ISA asks)" if asked and isa == asked else ""),
-        "compiler": _compiler() or "none",
+        "compiler": (_compiler() or "none") + _left_out(),
         "cache": str(native.cache_folder()),
         "for ONNX Runtime": next(
             (library.path for library in libraries if library.name == "onnxruntime" and library.there),
@@ -191,6 +191,12 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
+
+
+def _left_out() -> str:
+    """The better instruction sets of this machine that the compiler cannot be used for."""
+    missing = [target for target in build.machine_targets() if not build.compiles(target)]
+    return f" (too old for {', '.join(missing)})" if missing else ""
 
 
 def _compiler() -> str:

@@ -199,13 +199,11 @@ def _cells(gates: int) -> Iterator[tuple[str, tuple[Tensor, ...], Tensor, tuple[
         (6, 2, 64, 33),
     ):
         v, u = randn(rank, hidden) / hidden**0.5, randn(gates * hidden, rank) / rank**0.5
-        packed = (randn(steps, batch, gates * hidden), recurrent.pack_v(v), recurrent.pack_u(u, gates))
-        yield (
-            f"{steps}-{batch}-{hidden}-{rank}",
-            packed,
-            randn(gates * hidden),
-            (randn(batch, hidden), randn(batch, hidden)),
-        )
+        pre, bias = randn(steps, batch, gates * hidden), randn(gates * hidden)
+        states = (randn(batch, hidden), randn(batch, hidden))
+        for dtype in BOTH:
+            packed = (pre, recurrent.pack_v(v, dtype), recurrent.pack_u(u, gates, dtype))
+            yield f"{steps}-{batch}-{hidden}-{rank}-{dtype}", packed, bias, states
 
 
 def low_rank_lstm_cases() -> Iterator[Case]:

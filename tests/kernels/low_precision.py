@@ -41,7 +41,8 @@ def bytes_of(x: Tensor, grid: Grid) -> Tensor:
 
 def grid_over(x: Tensor, zero: int) -> Grid:
     """A grid that cuts off a little of the numbers."""
-    return Grid(0.9 * float(x.abs().max()) / max(zero, 255 - zero) if x.numel() else 1.0, zero)
+    largest = float(x.abs().max()) if x.numel() else 0.0
+    return Grid(0.9 * (largest or 1.0) / max(zero, 255 - zero), zero)
 
 
 def chain(

@@ -192,7 +192,8 @@ def conv_chain_int8_case(chance: Random) -> Case:
     numbers = Grids(tuple(reads), output, added).numbers()
     end = (chance.choice((None, randn(widths[-1]))), residual, numbers, integers_of(stages), activation)
     name = f"{tuple(x.shape)} {memory_format} {stages} {numbers} {activation}"
-    return Case(name, (x.contiguous(memory_format=memory_format), *factors, *end))
+    dtypes = (torch.float32,) if x.dtype == torch.uint8 else BOTH
+    return Case(name, (x.contiguous(memory_format=memory_format), *factors, *end), dtypes)
 
 
 def linear_chain_int8_case(chance: Random) -> Case:

@@ -1,0 +1,78 @@
+// Putting numbers on grids of bytes: `code = clamp(round(x / scale) + zero, 0, 255)`, ties to even, NaN to 0.
+#pragma once
+#include <algorithm>
+
+#include "lanes.h"
+#include "tdpass.h"
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace tdpass {
+
+typedef uint8_t Codes __attribute__((vector_size(16), aligned(1), may_alias));
+
+constexpr int TOP_CODE = 255, MIDDLE_CODE = 128;
+constexpr float LEAST_RANGE = 1e-30f;  // of a row that is all zeros
+
+// Codes of numbers given in steps of the grid.
+static TDPASS_INLINE Words round_to_codes(Lanes steps, int zero) {
+#if defined(__AVX512F__)  // rounded at once: what is below all integers, or no number, becomes the least of them
+  const __m512 bounded = _mm512_min_ps(_mm512_set1_ps(float(TOP_CODE - zero)), (__m512)steps);
+  const __m512i codes = _mm512_add_epi32(_mm512_cvtps_epi32(bounded), _mm512_set1_epi32(zero));
+  return (Words)_mm512_max_epi32(codes, _mm512_setzero_si512());
+#else
+  const Lanes low = broadcast(float(-zero)), high = broadcast(float(TOP_CODE - zero)), magic = broadcast(12582912.0f);  // 1.5 2^23: adding it rounds
+  steps = steps > low ? steps : low;
+  steps = steps < high ? steps : high;
+  const Lanes rounded = (steps + magic) - magic;
+  return __builtin_convertvector(rounded, Words) + zero;
+#endif
+}
+
+static TDPASS_INLINE void store_codes(uint8_t* p, Words codes, int count = LANES) {
+  const Codes narrow = __builtin_convertvector(codes, Codes);
+  if (count >= LANES) std::memcpy(p, &narrow, sizeof narrow);
+  else std::memcpy(p, &narrow, count);
+}
+static TDPASS_INLINE Words load_codes(const uint8_t* p, int count = LANES) {
+  Codes narrow{};
+  if (count >= LANES) std::memcpy(&narrow, p, sizeof narrow);
+  else std::memcpy(&narrow, p, count);
+  return __builtin_convertvector(narrow, Words);
+}
+
+static TDPASS_INLINE Words signed_codes(const int8_t* p) {
+  typedef int8_t Signed __attribute__((vector_size(16), aligned(1), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const Signed*>(p), Words);
+}
+
+struct Grid {
+  float scale = 0, inverse = 0;
+  int zero = 0;
+
+  Grid() = default;
+  explicit Grid(const tdpass_grid& given) : scale(given.scale), inverse(1.0f / given.scale), zero(given.zero) {}
+  explicit operator bool() const { return scale > 0; }
+  TDPASS_INLINE Words codes(Lanes x) const { return round_to_codes(x * inverse, zero); }
+  TDPASS_INLINE Lanes values(Words codes) const { return __builtin_convertvector(codes - zero, Lanes) * scale; }
+};
+
+// Puts `count` numbers on a grid of their own, zero point 128; returns its scale.
+template <class T> static float own_grid(const T* from, int count, uint8_t* to) {
+  Lanes most = zero();
+  for (int c = 0; c < count; c += LANES) {
+    const Lanes v = read_some(from + c, std::min(LANES, count - c)), size = v < 0.0f ? -v : v;
+    most = size > most ? size : most;
+  }
+  float largest = LEAST_RANGE;
+  for (int i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+  const float inverse = 127.0f / largest;
+  for (int c = 0; c < count; c += LANES) {
+    const int some = std::min(LANES, count - c);
+    store_codes(to + c, round_to_codes(read_some(from + c, some) * inverse, MIDDLE_CODE), some);
+  }
+  return largest / 127.0f;
+}
+
+}  // namespace tdpass

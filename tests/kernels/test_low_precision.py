@@ -1,0 +1,129 @@
+"""What low precision promises beyond agreeing with a reference: exact codes, small errors, refusals that say why."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import cases_of
+from low_precision import KINDS, chain, grid_over, scaled
+from setting import Case, arguments, run_native
+
+from tdpass.errors import KernelError
+from tdpass.kernels import build, native, weight_only
+from tdpass.kernels.base import OPS, use_reference
+from tdpass.kernels.conv_chain import CONV_CHAIN
+from tdpass.kernels.grid import Grid, Grids
+from tdpass.kernels.int8_chain import CONV_CHAIN_INT8, LINEAR_CHAIN_INT8
+from tdpass.kernels.int8_factor import MOST_PRODUCTS, columns, pack_weight
+from tdpass.kernels.linear_chain import stages_of
+from tdpass.kernels.stage import Stage, integers_of
+
+EXACT = [
+    pytest.param(name, case, id=f"{name}-{case.name}")
+    for name in ("conv_chain_int8", "linear_chain_int8")
+    for case in cases_of(name)
+    if case.args[-1] in ("identity", "relu")
+]
+BOTTLENECK = (Stage(24, 16), Stage(16, 16, 1, (3, 3), (1, 1), (1, 1), (1, 1)), Stage(16, 24))
+
+
+@pytest.mark.parametrize(("name", "case"), EXACT)
+def test_whole_numbers_are_those_of_the_reference_bit_for_bit(name: str, case: Case) -> None:
+    op = OPS.get(name)
+    args = arguments(op, case, torch.float32)
+    (got,) = run_native(op, args)
+    assert torch.equal(got, op.reference(*args)), case.name
+
+
+def test_a_chain_in_whole_numbers_errs_by_its_grids() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 24, 9, 9)
+    factors, reads, y = chain(x, BOTTLENECK, (128,))
+    whole = [Grid(grid.scale / 0.9, grid.zero) for grid in reads]
+    got = CONV_CHAIN_INT8.call(
+        x, *factors, None, None, Grids(tuple(whole)).numbers(), integers_of(BOTTLENECK), "identity"
+    )
+    assert float((got - y).norm() / y.norm()) < 0.015
+    out = grid_over(y, 128)
+    codes = CONV_CHAIN_INT8.call(
+        x, *factors, None, None, Grids(tuple(whole), out).numbers(), integers_of(BOTTLENECK), "identity"
+    )
+    assert torch.equal(codes, out.codes(got).to(torch.uint8))
+
+
+def test_rows_on_their_own_grids_do_not_depend_on_the_other_rows() -> None:
+    torch.manual_seed(0)
+    factors = columns([pack_weight(s, scaled(*s.shape)) for s in stages_of((40, 9, 33))])
+    rest = (None, None, Grids((Grid(), Grid())).numbers(), [40, 9, 33], "relu")
+    x = torch.randn(70, 40)
+    together = LINEAR_CHAIN_INT8.call(x, *factors, *rest)
+    alone = torch.cat([LINEAR_CHAIN_INT8.call(row[None] * 1000, *factors, *rest) for row in x]) / 1000
+    assert torch.allclose(together, alone, rtol=1e-2, atol=1e-3)
+    assert torch.equal(together[5:6], LINEAR_CHAIN_INT8.call(x[5:6], *factors, *rest))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("int")])
+def test_weights_alone_err_by_half_a_step_at_most(kind: str) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(20, 64)
+    stored = KINDS[kind](weight)
+    found = weight_only.dense(stored, 20, 64, torch.float64)
+    groups = stored.scales.shape[1]
+    step = stored.scales.transpose(1, 2).reshape(-1, groups)[:20].repeat_interleave(64 // groups, 1)
+    assert bool(((found - weight).abs() <= 0.5001 * step).all())
+
+
+def _conv(stages: tuple[Stage, ...], numbers: list[float]) -> None:
+    factors = columns([pack_weight(stage, torch.ones(stage.shape)) for stage in stages])
+    x = torch.zeros(1, stages[0].inputs, 3, 3)
+    CONV_CHAIN_INT8.call(x, *factors, None, None, numbers, integers_of(stages), "identity")
+
+
+@pytest.mark.parametrize(
+    ("stages", "numbers", "says"),
+    [
+        (BOTTLENECK, Grids((Grid(),) * 3).numbers(), "reads several positions at once; give the grid"),
+        ((Stage(2, 2),), [1.0, 0.0], "no grids of a chain of 1 stages"),
+        ((Stage(2, 2),), [-1.0, 0.0] + [0.0] * 4, "is no grid; its scale is positive"),
+        ((Stage(2, 2),), [1.0, 2.5] + [0.0] * 4, "its zero point 0 to 255"),
+        ((Stage(2, 2),), [math.nan, 0.0] + [0.0] * 4, "no grids of a chain"),
+        ((Stage(MOST_PRODUCTS + 1, 1),), [1.0, 0.0] + [0.0] * 4, "may exceed 32 bits"),
+    ],
+)
+def test_what_is_no_chain_of_whole_numbers_is_refused(
+    stages: tuple[Stage, ...], numbers: list[float], says: str
+) -> None:
+    with use_reference(), pytest.raises(KernelError, match=says):
+        _conv(stages, numbers)
+
+
+def test_weights_are_not_taken_in_other_numbers_of_bits_or_groups_that_do_not_divide() -> None:
+    with pytest.raises(KernelError, match="codes of 3 bits are not served"):
+        weight_only.pack_weight(torch.ones(4, 8), 3)
+    with pytest.raises(KernelError, match="groups of 5 do not divide 8 inputs"):
+        weight_only.pack_weight(torch.ones(4, 8), 4, 5)
+
+
+def test_an_instruction_set_that_the_compiler_does_not_know_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TDPASS_ISA", raising=False)
+    best, following = build.machine_targets()[:2]
+    assert build.EMULATED not in (best, *build.compiled_targets())
+    monkeypatch.setattr(build, "compiles", lambda target: target != best)
+    assert native.chosen_isa() == following
+    assert best not in build.compiled_targets()
+
+
+def test_pairs_of_float32_activations_are_rounded_to_bfloat16() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 24, 9, 9)
+    weights = [scaled(*stage.shape) for stage in BOTTLENECK]
+    packed = [stage.pack(weight, "pairs") for stage, weight in zip(BOTTLENECK, weights, strict=True)]
+    integers = integers_of(BOTTLENECK)
+    got = CONV_CHAIN.call(x, packed, None, None, integers, "identity", "pairs")
+    wanted = CONV_CHAIN.call(x.bfloat16(), packed, None, None, integers, "identity", "pairs")
+    assert got.dtype == torch.float32
+    assert float((got - wanted.float()).norm() / got.norm()) < 0.01
