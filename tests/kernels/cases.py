@@ -26,6 +26,7 @@ from tdpass.kernels import (
     tensor_chain,
     weight_only,
 )
+from tdpass.kernels.blocks import CYCLES, pack
 from tdpass.kernels.stage import Lanes, Stage
 
 # What pairs of bfloat16 are summed for is bfloat16 alone.
@@ -129,9 +130,9 @@ def sparse_weight(*shape: int) -> Tensor:
 
 
 def sparse_linear_cases() -> Iterator[Case]:
-    for width in sparse.CYCLES:
+    for width in CYCLES:
         for o, i in ((1, 1), (3, 17), (33, 50), (70, 3)):
-            blocks, bias = sparse.pack(sparse_weight(o, i), width), randn(o)
+            blocks, bias = pack(sparse_weight(o, i), width), randn(o)
             for tokens, activation in (
                 (0, "identity"),
                 (1, "relu"),
@@ -146,7 +147,7 @@ def sparse_linear_cases() -> Iterator[Case]:
                 )
         yield Case(
             f"{width}-zero",
-            (randn(2, 3, 4), *sparse.pack(torch.zeros(5, 4), width), None, None, 5, "identity"),
+            (randn(2, 3, 4), *pack(torch.zeros(5, 4), width), None, None, 5, "identity"),
         )
 
 
@@ -161,9 +162,9 @@ SPARSE_STAGES = {
 
 
 def sparse_conv2d_cases() -> Iterator[Case]:
-    for width in sparse.CYCLES:
+    for width in CYCLES:
         for name, stage in SPARSE_STAGES.items():
-            blocks, bias = sparse.pack(sparse_weight(*stage.shape), width), randn(stage.outputs)
+            blocks, bias = pack(sparse_weight(*stage.shape), width), randn(stage.outputs)
             for memory_format, activation in (
                 (torch.contiguous_format, "relu"),
                 (torch.channels_last, "silu"),
@@ -180,7 +181,7 @@ def sparse_conv2d_cases() -> Iterator[Case]:
         "bands",
         (
             randn(1, 64, 4, 700),
-            *sparse.pack(sparse_weight(*wide.shape), 8),
+            *pack(sparse_weight(*wide.shape), 8),
             None,
             None,
             wide.integers(),

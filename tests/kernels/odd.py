@@ -22,6 +22,7 @@ from tdpass.kernels import (
     sparse,
     tensor_chain,
 )
+from tdpass.kernels.blocks import CYCLES, pack
 from tdpass.kernels.grid import Grid, Grids
 from tdpass.kernels.native import ACTIVATIONS
 from tdpass.kernels.stage import Lanes, Stage, integers_of
@@ -130,9 +131,9 @@ def _sparse(chance: Random, *shape: int) -> Tensor:
 
 
 def sparse_linear_case(chance: Random) -> Case:
-    width, o, i = chance.choice(list(sparse.CYCLES)), chance.choice(WIDTHS), chance.choice(WIDTHS)
+    width, o, i = chance.choice(list(CYCLES)), chance.choice(WIDTHS), chance.choice(WIDTHS)
     shape = tuple(chance.randint(1, 20) for _ in range(chance.randint(0, 2)))
-    blocks = sparse.pack(_sparse(chance, o, i), width)
+    blocks = pack(_sparse(chance, o, i), width)
     bias, residual = chance.choice((None, randn(o))), chance.choice((None, randn(*shape, o)))
     activation = chance.choice(list(ACTIVATIONS))
     return Case(
@@ -141,11 +142,11 @@ def sparse_linear_case(chance: Random) -> Case:
 
 
 def sparse_conv2d_case(chance: Random) -> Case:
-    width, o, i = chance.choice(list(sparse.CYCLES)), chance.choice(WIDTHS), chance.choice(WIDTHS)
+    width, o, i = chance.choice(list(CYCLES)), chance.choice(WIDTHS), chance.choice(WIDTHS)
     size = [chance.randint(1, 12), chance.randint(1, 40)]
     x = randn(chance.randint(1, 2), i, *size).contiguous(memory_format=chance.choice(_LAYOUTS))
     stage = _stage(chance, i, o, size, groups=False)
-    blocks = sparse.pack(_sparse(chance, *stage.shape), width)
+    blocks = pack(_sparse(chance, *stage.shape), width)
     y = sparse.conv_fake(x, *blocks, None, None, stage.integers(), "identity")
     bias, residual = chance.choice((None, randn(o))), chance.choice((None, torch.randn_like(y)))  # type: ignore[type-var]
     activation = chance.choice(list(ACTIVATIONS))
@@ -295,17 +296,17 @@ def _tensor_once(values: Tensor, activation: str) -> Iterator[Case]:
 
 
 def _sparse_linear_once(values: Tensor, activation: str) -> Iterator[Case]:
-    for width in sparse.CYCLES:
+    for width in CYCLES:
         yield Case(
             f"{width}",
-            (values[:, None], *sparse.pack(torch.ones(1, 1), width), None, None, 1, activation),
+            (values[:, None], *pack(torch.ones(1, 1), width), None, None, 1, activation),
             BOTH,
         )
 
 
 def _sparse_conv_once(values: Tensor, activation: str) -> Iterator[Case]:
-    for width in sparse.CYCLES:
-        packed = sparse.pack(torch.ones(1, 1, 1, 1), width)
+    for width in CYCLES:
+        packed = pack(torch.ones(1, 1, 1, 1), width)
         yield Case(
             f"{width}",
             (values[None, None, None], *packed, None, None, Stage(1, 1).integers(), activation),

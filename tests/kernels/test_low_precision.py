@@ -12,7 +12,7 @@ from setting import Case, arguments, run_native
 
 from tdpass.errors import KernelError
 from tdpass.kernels import build, native, weight_only
-from tdpass.kernels.base import OPS, use_reference
+from tdpass.kernels.base import OPS
 from tdpass.kernels.conv_chain import CONV_CHAIN
 from tdpass.kernels.grid import Grid, Grids
 from tdpass.kernels.int8_chain import CONV_CHAIN_INT8, LINEAR_CHAIN_INT8
@@ -45,7 +45,8 @@ def test_a_chain_in_whole_numbers_errs_by_its_grids() -> None:
     got = CONV_CHAIN_INT8.call(
         x, *factors, None, None, Grids(tuple(whole)).numbers(), integers_of(BOTTLENECK), "identity"
     )
-    assert float((got - y).norm() / y.norm()) < 0.015
+    # rounding to steps of 4 standard deviations in 127 errs by 0.9 %: weights and activations, three times
+    assert float((got - y).norm() / y.norm()) < 0.009 * 6**0.5
     out = grid_over(y, 128)
     codes = CONV_CHAIN_INT8.call(
         x, *factors, None, None, Grids(tuple(whole), out).numbers(), integers_of(BOTTLENECK), "identity"
@@ -78,7 +79,7 @@ def test_weights_alone_err_by_half_a_step_at_most(kind: str) -> None:
 def _conv(stages: tuple[Stage, ...], numbers: list[float]) -> None:
     factors = columns([pack_weight(stage, torch.ones(stage.shape)) for stage in stages])
     x = torch.zeros(1, stages[0].inputs, 3, 3)
-    CONV_CHAIN_INT8.call(x, *factors, None, None, numbers, integers_of(stages), "identity")
+    CONV_CHAIN_INT8.reference(x, *factors, None, None, numbers, integers_of(stages), "identity")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def _conv(stages: tuple[Stage, ...], numbers: list[float]) -> None:
 def test_what_is_no_chain_of_whole_numbers_is_refused(
     stages: tuple[Stage, ...], numbers: list[float], says: str
 ) -> None:
-    with use_reference(), pytest.raises(KernelError, match=says):
+    with pytest.raises(KernelError, match=says):
         _conv(stages, numbers)
 
 
