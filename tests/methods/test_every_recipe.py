@@ -42,6 +42,8 @@ def _shortened(name: str) -> Recipe:
     method = recipe.method
     if isinstance(method, Mapping):
         method = {key: _short(options) for key, options in method.items()}
+    elif method is not None:
+        method = method.replace("plan{", "plan{effort=fast,")
     return replace(
         recipe,
         method=method,
@@ -54,6 +56,7 @@ def _shortened(name: str) -> Recipe:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", names())
 def test_a_recipe_trains_on_digits(name: str, tmp_path: Path) -> None:
     recipe = _shortened(name)
