@@ -4,9 +4,6 @@
 
 #include "lanes.h"
 #include "tdpass.h"
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 namespace tdpass {
 
@@ -39,12 +36,11 @@ static TDPASS_INLINE Words load_codes(const uint8_t* p, int count = LANES) {
   Codes narrow{};
   if (count >= LANES) std::memcpy(&narrow, p, sizeof narrow);
   else std::memcpy(&narrow, p, count);
+#if defined(__AVX512F__)
+  return (Words)_mm512_maskz_cvtepu8_epi32(0xffff, (__m128i)narrow);
+#else
   return __builtin_convertvector(narrow, Words);
-}
-
-static TDPASS_INLINE Words signed_codes(const int8_t* p) {
-  typedef int8_t Signed __attribute__((vector_size(16), aligned(1), may_alias));
-  return __builtin_convertvector(*reinterpret_cast<const Signed*>(p), Words);
+#endif
 }
 
 struct Grid {

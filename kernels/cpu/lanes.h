@@ -2,6 +2,9 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #define TDPASS_INLINE inline __attribute__((always_inline))
 #define TDPASS_UNROLL _Pragma("GCC unroll 16")
@@ -76,7 +79,21 @@ static TDPASS_INLINE Bits load_some(const Half* p, int count) {
   Halves h{};
   if (count >= LANES) std::memcpy(&h, p, sizeof h);
   else std::memcpy(&h, p, sizeof(Half) * count);
+#if defined(__AVX512F__)  // a conversion of vectors is done by halves
+  return (Bits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h);
+#else
   return __builtin_convertvector(h, Bits);
+#endif
+}
+
+typedef int8_t Signed __attribute__((vector_size(16), aligned(1), may_alias));
+static TDPASS_INLINE Words load_signed(const int8_t* p) {
+  const Signed bytes = *reinterpret_cast<const Signed*>(p);
+#if defined(__AVX512F__)
+  return (Words)_mm512_maskz_cvtepi8_epi32(0xffff, (__m128i)bytes);
+#else
+  return __builtin_convertvector(bytes, Words);
+#endif
 }
 
 static TDPASS_INLINE Lanes read_some(const float* p, int count) { return load_some(p, count); }

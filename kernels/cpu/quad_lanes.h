@@ -259,7 +259,7 @@ class QuadLanes {
           visit(at, [&](const auto& to) {
             Words sum[MR] = {};
             for (int k = 0; k < count; k++) {
-              const Words weight = signed_codes(w + k * LANES);
+              const Words weight = load_signed(w + k * LANES);
               for (int m = 0; m < at.pixels; m++) sum[m] += load_codes(from + taps[k] + m * pixel) * weight;
             }
             for (int m = 0; m < at.pixels; m++) to(m, 0, sum[m]);

@@ -9,9 +9,6 @@
 #include "lanes.h"
 #include "scratch.h"
 #include "tdpass.h"
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 namespace tdpass {
 namespace {
@@ -31,8 +28,7 @@ struct Halfwords {
 };
 struct Bytes {
   static constexpr int WORD = 1, BYTES = 16;
-  typedef int8_t Signed __attribute__((vector_size(16), aligned(1), may_alias));
-  static TDPASS_INLINE Lanes block(const char* p) { return __builtin_convertvector(*reinterpret_cast<const Signed*>(p), Lanes); }
+  static TDPASS_INLINE Lanes block(const char* p) { return __builtin_convertvector(load_signed(reinterpret_cast<const int8_t*>(p)), Lanes); }
   static TDPASS_INLINE Lanes weights(Lanes block, int) { return block; }
 };
 struct Nibbles {
