@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,12 +14,13 @@ from tdpass.cost import Budget, Cost, pays
 from tdpass.errors import NumericalError, PlanError
 from tdpass.form import DENSE, Form, Formed, Rank
 from tdpass.formats.base import FORMATS, Decomposition, Factors, Format
-from tdpass.formats.layer import Layer, check_form, cost_of, shrinks
+from tdpass.formats.layer import Layer, check_form, cost_of
 from tdpass.formats.metric import Metric
 from tdpass.planner.effort import NEVER, Deadline
 from tdpass.planner.offers import Offer
 from tdpass.planner.remainders import stored_beside
 from tdpass.planner.rounding import Way, rounded_factor
+from tdpass.planner.tried_ranks import Filling, as_given, worthwhile_ranks
 from tdpass.site import Site
 
 _KEPT_WEIGHTS = 2**18
@@ -181,31 +182,6 @@ class SiteFits:
         return FORMATS.get(layer.format).reconstruct(dict(layer.values(torch.float64)), self.site)
 
 
-Filling = Callable[[Site, str, Sequence[Rank]], Sequence[Rank]]
-
-
-def as_given(site: Site, format_name: str, ranks: Sequence[Rank]) -> Sequence[Rank]:
-    """The ranks as they are, for no machine in particular."""
-    return ranks
-
-
-def worthwhile_ranks(
-    site: Site, format_name: str, limit: int, filling: Filling = as_given, present: Form = DENSE
-) -> list[Rank]:
-    """Up to `limit` ranks of a format that make the site cheaper in every measure that is known, largest first, the smallest among them.
-
-    A single one is that which comes nearest to half of the parameters.  `filling` says which of them fill a
-    machine.
-    """
-    fmt, now = FORMATS.get(format_name), cost_of(site, present)
-    cheaper = [rank for rank in fmt.ranks(site) if shrinks(site, format_name, rank, present)]
-    filled = filling(site, format_name, cheaper)
-    cheaper = [rank for rank in filled if shrinks(site, format_name, rank, present)]
-    if limit == 1 and cheaper:
-        return [min(cheaper, key=lambda rank: abs(2 * fmt.cost(site, rank).params - now.params))]
-    step = max(1, -(-len(cheaper) // limit))
-    count = -(-len(cheaper) // step)
-    return [cheaper[round(k * (len(cheaper) - 1) / max(count - 1, 1))] for k in reversed(range(count))]
 
 
 def enumerate_candidates(

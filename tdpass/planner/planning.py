@@ -19,7 +19,6 @@ from tdpass.planner.cache import CandidateCache
 from tdpass.planner.candidates import (
     Candidate,
     SiteFits,
-    as_given,
     as_it_is,
     dense_candidate,
     enumerate_candidates,
@@ -34,6 +33,7 @@ from tdpass.planner.moments import stream_metrics
 from tdpass.planner.offers import NOTHING, Offer
 from tdpass.planner.sensitivity import Sweep, estimate_losses, measure_losses
 from tdpass.planner.table import Table
+from tdpass.planner.tried_ranks import as_given
 from tdpass.site import Site
 from tdpass.tape import Tape, site_order
 from tdpass.targets.base import Target
