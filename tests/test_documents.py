@@ -62,8 +62,10 @@ CANDIDATE = Candidate(Form("svd", (2,)), SMALL, 0.1, 0.2, "= 0.1")
 RECIPE = Recipe(
     "a:b",
     "a:c",
-    {"admm-tt": {"budget": {"params": 0.6}, "rounds": 2, "rho": {"geometric": {"start": 0.1, "end": 1.0}}}},
-    {"lr": 0.1, "clip": 1.0},
+    method={
+        "admm-tt": {"budget": {"params": 0.6}, "rounds": 2, "rho": {"geometric": {"start": 0.1, "end": 1.0}}}
+    },
+    settings={"lr": 0.1, "clip": 1.0},
 )
 SAMPLES: dict[str, Any] = {
     "tdpass plan": PLAN,
