@@ -89,7 +89,10 @@ def few_ranks(name: str, site: Site) -> list[Rank]:
 
 @each_case
 @each_metric
-@pytest.mark.parametrize("single_from", [0, math.inf], ids=["single", "double"])
+@pytest.mark.parametrize(
+    "single_from",
+    [pytest.param(0, id="single"), pytest.param(math.inf, id="double", marks=pytest.mark.slow)],
+)
 def test_factors_are_finite_and_better_than_nothing(
     name: str, site: Site, data: bool, single_from: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

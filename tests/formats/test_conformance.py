@@ -37,13 +37,25 @@ each_case = pytest.mark.parametrize(
 APART = {(site.shape, site.groups): site for site in reversed(SITES)}
 UNLIKE = [(name, site) for name, site in CASES if APART[site.shape, site.groups] is site]
 EXACT_CASES = [(name, site) for name, site in UNLIKE if FORMATS.get(name).exact_at_full_rank]
-each_exact_case = pytest.mark.parametrize(
-    ("name", "site"), EXACT_CASES, ids=[f"{name}-{site.name}" for name, site in EXACT_CASES]
-)
-each_unlike_case = pytest.mark.parametrize(
-    ("name", "site"), UNLIKE, ids=[f"{name}-{site.name}" for name, site in UNLIKE]
-)
-each_metric = pytest.mark.parametrize("kind", METRICS)
+
+
+def in_each_metric(cases: list[tuple[str, Site]]) -> pytest.MarkDecorator:
+    """Every case in the full metric, the first of each format and layer kind in all; the others are slow."""
+    first = {(name, site.kind): site for name, site in reversed(cases)}
+    return pytest.mark.parametrize(
+        ("name", "site", "kind"),
+        [
+            pytest.param(
+                name,
+                site,
+                kind,
+                id=f"{name}-{site.name}-{kind}",
+                marks=() if kind == "full" or first[name, site.kind] is site else pytest.mark.slow,
+            )
+            for name, site in cases
+            for kind in METRICS
+        ],
+    )
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -232,8 +244,7 @@ def test_macs_are_those_of_a_real_call(name: str, site: Site) -> None:
         assert form.macs(site, rank) == counter.get_total_flops() // 2
 
 
-@each_unlike_case
-@each_metric
+@in_each_metric(UNLIKE)
 def test_error_falls_with_rank(name: str, site: Site, kind: str) -> None:
     tolerance = 1e-6 if FORMATS.get(name).exact_at_full_rank and kind == "plain" else LOCAL_OPTIMUM
     ranks = some_ranks(name, site)
@@ -243,14 +254,12 @@ def test_error_falls_with_rank(name: str, site: Site, kind: str) -> None:
                 assert error_of(name, site, kind, high) <= error_of(name, site, kind, low) + tolerance
 
 
-@each_exact_case
-@each_metric
+@in_each_metric(EXACT_CASES)
 def test_full_rank_is_exact(name: str, site: Site, kind: str) -> None:
     assert error_of(name, site, kind, FORMATS.get(name).ranks(site)[-1]) < 1e-7
 
 
-@each_unlike_case
-@each_metric
+@in_each_metric(UNLIKE)
 def test_guarantee_holds(name: str, site: Site, kind: str) -> None:
     for rank in some_ranks(name, site):
         guarantee = decomposed(name, site, kind).guarantee(rank)
@@ -262,15 +271,13 @@ def test_guarantee_holds(name: str, site: Site, kind: str) -> None:
             assert measured**2 == pytest.approx(guarantee.value**2, abs=1e-10)
 
 
-@each_unlike_case
-@each_metric
+@in_each_metric(UNLIKE)
 def test_the_metric_pays(name: str, site: Site, kind: str) -> None:
     for rank in some_ranks(name, site):
         assert error_of(name, site, kind, rank) <= error_of(name, site, "plain", rank, judge=kind) + 1e-8
 
 
-@each_unlike_case
-@each_metric
+@in_each_metric(UNLIKE)
 def test_refining_goes_on_from_the_factors_it_is_given(name: str, site: Site, kind: str) -> None:
     form, rank, metric = FORMATS.get(name), some_ranks(name, site)[:2][-1], metric_of(site, kind)
     held = {key: normal(*shape, seed=len(key)) for key, shape in form.shapes(site, rank).items()}
@@ -293,8 +300,7 @@ def test_refining_goes_on_from_the_factors_it_is_given(name: str, site: Site, ki
     assert metric.relative_error(weight, form.reconstruct(found, site)) < 0.5 * before
 
 
-@each_unlike_case
-@each_metric
+@in_each_metric(UNLIKE)
 def test_equal_inputs_give_equal_factors(name: str, site: Site, kind: str) -> None:
     rank = some_ranks(name, site)[:2][-1]
     again = FORMATS.get(name).factorize(weight_of(site), site, rank, metric_of(site, kind))
@@ -303,8 +309,7 @@ def test_equal_inputs_give_equal_factors(name: str, site: Site, kind: str) -> No
     assert all(torch.equal(first[key], again[key]) for key in first)
 
 
-@each_unlike_case
-@each_metric
+@in_each_metric(UNLIKE)
 def test_degenerate_weights_give_finite_factors(name: str, site: Site, kind: str) -> None:
     form, rank = FORMATS.get(name), some_ranks(name, site)[-2:][0]
     # A geometric sequence is a product of geometric sequences however its axis is split, so this weight has
