@@ -160,6 +160,11 @@ CASES = [
     for name, all_options in EXAMPLES.items()
     for index, options in enumerate(all_options)
 ]
+# training takes seconds: the first example of every method is fast, its other options are slow
+TRAINED = [
+    pytest.param(*case.values, id=case.id, marks=() if str(case.id).endswith("-0") else pytest.mark.slow)
+    for case in CASES
+]
 
 
 class Net(nn.Module):
@@ -223,7 +228,7 @@ def test_a_method_shows_what_it_was_made_with(name: str, options: dict[str, Any]
     assert all(f"{option}=" in shown for option in options)
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize(("name", "options"), TRAINED)
 def test_a_loop_of_ones_own_ends_in_an_artifact(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     method, model = trained(name, options, network())
     method.phased.end()  # noise that a step left in the weights is taken away
@@ -246,7 +251,7 @@ def test_a_loop_of_ones_own_ends_in_an_artifact(name: str, options: dict[str, An
     torch.testing.assert_close(torch.from_numpy(answer), result(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize(("name", "options"), TRAINED)
 def test_the_result_keeps_its_bounds(name: str, options: dict[str, Any]) -> None:
     method, artifact = own_loop(name, options, network())
     for measure, bound in options.get("budget", {}).items():
@@ -284,7 +289,7 @@ def test_the_result_keeps_its_bounds(name: str, options: dict[str, Any]) -> None
         assert bits <= options["bits_per_weight"] * options["keep"]
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize(("name", "options"), TRAINED)
 def test_train_reports_every_epoch_and_the_control(name: str, options: dict[str, Any]) -> None:
     def score(model: nn.Module) -> float:
         data = batches()
@@ -314,7 +319,7 @@ def test_train_reports_every_epoch_and_the_control(name: str, options: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [case for case in CASES if issubclass(METHODS.get(case.values[0]), FactoredByAdmm)]
+    ("name", "options"), [case for case in TRAINED if issubclass(METHODS.get(case.values[0]), FactoredByAdmm)]
 )
 def test_admm_brings_weights_nearer_to_their_set(name: str, options: dict[str, Any]) -> None:
     settings = {"lr": 0.02, "schedule": {"constant": {"start": 1.0}}}
