@@ -7,7 +7,10 @@ if (
 ):  # imported from the repository root, where this folder hides PyPI's package of that name
 
     def __getattr__(name: str) -> object:
-        """Refuse every use, but not the bare import: transformers imports `kernels` only to ask for its version."""
+        """Refuse every use, but not the bare import.
+
+        Transformers imports `kernels` only to ask for its version.
+        """
         if name.startswith("__"):
             raise AttributeError(name)
         raise ImportError(

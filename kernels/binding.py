@@ -34,7 +34,10 @@ _VARIABLE = "TDPASS_OPERATORS"
 
 
 def path() -> Path:
-    """Where the library lies once it is built: one per state of the sources, instruction set and version of torch."""
+    """Where the library lies once it is built.
+
+    One per state of the sources, instruction set and version of torch.
+    """
     return native.cache_folder() / compiling.fingerprint(_parts()) / LIBRARY
 
 

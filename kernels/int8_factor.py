@@ -16,7 +16,10 @@ MOST_PRODUCTS = 2**16  # per output: what surely fits 32 bits, each being up to 
 
 
 class Int8Factor(NamedTuple):
-    """The weight of a stage: `weight[o, ...] scale[o]`, packed for quad lanes; `total[o]` is the sum of its whole numbers."""
+    """The weight of a stage: `weight[o, ...] scale[o]`, packed for quad lanes.
+
+    `total[o]` is the sum of its whole numbers.
+    """
 
     weight: Tensor
     scale: Tensor

@@ -29,12 +29,13 @@ _AS_MADE = (0, 2, 1, 3)
 
 @dataclass(frozen=True)
 class Step:
-    """Contracts the middle axis of a block: `[a, k, b]` and a weight `[k, o, r]`, or `[a, k, o, r]` if batched, give `[a, o, r, b]`.
+    """Contracts the middle axis of a block.
 
-    The result is stored with its axes (0 a, 1 o, 2 r, 3 b) in the order `order`; the next step reads the same
-    numbers as a block of its own.  `r` is what the next step contracts and `o` a part of the output that is
-    carried along: the kernel goes through the program a few `o` at a time where `o` and `b` are stored last
-    and are the next step's `b`.
+    `[a, k, b]` and a weight `[k, o, r]`, or `[a, k, o, r]` if batched, give `[a, o, r, b]`. The result is
+    stored with its axes (0 a, 1 o, 2 r, 3 b) in the order `order`; the next step reads the same numbers as a
+    block of its own.  `r` is what the next step contracts and `o` a part of the output that is carried along:
+    the kernel goes through the program a few `o` at a time where `o` and `b` are stored last and are the next
+    step's `b`.
     """
 
     a: int

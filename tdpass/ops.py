@@ -146,7 +146,10 @@ def padded_convolution(
 
 
 def own_bias(y: Tensor, bias: Tensor, axes: int) -> Tensor:
-    """`y[..., o, *positions] + bias[o]`: the bias of one of several layers that share a weight, over `axes` axes of positions."""
+    """`y[..., o, *positions] + bias[o]`.
+
+    The bias of one of several layers that share a weight, over `axes` axes of positions.
+    """
     return y + bias.to(y.dtype).reshape(-1, *(1 for _ in range(axes)))
 
 

@@ -142,7 +142,10 @@ class Counted:
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is on, adds up the products of all operators that run: below torch's functions, so that scripted code counts too."""
+    """While it is on, adds up the products of all operators that run.
+
+    Below torch's functions, so that scripted code counts too.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -178,7 +181,10 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def counting() -> Iterator[Counter]:
-    """Count what runs inside, layer by layer: torch's fused encoder and what else asks whether it is watched step aside."""
+    """Count what runs inside, layer by layer.
+
+    Torch's fused encoder and what else asks whether it is watched step aside.
+    """
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

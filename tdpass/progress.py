@@ -1,4 +1,7 @@
-"""Progress of steps that take more than a moment: bars where a person looks on, lines now and then elsewhere."""
+"""Progress of steps that take more than a moment.
+
+Bars where a person looks on, lines now and then elsewhere.
+"""
 
 from __future__ import annotations
 

@@ -53,9 +53,10 @@ class PassRow:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A point of the budget curve: multiply-adds and parameters as fractions of the original, and the summed expected loss.
+    """A point of the budget curve.
 
-    `forms` is what each site that is not left dense would be stored as.
+    Multiply-adds and parameters as fractions of the original, and the summed expected loss. `forms` is what
+    each site that is not left dense would be stored as.
     """
 
     budget: float
@@ -87,7 +88,10 @@ class TrainingRow:
 
 @dataclass(frozen=True)
 class ArrayBlock:
-    """A block of weights in an array: where it begins and how large it is, in word lines and columns of weights, and how many are not zero."""
+    """A block of weights in an array.
+
+    Where it begins and how large it is, in word lines and columns of weights, and how many are not zero.
+    """
 
     row: Count
     column: Count

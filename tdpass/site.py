@@ -75,7 +75,10 @@ class Site:
 
     @property
     def in_positions(self) -> int:
-        """Input positions of `samples` samples, summed over calls: how often a 1x1 layer at the input is applied."""
+        """Input positions of `samples` samples, summed over calls.
+
+        How often a 1x1 layer at the input is applied.
+        """
         return sum(math.prod(before) for before, _ in self.extents)
 
     @property

@@ -127,7 +127,10 @@ _Record = tuple[str, float | None, int, str]
 
 
 def _record(key: str, row: Row) -> _Record:
-    """The row as it is stored, with a digest over it: SQLite checks its pages' structure, not what is in them."""
+    """The row as it is stored, with a digest over it.
+
+    SQLite checks its pages' structure, not what is in them.
+    """
     seconds = row.seconds if row.seconds < float("inf") else None
     content = f"{len(key)}:{key}{seconds!r}{int(row.careful)}"
     return key, seconds, int(row.careful), hashlib.blake2b(content.encode(), digest_size=20).hexdigest()

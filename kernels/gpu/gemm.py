@@ -122,7 +122,10 @@ def gemm_kernel(
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What happens to a product before it is stored: a factor and a bias per column, a residual, an activation."""
+    """What happens to a product before it is stored.
+
+    A factor and a bias per column, a residual, an activation.
+    """
 
     bias: Tensor | None = None
     rest: Matrix | None = None

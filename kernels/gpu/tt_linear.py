@@ -242,7 +242,10 @@ class _Call:
         )
 
     def candidates(self) -> list[Config]:
-        """Configurations worth timing, the default first: tokens, o, o' and i per tile, of which tokens times i and times o' multiply."""
+        """Configurations worth timing, the default first.
+
+        Tokens, o, o' and i per tile, of which tokens times i and times o' multiply.
+        """
         deep = power(self.right.shape[2])
         shapes = _PLAIN if self.precision != "tf32" else _DEEP if deep > _LONGEST // 4 else _TENSOR_CORES
         listed = [

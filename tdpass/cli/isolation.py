@@ -32,7 +32,10 @@ sys.exit(cli.main(sys.argv[3:], contained=True))
 
 @dataclass(frozen=True)
 class Limits:
-    """What the process may take: seconds of the clock, and bytes of memory of its own (files that it maps not counted)."""
+    """What the process may take.
+
+    Seconds of the clock, and bytes of memory of its own (files that it maps not counted).
+    """
 
     seconds: int
     memory: int

@@ -22,7 +22,10 @@ class Options:
     losses: Numbers
 
     def hull(self) -> list[int]:
-        """Options on the lower convex hull of (cost, loss), from cheapest to least loss: what some price of cost would choose."""
+        """Options on the lower convex hull of (cost, loss), from cheapest to least loss.
+
+        What some price of cost would choose.
+        """
         found: list[int] = []
         for k in np.lexsort((self.losses, self.costs)).tolist():
             if found and self.losses[k] >= self.losses[found[-1]]:

@@ -23,9 +23,10 @@ class Constraint(ABC):
 
     @abstractmethod
     def project(self, weight: Tensor) -> Tensor:
-        """The nearest allowed weight in the Frobenius norm, or as near as the method's theory gives: same shape, dtype and device.
+        """The nearest allowed weight in the Frobenius norm, or as near as the method's theory gives.
 
-        The input is not changed.  Raises `InvalidModelError` where it holds infinities or NaN.
+        Same shape, dtype and device. The input is not changed.  Raises `InvalidModelError` where it holds
+        infinities or NaN.
         """
 
     def frozen(self, weight: Tensor) -> Constraint:

@@ -13,10 +13,11 @@ from tdpass.errors import UsageError
 @register_constraint
 @dataclass(frozen=True)
 class Composed(Constraint):
-    """The intersection of sets whose later projections leave the earlier sets intact: supports, then signs, then levels.
+    """The intersection of sets whose later projections leave the earlier sets intact.
 
-    Projecting on one after the other ends in all of them.  For the support that the first ones choose it is
-    the nearest weight; another support may have a nearer one, by what the later sets cost.
+    Supports, then signs, then levels. Projecting on one after the other ends in all of them.  For the support
+    that the first ones choose it is the nearest weight; another support may have a nearer one, by what the
+    later sets cost.
     """
 
     parts: tuple[Constraint, ...]

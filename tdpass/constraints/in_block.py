@@ -50,7 +50,10 @@ class InBlock(Constraint):
         return self._spread(kept, weight.flatten(1)).reshape(weight.shape)
 
     def energies(self, values: Tensor) -> Tensor:
-        """The sum of the values in each group: `[blocks down, columns]`, or for rows `[rows, blocks across]`."""
+        """The sum of the values in each group.
+
+        `[blocks down, columns]`, or for rows `[rows, blocks across]`.
+        """
         matrix = values.flatten(1)
         rows, columns = matrix.shape
         if self.side == "column":

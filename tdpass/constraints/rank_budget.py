@@ -32,12 +32,13 @@ class Price(Protocol):
 
 @dataclass(frozen=True)
 class RankBudget(Shared):
-    """min sum_l s_l lost_l / ||V_l||^2 with sum_l price_l(rank_l) <= limit: the greedy of BATUDE (Yin et al. 2022), with dense layers.
+    """min sum_l s_l lost_l / ||V_l||^2 with sum_l price_l(rank_l) <= limit.
 
-    `lost` sums the squared singular values that the ranks cut off all unfoldings, less `shrink` each.  In a
-    layer, the value that loses least per unit of cost saved is dropped next; over layers, the lower convex
-    hulls of these paths and of the dense layer are walked by slope, as a layer that leaves dense may have to
-    jump to the rank where factors are cheaper.  `sensitivity` holds s where it is not 1.
+    The greedy of BATUDE (Yin et al. 2022), with dense layers. `lost` sums the squared singular values that
+    the ranks cut off all unfoldings, less `shrink` each.  In a layer, the value that loses least per unit of
+    cost saved is dropped next; over layers, the lower convex hulls of these paths and of the dense layer are
+    walked by slope, as a layer that leaves dense may have to jump to the rank where factors are cheaper.
+    `sensitivity` holds s where it is not 1.
 
     `format` is one name or one for each site; `cuts` the number of ranks of `tensor_train`; `price` a measure
     of `Cost` or a function; `dense` whether a layer may stay as it is; `least` the smallest rank.  Ranks

@@ -1,8 +1,8 @@
-"""Formats whose ranks are those of unfoldings of the weight: the spectra of these, and the projection by truncating them.
+"""Formats whose ranks are those of unfoldings of the weight.
 
-Projections here are the formats' own methods in the Frobenius norm, without factors: Gram matrices and their
-eigenvectors in float64, so that small singular values are not lost, and the products with the weight in its
-own precision.
+The spectra of these, and the projection by truncating them. Projections here are the formats' own methods in
+the Frobenius norm, without factors: Gram matrices and their eigenvectors in float64, so that small singular
+values are not lost, and the products with the weight in its own precision.
 """
 
 from __future__ import annotations

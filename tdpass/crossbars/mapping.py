@@ -1,4 +1,7 @@
-"""Which weight lies in which cell of which array: a file for those who program the chip, and the weights that follow from it."""
+"""Which weight lies in which cell of which array.
+
+A file for those who program the chip, and the weights that follow from it.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +37,11 @@ _TURNS = 4
 
 @dataclass(frozen=True)
 class MappedMatrix:
-    """One matrix `[depth, columns]` of a site: the `group`-th of its `product`-th matrix product, in the order the layer computes them.
+    """One matrix `[depth, columns]` of a site.
 
-    A weight is  `scale` sum_j d_j g_j  over its cells, with the conductances g_j over the largest of all
-    states, d_j = 2^(c (D - 1 - j)) over the sum of all D of them, and the sign that its array or fragment
-    has.
+    The `group`-th of its `product`-th matrix product, in the order the layer computes them. A weight is
+    `scale` sum_j d_j g_j  over its cells, with the conductances g_j over the largest of all states, d_j =
+    2^(c (D - 1 - j)) over the sum of all D of them, and the sign that its array or fragment has.
     """
 
     site: str
@@ -168,7 +171,10 @@ def map_model(
 
 
 def _nearest(levels: DeviceLevels, weight: Tensor) -> tuple[DeviceLevels, Tensor]:
-    """The levels of least squared error, and the nearest weight on them or at zero: what is left out decides on the scale, and the scale on that."""
+    """The levels of least squared error, and the nearest weight on them or at zero.
+
+    What is left out decides on the scale, and the scale on that.
+    """
     kept, found = weight, levels.frozen(weight)
     for _ in range(_TURNS):
         kept = torch.where(weight.abs() < 0.5 * levels.magnitudes[0] * (found.scale or 0.0), 0, weight)
@@ -177,7 +183,10 @@ def _nearest(levels: DeviceLevels, weight: Tensor) -> tuple[DeviceLevels, Tensor
 
 
 def layers_of(opened: Model, model: object) -> dict[str, Layer]:
-    """What stands at every site: the dense layer, or what replaced it, also where that was done before the model was opened."""
+    """What stands at every site.
+
+    The dense layer, or what replaced it, also where that was done before the model was opened.
+    """
     found = {
         site.name: opened.layer(site.name)
         or Layer(site, DENSE, {"kernel": opened.weight(site.name)}, opened.bias(site.name))
@@ -200,7 +209,10 @@ def _seen(site: Site, name: str) -> Site:
 def _filled(
     array: CrossbarArray, matrices: Iterable[MappedMatrix], values: Iterable[Tensor], sets: int
 ) -> list[Tensor]:
-    """State, weight and sign of every cell, from the levels of the weights: counted from 1, with their signs, 0 for none."""
+    """State, weight and sign of every cell, from the levels of the weights.
+
+    Counted from 1, with their signs, 0 for none.
+    """
     shape = (sets * array.copies, array.rows, array.columns)
     state, sign = torch.zeros(shape, dtype=torch.int16), torch.zeros(shape, dtype=torch.int8)
     weight, states = torch.full(shape, -1, dtype=torch.int32), states_of(array)

@@ -101,7 +101,10 @@ def simulated(
 
 @dataclass(frozen=True)
 class Sums:
-    """A matrix product as arrays answer it: `parts[P, groups, depth, columns]` are added up in P sums, each counting by `worth[P, groups, columns]`."""
+    """A matrix product as arrays answer it.
+
+    `parts[P, groups, depth, columns]` are added up in P sums, each counting by `worth[P, groups, columns]`.
+    """
 
     parts: Tensor
     worth: Tensor
@@ -226,9 +229,10 @@ def _sums(mapped: Mapped, held: Tensor, groups: Sequence[MappedMatrix]) -> Sums:
 
 
 def _parts(mapped: Mapped, held: Tensor, matrix: MappedMatrix) -> Iterator[tuple[Tensor, Tensor]]:
-    """What is converted one after another: the matrix cut into groups of rows, digits and signs, and what each column of it counts.
+    """What is converted one after another.
 
-    The k-th groups of rows of all columns are one part, since columns do not mix.
+    The matrix cut into groups of rows, digits and signs, and what each column of it counts. The k-th groups
+    of rows of all columns are one part, since columns do not mix.
     """
     array = mapped.map.array
     digits, cells = (digit_weights(array) * array.conductances[-1]).float(), array.polarities * array.digits

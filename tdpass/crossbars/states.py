@@ -14,10 +14,10 @@ from tdpass.targets.crossbar import CrossbarArray
 
 
 def device_levels(array: CrossbarArray) -> DeviceLevels:
-    """The magnitudes that a weight may have, the largest as 1: 2^(b - 1) of the sums over its cells, evenly chosen where there are more.
+    """The magnitudes that a weight may have, the largest as 1.
 
-    A weight of d cells is  sum_j 2^(c (d - 1 - j)) g_j  with the conductances g_j of its cells of c bits, the
-    most significant first.
+    2^(b - 1) of the sums over its cells, evenly chosen where there are more. A weight of d cells is  sum_j
+    2^(c (d - 1 - j)) g_j  with the conductances g_j of its cells of c bits, the most significant first.
     """
     sums = _sums(array)
     return DeviceLevels(tuple(value / sums[-1][0] for value, _ in sums))

@@ -145,10 +145,11 @@ def _resized(images: Tensor, sample: Sequence[int | None]) -> Tensor:
 
 
 def measured(name: str, training: Examples, test: Examples | None = None, held: int = 512) -> Dataset:
-    """A data set of someone's own: bytes are scaled to mean 0 and deviation 1 by channel, other numbers taken as they are.
+    """A data set of someone's own.
 
-    Without `test` a fifth of the examples is held back as such; a tenth, at most `held`, calibrates and
-    tunes.  Raises `UsageError` for too few examples.
+    Bytes are scaled to mean 0 and deviation 1 by channel, other numbers taken as they are. Without `test` a
+    fifth of the examples is held back as such; a tenth, at most `held`, calibrates and tunes.  Raises
+    `UsageError` for too few examples.
     """
     if len(training) < 20:
         raise UsageError(f"data set {name!r} has {len(training)} examples to train on; give at least 20")

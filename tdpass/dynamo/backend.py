@@ -1,4 +1,7 @@
-"""`torch.compile(model, backend="tdpass")`: chains of small layers become one operator each, the rest goes to inductor."""
+"""`torch.compile(model, backend="tdpass")`.
+
+Chains of small layers become one operator each, the rest goes to inductor.
+"""
 
 from __future__ import annotations
 

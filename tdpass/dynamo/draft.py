@@ -1,4 +1,7 @@
-"""A rewritten copy of a graph that Dynamo recorded: weights stay inputs, and what is derived from them enters as further inputs."""
+"""A rewritten copy of a graph that Dynamo recorded.
+
+Weights stay inputs, and what is derived from them enters as further inputs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Factors in place of the dense weights of a graph, as a plan says: looked up at every call, never baked in."""
+"""Factors in place of the dense weights of a graph, as a plan says.
+
+Looked up at every call, never baked in.
+"""
 
 from __future__ import annotations
 

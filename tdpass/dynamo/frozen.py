@@ -1,4 +1,7 @@
-"""Graphs whose weights are constants: compiled anew for every set of weights, which is found by its identity."""
+"""Graphs whose weights are constants.
+
+Compiled anew for every set of weights, which is found by its identity.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ _RUNNERS: WeakSet[FrozenRunner] = WeakSet()
 
 
 def constants(draft: Draft) -> list[int]:
-    """Positions of the given inputs that may be constants: parameters, and the statistics of batch-norms, that nothing writes to."""
+    """Positions of the given inputs that may be constants.
+
+    Parameters, and the statistics of batch-norms, that nothing writes to.
+    """
     found = []
     for index, (node, value) in enumerate(zip(draft.inputs[: draft.given_count], draft.values, strict=False)):
         kept = isinstance(value, nn.Parameter) or (

@@ -1,4 +1,7 @@
-"""What Dynamo checks before every call of a frozen graph: which module it is, and no longer all that the module is made of."""
+"""What Dynamo checks before every call of a frozen graph.
+
+Which module it is, and no longer all that the module is made of.
+"""
 
 from __future__ import annotations
 

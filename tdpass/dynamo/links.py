@@ -1,4 +1,7 @@
-"""Layers in a graph as Dynamo records it: calls of linear and convolution functions whose weights are inputs of the graph."""
+"""Layers in a graph as Dynamo records it.
+
+Calls of linear and convolution functions whose weights are inputs of the graph.
+"""
 
 from __future__ import annotations
 

@@ -240,10 +240,10 @@ class Format(ABC):
     def refine(
         self, weight: Tensor, site: Site, rank: Rank, factors: Factors, metric: Metric | None = None
     ) -> Factors:
-        """`factorize` for a format that searches, which goes on from given factors: their error does not grow.
+        """`factorize` for a format that searches, which goes on from given factors.
 
-        A search that begins anew may end in another, poorer local optimum, even for a weight that has such
-        factors.
+        Their error does not grow. A search that begins anew may end in another, poorer local optimum, even
+        for a weight that has such factors.
         """
         self.check_rank(site, rank)
         given = {name: factor.to(weight.device, torch.float64) for name, factor in factors.items()}

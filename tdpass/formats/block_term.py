@@ -156,13 +156,14 @@ class _Als:
 
 @register_format
 class BlockTerm(Format):
-    """W[o, i, h, w] = sum_b sum_sr a[o, (b s)] core[b, s, r, h, w] c[(b r), i]: a 1x1, a convolution in b groups, and a 1x1.
+    """W[o, i, h, w] = sum_b sum_sr a[o, (b s)] core[b, s, r, h, w] c[(b r), i].
 
-    Block-term decomposition in b rank-(s, r) terms (De Lathauwer 2008); rank is (b, s, r).  A linear layer is
-    given a third mode by cutting its input in p equal parts that share c: `W[o, (p i)] = sum a[o, (b s)]
-    core[b, (p r), s] c[(b r), i]`; without it the sum would be one matrix product, which `svd` stores in
-    less.  Accelerated alternating least squares, then conjugate gradients in the metric; a is solved last.
-    One block of full rank would be exact, but that is Tucker-2: candidates have two blocks or more.
+    A 1x1, a convolution in b groups, and a 1x1. Block-term decomposition in b rank-(s, r) terms (De Lathauwer
+    2008); rank is (b, s, r).  A linear layer is given a third mode by cutting its input in p equal parts that
+    share c: `W[o, (p i)] = sum a[o, (b s)] core[b, (p r), s] c[(b r), i]`; without it the sum would be one
+    matrix product, which `svd` stores in less.  Accelerated alternating least squares, then conjugate
+    gradients in the metric; a is solved last. One block of full rank would be exact, but that is Tucker-2:
+    candidates have two blocks or more.
     """
 
     name = "block_term"

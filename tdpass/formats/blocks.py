@@ -1,4 +1,7 @@
-"""How `block_term` lays a weight and its core out: grouped convolutions, batched products for linear layers."""
+"""How `block_term` lays a weight and its core out.
+
+Grouped convolutions, batched products for linear layers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""How the linear layers of several cores are contracted: the program of the operator `tensor_chain`, and its weights."""
+"""How the linear layers of several cores are contracted.
+
+The program of the operator `tensor_chain`, and its weights.
+"""
 
 from __future__ import annotations
 

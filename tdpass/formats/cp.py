@@ -53,7 +53,10 @@ class _Depthwise:
 
 
 def _stages(site: Site) -> Iterator[_Depthwise]:
-    """Axes of kernel size 1 join a wider neighbour: alone they would cost a pass over the data for a scaling."""
+    """Axes of kernel size 1 join a wider neighbour.
+
+    Alone they would cost a pass over the data for a scaling.
+    """
     wide = [axis for axis, size in enumerate(site.kernel) if size > 1]
     starts = [0, *(axis + 1 for axis in wide[:-1])]
     stops = [*(axis + 1 for axis in wide[:-1]), len(site.kernel)]

@@ -1,4 +1,7 @@
-"""How an error of a weight is weighed: by what the layer reads and by what its output means to the network."""
+"""How an error of a weight is weighed.
+
+By what the layer reads and by what its output means to the network.
+"""
 
 from __future__ import annotations
 

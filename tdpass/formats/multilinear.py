@@ -1,4 +1,7 @@
-"""What the formats with three or more tensor modes share: views of a weight, whitening per mode, steps in the metric."""
+"""What the formats with three or more tensor modes share.
+
+Views of a weight, whitening per mode, steps in the metric.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +93,10 @@ class Whitening:
 
     @classmethod
     def starts(cls, metric: Metric, modes: Modes) -> list[Whitening]:
-        """Those of the plain norm and, where it is another, of the metric: fits of both are candidates for the least error."""
+        """Those of the plain norm and, where it is another, of the metric.
+
+        Fits of both are candidates for the least error.
+        """
         return [cls.of(each, modes) for each in ([metric] if metric.plain else [Metric(), metric])]
 
     def tensor(self, weight: Tensor) -> Tensor:
@@ -153,11 +159,12 @@ def polish(
     macs: int,
     work: int = WORK,
 ) -> State:
-    """Alternating conjugate gradients: a few steps on one factor after another towards least error in the metric, which never grows.
+    """Alternating conjugate gradients.
 
-    `rebuild` gives the unfolded weight of factors, linear in each.  Whitened factors make good coordinates:
-    there the metric is near the identity, so few steps do.  `macs` is what `rebuild` takes; beyond `work`
-    multiply-adds there are fewer steps.
+    A few steps on one factor after another towards least error in the metric, which never grows. `rebuild`
+    gives the unfolded weight of factors, linear in each.  Whitened factors make good coordinates: there the
+    metric is near the identity, so few steps do.  `macs` is what `rebuild` takes; beyond `work` multiply-adds
+    there are fewer steps.
     """
     o, d = weight.shape
     full = metric.inputs is not None and metric.inputs.dim() == 2

@@ -1,4 +1,7 @@
-"""Formats of grouped convolutions: the same format for every group, its factors stacked, its layers grouped."""
+"""Formats of grouped convolutions.
+
+The same format for every group, its factors stacked, its layers grouped.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Formats without what their factors hold twice: of every axis of r that two factors share, r x r numbers follow from the rest."""
+"""Formats without what their factors hold twice.
+
+Of every axis of r that two factors share, r x r numbers follow from the rest.
+"""
 
 from __future__ import annotations
 

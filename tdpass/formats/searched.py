@@ -1,4 +1,7 @@
-"""Decompositions that are searched for: least squares of the whitened weight, then least error in the metric."""
+"""Decompositions that are searched for.
+
+Least squares of the whitened weight, then least error in the metric.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,11 @@ class Fit(Whitened, Protocol):
 
 
 class Searched(Decomposition):
-    """Factors of least error, from the better of two starts: the best for the plain norm, and for the whitened weight.
+    """Factors of least error, from the better of two starts.
 
-    A `rough` search begins from the latter alone. Subclasses say what the factors of a state multiply out to,
-    how they are stored, and what `polish` has to go through.
+    The best for the plain norm, and for the whitened weight. A `rough` search begins from the latter alone.
+    Subclasses say what the factors of a state multiply out to, how they are stored, and what `polish` has to
+    go through.
     """
 
     def __init__(self, weight: Tensor, metric: Metric, modes: Modes, fit: Callable[[Whitening], Fit]) -> None:

@@ -115,7 +115,10 @@ class SharedFit:
         return self._truncated(self._free_last(first), len(first), core_rank)
 
     def _begin(self, rank: int) -> tuple[Tensor, WeightedSvd]:
-        """The first `first` and the best free `last` for it, kept for the next core rank: candidates of one rank mostly follow each other."""
+        """The first `first` and the best free `last` for it, kept for the next core rank.
+
+        Candidates of one rank mostly follow each other.
+        """
         if rank not in self._begun:
             first = self._normalized(self.start.factors(rank)[1])
             self._begun.clear()

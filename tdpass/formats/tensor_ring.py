@@ -136,7 +136,10 @@ class TensorRing(Format):
 
 
 def _modes(site: Site) -> Modes:
-    """Large input parts first and large output parts last: the products in between then run over the small ones."""
+    """Large input parts first and large output parts last.
+
+    The products in between then run over the small ones.
+    """
     return Modes(balanced_factors(site.o, 2)[::-1], balanced_factors(site.i, 2), ((2,), (3,), (0,), (1,)))
 
 

@@ -70,7 +70,10 @@ class _Train(Decomposition):
         return _packed(cut, (*cores, last))
 
     def guarantee(self, rank: Rank) -> Guarantee | None:
-        """Root of the sum of squares of all discarded singular values (Oseledets 2011): exact for one cut, a bound for more."""
+        """Root of the sum of squares of all discarded singular values (Oseledets 2011).
+
+        Exact for one cut, a bound for more.
+        """
         if not self.metric.plain:
             return None
         sweep = self.sweeps(train_of(self.site, len(rank)))[0]

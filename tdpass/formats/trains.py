@@ -1,4 +1,7 @@
-"""How `tensor_train` cuts a weight into cores, stores them and applies them: linear layers, convolutions, convolutions with split channels."""
+"""How `tensor_train` cuts a weight into cores, stores them and applies them.
+
+Linear layers, convolutions, convolutions with split channels.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,10 @@ class LinearTrain(Train):
 
     @property
     def parts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Factors of o, descending, and of i, ascending: what is large while much of the input is left should be small."""
+        """Factors of o, descending, and of i, ascending.
+
+        What is large while much of the input is left should be small.
+        """
         return balanced_factors(self.site.o, self.cuts + 1), balanced_factors(self.site.i, self.cuts + 1)[
             ::-1
         ]
@@ -123,7 +129,10 @@ class LinearTrain(Train):
 
 
 class ConvTrain(Train):
-    """`W[o, i, h, w] = G_1[i] G_2[h w] G_3[o]`: three convolutions, stored as `[r, i, 1, 1]`, `[s, r, h, w]`, `[o, s, 1, 1]`."""
+    """`W[o, i, h, w] = G_1[i] G_2[h w] G_3[o]`.
+
+    Three convolutions, stored as `[r, i, 1, 1]`, `[s, r, h, w]`, `[o, s, 1, 1]`.
+    """
 
     @property
     def modes(self) -> Modes:
@@ -175,7 +184,10 @@ class SplitConvTrain(Train):
 
     @property
     def parts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Factors of o, ascending, and of i, descending: so the products over few channels come while many are left."""
+        """Factors of o, ascending, and of i, descending.
+
+        So the products over few channels come while many are left.
+        """
         return balanced_factors(self.site.o, self.cuts // 2)[::-1], balanced_factors(
             self.site.i, self.cuts // 2
         )
@@ -251,7 +263,10 @@ class SplitConvTrain(Train):
 
 @dataclass(frozen=True)
 class Family:
-    """The trains of sites with, or without, spatial axes: by how many ranks there may be, and how many are proposed."""
+    """The trains of sites with, or without, spatial axes.
+
+    By how many ranks there may be, and how many are proposed.
+    """
 
     allowed: range
     proposed: tuple[int, ...]

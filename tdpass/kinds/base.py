@@ -34,7 +34,10 @@ class Attributes(Protocol):
 
 @dataclass(frozen=True)
 class Window:
-    """How a layer moves over what it reads: per spatial axis its stride, (before, after) padding and dilation; and its groups."""
+    """How a layer moves over what it reads.
+
+    Per spatial axis its stride, (before, after) padding and dilation; and its groups.
+    """
 
     stride: Sizes = ()
     padding: Pads = ()
@@ -102,7 +105,10 @@ class LayerKind(ABC):
 
     @abstractmethod
     def call(self, site: Site, read: Sizes, made: Sizes) -> tuple[Extent, int]:
-        """What a call that read and made tensors of these sizes tells: an extent, and how often it was met."""
+        """What a call that read and made tensors of these sizes tells.
+
+        An extent, and how often it was met.
+        """
 
     def extents(self, extent: Extent, times: int) -> tuple[Extent, ...]:
         """An extent that was met so often."""
@@ -110,7 +116,10 @@ class LayerKind(ABC):
 
     @abstractmethod
     def typical(self, site: Site) -> Extent:
-        """An extent to count by where none was seen: `TYPICAL` outputs along every axis, or inputs where those are fewer."""
+        """An extent to count by where none was seen.
+
+        `TYPICAL` outputs along every axis, or inputs where those are fewer.
+        """
 
     @abstractmethod
     def sample(self, site: Site, batch: int) -> Sizes:

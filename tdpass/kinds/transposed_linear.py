@@ -39,7 +39,10 @@ def may_be_transposed(module: nn.Module) -> bool:
 def as_layer(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], weights: Container[int]
 ) -> AnyCall:
-    """A call that reads one of these weights (by `id`) with its input and weight first: `addmm(bias, x, weight)` has them last."""
+    """A call that reads one of these weights (by `id`) with its input and weight first.
+
+    `addmm(bias, x, weight)` has them last.
+    """
     if func is torch.addmm and len(args) == 3 and not kwargs and id(args[2]) in weights:
         bias, x, weight = args
         return transposed_linear, (x, weight, bias), {}

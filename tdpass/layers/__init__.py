@@ -1,1 +1,4 @@
-"""Layers that stand in a rewritten torch model: factorized, fused, recurrent, and what is derived from their weights."""
+"""Layers that stand in a rewritten torch model.
+
+Factorized, fused, recurrent, and what is derived from their weights.
+"""

@@ -1,4 +1,7 @@
-"""What is derived from weights, found by the weights' identity: made anew when they change, gone when they die."""
+"""What is derived from weights, found by the weights' identity.
+
+Made anew when they change, gone when they die.
+"""
 
 from __future__ import annotations
 

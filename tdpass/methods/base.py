@@ -305,5 +305,8 @@ def make_method(spec: Method | Mapping[str, Any] | str) -> Method:
 
 
 def as_stored(site: Site) -> bool:
-    """Whether the parameter itself is the matrix or kernel that a constraint is about: of one group, and not stored another way round."""
+    """Whether the parameter itself is the matrix or kernel that a constraint is about.
+
+    Of one group, and not stored another way round.
+    """
     return site.groups == 1 and kind_of(site).as_stored

@@ -1,4 +1,7 @@
-"""What a method learns from calibration data before it trains: metrics of its sites, and the dense model's answers."""
+"""What a method learns from calibration data before it trains.
+
+Metrics of its sites, and the dense model's answers.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ from tdpass.training.calls import class_scores
 
 
 def metrics_of(model: Model, sites: Sequence[Site], batches: Sequence[Batch]) -> dict[str, Metric]:
-    """The metric of each site on these calls: second moments of what it reads, and what its output means to the network's."""
+    """The metric of each site on these calls.
+
+    Second moments of what it reads, and what its output means to the network's.
+    """
     wish = Divergence()
     divergence = wish.fit([wish.outputs(model.run(batch)) for batch in batches])
     tapes = [model.record(batch) for batch in batches]

@@ -1,4 +1,7 @@
-"""What methods that end in factored layers share: the plan carried out, and for some ADMM rounds on a format before."""
+"""What methods that end in factored layers share.
+
+The plan carried out, and for some ADMM rounds on a format before.
+"""
 
 from __future__ import annotations
 

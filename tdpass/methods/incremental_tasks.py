@@ -36,12 +36,13 @@ _SAME_MODEL = "give the model that the tasks were begun with"
 
 
 class IncrementalTasks:
-    """W_t = U_{1:t} diag(s_t) V_{1:t}^T: task t adds columns to U and V, and weighs all of them by its own s_t.
+    """W_t = U_{1:t} diag(s_t) V_{1:t}^T.
 
-    Hyder, Shao, Hou, Markopoulos, Prater-Bennette, Asif: Incremental Task Learning with Incremental Rank
-    Updates, ECCV 2022. Columns of earlier tasks stay as they are; biases, norms and the head (the last site,
-    unless `head` names another) are each task's own, so a task answers forever as it did when it was learned.
-    The matrix of a convolution is W[o, (i h w)].
+    Task t adds columns to U and V, and weighs all of them by its own s_t. Hyder, Shao, Hou, Markopoulos,
+    Prater-Bennette, Asif: Incremental Task Learning with Incremental Rank Updates, ECCV 2022. Columns of
+    earlier tasks stay as they are; biases, norms and the head (the last site, unless `head` names another)
+    are each task's own, so a task answers forever as it did when it was learned. The matrix of a convolution
+    is W[o, (i h w)].
 
     >>> tasks = IncrementalTasks(model, first_rank=11, step_rank=1, path="tasks.safetensors")     # doctest: +SKIP
     >>> tasks.add_task(batches, epochs=10)                                                        # doctest: +SKIP
@@ -148,13 +149,16 @@ class IncrementalTasks:
         return len(self.tasks) - 1
 
     def use_task(self, task: int) -> nn.Module:
-        """The network of a task, in evaluation mode: a low-rank model of its own, which shares nothing with others."""
+        """The network of a task, in evaluation mode.
+
+        A low-rank model of its own, which shares nothing with others.
+        """
         return module_of(self.artifact(task))
 
     def artifact(self, task: int) -> Artifact:
-        """A task's network with plan and report, as `compress` gives it: to save, to export, to run by kernels.
+        """A task's network with plan and report, as `compress` gives it.
 
-        Raises `UsageError` for a task that was not learned.
+        To save, to export, to run by kernels. Raises `UsageError` for a task that was not learned.
         """
         learned = self._learned(task)
         weights = {self._weights[name]: self._weight(name, task) for name in self.sites}

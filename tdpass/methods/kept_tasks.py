@@ -22,7 +22,10 @@ _PARTS = ("u", "v", "s", "own")
 
 @dataclass(frozen=True)
 class Task:
-    """What a network learned for one task: its new columns and its selector per site, and all that is not factored, by name."""
+    """What a network learned for one task.
+
+    Its new columns and its selector per site, and all that is not factored, by name.
+    """
 
     u: Mapping[str, Tensor]
     v: Mapping[str, Tensor]

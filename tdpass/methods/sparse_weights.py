@@ -1,4 +1,7 @@
-"""What methods that end in few weights, on few levels, share: the last projection, and the plan that says what is stored."""
+"""What methods that end in few weights, on few levels, share.
+
+The last projection, and the plan that says what is stored.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,10 @@ from tdpass.targets import ONE_CALL, Setting, Target, open_target
 
 
 class OnTarget(Protocol):
-    """The options of a method whose prices are those of a machine: calls of `batch` samples on `threads` threads."""
+    """The options of a method whose prices are those of a machine.
+
+    Calls of `batch` samples on `threads` threads.
+    """
 
     target: str | Target | None
     batch: int

@@ -1,4 +1,7 @@
-"""How data becomes calls of a model: cut and grown only where the model shows that it takes samples one beside the other."""
+"""How data becomes calls of a model.
+
+Cut and grown only where the model shows that it takes samples one beside the other.
+"""
 
 from __future__ import annotations
 
@@ -149,7 +152,10 @@ class Calls:
         return self._uncut(whole) if any(entry.dims is not None for entry in inputs) else self._unseen(call)
 
     def _cut_to_fixed(self, call: Batch, inputs: Sequence[Input]) -> _Way:
-        """The way where the model fixes the size of a call and the data has another: several calls one beside the other."""
+        """The way where the model fixes the size of a call and the data has another.
+
+        Several calls one beside the other.
+        """
         signature = self.model.signature()
         declared = signature.fixed_axes(inputs)
         pairs = list(zip(inputs, call.tensors, strict=True))
@@ -224,7 +230,10 @@ class Calls:
                 return None
 
     def _unseen(self, call: Batch) -> _Way:
-        """The way for a model that declares no sizes, where no axis of the data holds samples: it may be one without that axis."""
+        """The way for a model that declares no sizes, where no axis of the data holds samples.
+
+        It may be one without that axis.
+        """
         added: Axes = tuple(0 if tensor.dim() else None for tensor in call.tensors)
         sample = _Way(added, added=added)
         bounds = self._bounds(sample.call(call)) if any(axis is not None for axis in added) else None

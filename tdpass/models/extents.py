@@ -19,10 +19,10 @@ _Calls = Sequence[tuple[Extent, int]]
 
 
 def with_extents(site: Site, tapes: Sequence[Tape]) -> Site:
-    """The site with the activation sizes that recorded runs show: per sample, where each has the same whole number of calls.
+    """The site with the activation sizes that recorded runs show.
 
-    Where runs differ, because a layer is reached by some samples only or samples differ in size, those of all
-    runs together.
+    Per sample, where each has the same whole number of calls. Where runs differ, because a layer is reached
+    by some samples only or samples differ in size, those of all runs together.
     """
     each = [_calls(site, tape) for tape in tapes]
     alone = {_extents(site, calls, tape.batch_size) for calls, tape in zip(each, tapes, strict=True)}

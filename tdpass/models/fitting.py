@@ -1,4 +1,7 @@
-"""Tensors that somebody holds against the sizes that a model declares: axes too many, too few, and those that may hold samples."""
+"""Tensors that somebody holds against the sizes that a model declares.
+
+Axes too many, too few, and those that may hold samples.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,10 @@ _BATCH_NAMES = ("batch", "batch_size", "n", "b", "bs")
 
 
 def unstacked(batch: Batch, inputs: Sequence[Input]) -> Iterator[Batch]:
-    """The calls in tensors that have one axis more than the model declares: along their first axis lie whole calls.
+    """The calls in tensors that have one axis more than the model declares.
 
-    What has no axis more is shared by all calls, or holds one sample for each of them.
+    Along their first axis lie whole calls. What has no axis more is shared by all calls, or holds one sample
+    for each of them.
     """
     tensors = [_as_declared(entry, tensor) for entry, tensor in zip(inputs, batch.tensors, strict=True)]
     batch = batch.replaced(tensors)
@@ -104,7 +108,10 @@ def _names_batch(size: int | str) -> bool:
 
 
 def may_hold_samples(inputs: Sequence[Input], fixed: int | None) -> bool:
-    """Whether an open axis may be that of the samples: where their number is `fixed`, only one that is named so, or has no name beside more than one."""
+    """Whether an open axis may be that of the samples.
+
+    Where their number is `fixed`, only one that is named so, or has no name beside more than one.
+    """
     opened = [size for entry in inputs for size in entry.dims or () if isinstance(size, str)]
     return bool(opened) and (
         fixed is None or any(_names_batch(size) or (not size and fixed > 1) for size in opened)
@@ -120,7 +127,10 @@ def excess(entry: Input, tensor: Tensor) -> tuple[tuple[int, int], ...]:
 
 
 def fixed_axis(entry: Input, declared: int | None) -> int | None:
-    """The axis of a fixed size along which several calls may lie: that of the samples, else one of size 1, else the first."""
+    """The axis of a fixed size along which several calls may lie.
+
+    That of the samples, else one of size 1, else the first.
+    """
     sizes = entry.dims or ()
     if declared is not None or not sizes:
         return declared
@@ -140,7 +150,10 @@ def open_axis(entry: Input, tensor: Tensor, length: int, preferred: int = 0) -> 
 
 
 def candidate_axes(call: Batch, inputs: Sequence[Input]) -> Iterator[Axes]:
-    """Axes that may hold the samples, likely ones first: those of one declared name, then those of one length."""
+    """Axes that may hold the samples, likely ones first.
+
+    Those of one declared name, then those of one length.
+    """
     tried: set[Axes] = {(None,) * len(inputs)}
     for axes in (*_named_alike(inputs), *_equally_long(call, inputs)):
         if axes not in tried:
@@ -176,7 +189,10 @@ def _equally_long(call: Batch, inputs: Sequence[Input]) -> Iterator[Axes]:
 
 
 def sized(signature: Signature, batch: Batch) -> Batch:
-    """A call of the types and sizes that the model fixes, made of example inputs of any batch: cut, or grown by repetition."""
+    """A call of the types and sizes that the model fixes, made of example inputs of any batch.
+
+    Cut, or grown by repetition.
+    """
     inputs = signature.inputs_of(batch)
     tensors = [
         _as_declared(entry, entry.converted(tensor))

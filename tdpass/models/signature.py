@@ -138,10 +138,10 @@ class Signature:
         return InvalidModelError(f"{problem}; the model takes {', '.join(wanted) or 'no inputs'}")
 
     def fixed_axes(self, inputs: Iterable[Input]) -> tuple[int | None, ...]:
-        """Where the samples of inputs of fixed sizes lie: along the first size that all inputs with axes have in common.
+        """Where the samples of inputs of fixed sizes lie.
 
-        None for all where there is no such size, or an output has no axis of that size: the inputs are then
-        one sample.
+        Along the first size that all inputs with axes have in common. None for all where there is no such
+        size, or an output has no axis of that size: the inputs are then one sample.
         """
         dims = [entry.dims or () for entry in inputs]
         ranked = [sizes for sizes in dims if sizes]

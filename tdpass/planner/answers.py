@@ -85,9 +85,10 @@ class Answers:
         )
 
     def is_yes_or_no(self) -> bool:
-        """Whether values lie in [0, 1], mostly at its ends: probabilities of events, not fractions or coordinates.
+        """Whether values lie in [0, 1], mostly at its ends.
 
-        The variance of such values is at least a quarter of what it would be if all were 0 or 1.
+        Probabilities of events, not fractions or coordinates. The variance of such values is at least a
+        quarter of what it would be if all were 0 or 1.
         """
         if self.low < -_CLOSE or self.high > 1 + _CLOSE:
             return False
@@ -95,7 +96,10 @@ class Answers:
         return float(self.variance(None)) > _YES_OR_NO * mean * (1 - mean) and 0 < mean < 1
 
     def may_be_classes(self) -> bool:
-        """Whether nothing speaks against class scores along the last axis: alike spreads, some negative values."""
+        """Whether nothing speaks against class scores along the last axis.
+
+        Alike spreads, some negative values.
+        """
         spread = self.variance(-1).sqrt()
         varies = spread[spread > 1e-6 * spread.max()]
         alike = varies.numel() == 0 or float(varies.max() / varies.min()) < _UNEVEN

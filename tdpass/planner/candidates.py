@@ -141,7 +141,10 @@ class SiteFits:
         return cost + Cost(params=self.site.o, bytes=self.site.o * self.site.itemsize) if gains else cost
 
     def _shifts_bias(self, form: Form) -> bool:
-        """Whether it is worth a bias to keep the mean: a layer that stays whole gets none that it did not have."""
+        """Whether it is worth a bias to keep the mean.
+
+        A layer that stays whole gets none that it did not have.
+        """
         return self.metric.mean is not None and (self.site.bias or form.format != DENSE.format)
 
     def _unbiased(self, form: Form) -> Layer:
@@ -278,7 +281,10 @@ def _of_format(
 
 
 def _smaller(candidate: Candidate, fits: SiteFits) -> bool:
-    """Whether it is smaller than the site as it is; of one that is stored in number types of its own, in bytes too."""
+    """Whether it is smaller than the site as it is.
+
+    Of one that is stored in number types of its own, in bytes too.
+    """
     now = cost_of(fits.site, fits.present)
     return pays(candidate.cost, now) and not (fits.present.encoded and candidate.cost.bytes > now.bytes)
 

@@ -1,4 +1,7 @@
-"""The last factor of a layer by least squares: what it reads, what it is to answer, and the factor that does so best."""
+"""The last factor of a layer by least squares.
+
+What it reads, what it is to answer, and the factor that does so best.
+"""
 
 from __future__ import annotations
 

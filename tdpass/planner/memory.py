@@ -24,7 +24,10 @@ _PAUSED, _RUNNING = (
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that one sample takes: all its activations together, as a backward pass keeps them, and the most needed at one time."""
+    """Bytes that one sample takes.
+
+    All its activations together, as a backward pass keeps them, and the most needed at one time.
+    """
 
     total: float
     live: float
@@ -73,10 +76,11 @@ def size_of(text: str) -> int:
 
 
 def within_memory(model: Model, calls: Sequence[Batch], limit: int) -> tuple[list[Batch], list[str]]:
-    """The calls cut to what fits: as many samples in one as a backward pass can keep, as many in all as can wait before a layer.
+    """The calls cut to what fits.
 
-    Judged by the first sample.  Two runs of every sample wait side by side while a result is repaired.  Calls
-    that cannot be cut stay whole, and one call always stays.  Returns what is to be said of it, too.
+    As many samples in one as a backward pass can keep, as many in all as can wait before a layer. Judged by
+    the first sample.  Two runs of every sample wait side by side while a result is repaired.  Calls that
+    cannot be cut stay whole, and one call always stays.  Returns what is to be said of it, too.
     """
     if not calls:
         return [], []

@@ -59,7 +59,10 @@ class Prices(Protocol):
 
 
 def deciding(target: Target, budget: Budget | None) -> tuple[str, ...]:
-    """The measures that decide on a target what pays: those that the budget bounds, else what the target names first."""
+    """The measures that decide on a target what pays.
+
+    Those that the budget bounds, else what the target names first.
+    """
     bounded = (
         () if budget is None else tuple(measure for measure in target.measures if measure in budget.measures)
     )

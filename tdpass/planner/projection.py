@@ -1,4 +1,7 @@
-"""Projecting the channels between two layers: mixtures of the first one's, and what the second makes of them, by least squares."""
+"""Projecting the channels between two layers.
+
+Mixtures of the first one's, and what the second makes of them, by least squares.
+"""
 
 from __future__ import annotations
 

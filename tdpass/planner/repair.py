@@ -1,4 +1,7 @@
-"""Repairing a compressed network on its own activations: biases that restore means, last factors by least squares."""
+"""Repairing a compressed network on its own activations.
+
+Biases that restore means, last factors by least squares.
+"""
 
 from __future__ import annotations
 

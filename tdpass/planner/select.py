@@ -21,7 +21,10 @@ _SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Option:
-    """Candidates that must be taken together: one for a single site, several where neighbours change jointly."""
+    """Candidates that must be taken together.
+
+    One for a single site, several where neighbours change jointly.
+    """
 
     parts: Mapping[str, Candidate]
     loss: float
@@ -35,10 +38,11 @@ class Option:
 def select(
     options: Sequence[Option], sites: Sequence[str], limits: Mapping[str, float], fixed: Cost
 ) -> dict[str, Candidate]:
-    """The cheapest loss within the limits: min sum loss x, every site covered exactly once, sum cost x <= limit - fixed.
+    """The cheapest loss within the limits.
 
-    Solved by HiGHS branch and bound.  `fixed` is the cost of everything that is not a site.
-    Raises `BudgetError` naming the smallest reachable value when no choice fits.
+    Min sum loss x, every site covered exactly once, sum cost x <= limit - fixed. Solved by HiGHS branch and
+    bound.  `fixed` is the cost of everything that is not a site. Raises `BudgetError` naming the smallest
+    reachable value when no choice fits.
     """
     chosen = _solve(options, sites, limits, fixed, [option.loss for option in options])
     if chosen is None:
@@ -101,7 +105,10 @@ def _solve(
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Drop what native code prints: HiGHS leaves debug lines on standard output, which belongs to the caller."""
+    """Drop what native code prints.
+
+    HiGHS leaves debug lines on standard output, which belongs to the caller.
+    """
     sys.stdout.flush()
     try:
         saved = os.dup(1)

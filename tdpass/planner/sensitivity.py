@@ -81,7 +81,10 @@ class Sweep:
         return taken
 
     def seconds_from(self, names: Iterable[str]) -> float:
-        """Processor time that one candidate for these sites takes: that of the part of the run behind the first of them."""
+        """Processor time that one candidate for these sites takes.
+
+        That of the part of the run behind the first of them.
+        """
         tape = self.tapes[0]
         first = min((tape.site_calls[name][0] for name in names if name in tape.site_calls), default=0)
         return self.seconds * (1 - first / max(len(tape.calls), 1))
@@ -102,11 +105,12 @@ def measure_losses(
     allowed: int,
     deadline: Deadline = NEVER,
 ) -> list[Loss]:
-    """Losses of candidates for one site: up to `allowed` measured, the rest from the loss measured at the nearest errors.
+    """Losses of candidates for one site.
 
-    The one of middle error comes first, then those that are evenly spread, until the deadline.  Between two
-    measured candidates the loss follows a power of the error; beyond them, its square (the loss of a small
-    perturbation is quadratic). A loss that is no finite number is taken for infinite.
+    Up to `allowed` measured, the rest from the loss measured at the nearest errors. The one of middle error
+    comes first, then those that are evenly spread, until the deadline.  Between two measured candidates the
+    loss follows a power of the error; beyond them, its square (the loss of a small perturbation is
+    quadratic). A loss that is no finite number is taken for infinite.
     """
     order = sorted(range(len(errors)), key=lambda index: errors[index])
     count = max(1, min(allowed, len(order)))
@@ -128,9 +132,10 @@ def measure_losses(
 
 
 def estimate_losses(metric: Metric, weight: Tensor, errors: Sequence[float]) -> list[Loss]:
-    """Losses from the metric alone: half of `|| G^1/2 (W - What) C^1/2 ||^2`, the second-order term of the divergence.
+    """Losses from the metric alone.
 
-    Needs G, the Gauss-Newton metric of the site's output.
+    Half of `|| G^1/2 (W - What) C^1/2 ||^2`, the second-order term of the divergence. Needs G, the
+    Gauss-Newton metric of the site's output.
     """
     whole = metric.square(weight.double().flatten(1))
     return [Loss(0.5 * error**2 * whole, False) for error in errors]

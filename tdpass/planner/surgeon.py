@@ -65,7 +65,10 @@ def remove_channels(weight: Tensor, metric: Metric) -> Surgery:
 
 
 def keep_channels(weight: Tensor, metric: Metric, channels: Sequence[int]) -> Tensor:
-    """The best weights `[o, kept, *kernel]` on those input channels: `W C_:S (C_SS)^-1`, least squares in the metric."""
+    """The best weights `[o, kept, *kernel]` on those input channels.
+
+    `W C_:S (C_SS)^-1`, least squares in the metric.
+    """
     o, i = weight.shape[:2]
     kernel = weight.shape[2:]
     columns = torch.arange(weight[0].numel()).reshape(i, -1)[list(channels)].reshape(-1)

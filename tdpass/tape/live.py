@@ -24,11 +24,12 @@ Steer = Callable[[str, Tensor, Replacement], Tensor]
 
 @dataclass
 class LiveTape(Tape):
-    """A recorded run whose playbacks run the model for real: something in it is not a torch call, or chooses what runs.
+    """A recorded run whose playbacks run the model for real.
 
-    `run` executes the model on `fed`, `sites` maps `id(weight)` of what it executes to a site's name, and
-    `apart` holds the ids of biases that are added by calls of their own.  Which value a call
-    reads is known in part only, so that no two layers are taken to be neighbours.
+    Something in it is not a torch call, or chooses what runs. `run` executes the model on `fed`, `sites` maps
+    `id(weight)` of what it executes to a site's name, and `apart` holds the ids of biases that are added by
+    calls of their own.  Which value a call reads is known in part only, so that no two layers are taken to be
+    neighbours.
     """
 
     run: Run = field(kw_only=True)

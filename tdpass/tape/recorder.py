@@ -131,7 +131,10 @@ class _Recorder(TorchFunctionMode):
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records the operators that are run by no torch function: those of scripted code, of C++, and of functions mapped by vmap."""
+    """Records the operators that are run by no torch function.
+
+    Those of scripted code, of C++, and of functions mapped by vmap.
+    """
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -274,7 +277,10 @@ def _live(
 
 
 def _faithful(tape: Tape, live: LiveTape, result: Any) -> bool:
-    """Whether replays do what the model does: as it is and, where there is doubt, with the output of every site disturbed."""
+    """Whether replays do what the model does.
+
+    As it is and, where there is doubt, with the output of every site disturbed.
+    """
     try:
         with torch.no_grad():
             if not _equal(tape.play().finish(), result):

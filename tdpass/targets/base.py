@@ -76,9 +76,10 @@ class Target(ABC):
 
     @abstractmethod
     def cost(self, site: Site, forms: Sequence[Form], setting: Setting = ONE_CALL) -> list[Cost]:
-        """What the site costs as each form, over all its calls: an amount of each of `measures`, infinite where it cannot run.
+        """What the site costs as each form, over all its calls.
 
-        Raises `UsageError` for a site that was not seen running.
+        An amount of each of `measures`, infinite where it cannot run. Raises `UsageError` for a site that was
+        not seen running.
         """
 
     @abstractmethod
@@ -97,7 +98,10 @@ class Target(ABC):
 
     @abstractmethod
     def filling(self, site: Site, format_name: str, ranks: Sequence[Rank]) -> list[Rank]:
-        """The ranks to consider in place of these, cheap to expensive: those that leave nothing of the machine idle, as far as there are any."""
+        """The ranks to consider in place of these, cheap to expensive.
+
+        Those that leave nothing of the machine idle, as far as there are any.
+        """
 
     def break_even(self, site: Site, format_name: str, setting: Setting = ONE_CALL) -> Rank | None:
         """The largest of the format's ranks, by multiply-adds, that costs less than the dense layer of the first of `measures`; None for none."""
@@ -135,7 +139,10 @@ class TimedTarget(Target):
     filled_by = f"{LANES} lanes"
 
     def filling(self, site: Site, format_name: str, ranks: Sequence[Rank]) -> list[Rank]:
-        """Multiples of the lanes of vector units where there are a few: the others take as long as the next multiple."""
+        """Multiples of the lanes of vector units where there are a few.
+
+        The others take as long as the next multiple.
+        """
         whole = [rank for rank in ranks if all(r % LANES == 0 for r in rank)]
         return whole if len(whole) >= _FEW else list(ranks)
 
@@ -187,9 +194,10 @@ def register_target(cls: type[Target]) -> type[Target]:
 
 
 def open_target(text: str | Target, frontend: str, cache: Path | None = None) -> Target:
-    """Read `cpu`, `cpu:openvino` or `systolic:gemmini`: a registered target, and after the colon one of its ways to run a model.
+    """Read `cpu`, `cpu:openvino` or `systolic:gemmini`.
 
-    Raises `UsageError` for an unknown one.
+    A registered target, and after the colon one of its ways to run a model. Raises `UsageError` for an
+    unknown one.
     """
     if isinstance(text, Target):
         return text

@@ -1,4 +1,7 @@
-"""From which share of zero weights on a sparse layer is no slower than the dense one: measured by a target, or given as a table."""
+"""From which share of zero weights on a sparse layer is no slower than the dense one.
+
+Measured by a target, or given as a table.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Constants of modelled machines: frozen dataclasses that are read from YAML files, with where each figure comes from."""
+"""Constants of modelled machines.
+
+Frozen dataclasses that are read from YAML files, with where each figure comes from.
+"""
 
 from __future__ import annotations
 

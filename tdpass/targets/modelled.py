@@ -1,4 +1,7 @@
-"""Targets that are modelled: closed formulas over a layer's products, from a table of constants, without running anything."""
+"""Targets that are modelled.
+
+Closed formulas over a layer's products, from a table of constants, without running anything.
+"""
 
 from __future__ import annotations
 

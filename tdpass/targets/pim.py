@@ -1,4 +1,7 @@
-"""pim: memory that computes: rows of bits are combined by AND where they are stored, and counted, in closed form."""
+"""pim: memory that computes.
+
+Rows of bits are combined by AND where they are stored, and counted, in closed form.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,10 @@ class PimMemory(Constants):
         return -(-self.weight_memory(product) // (self.rows * self.columns))
 
     def bit_products(self, product: Product) -> int:
-        """Products of one bit by another: macs b_w b_a, every bit of a weight with every bit of an activation."""
+        """Products of one bit by another.
+
+        Macs b_w b_a, every bit of a weight with every bit of an activation.
+        """
         return product.macs * self.bits(product) * self.input_bits
 
     def cost(self, product: Product) -> Cost:
@@ -98,7 +104,10 @@ class PimMemory(Constants):
 
 @register_target
 class PimTarget(ModelledTarget):
-    """`pim:NAME` or `pim:FILE.yaml`: a `PimMemory` that holds all weights, one layer computed after another."""
+    """`pim:NAME` or `pim:FILE.yaml`.
+
+    A `PimMemory` that holds all weights, one layer computed after another.
+    """
 
     name = "pim"
     measures = ("joules", "seconds", "cycles", "area")

@@ -58,7 +58,10 @@ class SystolicArray(Constants):
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
 
     def folds(self, product: Product) -> int:
-        """How often the array is filled: ceil(K / R) ceil(N / C) with weights that stay, ceil(M / R) ceil(N / C) with outputs."""
+        """How often the array is filled.
+
+        Ceil(K / R) ceil(N / C) with weights that stay, ceil(M / R) ceil(N / C) with outputs.
+        """
         return product.count * -(-self._along(product) // self.rows) * -(-product.columns // self.columns)
 
     def busy_cycles(self, product: Product) -> int:

@@ -19,7 +19,10 @@ from tdpass.training.terms import State, Term, rate_of
 
 @dataclass
 class Split:
-    """One weight W and one set it is drawn to: the copy Z in the set, the scaled dual U, and the `goal` Z - U; laid out as W is."""
+    """One weight W and one set it is drawn to.
+
+    The copy Z in the set, the scaled dual U, and the `goal` Z - U; laid out as W is.
+    """
 
     name: str
     weight: nn.Parameter

@@ -106,7 +106,10 @@ class Choices(nn.Module):
 
 @dataclass(frozen=True)
 class _Stack:
-    """The candidates of one format: their places among the forms, and which entries of the factor `carrier` each has."""
+    """The candidates of one format.
+
+    Their places among the forms, and which entries of the factor `carrier` each has.
+    """
 
     site: Site
     format: str

@@ -23,9 +23,10 @@ _LOOKED_AT = 8  # batches that tell how much a new column is worth
 
 @dataclass(frozen=True)
 class Growth:
-    """How the weight of a site grows: by `rank` columns, in a format whose matrix is W[o, (i h w)], beside the old U and V.
+    """How the weight of a site grows.
 
-    The selector s, over all columns, begins as `scale`.
+    By `rank` columns, in a format whose matrix is W[o, (i h w)], beside the old U and V. The selector s, over
+    all columns, begins as `scale`.
     """
 
     site: Site
@@ -41,10 +42,11 @@ class Growth:
 
 
 class GrownWeight(SingularValues):
-    """W = [U_old U] diag(s) [V_old V]^T as a parametrization of a weight: U_old and V_old are fixed, U, V and all of s are trained.
+    """W = [U_old U] diag(s) [V_old V]^T as a parametrization of a weight.
 
-    Without old columns U, s and V begin as the largest singular values of the weight and their vectors.
-    Beside old ones U and V begin as random orthonormal columns.
+    U_old and V_old are fixed, U, V and all of s are trained. Without old columns U, s and V begin as the
+    largest singular values of the weight and their vectors. Beside old ones U and V begin as random
+    orthonormal columns.
     """
 
     u_old: Tensor

@@ -16,10 +16,11 @@ Metric = Literal["frobenius", "fisher"]
 
 
 class Curvature(Term):
-    """F <- d F + (1 - d) g^2 after every back-propagation, g the gradient of a batch: the diagonal of the Fisher information, up to a factor.
+    """F <- d F + (1 - d) g^2 after every back-propagation, g the gradient of a batch.
 
-    Moving a weight by e costs about F e^2 / 2 (LeCun, Denker, Solla 1989), so `sum F (W - Z)^2` measures what
-    a projection loses where the Frobenius norm does not.  Comes before terms that change gradients.
+    The diagonal of the Fisher information, up to a factor. Moving a weight by e costs about F e^2 / 2 (LeCun,
+    Denker, Solla 1989), so `sum F (W - Z)^2` measures what a projection loses where the Frobenius norm does
+    not.  Comes before terms that change gradients.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], decay: float = 0.999) -> None:
@@ -44,7 +45,10 @@ class Curvature(Term):
         return {name: whole(value) for name, value in self.squares.items()} if self.steps else {}
 
     def sensitivity(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
-        """||W||^2 mean(F) over what is not zero in each of these whole weights: what losing all of one costs, up to a factor."""
+        """||W||^2 mean(F) over what is not zero in each of these whole weights.
+
+        What losing all of one costs, up to a factor.
+        """
         known = self.known()
         return {
             name: float(weight.square().sum() * known[name][weight != 0].mean())

@@ -13,7 +13,10 @@ from tdpass.training.terms import State, Term
 
 
 class FixedSigns(Term):
-    """After every step  W <- s max(0, s W)  with the signs s that the weights begin with: zeros stay, and nothing changes sides."""
+    """After every step  W <- s max(0, s W)  with the signs s that the weights begin with.
+
+    Zeros stay, and nothing changes sides.
+    """
 
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
         self.weights = dict(weights)

@@ -32,7 +32,10 @@ def optimizer_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Paramete
 
 
 def make_room(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], layout: Layout) -> None:
-    """Room for entries `NAME.entry` of those shapes and types: an optimizer makes its own only at the first step."""
+    """Room for entries `NAME.entry` of those shapes and types.
+
+    An optimizer makes its own only at the first step.
+    """
     for key, (shape, dtype) in layout.items():
         name, _, entry = key.rpartition(".")
         if name in parameters:

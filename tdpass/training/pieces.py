@@ -1,4 +1,7 @@
-"""Tensors of one or many processes in safetensors files: what each process holds, and where that lies in the whole."""
+"""Tensors of one or many processes in safetensors files.
+
+What each process holds, and where that lies in the whole.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Choices that are learned while the weights are: Gumbel-softmax, expected cost, and candidates drawn to the original layer."""
+"""Choices that are learned while the weights are.
+
+Gumbel-softmax, expected cost, and candidates drawn to the original layer.
+"""
 
 from __future__ import annotations
 
@@ -246,7 +249,10 @@ def _size(weight: Tensor, moments: Tensor | None) -> Tensor:
 
 @contextmanager
 def judged(network: nn.Module) -> Iterator[None]:
-    """Run a network as it is judged: in evaluation, but mixed as it is drawn, batch-norms on the statistics of what they read."""
+    """Run a network as it is judged.
+
+    In evaluation, but mixed as it is drawn, batch-norms on the statistics of what they read.
+    """
     training = {module: module.training for module in network.modules()}
     norms = [
         module

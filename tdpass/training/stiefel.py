@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 
 class Polar(torch.autograd.Function):
-    """P = U V^T for Q = U diag(s) V^T: the orthonormal columns nearest to those of Q, which must not depend on each other.
+    """P = U V^T for Q = U diag(s) V^T.
 
-    With G the gradient by P and A = U^T G V, the gradient by Q is U ((A - A^T) / (s_i + s_j)) V^T + (I - U
-    U^T) G V diag(1/s) V^T. No difference of singular values is divided by, so equal ones do no harm.
+    The orthonormal columns nearest to those of Q, which must not depend on each other. With G the gradient by
+    P and A = U^T G V, the gradient by Q is U ((A - A^T) / (s_i + s_j)) V^T + (I - U U^T) G V diag(1/s) V^T.
+    No difference of singular values is divided by, so equal ones do no harm.
     """
 
     @staticmethod

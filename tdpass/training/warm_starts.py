@@ -16,7 +16,10 @@ from tdpass.training.terms import State, Term
 
 @dataclass(frozen=True)
 class SolvedInFormat(InFormat):
-    """The set of `InFormat` for the one weight that `start` was searched for: these factors are its projection."""
+    """The set of `InFormat` for the one weight that `start` was searched for.
+
+    These factors are its projection.
+    """
 
     def factors(self, weight: Tensor) -> Factors:
         assert self.start is not None

@@ -1,1 +1,4 @@
-"""What the terminal and the HTML report are made of: figures as people read them, text tables, pieces of markup."""
+"""What the terminal and the HTML report are made of.
+
+Figures as people read them, text tables, pieces of markup.
+"""

@@ -10,7 +10,10 @@ _BLOCKS = 60
 
 
 def blocks(names: Sequence[str], most: int = _BLOCKS) -> list[tuple[str, list[int]]]:
-    """Names one after another that begin alike, as the name of their block and their places: the finest of at most `most` blocks."""
+    """Names one after another that begin alike, as the name of their block and their places.
+
+    The finest of at most `most` blocks.
+    """
     paths = [re.split(r"[./]", name) for name in names]
     deepest = max((len(path) for path in paths), default=1) - 1
     for depth in range(deepest, 0, -1):

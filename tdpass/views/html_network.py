@@ -1,4 +1,7 @@
-"""The network as a strip of the HTML report: one cell a site, as tall as its cost, in the colour of its form."""
+"""The network as a strip of the HTML report.
+
+One cell a site, as tall as its cost, in the colour of its form.
+"""
 
 from __future__ import annotations
 

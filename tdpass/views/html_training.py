@@ -1,4 +1,7 @@
-"""The training section of the HTML report: scores, stages, and how residual, loss and score went over the epochs."""
+"""The training section of the HTML report.
+
+Scores, stages, and how residual, loss and score went over the epochs.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Modelled machines as a page: every constant with its unit, its value on each machine that comes with tdpass, and its source.
+"""Modelled machines as a page.
 
-`python -m tdpass.views.machines > docs/machines.md` writes it anew.
+Every constant with its unit, its value on each machine that comes with tdpass, and its source. `python -m
+tdpass.views.machines > docs/machines.md` writes it anew.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What every view of a report shows: its rows, totals per format, headline figures and refusals, each worked out once."""
+"""What every view of a report shows.
+
+Its rows, totals per format, headline figures and refusals, each worked out once.
+"""
 
 from __future__ import annotations
 
@@ -129,7 +132,10 @@ def by_format(rows: Sequence[SiteRow]) -> list[FormatTotal]:
 
 
 def stored(report: Report, times: str = "x") -> str:
-    """Sizes of packed tensors: as the literature counts them, without positions, and as they lie in the file; empty where there are none."""
+    """Sizes of packed tensors: as the literature counts them, without positions, and as they lie in the file.
+
+    Empty where there are none.
+    """
     size = report.stored
     if size is None:
         return ""

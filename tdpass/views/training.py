@@ -1,4 +1,7 @@
-"""What every view shows of a training run: its stages, its scores, and how far each weight was from its constraint."""
+"""What every view shows of a training run.
+
+Its stages, its scores, and how far each weight was from its constraint.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +122,10 @@ def scores(report: Report) -> list[tuple[str, str]]:
 
 
 def destroyed(report: Report) -> str:
-    """What training did to a network that answers far worse than it would have without, more being better; empty where it does not."""
+    """What training did to a network that answers far worse than it would have without, more being better.
+
+    Empty where it does not.
+    """
     final = report.checks.get(f"{_SCORE}final")
     before, by = next(
         (

@@ -9,7 +9,10 @@ from tdpass.zoo.base import register_net
 
 
 class LeNet5(nn.Module):
-    """The Caffe variant of LeNet-5: 20 and 50 filters of 5x5, 500 hidden units, 430,500 weights at ten classes."""
+    """The Caffe variant of LeNet-5.
+
+    20 and 50 filters of 5x5, 500 hidden units, 430,500 weights at ten classes.
+    """
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()

@@ -1,4 +1,7 @@
-"""Bounds on what a file may make tdpass read, build or run: each is checked before anything is allocated for it."""
+"""Bounds on what a file may make tdpass read, build or run.
+
+Each is checked before anything is allocated for it.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,10 @@ _Key = tuple[str, str, str]
 
 
 def check_outline(path: Path) -> None:
-    """Raise `InvalidModelError` unless a file is outwardly a protobuf of a model: reads the heads of its parts, not their contents."""
+    """Raise `InvalidModelError` unless a file is outwardly a protobuf of a model.
+
+    Reads the heads of its parts, not their contents.
+    """
     size = path.stat().st_size
     if size == 0:
         raise InvalidModelError(f"{str(path)!r} is empty; export the model again")
@@ -143,9 +149,10 @@ def _count(number: int) -> str:
 
 
 def check_loops(proto: onnx.ModelProto, what: str) -> None:
-    """Raise `InvalidModelError` for a loop that provably never ends: nothing changes its condition, and no count or too high a one ends it.
+    """Raise `InvalidModelError` for a loop that provably never ends.
 
-    Others may do so, which is found when they run; see `session`.
+    Nothing changes its condition, and no count or too high a one ends it. Others may do so, which is found
+    when they run; see `session`.
     """
     known: dict[str, onnx.TensorProto] = {}
     for graph in graph_protos(proto):

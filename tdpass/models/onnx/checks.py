@@ -1,4 +1,7 @@
-"""Checks of models that come in or go out: every way to be unsound ends in one error that says what, where and what to do."""
+"""Checks of models that come in or go out.
+
+Every way to be unsound ends in one error that says what, where and what to do.
+"""
 
 from __future__ import annotations
 

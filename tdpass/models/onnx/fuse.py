@@ -1,4 +1,7 @@
-"""Deciding which chains of an ONNX model become fused operators: measured one by one, then on the whole model."""
+"""Deciding which chains of an ONNX model become fused operators.
+
+Measured one by one, then on the whole model.
+"""
 
 from __future__ import annotations
 
@@ -147,7 +150,10 @@ def _best_together(
 
 
 def _in_onnx_runtime(call: ChainCall, opset: int) -> Trial:
-    """The chain on one thread of ONNX Runtime: as an operator of this package, against the standard operators that it stands for."""
+    """The chain on one thread of ONNX Runtime.
+
+    As an operator of this package, against the standard operators that it stands for.
+    """
     return Trial(
         call, f"onnxruntime {onnxruntime.__version__}, opset {opset}", 1, partial(_calls, call, opset)
     )

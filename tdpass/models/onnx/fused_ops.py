@@ -1,7 +1,8 @@
-"""The fused operators of the domain com.tdpass: their names, and what each computes, said in standard operators.
+"""The fused operators of the domain com.tdpass.
 
-A model holds the latter as a function of its own, so any runtime can run it; one with the library of fused
-operators registered runs those instead, for ONNX Runtime looks for a kernel before it looks into a function.
+Their names, and what each computes, said in standard operators. A model holds the latter as a function of its
+own, so any runtime can run it; one with the library of fused operators registered runs those instead, for
+ONNX Runtime looks for a kernel before it looks into a function.
 """
 
 from __future__ import annotations

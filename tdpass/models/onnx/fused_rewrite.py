@@ -31,7 +31,10 @@ Fusions = Mapping[str, Fusion]
 
 
 def fused(model: ir.Model, fusions: Fusions) -> ir.Model:
-    """The model, changed in place: the chains that make these values are nodes of com.tdpass, and functions say what those compute."""
+    """The model, changed in place.
+
+    The chains that make these values are nodes of com.tdpass, and functions say what those compute.
+    """
     if not fusions:
         return model
     plain_initializers(model)

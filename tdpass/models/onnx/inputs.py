@@ -62,9 +62,10 @@ def bind(graph: ir.Graph, batch: Batch) -> dict[str, Tensor]:
 
 
 def declared_example(graph: ir.Graph) -> Batch | None:
-    """Two samples (or as many as the graph fixes) of every input, where only the axis of the samples is open; None where more is.
+    """Two samples (or as many as the graph fixes) of every input, where only the axis of the samples is open.
 
-    Floating-point inputs are random, others are ones: a token and a mask bit that most models accept.
+    None where more is. Floating-point inputs are random, others are ones: a token and a mask bit that most
+    models accept.
     """
     declared = signature(graph)
     inputs = [entry for entry in declared.inputs if entry.required]

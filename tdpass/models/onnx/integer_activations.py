@@ -1,6 +1,7 @@
-"""Activations of eight bits: tensors between layers whose weights are integers pass through QuantizeLinear and DequantizeLinear.
+"""Activations of eight bits.
 
-ONNX Runtime, OpenVINO and TensorRT make integer operators of what stands between such pairs.
+Tensors between layers whose weights are integers pass through QuantizeLinear and DequantizeLinear. ONNX
+Runtime, OpenVINO and TensorRT make integer operators of what stands between such pairs.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ def integer_layers(model: ir.Model) -> dict[str, ir.Node]:
 
 
 def quantizable(model: ir.Model, without: Container[str] = ()) -> list[str]:
-    """The tensors that may be integers: what these layers read and make, and what only moves or joins such; not the model's outputs."""
+    """The tensors that may be integers: what these layers read and make, and what only moves or joins such.
+
+    Not the model's outputs.
+    """
     layers = [node for name, node in integer_layers(model).items() if name not in without]
     chosen = {value for node in layers for value in (node.inputs[0], _made(node)) if value is not None}
     for node in model.graph:  # in order, so that one walk carries everything forward

@@ -47,7 +47,10 @@ def register_fused_ops(options: onnxruntime.SessionOptions, source: str | bytes 
 
 
 def has_fused_ops(source: str | bytes | ir.Model) -> bool:
-    """Whether a model (or file, or its content) is faster in a session with the library of fused operators; not where it cannot be read."""
+    """Whether a model (or file, or its content) is faster in a session with the library of fused operators.
+
+    Not where it cannot be read.
+    """
     if isinstance(source, ir.Model):
         return uses_fused_ops(source)
     try:
@@ -118,14 +121,20 @@ class Session:
         return {name: torch.from_numpy(result) for name, result in zip(self._outputs, results, strict=True)}
 
     def end_trace(self) -> list[Mapping[str, Any]]:
-        """Every node that ran, as often as it did: its name, type, and the types and sizes of inputs that are present and of outputs."""
+        """Every node that ran, as often as it did.
+
+        Its name, type, and the types and sizes of inputs that are present and of outputs.
+        """
         events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
         return [
             event for event in events if event.get("cat") == "Node" and "op_name" in event.get("args", {})
         ]
 
     def bound(self, inputs: Mapping[str, Tensor]) -> Callable[[], object]:
-        """A call that runs the model on these inputs, already in place, and drops its outputs: what is timed."""
+        """A call that runs the model on these inputs, already in place, and drops its outputs.
+
+        What is timed.
+        """
         binding = self._session.io_binding()
         for name, tensor in inputs.items():
             binding.bind_ortvalue_input(

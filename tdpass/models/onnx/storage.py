@@ -41,7 +41,10 @@ def release_pages() -> None:
 
 
 def release_heap() -> None:
-    """Give freed memory back to the system, where the C library can: small blocks that stay between large ones keep it from doing so."""
+    """Give freed memory back to the system, where the C library can.
+
+    Small blocks that stay between large ones keep it from doing so.
+    """
     trim = _trim()
     if trim is not None:
         trim(0)

@@ -1,4 +1,7 @@
-"""Checks of convolutions against the weights that they read: the checker of ONNX looks at neither channels nor groups."""
+"""Checks of convolutions against the weights that they read.
+
+The checker of ONNX looks at neither channels nor groups.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Factors in number types of their own as a file may hold them: their parts, or the numbers that these stand for, entropy-coded."""
+"""Factors in number types of their own as a file may hold them.
+
+Their parts, or the numbers that these stand for, entropy-coded.
+"""
 
 from __future__ import annotations
 

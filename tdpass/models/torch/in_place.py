@@ -1,4 +1,7 @@
-"""Changing a module in place, so that whoever holds it sees the change: parents, plain lists, dicts, closures."""
+"""Changing a module in place, so that whoever holds it sees the change.
+
+Parents, plain lists, dicts, closures.
+"""
 
 from __future__ import annotations
 

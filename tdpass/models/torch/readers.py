@@ -97,7 +97,10 @@ def other_readers(run: Run, sites: Mapping[str, Matched]) -> dict[str, str]:
 
 
 def graph_readers(graph_module: GraphModule, sites: Mapping[str, Matched]) -> dict[str, str]:
-    """Why sites of a graph must stay dense: a node besides the calls of their layers reads their weight or bias."""
+    """Why sites of a graph must stay dense.
+
+    A node besides the calls of their layers reads their weight or bias.
+    """
     found: dict[str, str] = {}
     index = _Index(sites)
     for node in graph_module.graph.nodes:

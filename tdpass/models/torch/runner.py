@@ -1,4 +1,7 @@
-"""Calling a module as a deployed model is called: in evaluation mode, its inputs on its device and in its type."""
+"""Calling a module as a deployed model is called.
+
+In evaluation mode, its inputs on its device and in its type.
+"""
 
 from __future__ import annotations
 

@@ -13,10 +13,11 @@ _SCALES = (0.0, 1e-3, 1.0, 1e3)
 
 
 def computes_as(module: nn.Module, base: type[nn.Module], sizes: Sequence[Sequence[int]]) -> bool:
-    """Whether the module's forward answers in inference as that of its base class: bit for bit, on small, ordinary and large inputs of these sizes.
+    """Whether the module's forward answers in inference as that of its base class.
 
-    A copy with random weights is run, so that neither the module nor the random state changes.  A forward
-    that takes more than its input is never equal.
+    Bit for bit, on small, ordinary and large inputs of these sizes. A copy with random weights is run, so
+    that neither the module nor the random state changes.  A forward that takes more than its input is never
+    equal.
     """
     if type(module).forward is base.forward:
         return True

@@ -1,4 +1,7 @@
-"""What distributions over classes share: the axis of the classes, and how sharply KL is curved in their logits."""
+"""What distributions over classes share.
+
+The axis of the classes, and how sharply KL is curved in their logits.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,10 @@ _ERRORS_ONLY = 3
 
 
 class Saved:
-    """A model in a file of its own, for as long as this object lives: runtimes map large weights from there."""
+    """A model in a file of its own, for as long as this object lives.
+
+    Runtimes map large weights from there.
+    """
 
     def __init__(self, model: Model) -> None:
         self.path = scratch_folder() / "model.onnx"
