@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from tdpass.cost import Budget, Cost, pays
+from tdpass.cost import Cost, pays
 from tdpass.errors import NumericalError, PlanError
 from tdpass.form import DENSE, Form, Formed, Rank
 from tdpass.formats.base import FORMATS, Decomposition, Factors, Format
@@ -304,29 +304,3 @@ def _hopeless(candidate: Candidate, found: Sequence[Candidate]) -> bool:
         and other.cost.params <= cost.params
         for other in found
     )
-
-
-def frontier(candidates: Sequence[Candidate], measures: Sequence[str], slack: float = 1.0) -> list[Candidate]:
-    """Those that no other beats in every measure by more than `slack` in error, cheapest first."""
-    ordered = sorted(candidates, key=lambda c: (c.error, c.cost.get(measures[0])))
-    kept: list[Candidate] = []
-    for candidate in ordered:
-        beaten = any(
-            other.error * slack <= candidate.error
-            and all(other.cost.get(m) <= candidate.cost.get(m) for m in measures)
-            for other in kept
-        )
-        if not beaten:
-            kept.append(candidate)
-    return sorted(kept, key=lambda c: c.cost.get(measures[0]))
-
-
-def within(candidates: Sequence[Candidate], budget: Budget) -> list[Candidate]:
-    """Those whose error the budget allows."""
-    limit = budget.max_error
-    return [c for c in candidates if limit is None or c.error <= limit]
-
-
-def with_loss(candidate: Candidate, loss: float, estimated: bool = False) -> Candidate:
-    """The candidate with its expected loss."""
-    return replace(candidate, loss=loss, estimated=estimated)

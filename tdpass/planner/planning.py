@@ -22,12 +22,11 @@ from tdpass.planner.candidates import (
     as_it_is,
     dense_candidate,
     enumerate_candidates,
-    frontier,
     on_offer,
-    with_loss,
 )
 from tdpass.planner.divergence import FittedDivergence
 from tdpass.planner.effort import THOROUGH, Allowance, Deadline, Effort
+from tdpass.planner.frontier import frontier, with_loss
 from tdpass.planner.joint import JOINT_CHANGES, joint_options
 from tdpass.planner.moments import stream_metrics
 from tdpass.planner.offers import NOTHING, Offer

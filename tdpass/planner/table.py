@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from tdpass.cost import Budget, Cost
 from tdpass.errors import BudgetError
 from tdpass.form import DENSE
-from tdpass.planner.candidates import Candidate, dense_candidate, within
+from tdpass.planner.candidates import Candidate, dense_candidate
+from tdpass.planner.frontier import within
 from tdpass.planner.joint import JointOption
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.planner.select import Option, cheapest, select

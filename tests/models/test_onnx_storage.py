@@ -102,7 +102,7 @@ def spilling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     folder = tmp_path / "spilled"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    monkeypatch.setattr("tdpass.models.onnx.model.HELD_BYTES", 0)
+    monkeypatch.setattr("tdpass.models.onnx.spill.HELD_BYTES", 0)
     return folder
 
 
@@ -185,7 +185,7 @@ def test_a_small_model_and_a_full_disk_leave_factors_in_memory(monkeypatch: pyte
     model = OnnxModel.open(large_network())
     model.replace("a", svd(model, "a", 20))
     assert mappings() == before
-    monkeypatch.setattr("tdpass.models.onnx.model.HELD_BYTES", 0)
+    monkeypatch.setattr("tdpass.models.onnx.spill.HELD_BYTES", 0)
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     model.replace("b", svd(model, "b", 16))
     assert mappings() == before

@@ -45,8 +45,8 @@ from tdpass.models.onnx.runner import OnnxRunner
 from tdpass.models.onnx.session import Session
 from tdpass.models.onnx.sites import check_fits
 from tdpass.models.onnx.source import Source, source_of
-from tdpass.models.onnx.spill import HELD_BYTES, held_bytes, spilled
-from tdpass.models.onnx.storage import release_heap, stored_bytes
+from tdpass.models.onnx.spill import HeldLayers
+from tdpass.models.onnx.storage import stored_bytes
 from tdpass.models.signature import Signature
 from tdpass.models.streams import StreamEdits
 from tdpass.products import Counted
@@ -70,10 +70,9 @@ class OnnxModel(Model):
         self._dense = dense
         # not the source itself: what came in would stay in memory
         self._give_back, self._owned = source.give_back, source.owned
-        self._layers: dict[str, Layer] = {}
+        self._layers = HeldLayers()
         self._fusions: Fusions = {}
         self._ranges: Mapping[str, Range] = {}
-        self._waiting: frozenset[str] = frozenset()
         self._seen: dict[str, Site] = {}
         self._example: Batch | None = None
         self._observed: tuple[Batch, ...] = ()
@@ -137,7 +136,6 @@ class OnnxModel(Model):
             self.__dict__.pop(cache, None)
 
     def sites(self) -> Sequence[Site]:
-        """Every replaceable weight, in the order of the graph; with extents once `observe` has run."""
         return [
             replace(self._seen.get(name, found.site), bias=self._has_bias(name))
             for name, found in self._dense.sites.items()
@@ -171,19 +169,8 @@ class OnnxModel(Model):
             raise PlanError(f"site {name!r} of an ONNX model cannot be '{layer.form}': {reason}")
         check_fits(layer, found.site)
         kept, bias = layer.to(found.kept), layer.bias
-        self._layers[name] = replace(kept, bias=None if bias is None else bias.to(found.dtype))
-        self._waiting |= {name}
-        self._spill()
+        self._layers.put(name, replace(kept, bias=None if bias is None else bias.to(found.dtype)))
         self._changed()
-
-    def _spill(self) -> None:
-        """Move the factors in memory to a file once they are many."""
-        waiting = {name: self._layers[name] for name in self._waiting}
-        if held_bytes(waiting) > HELD_BYTES:
-            self._layers.update(spilled(waiting))
-            self._waiting = frozenset()
-            del waiting
-            release_heap()
 
     def record(self, batch: Batch) -> Tape:
         return self._record(self._runner, batch)
@@ -252,8 +239,7 @@ class OnnxModel(Model):
 
     def settle_channels(self) -> Mapping[str, Form]:
         narrow = {name: layer for name, layer in self._layers.items() if settles(layer)}
-        self._layers = {name: layer for name, layer in self._layers.items() if name not in narrow}
-        self._waiting -= set(narrow)
+        self._layers.drop(narrow)
         self._seen_again(self._dense.settle(narrow))
         return {name: layer.form for name, layer in narrow.items()}
 
@@ -308,7 +294,7 @@ class OnnxModel(Model):
     def clone(self) -> Self:
         twin = copy.copy(self)
         twin._dense = self._dense.clone()
-        twin._layers = dict(self._layers)
+        twin._layers = self._layers.copy()
         twin._changed()
         return twin
 
@@ -324,7 +310,6 @@ class OnnxModel(Model):
         self._dense.check_finite()
 
     def unwrap(self) -> object:
-        """The rewritten model as the type that came in; an `onnx_ir.Model` for a path."""
         return self._give_back(self._built)
 
     def named_inputs(self, batch: Batch) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import BinaryIO
 
@@ -12,11 +12,40 @@ import torch
 from torch import Tensor
 
 from tdpass.formats.layer import Layer
-from tdpass.models.onnx.storage import map_file
+from tdpass.models.onnx.storage import map_file, release_heap
 from tdpass.models.onnx.tensors import from_memory
 
 HELD_BYTES = 64 * 2**20
 _ALIGNMENT = 64
+
+
+class HeldLayers(dict[str, Layer]):
+    """Layers by site; those in memory are moved to a file once they are many, which small models never have."""
+
+    def __init__(self, layers: Mapping[str, Layer] | None = None, waiting: Iterable[str] = ()) -> None:
+        super().__init__(layers or {})
+        self._waiting = set(waiting)
+
+    def put(self, name: str, layer: Layer) -> None:
+        """Hold a layer."""
+        self[name] = layer
+        self._waiting.add(name)
+        waiting = {name: self[name] for name in self._waiting}
+        if held_bytes(waiting) > HELD_BYTES:
+            self.update(spilled(waiting))
+            self._waiting.clear()
+            del waiting, layer
+            release_heap()
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Hold these no longer."""
+        for name in names:
+            del self[name]
+            self._waiting.discard(name)
+
+    def copy(self) -> HeldLayers:
+        """The same layers, held independently."""
+        return HeldLayers(self, self._waiting)
 
 
 def held_bytes(layers: Mapping[str, Layer]) -> int:

@@ -35,6 +35,7 @@ from tdpass.models.torch.module_values import (
     check_finite,
     check_open,
     signature_of,
+    version_of,
 )
 from tdpass.models.torch.norms import batchnorms, find_folds
 from tdpass.models.torch.placement import placed_layer
@@ -104,14 +105,14 @@ class TorchModel(Model):
         call_layers(self.module)
 
     def record(self, batch: Batch) -> Tape:
-        """As every front end does; layers that came in factored form run, and are named, as the dense ones they stand for."""
+        """As every front end does; layers that came factored run, and are named, as the dense ones they stand for."""
         return self._with_products()._record(batch)
 
     def _with_products(self) -> TorchModel:
         """The model itself, or where layers came in factored form a copy that multiplies them out."""
         if not self._sites.came_factored:
             return self
-        state = self._version()
+        state = version_of(self.module)
         if self._products is None or self._products[0] != state:
             twin = self.clone()
             twin._sites.multiply_out()
@@ -139,17 +140,12 @@ class TorchModel(Model):
 
     def _as_it_is(self) -> TorchModel:
         """A copy, the same one until a parameter or buffer changes."""
-        version = self._version()
+        version = version_of(self.module)
         if self._twin is None or self._twin[0] != version:
             twin = self.clone()
             twin._twin = None
             self._twin = version, twin
         return self._twin[1]
-
-    def _version(self) -> tuple[tuple[int, int], ...]:
-        """What changes with any parameter or buffer."""
-        tensors = (*self.module.parameters(), *self.module.buffers())
-        return tuple((id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
     def observe(self, *batches: Batch) -> None:
         seen = self._with_products()
@@ -300,7 +296,6 @@ class TorchModel(Model):
         )
 
     def clone(self) -> Self:
-        """A deep copy of the module and of what is known about it."""
         twin = copy.copy(self)
         memo: dict[int, Any] = {}
         twin.module = copied(self.module, memo)

@@ -102,3 +102,9 @@ def signature_of(module: nn.Module) -> Signature:
         tuple(Input(entry.name, required=entry.default is entry.empty) for entry in named),
         others=len(named) < len(given),
     )
+
+
+def version_of(module: nn.Module) -> tuple[tuple[int, int], ...]:
+    """What changes with any parameter or buffer."""
+    tensors = (*module.parameters(), *module.buffers())
+    return tuple((id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)

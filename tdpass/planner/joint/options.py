@@ -10,9 +10,10 @@ from functools import partial
 from torch import Tensor
 
 from tdpass.formats.layer import Layer, cost_of
-from tdpass.planner.candidates import Candidate, bias_cost, with_loss
+from tdpass.planner.candidates import Candidate, bias_cost
 from tdpass.planner.divergence import FittedDivergence
 from tdpass.planner.effort import Allowance
+from tdpass.planner.frontier import with_loss
 from tdpass.planner.joint.base import JOINT_CHANGES, Group, JointChange, Network, Variant
 from tdpass.planner.moments import stream_metrics
 from tdpass.planner.rank_plan import Choice
