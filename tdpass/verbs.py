@@ -238,7 +238,7 @@ def _run(
     given_batches, notes = _batches(opened, data, setting.samples)
     batches, cut = within_memory(opened, given_batches, memory)
     model = opened.clone()
-    plain = model.make_plain() if isinstance(model, MakesPlain) else ()
+    plain = model.make_plain() if steps.passes and isinstance(model, MakesPlain) else ()
     model.check()
     example = batches[0] if batches else None if model.macs() else model.example()
     if example is not None:

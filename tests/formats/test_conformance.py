@@ -237,10 +237,9 @@ def test_layers_compile_without_a_break(name: str, site: Site) -> None:
 def test_macs_are_those_of_a_real_call(name: str, site: Site) -> None:
     form = FORMATS.get(name)
     for rank in some_ranks(name, site):
+        x, factors = sample_of(site, 1), factors_of(name, site, "plain", rank)
         with FlopCounterMode(display=False) as counter:
-            form.apply(
-                TorchOps(), sample_of(site, 1), factors_of(name, site, "plain", rank), None, site, rank
-            )
+            form.apply(TorchOps(), x, factors, None, site, rank)
         assert form.macs(site, rank) == counter.get_total_flops() // 2
 
 
