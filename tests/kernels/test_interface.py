@@ -23,7 +23,7 @@ def test_everything_in_the_header_is_read() -> None:
     assert text.count("\nenum ") == len(DECLARED.enums) >= 3
     assert {"float32", "bfloat16"} <= {str(dtype).removeprefix("torch.") for dtype in native.DTYPES}
     assert native.ACTIVATIONS["gelu"] == 3
-    assert native.LANES == {"channels": 0, "pixels": 1, "pairs": 2}
+    assert {"channels": 0, "pixels": 1, "pairs": 2}.items() <= native.LANES.items()
 
 
 @pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
