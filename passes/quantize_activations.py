@@ -38,7 +38,8 @@ class QuantizeActivations(Pass):
     but one number in ten thousand), `mse` (least squared error) or `kl` (least divergence of the
     distribution); or it is `dynamic`, and linear layers find ranges in every call, from each row on torch and
     from all of it in ONNX.  Of the layers, the share `keep` whose activations cost most, measured one by one
-    as the divergence of the output, stays as it is.  Runs after `quantize`, as the last pass but `verify`.
+    as the divergence of the output, stays as it is.  Runs after `quantize`, as the last pass but
+    `fuse-kernels`, on torch, and `verify`.
     """
 
     name = "quantize-activations"

@@ -33,17 +33,21 @@ class Lowered(Stages):
 
 
 def lower(layer: Layer) -> Lowered | None:
-    """The layer as a chain of at most six stages, in one or two dimensions.
+    """The layer as a chain of at most six stages of floating-point weights, in one or two dimensions.
 
     None where its format does more than convolve.
     """
-    site = layer.site
-    if layer.form.encoded or not layer.factors:  # the kernels read floating-point weights
-        return None
-    if site.axes > 2:
+    return None if layer.form.encoded else chain_of(layer)
+
+
+def chain_of(layer: Layer) -> Lowered | None:
+    """The same for factors however they are stored."""
+    site, storage = layer.site, layer.storage
+    if site.axes > 2 or not layer.factors:
         return None
     recorder = _Recorder()
-    weights = {name: _Weight(name, tuple(factor.shape)) for name, factor in layer.factors.items()}
+    shapes = {**storage.shapes, **{name: (count,) for name, count in storage.orders.items()}}
+    weights = {name: _Weight(name, shape) for name, shape in shapes.items()}
     try:
         result = FORMATS.get(layer.format).apply(recorder, _Activation(0), weights, None, site, layer.rank)
     except _NotAChainError:

@@ -12,6 +12,7 @@ from tdpass.formats.layer import Layer
 from tdpass.formats.lowering import lower
 from tdpass.kernels import native
 from tdpass.kernels.conv_chain import activate
+from tdpass.layers.encoded import EncodedCall
 from tdpass.layers.factor_chain import LINEAR
 from tdpass.layers.factorized import Factorized
 
@@ -80,10 +81,15 @@ class Fused(Factorized):
 def layer_by_layer(module: nn.Module) -> Iterator[None]:
     """Run the fused layers of a module as the layers that they are made of."""
     lanes = {inner: inner.lanes for inner in module.modules() if isinstance(inner, Fused)}
+    together = [inner for inner in module.modules() if isinstance(inner, EncodedCall) and not inner.apart]
     for inner in lanes:
         inner.lanes = None
+    for call in together:
+        call.apart = True
     try:
         yield
     finally:
         for inner, before in lanes.items():
             inner.lanes = before
+        for call in together:
+            call.apart = False

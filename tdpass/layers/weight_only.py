@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdpass.form import Form
 from tdpass.formats.base import FORMATS
@@ -14,7 +14,7 @@ from tdpass.formats.layer import Layer
 from tdpass.formats.storage import Storage
 from tdpass.kernels.weight_only import WEIGHT_ONLY_LINEAR, pack_codes, pack_floats
 from tdpass.layers.derived import Recipe, derived
-from tdpass.layers.factorized import Factorized
+from tdpass.layers.encoded import EncodedCall
 from tdpass.numbers import VALUES
 from tdpass.numbers.floating import Floating
 from tdpass.numbers.integer import Integer
@@ -22,23 +22,6 @@ from tdpass.ops import TorchOps
 from tdpass.site import Site
 
 _EIGHTH = 8  # groups of the operator are multiples of so many inputs
-
-
-def why_not_weight_only(layer: Layer) -> str:
-    """Why the operator does not serve a layer; empty where it does."""
-    whole, *thin = _names(layer)
-    numbers = layer.storage.numbers.get(whole)
-    if layer.site.axes or layer.site.groups > 1 or layer.format not in ("dense", "svd_residual"):
-        return f"'{layer.form}' is no linear layer of one matrix, alone or beside a product of two"
-    if not isinstance(numbers, Integer) or numbers.bits not in (4, 8) or numbers.zero:
-        return f"'{layer.form}' holds no whole numbers of 4 or 8 bits around zero"
-    if layer.storage.supports or layer.form.activations or (numbers.group > 0 and numbers.group % _EIGHTH):
-        return (
-            f"'{layer.form}' has a support, integer activations or groups that are no multiples of {_EIGHTH}"
-        )
-    if not all(isinstance(layer.storage.numbers.get(name), Floating) for name in thin):
-        return f"'{layer.form}' holds no floating-point factors beside its whole numbers"
-    return ""
 
 
 def _names(layer: Layer) -> tuple[str, ...]:
@@ -74,30 +57,34 @@ def _pack(storage: Storage, name: str, held: dict[str, Tensor]) -> tuple[Tensor,
     return pack_codes(codes.reshape(outputs, inputs).to(torch.int8), scales, numbers.bits)
 
 
-class WeightOnly(Factorized):
+class WeightOnly(EncodedCall):
     """A linear layer of whole numbers that runs as `weight_only_linear`, from what is packed of its parts.
 
     Where gradients are wanted, while it is compiled or exported, and for other types than single precision it
-    runs as the layer that it is.  Raises nothing of its own: `why_not_weight_only` says what it is made of.
+    runs as the layer that it is.
     """
 
-    @classmethod
-    def of(cls, module: Factorized) -> WeightOnly:
-        """The same layer with the very same tensors, mode and hooks."""
-        made = cls(module.layer(), module.bias, module.padding_mode, module.pads)
-        for name, value in module.factors().items():
-            setattr(made, name, value)
-        made.train(module.training)
-        made._forward_hooks, made._forward_pre_hooks = module._forward_hooks, module._forward_pre_hooks
-        return made
+    operator = "weight_only_linear"
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self._served(x):
-            return super().forward(x)
-        return self.packed_call(x)
+    @staticmethod
+    def why_not(layer: Layer) -> str:
+        whole, *thin = _names(layer)
+        numbers = layer.storage.numbers.get(whole)
+        if layer.site.axes or layer.site.groups > 1 or layer.format not in ("dense", "svd_residual"):
+            return f"'{layer.form}' is no linear layer of one matrix, alone or beside a product of two"
+        if not isinstance(numbers, Integer) or numbers.bits not in (4, 8) or numbers.zero:
+            return f"'{layer.form}' holds no whole numbers of 4 or 8 bits around zero"
+        if (
+            layer.storage.supports
+            or layer.form.activations
+            or (numbers.group > 0 and numbers.group % _EIGHTH)
+        ):
+            return f"'{layer.form}' has a support, integer activations or groups that are no multiples of {_EIGHTH}"
+        if not all(isinstance(layer.storage.numbers.get(name), Floating) for name in thin):
+            return f"'{layer.form}' holds no floating-point factors beside its whole numbers"
+        return ""
 
     def packed_call(self, x: Tensor) -> Tensor:
-        """The operator on this input."""
         held = self.factors()
         recipe = PackWeightOnly(self.site, self.form, tuple(held))
         packed = derived(recipe, tuple(held.values()))
@@ -107,11 +94,6 @@ class WeightOnly(Factorized):
         )
         return y
 
-    def _served(self, x: Tensor) -> bool:
-        inference = not torch.is_grad_enabled() or not (x.requires_grad or _trained(self.bias))
-        plain = x.dtype is torch.float32 and not torch.is_autocast_enabled(x.device.type)
-        return inference and plain and not torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-
-
-def _trained(bias: nn.Parameter | None) -> bool:
-    return bias is not None and bias.requires_grad
+    def serves(self, x: Tensor) -> bool:
+        traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()
+        return x.dtype is torch.float32 and not traced

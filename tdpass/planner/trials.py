@@ -28,6 +28,7 @@ OTHER_SIZE = 3
 LARGEST_WITHOUT_DATA = 1 << 28  # bytes of a model that is not run where there is no data to plan on either
 _EPSILONS = 10  # of the output's type, where that is more than ROUNDING
 _AMPLIFIED = 30  # times what a last digit in the input changes
+_STEP = 1 / 127  # of the largest number, on a grid of eight bits
 
 
 class Promise(Enum):
@@ -155,7 +156,7 @@ class Trials:
         if not _finite(answer):
             return f"makes the network answer {trial.what} with NaN or infinite values"
         if promise is Promise.SAME:
-            moved, allowed = gap(trial.now, answer), self._rounding(trial, answer)
+            moved, allowed = gap(trial.now, answer), self._rounding(trial, answer, model)
             return (
                 f"changed the outputs on {trial.what} by {moved:.3g} of their size, where rounding allows "
                 f"{allowed:.2g}"
@@ -190,23 +191,34 @@ class Trials:
             [(self.divergence.outputs(trial.original), self.divergence.outputs(answer))]
         )
 
-    def _rounding(self, trial: Trial, answer: object) -> float:
-        """What rounding may change: some last digits, or what the original makes of a last digit in its input."""
+    def _rounding(self, trial: Trial, answer: object, model: Model) -> float:
+        """What rounding may change: some last digits, or what the original makes of a last digit in its input.
+
+        Where layers read integers, a last digit may put a number on the next of its grid: what the model makes
+        of a step of eight bits in its input.
+        """
         epsilon = max((torch.finfo(leaf.dtype).eps for leaf in _floats(answer)), default=0.0)
-        least = max(ROUNDING, _EPSILONS * epsilon)
-        if gap(trial.now, answer) <= least:
+        least, moved = max(ROUNDING, _EPSILONS * epsilon), gap(trial.now, answer)
+        if moved > least and any(layer.form.activations for layer in _layers(model).values()):
+            least = max(SLIGHT, gap(answer, model.run(_nudged(trial.call, _STEP))))
+        if moved <= least:
             return least
-        generator = torch.Generator().manual_seed(0)
-
-        def nudged(tensor: Tensor) -> Tensor:
-            return (
-                tensor * (1 + epsilon * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
-                if tensor.is_floating_point()
-                else tensor
-            )
-
-        again, near = self.given.run(trial.call), self.given.run(trial.call.map(nudged))
+        again, near = self.given.run(trial.call), self.given.run(_nudged(trial.call, epsilon))
         return max(least, _AMPLIFIED * max(gap(trial.original, again), gap(trial.original, near)))
+
+
+def _nudged(call: Batch, epsilon: float) -> Batch:
+    """The call with every floating-point number off by about that share of it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def nudged(tensor: Tensor) -> Tensor:
+        return (
+            tensor * (1 + epsilon * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
+            if tensor.is_floating_point()
+            else tensor
+        )
+
+    return call.map(nudged)
 
 
 def gap(reference: object, output: object) -> float:

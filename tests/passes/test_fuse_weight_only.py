@@ -11,9 +11,10 @@ from torch import Tensor, nn
 import tdpass
 from tdpass.formats import Layer
 from tdpass.fusing.choose import PLAIN
+from tdpass.kernels import native
 from tdpass.layers.factorized import Factorized
-from tdpass.layers.weight_only import WeightOnly, why_not_weight_only
-from tdpass.models.torch import fuse_weight_only
+from tdpass.layers.weight_only import WeightOnly
+from tdpass.models.torch import fuse_encoded
 
 SERVED = [
     "numbers=int8",
@@ -23,6 +24,7 @@ SERVED = [
         for options in ("numbers=int8/tensor", "numbers=int4", "numbers=int4/32", "numbers=int8,beside=4")
     ),
 ]
+pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
 UNMEASURED = "fuse-kernels{measure=false}"
 
 
@@ -52,6 +54,7 @@ def test_it_answers_as_the_layer_that_it_was_and_is_saved_as_that(options: str, 
         )
     assert fused.state_dict().keys() == plain.state_dict().keys()
     fused_artifact = made(options)
+    assert fused_artifact.report.final == made(options, "verify").report.final
     fused_artifact.save(tmp_path / "net.safetensors")
     torch.testing.assert_close(tdpass.load(tmp_path / "net.safetensors", net())(rows()), plain(rows()))
 
@@ -75,7 +78,7 @@ def test_it_is_chosen_where_it_is_measured_to_be_faster(
     def times(layer: Factorized, one: WeightOnly, like: Tensor) -> dict[str, float]:
         return {PLAIN: 1e-4, "weight_only_linear": fused}
 
-    monkeypatch.setattr(fuse_weight_only, "_times", times)
+    monkeypatch.setattr(fuse_encoded, "_times", times)
     artifact = made("numbers=int8", "fuse-kernels")
     assert any(isinstance(part, WeightOnly) for part in artifact.model) == chosen
     said = [why for why in artifact.report.declined.values() if "us as one operator" in why]
@@ -85,9 +88,9 @@ def test_it_is_chosen_where_it_is_measured_to_be_faster(
 def test_times_are_measured_once_and_kept() -> None:
     layer = made("numbers=int8", "verify").model[0]
     one, like = WeightOnly.of(layer), torch.empty(5, 32, device="meta")
-    first = fuse_weight_only._times(layer, one, like)
+    first = fuse_encoded._times(layer, one, like)
     assert all(seconds > 0 for seconds in first.values())
-    assert fuse_weight_only._times(layer, one, like) == first
+    assert fuse_encoded._times(layer, one, like) == first
 
 
 @pytest.mark.parametrize(
@@ -110,4 +113,4 @@ def test_convolutions_are_not_served() -> None:
     model = tdpass.compress(module, None, x, pipeline="quantize", cache=False).model
     layer = model[0].layer()
     assert isinstance(layer, Layer)
-    assert "no linear layer" in why_not_weight_only(layer)
+    assert "no linear layer" in WeightOnly.why_not(layer)

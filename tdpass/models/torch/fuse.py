@@ -14,10 +14,10 @@ from tdpass.formats.lowering import Lowered, lower
 from tdpass.fusing.choose import Verdict, choose, served
 from tdpass.fusing.spec import ChainCall, ChainSpec, Layout
 from tdpass.fusing.torch_calls import in_torch
+from tdpass.layers.encoded import EncodedCall
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.fused import Fused
-from tdpass.layers.weight_only import WeightOnly
-from tdpass.models.torch.fuse_weight_only import fuse_weight_only
+from tdpass.models.torch.fuse_encoded import fuse_encoded
 
 Calls = dict[int, list[Tensor]]
 
@@ -36,7 +36,7 @@ def fuse_layers(
     layers = {
         path: layer
         for path, layer in module.named_modules()
-        if isinstance(layer, Factorized) and not isinstance(layer, Fused | WeightOnly)
+        if isinstance(layer, Factorized) and not isinstance(layer, Fused | EncodedCall)
     }
     inputs = None if run is None else _inputs(layers, run)
     found: dict[Factorized, Factorized] = {}
@@ -44,7 +44,7 @@ def fuse_layers(
     for path, layer in layers.items():
         called = None if inputs is None else inputs[path]
         if layer.form.encoded:
-            made, reason = fuse_weight_only(layer, called)
+            made, reason = fuse_encoded(layer, called)
             if made is None:
                 decline(path, f"not fused: {reason}")
             else:

@@ -1,0 +1,59 @@
+"""Layers of encoded factors that run as one operator, from what is packed of their parts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from tdpass.formats.layer import Layer
+from tdpass.layers.factorized import Factorized
+
+
+class EncodedCall(Factorized, ABC):
+    """A layer of encoded factors as one operator, where that serves what it is called with; else it runs as it is.
+
+    `operator` names what it is measured under.  With `apart` set it always runs as it is.
+    """
+
+    operator: ClassVar[str]
+    apart = False
+
+    @classmethod
+    def of(cls, module: Factorized) -> Self:
+        """The same layer with the very same tensors, mode and hooks."""
+        made = cls(module.layer(), module.bias, module.padding_mode, module.pads)
+        for name, value in module.factors().items():
+            setattr(made, name, value)
+        made.train(module.training)
+        made._forward_hooks, made._forward_pre_hooks = module._forward_hooks, module._forward_pre_hooks
+        return made
+
+    @staticmethod
+    @abstractmethod
+    def why_not(layer: Layer) -> str:
+        """Why the operator does not serve a layer; empty where it does."""
+
+    @abstractmethod
+    def packed_call(self, x: Tensor) -> Tensor:
+        """The operator on this input."""
+
+    @abstractmethod
+    def serves(self, x: Tensor) -> bool:
+        """Whether the operator takes this input, gradients aside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.apart or not (self._inference(x) and self.serves(x)):
+            return super().forward(x)
+        return self.packed_call(x)
+
+    def _inference(self, x: Tensor) -> bool:
+        if torch.is_autocast_enabled(x.device.type):
+            return False
+        trained = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        # an export is traced with gradients on, and what it gives is for inference
+        exported = torch.compiler.is_exporting() and not self.training
+        return exported or not (trained and torch.is_grad_enabled())

@@ -1,0 +1,71 @@
+"""Which layers of encoded factors run faster as one operator, by the table of times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tdpass.fusing.choose import PLAIN, measuring, seconds_of, served, times_kept
+from tdpass.kernels import native
+from tdpass.layers.encoded import EncodedCall
+from tdpass.layers.factorized import Factorized
+from tdpass.layers.integer_chain import IntegerChain
+from tdpass.layers.weight_only import WeightOnly
+from tdpass.machine import processor
+from tdpass.timings import Key, Row, geometry_of
+
+_LEAST = 1 / 0.95  # what is packed is a second copy of the weight
+
+
+def fuse_encoded(layer: Factorized, inputs: Sequence[Tensor] | None) -> tuple[EncodedCall | None, str]:
+    """The layer as one operator where that is faster on these inputs (given without storage), else why not."""
+    kind = IntegerChain if layer.form.activations else WeightOnly
+    device = next(iter(layer.factors().values())).device.type
+    dtypes = {torch.float32} if not inputs else {x.dtype for x in inputs}
+    reason = kind.why_not(layer.layer()) or "".join(served(device, dtype) for dtype in dtypes)
+    if reason:
+        return None, reason
+    fused = kind.of(layer)
+    if inputs is None or not measuring():
+        return fused, ""
+    if not inputs:
+        return None, "it is not called when the model runs on the data"
+    times = [_times(layer, fused, x) for x in inputs]
+    plain, one = (sum(each[way] for each in times) for way in (PLAIN, fused.operator))
+    if one * _LEAST < plain:
+        return fused, ""
+    return None, f"{one * 1e6:.0f} us as one operator, {plain * 1e6:.0f} us as it is"
+
+
+def _times(layer: Factorized, fused: EncodedCall, like: Tensor) -> dict[str, float]:
+    """Seconds of either way, measured where the table has none.
+
+    The form is part of the key: it says the precision of the factors, and whether the grids of what they read
+    are stored or found in every call.
+    """
+    threads = torch.get_num_threads()
+    called = f"{geometry_of(layer.site)} {tuple(like.shape)} strides {like.stride()}"
+    keys = {
+        way: Key(
+            f"{processor()} {native.isa()}",
+            f"torch {torch.__version__}, kernels {native.version()}",
+            threads,
+            int(like.shape[0]),
+            str(like.dtype).removeprefix("torch."),
+            called if not layer.pads else f"{called} {layer.padding_mode} {layer.pads}",
+            f"{layer.form} {way}",
+            (),
+        )
+        for way in (PLAIN, fused.operator)
+    }
+    table = times_kept()
+    known = table.get(keys.values())
+    if len(known) < len(keys):
+        x = torch.randn_like(like, device="cpu")
+        calls = {PLAIN: lambda: layer(x), fused.operator: lambda: fused.packed_call(x)}
+        seconds = seconds_of(calls, threads)
+        known = {keys[way]: Row(time) for way, time in seconds.items()}
+        table.put(known)
+    return {way: known[key].seconds for way, key in keys.items()}
