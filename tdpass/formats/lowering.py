@@ -17,12 +17,21 @@ from tdpass.kernels.stage import Lanes, Stage, Stages
 from tdpass.ops import Pads
 from tdpass.site import Site
 
+_LANES = 16
+
 
 @dataclass(frozen=True)
 class Lowered(Stages):
     """The stages of a layer, and the factor that is each one's weight, named."""
 
     factors: tuple[str, ...]
+
+    @property
+    def lanes(self) -> Lanes:
+        """Vectors of channels where every width fills them, else of pixels, which need the steps 1, 2 and 4."""
+        fills = all(stage.outputs % _LANES == 0 for stage in self.stages)
+        steps = all(stage.stride[1] in (1, 2, 4) for stage in self.stages)
+        return "channels" if self.linear or fills or not steps else "pixels"
 
     def pack(self, layer: Layer, lanes: Lanes) -> list[Tensor]:
         """The factors of a layer as the kernels take them."""

@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from tdpass.formats.layer import Layer
+from tdpass.formats.lowering import chain_of
+from tdpass.kernels import native
 from tdpass.layers.factorized import Factorized
 
 
@@ -57,3 +59,30 @@ class EncodedCall(Factorized, ABC):
         # an export is traced with gradients on, and what it gives is for inference
         exported = torch.compiler.is_exporting() and not self.training
         return exported or not (trained and torch.is_grad_enabled())
+
+
+class EncodedChain(EncodedCall, ABC):
+    """One whose format is a chain of convolutions or linear layers, `lowered`."""
+
+    def __init__(
+        self, layer: Layer, bias: nn.Parameter | None, padding_mode: str = "zeros", pads: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(layer, bias, padding_mode, pads)
+        lowered = chain_of(layer)
+        assert lowered is not None
+        self.lowered = lowered
+
+    @abstractmethod
+    def chain_call(self, x: Tensor) -> Tensor:
+        """The operator on an input that is padded as it needs."""
+
+    def packed_call(self, x: Tensor) -> Tensor:
+        return self.chain_call(
+            torch.nn.functional.pad(x, self.pads, mode=self.padding_mode) if self.pads else x
+        )
+
+    def serves(self, x: Tensor) -> bool:
+        axes = self.site.axes + 2
+        fits = x.dim() == axes if self.site.axes else x.dim() >= axes
+        alike = x.dtype in native.DTYPES and (self.bias is None or self.bias.dtype == x.dtype)
+        return fits and alike and x.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Layers whose int8 factors read integers, as one chain in whole numbers: `linear_chain_int8` or `conv_chain_int8`.
+"""Layers whose int8 factors read integers, as one chain: `linear_chain_int8` or `conv_chain_int8`.
 
 `integer_chain` calls it by the codes, scales and ranges as the layer stores them; what is packed of them is
 looked up by identity when it runs, so that exported programs hold what is stored alone.
@@ -12,20 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.library import Library
 
 from tdpass.form import STATIC
 from tdpass.formats.layer import Layer
 from tdpass.formats.lowering import chain_of
-from tdpass.kernels import native
 from tdpass.kernels.base import NAMESPACE
 from tdpass.kernels.grid import Grid, Grids
 from tdpass.kernels.int8_chain import CONV_CHAIN_INT8, LINEAR_CHAIN_INT8, empty_output
 from tdpass.kernels.int8_factor import MOST_PRODUCTS, columns, pack_codes
 from tdpass.kernels.stage import stages_of, widths_of
 from tdpass.layers.derived import Recipe, derived
-from tdpass.layers.encoded import EncodedCall
+from tdpass.layers.encoded import EncodedChain
 
 NAME = "integer_chain"
 _SCHEMA = (
@@ -100,23 +99,15 @@ def fake(
     return y.squeeze(2) if flat else y
 
 
-class IntegerChain(EncodedCall):
+class IntegerChain(EncodedChain):
     """A layer of int8 factors that read integers, as one chain in whole numbers.
 
     Between its factors codes stay in the cache, and are never written as floating-point numbers where their
-    ranges are stored.  A code may differ by one step from that of the layer as it is, which divides by a scale
-    where the kernel multiplies with its inverse.
+    ranges are stored.  A code may differ by one step from that of the layer as it is, which divides by a
+    scale where the kernel multiplies with its inverse.
     """
 
     operator = NAME
-
-    def __init__(
-        self, layer: Layer, bias: nn.Parameter | None, padding_mode: str = "zeros", pads: tuple[int, ...] = ()
-    ) -> None:
-        super().__init__(layer, bias, padding_mode, pads)
-        lowered = chain_of(layer)
-        assert lowered is not None
-        self.lowered = lowered
 
     @staticmethod
     def why_not(layer: Layer) -> str:
@@ -131,9 +122,7 @@ class IntegerChain(EncodedCall):
             return f"'{layer.form}' sums more than {MOST_PRODUCTS} products, which may exceed 32 bits"
         return ""
 
-    def packed_call(self, x: Tensor) -> Tensor:
-        if self.pads:
-            x = torch.nn.functional.pad(x, self.pads, mode=self.padding_mode)
+    def chain_call(self, x: Tensor) -> Tensor:
         names, storage = self.lowered.factors, self.storage
         stored = [[*names], [*map(storage.scale_of, names)], [*map(storage.range_of, names)]]
         if self.form.activations != STATIC:
@@ -143,12 +132,6 @@ class IntegerChain(EncodedCall):
             x, *held, self.bias, self.lowered.integers, self.lowered.linear
         )
         return y
-
-    def serves(self, x: Tensor) -> bool:
-        axes = self.site.axes + 2
-        fits = x.dim() == axes if self.site.axes else x.dim() >= axes
-        alike = x.dtype in native.DTYPES and (self.bias is None or self.bias.dtype == x.dtype)
-        return fits and alike and x.device.type == "cpu"
 
 
 _LIBRARY: Any = Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Layers of int8 factors that read integers, as one chain in whole numbers: the same codes, chosen by measured times, saved as before."""
+"""Layers of int8 factors that read integers as one chain: the same codes, chosen by time, saved as before."""
 
 from __future__ import annotations
 

@@ -25,8 +25,6 @@ from tdpass.layers.factorized import Factorized
 from tdpass.layers.fused import Fused
 from tdpass.models.base import Batch
 
-_LANES = 16
-
 
 class FusedLayer(nn.Module):
     """A factored layer for inference: the fused operator on packed factors, which are buffers, and nothing that takes Python to run."""
@@ -38,7 +36,7 @@ class FusedLayer(nn.Module):
         self.activation = dense.activation if isinstance(dense, Fused) else "identity"
         self.lanes: Lanes = "pixels" if isinstance(dense, Fused) and dense.lanes == "pixels" else "channels"
         if not isinstance(dense, Fused):
-            self.lanes = lanes_for(lowered)
+            self.lanes = lowered.lanes
         self.lanes = packing(self.lanes, next(iter(dense.factors().values())).dtype)
         self.padding_mode, self.pads = dense.padding_mode, dense.pads
         self.packed = [f"packed_{index}" for index in range(len(lowered.stages))]
@@ -64,13 +62,6 @@ class FusedLayer(nn.Module):
             self.lanes,
         )
         return y.squeeze(2) if self.axes == 1 else y  # type: ignore[no-any-return]
-
-
-def lanes_for(lowered: Lowered) -> Lanes:
-    """Vectors of channels where every width fills them, else of pixels, which need the steps 1, 2 and 4."""
-    fills = all(stage.outputs % _LANES == 0 for stage in lowered.stages)
-    steps = all(stage.stride[1] in (1, 2, 4) for stage in lowered.stages)
-    return "channels" if not lowered.axes or fills or not steps else "pixels"
 
 
 def fused(module: nn.Module) -> tuple[nn.Module, int]:

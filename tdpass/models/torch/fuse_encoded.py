@@ -11,9 +11,11 @@ from tdpass.fusing.choose import PLAIN, measuring, seconds_of, served, times_kep
 from tdpass.kernels import native
 from tdpass.layers.encoded import EncodedCall
 from tdpass.layers.factorized import Factorized
+from tdpass.layers.float_chain import FloatChain
 from tdpass.layers.integer_chain import IntegerChain
 from tdpass.layers.weight_only import WeightOnly
 from tdpass.machine import processor
+from tdpass.numbers.floating import Floating
 from tdpass.timings import Key, Row, geometry_of
 
 _LEAST = 1 / 0.95  # what is packed is a second copy of the weight
@@ -21,10 +23,8 @@ _LEAST = 1 / 0.95  # what is packed is a second copy of the weight
 
 def fuse_encoded(layer: Factorized, inputs: Sequence[Tensor] | None) -> tuple[EncodedCall | None, str]:
     """The layer as one operator where that is faster on these inputs (given without storage), else why not."""
-    kind = IntegerChain if layer.form.activations else WeightOnly
-    device = next(iter(layer.factors().values())).device.type
-    dtypes = {torch.float32} if not inputs else {x.dtype for x in inputs}
-    reason = kind.why_not(layer.layer()) or "".join(served(device, dtype) for dtype in dtypes)
+    kind = _kind(layer)
+    reason = kind.why_not(layer.layer()) or _unserved(layer, inputs)
     if reason:
         return None, reason
     fused = kind.of(layer)
@@ -37,6 +37,20 @@ def fuse_encoded(layer: Factorized, inputs: Sequence[Tensor] | None) -> tuple[En
     if one * _LEAST < plain:
         return fused, ""
     return None, f"{one * 1e6:.0f} us as one operator, {plain * 1e6:.0f} us as it is"
+
+
+def _unserved(layer: Factorized, inputs: Sequence[Tensor] | None) -> str:
+    """Why no kernel serves these inputs where the layer is; empty where one does."""
+    device = next(iter(layer.factors().values())).device.type
+    dtypes = {x.dtype for x in inputs or ()} or {torch.float32}
+    return next((reason for dtype in dtypes if (reason := served(device, dtype))), "")
+
+
+def _kind(layer: Factorized) -> type[EncodedCall]:
+    if layer.form.activations:
+        return IntegerChain
+    floating = all(isinstance(each, Floating) for each in layer.storage.numbers.values())
+    return FloatChain if floating and not layer.storage.supports else WeightOnly
 
 
 def _times(layer: Factorized, fused: EncodedCall, like: Tensor) -> dict[str, float]:
