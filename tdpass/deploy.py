@@ -20,7 +20,6 @@ from tdpass.models import Batch, ExampleInputs, Model, as_example, open_model
 from tdpass.models.abilities import RunsAsModule
 from tdpass.models.torch.adapting import adaptation_of
 from tdpass.models.torch.deployable import compile_package, export_onnx, export_program, fused, load_package
-from tdpass.models.torch.selected_onnx import export_selected
 
 SUFFIXES = (".pt2", ".onnx")
 OPS_SUFFIX = ".tdpass_ops.so"
@@ -73,6 +72,8 @@ def deploy(
     with folder_beside(target) as folder:
         made = folder / target.name
         if target.suffix == ".onnx" and adaptation_of(module) is not None:
+            from tdpass.models.torch.selected_onnx import export_selected  # noqa: PLC0415 - it needs the ONNX libraries
+
             export_selected(module, example, dynamic_batch, made)
         elif target.suffix == ".onnx":
             export_onnx(module, example, dynamic_batch, made)

@@ -40,7 +40,9 @@ M = TypeVar("M", default=Any)
 
 PLANNED = "fold-batchnorm,divide,plan,factorize,correct-bias,refit,recalibrate-batchnorm,verify"
 GIVEN_PLAN = "fold-batchnorm,factorize,correct-bias,refit,recalibrate-batchnorm,verify"
-ON_TARGET = "fold-batchnorm,divide,plan,factorize,correct-bias,refit,recalibrate-batchnorm,fuse-kernels,verify"
+ON_TARGET = (
+    "fold-batchnorm,divide,plan,factorize,correct-bias,refit,recalibrate-batchnorm,fuse-kernels,verify"
+)
 DRY_RUN = "fold-batchnorm,divide,plan"
 
 

@@ -37,8 +37,12 @@ class Residual(Format):
     def ranks(self, site: Site) -> Sequence[Rank]:
         return self.inner.ranks(site)
 
+    def begin(self, weight: Tensor, site: Site, metric: Metric) -> Decomposition:
+        """`decompose`: what is brought near 1 is what the other format fits, and not the remainder, which is added."""
+        return self.decompose(weight.double(), site, metric)
+
     def decompose(self, weight: Tensor, site: Site, metric: Metric) -> Decomposition:
-        return _WithRemainder(self.inner, self.inner.decompose(weight, site, metric), weight, site)
+        return _WithRemainder(self.inner, self.inner.begin(weight, site, metric), weight, site)
 
     def shapes(self, site: Site, rank: Rank) -> dict[str, tuple[int, ...]]:
         return {**self.inner.shapes(site, rank), RESIDUAL: site.shape}

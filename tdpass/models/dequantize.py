@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnx
-import onnx_ir as ir
-from torch import nn
-from torch.fx import GraphModule
-
-from tdpass.errors import UsageError
-from tdpass.models.onnx.dequantized import dequantized
-from tdpass.models.onnx.source import source_of
-from tdpass.models.torch.quantized import dequantized_module
+from tdpass.errors import InvalidModelError, UsageError
+from tdpass.models.front_ends import front_end_of
 
 
 def dequantize(model: object) -> object:
@@ -23,14 +16,14 @@ def dequantize(model: object) -> object:
     whose weights are tensors that know how to `dequantize`, as torchao's.  What is rounded on its way through
     the model is passed on as it is.  Raises `UsageError` for anything else.
     """
-    if isinstance(model, nn.Module) and not isinstance(model, GraphModule):
-        return dequantized_module(model)
-    if isinstance(model, str | Path | onnx.ModelProto | ir.Model):
-        source = source_of(model)
-        made = source.model.clone()
-        dequantized(made)
-        return source.give_back(made)
-    raise UsageError(
-        f"dequantize takes an nn.Module or an ONNX model, not a {type(model).__name__}; compress the "
-        "floating-point model, then quantize it"
-    )
+    source = Path(model) if isinstance(model, str) else model
+    try:
+        made = front_end_of(source).dequantized
+    except InvalidModelError:
+        made = None
+    if made is None:
+        raise UsageError(
+            f"dequantize takes an nn.Module or an ONNX model, not a {type(model).__name__}; compress the "
+            "floating-point model, then quantize it"
+        )
+    return made(source)

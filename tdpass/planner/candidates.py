@@ -185,8 +185,6 @@ class SiteFits:
         return FORMATS.get(layer.format).reconstruct(dict(layer.values(torch.float64)), self.site)
 
 
-
-
 def enumerate_candidates(
     fits: SiteFits,
     formats: Sequence[str],

@@ -19,7 +19,8 @@ class FrontEnd:
 
     A class is given as it is, or by its full name where its library need not be there; of several front ends
     whose classes a model is of, the one that has the nearest takes it.  `open(model, example, overridable)`
-    gets the model or a `Path`.  `trusted` reads a file whose loading could run code, where such files exist.
+    gets the model or a `Path`.  `trusted` reads a file whose loading could run code, where such files exist;
+    `dequantized` copies a model or what a `Path` holds, with floating-point weights in place of integers.
     """
 
     name: str
@@ -27,6 +28,7 @@ class FrontEnd:
     types: tuple[type | str, ...] = ()
     suffixes: tuple[str, ...] = ()
     trusted: Callable[[Path], object] | None = None
+    dequantized: Callable[[object], object] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -16,4 +16,14 @@ def _open(model: object, example: Batch | None, overridable: Sequence[str]) -> M
     return OnnxModel.open(model, example, overridable)
 
 
-register_front_end(FrontEnd("onnx", _open, types=_TYPES, suffixes=(".onnx",)))
+def _dequantized(model: object) -> object:
+    from tdpass.models.onnx.dequantized import dequantized  # noqa: PLC0415 - as above
+    from tdpass.models.onnx.source import source_of  # noqa: PLC0415 - as above
+
+    source = source_of(model)
+    made = source.model.clone()
+    dequantized(made)
+    return source.give_back(made)
+
+
+register_front_end(FrontEnd("onnx", _open, types=_TYPES, suffixes=(".onnx",), dequantized=_dequantized))

@@ -9,6 +9,7 @@ from torch import nn
 from tdpass.models.base import Batch, Model
 from tdpass.models.front_ends.base import FrontEnd, register_front_end
 from tdpass.models.torch.model import TorchModel
+from tdpass.models.torch.quantized import dequantized_module
 
 
 def _open(model: object, example: Batch | None, _overridable: Sequence[str]) -> Model:
@@ -16,4 +17,9 @@ def _open(model: object, example: Batch | None, _overridable: Sequence[str]) -> 
     return TorchModel(model, example)
 
 
-register_front_end(FrontEnd("torch", _open, types=(nn.Module,)))
+def _dequantized(model: object) -> object:
+    assert isinstance(model, nn.Module)
+    return dequantized_module(model)
+
+
+register_front_end(FrontEnd("torch", _open, types=(nn.Module,), dequantized=_dequantized))

@@ -135,7 +135,9 @@ class DenseGraph:
     def slice_streams(self, edits: StreamEdits, runner: OnnxRunner) -> Sequence[str]:
         """Carry out edits of streams by the tensors of that runner; returns the names of the sites changed."""
         if self.model.functions or self.opened:
-            raise UnsupportedError("streams of models with local functions or recurrent nodes stay as they are")
+            raise UnsupportedError(
+                "streams of models with local functions or recurrent nodes stay as they are"
+            )
         names = {id(weight): name for name, weight in runner.weights.items()}
         constants = {id(tensor): value for value, tensor in runner.constants.items()}
         slice_graph(self.model, self.sites, edits, names, constants)

@@ -199,9 +199,7 @@ class OnnxModel(Model):
         sites = {id(weight): name for name, weight in runner.weights.items()}
         held = (*runner.weights.values(), *runner.constants.values())
         values = list(inputs.values())
-        return record(
-            lambda: runner(inputs), values, sites, samples=batch.size, held=held, replayed=replayed
-        )
+        return record(lambda: runner(inputs), values, sites, samples=batch.size, held=held, replayed=replayed)
 
     def run(self, batch: Batch) -> dict[str, Tensor]:
         return self._session(self.named_inputs(batch))

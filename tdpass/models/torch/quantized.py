@@ -27,7 +27,7 @@ def why_quantized(module: nn.Module) -> str:
     """Why a module whose weight is quantized stays as it is; empty where it is no such."""
     if type(module).__module__.startswith(_PACKAGE) and callable(getattr(module, "weight", None)):
         return f"its weight is quantized ({_name(module)}); {_ADVICE}"
-    weight = module._parameters.get("weight")
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
     if weight is not None and is_foreign(weight):
         return f"its weight is a {type(weight).__name__}, which is quantized; {_ADVICE}"
     return ""

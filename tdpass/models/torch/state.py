@@ -215,9 +215,7 @@ def _older_names(structure: Structure, stored: Container[str]) -> dict[str, str]
     return {name: older for name, older in found.items() if older in stored}
 
 
-def _expected(
-    module: nn.Module, swaps: Sequence[Swap], structure: Structure
-) -> dict[str, Held]:
+def _expected(module: nn.Module, swaps: Sequence[Swap], structure: Structure) -> dict[str, Held]:
     gone = {path for replacement, _, _ in swaps for path in replacement.paths} | set(structure.folded)
     expected = {
         name: (tuple(value.shape), value.dtype)
