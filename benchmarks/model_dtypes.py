@@ -52,7 +52,7 @@ def candidates(dtype: str, dense: nn.Module, chain: nn.Module, x: Tensor, thread
         for shape, module in (("dense", dense), ("chain", chain))
         for each in ways[dtype](shape, module, x, threads)
     ]
-    return [*plain, *_fused(dtype, chain, x)]
+    return [*plain, *(_fused_int8(chain, x, threads) if dtype == "int8" else _fused(dtype, chain, x))]
 
 
 def _fp32(shape: str, module: nn.Module, x: Tensor, threads: int) -> Iterator[Candidate]:
@@ -79,9 +79,7 @@ def _int8(shape: str, module: nn.Module, x: Tensor, threads: int) -> Iterator[Ca
 
 
 def _fused(dtype: str, chain: nn.Module, x: Tensor) -> Iterator[Candidate]:
-    """The operators of this package, where they serve the type."""
-    if dtype == "int8":
-        return
+    """The operators of this package in floating point."""
     module, seen = (
         (copy.deepcopy(chain), x) if dtype == "fp32" else (copy.deepcopy(chain).bfloat16(), x.bfloat16())
     )
@@ -92,6 +90,16 @@ def _fused(dtype: str, chain: nn.Module, x: Tensor) -> Iterator[Candidate]:
     with torch.no_grad():
         answer = compiled(seen)
         yield Candidate("fused", "torch", functools.partial(compiled, seen), answer.float())
+
+
+def _fused_int8(chain: nn.Module, x: Tensor, threads: int) -> Iterator[Candidate]:
+    """The operators of this package in whole numbers, where each layer is faster by them."""
+    module, seen = copy.deepcopy(chain), x
+    if x.dim() == 4:
+        module = module.to(memory_format=torch.channels_last)
+        seen = x.contiguous(memory_format=torch.channels_last)
+    made = tdpass.compress(module, None, seen, pipeline=f"{STATIC},fuse-kernels", strict=False)
+    yield from _in(("eager", "inductor"), made.opened, "fused", seen, threads)
 
 
 def _in(names: tuple[str, ...], model: Model, shape: str, x: Tensor, threads: int) -> Iterator[Candidate]:
