@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.bench_break_even import LAYERS
 from benchmarks.bench_kernels import keep_freed_memory
+from benchmarks.figures import figure
 from benchmarks.model_dtypes import DTYPES, candidates
 from benchmarks.results import Table, Value, show
 from tdpass.clock import on_cpu, threads_of_torch
@@ -124,15 +125,14 @@ def draw(rows: Sequence[Mapping[str, Value]]) -> Html:
         )
         for n, layer in enumerate(layers)
     ]
-    return tag(
-        "svg",
-        tag("style", Html(STYLE)),
-        tag("rect", class_="ground", width=width, height=height),
+    return figure(
+        STYLE,
+        width,
+        height,
+        "Speed over dense single precision by precision and share of the multiply-adds, layer by layer",
         *(tag("text", dtype, class_="name", x=LEFT + 80 * n, y=16) for n, dtype in enumerate(DTYPES)),
         *(tag("polyline", class_=dtype, points=f"{LEFT + 80 * n + 34},12 {LEFT + 80 * n + 60},12") for n, dtype in enumerate(DTYPES)),
         *panels,
-        xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {width} {height}", role="img",
-        aria_label="Speed over dense single precision by precision and share of the multiply-adds, layer by layer",
     )  # fmt: skip
 
 

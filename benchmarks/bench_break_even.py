@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.bench_kernels import keep_freed_memory
+from benchmarks.figures import figure
 from benchmarks.results import Table, Value, show
 from tdpass.form import DENSE
 from tdpass.site import Site
@@ -118,16 +119,15 @@ def draw(rows: Sequence[Mapping[str, Value]]) -> Html:
         for n, (layer, (x, y)) in enumerate(zip(layers, places, strict=True))
     ]
     middle = (height - FOOT + TOP) / 2
-    return tag(
-        "svg",
-        tag("style", Html(STYLE)),
-        tag("rect", class_="ground", width=width, height=height),
+    return figure(
+        STYLE,
+        width,
+        height,
+        "Speed-up of pruned layers over dense against the share of zero weights, layer by layer",
         *_legend(sorted({int(str(row["threads"])) for row in rows})),
         *panels,
         tag("text", "zero weights, % (spaced by the logarithm of what is left)", x=(LEFT + width) / 2, y=height - 12, text_anchor="middle"),
         tag("text", "speed-up over the fastest dense runtime", transform=f"translate(16 {middle:g}) rotate(-90)", text_anchor="middle"),
-        xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {width} {height}", role="img",
-        aria_label="Speed-up of pruned layers over dense against the share of zero weights, layer by layer",
     )  # fmt: skip
 
 

@@ -72,11 +72,6 @@ def evaluate(model: nn.Module, part: str = "test") -> float:
     return data().accuracy(copy.deepcopy(model).eval().to(memory_format=torch.channels_last), part)
 
 
-def tuning_accuracy(model: nn.Module) -> float:
-    """Percentage of the tuning images classified correctly."""
-    return evaluate(model, "tuning")
-
-
 def macs(model: nn.Module, shape: tuple[int, ...] = (1, 3, 32, 32)) -> int:
     """Multiply-adds of all convolutions and linear layers on one input, whichever module or function they are in."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
+from benchmarks.figures import figure
 from tdpass.views.html import Html, tag
 
 WIDE, HIGH, LEFT, TOP, RIGHT, FOOT = 520, 320, 56, 24, 210, 48
@@ -33,14 +34,13 @@ def draw(rows: Sequence[Row]) -> Html:
         return LEFT + WIDE * time / longest, TOP + HIGH * (100 - accuracy) / (100 - lowest)
 
     width, height = LEFT + WIDE + RIGHT, TOP + HIGH + FOOT
-    return tag(
-        "svg",
-        tag("style", Html(STYLE)),
-        tag("rect", class_="ground", width=width, height=height),
+    return figure(
+        STYLE,
+        width,
+        height,
+        "Accuracy against measured time, a line per method",
         *_axes(lowest, longest, place),
         *_lines(points, [place(point) for point in dense], place),
-        xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {width} {height}", role="img",
-        aria_label="Accuracy against measured time, a line per method",
     )  # fmt: skip
 
 

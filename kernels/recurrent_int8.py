@@ -16,7 +16,7 @@ from tdpass.errors import KernelError
 from tdpass.kernels import native
 from tdpass.kernels.base import Op, implements, register_op
 from tdpass.kernels.grid import MIDDLE, own_grid
-from tdpass.kernels.int8_factor import Int8Factor, check_factors, pack_codes, pack_weight
+from tdpass.kernels.int8_factor import Int8Factor, check_factors, pack_weight
 from tdpass.kernels.recurrent import cell_call, copy_of
 from tdpass.kernels.stage import Stage, checked
 
@@ -37,17 +37,6 @@ def pack_u(u: Tensor, gates: int) -> Int8Factor:
     """`u[(gates hidden), rank]` rounded to int8 by row, packed as `[ceil(hidden / 16), ceil(rank / 4), gates, 16, 4]`."""
     flat = pack_weight(_stage(*u.shape), u[:, :, None, None])
     codes = _stage(*u.shape).unpack(flat.weight, "quads")[:, :, 0, 0]
-    return flat._replace(weight=_by_gate(codes, gates))
-
-
-def pack_codes_v(codes: Tensor, scale: Tensor) -> Int8Factor:
-    """Whole numbers `codes[rank, hidden]` with scales `[rank]`."""
-    return pack_codes(_stage(*codes.shape), codes[:, :, None, None], scale)
-
-
-def pack_codes_u(codes: Tensor, scale: Tensor, gates: int) -> Int8Factor:
-    """Whole numbers `codes[(gates hidden), rank]` with scales `[(gates hidden)]`."""
-    flat = pack_codes(_stage(*codes.shape), codes[:, :, None, None], scale)
     return flat._replace(weight=_by_gate(codes, gates))
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from tdpass.datasets.base import Dataset, Examples, Source, measured, register_source
-from tdpass.errors import InvalidModelError, UsageError
+from tdpass.errors import UsageError
 from tdpass.images import stacked
-from tdpass.optional import is_installed, optional
+from tdpass.optional import is_installed
+from tdpass.raw.hub import splits_of
 
 _PREFIX = "hf:"
 _SPLITS = {"train": ("train",), "test": ("test", "validation", "valid")}
@@ -31,13 +30,7 @@ def split_of(name: str, split: str) -> Examples:
 
 
 def _split(name: str, split: str) -> Examples | None:
-    library = optional("datasets", "datasets", f"the data set {name!r}")
-    try:
-        splits: Any = library.load_dataset(name)
-    except Exception as error:  # noqa: BLE001 - whatever the hub, the network or the set's own script has to say
-        raise InvalidModelError(
-            f"the data set {name!r} cannot be loaded: {type(error).__name__}: {error}"
-        ) from None
+    splits = splits_of(name)
     rows = next((splits[entry] for entry in _SPLITS[split] if entry in splits), None)
     if rows is None:
         return None

@@ -95,11 +95,9 @@ class IntegerOps(TorchOps):
         dilation: Sequence[int],
         groups: int = 1,
     ) -> Tensor:
-        x, bias = _tensor(x), None if bias is None else _tensor(bias)
-        if isinstance(weight, Coded):
-            x = x if weight.reads is None else rounded(x, weight.reads)
-            weight = weight.plain
-        return super().conv(x, weight, bias, stride, padding, dilation, groups)
+        read, plain = _in_numbers(_tensor(x), weight)
+        bias = None if bias is None else _tensor(bias)
+        return super().conv(read, plain, bias, stride, padding, dilation, groups)
 
     def conv_transpose(
         self,
@@ -111,11 +109,9 @@ class IntegerOps(TorchOps):
         dilation: Sequence[int],
         groups: int = 1,
     ) -> Tensor:
-        x, bias = _tensor(x), None if bias is None else _tensor(bias)
-        if isinstance(weight, Coded):
-            x = x if weight.reads is None else rounded(x, weight.reads)
-            weight = weight.plain
-        return super().conv_transpose(x, weight, bias, stride, cut, dilation, groups)
+        read, plain = _in_numbers(_tensor(x), weight)
+        bias = None if bias is None else _tensor(bias)
+        return super().conv_transpose(read, plain, bias, stride, cut, dilation, groups)
 
     def reshape(self, x: Value, shape: Sequence[int]) -> Tensor:
         return super().reshape(_tensor(x), shape)
@@ -179,6 +175,13 @@ def _product(codes: Tensor, weight: Tensor) -> Tensor:
     flat = codes.reshape(-1, codes.shape[-1]).contiguous()
     whole: Tensor = torch._int_mm(flat, weight.t())  # noqa: SLF001 - torch has no public product of bytes
     return whole.reshape(*codes.shape[:-1], weight.shape[0])
+
+
+def _in_numbers(x: Tensor, weight: Value) -> tuple[Tensor, Tensor]:
+    """What a product in floating point reads: rounded to the ranges of a coded weight, and that weight restored."""
+    if not isinstance(weight, Coded):
+        return x, weight
+    return x if weight.reads is None else rounded(x, weight.reads), weight.plain
 
 
 def _tensor(value: Value) -> Tensor:

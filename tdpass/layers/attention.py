@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdpass.errors import UnsupportedError, UsageError
-from tdpass.layers.opening import Opener, linear, opened, register_opener
+from tdpass.layers.opening import Opener, linear, opened, register_opener, why_computed
 from tdpass.layers.parallel import Parallel
 
 
@@ -112,11 +112,7 @@ def why_closed(module: nn.MultiheadAttention) -> str:
         if module._qkv_same_embed_dim
         else [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
     )
-    return (
-        ""
-        if all(isinstance(weight, nn.Parameter) for weight in held)
-        else "its weights are computed from other parameters"
-    )
+    return why_computed(held)
 
 
 register_opener(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,13 @@ def opened(model: nn.Module, make: Make, verb: str) -> nn.Module:
                 made._forward_hooks, made._forward_pre_hooks = child._forward_hooks, child._forward_pre_hooks
                 found[child] = parent._modules[name] = made
     return root["model"]
+
+
+def why_computed(weights: Iterable[object]) -> str:
+    """Why a module that reads these weights cannot be opened; empty where all are parameters."""
+    if all(isinstance(weight, nn.Parameter) for weight in weights):
+        return ""
+    return "its weights are computed from other parameters"
 
 
 def linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:

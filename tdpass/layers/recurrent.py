@@ -16,7 +16,7 @@ from tdpass.errors import UnsupportedError, UsageError
 from tdpass.kernels import native
 from tdpass.kernels.base import Op
 from tdpass.kernels.recurrent import LOW_RANK_GRU, LOW_RANK_LSTM
-from tdpass.layers.opening import Opener, linear, opened, register_opener
+from tdpass.layers.opening import Opener, linear, opened, register_opener, why_computed
 from tdpass.layers.recurrent_cells import OpenCell, gru_step, lstm_step, plain_step
 from tdpass.layers.recurrent_cells import why_closed as why_cell_closed
 from tdpass.layers.recurrent_product import Product, form, is_plain
@@ -297,11 +297,7 @@ def why_closed(module: nn.RNNBase) -> str:
         return f"only nn.LSTM, nn.GRU and nn.RNN are factored, this is {type(module).__name__}"
     if module.proj_size:
         return f"a projection of the hidden state (proj_size={module.proj_size}) is of low rank already"
-    if not all(
-        isinstance(getattr(module, name), nn.Parameter) for names in module._all_weights for name in names
-    ):
-        return "its weights are computed from other parameters"
-    return ""
+    return why_computed(getattr(module, name) for names in module._all_weights for name in names)
 
 
 register_opener(

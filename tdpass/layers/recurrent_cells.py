@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from tdpass.errors import UnsupportedError
-from tdpass.layers.opening import Opener, linear, register_opener
+from tdpass.layers.opening import Opener, linear, register_opener, why_computed
 
 State = Tensor | tuple[Tensor, Tensor]
 
@@ -79,12 +79,7 @@ def why_closed(module: nn.RNNCellBase) -> str:
     """Why a cell cannot be opened; empty where it can."""
     if type(module) not in (nn.LSTMCell, nn.GRUCell, nn.RNNCell):
         return f"only the cells of torch.nn are factored, this is {type(module).__name__}"
-    held = (module.weight_ih, module.weight_hh)
-    return (
-        ""
-        if all(isinstance(weight, nn.Parameter) for weight in held)
-        else "its weights are computed from other parameters"
-    )
+    return why_computed((module.weight_ih, module.weight_hh))
 
 
 register_opener(

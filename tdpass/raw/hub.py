@@ -12,16 +12,21 @@ PREFIX = "hf:"
 _SPLITS = ("train", "validation", "test")
 
 
-def from_hub(text: str, reader: Reader, most: int) -> object:
-    """Calibration data of the first column that is pictures, sound or text; raises `UsageError`, `InvalidModelError`."""
-    name = text.removeprefix(PREFIX)
+def splits_of(name: str) -> Any:
+    """The splits of a data set on the hub, by name; raises `UsageError`, `InvalidModelError`."""
     library = optional("datasets", "datasets", f"the data set {name!r}")
     try:
-        splits: Any = library.load_dataset(name)
+        return library.load_dataset(name)
     except Exception as error:  # noqa: BLE001 - whatever the hub, the network or the set's own script has to say
         raise InvalidModelError(
             f"the data set {name!r} cannot be loaded: {type(error).__name__}: {error}"
         ) from None
+
+
+def from_hub(text: str, reader: Reader, most: int) -> object:
+    """Calibration data of the first column that is pictures, sound or text; raises `UsageError`, `InvalidModelError`."""
+    name = text.removeprefix(PREFIX)
+    splits = splits_of(name)
     rows = next((splits[split] for split in _SPLITS if split in splits), None)
     if rows is None:
         raise UsageError(f"the data set {name!r} has none of the splits {', '.join(_SPLITS)}")

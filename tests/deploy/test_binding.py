@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES, DTYPES_OF, cases_of
+from setting import CHAINS as GEOMETRIES
 from setting import Case, as_tuple, assert_close, exact, run_native
 from setting import arguments as arguments_of
 from torch import Tensor
@@ -28,19 +29,13 @@ pytestmark = pytest.mark.skipif(build.compiler() is None, reason="there is no C+
 CHAINS = {
     "one": (Stage(3, 5, 1, (3, 3), (1, 1), (1, 1), (1, 1)),),
     "tucker2": (Stage(7, 6), Stage(6, 9, 1, (3, 3), (2, 2), (1, 1), (1, 1)), Stage(9, 17)),
-    "spatial": (
-        Stage(8, 6, 1, (3, 1), (2, 1), (1, 0), (1, 0)),
-        Stage(6, 8, 1, (1, 3), (1, 2), (0, 1), (0, 1)),
-    ),
-    "cp": (
-        Stage(5, 19),
-        Stage(19, 19, 19, (5, 1), (1, 1), (2, 0), (2, 0)),
-        Stage(19, 19, 19, (1, 3), (1, 1), (0, 0), (0, 2)),
-        Stage(19, 4),
-    ),
+    "spatial": GEOMETRIES["spatial"],
+    "cp": GEOMETRIES["cp"],
     "grouped": (Stage(8, 12, 2, (3, 3), (1, 1), (2, 2), (2, 2), (2, 2)), Stage(12, 20)),
 }
-ON_CPU = sorted(name for name in CASES if (name, "cpu") in base.IMPLEMENTATIONS)  # the others have a reference only
+ON_CPU = sorted(
+    name for name in CASES if (name, "cpu") in base.IMPLEMENTATIONS
+)  # the others have a reference only
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 
@@ -308,9 +303,7 @@ print(*LINEAR_CHAIN.call(torch.ones(1, 2), weights, None, None, [2, 2], "identit
 """
 
 
-@pytest.mark.parametrize(
-    ("asked", "names"), [("", "".join(f" {name}" for name in ON_CPU)), ("python", "")]
-)
+@pytest.mark.parametrize(("asked", "names"), [("", "".join(f" {name}" for name in ON_CPU)), ("python", "")])
 def test_a_new_process_takes_what_lies_in_the_cache(asked: str, names: str) -> None:
     environment = {**os.environ, "TDPASS_BINDING": asked}
     run = subprocess.run(
