@@ -1,22 +1,23 @@
-"""Tasks learned one after another by a few columns each: accuracy, what was forgotten, and what each task adds to memory.
+"""Tasks learned one after another by a few columns each: accuracy, forgetting, and what a task adds to memory.
 
-    python -m benchmarks.bench_incremental permuted                 # MNIST, its pixels in another order for each of 20 tasks
-    python -m benchmarks.bench_incremental rotated                  # MNIST, turned by 9 degrees more for each of 20 tasks
-    python -m benchmarks.bench_incremental classes --epochs 6       # CIFAR-100, 20 tasks of 5 classes, a convolutional network
-    python -m benchmarks.bench_incremental permuted --folder run    # tasks are kept there; the same again goes on
+    python -m benchmarks.bench_incremental permuted               # MNIST, its pixels in another order for each
+    python -m benchmarks.bench_incremental rotated                # MNIST, turned by 9 degrees more for each
+    python -m benchmarks.bench_incremental classes --epochs 6     # CIFAR-100, 5 classes for each, convolutions
+    python -m benchmarks.bench_incremental permuted --folder run  # tasks kept there; the same again goes on
+    python -m benchmarks.bench_incremental permuted --lr 1e-2 --split tuning --tasks 4    # to choose a rate
 
-Every task is tested on the whole test split with its own network.  `forgotten` is the largest difference,
-over all tasks so far, between what their networks answer to 256 test images and what these answered when they
-were learned.  `added` is what the task adds in bytes, of which `own` are its biases, norms and head; `dense`
-is a network of its own.  `seconds` are wall time, and `processor_seconds` what the training took of one
-processor.  Rows go to results/incremental.csv.
+Every task is tested on a whole split with its own network: `test`, or `tuning`, whose images are not trained
+on then.  `forgotten` is the largest difference, over all tasks so far, between what their networks answer to
+256 of these images and what they answered when they were learned.  `added` is what the task adds in bytes, of
+which `own` are its biases, norms and head; `dense` is a network of its own.  `seconds` are wall time, and
+`processor_seconds` what the training took of one processor.  Rows go to results/incremental.csv.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +33,26 @@ from tdpass.methods.kept_tasks import Ranks
 from tdpass.training.batches import Batches
 
 COLUMNS = (
-    "case", "first_rank", "step_rank", "ranks", "epochs", "seed", "task", "accuracy", "mean", "forgotten", "added", "columns", "selectors",
-    "own", "dense", "seconds", "processor_seconds",
-)  # fmt: skip
+    "case",
+    "split",
+    "first_rank",
+    "step_rank",
+    "ranks",
+    "epochs",
+    "lr",
+    "seed",
+    "task",
+    "accuracy",
+    "mean",
+    "forgotten",
+    "added",
+    "columns",
+    "selectors",
+    "own",
+    "dense",
+    "seconds",
+    "processor_seconds",
+)
 TASKS = 20
 WATCHED = 256
 
@@ -108,15 +126,31 @@ def answers(network: nn.Module, dataset: Dataset, examples: Examples) -> Tensor:
         return torch.cat([network(dataset.prepared(chunk)) for chunk in torch.split(examples.inputs, 500)])
 
 
-def learn(tasks: IncrementalTasks, case: Case, dataset: Dataset, epochs: int, seed: int) -> None:
-    """Train one more task, on all images that are not for testing."""
-    parts = (dataset.training, dataset.tuning)
+def accuracy(network: nn.Module, dataset: Dataset, examples: Examples) -> float:
+    """Percentage of examples that get the right class."""
+    right = answers(network, dataset, examples).argmax(1) == examples.targets
+    return 100 * float(right.double().mean())
+
+
+def learn(
+    tasks: IncrementalTasks,
+    case: Case,
+    dataset: Dataset,
+    parts: Sequence[Examples],
+    options: argparse.Namespace,
+) -> None:
+    """Train one more task, on its share of the given examples."""
     whole = Examples(torch.cat([part.inputs for part in parts]), torch.cat([part.targets for part in parts]))
     chosen = case.part(dataset, whole, len(tasks))
     data = Batches(
-        chosen.inputs, chosen.targets, case.batch, seed, lambda inputs, generator: dataset.prepared(inputs)
+        chosen.inputs,
+        chosen.targets,
+        case.batch,
+        options.seed,
+        lambda inputs, generator: dataset.prepared(inputs),
     )
-    tasks.add_task(data, epochs, settings={"optimizer": "adam", "lr": case.lr}, seed=seed + len(tasks))
+    settings = {"optimizer": "adam", "lr": options.lr}
+    tasks.add_task(data, options.epochs, settings=settings, seed=options.seed + len(tasks))
 
 
 def begun(case: Case, model: nn.Module, ranks: Ranks, path: Path | None) -> IncrementalTasks:
@@ -126,43 +160,48 @@ def begun(case: Case, model: nn.Module, ranks: Ranks, path: Path | None) -> Incr
     return IncrementalTasks(model, case.first_rank, case.step_rank, ranks=ranks, path=path)
 
 
-def main() -> None:
-    """Learn the tasks of a case one after another."""
+def parsed() -> argparse.Namespace:
+    """What was asked, with the case's own epochs and rate where nothing else was."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--epochs", type=int)
+    parser.add_argument("--lr", type=float)
     parser.add_argument("--tasks", type=int, default=TASKS)
     parser.add_argument("--ranks", choices=("equal", "fisher"), default="equal")
+    parser.add_argument("--split", choices=("test", "tuning"), default="test")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
-    arguments = parser.parse_args()
-    case, dataset = CASES[arguments.case], open_dataset(CASES[arguments.case].data)
-    epochs = arguments.epochs or case.epochs
+    options = parser.parse_args()
+    case = CASES[options.case]
+    options.epochs = options.epochs or case.epochs
+    options.lr = options.lr or case.lr
+    return options
+
+
+def main() -> None:
+    """Learn the tasks of a case one after another."""
+    options = parsed()
+    case = CASES[options.case]
+    dataset = open_dataset(case.data)
+    judged = getattr(dataset, options.split)
+    parts = [dataset.training] if options.split == "tuning" else [dataset.training, dataset.tuning]
     table = Table("incremental.csv", COLUMNS)
-    torch.manual_seed(arguments.seed)
+    torch.manual_seed(options.seed)
     model = case.network()
-    tasks = begun(
-        case,
-        model,
-        arguments.ranks,
-        None if arguments.folder is None else arguments.folder / f"{arguments.case}.safetensors",
-    )
+    path = None if options.folder is None else options.folder / f"{options.case}.safetensors"
+    tasks = begun(case, model, options.ranks, path)
+    asked = {name: getattr(options, name) for name in ("case", "split", "ranks", "epochs", "lr", "seed")}
     seen: list[tuple[Examples, Tensor]] = []
     scores: list[float] = []
-    for task in range(arguments.tasks):
+    for task in range(options.tasks):
         start, processor = time.perf_counter(), time.process_time()
         if task == len(tasks):
-            learn(tasks, case, dataset, epochs, arguments.seed)
+            learn(tasks, case, dataset, parts, options)
         seconds, processor = time.perf_counter() - start, time.process_time() - processor
-        tested = case.part(dataset, dataset.test, task)
-        scores.append(
-            100
-            * float(
-                (answers(tasks.use_task(task), dataset, tested).argmax(1) == tested.targets).double().mean()
-            )
-        )
+        tested = case.part(dataset, judged, task)
+        scores.append(accuracy(tasks.use_task(task), dataset, tested))
         watched = Examples(tested.inputs[:WATCHED], tested.targets[:WATCHED])
         seen.append((watched, answers(tasks.use_task(task), dataset, watched)))
         moved = [
@@ -170,11 +209,19 @@ def main() -> None:
         ]
         memory = tasks.memory(task)
         table.add(
-            case=arguments.case, first_rank=case.first_rank, step_rank=case.step_rank, ranks=arguments.ranks, epochs=epochs, seed=arguments.seed,
-            task=task + 1, accuracy=scores[-1], mean=sum(scores) / len(scores), forgotten=max(float(each.abs().max()) for each in moved),
-            added=sum(memory.values()), dense=sum(parameter.nbytes for parameter in model.parameters()), seconds=seconds,
-            processor_seconds=processor, **memory,
-        )  # fmt: skip
+            **asked,
+            first_rank=case.first_rank,
+            step_rank=case.step_rank,
+            task=task + 1,
+            accuracy=scores[-1],
+            mean=sum(scores) / len(scores),
+            forgotten=max(float(each.abs().max()) for each in moved),
+            added=sum(memory.values()),
+            dense=sum(parameter.nbytes for parameter in model.parameters()),
+            seconds=seconds,
+            processor_seconds=processor,
+            **memory,
+        )
     print(show(table.rows, ("task", "accuracy", "mean", "forgotten", "added", "seconds")))
 
 
