@@ -23,6 +23,7 @@ class SystolicArray(Constants):
     `rows` [units]: along the axis that partial sums or weights move on.
     `columns` [units]: along the other axis.
     `stationary` []: what a unit keeps while others pass, a `weight` or an `output`.
+    `preload` []: whether a unit has a second register, so that the next weights come while it works.
     `hertz` [Hz]: cycles per second.
     `bits` [bit]: of an operand.
     `sum_bits` [bit]: of a partial sum.
@@ -44,6 +45,7 @@ class SystolicArray(Constants):
     rows: Size
     columns: Size
     stationary: Literal["weight", "output"]
+    preload: bool
     hertz: Positive
     bits: Size
     sum_bits: Size
@@ -57,6 +59,10 @@ class SystolicArray(Constants):
     source: str
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
 
+    def sound(self) -> None:
+        if self.preload and self.stationary != "weight":
+            raise ValueError("preload is of weights that stay; with stationary: output say preload: false")
+
     def folds(self, product: Product) -> int:
         """How often the array is filled.
 
@@ -69,10 +75,14 @@ class SystolicArray(Constants):
 
         R cycles fill the rows (or empty them), the T operands enter one a cycle, each row and column one
         cycle later than the one before, and the last result leaves R - 1 + C - 1 cycles after the last
-        operand entered (Samajdar et al. 2018, SCALE-Sim).
+        operand entered (Samajdar et al. 2018, SCALE-Sim).  With weights loaded ahead a fold begins as soon
+        as the last operand of the one before has entered and its own weights have come:
+        (folds - 1) max(T, R) + 2 R + C + T - 2.
         """
         streams = product.rows if self.stationary == "weight" else product.depth
-        return self.folds(product) * (2 * self.rows + self.columns + streams - 2)
+        alone = 2 * self.rows + self.columns + streams - 2
+        following = max(streams, self.rows) if self.preload else alone
+        return (self.folds(product) - 1) * following + alone
 
     def edge_bytes(self, product: Product) -> float:
         """Bytes over the edges of the array, operands that pad it not counted.
