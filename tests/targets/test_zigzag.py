@@ -54,5 +54,4 @@ def test_cycles_are_near_those_that_a_search_finds_and_order_layers_alike(tmp_pa
         product = Product(pixels, before * kernel**2, after, 1, before * pixels, after * pixels)
         ours.append(array.cycles(product))
         theirs.append(_found(_layer(before, after, extent, kernel), tmp_path))
-    print([(shape, round(a / b, 3)) for shape, a, b in zip(SHAPES, ours, theirs, strict=True)])
     assert ours == pytest.approx(theirs, rel=0.2)
