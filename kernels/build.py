@@ -72,6 +72,9 @@ _OF_SOURCE: dict[str, tuple[str, ...]] = {
     "recurrent_int8.cpp": _ROUNDED_ALONE,
 }
 _COMMON = "dispatch.cpp"
+_IN_ONNXRUNTIME = frozenset(
+    {"conv_chain.cpp", "conv_chain_int8.cpp", "weight_only.cpp", "recurrent.cpp", "recurrent_int8.cpp"}
+)
 _SECONDS = 1800
 _BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
@@ -152,10 +155,11 @@ def units(targets: Sequence[str], extra: Sequence[str] = ()) -> list[Unit]:
 
 
 def onnxruntime_units(targets: Sequence[str], extra: Sequence[str] = ()) -> list[Unit]:
-    """What the operators of ONNX Runtime are compiled from: chains of convolutions as in the library of the kernels, without OpenMP."""
-    chains = [unit for unit in units(targets, extra) if unit.source.name == "conv_chain.cpp"]
+    """What the operators of ONNX Runtime are compiled from: the kernels that they call as in their library, without OpenMP."""
+    kernels = [unit for unit in units(targets, extra) if unit.source.name in _IN_ONNXRUNTIME]
     serial = (*extra, "-I", str(ONNXRUNTIME / "serial"), "-Wno-unknown-pragmas")
-    return [Unit(ONNXRUNTIME / "ops.cpp", tuple(extra)), Unit(SOURCES / _COMMON, serial), *chains]
+    operators = [Unit(source, tuple(extra)) for source in sorted(ONNXRUNTIME.glob("*.cpp"))]
+    return [*operators, Unit(SOURCES / _COMMON, serial), *kernels]
 
 
 def build_onnxruntime(path: Path, objects: Path, targets: Sequence[str] | None = None) -> Path:

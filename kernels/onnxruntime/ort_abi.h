@@ -20,7 +20,7 @@ struct ShapeInfo;
 struct CustomOp;
 
 enum Code { FAIL = 1, INVALID_ARGUMENT = 2 };
-enum ElementType { FLOAT = 1 };
+enum ElementType { FLOAT = 1, UINT8 = 2, INT8 = 3, FLOAT16 = 10, BFLOAT16 = 16 };
 enum Characteristic { REQUIRED = 0 };
 enum MemoryType { DEFAULT_MEMORY = 0 };
 

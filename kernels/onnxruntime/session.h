@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -23,11 +24,13 @@ inline void check(ort::Status* status) {
 }
 
 struct Tensor {
-  float* data = nullptr;
+  void* data = nullptr;
   Sizes sizes;
+
+  template <class T> T* as() const { return static_cast<T*>(data); }
+  int64_t count() const { return std::accumulate(sizes.begin(), sizes.end(), int64_t(1), std::multiplies<>()); }
 };
 
-// Reads a tensor of float32.
 inline Tensor read(const ort::Api* api, const ort::Value* value) {
   Tensor tensor;
   ort::ShapeInfo* info = nullptr;
@@ -38,9 +41,7 @@ inline Tensor read(const ort::Api* api, const ort::Value* value) {
   if (!status) status = api->sizes(info, tensor.sizes.data(), axes);
   api->release_shape_info(info);
   check(status);
-  void* data = nullptr;
-  check(api->tensor_data(const_cast<ort::Value*>(value), &data));
-  tensor.data = static_cast<float*>(data);
+  check(api->tensor_data(const_cast<ort::Value*>(value), &tensor.data));
   return tensor;
 }
 

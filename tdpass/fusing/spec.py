@@ -16,17 +16,20 @@ Layout = Literal["channels_last", "contiguous"]
 
 @dataclass(frozen=True)
 class ChainSpec(Stages):
-    """What a chain computes: `activation(layers(x) + bias + residual)`."""
+    """What a chain computes: `activation(layers(x) + bias + residual)`.
+
+    `numbers` says what its weights are stored as, where that is not what it computes in.
+    """
 
     bias: bool = False
     residual: bool = False
     activation: str = "identity"
+    numbers: str = ""
 
     def __str__(self) -> str:
         stages = " ".join(",".join(map(str, stage.integers())) for stage in self.stages)
-        return (
-            f"{stages} | {self.axes} axes{'+bias' * self.bias}{'+residual' * self.residual} {self.activation}"
-        )
+        added, held = f"{'+bias' * self.bias}{'+residual' * self.residual}", f" {self.numbers}".rstrip()
+        return f"{stages} | {self.axes} axes{added} {self.activation}{held}"
 
 
 @dataclass(frozen=True)

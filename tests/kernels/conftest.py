@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tdpass.errors import KernelError
+from tdpass.kernels import native
 from tdpass.kernels.gpu import serving
 
 
@@ -19,6 +21,15 @@ class Compiled:
 
     shared: dict[str, int] = field(default_factory=dict)
     assembly: dict[str, list[str]] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def library() -> str:
+    """The operators for ONNX Runtime."""
+    try:
+        return str(native.onnx_ops_path())
+    except KernelError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -10,23 +10,13 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
+from onnx_nodes import Arrays, close, numbers, one_node, opened, run
 
 from tdpass.errors import KernelError
 from tdpass.kernels import build, native
-from tdpass.models.onnx.fused_ops import DOMAIN, FusedOp
-
-Arrays = dict[str, np.ndarray]
-RNG = np.random.default_rng(0)
-
-
-@pytest.fixture(scope="module")
-def library() -> str:
-    try:
-        return str(native.onnx_ops_path())
-    except KernelError as error:
-        pytest.skip(str(error))
+from tdpass.models.onnx.fused_ops import DOMAIN, FusedOp, function_of
 
 
 @dataclass(frozen=True)
@@ -63,52 +53,6 @@ CHAINS = {
     "line": (7, (Conv(4, (1,), 1, (1,), (0, 0), (1,)), Conv(9, (5,), 1, (2,), (2, 1), (1,)))),
     "one": (3, (Conv(8, (3, 3), strides=(2, 2), pads=(1, 1, 1, 1)),)),
 }
-
-
-def numbers(*shape: int) -> np.ndarray:
-    return (RNG.standard_normal(shape) / np.sqrt(np.prod(shape[1:]) or 1)).astype(np.float32)
-
-
-def one_node(
-    op: FusedOp, attributes: dict[str, object], constants: Arrays, inputs: Arrays
-) -> onnx.ModelProto:
-    """A model of one node, the first axis of whose inputs is open."""
-    node = helper.make_node(op.name, op.inputs, ["y"], domain=DOMAIN, **attributes)
-    given = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *array.shape[1:]] if array.ndim else [])
-        for name, array in inputs.items()
-    ]
-    stored = [numpy_helper.from_array(array, name) for name, array in constants.items()]
-    graph = helper.make_graph(
-        [node], "g", given, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], stored
-    )
-    model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)], ir_version=8
-    )
-    model.functions.append(ir.serde.serialize_function(op.function(17)))
-    model = onnx.shape_inference.infer_shapes(model)
-    onnx.checker.check_model(model, full_check=True)
-    return model
-
-
-def run(model: onnx.ModelProto, inputs: Arrays, library: str | None = None, threads: int = 1) -> np.ndarray:
-    return opened(model, library, threads).run(None, inputs)[0]
-
-
-def opened(model: onnx.ModelProto, library: str | None, threads: int = 1) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 4
-    if library is not None:
-        options.register_custom_ops_library(library)
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-
-
-def close(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and bool(
-        np.allclose(a, b, rtol=2e-5, atol=2e-5 * (np.abs(b).max(initial=0) + 1e-6))
-    )
 
 
 def conv_case(
@@ -233,7 +177,7 @@ def test_weights_that_are_not_constant(library: str) -> None:
     model = helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)], ir_version=8
     )
-    model.functions.append(ir.serde.serialize_function(op.function(17)))
+    model.functions.append(ir.serde.serialize_function(function_of(op, 17)))
     for scale in (1, 2):
         inputs = {name: scale * array for name, array in arrays.items()}
         assert close(run(model, inputs, library), run(model, inputs))

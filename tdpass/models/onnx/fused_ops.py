@@ -7,7 +7,9 @@ ONNX Runtime looks for a kernel before it looks into a function.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import onnx
 import onnx_ir as ir
@@ -22,19 +24,81 @@ FUNCTIONS_SINCE_IR = 8
 
 _CONV_ATTRIBUTES = {"group": "int", "strides": "ints", "pads": "ints", "dilations": "ints"}
 _ACTIVATE = {
-    "identity": "y = Identity (sum)",
-    "relu": "y = Relu (sum)",
-    "silu": "gate = Sigmoid (sum)  y = Mul (sum, gate)",
+    "identity": "{y} = Identity (sum)",
+    "relu": "{y} = Relu (sum)",
+    "silu": "gate = Sigmoid (sum)  {y} = Mul (sum, gate)",
     "gelu": """
-        root = Constant <value = float {0.70710678}> ()
-        half = Constant <value = float {0.5}> ()
-        one = Constant <value = float {1.0}> ()
+        root = Constant <value = float {{0.70710678}}> ()
+        half = Constant <value = float {{0.5}}> ()
+        one = Constant <value = float {{1.0}}> ()
         scaled = Mul (sum, root)
         erf = Erf (scaled)
         gate = Add (erf, one)
         gated = Mul (sum, gate)
-        y = Mul (gated, half)""",
+        {y} = Mul (gated, half)""",
 }
+
+
+class Operator(Protocol):
+    """An operator of the domain."""
+
+    @property
+    def name(self) -> str:
+        """Type of the operator, which says all that is not in the attributes."""
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the inputs, in order."""
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the outputs, in order."""
+
+    @property
+    def attributes(self) -> list[str]:
+        """Names of the attributes."""
+
+    def body(self, opset: int) -> str:
+        """What it computes, in standard operators of that opset."""
+
+
+def function_of(operator: Operator, opset: int) -> ir.Function:
+    """The operator in standard operators of that opset."""
+    imports = f'"": {opset}, "com.microsoft": 1'
+    attributes = f" <{', '.join(operator.attributes)}>" if operator.attributes else ""
+    head = (
+        f'<domain: "{DOMAIN}", opset_import: [{imports}]> {operator.name}{attributes} '
+        f"({', '.join(operator.inputs)}) => ({', '.join(operator.outputs)})"
+    )
+    parsed = onnx.parser.parse_function(f"{head} {{ {operator.body(opset)} }}")
+    if all(node.domain != "com.microsoft" for node in parsed.node):
+        del parsed.opset_import[1]
+    return ir.serde.deserialize_function(parsed)
+
+
+def ending(last: str, operands: Sequence[str], activation: str, result: str = "y") -> Iterator[str]:
+    """`result = activation(last + operands)`."""
+    for operand in operands:
+        yield f"with_{operand} = Add ({last}, {operand})"
+        last = f"with_{operand}"
+    yield _ACTIVATE[activation].format(y=result).replace("sum", last)
+
+
+def title(activation: str) -> str:
+    """An activation in the name of an operator."""
+    return "" if activation == "identity" else activation.capitalize()
+
+
+def conv_attributes(stages: int) -> list[str]:
+    """The attributes of Conv for so many stages."""
+    return [f"{name}_{k}" for k in range(1, stages + 1) for name in _CONV_ATTRIBUTES]
+
+
+def layer(linear: bool, k: int) -> str:
+    """The operator of the k-th stage, with its attributes."""
+    if linear:
+        return "MatMul"
+    return f"Conv <{', '.join(f'{name}: {kind} = @{name}_{k}' for name, kind in _CONV_ATTRIBUTES.items())}>"
 
 
 @dataclass(frozen=True)
@@ -42,7 +106,8 @@ class FusedOp:
     """`y = activation(layers(x) + bias + residual)` with that many convolutions, or products with matrices, in a row.
 
     Inputs are x, a weight per layer (`[o, i / group, h, w]` as Conv has it, a matrix `[i, o]`), then bias and
-    residual where there are such.
+    residual where there are such.  With `half` the weights are bfloat16, and the kernel may round to that what
+    layers read.
     """
 
     linear: bool
@@ -50,57 +115,47 @@ class FusedOp:
     bias: bool
     residual: bool
     activation: str
+    half: bool = False
 
     @classmethod
     def of(cls, spec: ChainSpec) -> Self:
         """The operator of a chain."""
-        return cls(spec.linear, len(spec.stages), spec.bias, spec.residual, spec.activation)
+        half = spec.numbers == "bfloat16"
+        return cls(spec.linear, len(spec.stages), spec.bias, spec.residual, spec.activation, half)
 
     @property
     def name(self) -> str:
-        """Type of the operator."""
         kind = "Linear" if self.linear else "Conv"
-        rest = "" if self.activation == "identity" else self.activation.capitalize()
-        return f"{kind}Chain{self.stages}{'Bias' * self.bias}{'Add' * self.residual}{rest}"
+        rest = f"{'Bias' * self.bias}{'Add' * self.residual}{title(self.activation)}"
+        return f"{'Bfloat16' * self.half}{kind}Chain{self.stages}{rest}"
 
     @property
     def inputs(self) -> list[str]:
-        """Names of the inputs, in order."""
-        return [
-            "x",
-            *(f"w{k}" for k in range(1, self.stages + 1)),
-            *["bias"] * self.bias,
-            *["residual"] * self.residual,
-        ]
+        weights = [f"w{k}" for k in range(1, self.stages + 1)]
+        return ["x", *weights, *["bias"] * self.bias, *["residual"] * self.residual]
+
+    @property
+    def outputs(self) -> list[str]:
+        return ["y"]
 
     @property
     def attributes(self) -> list[str]:
-        """Names of the attributes: of Conv for every stage, and `lanes`, which only the kernel reads."""
-        conv = (
-            []
-            if self.linear
-            else [f"{name}_{k}" for k in range(1, self.stages + 1) for name in _CONV_ATTRIBUTES]
-        )
-        return [*conv, "lanes"]
+        """Those of Conv for every stage, and `lanes`, which only the kernel reads."""
+        return [*([] if self.linear else conv_attributes(self.stages)), "lanes"]
 
-    def function(self, opset: int) -> ir.Function:
-        """The operator in standard operators of that opset."""
+    def body(self, opset: int) -> str:
+        del opset
         lines, last = [], "x"
         for k in range(1, self.stages + 1):
-            layer = (
-                "MatMul"
-                if self.linear
-                else f"Conv <{', '.join(f'{name}: {kind} = @{name}_{k}' for name, kind in _CONV_ATTRIBUTES.items())}>"
-            )
+            weight = f"w{k}"
+            if self.half:
+                lines.append(f"m{k} = Cast <to: int = {int(ir.DataType.FLOAT)}> (w{k})")
+                weight = f"m{k}"
             shift = ", bias" if self.bias and not self.linear and k == self.stages else ""
-            lines.append(f"h{k} = {layer} ({last}, w{k}{shift})")
+            lines.append(f"h{k} = {layer(self.linear, k)} ({last}, {weight}{shift})")
             last = f"h{k}"
-        for operand in ["bias"] * (self.bias and self.linear) + ["residual"] * self.residual:
-            lines.append(f"with_{operand} = Add ({last}, {operand})")
-            last = f"with_{operand}"
-        body = "\n".join(lines) + "\n" + _ACTIVATE[self.activation].replace("sum", last)
-        head = f'<domain: "{DOMAIN}", opset_import: ["": {opset}]> {self.name} <{", ".join(self.attributes)}> ({", ".join(self.inputs)}) => (y)'
-        return ir.serde.deserialize_function(onnx.parser.parse_function(f"{head} {{ {body} }}"))
+        added = ["bias"] * (self.bias and self.linear) + ["residual"] * self.residual
+        return "\n".join([*lines, *ending(last, added, self.activation)])
 
 
 def uses_fused_ops(model: ir.Model) -> bool:

@@ -12,7 +12,7 @@ from tdpass.fusing.find import find_chains
 from tdpass.fusing.spec import ChainSpec
 from tdpass.kernels.stage import Lanes
 from tdpass.models.onnx.chains import NodeLink, NodeReader, label, result
-from tdpass.models.onnx.fused_ops import DOMAIN, FUNCTIONS_SINCE_IR, VERSION, FusedOp
+from tdpass.models.onnx.fused_ops import DOMAIN, FUNCTIONS_SINCE_IR, VERSION, FusedOp, function_of
 from tdpass.models.onnx.graphs import opset_of
 from tdpass.models.onnx.names import FreshNames
 from tdpass.models.onnx.rewrite import prune_initializers, remove_nodes, take_place
@@ -87,7 +87,7 @@ def add_function(model: ir.Model, spec: ChainSpec) -> None:
     """Say in the model what the operator of a chain computes."""
     model.ir_version = max(model.ir_version or 0, FUNCTIONS_SINCE_IR)
     model.graph.opset_imports[DOMAIN] = VERSION
-    function = FusedOp.of(spec).function(opset_of(model))
+    function = function_of(FusedOp.of(spec), opset_of(model))
     model.functions.setdefault(function.identifier(), function)
 
 

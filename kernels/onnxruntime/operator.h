@@ -1,0 +1,110 @@
+// An operator of com.tdpass: its name, the types of what it reads and makes, and the kernel that serves a node.
+#pragma once
+#include <deque>
+#include <exception>
+
+#include "session.h"
+
+namespace tdpass_ort {
+
+inline const ort::Api* the_api = nullptr;
+
+struct Operator : ort::CustomOp {
+  std::string title;
+  std::vector<ort::ElementType> reads, makes;
+};
+
+[[noreturn]] inline void refuse(const Operator& op, const std::string& what) { throw std::invalid_argument(op.title + ": " + what); }
+
+// Runs `body`; what it throws becomes a status.
+template <class Body> ort::Status* guarded(const Body& body) {
+  try {
+    body();
+    return nullptr;
+  } catch (const Failure& failure) {
+    return failure.status;
+  } catch (const std::invalid_argument& error) {
+    return the_api->create_status(ort::INVALID_ARGUMENT, error.what());
+  } catch (const std::exception& error) {
+    return the_api->create_status(ort::FAIL, error.what());
+  }
+}
+
+// Fills in what ONNX Runtime asks of an operator whose nodes `Kernel` serves; `Op` is an Operator, with what else is in its name.
+template <class Kernel, class Op> void serve(Op& op) {
+  op.version = ort::OP_VERSION;
+  op.name = [](const ort::CustomOp* op) { return static_cast<const Op*>(op)->title.c_str(); };
+  op.provider = [](const ort::CustomOp*) -> const char* { return nullptr; };
+  op.input_type = [](const ort::CustomOp* op, size_t index) { return static_cast<const Op*>(op)->reads[index]; };
+  op.output_type = [](const ort::CustomOp* op, size_t index) { return static_cast<const Op*>(op)->makes[index]; };
+  op.inputs = [](const ort::CustomOp* op) { return static_cast<const Op*>(op)->reads.size(); };
+  op.outputs = [](const ort::CustomOp* op) { return static_cast<const Op*>(op)->makes.size(); };
+  op.input_characteristic = op.output_characteristic = [](const ort::CustomOp*, size_t) { return ort::REQUIRED; };
+  op.input_memory = [](const ort::CustomOp*, size_t) { return ort::DEFAULT_MEMORY; };
+  for (auto& arity : op.variadic) arity = [](const ort::CustomOp*) { return 1; };
+  op.create = [](const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info, void** kernel) {
+    return guarded([&] { *kernel = new Kernel(*static_cast<const Op*>(op), api, info); });
+  };
+  op.compute = [](void* kernel, ort::KernelContext* context) { return guarded([&] { static_cast<Kernel*>(kernel)->compute(context); }); };
+  op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+}
+
+// What a node reads and makes, for its kernel.
+class Node {
+ public:
+  Node(const Operator& op, const ort::Api* api) : op_(op), api_(api) {}
+
+  Tensor input(const ort::KernelContext* context, size_t index) const {
+    const ort::Value* value = nullptr;
+    check(api_->input(context, index, &value));
+    return read(api_, value);
+  }
+
+  Tensor output(ort::KernelContext* context, size_t index, const Sizes& sizes) const {
+    ort::Value* value = nullptr;
+    check(api_->output(context, index, sizes.data(), sizes.size(), &value));
+    return read(api_, value);
+  }
+
+  // False where the input is no constant.
+  bool constant(const ort::KernelInfo* info, size_t index, Tensor& tensor) const {
+    int is_constant = 0;
+    const ort::Value* value = nullptr;
+    check(api_->constant_input(info, index, &is_constant, &value));
+    if (!is_constant || !value) return false;
+    tensor = read(api_, value);
+    return true;
+  }
+
+  Tensor required(const ort::KernelInfo* info, size_t index) const {
+    Tensor tensor;
+    if (!constant(info, index, tensor)) refuse(op_, "input " + std::to_string(index) + " has to be a constant");
+    return tensor;
+  }
+
+ protected:
+  static constexpr double GRAIN = 3e5;  // multiply-adds that a task should have: ten times what it takes to wake a thread
+
+  static int tasks_worth(double products) { return int(std::min(64.0, std::max(1.0, products / GRAIN))); }
+
+  const Operator& op_;
+  const ort::Api* api_;
+  Threads threads_;
+};
+
+using Operators = std::vector<const ort::CustomOp*>;
+
+inline const char* const ACTIVATION_NAMES[] = {"", "Relu", "Silu", "Gelu"};
+constexpr int ACTIVATIONS = 4;
+
+// The operators of each source; what they list lives as long as the library.
+void add_float_chains(Operators& all);
+void add_int8_chains(Operators& all);
+void add_weight_only(Operators& all);
+void add_recurrent(Operators& all);
+
+template <class Op> void list(Operators& all, const std::deque<Op>& ops) {
+  for (const Op& op : ops) all.push_back(&op);
+}
+
+}  // namespace tdpass_ort

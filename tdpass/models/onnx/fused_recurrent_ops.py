@@ -1,0 +1,103 @@
+"""The operators of the domain com.tdpass that take a sequence through a recurrent cell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+_AXES_AS_INPUT, _OUTPUTS_COUNTED = 18, 18
+_LSTM = """
+    i = Sigmoid (i_sum)  f = Sigmoid (f_sum)  g = Tanh (g_sum)  o = Sigmoid (o_sum)
+    kept = Mul (f, c)  fresh = Mul (i, g)  c_next = Add (kept, fresh)
+    bounded = Tanh (c_next)  h_next = Mul (o, bounded)"""
+_GRU = """
+    r_sum = Add (r, own_r)  z_sum = Add (z, own_z)  reset = Sigmoid (r_sum)  keep = Sigmoid (z_sum)
+    again = Mul (reset, own_n)  n_sum = Add (n, again)  fresh = Tanh (n_sum)
+    change = Sub (h, fresh)  kept = Mul (keep, change)  h_next = Add (fresh, kept)"""
+
+
+@dataclass(frozen=True)
+class LowRankCellOp:
+    """A sequence through an LSTM or GRU whose hidden-to-hidden matrix is a product of two.
+
+    Inputs are pre `[t, n, gates hidden]`, what the input adds to the gates in torch's order; v `[hidden, r]` and
+    u `[r, gates hidden]`, with `whole` of int8 and each followed by its scales, one per column; the bias of the
+    product; the states.  Outputs are all hidden states and the last of every state.  With `whole` what either
+    factor reads is rounded to 127 steps of its largest number, sample by sample.
+    """
+
+    gates: int
+    reverse: bool
+    whole: bool
+
+    @property
+    def states(self) -> list[str]:
+        """Names of the states."""
+        return ["h", "c"][: self.gates - 2]
+
+    @property
+    def name(self) -> str:
+        kind = "Lstm" if self.gates == 4 else "Gru"
+        return f"{'Int8' * self.whole}LowRank{kind}{'Reverse' * self.reverse}"
+
+    @property
+    def inputs(self) -> list[str]:
+        factors = ["v", "v_scale", "u", "u_scale"] if self.whole else ["v", "u"]
+        return ["pre", *factors, "bias", *(f"{state}_first" for state in self.states)]
+
+    @property
+    def outputs(self) -> list[str]:
+        return ["y", *(f"{state}_last" for state in self.states)]
+
+    @property
+    def attributes(self) -> list[str]:
+        return []
+
+    def body(self, opset: int) -> str:
+        def typed(axis: str, *names: str) -> str:
+            return ", ".join(f"float[N, {axis}] {name}" for name in names)
+
+        ways = ", scan_input_directions: ints = [1], scan_output_directions: ints = [1]" * self.reverse
+        after = [f"{state}_next" for state in self.states]
+        steps = "\n".join(self._step(opset))
+        body = (
+            f"step ({typed('H', *self.states)}, {typed('G', 'part')}) => ({typed('H', *after, 'seen')}) "
+            f"{{ {steps} seen = Identity (h_next) }}"
+        )
+        read = ", ".join(self.inputs[-len(self.states) :])
+        made = ", ".join([*self.outputs[1:], "y"])
+        return f"{made} = Scan <num_scan_inputs: int = 1{ways}, body: graph = {body}> ({read}, pre)"
+
+    def _step(self, opset: int) -> Iterator[str]:
+        for factor, read, made in (("v", "h", "thin"), ("u", "thin", "wide")):
+            yield from (
+                self._rounded(factor, read, made, opset)
+                if self.whole
+                else [f"{made} = MatMul ({read}, {factor})"]
+            )
+        yield "own = Add (wide, bias)"
+        counted = f", num_outputs: int = {self.gates}" if opset >= _OUTPUTS_COUNTED else ""
+        split = f"Split <axis: int = -1{counted}>"
+        if self.gates == 4:
+            yield f"total = Add (part, own)  i_sum, f_sum, g_sum, o_sum = {split} (total) {_LSTM}"
+        else:
+            yield f"r, z, n = {split} (part)  own_r, own_z, own_n = {split} (own) {_GRU}"
+
+    def _rounded(self, factor: str, read: str, made: str, opset: int) -> Iterator[str]:
+        """The product of whole numbers, of which those that it reads are made here."""
+        axes = "axes: ints = [-1], " if opset < _AXES_AS_INPUT else ""
+        last = f", axis_{factor}" if opset >= _AXES_AS_INPUT else ""
+        yield f"axis_{factor} = Constant <value_ints: ints = [-1]> ()"
+        yield f"top_{factor} = Constant <value: tensor = float {{127.0}}> ()"
+        yield f"least_{factor} = Constant <value: tensor = float {{1e-30}}> ()"
+        yield f"size_{factor} = Abs ({read})"
+        yield f"range_{factor} = ReduceMax <{axes}keepdims: int = 1> (size_{factor}{last})"
+        yield f"largest_{factor} = Max (range_{factor}, least_{factor})"
+        yield f"finer_{factor} = Div (top_{factor}, largest_{factor})"
+        yield f"steps_{factor} = Mul ({read}, finer_{factor})  codes_{factor} = Round (steps_{factor})"
+        yield f"matrix_{factor} = Cast <to: int = {int(ir.DataType.FLOAT)}> ({factor})"
+        yield f"sums_{factor} = MatMul (codes_{factor}, matrix_{factor})"
+        yield f"step_{factor} = Div (largest_{factor}, top_{factor})"
+        yield f"unit_{factor} = Mul ({factor}_scale, step_{factor})  {made} = Mul (sums_{factor}, unit_{factor})"
