@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -49,8 +49,12 @@ class Stored(Pass, ABC):
         return ""
 
     def run(self, model: Model, job: Job) -> bool:
+        return self.store(model, job)
+
+    def store(self, model: Model, job: Job, done: Container[str] = ()) -> bool:
+        """Store every site but those that are `done`; whether any changed."""
         layers = _layers(model)
-        forms = self._forms(model, layers, job)
+        forms = self._forms(model, layers, job, done)
         if not forms:
             job.note("no site changes")
             return False
@@ -81,11 +85,13 @@ class Stored(Pass, ABC):
         )
         return True
 
-    def _forms(self, model: Model, layers: Mapping[str, Layer], job: Job) -> dict[str, Form]:
+    def _forms(
+        self, model: Model, layers: Mapping[str, Layer], job: Job, done: Container[str]
+    ) -> dict[str, Form]:
         found = {}
         for site in model.sites():
-            layer = layers[site.name]
-            if not selects(site.name, job.include, job.exclude) or not layer.factors:
+            layer, wanted = layers[site.name], selects(site.name, job.include, job.exclude)
+            if not wanted or site.name in done or not layer.factors:
                 continue
             form = self.form(layer.form, site)
             if form.support and not form.numbers:

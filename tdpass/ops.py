@@ -117,6 +117,15 @@ class StorageOps(Ops[V], Protocol[V]):
     def spread(self, values: V, kept: V, shape: Sequence[int]) -> V:
         """A tensor of that shape with `values`, in order, where `kept` (ones and zeros, one after another) is one; zero elsewhere."""
 
+    def places(self, kept: V, count: int) -> V:
+        """Where the `count` ones are among ones and zeros, in order."""
+
+    def order(self, kept: V) -> V:
+        """The place among the ones of each of ones and zeros; of a zero that of some one."""
+
+    def where(self, kept: V, x: V, other: V | None) -> V:
+        """`x` where `kept` is one, and `other`, or zero, elsewhere; all broadcast."""
+
     def tiled(self, cells: V, tile: tuple[int, int], shape: tuple[int, int]) -> V:
         """What is said of the tiles of a matrix of that shape, row by row, said of each of its entries, one after another."""
 
@@ -302,9 +311,17 @@ class TorchOps:
         return unpack_bits(packed, count, bits, signed=signed)
 
     def spread(self, values: Tensor, kept: Tensor, shape: Sequence[int]) -> Tensor:
-        places = (kept.cumsum(0) - 1).clamp_min(0)
-        found = values.reshape(-1)[places] if values.numel() else values.new_zeros(kept.shape)
-        return torch.where(kept > 0, found, torch.zeros_like(found)).reshape(tuple(shape))
+        found = values.reshape(-1)[self.order(kept)] if values.numel() else values.new_zeros(kept.shape)
+        return self.where(kept, found, None).reshape(tuple(shape))
+
+    def places(self, kept: Tensor, count: int) -> Tensor:
+        return torch.sort(kept, descending=True, stable=True).indices[:count]
+
+    def order(self, kept: Tensor) -> Tensor:
+        return (kept.cumsum(0) - 1).clamp_min(0)
+
+    def where(self, kept: Tensor, x: Tensor, other: Tensor | None) -> Tensor:
+        return torch.where(kept > 0, x, x.new_zeros(()) if other is None else other.to(x.dtype))
 
     def tiled(self, cells: Tensor, tile: tuple[int, int], shape: tuple[int, int]) -> Tensor:
         (high, wide), (rows, columns) = tile, shape

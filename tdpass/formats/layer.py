@@ -13,6 +13,7 @@ from tdpass.errors import PlanError
 from tdpass.form import DENSE, Form, Formed, Rank
 from tdpass.formats.base import FORMATS
 from tdpass.formats.integers import apply_integers, coded
+from tdpass.formats.lines import apply_stored, lines_left
 from tdpass.formats.storage import Storage
 from tdpass.kinds import kind_of
 from tdpass.ops import TorchOps
@@ -33,10 +34,14 @@ def storage_of(site: Site, form: Form) -> Storage:
 
 def cost_of(site: Site, form: Form) -> Cost:
     """What a site costs in that form, the bias not counted."""
-    cost = FORMATS.get(form.format).cost(form.on(site), form.rank)
+    own = form.on(site)
+    cost = FORMATS.get(form.format).cost(own, form.rank)
     if not form.encoded:
         return cost
     storage = storage_of(site, form)
+    lines = lines_left(own, form, storage)
+    if lines is not None:
+        cost = FORMATS.get(form.format).cost(lines.site, form.rank)
     return cost.replace(params=storage.params, bytes=storage.bytes)
 
 
@@ -74,7 +79,9 @@ class Layer(Formed):
         if self.form.activations:
             values = coded(self.storage, self.factors, x.dtype)
             return apply_integers(fmt, x, values, self.bias, self.site, self.rank)
-        return fmt.apply(TorchOps(), x, self.values(x.dtype), self.bias, self.site, self.rank)
+        return apply_stored(
+            TorchOps(), x, self.factors, self.bias, self.site, self.form, self.storage, x.dtype
+        )
 
     @property
     def storage(self) -> Storage:

@@ -147,7 +147,7 @@ class Storage:
         each, support = self.numbers[name], self.supports.get(name)
         if support is None:
             return {_name(name, part): held for part, held in each.store(factor, None, beside).items()}
-        kept = support.choose(factor.detach().double().square().flatten(1)).reshape(factor.shape)
+        kept = support.choose(factor.detach().double().square())
         parts = {**each.store(factor * kept, kept, beside), SUPPORT: support.packed(kept)}
         return {_name(name, part): held for part, held in parts.items()}
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,13 +14,39 @@ from tdpass.formats.base import FORMATS
 from tdpass.formats.geometry import apply_dense
 from tdpass.formats.integers import apply_integers, coded
 from tdpass.formats.layer import Layer, check_form, storage_of
+from tdpass.formats.lines import Lines, Smaller, apply_smaller, apply_stored, lines_left, smaller
+from tdpass.formats.storage import Storage
 from tdpass.kinds import kind_of
 from tdpass.layers.deferred import Deferred
+from tdpass.layers.derived import Recipe, derived
 from tdpass.numbers import Part
 from tdpass.ops import TorchOps
 from tdpass.site import Site
 
 _OPS = TorchOps()
+
+
+@dataclass(frozen=True)
+class Shrink(Recipe):
+    """What is left of a dense layer of which whole outputs or input channels are not stored."""
+
+    storage: Storage
+    lines: Lines
+    dtype: torch.dtype
+
+    def __hash__(self) -> int:
+        return hash((self.lines, self.dtype))
+
+    def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        held = dict(zip(self.storage.parts(), tensors, strict=True))
+        made = smaller(_OPS, held, self.storage, self.lines, self.dtype)
+        # a view would keep alive the tensor that it is derived from
+        found = (made.weight.detach(), made.places, made.order, made.kept)
+        return tuple(tensor for tensor in found if tensor is not None)
+
+    def made(self, held: Mapping[str, Tensor]) -> Smaller[Tensor]:
+        """The smaller layer of these parts."""
+        return Smaller(*derived(self, [held[name] for name in self.storage.parts()]))
 
 
 class Factorized(nn.Module):
@@ -41,6 +70,7 @@ class Factorized(nn.Module):
         self.format, self.rank = FORMATS.get(layer.format), layer.rank
         self.padding_mode, self.pads = padding_mode, pads
         self.storage = layer.storage
+        self.lines = lines_left(layer.site, layer.form, self.storage)
         for name, factor in layer.factors.items():
             if self.storage.numbers or name in self.storage.orders:
                 self.register_buffer(name, factor)
@@ -77,8 +107,10 @@ class Factorized(nn.Module):
         if self.form.activations:
             values = coded(self.storage, held, x.dtype)
             return apply_integers(self.format, x, values, self.bias, self.site, self.rank)
-        factors = self.storage.restore(_OPS, held, x.dtype)
-        return self.format.apply(_OPS, x, factors, self.bias, self.site, self.rank)
+        if self.lines is not None and not (torch.compiler.is_compiling() or torch.compiler.is_exporting()):
+            recipe = Shrink(self.storage, self.lines, x.dtype)
+            return apply_smaller(_OPS, x, recipe.made(held), self.bias, self.lines)
+        return apply_stored(_OPS, x, held, self.bias, self.site, self.form, self.storage, x.dtype)
 
     @property
     def weight(self) -> Tensor:

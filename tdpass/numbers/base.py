@@ -130,6 +130,15 @@ class Numbers(ABC):
         """`rounded` of one column of the factor of that shape, seen as a matrix, where numbers of these rows alone are given."""
         return self.rounded(numbers[:, None], beside)[:, 0]
 
+    def beside_lines(
+        self, ops: StorageOps[V], beside: Mapping[str, V], shape: Shape, axis: int, places: V
+    ) -> Mapping[str, V] | None:
+        """What stands beside the values of these slices of a factor along its first or second axis, 0 or 1.
+
+        None where parts do not divide so.
+        """
+        return beside
+
     def scales_rows(self, shape: Shape) -> bool:
         """Whether the values are signed bytes that one scale for each row, or for all, makes numbers of."""
         return False

@@ -96,6 +96,17 @@ class Scaled(Numbers, ABC):
     ) -> V:
         return ops.dequantize(codes, beside[SCALE], beside.get(ZERO), shape, self.rows(shape), dtype)
 
+    def beside_lines(
+        self, ops: StorageOps[V], beside: Mapping[str, V], shape: Shape, axis: int, places: V
+    ) -> Mapping[str, V] | None:
+        if self.group < 0 or axis == 1:
+            return beside if self.group <= 0 else None
+        by_row = (shape[0], self.rows(shape) // shape[0])
+        return {
+            name: ops.reshape(ops.take(ops.reshape(part, by_row), places, -2), (-1,))
+            for name, part in beside.items()
+        }
+
     def column(
         self, numbers: Tensor, beside: Mapping[str, Tensor], shape: Shape, place: int, rows: slice
     ) -> Tensor:

@@ -54,7 +54,7 @@ def rounded_factor(
     inverse = (
         roots.square().sum(1).repeat_interleave(matrix.shape[0] // covariance.shape[0], 0)
     )  # the diagonal of U^T U
-    kept = None if support is None else support.choose(matrix.square() / inverse)
+    kept = None if support is None else _kept(support, matrix.square() / inverse, factor.shape)
     weights = spread if kept is None else spread * kept
     shape = tuple(factor.shape)
     beside = numbers.fit((matrix if kept is None else matrix * kept).reshape(shape), weights.reshape(shape))
@@ -68,6 +68,11 @@ def rounded_factor(
     return Rounded(found.reshape(shape), beside)
 
 
+def _kept(support: Support, scores: Tensor, shape: torch.Size) -> Tensor:
+    """What a support keeps of a factor of that shape, as a matrix."""
+    return support.choose(scores.reshape(shape)).flatten(1)
+
+
 def _error(difference: Tensor, covariance: Tensor) -> float:
     """`tr D C D^T` of all groups."""
     parts = difference.reshape(len(covariance), -1, difference.shape[1])
@@ -78,7 +83,7 @@ def _independently(
     matrix: Tensor, spread: Tensor | None, shape: torch.Size, numbers: Numbers, support: Support | None
 ) -> Rounded:
     weights = torch.ones_like(matrix) if spread is None else spread
-    kept = None if support is None else support.choose(matrix.square() * weights)
+    kept = None if support is None else _kept(support, matrix.square() * weights, shape)
     masked, weights = (matrix, weights) if kept is None else (matrix * kept, weights * kept)
     beside = numbers.fit(
         masked.reshape(shape), None if spread is None and kept is None else weights.reshape(shape)

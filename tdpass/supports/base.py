@@ -17,7 +17,7 @@ from tdpass.registry import Registry
 
 Shape = tuple[int, ...]
 SUPPORT = "support"
-_PERCENT = 100
+PERCENT = 100
 
 
 def matrix_of(shape: Shape) -> tuple[int, int]:
@@ -54,7 +54,12 @@ class Support(ABC):
 
     @abstractmethod
     def choose(self, scores: Tensor) -> Tensor:
-        """Which entries of a matrix are kept, as booleans of its shape: those whose tiles have the largest sums of `scores`."""
+        """Which entries of a factor are kept, as booleans of its shape: those whose tiles have the largest sums of `scores`."""
+
+    @property
+    def share(self) -> float | None:
+        """The share of every factor that is kept, where that does not depend on its shape and is said as such."""
+        return None
 
     def kept(self, shape: Shape) -> int:
         """How many entries of a factor of that shape are stored."""
@@ -75,6 +80,16 @@ class Support(ABC):
             return high * self.tiles(shape), columns
         return rows, wide * self.tiles(shape) if high == rows else columns
 
+    def line(self, shape: Shape) -> int | None:
+        """The axis of the factor along which single slices are kept whole, 0 or 1; None where tiles are no such slices."""
+        tile, (rows, columns) = self.tile(shape), matrix_of(shape)
+        along = {(rows, math.prod(shape[2:])): 1, (1, columns): 0}
+        return along.get(tile)
+
+    def bits_of(self, ops: StorageOps[V], packed: V, shape: Shape) -> V:
+        """Ones for tiles that are kept and zeros for others, one after another."""
+        return ops.unpack(packed, self.bits(shape), 1)
+
     def packed(self, kept: Tensor) -> Tensor:
         """The bits of what `choose` chose for a factor, in bytes."""
         rows, columns = matrix_of(tuple(kept.shape))
@@ -85,7 +100,7 @@ class Support(ABC):
     def mask(self, ops: StorageOps[V], packed: V, shape: Shape) -> V:
         """Ones where entries are kept and zeros elsewhere, one after another."""
         tile = self.tile(shape)
-        bits = ops.unpack(packed, self.bits(shape), 1)
+        bits = self.bits_of(ops, packed, shape)
         return bits if tile == (1, 1) else ops.tiled(bits, tile, matrix_of(shape))
 
 
@@ -115,7 +130,7 @@ def amount_of(text: str, whole: int) -> int:
     """How many of `whole` a count or a share such as `30%` is, one at least."""
     if not text.endswith("%"):
         return int(text)
-    return max(1, min(whole, round(float(text[:-1]) / _PERCENT * whole)))
+    return max(1, min(whole, round(float(text[:-1]) / PERCENT * whole)))
 
 
 def largest(sums: Tensor, count: int) -> Tensor:

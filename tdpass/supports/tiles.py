@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from tdpass.errors import PlanError
-from tdpass.supports.base import Shape, Support, amount_of, largest
+from tdpass.supports.base import PERCENT, Shape, Support, amount_of, largest, matrix_of
 
 AMOUNT = r"/([1-9]\d*|\d+(?:\.\d+)?%)"
 
@@ -29,6 +29,10 @@ class Tiles(Support, ABC):
     def __str__(self) -> str:
         return f"{self.name}/{self.amount}"
 
+    @property
+    def share(self) -> float | None:
+        return float(self.amount[:-1]) / PERCENT if self.amount.endswith("%") else None
+
     def tiles(self, shape: Shape) -> int:
         whole = self.bits(shape)
         found = amount_of(self.amount, whole)
@@ -40,7 +44,8 @@ class Tiles(Support, ABC):
         return found
 
     def choose(self, scores: Tensor) -> Tensor:
-        (rows, columns), (high, wide) = scores.shape, self.tile((scores.shape[0], scores.shape[1]))
+        shape = tuple(scores.shape)
+        (rows, columns), (high, wide) = matrix_of(shape), self.tile(shape)
         parts = scores.reshape(rows // high, high, columns // wide, wide)
-        kept = largest(parts.sum((1, 3), keepdim=True), self.tiles((rows, columns)))
-        return kept.expand(parts.shape).reshape(rows, columns)
+        kept = largest(parts.sum((1, 3), keepdim=True), self.tiles(shape))
+        return kept.expand(parts.shape).reshape(shape)

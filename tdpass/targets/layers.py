@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tdpass.form import Form
-from tdpass.formats.base import FORMATS
 from tdpass.formats.layer import Layer, storage_of
+from tdpass.formats.lines import apply_stored
 from tdpass.kinds import kind_of
 from tdpass.ops import StorageOps, TorchOps, V
 from tdpass.site import Site
@@ -56,8 +56,8 @@ def weights_of(layer: Layer) -> dict[str, Tensor]:
 def apply_layer(ops: StorageOps[V], layer: Layer, x: V, weights: Mapping[str, V]) -> V:
     """The layer's output, from tensors by these names."""
     factors = {name: weights[name] for name in layer.factors}
-    values = layer.storage.restore(ops, factors, layer.dtype)
-    return FORMATS.get(layer.format).apply(ops, x, values, weights.get("bias"), layer.site, layer.rank)
+    bias = weights.get("bias")
+    return apply_stored(ops, x, factors, bias, layer.site, layer.form, layer.storage, layer.dtype)
 
 
 def example_input(layer: Layer, batch: int) -> Tensor:

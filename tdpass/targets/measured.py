@@ -13,7 +13,8 @@ from pathlib import Path
 from tdpass.errors import UsageError
 from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS
-from tdpass.formats.layer import cost_of
+from tdpass.formats.layer import cost_of, storage_of
+from tdpass.formats.lines import lines_left
 from tdpass.models.base import Batch, Model
 from tdpass.site import Site
 from tdpass.targets.base import Setting, TimedTarget, Timing
@@ -200,7 +201,9 @@ class MeasuredTarget(TimedTarget):
 
     def _key(self, site: Site, case: _Case, setting: Setting) -> Key:
         form, runtime = case.form, case.runtime
-        stored = f"{form.whole.family} {FORMATS.get(form.format).version}"
+        smaller = form.encoded and lines_left(form.on(site), form, storage_of(site, form)) is not None
+        version = FORMATS.get(form.format).version
+        stored = f"{form.whole.family} {version}" + " of fewer lines" * smaller
         dtype = str(setting.dtype).removeprefix("torch.")
         geometry = geometry_of(form.on(site))
         return Key(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdpass.constraints.sparse import Group, Sparse
 from tdpass.errors import UsageError
-from tdpass.form import DENSE
+from tdpass.form import DENSE, Form
 from tdpass.formats.lowering import stage_of
 from tdpass.kernels import native
 from tdpass.kernels.base import compiled
@@ -21,7 +21,7 @@ from tdpass.kernels.blocks import pack
 from tdpass.kernels.sparse import SPARSE_CONV2D, SPARSE_LINEAR
 from tdpass.site import Site
 from tdpass.targets.base import ONE_CALL, Setting
-from tdpass.targets.break_even import crossing, leaves_dense
+from tdpass.targets.break_even import STAIRCASE, crossing, leaves_dense
 from tdpass.targets.layers import channels_last, example_input, make_layer
 from tdpass.targets.measured import CAREFUL_ROUNDS, MeasuredTarget
 from tdpass.targets.runtimes.base import Bound
@@ -37,29 +37,30 @@ class SparseTarget(MeasuredTarget):
     def break_even_sparsity(
         self, site: Site, group: str = "weight", setting: Setting = ONE_CALL
     ) -> float | None:
-        if leaves_dense(site, group):
-            return 0.0
-        return crossing(lambda sparsity: self.sparse_over_dense(site, group, [sparsity], setting)[0])
+        steps = STAIRCASE[1:] if leaves_dense(site, group) else STAIRCASE  # all of its lines are the dense layer
+        return crossing(
+            lambda sparsity: self.sparse_over_dense(site, group, [sparsity], setting)[0], steps
+        )
 
     def sparse_over_dense(
         self, site: Site, group: str, sparsities: Sequence[float], setting: Setting
     ) -> list[float]:
         """Time of the layer with that share of zero weights over that of the dense layer in the runtime that is fastest.
 
-        Infinite where the sparse operators do not serve it.  What is not in the table is measured in turn
-        with the dense layer. Raises `UsageError` for sparsities outside [0, 1), a group that leaves dense
-        layers, and without compiled operators.
+        Groups that leave a dense layer are timed as that smaller layer, with what gathers its input or puts
+        its output in place, in any runtime; others in the sparse operators, infinite where these do not serve
+        the layer.  What is not in the table is measured in turn with the dense layer. Raises `UsageError` for
+        sparsities outside [0, 1), and without compiled operators.
         """
-        if leaves_dense(site, group):
-            raise UsageError(
-                f"zeros by {group} leave {site.name!r} a smaller dense layer; time that, or ask for weight "
-                "or block"
-            )
         if not all(0 <= sparsity < 1 for sparsity in sparsities):
             raise UsageError(
                 f"sparsities {list(sparsities)} are not shares of zero weights; each is at least 0 and "
                 "below 1"
             )
+        if leaves_dense(site, group):
+            forms = [_kept_by(group, sparsity) for sparsity in sparsities]
+            whole, *smaller = self.time(site, [DENSE, *forms], setting, careful=True)
+            return [time.seconds / whole.seconds for time in smaller]
         if native.library() is None:
             raise UsageError(
                 f"target {self.name} has no sparse operators here: {native.missing()}; use a table of "
@@ -111,6 +112,12 @@ class SparseTarget(MeasuredTarget):
             f"zeros by {group}",
             (round(sparsity * _PARTS),),
         )
+
+
+def _kept_by(group: str, sparsity: float) -> Form:
+    """The form of a dense layer with that share of zeros by whole outputs or input channels."""
+    support = "rows" if group in ("row", "filter") else "channels"
+    return Form(DENSE.format, (), support=f"{support}/{100 * (1 - sparsity):.6g}%")
 
 
 def pruned_weight(weight: Tensor, group: str, sparsity: float) -> Tensor:

@@ -6,7 +6,7 @@ No test here looks at a clock.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from tdpass.errors import UsageError
-from tdpass.form import DENSE
-from tdpass.formats.layer import Layer
+from tdpass.form import DENSE, Form
+from tdpass.formats.layer import Layer, cost_of
 from tdpass.kernels import native
 from tdpass.kernels.base import use_reference
 from tdpass.kinds import KINDS
 from tdpass.site import Site
-from tdpass.targets import BreakEvenRow, BreakEvenTable, Setting, Target, open_break_even, open_target
+from tdpass.targets import BreakEvenRow, BreakEvenTable, Setting, Target, Timing, open_break_even, open_target
 from tdpass.targets.break_even import STAIRCASE, crossing
 from tdpass.targets.layers import example_input, make_layer
 from tdpass.targets.runtimes import RUNTIMES
@@ -128,16 +128,22 @@ def test_calls_of_a_site_count_each(scripted: Callable[..., Scripted]) -> None:
 
 
 @pytest.mark.parametrize("group", ["filter", "channel", "row"])
-def test_groups_that_leave_a_dense_layer_need_no_measuring(
-    scripted: Callable[..., Scripted], group: str
+def test_groups_that_leave_a_dense_layer_are_timed_as_what_is_emitted(
+    scripted: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch, group: str
 ) -> None:
+    """A layer takes its multiply-adds, and 0.3 more where outputs or inputs have to be put in place."""
+
+    def time(site: Site, forms: Sequence[Form], setting: Setting, careful: bool = False) -> list[Timing]:
+        shares = [cost_of(site, form).macs / cost_of(site, DENSE).macs for form in forms]
+        return [Timing(share + 0.3 * (share < 1), "eager") for share in shares]
+
     target = scripted()
-    assert (
-        target.break_even_sparsity(CONV, group) == BreakEvenTable(()).break_even_sparsity(CONV, group) == 0.0
-    )
-    assert target.clocked == 0
-    with pytest.raises(UsageError, match="smaller dense layer"):
-        target.sparse_over_dense(CONV, group, [0.5], Setting())
+    monkeypatch.setattr(target, "time", time)
+    assert target.sparse_over_dense(CONV, group, [0.25, 0.5, 0.75], Setting()) == pytest.approx([1.05, 0.8, 0.55])
+    found = target.break_even_sparsity(CONV, group)
+    assert found is not None
+    assert 0.25 < found < 0.4
+    assert BreakEvenTable(()).break_even_sparsity(CONV, group) == 0.0
 
 
 def test_what_cannot_be_asked(scripted: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 import onnx_ir as ir
 
 from tdpass.form import DYNAMIC
-from tdpass.formats.base import FORMATS
 from tdpass.formats.layer import Layer
+from tdpass.formats.lines import apply_stored
 from tdpass.models.onnx.graphs import nodes_of, opset_of, within
 from tdpass.models.onnx.names import FreshNames
 from tdpass.models.onnx.ops import OnnxOps
@@ -90,21 +90,21 @@ def _put(
     bias: ir.Value | None,
     site: FoundSite,
 ) -> None:
-    layout = FORMATS.get(layer.format)
+    storage = layer.storage
 
     def values() -> Mapping[str, ir.Value]:
-        restored = layer.storage.restore(ops, factors, site.dtype)
-        if site.kept == site.dtype or layer.storage.numbers:
-            return restored
+        if site.kept == site.dtype or storage.numbers:
+            return factors
         return {
-            label: value if label in layer.storage.orders else ops.cast(value, site.dtype)
-            for label, value in restored.items()
+            label: value if label in storage.orders else ops.cast(value, site.dtype)
+            for label, value in factors.items()
         }
 
+    def made(x: ir.Value) -> ir.Value:
+        return apply_stored(ops, x, values(), bias, layer.site, layer.form, storage, site.dtype)
+
     addend = None if use.addend is None else ops.scale(use.addend.value, use.addend_scale, site.dtype)
-    y = use.apply(
-        ops, use.input.value, lambda x: layout.apply(ops, x, values(), bias, layer.site, layer.rank), addend
-    )
+    y = use.apply(ops, use.input.value, made, addend)
     y = ops.computed(y if use.following is None else ops.activated(y, use.following))
     nodes = ops.take_nodes()
     for node in nodes:

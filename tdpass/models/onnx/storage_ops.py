@@ -59,10 +59,11 @@ class StorageNodes(Recording):
             )
         if x in self._sources:
             values, scale, zero, rows = self._sources[x]
-            self._forget(x)
-            return self._dequantized(
+            made = self._dequantized(
                 self.permute(values, axes), scale, zero, per_row=rows > 1, axis=list(axes).index(0)
             )
+            self._forget(x)
+            return made
         known = self._dims_of(x)
         return self._emit(
             "Transpose", [x], None if known is None else tuple(known[axis] for axis in axes), perm=list(axes)
@@ -116,9 +117,8 @@ class StorageNodes(Recording):
             (self._contents[packed] ^ _SIGNS).reshape(shape),
             packed.metadata_props,
         )
-        self._forget(weight)
         read = self._dims_of(x)
-        return self._emit(
+        made = self._emit(
             "com.microsoft::MatMulNBits",
             [x, values, scale] if bias is None else [x, values, scale, None, None, bias],
             None if read is None else (*read[:-1], outputs),
@@ -127,6 +127,8 @@ class StorageNodes(Recording):
             bits=_HALF_BYTE,
             block_size=group,
         )
+        self._forget(weight)
+        return made
 
     def unpack(self, packed: ir.Value, count: int, bits: int, *, signed: bool = False) -> ir.Value:
         numbers = self._unpacked(packed, count, bits, signed=signed)
@@ -176,16 +178,25 @@ class StorageNodes(Recording):
         own = self._float_type(values)
         dtype = torch.float64 if own is torch.float64 else torch.float32
         numbers = values if own is dtype else self.cast(values, dtype)
-        end = self._cached(("axis",), "axis", torch.tensor(0, dtype=torch.int64))
-        places = self._emit(
-            "Sub",
-            [self._emit("CumSum", [kept, end], self._dims_of(kept)), self._numbers("one", [1])],
-            self._dims_of(kept),
-        )
-        found = self._emit("Gather", [numbers, places], self._dims_of(kept), axis=0)
+        found = self._emit("Gather", [numbers, self.order(kept)], self._dims_of(kept), axis=0)
         whole = self.reshape(self._emit("Mul", [found, self.cast(kept, dtype)], self._dims_of(kept)), shape)
         # ONNX Runtime does not lay out floats of eight bits anew
         return whole if own is None or own is dtype or own.itemsize == 1 else self.cast(whole, own)
+
+    def places(self, kept: ir.Value, count: int) -> ir.Value:
+        return self.reshape(self._emit("NonZero", [kept], (1, count)), (count,))
+
+    def order(self, kept: ir.Value) -> ir.Value:
+        first = self._cached(("axis",), "axis", torch.tensor(0, dtype=torch.int64))
+        count = self._emit("CumSum", [kept, first], self._dims_of(kept))
+        return self._emit("Sub", [count, self._numbers("one", [1])], self._dims_of(kept))
+
+    def where(self, kept: ir.Value, x: ir.Value, other: ir.Value | None) -> ir.Value:
+        if other is None:
+            own = torch.float32 if x.dtype is None else tensor_adapters.to_torch_dtype(x.dtype)
+            zero = torch.zeros((), dtype=own)
+            other = self._cached(("zero", zero.dtype), "zero", zero)
+        return self._emit("Where", [self.cast(kept, torch.bool), x, other], self._dims_of(x))
 
     def tiled(self, cells: ir.Value, tile: tuple[int, int], shape: tuple[int, int]) -> ir.Value:
         (high, wide), (rows, columns) = tile, shape
