@@ -16,7 +16,7 @@ from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
-from tdpass.layers.derived import DERIVED, Recipe, derived
+from tdpass.layers.derived import DERIVED, Recipe, Tensors, derived
 
 Compiled = Callable[..., Any]
 Inner = Callable[[GraphModule, Sequence[Any]], Compiled]
@@ -26,7 +26,7 @@ Inner = Callable[[GraphModule, Sequence[Any]], Compiled]
 class Step:
     """Further inputs that a recipe makes of the inputs `sources`."""
 
-    recipe: Recipe
+    recipe: Recipe[Tensors]
     sources: tuple[int, ...]
 
 
@@ -79,7 +79,7 @@ class Draft:
         """What was given for an input."""
         return self.values[self.inputs.index(node)]
 
-    def derive(self, recipe: Recipe, sources: Sequence[Node]) -> list[Node]:
+    def derive(self, recipe: Recipe[Tensors], sources: Sequence[Node]) -> list[Node]:
         """Further inputs: what the recipe makes of these."""
         indices = tuple(self.inputs.index(node) for node in sources)
         made = derived(recipe, [self.values[index] for index in indices])
@@ -150,7 +150,7 @@ class _Runner:
         self.pass_on, self.read = getter(passed), getter(self.sources)
 
     def __call__(self, *args: Any) -> Any:
-        extras = DERIVED.get(self.read(args), self.token, self.derive)
+        extras: Tensors = DERIVED.get(self.read(args), self.token, self.derive)
         return self.run(*self.pass_on(args), *extras)
 
     def derive(self, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -24,7 +24,7 @@ from tdpass.formats.base import FORMATS
 from tdpass.formats.layer import Layer, check_form, storage_of
 from tdpass.formats.lowering import Lowered, lower
 from tdpass.kinds import plain_site
-from tdpass.layers.derived import Recipe
+from tdpass.layers.derived import Recipe, Tensors
 from tdpass.ops import TorchOps
 from tdpass.site import Site
 
@@ -35,7 +35,7 @@ Decide = Callable[[str, Tensor], "Form | None"]
 
 
 @dataclass(frozen=True)
-class Factorize(Formed, Recipe):
+class Factorize(Formed, Recipe[Tensors]):
     """The factors of a weight, in the order of the format's shapes."""
 
     site: Site

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from tdpass.kernels.stage import Lanes, Stage
 from tdpass.layers.identity_cache import IdentityCache
 
-DERIVED: IdentityCache[tuple[Tensor, ...]] = IdentityCache()
+T = TypeVar("T")
+DERIVED: IdentityCache[Any] = IdentityCache()
 
 
 def _forget_fused(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -29,21 +30,25 @@ def _forget_fused(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[s
 register_optimizer_step_post_hook(_forget_fused)
 
 
-class Recipe(ABC):
-    """How tensors are derived from others; a frozen dataclass, so that equal recipes share what they made."""
+class Recipe(ABC, Generic[T]):
+    """How something is derived from tensors; a frozen dataclass, so that equal recipes share what they made."""
 
     @abstractmethod
-    def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """New tensors."""
+    def make(self, tensors: Sequence[Tensor]) -> T:
+        """What is derived, holding none of these tensors themselves."""
 
 
-def derived(recipe: Recipe, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+Tensors = tuple[Tensor, ...]
+
+
+def derived(recipe: Recipe[T], tensors: Sequence[Tensor]) -> T:
     """What the recipe makes of these tensors, from the cache where they are as they were."""
-    return DERIVED.get(tensors, recipe, recipe.make)
+    made: T = DERIVED.get(tensors, recipe, recipe.make)
+    return made
 
 
 @dataclass(frozen=True)
-class PackChain(Recipe):
+class PackChain(Recipe[Tensors]):
     """Packed weights of a chain from its weights, and the bias of its last layer with a batch-norm folded into both.
 
     Reads the weights, then the bias if `bias`, then with `norm` (its epsilon) mean, variance, and scale and
@@ -86,7 +91,7 @@ class PackChain(Recipe):
 
 
 @dataclass(frozen=True)
-class ChannelsInnermost(Recipe):
+class ChannelsInnermost(Recipe[Tensors]):
     """A convolution weight with its channels innermost."""
 
     def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

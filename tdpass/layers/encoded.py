@@ -12,16 +12,19 @@ from typing_extensions import Self
 from tdpass.formats.layer import Layer
 from tdpass.formats.lowering import chain_of
 from tdpass.kernels import native
+from tdpass.kernels.conv_chain import activate
 from tdpass.layers.factorized import Factorized
 
 
 class EncodedCall(Factorized, ABC):
     """A layer of encoded factors as one operator, where that serves what it is called with; else it runs as it is.
 
-    `operator` names what it is measured under.  With `apart` set it always runs as it is.
+    `operator` names what it is measured under, `activation` what it ends with, which it took in from the model.
+    With `apart` set it always runs as it is.
     """
 
     operator: ClassVar[str]
+    activation = "identity"
     apart = False
 
     @classmethod
@@ -41,7 +44,7 @@ class EncodedCall(Factorized, ABC):
 
     @abstractmethod
     def packed_call(self, x: Tensor) -> Tensor:
-        """The operator on this input."""
+        """The operator on this input, and the activation."""
 
     @abstractmethod
     def serves(self, x: Tensor) -> bool:
@@ -49,8 +52,12 @@ class EncodedCall(Factorized, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.apart or not (self._inference(x) and self.serves(x)):
-            return super().forward(x)
+            return activate(super().forward(x), self.activation)
         return self.packed_call(x)
+
+    def extra_repr(self) -> str:
+        ends = self.activation == "identity"
+        return super().extra_repr() if ends else f"{super().extra_repr()}, {self.activation}"
 
     def _inference(self, x: Tensor) -> bool:
         if torch.is_autocast_enabled(x.device.type):

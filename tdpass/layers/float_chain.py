@@ -34,6 +34,6 @@ class FloatChain(EncodedChain):
         factors = [self._buffers[name] for name in self.lowered.factors]
         lanes = LINEAR if self.lowered.linear else self.lowered.lanes
         y: Tensor = torch.ops.tdpass.factor_chain(
-            x, factors, self.bias, self.lowered.integers, "identity", lanes
+            x, factors, self.bias, self.lowered.integers, self.activation, lanes
         )
         return y

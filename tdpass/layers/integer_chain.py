@@ -1,7 +1,8 @@
 """Layers whose int8 factors read integers, as one chain: `linear_chain_int8` or `conv_chain_int8`.
 
-`integer_chain` calls it by the codes, scales and ranges as the layer stores them; what is packed of them is
-looked up by identity when it runs, so that exported programs hold what is stored alone.
+`integer_chain` calls it by the codes, scales and ranges as the layer stores them; what is packed of them, and
+the numbers of the grids, are looked up by identity when it runs, so that compiled and exported programs hold
+what is stored alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.library import Library
 
 from tdpass.form import STATIC
@@ -28,32 +29,67 @@ from tdpass.layers.encoded import EncodedChain
 
 NAME = "integer_chain"
 _SCHEMA = (
-    "(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] ranges, Tensor? bias, int[] stages, bool linear)"
-    " -> Tensor"
+    "(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] ranges, Tensor? bias, int[] stages, bool linear, "
+    "str activation, Tensor? residual=None, Tensor? output_range=None, Tensor? residual_range=None) -> Tensor"
 )
 
 
 @dataclass(frozen=True)
-class PackIntegers(Recipe):
-    """Packed weights, scales and totals of a chain, and the numbers of its grids, as the operator takes them.
+class PackedIntegers:
+    """A chain as its operator takes it: packed weights, scales and totals of its stages, and the numbers of its grids."""
 
-    Reads the codes of all stages, then their scales, then the ranges of what they read, none where every row
-    finds its own.
+    weights: list[Tensor]
+    scales: list[Tensor]
+    totals: list[Tensor]
+    grids: list[float]
+    stages: list[int]
+    widths: list[int]
+
+    def arguments(
+        self, x: Any, bias: Any, residual: Any, activation: str, *, linear: bool
+    ) -> tuple[Any, ...]:
+        """What its operator is called with, on an image or on rows of channels."""
+        sizes = self.widths if linear else self.stages
+        return x, self.weights, self.scales, self.totals, bias, residual, self.grids, sizes, activation
+
+    def __call__(
+        self, x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, *, linear: bool
+    ) -> Tensor:
+        """Convolutions on images and signals, or linear layers on the last axis of x."""
+        operator = LINEAR_CHAIN_INT8 if linear else CONV_CHAIN_INT8
+        if linear or x.dim() != 3:
+            made: Tensor = operator.call(*self.arguments(x, bias, residual, activation, linear=linear))
+            return made
+        rest = None if residual is None else residual.unsqueeze(2)
+        return self(x.unsqueeze(2), bias, rest, activation, linear=False).squeeze(2)
+
+
+@dataclass(frozen=True)
+class PackIntegers(Recipe[PackedIntegers]):
+    """Packs the codes of all stages, their scales, and the ranges of what they read, none where every row finds its own.
+
+    Then come the range that the output is rounded to, with `output`, and that of a residual of bytes, with
+    `residual`.
     """
 
     stages: tuple[int, ...]
+    output: bool = False
+    residual: bool = False
 
-    def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def make(self, tensors: Sequence[Tensor]) -> PackedIntegers:
         chain = stages_of(self.stages)
-        count = len(chain)
-        codes, scales, ranges = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        count, ends = len(chain), self.output + self.residual
+        codes, scales = tensors[:count], tensors[count : 2 * count]
         factors = [
             pack_codes(stage, each.reshape(stage.shape), scale)
             for stage, each, scale in zip(chain, codes, scales, strict=True)
         ]
-        reads = [Grid(*each.tolist()) for each in ranges] or [Grid()] * count
-        grids = torch.tensor(Grids(tuple(reads)).numbers(), dtype=torch.float64)
-        return (*(part.clone() for parts in columns(factors) for part in parts), grids)
+        grids = iter([Grid(*each.tolist()) for each in tensors[2 * count :]])
+        reads = tuple(next(grids) for _ in range(count)) if len(tensors) > 2 * count + ends else (Grid(),) * count
+        output = next(grids) if self.output else Grid()
+        numbers = Grids(reads, output, next(grids, Grid())).numbers()
+        parts = ([part.clone() for part in parts] for parts in columns(factors))
+        return PackedIntegers(*parts, numbers, list(self.stages), widths_of(chain))
 
 
 def run(
@@ -64,20 +100,20 @@ def run(
     bias: Tensor | None,
     stages: Sequence[int],
     linear: bool,
+    activation: str,
+    residual: Tensor | None = None,
+    output_range: Tensor | None = None,
+    residual_range: Tensor | None = None,
 ) -> Tensor:
-    """The chain: convolutions on images and signals, or linear layers on the last axis of x."""
-    *parts, grids = derived(PackIntegers(tuple(stages)), (*codes, *scales, *ranges))
-    count = len(codes)
-    factors = parts[:count], parts[count : 2 * count], parts[2 * count :]
-    numbers = grids.tolist()
-    if linear:
-        return LINEAR_CHAIN_INT8.call(  # type: ignore[no-any-return]
-            x, *factors, bias, None, numbers, widths_of(stages_of(stages)), "identity"
-        )
-    flat = x.dim() == 3
-    image = x.unsqueeze(2) if flat else x
-    y: Tensor = CONV_CHAIN_INT8.call(image, *factors, bias, None, numbers, stages, "identity")
-    return y.squeeze(2) if flat else y
+    """`activation(chain(x) + bias + residual)`: convolutions on images and signals, or linear layers on the last axis of x.
+
+    With ranges of them, the output and the residual are bytes; x may be bytes in the range that the first stage
+    reads.
+    """
+    recipe = PackIntegers(tuple(stages), output_range is not None, residual_range is not None)
+    ends = (each for each in (output_range, residual_range) if each is not None)
+    packed = derived(recipe, (*codes, *scales, *ranges, *ends))
+    return packed(x, bias, residual, activation, linear=linear)
 
 
 def fake(
@@ -88,14 +124,20 @@ def fake(
     bias: Tensor | None,
     stages: Sequence[int],
     linear: bool,
+    activation: str,
+    residual: Tensor | None = None,
+    output_range: Tensor | None = None,
+    residual_range: Tensor | None = None,
 ) -> Tensor:
-    """Shape and strides."""
-    del codes, scales, ranges, bias
+    """Shape, type and strides."""
+    del codes, scales, ranges, bias, activation, residual, residual_range
     chain = stages_of(stages)
+    floating = x.dtype if x.is_floating_point() else torch.float32
+    dtype = floating if output_range is None else torch.uint8
     if linear:
-        return x.new_empty((*x.shape[:-1], chain[-1].outputs))
+        return x.new_empty((*x.shape[:-1], chain[-1].outputs), dtype=dtype)
     flat = x.dim() == 3
-    y = empty_output(x.unsqueeze(2) if flat else x, chain, x.dtype)
+    y = empty_output(x.unsqueeze(2) if flat else x, chain, dtype)
     return y.squeeze(2) if flat else y
 
 
@@ -108,6 +150,15 @@ class IntegerChain(EncodedChain):
     """
 
     operator = NAME
+
+    def __init__(
+        self, layer: Layer, bias: nn.Parameter | None, padding_mode: str = "zeros", pads: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(layer, bias, padding_mode, pads)
+        names, storage = self.lowered.factors, self.storage
+        ranges = map(storage.range_of, names) if self.form.activations == STATIC else ()
+        self._parts = (names, tuple(map(storage.scale_of, names)), tuple(ranges))
+        self._recipe = PackIntegers(tuple(self.lowered.integers))
 
     @staticmethod
     def why_not(layer: Layer) -> str:
@@ -123,18 +174,18 @@ class IntegerChain(EncodedChain):
         return ""
 
     def chain_call(self, x: Tensor) -> Tensor:
-        names, storage = self.lowered.factors, self.storage
-        stored = [[*names], [*map(storage.scale_of, names)], [*map(storage.range_of, names)]]
-        if self.form.activations != STATIC:
-            stored[2] = []
-        held = [[self._buffers[name] for name in part] for part in stored]
-        y: Tensor = torch.ops.tdpass.integer_chain(
-            x, *held, self.bias, self.lowered.integers, self.lowered.linear
-        )
-        return y
+        held = [[self._buffers[name] for name in part] for part in self._parts]
+        if torch.compiler.is_compiling():
+            y: Tensor = torch.ops.tdpass.integer_chain(
+                x, *held, self.bias, self.lowered.integers, self.lowered.linear, self.activation
+            )
+            return y
+        packed = derived(self._recipe, [value for part in held for value in part if value is not None])
+        return packed(x, self.bias, None, self.activation, linear=self.lowered.linear)
 
 
 _LIBRARY: Any = Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(NAME + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.impl(NAME, run, "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::{NAME}", fake, lib=_LIBRARY)
+INTEGER_CHAIN: Any = torch.ops.tdpass.integer_chain.default

@@ -18,7 +18,7 @@ from tdpass.kernels.conv_chain import packing
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.recurrent import pack_u, pack_v
 from tdpass.kernels.stage import Stage
-from tdpass.layers.derived import PackChain, Recipe, derived
+from tdpass.layers.derived import PackChain, Recipe, Tensors, derived
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.fused import Fused
 from tdpass.site import Site
@@ -42,7 +42,7 @@ def is_plain(module: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
-class Rebuilt(Recipe):
+class Rebuilt(Recipe[Tensors]):
     """The dense weight of a factored layer."""
 
     form: Form
@@ -56,7 +56,7 @@ class Rebuilt(Recipe):
 
 
 @dataclass(frozen=True)
-class PackCell(Recipe):
+class PackCell(Recipe[Tensors]):
     """`V[rank, hidden]` and `U[(gates hidden), rank]`, packed, of a chain of matrices cut in two where it is narrowest; V may be the identity."""
 
     gates: int

@@ -13,7 +13,7 @@ from tdpass.formats.base import FORMATS
 from tdpass.formats.layer import Layer
 from tdpass.formats.storage import Storage
 from tdpass.kernels.weight_only import WEIGHT_ONLY_LINEAR, pack_codes, pack_floats
-from tdpass.layers.derived import Recipe, derived
+from tdpass.layers.derived import Recipe, Tensors, derived
 from tdpass.layers.encoded import EncodedCall
 from tdpass.numbers import VALUES
 from tdpass.numbers.floating import Floating
@@ -31,7 +31,7 @@ def _names(layer: Layer) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class PackWeightOnly(Recipe):
+class PackWeightOnly(Recipe[Tensors]):
     """Codes and scales of every matrix of a layer, in turn, as the operator takes them."""
 
     site: Site
@@ -90,7 +90,7 @@ class WeightOnly(EncodedCall):
         packed = derived(recipe, tuple(held.values()))
         widths = [self.site.i, self.site.o, *self.rank]
         y: Tensor = WEIGHT_ONLY_LINEAR.call(
-            x, list(packed[::2]), list(packed[1::2]), self.bias, None, widths, "identity"
+            x, list(packed[::2]), list(packed[1::2]), self.bias, None, widths, self.activation
         )
         return y
 

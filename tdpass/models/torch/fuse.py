@@ -48,6 +48,7 @@ def fuse_layers(
             if made is None:
                 decline(path, f"not fused: {reason}")
             else:
+                made.activation = _absorb(module, layer)
                 found[layer] = made
             continue
         verdict = _verdict(layer, called)
