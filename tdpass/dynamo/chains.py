@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
@@ -12,17 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from tdpass.dynamo.links import argument, mutates, read_link, same_sizes, tensor_of
+from tdpass.dynamo.links import read_link
 from tdpass.fusing.spec import Chain, Link
 from tdpass.kernels.stage import stages_of
 from tdpass.layers.factor_chain import FACTOR_CHAIN, LINEAR
-
-_SUMS = {operator.add, torch.add, operator.iadd}
-_ACTIVATIONS: dict[Any, str] = {
-    F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", "relu": "relu", "relu_": "relu",
-    F.silu: "silu", F.gelu: "gelu", torch._C._nn.gelu: "gelu", torch._C._nn.silu: "silu",
-}  # fmt: skip
-
+from tdpass.models.torch.graph_calls import (
+    activation_of,
+    argument,
+    movable,
+    only_user,
+    same_sizes,
+    sum_of,
+    tensor_of,
+)
 
 GraphChain = Chain[Node, Node]
 
@@ -43,14 +44,14 @@ class GraphReader:
                 yield link
 
     def following(self, link: Link[Node, Node]) -> Node | None:
-        return _only_user(link.node)
+        return only_user(link.node)
 
     def fuses(self, first: Link[Node, Node], second: Link[Node, Node]) -> bool:
         return second.x is first.node and _dtype(second.node) == _dtype(first.node)
 
     def norm(self, chain: GraphChain) -> GraphChain:
         y = chain.result
-        norm, value = _only_user(y), tensor_of(y)
+        norm, value = only_user(y), tensor_of(y)
         if (
             norm is None
             or value is None
@@ -75,7 +76,7 @@ class GraphReader:
     def bias(self, chain: GraphChain) -> GraphChain:
         if chain.links[0].axes or chain.bias is not None or chain.norm is not None:
             return chain
-        total, other = _sum(chain.result)
+        total, other = sum_of(chain.result)
         rest, value = tensor_of(other), tensor_of(chain.result)
         if total is None or rest is None or value is None or other is None or other.op != "placeholder":
             return chain
@@ -83,34 +84,18 @@ class GraphReader:
         return replace(chain, nodes=(*chain.nodes, total), bias=other) if shifts else chain
 
     def residual(self, chain: GraphChain) -> GraphChain:
-        total, other = _sum(chain.result)
+        total, other = sum_of(chain.result)
         rest, value = tensor_of(other), tensor_of(chain.result)
         if total is None or rest is None or value is None or not same_sizes(rest.shape, value.shape):
             return chain
         return replace(chain, nodes=(*chain.nodes, total), residual=other)
 
     def activation(self, chain: GraphChain) -> GraphChain:
-        user = _only_user(chain.result)
-        name = None if user is None else _ACTIVATIONS.get(user.target)
-        if (
-            user is None
-            or name is None
-            or argument(user, 0, "input") is not chain.result
-            or user.kwargs.get("approximate", "none") != "none"
-        ):
-            return chain
-        return replace(chain, nodes=(*chain.nodes, user), activation=name)
+        user, name = activation_of(chain.result)
+        return chain if user is None else replace(chain, nodes=(*chain.nodes, user), activation=name)
 
     def movable(self, chain: GraphChain) -> bool:
-        """Whether no call of others between its first and last node may change what the first ones read."""
-        own, node = set(chain.nodes), chain.nodes[0]
-        if self.order[node] > self.order[chain.result]:
-            return False
-        while node is not chain.result:
-            if node not in own and mutates(node):
-                return False
-            node = node.next
-        return True
+        return self.order[chain.nodes[0]] <= self.order[chain.result] and movable(chain.nodes)
 
     def fused(self) -> Iterator[GraphChain]:
         """The chains that fused modules call by their factors."""
@@ -126,29 +111,6 @@ def norm_inputs(norm: Node) -> list[Any]:
         argument(norm, position, name)
         for position, name in ((1, "running_mean"), (2, "running_var"), (3, "weight"), (4, "bias"))
     ]
-
-
-def _sum(y: Node) -> tuple[Node, Node] | tuple[None, None]:
-    """The sum that alone reads a value, and what it adds to it, in the same type; None for none."""
-    total, value = _only_user(y), tensor_of(y)
-    if total is None or value is None or total.target not in _SUMS or len(total.args) != 2 or total.kwargs:
-        return None, None
-    first, second = total.args
-    other = second if first is y else first
-    rest = tensor_of(other)
-    if (
-        rest is None
-        or other is y
-        or not isinstance(other, Node)
-        or (total.target is operator.iadd and first is not y)
-        or rest.dtype != value.dtype
-    ):
-        return None, None
-    return total, other
-
-
-def _only_user(node: Node) -> Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _fused_module(node: Node) -> GraphChain | None:

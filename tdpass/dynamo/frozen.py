@@ -18,9 +18,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from tdpass.dynamo.draft import Compiled, Draft, Inner, all_inputs, getter, sources_of
 from tdpass.dynamo.guards import loosen_guards
-from tdpass.dynamo.links import argument, mutates
 from tdpass.errors import UsageError
 from tdpass.layers.identity_cache import IdentityCache
+from tdpass.models.torch.graph_calls import argument, mutates
+from tdpass.models.torch.integer_graph import pack_integers, reads_codes
 
 FROZEN = "tdpass_frozen"  # in the `meta` of a graph whose weights are constants
 log = logging.getLogger("tdpass.backend")
@@ -30,13 +31,12 @@ _RUNNERS: WeakSet[FrozenRunner] = WeakSet()
 def constants(draft: Draft) -> list[int]:
     """Positions of the given inputs that may be constants.
 
-    Parameters, and the statistics of batch-norms, that nothing writes to.
+    Parameters, the statistics of batch-norms, and what integer chains are stored as, that nothing writes to.
     """
     found = []
     for index, (node, value) in enumerate(zip(draft.inputs[: draft.given_count], draft.values, strict=False)):
-        kept = isinstance(value, nn.Parameter) or (
-            _static(node) and bool(node.users) and all(_reads_statistics(user, node) for user in node.users)
-        )
+        read = all(_reads_statistics(user, node) or reads_codes(user, node) for user in node.users)
+        kept = isinstance(value, nn.Parameter) or (_static(node) and bool(node.users) and read)
         if kept and not any(mutates(user) for user in node.users):
             found.append(index)
     return found
@@ -126,12 +126,14 @@ class FrozenRunner:
         graph = _with_constants(self.graph, names)
         module: Any = GraphModule({**{name: attrgetter(name)(self.given) for name in own}, **values}, graph)
         module.meta.update({**self.given.meta, FROZEN: True})
+        pack_integers(module)
         if hasattr(self.given, "_param_name_to_source"):
             from torch._dynamo.source import ConstantSource  # noqa: PLC0415 - takes seconds to import
 
+            stored = (*module.named_parameters(), *module.named_buffers())
             module._param_name_to_source = {
+                **{name: ConstantSource(name) for name, _ in stored},
                 **self.given._param_name_to_source,
-                **{name: ConstantSource(name) for name in values},
             }
         if self.dynamic and self.recorded:
             log.warning(

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from tdpass.dynamo.chains import GraphChain, GraphReader, norm_inputs
 from tdpass.dynamo.draft import Draft
-from tdpass.dynamo.links import argument, hint, mutates, read_link, tensor_of
+from tdpass.dynamo.links import read_link
 from tdpass.fusing.choose import Verdict, choose, served
 from tdpass.fusing.find import find_chains
 from tdpass.fusing.spec import ChainCall, Layout
@@ -20,6 +20,8 @@ from tdpass.kernels.conv_chain import CONV_CHAIN, packing
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.stage import Lanes
 from tdpass.layers.derived import ChannelsInnermost, PackChain
+from tdpass.models.torch.graph_calls import argument, hint, mutates, tensor_of
+from tdpass.models.torch.integer_graph import join_integers
 
 log = logging.getLogger("tdpass.backend")
 
@@ -42,15 +44,18 @@ def fuse_chains(
 ) -> int:
     """Replace every chain that is faster as one operator, and with `alone` every single layer that is.
 
-    Returns how many. The layout of four-dimensional activations is the one in which the chains together take
-    less time.  Dynamic sizes are measured as they are in the example.
+    Returns how many, integer chains among them, which take in what follows them. The layout of
+    four-dimensional activations is the one in which the chains together take less time; integer chains want
+    channels innermost.  Dynamic sizes are measured as they are in the example.
     """
+    joined = join_integers(draft.graph)
     found = find_chains(GraphReader(draft.graph, draft.stored), alone=alone)
     chains = [chain for chain in found if _reason(chain, measure=measure) == ""]
     layout: Layout = "contiguous"
     totals: dict[Layout, float] = {}
     verdicts: dict[Layout, dict[GraphChain, Verdict]] = {}
-    for option in _layouts(draft, chains, channels_last=channels_last):
+    bytes_of_images = any((value := tensor_of(node)) is not None and value.dim() == 4 for node in joined)
+    for option in _layouts(draft, chains, bytes_of_images, channels_last=channels_last):
         verdicts[option] = {chain: _verdict(draft, chain, option, measure=measure) for chain in chains}
         totals[option] = sum(verdict.best for verdict in verdicts[option].values())
         layout = option if totals[option] < totals.get(layout, float("inf")) or not measure else layout
@@ -71,7 +76,7 @@ def fuse_chains(
         lay_channels_last(draft)
     fused = sum(verdict.lanes is not None for verdict in verdicts[layout].values())
     log.info("%d of %d chains fused, activations %s", fused, len(chains), layout)
-    return fused
+    return fused + len(joined)
 
 
 def _reason(chain: GraphChain, *, measure: bool) -> str:
@@ -84,18 +89,18 @@ def _reason(chain: GraphChain, *, measure: bool) -> str:
     return served(values[0].device.type, values[1].dtype)
 
 
-def _layouts(draft: Draft, chains: Sequence[GraphChain], *, channels_last: bool) -> list[Layout]:
+def _layouts(
+    draft: Draft, chains: Sequence[GraphChain], bytes_of_images: bool, *, channels_last: bool
+) -> list[Layout]:
     """The layouts to choose from."""
-    images = any(chain.links[0].axes == 2 for chain in chains)
+    images = bytes_of_images or any(chain.links[0].axes == 2 for chain in chains)
     reads_strides = any(
         node.op == "call_method" and node.target in _STRIDE_READERS for node in draft.graph.nodes
     )
     writes = any(mutates(user) for node in draft.inputs for user in node.users)
-    return (
-        ["contiguous", "channels_last"]
-        if images and channels_last and not reads_strides and not writes
-        else ["contiguous"]
-    )
+    if not images or not channels_last or reads_strides or writes:
+        return ["contiguous"]
+    return ["channels_last"] if bytes_of_images else ["contiguous", "channels_last"]
 
 
 def _verdict(draft: Draft, chain: GraphChain, layout: Layout, *, measure: bool) -> Verdict:

@@ -14,27 +14,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.fx import Node
 
 from tdpass.fusing.spec import Link
 from tdpass.kernels.conv_chain import MAX_TAPS
 from tdpass.kernels.stage import Pair, Stage
+from tdpass.models.torch.graph_calls import argument, tensor_of
 
 _CONVOLUTIONS = {torch.conv1d, F.conv1d, torch.conv2d, F.conv2d, torch.conv3d, F.conv3d}
 _PRODUCTS = {operator.matmul, torch.matmul, torch.mm}
 _PRODUCT_METHODS = {"matmul", "mm", "__matmul__"}
 _PADS = {F.pad, torch._C._nn.pad}
-_IN_PLACE = {
-    operator.iadd,
-    operator.isub,
-    operator.imul,
-    operator.itruediv,
-    operator.ifloordiv,
-    operator.ipow,
-    operator.imatmul,
-    operator.setitem,
-}
 
 
 @dataclass(frozen=True)
@@ -45,45 +35,6 @@ class GraphLink(Link[Node, Node]):
     pads: tuple[tuple[int, int], ...] = ()
     dilation: tuple[int, ...] = ()
     groups: int = 1
-
-
-def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument of a call, however it was passed."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def tensor_of(node: Any) -> Tensor | None:
-    """The fake tensor that a node stands for."""
-    value = node.meta.get("example_value") if isinstance(node, Node) else None
-    return value if isinstance(value, Tensor) else None
-
-
-def hint(size: int | torch.SymInt) -> int:
-    """A size, or what it was in the example, without a guard on it."""
-    return size if isinstance(size, int) else int(size.node.hint)
-
-
-def same_sizes(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt]) -> bool:
-    """Whether two shapes are known to be the same, without a guard."""
-
-    def known(size: int | torch.SymInt) -> object:
-        return size if isinstance(size, int) else size.node.expr
-
-    return list(map(known, a)) == list(map(known, b))
-
-
-def mutates(node: Node) -> bool:
-    """Whether a call may change a tensor in place."""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    named = name.endswith("_") and not name.endswith("__")
-    asked = (
-        node.kwargs.get("inplace") is True
-        or "out" in node.kwargs
-        or any(value is True for value in node.args)
-    )
-    return named or asked or node.target in _IN_PLACE
 
 
 def read_link(node: Node, stored: AbstractSet[Node]) -> GraphLink | None:

@@ -85,11 +85,13 @@ class PackIntegers(Recipe[PackedIntegers]):
             for stage, each, scale in zip(chain, codes, scales, strict=True)
         ]
         grids = iter([Grid(*each.tolist()) for each in tensors[2 * count :]])
-        reads = tuple(next(grids) for _ in range(count)) if len(tensors) > 2 * count + ends else (Grid(),) * count
+        reads = (
+            tuple(next(grids) for _ in range(count)) if len(tensors) > 2 * count + ends else (Grid(),) * count
+        )
         output = next(grids) if self.output else Grid()
         numbers = Grids(reads, output, next(grids, Grid())).numbers()
-        parts = ([part.clone() for part in parts] for parts in columns(factors))
-        return PackedIntegers(*parts, numbers, list(self.stages), widths_of(chain))
+        weights, scales, totals = ([part.clone() for part in parts] for parts in columns(factors))
+        return PackedIntegers(weights, scales, totals, numbers, list(self.stages), widths_of(chain))
 
 
 def run(
@@ -176,7 +178,7 @@ class IntegerChain(EncodedChain):
     def chain_call(self, x: Tensor) -> Tensor:
         held = [[self._buffers[name] for name in part] for part in self._parts]
         if torch.compiler.is_compiling():
-            y: Tensor = torch.ops.tdpass.integer_chain(
+            y: Tensor = INTEGER_CHAIN(
                 x, *held, self.bias, self.lowered.integers, self.lowered.linear, self.activation
             )
             return y

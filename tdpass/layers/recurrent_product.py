@@ -172,9 +172,8 @@ class Product:
             result = self.module(x)
         else:
             recipe = replace(self.chain, lanes=packing(self.chain.lanes, x.dtype))
-            result = LINEAR_CHAIN.call(
-                x, list(derived(recipe, self.tensors)), self.bias, None, self.widths, "identity"
-            )
+            packed = derived(recipe, self.tensors)
+            result = LINEAR_CHAIN.call(x, list(packed), self.bias, None, self.widths, "identity")
         return result
 
     def cell(self, gates: int) -> tuple[Tensor, ...]:
