@@ -18,7 +18,7 @@ from tdpass.formats.lines import Lines, Smaller, apply_smaller, apply_stored, li
 from tdpass.formats.storage import Storage
 from tdpass.kinds import kind_of
 from tdpass.layers.deferred import Deferred
-from tdpass.layers.derived import Recipe, derived
+from tdpass.layers.derived import Recipe, Tensors, derived
 from tdpass.numbers import Part
 from tdpass.ops import TorchOps
 from tdpass.site import Site
@@ -27,7 +27,7 @@ _OPS = TorchOps()
 
 
 @dataclass(frozen=True)
-class Shrink(Recipe):
+class Shrink(Recipe[Tensors]):
     """What is left of a dense layer of which whole outputs or input channels are not stored."""
 
     storage: Storage
