@@ -12,8 +12,9 @@ def dequantize(model: object) -> object:
     """A copy of a model with floating-point numbers in place of integers, to be factored and quantized anew.
 
     ONNX models with QuantizeLinear and DequantizeLinear or with QLinear operators (a path, `onnx.ModelProto`
-    or `onnx_ir.Model`, given back as its kind), modules with layers of `torch.ao.nn.quantized`, and modules
-    whose weights are tensors that know how to `dequantize`, as torchao's.  What is rounded on its way through
+    or `onnx_ir.Model`, given back as its kind), modules with layers of `torch.ao.nn.quantized`, modules whose
+    weights are tensors that know how to `dequantize`, as torchao's, and graphs and exported programs with
+    nodes that quantize and dequantize, as PT2E converts them.  What is rounded on its way through
     the model is passed on as it is.  Raises `UsageError` for anything else.
     """
     source = Path(model) if isinstance(model, str) else model
@@ -23,7 +24,7 @@ def dequantize(model: object) -> object:
         made = None
     if made is None:
         raise UsageError(
-            f"dequantize takes an nn.Module or an ONNX model, not a {type(model).__name__}; compress the "
+            f"dequantize takes an nn.Module, an exported program or an ONNX model, not a {type(model).__name__}; compress the "
             "floating-point model, then quantize it"
         )
     return made(source)

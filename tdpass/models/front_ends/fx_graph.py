@@ -11,6 +11,7 @@ from tdpass.models.base import Batch, Model
 from tdpass.models.front_ends.base import FrontEnd, register_front_end
 from tdpass.models.torch.lift import lift
 from tdpass.models.torch.model import TorchModel
+from tdpass.models.torch.quantized_graph import dequantized_graph
 
 
 def _open(model: object, example: Batch | None, _overridable: Sequence[str]) -> Model:
@@ -18,4 +19,9 @@ def _open(model: object, example: Batch | None, _overridable: Sequence[str]) -> 
     return TorchModel(lift(copy.deepcopy(model)), example)
 
 
-register_front_end(FrontEnd("torch.fx", _open, types=(GraphModule,)))
+def _dequantized(model: object) -> object:
+    assert isinstance(model, GraphModule)
+    return dequantized_graph(model)
+
+
+register_front_end(FrontEnd("torch.fx", _open, types=(GraphModule,), dequantized=_dequantized))

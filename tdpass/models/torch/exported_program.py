@@ -19,6 +19,7 @@ from tdpass.models.signature import Dims, Input, Signature
 from tdpass.models.torch.lift import lift
 from tdpass.models.torch.model import TorchModel
 from tdpass.models.torch.program_archive import broken, plain_archive
+from tdpass.models.torch.quantized_graph import dequantized_graph
 from tdpass.packing import StoredSize
 
 
@@ -35,20 +36,7 @@ class ExportedModel(TorchModel):
         super().__init__(lift(graph_module), example or _example(program))
 
     def unwrap(self) -> ExportedProgram:
-        if self.program.example_inputs is None:
-            raise InvalidModelError(
-                "the exported program carries no example inputs, so it cannot be exported again; save it "
-                "with them"
-            )
-        args, kwargs = self.program.example_inputs
-        try:
-            return torch.export.export(
-                self.module, args, dict(kwargs), dynamic_shapes=_dynamic_shapes(self.program), strict=False
-            )
-        except Exception as error:
-            raise InvalidModelError(
-                f"the rewritten program could not be exported again: {str(error).splitlines()[0]}"
-            ) from error
+        return exported_again(self.module, self.program)
 
     def signature(self) -> Signature:
         return Signature(tuple(_inputs(self.program)), tuple(_outputs(self.program)))
@@ -64,6 +52,32 @@ class ExportedModel(TorchModel):
 
     def reader(self) -> Callable[[Path], Model | None]:
         return lambda path: ExportedModel(load_program(path))
+
+
+def exported_again(module: nn.Module, program: ExportedProgram) -> ExportedProgram:
+    """A program of another module that is called as this one, with its example and its dynamic shapes.
+
+    Raises `InvalidModelError` where the program carries no example, and where the module cannot be exported.
+    """
+    if program.example_inputs is None:
+        raise InvalidModelError(
+            "the exported program carries no example inputs, so it cannot be exported again; save it with them"
+        )
+    args, kwargs = program.example_inputs
+    shapes = _dynamic_shapes(program)
+    try:
+        return torch.export.export(module, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise InvalidModelError(
+            f"the rewritten program could not be exported again: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def dequantized_program(program: ExportedProgram) -> ExportedProgram:
+    """The program with floating-point numbers in place of integers; raises as `exported_again` does."""
+    graph_module = program.module()
+    assert isinstance(graph_module, GraphModule)
+    return exported_again(dequantized_graph(graph_module), program)
 
 
 def load_program(path: Path, trust: bool = False) -> ExportedProgram:

@@ -16,6 +16,7 @@ from tdpass.formats.layer import Layer, settles
 from tdpass.models.extents import UNREACHED, with_extents
 from tdpass.models.torch.factored import find_factored, put_product, settled
 from tdpass.models.torch.placement import place_layer, placed_layer
+from tdpass.models.torch.quantized_graph import why_graph_quantized
 from tdpass.models.torch.readers import graph_readers
 from tdpass.models.torch.sites import Matched, find_sites
 from tdpass.tape import Tape, site_order
@@ -42,6 +43,7 @@ class SiteTable:
         table._adopt_factored(module)
         if isinstance(module, GraphModule):
             table.leave(graph_readers(module, table.by_name))
+            table.declined.update(why_graph_quantized(module))
         return table
 
     def matched(self, name: str) -> Matched:
