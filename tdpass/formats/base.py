@@ -14,6 +14,7 @@ from torch import Tensor
 from tdpass.cost import Cost
 from tdpass.errors import PlanError
 from tdpass.form import Rank
+from tdpass.formats.bonds import Bond
 from tdpass.formats.geometry import apply_dense, unit
 from tdpass.formats.metric import Metric
 from tdpass.ops import Ops, V
@@ -91,42 +92,6 @@ class Stage:
     site: Site
 
 
-@dataclass(frozen=True)
-class Bond:
-    """An axis of r that two factors share, between which any invertible r x r matrix may be put.
-
-    `factor` is a linear layer or 1x1 convolution that writes the site's output (`writes`), or reads its
-    input; `partner` is the factor before, or after it.
-    """
-
-    factor: str
-    partner: str
-    writes: bool
-
-    def width(self, site: Site) -> int:
-        """Channels on the factor's other side."""
-        return site.o if self.writes else site.i
-
-    def size(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """r, from the shapes of the factors."""
-        return shapes[self.partner][0 if self.writes else 1]
-
-    def matrix(self, factor: Tensor) -> Tensor:
-        """The factor as `[channels, r]`."""
-        flat = factor.flatten(1)
-        return flat if self.writes else flat.T
-
-    def with_channels(self, shape: Sequence[int], count: int) -> tuple[int, ...]:
-        """The factor's shape with another number of channels."""
-        return (count, *shape[1:]) if self.writes else (shape[0], count, *shape[2:])
-
-    def absorbed(self, partner: Tensor, square: Tensor) -> Tensor:
-        """The partner with `square[r, r]` of the factor put into it."""
-        axis = 0 if self.writes else 1
-        product: Tensor = torch.tensordot(square, partner, dims=([1], [axis]))
-        return product.movedim(0, axis).contiguous()
-
-
 class Format(ABC):
     """One way to factor a weight; a subclass per file, registered with `register_format`.
 
@@ -175,10 +140,10 @@ class Format(ABC):
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
         """Everything but the last stage; where there is none, the output without bias."""
 
-    def bonds(self, site: Site) -> Sequence[Bond]:
-        """Axes that its factors share of which `tdpass.formats.pivoted` can spare r^2 numbers.
+    def bonds(self, site: Site, count: int) -> Sequence[Bond]:
+        """Axes that its factors share of which `tdpass.formats.pivoted` can spare r^2 numbers, where it has so many factors.
 
-        A factor that a rank does not have counts for none.
+        In the order in which they are spared: no factor is the partner of one that comes after its own.
         """
         return ()
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tdpass.form import Rank
 from tdpass.formats.base import (
-    Bond,
     Decomposition,
     Factors,
     Format,
@@ -18,6 +17,7 @@ from tdpass.formats.base import (
     rank_grid,
     register_format,
 )
+from tdpass.formats.bonds import Bond
 from tdpass.formats.geometry import apply_dense, pointwise
 from tdpass.formats.metric import Metric
 from tdpass.formats.per_group import per_group
@@ -81,7 +81,7 @@ class ChannelSvd(Format):
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
         return apply_dense(ops, x, f["first"], None, replace(site, shape=(rank[0], *site.shape[1:])))
 
-    def bonds(self, site: Site) -> Sequence[Bond]:
+    def bonds(self, site: Site, count: int) -> Sequence[Bond]:
         return (Bond("last", "first", writes=True),)
 
     def last_stage(self, site: Site, rank: Rank) -> Stage:

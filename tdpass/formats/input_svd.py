@@ -11,7 +11,6 @@ from torch import Tensor
 
 from tdpass.form import Rank
 from tdpass.formats.base import (
-    Bond,
     Decomposition,
     Factors,
     Format,
@@ -20,6 +19,7 @@ from tdpass.formats.base import (
     rank_grid,
     register_format,
 )
+from tdpass.formats.bonds import Bond
 from tdpass.formats.geometry import no_padding, unit
 from tdpass.formats.metric import Metric
 from tdpass.formats.per_group import per_group
@@ -85,7 +85,7 @@ class InputSvd(Format):
         axes = len(site.kernel)
         return ops.conv(x, f["first"], None, unit(axes), no_padding(axes), unit(axes))
 
-    def bonds(self, site: Site) -> Sequence[Bond]:
+    def bonds(self, site: Site, count: int) -> Sequence[Bond]:
         return (Bond("first", "last", writes=False),)
 
     def last_stage(self, site: Site, rank: Rank) -> Stage:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tdpass.form import Rank
-from tdpass.formats.base import Bond, Decomposition, Factors, Format, Guarantee, Stage
+from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Stage
+from tdpass.formats.bonds import Bond
 from tdpass.formats.metric import Metric
 from tdpass.ops import Ops, Pads, V
 from tdpass.site import Site
@@ -71,8 +72,8 @@ class PerGroup(Format):
         inside: Ops[V] = ops if site.groups == 1 else _SideBySide(ops, site.groups)
         return self.inner.features(inside, x, f, _one(site), rank)
 
-    def bonds(self, site: Site) -> Sequence[Bond]:
-        return self.inner.bonds(site) if site.groups == 1 else ()
+    def bonds(self, site: Site, count: int) -> Sequence[Bond]:
+        return self.inner.bonds(site, count) if site.groups == 1 else ()
 
     def last_stage(self, site: Site, rank: Rank) -> Stage | None:
         stage = self.inner.last_stage(_one(site), rank)

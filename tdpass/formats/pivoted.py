@@ -5,25 +5,25 @@ Of every axis of r that two factors share, r x r numbers follow from the rest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Generic
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tdpass.errors import PlanError
 from tdpass.form import Rank
-from tdpass.formats.base import FORMATS, Bond, Decomposition, Factors, Format, Guarantee, register_format
-from tdpass.formats.geometry import unit
+from tdpass.formats.base import FORMATS, Decomposition, Factors, Format, Guarantee, register_format
+from tdpass.formats.bonds import ORDER, Bond
 from tdpass.formats.layer import Layer
 from tdpass.formats.metric import Metric
-from tdpass.formats.pivots import choose_pivots, leading_coefficients, order_of
-from tdpass.ops import Ops, Pads, V
+from tdpass.formats.operands import Sparing
+from tdpass.ops import Ops, V
 from tdpass.site import Site
 
 PIVOT, LEAD = "_pivot", "_lead"
-_ORDER = "_order"
 _FACTS = ("axes", "version", "searched")
 
 
@@ -72,23 +72,26 @@ class Pivoted(Format):
 
     def shapes(self, site: Site, rank: Rank) -> dict[str, tuple[int, ...]]:
         shapes = self.inner.shapes(site, rank)
+        stored = {bond.factor: bond.stored(shapes[bond.factor]) for bond in self._bonds(site, shapes)}
         return {
-            **shapes,
-            **{
-                bond.factor: bond.with_channels(shapes[bond.factor], bond.width(site) - r)
-                for bond, r in self._bonds(site, shapes)
-            },
+            name: shape
+            for key, whole in shapes.items()
+            for name, shape in stored.get(key, {key: whole}).items()
         }
 
     def orders(self, site: Site, rank: Rank) -> dict[str, int]:
-        bonds = self._bonds(site, self.inner.shapes(site, rank)) if self.ordered else []
-        return {_order(bond): bond.width(site) for bond, _ in bonds}
+        shapes = self.inner.shapes(site, rank)
+        bonds = self._bonds(site, shapes) if self.ordered else []
+        return {bond.order: bond.ordered(shapes[bond.factor]) for bond in bonds}
 
     def macs(self, site: Site, rank: Rank) -> int:
-        bonds = self._bonds(site, self.inner.shapes(site, rank))
-        return self.inner.macs(site, rank) - sum(
-            r * r * (site.out_positions if bond.writes else site.in_positions) for bond, r in bonds
-        )
+        shapes = self.inner.shapes(site, rank)
+        spared = 0
+        for bond in self._bonds(site, shapes):
+            whole = shapes[bond.factor]
+            left = sum(map(math.prod, bond.stored(whole).values()))
+            spared += (math.prod(whole) - left) * bond.uses(site, shapes)
+        return self.inner.macs(site, rank) - spared
 
     def reconstruct(self, factors: Factors, site: Site) -> Tensor:
         return self.inner.reconstruct(self.to_chain(factors, site), site)
@@ -98,9 +101,10 @@ class Pivoted(Format):
 
     def apply(self, ops: Ops[V], x: V, f: Mapping[str, V], bias: V | None, site: Site, rank: Rank) -> V:
         held: dict[str, Any] = dict(f)
-        sparing: Any = _Sparing(ops)
-        for bond, r in self._bonds(site, self.inner.shapes(site, rank)):
-            held[bond.factor] = _Spare(f[bond.factor], f.get(_order(bond)), bond.writes, r, bond.width(site))
+        sparing: Any = Sparing(ops)
+        shapes = self.inner.shapes(site, rank)
+        for bond in self._bonds(site, shapes):
+            held[bond.factor] = bond.operand(f, shapes[bond.factor])
         y: V = self.inner.apply(sparing, x, held, bias, site, rank)
         return y
 
@@ -109,45 +113,33 @@ class Pivoted(Format):
         return self.inner
 
     def from_chain(self, factors: Factors, site: Site) -> Factors:
-        found, orders = dict(factors), {}
-        for bond, r in self._bonds(site, {name: tuple(factor.shape) for name, factor in factors.items()}):
-            matrix = bond.matrix(found[bond.factor])
-            n = len(matrix)
-            pivots, coefficients = (
-                choose_pivots(matrix) if self.ordered else (torch.arange(r), leading_coefficients(matrix))
-            )
-            if self.ordered:
-                order = order_of(pivots, n)
-                orders[_order(bond)] = (order.argsort() if bond.writes else order).int()
-            spared = bond.with_channels(found[bond.factor].shape, n - r)
-            found[bond.factor] = (
-                (coefficients if bond.writes else coefficients.T).reshape(spared).contiguous()
-            )
-            found[bond.partner] = bond.absorbed(found[bond.partner], matrix[pivots])
-        return {**found, **orders}
+        found: Factors = dict(factors)
+        stored: dict[str, Factors] = {}
+        orders: Factors = {}
+        shapes = {name: tuple(factor.shape) for name, factor in factors.items()}
+        for bond in self._bonds(site, shapes):
+            made = bond.pivot(found[bond.factor], ordered=self.ordered)
+            stored[bond.factor] = dict(made.factors)
+            orders |= {} if made.order is None else {bond.order: made.order}
+            found[bond.partner] = bond.absorbed(found[bond.partner], made.square)
+        kept = {name: part for key in found for name, part in stored.get(key, {key: found[key]}).items()}
+        return {**kept, **orders}
 
     def to_chain(self, factors: Factors, site: Site) -> Factors:
-        found = {name: factors[name] for name in factors if not name.endswith(_ORDER)}
-        for bond, r in self._bonds(site, {name: tuple(factor.shape) for name, factor in found.items()}):
-            coefficients = bond.matrix(found[bond.factor])
-            whole = torch.cat(
-                [torch.eye(r, dtype=coefficients.dtype, device=coefficients.device), coefficients]
-            )
-            if self.ordered:
-                order = factors[_order(bond)].long()
-                whole = whole[order if bond.writes else order.argsort()]
-            shape = bond.with_channels(found[bond.factor].shape, len(whole))
-            found[bond.factor] = (whole if bond.writes else whole.T).reshape(shape).contiguous()
-        return found
+        shapes = {name: tuple(factor.shape) for name, factor in factors.items()}
+        bonds = self.inner.bonds(site, _count(shapes))
+        whole = {bond.factor: bond.whole(factors) for bond in bonds if bond.spared(shapes, site)}
+        names = dict.fromkeys(name.partition("_")[0] for name in factors)
+        return {name: whole[name] if name in whole else factors[name] for name in names}
 
-    def _bonds(self, site: Site, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[Bond, int]]:
-        """The axes that there is something to spare of, each with its size."""
-        found = [(bond, bond.size(shapes)) for bond in self.inner.bonds(site) if bond.factor in shapes]
-        return [(bond, r) for bond, r in found if r < bond.width(site)]
+    def _bonds(self, site: Site, shapes: Mapping[str, tuple[int, ...]]) -> list[Bond]:
+        """The axes that there is something to spare of in whole factors of those shapes."""
+        return [bond for bond in self.inner.bonds(site, len(shapes)) if bond.spares(shapes)]
 
 
-def _order(bond: Bond) -> str:
-    return bond.factor + _ORDER
+def _count(names: Iterable[str]) -> int:
+    """Of how many factors these are the stored parts."""
+    return len({name.partition("_")[0] for name in names})
 
 
 class _Spared(Decomposition):
@@ -170,80 +162,6 @@ class _Spared(Decomposition):
         return self.inner.guarantee(rank)
 
 
-@dataclass(frozen=True)
-class _Spare:
-    """A factor of `width` rows (columns) of which `r` are those of an identity, and `rest` the others."""
-
-    rest: Any
-    order: Any
-    writes: bool
-    r: int
-    width: int
-
-
-class _Sparing(Generic[V]):
-    """Products with such factors: what meets an identity is passed on; all else is left to `ops`."""
-
-    def __init__(self, ops: Ops[V]) -> None:
-        self.ops = ops
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.ops, name)
-
-    def linear(self, x: V, weight: V, bias: V | None) -> V:
-        if not isinstance(weight, _Spare):
-            return self.ops.linear(x, weight, bias)
-        return self._product(x, weight, bias, 0, self.ops.linear)
-
-    def conv(
-        self,
-        x: V,
-        weight: V,
-        bias: V | None,
-        stride: Sequence[int],
-        padding: Pads,
-        dilation: Sequence[int],
-        groups: int = 1,
-    ) -> V:
-        def pointwise(read: V, kernel: V, shift: V | None) -> V:
-            return self.ops.conv(read, kernel, shift, stride, padding, dilation, groups)
-
-        return (
-            self._product(x, weight, bias, len(stride), pointwise)
-            if isinstance(weight, _Spare)
-            else pointwise(x, weight, bias)
-        )
-
-    def _product(self, x: V, spare: _Spare, bias: V | None, axes: int, product: Any) -> V:
-        axis = -1 - axes
-        if spare.writes:
-            return self._written(x, spare, bias, axis, product)
-        first, rest = self._read(x, spare, axis)
-        return self.ops.add(first, product(rest, spare.rest, bias))
-
-    def _written(self, h: V, spare: _Spare, bias: V | None, axis: int, product: Any) -> V:
-        """`P [h; C h] + b`."""
-        if spare.order is None and bias is not None:
-            along = (spare.r, *unit(-1 - axis))
-            first = self.ops.add(h, self.ops.reshape(self.ops.part(bias, -1, 0, spare.r), along))
-            return self.ops.concat(
-                first, product(h, spare.rest, self.ops.part(bias, -1, spare.r, spare.width)), axis
-            )
-        y: V = self.ops.concat(h, product(h, spare.rest, None), axis)
-        if spare.order is not None:
-            y = self.ops.take(y, spare.order, axis)
-        return y if bias is None else self.ops.add(y, self.ops.reshape(bias, (spare.width, *unit(-1 - axis))))
-
-    def _read(self, x: V, spare: _Spare, axis: int) -> tuple[V, V]:
-        """`x_p, x_rest`."""
-        ends = ((0, spare.r), (spare.r, spare.width))
-        if spare.order is None:
-            first, rest = (self.ops.part(x, axis, *pair) for pair in ends)
-        else:
-            first, rest = (self.ops.take(x, self.ops.part(spare.order, -1, *pair), axis) for pair in ends)
-        return first, rest
-
-
 def spared_formats(name: str, site: Site, rank: Rank) -> list[str]:
     """Formats that store what the named one stores at that rank in fewer numbers, those that need no order of channels first."""
     chain = FORMATS.get(name).chain.name
@@ -256,16 +174,6 @@ def spared_formats(name: str, site: Site, rank: Rank) -> list[str]:
     return names[: names.index(name)] if name in names else names
 
 
-def without_spare(names: Sequence[str], site: Site) -> tuple[str, ...]:
-    """The formats, in place of each the one that spares what its factors hold twice where the site lets it."""
-    lean = {
-        name: name + PIVOT
-        for name in names
-        if name + PIVOT in FORMATS and FORMATS.get(name + PIVOT).fits(site)
-    }
-    return tuple(dict.fromkeys(lean.get(name, name) for name in names))
-
-
 def reordered(layer: Layer, order: Tensor) -> Layer | None:
     """The layer where it reads inputs in another order, `x[order]`.
 
@@ -275,7 +183,12 @@ def reordered(layer: Layer, order: Tensor) -> Layer | None:
     if layer.form.encoded or not chain.reader:
         return None
     reads = next(
-        (bond for bond in chain.bonds(layer.site) if not bond.writes and layer.format != chain.name), None
+        (
+            bond
+            for bond in chain.bonds(layer.site, _count(layer.factors))
+            if not bond.writes and layer.format != chain.name
+        ),
+        None,
     )
     if reads is None:
         return replace(
@@ -285,12 +198,10 @@ def reordered(layer: Layer, order: Tensor) -> Layer | None:
                 chain.reader: layer.factors[chain.reader].index_select(1, order).contiguous(),
             },
         )
-    held = layer.factors.get(_order(reads))
+    held = layer.factors.get(reads.order)
     if held is None:
         return None
-    return replace(
-        layer, factors={**layer.factors, _order(reads): order.argsort()[held.long()].to(held.dtype)}
-    )
+    return replace(layer, factors={**layer.factors, reads.order: order.argsort()[held.long()].to(held.dtype)})
 
 
 def led(layer: Layer, after: Layer, spread: int = 1) -> tuple[Layer, Layer] | None:
@@ -299,8 +210,9 @@ def led(layer: Layer, after: Layer, spread: int = 1) -> tuple[Layer, Layer] | No
     None where the layer, which is a pivoted one, has to put its inputs in an order too, or the other cannot
     take them in another.
     """
-    orders = {name: value for name, value in layer.factors.items() if name.endswith(_ORDER)}
-    bonds = {_order(bond): bond for bond in FORMATS.get(layer.format).chain.bonds(layer.site)}
+    orders = {name: value for name, value in layer.factors.items() if name.endswith(ORDER)}
+    chain = FORMATS.get(layer.format).chain
+    bonds = {bond.order: bond for bond in chain.bonds(layer.site, _count(layer.factors))}
     if len(orders) != 1 or not all(bonds[name].writes for name in orders):
         return None
     (inverse,) = orders.values()

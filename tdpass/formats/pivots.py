@@ -9,6 +9,7 @@ from tdpass.errors import NumericalError
 
 BOUND = 2.0
 """The largest coefficient of a row that is no pivot."""
+_GAIN, _SWAPS, _FLOOR = 1.2, 24, 1e-12
 
 
 def choose_pivots(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,3 +76,29 @@ def _permuted(swaps: Tensor, n: int) -> Tensor:
     for place, other in enumerate(swaps.tolist()):
         rows[place], rows[other - 1] = rows[other - 1], rows[place]
     return torch.tensor(rows)
+
+
+def choose_blocks(rows: Tensor, count: int) -> Tensor:
+    """Blocks, ascending, of `rows[blocks, k, r]` whose rows make up those of all others by small coefficients.
+
+    One after another that of the largest volume beside those before it, then swaps that each multiply the
+    volume of all by more than `_GAIN`.
+    """
+    left, chosen = rows.clone(), list[int]()
+    least = _FLOOR * rows.square().sum((1, 2)).max() * torch.eye(rows.shape[1], dtype=rows.dtype)
+    for _ in range(count):
+        volumes = torch.linalg.det(left @ left.mT + least)
+        volumes[chosen] = -1.0
+        chosen.append(int(volumes.argmax()))
+        along = torch.linalg.qr(left[chosen[-1]].T)[0]
+        left = left - (left @ along) @ along.T
+    size, blocks = rows.shape[1], torch.tensor(chosen)
+    for _ in range(_SWAPS):
+        others = _others(blocks, len(rows))
+        solved = rows[others].flatten(0, 1) @ torch.linalg.pinv(rows[blocks].flatten(0, 1), rtol=1e-10)
+        gains = torch.linalg.det(solved.reshape(len(others), size, count, size).transpose(1, 2)).abs()
+        row, column = divmod(int(gains.argmax()), count)
+        if not float(gains[row, column]) > _GAIN:  # NaN as well
+            break
+        blocks[column] = others[row]
+    return blocks.sort().values

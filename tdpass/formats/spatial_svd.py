@@ -11,9 +11,11 @@ from torch import Tensor
 
 from tdpass.form import Rank
 from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Stage, rank_grid, register_format
+from tdpass.formats.bonds import Bond, TapBond
 from tdpass.formats.geometry import apply_dense, no_padding, unit
 from tdpass.formats.metric import Metric
 from tdpass.formats.per_group import per_group
+from tdpass.formats.pivoted import pivotable
 from tdpass.formats.shared_fit import SharedFit
 from tdpass.kinds import kind_of
 from tdpass.ops import Ops, V
@@ -60,6 +62,7 @@ class _Fit(Decomposition):
 
 
 @register_format
+@pivotable
 @per_group
 class SpatialSvd(Format):
     """W[o, i, h, w] = sum_r last[o, r, w] first[r, i, h]: an SVD of the `(i h) x (o w)` unfolding.
@@ -99,6 +102,9 @@ class SpatialSvd(Format):
 
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
         return apply_dense(ops, x, f["first"], None, _first(site, rank[0]))
+
+    def bonds(self, site: Site, count: int) -> Sequence[Bond]:
+        return (TapBond("last", "first", writes=True),)
 
     def last_stage(self, site: Site, rank: Rank) -> Stage:
         return Stage("last", _last(site, rank[0]))

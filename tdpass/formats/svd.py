@@ -8,7 +8,6 @@ from torch import Tensor
 
 from tdpass.form import Rank
 from tdpass.formats.base import (
-    Bond,
     Decomposition,
     Factors,
     Format,
@@ -17,6 +16,7 @@ from tdpass.formats.base import (
     rank_grid,
     register_format,
 )
+from tdpass.formats.bonds import Bond
 from tdpass.formats.geometry import pointwise
 from tdpass.formats.metric import Metric
 from tdpass.formats.pivoted import pivotable
@@ -71,7 +71,7 @@ class Svd(Format):
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
         return ops.linear(x, f["v"], None)
 
-    def bonds(self, site: Site) -> Sequence[Bond]:
+    def bonds(self, site: Site, count: int) -> Sequence[Bond]:
         return (Bond("u", "v", writes=True) if site.o <= site.i else Bond("v", "u", writes=False),)
 
     def last_stage(self, site: Site, rank: Rank) -> Stage:

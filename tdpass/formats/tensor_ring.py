@@ -12,8 +12,10 @@ from torch import Tensor
 from tdpass.form import Rank
 from tdpass.formats.alternating import ANEW, Limit, State, alternate, solve_gram, squared_norm
 from tdpass.formats.base import Decomposition, Factors, Format, rank_grid, register_format
+from tdpass.formats.bonds import Bond, CoreBond
 from tdpass.formats.metric import Metric
 from tdpass.formats.multilinear import Modes, Whitening, balanced_factors, left_vectors, share_norm
+from tdpass.formats.pivoted import pivotable
 from tdpass.formats.searched import Searched
 from tdpass.ops import Ops, V
 from tdpass.site import Site
@@ -86,6 +88,7 @@ class _Als:
 
 
 @register_format
+@pivotable
 class TensorRing(Format):
     """W[(o1 o2), (i1 i2)] = tr(G_1[i1] G_2[i2] G_3[o1] G_4[o2]), with G_k[r, n, s] read as r x s matrices.
 
@@ -133,6 +136,11 @@ class TensorRing(Format):
         h = ops.reshape(ops.permute(ops.reshape(h, (-1, r0, o1, r3)), (0, 2, 1, 3)), (-1, o1, r0 * r3))
         h = ops.linear(h, ops.reshape(f["g4"], (o2, r0 * r3)), None)
         return ops.restore_positions(ops.reshape(h, (-1, site.o)), x, site.o)
+
+    def bonds(self, site: Site, count: int) -> Sequence[Bond]:
+        """That between input and output, r2; no product makes or reads another one alone."""
+        sizes = (-1, -1, _modes(site).shape[1])
+        return (CoreBond("g2", "g3", writes=False, at=0, partner_at=2, sizes=sizes, per="g1"),)
 
 
 def _modes(site: Site) -> Modes:

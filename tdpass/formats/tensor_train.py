@@ -14,7 +14,6 @@ from tdpass.errors import PlanError
 from tdpass.form import Rank
 from tdpass.formats.alternating import ANEW, ROUGH, State, squared_norm
 from tdpass.formats.base import (
-    Bond,
     Decomposition,
     Factors,
     Format,
@@ -23,6 +22,7 @@ from tdpass.formats.base import (
     register_format,
     scaled_ranks,
 )
+from tdpass.formats.bonds import Bond
 from tdpass.formats.metric import Metric, eigenvalues
 from tdpass.formats.multilinear import Whitening, best_polished, improve_left, left_vectors, share_norm
 from tdpass.formats.pivoted import pivotable
@@ -183,8 +183,8 @@ class TensorTrain(Format):
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
         return train_of(site, len(rank)).features(ops, x, f, rank)
 
-    def bonds(self, site: Site) -> Sequence[Bond]:
-        return (Bond("first", "core", writes=False), Bond("last", "core", writes=True)) if site.axes else ()
+    def bonds(self, site: Site, count: int) -> Sequence[Bond]:
+        return train_of(site, count - 1).bonds
 
     def last_stage(self, site: Site, rank: Rank) -> Stage | None:
         return train_of(site, len(rank)).last_stage(rank)

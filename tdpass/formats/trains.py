@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from tdpass.form import Rank
 from tdpass.formats.alternating import State
 from tdpass.formats.base import Factors, Stage
+from tdpass.formats.bonds import Bond, CoreBond, SliceBond
 from tdpass.formats.geometry import apply_dense, no_padding, pointwise, unit
 from tdpass.formats.multilinear import Modes, balanced_factors
 from tdpass.kinds import kind_of
@@ -39,6 +40,11 @@ class Train(ABC):
     @abstractmethod
     def macs(self, rank: Rank) -> int:
         """Multiply-adds per sample."""
+
+    @property
+    @abstractmethod
+    def bonds(self) -> tuple[Bond, ...]:
+        """The axes that its cores share, as `Format.bonds`."""
 
     @abstractmethod
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], rank: Rank) -> V:
@@ -98,6 +104,24 @@ class LinearTrain(Train):
     def unpack(self, factors: Factors) -> State:
         return tuple(factors[f"g{k + 1}"].flatten(1, 2) for k in range(self.cuts + 1))
 
+    @property
+    def bonds(self) -> tuple[Bond, ...]:
+        """Each core but the first makes its bond times a part of the output, so that a slice of it spares what it can."""
+        o, i = self.parts
+        return tuple(
+            SliceBond(
+                f"g{k + 1}",
+                f"g{k}",
+                writes=False,
+                at=0,
+                partner_at=3,
+                sizes=(-1, o[k], i[k], -1),
+                repeats=math.prod(o[k + 1 :]) * math.prod(i[:k]),
+                mode=1,
+            )
+            for k in reversed(range(1, len(o)))
+        )
+
     def macs(self, rank: Rank) -> int:
         o, i = self.parts
         per_position = sum(
@@ -156,6 +180,10 @@ class ConvTrain(Train):
     def unpack(self, factors: Factors) -> State:
         first, core, last = (factors[name].flatten(1) for name in ("first", "core", "last"))
         return first.T[None], core.reshape(len(core), len(first), -1).permute(1, 2, 0), last.T[:, :, None]
+
+    @property
+    def bonds(self) -> tuple[Bond, ...]:
+        return Bond("first", "core", writes=False), Bond("last", "core", writes=True)
 
     def macs(self, rank: Rank) -> int:
         r, s = rank
@@ -223,6 +251,37 @@ class SplitConvTrain(Train):
             factors["core"].flatten(2).permute(1, 2, 0),
             *(factors[f"out{k}"] for k in a),
         )
+
+    @property
+    def bonds(self) -> tuple[Bond, ...]:
+        """All: the cores of the input read theirs to the core, those of the output write theirs from it."""
+        o, i = self.parts
+        a = len(o)
+        reading = [
+            CoreBond(
+                f"in{k + 1}",
+                f"in{k + 2}" if k + 1 < a else "core",
+                writes=False,
+                at=2,
+                partner_at=0 if k + 1 < a else 1,
+                sizes=(-1, i[k], -1),
+                repeats=math.prod(i[k + 1 :]),
+            )
+            for k in range(a)
+        ]
+        writing = [
+            CoreBond(
+                f"out{k + 1}",
+                f"out{k}" if k else "core",
+                writes=True,
+                at=0,
+                partner_at=2 if k else 0,
+                sizes=(-1, o[k], -1),
+                repeats=math.prod(o[:k]),
+            )
+            for k in reversed(range(a))
+        ]
+        return *reading, *writing
 
     def macs(self, rank: Rank) -> int:
         o, i = self.parts

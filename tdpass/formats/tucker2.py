@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdpass.form import Rank
-from tdpass.formats.base import Bond, Decomposition, Factors, Format, Guarantee, Stage, register_format
+from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Stage, register_format
+from tdpass.formats.bonds import Bond
 from tdpass.formats.geometry import apply_dense, no_padding, pointwise, unit
 from tdpass.formats.metric import Metric
 from tdpass.formats.per_group import per_group
@@ -122,7 +123,7 @@ class Tucker2(Format):
         x = ops.conv(x, f["first"], None, unit(axes), no_padding(axes), unit(axes))
         return apply_dense(ops, x, f["core"], None, replace(site, shape=(s, r, *site.kernel)))
 
-    def bonds(self, site: Site) -> Sequence[Bond]:
+    def bonds(self, site: Site, count: int) -> Sequence[Bond]:
         return Bond("first", "core", writes=False), Bond("last", "core", writes=True)
 
     def last_stage(self, site: Site, rank: Rank) -> Stage:

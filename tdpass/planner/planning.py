@@ -14,7 +14,6 @@ from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS, offered_formats
 from tdpass.formats.layer import Layer
 from tdpass.formats.metric import Metric
-from tdpass.formats.pivoted import without_spare
 from tdpass.planner.cache import CandidateCache
 from tdpass.planner.candidates import (
     Candidate,
@@ -31,6 +30,7 @@ from tdpass.planner.joint import JOINT_CHANGES, joint_options
 from tdpass.planner.moments import stream_metrics
 from tdpass.planner.offers import NOTHING, Offer
 from tdpass.planner.sensitivity import Sweep, estimate_losses, measure_losses
+from tdpass.planner.sparing import without_spare
 from tdpass.planner.table import Table
 from tdpass.planner.tried_ranks import as_given
 from tdpass.site import Site
@@ -128,9 +128,8 @@ def tabulate(
             present=dense.form(site),
         )
         try:
-            tried = without_spare(names, site) if pivot else names
             found = enumerate_candidates(
-                fits, tried, effort.ranks, filling, effort.searches, deadline.part(_FIT_SHARE)
+                fits, names, effort.ranks, filling, effort.searches, deadline.part(_FIT_SHARE)
             )
             best = _worth_timing(found, measures) if target is not None else frontier(found, measures)
             if offer:
@@ -138,6 +137,10 @@ def tabulate(
                 slack = 1.0 if target is None else _SLACK
                 best = frontier([*best, *stored], (*measures, "bytes"), slack)
             known[site.name] = _with_losses(best, fits, sweep, len(missing), deadline, effort)
+            if pivot:
+                beaten = [candidate for candidate in found if candidate not in best]
+                lean = without_spare(known[site.name], beaten, names, fits, effort.ranks, filling)
+                known[site.name] = lean if target is None else [*known[site.name], *lean]
             cache.put(keys[site.name], known[site.name])
         except NumericalError as error:
             known[site.name], declined[site.name] = [], str(error)

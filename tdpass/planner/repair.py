@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tdpass.errors import NumericalError
 from tdpass.formats.base import FORMATS, Stage
 from tdpass.formats.layer import Layer
 from tdpass.kinds import kind_of
@@ -149,7 +150,10 @@ def _refitted(
             ridge,
             bias=bias,
         )
-        return found.converted(layer.format)
+        try:
+            return found.converted(layer.format)
+        except NumericalError:  # the pivots of the factor as it was do not make up the new one
+            return layer
     plain, parts = (
         floating(layer, layer.reconstruct if weight is None else partial(weight, layer.site.name)),
         layer.storage.parts_of(stage.factor),

@@ -126,7 +126,7 @@ def measure_losses(
         known[order[position]] = max(loss, 0.0) if math.isfinite(loss) else math.inf
     points = sorted((errors[index], loss) for index, loss in known.items() if math.isfinite(loss))
     return [
-        Loss(known[index], True) if index in known else Loss(_interpolate(points, errors[index]), False)
+        Loss(known[index], True) if index in known else Loss(between(points, errors[index]), False)
         for index in range(len(errors))
     ]
 
@@ -141,7 +141,8 @@ def estimate_losses(metric: Metric, weight: Tensor, errors: Sequence[float]) -> 
     return [Loss(0.5 * error**2 * whole, False) for error in errors]
 
 
-def _interpolate(points: Sequence[tuple[float, float]], error: float) -> float:
+def between(points: Sequence[tuple[float, float]], error: float) -> float:
+    """The loss at an error, from errors with their losses, ascending: a power of the error, beyond them its square."""
     tiny = 1e-12
     if not points:
         return math.inf

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import tdpass
 from tdpass.errors import NumericalError, PlanError
 from tdpass.form import DENSE, Form
 from tdpass.formats import FORMATS, Layer
+from tdpass.formats.bonds import TapBond
 from tdpass.formats.layer import cost_of, shrinks
 from tdpass.formats.pivoted import LEAD, PIVOT, Pivoted, spared_formats
 from tdpass.formats.pivots import BOUND, choose_pivots, leading_coefficients, order_of
@@ -30,6 +32,7 @@ from tdpass.models.torch.state import load_module, save_module
 from tdpass.site import Site
 
 NAMES = [fmt.name for fmt in FORMATS if isinstance(fmt, Pivoted) and fmt.ordered]
+CONV = Site("w", "conv", (16, 8, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
 SITES = [site for kind in KINDS for site in kind.examples()]
 
 
@@ -64,7 +67,16 @@ def test_leading_rows_that_do_not_make_up_the_others_are_refused() -> None:
 
 def test_every_format_of_two_or_three_layers_has_one_without_what_is_held_twice() -> None:
     assert set(NAMES) == {
-        name + PIVOT for name in ("svd", "channel_svd", "input_svd", "tucker2", "tensor_train")
+        name + PIVOT
+        for name in (
+            "svd",
+            "channel_svd",
+            "input_svd",
+            "tucker2",
+            "tensor_train",
+            "spatial_svd",
+            "tensor_ring",
+        )
     }
     assert {name.removesuffix(PIVOT) + LEAD for name in NAMES} <= set(FORMATS.names())
 
@@ -124,6 +136,53 @@ def test_leading_channels_need_no_order(name: str) -> None:
         )
         x = torch.randn(KINDS.get(site.kind).sample(site, 2), dtype=torch.float64)
         torch.testing.assert_close(layer(x), ordered(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "site", "rank", "spared"),
+    [
+        # of three taps, all of 12 // 3 outputs; the sums of their taps are kept as 4 x 3 x 3 ones
+        ("spatial_svd", CONV, (12,), 12 * 12 - 4 * 9),
+        ("spatial_svd", CONV, (13,), 12 * 13 - 4 * 9),
+        ("tensor_ring", Site("w", "linear", (36, 64)), (3, 3, 3, 3), 9),
+        ("tensor_train", Site("w", "linear", (36, 64)), (5,), 25),
+        ("tensor_train", Site("w", "linear", (64, 64)), (3, 2), 9 + 4),
+        ("tensor_train", replace(CONV, shape=(16, 16, 3, 3)), (2, 6, 7, 3), 4 + 36 + 49 + 9),
+    ],
+)
+def test_so_many_numbers_are_spared_of_cores_and_taps(
+    name: str, site: Site, rank: tuple[int, ...], spared: int
+) -> None:
+    fmt, lean = FORMATS.get(name), FORMATS.get(name + PIVOT)
+    factors = fmt.factorize(normal(*site.shape), site, rank)
+    stored = lean.from_chain(factors, site)
+    numbers = {key: value for key, value in stored.items() if value.is_floating_point()}
+    assert {key: tuple(value.shape) for key, value in numbers.items()} == lean.shapes(site, rank)
+    assert {key: len(value) for key, value in stored.items() if key not in numbers} == lean.orders(site, rank)
+    assert fmt.cost(site, rank).params - lean.cost(site, rank).params == spared
+    whole, again = fmt.reconstruct(factors, site), lean.reconstruct(stored, site)
+    torch.testing.assert_close(again, whole, rtol=1e-10, atol=1e-10 * float(whole.abs().max()))
+
+
+@pytest.mark.parametrize(("o", "r"), [(8, 6), (16, 24), (32, 48), (64, 48)])
+def test_outputs_of_several_taps_are_small_multiples_of_whole_outputs(o: int, r: int) -> None:
+    last = normal(o, r, 1, 3, seed=o) * torch.arange(1, r + 1)[:, None, None] ** -0.7
+    bond = TapBond("last", "first", writes=True)
+    made = bond.pivot(last, ordered=True)
+    assert float(made.factors["last"][:, : r // 3 * 3].abs().max()) <= 3 * BOUND
+    stored = {**made.factors, "last_order": made.order}
+    whole = torch.einsum("osx,sr->orx", bond.whole(stored).flatten(2), made.square)
+    torch.testing.assert_close(whole, last.flatten(2), rtol=1e-10, atol=1e-10)
+
+
+def test_slices_that_the_first_does_not_make_up_are_refused() -> None:
+    site = Site("w", "linear", (36, 64))
+    fmt = FORMATS.get("tensor_train")
+    factors = fmt.factorize(normal(36, 64), site, (5,))
+    factors["g2"][:, 0] = 0
+    layer = Layer(site, Form("tensor_train", (5,)), factors)
+    with pytest.raises(NumericalError, match="do not make up the slices of g2"):
+        layer.converted(f"tensor_train{PIVOT}")
 
 
 def test_formats_that_spare_are_found_for_a_layer() -> None:

@@ -27,6 +27,8 @@ def test_a_layer_that_nothing_makes_smaller_has_no_ranks() -> None:
     assert worthwhile_ranks(Site("tiny", "linear", (1, 1)), "svd", 1) == []
 
 
+# of cores, r x r numbers are too small a share for a rank to pay that did not before
+SMALL = {("tensor_ring_pivot", "linear"), ("tensor_train_pivot", "linear")}
 LEAN = [name for name in FORMATS.names() if name.endswith("_pivot")]
 PLACES = [
     Site("linear", "linear", (64, 96)),
@@ -44,7 +46,7 @@ def test_a_format_that_holds_nothing_twice_tries_what_its_chain_does_and_some_ab
     lean, chain = worthwhile_ranks(site, name, 12), worthwhile_ranks(site, fmt.chain.name, 12)
     spared = [rank for rank in chain if rank in set(fmt.ranks(site))]
     assert set(spared) <= set(lean)
-    assert 0 < len(lean) - len(spared) <= 3
+    assert ((name, site.kind) not in SMALL) <= len(lean) - len(spared) <= 3
     costs = [fmt.cost(site, rank).params for rank in lean]
     assert costs == sorted(costs, reverse=True)
-    assert costs[-1] <= FORMATS.get(fmt.chain.name).cost(site, chain[-1]).params
+    assert costs[-1] <= FORMATS.get(fmt.chain.name).cost(site, spared[-1]).params
