@@ -130,7 +130,7 @@ class StorageOps(Ops[V], Protocol[V]):
         """What is said of the tiles of a matrix of that shape, row by row, said of each of its entries, one after another."""
 
     def lookup(self, table: V, indices: V) -> V:
-        """`table[indices]`, of a table of one axis."""
+        """`table[indices]`, along the table's first axis."""
 
 
 def padded_convolution(

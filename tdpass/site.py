@@ -28,7 +28,8 @@ class Site:
     spatial axis.  `extents` holds one (input size, output size) per call, for `samples` samples together:
     spatial sizes of a convolution of one image, `((n,), (n,))` for a linear layer applied to `n` positions;
     it is empty until the model has been seen running.  `samples` is more than one only where a sample's own
-    share of the calls is no whole number.
+    share of the calls is no whole number.  Of a `table` single rows `W[o]` are read too, or nothing else is, as
+    an embedding does; `lookups` is how many, for `samples` samples.
     """
 
     name: str
@@ -42,6 +43,8 @@ class Site:
     extents: tuple[Extent, ...] = ()
     samples: int = 1
     groups: int = 1
+    table: bool = False
+    lookups: int = 0
 
     @property
     def o(self) -> int:
@@ -71,7 +74,7 @@ class Site:
     @property
     def seen(self) -> bool:
         """Whether activation sizes are known, so that multiply-adds can be counted."""
-        return bool(self.extents)
+        return bool(self.extents) or self.lookups > 0
 
     @property
     def in_positions(self) -> int:

@@ -271,7 +271,8 @@ def test_a_hugging_face_encoder(tokens: Tensor) -> None:
     data = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     artifact = tdpass.compress(module, {"params": 0.8}, data, formats=["svd"])
     assert sum(not choice.kept_dense for choice in artifact.plan) > 3
-    assert "table lookup" in artifact.report.declined["embeddings.word_embeddings"]
+    tables = {choice.site for choice in artifact.plan if "embeddings." in choice.site}
+    assert "embeddings.word_embeddings" in tables
     assert isinstance(artifact.model, transformers.BertModel)
     before = module(**data).last_hidden_state
     after = artifact.model(**data).last_hidden_state

@@ -147,7 +147,7 @@ def _largest_paying(fmt: Format, site: Site) -> Rank | None:
 
     def pays(rank: Rank) -> bool:
         cost = fmt.cost(site, rank)
-        return cost.params < dense.params and (not site.seen or cost.macs < dense.macs)
+        return cost.params < dense.params and (not dense.macs or cost.macs < dense.macs)
 
     candidates = [rank for rank in fmt.ranks(site) if pays(rank)]
     if not candidates:

@@ -17,7 +17,7 @@ from tdpass.form import Rank
 from tdpass.formats.bonds import Bond
 from tdpass.formats.geometry import apply_dense, unit
 from tdpass.formats.metric import Metric
-from tdpass.ops import Ops, V
+from tdpass.ops import Ops, StorageOps, V
 from tdpass.registry import Registry
 from tdpass.site import Site
 
@@ -100,7 +100,8 @@ class Format(ABC):
     be tried where no format is asked for), `exact_at_full_rank` (whether the last of `ranks` reproduces any
     weight), `searched` (whether each rank is a search of its own, so that the planner tries fewer of them on
     large layers), `reader` (the factor that has the site's input channels along its second axis, empty where
-    none has), `remainder` (the factor that holds what all others leave of the weight, empty where none does).
+    none has), `remainder` (the factor that holds what all others leave of the weight, empty where none does),
+    `gives_rows` (whether single rows of the weight can be had without the others, as tables need it).
     """
 
     name: ClassVar[str]
@@ -111,10 +112,11 @@ class Format(ABC):
     searched: ClassVar[bool] = False
     reader: ClassVar[str] = ""
     remainder: ClassVar[str] = ""
+    gives_rows: ClassVar[bool] = False
 
     def fits(self, site: Site) -> bool:
         """Whether the format makes sense for that site."""
-        return site.axes in self.axes and site.groups == 1
+        return site.axes in self.axes and site.groups == 1 and (self.gives_rows or not site.table)
 
     @abstractmethod
     def ranks(self, site: Site) -> Sequence[Rank]:
@@ -187,6 +189,19 @@ class Format(ABC):
             return h if bias is None else ops.add(h, ops.reshape(bias, (site.o, *unit(len(site.kernel)))))
         return apply_dense(ops, h, f[last.factor], bias, last.site)
 
+    def rows(self, ops: StorageOps[V], numbers: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
+        """The rows `reconstruct(factors)[numbers]` of a table, along a last axis behind those of `numbers`.
+
+        Raises `PlanError` for a format that must multiply out all of them.
+        """
+        raise PlanError(
+            f"{self.name} cannot give single rows of table {site.name!r}; plan it in a format that fits it"
+        )
+
+    def row_macs(self, site: Site, rank: Rank) -> int:
+        """Multiply-adds of one of `rows`."""
+        return 0
+
     def factorize(self, weight: Tensor, site: Site, rank: Rank, metric: Metric | None = None) -> Factors:
         """Factors of one rank; deterministic; raises `PlanError` for a rank that does not fit."""
         self.check_rank(site, rank)
@@ -226,7 +241,8 @@ class Format(ABC):
     def cost(self, site: Site, rank: Rank) -> Cost:
         """Stored numbers, multiply-adds and bytes, the bias not counted."""
         params = sum(math.prod(shape) for shape in self.shapes(site, rank).values())
-        return Cost(params, self.macs(site, rank) // site.samples if site.seen else 0, params * site.itemsize)
+        macs = self.macs(site, rank) + site.lookups * self.row_macs(site, rank) if site.seen else 0
+        return Cost(params, macs // site.samples, params * site.itemsize)
 
 
 def _exponent(tensor: Tensor | None) -> int:

@@ -12,7 +12,7 @@ from tdpass.form import Rank
 from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Stage, register_format
 from tdpass.formats.metric import Metric
 from tdpass.kinds import kind_of
-from tdpass.ops import Ops, V
+from tdpass.ops import Ops, StorageOps, V
 from tdpass.site import Site
 
 
@@ -27,6 +27,7 @@ class Dense(Format):
     axes = range(4)
     reader = "kernel"
     offered = False
+    gives_rows = True
 
     def fits(self, site: Site) -> bool:
         return True
@@ -48,6 +49,9 @@ class Dense(Format):
 
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
         return x
+
+    def rows(self, ops: StorageOps[V], numbers: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
+        return ops.lookup(f["kernel"], numbers)
 
     def last_stage(self, site: Site, rank: Rank) -> Stage | None:
         return Stage("kernel", site) if site.i else None

@@ -74,8 +74,10 @@ class Layer(Formed):
     bias: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Run it in eager torch."""
+        """Run it in eager torch; whole numbers ask a table for these rows."""
         fmt = FORMATS.get(self.format)
+        if self.site.table and not x.is_floating_point():
+            return fmt.rows(TorchOps(), x, self.values(self.dtype), self.site, self.rank)
         if self.form.activations:
             values = coded(self.storage, self.factors, x.dtype)
             return apply_integers(fmt, x, values, self.bias, self.site, self.rank)

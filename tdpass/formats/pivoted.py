@@ -43,7 +43,7 @@ class Pivoted(Format):
     ordered: ClassVar[bool]
 
     def fits(self, site: Site) -> bool:
-        return self.ordered and self.inner.fits(site) and bool(self.ranks(site))
+        return not site.table and self.ordered and self.inner.fits(site) and bool(self.ranks(site))
 
     def ranks(self, site: Site) -> Sequence[Rank]:
         spared = [rank for rank in self.inner.ranks(site) if self.spares(site, rank)]

@@ -32,7 +32,7 @@ class Residual(Format):
     inner: ClassVar[Format]
 
     def fits(self, site: Site) -> bool:
-        return self.inner.fits(site)
+        return not site.table and self.inner.fits(site)
 
     def ranks(self, site: Site) -> Sequence[Rank]:
         return self.inner.ranks(site)

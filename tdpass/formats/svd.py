@@ -22,7 +22,7 @@ from tdpass.formats.metric import Metric
 from tdpass.formats.pivoted import pivotable
 from tdpass.formats.residual import with_residual
 from tdpass.formats.spectrum import WeightedSvd
-from tdpass.ops import Ops, V
+from tdpass.ops import Ops, StorageOps, V
 from tdpass.site import Site
 
 
@@ -51,6 +51,7 @@ class Svd(Format):
     name = "svd"
     axes = range(1)
     reader = "v"
+    gives_rows = True
 
     def ranks(self, site: Site) -> Sequence[Rank]:
         return [(r,) for r in rank_grid(min(site.shape))]
@@ -70,6 +71,12 @@ class Svd(Format):
 
     def features(self, ops: Ops[V], x: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
         return ops.linear(x, f["v"], None)
+
+    def rows(self, ops: StorageOps[V], numbers: V, f: Mapping[str, V], site: Site, rank: Rank) -> V:
+        return ops.matmul(ops.lookup(f["u"], numbers), f["v"])
+
+    def row_macs(self, site: Site, rank: Rank) -> int:
+        return rank[0] * site.i
 
     def bonds(self, site: Site, count: int) -> Sequence[Bond]:
         return (Bond("u", "v", writes=True) if site.o <= site.i else Bond("v", "u", writes=False),)

@@ -22,6 +22,10 @@ from tdpass.kinds.base import kind_of_module as kind_of_module
 from tdpass.kinds.base import register_kind as register_kind
 from tdpass.kinds.convolution import Convolution
 from tdpass.kinds.linear import Linear
+from tdpass.kinds.lookup import STORED_FIRST as STORED_FIRST
+from tdpass.kinds.lookup import is_lookup as is_lookup
+from tdpass.kinds.lookup import is_table as is_table
+from tdpass.kinds.lookup import why_no_table as why_no_table
 from tdpass.kinds.transposed_convolution import TransposedConvolution as TransposedConvolution
 from tdpass.kinds.transposed_linear import TransposedLinear as TransposedLinear
 from tdpass.kinds.transposed_linear import as_layer as as_layer

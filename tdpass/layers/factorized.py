@@ -56,7 +56,8 @@ class Factorized(nn.Module):
     dense weight for code that reads it. `pads` (as `F.pad` takes them) and `padding_mode` serve convolutions
     that do not pad with zeros.  While `rebuilt` is set, training computes with `weight` instead of the chain:
     the same output and gradients, and the faster way where ranks are so small that a chain spends its time on
-    reading and writing what lies between its factors.
+    reading and writing what lies between its factors.  A table that is called with whole numbers answers with
+    these rows.
     """
 
     rebuilt = False
@@ -95,6 +96,8 @@ class Factorized(nn.Module):
         return Layer(self.site, self.form, factors, None if self.bias is None else self.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.site.table and not x.is_floating_point():
+            return self.format.rows(_OPS, x, self.values(self._dtype), self.site, self.rank)
         if self.pads:
             x = F.pad(x, self.pads, mode=self.padding_mode)
         if self.rebuilt and self.training and self.factors():

@@ -72,6 +72,7 @@ class Method(ABC):
             for site in opened.sites()
             if selects(site.name, self.include, self.exclude)
             and as_stored(site)
+            and not site.table  # rows that few samples read have no gradient to train by
             and opened.layer(site.name) is None
         ]
         if not chosen:

@@ -14,6 +14,7 @@ from tdpass.models.batch import Batch
 from tdpass.site import Extent, Site
 from tdpass.tape import Tape
 
+_LOOKUP: Extent = ((), ())  # stands for rows that are read one by one
 UNREACHED = "it is not called when the model runs on the data"
 _Calls = Sequence[tuple[Extent, int]]
 
@@ -25,35 +26,38 @@ def with_extents(site: Site, tapes: Sequence[Tape]) -> Site:
     by some samples only or samples differ in size, those of all runs together.
     """
     each = [_calls(site, tape) for tape in tapes]
-    alone = {_extents(site, calls, tape.batch_size) for calls, tape in zip(each, tapes, strict=True)}
+    alone = {_per_sample(calls, tape.batch_size) for calls, tape in zip(each, tapes, strict=True)}
     if len(alone) == 1:
-        extents, samples = alone.pop()
-        return replace(site, extents=extents, samples=samples)
+        return _with(site, *alone.pop())
     samples = sum(tape.batch_size for tape in tapes)
     times: Counter[Extent] = Counter()
     for extent, count in (call for calls in each for call in calls):
         times[extent] += count
     shared = math.gcd(samples, *times.values())
-    together = [(extent, count // shared) for extent, count in times.items()]
-    return replace(site, extents=_repeated(site, together), samples=samples // shared)
+    together = tuple((extent, count // shared) for extent, count in times.items())
+    return _with(site, together, samples // shared)
 
 
 def _calls(site: Site, tape: Tape) -> _Calls:
     """The sizes that each call reads and makes, and how often."""
+    made = [tape.calls[index] for index in tape.site_calls.get(site.name, ())]
     return [
-        kind_of(site).call(site, *tape.calls[index].shapes) for index in tape.site_calls.get(site.name, ())
+        (_LOOKUP, math.prod(call.shapes[0])) if call.looks_up else kind_of(site).call(site, *call.shapes)
+        for call in made
     ]
 
 
-def _extents(site: Site, calls: _Calls, samples: int) -> tuple[tuple[Extent, ...], int]:
+def _per_sample(calls: _Calls, samples: int) -> tuple[tuple[tuple[Extent, int], ...], int]:
     whole = all(times % samples == 0 for _, times in calls)
-    return _repeated(
-        site, [(extent, times // samples if whole else times) for extent, times in calls]
-    ), 1 if whole else samples
+    shared = samples if whole else 1
+    return tuple((extent, times // shared) for extent, times in calls), samples // shared
 
 
-def _repeated(site: Site, calls: _Calls) -> tuple[Extent, ...]:
-    return tuple(extent for met, times in calls for extent in kind_of(site).extents(met, times))
+def _with(site: Site, calls: _Calls, samples: int) -> Site:
+    layers = [(extent, times) for extent, times in calls if extent != _LOOKUP]
+    extents = tuple(extent for met, times in layers for extent in kind_of(site).extents(met, times))
+    lookups = sum(times for extent, times in calls if extent == _LOOKUP)
+    return replace(site, extents=extents, samples=samples, lookups=lookups)
 
 
 def alike(batches: Sequence[Batch]) -> bool:

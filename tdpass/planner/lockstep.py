@@ -57,11 +57,9 @@ class Lockstep:
                 yield name, moments
 
     def called_once(self) -> list[str]:
-        """The sites that some run calls, and none more than once, in order."""
+        """The layers that some run calls, and none more than once, in order; tables, whose rows are read, are none."""
         return [
-            name
-            for name in site_order(self.tapes)
-            if all(len(tape.site_calls.get(name, ())) <= 1 for tape in self.tapes)
+            name for name in site_order(self.tapes) if all(_at_most_once(tape, name) for tape in self.tapes)
         ]
 
     def apply(self, name: str, run: Apply) -> None:
@@ -83,6 +81,11 @@ class Lockstep:
         if lost is not None and lost.shape == target.shape:
             target = target + lost
         return Moment(x, target)
+
+
+def _at_most_once(tape: Tape, name: str) -> bool:
+    calls = tape.site_calls.get(name, ())
+    return len(calls) <= 1 and not any(tape.calls[index].looks_up for index in calls)
 
 
 def _difference(ours: Tensor | None, theirs: Tensor | None) -> Tensor | None:

@@ -34,9 +34,13 @@ def moment_bytes(site: Site) -> int:
     """Memory that the moments of a site take while they are streamed."""
     width = site.weights // site.o
     inputs = width if width > FULL_LIMIT else width * width
+    return 8 * site.groups * (inputs + _output_channels(site) ** 2 + (1 + site.table) * width)
+
+
+def _output_channels(site: Site) -> int:
+    """Output channels of a group between which products of gradients are summed; none of what is only read by rows."""
     share = site.o // site.groups
-    outputs = 0 if share > FULL_LIMIT else share * share
-    return 8 * site.groups * (inputs + outputs + width)
+    return 0 if share > FULL_LIMIT or (site.table and not site.extents) else share
 
 
 @dataclass
@@ -47,6 +51,7 @@ class _Sums:
     inputs: Tensor = field(init=False)
     mean: Tensor = field(init=False)
     outputs: Tensor = field(init=False)
+    looked_up: Tensor = field(init=False)
     rows: int = 0
     samples: int = 0
 
@@ -54,15 +59,18 @@ class _Sums:
         groups, width, share = (
             self.site.groups,
             self.site.weights // self.site.o,
-            self.site.o // self.site.groups,
+            _output_channels(self.site),
         )
         self.inputs = torch.zeros(
             (groups, width) if width > FULL_LIMIT else (groups, width, width), dtype=torch.float64
         )
         self.mean = torch.zeros(groups, width, dtype=torch.float64)
-        self.outputs = torch.zeros(() if share > FULL_LIMIT else (groups, share, share), dtype=torch.float64)
+        self.outputs = torch.zeros((groups, share, share) if share else (), dtype=torch.float64)
+        self.looked_up = torch.zeros_like(self.inputs[0]) if self.site.table else torch.zeros(())
 
     def add_inputs(self, x: Tensor, generator: torch.Generator) -> None:
+        if self._looks_up(x):
+            return
         width = self.site.weights // self.site.o
         most = max(2 * width, VALUES_PER_CALL // (self.site.groups * width))
         rows = working(kind_of(self.site).rows(x.detach(), self.site, most, generator))
@@ -73,13 +81,21 @@ class _Sums:
         self.mean += rows.sum(0, dtype=torch.float64).reshape(self.mean.shape)
         self.rows += rows.shape[0]
 
-    def add_gradient(self, gradient: Tensor, samples: int) -> None:
-        if self.outputs.dim() == 0:
+    def _looks_up(self, x: Tensor) -> bool:
+        """Whether a call that reads `x` reads rows of a table."""
+        return self.site.table and not x.is_floating_point()
+
+    def add_gradient(self, x: Tensor, gradient: Tensor, samples: int) -> None:
+        looked_up = self._looks_up(x)
+        if self.outputs.dim() == 0 and not looked_up:
             return
         rows = working(kind_of(self.site).output_rows(gradient, self.site))
         if not bool(
             torch.isfinite(rows).all()
         ):  # half precision overflows in a backward pass where it does not in the forward one
+            return
+        if looked_up:
+            self.looked_up += (rows.square().sum(0) if self.looked_up.dim() == 1 else rows.T @ rows).double()
             return
         for sums, part in zip(self.outputs, rows.chunk(self.site.groups, 1), strict=True):
             sums.add_((part.T @ part).double())
@@ -87,6 +103,8 @@ class _Sums:
 
     def metric(self) -> Metric:
         """The damped metric; the identity where nothing was seen."""
+        if self.site.table:
+            return self._of_table()
         if self.rows == 0:
             return Metric()
         mean = self.mean / self.rows
@@ -102,6 +120,22 @@ class _Sums:
             outputs = None
         metric = Metric(inputs, outputs, mean, self.site.groups)
         return metric if metric.groups > 1 else metric.of_group(0)
+
+    def _of_table(self) -> Metric:
+        """C of a table: what its columns mean to the network as rows that are read, and as inputs of the layer, alike.
+
+        Every row weighs the same, seen or not, and no bias makes up for a mean, since rows have none.
+        """
+        seen = [moment for moment in (self.inputs[0], self.looked_up) if float(moment.abs().max()) > 0]
+        if not seen:
+            return Metric()
+        unseen = torch.zeros(self.site.i, dtype=torch.float64)
+        damped = [_damped_covariance(moment / _level(moment), unseen) for moment in seen]
+        return Metric(torch.stack(damped).sum(0))
+
+
+def _level(moment: Tensor) -> float:
+    return float((moment if moment.dim() == 1 else moment.diagonal()).mean())
 
 
 def _damped_covariance(moment: Tensor, mean: Tensor) -> Tensor:
@@ -160,7 +194,7 @@ class _Observer:
 
     sums: Mapping[str, _Sums]
     generator: torch.Generator
-    outputs: list[tuple[_Sums, Tensor]] = field(default_factory=list)
+    outputs: list[tuple[_Sums, Tensor, Tensor]] = field(default_factory=list)
     added: int = 0
 
     def __call__(self, name: str, x: Tensor, y: Tensor) -> Tensor:
@@ -171,7 +205,7 @@ class _Observer:
                 self.added += 1
             if not y.requires_grad and torch.is_grad_enabled():
                 y.requires_grad_(True)
-            self.outputs.append((entry, y))
+            self.outputs.append((entry, x, y))
         return y
 
 
@@ -202,10 +236,10 @@ def _add_gradients(
     for _ in range(PROBES if results else 0):
         answered = {name: value.detach() for name, value in results.items()}
         directions = divergence.probe(answered, samples, observer.generator)
-        moved, at = [results[name] for name in directions], [y for _, y in observer.outputs]
+        moved, at = [results[name] for name in directions], [y for _, _, y in observer.outputs]
         gradients = torch.autograd.grad(
             moved, at, list(directions.values()), retain_graph=True, allow_unused=True
         )
-        for (entry, _), gradient in zip(observer.outputs, gradients, strict=True):
+        for (entry, x, _), gradient in zip(observer.outputs, gradients, strict=True):
             if gradient is not None:
-                entry.add_gradient(gradient, samples)
+                entry.add_gradient(x, gradient, samples)

@@ -43,7 +43,11 @@ def with_room_for_bias(layers: Mapping[str, Layer], room: Mapping[str, float]) -
     for name, layer in layers.items():
         width = layer.dtype.itemsize
         needed = {"params": layer.site.o, "bytes": layer.site.o * width}
-        if name not in found and all(needed[measure] <= amount for measure, amount in left.items()):
+        if (
+            name not in found
+            and not layer.site.table
+            and all(needed[measure] <= amount for measure, amount in left.items())
+        ):
             found.add(name)
             left = {measure: amount - needed[measure] for measure, amount in left.items()}
     return frozenset(found)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from tdpass.kinds import is_layer_call
+from tdpass.kinds import is_layer_call, is_lookup
 from tdpass.ops import own_bias
 
 
@@ -86,6 +86,11 @@ class Call:
     def name(self) -> str:
         """The function's bare name."""
         return getattr(self.func, "__name__", str(self.func))
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether it reads rows of a table."""
+        return is_lookup(self.func)
 
     def reads(self) -> Iterator[int]:
         """Numbers of the values it uses."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from tdpass.kinds import as_layer, is_layer_call
+from tdpass.kinds import as_layer, is_layer_call, is_lookup
 from tdpass.tape.calls import argument, in_parts, plain
 from tdpass.tape.playback import Playback, Replacement, Tape, Watch
 
@@ -161,7 +161,8 @@ class _Steered(TorchFunctionMode):
         return in_parts(self._call, func, args, kwargs, self.apart)
 
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        name = self.sites.get(id(argument(args, kwargs, 1, "weight"))) if is_layer_call(func) else None
+        steered = is_layer_call(func) or is_lookup(func)
+        name = self.sites.get(id(argument(args, kwargs, 1, "weight"))) if steered else None
         if name is None:
             return func(*args, **kwargs)
         rest = {key: value for key, value in kwargs.items() if key != "input"}

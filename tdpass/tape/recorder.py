@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tdpass.errors import TdpassError, UnsupportedError
-from tdpass.kinds import as_layer, is_layer_call
+from tdpass.kinds import as_layer, is_layer_call, is_lookup
 from tdpass.tape.calls import Autocast, Call, Ref, argument, in_parts, leaves, mapped, plain
 from tdpass.tape.live import LiveTape, Run, restore
 from tdpass.tape.playback import Tape
@@ -122,7 +122,7 @@ class _Recorder(TorchFunctionMode):
     def _layer(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     ) -> tuple[str | None, tuple[tuple[int, ...], tuple[int, ...]]]:
-        if not is_layer_call(func):
+        if not (is_layer_call(func) or is_lookup(func)):
             return None, ((), ())
         x, weight = (
             argument(args, kwargs, position, name) for position, name in ((0, "input"), (1, "weight"))

@@ -101,8 +101,8 @@ def test_reused_modules_stay_one_and_tied_weights_stay_tied() -> None:
     with torch.no_grad():
         before = module(tokens)
     model = open_model(module, Batch((tokens,)))
-    assert [(site.name, len(site.extents)) for site in model.sites()] == [("a", 2)]
-    assert "needs it dense" in model.declined()["head"]
+    found = [(site.name, len(site.extents), site.lookups) for site in model.sites()]
+    assert found == [("head", 1, 5), ("a", 2, 0)]
     model.replace("a", _full_rank(model, "a"))
     assert isinstance(module.a, Factorized)
     assert isinstance(module.b, Factorized)

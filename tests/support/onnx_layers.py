@@ -156,8 +156,31 @@ layer(
     [node("Cast", "x", "i", to=7), node("Gather", "w i")],
     {"w": held(20, 16)},
     ROWS,
+)
+layer(
+    "Embedding of columns",
+    [node("Cast", "x", "i", to=7), node("Gather", "w i", axis=1)],
+    {"w": held(20, 16)},
+    ROWS,
     (),
-    "no multiply-adds",
+    "another axis than its rows",
+)
+layer(
+    "Embedding tied to the head",
+    [
+        node("Cast", "x", "i", to=7),
+        node("Gather", "w i", "h"),
+        node("Transpose", "w", "t"),
+        node("MatMul", "h t"),
+    ],
+    {"w": held(20, 16)},
+    ROWS,
+)
+layer(
+    "Embedding tied to a copy in the head",
+    [node("Cast", "x", "i", to=7), node("Gather", "w i", "h"), node("MatMul", "h val_0")],
+    {"w": held(20, 16), "val_0": held(20, 16).T},
+    ROWS,
 )
 layer("x @ w", [node("MatMul", "x w")], {"w": TALL}, TOKENS)
 layer("w @ x", [node("MatMul", "w x")], {"w": held(16, 3)}, TOKENS)

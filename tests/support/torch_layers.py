@@ -300,18 +300,17 @@ layer(
     "Embedding",
     lambda: Alone(nn.Embedding(20, 16)),
     IDS,
-    (),
-    "no multiply-adds",
-    exported=((), "is no layer"),
 )
+layer("Embedding with padding", lambda: Alone(nn.Embedding(20, 16, padding_idx=0)), IDS)
 layer(
-    "Embedding tied to the head",
-    Tied,
+    "Embedding that rescales",
+    lambda: Alone(nn.Embedding(20, 16, max_norm=1.0)),
     IDS,
     (),
-    "shared with a layer",
-    exported=((), "also read by embedding"),
+    "max_norm",
+    exported=NOT_EXPORTED,
 )
+layer("Embedding tied to the head", Tied, IDS, ("head",))
 layer("Conv1D as in GPT-2", lambda: Alone(Conv1D()), TOKENS)
 layer(
     "x @ w",

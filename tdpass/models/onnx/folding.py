@@ -6,7 +6,7 @@ them is replaced, and go with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import partial
 
 import onnx_ir as ir
@@ -66,14 +66,21 @@ def number_sources(value: ir.Value) -> list[ir.Value]:
     return [source for source, tensor in found if tensor is not None and tensor.dtype in FLOAT_TYPES]
 
 
-def other_reader(value: ir.Value) -> ir.Node | None:
-    """A node besides those that make a folded value which reads a floating-point constant of it, or returns it."""
-    inside = {node for _, node in _leaves(value) if node is not None}
+def makers(value: ir.Value) -> set[ir.Node]:
+    """The nodes that make a folded value of constants."""
+    return {node for _, node in _leaves(value) if node is not None}
+
+
+def other_reader(value: ir.Value, known: Container[ir.Node] = ()) -> ir.Node | None:
+    """A node besides those that make a folded value, and those that are known, which reads a floating-point constant of it, or returns it."""
+    inside = makers(value)
     for leaf, _ in _leaves(value):
         tensor = constant(leaf)
         if not inside or tensor is None or tensor.dtype not in FLOAT_TYPES:
             continue
-        outside = (usage.node for usage in leaf.uses() if usage.node not in inside)
+        outside = (
+            usage.node for usage in leaf.uses() if usage.node not in inside and usage.node not in known
+        )
         found = next(outside, None)
         if found is not None:
             return found

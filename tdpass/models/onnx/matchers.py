@@ -263,10 +263,15 @@ def _is_matrix(value: ir.Value | None) -> bool:
 class LookupMatcher:
     """Rows of a constant matrix; those that are always the same are no lookup."""
 
-    def match(self, node: ir.Node, shapes: Shapes) -> WeightUse | None:
-        if constant(node.inputs[1]) is not None:
+    def match(self, node: ir.Node, _shapes: Shapes) -> WeightUse | None:
+        if constant(node.inputs[1]) is not None or not _is_matrix(node.inputs[0]):
             return None
-        return Left((0,), "an embedding lookup has no multiply-adds to save").match(node, shapes)
+        tensor, table = held_weight(node, 0), Slot(node, 0)
+        if tensor is None:
+            return None
+        if len(sizes(tensor)) != 2 or node.attributes.get_int("axis", 0) != 0:
+            raise DeclinedNode(table.value, "it is looked up along another axis than its rows")
+        return WeightUse(Slot(node, 1), table, PRODUCT, reads_rows=True)
 
 
 @matches(*sorted(OPERATORS))

@@ -284,10 +284,19 @@ class OnnxModel(Model):
         return self._macs
 
     def params(self) -> int:
-        return parameter_count(self._built)
+        return parameter_count(self._built) - sum(copy.size for copy in self._copies())
 
     def bytes(self) -> int:
-        return parameter_bytes(self._built)
+        return parameter_bytes(self._built) - sum(copy.nbytes for copy in self._copies())
+
+    def _copies(self) -> Sequence[ir.TensorProtocol]:
+        """What the dense sites store twice."""
+        dense = [
+            found
+            for name, found in self._dense.sites.items()
+            if name not in self._layers and found.site.table
+        ]
+        return [copy for found in dense for copy in found.copies]
 
     def clone(self) -> Self:
         twin = copy.copy(self)

@@ -34,6 +34,7 @@ class Recording:
         self._shapes = shapes
         self._nodes: list[ir.Node] = []
         self._contents: dict[ir.Value, Tensor] = {}
+        self._fixed: dict[ir.Value, Tensor] = {}
         self._integers: dict[ir.Value, Tensor] = {}
         self._labels: dict[ir.Value, str] = {}
         self._rearranged: dict[tuple[object, ...], ir.Value] = {}
@@ -44,12 +45,17 @@ class Recording:
         self._imports: dict[str, int] = {}
         self._sources: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value | None, int]] = {}
 
-    def constant(self, label: str, tensor: Tensor, properties: Mapping[str, str] | None = None) -> ir.Value:
-        """A constant to be named `<site>.<label>` if a node reads it, with these properties beside it."""
+    def constant(
+        self, label: str, tensor: Tensor, properties: Mapping[str, str] | None = None, *, fixed: bool = False
+    ) -> ir.Value:
+        """A constant to be named `<site>.<label>` if a node reads it, with these properties beside it.
+
+        A `fixed` one is read in several layouts and stored in this: nodes lay it out anew.
+        """
         held = from_torch(tensor)
         value = ir.Value(shape=ir.Shape(list(tensor.shape)), type=ir.TensorType(held.dtype), const_value=held)
         value.metadata_props.update(properties or {})
-        self._contents[value] = tensor
+        (self._fixed if fixed else self._contents)[value] = tensor
         self._labels[value] = label
         self._dims[value] = tuple(tensor.shape)
         return value
@@ -132,7 +138,8 @@ class Recording:
         self._read.update(
             (value, None)
             for value in inputs
-            if value is not None and (value in self._contents or value in self._integers)
+            if value is not None
+            and any(value in held for held in (self._contents, self._fixed, self._integers))
         )
         domain = "".join(domains)
         if domain:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import onnx_ir as ir
 
 from tdpass.form import DYNAMIC
+from tdpass.formats.base import FORMATS
 from tdpass.formats.layer import Layer
 from tdpass.formats.lines import apply_stored
 from tdpass.models.onnx.graphs import nodes_of, opset_of, within
@@ -57,7 +58,8 @@ def rewritten(
             label: {HOLDS: str(storage.count(label))} if storage.numbers else {} for label in layer.factors
         }
         factors = {
-            label: ops.constant(label, factor, holds[label]) for label, factor in layer.factors.items()
+            label: ops.constant(label, factor, holds[label], fixed=len(site.uses) > 1 and site.site.table)
+            for label, factor in layer.factors.items()
         }
         bias = None if layer.bias is None else ops.constant("bias", layer.bias)
         for use in site.uses:
@@ -101,6 +103,9 @@ def _put(
         }
 
     def made(x: ir.Value) -> ir.Value:
+        if use.reads_rows:
+            restored = storage.restore(ops, values(), site.dtype)
+            return FORMATS.get(layer.format).rows(ops, x, restored, layer.site, layer.rank)
         return apply_stored(ops, x, values(), bias, layer.site, layer.form, storage, site.dtype)
 
     addend = None if use.addend is None else ops.scale(use.addend.value, use.addend_scale, site.dtype)

@@ -8,6 +8,7 @@ from functools import partial
 
 import onnx_ir as ir
 import torch
+import torch.nn.functional as F
 from onnx_ir.passes.common import InlinePass
 from torch import Tensor
 
@@ -92,7 +93,10 @@ class _SiteStep:
         if self.use.addend is not None:
             addend = values[self.use.addend.value]
             addend = addend if self.use.addend_scale == 1.0 else self.use.addend_scale * addend
-        y = self.use.apply(_OPS, values[self.use.input.value], self.compute, addend)
+        x = values[self.use.input.value]
+        if self.use.reads_rows:  # numbers below zero count from the last row
+            x = torch.remainder(x.long(), self.use.canonical_shape()[0])
+        y = self.use.apply(_OPS, x, self.compute, addend)
         values[self.use.output] = y if self.use.following is None else _activated(y, self.use.following)
 
 
@@ -149,7 +153,12 @@ class OnnxRunner:
     def _dense(self, name: str, found: FoundSite) -> Callable[[Tensor], Tensor]:
         weight, bias = found.weight_view(), found.bias()
         self.weights[name] = weight
-        return lambda x: apply_dense(_OPS, x, weight, bias, found.site)
+
+        def dense(x: Tensor) -> Tensor:
+            rows = found.site.table and not x.is_floating_point()
+            return F.embedding(x, weight) if rows else apply_dense(_OPS, x, weight, bias, found.site)
+
+        return dense
 
     def _compiled(self, graph: ir.Graph) -> Block:
         steps: list[Step] = []

@@ -68,7 +68,7 @@ def scaled_norms(
 
 def _plain(found: FoundSite) -> bool:
     use = found.uses[0]
-    return len(found.uses) == 1 and not found.site.axes and use.swap_in is None
+    return len(found.uses) == 1 and not found.site.axes and use.swap_in is None and not found.site.table
 
 
 def _slots(node: ir.Node) -> tuple[Slot, ...]:

@@ -13,12 +13,19 @@ import tdpass.models.onnx.other_matchers  # noqa: F401 - fills the table of matc
 from tdpass.errors import InvalidModelError, PlanError
 from tdpass.formats.layer import Layer
 from tdpass.models.onnx.bodies import runs_bodies
-from tdpass.models.onnx.folding import folded_weight, other_reader, sources, stored_type
+from tdpass.models.onnx.folding import (
+    folded_weight,
+    makers,
+    number_sources,
+    other_reader,
+    sources,
+    stored_type,
+)
 from tdpass.models.onnx.graphs import bodies, opset_of
 from tdpass.models.onnx.matchers import DeclinedNode, matcher_for, operator_name
 from tdpass.models.onnx.names import site_names
 from tdpass.models.onnx.shapes import Shapes
-from tdpass.models.onnx.tensors import finite, to_torch, torch_dtype
+from tdpass.models.onnx.tensors import finite, held, to_torch, torch_dtype
 from tdpass.models.onnx.weight_use import WeightUse
 from tdpass.site import Site
 
@@ -44,6 +51,13 @@ class FoundSite:
     def kept(self) -> torch.dtype:
         """The type that the model stores it in, from which it may be cast each time it runs."""
         return torch_dtype(stored_type(self.uses[0].weight.value))
+
+    @property
+    def copies(self) -> tuple[ir.TensorProtocol, ...]:
+        """The same weight as the model stores it again, laid out for other nodes; it counts as one."""
+        stored = [dict.fromkeys(number_sources(use.weight.value)) for use in self.uses]
+        each = dict.fromkeys(value for values in stored if len(values) == 1 for value in values)
+        return tuple(held(value) for value in each)[1:]
 
     def weight(self) -> Tensor:
         """The weight as `[o, i, *kernel]` in memory of its own.
@@ -103,10 +117,10 @@ def find_sites(model: ir.Model, shapes: Shapes) -> Findings:
         elif use is not None:
             uses.setdefault(use.weight.value, []).append(use)
     grouped: dict[ir.Value, tuple[WeightUse, ...]] = {}
-    for value, group in uses.items():
+    for value, group in _tied(uses).items():
         if value in refused:
             continue
-        reason, shared = _as_one(value, group)
+        reason, shared = _as_one(group)
         if reason is None:
             grouped[value] = shared
         else:
@@ -136,18 +150,48 @@ def _within(graph: ir.Graph, opset: int, place: str) -> Iterator[tuple[ir.Node, 
             yield from _within(body, opset, place or inner)
 
 
-def _as_one(value: ir.Value, uses: list[WeightUse]) -> tuple[str | None, tuple[WeightUse, ...]]:
+def _tied(uses: Mapping[ir.Value, list[WeightUse]]) -> dict[ir.Value, list[WeightUse]]:
+    """The same, with the layers of a table in the table's group, first.
+
+    They may read a copy of it the other way round, that a node or the exporter made.
+    """
+    found = {value: list(group) for value, group in uses.items()}
+    tables = [value for value, group in uses.items() if all(use.reads_rows for use in group)]
+    for table in tables:
+        for value, group in uses.items():
+            if value not in tables and value in found and _same_weight(uses[table][0], group[0]):
+                found[table] = [*found.pop(value), *found[table]]
+    return found
+
+
+def _same_weight(table: WeightUse, layer: WeightUse) -> bool:
+    if layer.kind != table.kind or layer.canonical_shape() != table.canonical_shape():
+        return False
+    ours, theirs = (use.canonical(to_torch(folded_weight(use.weight.value))) for use in (table, layer))
+    return torch.equal(ours, theirs)
+
+
+def _as_one(uses: list[WeightUse]) -> tuple[str | None, tuple[WeightUse, ...]]:
     """Why the uses cannot be replaced together, or None and the uses to replace."""
-    if value.is_graph_output() or any(source.is_graph_output() for source in sources(value)):
-        return "the weight is also a graph output", ()
+    values = list(dict.fromkeys(use.weight.value for use in uses))
     known = {(use.node, use.weight.index) for use in uses}
-    other = next((usage.node for usage in value.uses() if (usage.node, usage.idx) not in known), None)
-    other = other or other_reader(value)
-    if other is not None:
-        return f"the weight is also read by a {other.op_type} node", ()
-    if len({use.layer_geometry for use in uses}) > 1:
+    for value in values:
+        if value.is_graph_output() or any(source.is_graph_output() for source in sources(value)):
+            return "the weight is also a graph output", ()
+        outside = (usage.node for usage in value.uses() if (usage.node, usage.idx) not in known)
+        beside = [node for other in values if other is not value for node in makers(other)]
+        other = next((node for node in outside if node not in beside), None)
+        other = other or other_reader(value, known={use.node for use in uses})
+        if other is not None:
+            return f"the weight is also read by a {other.op_type} node", ()
+    layers = [use for use in uses if not use.reads_rows]
+    if len({use.layer_geometry for use in layers}) > 1:
         return "the weight is shared by layers of different geometry or orientation", ()
-    if len({use.bias_identity for use in uses}) > 1:
+    if len(layers) < len(uses) and any(use.bias is not None for use in layers):
+        if any(use.absorbed is None for use in layers):
+            return "the weight is that of a table, which has no bias, and of a layer with one", ()
+        uses = [use.without_bias() for use in uses]
+    elif len({use.bias_identity for use in uses}) > 1:
         if any(use.bias is not None and use.absorbed is None for use in uses):
             return "the weight is shared by layers with different biases", ()
         uses = [use.without_bias() for use in uses]
@@ -164,6 +208,7 @@ def _site(name: str, uses: tuple[WeightUse, ...]) -> Site:
         **vars(use.window),
         bias=use.bias is not None,
         itemsize=itemsize,
+        table=any(use.reads_rows for use in uses),
     )
 
 

@@ -207,7 +207,9 @@ class StorageNodes(Recording):
         )
 
     def lookup(self, table: ir.Value, indices: ir.Value) -> ir.Value:
-        return self._emit("Gather", [table, indices], self._dims_of(indices), axis=0)
+        known, rows = self._dims_of(indices), self._dims_of(table)
+        made = None if known is None or rows is None else (*known, *rows[1:])
+        return self._emit("Gather", [table, indices], made, axis=0)
 
     def _less(self, whole: ir.Value, above: ir.Value, times: int) -> ir.Value:
         """`whole - times above`, of integers."""

@@ -54,7 +54,8 @@ class WeightUse:
     The node computes `y = following(unswap(layer(swap(x))) + addend)`, where `layer` is the plain linear or convolution
     layer with weight `scale * (stored or its transpose)` and bias `bias_scale * bias`; `swap_in` and
     `swap_out` are permutations or None.  `absorbed` is the Add node that holds the bias of a MatMul; it goes
-    when the layer is replaced.
+    when the layer is replaced.  One that `reads_rows` looks up in the weight, as in a table, the rows that `x` numbers,
+    and has no bias.
     """
 
     input: Slot
@@ -71,6 +72,7 @@ class WeightUse:
     addend_scale: float = 1.0
     absorbed: ir.Node | None = None
     following: Following | None = None
+    reads_rows: bool = False
 
     @property
     def node(self) -> ir.Node:

@@ -71,7 +71,7 @@ def _matched(layers: Sequence[Factorized], paths: Sequence[Sequence[str]]) -> Ma
         product = first.product()
     trained = first.storage.numbers or any(factor.requires_grad for factor in first.factors().values())
     found = Matched(
-        site=replace(first.site, name=paths[0][0], extents=(), samples=1),
+        site=replace(first.site, name=paths[0][0], extents=(), samples=1, lookups=0),
         weight=nn.Parameter(product.detach(), requires_grad=bool(trained)),
         modules=tuple(layers),
         paths=tuple(path for reached in paths for path in reached),

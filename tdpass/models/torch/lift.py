@@ -12,11 +12,19 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from tdpass.kinds import LayerKind, TransposedLinear, dense_modules, kind_of_function
+from tdpass.kinds import (
+    STORED_FIRST,
+    LayerKind,
+    TransposedLinear,
+    dense_modules,
+    is_lookup,
+    kind_of_function,
+)
 
 _aten = torch.ops.aten
 _ADDMM = {torch.addmm, _aten.addmm.default}
 _PRODUCT = {torch.matmul, torch.mm, operator.matmul, _aten.matmul.default, _aten.mm.default}
+_READ_SECOND = _ADDMM | STORED_FIRST
 _BATCH_NORM = {F.batch_norm, _aten.batch_norm.default}
 
 
@@ -28,9 +36,8 @@ def lift(graph_module: GraphModule) -> GraphModule:
     """
     changed = False
     lifted: set[str] = set()
-    for node in list(graph_module.graph.nodes):
-        if node.op != "call_function":
-            continue
+    calls = [node for node in graph_module.graph.nodes if node.op == "call_function"]
+    for node in sorted(calls, key=_looks_up):  # a layer has the place of a weight that tables read too
         build = _builder(node)
         if build is None:
             continue
@@ -40,7 +47,7 @@ def lift(graph_module: GraphModule) -> GraphModule:
         lifted.update(str(read.target) for read in node.all_input_nodes if read.op == "get_attr")
         path = _place(graph_module, owner, module)
         with graph_module.graph.inserting_before(node):
-            call = graph_module.graph.call_module(path, (node.args[1 if node.target in _ADDMM else 0],))
+            call = graph_module.graph.call_module(path, (node.args[1 if node.target in _READ_SECOND else 0],))
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
         graph_module.graph.erase_node(node)
@@ -64,7 +71,13 @@ def _builder(node: Node) -> Callable[[GraphModule, Node], Built] | None:
         return _added_product
     if node.target in _PRODUCT and len(node.args) == 2 and not node.kwargs:
         return _product
+    if _looks_up(node):
+        return _lookup
     return _batch_norm if node.target in _BATCH_NORM else None
+
+
+def _looks_up(node: Node) -> bool:
+    return is_lookup(node.target) or node.target in STORED_FIRST
 
 
 def _argument(node: Node, position: int, name: str, default: Any = None) -> Any:
@@ -90,6 +103,17 @@ def _layer(kind: LayerKind, graph_module: GraphModule, node: Node) -> Built:
         return None, ""
     module = kind.build(kind.functions[node.target], tuple(stored.shape), options)
     return _with(module, stored, stored_bias), str(weight.target)
+
+
+def _lookup(graph_module: GraphModule, node: Node) -> Built:
+    first = node.target in STORED_FIRST
+    read: Any = node.args[0 if first else 1]
+    table = _stored(graph_module, read)
+    rescaled = not first and _argument(node, 3, "max_norm") is not None
+    if not isinstance(table, nn.Parameter) or rescaled:
+        return None, ""
+    count, width = table.shape
+    return _with(nn.Embedding(count, width, device="meta"), table, None), str(read.target)
 
 
 def _added_product(graph_module: GraphModule, node: Node) -> Built:
@@ -168,8 +192,9 @@ def _place(graph_module: GraphModule, owner: str, module: nn.Module) -> str:
     others = current is not None and not {*map(id, _tensors(current))} <= {*map(id, _tensors(module))}
     called = any(node.op == "call_module" and node.target == path for node in graph_module.graph.nodes)
     taken = current is not None and (current._modules or others or called)
-    if not path or taken or isinstance(current, dense_modules()):
-        path = f"{owner.replace('.', '_')}_layer" if not path else f"{path}.{leaf}_layer"
+    if not path or taken or isinstance(current, (*dense_modules(), nn.Embedding)):
+        beside = not path or isinstance(current, dense_modules())
+        path = f"{owner.replace('.', '_')}_layer" if beside else f"{path}.{leaf}_layer"
         while _submodule(graph_module, path) is not None:
             path += "_"
     graph_module.add_submodule(path, module)
@@ -200,7 +225,7 @@ def _drop_unread(graph_module: GraphModule, lifted: set[str]) -> None:
     for target in lifted - read:
         owner, _, leaf = target.rpartition(".")
         holder = _submodule(graph_module, owner) if owner else graph_module
-        if holder is None or type(holder) in (*dense_modules(), _FrozenBatchNorm):
+        if holder is None or type(holder) in (*dense_modules(), nn.Embedding, _FrozenBatchNorm):
             continue
         if leaf in holder._parameters or leaf in holder._buffers:
             delattr(holder, leaf)

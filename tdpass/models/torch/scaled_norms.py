@@ -104,6 +104,6 @@ def _why_not(
     for name in norm.sites:
         matched = sites[name]
         alone = len(matched.modules) == 1 and count[id(matched.weight)] == 1
-        if not alone or len(run.tape.site_calls[name]) != 1 or matched.site.axes:
+        if not alone or matched.site.table or len(run.tape.site_calls[name]) != 1 or matched.site.axes:
             return f"{name!r}, which reads it, is no linear layer that is called once and shares nothing"
     return ""

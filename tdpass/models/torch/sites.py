@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 import tdpass.layers.attention
 import tdpass.layers.recurrent  # noqa: F401 - both register what can be opened
-from tdpass.kinds import LayerKind, TransposedLinear, kind_of, kind_of_module
+from tdpass.kinds import PRODUCT, LayerKind, TransposedLinear, is_table, kind_of, kind_of_module, why_no_table
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.opening import opener_of
 from tdpass.models.torch.in_place import can_become
@@ -69,8 +69,7 @@ class Matched:
 
 _POSITIONS = 5
 _REASONS: dict[type[nn.Module], str] = {
-    nn.Embedding: "a table lookup has no multiply-adds to save",
-    nn.EmbeddingBag: "a table lookup has no multiply-adds to save",
+    nn.EmbeddingBag: "it sums the rows of a table that it reads; an nn.Embedding and a sum are a site",
     nn.Bilinear: "bilinear layers are not factored",
 }
 
@@ -116,22 +115,24 @@ def find_sites(model: nn.Module) -> tuple[list[Matched], dict[str, str]]:
             declined[paths[key][0]] = reason
     found: list[Matched] = []
     holders = _holders(modules.values())
-    for weight, members in groups.items():
+    for weight, holding in groups.items():
+        members = sorted(holding, key=is_table)  # exporters name what is shared after the layer
         name = paths[id(members[0])][0]
-        sites = [_kind(member).site(member, name) for member in members]
+        sites = [_site(member, name) for member in members]
         if holders[weight] != {id(member) for member in members}:
             declined[name] = "its weight is shared with a layer that needs it dense"
         elif (
             any(site.geometry() != sites[0].geometry() for site in sites)
-            or len({_base(member) is TransposedLinear for member in members}) > 1
+            or len({_is_transposed(member) for member in members}) > 1
         ):
             declined[name] = "its weight is shared by layers of different geometry"
         else:
             reached = tuple(path for member in members for path in paths[id(member)])
-            biases = tuple(member._parameters["bias"] for member in members)
-            transposed = _base(members[0]) is TransposedLinear
+            biases = tuple(member._parameters.get("bias") for member in members)
+            transposed = _is_transposed(members[0])
             matched = Matched(sites[0], members[0].weight, tuple(members), reached, biases, transposed)  # type: ignore[arg-type]
-            found.append(replace(matched, site=replace(matched.site, bias=matched.bias is not None)))
+            table = any(site.table for site in sites)
+            found.append(replace(matched, site=replace(sites[0], bias=matched.bias is not None, table=table)))
     return found, declined
 
 
@@ -142,6 +143,17 @@ def _holders(modules: Iterable[nn.Module]) -> dict[int, set[int]]:
         for parameter in module.parameters(recurse=False):
             holders.setdefault(id(parameter), set()).add(id(module))
     return holders
+
+
+def _site(module: nn.Module, name: str) -> Site:
+    if not is_table(module):
+        return _kind(module).site(module, name)
+    weight: Any = module.weight
+    return Site(name, PRODUCT, tuple(weight.shape), itemsize=weight.element_size(), table=True)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    return not is_table(module) and _base(module) is TransposedLinear
 
 
 def _base(module: nn.Module) -> type[nn.Module]:
@@ -166,6 +178,8 @@ def _reason(module: nn.Module) -> str | None:
     for cls, reason in _REASONS.items():
         if isinstance(module, cls):
             return reason
+    if is_table(module):
+        return why_no_table(module) or _reason_of_weight(module) or _why_unchanged(module)
     if kind_of_module(module) is None:
         return _reason_of_others(module)
     return _reason_of_weight(module) or _reason_of_class(module)
@@ -192,7 +206,15 @@ def _reason_of_weight(module: nn.Module) -> str | None:
         return "a hook computes its weight (a pruning mask, weight_norm); make it a parameter by prune.remove or remove_weight_norm first"
     if weight.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         return f"its weight is of type {weight.dtype}"
-    return "its weight is empty" if 0 in weight.shape else _kind(module).why_not(module)
+    if 0 in weight.shape:
+        return "its weight is empty"
+    return None if is_table(module) else _kind(module).why_not(module)
+
+
+def _why_unchanged(module: nn.Module) -> str | None:
+    if can_become(module, Factorized):
+        return None
+    return f"{type(module).__name__} has __slots__, so it cannot become a factored layer"
 
 
 def _reason_of_class(module: nn.Module) -> str | None:
@@ -202,8 +224,8 @@ def _reason_of_class(module: nn.Module) -> str | None:
         return "its forward was replaced on the instance"
     if not {*module._parameters} <= {"weight", "bias"} or module._buffers or module._modules:
         return f"{name} holds more than a weight and a bias"
-    if not can_become(module, Factorized):
-        return f"{name} has __slots__, so it cannot become a factored layer"
+    if unchanged := _why_unchanged(module):
+        return unchanged
     if computes_as(module, _base(module), _kind(module).input_sizes(module, _POSITIONS)):
         return None
     return f"{name} overrides forward" if isinstance(module, _base(module)) else _reason_of_others(module)

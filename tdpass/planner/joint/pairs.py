@@ -21,7 +21,9 @@ def find_pairs(tapes: Sequence[Tape], sites: Mapping[str, Site]) -> list[Pair]:
 
 def _pairs(tape: Tape, sites: Mapping[str, Site]) -> list[Pair]:
     once = {
-        indices[0]: name for name, indices in tape.site_calls.items() if len(indices) == 1 and name in sites
+        indices[0]: name
+        for name, indices in tape.site_calls.items()
+        if len(indices) == 1 and name in sites and not sites[name].table
     }
     pairs: list[Pair] = []
     for index, name in sorted(once.items()):
