@@ -84,13 +84,20 @@ class WeightOnly(EncodedCall):
             return f"'{layer.form}' holds no floating-point factors beside its whole numbers"
         return ""
 
-    def packed_call(self, x: Tensor) -> Tensor:
+    def packed(self) -> Tensors:
+        """Codes and scales of every matrix, in turn, as the operator takes them."""
         held = self.factors()
-        recipe = PackWeightOnly(self.site, self.form, tuple(held))
-        packed = derived(recipe, tuple(held.values()))
-        widths = [self.site.i, self.site.o, *self.rank]
+        return derived(PackWeightOnly(self.site, self.form, tuple(held)), tuple(held.values()))
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels read, made, and between the two matrices of a product."""
+        return [self.site.i, self.site.o, *self.rank]
+
+    def packed_call(self, x: Tensor) -> Tensor:
+        packed = self.packed()
         y: Tensor = WEIGHT_ONLY_LINEAR.call(
-            x, list(packed[::2]), list(packed[1::2]), self.bias, None, widths, self.activation
+            x, list(packed[::2]), list(packed[1::2]), self.bias, None, self.widths, self.activation
         )
         return y
 

@@ -16,14 +16,25 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from tdpass.errors import InvalidModelError, UnsupportedError
-from tdpass.formats.lowering import Lowered, lower
+from tdpass.formats.lowering import Lowered, chain_of
 from tdpass.kernels import native
 from tdpass.kernels.conv_chain import CONV_CHAIN, packing
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.stage import Lanes
+from tdpass.kernels.weight_only import WEIGHT_ONLY_LINEAR
+from tdpass.layers.encoded import EncodedCall
 from tdpass.layers.factorized import Factorized
+from tdpass.layers.float_chain import FloatChain
 from tdpass.layers.fused import Fused
+from tdpass.layers.weight_only import WeightOnly
 from tdpass.models.base import Batch
+from tdpass.models.torch.fuse_encoded import call_of
+from tdpass.models.torch.integer_graph import (
+    is_integer_chain,
+    join_integers,
+    lay_channels_innermost,
+    pack_integers,
+)
 
 
 class FusedLayer(nn.Module):
@@ -33,11 +44,11 @@ class FusedLayer(nn.Module):
         super().__init__()
         self.axes = lowered.axes
         self.integers, self.widths = lowered.integers, lowered.widths
-        self.activation = dense.activation if isinstance(dense, Fused) else "identity"
+        self.activation = dense.activation if isinstance(dense, Fused | EncodedCall) else "identity"
         self.lanes: Lanes = "pixels" if isinstance(dense, Fused) and dense.lanes == "pixels" else "channels"
         if not isinstance(dense, Fused):
             self.lanes = lowered.lanes
-        self.lanes = packing(self.lanes, next(iter(dense.factors().values())).dtype)
+        self.lanes = packing(self.lanes, dense.layer().dtype)
         self.padding_mode, self.pads = dense.padding_mode, dense.pads
         self.packed = [f"packed_{index}" for index in range(len(lowered.stages))]
         for name, packed in zip(self.packed, lowered.pack(dense.layer(), self.lanes), strict=True):
@@ -64,23 +75,43 @@ class FusedLayer(nn.Module):
         return y.squeeze(2) if self.axes == 1 else y  # type: ignore[no-any-return]
 
 
+class PackedWeights(nn.Module):
+    """A layer of whole numbers of few bits for inference: its operator on packed codes and scales, which are buffers."""
+
+    def __init__(self, dense: WeightOnly) -> None:
+        super().__init__()
+        self.widths, self.activation, packed = dense.widths, dense.activation, dense.packed()
+        self.packed = [f"packed_{index}" for index in range(len(packed))]
+        for name, tensor in zip(self.packed, packed, strict=True):
+            self.register_buffer(name, tensor)
+        self.register_buffer("bias", None if dense.bias is None else dense.bias.detach())
+
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = [getattr(self, name) for name in self.packed]
+        y: Tensor = WEIGHT_ONLY_LINEAR.call(
+            x, packed[::2], packed[1::2], self.bias, None, self.widths, self.activation
+        )
+        return y
+
+
 def fused(module: nn.Module) -> tuple[nn.Module, int]:
     """A copy for inference on the CPU, and how many layers run fused.
 
-    A factored layer stays as it is where its format is no chain, its type none that the kernels compute in,
-    or where it was fused before and found to be slower so.
+    A factored layer stays as it is where no operator serves its form or type, or where it was fused before and
+    found to be slower so.  Layers of int8 factors that read integers are called by what they store until
+    `export_program` packs them.
     """
     twin = copy.deepcopy(module).cpu()
     for child in twin.modules():
         child.training = False
-    made: dict[int, FusedLayer] = {}
+    made: dict[int, nn.Module] = {}
     for name, layer in list(twin.named_modules(remove_duplicate=False)):
-        if not isinstance(layer, Factorized) or (isinstance(layer, Fused) and layer.lanes is None):
+        new = made.get(id(layer)) or (_packed_layer(layer) if isinstance(layer, Factorized) else None)
+        if new is None:
             continue
-        lowered = lower(layer.layer())
-        if lowered is None or any(value.dtype not in native.DTYPES for value in layer.factors().values()):
-            continue
-        new = made.setdefault(id(layer), FusedLayer(layer, lowered))
+        made[id(layer)] = new
         owner, _, leaf = name.rpartition(".")
         if not name:
             return new, 1
@@ -88,18 +119,43 @@ def fused(module: nn.Module) -> tuple[nn.Module, int]:
     return twin, len(made)
 
 
+def _packed_layer(layer: Factorized) -> nn.Module | None:
+    """A factored layer as a call of its operator; None where it stays as it is."""
+    data = layer.layer()
+    if data.dtype not in native.DTYPES or (isinstance(layer, Fused) and layer.lanes is None):
+        return None
+    kind = call_of(layer) if layer.form.encoded else None
+    if kind is None or kind is FloatChain:
+        lowered = chain_of(data) if kind is None or not kind.why_not(data) else None
+        return None if lowered is None else FusedLayer(layer, lowered)
+    if kind.why_not(data):
+        return None
+    call = layer if isinstance(layer, kind) else kind.of(layer)
+    return PackedWeights(call) if isinstance(call, WeightOnly) else call
+
+
 def export_program(module: nn.Module, example: Batch, dynamic_batch: bool) -> ExportedProgram:
-    """Export for inference; raises `InvalidModelError` where torch cannot, with what it said."""
-    args, kwargs = example.args, dict(example.kwargs)
+    """Export for inference, integer chains joined and packed.
+
+    Raises `InvalidModelError` where torch cannot, with what it said.
+    """
+    shapes = dynamic_shapes(example) if dynamic_batch else None
+
+    def export(given: nn.Module) -> ExportedProgram:
+        return torch.export.export(
+            given, example.args, dict(example.kwargs), dynamic_shapes=shapes, strict=False
+        )
+
     try:
         with torch.no_grad(), _quiet():
-            return torch.export.export(
-                module,
-                args,
-                kwargs,
-                dynamic_shapes=dynamic_shapes(example) if dynamic_batch else None,
-                strict=False,
-            )
+            program = export(module)
+            if not any(map(is_integer_chain, program.graph.nodes)):
+                return program
+            whole = program.module()
+            join_integers(whole.graph)
+            lay_channels_innermost(whole.graph)
+            pack_integers(whole)
+            return export(whole)
     except Exception as error:
         raise _refused("be exported", error, dynamic_batch) from error
 

@@ -23,7 +23,7 @@ _LEAST = 1 / 0.95  # what is packed is a second copy of the weight
 
 def fuse_encoded(layer: Factorized, inputs: Sequence[Tensor] | None) -> tuple[EncodedCall | None, str]:
     """The layer as one operator where that is faster on these inputs (given without storage), else why not."""
-    kind = _kind(layer)
+    kind = call_of(layer)
     reason = kind.why_not(layer.layer()) or _unserved(layer, inputs)
     if reason:
         return None, reason
@@ -46,7 +46,8 @@ def _unserved(layer: Factorized, inputs: Sequence[Tensor] | None) -> str:
     return next((reason for dtype in dtypes if (reason := served(device, dtype))), "")
 
 
-def _kind(layer: Factorized) -> type[EncodedCall]:
+def call_of(layer: Factorized) -> type[EncodedCall]:
+    """The operator that may serve a layer of encoded factors."""
     if layer.form.activations:
         return IntegerChain
     floating = all(isinstance(each, Floating) for each in layer.storage.numbers.values())

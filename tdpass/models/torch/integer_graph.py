@@ -53,6 +53,21 @@ def join_integers(graph: Graph) -> list[Node]:
     return whole
 
 
+def lay_channels_innermost(graph: Graph) -> None:
+    """Lay images of floating-point numbers with their channels innermost for the chains that make bytes of them."""
+    for chain in filter(is_integer_chain, list(graph.nodes)):
+        for image in dict.fromkeys((chain.args[_X], chain.kwargs.get("residual"))):
+            value = tensor_of(image)
+            if value is None or value.dim() != 4 or not value.is_floating_point():
+                continue
+            with graph.inserting_before(chain):
+                laid = graph.call_function(
+                    _aten.contiguous.default, (image,), {"memory_format": torch.channels_last}
+                )
+            laid.meta = dict(image.meta)
+            chain.replace_input_with(image, laid)
+
+
 def pack_integers(module: GraphModule) -> int:
     """Call the kernels on what is packed of the chains whose codes, scales and ranges the module stores; returns how many.
 

@@ -1,0 +1,126 @@
+"""Deployed models of encoded layers: packed constants alone, bytes between integer chains, the same numbers elsewhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tdpass
+from tdpass.kernels import build, native
+from tdpass.layers.integer_chain import IntegerChain
+from tdpass.models.base import Batch
+from tdpass.models.torch.deployable import FusedLayer, PackedWeights, export_program, fused
+
+pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
+
+ANYWHERE = {
+    "tdpass.conv_chain_int8.default",
+    "tdpass.linear_chain_int8.default",
+    "tdpass.linear_chain.default",
+}
+ANYWHERE |= {"tdpass.conv_chain.default", "tdpass.weight_only_linear.default"}
+INTEGERS = "quantize,quantize-activations{calibration=minmax}"
+
+
+class Net(nn.Module):
+    """A stem with a max-pool, a residual block, and a head of two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = (
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.Conv2d(16, 16, 3, padding=1),
+            nn.Conv2d(16, 16, 1),
+        )
+        self.up, self.down = nn.Linear(64, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = nn.functional.max_pool2d(torch.relu(self.stem(x)), 2)
+        h = torch.relu(self.b(torch.relu(self.a(h))) + h)
+        return self.down(torch.relu(self.up(nn.functional.adaptive_avg_pool2d(h, 2).flatten(1))))
+
+
+def images() -> Tensor:
+    return torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def encoded(steps: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = tdpass.compress(Net().eval(), None, images(), pipeline=steps).model
+    assert isinstance(model, nn.Module)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("steps", "kinds", "apart"),
+    [
+        (INTEGERS, {IntegerChain: 5}, 3e-2),
+        (f"{INTEGERS},fuse-kernels{{measure=false}}", {IntegerChain: 5}, 3e-2),
+        ("quantize{numbers=bfloat16}", {FusedLayer: 5}, 1e-5),
+        ("quantize{numbers=int4/32}", {PackedWeights: 2}, 1e-5),
+    ],
+)
+@torch.no_grad()
+def test_what_is_exported_calls_operators_that_need_no_python(
+    steps: str, kinds: dict[type[nn.Module], int], apart: float, tmp_path: Path
+) -> None:
+    model, x = encoded(steps), images()
+    network, layers = fused(model)
+    found = [type(part) for part in network.modules()]
+    assert {kind: found.count(kind) for kind in kinds} == kinds
+    assert layers == sum(kinds.values())
+    program = export_program(network, Batch((x[:2],)), dynamic_batch=True)
+    called = [str(node.target) for node in program.graph.nodes if str(node.target).startswith("tdpass.")]
+    assert set(called) <= ANYWHERE
+    assert len(called) == layers
+    wanted, answer = model(x), program.module()(x)
+    torch.testing.assert_close(answer, wanted, rtol=0, atol=apart * float(wanted.abs().max()))
+    torch.export.save(program, tmp_path / "net.pt2")
+    assert torch.equal(torch.export.load(tmp_path / "net.pt2").module()(x), answer)
+
+
+@torch.no_grad()
+def test_bytes_are_handed_over_in_an_exported_program() -> None:
+    program = export_program(fused(encoded(INTEGERS))[0], Batch((images()[:2],)), dynamic_batch=True)
+    bytes_made = [
+        str(node.target)
+        for node in program.graph.nodes
+        if isinstance(node.meta.get("val"), Tensor)
+        and node.meta["val"].dtype == torch.uint8
+        and node.op == "call_function"
+    ]
+    assert bytes_made == [
+        "tdpass.conv_chain_int8.default",
+        "quantized.max_pool2d.default",
+        "tdpass.conv_chain_int8.default",
+        "tdpass.linear_chain_int8.default",
+    ]
+    assert not any("relu" in str(node.target) for node in program.graph.nodes)
+
+
+_ELSEWHERE = """
+import sys, torch, tdpass
+run, (x, wanted) = tdpass.load_deployed(sys.argv[1]), torch.load(sys.argv[2])
+with torch.no_grad():
+    assert torch.equal(run(x), wanted)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+@torch.no_grad()
+def test_a_fresh_process_gives_the_same_numbers(tmp_path: Path) -> None:
+    model, x = encoded(INTEGERS), images()[:2]
+    done = tdpass.deploy(model, x, tmp_path / "net.pt2")
+    assert done.fused == 5
+    program = export_program(fused(model)[0], Batch((x,)), dynamic_batch=False)
+    torch.save((x, program.module()(x)), tmp_path / "answer.pt")
+    words = [sys.executable, "-c", _ELSEWHERE, str(tmp_path / "net.pt2"), str(tmp_path / "answer.pt")]
+    run = subprocess.run(words, env=os.environ, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
