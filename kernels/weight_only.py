@@ -22,6 +22,7 @@ from tdpass.kernels.conv_chain import activate, check_activation
 SCHEMA = "(Tensor x, Tensor[] weights, Tensor[] scales, Tensor? bias, Tensor? residual, int[] widths, str activation) -> Tensor"
 PANEL, NIBBLES = 16, 8  # outputs to a panel; codes of 4 bits to a word
 _KINDS: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.int32: 3}
+_WITH_ZEROS = 4  # axes of scales
 _MATRIX, _WITH_PRODUCT = 2, 3  # widths of `W = Q`, and of `W = Q + U V`
 
 
@@ -30,15 +31,16 @@ class Stored(NamedTuple):
 
     `codes`: int8, bfloat16 or float32 `[panels, i, 16]`, or four bits each, int32 `[panels, ceil(i / 8), 16]`:
     input 8 k + j of word k at bits 4 j, in two's complement.  `scales[panels, groups, 16]`: the groups divide
-    the inputs evenly, each a multiple of 8 of them where there are several; floating point has none.
+    the inputs evenly, each a multiple of 8 of them where there are several; floating point has none.  Scales
+    and zero points, `(code - zero) scale`, are `[2, panels, groups, 16]`.
     """
 
     codes: Tensor
     scales: Tensor
 
 
-def pack_codes(codes: Tensor, scale: Tensor, bits: int) -> Stored:
-    """Whole numbers `codes[o, i]` of 4 or 8 bits with their scales `[o, groups]`."""
+def pack_codes(codes: Tensor, scale: Tensor, bits: int, zero: Tensor | None = None) -> Stored:
+    """Whole numbers `codes[o, i]` of 4 or 8 bits with their scales, and zero points, `[o, groups]`."""
     panels = _panels(codes)
     if bits == 4:
         padded = F.pad(panels.int() & 15, (0, 0, 0, -panels.shape[1] % NIBBLES))
@@ -49,7 +51,11 @@ def pack_codes(codes: Tensor, scale: Tensor, bits: int) -> Stored:
         panels = panels.to(torch.int8)
     else:
         raise KernelError(f"codes of {bits} bits are not served; they have 4 or 8")
-    return Stored(panels.contiguous(), _panels(scale.float()).contiguous())
+    scales = _panels(scale.float())
+    return Stored(
+        panels.contiguous(),
+        scales.contiguous() if zero is None else torch.stack([scales, _panels(zero.float())]),
+    )
 
 
 def pack_weight(weight: Tensor, bits: int, group: int = 0) -> Stored:
@@ -83,18 +89,25 @@ def dense(stored: Stored, outputs: int, inputs: int, dtype: torch.dtype) -> Tens
     if codes.dtype == torch.int32:
         shifts = 28 - 4 * torch.arange(NIBBLES, dtype=torch.int32, device=codes.device)[:, None]
         codes = ((codes[:, :, None] << shifts) >> 28).flatten(1, 2)[:, :inputs]
-    values = codes.to(dtype)
-    if scales.shape[1]:
-        groups = values.reshape(len(values), scales.shape[1], -1, PANEL) * scales.to(dtype)[:, :, None]
-        values = groups.flatten(1, 2)
+    values, (scale, zero) = codes.to(dtype), split(scales)
+    if scale.shape[1]:
+        groups = values.reshape(len(values), scale.shape[1], -1, PANEL)
+        groups = groups if zero is None else groups - zero.to(dtype)[:, :, None]
+        values = (groups * scale.to(dtype)[:, :, None]).flatten(1, 2)
     return values.transpose(1, 2).flatten(0, 1)[:outputs]
+
+
+def split(scales: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Scales, and zero points where there are any, `[panels, groups, 16]` each."""
+    return (scales[0], scales[1]) if scales.dim() == _WITH_ZEROS else (scales, None)
 
 
 def check_stored(codes: Tensor, scales: Tensor, outputs: int, inputs: int) -> None:
     """Raise `KernelError` unless codes and scales are packed for a matrix of that shape."""
     panels = -(-outputs // PANEL)
     depth = -(-inputs // NIBBLES) if codes.dtype == torch.int32 else inputs
-    groups = scales.shape[1] if scales.dim() == 3 else -1
+    groups = scales.shape[-2] if scales.dim() in (3, _WITH_ZEROS) else -1
+    zeros = [2] if scales.dim() == _WITH_ZEROS else []
     floating = codes.is_floating_point()
     known = floating or codes.dtype in (torch.int8, torch.int32)
     fits = groups == 0 if floating else groups == 1 or (groups > 1 and inputs % (groups * NIBBLES) == 0)
@@ -102,7 +115,7 @@ def check_stored(codes: Tensor, scales: Tensor, outputs: int, inputs: int) -> No
         min(outputs, inputs) < 1
         or not (known and fits)
         or tuple(codes.shape) != (panels, depth, PANEL)
-        or tuple(scales.shape) != (panels, groups, PANEL)
+        or list(scales.shape) != [*zeros, panels, groups, PANEL]
     ):
         raise KernelError(
             f"codes {tuple(codes.shape)} of type {codes.dtype} with scales {tuple(scales.shape)} are no matrix "
@@ -211,11 +224,14 @@ def _run_native(
         return False
     for codes, scale, shape in zip(weights, scales, shapes, strict=True):
         check_stored(codes, scale, *shape)
+    if any(split(scale)[1] is not None for scale in scales[1:]):
+        return False
     kept = [(codes.contiguous(), scale.contiguous()) for codes, scale in zip(weights, scales, strict=True)]
     array = (native.CMatrix * len(kept))(
         *(
             native.CMatrix(
-                codes.data_ptr(), scale.data_ptr(), _KINDS[codes.dtype], scale.shape[1], inputs, outputs
+                codes.data_ptr(), scale.data_ptr(), _KINDS[codes.dtype], scale.shape[-2], inputs, outputs,
+                scale[1].data_ptr() if scale.dim() == _WITH_ZEROS else None,
             )
             for (codes, scale), (outputs, inputs) in zip(kept, shapes, strict=True)
         )

@@ -110,11 +110,13 @@ __attribute__((visibility("default"))) int32_t tdpass_sparse_conv(const tdpass_s
 // A matrix in panels of 16 outputs, missing ones zero.  `codes` are float32, bfloat16 or int8 `[ceil(out / 16)][in][16]`, or four bits each,
 // `[ceil(out / 16)][ceil(in / 8)][16]` words of 32 bits: input 8 k + j of word k at bits 4 j, in two's complement.  `scales` of int8 and four
 // bits are `[ceil(out / 16)][groups][16]`; groups are of one size, of a multiple of 8 inputs where there are several.
+// `zeros`, where there are any, lie as the scales do and are what codes are counted from: `(code - zero) scale`.
 enum tdpass_codes { TDPASS_FLOATS = 0, TDPASS_HALVES = 1, TDPASS_BYTES = 2, TDPASS_NIBBLES = 3 };
 typedef struct {
   const void* codes;
   const float* scales;
   int32_t kind, groups, in, out;
+  const float* zeros;  // or null; of the first matrix of a layer alone
 } tdpass_matrix;
 
 // y = activation(Q x + U V x + bias + residual): matrices Q, or Q, V and U.

@@ -63,10 +63,11 @@ template <class Code> struct Panels {
   explicit Panels(const tdpass_matrix& m) : matrix(m), groups(std::max(1, m.groups)), size(m.in / groups), group_bytes(Index(size + Code::WORD - 1) / Code::WORD * Code::BYTES) {}
   const char* codes(int panel, int group) const { return static_cast<const char*>(matrix.codes) + (Index(panel) * groups + group) * group_bytes; }
   Lanes scale(int panel, int group) const { return matrix.groups ? load(matrix.scales + (Index(panel) * groups + group) * LANES) : broadcast(1.0f); }
+  Lanes zero_point(int panel, int group) const { return matrix.zeros ? load(matrix.zeros + (Index(panel) * groups + group) * LANES) : zero(); }
 };
 
-// sum[i] += what a panel makes of token i, for MR of them.
-template <class Code, int MR> static TDPASS_INLINE void multiply(const Panels<Code>& w, int panel, const float* x, Index row, Lanes (&sum)[MR]) {
+// sum[i] += what a panel makes of token i, for MR of them.  `totals[i][group]` are sums of the inputs where codes have zero points.
+template <class Code, int MR> static TDPASS_INLINE void multiply(const Panels<Code>& w, int panel, const float* x, Index row, const float* totals, Lanes (&sum)[MR]) {
   constexpr int SPLIT = MR >= 4 ? 1 : MR >= 2 ? 2 : 4;  // sums of every n-th term, which do not wait for each other
   constexpr int AT_ONCE = std::max(Code::WORD, SPLIT);
   for (int g = 0; g < w.groups; g++, x += w.size) {
@@ -87,10 +88,11 @@ template <class Code, int MR> static TDPASS_INLINE void multiply(const Panels<Co
       term(Code::weights(Code::block(codes), l), k, part[0]);
       if (Code::WORD == 1) codes += Code::BYTES;
     }
-    const Lanes scale = w.scale(panel, g);
+    const Lanes scale = w.scale(panel, g), shift = w.zero_point(panel, g);
     TDPASS_UNROLL for (int i = 0; i < MR; i++) {
       Lanes all = part[0][i];
       TDPASS_UNROLL for (int s = 1; s < SPLIT; s++) all += part[s][i];
+      if (totals) all -= totals[i * w.groups + g] * shift;
       sum[i] += all * scale;
     }
   }
@@ -99,36 +101,36 @@ template <class Code, int MR> static TDPASS_INLINE void multiply(const Panels<Co
 // A panel as float32, `[inputs][16]`.
 template <class Code> void decode(const Panels<Code>& w, int panel, float* to) {
   for (int g = 0; g < w.groups; g++) {
-    const Lanes scale = w.scale(panel, g);
-    for (int k = 0; k < w.size; k++, to += LANES) store(to, Code::weights(Code::block(w.codes(panel, g) + Index(k / Code::WORD) * Code::BYTES), k % Code::WORD) * scale);
+    const Lanes scale = w.scale(panel, g), shift = w.zero_point(panel, g);
+    for (int k = 0; k < w.size; k++, to += LANES) store(to, (Code::weights(Code::block(w.codes(panel, g) + Index(k / Code::WORD) * Code::BYTES), k % Code::WORD) - shift) * scale);
   }
 }
 
 // Adds to `sums[token][16]` what a panel makes of tokens of `x`.
-template <int MR, class Code> void add_tokens(const Panels<Code>& w, int panel, const float* x, Index row, Lanes* sums) {
+template <int MR, class Code> void add_tokens(const Panels<Code>& w, int panel, const float* x, Index row, const float* totals, Lanes* sums) {
   Lanes sum[MR];
   TDPASS_UNROLL for (int i = 0; i < MR; i++) sum[i] = sums[i];
-  multiply<Code, MR>(w, panel, x, row, sum);
+  multiply<Code, MR>(w, panel, x, row, totals, sum);
   TDPASS_UNROLL for (int i = 0; i < MR; i++) sums[i] = sum[i];
 }
-template <class Code> void add(const Panels<Code>& w, int panel, const float* x, Index row, int tokens, Lanes* sums) {
+template <class Code> void add(const Panels<Code>& w, int panel, const float* x, Index row, int tokens, const float* totals, Lanes* sums) {
   for (int i = 0; i < tokens;) {
-    const float* from = x + i * row;
-    if (tokens - i >= 8) add_tokens<8>(w, panel, from, row, sums + i), i += 8;
-    else if (tokens - i >= 4) add_tokens<4>(w, panel, from, row, sums + i), i += 4;
-    else if (tokens - i >= 2) add_tokens<2>(w, panel, from, row, sums + i), i += 2;
-    else add_tokens<1>(w, panel, from, row, sums + i), i += 1;
+    const float *from = x + i * row, *of = totals ? totals + Index(i) * w.groups : nullptr;
+    if (tokens - i >= 8) add_tokens<8>(w, panel, from, row, of, sums + i), i += 8;
+    else if (tokens - i >= 4) add_tokens<4>(w, panel, from, row, of, sums + i), i += 4;
+    else if (tokens - i >= 2) add_tokens<2>(w, panel, from, row, of, sums + i), i += 2;
+    else add_tokens<1>(w, panel, from, row, of, sums + i), i += 1;
   }
 }
 
 // The same, by whichever code the matrix has; many tokens share what was decoded once.
-void add_panel(const tdpass_matrix& m, int panel, const float* x, Index row, int tokens, float* decoded, Lanes* sums) {
+void add_panel(const tdpass_matrix& m, int panel, const float* x, Index row, int tokens, const float* totals, float* decoded, Lanes* sums) {
   by_kind(m.kind, [&](auto code) {
     const Panels<decltype(code)> panels(m);
-    if (tokens <= MOST_TOKENS || m.kind == TDPASS_FLOATS) return add(panels, panel, x, row, tokens, sums);
+    if (tokens <= MOST_TOKENS || m.kind == TDPASS_FLOATS) return add(panels, panel, x, row, tokens, totals, sums);
     decode(panels, panel, decoded);
-    const tdpass_matrix plain{decoded, nullptr, TDPASS_FLOATS, 0, m.in, LANES};
-    add(Panels<Floats>(plain), 0, x, row, tokens, sums);
+    const tdpass_matrix plain{decoded, nullptr, TDPASS_FLOATS, 0, m.in, LANES, nullptr};
+    add(Panels<Floats>(plain), 0, x, row, tokens, nullptr, sums);
   });
 }
 
@@ -143,6 +145,17 @@ template <class T> void finish(const tdpass_weight_only& layer, const tdpass_row
   }
 }
 
+// `totals[token][group]`: the sums of what the groups of a matrix read.
+void add_up(const tdpass_matrix& m, const float* x, Index row, int tokens, float* totals) {
+  const int groups = std::max(1, m.groups), size = m.in / groups;
+  for (int i = 0; i < tokens; i++)
+    for (int g = 0; g < groups; g++) {
+      float total = 0;
+      for (int k = 0; k < size; k++) total += x[i * row + Index(g) * size + k];
+      *totals++ = total;
+    }
+}
+
 int panels_of(const tdpass_matrix& m) { return (m.out + LANES - 1) / LANES; }
 
 // All of `x`, float32 rows, through the layer; panels are shared among threads, those of V first.
@@ -151,7 +164,9 @@ int run_layer(const tdpass_weight_only& layer, const float* x, Index row, const 
   const bool thin = layer.matrices > 1;
   const tdpass_matrix* m = layer.matrix;
   const int rank = thin ? round_up(m[1].out, LANES) : 0;
-  Scratch between;
+  Scratch between, grouped;
+  float* totals = m[0].zeros ? grouped.reserve(size_t(tokens) * std::max(1, m[0].groups)) : nullptr;
+  if (totals) add_up(m[0], x, row, tokens, totals);
   float* q = between.reserve(size_t(tokens) * rank + LANES);
   auto each_panel = [&](int panels, const auto& body) {
     const int tasks = std::min(pool->threads, panels);
@@ -169,14 +184,14 @@ int run_layer(const tdpass_weight_only& layer, const float* x, Index row, const 
   };
   if (thin) {
     const int status = each_panel(panels_of(m[1]), [&](int p, Lanes* sums, float* decoded) {
-      add_panel(m[1], p, x, row, tokens, decoded, sums);
+      add_panel(m[1], p, x, row, tokens, nullptr, decoded, sums);
       for (int i = 0; i < tokens; i++) store(q + Index(i) * rank + p * LANES, sums[i]);
     });
     if (status) return status;
   }
   return each_panel(panels_of(m[0]), [&](int p, Lanes* sums, float* decoded) {
-    add_panel(m[0], p, x, row, tokens, decoded, sums);
-    if (thin) add_panel(m[2], p, q, rank, tokens, decoded, sums);
+    add_panel(m[0], p, x, row, tokens, totals, decoded, sums);
+    if (thin) add_panel(m[2], p, q, rank, tokens, nullptr, decoded, sums);
     if (layer.dtype == TDPASS_BFLOAT16) finish<Half>(layer, y, p, sums);
     else finish<float>(layer, y, p, sums);
   });

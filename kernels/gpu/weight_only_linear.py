@@ -35,7 +35,7 @@ from tdpass.kernels.gpu.language import (
 from tdpass.kernels.gpu.matrix import Matrix, flat
 from tdpass.kernels.gpu.tuning import Config, bucket, choose
 from tdpass.kernels.gpu.weights import kept, spaced
-from tdpass.kernels.weight_only import Stored, check_stored, dense
+from tdpass.kernels.weight_only import Stored, check_stored, dense, split
 
 _FLOATS, _BYTES, _NIBBLES = 0, 1, 2  # what codes are
 _SPLITS = 8
@@ -46,9 +46,12 @@ def widened(
     codes: tl.tensor, scales: tl.tensor, start: tl.tensor, o: tl.tensor,
     outputs: tl.tensor, inputs: tl.tensor, group: tl.tensor, groups: tl.tensor,
     block_k: tl.constexpr, block_n: tl.constexpr, kind: tl.constexpr, whole: tl.constexpr,
-    compute: tl.constexpr,
+    zeros: tl.constexpr, compute: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """The tile `[k, o]` of a stored matrix from input `start` on; `whole` where a group holds all of them."""
+    """The tile `[k, o]` of a stored matrix from input `start` on; `whole` where a group holds all of them.
+
+    With `zeros` zero points lie behind the scales.
+    """
     panel, lane = (o // 16).to(tl.int64)[None, :], (o % 16)[None, :]
     k, there = (start + tl.arange(0, block_k))[:, None], o[None, :] < outputs
     if kind == 2:
@@ -61,11 +64,14 @@ def widened(
         values = tl.load(codes + (panel * inputs + k) * 16 + lane, mask=there & (k < inputs), other=0)
     if kind > 0:
         if whole:
-            scale = tl.load(scales + (panel * groups + start // group) * 16 + lane, mask=there, other=0.0)
+            place, known = (panel * groups + start // group) * 16 + lane, there
         else:
-            of_k = (panel * groups + k // group) * 16 + lane
-            scale = tl.load(scales + of_k, mask=there & (k < inputs), other=0.0)
-        values = values.to(tl.float32) * scale
+            place, known = (panel * groups + k // group) * 16 + lane, there & (k < inputs)
+        values = values.to(tl.float32)
+        if zeros:
+            behind = tl.cdiv(outputs, 16).to(tl.int64) * groups * 16
+            values -= tl.load(scales + behind + place, mask=known, other=0.0)
+        values *= tl.load(scales + place, mask=known, other=0.0)
     return values.to(compute)
 
 
@@ -78,8 +84,8 @@ def weight_only_kernel(
     rows: tl.tensor, depth: tl.tensor, columns: tl.tensor, rank: tl.tensor,
     x_step: tl.tensor, hidden_step: tl.tensor, hidden_part: tl.tensor,
     rest_step: tl.tensor, y_step: tl.tensor,
-    q_kind: tl.constexpr, q_whole: tl.constexpr, v_kind: tl.constexpr, v_whole: tl.constexpr,
-    u_kind: tl.constexpr, u_whole: tl.constexpr,
+    q_kind: tl.constexpr, q_whole: tl.constexpr, q_zeros: tl.constexpr,
+    v_kind: tl.constexpr, v_whole: tl.constexpr, u_kind: tl.constexpr, u_whole: tl.constexpr,
     block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, block_r: tl.constexpr,
     thin: tl.constexpr, parts: tl.constexpr,
     activation: tl.constexpr, biased: tl.constexpr, rested: tl.constexpr,
@@ -100,13 +106,13 @@ def weight_only_kernel(
         a = tl.load(x + far * x_step + k, mask=inside & (k < depth), other=0.0)
         b = widened(
             q_codes, q_scales, start, n, columns, depth, q_group, q_groups,
-            block_k, block_n, q_kind, q_whole, compute,
+            block_k, block_n, q_kind, q_whole, q_zeros, compute,
         )  # fmt: skip
         total = product(a, b, total, compute, precision)
         if thin and parts == 0:
             b = widened(
                 v_codes, v_scales, start, r, rank, depth, v_group, v_groups,
-                block_k, block_r, v_kind, v_whole, compute,
+                block_k, block_r, v_kind, v_whole, False, compute,
             )  # fmt: skip
             made = product(a, b, made, compute, precision)
     if thin:
@@ -119,7 +125,7 @@ def weight_only_kernel(
                     made += tl.load(place + other * hidden_part, mask=seen, other=0.0)
             b = widened(
                 u_codes, u_scales, start, n, columns, rank, u_group, u_groups,
-                block_r, block_n, u_kind, u_whole, compute,
+                block_r, block_n, u_kind, u_whole, False, compute,
             )  # fmt: skip
             total = product(made, b, total, compute, precision)
     mask = inside & there
@@ -152,7 +158,7 @@ class Panels:
 
     def arguments(self, name: str, block: int) -> dict[str, Any]:
         """The arguments of the kernel for it, in tiles of so many inputs."""
-        groups = max(1, self.scales.shape[1])
+        groups = max(1, self.scales.shape[-2])
         group = self.inputs // groups
         return {
             f"{name}_codes": self.codes,
@@ -198,7 +204,7 @@ def weight_only_linear(
     way = precision_of(x, "matmul", precision)
     call = _Call(flat(x), matrices, bias_of(bias, columns), rest, flat(y), activation, way)
     rows, depth = call.x.shape
-    groups = (each.scales.shape[1] for each in matrices)
+    groups = (tuple(each.scales.shape[:-1]) for each in matrices)
     key = (
         bucket(rows),
         depth,
@@ -245,6 +251,7 @@ class _Call:
             rest=rest,
             y=self.y,
             **q.arguments("q", block_k),
+            q_zeros=split(q.scales)[1] is not None,
             **v.arguments("v", block_k),
             **u.arguments("u", block_r),
             rows=rows,

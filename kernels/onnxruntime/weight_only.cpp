@@ -65,7 +65,7 @@ class WeightOnly : public Node {
     for (int64_t o = 0; o < outputs_; o++)
       for (int64_t g = 0; g < groups; g++) spread_of(spread, o, g, groups) = scales.as<float>()[o * groups + g];
     Panels packed = layer_.bits == 4 ? words(codes.as<uint8_t>()) : pack<int8_t>(product_of(inputs_, outputs_), TDPASS_CHANNEL_LANES, codes.as<int8_t>(), false, as_it_is);
-    keep({packed.get(), static_cast<float*>(spread.get()), layer_.bits == 4 ? TDPASS_NIBBLES : TDPASS_BYTES, int32_t(groups), int32_t(inputs_), int32_t(outputs_)});
+    keep({packed.get(), static_cast<float*>(spread.get()), layer_.bits == 4 ? TDPASS_NIBBLES : TDPASS_BYTES, int32_t(groups), int32_t(inputs_), int32_t(outputs_), nullptr});
     owned_.push_back(std::move(packed)), owned_.push_back(std::move(spread));
   }
 
@@ -88,7 +88,7 @@ class WeightOnly : public Node {
     const bool fits = factor.sizes == Sizes{outputs, inputs} && tdpass::within(outputs, 1, tdpass::MOST_CHANNELS) && tdpass::within(inputs, 1, tdpass::MOST_CHANNELS);
     if (!fits) refuse(op_, "the factors are not of one product");
     Panels packed = pack<float>(product_of(inputs, outputs), TDPASS_CHANNEL_LANES, factor.as<uint16_t>(), false, widened16);
-    keep({packed.get(), nullptr, TDPASS_FLOATS, 0, int32_t(inputs), int32_t(outputs)});
+    keep({packed.get(), nullptr, TDPASS_FLOATS, 0, int32_t(inputs), int32_t(outputs), nullptr});
     owned_.push_back(std::move(packed));
   }
 

@@ -15,9 +15,10 @@ from tdpass.formats.storage import Storage
 from tdpass.kernels.weight_only import WEIGHT_ONLY_LINEAR, pack_codes, pack_floats
 from tdpass.layers.derived import Recipe, Tensors, derived
 from tdpass.layers.encoded import EncodedCall
-from tdpass.numbers import VALUES
+from tdpass.numbers import SCALE, VALUES
 from tdpass.numbers.floating import Floating
 from tdpass.numbers.integer import Integer
+from tdpass.numbers.scaled import ZERO
 from tdpass.ops import TorchOps
 from tdpass.site import Site
 
@@ -52,9 +53,12 @@ def _pack(storage: Storage, name: str, held: dict[str, Tensor]) -> tuple[Tensor,
     numbers, (outputs, inputs) = storage.numbers[name], storage.shapes[name]
     assert isinstance(numbers, Integer)
     codes = numbers.unpacked(TorchOps(), held[storage.part_of(name, VALUES)], outputs * inputs)
-    scale = held[storage.scale_of(name)]
-    scales = scale.expand(outputs)[:, None] if numbers.group < 0 else scale.reshape(outputs, -1)
-    return pack_codes(codes.reshape(outputs, inputs).to(torch.int8), scales, numbers.bits)
+    parts = {part: held[storage.part_of(name, part)] for part in numbers.parts(storage.shapes[name])}
+    beside = numbers.unpacked_beside(TorchOps(), parts, storage.shapes[name])
+    each = {part: held.expand(outputs) if numbers.group < 0 else held for part, held in beside.items()}
+    rows = {part: held.reshape(outputs, -1) for part, held in each.items()}
+    whole = codes.reshape(outputs, inputs).to(torch.int8)
+    return pack_codes(whole, rows[SCALE], numbers.bits, rows.get(ZERO))
 
 
 class WeightOnly(EncodedCall):
@@ -72,8 +76,8 @@ class WeightOnly(EncodedCall):
         numbers = layer.storage.numbers.get(whole)
         if layer.site.axes or layer.site.groups > 1 or layer.format not in ("dense", "svd_residual"):
             return f"'{layer.form}' is no linear layer of one matrix, alone or beside a product of two"
-        if not isinstance(numbers, Integer) or numbers.bits not in (4, 8) or numbers.zero:
-            return f"'{layer.form}' holds no whole numbers of 4 or 8 bits around zero"
+        if not isinstance(numbers, Integer) or numbers.bits not in (4, 8):
+            return f"'{layer.form}' holds no whole numbers of 4 or 8 bits"
         if (
             layer.storage.supports
             or layer.form.activations

@@ -83,6 +83,14 @@ class Numbers(ABC):
         """The codes of a stored tensor."""
         return values
 
+    def packed_beside(self, beside: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What stands beside the values as it is stored."""
+        return dict(beside)
+
+    def unpacked_beside(self, ops: StorageOps[V], beside: Mapping[str, V], shape: Shape) -> Mapping[str, V]:
+        """What stands beside the values of a factor of that shape, of what is stored."""
+        return beside
+
     @abstractmethod
     def decode(
         self, ops: StorageOps[V], codes: V, beside: Mapping[str, V], shape: Shape, dtype: torch.dtype
@@ -99,7 +107,7 @@ class Numbers(ABC):
         """
         beside = dict(self.fit(factor) if beside is None else beside)
         codes = self.codes(factor, beside)
-        return {VALUES: self.packed(codes if kept is None else codes[kept]), **beside}
+        return {VALUES: self.packed(codes if kept is None else codes[kept]), **self.packed_beside(beside)}
 
     def restore(
         self,
@@ -115,7 +123,8 @@ class Numbers(ABC):
         `kept` as ones and zeros, `count` of them ones.
         """
         codes = self.unpacked(ops, parts[VALUES], math.prod(shape) if count is None else count)
-        beside = {name: part for name, part in parts.items() if name != VALUES}
+        stored = {name: part for name, part in parts.items() if name != VALUES}
+        beside = self.unpacked_beside(ops, stored, shape)
         return self.decode(
             ops, codes if kept is None else ops.spread(codes, kept, shape), beside, shape, dtype
         )

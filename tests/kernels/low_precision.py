@@ -15,6 +15,7 @@ from tdpass.kernels.int8_factor import columns, pack_weight
 from tdpass.kernels.linear_chain import stages_of
 from tdpass.kernels.stage import Stage, integers_of
 from tdpass.kernels.weight_only import Stored
+from tdpass.numbers import numbers_named
 from tdpass.ops import padded_convolution
 
 # State that falls on the other side of half a step is off by one step, 1 / 127 of its range.
@@ -104,11 +105,21 @@ def linear_chain_int8_cases() -> Iterator[Case]:
                 )
 
 
+def around_a_zero_point(weight: Tensor, bits: int, group: int) -> Stored:
+    """Whole numbers that cover the range of each group from end to end."""
+    numbers = numbers_named(f"int{bits}/{group}/zero")
+    beside = numbers.fit(weight)
+    grids = [beside[name].reshape(len(weight), -1) for name in ("scale", "zero")]
+    return weight_only.pack_codes(numbers.codes(weight, beside), grids[0], bits, grids[1])
+
+
 KINDS: dict[str, Callable[[Tensor], Stored]] = {
     "int4": lambda weight: weight_only.pack_weight(weight, 4),
     "int4/32": lambda weight: weight_only.pack_weight(weight, 4, 32),
     "int8": lambda weight: weight_only.pack_weight(weight, 8),
     "int8/16": lambda weight: weight_only.pack_weight(weight, 8, 16),
+    "int4/32/zero": lambda weight: around_a_zero_point(weight, 4, 32),
+    "int8/16/zero": lambda weight: around_a_zero_point(weight, 8, 16),
     "bfloat16": weight_only.pack_floats,
     "float32": lambda weight: weight_only.pack_floats(weight, torch.float32),
 }

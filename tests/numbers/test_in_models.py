@@ -31,7 +31,9 @@ from tdpass.numbers import numbers_named
 from tdpass.packing import SUFFIX
 from tdpass.planner.rank_plan import Choice
 
-TEXTS = ["int8", "int8/tensor", "int8/zero", "int16", "int4", "levels16", "float16", "bfloat16", "float8_e4m3"]
+TEXTS = [
+    "int8", "int8/tensor", "int8/zero", "int16", "int4", "int4/zero", "levels16", "float16", "bfloat16", "float8_e4m3",
+]  # fmt: skip
 NAMES = ("dense", *offered_formats())
 PACKED = [
     "dense int4",

@@ -179,7 +179,8 @@ def test_factors_that_no_half_precision_holds_are_an_error_with_what_to_do() -> 
         ("int4/32", {"MatMulNBits"}),
         ("int4/8", set()),
         ("int4", set()),
-        ("int4/32/zero", set()),
+        ("int4/16/zero", {"MatMulNBits"}),
+        ("int4/8/zero", set()),
     ],
 )
 def test_four_bits_in_groups_are_one_operator_of_onnx_runtime(

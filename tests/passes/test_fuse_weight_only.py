@@ -12,6 +12,7 @@ import tdpass
 from tdpass.formats import Layer
 from tdpass.fusing.choose import PLAIN
 from tdpass.kernels import native
+from tdpass.kernels.conv_chain import activate
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.weight_only import WeightOnly
 from tdpass.models.torch import fuse_encoded
@@ -19,9 +20,13 @@ from tdpass.models.torch import fuse_encoded
 SERVED = [
     "numbers=int8",
     "numbers=int4/16,beside=4",
+    "numbers=int4/16/zero",
     *(
         pytest.param(options, marks=pytest.mark.slow)
-        for options in ("numbers=int8/tensor", "numbers=int4", "numbers=int4/32", "numbers=int8,beside=4")
+        for options in (
+            *(f"numbers={text}" for text in ("int8/tensor", "int8/zero", "int4", "int4/32")),
+            "numbers=int8,beside=4",
+        )
     ),
 ]
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
@@ -50,7 +55,10 @@ def test_it_answers_as_the_layer_that_it_was_and_is_saved_as_that(options: str, 
         torch.testing.assert_close(fused(rows()), plain(rows()), rtol=1e-4, atol=1e-5)
         parts = [part for part in fused if isinstance(part, WeightOnly)]
         torch.testing.assert_close(
-            parts[0].packed_call(rows()), Factorized.forward(parts[0], rows()), rtol=1e-4, atol=1e-5
+            parts[0].packed_call(rows()),
+            activate(Factorized.forward(parts[0], rows()), parts[0].activation),
+            rtol=1e-4,
+            atol=1e-5,
         )
     assert fused.state_dict().keys() == plain.state_dict().keys()
     fused_artifact = made(options)
@@ -96,7 +104,7 @@ def test_times_are_measured_once_and_kept() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ("numbers=int8/zero", "no whole numbers"),
+        ("numbers=int16", "no whole numbers"),
         ("numbers=levels16", "no whole numbers"),
         ("numbers=int4/4", "multiples of 8"),
     ],

@@ -41,7 +41,7 @@ class Recording:
         self._read: dict[ir.Value, None] = {}
         self._dims: dict[ir.Value, Dims | None] = {}
         self._halves: dict[ir.Value, ir.Value] = {}
-        self._grouped: dict[ir.Value, tuple[ir.Value, ir.Value, int]] = {}
+        self._grouped: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value | None, int]] = {}
         self._imports: dict[str, int] = {}
         self._sources: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value | None, int]] = {}
 

@@ -97,8 +97,11 @@ class StorageNodes(Recording):
         if dtype is not torch.float32:
             return self.cast(whole, dtype)
         in_groups = rows not in {1, shape[0]} and per_row[1] in _GROUPS
-        if in_groups and source is not None and zero is None and len(shape) == 2:
-            self._grouped[whole] = (source, scale, per_row[1])
+        packed = None if zero is None else self._halves.get(zero)
+        # zero points of a row fill whole bytes
+        fits = zero is None or (packed is not None and rows // shape[0] % 2 == 0)
+        if in_groups and source is not None and fits and len(shape) == 2:
+            self._grouped[whole] = (source, scale, packed, per_row[1])
         return whole
 
     def product_of_groups(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value | None:
@@ -108,19 +111,15 @@ class StorageNodes(Recording):
         """
         if weight not in self._grouped:
             return None
-        packed, scale, group = self._grouped[weight]
+        packed, scale, zeros, group = self._grouped[weight]
         outputs, inputs = (size or 0 for size in self._dims_of(weight) or ())
         shape = (outputs, inputs // group, group // 2)
-        values = self._cached(
-            ("halves", packed),
-            self._labels[packed],
-            (self._contents[packed] ^ _SIGNS).reshape(shape),
-            packed.metadata_props,
-        )
+        values = self._distances(packed, shape)
+        middle = None if zeros is None else self._distances(zeros, (outputs * (inputs // group) // 2,))
         read = self._dims_of(x)
         made = self._emit(
             "com.microsoft::MatMulNBits",
-            [x, values, scale] if bias is None else [x, values, scale, None, None, bias],
+            [x, values, scale, *self._trailing(middle, None, bias)],
             None if read is None else (*read[:-1], outputs),
             K=inputs,
             N=outputs,
@@ -129,6 +128,17 @@ class StorageNodes(Recording):
         )
         self._forget(weight)
         return made
+
+    def _distances(self, packed: ir.Value, shape: Sequence[int]) -> ir.Value:
+        """Integers of four bits in two's complement as distances from -8, in bytes of that shape."""
+        content = (self._contents[packed] ^ _SIGNS).reshape(tuple(shape))
+        return self._cached(("halves", packed), self._labels[packed], content, packed.metadata_props)
+
+    @staticmethod
+    def _trailing(*inputs: ir.Value | None) -> list[ir.Value | None]:
+        """Optional inputs up to the last that is there."""
+        count = max((place + 1 for place, value in enumerate(inputs) if value is not None), default=0)
+        return list(inputs[:count])
 
     def unpack(self, packed: ir.Value, count: int, bits: int, *, signed: bool = False) -> ir.Value:
         numbers = self._unpacked(packed, count, bits, signed=signed)
