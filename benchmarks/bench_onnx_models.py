@@ -5,7 +5,8 @@
 What an operator's test feeds in beside its first input becomes an initializer, as weights are.  Outcomes: `right`
 where the compressed model passes onnx's checks, is no larger than asked and, with a budget that changes nothing,
 answers as the test says; `declined` where tdpass refuses or has nothing to change, with the reason; `failed` for
-anything else.  Rows go to results/onnx_models.csv, one per operator or network; ends with exit code 1 where one failed.
+anything else.  Rows go to results/onnx_models.csv, one per operator or network as soon as it is through; those that
+have one are left out.  Ends with exit code 1 where one failed.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +40,9 @@ import tdpass
 from benchmarks.results import Table
 from tdpass.errors import TdpassError
 
-COLUMNS = ("model", "kind", "cases", "right", "declined", "failed", "sites", "reason", "seconds")
+COLUMNS = ("model", "kind", "cases", "right", "declined", "failed", "sites", "reason")
 TOLERANCE = 1e-3
+Case = tuple[str, onnx.ModelProto, list[Any]]
 NOT_RUN = (Fail, InvalidArgument, InvalidGraph, Unserved, RuntimeException)
 
 
@@ -50,7 +54,6 @@ class Tally:
     outcomes: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     sites: int = 0
-    seconds: float = 0.0
 
     def row(self) -> dict[str, Any]:
         """What the table says of it."""
@@ -58,7 +61,6 @@ class Tally:
         counts = {name: self.outcomes[name] for name in ("right", "declined", "failed")}
         return {
             "kind": self.kind, "cases": sum(counts.values()), **counts, "sites": self.sites, "reason": said[:200],
-            "seconds": self.seconds,
         }  # fmt: skip
 
 
@@ -127,18 +129,22 @@ def close(one: Any, other: Any) -> bool:
     )
 
 
-def node_cases(match: str) -> Iterator[tuple[str, onnx.ModelProto, list[Any]]]:
+def node_cases(match: str) -> Iterator[Case]:
     """The tests of single operators: which operator, the model with weights, and what is left to feed in."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cases = loader.load_model_tests(kind="node")
-    for case in cases:
+    for case in sorted(cases, key=_operator):
         if match in case.name and case.model is not None and case.data_sets:
             inputs = [value if isinstance(value, np.ndarray) else None for value in case.data_sets[0][0]]
-            yield case.model.graph.node[-1].op_type, *with_weights(case.model, inputs)
+            yield _operator(case), *with_weights(case.model, inputs)
 
 
-def light_models() -> Iterator[tuple[str, onnx.ModelProto, list[Any]]]:
+def _operator(case: Any) -> str:
+    return "" if case.model is None else str(case.model.graph.node[-1].op_type)
+
+
+def light_models() -> Iterator[Case]:
     """Published networks whose weights are filled with constants."""
     folder = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
     for path in sorted(folder.glob("*.onnx")):
@@ -158,28 +164,34 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3600.0)
     parser.add_argument("--light", action="store_true", help="the light networks instead of the operators")
     arguments = parser.parse_args()
-    tallies: dict[str, Tally] = {}
-    table, start = Table("onnx_models.csv", COLUMNS), time.perf_counter()
+    table, start, outcomes = Table("onnx_models.csv", COLUMNS), time.perf_counter(), Counter[str]()
     kind, cases = (
         ("network", light_models()) if arguments.light else ("operator", node_cases(arguments.match))
     )
-    for name, model, values in cases:
+    for name, group in groupby(cases, key=itemgetter(0)):
+        if table.has(model=name, kind=kind):
+            continue
         if time.perf_counter() - start > arguments.seconds:
             print("the time is over; what is left was not tried")
             break
-        tally, began = tallies.setdefault(name, Tally(kind)), time.perf_counter()
+        tally = tried(kind, group, loud=arguments.light)
+        outcomes += tally.outcomes
+        table.add(model=name, **tally.row())
+    print(outcomes)
+    return int(outcomes["failed"] > 0)
+
+
+def tried(kind: str, cases: Iterable[Case], *, loud: bool) -> Tally:
+    """What became of all cases of one operator, or of one network."""
+    tally = Tally(kind)
+    for name, model, values in cases:
         outcome, said = judged(model, values, tally)
-        tally.seconds += time.perf_counter() - began
         tally.outcomes[outcome] += 1
         if said:
             tally.reasons[f"{outcome}: {said}"] += 1
-        if outcome == "failed" or arguments.light:
+        if outcome == "failed" or loud:
             print(name, outcome, said, flush=True)
-    for name, tally in sorted(tallies.items()):
-        table.add(model=name, **tally.row())
-    failed = sum(tally.outcomes["failed"] for tally in tallies.values())
-    print(sum((tally.outcomes for tally in tallies.values()), Counter()))
-    return int(failed > 0)
+    return tally
 
 
 if __name__ == "__main__":

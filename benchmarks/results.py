@@ -52,14 +52,21 @@ class Table:
         self.path = FOLDER / name
         self.columns = (*columns, *STAMP)
         self.rows: list[Mapping[str, Value]] = []
+        self.earlier: list[Mapping[str, str]] = []
         if self.path.exists():
             with self.path.open(newline="", encoding="utf-8") as file:
+                self.earlier = list(csv.DictReader(file))
+                file.seek(0)
                 header = tuple(next(csv.reader(file), ()))
             if header != self.columns:
                 raise SystemExit(
                     f"{self.path} has the columns {', '.join(header)}; move it away to write "
                     f"{', '.join(self.columns)}"
                 )
+
+    def has(self, **row: str) -> bool:
+        """Whether the file had such a row when it was opened, so that an interrupted benchmark goes on where it was."""
+        return any(all(earlier[name] == value for name, value in row.items()) for earlier in self.earlier)
 
     def add(self, **row: Value) -> None:
         """Append one measurement; floats are rounded to six significant digits."""
