@@ -11,7 +11,6 @@ a row are left out.  `onnx` says `as dense` where the dense network does not exp
 from __future__ import annotations
 
 import argparse
-import importlib
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import tdpass
-from benchmarks.families import FAMILIES, Family, Inputs
+from benchmarks.families import FAMILIES, Family, Inputs, available
 from benchmarks.results import Table, show
 
 BUDGET = 0.6
@@ -135,10 +134,8 @@ def main() -> None:
         family = FAMILIES[name]
         if table.has(family=name):
             continue
-        try:
-            importlib.import_module(family.library)
-        except (ImportError, RuntimeError) as error:
-            print(f"{name} is left out: {family.library} does not import ({error})")
+        if missing := available(family.library):
+            print(f"{name} is left out: {family.library} does not import ({missing})")
             continue
         try:
             row = measure(family)

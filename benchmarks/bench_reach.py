@@ -11,7 +11,6 @@ out.
 from __future__ import annotations
 
 import argparse
-import importlib
 import tempfile
 import zipfile
 from collections import Counter
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 
 import tdpass
-from benchmarks.families import FAMILIES
+from benchmarks.families import FAMILIES, available
 from benchmarks.results import Table, show
 from tdpass.errors import TdpassError
 from tdpass.formats.layer import dense_cost
@@ -62,8 +61,7 @@ def families(table: Table) -> Iterator[tuple[str, str, Model]]:
     for name, family in FAMILIES.items():
         if table.has(model=name):
             continue
-        with suppress(ImportError, RuntimeError):
-            importlib.import_module(family.library)
+        if not available(family.library):
             model = family.build()
             yield name, family.library, tdpass.open_model(model, Batch((), dict(family.inputs())))
 

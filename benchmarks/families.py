@@ -1,8 +1,14 @@
-"""Families of networks of timm and transformers, small and from configurations, so that nothing is fetched."""
+"""Families of networks of timm and transformers, small and from configurations, so that nothing is fetched.
+
+timm needs torchvision, whose compiled operators do not load beside a torch for processors alone; no family calls them,
+so their names are declared without them.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +16,30 @@ import torch
 from torch import Tensor, nn
 
 Inputs = Mapping[str, Tensor]
+_DETECTING = (
+    "nms(Tensor dets, Tensor scores, float threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float threshold) -> Tensor",
+    "roi_align(Tensor x, Tensor rois, float scale, SymInt h, SymInt w, int ratio, bool aligned) -> Tensor",
+    "roi_pool(Tensor x, Tensor rois, float scale, SymInt h, SymInt w) -> (Tensor, Tensor)",
+    "ps_roi_align(Tensor x, Tensor rois, float scale, SymInt h, SymInt w, int ratio) -> (Tensor, Tensor)",
+    "ps_roi_pool(Tensor x, Tensor rois, float scale, SymInt h, SymInt w) -> (Tensor, Tensor)",
+    "deform_conv2d(Tensor x, Tensor weight, Tensor offset, Tensor mask, Tensor bias) -> Tensor",
+)
+_declared: list[torch.library.Library] = []
+
+
+def available(library: str) -> str:
+    """Why a library cannot be imported; empty where it is."""
+    if library == "timm" and not _declared:
+        _declared.append(torch.library.Library("torchvision", "FRAGMENT"))
+        for schema in _DETECTING:
+            with suppress(RuntimeError):  # where torchvision loaded before
+                _declared[0].define(schema)
+    try:
+        importlib.import_module(library)
+    except (ImportError, RuntimeError) as error:
+        return str(error)
+    return ""
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,16 @@ class Ops(Protocol[V]):
         """
 
 
+class AxisOps(Ops[V], Protocol[V]):
+    """`Ops`, and several axes seen as one."""
+
+    def join(self, x: V, count: int) -> V:
+        """The last `count` axes as one."""
+
+    def split(self, x: V, sizes: Sequence[int]) -> V:
+        """The last axis as several of these sizes."""
+
+
 class StorageOps(Ops[V], Protocol[V]):
     """`Ops`, and what makes factors of the parts that they are stored as."""
 
@@ -329,6 +339,12 @@ class TorchOps:
 
     def lookup(self, table: Tensor, indices: Tensor) -> Tensor:
         return table[indices]
+
+    def join(self, x: Tensor, count: int) -> Tensor:
+        return x.flatten(-count)
+
+    def split(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        return x.reshape((*x.shape[:-1], *sizes))
 
     def flatten_positions(self, x: Tensor, last: int) -> Tensor:
         return x.reshape(-1, last)

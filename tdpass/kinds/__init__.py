@@ -20,6 +20,8 @@ from tdpass.kinds.base import kind_of as kind_of
 from tdpass.kinds.base import kind_of_function as kind_of_function
 from tdpass.kinds.base import kind_of_module as kind_of_module
 from tdpass.kinds.base import register_kind as register_kind
+from tdpass.kinds.contraction import Contraction as Contraction
+from tdpass.kinds.contraction import moves as moves
 from tdpass.kinds.convolution import Convolution
 from tdpass.kinds.linear import Linear
 from tdpass.kinds.lookup import STORED_FIRST as STORED_FIRST

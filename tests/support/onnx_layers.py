@@ -192,12 +192,19 @@ layer(
 )
 layer("Einsum", [node("Einsum", "x w", equation="bsi,oi->bso")], {"w": MATRIX}, TOKENS)
 layer(
-    "Einsum over several axes",
+    "Einsum into heads and out of them",
+    [node("Einsum", "x v", "h", equation="bsi,hoi->bhso"), node("Einsum", "h w", equation="bhso,hom->bms")],
+    {"v": held(2, 8, 24), "w": held(2, 8, 20)},
+    TOKENS,
+    ("v", "w"),
+)
+layer(
+    "Einsum of several matrices",
     [node("Einsum", "x w", equation="bsi,bio->bso")],
     {"w": held(2, 24, 16)},
     TOKENS,
     (),
-    "one matrix along one axis",
+    "no product with one matrix",
 )
 layer("matrices of experts", [node("MatMul", "x w")], {"w": held(2, 24, 16)}, TOKENS, (), "several matrices")
 layer("FusedConv", [node("FusedConv", "x w", domain=MS, activation="Relu")], {"w": KERNEL}, IMAGE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,6 +86,17 @@ class Functional(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.call(x, self.w)
+
+
+class Heads(nn.Module):
+    """Projections that make, and read, an axis of heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.w = nn.Parameter(noise(2, 8, 24)), nn.Parameter(noise(2, 8, 20, seed=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bhso,hom->bms", torch.einsum("bsi,hoi->bhso", x, self.v), self.w)
 
 
 class Branching(nn.Module):
@@ -335,6 +347,22 @@ layer(
     (),
     "several matrices",
     exported=(("w_layer",), ""),
+)
+layer(
+    "Einsum",
+    lambda: Functional(partial(torch.einsum, "bsi,io->bos"), 24, 16),
+    TOKENS,
+    (),
+    "torch.export it",
+    exported=(("w_layer",), ""),
+)
+layer(
+    "Einsum into heads and out of them",
+    Heads,
+    TOKENS,
+    (),
+    "several matrices",
+    exported=(("v_layer", "w_layer"), ""),
 )
 layer("chosen by a branch", Branching, ROWS, ("one",), "not called when", exported=NOT_EXPORTED)
 layer("called three times", Repeated, (4, 16))

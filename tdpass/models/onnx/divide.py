@@ -61,6 +61,7 @@ def _why_whole(site: FoundSite) -> str:
     uses = site.uses
     reasons = {
         "rows of its weight are looked up": site.site.table,
+        "it makes several axes, or sums over them": any(use.contraction is not None for use in uses),
         "its node multiplies from the left": any(use.swap_in is not None or use.swap_out is not None for use in uses),
         "its node also adds another value": any(use.addend is not None for use in uses),
         "its node does more than multiply": any(use.following is not None or use.node.domain for use in uses),

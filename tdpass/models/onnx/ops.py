@@ -164,6 +164,22 @@ class OnnxOps(StorageNodes):
             else (None,) * len(longer),
         )
 
+    def join(self, x: ir.Value, count: int) -> ir.Value:
+        known = self._dims_of(x)
+        if known is None:
+            raise UnsupportedError(
+                f"{self._site!r} reads values of unknown rank; run shape inference on the model"
+            )
+        return self._with_last(x, known[:-count], (-1,))
+
+    def split(self, x: ir.Value, sizes: Sequence[int]) -> ir.Value:
+        return self._with_last(x, (self._dims_of(x) or ())[:-1], sizes)
+
+    def _with_last(self, x: ir.Value, kept: Dims, last: Sequence[int]) -> ir.Value:
+        """The leading axes as they are (a 0 copies a size), then these."""
+        made = (*kept, *(None if size == -1 else size for size in last))
+        return self._emit("Reshape", [x, self._ints("shape", (*(0 for _ in kept), *last))], made)
+
     def flatten_positions(self, x: ir.Value, last: int) -> ir.Value:
         known = self._dims_of(x)
         return x if known is not None and len(known) == 2 else self.reshape(x, (-1, last))

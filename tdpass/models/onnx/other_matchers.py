@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from tdpass.kinds import KINDS, PRODUCT
+from tdpass.errors import UnsupportedError
+from tdpass.kinds import KINDS, PRODUCT, Contraction, moves
 from tdpass.models.onnx.matchers import (
     DeclinedNode,
     GemmMatcher,
@@ -94,7 +95,7 @@ class FusedMatMulMatcher:
 
 @matches("Einsum")
 class EinsumMatcher:
-    """A sum over one index that data and a constant matrix share: a linear layer between permutations."""
+    """A sum over indices that data and a constant share: a linear layer between permutations."""
 
     def match(self, node: ir.Node, shapes: Shapes) -> WeightUse | None:
         if len(node.inputs) != 2:
@@ -103,47 +104,20 @@ class EinsumMatcher:
         if operands is None:
             return None
         tensor, weight, data = operands
-        equation = node.attributes["equation"].as_string().replace(" ", "")
-        terms, arrow, made = equation.partition("->")
-        read = terms.split(",")
-        of_weight, of_data = read[weight.index], read[data.index]
-        of_data, made = self._without_ellipsis(of_data, made, shapes.rank(data.value), weight)
-        summed = [letter for letter in of_weight if letter in of_data and letter not in made]
-        free = [letter for letter in of_weight if letter in made and letter not in of_data]
-        plain = len(set(of_data)) == len(of_data) and len(set(made)) == len(made) == len(of_data)
-        if not arrow or not plain or len(sizes(tensor)) != 2 or (len(summed), len(free)) != (1, 1):
-            raise DeclinedNode(
-                weight.value,
-                f"'{equation}' is no product with one matrix along one axis; write it as a MatMul",
-            )
-        rest = [letter for letter in of_data if letter != summed[0]]
-        if set(made) != {*rest, free[0]}:
-            raise DeclinedNode(weight.value, f"'{equation}' sums over more than the axis of the matrix")
-        inward = tuple(of_data.index(letter) for letter in (*rest, summed[0]))
-        outward = tuple([*rest, free[0]].index(letter) for letter in made)
-        return WeightUse(
-            data,
-            weight,
-            PRODUCT,
-            transposed=of_weight.index(summed[0]) == 0,
-            swap_in=None if list(inward) == sorted(inward) else inward,
-            swap_out=None if list(outward) == sorted(outward) else outward,
-        )
+        equation, rank = node.attributes["equation"].as_string(), shapes.rank(data.value)
+        try:
+            found = Contraction.of(equation, weight.index, rank)
+        except UnsupportedError as error:
+            raise DeclinedNode(weight.value, str(error)) from None
+        use = WeightUse(data, weight, PRODUCT, swap_in=moves(found.inward), swap_out=moves(found.outward))
+        if found.plain:
+            return replace(use, transposed=found.summed == (0,))
+        if rank is None or len(sizes(tensor)) != len(found.made) + len(found.summed):
+            raise DeclinedNode(weight.value, "the rank of the data is unknown; run shape inference first")
+        return replace(use, contraction=found)
 
     @staticmethod
     def _several(node: ir.Node) -> None:
         for place in range(len(node.inputs)):
             if held_weight(node, place) is not None:
                 raise DeclinedNode(Slot(node, place).value, "it is one of several operands of an Einsum")
-
-    @staticmethod
-    def _without_ellipsis(of_data: str, made: str, rank: int | None, weight: Slot) -> tuple[str, str]:
-        """The terms with a letter of their own for every axis that dots stand for."""
-        if "..." not in of_data:
-            return of_data, made
-        if rank is None:
-            raise DeclinedNode(
-                weight.value, "the rank of the data is unknown, and dots in the equation stand for some of it"
-            )
-        axes = "".join(chr(ord("0") + k) for k in range(rank - len(of_data) + len("...")))
-        return of_data.replace("...", axes), made.replace("...", axes)

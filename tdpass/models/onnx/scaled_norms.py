@@ -68,7 +68,8 @@ def scaled_norms(
 
 def _plain(found: FoundSite) -> bool:
     use = found.uses[0]
-    return len(found.uses) == 1 and not found.site.axes and use.swap_in is None and not found.site.table
+    alone = len(found.uses) == 1 and not found.site.axes and not found.site.table
+    return alone and use.swap_in is None and use.contraction is None
 
 
 def _slots(node: ir.Node) -> tuple[Slot, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from tdpass.errors import InvalidModelError
-from tdpass.kinds import KINDS, Window
+from tdpass.kinds import KINDS, Contraction, Window
 from tdpass.models.onnx.folding import folded, folded_weight
 from tdpass.models.onnx.tensors import sizes, to_torch
-from tdpass.ops import Ops, V
+from tdpass.ops import AxisOps, V
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class WeightUse:
     layer with weight `scale * (stored or its transpose)` and bias `bias_scale * bias`; `swap_in` and
     `swap_out` are permutations or None.  `absorbed` is the Add node that holds the bias of a MatMul; it goes
     when the layer is replaced.  One that `reads_rows` looks up in the weight, as in a table, the rows that `x` numbers,
-    and has no bias.
+    and has no bias.  Of a `contraction` over several axes, or into several, these are one in the layer.
     """
 
     input: Slot
@@ -73,6 +73,7 @@ class WeightUse:
     absorbed: ir.Node | None = None
     following: Following | None = None
     reads_rows: bool = False
+    contraction: Contraction | None = None
 
     @property
     def node(self) -> ir.Node:
@@ -92,7 +93,8 @@ class WeightUse:
     @property
     def layer_geometry(self) -> tuple[object, ...]:
         """What must be equal between uses for one set of factors to serve them all."""
-        return self.kind, self.transposed, self.scale, self.window
+        axes = None if self.contraction is None else (self.contraction.made, self.contraction.summed)
+        return self.kind, self.transposed, self.scale, self.window, axes
 
     @property
     def bias_identity(self) -> tuple[object, ...]:
@@ -101,6 +103,10 @@ class WeightUse:
 
     def turned(self, weight: Tensor) -> Tensor:
         """The weight `[o, i, *kernel]` of one as the model stores it, and the other way round."""
+        if self.contraction is not None:
+            shape = self.stored_shape()
+            alike = weight.dim() == len(shape)
+            return self.contraction.matrix(weight) if alike else self.contraction.stored(weight, shape)
         return weight.T if self.transposed else KINDS.get(self.kind).turned(weight, self.window.groups)
 
     def canonical(self, stored: Tensor) -> Tensor:
@@ -140,12 +146,25 @@ class WeightUse:
             absorbed=None if absorbed is None else twins[absorbed],
         )
 
-    def apply(self, ops: Ops[V], x: V, layer: Callable[[V], V], addend: V | None) -> V:
+    def _axes(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Sizes of the axes that the layer makes, and of those that it sums over, each along the last."""
+        if self.contraction is None:
+            return (0,), (0,)
+        shape = self.stored_shape()
+        return [shape[axis] for axis in self.contraction.made], [
+            shape[axis] for axis in self.contraction.summed
+        ]
+
+    def apply(self, ops: AxisOps[V], x: V, layer: Callable[[V], V], addend: V | None) -> V:
         """The node's output, before what follows, when `layer` stands for the plain layer with its bias.
 
         `addend` comes already scaled.
         """
-        y = layer(x if self.swap_in is None else ops.permute(x, self.swap_in))
+        x = x if self.swap_in is None else ops.permute(x, self.swap_in)
+        made, summed = self._axes()
+        y = layer(x if len(summed) == 1 else ops.join(x, len(summed)))
+        if len(made) > 1:
+            y = ops.split(y, made)
         if self.swap_out is not None:
             y = ops.permute(y, self.swap_out)
         return y if addend is None else ops.add(y, addend)

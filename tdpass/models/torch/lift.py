@@ -20,6 +20,7 @@ from tdpass.kinds import (
     is_lookup,
     kind_of_function,
 )
+from tdpass.models.torch.spell_out import spell_out
 
 _aten = torch.ops.aten
 _ADDMM = {torch.addmm, _aten.addmm.default}
@@ -34,7 +35,7 @@ def lift(graph_module: GraphModule) -> GraphModule:
     A module takes the place of the (empty) one that held its weight, so `layer1.0.conv1.weight` becomes the
     site `layer1.0.conv1`. Works in place; the outputs do not change.
     """
-    changed = False
+    changed = spell_out(graph_module)
     lifted: set[str] = set()
     calls = [node for node in graph_module.graph.nodes if node.op == "call_function"]
     for node in sorted(calls, key=_looks_up):  # a layer has the place of a weight that tables read too
