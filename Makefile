@@ -47,9 +47,9 @@ wheel: $(INSTALLED)
 	  $(BIN)/python -m build --outdir out/built && PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 -w out/wheels out/built/*.whl; fi
 	$(BIN)/auditwheel show out/wheels/*.whl
 
-# A stranger's first hour, played and timed: an empty environment, every way in, a table of times.
+# A stranger's first hour, played and timed: an empty environment, every way in; the times go to benchmarks/results/first_hour.csv.
 first-hour: $(INSTALLED)
-	tests/first_hour.sh out/first_hour
+	$(BIN)/python -m benchmarks.first_hour
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
 # A stranger's first hour with tdpass, played and timed: a wheel in an empty environment without a compiler, then
-# every way in that the documentation names. Prints a table of times; exits with 1 where a step failed.
+# every way in that the documentation names. Prints a table of times and writes it to times.csv in the folder; exits
+# with 1 where a step failed. `python -m benchmarks.first_hour` plays it and keeps the times.
 #
 #   tests/first_hour.sh [FOLDER]
 #
 # FIRST_HOUR_PACKAGES=/path/to/site-packages takes torch and all else from there instead of the package registry.
+# FIRST_HOUR_CONSTRAINTS=FILE holds packages to other versions than constraints.txt; an empty one holds them to none.
 # A step whose library is not there is left out, and the table says so.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 work=${1:-$(mktemp -d)}
 mkdir -p "$work/tools" && cd "$work" || exit 1
 python=${PYTHON:-python3}
-rows=() failed=0
+constraints=${FIRST_HOUR_CONSTRAINTS-$root/constraints.txt}
+failed=0
+echo step,seconds,result >times.csv
 
 # step NAME COMMAND...: run it, keep its output in NAME.log, and note what it took
 step() {
@@ -21,7 +25,7 @@ step() {
     word=FAILED failed=1
     echo "--- $name" && tail -n 15 "$name.log"
   fi
-  rows+=("$(printf '%-34s %5d s  %s' "$name" $((SECONDS - started)) "$word")")
+  echo "$name,$((SECONDS - started)),$word" >>times.csv
 }
 
 # with MODULE NAME COMMAND...: a step that needs a library
@@ -29,7 +33,7 @@ with() {
   local module=$1 name=$2
   shift
   if bare python -c "import $module" >/dev/null 2>&1; then step "$@"; else
-    rows+=("$(printf '%-34s %7s  %s' "$name" "" "left out: $module does not import")")
+    echo "$name,,left out: $module does not import" >>times.csv
   fi
 }
 
@@ -48,7 +52,7 @@ empty_environment() {
     env/bin/python -m pip --disable-pip-version-check install -q --no-deps wheel/tdpass-*.whl
     echo "import sys; sys.path.append('$FIRST_HOUR_PACKAGES')" >"$(env/bin/python -c 'import site; print(site.getsitepackages()[0])')/zz.pth"
   else
-    env/bin/python -m pip --disable-pip-version-check install -q -c "$root/constraints.txt" wheel/tdpass-*.whl \
+    env/bin/python -m pip --disable-pip-version-check install -q ${constraints:+-c "$constraints"} wheel/tdpass-*.whl \
       onnxscript scikit-learn pillow transformers timm nbclient nbformat ipykernel
   fi
   ! bare bash -c 'command -v cc c++ gcc g++ clang' && bare python -c 'import tdpass, sys; print(tdpass.__file__); sys.exit("env" not in tdpass.__file__)'
@@ -77,6 +81,7 @@ step command_line bare tdpass compress zoo:digits_net --budget macs=0.5 --input 
 with nbclient notebook notebook
 step recipe_on_digits bare tdpass train lenet5_svd_training --data digits --folder run --set control=false --set method.svd-training.factored=1 --set method.svd-training.sparsify=1 --set method.svd-training.tune=1 --set finetune=1
 
-printf '\n%s\n' "${rows[@]}"
-printf '%-34s %5d s  in %s\n' all "$SECONDS" "$work"
+echo "all,$SECONDS,$([ $failed = 0 ] && echo ok || echo FAILED)" >>times.csv
+while IFS=, read -r name seconds word; do printf '%-34s %7s  %s\n' "$name" "$seconds" "$word"; done <times.csv
+echo "in $work"
 exit $failed
