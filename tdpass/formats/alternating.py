@@ -87,6 +87,11 @@ def _alternate(start: State, sweep: Sweep, norm: float, macs: int, limit: Limit)
 
 def solve_gram(gram: Tensor, right: Tensor) -> Tensor:
     """`gram^-1 right` for a positive semidefinite matrix, with the least ridge, relative to its diagonal, that makes it definite."""
+    return solve_factored(factored_gram(gram), right)
+
+
+def factored_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """What `solve_factored` solves with, for many right sides: a scale of the rows and a lower triangle."""
     diagonal, kind = gram.diagonal(), torch.finfo(gram.dtype)
     # What is below rounding beside the largest is noise; scaling it up to the rest would fit noise with large
     # numbers.
@@ -98,6 +103,12 @@ def solve_gram(gram: Tensor, right: Tensor) -> Tensor:
         triangle, info = torch.linalg.cholesky_ex(scaled)
         if int(info) == 0:
             break
+    return scale, triangle
+
+
+def solve_factored(factored: tuple[Tensor, Tensor], right: Tensor) -> Tensor:
+    """`gram^-1 right` from `factored_gram`."""
+    scale, triangle = factored
     return scale[:, None] * torch.cholesky_solve(scale[:, None] * right, triangle)
 
 

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tdpass.formats.alternating import factored_gram, solve_factored
 from tdpass.formats.metric import Metric
 from tdpass.formats.spectrum import WeightedSvd
 
@@ -187,7 +188,7 @@ class SharedFit:
             solved: Tensor = (
                 scaled / marginal
                 if marginal.dim() == 1
-                else torch.cholesky_solve(scaled.T, self._marginal_factor).T
+                else solve_factored(self._marginal_factor, scaled.T).T
             )
             return solved
 
@@ -211,9 +212,6 @@ class SharedFit:
         return x
 
     @cached_property
-    def _marginal_factor(self) -> Tensor:
+    def _marginal_factor(self) -> tuple[Tensor, Tensor]:
         assert self.marginal is not None
-        damped = self.marginal.clone()
-        damped.diagonal().add_(float(damped.diagonal().mean()) * 1e-8 + 1e-300)
-        factor: Tensor = torch.linalg.cholesky(damped)
-        return factor
+        return factored_gram(self.marginal)

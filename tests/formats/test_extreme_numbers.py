@@ -30,9 +30,13 @@ WEIGHTS = {
 
 
 def metric_of(site: Site, kind: str) -> Metric:
-    """From one sample, of exploding activations, or of a dead input."""
+    """From one sample, of exploding activations, of a dead input, or of samples that are all the same and so of rank one."""
     width, generator = site.weights // site.o, torch.Generator().manual_seed(1)
     rows = torch.randn(1 if kind == "one" else 8, width, generator=generator, dtype=torch.float64)
+    if kind == "same":
+        same = rows[:1].T @ rows[:1]  # in single precision, as sums over samples are, and so indefinite by rounding
+        same.diagonal().sub_(1e-7 * same.diagonal().mean())
+        return Metric(same, None, rows[0])
     level = {"one": 1.0, "exploding": 1e30, "dead": 0.0}[kind]
     inputs = level**2 * rows.T @ rows / len(rows)
     inputs.diagonal().add_(1e-3 * float(inputs.diagonal().mean()) + 1e-12)
@@ -40,7 +44,7 @@ def metric_of(site: Site, kind: str) -> Metric:
 
 
 @pytest.mark.parametrize(("name", "site"), CASES, ids=[f"{name}-{site.name}" for name, site in CASES])
-@pytest.mark.parametrize("kind", ["one", "exploding", "dead"])
+@pytest.mark.parametrize("kind", ["one", "exploding", "dead", "same"])
 @pytest.mark.parametrize("values", list(WEIGHTS))
 def test_factors_are_finite_and_no_worse_than_nothing(name: str, site: Site, kind: str, values: str) -> None:
     weight = WEIGHTS[values](
