@@ -62,6 +62,8 @@ class PlatformWheel(bdist_wheel):
     def run(self) -> None:
         self.run_command("build")
         self.root_is_pure = not self.get_finalized_command("build_py").library().exists()
+        # files of a distribution without extension modules are put where those go that suit every platform
+        self.distribution.has_ext_modules = lambda: not self.root_is_pure
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -110,12 +112,47 @@ def test_torch_is_pinned_to_the_tried_version() -> None:
     assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
 
 
+def copied(folder: Path) -> Path:
+    """The source as a checkout has it."""
+    ignored = shutil.ignore_patterns(".git", ".venv", "out", "build", "*.egg-info", "__pycache__", ".*_cache")
+    return Path(shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=ignored))
+
+
+COMPILER = """
+ONNXRUNTIME_LIBRARY = "libtdpass_onnxruntime.so"
+compiled_targets = units = lambda *_: ()
+build = lambda library, *_: library.write_bytes(b"compiled")
+build_onnxruntime = lambda library, *_: library.write_bytes(b"compiled")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kernels are built into wheels on Linux")
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_wheel_with_kernels_is_of_one_platform_and_one_without_of_all(
+    compiled: bool, tmp_path: Path
+) -> None:
+    """What lies among the files of all platforms cannot be repaired to manylinux."""
+    source = copied(tmp_path)
+    (source / "kernels" / "build.py").write_text(COMPILER)
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", str(tmp_path / "dist")]
+    choice = {"TDPASS_WHEEL": "" if compiled else "pure"}
+    subprocess.run(command, cwd=source, check=True, capture_output=True, env=os.environ | choice)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (said,) = (archive.read(name).decode() for name in names if name.endswith("dist-info/WHEEL"))
+    assert wheel.name.endswith("-none-any.whl") != compiled
+    assert f"Root-Is-Purelib: {str(not compiled).lower()}" in said
+    assert ("tdpass/kernels/cpu/libtdpass_cpu.so" in names) == compiled
+    assert ("tdpass/kernels/onnxruntime/libtdpass_onnxruntime.so" in names) == compiled
+    assert not [name for name in names if ".data/" in name]
+
+
 @pytest.mark.slow
 def test_a_source_distribution_holds_files_and_no_links(tmp_path: Path) -> None:
     """Where there are no links, on Windows and in some archives, passes and kernels are there all the same."""
-    copy = tmp_path / "source"
-    ignored = shutil.ignore_patterns(".git", ".venv", "out", "build", "*.egg-info", "__pycache__", ".*_cache")
-    shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
+    copy = copied(tmp_path)
     command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path / "dist")]
     subprocess.run(command, cwd=copy, check=True, capture_output=True)
     (archive,) = (tmp_path / "dist").glob("*.tar.gz")
