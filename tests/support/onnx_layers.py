@@ -99,6 +99,11 @@ def recurrent_sites(*parts: str, directions: int = 1) -> tuple[str, ...]:
     return tuple(f"layer.{part}_l0{end}" for end in ends for part in parts)
 
 
+def contrib(operator: str, inputs: str, outputs: str = "y", **attributes: Any) -> onnx.NodeProto:
+    """A node of ONNX Runtime's own domain; two spaces leave an input out."""
+    return helper.make_node(operator, inputs.split(" "), outputs.split(" "), domain=MS, **attributes)
+
+
 MATRIX, TALL = held(16, 24), held(24, 16)
 KERNEL = held(12, 8, 3, 3)
 layer("Linear", [node("MatMul", "x w", "p"), node("Add", "p b")], {"w": TALL, "b": held(16)}, TOKENS)
@@ -220,8 +225,41 @@ layer(
     [node("Attention", "x w b", domain=MS, num_heads=2)],
     {"w": held(24, 48), "b": held(48)},
     TOKENS,
+)
+layer(
+    "Attention of ONNX Runtime, masked and causal",
+    [contrib("Attention", "x w b m  a", num_heads=2, unidirectional=1, qkv_hidden_sizes=[16, 16, 20])],
+    {
+        "w": held(24, 52), "b": held(52), "m": np.array([[1, 1, 0], [1, 1, 1]], np.int32),
+        "a": held(2, 2, 3, 3, seed=5),
+    },
+    TOKENS,
+)
+layer(
+    "Attention of ONNX Runtime with a past",
+    [contrib("Attention", "x w b  p", "y now", num_heads=2), node("Identity", "now", "z")],
+    {"w": held(24, 48), "b": held(48), "p": held(2, 2, 2, 4, 8)},
+    TOKENS,
     (),
-    "not one that tdpass rewrites",
+    "goes on from what it saw before",
+    outputs=("y", "z"),
+)
+layer(
+    "QAttention",
+    [node("DynamicQuantizeLinear", "x", "i s z"), contrib("QAttention", "i w b s t  z", num_heads=2)],
+    {"w": np.arange(-127, 1025, dtype=np.int64).reshape(24, 48).astype(np.int8), "b": held(48),
+     "t": np.array(0.01, np.float32)},
+    TOKENS,
+    (),
+    "quantized",
+)
+layer(
+    "MultiHeadAttention after layers",
+    [*(node("MatMul", f"x {name}", f"h{name}") for name in "qkv"),
+     node("MultiHeadAttention", "hq hk hv b", domain=MS, num_heads=2)],
+    {**{name: held(24, 16, seed=place) for place, name in enumerate("qkv")}, "b": held(48)},
+    TOKENS,
+    ("q", "k", "v"),
 )
 layer(
     "SkipLayerNormalization after a layer",

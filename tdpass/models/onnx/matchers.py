@@ -289,6 +289,7 @@ for _operator, _matcher in {
     "ConvInteger": Left((1,), _QUANTIZED),
     "MatMulInteger": Left((1,), _QUANTIZED),
     "com.microsoft::QGemm": Left((3,), _QUANTIZED),
+    "com.microsoft::QAttention": Left((1,), _QUANTIZED),
 }.items():
     MATCHERS.add(_operator, _matcher)
 for _kind in KINDS:

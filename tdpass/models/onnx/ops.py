@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 import torch
@@ -11,7 +11,6 @@ from tdpass.errors import UnsupportedError
 from tdpass.formats.geometry import unit
 from tdpass.models.onnx.shapes import Dims
 from tdpass.models.onnx.storage_ops import StorageNodes
-from tdpass.models.onnx.weight_use import Following
 from tdpass.ops import Pads
 
 _GEMM_WITHOUT_C = 11
@@ -39,9 +38,19 @@ class OnnxOps(StorageNodes):
             self._dims_of(x),
         )
 
-    def activated(self, x: ir.Value, following: Following) -> ir.Value:
-        """What an operator computes after its layer, as a node of its own."""
-        return self._emit(following.operator, [x], self._dims_of(x), **dict(following.attributes))
+    def activated(self, x: ir.Value, operator: str, attributes: Mapping[str, float]) -> ir.Value:
+        """An activation with float attributes."""
+        return self._emit(operator, [x], self._dims_of(x), **attributes)
+
+    def attention(
+        self, inputs: Sequence[ir.Value | None], heads: int, scale: float, hidden: float, *, causal: bool
+    ) -> ir.Value:
+        """Attention of ONNX Runtime on queries, keys, values, and what it takes after them; scale 0 is its own."""
+        scaled = {"scale": scale} if scale else {}
+        return self._emit(
+            "com.microsoft::MultiHeadAttention", inputs, None, num_heads=heads, mask_filter_value=hidden,
+            unidirectional=int(causal), **scaled,
+        )  # fmt: skip
 
     def linear(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value:
         known, outputs = self._dims_of(x), self._dims_of(weight)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
+from torch import Tensor
 
 from tdpass.errors import UnsupportedError
 from tdpass.kinds import KINDS, PRODUCT, Contraction, moves
+from tdpass.models.onnx.functions import FUNCTIONS, Operator
 from tdpass.models.onnx.matchers import (
     DeclinedNode,
     GemmMatcher,
@@ -17,9 +19,10 @@ from tdpass.models.onnx.matchers import (
     matches,
     operands_of,
 )
+from tdpass.models.onnx.ops import OnnxOps
 from tdpass.models.onnx.shapes import Shapes
 from tdpass.models.onnx.tensors import sizes
-from tdpass.models.onnx.weight_use import Following, Slot, WeightUse
+from tdpass.models.onnx.weight_use import Slot, WeightUse
 
 _FOLLOWING: Mapping[str, tuple[str, ...]] = {
     "Relu": (),
@@ -31,12 +34,36 @@ _FOLLOWING: Mapping[str, tuple[str, ...]] = {
 """Activations that a layer may be fused with, and the numbers that each takes, in order."""
 
 
-def _following(weight: ir.Value, name: str, given: Mapping[str, float]) -> Following | None:
+@dataclass(frozen=True)
+class Activation:
+    """The activation that an operator computes after its layer, as an operator with float attributes."""
+
+    operator: str
+    attributes: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def reads(self) -> tuple[ir.Value, ...]:
+        return ()
+
+    def on(self, twins: Mapping[ir.Node, ir.Node]) -> Activation:
+        return self
+
+    def written(self, ops: OnnxOps, y: ir.Value) -> ir.Value:
+        return ops.activated(y, self.operator, dict(self.attributes))
+
+    def computed(self, y: Tensor, values: Mapping[ir.Value, Tensor]) -> Tensor:
+        attributes = {name: ir.AttrFloat32(name, number) for name, number in self.attributes}
+        made = FUNCTIONS.get(self.operator)(Operator(self.operator, 0, attributes), y)
+        assert isinstance(made, Tensor)
+        return made
+
+
+def _following(weight: ir.Value, name: str, given: Mapping[str, float]) -> Activation | None:
     if name in ("", "Identity"):
         return None
     if name not in _FOLLOWING:
         raise DeclinedNode(weight, f"it is fused with {name}, which cannot be written apart from it")
-    return Following(name, tuple(given.items()))
+    return Activation(name, tuple(given.items()))
 
 
 @matches("com.microsoft::FusedConv")

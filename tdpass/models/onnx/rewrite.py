@@ -110,7 +110,7 @@ def _put(
 
     addend = None if use.addend is None else ops.scale(use.addend.value, use.addend_scale, site.dtype)
     y = use.apply(ops, use.input.value, made, addend)
-    y = ops.computed(y if use.following is None else ops.activated(y, use.following))
+    y = ops.computed(y if use.following is None else use.following.written(ops, y))
     nodes = ops.take_nodes()
     for node in nodes:
         node.metadata_props.update(use.node.metadata_props)

@@ -27,7 +27,7 @@ from tdpass.models.onnx.session import NodeSession
 from tdpass.models.onnx.sites import FoundSite
 from tdpass.models.onnx.storage import release_pages
 from tdpass.models.onnx.tensors import constant, to_torch
-from tdpass.models.onnx.weight_use import Following, WeightUse
+from tdpass.models.onnx.weight_use import WeightUse
 from tdpass.ops import TorchOps
 
 _KNOWN_FROM_SHAPES = frozenset({"Shape", "Size"})
@@ -78,10 +78,11 @@ class _SiteStep:
 
     @property
     def reads(self) -> tuple[ir.Value, ...]:
+        addend, following = self.use.addend, self.use.following
         return (
-            (self.use.input.value,)
-            if self.use.addend is None
-            else (self.use.input.value, self.use.addend.value)
+            self.use.input.value,
+            *(() if addend is None else (addend.value,)),
+            *(() if following is None else following.reads),
         )
 
     @property
@@ -97,14 +98,8 @@ class _SiteStep:
         if self.use.reads_rows:  # numbers below zero count from the last row
             x = torch.remainder(x.long(), self.use.canonical_shape()[0])
         y = self.use.apply(_OPS, x, self.compute, addend)
-        values[self.use.output] = y if self.use.following is None else _activated(y, self.use.following)
-
-
-def _activated(y: Tensor, following: Following) -> Tensor:
-    attributes = {name: ir.AttrFloat32(name, number) for name, number in following.attributes}
-    made = FUNCTIONS.get(following.operator)(Operator(following.operator, 0, attributes), y)
-    assert isinstance(made, Tensor)
-    return made
+        following = self.use.following
+        values[self.use.output] = y if following is None else following.computed(y, values)
 
 
 @dataclass

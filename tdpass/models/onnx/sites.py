@@ -9,7 +9,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-import tdpass.models.onnx.other_matchers  # noqa: F401 - fills the table of matchers
+import tdpass.models.onnx.attending
+import tdpass.models.onnx.other_matchers  # noqa: F401 - both fill the table of matchers
 from tdpass.errors import InvalidModelError, PlanError
 from tdpass.formats.layer import Layer
 from tdpass.models.onnx.bodies import runs_bodies

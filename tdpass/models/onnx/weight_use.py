@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import onnx_ir as ir
 import torch
@@ -39,12 +40,21 @@ class Slot:
         return Slot(twins[self.node], self.index)
 
 
-@dataclass(frozen=True)
-class Following:
-    """The activation that an operator computes after its layer, as an operator with float attributes."""
+class Following(Protocol):
+    """What an operator computes after its layer."""
 
-    operator: str
-    attributes: tuple[tuple[str, float], ...] = ()
+    @property
+    def reads(self) -> tuple[ir.Value, ...]:
+        """What it reads beside the layer's output."""
+
+    def on(self, twins: Mapping[ir.Node, ir.Node]) -> Following:
+        """The same in a copy of the graph."""
+
+    def written(self, ops: Any, y: ir.Value) -> ir.Value:
+        """It as nodes of its own, recorded by an `OnnxOps`."""
+
+    def computed(self, y: Tensor, values: Mapping[ir.Value, Tensor]) -> Tensor:
+        """It in torch, `values` being those that it reads."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,7 @@ class WeightUse:
 
     def on(self, twins: Mapping[ir.Node, ir.Node]) -> WeightUse:
         """The same use in a copy of the graph."""
-        bias, addend, absorbed = self.bias, self.addend, self.absorbed
+        bias, addend, absorbed, following = self.bias, self.addend, self.absorbed, self.following
         return replace(
             self,
             input=self.input.on(twins),
@@ -144,6 +154,7 @@ class WeightUse:
             bias=None if bias is None else bias.on(twins),
             addend=None if addend is None else addend.on(twins),
             absorbed=None if absorbed is None else twins[absorbed],
+            following=None if following is None else following.on(twins),
         )
 
     def _axes(self) -> tuple[Sequence[int], Sequence[int]]:
