@@ -260,12 +260,17 @@ def _forms(sites: Sequence[Site], model: Model) -> dict[str, Form]:
 
 
 def _held(offer: Offer, model: Model, job: Job) -> Offer:
-    """The offer without number types that the model refuses, which notes name."""
-    reasons = {text: model.refused(replace(DENSE, numbers=(text,))) for text in offer.numbers}
+    """The offer without number types and supports that the model refuses, which notes name."""
+    forms = {text: replace(DENSE, numbers=(text,)) for text in offer.numbers}
+    forms |= {text: replace(DENSE, support=text) for text in offer.supports}
+    reasons = {text: model.refused(form) for text, form in forms.items()}
     for text, reason in reasons.items():
         if reason:
             job.note(f"{text} is not offered: {reason}")
-    return replace(offer, numbers=tuple(text for text in offer.numbers if not reasons[text]))
+    numbers, supports = (
+        tuple(text for text in texts if not reasons[text]) for texts in (offer.numbers, offer.supports)
+    )
+    return replace(offer, numbers=numbers, supports=supports)
 
 
 def _why_none(model: Model, job: Job) -> str:

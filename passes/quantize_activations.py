@@ -16,7 +16,7 @@ from tdpass.models.abilities import HoldsIntegerActivations, Range
 from tdpass.models.base import Model
 from tdpass.pipeline import Pass, register_pass
 from tdpass.planner.calibrations import BINS, CALIBRATIONS, Histogram
-from tdpass.planner.effort import first_batches
+from tdpass.planner.effort import first_batches, said_of_few
 from tdpass.planner.integer_activations import (
     ranges_on,
     reading_integers,
@@ -26,7 +26,7 @@ from tdpass.planner.integer_activations import (
 from tdpass.planner.repair import divergence_of
 from tdpass.planner.trials import Promise
 
-_SAMPLES, _FEW = 64, 16
+_SAMPLES = 64
 
 
 @register_pass
@@ -58,9 +58,8 @@ class QuantizeActivations(Pass):
         if not job.batches:
             job.note("skipped: there is no calibration data")
             return False
-        samples = sum(batch.size for batch in job.batches)
-        if samples < _FEW:
-            job.note(f"ranges come from {samples} samples; give {_FEW} or more for ranges that hold")
+        if few := said_of_few(job.batches, "ranges"):
+            job.note(few)
         if not isinstance(model, HoldsIntegerActivations):
             return self._by_layer(model, job, "static")
         if model.held_integers():
@@ -93,6 +92,11 @@ class QuantizeActivations(Pass):
         if how == "static":
             ranges = ranges_on(tapes, present, made, self.calibration)
             made = {name: with_ranges(made[name], found) for name, found in ranges.items()}
+        reasons = {name: model.refused(layer.form) for name, layer in made.items()}
+        for name, reason in reasons.items():
+            if reason:
+                job.report.decline(name, f"its activations stay as they are: {reason}")
+        made = {name: layer for name, layer in made.items() if not reasons[name]}
         if not made:
             job.note("skipped: no layer that may has int8 weights; put quantize before it")
             return False

@@ -19,6 +19,7 @@ from tdpass.job import Job
 from tdpass.models.base import Model
 from tdpass.pipeline import Pass
 from tdpass.planner.candidates import bias_cost
+from tdpass.planner.effort import said_of_few
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.planner.repair import divergence_of
 from tdpass.planner.rounding import Way
@@ -130,6 +131,8 @@ class Stored(Pass, ABC):
         others = {name: layer for name, layer in plain.items() if name not in forms and layer.form != DENSE}
         nearest = divergence_of(tapes, {**others, **made}, job.fitted_divergence)
         if self.rounding != "nearest":
+            if few := said_of_few(job.batches, "second moments"):
+                job.note(few)
             biased = {name for name, layer in plain.items() if layer.bias is not None}
             changed = {**others, **{name: plain[name] for name in forms}}
             better = store_layers(tapes, changed, forms, biased, self.rounding)

@@ -22,6 +22,7 @@ class Int4(Integer):
 
     name = "int4"
     bits = 4
+    opset = 11
 
     def stored(self, shape: Shape) -> Part:
         return Part(((math.prod(shape) + 1) // 2,), torch.uint8)

@@ -29,6 +29,7 @@ class Levels(Numbers):
 
     count: int
     name = "levels"
+    opset = 11
 
     @classmethod
     def read(cls, options: Sequence[str]) -> Self:

@@ -15,6 +15,7 @@ RATE = 2e10
 _LARGE = 1e9
 _PASSES = 6
 _TRIES = 4
+_FEW = 16  # samples
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,14 @@ def first_batches(batches: Sequence[Batch], samples: int) -> list[Batch]:
             break
         taken.append(batch)
     return taken
+
+
+def said_of_few(batches: Sequence[Batch], what: str) -> str:
+    """What is said of numbers that come from fewer samples than they should; empty where there are enough."""
+    samples = sum(batch.size for batch in batches)
+    if samples >= _FEW:
+        return ""
+    return f"{what} come from {samples} samples; give {_FEW} or more for {what} that hold"
 
 
 @dataclass

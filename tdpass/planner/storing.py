@@ -92,7 +92,7 @@ def stored_layer(
     return Layer(
         layer.site,
         form,
-        {**{name: parts[name] for name in storage.parts()}, **orders},
+        {**{name: parts[name] for name in (*storage.parts(), *storage.ranges)}, **orders},
         None if offset is None else offset.to(layer.dtype),
     )
 

@@ -29,8 +29,9 @@ def matrix_of(shape: Shape) -> tuple[int, int]:
 class Support(ABC):
     """One kind of support with its sizes; a frozen dataclass per file, registered with `register_support`.
 
-    Class attributes: `name`, `example`, a text that `read` takes, and `group`, what is zero at once where a
-    machine is asked from which share of zeros on that pays.  A factor is seen as a matrix
+    Class attributes: `name`, `example`, a text that `read` takes, `group`, what is zero at once where a
+    machine is asked from which share of zeros on that pays, and `opset`, the version of ONNX's operators from
+    which on it is read.  A factor is seen as a matrix
     (`matrix_of`), divided into tiles; what is kept of it is stored in order of rows, and of columns within a
     row.
     """
@@ -38,6 +39,7 @@ class Support(ABC):
     name: ClassVar[str]
     example: ClassVar[str]
     group: ClassVar[str] = "weight"
+    opset: ClassVar[int] = 11
 
     @classmethod
     @abstractmethod

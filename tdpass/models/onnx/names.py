@@ -49,6 +49,10 @@ def _stem(name: str) -> str:
 
 
 def _candidates(value: ir.Value, node: ir.Node) -> Iterator[str]:
+    made = value.producer()
+    integers = made.inputs[0] if made is not None and made.op_type == "DequantizeLinear" else None
+    if integers is not None and integers.name and _meaningful(integers.name):
+        yield _stem(integers.name.removesuffix("_quantized").removesuffix(".kernel"))
     for source in number_sources(value):
         if source.name and _meaningful(source.name):
             yield _stem(source.name)

@@ -10,14 +10,12 @@ import torch
 from onnx_ir import tensor_adapters
 from torch import Tensor
 
-from tdpass.errors import UnsupportedError
 from tdpass.models.onnx.recording import Recording
 from tdpass.ops import unpack_bits
 
 _DEQUANTIZE_BY_ROW = 13
 _DEQUANTIZE_WORDS = 21
 _FOUR_BIT_INTEGERS = 21
-_ARITHMETIC = 11  # CumSum, and Slice with inputs
 _BYTE = 8
 _HALF_BYTE = 4
 _SIGNS = 0x88  # turns two's complement of four bits into distances from -8
@@ -150,12 +148,6 @@ class StorageNodes(Recording):
         content = self._contents.get(packed)
         if content is not None and signed and bits == _HALF_BYTE and self._opset >= _FOUR_BIT_INTEGERS:
             return self._four_bits(packed, unpack_bits(content, count, bits, signed=True))
-        if content is not None and self._opset < _ARITHMETIC:
-            raise UnsupportedError(
-                f"the factors of {self._site!r} are stored in {bits} bits, which no operator of opset "
-                f"{self._opset} reads; "
-                f"store them as int8, or convert the model to opset {_ARITHMETIC} or later"
-            )
         step = bits if _BYTE % bits == 0 else 1
         flat = self.reshape(
             self._emit("Cast", [packed], self._dims_of(packed), to=int(ir.DataType.INT32)), (-1, 1)
@@ -236,11 +228,6 @@ class StorageNodes(Recording):
         """
         if weight not in self._sources or not self._dynamic:
             return None
-        if self._opset < _ARITHMETIC:
-            raise UnsupportedError(
-                f"{self._site!r} is to read integers, for which opset {self._opset} has no DynamicQuantizeLinear; "
-                f"convert the model to opset {_ARITHMETIC} or later"
-            )
         values, scale, zero, rows = self._sources[weight]
         outputs = (self._dims_of(weight) or (None,))[0]
         if zero is not None or values in self._integers or rows not in {1, outputs}:
