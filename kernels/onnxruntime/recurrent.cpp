@@ -1,9 +1,10 @@
-// [Int8]LowRankLstm[Reverse], [Int8]LowRankGru[Reverse]: a sequence through a cell whose hidden-to-hidden matrix is a product.
+// [Int8|WeightOnly]LowRankLstm[Reverse], [...]LowRankGru[Reverse]: a sequence through a cell whose hidden-to-hidden matrix is a product.
 //
 // Inputs: pre `[t, n, gates hidden]`, what the input adds to the gates, in torch's order; v `[hidden, r]` and u `[r, gates hidden]`, of
-// which the hidden state is multiplied with one after the other, with Int8 each of int8 and followed by its scales, one per column; a
-// bias `[gates hidden]`, added to that product; the states h and, of an LSTM, c, `[n, hidden]`.  Outputs: all hidden states, and the
-// last of every state.  Reverse goes from the last step to the first.  Factors and bias are constants.
+// which the hidden state is multiplied with one after the other, with Int8 and WeightOnly each of int8 and followed by its scales, one
+// per column; a bias `[gates hidden]`, added to that product; the states h and, of an LSTM, c, `[n, hidden]`.  Outputs: all hidden
+// states, and the last of every state.  Int8 rounds what the factors read as well; Reverse goes from the last step to the first.
+// Factors and bias are constants.
 #include "../cpu/checks.h"
 #include "operator.h"
 #include "packed.h"
@@ -13,8 +14,10 @@ namespace {
 
 constexpr int64_t PANEL = 16, QUAD = 4;
 
+enum Numbers { FLOATS, WEIGHT_ONLY, WHOLE };
+
 struct CellOperator : Operator {
-  bool whole;  // int8
+  Numbers numbers;
   int gates;
   bool reverse;
 };
@@ -28,21 +31,22 @@ struct Factor {
 class Recurrent : public Node {
  public:
   Recurrent(const CellOperator& op, const ort::Api* api, const ort::KernelInfo* info) : Node(op, api), cell_(op) {
-    const Tensor v = required(info, 1), u = required(info, op.whole ? 3 : 2), bias = required(info, op.whole ? 5 : 3);
+    const Tensor v = required(info, 1), u = required(info, op.numbers ? 3 : 2), bias = required(info, op.numbers ? 5 : 3);
     if (v.sizes.size() != 2 || u.sizes.size() != 2 || v.count() == 0) refuse(op, "the factors are matrices");
     hidden_ = v.sizes[0], rank_ = v.sizes[1];
     const bool fits = u.sizes == Sizes{rank_, op.gates * hidden_} && bias.sizes == Sizes{op.gates * hidden_};
     if (!fits || std::max(hidden_, rank_) > tdpass::MOST_CHANNELS / op.gates) refuse(op, "the factors and the bias do not fit each other");
     bias_.assign(bias.as<float>(), bias.as<float>() + bias.count());
     const tdpass_stage in = product_of(hidden_, rank_);
-    if (op.whole) {
+    if (op.numbers == WHOLE) {
       v_.packed = pack<int8_t>(in, TDPASS_QUAD_LANES, v.as<int8_t>(), true, as_it_is);
       u_.packed = by_gate<int8_t, QUAD>(u.as<int8_t>());
       summed(v_, v, required(info, 2)), summed(u_, u, required(info, 4));
-    } else {
-      v_.packed = pack<float>(in, TDPASS_CHANNEL_LANES, v.as<float>(), true, as_it_is);
-      u_.packed = by_gate<float, 1>(u.as<float>());
+      return;
     }
+    const std::vector<float> left = floats(v, info, 2), right = floats(u, info, 4);
+    v_.packed = pack<float>(in, TDPASS_CHANNEL_LANES, left.data(), true, as_it_is);
+    u_.packed = by_gate<float, 1>(right.data());
   }
 
   void compute(ort::KernelContext* context) {
@@ -71,7 +75,7 @@ class Recurrent : public Node {
 
  private:
   int32_t run(const tdpass_cell& cell, const tdpass_pool* pool) const {
-    if (!cell_.whole) return tdpass_recurrent(&cell, pool);
+    if (cell_.numbers != WHOLE) return tdpass_recurrent(&cell, pool);
     const tdpass_int8_cell whole = {cell, static_cast<const int8_t*>(v_.packed.get()), static_cast<const int8_t*>(u_.packed.get()), v_.scale.data(), u_.scale.data(), v_.total.data(), u_.total.data()};
     return tdpass_recurrent_int8(&whole, pool);
   }
@@ -89,6 +93,20 @@ class Recurrent : public Node {
     return packed;
   }
 
+  // The numbers of a factor, whose scales, where it is of int8, are that input.
+  std::vector<float> floats(const Tensor& factor, const ort::KernelInfo* info, size_t scales) const {
+    std::vector<float> values(size_t(factor.count()));
+    const size_t columns = size_t(factor.sizes[1]);
+    if (cell_.numbers == FLOATS) {
+      std::copy_n(factor.as<float>(), values.size(), values.begin());
+      return values;
+    }
+    const Tensor scale = required(info, scales);
+    if (size_t(scale.count()) != columns) refuse(op_, "a factor has one scale per column");
+    for (size_t k = 0; k < values.size(); k++) values[k] = float(factor.as<int8_t>()[k]) * scale.as<float>()[k % columns];
+    return values;
+  }
+
   void summed(Factor& factor, const Tensor& codes, const Tensor& scale) const {
     const int64_t columns = codes.sizes[1];
     if (scale.count() != columns) refuse(op_, "a factor has one scale per column");
@@ -104,13 +122,14 @@ class Recurrent : public Node {
   std::vector<float> bias_;
 };
 
-CellOperator make(bool whole, int gates, bool reverse) {
+CellOperator make(Numbers numbers, int gates, bool reverse) {
+  static const char* const prefixes[] = {"", "WeightOnly", "Int8"};
   CellOperator op{};
-  op.whole = whole, op.gates = gates, op.reverse = reverse;
-  op.title = std::string(whole ? "Int8" : "") + (gates == 4 ? "LowRankLstm" : "LowRankGru") + (reverse ? "Reverse" : "");
+  op.numbers = numbers, op.gates = gates, op.reverse = reverse;
+  op.title = std::string(prefixes[numbers]) + (gates == 4 ? "LowRankLstm" : "LowRankGru") + (reverse ? "Reverse" : "");
   const size_t states = gates == 4 ? 2 : 1;
   op.reads = {ort::FLOAT};
-  if (whole) op.reads.insert(op.reads.end(), {ort::INT8, ort::FLOAT, ort::INT8, ort::FLOAT});
+  if (numbers) op.reads.insert(op.reads.end(), {ort::INT8, ort::FLOAT, ort::INT8, ort::FLOAT});
   else op.reads.insert(op.reads.end(), 2, ort::FLOAT);
   op.reads.insert(op.reads.end(), 1 + states, ort::FLOAT);
   op.makes.assign(1 + states, ort::FLOAT);
@@ -123,9 +142,9 @@ CellOperator make(bool whole, int gates, bool reverse) {
 void add_recurrent(Operators& all) {
   static const std::deque<CellOperator> ops = [] {
     std::deque<CellOperator> made;
-    for (int whole = 0; whole < 2; whole++)
+    for (Numbers numbers : {FLOATS, WEIGHT_ONLY, WHOLE})
       for (int gates : {3, 4})
-        for (int reverse = 0; reverse < 2; reverse++) made.push_back(make(whole, gates, reverse));
+        for (int reverse = 0; reverse < 2; reverse++) made.push_back(make(numbers, gates, reverse));
     return made;
   }();
   list(all, ops);

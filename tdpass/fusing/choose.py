@@ -10,14 +10,14 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from tdpass.clock import interleaved
 from tdpass.errors import UsageError
 from tdpass.files import cache_folder
-from tdpass.fusing.spec import ChainCall
+from tdpass.fusing.spec import Called, ChainCall
 from tdpass.kernels import native
 from tdpass.kernels.stage import Lanes
 from tdpass.machine import processor
@@ -30,6 +30,7 @@ _ROUNDS, _LEAST_SECONDS = 9, 2e-3
 _LEAST_ALONE = 1 / 0.95
 
 K = TypeVar("K", bound=Hashable)
+C = TypeVar("C", bound=Called)
 Calls = Mapping[str, Callable[[], object]]
 
 
@@ -43,14 +44,14 @@ _RULES = [_Rules()]
 
 
 @dataclass(frozen=True)
-class Trial:
+class Trial(Generic[C]):
     """A chain to be timed in a runtime, which names its version, by that many threads.
 
     `calls` makes what is timed: the layers one by one, under `PLAIN`, and the operator with each family of
     lanes that serves it.
     """
 
-    call: ChainCall
+    call: C
     runtime: str
     threads: int
     calls: Callable[[], Calls]
@@ -125,7 +126,7 @@ def measuring() -> bool:
     return _RULES[-1].measure
 
 
-def choose(trials: Sequence[Trial], *, measure: bool = True) -> Verdict:
+def choose(trials: Sequence[Trial[ChainCall]], *, measure: bool = True) -> Verdict:
     """Whether to fuse a chain that is called so, and in which lanes; unmeasured, every chain is fused.
 
     A layer alone has to gain more than 5 %: its packed weight is a second copy.
@@ -137,7 +138,7 @@ def choose(trials: Sequence[Trial], *, measure: bool = True) -> Verdict:
     return measured(trials, families, 1.0 if len(spec.stages) > 1 else _LEAST_ALONE)
 
 
-def measured(trials: Sequence[Trial], families: Sequence[Lanes], least: float = 1.0) -> Verdict:
+def measured(trials: Sequence[Trial[Any]], families: Sequence[Lanes], least: float = 1.0) -> Verdict:
     """The fastest lane family over all calls of a chain, if more than `least` times as fast as plain."""
     rows = [_times(trial) for trial in trials]
     plain = sum(row[PLAIN] for row in rows)
@@ -146,7 +147,7 @@ def measured(trials: Sequence[Trial], families: Sequence[Lanes], least: float = 
     return Verdict(lanes if fused[lanes] * least < plain else None, fused[lanes], plain)
 
 
-def _times(trial: Trial) -> dict[str, float]:
+def _times(trial: Trial[Any]) -> dict[str, float]:
     """Seconds of each way to run the chain, infinite where not served; measured where the table has none."""
     keys = {way: trial.key(way) for way in (PLAIN, *LANES)}
     table = times_kept()

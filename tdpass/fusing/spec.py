@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 import torch
 
@@ -16,20 +16,29 @@ Layout = Literal["channels_last", "contiguous"]
 
 @dataclass(frozen=True)
 class ChainSpec(Stages):
-    """What a chain computes: `activation(layers(x) + bias + residual)`.
-
-    `numbers` says what its weights are stored as, where that is not what it computes in.
-    """
+    """What a chain computes: `activation(layers(x) + bias + residual)`."""
 
     bias: bool = False
     residual: bool = False
     activation: str = "identity"
-    numbers: str = ""
 
     def __str__(self) -> str:
         stages = " ".join(",".join(map(str, stage.integers())) for stage in self.stages)
-        added, held = f"{'+bias' * self.bias}{'+residual' * self.residual}", f" {self.numbers}".rstrip()
-        return f"{stages} | {self.axes} axes{added} {self.activation}{held}"
+        return (
+            f"{stages} | {self.axes} axes{'+bias' * self.bias}{'+residual' * self.residual} {self.activation}"
+        )
+
+
+class Called(Protocol):
+    """What is called, as text, with the size of its input and the type that it computes in."""
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Size of its first input."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that it computes in."""
 
 
 @dataclass(frozen=True)

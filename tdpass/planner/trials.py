@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from tdpass.errors import InvalidModelError, TdpassError
 from tdpass.formats.layer import Layer
+from tdpass.models.abilities import HoldsIntegerActivations
 from tdpass.models.base import Batch, Model
 from tdpass.planner.divergence import Divergence, FittedDivergence
 from tdpass.planner.resampled import resampled
@@ -199,12 +200,18 @@ class Trials:
         """
         epsilon = max((torch.finfo(leaf.dtype).eps for leaf in _floats(answer)), default=0.0)
         least, moved = max(ROUNDING, _EPSILONS * epsilon), gap(trial.now, answer)
-        if moved > least and any(layer.form.activations for layer in _layers(model).values()):
+        if moved > least and _reads_integers(model):
             least = max(SLIGHT, gap(answer, model.run(_nudged(trial.call, _STEP))))
         if moved <= least:
             return least
         again, near = self.given.run(trial.call), self.given.run(_nudged(trial.call, epsilon))
         return max(least, _AMPLIFIED * max(gap(trial.original, again), gap(trial.original, near)))
+
+
+def _reads_integers(model: Model) -> bool:
+    """Whether layers, or the graph between them, hold activations in whole numbers."""
+    held = isinstance(model, HoldsIntegerActivations) and bool(model.held_integers())
+    return held or any(layer.form.activations for layer in _layers(model).values())
 
 
 def _nudged(call: Batch, epsilon: float) -> Batch:

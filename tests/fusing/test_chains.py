@@ -186,7 +186,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     return seen
 
 
-def trial(call: ChainCall = CALL, runtime: str = "here 1", threads: int = 1) -> Trial:
+def trial(call: ChainCall = CALL, runtime: str = "here 1", threads: int = 1) -> Trial[ChainCall]:
     return Trial(call, runtime, threads, lambda: {PLAIN: list, "channels": list})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,6 @@ from tdpass.models.onnx import fuse, session
 from tdpass.models.onnx.chains import NodeReader
 from tdpass.models.onnx.fused_ops import DOMAIN, REGISTER
 from tdpass.models.onnx.model import OnnxModel
-from tdpass.timings import TimingTable
 
 RNG = np.random.default_rng(0)
 X = torch.randn(3, 8, 10, 9, generator=torch.Generator().manual_seed(0))
@@ -109,25 +107,6 @@ def op_types(proto: ir.Model | onnx.ModelProto) -> list[str]:
 
 def ignore(*_: str) -> None:
     pass
-
-
-@pytest.fixture
-def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Timing that finds every chain faster as one operator, with lanes on pixels where it has the choice."""
-    try:
-        onnx_ops_path()
-    except KernelError as error:
-        pytest.skip(str(error))
-    order = {"plain": 9.0, "channels": 2.0, "pixels": 1.0}
-
-    def times(
-        calls: dict[object, Callable[[], object]], threads: int, rounds: int = 1
-    ) -> dict[object, float]:
-        return {key: order[key] if isinstance(key, str) else 10.0 - len(key) for key in calls}  # type: ignore[arg-type]
-
-    monkeypatch.setattr(choose, "times_kept", lambda: TimingTable(None))
-    for module in (choose, fuse):
-        monkeypatch.setattr(module, "seconds_of", times)
 
 
 FUSED = ["ConvChain3BiasRelu", "ConvChain3BiasAddRelu", "GlobalAveragePool", "Flatten", "LinearChain2Bias"]

@@ -123,9 +123,9 @@ def _plain(
     return (step.gate(step.activation, pre, products[0](states[0])),)
 
 
-_LSTM = Cell(2, (0, 2, 3, 1), ("Sigmoid", "Tanh", "Tanh"), {"hidden": range(4)}, _lstm)
+LSTM = Cell(2, (0, 2, 3, 1), ("Sigmoid", "Tanh", "Tanh"), {"hidden": range(4)}, _lstm)
 _GRU = Cell(1, (1, 0, 2), ("Sigmoid", "Tanh"), {"hidden": (0, 1), "hidden_new": (2,)}, _gated)
-_GRU_AFTER = Cell(1, (1, 0, 2), ("Sigmoid", "Tanh"), {"hidden": range(3)}, _gated_after)
+GRU_AFTER = Cell(1, (1, 0, 2), ("Sigmoid", "Tanh"), {"hidden": range(3)}, _gated_after)
 _RNN = Cell(1, (0,), ("Tanh",), {"hidden": (0,)}, _plain)
 X, W, R, B, LENGTHS, H, C, P = range(8)
 """The inputs of a recurrent node: data, weights, biases, lengths of sequences, states, peepholes."""
@@ -137,8 +137,8 @@ OPERATORS = frozenset({"LSTM", "GRU", "RNN"})
 def cell_of(node: ir.Node) -> Cell:
     """The cell of a recurrent node."""
     if node.op_type == "GRU":
-        return _GRU_AFTER if bool(node.attributes.get_int("linear_before_reset", 0)) else _GRU
-    return _LSTM if node.op_type == "LSTM" else _RNN
+        return GRU_AFTER if bool(node.attributes.get_int("linear_before_reset", 0)) else _GRU
+    return LSTM if node.op_type == "LSTM" else _RNN
 
 
 def why_closed(node: ir.Node, opset: int) -> str:

@@ -36,9 +36,11 @@ class NodeReader:
 
     def links(self) -> Iterator[NodeLink]:
         for node in self.model.graph:
-            link = _layer(node)
-            if link is not None:
-                yield link
+            weight = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+            if weight is not None and weight.dtype == ir.DataType.FLOAT:
+                link = layer_of(node, sizes(weight))
+                if link is not None:
+                    yield link
 
     def following(self, link: NodeLink) -> ir.Node | None:
         return sole_reader(link.node.outputs[0])
@@ -158,20 +160,13 @@ def _probes(model: ir.Model) -> list[dict[str, Axes]]:
     return probes
 
 
-def _layer(node: ir.Node) -> NodeLink | None:
-    if node.domain or node.op_type not in ("Conv", "MatMul", "Gemm"):
+def layer_of(node: ir.Node, shape: tuple[int, ...]) -> NodeLink | None:
+    """A convolution or a product with a weight of these sizes as a layer; None where it is none that kernels compute."""
+    if node.domain or node.op_type not in ("Conv", "MatMul", "Gemm") or 0 in shape:
         return None
-    weight = node.inputs[1]
-    tensor = constant(weight)
-    if (
-        weight is None
-        or tensor is None
-        or tensor.dtype != ir.DataType.FLOAT
-        or 0 in sizes(tensor)
-        or constant(node.inputs[0]) is not None
-    ):
+    if constant(node.inputs[0]) is not None:
         return None
-    return _conv(node, sizes(tensor)) if node.op_type == "Conv" else _product(node, sizes(tensor))
+    return _conv(node, shape) if node.op_type == "Conv" else _product(node, shape)
 
 
 def _conv(node: ir.Node, shape: tuple[int, ...]) -> NodeLink | None:

@@ -1,39 +1,31 @@
-"""Deciding which chains of an ONNX model become fused operators.
+"""Deciding which parts of an ONNX model become fused operators.
 
 Measured one by one, then on the whole model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import onnx_ir as ir
 import onnxruntime
 import torch
-from onnx_ir.passes.common import InlinePass
 from torch import Tensor
 
 from tdpass.errors import KernelError
-from tdpass.fusing.choose import LANES, PLAIN, Calls, Trial, measured, seconds_of
-from tdpass.fusing.find import find_chains
-from tdpass.fusing.spec import ChainCall
+from tdpass.fusing.choose import PLAIN, Calls, Trial, measured, seconds_of
 from tdpass.kernels.native import onnx_ops_path
-from tdpass.kernels.stage import Lanes, Stage
-from tdpass.models.onnx.chains import Axes, NodeChain, NodeReader, axes_of, label, result
-from tdpass.models.onnx.fused_ops import REGISTER, FusedOp
-from tdpass.models.onnx.fused_rewrite import (
-    Fusion,
-    Fusions,
-    add_function,
-    fused,
-    fused_node,
-    plain_initializers,
-)
+from tdpass.kernels.stage import Lanes
+from tdpass.models.onnx.chains import Axes, axes_of
+from tdpass.models.onnx.fused_ops import FUNCTIONS_SINCE_IR, REGISTER
+from tdpass.models.onnx.fused_parts import Part
+from tdpass.models.onnx.fused_rewrite import Fusion, Fusions, find_parts, fused, plain_initializers
 from tdpass.models.onnx.graphs import opset_of
+from tdpass.models.onnx.integer_activations import watched
 from tdpass.models.onnx.session import Session
-from tdpass.models.onnx.tensors import from_torch
+from tdpass.models.onnx.tensors import torch_dtype
 
 MARGIN = 0.02  # by how much times must differ to be told apart
 _HOPEFUL = (
@@ -45,15 +37,31 @@ _ROUNDS = 15
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A chain and how much faster it is alone as one operator, with the better lanes."""
+    """A part and how much faster it is alone as one operator, with the better lanes."""
 
-    chain: NodeChain
+    part: Part
     lanes: Lanes
     gain: float
 
     @property
     def fusion(self) -> Fusion:
-        return Fusion(self.chain.spec, self.lanes)
+        return Fusion(self.part.spec, self.lanes)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A part as it is called, with the sizes of what it reads."""
+
+    spec: str
+    sizes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        return self.sizes[0]
+
+    def __str__(self) -> str:
+        return f"{self.spec} on {', '.join('x'.join(map(str, size)) for size in self.sizes)}"
 
 
 def decide(
@@ -62,10 +70,10 @@ def decide(
     note: Callable[[str], None],
     decline: Callable[[str, str], None],
 ) -> Fusions:
-    """The chains that make the model faster on one thread when they are one operator each, by the name of what they compute.
+    """The parts that make the model faster on one thread when they are one operator each, by the name of what they compute.
 
     `build` makes the model anew, which may then be changed; `inputs` are what to time it on, and may be
-    missing.  A chain is timed alone with either kind of lanes, and then the model with those that gained:
+    missing.  A part is timed alone with either kind of lanes, and then the model with those that gained:
     ONNX Runtime keeps its own convolutions in a layout of its own, which it has to change before and after an
     operator that is not its own.
     """
@@ -80,7 +88,7 @@ def decide(
     for name, candidate in candidates.items():
         if name not in chosen:
             decline(
-                label(candidate.chain),
+                candidate.part.label,
                 f"as one operator it takes {1 / candidate.gain:.2f} times as long alone, and the model is "
                 "no faster for it",
             )
@@ -96,21 +104,35 @@ def decide(
 def _candidates(
     model: ir.Model, inputs: Mapping[str, Tensor], decline: Callable[[str, str], None]
 ) -> dict[str, _Candidate]:
-    """The chains that are not clearly slower as one operator, by the name of what they compute."""
+    """The parts that are not clearly slower as one operator, by the name of what they compute."""
     plain_initializers(model)
-    known = axes_of(model, {name: tuple(tensor.shape) for name, tensor in inputs.items()})
+    parts = find_parts(model)
+    known = _known_sizes(model, parts, inputs)
     found: dict[str, _Candidate] = {}
-    for chain in find_chains(NodeReader(model)):
-        shape = _sizes(known.get(chain.x.value.name or ""))
-        if shape is None:
-            decline(label(chain), "the size of its input is not known; pass data= or example_inputs=")
+    for part in parts:
+        sizes = [_sizes(known.get(value.name or "")) for value in part.reads]
+        shapes = tuple(shape for shape in sizes if shape is not None)
+        if len(shapes) < len(sizes):
+            decline(part.label, "the size of its input is not known; pass data= or example_inputs=")
             continue
-        verdict = measured([_in_onnx_runtime(ChainCall(chain.spec, shape), opset_of(model))], LANES, _HOPEFUL)
+        trial = _in_onnx_runtime(model, part, shapes)
+        verdict = measured([trial], part.families, _HOPEFUL)
         if verdict.lanes is None:
-            decline(label(chain), f"as one operator it takes {1 / verdict.gain:.2f} times as long")
+            decline(part.label, f"as one operator it takes {1 / verdict.gain:.2f} times as long")
         else:
-            found[str(result(chain).name)] = _Candidate(chain, verdict.lanes, verdict.gain)
+            found[part.key] = _Candidate(part, verdict.lanes, verdict.gain)
     return found
+
+
+def _known_sizes(model: ir.Model, parts: Sequence[Part], inputs: Mapping[str, Tensor]) -> dict[str, Axes]:
+    """Sizes of what parts read, by name: as they follow from those of the inputs, else as a run on these has them."""
+    known = axes_of(model, {name: tuple(tensor.shape) for name, tensor in inputs.items()})
+    read = dict.fromkeys(str(value.name) for part in parts for value in part.reads)
+    unknown = [name for name in read if _sizes(known.get(name)) is None]
+    if inputs and unknown:
+        seen = watched(model, unknown)(inputs)
+        known |= {name: tuple(seen[name].shape) for name in unknown}
+    return known
 
 
 def _sizes(axes: Axes | None) -> tuple[int, ...] | None:
@@ -149,57 +171,35 @@ def _best_together(
     return best if times[best] < times[nothing] * (1 - MARGIN) else nothing
 
 
-def _in_onnx_runtime(call: ChainCall, opset: int) -> Trial:
-    """The chain on one thread of ONNX Runtime.
+def _in_onnx_runtime(model: ir.Model, part: Part, sizes: tuple[tuple[int, ...], ...]) -> Trial[_Call]:
+    """The part on one thread of ONNX Runtime.
 
-    As an operator of this package, against the standard operators that it stands for.
+    As an operator of this package, against the nodes that it stands for.
     """
-    return Trial(
-        call, f"onnxruntime {onnxruntime.__version__}, opset {opset}", 1, partial(_calls, call, opset)
-    )
+    runtime = f"onnxruntime {onnxruntime.__version__}, opset {opset_of(model)}"
+    return Trial(_Call(part.spec, sizes), runtime, 1, partial(_calls, model, part, sizes))
 
 
-def _calls(call: ChainCall, opset: int) -> Calls:
-    inputs = {"x": torch.randn(call.size)}
-    if call.spec.residual:
-        inputs["residual"] = torch.randn(call.output_size)
-    models: dict[str, ir.Model] = {
-        name: _alone(call, inputs, opset, name) for name in (LANES[:1] if call.spec.linear else LANES)
-    }
-    models[PLAIN] = _alone(call, inputs, opset, LANES[0])
-    InlinePass()(models[PLAIN])
-    return {name: Session(model, threads=1).bound(inputs) for name, model in models.items()}
+def _calls(model: ir.Model, part: Part, sizes: tuple[tuple[int, ...], ...]) -> Calls:
+    inputs = {str(value.name): _example(value, size) for value, size in zip(part.reads, sizes, strict=True)}
+    models: dict[str, ir.Model] = {PLAIN: _alone(model, part, inputs)}
+    for lanes in part.families:
+        models[lanes] = fused(_alone(model, part, inputs), {part.key: Fusion(part.spec, lanes)})
+    return {name: Session(each, threads=1).bound(inputs) for name, each in models.items()}
 
 
-def _alone(call: ChainCall, inputs: Mapping[str, Tensor], opset: int, lanes: Lanes) -> ir.Model:
-    """A model of nothing but the chain, as one operator, with weights that are not its own."""
-    generator = torch.Generator().manual_seed(0)
-    op, spec = FusedOp.of(call.spec), call.spec
-    shapes = [_weight_shape(spec.axes, stage) for stage in spec.stages]
-    values = {
-        name: ir.Value(name=name, shape=ir.Shape(list(tensor.shape)), type=ir.TensorType(ir.DataType.FLOAT))
-        for name, tensor in inputs.items()
-    }
-    graph = ir.Graph(list(values.values()), [], nodes=[], opset_imports={"": opset}, name="chain")
-    model = ir.Model(graph, ir_version=8)
-    for name, size in zip(
-        [name for name in op.inputs if name not in values],
-        [*shapes, (spec.stages[-1].outputs,)],
-        strict=False,
-    ):
-        tensor = from_torch(torch.randn(size, generator=generator))
-        values[name] = ir.Value(
-            name=name, shape=ir.Shape(size), type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
-        graph.register_initializer(values[name])
-    node = fused_node(spec, [values[name] for name in op.inputs], lanes, "chain")
-    graph.append(node)
-    y = node.outputs[0]
-    y.name, y.shape, y.type = "y", ir.Shape(list(call.output_size)), ir.TensorType(ir.DataType.FLOAT)
-    graph.outputs.append(y)
-    add_function(model, spec)
-    return model
+def _example(value: ir.Value, size: tuple[int, ...]) -> Tensor:
+    if value.dtype == ir.DataType.UINT8:
+        return torch.randint(256, size, dtype=torch.uint8)
+    return torch.randn(size, dtype=torch_dtype(value.dtype or ir.DataType.FLOAT))
 
 
-def _weight_shape(axes: int, stage: Stage) -> tuple[int, ...]:
-    return (*stage.shape[:2], *stage.kernel[-axes:]) if axes else (stage.inputs, stage.outputs)
+def _alone(model: ir.Model, part: Part, inputs: Mapping[str, Tensor]) -> ir.Model:
+    """A model of nothing but the part, with its weights, on inputs of these sizes."""
+    graph = ir.convenience.extract(model.graph, list(dict.fromkeys(part.reads)), list(part.makes))
+    for value in graph.inputs:
+        value.shape = ir.Shape(list(inputs[str(value.name)].shape))
+        value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
+    for value in graph.outputs:
+        value.shape, value.type = None, value.type or ir.TensorType(ir.DataType.FLOAT)
+    return ir.Model(graph, ir_version=max(model.ir_version or 0, FUNCTIONS_SINCE_IR))

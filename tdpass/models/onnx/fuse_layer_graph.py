@@ -5,10 +5,8 @@ from __future__ import annotations
 import onnx
 import onnx_ir as ir
 
-from tdpass.fusing.find import find_chains
 from tdpass.kernels.stage import Lanes
-from tdpass.models.onnx.chains import NodeReader, result
-from tdpass.models.onnx.fused_rewrite import Fusion, fused, plain_initializers
+from tdpass.models.onnx.fused_rewrite import Fusion, find_parts, fused, plain_initializers
 
 
 def fuse_layer_graph(graph: bytes, lanes: Lanes) -> bytes | None:
@@ -18,10 +16,9 @@ def fuse_layer_graph(graph: bytes, lanes: Lanes) -> bytes | None:
     """
     model = ir.from_proto(onnx.load_from_string(graph))
     plain_initializers(model)
-    chains = find_chains(NodeReader(model))
-    if len(chains) != 1 or (lanes == "pixels" and not chains[0].spec.axes):
+    parts = find_parts(model)
+    if len(parts) != 1 or lanes not in parts[0].families:
         return None
-    content: bytes = ir.to_proto(
-        fused(model, {str(result(chains[0]).name): Fusion(chains[0].spec, lanes)})
-    ).SerializeToString()
+    fusions = {parts[0].key: Fusion(parts[0].spec, lanes)}
+    content: bytes = ir.to_proto(fused(model, fusions)).SerializeToString()
     return content

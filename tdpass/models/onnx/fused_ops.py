@@ -120,8 +120,7 @@ class FusedOp:
     @classmethod
     def of(cls, spec: ChainSpec) -> Self:
         """The operator of a chain."""
-        half = spec.numbers == "bfloat16"
-        return cls(spec.linear, len(spec.stages), spec.bias, spec.residual, spec.activation, half)
+        return cls(spec.linear, len(spec.stages), spec.bias, spec.residual, spec.activation)
 
     @property
     def name(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import onnx_ir as ir
 
@@ -18,19 +19,23 @@ _GRU = """
     change = Sub (h, fresh)  kept = Mul (keep, change)  h_next = Add (fresh, kept)"""
 
 
+Numbers = Literal["float", "weight only", "int8"]
+_PREFIXES: dict[Numbers, str] = {"float": "", "weight only": "WeightOnly", "int8": "Int8"}
+
+
 @dataclass(frozen=True)
 class LowRankCellOp:
     """A sequence through an LSTM or GRU whose hidden-to-hidden matrix is a product of two.
 
     Inputs are pre `[t, n, gates hidden]`, what the input adds to the gates in torch's order; v `[hidden, r]` and
-    u `[r, gates hidden]`, with `whole` of int8 and each followed by its scales, one per column; the bias of the
-    product; the states.  Outputs are all hidden states and the last of every state.  With `whole` what either
-    factor reads is rounded to 127 steps of its largest number, sample by sample.
+    u `[r, gates hidden]`, where `numbers` are not floats of int8 and each followed by its scales, one per column;
+    the bias of the product; the states.  Outputs are all hidden states and the last of every state.  With `int8`
+    numbers what either factor reads is rounded to 127 steps of its largest number, sample by sample.
     """
 
     gates: int
     reverse: bool
-    whole: bool
+    numbers: Numbers
 
     @property
     def states(self) -> list[str]:
@@ -40,11 +45,11 @@ class LowRankCellOp:
     @property
     def name(self) -> str:
         kind = "Lstm" if self.gates == 4 else "Gru"
-        return f"{'Int8' * self.whole}LowRank{kind}{'Reverse' * self.reverse}"
+        return f"{_PREFIXES[self.numbers]}LowRank{kind}{'Reverse' * self.reverse}"
 
     @property
     def inputs(self) -> list[str]:
-        factors = ["v", "v_scale", "u", "u_scale"] if self.whole else ["v", "u"]
+        factors = ["v", "v_scale", "u", "u_scale"] if self.numbers != "float" else ["v", "u"]
         return ["pre", *factors, "bias", *(f"{state}_first" for state in self.states)]
 
     @property
@@ -68,15 +73,24 @@ class LowRankCellOp:
         )
         read = ", ".join(self.inputs[-len(self.states) :])
         made = ", ".join([*self.outputs[1:], "y"])
-        return f"{made} = Scan <num_scan_inputs: int = 1{ways}, body: graph = {body}> ({read}, pre)"
+        before = "\n".join(self._matrices())
+        return f"{before} {made} = Scan <num_scan_inputs: int = 1{ways}, body: graph = {body}> ({read}, pre)"
+
+    def _matrices(self) -> Iterator[str]:
+        """Factors as steps read them, where that is not how they are stored."""
+        for factor in "vu":
+            if self.numbers == "weight only":
+                yield f"matrix_{factor} = DequantizeLinear <axis: int = 1> ({factor}, {factor}_scale)"
+            elif self.numbers == "int8":
+                yield f"matrix_{factor} = Cast <to: int = {int(ir.DataType.FLOAT)}> ({factor})"
 
     def _step(self, opset: int) -> Iterator[str]:
         for factor, read, made in (("v", "h", "thin"), ("u", "thin", "wide")):
-            yield from (
-                self._rounded(factor, read, made, opset)
-                if self.whole
-                else [f"{made} = MatMul ({read}, {factor})"]
-            )
+            matrix = factor if self.numbers == "float" else f"matrix_{factor}"
+            if self.numbers == "int8":
+                yield from self._rounded(factor, read, made, opset)
+            else:
+                yield f"{made} = MatMul ({read}, {matrix})"
         yield "own = Add (wide, bias)"
         counted = f", num_outputs: int = {self.gates}" if opset >= _OUTPUTS_COUNTED else ""
         split = f"Split <axis: int = -1{counted}>"
@@ -89,7 +103,8 @@ class LowRankCellOp:
         """The product of whole numbers, of which those that it reads are made here."""
         axes = "axes: ints = [-1], " if opset < _AXES_AS_INPUT else ""
         last = f", axis_{factor}" if opset >= _AXES_AS_INPUT else ""
-        yield f"axis_{factor} = Constant <value_ints: ints = [-1]> ()"
+        if last:
+            yield f"axis_{factor} = Constant <value_ints: ints = [-1]> ()"
         yield f"top_{factor} = Constant <value: tensor = float {{127.0}}> ()"
         yield f"least_{factor} = Constant <value: tensor = float {{1e-30}}> ()"
         yield f"size_{factor} = Abs ({read})"
@@ -97,7 +112,6 @@ class LowRankCellOp:
         yield f"largest_{factor} = Max (range_{factor}, least_{factor})"
         yield f"finer_{factor} = Div (top_{factor}, largest_{factor})"
         yield f"steps_{factor} = Mul ({read}, finer_{factor})  codes_{factor} = Round (steps_{factor})"
-        yield f"matrix_{factor} = Cast <to: int = {int(ir.DataType.FLOAT)}> ({factor})"
         yield f"sums_{factor} = MatMul (codes_{factor}, matrix_{factor})"
         yield f"step_{factor} = Div (largest_{factor}, top_{factor})"
         yield f"unit_{factor} = Mul ({factor}_scale, step_{factor})  {made} = Mul (sums_{factor}, unit_{factor})"

@@ -1,93 +1,92 @@
-"""Writing fused operators into a graph in place of the layers that they compute."""
+"""Writing fused operators into a graph in place of the nodes that they compute."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from tdpass.fusing.choose import LANES
-from tdpass.fusing.find import find_chains
-from tdpass.fusing.spec import ChainSpec
 from tdpass.kernels.stage import Lanes
-from tdpass.models.onnx.chains import NodeLink, NodeReader, label, result
-from tdpass.models.onnx.fused_ops import DOMAIN, FUNCTIONS_SINCE_IR, VERSION, FusedOp, function_of
+from tdpass.models.onnx.fused_chains import float_chains
+from tdpass.models.onnx.fused_integers import int8_chains
+from tdpass.models.onnx.fused_ops import DOMAIN, FUNCTIONS_SINCE_IR, VERSION, Operator, function_of
+from tdpass.models.onnx.fused_parts import Constants, Part
+from tdpass.models.onnx.fused_recurrent import low_rank_cells
+from tdpass.models.onnx.fused_weight_only import weight_only_layers
 from tdpass.models.onnx.graphs import opset_of
 from tdpass.models.onnx.names import FreshNames
 from tdpass.models.onnx.rewrite import prune_initializers, remove_nodes, take_place
-from tdpass.models.onnx.tensors import from_torch, held, to_torch
+
+FINDERS: tuple[Callable[[ir.Model], Iterator[Part]], ...] = (
+    float_chains,
+    int8_chains,
+    weight_only_layers,
+    low_rank_cells,
+)
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """That a chain is to be one operator with these lanes, as long as it is the chain that it was."""
+    """That a part is to be one operator with these lanes, as long as it computes what it did."""
 
-    spec: ChainSpec
+    spec: str
     lanes: Lanes
 
 
 Fusions = Mapping[str, Fusion]
 
 
+def find_parts(model: ir.Model) -> list[Part]:
+    """What can be one operator each, of all kinds."""
+    return [part for find in FINDERS for part in find(model)]
+
+
 def fused(model: ir.Model, fusions: Fusions) -> ir.Model:
     """The model, changed in place.
 
-    The chains that make these values are nodes of com.tdpass, and functions say what those compute.
+    The parts that make these values are nodes of com.tdpass, and functions say what those compute.
     """
     if not fusions:
         return model
     plain_initializers(model)
-    names = FreshNames(model)
-    matrices: dict[ir.Value, ir.Value] = {}
-    for chain in find_chains(NodeReader(model)):
-        fusion = fusions.get(str(result(chain).name))
-        if fusion is None or fusion.spec != chain.spec:
-            continue
-        weights = [_weight(link, matrices) for link in chain.links]
-        added = [slot.value for slot in (chain.bias, chain.residual) if slot is not None]
-        named = f"{label(chain)}/fused"
-        node = fused_node(chain.spec, [chain.x.value, *weights, *added], fusion.lanes, names.node(named))
-        node.outputs[0].name = names.value(named)
-        node.metadata_props.update(chain.nodes[0].metadata_props)
-        model.graph.insert_before(chain.result, node)
-        take_place(result(chain), node.outputs[0])
-        remove_nodes(model.graph, chain.nodes)
-        add_function(model, chain.spec)
+    names, constants = FreshNames(model), Constants()
+    for part in find_parts(model):
+        fusion = fusions.get(part.key)
+        if fusion is not None and fusion.spec == part.spec:
+            _put(model, part, fusion.lanes, names, constants)
     prune_initializers(model)
-    names = FreshNames(model)
-    for stored, matrix in matrices.items():
-        matrix.name = names.value(stored.name or "matrix")
-        model.graph.register_initializer(matrix)
+    constants.register(model)
     return model
 
 
-def fused_node(spec: ChainSpec, inputs: Sequence[ir.Value], lanes: Lanes, name: str) -> ir.Node:
-    """The node of the operator that computes a chain."""
-    attributes: dict[str, int | list[int]] = {}
-    axes = spec.axes
-    for k, stage in enumerate(spec.stages, start=1):
-        if axes:
-            attributes |= {
-                f"group_{k}": stage.groups,
-                f"strides_{k}": list(stage.stride[-axes:]),
-                f"pads_{k}": [*stage.before[-axes:], *stage.after[-axes:]],
-                f"dilations_{k}": list(stage.dilation[-axes:]),
-            }
-    return ir.node(
-        FusedOp.of(spec).name,
-        inputs,
-        attributes={**attributes, "lanes": LANES.index(lanes)},
+def _put(model: ir.Model, part: Part, lanes: Lanes, names: FreshNames, constants: Constants) -> None:
+    """One operator in the place of a part."""
+    operator, named = part.operator, f"{part.label}/fused"
+    laned = {"lanes": LANES.index(lanes)} if "lanes" in operator.attributes else {}
+    node = ir.node(
+        operator.name,
+        part.inputs(constants),
+        attributes={**part.attributes, **laned},
         domain=DOMAIN,
-        name=name,
+        num_outputs=len(part.makes),
+        name=names.node(named),
     )
+    node.metadata_props.update(part.nodes[0].metadata_props)
+    model.graph.insert_before(part.last, node)
+    for old, new in zip(part.makes, node.outputs, strict=True):
+        new.name = names.value(named)
+        take_place(old, new)
+    remove_nodes(model.graph, part.nodes)
+    _add_function(model, operator)
 
 
-def add_function(model: ir.Model, spec: ChainSpec) -> None:
-    """Say in the model what the operator of a chain computes."""
+def _add_function(model: ir.Model, operator: Operator) -> None:
+    """Say in the model what an operator computes."""
     model.ir_version = max(model.ir_version or 0, FUNCTIONS_SINCE_IR)
     model.graph.opset_imports[DOMAIN] = VERSION
-    function = function_of(FusedOp.of(spec), opset_of(model))
+    function = function_of(operator, opset_of(model))
     model.functions.setdefault(function.identifier(), function)
 
 
@@ -96,20 +95,3 @@ def plain_initializers(model: ir.Model) -> None:
     if (model.ir_version or 0) < 4:
         for value in [value for value in model.graph.inputs if value.is_initializer()]:
             model.graph.inputs.remove(value)
-
-
-def _weight(link: NodeLink, matrices: dict[ir.Value, ir.Value]) -> ir.Value:
-    """The weight as the operator takes it; a matrix `[o, i]` is stored anew, once for all its readers."""
-    weight = link.weight.value
-    if link.axes or link.transposed:
-        return weight
-    if weight not in matrices:
-        tensor = from_torch(to_torch(held(weight)).T)
-        value = ir.Value(
-            shape=ir.Shape([link.stage.inputs, link.stage.outputs] if link.stage else []),
-            type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
-        value.metadata_props.update(weight.metadata_props)
-        matrices[weight] = value
-    return matrices[weight]

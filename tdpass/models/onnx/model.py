@@ -95,11 +95,11 @@ class OnnxModel(Model):
 
     @cached_property
     def _built(self) -> ir.Model:
-        if self._ranges:
-            return with_integer_activations(self._with_integers(), self._ranges)
         return fused(self._unfused(), self._fusions)
 
     def _unfused(self) -> ir.Model:
+        if self._ranges:
+            return with_integer_activations(self._with_integers(), self._ranges)
         return self._dense.rewritten(self._layers)
 
     def _with_integers(self) -> ir.Model:

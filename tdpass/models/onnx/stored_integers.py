@@ -1,0 +1,97 @@
+"""Whole numbers in a graph: constants that DequantizeLinear makes numbers of, and values on grids of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from tdpass.models.onnx.tensors import constant, sizes, to_torch
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A value on a grid of bytes: where the codes are, and the constants that scale and zero point are."""
+
+    codes: ir.Value
+    scale: ir.Value
+    zero: ir.Value
+
+    @classmethod
+    def of(cls, node: ir.Node | None, operator: str) -> Grid | None:
+        """What a QuantizeLinear makes, or a DequantizeLinear reads, with one scale; None for all else."""
+        if node is None or node.domain or node.op_type != operator or len(node.inputs) != 3:
+            return None
+        value, scale, zero = node.inputs
+        codes = value if operator == "DequantizeLinear" else node.outputs[0]
+        held, zeros = constant(scale), constant(zero)
+        if codes is None or scale is None or zero is None or held is None or zeros is None:
+            return None
+        fits = held.size == 1 and zeros.dtype == ir.DataType.UINT8 and held.dtype == ir.DataType.FLOAT
+        return cls(codes, scale, zero) if fits else None
+
+
+@dataclass(frozen=True)
+class Integers:
+    """A weight of int8: the constant that holds the codes, the codes as the layer reads them, and the scale of each.
+
+    `scales` is of the size of `codes`.
+    """
+
+    source: ir.Value
+    scale_source: ir.Value
+    codes: Tensor
+    scales: Tensor
+
+    def scale_along(self, axis: int) -> Tensor | None:
+        """The scale of every slice along an axis; None where it differs within one."""
+        rows = self.scales.movedim(axis, 0).flatten(1)
+        return rows[:, 0].contiguous() if bool((rows == rows[:, :1]).all()) else None
+
+
+def integers_of(weight: ir.Value | None) -> Integers | None:
+    """The int8 constant that a weight is made of, by DequantizeLinear and nodes that lay it out anew; None for all else."""
+    node = None if weight is None else weight.producer()
+    if node is None or node.domain:
+        return None
+    if node.op_type == "DequantizeLinear":
+        return _dequantized(node)
+    if node.op_type not in ("Transpose", "Reshape"):
+        return None
+    inner = integers_of(node.inputs[0])
+    if inner is None:
+        return None
+    if node.op_type == "Transpose":
+        order = node.attributes.get_ints("perm", tuple(reversed(range(inner.codes.dim()))))
+        return Integers(
+            inner.source, inner.scale_source, *(part.permute(*order) for part in (inner.codes, inner.scales))
+        )
+    wanted = constant(node.inputs[1])
+    if wanted is None:
+        return None
+    shape: Sequence[int] = to_torch(wanted).tolist()
+    return Integers(
+        inner.source, inner.scale_source, *(part.reshape(*shape) for part in (inner.codes, inner.scales))
+    )
+
+
+def _dequantized(node: ir.Node) -> Integers | None:
+    source, scale = node.inputs[0], node.inputs[1]
+    held, scales = constant(source), constant(scale)
+    zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    if source is None or scale is None or held is None or scales is None:
+        return None
+    if held.dtype != ir.DataType.INT8 or scales.dtype != ir.DataType.FLOAT or len(sizes(scales)) > 1:
+        return None
+    if node.attributes.get_int("block_size", 0) or (
+        len(node.inputs) > 2 and (zero is None or bool(to_torch(zero).any()))
+    ):
+        return None
+    codes, steps = to_torch(held), to_torch(scales)
+    along = [1] * codes.dim()
+    if steps.numel() > 1:
+        along[node.attributes.get_int("axis", 1)] = -1
+    return Integers(source, scale, codes, torch.broadcast_to(steps.reshape(along), codes.shape))

@@ -1,0 +1,32 @@
+"""What tests of models share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tdpass.errors import KernelError
+from tdpass.fusing import choose
+from tdpass.kernels.native import onnx_ops_path
+from tdpass.models.onnx import fuse
+from tdpass.timings import TimingTable
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timing that finds every chain faster as one operator, with lanes on pixels where it has the choice."""
+    try:
+        onnx_ops_path()
+    except KernelError as error:
+        pytest.skip(str(error))
+    order = {"plain": 9.0, "channels": 2.0, "pixels": 1.0}
+
+    def times(
+        calls: dict[object, Callable[[], object]], threads: int, rounds: int = 1
+    ) -> dict[object, float]:
+        return {key: order[key] if isinstance(key, str) else 10.0 - len(key) for key in calls}  # type: ignore[arg-type]
+
+    monkeypatch.setattr(choose, "times_kept", lambda: TimingTable(None))
+    for module in (choose, fuse):
+        monkeypatch.setattr(module, "seconds_of", times)
