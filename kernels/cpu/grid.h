@@ -54,6 +54,14 @@ struct Grid {
   TDPASS_INLINE Lanes values(Words codes) const { return __builtin_convertvector(codes - zero, Lanes) * scale; }
 };
 
+// Bytes on a grid that are added to y; none where `codes` is null.
+struct Added {
+  const uint8_t* codes = nullptr;
+  Index pixel = 0;
+  Grid grid;
+  TDPASS_INLINE Lanes operator()(int i, int j, int some) const { return grid.values(load_codes(codes + i * pixel + j * LANES, some)); }
+};
+
 // Puts `count` numbers on a grid of their own, zero point 128; returns its scale.
 template <class T> static float own_grid(const T* from, int count, uint8_t* to) {
   Lanes most = zero();

@@ -125,8 +125,14 @@ template <bool BYTES> class OutputTo {
   // Whether vectors of pixels can be written as they are, the activation being a lower bound.
   bool plain() const { return floats() && activation_ <= TDPASS_RELU && y_.stride[3] == 1 && (!residual_ || residual_->stride[3] == 1); }
 
-  // Whether vectors of channels are numbers of one size with nothing added but a bias, the activation being a lower bound.
-  bool simple() const { return !half_ && !residual_ && activation_ <= TDPASS_RELU && channels_together(); }
+  // Whether vectors of channels are numbers of one size with nothing added but a bias and bytes on a grid, the activation being a lower bound.
+  bool simple() const { return !half_ && (!residual_ || residual_grid_) && activation_ <= TDPASS_RELU && channels_together(); }
+
+  // The bytes that are added from a position and channel on; none where nothing is added.
+  Added added_codes(Index n, Index h, Index w, Index channel) const {
+    if (!residual_) return {};
+    return {residual_row<uint8_t>(n, h) + w * residual_->stride[3] + channel, residual_->stride[3], residual_grid_};
+  }
   float floor() const { return activation_ == TDPASS_RELU ? 0.0f : -__builtin_inff(); }
   const Grid& grid() const { return grid_; }
   Index pixel() const { return y_.stride[3]; }

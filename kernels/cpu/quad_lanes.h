@@ -117,7 +117,9 @@ class QuadLanes {
     int row, pixel, channel, pixels, channels, panels;
   };
 
+  // Few channels of x lie together without gaps, so that the taps of a kernel's row do.
   static int pixel_stride(const Geometry& g, int s) {
+    if (s == 0 && g.stage(0).groups == 1 && g.channels(0) <= 2 * Quads::TOGETHER) return round_up(g.channels(0), Quads::TOGETHER);
     const int groups = s > 0 && !by_channel(g.stage(s - 1)) ? g.stage(s - 1).groups : 1, channels = g.channels(s);
     return round_up((groups - 1) * (channels / groups) + round_up(channels / groups, LANES), LANES);
   }
@@ -153,7 +155,18 @@ class QuadLanes {
   template <class T> void put_on_grid(const T* from, uint8_t* to) const {
     const int width = g.w[0], channels = g.channels(0);
     const Grid grid = g.grids[0];
-    if (x_.stride[1] == 1) {
+    if (pixel_[0] == Quads::TOGETHER && x_.stride[3] == 1) {
+      for (int i = 0; i < width; i += LANES) {
+        const int pixels = std::min(LANES, width - i);
+        Words all{};
+        for (int c = 0; c < channels; c++) all |= grid.codes(read_some(from + c * x_.stride[1] + i, pixels)) << (8 * c);
+        std::memcpy(to + i * pixel_[0], &all, size_t(pixels) * Quads::TOGETHER);
+      }
+    } else if (pixel_[0] == Quads::TOGETHER && x_.stride[1] == 1 && x_.stride[3] == channels) {
+      uint8_t* row = reinterpret_cast<uint8_t*>(wide_);  // without gaps; what lies behind the last channel of a pixel has no weight
+      for (int k = 0; k < width * channels; k += LANES) store_codes(row + k, grid.codes(read_some(from + k, std::min(LANES, width * channels - k))));
+      for (int i = 0; i < width; i++) std::memcpy(to + i * pixel_[0], row + i * channels, Quads::TOGETHER);
+    } else if (x_.stride[1] == 1) {
       for (int i = 0; i < width; i++)
         for (int c = 0; c < channels; c += LANES) {
           const int some = std::min(LANES, channels - c);
@@ -201,11 +214,8 @@ class QuadLanes {
     each_block(s, n, out.size(), in_row, [&](const Place& at, const auto& multiply_into) {
       const int row = in_row + at.row * g.stage(s).stride[0], width = at.panels * LANES;
       if (simple) {
-        const ToNumbers sums = numbers(s, at, row, nullptr, 0);
-        const float* bias = &g.bias[at.channel];
-        const Grid grid = output.grid();
-        if (grid) multiply_into(ToOutput<uint8_t>{output.template at<uint8_t>(n, out.low + at.row, at.pixel, at.channel), output.pixel(), sums, bias, output.floor(), grid, at.channels});
-        else multiply_into(ToOutput<float>{output.template at<float>(n, out.low + at.row, at.pixel, at.channel), output.pixel(), sums, bias, output.floor(), grid, at.channels});
+        if (output.grid()) to_output<uint8_t>(s, n, out.low + at.row, row, at, multiply_into);
+        else to_output<float>(s, n, out.low + at.row, row, at, multiply_into);
       } else if (direct) {
         alignas(64) float some[MOST_RESULTS * LANES];
         multiply_into(numbers(s, at, row, some, width));
@@ -214,6 +224,16 @@ class QuadLanes {
         multiply_into(numbers(s, at, row, result + at.row * row_[s + 1] + at.pixel * pixel_[s + 1] + at.channel, pixel_[s + 1]));
       }
     });
+  }
+
+  // A block of sums to row `out_row` of y, in registers.
+  template <class T, class MultiplyInto> void to_output(int s, int n, int out_row, int in_row, const Place& at, const MultiplyInto& multiply_into) {
+    T* y = output.template at<T>(n, out_row, at.pixel, at.channel);
+    const ToNumbers sums = numbers(s, at, in_row, nullptr, 0);
+    const float* bias = &g.bias[at.channel];
+    const Added added = output.added_codes(n, out_row, at.pixel, at.channel);
+    if (added.codes) multiply_into(ToOutput<T, true>{y, output.pixel(), sums, bias, output.floor(), output.grid(), at.channels, added});
+    else multiply_into(ToOutput<T, false>{y, output.pixel(), sums, bias, output.floor(), output.grid(), at.channels, added});
   }
 
   // Calls `visit(place, multiply_into)` for every block of `rows` rows of a stage; `multiply_into(to)` gives its sums to `to`.
@@ -225,13 +245,17 @@ class QuadLanes {
     in += in_row * in_stride;
     Index taps[MAX_TAPS];
     int count = 0;
+    const int depth = t.in / t.groups, width = t.out / t.groups, panels = round_up(width, LANES) / LANES, quads = round_up(depth, Quads::TOGETHER);
+    // the taps of a row are one where no other bytes lie between them
+    const bool whole_rows = !by_channel(t) && t.groups == 1 && t.dilation[1] == 1 && in_pixel == quads;
+    const int across = whole_rows ? 1 : t.kernel[1];
     for (int y = 0; y < t.kernel[0]; y++)
-      for (int z = 0; z < t.kernel[1]; z++) taps[count++] = y * t.dilation[0] * in_stride + z * t.dilation[1] * in_pixel;
+      for (int z = 0; z < across; z++) taps[count++] = y * t.dilation[0] * in_stride + z * t.dilation[1] * in_pixel;
     const Index pixel = in_pixel * t.stride[1];
     const int8_t* weights = static_cast<const int8_t*>(g.chain->weights[s]);
     if (by_channel(t)) return each_channel(t, in, in_stride * t.stride[0], pixel, taps, count, weights, rows, g.w[s + 1], visit);
-    const int depth = t.in / t.groups, width = t.out / t.groups, panels = round_up(width, LANES) / LANES;
-    const Index panel = Index(count) * round_up(depth, Quads::TOGETHER) * LANES;
+    const Index panel = Index(t.kernel[0]) * t.kernel[1] * quads * LANES;
+    const int run = whole_rows ? t.kernel[1] * quads : depth;
     const bool by_tiles = Quads::by_tiles(true);
     const Blocking blocking(g.w[s + 1], panels, Quads::LATENCY, by_tiles);
     for (int group = 0; group < t.groups; group++)
@@ -241,7 +265,7 @@ class QuadLanes {
         for (int r = 0; r < rows; r++)
           for (int b = 0; b < blocking.blocks; b++) {
             const Place at{r, blocking.start(b), group * width + p * LANES, blocking.pixels(b), std::min(nr * LANES, width - p * LANES), nr};
-            const TileInput<Quads> input{in + group * depth + r * t.stride[0] * in_stride + at.pixel * pixel, pixel, 1, taps, count, depth};
+            const TileInput<Quads> input{in + group * depth + r * t.stride[0] * in_stride + at.pixel * pixel, pixel, 1, taps, count, run};
             visit(at, [&](const auto& to) { multiply(by_tiles, input, w, panel, at.pixels, nr, to); });
           }
       }

@@ -126,8 +126,8 @@ struct ToNumbers {
   TDPASS_INLINE void operator()(int i, int j, Words sum) const { store(out + i * pixel + j * LANES, value(i, j, sum)); }
 };
 
-// Sums to y, where nothing but a bias and a lower bound comes between; `channels` of them are there.
-template <class T> struct ToOutput {
+// Sums to y, where nothing but a bias, with ADDS bytes on a grid, and a lower bound comes between; `channels` of them are there.
+template <class T, bool ADDS> struct ToOutput {
   T* out;
   Index pixel;
   ToNumbers numbers;  // `out` and `pixel` of it are not used
@@ -135,10 +135,12 @@ template <class T> struct ToOutput {
   float floor;
   Grid grid;
   int channels;
+  Added added;
   TDPASS_INLINE void operator()(int i, int j, Words sum) const {
-    Lanes v = numbers.value(i, j, sum) + load(bias + j * LANES);
-    v = v < floor ? broadcast(floor) : v;
     const int some = channels - j * LANES;
+    Lanes v = numbers.value(i, j, sum) + load(bias + j * LANES);
+    if (ADDS) v += added(i, j, some);
+    v = v < floor ? broadcast(floor) : v;
     if constexpr (sizeof(T) == 1) store_codes(out + i * pixel + j * LANES, grid.codes(v), some);
     else store_some(out + i * pixel + j * LANES, v, some);
   }

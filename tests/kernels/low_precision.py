@@ -28,6 +28,11 @@ BOTTLENECKS = {
     )
     for channels, rank in ((1, 1), (3, 2), (17, 5), (70, 33))
 }
+STEMS = {
+    "few": (Stage(3, 20, 1, (7, 7), (2, 2), (3, 3), (3, 3)),),
+    "more": (Stage(6, 17, 1, (3, 3), (1, 1), (0, 1), (1, 0)), Stage(17, 5)),
+    "apart": (Stage(4, 16, 1, (3, 3), (1, 2), (2, 2), (2, 2), (2, 2)),),
+}
 Scaled = Callable[..., Tensor]
 
 
@@ -60,7 +65,7 @@ def chain(
 
 
 def conv_chain_int8_cases() -> Iterator[Case]:
-    for name, stages in {**BOTTLENECKS, **CHAINS}.items():
+    for name, stages in {**BOTTLENECKS, **STEMS, **CHAINS}.items():
         x = randn(2, stages[0].inputs, 11, 18)
         factors, reads, y = chain(x, stages, (128, 100, 0, 255))
         integers, bias, residual = integers_of(stages), randn(stages[-1].outputs), torch.randn_like(y)
