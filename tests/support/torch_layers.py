@@ -211,7 +211,6 @@ layer(
     lambda: Alone(nn.LSTM(16, 8, batch_first=True)),
     STEPS,
     ("layer.input_l0", "layer.hidden_l0"),
-    exported=((), "is no layer"),
 )
 layer(
     "LSTM, two layers both ways",
@@ -220,7 +219,6 @@ layer(
     tuple(
         f"layer.{part}_l{k}{end}" for k in (0, 1) for end in ("", "_reverse") for part in ("input", "hidden")
     ),
-    exported=((), "is no layer"),
 )
 layer(
     "LSTM with projections",
@@ -228,35 +226,30 @@ layer(
     STEPS,
     (),
     "of low rank already",
-    exported=((), "is no layer"),
 )
 layer(
     "GRU",
     lambda: Alone(nn.GRU(16, 8)),
     STEPS,
     ("layer.input_l0", "layer.hidden_l0"),
-    exported=((), "is no layer"),
 )
 layer(
     "RNN",
     lambda: Alone(nn.RNN(16, 8)),
     STEPS,
     ("layer.input_l0", "layer.hidden_l0"),
-    exported=((), "is no layer"),
 )
 layer(
     "LSTMCell",
     lambda: Cells(nn.LSTMCell(16, 8)),
     STEPS,
     ("layer.input", "layer.hidden"),
-    exported=((), "is no layer"),
 )
 layer(
     "GRUCell",
     lambda: Cells(nn.GRUCell(16, 8)),
     STEPS,
     ("layer.input", "layer.hidden"),
-    exported=((), "is no layer"),
 )
 layer(
     "MultiheadAttention",

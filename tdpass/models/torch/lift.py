@@ -20,6 +20,7 @@ from tdpass.kinds import (
     is_lookup,
     kind_of_function,
 )
+from tdpass.models.torch.lift_recurrent import lift_recurrent
 from tdpass.models.torch.spell_out import spell_out
 
 _aten = torch.ops.aten
@@ -35,7 +36,7 @@ def lift(graph_module: GraphModule) -> GraphModule:
     A module takes the place of the (empty) one that held its weight, so `layer1.0.conv1.weight` becomes the
     site `layer1.0.conv1`. Works in place; the outputs do not change.
     """
-    changed = spell_out(graph_module)
+    changed = lift_recurrent(graph_module) | spell_out(graph_module)
     lifted: set[str] = set()
     calls = [node for node in graph_module.graph.nodes if node.op == "call_function"]
     for node in sorted(calls, key=_looks_up):  # a layer has the place of a weight that tables read too
