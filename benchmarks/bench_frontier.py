@@ -2,6 +2,7 @@
 
     TDPASS_DATA=... python -m benchmarks.bench_frontier                          # rows in results/frontier.csv, and the figure
     TDPASS_DATA=... python -m benchmarks.bench_frontier --images 200 --methods dense balf --budgets 0.5 --out /tmp/a.csv
+    TDPASS_DATA=... python -m benchmarks.bench_frontier --resume                 # goes on where it was stopped, at the same commit
     python -m benchmarks.bench_frontier --draw                                   # docs/frontier.svg anew from the rows there are
 
 Milliseconds are the median of eager torch on one batch of 64 images, channels last, batch-norms folded, with the
@@ -14,8 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from torch import nn
 import tdpass
 from benchmarks import cifar, peers
 from benchmarks.frontier_figure import draw
-from benchmarks.results import FOLDER, Table, Value, show
+from benchmarks.results import FOLDER, Table, Value, commit, show
 from tdpass.clock import interleaved
 from tdpass.files import write_text
 from tdpass.models import open_model
@@ -42,19 +42,18 @@ COLUMNS = (
 )
 PLOT = Path(__file__).parents[1] / "docs" / "frontier.svg"
 BATCH, ROUNDS = 64, 9
-Made = Callable[[str, float, Path, str], nn.Module]
+Made = Callable[[str, float, str], nn.Module]
 _REPAIR = "correct-bias,refit,recalibrate-batchnorm,verify"
 
 
 def _pipeline(text: str) -> Made:
-    def make(name: str, budget: float, cache: Path, effort: str) -> nn.Module:
+    def make(name: str, budget: float, effort: str) -> nn.Module:
         steps = f"fold-batchnorm,{text},{_REPAIR}".replace("BUDGET", f"{budget:g}")
         artifact = tdpass.compress(
             cifar.load_resnet(name),
             {"macs": budget},
             cifar.calibration(),
             pipeline=steps,
-            cache=cache,
             effort=effort,
             strict=False,
         )
@@ -65,7 +64,7 @@ def _pipeline(text: str) -> Made:
 
 
 def _peer(method: str) -> Made:
-    def make(name: str, budget: float, cache: Path, effort: str) -> nn.Module:
+    def make(name: str, budget: float, effort: str) -> nn.Module:
         ((_, model, _),) = peers.METHODS[method](name, [budget])
         return cifar.recalibrate_batchnorm(model).eval()
 
@@ -73,7 +72,7 @@ def _peer(method: str) -> Made:
 
 
 METHODS: Mapping[str, Made] = {
-    "dense": lambda name, budget, cache, effort: cifar.load_resnet(name),
+    "dense": lambda name, budget, effort: cifar.load_resnet(name),
     "tdpass": _pipeline("plan,factorize"),
     "tdpass pivot": _pipeline("plan{pivot=true},factorize"),
     "tdpass channels": _pipeline("project-channels{macs=BUDGET}"),
@@ -114,16 +113,9 @@ def _folded(model: nn.Module, x: torch.Tensor) -> nn.Module:
     return folded.eval().to(memory_format=torch.channels_last)
 
 
-def rows(
-    name: str, methods: Sequence[str], budgets: Sequence[float], images: int, effort: str
-) -> Iterator[dict[str, Value]]:
-    """A row of every method at every budget; one of the dense network."""
-    with tempfile.TemporaryDirectory() as folder:
-        for method in methods:
-            for budget in [1.0] if method == "dense" else budgets:
-                yield measured(
-                    name, method, budget, METHODS[method](name, budget, Path(folder), effort), images
-                )
+def wanted(methods: Sequence[str], budgets: Sequence[float]) -> list[tuple[str, float]]:
+    """Every method at every budget; the dense network once."""
+    return [(method, budget) for method in methods for budget in ([1.0] if method == "dense" else budgets)]
 
 
 def main() -> None:
@@ -132,17 +124,24 @@ def main() -> None:
     parser.add_argument("--network", default="resnet20", choices=list(cifar.DENSE_ACCURACY))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.7, 0.5, 0.4])
-    parser.add_argument("--images", type=int, default=10000)
+    parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--effort", default="normal", choices=["fast", "normal", "thorough"])
     parser.add_argument("--out", type=Path, default=FOLDER / "frontier.csv")
     parser.add_argument("--plot", type=Path, default=PLOT)
     parser.add_argument("--draw", action="store_true", help="only draw what is there")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what the file has a row of, of this commit"
+    )
     options = parser.parse_args()
-    if not options.draw:
-        table = Table(options.out, COLUMNS)
-        for row in rows(options.network, options.methods, options.budgets, options.images, options.effort):
-            table.add(**row)
-            print(show([row], COLUMNS).splitlines()[-1], flush=True)
+    name, table = options.network, Table(options.out, COLUMNS)
+    for method, budget in [] if options.draw else wanted(options.methods, options.budgets):
+        key = {"model": name, "method": method, "budget": budget, "images": options.images}
+        if options.resume and table.has(**key, commit=commit()):
+            continue
+        model = METHODS[method](name, budget, options.effort)
+        row = measured(name, method, budget, model, options.images)
+        table.add(**row)
+        print(show([row], COLUMNS).splitlines()[-1], flush=True)
     with options.out.open(newline="", encoding="utf-8") as file:
         latest = {(row["method"], row["budget"]): row for row in csv.DictReader(file)}
     write_text(options.plot, f"{draw(list(latest.values()))}\n")

@@ -2,6 +2,7 @@
 
     TDPASS_DATA=... python -m benchmarks.peers                 # all of them on all networks, to results/peers_accuracy.csv
     TDPASS_DATA=... python -m benchmarks.peers --networks resnet20 --methods tucker2 --budgets 0.5
+    TDPASS_DATA=... python -m benchmarks.peers --methods balf --resume   # what of it has no row yet
 
 Needs the extra `bench`.  None of these methods is fine-tuned, and all but AIMET and the Taylor criterion,
 which use the labels of the calibration images, work without labels.  The first convolution and the classifier
@@ -245,11 +246,17 @@ def main() -> None:
     )
     parser.add_argument("--methods", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
+    parser.add_argument("--resume", action="store_true", help="leave out what the file has a row of")
     options = parser.parse_args()
     table = Table("peers_accuracy.csv", COLUMNS)
     for name in options.networks:
         for method in options.methods:
-            for row in run(name, method, options.budgets):
+            budgets = [
+                budget
+                for budget in options.budgets
+                if not (options.resume and table.has(model=name, method=method, budget_asked=budget))
+            ]
+            for row in run(name, method, budgets) if budgets else ():
                 table.add(**row)
                 print(show([row], COLUMNS).splitlines()[-1], flush=True)
     print(show(table.rows, COLUMNS))

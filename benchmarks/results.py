@@ -64,9 +64,11 @@ class Table:
                     f"{', '.join(self.columns)}"
                 )
 
-    def has(self, **row: str) -> bool:
+    def has(self, **row: Value) -> bool:
         """Whether the file had such a row when it was opened, so that an interrupted benchmark goes on where it was."""
-        return any(all(earlier[name] == value for name, value in row.items()) for earlier in self.earlier)
+        return any(
+            all(earlier[name] == _written(value) for name, value in row.items()) for earlier in self.earlier
+        )
 
     def add(self, **row: Value) -> None:
         """Append one measurement; floats are rounded to six significant digits."""
@@ -76,10 +78,7 @@ class Table:
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
             "torch": torch.__version__,
         }
-        record = {
-            name: f"{value:.6g}" if isinstance(value, float) else value
-            for name, value in {**row, **stamp}.items()
-        }
+        record = {name: _written(value) for name, value in {**row, **stamp}.items()}
         unknown = set(record) - set(self.columns)
         if unknown:
             raise ValueError(f"{self.path.name} has no column {', '.join(sorted(unknown))}")
@@ -91,6 +90,10 @@ class Table:
                 writer.writeheader()
             writer.writerow(record)
         self.rows.append(row)
+
+
+def _written(value: Value) -> str:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def show(rows: Sequence[Mapping[str, Value]], columns: Sequence[str]) -> str:

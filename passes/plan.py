@@ -103,12 +103,12 @@ class Plan(Pass):
             plan, table = self._on_target(job.target, table, budget, model, job)
         else:
             try:
-                plan = table.plan(budget, job.original)
+                plan = table.settled(budget, job.original)
             except BudgetError:
                 if offer or self.numbers != AUTO or "bytes" not in budget.measures:
                     raise
                 table = tabulated(_held(EVERYTHING, model, job))
-                plan = table.plan(budget, job.original)
+                plan = table.settled(budget, job.original)
         known = tapes and effort.measured
         before = job.lost if job.smaller else sum(choice.loss for choice in done)
         job.expected = before + plan.loss if known else None

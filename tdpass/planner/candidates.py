@@ -23,7 +23,7 @@ from tdpass.planner.rounding import Way, rounded_factor
 from tdpass.planner.tried_ranks import Filling, as_given, worthwhile_ranks
 from tdpass.site import Site
 
-_KEPT_WEIGHTS = 2**18
+KEPT_WEIGHTS = 2**18
 _KEPT_SEARCHED = 2**22
 _SEARCHED_WEIGHTS = 2**19
 _COMPENSATED = 1152  # columns up to which what each loses is made up for in rough fits too
@@ -108,7 +108,7 @@ class SiteFits:
             factors = self.decomposition(format_name).factors(rank)
         else:
             factors = FORMATS.get(format_name).refine(self.weight, self.site, rank, self.start, self.metric)
-        if self.site.weights <= (_KEPT_SEARCHED if FORMATS.get(format_name).searched else _KEPT_WEIGHTS):
+        if self.site.weights <= (_KEPT_SEARCHED if FORMATS.get(format_name).searched else KEPT_WEIGHTS):
             self._factors[key] = factors
         return factors
 
@@ -154,7 +154,7 @@ class SiteFits:
         if not form.encoded:
             return plain
         made = self._rounded(plain.to(self.dtype), form)
-        if self.site.weights <= _KEPT_WEIGHTS:
+        if self.site.weights <= KEPT_WEIGHTS:
             self._stored[form] = made
         return made
 

@@ -16,6 +16,7 @@ from tdpass.formats.layer import Layer
 from tdpass.formats.metric import Metric
 from tdpass.planner.cache import CandidateCache
 from tdpass.planner.candidates import (
+    KEPT_WEIGHTS,
     Candidate,
     SiteFits,
     as_it_is,
@@ -30,6 +31,7 @@ from tdpass.planner.joint import JOINT_CHANGES, joint_options
 from tdpass.planner.moments import stream_metrics
 from tdpass.planner.offers import NOTHING, Offer
 from tdpass.planner.sensitivity import Sweep, estimate_losses, measure_losses
+from tdpass.planner.settling import Settling
 from tdpass.planner.sparing import without_spare
 from tdpass.planner.table import Table
 from tdpass.planner.tried_ranks import as_given
@@ -39,6 +41,7 @@ from tdpass.targets.base import Target
 
 SWEEP_SECONDS = 240.0
 _SLACK = 1.5
+_SETTLE_SHARE = 0.3
 _FIT_SHARE = 0.5
 _JOINT_SHARE = 0.25
 
@@ -56,6 +59,11 @@ class Dense:
     def form(self, site: Site) -> Form:
         """The form that a site is in."""
         return self.forms.get(site.name, DENSE)
+
+    def fits(self, site: Site, metric: Metric, effort: Effort) -> SiteFits:
+        """All formats of a site in a metric."""
+        weight, bias = self.weight(site.name), self.bias(site.name)
+        return SiteFits(site, weight, bias, metric, rough=effort.rough, present=self.form(site))
 
 
 def tabulate(
@@ -88,7 +96,7 @@ def tabulate(
         FORMATS.get(name)
     versions = ",".join(f"{name}{FORMATS.get(name).version}" for name in names)
     fingerprints = {site.name: digest(dense.weight(site.name)) for site in sites}
-    wishes = (*((str(offer),) if offer else ()), *(("pivot",) if pivot else ()))
+    wishes = (*((str(offer),) if offer else ()), *(("spared",) if pivot else ()))
     purpose = (effort.name, str(effort.ranks), *(() if target is None else (target.filled_by,)), *wishes)
     keys = {
         site.name: digest(
@@ -113,20 +121,15 @@ def tabulate(
     limit = (1 - _JOINT_SHARE) * effort.limit
     allowance = Allowance(limit, _importance(missing))
     what = "planning" if math.isinf(limit) else f"planning, {limit:.0f} s of one core at most"
-    declined: dict[str, str] = {}
+    declined, held = dict[str, str](), dict[str, SiteFits]()
     filling = as_given if target is None else target.filling
     if missing:
         tick(what, 0, len(missing))
     for done, (site, metric) in enumerate(metrics, start=1):
         deadline = allowance.take(site.name)
-        fits = SiteFits(
-            site,
-            dense.weight(site.name),
-            dense.bias(site.name),
-            metric,
-            rough=effort.rough,
-            present=dense.form(site),
-        )
+        fits = dense.fits(site, metric, effort)
+        if effort.measured and tapes and site.weights <= KEPT_WEIGHTS:
+            held[site.name] = fits
         try:
             found = enumerate_candidates(
                 fits, names, effort.ranks, filling, effort.searches, deadline.part(_FIT_SHARE)
@@ -139,8 +142,8 @@ def tabulate(
             known[site.name] = _with_losses(best, fits, sweep, len(missing), deadline, effort)
             if pivot:
                 beaten = [candidate for candidate in found if candidate not in best]
-                lean = without_spare(known[site.name], beaten, names, fits, effort.ranks, filling)
-                known[site.name] = lean if target is None else [*known[site.name], *lean]
+                spared = without_spare(known[site.name], beaten, names, measures, fits, effort.ranks, filling)
+                known[site.name] = [*(known[site.name] if target is not None else ()), *spared]
             cache.put(keys[site.name], known[site.name])
         except NumericalError as error:
             known[site.name], declined[site.name] = [], str(error)
@@ -151,10 +154,39 @@ def tabulate(
     table.present = {
         site.name: as_it_is(site, dense.form(site)) for site in sites if site.name in dense.forms
     }
+    if tapes and effort.measured:
+
+        def keep(name: str, candidates: list[Candidate]) -> None:
+            cache.put(keys[name], candidates)
+
+        table.settling = _settling(sites, dense, tapes, divergence, effort, keep, held)
     if tapes:
         table.metric = "inputs and outputs on the calibration data"
         table.divergence = str(divergence)
     return table
+
+
+def _settling(
+    sites: Sequence[Site],
+    dense: Dense,
+    tapes: Sequence[Tape],
+    divergence: FittedDivergence,
+    effort: Effort,
+    keep: Callable[[str, list[Candidate]], None],
+    held: dict[str, SiteFits],
+) -> Settling:
+    """What measures losses later on; sites too large to be held keep the losses that were estimated."""
+    small = {site.name: site for site in sites if site.weights <= KEPT_WEIGHTS}
+
+    def fitted(names: Sequence[str]) -> Iterator[SiteFits]:
+        wanted = _in_order([small[name] for name in names if name in small], tapes)
+        for site, metric in stream_metrics(effort.for_moments(tapes), wanted, divergence):
+            yield dense.fits(site, metric, effort)
+
+    def begin() -> Sweep:
+        return Sweep(tapes, divergence, effort.for_losses(len(sites)))
+
+    return Settling(begin, fitted, keep, _SETTLE_SHARE * effort.limit, held)
 
 
 def _identity(site: Site, form: Form = DENSE) -> tuple[str, ...]:

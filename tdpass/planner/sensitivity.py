@@ -80,6 +80,10 @@ class Sweep:
             taken.append(index)
         return taken
 
+    def place(self, name: str) -> int:
+        """Where the first run calls a site first."""
+        return self.tapes[0].site_calls.get(name, (0,))[0]
+
     def seconds_from(self, names: Iterable[str]) -> float:
         """Processor time that one candidate for these sites takes.
 

@@ -11,7 +11,7 @@ from tdpass.formats.base import FORMATS
 from tdpass.formats.layer import cost_of
 from tdpass.formats.pivoted import PIVOT, Pivoted
 from tdpass.planner.candidates import Candidate, SiteFits
-from tdpass.planner.frontier import with_loss
+from tdpass.planner.frontier import frontier, with_loss
 from tdpass.planner.sensitivity import between
 from tdpass.planner.tried_ranks import Filling, as_given, worthwhile_ranks
 
@@ -20,6 +20,7 @@ def without_spare(
     known: Sequence[Candidate],
     others: Sequence[Candidate],
     names: Sequence[str],
+    measures: Sequence[str],
     fits: SiteFits,
     ranks: int,
     filling: Filling = as_given,
@@ -31,14 +32,16 @@ def without_spare(
     those that are known.
     """
     points = sorted((candidate.error, candidate.loss) for candidate in known)
+    plain = (*others, *_above(names, fits, ranks, filling)) if points else ()
+    cheaper = [_spared(candidate, fits) or candidate for candidate in known]
+    added = [lean for candidate in plain if (lean := _spared(candidate, fits)) is not None]
+    best = frontier([*cheaper, *added], measures)
     estimated = [
         with_loss(candidate, between(points, candidate.error), estimated=True)
-        for candidate in (*others, *_above(names, fits, ranks, filling))
+        for candidate in added
+        if candidate in best
     ]
-    return [
-        *(_spared(candidate, fits) or candidate for candidate in known),
-        *(lean for candidate in estimated if points and (lean := _spared(candidate, fits)) is not None),
-    ]
+    return [*cheaper, *estimated]
 
 
 def _lean(name: str) -> Pivoted | None:

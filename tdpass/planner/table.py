@@ -9,12 +9,14 @@ from tdpass.cost import Budget, Cost
 from tdpass.errors import BudgetError
 from tdpass.form import DENSE
 from tdpass.planner.candidates import Candidate, dense_candidate
-from tdpass.planner.frontier import within
+from tdpass.planner.frontier import with_loss, within
 from tdpass.planner.joint import JointOption
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.planner.select import Option, cheapest, select
+from tdpass.planner.settling import Settling
 from tdpass.site import Site
 
+_ROUNDS = 6
 CURVE = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
 
@@ -23,7 +25,7 @@ class Table:
     """All candidates of all sites with their losses: what every budget is decided from.
 
     `present` holds the sites that are in some form already, `priced` the dense layers with what they cost on
-    a target, where one said so; `declined` says why a site has no candidates; `prepared` is the cost of the
+    a target, where one said so; `settling` measures losses; `declined` says why a site has no candidates; `prepared` is the cost of the
     model with its sites as they are, where that is not the cost of the model that came in.
     """
 
@@ -37,6 +39,7 @@ class Table:
     priced: dict[str, Candidate] = field(default_factory=dict)
     declined: dict[str, str] = field(default_factory=dict)
     prepared: Cost | None = None
+    settling: Settling | None = None
 
     def dense(self, site: Site) -> Candidate:
         """The site as it is."""
@@ -71,6 +74,33 @@ class Table:
             self._choice(site, chosen[site.name], budget, joint.get(site.name)) for site in self.sites
         )
         return RankPlan(choices, original, str(budget), self.metric, self.divergence, prepared=prepared)
+
+    def settled(self, budget: Budget, original: Cost) -> RankPlan:
+        """The best choice, made again as long as it rests on losses that are estimated and can be measured."""
+        plan = self.plan(budget, original)
+        for _ in range(_ROUNDS):
+            chosen = self._estimated(plan)
+            losses = self.settling.losses(chosen) if chosen and self.settling is not None else {}
+            if not losses or self.settling is None:
+                break
+            for name, loss in losses.items():
+                self.candidates[name] = [
+                    with_loss(candidate, loss) if candidate is chosen[name] else candidate
+                    for candidate in self.candidates[name]
+                ]
+                self.settling.keep(name, self.candidates[name])
+            plan = self.plan(budget, original)
+        return plan
+
+    def _estimated(self, plan: RankPlan) -> dict[str, Candidate]:
+        """The candidates that a plan takes alone, whose losses are estimated."""
+        forms = {choice.site: choice.form for choice in plan if not choice.joint}
+        return {
+            name: candidate
+            for name, form in forms.items()
+            for candidate in self.candidates.get(name, ())
+            if candidate.form == form and candidate.estimated
+        }
 
     def curve(self, measure: str, original: Cost) -> Iterator[tuple[float, RankPlan]]:
         """Plans over a range of budgets on one measure, as far as they can be met."""

@@ -37,10 +37,10 @@ class SparseTarget(MeasuredTarget):
     def break_even_sparsity(
         self, site: Site, group: str = "weight", setting: Setting = ONE_CALL
     ) -> float | None:
-        steps = STAIRCASE[1:] if leaves_dense(site, group) else STAIRCASE  # all of its lines are the dense layer
-        return crossing(
-            lambda sparsity: self.sparse_over_dense(site, group, [sparsity], setting)[0], steps
-        )
+        steps = (
+            STAIRCASE[1:] if leaves_dense(site, group) else STAIRCASE
+        )  # all of its lines are the dense layer
+        return crossing(lambda sparsity: self.sparse_over_dense(site, group, [sparsity], setting)[0], steps)
 
     def sparse_over_dense(
         self, site: Site, group: str, sparsities: Sequence[float], setting: Setting

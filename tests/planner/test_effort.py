@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 import tdpass
 from tdpass.errors import UsageError
+from tdpass.planner import planning
 from tdpass.planner.effort import EFFORTS, Allowance, Deadline
 from tdpass.planner.planning import Dense, tabulate
 from tdpass.planner.table import Table
@@ -152,3 +155,33 @@ def test_progress_begins_at_once_and_says_how_long_it_may_take() -> None:
     )
     assert seen[0] == ("recording runs of the model", 0, 2)
     assert ("planning, 45 s of one core at most", 0, 4) in seen
+
+
+FEW = ("svd", "tucker2", "channel_svd")
+
+
+def _estimated(plan: tdpass.RankPlan) -> list[str]:
+    return [choice.site for choice in plan if "estimated" in choice.reason]
+
+
+@pytest.mark.parametrize("options", ["", "{pivot=true}"])
+def test_what_a_plan_chooses_is_measured_where_there_was_no_time_before(
+    options: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, x = net()
+    monkeypatch.setattr(planning, "SWEEP_SECONDS", 0.0)  # of each site one loss alone
+
+    def planned(folder: Path) -> tdpass.RankPlan:
+        pipeline = f"plan{options}"
+        return tdpass.compress(
+            model, {"macs": 0.3}, x, formats=FEW, pipeline=pipeline, cache=folder, progress=False
+        ).plan
+
+    with monkeypatch.context() as patch:
+        patch.setattr(planning, "_SETTLE_SHARE", 0.0)
+        assert len(_estimated(planned(tmp_path / "hasty"))) > 1
+    first = planned(tmp_path / "settled")
+    assert any(not choice.kept for choice in first)
+    assert not _estimated(first)
+    assert planned(tmp_path / "settled").choices == first.choices  # what was measured is kept
+    assert not _estimated(planned(tmp_path / "hasty"))  # and may be measured later
