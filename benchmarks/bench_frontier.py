@@ -24,7 +24,7 @@ from torch import nn
 import tdpass
 from benchmarks import cifar, peers
 from benchmarks.frontier_figure import draw
-from benchmarks.results import FOLDER, Table, Value, commit, show
+from benchmarks.results import FOLDER, Table, Value, show
 from tdpass.clock import interleaved
 from tdpass.files import write_text
 from tdpass.models import open_model
@@ -136,7 +136,7 @@ def main() -> None:
     name, table = options.network, Table(options.out, COLUMNS)
     for method, budget in [] if options.draw else wanted(options.methods, options.budgets):
         key = {"model": name, "method": method, "budget": budget, "images": options.images}
-        if options.resume and table.has(**key, commit=commit()):
+        if options.resume and table.has_of_commit(**key):
             continue
         model = METHODS[method](name, budget, options.effort)
         row = measured(name, method, budget, model, options.images)

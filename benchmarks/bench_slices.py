@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import tdpass
 from benchmarks import minilm
-from benchmarks.results import FOLDER, Table, Value, commit, show
+from benchmarks.results import FOLDER, Table, Value, show
 from tdpass.clock import interleaved
 
 COLUMNS = (
@@ -112,7 +112,7 @@ def main() -> None:
     for keep in options.keep:
         params = 0
         for method in options.methods:
-            if options.resume and table.has(model=MODEL, method=method, keep=keep, commit=commit()):
+            if options.resume and table.has_of_commit(model=MODEL, method=method, keep=keep):
                 continue
             if method != "slice" and not params:
                 params = made(dense, "slice", keep, 0, calibration).report.final.params

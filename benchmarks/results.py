@@ -17,6 +17,7 @@ from tdpass.machine import processor
 FOLDER = Path(__file__).parent / "results"
 STAMP = ("machine", "commit", "date", "torch")
 Value = str | float | int | None
+_DIRTY = "-dirty"
 
 
 def skip(reason: str) -> NoReturn:
@@ -69,6 +70,11 @@ class Table:
         return any(
             all(earlier[name] == _written(value) for name, value in row.items()) for earlier in self.earlier
         )
+
+    def has_of_commit(self, **row: Value) -> bool:
+        """The same of a row that was measured at the commit that is checked out, whatever else differed then."""
+        clean = commit().removesuffix(_DIRTY)
+        return any(self.has(**row, commit=name) for name in (clean, clean + _DIRTY))
 
     def add(self, **row: Value) -> None:
         """Append one measurement; floats are rounded to six significant digits."""
