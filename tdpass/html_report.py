@@ -20,7 +20,7 @@ from tdpass.cost import Cost
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.report import Report, SiteRow
 from tdpass.views import summary
-from tdpass.views.html import Html, column, join, table, tag, text
+from tdpass.views.html import Html, join, tag, text
 from tdpass.views.html_arrays import arrays
 from tdpass.views.html_comparison import comparison
 from tdpass.views.html_curve import curve
@@ -203,12 +203,8 @@ def _checks(report: Report) -> Html | None:
     shown = summary.checks(other_checks(report))
     if not shown:
         return None
-    rows = [
-        tag("tr", tag("th", name, scope="row"), tag("td", value, class_="number")) for name, value in shown
-    ]
-    return tag(
-        "div", table([column("Check"), column("Value", number=True)], rows, "Checks"), class_="card narrow"
-    )
+    tiles = (tag("div", tag("dt", name), tag("dd", value)) for name, value in shown)
+    return tag("div", tag("dl", *tiles, class_="tiles"), class_="card")
 
 
 def _environment(report: Report) -> Html | None:

@@ -15,6 +15,7 @@ mkdir -p "$work/tools" && cd "$work" || exit 1
 python=${PYTHON:-python3}
 constraints=${FIRST_HOUR_CONSTRAINTS-$root/constraints.txt}
 failed=0
+unset PYTHONPATH  # what is found there would count as installed
 echo step,seconds,result >times.csv
 
 # step NAME COMMAND...: run it, keep its output in NAME.log, and note what it took

@@ -208,7 +208,7 @@ def test_bar_lengths_are_the_costs() -> None:
     widths = [
         attrs["width"] for name, attrs in page.tags if name == "rect" and attrs.get("height") in ("18", "10")
     ]
-    assert widths == ["100.00%", "25.00%", "100.00%", "25.00%", "50.00%", "50.00%", "50.00%", "50.00%"]
+    assert widths == 3 * ["100.00%", "25.00%"] + 3 * ["50.00%", "50.00%"]  # multiply-adds, parameters, bytes
 
 
 def test_what_a_modelled_machine_says_of_each_site_has_columns() -> None:
@@ -242,8 +242,27 @@ def test_colours_are_stable_and_always_named() -> None:
     rows = [
         SiteRow("a", (1,), Form(name, ()), cost(1), cost(1), 0.0, 0.0) for name in ("tucker2", "dense", "svd")
     ]
-    assert colours(rows) == {"dense": "dense", "svd": "colour0", "tucker2": "colour1"}
+    assert colours(rows) == {"dense": "dense", "svd": "colour0 shade0", "tucker2": "colour1 shade0"}
     assert colours(rows[::-1]) == colours(rows)
+
+
+def test_forms_of_one_format_are_shades_of_its_colour() -> None:
+    """Number types and supports included; what stays as it was alone is grey."""
+    forms = ("dense", "dense int8", "svd 4", "svd 4 int8", "svd 4 int4", "svd 8 int8", "dense 2:4")
+    rows = [SiteRow("a", (1,), Form.parse(form), cost(1), cost(1), 0.0, 0.0) for form in forms]
+    found = colours(rows)
+    assert len(set(found.values())) == len(found) == 6
+    assert found["dense"] == "dense"
+    assert {found[name].split()[0] for name in ("svd", "svd int8", "svd int4")} == {"colour1"}
+    assert {found[name].split()[0] for name in ("dense int8", "dense 2:4")} == {"colour0"}
+
+
+def test_what_a_site_costs_is_there_in_every_measure_that_can_be_chosen() -> None:
+    page = Page(render_html(report_of(3)))
+    chosen = [str(attrs["id"]) for name, attrs in page.tags if name == "input" and attrs.get("type") == "radio"]
+    assert chosen == ["measure-macs", "measure-params", "measure-bytes"]
+    keys = [attrs for name, attrs in page.tags if name == "td" and "data-macs" in attrs]
+    assert all({"data-macs", "data-params", "data-bytes"} <= attrs.keys() for attrs in keys)
 
 
 @pytest.mark.parametrize(
@@ -348,6 +367,11 @@ def test_times_are_shown_where_sites_were_timed() -> None:
         (["one"], [""]),
         ([], [""]),
         ([f"blocks.{n}.conv.{m}" for n in range(80) for m in range(2)], ["blocks"]),
+        ([f"{n}.self.{part}" for n in range(12) for part in "qkv"], [f"{n}.self" for n in range(12)]),
+        (
+            [f"{n}.{part}.dense" for n in range(12) for part in ("query", "value", "output", "hidden")],
+            [f"{n}" for n in range(12)],
+        ),
     ],
 )
 def test_blocks_are_the_finest_that_are_few(names: list[str], expected: list[str]) -> None:
@@ -370,7 +394,7 @@ def test_heights_in_the_network_are_roots_of_costs() -> None:
     rows = [SiteRow("a", (1,), Form("svd", (1,)), cost(1600), cost(400), 0.1, 0.1)]
     page = Page(strip(rows, colours(rows)))
     heights = [float(str(attrs["height"])) for name, attrs in page.tags if name == "rect"]
-    assert heights == [64.0, 32.0, 64.0, 32.0]
+    assert heights == 3 * [64.0, 32.0]  # multiply-adds, parameters, bytes
 
 
 def test_another_budget_says_what_it_would_change() -> None:

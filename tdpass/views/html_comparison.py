@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from tdpass.report import Report, SiteRow
 from tdpass.views import summary
 from tdpass.views.html import Html, column, join, spaced, table, tag
-from tdpass.views.html_sites import breakable
+from tdpass.views.html_sites import common_prefix, site_name
 from tdpass.views.training import scores
 from tdpass.views.units import cost_text, human, share, shown_measures, small
 
@@ -37,7 +37,7 @@ def _figures(report: Report, other: Report) -> Html:
         column(report.budget or "this", number=True),
         column(other.budget or "the other", number=True),
     ]
-    return tag("div", table(headers, rows, "Two reports"), class_="card narrow")
+    return tag("div", table(headers, rows, "Two reports"), class_="card")
 
 
 def _line(title: str, cells: Iterable[Html | str]) -> Html:
@@ -46,12 +46,13 @@ def _line(title: str, cells: Iterable[Html | str]) -> Html:
 
 def _sites(report: Report, other: Report) -> Html:
     ours, theirs = ({row.site: row for row in summary.site_rows(each)} for each in (report, other))
+    prefix = common_prefix(list(ours))
     unlike = [name for name in ours if name in theirs and ours[name].form != theirs[name].form]
     missing = len(ours.keys() ^ theirs.keys())
     rows = [
         tag(
             "tr",
-            tag("th", tag("code", breakable(name)), scope="row"),
+            tag("th", site_name(name, prefix), scope="row"),
             *_cells(name, ours),
             *_cells(name, theirs),
         )

@@ -14,6 +14,7 @@ from tdpass.views.summary import loss_name
 from tdpass.views.units import small
 
 FRAME = Frame()
+_COUNTED = ("macs", "params")  # what a point of the curve says
 
 
 def curve(points: Sequence[CurvePoint], divergence: str) -> Html:
@@ -22,7 +23,20 @@ def curve(points: Sequence[CurvePoint], divergence: str) -> Html:
     if len(ordered) < 2:
         return tag("p", "No curve: only one budget was looked at.", class_="muted")
     return join(
-        [*(_Chart(ordered, name, divergence).svg() for name in SWITCHED), _others(ordered), _numbers(ordered)]
+        [
+            *(_Chart(ordered, name, divergence).svg() for name in _COUNTED),
+            *(
+                tag(
+                    "p",
+                    f"The curve counts multiply-adds and parameters, not {title.lower()}.",
+                    class_=f"muted only-{name}",
+                )
+                for name, title in SWITCHED.items()
+                if name not in _COUNTED
+            ),
+            _others(ordered),
+            _numbers(ordered),
+        ]
     )
 
 

@@ -28,7 +28,7 @@ def left_alone(report: Report, plan: RankPlan | None, rows: Sequence[SiteRow], o
     elsewhere = _share_of(original - sum((row.before for row in rows), Cost()), original)
     cards = [_refusal_card("Sites kept dense", kept, _share_of(sum(held.values(), Cost()), original), shares)]
     cards.append(_refusal_card("Other layers", refused, elsewhere, {}))
-    return join(cards) if any(cards) else None
+    return tag("div", *cards, class_="columns") if any(cards) else None
 
 
 def _refusal_card(
@@ -49,11 +49,11 @@ def _refusal_card(
 def _share_of(part: Cost, whole: Cost) -> str:
     """What part of the model that is, in the measures that can be switched between."""
     known = [
-        f"{share(part.get(name), whole.get(name))} of its {title}"
+        f"{share(part.get(name), whole.get(name))} of its {title if name == 'macs' else title.lower()}"
         for name, title in SWITCHED.items()
         if whole.get(name)
     ]
-    return " and ".join(known)
+    return " and ".join(filter(None, (", ".join(known[:-1]), *known[-1:])))
 
 
 def _reasons(reasons: Mapping[str, Sequence[str]], shares: Mapping[str, str]) -> Html:

@@ -12,20 +12,26 @@ from tdpass.report import SiteRow
 from tdpass.views.blocks import blocks
 from tdpass.views.html import Html, column, join, spaced, table, tag
 from tdpass.views.summary import FormatTotal, losses_known, modelled, timed, unfactored
-from tdpass.views.units import cost_text, dims, form_sizes, human, ratio, seconds, small
+from tdpass.views.units import cost_text, dims, form_sizes, ratio, seconds, small
 
-SWITCHED = {"macs": "MACs", "params": "Parameters"}  # what the reader chooses between
-_COLOURS = 8
+SWITCHED = {"macs": "MACs", "params": "Parameters", "bytes": "Bytes"}  # what the reader chooses between
+_COLOURS, _SHADES = 8, 5
 _LEAST_BAR = 0.5
 _IN_BLOCKS = 40
 
 
 def colours(rows: Sequence[SiteRow]) -> dict[str, str]:
-    """CSS class of every format in use: the same formats get the same colours in every report."""
-    factored = sorted({row.form.family for row in rows} - {DENSE.family})
-    return {
-        DENSE.family: "dense",
-        **{name: f"colour{index % _COLOURS}" for index, name in enumerate(factored)},
+    """CSS classes of every form in use: a hue for its format, a shade for its number types and support.
+
+    Layers that stay as they were are grey.
+    """
+    found = sorted({(row.form.format, row.form.family) for row in rows if row.form.family != DENSE.family})
+    hues = list(dict.fromkeys(name for name, _ in found))
+    shades = [family for _, family in found]
+    first = {name: next(place for place, (each, _) in enumerate(found) if each == name) for name in hues}
+    return {DENSE.family: "dense"} | {
+        family: f"colour{hues.index(name) % _COLOURS} shade{(shades.index(family) - first[name]) % _SHADES}"
+        for name, family in found
     }
 
 
@@ -97,10 +103,10 @@ def _block(name: str, rows: Sequence[SiteRow], width: int) -> Html:
         for each in SWITCHED
     )
     shown = (
-        measured(each, f"{human(before)} → {human(after)}")
+        measured(each, f"{cost_text(each, before)} → {cost_text(each, after)}")
         for each, (before, after) in zip(SWITCHED, costs, strict=True)
     )
-    words = tag("span", f"{len(rows)} sites, ", *shown, class_="muted")
+    words = tag("span", f"{len(rows)} {'site' if len(rows) == 1 else 'sites'}, ", *shown, class_="muted")
     return tag(
         "tr",
         tag("th", tag("code", breakable(name or "…")), " ", words, colspan=width, scope="rowgroup"),
@@ -125,7 +131,7 @@ def _row(
         "tr",
         tag(
             "th",
-            _name(row.site, prefix),
+            site_name(row.site, prefix),
             tag("span", dims(row.shape, "×"), class_="below"),
             scope="row",
             data_key=row.site,
@@ -187,7 +193,8 @@ def _modelled(row: SiteRow, measure: str, dense: bool) -> Html:
     return tag("td", join(map(spaced, amounts)), less, class_="number", data_key=after)
 
 
-def _name(site: str, prefix: str) -> Html:
+def site_name(site: str, prefix: str) -> Html:
+    """A site by its name without what all of them start with."""
     # the prefix stays in the text, so that copying, searching and reading aloud give the whole name
     start = tag("span", prefix, class_="unseen") if prefix else None
     return tag(
@@ -207,15 +214,14 @@ def _amounts(before: Cost, after: Cost, dense: bool) -> list[Html]:
             "td",
             *(measured(name, spaced(text)) for name, text in shown.items()),
             class_="number",
-            data_macs=keys["macs"],
-            data_params=keys["params"],
+            **{f"data_{name}": key for name, key in keys.items()},
         )
 
     costs = {name: (before.get(name), after.get(name)) for name in SWITCHED}
     return [
         *(
             cell(
-                {name: human(pair[side]) for name, pair in costs.items()},
+                {name: cost_text(name, pair[side]) for name, pair in costs.items()},
                 {name: str(pair[side]) for name, pair in costs.items()},
             )
             for side in (0, 1)
@@ -272,7 +278,7 @@ def composition(
             parts += [
                 tag("span", label, class_="label"),
                 _stack(shown, whole, f"{title} {label}"),
-                tag("span", human(cost), class_="number"),
+                tag("span", cost_text(name, cost), class_="number"),
             ]
         bars.append(tag("div", *parts, class_=f"stacks only-{name}"))
     return join(bars)

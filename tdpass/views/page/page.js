@@ -14,13 +14,12 @@
   const lines = Array.from(body.rows);
   const network = lines.filter((row) => !row.classList.contains("block-row"));
   const headers = Array.from(sites.tHead.rows[0].cells);
-  const macs = document.getElementById("measure-macs");
   let column = -1;
   let direction = 1;
 
   function key(row, index) {
     const data = row.cells[index].dataset;
-    return data.key !== undefined ? data.key : data[macs.checked ? "macs" : "params"];
+    return data.key !== undefined ? data.key : data[document.querySelector("input[name=measure]:checked").value];
   }
   function compare(a, b) {
     return a !== "" && b !== "" && !isNaN(a) && !isNaN(b) ? a - b : a.localeCompare(b, undefined, { numeric: true });
