@@ -16,6 +16,7 @@ from tdpass.planner.effort import effort_named
 from tdpass.planner.joint import joint_layers, joint_options
 from tdpass.planner.joint.project_channels import NARROWINGS
 from tdpass.planner.joint.prune_channels import KEEP_SHARES
+from tdpass.planner.joint.prune_gated import PruneGated
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.planner.sensitivity import Sweep
 from tdpass.planner.table import Table
@@ -29,7 +30,8 @@ class ProjectChannels(Pass):
     """Narrow the runs of dense layers that feed each other; what comes out is dense, with no layer between.
 
     `how`: "learned" mixtures, "principal" ones, or channels selected by "norm", "taylor" or "median".  `keep`
-    is the share of channels left at every joint; with a budget among the options (`macs=0.7`) the shares of
+    is the share of channels left at every joint, also of gated MLPs, whose channels are selected for what reads
+    them whatever `how` is; with a budget among the options (`macs=0.7`) the shares of
     all runs are chosen under it, by the divergence that they are measured to cause.  Sites that take no part
     are declined with the reason.
     """
@@ -85,10 +87,13 @@ class ProjectChannels(Pass):
 
     def _plan(self, model: Model, job: Job, sites: list[Site]) -> RankPlan:
         tapes, effort = job.tapes(model), effort_named(job.effort).of(job.original.macs)
-        change = NARROWINGS[self.how](KEEP_SHARES if self.bounds else (self.keep,))
+        shares = KEEP_SHARES if self.bounds else (self.keep,)
+        change, gated = NARROWINGS[self.how](shares), PruneGated(shares)
         named = {site.name: site for site in sites}
+        gates = {name for group in gated.find(tapes, named) for name in group}
         for name, reason in change.declined(tapes, named).items():
-            job.report.decline(name, f"its channels stay: {reason}")
+            if name not in gates:
+                job.report.decline(name, f"its channels stay: {reason}")
         sweep = Sweep(tapes, job.fitted_divergence, effort.for_losses(len(sites)))
         table = Table(
             tuple(sites), {}, fingerprints={site.name: digest(model.weight(site.name)) for site in sites}
@@ -106,6 +111,6 @@ class ProjectChannels(Pass):
             sweep,
             job.progress,
             effort.limit,
-            [change],
+            [change, gated],
         )
         return table.plan(Budget.parse(self.bounds) if self.bounds else Budget(), job.original)

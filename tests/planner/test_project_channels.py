@@ -228,4 +228,5 @@ def test_bad_options_say_what_is_allowed(residual: nn.Module) -> None:
 
 
 def test_planning_does_not_try_it_unless_asked() -> None:
-    assert {change.name for change in JOINT_CHANGES if change.offered} == {"drop-branch", "prune-channels"}
+    offered = {change.name for change in JOINT_CHANGES if change.offered}
+    assert offered == {"drop-branch", "prune-channels", "prune-gated"}

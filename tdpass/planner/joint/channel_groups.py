@@ -112,7 +112,9 @@ def _follow(call: Call, sites: Mapping[str, Site], found: ChannelGroups, *, pads
     elif call.name == _NORM and len(read) == len(written) == 1 and isinstance(mean := _mean(call), Tensor):
         found.norms[id(mean)] = read[0]
         found.join(*read, *written)
-    elif (call.name in _PASSES and len(read) == 1) or (call.name in _JOINS and not any(_constants(call))):
+    elif (call.name in _PASSES and len(read) == 1) or (
+        call.name in _JOINS and next(_constants(call), None) is None
+    ):
         found.join(*read, *written)
     elif not (call.name == _PAD and pads):
         for number in (*read, *written):

@@ -29,34 +29,38 @@ class PruneChannels(JointChange):
 
     name = "prune-channels"
 
+    def __init__(self, keep: Sequence[float] = KEEP_SHARES) -> None:
+        self.keep = tuple(keep)
+
     def find(self, tapes: Sequence[Tape], sites: Mapping[str, Site]) -> list[Group]:
         return [*find_pairs(tapes, sites)]
 
     def worth_trying(self, group: Group, sites: Mapping[str, Site]) -> bool:
-        return sites[group[1]].weights // sites[group[1]].o <= MAX_WIDTH
+        return sites[group[-1]].weights // sites[group[-1]].o <= MAX_WIDTH
 
     def reads(self, group: Group) -> tuple[str, ...]:
-        return group[1:]
+        return group[-1:]
 
     def variants(self, group: Group, network: Network) -> Iterator[Variant]:
-        read, metric = network.sites[group[1]], network.metrics[group[1]]
+        read, metric = network.sites[group[-1]], network.metrics[group[-1]]
         weight = network.weight(read.name).double()
         surgery = remove_channels(weight, metric)
         whole = metric.square(weight.flatten(1))
-        for keep in sorted({max(1, round(read.i * share)) for share in KEEP_SHARES} - {read.i}, reverse=True):
+        for keep in sorted({max(1, round(read.i * share)) for share in self.keep} - {read.i}, reverse=True):
             channels = surgery.kept(keep)
             error = (surgery.errors[read.i - keep - 1] / whole) ** 0.5 if whole > 0 else 0.0
-            yield Variant(_pruned(group, network, channels), {group[0]: 0.0, group[1]: error}, channels)
+            errors = {**dict.fromkeys(group[:-1], 0.0), read.name: error}
+            yield Variant(_pruned(group, network, channels), errors, channels)
 
     def planned(self, choices: Sequence[Choice]) -> bool:
-        first, second = choices
-        return (
-            first.channels == second.channels
-            and first.form.outputs == len(first.channels) == second.form.inputs
+        *made, read = choices
+        count = len(read.channels)
+        return read.form.inputs == count and all(
+            choice.channels == read.channels and choice.form.outputs == count for choice in made
         )
 
     def carry_out(self, group: Group, choices: Sequence[Choice], network: Network) -> Mapping[str, Layer]:
-        channels, read = choices[1].channels, network.sites[group[1]]
+        channels, read = choices[-1].channels, network.sites[group[-1]]
         if not all(0 <= channel < read.i for channel in channels):
             raise PlanError(
                 f"the plan keeps channels {channels} of site {read.name!r}, which has {read.i}; plan again"
@@ -65,9 +69,8 @@ class PruneChannels(JointChange):
 
 
 def _pruned(group: Group, network: Network, channels: Sequence[int]) -> dict[str, Layer]:
-    made, read = (network.sites[name] for name in group)
+    *made, read = (network.sites[name] for name in group)
     metric, index = network.metrics[read.name], torch.tensor(list(channels))
-    first, first_bias = network.weight(made.name), network.bias(made.name)
     second, second_bias = network.weight(read.name).double(), network.bias(read.name)
     kept = keep_channels(second, metric, channels)
     if metric.mean is not None:
@@ -75,9 +78,13 @@ def _pruned(group: Group, network: Network, channels: Sequence[int]) -> dict[str
             index
         ].reshape(-1)
         second_bias = lost if second_bias is None else second_bias.double() + lost
-    kept_bias = None if first_bias is None else first_bias[index]
     makes, reads = Form("dense", (), outputs=len(channels)), Form("dense", (), inputs=len(channels))
-    return {
-        made.name: Layer(makes.on(made), makes, {"kernel": first[index]}, kept_bias).to(first.dtype),
-        read.name: Layer(reads.on(read), reads, {"kernel": kept}, second_bias).to(first.dtype),
-    }
+    layers: dict[str, Layer] = {}
+    for site in made:
+        weight, bias = network.weight(site.name), network.bias(site.name)
+        kept_bias = None if bias is None else bias[index]
+        layers[site.name] = Layer(makes.on(site), makes, {"kernel": weight[index]}, kept_bias).to(
+            weight.dtype
+        )
+    last = Layer(reads.on(read), reads, {"kernel": kept}, second_bias)
+    return {**layers, read.name: last.to(network.weight(read.name).dtype)}
