@@ -16,7 +16,7 @@ from tdpass.errors import KernelError
 from tdpass.kernels import native
 from tdpass.kernels.base import Op, implements, register_op
 from tdpass.kernels.grid import MIDDLE, own_grid
-from tdpass.kernels.int8_factor import Int8Factor, check_factors, pack_weight
+from tdpass.kernels.int8_factor import Int8Factor, check_factors, pack_codes, pack_weight
 from tdpass.kernels.recurrent import cell_call, copy_of
 from tdpass.kernels.stage import Stage, checked
 
@@ -26,6 +26,7 @@ LSTM_SCHEMA = (
 )
 GRU_SCHEMA = f"(Tensor pre, {_FACTORS}, Tensor? bias, Tensor h0, bool reverse) -> (Tensor, Tensor)"
 _PANEL, _TOGETHER = 16, 4
+Int8Codes = tuple[Tensor, Tensor]
 
 
 def pack_v(v: Tensor) -> Int8Factor:
@@ -38,6 +39,14 @@ def pack_u(u: Tensor, gates: int) -> Int8Factor:
     flat = pack_weight(_stage(*u.shape), u[:, :, None, None])
     codes = _stage(*u.shape).unpack(flat.weight, "quads")[:, :, 0, 0]
     return flat._replace(weight=_by_gate(codes, gates))
+
+
+def pack_cell(v: Int8Codes, u: Int8Codes, gates: int) -> tuple[Tensor, ...]:
+    """Whole numbers `v[rank, hidden]` and `u[(gates hidden), rank]`, each with its scales by row, as a cell takes them."""
+    packed_v, packed_u = (
+        pack_codes(_stage(*codes.shape), codes[:, :, None, None], scale) for codes, scale in (v, u)
+    )
+    return (*packed_v, *packed_u._replace(weight=_by_gate(u[0], gates)))
 
 
 def _stage(outputs: int, inputs: int) -> Stage:

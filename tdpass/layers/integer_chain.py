@@ -175,6 +175,10 @@ class IntegerChain(EncodedChain):
             return f"'{layer.form}' sums more than {MOST_PRODUCTS} products, which may exceed 32 bits"
         return ""
 
+    def codes_and_scales(self) -> list[Tensor]:
+        """The codes of all stages, then their scales."""
+        return [self.get_buffer(name) for part in self._parts[:2] for name in part]
+
     def chain_call(self, x: Tensor) -> Tensor:
         held = [[self._buffers[name] for name in part] for part in self._parts]
         if torch.compiler.is_compiling():

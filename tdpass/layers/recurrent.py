@@ -9,20 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from tdpass.errors import UnsupportedError, UsageError
 from tdpass.kernels import native
 from tdpass.kernels.base import Op
 from tdpass.kernels.recurrent import LOW_RANK_GRU, LOW_RANK_LSTM
+from tdpass.kernels.recurrent_int8 import LOW_RANK_GRU_INT8, LOW_RANK_LSTM_INT8
 from tdpass.layers.opening import Opener, linear, opened, register_opener, why_computed
 from tdpass.layers.recurrent_cells import OpenCell, gru_step, lstm_step, plain_step
 from tdpass.layers.recurrent_cells import why_closed as why_cell_closed
-from tdpass.layers.recurrent_product import Product, form, is_plain
+from tdpass.layers.recurrent_integers import integer_cell, is_integer_cell
+from tdpass.layers.recurrent_product import Product, form, is_plain, lead, recorded
 
-# at more than one sample, torch's LSTM does that much more in the same time than the fused operators
-_LSTM_LEAD = 1.25
 _Direction = Callable[[Tensor, str, list[Tensor], bool], tuple[Tensor, Sequence[Tensor]]]
 
 
@@ -40,6 +38,7 @@ class OpenRNN(nn.Module):
 
     kind: ClassVar[type[nn.RNNBase]]
     operator: ClassVar[Op | None] = None
+    integer_operator: ClassVar[Op | None] = None
     gates: ClassVar[int]
     states: ClassVar[int]
 
@@ -107,14 +106,15 @@ class OpenRNN(nn.Module):
 
     @_disable_dynamo  # torch.compiler.disable would import the compiler here and now
     def _eager(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        if _recorded() or not all(is_plain(getattr(self, name)) for name in self._names):
-            return self._layers(x, state, self._by_steps, int(self.batch_first))
         trained = torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (x, *state, *self.parameters())
         )
-        if not trained and self._fused(x):
-            y, ends = self._layers(x.transpose(0, 1) if self.batch_first else x, state, self._by_operators, 0)
+        run = None if trained or recorded() else self._operators(x)
+        if run is not None:
+            y, ends = self._layers(x.transpose(0, 1) if self.batch_first else x, state, run, 0)
             return y.transpose(0, 1) if self.batch_first else y, ends
+        if recorded() or not self._plain():
+            return self._layers(x, state, self._by_steps, int(self.batch_first))
         products = [self._product(name) for name in self._names]
         biases = [product.bias for product in products]
         weights = [product.weight(trained=trained) for product in products]
@@ -148,32 +148,27 @@ class OpenRNN(nn.Module):
             self._known[name] = Product.of(module)
         return self._known[name]
 
-    def _fused(self, x: Tensor) -> bool:
-        """Whether the fused operators can serve the call, and are faster than torch's own layer."""
+    def _plain(self) -> bool:
+        return all(is_plain(getattr(self, name)) for name in self._names)
+
+    def _operators(self, x: Tensor) -> _Direction | None:
+        """How the fused operators run one direction of a layer; None where they do not serve the call, or are slower."""
         if (
             self.operator is None
             or type(x) is not Tensor
             or x.device.type != "cpu"
+            or x.dtype != torch.float32
             or (self.training and self.dropout)
             or torch.is_autocast_enabled("cpu")
             or native.missing()
         ):
-            return False
-        products = [self._product(name) for name in self._names]
-        if any(product.computed for product in products):
-            return False
-        if not all(
-            tensor.dtype == torch.float32
-            for tensor in (x, *(tensor for product in products for tensor in product.tensors))
-        ):
-            return False
-        own = sum(min(product.called, product.dense) for product in products[::2]) + sum(
-            product.thin for product in products[1::2]
-        )
-        samples = x.shape[1 - int(self.batch_first)]
-        return (
-            samples == 1 or self.states == 1 or own * _LSTM_LEAD <= sum(product.dense for product in products)
-        )
+            return None
+        if all(is_integer_cell(getattr(self, f"hidden{suffix}")) for suffix in self.suffixes):
+            return self._by_integers
+        if not self._plain():
+            return None
+        products, samples = [self._product(name) for name in self._names], x.shape[1 - int(self.batch_first)]
+        return self._by_operators if lead(products, samples, self.states) else None
 
     def _layers(
         self, x: Tensor, state: list[Tensor], run: _Direction, axis: int
@@ -207,6 +202,21 @@ class OpenRNN(nn.Module):
         )
         return y, ends
 
+    def _by_integers(
+        self, x: Tensor, suffix: str, state: list[Tensor], reverse: bool
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """The same where what is multiplied with the hidden state is whole numbers."""
+        hidden = getattr(self, f"hidden{suffix}")
+        assert self.integer_operator is not None
+        y, *ends = self.integer_operator.call(
+            getattr(self, f"input{suffix}")(x),
+            *integer_cell(hidden, self.gates),
+            hidden.bias,
+            *state,
+            reverse,
+        )
+        return y, ends
+
     def _by_steps(
         self, x: Tensor, suffix: str, state: list[Tensor], reverse: bool
     ) -> tuple[Tensor, Sequence[Tensor]]:
@@ -230,7 +240,7 @@ class OpenLSTM(OpenRNN):
     >>> y, (h, c) = OpenLSTM(nn.LSTM(32, 64))(torch.zeros(5, 1, 32))
     """
 
-    kind, operator, gates, states = nn.LSTM, LOW_RANK_LSTM, 4, 2
+    kind, operator, integer_operator, gates, states = nn.LSTM, LOW_RANK_LSTM, LOW_RANK_LSTM_INT8, 4, 2
 
     def forward(
         self, x: Tensor, state: tuple[Tensor, Tensor] | None = None
@@ -251,7 +261,7 @@ class OpenGRU(OpenRNN):
     >>> y, h = OpenGRU(nn.GRU(32, 64))(torch.zeros(5, 1, 32))
     """
 
-    kind, operator, gates, states = nn.GRU, LOW_RANK_GRU, 3, 1
+    kind, operator, integer_operator, gates, states = nn.GRU, LOW_RANK_GRU, LOW_RANK_GRU_INT8, 3, 1
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, (h,) = self._run(x, None if state is None else [state])
@@ -330,11 +340,3 @@ def open_recurrent(model: nn.Module) -> nn.Module:
         return _OPEN[type(module)](module)
 
     return opened(model, make, "open_recurrent")
-
-
-def _recorded() -> bool:
-    """Whether somebody follows the calls of torch functions."""
-    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    return torch._C._get_tracing_state() is not None or any(
-        not isinstance(mode, DeviceContext) for mode in modes
-    )

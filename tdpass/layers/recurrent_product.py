@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from tdpass.form import Form
 from tdpass.formats.layer import Layer
@@ -25,6 +27,8 @@ from tdpass.site import Site
 
 # how many times fewer multiply-adds factors need that are no chain, to be no slower than one matrix product
 _FACTORS_LEAD = 4
+# at more than one sample, torch's LSTM does that much more in the same time than the fused operators
+_LSTM_LEAD = 1.25
 _FORWARDS = (nn.Linear.forward, Factorized.forward, Fused.forward)
 
 
@@ -188,3 +192,23 @@ class Product:
 
 def _chain(stages: tuple[Stage, ...]) -> PackChain:
     return PackChain(stages, "channels", (False,) * len(stages))
+
+
+def lead(products: Sequence[Product], samples: int, states: int) -> bool:
+    """Whether the fused operators serve these products, input and hidden in turn, and are faster than torch's own layer."""
+    if any(product.computed for product in products):
+        return False
+    if not all(tensor.dtype == torch.float32 for product in products for tensor in product.tensors):
+        return False
+    own = sum(min(product.called, product.dense) for product in products[::2]) + sum(
+        product.thin for product in products[1::2]
+    )
+    return samples == 1 or states == 1 or own * _LSTM_LEAD <= sum(product.dense for product in products)
+
+
+def recorded() -> bool:
+    """Whether somebody follows the calls of torch functions."""
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return torch._C._get_tracing_state() is not None or any(
+        not isinstance(mode, DeviceContext) for mode in modes
+    )
