@@ -1,12 +1,16 @@
-"""What precision gains per layer shape, dense and at low rank, and up to which rank low rank pays in each.
+"""What precision gains per layer shape, up to which rank low rank pays in it, and from which sparsity on zeros do.
 
     python -m benchmarks.bench_bits                                  # results/bits.csv and docs/bits.svg
-    python -m benchmarks.bench_bits --layers bert --output /tmp/a.csv --plot /tmp/a.svg
+    python -m benchmarks.bench_bits --layers bert --runtimes onnxruntime --output /tmp/a.csv --plot /tmp/a.svg
     python -m benchmarks.bench_bits --draw                           # the plot alone, from what the CSV holds
 
 Each layer is a network of its own with weights of noise, run as in `bench_models --dtype`; the best runtime of
-each type counts.  `us_at_0.25` is the time at a quarter of the multiply-adds, `break_even` the largest share of
-them at which low rank is no slower than dense in the same type.
+each type counts, of `--runtimes` where these are named.  `us_at_0.25` is the time at a quarter of the
+multiply-adds, `break_even` the largest share of them at which low rank is no slower than dense in the same
+type.  `rows_pay_from` and `channels_pay_from` are the shares of outputs and of input channels that are left out
+from which on the smaller layer, with what gathers and places, is faster than dense; `weights_pay_from` that of
+single zeros in the sparse operator: in single precision, in the same runtimes.  Rows that the file holds already
+of this machine are not measured again.
 """
 
 from __future__ import annotations
@@ -32,12 +36,19 @@ from tdpass.formats.layer import dense_cost
 from tdpass.kinds import kind_of
 from tdpass.layers.factorized import Factorized
 from tdpass.site import Site
+from tdpass.targets import Setting
+from tdpass.targets.cpu import CpuTarget
 from tdpass.targets.layers import make_layer
+from tdpass.targets.runtimes import RUNTIMES
 from tdpass.views.html import Html, tag
 
 SHARES = (0.75, 0.5, 0.25, 0.125)
 TIMES = tuple(f"us_at_{share:g}" for share in SHARES)
-COLUMNS = ("layer", "shape", "dtype", "threads", "batch", "dense_runtime", "dense_us", *TIMES, "break_even")
+PAY = {"row": "rows_pay_from", "channel": "channels_pay_from", "weight": "weights_pay_from"}
+COLUMNS = (
+    "layer", "shape", "dtype", "threads", "batch", "dense_runtime", "dense_us", *TIMES, "break_even", *PAY.values(),
+)  # fmt: skip
+TARGET_RUNTIMES = ("eager", "inductor", "onnxruntime", "openvino")
 ROUNDS, NEVER = 7, "never"
 PLOT = Path(__file__).parents[1] / "docs" / "bits.svg"
 LEFT, TOP, WIDE, HIGH, GAP, ACROSS = 60, 40, 170, 110, 45, 4
@@ -49,14 +60,18 @@ polyline { fill: none; stroke-width: 2; } .fp32 { stroke: #0757b0; } .bf16 { str
 """
 
 
-def measure(name: str, dtype: str, threads: int) -> dict[str, Value]:
+def measure(name: str, dtype: str, threads: int, runtimes: Sequence[str] = ()) -> dict[str, Value]:
     """Times of one layer in one type, dense and at falling shares of the multiply-adds, all in turn."""
     site = LAYERS[name]
     modules = [_module(site, share) for share in (1.0, *SHARES)]
     x = torch.randn(*kind_of(site).sample(site, 1), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), threads_of_torch(threads):
         found = [
-            [each for each in candidates(dtype, module, module, x, threads) if each.shape != "chain"]
+            [
+                each
+                for each in candidates(dtype, module, None if runtimes else module, x, threads, runtimes)
+                if each.shape != "chain"
+            ]
             for module in modules
         ]
         flat = [each.call for group in found for each in group]
@@ -67,7 +82,15 @@ def measure(name: str, dtype: str, threads: int) -> dict[str, Value]:
         "layer": name, "shape": "x".join(map(str, site.shape)), "dtype": dtype, "threads": threads, "batch": 1,
         "dense_runtime": min(times[0], key=times[0].__getitem__), "dense_us": 1e6 * best[0],
         **dict(zip(TIMES, (1e6 * time for time in best[1:]), strict=True)), "break_even": _break_even(best),
+        **(zeros(site, threads, runtimes) if dtype == DTYPES[0] else {}),
     }  # fmt: skip
+
+
+def zeros(site: Site, threads: int, runtimes: Sequence[str]) -> dict[str, Value]:
+    """From which share of zeros on a layer is faster, by what is zero at once."""
+    target = CpuTarget([RUNTIMES.get(name) for name in runtimes or TARGET_RUNTIMES], None)
+    found = {group: target.break_even_sparsity(site, group, Setting(1, threads)) for group in PAY}
+    return {column: NEVER if found[group] is None else found[group] for group, column in PAY.items()}
 
 
 def _module(site: Site, share: float) -> nn.Module:
@@ -172,6 +195,9 @@ def main() -> None:
     )
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
+    parser.add_argument(
+        "--runtimes", nargs="+", default=[], choices=TARGET_RUNTIMES, help="only these, and quicker"
+    )
     parser.add_argument("--output", default="bits.csv", help="file under results/, or a path")
     parser.add_argument("--plot", type=Path, default=PLOT, help="where the plot goes (default: %(default)s)")
     parser.add_argument("--draw", action="store_true", help="measure nothing")
@@ -182,7 +208,9 @@ def main() -> None:
         torch.set_num_threads(threads)
         for name in LAYERS:
             for dtype in options.dtypes if any(part in name for part in options.layers) else ():
-                table.add(**measure(name, dtype, threads))
+                if table.kept(layer=name, dtype=dtype, threads=threads):
+                    continue
+                table.add(**measure(name, dtype, threads, options.runtimes))
                 print(show(table.rows[-1:], COLUMNS).splitlines()[-1], flush=True)
     with table.path.open(newline="", encoding="utf-8") as file:
         found = {(row["layer"], row["dtype"]): row for row in csv.DictReader(file) if row["threads"] == "1"}

@@ -8,7 +8,8 @@ Every row starts from the trained network and 512 unlabelled calibration images,
 name begins with `onnx` are ONNX files with integer activations, run by ONNX Runtime; all others are torch
 modules whose activations stay in single precision. `bytes` are those of parameters, `file_bytes` those of the
 file that is saved.  Rows go to results/precision.csv; those of another network than ResNet-20 begin with its
-name.  NNCF takes part where it is installed.
+name.  Rows that the file holds already, of as many images and of this machine, are not measured again.  NNCF takes
+part where it is installed.
 """
 
 from __future__ import annotations
@@ -47,8 +48,16 @@ REPAIR = "factorize,correct-bias,refit"
 BUDGETS = (0.25, 0.1, 0.05)
 Answers = Callable[[Tensor], Tensor]
 NETWORKS = ("resnet20", "resnet32", "resnet56")
+CALIBRATION = 512
 _network = contextvars.ContextVar("network", default=NETWORKS[0])
 """Which network the rows are of."""
+_samples = contextvars.ContextVar("samples", default=CALIBRATION)
+"""How many of the calibration images are used."""
+
+
+def calibration() -> Tensor:
+    """The calibration images."""
+    return cifar.calibration()[: _samples.get()]
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ def compressed(budget: dict[str, float] | None, steps: str, formats: tuple[str, 
     """The torch module that a pipeline makes; of the dense format alone, nothing is factored."""
     given, pipeline = cifar.load_resnet(_network.get()), f"{BEGIN},{steps},{END}"
     artifact = tdpass.compress(
-        given, budget, cifar.calibration(), pipeline=pipeline, formats=formats, strict=False
+        given, budget, calibration(), pipeline=pipeline, formats=formats, strict=False
     )
     assert isinstance(artifact.model, nn.Module)
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +91,7 @@ def in_onnx_runtime(budget: dict[str, float] | None, steps: str) -> Result:
         artifact = tdpass.compress(
             exported(Path(folder)),
             budget,
-            cifar.calibration(),
+            calibration(),
             pipeline=f"{BEGIN},{steps},{END}",
             strict=False,
         )
@@ -90,14 +99,17 @@ def in_onnx_runtime(budget: dict[str, float] | None, steps: str) -> Result:
         return _result(artifact, session(Path(folder) / "it.onnx"), (Path(folder) / "it.onnx").stat().st_size)
 
 
-def by_onnxruntime(per_channel: bool) -> Result:
-    """Static quantization by onnxruntime.quantization: u8 activations, s8 weights, from the extremes of the same images."""
+def by_onnxruntime() -> Result:
+    """Static quantization by onnxruntime.quantization, from the extremes of the same images.
+
+    Activations in u8, weights in s8 by channel.
+    """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):
         def __init__(self, name: str) -> None:
-            self.left = iter([{name: part.numpy()} for part in cifar.calibration().split(64)])
+            self.left = iter([{name: part.numpy()} for part in calibration().split(64)])
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.left, None)
@@ -111,7 +123,7 @@ def by_onnxruntime(per_channel: bool) -> Result:
         quant_pre_process(str(plain), str(prepared))
         reader = Reader("x")
         quantize_static(
-            str(prepared), str(made), reader, quant_format=QuantFormat.QDQ, per_channel=per_channel,
+            str(prepared), str(made), reader, quant_format=QuantFormat.QDQ, per_channel=True,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
         )  # fmt: skip
         return Result(session(made), None, None, None, 1.0, made.stat().st_size)
@@ -123,7 +135,7 @@ def by_nncf() -> Result:
     import onnx
 
     with tempfile.TemporaryDirectory() as folder:
-        parts = cifar.calibration().split(64)
+        parts = calibration().split(64)
         data = nncf.Dataset(list(parts), lambda part: {"x": part.numpy()})
         made = nncf.quantize(onnx.load(exported(Path(folder))), data, subset_size=len(parts))
         path = Path(folder) / "made.onnx"
@@ -134,7 +146,7 @@ def by_nncf() -> Result:
 def exported(folder: Path) -> Path:
     """The trained network as an ONNX file of any number of images."""
     path = folder / f"{_network.get()}.onnx"
-    model, example = cifar.load_resnet(_network.get()), cifar.calibration()[:2].contiguous()
+    model, example = cifar.load_resnet(_network.get()), calibration()[:2].contiguous()
     shapes = ({0: torch.export.Dim("n")},)
     torch.onnx.export(
         model,
@@ -195,7 +207,7 @@ ROWS: dict[str, Callable[[], tuple[Result, str]]] = {
         in_onnx_runtime, None, "quantize{numbers=int8},quantize-activations{calibration=minmax}"
     ),
     "onnx_rank_0.5_int8": _row(in_onnx_runtime, {"macs": 0.5}, f"{PLAIN},{STATIC}"),
-    "onnxruntime_int8": _row(by_onnxruntime, True),
+    "onnxruntime_int8": _row(by_onnxruntime),
     "nncf_int8": _row(by_nncf),
     "int4_32": _row(compressed, None, "quantize{numbers=int4/32}"),
     "int4_32_beside_4": _row(compressed, None, "quantize{numbers=int4/32,beside=4}"),
@@ -224,9 +236,16 @@ def main() -> None:
     parser.add_argument(
         "--images", type=int, default=10_000, help="so many of the test images, evenly spaced"
     )
+    parser.add_argument(
+        "--calibration",
+        type=int,
+        default=CALIBRATION,
+        help="so many of the calibration images; rows of fewer than all say so",
+    )
     parser.add_argument("--out", help="file in results/ instead of precision.csv")
     options = parser.parse_args()
     cifar.data()
+    _samples.set(options.calibration)
     table = Table(options.out or "precision.csv", COLUMNS)
     for network in options.nets:
         _network.set(network)
@@ -234,8 +253,12 @@ def main() -> None:
 
 
 def _measure(network: str, options: argparse.Namespace, table: Table) -> None:
-    dense = accuracy(cifar.load_resnet(network), options.images)
-    for name in options.rows:
+    few = "" if options.calibration == CALIBRATION else f" of {options.calibration}"
+    of = "" if network == NETWORKS[0] else f"{network} "
+    titles = {name: f"{of}{name}{few}" for name in options.rows}
+    left = [name for name in titles if not table.kept(row=titles[name], images=options.images)]
+    dense = accuracy(cifar.load_resnet(network), options.images) if left else 0.0
+    for name in left:
         start = time.perf_counter()
         try:
             result, pipeline = ROWS[name]()
@@ -244,7 +267,7 @@ def _measure(network: str, options: argparse.Namespace, table: Table) -> None:
             continue
         seconds = time.perf_counter() - start
         row: dict[str, Value] = {
-            "row": name if network == NETWORKS[0] else f"{network} {name}", "pipeline": pipeline, "images": options.images,
+            "row": titles[name], "pipeline": pipeline, "images": options.images,
             "accuracy": accuracy(result.answers, options.images), "dense_accuracy": dense,
             "divergence": result.divergence, "bytes": result.size, "bytes_fraction": result.size_fraction, "macs_fraction": result.macs_fraction,
             "file_bytes": result.file_bytes, "seconds": seconds,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,38 +44,58 @@ class Candidate:
     answer: Tensor
 
 
-def candidates(dtype: str, dense: nn.Module, chain: nn.Module, x: Tensor, threads: int) -> list[Candidate]:
-    """Everything to be timed in that type; what a runtime does not serve is left out."""
+def candidates(
+    dtype: str,
+    dense: nn.Module,
+    chain: nn.Module | None,
+    x: Tensor,
+    threads: int,
+    runtimes: Collection[str] = (),
+) -> list[Candidate]:
+    """Everything to be timed in that type; what a runtime does not serve is left out.
+
+    Of low rank nothing where there is no `chain`; with `runtimes` those of these names alone are asked, and
+    no operators of this package.
+    """
     ways = {"fp32": _fp32, "bf16": _bf16, "int8": _int8}
     plain = [
         each
         for shape, module in (("dense", dense), ("chain", chain))
-        for each in ways[dtype](shape, module, x, threads)
+        if module is not None
+        for each in ways[dtype](shape, module, x, threads, runtimes)
     ]
+    if chain is None or runtimes:
+        return plain
     return [*plain, *(_fused_int8(chain, x, threads) if dtype == "int8" else _fused(dtype, chain, x))]
 
 
-def _fp32(shape: str, module: nn.Module, x: Tensor, threads: int) -> Iterator[Candidate]:
+def _fp32(
+    shape: str, module: nn.Module, x: Tensor, threads: int, asked: Collection[str] = ()
+) -> Iterator[Candidate]:
     torch_side, onnx_side = open_model(module, x), open_model(exported(module, x), None)
-    yield from _in(("eager", "inductor"), torch_side, shape, x, threads)
-    yield from _in(("onnxruntime", "openvino"), onnx_side, shape, x, threads)
+    yield from _in(("eager", "inductor"), torch_side, shape, x, threads, asked)
+    yield from _in(("onnxruntime", "openvino"), onnx_side, shape, x, threads, asked)
 
 
-def _bf16(shape: str, module: nn.Module, x: Tensor, threads: int) -> Iterator[Candidate]:
+def _bf16(
+    shape: str, module: nn.Module, x: Tensor, threads: int, asked: Collection[str] = ()
+) -> Iterator[Candidate]:
     half = functools.partial(copy.deepcopy, module)
     yield from _in(
-        ("eager", "inductor"), open_model(half().bfloat16(), x.bfloat16()), shape, x.bfloat16(), threads
+        ("eager", "inductor"), open_model(half().bfloat16(), x.bfloat16()), shape, x.bfloat16(), threads, asked
     )
-    yield from _in(("openvino_default",), open_model(exported(module, x), None), shape, x, threads)
+    yield from _in(("openvino_default",), open_model(exported(module, x), None), shape, x, threads, asked)
 
 
-def _int8(shape: str, module: nn.Module, x: Tensor, threads: int) -> Iterator[Candidate]:
+def _int8(
+    shape: str, module: nn.Module, x: Tensor, threads: int, asked: Collection[str] = ()
+) -> Iterator[Candidate]:
     artifact = tdpass.compress(exported(module, x), None, x, pipeline=STATIC, strict=False)
-    yield from _in(("onnxruntime", "openvino"), artifact.opened, shape, x, threads)
+    yield from _in(("onnxruntime", "openvino"), artifact.opened, shape, x, threads, asked)
     dynamic = STATIC.replace("minmax", "dynamic")
     small = tdpass.compress(copy.deepcopy(module), None, x, pipeline=dynamic, strict=False)
     if any("read integers" in note for row in small.report.passes for note in row.notes):
-        yield from _in(("eager", "inductor"), small.opened, shape, x, threads)
+        yield from _in(("eager", "inductor"), small.opened, shape, x, threads, asked)
 
 
 def _fused(dtype: str, chain: nn.Module, x: Tensor) -> Iterator[Candidate]:
@@ -102,8 +122,12 @@ def _fused_int8(chain: nn.Module, x: Tensor, threads: int) -> Iterator[Candidate
     yield from _in(("eager", "inductor"), made.opened, "fused", seen, threads)
 
 
-def _in(names: tuple[str, ...], model: Model, shape: str, x: Tensor, threads: int) -> Iterator[Candidate]:
+def _in(
+    names: tuple[str, ...], model: Model, shape: str, x: Tensor, threads: int, asked: Collection[str] = ()
+) -> Iterator[Candidate]:
     for name in names:
+        if asked and name.removesuffix("_default") not in asked:
+            continue
         runtime = RUNTIMES.get(name)
         call = runtime.prepare_model(model, Batch((x,)), threads) if runtime.available() else None
         if call is not None:

@@ -76,6 +76,18 @@ class Table:
         clean = commit().removesuffix(_DIRTY)
         return any(self.has(**row, commit=name) for name in (clean, clean + _DIRTY))
 
+    def kept(self, **values: Value) -> Mapping[str, str] | None:
+        """The last row in the file that was measured on this machine with these values, where there is one.
+
+        A benchmark that was interrupted goes on after what it kept.
+        """
+        if not self.path.exists():
+            return None
+        wanted = {name: str(value) for name, value in {**values, "machine": machine()}.items()}
+        with self.path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if wanted.items() <= row.items()]
+        return rows[-1] if rows else None
+
     def add(self, **row: Value) -> None:
         """Append one measurement; floats are rounded to six significant digits."""
         stamp = {
