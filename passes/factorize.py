@@ -100,6 +100,7 @@ class Factorize(Pass):
         if isinstance(model, DividesLayers):
             model.join()
         job.note(f"replaced {len(replaced)} sites")
+        job.note_recurrent(model)
         return bool(replaced)
 
     def _joint(

@@ -8,7 +8,7 @@ from tdpass.clock import threads_of_torch
 from tdpass.fusing.choose import choosing
 from tdpass.job import Job
 from tdpass.models.abilities import FusesChains
-from tdpass.models.base import Batch, Model
+from tdpass.models.base import Model
 from tdpass.pipeline import Pass, register_pass
 from tdpass.planner.trials import Promise
 
@@ -38,9 +38,6 @@ class FuseKernels(Pass):
             job.note(f"nothing is fused: target {job.target.name} is not this machine")
             return False
         with choosing(self.lanes, measure=self.measure), threads_of_torch(job.threads):
-            return model.fuse(job.note, job.report.decline, self._samples(model, job))
-
-    def _samples(self, model: Model, job: Job) -> Batch | None:
-        """One call as it will be made; None where there is nothing to call the model with."""
-        example = job.batches[0] if job.batches else model.example()
-        return None if example is None else example.resized(model.signature().fixed_batch() or job.batch)
+            changed = model.fuse(job.note, job.report.decline, job.one_call(model))
+            job.note_recurrent(model)
+            return changed

@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 
 from tdpass.cost import Budget, Cost
-from tdpass.errors import DifferenceError, UnsupportedError
+from tdpass.errors import DifferenceError, InvalidModelError, UnsupportedError
 from tdpass.form import DENSE, Form
 from tdpass.formats.base import Factors
 from tdpass.formats.layer import dense_cost
-from tdpass.models.abilities import SettlesChannels
+from tdpass.models.abilities import SettlesChannels, TimesRecurrentNodes
 from tdpass.models.base import Batch, Model
 from tdpass.planner.divergence import Divergence, FittedDivergence, Outputs
 from tdpass.planner.rank_plan import Choice, RankPlan
@@ -163,6 +163,27 @@ class Job:
         here = {site.name for site in model.sites()}
         joint = [choice for choice in self.plan or () if choice.joint and choice.site in here]
         return [choice for choice in joint if self.form_of(model, choice.site) == choice.form]
+
+    def one_call(self, model: Model) -> Batch | None:
+        """One call as it will be made; None where there is nothing to call the model with."""
+        example = self.batches[0] if self.batches else model.example()
+        return None if example is None else example.resized(model.signature().fixed_batch() or self.batch)
+
+    def note_recurrent(self, model: Model) -> None:
+        """Say of recurrent nodes whose steps have factors how long they take, where that is longer than before."""
+        call = self.one_call(model) if isinstance(model, TimesRecurrentNodes) else None
+        if call is None or not isinstance(model, TimesRecurrentNodes):
+            return
+        try:
+            for name, dense, seconds in model.recurrent_times(call):
+                if seconds > dense:
+                    self.note(
+                        f"recurrent node {name!r} takes {seconds / dense:.2f} times as long with factors in its steps, "
+                        f"{1e6 * seconds:.0f} us instead of {1e6 * dense:.0f}; fuse-kernels behind it runs them as "
+                        "one operator, or exclude its hidden sites"
+                    )
+        except InvalidModelError as error:
+            self.note(f"recurrent nodes with factors in their steps were not timed: {error}")
 
     def note(self, text: str) -> None:
         """Say something about the pass that is running."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -94,6 +94,14 @@ class FusesChains(Protocol):
         What changes is how the model runs, not what it computes, how its tensors are named or what `layer`
         answers.  `note` takes a line about the whole, `decline` a layer and why it is left alone.
         """
+
+
+@runtime_checkable
+class TimesRecurrentNodes(Protocol):
+    """Its recurrent nodes are written as other nodes where their steps have factors, which may take longer."""
+
+    def recurrent_times(self, samples: Batch) -> Iterator[tuple[str, float, float]]:
+        """Of every such node: its name, its seconds as it was, and those that it takes, on one thread on these samples."""
 
 
 @runtime_checkable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +41,7 @@ from tdpass.models.onnx.integer_activations import (
 from tdpass.models.onnx.normalize import made_constant
 from tdpass.models.onnx.parameters import parameter_bytes, parameter_count
 from tdpass.models.onnx.products import count_products
+from tdpass.models.onnx.recurrent_times import recurrent_times
 from tdpass.models.onnx.runner import OnnxRunner
 from tdpass.models.onnx.session import Session
 from tdpass.models.onnx.sites import check_fits
@@ -260,6 +261,9 @@ class OnnxModel(Model):
         self._fusions = fusions
         self._changed()
         return changed
+
+    def recurrent_times(self, samples: Batch) -> Iterator[tuple[str, float, float]]:
+        return recurrent_times(self._built, self._dense.opened, self._layers, self.named_inputs(samples))
 
     def example(self) -> Batch | None:
         if self._example is None:
