@@ -10,9 +10,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from tdpass.form import DENSE, DYNAMIC
 from tdpass.formats.layer import Layer
 from tdpass.formats.lowering import lower
 from tdpass.models.onnx.cells import B, C, H, cell_of
+from tdpass.models.onnx.dynamic_lstm import dynamic_lstm
 from tdpass.models.onnx.emitting import Emitter
 from tdpass.models.onnx.graphs import nodes_of, opset_of
 from tdpass.models.onnx.names import FreshNames
@@ -37,11 +39,28 @@ def close_recurrent(model: ir.Model, opened: Sequence[Opened], layers: Mapping[s
         edited = any(
             name not in held or held[name].const_value is not made for name, made in record.made.items()
         )
-        if edited or of_hidden & set(replaced) or not all(chains.values()):
+        whole = not edited and _reads_integers(record, layers)
+        if not whole and (edited or of_hidden & set(replaced) or not all(chains.values())):
             continue
-        _Closing(model, record, layers, chains)()
+        _Closing(model, record, layers, chains, whole)()
         gone.update(record.sites)
     return frozenset(gone)
+
+
+def _reads_integers(record: Opened, layers: Mapping[str, Layer]) -> bool:
+    """Whether all its layers are int8 and round what they read in every call, as one operator of ONNX Runtime does."""
+    forms = [layers[name].form for name in record.sites if name in layers]
+    return (
+        record.node.op_type == "LSTM"
+        and len(forms) == len(list(record.sites))
+        and all(
+            form.format == DENSE.format
+            and form.activations == DYNAMIC
+            and not form.support
+            and form.numbers in (("int8",), ("int8/tensor",))
+            for form in forms
+        )
+    )
 
 
 def _matrices(layer: Layer) -> list[Tensor]:
@@ -58,6 +77,7 @@ class _Closing:
     record: Opened
     layers: Mapping[str, Layer]
     chains: Mapping[str, Sequence[Tensor]]
+    whole: bool
 
     def __call__(self) -> None:
         values = _values(self.model)
@@ -81,9 +101,7 @@ class _Closing:
         inputs = [values[name] if name else None for name in record.inputs]
         names = FreshNames(self.model)
         emit = Emitter(self.model.graph, names, record.node.name or "recurrent", opset_of(self.model))
-        made = (
-            self._apart(emit, inputs) if self.chains else emit.put(self._node(record.node.name, inputs, {}))
-        )
+        made = self._made(emit, inputs)
         graph.insert_before(place, emit.take())
         producers = {value.producer(): None for value in old if value is not None}
         for before, after in zip(old, made, strict=True):
@@ -93,6 +111,41 @@ class _Closing:
             if name not in values:
                 after.name = name  # what nothing reads, or ""
         remove_nodes(graph, [node for node in producers if node is not None])
+
+    def _made(self, emit: Emitter, inputs: Sequence[ir.Value | None]) -> Sequence[ir.Value]:
+        if self.whole:
+            return self._in_integers(emit, inputs)
+        if self.chains:
+            return self._apart(emit, inputs)
+        return emit.put(self._node(self.record.node.name, inputs, {}))
+
+    def _in_integers(self, emit: Emitter, inputs: Sequence[ir.Value | None]) -> Sequence[ir.Value]:
+        """The node whose weights are int8, and that rounds what it reads."""
+        record, cell = self.record, cell_of(self.record.node)
+        inner = [(direction.input, *direction.hidden) for direction in record.directions]
+        weights = []
+        for names in zip(*inner, strict=True):  # the input's, then those of the hidden state
+            of = [self.layers[name].factors for name in names]
+            codes = [cell.in_onnx_order(held["kernel"]) for held in of]
+            rows = [held["kernel_scale"].expand(len(held["kernel"])) for held in of]
+            scales = [cell.in_onnx_order(each) for each in rows]
+            weights.append((f"{names[0]}.kernel", torch.stack(codes), torch.stack(scales)))
+        biases = [[self.layers[name].bias for name in names] for names in inner]
+        given = [*inputs, *(None,) * (B + 1 - len(inputs))]
+        if any(bias is not None for pair in biases for bias in pair):
+            halves = [
+                torch.cat(
+                    [self._half(bias, codes) for bias, (_, codes, _) in zip(pair, weights, strict=True)]
+                )
+                for pair in biases
+            ]
+            name = emit.free(f"{record.directions[0].input}.biases")
+            given[B] = emit.held(from_torch(torch.stack(halves)), name)
+        return dynamic_lstm(self.model, emit, record.node, given, weights)
+
+    def _half(self, bias: Tensor | None, codes: Tensor) -> Tensor:
+        gates = codes.shape[1]
+        return torch.zeros(gates) if bias is None else cell_of(self.record.node).in_onnx_order(bias)
 
     def _node(
         self, name: str | None, inputs: Sequence[ir.Value | None], attributes: Mapping[str, ir.Attr]

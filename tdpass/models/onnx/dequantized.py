@@ -10,6 +10,7 @@ import onnx_ir as ir
 import torch
 
 from tdpass.errors import InvalidModelError, UnsupportedError
+from tdpass.models.onnx.dynamic_lstm import plain_lstms
 from tdpass.models.onnx.graphs import opset_of
 from tdpass.models.onnx.names import FreshNames
 from tdpass.models.onnx.rewrite import prune_initializers, take_place
@@ -67,7 +68,7 @@ def dequantized(model: ir.Model) -> int:
         known = _OPERATORS.get(f"{node.domain}::{node.op_type}" if node.domain else node.op_type)
         if known is not None:
             _spelled_out(model, node, known, names)
-    count = 0
+    count = plain_lstms(model)
     for node in list(model.graph):
         if node.op_type == "DequantizeLinear" and not node.domain and _constants(node) is not None:
             _fold(model, node, names)

@@ -290,6 +290,7 @@ for _operator, _matcher in {
     "MatMulInteger": Left((1,), _QUANTIZED),
     "com.microsoft::QGemm": Left((3,), _QUANTIZED),
     "com.microsoft::QAttention": Left((1,), _QUANTIZED),
+    "com.microsoft::DynamicQuantizeLSTM": Left((1, 2), _QUANTIZED),
 }.items():
     MATCHERS.add(_operator, _matcher)
 for _kind in KINDS:
