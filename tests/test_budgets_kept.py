@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from selection import mostly_slow
 from torch import Tensor, nn
 
 import tdpass
@@ -69,7 +70,7 @@ def _stored(model: object) -> int:
 
 @pytest.mark.parametrize("frontend", ["torch", "onnx"])
 @pytest.mark.parametrize("measure", ["params", "bytes"])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", mostly_slow(NETS, ["no biases"]))
 def test_biases_that_are_added_are_within_the_budget(
     name: str, measure: str, frontend: str, tmp_path: Path
 ) -> None:

@@ -259,7 +259,9 @@ def test_forms_of_one_format_are_shades_of_its_colour() -> None:
 
 def test_what_a_site_costs_is_there_in_every_measure_that_can_be_chosen() -> None:
     page = Page(render_html(report_of(3)))
-    chosen = [str(attrs["id"]) for name, attrs in page.tags if name == "input" and attrs.get("type") == "radio"]
+    chosen = [
+        str(attrs["id"]) for name, attrs in page.tags if name == "input" and attrs.get("type") == "radio"
+    ]
     assert chosen == ["measure-macs", "measure-params", "measure-bytes"]
     keys = [attrs for name, attrs in page.tags if name == "td" and "data-macs" in attrs]
     assert all({"data-macs", "data-params", "data-bytes"} <= attrs.keys() for attrs in keys)

@@ -13,6 +13,7 @@ import onnx_ir
 import pytest
 import torch
 from onnx_nets import to_onnx
+from selection import mostly_slow
 from torch import Tensor, nn
 
 import tdpass
@@ -30,7 +31,7 @@ MODELS = [("residual", "images", 0.5), ("odd", "images", 0.8), ("encoder", "toke
 
 
 @pytest.mark.parametrize("with_data", [True, False], ids=["data", "weights"])
-@pytest.mark.parametrize(("name", "inputs", "share"), MODELS)
+@pytest.mark.parametrize(("name", "inputs", "share"), mostly_slow(MODELS, MODELS[1:2]))
 def test_one_plan_gives_the_same_network_on_torch_and_onnx(
     name: str, inputs: str, share: float, with_data: bool, request: pytest.FixtureRequest
 ) -> None:
@@ -51,7 +52,7 @@ def test_one_plan_gives_the_same_network_on_torch_and_onnx(
     ]
 
 
-@pytest.mark.parametrize(("name", "inputs", "share"), MODELS)
+@pytest.mark.parametrize(("name", "inputs", "share"), mostly_slow(MODELS, MODELS[:1]))
 def test_a_plan_made_on_onnx_applies_to_torch(
     name: str, inputs: str, share: float, request: pytest.FixtureRequest
 ) -> None:
@@ -62,7 +63,7 @@ def test_a_plan_made_on_onnx_applies_to_torch(
     assert float((ours - theirs).norm() / ours.norm()) < 1e-4
 
 
-@pytest.mark.parametrize("name", offered_formats())
+@pytest.mark.parametrize("name", mostly_slow(offered_formats(), ["svd", "tucker2", "tensor_train"]))
 def test_every_format_gives_the_same_network_on_torch_and_onnx(
     name: str, residual: nn.Module, images: Tensor
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 from frontends import FRONTENDS
 from invariants import at_a_budget, at_full_rank
 
-FEW, MANY = 20, 200
+FEW, MANY = 12, 200
 SEEDS = [seed if seed < FEW else pytest.param(seed, marks=pytest.mark.slow) for seed in range(MANY)]
 
 

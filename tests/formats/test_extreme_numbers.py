@@ -34,7 +34,9 @@ def metric_of(site: Site, kind: str) -> Metric:
     width, generator = site.weights // site.o, torch.Generator().manual_seed(1)
     rows = torch.randn(1 if kind == "one" else 8, width, generator=generator, dtype=torch.float64)
     if kind == "same":
-        same = rows[:1].T @ rows[:1]  # in single precision, as sums over samples are, and so indefinite by rounding
+        same = (
+            rows[:1].T @ rows[:1]
+        )  # in single precision, as sums over samples are, and so indefinite by rounding
         same.diagonal().sub_(1e-7 * same.diagonal().mean())
         return Metric(same, None, rows[0])
     level = {"one": 1.0, "exploding": 1e30, "dead": 0.0}[kind]

@@ -451,7 +451,7 @@ def test_the_tuner_times_once_and_remembers_on_disk(folder: Path, monkeypatch: p
 
 
 @compiles
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_the_defaults_compile_for_a_device_that_is_not_here(
     capability: int, compiled_for: Callable[[int], Any]
 ) -> None:

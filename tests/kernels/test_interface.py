@@ -38,7 +38,9 @@ def test_structures_lie_in_memory_as_the_compiler_lays_them(tmp_path: Path) -> N
             expected.append(f"{name}.{field} {getattr(structure, field).offset}")
     source = tmp_path / "layout.cpp"
     body = "\n".join(lines)
-    source.write_text(f'#include <cstddef>\n#include <cstdio>\n#include "{HEADER}"\nint main() {{\n{body}\n}}\n')
+    source.write_text(
+        f'#include <cstddef>\n#include <cstdio>\n#include "{HEADER}"\nint main() {{\n{body}\n}}\n'
+    )
     subprocess.run([str(build.compiler()), str(source), "-o", str(tmp_path / "layout")], check=True)
     told = subprocess.run([str(tmp_path / "layout")], check=True, capture_output=True, text=True).stdout
     assert told.split("\n")[:-1] == expected

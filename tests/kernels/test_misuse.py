@@ -14,6 +14,7 @@ import pytest
 import torch
 from cases import CASES
 from odd import ODD, WITH_ACTIVATION, one_to_one
+from selection import mostly_slow
 from setting import arguments, assert_close, exact, run_native
 from torch import Tensor
 
@@ -46,7 +47,7 @@ def test_every_operator_has_odd_shapes() -> None:
     assert set(ODD) == set(CASES)
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", mostly_slow(CASES, ["conv_chain", "linear_chain_int8", "low_rank_lstm"]))
 def test_misuse_is_refused_or_answered_as_the_reference_does(name: str) -> None:
     done = subprocess.run(
         [sys.executable, str(MISUSE), name],

@@ -318,7 +318,8 @@ def test_every_setting_is_stored_in_8_or_16_bits_like_any_model(ranks: list[floa
             assert (stored.model.eval()(x) - plain(x)).norm() < apart * plain(x).norm()
 
 
-@pytest.mark.parametrize("bits", [pytest.param((), marks=pytest.mark.slow), (8,)], ids=["floats", "int8"])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [(), (8,)], ids=["floats", "int8"])
 def test_one_onnx_file_holds_all_settings_and_an_input_selects(bits: tuple[int, ...], tmp_path: Path) -> None:
     model, _, x = adaptive("digits", widths=[0.5, 1.0], ranks=[0.5, 1.0])
     for norm in model.modules():

@@ -271,4 +271,3 @@ def test_a_search_finds_planted_ranks_from_a_start_that_does_not_show_them(begin
     )
     assert found <= 3
     assert found < start
-

@@ -202,7 +202,9 @@ def test_weights_of_a_class_of_their_own_are_named_and_made_anew() -> None:
 
 
 def test_what_cannot_be_made_anew_is_one_clear_error() -> None:
-    with pytest.raises(UsageError, match=r"takes an nn\.Module, an exported program or an ONNX model, not a dict"):
+    with pytest.raises(
+        UsageError, match=r"takes an nn\.Module, an exported program or an ONNX model, not a dict"
+    ):
         tdpass.dequantize({})
     body = onnx.parser.parse_graph(
         "body () => (float[2] y) { c = QuantizeLinear (x, s) y = DequantizeLinear (c, s) }"

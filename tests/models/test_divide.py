@@ -29,7 +29,10 @@ class Columns(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.zeros(inputs, outputs)), nn.Parameter(torch.zeros(outputs))
+        self.weight, self.bias = (
+            nn.Parameter(torch.zeros(inputs, outputs)),
+            nn.Parameter(torch.zeros(outputs)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
@@ -154,7 +157,9 @@ def run_onnx(model: onnx.ModelProto) -> Tensor:
 
 
 @pytest.mark.parametrize("front_end", ["torch", "onnx"])
-@pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in NETS if name not in FAST)])
+@pytest.mark.parametrize(
+    "name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in NETS if name not in FAST)]
+)
 def test_what_is_read_apart_is_a_site_each_with_its_rows_of_the_weight(name: str, front_end: str) -> None:
     sizes = NETS[name][1]
     net, model = built(name), opened(name, front_end)
@@ -175,7 +180,9 @@ def test_what_is_read_apart_is_a_site_each_with_its_rows_of_the_weight(name: str
 
 
 @pytest.mark.parametrize("front_end", ["torch", "onnx"])
-@pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in NETS if name not in FAST)])
+@pytest.mark.parametrize(
+    "name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in NETS if name not in FAST)]
+)
 def test_what_is_divided_for_nothing_is_made_whole_again(name: str, front_end: str) -> None:
     model = opened(name, front_end)
     assert isinstance(model, DividesLayers)
@@ -196,7 +203,8 @@ def test_what_something_reads_whole_or_in_other_pieces_stays(name: str, front_en
 
 
 @pytest.mark.parametrize(
-    "name", ["attention", *(pytest.param(name, marks=pytest.mark.slow) for name in NETS if name != "attention")]
+    "name",
+    ["attention", *(pytest.param(name, marks=pytest.mark.slow) for name in NETS if name != "attention")],
 )
 def test_ranks_differ_and_the_plan_holds_on_both_front_ends_and_in_files(name: str, tmp_path: Path) -> None:
     net = built(name)

@@ -13,6 +13,7 @@ import torch
 from onnx import TensorProto, helper
 from onnx_nets import model_of
 from safetensors import safe_open
+from selection import mostly_slow
 from torch import Tensor, nn
 
 import tdpass
@@ -35,6 +36,7 @@ TEXTS = [
     "int8", "int8/tensor", "int8/zero", "int16", "int4", "int4/zero", "levels16", "float16", "bfloat16", "float8_e4m3",
 ]  # fmt: skip
 NAMES = ("dense", *offered_formats())
+EACH = [(name, text) for name in NAMES for text in TEXTS]
 PACKED = [
     "dense int4",
     "dense int4/4",
@@ -113,8 +115,7 @@ def run(model: Model) -> Tensor:
     return found["y"] if isinstance(found, dict) else found
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize(("name", "text"), mostly_slow(EACH, [*EACH[: len(TEXTS)], *EACH[:: len(TEXTS)]]))
 def test_a_torch_model_counts_runs_saves_and_loads_what_it_stores(
     name: str, text: str, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from selection import mostly_slow
 from torch import Tensor, nn
 
 import tdpass
@@ -51,7 +52,7 @@ def test_an_offer_is_every_number_type_with_every_support_of_weights() -> None:
             Offer.parse(numbers, supports)
 
 
-@pytest.mark.parametrize("share", [0.25, 0.1, 0.05])
+@pytest.mark.parametrize("share", mostly_slow([0.25, 0.1, 0.05], [0.1]))
 def test_a_small_budget_on_bytes_chooses_precision_and_loses_less_than_ranks_alone(share: float) -> None:
     module, x = net(), images()
     artifact = tdpass.compress(module, {"bytes": share}, x, cache=False)

@@ -230,7 +230,9 @@ layer(
     "Attention of ONNX Runtime, masked and causal",
     [contrib("Attention", "x w b m  a", num_heads=2, unidirectional=1, qkv_hidden_sizes=[16, 16, 20])],
     {
-        "w": held(24, 52), "b": held(52), "m": np.array([[1, 1, 0], [1, 1, 1]], np.int32),
+        "w": held(24, 52),
+        "b": held(52),
+        "m": np.array([[1, 1, 0], [1, 1, 1]], np.int32),
         "a": held(2, 2, 3, 3, seed=5),
     },
     TOKENS,
@@ -247,16 +249,21 @@ layer(
 layer(
     "QAttention",
     [node("DynamicQuantizeLinear", "x", "i s z"), contrib("QAttention", "i w b s t  z", num_heads=2)],
-    {"w": np.arange(-127, 1025, dtype=np.int64).reshape(24, 48).astype(np.int8), "b": held(48),
-     "t": np.array(0.01, np.float32)},
+    {
+        "w": np.arange(-127, 1025, dtype=np.int64).reshape(24, 48).astype(np.int8),
+        "b": held(48),
+        "t": np.array(0.01, np.float32),
+    },
     TOKENS,
     (),
     "quantized",
 )
 layer(
     "MultiHeadAttention after layers",
-    [*(node("MatMul", f"x {name}", f"h{name}") for name in "qkv"),
-     node("MultiHeadAttention", "hq hk hv b", domain=MS, num_heads=2)],
+    [
+        *(node("MatMul", f"x {name}", f"h{name}") for name in "qkv"),
+        node("MultiHeadAttention", "hq hk hv b", domain=MS, num_heads=2),
+    ],
     {**{name: held(24, 16, seed=place) for place, name in enumerate("qkv")}, "b": held(48)},
     TOKENS,
     ("q", "k", "v"),

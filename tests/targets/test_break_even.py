@@ -139,7 +139,9 @@ def test_groups_that_leave_a_dense_layer_are_timed_as_what_is_emitted(
 
     target = scripted()
     monkeypatch.setattr(target, "time", time)
-    assert target.sparse_over_dense(CONV, group, [0.25, 0.5, 0.75], Setting()) == pytest.approx([1.05, 0.8, 0.55])
+    assert target.sparse_over_dense(CONV, group, [0.25, 0.5, 0.75], Setting()) == pytest.approx(
+        [1.05, 0.8, 0.55]
+    )
     found = target.break_even_sparsity(CONV, group)
     assert found is not None
     assert 0.25 < found < 0.4

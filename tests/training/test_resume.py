@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import training_run
+from selection import mostly_slow
 
 from tdpass.errors import TrainingError
 from tdpass.training.checkpoint import newest_checkpoint, save_checkpoint
@@ -53,7 +54,10 @@ def test_killed_and_resumed_is_bit_identical(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "compiled"),
     [
-        *((method, False) for method in training_run.METHODS),
+        *mostly_slow(
+            [(method, False) for method in training_run.METHODS],
+            [(method, False) for method in ("batude", "haloc", "admm-nn", "svd-training")],
+        ),
         pytest.param("admm-tt", True, marks=pytest.mark.slow),
     ],
 )
