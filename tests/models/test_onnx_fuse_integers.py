@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx_nets import model_of, node, weight
+from test_onnx_fuse import block
 from test_onnx_recurrent import AFTER, Case
 
 import tdpass
@@ -121,20 +122,6 @@ def test_a_product_of_thin_factors_beside_few_bits(tmp_path: Path) -> None:
 def test_which_layers_of_few_bits_are_served(form: str, why: str) -> None:
     model = put(OnnxModel.open(layers(2)), dict.fromkeys(("first", "second"), form))
     assert model.fuse(ignore, ignore, Batch((ROWS,))) is (why == "")
-
-
-def block(opset: int = 17) -> onnx.ModelProto:
-    """A residual block of two convolutions and a head."""
-    nodes = [
-        node("Conv", "x first.weight first.bias", "a", pads=[1, 1, 1, 1]), node("Relu", "a", "b"),
-        node("Conv", "b second.weight second.bias", "c", pads=[1, 1, 1, 1]), node("Add", "b c", "d"), node("Relu", "d", "e"),
-        node("GlobalAveragePool", "e", "f"), node("Flatten", "f", "g"), node("Gemm", "g head.weight head.bias", "y", transB=1),
-    ]  # fmt: skip
-    constants = {
-        "first.weight": weight(8, 8, 3, 3), "first.bias": weight(8), "second.weight": weight(8, 8, 3, 3),
-        "second.bias": weight(8), "head.weight": weight(12, 8), "head.bias": weight(12),
-    }  # fmt: skip
-    return model_of(nodes, constants, ("N", 8, "H", "W"), opset=opset)
 
 
 def in_integers(model: OnnxModel, batch: Batch) -> OnnxModel:
