@@ -11,6 +11,8 @@ import copy
 import functools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -113,13 +115,20 @@ def _fused(dtype: str, chain: nn.Module, x: Tensor) -> Iterator[Candidate]:
 
 
 def _fused_int8(chain: nn.Module, x: Tensor, threads: int) -> Iterator[Candidate]:
-    """The operators of this package in whole numbers, where each layer is faster by them."""
+    """The operators of this package in whole numbers: where each layer alone is faster by them, and in graphs, which hand bytes on."""
     module, seen = copy.deepcopy(chain), x
     if x.dim() == 4:
         module = module.to(memory_format=torch.channels_last)
         seen = x.contiguous(memory_format=torch.channels_last)
     made = tdpass.compress(module, None, seen, pipeline=f"{STATIC},fuse-kernels", strict=False)
     yield from _in(("eager", "inductor"), made.opened, "fused", seen, threads)
+    assert isinstance(made.model, nn.Module)
+    compiled: Any = torch.compile(made.model, backend="tdpass", options={"freeze": True})
+    with TemporaryDirectory() as folder, torch.no_grad():
+        tdpass.deploy(made.model, x, Path(folder) / "net.pt2")
+        package = tdpass.load_deployed(Path(folder) / "net.pt2")
+        yield Candidate("fused", "torch", functools.partial(compiled, seen), compiled(seen).float())
+        yield Candidate("fused", "package", functools.partial(package, x), package(x).float())
 
 
 def _in(
