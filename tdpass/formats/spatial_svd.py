@@ -11,12 +11,13 @@ from torch import Tensor
 
 from tdpass.form import Rank
 from tdpass.formats.base import Decomposition, Factors, Format, Guarantee, Stage, rank_grid, register_format
-from tdpass.formats.bonds import Bond, TapBond
+from tdpass.formats.bonds import Bond
 from tdpass.formats.geometry import apply_dense, no_padding, unit
 from tdpass.formats.metric import Metric
 from tdpass.formats.per_group import per_group
 from tdpass.formats.pivoted import pivotable
 from tdpass.formats.shared_fit import SharedFit
+from tdpass.formats.tap_bond import TapBond
 from tdpass.kinds import kind_of
 from tdpass.ops import Ops, V
 from tdpass.site import Site

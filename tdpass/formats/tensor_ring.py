@@ -12,7 +12,8 @@ from torch import Tensor
 from tdpass.form import Rank
 from tdpass.formats.alternating import ANEW, Limit, State, alternate, solve_gram, squared_norm
 from tdpass.formats.base import Decomposition, Factors, Format, rank_grid, register_format
-from tdpass.formats.bonds import Bond, CoreBond
+from tdpass.formats.bonds import Bond
+from tdpass.formats.core_bonds import CoreBond
 from tdpass.formats.metric import Metric
 from tdpass.formats.multilinear import Modes, Whitening, balanced_factors, left_vectors, share_norm
 from tdpass.formats.pivoted import pivotable

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from tdpass.form import Rank
 from tdpass.formats.alternating import State
 from tdpass.formats.base import Factors, Stage
-from tdpass.formats.bonds import Bond, CoreBond, SliceBond
+from tdpass.formats.bonds import Bond
+from tdpass.formats.core_bonds import CoreBond, SliceBond
 from tdpass.formats.geometry import apply_dense, no_padding, pointwise, unit
 from tdpass.formats.multilinear import Modes, balanced_factors
 from tdpass.kinds import kind_of

@@ -20,10 +20,10 @@ import tdpass
 from tdpass.errors import NumericalError, PlanError
 from tdpass.form import DENSE, Form
 from tdpass.formats import FORMATS, Layer
-from tdpass.formats.bonds import TapBond
 from tdpass.formats.layer import cost_of, shrinks
 from tdpass.formats.pivoted import LEAD, PIVOT, Pivoted, spared_formats
 from tdpass.formats.pivots import BOUND, choose_pivots, leading_coefficients, order_of
+from tdpass.formats.tap_bond import TapBond
 from tdpass.kinds import KINDS
 from tdpass.models import open_model
 from tdpass.models.base import Batch, Model
