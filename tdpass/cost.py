@@ -9,6 +9,7 @@ from numbers import Real
 from tdpass.documents import Plain
 from tdpass.errors import BudgetError
 from tdpass.measures import MEASURES, counted, measure_named, measures
+from tdpass.registry import nearest
 
 BudgetValue = float | int | str
 
@@ -229,7 +230,9 @@ class Budget:
             elif measure in MEASURES:
                 bounds.append((measure, Bound.parse(measure, value)))
             else:
-                raise BudgetError(f"unknown budget {measure!r}; known: {_known()}")
+                raise BudgetError(
+                    f"unknown budget {measure!r}{nearest(measure, _names())}; known: {_known()}"
+                )
         if not bounds and max_error is None:
             raise BudgetError(f"the budget is empty; give at least one of {_known()}")
         return cls(tuple(bounds), max_error)
@@ -256,8 +259,12 @@ def bounded() -> list[str]:
     return [word for measure in measures() for word in (measure.name, *measure.aliases)]
 
 
+def _names() -> list[str]:
+    return [*(measure.name for measure in measures()), "max_error"]
+
+
 def _known() -> str:
-    return ", ".join([*(measure.name for measure in measures()), "max_error"])
+    return ", ".join(_names())
 
 
 def _number(value: object, measure: str, allowed: str) -> float:

@@ -84,7 +84,9 @@ def _processed(data: object, model: Model, samples: int) -> object:
     if str(raw.data).startswith(PREFIX):
         return from_hub(str(raw.data), reader, samples)
     path = Path(raw.data)
-    kind = raw_kind_of(path) if path.exists() else None
+    if not path.exists():
+        raise InvalidModelError(f"there is no file {path}; check the path")
+    kind = raw_kind_of(path)
     if kind is not None:
         return kind.read(path, reader, samples)
     if path.is_dir() or raw.processor is not None:

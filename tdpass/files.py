@@ -22,6 +22,7 @@ _SUFFIX = ".part"
 _TEMPORARY = re.compile(r".*tdpass-(?P<host>[0-9a-f]{8})-(?P<process>\d+)-\w+(\.part)?")
 _LONGEST = 100
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_SAYS_FULL = re.compile(r"No space left|os error 28|\d+ requested and \d+ written")  # the last is numpy's
 _STALE_SECONDS = 24 * 3600.0  # for temporaries of another machine, whose processes cannot be seen
 
 
@@ -107,12 +108,7 @@ def _room_for(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full = (
-            error.errno in _FULL
-            if isinstance(error, OSError)
-            else "No space left" in str(error) or "os error 28" in str(error)
-        )
-        if not full:
+        if getattr(error, "errno", None) not in _FULL and not _SAYS_FULL.search(str(error)):
             raise
         raise WriteError(
             f"cannot write {path}: no space is left there; free some, or name another place (what was there "

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """What was probably meant, as a part of a sentence; empty where no name is near."""
-    found = difflib.get_close_matches(name.lower(), list(names), n=1, cutoff=0.7)
+    found = difflib.get_close_matches(name.lower(), list(names), n=1, cutoff=0.65)
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 

@@ -89,6 +89,7 @@ def test_places_that_cannot_be_written_are_found_before_planning(
         OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
         OSError(errno.EDQUOT, "quota"),
         RuntimeError('I/O error: "No space left on device (os error 28)"'),
+        OSError("400000 requested and 306700 written"),
     ],
 )
 @pytest.mark.parametrize("way", [replacing, folder_beside])

@@ -17,6 +17,7 @@ from tdpass.measures import measures
 from tdpass.planner.memory import size_of
 from tdpass.raw import Raw
 from tdpass.raw.hub import PREFIX
+from tdpass.registry import nearest
 
 Run = Callable[..., int]
 _DTYPES = {
@@ -35,6 +36,7 @@ _DTYPES = {
     )
 }
 _BOTH = re.compile(r"(pass|with) (?:\w+=(?:'[^']*'|\[[^]]*\]|[^\s,;()]*)(?: or )?)+ \((--[^)]+)\)")
+_CHOICE = re.compile(r"invalid choice: '(?P<given>[^']*)' \(choose from (?P<allowed>.*)\)")
 _INPUT = re.compile(r"(\d+(?:x\d+)*)(?::(\w+))?")
 MODEL_HELP = (
     "model.onnx, program.pt2, package.module:factory for a torch model (imported with the current folder on "
@@ -64,7 +66,9 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see `{self.prog} --help`")
+        refused = _CHOICE.search(message)
+        meant = nearest(refused["given"], re.findall(r"[\w-]+", refused["allowed"])) if refused else ""
+        raise UsageError(f"{message}{meant}; see `{self.prog} --help`")
 
 
 def add_verb(verbs: Verbs, name: str, run: Run, summary: str, example: str) -> Parser:

@@ -130,10 +130,10 @@ class Recipe(Ingredients):
         loggers: Sequence[str | Logger] = (),
     ) -> Artifact:
         """Train as the recipe says."""
-        if folder is not None:
-            check_same_run(folder, "recipe.json", {name: getattr(self, name) for name in _OF_ONE_RUN}, resume)
         torch.manual_seed(self.seed)
         material = gathered(self, note)
+        if folder is not None:  # where data is missing no folder is made
+            check_same_run(folder, "recipe.json", {name: getattr(self, name) for name in _OF_ONE_RUN}, resume)
         return train(
             material.model,
             material.batches,

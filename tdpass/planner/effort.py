@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from tdpass.errors import UsageError
 from tdpass.models.batch import Batch
+from tdpass.registry import nearest
 from tdpass.tape import Tape
 
 RATE = 2e10
@@ -83,7 +84,7 @@ THOROUGH = EFFORTS["thorough"]
 def effort_named(name: str) -> Effort:
     """The effort of that name; raises `UsageError` for another."""
     if name not in EFFORTS:
-        raise UsageError(f"effort={name!r} is not one of: {', '.join(EFFORTS)}")
+        raise UsageError(f"effort={name!r} is not one of: {', '.join(EFFORTS)}{nearest(name, EFFORTS)}")
     return EFFORTS[name]
 
 

@@ -178,6 +178,15 @@ def test_names_that_mean_nothing_are_one_clear_error(change: dict[str, object], 
         Recipe.parse(recipe(**change)).run()
 
 
+def test_a_run_whose_data_is_missing_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TDPASS_DATA", raising=False)
+    with pytest.raises(UsageError, match=r"no file missing\.npz"):
+        Recipe.parse(recipe(model="lenet5", data="missing.npz")).run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("model", [f"{HERE}:network", "resnet20"])
 def test_a_recipe_to_start_from_is_sound(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
