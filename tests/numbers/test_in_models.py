@@ -23,7 +23,10 @@ from tdpass.form import DENSE, Form
 from tdpass.formats import FORMATS, Layer
 from tdpass.formats.base import offered_formats
 from tdpass.formats.layer import check_form, cost_of
+from tdpass.layers.factorized import Factorized
+from tdpass.layers.float_chain import FloatChain
 from tdpass.layers.recurrent import OpenLSTM
+from tdpass.layers.weight_only import WeightOnly
 from tdpass.models import open_model
 from tdpass.models.base import Batch, Model
 from tdpass.models.torch.model import TorchModel
@@ -31,6 +34,7 @@ from tdpass.models.torch.state import load_module, save_module
 from tdpass.numbers import numbers_named
 from tdpass.packing import SUFFIX
 from tdpass.planner.rank_plan import Choice
+from tdpass.targets.layers import make_layer
 
 TEXTS = [
     "int8", "int8/tensor", "int8/zero", "int16", "int4", "int4/zero", "levels16", "float16", "bfloat16", "float8_e4m3",
@@ -281,6 +285,17 @@ def test_an_opset_that_does_not_read_eight_bit_floats_declines_them_with_the_rea
     artifact = tdpass.compress(graph(net(), 17), data=inputs(), pipeline=f"{how},verify", cache=False)
     assert not any(choice.form.numbers for choice in artifact.plan or ())
     assert "from opset 19 on, and the model has 17" in artifact.report.to_json()
+
+
+@pytest.mark.parametrize("name", ["dense", "svd"])
+def test_no_operator_takes_eight_bit_floats_on_a_cpu_which_says_so(name: str) -> None:
+    site = next(site for site in open_model(net()).sites() if not site.axes)
+    layer = make_layer(site, Form(name, middle(name, site), ("float8_e4m3",)), torch.float32)
+    for operator in (WeightOnly, FloatChain):
+        assert f"'{layer.form}'" in operator.why_not(layer)
+    module, x = Factorized(layer, None).eval(), torch.randn(3, site.i)
+    whole = (layer.reconstruct() @ x.T).T
+    torch.testing.assert_close(module(x), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_an_old_opset_refuses_what_it_cannot_read_with_what_to_do() -> None:
