@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tdpass.bits import pack_bits
 from tdpass.numbers.base import Part, Shape, register_numbers
 from tdpass.numbers.integer import Integer
 from tdpass.numbers.scaled import ZERO
-from tdpass.ops import StorageOps, V, pack_bits
+from tdpass.ops import StorageOps, V
 
 
 @register_numbers

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from tdpass.bits import pack_bits
 from tdpass.numbers.base import VALUES, Numbers, Part, Shape, register_numbers
-from tdpass.ops import StorageOps, V, pack_bits
+from tdpass.ops import StorageOps, V
 
 _TABLE = "levels"
 MOST_LEVELS = 256

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from tdpass.bits import pack_bits
 from tdpass.errors import PlanError
-from tdpass.ops import StorageOps, V, pack_bits
+from tdpass.ops import StorageOps, V
 from tdpass.registry import Registry
 
 Shape = tuple[int, ...]

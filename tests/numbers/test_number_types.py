@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tdpass.bits import pack_bits, unpack_bits
 from tdpass.errors import PlanError
 from tdpass.form import Form
 from tdpass.numbers import NUMBERS, numbers_named
 from tdpass.numbers.float8_e4m3 import Float8E4M3
 from tdpass.numbers.integer import Integer
 from tdpass.numbers.levels import Levels
-from tdpass.ops import TorchOps, pack_bits, unpack_bits
+from tdpass.ops import TorchOps
 
 TEXTS = [
     "float64", "float32", "float16", "bfloat16", "int8", "int8/tensor", "int8/9", "int8/zero", "int8/tensor/zero", "int4", "int4/6", "int4/3/zero",

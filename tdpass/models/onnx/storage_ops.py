@@ -10,8 +10,8 @@ import torch
 from onnx_ir import tensor_adapters
 from torch import Tensor
 
+from tdpass.bits import unpack_bits
 from tdpass.models.onnx.recording import Recording
-from tdpass.ops import unpack_bits
 
 _DEQUANTIZE_BY_ROW = 13
 _DEQUANTIZE_WORDS = 21
