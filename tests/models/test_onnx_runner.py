@@ -24,6 +24,7 @@ from tdpass.models.onnx.normalize import normalized
 from tdpass.models.onnx.runner import OnnxRunner
 from tdpass.models.onnx.shapes import Shapes
 from tdpass.models.onnx.sites import find_sites
+from tdpass.models.onnx.tensors import from_memory
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((2, 4, 6, 8)).astype(np.float32)
@@ -603,3 +604,11 @@ def test_exported_network_agrees_with_torch_and_onnx_runtime(name: str) -> None:
     (replayed,) = model.record(Batch(args)).play().finish().values()
     assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-5)
     assert torch.allclose(replayed, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("code", "bhilqBHILQ")
+def test_every_integer_of_numpy_is_one_of_torch_by_its_size(code: str) -> None:
+    array = np.arange(6, dtype=np.dtype(code))
+    made = from_memory(array)
+    assert made.element_size() == array.itemsize
+    assert made.tolist() == array.tolist()

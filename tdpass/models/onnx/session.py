@@ -27,6 +27,7 @@ from tdpass.models.onnx.file import write
 from tdpass.models.onnx.fused_ops import DOMAIN, uses_fused_ops
 from tdpass.models.onnx.graphs import all_nodes, within
 from tdpass.models.onnx.storage import stored_bytes
+from tdpass.models.onnx.tensors import from_memory
 
 _ERRORS_ONLY = 3
 _THROUGH_A_FILE_ABOVE = 1 << 28
@@ -118,7 +119,7 @@ class Session:
             raise
         except Exception as error:
             raise InvalidModelError(f"ONNX Runtime fails on the model: {brief(error)}") from error
-        return {name: torch.from_numpy(result) for name, result in zip(self._outputs, results, strict=True)}
+        return {name: from_memory(result) for name, result in zip(self._outputs, results, strict=True)}
 
     def end_trace(self) -> list[Mapping[str, Any]]:
         """Every node that ran, as often as it did.
@@ -201,7 +202,7 @@ class NodeSession:
             raise InvalidModelError(
                 f"node {self._node.name!r} ({self._node.op_type}) fails in ONNX Runtime: {brief(error)}"
             ) from error
-        return tuple(torch.from_numpy(result) for result in results)
+        return tuple(from_memory(result) for result in results)
 
     def _session_for(self, feeds: Mapping[str, Tensor]) -> onnxruntime.InferenceSession:
         key = tuple(tensor.dtype for tensor in feeds.values())
