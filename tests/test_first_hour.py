@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -50,3 +51,13 @@ def test_times_are_kept_with_what_ran_beside_them(
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.py")), ids=lambda path: path.name)
 def test_examples_are_sound_python(path: Path) -> None:
     compile(path.read_text(encoding="utf-8"), str(path), "exec")
+
+
+@pytest.mark.slow
+def test_optimum_runs_what_was_made_of_its_export(tmp_path: Path) -> None:
+    pytest.importorskip("optimum.onnxruntime")
+    example = str(ROOT / "examples" / "optimum_onnx.py")
+    run = subprocess.run([sys.executable, example], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "macs 60% of the original" in run.stdout
+    assert float(run.stdout.split()[-1]) < 0.02
