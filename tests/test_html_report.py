@@ -318,7 +318,7 @@ def test_curve_needs_two_points() -> None:
 
 def test_chosen_point_is_marked_and_said() -> None:
     page = Page(curve(points(1.0, 0.1, 0.01), "kl"))
-    assert page.count("circle", **{"class": "chosen"}) == 2
+    assert page.count("circle", **{"class": "chosen"}) == 3  # one in the chart of each measure
     assert any(
         "chosen: 0.1 at 66.7 %" in str(attrs.get("aria-label")) for name, attrs in page.tags if name == "svg"
     )

@@ -24,14 +24,10 @@ def curve(points: Sequence[CurvePoint], divergence: str) -> Html:
         return tag("p", "No curve: only one budget was looked at.", class_="muted")
     return join(
         [
-            *(_Chart(ordered, name, divergence).svg() for name in _COUNTED),
+            *(_Chart(ordered, name, divergence).svg(name) for name in _COUNTED),
             *(
-                tag(
-                    "p",
-                    f"The curve counts multiply-adds and parameters, not {title.lower()}.",
-                    class_=f"muted only-{name}",
-                )
-                for name, title in SWITCHED.items()
+                join([_Chart(ordered, _COUNTED[-1], divergence).svg(name), _instead(name)])
+                for name in SWITCHED
                 if name not in _COUNTED
             ),
             _others(ordered),
@@ -56,7 +52,8 @@ class _Chart:
     def y(self, loss: float) -> float:
         return self.heights.at(loss)
 
-    def svg(self) -> Html:
+    def svg(self, shown_for: str) -> Html:
+        """The chart, shown while that measure is chosen."""
         title = SWITCHED[self.measure]
         marks = list(zip(self.points, self.shares, strict=True))
         path = " ".join(f"{self.x(share):.1f},{self.y(point.loss):.1f}" for point, share in marks)
@@ -80,7 +77,7 @@ class _Chart:
             ),
             *(part for point, share in chosen for part in self._chosen(point, share)),
             viewBox=f"0 0 {FRAME.width} {FRAME.height}",
-            class_=f"chart only-{self.measure}",
+            class_=f"chart only-{shown_for}",
             role="img",
             aria_label=label,
         )
@@ -117,6 +114,11 @@ class _Chart:
                 for word, down in words
             ),
         ]
+
+
+def _instead(measure: str) -> Html:
+    words = f"Points of the curve count {SWITCHED[_COUNTED[-1]].lower()}, not {SWITCHED[measure].lower()}."
+    return tag("p", words, class_=f"muted only-{measure}")
 
 
 def _anchor(place: int) -> str:
