@@ -61,7 +61,7 @@ def _scaled(whole: float, after: Cost, before: Cost, measure: str) -> float:
 
 
 def hold_to_budget(job: Job) -> None:
-    """Raise `BudgetError` unless what was counted on the result is within every bound on what it stores and multiplies."""
+    """Raise `BudgetError` unless the counted result is within every bound on what it stores and computes."""
     assert job.plan is not None
     limits = {} if job.budget is None else job.budget.limits(job.original)
     final, planned = job.report.final, job.plan.planned

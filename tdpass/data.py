@@ -96,7 +96,7 @@ def _processed(data: object, model: Model, samples: int) -> object:
 
 
 def _sample(model: Model) -> tuple[int, ...] | None:
-    """The shape of what the model reads first, without the samples, where it is known of an example or a declaration."""
+    """The shape of what the model reads first, without samples, where an example or declaration says."""
     example, declared = model.example(), model.signature().inputs
     if example is not None and example.tensors:
         return tuple(example.tensors[0].shape[1:])
@@ -212,7 +212,10 @@ def _is_map_style(data: object) -> TypeIs[Dataset[Any]]:
 
 
 def _without_labels(tensors: Sequence[Tensor], signature: Signature) -> tuple[Tensor, ...]:
-    """The tensors without the labels that data sets pair with an input: integers of at most one axis, where the model needs one input only."""
+    """The tensors without the labels that data sets pair with an input.
+
+    Labels are integers of at most one axis; they are left out where the model needs one input only.
+    """
     labelled = (
         len(tensors) == 2
         and tensors[1].dim() <= 1

@@ -1,4 +1,7 @@
-"""A compressed model as files that run without tdpass: a package compiled ahead of time with its operators, or ONNX."""
+"""A compressed model as files that run without tdpass.
+
+They are a package compiled ahead of time with its operators, or ONNX.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Writing files so that a kill never leaves half of one, and what it leaves beside them is removed by the next run."""
+"""Writing files so that a kill never leaves half of one.
+
+What a kill leaves beside them is removed by the next run.
+"""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class Form(Flattened):
 
     @property
     def encoded(self) -> bool:
-        """Whether factors are stored otherwise than as plain tensors of the type that the model's weights have."""
+        """Whether factors are stored otherwise than as plain tensors of the type of the model's weights."""
         return bool(self.numbers or self.support)
 
     @property
@@ -120,7 +120,7 @@ class Form(Flattened):
         return self.format != "dense"
 
     def left_of(self, before: Form) -> Form:
-        """This form of a layer that had as many channels as `before` says, and has no fewer unless it says so."""
+        """This form of a layer that had the channels of `before`, and has no fewer unless it says so."""
         if self.narrow or not before.narrow:
             return self
         return replace(self, inputs=before.inputs, outputs=before.outputs)

@@ -92,12 +92,12 @@ class Job:
 
     @cached_property
     def references(self) -> list[Outputs]:
-        """What the model as it was given answers on the calibration data when it is really run, one entry per batch."""
+        """What the model as given really answers on the calibration data, one entry per batch."""
         return [_kept(self.divergence.outputs(self._run_given(batch))) for batch in self.batches]
 
     @cached_property
     def fitted_divergence(self) -> FittedDivergence:
-        """The divergence from the original's outputs, fitted to all of them once, so that every pass goes by the same."""
+        """The divergence from the original's outputs, fitted to them once, so that all passes go by it."""
         return self.divergence.fit(self.references)
 
     def _run_given(self, batch: Batch) -> object:
@@ -111,7 +111,10 @@ class Job:
             return self.given.record(batch).play().finish()
 
     def unexpected(self, text: str) -> None:
-        """Say that the result differs from what was to be expected: raises `DifferenceError`, or where that is allowed makes a note."""
+        """Say that the result differs from what was to be expected.
+
+        Raises `DifferenceError`, or where that is allowed makes a note.
+        """
         if self.strict:
             raise DifferenceError(
                 f"{text}; exclude the layers at fault, or take the result as it is with strict=False "
@@ -126,14 +129,17 @@ class Job:
         return {measure: limits[measure] - count() for measure, count in held.items() if measure in limits}
 
     def prepared(self, model: Model) -> Cost:
-        """The cost of a model that planning begins with, where passes before may have folded batch-norms or narrowed layers."""
+        """The cost of the model that planning begins with.
+
+        Passes before may have folded batch-norms or narrowed layers.
+        """
         layers = [layer for site in model.sites() if (layer := model.layer(site.name)) is not None]
         narrowed = self.batches and (self.smaller or any(layer.form.narrow for layer in layers))
         macs = model.count(self.batches[0]).per_sample if narrowed else self.original.macs
         return self.original.recounted(Cost(model.params(), macs, model.bytes()))
 
     def rewritten(self, model: Model, before: Mapping[str, Site]) -> None:
-        """Go on with a dense model that is another one than before, of sites that were those: runs are recorded anew."""
+        """Go on with another dense model than before, of the same sites; runs are recorded anew."""
         self.recorded, self.smaller = [], True
         if self.trials is not None:
             self.trials.record(model)
@@ -145,7 +151,10 @@ class Job:
         self.report.sites = [_narrowed(before[site.name], site) for site in sites]
 
     def settle(self, model: Model) -> bool:
-        """Let layers with fewer channels be dense layers of the model, which can be planned and factored; whether there were any."""
+        """Let layers with fewer channels be dense layers of the model; whether there were any.
+
+        They can then be planned and factored.
+        """
         before = {site.name: site for site in model.sites()}
         found = model.settle_channels() if isinstance(model, SettlesChannels) and self.batches else {}
         if found:
@@ -170,7 +179,7 @@ class Job:
         return None if example is None else example.resized(model.signature().fixed_batch() or self.batch)
 
     def note_recurrent(self, model: Model) -> None:
-        """Say of recurrent nodes whose steps have factors how long they take, where that is longer than before."""
+        """Say how long recurrent nodes whose steps have factors take, where that is longer than before."""
         call = self.one_call(model) if isinstance(model, TimesRecurrentNodes) else None
         if call is None or not isinstance(model, TimesRecurrentNodes):
             return

@@ -1,4 +1,7 @@
-"""The command line: `tdpass inspect | plan | compress | train | map | deploy | verify | bench | report | doctor | completion`."""
+"""The command line: `tdpass VERB`.
+
+The verbs are inspect, plan, compress, train, map, deploy, verify, bench, report, doctor and completion.
+"""
 
 from __future__ import annotations
 

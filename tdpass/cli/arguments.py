@@ -218,7 +218,10 @@ def add_planning(parser: Parser) -> None:
 
 
 def as_options(message: str) -> str:
-    """A message of the library with the options of the command line in place of Python's arguments, where it names both: `pass x= (--y)`."""
+    """A message of the library in the words of the command line.
+
+    Options stand in place of Python's arguments where it names both: `pass x= (--y)`.
+    """
     return _BOTH.sub(
         lambda found: f"{'give' if found[1] == 'pass' else 'with'} {' or '.join(found[2].split(', '))}",
         message,

@@ -1,4 +1,7 @@
-"""What the command line says of ONNX files with fused operators, which are only as fast as measured where their library is registered."""
+"""What the command line says of ONNX files with fused operators.
+
+They are only as fast as measured where the operators' library is registered.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`--isolate`: a verb in a process of its own, so that a file nobody vouches for can take no more time and memory than it is given."""
+"""`--isolate`: a verb in a process of its own, with limited time and memory.
+
+A file nobody vouches for can then take no more of either than it is given.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class Output:
     def show(
         self, document: Mapping[str, object], view: Callable[[int | None], Sequence[tables.Part]]
     ) -> None:
-        """The result of a verb: as `document` under `--json`, else as the tables that `view` makes for a width."""
+        """The result of a verb: `document` under `--json`, else the tables that `view` makes for a width."""
         if self.json:
             self.stdout.write(json.dumps(finite(document), indent=1) + "\n")
         elif not self.quiet:
@@ -41,7 +41,7 @@ class Output:
             self.stderr.flush()
 
     def flush(self) -> None:
-        """Hand everything to the operating system, so that a closed pipe shows while it can still be answered."""
+        """Hand all to the operating system, so that a closed pipe shows while it can still be answered."""
         self.stdout.flush()
 
 

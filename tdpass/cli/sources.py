@@ -43,7 +43,10 @@ class Source:
         return "" if self.kind == "factory" else Path(self.text).suffix.lower()
 
     def load(self) -> object:
-        """A path for files that the library opens itself, a trusted program, else a torch model in evaluation mode."""
+        """A path for files that the library opens itself, a trusted program, else a model to evaluate.
+
+        The last is a torch model in evaluation mode.
+        """
         if self.suffix == ".pt2" and is_package(Path(self.text)):
             if not self.trust:
                 raise UsageError(

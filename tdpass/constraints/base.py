@@ -30,7 +30,7 @@ class Constraint(ABC):
         """
 
     def frozen(self, weight: Tensor) -> Constraint:
-        """The constraint with everything that projection chooses (mask, interval) fixed as an allowed `weight` has it."""
+        """The constraint with what projection chooses (mask, interval) fixed as in an allowed `weight`."""
         return self
 
     @abstractmethod

@@ -1,4 +1,7 @@
-"""The distribution of a weight's magnitudes, small enough to try many sets of levels on, and the best interval of uniform ones."""
+"""The distribution of a weight's magnitudes, and the best interval of uniform levels.
+
+It is small enough to try many sets of levels on.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +135,10 @@ class Magnitudes:
 
 
 def rank_within(groups: Tensor, gaps: Tensor) -> tuple[Tensor, Tensor]:
-    """For every element its place, from 0, among those of the same group by ascending gap (of equals the first), and the size of its group."""
+    """For every element its place in its group, from 0, and the size of that group.
+
+    Places go by ascending gap; of equal gaps the first comes first.
+    """
     _, place, sizes = torch.unique(groups.reshape(-1), return_inverse=True, return_counts=True)
     order = gaps.reshape(-1).argsort(stable=True)
     order = order[place[order].argsort(stable=True)]

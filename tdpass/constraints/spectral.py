@@ -46,7 +46,10 @@ class Spectral(ABC):
 
 @dataclass(frozen=True)
 class OneMatrix(Spectral):
-    """The best rank-r approximation of one unfolding (Eckart and Young 1936), with the weight's axes `rows` as its rows."""
+    """The best rank-r approximation of one unfolding, with the weight's axes `rows` as its rows.
+
+    Eckart and Young 1936.
+    """
 
     rows: tuple[int, ...]
 
@@ -69,7 +72,10 @@ class OneMatrix(Spectral):
 
 
 class Tucker(Spectral):
-    """Subspaces of the output and the input channels (HOSVD, De Lathauwer et al. 2000), small weights improved by orthogonal iteration."""
+    """Subspaces of the output and the input channels (HOSVD, De Lathauwer et al. 2000).
+
+    Those of small weights are improved by orthogonal iteration.
+    """
 
     def ranks(self, site: Site, cuts: int | None) -> int:
         return 2
@@ -101,7 +107,7 @@ class Tucker(Spectral):
 
 
 class Train(Spectral):
-    """TT-SVD (Oseledets 2011): cut after cut, what is left is projected on its leading left singular vectors."""
+    """TT-SVD (Oseledets 2011): cut after cut, the rest is projected on its leading left singular vectors."""
 
     def ranks(self, site: Site, cuts: int | None) -> int:
         return family_of(site).proposed[0] if cuts is None else cuts
@@ -143,7 +149,10 @@ SPECTRAL: Mapping[str, Spectral] = {
 
 
 def basis(matrix: Tensor, count: int) -> Tensor:
-    """Up to `count` left singular vectors as orthonormal columns, largest first, through the smaller Gram matrix."""
+    """Up to `count` left singular vectors as orthonormal columns, largest first.
+
+    They are computed from the smaller Gram matrix.
+    """
     rows, columns = matrix.shape
     count, exact = min(rows, columns, count), matrix.double()
     if rows <= columns:
@@ -175,7 +184,10 @@ def energies(matrix: Tensor) -> Tensor:
 
 
 def _cut(vectors: Tensor, unfolded: Tensor, channels: int, count: int) -> tuple[Tensor, Tensor]:
-    """A basis of the other channels in what `vectors` leave of the weight (`unfolded[a, (channels taps)]`), and the core in both bases."""
+    """A basis of the other channels in what `vectors` leave of the weight, and the core in both bases.
+
+    The weight is `unfolded[a, (channels taps)]`.
+    """
     inner = (
         (vectors.T @ unfolded).reshape(vectors.shape[1], channels, -1).transpose(0, 1).reshape(channels, -1)
     )

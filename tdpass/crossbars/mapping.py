@@ -55,7 +55,11 @@ class MappedMatrix:
 
 @dataclass(frozen=True)
 class ArrayMap:
-    """The document: the machine, every matrix with its places, how many sets of copies there are, and a digest of the cells beside it."""
+    """The document of a mapping.
+
+    It holds the machine, every matrix with its places, how many sets of copies there are, and a digest of the
+    cells beside it.
+    """
 
     array: CrossbarArray
     matrices: tuple[MappedMatrix, ...]

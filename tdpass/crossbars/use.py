@@ -19,7 +19,10 @@ from tdpass.targets.workload import as_matrices
 
 @dataclass(frozen=True)
 class Use:
-    """The arrays of one site: what they cost, nothing where the site was not seen running, and what lies in each set of copies."""
+    """The arrays of one site: what they cost, and what lies in each set of copies.
+
+    They cost nothing where the site was not seen running.
+    """
 
     cost: Cost
     arrays: int

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Augment:
-    """Every image moved by up to `shift` pixels each way, black behind it, and with `flip` mirrored half of the time."""
+    """Every image moved by up to `shift` pixels each way over black; `flip` mirrors it half of the time."""
 
     shift: int = 0
     flip: bool = False

@@ -89,7 +89,10 @@ class Dataset:
     def batches(
         self, seed: int = 0, size: int = 128, augment: Augment | None = None, steps: int = 1
     ) -> Batches:
-        """Shuffled batches of the training part, of at most `size`, and so small that an epoch has at least 16 and at least `steps` of them."""
+        """Shuffled batches of the training part, of at most `size` samples.
+
+        They are so small that an epoch has at least 16 and at least `steps` of them.
+        """
         change = self.augment if augment is None else augment
         fitting = max(1, min(size, len(self.training) // max(_STEPS, steps)))
         made = Batches(self.training.inputs, self.training.targets, fitting, seed)

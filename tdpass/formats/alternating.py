@@ -38,7 +38,10 @@ ROUGH = Limit(10, 3e-3, WORK // 6, 2)
 
 
 def suits_single(macs: int, norm: float) -> bool:
-    """Whether sweeps of so many multiply-adds are worth single precision, and the tensor's square is in its range."""
+    """Whether sweeps of so many multiply-adds are worth single precision.
+
+    The tensor's square must be in its range.
+    """
     return macs > _SINGLE_FROM and _RANGE[0] < norm < _RANGE[1]
 
 
@@ -86,7 +89,10 @@ def _alternate(start: State, sweep: Sweep, norm: float, macs: int, limit: Limit)
 
 
 def solve_gram(gram: Tensor, right: Tensor) -> Tensor:
-    """`gram^-1 right` for a positive semidefinite matrix, with the least ridge, relative to its diagonal, that makes it definite."""
+    """`gram^-1 right` for a positive semidefinite matrix made definite.
+
+    It is given the least ridge, relative to its diagonal, that does so.
+    """
     return solve_factored(factored_gram(gram), right)
 
 

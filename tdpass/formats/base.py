@@ -208,7 +208,10 @@ class Format(ABC):
         return self.begin(weight, site, metric or Metric()).factors(rank)
 
     def begin(self, weight: Tensor, site: Site, metric: Metric) -> Decomposition:
-        """`decompose`, of a weight in a metric that are first brought near 1 where products of their squares would leave the range."""
+        """`decompose` of a weight in a metric, both brought near 1 first where that is needed.
+
+        It is needed where products of their squares would leave the range.
+        """
         weight, inputs, outputs = weight.double(), metric.inputs, metric.outputs
         exponents = [_exponent(tensor) for tensor in (weight, inputs, outputs)]
         if max(map(abs, exponents)) <= _RANGE:

@@ -71,7 +71,10 @@ class _Blocks(Searched):
 
 
 class _Als:
-    """Alternating least squares over `What[o, p, i] = sum_b a[o, b, s] core[b, s, p, r] c[b, r, i]` for a whitened tensor."""
+    """Alternating least squares over a sum of Tucker blocks for a whitened tensor.
+
+    `What[o, p, i] = sum_b a[o, b, s] core[b, s, p, r] c[b, r, i]`.
+    """
 
     def __init__(self, whitening: Whitening, tensor: Tensor) -> None:
         self.whitening, self.tensor = whitening, tensor
@@ -104,7 +107,7 @@ class _Als:
 
     @functools.cached_property
     def bases(self) -> tuple[Tensor, Tensor]:
-        """Principal directions of the output and of the input mode, zeros beyond those that the tensor has."""
+        """Principal directions of the output and the input mode, zeros beyond those that the tensor has."""
         o, _, i = self.tensor.shape
         found = left_vectors(self.unfolded, o), left_vectors(self.tensor.flatten(0, 1).T, i)
         u, v = (F.pad(basis, (0, len(basis) - basis.shape[1])) for basis in found)
@@ -236,7 +239,10 @@ def _solve_core(core: Tensor, wanted: Tensor, outer: Tensor, inner: Tensor) -> t
 
 
 def _tucker2(tensor: Tensor, s: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`left[o, s], core[s, p, r], right[i, r]` by higher-order orthogonal iteration, one pass from the truncated HOSVD."""
+    """`left[o, s], core[s, p, r], right[i, r]` by one pass of higher-order orthogonal iteration.
+
+    The pass begins from the truncated HOSVD.
+    """
     columns = tensor.flatten(0, 1)
     right = top_eigenpairs(columns.T @ columns, r)[1]
     unfolded = (tensor @ right).flatten(1)

@@ -22,7 +22,10 @@ from tdpass.site import Site
 
 
 class Layout(ABC):
-    """Where the tensor `[o, p, i]` (p: kernel positions, or parts of a linear layer's input) lies in the weight and in the factors."""
+    """Where the tensor `[o, p, i]` lies in the weight and in the factors.
+
+    p counts kernel positions, or parts of a linear layer's input.
+    """
 
     @abstractmethod
     def modes(self, site: Site) -> Modes:

@@ -1,4 +1,7 @@
-"""Bonds: axes that two factors share, and how a factor is stored without the r x r numbers that it holds twice along one."""
+"""Bonds: axes that two factors share.
+
+Of a factor the r x r numbers that it holds twice along a bond need not be stored.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ SINGULAR, _ROUNDING = 1e-10, 1e-9
 
 @dataclass(frozen=True)
 class Pieces:
-    """What is stored of a factor, the order of its channels where there is one, and `[r, r]` for its partner."""
+    """What is stored of a factor, its channels' order where there is one, and `[r, r]` for its partner."""
 
     factors: Mapping[str, Tensor]
     order: Tensor | None

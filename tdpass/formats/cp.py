@@ -28,7 +28,7 @@ _WIDEST = 3
 
 @dataclass(frozen=True)
 class _Depthwise:
-    """One depthwise stage: the factor's name and the spatial axes it covers, only one of them wider than 1."""
+    """One depthwise stage: the factor's name and its spatial axes, only one of them wider than 1."""
 
     name: str
     axes: range

@@ -1,4 +1,7 @@
-"""Layers whose products read integers of eight bits: what they read is rounded at run time, or in ranges found before."""
+"""Layers whose products read integers of eight bits.
+
+What they read is rounded at run time, or in ranges found before.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ Value = Tensor | Coded
 
 
 def coded(storage: Storage, held: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Value]:
-    """The factors of what is held: those whose products read integers as such, all others as they are restored."""
+    """The factors of what is held: those whose products read integers as such, all others restored."""
     restored: Mapping[str, Tensor] = storage.restore(TorchOps(), held, dtype)
     found: dict[str, Value] = {**restored}
     for name in storage.integer_factors:
@@ -178,7 +181,7 @@ def _product(codes: Tensor, weight: Tensor) -> Tensor:
 
 
 def _in_numbers(x: Tensor, weight: Value) -> tuple[Tensor, Tensor]:
-    """What a product in floating point reads: rounded to the ranges of a coded weight, and that weight restored."""
+    """What a product in floating point reads, rounded to a coded weight's ranges, and the weight restored."""
     if not isinstance(weight, Coded):
         return x, weight
     return x if weight.reads is None else rounded(x, weight.reads), weight.plain

@@ -92,7 +92,7 @@ class Layer(Formed):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point type of its bias and, where they have no number types of their own, of its factors."""
+        """The floating-point type of its bias and of those factors that have no number type of their own."""
         tensors = [
             *(() if self.form.encoded else self.factors.values()),
             *(() if self.bias is None else (self.bias,)),

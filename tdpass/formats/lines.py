@@ -1,4 +1,4 @@
-"""Dense layers of which whole outputs or input channels are not stored, as the smaller dense layers that they are."""
+"""Dense layers whose stored weight lacks whole outputs or input channels, as the smaller layers they are."""
 
 from __future__ import annotations
 

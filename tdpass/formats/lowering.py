@@ -1,4 +1,7 @@
-"""Lowering: the chain of convolutions or linear layers that a factored layer is, read off the format's own `apply`."""
+"""Lowering: a factored layer as its chain of convolutions or linear layers.
+
+The chain is read off the format's own `apply`.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ class Lowered(Stages):
 
     @property
     def lanes(self) -> Lanes:
-        """Vectors of channels where every width fills them, else of pixels, which need the steps 1, 2 and 4."""
+        """Vectors of channels where every width fills them, else of pixels, which need steps 1, 2 and 4."""
         fills = all(stage.outputs % _LANES == 0 for stage in self.stages)
         steps = all(stage.stride[1] in (1, 2, 4) for stage in self.stages)
         return "channels" if self.linear or fills or not steps else "pixels"

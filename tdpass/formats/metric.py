@@ -138,7 +138,10 @@ def eigenvalues(matrix: Tensor) -> Tensor:
 
 
 def symmetric_roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric square root of a positive semidefinite matrix, and the root's inverse, with a floor of 1e-12 of the top eigenvalue."""
+    """The symmetric square root of a positive semidefinite matrix, and the root's inverse.
+
+    Both have a floor of 1e-12 of the top eigenvalue.
+    """
     values, vectors = eigenpairs(matrix)
     root = values.clamp_min(float(values[-1]) * 1e-12 + 1e-300).sqrt()
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T

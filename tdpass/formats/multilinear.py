@@ -206,7 +206,7 @@ def best_polished(
     macs: int,
     work: int = WORK,
 ) -> State:
-    """The state of least error in the metric, polished in its own whitened coordinates and taken out of them."""
+    """The state of least error in the metric, polished in its own whitened coordinates and out of them."""
     errors = [
         metric.square(weight - unfolded(fit.undo(state))) for fit, state in zip(fits, states, strict=True)
     ]

@@ -84,7 +84,10 @@ class Sliced(Operand):
 
 @dataclass(frozen=True)
 class Tapped(Operand):
-    """A convolution of which `pivots` outputs each read `taps` features of their own, by `own`, and the others all, by `rest`."""
+    """A convolution some of whose outputs read features of their own.
+
+    `pivots` outputs each read `taps` features of their own, by `own`; the others read all, by `rest`.
+    """
 
     own: Any
     rest: Any

@@ -163,7 +163,10 @@ class _Spared(Decomposition):
 
 
 def spared_formats(name: str, site: Site, rank: Rank) -> list[str]:
-    """Formats that store what the named one stores at that rank in fewer numbers, those that need no order of channels first."""
+    """Formats that store what the named one stores at that rank in fewer numbers.
+
+    Those that need no order of channels come first.
+    """
     chain = FORMATS.get(name).chain.name
     lean = [
         fmt
@@ -229,7 +232,10 @@ def led(layer: Layer, after: Layer, spread: int = 1) -> tuple[Layer, Layer] | No
 
 
 def pivotable(cls: type[Format]) -> type[Format]:
-    """Class decorator: make known, beside a format whose factors have bonds, the two without what they hold twice."""
+    """Class decorator: make known, beside a format whose factors have bonds, the two that store less.
+
+    Those are without what its factors hold twice.
+    """
     inner = cls()
     facts = {fact: getattr(inner, fact) for fact in _FACTS}
     for ending, ordered in ((PIVOT, True), (LEAD, False)):

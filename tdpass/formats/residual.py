@@ -1,4 +1,7 @@
-"""Formats with a remainder: what the factors of another format leave of the weight stands beside them, as a matrix of its own."""
+"""Formats with a remainder: what the factors of another format leave of the weight.
+
+It stands beside them, as a matrix of its own.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ class Residual(Format):
         return self.inner.ranks(site)
 
     def begin(self, weight: Tensor, site: Site, metric: Metric) -> Decomposition:
-        """`decompose`: what is brought near 1 is what the other format fits, and not the remainder, which is added."""
+        """`decompose`: what the other format fits is brought near 1, but not the remainder that is added."""
         return self.decompose(weight.double(), site, metric)
 
     def decompose(self, weight: Tensor, site: Site, metric: Metric) -> Decomposition:

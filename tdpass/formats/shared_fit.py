@@ -74,7 +74,7 @@ class SharedFit:
         return WeightedSvd(weighted.permute(0, 2, 1).reshape(o * b, a), Metric(self.marginal))
 
     def solve(self, rank: int, core_rank: int | None = None, rough: bool = False) -> tuple[Tensor, Tensor]:
-        """`first[r, a]` and `last[o, r, b]`, the latter of rank at most `core_rank` as an `o x (r b)` matrix."""
+        """`first[r, a]` and `last[o, r, b]`, of rank at most `core_rank` as an `o x (r b)` matrix."""
         return self.solve_split(rank, core_rank, rough)[:2]
 
     def solve_split(
@@ -112,7 +112,7 @@ class SharedFit:
         return first, last, split
 
     def solve_last(self, first: Tensor, core_rank: int | None = None) -> tuple[Tensor, WeightedSvd | None]:
-        """The best `last` for a given `first`, and its truncated decomposition where a core rank is asked for."""
+        """The best `last` for a given `first`, and its truncated decomposition where a core rank is asked."""
         return self._truncated(self._free_last(first), len(first), core_rank)
 
     def _begin(self, rank: int) -> tuple[Tensor, WeightedSvd]:

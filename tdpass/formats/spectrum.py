@@ -15,7 +15,9 @@ _PARTS = 4
 
 
 class WeightedSvd:
-    """`W ~ left @ right` of `factors(r)`, the best rank-r approximation of a matrix (o x d, float64) in the metric for every r.
+    """The best rank-r approximation of a matrix in the metric, for every r.
+
+    `W ~ left @ right` of `factors(r)`, for W of o x d numbers in float64.
 
     With `M = G^1/2 W C^1/2 = U S V^T` the optimum is `What = G^-1/2 U_r U_r^T G^1/2 W = W C^1/2 V_r V_r^T
     C^-1/2`, so only the eigenvectors and roots of the smaller side are needed: `M M^T` takes G^1/2 and C,
@@ -41,7 +43,10 @@ class WeightedSvd:
 
     @cached_property
     def energies(self) -> Tensor:
-        """`energies[k]` is the squared weighted singular value k, descending, so the squared error at rank r is `total - energies[:r].sum()`."""
+        """`energies[k]` is the squared weighted singular value k, descending.
+
+        The squared error at rank r is `total - energies[:r].sum()`.
+        """
         return eigenvalues(self._gram).flip(0).clamp_min(0)
 
     def relative_error(self, rank: int) -> float:
@@ -98,7 +103,10 @@ def _times(matrix: Tensor, root: Tensor) -> Tensor:
 
 
 def top_eigenpairs(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest eigenvalues of a symmetric matrix, descending and not negative, and their vectors as columns."""
+    """The `count` largest eigenvalues of a symmetric matrix, and their vectors as columns.
+
+    Eigenvalues descend and are not negative.
+    """
     size = gram.shape[0]
     if size >= _SUBSET_FROM and count <= size // _PARTS:
         import scipy.linalg  # noqa: PLC0415 - takes a third of a second, and only large matrices need it

@@ -1,4 +1,7 @@
-"""Factors as they are stored: each in its number type and with its support, as named tensors of known sizes and types."""
+"""Factors as they are stored: as named tensors of known sizes and types.
+
+Each is in its number type and with its support.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,10 @@ class Storage:
 
     @property
     def integer_factors(self) -> tuple[str, ...]:
-        """The factors of which products with integers may be made: all of them stored as signed bytes with one scale a row."""
+        """The factors that products with integers may be made of.
+
+        All of them are stored as signed bytes with one scale a row.
+        """
         whole = (name for name in self.numbers if name not in self.supports)
         return tuple(
             name for name in whole if self.activations and self.numbers[name].scales_rows(self.shapes[name])

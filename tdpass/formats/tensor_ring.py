@@ -44,7 +44,10 @@ class _Ring(Searched):
 
 
 class _Als:
-    """Alternating least squares for a whitened weight `X[(i1 i2), (o1 o2)]`, over the input's two cores and then the output's."""
+    """Alternating least squares for a whitened weight `X[(i1 i2), (o1 o2)]`.
+
+    Sweeps go over the input's two cores and then the output's.
+    """
 
     def __init__(self, whitening: Whitening, weight: Tensor) -> None:
         self.whitening = whitening
@@ -59,7 +62,10 @@ class _Als:
         return alternate(start, self.sweep, self.energy**0.5, 2 * self.matrix.numel() * bonds, limit=limit)
 
     def start(self, rank: Rank) -> State:
-        """TR-SVD from the cut between input and output, whose `r0 r2` terms close the ring, to the cut inside each half."""
+        """TR-SVD from the cut between input and output, then the cut inside each half.
+
+        The `r0 r2` terms of the first cut close the ring.
+        """
         i1, i2, o1, o2 = self.sizes
         r0, r1, r2, r3 = rank
         vectors = left_vectors(self.matrix, r0 * r2)

@@ -24,7 +24,7 @@ from tdpass.site import Site
 
 @dataclass(frozen=True)
 class Train(ABC):
-    """How a weight is cut into a train of cores `G_k[r_k-1, n_k, r_k]`, and how such a train is stored and applied."""
+    """How a weight is cut into a train of cores `G_k[r_k-1, n_k, r_k]`, how it is stored and applied."""
 
     site: Site
     cuts: int
@@ -71,14 +71,14 @@ class Train(ABC):
 
 
 class LinearTrain(Train):
-    """TT-matrix: `W[(o1 .. od), (i1 .. id)] = G_1[o1, i1] ... G_d[od, id]`, core k stored as `[r, o_k, i_k, s]` (Novikov et al. 2015)."""
+    """TT-matrix: `W[(o1 .. od), (i1 .. id)] = G_1[o1, i1] ... G_d[od, id]`.
+
+    Core k is stored as `[r, o_k, i_k, s]` (Novikov et al. 2015).
+    """
 
     @property
     def parts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Factors of o, descending, and of i, ascending.
-
-        What is large while much of the input is left should be small.
-        """
+        """Factors of o, descending, and of i, ascending: little is large while much of the input is left."""
         return balanced_factors(self.site.o, self.cuts + 1), balanced_factors(self.site.i, self.cuts + 1)[
             ::-1
         ]
@@ -107,7 +107,7 @@ class LinearTrain(Train):
 
     @property
     def bonds(self) -> tuple[Bond, ...]:
-        """Each core but the first makes its bond times a part of the output, so that a slice of it spares what it can."""
+        """Each core but the first makes its bond times a part of the output, so a slice spares all it can."""
         o, i = self.parts
         return tuple(
             SliceBond(
@@ -205,10 +205,10 @@ class ConvTrain(Train):
 
 
 class SplitConvTrain(Train):
-    """`W[(o1 .. oa), (i1 .. ia), h, w] = G_1[i1] .. G_a[ia] G[h w] H_1[o1] .. H_a[oa]`, as in ADMM-TT (Yin et al. 2021).
+    """`W[(o1 .. oa), (i1 .. ia), h, w] = G_1[i1] .. G_a[ia] G[h w] H_1[o1] .. H_a[oa]`.
 
-    The core is stored as `[s, r, h, w]` and convolves r channels to s; the other cores are matrix products at
-    every position.
+    As in ADMM-TT (Yin et al. 2021). The core is stored as `[s, r, h, w]` and convolves r channels to s; the
+    other cores are matrix products at every position.
     """
 
     @property

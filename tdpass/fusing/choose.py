@@ -162,7 +162,7 @@ def _times(trial: Trial[Any]) -> dict[str, float]:
 def seconds_of(
     calls: Mapping[K, Callable[[], object]], threads: int, rounds: int = _ROUNDS
 ) -> dict[K, float]:
-    """Seconds of each call, all in turn: the median of this thread's time, or of several the least wall time."""
+    """Seconds of each call, all in turn: this thread's median time, or of several the least wall time."""
     alone = threads == 1
     with torch.inference_mode(mode=False), torch.no_grad():
         clock = time.thread_time if alone else time.perf_counter

@@ -25,7 +25,7 @@ FORMATS_OF: dict[Layout, torch.memory_format] = {
 
 
 def in_torch(call: ChainCall) -> Trial[ChainCall]:
-    """The chain in torch: the operator as the dispatcher calls it, the layers in eager torch, channels last."""
+    """The chain in torch: the operator as dispatched, the layers in eager torch, channels last."""
     called = "from Python" if "conv_chain" not in base.compiled() else "in C++"
     return Trial(
         call,

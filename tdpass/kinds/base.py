@@ -1,4 +1,4 @@
-"""What a layer kind is: everything that differs between layers that hold one weight, said once for all who ask."""
+"""What a layer kind is: all that differs between layers that hold one weight, said once for all who ask."""
 
 from __future__ import annotations
 
@@ -101,7 +101,10 @@ class LayerKind(ABC):
 
     @abstractmethod
     def input_sizes(self, module: nn.Module, positions: int) -> Sequence[Sizes]:
-        """Sizes that a module may be called with, one of each number of axes, from which it makes so many positions along each."""
+        """Sizes that a module may be called with, one of each number of axes.
+
+        From each it makes so many positions along each axis.
+        """
 
     @abstractmethod
     def call(self, site: Site, read: Sizes, made: Sizes) -> tuple[Extent, int]:
@@ -173,7 +176,10 @@ def kind_of(site: Site) -> LayerKind:
 
 
 def kind_of_module(module: nn.Module) -> LayerKind | None:
-    """The kind of which a torch module is a layer, its nearest class deciding, or may be by what it holds, if there is one."""
+    """The kind of which a torch module is a layer, or may be by what it holds, if any.
+
+    The nearest class of the module decides.
+    """
     named = {cls: kind for kind in KINDS for cls in kind.modules}
     nearest = [named[cls] for cls in type(module).__mro__ if cls in named]
     return next((kind for kind in (*nearest, *KINDS) if kind.base_of(module) is not None), None)

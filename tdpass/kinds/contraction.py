@@ -1,4 +1,4 @@
-"""Sums over products with one matrix, as Einstein's notation writes them: a linear layer between changes of axes."""
+"""Sums over products with one matrix, in Einstein's notation: a linear layer between changes of axes."""
 
 from __future__ import annotations
 

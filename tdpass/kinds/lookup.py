@@ -1,4 +1,4 @@
-"""Rows of a weight read one by one: what an embedding does with a matrix, beside the layer that the matrix is."""
+"""Rows of a weight read one by one: what an embedding does with its matrix, which is a layer as well."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ class Adaptive(nn.Module):
         return self.format.reconstruct(factors, site)
 
     def factored(self) -> Layer | None:
-        """What is in use as factors, in a number type of its bits; None of a dense layer of floating-point numbers."""
+        """What is in use as factors, in a number type of its bits; None of a dense floating-point layer."""
         site, rank, held, bias = self._held(self.dial.place)
         form, own = Form(self.form.format, rank), dict[str, Tensor]()
         for name, part in held.items():
@@ -271,7 +271,10 @@ def _place_of(value: float, known: Sequence[float], noun: str) -> int:
 
 @torch.no_grad()
 def estimate_statistics(model: nn.Module, run: Callable[[], None]) -> None:
-    """Estimate the statistics of all batch-norms anew at every setting, from what `run` calls the model with; the dial stays."""
+    """Estimate the statistics of all batch-norms anew at every setting.
+
+    They are those of what `run` calls the model with; the dial stays.
+    """
     dial, norms = dial_of(model), [module for module in model.modules() if isinstance(module, AdaptiveNorm)]
     for place in range(dial.places):
         with dial.at(place):

@@ -1,4 +1,4 @@
-"""Open attention: modules whose query, key and value are slices of one parameter, with a linear layer for each."""
+"""Open attention: modules whose query, key and value are slices of one parameter, each a linear layer."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ register_optimizer_step_post_hook(_forget_fused)
 
 
 class Recipe(ABC, Generic[T]):
-    """How something is derived from tensors; a frozen dataclass, so that equal recipes share what they made."""
+    """How something is derived from tensors; frozen, so that equal recipes share what they made."""
 
     @abstractmethod
     def make(self, tensors: Sequence[Tensor]) -> T:

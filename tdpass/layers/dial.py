@@ -25,7 +25,10 @@ class Cut:
 
 @dataclass(frozen=True)
 class AdaptiveForm:
-    """One layer: its format, its rank at width and share 1 (0 for dense), and the channels that it reads and makes at each width."""
+    """One layer: its format, its rank at width and share 1, and its channels.
+
+    The rank is 0 for dense; the channels are those that it reads and makes at each width.
+    """
 
     format: str
     rank: Count

@@ -36,7 +36,10 @@ _SCHEMA = (
 
 @dataclass(frozen=True)
 class PackedIntegers:
-    """A chain as its operator takes it: packed weights, scales and totals of its stages, and the numbers of its grids."""
+    """A chain as its operator takes it.
+
+    It has packed weights, scales and totals of its stages, and the numbers of its grids.
+    """
 
     weights: list[Tensor]
     scales: list[Tensor]

@@ -1,4 +1,4 @@
-"""Copies of models in which modules that keep their products to themselves call linear layers instead, which are sites."""
+"""Copies of models in which modules that hide their products call linear layers instead, which are sites."""
 
 from __future__ import annotations
 

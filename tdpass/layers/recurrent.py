@@ -1,4 +1,4 @@
-"""Open recurrent layers: `nn.LSTM` and `nn.GRU` whose every matrix product is a linear layer of its own, and so a site."""
+"""Open recurrent layers: `nn.LSTM` and `nn.GRU` whose every matrix product is a linear layer, so a site."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class OpenRNN(nn.Module):
         return all(is_plain(getattr(self, name)) for name in self._names)
 
     def _operators(self, x: Tensor) -> _Direction | None:
-        """How the fused operators run one direction of a layer; None where they do not serve the call, or are slower."""
+        """How the fused operators run one direction; None where they do not serve the call, or are slower."""
         if (
             self.operator is None
             or type(x) is not Tensor

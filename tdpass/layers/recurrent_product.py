@@ -1,4 +1,4 @@
-"""A matrix product of a recurrent layer, dense or factored, as the fused operators and torch's own layer take it."""
+"""A product of a recurrent layer, dense or factored, as the fused operators and torch's own layer take it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _FORWARDS = (nn.Linear.forward, Factorized.forward, Fused.forward)
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether it does nothing but multiply with a weight, so that nobody notices when the weight is used without a call."""
+    """Whether it only multiplies with a weight, so that using the weight without a call goes unnoticed."""
     watched = (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -61,7 +61,10 @@ class Rebuilt(Recipe[Tensors]):
 
 @dataclass(frozen=True)
 class PackCell(Recipe[Tensors]):
-    """`V[rank, hidden]` and `U[(gates hidden), rank]`, packed, of a chain of matrices cut in two where it is narrowest; V may be the identity."""
+    """`V[rank, hidden]` and `U[(gates hidden), rank]`, packed, of a chain of matrices.
+
+    It is cut in two where it is narrowest; V may be the identity.
+    """
 
     gates: int
 
@@ -168,7 +171,10 @@ class Product:
         return derived(self.rebuild, self.tensors)[0]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The layer on the last axis of x, without gradients: as one operator where it is a chain, else by whatever is faster, its factors or its weight."""
+        """The layer on the last axis of x, without gradients.
+
+        It is one operator where it is a chain, else whatever is faster, its factors or its weight.
+        """
         result: Tensor
         if self.chain is None and self.called * _FACTORS_LEAD > self.dense:
             result = F.linear(x, self.weight(trained=False), self.bias)
@@ -195,7 +201,10 @@ def _chain(stages: tuple[Stage, ...]) -> PackChain:
 
 
 def lead(products: Sequence[Product], samples: int, states: int) -> bool:
-    """Whether the fused operators serve these products, input and hidden in turn, and are faster than torch's own layer."""
+    """Whether the fused operators serve these products and are faster than torch's own layer.
+
+    The products are those of input and hidden state in turn.
+    """
     if any(product.computed for product in products):
         return False
     if not all(tensor.dtype == torch.float32 for product in products for tensor in product.tensors):

@@ -13,7 +13,10 @@ from tdpass.documents import Count, Size
 
 @dataclass(frozen=True)
 class NormShape:
-    """How many channels such a norm reads and writes, 0 where it has no adapter, and whether one channel behind is left out."""
+    """How many channels such a norm reads and writes, and whether one channel behind is left out.
+
+    `writes` is 0 where it has no adapter.
+    """
 
     reads: Size
     eps: float

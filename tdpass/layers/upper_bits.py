@@ -31,7 +31,7 @@ class Codes:
 
     @classmethod
     def of(cls, factor: Tensor, most: int, least: int) -> Self:
-        """Codes of `most` bits, whose range ends where the codes of the `least` bits end, so that none is cut off there."""
+        """Codes of `most` bits in the range of those of the `least` bits, so that none is cut off there."""
         top = int(2 ** (least - 1) - 1) << (most - least)
         rows = factor.detach().double().flatten(1)
         scale = (rows.abs().amax(1) / top).float()

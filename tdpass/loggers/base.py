@@ -48,7 +48,10 @@ def _failed(logger: Logger, running: Sequence[Logger]) -> None:
 def started(
     wanted: Sequence[str | Logger], folder: Path | None, facts: Mapping[str, object]
 ) -> Iterator[list[Logger]]:
-    """Loggers that are running, by name or as given; a block that fails, or leaves some in the list, ends them without a report."""
+    """Loggers that are running, by name or as given.
+
+    A block that fails, or leaves some in the list, ends them without a report.
+    """
     with ExitStack() as stack:
         running: list[Logger] = []
         for entry in wanted:

@@ -1,4 +1,4 @@
-"""What a measure is: one number that a layer or a model costs, how it is written, and what it takes to know it."""
+"""What a measure is: a number that a layer or model costs, how it is written, and what knowing it takes."""
 
 from __future__ import annotations
 

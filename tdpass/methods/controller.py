@@ -1,4 +1,7 @@
-"""Which width, share of the rank and bits an adaptive model runs at, for a budget on latency, energy or any measure."""
+"""Which width, share of the rank and bits an adaptive model runs at.
+
+They are chosen for a budget on latency, energy or any measure.
+"""
 
 from __future__ import annotations
 
