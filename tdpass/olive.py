@@ -64,7 +64,7 @@ class TdpassCompress(Pass):  # type: ignore[misc]
         }
 
     def _run_for_config(self, model: Any, config: BasePassConfig, output_model_path: str) -> Any:
-        """Compress and write; raises `UsageError` for a kind of model that tdpass does not write for Olive."""
+        """Compress and write; raises `UsageError` for a model that tdpass does not write for Olive."""
         write = next((write for kind, write in _KINDS.items() if isinstance(model, kind)), None)
         if write is None:
             allowed = " or ".join(kind.__name__ for kind in _KINDS)

@@ -109,7 +109,7 @@ class StorageOps(Ops[V], Protocol[V]):
         """The same numbers in another floating-point type."""
 
     def quantize(self, x: V, scale: V, zero: V) -> V:
-        """`x / scale + zero`, rounded to the nearest (halves to even) and kept within the range of the integer type of `zero`."""
+        """`x / scale + zero`, rounded (halves to even), within the range of the integer type of `zero`."""
 
     def dequantize(
         self, values: V, scale: V, zero: V | None, shape: Sequence[int], rows: int, dtype: torch.dtype
@@ -126,7 +126,10 @@ class StorageOps(Ops[V], Protocol[V]):
         """
 
     def spread(self, values: V, kept: V, shape: Sequence[int]) -> V:
-        """A tensor of that shape with `values`, in order, where `kept` (ones and zeros, one after another) is one; zero elsewhere."""
+        """A tensor of that shape with `values`, in order, where `kept` is one, and zero elsewhere.
+
+        `kept` has ones and zeros, one after another.
+        """
 
     def places(self, kept: V, count: int) -> V:
         """Where the `count` ones are among ones and zeros, in order."""
@@ -138,7 +141,7 @@ class StorageOps(Ops[V], Protocol[V]):
         """`x` where `kept` is one, and `other`, or zero, elsewhere; all broadcast."""
 
     def tiled(self, cells: V, tile: tuple[int, int], shape: tuple[int, int]) -> V:
-        """What is said of the tiles of a matrix of that shape, row by row, said of each of its entries, one after another."""
+        """What is said of a matrix's tiles, row by row, for each of its entries, one after another."""
 
     def lookup(self, table: V, indices: V) -> V:
         """`table[indices]`, along the table's first axis."""
@@ -153,7 +156,7 @@ def padded_convolution(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """A convolution with zero padding (before, after) per axis, recorded as one call that reads the unpadded input."""
+    """A convolution with zero padding (before, after) per axis, as one recorded call on unpadded input."""
     if has_torch_function((x, weight)):
         result: Tensor = handle_torch_function(
             padded_convolution, (x, weight), x, weight, bias, stride, padding, dilation, groups
@@ -179,7 +182,7 @@ def transposed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def swapped_channels(weight: Tensor, groups: int) -> Tensor:
-    """`[o, i / groups, *kernel]` of `[i, o / groups, *kernel]`, the way transposed convolutions are stored, and the other way round."""
+    """`[o, i / groups, *kernel]` of `[i, o / groups, *kernel]`, as transposed convolutions are, and back."""
     first, second, *kernel = weight.shape
     parts = weight.reshape(groups, first // groups, second, *kernel).transpose(1, 2)
     return parts.reshape(groups * second, first // groups, *kernel)

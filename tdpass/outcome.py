@@ -17,7 +17,10 @@ from tdpass.report import Report
 
 
 def finished(opened: Model, model: Model, job: Job) -> Artifact:
-    """What comes out of the passes, counted again and held to the budget and, on a target, against the dense model."""
+    """What comes out of the passes, counted again and held to the budget.
+
+    On a target it is held against the dense model too.
+    """
     report = job.report
     if job.plan is None:
         job.plan = RankPlan((), report.original, declined=dict(report.declined))

@@ -97,7 +97,7 @@ class TransposedConvolution(Spatial):
     def rows(
         self, x: Tensor, site: Site, limit: int | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Of a plain convolution with the kernel turned round, over the input with zeros between positions."""
+        """Of a plain convolution with the kernel turned round, over the input with zeros in between."""
         x = with_samples(x, site)
         spread = x.new_zeros(
             *x.shape[:2],

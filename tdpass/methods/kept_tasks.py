@@ -53,7 +53,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Growing:
-    """How many columns a first and a further task have, how these are divided, and the sites that they are in."""
+    """How many columns a first and a further task have, their division, and the sites that they are in."""
 
     first_rank: Size
     step_rank: Size

@@ -57,7 +57,7 @@ class Ingredients:
 
 @dataclass(frozen=True)
 class Material:
-    """The network, the batches, the data set where they are of one, and how it is trained before the method."""
+    """The network, the batches, the data set where they are of one, and its training before the method."""
 
     model: nn.Module
     batches: Data
@@ -126,7 +126,7 @@ def _of_zoo(name: str, dataset: Dataset | None) -> nn.Module:
 
 
 def _started(made: Material, net: str, note: Callable[[str], None]) -> Material:
-    """From the trained weights that come with the data set, or trained from the beginning where there are none."""
+    """From the weights that come with the data set, or trained from the beginning where there are none."""
     assert made.dataset is not None
     path = made.dataset.weights.get(net)
     if path is not None:

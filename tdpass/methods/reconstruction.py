@@ -33,7 +33,7 @@ class Supervised:
 
     @property
     def varies(self) -> bool:
-        """Whether the layer's answers differ from their mean at all, without which there is nothing to be held to."""
+        """Whether the layer's answers differ from their mean at all; else there is nothing to be held to."""
         targets = torch.cat(list(self.joint.targets)).double()
         return float((targets - targets.mean(0)).square().mean()) > _LEAST * float(targets.square().mean())
 

@@ -25,7 +25,10 @@ from tdpass.verbs import compress
 
 
 class SparseWeights(Method):
-    """`finish` puts every weight where it shall end and stores those that are not zero, on their levels where they have some."""
+    """`finish` puts every weight where it shall end and stores those that are not zero.
+
+    They are stored on their levels where they have some.
+    """
 
     final = True
 

@@ -93,7 +93,7 @@ def pretrained(run: Run) -> Generator[Stage, nn.Module, nn.Module]:
 
 
 def finished(run: Run, dense: nn.Module, artifact: Artifact, epochs: int) -> Stages:
-    """Fine-tuning of what came out after `epochs`, the control that is trained as long, and the scores of all."""
+    """Fine-tuning of the result after `epochs`, the control that is trained as long, and all scores."""
     result = module_of(artifact)
     scores = run.scores(dense=dense, before_finetuning=result)
     if run.finetune:

@@ -1,4 +1,7 @@
-"""What only some front ends can do with a model: who needs it asks `isinstance(model, ...)`, and says so where it is none."""
+"""What only some front ends can do with a model.
+
+Who needs it asks `isinstance(model, ...)`, and says so where it is none.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +75,7 @@ class RecalibratesBatchNorm(Protocol):
 
 @runtime_checkable
 class ScalesNorms(Protocol):
-    """What its norms make can be scaled channel by channel, against the columns of the layers that read it."""
+    """What its norms make can be scaled by channel, against the columns of the layers that read it."""
 
     def norms(self, decline: Decline = no_reasons) -> Mapping[str, Sequence[str]]:
         """The norms that nothing but dense linear sites reads, by name, with these sites.
@@ -81,7 +84,7 @@ class ScalesNorms(Protocol):
         """
 
     def scale_norm(self, name: str, scale: Tensor) -> None:
-        """Divide what a norm makes by `scale`, channel by channel, and multiply the columns of the sites that read it."""
+        """Divide what a norm makes by `scale`, by channel; multiply the columns of the sites that read it."""
 
 
 @runtime_checkable
@@ -98,10 +101,13 @@ class FusesChains(Protocol):
 
 @runtime_checkable
 class TimesRecurrentNodes(Protocol):
-    """Its recurrent nodes are written as other nodes where their steps have factors, which may take longer."""
+    """Its recurrent nodes become other nodes where their steps have factors, which may take longer."""
 
     def recurrent_times(self, samples: Batch) -> Iterator[tuple[str, float, float]]:
-        """Of every such node: its name, its seconds as it was, and those that it takes, on one thread on these samples."""
+        """Every such node's name, its seconds as it was, and those that it takes.
+
+        They are measured on one thread on these samples.
+        """
 
 
 @runtime_checkable
@@ -117,7 +123,7 @@ class SettlesChannels(Protocol):
 
 @runtime_checkable
 class SlicesStreams(Protocol):
-    """Values that its layers add to and its norms read can be stored in other coordinates, and fewer of them."""
+    """Values that its layers add to and its norms read can have other coordinates, and fewer of them."""
 
     def slice_streams(self, edits: StreamEdits) -> None:
         """Put other weights, norms and tables in the place of those that the edits name; all its layers must be dense.
@@ -180,7 +186,10 @@ class HoldsProgram(Protocol):
     """The file that it is saved to can say how it is built."""
 
     def described(self, call: Batch) -> dict[str, str]:
-        """What to add to the file's metadata, for calls such as that; raises `UnsupportedError` where that cannot be."""
+        """What to add to the file's metadata, for calls such as that.
+
+        Raises `UnsupportedError` where that cannot be.
+        """
 
 
 @runtime_checkable

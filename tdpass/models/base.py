@@ -76,7 +76,10 @@ class Model(ABC):
 
     @abstractmethod
     def observe(self, *batches: Batch) -> None:
-        """Fill in the sites' extents and the multiply-adds from a run on the first call, on all where it shows that they may differ."""
+        """Fill in the sites' extents and the multiply-adds from a run on the first call.
+
+        The model runs on all calls where it shows that they may differ.
+        """
 
     @abstractmethod
     def run(self, batch: Batch) -> object:

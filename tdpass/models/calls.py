@@ -283,7 +283,7 @@ def _joined(calls: Sequence[Batch]) -> Batch:
 
 
 def _follow(whole: object, parts: Sequence[object]) -> bool:
-    """Whether what a call answers is what its parts answer, one beside the other along some axis of an output."""
+    """Whether what a call answers is what its parts answer, side by side along some axis of an output."""
     columns = [
         [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)] for outputs in (whole, *parts)
     ]

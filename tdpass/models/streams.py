@@ -1,4 +1,7 @@
-"""What becomes of a model whose streams are stored in other coordinates: other weights, and norms that know what was left out."""
+"""What becomes of a model whose streams are stored in other coordinates.
+
+It has other weights, and norms that know what was left out.
+"""
 
 from __future__ import annotations
 

@@ -130,13 +130,19 @@ class Numbers(ABC):
         )
 
     def rounded(self, factor: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
-        """The numbers nearest to those of a factor, float64, of all that are stored with these parts beside the values."""
+        """The numbers, float64, nearest to a factor's of all that can be stored with these parts.
+
+        The parts are those beside the values.
+        """
         return self.decode(TorchOps(), self.codes(factor, beside), beside, tuple(factor.shape), torch.float64)
 
     def column(
         self, numbers: Tensor, beside: Mapping[str, Tensor], shape: Shape, place: int, rows: slice
     ) -> Tensor:
-        """`rounded` of one column of the factor of that shape, seen as a matrix, where numbers of these rows alone are given."""
+        """`rounded` of one column of the factor of that shape, seen as a matrix.
+
+        Numbers of these rows alone are given.
+        """
         return self.rounded(numbers[:, None], beside)[:, 0]
 
     def beside_lines(

@@ -1,4 +1,4 @@
-"""Integers with scales: `values[r, k] scale[r]`, or `(values[r, k] - zero[r]) scale[r]`, over rows of a factor."""
+"""Integers with scales by row: `values[r, k] scale[r]`, or `(values[r, k] - zero[r]) scale[r]`."""
 
 from __future__ import annotations
 

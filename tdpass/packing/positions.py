@@ -25,7 +25,10 @@ _TOP = ONE - ONE // 256
 
 @dataclass(frozen=True)
 class Learning:
-    """How positions are coded: indices into `STRENGTHS` for rows and columns, and whether empty ones are named first."""
+    """How positions are coded.
+
+    They are indices into `STRENGTHS` for rows and columns, and whether empty ones are named first.
+    """
 
     rows: int = 0
     columns: int = 0

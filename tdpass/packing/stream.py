@@ -1,4 +1,4 @@
-"""Writing, reading and weighing entropy-coded integers with one interface, so that both sides follow the same steps."""
+"""Writing, reading and weighing entropy-coded integers in one way, so that both sides take the same steps."""
 
 from __future__ import annotations
 

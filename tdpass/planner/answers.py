@@ -178,7 +178,7 @@ class Answers:
         return bool((winners != winners[:1]).any())
 
     def _distinction(self, axis: int) -> float:
-        """How much neighbouring indices of an axis differ, in means over spreads and in logarithms of variances."""
+        """How much neighbouring indices of an axis differ, in means over spreads and in log variances."""
         count = sum(value.numel() for value in self.values) // self.size(axis)
         mean, variance = self.mean(axis), self.variance(axis)
         variance = variance + 1e-4 * float(self.variance(None)) + 1e-300

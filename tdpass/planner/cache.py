@@ -1,4 +1,4 @@
-"""Candidate tables on disk, keyed by the content they were computed from, so that a second budget costs seconds."""
+"""Candidate tables on disk, keyed by what they were computed from, so that a second budget takes seconds."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ class SiteFits:
         return (form.format, form.rank) in self._factors or not FORMATS.get(form.format).searched
 
     def layer(self, form: Form) -> Layer:
-        """The layer in that form, its bias shifted so that the mean output on the calibration data stays what it was."""
+        """The layer in that form, its bias shifted so that the mean output on calibration data stays."""
         made, bias, lost = self._unbiased(form), self.bias, None
         if self._shifts_bias(form):
             lost = self.metric.mean_output((self.weight - self._weight_of(made)).flatten(1))
@@ -264,7 +264,10 @@ def _fits(site: Site, form: Form) -> bool:
 def _of_format(
     fits: SiteFits, fmt: Format, ranks: Sequence[Rank], others: Sequence[Candidate], deadline: Deadline
 ) -> list[Candidate]:
-    """Candidates of one format, its middle rank and its smallest, then the others coarse to fine, until the deadline."""
+    """Candidates of one format: its middle rank, its smallest, then the others coarse to fine.
+
+    It stops at the deadline.
+    """
     found: list[Candidate] = []
     for rank in coarse_first(ranks):
         if deadline.left <= 0 and (len(found) >= _ENDS or (fmt.searched and others)):

@@ -61,11 +61,11 @@ class Effort:
         return taken
 
     def for_losses(self, sites: int) -> int:
-        """On how many samples losses are measured, so that there is time for a few candidates of every site."""
+        """On how many samples losses are measured, to leave time for a few candidates of every site."""
         return min(self.sweep_samples, self._affordable(0.5, _TRIES * max(sites, 1) / 2))
 
     def _affordable(self, share: float, passes: float) -> int:
-        """Samples that so many forward passes can be made over, judged by multiply-adds so that results repeat."""
+        """Samples that so many forward passes can take, judged by multiply-adds so that results repeat."""
         samples = share * self.limit * RATE / (passes * max(self.macs, 1))
         return 2**31 if math.isinf(samples) else int(samples)
 

@@ -1,4 +1,7 @@
-"""Layers that read integers of eight bits: which may, and in what ranges, seen on the compressed network's own activations."""
+"""Layers that read integers of eight bits: which may, and in what ranges.
+
+The ranges are seen on the compressed network's own activations.
+"""
 
 from __future__ import annotations
 

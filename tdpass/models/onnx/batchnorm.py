@@ -78,7 +78,7 @@ def fold(model: ir.Model, name: str, site: FoundSite, node: ir.Node) -> None:
 
 @dataclass
 class BatchStatistics:
-    """Stands for a batch-norm in training: normalizes by the batch and averages what it sees over all batches."""
+    """Stands for a batch-norm in training: normalizes by the batch and averages over all batches."""
 
     means: list[Tensor] = field(default_factory=list)
     variances: list[Tensor] = field(default_factory=list)

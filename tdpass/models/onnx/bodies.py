@@ -1,4 +1,4 @@
-"""Branches and loop bodies run with torch functions, so that the layers in them are recorded like any other."""
+"""Branches and loop bodies run with torch functions, so that their layers are recorded like any other."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ class Block:
         self._own = frozenset((*self.graph.inputs, *made)) - set(self.graph.outputs)
 
     def run(self, values: Values) -> None:
-        """Make the graph's outputs from its inputs, which are among the values with all that it reads from outside."""
+        """Make the graph's outputs from its inputs.
+
+        The inputs are among the values, with all that the graph reads from outside.
+        """
         for place, step in enumerate(self.steps):
             self.perform(step, values)
             for value in step.reads:

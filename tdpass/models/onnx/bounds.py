@@ -90,7 +90,10 @@ def _varint(content: mmap.mmap, place: int) -> tuple[int, int]:
 
 
 def check_expansion(proto: onnx.ModelProto, what: str) -> None:
-    """Raise unless a model has at most `MOST_NODES` nodes once its local functions are written out, as runtimes and checkers do."""
+    """Raise unless a model has at most `MOST_NODES` nodes once its local functions are written out.
+
+    Runtimes and checkers write them out.
+    """
     bodies = {
         (function.domain, function.name, function.overload): function.node for function in proto.functions
     }
@@ -191,7 +194,7 @@ def _trips(node: onnx.NodeProto, known: Mapping[str, onnx.TensorProto]) -> int |
 
 
 def _stays_true(body: onnx.GraphProto, condition: str, known: Mapping[str, onnx.TensorProto]) -> bool:
-    """Whether a loop's condition is true at first and after every run of its body, as far as that can be seen."""
+    """Whether a loop's condition is true at first and after every run of its body, as far as one can see."""
     if condition and not _is_true(condition, known):
         return False
     copied = {

@@ -70,7 +70,7 @@ class Cell:
     step: Callable[[Step, ir.Value, Sequence[Product], Sequence[ir.Value]], Sequence[ir.Value]]
 
     def in_torch_order(self, stored: Tensor, gates: Gates | None = None) -> Tensor:
-        """The gates along the first axis in torch's order; only some, where their places in that order are given."""
+        """The gates along the first axis in torch's order; only those at the places `gates`, if given."""
         parts = stored.reshape(len(self.order), -1, *stored.shape[1:])[list(self.order)]
         return (parts if gates is None else parts[list(gates)]).flatten(0, 1)
 

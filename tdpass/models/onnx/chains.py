@@ -161,7 +161,7 @@ def _probes(model: ir.Model) -> list[dict[str, Axes]]:
 
 
 def layer_of(node: ir.Node, shape: tuple[int, ...]) -> NodeLink | None:
-    """A convolution or a product with a weight of these sizes as a layer; None where it is none that kernels compute."""
+    """A convolution or product with a weight of these sizes as a layer; None where no kernel computes it."""
     if node.domain or node.op_type not in ("Conv", "MatMul", "Gemm") or 0 in shape:
         return None
     if constant(node.inputs[0]) is not None:

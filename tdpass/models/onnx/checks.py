@@ -97,7 +97,10 @@ def check_structure(model: ir.Model, hint: str) -> None:
 
 
 def _accept_runtime_operators(proto: onnx.ModelProto) -> None:
-    """Take operators that ONNX Runtime's optimizer puts in the standard domain, at any opset, for what they are: its own."""
+    """Take operators that ONNX Runtime's optimizer puts in the standard domain for its own.
+
+    It puts them there at any opset.
+    """
     opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
     own = [
         node

@@ -1,4 +1,7 @@
-"""Recurrent nodes put back where steps need no factors: as they were, or reading what the first factors of their input make."""
+"""Recurrent nodes put back where steps need no factors.
+
+They are as they were, or read what the first factors of their input make.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,10 @@ def close_recurrent(model: ir.Model, opened: Sequence[Opened], layers: Mapping[s
 
 
 def _reads_integers(record: Opened, layers: Mapping[str, Layer]) -> bool:
-    """Whether all its layers are int8 and round what they read in every call, as one operator of ONNX Runtime does."""
+    """Whether all its layers are int8 and round what they read in every call.
+
+    One operator of ONNX Runtime does that.
+    """
     forms = [layers[name].form for name in record.sites if name in layers]
     return (
         record.node.op_type == "LSTM"

@@ -133,7 +133,7 @@ class DenseGraph:
         self._edited()
 
     def slice_streams(self, edits: StreamEdits, runner: OnnxRunner) -> Sequence[str]:
-        """Carry out edits of streams by the tensors of that runner; returns the names of the sites changed."""
+        """Carry out edits of streams by that runner's tensors; returns the names of the sites changed."""
         if self.model.functions or self.opened:
             raise UnsupportedError(
                 "streams of models with local functions or recurrent nodes stay as they are"

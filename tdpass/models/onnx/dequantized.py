@@ -110,7 +110,10 @@ def _numbers(
     names: FreshNames,
     axis: int | None = None,
 ) -> ir.Value:
-    """The numbers of integers with scale and zero point; of a weight with a scale per channel along its first axis, or its last."""
+    """The numbers of integers with scale and zero point.
+
+    A weight has a scale per channel along its first axis, or its last.
+    """
     values, scale, zero = read
     held = constant(scale)
     per_channel = held is not None and held.size > 1

@@ -137,7 +137,10 @@ def _feed(
     names: FreshNames,
     shapes: Shapes,
 ) -> None:
-    """Give the readers of the whole output its slices: a Split into these each its own, all others their Concat."""
+    """Give the readers of the whole output its slices.
+
+    A Split into these gets each its own, all others get their Concat.
+    """
     last = (shapes.rank(whole) or 0) - 1
     for node, _ in list(whole.uses()):
         if _splits(node, sizes, last):

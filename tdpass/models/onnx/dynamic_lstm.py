@@ -1,4 +1,4 @@
-"""DynamicQuantizeLSTM of ONNX Runtime: an LSTM whose weights are int8 and that rounds what it reads in every call."""
+"""DynamicQuantizeLSTM of ONNX Runtime: an LSTM with int8 weights that rounds what it reads in every call."""
 
 from __future__ import annotations
 
@@ -80,7 +80,10 @@ def dynamic_lstm(
     inputs: Sequence[ir.Value | None],
     weights: Sequence[tuple[str, Tensor, Tensor]],
 ) -> Sequence[ir.Value]:
-    """The outputs of such a node: `weights` are names, codes `[directions, gates hidden, i]` and scales of W, then R."""
+    """The outputs of such a node.
+
+    `weights` are names, codes `[directions, gates hidden, i]` and scales of W, then R.
+    """
     model.opset_imports.setdefault(DOMAIN, 1)
     given = [*inputs, *(None,) * (P + 1 - len(inputs))]
     grids: list[ir.Value] = []

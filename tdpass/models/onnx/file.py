@@ -1,4 +1,4 @@
-"""Reading ONNX files that cannot be trusted to be sound, and writing them so that no failure leaves half a model."""
+"""Reading ONNX files that may be unsound, and writing them so that no failure leaves half a model."""
 
 from __future__ import annotations
 

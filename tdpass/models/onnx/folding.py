@@ -72,7 +72,10 @@ def makers(value: ir.Value) -> set[ir.Node]:
 
 
 def other_reader(value: ir.Value, known: Container[ir.Node] = ()) -> ir.Node | None:
-    """A node besides those that make a folded value, and those that are known, which reads a floating-point constant of it, or returns it."""
+    """A node that reads a floating-point constant of a folded value, or returns it, but does not make it.
+
+    The nodes that make the value, and those that are `known`, are left out.
+    """
     inside = makers(value)
     for leaf, _ in _leaves(value):
         tensor = constant(leaf)

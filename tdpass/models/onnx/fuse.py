@@ -125,7 +125,10 @@ def _candidates(
 
 
 def _known_sizes(model: ir.Model, parts: Sequence[Part], inputs: Mapping[str, Tensor]) -> dict[str, Axes]:
-    """Sizes of what parts read, by name: as they follow from those of the inputs, else as a run on these has them."""
+    """Sizes of what parts read, by name.
+
+    They are as they follow from those of the inputs, else as a run on these has them.
+    """
     known = axes_of(model, {name: tuple(tensor.shape) for name, tensor in inputs.items()})
     read = dict.fromkeys(str(value.name) for part in parts for value in part.reads)
     unknown = [name for name in read if _sizes(known.get(name)) is None]

@@ -19,7 +19,7 @@ from tdpass.fusing.spec import ChainSpec
 
 DOMAIN, VERSION = "com.tdpass", 1
 REGISTER = "options.register_custom_ops_library(str(tdpass.onnx_ops_path()))"
-"""What a program does with the options of its session, for the operators to run and not what they stand for."""
+"""What a program does with its session's options, for the operators to run and not what they stand for."""
 FUNCTIONS_SINCE_IR = 8
 
 _CONV_ATTRIBUTES = {"group": "int", "strides": "ints", "pads": "ints", "dilations": "ints"}

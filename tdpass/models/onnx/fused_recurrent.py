@@ -29,7 +29,10 @@ _UNSAID = frozenset({"num_outputs"})
 
 @dataclass(frozen=True)
 class _Template:
-    """What one step of a cell computes: `read` are states and the input's part of the gates, `made` the new states."""
+    """What one step of a cell computes: from `read` the new states `made`.
+
+    `read` are states and the input's part of the gates.
+    """
 
     read: tuple[ir.Value, ...]
     product: ir.Value
@@ -53,7 +56,7 @@ _CELLS: Mapping[str, Cell] = {"LSTM": LSTM, "GRU": GRU_AFTER}
 
 @dataclass
 class _Match:
-    """Whether values of a graph are what a template computes; `found` are the values that stand for its own."""
+    """Whether values of a graph are what a template computes; `found` are those that stand for its own."""
 
     found: dict[ir.Value, ir.Value] = field(default_factory=dict)
 

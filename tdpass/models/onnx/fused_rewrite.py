@@ -91,7 +91,10 @@ def _add_function(model: ir.Model, operator: Operator) -> None:
 
 
 def plain_initializers(model: ir.Model) -> None:
-    """Take the initializers out of the graph's inputs where the IR version wants them there, which one with functions does not."""
+    """Take the initializers out of the graph's inputs where the IR version wants them there.
+
+    A version with functions does not.
+    """
     if (model.ir_version or 0) < 4:
         for value in [value for value in model.graph.inputs if value.is_initializer()]:
             model.graph.inputs.remove(value)

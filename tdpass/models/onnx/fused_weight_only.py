@@ -26,7 +26,10 @@ _NIBBLE, _EIGHT = 4, 8
 
 @dataclass(frozen=True)
 class _FewBits:
-    """A matrix `[o, i]` of few bits, with `group` inputs to a scale, and the factors V and U of what is added to its product."""
+    """A matrix `[o, i]` of few bits, with `group` inputs to a scale.
+
+    It has the factors V and U of what is added to its product.
+    """
 
     bits: int
     group: int
@@ -47,7 +50,7 @@ class _FewBits:
 
 
 class _FewBitsReader(NodeReader):
-    """Reads layers that read numbers and whose matrices are four-bit or eight-bit integers, each by itself."""
+    """Reads layers that read numbers and whose matrices are four- or eight-bit integers, each by itself."""
 
     def __init__(self, model: ir.Model) -> None:
         super().__init__(model)
@@ -110,7 +113,7 @@ def _group_of(scales: Tensor) -> int | None:
 
 
 def _product_beside(node: ir.Node) -> tuple[tuple[ir.Node, ...], tuple[ir.Value, ...]] | None:
-    """Two products with thin matrices of float16 that read what a layer reads, and the sum of both; with the matrices."""
+    """Two products with thin float16 matrices that read a layer's input, and their sum; with the matrices."""
     add = sole_reader(node.outputs[0], "Add")
     operand = None if add is None else other(add, node.outputs[0])
     outer = None if operand is None else operand.producer()

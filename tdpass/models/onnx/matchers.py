@@ -300,7 +300,7 @@ for _kind in KINDS:
 
 @dataclass(frozen=True)
 class OtherDomain:
-    """Contrib operators and model-local functions: any constant matrix they read is held, but never replaced."""
+    """Contrib operators and model-local functions: a constant matrix they read is held, never replaced."""
 
     def match(self, node: ir.Node, _shapes: Shapes) -> WeightUse | None:
         for value in node.inputs:

@@ -150,7 +150,7 @@ class OnnxModel(Model):
         return dict(self._dense.found.declined)
 
     def weight(self, name: str) -> Tensor:
-        """The dense weight as `[o, i, *kernel]`; raises `InvalidModelError` unless all its numbers are finite."""
+        """The dense weight as `[o, i, *kernel]`; raises `InvalidModelError` unless all of it is finite."""
         return self._dense.site(name).weight()
 
     def bias(self, name: str) -> Tensor | None:

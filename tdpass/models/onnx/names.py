@@ -1,4 +1,4 @@
-"""Names: of sites, so that they equal the torch module's path, and of new values, so that they clash with nothing."""
+"""Names of sites, equal to the torch module's path, and of new values, which clash with nothing."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _numbered(name: str, used: set[str]) -> str:
 
 
 class FreshNames:
-    """Names that no value and no node of a model has, in any of its graphs: ONNX forbids shadowing an outer value."""
+    """Names that no value and no node of a model has, in any of its graphs: ONNX forbids shadowing."""
 
     def __init__(self, model: ir.Model) -> None:
         self._values: set[str] = set()

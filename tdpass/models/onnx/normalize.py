@@ -1,4 +1,7 @@
-"""The form in which a model is kept: sorted, constants that are not also inputs, weights not rearranged at run time."""
+"""The form in which a model is kept.
+
+It is sorted, its constants are not also inputs, and weights are not rearranged at run time.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,10 @@ def _inline(model: ir.Model) -> None:
 
 
 def made_constant(given: ir.Model, model: ir.Model) -> tuple[str, ...]:
-    """The inputs of the given model that are constants in the normalized one, where its version lets callers leave them out."""
+    """The inputs of the given model that are constants in the normalized one.
+
+    These are the ones that its version lets callers leave out.
+    """
     if (model.ir_version or 0) < INPUTS_HOLD_INITIALIZERS_BELOW:
         return ()
     kept = {value.name for value in model.graph.inputs}
@@ -70,7 +76,7 @@ def made_constant(given: ir.Model, model: ir.Model) -> tuple[str, ...]:
 
 
 def _fold(graph: ir.Graph, node: ir.Node) -> None:
-    """Store a weight the way it is read, where the rearranging node is all that reads it and feeds only layers."""
+    """Store a weight as it is read, where the rearranging node is all that reads it and feeds only layers."""
     source, output = node.inputs[0], node.outputs[0]
     tensor = constant(source)
     readers = [usage.node for usage in output.uses()]

@@ -45,7 +45,7 @@ class OnnxOps(StorageNodes):
     def attention(
         self, inputs: Sequence[ir.Value | None], heads: int, scale: float, hidden: float, *, causal: bool
     ) -> ir.Value:
-        """Attention of ONNX Runtime on queries, keys, values, and what it takes after them; scale 0 is its own."""
+        """ONNX Runtime's attention on queries, keys, values, and what it takes beside; scale 0 is its own."""
         scaled = {"scale": scale} if scale else {}
         return self._emit(
             "com.microsoft::MultiHeadAttention", inputs, None, num_heads=heads, mask_filter_value=hidden,

@@ -1,4 +1,7 @@
-"""Counting the multiply-adds of an ONNX model: those of every node that ONNX Runtime executes, in branches, loops and functions too."""
+"""Counting the multiply-adds of an ONNX model.
+
+They are those of every node that ONNX Runtime executes, in branches, loops and functions too.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ Sizes = tuple[int, ...]
 Count = Callable[[Sequence[Sizes], Sizes], int]
 
 PRODUCTS: Registry[Count] = Registry("ONNX operator with products")
-"""Multiply-adds of operators by type, from the sizes of their inputs that are present and of their first output."""
+"""Multiply-adds of operators by type, from the sizes of their inputs present and of their first output."""
 
 _STANDARD = frozenset({"", "ai.onnx", "ai.onnx.ml"})
 _EINSUM = "tdpass-einsum:"

@@ -123,7 +123,7 @@ class Recording:
         known: Dims | None,
         **attributes: float | list[int],
     ) -> ir.Value:
-        """A node; of another domain than the standard one where the operator is written `domain::operator`."""
+        """A node; of another domain than the standard one if the operator is `domain::operator`."""
         return self._emit_all(operator, inputs, (known,), **attributes)[0]
 
     def _emit_all(

@@ -42,7 +42,7 @@ _OF_TORCH = re.compile(r"(?P<path>.*?)\.?weight_ih(?P<layer>_l\d+)")
 
 @dataclass(frozen=True)
 class Direction:
-    """One direction of an opened node: the names of its products' sites, and whether it runs from the last step."""
+    """One direction of an opened node: its products' sites, and whether it runs from the last step."""
 
     input: str
     hidden: tuple[str, ...]
@@ -101,7 +101,10 @@ def _name(node: ir.Node) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class _Slice:
-    """What a product of direction `k` takes of a node's weights: all of the input's, or some gates of the hidden state's."""
+    """What a product of direction `k` takes of a node's weights.
+
+    It takes all of the input's, or some gates of the hidden state's.
+    """
 
     cell: Cell
     k: int
@@ -262,7 +265,7 @@ class Steps:
     def scan_of_lengths(
         self, emit: Emitter, pre: ir.Value, states: Sequence[ir.Value], lengths: ir.Value, *, reverse: bool
     ) -> list[ir.Value]:
-        """The same of sequences that are over after so many steps: states stay from there, and what is made is zero."""
+        """The same of sequences that are over after so many steps: states stay, and outputs are zero."""
         inner = self.step.emit
         ends = emit("Cast", lengths, to=ir.DataType.INT64)
         if reverse:

@@ -120,7 +120,7 @@ def _put(
 
 
 def _resizes(layer: Layer, found: FoundSite) -> bool:
-    """Whether the layer's output is smaller than the dense layer's, so that declared sizes after it no longer hold."""
+    """Whether the layer's output is smaller than dense, so that declared sizes after it no longer hold."""
     return not layer.factors or layer.site.o != found.site.o
 
 

@@ -1,4 +1,4 @@
-"""Running an ONNX graph node by node with torch functions, so that it can be recorded, observed and differentiated."""
+"""Running an ONNX graph node by node in torch, to be recorded, observed and differentiated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Layer norms of an ONNX graph whose channels can be scaled against the columns of the layers that alone read them."""
+"""Layer norms of an ONNX graph whose channels can be scaled.
+
+Columns of the layers that alone read them are scaled the other way.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes of values before running, and the skeleton of a model on which they can be inferred and checked cheaply."""
+"""Sizes of values before running, and the skeleton of a model to infer and check them on cheaply."""
 
 from __future__ import annotations
 

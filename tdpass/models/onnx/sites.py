@@ -214,7 +214,7 @@ def _site(name: str, uses: tuple[WeightUse, ...]) -> Site:
 
 
 def check_fits(layer: Layer, site: Site) -> None:
-    """Raise `PlanError` unless a layer has the geometry of a site and factors and a bias of the shapes of its form."""
+    """Raise `PlanError` unless a layer has its site's geometry, and its form's factor and bias shapes."""
     wanted = layer.form.on(site).geometry()
     if layer.site.geometry() != wanted:
         raise PlanError(

@@ -20,7 +20,10 @@ _ALIGNMENT = 64
 
 
 class HeldLayers(dict[str, Layer]):
-    """Layers by site; those in memory are moved to a file once they are many, which small models never have."""
+    """Layers by site; once those in memory are many, they are moved to a file.
+
+    Small models never have so many.
+    """
 
     def __init__(self, layers: Mapping[str, Layer] | None = None, waiting: Iterable[str] = ()) -> None:
         super().__init__(layers or {})

@@ -60,7 +60,7 @@ def _trim() -> Callable[[int], int] | None:
 
 
 class DataFile:
-    """An open data file: what is read is what was there when it was opened, even after another file takes its name."""
+    """An open data file: read as it was when opened, even after another file takes its name."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))

@@ -1,4 +1,4 @@
-"""Whole numbers in a graph: constants that DequantizeLinear makes numbers of, and values on grids of bytes."""
+"""Whole numbers in a graph: constants that DequantizeLinear turns into numbers, and values on byte grids."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ class Integers:
 
 
 def integers_of(weight: ir.Value | None) -> Integers | None:
-    """The int8 constant that a weight is made of, by DequantizeLinear and nodes that lay it out anew; None for all else."""
+    """The int8 constant that a weight is made of; None for all else.
+
+    The weight is made by DequantizeLinear and nodes that lay it out anew.
+    """
     node = None if weight is None else weight.producer()
     if node is None or node.domain:
         return None

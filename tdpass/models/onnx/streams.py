@@ -1,4 +1,4 @@
-"""Slicing the streams of an ONNX model: other constants in its layers, other nodes in the place of its norms."""
+"""Slicing an ONNX model's streams: other constants in its layers, other nodes in place of its norms."""
 
 from __future__ import annotations
 

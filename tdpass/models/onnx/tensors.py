@@ -100,7 +100,10 @@ def from_torch(tensor: Tensor) -> ir.TensorProtocol:
 
 
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """What the value always is: an initializer that no caller can override, or the output of a Constant node; else None."""
+    """What the value always is; else None.
+
+    It is an initializer that no caller can override, or the output of a Constant node.
+    """
     if value is None:
         return None
     if value.is_initializer():

@@ -16,7 +16,10 @@ _CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
 
 
 def check_windows(model: ir.Model, shapes: Shapes) -> None:
-    """Raise `InvalidModelError` for a convolution whose group, kernel, window or channels do not fit its weight."""
+    """Raise `InvalidModelError` for a convolution that does not fit its weight.
+
+    Its group, kernel, window and channels are compared.
+    """
     for node in all_nodes(model):
         if node.domain or node.op_type not in _CONVOLUTIONS or len(node.inputs) < 2:
             continue

@@ -29,7 +29,10 @@ def call_layers(model: nn.Module) -> None:
 
 
 def runs_nested(model: nn.Module, run: Callable[[], object]) -> dict[nn.Module, str]:
-    """Modules inside encoders that torch runs on nested tensors, which only the fused path takes, and why they stay dense."""
+    """Modules inside encoders that torch runs on nested tensors, and why they stay dense.
+
+    Only the fused path takes nested tensors.
+    """
     encoders = [
         module
         for module in model.modules()

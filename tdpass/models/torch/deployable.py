@@ -1,4 +1,4 @@
-"""Torch models in the form in which they are compiled ahead of time: factored layers as calls of the fused operators."""
+"""Torch models as they are compiled ahead of time: factored layers as calls of the fused operators."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ from tdpass.models.torch.integer_graph import (
 
 
 class FusedLayer(nn.Module):
-    """A factored layer for inference: the fused operator on packed factors, which are buffers, and nothing that takes Python to run."""
+    """A factored layer for inference: the fused operator on packed factors.
+
+    The factors are buffers, and nothing takes Python to run.
+    """
 
     def __init__(self, dense: Factorized, lowered: Lowered) -> None:
         super().__init__()
@@ -76,7 +79,10 @@ class FusedLayer(nn.Module):
 
 
 class PackedWeights(nn.Module):
-    """A layer of whole numbers of few bits for inference: its operator on packed codes and scales, which are buffers."""
+    """A layer of whole numbers of few bits for inference: its operator on packed codes and scales.
+
+    Codes and scales are buffers.
+    """
 
     def __init__(self, dense: WeightOnly) -> None:
         super().__init__()

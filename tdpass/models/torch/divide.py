@@ -103,7 +103,7 @@ def find_divisions(
 
 
 def divisions_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The modules that were divided, by path, with the sizes of their slices; what was opened has none to be told."""
+    """The modules that were divided, by path, with their slices' sizes; opened ones have none to be told."""
     found = {path: _as_divided(part) for path, part in module.named_modules()}
     return {path: sizes for path, sizes in found.items() if sizes is not None}
 

@@ -1,4 +1,4 @@
-"""Exported programs: unpacked into a graph of modules, rewritten, and exported again with the same dynamic shapes."""
+"""Exported programs: unpacked into modules, rewritten, and exported again with the same dynamic shapes."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _LEAST = 1 / 0.95  # what is packed is a second copy of the weight
 
 
 def fuse_encoded(layer: Factorized, inputs: Sequence[Tensor] | None) -> tuple[EncodedCall | None, str]:
-    """The layer as one operator where that is faster on these inputs (given without storage), else why not."""
+    """The layer as one operator where it is faster on these inputs (without storage), else why not."""
     kind = call_of(layer)
     reason = kind.why_not(layer.layer()) or _unserved(layer, inputs)
     if reason:

@@ -1,4 +1,4 @@
-"""Reading fx graphs, as Dynamo records them and as torch.export does: arguments, sizes, sums and activations."""
+"""Reading fx graphs, of Dynamo or torch.export: arguments, sizes, sums and activations."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def sum_of(y: Node) -> tuple[Node, Node] | tuple[None, None]:
 
 
 def activation_of(y: Node) -> tuple[Node, str] | tuple[None, str]:
-    """The activation that alone reads a value, and its name as the kernels know it; None and "identity" for none."""
+    """The activation that alone reads a value, and its name in the kernels; None and "identity" for none."""
     user = only_user(y)
     name = None if user is None else _ACTIVATIONS.get(user.target)
     if (
@@ -113,7 +113,7 @@ def activation_of(y: Node) -> tuple[Node, str] | tuple[None, str]:
 
 
 def movable(nodes: Sequence[Node]) -> bool:
-    """Whether no call of others between the first and the last of these may change what the first ones read."""
+    """Whether no call of others in between may change what the first ones of these read."""
     own, node = set(nodes), nodes[0]
     while node is not nodes[-1]:
         if node.op == "root" or (node not in own and mutates(node)):

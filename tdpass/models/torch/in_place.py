@@ -30,7 +30,10 @@ def become(module: nn.Module, new: nn.Module) -> None:
 
 
 def can_become(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether Python lets an instance of the module's class turn into one of `cls` (not where either has slots of its own)."""
+    """Whether Python lets an instance of the module's class turn into one of `cls`.
+
+    It does not where either has slots of its own.
+    """
     probe = cls.__new__(cls)
     try:
         object.__setattr__(probe, "__class__", type(module))

@@ -54,7 +54,7 @@ def join_integers(graph: Graph) -> list[Node]:
 
 
 def lay_channels_innermost(graph: Graph) -> None:
-    """Lay images of floating-point numbers with their channels innermost for the chains that make bytes of them."""
+    """Lay floating-point images with their channels innermost for the chains that make bytes of them."""
     for chain in filter(is_integer_chain, list(graph.nodes)):
         for image in dict.fromkeys((chain.args[_X], chain.kwargs.get("residual"))):
             value = tensor_of(image)

@@ -88,7 +88,10 @@ def _cell(graph_module: GraphModule, node: Node) -> bool:
 
 
 def _owner(graph_module: GraphModule, node: Node, reads: Any) -> str | None:
-    """The path of the module that holds all of these and nothing more; None where there is none, or another function reads one."""
+    """The path of the module that holds all of these and nothing more.
+
+    It is None where there is none, or another function reads one.
+    """
     if not all(isinstance(read, Node) and read.op == "get_attr" for read in reads):
         return None
     targets = {str(read.target) for read in reads}

@@ -105,7 +105,7 @@ class TorchModel(Model):
         call_layers(self.module)
 
     def record(self, batch: Batch) -> Tape:
-        """As every front end does; layers that came factored run, and are named, as the dense ones they stand for."""
+        """As every front end does; layers that came factored run, and are named, as their dense ones."""
         return self._with_products()._record(batch)
 
     def _with_products(self) -> TorchModel:

@@ -43,7 +43,10 @@ def check_filled(module: nn.Module) -> None:
 
 @contextmanager
 def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Undo what calls of a module write into its buffers, or put in their place: counters, caches, tables made at the first call."""
+    """Undo what calls of a module write into its buffers, or put in their place.
+
+    These are counters, caches, and tables made at the first call.
+    """
     # a scripted module's table of them is no dict, and nothing can be put into it
     before = [
         (part._buffers, dict(part._buffers)) for part in module.modules() if isinstance(part._buffers, dict)

@@ -1,4 +1,7 @@
-"""Folding the batch-norms of a torch module into the layers they follow, where a recorded run proves that this changes nothing."""
+"""Folding the batch-norms of a torch module into the layers they follow.
+
+It is done where a recorded run proves that this changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class Folded(nn.Identity):
 
 @dataclass(frozen=True)
 class Fold:
-    """A batch-norm that directly follows the only call of a layer, and why it cannot be folded ('' where it can)."""
+    """A batch-norm right behind the only call of a layer, and why it cannot be folded ('' where it can)."""
 
     matched: Matched
     norm: Any

@@ -15,7 +15,7 @@ from tdpass.models.torch.sites import Matched
 
 
 def placed_layer(matched: Matched) -> Layer:
-    """The layer that stands in a site's modules, with current factors; a bias that is a module's own is no part of it."""
+    """The layer in a site's modules, with current factors; a bias of a module's own is no part of it."""
     module, own = matched.modules[0], matched.biases[0] if matched.apart else None
     assert isinstance(module, Factorized)
     layer = module.layer()

@@ -19,7 +19,7 @@ _Remove = Callable[[nn.Module], object]
 
 
 def computed(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers, by path, of which a parametrization, a norm or a pruning mask computes a tensor from others."""
+    """The layers, by path, a tensor of which a parametrization, norm or pruning mask computes from others."""
     return {path: module for path, module in model.named_modules() if _ways(module)}
 
 

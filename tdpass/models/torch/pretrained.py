@@ -1,4 +1,7 @@
-"""Compressed models of transformers say in their configuration how they are built, so that `from_pretrained` can build them again."""
+"""Configurations of compressed transformers models that say how these are built.
+
+`from_pretrained` can thus build them again.
+"""
 
 from __future__ import annotations
 

@@ -219,7 +219,10 @@ def _is_size(text: str) -> bool:
 
 
 def _is_spec(value: Any, named: bool) -> bool:
-    """Whether a tree spec names no module to import, neither a default factory nor an enumeration, and nothing odd where it is `named` in code."""
+    """Whether a tree spec names no module to import, and nothing odd where it is `named` in code.
+
+    It names neither a default factory nor an enumeration.
+    """
     if isinstance(value, dict):
         imports = {"default_factory_module", "__enum__"} & set(value)
         context = value.get("context")

@@ -1,4 +1,7 @@
-"""The structure of a module as text: its exported program without the weights, which are in the file that carries it."""
+"""The structure of a module as text: its exported program without the weights.
+
+The weights are in the file that carries it.
+"""
 
 from __future__ import annotations
 

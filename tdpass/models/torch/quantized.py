@@ -1,4 +1,7 @@
-"""Torch modules whose weights are integers already, by torch's own tools or torchao's: recognised, and made floating-point again."""
+"""Torch modules whose weights are integers already, recognised and made floating-point again.
+
+They are those of torch's own tools or torchao's.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ _ADVICE = "compress the floating-point model, or what tdpass.dequantize(model) m
 
 
 def is_foreign(tensor: Tensor) -> bool:
-    """Whether a tensor is of a class of its own that stands for numbers which it does not hold as such, as torchao's are."""
+    """Whether a tensor's own class stands for numbers which it does not hold as such, as torchao's do."""
     return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "dequantize") and _wraps(tensor)
 
 

@@ -1,4 +1,7 @@
-"""Norms of a torch module whose channels can be scaled against the columns of the layers that alone read them."""
+"""Norms of a torch module whose channels can be scaled.
+
+Columns of the layers that alone read them are scaled the other way.
+"""
 
 from __future__ import annotations
 

@@ -79,7 +79,10 @@ class SiteTable:
         self.by_name = {name: matched for name, matched in self.by_name.items() if name not in reasons}
 
     def see(self, tapes: Sequence[Tape]) -> dict[str, Matched]:
-        """Take order and extents from recorded runs, and leave dense sites that no run calls; returns the dense ones before."""
+        """Take order and extents from recorded runs, and leave dense sites that no run calls.
+
+        Returns the dense ones before.
+        """
         called = site_order(tapes)
         known = [name for name in called if name in self.by_name]
         rest = [name for name in self.by_name if name not in called]
@@ -115,7 +118,7 @@ class SiteTable:
         return narrow
 
     def multiply_out(self) -> None:
-        """Let every layer that came factored compute with the weight that its factors stand for, as a dense site."""
+        """Let every layer that came factored compute with the weight of its factors, as a dense site."""
         for name in self.came_factored:
             put_product(self.by_name[name])
         self.replaced -= self.came_factored

@@ -1,4 +1,4 @@
-"""Saving a compressed torch model as safetensors with its structure, and loading it onto a dense model again."""
+"""Saving a compressed torch model as safetensors with its structure, and loading it onto a dense model."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def estimate_anew(module: nn.Module, run: Callable[[], None]) -> Callable[[], No
 
 
 def _learn_where_it_can(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-    """Estimate statistics from this call unless it holds a single value per channel, which has no variance."""
+    """Estimate statistics from this call, unless a single value per channel leaves no variance."""
     norm.training = not args or args[0].numel() > args[0].shape[1]
 
 

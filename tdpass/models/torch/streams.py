@@ -1,4 +1,4 @@
-"""Slicing the streams of a torch module: other parameters in its layers, other norms in the place of its norms."""
+"""Slicing a torch module's streams: other parameters in its layers, other norms in place of its norms."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ _SIZES = {"out_features": 0, "in_features": 1, "out_channels": 0, "in_channels":
 
 @dataclass(frozen=True)
 class Slicing:
-    """The shapes that a sliced module has: those of its norms, by path, and of all other parameters and buffers, by name."""
+    """The shapes that a sliced module has.
+
+    They are those of its norms, by path, and of all other parameters and buffers, by name.
+    """
 
     norms: Mapping[str, NormShape]
     shapes: Mapping[str, tuple[int, ...]]

@@ -39,7 +39,10 @@ class Replacement(Formed):
 
 @dataclass(frozen=True)
 class Structure:
-    """How a module differs from the dense one of its class; `aliases` are names of tensors that are held under another."""
+    """How a module differs from the dense one of its class.
+
+    `aliases` are names of tensors that are held under another.
+    """
 
     version: Literal[1, 2]
     layers: tuple[Replacement, ...]
@@ -97,7 +100,10 @@ def structure_of(module: nn.Module, aliases: Mapping[str, str], version: Literal
 
 
 def shape_layers(module: nn.Module, structure: Structure, source: str) -> None:
-    """Give a dense module the layers that are factored: narrower ones where streams are, slices where a layer is divided."""
+    """Give a dense module the layers that are factored.
+
+    They are narrower ones where streams are, and slices where a layer is divided.
+    """
     if structure.slicing is not None:
         shape_as(module, structure.slicing, source)
     divide_as(module, structure.divided, source)

@@ -17,7 +17,7 @@ _DIGEST = "tdpass.digest"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, to a temporary name first, with a digest over all of it that `check_digest` reads."""
+    """Write a safetensors file, to a temporary name first, with a digest of all of it for `check_digest`."""
     described = {**metadata, _DIGEST: _digest(tensors.items(), metadata)}
     with replacing(path) as temporary:
         save_file(dict(tensors), temporary, metadata=described)

@@ -1,4 +1,4 @@
-"""What a calibration is: from the histogram of what a tensor held, how much of it its integers are to cover."""
+"""What a calibration is: it says how much of a tensor's histogram its integers are to cover."""
 
 from __future__ import annotations
 

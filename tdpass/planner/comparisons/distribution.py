@@ -35,7 +35,7 @@ class Distribution(Comparison, ABC):
 
 
 def curvature(p: Tensor, axis: int) -> float:
-    """Half the trace of KL's Hessian in the logits, sum of p (1 - p), per direction in which they may move."""
+    """Half the trace of KL's Hessian in the logits, sum p (1 - p), per direction in which they move."""
     uncertain = 1 - p.square().sum(axis)
     return max(float(uncertain.mean()) / (2 * max(p.shape[axis] - 1, 1)), LEAST_PROBABILITY)
 

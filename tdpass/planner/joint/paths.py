@@ -1,4 +1,7 @@
-"""Channel paths: what lies between two layers where no channel meets another, so that channels in between may be fewer, or others."""
+"""Channel paths: what lies between two layers where no channel meets another.
+
+Channels in between may be fewer, or others.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""project-channels: fewer channels between layers that follow each other, mixtures of those that were there or a selection of them."""
+"""project-channels: fewer channels between layers that follow each other.
+
+They are mixtures of those that were there, or a selection of them.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,7 @@ class _Narrowing(JointChange):
 
     @abstractmethod
     def starts(self, run: Run, place: int, joint: Joint, count: int) -> list[Tensor]:
-        """Mixtures `[count, n]` to begin from at a joint of the run, of which the one that answers best is taken."""
+        """Mixtures `[count, n]` to begin from at a joint of the run; the one that answers best is taken."""
 
     def _narrowed(self, run: Run, widths: Sequence[int], steps: int) -> Variant:
         layers: dict[str, Layer] = {}
@@ -154,7 +157,7 @@ class SelectByNorm(_Selecting):
 
 @register_joint_change
 class SelectByTaylor(_Selecting):
-    """E[z_c^2] G_cc: what leaving a channel out changes to first order, squared (Molchanov et al. 2017), without labels."""
+    """E[z_c^2] G_cc: the squared first-order change without a channel (Molchanov et al. 2017), no labels."""
 
     name = "select-by-taylor"
 
@@ -164,7 +167,10 @@ class SelectByTaylor(_Selecting):
 
 @register_joint_change
 class SelectByMedian(_Selecting):
-    """sum_d ||W1[c] - W1[d]||: what lies near the geometric median, others can stand for (He et al., FPGM, 2019)."""
+    """sum_d ||W1[c] - W1[d]||: others can stand for what lies near the geometric median.
+
+    He et al., FPGM, 2019.
+    """
 
     name = "select-by-median"
 

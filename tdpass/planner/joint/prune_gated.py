@@ -49,7 +49,7 @@ def _whole(tape: Tape, site: Site) -> bool:
 
 
 def _alike(tape: Tape, members: Group, sites: Mapping[str, Site]) -> bool:
-    """Whether all have as many channels, along the same axis, and the last does not read what it makes itself."""
+    """Whether all have as many channels, along the same axis, and the last does not read what it makes."""
     *makers, reader = members
     if reader in makers or {sites[name].o for name in makers} != {sites[reader].i}:
         return False

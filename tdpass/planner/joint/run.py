@@ -21,7 +21,7 @@ _POSITIONS = 2**15
 
 @dataclass(frozen=True)
 class Run:
-    """The sites of a run, front to back, the paths between them, and what each site made, one tensor per recorded run."""
+    """The sites of a run, front to back, the paths between, and what each site made, a tensor per run."""
 
     sites: tuple[Site, ...]
     paths: tuple[Path, ...]
