@@ -13,7 +13,9 @@ T = TypeVar("T")
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """What was probably meant, as a part of a sentence; empty where no name is near."""
-    found = difflib.get_close_matches(name.lower(), list(names), n=1, cutoff=0.65)
+    typed = name.lower()
+    alike = [known for known in names if known[:1] == typed[:1]]  # a slip is seldom in the first letter
+    found = difflib.get_close_matches(typed, alike, n=1, cutoff=0.65)
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 
