@@ -19,7 +19,7 @@ os.environ.setdefault("TDPASS_BINDING", "python")
 
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or writes the user's cache or depends on a terminal's width, and every test starts from the same seed."""
+    """No test depends on the user's cache or on a terminal's width; each starts from the same seed."""
     monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.setenv(
         "TDPASS_CACHE", os.environ.get("TDPASS_TEST_CACHE") or str(tmp_path_factory.getbasetemp() / "cache")
@@ -71,7 +71,7 @@ class Encoder(nn.Module):
 
 
 class Odd(nn.Module):
-    """Everything that needs care: circular and 'same' padding, dilation, stride, reuse, a grouped layer and a transposed one."""
+    """What needs care: circular and 'same' padding, dilation, stride, reuse, grouped, transposed."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -87,8 +87,17 @@ def by_seed(kind: str, seconds: float, path: Path) -> int:
 def by_coverage(kind: str, seconds: int, path: Path) -> None:
     """Hand over to atheris, which ends the process."""
     grown = Path(shutil.copytree(CORPUS / kind, path.parent / "corpus"))
-    atheris.Setup([sys.argv[0], f"-max_total_time={seconds}", "-timeout=20", "-rss_limit_mb=2048", f"-artifact_prefix={CORPUS / kind}{os.sep}", str(grown)],
-                  lambda content: feed(kind, content, path))  # fmt: skip
+    atheris.Setup(
+        [
+            sys.argv[0],
+            f"-max_total_time={seconds}",
+            "-timeout=20",
+            "-rss_limit_mb=2048",
+            f"-artifact_prefix={CORPUS / kind}{os.sep}",
+            str(grown),
+        ],
+        lambda content: feed(kind, content, path),
+    )
     atheris.Fuzz()
 
 

@@ -9,9 +9,34 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 _VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 3.5, -0.5, 2**31, 2**63, -(2**63), 10**400, 1e308, float("nan"), float("inf"), "", "x", "\ud800", "1", [], {}, [[]], {"a": 1},
-    [1, 2], ["a"], "\0" * 9, "../..",
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    3.5,
+    -0.5,
+    2**31,
+    2**63,
+    -(2**63),
+    10**400,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "\ud800",
+    "1",
+    [],
+    {},
+    [[]],
+    {"a": 1},
+    [1, 2],
+    ["a"],
+    "\0" * 9,
+    "../..",
+)
 
 
 def damaged_bytes(whole: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
@@ -30,7 +55,7 @@ def damaged_bytes(whole: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
 
 
 def damaged_trees(tree: Any, count: int, seed: int = 0) -> Iterator[Any]:
-    """A document with a value of another type or size, a key removed, added or renamed, or a level too many."""
+    """A value of another type or size, a key removed, added or renamed, or a level too many."""
     draw = random.Random(seed)
     for number in range(count):
         twin = copy.deepcopy(tree)

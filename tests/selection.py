@@ -9,7 +9,7 @@ import pytest
 
 
 def mostly_slow(cases: Iterable[Any], fast: Iterable[Any]) -> list[Any]:
-    """The cases as parameters, those outside `fast` among the slow tests; a case is a value or a tuple of them."""
+    """The cases as parameters, those outside `fast` marked slow; a case is a value or a tuple of them."""
     listed, kept = list(cases), list(fast)
     unknown = [case for case in kept if case not in listed]
     if unknown:

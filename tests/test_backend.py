@@ -73,7 +73,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
 
 
 class Low(nn.Module):
-    """A low-rank convolution with batch-norm, a residual sum and an activation, then a low-rank linear head."""
+    """A low-rank convolution with batch-norm, residual sum and activation, then a low-rank head."""
 
     def __init__(self, width: int = 16, activation: Callable[[Tensor], Tensor] = F.relu) -> None:
         super().__init__()
@@ -481,7 +481,10 @@ def test_it_is_registered_by_name_and_in_the_packaging() -> None:
     text = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text(encoding="utf-8")
     assert 'tdpass = "tdpass.dynamo.backend:tdpass_backend"' in text
     assert callable(tdpass_backend)
-    command = "import tdpass, torch; tdpass.dynamo.backend.register(); assert 'tdpass' in torch.compiler.list_backends()"
+    command = (
+        "import tdpass, torch; tdpass.dynamo.backend.register(); "
+        "assert 'tdpass' in torch.compiler.list_backends()"
+    )
     subprocess.run([sys.executable, "-c", command], check=True)
 
 

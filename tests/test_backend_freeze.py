@@ -1,4 +1,7 @@
-"""`torch.compile(..., backend="tdpass", options={"freeze": True})`: weights as constants, and single layers as operators."""
+"""`torch.compile(..., backend="tdpass", options={"freeze": True})`.
+
+Weights are constants, and single layers operators.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,10 @@ def inner(monkeypatch: pytest.MonkeyPatch) -> Snapshot:
 
 
 class Net(nn.Module):
-    """A dense convolution, a low-rank one with batch-norm and a residual sum, and a dense head with a buffer."""
+    """A dense convolution, a low-rank one, and a dense head with a buffer.
+
+    The low-rank one has a batch-norm and a residual sum.
+    """
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()

@@ -1,4 +1,7 @@
-"""The result, counted anew, is within every bound: what passes add is in the price of what they are chosen for."""
+"""The result, counted anew, is within every bound.
+
+What passes add is in the price of what they are chosen for.
+"""
 
 from __future__ import annotations
 

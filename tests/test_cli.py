@@ -119,7 +119,10 @@ def there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def small(folder: Path) -> Path:
     """One compressed model, made once for all that look at what it wrote."""
     output = folder / "small.onnx"
-    words = f"compress {folder}/mlp.onnx --budget macs=0.5 --data {folder}/calib.npz --format svd -o {output} --quiet"
+    words = (
+        f"compress {folder}/mlp.onnx --budget macs=0.5 --data {folder}/calib.npz "
+        f"--format svd -o {output} --quiet"
+    )
     assert main(words.split()) == 0
     return output
 
@@ -149,7 +152,10 @@ def test_compress_writes_the_model_and_its_report_beside_it(small: Path) -> None
 
 
 def test_compress_shows_its_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    words = f"compress mlp.onnx --budget macs=0.6 --data calib.npy --format svd -o {tmp_path}/out.onnx --report-dir {tmp_path}/new/r"
+    words = (
+        f"compress mlp.onnx --budget macs=0.6 --data calib.npy --format svd "
+        f"-o {tmp_path}/out.onnx --report-dir {tmp_path}/new/r"
+    )
     assert main(words.split()) == 0
     captured = capsys.readouterr()
     for word in ("fc0", "fc1", "Kept", f"wrote {tmp_path / 'out.onnx'}", "out.report.html"):
@@ -291,7 +297,10 @@ def test_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_plan_on_a_target_shows_times_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:
-    words = "plan mlp.onnx --budget max_error=0.9 --data calib.npz --format svd --target cpu --batch 4 --threads 1"
+    words = (
+        "plan mlp.onnx --budget max_error=0.9 --data calib.npz --format svd "
+        "--target cpu --batch 4 --threads 1"
+    )
     assert main(words.split()) == 0
     text = capsys.readouterr().out
     for word in ("Dense", "Predicted", "Measured", "Kernel", "onnxruntime", "cpu, batch 4, 1 thread", "Time"):

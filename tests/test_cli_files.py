@@ -1,4 +1,7 @@
-"""What the command line does to files, and what it says: nothing is lost, everything is named, in its own words."""
+"""What the command line does to files, and what it says.
+
+Nothing is lost, and everything is named, in its own words.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ from tdpass.errors import UsageError, WriteError
 from tdpass.files import check_writable, folder_beside, replacing
 from tdpass.report import Report
 
-NET = "import torch\nfrom torch import nn\n\ndef make():\n    torch.manual_seed(0)\n    return nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 8))\n"
+NET = (
+    "import torch\nfrom torch import nn\n\ndef make():\n    torch.manual_seed(0)\n"
+    "    return nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 8))\n"
+)
 OTHER = "def other():\n    return make()\n"
 
 

@@ -110,8 +110,8 @@ def test_costs_add_up() -> None:
 def test_any_kind_of_number_is_a_bound_and_a_single_one_bounds_the_default(
     share: object, measure: str
 ) -> None:
-    assert Budget.parse({measure: share}).limits(Cost(1000, 1000, 1000)) == {measure: 400}  # type: ignore[dict-item]
-    assert Budget.parse(share, default=measure).limits(Cost(1000, 1000, 1000)) == {measure: 400}  # type: ignore[arg-type]
+    assert Budget.parse({measure: share}).limits(Cost(1000, 1000, 1000)) == {measure: 400}
+    assert Budget.parse(share, default=measure).limits(Cost(1000, 1000, 1000)) == {measure: 400}
 
 
 @pytest.mark.parametrize("spec", [True, None, [0.4], 0, 1.5, float("nan"), "many"])

@@ -1,4 +1,7 @@
-"""Binary files that are damaged, cut off or lie about their sizes: one clear error, and nothing changed or allocated."""
+"""Binary files that are damaged, cut off or lie about their sizes.
+
+Each gives one clear error, and nothing is changed or allocated.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,7 @@ def test_a_damaged_artifact_is_refused_and_changes_nothing(
 
 @COUNTS
 def test_without_a_digest_damage_is_no_raw_exception(artifact: bytes, tmp_path: Path, count: int) -> None:
-    """As in files of earlier versions, where what is wrong with names, shapes and structure is still found."""
+    """As in files of earlier versions, where wrong names, shapes and structure are still found."""
     path = tmp_path / "net.safetensors"
     path.write_bytes(artifact)
     with safe_open(path, framework="pt") as file:

@@ -1,4 +1,4 @@
-"""No result that differs from what was expected without an error that names the pass, and no work lost to it."""
+"""No result differs from what was expected without an error that names the pass; no work is lost."""
 
 from __future__ import annotations
 
@@ -300,7 +300,8 @@ def test_a_result_above_its_budget_is_an_error_that_says_by_how_much(
 
     with pytest.raises(
         tdpass.BudgetError,
-        match=r"the result has [\d,]+ params, [\d,]+ above the limit of [\d,]+: the passes after the plan added",
+        match=r"the result has [\d,]+ params, [\d,]+ above the limit of [\d,]+: "
+        r"the passes after the plan added",
     ) as caught:
         tdpass.compress(residual, {"params": 0.6}, images, pipeline=["plan,factorize", Grows()], **FAST)
     assert isinstance(caught.value.artifact, tdpass.Artifact)

@@ -1,4 +1,7 @@
-"""Every document is read through its schema: damage of any kind is one clear error, never another value or a raw exception."""
+"""Every document is read through its schema.
+
+Damage of any kind is one clear error, never another value or a raw exception.
+"""
 
 from __future__ import annotations
 
@@ -54,10 +57,19 @@ PLAN = RankPlan(
     declined={"bn": "no weight"},
 )
 REPORT = Report(
-    model="net", budget="macs=0.5", original=PLAN.original, final=PLAN.planned, sites=[*PLAN.rows()], declined={"bn": "no weight"},
-    passes=[PassRow("plan", True, 0.5, WHOLE, ("a note",))], curve=[CurvePoint(0.5, 0.5, 0.4, 0.1, True)],
-    training=[TrainingRow("method", 0, 0.5, 0.1, 2.0, 90.0, {"fc": 0.1})], checks={"divergence": 0.1}, notes=["n"], stored=StoredSize(9, 3, 12, 2, 20, 36),
-)  # fmt: skip
+    model="net",
+    budget="macs=0.5",
+    original=PLAN.original,
+    final=PLAN.planned,
+    sites=[*PLAN.rows()],
+    declined={"bn": "no weight"},
+    passes=[PassRow("plan", True, 0.5, WHOLE, ("a note",))],
+    curve=[CurvePoint(0.5, 0.5, 0.4, 0.1, True)],
+    training=[TrainingRow("method", 0, 0.5, 0.1, 2.0, 90.0, {"fc": 0.1})],
+    checks={"divergence": 0.1},
+    notes=["n"],
+    stored=StoredSize(9, 3, 12, 2, 20, 36),
+)
 CANDIDATE = Candidate(Form("svd", (2,)), SMALL, 0.1, 0.2, "= 0.1")
 RECIPE = Recipe(
     "a:b",
@@ -221,9 +233,17 @@ def test_damaged_yaml_is_one_clear_error(kind: str, count: int, tmp_path: Path) 
 
 
 TAGS = (
-    "!!int x", "!!float x", "!!timestamp x", "!!bool x", "!!python/object/apply:os.system [ls]", "a: &a [*a]", "2020-99-99", "? [a]\n: b",
-    "a: 1\na: 2", "- .nan",
-)  # fmt: skip
+    "!!int x",
+    "!!float x",
+    "!!timestamp x",
+    "!!bool x",
+    "!!python/object/apply:os.system [ls]",
+    "a: &a [*a]",
+    "2020-99-99",
+    "? [a]\n: b",
+    "a: 1\na: 2",
+    "- .nan",
+)
 PAIRS = zip("abcdefgh", "bcdefghi", strict=True)
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [{','.join(['*' + old] * 9)}]\n" for old, new in PAIRS

@@ -602,6 +602,6 @@ def test_a_source_of_models_is_named_before_the_colon() -> None:
                 widths = [int(width) for width in text.split("x")]
                 return nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths)))
 
-        assert [tuple(layer.weight.shape) for layer in module_of("mine:12x8x4")] == [(8, 12), (4, 8)]  # type: ignore[attr-defined]
+        assert [tuple(layer.weight.shape) for layer in module_of("mine:12x8x4")] == [(8, 12), (4, 8)]
     with pytest.raises(UsageError, match="mine"):
         module_of("mine:12x8x4")

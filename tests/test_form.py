@@ -31,13 +31,27 @@ SUPPORTS = ["", *(cls.example for cls in SUPPORT_KINDS), "rows/3,columns/12.5%"]
 VERSION_1 = {
     "version": 1,
     "choices": [
-        {"site": "fc", "shape": [16, 8], "format": "svd", "rank": [2], "cost": {"params": 48, "macs": 480, "bytes": 192},
-         "dense": {"params": 128, "macs": 1280, "bytes": 512}, "error": 0.1, "loss": 0.01},
-        {"site": "last", "shape": [4, 4], "format": "dense", "rank": [], "cost": {"params": 16, "macs": 16, "bytes": 64},
-         "dense": {"params": 16, "macs": 16, "bytes": 64}},
+        {
+            "site": "fc",
+            "shape": [16, 8],
+            "format": "svd",
+            "rank": [2],
+            "cost": {"params": 48, "macs": 480, "bytes": 192},
+            "dense": {"params": 128, "macs": 1280, "bytes": 512},
+            "error": 0.1,
+            "loss": 0.01,
+        },
+        {
+            "site": "last",
+            "shape": [4, 4],
+            "format": "dense",
+            "rank": [],
+            "cost": {"params": 16, "macs": 16, "bytes": 64},
+            "dense": {"params": 16, "macs": 16, "bytes": 64},
+        },
     ],
     "original": {"params": 300, "macs": 3000, "bytes": 1200},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FORMATS.names())

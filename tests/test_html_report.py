@@ -464,13 +464,17 @@ def test_every_array_is_drawn_with_the_blocks_that_lie_in_it() -> None:
     ]
     assert [attrs["viewbox"] for attrs in drawn] == ["0 0 32 32", "0 0 32 32", "0 0 32 128"]
     assert (
-        drawn[0]["aria-label"]
-        == "fc, array 0: 20 × 8 from line 0 and column 0, 160 weights, 4 × 16 from line 20 and column 8, 16 weights"
+        drawn[0]["aria-label"] == "fc, array 0: 20 × 8 from line 0 and column 0, 160 weights, "
+        "4 × 16 from line 20 and column 8, 16 weights"
     )
     placed = [attrs for tag_name, attrs in page.tags if tag_name == "rect" and "fill-opacity" in attrs]
-    assert [(attrs["x"], attrs["y"], attrs["width"], attrs["height"], attrs["fill-opacity"]) for attrs in placed] == [
-        ("0", "0", "8", "20", "1.00"), ("8", "20", "16", "4", "0.44"), ("0", "0", "8", "20", "1.00"),
-    ]  # fmt: skip
+    assert [
+        (attrs["x"], attrs["y"], attrs["width"], attrs["height"], attrs["fill-opacity"]) for attrs in placed
+    ] == [
+        ("0", "0", "8", "20", "1.00"),
+        ("8", "20", "16", "4", "0.44"),
+        ("0", "0", "8", "20", "1.00"),
+    ]
     assert (
         "8 arrays of 32 × 32 weights, 4 of each; 16.4 % of their cells hold one of 336 weights" in page.text
     )

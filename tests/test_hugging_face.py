@@ -1,4 +1,7 @@
-"""Hugging Face: a compressed model loads strictly or not at all, methods train in its Trainer, and the card says what was done."""
+"""Hugging Face: a compressed model loads strictly or not at all.
+
+Methods train in its Trainer, and the card says what was done.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Integer chains in a graph: sums, activations and bytes between them, the same numbers whoever records the graph."""
+"""Integer chains in a graph: sums, activations and bytes between them, alike whoever records it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STEPS = "quantize,quantize-activations{{calibration={}}},fuse-kernels{{measure=f
 
 
 class Images(nn.Module):
-    """A stem with a max-pool, a block whose shortcut is a layer, one whose shortcut is none, and a head that averages."""
+    """A stem with a max-pool, a block with a layer as shortcut, one with none, and a head that averages."""
 
     sample = (3, 12, 12)
 

@@ -68,7 +68,10 @@ def test_what_takes_too_long_or_crashes_is_one_error(
 def test_what_takes_too_much_memory_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    code = "import tdpass.cli.inspect as verb; verb.read_source = lambda *given: bytearray(8 << 30); sys.exit(cli.main(sys.argv[3:], contained=True))"
+    code = (
+        "import tdpass.cli.inspect as verb; verb.read_source = lambda *given: bytearray(8 << 30); "
+        "sys.exit(cli.main(sys.argv[3:], contained=True))"
+    )
     instead(code, monkeypatch)
     assert LIMITS.run(["inspect", "m.onnx"]) == 1
     err = capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""The pass of Olive: `olive run` compresses ONNX models and models of transformers, as a configuration says."""
+"""The pass of Olive: `olive run` compresses ONNX and transformers models as a configuration says."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def test_a_wheel_with_kernels_is_of_one_platform_and_one_without_of_all(
 
 @pytest.mark.slow
 def test_a_source_distribution_holds_files_and_no_links(tmp_path: Path) -> None:
-    """Where there are no links, on Windows and in some archives, passes and kernels are there all the same."""
+    """Where there are no links, on Windows and in some archives, passes and kernels are there too."""
     copy = copied(tmp_path)
     command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path / "dist")]
     subprocess.run(command, cwd=copy, check=True, capture_output=True)

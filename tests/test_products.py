@@ -156,9 +156,12 @@ def _onnx(
     functions: tuple[onnx.FunctionProto, ...] = (),
 ) -> onnx.ModelProto:
     graph = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", *sizes])], [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", *sizes])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()],
-    )  # fmt: skip
+    )
     domains = [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)]
     return helper.make_model(graph, opset_imports=domains, ir_version=8, functions=functions)
 
@@ -208,15 +211,39 @@ def _lstm() -> onnx.ModelProto:
 
 
 GRAPHS: dict[str, tuple[Callable[[], onnx.ModelProto], tuple[int, ...], int]] = {
-    "gemm": (lambda: _onnx([helper.make_node("Gemm", ["x", "w", "b"], ["y"], transB=1)], {"w": _w(6, 8), "b": _w(6)}, (8,)), (8,), 48),
-    "grouped": (lambda: _onnx([helper.make_node("Conv", ["x", "w"], ["y"], group=2)], {"w": _w(6, 2, 3, 3)}, (4, 9, 9)), (4, 9, 9), 49 * 6 * 18),
-    "transposed": (lambda: _onnx([helper.make_node("ConvTranspose", ["x", "w"], ["y"], group=2)], {"w": _w(4, 3, 3, 3)}, (4, 9, 9)), (4, 9, 9), 81 * 4 * 27),
-    "einsum": (lambda: _onnx([helper.make_node("Einsum", ["x", "w"], ["y"], equation="nti,oi->nto")], {"w": _w(6, 8)}, (5, 8)), (5, 8), 5 * 48),
+    "gemm": (
+        lambda: _onnx(
+            [helper.make_node("Gemm", ["x", "w", "b"], ["y"], transB=1)], {"w": _w(6, 8), "b": _w(6)}, (8,)
+        ),
+        (8,),
+        48,
+    ),
+    "grouped": (
+        lambda: _onnx(
+            [helper.make_node("Conv", ["x", "w"], ["y"], group=2)], {"w": _w(6, 2, 3, 3)}, (4, 9, 9)
+        ),
+        (4, 9, 9),
+        49 * 6 * 18,
+    ),
+    "transposed": (
+        lambda: _onnx(
+            [helper.make_node("ConvTranspose", ["x", "w"], ["y"], group=2)], {"w": _w(4, 3, 3, 3)}, (4, 9, 9)
+        ),
+        (4, 9, 9),
+        81 * 4 * 27,
+    ),
+    "einsum": (
+        lambda: _onnx(
+            [helper.make_node("Einsum", ["x", "w"], ["y"], equation="nti,oi->nto")], {"w": _w(6, 8)}, (5, 8)
+        ),
+        (5, 8),
+        5 * 48,
+    ),
     "lstm": (_lstm, (5, 8), 2 * 5 * 16 * 12),
     "loop": (_loop, (8,), 5 * 64),
     "function": (_function, (8,), 2 * 64),
     "quantized": (_quantized, (8,), 48),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", GRAPHS)

@@ -1,4 +1,7 @@
-"""Python as people expect it: names, short texts, notebooks, types, progress, and a metric in a budget's place."""
+"""Python as people expect it: names, short texts, notebooks, types and progress.
+
+Also a metric in a budget's place.
+"""
 
 from __future__ import annotations
 
@@ -176,7 +179,10 @@ def test_a_metric_that_is_none_is_refused(
 @pytest.mark.slow
 def test_the_model_in_an_artifact_has_the_type_that_came_in(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
-    program = "import tdpass, torch\n\nmade = tdpass.compress(torch.nn.Linear(4, 4), 0.5)\nreveal_type(made.model)\nmade.model(torch.zeros(4))\n"
+    program = (
+        "import tdpass, torch\n\nmade = tdpass.compress(torch.nn.Linear(4, 4), 0.5)\n"
+        "reveal_type(made.model)\nmade.model(torch.zeros(4))\n"
+    )
     (tmp_path / "use.py").write_text(program)
     command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "use.py"]
     run = subprocess.run(

@@ -1,4 +1,7 @@
-"""What a start costs: no heavy library before its first use, and small networks leave the machine to others."""
+"""What a start costs: no heavy library before its first use.
+
+Small networks leave the machine to others.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,10 @@ HEAVY = (
     ],
 )
 def test_heavy_libraries_are_imported_at_their_first_use(use: str) -> None:
-    code = f"import sys\ntry:\n    {use}\nexcept SystemExit:\n    pass\nprint([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    code = (
+        f"import sys\ntry:\n    {use}\nexcept SystemExit:\n    pass\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [sys.executable, "-c", code],

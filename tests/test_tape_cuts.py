@@ -1,4 +1,7 @@
-"""Runs that leave torch on the way: what is recorded of them must still do what the model does with another layer in place."""
+"""Runs that leave torch on the way.
+
+What is recorded of them must still do what the model does with another layer in place.
+"""
 
 from __future__ import annotations
 

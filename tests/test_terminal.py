@@ -279,7 +279,10 @@ def test_training_is_shown_at_every_width(width: int | None) -> None:
     assert width is None or max(map(len, text.splitlines())) <= width
     for word in ("Training", "method", "finetune", "0.75", "layer1.conv", "3.0 s", "99.00"):
         assert word in text
-    said = "score: dense 98.12, before fine-tuning 60.00, control 98.25 (the dense network, trained as long), final 97.88"
+    said = (
+        "score: dense 98.12, before fine-tuning 60.00, control 98.25 (the dense network, trained as long), "
+        "final 97.88"
+    )
     assert said in " ".join(text.split())
     assert "score dense" not in text
 

@@ -1,4 +1,4 @@
-"""Budgets that layers share: limits hold, and the division is the best one, or better than the obvious one."""
+"""Budgets that layers share: limits hold, and the division is the best or beats the obvious one."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_a_layer_whose_factors_never_pay_stays_dense() -> None:
 
 
 def test_no_rank_is_more_than_the_others_can_use() -> None:
-    """All input channels but one matter little, so one is left, of which nine taps are no more than nine outputs."""
+    """All input channels but one matter little, so one is left: nine taps are no more than nine outputs."""
     weight = (
         torch.randn(32, 1, 3, 3, generator=torch.Generator().manual_seed(0)) + 0.01 * weights_of(SITES)["c"]
     )
@@ -261,8 +261,10 @@ def test_rank_budgets_that_cannot_be_met_are_refused() -> None:
 
 
 LAYERS = {
-    "a": torch.tensor([[3.0, -1.0, 0.5, 0.2]]), "b": torch.tensor([[10.0, 11.0], [-12.0, 13.0]]), "c": torch.tensor([[0.01, 0.1, -0.001]]),
-}  # fmt: skip
+    "a": torch.tensor([[3.0, -1.0, 0.5, 0.2]]),
+    "b": torch.tensor([[10.0, 11.0], [-12.0, 13.0]]),
+    "c": torch.tensor([[0.01, 0.1, -0.001]]),
+}
 
 
 def kept(budget: WeightBudget, weights: Mapping[str, Tensor] = LAYERS) -> dict[str, int]:

@@ -183,11 +183,22 @@ def test_integer_scales_are_as_good_as_a_fine_scan_in_each_channel(bits: int, co
 
 
 RANKS: list[tuple[str, Site, Rank]] = [
-    ("channel_svd", WIDE, (30,)), ("input_svd", WIDE, (20,)), ("spatial_svd", WIDE, (60,)), ("tucker2", WIDE, (40, 30)), ("tucker2", WIDE, (90, 10)),
-    ("tucker2", LARGE, (80, 50)), ("tensor_train", WIDE, (30, 40)), ("tensor_train", WIDE, (4, 20, 30, 6)), ("svd", LINEAR, (30,)),
-    ("tensor_train", LINEAR, (30,)), ("tensor_train", LINEAR, (10, 12)), ("tucker2", TALL, (5, 2)), ("tucker2", TALL, (9, 2)),
-    ("channel_svd", TALL, (5,)), ("tensor_train", TALL, (3, 11)),
-]  # fmt: skip
+    ("channel_svd", WIDE, (30,)),
+    ("input_svd", WIDE, (20,)),
+    ("spatial_svd", WIDE, (60,)),
+    ("tucker2", WIDE, (40, 30)),
+    ("tucker2", WIDE, (90, 10)),
+    ("tucker2", LARGE, (80, 50)),
+    ("tensor_train", WIDE, (30, 40)),
+    ("tensor_train", WIDE, (4, 20, 30, 6)),
+    ("svd", LINEAR, (30,)),
+    ("tensor_train", LINEAR, (30,)),
+    ("tensor_train", LINEAR, (10, 12)),
+    ("tucker2", TALL, (5, 2)),
+    ("tucker2", TALL, (9, 2)),
+    ("channel_svd", TALL, (5,)),
+    ("tensor_train", TALL, (3, 11)),
+]
 
 
 @pytest.mark.parametrize(
@@ -248,10 +259,18 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(PlanError, match="5 scales"):
         IntegerLevels(8, torch.ones(5)).project(normal(3, 2))
     for make in (
-        lambda: Sparse(0), lambda: Sparse(1, "rows"), lambda: Sparse(1, "block", (0, 4)), lambda: NOfM(3, 2), lambda: NOfM(0, 2), lambda: UniformLevels(0),
-        lambda: UniformLevels(2, 0.0), lambda: UniformLevels(2, float("nan")), lambda: UniformLevels(2, fixed=0.3), lambda: PowerOfTwoLevels(0),
+        lambda: Sparse(0),
+        lambda: Sparse(1, "rows"),
+        lambda: Sparse(1, "block", (0, 4)),
+        lambda: NOfM(3, 2),
+        lambda: NOfM(0, 2),
+        lambda: UniformLevels(0),
+        lambda: UniformLevels(2, 0.0),
+        lambda: UniformLevels(2, float("nan")),
+        lambda: UniformLevels(2, fixed=0.3),
+        lambda: PowerOfTwoLevels(0),
         lambda: IntegerLevels(9),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UsageError):
             make()
 

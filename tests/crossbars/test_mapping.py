@@ -1,4 +1,4 @@
-"""Maps: every weight follows from the cells of the file alone, in any format, and what is damaged is refused."""
+"""Maps: weights follow from the cells of the file alone, in any format; damaged files are refused."""
 
 from __future__ import annotations
 

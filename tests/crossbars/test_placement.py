@@ -1,4 +1,7 @@
-"""Where weights lie: every one in one cell, blocks inside their arrays and apart from each other, and as few arrays as counting allows."""
+"""Where weights lie: each in one cell, blocks inside their arrays and apart from each other.
+
+Arrays are as few as counting allows.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +91,10 @@ def test_whole_columns_that_are_gone_leave_as_many_arrays_as_the_rest_counts() -
 
 @pytest.mark.parametrize(("side", "sets"), [("rows", 8 * 2), ("columns", 8 * 3)])
 def test_lines_that_are_left_of_blocks_fill_arrays(side: str, sets: int) -> None:
-    """Two lines of each of 8 x 8 blocks, others in every one: 16 rows of 8 columns in each width, or 16 columns of 8 rows in each height."""
+    """Two lines of each of 8 x 8 blocks, others in every one.
+
+    Each width has 16 rows of 8 columns, or each height 16 columns of 8 rows.
+    """
     generator = torch.Generator().manual_seed(4)
     kept = torch.zeros(64, 48, dtype=torch.bool)
     for top in range(0, 64, 8):

@@ -1,4 +1,4 @@
-"""Data sets: what every source gives, how images are fitted to networks, and what is said where data is missing."""
+"""Data sets: what every source gives, how images fit networks, and what is said of missing data."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ class Library(ModuleType):
 def in_own_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (root / "data").mkdir(parents=True)
     np.savez(root / "data" / "all.npz", pixels=np.repeat(PIXELS, 100, 0), labels=np.repeat(LABELS, 100))
-    script = "import numpy as np\nfrom pathlib import Path\n\ndef load(name, split):\n    found = np.load(Path(__file__).with_name('all.npz'))\n"
+    script = (
+        "import numpy as np\nfrom pathlib import Path\n\ndef load(name, split):\n"
+        "    found = np.load(Path(__file__).with_name('all.npz'))\n"
+    )
     (root / "data" / "load.py").write_text(script + "    return found['pixels'], found['labels'], []\n")
     monkeypatch.setenv("TDPASS_DATA", str(root))
     return "cifar10"

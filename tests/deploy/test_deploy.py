@@ -164,7 +164,7 @@ def test_onnx_runs_in_onnx_runtime(residual: nn.Module, images: Tensor, tmp_path
 
 
 class Kept(nn.Module):
-    """A network in parts of different mode, with frozen parameters, hooks, a batch-norm, dropout and an activation that it keeps."""
+    """Parts of different mode, frozen parameters, hooks, a batch-norm, dropout, a kept activation."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,7 @@
-"""Deployed models of encoded layers: packed constants alone, bytes between integer chains, the same numbers elsewhere."""
+"""Deployed models of encoded layers: packed constants alone, bytes between integer chains.
+
+They give the same numbers elsewhere.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Random ONNX graphs of everything beside plain layers: recurrence, branches, loops, weights that are computed, fused operators."""
+"""Random ONNX graphs of everything beside plain layers.
+
+Recurrence, branches, loops, weights that are computed, and fused operators.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a model holds and computes, counted without tdpass: parameters from the object, products from a run and its sizes."""
+"""What a model holds and computes, counted without tdpass.
+
+Parameters are counted from the object, products from a run and its sizes.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,7 @@ def onnx_params(proto: onnx.ModelProto) -> tuple[int, int]:
 
 
 def onnx_macs(proto: onnx.ModelProto, feeds: Iterable[Feed]) -> int:
-    """Products of every MatMul, Gemm, Conv and Einsum over these calls, from the sizes that the values have when they are run."""
+    """Products of every MatMul, Gemm, Conv and Einsum in these calls, from the sizes of values in them."""
     watched = onnx.ModelProto()
     watched.CopyFrom(proto)
     known = {output.name for output in proto.graph.output}

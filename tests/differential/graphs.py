@@ -20,7 +20,7 @@ TYPES = {TensorProto.FLOAT: np.float32, TensorProto.DOUBLE: np.float64, TensorPr
 
 @dataclass(frozen=True)
 class Value:
-    """A value of the graph: its name, its sizes with -1 where the samples lie, and the axis of its channels."""
+    """A value of the graph: name, sizes with -1 where the samples lie, and the axis of its channels."""
 
     name: str
     sizes: Sizes
@@ -241,9 +241,13 @@ def layer_and_norm(g: Draft, x: Value) -> Value:
 
 
 INPUTS: dict[str, Value] = {
-    "row": Value("x", (-1, 12), 1), "rows": Value("x", (-1, 6, 12), 2), "time first": Value("x", (6, -1, 12), 2),
-    "line": Value("x", (-1, 6, 9), 1), "image": Value("x", (-1, 4, 9, 8), 1), "grid": Value("x", (-1, 3, 2, 12), 3),
-}  # fmt: skip
+    "row": Value("x", (-1, 12), 1),
+    "rows": Value("x", (-1, 6, 12), 2),
+    "time first": Value("x", (6, -1, 12), 2),
+    "line": Value("x", (-1, 6, 9), 1),
+    "image": Value("x", (-1, 4, 9, 8), 1),
+    "grid": Value("x", (-1, 3, 2, 12), 3),
+}
 
 
 def graph(rng: Random) -> Case:
@@ -297,9 +301,12 @@ def _case(g: Draft, kind: str, x: Value, outputs: Sequence[Value]) -> Case:
         rng.shuffle(g.nodes)
         g.said.append("unsorted")
     graph = helper.make_graph(
-        g.nodes, "g", declared + inputs, [helper.make_tensor_value_info(value.name, g.dtype, None) for value in outputs],
+        g.nodes,
+        "g",
+        declared + inputs,
+        [helper.make_tensor_value_info(value.name, g.dtype, None) for value in outputs],
         [numpy_helper.from_array(array, name) for name, array in g.weights.items()],
-    )  # fmt: skip
+    )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
 
     def draw(count: int) -> np.ndarray:
@@ -314,7 +321,10 @@ def _case(g: Draft, kind: str, x: Value, outputs: Sequence[Value]) -> Case:
         if fixed
         else [[{"x": array}] for array in (data, *fresh)]
     )
-    text = f"{np.dtype(TYPES[g.dtype])} {kind}{sizes} {'; '.join(g.said)}; {len(inputs)} initializers are inputs; {len(outputs)} outputs"
+    text = (
+        f"{np.dtype(TYPES[g.dtype])} {kind}{sizes} {'; '.join(g.said)}; "
+        f"{len(inputs)} initializers are inputs; {len(outputs)} outputs"
+    )
     dtype = {
         TensorProto.FLOAT: torch.float32,
         TensorProto.DOUBLE: torch.float64,

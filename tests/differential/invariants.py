@@ -24,8 +24,14 @@ from tdpass.site import Site
 
 EXACT = [name for name in offered_formats() if FORMATS.get(name).exact_at_full_rank]
 BUDGETS: tuple[Mapping[str, float], ...] = (
-    {"macs": 0.6}, {"macs": 0.8}, {"params": 0.6}, {"params": 0.8}, {"bytes": 0.6}, {"macs": 0.7, "params": 0.8}, {"bytes": 0.8, "macs": 0.9},
-)  # fmt: skip
+    {"macs": 0.6},
+    {"macs": 0.8},
+    {"params": 0.6},
+    {"params": 0.8},
+    {"bytes": 0.6},
+    {"macs": 0.7, "params": 0.8},
+    {"bytes": 0.8, "macs": 0.9},
+)
 SEARCHED: tuple[tuple[str, ...], ...] = (
     (), (), ("svd", "channel_svd"), ("svd", "tucker2"), ("svd", "spatial_svd", "input_svd"),
     ("tensor_train",), ("svd", "cp"), ("svd", "block_term"), ("svd", "tensor_ring"),

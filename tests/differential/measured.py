@@ -1,4 +1,7 @@
-"""How far outputs are from the original's, measured without tdpass: the numbers of `report.checks`, computed another way."""
+"""How far outputs are from the original's, measured without tdpass.
+
+These are the numbers of `report.checks`, computed another way.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def differences(reference: Sequence[Outputs], outputs: Sequence[Outputs]) -> dic
 
 
 def divergences(measure: str, reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[float]:
-    """What the divergence of one output may be: a value for each axis that its channels or classes may lie along."""
+    """What one output's divergence may be: a value per axis that channels or classes may lie along."""
     dims = reference[0].dim()
     axes = [axis for axis in range(1, dims) if len({value.shape[axis] for value in reference}) == 1]
     count = DIVERGENCES[measure]
@@ -72,7 +75,10 @@ def _cosine(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
 
 
 def _mse(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
-    """Squared error over the variance of each channel, which is raised by a ten-thousandth of the geometric mean of those that vary."""
+    """Squared error over the variance of each channel.
+
+    The variance is raised by a ten-thousandth of the geometric mean of those that vary.
+    """
     a, b = (
         torch.cat([value.reshape(-1, value.shape[-1]) for value in values]) for values in (reference, outputs)
     )
@@ -83,8 +89,12 @@ def _mse(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
 
 
 DIVERGENCES: Mapping[str, Callable[[Sequence[Tensor], Sequence[Tensor]], float]] = {
-    "kl": _kl, "kl_probabilities": _kl_probabilities, "kl_bernoulli": _kl_bernoulli, "cosine": _cosine, "mse": _mse,
-}  # fmt: skip
+    "kl": _kl,
+    "kl_probabilities": _kl_probabilities,
+    "kl_bernoulli": _kl_bernoulli,
+    "cosine": _cosine,
+    "mse": _mse,
+}
 
 
 def _together(

@@ -39,8 +39,12 @@ class Case:
 
 
 STARTS: dict[str, tuple[Sizes, ...]] = {
-    "row": ((12,), (20,)), "rows": ((6, 12), (8, 8)), "grid": ((2, 3, 12),), "line": ((6, 10), (8, 8)), "image": ((3, 7, 8), (4, 8, 5)),
-}  # fmt: skip
+    "row": ((12,), (20,)),
+    "rows": ((6, 12), (8, 8)),
+    "grid": ((2, 3, 12),),
+    "line": ((6, 10), (8, 8)),
+    "image": ((3, 7, 8), (4, 8, 5)),
+}
 ENDS: dict[str, Callable[[list[Tensor]], object]] = {
     "one": lambda y: y[0],
     "softmax": lambda y: y[0].softmax(-1),

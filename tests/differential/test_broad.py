@@ -1,4 +1,4 @@
-"""Properties of ONNX graphs of everything beside plain layers, whatever is drawn: nothing changes at full rank, budgets are kept."""
+"""Random ONNX graphs of everything beside plain layers: full rank changes nothing, budgets are kept."""
 
 from __future__ import annotations
 

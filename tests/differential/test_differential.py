@@ -1,4 +1,6 @@
-"""Random torch nets and ONNX graphs, one per seed: full rank changes nothing on new data, and reports say what independent measurements find.
+"""Random torch nets and ONNX graphs, one per seed.
+
+Full rank changes nothing on new data, and reports say what independent measurements find.
 
 Seeds rather than a strategy with shrinking, whose mutations would repeat the same few nets; a failure says
 what was drawn.

@@ -1,4 +1,4 @@
-"""Layers as real networks have them: every format, with and without data, in both precisions of the search."""
+"""Layers of real networks in every format, with and without data, in both precisions of the search."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def metric_of(site: Site, data: bool) -> Metric:
 
 
 def few_ranks(name: str, site: Site) -> list[Rank]:
-    """A cheap one first, so that what is shared is made for it, then the dearest that still makes the layer smaller."""
+    """A cheap one first, for which what is shared is made, then the dearest that makes the layer smaller."""
     form = FORMATS.get(name)
     ranks = [rank for rank in form.ranks(site) if form.cost(site, rank).params < site.weights] or list(
         form.ranks(site)[:1]
@@ -112,7 +112,7 @@ def test_factors_are_finite_and_better_than_nothing(
 def test_a_search_does_not_depend_on_the_precision_of_those_before_it(
     name: str, data: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first rank is searched in double precision, the second in single precision, from what both share."""
+    """The first rank is searched in double precision, the second in single, from what both share."""
     site = next(site for site in SITES if FORMATS.get(name).fits(site))
     form, weight, metric = FORMATS.get(name), weight_of(site).double(), metric_of(site, data)
     low, high = few_ranks(name, site)

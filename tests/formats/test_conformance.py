@@ -126,7 +126,7 @@ def error_of(name: str, site: Site, kind: str, rank: Rank, judge: str | None = N
 
 
 def some_ranks(name: str, site: Site) -> list[Rank]:
-    """Four candidates from cheap to expensive for each length of rank, and the valid ones of the extra ranks."""
+    """Four candidates, cheap to expensive, for each length of rank, and the valid extra ranks."""
     offered = FORMATS.get(name).ranks(site)
     found: list[Rank] = []
     for length in sorted({len(rank) for rank in offered}):

@@ -30,7 +30,7 @@ WEIGHTS = {
 
 
 def metric_of(site: Site, kind: str) -> Metric:
-    """From one sample, of exploding activations, of a dead input, or of samples that are all the same and so of rank one."""
+    """One sample, exploding activations, a dead input, or samples all the same and so of rank one."""
     width, generator = site.weights // site.o, torch.Generator().manual_seed(1)
     rows = torch.randn(1 if kind == "one" else 8, width, generator=generator, dtype=torch.float64)
     if kind == "same":

@@ -1,4 +1,7 @@
-"""Supports that leave out whole outputs or input channels: layers run, are counted and are written as the smaller ones they are."""
+"""Supports that leave out whole outputs or input channels.
+
+Layers run, are counted and are written as the smaller ones they are.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +103,7 @@ def test_a_module_derives_its_smaller_weight_once_and_anew_after_a_change() -> N
     assert len(DERIVED) == before + 1
     with torch.no_grad():
         module.kernel.mul_(2)  # type: ignore[operator, union-attr]
-    assert torch.allclose(module(x) - module.bias, 2 * (first - module.bias), atol=1e-5)  # type: ignore[operator]
+    assert torch.allclose(module(x) - module.bias, 2 * (first - module.bias), atol=1e-5)
     del module, layer
     assert len(DERIVED) == before
 
@@ -143,11 +146,17 @@ def graph(module: nn.Module) -> onnx.ModelProto:
         return make("Conv", [x, f"{name}.weight", f"{name}.bias"], [f"{name}.y"], pads=[1, 1, 1, 1])
 
     nodes = [
-        conv("x", "first"), make("Relu", ["first.y"], ["a"]), conv("a", "second"), make("Relu", ["second.y"], ["b"]),
-        conv("b", "third"), make("Add", ["b", "third.y"], ["c"]), make("Relu", ["c"], ["d"]),
-        make("GlobalAveragePool", ["d"], ["e"]), make("Flatten", ["e"], ["f"]),
+        conv("x", "first"),
+        make("Relu", ["first.y"], ["a"]),
+        conv("a", "second"),
+        make("Relu", ["second.y"], ["b"]),
+        conv("b", "third"),
+        make("Add", ["b", "third.y"], ["c"]),
+        make("Relu", ["c"], ["d"]),
+        make("GlobalAveragePool", ["d"], ["e"]),
+        make("Flatten", ["e"], ["f"]),
         make("Gemm", ["f", "fc.weight", "fc.bias"], ["y"], transB=1),
-    ]  # fmt: skip
+    ]
     return model_of(
         nodes, {name: value.numpy() for name, value in module.state_dict().items()}, ("N", 3, 8, 8)
     )

@@ -1,4 +1,4 @@
-"""Formats without what their factors hold twice: nothing lost, counted, saved, and the same in torch and ONNX."""
+"""Formats without what their factors hold twice: lossless, counted, saved, alike in torch and ONNX."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where Triton kernels run in tests: on a CUDA device, or interpreted on CPU tensors in a process of its own."""
+"""Where tests run Triton kernels: on a CUDA device, or interpreted on CPU in a process of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors that touch an inaccessible page, so that a kernel that reads or writes past them is stopped by the machine.
+"""Tensors at an inaccessible page, so that the machine stops a kernel that reads or writes past them.
 
 `python guard.py [operator ...]` runs every case with everything it reads and writes guarded at the end, then
 at the start.

@@ -106,8 +106,8 @@ def tensor_chain_case(chance: Random) -> Case:
     outs, ins = ([chance.choice(small) for _ in range(count)] for _ in range(2))
     programs = (
         tensor_chain.train_program(outs, ins, [chance.choice(small) for _ in range(count - 1)]),
-        tensor_chain.ring_program((ins[0], 3), (outs[0], 5), tuple(chance.choice(small) for _ in range(4))),  # type: ignore[arg-type]
-        tensor_chain.block_program(7 * outs[0], ins[0], 3, tuple(chance.choice(small) for _ in range(3))),  # type: ignore[arg-type]
+        tensor_chain.ring_program((ins[0], 3), (outs[0], 5), tuple(chance.choice(small) for _ in range(4))),
+        tensor_chain.block_program(7 * outs[0], ins[0], 3, tuple(chance.choice(small) for _ in range(3))),
     )
     steps = chance.choice(programs)
     weights = [
@@ -148,7 +148,7 @@ def sparse_conv2d_case(chance: Random) -> Case:
     stage = _stage(chance, i, o, size, groups=False)
     blocks = pack(_sparse(chance, *stage.shape), width)
     y = sparse.conv_fake(x, *blocks, None, None, stage.integers(), "identity")
-    bias, residual = chance.choice((None, randn(o))), chance.choice((None, torch.randn_like(y)))  # type: ignore[type-var]
+    bias, residual = chance.choice((None, randn(o))), chance.choice((None, torch.randn_like(y)))
     activation = chance.choice(list(ACTIVATIONS))
     return Case(
         f"{width} {tuple(x.shape)} {x.stride()} {stage} {activation}",
@@ -283,7 +283,7 @@ def _conv_once(values: Tensor, activation: str) -> Iterator[Case]:
 def _linear_once(values: Tensor, activation: str) -> Iterator[Case]:
     for lanes in ("channels", "pairs"):
         packed = [Stage(1, 1).pack(torch.ones(1, 1, 1, 1), lanes)]  # type: ignore[arg-type]
-        yield Case(lanes, (values[:, None], packed, None, None, [1, 1], activation), DTYPES_OF[lanes])  # type: ignore[index]
+        yield Case(lanes, (values[:, None], packed, None, None, [1, 1], activation), DTYPES_OF[lanes])
 
 
 def _tensor_once(values: Tensor, activation: str) -> Iterator[Case]:

@@ -1,4 +1,6 @@
-"""The Triton kernels against float64: interpreted on CPU tensors in a process of their own, compiled where there is a CUDA device.
+"""The Triton kernels against float64.
+
+They are interpreted on CPU tensors in a process of their own, and compiled where there is a CUDA device.
 
 The interpreter accepts what the compiler refuses, so without a device every kernel is also compiled for two
 of them.

@@ -158,7 +158,7 @@ def test_conv_chain_int8(stages: str, last: int, monkeypatch: pytest.MonkeyPatch
 
 
 def images(stages: tuple[Stage, ...], own: bool) -> Iterator[list[Any]]:
-    """Codes in and out, and floats channels last; with `own` positions have grids of their own where they may."""
+    """Codes in and out, and floats channels last; with `own`, a grid per position where there may be."""
     x = normal(2, stages[0].inputs, 4, 5).cpu()
     factors, reads, y = chain(x, stages, (128, 3, 200))
     core = max(range(len(stages)), key=lambda place: not stages[place].pointwise)

@@ -1,4 +1,7 @@
-"""What ctypes passes to the kernels is what the C header declares: to the byte, by the compiler's own word."""
+"""What ctypes passes to the kernels is what the C header declares.
+
+The compiler itself says so, to the byte.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What low precision promises beyond agreeing with a reference: exact codes, small errors, refusals that say why."""
+"""What low precision promises beside a reference: exact codes, small errors, refusals that say why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operators of com.tdpass in whole numbers and of recurrent cells, against the references and their functions."""
+"""The operators of com.tdpass in integers and of recurrent cells, against references and functions."""
 
 from __future__ import annotations
 
@@ -171,10 +171,14 @@ def weight_only_case(
         given["residual"] = numbers(*tokens, outputs)
     op = WeightOnlyOp(bits, low_rank, bias, residual, activation)
     wanted = weight_only.reference(
-        torch.from_numpy(x).double(), [each.codes for each in stored], [each.scales for each in stored],
-        torch.from_numpy(shift) if bias else None, torch.from_numpy(given["residual"]).double() if residual else None,
-        widths, activation,
-    )  # fmt: skip
+        torch.from_numpy(x).double(),
+        [each.codes for each in stored],
+        [each.scales for each in stored],
+        torch.from_numpy(shift) if bias else None,
+        torch.from_numpy(given["residual"]).double() if residual else None,
+        widths,
+        activation,
+    )
     sizes = {"K": inputs, "N": outputs, "block_size": size}
     return one_node(op, sizes, constants, given), given, wanted.float()
 

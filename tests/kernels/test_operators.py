@@ -1,4 +1,7 @@
-"""Every operator on its cases: native against reference in float64, shapes and strides, memory, every instruction set."""
+"""Every operator on its cases: native against reference in float64.
+
+Also shapes and strides, memory, and every instruction set.
+"""
 
 from __future__ import annotations
 
@@ -159,7 +162,7 @@ ctypes.c_float.from_address(tensor.data_ptr() + 4 * {index}).value
 
 @pytest.mark.parametrize("name", sorted(op.name for op in all_operators()))
 def test_what_python_implements_takes_what_the_schema_says(name: str) -> None:
-    """The schema is the one declaration: C++ is given it by the build, and functions that drifted from it are found here."""
+    """The schema is the one declaration: C++ has it from the build; functions that drifted are found here."""
     op = OPS.get(name)
     wanted = [argument.name for argument in op.call._schema.arguments]
     functions = [

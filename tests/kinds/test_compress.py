@@ -23,13 +23,22 @@ class Decoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.down = nn.Sequential(
-            nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1, groups=2, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
-            nn.Conv2d(32, 32, 5, padding=2, groups=32), nn.ReLU(),
-        )  # fmt: skip
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, 2, 1, groups=2, bias=False),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.Conv2d(32, 32, 5, padding=2, groups=32),
+            nn.ReLU(),
+        )
         self.up = nn.Sequential(
-            nn.ConvTranspose2d(32, 24, 4, 2, 1, groups=2, bias=False), nn.BatchNorm2d(24), nn.ReLU(), nn.ConvTranspose2d(24, 12, 3, 2, 1, 1), nn.ReLU(),
+            nn.ConvTranspose2d(32, 24, 4, 2, 1, groups=2, bias=False),
+            nn.BatchNorm2d(24),
+            nn.ReLU(),
+            nn.ConvTranspose2d(24, 12, 3, 2, 1, 1),
+            nn.ReLU(),
             nn.Conv2d(12, 2, 1),
-        )  # fmt: skip
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))

@@ -1,4 +1,4 @@
-"""Every layer kind in torch and in ONNX: the same site, the same numbers, dense and in every format that fits."""
+"""Every layer kind in torch and ONNX: same site, same numbers, dense and in every format that fits."""
 
 from __future__ import annotations
 
@@ -48,11 +48,15 @@ def graph(site: Site, weight: Tensor, bias: Tensor) -> onnx.ModelProto:
     }  # fmt: skip
     stored = {f"{site.name}.weight": kind.turned(weight, site.groups), f"{site.name}.bias": bias}
     made = helper.make_graph(
-        [helper.make_node(kind.operator, ["x", *stored], ["y"], name="layer", **attributes)], "g",
+        [helper.make_node(kind.operator, ["x", *stored], ["y"], name="layer", **attributes)],
+        "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", *kind.sample(site, 1)[1:]])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(np.ascontiguousarray(value.numpy()), name) for name, value in stored.items()],
-    )  # fmt: skip
+        [
+            numpy_helper.from_array(np.ascontiguousarray(value.numpy()), name)
+            for name, value in stored.items()
+        ],
+    )
     return onnx.shape_inference.infer_shapes(
         helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     )

@@ -1,4 +1,7 @@
-"""Embeddings, alone and tied to the head: one factorization for all readers, and what it costs on both front ends."""
+"""Embeddings, alone and tied to the head: one factorization for all readers, and what it costs.
+
+Both front ends are tested.
+"""
 
 from __future__ import annotations
 

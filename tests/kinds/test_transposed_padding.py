@@ -46,10 +46,12 @@ def test_a_node_is_read_as_the_runtime_computes_it_or_left_alone(mode: str) -> N
     for given in attributes(mode):
         weight = rng.standard_normal((3, 2, *given["kernel_shape"])).astype(np.float32)
         graph = helper.make_graph(
-            [helper.make_node("ConvTranspose", ["x", "w"], ["y"], **given)], "g",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)], [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+            [helper.make_node("ConvTranspose", ["x", "w"], ["y"], **given)],
+            "g",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
             [numpy_helper.from_array(weight, "w")],
-        )  # fmt: skip
+        )
         proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4

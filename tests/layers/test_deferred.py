@@ -1,4 +1,7 @@
-"""The dense weight of a factored layer costs nothing where only its type or size is read, and is right where its numbers are."""
+"""The dense weight of a factored layer is made only where its numbers are read, and is right there.
+
+Where only its type or size is read it costs nothing.
+"""
 
 from __future__ import annotations
 

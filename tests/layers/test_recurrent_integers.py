@@ -1,4 +1,7 @@
-"""Recurrent layers of int8 factors as cells in whole numbers: the same answers as step by step, and when they do not serve."""
+"""Recurrent layers of int8 factors as cells in whole numbers.
+
+The answers are the same as step by step.  Here is also when cells do not serve.
+"""
 
 from __future__ import annotations
 

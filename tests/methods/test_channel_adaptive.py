@@ -1,4 +1,4 @@
-"""Networks of several widths and ranks: what shrinks together, what a switch is, what every setting stands for."""
+"""Networks of several widths and ranks: what shrinks together, what a switch and a setting are."""
 
 from __future__ import annotations
 
@@ -354,7 +354,10 @@ BITS = (4, 8, 16)
 
 
 def in_bits() -> tuple[nn.Module, Tensor, dict[tuple[float, float], Tensor]]:
-    """A network of two widths, two shares of the rank and three numbers of bits, and what each width and share answers without bits."""
+    """A network of two widths, two shares of the rank and three numbers of bits.
+
+    With it what each width and share answers without bits.
+    """
     model, _, x = adaptive("digits", widths=[0.5, 1.0], ranks=[0.5, 1.0])
     exact = {
         (width, rank): tdpass.ordinary(model, width, rank)(x) for width in (0.5, 1.0) for rank in (0.5, 1.0)

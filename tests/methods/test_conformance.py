@@ -571,7 +571,10 @@ def test_hardware_sends_layers_below_break_even_back_to_dense() -> None:
 
 
 class Widths(AdmmTT):
-    """Runs the network twice a step, with all inputs and without the second channel, which learns from the first run."""
+    """Runs the network twice a step, with all inputs and without the second channel.
+
+    The second channel learns from the first run.
+    """
 
     name = "widths"
 

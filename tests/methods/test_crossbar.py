@@ -121,9 +121,13 @@ def test_fewer_bits_and_weights_take_fewer_arrays() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(128, 96), nn.ReLU(), nn.Linear(96, 4))
     artifact = tdpass.train(
-        net, [(torch.randn(8, 128), torch.arange(8) % 4)], {"crossbar": {"keep": 1000, "weight_bits": 5, "admm": 4, "retrain": 0, "fix": 1}},
-        settings={"lr": 0.01}, control=False, example_inputs=torch.zeros(2, 128),
-    )  # fmt: skip
+        net,
+        [(torch.randn(8, 128), torch.arange(8) % 4)],
+        {"crossbar": {"keep": 1000, "weight_bits": 5, "admm": 4, "retrain": 0, "fix": 1}},
+        settings={"lr": 0.01},
+        control=False,
+        example_inputs=torch.zeros(2, 128),
+    )
     # 4 x 3 and 3 x 1 blocks of 32 x 32, four arrays each at 9 bits and two at 5
     area = CrossbarArray.load("admm_32x32").array_area()
     assert artifact.report.original.get("area") == pytest.approx(15 * 4 * area)

@@ -1,4 +1,4 @@
-"""Every training recipe runs from beginning to end on the digits that come with tdpass, for as few steps as it can."""
+"""Every training recipe runs to its end on tdpass's digits, for as few steps as it can."""
 
 from __future__ import annotations
 

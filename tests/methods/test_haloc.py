@@ -28,7 +28,7 @@ SHORT: dict[str, Any] = {"warm": 1, "search": 3, "tune": 1, "ranks": 3}
 
 
 class Machine(TimedTarget):
-    """A machine on which time follows multiply-adds, and whole networks take something besides their layers."""
+    """A machine on which time follows multiply-adds, and networks take something beside their layers."""
 
     name = "machine"
 
@@ -193,9 +193,16 @@ def test_a_budget_on_what_the_target_does_not_tell_is_refused() -> None:
 
 
 WRONG: list[dict[str, Any]] = [
-    {"formats": ["tensor_ring"]}, {"formats": []}, {"measure": "seconds"}, {"ranks": 0}, {"every": 0}, {"penalty": -1.0}, {"approach": -1.0},
-    {"temperature": -1.0}, {"begin": "anywhere"},
-]  # fmt: skip
+    {"formats": ["tensor_ring"]},
+    {"formats": []},
+    {"measure": "seconds"},
+    {"ranks": 0},
+    {"every": 0},
+    {"penalty": -1.0},
+    {"approach": -1.0},
+    {"temperature": -1.0},
+    {"begin": "anywhere"},
+]
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -206,7 +213,7 @@ def test_options_are_checked(wrong: dict[str, Any]) -> None:
 
 
 class Branches(nn.Module):
-    """Layers side by side, each on inputs of its own, of planted ranks in the half of its outputs that is read.
+    """Layers side by side, each on its own inputs, of planted ranks in the half of its outputs that is read.
 
     What is not read has other ranks, which mislead a choice by the weights alone.
     """
@@ -221,7 +228,7 @@ class Branches(nn.Module):
         with torch.no_grad():
             self.out.weight.normal_(std=0.5)
             for place, (layer, read, other) in enumerate(zip(self.layers, ranks, unread, strict=True)):
-                layer.weight.copy_(torch.cat([self._of_rank(half, rank) for rank in (read, other)]))  # type: ignore[union-attr,operator]
+                layer.weight.copy_(torch.cat([self._of_rank(half, rank) for rank in (read, other)]))
                 self.out.weight[:, place * self.width + half : (place + 1) * self.width] = 0
 
     def _of_rank(self, rows: int, rank: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Recipes: those that come with tdpass are sound, wrong ones are refused, the command line runs and resumes them."""
+"""Recipes: those of tdpass are sound, wrong ones are refused, the command line runs and resumes them."""
 
 from __future__ import annotations
 

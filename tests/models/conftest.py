@@ -25,7 +25,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     def times(
         calls: dict[object, Callable[[], object]], threads: int, rounds: int = 1
     ) -> dict[object, float]:
-        return {key: order[key] if isinstance(key, str) else 10.0 - len(key) for key in calls}  # type: ignore[arg-type]
+        return {key: order[key] if isinstance(key, str) else 10.0 - len(key) for key in calls}
 
     monkeypatch.setattr(choose, "times_kept", lambda: TimingTable(None))
     for module in (choose, fuse):

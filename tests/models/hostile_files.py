@@ -103,9 +103,11 @@ def loop(condition: str = "copied", limit: int | None = None) -> onnx.ModelProto
         "computed": [helper.make_node("GreaterOrEqual", ["i", "zero"], ["on"])],
     }
     body = helper.make_graph(
-        [*ways[condition], helper.make_node("Tanh", ["v"], ["made"])], "body",
-        [info("i", [], TensorProto.INT64), flag, info("v", ["N", 8])], [info("on", [], TensorProto.BOOL), info("made", ["N", 8])],
-    )  # fmt: skip
+        [*ways[condition], helper.make_node("Tanh", ["v"], ["made"])],
+        "body",
+        [info("i", [], TensorProto.INT64), flag, info("v", ["N", 8])],
+        [info("on", [], TensorProto.BOOL), info("made", ["N", 8])],
+    )
     held = [
         WEIGHT,
         numpy_helper.from_array(np.array(True), "true"),
@@ -238,39 +240,82 @@ REFUSED: dict[str, tuple[Write, str]] = {
     "a function defined twice": (written(twice_function), "defines a local function twice"),
     "a loop without end": (written(loop), "would run for ever"),
     "a loop with a constant condition": (written(lambda: loop("constant")), "would run for ever"),
-    "a loop of 2^62 rounds": (written(lambda: loop(limit=2**62)), "would run 4,611,686,018,427,387,904 times"),
+    "a loop of 2^62 rounds": (
+        written(lambda: loop(limit=2**62)),
+        "would run 4,611,686,018,427,387,904 times",
+    ),
     "a chain of 100,000 nodes": (written(lambda: chain(100_000)), "has 100,000 nodes; supported are 12,000"),
     "too many entries": (written(lambda: typed(80)), r"sizes \[8, 8\] holds 80 entries instead of 64"),
     "too few entries": (written(lambda: typed(63)), "holds 63 entries instead of 64"),
-    "too many half entries": (written(lambda: typed(65, TensorProto.FLOAT16)), "holds 65 entries instead of 64"),
-    "too few packed entries": (written(lambda: typed(16, TensorProto.INT4)), "holds 16 entries instead of 32"),
-    "a tensor larger than memory": (external((1 << 20, 1 << 18)), "takes 1,099,511,627,776 bytes, and this machine has"),
+    "too many half entries": (
+        written(lambda: typed(65, TensorProto.FLOAT16)),
+        "holds 65 entries instead of 64",
+    ),
+    "too few packed entries": (
+        written(lambda: typed(16, TensorProto.INT4)),
+        "holds 16 entries instead of 32",
+    ),
+    "a tensor larger than memory": (
+        external((1 << 20, 1 << 18)),
+        "takes 1,099,511,627,776 bytes, and this machine has",
+    ),
     "an offset of 9,000 digits": (external((8, 8), offset="9" * 9000), "which is no place in a file"),
     "a negative offset": (external((8, 8), offset="-4"), "has offset='-4', which is no place in a file"),
-    "a length beyond the file": (external((8, 8), length=str(10**15)), "is said to be 1000000000000000 bytes"),
+    "a length beyond the file": (
+        external((8, 8), length=str(10**15)),
+        "is said to be 1000000000000000 bytes",
+    ),
     "NaN in a weight": (written(lambda: weight_with(np.nan)), "1 of 64 numbers of 'w' are NaN or infinite"),
-    "an infinite weight": (written(lambda: weight_with(-np.inf)), "1 of 64 numbers of 'w' are NaN or infinite"),
+    "an infinite weight": (
+        written(lambda: weight_with(-np.inf)),
+        "1 of 64 numbers of 'w' are NaN or infinite",
+    ),
     "NaN in a bias": (written(lambda: bias_with(np.nan)), "1 of 8 numbers of 'b' are NaN or infinite"),
-    "NaN in a recurrence": (written(lambda: recurrent_with(np.nan)), "1 of 256 numbers of 'r' are NaN or infinite"),
-    "a group that does not divide": (written(lambda: conv(group=3)), "has group=3, which does not divide the 4 channels"),
+    "NaN in a recurrence": (
+        written(lambda: recurrent_with(np.nan)),
+        "1 of 256 numbers of 'r' are NaN or infinite",
+    ),
+    "a group that does not divide": (
+        written(lambda: conv(group=3)),
+        "has group=3, which does not divide the 4 channels",
+    ),
     "a group that does not fit": (written(lambda: conv(group=1)), "reads 4 channels, but its weight"),
-    "a transposed group": (written(lambda: conv("ConvTranspose", channels=6, group=3)), "has group=3, which does not divide"),
-    "transposed channels": (written(lambda: conv("ConvTranspose", channels=6)), "reads 6 channels, but its weight"),
-    "another kernel": (written(lambda: conv(group=2, kernel_shape=[5, 5])), r"has kernel_shape=\[5, 5\], but its weight"),
-    "an unknown auto_pad": (written(lambda: conv(group=2, auto_pad="SAME")), "has auto_pad='SAME'; ONNX knows"),
+    "a transposed group": (
+        written(lambda: conv("ConvTranspose", channels=6, group=3)),
+        "has group=3, which does not divide",
+    ),
+    "transposed channels": (
+        written(lambda: conv("ConvTranspose", channels=6)),
+        "reads 6 channels, but its weight",
+    ),
+    "another kernel": (
+        written(lambda: conv(group=2, kernel_shape=[5, 5])),
+        r"has kernel_shape=\[5, 5\], but its weight",
+    ),
+    "an unknown auto_pad": (
+        written(lambda: conv(group=2, auto_pad="SAME")),
+        "has auto_pad='SAME'; ONNX knows",
+    ),
     "a bias of another size": (
-        written(lambda: conv(held=(KERNEL, numpy_helper.from_array(np.zeros(3, np.float32), "b")), group=2)), r"a bias of sizes \[3\], but makes 4",
+        written(lambda: conv(held=(KERNEL, numpy_helper.from_array(np.zeros(3, np.float32), "b")), group=2)),
+        r"a bias of sizes \[3\], but makes 4",
     ),
     "two nodes of one name": (written(lambda: twice("node")), "two nodes of the name 'one'"),
     "two inputs of one name": (written(lambda: twice("input")), "two inputs of the name 'x'"),
     "two outputs of one name": (written(lambda: twice("output")), "two outputs of the name 'y'"),
-    "two initializers of one name": (written(lambda: twice("initializer")), "two initializers of the name 'w'"),
+    "two initializers of one name": (
+        written(lambda: twice("initializer")),
+        "two initializers of the name 'w'",
+    ),
     "a sparse file": (sparse(_SPARSE_BYTES), "a protobuf at most 2,147,483,647"),
     "a sparse file below the limit": (sparse(_SPARSE_BYTES // 2), "it is no protobuf"),
     "a sparse file that begins well": (sparse(_SPARSE_BYTES // 2, b"\x08\x08"), "it is no protobuf"),
     "a part longer than the file": (sparse(1 << 20, b"\x3a\xff\xff\xff\xff\x0f"), "it is cut short"),
-    "a file of a million parts": (written(lambda: onnx.ModelProto(functions=[onnx.FunctionProto()] * 1_000_000)), "more than 100,000 outermost parts"),
-}  # fmt: skip
+    "a file of a million parts": (
+        written(lambda: onnx.ModelProto(functions=[onnx.FunctionProto()] * 1_000_000)),
+        "more than 100,000 outermost parts",
+    ),
+}
 """Files that are refused when they are opened and looked at, and what is said of each."""
 
 SERVED: dict[str, Write] = {

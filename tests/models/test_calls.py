@@ -59,11 +59,19 @@ def recurrent(n: Size) -> onnx.ModelProto:
         "axes": np.array([0], np.int64),
     }
     nodes = [
-        node("Cast", "rate", "r", to=TensorProto.FLOAT), node("Div", "r khz", "scale"), node("Mul", "x scale", "scaled"),
-        node("Gather", "state first", "h0", axis=0), node("Squeeze", "h0 axes", "h"),
-        node("MatMul", "scaled w", "a"), node("MatMul", "h u", "b"), node("Add", "a b", "s"), node("Tanh", "s", "t"), node("MatMul", "t v", "y"),
-        node("Unsqueeze", "t axes", "t0"), node("Concat", "t0 t0", "next", axis=0),
-    ]  # fmt: skip
+        node("Cast", "rate", "r", to=TensorProto.FLOAT),
+        node("Div", "r khz", "scale"),
+        node("Mul", "x scale", "scaled"),
+        node("Gather", "state first", "h0", axis=0),
+        node("Squeeze", "h0 axes", "h"),
+        node("MatMul", "scaled w", "a"),
+        node("MatMul", "h u", "b"),
+        node("Add", "a b", "s"),
+        node("Tanh", "s", "t"),
+        node("MatMul", "t v", "y"),
+        node("Unsqueeze", "t axes", "t0"),
+        node("Concat", "t0 t0", "next", axis=0),
+    ]
     inputs: dict[str, tuple[Size, ...]] = {"x": (n, 16), "state": (2, n, 12), "rate": ()}
     return graph(nodes, constants, inputs, {"y": (n, 5), "next": (2, n, 12)}, {"rate": TensorProto.INT64})
 
@@ -127,7 +135,7 @@ def test_a_fixed_batch_of_one_is_called_once_per_sample(rate: object) -> None:
     assert [(call.size, call.divisible) for call in calls] == [(1, False)] * 8
     together = dynamic.run(Batch((X, STATE, torch.tensor(16000))))
     for name, axis in (("y", 0), ("next", 1)):
-        assert torch.allclose(answers(fixed, calls, name, axis), together[name], atol=1e-5)  # type: ignore[index]
+        assert torch.allclose(answers(fixed, calls, name, axis), together[name], atol=1e-5)
 
 
 def test_a_scalar_that_differs_between_samples_makes_calls_of_one() -> None:
@@ -359,8 +367,9 @@ def test_a_whole_run_on_a_recurrent_net_of_a_fixed_batch_is_as_small_as_on_a_bat
 @pytest.mark.parametrize(
     ("declared", "given"),
     [
-        (TensorProto.FLOAT16, torch.float32), (TensorProto.FLOAT16, torch.float64), (TensorProto.FLOAT, torch.float16),
-        (TensorProto.DOUBLE, torch.float32), (TensorProto.FLOAT, torch.float64), (TensorProto.FLOAT, torch.bfloat16),
+        (TensorProto.FLOAT16, torch.float32), (TensorProto.FLOAT16, torch.float64),
+        (TensorProto.FLOAT, torch.float16), (TensorProto.DOUBLE, torch.float32),
+        (TensorProto.FLOAT, torch.float64), (TensorProto.FLOAT, torch.bfloat16),
     ],
 )  # fmt: skip
 def test_floats_of_another_precision_are_converted(declared: int, given: torch.dtype) -> None:

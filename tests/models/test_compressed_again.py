@@ -1,4 +1,4 @@
-"""A model that is compressed already is compressed again: what came factored is a site, and budgets are of what came."""
+"""A compressed model is compressed again: what came factored is a site; budgets are of what came."""
 
 from __future__ import annotations
 

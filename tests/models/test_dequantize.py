@@ -1,4 +1,4 @@
-"""Models that are quantized already: recognised and left right, or made floating-point again when that is asked for."""
+"""Models that are quantized already: recognised and left right, or made floating-point when asked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Slices of one weight as sites of their own: query, key and value, on both front ends, without opening the model by hand."""
+"""Slices of one weight as sites of their own: query, key and value, on both front ends.
+
+The model is not opened by hand.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +98,10 @@ def repeated(y: Tensor) -> tuple[Tensor, ...]:
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "chunk": (lambda: Net(nn.Linear(E, 48), lambda y: tuple(map(heads, y.chunk(3, -1)))), (16, 16, 16)),
-    "no bias": (lambda: Net(nn.Linear(E, 48, bias=False), lambda y: tuple(map(heads, y.chunk(3, -1)))), (16,) * 3),
+    "no bias": (
+        lambda: Net(nn.Linear(E, 48, bias=False), lambda y: tuple(map(heads, y.chunk(3, -1)))),
+        (16,) * 3,
+    ),
     "unbind": (
         lambda: Net(nn.Linear(E, 48), lambda y: y.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)),
         (16, 16, 16),
@@ -103,7 +109,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "columns": (lambda: Net(Columns(E, 48), lambda y: tuple(map(heads, y.split(16, 2)))), (16, 16, 16)),
     "uneven": (lambda: Net(nn.Linear(E, 32), repeated), (16, 8, 8)),
     "attention": (Attending, (16, 16, 16)),
-}  # fmt: skip
+}
 WHOLE: dict[str, Callable[[], nn.Module]] = {
     "also read whole": lambda: Net(
         nn.Linear(E, 48), lambda y: tuple(map(heads, (y + y.mean()).chunk(3, -1)))
@@ -242,9 +248,13 @@ def test_a_plan_for_the_whole_weight_is_carried_out_on_the_whole() -> None:
 
 def test_a_split_that_fits_goes_and_its_readers_read_the_slices() -> None:
     nodes = [
-        node("MatMul", "x packed.weight", "p"), node("Add", "p b", "s"), node("Split", "s sizes", "q k", axis=-1),
-        node("Relu", "q", "r"), node("MatMul", "r head", "y"), node("MatMul", "k head", "z"),
-    ]  # fmt: skip
+        node("MatMul", "x packed.weight", "p"),
+        node("Add", "p b", "s"),
+        node("Split", "s sizes", "q k", axis=-1),
+        node("Relu", "q", "r"),
+        node("MatMul", "r head", "y"),
+        node("MatMul", "k head", "z"),
+    ]
     held = {"packed.weight": weight(E, 32), "b": weight(32), "head": weight(E, 4)}
     held["sizes"] = torch.tensor([16, 16]).numpy()
     proto = model_of(nodes, held, (2, E), ("y", "z"))

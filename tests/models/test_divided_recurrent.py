@@ -1,4 +1,7 @@
-"""Recurrent layers and cells of torch are sites without asking: opened by the pass `divide`, closed where that does not pay."""
+"""Recurrent layers and cells of torch are sites without asking.
+
+The pass `divide` opens them, and closes them where that does not pay.
+"""
 
 from __future__ import annotations
 

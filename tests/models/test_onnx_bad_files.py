@@ -1,4 +1,4 @@
-"""Damaged, hostile and merely odd files: each is refused with one error, nothing hangs, and no source file is touched."""
+"""Damaged, hostile and merely odd files: one error each, nothing hangs, no source file is touched."""
 
 from __future__ import annotations
 
@@ -171,7 +171,9 @@ BAD: dict[str, Callable[[Path], Path]] = {
     "text": raw(b"this is not a model"),
     "huge_dims": changed(dims(2**40, 2**20)),
     "short_raw": changed(lambda p: setattr(p.graph.initializer[0], "raw_data", b"\0" * 100)),
-    "long_raw": changed(lambda p: setattr(p.graph.initializer[0], "raw_data", p.graph.initializer[0].raw_data + b"\0" * 100)),
+    "long_raw": changed(
+        lambda p: setattr(p.graph.initializer[0], "raw_data", p.graph.initializer[0].raw_data + b"\0" * 100)
+    ),
     "no_data": changed(lambda p: p.graph.initializer[0].ClearField("raw_data")),
     "negative_dims": changed(dims(-64, -48)),
     "bad_dtype": changed(lambda p: setattr(p.graph.initializer[0], "data_type", 999)),
@@ -203,8 +205,10 @@ BAD: dict[str, Callable[[Path], Path]] = {
     "external_negative_offset": external(lambda t, _: entry(t, "offset", "-4")),
     "external_offset_not_a_number": external(lambda t, _: entry(t, "offset", "abc")),
     "external_fifo": external(into_fifo),
-    "external_folder": external(lambda t, folder: ((folder / "m.data").unlink(), (folder / "m.data").mkdir())),
-}  # fmt: skip
+    "external_folder": external(
+        lambda t, folder: ((folder / "m.data").unlink(), (folder / "m.data").mkdir())
+    ),
+}
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,4 +1,7 @@
-"""DynamicQuantizeLSTM: left right, made an LSTM again when asked, and what int8 in dynamic ranges makes of an LSTM."""
+"""DynamicQuantizeLSTM: left right, and made an LSTM again when asked.
+
+Also what int8 in dynamic ranges makes of an LSTM.
+"""
 
 from __future__ import annotations
 

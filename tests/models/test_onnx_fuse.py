@@ -72,10 +72,15 @@ def model_of(
 def block(**options: int) -> onnx.ModelProto:
     """A residual block of two convolutions, and a head."""
     nodes = [
-        node("Conv", "x first.weight first.bias", "a", pads=[1, 1, 1, 1]), node("Relu", "a", "b"),
-        node("Conv", "b second.weight second.bias", "c", pads=[1, 1, 1, 1]), node("Add", "x c", "d"), node("Relu", "d", "e"),
-        node("GlobalAveragePool", "e", "f"), node("Flatten", "f", "g"), node("Gemm", "g head.weight head.bias", "y", transB=1),
-    ]  # fmt: skip
+        node("Conv", "x first.weight first.bias", "a", pads=[1, 1, 1, 1]),
+        node("Relu", "a", "b"),
+        node("Conv", "b second.weight second.bias", "c", pads=[1, 1, 1, 1]),
+        node("Add", "x c", "d"),
+        node("Relu", "d", "e"),
+        node("GlobalAveragePool", "e", "f"),
+        node("Flatten", "f", "g"),
+        node("Gemm", "g head.weight head.bias", "y", transB=1),
+    ]
     constants = {
         "first.weight": weight(8, 8, 3, 3),
         "first.bias": weight(8),
@@ -375,9 +380,15 @@ def test_what_is_no_chain(nodes: list[onnx.NodeProto], reason: str) -> None:
 def test_matrices_in_a_row_on_three_axes(tmp_path: Path) -> None:
     tokens: Tensor = torch.randn(2, 5, 12)
     nodes = [
-        node("MatMul", "x u.weight", "a"), node("MatMul", "a v.weight", "b"), node("Add", "b v.bias", "c"), node("Add", "c x", "d"),
-        node("Sigmoid", "d", "e"), node("Mul", "d e", "f"), node("MatMul", "f u.weight", "g"), node("MatMul", "g v.weight", "y"),
-    ]  # fmt: skip
+        node("MatMul", "x u.weight", "a"),
+        node("MatMul", "a v.weight", "b"),
+        node("Add", "b v.bias", "c"),
+        node("Add", "c x", "d"),
+        node("Sigmoid", "d", "e"),
+        node("Mul", "d e", "f"),
+        node("MatMul", "f u.weight", "g"),
+        node("MatMul", "g v.weight", "y"),
+    ]
     constants = {"u.weight": weight(12, 3), "v.weight": weight(3, 12), "v.bias": weight(12)}
     model = OnnxModel.open(model_of(nodes, constants, ("N", "T", 12)))
     before = model.run(Batch((tokens,)))["y"]

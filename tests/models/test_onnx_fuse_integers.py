@@ -87,9 +87,13 @@ def layers(rank: int, opset: int = 21) -> onnx.ModelProto:
     constants = {"first.weight": weight(96, 64), "second.weight": weight(64, 96)}
     if rank == 3:
         nodes = [
-            node("MatMul", "x first.weight", "h"), node("Add", "h first.bias", "a"), node("Relu", "a", "b"),
-            node("MatMul", "b second.weight", "g"), node("Add", "g second.bias", "c"), node("Add", "c x", "y"),
-        ]  # fmt: skip
+            node("MatMul", "x first.weight", "h"),
+            node("Add", "h first.bias", "a"),
+            node("Relu", "a", "b"),
+            node("MatMul", "b second.weight", "g"),
+            node("Add", "g second.bias", "c"),
+            node("Add", "c x", "y"),
+        ]
         constants = {name: np.ascontiguousarray(array.T) for name, array in constants.items()}
     constants |= {"first.bias": weight(96), "second.bias": weight(64)}
     return model_of(nodes, constants, ("N", 64) if rank == 2 else ("N", "T", 64), opset=opset)

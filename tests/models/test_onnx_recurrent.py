@@ -1,4 +1,4 @@
-"""LSTM, GRU and RNN nodes: every product of theirs is a site, as of torch's layers, and nodes come back where they can."""
+"""LSTM, GRU and RNN nodes: every product is a site, as in torch, and nodes come back where they can."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recurrent nodes whose steps have factors are timed beside what they were, and said to be slower where they are."""
+"""Recurrent nodes whose steps have factors are timed beside what they were; slower ones are named."""
 
 from __future__ import annotations
 
@@ -68,7 +68,12 @@ def test_what_is_slower_is_noted(seconds: float, said: bool, monkeypatch: pytest
     data = torch.randn(8, 4, 7, generator=torch.Generator().manual_seed(0))
     inputs = case.batch().kwargs["x"].shape[2]
     made = tdpass.compress(
-        case.proto(), None, {"x": data[..., :inputs]}, pipeline="plan{params=0.6},factorize", formats=["svd"], cache=False
-    )  # fmt: skip
+        case.proto(),
+        None,
+        {"x": data[..., :inputs]},
+        pipeline="plan{params=0.6},factorize",
+        formats=["svd"],
+        cache=False,
+    )
     notes = [note for row in made.report.passes for note in row.notes]
     assert any("'rnn' takes 2.00 times as long with factors in its steps" in note for note in notes) is said

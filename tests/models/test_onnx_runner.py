@@ -1,4 +1,7 @@
-"""The runner agrees with ONNX Runtime, operator by operator and on whole networks, and what it runs can be recorded and differentiated."""
+"""The runner agrees with ONNX Runtime, operator by operator and on whole networks.
+
+What it runs can be recorded and differentiated.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Every way an ONNX graph can hold a weight: what is a site, and that replacing it by an exact factorization changes nothing."""
+"""Every way an ONNX graph can hold a weight, and what of it is a site.
+
+Replacing a site by an exact factorization changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -391,7 +394,7 @@ def whole(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def exact(model: OnnxModel, site: Site) -> Layer:
-    """A layer that equals the dense one: an SVD of full rank, or for a convolution its weight as a single factor."""
+    """A layer that equals the dense one: an SVD of full rank, or a convolution's weight as one factor."""
     if site.kind == "linear":
         rank: tuple[int, ...] = (min(site.shape),)
         factors = FORMATS.get("svd").factorize(model.weight(site.name), site, rank)

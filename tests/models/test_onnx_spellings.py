@@ -204,7 +204,10 @@ def test_what_is_also_read_by_another_node_stays() -> None:
     ("made", "held", "fed_to", "reason"),
     [
         (fused("FusedConv", "x w", activation="Clip"), CONV, IMAGE, "fused with Clip"),
-        (node("Einsum", "x w", equation="bij,bjk->bik"), weight(2, 8, 6, rng=RNG), TOKENS, "one matrix along one axis"),
+        (
+            node("Einsum", "x w", equation="bij,bjk->bik"), weight(2, 8, 6, rng=RNG), TOKENS,
+            "one matrix along one axis",
+        ),
         (node("Einsum", "x w", equation="bij,jk->ik"), W.T.copy(), TOKENS, "no product|sums over"),
         (node("Einsum", "x w w", equation="bij,jk,jk->bik"), W.T.copy(), TOKENS, "several operands"),
         (fused("FusedMatMul", "x w", transBatchA=1), weight(2, 6, rng=RNG), TOKENS, "axes of samples"),

@@ -1,4 +1,7 @@
-"""Query, key and value as layers of their own: against torch's attention, and through compress, files and exports."""
+"""Query, key and value as layers of their own, against torch's attention.
+
+Also through `compress`, files and exports.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that a norm, a parametrization or a mask computes are made parameters before a model is compressed."""
+"""Weights that a norm, parametrization or mask computes are made parameters before compression."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Models of every floating-point type, and of several: data is taken, results stay in the type, and are as good as in float32."""
+"""Models of every floating-point type, and of several.
+
+Data is taken, results stay in the type, and they are as good as in float32.
+"""
 
 from __future__ import annotations
 
@@ -183,5 +186,5 @@ def test_an_onnx_model_of_any_precision_takes_data(element: int, dtype: torch.dt
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     made = compress(model, plan=_in_float32("bias").plan, data=x, cache=False)
     twin = _in_float32("bias").report.checks["relative_difference"]
-    assert {tensor.data_type for tensor in made.model.graph.initializer} == {element}  # type: ignore[attr-defined]
+    assert {tensor.data_type for tensor in made.model.graph.initializer} == {element}
     assert made.report.checks["relative_difference"] == pytest.approx(twin, rel=0.15, abs=2 * _STEP[dtype])

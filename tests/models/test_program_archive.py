@@ -1,4 +1,7 @@
-"""A `.pt2` file from elsewhere: what torch exports is read alike, what would run code is refused before it can."""
+"""A `.pt2` file from elsewhere: what torch exports is read alike.
+
+What would run code is refused before it can.
+"""
 
 from __future__ import annotations
 

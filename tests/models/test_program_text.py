@@ -120,7 +120,13 @@ def test_a_program_that_was_changed_is_refused(change: dict[bytes, bytes], tmp_p
     path = tmp_path / "small.safetensors"
     _saved(path, {"params": 0.6}, program=True)
     with safe_open(path, framework="pt") as file:
-        text, state = file.metadata()[PROGRAM_KEY], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        text, state = (
+            file.metadata()[PROGRAM_KEY],
+            {
+                name: file.get_tensor(name)
+                for name in file.keys()  # noqa: SIM118
+            },
+        )
     state["second.weight"] = state.get("second.weight", torch.zeros(1))
     with pytest.raises(InvalidModelError):
         program_of(_repacked(text, change), copy.deepcopy(state), path)

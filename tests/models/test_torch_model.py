@@ -40,7 +40,7 @@ def test_full_rank_replacement_changes_nothing(
     for site in model.sites():
         model.replace(site.name, _full_rank(model, site.name))
     with torch.no_grad():
-        assert torch.allclose(model.unwrap()(images), before, atol=1e-4 * float(before.abs().max()))  # type: ignore[operator]
+        assert torch.allclose(model.unwrap()(images), before, atol=1e-4 * float(before.abs().max()))
 
 
 def test_layers_of_every_kind_are_sites(odd: nn.Module, images: Tensor) -> None:

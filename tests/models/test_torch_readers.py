@@ -1,4 +1,7 @@
-"""What besides its layer reads a weight or a batch-norm, and by what way a module is reached: found in the run, and the result stays right."""
+"""What besides its layer reads a weight or a batch-norm, and by what way a module is reached.
+
+Both are found in the run, and the result stays right.
+"""
 
 from __future__ import annotations
 
@@ -224,7 +227,7 @@ def _answer(model: object, x: Tensor) -> Tensor:
     assert isinstance(model, nn.Module)
     with torch.no_grad():
         answer = model(x)
-    return torch.cat([part.flatten() for part in answer]) if isinstance(answer, tuple) else answer  # type: ignore[no-any-return]
+    return torch.cat([part.flatten() for part in answer]) if isinstance(answer, tuple) else answer
 
 
 def _data(*shape: int) -> Tensor:
@@ -435,7 +438,7 @@ class Clamping(nn.Linear):
 
 
 class Scaled(nn.Linear):
-    def forward(self, input: Tensor, scale: float = 1.0) -> Tensor:  # type: ignore[override]  # noqa: A002 - torch names it so
+    def forward(self, input: Tensor, scale: float = 1.0) -> Tensor:  # noqa: A002 - torch names it so
         return super().forward(input) * scale
 
 
@@ -508,7 +511,7 @@ def test_a_factored_encoder_calls_its_layers_instead_of_rebuilding_weights(
     read = _rebuilt(monkeypatch)
     expected, answer = _answer(model, x), _answer(small, x)
     # the linear layers, and those projections of attention that pay
-    assert sum(isinstance(module, Factorized) for module in small.modules()) == 8  # type: ignore[attr-defined]
+    assert sum(isinstance(module, Factorized) for module in small.modules()) == 8
     assert read == []
     assert float((answer - expected).norm() / expected.norm()) == pytest.approx(
         artifact.report.checks["relative_difference"], rel=0.01

@@ -28,7 +28,10 @@ class Conv1D(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer up, one down, and a square one that is called twice and shares its weight with another of its own bias."""
+    """A layer up, one down, and a square one, called twice, that shares its weight with another.
+
+    The other has its own bias.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +142,8 @@ def test_several_matrices_in_one_initializer_say_what_to_do() -> None:
     proto = model_of([node("MatMul", "x w")], {"w": weight(4, 24, 16)}, (4, "N", 24))
     with pytest.raises(
         tdpass.TdpassError,
-        match="no site is left to compress: w: it holds several matrices as one weight; export the model with a linear",
+        match="no site is left to compress: w: it holds several matrices as one weight; "
+        "export the model with a linear",
     ):
         tdpass.compress(proto, {"params": 0.5}, torch.randn(4, 6, 24))
 

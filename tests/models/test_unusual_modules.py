@@ -1,4 +1,7 @@
-"""Modules in states that torch allows and tools stumble over: each is compressed, or refused with the next step."""
+"""Modules in states that torch allows and tools stumble over.
+
+Each is compressed, or refused with the next step.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ TOKENS = 50
 
 
 class Vision(nn.Module):
-    """A vision transformer as timm's: patches, a class token and positions, norms before each part, a head on the token."""
+    """A vision transformer as timm's: patches, class token, positions, norms first, a head on the token."""
 
     def __init__(self, norm: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
         super().__init__()

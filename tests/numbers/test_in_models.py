@@ -1,4 +1,7 @@
-"""Layers whose factors are stored in number types of their own: counted to the byte, saved, and the same in torch and ONNX."""
+"""Layers whose factors are stored in number types of their own.
+
+They are counted to the byte, saved, and the same in torch and ONNX.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +40,17 @@ from tdpass.planner.rank_plan import Choice
 from tdpass.targets.layers import make_layer
 
 TEXTS = [
-    "int8", "int8/tensor", "int8/zero", "int16", "int4", "int4/zero", "levels16", "float16", "bfloat16", "float8_e4m3",
-]  # fmt: skip
+    "int8",
+    "int8/tensor",
+    "int8/zero",
+    "int16",
+    "int4",
+    "int4/zero",
+    "levels16",
+    "float16",
+    "bfloat16",
+    "float8_e4m3",
+]
 NAMES = ("dense", *offered_formats())
 EACH = [(name, text) for name in NAMES for text in TEXTS]
 PACKED = [

@@ -19,9 +19,28 @@ from tdpass.numbers.levels import Levels
 from tdpass.ops import TorchOps
 
 TEXTS = [
-    "float64", "float32", "float16", "bfloat16", "int8", "int8/tensor", "int8/9", "int8/zero", "int8/tensor/zero", "int4", "int4/6", "int4/3/zero",
-    "int16", "int16/9/zero", "levels2", "levels5", "levels16", "levels256", "float8_e4m3", "float8_e4m3/tensor", "float8_e4m3/9",
-]  # fmt: skip
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "int8",
+    "int8/tensor",
+    "int8/9",
+    "int8/zero",
+    "int8/tensor/zero",
+    "int4",
+    "int4/6",
+    "int4/3/zero",
+    "int16",
+    "int16/9/zero",
+    "levels2",
+    "levels5",
+    "levels16",
+    "levels256",
+    "float8_e4m3",
+    "float8_e4m3/tensor",
+    "float8_e4m3/9",
+]
 SHAPES = [(5, 18), (4, 3, 3, 2), (3, 6, 3)]
 each_text = pytest.mark.parametrize("text", TEXTS)
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -1,4 +1,4 @@
-"""Low rank and a quantized or sparse remainder, W = U V + Q(W - U V), and products with four-bit integers in groups."""
+"""Low rank and a quantized or sparse remainder, W = U V + Q(W - U V), and products in grouped int4."""
 
 from __future__ import annotations
 

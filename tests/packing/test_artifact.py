@@ -1,4 +1,4 @@
-"""Pruned and quantized models in a safetensors file: saved packed, loaded bit for bit, and their sizes in the report."""
+"""Pruned and quantized models in safetensors: packed, loaded bit for bit, their sizes in the report."""
 
 from __future__ import annotations
 

@@ -167,7 +167,11 @@ def test_an_onnx_model_of_integers_given_again_is_left_as_it_is_and_says_why(pip
     ("opset", "step", "since"),
     [
         *((opset, f"quantize{{numbers={text}}}", 11) for opset in (7, 10) for text in FEW_BITS),
-        *((opset, f"sparsify{{support={text}}}", 11) for opset in (7, 10) for text in ("2:4", "blocks2x2/50%")),
+        *(
+            (opset, f"sparsify{{support={text}}}", 11)
+            for opset in (7, 10)
+            for text in ("2:4", "blocks2x2/50%")
+        ),
         (10, "sparsify{support=rows/50%,fold=false}", 11),
         (18, "quantize{numbers=float8_e4m3}", 19),
         (10, "quantize,quantize-activations{calibration=dynamic}", 11),

@@ -1,4 +1,4 @@
-"""Activations behind a layer of encoded factors move into its operator, whatever the factors are stored as."""
+"""Activations behind a layer of encoded factors move into its operator, however factors are stored."""
 
 from __future__ import annotations
 

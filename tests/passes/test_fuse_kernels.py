@@ -275,7 +275,7 @@ def test_measured_it_says_what_it_did(residual: nn.Module, images: Tensor) -> No
         residual, {"macs": 0.5}, images, pipeline="plan,factorize,fuse-kernels", cache=False
     )
     (row,) = (row for row in artifact.report.passes if row.text.startswith("fuse-kernels"))
-    fused = [child for child in artifact.model.modules() if isinstance(child, Fused)]  # type: ignore[attr-defined]
+    fused = [child for child in artifact.model.modules() if isinstance(child, Fused)]
     assert row.changed == bool(fused)
     assert "factored layers are now one operator" in row.notes[0]
 

@@ -1,4 +1,7 @@
-"""Linear layers of whole numbers run as one operator: the same answers, chosen by measured times, saved as before."""
+"""Linear layers of whole numbers run as one operator.
+
+Answers are the same, the choice is by measured times, and files are as before.
+"""
 
 from __future__ import annotations
 

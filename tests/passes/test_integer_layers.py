@@ -1,4 +1,4 @@
-"""Layers that read integers: in static and dynamic ranges, in torch and in ONNX, compiled, exported and saved."""
+"""Layers that read integers: static and dynamic ranges, torch and ONNX, compiled, exported, saved."""
 
 from __future__ import annotations
 

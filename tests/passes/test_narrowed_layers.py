@@ -1,4 +1,7 @@
-"""Channels are projected, what is left is factored and stored in eight bits: one budget, one plan, both front ends."""
+"""Channels are projected, what is left is factored and stored in eight bits.
+
+There is one budget and one plan, on both front ends.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def images() -> Tensor:
 
 
 def _compressed(model: object, x: Tensor, pipeline: str = PIPELINE) -> tdpass.Artifact:
-    return tdpass.compress(model, {"macs": 0.45}, x, pipeline=pipeline, strict=False, **QUIET)  # type: ignore[arg-type]
+    return tdpass.compress(model, {"macs": 0.45}, x, pipeline=pipeline, strict=False, **QUIET)
 
 
 def _answers(artifact: tdpass.Artifact, x: Tensor) -> Tensor:
@@ -100,9 +103,17 @@ class _Structures(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         for name, (i, o, groups) in {
-            "stem": (3, 8, 1), "inner": (8, 12, 1), "outer": (12, 8, 1), "expand": (8, 16, 1), "depthwise": (16, 16, 16),
-            "squeeze": (16, 4, 1), "excite": (4, 16, 1), "project": (16, 8, 1), "grow": (8, 4, 1), "last": (12, 6, 1),
-        }.items():  # fmt: skip
+            "stem": (3, 8, 1),
+            "inner": (8, 12, 1),
+            "outer": (12, 8, 1),
+            "expand": (8, 16, 1),
+            "depthwise": (16, 16, 16),
+            "squeeze": (16, 4, 1),
+            "excite": (4, 16, 1),
+            "project": (16, 8, 1),
+            "grow": (8, 4, 1),
+            "last": (12, 6, 1),
+        }.items():
             setattr(self, name, nn.Conv2d(i, o, 1, groups=groups))
 
     def forward(self, x: Tensor) -> Tensor:

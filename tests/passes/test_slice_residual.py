@@ -1,4 +1,4 @@
-"""slice-residual: streams of transformers in fewer channels, exact at full width, planned, saved and loaded."""
+"""slice-residual: transformers with fewer channels, exact at full width, planned, saved and loaded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _sliced(
     net: nn.Module, x: object, options: str = "keep=0.75", **more: object
 ) -> tdpass.Artifact[nn.Module]:
     pipeline = f"slice-residual{{{options}}},verify"
-    return tdpass.compress(net, data=x, pipeline=pipeline, strict=False, **QUIET, **more)  # type: ignore[arg-type]
+    return tdpass.compress(net, data=x, pipeline=pipeline, strict=False, **QUIET, **more)
 
 
 def _answer(net: nn.Module, x: object) -> Tensor:
@@ -89,8 +89,8 @@ def test_directions_that_hold_nothing_are_left_out_without_loss() -> None:
         span = torch.linalg.qr(torch.randn(WIDTH, 10))[0]
         span -= span.mean(0)
         onto = span @ torch.linalg.pinv(span)
-        for layer in (net.patches, *(part for block in net.blocks for part in (block.proj, block.fc2))):  # type: ignore[union-attr]
-            layer.weight.copy_((onto @ layer.weight.flatten(1)).reshape(layer.weight.shape))  # type: ignore[union-attr,operator]
+        for layer in (net.patches, *(part for block in net.blocks for part in (block.proj, block.fc2))):
+            layer.weight.copy_((onto @ layer.weight.flatten(1)).reshape(layer.weight.shape))
             layer.bias.copy_(onto @ layer.bias)  # type: ignore[union-attr,operator]
         for constant in (net.token, net.positions):
             constant.copy_(constant @ onto)  # type: ignore[operator,union-attr]
@@ -131,10 +131,10 @@ def test_what_is_left_is_planned_and_factored_under_one_budget() -> None:
 
 def test_without_data_and_after_factors_it_says_why_it_does_nothing() -> None:
     net, x = vision()
-    without = tdpass.compress(net, pipeline="slice-residual", example_inputs=x, **QUIET)  # type: ignore[arg-type]
+    without = tdpass.compress(net, pipeline="slice-residual", example_inputs=x, **QUIET)
     assert "no calibration data" in _notes(without)
     late = "plan{params=0.8},factorize,slice-residual"
-    after = tdpass.compress(net, data=x, pipeline=late, formats=["svd"], strict=False, **QUIET)  # type: ignore[arg-type]
+    after = tdpass.compress(net, data=x, pipeline=late, formats=["svd"], strict=False, **QUIET)
     assert "replaced already" in " ".join(after.report.passes[2].notes)
 
 
@@ -211,9 +211,9 @@ def test_onnx_models_are_sliced_to_the_same_answers(name: str, tmp_path: Path) -
     net, x = NETS[name]()
     exported = _exported(net, x)
     data = {key: value.numpy() for key, value in x.items()} if isinstance(x, dict) else x
-    whole = tdpass.compress(exported, data=data, pipeline="slice-residual{keep=1.0},verify", **QUIET)  # type: ignore[arg-type]
+    whole = tdpass.compress(exported, data=data, pipeline="slice-residual{keep=1.0},verify", **QUIET)
     torch.testing.assert_close(_run(whole.model, x), _answer(net, x), rtol=1e-4, atol=1e-5)
-    small = tdpass.compress(exported, data=data, pipeline="slice-residual{keep=0.75},verify", **QUIET)  # type: ignore[arg-type]
+    small = tdpass.compress(exported, data=data, pipeline="slice-residual{keep=0.75},verify", **QUIET)
     torch.testing.assert_close(_run(small.model, x), _answer(_sliced(net, x).model, x), rtol=1e-3, atol=1e-4)
     assert small.report.final.params < 0.9 * small.report.original.params
     small.save(tmp_path / "small.onnx")

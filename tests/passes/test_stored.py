@@ -1,4 +1,7 @@
-"""quantize and sparsify: on both front ends, alone and after factorize, to the byte, and nearer than rounding one by one."""
+"""quantize and sparsify: on both front ends, alone and after factorize, to the byte.
+
+They are nearer than rounding one by one.
+"""
 
 from __future__ import annotations
 

@@ -37,7 +37,9 @@ LAYERS = {
     "conv2d": lambda: nn.Conv2d(8, 8, 3, padding=1),
     "linear": lambda: nn.Linear(8, 8),
 }
-PAIRS = [  # the sizes of one sample, all 8 as the channels are, and whether the first layer's channels are what the second sums over
+# the sizes of one sample, all 8 as the channels are, and whether the first layer's channels are what the
+# second sums over
+PAIRS = [
     ("conv1d", "conv1d", (8, 8), True),
     ("conv1d", "linear", (8, 8), False),
     ("linear", "conv1d", (8, 8), False),

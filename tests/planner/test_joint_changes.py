@@ -162,7 +162,10 @@ def test_files_of_version_1_hold_the_same_layers(residual: nn.Module, images: Te
     artifact = tdpass.compress(residual, plan=replace(planned, choices=tuple(choices)), data=images)
     artifact.save(tmp_path / "new.safetensors")
     with safe_open(tmp_path / "new.safetensors", framework="pt") as file:
-        tensors = {name.replace(".kernel", ".kept"): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        tensors = {
+            name.replace(".kernel", ".kept"): file.get_tensor(name)
+            for name in file.keys()  # noqa: SIM118 - it is no dict
+        }
         metadata = file.metadata()
     structure = json.loads(metadata["tdpass.structure"])
     for layer in structure["layers"]:

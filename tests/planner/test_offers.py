@@ -1,4 +1,4 @@
-"""Precision, rank and sparsity in one plan: what is offered, when, and that the bytes are those that are planned."""
+"""Precision, rank and sparsity in one plan: what is offered and when, and that bytes are as planned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Projected and selected channels: where they can be, what is lost, and that both front ends become the same."""
+"""Projected and selected channels: where they can be, what is lost, the same on both front ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Gated MLPs in fewer channels: which are found, what is lost, the same on both front ends, saved and loaded."""
+"""Gated MLPs in fewer channels: which are found, and what is lost.
+
+They are the same on both front ends, saved and loaded.
+"""
 
 from __future__ import annotations
 

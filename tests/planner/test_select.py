@@ -118,7 +118,8 @@ def test_an_impossible_bound_on_seconds_names_the_smallest_reachable() -> None:
     options = [Option({"s": part}, part.loss) for part in parts]
     with pytest.raises(
         BudgetError,
-        match=r"budget of 1ms seconds is below the smallest reachable plan \(1\.751ms, of which 250us in layers that stay",
+        match=r"budget of 1ms seconds is below the smallest reachable plan "
+        r"\(1\.751ms, of which 250us in layers that stay",
     ):
         select(options, ["s"], {"seconds": 1e-3}, Cost(seconds=250e-6))
     assert select(options, ["s"], {"seconds": 1.751e-3}, Cost(seconds=250e-6))["s"].format == "svd"

@@ -1,4 +1,4 @@
-"""What tasks lose at 0.6 of the multiply-adds, whatever their outputs are: small networks trained on digits."""
+"""What tasks lose at 0.6 of the multiply-adds, whatever their outputs: small networks on digits."""
 
 from __future__ import annotations
 
@@ -87,7 +87,10 @@ TASKS = {
 
 
 def _data() -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of three digits [n, 3, 64], their classes, and boxes of their ink, 0 to 320: centre, 2.9 spreads."""
+    """Rows of three digits [n, 3, 64], their classes, and boxes of their ink, 0 to 320.
+
+    A box is the centre and 2.9 spreads.
+    """
     images, labels = datasets.load_digits(return_X_y=True)
     ink = torch.tensor(images, dtype=torch.float32).reshape(-1, 8, 8) / 16
     share = ink / ink.sum((1, 2), keepdim=True)

@@ -157,9 +157,13 @@ def test_files_that_are_no_state_dict_are_refused_and_run_nothing(
     (tmp_path / "damaged.pth").write_bytes(b"PK\x03\x04 nothing")
     (tmp_path / "harmful.pth").write_bytes(pickle.dumps(Harmful(), protocol=2))
     said = {
-        "whole": "could run code", "list": "holds no state dict", "other": "do not fit the model", "damaged": "is damaged", "harmful": "could run code",
+        "whole": "could run code",
+        "list": "holds no state dict",
+        "other": "do not fit the model",
+        "damaged": "is damaged",
+        "harmful": "could run code",
         "missing": "cannot read",
-    }  # fmt: skip
+    }
     for name, message in said.items():
         with pytest.raises(InvalidModelError, match=message):
             load_weights(net(), tmp_path / f"{name}.pth")

@@ -340,8 +340,22 @@ layer(
 )
 layer("float16", [node("MatMul", "x w")], {"w": TALL.astype(np.float16)}, TOKENS, dtype=torch.float16)
 layer("float64", [node("MatMul", "x w")], {"w": TALL.astype(np.float64)}, TOKENS, dtype=torch.float64)
-for _opset, _ir in ((7, 3), (8, 3), (9, 4), (11, 6), (13, 7), (15, 8), (18, 8), (20, 9), (21, 10), (22, 10), (23, 11),
-                    (24, 12), (25, 13), (26, 13)):  # fmt: skip
+for _opset, _ir in (
+    (7, 3),
+    (8, 3),
+    (9, 4),
+    (11, 6),
+    (13, 7),
+    (15, 8),
+    (18, 8),
+    (20, 9),
+    (21, 10),
+    (22, 10),
+    (23, 11),
+    (24, 12),
+    (25, 13),
+    (26, 13),
+):
     layer(
         f"opset {_opset}, IR {_ir}",
         [node("Conv", "x w", "c"), node("Relu", "c")],

@@ -1,4 +1,7 @@
-"""Every kind of layer through every front end: a site that keeps its answers at full rank, or left with the reason."""
+"""Every kind of layer through every front end.
+
+It is a site that keeps its answers at full rank, or left with the reason.
+"""
 
 from __future__ import annotations
 

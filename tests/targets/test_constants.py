@@ -1,4 +1,4 @@
-"""Every modelled machine: its constants are described, sourced and sound, and the page of them is up to date."""
+"""Every modelled machine: constants described, sourced and sound, and the page of them up to date."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_every_modelled_target_is_one_of_constants() -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.noun)
 def test_every_constant_has_a_unit_and_a_meaning(kind: type[Constants]) -> None:
-    wanted = [entry.name for entry in fields(kind) if entry.name not in {"source", "sources"}]  # type: ignore[arg-type]
+    wanted = [entry.name for entry in fields(kind) if entry.name not in {"source", "sources"}]
     assert sorted(kind.described()) == sorted(wanted)
     assert all(len(meaning) > 3 for _, meaning in kind.described().values())
     for name, (unit, _) in kind.described().items():

@@ -1,4 +1,4 @@
-"""Crossbars in closed form against arrays that are laid out one by one, against published counts, and planned for."""
+"""Crossbars in closed form against arrays laid out one by one and published counts, and planned for."""
 
 from __future__ import annotations
 
@@ -83,9 +83,14 @@ ARRAYS = {
     "offset": replace(SMALL, signs="offset", weight_bits=8, rows_at_once=8),
 }
 PRODUCTS = [
-    Product(1, 8, 6, 1, 8, 6), Product(5, 9, 7, 1, 45, 35), Product(3, 30, 20, 1, 90, 60), Product(2, 3, 1, 7, 42, 14), Product(2, 2, 2, 9, 36, 36),
-    Product(4, 20, 1, 3, 240, 12), Product(1, 8, 1, 4, 32, 4),
-]  # fmt: skip
+    Product(1, 8, 6, 1, 8, 6),
+    Product(5, 9, 7, 1, 45, 35),
+    Product(3, 30, 20, 1, 90, 60),
+    Product(2, 3, 1, 7, 42, 14),
+    Product(2, 2, 2, 9, 36, 36),
+    Product(4, 20, 1, 3, 240, 12),
+    Product(1, 8, 1, 4, 32, 4),
+]
 
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=str)
@@ -124,7 +129,7 @@ def test_five_bits_halve_the_arrays_that_nine_take(preset: str, depth: int, colu
 
 
 def test_power_is_that_of_all_arrays_at_once_however_often_a_layer_is_called() -> None:
-    """As published: a fully connected layer of LeNet-5, called once, draws as much as one called at 64 positions."""
+    """As published: a fully connected layer of LeNet-5, called once, draws as much as one at 64 positions."""
     target, nine = open_target("crossbar:admm_32x32", "torch"), CrossbarArray.load("admm_32x32")
     once = Site("fc", "linear", (64, 800), extents=(((1,), (1,)),))
     often = replace(once, extents=(((64,), (64,)),))

@@ -1,4 +1,4 @@
-"""Memory that computes, in closed form: against bits that are combined one by one, and against published energies."""
+"""Memory that computes, in closed form: against bits combined one by one and published energies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ CLASSIC = (Product(784, 25, 6, 1, 784, 4704), Product(100, 150, 16, 1, 1176, 160
 
 @pytest.mark.parametrize("preset", MRAM)
 def test_a_product_of_two_bits_takes_what_was_published(preset: str) -> None:
-    """LeNet-5 of 1-bit weights and 8-bit activations takes 0.85 uJ in SOT-MRAM: 0.056 pJ (Caffe's net) to 0.26 pJ (the classic) a product."""
+    """LeNet-5 of 1-bit weights and 8-bit activations takes 0.85 uJ in SOT-MRAM.
+
+    That is 0.056 pJ (Caffe's net) to 0.26 pJ (the classic) a product.
+    """
     memory = PimMemory.load(preset)
     assert 0.056e-12 <= memory.and_joules + memory.count_joules <= 0.26e-12
     binary = replace(memory, weight_bits=1, input_bits=8, write_joules=0.0, watts=0.0)

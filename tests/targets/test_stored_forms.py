@@ -1,4 +1,7 @@
-"""What modelled targets say of layers in number types and with supports: the costs of their bits and of what is left."""
+"""What modelled targets say of layers in number types and with supports.
+
+These are the costs of their bits and of what is left.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ def forms(site: Site) -> list[Form]:
 
 @pytest.mark.parametrize("site", SITES, ids=str)
 def test_every_product_has_the_bits_of_the_factor_that_it_multiplies_by(site: Site) -> None:
-    """Number types of other bits for each factor: what is stored in each is what products of those bits hold."""
+    """Number types of other bits for each factor: what each stores is what products of those bits hold."""
     call, types = replace(site, extents=site.extents[:1], samples=1), ("int4", "int8", "levels8", "levels128")
     for plain in forms(call):
         names = list(storage_of(call, plain).shapes)
@@ -85,7 +88,7 @@ def crossbar(bits: int, product: Product) -> float:
 
 
 def systolic(bits: int, product: Product) -> float:
-    """Weights that stay, all in the buffers: they are short in memory, and as wide as an operand in the array."""
+    """Weights that stay, all in the buffers: short in memory, and as wide as an operand in the array."""
     array = SystolicArray.load("gemmini")
     whole = array.memory_bytes(product) - product.weights * (array.bits - bits) / 8
     first = array.rows * array.columns * array.bits / 8

@@ -75,7 +75,7 @@ class Machine:
         y += made[:, :columns]
 
     def outputs_stay(self, x: np.ndarray, w: np.ndarray, y: np.ndarray) -> None:
-        """y = x @ w for a block that fits: inputs go right, weights go down, and the results shift out below."""
+        """y = x @ w for a block that fits: inputs go right, weights down, results shift out below."""
         (length, depth), (_, columns) = x.shape, w.shape
         inputs, weights, sums = (np.zeros((self.rows, self.columns)) for _ in range(3))
         busy = 0
@@ -173,7 +173,7 @@ def test_every_cycle_and_every_crossing_is_that_of_an_array_which_is_run(
     )
     machine = Machine(rows, columns)
     assert (machine.run(stationary, x, w) == x @ w).all()
-    array = replace(ARRAY, rows=rows, columns=columns, stationary=stationary, preload=False)  # type: ignore[arg-type]
+    array = replace(ARRAY, rows=rows, columns=columns, stationary=stationary, preload=False)
     product = Product(length, depth, width, 1, length * depth, length * width)
     assert array.busy_cycles(product) == machine.cycles
     operands = machine.entered["inputs"] + machine.entered["weights"]
@@ -353,7 +353,8 @@ def test_a_site_costs_what_its_products_do_over_all_its_calls() -> None:
 def test_a_budget_that_cannot_be_met_or_told_says_so() -> None:
     with pytest.raises(
         BudgetError,
-        match=r"smallest reachable plan \([\d,]+, of which .* on target systolic only what takes fewer cycles than dense counts",
+        match=r"smallest reachable plan \([\d,]+, of which .* "
+        r"on target systolic only what takes fewer cycles than dense counts",
     ):
         tdpass.make_plan(
             _net(), {"cycles": "1k"}, IMAGES, target="systolic:gemmini", effort="fast", cache=False
@@ -365,7 +366,8 @@ def test_a_budget_that_cannot_be_met_or_told_says_so() -> None:
         tdpass.make_plan(_net(), {"cycles": 0.5}, IMAGES, effort="fast", cache=False)
     with pytest.raises(
         BudgetError,
-        match=r"area needs a machine that tells them, target systolic does not tell them; pass target='crossbar'",
+        match=r"area needs a machine that tells them, target systolic does not tell them; "
+        r"pass target='crossbar'",
     ):
         tdpass.make_plan(_net(), {"area": 0.5}, IMAGES, target="systolic", effort="fast", cache=False)
 

@@ -1,4 +1,4 @@
-"""Systolic arrays against zigzag-dse, which searches loop orders and overlaps by itself: extra `simulators`."""
+"""Systolic arrays against zigzag-dse, which searches loop orders and overlaps: extra `simulators`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Weights that are a choice among forms: the mixture is that of the outputs, and the logits learn what is asked of them."""
+"""Weights that are a choice among forms.
+
+The mixture is that of the outputs, and the logits learn what is asked of them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Two processes train as one does, with replicated and with sharded weights, and go on from each other's checkpoints."""
+"""Two processes train as one does, with replicated and with sharded weights.
+
+They go on from each other's checkpoints.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Terms that train parameters of their own: they learn, and a resumed run repeats the interrupted one bit by bit."""
+"""Terms that train parameters of their own: they learn.
+
+A resumed run repeats the interrupted one bit by bit.
+"""
 
 from __future__ import annotations
 

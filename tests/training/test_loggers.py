@@ -1,4 +1,4 @@
-"""Epochs are shown in TensorBoard and Weights & Biases as they are in log.csv; a run that fails ends there as failed."""
+"""TensorBoard and Weights & Biases show epochs as log.csv has them; a failed run ends there as failed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks of the zoo: every one reads what it says, scores as many classes as asked, and can be compressed."""
+"""Networks of the zoo: each reads what it says, scores the classes asked for, and can be compressed."""
 
 from __future__ import annotations
 
