@@ -57,10 +57,11 @@ class Artifact(Generic[M]):
         return page(render_html(self.report, self.plan))
 
     def save(self, path: Path | str, *, program: bool = False) -> list[Path]:
-        """Write the deployable file: `.safetensors` for a module, `.pt2` for an exported program, `.onnx` for a graph.
+        """Write the deployable file.
 
-        Returns the files that hold weights beside it, as large `.onnx` models have.  The plan travels inside,
-        as metadata.  In `.safetensors`, pruned and quantized tensors are packed without loss, and
+        It is `.safetensors` for a module, `.pt2` for an exported program, `.onnx` for a graph. Returns the
+        files that hold weights beside it, as large `.onnx` models have.  The plan travels inside, as
+        metadata.  In `.safetensors`, pruned and quantized tensors are packed without loss, and
         `report.stored` says how small they are.  Models of at most 512 MiB are loaded from the file again and
         run.  With `program` a `.safetensors` file also holds how the network is built, as an exported program
         without its weights, and `tdpass.load(path)` needs no dense class.

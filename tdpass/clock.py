@@ -76,9 +76,10 @@ def threads_of_torch(threads: int) -> Iterator[None]:
 
 @contextmanager
 def one_thread_if_small(macs: int) -> Iterator[None]:
-    """One thread of torch for a network of so few multiply-adds a sample that more only wait for each other, and spin while they wait.
+    """One thread of torch for a network of few multiply-adds a sample.
 
-    Where the number is 0 it is not known, and nothing changes.
+    More threads only wait for each other on so few, and spin while they wait. Where the number is 0 it is not
+    known, and nothing changes.
     """
     before = torch.get_num_threads()
     if 0 < macs <= _SMALL:

@@ -128,9 +128,10 @@ class Cost(Plain):
 
 
 def pays(cost: Cost, dense: Cost) -> bool:
-    """Whether a layer is no larger than the dense one in any measure that is known beforehand, and smaller in one.
+    """Whether a layer is no larger than the dense one in any measure, and smaller in one.
 
-    A table of which rows are only read has no multiply-adds to compare: its factors' are the price of its size.
+    The measures are those known beforehand. A table of which rows are only read has no multiply-adds to
+    compare: its factors' are the price of its size.
     """
     pairs = [(cost.get(measure), dense.get(measure)) for measure in ("params", "macs") if dense.get(measure)]
     return all(ours <= theirs for ours, theirs in pairs) and any(ours < theirs for ours, theirs in pairs)

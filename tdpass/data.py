@@ -31,7 +31,7 @@ _ALLOWED = (
 
 
 def as_batches(data: object, samples: int = 512, batch_size: int = 64) -> list[Batch]:
-    """Up to `samples` samples of calibration data as batches of at most `batch_size`, whichever model they are for.
+    """Up to `samples` samples of calibration data as batches of at most `batch_size`, for whichever model.
 
     A tensor or array is the one input; a dict holds inputs by name; a tuple of tensors holds positional
     inputs; an iterable yields any of these, where a pair of a tensor and a one-axis integer tensor is read as

@@ -67,11 +67,12 @@ class Plain(ABC):
 
 @dataclass(frozen=True)
 class Document(Generic[T]):
-    """One kind of file: the schema of its content, a dataclass or a collection of these, and what to say of one that does not follow it.
+    """One kind of file: the schema of its content, and what to say of a file that does not follow it.
 
-    Strict: no value is converted but a whole number to a float; keys that the schema lacks or that are given
-    twice are refused, and so are numbers that are not finite, unless `finite` says otherwise.  `version` is
-    that of the files, where they say one; `sound` raises `ValueError` for content that contradicts itself.
+    The schema is a dataclass or a collection of these. Strict: no value is converted but a whole number to a
+    float; keys that the schema lacks or that are given twice are refused, and so are numbers that are not
+    finite, unless `finite` says otherwise.  `version` is that of the files, where they say one; `sound`
+    raises `ValueError` for content that contradicts itself.
     """
 
     noun: str

@@ -63,7 +63,7 @@ class _Page(NamedTuple):
 
 
 def render_html(report: Report, plan: RankPlan | None = None, against: Report | None = None) -> str:
-    """The page; `plan` fills in what a report alone does not say, and stands in for it before anything was done.
+    """The page; `plan` adds what a report alone does not say, or stands in before anything was done.
 
     `against` is another report of the same model, to be shown beside this one.
     """

@@ -1,7 +1,8 @@
-"""Hugging Face: compressed models load with `from_pretrained`, methods train in a `Trainer`, and a model card says what was done.
+"""Hugging Face: compressed models, training methods in a `Trainer`, and model cards.
 
-Importing this module registers tdpass with transformers; without it `from_pretrained` knows nothing of
-compressed layers and warns of an unknown quantization type.
+Compressed models load with `from_pretrained`, and a model card says what was done. Importing this module
+registers tdpass with transformers; without it `from_pretrained` knows nothing of compressed layers and warns
+of an unknown quantization type.
 """
 
 from __future__ import annotations

@@ -45,9 +45,9 @@ def opened(files: Sequence[Path]) -> Iterator[Any]:
 def stacked(
     pictures: Iterable[Any], name: str, size: tuple[int, int] | None = None, channels: int | None = None
 ) -> Tensor:
-    """Pillow images as bytes `[n, c, h, w]`, of `size` (height, width) and so many channels, else of the first one's.
+    """Pillow images as bytes `[n, c, h, w]`, of `size` (height, width) and so many channels.
 
-    Raises `UsageError` where there is none.
+    Otherwise size and channels are those of the first one. Raises `UsageError` where there is none.
     """
     made: list[Tensor] = []
     mode = {1: "L", 3: "RGB", None: ""}[channels]

@@ -1,6 +1,7 @@
-"""A pass of Olive: `olive run --config run.json --package-config passes.json`, with `"type": "TdpassCompress"` in the workflow.
+"""A pass of Olive: `"type": "TdpassCompress"` in the workflow.
 
-`python -m tdpass.olive passes.json` writes that list of passes: Olive's own and this one.
+Run it by `olive run --config run.json --package-config passes.json`. `python -m tdpass.olive passes.json`
+writes that list of passes: Olive's own and this one.
 """
 
 from __future__ import annotations

@@ -51,10 +51,11 @@ class Ops(Protocol[V]):
         dilation: Sequence[int],
         groups: int = 1,
     ) -> V:
-        """`y[n, o, stride p + dilation k - before] += weight[o, i, k] x[n, i, p]` for `weight[o, i / groups, *kernel]`.
+        """`y[n, o, stride p + dilation k - before] += weight[o, i, k] x[n, i, p]`.
 
-        `cut` is (before, after) per axis: how many positions of the whole sum are left out; where `after` is
-        negative, so many more are made, fewer than the larger of stride and dilation.
+        Here `weight` is `[o, i / groups, *kernel]`. `cut` is (before, after) per axis: how many positions of
+        the whole sum are left out; where `after` is negative, so many more are made, fewer than the larger of
+        stride and dilation.
         """
 
     def reshape(self, x: V, shape: Sequence[int]) -> V:
@@ -85,7 +86,7 @@ class Ops(Protocol[V]):
         """`y[positions, last]` to the leading axes of `like`, then `last`."""
 
     def fill(self, like: V, bias: V, windows: Sequence[tuple[int, int]]) -> V:
-        """`bias[o]` at every output position of a layer that reads `like`, or as a value that broadcasts to that.
+        """`bias[o]` at every output position of a layer that reads `like`, or as what broadcasts to that.
 
         `windows` holds (reach, stride) per spatial axis, output size = (size - reach) // stride + 1; none for
         a linear layer.

@@ -98,9 +98,10 @@ class Pipeline:
 
     @classmethod
     def parse(cls, spec: PipelineSpec | Pipeline) -> Pipeline:
-        """Read `"plan{macs=0.4},factorize"`, a list of such texts, passes or `{name: options}`, or a YAML file of that list.
+        """Read a list of passes: texts, passes, `{name: options}`, or a YAML file of these.
 
-        Raises `UsageError` on an unknown pass or option, or a value of the wrong type.
+        A text is `"plan{macs=0.4},factorize"`. Raises `UsageError` on an unknown pass or option, or a value
+        of the wrong type.
         """
         if isinstance(spec, Pipeline):
             return spec

@@ -19,7 +19,10 @@ from tdpass.registry import Registry
 Count = Callable[..., int]
 
 PRODUCTS: Registry[Count] = Registry("operator with products")
-"""Multiply-adds of torch's operators by name, from their output and their arguments; all others have none or are made of these."""
+"""Multiply-adds of torch's operators by name, from their output and their arguments.
+
+All others have none or are made of these.
+"""
 
 _TORCHS_OWN = frozenset({"aten", "prim", "prims", "profiler", "c10d", "_c10d_functional"})
 

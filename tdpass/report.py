@@ -42,7 +42,7 @@ class SiteRow(Formed):
 
 @dataclass(frozen=True)
 class PassRow:
-    """One pass: its text form, whether it changed the model, its time, the model's cost after it, what it says."""
+    """One pass: its text form, whether it changed the model, its time, the cost after it, what it says."""
 
     text: str
     changed: bool
@@ -69,11 +69,11 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """One epoch: mean loss, learning rate at its end, seconds, what `evaluate` said of it, and ||W - Z|| / ||W|| of each constrained weight.
+    """One epoch: mean loss, learning rate at its end, seconds, and what `evaluate` said of it.
 
-    `memory` is what training holds from step to step, in bytes: the parameters and buffers, their gradients,
-    and what the optimizer and the method keep; neither activations nor the teacher are in it.  0 where it is
-    not known.
+    Beside these is ||W - Z|| / ||W|| of each constrained weight. `memory` is what training holds from step to
+    step, in bytes: the parameters and buffers, their gradients, and what the optimizer and the method keep;
+    neither activations nor the teacher are in it.  0 where it is not known.
     """
 
     stage: str
@@ -102,7 +102,10 @@ class ArrayBlock:
 
 @dataclass(frozen=True)
 class ArrayRow:
-    """A set of `copies` arrays that hold the same blocks of a site's weights, each another digit or sign of them; so large, in weights."""
+    """A set of `copies` arrays that hold the same blocks of a site's weights; so large, in weights.
+
+    Each is another digit or sign of them.
+    """
 
     site: str
     array: Count

@@ -97,7 +97,10 @@ class Site:
         return axes - 1 - self.axes
 
     def positions_after(self, axes: int) -> int:
-        """Positions of `samples` samples once the first `axes` spatial axes are at output size and the rest still at input size."""
+        """Positions of `samples` samples with the first `axes` spatial axes at output size.
+
+        The rest are still at input size.
+        """
         return sum(math.prod(after[:axes]) * math.prod(before[axes:]) for before, after in self.extents)
 
     def geometry(self) -> dict[str, Any]:

@@ -45,11 +45,11 @@ class Kept:
 def smallest(
     attempt: Callable[[float], Artifact], dense: object, kept: Kept, say: Callable[[int, int], None]
 ) -> Artifact:
-    """The artifact of least budget whose score is at most `max_loss` below the dense model's, by bisection over hundredths of the original.
+    """The artifact of least budget whose score is at most `max_loss` below the dense model's.
 
-    `attempt(share)` compresses to that share.  What scores worse at a larger budget than at a smaller one is
-    not looked for.  Raises `BudgetError` where no smaller model keeps the score; the last one tried is in its
-    `.artifact`.
+    It is found by bisection over hundredths of the original. `attempt(share)` compresses to that share.  What
+    scores worse at a larger budget than at a smaller one is not looked for.  Raises `BudgetError` where no
+    smaller model keeps the score; the last one tried is in its `.artifact`.
     """
     least = kept.score(dense) - kept.max_loss
     best: Artifact | None = None

@@ -37,7 +37,7 @@ _NAMES_SHOWN = 4
 
 @dataclass(frozen=True)
 class InspectRow:
-    """A site, its form, what it costs in that, and the largest rank of each format that costs less than dense."""
+    """A site, its form, what it costs in that, and each format's largest rank that is cheaper than dense."""
 
     site: Site
     cost: Cost
@@ -103,7 +103,7 @@ def site_table(rows: Sequence[SiteRow], width: int | None) -> list[Part]:
 def inspect_table(
     rows: Sequence[InspectRow], model: Cost, formats: Sequence[str], width: int | None
 ) -> list[Part]:
-    """Every site of a model with its cost, its share of all that the model stores and computes, and where each format starts to pay."""
+    """Every site of a model with its cost, its share of the model's, and where each format starts to pay."""
 
     def paying(name: str) -> Callable[[InspectRow], str]:
         return lambda row: ranks(row.paying.get(name, ()))
@@ -146,7 +146,7 @@ def inspect_table(
 
 
 def geometry(site: Site) -> str:
-    """Stride, padding, dilation and groups where they differ from 1, 0, 1 and 1, and how often a weight is used per sample."""
+    """Stride, padding, dilation and groups where not 1, 0, 1, 1, and how often a sample uses a weight."""
     words = []
     if any(step != 1 for step in site.stride):
         words.append(f"stride {_same(site.stride)}")

@@ -16,11 +16,12 @@ from tdpass.errors import UsageError
 @register_constraint
 @dataclass(frozen=True)
 class DeviceLevels(Constraint):
-    """Levels `+-scale m` for the magnitudes m of a device's states, such as the means of measured conductances (Yuan et al., ISLPED 2019).
+    """Levels `+-scale m` for the magnitudes m of a device's states.
 
-    The least of them is not zero: no state is a zero, a pruned weight is absent instead, so zeros stay and
-    other weights never become zero, and what lies outside the device's range goes to its ends.  Without a
-    `scale` the projection finds that of least squared error.
+    Such are the means of measured conductances (Yuan et al., ISLPED 2019). The least of them is not zero: no
+    state is a zero, a pruned weight is absent instead, so zeros stay and other weights never become zero, and
+    what lies outside the device's range goes to its ends.  Without a `scale` the projection finds that of
+    least squared error.
     """
 
     magnitudes: tuple[float, ...]

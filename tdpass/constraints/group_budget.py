@@ -15,11 +15,12 @@ from tdpass.errors import BudgetError
 
 @dataclass(frozen=True)
 class GroupBudget(Shared):
-    """At most `keep` weights, in whole rows or columns of blocks (`InBlock`), those groups whose weights are worth most.
+    """At most `keep` weights, in whole rows or columns of blocks (`InBlock`), the worthiest groups.
 
-    A group is worth its mean square over that of its layer, or with a `metric` m for all layers, what its
-    weights are worth to the loss, the mean of m w^2.  Every layer keeps a share of at least `least` of its
-    groups, and one.  Raises `BudgetError` naming the least reachable.
+    Those are the groups whose weights are worth most. A group is worth its mean square over that of its
+    layer, or with a `metric` m for all layers, what its weights are worth to the loss, the mean of m w^2.
+    Every layer keeps a share of at least `least` of its groups, and one.  Raises `BudgetError` naming the
+    least reachable.
     """
 
     keep: int

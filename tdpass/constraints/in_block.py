@@ -20,11 +20,11 @@ Side = Literal["row", "column"]
 @register_constraint
 @dataclass(frozen=True)
 class InBlock(Constraint):
-    """Of all rows, or columns, that the blocks of the `o x (i h w)` matrix have, at most `keep` are not zero (Yuan et al., ISLPED 2019).
+    """Of all rows, or columns, of the blocks of the `o x (i h w)` matrix at most `keep` are not zero.
 
-    `block` is (rows, columns), ragged at the edges; a `column` of a block is one word line of the array that
-    holds it, a `row` one bit line.  The projection keeps those of largest norm, which is exact as they do not
-    overlap; of equal ones the first.
+    After Yuan et al., ISLPED 2019. `block` is (rows, columns), ragged at the edges; a `column` of a block is
+    one word line of the array that holds it, a `row` one bit line.  The projection keeps those of largest
+    norm, which is exact as they do not overlap; of equal ones the first.
     """
 
     keep: int

@@ -93,9 +93,10 @@ class RankBudget(Shared):
         return {name: self.constraint(name, options[name][0], k) for name, k in chosen.items()}
 
     def options(self, weights: Mapping[str, Tensor]) -> dict[str, tuple[list[Rank], Options]]:
-        """The ranks that each weight may have, from large to small, and what these and, last, the dense layer cost and lose.
+        """The ranks that each weight may have, from large to small, and what these cost and lose.
 
-        Ranks at which a layer would grow in any measure are left out.
+        Last come the dense layer's cost and loss. Ranks at which a layer would grow in any measure are left
+        out.
         """
         if set(weights) != set(self.sites):
             odd = sorted(set(weights) ^ set(self.sites))

@@ -23,10 +23,11 @@ _HINT = "pip install 'tdpass[crossbar]'"
 
 @dataclass(frozen=True)
 class MeasuredChip:
-    """Phase-change memory (`pcm`, Nandakumar et al. 2020), ReRAM (`reram`, Wan et al., Nature 2022) or ReRAM of CMO / HfOx (`reram_cmo`).
+    """Phase-change memory (`pcm`), ReRAM (`reram`) or ReRAM of CMO / HfOx (`reram_cmo`).
 
-    `seconds` pass between programming and reading, in which conductances drift.  Conductances are scaled so
-    that the largest state is the largest that was measured.
+    Sources of the first two: Nandakumar et al. 2020; Wan et al., Nature 2022. `seconds` pass between
+    programming and reading, in which conductances drift.  Conductances are scaled so that the largest state
+    is the largest that was measured.
     """
 
     name: str

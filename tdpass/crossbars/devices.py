@@ -65,12 +65,13 @@ class Devices:
 
 
 def behind_wires(siemens: Tensor, ohms: float) -> Tensor:
-    """The conductances that cells `[.., rows, columns]` seem to have behind lines of `ohms` from cell to cell, to the first order in it.
+    """The conductances that cells `[.., rows, columns]` seem to have behind lines of `ohms` a cell.
 
-    Rows are driven at their first column, columns read at virtual ground below their last row.  A cell's
-    current lowers the voltage of its row by the resistance that it shares with the others there, and lifts
-    that of its column likewise, so that g_ij -> g_ij (1 - r sum_j' (1 + min(j, j')) g_ij' - r sum_i' (R -
-    max(i, i')) g_i'j);  in each order of r the answer is linear in the inputs.
+    The lines run from cell to cell; the result is exact to the first order in their resistance. Rows are
+    driven at their first column, columns read at virtual ground below their last row.  A cell's current
+    lowers the voltage of its row by the resistance that it shares with the others there, and lifts that of
+    its column likewise, so that g_ij -> g_ij (1 - r sum_j' (1 + min(j, j')) g_ij' - r sum_i' (R - max(i, i'))
+    g_i'j);  in each order of r the answer is linear in the inputs.
     """
     rows, columns = siemens.shape[-2:]
     i, j = torch.arange(rows), torch.arange(columns)

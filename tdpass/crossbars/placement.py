@@ -31,13 +31,13 @@ class Place:
 
 
 def placed(kept: Tensor, array: CrossbarArray, first: int = 0) -> tuple[Place, ...]:
-    """Places for the weights of a matrix `[depth, columns]` where the booleans say so, in sets of arrays from `first` on.
+    """Places for the weights of a matrix `[depth, columns]` where the booleans say so.
 
-    Rows and columns that are empty in a block are left out of it, and blocks that are then smaller share
-    arrays along their diagonals.  Every array has inputs and outputs of its own, so the blocks are those of
-    the matrix as it is, of the matrix without rows and columns that are empty throughout, of the rows that
-    are left in each width of columns, or of the columns that are left in each height of rows: whichever takes
-    the fewest arrays, then the fewest conversions.
+    They lie in sets of arrays from `first` on. Rows and columns that are empty in a block are left out of it,
+    and blocks that are then smaller share arrays along their diagonals.  Every array has inputs and outputs
+    of its own, so the blocks are those of the matrix as it is, of the matrix without rows and columns that
+    are empty throughout, of the rows that are left in each width of columns, or of the columns that are left
+    in each height of rows: whichever takes the fewest arrays, then the fewest conversions.
     """
     every = list(range(len(kept))), list(range(kept.shape[1]))
     rows, columns = _filled(kept, 1), _filled(kept, 0)

@@ -16,9 +16,10 @@ _PAIRS = (("x", "y"), ("images", "labels"), ("inputs", "targets"), ("data", "tar
 
 @register_source
 class Npz(Source):
-    """Arrays `x` and `y` (or images/labels, inputs/targets), alone or as `x_train`, `y_train`, `x_test`, `y_test`.
+    """Arrays `x` and `y` (or images/labels, inputs/targets), alone or in two parts.
 
-    Images `[n, h, w]` are grey, those of three channels may lie as `[n, h, w, 3]` or `[n, 3, h, w]`.
+    The parts are `x_train`, `y_train` and `x_test`, `y_test`. Images `[n, h, w]` are grey, those of three
+    channels may lie as `[n, h, w, 3]` or `[n, 3, h, w]`.
     """
 
     name = "npz"

@@ -20,10 +20,11 @@ _LIBRARY = re.compile(r"G\['__import_(?:torch_dot_nn|tdpass)_(?!.*\._global_)")
 
 
 def loosen_guards(graph: Graph, weights: Sequence[Node]) -> int:
-    """Check that the outermost modules of these weights are the same objects, in place of what lies below them; returns how many checks went.
+    """Check that the outermost modules of these weights are the same objects.
 
-    Taken as they are: these weights, submodules, hooks, and all settings of the layers of torch and tdpass.
-    Still checked: `training`, the attributes of other classes, other buffers.
+    This stands in place of what lies below them; returns how many checks went. Taken as they are: these
+    weights, submodules, hooks, and all settings of the layers of torch and tdpass. Still checked: `training`,
+    the attributes of other classes, other buffers.
     """
     from torch._dynamo.guards import GuardBuilder  # noqa: PLC0415 - takes seconds to import
 

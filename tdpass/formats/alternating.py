@@ -20,10 +20,10 @@ _RANGE = (1e-12, 1e12)
 
 @dataclass(frozen=True)
 class Limit:
-    """When a search ends: after so many sweeps, when one gains less than that part of the error, or when its work is done.
+    """When a search ends: after so many sweeps, at too small a gain, or when its work is done.
 
-    `work` is in multiply-adds, not in seconds, so that results repeat; `fewest` sweeps are made on the
-    largest tensors too.
+    A gain is too small below that part of the error. `work` is in multiply-adds, not in seconds, so that
+    results repeat; `fewest` sweeps are made on the largest tensors too.
     """
 
     sweeps: int
@@ -53,13 +53,13 @@ def squared_norm(tensor: Tensor) -> float:
 def alternate(
     start: State, sweep: Sweep, norm: float, macs: int, single: Sweep | None = None, limit: Limit = ANEW
 ) -> State:
-    """Alternating least squares, each sweep started a step beyond the last (Nesterov with restarts, Mitchell et al. 2020).
+    """Alternating least squares, each sweep started a step beyond the last.
 
-    `sweep` returns the new state and its error.  A sweep that makes the error grow is dropped, so the error
-    never does.  An error that is rounding beside `norm`, the tensor's, ends it: beyond that, factors would
-    only grow against each other. `macs` is what one sweep takes; large tensors get fewer sweeps. `single` is
-    the sweep in single precision, at half the price: it goes first, and alone where the error it leaves is
-    too large for rounding to matter.
+    This is Nesterov's step with restarts (Mitchell et al. 2020). `sweep` returns the new state and its error.
+    A sweep that makes the error grow is dropped, so the error never does.  An error that is rounding beside
+    `norm`, the tensor's, ends it: beyond that, factors would only grow against each other. `macs` is what one
+    sweep takes; large tensors get fewer sweeps. `single` is the sweep in single precision, at half the price:
+    it goes first, and alone where the error it leaves is too large for rounding to matter.
     """
     if single is None:
         return _alternate(start, sweep, norm, macs, limit)[0]

@@ -143,9 +143,10 @@ class Format(ABC):
         """Everything but the last stage; where there is none, the output without bias."""
 
     def bonds(self, site: Site, count: int) -> Sequence[Bond]:
-        """Axes that its factors share of which `tdpass.formats.pivoted` can spare r^2 numbers, where it has so many factors.
+        """Axes that its factors share of which `tdpass.formats.pivoted` can spare r^2 numbers.
 
-        In the order in which they are spared: no factor is the partner of one that comes after its own.
+        It can where it has so many factors. In the order in which they are spared: no factor is the partner
+        of one that comes after its own.
         """
         return ()
 

@@ -65,10 +65,10 @@ class CoreBond(Bond):
 
 @dataclass(frozen=True)
 class SliceBond(CoreBond):
-    """A bond of a core `[r, o, ...]` whose product makes r times o: the first slice along `mode` holds the identity.
+    """A bond of a core `[r, o, ...]` whose product makes r times o.
 
-    Pivots are chosen in that slice alone, since only there they spare products.  What is left of it is stored
-    as `SLICE`, all other slices under the core's own name.
+    The first slice along `mode` holds the identity. Pivots are chosen in that slice alone, since only there
+    they spare products.  What is left of it is stored as `SLICE`, all other slices under the core's own name.
     """
 
     mode: int = 0

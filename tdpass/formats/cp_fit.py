@@ -39,7 +39,7 @@ class CpFit:
 
     @functools.cached_property
     def terms(self) -> State:
-        """All rank-one terms of the slices `W x_h c x_w d` along the kernel's principal axes, strongest first.
+        """All rank-one terms of slices `W x_h c x_w d` along the kernel's principal axes, strongest first.
 
         The terms are orthogonal, so their first r are a start whose error falls with r, and which needs no
         random numbers.

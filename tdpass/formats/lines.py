@@ -24,9 +24,9 @@ _MOVED = 16  # multiply-adds that take as long as reading and writing one number
 
 @dataclass(frozen=True)
 class Lines:
-    """What is left of a dense layer: its first axis (0, outputs) or its second (1, input channels) has `count` slices.
+    """What is left of a dense layer: its first axis (0, outputs) or second (1, inputs) has `count` slices.
 
-    `site` is that of the smaller layer.
+    Inputs are input channels. `site` is that of the smaller layer.
     """
 
     axis: int
@@ -55,10 +55,11 @@ def lines_left(site: Site, form: Form, storage: Storage) -> Lines | None:
 
 @dataclass(frozen=True)
 class Smaller(Generic[V]):
-    """A smaller layer, ready to run: its weight, where its input channels or outputs lie, and which outputs it has.
+    """A smaller layer, ready to run: its weight, where its channels lie, and which outputs it has.
 
-    `places` holds the indices of what is left, `order` for every output that of the smaller layer's answer,
-    `kept` ones for outputs that it makes; the last two of layers of fewer outputs alone.
+    Channels are input channels or outputs. `places` holds the indices of what is left, `order` for every
+    output that of the smaller layer's answer, `kept` ones for outputs that it makes; the last two of layers
+    of fewer outputs alone.
     """
 
     weight: V

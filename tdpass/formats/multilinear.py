@@ -74,11 +74,11 @@ class Whitened(Protocol):
 
 @dataclass(frozen=True)
 class Whitening:
-    """One symmetric root per mode, `G ~ (x)_k G_k` and `C ~ (x)_k C_k`, so that the plain norm of the whitened tensor resembles the metric.
+    """One symmetric root per mode, so that the whitened tensor's plain norm resembles the metric.
 
-    A product of roots keeps every format over the modes what it is: whiten, decompose plainly, undo core by
-    core.  The factors are the marginals (partial traces) of the metric, damped so that an input that never
-    fires stays bounded.
+    `G ~ (x)_k G_k` and `C ~ (x)_k C_k`. A product of roots keeps every format over the modes what it is:
+    whiten, decompose plainly, undo core by core.  The factors are the marginals (partial traces) of the
+    metric, damped so that an input that never fires stays bounded.
     """
 
     modes: Modes

@@ -208,10 +208,10 @@ def reordered(layer: Layer, order: Tensor) -> Layer | None:
 
 
 def led(layer: Layer, after: Layer, spread: int = 1) -> tuple[Layer, Layer] | None:
-    """The layer with its pivots in the lead, and the one that alone reads what it makes, each channel `spread` times, with its inputs so.
+    """The layer with its pivots in the lead, and the one that alone reads what it makes.
 
-    None where the layer, which is a pivoted one, has to put its inputs in an order too, or the other cannot
-    take them in another.
+    That has each channel `spread` times, with its inputs so. None where the layer, which is a pivoted one,
+    has to put its inputs in an order too, or the other cannot take them in another.
     """
     orders = {name: value for name, value in layer.factors.items() if name.endswith(ORDER)}
     chain = FORMATS.get(layer.format).chain

@@ -79,7 +79,7 @@ def _permuted(swaps: Tensor, n: int) -> Tensor:
 
 
 def choose_blocks(rows: Tensor, count: int) -> Tensor:
-    """Blocks, ascending, of `rows[blocks, k, r]` whose rows make up those of all others by small coefficients.
+    """Blocks, ascending, of `rows[blocks, k, r]` whose rows make up the rest by small coefficients.
 
     One after another that of the largest volume beside those before it, then swaps that each multiply the
     volume of all by more than `_GAIN`.

@@ -130,9 +130,10 @@ class LayerKind(ABC):
 
     @abstractmethod
     def positions(self, site: Site, axes: range | None = None) -> int:
-        """How often the part of the weight along these spatial axes (by default all) is applied by the calls that the extents tell of.
+        """How often the part of the weight along these spatial axes (by default all) is applied.
 
-        The axes before them are taken to be at output size, those after them at input size.
+        It is counted over the calls that the extents tell of. The axes before them are taken to be at output
+        size, those after them at input size.
         """
 
     @abstractmethod
@@ -150,10 +151,10 @@ class LayerKind(ABC):
     def rows(
         self, x: Tensor, site: Site, limit: int | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """What the layer reads as rows `[positions, i * prod(kernel)]`, for each group in the order of `weight.flatten(1)`.
+        """What the layer reads as rows `[positions, i * prod(kernel)]` of each group.
 
-        Rows run over samples, then output positions.  `limit` asks for a random subset of at most that many
-        rows, gathered without unfolding the rest.
+        Their order is that of `weight.flatten(1)`. Rows run over samples, then output positions.  `limit`
+        asks for a random subset of at most that many rows, gathered without unfolding the rest.
         """
 
     @abstractmethod

@@ -243,7 +243,7 @@ def set_rank(model: nn.Module, share: float) -> None:
 
 
 def set_bits(model: nn.Module, bits: int) -> None:
-    """Let a model compute with the upper bits of its weights from now on, so many; a switch as `set_width` is.
+    """Let a model compute with so many upper bits of its weights from now on; switches as `set_width` does.
 
     Raises `UsageError` for a number that it was not made for, as by `ChannelAdaptive(bits=(8, 16))`.
     """

@@ -128,12 +128,12 @@ register_opener(
 
 
 def open_attention(model: nn.Module, fused: Sequence[str] = ()) -> nn.Module:
-    """A copy of the model in which query, key and value are linear layers of their own, so that training can factor each.
+    """A copy of the model in which query, key and value are linear layers of their own.
 
-    `compress` does so by itself where that pays. Opens every `nn.MultiheadAttention`, those of torch's encoder and decoder layers among them, and the
-    `nn.Linear` layers with three projections in one whose names fit a glob of `fused`.  The copy computes the
-    same with as many parameters.  Raises `UsageError` for a glob that fits no linear layer whose outputs
-    divide by 3.
+    Training can then factor each. `compress` does so by itself where that pays. Opens every
+    `nn.MultiheadAttention`, those of torch's encoder and decoder layers among them, and the `nn.Linear`
+    layers with three projections in one whose names fit a glob of `fused`.  The copy computes the same with
+    as many parameters.  Raises `UsageError` for a glob that fits no linear layer whose outputs divide by 3.
     """
     fits: set[str] = set()
 

@@ -49,7 +49,7 @@ def derived(recipe: Recipe[T], tensors: Sequence[Tensor]) -> T:
 
 @dataclass(frozen=True)
 class PackChain(Recipe[Tensors]):
-    """Packed weights of a chain from its weights, and the bias of its last layer with a batch-norm folded into both.
+    """Packed weights of a chain, and its last layer's bias, with a batch-norm folded into both.
 
     Reads the weights, then the bias if `bias`, then with `norm` (its epsilon) mean, variance, and scale and
     shift as `affine` says.

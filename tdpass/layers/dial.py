@@ -43,10 +43,10 @@ class AdaptiveForm:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """The widths and shares of the rank that a model runs at, in rising order, and what they mean for its layers and batch-norms.
+    """The widths and rank shares that a model runs at, in rising order, and what they mean for its parts.
 
-    Where there are `bits`, in rising order, its weights are integers of the most, of which the upper ones are
-    in use.
+    Its parts are layers and batch-norms. Where there are `bits`, in rising order, its weights are integers of
+    the most, of which the upper ones are in use.
     """
 
     widths: tuple[Positive, ...]
@@ -57,9 +57,9 @@ class Adaptation:
 
 
 class Dial:
-    """The width and the share of the rank that a model runs at, by their places, and its bits, 0 for floating-point numbers.
+    """The width and rank share that a model runs at, by their places, and its bits.
 
-    Its adaptive layers share one dial.
+    Bits are 0 for floating-point numbers. Its adaptive layers share one dial.
     """
 
     def __init__(self, adaptation: Adaptation) -> None:

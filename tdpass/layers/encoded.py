@@ -17,7 +17,7 @@ from tdpass.layers.factorized import Factorized
 
 
 class EncodedCall(Factorized, ABC):
-    """A layer of encoded factors as one operator, where that serves what it is called with; else it runs as it is.
+    """A layer of encoded factors as one operator where that serves the call; else it runs as it is.
 
     `operator` names what it is measured under, `activation` what it ends with, which it took in from the model.
     With `apart` set it always runs as it is.

@@ -69,10 +69,10 @@ class PackedIntegers:
 
 @dataclass(frozen=True)
 class PackIntegers(Recipe[PackedIntegers]):
-    """Packs the codes of all stages, their scales, and the ranges of what they read, none where every row finds its own.
+    """Packs the codes of all stages, their scales, and the ranges of what they read.
 
-    Then come the range that the output is rounded to, with `output`, and that of a residual of bytes, with
-    `residual`.
+    There are none where every row finds its own. Then come the range that the output is rounded to, with
+    `output`, and that of a residual of bytes, with `residual`.
     """
 
     stages: tuple[int, ...]
@@ -110,10 +110,10 @@ def run(
     output_range: Tensor | None = None,
     residual_range: Tensor | None = None,
 ) -> Tensor:
-    """`activation(chain(x) + bias + residual)`: convolutions on images and signals, or linear layers on the last axis of x.
+    """`activation(chain(x) + bias + residual)`: convolutions, or linear layers on the last axis of x.
 
-    With ranges of them, the output and the residual are bytes; x may be bytes in the range that the first stage
-    reads.
+    Convolutions are of images and signals. With ranges of them, the output and the residual are bytes; x may
+    be bytes in the range that the first stage reads.
     """
     recipe = PackIntegers(tuple(stages), output_range is not None, residual_range is not None)
     ends = (each for each in (output_range, residual_range) if each is not None)

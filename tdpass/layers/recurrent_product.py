@@ -86,11 +86,12 @@ def form(module: nn.Module) -> tuple[object, ...]:
 
 @dataclass(frozen=True)
 class Product:
-    """A linear or factored layer: the names of what it multiplies with, and how those are packed where they are a chain of matrices.
+    """A linear or factored layer: the names of what it multiplies with, and how those are packed.
 
-    `form` is that of the module when this was made; `called` and `thin` are the multiply-adds of the layer as
-    it is, and of the two matrices that it is to a recurrent kernel; `dense` those of its weight.  `computed`
-    says that the weight is a parametrization's, made anew whenever it is asked for.
+    They are packed where they are a chain of matrices. `form` is that of the module when this was made;
+    `called` and `thin` are the multiply-adds of the layer as it is, and of the two matrices that it is to a
+    recurrent kernel; `dense` those of its weight.  `computed` says that the weight is a parametrization's,
+    made anew whenever it is asked for.
     """
 
     module: nn.Module

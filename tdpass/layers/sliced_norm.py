@@ -26,10 +26,10 @@ class NormShape:
 
 
 class SlicedNorm(nn.Module):
-    """`adapter(t)` with `t = c / sqrt(|c|^2 / reads + eps)` and c the first `reads` channels, the adapter where there is one.
+    """`adapter(t)` with `t = c / sqrt(|c|^2 / reads + eps)` and c the first `reads` channels.
 
-    It stands for a LayerNorm or RMSNorm whose scale and shift became part of its readers, or of the adapter:
-    a linear layer, and a site like others.
+    The adapter need not be there. It stands for a LayerNorm or RMSNorm whose scale and shift became part of
+    its readers, or of the adapter: a linear layer, and a site like others.
     """
 
     def __init__(

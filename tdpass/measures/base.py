@@ -73,7 +73,7 @@ class Measure:
         return value if value > 0 or self.whole else None
 
     def write(self, value: float) -> str:
-        """The amount as text: a count in full, any other in the largest unit that it reaches, which `read` takes.
+        """The amount as text: a count in full, others in the largest unit reached, as `read` takes it.
 
         >>> MEASURES.get("macs").write(1200000), MEASURES.get("seconds").write(0.00325)
         ('1,200,000', '3.25ms')

@@ -174,7 +174,7 @@ class Method(ABC):
         example_inputs: ExampleInputs = None,
         calibration: object = None,
     ) -> None:
-        """Act around every step of `optimizer`, with a round every `every` steps (those of an epoch, usually).
+        """Act around every step of `optimizer`, with a round every `every` steps (an epoch's, usually).
 
         Prepares the model where that was not done; raises `UsageError` for a method that trains another
         module in its place.
@@ -200,7 +200,7 @@ class Method(ABC):
             )
 
     def finish(self, model: nn.Module) -> Artifact:
-        """Project once more, let go of the optimizer, and give back the compressed copy with its plan and report.
+        """Project once more, let go of the optimizer, and return the compressed copy with plan and report.
 
         Raises `TrainingError` where the method was never attached.
         """

@@ -29,12 +29,13 @@ from tdpass.training.terms import Term
 @register_method
 @dataclass
 class Batude(FactoredByAdmm):
-    """min f(W) with sum_l cost_l(rank_l) <= B, the ranks found while training (Yin, Phan, Zang, Liao, Yuan, AAAI 2022).
+    """min f(W) with sum_l cost_l(rank_l) <= B, the ranks found while training.
 
-    Every round takes V = W + U, drops the singular values of its unfoldings that lose the least energy per
-    unit of cost over the whole net until the budget is met (`RankBudget`), and projects V on the subspaces
-    that are left: Z <- HOSVD(V), U <- U + W - Z. Ranks that did not change for `stable` rounds are kept to
-    the end.  Layers that no factoring makes cheaper stay dense.
+    By Yin, Phan, Zang, Liao, Yuan, AAAI 2022. Every round takes V = W + U, drops the singular values of its
+    unfoldings that lose the least energy per unit of cost over the whole net until the budget is met
+    (`RankBudget`), and projects V on the subspaces that are left: Z <- HOSVD(V), U <- U + W - Z. Ranks that
+    did not change for `stable` rounds are kept to the end.  Layers that no factoring makes cheaper stay
+    dense.
 
     `budget` bounds the params or macs of the whole model, or with a `target` the measured seconds of the
     sites, for calls of `batch` samples on `threads` threads.  Energy is a share of each layer's own; with

@@ -37,15 +37,16 @@ _SAMPLES = 2048  # from which statistics are estimated
 @register_method
 @dataclass
 class ChannelAdaptive(Method):
-    """min sum_w f(W[w]): a network whose layers also run with the middle ceil(w C) of their channels, all on one set of weights.
+    """min sum_w f(W[w]): a network whose layers also run with the middle ceil(w C) of their channels.
 
-    Yang, Angizi, Fan: A Flexible Processing-in-Memory Accelerator for Dynamic Channel-Adaptive Deep Neural
-    Networks, ASP-DAC 2020, after Yu et al.: Slimmable Neural Networks, ICLR 2019.  A step runs the whole
-    network, the narrowest, and `random` others (the sandwich rule of Yu, Huang: Universally Slimmable
-    Networks, ICCV 2019); these learn, for the share `distill`, what the whole one answers to the same batch:
-    (1 - a) f + a T^2 KL.  Batch-norms have a scale and a shift per width, and statistics per setting, which
-    `finish` estimates anew on calibration data.  Which channels shrink together follows from a recorded run
-    (`channel_groups`), and is proved by holding every width against the whole network with all else at zero.
+    All run on one set of weights. Yang, Angizi, Fan: A Flexible Processing-in-Memory Accelerator for Dynamic
+    Channel-Adaptive Deep Neural Networks, ASP-DAC 2020, after Yu et al.: Slimmable Neural Networks, ICLR
+    2019.  A step runs the whole network, the narrowest, and `random` others (the sandwich rule of Yu, Huang:
+    Universally Slimmable Networks, ICCV 2019); these learn, for the share `distill`, what the whole one
+    answers to the same batch: (1 - a) f + a T^2 KL.  Batch-norms have a scale and a shift per width, and
+    statistics per setting, which `finish` estimates anew on calibration data.  Which channels shrink together
+    follows from a recorded run (`channel_groups`), and is proved by holding every width against the whole
+    network with all else at zero.
 
     With more than one share in `ranks` every layer is factored at the largest rank that costs no more than
     the layer, factors in order of importance, and also runs with the first ones only: rank = share * width *

@@ -34,12 +34,12 @@ class Priced:
 
 
 class Controller:
-    """Knows what every setting of an adaptive model costs on a target, and turns the model to the best that a budget has room for.
+    """Knows what every setting of an adaptive model costs on a target.
 
-    Each setting is priced once, as the ordinary model that it stands for: with multiply-adds, parameters and
-    bytes, and what the target tells of a call of `batch` samples on `threads` threads; a machine that is here
-    is measured.  The best setting is that of the highest `score`, without one that of most multiply-adds, and
-    of those that of most bits.
+    It turns the model to the best that a budget has room for. Each setting is priced once, as the ordinary
+    model that it stands for: with multiply-adds, parameters and bytes, and what the target tells of a call of
+    `batch` samples on `threads` threads; a machine that is here is measured.  The best setting is that of the
+    highest `score`, without one that of most multiply-adds, and of those that of most bits.
     """
 
     def __init__(
@@ -67,9 +67,10 @@ class Controller:
         ]
 
     def choose(self, budget: BudgetSpec) -> Priced:
-        """Turn the model to the best setting within a budget such as `{"seconds": "2ms"}` or, of the whole model's, `{"joules": 0.4}`.
+        """Turn the model to the best setting within a budget such as `{"seconds": "2ms"}`.
 
-        Raises `BudgetError` where none is within it; the model then stays as it is.
+        A budget on the whole model is `{"joules": 0.4}`, say. Raises `BudgetError` where none is within it;
+        the model then stays as it is.
         """
         wanted = Budget.parse(budget, default="macs")
         limits = wanted.limits(self.settings[-1].cost)

@@ -41,7 +41,7 @@ WHOLE: tuple[Group, ...] = ("filter", "channel", "column")
 @register_method
 @dataclass
 class Crossbar(SparseWeights):
-    """Few groups of weights, on the levels of memristors, by ADMM (Yuan, Ma, Ding, Lin, Zhang et al., ISLPED 2019).
+    """Few groups of weights, on the levels of memristors, by ADMM (Yuan, Ma, Ding et al., ISLPED 2019).
 
     In turn: *admm*, towards all of these sets at once, each projection after the one before:  the filters,
     channels and columns that `groups` says, which is `{glob of sites: {group: share kept}}`;  rows or columns

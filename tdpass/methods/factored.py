@@ -188,7 +188,7 @@ def site_limit(
     original: Cost,
     price: Price | None = None,
 ) -> tuple[str, float]:
-    """The one measure that a budget on the whole model bounds, and what of it is left for these sites together.
+    """The one measure that a budget on the whole model bounds, and what of it is left for all these sites.
 
     What a target tells is that of the sites themselves, by `price`.  Raises `BudgetError` for a budget on
     several measures, on macs where the model was never seen running, or on what needs a target without one.

@@ -48,12 +48,12 @@ _COOLING = Geometric(2.0, 0.2)
 @register_method
 @dataclass
 class Haloc(Factored):
-    """min_{W, alpha} f(sum_c p_lc W_lc) + penalty * E[cost], p_l = softmax((alpha_l + g) / tau) over the forms of layer l.
+    """min_{W, alpha} f(sum_c p_lc W_lc) + penalty * E[cost] over the forms of each layer l.
 
-    Xiao, Zhang, Gong, Yin, Sui, Xiang, Tao, Yuan: HALOC: Hardware-Aware Automatic Low-Rank Compression, AAAI
-    2023.  The forms of a layer are dense and up to `ranks` ranks of each of `formats`, both Tucker ranks
-    free; all ranks of a format are the leading parts of one ordered set of factors (`Choices`), so that a
-    step costs what the dense network does.
+    Here p_l = softmax((alpha_l + g) / tau). Xiao, Zhang, Gong, Yin, Sui, Xiang, Tao, Yuan: HALOC:
+    Hardware-Aware Automatic Low-Rank Compression, AAAI 2023.  The forms of a layer are dense and up to
+    `ranks` ranks of each of `formats`, both Tucker ranks free; all ranks of a format are the leading parts of
+    one ordered set of factors (`Choices`), so that a step costs what the dense network does.
 
     Every form begins as likely as its weight is near the original one in the metric, at the penalty or,
     under a budget, the price that meets it (`Prices`), or with `begin="uniform"` as likely as any other.

@@ -23,7 +23,7 @@ class Menu:
 
     @classmethod
     def of(cls, site: Site, formats: Sequence[str], ranks: int, tariff: Tariff) -> Menu:
-        """Up to `ranks` ranks of each format that fits, evenly over what they cost, all cheaper than the dense layer.
+        """Up to `ranks` ranks of each format that fits, evenly over their cost, all cheaper than dense.
 
         On a target they are the ones that leave nothing of the machine idle, the edges of its staircase.
         """

@@ -39,10 +39,11 @@ class Supervised:
 
 
 class Reconstruction(Term):
-    """Adds the gradient of  strength * ||Y - Y(P)||^2 / ||Y||^2  for the layer behind each projection, Y less its mean.
+    """Adds the gradient of  strength * ||Y - Y(P)||^2 / ||Y||^2  for the layer behind each projection.
 
-    What the layer before makes is the dense model's on the calibration data, an eighth of it in turn at every
-    step, so that every layer is supervised by itself.  A layer whose answers do not vary there is not.
+    Y is less its mean. What the layer before makes is the dense model's on the calibration data, an eighth of
+    it in turn at every step, so that every layer is supervised by itself.  A layer whose answers do not vary
+    there is not.
     """
 
     def __init__(self, joints: Mapping[str, Supervised], strength: float) -> None:

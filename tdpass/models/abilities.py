@@ -92,10 +92,11 @@ class FusesChains(Protocol):
     """Chains of its layers can run as one operator."""
 
     def fuse(self, note: Note, decline: Decline, samples: Batch | None = None) -> bool:
-        """Make one operator of each chain of layers that is faster so, timed on `samples`, else on the example; whether anything changed.
+        """Make one operator of each chain of layers that is faster so; whether anything changed.
 
-        What changes is how the model runs, not what it computes, how its tensors are named or what `layer`
-        answers.  `note` takes a line about the whole, `decline` a layer and why it is left alone.
+        It is timed on `samples`, else on the example. What changes is how the model runs, not what it
+        computes, how its tensors are named or what `layer` answers.  `note` takes a line about the whole,
+        `decline` a layer and why it is left alone.
         """
 
 
@@ -126,7 +127,7 @@ class SlicesStreams(Protocol):
     """Values that its layers add to and its norms read can have other coordinates, and fewer of them."""
 
     def slice_streams(self, edits: StreamEdits) -> None:
-        """Put other weights, norms and tables in the place of those that the edits name; all its layers must be dense.
+        """Put other weights, norms and tables in place of those the edits name; all its layers must be dense.
 
         Raises `UnsupportedError`, with the model as it was, where it holds one in a way that cannot change.
         """

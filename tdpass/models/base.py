@@ -131,9 +131,10 @@ class Model(ABC):
         return Signature(others=True)
 
     def count(self, batch: Batch | None = None) -> Counted:
-        """Multiply-adds of everything that runs when the model, as it is now, is called: layers, attention and recurrence alike.
+        """Multiply-adds of everything that runs when the model, as it is, is called.
 
-        By default with what was last observed; where that is nothing, none are counted.
+        Layers, attention and recurrence count alike. By default with what was last observed; where that is
+        nothing, none are counted.
         """
         call = batch or self.example()
         with counting() as counter:

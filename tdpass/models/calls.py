@@ -91,9 +91,10 @@ class Calls:
     _ways: dict[object, _Way] = field(default_factory=dict)
 
     def of(self, given: Iterable[Batch], samples: int) -> Iterator[Batch]:
-        """Calls of up to `samples` samples, in the order of the data but for single samples of one shape, which are put together.
+        """Calls of up to `samples` samples, in the order of the data.
 
-        Raises `InvalidModelError` or `UsageError` for what the model does not take.
+        Single samples of one shape are put together. Raises `InvalidModelError` or `UsageError` for what the
+        model does not take.
         """
         singles: dict[object, list[Batch]] = {}
         left = samples

@@ -29,7 +29,7 @@ class Input:
     required: bool = True
 
     def converted(self, tensor: Tensor) -> Tensor:
-        """The tensor in the type that the input takes, where that changes no value but for rounding to another precision.
+        """The tensor in the input's type, where that changes no value but for rounding to a precision.
 
         Raises `InvalidModelError` where it does, or where only whoever trained the model knows how to
         convert.

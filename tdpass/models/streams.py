@@ -35,9 +35,10 @@ class NewLayer:
 
 @dataclass
 class StreamEdits:
-    """What changes, by the tensor of the model that is held there: layers by their weight, norms by theirs, tables and other constants.
+    """What changes, by the tensor of the model that is held there.
 
-    `held` are the tensors as a recorded run names them, by the keys of the others.
+    These are layers by their weight, norms by theirs, tables and other constants. `held` are the tensors as a
+    recorded run names them, by the keys of the others.
     """
 
     held: dict[int, Tensor] = field(default_factory=dict)

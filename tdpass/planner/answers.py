@@ -106,7 +106,7 @@ class Answers:
         return alike and not (self.low >= 0 and self.high > 1)
 
     def must_be_classes(self) -> bool:
-        """Whether the softmax along the last axis says something, not the same everywhere, and classes compete.
+        """Whether the softmax of the last axis says something, not alike everywhere, and classes compete.
 
         Its mean entropy is below 0.75 log(classes), several classes win, and the variance of the mean over
         classes is below 0.7 of what independent classes would give (not asked of 256 classes and more, whose

@@ -34,10 +34,10 @@ _ENDS = 2
 
 @dataclass(frozen=True)
 class Candidate(Formed):
-    """One way to store a site: `error` is the relative error in the metric, `loss` the expected increase of the divergence.
+    """One way to store a site.
 
-    `kernel` is the runtime that its seconds were measured in; `estimated` says that the loss was not
-    measured.
+    `error` is the relative error in the metric, `loss` the expected increase of the divergence. `kernel` is
+    the runtime that its seconds were measured in; `estimated` says that the loss was not measured.
     """
 
     form: Form
@@ -228,10 +228,11 @@ def enumerate_candidates(
 def on_offer(
     fits: SiteFits, candidates: Sequence[Candidate], offer: Offer, deadline: Deadline = NEVER
 ) -> list[Candidate]:
-    """The dense layer and the candidates whose factors are at hand, in each number type and with each support on offer.
+    """The dense layer and the candidates whose factors are at hand.
 
-    Those only that take fewer bytes than dense and no more of anything else that is known, but that factors
-    beside a remainder are multiplied and counted besides; past the deadline, of the dense layer alone.
+    There is one in each number type and with each support on offer. Those only that take fewer bytes than
+    dense and no more of anything else that is known, but that factors beside a remainder are multiplied and
+    counted besides; past the deadline, of the dense layer alone.
     """
     now = cost_of(fits.site, fits.present)
     wanted = [*offer.forms(DENSE), *offer.with_remainder(fits.site)]

@@ -118,7 +118,7 @@ def said_of_few(batches: Sequence[Batch], what: str) -> str:
 
 @dataclass
 class Allowance:
-    """Seconds of one core, shared out in proportion to `weights` among parts that are taken one after another.
+    """Seconds of one core, shared out among parts taken one after another, in proportion to `weights`.
 
     What a part leaves goes to those after it.  `clock` counts the processor time of this process.
     """

@@ -33,7 +33,10 @@ def answers(layer: Layer, moments: Sequence[Moment]) -> bool:
 
 @dataclass(frozen=True)
 class Sums:
-    """Second moments by group of what the last factor reads, with a one after it, and of that with what the layer is to answer; per row."""
+    """Second moments, per row and by group, of what the last factor reads, with a one behind it.
+
+    And those of that with what the layer is to answer.
+    """
 
     normal: Tensor
     cross: Tensor
@@ -88,7 +91,10 @@ class Sums:
 def least_squares(
     layer: Layer, factor: str, sums: Sums, ridge: float, *, bias: bool
 ) -> tuple[Tensor, Tensor]:
-    """The last factor as a matrix, and the bias (zero where there shall be none), that answer best what the layer is to, float64."""
+    """The last factor as a matrix, and the bias, that answer best what the layer is to, in float64.
+
+    The bias is zero where there shall be none.
+    """
     current, groups = layer.factors[factor], len(sums.normal)
     offset = torch.zeros(current.shape[0]) if layer.bias is None else layer.bias
     before = torch.cat([current.double().flatten(1), offset.double()[:, None]], 1).chunk(groups)

@@ -41,9 +41,9 @@ class Lockstep:
         self.compressed = [tape.play() for tape in self.tapes]
 
     def sites(self) -> Iterator[tuple[str, list[Moment]]]:
-        """Each site that no run calls more than once, in order, with a moment of every batch in which both networks call it alike.
+        """Each site that no run calls more than once, in order, with a moment of every batch.
 
-        Set `apply` before asking for the next.
+        In a moment both networks call it alike. Set `apply` before asking for the next.
         """
         for name in self.called_once():
             with torch.no_grad():
@@ -57,7 +57,7 @@ class Lockstep:
                 yield name, moments
 
     def called_once(self) -> list[str]:
-        """The layers that some run calls, and none more than once, in order; tables, whose rows are read, are none."""
+        """The layers that some run calls, none more than once, in order; tables, read by rows, are none."""
         return [
             name for name in site_order(self.tapes) if all(_at_most_once(tape, name) for tape in self.tapes)
         ]

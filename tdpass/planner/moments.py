@@ -1,4 +1,7 @@
-"""Second moments of what every site reads, and of what its output means to the network, streamed from calibration runs."""
+"""Second moments of what every site reads, and of what its output means to the network.
+
+They are streamed from calibration runs.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,10 @@ def moment_bytes(site: Site) -> int:
 
 
 def _output_channels(site: Site) -> int:
-    """Output channels of a group between which products of gradients are summed; none of what is only read by rows."""
+    """Output channels of a group between which products of gradients are summed.
+
+    There are none of what is only read by rows.
+    """
     share = site.o // site.groups
     return 0 if share > FULL_LIMIT or (site.table and not site.extents) else share
 
@@ -122,9 +128,10 @@ class _Sums:
         return metric if metric.groups > 1 else metric.of_group(0)
 
     def _of_table(self) -> Metric:
-        """C of a table: what its columns mean to the network as rows that are read, and as inputs of the layer, alike.
+        """C of a table: what its columns mean to the network.
 
-        Every row weighs the same, seen or not, and no bias makes up for a mean, since rows have none.
+        They are rows that are read, and inputs of the layer, alike. Every row weighs the same, seen or not,
+        and no bias makes up for a mean, since rows have none.
         """
         seen = [moment for moment in (self.inputs[0], self.looked_up) if float(moment.abs().max()) > 0]
         if not seen:

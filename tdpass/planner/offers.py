@@ -66,11 +66,11 @@ def remainder_format(site: Site) -> Format | None:
 
 
 def beside_remainder(fmt: Format, site: Site, rank: int, numbers: str) -> Form:
-    """The form of a format with a remainder where that is stored in a number type, and the factors in float16."""
+    """The form of a format with a remainder stored in a number type, and with the factors in float16."""
     shapes = fmt.shapes(site, (rank,))
     return Form(fmt.name, (rank,), tuple(numbers if name == fmt.remainder else BESIDE for name in shapes))
 
 
 NOTHING = Offer()
 EVERYTHING = Offer(("int8", "int4", "levels8", "levels4"), ("unstructured/50%", "unstructured/25%"), (8,))
-"""What is offered where a budget on bytes asks for more than factors in the type of the model's weights give."""
+"""What is offered where a budget on bytes asks for more than factors in the type of the weights give."""

@@ -1,4 +1,4 @@
-"""Planning: candidates for every site and their losses, and the options that change several sites together."""
+"""Planning: candidates of every site, their losses, and options that change several sites together."""
 
 from __future__ import annotations
 
@@ -196,7 +196,10 @@ def _identity(site: Site, form: Form = DENSE) -> tuple[str, ...]:
 
 
 def _worth_timing(candidates: Sequence[Candidate], measures: Sequence[str]) -> list[Candidate]:
-    """Every format's own frontier, without what errs far more than another at no less cost: what counts less may still be slower."""
+    """Every format's own frontier, without what errs far more than another at no less cost.
+
+    What counts less may still be slower.
+    """
     names = dict.fromkeys(candidate.format for candidate in candidates)
     best = [
         c

@@ -56,9 +56,9 @@ def with_room_for_bias(layers: Mapping[str, Layer], room: Mapping[str, float]) -
 def correct_biases(
     tapes: Sequence[Tape], layers: Mapping[str, Layer], biased: Container[str]
 ) -> dict[str, Layer]:
-    """Layers whose biases restore each site's mean output, front to back on the compressed network's own activations.
+    """Layers whose biases restore each site's mean output, front to back on the compressed activations.
 
-    Only those named in `biased` have or get one.
+    Activations are the compressed network's own. Only those named in `biased` have or get one.
     """
     corrected = dict(layers)
     lockstep = _start(tapes, layers)

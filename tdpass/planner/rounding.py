@@ -21,7 +21,10 @@ _BLOCK = 64
 
 @dataclass(frozen=True)
 class Rounded:
-    """A factor whose entries are all among the numbers that it will be stored in, and the parts beside its values, such as scales."""
+    """A factor whose entries are all among the numbers that it will be stored in.
+
+    With it are the parts beside its values, such as scales.
+    """
 
     factor: Tensor
     beside: Mapping[str, Tensor]

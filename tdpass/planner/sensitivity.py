@@ -146,7 +146,7 @@ def estimate_losses(metric: Metric, weight: Tensor, errors: Sequence[float]) -> 
 
 
 def between(points: Sequence[tuple[float, float]], error: float) -> float:
-    """The loss at an error, from errors with their losses, ascending: a power of the error, beyond them its square."""
+    """The loss at an error, from errors with losses, ascending: a power of it, beyond them its square."""
     tiny = 1e-12
     if not points:
         return math.inf

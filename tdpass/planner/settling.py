@@ -1,4 +1,4 @@
-"""Settling: the losses that a choice rests on are measured where they were estimated, and the choice is made again."""
+"""Settling: the losses that a choice rests on are measured if estimated, and the choice is made again."""
 
 from __future__ import annotations
 

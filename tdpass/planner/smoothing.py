@@ -25,7 +25,7 @@ class Smoothing:
 
 
 def smoothed(rows: Tensor, weights: Sequence[Tensor], numbers: Numbers) -> Smoothing | None:
-    """The scales s with which `round(x / s) round(s W)` is nearest to `x W`, by the squared error of all outputs.
+    """The scales s with which `round(x / s) round(s W)` is nearest to `x W`, by squared error of all outputs.
 
     `rows` are what the layers read, `[n, d]`, `weights` theirs, `[o, d]`, float64.  The candidates are `s_j =
     max |x_j|^alpha / max |w_j|^(1 - alpha)`, over every weight's column j (Xiao et al., SmoothQuant, 2023);

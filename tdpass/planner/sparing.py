@@ -51,7 +51,7 @@ def _lean(name: str) -> Pivoted | None:
 
 
 def _spared(candidate: Candidate, fits: SiteFits) -> Candidate | None:
-    """The candidate in the format without what it holds twice; None where there is nothing, or nothing exact."""
+    """The candidate in the format without what it holds twice; None where none is, or none is exact."""
     form, lean = candidate.form, _lean(candidate.format)
     if form.encoded or lean is None or not lean.fits(fits.site) or not lean.spares(fits.site, form.rank):
         return None

@@ -95,7 +95,10 @@ class Stopwatch:
         return self._scaled(self._times[_nameless(site)][DENSE])
 
     def timing(self, site: Site, candidate: Candidate) -> Timing:
-        """Time of a candidate: as measured, else on the straight line between its format's nearest measured multiply-adds."""
+        """Time of a candidate: as measured, else interpolated.
+
+        It is then on the straight line between its format's nearest measured multiply-adds.
+        """
         return self._scaled(self._of(site, candidate.form))
 
     def faster(self, site: Site, seconds: float) -> bool:
@@ -142,9 +145,10 @@ def prices_on(
 
 
 def anchors(candidates: Sequence[Candidate]) -> list[Form]:
-    """The ranks to measure: of every format a handful from the cheapest to the dearest, on a grid of 16 or 8 channels where it has such.
+    """The ranks to measure: of every format a handful from the cheapest to the dearest.
 
-    Vector units work on that many channels at once: a rank between two such takes the time of the larger.
+    They are on a grid of 16 or 8 channels where it has such. Vector units work on that many channels at once:
+    a rank between two such takes the time of the larger.
     """
     found: list[Form] = []
     for key in dict.fromkeys((candidate.format, candidate.form.narrow) for candidate in candidates):

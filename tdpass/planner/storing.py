@@ -100,7 +100,10 @@ def stored_layer(
 def _answering(
     layer: Layer, stage: Stage, moments: Sequence[Moment], ridge: float, way: Way, *, bias: bool
 ) -> tuple[Tensor, Sums]:
-    """The last factor that makes up for what the others lost, with `moments`, else as it is; and its second moments."""
+    """The last factor that makes up for the others' losses, with `moments`, else as it is.
+
+    With it are its second moments.
+    """
     sums, current = Sums.of(layer, stage.site, moments), layer.factors[stage.factor]
     weight = current.double()
     if way == "moments":
@@ -125,7 +128,10 @@ def _stored_with_remainder(
 
 
 def in_format_of(layer: Layer, form: Form) -> Layer:
-    """A layer of floating-point factors in the format and at the rank of a form, its weight the same where that can be."""
+    """A layer of floating-point factors in the format and at the rank of a form.
+
+    Its weight is the same where that can be.
+    """
     if layer.format == form.format:
         return layer
     fmt, weight = FORMATS.get(form.format), layer.reconstruct()
@@ -202,7 +208,10 @@ def _moments_of(name: str, layer: Layer, moments: Sequence[Moment]) -> Tensor | 
 
 
 def floating(layer: Layer, weight: Callable[[], Tensor]) -> Layer:
-    """A layer with factors of floating-point numbers, of the type of the site's weight: those it stands for, or that weight itself where it is dense."""
+    """A layer with factors of floating-point numbers, of the type of the site's weight.
+
+    They are those it stands for, or that weight itself where it is dense.
+    """
     if not layer.form.encoded:
         return layer
     plain = replace(layer.form, numbers=(), support="", activations="")

@@ -15,7 +15,10 @@ MAX_WIDTH = 2400
 
 @dataclass(frozen=True)
 class Surgery:
-    """Input channels in the order of their removal (the last one never leaves), and the squared error after each."""
+    """Input channels in the order of their removal, and the squared error after each.
+
+    The last one never leaves.
+    """
 
     order: tuple[int, ...]
     errors: tuple[float, ...]

@@ -76,7 +76,7 @@ class Table:
         return RankPlan(choices, original, str(budget), self.metric, self.divergence, prepared=prepared)
 
     def settled(self, budget: Budget, original: Cost) -> RankPlan:
-        """The best choice, made again as long as it rests on losses that are estimated and can be measured."""
+        """The best choice, made again while it rests on losses that are estimated and can be measured."""
         plan = self.plan(budget, original)
         for _ in range(_ROUNDS):
             chosen = self._estimated(plan)

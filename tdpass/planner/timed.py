@@ -1,4 +1,4 @@
-"""Planning on a target: what each candidate costs there, and the choice among those that are cheaper than dense."""
+"""Planning on a target: what each candidate costs there, and the choice among those cheaper than dense."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def plan_on_target(
 
 
 def with_prices(table: Table, prices: Prices, only_sure: bool = False) -> Table:
-    """The table with the target's amounts in every cost, and without the candidates that are not clearly cheaper than the dense layer."""
+    """The table with the target's amounts in every cost, and only candidates clearly cheaper than dense."""
     sites = {site.name: site for site in table.sites}
 
     def priced(name: str, candidate: Candidate) -> Candidate | None:
@@ -114,7 +114,10 @@ def _cheapest(
 def _explained(
     plan: RankPlan, table: Table, budget: Budget, original: Cost, prices: Prices
 ) -> tuple[Choice, ...]:
-    """The choices with what was predicted of them and, for sites left dense because of their price, where their format breaks even."""
+    """The choices with what was predicted of them and where formats break even.
+
+    The latter is said of sites left dense because of their price.
+    """
     asked = _asked(table, budget, original)
     choices: list[Choice] = []
     for site, choice in zip(table.sites, plan, strict=True):

@@ -1,4 +1,7 @@
-"""Trials: small inputs on which the model is really run after every pass, so that a pass that breaks it is named at once."""
+"""Trials: small inputs on which the model is really run after every pass.
+
+A pass that breaks it is named at once.
+"""
 
 from __future__ import annotations
 
@@ -80,10 +83,10 @@ class Trials:
 
     @classmethod
     def of(cls, given: Model, batches: Sequence[Batch], divergence: FittedDivergence | None) -> Trials:
-        """Calls on the calibration data, on noise of its moments and with another number of samples, where the model answers them.
+        """Calls on the calibration data, on noise of its moments and with another number of samples.
 
-        `divergence` is that of the calibration data.  Without data the model's example stands for it, unless
-        the model is larger than 256 MiB.
+        Those are left out that the model does not answer. `divergence` is that of the calibration data.
+        Without data the model's example stands for it, unless the model is larger than 256 MiB.
         """
         trials = cls(given, divergence)
         example = (
@@ -193,7 +196,7 @@ class Trials:
         )
 
     def _rounding(self, trial: Trial, answer: object, model: Model) -> float:
-        """What rounding may change: some last digits, or what the original makes of a last digit in its input.
+        """What rounding may change: some last digits, or what the original makes of one in its input.
 
         Where layers read integers, a last digit may put a number on the next of its grid: what the model makes
         of a step of eight bits in its input.
@@ -229,7 +232,7 @@ def _nudged(call: Batch, epsilon: float) -> Batch:
 
 
 def gap(reference: object, output: object) -> float:
-    """The largest difference of any channel of any floating-point output, relative to that channel's root mean square.
+    """The largest difference of any floating-point output's channel, relative to its root mean square.
 
     Channels lie along the second and along the last axis.  Infinite where the outputs have other shapes or
     other values that are not finite.

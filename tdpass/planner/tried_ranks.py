@@ -21,11 +21,12 @@ def as_given(site: Site, format_name: str, ranks: Sequence[Rank]) -> Sequence[Ra
 def worthwhile_ranks(
     site: Site, format_name: str, limit: int, filling: Filling = as_given, present: Form = DENSE
 ) -> list[Rank]:
-    """Up to `limit` ranks of a format that make the site cheaper in every measure that is known, largest first, the smallest among them.
+    """Up to `limit` ranks of a format that make the site cheaper in every known measure.
 
-    A single one is that which comes nearest to half of the parameters.  `filling` says which of them fill a
-    machine.  A format that is another one without what that holds twice tries the same ranks, at its lower
-    costs, so that no plan is worse for it, and a few of those above that only it makes cheaper.
+    They come largest first, and the smallest is among them. A single one is that which comes nearest to half
+    of the parameters.  `filling` says which of them fill a machine.  A format that is another one without
+    what that holds twice tries the same ranks, at its lower costs, so that no plan is worse for it, and a few
+    of those above that only it makes cheaper.
     """
     fmt, now = FORMATS.get(format_name), cost_of(site, present)
     cheaper = [rank for rank in fmt.ranks(site) if shrinks(site, format_name, rank, present)]

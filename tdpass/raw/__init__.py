@@ -1,4 +1,7 @@
-"""Data as people have it: pictures, text and sound, made into what a model reads by its own processor; one file per kind."""
+"""Data as people have it: pictures, text and sound, made into what a model reads by its own processor.
+
+There is one file per kind.
+"""
 
 from __future__ import annotations
 

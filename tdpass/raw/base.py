@@ -17,9 +17,10 @@ from tdpass.registry import Registry
 
 @dataclass(frozen=True)
 class Raw:
-    """Raw data for a model: a folder or file, or `hf:` and a data set of the hub, and whose processor makes inputs of it.
+    """Raw data for a model: a folder or file, or `hf:` and a data set of the hub; and its processor.
 
-    `processor` is a folder or a name that transformers knows; None is the model's own.
+    The processor makes inputs of it. `processor` is a folder or a name that transformers knows; None is the
+    model's own.
     """
 
     data: str | Path
@@ -28,7 +29,10 @@ class Raw:
 
 @dataclass(frozen=True)
 class Reader:
-    """Who reads: the torch module where the model is one, the shape of a sample where that is known, and the processor asked for."""
+    """Who reads: the torch module, the shape of a sample, and the processor asked for.
+
+    The module is there where the model is one, the shape where it is known.
+    """
 
     module: nn.Module | None
     sample: tuple[int, ...] | None

@@ -24,7 +24,10 @@ def splits_of(name: str) -> Any:
 
 
 def from_hub(text: str, reader: Reader, most: int) -> object:
-    """Calibration data of the first column that is pictures, sound or text; raises `UsageError`, `InvalidModelError`."""
+    """Calibration data of the first column that is pictures, sound or text.
+
+    Raises `UsageError`, `InvalidModelError`.
+    """
     name = text.removeprefix(PREFIX)
     splits = splits_of(name)
     rows = next((splits[split] for split in _SPLITS if split in splits), None)

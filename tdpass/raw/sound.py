@@ -19,7 +19,7 @@ Wave = tuple[np.ndarray, int]
 
 @register_raw_kind
 class Sound(RawKind):
-    """Sound files, of which all channels are taken together; those that are no `.wav` need the package soundfile."""
+    """Sound files, whose channels are taken together; any other than `.wav` need the package soundfile."""
 
     name = "sound"
     what = "feature extractor"

@@ -14,7 +14,7 @@ _LONGEST = 512
 
 @register_raw_kind
 class Text(RawKind):
-    """Text files: lines that are not empty are samples, of at most 512 tokens or what the model has positions for."""
+    """Text files: lines that are not empty are samples, of at most 512 tokens or the model's positions."""
 
     name = "text"
     what = "tokenizer"

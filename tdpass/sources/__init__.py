@@ -1,4 +1,7 @@
-"""Torch models by name: `package.module:factory`, or `timm:`, `torchvision:`, `hf:` and `zoo:` with a name of theirs; one file per source."""
+"""Torch models by name: `package.module:factory`, or a name behind the prefix of a source.
+
+Prefixes are `timm:`, `torchvision:`, `hf:` and `zoo:`; there is one file per source.
+"""
 
 from __future__ import annotations
 

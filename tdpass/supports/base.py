@@ -1,4 +1,4 @@
-"""What a support is: tiles of a factor, of which some are stored, and one bit for each tile that says whether it is."""
+"""What a support is: tiles of a factor, some of them stored, and one bit per tile that says whether it is."""
 
 from __future__ import annotations
 
@@ -57,11 +57,14 @@ class Support(ABC):
 
     @abstractmethod
     def choose(self, scores: Tensor) -> Tensor:
-        """Which entries of a factor are kept, as booleans of its shape: those whose tiles have the largest sums of `scores`."""
+        """Which entries of a factor are kept, as booleans of its shape.
+
+        They are those whose tiles have the largest sums of `scores`.
+        """
 
     @property
     def share(self) -> float | None:
-        """The share of every factor that is kept, where that does not depend on its shape and is said as such."""
+        """The share of every factor that is kept, where it is said as such and depends on no shape."""
         return None
 
     def kept(self, shape: Shape) -> int:
@@ -77,14 +80,17 @@ class Support(ABC):
         return math.prod(shape) // math.prod(self.tile(shape))
 
     def lines(self, shape: Shape) -> tuple[int, int]:
-        """Rows and columns of the matrix that are left where whole ones are left out; all of them elsewhere."""
+        """Rows and columns of the matrix that are left where whole ones go; all of them elsewhere."""
         (rows, columns), (high, wide) = matrix_of(shape), self.tile(shape)
         if wide == columns:
             return high * self.tiles(shape), columns
         return rows, wide * self.tiles(shape) if high == rows else columns
 
     def line(self, shape: Shape) -> int | None:
-        """The axis of the factor along which single slices are kept whole, 0 or 1; None where tiles are no such slices."""
+        """The axis of the factor, 0 or 1, along which single slices are kept whole.
+
+        None where tiles are no such slices.
+        """
         tile, (rows, columns) = self.tile(shape), matrix_of(shape)
         along = {(rows, math.prod(shape[2:])): 1, (1, columns): 0}
         return along.get(tile)

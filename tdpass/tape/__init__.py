@@ -1,4 +1,4 @@
-"""Tapes: runs of a model, recorded call by call while it really runs, that can be replayed with some layers replaced."""
+"""Tapes: a model's calls, recorded while it really runs, to be replayed with some layers replaced."""
 
 from __future__ import annotations
 

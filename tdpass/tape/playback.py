@@ -129,7 +129,7 @@ class Tape:
         return next((arg.number for arg in summands if arg.number != number), None)
 
     def channelwise_consumer(self, index: int) -> int | None:
-        """The one site call that reads the value made by call `index`, through element-wise functions only."""
+        """The one site call that reads the value of call `index`, through element-wise functions only."""
         number = next(self.calls[index].writes())
         while True:
             readers = self.readers(number)

@@ -1,4 +1,4 @@
-"""Recording a run, at the level of torch functions and, where that is not enough, of the operators below them.
+"""Recording a run, at the level of torch functions and, if need be, of the operators below them.
 
 Recording happens while the model really runs, so control flow, reused modules and code that no tracer
 understands are all fine.  What leaves torch on the way (NumPy, scripted code, values read into Python) enters

@@ -68,10 +68,10 @@ class Target(ABC):
     @classmethod
     @abstractmethod
     def open(cls, way: str, frontend: str, cache: Path | None) -> Target:
-        """The target for models of that front end, run in the given way (`""`: as the front end's models usually are).
+        """The target for models of that front end, run in the given way.
 
-        `cache` is the folder where measurements are kept.  Raises `UsageError` for a way it does not have, or
-        a missing device.
+        `""` is as the front end's models usually are. `cache` is the folder where measurements are kept.
+        Raises `UsageError` for a way it does not have, or a missing device.
         """
 
     @abstractmethod
@@ -104,7 +104,10 @@ class Target(ABC):
         """
 
     def break_even(self, site: Site, format_name: str, setting: Setting = ONE_CALL) -> Rank | None:
-        """The largest of the format's ranks, by multiply-adds, that costs less than the dense layer of the first of `measures`; None for none."""
+        """The largest of the format's ranks, by multiply-adds, that is cheaper than dense; None for none.
+
+        Cheaper is meant in the first of `measures`.
+        """
         fmt, measure = FORMATS.get(format_name), self.measures[0]
         ranks = sorted(fmt.ranks(site), key=lambda rank: fmt.macs(site, rank))
         dense, *costs = self.cost(site, [DENSE, *(Form(format_name, rank) for rank in ranks)], setting)

@@ -83,7 +83,7 @@ class BreakEvenRow:
     shape: tuple[int | None, ...] | None = None
 
     def distance(self, site: Site, group: str) -> tuple[float, int]:
-        """How far the site is, infinite where the row says nothing of it, and how many sizes are left open."""
+        """How far the site is, infinite where the row says nothing of it, and how many sizes are open."""
         if (self.kind, self.group) != (site.kind, group):
             return math.inf, 0
         if self.shape is None:

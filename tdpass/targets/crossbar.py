@@ -1,4 +1,7 @@
-"""crossbar: arrays of memristors whose conductances are the weights, and what drives and reads them, in closed form."""
+"""crossbar: arrays of memristors with weights for conductances, and their periphery, in closed form.
+
+The periphery drives and reads them.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ _MM2 = 1e-6  # of a square micrometre
 
 @dataclass(frozen=True)
 class Block:
-    """A block of a matrix in an array: rows and columns of weights, and in how many steps its rows are driven."""
+    """A block of a matrix in an array: rows and columns of weights, and the steps its rows are driven in."""
 
     rows: int
     columns: int
@@ -147,7 +150,10 @@ class CrossbarArray(Constants):
 
     @property
     def digits(self) -> int:
-        """Cells that hold the magnitude of one weight: ceil((b - 1) / c) of b bits in cells of c, ceil(b / c) with an offset."""
+        """Cells that hold the magnitude of one weight, of b bits in cells of c.
+
+        They are ceil((b - 1) / c), and ceil(b / c) with an offset.
+        """
         return -(-(self.weight_bits - (self.signs != "offset")) // self.cell_bits)
 
     @property
@@ -177,7 +183,10 @@ class CrossbarArray(Constants):
         )
 
     def holding(self, bits: int) -> CrossbarArray:
-        """The array with weights of so many bits in its cells, 0 for its own; one holds a sign and a bit at least."""
+        """The array with weights of so many bits in its cells, 0 for its own.
+
+        A weight has a sign and a bit at least.
+        """
         return replace(self, weight_bits=max(2, bits)) if bits else self
 
     def groups(self, rows: int) -> int:
@@ -185,7 +194,10 @@ class CrossbarArray(Constants):
         return -(-rows // self.rows_at_once)
 
     def fillings(self, product: Product) -> list[Filling]:
-        """How the weights of a product fill arrays: tiles of a matrix, the last ones ragged, or several small matrices along a diagonal."""
+        """How the weights of a product fill arrays.
+
+        They are tiles of a matrix, the last ones ragged, or several small matrices along a diagonal.
+        """
         depth, columns, count = product.depth, product.columns, product.count
         if depth <= self.rows and columns <= self.width:
             abreast = min(count, self.rows // depth, self.width // columns)
@@ -265,10 +277,10 @@ class CrossbarArray(Constants):
 
 @register_target
 class CrossbarTarget(ModelledTarget):
-    """`crossbar:NAME` or `crossbar:FILE.yaml`: a `CrossbarArray` as often as the weights need it, one layer computed after another.
+    """`crossbar:NAME` or `crossbar:FILE.yaml`: a `CrossbarArray` as often as the weights need it.
 
-    Weights stay where they are, so the area of all layers adds up and a layer that is called twice is there
-    once.
+    One layer is computed after another. Weights stay where they are, so the area of all layers adds up and a
+    layer that is called twice is there once.
     """
 
     name = "crossbar"

@@ -162,7 +162,10 @@ class MeasuredTarget(TimedTarget):
     def _measure(
         self, site: Site, cases: Sequence[_Case], setting: Setting, careful: bool, keys: dict[_Case, Key]
     ) -> None:
-        """Measure the cases and every runtime's dense layer in turn, and keep the times on the scale of the first dense ones."""
+        """Measure the cases and every runtime's dense layer in turn.
+
+        Keep the times on the scale of the first dense ones.
+        """
         calls: dict[_Case, Call] = {}
         for case in dict.fromkeys((*self._rulers(), *cases)):
             call = case.runtime.prepare(

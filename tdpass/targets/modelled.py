@@ -43,7 +43,7 @@ class ModelledTarget(Target):
         return [self._cost(site, form, setting.batch) for form in forms]
 
     def filling(self, site: Site, format_name: str, ranks: Sequence[Rank]) -> list[Rank]:
-        """Each rank raised, one place after the other, as far as that costs nothing here and the layer stays smaller than dense.
+        """Each rank raised, place after place, as far as that is free here and the layer smaller than dense.
 
         These are the edges of the machine's staircase.
         """

@@ -32,7 +32,10 @@ _PARTS = 10_000  # sparsities are kept as whole numbers of this
 
 
 class SparseTarget(MeasuredTarget):
-    """A device with `sparse_linear` and `sparse_conv2d`, which take part in no plan: they are asked when weights are pruned."""
+    """A device with `sparse_linear` and `sparse_conv2d`, which take part in no plan.
+
+    They are asked when weights are pruned.
+    """
 
     def break_even_sparsity(
         self, site: Site, group: str = "weight", setting: Setting = ONE_CALL
@@ -45,7 +48,7 @@ class SparseTarget(MeasuredTarget):
     def sparse_over_dense(
         self, site: Site, group: str, sparsities: Sequence[float], setting: Setting
     ) -> list[float]:
-        """Time of the layer with that share of zero weights over that of the dense layer in the runtime that is fastest.
+        """Time of the layer with that share of zeros over that of the dense layer in its fastest runtime.
 
         Groups that leave a dense layer are timed as that smaller layer, with what gathers its input or puts
         its output in place, in any runtime; others in the sparse operators, infinite where these do not serve
@@ -121,7 +124,10 @@ def _kept_by(group: str, sparsity: float) -> Form:
 
 
 def pruned_weight(weight: Tensor, group: str, sparsity: float) -> Tensor:
-    """What magnitude pruning leaves of a weight of noise: groups at random places, those of a larger share among those of a smaller one."""
+    """What magnitude pruning leaves of a weight of noise.
+
+    Groups are at random places, those of a larger share among those of a smaller one.
+    """
     o, columns = weight.flatten(1).shape
     groups = {
         "weight": o * columns,

@@ -1,4 +1,7 @@
-"""Workloads: the matrix products that a layer is, in any format, recorded while its own `apply` runs without data."""
+"""Workloads: the matrix products that a layer is, in any format.
+
+They are recorded while its own `apply` runs without data.
+"""
 
 from __future__ import annotations
 
@@ -126,12 +129,18 @@ def products_of(site: Site, form: Form, batch: int = 1) -> tuple[Product, ...]:
 
 
 def as_matrices(weight: Tensor, groups: int) -> Tensor:
-    """The weight `[o, i / groups, *kernel]` of a layer or a convolution as it stands on the right of its products: `[groups, depth, columns]`."""
+    """The weight of a layer or a convolution as it stands on the right of its products.
+
+    It is `[o, i / groups, *kernel]` and becomes `[groups, depth, columns]`.
+    """
     return weight.reshape(groups, weight.shape[0] // groups, -1).mT
 
 
 def matrices_of(layer: Layer) -> list[tuple[Product, Tensor]]:
-    """The products of one call of a layer for one sample, each with the weights on its right, `[count, depth, columns]`."""
+    """The products of one call of a layer for one sample, with the weights on the right of each.
+
+    These are `[count, depth, columns]`.
+    """
     recorder = _Recorder()
     apply_layer(
         recorder,

@@ -14,10 +14,10 @@ _START = 10
 
 
 class Average:
-    """A <- d A + (1 - d) W after every step, with d = min(decay, n / (n + 10)) after n steps, so that the beginning is soon forgotten.
+    """A <- d A + (1 - d) W after every step, with d = min(decay, n / (n + 10)) after n steps.
 
-    Polyak and Juditsky 1992, with exponential weights.  Statistics of batch-norms are averaged as weights
-    are.
+    So the beginning is soon forgotten. Polyak and Juditsky 1992, with exponential weights.  Statistics of
+    batch-norms are averaged as weights are.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -31,7 +31,7 @@ _FACTS = register_document(
 
 
 def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
-    """Write `folder/step-N`: what every process holds of the tensors as safetensors, its `facts` (JSON values) beside them.
+    """Write `folder/step-N`: each process's tensors as safetensors, its `facts` (JSON values) beside them.
 
     All processes call it.  The folder appears under its name only when it is complete; the last two are kept.
     """

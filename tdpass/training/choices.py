@@ -82,7 +82,10 @@ class Choices(nn.Module):
 
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """The dense weight, and the factors of each format at its largest ranks, those that matter most in the metric first."""
+        """The dense weight, and the factors of each format at its largest ranks.
+
+        Those that matter most in the metric come first.
+        """
         found = [weight.clone()]
         for stack in self.stacks:
             factors = FORMATS.get(stack.format).factorize(
@@ -171,7 +174,7 @@ def _rank_axes(fmt: Format, site: Site, top: Rank, name: str) -> list[int | None
 
 
 def _reached(shape: Sequence[int], axes: Sequence[int | None], rank: Rank) -> Tensor:
-    """1 at the entries of a factor that are among the leading ones at that rank, on its axes of rank alone."""
+    """1 at the entries of a factor among the leading ones at that rank, on its axes of rank alone."""
     mask = torch.ones([size if axis in axes else 1 for axis, size in enumerate(shape)])
     for axis, r in zip(axes, rank, strict=True):
         assert axis is not None

@@ -16,10 +16,10 @@ from tdpass.training.terms import Term
 
 @dataclass(eq=False)
 class Distillation(Term):
-    """share * T^2 * KL(teacher || student) of class probabilities softened by T, in place of that share of the task's loss.
+    """share * T^2 * KL(teacher || student) of class probabilities softened by T.
 
-    Hinton, Vinyals, Dean 2015.  `teacher` is used in evaluation mode, without gradients; both must return
-    class scores `[n, classes]`, or such as `logits`.
+    It takes the place of that share of the task's loss. Hinton, Vinyals, Dean 2015.  `teacher` is used in
+    evaluation mode, without gradients; both must return class scores `[n, classes]`, or such as `logits`.
     """
 
     teacher: nn.Module

@@ -14,11 +14,11 @@ from tdpass.training.terms import State, Term
 
 
 class NoisyWeights(Term):
-    """The model computes with  W exp(sigma z),  z standard normal and drawn anew for every step, and the gradient there moves W.
+    """The model computes with  W exp(sigma z),  and the gradient there moves W.
 
-    So a network learns to do with conductances that vary (log-normal, as of memristors).  `inner` are the
-    other terms, which see W; W is what the weights are at the end, and in `state`.  The draws are the same on
-    every process and after an interruption.
+    z is standard normal and drawn anew for every step. So a network learns to do with conductances that vary
+    (log-normal, as of memristors).  `inner` are the other terms, which see W; W is what the weights are at
+    the end, and in `state`.  The draws are the same on every process and after an interruption.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], sigma: float, inner: Sequence[Term] = ()) -> None:

@@ -42,7 +42,7 @@ class Call(Protocol):
 
 @dataclass(frozen=True)
 class Prices:
-    """What each form of each layer costs, as shares of what all layers cost dense, and what all together shall cost."""
+    """What each form of each layer costs, as shares of all layers' dense cost, and what all shall cost."""
 
     costs: Mapping[str, Tensor]
     goal: float = 0.0
@@ -52,7 +52,10 @@ class Prices:
         return (self._expected(logits) - self.goal).abs()
 
     def meeting(self, distances: Mapping[str, Tensor]) -> float:
-        """The least price, the same for all, at which the expected cost of forms begun at `logits` meets the goal."""
+        """The least price, the same for all, at which the expected cost of forms meets the goal.
+
+        The forms are begun at `logits`.
+        """
         low, high = 0.0, _HIGHEST
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
@@ -61,9 +64,10 @@ class Prices:
         return high
 
     def logits(self, distances: Mapping[str, Tensor], price: float) -> dict[str, Tensor]:
-        """-10 (distance + price * cost) of forms at these relative squared distances from the original weights.
+        """-10 (distance + price * cost) of forms at these relative squared distances from the weights.
 
-        A search that began with all forms alike would train the weights under mixtures that answer nothing.
+        The weights are the original ones. A search that began with all forms alike would train the weights
+        under mixtures that answer nothing.
         """
         return {
             name: -_SHARPNESS * (found + price * self.costs[name].to(found))
@@ -174,8 +178,9 @@ class RankSearch(Learning):
 
 
 class Approach(Term):
-    """Adds the gradient of  strength * sum_l ||(W_lc - V_l) C_l^1/2||^2 / ||V_l C_l^1/2||^2,  c drawn from softmax(alpha_l).
+    """Adds the gradient of a pull of each mixture's weights to the original ones.
 
+    That is  strength * sum_l ||(W_lc - V_l) C_l^1/2||^2 / ||V_l C_l^1/2||^2,  c drawn from softmax(alpha_l).
     V is the weight that the layer began with and C the second moments of what it read then (or the identity),
     so that on average this is  sum_l sum_c p_lc ||T_lc(x) - V_l x||^2  of the layer's outputs: every
     candidate is drawn to answer as the original layer does, which keeps candidates that share factors from
@@ -216,7 +221,10 @@ class Approach(Term):
 
     @torch.no_grad()
     def residuals(self) -> Mapping[str, float]:
-        """How far each weight, mixed without noise, is from its most probable candidate, over the sum of their norms."""
+        """How far each weight, mixed without noise, is from its likeliest candidate, over the sum of norms.
+
+        That sum is of both norms.
+        """
         found = {}
         for name, layer in self.layers.items():
             choices, parts = self._choices(name), [whole(original.detach()) for original in layer.originals]

@@ -42,7 +42,10 @@ class Geometric:
 
 @dataclass(frozen=True)
 class Cosine:
-    """From `start` down to `floor * start` along half a cosine, after a linear `warm_up` (a share of the phase)."""
+    """From `start` down to `floor * start` along half a cosine, after a linear `warm_up`.
+
+    `warm_up` is a share of the phase.
+    """
 
     start: Amount
     floor: Amount = 0.0

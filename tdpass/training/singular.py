@@ -76,7 +76,7 @@ class Triplet:
             self.s.mul_(mask)
 
     def rank(self, energy: float) -> int:
-        """The least rank, of at least one, that leaves out no more than that share of the squares of all values."""
+        """The least rank, of at least one, that leaves out at most that share of the sum of squares."""
         squares = whole(self.s.detach()).double().square().sort(descending=True).values
         left_out = squares.flip(0).cumsum(0).flip(0)
         return max(1, int((left_out > energy * squares.sum()).sum()))

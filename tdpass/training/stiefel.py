@@ -35,7 +35,7 @@ class Polar(torch.autograd.Function):
 
 
 class Projection(nn.Module):
-    """The proxy Q[n, r] of a projection of n channels to r, and `shift[r]`, which is added to the projected channels."""
+    """The proxy Q[n, r] of a projection of n channels to r, and `shift[r]`, added to projected channels."""
 
     def __init__(self, start: Tensor) -> None:
         super().__init__()

@@ -15,10 +15,11 @@ from tdpass.training.terms import State, Term
 
 
 class Surgery(Term):
-    """The model computes with Z = V * mask, and the gradient at Z moves all of V (dynamic network surgery: Guo, Yao, Chen 2016).
+    """The model computes with Z = V * mask, and the gradient at Z moves all of V.
 
-    At the beginning of every round the mask becomes what the constraints of `rule` leave of V, so a weight
-    that was cut too soon grows until it is taken back.  The weights of the model are Z; V is in `state`.
+    Dynamic network surgery (Guo, Yao, Chen 2016). At the beginning of every round the mask becomes what the
+    constraints of `rule` leave of V, so a weight that was cut too soon grows until it is taken back.  The
+    weights of the model are Z; V is in `state`.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], rule: Rule) -> None:

@@ -91,7 +91,7 @@ class Heights:
 def axes(
     frame: Frame, heights: Heights, marks: Iterable[tuple[float, str]], below: str, beside: str
 ) -> list[Html]:
-    """Grid lines with their values, `marks` (place and text) along the horizontal axis, and what both axes show."""
+    """Grid lines with values, `marks` (place and text) along the horizontal axis, and what both axes show."""
     parts: list[Html] = []
     for value in heights.ticks:
         y = f"{heights.at(value):.1f}"

@@ -18,7 +18,7 @@ _COUNTED = ("macs", "params")  # what a point of the curve says
 
 
 def curve(points: Sequence[CurvePoint], divergence: str) -> Html:
-    """Expected divergence against the share of the original cost, the chosen point marked, and the numbers behind it."""
+    """Expected divergence over the share of the original cost, the chosen point marked, and the numbers."""
     ordered = sorted((point for point in points if math.isfinite(point.loss)), key=lambda point: point.budget)
     if len(ordered) < 2:
         return tag("p", "No curve: only one budget was looked at.", class_="muted")

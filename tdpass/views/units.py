@@ -143,7 +143,7 @@ def in_form(form: Form) -> str:
 
 
 def plain(text: object) -> str:
-    """Foreign text made safe to show: anything that could move a cursor or reorder a line becomes a visible mark.
+    """Foreign text made safe to show: what could move a cursor or reorder a line becomes a visible mark.
 
     Names and messages come from model files, which may hold escape sequences, bidirectional overrides or
     broken Unicode.

@@ -9,7 +9,10 @@ from tdpass.zoo.base import register_net
 
 
 class Shortcut(nn.Module):
-    """Parameter-free shortcut: every second pixel, as many new channels as there are, zero, half of them before and half after."""
+    """Parameter-free shortcut: every second pixel, and as many new channels as there are, all zero.
+
+    Half of them are before and half after.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """`[n, c, h, w]` to `[n, 2 c, h / 2, w / 2]`."""

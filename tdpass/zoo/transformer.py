@@ -1,4 +1,4 @@
-"""Transformer encoders (Vaswani et al. 2017), alone and reading images as patches (Dosovitskiy et al. 2021)."""
+"""Transformer encoders (Vaswani et al. 2017), alone and on images as patches (Dosovitskiy et al. 2021)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from tdpass.zoo.base import register_net
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and a feed-forward network of four times the width, each followed by a residual sum and a layer-norm."""
+    """Self-attention and a feed-forward network of four times the width.
+
+    Each is followed by a residual sum and a layer-norm.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -36,7 +39,10 @@ def encoder(width: int, heads: int, depth: int) -> nn.Sequential:
 
 
 class VisionTransformer(nn.Module):
-    """An encoder over the patches of a grey image of `size` x `size` pixels, with learned positions, and a classifier on their mean."""
+    """An encoder over the patches of a grey image, and a classifier on their mean.
+
+    The image has `size` x `size` pixels; positions are learned.
+    """
 
     def __init__(self, size: int, patch: int, width: int, heads: int, depth: int, classes: int = 10) -> None:
         super().__init__()

@@ -11,7 +11,10 @@ from tdpass.zoo.base import register_net
 
 
 class Vgg(nn.Module):
-    """Stages of 3x3 convolutions of so many channels, each stage but the last followed by a pooling that halves the image."""
+    """Stages of 3x3 convolutions of so many channels.
+
+    Each stage but the last is followed by a pooling that halves the image.
+    """
 
     def __init__(self, stages: Sequence[Sequence[int]], classes: int = 10) -> None:
         super().__init__()

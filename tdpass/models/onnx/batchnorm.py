@@ -101,7 +101,7 @@ class BatchStatistics:
 def estimate_anew(
     model: ir.Model, run: Callable[[Mapping[ir.Node, BatchStatistics]], None], changed: Callable[[], None]
 ) -> Callable[[], None] | None:
-    """Estimate the statistics of all batch-norms from a run with these in their place, and tell of every change.
+    """Estimate the statistics of all batch-norms from a run with these there, and tell of every change.
 
     Returns how to undo that, None without a batch-norm.
     """

@@ -58,7 +58,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Cell:
-    """A recurrent operator: how many states it has, and its gates in torch's order as places among those of ONNX.
+    """A recurrent operator: how many states it has, and its gates in torch's order as places among ONNX's.
 
     `parts` names the products of the hidden state, each with the gates that it makes.
     """

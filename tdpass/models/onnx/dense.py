@@ -108,9 +108,9 @@ class DenseGraph:
         return changed
 
     def estimate_anew(self, run: Run, changed: Callable[[], None]) -> Callable[[], None] | None:
-        """Estimate the statistics of all batch-norms from a run; `changed` is called after, and after an undo.
+        """Estimate the statistics of all batch-norms from a run.
 
-        Returns how to undo that, None without a batch-norm.
+        `changed` is called after it, and after an undo. Returns how to undo that, None without a batch-norm.
         """
 
         def edited() -> None:

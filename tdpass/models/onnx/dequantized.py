@@ -24,7 +24,7 @@ _CLIP_WITH_INPUTS = 11
 
 @dataclass(frozen=True)
 class _WithIntegers:
-    """An operator that reads integers with their scales and zero points, as the operator of numbers that it stands for.
+    """An operator on integers with their scales and zero points, as the one on numbers it stands for.
 
     `read` are the places of what it reads, each with its scale and zero point: `(x, scale, zero)`; `made` the
     places of scale and zero point of its output, `bias` that of integers at the scale of the two products.
@@ -51,7 +51,7 @@ _OPERATORS = {
 
 
 def dequantized(model: ir.Model) -> int:
-    """Let the model, changed in place, compute with floating-point numbers; returns how many tensors were integers.
+    """Let the model, changed in place, compute in floating point; returns how many tensors were integers.
 
     Constants become the numbers that they stand for.  What is rounded on its way is passed on as it is; where
     its range begins at zero, as behind an activation that was left out for that, it is cut there and at the

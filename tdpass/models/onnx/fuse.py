@@ -70,12 +70,12 @@ def decide(
     note: Callable[[str], None],
     decline: Callable[[str, str], None],
 ) -> Fusions:
-    """The parts that make the model faster on one thread when they are one operator each, by the name of what they compute.
+    """The parts that make the model faster as one operator each, by the name of what they compute.
 
-    `build` makes the model anew, which may then be changed; `inputs` are what to time it on, and may be
-    missing.  A part is timed alone with either kind of lanes, and then the model with those that gained:
-    ONNX Runtime keeps its own convolutions in a layout of its own, which it has to change before and after an
-    operator that is not its own.
+    The time is on one thread. `build` makes the model anew, which may then be changed; `inputs` are what to
+    time it on, and may be missing.  A part is timed alone with either kind of lanes, and then the model with
+    those that gained: ONNX Runtime keeps its own convolutions in a layout of its own, which it has to change
+    before and after an operator that is not its own.
     """
     try:
         onnx_ops_path()

@@ -15,11 +15,12 @@ _TO_FLOAT = f"Cast <to: int = {int(ir.DataType.FLOAT)}>"
 
 @dataclass(frozen=True)
 class Int8ChainOp:
-    """`y = activation(layers(x) + bias + residual)`, what every layer reads on a grid of bytes and its weight of int8.
+    """`y = activation(layers(x) + bias + residual)` on integers.
 
-    Inputs are x, of bytes; per layer the scale and zero point of what it reads, its weight and the scales of
-    that, one per output channel; the bias; then the residual where there is one.  With `coded` y is of bytes, on
-    the grid that the last two inputs are.
+    What every layer reads is on a grid of bytes and its weight of int8. Inputs are x, of bytes; per layer the
+    scale and zero point of what it reads, its weight and the scales of that, one per output channel; the
+    bias; then the residual where there is one.  With `coded` y is of bytes, on the grid that the last two
+    inputs are.
     """
 
     linear: bool

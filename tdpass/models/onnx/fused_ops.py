@@ -103,11 +103,11 @@ def layer(linear: bool, k: int) -> str:
 
 @dataclass(frozen=True)
 class FusedOp:
-    """`y = activation(layers(x) + bias + residual)` with that many convolutions, or products with matrices, in a row.
+    """`y = activation(layers(x) + bias + residual)` with that many convolutions or products in a row.
 
-    Inputs are x, a weight per layer (`[o, i / group, h, w]` as Conv has it, a matrix `[i, o]`), then bias and
-    residual where there are such.  With `half` the weights are bfloat16, and the kernel may round to that what
-    layers read.
+    Products are with matrices. Inputs are x, a weight per layer (`[o, i / group, h, w]` as Conv has it, a
+    matrix `[i, o]`), then bias and residual where there are such.  With `half` the weights are bfloat16, and
+    the kernel may round to that what layers read.
     """
 
     linear: bool

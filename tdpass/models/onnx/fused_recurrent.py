@@ -82,9 +82,9 @@ def _said(node: ir.Node) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A product with a constant `[i, o]`: what it multiplies, the constant, its numbers or codes, and what these are of.
+    """A product with a constant `[i, o]`: what it multiplies, the constant, and its numbers or codes.
 
-    With `rounded` it multiplies whole numbers that it makes of x in every call.
+    Last is what these are of. With `rounded` it multiplies whole numbers that it makes of x in every call.
     """
 
     x: ir.Value | None

@@ -1,4 +1,4 @@
-"""Recurrent nodes as matrix products over the whole sequence and a Scan over its steps, so that every product is a layer.
+"""Recurrent nodes as matrix products over the sequence and a Scan over steps, so each product is a layer.
 
 Names and the order of gates are those of torch, so that one plan serves the models of both.
 """

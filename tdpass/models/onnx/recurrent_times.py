@@ -73,9 +73,10 @@ class _Node:
 def recurrent_times(
     model: ir.Model, opened: Sequence[Opened], replaced: Mapping[str, object], inputs: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, float, float]]:
-    """Of every node in the main graph whose steps have factors: its name, its seconds as it was, and those that it takes.
+    """Of every node in the main graph whose steps have factors, its name and two times.
 
-    On one thread, on what the model gives it to read for these inputs.
+    They are its seconds as it was, and those that it takes. On one thread, on what the model gives it to read
+    for these inputs.
     """
     values = {str(value.name): value for value in model.graph.inputs}
     values |= {str(value.name): value for node in model.graph for value in node.outputs}

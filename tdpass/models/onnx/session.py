@@ -34,9 +34,10 @@ _THROUGH_A_FILE_ABOVE = 1 << 28
 
 
 def register_fused_ops(options: onnxruntime.SessionOptions, source: str | bytes | ir.Model) -> bool:
-    """Let a session run the fused operators of the model (or file, or its content) where it uses them and their library is there.
+    """Let a session run the model's fused operators where it uses them and their library is there.
 
-    Returns whether it does; without the library ONNX Runtime runs what the model says that they compute.
+    The model may be a file, or its content. Returns whether it does; without the library ONNX Runtime runs
+    what the model says that they compute.
     """
     if not has_fused_ops(source):
         return False

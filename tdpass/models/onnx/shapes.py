@@ -16,10 +16,10 @@ _STAND_IN = "tdpass:{}:{}"  # a name that no exporter gives
 
 
 def put_in_order(model: ir.Model) -> None:
-    """Sort nodes behind what they read, and let local functions use the operators of the model's versions, as runtimes do.
+    """Sort nodes behind what they read, and let local functions use the operators of the model's versions.
 
-    ONNX Runtime inlines a function without looking at the versions that it names.  Raises `ValueError` for a
-    cyclic graph.
+    Runtimes let them too. ONNX Runtime inlines a function without looking at the versions that it names.
+    Raises `ValueError` for a cyclic graph.
     """
     model.graph.sort()
     for function in model.functions.values():
@@ -64,11 +64,11 @@ def skeleton(model: ir.Model) -> onnx.ModelProto:
 
 
 def fill_shapes(proto: onnx.ModelProto) -> None:
-    """Make a model fit for the checker, which insists on a shape of every input and output, while runtimes do not.
+    """Make a model fit for the checker, which insists on a shape of every input and output.
 
-    An output gets the shape that follows from the graph.  What has none even so becomes something equivalent
-    that has one: an input the result of a Reshape by a shape that is an input too, of an output its Shape is
-    the output.
+    Runtimes do not insist on it. An output gets the shape that follows from the graph.  What has none even so
+    becomes something equivalent that has one: an input the result of a Reshape by a shape that is an input
+    too, of an output its Shape is the output.
     """
     names = {value.name for value in proto.graph.initializer}
     for value in [value for value in proto.graph.input if _lacks_shape(value) and value.name not in names]:

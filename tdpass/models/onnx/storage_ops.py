@@ -103,7 +103,7 @@ class StorageNodes(Recording):
         return whole
 
     def product_of_groups(self, x: ir.Value, weight: ir.Value, bias: ir.Value | None) -> ir.Value | None:
-        """The product with a matrix of four-bit integers that share scales by group, as ONNX Runtime multiplies it.
+        """The product with a matrix of four-bit integers with scales by group, as ONNX Runtime has it.
 
         None where the weight is no such.
         """

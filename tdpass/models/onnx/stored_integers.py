@@ -36,7 +36,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Integers:
-    """A weight of int8: the constant that holds the codes, the codes as the layer reads them, and the scale of each.
+    """A weight of int8: the constant of the codes, the codes as the layer reads them, and each one's scale.
 
     `scales` is of the size of `codes`.
     """

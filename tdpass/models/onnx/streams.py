@@ -30,7 +30,7 @@ def slice_graph(
     names: Mapping[int, str],
     constants: Mapping[int, ir.Value],
 ) -> None:
-    """Carry out the edits in place; `names` and `constants` say by id what the tensors of a recorded run stand for.
+    """Carry out the edits in place; `names` and `constants` give by id what a recorded run's tensors are.
 
     Raises `UnsupportedError`, before anything changes, for a tensor that is computed while the model runs, and a
     norm that is no node of its own.

@@ -68,7 +68,7 @@ def coded_factors(
 
 
 def with_coded_factors(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """The tensors, with the numbers that a factor stands for in place of its parts where those numbers have a block that is smaller.
+    """The tensors, with a factor's numbers in place of its parts where they have a smaller block.
 
     Only where the parts that are made of them anew stand for the same numbers.  Of a factor with a support
     the block may be larger by what it says of itself: survivors and levels of a file are counted from its

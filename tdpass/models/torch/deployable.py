@@ -169,9 +169,10 @@ def export_program(module: nn.Module, example: Batch, dynamic_batch: bool) -> Ex
 def export_onnx(
     module: nn.Module, example: Batch, dynamic_batch: bool, path: Path, *, optimize: bool = True
 ) -> None:
-    """Write a model in evaluation mode as ONNX in standard operators, batch-norms folded where it is optimized.
+    """Write a model in evaluation mode as ONNX in standard operators.
 
-    Raises `UnsupportedError` without onnxscript, `InvalidModelError` where torch cannot.
+    Batch-norms are folded where it is optimized. Raises `UnsupportedError` without onnxscript,
+    `InvalidModelError` where torch cannot.
     """
     try:
         with torch.no_grad(), _quiet():

@@ -62,10 +62,10 @@ def watched(module: nn.Module) -> str:
 def watching(
     modules: Iterable[nn.Module], see: Callable[[nn.Module, tuple[Any, ...]], None]
 ) -> Iterator[None]:
-    """Call `see` with all arguments whenever the forward of one of the modules is entered, however the module is held.
+    """Call `see` with all arguments whenever one of the modules is entered, however it is held.
 
-    A bound forward that was captured earlier goes past it, as it would go past a change of the module's
-    class.
+    It is the forward that is entered. A bound forward that was captured earlier goes past it, as it would go
+    past a change of the module's class.
     """
     before: list[tuple[dict[str, Any], Any]] = []
 

@@ -1,4 +1,4 @@
-"""Integer chains in an fx graph: what follows one moves into it, and what only such chains read stays in bytes.
+"""Integer chains in an fx graph: what follows one moves in, and what only they read stays in bytes.
 
 A graph as Dynamo or torch.export records it calls `integer_chain` once per layer of int8 factors that read
 integers.  Each takes in a sum and an activation behind it.  Then a result that other integer chains alone
@@ -69,9 +69,9 @@ def lay_channels_innermost(graph: Graph) -> None:
 
 
 def pack_integers(module: GraphModule) -> int:
-    """Call the kernels on what is packed of the chains whose codes, scales and ranges the module stores; returns how many.
+    """Call the kernels on what is packed of the chains that the module stores; returns how many.
 
-    Works in place; what the module stores is taken for constant.
+    It stores their codes, scales and ranges. Works in place; what the module stores is taken for constant.
     """
     chains = [node for node in module.graph.nodes if is_integer_chain(node) and _is_stored(node)]
     for number, chain in enumerate(chains):

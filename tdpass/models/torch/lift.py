@@ -31,10 +31,11 @@ _BATCH_NORM = {F.batch_norm, _aten.batch_norm.default}
 
 
 def lift(graph_module: GraphModule) -> GraphModule:
-    """Replace calls of functions of any layer kind, and of inference batch-norm, on stored weights by modules holding those weights.
+    """Replace calls of functions of any layer kind on stored weights by modules holding those weights.
 
-    A module takes the place of the (empty) one that held its weight, so `layer1.0.conv1.weight` becomes the
-    site `layer1.0.conv1`. Works in place; the outputs do not change.
+    Calls of inference batch-norm are replaced too. A module takes the place of the (empty) one that held its
+    weight, so `layer1.0.conv1.weight` becomes the site `layer1.0.conv1`. Works in place; the outputs do not
+    change.
     """
     changed = lift_recurrent(graph_module) | spell_out(graph_module)
     lifted: set[str] = set()

@@ -27,9 +27,10 @@ _ENDS = ("ih", "hh")
 
 
 def lift_recurrent(graph_module: GraphModule) -> bool:
-    """Let modules of torch.nn run what the graph runs by functions of stored weights, in place; returns whether any does.
+    """Let modules of torch.nn run what the graph runs by functions of stored weights, in place.
 
-    Each stands where its weights were, which nothing else may read. The outputs do not change.
+    Returns whether any does. Each stands where its weights were, which nothing else may read. The outputs do
+    not change.
     """
     changed = False
     for node in list(graph_module.graph.nodes):

@@ -61,9 +61,10 @@ def program_text(module: nn.Module, call: Batch) -> str:
 
 
 def program_of(text: str, state: Mapping[str, Tensor], path: Path) -> nn.Module:
-    """The module that `program_text` described, with the weights by name; nothing that the text says is run unchecked.
+    """The module that `program_text` described, with the weights by name.
 
-    Raises `InvalidModelError` where the text is damaged, would run code, or names weights that are not there.
+    Nothing that the text says is run unchecked. Raises `InvalidModelError` where the text is damaged, would
+    run code, or names weights that are not there.
     """
     try:
         unpacked = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), _LARGEST)

@@ -24,9 +24,10 @@ from tdpass.tape.calls import leaves
 
 @dataclass(frozen=True)
 class Run:
-    """A recorded run, and one of which it was counted how often forwards were entered, by id of the module, and sites' weights used.
+    """A recorded run, and a second one with counts of how often forwards were entered.
 
-    `more` holds the ids of modules that were given more than their input.
+    Forwards are counted by id of the module; how often sites' weights were used is counted too. `more` holds
+    the ids of modules that were given more than their input.
     """
 
     tape: Tape

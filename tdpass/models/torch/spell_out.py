@@ -17,9 +17,9 @@ _EINSUM = {torch.einsum, torch.ops.aten.einsum.default}
 
 
 def spell_out(graph_module: GraphModule) -> bool:
-    """Write every einsum of data and a parameter that nothing else reads as `F.linear`, in place; returns whether any was.
+    """Write every einsum of data and a parameter that nothing else reads as `F.linear`, in place.
 
-    The parameter takes the shape `[o, i]`.  The outputs do not change.
+    Returns whether any was. The parameter takes the shape `[o, i]`.  The outputs do not change.
     """
     changed = False
     for node in list(graph_module.graph.nodes):

@@ -11,10 +11,11 @@ _SMOOTHED = BINS // 256 + 1
 
 @register_calibration
 def kl(seen: Histogram) -> tuple[float, float]:
-    """The share of the range in which the distribution of the codes is nearest to that of the numbers (Migacz 2017).
+    """The share of the range in which the distribution of codes is nearest to that of numbers.
 
-    Zeros, of which an activation makes many, are exact in any range and left out; counts are smoothed over as
-    many bins as a code of the whole range covers, or the noise of few samples would ask for narrow ranges.
+    After Migacz 2017. Zeros, of which an activation makes many, are exact in any range and left out; counts
+    are smoothed over as many bins as a code of the whole range covers, or the noise of few samples would ask
+    for narrow ranges.
     """
     counts = seen.counts.copy()
     counts[(np.abs(seen.centers) < (seen.high - seen.low) / len(counts))] = 0

@@ -29,13 +29,14 @@ _ROUGH_STEPS = 16
 
 
 class _Narrowing(JointChange):
-    """A run of layers, each feeding the next alone through functions that treat channels apart, with fewer channels between them.
+    """A run of layers with fewer channels between them.
 
-    `W1' = A W1` makes mixtures `A z + c` of the channels z of a layer, and the next layer becomes the `W2',
-    d` that answers best to what comes of them: least squares on the calibration data, against what it
-    answered before.  Joints follow each other front to back, each fitted on what the layers before it really
-    make.  The result is dense and narrower; nothing is put between its layers. `keep` are the shares of
-    channels that planning tries, the same at every joint of a run.
+    Each feeds the next alone through functions that treat channels apart. `W1' = A W1` makes mixtures `A z +
+    c` of the channels z of a layer, and the next layer becomes the `W2', d` that answers best to what comes
+    of them: least squares on the calibration data, against what it answered before.  Joints follow each other
+    front to back, each fitted on what the layers before it really make.  The result is dense and narrower;
+    nothing is put between its layers. `keep` are the shares of channels that planning tries, the same at
+    every joint of a run.
     """
 
     offered = False
@@ -108,10 +109,11 @@ def _layer(site: Site, form: Form, kernel: Tensor, bias: Tensor | None, like: Te
 
 @register_joint_change
 class ProjectChannels(_Narrowing):
-    """Learned projection: mixtures refined on what the next layer answers, from the better of principal and selected channels.
+    """Learned projection: mixtures refined on what the next layer answers.
 
-    Cascaded Projection (Minnehan and Savakis, CVPR 2019) without labels.  What is selected survives a
-    nonlinearity as it is, and mixtures do not, which is why a selection is mostly the better start.
+    They begin from the better of principal and selected channels. Cascaded Projection (Minnehan and Savakis,
+    CVPR 2019) without labels.  What is selected survives a nonlinearity as it is, and mixtures do not, which
+    is why a selection is mostly the better start.
     """
 
     name = "project-channels"

@@ -1,8 +1,9 @@
-"""Streams: values that layers add to and norms read, whose coordinates a network does not mind (SliceGPT, Ashkboos et al., ICLR 2024).
+"""Streams: values that layers add to and norms read, whose coordinates a network does not mind.
 
-A normalization without scale and shift commutes with any rotation, so the channels of a residual stream may be
-rotated by whatever writes to it and rotated back by whatever reads it.  Rotated by its principal directions,
-the last channels hold next to nothing and can be left out everywhere: what remains is a narrower dense network.
+After SliceGPT (Ashkboos et al., ICLR 2024). A normalization without scale and shift commutes with any
+rotation, so the channels of a residual stream may be rotated by whatever writes to it and rotated back by
+whatever reads it.  Rotated by its principal directions, the last channels hold next to nothing and can be
+left out everywhere: what remains is a narrower dense network.
 """
 
 from __future__ import annotations

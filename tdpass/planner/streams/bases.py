@@ -16,7 +16,7 @@ from tdpass.tape import Tape
 
 @dataclass(frozen=True)
 class Basis:
-    """Orthonormal directions `[width, width]`, those along which a stream varies most first, and how much it does.
+    """Orthonormal directions `[width, width]` along which a stream varies, most first, and how much.
 
     Where norms subtract the mean, the last direction is that of the mean, all channels alike: zero where nothing
     but norms reads the stream, so that nothing is written along it.  `keeps_mean` says that layers read it,

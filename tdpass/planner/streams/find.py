@@ -57,9 +57,10 @@ class Stream:
 
 @dataclass
 class Streams:
-    """The streams of a run by number: which one a value is of, by its number, and what a weight reads and writes, by its id.
+    """The streams of a run by number, and which of them values are of, and weights read and write.
 
-    `biases` are those of layers, by the id of the weight.
+    Values are given by their number, weights by their id. `biases` are those of layers, by the id of the
+    weight.
     """
 
     streams: dict[int, Stream]
@@ -226,7 +227,7 @@ class _Finder:
         self._side(weight, "in", key_of(made))  # as a layer that is tied to it reads
 
     def _other(self, call: Call) -> None:
-        """A call that is known by what it does alone: turning its channels before or after it must be the same."""
+        """A call known by what it does alone: turning its channels before or after it must be the same."""
         read = operands(call)
         streams = [leaf for leaf in read if key_of(leaf) in self.group]
         constants = [leaf for leaf in read if isinstance(leaf, Tensor) and leaf.is_floating_point()]
@@ -253,7 +254,7 @@ class _Finder:
             self._join(numbers[0], number)
 
     def _leave(self, call: Call, reason: str) -> None:
-        """What a call reads keeps its coordinates, and what it makes has none that are known; earlier reasons go on."""
+        """What a call reads keeps its coordinates; what it makes has none known; earlier reasons go on."""
         read = [key_of(leaf) for leaf in operands(call)]
         reason = next((self.reasons[key] for key in read if key in self.reasons), reason)
         for key in read:

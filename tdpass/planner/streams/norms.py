@@ -21,9 +21,9 @@ _SUMS = frozenset({"add", "__add__", "__radd__"})
 
 @dataclass(frozen=True)
 class Norm:
-    """`weight (x - mean) / sqrt(variance + eps) + bias` over the last axis, without the mean where it is not `centred`.
+    """`weight (x - mean) / sqrt(variance + eps) + bias` over the last axis.
 
-    `calls` are the places of all calls that make it up.
+    The mean is left out where it is not `centred`. `calls` are the places of all calls that make it up.
     """
 
     reads: int

@@ -17,7 +17,7 @@ LEAST = 2  # channels of a stream: a norm that subtracts means needs one beside 
 
 
 def sliced(streams: Streams, bases: Mapping[int, Basis], keep: float) -> StreamEdits:
-    """The edits that leave that share of the channels of every stream that may turn; at 1 the model answers as before.
+    """The edits that leave that share of the channels of each stream that may turn; at 1 answers stay.
 
     With P the directions of a stream that are left, whoever writes to it becomes `P^T W`, and who reads it
     `W P`.  A norm that reads it works on what is left of the centred stream; its scale g and shift become part
@@ -103,12 +103,18 @@ class _Slicing:
         return norm if self.streams.reads.get(id(norm.weight)) in self.bases else None
 
     def _ratio(self, number: int) -> float:
-        """`|x|^2 / width` over `|c|^2 / reads` for coordinates c of x: what was left out counts by its mean share."""
+        """`|x|^2 / width` over `|c|^2 / reads` for coordinates c of x.
+
+        What was left out counts by its mean share.
+        """
         basis, count = self.bases[number], self.count(number)
         return basis.width * basis.share(count) / basis.read(count)
 
     def _normed(self, number: int) -> Tensor:
-        """What a norm makes of a stream, before scale and shift, from its coordinates when normalized, `[width, reads]`."""
+        """What a norm makes of a stream, before scale and shift, from its normalized coordinates.
+
+        The matrix is `[width, reads]`.
+        """
         cut = self._cut(number)[:, : self.bases[number].read(self.count(number))]
         return cut.mul(self._ratio(number) ** 0.5)
 

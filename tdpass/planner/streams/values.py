@@ -29,7 +29,10 @@ class Values:
         return found
 
     def steps(self, *, forget: bool = False) -> Iterator[Call]:
-        """Repeat the run; every call once its values are there, and for as long as they are read where they are to be forgotten."""
+        """Repeat the run; every call once its values are there.
+
+        Where values are to be forgotten they are kept for as long as they are read.
+        """
         last = self.tape.last_read
         for place, call in enumerate(self.tape.calls):
             with torch.no_grad():

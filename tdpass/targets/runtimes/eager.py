@@ -38,7 +38,10 @@ class Eager(Runtime):
 
 
 def channels_last_model(model: RunsAsModule, batch: Batch) -> tuple[nn.Module, Batch]:
-    """A copy of the module on the CPU, in evaluation mode, and the batch in its floating-point type, both channels innermost."""
+    """A copy of the module on the CPU, in evaluation mode, and the batch in its floating-point type.
+
+    Both have their channels innermost.
+    """
     module: nn.Module = model.inference_module().cpu().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     dtype = next(
         (parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), torch.float32

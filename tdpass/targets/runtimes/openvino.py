@@ -59,7 +59,7 @@ class OpenVino(Runtime):
 
 @register_runtime
 class OpenVinoByDefault(OpenVino):
-    """OpenVINO on the CPU in the precision that it chooses itself: bfloat16 where the processor multiplies that."""
+    """OpenVINO on the CPU in its own choice of precision: bfloat16 where the processor multiplies that."""
 
     name = "openvino_default"
     families = frozenset({"openvino_default"})
