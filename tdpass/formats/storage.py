@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from tdpass.errors import PlanError
 from tdpass.form import ALL, STATIC, Form
-from tdpass.numbers import SCALE, VALUES, Numbers, Part, numbers_named
+from tdpass.numbers import SCALE, VALUES, Earlier, Numbers, Part, numbers_named
 from tdpass.ops import StorageOps, V
 from tdpass.supports import SUPPORT, Support, support_named
 
@@ -102,6 +102,15 @@ class Storage:
     def part_of(self, name: str, part: str) -> str:
         """The name under which one part of a factor is stored."""
         return _name(name, part)
+
+    @property
+    def earlier(self) -> dict[str, Earlier]:
+        """The parts that earlier versions stored otherwise, by the name of each."""
+        return {
+            _name(name, part): found
+            for name, each in self.numbers.items()
+            for part, found in each.earlier(self.shapes[name]).items()
+        }
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
         """Sizes of all that is stored, by name."""

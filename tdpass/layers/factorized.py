@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +90,13 @@ class Factorized(nn.Module):
     def values(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The factors as floating-point numbers, by name."""
         return dict(self.storage.restore(_OPS, self.factors(), dtype))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name, earlier in self.storage.earlier.items():
+            held = state_dict.get(prefix + name)
+            if isinstance(held, Tensor) and Part(tuple(held.shape), held.dtype) == earlier.part:
+                state_dict[prefix + name] = earlier.renewed(held)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def layer(self) -> Layer:
         """The layer as data, with the current factors."""

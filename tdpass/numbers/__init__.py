@@ -8,6 +8,7 @@ import pkgutil
 from tdpass.numbers.base import NUMBERS as NUMBERS
 from tdpass.numbers.base import SCALE as SCALE
 from tdpass.numbers.base import VALUES as VALUES
+from tdpass.numbers.base import Earlier as Earlier
 from tdpass.numbers.base import Numbers as Numbers
 from tdpass.numbers.base import Part as Part
 from tdpass.numbers.base import numbers_named as numbers_named

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,6 +31,14 @@ class Part:
     def bytes(self) -> int:
         """Bytes in memory and in a file."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """A part as versions before this one stored it, and what makes the part of it that this one stores."""
+
+    part: Part
+    renewed: Callable[[Tensor], Tensor]
 
 
 class Numbers(ABC):
@@ -90,6 +98,10 @@ class Numbers(ABC):
     def unpacked_beside(self, ops: StorageOps[V], beside: Mapping[str, V], shape: Shape) -> Mapping[str, V]:
         """What stands beside the values of a factor of that shape, of what is stored."""
         return beside
+
+    def earlier(self, shape: Shape) -> dict[str, Earlier]:
+        """The parts of a factor of that shape that earlier versions stored otherwise than `parts` says, by name."""
+        return {}
 
     @abstractmethod
     def decode(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tdpass.bits import pack_bits
-from tdpass.numbers.base import Part, Shape, register_numbers
+from tdpass.numbers.base import Earlier, Part, Shape, register_numbers
 from tdpass.numbers.integer import Integer
 from tdpass.numbers.scaled import ZERO
 from tdpass.ops import StorageOps, V
@@ -39,6 +39,10 @@ class Int4(Integer):
         if not self.zero:
             return beside
         return {**beside, ZERO: self.unpacked(ops, beside[ZERO], self.rows(shape))}
+
+    def earlier(self, shape: Shape) -> dict[str, Earlier]:
+        whole = Part((self.rows(shape),), self.dtype)
+        return {ZERO: Earlier(whole, self.packed)} if self.zero else {}
 
     def packed(self, codes: Tensor) -> Tensor:
         return pack_bits(codes, self.bits)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import tdpass
 from tdpass.errors import InvalidModelError
+from tdpass.layers.factorized import Factorized
 
 X = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -76,6 +77,58 @@ def test_a_buffer_that_no_file_holds_is_named_before_anything_changes(tmp_path: 
     empty.aside = torch.ones(3)
     with torch.no_grad():
         assert torch.equal(tdpass.load(tmp_path / "small.safetensors", empty)(X), small.model(X))
+
+
+def zero_points_in_bytes(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The tensors with each zero point of four bits in a byte of its own, as it was stored once."""
+    made = dict(tensors)
+    for path, layer in model.named_modules():
+        for part, earlier in layer.storage.earlier.items() if isinstance(layer, Factorized) else ():
+            packed = made.get(f"{path}.{part}")
+            if packed is not None:  # it is shared with a layer that comes first, or held as numbers
+                pairs = torch.stack([packed & 15, packed >> 4], 1).flatten()[: earlier.part.shape[0]]
+                made[f"{path}.{part}"] = (pairs.to(torch.int8) ^ 8) - 8
+    assert made.keys() == tensors.keys()
+    return made
+
+
+@pytest.mark.parametrize("program", [False, True])
+@pytest.mark.parametrize("numbers", ["int4/zero", "int4/tensor/zero", "int4/16/zero"])
+def test_zero_points_of_four_bits_that_were_stored_in_bytes_are_read(
+    net: Net, numbers: str, program: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "small.safetensors"
+    pipeline = f"fold-batchnorm,quantize{{numbers={numbers}}}"
+    small = tdpass.compress(net, None, X, pipeline=pipeline, progress=False)
+    small.save(path, program=program)
+    with safe_open(path, framework="pt") as file:
+        metadata = {name: text for name, text in file.metadata().items() if name != "tdpass.digest"}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    earlier = zero_points_in_bytes(tensors, small.model)
+    assert {name for name in tensors if earlier[name].dtype != tensors[name].dtype} >= {"head.kernel_zero"}
+    save_file(earlier, path, metadata=metadata)
+    loaded = tdpass.load(path, Net().eval())
+    with torch.no_grad():
+        assert torch.equal(loaded(X), small.model(X))
+    assert {name: (part.shape, part.dtype) for name, part in loaded.state_dict().items()} == {
+        name: (part.shape, part.dtype) for name, part in small.model.state_dict().items()
+    }
+
+
+def test_a_state_with_zero_points_in_bytes_is_taken(net: Net) -> None:
+    model = tdpass.compress(net, None, X, pipeline="quantize{numbers=int4/zero}", progress=False).model
+    held = {name: part.clone() for name, part in model.state_dict().items()}
+    state = zero_points_in_bytes(held, model)
+    with torch.no_grad():
+        wanted = model(X)
+        for part in model.state_dict().values():
+            part.zero_()
+        model.load_state_dict(state)
+        assert torch.equal(model(X), wanted)
+    assert state["head.kernel_zero"].dtype == torch.int8  # what was given stays
+    wrong = {**state, "head.kernel_zero": state["head.kernel_zero"][:3]}
+    with pytest.raises(RuntimeError, match=r"size mismatch for head\.kernel_zero"):
+        model.load_state_dict(wrong)
 
 
 @pytest.mark.parametrize("more", [{}, {"layouts": [1]}])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tdpass.formats.storage import Storage
 from tdpass.layers.factorized import Factorized
+from tdpass.numbers import Earlier
 from tdpass.ops import TorchOps
 from tdpass.packing import pack
 
@@ -65,6 +66,19 @@ def coded_factors(
         for name, coded in named.items()
         if held.get(name) == coded.whole and coded.parts.get(name) != coded.whole
     }
+
+
+def earlier_parts(
+    layers: Iterable[tuple[Sequence[str], Storage]], held: Mapping[str, Held]
+) -> dict[str, Earlier]:
+    """Parts of these layers, given with their paths, that `held` has as earlier versions stored them."""
+    each = [
+        (under(path, part), found)
+        for paths, storage in layers
+        for path in paths
+        for part, found in storage.earlier.items()
+    ]
+    return {name: found for name, found in each if held.get(name) == (found.part.shape, found.part.dtype)}
 
 
 def with_coded_factors(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import nn
 from tdpass.errors import InvalidModelError, PlanError, UsageError
 from tdpass.machine import installed_version
 from tdpass.models.torch.adapting import adapt
-from tdpass.models.torch.coded import Held, coded_factors, under, with_coded_factors
+from tdpass.models.torch.coded import Held, coded_factors, earlier_parts, under, with_coded_factors
 from tdpass.models.torch.in_place import Backup
 from tdpass.models.torch.plain import computed, make_plain
 from tdpass.models.torch.program_text import PROGRAM_KEY, program_of
@@ -132,8 +132,10 @@ def _loaded(path: Path, module: nn.Module, structure: Structure) -> nn.Module:
         aliases = {
             alias: name for alias, name in structure.aliases.items() if name not in older.values()
         } | older
-        coded = coded_factors([(replacement.paths, new.storage) for replacement, _, new in swaps], held)
+        layers = [(replacement.paths, new.storage) for replacement, _, new in swaps]
+        coded, earlier = coded_factors(layers, held), earlier_parts(layers, held)
         held.update({name: part for each in coded.values() for name, part in each.parts.items()})
+        held.update({name: expected[name] for name in earlier.keys() & expected.keys()})
         held.update({alias: held[name] for alias, name in aliases.items() if name in held})
         held = {name: value for name, value in held.items() if name not in older.values()}
         if held != expected:
@@ -158,6 +160,7 @@ def _loaded(path: Path, module: nn.Module, structure: Structure) -> nn.Module:
             key = stored if tensor.is_meta else id(tensor)
             if key not in filled:
                 value = unpacked[stored] if stored in unpacked else file.get_tensor(stored)
+                value = earlier[stored].renewed(value) if stored in earlier else value
                 fresh = value if tensor.is_meta else tensor.detach().copy_(value)
                 read = (
                     nn.Parameter(fresh, requires_grad=tensor.requires_grad)
