@@ -1,8 +1,9 @@
-// WeightOnlyLinear<4|8>[LowRank][Bias][Add][Relu|Silu|Gelu]: a linear layer whose matrix has few bits, on x of any rank.
+// WeightOnlyLinear<4|8>[Zeros][LowRank][Bias][Add][Relu|Silu|Gelu]: a linear layer whose matrix has few bits, on x of any rank.
 //
-// Inputs: x; codes and their scales; where the name says LowRank, the factors v `[r, i]` and u `[o, r]` of float16 of a product that is
-// added; a bias `[o]` and a residual where it says so.  Codes of 4 bits as MatMulNBits has them, `[o, groups, i / groups / 2]`; of 8 bits,
-// int8, `[o groups, i / groups]`; scales `[o groups]`.  Attributes K, inputs, and N, outputs.  All but x and the residual are constants.
+// Inputs: x; codes and their scales; where the name says so, what codes are counted from; with LowRank the factors v `[r, i]` and
+// u `[o, r]` of float16 of a product that is added; a bias `[o]` and a residual where it says so.  Codes and zero points of 4 bits as
+// MatMulNBits has them, `[o, groups, i / groups / 2]` and `[o, ceil(groups / 2)]`; of 8 bits, int8, `[o groups, i / groups]` and
+// `[o groups]`; scales `[o groups]`.  Attributes K, inputs, and N, outputs.  All but x and the residual are constants.
 #include "../cpu/checks.h"
 #include "operator.h"
 #include "packed.h"
@@ -14,7 +15,7 @@ constexpr int64_t PANEL = 16, NIBBLES = 8;
 
 struct LayerOperator : Operator {
   int bits;
-  bool low_rank, bias, residual;
+  bool zeros, low_rank, bias, residual;
   int activation;
 };
 
@@ -23,14 +24,16 @@ class WeightOnly : public Node {
   WeightOnly(const LayerOperator& op, const ort::Api* api, const ort::KernelInfo* info) : Node(op, api), layer_(op) {
     inputs_ = integer(api, info, "K", 0), outputs_ = integer(api, info, "N", 0);
     if (!tdpass::within(inputs_, 1, tdpass::MOST_CHANNELS) || !tdpass::within(outputs_, 1, tdpass::MOST_CHANNELS)) refuse(op, "that many inputs or outputs are not served");
-    quantized(required(info, 1), required(info, 2));
+    const Tensor zero_points = op.zeros ? required(info, 3) : Tensor();
+    quantized(required(info, 1), required(info, 2), op.zeros ? &zero_points : nullptr);
+    const size_t next = op.zeros ? 4 : 3;
     if (op.low_rank) {
-      const Tensor v = required(info, 3), u = required(info, 4);
+      const Tensor v = required(info, next), u = required(info, next + 1);
       const int64_t rank = v.sizes.empty() ? 0 : v.sizes[0];
       thin(v, rank, inputs_), thin(u, outputs_, rank);
     }
     if (!op.bias) return;
-    const Tensor bias = required(info, op.low_rank ? 5 : 3);
+    const Tensor bias = required(info, op.low_rank ? next + 2 : next);
     if (bias.count() != outputs_) refuse(op, "the bias must have one number per output");
     bias_.assign(bias.as<float>(), bias.as<float>() + outputs_);
   }
@@ -56,20 +59,31 @@ class WeightOnly : public Node {
   }
 
  private:
-  void quantized(const Tensor& codes, const Tensor& scales) {
+  void quantized(const Tensor& codes, const Tensor& scales, const Tensor* zero_points) {
     const int64_t groups = scales.count() / outputs_, held = layer_.bits == 4 ? inputs_ / 2 : inputs_;
     const bool even = layer_.bits == 8 || inputs_ % NIBBLES == 0;
     if (groups < 1 || groups * outputs_ != scales.count() || codes.count() != outputs_ * held || !even) refuse(op_, "codes and scales are not of one matrix");
-    const int64_t panels = (outputs_ + PANEL - 1) / PANEL;
-    Panels spread = zeros(size_t(panels * groups * PANEL) * sizeof(float));
-    for (int64_t o = 0; o < outputs_; o++)
-      for (int64_t g = 0; g < groups; g++) spread_of(spread, o, g, groups) = scales.as<float>()[o * groups + g];
+    Panels spread = spread_out(groups, [&](int64_t o, int64_t g) { return scales.as<float>()[o * groups + g]; }), from;
+    if (zero_points) {
+      const int64_t beside = layer_.bits == 4 ? (groups + 1) / 2 : groups;  // bytes of an output
+      if (zero_points->count() != outputs_ * beside) refuse(op_, "the zero points are not those of the scales");
+      from = spread_out(groups, [&](int64_t o, int64_t g) {
+        if (layer_.bits == 8) return float(zero_points->as<int8_t>()[o * beside + g]);
+        return float(zero_points->as<uint8_t>()[o * beside + g / 2] >> 4 * (g % 2) & 15) - 8;
+      });
+    }
     Panels packed = layer_.bits == 4 ? words(codes.as<uint8_t>()) : pack<int8_t>(product_of(inputs_, outputs_), TDPASS_CHANNEL_LANES, codes.as<int8_t>(), false, as_it_is);
-    keep({packed.get(), static_cast<float*>(spread.get()), layer_.bits == 4 ? TDPASS_NIBBLES : TDPASS_BYTES, int32_t(groups), int32_t(inputs_), int32_t(outputs_), nullptr});
-    owned_.push_back(std::move(packed)), owned_.push_back(std::move(spread));
+    keep({packed.get(), static_cast<float*>(spread.get()), layer_.bits == 4 ? TDPASS_NIBBLES : TDPASS_BYTES, int32_t(groups), int32_t(inputs_), int32_t(outputs_), static_cast<float*>(from.get())});
+    owned_.push_back(std::move(packed)), owned_.push_back(std::move(spread)), owned_.push_back(std::move(from));
   }
 
-  static float& spread_of(const Panels& to, int64_t o, int64_t g, int64_t groups) { return static_cast<float*>(to.get())[(o / PANEL * groups + g) * PANEL + o % PANEL]; }
+  // What `number` gives for each output and group, `[ceil(o / 16)][groups][16]`.
+  template <class Number> Panels spread_out(int64_t groups, const Number& number) const {
+    Panels made = zeros(size_t((outputs_ + PANEL - 1) / PANEL * groups * PANEL) * sizeof(float));
+    for (int64_t o = 0; o < outputs_; o++)
+      for (int64_t g = 0; g < groups; g++) static_cast<float*>(made.get())[(o / PANEL * groups + g) * PANEL + o % PANEL] = number(o, g);
+    return made;
+  }
 
   // Distances from -8, the first of two in the low half of a byte, as words of eight in two's complement.
   Panels words(const uint8_t* codes) const {
@@ -101,11 +115,12 @@ class WeightOnly : public Node {
   std::vector<float> bias_;
 };
 
-LayerOperator make(int bits, bool low_rank, bool bias, bool residual, int activation) {
+LayerOperator make(int bits, bool zeros, bool low_rank, bool bias, bool residual, int activation) {
   LayerOperator op{};
-  op.bits = bits, op.low_rank = low_rank, op.bias = bias, op.residual = residual, op.activation = activation;
-  op.title = "WeightOnlyLinear" + std::to_string(bits) + (low_rank ? "LowRank" : "") + (bias ? "Bias" : "") + (residual ? "Add" : "") + ACTIVATION_NAMES[activation];
+  op.bits = bits, op.zeros = zeros, op.low_rank = low_rank, op.bias = bias, op.residual = residual, op.activation = activation;
+  op.title = "WeightOnlyLinear" + std::to_string(bits) + (zeros ? "Zeros" : "") + (low_rank ? "LowRank" : "") + (bias ? "Bias" : "") + (residual ? "Add" : "") + ACTIVATION_NAMES[activation];
   op.reads = {ort::FLOAT, bits == 4 ? ort::UINT8 : ort::INT8, ort::FLOAT};
+  if (zeros) op.reads.push_back(op.reads[1]);
   if (low_rank) op.reads.insert(op.reads.end(), 2, ort::FLOAT16);
   op.reads.insert(op.reads.end(), bias + residual, ort::FLOAT);
   op.makes = {ort::FLOAT};
@@ -119,8 +134,8 @@ void add_weight_only(Operators& all) {
   static const std::deque<LayerOperator> ops = [] {
     std::deque<LayerOperator> made;
     for (int bits : {4, 8})
-      for (int with = 0; with < 8; with++)
-        for (int activation = 0; activation < ACTIVATIONS; activation++) made.push_back(make(bits, with & 1, with & 2, with & 4, activation));
+      for (int with = 0; with < 16; with++)
+        for (int activation = 0; activation < ACTIVATIONS; activation++) made.push_back(make(bits, with & 8, with & 1, with & 2, with & 4, activation));
     return made;
   }();
   list(all, ops);

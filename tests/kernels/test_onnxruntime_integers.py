@@ -145,17 +145,25 @@ def weight_only_case(
     residual: bool,
     activation: str,
     tokens: tuple[int, ...],
+    zeros: bool = False,
 ) -> tuple[onnx.ModelProto, Arrays, Tensor]:
     inputs, outputs, rank, size = 64, 37, 5, 64 // groups
     generator = torch.Generator().manual_seed(0)
     top = 2 ** (bits - 1)
     codes = torch.randint(-top, top, (outputs, inputs), generator=generator, dtype=torch.int8)
     scale = torch.rand(outputs, groups, generator=generator) / top
-    stored, held = [weight_only.pack_codes(codes, scale, bits)], codes.reshape(outputs * groups, size).numpy()
+    points = torch.randint(-top, top, (outputs, groups), generator=generator, dtype=torch.int8)
+    stored = [weight_only.pack_codes(codes, scale, bits, points if zeros else None)]
+    held = codes.reshape(outputs * groups, size).numpy()
     if bits == 4:
         pairs = (codes.numpy().astype(np.int16) + 8).reshape(outputs, groups, size // 2, 2)
         held = (pairs[..., 0] | pairs[..., 1] << 4).astype(np.uint8)
     constants = {"codes": held, "scale": scale.flatten().numpy()}
+    if zeros:
+        whole = torch.nn.functional.pad(points.int() + 8, (0, groups % 2)) if bits == 4 else points
+        constants["zeros"] = whole.flatten().numpy()
+        if bits == 4:
+            constants["zeros"] = (whole[:, ::2] | whole[:, 1::2] << 4).to(torch.uint8).flatten().numpy()
     widths, x, shift = [inputs, outputs], numbers(*tokens, inputs), numbers(outputs, 1)[:, 0]
     if low_rank:
         thin = {"v": numbers(rank, inputs).astype(np.float16), "u": numbers(outputs, rank).astype(np.float16)}
@@ -169,7 +177,7 @@ def weight_only_case(
         constants["bias"] = shift
     if residual:
         given["residual"] = numbers(*tokens, outputs)
-    op = WeightOnlyOp(bits, low_rank, bias, residual, activation)
+    op = WeightOnlyOp(bits, zeros, low_rank, bias, residual, activation)
     wanted = weight_only.reference(
         torch.from_numpy(x).double(),
         [each.codes for each in stored],
@@ -183,6 +191,7 @@ def weight_only_case(
     return one_node(op, sizes, constants, given), given, wanted.float()
 
 
+@pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize(("bits", "groups"), [(4, 1), (4, 2), (8, 1), (8, 4)])
 @pytest.mark.parametrize(
     ("low_rank", "bias", "residual", "activation"),
@@ -194,10 +203,19 @@ def weight_only_case(
     ],
 )
 def test_layers_of_few_bits(
-    library: str, bits: int, groups: int, low_rank: bool, bias: bool, residual: bool, activation: str
+    library: str,
+    bits: int,
+    groups: int,
+    low_rank: bool,
+    bias: bool,
+    residual: bool,
+    activation: str,
+    zeros: bool,
 ) -> None:
     for tokens in ((1,), (3, 7), (0,)):
-        model, inputs, wanted = weight_only_case(bits, groups, low_rank, bias, residual, activation, tokens)
+        model, inputs, wanted = weight_only_case(
+            bits, groups, low_rank, bias, residual, activation, tokens, zeros
+        )
         made = run(model, inputs, library)
         assert close(made, wanted.numpy())
         assert np.allclose(made, run(model, inputs), rtol=1e-3, atol=1e-3)
@@ -306,6 +324,11 @@ def test_what_does_not_fit_is_an_error_that_says_why(library: str) -> None:
     few, _, _ = weight_only_case(4, 2, False, True, False, "relu", (1,))
     few.graph.node[0].attribute[1].i = 36
     with pytest.raises(Exception, match="WeightOnlyLinear4BiasRelu: codes and scales are not of one matrix"):
+        opened(few, library)
+    few, _, _ = weight_only_case(8, 2, False, True, False, "relu", (1,), zeros=True)
+    held = {tensor.name: tensor for tensor in few.graph.initializer}
+    held["zeros"].CopyFrom(onnx.numpy_helper.from_array(np.zeros(3, np.int8), "zeros"))
+    with pytest.raises(Exception, match="WeightOnlyLinear8ZerosBiasRelu: the zero points are not those"):
         opened(few, library)
     cell, states, _ = cell_case(LowRankCellOp(4, False, "float"), 3, 2)
     cell.graph.input[2].type.tensor_type.shape.dim[1].dim_param = "H"

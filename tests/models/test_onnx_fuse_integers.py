@@ -102,13 +102,17 @@ def layers(rank: int, opset: int = 21) -> onnx.ModelProto:
 @pytest.mark.parametrize("rank", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("form", "bits"),
-    [("dense int8", 8), ("dense int8/32", 8), ("dense int8/tensor", 8), ("dense int4/32", 4)],
+    [
+        *(("dense int8" + rest, 8) for rest in ("", "/32", "/tensor", "/zero", "/16/zero", "/tensor/zero")),
+        *(("dense int4" + rest, 4) for rest in ("/32", "/16/zero")),
+    ],
 )
 def test_layers_of_few_bits(form: str, bits: int, rank: int, tmp_path: Path) -> None:
     model = put(OnnxModel.open(layers(rank)), dict.fromkeys(("first", "second"), form))
     x = ROWS if rank == 2 else ROWS[None].repeat(2, 1, 1)
     last = "BiasAdd" if bits == 8 else "Bias"  # no size is known of what MatMulNBits makes
-    ops = [f"WeightOnlyLinear{bits}BiasRelu", f"WeightOnlyLinear{bits}{last}"]
+    name = f"WeightOnlyLinear{bits}{'Zeros' * form.endswith('zero')}"
+    ops = [f"{name}BiasRelu", f"{name}{last}"]
     holds(model, Batch((x,)), ops, tmp_path / "it.onnx", 1e-5 if bits == 8 else 1e-3)
 
 
@@ -121,7 +125,7 @@ def test_a_product_of_thin_factors_beside_few_bits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("form", "why"),
-    [("dense int8/zero", "zero points"), ("dense levels16", "a table"), ("dense int4/16", "")],
+    [("dense int4", "no groups"), ("dense levels16", "a table"), ("dense int4/16", "")],
 )
 def test_which_layers_of_few_bits_are_served(form: str, why: str) -> None:
     model = put(OnnxModel.open(layers(2)), dict.fromkeys(("first", "second"), form))

@@ -76,12 +76,14 @@ class Int8ChainOp:
 class WeightOnlyOp:
     """`y = activation(Q x + U V x + bias + residual)` with a matrix Q of 4 or 8 bits on the last axis of x.
 
-    Inputs are x, the codes of Q and their scales, `[o groups]`; with `low_rank` V `[r, i]` and U `[o, r]` of
-    float16; then bias and residual where there are such.  Codes of 4 bits lie as MatMulNBits has them, those of
-    8 bits are int8, `[o groups, i / groups]`.
+    Inputs are x, the codes of Q and their scales, `[o groups]`; with `zeros` what codes are counted from; with
+    `low_rank` V `[r, i]` and U `[o, r]` of float16; then bias and residual where there are such.  Codes and zero
+    points of 4 bits lie as MatMulNBits has them, those of 8 bits are int8, `[o groups, i / groups]` and
+    `[o groups]`.
     """
 
     bits: int
+    zeros: bool
     low_rank: bool
     bias: bool
     residual: bool
@@ -89,13 +91,17 @@ class WeightOnlyOp:
 
     @property
     def name(self) -> str:
-        rest = f"{'LowRank' * self.low_rank}{'Bias' * self.bias}{'Add' * self.residual}"
+        rest = f"{'Zeros' * self.zeros}{'LowRank' * self.low_rank}{'Bias' * self.bias}{'Add' * self.residual}"
         return f"WeightOnlyLinear{self.bits}{rest}{title(self.activation)}"
 
     @property
     def inputs(self) -> list[str]:
         thin, added = ["v", "u"] * self.low_rank, ["bias"] * self.bias + ["residual"] * self.residual
-        return ["x", "codes", "scale", *thin, *added]
+        return ["x", *self._matrix, *thin, *added]
+
+    @property
+    def _matrix(self) -> list[str]:
+        return ["codes", "scale", *["zeros"] * self.zeros]
 
     @property
     def outputs(self) -> list[str]:
@@ -108,15 +114,16 @@ class WeightOnlyOp:
 
     def body(self, opset: int) -> str:
         del opset
+        stored = ", ".join(self._matrix)
         nibbles = "K: int = @K, N: int = @N, bits: int = 4, block_size: int = @block_size"
-        lines = [f"h = com.microsoft.MatMulNBits <{nibbles}> (x, codes, scale)"]
+        lines = [f"h = com.microsoft.MatMulNBits <{nibbles}> (x, {stored})"]
         if self.bits != 4:
             lines = [
                 "rest = Constant <value_ints: ints = [-1]> ()",
                 "wide = Constant <value_int: int = @K> ()",
                 "width = Reshape (wide, rest)",
                 "shape = Concat <axis: int = 0> (rest, width)",
-                "numbers = DequantizeLinear <axis: int = 0> (codes, scale)",
+                f"numbers = DequantizeLinear <axis: int = 0> ({stored})",
                 "rows = Reshape (numbers, shape)",
                 "columns = Transpose <perm: ints = [1, 0]> (rows)",
                 "h = MatMul (x, columns)",

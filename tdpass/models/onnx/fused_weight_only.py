@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 from tdpass.fusing.find import find_chains
@@ -17,7 +18,7 @@ from tdpass.models.onnx.chains import NodeChain, NodeLink, NodeReader, label, la
 from tdpass.models.onnx.fused_integer_ops import WeightOnlyOp
 from tdpass.models.onnx.fused_integers import read_grid
 from tdpass.models.onnx.fused_parts import Constants, Part
-from tdpass.models.onnx.stored_integers import Integers, integers_of
+from tdpass.models.onnx.stored_integers import Integers, shifted_integers_of
 from tdpass.models.onnx.tensors import constant, held, sizes
 from tdpass.models.onnx.weight_use import Slot
 
@@ -35,17 +36,23 @@ class _FewBits:
     group: int
     codes: ir.Value
     scale: ir.Value
+    zeros: ir.Value | None = None
     rows: Integers | None = None
     factors: tuple[ir.Value, ...] = ()
 
     def stored(self, constants: Constants) -> list[ir.Value]:
-        """Codes and scales as the operator takes them."""
+        """Codes, scales and, where there are such, zero points as the operator takes them."""
         rows, group = self.rows, self.group
         if rows is None:
-            return [self.codes, self.scale]
+            return [self.codes, self.scale, *([] if self.zeros is None else [self.zeros])]
+        beside = [(self.scale, "scales", rows.scales), (self.zeros, "zeros", rows.zeros)]
         return [
             constants(self.codes, "rows", lambda: rows.codes.reshape(-1, group)),
-            constants(self.scale, "scales", lambda: rows.scales.reshape(-1, group)[:, 0]),
+            *(
+                constants(source, how, partial(_firsts, part, group))
+                for source, how, part in beside
+                if source is not None and part is not None
+            ),
         ]
 
 
@@ -79,34 +86,44 @@ class _FewBitsReader(NodeReader):
         stored = (constant(codes), constant(scale))
         if node.domain != "com.microsoft" or kind.get_int("bits", _NIBBLE) != _NIBBLE or x is None:
             return None
-        if zeros is not None or order is not None or None in stored or inputs % group or group % _EIGHT:
+        if _no_points(zeros) or order is not None or None in stored or inputs % group or group % _EIGHT:
             return None
         if codes is None or scale is None or stored[1] is None or stored[1].dtype != ir.DataType.FLOAT:
             return None
         slot = None if bias is None else Slot(node, 5)
         link: NodeLink = Link((node,), Slot(node, 0), Slot(node, 1), slot, 0, Stage(inputs, outputs))
-        return _FewBits(_NIBBLE, group, codes, scale), link
+        return _FewBits(_NIBBLE, group, codes, scale, zeros), link
 
     def _bytes(self, node: ir.Node) -> tuple[_FewBits, NodeLink] | None:
-        weight = integers_of(node.inputs[1]) if len(node.inputs) > 1 else None
+        weight = shifted_integers_of(node.inputs[1]) if len(node.inputs) > 1 else None
         if weight is None or weight.codes.dim() != 2 or read_grid(node) is not None:
             return None
         link = layer_of(node, tuple(weight.codes.shape))
         if link is None or link.axes:
             return None
-        rows = (
-            weight if not link.transposed else replace(weight, codes=weight.codes.T, scales=weight.scales.T)
-        )
-        group = _group_of(rows.scales)
-        return (
-            None if group is None else (_FewBits(_EIGHT, group, rows.source, rows.scale_source, rows), link)
-        )
+        rows = weight.laid_out(lambda part: part.T) if link.transposed else weight
+        group = _group_of(rows.scales, *([] if rows.zeros is None else [rows.zeros]))
+        if group is None:
+            return None
+        return _FewBits(_EIGHT, group, rows.source, rows.scale_source, rows.zero_source, rows), link
 
 
-def _group_of(scales: Tensor) -> int | None:
-    """How many inputs share a scale, of scales `[o, i]`; None where the kernel has no such groups."""
-    inputs = scales.shape[1]
-    changes = (scales[:, 1:] != scales[:, :-1]).any(0).nonzero().flatten() + 1
+def _firsts(beside: Tensor, group: int) -> Tensor:
+    """The first number of each group."""
+    return beside.reshape(-1, group)[:, 0]
+
+
+def _no_points(zeros: ir.Value | None) -> bool:
+    """Whether what stands for zero points is other than a constant of four-bit numbers."""
+    held = constant(zeros)
+    return zeros is not None and (held is None or held.dtype != ir.DataType.UINT8)
+
+
+def _group_of(*beside: Tensor) -> int | None:
+    """How many inputs share all of these numbers `[o, i]`; None where the kernel has no such groups."""
+    inputs = beside[0].shape[1]
+    differ = torch.stack([(part[:, 1:] != part[:, :-1]).any(0) for part in beside]).any(0)
+    changes = differ.nonzero().flatten() + 1
     group = int(changes[0]) if len(changes) else inputs
     held = inputs % group == 0 and bool((changes % group == 0).all())
     return group if held and (group == inputs or group % _EIGHT == 0) else None
@@ -153,10 +170,11 @@ def weight_only_layers(model: ir.Model) -> Iterator[Part]:
         beside = f" beside {sizes(held(matrix.factors[0]))[0]}" if matrix.factors else ""
         rest = () if chain.residual is None else (chain.residual.value,)
         yield Part(
-            f"{chain.spec} int{matrix.bits}/{matrix.group}{beside}",
+            f"{chain.spec} int{matrix.bits}/{matrix.group}{'/zero' * (matrix.zeros is not None)}{beside}",
             label(chain),
             WeightOnlyOp(
                 matrix.bits,
+                matrix.zeros is not None,
                 bool(matrix.factors),
                 chain.bias is not None,
                 chain.residual is not None,

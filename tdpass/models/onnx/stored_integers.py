@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 import torch
@@ -38,13 +38,20 @@ class Grid:
 class Integers:
     """A weight of int8: the constant of the codes, the codes as the layer reads them, and each one's scale.
 
-    `scales` is of the size of `codes`.
+    `scales`, and `zeros`, what codes are counted from, where there are such, are of the size of `codes`.
     """
 
     source: ir.Value
     scale_source: ir.Value
     codes: Tensor
     scales: Tensor
+    zero_source: ir.Value | None = None
+    zeros: Tensor | None = None
+
+    def laid_out(self, how: Callable[[Tensor], Tensor]) -> Integers:
+        """The same numbers in another shape or order."""
+        zeros = None if self.zeros is None else how(self.zeros)
+        return replace(self, codes=how(self.codes), scales=how(self.scales), zeros=zeros)
 
     def scale_along(self, axis: int) -> Tensor | None:
         """The scale of every slice along an axis; None where it differs within one."""
@@ -53,10 +60,16 @@ class Integers:
 
 
 def integers_of(weight: ir.Value | None) -> Integers | None:
-    """The int8 constant that a weight is made of; None for all else.
+    """The int8 constant that a weight is made of; None for all else, and where it has zero points.
 
     The weight is made by DequantizeLinear and nodes that lay it out anew.
     """
+    found = shifted_integers_of(weight)
+    return None if found is None or found.zeros is not None else found
+
+
+def shifted_integers_of(weight: ir.Value | None) -> Integers | None:
+    """The same as `integers_of`, zero points included."""
     node = None if weight is None else weight.producer()
     if node is None or node.domain:
         return None
@@ -64,21 +77,17 @@ def integers_of(weight: ir.Value | None) -> Integers | None:
         return _dequantized(node)
     if node.op_type not in ("Transpose", "Reshape"):
         return None
-    inner = integers_of(node.inputs[0])
+    inner = shifted_integers_of(node.inputs[0])
     if inner is None:
         return None
     if node.op_type == "Transpose":
         order = node.attributes.get_ints("perm", tuple(reversed(range(inner.codes.dim()))))
-        return Integers(
-            inner.source, inner.scale_source, *(part.permute(*order) for part in (inner.codes, inner.scales))
-        )
+        return inner.laid_out(lambda part: part.permute(*order))
     wanted = constant(node.inputs[1])
     if wanted is None:
         return None
     shape: Sequence[int] = to_torch(wanted).tolist()
-    return Integers(
-        inner.source, inner.scale_source, *(part.reshape(*shape) for part in (inner.codes, inner.scales))
-    )
+    return inner.laid_out(lambda part: part.reshape(*shape))
 
 
 def _dequantized(node: ir.Node) -> Integers | None:
@@ -89,12 +98,15 @@ def _dequantized(node: ir.Node) -> Integers | None:
         return None
     if held.dtype != ir.DataType.INT8 or scales.dtype != ir.DataType.FLOAT or len(sizes(scales)) > 1:
         return None
-    if node.attributes.get_int("block_size", 0) or (
-        len(node.inputs) > 2 and (zero is None or bool(to_torch(zero).any()))
-    ):
+    if node.attributes.get_int("block_size", 0) or (len(node.inputs) > 2 and zero is None):
         return None
     codes, steps = to_torch(held), to_torch(scales)
     along = [1] * codes.dim()
     if steps.numel() > 1:
         along[node.attributes.get_int("axis", 1)] = -1
-    return Integers(source, scale, codes, torch.broadcast_to(steps.reshape(along), codes.shape))
+    found = Integers(source, scale, codes, torch.broadcast_to(steps.reshape(along), codes.shape))
+    points = torch.zeros(1) if zero is None else to_torch(zero)
+    if not bool(points.any()):
+        return found
+    spread = torch.broadcast_to(points.reshape(along), codes.shape)
+    return replace(found, zero_source=node.inputs[2], zeros=spread)
