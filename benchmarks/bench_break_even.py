@@ -1,8 +1,11 @@
-"""From which sparsity on a pruned layer is faster than dense: 12 layer shapes, single zeros and blocks of 16 x 1, one and two threads.
+r"""From which sparsity on a pruned layer is faster than dense.
 
-    python -m benchmarks.bench_break_even                        # results/break_even.csv and docs/break_even.svg
-    python -m benchmarks.bench_break_even --layers lenet --threads 1 --runtimes eager --output /tmp/a.csv --plot /tmp/a.svg
-    python -m benchmarks.bench_break_even --draw                 # the plot alone, from what the CSV holds
+There are 12 layer shapes, single zeros and blocks of 16 x 1, one and two threads.
+
+    python -m benchmarks.bench_break_even         # results/break_even.csv and docs/break_even.svg
+    python -m benchmarks.bench_break_even --layers lenet --threads 1 --runtimes eager \
+        --output /tmp/a.csv --plot /tmp/a.svg
+    python -m benchmarks.bench_break_even --draw  # the plot alone, from what the CSV holds
 
 Zeros lie where magnitude pruning leaves them in a weight of noise.  All sparsities of a layer are measured in
 turn with its dense form in the runtime that is fastest, batch 1; processor time at one thread, least wall
@@ -84,9 +87,16 @@ def measure(name: str, group: str, threads: int, runtimes: Sequence[str]) -> dic
     ]
     found = target.break_even_sparsity(site, group, setting)
     return {
-        "layer": name, "shape": "x".join(map(str, site.shape)), "group": group, "threads": threads, "batch": 1, "dense_runtime": dense.kernel,
-        "dense_us": dense.seconds * 1e6, **dict(zip(TIMES, times, strict=True)), "break_even": NEVER if found is None else found,
-    }  # fmt: skip
+        "layer": name,
+        "shape": "x".join(map(str, site.shape)),
+        "group": group,
+        "threads": threads,
+        "batch": 1,
+        "dense_runtime": dense.kernel,
+        "dense_us": dense.seconds * 1e6,
+        **dict(zip(TIMES, times, strict=True)),
+        "break_even": NEVER if found is None else found,
+    }
 
 
 WIDE, HIGH, ACROSS = 210, 150, 4
@@ -103,7 +113,7 @@ svg { --ground: #ffffff; --ink: #1f2328; --faint: #d0d7de; --weight: #0757b0; --
 
 
 def draw(rows: Sequence[Mapping[str, Value]]) -> Html:
-    """Speed-up over dense against sparsity, a panel per layer and a line per pattern and number of threads."""
+    """Speed-up over dense against sparsity, a panel per layer, a line per pattern and thread count."""
     layers = list(dict.fromkeys(str(row["layer"]) for row in rows))
     width = LEFT + ACROSS * (WIDE + GAP_X)
     height = TOP + math.ceil(len(layers) / ACROSS) * (HIGH + GAP_Y) + FOOT
@@ -126,9 +136,20 @@ def draw(rows: Sequence[Mapping[str, Value]]) -> Html:
         "Speed-up of pruned layers over dense against the share of zero weights, layer by layer",
         *_legend(sorted({int(str(row["threads"])) for row in rows})),
         *panels,
-        tag("text", "zero weights, % (spaced by the logarithm of what is left)", x=(LEFT + width) / 2, y=height - 12, text_anchor="middle"),
-        tag("text", "speed-up over the fastest dense runtime", transform=f"translate(16 {middle:g}) rotate(-90)", text_anchor="middle"),
-    )  # fmt: skip
+        tag(
+            "text",
+            "zero weights, % (spaced by the logarithm of what is left)",
+            x=(LEFT + width) / 2,
+            y=height - 12,
+            text_anchor="middle",
+        ),
+        tag(
+            "text",
+            "speed-up over the fastest dense runtime",
+            transform=f"translate(16 {middle:g}) rotate(-90)",
+            text_anchor="middle",
+        ),
+    )
 
 
 def _legend(threads: Sequence[int]) -> Iterator[Html]:
@@ -161,7 +182,10 @@ def _panel(rows: Sequence[Mapping[str, Value]], layer: str, place: int) -> Itera
             f"{_x(sparsity):.1f},{_y(speed):.1f}" for sparsity, speed in zip(STAIRCASE, speeds, strict=True)
         )
         end = str(row["break_even"])
-        words = f"{row['group']}, {row['threads']} threads: {'never pays' if end == NEVER else f'pays from {100 * float(end):.3g} % on'}"
+        words = (
+            f"{row['group']}, {row['threads']} threads: "
+            f"{'never pays' if end == NEVER else f'pays from {100 * float(end):.3g} % on'}"
+        )
         yield tag(
             "polyline",
             tag("title", words),

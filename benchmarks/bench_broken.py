@@ -1,4 +1,4 @@
-"""Broken, odd and hostile ONNX files: what `tdpass inspect` makes of each, how long it takes and how much memory.
+"""Broken, odd and hostile ONNX files: what `tdpass inspect` makes of each, in what time and memory.
 
     python -m benchmarks.bench_broken
 

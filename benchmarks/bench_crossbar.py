@@ -1,8 +1,14 @@
-"""What a training recipe for memristor arrays left: arrays, area, energy and power against the dense mapping, and accuracy on devices that vary.
+r"""What a training recipe for memristor arrays left, against the dense mapping.
 
-    TDPASS_DATA=... python -m benchmarks.bench_crossbar lenet5_crossbar --folder out/training/lenet5_crossbar-0
-    TDPASS_DATA=... python -m benchmarks.bench_crossbar resnet20_crossbar --images 100        # the trained weights that it starts from
-    TDPASS_DATA=... python -m benchmarks.bench_crossbar lenet5_crossbar --noise 0 0.1 --chips  # trains without and with noise, compares
+These are arrays, area, energy and power, and accuracy on devices that vary.
+
+    TDPASS_DATA=... python -m benchmarks.bench_crossbar lenet5_crossbar \
+        --folder out/training/lenet5_crossbar-0
+    TDPASS_DATA=... python -m benchmarks.bench_crossbar resnet20_crossbar --images 100
+    TDPASS_DATA=... python -m benchmarks.bench_crossbar lenet5_crossbar --noise 0 0.1 --chips
+
+The second maps the trained weights that the recipe starts from; the third trains without and with noise and
+compares.
 
 The folder is that of a run of `bench_training` or `tdpass train`, which is not repeated; without one the
 dense network is mapped at the array's own bits.  With `--noise` the recipe is trained once for each deviation
@@ -43,16 +49,42 @@ from tdpass.zoo import NETS
 VARIATIONS = (0, 5, 10, 20)
 CHIPS = ("pcm", "reram")
 COLUMNS = (
-    "recipe", "changes", "noise", "weights", "kept", "ratio", "bits", "score_dense", "score", "arrays_dense", "arrays", "arrays_cut",
-    "mm2_dense", "mm2", "area_cut", "microjoules_dense", "microjoules", "energy_cut", "watts_dense", "watts", "power_cut", "images", "draws",
-    "accuracy_exact", *(f"accuracy_{percent}" for percent in VARIATIONS), *(f"accuracy_{name}" for name in CHIPS),
-)  # fmt: skip
+    "recipe",
+    "changes",
+    "noise",
+    "weights",
+    "kept",
+    "ratio",
+    "bits",
+    "score_dense",
+    "score",
+    "arrays_dense",
+    "arrays",
+    "arrays_cut",
+    "mm2_dense",
+    "mm2",
+    "area_cut",
+    "microjoules_dense",
+    "microjoules",
+    "energy_cut",
+    "watts_dense",
+    "watts",
+    "power_cut",
+    "images",
+    "draws",
+    "accuracy_exact",
+    *(f"accuracy_{percent}" for percent in VARIATIONS),
+    *(f"accuracy_{name}" for name in CHIPS),
+)
 SHOWN = ("noise", "ratio", "score", "area_cut", "energy_cut", "power_cut", *COLUMNS[-7:])
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A network on arrays, with what noise it was trained and how it scored, and the dense one that it is held against at the bits of `own`."""
+    """A network on arrays, its training noise and score, and the dense one it is held against.
+
+    The dense one is at the bits of `own`.
+    """
 
     model: nn.Module
     dense: nn.Module
@@ -83,12 +115,23 @@ def costs(subject: Subject, example: Tensor) -> dict[str, Value]:
         return 1 - after.get(measure) / before.get(measure)
 
     return {
-        "weights": total, "kept": kept, "ratio": total / kept, "bits": subject.array.weight_bits,
-        "arrays_dense": arrays_dense, "arrays": arrays, "arrays_cut": 1 - arrays / arrays_dense,
-        "mm2_dense": before.get("area"), "mm2": after.get("area"), "area_cut": cut("area"),
-        "microjoules_dense": 1e6 * before.get("joules"), "microjoules": 1e6 * after.get("joules"), "energy_cut": cut("joules"),
-        "watts_dense": before.get("watts"), "watts": after.get("watts"), "power_cut": cut("watts"),
-    }  # fmt: skip
+        "weights": total,
+        "kept": kept,
+        "ratio": total / kept,
+        "bits": subject.array.weight_bits,
+        "arrays_dense": arrays_dense,
+        "arrays": arrays,
+        "arrays_cut": 1 - arrays / arrays_dense,
+        "mm2_dense": before.get("area"),
+        "mm2": after.get("area"),
+        "area_cut": cut("area"),
+        "microjoules_dense": 1e6 * before.get("joules"),
+        "microjoules": 1e6 * after.get("joules"),
+        "energy_cut": cut("joules"),
+        "watts_dense": before.get("watts"),
+        "watts": after.get("watts"),
+        "power_cut": cut("watts"),
+    }
 
 
 def subject_of(recipe: Recipe, folder: Path | None, data: Dataset) -> Subject:
@@ -106,7 +149,10 @@ def subject_of(recipe: Recipe, folder: Path | None, data: Dataset) -> Subject:
 
 
 def scorer(data: Dataset, count: int) -> Callable[[nn.Module], float]:
-    """The percentage that a network gets right of so many test images, evenly spaced, as they may lie class by class."""
+    """The percentage of so many test images that a network gets right.
+
+    The images are evenly spaced, as they may lie class by class.
+    """
     test = data.part("test")
     chosen = torch.linspace(0, len(test) - 1, count).long()
     images, classes = data.prepared(test.inputs[chosen]), test.targets[chosen]
@@ -162,10 +208,17 @@ def main() -> None:
             for name, device in devices.items()
         }
         table.add(
-            recipe=options.recipe, changes=" ".join(options.set), noise=subject.noise, **costs(subject, data.prepared(data.test.inputs[:1])),
-            score_dense=subject.checks.get("score_dense"), score=subject.checks.get("score_final"), images=options.images, draws=options.draws,
-            accuracy_exact=score(subject.model), **found,
-        )  # fmt: skip
+            recipe=options.recipe,
+            changes=" ".join(options.set),
+            noise=subject.noise,
+            **costs(subject, data.prepared(data.test.inputs[:1])),
+            score_dense=subject.checks.get("score_dense"),
+            score=subject.checks.get("score_final"),
+            images=options.images,
+            draws=options.draws,
+            accuracy_exact=score(subject.model),
+            **found,
+        )
     print(show(table.rows, SHOWN))
 
 

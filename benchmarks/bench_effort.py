@@ -1,4 +1,6 @@
-"""Time to plan by effort, and the accuracy lost by it: ten networks, most of them untrained, ResNet-20 on CIFAR-10 among them.
+"""Time to plan by effort, and the accuracy lost by it.
+
+Of the ten networks most are untrained; ResNet-20 on CIFAR-10 is among them.
 
     TDPASS_DATA=... python -m benchmarks.bench_effort                       # all networks and efforts
     python -m benchmarks.bench_effort --networks bytes bert --efforts fast  # a few
@@ -28,7 +30,7 @@ Case = Callable[[], tuple[nn.Module, Tensor]]
 
 
 class Reader(nn.Module):
-    """A text reader: embedding, a body over `[n, width, length]`, the largest value of every channel, a classifier."""
+    """A text reader: embedding, a body over `[n, width, length]`, each channel's largest, a classifier."""
 
     def __init__(self, width: int, layers: int, recurrent: bool) -> None:
         super().__init__()

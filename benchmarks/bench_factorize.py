@@ -132,10 +132,16 @@ def compared(
     reference_seconds, known = theirs.measure(weights, rounds)
     speedup = reference_seconds / seconds
     return {
-        "case": case, "seconds": seconds, "reference": reference, "reference_seconds": reference_seconds, "speedup": speedup,
-        "relative_error": reached, "reference_error": known, "goal": f"{faster}x at {worse}x the error",
+        "case": case,
+        "seconds": seconds,
+        "reference": reference,
+        "reference_seconds": reference_seconds,
+        "speedup": speedup,
+        "relative_error": reached,
+        "reference_error": known,
+        "goal": f"{faster}x at {worse}x the error",
         "met": str(speedup >= faster and reached <= worse * known).lower(),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

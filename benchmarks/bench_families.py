@@ -1,11 +1,13 @@
-"""Families of timm and transformers: compressed to 0.6 of the parameters, trained a step, saved, loaded, exported.
+"""Families of timm and transformers, compressed to 0.6 of the parameters.
+
+Each is trained a step, saved, loaded and exported.
 
 They are made from configurations, so that nothing is fetched; the ONNX export is run and compared.
 
     python -m benchmarks.bench_families [NAME ...]
 
-Rows go to results/families.csv: `ok`, or the first line of what was said where a step failed; families that have
-a row are left out.  `onnx` says `as dense` where the dense network does not export either.
+Rows go to results/families.csv: `ok`, or the first line of what was said where a step failed; families that
+have a row are left out.  `onnx` says `as dense` where the dense network does not export either.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""Accuracy against measured time: every method of tdpass that needs no training, and the peers, on one network.
+r"""Accuracy against measured time: every method of tdpass without training, and the peers, on one network.
 
-    TDPASS_DATA=... python -m benchmarks.bench_frontier                          # rows in results/frontier.csv, and the figure
-    TDPASS_DATA=... python -m benchmarks.bench_frontier --images 200 --methods dense balf --budgets 0.5 --out /tmp/a.csv
-    TDPASS_DATA=... python -m benchmarks.bench_frontier --resume                 # goes on where it was stopped, at the same commit
-    python -m benchmarks.bench_frontier --draw                                   # docs/frontier.svg anew from the rows there are
+    TDPASS_DATA=... python -m benchmarks.bench_frontier           # results/frontier.csv, and the figure
+    TDPASS_DATA=... python -m benchmarks.bench_frontier --images 200 --methods dense balf --budgets 0.5 \
+        --out /tmp/a.csv
+    TDPASS_DATA=... python -m benchmarks.bench_frontier --resume  # goes on from there, at the same commit
+    python -m benchmarks.bench_frontier --draw                    # docs/frontier.svg anew from these rows
 
-Milliseconds are the median of eager torch on one batch of 64 images, channels last, batch-norms folded, with the
-dense network timed in turn.  Accuracy is on the first `--images` test images, evenly spaced, after batch-norm
-statistics were estimated anew for the peers, which need it.
+Milliseconds are the median of eager torch on one batch of 64 images, channels last, batch-norms folded,
+with the dense network timed in turn.  Accuracy is on the first `--images` test images, evenly spaced, after
+batch-norm statistics were estimated anew for the peers, which need it.
 """
 
 from __future__ import annotations
@@ -99,9 +100,15 @@ def measured(name: str, method: str, budget: float, model: nn.Module, images: in
     own, whole = (statistics.median(seconds) for seconds in times)
     full = cifar.macs(cifar.load_resnet(name))
     return {
-        "model": name, "method": method, "budget": budget, "images": images, "accuracy": 100 * right / images,
-        "macs_fraction": cifar.macs(model) / full, "milliseconds": 1e3 * own, "dense_milliseconds": 1e3 * whole,
-    }  # fmt: skip
+        "model": name,
+        "method": method,
+        "budget": budget,
+        "images": images,
+        "accuracy": 100 * right / images,
+        "macs_fraction": cifar.macs(model) / full,
+        "milliseconds": 1e3 * own,
+        "dense_milliseconds": 1e3 * whole,
+    }
 
 
 def _folded(model: nn.Module, x: torch.Tensor) -> nn.Module:

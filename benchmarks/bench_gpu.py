@@ -5,12 +5,12 @@
 
 Every case is timed five ways: the kernel (`fused`), the dense layer by cuBLAS or cuDNN (`dense`), the same
 compiled with `max-autotune` (`dense-compiled`), the chain of its factors (`chain`) and that compiled
-(`chain-compiled`).  All run in a CUDA graph, so that the time to launch them from Python is nobody's; rounds
-go over the five in turn, between rounds the second-level cache is overwritten, and the median counts.  Beside
-it stand two floors of the factored layer: its bytes (input, output, factors, each once) over the bandwidth,
-and its FLOPs over the arithmetic rate, both of which are measured here, by a large copy and a large product.
-Layers in int8, int4 and float8 (`benchmarks/gpu_low_precision.py`) stand beside the same dense layer and chain in
-the type of x; their error is that of rounding weights too.
+(`chain-compiled`).  All run in a CUDA graph, so that the time to launch them from Python is nobody's;
+rounds go over the five in turn, between rounds the second-level cache is overwritten, and the median
+counts.  Beside it stand two floors of the factored layer: its bytes (input, output, factors, each once)
+over the bandwidth, and its FLOPs over the arithmetic rate, both of which are measured here, by a large copy
+and a large product. Layers in int8, int4 and float8 (`benchmarks/gpu_low_precision.py`) stand beside the
+same dense layer and chain in the type of x; their error is that of rounding weights too.
 """
 
 from __future__ import annotations
@@ -29,8 +29,21 @@ from benchmarks.results import Table, show, skip
 from tdpass.kernels import gpu
 
 COLUMNS = (
-    "case", "shape", "dtype", "way", "microseconds", "low", "high", "error", "bytes_floor", "flops_floor", "over_dense", "over_chain", "device", "triton"
-)  # fmt: skip
+    "case",
+    "shape",
+    "dtype",
+    "way",
+    "microseconds",
+    "low",
+    "high",
+    "error",
+    "bytes_floor",
+    "flops_floor",
+    "over_dense",
+    "over_chain",
+    "device",
+    "triton",
+)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ROUNDS, FLUSH = 41, 256 << 20
 Run = Callable[[], Tensor]
@@ -53,9 +66,17 @@ def svd(dtype: torch.dtype) -> Iterator[Case]:
             random(o, r, fan=r, dtype=dtype),
         )
         yield Case(
-            "svd", f"{tokens}x{i}x{o} r{r}", lambda x, w: F.gelu(F.linear(x, w)), lambda x, v, u: F.gelu(F.linear(F.linear(x, v), u)),
-            lambda x, v, u: svd_linear(x, v, u, activation="gelu"), x, [v, u], u @ v, tokens * o, 2 * tokens * r * (i + o),
-        )  # fmt: skip
+            "svd",
+            f"{tokens}x{i}x{o} r{r}",
+            lambda x, w: F.gelu(F.linear(x, w)),
+            lambda x, v, u: F.gelu(F.linear(F.linear(x, v), u)),
+            lambda x, v, u: svd_linear(x, v, u, activation="gelu"),
+            x,
+            [v, u],
+            u @ v,
+            tokens * o,
+            2 * tokens * r * (i + o),
+        )
 
 
 def tucker2(dtype: torch.dtype) -> Iterator[Case]:
@@ -80,11 +101,21 @@ def tucker2(dtype: torch.dtype) -> Iterator[Case]:
         )
         positions = n * size * size
         yield Case(
-            "tucker2", f"{n}x{c}@{size} r{r}", lambda x, w: F.relu(F.conv2d(x, w, padding=1)),
-            lambda x, first, core, last: F.relu(F.conv2d(F.conv2d(F.conv2d(x, first), core, padding=1), last)),
-            lambda x, first, core, last: tucker2_conv2d(x, first, core, last, activation="relu", padding=((1, 1), (1, 1))),
-            x, [first, core, last], weight, positions * c, 2 * positions * r * (2 * c + 9 * r),
-        )  # fmt: skip
+            "tucker2",
+            f"{n}x{c}@{size} r{r}",
+            lambda x, w: F.relu(F.conv2d(x, w, padding=1)),
+            lambda x, first, core, last: F.relu(
+                F.conv2d(F.conv2d(F.conv2d(x, first), core, padding=1), last)
+            ),
+            lambda x, first, core, last: tucker2_conv2d(
+                x, first, core, last, activation="relu", padding=((1, 1), (1, 1))
+            ),
+            x,
+            [first, core, last],
+            weight,
+            positions * c,
+            2 * positions * r * (2 * c + 9 * r),
+        )
 
 
 def train(dtype: torch.dtype) -> Iterator[Case]:
@@ -186,7 +217,7 @@ def in_graph(run: Run) -> Callable[[], None]:
 
 
 def measure(runs: dict[str, Callable[[], None]]) -> dict[str, tuple[float, float, float]]:
-    """Median, 10th and 90th percentile in seconds, the runs taken in turn, each with a cold second-level cache."""
+    """Median, 10th and 90th percentile in seconds, runs in turn, each with a cold second-level cache."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     trash = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
     for _ in range(ROUNDS):
@@ -245,10 +276,21 @@ def run_case(case: Case, dtype: torch.dtype, floors: tuple[float, float], table:
     bandwidth, rate = floors
     for name, (median, low, high) in found.items():
         table.add(
-            case=case.name, shape=case.shape, dtype=str(dtype).removeprefix("torch."), way=name, microseconds=1e6 * median, low=1e6 * low, high=1e6 * high,
-            error=errors[name], bytes_floor=1e6 * case.bytes / bandwidth, flops_floor=1e6 * case.flops / rate,
-            over_dense=dense / median, over_chain=chain / median, device=torch.cuda.get_device_name(), triton=triton.__version__,
-        )  # fmt: skip
+            case=case.name,
+            shape=case.shape,
+            dtype=str(dtype).removeprefix("torch."),
+            way=name,
+            microseconds=1e6 * median,
+            low=1e6 * low,
+            high=1e6 * high,
+            error=errors[name],
+            bytes_floor=1e6 * case.bytes / bandwidth,
+            flops_floor=1e6 * case.flops / rate,
+            over_dense=dense / median,
+            over_chain=chain / median,
+            device=torch.cuda.get_device_name(),
+            triton=triton.__version__,
+        )
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""Tasks learned one after another by a few columns each: accuracy, forgetting, and what a task adds to memory.
+"""Tasks learned one after another by a few columns each: accuracy, forgetting, and added memory.
 
-    python -m benchmarks.bench_incremental permuted               # MNIST, its pixels in another order for each
+    python -m benchmarks.bench_incremental permuted               # MNIST, its pixels in a new order for each
     python -m benchmarks.bench_incremental rotated                # MNIST, turned by 9 degrees more for each
-    python -m benchmarks.bench_incremental classes --epochs 6     # CIFAR-100, 5 classes for each, convolutions
+    python -m benchmarks.bench_incremental classes --epochs 6     # CIFAR-100, 5 classes each, convolutions
     python -m benchmarks.bench_incremental permuted --folder run  # tasks kept there; the same again goes on
-    python -m benchmarks.bench_incremental permuted --lr 1e-2 --split tuning --tasks 4    # to choose a rate
+    python -m benchmarks.bench_incremental permuted --lr 1e-2 --split tuning --tasks 4  # to choose a rate
 
 Every task is tested on a whole split with its own network: `test`, or `tuning`, whose images are not trained
 on then.  `forgotten` is the largest difference, over all tasks so far, between what their networks answer to

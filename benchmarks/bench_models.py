@@ -1,8 +1,8 @@
-"""Whole networks: low rank as a plain chain and with the fused operators, over the best dense of all runtimes.
+"""Whole networks: low rank as a plain chain and with fused operators, over the best dense of all runtimes.
 
-    python -m benchmarks.bench_models                            # results/models.csv
+    python -m benchmarks.bench_models                         # results/models.csv
     python -m benchmarks.bench_models --nets resnet18 --threads 2
-    python -m benchmarks.bench_models --dtype fp32,bf16,int8     # results/model_dtypes.csv, with output errors
+    python -m benchmarks.bench_models --dtype fp32,bf16,int8  # results/model_dtypes.csv, with output errors
 
 Random weights: speed only.  Ranks are the same share of the channels everywhere, on the grid of 16 (8 for
 CIFAR), at the given cut in multiply-adds.  All candidates of a network run in one process, in turn; processor
@@ -40,9 +40,15 @@ Calls = dict[str, Callable[[], object]]
 
 # net, batch: bar of the best plain chain and of the best with fused operators, over the best dense
 BARS = {
-    ("resnet18", 1): (2.5, 2.65), ("resnet18", 8): (2.45, 2.6), ("resnet50", 1): (2.4, 2.5), ("resnet20", 1): (1.35, 1.5), ("resnet20", 64): (1.45, 1.6),
-    ("encoder", 1): (2.2, 2.5), ("encoder", 8): (2.2, 2.4), ("lstm", 1): (2.8, 3.2),
-}  # fmt: skip
+    ("resnet18", 1): (2.5, 2.65),
+    ("resnet18", 8): (2.45, 2.6),
+    ("resnet50", 1): (2.4, 2.5),
+    ("resnet20", 1): (1.35, 1.5),
+    ("resnet20", 64): (1.45, 1.6),
+    ("encoder", 1): (2.2, 2.5),
+    ("encoder", 8): (2.2, 2.4),
+    ("lstm", 1): (2.8, 3.2),
+}
 
 
 def uniform_plan(net: Net, model: nn.Module, x: Tensor) -> RankPlan:

@@ -2,11 +2,11 @@
 
     python -m benchmarks.bench_onnx_models [--match TEXT] [--seconds S] [--light]
 
-What an operator's test feeds in beside its first input becomes an initializer, as weights are.  Outcomes: `right`
-where the compressed model passes onnx's checks, is no larger than asked and, with a budget that changes nothing,
-answers as the test says; `declined` where tdpass refuses or has nothing to change, with the reason; `failed` for
-anything else.  Rows go to results/onnx_models.csv, one per operator or network as soon as it is through; those that
-have one are left out.  Ends with exit code 1 where one failed.
+What an operator's test feeds in beside its first input becomes an initializer, as weights are.  Outcomes:
+`right` where the compressed model passes onnx's checks, is no larger than asked and, with a budget that
+changes nothing, answers as the test says; `declined` where tdpass refuses or has nothing to change, with
+the reason; `failed` for anything else.  Rows go to results/onnx_models.csv, one per operator or network as
+soon as it is through; those that have one are left out.  Ends with exit code 1 where one failed.
 """
 
 from __future__ import annotations
@@ -60,12 +60,16 @@ class Tally:
         said = self.reasons.most_common(1)[0][0] if self.reasons else ""
         counts = {name: self.outcomes[name] for name in ("right", "declined", "failed")}
         return {
-            "kind": self.kind, "cases": sum(counts.values()), **counts, "sites": self.sites, "reason": said[:200],
-        }  # fmt: skip
+            "kind": self.kind,
+            "cases": sum(counts.values()),
+            **counts,
+            "sites": self.sites,
+            "reason": said[:200],
+        }
 
 
 def with_weights(model: onnx.ModelProto, inputs: list[Any]) -> tuple[onnx.ModelProto, list[Any]]:
-    """The model with every floating-point input but the first as an initializer, and the inputs that are left."""
+    """The model with its floating-point inputs but the first as initializers, and the inputs left."""
     made = onnx.ModelProto()
     made.CopyFrom(model)
     kept, values = [], []

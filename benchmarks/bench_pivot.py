@@ -1,4 +1,6 @@
-"""What it gains that factors hold nothing twice: error at equal multiply-adds, time of a layer, accuracy of ResNet-20.
+"""What it gains that factors hold nothing twice.
+
+Error at equal multiply-adds, time of a layer, and accuracy of ResNet-20.
 
     python -m benchmarks.bench_pivot --parts error time
     TDPASS_DATA=... python -m benchmarks.bench_pivot --parts accuracy --images 2000
@@ -86,7 +88,7 @@ def falling(site: Site) -> Tensor:
 
 
 def half(site: Site, name: str) -> Form:
-    """The form of the largest rank, the same share of every limit, that half of the dense multiply-adds allow."""
+    """The form of the largest rank, the same share of every limit, that half of the dense macs allow."""
     fmt, limit = FORMATS.get(name), dense_cost(site).macs / 2
     top = (FORMATS.get(name).chain if name.endswith(PIVOT) else fmt).ranks(site)[-1]
     steps = max(top)

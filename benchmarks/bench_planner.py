@@ -1,4 +1,6 @@
-"""Time and peak memory to decompose and plan: ResNet-18 and ResNet-50, single large layers, an ONNX file larger than memory.
+"""Time and peak memory to decompose and plan.
+
+ResNet-18 and ResNet-50, single large layers, and an ONNX file larger than memory.
 
     python -m benchmarks.bench_planner                        # every case, to results/planner.csv
     python -m benchmarks.bench_planner --cases svd_4096x11008 onnx_2.5GiB
@@ -73,7 +75,9 @@ def network(depth: int, formats: tuple[str, ...] = ()) -> Figures:
     chosen = sorted({choice.format for choice in artifact.plan})
     return {
         "seconds": seconds,
-        "detail": f"{len(artifact.plan.choices)} sites, {macs:.3f} of the multiply-adds, chosen: {' '.join(chosen)}",
+        "detail": (
+            f"{len(artifact.plan.choices)} sites, {macs:.3f} of the multiply-adds, chosen: {' '.join(chosen)}"
+        ),
     }
 
 
@@ -117,7 +121,7 @@ def large_svd(rows: int = 4096, columns: int = 11008, rank: int = 1024) -> Figur
 
 
 def write_large_onnx(path: Path, layers: int = 160, width: int = 1024, inner: int = 4096) -> None:
-    """A chain of MatMul and Relu with external data, 2.5 GiB, written without ever holding more than one weight."""
+    """A chain of MatMul and Relu with external data, 2.5 GiB, written with one weight in memory at a time."""
     import onnx
     from onnx import TensorProto, helper
 

@@ -1,15 +1,17 @@
-"""Accuracy and size of ResNet-20, 32 or 56 on CIFAR-10 in fewer bits: precision alone, ranks alone, both in one plan, and other tools.
+"""Accuracy and size of ResNet-20, 32 or 56 on CIFAR-10 in fewer bits.
 
-    TDPASS_DATA=... python -m benchmarks.bench_precision                            # every row, on all 10,000 test images
+Precision alone, ranks alone, both in one plan, and other tools.
+
+    TDPASS_DATA=... python -m benchmarks.bench_precision  # every row, on all 10,000 test images
     TDPASS_DATA=... python -m benchmarks.bench_precision --rows int8 joint_0.1 --images 2000
     TDPASS_DATA=... python -m benchmarks.bench_precision --nets resnet32 resnet56
 
-Every row starts from the trained network and 512 unlabelled calibration images, without training.  Rows whose
-name begins with `onnx` are ONNX files with integer activations, run by ONNX Runtime; all others are torch
-modules whose activations stay in single precision. `bytes` are those of parameters, `file_bytes` those of the
-file that is saved.  Rows go to results/precision.csv; those of another network than ResNet-20 begin with its
-name.  Rows that the file holds already, of as many images and of this machine, are not measured again.  NNCF takes
-part where it is installed.
+Every row starts from the trained network and 512 unlabelled calibration images, without training.  Rows
+whose name begins with `onnx` are ONNX files with integer activations, run by ONNX Runtime; all others are
+torch modules whose activations stay in single precision. `bytes` are those of parameters, `file_bytes`
+those of the file that is saved.  Rows go to results/precision.csv; those of another network than ResNet-20
+begin with its name.  Rows that the file holds already, of as many images and of this machine, are not
+measured again.  NNCF takes part where it is installed.
 """
 
 from __future__ import annotations
@@ -75,9 +77,7 @@ class Result:
 def compressed(budget: dict[str, float] | None, steps: str, formats: tuple[str, ...] = ()) -> Result:
     """The torch module that a pipeline makes; of the dense format alone, nothing is factored."""
     given, pipeline = cifar.load_resnet(_network.get()), f"{BEGIN},{steps},{END}"
-    artifact = tdpass.compress(
-        given, budget, calibration(), pipeline=pipeline, formats=formats, strict=False
-    )
+    artifact = tdpass.compress(given, budget, calibration(), pipeline=pipeline, formats=formats, strict=False)
     assert isinstance(artifact.model, nn.Module)
     with tempfile.TemporaryDirectory() as folder:
         artifact.save(Path(folder) / "it.safetensors")
@@ -216,7 +216,10 @@ ROWS: dict[str, Callable[[], tuple[Result, str]]] = {
 
 
 def accuracy(answers: Answers, images: int) -> float:
-    """Percentage classified correctly of so many test images, evenly spaced: they lie there class by class."""
+    """Percentage classified correctly of so many test images.
+
+    They are evenly spaced, since they lie there class by class.
+    """
     found = cifar.data().part("test")
     right = 0
     with torch.no_grad():
@@ -267,11 +270,18 @@ def _measure(network: str, options: argparse.Namespace, table: Table) -> None:
             continue
         seconds = time.perf_counter() - start
         row: dict[str, Value] = {
-            "row": titles[name], "pipeline": pipeline, "images": options.images,
-            "accuracy": accuracy(result.answers, options.images), "dense_accuracy": dense,
-            "divergence": result.divergence, "bytes": result.size, "bytes_fraction": result.size_fraction, "macs_fraction": result.macs_fraction,
-            "file_bytes": result.file_bytes, "seconds": seconds,
-        }  # fmt: skip
+            "row": titles[name],
+            "pipeline": pipeline,
+            "images": options.images,
+            "accuracy": accuracy(result.answers, options.images),
+            "dense_accuracy": dense,
+            "divergence": result.divergence,
+            "bytes": result.size,
+            "bytes_fraction": result.size_fraction,
+            "macs_fraction": result.macs_fraction,
+            "file_bytes": result.file_bytes,
+            "seconds": seconds,
+        }
         table.add(**row)
         print(show([row], COLUMNS), flush=True)
 

@@ -3,9 +3,9 @@
     pip download --no-deps -d wheels silero-vad magika rapidocr-onnxruntime basic-pitch nudenet
     python -m benchmarks.bench_reach --wheels wheels
 
-The families of `benchmarks.families`, and every ONNX file in the wheels given: packages that ship a trained model of
-their own.  Nothing of them is installed or run but their models.  Rows go to results/reach.csv; what has one is left
-out.
+The families of `benchmarks.families`, and every ONNX file in the wheels given: packages that ship a trained
+model of their own.  Nothing of them is installed or run but their models.  Rows go to results/reach.csv;
+what has one is left out.
 """
 
 from __future__ import annotations

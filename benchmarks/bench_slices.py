@@ -1,12 +1,15 @@
-"""A sentence encoder with narrower streams against one with factored layers, at equal parameters of the whole model.
+"""A sentence encoder with narrower streams against one with factored layers, at equal parameters.
+
+The parameters are those of the whole model.
 
     python -m benchmarks.bench_slices                          # rows in results/slices.csv
     python -m benchmarks.bench_slices --resume --keep 0.75     # what of it has no row at this commit
 
-`slice` stores the streams in a share of their channels (SliceGPT); the others get the number of parameters that
-leaves: `svd` factors linear layers, whitened by what they read, `svd pivot` with factors that hold nothing
-twice, `slice svd` half of the way narrower, the rest factored.  Cosines are of embeddings to the dense ones, on
-held-out sentences; milliseconds are the median of eager torch over all held-out batches, dense and small in turn.
+`slice` stores the streams in a share of their channels (SliceGPT); the others get the number of parameters
+that leaves: `svd` factors linear layers, whitened by what they read, `svd pivot` with factors that hold
+nothing twice, `slice svd` half of the way narrower, the rest factored.  Cosines are of embeddings to the
+dense ones, on held-out sentences; milliseconds are the median of eager torch over all held-out batches,
+dense and small in turn.
 """
 
 from __future__ import annotations

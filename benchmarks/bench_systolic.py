@@ -1,4 +1,6 @@
-"""ResNet-20 planned for systolic arrays that are modelled: cycles and energy before and after, and where the ranks land.
+"""ResNet-20 planned for modelled systolic arrays.
+
+Cycles and energy before and after, and where the ranks land.
 
     python -m benchmarks.bench_systolic                        # every array, half of the cycles
     python -m benchmarks.bench_systolic --arrays gemmini       # one
@@ -33,13 +35,26 @@ from tdpass.targets import Target, open_target
 
 ARRAYS = ("gemmini", "output_stationary", "tpu_like")
 COLUMNS = (
-    "network", "array", "budget", "cycles_before", "cycles_after", "share", "microjoules_before", "microjoules_after", "macs_share",
-    "sites_changed", "on_edges", "plan_seconds",
-)  # fmt: skip
+    "network",
+    "array",
+    "budget",
+    "cycles_before",
+    "cycles_after",
+    "share",
+    "microjoules_before",
+    "microjoules_after",
+    "macs_share",
+    "sites_changed",
+    "on_edges",
+    "plan_seconds",
+)
 
 
 def smallest(network: str, array: str, budget: float) -> tuple[float, tdpass.Artifact, float]:
-    """The plan at that share of the cycles, or at the smallest percentage above that can be reached, and the seconds of the first attempt."""
+    """The plan at that share of the cycles, or at the smallest percentage above that can be reached.
+
+    With it the seconds of the first attempt.
+    """
     net = NETS[network]
     model, x = net.build().eval(), net.input(8)
     seconds = 0.0
@@ -64,7 +79,7 @@ def smallest(network: str, array: str, budget: float) -> tuple[float, tdpass.Art
 
 
 def on_edges(plan: RankPlan, sites: dict[str, Site], target: Target) -> float:
-    """The share of places in ranks that cannot be raised by one at no cost, of those that can be raised at all."""
+    """Of the ranks that can be raised by one, the share that cannot be raised at no cost."""
     found = [dearer for choice in plan for dearer in _raised(choice.form, sites[choice.site], target)]
     return sum(found) / len(found) if found else math.nan
 
@@ -96,12 +111,19 @@ def main() -> None:
         budget, artifact, seconds = smallest("resnet20", array, arguments.budget)
         before, after = artifact.plan.original, artifact.plan.planned
         table.add(
-            network="resnet20", array=array, budget=budget, cycles_before=int(before.get("cycles")), cycles_after=int(after.get("cycles")),
-            share=after.get("cycles") / before.get("cycles"), microjoules_before=1e6 * before.get("joules"),
-            microjoules_after=1e6 * after.get("joules"), macs_share=after.macs / before.macs,
+            network="resnet20",
+            array=array,
+            budget=budget,
+            cycles_before=int(before.get("cycles")),
+            cycles_after=int(after.get("cycles")),
+            share=after.get("cycles") / before.get("cycles"),
+            microjoules_before=1e6 * before.get("joules"),
+            microjoules_after=1e6 * after.get("joules"),
+            macs_share=after.macs / before.macs,
             sites_changed=sum(not choice.kept_dense for choice in artifact.plan),
-            on_edges=on_edges(artifact.plan, sites, open_target(f"systolic:{array}", "torch")), plan_seconds=seconds,
-        )  # fmt: skip
+            on_edges=on_edges(artifact.plan, sites, open_target(f"systolic:{array}", "torch")),
+            plan_seconds=seconds,
+        )
     print(show(table.rows, COLUMNS))
 
 

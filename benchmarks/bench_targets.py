@@ -1,6 +1,8 @@
-"""Whether the planner's choices are as fast as it says: each layer planned alone by measured time, then timed again.
+"""Whether the planner's choices are as fast as it says.
 
-    python -m benchmarks.bench_targets                              # every layer in every runtime, to results/targets.csv
+Each layer is planned alone by measured time, then timed again.
+
+    python -m benchmarks.bench_targets  # every layer in every runtime, to results/targets.csv
     python -m benchmarks.bench_targets --layers resnet18 --runtimes onnxruntime --threads 2
 
 A layer is planned with about 0.4 of its multiply-adds as the budget, or as little as is faster than dense
@@ -48,16 +50,43 @@ _BUDGETS = (0.4, 0.6, 0.8, 0.95)
 # output channels, input channels, kernel, stride, input size
 CONVS = {
     "resnet18": [
-        (64, 64, 3, 1, 56), (128, 64, 3, 2, 56), (128, 128, 3, 1, 28), (256, 128, 3, 2, 28), (256, 256, 3, 1, 14), (512, 256, 3, 2, 14),
-        (512, 512, 3, 1, 7), (128, 64, 1, 2, 56), (256, 128, 1, 2, 28), (512, 256, 1, 2, 14),
+        (64, 64, 3, 1, 56),
+        (128, 64, 3, 2, 56),
+        (128, 128, 3, 1, 28),
+        (256, 128, 3, 2, 28),
+        (256, 256, 3, 1, 14),
+        (512, 256, 3, 2, 14),
+        (512, 512, 3, 1, 7),
+        (128, 64, 1, 2, 56),
+        (256, 128, 1, 2, 28),
+        (512, 256, 1, 2, 14),
     ],
-    "resnet20": [(16, 16, 3, 1, 32), (32, 16, 3, 2, 32), (32, 32, 3, 1, 16), (64, 32, 3, 2, 16), (64, 64, 3, 1, 8)],
+    "resnet20": [
+        (16, 16, 3, 1, 32),
+        (32, 16, 3, 2, 32),
+        (32, 32, 3, 1, 16),
+        (64, 32, 3, 2, 16),
+        (64, 64, 3, 1, 8),
+    ],
     "resnet50": [
-        (64, 256, 1, 1, 56), (256, 64, 1, 1, 56), (128, 512, 1, 1, 28), (512, 128, 1, 1, 28), (256, 1024, 1, 1, 14), (1024, 256, 1, 1, 14),
-        (512, 2048, 1, 1, 7), (2048, 512, 1, 1, 7),
+        (64, 256, 1, 1, 56),
+        (256, 64, 1, 1, 56),
+        (128, 512, 1, 1, 28),
+        (512, 128, 1, 1, 28),
+        (256, 1024, 1, 1, 14),
+        (1024, 256, 1, 1, 14),
+        (512, 2048, 1, 1, 7),
+        (2048, 512, 1, 1, 7),
     ],
-    "vgg": [(128, 64, 3, 1, 112), (128, 128, 3, 1, 112), (256, 128, 3, 1, 56), (256, 256, 3, 1, 56), (512, 256, 3, 1, 28), (512, 512, 3, 1, 14)],
-}  # fmt: skip
+    "vgg": [
+        (128, 64, 3, 1, 112),
+        (128, 128, 3, 1, 112),
+        (256, 128, 3, 1, 56),
+        (256, 256, 3, 1, 56),
+        (512, 256, 3, 1, 28),
+        (512, 512, 3, 1, 14),
+    ],
+}
 # output features, input features, tokens
 LINEARS = {
     "bert": [
@@ -131,9 +160,16 @@ def run_layer(
     )
     ratio = chosen.seconds / dense.seconds
     return {
-        **head, "budget": budget, "format": choice.format, "rank": "x".join(map(str, choice.rank)), "dense_us": dense.seconds * 1e6,
-        "chosen_us": chosen.seconds * 1e6, "predicted_ratio": choice.seconds / choice.dense_seconds, "measured_ratio": ratio, "met": str(ratio < GOAL).lower(),
-    }  # fmt: skip
+        **head,
+        "budget": budget,
+        "format": choice.format,
+        "rank": "x".join(map(str, choice.rank)),
+        "dense_us": dense.seconds * 1e6,
+        "chosen_us": chosen.seconds * 1e6,
+        "predicted_ratio": choice.seconds / choice.dense_seconds,
+        "measured_ratio": ratio,
+        "met": str(ratio < GOAL).lower(),
+    }
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What tasks lose: a detector, a classifier that ends in Softmax, two outputs and a tagger, trained on digits.
+"""What tasks lose: a detector, a classifier with Softmax, two outputs and a tagger, trained on digits.
 
     python -m benchmarks.bench_tasks                       # torch and ONNX, 0.6 and 0.4 of the multiply-adds
     python -m benchmarks.bench_tasks --weights FOLDER      # keeps the trained networks there, to try again on

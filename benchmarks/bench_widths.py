@@ -1,8 +1,8 @@
 """One set of weights at several widths and ranks: accuracy, what each setting costs, and what a switch takes.
 
-    python -m benchmarks.bench_widths                         # the digits: four widths, then two widths and four shares of the rank
-    python -m benchmarks.bench_widths resnet20_widths         # another recipe whose method is channel-adaptive
-    python -m benchmarks.bench_widths --alone                 # and every setting trained by itself for as many epochs
+    python -m benchmarks.bench_widths                  # digits: four widths, then two, of four rank shares
+    python -m benchmarks.bench_widths resnet20_widths  # another recipe whose method is channel-adaptive
+    python -m benchmarks.bench_widths --alone          # and every setting trained alone for as many epochs
 
 Every setting is exported as the ordinary model it stands for, its weights or factors stored in 32, 16 and 8
 bits (`int16`, `int8`), and priced in memory that computes (`pim:sot_mram`, modelled)
@@ -36,9 +36,23 @@ from tdpass.targets import Setting
 from tdpass.targets.pim import PimMemory, PimTarget
 
 COLUMNS = (
-    "recipe", "width", "rank", "bits", "accuracy", "dense", "alone", "params", "macs", "bytes", "microjoules", "microseconds", "area_mm2",
-    "switch_microseconds", "epochs", "seconds",
-)  # fmt: skip
+    "recipe",
+    "width",
+    "rank",
+    "bits",
+    "accuracy",
+    "dense",
+    "alone",
+    "params",
+    "macs",
+    "bytes",
+    "microjoules",
+    "microseconds",
+    "area_mm2",
+    "switch_microseconds",
+    "epochs",
+    "seconds",
+)
 CELLS = (8, 16)
 STORED: Mapping[int, str] = {32: "", 16: "quantize{numbers=int16}", 8: "quantize{numbers=int8}"}
 
@@ -114,11 +128,20 @@ def measure(name: str, table: Table, *, alone: bool) -> None:
         by_itself = trained_alone(recipe, material, narrow, epochs) if alone else None
         for bits, pipeline in STORED.items():
             table.add(
-                recipe=name, width=width, rank=rank, bits=bits, **kept_in(pipeline, opened, material, recipe),
-                dense=artifact.report.checks["score_dense"], alone=by_itself, params=opened.params(), macs=opened.count().per_sample,
-                switch_microseconds=1e6 * switch, epochs=epochs, seconds=seconds,
+                recipe=name,
+                width=width,
+                rank=rank,
+                bits=bits,
+                **kept_in(pipeline, opened, material, recipe),
+                dense=artifact.report.checks["score_dense"],
+                alone=by_itself,
+                params=opened.params(),
+                macs=opened.count().per_sample,
+                switch_microseconds=1e6 * switch,
+                epochs=epochs,
+                seconds=seconds,
                 **(priced(opened, example, bits) if bits in CELLS else {}),
-            )  # fmt: skip
+            )
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ def calibration() -> Tensor:
 
 
 def augmented_calibration(copies: int = 8, batch: int = 128) -> Iterator[Tensor]:
-    """Batches of `copies` random crops and flips of each calibration image, as batch-norm statistics need them."""
+    """Batches of `copies` random crops and flips of each calibration image, for batch-norm statistics."""
     found = data()
     generator = torch.Generator().manual_seed(1)
     for _ in range(copies):
@@ -73,7 +73,7 @@ def evaluate(model: nn.Module, part: str = "test") -> float:
 
 
 def macs(model: nn.Module, shape: tuple[int, ...] = (1, 3, 32, 32)) -> int:
-    """Multiply-adds of all convolutions and linear layers on one input, whichever module or function they are in."""
+    """Multiply-adds of all convolutions and linear layers on one input, in whichever module or function."""
     from torch.utils.flop_counter import FlopCounterMode
 
     counter = FlopCounterMode(display=False)

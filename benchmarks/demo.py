@@ -1,4 +1,6 @@
-"""The whole job on a small scale: train a network on handwritten digits, compress it, check it, write everything down.
+"""The whole job on a small scale.
+
+Train a network on handwritten digits, compress it, check it, write everything down.
 
     make demo          # or: python -m benchmarks.demo [--out out/demo]
 

@@ -60,7 +60,10 @@ def _drawn(count: int, seed: int, train: bool) -> tuple[Tensor, Tensor, torch.Ge
 
 
 def _placed(images: Tensor, generator: torch.Generator, canvas: int) -> tuple[Tensor, Tensor]:
-    """Each digit on an empty canvas, 5 to 8 pixels wide and high, and its box (x, y, width, height) in pixels."""
+    """Each digit on an empty canvas, 5 to 8 pixels wide and high, and its box (x, y, width, height).
+
+    Boxes are in pixels.
+    """
     whole = torch.zeros(len(images), 1, canvas, canvas)
     boxes = torch.empty(len(images), 4)
     for row, image in enumerate(images):
@@ -89,7 +92,7 @@ def _trunk(*widths: int, stride: int) -> nn.Sequential:
 
 
 class Detector(nn.Module):
-    """Nine cells, each answering a box in units of 0 to 320 and ten scores in [0, 1], side by side: [n, 9, 14]."""
+    """Nine cells, each with a box in units of 0 to 320 and ten scores in [0, 1], side by side: [n, 9, 14]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,7 +200,7 @@ def _accuracy(output: object, targets: Tensor) -> float:
 
 
 class Tagger(nn.Module):
-    """Reads six digits and scores at each place the sum of its digit and the one before, modulo ten: [n, 6, 10]."""
+    """Reads six digits, scores at each place the sum of its digit and the last, modulo ten: [n, 6, 10]."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Hook of mkdocs: what the pages cite from benchmarks/ stands in the site too, so that every link of it is checked."""
+"""Hook of mkdocs: what pages cite from benchmarks/ stands in the site too, so all its links are checked."""
 
 from __future__ import annotations
 

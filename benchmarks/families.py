@@ -1,7 +1,7 @@
 """Families of networks of timm and transformers, small and from configurations, so that nothing is fetched.
 
-timm needs torchvision, whose compiled operators do not load beside a torch for processors alone; no family calls them,
-so their names are declared without them.
+timm needs torchvision, whose compiled operators do not load beside a torch for processors alone; no family
+calls them, so their names are declared without them.
 """
 
 from __future__ import annotations
@@ -95,11 +95,22 @@ def _sound() -> Inputs:
 
 _SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 _WHISPER = {
-    "vocab_size": 200, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "max_source_positions": 50,
-    "max_target_positions": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+    "vocab_size": 200,
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+    "max_source_positions": 50,
+    "max_target_positions": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
     "use_cache": False,
-}  # fmt: skip
+}
 _T5 = {
     "vocab_size": 200, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4,
     "decoder_start_token_id": 0, "use_cache": False,

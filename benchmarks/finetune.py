@@ -1,4 +1,4 @@
-"""A short fine-tuning with distillation: two epochs towards the dense network's outputs, the best point kept."""
+"""A short fine-tuning with distillation: two epochs towards the dense outputs, the best point kept."""
 
 from __future__ import annotations
 

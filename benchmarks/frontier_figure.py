@@ -21,7 +21,7 @@ Point = tuple[float, float]
 
 
 def draw(rows: Sequence[Row]) -> Html:
-    """A line per method over the share of the dense network's time, peers dashed; the dense network is a point."""
+    """A line per method over the share of the dense network's time, peers dashed; dense is a point."""
     methods = [method for method in dict.fromkeys(row["method"] for row in rows) if method != "dense"]
     points = {method: sorted(_point(row) for row in rows if row["method"] == method) for method in methods}
     dense = [_point(row) for row in rows if row["method"] == "dense"]
@@ -41,7 +41,7 @@ def draw(rows: Sequence[Row]) -> Html:
         "Accuracy against measured time, a line per method",
         *_axes(lowest, longest, place),
         *_lines(points, [place(point) for point in dense], place),
-    )  # fmt: skip
+    )
 
 
 def _point(row: Row) -> Point:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """One layer: the three ways to run it, and what the factored one reads, writes and computes at the least."""
+    """One layer: the three ways to run it, and the least the factored one reads, writes and computes."""
 
     name: str
     shape: str
@@ -28,7 +28,7 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """Input, output and factors, each once; factors are `stored` in so many bytes, else in the type of x."""
+        """Input, output and factors, each once; factors are `stored` in so many bytes, else as x is."""
         size = self.x.element_size()
         held = sum(t.numel() for t in self.factors) * size if self.stored is None else self.stored
         return (self.x.numel() + self.outputs) * size + held

@@ -118,9 +118,18 @@ def weight_only_int4(dtype: torch.dtype) -> Iterator[Case]:
 
         whole = w + factors[2] @ factors[1] if r else w
         yield Case(
-            "weight_only_int4", f"{tokens}x{i}x{o} r{r}", F.linear, chain, fused, x, factors, whole, tokens * o,
-            2 * tokens * (i * o + r * (i + o)), _nbytes(weights, scales),
-        )  # fmt: skip
+            "weight_only_int4",
+            f"{tokens}x{i}x{o} r{r}",
+            F.linear,
+            chain,
+            fused,
+            x,
+            factors,
+            whole,
+            tokens * o,
+            2 * tokens * (i * o + r * (i + o)),
+            _nbytes(weights, scales),
+        )
 
 
 def tucker2_int8(dtype: torch.dtype) -> Iterator[Case]:

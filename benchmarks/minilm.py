@@ -107,7 +107,7 @@ def _cut(text: str) -> Iterator[str]:
 
 
 def batches() -> tuple[list[Batch], list[Batch]]:
-    """Tokenized calibration and held-out sentences, 64 of like length to a batch, so that little is padded."""
+    """Tokenized calibration and held-out sentences, 64 of like length to a batch, so with little padding."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(weights_folder() / "tokenizer.json"))

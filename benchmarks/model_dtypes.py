@@ -1,4 +1,6 @@
-"""Whole networks in single precision, bfloat16 and bytes: what `python -m benchmarks.bench_models --dtype` times.
+"""Whole networks in single precision, bfloat16 and bytes.
+
+`python -m benchmarks.bench_models --dtype` times them.
 
 Every candidate is `dense`, `chain` (low rank as plain layers) or `fused` (low rank by the operators of this
 package) in one runtime.  `error` is the relative difference of the outputs, in the Euclidean norm, from those
@@ -84,7 +86,12 @@ def _bf16(
 ) -> Iterator[Candidate]:
     half = functools.partial(copy.deepcopy, module)
     yield from _in(
-        ("eager", "inductor"), open_model(half().bfloat16(), x.bfloat16()), shape, x.bfloat16(), threads, asked
+        ("eager", "inductor"),
+        open_model(half().bfloat16(), x.bfloat16()),
+        shape,
+        x.bfloat16(),
+        threads,
+        asked,
     )
     yield from _in(("openvino_default",), open_model(exported(module, x), None), shape, x, threads, asked)
 
@@ -115,7 +122,10 @@ def _fused(dtype: str, chain: nn.Module, x: Tensor) -> Iterator[Candidate]:
 
 
 def _fused_int8(chain: nn.Module, x: Tensor, threads: int) -> Iterator[Candidate]:
-    """The operators of this package in whole numbers: where each layer alone is faster by them, and in graphs, which hand bytes on."""
+    """The operators of this package in whole numbers.
+
+    Both where each layer alone is faster by them, and in graphs, which hand bytes on.
+    """
     module, seen = copy.deepcopy(chain), x
     if x.dim() == 4:
         module = module.to(memory_format=torch.channels_last)
@@ -182,13 +192,19 @@ def rows_of(
     head = {"net": net.name, "batch": batch, "threads": threads}
     return [
         {
-            **head, "dtype": dtype, "macs_ratio": plan.original.macs / plan.planned.macs, "shape": each.shape,
-            "runtime": each.runtime, "ms": 1e3 * time, "error": _apart(each.answer, exact if each.shape == "dense" else low),
-            "error_of_dense": _apart(each.answer, exact), "over_best_dense_of_type": best[dtype] / time,
+            **head,
+            "dtype": dtype,
+            "macs_ratio": plan.original.macs / plan.planned.macs,
+            "shape": each.shape,
+            "runtime": each.runtime,
+            "ms": 1e3 * time,
+            "error": _apart(each.answer, exact if each.shape == "dense" else low),
+            "error_of_dense": _apart(each.answer, exact),
+            "over_best_dense_of_type": best[dtype] / time,
             "over_best_dense": min(best.values()) / time,
         }
         for (dtype, each), time in zip(found, seconds, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _apart(found: Tensor, exact: Tensor) -> float:

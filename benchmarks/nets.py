@@ -30,7 +30,7 @@ class Recurrent(nn.Module):
 
 @dataclass(frozen=True)
 class Net:
-    """A network, its input, and how its layers are factored: format by kernel size, and the wanted cut in multiply-adds."""
+    """A network, its input, and how its layers are factored: format by kernel size, and the cut in macs."""
 
     name: str
     build: Callable[[], nn.Module]

@@ -1,8 +1,10 @@
-"""Other tools on the same networks and calibration images: uniform Tucker-2 and spatial SVD, BALF, AIMET, torch-pruning.
+"""Other tools on the same networks and calibration images.
 
-    TDPASS_DATA=... python -m benchmarks.peers                 # all of them on all networks, to results/peers_accuracy.csv
+Uniform Tucker-2 and spatial SVD, BALF, AIMET, and torch-pruning.
+
+    TDPASS_DATA=... python -m benchmarks.peers  # all of them on all networks, to results/peers_accuracy.csv
     TDPASS_DATA=... python -m benchmarks.peers --networks resnet20 --methods tucker2 --budgets 0.5
-    TDPASS_DATA=... python -m benchmarks.peers --methods balf --resume   # what of it has no row yet
+    TDPASS_DATA=... python -m benchmarks.peers --methods balf --resume  # what of it has no row yet
 
 Needs the extra `bench`.  None of these methods is fine-tuned, and all but AIMET and the Taylor criterion,
 which use the labels of the calibration images, work without labels.  The first convolution and the classifier
@@ -46,7 +48,10 @@ Factorize = Callable[[nn.Conv2d, float], nn.Module]
 
 
 def tucker2(conv: nn.Conv2d, share: float) -> nn.Module:
-    """Tucker-2, 1x1 then k x k then 1x1, by tensorly's `partial_tucker`, both ranks the same share of their channels."""
+    """Tucker-2 by tensorly's `partial_tucker`: 1x1, k x k, 1x1.
+
+    Both ranks are the same share of their channels.
+    """
     import tensorly
     from tensorly.decomposition import partial_tucker
 
@@ -68,7 +73,10 @@ def tucker2(conv: nn.Conv2d, share: float) -> nn.Module:
 
 
 def spatial_svd(conv: nn.Conv2d, share: float) -> nn.Module:
-    """Spatial SVD, k x 1 then 1 x k, by a truncated singular value decomposition, the rank a share of the largest one."""
+    """Spatial SVD, k x 1 then 1 x k, by a truncated singular value decomposition.
+
+    The rank is a share of the largest one.
+    """
     o, i, h, w = conv.weight.shape
     u, s, v = torch.linalg.svd(
         conv.weight.detach().double().permute(1, 2, 0, 3).reshape(i * h, o * w), full_matrices=False
@@ -132,7 +140,9 @@ def _replaced(dense: nn.Module, replace: Callable[[nn.Conv2d], nn.Module]) -> nn
 
 
 def torch_pruning(criterion: str, name: str, budgets: Sequence[float], steps: int = 100) -> Iterator[Outcome]:
-    """Channels by torch-pruning, global ranking by group norm or Taylor importance, in small steps with fresh gradients.
+    """Channels by torch-pruning, global ranking by group norm or Taylor importance.
+
+    It prunes in small steps with fresh gradients.
 
     Only the channels between the two convolutions of a block: its dependency graph follows no zero-padded
     shortcut, and pruning across one leaves layers whose channels do not match.
@@ -189,7 +199,9 @@ _NEEDS = {
 
 
 def measure(name: str, method: str, outcome: Outcome, finetune: bool = False) -> dict[str, Value]:
-    """Accuracy on the test images, as it is and with recalibrated batch-norm, and the share of multiply-adds it really has.
+    """Accuracy on the test images, and the share of multiply-adds that the network really has.
+
+    Accuracy is of the network as it is and with recalibrated batch-norm.
 
     With `finetune` also after two epochs of distillation from the dense network.
     """

@@ -1,9 +1,11 @@
-"""A method like BALF (2025): whitened channel SVD of every convolution, ranks of all layers by one Lagrange multiplier.
+"""A method like BALF (2025): whitened channel SVD, ranks of all layers by one Lagrange multiplier.
 
-Built on plain torch from its description: W C^1/2 = U S V^T with C the second moments of the patches that a layer
-reads, the first r directions kept as a k x k convolution of r filters and a 1 x 1 one; the error of a layer is
-the share of sum S^2 that is left out, and min sum_l error_l(r_l) + lambda sum_l cost_l(r_l) picks each rank by
-itself, lambda by bisection.  No labels, no training.
+Every convolution is factored so.
+
+Built on plain torch from its description: W C^1/2 = U S V^T with C the second moments of the patches that a
+layer reads, the first r directions kept as a k x k convolution of r filters and a 1 x 1 one; the error of a
+layer is the share of sum S^2 that is left out, and min sum_l error_l(r_l) + lambda sum_l cost_l(r_l) picks
+each rank by itself, lambda by bisection.  No labels, no training.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ _UNIT = 1e6  # multiply-adds
 
 @dataclass(frozen=True)
 class _Layer:
-    """A convolution's spectrum: `left[o, n] right[n, i k k]` and the energy that each direction holds, of all."""
+    """A convolution's spectrum: `left[o, n] right[n, i k k]` and the share of all energy per direction."""
 
     conv: nn.Conv2d
     left: Tensor
@@ -86,7 +88,7 @@ def _spectra(model: nn.Module, images: Tensor) -> dict[str, _Layer]:
 
     def see(conv: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(conv, nn.Conv2d)
-        patches = F.unfold(inputs[0], conv.kernel_size, padding=conv.padding, stride=conv.stride)  # type: ignore[arg-type]
+        patches = F.unfold(inputs[0], conv.kernel_size, padding=conv.padding, stride=conv.stride)
         rows = patches.transpose(1, 2).flatten(0, 1)
         moments[conv] = moments.get(conv, 0) + (rows.T @ rows).double()
         positions[conv] = output[0, 0].numel()

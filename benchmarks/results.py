@@ -1,4 +1,4 @@
-"""Benchmark results as CSV: one row per measurement, with the machine, commit, date and torch version it was made with."""
+"""Benchmark results as CSV: a row per measurement, with its machine, commit, date and torch version."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DIRTY = "-dirty"
 
 
 def skip(reason: str) -> NoReturn:
-    """End the program with a message, but not as a failure: what the benchmark needs is not on this machine."""
+    """End the program with a message, but not as a failure: this machine lacks what the benchmark needs."""
     print(f"skipped: {reason}")
     raise SystemExit(0)
 
@@ -29,7 +29,10 @@ def skip(reason: str) -> NoReturn:
 def machine() -> str:
     """Processor, cores this process may use, threads torch uses, and the widest vector instructions."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{processor()} {torch.backends.cpu.get_cpu_capability()}, {cores} cores, {torch.get_num_threads()} threads"
+    return (
+        f"{processor()} {torch.backends.cpu.get_cpu_capability()}, {cores} cores, "
+        f"{torch.get_num_threads()} threads"
+    )
 
 
 def commit() -> str:
@@ -66,13 +69,16 @@ class Table:
                 )
 
     def has(self, **row: Value) -> bool:
-        """Whether the file had such a row when it was opened, so that an interrupted benchmark goes on where it was."""
+        """Whether the file had such a row when it was opened.
+
+        So an interrupted benchmark goes on where it was.
+        """
         return any(
             all(earlier[name] == _written(value) for name, value in row.items()) for earlier in self.earlier
         )
 
     def has_of_commit(self, **row: Value) -> bool:
-        """The same of a row that was measured at the commit that is checked out, whatever else differed then."""
+        """The same of a row measured at the commit that is checked out, whatever else differed then."""
         clean = commit().removesuffix(_DIRTY)
         return any(self.has(**row, commit=name) for name in (clean, clean + _DIRTY))
 

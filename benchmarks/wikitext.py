@@ -31,7 +31,7 @@ UNKNOWN = "<unk>"
 
 
 class LanguageModel(nn.Module):
-    """Embedding, two LSTM layers and a linear layer over the vocabulary (Zaremba, Sutskever, Vinyals 2014)."""
+    """Embedding, two LSTMs, a linear layer over the vocabulary (Zaremba, Sutskever, Vinyals 2014)."""
 
     def __init__(self, words: int, width: int = WIDTH, dropout: float = 0.4) -> None:
         super().__init__()

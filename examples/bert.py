@@ -1,4 +1,4 @@
-"""A BERT from a configuration: compressed, saved as transformers saves models, and loaded by `from_pretrained`.
+"""A BERT from a configuration: compressed, saved as transformers saves, loaded by `from_pretrained`.
 
 pip install transformers
 python examples/bert.py

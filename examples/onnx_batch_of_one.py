@@ -1,4 +1,6 @@
-"""An ONNX file that takes one image at a time, as exporters write it by default: compressed, and run by ONNX Runtime.
+"""An ONNX file that takes one image at a time, as exporters write it by default.
+
+It is compressed, and run by ONNX Runtime.
 
 python examples/onnx_batch_of_one.py
 """

@@ -16,13 +16,13 @@ import tdpass.hugging_face  # registers the factored layers with transformers
 
 
 class CompressedModelForSequenceClassification:
-    """`from_pretrained` as transformers has it, with a budget: compressed once, then loaded as it was saved."""
+    """`from_pretrained` as transformers has it, with a budget: compressed once, then loaded as saved."""
 
     @classmethod
     def from_pretrained(
         cls, name: str, *, budget: object = None, data: object = None, cache: str = "compressed"
     ) -> Any:
-        """The smaller model; made from `name` with the budget on the first call, read from `cache` afterwards."""
+        """The smaller model: made from `name` with the budget on the first call, then read from `cache`."""
         folder = Path(cache)
         if not (folder / "config.json").exists():
             dense = AutoModelForSequenceClassification.from_pretrained(name).eval()

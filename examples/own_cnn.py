@@ -1,4 +1,6 @@
-"""A network of one's own: trained, compressed to 40 % of its multiply-adds, written, and loaded without its class.
+"""A network of one's own, trained and compressed to 40 % of its multiply-adds.
+
+It is written, and loaded without its class.
 
 python examples/own_cnn.py
 """
