@@ -72,7 +72,8 @@ def reference(
 ) -> Tensor:
     """`y = activation(W_S ... W_1 x + bias + residual)` on the last axis of x, with `W[o, i] = w[o, i] scale[o]`.
 
-    `weights` and `scales` as `pack_weight` makes them; products are made in the type of x.  With `grid` over 0, x is rounded to float8 in steps of it.
+    `weights` and `scales` as `pack_weight` makes them; products are made in the type of x.  With `grid`
+    over 0, x is rounded to float8 in steps of it.
     """
     check_chain(weights, scales, grid, widths, activation)
     wide = torch.promote_types(x.dtype, torch.float32)

@@ -39,9 +39,12 @@ class Interface:
             ]
             structures[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
         functions = {
-            name: (_result(result), [] if given.strip() == "void" else [ctypes.c_void_p] * len(given.split(",")))
+            name: (
+                _result(result),
+                [] if given.strip() == "void" else [ctypes.c_void_p] * len(given.split(",")),
+            )
             for result, name, given in _FUNCTION.findall(text)
-        }  # fmt: skip
+        }
         return cls(enums, structures, functions)
 
     def declare(self, library: ctypes.CDLL) -> None:

@@ -29,10 +29,10 @@ _MATRIX, _WITH_PRODUCT = 2, 3  # widths of `W = Q`, and of `W = Q + U V`
 class Stored(NamedTuple):
     """A matrix in panels of 16 outputs, missing ones zero.
 
-    `codes`: int8, bfloat16 or float32 `[panels, i, 16]`, or four bits each, int32 `[panels, ceil(i / 8), 16]`:
-    input 8 k + j of word k at bits 4 j, in two's complement.  `scales[panels, groups, 16]`: the groups divide
-    the inputs evenly, each a multiple of 8 of them where there are several; floating point has none.  Scales
-    and zero points, `(code - zero) scale`, are `[2, panels, groups, 16]`.
+    `codes`: int8, bfloat16 or float32 `[panels, i, 16]`, or four bits each, int32 `[panels, ceil(i / 8),
+    16]`: input 8 k + j of word k at bits 4 j, in two's complement.  `scales[panels, groups, 16]`: the
+    groups divide the inputs evenly, each a multiple of 8 of them where there are several; floating point
+    has none.  Scales and zero points, `(code - zero) scale`, are `[2, panels, groups, 16]`.
     """
 
     codes: Tensor

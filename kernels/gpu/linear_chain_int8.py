@@ -115,8 +115,8 @@ def linear_chain_int8(
     """The chain on the last axis of x.
 
     A factor is its stage, and weight, scale and total as `int8_factor` packs them.  Numbers as those of the
-    reference, whole ones exact.  x is uint8, float32, float16 or bfloat16; `config` skips the tuner for chains
-    of two.
+    reference, whole ones exact.  x is uint8, float32, float16 or bfloat16; `config` skips the tuner for
+    chains of two.
     """
     check_operands(x, activation, *(part for factor in factors for part in factor[1:]), bias, residual)
     columns = factors[-1][0].outputs

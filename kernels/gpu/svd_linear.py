@@ -166,10 +166,18 @@ def svd_linear(
     if y.numel() == 0:
         return y
     call = _Call(
-        flat(x), rows_of(v, v.dtype if scales else x.dtype), rows_of(u, u.dtype if scales else x.dtype), wide,
-        None if scales is None else (scales.v.float() * scales.x).contiguous(), None if scales is None else scales.u.float().contiguous(),
-        bias_of(bias, columns), None if residual is None else flat(residual.expand(y.shape)), flat(y), activation, precision_of(x, "matmul", precision),
-    )  # fmt: skip
+        flat(x),
+        rows_of(v, v.dtype if scales else x.dtype),
+        rows_of(u, u.dtype if scales else x.dtype),
+        wide,
+        None if scales is None else (scales.v.float() * scales.x).contiguous(),
+        None if scales is None else scales.u.float().contiguous(),
+        bias_of(bias, columns),
+        None if residual is None else flat(residual.expand(y.shape)),
+        flat(y),
+        activation,
+        precision_of(x, "matmul", precision),
+    )
     rows = call.x.shape[0]
     key = (bucket(rows), v.shape[1], rank, columns, x.dtype, v.dtype, call.precision, residual is not None)
     with on_device(x):

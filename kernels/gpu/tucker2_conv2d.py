@@ -128,9 +128,16 @@ def tucker2_conv2d(
         activation,
     )
     call = _Call(
-        even(x), None if first is None else rows_of(first, dtype), _core_rows(core, dtype), None if last is None else rows_of(last, dtype), (s, r), window,
-        epilogue, y, precision_of(x, "conv", precision),
-    )  # fmt: skip
+        even(x),
+        None if first is None else rows_of(first, dtype),
+        _core_rows(core, dtype),
+        None if last is None else rows_of(last, dtype),
+        (s, r),
+        window,
+        epilogue,
+        y,
+        precision_of(x, "conv", precision),
+    )
     key = (
         bucket(x.shape[0]),
         *x.shape[1:],
@@ -310,6 +317,12 @@ class _Call:
 
 _PLAIN = ((32, 16, 32, 4, 2), (64, 16, 32, 8, 2), (16, 32, 32, 4, 2), (32, 16, 64, 8, 2))
 _TENSOR_CORES = (
-    (64, 32, 64, 4, 3), (64, 32, 64, 8, 2), (128, 32, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 128, 8, 3), (128, 64, 128, 8, 4), (32, 64, 64, 4, 4),
+    (64, 32, 64, 4, 3),
+    (64, 32, 64, 8, 2),
+    (128, 32, 64, 8, 3),
+    (128, 64, 64, 8, 3),
+    (64, 64, 128, 8, 3),
+    (128, 64, 128, 8, 4),
+    (32, 64, 64, 4, 4),
     (16, 64, 64, 8, 3),
-)  # fmt: skip
+)
