@@ -28,7 +28,8 @@ from tdpass.registry import Registry
 
 SOURCES = Path(__file__).parent / "torch_ops"
 LIBRARY = "libtdpass_torch.so"
-_ABI = 0x020A000000000000  # of torch 2.10, the oldest that serves; a library built for it loads into every later one
+# of torch 2.10, the oldest that serves; a library built for it loads into every later one
+_ABI = 0x020A000000000000
 _TORCH = Path(torch.__file__).parent
 _VARIABLE = "TDPASS_OPERATORS"
 

@@ -26,7 +26,7 @@ _SEGMENT, _FEWEST = 64, 8
 
 
 class Blocks(NamedTuple):
-    """A packed weight: `values[e]` are the weights of the outputs `rows[width p :][: width]` for input `inputs[e]`.
+    """A packed weight: `values[e]` weigh input `inputs[e]` for the outputs `rows[width p :][: width]`.
 
     Inputs are counted as columns of `weight.flatten(1)` and cut into segments; blocks `start[k]` up to
     `start[k + 1]` belong to panel p in segment s, k = s panels + p.  A row of -1 is no output.  Outputs
@@ -90,7 +90,10 @@ def _pack(flat: Tensor, width: int, taps: int) -> Blocks:
 def check(blocks: Blocks, shape: Sequence[int]) -> None:
     """Raise `KernelError` unless the blocks lie within a weight of that shape and make every output once."""
     values, inputs, start, rows = blocks
-    parts = f"blocks of shape {tuple(values.shape)} with {inputs.numel()} inputs, {start.numel()} starts, {rows.numel()} rows"
+    parts = (
+        f"blocks of shape {tuple(values.shape)} with {inputs.numel()} inputs, {start.numel()} starts, "
+        f"{rows.numel()} rows"
+    )
     if (
         values.dim() != 2
         or values.shape[1] not in CYCLES

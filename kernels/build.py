@@ -89,7 +89,9 @@ def compiles(target: str) -> bool:
     if cxx is None or target not in _NEWEST:
         return True
     command = [cxx, *TARGETS[target], "-x", "c++", "-fsyntax-only", "-"]
-    done = subprocess.run(command, input="", capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
+    done = subprocess.run(  # noqa: S603
+        command, input="", capture_output=True, text=True, timeout=60, check=False
+    )
     return done.returncode == 0
 
 
@@ -155,7 +157,10 @@ def units(targets: Sequence[str], extra: Sequence[str] = ()) -> list[Unit]:
 
 
 def onnxruntime_units(targets: Sequence[str], extra: Sequence[str] = ()) -> list[Unit]:
-    """What the operators of ONNX Runtime are compiled from: the kernels that they call as in their library, without OpenMP."""
+    """What the operators of ONNX Runtime are compiled from.
+
+    These are the kernels that they call as in their library, without OpenMP.
+    """
     kernels = [unit for unit in units(targets, extra) if unit.source.name in _IN_ONNXRUNTIME]
     serial = (*extra, "-I", str(ONNXRUNTIME / "serial"), "-Wno-unknown-pragmas")
     operators = [Unit(source, tuple(extra)) for source in sorted(ONNXRUNTIME.glob("*.cpp"))]
@@ -163,7 +168,9 @@ def onnxruntime_units(targets: Sequence[str], extra: Sequence[str] = ()) -> list
 
 
 def build_onnxruntime(path: Path, objects: Path, targets: Sequence[str] | None = None) -> Path:
-    """Build the operators of ONNX Runtime, by default for every instruction set, so that the library serves on other machines too.
+    """Build the operators of ONNX Runtime, by default for every instruction set.
+
+    So the library serves on other machines too.
 
     Raises `KernelError` as `build` does.
     """

@@ -22,7 +22,10 @@ from tdpass.kernels.base import Op, implements, register_op
 from tdpass.kernels.stage import Lanes, Stage, stages_of
 from tdpass.ops import padded_convolution
 
-SCHEMA = "(Tensor x, Tensor[] weights, Tensor? bias, Tensor? residual, int[] stages, str activation, str lanes) -> Tensor"
+SCHEMA = (
+    "(Tensor x, Tensor[] weights, Tensor? bias, Tensor? residual, int[] stages, str activation, str lanes)"
+    " -> Tensor"
+)
 MAX_STAGES, MAX_TAPS = 6, 128
 
 _ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -46,7 +49,10 @@ def check_activation(activation: str) -> None:
 
 
 def packing(lanes: Lanes, dtype: torch.dtype) -> Lanes:
-    """What to pack weights for where x has that type: channels in pairs if it is bfloat16, which this machine multiplies so, else as asked."""
+    """What to pack weights for where x has that type.
+
+    These are channels in pairs if it is bfloat16, which this machine multiplies so, else as asked.
+    """
     return "pairs" if lanes == "channels" and dtype == torch.bfloat16 and native.multiplies_pairs() else lanes
 
 
@@ -74,7 +80,7 @@ def reference(
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """Channels last where x is and nothing else fits it, else contiguous: how the output of an operator lies."""
+    """How an operator's output lies: channels last where x is and nothing else fits it, else contiguous."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 

@@ -26,7 +26,7 @@ TOP = torch.finfo(FLOAT8).max
 
 
 def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`weight[o, i]` as bytes of float8, and a float32 scale per row that makes its largest that of float8."""
+    """`weight[o, i]` as bytes of float8, and a float32 scale per row, by which its largest is float8's."""
     rows = weight.detach().double()
     largest = rows.abs().amax(1)
     scale = torch.where(largest > 0, largest / TOP, 1.0).float()
@@ -70,7 +70,7 @@ def reference(
     widths: Sequence[int],
     activation: str,
 ) -> Tensor:
-    """`y = activation(W_S ... W_1 x + bias + residual)` on the last axis of x, with `W[o, i] = w[o, i] scale[o]`.
+    """`y = activation(W_S ... W_1 x + bias + residual)` on the last axis of x, `W[o, i] = w[o, i] scale[o]`.
 
     `weights` and `scales` as `pack_weight` makes them; products are made in the type of x.  With `grid`
     over 0, x is rounded to float8 in steps of it.

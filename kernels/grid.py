@@ -1,4 +1,7 @@
-"""Grids of unsigned bytes, in which int8 chains keep activations: `value = (code - zero) scale`, codes 0 to 255."""
+"""Grids of unsigned bytes in which int8 chains keep activations: `value = (code - zero) scale`.
+
+Codes are 0 to 255.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,10 @@ def own_grid(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Grids:
-    """The grids of a chain: what every stage reads, the output and the residual; in an operator a list of pairs (scale, zero)."""
+    """The grids of a chain: what every stage reads, the output and the residual.
+
+    In an operator they are a list of pairs (scale, zero).
+    """
 
     reads: tuple[Grid, ...]
     output: Grid = Grid()
@@ -83,8 +89,8 @@ class Grids:
         """The grids of a chain of so many stages; raises `KernelError` for a list that is none."""
         if len(numbers) != 2 * (stages + 2) or not all(map(math.isfinite, numbers)):
             raise KernelError(
-                f"{list(numbers)} are no grids of a chain of {stages} stages; give a scale and a zero point for "
-                "what each stage reads, for the output and for the residual"
+                f"{list(numbers)} are no grids of a chain of {stages} stages; give a scale and a zero point "
+                "for what each stage reads, for the output and for the residual"
             )
         pairs = zip(numbers[::2], numbers[1::2], strict=True)
         found = [Grid(scale, int(zero) if float(zero).is_integer() else -1) for scale, zero in pairs]

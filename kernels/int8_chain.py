@@ -38,7 +38,7 @@ LINEAR_SCHEMA = f"(Tensor x, {_FACTORS}, {_END}, int[] widths, str activation) -
 
 
 class _Codes(NamedTuple):
-    """Activations on a grid `[n, c, h, w]`: codes, float64, and the scale, of all of them or of every position."""
+    """Activations on a grid `[n, c, h, w]`: codes, float64, and the scale, of all or of every position."""
 
     codes: Tensor
     zero: int
@@ -90,7 +90,7 @@ def _run(
     chain: Sequence[Stage],
     activation: str,
 ) -> Tensor:
-    """The chain on `x[n, c, h, w]`; every floating-point number is float32 and every operation rounded by itself."""
+    """The chain on `x[n, c, h, w]`, in float32 throughout, with every operation rounded by itself."""
     first = grids.reads[0]
     read = _Codes(x.double(), first.zero, first.step) if x.dtype == torch.uint8 else _put_on(first, x.float())
     y = read.codes
@@ -140,7 +140,7 @@ def conv_reference(
     stages: Sequence[int],
     activation: str,
 ) -> Tensor:
-    """`y = activation(C_S ... C_1 x + bias + residual)` with what every convolution reads rounded to its grid.
+    """`y = activation(C_S ... C_1 x + bias + residual)`, what every convolution reads rounded to its grid.
 
     `weights`, `scales` and `totals` as `int8_factor` packs them, `grids` as `Grids.numbers` gives them.
     """

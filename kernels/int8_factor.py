@@ -69,6 +69,6 @@ def check_factors(
             )
         if math.prod(stage.shape[1:]) > MOST_PRODUCTS:
             raise KernelError(
-                f"{math.prod(stage.shape[1:])} products per output of {stage} may exceed 32 bits; a stage has "
-                f"at most {MOST_PRODUCTS}"
+                f"{math.prod(stage.shape[1:])} products per output of {stage} may exceed 32 bits; "
+                f"a stage has at most {MOST_PRODUCTS}"
             )

@@ -21,7 +21,7 @@ _DECLARED = re.compile(r"(?P<pointer>[\s*]*)(?P<name>\w+)\s*(?:\[(?P<length>\d+)
 
 @dataclass(frozen=True)
 class Interface:
-    """What a header declares, by name: numbers of enumerations, structures, and functions with (result, arguments)."""
+    """What a header declares, by name: numbers of enumerations, structures, functions (result, arguments)."""
 
     enums: Mapping[str, Mapping[str, int]]
     structures: Mapping[str, type[ctypes.Structure]]

@@ -1,4 +1,4 @@
-"""`linear_chain`: linear layers in a row as one operator, for `svd` and any other format of matrix products."""
+"""`linear_chain`: linear layers in a row as one operator, for `svd` and other formats of matrix products."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The compiled CPU kernels: found in the installation, else built once into the cache folder, else absent with a reason."""
+"""The compiled CPU kernels: found in the installation, else built once into the cache folder.
+
+Where neither works they are absent, with a reason.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +85,7 @@ def chosen_isa() -> str:
 
 
 def sanitizing() -> tuple[str, ...]:
-    """Flags of the sanitizers where TDPASS_SANITIZE is set: the process then has to be started with libasan loaded."""
+    """Flags of the sanitizers where TDPASS_SANITIZE is set; the process has to start with libasan loaded."""
     return (
         ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g1")
         if os.environ.get("TDPASS_SANITIZE")
@@ -162,7 +165,10 @@ def onnx_ops_path() -> Path:
     try:
         return _onnx_ops()
     except (KernelError, OSError) as error:
-        message = f"the fused operators for ONNX Runtime are missing: {error}; models run without them, as standard operators"
+        message = (
+            f"the fused operators for ONNX Runtime are missing: {error}; "
+            "models run without them, as standard operators"
+        )
         raise KernelError(message) from None
 
 

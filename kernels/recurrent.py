@@ -1,4 +1,6 @@
-"""`low_rank_lstm` and `low_rank_gru`: a whole sequence through a cell whose hidden-to-hidden matrix is a product of two thin ones.
+"""`low_rank_lstm` and `low_rank_gru`: a whole sequence through a cell of low rank.
+
+Its hidden-to-hidden matrix is a product of two thin ones.
 
 The input's part of the gates is one matrix product over all steps and comes ready, `pre`; gates are in
 torch's order.
@@ -15,7 +17,10 @@ from torch import Tensor
 from tdpass.kernels import native
 from tdpass.kernels.base import Op, implements, register_op
 
-LSTM_SCHEMA = "(Tensor pre, Tensor v, Tensor u, Tensor? bias, Tensor h0, Tensor c0, bool reverse) -> (Tensor, Tensor, Tensor)"
+LSTM_SCHEMA = (
+    "(Tensor pre, Tensor v, Tensor u, Tensor? bias, Tensor h0, Tensor c0, bool reverse)"
+    " -> (Tensor, Tensor, Tensor)"
+)
 GRU_SCHEMA = "(Tensor pre, Tensor v, Tensor u, Tensor? bias, Tensor h0, bool reverse) -> (Tensor, Tensor)"
 _PANEL = 16
 
@@ -31,7 +36,10 @@ def pack_v(v: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def pack_u(u: Tensor, gates: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`u[(gates hidden), rank]` as `[ceil(hidden / 16), rank, gates, 16]`, missing units zero; float32 or bfloat16."""
+    """`u[(gates hidden), rank]` as `[ceil(hidden / 16), rank, gates, 16]`, missing units zero.
+
+    It is float32 or bfloat16.
+    """
     per_gate = u.to(dtype).reshape(gates, -1, u.shape[1])
     return (
         F.pad(per_gate, (0, 0, 0, -per_gate.shape[1] % _PANEL))
@@ -186,7 +194,10 @@ def cell_call(
     *,
     reverse: bool,
 ) -> Structure:
-    """What the kernels take of a sequence, but for the factors; lends the tensors, of which `pre` lies together along its last axis."""
+    """What the kernels take of a sequence, but for the factors.
+
+    Lends the tensors, of which `pre` lies together along its last axis.
+    """
     steps, batch, hidden = y.shape
     back, item = (steps - 1 if reverse else 0), pre.element_size()
     sign = -1 if reverse else 1

@@ -1,4 +1,6 @@
-"""`low_rank_lstm_int8` and `low_rank_gru_int8`: the cells of `low_rank_lstm` and `low_rank_gru` in whole numbers.
+"""`low_rank_lstm_int8` and `low_rank_gru_int8`: low-rank recurrent cells in whole numbers.
+
+They are the cells of `low_rank_lstm` and `low_rank_gru`.
 
 Both factors of the hidden-to-hidden matrix are int8; the state and what lies between the factors are put on
 grids of their own, one per sample and step.
@@ -35,14 +37,14 @@ def pack_v(v: Tensor) -> Int8Factor:
 
 
 def pack_u(u: Tensor, gates: int) -> Int8Factor:
-    """`u[(gates hidden), rank]` rounded to int8 by row, packed as `[ceil(hidden / 16), ceil(rank / 4), gates, 16, 4]`."""
+    """`u[(gates hidden), rank]` in int8 by row, as `[ceil(hidden / 16), ceil(rank / 4), gates, 16, 4]`."""
     flat = pack_weight(_stage(*u.shape), u[:, :, None, None])
     codes = _stage(*u.shape).unpack(flat.weight, "quads")[:, :, 0, 0]
     return flat._replace(weight=_by_gate(codes, gates))
 
 
 def pack_cell(v: Int8Codes, u: Int8Codes, gates: int) -> tuple[Tensor, ...]:
-    """Whole numbers `v[rank, hidden]` and `u[(gates hidden), rank]`, each with its scales by row, as a cell takes them."""
+    """Whole numbers `v[rank, hidden]` and `u[(gates hidden), rank]`, scales by row, as cells take them."""
     packed_v, packed_u = (
         pack_codes(_stage(*codes.shape), codes[:, :, None, None], scale) for codes, scale in (v, u)
     )
@@ -77,8 +79,8 @@ class _Recurrence:
             tuple(part.shape) != (gates * hidden,) for part in (u.scale, u.total)
         ):
             raise KernelError(
-                f"the cell takes U packed as {shape_of_u(hidden, rank, gates)} with {gates * hidden} scales and "
-                f"totals, not {tuple(u.weight.shape)}, {tuple(u.scale.shape)} and {tuple(u.total.shape)}"
+                f"the cell takes U packed as {shape_of_u(hidden, rank, gates)} with {gates * hidden} scales "
+                f"and totals, not {tuple(u.weight.shape)}, {tuple(u.scale.shape)} and {tuple(u.total.shape)}"
             )
         rows = u.weight.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)[:, :hidden, :rank]
         self._factors = (

@@ -1,4 +1,4 @@
-"""`sparse_linear` and `sparse_conv2d`: layers whose weight is mostly zeros, stored and multiplied without them.
+"""`sparse_linear` and `sparse_conv2d`: layers of mostly zeros, stored and multiplied without them.
 
 A weight is held as `tdpass.kernels.blocks` packs it.
 """

@@ -22,7 +22,10 @@ _MOST_CHANNELS, _MOST_REACH = 2**24, 2**20
 
 @dataclass(frozen=True)
 class Layout:
-    """How weights are packed: `width` output channels to a panel, `together` input channels beside each other, taps outside of them or within."""
+    """How weights are packed: `width` output channels to a panel, `together` inputs beside each other.
+
+    Taps lie outside of them or within.
+    """
 
     width: int
     taps_outside: bool
@@ -32,7 +35,7 @@ class Layout:
 
     @property
     def order(self) -> tuple[int, ...]:
-        """In which order the axes of `[groups, panels, width, i / groups / together, together, h w]` are packed."""
+        """In which order axes of `[groups, panels, width, i / groups / together, together, h w]` go."""
         return (0, 1, 5, 3, 2, 4) if self.taps_outside else (0, 1, 3, 5, 2, 4)
 
 
@@ -103,7 +106,10 @@ class Stage:
         ]
 
     def packs_by_channel(self, lanes: Lanes) -> bool:
-        """Whether the weight is packed as `[panels, h w, 16]`: a depthwise stage, which has no input channels to sum over."""
+        """Whether the weight is packed as `[panels, h w, 16]`: a depthwise stage.
+
+        It has no input channels to sum over.
+        """
         return layout_of(lanes).taps_outside and self.depthwise
 
     def packed_dtype(self, lanes: Lanes) -> torch.dtype:

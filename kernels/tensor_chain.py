@@ -1,4 +1,6 @@
-"""`tensor_chain`: a linear layer of several small cores as one operator, for `tensor_train`, `tensor_ring` and `block_term`.
+"""`tensor_chain`: a linear layer of several small cores as one operator.
+
+It serves `tensor_train`, `tensor_ring` and `block_term`.
 
 A program is a list of steps, each a small matrix on one axis of a block; any contraction order without sums
 over open bonds is one.
@@ -116,7 +118,7 @@ def train_program(outs: Sequence[int], ins: Sequence[int], bonds: Sequence[int])
 def ring_program(
     ins: tuple[int, int], outs: tuple[int, int], bonds: tuple[int, int, int, int]
 ) -> tuple[Step, ...]:
-    """`[i1, 1, (r0 r1)]`, `[(r1 i2), 1, r2]`, `[r2, o1, r3]`, `[(r0 r3), o2, 1]`, with `bonds` (r0, r1, r2, r3)."""
+    """`[i1, 1, (r0 r1)]`, `[(r1 i2), 1, r2]`, `[r2, o1, r3]`, `[(r0 r3), o2, 1]`, `bonds` r0 to r3."""
     (i1, i2), (o1, o2), (r0, r1, r2, r3) = ins, outs, bonds
     return (
         Step(1, i1, i2, 1, r0 * r1),
@@ -127,7 +129,10 @@ def ring_program(
 
 
 def block_program(outputs: int, parts: int, inputs: int, rank: tuple[int, int, int]) -> tuple[Step, ...]:
-    """`[inputs, 1, (b r)]` for each of the parts, `[b, (r parts), 1, s]` for each block, `[(b s), outputs, 1]`; rank is (b, s, r)."""
+    """`[inputs, 1, (b r)]` per part, `[b, (r parts), 1, s]` per block, `[(b s), outputs, 1]`.
+
+    The rank is (b, s, r).
+    """
     b, s, r = rank
     return (
         Step(parts, inputs, 1, 1, b * r, order=(2, 0, 1, 3)),

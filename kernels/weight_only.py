@@ -1,4 +1,4 @@
-"""`weight_only_linear`: a linear layer whose matrices are stored in 4, 8, 16 or 32 bits and multiplied in float32.
+"""`weight_only_linear`: a linear layer stored in 4, 8, 16 or 32 bits and multiplied in float32.
 
 `W = Q + U V`: a matrix of whole numbers with a scale per group of inputs, and beside it a product of two thin
 matrices for what Q leaves.  With few tokens its time is that of reading the weights.
@@ -19,7 +19,10 @@ from tdpass.kernels import native
 from tdpass.kernels.base import Op, implements, register_op
 from tdpass.kernels.conv_chain import activate, check_activation
 
-SCHEMA = "(Tensor x, Tensor[] weights, Tensor[] scales, Tensor? bias, Tensor? residual, int[] widths, str activation) -> Tensor"
+SCHEMA = (
+    "(Tensor x, Tensor[] weights, Tensor[] scales, Tensor? bias, Tensor? residual, int[] widths, "
+    "str activation) -> Tensor"
+)
 PANEL, NIBBLES = 16, 8  # outputs to a panel; codes of 4 bits to a word
 _KINDS: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.int32: 3}
 _WITH_ZEROS = 4  # axes of scales
@@ -59,7 +62,7 @@ def pack_codes(codes: Tensor, scale: Tensor, bits: int, zero: Tensor | None = No
 
 
 def pack_weight(weight: Tensor, bits: int, group: int = 0) -> Stored:
-    """`weight[o, i]` rounded to the nearest of `2^bits - 1` numbers, by groups of inputs (0: all of a row)."""
+    """`weight[o, i]` rounded to the nearest of `2^bits - 1` numbers, by groups of inputs (0: a whole row)."""
     size = group or weight.shape[1]
     if weight.shape[1] % size:
         raise KernelError(f"groups of {size} do not divide {weight.shape[1]} inputs; choose another group")
@@ -118,8 +121,8 @@ def check_stored(codes: Tensor, scales: Tensor, outputs: int, inputs: int) -> No
         or list(scales.shape) != [*zeros, panels, groups, PANEL]
     ):
         raise KernelError(
-            f"codes {tuple(codes.shape)} of type {codes.dtype} with scales {tuple(scales.shape)} are no matrix "
-            f"of {outputs} x {inputs}; use what `pack_codes`, `pack_weight` or `pack_floats` returns"
+            f"codes {tuple(codes.shape)} of type {codes.dtype} with scales {tuple(scales.shape)} are no "
+            f"matrix of {outputs} x {inputs}; use what `pack_codes`, `pack_weight` or `pack_floats` returns"
         )
 
 
@@ -127,8 +130,8 @@ def matrices(weights: Sequence[Tensor], widths: Sequence[int]) -> list[tuple[int
     """The shapes of Q, V and U; raises `KernelError` where the weights do not fit the widths."""
     if len(widths) not in (_MATRIX, _WITH_PRODUCT) or len(weights) != 2 * len(widths) - 3:
         raise KernelError(
-            f"{len(weights)} matrices and widths {list(widths)} do not fit; give Q and [inputs, outputs], or Q, "
-            "V, U and [inputs, outputs, rank]"
+            f"{len(weights)} matrices and widths {list(widths)} do not fit; give Q and [inputs, outputs], "
+            "or Q, V, U and [inputs, outputs, rank]"
         )
     inputs, outputs, *rank = widths
     return [(outputs, inputs), *((shape) for r in rank for shape in ((r, inputs), (outputs, r)))]
@@ -230,7 +233,12 @@ def _run_native(
     array = (native.CMatrix * len(kept))(
         *(
             native.CMatrix(
-                codes.data_ptr(), scale.data_ptr(), _KINDS[codes.dtype], scale.shape[-2], inputs, outputs,
+                codes.data_ptr(),
+                scale.data_ptr(),
+                _KINDS[codes.dtype],
+                scale.shape[-2],
+                inputs,
+                outputs,
                 scale[1].data_ptr() if scale.dim() == _WITH_ZEROS else None,
             )
             for (codes, scale), (outputs, inputs) in zip(kept, shapes, strict=True)

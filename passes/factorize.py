@@ -28,7 +28,7 @@ from tdpass.site import Site
 @register_pass
 @dataclass(frozen=True)
 class Factorize(Pass):
-    """Replace every planned site by its factors, fitted in the metric of the calibration data where there is some."""
+    """Replace every planned site by its factors, fitted in the metric of the calibration data if any."""
 
     name = "factorize"
     promise = Promise.PLAN
@@ -122,13 +122,16 @@ class Factorize(Pass):
 
 
 def _present(name: str, model: Model) -> Form:
-    """The form that a site is in; one with fewer channels counts as dense, as its neighbours were planned with it."""
+    """A site's form; with fewer channels it counts as dense, as its neighbours were planned with it."""
     layer = model.layer(name)
     return DENSE if layer is None or layer.form.narrow else layer.form
 
 
 def _divided_as_planned(plan: RankPlan, model: Model) -> None:
-    """Divide the model's layers where the plan changes sites that it has not, by name or by the content of the weight."""
+    """Divide the model's layers where the plan changes sites that it has not.
+
+    They are found by name or by the content of the weight.
+    """
     names = {site.name for site in model.sites()}
     missing = {choice.fingerprint for choice in plan if not choice.kept_dense and choice.site not in names}
     if missing and isinstance(model, DividesLayers):
@@ -158,7 +161,10 @@ def _check_start(
 def _narrowed(
     plan: RankPlan, done: Sequence[Choice], sites: Mapping[str, Site], settled: Mapping[str, Form]
 ) -> Cost:
-    """What sites cost as they are with fewer channels, over what they did with all, of those whose layers go on to be factored."""
+    """What sites cost with fewer channels, over what they did with all.
+
+    Counted are those whose layers go on to be factored.
+    """
     inside = [choice for choice in plan if choice.site in settled and choice not in done]
     return sum((dense_cost(sites[choice.site]) - choice.dense for choice in inside), Cost())
 
@@ -170,7 +176,10 @@ def _priced(
     model: Model,
     settled: Mapping[str, Form],
 ) -> Choice:
-    """The choice with the costs it has in this model, which another input size, or none, may have hidden from who planned."""
+    """The choice with the costs it has in this model.
+
+    Another input size, or none, may have hidden them from who planned.
+    """
     if choice.site not in sites:
         return choice
     site, layer, given = sites[choice.site], model.layer(choice.site), present[choice.site]

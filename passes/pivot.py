@@ -80,7 +80,7 @@ def _dense(model: Model, site: Site) -> Layer:
 
 
 def _ways(layer: Layer, job: Job, after: Layer | None, spread: int) -> list[Way]:
-    """The layer in every format that spares what it holds twice, with the one behind it where that changes too.
+    """The layer in every format that spares what it holds twice, and the one behind it where that changes.
 
     Those that need no order of channels come first: the layer behind takes its inputs in the order that leads
     with the pivots, or the leading channels make good pivots as they are.

@@ -35,7 +35,7 @@ FEW_BYTES = 0.25  # what integers of a byte leave of single precision
 @register_pass
 @dataclass(frozen=True)
 class Plan(Pass):
-    """Candidates of all formats and ranks per site, their measured losses, and the exact choice under the budget.
+    """Candidates of all formats and ranks per site, their measured losses, the exact choice under the budget.
 
     Options override the budget of the job: `bounds` by measure, each of which is an option of that name.
     `joint` also tries options that change neighbouring sites together. `effort`: fast (losses from the metric
@@ -274,7 +274,7 @@ def _held(offer: Offer, model: Model, job: Job) -> Offer:
 
 
 def _why_none(model: Model, job: Job) -> str:
-    """What was asked for where that left nothing out of the model's sites, else why its layers are no sites."""
+    """What was asked for if that selects none of the sites, else why the model's layers are no sites."""
     names = [site.name for site in model.sites()]
     if names:
         listed = ", ".join(names[:6]) + (" ..." if len(names) > 6 else "")

@@ -29,11 +29,11 @@ from tdpass.site import Site, selects
 class ProjectChannels(Pass):
     """Narrow the runs of dense layers that feed each other; what comes out is dense, with no layer between.
 
-    `how`: "learned" mixtures, "principal" ones, or channels selected by "norm", "taylor" or "median".  `keep`
-    is the share of channels left at every joint, also of gated MLPs, whose channels are selected for what reads
-    them whatever `how` is; with a budget among the options (`macs=0.7`) the shares of
-    all runs are chosen under it, by the divergence that they are measured to cause.  Sites that take no part
-    are declined with the reason.
+    `how`: "learned" mixtures, "principal" ones, or channels selected by "norm", "taylor" or "median".
+    `keep` is the share of channels left at every joint, also of gated MLPs, whose channels are selected for
+    what reads them whatever `how` is; with a budget among the options (`macs=0.7`) the shares of all runs
+    are chosen under it, by the divergence that they are measured to cause.  Sites that take no part are
+    declined with the reason.
     """
 
     name = "project-channels"

@@ -15,7 +15,9 @@ from tdpass.site import Site
 @register_pass
 @dataclass(frozen=True)
 class Quantize(Stored):
-    """Store weights, or the factors of sites that are replaced, in a number type such as `int8`, `int4/64`, `levels16` or `float16`.
+    """Store weights, or the factors of replaced sites, in a number type such as `int8` or `levels16`.
+
+    Others are `int4/64` and `float16`.
 
     With `beside` a dense weight becomes `U V + Q(W - U V)`: factors of that rank in float16, and what they
     leave of it in the number type.  Sites that have a number type already are left as they are.

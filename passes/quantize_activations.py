@@ -32,7 +32,9 @@ _SAMPLES = 64
 @register_pass
 @dataclass(frozen=True)
 class QuantizeActivations(Pass):
-    """Hold in eight bits, with one scale and zero point each, what the layers whose weights are int8 read, and in ONNX what they make and what joins such.
+    """Hold in eight bits, with one scale and zero point each, what layers of int8 weights read.
+
+    In ONNX also what they make and what joins such.
 
     Ranges come from the calibration data: `calibration` is `minmax` (all that was seen), `percentile` (all
     but one number in ten thousand), `mse` (least squared error) or `kl` (least divergence of the

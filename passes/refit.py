@@ -14,7 +14,9 @@ from tdpass.planner.trials import Promise
 @register_pass
 @dataclass(frozen=True)
 class Refit(Pass):
-    """Front to back, the last factor and bias of each replaced site by ridge least squares towards the original's outputs.
+    """Refit the last factor and bias of replaced sites, front to back, towards the original's outputs.
+
+    It is done by ridge least squares.
 
     Residual sums are included, so a layer also repairs what the layers before it lost.  Undone when the
     divergence of the network's output on the calibration data grows.  `ridge` pulls towards the factor as it

@@ -87,7 +87,7 @@ class _Ways:
         return twin
 
     def why_not(self, keep: float) -> str:
-        """Why the model cannot be sliced: at full width it is not the same, or at that width it does not run."""
+        """Why the model cannot be sliced: at full width it differs, or at that width it does not run."""
         answer = self.model.run(self.example)
         try:
             moved = gap(answer, self.at(1.0).run(self.example))

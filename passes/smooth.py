@@ -25,7 +25,9 @@ _ROWS = 512
 @register_pass
 @dataclass(frozen=True)
 class Smooth(Pass):
-    """Divide what a norm makes by a scale for each channel, and multiply the columns of the layers that read it (SmoothQuant).
+    """Divide what a norm makes by a scale per channel, multiply the columns of its readers (SmoothQuant).
+
+    Its readers are the layers that read what the norm makes.
 
     How far is chosen on the calibration data, norm by norm, by the error of the outputs when activations are
     rounded to eight bits and weights to `numbers`; a norm stays as it is where nothing pays.  The output does

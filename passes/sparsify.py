@@ -19,7 +19,9 @@ from tdpass.targets.break_even import BreakEvenTable, open_break_even
 @register_pass
 @dataclass(frozen=True)
 class Sparsify(Stored):
-    """Keep a part of the entries of weights, or of the factors of sites that are replaced: `2:4`, `unstructured/30%`, `blocks4x4/50%`, `rows/50%`.
+    """Keep a part of the entries of weights, or of the factors of replaced sites, such as `2:4`, `rows/50%`.
+
+    Others are `unstructured/30%` and `blocks4x4/50%`.
 
     `rounding` says which are kept: those that cost most to do without when the others make up for them
     (`moments`), those of largest magnitude times that of what they are multiplied by (`activations`), or
@@ -43,7 +45,10 @@ class Sparsify(Stored):
         return self.store(model, job, done) or bool(done)
 
     def _folded(self, model: Model, job: Job) -> frozenset[str]:
-        """Leave channels out of the layers on both of their sides; the sites that need no support any more."""
+        """Leave channels out of the layers on both of their sides.
+
+        Returns the sites that need no support any more.
+        """
         support = support_named(self.support)
         axes = {site.name: support.line(site.shape) for site in model.sites() if not model.layer(site.name)}
         if support.share is None or not any(axis is not None for axis in axes.values()):

@@ -30,7 +30,7 @@ from tdpass.site import Site, selects
 
 @dataclass(frozen=True)
 class Stored(Pass, ABC):
-    """Store the factors of every site, and the weights of those that are dense, in another form than they are stored in.
+    """Store the factors of every site, and the weights of dense ones, in another form than they are in.
 
     With calibration data and `rounding: moments` columns make up for what those before them lost and the last
     factor of a chain for the others; the plain rounding is kept where the network's output is nearer to the
@@ -126,7 +126,7 @@ class Stored(Pass, ABC):
         model: Model,
         job: Job,
     ) -> dict[str, Layer]:
-        """Those of the plain rounding and of `rounding` with which the network's output is nearer to the original's."""
+        """Those of plain rounding and of `rounding` by which the output is nearer to the original's."""
         tapes = job.tapes(model)
         others = {name: layer for name, layer in plain.items() if name not in forms and layer.form != DENSE}
         nearest = divergence_of(tapes, {**others, **made}, job.fitted_divergence)

@@ -17,7 +17,9 @@ from tdpass.planner.trials import Promise
 @register_pass
 @dataclass(frozen=True)
 class Verify(Pass):
-    """Run the model as it is given back on the calibration data and report how far it is from the original as it was given.
+    """Run the model as it is given back on the calibration data and report how far it is from the original.
+
+    The original is the model as it was given.
 
     Raises `DifferenceError` when an output is not finite, when the divergence is above `limit`, or, where
     none is set, above what the plan expects.

@@ -1,4 +1,6 @@
-"""`block_term_linear`: y = last h + bias with `h[(b s)] = sum_pr core[b, (p r), s] sum_i first[(b r), i] x[(p i)]`, x cut in p parts.
+"""`block_term_linear`: a linear layer stored as block terms, on x cut in p parts.
+
+y = last h + bias with `h[(b s)] = sum_pr core[b, (p r), s] sum_i first[(b r), i] x[(p i)]`.
 
 Two launches.  In the first a program makes one block b of h for a few rows, part by part, and what comes
 between first and core never leaves the chip; in the second `last`, the bias, the residual and the activation.
@@ -102,7 +104,9 @@ def block_term_linear(
     precision: Precision | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """`y[.., o] = activation(sum_bs last[o, (b s)] sum_pr core[b, (p r), s] sum_i first[(b r), i] x[.., (p i)] + bias + residual)`.
+    """The block-term layer on the last axis of x, `y[.., o] = activation(z[.., o] + bias + residual)`.
+
+    `z[.., o] = sum_bs last[o, (b s)] sum_pr core[b, (p r), s] sum_i first[(b r), i] x[.., (p i)]`.
 
     float32, float16 or bfloat16; Raises `UnsupportedError` where s and r, at most 256 each, are too large for
     s r numbers to fit on chip.

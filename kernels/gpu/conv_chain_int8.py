@@ -96,7 +96,7 @@ class _Call:
     y: Tensor
 
     def run(self, config: Config) -> None:
-        """Up to three launches: the first stage, the core, and the last unless `config` fuses it with the core."""
+        """Up to three launches: first stage, core, and last stage unless `config` fuses it with the core."""
         x, levels = self.x, steps_of(self.reads)
         if self.core:
             stage = self.factors[0][0]

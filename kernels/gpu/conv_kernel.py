@@ -1,4 +1,4 @@
-"""The Triton kernel of a convolution between two 1x1 convolutions, each of which it makes too or leaves to others."""
+"""The Triton kernel of a convolution between two 1x1 ones, each of which it makes or leaves to others."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def conv_kernel(
     compute: tl.constexpr,
     precision: tl.constexpr,
 ) -> None:
-    """`block_m` output positions: all channels of the core and columns `program_id(1) * share` on, or `block_s` channels of the core.
+    """`block_m` output positions, of all channels of the core or of `block_s` of them.
+
+    With all channels it makes columns `program_id(1) * share` on.
 
     x is the image, or with no first stage here what that made of it, `rank_r` channels; `core[s, tap, r]`.
     """

@@ -21,7 +21,10 @@ def missing() -> str:
         return "the kernels are written for CUDA, this is a build of torch for ROCm"
     capability = torch.cuda.get_device_capability()
     if capability < _CAPABILITY:
-        return f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}; the kernels need 8.0"
+        return (
+            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}; "
+            "the kernels need 8.0"
+        )
     return ""
 
 

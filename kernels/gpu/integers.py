@@ -126,7 +126,7 @@ class Factor:
 
     @classmethod
     def laid(cls, rows: Tensor, weight: Tensor, scale: Tensor, total: Tensor, grid: Grid) -> Factor:
-        """With its whole numbers `rows[o, ..]` as kernels read them, which are kept with the packed weight."""
+        """With its whole numbers `rows[o, ..]` as kernels read them, kept with the packed weight."""
         zero = int(zero_of(grid))
 
         def make() -> Tensor:

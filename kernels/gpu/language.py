@@ -1,4 +1,6 @@
-"""What all kernels share: the epilogue and the product as Triton functions, and how torch's types and settings map to Triton's.
+"""What all kernels share: the epilogue and the product as Triton functions.
+
+Also how torch's types and settings map to Triton's.
 
 Under `TRITON_INTERPRET=1` the kernels run on CPU tensors, slowly, for tests; products are then made in
 float32, because the interpreter multiplies bfloat16 and float8 as if they were integers.
@@ -84,7 +86,7 @@ def triton_type(dtype: torch.dtype) -> Any:
 
 
 def check(x: Tensor, activation: str, *others: Tensor | None) -> None:
-    """Raise `UnsupportedError` or `KernelError` unless the kernels can read these tensors and know the activation."""
+    """Raise `UnsupportedError` or `KernelError` unless kernels read these tensors and know the activation."""
     check_operands(x, activation, *others)
     triton_type(x.dtype)
 
@@ -106,8 +108,8 @@ def check_operands(x: Tensor, activation: str, *others: Tensor | None) -> None:
     narrow = any(each is not None and each.dtype == torch.float8_e4m3fn for each in (x, *others))
     if narrow and capability_of(x) < _FLOAT8:
         raise UnsupportedError(
-            f"a device of compute capability {'.'.join(map(str, capability_of(x)))} has no float8 arithmetic; "
-            "one of 8.9 or newer has"
+            f"a device of compute capability {'.'.join(map(str, capability_of(x)))} has no float8 arithmetic"
+            "; one of 8.9 or newer has"
         )
 
 

@@ -1,4 +1,6 @@
-"""Runs the registered operators on CUDA through the Triton kernels: which arguments those cover, and their weights unpacked.
+"""Runs the registered operators on CUDA through the Triton kernels.
+
+Here stands which arguments those cover, and their weights are unpacked.
 
 Covered are `conv_chain` of one k x k stage with a 1x1 before it, behind it, or both; `linear_chain` of two
 layers; `tensor_chain` of a train of two to four cores or of a block term.  Anything else, and everything on a
@@ -129,7 +131,10 @@ def tensor_chain(
 
 
 def _train(program: Sequence[tensor.Step]) -> list[tuple[int, int]] | None:
-    """Of each step its part of the input and its right rank, where the program is that of a train that the kernel takes."""
+    """Of each step its part of the input and its right rank.
+
+    None where the program is not that of a train that the kernel takes.
+    """
     if len(program) not in _CORES or any(step.batched for step in program):
         return None
     right = (1, *(step.r for step in program[:-1]))

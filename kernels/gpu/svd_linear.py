@@ -1,4 +1,4 @@
-"""`svd_linear`: y = activation((x v^T) u^T + bias + residual) without writing `x v^T[tokens, rank]` to memory.
+"""`svd_linear`: y = activation((x v^T) u^T + bias + residual), `x v^T[tokens, rank]` never in memory.
 
 A program holds the hidden values of a few rows, at most 256 of them per row, and goes through the columns of
 y with them.  Where there are too few rows to fill the device so, or the rank is larger, two products run
@@ -209,7 +209,7 @@ class _Call:
     precision: Precision
 
     def run(self, config: Config) -> None:
-        """Launch what a configuration says: `programs` per row block of the fused kernel, or two products with `splits`."""
+        """Launch as a configuration says: `programs` per row block fused, or two products with `splits`."""
         if config["fused"]:
             self._fused(config)
         else:

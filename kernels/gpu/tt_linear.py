@@ -1,4 +1,6 @@
-"""`tt_linear`: a linear layer stored as a tensor train of two to four cores, `W[(o1 .. od), (i1 .. id)] = G_1[o1, i1] .. G_d[od, id]`.
+"""`tt_linear`: a linear layer stored as a tensor train of two to four cores.
+
+`W[(o1 .. od), (i1 .. id)] = G_1[o1, i1] .. G_d[od, id]`.
 
 Cores are small and tensor cores are not: neighbours are multiplied together beforehand (a few thousand
 numbers, made once per weight) until two are left, `W[(o, o'), (i, i')] = sum_r A[r, o, i] B[r, o', i']`, cut
@@ -114,7 +116,9 @@ def tt_linear(
     precision: Precision | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """`y[.., (o1 .. od)] = activation(sum_i G_1[o1, i1] .. G_d[od, id] x[.., (i1 .. id)] + bias + residual)`, cores `[r, o_k, i_k, r']`.
+    """The layer on the last axis of x, `y[.., (o1 .. od)] = activation(z + bias + residual)`.
+
+    `z = sum_i G_1[o1, i1] .. G_d[od, id] x[.., (i1 .. id)]`, cores `[r, o_k, i_k, r']`.
 
     Two to four cores; float32, float16 or bfloat16.  Raises `UnsupportedError` where both ways of leaving two
     cores are too wide.

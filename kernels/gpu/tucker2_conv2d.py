@@ -1,15 +1,17 @@
-"""`tucker2_conv2d`: y = activation(last * (core * (first * x)) + bias + residual), a 1x1, a k x k and a 1x1 convolution.
+"""`tucker2_conv2d`: a 1x1, a k x k and a 1x1 convolution.
+
+y = activation(last * (core * (first * x)) + bias + residual).
 
 The core is an implicit matrix product over (tap, channel), positions times channels, nothing unfolded in
 memory.
 
 - The last stage reads the core's tile of at most 256 channels where it is made, so the core's output is never
   written.
-- The first stage is a launch of its own wherever windows overlap.  Triton cannot address a shifted part of a
-  tile on chip, so a
-  fused first stage is made anew for every tap, `taps i r` multiply-adds per output instead of `i r` per input; what the launch writes
-  has only r channels and mostly stays in the second-level cache.  Where windows do not overlap (stride at least the reach of the
-  kernel, as in patch embeddings) or x has at most 16 channels the tuner also tries all three stages in one kernel.
+- The first stage is a launch of its own wherever windows overlap.  Triton cannot address a shifted part of
+  a tile on chip, so a fused first stage is made anew for every tap, `taps i r` multiply-adds per output
+  instead of `i r` per input; what the launch writes has only r channels and mostly stays in the
+  second-level cache.  Where windows do not overlap (stride at least the reach of the kernel, as in patch
+  embeddings) or x has at most 16 channels the tuner also tries all three stages in one kernel.
 """
 
 from __future__ import annotations
@@ -84,7 +86,9 @@ def tucker2_conv2d(
     precision: Precision | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """`y[n, o, p] = activation(sum_s last[o, s] sum_rt core[s, r, t] sum_i first[r, i] x[n, i, p stride + t dilation - before] + ...)`.
+    """The three convolutions on x, `y[n, o, p] = activation(sum_s last[o, s] h[n, s, p] + ...)`.
+
+    `h[n, s, p] = sum_rt core[s, r, t] sum_i first[r, i] x[n, i, p stride + t dilation - before]`.
 
     `first[r, i]` and `last[o, s]` may have two ones for a kernel behind them, or be None (then the core reads
     x, or makes y); x has channels first or last, y lies as x does.  `padding` holds (before, after) per axis.
@@ -182,7 +186,7 @@ class _Call:
     precision: Precision
 
     def run(self, config: Config) -> None:
-        """Up to three launches: the first stage, the core, the last stage, those left out that `config` fuses with the core."""
+        """Up to three launches: first stage, core, last stage, less those `config` fuses with the core."""
         s, r = self.ranks
         n, _, h, w = self.x.shape
         with_first, with_last = (

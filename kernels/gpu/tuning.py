@@ -60,7 +60,7 @@ def _file(root: str | Path, device: torch.device) -> Path:
 
 
 def bucket(size: int) -> int:
-    """Sizes that vary from call to call, rounded up to a power of two, so that each does not need timing of its own."""
+    """Sizes that vary from call to call, rounded up to a power of two, so that each needs no timing."""
     return 1 << max(0, size - 1).bit_length()
 
 

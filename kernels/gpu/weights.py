@@ -1,4 +1,4 @@
-"""Weights as the kernels read them, made once per weight and kept as long as the weight itself lives unchanged."""
+"""Weights as the kernels read them, made once per weight and kept while it lives unchanged."""
 
 from __future__ import annotations
 
