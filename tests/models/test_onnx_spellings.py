@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx_nets import model_of, node, svd, weight
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from tdpass.formats.base import FORMATS
 from tdpass.formats.layer import Layer
 from tdpass.models.base import Batch
 from tdpass.models.onnx.model import OnnxModel
+from tdpass.models.onnx.tensors import constant, sizes, to_torch
 
 MS = "com.microsoft"
 RNG = np.random.default_rng(3)
@@ -87,6 +89,17 @@ CASES = {
     "constant_node": Case(
         [node("Constant", "", "w", value=numpy_helper.from_array(W)), node("Transpose", "w", "t"),
          node("MatMul", "x t")], {}, TOKENS, gone=("Constant",),
+    ),
+    "constant_of_shape": Case(
+        [node("ConstantOfShape", "s", "w", value=numpy_helper.from_array(np.array([0.25], np.float32))),
+         node("Gemm", "x w", transB=1)],
+        {"s": ints(6, 8)}, ROWS, weight=np.full((6, 8), 0.25, np.float32), gone=("ConstantOfShape",),
+    ),
+    "constant_of_shape_laid_out_anew": Case(
+        [node("ConstantOfShape", "s", "w", value=numpy_helper.from_array(np.array([0.25], np.float32))),
+         node("Unsqueeze", "w a", "t"), node("Conv", "x t")],
+        {"s": ints(6, 4), "a": ints(2, 3)}, IMAGE, weight=np.full((6, 4, 1, 1), 0.25, np.float32),
+        gone=("ConstantOfShape", "Unsqueeze"),
     ),
     "fused_conv": Case(
         [fused("FusedConv", "x w b", activation="Relu", pads=[1, 1, 1, 1])],
@@ -176,6 +189,37 @@ def test_left_dense_nothing_is_touched(case: Case) -> None:
     )
 
 
+@pytest.mark.parametrize("version", [3, 8])
+@pytest.mark.parametrize("name", ["constant_of_shape", "constant_of_shape_laid_out_anew"])
+def test_a_weight_that_a_shape_is_filled_for_counts_like_a_stored_one(name: str, version: int) -> None:
+    case = CASES[name]
+    proto = case.proto()
+    proto.ir_version = version
+    if version < 4:  # where initializers are inputs
+        held = proto.graph.initializer
+        proto.graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in held)
+    model = OnnxModel.open(proto, Batch((torch.from_numpy(fed(case)),)))
+    assert (model.params(), model.bytes()) == (case.weight.size, 4 * case.weight.size)
+
+
+@pytest.mark.parametrize("wanted", [(2**14, 2**14), (2**62, 8), (-1, 8)], ids=str)
+def test_a_shape_too_large_or_impossible_to_fill_is_left_to_the_runtime(wanted: tuple[int, ...]) -> None:
+    made = node("ConstantOfShape", "s", "w")
+    graph = ir.from_proto(model_of([made, node("MatMul", "x w")], {"s": ints(*wanted)}, (1, wanted[0]))).graph
+    assert constant(graph[0].outputs[0]) is None
+
+
+def test_a_filled_shape_takes_the_memory_of_one_number() -> None:
+    graph = ir.from_proto(
+        model_of(
+            [node("ConstantOfShape", "s", "w"), node("MatMul", "x w")], {"s": ints(2**13, 2**13)}, (1, 2**13)
+        )
+    ).graph
+    tensor = constant(graph[0].outputs[0])
+    assert tensor is not None
+    assert (sizes(tensor), to_torch(tensor).untyped_storage().nbytes()) == ((2**13, 2**13), 4)
+
+
 def test_a_weight_that_is_cast_keeps_the_type_it_is_stored_in() -> None:
     case = CASES["cast"]
     model = OnnxModel.open(case.proto(), Batch((torch.from_numpy(fed(case)),)))
@@ -206,7 +250,7 @@ def test_what_is_also_read_by_another_node_stays() -> None:
         (fused("FusedConv", "x w", activation="Clip"), CONV, IMAGE, "fused with Clip"),
         (
             node("Einsum", "x w", equation="bij,bjk->bik"), weight(2, 8, 6, rng=RNG), TOKENS,
-            "one matrix along one axis",
+            "no product with one matrix",
         ),
         (node("Einsum", "x w", equation="bij,jk->ik"), W.T.copy(), TOKENS, "no product|sums over"),
         (node("Einsum", "x w w", equation="bij,jk,jk->bik"), W.T.copy(), TOKENS, "several operands"),

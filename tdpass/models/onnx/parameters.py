@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from tdpass.models.onnx.folding import REARRANGING
 from tdpass.models.onnx.products import PRODUCTS
 from tdpass.models.onnx.storage import release_pages
 from tdpass.models.onnx.tensors import FLOAT_TYPES, PARAMETER_TYPES, constant, finite, to_torch
@@ -61,7 +62,7 @@ def _held(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
 
 
 def _constants(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
-    """All initializers and what Constant nodes hold."""
+    """All initializers, what Constant nodes hold, and what constants of a shape make for a layer to multiply with."""
     for graph in model.graphs():
         yield from (
             (value, value.const_value)
@@ -69,10 +70,14 @@ def _constants(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
             if value.const_value is not None
         )
         for node in graph:
-            if node.op_type == "Constant" and not node.domain:
-                tensor = constant(node.outputs[0])
-                if tensor is not None:
-                    yield node.outputs[0], tensor
+            tensor = constant(node.outputs[0], default=True) if node.outputs else None
+            if tensor is not None and (not node.inputs or _feeds_layers(node.outputs[0])):
+                yield node.outputs[0], tensor
+
+
+def _feeds_layers(value: ir.Value) -> bool:
+    """Whether a layer weighs with the value, as it is or laid out anew."""
+    return any(_weighs(usage.node, usage.idx) or usage.node.op_type in REARRANGING for usage in value.uses())
 
 
 def _counts(value: ir.Value, tensor: ir.TensorProtocol) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
@@ -32,6 +33,7 @@ _QUANTIZED_TYPES = frozenset(
     }
 )
 PARAMETER_TYPES = FLOAT_TYPES | _QUANTIZED_TYPES
+_MOST_FILLED = 2**27  # numbers that a few bytes of a file may ask for as a weight: half a GiB of float32
 
 
 def torch_dtype(dtype: ir.DataType) -> torch.dtype:
@@ -99,22 +101,23 @@ def from_torch(tensor: Tensor) -> ir.TensorProtocol:
     return tensor_adapters.TorchTensor(tensor.detach())
 
 
-def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """What the value always is; else None.
+def constant(value: ir.Value | None, *, default: bool = False) -> ir.TensorProtocol | None:
+    """What the value always is, or by `default` what it is unless a caller overrides it; else None.
 
-    It is an initializer that no caller can override, or the output of a Constant node.
+    It is an initializer that no caller can override, or the output of a Constant node, or of a ConstantOfShape
+    whose shape is one of these.
     """
     if value is None:
         return None
     if value.is_initializer():
-        return None if value.is_graph_input() else value.const_value
+        return None if value.is_graph_input() and not default else value.const_value
     producer = value.producer()
-    if producer is None or producer.domain or producer.op_type != "Constant":
+    if producer is None or producer.domain or producer.op_type not in _MAKERS:
         return None
-    return _content(producer)
+    return _MAKERS[producer.op_type](producer, default=default)
 
 
-def _content(node: ir.Node) -> ir.TensorProtocol | None:
+def _content(node: ir.Node, **_how: bool) -> ir.TensorProtocol | None:
     """The tensor of a Constant node; None for strings and sparse tensors."""
     for name, attribute in node.attributes.items():
         if name == "value":
@@ -124,6 +127,26 @@ def _content(node: ir.Node) -> ir.TensorProtocol | None:
         if name in {"value_int", "value_ints"}:
             return ir.tensor(attribute.value, ir.DataType.INT64)
     return None
+
+
+def _filled(node: ir.Node, *, default: bool) -> ir.TensorProtocol | None:
+    """One floating-point number at every place of a constant shape, in the memory of that number.
+
+    None for other types, and for more numbers than are read.
+    """
+    shape = constant(node.inputs[0], default=default)
+    if shape is None or shape.dtype is not ir.DataType.INT64 or len(shape.shape) != 1:
+        return None
+    wanted = [int(size) for size in shape.numpy()]
+    if any(size < 1 for size in wanted) or math.prod(wanted) > _MOST_FILLED:
+        return None
+    fill = node.attributes["value"].as_tensor() if "value" in node.attributes else ir.tensor([0.0])
+    if fill.dtype not in FLOAT_TYPES or fill.size != 1:
+        return None
+    return from_torch(to_torch(fill).reshape(()).expand(wanted))
+
+
+_MAKERS = {"Constant": _content, "ConstantOfShape": _filled}
 
 
 def held(value: ir.Value | None) -> ir.TensorProtocol:
