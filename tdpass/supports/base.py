@@ -89,11 +89,14 @@ class Support(ABC):
     def line(self, shape: Shape) -> int | None:
         """The axis of the factor, 0 or 1, along which single slices are kept whole.
 
-        None where tiles are no such slices.
+        None where tiles are no such slices, or do not divide the factor.
         """
-        tile, (rows, columns) = self.tile(shape), matrix_of(shape)
+        rows, columns = matrix_of(shape)
         along = {(rows, math.prod(shape[2:])): 1, (1, columns): 0}
-        return along.get(tile)
+        try:
+            return along.get(self.tile(shape))
+        except PlanError:
+            return None
 
     def bits_of(self, ops: StorageOps[V], packed: V, shape: Shape) -> V:
         """Ones for tiles that are kept and zeros for others, one after another."""
