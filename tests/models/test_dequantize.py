@@ -99,6 +99,57 @@ def test_a_quantized_onnx_model_becomes_one_of_numbers(
     assert given.SerializeToString() == quantized[name].SerializeToString()
 
 
+SCALES = {"xs": np.float32(0.02), "ws": np.float32(0.01), "ys": np.float32(0.05)}
+ZEROS = {"xz": np.uint8(120), "wz": np.int8(0), "yz": np.uint8(128)}
+ALONE = {
+    "QLinearConv": ("q xs xz w ws wz ys yz", "", (8, 6, 3, 3), (2, 6, 7, 7)),
+    "QLinearMatMul": ("q xs xz w ws wz ys yz", "", (6, 8), (5, 6)),
+    "QGemm": ("q xs xz w ws wz  ys yz", "com.microsoft", (6, 8), (5, 6)),
+    "ConvInteger": ("q w xz wz", "", (8, 6, 3, 3), (2, 6, 7, 7)),
+    "MatMulInteger": ("q w xz wz", "", (6, 8), (5, 6)),
+}
+
+
+def of_one_operator(name: str) -> tuple[onnx.ModelProto, Tensor]:
+    """An operator of integers between numbers, and what it is called with."""
+    inputs, domain, shape, size = ALONE[name]
+    draw = np.random.default_rng(0)
+    constants = {**SCALES, **ZEROS, "w": draw.integers(-90, 90, shape, np.int8)}
+    make, last = onnx.helper.make_node, ["c", "ys", "yz"]
+    middle = make(name, inputs.split(" "), ["c"], domain=domain)
+    end = make("DequantizeLinear", last, ["y"])
+    if "Integer" in name:
+        end = make("Cast", ["c"], ["y"], to=onnx.TensorProto.FLOAT)
+    graph = onnx.helper.make_graph(
+        [make("QuantizeLinear", ["x", "xs", "xz"], ["q"]), middle, end],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, size)],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(np.asarray(array), key) for key, array in constants.items()],
+    )
+    imports = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=8)
+    return model, torch.from_numpy(draw.uniform(-1, 1, size).astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_weight_of_an_operator_of_integers_stays_and_the_reason_names_what_helps(name: str) -> None:
+    model, x = of_one_operator(name)
+    (reason,) = open_model(model).declined().values()
+    with pytest.raises(TdpassError, match="the weight is quantized"):
+        tdpass.compress(model, {"params": 0.5}, x, cache=False)
+    if "Integer" in name:
+        assert "makes no numbers of; compress the floating-point model, then quantize it" in reason
+        return
+    assert "or what tdpass.dequantize makes of this one, then quantize it" in reason
+    made = tdpass.dequantize(model)
+    (site,) = open_model(made).sites()
+    assert site.shape == ((8, 6, 3, 3) if name == "QLinearConv" else (8, 6))
+    assert not open_model(made).declined()
+    given = answer(model, x)
+    torch.testing.assert_close(answer(made, x), given, rtol=0, atol=0.03 * float(given.abs().max()))
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_it_is_factored_and_quantized_anew(
     name: str, quantized: dict[str, onnx.ModelProto], tmp_path: Path

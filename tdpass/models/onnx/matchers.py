@@ -44,6 +44,10 @@ _QUANTIZED = (
     "the weight is quantized; compress the floating-point model, or what tdpass.dequantize makes of this one, "
     "then quantize it"
 )
+_INTEGERS = (
+    "the weight is quantized for an operator that tdpass.dequantize makes no numbers of; compress the "
+    "floating-point model, then quantize it"
+)
 _FOLD = (
     "the weight is computed from a constant at run time; fold constants first (onnxscript.optimizer.optimize)"
 )
@@ -286,10 +290,10 @@ for _operator, _matcher in {
     "DeformConv": Left((1,), "deformable convolutions are not supported"),
     "QLinearConv": Left((3,), _QUANTIZED),
     "QLinearMatMul": Left((3,), _QUANTIZED),
-    "ConvInteger": Left((1,), _QUANTIZED),
-    "MatMulInteger": Left((1,), _QUANTIZED),
+    "ConvInteger": Left((1,), _INTEGERS),
+    "MatMulInteger": Left((1,), _INTEGERS),
     "com.microsoft::QGemm": Left((3,), _QUANTIZED),
-    "com.microsoft::QAttention": Left((1,), _QUANTIZED),
+    "com.microsoft::QAttention": Left((1,), _INTEGERS),
     "com.microsoft::DynamicQuantizeLSTM": Left((1, 2), _QUANTIZED),
 }.items():
     MATCHERS.add(_operator, _matcher)
