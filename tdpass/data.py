@@ -60,12 +60,12 @@ def calls_of(
     """Calibration data as calls that the model takes, up to `samples` samples, and what is to be said of it.
 
     The kinds of data are those of `as_batches`, a `Dataset` of single samples, and raw data, in a folder or
-    file, of a kind in `tdpass.raw`.  Inputs whose samples lie along another axis, scalars beside a batch, calls of a fixed
-    size, samples without an axis of their own and samples of different sizes are put as the model takes them:
-    samples are cut and put together, at most `batch_size` in a call, only where that changes no answer (see
-    `Calls`).  Named values that the model does not take, such as labels, are left out; the only array is the
-    only input, whatever it is called.  Raises `InvalidModelError` for what does not fit it, else as
-    `as_batches`.
+    file, of a kind in `tdpass.raw`.  Inputs whose samples lie along another axis, scalars beside a batch,
+    calls of a fixed size, samples without an axis of their own and samples of different sizes are put as the
+    model takes them: samples are cut and put together, at most `batch_size` in a call, only where that
+    changes no answer (see `Calls`).  Named values that the model does not take, such as labels, are left out;
+    the only array is the only input, whatever it is called.  Raises `InvalidModelError` for what does not fit
+    it, else as `as_batches`.
     """
     _at_least_one(samples, batch_size)
     notes: list[str] = []

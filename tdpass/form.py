@@ -42,13 +42,13 @@ class Form(Flattened):
     `unstructured/500`.  `inputs` and `outputs` are how many channels are left of those that the site reads
     and makes, None for all: what stands there is a layer of the smaller site `on(site)`.  One that reads no
     channel answers with its bias.  `activations` says how what is multiplied with factors of eight-bit
-    integers becomes integers too: not at all (empty), by its own range in every call (`dynamic`), or in a range
-    that is stored with the layer (`static`).
+    integers becomes integers too: not at all (empty), by its own range in every call (`dynamic`), or in a
+    range that is stored with the layer (`static`).
 
     Files of version 1 say `pruned` with the channels for a rank, and `constant`.
 
-    >>> Form.parse("tucker2 16x24 int8")
-    Form(format='tucker2', rank=(16, 24), numbers=('int8',), support='', inputs=None, outputs=None, activations='')
+    >>> Form.parse("tucker2 16x24 int8") == Form("tucker2", (16, 24), numbers=("int8",))
+    True
     >>> str(Form("dense", (), support="2:4"))
     'dense 2:4'
     >>> str(Form("dense", (), inputs=12, outputs=6))

@@ -28,8 +28,8 @@ class Site:
     spatial axis.  `extents` holds one (input size, output size) per call, for `samples` samples together:
     spatial sizes of a convolution of one image, `((n,), (n,))` for a linear layer applied to `n` positions;
     it is empty until the model has been seen running.  `samples` is more than one only where a sample's own
-    share of the calls is no whole number.  Of a `table` single rows `W[o]` are read too, or nothing else is, as
-    an embedding does; `lookups` is how many, for `samples` samples.
+    share of the calls is no whole number.  Of a `table` single rows `W[o]` are read too, or nothing else is,
+    as an embedding does; `lookups` is how many, for `samples` samples.
     """
 
     name: str

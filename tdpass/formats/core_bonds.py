@@ -22,8 +22,8 @@ class CoreBond(Bond):
     """A bond of a core of several modes: the factor has it as its axis `at`, the partner as `partner_at`.
 
     All other axes of the factor are channels, of those `sizes`, -1 where that is a rank; what is stored of it
-    has a name of its own.  Its product is repeated for `repeats` parts of what the site reads or makes, and for
-    each place of the first axis of the core `per`.
+    has a name of its own.  Its product is repeated for `repeats` parts of what the site reads or makes, and
+    for each place of the first axis of the core `per`.
     """
 
     at: int

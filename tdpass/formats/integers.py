@@ -75,8 +75,8 @@ class IntegerOps(TorchOps):
     """`TorchOps` where products with `Coded` factors read integers.
 
     Without ranges known before, only linear layers do: each row is rounded to signed bytes by its own largest
-    number.  With ranges, convolutions compute with the rounded numbers in floating point.  A coded factor that
-    meets another verb is a tensor like any.
+    number.  With ranges, convolutions compute with the rounded numbers in floating point.  A coded factor
+    that meets another verb is a tensor like any.
     """
 
     def linear(self, x: Value, weight: Value, bias: Value | None) -> Tensor:

@@ -25,9 +25,9 @@ ENDING = "_residual"
 class Residual(Format):
     """W = U V + R: the factors of another format, and R, what they leave of the weight.
 
-    As it is it saves nothing.  It is meant for forms that store R in few bits or with a support, `svd_residual
-    8 float16,float16,int4/64` or `svd_residual 8 float32 all,all,unstructured/5%`, where a few directions in
-    many bits carry what few bits lose (Li et al., LQER, 2024; Saha et al., CALDERA, 2024).
+    As it is it saves nothing.  It is meant for forms that store R in few bits or with a support,
+    `svd_residual 8 float16,float16,int4/64` or `svd_residual 8 float32 all,all,unstructured/5%`, where a few
+    directions in many bits carry what few bits lose (Li et al., LQER, 2024; Saha et al., CALDERA, 2024).
     """
 
     offered = False

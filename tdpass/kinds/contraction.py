@@ -17,8 +17,8 @@ Axes = tuple[int, ...]
 class Contraction:
     """`y = x . w` over the axes `summed` of w, of which those in `made` are new in y.
 
-    `inward` orders the axes of x so that those summed over come last, in the order of w's; `outward` orders those
-    that are left, and then w's, as y has them.
+    `inward` orders the axes of x so that those summed over come last, in the order of w's; `outward` orders
+    those that are left, and then w's, as y has them.
     """
 
     made: Axes

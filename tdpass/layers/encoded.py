@@ -19,8 +19,8 @@ from tdpass.layers.factorized import Factorized
 class EncodedCall(Factorized, ABC):
     """A layer of encoded factors as one operator where that serves the call; else it runs as it is.
 
-    `operator` names what it is measured under, `activation` what it ends with, which it took in from the model.
-    With `apart` set it always runs as it is.
+    `operator` names what it is measured under, `activation` what it ends with, which it took in from the
+    model. With `apart` set it always runs as it is.
     """
 
     operator: ClassVar[str]

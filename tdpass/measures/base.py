@@ -62,7 +62,8 @@ class Measure:
     def read(self, text: str) -> float | None:
         """The amount that a text with a unit stands for; None for a text that is no such amount.
 
-        >>> MEASURES.get("macs").read("120M"), MEASURES.get("seconds").read("3ms"), MEASURES.get("macs").read("120")
+        >>> macs = MEASURES.get("macs")
+        >>> macs.read("120M"), MEASURES.get("seconds").read("3ms"), macs.read("120")
         (120000000.0, 0.003, None)
         """
         match = _NUMBER.fullmatch(text)

@@ -57,7 +57,7 @@ class ChannelAdaptive(Method):
 
     In a loop of one's own, `passes` gives the losses of a step:
 
-    >>> for loss in method.passes(network, inputs, lambda scores: cross_entropy(scores, targets)):   # doctest: +SKIP
+    >>> for loss in method.passes(network, inputs, lambda scores: cross_entropy(scores, targets)):  # doctest: +SKIP
     ...     loss.backward()
     """
 

@@ -44,9 +44,9 @@ class IncrementalTasks:
     are each task's own, so a task answers forever as it did when it was learned. The matrix of a convolution
     is W[o, (i h w)].
 
-    >>> tasks = IncrementalTasks(model, first_rank=11, step_rank=1, path="tasks.safetensors")     # doctest: +SKIP
-    >>> tasks.add_task(batches, epochs=10)                                                        # doctest: +SKIP
-    >>> network = tasks.use_task(0)                                                               # doctest: +SKIP
+    >>> tasks = IncrementalTasks(model, first_rank=11, step_rank=1, path="tasks.safetensors")  # doctest: +SKIP
+    >>> tasks.add_task(batches, epochs=10)  # doctest: +SKIP
+    >>> network = tasks.use_task(0)  # doctest: +SKIP
 
     The first task has `first_rank` columns in every layer and begins as the model is; each further one adds
     `step_rank`, or with `ranks="fisher"` as many numbers where they lower the loss most (`ranks_by_fisher`).

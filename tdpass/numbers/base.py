@@ -45,8 +45,8 @@ class Numbers(ABC):
     """One number type with its granularity; a frozen dataclass per file, registered with `register_numbers`.
 
     Class attributes: `name`, `bits` of one value, which may be a property, and whether values are
-    `floating`-point numbers; `opset` is the version of ONNX's operators from which on they are read.  `str` is
-    the text that `numbers_named` reads.
+    `floating`-point numbers; `opset` is the version of ONNX's operators from which on they are read.  `str`
+    is the text that `numbers_named` reads.
     """
 
     name: ClassVar[str]

@@ -7,13 +7,15 @@ is read off the content alone.
 Block, all integers little-endian, `varint` seven bits a byte with the low ones first:
 
     version   byte, 1
-    layout    byte: dtype (2 bits), kind of values (3), empty rows and columns named (1), a scale per row (1), -0.0 present (1)
+    layout    byte: dtype (2 bits), kind of values (3), empty rows and columns named (1), a scale per row (1),
+              -0.0 present (1)
     shape     varint axes, varint sizes
     survivors varint: elements that are neither 0.0 nor -0.0
     levels    varint: distinct values among them, 0 when raw
     learning  byte: how fast rates follow the rows (low 4 bits) and the columns (high 4 bits)
     alphabet  varint: size of the index alphabet;  prior: byte
-    values    raw: low bytes of the survivors;  table: varint entries, their bits;  grid: varint scales, the scales
+    values    raw: low bytes of the survivors;  table: varint entries, their bits;  grid: varint scales, the
+              scales
     stream    32-bit words of one range coder: positions, signs of zeros, indices, signs
     checks    16 bits of the CRC-32 of the tensor, CRC-32 of everything before
 

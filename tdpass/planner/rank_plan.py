@@ -142,7 +142,8 @@ class RankPlan:
     def after(self, done: Sequence[Choice]) -> RankPlan:
         """This plan for the model as it was before those choices were carried out, which it then holds too.
 
-        A site of both has fewer channels by the choice that was carried out, and factors of what is left of it.
+        A site of both has fewer channels by the choice that was carried out, and factors of what is left of
+        it.
         """
         saved = sum((choice.cost - choice.dense for choice in done), Cost())
         now = {choice.site: choice for choice in self.choices}

@@ -25,8 +25,9 @@ class Table:
     """All candidates of all sites with their losses: what every budget is decided from.
 
     `present` holds the sites that are in some form already, `priced` the dense layers with what they cost on
-    a target, where one said so; `settling` measures losses; `declined` says why a site has no candidates; `prepared` is the cost of the
-    model with its sites as they are, where that is not the cost of the model that came in.
+    a target, where one said so; `settling` measures losses; `declined` says why a site has no candidates;
+    `prepared` is the cost of the model with its sites as they are, where that is not the cost of the model
+    that came in.
     """
 
     sites: tuple[Site, ...]

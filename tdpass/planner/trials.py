@@ -198,8 +198,8 @@ class Trials:
     def _rounding(self, trial: Trial, answer: object, model: Model) -> float:
         """What rounding may change: some last digits, or what the original makes of one in its input.
 
-        Where layers read integers, a last digit may put a number on the next of its grid: what the model makes
-        of a step of eight bits in its input.
+        Where layers read integers, a last digit may put a number on the next of its grid: what the model
+        makes of a step of eight bits in its input.
         """
         epsilon = max((torch.finfo(leaf.dtype).eps for leaf in _floats(answer)), default=0.0)
         least, moved = max(ROUNDING, _EPSILONS * epsilon), gap(trial.now, answer)

@@ -39,10 +39,10 @@ def load(path: Path | str, model: nn.Module | None = None) -> nn.Module:
 
     Without a model, one is built by the name in the file, where that is of a library that tdpass knows
     (`timm:`, `torchvision:`, `hf:`, `zoo:`); functions that a file names are never called.  Else it is the
-    program that `Artifact.save(path, program=True)` wrote beside the weights: a graph module for inference.  Everything is
-    checked before anything is allocated or changed: raises `InvalidModelError` for a damaged file,
-    `PlanError` where names, shapes or ranks do not fit, `UsageError` where there is no model. No pickle is
-    ever read.
+    program that `Artifact.save(path, program=True)` wrote beside the weights: a graph module for inference.
+    Everything is checked before anything is allocated or changed: raises `InvalidModelError` for a damaged
+    file, `PlanError` where names, shapes or ranks do not fit, `UsageError` where there is no model. No pickle
+    is ever read.
     """
     if model is not None:
         return artifact.load(path, model)

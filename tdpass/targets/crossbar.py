@@ -60,7 +60,8 @@ class CrossbarArray(Constants):
     `rows` [cells]: word lines of an array.
     `columns` [cells]: bit lines of an array.
     `cell_bits` [bit]: of a cell, which has 2^cell_bits states.
-    `weight_bits` [bit]: of a weight, its sign included, whose form has no number type, or a floating-point one.
+    `weight_bits` [bit]: of a weight, its sign included, whose form has no number type, or a floating-point
+    one.
     `signs` []: how weights are negative: a `pair` of arrays whose sums are subtracted, `fragments` of rows
     whose weights share a sign, or an `offset`.
     `slices` []: where the cells of one weight lie, in `arrays` of their own or in adjacent `columns`.
@@ -237,7 +238,8 @@ class CrossbarArray(Constants):
 
         E = rows slices sum_a E_a + moved e_buffer, with the energy E_a of one slice in the arrays a.  In a
         chip whose layers work at once on inputs that follow each other, all arrays are busy: P = sum_a E_a /
-        t_a, however often a layer is called, which the cuts in power fit that Yuan et al., ISLPED 2019, publish.
+        t_a, however often a layer is called, which the cuts in power fit that Yuan et al., ISLPED 2019,
+        publish.
         """
         alike = Counter[tuple[Block, ...]]()
         for filling in fillings:

@@ -92,8 +92,10 @@ def seconds(value: float) -> str:
 def cost_text(measure: str, value: float) -> str:
     """A cost in the unit of its measure.
 
-    >>> cost_text("macs", 1200), cost_text("bytes", 1200), cost_text("seconds", 0.0012), cost_text("joules", 0.0012)
-    ('1.20 k', '1.20 kB', '1.2 ms', '1.2mJ')
+    >>> cost_text("macs", 1200), cost_text("bytes", 1200)
+    ('1.20 k', '1.20 kB')
+    >>> cost_text("seconds", 0.0012), cost_text("joules", 0.0012)
+    ('1.2 ms', '1.2mJ')
     """
     known = MEASURES.get(measure)
     return (

@@ -20,8 +20,9 @@ LARGEST_PROTO = (1 << 31) - 1  # what a protobuf message can hold; larger weight
 MOST_NODES = 12_000
 """Nodes of one model, calls of local functions written out.
 
-Exports of the largest networks in use stay below 10,000.  `tdpass inspect` takes three quarters of a millisecond for a node, so that this
-many are listed within ten seconds; whoever has more, and the time, sets `$TDPASS_MOST_NODES`.
+Exports of the largest networks in use stay below 10,000.  `tdpass inspect` takes three quarters of a
+millisecond for a node, so that this many are listed within ten seconds; whoever has more, and the time, sets
+`$TDPASS_MOST_NODES`.
 """
 MOST_TRIPS = (
     10_000_000  # of a loop that nothing else ends; a step of the smallest body takes a microsecond or more

@@ -30,8 +30,8 @@ def close_recurrent(model: ir.Model, opened: Sequence[Opened], layers: Mapping[s
     """Put the nodes back, in place, of which no product of the hidden state is among the layers.
 
     What such a node reads are the first matrices of its input's layer then, and the rest of them are its
-    weight; where the layer is no chain of matrices, or products were edited since, it stays open.  Returns the sites that are gone with what
-    stood for them.
+    weight; where the layer is no chain of matrices, or products were edited since, it stays open.  Returns
+    the sites that are gone with what stood for them.
     """
     gone: set[str] = set()
     for record in opened:

@@ -16,7 +16,8 @@ from tdpass.errors import InvalidModelError, UsageError
 LOOP_SECONDS = 5.0
 """How long one run may take of a model or node that holds a Loop.
 
-Decoders that loop over some hundred tokens take well under a second; a user who opens a file should be told within ten.
+Decoders that loop over some hundred tokens take well under a second; a user who opens a file should be told
+within ten.
 """
 _VARIABLE = "TDPASS_LOOP_SECONDS"
 _FATAL_ONLY = 4

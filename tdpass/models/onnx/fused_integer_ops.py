@@ -76,10 +76,10 @@ class Int8ChainOp:
 class WeightOnlyOp:
     """`y = activation(Q x + U V x + bias + residual)` with a matrix Q of 4 or 8 bits on the last axis of x.
 
-    Inputs are x, the codes of Q and their scales, `[o groups]`; with `zeros` what codes are counted from; with
-    `low_rank` V `[r, i]` and U `[o, r]` of float16; then bias and residual where there are such.  Codes and zero
-    points of 4 bits lie as MatMulNBits has them, those of 8 bits are int8, `[o groups, i / groups]` and
-    `[o groups]`.
+    Inputs are x, the codes of Q and their scales, `[o groups]`; with `zeros` what codes are counted from;
+    with `low_rank` V `[r, i]` and U `[o, r]` of float16; then bias and residual where there are such.  Codes
+    and zero points of 4 bits lie as MatMulNBits has them, those of 8 bits are int8, `[o groups, i / groups]`
+    and `[o groups]`.
     """
 
     bits: int

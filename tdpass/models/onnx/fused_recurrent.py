@@ -1,7 +1,7 @@
 """Recurrent cells whose hidden-to-hidden matrix is a product of two, as parts that one operator computes.
 
-What a step computes is compared with what `tdpass.models.onnx.cells` makes of the same cell, so that only that
-is taken for one, whoever wrote the model.
+What a step computes is compared with what `tdpass.models.onnx.cells` makes of the same cell, so that only
+that is taken for one, whoever wrote the model.
 """
 
 from __future__ import annotations

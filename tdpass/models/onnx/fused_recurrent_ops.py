@@ -27,10 +27,11 @@ _PREFIXES: dict[Numbers, str] = {"float": "", "weight only": "WeightOnly", "int8
 class LowRankCellOp:
     """A sequence through an LSTM or GRU whose hidden-to-hidden matrix is a product of two.
 
-    Inputs are pre `[t, n, gates hidden]`, what the input adds to the gates in torch's order; v `[hidden, r]` and
-    u `[r, gates hidden]`, where `numbers` are not floats of int8 and each followed by its scales, one per column;
-    the bias of the product; the states.  Outputs are all hidden states and the last of every state.  With `int8`
-    numbers what either factor reads is rounded to 127 steps of its largest number, sample by sample.
+    Inputs are pre `[t, n, gates hidden]`, what the input adds to the gates in torch's order; v `[hidden, r]`
+    and u `[r, gates hidden]`, where `numbers` are not floats of int8 and each followed by its scales, one per
+    column; the bias of the product; the states.  Outputs are all hidden states and the last of every state.
+    With `int8` numbers what either factor reads is rounded to 127 steps of its largest number, sample by
+    sample.
     """
 
     gates: int

@@ -32,8 +32,8 @@ def slice_graph(
 ) -> None:
     """Carry out the edits in place; `names` and `constants` give by id what a recorded run's tensors are.
 
-    Raises `UnsupportedError`, before anything changes, for a tensor that is computed while the model runs, and a
-    norm that is no node of its own.
+    Raises `UnsupportedError`, before anything changes, for a tensor that is computed while the model runs,
+    and a norm that is no node of its own.
     """
     norms = {key: _norm_node(constants.get(key)) for key in edits.norms}
     if any(key not in names or _scales(sites[names[key]]) for key in edits.layers):

@@ -104,8 +104,8 @@ def from_torch(tensor: Tensor) -> ir.TensorProtocol:
 def constant(value: ir.Value | None, *, default: bool = False) -> ir.TensorProtocol | None:
     """What the value always is, or by `default` what it is unless a caller overrides it; else None.
 
-    It is an initializer that no caller can override, or the output of a Constant node, or of a ConstantOfShape
-    whose shape is one of these.
+    It is an initializer that no caller can override, or the output of a Constant node, or of a
+    ConstantOfShape whose shape is one of these.
     """
     if value is None:
         return None

@@ -61,11 +61,12 @@ class Following(Protocol):
 class WeightUse:
     """One node that applies a constant weight.
 
-    The node computes `y = following(unswap(layer(swap(x))) + addend)`, where `layer` is the plain linear or convolution
-    layer with weight `scale * (stored or its transpose)` and bias `bias_scale * bias`; `swap_in` and
-    `swap_out` are permutations or None.  `absorbed` is the Add node that holds the bias of a MatMul; it goes
-    when the layer is replaced.  One that `reads_rows` looks up in the weight, as in a table, the rows that `x` numbers,
-    and has no bias.  Of a `contraction` over several axes, or into several, these are one in the layer.
+    The node computes `y = following(unswap(layer(swap(x))) + addend)`, where `layer` is the plain linear or
+    convolution layer with weight `scale * (stored or its transpose)` and bias `bias_scale * bias`; `swap_in`
+    and `swap_out` are permutations or None.  `absorbed` is the Add node that holds the bias of a MatMul; it
+    goes when the layer is replaced.  One that `reads_rows` looks up in the weight, as in a table, the rows
+    that `x` numbers, and has no bias.  Of a `contraction` over several axes, or into several, these are one
+    in the layer.
     """
 
     input: Slot

@@ -14,8 +14,8 @@ from tdpass.models.torch.in_place import watching
 def call_layers(model: nn.Module) -> None:
     """Switch off the fused path of every `nn.TransformerEncoderLayer` with a factored layer in it.
 
-    Nested tensors of encoders of such layers are switched off too. The fused path takes dense weights, which a
-    factored layer would rebuild from its factors at every call, and those of one matrix, which opened
+    Nested tensors of encoders of such layers are switched off too. The fused path takes dense weights, which
+    a factored layer would rebuild from its factors at every call, and those of one matrix, which opened
     attention has not.
     """
     for module in model.modules():

@@ -105,8 +105,8 @@ class PackedWeights(nn.Module):
 def fused(module: nn.Module) -> tuple[nn.Module, int]:
     """A copy for inference on the CPU, and how many layers run fused.
 
-    A factored layer stays as it is where no operator serves its form or type, or where it was fused before and
-    found to be slower so.  Layers of int8 factors that read integers are called by what they store until
+    A factored layer stays as it is where no operator serves its form or type, or where it was fused before
+    and found to be slower so.  Layers of int8 factors that read integers are called by what they store until
     `export_program` packs them.
     """
     twin = copy.deepcopy(module).cpu()

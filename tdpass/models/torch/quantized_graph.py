@@ -27,7 +27,8 @@ def why_graph_quantized(graph_module: GraphModule) -> dict[str, str]:
 def dequantized_graph(graph_module: GraphModule) -> GraphModule:
     """A copy with floating-point weights in place of integers.
 
-    What is rounded on its way is passed on as it is.  A weight becomes the `weight` of the module that its layer came from, where exporting wrote that down.
+    What is rounded on its way is passed on as it is.  A weight becomes the `weight` of the module that its
+    layer came from, where exporting wrote that down.
     """
     made = copy.deepcopy(graph_module)
     made.graph.eliminate_dead_code()

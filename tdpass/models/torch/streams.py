@@ -33,8 +33,8 @@ class Slicing:
 def slice_module(module: nn.Module, edits: StreamEdits) -> None:
     """Carry out the edits in place.
 
-    Raises `UnsupportedError`, before anything changes, where a tensor is none of the module's own, or a norm is
-    more than a norm.
+    Raises `UnsupportedError`, before anything changes, where a tensor is none of the module's own, or a norm
+    is more than a norm.
     """
     holders = _holders(module)
     norms = {key: _norm_module(holders, edits.held[key]) for key in edits.norms}

@@ -18,9 +18,9 @@ from tdpass.tape import Tape
 class Basis:
     """Orthonormal directions `[width, width]` along which a stream varies, most first, and how much.
 
-    Where norms subtract the mean, the last direction is that of the mean, all channels alike: zero where nothing
-    but norms reads the stream, so that nothing is written along it.  `keeps_mean` says that layers read it,
-    and that it stays whatever the width.
+    Where norms subtract the mean, the last direction is that of the mean, all channels alike: zero where
+    nothing but norms reads the stream, so that nothing is written along it.  `keeps_mean` says that layers
+    read it, and that it stays whatever the width.
     """
 
     directions: Tensor
@@ -51,8 +51,9 @@ class Basis:
 def find_bases(streams: Streams, tapes: Sequence[Tape]) -> dict[int, Basis]:
     """The principal directions of every stream that may turn, by its number.
 
-    Eigenvectors of the second moments of what its norms make of it before scale and shift; of what layers read
-    of it directly, relative to its mean square.  Runs whose calls are not those of the first are left out.
+    Eigenvectors of the second moments of what its norms make of it before scale and shift; of what layers
+    read of it directly, relative to its mean square.  Runs whose calls are not those of the first are left
+    out.
     """
     turning = streams.turning()
     moments = {
