@@ -57,7 +57,8 @@ class ChannelAdaptive(Method):
 
     In a loop of one's own, `passes` gives the losses of a step:
 
-    >>> for loss in method.passes(network, inputs, lambda scores: cross_entropy(scores, targets)):  # doctest: +SKIP
+    >>> loss_of = lambda scores: cross_entropy(scores, targets)  # doctest: +SKIP
+    >>> for loss in method.passes(network, inputs, loss_of):  # doctest: +SKIP
     ...     loss.backward()
     """
 

@@ -44,7 +44,7 @@ class IncrementalTasks:
     are each task's own, so a task answers forever as it did when it was learned. The matrix of a convolution
     is W[o, (i h w)].
 
-    >>> tasks = IncrementalTasks(model, first_rank=11, step_rank=1, path="tasks.safetensors")  # doctest: +SKIP
+    >>> tasks = IncrementalTasks(model, first_rank=11, step_rank=1, path="t.safetensors")  # doctest: +SKIP
     >>> tasks.add_task(batches, epochs=10)  # doctest: +SKIP
     >>> network = tasks.use_task(0)  # doctest: +SKIP
 

@@ -100,7 +100,7 @@ class Numbers(ABC):
         return beside
 
     def earlier(self, shape: Shape) -> dict[str, Earlier]:
-        """The parts of a factor of that shape that earlier versions stored otherwise than `parts` says, by name."""
+        """The parts, by name, of a factor of that shape that earlier versions stored unlike `parts`."""
         return {}
 
     @abstractmethod

@@ -62,7 +62,7 @@ def _held(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
 
 
 def _constants(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
-    """All initializers, what Constant nodes hold, and what constants of a shape make for a layer to multiply with."""
+    """All initializers, what Constant nodes hold, and what constants of a shape make for a layer's product."""
     for graph in model.graphs():
         yield from (
             (value, value.const_value)

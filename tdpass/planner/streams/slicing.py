@@ -19,9 +19,9 @@ LEAST = 2  # channels of a stream: a norm that subtracts means needs one beside 
 def sliced(streams: Streams, bases: Mapping[int, Basis], keep: float) -> StreamEdits:
     """The edits that leave that share of the channels of each stream that may turn; at 1 answers stay.
 
-    With P the directions of a stream that are left, whoever writes to it becomes `P^T W`, and who reads it `W
-    P`.  A norm that reads it works on what is left of the centred stream; its scale g and shift become part
-    of the layers that alone read what it makes, `W diag(g) P`, else of an adapter `P'^T diag(g) P` to the
+    With P the directions of a stream that are left, whoever writes to it becomes `P^T W`, and its readers
+    `W P`.  A norm that reads it works on what is left of the centred stream; its scale g and shift become
+    part of the layers that alone read what it makes, `W diag(g) P`, else of an adapter `P'^T diag(g) P` to the
     coordinates P' that these have.
     """
     return _Slicing(streams, bases, keep).edits()
