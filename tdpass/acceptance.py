@@ -88,7 +88,8 @@ def _left_dense(plan: RankPlan, original: Cost) -> RankPlan:
         if choice.kept_dense
         else Choice(
             choice.site, choice.shape, DENSE, choice.dense, choice.dense, fingerprint=choice.fingerprint,
-            reason=f"{choice.format} here made the whole model slower, or no faster", predicted=choice.dense.seconds, groups=choice.groups,
+            reason=f"{choice.format} here made the whole model slower, or no faster",
+            predicted=choice.dense.seconds, groups=choice.groups,
         )
         for choice in plan
     )  # fmt: skip

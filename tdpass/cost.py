@@ -86,7 +86,8 @@ class Cost(Plain):
     @classmethod
     def of_plain(cls, found: object) -> Cost:
         if not isinstance(found, Mapping):
-            raise ValueError(f"expected amounts by measure, not {found!r}")  # noqa: TRY004 - of a file, not of a caller
+            # of a file, not of a caller
+            raise ValueError(f"expected amounts by measure, not {found!r}")  # noqa: TRY004
         for name, value in found.items():
             if name not in MEASURES:
                 raise ValueError(
@@ -161,7 +162,10 @@ class Bound:
         Raises `BudgetError` on anything else.
         """
         known = MEASURES.get(measure)
-        allowed = f"write {measure} as a fraction in (0, 1] such as 0.4 or '40%', or as an absolute number with a unit such as {known.example!r}"
+        allowed = (
+            f"write {measure} as a fraction in (0, 1] such as 0.4 or '40%', or as an absolute number "
+            f"with a unit such as {known.example!r}"
+        )
         if isinstance(value, bool) or not isinstance(value, Real | str):
             raise BudgetError(f"budget {measure}={value!r} is not a number; {allowed}")
         if isinstance(value, str):

@@ -25,8 +25,8 @@ _SCALARS = (bool, int, float, np.generic)
 _NUMBERS = (Tensor, np.ndarray, *_SCALARS)
 _COLLATED = 32
 _ALLOWED = (
-    "give a tensor, an array, a dict by input name, an .npz or .npy file, images, sound or text in a folder or "
-    "file, a Dataset, or an iterable of calls (as a DataLoader is)"
+    "give a tensor, an array, a dict by input name, an .npz or .npy file, images, sound or "
+    "text in a folder or file, a Dataset, or an iterable of calls (as a DataLoader is)"
 )
 
 

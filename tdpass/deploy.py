@@ -64,8 +64,7 @@ def deploy(
         if target.suffix != opened.suffix:
             raise UnsupportedError(
                 f"a model that came through {opened.frontend} cannot become {target.name!r}: AOTInductor "
-                "compiles torch models; "
-                f"deploy it as {opened.suffix}, or the torch model"
+                f"compiles torch models; deploy it as {opened.suffix}, or the torch model"
             )
         opened.save(target, {})
         return Deployment((target,), 0)
@@ -75,7 +74,8 @@ def deploy(
     with folder_beside(target) as folder:
         made = folder / target.name
         if target.suffix == ".onnx" and adaptation_of(module) is not None:
-            from tdpass.models.torch.selected_onnx import export_selected  # noqa: PLC0415 - it needs the ONNX libraries
+            # it needs the ONNX libraries
+            from tdpass.models.torch.selected_onnx import export_selected  # noqa: PLC0415
 
             export_selected(module, example, dynamic_batch, made)
         elif target.suffix == ".onnx":

@@ -59,7 +59,10 @@ class _Page(NamedTuple):
             base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
             for content in (self.css, self.js)
         )
-        return f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; base-uri 'none'; form-action 'none'"
+        return (
+            f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; base-uri "
+            "'none'; form-action 'none'"
+        )
 
 
 def render_html(report: Report, plan: RankPlan | None = None, against: Report | None = None) -> str:

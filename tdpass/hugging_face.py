@@ -68,7 +68,8 @@ def _check_complete(model: nn.Module, files: Sequence[str]) -> None:
     held: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(file, framework="pt") as archive:
-            held.update({name: tuple(archive.get_slice(name).get_shape()) for name in archive.keys()})  # noqa: SIM118 - it is no dict
+            # what safetensors opens is no dict
+            held.update({name: tuple(archive.get_slice(name).get_shape()) for name in archive.keys()})  # noqa: SIM118
     for path, layer in model.named_modules():
         if not type(layer).__module__.startswith("tdpass."):
             continue
@@ -113,7 +114,8 @@ class MethodCallback(TrainerCallback):  # type: ignore[misc]
         self.artifact = self.method.finish(model)
 
 
-def model_card(artifact: Artifact[Any], base: str = "", license: str = "") -> str:  # noqa: A002 - what the hub calls it
+# `license` is what the hub calls it
+def model_card(artifact: Artifact[Any], base: str = "", license: str = "") -> str:  # noqa: A002
     """A model card: what the model was, what is left of it, how it loads, and the plan's table."""
     report = artifact.report
     head = ["library_name: transformers", "tags: [tdpass, compressed]"]
@@ -130,7 +132,8 @@ def model_card(artifact: Artifact[Any], base: str = "", license: str = "") -> st
     return "\n".join([
         "---", *head, "---", "", f"# {report.model}, compressed", "",
         f"Made by [tdpass](https://pypi.org/project/tdpass/): {shares}.", "",
-        "```python", "import tdpass.hugging_face  # registers the factored layers", "from transformers import AutoModel", "",
+        "```python", "import tdpass.hugging_face  # registers the factored layers",
+        "from transformers import AutoModel", "",
         'model = AutoModel.from_pretrained("this repository")', "```", "",
         *(["## Checks", "", *checks, ""] if checks else []),
         "## Layers", "", "| site | shape | form | error |", "|---|---|---|---|", *rows, "",

@@ -187,9 +187,9 @@ class Job:
             for name, dense, seconds in model.recurrent_times(call):
                 if seconds > dense:
                     self.note(
-                        f"recurrent node {name!r} takes {seconds / dense:.2f} times as long with factors in its steps, "
-                        f"{1e6 * seconds:.0f} us instead of {1e6 * dense:.0f}; fuse-kernels behind it runs them as "
-                        "one operator, or exclude its hidden sites"
+                        f"recurrent node {name!r} takes {seconds / dense:.2f} times as long with factors in "
+                        f"its steps, {1e6 * seconds:.0f} us instead of {1e6 * dense:.0f}; fuse-kernels "
+                        "behind it runs them as one operator, or exclude its hidden sites"
                     )
         except InvalidModelError as error:
             self.note(f"recurrent nodes with factors in their steps were not timed: {error}")

@@ -19,4 +19,7 @@ def table(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> 
 
 def page(text: str, height: int = 640) -> str:
     """A whole HTML document inside a notebook, apart from the notebook's own styles and scripts."""
-    return f'<iframe srcdoc="{escape(text)}" width="100%" height="{height}" style="border:0" sandbox="allow-scripts"></iframe>'
+    return (
+        f'<iframe srcdoc="{escape(text)}" width="100%" height="{height}" style="border:0" '
+        'sandbox="allow-scripts"></iframe>'
+    )

@@ -32,7 +32,10 @@ def finished(opened: Model, model: Model, job: Job) -> Artifact:
     if not report.dry_run:
         hold_to_budget(job)
     if job.target is not None:
-        report.target = f"{job.target.name}, batch {job.batch}, {job.threads} {'thread' if job.threads == 1 else 'threads'}"
+        report.target = (
+            f"{job.target.name}, batch {job.batch}, {job.threads} "
+            f"{'thread' if job.threads == 1 else 'threads'}"
+        )
         if changed and not hold_against_dense(opened, model, job):
             model = opened.clone()
     return _artifact(model, job, job.plan)

@@ -78,7 +78,7 @@ class ProgressBars:
 
 def _bars(file: TextIO) -> Progress:
     from rich.console import Console  # noqa: PLC0415 - takes a tenth of a second
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415 - as above
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
 
     words = TextColumn("{task.description}", markup=False)
     return Progress(

@@ -159,7 +159,10 @@ class Report:
             f"{name} {share:.0%}" for name, share in self.final.shares(self.original).items()
         )
         what = "plan of " if self.dry_run else ""
-        return f"<Report: {what}{self.model or 'no model'}, {measures or 'nothing counted'} of the original, {len(self.sites)} sites, {len(self.notes)} notes>"
+        return (
+            f"<Report: {what}{self.model or 'no model'}, {measures or 'nothing counted'} of the "
+            f"original, {len(self.sites)} sites, {len(self.notes)} notes>"
+        )
 
     def _repr_html_(self) -> str:
         """The report's table for a notebook."""

@@ -15,7 +15,10 @@ from tdpass.site import Site
 
 FILE = "timings.sqlite"
 _WAIT_SECONDS = 30.0
-_CREATE = "CREATE TABLE IF NOT EXISTS timings_2 (key TEXT PRIMARY KEY, seconds REAL, careful INTEGER NOT NULL, digest TEXT NOT NULL)"
+_CREATE = (
+    "CREATE TABLE IF NOT EXISTS timings_2 (key TEXT PRIMARY KEY, seconds REAL, careful "
+    "INTEGER NOT NULL, digest TEXT NOT NULL)"
+)
 _DAMAGE = ("malformed", "no such column", "has no column", "disk image")
 _KEYS_PER_QUERY = 500
 

@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None, *, contained: bool = False) -> int:
     except OSError as error:
         what = f"{error.filename}: " if error.filename else ""
         return _fail(f"{what}{error.strerror or error}", REFUSED, "--debug" in words)
-    except Exception as error:  # noqa: BLE001  # the last line of defence: a user gets one line, not a traceback
+    # the last line of defence: a user gets one line, not a traceback
+    except Exception as error:  # noqa: BLE001
         hint = "" if "--debug" in words else "; run again with --debug for the traceback"
         return _fail(f"{type(error).__name__}: {error}{hint}", UNEXPECTED, "--debug" in words)
 

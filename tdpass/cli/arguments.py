@@ -40,8 +40,7 @@ _CHOICE = re.compile(r"invalid choice: '(?P<given>[^']*)' \(choose from (?P<allo
 _INPUT = re.compile(r"(\d+(?:x\d+)*)(?::(\w+))?")
 MODEL_HELP = (
     "model.onnx, program.pt2, package.module:factory for a torch model (imported with the current folder on "
-    "the path), "
-    "or timm:NAME, torchvision:NAME, hf:NAME, zoo:NAME"
+    "the path), or timm:NAME, torchvision:NAME, hf:NAME, zoo:NAME"
 )
 
 
@@ -123,8 +122,8 @@ def add_data(parser: Parser) -> None:
     parser.add_argument(
         "--data",
         metavar="FILE",
-        help=".npz with arrays named after the inputs (else taken in order), .npy, or images, text or sound in a "
-        "folder or file, or hf:NAME, which the model's own processor reads",
+        help=".npz with arrays named after the inputs (else taken in order), .npy, or images, text or "
+        "sound in a folder or file, or hf:NAME, which the model's own processor reads",
     )
     parser.add_argument(
         "--processor",

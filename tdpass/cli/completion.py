@@ -30,7 +30,8 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
 
 
 def _options(parser: Parser) -> list[str]:
-    found = [option for action in parser._actions for option in action.option_strings]  # noqa: SLF001 - argparse has no other list of them
+    # argparse has no other list of them
+    found = [option for action in parser._actions for option in action.option_strings]  # noqa: SLF001
     return sorted(option for option in found if option.startswith("--"))
 
 

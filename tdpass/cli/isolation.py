@@ -71,7 +71,8 @@ class Limits:
             )
         # a session of its own: what it starts is ended with it
         command = [sys.executable, "-c", _ENTRY, str(self.seconds), str(self.memory), *words]
-        process = subprocess.Popen(command, start_new_session=True)  # noqa: S603 - this very program, with the words it was given
+        # this very program, with the words it was given
+        process = subprocess.Popen(command, start_new_session=True)  # noqa: S603
         try:
             code = process.wait(self.seconds)
         except subprocess.TimeoutExpired:

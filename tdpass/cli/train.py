@@ -37,7 +37,10 @@ def add(verbs: Verbs) -> None:
     parser.add_argument(
         "--data", metavar="DATA", help=f"train on this instead of the recipe's data: {sources}"
     )
-    init = "write a commented recipe for package.module:factory to RECIPE (default: recipe.yaml), and train nothing"
+    init = (
+        "write a commented recipe for package.module:factory to RECIPE (default: recipe.yaml), "
+        "and train nothing"
+    )
     parser.add_argument("--init", metavar="MODEL", help=init)
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest whole checkpoint in the folder"

@@ -75,4 +75,7 @@ class InBlock(Constraint):
         return groups.repeat_interleave(self.block[axis], axis)[: matrix.shape[0], : matrix.shape[1]]
 
     def __str__(self) -> str:
-        return f"{self.keep:,} {self.side}{'' if self.keep == 1 else 's'} of {self.block[0]}x{self.block[1]} blocks"
+        return (
+            f"{self.keep:,} {self.side}{'' if self.keep == 1 else 's'} of "
+            f"{self.block[0]}x{self.block[1]} blocks"
+        )

@@ -66,4 +66,5 @@ class UniformLevels(Constraint):
         return (put == 0) | (rank < (self.fixed * size).ceil())
 
     def __str__(self) -> str:
-        return f"{self.count} level{'' if self.count == 1 else 's'}{'' if self.interval is None else f' of {self.interval:.3g}'}"
+        apart = "" if self.interval is None else f" of {self.interval:.3g}"
+        return f"{self.count} level{'' if self.count == 1 else 's'}{apart}"

@@ -66,4 +66,5 @@ class PowerOfTwoLevels(Constraint):
         return torch.exp2(exponent)
 
     def __str__(self) -> str:
-        return f"{self.count} power{'' if self.count == 1 else 's'} of two{'' if self.exponent is None else f' up to 2^{self.exponent}'}"
+        largest = "" if self.exponent is None else f" up to 2^{self.exponent}"
+        return f"{self.count} power{'' if self.count == 1 else 's'} of two{largest}"

@@ -58,7 +58,10 @@ def _examples(names: tuple[str, str], inputs: Array, labels: Array) -> Examples:
         or labels.dtype.kind not in "iu"
         or labels.min(initial=0) < 0
     ):
-        shapes = f"{names[0]} of shape {inputs.shape} and {names[1]} of shape {labels.shape} and type {labels.dtype}"
+        shapes = (
+            f"{names[0]} of shape {inputs.shape} and {names[1]} of shape {labels.shape} and type "
+            f"{labels.dtype}"
+        )
         raise UsageError(f"{shapes} are no examples; give as many classes, counted from 0, as inputs")
     images = torch.from_numpy(inputs)
     if images.dim() == 3:

@@ -56,8 +56,8 @@ class Storage:
         made.parts()
         if form.activations and not made.integer_factors:
             raise PlanError(
-                f"form '{form}' has no factor of int8 with one scale for each of its rows, so what it reads is "
-                f"no integer; store it as 'int8', or leave out '{form.activations}'"
+                f"form '{form}' has no factor of int8 with one scale for each of its rows, so what it "
+                f"reads is no integer; store it as 'int8', or leave out '{form.activations}'"
             )
         return made
 

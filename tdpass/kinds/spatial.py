@@ -25,7 +25,8 @@ class Spatial(LayerKind):
         """The site of a module that pads so."""
         weight = module.weight
         return Site(
-            name, self.name, tuple(self.turned(weight, module.groups).shape), tuple(module.stride), padding, tuple(module.dilation),
+            name, self.name, tuple(self.turned(weight, module.groups).shape), tuple(module.stride), padding,
+            tuple(module.dilation),
             module.bias is not None, weight.element_size(), groups=module.groups,
         )  # fmt: skip
 

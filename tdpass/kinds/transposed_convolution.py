@@ -29,7 +29,8 @@ class TransposedConvolution(Spatial):
     name = "conv_transpose"
     modules = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     functions: ClassVar[Functions] = {
-        torch.conv_transpose1d: nn.ConvTranspose1d, torch.conv_transpose2d: nn.ConvTranspose2d, torch.conv_transpose3d: nn.ConvTranspose3d,
+        torch.conv_transpose1d: nn.ConvTranspose1d, torch.conv_transpose2d: nn.ConvTranspose2d,
+        torch.conv_transpose3d: nn.ConvTranspose3d,
         _ATEN.conv_transpose1d.default: nn.ConvTranspose1d, _ATEN.conv_transpose2d.input: nn.ConvTranspose2d,
         _ATEN.conv_transpose3d.input: nn.ConvTranspose3d,
     }  # fmt: skip

@@ -157,7 +157,10 @@ class Adaptive(nn.Module):
 
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.site.shape))
-        return f"{self.site.kind} {shape}, {self.form.format}, rank {self.form.rank}, widths {self.dial.adaptation.widths}"
+        return (
+            f"{self.site.kind} {shape}, {self.form.format}, rank {self.form.rank}, widths "
+            f"{self.dial.adaptation.widths}"
+        )
 
 
 def _narrow(site: Site, inputs: Cut, outputs: Cut) -> Site:

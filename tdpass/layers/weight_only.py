@@ -83,7 +83,10 @@ class WeightOnly(EncodedCall):
             or layer.form.activations
             or (numbers.group > 0 and numbers.group % _EIGHTH)
         ):
-            return f"'{layer.form}' has a support, integer activations or groups that are no multiples of {_EIGHTH}"
+            return (
+                f"'{layer.form}' has a support, integer activations or groups that are no multiples of "
+                f"{_EIGHTH}"
+            )
         if not all(isinstance(layer.storage.numbers.get(name), Floating) for name in thin):
             return f"'{layer.form}' holds no floating-point factors beside its whole numbers"
         return ""

@@ -60,5 +60,8 @@ class Assembled:
             **{measure: before.get(measure) for measure in target.measures}
         )
         report.final = report.final.replace(**{measure: after.get(measure) for measure in target.measures})
-        report.target = f"{target.name}, batch {setting.batch}, {setting.threads} {'thread' if setting.threads == 1 else 'threads'}"
+        report.target = (
+            f"{target.name}, batch {setting.batch}, {setting.threads} "
+            f"{'thread' if setting.threads == 1 else 'threads'}"
+        )
         return before.get(self.tariff.measure), after.get(self.tariff.measure)

@@ -292,7 +292,8 @@ def make_method(spec: Method | Mapping[str, Any] | str) -> Method:
         raise UsageError(
             f"the options {given!r} of method {name!r} are not a mapping; write {{{name}: {{option: value}}}}"
         )
-    known = {option.name for option in fields(cls) if option.init}  # type: ignore[arg-type] # every method is a dataclass
+    # every method is a dataclass
+    known = {option.name for option in fields(cls) if option.init}  # type: ignore[arg-type]
     for key, value in given.items():
         wrong = misfit(cls, key, value) if key in known else ""
         if wrong:

@@ -224,7 +224,10 @@ class Crossbar(SparseWeights):
         uses = uses_of(self.sites, {name: artifact.opened.weight(name) for name in self.sites}, self.machine)
         before, after = dense_costs(self.sites, self.own), {name: use.cost for name, use in uses.items()}
         report = artifact.report
-        report.target = f"crossbar:{self.array}, {self.machine.weight_bits}-bit weights, against {self.own.weight_bits}-bit dense"
+        report.target = (
+            f"crossbar:{self.array}, {self.machine.weight_bits}-bit weights, against "
+            f"{self.own.weight_bits}-bit dense"
+        )
         report.arrays = [row for use in uses.values() for row in use.rows]
         report.sites = [
             replace(row, before=row.before + before[row.site], after=row.after + after[row.site])

@@ -34,7 +34,8 @@ from tdpass.training.terms import Term
 from tdpass.verbs import compress
 
 WEIGHTS_ALONE = "factorize"
-ON_DATA = "factorize,correct-bias,refit,recalibrate-batchnorm"  # what training left outside the format is lost where it matters least
+# what training left outside the format is lost where it matters least
+ON_DATA = "factorize,correct-bias,refit,recalibrate-batchnorm"
 OTHERWISE = ("svd", "channel_svd")  # for sites that the method's own format does not fit, the first that does
 LARGE_GAP = (
     0.2  # residual at the end of ADMM from which on the final projection costs more than training gained
@@ -178,7 +179,10 @@ class FactoredByAdmm(Factored):
 
     def remarks(self) -> Sequence[str]:
         name, gap = max(self.residuals().items(), key=lambda item: item[1], default=("", 0.0))
-        said = f"the last projection moves {name!r} by {gap:.2f} of its norm; a larger last rho, or more rounds, would leave it less to do"
+        said = (
+            f"the last projection moves {name!r} by {gap:.2f} of its norm; a larger last rho, or more "
+            "rounds, would leave it less to do"
+        )
         return [said] if gap > LARGE_GAP else []
 
 

@@ -196,7 +196,8 @@ class Haloc(Factored):
 
     def _begin_search(self, every: int) -> list[Term]:
         self.learning = RankSearch(
-            self.network, self._choices(self.layers), self.begins, self._prices(), as_schedule(self.temperature, "temperature"),
+            self.network, self._choices(self.layers), self.begins, self._prices(),
+            as_schedule(self.temperature, "temperature"),
             rate=self.rate, penalty=self.penalty, every=every, answers=self.answers,
         )  # fmt: skip
         return [self.learning, Approach(self.layers, self.originals, self.approach)]

@@ -127,7 +127,8 @@ class IncrementalTasks:
         torch.manual_seed(seed)
         network = with_columns(self.model, self._growths(data, objective or cross_entropy()))
         artifact = train(
-            network, data, settings=settings, pretrain=epochs, control=False, objective=objective, evaluate=evaluate,
+            network, data, settings=settings, pretrain=epochs, control=False, objective=objective,
+            evaluate=evaluate,
             folder=folder, resume=resume, checkpoint_every=checkpoint_every, seed=seed, log=log,
         )  # fmt: skip
         trained = module_of(artifact)

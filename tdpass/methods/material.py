@@ -121,7 +121,8 @@ def _accuracy(dataset: Dataset, part: str) -> Score:
 def _of_zoo(name: str, dataset: Dataset | None) -> nn.Module:
     build = NETS.get(name).build
     model = build() if dataset is None else build(classes=dataset.classes)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as images are; torch's stubs lack it for modules
+    # as images are; torch's stubs lack it for modules
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
 
 

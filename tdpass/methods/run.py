@@ -237,7 +237,8 @@ def _wrapped(model: nn.Module, parallel: Parallel | None) -> nn.Module:
         )
     if parallel == "ddp":
         return DistributedDataParallel(model)
-    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - takes most of a second, which one process need not spend
+    # takes most of a second, which one process need not spend
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
 
     fully_shard(model)
     return model

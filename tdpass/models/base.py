@@ -119,7 +119,8 @@ class Model(ABC):
         """Raise `InvalidModelError` if the model is inconsistent."""
         self.check_weights()
 
-    def check_weights(self) -> None:  # noqa: B027 - where nothing is known of them, `weight` checks each that is read
+    # where nothing is known of them, `weight` checks each that is read
+    def check_weights(self) -> None:  # noqa: B027
         """Raise `InvalidModelError` where a weight is NaN or infinite."""
 
     def example(self) -> Batch | None:

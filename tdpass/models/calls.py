@@ -251,7 +251,10 @@ class Calls:
         return self._uncut(_Way(call.sample_axes))
 
     def _uncut(self, way: _Way) -> _Way:
-        note = "the model is run on the calls of the data as they are: it does not answer several samples in a call as it does one by one"
+        note = (
+            "the model is run on the calls of the data as they are: it does not answer several "
+            "samples in a call as it does one by one"
+        )
         if note not in self.notes:
             self.notes.append(note)
         return way

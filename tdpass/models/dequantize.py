@@ -24,7 +24,8 @@ def dequantize(model: object) -> object:
         made = None
     if made is None:
         raise UsageError(
-            f"dequantize takes an nn.Module, an exported program or an ONNX model, not a {type(model).__name__}; compress the "
+            "dequantize takes an nn.Module, an exported program or an ONNX model, not a "
+            f"{type(model).__name__}; compress the "
             "floating-point model, then quantize it"
         )
     return made(source)

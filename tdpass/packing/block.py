@@ -98,7 +98,8 @@ def _pack(bits: Bits, dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
     if survivors.size:
         values = describe(survivors, dtype, mask.sum(axis=1))
         header = replace(
-            header, levels=values.levels, learning=choose_learning(mask), kind=values.kind, grouped=values.grouped, alphabet=values.alphabet,
+            header, levels=values.levels, learning=choose_learning(mask), kind=values.kind,
+            grouped=values.grouped, alphabet=values.alphabet,
             prior=values.prior, scales=values.scales,
         )  # fmt: skip
     writer = Writer()

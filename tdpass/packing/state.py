@@ -62,6 +62,7 @@ def stored_in(path: Path) -> StoredSize | None:
     """What the packed tensors of a file take; None where it has none."""
     with safe_open(path, framework="pt") as file:
         blocks = blocks_in(file)
-        plain = [file.get_slice(name) for name in file.keys() if not name.endswith(SUFFIX)]  # noqa: SIM118 - it is no dict
+        # what safetensors opens is no dict
+        plain = [file.get_slice(name) for name in file.keys() if not name.endswith(SUFFIX)]  # noqa: SIM118
         left = sum(math.prod(tensor.get_shape()) * _FLOATS.get(tensor.get_dtype(), 0) for tensor in plain)
     return size_of_blocks(blocks.items(), left) if blocks else None

@@ -110,5 +110,8 @@ def within_memory(model: Model, calls: Sequence[Batch], limit: int) -> tuple[lis
         left -= size
     used, given = (sum(call.size for call in some) for some in (kept, calls))
     sizes = f"{used} of {given} samples are used, at most {max(call.size for call in kept)} in a call"
-    takes = f"a sample takes {needed.total / 2**20:.3g} MiB of activations, {needed.live / 2**20:.3g} MiB at a time"
+    takes = (
+        f"a sample takes {needed.total / 2**20:.3g} MiB of activations, {needed.live / 2**20:.3g} "
+        "MiB at a time"
+    )
     return kept, [f"{sizes}: {takes}, and the limit is {limit / 2**20:.4g} MiB; set TDPASS_MEMORY to another"]

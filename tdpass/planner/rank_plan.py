@@ -126,7 +126,10 @@ class RankPlan:
         measures = ", ".join(
             f"{name} {share:.0%}" for name, share in self.planned.shares(self.original).items()
         )
-        return f"<RankPlan: {len(self.choices)} sites ({formats or 'none'}), {measures or 'nothing counted'} of the original>"
+        return (
+            f"<RankPlan: {len(self.choices)} sites ({formats or 'none'}), "
+            f"{measures or 'nothing counted'} of the original>"
+        )
 
     def _repr_html_(self) -> str:
         """The plan's table for a notebook."""
@@ -248,7 +251,10 @@ def _fault(choice: Choice) -> str:
         return f"takes {choice.cost.bytes} bytes, which is not what '{choice.form}' stores" if spare else ""
     same = choice.cost.bytes * choice.dense.params == choice.dense.bytes * choice.cost.params
     if not same and not given.encoded:
-        return f"takes {choice.cost.bytes} bytes for {choice.cost.params} numbers, dense {choice.dense.bytes} for {choice.dense.params}"
+        return (
+            f"takes {choice.cost.bytes} bytes for {choice.cost.params} numbers, dense "
+            f"{choice.dense.bytes} for {choice.dense.params}"
+        )
     return ""
 
 

@@ -66,7 +66,8 @@ def _solve(
 ) -> dict[str, Candidate] | None:
     if not sites:
         return {} if all(fixed.get(measure) <= limit for measure, limit in limits.items()) else None
-    from scipy.optimize import Bounds, LinearConstraint, milp  # noqa: PLC0415 - takes half a second, and only planning needs it
+    # takes half a second, and only planning needs it
+    from scipy.optimize import Bounds, LinearConstraint, milp  # noqa: PLC0415
     from scipy.sparse import csr_array  # noqa: PLC0415 - as above
 
     rows = {site: row for row, site in enumerate(sites)}

@@ -81,7 +81,10 @@ class Stopwatch:
             return ""
         self.scale = whole.seconds / layers
         alone, together = amount("seconds", layers), amount("seconds", whole.seconds)
-        return f"layers alone take {alone}, the whole model {together}: their times are scaled by {self.scale:.2f}"
+        return (
+            f"layers alone take {alone}, the whole model {together}: their times are scaled by "
+            f"{self.scale:.2f}"
+        )
 
     def priced(self, site: Site, candidate: Candidate) -> Candidate:
         timing = self.timing(site, candidate)

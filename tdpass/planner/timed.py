@@ -182,7 +182,10 @@ def _too_dear(site: Site, asked: Candidate, table: Table, prices: Prices) -> str
     if any(
         prices.pays(site, prices.priced(site, candidate)) for candidate in table.candidates.get(site.name, ())
     ):
-        return f"{asked.format}: no {known} {_better(prices)} than dense, asked {_text(asked.rank)}, which takes {took}"
+        return (
+            f"{asked.format}: no {known} {_better(prices)} than dense, asked {_text(asked.rank)}, "
+            f"which takes {took}"
+        )
     return f"no {known} of any format {_better(prices)} than dense: {asked.form} takes {took}"
 
 

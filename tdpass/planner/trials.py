@@ -22,7 +22,8 @@ from tdpass.planner.resampled import resampled
 from tdpass.tape import Tape
 
 FACTOR = 10.0  # how many times the expected loss a result may show
-SLIGHT = 1e-2  # noise on the outputs, relative to their size, that is never held against a result that was to lose something
+# noise on the outputs, relative to their size, that is never held against a result that was to lose something
+SLIGHT = 1e-2
 NEGLIGIBLE = (
     1e-3  # a divergence that is never held against a plan: below it losses of single sites do not add up
 )
@@ -170,7 +171,10 @@ class Trials:
         allowed = self._allowed(trial, promise, model, expected)
         if distance <= allowed:
             return ""
-        return f"brought the outputs on {trial.what} to a divergence of {distance:.3g} from the original's, where at most {allowed:.3g} was to be expected"
+        return (
+            f"brought the outputs on {trial.what} to a divergence of {distance:.3g} from the "
+            f"original's, where at most {allowed:.3g} was to be expected"
+        )
 
     def _allowed(self, trial: Trial, promise: Promise, model: Model, expected: float | None) -> float:
         bounds = [float("inf")]

@@ -64,8 +64,8 @@ class Reader:
         except (OSError, ValueError, KeyError, TypeError) as error:
             said = next(iter(str(error).splitlines()), type(error).__name__)
             raise UsageError(
-                f"the {what} of {name!r} cannot be had: {said}; name a folder that save_pretrained wrote with "
-                "--processor"
+                f"the {what} of {name!r} cannot be had: {said}; name a folder that save_pretrained wrote "
+                "with --processor"
             ) from None
 
 

@@ -17,7 +17,8 @@ def splits_of(name: str) -> Any:
     library = optional("datasets", "datasets", f"the data set {name!r}")
     try:
         return library.load_dataset(name)
-    except Exception as error:  # noqa: BLE001 - whatever the hub, the network or the set's own script has to say
+    # whatever the hub, the network or the set's own script has to say
+    except Exception as error:  # noqa: BLE001
         raise InvalidModelError(
             f"the data set {name!r} cannot be loaded: {type(error).__name__}: {error}"
         ) from None

@@ -30,8 +30,10 @@ _MUTATING_NAMES = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__",
 _CASTS = frozenset({"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "cpu"})
 _ABOUT_SHAPES = frozenset(
     {
-        "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "is_floating_point", "is_complex",
-        "is_signed", "get_device", "element_size", "__len__", "__get__", "__hash__", "__repr__", "is_inference", "broadcast_shapes",
+        "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous",
+        "is_floating_point", "is_complex",
+        "is_signed", "get_device", "element_size", "__len__", "__get__", "__hash__", "__repr__",
+        "is_inference", "broadcast_shapes",
     }
 )  # fmt: skip
 _FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, TdpassError)

@@ -14,8 +14,10 @@ from tdpass.tape.playback import Tape
 
 _MOVES = frozenset(
     {
-        "reshape", "view", "flatten", "unflatten", "permute", "transpose", "t", "movedim", "moveaxis", "swapaxes", "swapdims",
-        "squeeze", "unsqueeze", "contiguous", "split", "split_with_sizes", "tensor_split", "chunk", "unbind", "narrow", "select",
+        "reshape", "view", "flatten", "unflatten", "permute", "transpose", "t", "movedim", "moveaxis",
+        "swapaxes", "swapdims",
+        "squeeze", "unsqueeze", "contiguous", "split", "split_with_sizes", "tensor_split", "chunk", "unbind",
+        "narrow", "select",
         "index_select", "__getitem__", "expand",
     }
 )  # fmt: skip

@@ -22,7 +22,10 @@ from tdpass.targets.base import ONE_CALL, Setting, open_target
 STAIRCASE = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 _GROUPS = get_args(Group)
 _TABLE, _ANY, _NEVER = "table", "any", "never"
-_ROW = f"a row is {{kind: {' or '.join(KINDS.names())}, group: weight, shape: [64, any, 3, 3], sparsity: 0.8 or never}}; group and shape may be left out"
+_ROW = (
+    f"a row is {{kind: {' or '.join(KINDS.names())}, group: weight, shape: [64, any, 3, 3], "
+    "sparsity: 0.8 or never}; group and shape may be left out"
+)
 
 
 class BreakEven(Protocol):

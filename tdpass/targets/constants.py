@@ -64,7 +64,8 @@ class Constants:
         """Raises `ValueError` for constants that contradict each other."""
 
     def _check(self) -> None:
-        known = [entry.name for entry in fields(self)]  # type: ignore[arg-type] # every subclass is a dataclass
+        # every subclass is a dataclass
+        known = [entry.name for entry in fields(self)]  # type: ignore[arg-type]
         unknown = [name for name in self.sources if name not in known]
         if unknown:
             raise ValueError(f"sources names {unknown[0]!r}, which is no constant; known: {', '.join(known)}")

@@ -109,7 +109,8 @@ def load_checkpoint(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def random_state() -> dict[str, Any]:
     """The state of torch's, Python's and numpy's generators as JSON values."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002  # loaders that draw from it are to be repeatable too
+    # loaders that draw from it are to be repeatable too
+    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
     version, internal, gauss = random.getstate()
     state: dict[str, Any] = {
         "torch": torch.get_rng_state().numpy().tobytes().hex(),

@@ -117,8 +117,9 @@ def _held(tensor: Tensor) -> tuple[Tensor, tuple[int, ...], bool]:
     """What this process has of a tensor, where that begins, and whether it is the first with it."""
     rank, size = world()
     if size > 1:
-        from torch.distributed.tensor import DTensor  # noqa: PLC0415 - takes half a second, and only a process group has such tensors
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # noqa: PLC0415 - as above
+        # takes half a second, and only a process group has such tensors
+        from torch.distributed.tensor import DTensor  # noqa: PLC0415
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # noqa: PLC0415
 
         if isinstance(tensor, DTensor):
             mesh, placements = tensor.device_mesh, tensor.placements
@@ -140,7 +141,8 @@ def _pieces(path: Path) -> dict[str, Piece]:
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY, "")
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            # what safetensors opens is no dict
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise TrainingError(
             f"cannot read {path}: {error}; train from the beginning in another folder"

@@ -27,7 +27,8 @@ def whole(tensor: Tensor) -> Tensor:
     """The full tensor on this process; a collective call where it is sharded."""
     if not _distributed():
         return tensor
-    from torch.distributed.tensor import DTensor  # noqa: PLC0415 - takes half a second, and only a process group has such tensors
+    # takes half a second, and only a process group has such tensors
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

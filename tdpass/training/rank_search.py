@@ -24,7 +24,8 @@ from tdpass.training.placement import placed_like, whole
 from tdpass.training.schedules import Schedule
 from tdpass.training.terms import State, Term
 
-_SHARPNESS = 10.0  # a form that loses a tenth of the weight's energy begins e times less likely than one that loses nothing
+# a form that loses a tenth of the weight's energy begins e times less likely than one that loses nothing
+_SHARPNESS = 10.0
 _HIGHEST, _HALVINGS = 1e3, 40
 
 
@@ -118,7 +119,8 @@ class RankSearch(Learning):
     """
 
     def __init__(
-        self, network: nn.Module, layers: Mapping[str, Choices], begins: Mapping[str, Tensor], prices: Prices, temperature: Schedule,
+        self, network: nn.Module, layers: Mapping[str, Choices], begins: Mapping[str, Tensor], prices: Prices,
+        temperature: Schedule,
         *, rate: float, penalty: float, every: int, answers: Answers | None = None,
     ) -> None:  # fmt: skip
         self.network, self.layers, self.prices, self.temperature = network, dict(layers), prices, temperature

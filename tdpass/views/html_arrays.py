@@ -21,7 +21,10 @@ def arrays(rows: Sequence[ArrayRow]) -> Html | None:
     """
     if not rows:
         return None
-    key = "One square is one array, in as many copies as the site's line says: word lines run down, columns of weights across. "
+    key = (
+        "One square is one array, in as many copies as the site's line says: word lines run down, "
+        "columns of weights across. "
+    )
     sites = [_site(name, list(found)) for name, found in groupby(rows, key=lambda row: row.site)]
     return tag(
         "div", tag("p", f"{key}Darker blocks have fewer zeros.", class_="muted"), *sites, class_="card"
@@ -32,7 +35,10 @@ def _site(name: str, rows: Sequence[ArrayRow]) -> Html:
     first, count = rows[0], sum(row.copies for row in rows)
     weights = sum(block.weights for row in rows for block in row.blocks)
     filled = share(weights, sum(row.rows * row.columns for row in rows))
-    words = f"{count:,} arrays of {first.rows} × {first.columns} weights, {first.copies} of each; {filled} of their cells hold one of {weights:,} weights"
+    words = (
+        f"{count:,} arrays of {first.rows} × {first.columns} weights, {first.copies} of each; "
+        f"{filled} of their cells hold one of {weights:,} weights"
+    )
     more = tag("span", f" and {len(rows) - _SHOWN:,} more", class_="muted") if len(rows) > _SHOWN else None
     return join(
         [
@@ -66,4 +72,7 @@ def _block(block: ArrayBlock) -> Html:
 
 
 def _words(block: ArrayBlock) -> str:
-    return f"{block.rows} × {block.columns} from line {block.row} and column {block.column}, {block.weights:,} weights"
+    return (
+        f"{block.rows} × {block.columns} from line {block.row} and column {block.column}, "
+        f"{block.weights:,} weights"
+    )

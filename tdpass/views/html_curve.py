@@ -146,7 +146,10 @@ def _change(place: int, point: CurvePoint, chosen: CurvePoint) -> Html:
         for name, before, after in pairs
         if before != after
     ]
-    said = f"{_percent(point.macs)} of the MACs, loss {small(point.loss)}: {len(unlike)} {'site' if len(unlike) == 1 else 'sites'}"
+    said = (
+        f"{_percent(point.macs)} of the MACs, loss {small(point.loss)}: {len(unlike)} "
+        f"{'site' if len(unlike) == 1 else 'sites'}"
+    )
     return tag("details", tag("summary", said), tag("ul", *unlike, id=_anchor(place)), name="budget")
 
 

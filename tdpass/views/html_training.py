@@ -108,7 +108,10 @@ def _residuals(weights: Sequence[Course], found: Sequence[Stage]) -> list[Html |
     chart = LineChart([*([] if many else thin), *named[::-1]], _LARGE, band=thin if many else (), log=True)
     if chart.empty:
         return [tag("p", "No residual is finite.", class_="muted"), _numbers(weights)]
-    label = f"Relative distance to the constraint over epochs, of {len(weights)} weights; farthest at the end: {'; '.join(map(_went, worst))}"
+    label = (
+        f"Relative distance to the constraint over epochs, of {len(weights)} weights; farthest at "
+        f"the end: {'; '.join(map(_went, worst))}"
+    )
     keys = [
         (line.style, join([tag("strong", line.mark), " ", tag("code", breakable(c.name)), f": {_ends(c)}"]))
         for line, c in zip(named, worst, strict=True)

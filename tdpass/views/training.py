@@ -137,7 +137,10 @@ def destroyed(report: Report) -> str:
     )
     if not report.training or final is None or not 0 <= final < _DESTROYED * before:
         return ""
-    return f"training destroyed this network: it scores {score(final)}, {by} {score(before)}; keep more, or train it in smaller steps"
+    return (
+        f"training destroyed this network: it scores {score(final)}, {by} {score(before)}; keep "
+        "more, or train it in smaller steps"
+    )
 
 
 def other_checks(report: Report) -> dict[str, float]:

@@ -11,7 +11,8 @@ _TYPES = ("onnx.onnx_ml_pb2.ModelProto", "onnx_ir.Model", "onnx_graphsurgeon.ir.
 
 
 def _open(model: object, example: Batch | None, overridable: Sequence[str]) -> Model:
-    from tdpass.models.onnx.model import OnnxModel  # noqa: PLC0415 - the ONNX libraries take a second, which torch models need not spend
+    # the ONNX libraries take a second, which torch models need not spend
+    from tdpass.models.onnx.model import OnnxModel  # noqa: PLC0415
 
     return OnnxModel.open(model, example, overridable)
 

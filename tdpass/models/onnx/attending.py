@@ -104,7 +104,8 @@ class AttentionMatcher:
             if holds:
                 raise DeclinedNode(weight.value, reason)
         attending = Attending(
-            (said[0], said[1], said[2]), attributes.get_int("num_heads", 1), attributes.get_float("scale", 0.0),
+            (said[0], said[1], said[2]), attributes.get_int("num_heads", 1),
+            attributes.get_float("scale", 0.0),
             attributes.get_float("mask_filter_value", _HIDDEN), bool(attributes.get_int("unidirectional", 0)),
             mask, given.get(_ADDED),
         )  # fmt: skip

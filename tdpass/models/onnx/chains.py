@@ -186,8 +186,10 @@ def _conv(node: ir.Node, shape: tuple[int, ...]) -> NodeLink | None:
 
     groups, ones = attributes.get_int("group", 1), (1,) * axes
     stage = Stage(
-        shape[1] * groups, shape[0], groups, pair(shape[2:], 1), pair(tuple(attributes.get_ints("strides", ones)), 1),
-        pair(tuple(pads[:axes]), 0), pair(tuple(pads[axes:]), 0), pair(tuple(attributes.get_ints("dilations", ones)), 1),
+        shape[1] * groups, shape[0], groups, pair(shape[2:], 1),
+        pair(tuple(attributes.get_ints("strides", ones)), 1),
+        pair(tuple(pads[:axes]), 0), pair(tuple(pads[axes:]), 0),
+        pair(tuple(attributes.get_ints("dilations", ones)), 1),
     )  # fmt: skip
     return Link((node,), Slot(node, 0), Slot(node, 1), _bias(node), axes, stage)
 

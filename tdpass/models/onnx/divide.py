@@ -59,10 +59,11 @@ def slices_wanted(sites: Mapping[str, FoundSite], tape: Tape, decline: Decline) 
 def _why_whole(site: FoundSite) -> str:
     """Why the nodes of a linear layer cannot be divided; empty where they can."""
     uses = site.uses
+    swapped = any(use.swap_in is not None or use.swap_out is not None for use in uses)
     reasons = {
         "rows of its weight are looked up": site.site.table,
         "it makes several axes, or sums over them": any(use.contraction is not None for use in uses),
-        "its node multiplies from the left": any(use.swap_in is not None or use.swap_out is not None for use in uses),
+        "its node multiplies from the left": swapped,
         "its node also adds another value": any(use.addend is not None for use in uses),
         "its node does more than multiply": any(use.following is not None or use.node.domain for use in uses),
         "its weight is stored in another type than it is used in": site.kept != site.dtype,

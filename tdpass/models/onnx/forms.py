@@ -13,8 +13,8 @@ def unreadable(form: Form, opset: int) -> str:
     """Why operators of that version do not read a layer in that form; empty where they do."""
     if form.activations == STATIC:
         return (
-            "what is an integer there is a tensor of the graph, whatever reads it; run quantize-activations on "
-            "the model"
+            "what is an integer there is a tensor of the graph, whatever reads it; run "
+            "quantize-activations on the model"
         )
     supports = [text for text in form.support.split(",") if text not in ("", ALL)]
     needs = [(numbers_named(text).opset, text, "store int8, or ") for text in form.numbers]

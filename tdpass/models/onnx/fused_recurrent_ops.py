@@ -115,4 +115,7 @@ class LowRankCellOp:
         yield f"steps_{factor} = Mul ({read}, finer_{factor})  codes_{factor} = Round (steps_{factor})"
         yield f"sums_{factor} = MatMul (codes_{factor}, matrix_{factor})"
         yield f"step_{factor} = Div (largest_{factor}, top_{factor})"
-        yield f"unit_{factor} = Mul ({factor}_scale, step_{factor})  {made} = Mul (sums_{factor}, unit_{factor})"
+        yield (
+            f"unit_{factor} = Mul ({factor}_scale, step_{factor})  "
+            f"{made} = Mul (sums_{factor}, unit_{factor})"
+        )

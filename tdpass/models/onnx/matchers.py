@@ -41,8 +41,8 @@ class Matcher(Protocol):
 
 
 _QUANTIZED = (
-    "the weight is quantized; compress the floating-point model, or what tdpass.dequantize makes of this one, "
-    "then quantize it"
+    "the weight is quantized; compress the floating-point model, or what tdpass.dequantize "
+    "makes of this one, then quantize it"
 )
 _INTEGERS = (
     "the weight is quantized for an operator that tdpass.dequantize makes no numbers of; compress the "
@@ -51,7 +51,10 @@ _INTEGERS = (
 _FOLD = (
     "the weight is computed from a constant at run time; fold constants first (onnxscript.optimizer.optimize)"
 )
-_SEVERAL = "it holds several matrices as one weight; export the model with a linear layer of its own for each (experts of a mixture too)"
+_SEVERAL = (
+    "it holds several matrices as one weight; export the model with a linear layer of its own "
+    "for each (experts of a mixture too)"
+)
 _UNFOLDED = {"DequantizeLinear": _QUANTIZED}
 MATCHERS: Registry[Matcher] = Registry("ONNX matcher")
 
@@ -158,7 +161,8 @@ class GemmMatcher:
         bias, addend = self._third(node, channels, on_rows=not right, beta=beta)
         swap = (1, 0)
         return WeightUse(
-            data, weight, PRODUCT, transposed, alpha, swap_in=swap if swapped else None, swap_out=None if right else swap,
+            data, weight, PRODUCT, transposed, alpha, swap_in=swap if swapped else None,
+            swap_out=None if right else swap,
             bias=bias, bias_scale=beta if bias else 1.0, addend=addend, addend_scale=beta if addend else 1.0,
         )  # fmt: skip
 

@@ -12,16 +12,22 @@ from torch import Tensor
 from tdpass.models.onnx.functions import FUNCTIONS, NotServedError, Operator, TorchFunction, numbers, serves
 
 _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
-    "Abs": torch.abs, "Neg": torch.neg, "Sign": torch.sign, "Reciprocal": torch.reciprocal, "Sqrt": torch.sqrt, "Exp": torch.exp, "Log": torch.log,
-    "Floor": torch.floor, "Ceil": torch.ceil, "Round": torch.round, "Erf": torch.erf, "Not": torch.logical_not, "IsNaN": torch.isnan,
-    "Sin": torch.sin, "Cos": torch.cos, "Tan": torch.tan, "Asin": torch.asin, "Acos": torch.acos, "Atan": torch.atan,
+    "Abs": torch.abs, "Neg": torch.neg, "Sign": torch.sign, "Reciprocal": torch.reciprocal,
+    "Sqrt": torch.sqrt, "Exp": torch.exp, "Log": torch.log,
+    "Floor": torch.floor, "Ceil": torch.ceil, "Round": torch.round, "Erf": torch.erf,
+    "Not": torch.logical_not, "IsNaN": torch.isnan,
+    "Sin": torch.sin, "Cos": torch.cos, "Tan": torch.tan, "Asin": torch.asin, "Acos": torch.acos,
+    "Atan": torch.atan,
     "Sinh": torch.sinh, "Cosh": torch.cosh, "Asinh": torch.asinh, "Acosh": torch.acosh, "Atanh": torch.atanh,
-    "Relu": F.relu, "Sigmoid": torch.sigmoid, "Tanh": torch.tanh, "Softplus": F.softplus, "Softsign": F.softsign, "HardSwish": F.hardswish, "Mish": F.mish,
+    "Relu": F.relu, "Sigmoid": torch.sigmoid, "Tanh": torch.tanh, "Softplus": F.softplus,
+    "Softsign": F.softsign, "HardSwish": F.hardswish, "Mish": F.mish,
     "Identity": lambda x: x,
 }  # fmt: skip
 _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "Add": torch.add, "Sub": torch.sub, "Mul": torch.mul, "Equal": torch.eq, "Greater": torch.gt, "GreaterOrEqual": torch.ge, "Less": torch.lt,
-    "LessOrEqual": torch.le, "And": torch.logical_and, "Or": torch.logical_or, "Xor": torch.logical_xor, "MatMul": torch.matmul,
+    "Add": torch.add, "Sub": torch.sub, "Mul": torch.mul, "Equal": torch.eq, "Greater": torch.gt,
+    "GreaterOrEqual": torch.ge, "Less": torch.lt,
+    "LessOrEqual": torch.le, "And": torch.logical_and, "Or": torch.logical_or, "Xor": torch.logical_xor,
+    "MatMul": torch.matmul,
 }  # fmt: skip
 _VARIADIC: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Max": torch.maximum,

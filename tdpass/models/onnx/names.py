@@ -11,7 +11,8 @@ import onnx_ir as ir
 from tdpass.models.onnx.folding import number_sources
 
 _MEANINGLESS = re.compile(
-    r"(onnx::\w+|_?val|const(ant)?|tensor|init(ializer)?|param(eter)?|weight|[a-z])?[_.:]?\d+|const(ant)?(_\d+)?_output(_\d+)?|.*/const(ant)?(_\d+)?_output_\d+",
+    r"(onnx::\w+|_?val|const(ant)?|tensor|init(ializer)?|param(eter)?|weight|[a-z])?[_.:]?\d+|"
+    r"const(ant)?(_\d+)?_output(_\d+)?|.*/const(ant)?(_\d+)?_output_\d+",
     re.IGNORECASE,
 )
 _FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"

@@ -79,7 +79,8 @@ class OnnxOps(StorageNodes):
         before, after = [pair[0] for pair in padding], [pair[1] for pair in padding]
         return self._emit(
             "Conv", [x, weight] if bias is None else [x, weight, bias], (None,) * (2 + len(kernel)),
-            kernel_shape=kernel, strides=list(stride), pads=before + after, dilations=list(dilation), group=groups,
+            kernel_shape=kernel, strides=list(stride), pads=before + after, dilations=list(dilation),
+            group=groups,
         )  # fmt: skip
 
     def conv_transpose(
@@ -101,7 +102,8 @@ class OnnxOps(StorageNodes):
         before, after = [pair[0] for pair in cut], [pair[1] for pair in cut]
         return self._emit(
             "ConvTranspose", [x, stored] if bias is None else [x, stored, bias], (None,) * (2 + axes),
-            kernel_shape=kernel, strides=list(stride), pads=before + [max(size, 0) for size in after], dilations=list(dilation), group=groups,
+            kernel_shape=kernel, strides=list(stride), pads=before + [max(size, 0) for size in after],
+            dilations=list(dilation), group=groups,
             output_padding=[max(-size, 0) for size in after],
         )  # fmt: skip
 

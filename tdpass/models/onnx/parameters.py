@@ -22,7 +22,8 @@ _MASK_FROM = {
 }  # -inf hides a position
 
 
-HOLDS = "tdpass.holds"  # how many numbers a tensor holds where those are not its elements, 0 for what scales or places others
+# how many numbers a tensor holds where those are not its elements, 0 for what scales or places others
+HOLDS = "tdpass.holds"
 
 
 def parameter_count(model: ir.Model) -> int:
@@ -62,7 +63,7 @@ def _held(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
 
 
 def _constants(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
-    """All initializers, what Constant nodes hold, and what constants of a shape make for a layer's product."""
+    """All initializers, what Constant nodes hold, and what constants of a shape make for a product."""
     for graph in model.graphs():
         yield from (
             (value, value.const_value)

@@ -53,7 +53,8 @@ class _Node:
             output.type = ir.TensorType(held.w.dtype)
         opsets = dict(model.opset_imports)
         graph = ir.Graph(
-            list(read.values()), outputs, nodes=[node], initializers=list(constants.values()), opset_imports=opsets, name="node"
+            list(read.values()), outputs, nodes=[node], initializers=list(constants.values()),
+            opset_imports=opsets, name="node"
         )  # fmt: skip
         return ir.Model(graph, ir_version=_IR)
 

@@ -225,9 +225,11 @@ def check_fits(layer: Layer, site: Site) -> None:
     given = {label: tuple(factor.shape) for label, factor in layer.factors.items()}
     if given != expected:
         raise PlanError(
-            f"the {layer.format} factors of {site.name!r} have shapes {given}, but '{layer.form}' wants {expected}"
+            f"the {layer.format} factors of {site.name!r} have shapes {given}, but '{layer.form}' "
+            f"wants {expected}"
         )
     if layer.bias is not None and tuple(layer.bias.shape) != (layer.site.o,):
         raise PlanError(
-            f"a bias of shape {tuple(layer.bias.shape)} does not fit site {site.name!r}; it takes [{layer.site.o}]"
+            f"a bias of shape {tuple(layer.bias.shape)} does not fit site {site.name!r}; it takes "
+            f"[{layer.site.o}]"
         )

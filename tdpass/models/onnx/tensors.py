@@ -86,7 +86,8 @@ def finite(tensor: Tensor, name: str) -> Tensor:
 
 def from_memory(array: np.ndarray) -> Tensor:
     """The array in torch, sharing its memory; it must not be written to."""
-    array = array.view(np.dtype(array.dtype.str))  # one of several types of that size, of which torch knows one
+    # one of several types of that size, of which torch knows one
+    array = array.view(np.dtype(array.dtype.str))
     with warnings.catch_warnings():
         # Mapped and protobuf memory is read-only; nothing here writes to it.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")

@@ -132,8 +132,8 @@ def divide_as(module: nn.Module, divisions: Mapping[str, tuple[int, ...]], sourc
             become(part, _slices(whole, sizes)())
         else:
             raise PlanError(
-                f"{source} divides {path!r} into slices of {list(sizes)}, which does not fit this model; load it "
-                "on the class it was made from"
+                f"{source} divides {path!r} into slices of {list(sizes)}, which does not fit this model; "
+                "load it on the class it was made from"
             )
 
 

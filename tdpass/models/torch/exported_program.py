@@ -61,7 +61,8 @@ def exported_again(module: nn.Module, program: ExportedProgram) -> ExportedProgr
     """
     if program.example_inputs is None:
         raise InvalidModelError(
-            "the exported program carries no example inputs, so it cannot be exported again; save it with them"
+            "the exported program carries no example inputs, so it cannot be exported again; save it "
+            "with them"
         )
     args, kwargs = program.example_inputs
     shapes = _dynamic_shapes(program)

@@ -24,10 +24,12 @@ from tdpass.errors import InvalidModelError
 _LEGACY = "serialized_exported_program.json"
 _LARGEST_PROGRAM = 1 << 30
 _PLAIN = re.compile(
-    r"extra/.*|extra_files/.*|archive_format|archive_version|version|byteorder|\.data/\w+|data/(weights|constants)/(weight|tensor)_\d+"
+    r"extra/.*|extra_files/.*|archive_format|archive_version|version|byteorder|\.data/\w+|"
+    r"data/(weights|constants)/(weight|tensor)_\d+"
 )
 _PICKLED = re.compile(
-    r"data/(sample_inputs|weights|constants)/[^/]*\.pt|serialized_(state_dict|constants|example_inputs)\.(pt|json)"
+    r"data/(sample_inputs|weights|constants)/[^/]*\.pt|"
+    r"serialized_(state_dict|constants|example_inputs)\.(pt|json)"
 )
 _PROGRAM = re.compile(r"models/[^/]*\.json|" + re.escape(_LEGACY))
 _CONFIG = re.compile(r"data/(weights|constants)/[^/]*_config\.json")
@@ -39,7 +41,8 @@ _BUILT_IN = (
 )
 _NO_OPERATORS = r"(?!load_library|loaded_libraries|import_module|aten\.from_file)"
 _OPERATOR = re.compile(
-    rf"(torch\.ops\.{_NO_OPERATORS}[a-zA-Z]\w*\.\w+(\.\w+)?|_operator\.({_BUILT_IN})|math\.[a-z0-9]+|torch\._?sym_[a-z]+)?"
+    rf"(torch\.ops\.{_NO_OPERATORS}[a-zA-Z]\w*\.\w+(\.\w+)?|_operator\.({_BUILT_IN})|"
+    r"math\.[a-z0-9]+|torch\._?sym_[a-z]+)?"
 )
 _DAMAGED = (
     OSError,
@@ -51,7 +54,10 @@ _DAMAGED = (
     RecursionError,
 )
 _NAME = re.compile(r"[\w.\-/:$+ ]*")
-_ASSUMED = "positive|negative|integer|real|finite|zero|nonzero|nonnegative|nonpositive|infinite|even|odd|rational|commutative|evaluate"
+_ASSUMED = (
+    "positive|negative|integer|real|finite|zero|nonzero|nonnegative|nonpositive|infinite|even|odd|"
+    "rational|commutative|evaluate"
+)
 _COMPUTED = "floor|ceiling|sqrt|log|exp|oo|zoo|true|false|and|or|not|e"
 _QUOTED_SYMBOL = re.compile(r"Symbol\('(\w+)'")
 _SIZE = re.compile(r"[\w\s()+\-*/%,<>=!&|~]*(\d\.\d*[\w\s()+\-*/%,<>=!&|~]*)*")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tdpass.layers.opening import opened
 
 _LAYERS: Mapping[str, type[nn.Module]] = {
-    "Linear": nn.Linear, "LinearReLU": nn.Linear, "Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d, "Conv3d": nn.Conv3d,
+    "Linear": nn.Linear, "LinearReLU": nn.Linear, "Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d,
+    "Conv3d": nn.Conv3d,
     "ConvReLU1d": nn.Conv1d, "ConvReLU2d": nn.Conv2d, "ConvReLU3d": nn.Conv3d,
 }  # fmt: skip
 _PACKAGE = "torch.ao.nn."

@@ -94,7 +94,8 @@ def find_sites(model: nn.Module) -> tuple[list[Matched], dict[str, str]]:
         if parametrize.is_parametrized(module):
             hidden.update(id(inner) for inner in module.modules())
             declined[paths[key][0]] = (
-                "its weight is parametrized, and shares a parameter with another module, or was not made plain yet"
+                "its weight is parametrized, and shares a parameter with another module, or was not made "
+                "plain yet"
             )
     groups: dict[int, list[nn.Module]] = {}
     for key, module in modules.items():
@@ -191,7 +192,10 @@ def _reason_of_others(module: nn.Module) -> str:
     if stacked is None and (type(module) is nn.Module or isinstance(module, GraphModule)):
         return "what the graph reads its weight by is no layer (an embedding, a recurrence, a formula)"
     if stacked is None:
-        return f"{type(module).__name__} holds a weight but is no Linear or Conv; torch.export it to reach functional layers"
+        return (
+            f"{type(module).__name__} holds a weight but is no Linear or Conv; torch.export it to "
+            "reach functional layers"
+        )
     advice = (
         "make an nn.Linear of each (experts: an nn.ModuleList of them) and call those that a sample needs"
     )
@@ -203,7 +207,10 @@ def _reason_of_weight(module: nn.Module) -> str | None:
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "its weight is not initialized; run the model once"
     if not isinstance(weight, nn.Parameter):
-        return "a hook computes its weight (a pruning mask, weight_norm); make it a parameter by prune.remove or remove_weight_norm first"
+        return (
+            "a hook computes its weight (a pruning mask, weight_norm); make it a parameter by "
+            "prune.remove or remove_weight_norm first"
+        )
     if weight.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         return f"its weight is of type {weight.dtype}"
     if 0 in weight.shape:

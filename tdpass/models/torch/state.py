@@ -97,7 +97,8 @@ def load_program_of(path: Path) -> nn.Module | None:
         return None
     with safe_open(path, framework="pt") as file:
         blocks = {} if structure.version == UNPACKED else blocks_in(file)
-        names = [name for name in file.keys() if name.removesuffix(SUFFIX) not in blocks]  # noqa: SIM118 - it is no dict
+        # what safetensors opens is no dict
+        names = [name for name in file.keys() if name.removesuffix(SUFFIX) not in blocks]  # noqa: SIM118
         state = {name: file.get_tensor(name) for name in names}
     state |= {name: unpack(block, name) for name, block in blocks.items()}
     state |= {alias: state[name] for alias, name in structure.aliases.items() if name in state}
@@ -121,7 +122,8 @@ def _loaded(path: Path, module: nn.Module, structure: Structure) -> nn.Module:
     expected = _expected(module, swaps, structure)
     with safe_open(path, framework="pt") as file:
         blocks = {} if structure.version == UNPACKED else blocks_in(file)
-        held = {name: _held(file, name) for name in file.keys() if name.removesuffix(SUFFIX) not in blocks}  # noqa: SIM118 - it is no dict
+        # what safetensors opens is no dict
+        held = {name: _held(file, name) for name in file.keys() if name.removesuffix(SUFFIX) not in blocks}  # noqa: SIM118
         held.update(
             {
                 name: (header.shape, header.dtype)

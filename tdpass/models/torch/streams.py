@@ -41,8 +41,8 @@ def slice_module(module: nn.Module, edits: StreamEdits) -> None:
     for key in (*edits.layers, *edits.tables):
         if key not in holders:
             raise UnsupportedError(
-                f"a tensor of shape {tuple(edits.held[key].shape)} that the stream is computed from is neither "
-                "parameter nor buffer of the model; make it one"
+                f"a tensor of shape {tuple(edits.held[key].shape)} that the stream is computed from is "
+                "neither parameter nor buffer of the model; make it one"
             )
     for key, layer in edits.layers.items():
         weight = _like(edits.held[key], layer.weight)
@@ -85,7 +85,8 @@ def shape_as(module: nn.Module, slicing: Slicing, source: str) -> None:
         weight = None if norm is None else norm._parameters.get("weight")
         if norm is None or weight is None:
             raise PlanError(
-                f"{source} has a norm {path!r}, which this model has not; load it on the class it was made from"
+                f"{source} has a norm {path!r}, which this model has not; load it on the class it was made "
+                "from"
             )
         become(norm, SlicedNorm(shape, weight.dtype, "meta"))
     made: dict[int, Tensor] = {}
@@ -97,8 +98,8 @@ def shape_as(module: nn.Module, slicing: Slicing, source: str) -> None:
             continue
         if held.dim() != len(wanted) or any(new > old for new, old in zip(wanted, held.shape, strict=True)):
             raise PlanError(
-                f"{source} has {name!r} of shape {wanted}, this model {tuple(held.shape)}; load it on the class "
-                "it was made from"
+                f"{source} has {name!r} of shape {wanted}, this model {tuple(held.shape)}; load it on the "
+                "class it was made from"
             )
         new = made.setdefault(id(held), _like(held, torch.empty(wanted, dtype=held.dtype, device="meta")))
         _put(owner, leaf, new)

@@ -49,7 +49,8 @@ def check_digest(path: Path) -> dict[str, str]:
     metadata = read_metadata(path)
     if _DIGEST in metadata:
         with safe_open(path, framework="pt") as file:
-            found = _digest(((name, file.get_tensor(name)) for name in file.keys()), metadata)  # noqa: SIM118 - it is no dict
+            # what safetensors opens is no dict
+            found = _digest(((name, file.get_tensor(name)) for name in file.keys()), metadata)  # noqa: SIM118
         if found != metadata[_DIGEST]:
             raise InvalidModelError(
                 f"{path} is damaged: its content is not what was written; write the file again with "

@@ -21,8 +21,8 @@ def sliced(streams: Streams, bases: Mapping[int, Basis], keep: float) -> StreamE
 
     With P the directions of a stream that are left, whoever writes to it becomes `P^T W`, and its readers
     `W P`.  A norm that reads it works on what is left of the centred stream; its scale g and shift become
-    part of the layers that alone read what it makes, `W diag(g) P`, else of an adapter `P'^T diag(g) P` to the
-    coordinates P' that these have.
+    part of the layers that alone read what it makes, `W diag(g) P`, else of an adapter `P'^T diag(g) P` to
+    the coordinates P' that these have.
     """
     return _Slicing(streams, bases, keep).edits()
 

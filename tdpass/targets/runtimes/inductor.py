@@ -65,7 +65,8 @@ def compiled(module: nn.Module, batch: Batch, dynamic: bool | None) -> Callable[
                     return program(*batch.args, **batch.kwargs)
 
             call()
-    except Exception:  # noqa: BLE001 - a compiler fails in many ways, and each means that it does not serve this layer
+    # a compiler fails in many ways, and each means that it does not serve this layer
+    except Exception:  # noqa: BLE001
         return None
     return call
 

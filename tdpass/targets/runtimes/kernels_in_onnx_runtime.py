@@ -36,7 +36,8 @@ class KernelsInOnnxRuntime(Runtime):
     def prepare(self, layer: Layer, batch: int, threads: int) -> Callable[[], Tensor] | None:
         if not isinstance(layer, Layer) or layer.dtype is not torch.float32:
             return None
-        from tdpass.models.onnx.fuse_layer_graph import fuse_layer_graph  # noqa: PLC0415 - loads the ONNX libraries
+        # loads the ONNX libraries
+        from tdpass.models.onnx.fuse_layer_graph import fuse_layer_graph  # noqa: PLC0415
         from tdpass.targets.sessions.onnx import as_graph, bound_layer  # noqa: PLC0415 - as above
 
         x = example_input(layer, batch)

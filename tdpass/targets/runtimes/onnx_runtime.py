@@ -31,7 +31,8 @@ class OnnxRuntime(Runtime):
     def prepare(self, layer: Layer, batch: int, threads: int) -> Callable[[], Tensor] | None:
         if layer.dtype not in _SERVED:
             return None
-        from tdpass.targets.sessions.onnx import as_graph, bound_layer  # noqa: PLC0415 - loads the ONNX libraries
+        # loads the ONNX libraries
+        from tdpass.targets.sessions.onnx import as_graph, bound_layer  # noqa: PLC0415
 
         x = example_input(layer, batch)
         y = torch.empty(layer(x).shape, dtype=x.dtype)

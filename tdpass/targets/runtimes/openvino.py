@@ -41,7 +41,8 @@ class OpenVino(Runtime):
         try:
             request = self._request(open_graph(as_graph(layer, x, layer(x))), {INPUT: x}, threads)
             request.infer()
-        except Exception:  # noqa: BLE001 - it raises several unrelated types, and each means that it does not serve this layer
+        # it raises several unrelated types, and each means that it does not serve this layer
+        except Exception:  # noqa: BLE001
             return None
         return BoundLayer(request.infer, x, torch.from_numpy(request.get_output_tensor(0).data))
 

@@ -48,7 +48,8 @@ def bound_layer(graph: bytes, x: Tensor, y: Tensor, threads: int) -> Callable[[]
         for name, tensor, bind in ((INPUT, x, binding.bind_input), (OUTPUT, y, binding.bind_output)):
             bind(name, "cpu", 0, tensor.numpy().dtype.type, tuple(tensor.shape), tensor.data_ptr())
         session.run_with_iobinding(binding)
-    except Exception:  # noqa: BLE001 - it raises a dozen unrelated types, and each means that it does not serve this layer
+    # it raises a dozen unrelated types, and each means that it does not serve this layer
+    except Exception:  # noqa: BLE001
         return None
     return BoundLayer(lambda: session.run_with_iobinding(binding), x, y)
 
