@@ -29,11 +29,12 @@ class OpenRNN(nn.Module):
 
     Takes and returns what the dense module does, a `PackedSequence` excepted. Per layer and direction (suffix
     `_l0`, `_l0_reverse` and so on, as torch has it) `input` makes the input's part of the gates, `hidden`
-    that of the last hidden state, each with its own bias.  They hold the very parameters of the dense module;
-    any of them may be replaced by a factored layer.  Where gradients are wanted torch's own layer runs on the
-    dense weights, each asked for once a call, so that it trains as fast; else, where they are faster, the
-    fused operators run on the factors.  Step by step, every layer called as it is, it runs while it is
-    recorded or exported, and where one of the layers is of another kind or has hooks.
+    that of the last hidden state, each with its own bias, and with `proj_size` `project` makes the hidden
+    state smaller. They hold the very parameters of the dense module; any of them may be replaced by a
+    factored layer. Where gradients are wanted torch's own layer runs on the dense weights, each asked for
+    once a call, so that it trains as fast; else, where they are faster, the fused operators run on the
+    factors. Step by step, every layer called as it is, it runs while it is recorded or exported, and where
+    one of the layers is of another kind or has hooks.
     """
 
     kind: ClassVar[type[nn.RNNBase]]
@@ -55,7 +56,7 @@ class OpenRNN(nn.Module):
             dense.input_size,
             dense.hidden_size,
             dense.num_layers,
-            0,
+            dense.proj_size,
         )
         self.bias, self.batch_first, self.dropout, self.bidirectional = (
             dense.bias,
@@ -68,10 +69,11 @@ class OpenRNN(nn.Module):
             for layer in range(self.num_layers)
             for end in ("", "_reverse")[: 1 + self.bidirectional]
         )
-        self._names = tuple(name + suffix for suffix in self.suffixes for name in ("input", "hidden"))
+        self._ends = (("input", "ih"), ("hidden", "hh"), ("project", "hr"))[: 2 + bool(self.proj_size)]
+        self._names = tuple(name + suffix for suffix in self.suffixes for name, _ in self._ends)
         for suffix in self.suffixes:
-            for name, end in (("input", "ih"), ("hidden", "hh")):
-                bias = getattr(dense, f"bias_{end}{suffix}") if self.bias else None
+            for name, end in self._ends:
+                bias = getattr(dense, f"bias_{end}{suffix}", None) if self.bias else None
                 self.add_module(name + suffix, linear(getattr(dense, f"weight_{end}{suffix}"), bias))
         self.train(dense.training)
         self._known: dict[str, Product] = {}
@@ -79,7 +81,7 @@ class OpenRNN(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, "
-            f"batch_first={self.batch_first}, "
+            f"proj_size={self.proj_size}, batch_first={self.batch_first}, "
             f"dropout={self.dropout}, bidirectional={self.bidirectional}"
         )
 
@@ -96,7 +98,9 @@ class OpenRNN(nn.Module):
             x = x.unsqueeze(1 - axis)
             state = None if state is None else [part.unsqueeze(1) for part in state]
         if state is None:
-            state = [x.new_zeros((len(self.suffixes), x.shape[1 - axis], self.hidden_size))] * self.states
+            lead_sizes = (len(self.suffixes), x.shape[1 - axis])
+            widths = (self.proj_size or self.hidden_size, self.hidden_size)[: self.states]
+            state = [x.new_zeros((*lead_sizes, width)) for width in widths]
         y, ends = (
             self._layers(x, state, self._by_steps, axis)
             if torch.compiler.is_exporting()
@@ -124,10 +128,11 @@ class OpenRNN(nn.Module):
                 weight.new_zeros(len(weight)) if bias is None else bias
                 for weight, bias in zip(weights, biases, strict=True)
             ]
+        each = len(self._ends)
         flat = [
             tensor
-            for k in range(0, len(weights), 2)
-            for tensor in (*weights[k : k + 2], *biases[k : k + 2])
+            for k in range(0, len(weights), each)
+            for tensor in (*weights[k : k + 2], *biases[k : k + 2], *weights[k + 2 : k + each])
             if tensor is not None
         ]
         how = (biased, self.num_layers, self.dropout, self.training, self.bidirectional, self.batch_first)
@@ -149,12 +154,15 @@ class OpenRNN(nn.Module):
         return self._known[name]
 
     def _plain(self) -> bool:
-        return all(is_plain(getattr(self, name)) for name in self._names)
+        parts = [getattr(self, name) for name in self._names]
+        projections = parts[2::3] if self.proj_size else []  # torch's own layer adds no bias to these
+        return all(map(is_plain, parts)) and all(part.bias is None for part in projections)
 
     def _operators(self, x: Tensor) -> _Direction | None:
         """How the fused operators run one direction; None where they do not serve the call, or are slower."""
         if (
             self.operator is None
+            or self.proj_size
             or type(x) is not Tensor
             or x.device.type != "cpu"
             or x.dtype != torch.float32
@@ -175,7 +183,8 @@ class OpenRNN(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """All layers on x, its steps on `axis`.
 
-        `state` holds h, and c of an LSTM, as `[layers directions, n, hidden]`.
+        `state` holds h, and c of an LSTM, as `[layers directions, n, hidden]`; with `proj_size`, h has so many
+        in place of `hidden`.
         """
         last: list[list[Tensor]] = [[] for _ in state]
         step = 1 + self.bidirectional
@@ -226,6 +235,8 @@ class OpenRNN(nn.Module):
         parts = getattr(self, "input" + suffix)(x).unbind(axis)
         for part in reversed(parts) if reverse else parts:
             state = self._step(part, hidden(state[0]), state)
+            if self.proj_size:
+                state = [getattr(self, "project" + suffix)(state[0]), *state[1:]]
             found.append(state[0])
         return torch.stack(found[::-1] if reverse else found, axis), state
 
@@ -305,8 +316,6 @@ def why_closed(module: nn.RNNBase) -> str:
     """Why that recurrent layer cannot be opened; empty where it can."""
     if type(module) not in _OPEN:
         return f"only nn.LSTM, nn.GRU and nn.RNN are factored, this is {type(module).__name__}"
-    if module.proj_size:
-        return f"a projection of the hidden state (proj_size={module.proj_size}) is of low rank already"
     return why_computed(getattr(module, name) for names in module._all_weights for name in names)
 
 

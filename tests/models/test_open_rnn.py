@@ -211,7 +211,6 @@ def test_a_model_is_opened_as_a_copy_with_the_same_parameters() -> None:
             self.normed = nn.utils.parametrizations.weight_norm(
                 nn.GRU(8, 6, batch_first=True), "weight_hh_l0"
             )
-            self.projected = nn.LSTM(8, 8, proj_size=6)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.normed(self.plain(self.again(self.first(x)[0][..., :6])[0])[0])[0]
@@ -235,7 +234,6 @@ def test_a_model_is_opened_as_a_copy_with_the_same_parameters() -> None:
         "plain.hidden_l0": 3,
     }
     reasons = seen.declined()
-    assert "proj_size=6" in reasons["projected"]
     assert "parametrized" in reasons["normed"]
     assert "open_recurrent" in open_model(model).declined()["first"]
     assert isinstance(tdpass.open_recurrent(nn.GRU(3, 4)), OpenGRU)
@@ -301,8 +299,6 @@ def test_fusing_leaves_it_as_it_computes() -> None:
 def test_what_it_cannot_do_is_refused() -> None:
     with pytest.raises(UsageError, match=r"nn\.GRU"):
         OpenGRU(nn.LSTM(8, 8))
-    with pytest.raises(UnsupportedError, match="proj_size"):
-        OpenLSTM(nn.LSTM(8, 8, proj_size=3))
     with pytest.raises(UsageError, match="not a str"):
         tdpass.open_recurrent("model")  # type: ignore[arg-type]
     packed = nn.utils.rnn.pack_sequence([torch.randn(3, 8), torch.randn(2, 8)])

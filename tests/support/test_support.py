@@ -24,6 +24,7 @@ from tdpass.models import Model, open_model
 from tdpass.models.abilities import DividesLayers, MakesPlain
 from tdpass.site import Site
 
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 each = pytest.mark.parametrize("cell", CELLS.values(), ids=[cell.label for cell in CELLS.values()])
 
 
@@ -57,7 +58,6 @@ def opened(cell: Cell) -> Model:
     return model
 
 
-@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @each
 def test_what_is_found_is_what_the_table_says(cell: Cell) -> None:
     model = opened(cell)

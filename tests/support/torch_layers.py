@@ -224,8 +224,7 @@ layer(
     "LSTM with projections",
     lambda: Alone(nn.LSTM(16, 8, proj_size=4)),
     STEPS,
-    (),
-    "of low rank already",
+    ("layer.input_l0", "layer.hidden_l0", "layer.project_l0"),
 )
 layer(
     "GRU",
