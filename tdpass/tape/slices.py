@@ -12,16 +12,16 @@ from torch.utils._pytree import tree_leaves
 from tdpass.tape.calls import Call, Ref, leaves, mapped
 from tdpass.tape.playback import Tape
 
-_MOVES = frozenset(
+MOVES = frozenset(
     {
         "reshape", "view", "flatten", "unflatten", "permute", "transpose", "t", "movedim", "moveaxis",
         "swapaxes", "swapdims",
         "squeeze", "unsqueeze", "contiguous", "split", "split_with_sizes", "tensor_split", "chunk", "unbind",
         "narrow", "select",
-        "index_select", "__getitem__", "expand",
+        "index_select", "__getitem__", "expand", "broadcast_to", "repeat_interleave",
     }
 )  # fmt: skip
-_ON_INDICES = _MOVES | {"remainder"}
+_ON_INDICES = MOVES | {"remainder"}
 _SMALL = 4096  # numbers in a constant that may be an index
 FEWEST, MOST = 8, 8
 
@@ -63,17 +63,17 @@ def _seen(tape: Tape, place: int, marks: dict[int, Tensor]) -> Iterator[Tensor]:
         reads = set(call.reads())
         marked = reads & marks.keys()
         known = reads <= (marks.keys() | indices.keys()) and not call.mutates
-        if known and len(marked) == 1 and call.name in _MOVES:
-            _moved(call, {**marks, **indices}, marks)
+        if known and len(marked) == 1 and call.name in MOVES:
+            moved(call, {**marks, **indices}, marks)
         elif marked:
             yield from (marks[number] for number in marked)
         elif known and call.name in _ON_INDICES and _constants(call) <= _SMALL:
-            _moved(call, indices, indices)
+            moved(call, indices, indices)
     yield from (mark for number, mark in marks.items() if tape.is_output(number))
 
 
-def _moved(call: Call, values: dict[int, Tensor], into: dict[int, Tensor]) -> None:
-    """Make the call on these values."""
+def moved(call: Call, values: dict[int, Tensor], into: dict[int, Tensor]) -> None:
+    """Make the call on these values, and put what comes of it, by number, into `into`."""
     args, kwargs = mapped(
         lambda leaf: values[leaf.number] if isinstance(leaf, Ref) else leaf, (call.args, dict(call.kwargs))
     )

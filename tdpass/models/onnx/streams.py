@@ -11,6 +11,7 @@ from torch import Tensor
 from tdpass.errors import UnsupportedError
 from tdpass.models.onnx.edits import replace_constant, write_bias
 from tdpass.models.onnx.graphs import opset_of
+from tdpass.models.onnx.head_shapes import resize_heads
 from tdpass.models.onnx.names import FreshNames
 from tdpass.models.onnx.rewrite import remove_nodes, take_place
 from tdpass.models.onnx.sites import FoundSite
@@ -45,6 +46,8 @@ def slice_graph(
     for key, table in edits.tables.items():
         for node, index in constants[key].uses():
             replace_constant(model, Slot(node, index), table, str(constants[key].name))
+    for key, width in edits.heads.items():
+        resize_heads(model, sites[names[key]], names[key], width)
     for key, (node, x) in norms.items():
         _write_norm(model, node, x, edits.norms[key], edits.held[key].dtype)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from tdpass.kinds import kind_of_module
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.sliced_norm import NormShape, SlicedNorm
 from tdpass.models.streams import NewNorm, StreamEdits
+from tdpass.models.torch.head_sizes import heads_of, resize_heads, restore_heads
 from tdpass.models.torch.in_place import become, can_become, watched
 
 _SIZES = {"out_features": 0, "in_features": 1, "out_channels": 0, "in_channels": 1, "embedding_dim": 1}
@@ -23,11 +24,13 @@ _SIZES = {"out_features": 0, "in_features": 1, "out_channels": 0, "in_channels":
 class Slicing:
     """The shapes that a sliced module has.
 
-    They are those of its norms, by path, and of all other parameters and buffers, by name.
+    They are those of its norms, by path, and of all other parameters and buffers, by name.  `heads` are the
+    attributes that speak of the width of heads, by the path of the module that has them.
     """
 
     norms: Mapping[str, NormShape]
     shapes: Mapping[str, tuple[int, ...]]
+    heads: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def slice_module(module: nn.Module, edits: StreamEdits) -> None:
@@ -57,12 +60,15 @@ def slice_module(module: nn.Module, edits: StreamEdits) -> None:
             _put(owner, name, new)
     for key, norm in norms.items():
         become(norm, _sliced_norm(edits.norms[key], edits.held[key]))
+    owners = {id(owner): width for key, width in edits.heads.items() for owner, _ in holders[key]}
+    resize_heads(module, owners)
 
 
 def slicing_of(module: nn.Module) -> Slicing | None:
     """The shapes of a sliced module; None for one that is not."""
     norms = {path: part.shape for path, part in module.named_modules() if isinstance(part, SlicedNorm)}
-    if not norms:
+    heads = heads_of(module)
+    if not norms and not heads:
         return None
     shapes = {
         f"{path}.{name}" if path else name: tuple(tensor.shape)
@@ -71,7 +77,7 @@ def slicing_of(module: nn.Module) -> Slicing | None:
         for name, tensor in (*part._parameters.items(), *part._buffers.items())
         if tensor is not None
     }
-    return Slicing(norms, shapes)
+    return Slicing(norms, shapes, heads)
 
 
 def shape_as(module: nn.Module, slicing: Slicing, source: str) -> None:
@@ -89,6 +95,7 @@ def shape_as(module: nn.Module, slicing: Slicing, source: str) -> None:
                 "from"
             )
         become(norm, SlicedNorm(shape, weight.dtype, "meta"))
+    restore_heads(modules, slicing.heads, source)
     made: dict[int, Tensor] = {}
     for name, wanted in slicing.shapes.items():
         path, _, leaf = name.rpartition(".")

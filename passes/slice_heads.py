@@ -1,0 +1,130 @@
+"""slice-heads: attention over fewer channels in every head, mixtures of those that were there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from tdpass.cost import Budget, BudgetValue, bounded
+from tdpass.errors import InvalidModelError, UnsupportedError
+from tdpass.job import Job
+from tdpass.models.abilities import SlicesStreams
+from tdpass.models.base import Batch, Model
+from tdpass.passes.slicing import ROUNDING, few_samples, why_no_slicing
+from tdpass.pipeline import Pass, register_pass
+from tdpass.planner.heads import Bases, Bond, find_bases, find_bonds, narrowed
+from tdpass.planner.trials import Promise, gap
+from tdpass.planner.widths import Widths, checked_share
+
+_LEAST = 1
+_KINDS = {"queries, keys and values": (True, False), "values": (False,), "queries and keys": (True,)}
+_FAILURES = (InvalidModelError, UnsupportedError)
+
+
+@register_pass
+@dataclass(frozen=True)
+class SliceHeads(Pass):
+    """Store attention heads over fewer channels, the same number in each: a narrower dense network.
+
+    Queries and keys become `Q M` and `K N`, so that scores are the best of that rank on the data; values
+    become `V M` and what reads them `W_o N`.  Shapes follow: attributes of torch modules that speak of the
+    width of heads, constants of Reshape and Expand in ONNX graphs.  Where modules give queries, keys and
+    values one width, all change or none.  A narrower model must answer as the whole one with the same
+    channels at zero, else nothing is changed and the report says why.  Queries and keys that a rotary
+    embedding turns keep their channels.  `keep` is the share of channels that is left; with a budget among
+    the options (`params=0.9`) it is the largest that meets it.  Comes before `plan`.
+    """
+
+    name = "slice-heads"
+    promise = Promise.PLAN
+
+    gathers = MappingProxyType({"bounds": bounded})
+
+    bounds: Mapping[str, BudgetValue] = field(default_factory=dict)
+    keep: float = 0.75
+
+    def run(self, model: Model, job: Job) -> bool:
+        checked_share(self.keep, "params=0.9")
+        job.expected = job.expected or 0.0
+        why = why_no_slicing(model, job)
+        if why:
+            job.note(f"skipped: {why}")
+            return False
+        example = few_samples(model, job)
+        bonds = find_bonds(model.record(example))
+        for site, reason in bonds.reasons.items():
+            job.report.decline(site, f"its heads keep their width: {reason}")
+        bases = find_bases(bonds, job.tapes(model)) if bonds.found else {}
+        way, why = _way(model, example, bonds.found, bases)
+        if way is None:
+            job.note(f"left as it was: {why}")
+            return False
+        most = max(bond.width for bond in way.bonds)
+        widths = Widths(model, example, way, most, _LEAST, self.name, "heads")
+        keep = widths.largest(Budget.parse(self.bounds), job.original) if self.bounds else self.keep
+        before = {site.name: site for site in model.sites()}
+        way(model, keep)
+        job.rewritten(model, before)
+        job.note(
+            f"{way.what} of {len({bond.right.site for bond in way.bonds if bond.right.reads} or way.bonds)} "
+            f"attentions keep {keep:.3g} of the {most} channels in every head; divergence {job.lost:.4g}"
+        )
+        return True
+
+
+@dataclass(frozen=True)
+class _Way:
+    """Which bonds change; it `rescales` queries where the model's own scale follows the width of heads."""
+
+    what: str
+    example: Batch
+    bonds: tuple[Bond, ...]
+    bases: Bases
+    rescales: bool = False
+    padded: bool = False
+
+    def __call__(self, model: Model, keep: float) -> None:
+        assert isinstance(model, SlicesStreams)
+        found = find_bonds(model.record(self.example))
+        chosen = replace(found, found=tuple(bond for bond in found.found if bond in self.bonds))
+        for width in sorted({bond.width for bond in chosen.found}):
+            count = max(_LEAST, round(keep * width))
+            alike = replace(chosen, found=tuple(bond for bond in chosen.found if bond.width == width))
+            scale = (count / width) ** 0.5 if self.rescales else 1.0
+            model.slice_streams(narrowed(alike, self.bases, count, padded=self.padded, scale=scale))
+
+    def differs(self, model: Model, keep: float) -> float:
+        """How far the narrower model is from the whole one with its other channels at zero."""
+        whole, small = model.clone(), model.clone()
+        replace(self, padded=True, rescales=False)(whole, keep)
+        self(small, keep)
+        return gap(whole.run(self.example), small.run(self.example))
+
+
+def _way(model: Model, example: Batch, bonds: tuple[Bond, ...], bases: Bases) -> tuple[_Way | None, str]:
+    """The way to narrow as much as there is that answers as it should, or why there is none."""
+    whys = list[str]()
+    for what, kinds in _KINDS.items():
+        chosen = tuple(bond for bond in bonds if bond.scores in kinds)
+        if {bond.scores for bond in chosen} != set(kinds):
+            continue
+        for rescales in (False, True) if True in kinds else (False,):
+            way = _Way(what, example, chosen, bases, rescales)
+            whys.append(_why_not(model, way))
+            if not whys[-1]:
+                return way, ""
+    return None, whys[0] if whys else "no attention was found whose queries, keys and values layers make"
+
+
+def _why_not(model: Model, way: _Way) -> str:
+    whole = model.clone()
+    replace(way, padded=True)(whole, 1.0)
+    moved = gap(model.run(way.example), whole.run(way.example))
+    if moved > ROUNDING:
+        return f"with its heads in other channels, it answers otherwise by {moved:.2g} of its outputs' size"
+    try:
+        moved = way.differs(model, 0.5)
+    except _FAILURES as error:
+        return f"{way.what} do not run in narrower heads: {error}"
+    return f"in narrower heads, {way.what} answer otherwise by {moved:.2g}" if moved > ROUNDING else ""

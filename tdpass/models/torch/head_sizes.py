@@ -1,0 +1,59 @@
+"""Attributes of attention modules that speak of the width of heads, from which views get their shapes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import nn
+
+from tdpass.errors import PlanError
+from tdpass.models.streams import HeadWidth
+
+# as Hugging Face, timm and others name them; a number of heads is none
+_SIZE = re.compile(
+    r"^(?!n_|num_).*(head.*(dim|size|width)|(dim|size|width).*head)"
+    r"|^d_(head|k|v|kv)$|^key_value_proj_dim$|^inner_dim$"
+)
+_HELD = "_head_sizes"
+
+
+def resize_heads(module: nn.Module, owners: Mapping[int, HeadWidth]) -> None:
+    """Set the attributes of modules that hold layers with heads of another width, the layers by id."""
+    for part in module.modules():
+        for child in part.children():
+            width = owners.get(id(child))
+            if width is not None and width.before != width.after:
+                _resize(part, width)
+
+
+def heads_of(module: nn.Module) -> dict[str, dict[str, int]]:
+    """The attributes that were set, by path of the module."""
+    named = module.named_modules()
+    return {path: dict(part.__dict__[_HELD]) for path, part in named if _HELD in part.__dict__}
+
+
+def restore_heads(
+    modules: Mapping[str, nn.Module], heads: Mapping[str, Mapping[str, int]], source: str
+) -> None:
+    """Set them again; raises `PlanError` where a module has no such attribute."""
+    for path, sizes in heads.items():
+        part = modules.get(path)
+        if part is None or any(name not in part.__dict__ for name in sizes):
+            raise PlanError(
+                f"{source} has heads of another width in {path!r}, which has no "
+                f"{', '.join(sizes) or 'heads'} here; load it on the class it was made from"
+            )
+        part.__dict__.update(sizes)
+        part.__dict__[_HELD] = dict(sizes)
+
+
+def _resize(part: nn.Module, width: HeadWidth) -> None:
+    done: dict[str, int] = part.__dict__.setdefault(_HELD, {})
+    for name, size in list(part.__dict__.items()):
+        if type(size) is not int or name in done or not _SIZE.search(name):
+            continue
+        new = width.renamed(size)
+        if new is not None:
+            done[name] = new
+            setattr(part, name, new)

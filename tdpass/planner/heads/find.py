@@ -1,0 +1,240 @@
+"""Which channels of layers meet in the products of attention, by what a run does with each of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from tdpass.planner.streams.values import Values, operands, written
+from tdpass.tape import Call, Ref, Tape
+from tdpass.tape.calls import argument
+from tdpass.tape.slices import MOVES, moved
+
+_PRODUCTS = frozenset({"matmul", "__matmul__", "bmm"})
+_FUSED = "scaled_dot_product_attention"
+_OPERANDS = ("query", "key", "value")
+_SCALES = frozenset({"mul", "__mul__", "__rmul__", "div", "__truediv__", "true_divide"})
+
+
+@dataclass(frozen=True)
+class Side:
+    """The first channel of every head of a layer: rows of its weight, or columns where it `reads` them."""
+
+    site: str
+    reads: bool
+    starts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Bond:
+    """Heads of `left` and `right` that meet over `width` channels each, in `scores` or behind them.
+
+    `groups` are the first channels of heads that can change only together: those that share a key or a value.
+    """
+
+    left: Side
+    right: Side
+    width: int
+    scores: bool
+    groups: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Bonds:
+    """All bonds of a run, the weight and bias of every layer in it by site, and why layers take no part."""
+
+    found: tuple[Bond, ...]
+    layers: dict[str, tuple[Tensor, Tensor | None]]
+    reasons: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """Of which channel of a site every number of a value is.
+
+    `attended` is the width of heads once attention summed over positions, 0 before.
+    """
+
+    site: str
+    channels: Tensor
+    attended: int = 0
+
+
+def find_bonds(tape: Tape) -> Bonds:
+    """The bonds of a recorded run of a few samples, which is repeated once."""
+    return _Finder(Values.of(tape)).found()
+
+
+@dataclass
+class _Finder:
+    values: Values
+    marks: dict[int, _Marks] = field(default_factory=dict)
+    spoiled: dict[str, dict[int, str]] = field(default_factory=dict)
+    layers: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    bonds: list[Bond] = field(default_factory=list)
+    apart: dict[str, str] = field(default_factory=dict)
+
+    def found(self) -> Bonds:
+        tape = self.values.tape
+        for call in tape.calls:
+            self._call(call)
+        for number, marks in self.marks.items():
+            if tape.is_output(number):
+                self._spoil(marks, "the model returns it")
+        whys = [(bond, self._why_not(bond)) for bond in self.bonds]
+        reasons = {bond.left.site: why for bond, why in whys if why}
+        kept = [bond for bond, why in whys if not why]
+        return Bonds(tuple(kept), self.layers, {**self.apart, **reasons})
+
+    def _why_not(self, bond: Bond) -> str:
+        for side in (bond.left, bond.right):
+            if len(self.values.tape.site_calls[side.site]) != 1:
+                return f"{side.site} is called several times"
+            spoiled = {} if side.reads else self.spoiled.get(side.site, {})
+            channels = (start + at for start in side.starts for at in range(bond.width))
+            why = next((spoiled[channel] for channel in channels if channel in spoiled), "")
+            if why:
+                return why
+        return ""
+
+    def _spoil(self, marks: _Marks, reason: str) -> None:
+        """The channels of a value stay as they are; said where they lie in heads."""
+        if marks.channels.shape[-1] < self.layers[marks.site][0].shape[0]:
+            self.apart.setdefault(marks.site, reason)
+        spoiled = self.spoiled.setdefault(marks.site, {})
+        for channel in torch.unique(marks.channels).tolist():
+            spoiled.setdefault(channel, reason)
+
+    def _call(self, call: Call) -> None:
+        marked = [number for number in dict.fromkeys(call.reads()) if number in self.marks]
+        if call.site is not None:
+            self._layer(call, marked)
+        elif call.name in _PRODUCTS and marked and len(call.args) > 1:
+            self._product(call, *call.args[:2])
+        elif call.name == _FUSED and marked:
+            q, k, v = (argument(call.args, call.kwargs, at, name) for at, name in enumerate(_OPERANDS))
+            self._scores(call, q, k, -1)
+            self._attended(call, v)
+        elif len(marked) == 1 and not call.mutates and self._keeps(call):
+            self._move(call, marked[0])
+        else:
+            for number in marked:
+                self._spoil(self.marks[number], f"its output goes through {call.name}, where channels differ")
+
+    def _keeps(self, call: Call) -> bool:
+        """Whether a call only moves what it reads, or multiplies all of it by one number."""
+        others = [
+            leaf for leaf in operands(call) if not isinstance(leaf, Ref) or leaf.number not in self.marks
+        ]
+        scales = call.name in _SCALES and all(self.values.at(leaf).numel() == 1 for leaf in others)
+        return call.name in MOVES or scales
+
+    def _move(self, call: Call, number: int) -> None:
+        marks = self.marks[number]
+        if call.name in _SCALES:
+            into = dict.fromkeys(call.writes(), marks.channels)
+        else:
+            into = dict[int, Tensor]()
+            moved(call, {**self.values.by_number, number: marks.channels}, into)
+        self.marks |= {written: replace(marks, channels=channels) for written, channels in into.items()}
+
+    def _layer(self, call: Call, marked: list[int]) -> None:
+        weight = argument(call.args, call.kwargs, 1, "weight")
+        plain = call.name == "linear" and isinstance(weight, Tensor) and call.site is not None
+        for number in marked:
+            marks = self.marks[number]
+            if not plain or not marks.attended:
+                self._spoil(marks, "a layer reads it before any product of attention")
+            elif not self._read(str(call.site), marks):
+                self._spoil(marks, f"{call.site} reads it with the channels of heads apart")
+        if not plain:
+            return
+        self.layers[str(call.site)] = (weight, argument(call.args, call.kwargs, 2, "bias"))
+        (made,) = written(call)
+        shape = self.values.at(made).shape
+        self.marks[made.number] = _Marks(
+            str(call.site), torch.arange(shape[-1], dtype=torch.int32).expand(shape)
+        )
+
+    def _read(self, site: str, marks: _Marks) -> bool:
+        """Whether a layer reads whole heads one after the other, which then are a bond."""
+        columns = marks.channels.reshape(-1, marks.channels.shape[-1])
+        width = marks.attended
+        if not bool((columns == columns[:1]).all()) or columns.shape[1] % width:
+            return False
+        starts = _starts(columns[:1].reshape(-1, width)[:, None, :], -1)
+        if starts is None:
+            return False
+        pairs = {(int(start), head * width) for head, start in enumerate(starts)}
+        self._bond(marks.site, site, pairs, width, scores=False)
+        return True
+
+    def _product(self, call: Call, a: object, b: object) -> None:
+        both = [leaf for leaf in (a, b) if isinstance(leaf, Ref) and leaf.number in self.marks]
+        if len(both) == len((a, b)):
+            self._scores(call, a, b, -2)
+        elif both == [b]:
+            self._attended(call, b)
+        else:
+            self._spoil(self.marks[both[0].number], "it is multiplied by what is no layer's output")
+
+    def _scores(self, call: Call, q: object, k: object, axis: int) -> None:
+        """Queries meet keys, whose channels lie along that axis."""
+        sides = [self.marks.get(leaf.number) for leaf in (q, k) if isinstance(leaf, Ref)]
+        known = [marks for marks in sides if marks is not None]
+        found = [_starts(m.channels, at) for m, at in zip(known, (-1, axis), strict=False)]
+        whole = [starts for starts in found if starts is not None]
+        if len(whole) != len((q, k)) or any(marks.attended for marks in known):
+            for marks in known:
+                self._spoil(marks, f"it meets in {call.name} what is no layer's output")
+            return
+        left, right = whole[0], _repeated(whole[1], whole[0])
+        left, right = left + torch.zeros_like(right), right + torch.zeros_like(left)
+        pairs = set(zip(left.flatten().tolist(), right.flatten().tolist(), strict=True))
+        self._bond(known[0].site, known[1].site, pairs, known[0].channels.shape[-1], scores=True)
+
+    def _attended(self, call: Call, v: object) -> None:
+        marks = self.marks.get(v.number) if isinstance(v, Ref) else None
+        if marks is None:
+            return
+        starts = _starts(marks.channels, -1)
+        if starts is None or marks.attended:
+            self._spoil(marks, f"{call.name} reads it with the channels of heads apart")
+            return
+        (made,), width = written(call)[:1], marks.channels.shape[-1]
+        shape = self.values.at(made).shape
+        starts = _repeated(starts, torch.empty(shape[:-2]))
+        channels = starts[..., None, None] + torch.arange(width, dtype=torch.int32)
+        self.marks[made.number] = _Marks(marks.site, channels.expand(shape), width)
+
+    def _bond(self, left: str, right: str, pairs: set[tuple[int, int]], width: int, *, scores: bool) -> None:
+        groups: list[tuple[set[int], set[int]]] = []
+        for one, other in sorted(pairs):
+            met = [group for group in groups if one in group[0] or other in group[1]]
+            groups = [group for group in groups if group not in met]
+            groups.append(
+                ({one}.union(*(group[0] for group in met)), {other}.union(*(group[1] for group in met)))
+            )
+        ordered = tuple((tuple(sorted(a)), tuple(sorted(b))) for a, b in groups)
+        sides = [tuple(sorted({pair[at] for pair in pairs})) for at in (0, 1)]
+        self.bonds.append(
+            Bond(Side(left, False, sides[0]), Side(right, not scores, sides[1]), width, scores, ordered)
+        )
+
+
+def _starts(channels: Tensor, axis: int) -> Tensor | None:
+    """The first channel of every head, over all axes but channels and positions; None for no heads."""
+    if channels.dim() < -axis or channels.dim() == 1:
+        return None
+    lines = channels.movedim(axis, -1)
+    first = lines[..., :1, :1]
+    whole = bool((lines == first + torch.arange(lines.shape[-1], dtype=lines.dtype)).all())
+    return first[..., 0, 0] if whole else None
+
+
+def _repeated(starts: Tensor, like: Tensor) -> Tensor:
+    """Those of grouped queries: each key and value serves as many heads in turn as there are more queries."""
+    times = like.shape[-1] // max(1, starts.shape[-1]) if like.dim() and starts.dim() == like.dim() else 1
+    return starts.repeat_interleave(times, -1) if times > 1 else starts

@@ -1,0 +1,170 @@
+"""Fewer channels of heads: the mixtures of them that answer best, and the weights that come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tdpass.formats.metric import eigenpairs
+from tdpass.models.streams import HeadWidth, NewLayer, StreamEdits
+from tdpass.planner.heads.find import Bond, Bonds, Side
+from tdpass.planner.streams.values import Values, written
+from tdpass.tape import Ref, Tape
+
+_RIDGE = 1e-6
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where two sides of a bond meet: mixtures `[width, width]`, those that matter most first.
+
+    `X M_r (Y N_r)^T`, M `left` and N `right`, on the first r columns is the best approximation of `X Y^T` of
+    rank r on the data, and at full width is equal to it.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, left: Tensor, right: Tensor) -> Meeting:
+        """That of second moments `X^T X` and `Y^T Y`.
+
+        With `A^T A` and `B^T B` these and `A B^T = U S V^T`: `M = B^T V S^-1/2`, `N = A^T U S^-1/2`.
+        """
+        a, b = _root(left), _root(right)
+        u, s, v = torch.linalg.svd(a @ b.T)
+        scale = s.clamp_min(s[0] * torch.finfo(s.dtype).eps).rsqrt()
+        return cls(b.T @ v.T * scale, a.T @ u * scale)
+
+
+Bases = Mapping[tuple[str, str, bool], Sequence[Meeting]]
+
+
+def find_bases(bonds: Bonds, tapes: Sequence[Tape]) -> Bases:
+    """The mixtures of every group of every bond.
+
+    Queries and keys by their second moments on the data; values by those of what attention makes of them, and
+    the weight of the layer that reads it.  Runs whose calls are not those of the first are left out.
+    """
+    first = [call.name for call in tapes[0].calls]
+    made = {side.site for bond in bonds.found for side in (bond.left, bond.right)}
+    read = {bond.right.site for bond in bonds.found if bond.right.reads}
+    moments: dict[tuple[str, bool], Tensor] = {}
+    for tape in tapes:
+        if [call.name for call in tape.calls] == first:
+            _add(moments, tape, made, read)
+    return {
+        _key(bond): [_meeting(bond, group, bonds, moments) for group in bond.groups] for bond in bonds.found
+    }
+
+
+def _key(bond: Bond) -> tuple[str, str, bool]:
+    """What a bond is known by, in copies of a model too."""
+    return bond.left.site, bond.right.site, bond.scores
+
+
+def _add(moments: dict[tuple[str, bool], Tensor], tape: Tape, made: set[str], read: set[str]) -> None:
+    values = Values(tape, dict(tape.inputs))
+    for call in values.steps(forget=True):
+        if call.site in read and isinstance(call.args[0], Ref):
+            _count(moments, (str(call.site), True), values.at(call.args[0]))
+        if call.site in made:
+            _count(moments, (str(call.site), False), values.at(written(call)[0]))
+
+
+def _count(moments: dict[tuple[str, bool], Tensor], key: tuple[str, bool], x: Tensor) -> None:
+    rows = x.flatten(0, -2).double()
+    moments[key] = moments.get(key, 0.0) + rows.T @ rows / len(rows)
+
+
+def _meeting(
+    bond: Bond,
+    group: tuple[tuple[int, ...], tuple[int, ...]],
+    bonds: Bonds,
+    moments: Mapping[tuple[str, bool], Tensor],
+) -> Meeting:
+    right = moments[bond.right.site, bond.right.reads]
+    if bond.scores:
+        return Meeting.of(
+            _blocks(moments[bond.left.site, False], group[0], bond.width),
+            _blocks(right, group[1], bond.width),
+        )
+    weight = bonds.layers[bond.right.site][0].detach().cpu().double()
+    return Meeting.of(_blocks(right, group[1], bond.width), _blocks(weight.T @ weight, group[1], bond.width))
+
+
+def _blocks(moment: Tensor, starts: Sequence[int], width: int) -> Tensor:
+    return torch.stack([moment[at : at + width, at : at + width] for at in starts]).sum(0)
+
+
+def _root(moment: Tensor) -> Tensor:
+    """A with `A^T A` the moment, which gets a small ridge so that no direction is lost for good."""
+    values, vectors = eigenpairs(moment)
+    level = float(values[-1]) * _RIDGE or 1.0
+    return (values.clamp_min(0) + level).sqrt()[:, None] * vectors.T
+
+
+@dataclass
+class _Blocks:
+    """What becomes of the heads of one layer, by first channel: rows, and columns where it reads them."""
+
+    rows: dict[int, Tensor] = field(default_factory=dict)
+    columns: dict[int, Tensor] = field(default_factory=dict)
+    width: int = 0
+
+
+def narrowed(
+    bonds: Bonds, bases: Bases, count: int, *, padded: bool = False, scale: float = 1.0
+) -> StreamEdits:
+    """The edits that leave `count` channels in every head.
+
+    With `padded` the others stay, and hold zeros, so that the model answers alike at its full width.  Queries
+    are multiplied by `scale`.
+    """
+    layers: dict[str, _Blocks] = {}
+    for bond in bonds.found:
+        for group, meeting in zip(bond.groups, bases[_key(bond)], strict=True):
+            left, right = (_cut(mixture, count, padded=padded) for mixture in (meeting.left, meeting.right))
+            _note(layers, bond.left, group[0], left * (scale if bond.scores else 1.0), bond.width)
+            _note(layers, bond.right, group[1], right, bond.width)
+    edits = StreamEdits()
+    for name, blocks in layers.items():
+        weight, bias = bonds.layers[name]
+        new = _along(weight.detach().cpu().double(), blocks.rows, blocks.width)
+        new = _along(new.T, blocks.columns, blocks.width).T
+        shift = None if bias is None else _along(bias.detach().cpu().double(), blocks.rows, blocks.width)
+        key = id(weight)
+        edits.held[key] = weight
+        edits.layers[key] = NewLayer(
+            new.to(weight.dtype).contiguous(), None if shift is None else shift.to(weight.dtype).contiguous()
+        )
+        edits.heads[key] = HeadWidth(
+            blocks.width, blocks.width if padded else count, len(blocks.rows), len(blocks.columns)
+        )
+    return edits
+
+
+def _note(layers: dict[str, _Blocks], side: Side, starts: Sequence[int], mixture: Tensor, width: int) -> None:
+    blocks = layers.setdefault(side.site, _Blocks())
+    blocks.width = width
+    (blocks.columns if side.reads else blocks.rows).update(dict.fromkeys(starts, mixture))
+
+
+def _cut(mixture: Tensor, count: int, *, padded: bool) -> Tensor:
+    if not padded:
+        return mixture[:, :count]
+    kept = mixture.clone()
+    kept[:, count:] = 0
+    return kept
+
+
+def _along(x: Tensor, blocks: Mapping[int, Tensor], width: int) -> Tensor:
+    """The first axis with mixtures of every block of `width` in its place."""
+    parts, at = list[Tensor](), 0
+    for start in sorted(blocks):
+        parts += [x[at:start], blocks[start].T @ x[start : start + width]]
+        at = start + width
+    return torch.cat([*parts, x[at:]])
