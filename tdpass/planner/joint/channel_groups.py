@@ -133,7 +133,8 @@ def _layer(call: Call, site: Site, found: ChannelGroups, read: list[int], writte
     for places, numbers in ((found.reads, read), (found.makes, written)):
         if site.name in places:
             found.join(places[site.name], *numbers)
-        places.setdefault(site.name, numbers[0])
+        if numbers:  # a run that leaves torch does not say what some calls read
+            places.setdefault(site.name, numbers[0])
 
 
 def _mean(call: Call) -> Any:
