@@ -68,8 +68,8 @@ def _check_complete(model: nn.Module, files: Sequence[str]) -> None:
     held: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(file, framework="pt") as archive:
-            # what safetensors opens is no dict
-            held.update({name: tuple(archive.get_slice(name).get_shape()) for name in archive.keys()})  # noqa: SIM118
+            names = archive.keys()
+            held.update({name: tuple(archive.get_slice(name).get_shape()) for name in names})
     for path, layer in model.named_modules():
         if not type(layer).__module__.startswith("tdpass."):
             continue
@@ -140,7 +140,12 @@ def model_card(artifact: Artifact[Any], base: str = "", license: str = "") -> st
     ])  # fmt: skip
 
 
-def save_pretrained(artifact: Artifact[Any], folder: Path | str, base: str = "", license: str = "") -> None:  # noqa: A002
+def save_pretrained(
+    artifact: Artifact[Any],
+    folder: Path | str,
+    base: str = "",
+    license: str = "",  # noqa: A002
+) -> None:
     """The model as transformers saves it, with card, plan and report.
 
     `huggingface_hub.upload_folder` puts that on the hub. Raises `UsageError` for a model that is not of

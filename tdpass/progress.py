@@ -78,7 +78,13 @@ class ProgressBars:
 
 def _bars(file: TextIO) -> Progress:
     from rich.console import Console  # noqa: PLC0415 - takes a tenth of a second
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+    from rich.progress import (  # noqa: PLC0415
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     words = TextColumn("{task.description}", markup=False)
     return Progress(

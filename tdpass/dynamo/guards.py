@@ -88,6 +88,7 @@ def _is_given(guard: Any, roots: Collection[str], weights: Collection[str], laye
         return False
     if re.search(r"\._(?:parameters|buffers)\[", name):
         return name in weights
-    places, rest = re.match(r"((?:\._modules\['[^']*'\])*)(.*)", name.partition(root)[2], re.DOTALL).groups()  # type: ignore[union-attr]
+    below = re.match(r"((?:\._modules\['[^']*'\])*)(.*)", name.partition(root)[2], re.DOTALL)
+    places, rest = below.groups()  # type: ignore[union-attr]
     path = root + "".join(f".{key}" for key in re.findall(r"\['([^']*)'\]", places))
     return not rest or _OWN.match(rest) is not None or path in layers

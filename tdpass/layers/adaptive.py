@@ -206,7 +206,8 @@ class AdaptiveNorm(nn.Module):
         assert statistics[1] is not None
         if not self.affine:
             return *statistics, None, None  # type: ignore[return-value]
-        return *statistics, self._parameters[f"weight{width}"], self._parameters[f"bias{width}"]  # type: ignore[return-value]
+        weight, bias = self._parameters[f"weight{width}"], self._parameters[f"bias{width}"]
+        return *statistics, weight, bias  # type: ignore[return-value]
 
     def plain(self) -> nn.Module:
         """An ordinary batch-norm of what is in use, with tensors of its own."""

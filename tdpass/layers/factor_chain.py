@@ -57,7 +57,8 @@ def fake(
     """Shape and strides."""
     del bias
     if lanes == LINEAR:
-        return LINEAR_CHAIN.fake(x, factors, None, None, widths_of(stages_of(stages)), activation)  # type: ignore[return-value]
+        widths = widths_of(stages_of(stages))
+        return LINEAR_CHAIN.fake(x, factors, None, None, widths, activation)  # type: ignore[return-value]
     flat = x.dim() == 3
     y: Any = CONV_CHAIN.fake(x.unsqueeze(2) if flat else x, factors, None, None, stages, activation, lanes)
     return y.squeeze(2) if flat else y  # type: ignore[no-any-return]
@@ -67,9 +68,11 @@ def _call(
     x: Tensor, packed: list[Tensor], bias: Tensor | None, stages: Sequence[int], activation: str, lanes: str
 ) -> Tensor:
     if lanes == LINEAR:
-        return LINEAR_CHAIN.call(x, packed, bias, None, widths_of(stages_of(stages)), activation)  # type: ignore[no-any-return]
+        widths = widths_of(stages_of(stages))
+        return LINEAR_CHAIN.call(x, packed, bias, None, widths, activation)  # type: ignore[no-any-return]
     if x.dim() == 3:
-        return CONV_CHAIN.call(x.unsqueeze(2), packed, bias, None, stages, activation, lanes).squeeze(2)  # type: ignore[no-any-return]
+        y: Any = CONV_CHAIN.call(x.unsqueeze(2), packed, bias, None, stages, activation, lanes)
+        return y.squeeze(2)  # type: ignore[no-any-return]
     return CONV_CHAIN.call(x, packed, bias, None, stages, activation, lanes)  # type: ignore[no-any-return]
 
 

@@ -109,7 +109,8 @@ class CascadedProjection(Method):
         self.runs = [Run.of(group, network) for group in groups]
 
     def restructured(self, model: nn.Module) -> nn.Module:
-        network: nn.Module = copy.deepcopy(self.folded.unwrap()).train(model.training)  # type: ignore[attr-defined]
+        folded: nn.Module = self.folded.unwrap()  # type: ignore[assignment]
+        network = copy.deepcopy(folded).train(model.training)
         for parameter in network.parameters():
             parameter.requires_grad_(self.train_weights and parameter.requires_grad)
         for run in self.runs:

@@ -202,7 +202,8 @@ def _is_stored(chain: Node) -> bool:
 def _pack(module: GraphModule, chain: Node, number: int) -> None:
     stages, linear, activation = (chain.args[index] for index in (_STAGES, _LINEAR, _ACTIVATION))
     ends: dict[str, Any] = {name: chain.kwargs.get(f"{name}_range") for name in ("output", "residual")}
-    recipe = PackIntegers(tuple(stages), *(node is not None for node in ends.values()))  # type: ignore[arg-type]
+    ranged = [node is not None for node in ends.values()]
+    recipe = PackIntegers(tuple(stages), *ranged)  # type: ignore[arg-type]
     values: list[Tensor] = [operator.attrgetter(str(node.target))(module) for node in _held(chain)]
     packed = recipe.make([value.detach() for value in values])
     graph, residual = module.graph, chain.kwargs.get("residual")

@@ -155,7 +155,8 @@ def _batch_norm(graph_module: GraphModule, node: Node) -> Built:
     stored = [_stored(graph_module, argument) for argument in (mean, variance, weight, bias)]
     if _argument(node, 5, "training") or any(value is None for value in stored):
         return None, ""
-    module = _FrozenBatchNorm(stored[0].shape[0], eps=float(_argument(node, 7, "eps", 1e-5)), device="meta")  # type: ignore[union-attr]
+    eps = float(_argument(node, 7, "eps", 1e-5))
+    module = _FrozenBatchNorm(stored[0].shape[0], eps=eps, device="meta")  # type: ignore[union-attr]
     module._buffers.update(
         {
             "running_mean": stored[0],

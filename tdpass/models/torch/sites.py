@@ -131,7 +131,14 @@ def find_sites(model: nn.Module) -> tuple[list[Matched], dict[str, str]]:
             reached = tuple(path for member in members for path in paths[id(member)])
             biases = tuple(member._parameters.get("bias") for member in members)
             transposed = _is_transposed(members[0])
-            matched = Matched(sites[0], members[0].weight, tuple(members), reached, biases, transposed)  # type: ignore[arg-type]
+            matched = Matched(
+                sites[0],
+                members[0].weight,  # type: ignore[arg-type]
+                tuple(members),
+                reached,
+                biases,
+                transposed,
+            )
             table = any(site.table for site in sites)
             found.append(replace(matched, site=replace(sites[0], bias=matched.bias is not None, table=table)))
     return found, declined

@@ -122,8 +122,8 @@ def _loaded(path: Path, module: nn.Module, structure: Structure) -> nn.Module:
     expected = _expected(module, swaps, structure)
     with safe_open(path, framework="pt") as file:
         blocks = {} if structure.version == UNPACKED else blocks_in(file)
-        # what safetensors opens is no dict
-        held = {name: _held(file, name) for name in file.keys() if name.removesuffix(SUFFIX) not in blocks}  # noqa: SIM118
+        names = file.keys()
+        held = {name: _held(file, name) for name in names if name.removesuffix(SUFFIX) not in blocks}
         held.update(
             {
                 name: (header.shape, header.dtype)

@@ -42,7 +42,8 @@ def channels_last_model(model: RunsAsModule, batch: Batch) -> tuple[nn.Module, B
 
     Both have their channels innermost.
     """
-    module: nn.Module = model.inference_module().cpu().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    plain = model.inference_module().cpu()
+    module: nn.Module = plain.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     dtype = next(
         (parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), torch.float32
     )
