@@ -52,18 +52,10 @@ class OpenRNN(nn.Module):
         reason = why_closed(dense)
         if reason:
             raise UnsupportedError(f"{reason}; leave this layer as it is")
-        self.input_size, self.hidden_size, self.num_layers, self.proj_size = (
-            dense.input_size,
-            dense.hidden_size,
-            dense.num_layers,
-            dense.proj_size,
-        )
-        self.bias, self.batch_first, self.dropout, self.bidirectional = (
-            dense.bias,
-            dense.batch_first,
-            dense.dropout,
-            dense.bidirectional,
-        )
+        self.input_size, self.hidden_size = dense.input_size, dense.hidden_size
+        self.num_layers, self.proj_size = dense.num_layers, dense.proj_size
+        self.bias, self.batch_first = dense.bias, dense.batch_first
+        self.dropout, self.bidirectional = dense.dropout, dense.bidirectional
         self.suffixes = tuple(
             f"_l{layer}{end}"
             for layer in range(self.num_layers)
@@ -183,8 +175,8 @@ class OpenRNN(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """All layers on x, its steps on `axis`.
 
-        `state` holds h, and c of an LSTM, as `[layers directions, n, hidden]`; with `proj_size`, h has so many
-        in place of `hidden`.
+        `state` holds h, and c of an LSTM, as `[layers directions, n, hidden]`; with `proj_size`, h has so
+        many in place of `hidden`.
         """
         last: list[list[Tensor]] = [[] for _ in state]
         step = 1 + self.bidirectional
