@@ -28,7 +28,8 @@ class Reader(nn.Module):
 
     def __init__(self, layer: nn.RNNBase) -> None:
         super().__init__()
-        self.layer, self.head = layer, nn.Linear(16 * (1 + layer.bidirectional), 5)
+        answered = layer.proj_size or layer.hidden_size
+        self.layer, self.head = layer, nn.Linear(answered * (1 + layer.bidirectional), 5)
 
     def forward(self, x: Tensor) -> Tensor:
         self.layer.flatten_parameters()
@@ -59,12 +60,14 @@ class Padded(Reader):
 
 NETS: dict[str, Callable[[], nn.Module]] = {
     "lstm": lambda: Reader(nn.LSTM(10, 16, batch_first=True, bidirectional=True)),
+    "lstm_projected": lambda: Reader(nn.LSTM(10, 16, batch_first=True, proj_size=6)),
     "gru": lambda: Reader(nn.GRU(10, 16, 2, batch_first=True)),
     "rnn": lambda: Reader(nn.RNN(10, 16, batch_first=True, nonlinearity="relu")),
     "lstm_cell": lambda: Stepper(nn.LSTMCell(10, 16)),
     "gru_cell": lambda: Stepper(nn.GRUCell(10, 16, bias=False)),
     "rnn_cell": lambda: Stepper(nn.RNNCell(10, 16)),
 }
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 each = pytest.mark.parametrize("make", NETS.values(), ids=NETS)
 
 
@@ -91,6 +94,25 @@ def test_it_is_compressed_saved_and_loaded_on_the_class_it_had(
     loaded = tdpass.load(tmp_path / "small.safetensors", make().eval())
     with torch.no_grad():
         torch.testing.assert_close(loaded(X), small.model(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.layer._flat_weights")  # of flatten_parameters
+@pytest.mark.parametrize("name", ["lstm_projected", "gru", "lstm_cell"])
+def test_an_exported_program_is_compressed_and_what_it_is_saved_as_answers_the_same(
+    name: str, tmp_path: Path
+) -> None:
+    given = X[:, :2]
+    program = torch.export.export(seeded(NETS[name]), (given,))
+    small = tdpass.compress(
+        program, {"params": 0.6}, given, effort="fast", progress=False, pipeline="divide,plan,factorize"
+    )
+    assert small.report.final.params <= 0.6 * small.report.original.params
+    assert any(not choice.kept_dense and "head" not in choice.site for choice in small.plan)
+    small.save(tmp_path / "small.pt2")
+    loaded = torch.export.load(tmp_path / "small.pt2")
+    assert isinstance(small.model, torch.export.ExportedProgram)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.module()(given), small.model.module()(given), rtol=1e-4, atol=1e-5)
 
 
 @each
