@@ -33,11 +33,12 @@ _ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "silu": F.silu,
     "gelu": F.gelu,
+    "relu6": F.relu6,
 }
 
 
 def activate(y: Tensor, activation: str) -> Tensor:
-    """One of "identity", "relu", "silu", "gelu" (by erf)."""
+    """One of "identity", "relu", "silu", "gelu" (by erf), "relu6"."""
     check_activation(activation)
     return _ACTIVATE[activation](y)
 

@@ -20,7 +20,7 @@ constexpr int64_t MOST_POSITIONS = (int64_t(1) << 31) - 1, MOST_CHANNELS = 1 << 
 inline bool within(int64_t value, int64_t low, int64_t high) { return low <= value && value <= high; }
 
 inline bool has_type(int32_t dtype, int32_t activation) {
-  return within(dtype, TDPASS_FLOAT32, TDPASS_BFLOAT16) && within(activation, TDPASS_IDENTITY, TDPASS_GELU);
+  return within(dtype, TDPASS_FLOAT32, TDPASS_BFLOAT16) && within(activation, TDPASS_IDENTITY, TDPASS_RELU6);
 }
 
 // The product of sizes; -1 for a negative one, or more than a kernel counts.

@@ -152,6 +152,7 @@ static TDPASS_INLINE Lanes activate(Lanes x, int activation) {
     case 1: return x < 0.0f ? zero() : x;
     case 2: return x * sigmoid(x);
     case 3: return 0.5f * x * (1.0f + error_function(x * 0.70710678f));
+    case 4: return x < 0.0f ? zero() : x > 6.0f ? broadcast(6.0f) : x;
     default: return x;
   }
 }

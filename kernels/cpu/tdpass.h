@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 enum tdpass_dtype { TDPASS_FLOAT32 = 0, TDPASS_BFLOAT16 = 1, TDPASS_UINT8 = 2 };
-enum tdpass_activation { TDPASS_IDENTITY = 0, TDPASS_RELU = 1, TDPASS_SILU = 2, TDPASS_GELU = 3 };
+enum tdpass_activation { TDPASS_IDENTITY = 0, TDPASS_RELU = 1, TDPASS_SILU = 2, TDPASS_GELU = 3, TDPASS_RELU6 = 4 };
 enum tdpass_lanes { TDPASS_CHANNEL_LANES = 0, TDPASS_PIXEL_LANES = 1, TDPASS_PAIR_LANES = 2, TDPASS_QUAD_LANES = 3 };
 
 // Runs `task(argument, k)` for k = 0 .. tasks-1, in any order, on at most `threads` threads.  A null pool means OpenMP.

@@ -21,7 +21,7 @@ from tdpass.errors import KernelError, UnsupportedError
 
 Precision = Literal["ieee", "tf32", "tf32x3"]
 INTERPRETED: bool = triton.knobs.runtime.interpret
-ACTIVATIONS = {"identity": 0, "relu": 1, "silu": 2, "gelu": 3}
+ACTIVATIONS = {"identity": 0, "relu": 1, "silu": 2, "gelu": 3, "relu6": 4}
 LARGEST_RANK = 256  # what a tile of rows can hold in registers beside its accumulator
 _TYPES: dict[torch.dtype, Any] = {
     torch.float32: tl.float32,
@@ -56,6 +56,8 @@ def activated(total: tl.tensor, activation: tl.constexpr) -> tl.tensor:
         total = total / (1.0 + tl.exp(-total))
     elif activation == 3:
         total = 0.5 * total * (1.0 + tl.erf(total * 0.7071067811865476))
+    elif activation == 4:
+        total = tl.where(total < 0, 0.0, tl.where(total > 6.0, 6.0, total))
     return total
 
 

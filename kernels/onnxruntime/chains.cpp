@@ -1,4 +1,4 @@
-// ConvChain<stages>[Bias][Add][Relu|Silu|Gelu]: inputs x, one weight `[o, i / group, h, w]` (or `[o, i / group, w]`) per stage, a
+// ConvChain<stages>[Bias][Add][Relu|Silu|Gelu|Relu6]: inputs x, one weight `[o, i / group, h, w]` (or `[o, i / group, w]`) per stage, a
 // bias where the name says so, and a residual where it says Add; attributes group_<k>, strides_<k>, pads_<k> and dilations_<k> of
 // stage k = 1 .., as those of Conv.  LinearChain<stages>...: weights `[i, o]`, x of any rank.  `lanes` is 0 for channels, 1 for
 // pixels.  Bfloat16ConvChain..., Bfloat16LinearChain...: the same with weights of bfloat16, to which what stages read is rounded where

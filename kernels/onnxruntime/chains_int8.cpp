@@ -1,4 +1,4 @@
-// Int8ConvChain<stages>[Add][Relu|Silu|Gelu][Bytes], Int8LinearChain...: chains of layers in whole numbers.
+// Int8ConvChain<stages>[Add][Relu|Silu|Gelu|Relu6][Bytes], Int8LinearChain...: chains of layers in whole numbers.
 //
 // Inputs: x, of bytes; for every stage the scale and zero point of what it reads, its weight of int8 and the scales of that, one per
 // output channel; a bias; a residual where the name says Add; and where it says Bytes, the scale and zero point of the output, which is

@@ -94,8 +94,8 @@ class Node {
 
 using Operators = std::vector<const ort::CustomOp*>;
 
-inline const char* const ACTIVATION_NAMES[] = {"", "Relu", "Silu", "Gelu"};
-constexpr int ACTIVATIONS = 4;
+inline const char* const ACTIVATION_NAMES[] = {"", "Relu", "Silu", "Gelu", "Relu6"};
+constexpr int ACTIVATIONS = 5;
 
 // The operators of each source; what they list lives as long as the library.
 void add_float_chains(Operators& all);

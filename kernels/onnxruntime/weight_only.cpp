@@ -1,4 +1,4 @@
-// WeightOnlyLinear<4|8>[Zeros][LowRank][Bias][Add][Relu|Silu|Gelu]: a linear layer whose matrix has few bits, on x of any rank.
+// WeightOnlyLinear<4|8>[Zeros][LowRank][Bias][Add][Relu|Silu|Gelu|Relu6]: a linear layer whose matrix has few bits, on x of any rank.
 //
 // Inputs: x; codes and their scales; where the name says so, what codes are counted from; with LowRank the factors v `[r, i]` and
 // u `[o, r]` of float16 of a product that is added; a bias `[o]` and a residual where it says so.  Codes and zero points of 4 bits as

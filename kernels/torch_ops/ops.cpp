@@ -80,7 +80,7 @@ int32_t dtype_of(int32_t type) {
   return type == float32 ? TDPASS_FLOAT32 : type == bfloat16 ? TDPASS_BFLOAT16 : -1;
 }
 
-int32_t activation_of(const std::string& name) { return find(name, "activation", {"identity", "relu", "silu", "gelu"}); }
+int32_t activation_of(const std::string& name) { return find(name, "activation", {"identity", "relu", "silu", "gelu", "relu6"}); }
 
 int32_t lanes_of(const std::string& name) { return find(name, "lanes", {"channels", "pixels", "pairs"}); }
 

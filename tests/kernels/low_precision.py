@@ -72,6 +72,11 @@ def conv_chain_int8_cases() -> Iterator[Case]:
         plain, output, added = Grids(tuple(reads)), grid_over(y, 90), grid_over(residual, 7)
         on_grids = Grids(tuple(reads), output, added)
         yield Case(f"{name}-plain", (x, *factors, bias, None, plain.numbers(), integers, "relu"))
+        coded, large = bytes_of(x, reads[0]), 8 * bias  # beyond 6 and below 0
+        for kind, grids in (("plain", plain), ("out", Grids(tuple(reads), output))):
+            yield Case(
+                f"{name}-relu6-{kind}", (coded, *factors, large, None, grids.numbers(), integers, "relu6")
+            )
         for memory_format, activation in (
             (torch.contiguous_format, "silu"),
             (torch.channels_last, "gelu"),
@@ -140,6 +145,7 @@ def weight_only_linear_cases() -> Iterator[Case]:
                 (1, 0, "identity"),
                 (3, 5, "silu"),
                 (9, 17, "gelu"),
+                (5, 0, "relu6"),
             ):
                 stored = [pack(scaled(outputs, inputs))]
                 if rank:

@@ -46,7 +46,7 @@ from tdpass.ops import padded_convolution
 pytestmark = pytest.mark.usefixtures("untuned")
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 DTYPES = list(TOLERANCE)
-ACTIVATIONS = ["identity", "relu", "silu", "gelu"]
+ACTIVATIONS = ["identity", "relu", "silu", "gelu", "relu6"]
 ONES, NONE = (1, 1), ((0, 0), (0, 0))
 
 

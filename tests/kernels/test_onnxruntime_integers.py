@@ -23,7 +23,7 @@ from tdpass.models.onnx.fused_integer_ops import Int8ChainOp, WeightOnlyOp
 from tdpass.models.onnx.fused_ops import FusedOp
 from tdpass.models.onnx.fused_recurrent_ops import LowRankCellOp, Numbers
 
-ENDS = [("identity", False, False), ("relu", False, True), ("silu", True, False), ("gelu", True, True)]
+ENDS = [("identity", False, False), ("relu", False, True), ("silu", True, False), ("gelu", True, True), ("relu6", False, True)]
 CONVOLUTIONS = {
     "tucker2": (Stage(13, 6), Stage(6, 5, 1, (3, 3), (1, 1), (1, 1), (1, 1)), Stage(5, 17)),
     "spatial": (
@@ -108,7 +108,7 @@ def agrees(model: onnx.ModelProto, inputs: Arrays, wanted: Tensor, library: str,
     made, coded = run(model, inputs, library), wanted.dtype == torch.uint8
     assert made.shape == tuple(wanted.shape)
     assert made.dtype == wanted.numpy().dtype
-    if activation in ("identity", "relu"):
+    if activation in ("identity", "relu", "relu6"):
         assert np.array_equal(made, wanted.numpy())  # whole numbers: not a bit of difference
     else:
         assert np.allclose(made.astype(np.float32), wanted.float().numpy(), atol=1 if coded else 1e-5)

@@ -321,6 +321,12 @@ def gelu(one: str) -> list[onnx.NodeProto]:
         (17, [node("Gelu", "b", "y", "com.microsoft")], "ConvChain2Gelu"),
         (17, gelu("one"), "ConvChain2Gelu"),
         (17, gelu("half"), "ConvChain2"),
+        (17, [node("Clip", "b zero six", "y")], "ConvChain2Relu6"),
+        (17, [node("Clip", "b zero one", "y")], "ConvChain2"),
+        (17, [node("Clip", "b zero", "y")], "ConvChain2"),
+        (17, [node("Add", "b x", "s"), node("Clip", "s zero six", "y")], "ConvChain2AddRelu6"),
+        (10, [node("Clip", "b", "y", min=0.0, max=6.0)], "ConvChain2Relu6"),
+        (10, [node("Clip", "b", "y", max=6.0)], "ConvChain2"),
         (17, [node("Add", "b x", "s"), node("Relu", "s", "y")], "ConvChain2AddRelu"),
         (17, [node("Add", "x b", "y")], "ConvChain2Add"),
         (17, [node("Relu", "b", "s"), node("Add", "s x", "y")], "ConvChain2Relu"),
@@ -337,6 +343,8 @@ def test_what_follows_a_chain(always: None, opset: int, tail: list[onnx.NodeProt
         "root": np.float32(np.sqrt(2)).reshape(()),
         "half": np.float32(0.5).reshape(()),
         "one": np.ones((), np.float32),
+        "zero": np.zeros((), np.float32),
+        "six": np.float32(6).reshape(()),
     }
     model = OnnxModel.open(model_of(nodes, constants, ("N", 8, "H", "W"), opset))
     before = model.run(Batch((X,)))["y"]

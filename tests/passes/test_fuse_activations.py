@@ -29,11 +29,13 @@ pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
 def test_an_activation_in_a_row_of_layers_moves_into_the_operator(
     steps: str, kind: type[EncodedCall], apart: float
 ) -> None:
-    net = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 8)).eval()
+    ends = (nn.GELU(), nn.SiLU(), nn.ReLU6(), nn.Hardtanh(0.0, 6.0))
+    rows = [part for end in ends for part in (nn.Linear(64, 64), end)]
+    net = nn.Sequential(*rows, nn.Linear(64, 8)).eval()
     x = torch.randn(16, 64)
     model = tdpass.compress(net, None, x, pipeline=f"{steps},fuse-kernels{{measure=false}}").model
-    assert [type(part) for part in model] == [kind, nn.Identity, kind, nn.Identity, kind]
-    assert [part.activation for part in model[::2]] == ["gelu", "silu", "identity"]
+    assert [type(part) for part in model] == [*[kind, nn.Identity] * 4, kind]
+    assert [part.activation for part in model[::2]] == ["gelu", "silu", "relu6", "relu6", "identity"]
     together = model(x)
     with layer_by_layer(model):
         alone = model(x)

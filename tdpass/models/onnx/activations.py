@@ -17,7 +17,7 @@ def activation_after(y: ir.Value) -> tuple[str, list[ir.Node]]:
 
     "identity" and none where there is no such.
     """
-    for name, find in (("relu", _relu), ("silu", _silu), ("gelu", _gelu)):
+    for name, find in (("relu", _relu), ("silu", _silu), ("gelu", _gelu), ("relu6", _relu6)):
         found = find(y)
         if found:
             return name, found
@@ -48,6 +48,20 @@ def other(node: ir.Node, value: ir.Value) -> ir.Value | None:
 def _relu(y: ir.Value) -> list[ir.Node]:
     node = sole_reader(y, "Relu")
     return [] if node is None else [node]
+
+
+def _relu6(y: ir.Value) -> list[ir.Node]:
+    """Clip between 0 and 6, whose bounds are attributes up to opset 10."""
+    node = sole_reader(y, "Clip")
+    if node is None:
+        return []
+    held = [constant(bound) for bound in node.inputs[1:]]
+    bounds = [
+        None if bound is None or bound.size != 1 else float(to_torch(bound).reshape(())) for bound in held
+    ]
+    if "min" in node.attributes or "max" in node.attributes:
+        bounds = [node.attributes.get_float(name, math.inf) for name in ("min", "max")]
+    return [node] if bounds == [0.0, 6.0] else []
 
 
 def _silu(y: ir.Value) -> list[ir.Node]:

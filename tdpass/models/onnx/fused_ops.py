@@ -36,6 +36,10 @@ _ACTIVATE = {
         gate = Add (erf, one)
         gated = Mul (sum, gate)
         {y} = Mul (gated, half)""",
+    "relu6": """
+        six = Constant <value = float {{6.0}}> ()
+        positive = Relu (sum)
+        {y} = Min (positive, six)""",
 }
 
 

@@ -155,4 +155,6 @@ def _activation(module: nn.Module | None) -> str | None:
         return None
     if type(module) is nn.GELU:
         return "gelu" if module.approximate == "none" else None
-    return {nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(module))
+    if type(module) is nn.Hardtanh:
+        return "relu6" if (module.min_val, module.max_val) == (0, 6) else None
+    return {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}.get(type(module))

@@ -19,7 +19,13 @@ _ACTIVATIONS: dict[Any, str] = {
     F.silu: "silu", F.gelu: "gelu", torch._C._nn.gelu: "gelu", torch._C._nn.silu: "silu",
     _aten.relu.default: "relu", _aten.relu_.default: "relu", _aten.silu.default: "silu",
     _aten.silu_.default: "silu", _aten.gelu.default: "gelu",
+    F.relu6: "relu6", _aten.relu6.default: "relu6", _aten.relu6_.default: "relu6",
 }  # fmt: skip
+_CLAMPS: dict[Any, tuple[str, str]] = {
+    **dict.fromkeys((F.hardtanh, _aten.hardtanh.default, _aten.hardtanh_.default), ("min_val", "max_val")),
+    **dict.fromkeys((torch.clamp, torch.clamp_, torch.clip, "clamp", "clamp_", "clip"), ("min", "max")),
+    **dict.fromkeys((_aten.clamp.default, _aten.clamp_.default), ("min", "max")),
+}
 _IN_PLACE = {
     operator.iadd,
     operator.isub,
@@ -101,7 +107,7 @@ def sum_of(y: Node) -> tuple[Node, Node] | tuple[None, None]:
 def activation_of(y: Node) -> tuple[Node, str] | tuple[None, str]:
     """The activation that alone reads a value, and its name in the kernels; None and "identity" for none."""
     user = only_user(y)
-    name = None if user is None else _ACTIVATIONS.get(user.target)
+    name = None if user is None else _ACTIVATIONS.get(user.target) or _clamp(user)
     if (
         user is None
         or name is None
@@ -110,6 +116,15 @@ def activation_of(y: Node) -> tuple[Node, str] | tuple[None, str]:
     ):
         return None, "identity"
     return user, name
+
+
+def _clamp(node: Node) -> str | None:
+    """The name of an activation that a call is which cuts at two numbers; None for no such."""
+    names = _CLAMPS.get(node.target)
+    if names is None:
+        return None
+    bounds = tuple(argument(node, place, name) for place, name in enumerate(names, 1))
+    return "relu6" if bounds == (0, 6) else None
 
 
 def movable(nodes: Sequence[Node]) -> bool:
