@@ -305,6 +305,13 @@ layer(
     {"w": TALL[:, :8], "v": TALL[:, 8:]},
     TOKENS,
 )
+layer(
+    "weight filled in",
+    [node("ConstantOfShape", "s", "w", value=numpy_helper.from_array(np.array([0.25], np.float32))),
+     node("MatMul", "x w")],
+    {"s": np.array(TALL.shape, dtype=np.int64)},
+    TOKENS,
+)  # fmt: skip
 layer("weight that is an input too", [node("MatMul", "x w")], {"w": TALL}, TOKENS, overridable=("w",))
 layer(
     "weight that is an output too",
