@@ -53,6 +53,8 @@ first-hour: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check --quiet
+	$(BIN)/clang-format --dry-run --Werror $$(find kernels/ -name '*.h' -o -name '*.cpp')
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 

@@ -1,7 +1,8 @@
-// The instructions of Intel's matrix unit (AMX) that the kernels use; where a test asks for it (TDPASS_AMX_EMULATED), in plain C++.
+// The instructions of Intel's matrix unit (AMX) that the kernels use; where a test asks for it
+// (TDPASS_AMX_EMULATED), in plain C++.
 //
-// Tiles are named by literal numbers.  Whole numbers come out of the emulation as of the unit, bit for bit; products of bfloat16 are
-// added in another order.
+// Tiles are named by literal numbers.  Whole numbers come out of the emulation as of the unit, bit for bit;
+// products of bfloat16 are added in another order.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -21,7 +22,9 @@ struct alignas(64) AmxShapes {
   uint8_t palette = 1, start = 0, reserved[14] = {};
   uint16_t bytes[16] = {};
   uint8_t rows[16] = {};
-  void set(int tile, int r, int b) { bytes[tile] = uint16_t(r && b ? b : 0), rows[tile] = uint8_t(r && b ? r : 0); }
+  void set(int tile, int r, int b) {
+    bytes[tile] = uint16_t(r && b ? b : 0), rows[tile] = uint8_t(r && b ? r : 0);
+  }
 };
 static_assert(sizeof(AmxShapes) == 64, "as the unit reads it");
 
@@ -49,11 +52,13 @@ inline void amx_zero(int t) { std::memset(&amx_state().tile[t], 0, sizeof(AmxTil
 inline void amx_load(int t, const void* from, long stride) {
   AmxState& state = amx_state();
   amx_zero(t);
-  for (int r = 0; r < state.shapes.rows[t]; r++) std::memcpy(state.tile[t].row[r], static_cast<const char*>(from) + r * stride, state.shapes.bytes[t]);
+  for (int r = 0; r < state.shapes.rows[t]; r++)
+    std::memcpy(state.tile[t].row[r], static_cast<const char*>(from) + r * stride, state.shapes.bytes[t]);
 }
 inline void amx_store(int t, void* to) {
   AmxState& state = amx_state();
-  for (int r = 0; r < state.shapes.rows[t]; r++) std::memcpy(static_cast<char*>(to) + r * 64, state.tile[t].row[r], state.shapes.bytes[t]);
+  for (int r = 0; r < state.shapes.rows[t]; r++)
+    std::memcpy(static_cast<char*>(to) + r * 64, state.tile[t].row[r], state.shapes.bytes[t]);
 }
 template <class Sum, class Product> void amx_multiply(int c, int a, int b, const Product& product) {
   AmxState& state = amx_state();
@@ -110,20 +115,20 @@ inline void amx_release() {
 // The compiler is not told that tiles read memory.
 #define AMX_FENCE() __asm__ volatile("" ::: "memory")
 #define AMX_ZERO(t) _tile_zero(t)
-#define AMX_LOAD(t, from, stride)     \
-  do {                                \
-    AMX_FENCE();                      \
-    _tile_loadd(t, from, stride);     \
+#define AMX_LOAD(t, from, stride) \
+  do {                            \
+    AMX_FENCE();                  \
+    _tile_loadd(t, from, stride); \
   } while (0)
-#define AMX_STORE(t, to)       \
-  do {                         \
-    _tile_stored(t, to, 64);   \
-    AMX_FENCE();               \
+#define AMX_STORE(t, to)     \
+  do {                       \
+    _tile_stored(t, to, 64); \
+    AMX_FENCE();             \
   } while (0)
-#define AMX_MULTIPLY(Operand, c, a, b)                  \
-  do {                                                  \
-    if (Operand::TOGETHER == 4) _tile_dpbusd(c, a, b);  \
-    else _tile_dpbf16ps(c, a, b);                       \
+#define AMX_MULTIPLY(Operand, c, a, b)                 \
+  do {                                                 \
+    if (Operand::TOGETHER == 4) _tile_dpbusd(c, a, b); \
+    else _tile_dpbf16ps(c, a, b);                      \
   } while (0)
 
 #else

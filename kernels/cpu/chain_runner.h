@@ -1,4 +1,5 @@
-// Runs a chain of convolutions by an engine on several threads: how many rows at once, which rows on which thread.
+// Runs a chain of convolutions by an engine on several threads: how many rows at once, which rows on which
+// thread.
 #pragma once
 #include "amx.h"
 #include "cache.h"
@@ -19,13 +20,16 @@ template <class Engine> int choose_step(const Geometry& g, int rows, int multipl
 }
 
 // `Sizes` is a Geometry, or one with what else the engine asks for.
-template <class Engine, class Sizes, class Out> int run(const Sizes& g, const tdpass_image& x, Out& output, const tdpass_pool* pool, int multiple) {
+template <class Engine, class Sizes, class Out>
+int run(const Sizes& g, const tdpass_image& x, Out& output, const tdpass_pool* pool, int multiple) {
   const int images = int(x.size[0]), rows = g.h[g.stages];
   const long total = long(images) * rows;
   const int tasks = int(std::min<long>(pool->threads, total));
   auto task = [&](int k) {
     long low = images >= tasks ? long(images) * k / tasks * rows : total * k / tasks / multiple * multiple;
-    long high = images >= tasks ? long(images) * (k + 1) / tasks * rows : k + 1 == tasks ? total : total * (k + 1) / tasks / multiple * multiple;
+    long high = images >= tasks ? long(images) * (k + 1) / tasks * rows
+        : k + 1 == tasks        ? total
+                                : total * (k + 1) / tasks / multiple * multiple;
     if (low >= high) return;
     int step = choose_step<Engine>(g, int(std::min<long>(rows, high - low)), multiple);
     Engine engine(g, x, output, step);
@@ -50,7 +54,8 @@ inline bool positions_only(const tdpass_chain& chain) {
 
 // Whether pixels of the view lie `stride[3]` apart over whole images, and over the batch.
 inline bool flat(const tdpass_image& v) {
-  return (v.size[2] == 1 || v.stride[2] == v.stride[3] * v.size[3]) && (v.size[0] == 1 || v.stride[0] == v.stride[3] * v.size[3] * v.size[2]);
+  return (v.size[2] == 1 || v.stride[2] == v.stride[3] * v.size[3]) &&
+      (v.size[0] == 1 || v.stride[0] == v.stride[3] * v.size[3] * v.size[2]);
 }
 
 // A piece of `count` positions from `begin` on, as rows of `width`.
@@ -67,21 +72,28 @@ struct ItemSizes {
   int x, y, residual;
 };
 
-// Calls `body(x, y, residual)` once, or where the chain sees positions only, on rows of positions and on what is left over.
+// Calls `body(x, y, residual)` once, or where the chain sees positions only, on rows of positions and on what
+// is left over.
 template <class Body>
-int32_t in_pieces(const tdpass_chain& chain, const tdpass_image& x, const tdpass_image& y, const tdpass_pool* pool, const ItemSizes& sizes, const Body& body) {
+int32_t in_pieces(const tdpass_chain& chain, const tdpass_image& x, const tdpass_image& y,
+    const tdpass_pool* pool, const ItemSizes& sizes, const Body& body) {
   const tdpass_image* residual = chain.residual;
-  const bool together = chain.lanes != TDPASS_PIXEL_LANES && positions_only(chain) && flat(x) && flat(y) && (!residual || flat(*residual));
+  const bool together = chain.lanes != TDPASS_PIXEL_LANES && positions_only(chain) && flat(x) && flat(y) &&
+      (!residual || flat(*residual));
   if (!together) return body(x, y, residual);
   const long positions = x.size[0] * x.size[2] * x.size[3];
-  const long share = positions <= FEW ? positions : (positions + pool->threads - 1) / pool->threads;  // so that no thread is left without a row
+  const long share = positions <= FEW
+      ? positions
+      : (positions + pool->threads - 1) / pool->threads;  // so that no thread is left without a row
   const long width = std::min<long>(POSITIONS, share), whole = positions / width * width;
   for (int k = 0; k < 2; k++) {
     const long begin = k ? whole : 0, count = k ? positions - whole : whole;
     if (count == 0) continue;
     tdpass_image rest{};
     if (residual) rest = piece(*residual, begin, count, width, sizes.residual);
-    if (int32_t status = body(piece(x, begin, count, width, sizes.x), piece(y, begin, count, width, sizes.y), residual ? &rest : nullptr)) return status;
+    if (int32_t status = body(piece(x, begin, count, width, sizes.x), piece(y, begin, count, width, sizes.y),
+            residual ? &rest : nullptr))
+      return status;
   }
   return 0;
 }

@@ -1,7 +1,8 @@
 // A chain of convolutions with output channels in vector lanes; buffers are `[row][pixel][channel]`.
 //
-// x and y may be channels-last or not: x is read through its strides, y is transposed on the way out where it must be.  Where bfloat16
-// is multiplied in pairs of channels, what lies between two stages is rounded to it, as in a chain of torch's layers.
+// x and y may be channels-last or not: x is read through its strides, y is transposed on the way out where it
+// must be.  Where bfloat16 is multiplied in pairs of channels, what lies between two stages is rounded to it,
+// as in a chain of torch's layers.
 #pragma once
 #include "output.h"
 #include "rolling.h"
@@ -14,7 +15,10 @@ template <class Operand> class ChannelLanes {
 
  public:
   ChannelLanes(const Geometry& geometry, const tdpass_image& image, Output& out, int step)
-      : g(geometry), x(image, geometry.chain->dtype), output(out), first(reads_in_place(geometry, image) ? 1 : 0) {
+      : g(geometry),
+        x(image, geometry.chain->dtype),
+        output(out),
+        first(reads_in_place(geometry, image) ? 1 : 0) {
     size_t total = 0, offset[MAX_STAGES + 1];
     for (int s = first; s <= g.stages; s++) {
       pixel_[s] = pixel_stride(g, s);
@@ -35,11 +39,14 @@ template <class Operand> class ChannelLanes {
     return total;
   }
 
-  void shift(int s, int from, int count) { std::memmove(buffer_[s], buffer_[s] + from * row_[s], sizeof(Element) * count * row_[s]); }
+  void shift(int s, int from, int count) {
+    std::memmove(buffer_[s], buffer_[s] + from * row_[s], sizeof(Element) * count * row_[s]);
+  }
   void clear(int s, int row) { std::memset(buffer_[s] + row * row_[s], 0, sizeof(Element) * row_[s]); }
 
   void fetch(int n, int image_row, int row) {
-    x.gather(n, image_row, buffer_[0] + row * row_[0] + g.stage(0).before[1] * pixel_[0], pixel_[0], g.w[0], g.channels(0));
+    x.gather(n, image_row, buffer_[0] + row * row_[0] + g.stage(0).before[1] * pixel_[0], pixel_[0], g.w[0],
+        g.channels(0));
   }
 
   void compute(int s, int n, Range out, int in_row, int out_row) {
@@ -51,7 +58,8 @@ template <class Operand> class ChannelLanes {
   void finish(int n, Range out) {
     int s = g.stages;
     if (output.channels_together() && !depthwise(g.stage(s - 1))) return;
-    for (int r = 0; r < out.size(); r++) output.store_pixels(n, out.low + r, result_ + r * row_[s], pixel_[s], g.w[s], g.channels(s));
+    for (int r = 0; r < out.size(); r++)
+      output.store_pixels(n, out.low + r, result_ + r * row_[s], pixel_[s], g.w[s], g.channels(s));
   }
 
  private:
@@ -85,11 +93,13 @@ template <class Operand> class ChannelLanes {
     Index taps[MAX_TAPS];
     int count = 0;
     for (int y = 0; y < t.kernel[0]; y++)
-      for (int z = 0; z < t.kernel[1]; z++) taps[count++] = y * t.dilation[0] * in_stride + z * t.dilation[1] * in_pixel;
+      for (int z = 0; z < t.kernel[1]; z++)
+        taps[count++] = y * t.dilation[0] * in_stride + z * t.dilation[1] * in_pixel;
     if (depthwise(t)) {
       const float* weights = static_cast<const float*>(g.chain->weights[s]);
       for (int r = 0; r < out.size(); r++)
-        depthwise_row(in + r * t.stride[0] * in_stride, in_pixel * t.stride[1], taps, count, weights, to + r * row_[s + 1], pixel_[s + 1], t.out, g.w[s + 1]);
+        depthwise_row(in + r * t.stride[0] * in_stride, in_pixel * t.stride[1], taps, count, weights,
+            to + r * row_[s + 1], pixel_[s + 1], t.out, g.w[s + 1]);
       return;
     }
     const Element* weights = static_cast<const Element*>(g.chain->weights[s]);
@@ -101,20 +111,25 @@ template <class Operand> class ChannelLanes {
     for (int group = 0; group < t.groups; group++) {
       const Element* from = in + group * depth * in_channel;
       for (int p = 0; p < panels; p += blocking.panels) {
-        int nr = std::min(blocking.panels, panels - p), channel = group * width + p * LANES, channels = std::min(nr * LANES, width - p * LANES);
+        int nr = std::min(blocking.panels, panels - p), channel = group * width + p * LANES,
+            channels = std::min(nr * LANES, width - p * LANES);
         const Element* w = weights + (Index(group) * panels + p) * panel;
         for (int r = 0; r < out.size(); r++) {
           const Element* source = from + r * t.stride[0] * in_stride;
           for (int b = 0; b < blocking.blocks; b++) {
             const int at = blocking.start(b), mr = blocking.pixels(b);
-            if (s < first && p == 0 && in_channel == 1) prefetch(source + t.stride[0] * in_stride + at * t.stride[1] * in_pixel, in_pixel * t.stride[1], mr, depth);
-            TileInput<Operand> input{source + at * t.stride[1] * in_pixel, in_pixel * t.stride[1], in_channel, taps, count, depth};
+            if (s < first && p == 0 && in_channel == 1)
+              prefetch(source + t.stride[0] * in_stride + at * t.stride[1] * in_pixel, in_pixel * t.stride[1],
+                  mr, depth);
+            TileInput<Operand> input{
+                source + at * t.stride[1] * in_pixel, in_pixel * t.stride[1], in_channel, taps, count, depth};
             if (direct) {
               alignas(64) float result[MOST_RESULTS * LANES];
               multiply(by_tiles, input, w, panel, mr, nr, Store<float>{result, nr * LANES});
               output.store_tile(n, out.low + r, at, channel, result, nr * LANES, mr, channels);
             } else {
-              multiply(by_tiles, input, w, panel, mr, nr, Store<To>{to + r * row_[s + 1] + at * pixel_[s + 1] + channel, pixel_[s + 1]});
+              multiply(by_tiles, input, w, panel, mr, nr,
+                  Store<To>{to + r * row_[s + 1] + at * pixel_[s + 1] + channel, pixel_[s + 1]});
             }
           }
         }
@@ -129,17 +144,22 @@ template <class Operand> class ChannelLanes {
       for (Index c = 0; c < std::min(channels, FIRST); c += LINE) __builtin_prefetch(from + i * pixel + c);
   }
 
-  // Every channel by itself: out[i][c] = sum over taps t of base[i pixel + taps[t] + c] * w[t][c], in float32.
+  // Every channel by itself: out[i][c] = sum over taps t of base[i pixel + taps[t] + c] * w[t][c], in
+  // float32.
   template <class To>
-  void depthwise_row(const Element* base, Index pixel, const Index* taps, int count, const float* w, To* out, Index out_pixel, int channels, int width) {
+  void depthwise_row(const Element* base, Index pixel, const Index* taps, int count, const float* w, To* out,
+      Index out_pixel, int channels, int width) {
     for (int c = 0; c < channels; c += LANES, w += count * LANES) {
       int i = 0;
-      for (; i + 4 <= width; i += 4) depthwise_tile<4>(base + i * pixel + c, pixel, taps, count, w, out + i * out_pixel + c, out_pixel);
-      for (; i < width; i++) depthwise_tile<1>(base + i * pixel + c, pixel, taps, count, w, out + i * out_pixel + c, out_pixel);
+      for (; i + 4 <= width; i += 4)
+        depthwise_tile<4>(base + i * pixel + c, pixel, taps, count, w, out + i * out_pixel + c, out_pixel);
+      for (; i < width; i++)
+        depthwise_tile<1>(base + i * pixel + c, pixel, taps, count, w, out + i * out_pixel + c, out_pixel);
     }
   }
   template <int MR, class To>
-  static TDPASS_INLINE void depthwise_tile(const Element* base, Index pixel, const Index* taps, int count, const float* w, To* out, Index out_pixel) {
+  static TDPASS_INLINE void depthwise_tile(const Element* base, Index pixel, const Index* taps, int count,
+      const float* w, To* out, Index out_pixel) {
     Lanes sum[MR];
     TDPASS_UNROLL for (int i = 0; i < MR; i++) sum[i] = zero();
     for (int t = 0; t < count; t++) {

@@ -14,12 +14,14 @@ constexpr float LEAST_RANGE = 1e-30f;  // of a row that is all zeros
 
 // Codes of numbers given in steps of the grid.
 static TDPASS_INLINE Words round_to_codes(Lanes steps, int zero) {
-#if defined(__AVX512F__)  // rounded at once: what is below all integers, or no number, becomes the least of them
+#if defined(__AVX512F__)  // rounded at once: what is below all integers, or no number, becomes the least of
+                          // them
   const __m512 bounded = _mm512_min_ps(_mm512_set1_ps(float(TOP_CODE - zero)), (__m512)steps);
   const __m512i codes = _mm512_add_epi32(_mm512_cvtps_epi32(bounded), _mm512_set1_epi32(zero));
   return (Words)_mm512_max_epi32(codes, _mm512_setzero_si512());
 #else
-  const Lanes low = broadcast(float(-zero)), high = broadcast(float(TOP_CODE - zero)), magic = broadcast(12582912.0f);  // 1.5 2^23: adding it rounds
+  const Lanes low = broadcast(float(-zero)), high = broadcast(float(TOP_CODE - zero)),
+              magic = broadcast(12582912.0f);  // 1.5 2^23: adding it rounds
   steps = steps > low ? steps : low;
   steps = steps < high ? steps : high;
   const Lanes rounded = (steps + magic) - magic;
@@ -48,10 +50,13 @@ struct Grid {
   int zero = 0;
 
   Grid() = default;
-  explicit Grid(const tdpass_grid& given) : scale(given.scale), inverse(1.0f / given.scale), zero(given.zero) {}
+  explicit Grid(const tdpass_grid& given)
+      : scale(given.scale), inverse(1.0f / given.scale), zero(given.zero) {}
   explicit operator bool() const { return scale > 0; }
   TDPASS_INLINE Words codes(Lanes x) const { return round_to_codes(x * inverse, zero); }
-  TDPASS_INLINE Lanes values(Words codes) const { return __builtin_convertvector(codes - zero, Lanes) * scale; }
+  TDPASS_INLINE Lanes values(Words codes) const {
+    return __builtin_convertvector(codes - zero, Lanes) * scale;
+  }
 };
 
 // Bytes on a grid that are added to y; none where `codes` is null.
@@ -59,7 +64,9 @@ struct Added {
   const uint8_t* codes = nullptr;
   Index pixel = 0;
   Grid grid;
-  TDPASS_INLINE Lanes operator()(int i, int j, int some) const { return grid.values(load_codes(codes + i * pixel + j * LANES, some)); }
+  TDPASS_INLINE Lanes operator()(int i, int j, int some) const {
+    return grid.values(load_codes(codes + i * pixel + j * LANES, some));
+  }
 };
 
 // Puts `count` numbers on a grid of their own, zero point 128; returns its scale.

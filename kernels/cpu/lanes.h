@@ -1,4 +1,5 @@
-// Sixteen floats at once in GCC/Clang vector extensions; the compiler splits them where registers are narrower.
+// Sixteen floats at once in GCC/Clang vector extensions; the compiler splits them where registers are
+// narrower.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -110,7 +111,8 @@ static TDPASS_INLINE Lanes clamp(Lanes x, float low, float high) {
   return x > high ? broadcast(high) : x;
 }
 
-// exp to 2 ulp on [-87, 88]: 2^n by the exponent bits, the rest by a polynomial of degree 6; above it is infinite, NaN stays NaN.
+// exp to 2 ulp on [-87, 88]: 2^n by the exponent bits, the rest by a polynomial of degree 6; above it is
+// infinite, NaN stays NaN.
 static TDPASS_INLINE Lanes exponential(Lanes given) {
   Lanes x = clamp(given, -87.0f, 88.0f);
   Lanes t = x * 1.44269504f;

@@ -1,7 +1,8 @@
-// Products by a matrix unit (Intel's AMX): 16 pixels x 16 output channels at once, over 64 bytes of input channels.
+// Products by a matrix unit (Intel's AMX): 16 pixels x 16 output channels at once, over 64 bytes of input
+// channels.
 //
-// Packed weights of channel pairs and quads are what the unit takes: 16 rows of a panel are a tile.  It is used where the
-// instruction set has it, or where `amx.h` does what it would do.
+// Packed weights of channel pairs and quads are what the unit takes: 16 rows of a panel are a tile.  It is
+// used where the instruction set has it, or where `amx.h` does what it would do.
 #pragma once
 #include "amx.h"
 #include "lanes.h"
@@ -21,7 +22,8 @@ template <class Operand> struct TileInput {
 
 constexpr bool MATRIX_TILES = true;
 
-// Shapes of the unit's eight tiles: sums in 0 to 3, inputs in 4 and weights in 6, in 5 and 7 those of the last channels.
+// Shapes of the unit's eight tiles: sums in 0 to 3, inputs in 4 and weights in 6, in 5 and 7 those of the
+// last channels.
 static void configure_tiles(int rows, int tail) {
   static thread_local int configured = -1;
   const int wanted = rows * TILE_BYTES + tail;
@@ -35,31 +37,33 @@ static void configure_tiles(int rows, int tail) {
 }
 
 template <class Operand, class To>
-static __attribute__((noinline)) void matrix_tiles(const TileInput<Operand>& in, const typename Operand::Packed* w, Index panel, int mr, int nr, const To& to) {
+static __attribute__((noinline)) void matrix_tiles(const TileInput<Operand>& in,
+    const typename Operand::Packed* w, Index panel, int mr, int nr, const To& to) {
   typedef typename Operand::Element Element;
   const bool two = mr > TILE_ROWS;
-  const int rows = two ? (mr + 1) / 2 : mr, bytes = (in.channels + Operand::TOGETHER - 1) / Operand::TOGETHER * 4, tail = bytes % TILE_BYTES;
+  const int rows = two ? (mr + 1) / 2 : mr,
+            bytes = (in.channels + Operand::TOGETHER - 1) / Operand::TOGETHER * 4, tail = bytes % TILE_BYTES;
   const Index pitch = in.pixel * Index(sizeof(Element)), second = (mr - rows) * in.pixel;
   configure_tiles(rows, tail);
   AMX_ZERO(0);
   AMX_ZERO(1);
   AMX_ZERO(2);
   AMX_ZERO(3);
-#define TDPASS_TILE_STEP(inputs, weights)                                                      \
-  AMX_LOAD(inputs, p, pitch);                                                                  \
-  AMX_LOAD(weights, w, TILE_BYTES);                                                            \
-  AMX_MULTIPLY(Operand, 0, inputs, weights);                                                   \
-  if (nr > 1) {                                                                                \
-    AMX_LOAD(weights, w + panel, TILE_BYTES);                                                  \
-    AMX_MULTIPLY(Operand, 1, inputs, weights);                                                 \
-  }                                                                                            \
-  if (two) {                                                                                   \
-    AMX_LOAD(inputs, p + second, pitch);                                                       \
-    if (nr > 1) {                                                                              \
-      AMX_MULTIPLY(Operand, 3, inputs, weights);                                               \
-      AMX_LOAD(weights, w, TILE_BYTES);                                                        \
-    }                                                                                          \
-    AMX_MULTIPLY(Operand, 2, inputs, weights);                                                 \
+#define TDPASS_TILE_STEP(inputs, weights)        \
+  AMX_LOAD(inputs, p, pitch);                    \
+  AMX_LOAD(weights, w, TILE_BYTES);              \
+  AMX_MULTIPLY(Operand, 0, inputs, weights);     \
+  if (nr > 1) {                                  \
+    AMX_LOAD(weights, w + panel, TILE_BYTES);    \
+    AMX_MULTIPLY(Operand, 1, inputs, weights);   \
+  }                                              \
+  if (two) {                                     \
+    AMX_LOAD(inputs, p + second, pitch);         \
+    if (nr > 1) {                                \
+      AMX_MULTIPLY(Operand, 3, inputs, weights); \
+      AMX_LOAD(weights, w, TILE_BYTES);          \
+    }                                            \
+    AMX_MULTIPLY(Operand, 2, inputs, weights);   \
   }
   constexpr Index FULL = TILE_BYTES / Index(sizeof(Element));
   for (int t = 0; t < in.tap_count; t++) {
@@ -91,7 +95,8 @@ static __attribute__((noinline)) void matrix_tiles(const TileInput<Operand>& in,
 constexpr bool MATRIX_TILES = false;
 
 template <class Operand, class To>
-static TDPASS_INLINE void matrix_tiles(const TileInput<Operand>&, const typename Operand::Packed*, Index, int, int, const To&) {}
+static TDPASS_INLINE void matrix_tiles(
+    const TileInput<Operand>&, const typename Operand::Packed*, Index, int, int, const To&) {}
 
 #endif
 

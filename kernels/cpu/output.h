@@ -45,18 +45,23 @@ class Input {
   }
 
   // Copies a row to `to[pixel * i + c]`: widened, or as bfloat16, to which float32 is rounded.
-  void gather(Index n, Index h, float* to, Index pixel, int width, int channels) const { gather(n, h, to, pixel, 1, width, channels); }
+  void gather(Index n, Index h, float* to, Index pixel, int width, int channels) const {
+    gather(n, h, to, pixel, 1, width, channels);
+  }
   void gather(Index n, Index h, Half* to, Index pixel, int width, int channels) const {
-    if (!half_) return narrow_row(elements<float>() + n * stride(0) + h * stride(2), to, pixel, width, channels);
+    if (!half_)
+      return narrow_row(elements<float>() + n * stride(0) + h * stride(2), to, pixel, width, channels);
     const Half* from = elements<Half>() + n * stride(0) + h * stride(2);
     if (stride(1) == 1 && stride(3) == pixel && channels == pixel) {
       std::memcpy(to, from, sizeof(Half) * pixel * width);
     } else if (stride(1) == 1) {
-      for (int i = 0; i < width; i++) std::memcpy(to + i * pixel, from + i * stride(3), sizeof(Half) * channels);
+      for (int i = 0; i < width; i++)
+        std::memcpy(to + i * pixel, from + i * stride(3), sizeof(Half) * channels);
     } else if (stride(3) == 1) {
       for (int c = 0; c < channels; c += 2 * LANES)
         for (int i = 0; i < width; i += LANES)
-          turn_block(from + c * stride(1) + i, std::min(LANES, width - i), std::min(2 * LANES, channels - c), to + i * pixel + c, pixel);
+          turn_block(from + c * stride(1) + i, std::min(LANES, width - i), std::min(2 * LANES, channels - c),
+              to + i * pixel + c, pixel);
     } else {
       for (int c = 0; c < channels; c++)
         for (int i = 0; i < width; i++) to[i * pixel + c] = from[c * stride(1) + i * stride(3)];
@@ -64,13 +69,15 @@ class Input {
   }
 
  private:
-  template <class T> void widen_row(const T* from, float* to, Index pixel, Index channel, int width, int channels) const {
+  template <class T>
+  void widen_row(const T* from, float* to, Index pixel, Index channel, int width, int channels) const {
     if (stride(1) == 1)
       for (int i = 0; i < width; i++)
         for (int c = 0; c < channels; c++) to[i * pixel + c * channel] = widen(from[i * stride(3) + c]);
     else
       for (int c = 0; c < channels; c++)
-        for (int i = 0; i < width; i++) to[i * pixel + c * channel] = widen(from[c * stride(1) + i * stride(3)]);
+        for (int i = 0; i < width; i++)
+          to[i * pixel + c * channel] = widen(from[c * stride(1) + i * stride(3)]);
   }
 
   void narrow_row(const float* from, Half* to, Index pixel, int width, int channels) const {
@@ -105,12 +112,18 @@ class Input {
   bool half_;
 };
 
-// y = activation(value + bias + residual), written through y's strides in y's type; with BYTES, y and the residual may be on grids.
+// y = activation(value + bias + residual), written through y's strides in y's type; with BYTES, y and the
+// residual may be on grids.
 template <bool BYTES> class OutputTo {
  public:
   OutputTo(const tdpass_chain& chain, const tdpass_image& y)
-      : y_(y), bias_(chain.bias), residual_(chain.residual), activation_(chain.activation), half_(chain.dtype == TDPASS_BFLOAT16) {}
-  OutputTo(const tdpass_chain& chain, const tdpass_image& y, const Grid& grid, const Grid& residual_grid) : OutputTo(chain, y) {
+      : y_(y),
+        bias_(chain.bias),
+        residual_(chain.residual),
+        activation_(chain.activation),
+        half_(chain.dtype == TDPASS_BFLOAT16) {}
+  OutputTo(const tdpass_chain& chain, const tdpass_image& y, const Grid& grid, const Grid& residual_grid)
+      : OutputTo(chain, y) {
     grid_ = grid, residual_grid_ = residual_grid;
   }
 
@@ -119,19 +132,27 @@ template <bool BYTES> class OutputTo {
 
   // Whether rows of that width follow each other without a gap.
   bool rows_together(int width) const {
-    return floats() && y_.stride[3] == 1 && y_.stride[2] == width && (!residual_ || (residual_->stride[3] == 1 && residual_->stride[2] == width));
+    return floats() && y_.stride[3] == 1 && y_.stride[2] == width &&
+        (!residual_ || (residual_->stride[3] == 1 && residual_->stride[2] == width));
   }
 
   // Whether vectors of pixels can be written as they are, the activation being a lower bound.
-  bool plain() const { return floats() && activation_ <= TDPASS_RELU && y_.stride[3] == 1 && (!residual_ || residual_->stride[3] == 1); }
+  bool plain() const {
+    return floats() && activation_ <= TDPASS_RELU && y_.stride[3] == 1 &&
+        (!residual_ || residual_->stride[3] == 1);
+  }
 
-  // Whether vectors of channels are numbers of one size with nothing added but a bias and bytes on a grid, the activation being a lower bound.
-  bool simple() const { return !half_ && (!residual_ || residual_grid_) && activation_ <= TDPASS_RELU && channels_together(); }
+  // Whether vectors of channels are numbers of one size with nothing added but a bias and bytes on a grid,
+  // the activation being a lower bound.
+  bool simple() const {
+    return !half_ && (!residual_ || residual_grid_) && activation_ <= TDPASS_RELU && channels_together();
+  }
 
   // The bytes that are added from a position and channel on; none where nothing is added.
   Added added_codes(Index n, Index h, Index w, Index channel) const {
     if (!residual_) return {};
-    return {residual_row<uint8_t>(n, h) + w * residual_->stride[3] + channel, residual_->stride[3], residual_grid_};
+    return {residual_row<uint8_t>(n, h) + w * residual_->stride[3] + channel, residual_->stride[3],
+        residual_grid_};
   }
   float floor() const { return activation_ == TDPASS_RELU ? 0.0f : -__builtin_inff(); }
   const Grid& grid() const { return grid_; }
@@ -153,8 +174,11 @@ template <bool BYTES> class OutputTo {
   }
 
   // `mr` pixels x `count` channels from `tile[pixel i + channel]`; only where channels lie together.
-  void store_tile(Index n, Index h, int w, int channel, const float* tile, Index pixel, int mr, int count) const {
-    by_type([&](auto y, auto residual) { store_tile_as<decltype(y), decltype(residual)>(n, h, w, channel, tile, pixel, mr, count); });
+  void store_tile(
+      Index n, Index h, int w, int channel, const float* tile, Index pixel, int mr, int count) const {
+    by_type([&](auto y, auto residual) {
+      store_tile_as<decltype(y), decltype(residual)>(n, h, w, channel, tile, pixel, mr, count);
+    });
   }
 
   // A row of pixels from `row[pixel i + channel]`, any layout; reads up to 15 floats past the last channel.
@@ -175,7 +199,8 @@ template <bool BYTES> class OutputTo {
 
   // `count` pixels of one channel from position (h, w) on.
   TDPASS_INLINE void put(Index n, Index h, int w, int channel, Lanes v, int count) const {
-    by_type([&](auto y, auto residual) { put_as<decltype(y), decltype(residual)>(n, h, w, channel, v, count); });
+    by_type(
+        [&](auto y, auto residual) { put_as<decltype(y), decltype(residual)>(n, h, w, channel, v, count); });
   }
 
  private:
@@ -195,12 +220,16 @@ template <bool BYTES> class OutputTo {
   }
   TDPASS_INLINE Lanes added(const float* p, int count) const { return read_some(p, count); }
   TDPASS_INLINE Lanes added(const Half* p, int count) const { return read_some(p, count); }
-  TDPASS_INLINE Lanes added(const uint8_t* p, int count) const { return residual_grid_.values(load_codes(p, count)); }
+  TDPASS_INLINE Lanes added(const uint8_t* p, int count) const {
+    return residual_grid_.values(load_codes(p, count));
+  }
   TDPASS_INLINE void write(float* p, Lanes v, int count) const { write_some(p, v, count); }
   TDPASS_INLINE void write(Half* p, Lanes v, int count) const { write_some(p, v, count); }
   TDPASS_INLINE void write(uint8_t* p, Lanes v, int count) const { store_codes(p, grid_.codes(v), count); }
 
-  template <class T, class R> void store_tile_as(Index n, Index h, int w, int channel, const float* tile, Index pixel, int mr, int count) const {
+  template <class T, class R>
+  void store_tile_as(
+      Index n, Index h, int w, int channel, const float* tile, Index pixel, int mr, int count) const {
     T* y = at<T>(n, h, w, channel);
     const R* residual = residual_ ? residual_row<R>(n, h) + w * residual_->stride[3] + channel : nullptr;
     for (int c = 0; c < count; c += LANES) {
@@ -209,16 +238,21 @@ template <bool BYTES> class OutputTo {
       for (int i = 0; i < mr; i++) {
         Lanes v = load(tile + i * pixel + c) + bias;
         if (residual) v += added(residual + i * residual_->stride[3] + c, some);
-        __builtin_prefetch(y + y_.stride[2] + i * y_.stride[3] + c, 1);  // the next row: a store waits for its cache line
+        __builtin_prefetch(
+            y + y_.stride[2] + i * y_.stride[3] + c, 1);  // the next row: a store waits for its cache line
         write(y + i * y_.stride[3] + c, activation_ ? activate(v, activation_) : v, some);
       }
     }
   }
 
-  template <class T, class R> TDPASS_INLINE void put_as(Index n, Index h, int w, int channel, Lanes v, int count) const {
+  template <class T, class R>
+  TDPASS_INLINE void put_as(Index n, Index h, int w, int channel, Lanes v, int count) const {
     if (bias_) v += bias_[channel];
-    T* y = static_cast<T*>(y_.data) + n * y_.stride[0] + channel * y_.stride[1] + h * y_.stride[2] + w * y_.stride[3];
-    const R* residual = residual_ ? residual_row<R>(n, h) + channel * residual_->stride[1] + w * residual_->stride[3] : nullptr;
+    T* y = static_cast<T*>(y_.data) + n * y_.stride[0] + channel * y_.stride[1] + h * y_.stride[2] +
+        w * y_.stride[3];
+    const R* residual = residual_
+        ? residual_row<R>(n, h) + channel * residual_->stride[1] + w * residual_->stride[3]
+        : nullptr;
     if (residual && residual_->stride[3] == 1) {
       v += added(residual, count);
     } else if (residual) {
@@ -236,7 +270,9 @@ template <bool BYTES> class OutputTo {
     for (int i = 0; i < count; i++) y[i * y_.stride[3]] = made[i];
   }
 
-  template <class T> const T* residual_row(Index n, Index h) const { return static_cast<const T*>(residual_->data) + n * residual_->stride[0] + h * residual_->stride[2]; }
+  template <class T> const T* residual_row(Index n, Index h) const {
+    return static_cast<const T*>(residual_->data) + n * residual_->stride[0] + h * residual_->stride[2];
+  }
 
   tdpass_image y_;
   const float* bias_;

@@ -1,7 +1,8 @@
-// A chain of convolutions with output pixels in vector lanes; buffers are `[channel][row][pixel]`, x and y NCHW.
+// A chain of convolutions with output pixels in vector lanes; buffers are `[channel][row][pixel]`, x and y
+// NCHW.
 //
-// Made for few channels and any rank: no lane is lost to a rank that is no multiple of 16, and no layout changes.  A cell is 16
-// output pixels: of one row, or of two or four rows where rows are 8 or 4 pixels wide.
+// Made for few channels and any rank: no lane is lost to a rank that is no multiple of 16, and no layout
+// changes.  A cell is 16 output pixels: of one row, or of two or four rows where rows are 8 or 4 pixels wide.
 #pragma once
 #include "output.h"
 #include "rolling.h"
@@ -25,16 +26,20 @@ template <int SPAN, int STEP> static TDPASS_INLINE Lanes load_cell(const float* 
   if constexpr (SPAN == LANES && STEP == 1) {
     return load(p);
   } else if constexpr (SPAN == LANES && STEP == 2) {
-    return __builtin_shufflevector(load(p), load(p + LANES), 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return __builtin_shufflevector(
+        load(p), load(p + LANES), 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   } else if constexpr (SPAN == 8 && STEP == 1) {
     Half8 a = *reinterpret_cast<const Half8*>(p), b = *reinterpret_cast<const Half8*>(p + row);
     return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   } else if constexpr (SPAN == 8 && STEP == 2) {
-    return __builtin_shufflevector(load(p), load(p + row), 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return __builtin_shufflevector(
+        load(p), load(p + row), 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   } else if constexpr (SPAN == 4 && STEP == 1) {
     Quarter4 a = *reinterpret_cast<const Quarter4*>(p), b = *reinterpret_cast<const Quarter4*>(p + row);
-    Quarter4 c = *reinterpret_cast<const Quarter4*>(p + 2 * row), d = *reinterpret_cast<const Quarter4*>(p + 3 * row);
-    Half8 ab = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7), cd = __builtin_shufflevector(c, d, 0, 1, 2, 3, 4, 5, 6, 7);
+    Quarter4 c = *reinterpret_cast<const Quarter4*>(p + 2 * row),
+             d = *reinterpret_cast<const Quarter4*>(p + 3 * row);
+    Half8 ab = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7),
+          cd = __builtin_shufflevector(c, d, 0, 1, 2, 3, 4, 5, 6, 7);
     return __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   } else {
     Lanes v;
@@ -43,10 +48,12 @@ template <int SPAN, int STEP> static TDPASS_INLINE Lanes load_cell(const float* 
   }
 }
 
-// out[i NV + j] of channel i, cell j: over input channels k and taps t of cell(base + at[j] + k plane + taps[t]) * w[(k taps + t) 8 + i]
-// A function of its own, so that nothing else competes for the registers of the sums.
+// out[i NV + j] of channel i, cell j: over input channels k and taps t of cell(base + at[j] + k plane +
+// taps[t]) * w[(k taps + t) 8 + i] A function of its own, so that nothing else competes for the registers of
+// the sums.
 template <int MB, int NV, int SPAN, int STEP>
-static __attribute__((noinline)) void cells(const CellInput& in, const Index* at, const float* w, Lanes* out) {
+static __attribute__((noinline)) void cells(
+    const CellInput& in, const Index* at, const float* w, Lanes* out) {
   Lanes sum[MB][NV];
   TDPASS_UNROLL for (int i = 0; i < MB; i++) TDPASS_UNROLL for (int j = 0; j < NV; j++) sum[i][j] = zero();
   const float* from[NV];
@@ -63,13 +70,17 @@ static __attribute__((noinline)) void cells(const CellInput& in, const Index* at
     }
     TDPASS_UNROLL for (int j = 0; j < NV; j++) from[j] += in.plane;
   }
-  TDPASS_UNROLL for (int i = 0; i < MB; i++) TDPASS_UNROLL for (int j = 0; j < NV; j++) out[i * NV + j] = sum[i][j];
+  TDPASS_UNROLL for (int i = 0; i < MB; i++) TDPASS_UNROLL for (int j = 0; j < NV; j++) out[i * NV + j] =
+      sum[i][j];
 }
 
 class PixelLanes {
  public:
   PixelLanes(const Geometry& geometry, const tdpass_image& image, Output& out, int step)
-      : g(geometry), x(image, geometry.chain->dtype), output(out), first(reads_in_place(geometry, image) ? 1 : 0) {
+      : g(geometry),
+        x(image, geometry.chain->dtype),
+        output(out),
+        first(reads_in_place(geometry, image) ? 1 : 0) {
     size_t total = 0;
     for (int s = first; s < g.stages; s++) {
       row_[s] = g.padded_width(s);
@@ -85,7 +96,8 @@ class PixelLanes {
   // Bytes a step of that many rows needs; what `step` is chosen by.
   static size_t footprint(const Geometry& g, int step) {
     size_t total = 0;
-    for (int s = 0; s < g.stages; s++) total += size_t(g.channels(s)) * (g.capacity(s, step) + SLACK_ROWS) * g.padded_width(s);
+    for (int s = 0; s < g.stages; s++)
+      total += size_t(g.channels(s)) * (g.capacity(s, step) + SLACK_ROWS) * g.padded_width(s);
     return total * sizeof(float);
   }
 
@@ -99,10 +111,12 @@ class PixelLanes {
     }
   }
   void clear(int s, int row) {
-    for (int c = 0; c < g.channels(s); c++) std::memset(buffer_[s] + c * plane_[s] + row * row_[s], 0, sizeof(float) * row_[s]);
+    for (int c = 0; c < g.channels(s); c++)
+      std::memset(buffer_[s] + c * plane_[s] + row * row_[s], 0, sizeof(float) * row_[s]);
   }
   void fetch(int n, int image_row, int row) {
-    x.gather(n, image_row, buffer_[0] + row * row_[0] + g.stage(0).before[1], 1, plane_[0], g.w[0], g.channels(0));
+    x.gather(
+        n, image_row, buffer_[0] + row * row_[0] + g.stage(0).before[1], 1, plane_[0], g.w[0], g.channels(0));
   }
   void finish(int, Range) {}
 
@@ -110,9 +124,20 @@ class PixelLanes {
     const tdpass_stage& t = g.stage(s);
     int step = t.stride[1];
     switch (span(g.w[s + 1])) {
-      case 4: step == 1 ? run<4, 1>(s, n, out, in_row, out_row) : step == 2 ? run<4, 2>(s, n, out, in_row, out_row) : run<4, 4>(s, n, out, in_row, out_row); break;
-      case 8: step == 1 ? run<8, 1>(s, n, out, in_row, out_row) : step == 2 ? run<8, 2>(s, n, out, in_row, out_row) : run<8, 4>(s, n, out, in_row, out_row); break;
-      default: step == 1 ? run<16, 1>(s, n, out, in_row, out_row) : step == 2 ? run<16, 2>(s, n, out, in_row, out_row) : run<16, 4>(s, n, out, in_row, out_row);
+      case 4:
+        step == 1       ? run<4, 1>(s, n, out, in_row, out_row)
+            : step == 2 ? run<4, 2>(s, n, out, in_row, out_row)
+                        : run<4, 4>(s, n, out, in_row, out_row);
+        break;
+      case 8:
+        step == 1       ? run<8, 1>(s, n, out, in_row, out_row)
+            : step == 2 ? run<8, 2>(s, n, out, in_row, out_row)
+                        : run<8, 4>(s, n, out, in_row, out_row);
+        break;
+      default:
+        step == 1       ? run<16, 1>(s, n, out, in_row, out_row)
+            : step == 2 ? run<16, 2>(s, n, out, in_row, out_row)
+                        : run<16, 4>(s, n, out, in_row, out_row);
     }
   }
 
@@ -132,8 +157,9 @@ class PixelLanes {
   // A vector must not reach past the end of x: whole cells only.
   static bool reads_in_place(const Geometry& g, const tdpass_image& x) {
     int cell = span(g.w[1]);
-    return !g.padded(0) && g.chain->dtype == TDPASS_FLOAT32 && x.stride[3] == 1 && g.stage(0).stride[0] == 1 && g.stage(0).stride[1] == 1 &&
-           g.stage(0).kernel[0] == 1 && g.stage(0).kernel[1] == 1 && g.w[0] % cell == 0 && (cell == LANES || g.h[0] % (LANES / cell) == 0);
+    return !g.padded(0) && g.chain->dtype == TDPASS_FLOAT32 && x.stride[3] == 1 &&
+        g.stage(0).stride[0] == 1 && g.stage(0).stride[1] == 1 && g.stage(0).kernel[0] == 1 &&
+        g.stage(0).kernel[1] == 1 && g.w[0] % cell == 0 && (cell == LANES || g.h[0] % (LANES / cell) == 0);
   }
 
   template <int SPAN, int STEP> void run(int s, int n, Range out, int in_row, int out_row) {
@@ -152,14 +178,17 @@ class PixelLanes {
     int count = 0;
     for (int y = 0; y < t.kernel[0]; y++)
       for (int z = 0; z < t.kernel[1]; z++) taps[count++] = y * t.dilation[0] * row + z * t.dilation[1];
-    int depth = t.in / t.groups, width = t.out / t.groups, blocks = (width + CHANNEL_BLOCK - 1) / CHANNEL_BLOCK;
+    int depth = t.in / t.groups, width = t.out / t.groups,
+        blocks = (width + CHANNEL_BLOCK - 1) / CHANNEL_BLOCK;
     CellInput input{in, plane, row * t.stride[0], taps, count, depth};
     Target to{s, n, out, out_row};
     for (int group = 0; group < t.groups; group++) {
       input.base = in + group * depth * plane;
       for (int b = 0; b < blocks; b++) {
-        const float* w = static_cast<const float*>(g.chain->weights[s]) + (Index(group) * blocks + b) * depth * count * CHANNEL_BLOCK;
-        int channel = group * width + b * CHANNEL_BLOCK, channels = std::min(CHANNEL_BLOCK, width - b * CHANNEL_BLOCK);
+        const float* w = static_cast<const float*>(g.chain->weights[s]) +
+            (Index(group) * blocks + b) * depth * count * CHANNEL_BLOCK;
+        int channel = group * width + b * CHANNEL_BLOCK,
+            channels = std::min(CHANNEL_BLOCK, width - b * CHANNEL_BLOCK);
         constexpr int MOST = ACCUMULATORS >= 16 ? 8 : ACCUMULATORS >= 4 ? 4 : 2;
         for (int i = 0; i < channels; i += MOST) {
           int some = std::min(MOST, channels - i);
@@ -180,11 +209,14 @@ class PixelLanes {
 
   // All cells of these output rows for a block of channels, WANTED at a time where the registers hold them.
   template <int MB, int WANTED, int SPAN, int STEP>
-  __attribute__((noinline)) void sweep(const CellInput& in, const float* w, const Target& to, int channel, int channels) {
+  __attribute__((noinline)) void sweep(
+      const CellInput& in, const float* w, const Target& to, int channel, int channels) {
     constexpr int NV = MB * WANTED <= ACCUMULATORS ? WANTED : 1;
     constexpr int ROWS = LANES / SPAN;
-    const int width = g.w[to.s + 1], across = (width + SPAN - 1) / SPAN, down = (to.out.size() + ROWS - 1) / ROWS, total = across * down;
-    const bool whole = width % SPAN == 0 && to.out.size() % ROWS == 0 && channels == MB && writes_vectors(to.s, SPAN);
+    const int width = g.w[to.s + 1], across = (width + SPAN - 1) / SPAN,
+              down = (to.out.size() + ROWS - 1) / ROWS, total = across * down;
+    const bool whole =
+        width % SPAN == 0 && to.out.size() % ROWS == 0 && channels == MB && writes_vectors(to.s, SPAN);
     const Writer writer(*this, to, channel);
     int r[NV] = {}, c[NV] = {};
     int row = 0, column = 0;
@@ -218,14 +250,19 @@ class PixelLanes {
             } else if (writer.last) {
               store(p + i * writer.plane, v);
             } else if constexpr (SPAN == 8) {
-              *reinterpret_cast<Half8*>(p + i * writer.plane) = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
-              *reinterpret_cast<Half8*>(p + i * writer.plane + writer.row) = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+              *reinterpret_cast<Half8*>(p + i * writer.plane) =
+                  __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+              *reinterpret_cast<Half8*>(p + i * writer.plane + writer.row) =
+                  __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
             } else {
               Quarter4* q = reinterpret_cast<Quarter4*>(p + i * writer.plane);
               *q = __builtin_shufflevector(v, v, 0, 1, 2, 3);
-              *reinterpret_cast<Quarter4*>(p + i * writer.plane + writer.row) = __builtin_shufflevector(v, v, 4, 5, 6, 7);
-              *reinterpret_cast<Quarter4*>(p + i * writer.plane + 2 * writer.row) = __builtin_shufflevector(v, v, 8, 9, 10, 11);
-              *reinterpret_cast<Quarter4*>(p + i * writer.plane + 3 * writer.row) = __builtin_shufflevector(v, v, 12, 13, 14, 15);
+              *reinterpret_cast<Quarter4*>(p + i * writer.plane + writer.row) =
+                  __builtin_shufflevector(v, v, 4, 5, 6, 7);
+              *reinterpret_cast<Quarter4*>(p + i * writer.plane + 2 * writer.row) =
+                  __builtin_shufflevector(v, v, 8, 9, 10, 11);
+              *reinterpret_cast<Quarter4*>(p + i * writer.plane + 3 * writer.row) =
+                  __builtin_shufflevector(v, v, 12, 13, 14, 15);
             }
           }
         }
@@ -237,7 +274,9 @@ class PixelLanes {
   }
 
   // Whether whole cells of stage s can be stored as vectors, with an activation that is a lower bound.
-  bool writes_vectors(int s, int span) const { return s + 1 < g.stages || (output.plain() && (span == LANES || output.rows_together(span))); }
+  bool writes_vectors(int s, int span) const {
+    return s + 1 < g.stages || (output.plain() && (span == LANES || output.rows_together(span)));
+  }
 
   // Where cells of a block of channels go.
   struct Writer {
@@ -259,15 +298,19 @@ class PixelLanes {
     float floor = 0;
   };
 
-  template <int SPAN> TDPASS_INLINE void put(const Target& to, int channel, int row, int column, int width, Lanes v) {
+  template <int SPAN>
+  TDPASS_INLINE void put(const Target& to, int channel, int row, int column, int width, Lanes v) {
     int rows = std::min(LANES / SPAN, to.out.size() - row), columns = std::min(SPAN, width - column);
     if (to.s + 1 < g.stages) {
       int next = to.s + 1;
-      float* p = buffer_[next] + channel * plane_[next] + (to.row + row) * row_[next] + g.stage(next).before[1] + column;
+      float* p = buffer_[next] + channel * plane_[next] + (to.row + row) * row_[next] +
+          g.stage(next).before[1] + column;
       if constexpr (SPAN == LANES) {
         store_some(p, v, columns);
       } else {
-        for (int q = 0; q < rows; q++) std::memcpy(p + q * row_[next], reinterpret_cast<const float*>(&v) + q * SPAN, SPAN * sizeof(float));
+        for (int q = 0; q < rows; q++)
+          std::memcpy(
+              p + q * row_[next], reinterpret_cast<const float*>(&v) + q * SPAN, SPAN * sizeof(float));
       }
       return;
     }

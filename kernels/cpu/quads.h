@@ -1,4 +1,5 @@
-// Four input channels at a time, bytes times int8, summed exactly in 32 bits: by VNNI, else by exact products of 16 bits.
+// Four input channels at a time, bytes times int8, summed exactly in 32 bits: by VNNI, else by exact products
+// of 16 bits.
 #pragma once
 #include "grid.h"
 #include "tile.h"
@@ -26,7 +27,8 @@ static TDPASS_INLINE Block add_products(Block a, Block b, Block sum) {
 #if defined(__AVX512VNNI__)
   return Block(_mm512_dpbusd_epi32(sum.all, a.all, b.all));
 #else
-  const __m512i even = _mm512_madd_epi16(_mm512_and_si512(a.all, _mm512_set1_epi16(255)), _mm512_srai_epi16(_mm512_slli_epi16(b.all, 8), 8));
+  const __m512i even = _mm512_madd_epi16(
+      _mm512_and_si512(a.all, _mm512_set1_epi16(255)), _mm512_srai_epi16(_mm512_slli_epi16(b.all, 8), 8));
   const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(a.all, 8), _mm512_srai_epi16(b.all, 8));
   return Block(_mm512_add_epi32(sum.all, _mm512_add_epi32(even, odd)));
 #endif
@@ -37,9 +39,12 @@ struct Block {
   TDPASS_INLINE Block() : low(_mm256_setzero_si256()), high(_mm256_setzero_si256()) {}
   TDPASS_INLINE Block(__m256i l, __m256i h) : low(l), high(h) {}
   static TDPASS_INLINE Block load(const void* p) {
-    return {_mm256_loadu_si256(static_cast<const __m256i*>(p)), _mm256_loadu_si256(static_cast<const __m256i*>(p) + 1)};
+    return {_mm256_loadu_si256(static_cast<const __m256i*>(p)),
+        _mm256_loadu_si256(static_cast<const __m256i*>(p) + 1)};
   }
-  static TDPASS_INLINE Block repeat(int32_t word) { return {_mm256_set1_epi32(word), _mm256_set1_epi32(word)}; }
+  static TDPASS_INLINE Block repeat(int32_t word) {
+    return {_mm256_set1_epi32(word), _mm256_set1_epi32(word)};
+  }
   TDPASS_INLINE Words words() const {
     Words w;
     std::memcpy(&w, this, sizeof w);
@@ -50,12 +55,15 @@ static TDPASS_INLINE __m256i add_products(__m256i a, __m256i b, __m256i sum) {
 #if defined(__AVXVNNI__)
   return _mm256_dpbusd_avx_epi32(sum, a, b);
 #else
-  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+  const __m256i even = _mm256_madd_epi16(
+      _mm256_and_si256(a, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
   const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
   return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
 #endif
 }
-static TDPASS_INLINE Block add_products(Block a, Block b, Block sum) { return {add_products(a.low, b.low, sum.low), add_products(a.high, b.high, sum.high)}; }
+static TDPASS_INLINE Block add_products(Block a, Block b, Block sum) {
+  return {add_products(a.low, b.low, sum.low), add_products(a.high, b.high, sum.high)};
+}
 #else
 struct Block {
   Words all{};
@@ -72,7 +80,8 @@ struct Block {
   TDPASS_INLINE Words words() const { return all; }
 };
 static TDPASS_INLINE Block add_products(Block a, Block b, Block sum) {
-  TDPASS_UNROLL for (int i = 0; i < 4; i++) sum.all += ((a.all >> (8 * i)) & 255) * ((b.all << (24 - 8 * i)) >> 24);
+  TDPASS_UNROLL for (int i = 0; i < 4; i++) sum.all +=
+      ((a.all >> (8 * i)) & 255) * ((b.all << (24 - 8 * i)) >> 24);
   return sum;
 }
 #endif
@@ -120,13 +129,17 @@ struct ToNumbers {
   const float *scale, *own;
   int own_step;
   TDPASS_INLINE Lanes value(int i, int j, Words sum) const {
-    const Lanes value = __builtin_convertvector(sum + ToCodes::load_words(offset + j * LANES), Lanes) * load(scale + j * LANES);
+    const Lanes value = __builtin_convertvector(sum + ToCodes::load_words(offset + j * LANES), Lanes) *
+        load(scale + j * LANES);
     return own ? value * own[i * own_step] : value;
   }
-  TDPASS_INLINE void operator()(int i, int j, Words sum) const { store(out + i * pixel + j * LANES, value(i, j, sum)); }
+  TDPASS_INLINE void operator()(int i, int j, Words sum) const {
+    store(out + i * pixel + j * LANES, value(i, j, sum));
+  }
 };
 
-// Sums to y, where nothing but a bias, with ADDS bytes on a grid, and a lower bound comes between; `channels` of them are there.
+// Sums to y, where nothing but a bias, with ADDS bytes on a grid, and a lower bound comes between; `channels`
+// of them are there.
 template <class T, bool ADDS> struct ToOutput {
   T* out;
   Index pixel;

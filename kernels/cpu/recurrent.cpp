@@ -1,8 +1,8 @@
 // Recurrent cells whose hidden-to-hidden matrix is a product U V, compiled once per instruction set.
 //
-// A step reads every weight once, so its speed is that of the cache the weights lie in: they are read as one stream, and where they
-// outgrow the second-level cache odd steps read it backwards, to begin with what the step before used last.  The gates of 16
-// hidden units are made together: the cell never leaves registers.
+// A step reads every weight once, so its speed is that of the cache the weights lie in: they are read as one
+// stream, and where they outgrow the second-level cache odd steps read it backwards, to begin with what the
+// step before used last.  The gates of 16 hidden units are made together: the cell never leaves registers.
 #include "isa.h"
 
 #include "cache.h"
@@ -19,14 +19,18 @@ constexpr int MAX_SAMPLES = 6;
 static TDPASS_INLINE int panels_of(int n) { return (n + LANES - 1) / LANES; }
 
 // How many sums of every n-th term hide the latency of a multiply-add, which would wait for the one before.
-constexpr int split(int sums) { return sums >= 8 || ACCUMULATORS < 8 ? 1 : sums >= 4 ? 2 : sums >= 2 ? 4 : 8; }
+constexpr int split(int sums) {
+  return sums >= 8 || ACCUMULATORS < 8 ? 1 : sums >= 4 ? 2 : sums >= 2 ? 4 : 8;
+}
 
 // sum[i][g] = sum over k of in[i row + k] * w[(k N + g) 16 ..] for MR samples and N vectors.
-template <int MR, int N, class W> static TDPASS_INLINE void products(const float* in, Index row, int depth, const W* w, Lanes (&sum)[MR][N]) {
+template <int MR, int N, class W>
+static TDPASS_INLINE void products(const float* in, Index row, int depth, const W* w, Lanes (&sum)[MR][N]) {
   constexpr int SPLIT = split(MR * N);
   Lanes part[SPLIT][MR][N];
-  TDPASS_UNROLL for (int s = 0; s < SPLIT; s++) TDPASS_UNROLL for (int i = 0; i < MR; i++) TDPASS_UNROLL for (int g = 0; g < N; g++) part[s][i][g] = zero();
-  auto term = [&](Lanes (&to)[MR][N], int k) __attribute__((always_inline)) {
+  TDPASS_UNROLL for (int s = 0; s < SPLIT; s++) TDPASS_UNROLL for (int i = 0; i < MR; i++)
+      TDPASS_UNROLL for (int g = 0; g < N; g++) part[s][i][g] = zero();
+  auto term = [&](Lanes(&to)[MR][N], int k) __attribute__((always_inline)) {
     Lanes b[N];
     TDPASS_UNROLL for (int g = 0; g < N; g++) b[g] = read_some(w + (Index(k) * N + g) * LANES, LANES);
     TDPASS_UNROLL for (int i = 0; i < MR; i++) {
@@ -63,7 +67,8 @@ struct Step {
     for (int j = 0; j < wide; j++) {
       const int p = backwards ? wide - 1 - j : j, at = p * LANES, count = std::min(LANES, hidden - at);
       Lanes own[MR][GATES];
-      products<MR, GATES>(q, q_row, rank, static_cast<const W*>(cell.u) + Index(p) * rank * GATES * LANES, own);
+      products<MR, GATES>(
+          q, q_row, rank, static_cast<const W*>(cell.u) + Index(p) * rank * GATES * LANES, own);
       TDPASS_UNROLL for (int i = 0; i < MR; i++) {
         Lanes before[GATES];
         TDPASS_UNROLL for (int g = 0; g < GATES; g++) {
@@ -80,7 +85,8 @@ struct Step {
 
 template <int GATES, class W> void run_samples(const tdpass_cell& cell, int first, int samples) {
   constexpr int MOST = std::max(1, std::min(MAX_SAMPLES, ACCUMULATORS / GATES));
-  const int hidden = panels_of(cell.hidden) * LANES, rank = panels_of(cell.rank) * LANES, groups = (samples + MOST - 1) / MOST;
+  const int hidden = panels_of(cell.hidden) * LANES, rank = panels_of(cell.rank) * LANES,
+            groups = (samples + MOST - 1) / MOST;
   float* h = thread_scratch(size_t(samples) * (2 * hidden + rank));
   float *c = h + Index(samples) * hidden, *q = c + Index(samples) * hidden;
   std::memset(h, 0, sizeof(float) * samples * 2 * hidden);
@@ -90,14 +96,16 @@ template <int GATES, class W> void run_samples(const tdpass_cell& cell, int firs
       if (GATES == 4) copy(c + Index(i) * hidden, cell.c + Index(first + i) * cell.hidden);
     }
   };
-  const bool turns = samples == 1 && size_t(hidden) * rank * (GATES + 1) * sizeof(W) > second_level_bytes() / 4 * 3;
+  const bool turns =
+      samples == 1 && size_t(hidden) * rank * (GATES + 1) * sizeof(W) > second_level_bytes() / 4 * 3;
   each_state([&](float* own, float* given) { std::memcpy(own, given, sizeof(float) * cell.hidden); });
   for (int t = 0; t < cell.steps; t++)
     for (int group = 0, i = 0; group < groups; group++) {
       const int mr = (samples - i) / (groups - group);
       const float* pre = cell.pre + t * cell.pre_step + (first + i) * cell.pre_sample;
       float* y = cell.y + t * cell.y_step + (first + i) * cell.y_sample;
-      const Step step{cell, pre, q + Index(i) * rank, h + Index(i) * hidden, c + Index(i) * hidden, y, rank, hidden, turns && t % 2 == 1};
+      const Step step{cell, pre, q + Index(i) * rank, h + Index(i) * hidden, c + Index(i) * hidden, y, rank,
+          hidden, turns && t % 2 == 1};
       if constexpr (MOST >= 6) {
         if (mr == 6) step.run<GATES, W, 6>();
         if (mr == 5) step.run<GATES, W, 5>();

@@ -1,6 +1,8 @@
-// Recurrent cells whose hidden-to-hidden matrix is a product U V of int8 factors, compiled once per instruction set.
+// Recurrent cells whose hidden-to-hidden matrix is a product U V of int8 factors, compiled once per
+// instruction set.
 //
-// Both factors stay in the cache as bytes.  The state of a sample is put on a grid at every step, and so is V h.
+// Both factors stay in the cache as bytes.  The state of a sample is put on a grid at every step, and so is V
+// h.
 #include "isa.h"
 
 #include "cell.h"
@@ -14,10 +16,12 @@ namespace {
 constexpr int split(int sums) { return sums >= 8 || ACCUMULATORS < 8 ? 1 : sums >= 4 ? 2 : 4; }
 
 // sum[i][g] = sum over quads k of in[i row + 4 k ..] * w[k][g][16][4].
-template <int MR, int N> static TDPASS_INLINE void products(const uint8_t* in, Index row, int quads, const int8_t* w, Words (&sum)[MR][N]) {
+template <int MR, int N>
+static TDPASS_INLINE void products(
+    const uint8_t* in, Index row, int quads, const int8_t* w, Words (&sum)[MR][N]) {
   constexpr int SPLIT = split(MR * N), QUAD = LANES * Quads::TOGETHER;
   Block part[SPLIT][MR][N];
-  auto term = [&](Block (&to)[MR][N], int k) __attribute__((always_inline)) {
+  auto term = [&](Block(&to)[MR][N], int k) __attribute__((always_inline)) {
     Block b[N];
     TDPASS_UNROLL for (int g = 0; g < N; g++) b[g] = Quads::weights(w + (Index(k) * N + g) * QUAD);
     TDPASS_UNROLL for (int i = 0; i < MR; i++) {
@@ -41,7 +45,8 @@ static TDPASS_INLINE Words words_of(const int32_t* p, int count) {
 }
 
 // Sums as numbers: of outputs with these scales and totals, from codes with zero point 128 and scale `own`.
-static TDPASS_INLINE Lanes numbers(Words sum, const float* scale, const int32_t* total, int count, float own) {
+static TDPASS_INLINE Lanes numbers(
+    Words sum, const float* scale, const int32_t* total, int count, float own) {
   const Words whole = sum - MIDDLE_CODE * words_of(total, count);
   return __builtin_convertvector(whole, Lanes) * load_some(scale, count) * own;
 }
@@ -60,10 +65,12 @@ template <int GATES> class Cell {
     Rows& r = rows_;
     r.hidden = round_up(cell_.hidden, LANES), r.rank = round_up(cell_.rank, LANES);
     r.h_bytes = round_up(cell_.hidden, 64), r.q_bytes = round_up(cell_.rank, 64);
-    const size_t floats = size_t(samples) * (2 * r.hidden + r.rank), bytes = size_t(samples) * (r.h_bytes + r.q_bytes);
+    const size_t floats = size_t(samples) * (2 * r.hidden + r.rank),
+                 bytes = size_t(samples) * (r.h_bytes + r.q_bytes);
     r.h = thread_scratch(floats + bytes / sizeof(float));
     r.c = r.h + samples * r.hidden, r.q = r.c + samples * r.hidden;
-    r.h_codes = reinterpret_cast<uint8_t*>(r.q + samples * r.rank), r.q_codes = r.h_codes + samples * r.h_bytes;
+    r.h_codes = reinterpret_cast<uint8_t*>(r.q + samples * r.rank),
+    r.q_codes = r.h_codes + samples * r.h_bytes;
     std::memset(r.h, 0, sizeof(float) * floats + bytes);
   }
 
@@ -110,7 +117,8 @@ template <int GATES> class Cell {
       Words sum[MR][1];
       products<MR, 1>(h_codes, r.h_bytes, deep, whole_.v + Index(at / LANES) * deep * QUAD, sum);
       const int count = std::min(LANES, rank - at);
-      TDPASS_UNROLL for (int m = 0; m < MR; m++) store(q + m * r.rank + at, numbers(sum[m][0], whole_.v_scale + at, whole_.v_total + at, count, own[m]));
+      TDPASS_UNROLL for (int m = 0; m < MR; m++) store(
+          q + m * r.rank + at, numbers(sum[m][0], whole_.v_scale + at, whole_.v_total + at, count, own[m]));
     }
     for (int m = 0; m < MR; m++) own[m] = own_grid(q + m * r.rank, rank, q_codes + m * r.q_bytes);
     const float* pre = cell_.pre + t * cell_.pre_step + (first + i) * cell_.pre_sample;
@@ -142,7 +150,8 @@ template <int GATES> class Cell {
 }  // namespace
 }  // namespace tdpass
 
-extern "C" int32_t TDPASS_SYMBOL(tdpass_recurrent_int8)(const tdpass_int8_cell* cell, const tdpass_pool* pool) {
+extern "C" int32_t TDPASS_SYMBOL(tdpass_recurrent_int8)(
+    const tdpass_int8_cell* cell, const tdpass_pool* pool) {
   using namespace tdpass;
   const int batch = cell->cell.batch, tasks = std::min(pool->threads, batch);
   auto task = [&](int k) {

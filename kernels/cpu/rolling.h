@@ -1,7 +1,9 @@
-// Runs a chain of convolutions over an image a few rows at a time, so that what lies between two stages stays in cache.
+// Runs a chain of convolutions over an image a few rows at a time, so that what lies between two stages stays
+// in cache.
 //
-// Buffer s holds rows of the padded input of stage s.  Going down the image, rows that the next step still needs are moved to
-// the front of their buffer and only the new ones are computed.  An engine says how rows are laid out and computed.
+// Buffer s holds rows of the padded input of stage s.  Going down the image, rows that the next step still
+// needs are moved to the front of their buffer and only the new ones are computed.  An engine says how rows
+// are laid out and computed.
 #pragma once
 #include <algorithm>
 
@@ -17,7 +19,8 @@ struct Range {
   bool empty() const { return high <= low; }
 };
 
-// Sizes of everything between the stages; `h[s], w[s]` is the unpadded input of stage s, `h[stages]` the output.
+// Sizes of everything between the stages; `h[s], w[s]` is the unpadded input of stage s, `h[stages]` the
+// output.
 struct Geometry {
   const tdpass_chain* chain;
   int stages;
@@ -58,8 +61,9 @@ inline Geometry trace_sizes(const tdpass_chain* chain, int h, int w) {
   return g;
 }
 
-// Produces rows `rows` of image n.  `Engine` has: `first` (0 where x is copied into buffer 0, 1 where stage 0 reads x itself),
-// `shift(s, from, count)`, `clear(s, row)`, `fetch(n, image_row, row)`, `compute(s, n, out, in_low, row)`.
+// Produces rows `rows` of image n.  `Engine` has: `first` (0 where x is copied into buffer 0, 1 where stage 0
+// reads x itself), `shift(s, from, count)`, `clear(s, row)`, `fetch(n, image_row, row)`, `compute(s, n, out,
+// in_low, row)`.
 template <class Engine> void roll(Engine& engine, const Geometry& g, int n, Range rows, int step) {
   Range held[MAX_STAGES];
   for (int low = rows.low; low < rows.high; low += step) {
@@ -91,7 +95,8 @@ template <class Engine> void roll(Engine& engine, const Geometry& g, int n, Rang
       Range made = fresh[s + 1];
       if (made.empty()) continue;
       int in_row = made.low * g.stage(s).stride[0] - (s >= engine.first ? need[s].low : 0);
-      int out_row = s + 1 < g.stages ? made.low + g.stage(s + 1).before[0] - need[s + 1].low : made.low - out.low;
+      int out_row =
+          s + 1 < g.stages ? made.low + g.stage(s + 1).before[0] - need[s + 1].low : made.low - out.low;
       engine.compute(s, n, made, in_row, out_row);
     }
     engine.finish(n, out);
@@ -99,7 +104,8 @@ template <class Engine> void roll(Engine& engine, const Geometry& g, int n, Rang
 }
 
 // Moves what buffer s still needs to its front, and clears the rows that only padding fills.
-template <class Engine> void place(Engine& engine, const Geometry& g, int s, Range need, Range padded, Range& held) {
+template <class Engine>
+void place(Engine& engine, const Geometry& g, int s, Range need, Range padded, Range& held) {
   if (need.empty()) return;
   int keep = std::max(0, held.high - need.low);
   if (keep > 0 && need.low > held.low) engine.shift(s, need.low - held.low, keep);

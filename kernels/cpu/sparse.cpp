@@ -1,9 +1,10 @@
 // A convolution or linear layer with a sparse weight, compiled once per instruction set.
 //
-// Pixels (tokens) lie in vector lanes, so a weight is a scalar and any pattern of zeros can be left out: a block is the weights
-// of a few outputs for one (input channel, tap), and reads one vector of inputs per 16 pixels.  The input is copied in bands,
-// padded, a stride split into phases: then every tap of every stride is a plain vector load at a fixed offset.  Single weights
-// read as much as they multiply: they come in segments of few inputs, which then serve many outputs out of the first-level cache.
+// Pixels (tokens) lie in vector lanes, so a weight is a scalar and any pattern of zeros can be left out: a
+// block is the weights of a few outputs for one (input channel, tap), and reads one vector of inputs per 16
+// pixels.  The input is copied in bands, padded, a stride split into phases: then every tap of every stride
+// is a plain vector load at a fixed offset.  Single weights read as much as they multiply: they come in
+// segments of few inputs, which then serve many outputs out of the first-level cache.
 #include "isa.h"
 
 #include "limits.h"
@@ -34,8 +35,8 @@ struct Walk {
   bool add;
 };
 
-// out[(panel WIDTH + i) pitch + p] = or, if `add`, += sum over blocks e of values[e WIDTH + i] * in[offset[index[e]] + p], MB
-// outputs i and NV vectors of p at a time.
+// out[(panel WIDTH + i) pitch + p] = or, if `add`, += sum over blocks e of values[e WIDTH + i] *
+// in[offset[index[e]] + p], MB outputs i and NV vectors of p at a time.
 template <int WIDTH, int MB, int NV> __attribute__((noinline)) void walk(const Walk& given) {
   const Walk w = given;
   for (int panel = 0; panel < w.panels; panel++) {
@@ -46,9 +47,11 @@ template <int WIDTH, int MB, int NV> __attribute__((noinline)) void walk(const W
       const float* value = w.values + Index(begin) * WIDTH + first;
       Lanes sum[MB][NV];
       if (w.add) {
-        TDPASS_UNROLL for (int i = 0; i < MB; i++) TDPASS_UNROLL for (int j = 0; j < NV; j++) sum[i][j] = load(out + i * w.pitch + j * LANES);
+        TDPASS_UNROLL for (int i = 0; i < MB; i++) TDPASS_UNROLL for (int j = 0; j < NV; j++) sum[i][j] =
+            load(out + i * w.pitch + j * LANES);
       } else {
-        TDPASS_UNROLL for (int i = 0; i < MB; i++) TDPASS_UNROLL for (int j = 0; j < NV; j++) sum[i][j] = zero();
+        TDPASS_UNROLL for (int i = 0; i < MB; i++) TDPASS_UNROLL for (int j = 0; j < NV; j++) sum[i][j] =
+            zero();
       }
       for (int32_t e = begin; e < end; e++, value += WIDTH) {
         const float* from = w.in + w.offset[w.index[e]];
@@ -59,14 +62,16 @@ template <int WIDTH, int MB, int NV> __attribute__((noinline)) void walk(const W
           TDPASS_UNROLL for (int j = 0; j < NV; j++) sum[i][j] += a * v[j];
         }
       }
-      TDPASS_UNROLL for (int i = 0; i < MB; i++) TDPASS_UNROLL for (int j = 0; j < NV; j++) store(out + i * w.pitch + j * LANES, sum[i][j]);
+      TDPASS_UNROLL for (int i = 0; i < MB; i++) TDPASS_UNROLL for (int j = 0; j < NV; j++)
+          store(out + i * w.pitch + j * LANES, sum[i][j]);
     }
   }
 }
 
 typedef void (*Walker)(const Walk&);
 
-// How many outputs and vectors the registers hold for blocks of that width, and the walk for every number of vectors.
+// How many outputs and vectors the registers hold for blocks of that width, and the walk for every number of
+// vectors.
 template <int WIDTH> struct Walks {
   static constexpr int FULL = WIDTH < 8 ? WIDTH : 8;
   static constexpr int MB = ACCUMULATORS >= 3 * FULL ? FULL : WIDTH < 2 ? 1 : ACCUMULATORS >= 6 ? 2 : 1;
@@ -75,8 +80,8 @@ template <int WIDTH> struct Walks {
     if constexpr (NV <= MOST) return &walk<WIDTH, MB, NV>;
     else return nullptr;
   }
-  static constexpr Walker by_vectors[MAX_VECTORS] = {walk_or_null<1>(), walk_or_null<2>(), walk_or_null<3>(), walk_or_null<4>(),
-                                                   walk_or_null<5>(), walk_or_null<6>(), walk_or_null<7>(), walk_or_null<8>()};
+  static constexpr Walker by_vectors[MAX_VECTORS] = {walk_or_null<1>(), walk_or_null<2>(), walk_or_null<3>(),
+      walk_or_null<4>(), walk_or_null<5>(), walk_or_null<6>(), walk_or_null<7>(), walk_or_null<8>()};
 };
 
 struct Kernel {
@@ -99,11 +104,13 @@ struct Layout {
   const tdpass_stage& t;
   int rows, columns;                 // outputs of a whole band
   int high, wide;                    // rows and pixels of a phase
-  int phases = 0, slot[MAX_PHASES];  // place of phase (row % stride) * stride_w + column % stride_w, -1 where no tap reads it
+  int phases = 0, slot[MAX_PHASES];  // place of phase (row % stride) * stride_w + column % stride_w, -1 where
+                                     // no tap reads it
   Index plane;
-  std::vector<int32_t> offset;       // by channel * taps + tap
+  std::vector<int32_t> offset;  // by channel * taps + tap
 
-  Layout(const tdpass_sparse& weight, int band_rows, int band_columns) : t(weight.shape), rows(band_rows), columns(band_columns) {
+  Layout(const tdpass_sparse& weight, int band_rows, int band_columns)
+      : t(weight.shape), rows(band_rows), columns(band_columns) {
     high = rows + (t.kernel[0] - 1) * t.dilation[0] / t.stride[0];
     wide = columns + (t.kernel[1] - 1) * t.dilation[1] / t.stride[1];
     for (int& s : slot) s = -1;
@@ -117,12 +124,14 @@ struct Layout {
     offset.resize(size_t(t.in) * taps);
     for (int c = 0; c < t.in; c++)
       for (int k = 0; k < taps; k++) {
-        int y = k / t.kernel[1] * t.dilation[0] / t.stride[0], x = k % t.kernel[1] * t.dilation[1] / t.stride[1];
+        int y = k / t.kernel[1] * t.dilation[0] / t.stride[0],
+            x = k % t.kernel[1] * t.dilation[1] / t.stride[1];
         offset[c * taps + k] = int32_t(c * plane + (Index(slot[phase(k)]) * high + y) * wide + x);
       }
   }
   int phase(int tap) const {
-    int y = tap / t.kernel[1] * t.dilation[0] % t.stride[0], x = tap % t.kernel[1] * t.dilation[1] % t.stride[1];
+    int y = tap / t.kernel[1] * t.dilation[0] % t.stride[0],
+        x = tap % t.kernel[1] * t.dilation[1] % t.stride[1];
     return y * t.stride[1] + x;
   }
   // Floats of the copy, with what a vector reads past its end.
@@ -136,9 +145,17 @@ struct Band {
 
 template <class T> class Engine {
  public:
-  Engine(const tdpass_sparse& weight, const Kernel& kernel, const Layout& layout, const tdpass_image& x, const tdpass_image& y)
-      : s_(weight), kernel_(kernel), at_(layout), x_(x), y_(y), last_(y.stride[1] == 1 && (!weight.residual || weight.residual->stride[1] == 1)), pitch_(((Index(layout.rows) * layout.wide / LANES + 1) | 1) * LANES) {
-    if (weight.segments > 1) rows_ = std::max<int>(GROUP, int(std::min<Index>(MAX_ROWS, SUM_FLOATS / pitch_)) / GROUP * GROUP);
+  Engine(const tdpass_sparse& weight, const Kernel& kernel, const Layout& layout, const tdpass_image& x,
+      const tdpass_image& y)
+      : s_(weight),
+        kernel_(kernel),
+        at_(layout),
+        x_(x),
+        y_(y),
+        last_(y.stride[1] == 1 && (!weight.residual || weight.residual->stride[1] == 1)),
+        pitch_(((Index(layout.rows) * layout.wide / LANES + 1) | 1) * LANES) {
+    if (weight.segments > 1)
+      rows_ = std::max<int>(GROUP, int(std::min<Index>(MAX_ROWS, SUM_FLOATS / pitch_)) / GROUP * GROUP);
     in_ = thread_scratch(at_.floats() + rows_ * pitch_);
     sums_ = in_ + at_.floats();
     std::memset(in_, 0, at_.floats() * sizeof(float));
@@ -146,7 +163,8 @@ template <class T> class Engine {
 
   void run(int n, const Band& band) {
     fetch(n, band);
-    const int positions = (band.rows - 1) * at_.wide + band.columns, vectors = (positions + LANES - 1) / LANES;
+    const int positions = (band.rows - 1) * at_.wide + band.columns,
+              vectors = (positions + LANES - 1) / LANES;
     const int tiles = (vectors + kernel_.most - 1) / kernel_.most, panels = rows_ / s_.width;
     for (int first = 0; first < s_.panels; first += panels) {
       const int some = std::min(panels, s_.panels - first);
@@ -154,20 +172,24 @@ template <class T> class Engine {
         const int nv = (vectors - done) / (tiles - tile);
         for (int segment = 0; segment < s_.segments; segment++) {
           const int32_t* start = s_.start + Index(segment) * s_.panels + first;
-          kernel_.by_vectors[nv - 1]({s_.values, s_.index, start, some, at_.offset.data(), in_ + done * LANES, sums_ + done * LANES, pitch_, segment > 0});
+          kernel_.by_vectors[nv - 1]({s_.values, s_.index, start, some, at_.offset.data(), in_ + done * LANES,
+              sums_ + done * LANES, pitch_, segment > 0});
         }
         done += nv;
       }
       for (int row = 0; row < some * s_.width; row += GROUP)
-        finish(n, band, s_.rows + first * s_.width + row, std::min(GROUP, some * s_.width - row), sums_ + row * pitch_);
+        finish(n, band, s_.rows + first * s_.width + row, std::min(GROUP, some * s_.width - row),
+            sums_ + row * pitch_);
     }
   }
 
  private:
-  // Copies what the band reads.  Columns of padding are the same in every band, and zero from the start, unless rows are cut.
+  // Copies what the band reads.  Columns of padding are the same in every band, and zero from the start,
+  // unless rows are cut.
   void fetch(int n, const Band& band) {
     const tdpass_stage& t = s_.shape;
-    if (at_.columns < y_.size[3] && (t.before[1] || t.after[1])) std::memset(in_, 0, at_.floats() * sizeof(float));
+    if (at_.columns < y_.size[3] && (t.before[1] || t.after[1]))
+      std::memset(in_, 0, at_.floats() * sizeof(float));
     for (int phase = 0; phase < t.stride[0] * t.stride[1]; phase++) {
       if (at_.slot[phase] < 0) continue;
       int left = band.column * t.stride[1] + phase % t.stride[1] - t.before[1];
@@ -197,7 +219,8 @@ template <class T> class Engine {
       const T* row = from + c * channel;
       float* target = to + c * at_.plane;
       if (pixel == 1)
-        for (int i = 0; i < count; i += LANES) store_some(target + i, read_some(row + i, std::min(LANES, count - i)), std::min(LANES, count - i));
+        for (int i = 0; i < count; i += LANES)
+          store_some(target + i, read_some(row + i, std::min(LANES, count - i)), std::min(LANES, count - i));
       else
         for (int i = 0; i < count; i++) target[i] = widen(row[i * pixel]);
     }
@@ -212,12 +235,16 @@ template <class T> class Engine {
       if (together) {
         Epilogue end{s_.bias ? s_.bias + channels[0] : nullptr, s_.activation};
         for (int i = 0; i < band.columns; i += LANES)
-          turn_out(from + i, pitch_, std::min(LANES, band.columns - i), count, end, place<T>(y_, n, channels[0], band.row + r, band.column + i), y_.stride[3],
-                   s_.residual ? place<const T>(*s_.residual, n, channels[0], band.row + r, band.column + i) : nullptr, s_.residual ? s_.residual->stride[3] : 0);
+          turn_out(from + i, pitch_, std::min(LANES, band.columns - i), count, end,
+              place<T>(y_, n, channels[0], band.row + r, band.column + i), y_.stride[3],
+              s_.residual ? place<const T>(*s_.residual, n, channels[0], band.row + r, band.column + i)
+                          : nullptr,
+              s_.residual ? s_.residual->stride[3] : 0);
       } else {
         for (int c = 0; c < count; c++)
           for (int i = 0; i < band.columns && channels[c] >= 0; i += LANES)
-            put(n, band.row + r, band.column + i, channels[c], load(from + c * pitch_ + i), std::min(LANES, band.columns - i));
+            put(n, band.row + r, band.column + i, channels[c], load(from + c * pitch_ + i),
+                std::min(LANES, band.columns - i));
       }
     }
   }
@@ -247,26 +274,36 @@ template <class T> class Engine {
   const Layout& at_;
   const tdpass_image &x_, &y_;
   const bool last_;  // whether channels of y, and of the residual, lie together
-  const Index pitch_;  // of sums: whole vectors, an odd number, so that rows do not meet in one set of the cache
+  const Index
+      pitch_;  // of sums: whole vectors, an odd number, so that rows do not meet in one set of the cache
   int rows_ = GROUP;  // whose sums are held at once
   float *in_, *sums_;
 };
 
-int parts_of(int size, Index most) { return int((size + std::max<Index>(most, 1) - 1) / std::max<Index>(most, 1)); }
+int parts_of(int size, Index most) {
+  return int((size + std::max<Index>(most, 1) - 1) / std::max<Index>(most, 1));
+}
 
-template <class T> int run_bands(const tdpass_sparse& weight, const Kernel& kernel, const tdpass_image& x, const tdpass_image& y, const tdpass_pool* pool) {
+template <class T>
+int run_bands(const tdpass_sparse& weight, const Kernel& kernel, const tdpass_image& x, const tdpass_image& y,
+    const tdpass_pool* pool) {
   const tdpass_stage& t = weight.shape;
   const int h = int(y.size[2]), w = int(y.size[3]);
-  const Index per_pixel = Index(t.in) * std::min(t.stride[0], t.kernel[0]) * std::min(t.stride[1], t.kernel[1]);
-  // One row of outputs may be too long, as that of all tokens of a linear layer is; whole tiles of vectors are cut off it.
-  const Index tile = Index(kernel.most) * LANES, row_halo = 1 + (t.kernel[0] - 1) * t.dilation[0] / t.stride[0];
+  const Index per_pixel =
+      Index(t.in) * std::min(t.stride[0], t.kernel[0]) * std::min(t.stride[1], t.kernel[1]);
+  // One row of outputs may be too long, as that of all tokens of a linear layer is; whole tiles of vectors
+  // are cut off it.
+  const Index tile = Index(kernel.most) * LANES,
+              row_halo = 1 + (t.kernel[0] - 1) * t.dilation[0] / t.stride[0];
   const Index fit = BAND_FLOATS / (per_pixel * row_halo);
   const int columns = w <= std::max(fit, tile) ? w : int(std::max<Index>(1, fit / tile) * tile);
   const int wide = columns + (t.kernel[1] - 1) * t.dilation[1] / t.stride[1];
-  const int down = parts_of(h, BAND_FLOATS / (per_pixel * wide) - row_halo + 1), rows = columns < w ? 1 : (h + down - 1) / down;
+  const int down = parts_of(h, BAND_FLOATS / (per_pixel * wide) - row_halo + 1),
+            rows = columns < w ? 1 : (h + down - 1) / down;
   const Layout layout(weight, rows, columns);
   if (layout.floats() > MOST_FLOATS) return -1;
-  const long across = (w + columns - 1) / columns, bands = (h + rows - 1) / rows * across, total = x.size[0] * bands;
+  const long across = (w + columns - 1) / columns, bands = (h + rows - 1) / rows * across,
+             total = x.size[0] * bands;
   const int tasks = int(std::min<long>(pool->threads, total));
   auto task = [&](int k) {
     Engine<T> engine(weight, kernel, layout, x, y);
@@ -281,9 +318,11 @@ template <class T> int run_bands(const tdpass_sparse& weight, const Kernel& kern
 }  // namespace
 }  // namespace tdpass
 
-extern "C" int32_t TDPASS_SYMBOL(tdpass_sparse_conv)(const tdpass_sparse* weight, const tdpass_image* x, const tdpass_image* y, const tdpass_pool* pool) {
+extern "C" int32_t TDPASS_SYMBOL(tdpass_sparse_conv)(
+    const tdpass_sparse* weight, const tdpass_image* x, const tdpass_image* y, const tdpass_pool* pool) {
   using namespace tdpass;
   Kernel kernel;
   if (!choose(weight->width, kernel)) return -1;
-  return weight->dtype == TDPASS_BFLOAT16 ? run_bands<Half>(*weight, kernel, *x, *y, pool) : run_bands<float>(*weight, kernel, *x, *y, pool);
+  return weight->dtype == TDPASS_BFLOAT16 ? run_bands<Half>(*weight, kernel, *x, *y, pool)
+                                          : run_bands<float>(*weight, kernel, *x, *y, pool);
 }

@@ -1,8 +1,9 @@
 // Chains of small tensor products (tensor train, tensor ring, block term), compiled once per instruction set.
 //
-// Sixteen tokens lie in the lanes of a vector, so every value is a block of vectors, and a step is a product of scalars with
-// vectors: which axis it contracts costs nothing and nothing is ever permuted.  Where a step makes a part `o` of the output that
-// later steps carry along, the chain runs depth first: a few `o` at a time through all later steps, out of the cache.
+// Sixteen tokens lie in the lanes of a vector, so every value is a block of vectors, and a step is a product
+// of scalars with vectors: which axis it contracts costs nothing and nothing is ever permuted.  Where a step
+// makes a part `o` of the output that later steps carry along, the chain runs depth first: a few `o` at a
+// time through all later steps, out of the cache.
 #include "isa.h"
 
 #include "token_lanes.h"
@@ -14,15 +15,17 @@
 namespace tdpass {
 namespace {
 
-constexpr int PANEL = 8;    // rows of a matrix that lie together, and that a tile has at most
+constexpr int PANEL = 8;  // rows of a matrix that lie together, and that a tile has at most
 constexpr int MAX_COLUMNS = 6;
-constexpr long PART = 512;  // vectors that the result of a step should not exceed: two thirds of the first-level cache
+constexpr long PART =
+    512;  // vectors that the result of a step should not exceed: two thirds of the first-level cache
 
 typedef std::vector<int32_t> Offsets;
 
 // out[row[i] + to[j]] = sum over k of w[8 k + i] * in[from[j] + k stride], for `tiles` times NR columns j.
 template <int MR, int NR>
-__attribute__((noinline)) void sweep(int tiles, const float* w, int depth, const float* in, const int32_t* from, Index stride, float* out, const int32_t* row, const int32_t* to) {
+__attribute__((noinline)) void sweep(int tiles, const float* w, int depth, const float* in,
+    const int32_t* from, Index stride, float* out, const int32_t* row, const int32_t* to) {
   float* place[MR];
   TDPASS_UNROLL for (int i = 0; i < MR; i++) place[i] = out + Index(row[i]) * LANES;
   for (int tile = 0; tile < tiles; tile++, from += NR, to += NR) {
@@ -41,26 +44,28 @@ __attribute__((noinline)) void sweep(int tiles, const float* w, int depth, const
     }
     Index column[NR];
     TDPASS_UNROLL for (int j = 0; j < NR; j++) column[j] = Index(to[j]) * LANES;
-    TDPASS_UNROLL for (int i = 0; i < MR; i++) TDPASS_UNROLL for (int j = 0; j < NR; j++) store(place[i] + column[j], sum[i][j]);
+    TDPASS_UNROLL for (int i = 0; i < MR; i++) TDPASS_UNROLL for (int j = 0; j < NR; j++)
+        store(place[i] + column[j], sum[i][j]);
   }
 }
 
-typedef void (*Tile)(int, const float*, int, const float*, const int32_t*, Index, float*, const int32_t*, const int32_t*);
+typedef void (*Tile)(
+    int, const float*, int, const float*, const int32_t*, Index, float*, const int32_t*, const int32_t*);
 
 template <int MR, int NR> constexpr Tile tile_or_null() {
   if constexpr (MR * NR <= ACCUMULATORS) return &sweep<MR, NR>;
   else return nullptr;
 }
 template <int MR> struct TileRow {
-  static constexpr Tile by_columns[MAX_COLUMNS] = {tile_or_null<MR, 1>(), tile_or_null<MR, 2>(), tile_or_null<MR, 3>(),
-                                                   tile_or_null<MR, 4>(), tile_or_null<MR, 5>(), tile_or_null<MR, 6>()};
+  static constexpr Tile by_columns[MAX_COLUMNS] = {tile_or_null<MR, 1>(), tile_or_null<MR, 2>(),
+      tile_or_null<MR, 3>(), tile_or_null<MR, 4>(), tile_or_null<MR, 5>(), tile_or_null<MR, 6>()};
 };
-constexpr const Tile* TILES[PANEL + 1] = {nullptr,
-                                             TileRow<1>::by_columns, TileRow<2>::by_columns, TileRow<3>::by_columns, TileRow<4>::by_columns,
-                                             TileRow<5>::by_columns, TileRow<6>::by_columns, TileRow<7>::by_columns, TileRow<8>::by_columns};
+constexpr const Tile* TILES[PANEL + 1] = {nullptr, TileRow<1>::by_columns, TileRow<2>::by_columns,
+    TileRow<3>::by_columns, TileRow<4>::by_columns, TileRow<5>::by_columns, TileRow<6>::by_columns,
+    TileRow<7>::by_columns, TileRow<8>::by_columns};
 
-// How many columns a tile of that many rows has, for the fewest cycles: two multiply-adds or two loads each, four cycles latency.
-// Where the registers do not hold a tile of one column, its rows are done in parts.
+// How many columns a tile of that many rows has, for the fewest cycles: two multiply-adds or two loads each,
+// four cycles latency. Where the registers do not hold a tile of one column, its rows are done in parts.
 static int tile_columns(int rows, int columns) {
   double best = 1e30;
   int found = 1;
@@ -76,8 +81,8 @@ static int tile_columns(int rows, int columns) {
 struct Work {
   const tdpass_step* step;
   const float* weights;
-  int chunk;       // how many o at a time
-  float* out;      // of one chunk; the last step writes the whole result
+  int chunk;         // how many o at a time
+  float* out;        // of one chunk; the last step writes the whole result
   int o = 0, b = 0;  // what the tables below were made for
   Offsets from, to, row;
 
@@ -92,7 +97,8 @@ struct Work {
 
 class Program {
  public:
-  Program(const tdpass_program& program, int inputs, int outputs) : count(program.steps), inputs_(inputs), outputs_(outputs), works_(program.steps) {
+  Program(const tdpass_program& program, int inputs, int outputs)
+      : count(program.steps), inputs_(inputs), outputs_(outputs), works_(program.steps) {
     for (int s = 0; s < count; s++) works_[s].step = program.step + s, works_[s].weights = program.weights[s];
     split();
   }
@@ -120,17 +126,21 @@ class Program {
 
  private:
   // Vectors a chunk of that step makes.
-  size_t result(const Work& work) const { return &work == &works_.back() ? 0 : size_t(work.step->a) * work.step->r * work.chunk * columns(work); }
+  size_t result(const Work& work) const {
+    return &work == &works_.back() ? 0 : size_t(work.step->a) * work.step->r * work.chunk * columns(work);
+  }
   int columns(const Work& work) const {
     int b = works_[0].step->b;
     for (const Work& before : works_) {
       if (&before == &work) return b;
-      b = before.carries() && (&before)[1].step->b == before.step->o * before.step->b ? before.chunk * b : (&before)[1].step->b;
+      b = before.carries() && (&before)[1].step->b == before.step->o * before.step->b ? before.chunk * b
+                                                                                      : (&before)[1].step->b;
     }
     return b;
   }
 
-  // A step may be cut along o only where all later ones carry those columns to the end, and between panels of its matrix.
+  // A step may be cut along o only where all later ones carry those columns to the end, and between panels of
+  // its matrix.
   void split() {
     int free_from = count - 1;
     while (free_from > 0) {
@@ -144,7 +154,8 @@ class Program {
       work.chunk = t.o;
       if (s < free_from || s + 1 == count) continue;
       long per_o = long(t.a) * t.r * columns(work), fewest = PANEL / std::gcd(PANEL, t.r);
-      long chunk = std::min<long>(t.o, std::max(fewest, PART / per_o / fewest * fewest)), parts = (t.o + chunk - 1) / chunk, even = (t.o + parts - 1) / parts;
+      long chunk = std::min<long>(t.o, std::max(fewest, PART / per_o / fewest * fewest)),
+           parts = (t.o + chunk - 1) / chunk, even = (t.o + parts - 1) / parts;
       work.chunk = int(std::min<long>(t.o, (even + fewest - 1) / fewest * fewest));
     }
   }
@@ -174,7 +185,8 @@ class Program {
       }
       multiply(work, in, low, o, b);
       next.resize(carried ? o * b : work.step[1].b);
-      for (size_t i = 0; i < next.size(); i++) next[i] = carried ? (low + int32_t(i) / b) * t.b + places[i % b] : int32_t(i);
+      for (size_t i = 0; i < next.size(); i++)
+        next[i] = carried ? (low + int32_t(i) / b) * t.b + places[i % b] : int32_t(i);
       run(s + 1, work.out, next);
     }
   }
@@ -195,7 +207,8 @@ class Program {
   // Rows `low r` .. `(low + o) r` of the matrix times all columns.
   void multiply(const Work& work, const float* in, int low, int o, int b) {
     const tdpass_step& t = *work.step;
-    const int batches = t.batched ? t.a : 1, columns = t.a / batches * b, rows = o * t.r, panels = (t.o * t.r + PANEL - 1) / PANEL;
+    const int batches = t.batched ? t.a : 1, columns = t.a / batches * b, rows = o * t.r,
+              panels = (t.o * t.r + PANEL - 1) / PANEL;
     const Index stride = Index(b) * LANES, panel = Index(t.k) * PANEL;
     for (int batch = 0; batch < batches; batch++) {
       const float* w = work.weights + (Index(batch) * panels + low * t.r / PANEL) * panel;
@@ -206,7 +219,9 @@ class Program {
           const int mr = std::min(most, height - part), nr = tile_columns(mr, columns), rest = columns % nr;
           const int32_t* row = work.row.data() + i + part;
           TILES[mr][nr - 1](columns / nr, w + part, t.k, in, from, stride, work.out, row, to);
-          if (rest) TILES[mr][rest - 1](1, w + part, t.k, in, from + columns - rest, stride, work.out, row, to + columns - rest);
+          if (rest)
+            TILES[mr][rest - 1](
+                1, w + part, t.k, in, from + columns - rest, stride, work.out, row, to + columns - rest);
         }
       }
     }
@@ -216,7 +231,9 @@ class Program {
   std::vector<Work> works_;
 };
 
-template <class T> int run_tokens(const tdpass_program& program, const tdpass_rows& x, const tdpass_rows& y, const tdpass_pool* pool) {
+template <class T>
+int run_tokens(
+    const tdpass_program& program, const tdpass_rows& x, const tdpass_rows& y, const tdpass_pool* pool) {
   const long blocks = (x.rows + LANES - 1) / LANES;
   const int tasks = int(std::min<long>(pool->threads, blocks));
   const tdpass_rows* residual = program.residual;
@@ -226,13 +243,15 @@ template <class T> int run_tokens(const tdpass_program& program, const tdpass_ro
     for (long block = blocks * k / tasks; block < blocks * (k + 1) / tasks; block++) {
       const long first = block * LANES;
       const int tokens = int(std::min<long>(LANES, x.rows - first));
-      turn_in(static_cast<const T*>(x.data) + first * x.stride, x.stride, tokens, int(x.channels), engine.x, LANES, true);
+      turn_in(static_cast<const T*>(x.data) + first * x.stride, x.stride, tokens, int(x.channels), engine.x,
+          LANES, true);
       engine.run();
       for (int c = 0; c < y.channels; c += LANES) {
         Epilogue end{program.bias ? program.bias + c : nullptr, program.activation};
-        const T* rest = residual ? static_cast<const T*>(residual->data) + first * residual->stride + c : nullptr;
-        turn_out(engine.y + Index(c) * LANES, LANES, tokens, int(std::min<long>(LANES, y.channels - c)), end, static_cast<T*>(y.data) + first * y.stride + c, y.stride,
-                 rest, residual ? residual->stride : 0);
+        const T* rest =
+            residual ? static_cast<const T*>(residual->data) + first * residual->stride + c : nullptr;
+        turn_out(engine.y + Index(c) * LANES, LANES, tokens, int(std::min<long>(LANES, y.channels - c)), end,
+            static_cast<T*>(y.data) + first * y.stride + c, y.stride, rest, residual ? residual->stride : 0);
       }
     }
   };
@@ -242,7 +261,9 @@ template <class T> int run_tokens(const tdpass_program& program, const tdpass_ro
 }  // namespace
 }  // namespace tdpass
 
-extern "C" int32_t TDPASS_SYMBOL(tdpass_tensor_chain)(const tdpass_program* program, const tdpass_rows* x, const tdpass_rows* y, const tdpass_pool* pool) {
+extern "C" int32_t TDPASS_SYMBOL(tdpass_tensor_chain)(
+    const tdpass_program* program, const tdpass_rows* x, const tdpass_rows* y, const tdpass_pool* pool) {
   using namespace tdpass;
-  return program->dtype == TDPASS_BFLOAT16 ? run_tokens<Half>(*program, *x, *y, pool) : run_tokens<float>(*program, *x, *y, pool);
+  return program->dtype == TDPASS_BFLOAT16 ? run_tokens<Half>(*program, *x, *y, pool)
+                                           : run_tokens<float>(*program, *x, *y, pool);
 }

@@ -1,7 +1,9 @@
-// A linear layer whose matrices are stored in few bits and multiplied in float32, compiled once per instruction set.
+// A linear layer whose matrices are stored in few bits and multiplied in float32, compiled once per
+// instruction set.
 //
-// 16 outputs lie in a vector; codes become numbers in registers.  Few tokens take as long as the codes take to arrive: every
-// weight is read once, the thin factors beside the large matrix in the same pass.  For many tokens a panel is decoded once.
+// 16 outputs lie in a vector; codes become numbers in registers.  Few tokens take as long as the codes take
+// to arrive: every weight is read once, the thin factors beside the large matrix in the same pass.  For many
+// tokens a panel is decoded once.
 #include "isa.h"
 
 #include <algorithm>
@@ -23,12 +25,16 @@ struct Floats {
 };
 struct Halfwords {
   static constexpr int WORD = 1, BYTES = 32;
-  static TDPASS_INLINE Lanes block(const char* p) { return read_some(reinterpret_cast<const Half*>(p), LANES); }
+  static TDPASS_INLINE Lanes block(const char* p) {
+    return read_some(reinterpret_cast<const Half*>(p), LANES);
+  }
   static TDPASS_INLINE Lanes weights(Lanes block, int) { return block; }
 };
 struct Bytes {
   static constexpr int WORD = 1, BYTES = 16;
-  static TDPASS_INLINE Lanes block(const char* p) { return __builtin_convertvector(load_signed(reinterpret_cast<const int8_t*>(p)), Lanes); }
+  static TDPASS_INLINE Lanes block(const char* p) {
+    return __builtin_convertvector(load_signed(reinterpret_cast<const int8_t*>(p)), Lanes);
+  }
   static TDPASS_INLINE Lanes weights(Lanes block, int) { return block; }
 };
 struct Nibbles {
@@ -60,20 +66,35 @@ template <class Code> struct Panels {
   const int groups, size;
   const Index group_bytes;
 
-  explicit Panels(const tdpass_matrix& m) : matrix(m), groups(std::max(1, m.groups)), size(m.in / groups), group_bytes(Index(size + Code::WORD - 1) / Code::WORD * Code::BYTES) {}
-  const char* codes(int panel, int group) const { return static_cast<const char*>(matrix.codes) + (Index(panel) * groups + group) * group_bytes; }
-  Lanes scale(int panel, int group) const { return matrix.groups ? load(matrix.scales + (Index(panel) * groups + group) * LANES) : broadcast(1.0f); }
-  Lanes zero_point(int panel, int group) const { return matrix.zeros ? load(matrix.zeros + (Index(panel) * groups + group) * LANES) : zero(); }
+  explicit Panels(const tdpass_matrix& m)
+      : matrix(m),
+        groups(std::max(1, m.groups)),
+        size(m.in / groups),
+        group_bytes(Index(size + Code::WORD - 1) / Code::WORD * Code::BYTES) {}
+  const char* codes(int panel, int group) const {
+    return static_cast<const char*>(matrix.codes) + (Index(panel) * groups + group) * group_bytes;
+  }
+  Lanes scale(int panel, int group) const {
+    return matrix.groups ? load(matrix.scales + (Index(panel) * groups + group) * LANES) : broadcast(1.0f);
+  }
+  Lanes zero_point(int panel, int group) const {
+    return matrix.zeros ? load(matrix.zeros + (Index(panel) * groups + group) * LANES) : zero();
+  }
 };
 
-// sum[i] += what a panel makes of token i, for MR of them.  `totals[i][group]` are sums of the inputs where codes have zero points.
-template <class Code, int MR> static TDPASS_INLINE void multiply(const Panels<Code>& w, int panel, const float* x, Index row, const float* totals, Lanes (&sum)[MR]) {
-  constexpr int SPLIT = MR >= 4 ? 1 : MR >= 2 ? 2 : 4;  // sums of every n-th term, which do not wait for each other
+// sum[i] += what a panel makes of token i, for MR of them.  `totals[i][group]` are sums of the inputs where
+// codes have zero points.
+template <class Code, int MR>
+static TDPASS_INLINE void multiply(
+    const Panels<Code>& w, int panel, const float* x, Index row, const float* totals, Lanes (&sum)[MR]) {
+  constexpr int SPLIT = MR >= 4 ? 1
+      : MR >= 2                 ? 2
+                                : 4;  // sums of every n-th term, which do not wait for each other
   constexpr int AT_ONCE = std::max(Code::WORD, SPLIT);
   for (int g = 0; g < w.groups; g++, x += w.size) {
     const char* codes = w.codes(panel, g);
     Lanes part[SPLIT][MR] = {};
-    auto term = [&](Lanes weights, int k, Lanes (&to)[MR]) __attribute__((always_inline)) {
+    auto term = [&](Lanes weights, int k, Lanes(&to)[MR]) __attribute__((always_inline)) {
       TDPASS_UNROLL for (int i = 0; i < MR; i++) to[i] += x[i * row + k] * weights;
     };
     int k = 0;
@@ -81,7 +102,8 @@ template <class Code, int MR> static TDPASS_INLINE void multiply(const Panels<Co
       TDPASS_UNROLL for (int j = 0; j < AT_ONCE; j += Code::WORD) {
         const auto block = Code::block(codes);
         codes += Code::BYTES;
-        TDPASS_UNROLL for (int l = 0; l < Code::WORD; l++) term(Code::weights(block, l), k + j + l, part[(j + l) % SPLIT]);
+        TDPASS_UNROLL for (int l = 0; l < Code::WORD; l++)
+            term(Code::weights(block, l), k + j + l, part[(j + l) % SPLIT]);
       }
     }
     for (int l = 0; k < w.size; k++, l = (l + 1) % Code::WORD) {
@@ -102,18 +124,27 @@ template <class Code, int MR> static TDPASS_INLINE void multiply(const Panels<Co
 template <class Code> void decode(const Panels<Code>& w, int panel, float* to) {
   for (int g = 0; g < w.groups; g++) {
     const Lanes scale = w.scale(panel, g), shift = w.zero_point(panel, g);
-    for (int k = 0; k < w.size; k++, to += LANES) store(to, (Code::weights(Code::block(w.codes(panel, g) + Index(k / Code::WORD) * Code::BYTES), k % Code::WORD) - shift) * scale);
+    for (int k = 0; k < w.size; k++, to += LANES)
+      store(to,
+          (Code::weights(
+               Code::block(w.codes(panel, g) + Index(k / Code::WORD) * Code::BYTES), k % Code::WORD) -
+              shift) *
+              scale);
   }
 }
 
 // Adds to `sums[token][16]` what a panel makes of tokens of `x`.
-template <int MR, class Code> void add_tokens(const Panels<Code>& w, int panel, const float* x, Index row, const float* totals, Lanes* sums) {
+template <int MR, class Code>
+void add_tokens(
+    const Panels<Code>& w, int panel, const float* x, Index row, const float* totals, Lanes* sums) {
   Lanes sum[MR];
   TDPASS_UNROLL for (int i = 0; i < MR; i++) sum[i] = sums[i];
   multiply<Code, MR>(w, panel, x, row, totals, sum);
   TDPASS_UNROLL for (int i = 0; i < MR; i++) sums[i] = sum[i];
 }
-template <class Code> void add(const Panels<Code>& w, int panel, const float* x, Index row, int tokens, const float* totals, Lanes* sums) {
+template <class Code>
+void add(const Panels<Code>& w, int panel, const float* x, Index row, int tokens, const float* totals,
+    Lanes* sums) {
   for (int i = 0; i < tokens;) {
     const float *from = x + i * row, *of = totals ? totals + Index(i) * w.groups : nullptr;
     if (tokens - i >= 8) add_tokens<8>(w, panel, from, row, of, sums + i), i += 8;
@@ -124,10 +155,12 @@ template <class Code> void add(const Panels<Code>& w, int panel, const float* x,
 }
 
 // The same, by whichever code the matrix has; many tokens share what was decoded once.
-void add_panel(const tdpass_matrix& m, int panel, const float* x, Index row, int tokens, const float* totals, float* decoded, Lanes* sums) {
+void add_panel(const tdpass_matrix& m, int panel, const float* x, Index row, int tokens, const float* totals,
+    float* decoded, Lanes* sums) {
   by_kind(m.kind, [&](auto code) {
     const Panels<decltype(code)> panels(m);
-    if (tokens <= MOST_TOKENS || m.kind == TDPASS_FLOATS) return add(panels, panel, x, row, tokens, totals, sums);
+    if (tokens <= MOST_TOKENS || m.kind == TDPASS_FLOATS)
+      return add(panels, panel, x, row, tokens, totals, sums);
     decode(panels, panel, decoded);
     const tdpass_matrix plain{decoded, nullptr, TDPASS_FLOATS, 0, m.in, LANES, nullptr};
     add(Panels<Floats>(plain), 0, x, row, tokens, nullptr, sums);
@@ -135,13 +168,16 @@ void add_panel(const tdpass_matrix& m, int panel, const float* x, Index row, int
 }
 
 // y = activation(sums + bias + residual) of one panel.
-template <class T> void finish(const tdpass_weight_only& layer, const tdpass_rows& y, int panel, const Lanes* sums) {
+template <class T>
+void finish(const tdpass_weight_only& layer, const tdpass_rows& y, int panel, const Lanes* sums) {
   const int at = panel * LANES, count = std::min(LANES, int(y.channels) - at);
   const Lanes bias = layer.bias ? load_some(layer.bias + at, count) : zero();
   for (int64_t i = 0; i < y.rows; i++) {
     Lanes v = sums[i] + bias;
-    if (layer.residual) v += read_some(static_cast<const T*>(layer.residual->data) + i * layer.residual->stride + at, count);
-    write_some(static_cast<T*>(y.data) + i * y.stride + at, layer.activation ? activate(v, layer.activation) : v, count);
+    if (layer.residual)
+      v += read_some(static_cast<const T*>(layer.residual->data) + i * layer.residual->stride + at, count);
+    write_some(static_cast<T*>(y.data) + i * y.stride + at,
+        layer.activation ? activate(v, layer.activation) : v, count);
   }
 }
 
@@ -159,7 +195,8 @@ void add_up(const tdpass_matrix& m, const float* x, Index row, int tokens, float
 int panels_of(const tdpass_matrix& m) { return (m.out + LANES - 1) / LANES; }
 
 // All of `x`, float32 rows, through the layer; panels are shared among threads, those of V first.
-int run_layer(const tdpass_weight_only& layer, const float* x, Index row, const tdpass_rows& y, const tdpass_pool* pool) {
+int run_layer(const tdpass_weight_only& layer, const float* x, Index row, const tdpass_rows& y,
+    const tdpass_pool* pool) {
   const int tokens = int(y.rows);
   const bool thin = layer.matrices > 1;
   const tdpass_matrix* m = layer.matrix;
@@ -200,7 +237,8 @@ int run_layer(const tdpass_weight_only& layer, const float* x, Index row, const 
 }  // namespace
 }  // namespace tdpass
 
-extern "C" int32_t TDPASS_SYMBOL(tdpass_weight_only_linear)(const tdpass_weight_only* layer, const tdpass_rows* x, const tdpass_rows* y, const tdpass_pool* pool) {
+extern "C" int32_t TDPASS_SYMBOL(tdpass_weight_only_linear)(
+    const tdpass_weight_only* layer, const tdpass_rows* x, const tdpass_rows* y, const tdpass_pool* pool) {
   using namespace tdpass;
   constexpr int64_t AT_ONCE = 256;  // tokens whose sums of a panel stay in the first-level cache
   Scratch wide;
@@ -208,7 +246,10 @@ extern "C" int32_t TDPASS_SYMBOL(tdpass_weight_only_linear)(const tdpass_weight_
   const Index item = half ? 2 : 4;
   for (int64_t begin = 0; begin < y->rows; begin += AT_ONCE) {
     const int64_t count = std::min(AT_ONCE, y->rows - begin);
-    auto part = [&](const tdpass_rows& all) { return tdpass_rows{static_cast<char*>(all.data) + begin * all.stride * item, count, all.channels, all.stride}; };
+    auto part = [&](const tdpass_rows& all) {
+      return tdpass_rows{
+          static_cast<char*>(all.data) + begin * all.stride * item, count, all.channels, all.stride};
+    };
     tdpass_weight_only some = *layer;
     tdpass_rows rest{};
     if (layer->residual) rest = part(*layer->residual), some.residual = &rest;
@@ -218,7 +259,8 @@ extern "C" int32_t TDPASS_SYMBOL(tdpass_weight_only_linear)(const tdpass_weight_
     if (half) {
       float* made = wide.reserve(size_t(count) * x->channels);
       for (int64_t i = 0; i < count; i++)
-        for (int64_t c = 0; c < x->channels; c++) made[i * x->channels + c] = widen(static_cast<const Half*>(from.data)[i * from.stride + c]);
+        for (int64_t c = 0; c < x->channels; c++)
+          made[i * x->channels + c] = widen(static_cast<const Half*>(from.data)[i * from.stride + c]);
       floats = made, row = x->channels;
     }
     if (const int status = run_layer(some, floats, row, part(*y), pool)) return status;

@@ -1,8 +1,9 @@
-// ConvChain<stages>[Bias][Add][Relu|Silu|Gelu|Relu6]: inputs x, one weight `[o, i / group, h, w]` (or `[o, i / group, w]`) per stage, a
-// bias where the name says so, and a residual where it says Add; attributes group_<k>, strides_<k>, pads_<k> and dilations_<k> of
-// stage k = 1 .., as those of Conv.  LinearChain<stages>...: weights `[i, o]`, x of any rank.  `lanes` is 0 for channels, 1 for
-// pixels.  Bfloat16ConvChain..., Bfloat16LinearChain...: the same with weights of bfloat16, to which what stages read is rounded where
-// the machine multiplies pairs of such, unless lanes are pixels.
+// ConvChain<stages>[Bias][Add][Relu|Silu|Gelu|Relu6]: inputs x, one weight `[o, i / group, h, w]` (or `[o, i
+// / group, w]`) per stage, a bias where the name says so, and a residual where it says Add; attributes
+// group_<k>, strides_<k>, pads_<k> and dilations_<k> of stage k = 1 .., as those of Conv.
+// LinearChain<stages>...: weights `[i, o]`, x of any rank.  `lanes` is 0 for channels, 1 for pixels.
+// Bfloat16ConvChain..., Bfloat16LinearChain...: the same with weights of bfloat16, to which what stages read
+// is rounded where the machine multiplies pairs of such, unless lanes are pixels.
 #include "chain_shape.h"
 
 namespace tdpass_ort {
@@ -19,10 +20,13 @@ bool multiplies_pairs() {
 
 class Chain : public ChainNode {
  public:
-  Chain(const FloatChain& op, const ort::Api* api, const ort::KernelInfo* info) : ChainNode(op, api, info), half_(op.half), layers_(op.stages) {
+  Chain(const FloatChain& op, const ort::Api* api, const ort::KernelInfo* info)
+      : ChainNode(op, api, info), half_(op.half), layers_(op.stages) {
     const int64_t lanes = integer(api, info, "lanes", TDPASS_CHANNEL_LANES);
-    if (lanes != TDPASS_CHANNEL_LANES && lanes != TDPASS_PIXEL_LANES) refuse(op, "lanes is 0 or 1, not " + std::to_string(lanes));
-    lanes_ = half_ && lanes == TDPASS_CHANNEL_LANES && multiplies_pairs() ? int(TDPASS_PAIR_LANES) : int(lanes);
+    if (lanes != TDPASS_CHANNEL_LANES && lanes != TDPASS_PIXEL_LANES)
+      refuse(op, "lanes is 0 or 1, not " + std::to_string(lanes));
+    lanes_ =
+        half_ && lanes == TDPASS_CHANNEL_LANES && multiplies_pairs() ? int(TDPASS_PAIR_LANES) : int(lanes);
     for (int s = 0; s < op.stages; s++) {
       Tensor weight;
       layers_[s].constant = constant(info, s + 1, weight);
@@ -44,7 +48,8 @@ class Chain : public ChainNode {
     }
     Tensor bias;
     if (chain_.bias) check_bias(bias = input(context, count + 1), stages);
-    tdpass_chain chain = {TDPASS_FLOAT32, lanes_, chain_.activation, count, stages.data(), weights.data(), bias.as<float>(), nullptr};
+    tdpass_chain chain = {TDPASS_FLOAT32, lanes_, chain_.activation, count, stages.data(), weights.data(),
+        bias.as<float>(), nullptr};
 
     const Sizes sizes = output_sizes(x, stages);
     const Tensor y = output(context, 0, sizes);
@@ -52,7 +57,8 @@ class Chain : public ChainNode {
     if (chain_.residual) chain.residual = &(added = spread(input(context, op_.reads.size() - 1), sizes));
     if (y.count() == 0) return;
     Pool pool(api_, context, threads_, worth(stages, to));
-    if (tdpass_conv_chain(&chain, &from, &to, &pool.pool) != 0) refuse(op_, "the kernel does not serve these sizes");
+    if (tdpass_conv_chain(&chain, &from, &to, &pool.pool) != 0)
+      refuse(op_, "the kernel does not serve these sizes");
   }
 
  private:
@@ -66,7 +72,8 @@ class Chain : public ChainNode {
   void prepare(int s, const Tensor& weight, tdpass_stage& stage, Panels& packed) const {
     stage = stage_of(s, weight.sizes);
     if (!half_) packed = pack<float>(stage, lanes_, weight.as<float>(), chain_.linear, as_it_is);
-    else if (lanes_ == TDPASS_PAIR_LANES && !is_depthwise(stage)) packed = pack<uint16_t>(stage, lanes_, weight.as<uint16_t>(), chain_.linear, as_it_is);
+    else if (lanes_ == TDPASS_PAIR_LANES && !is_depthwise(stage))
+      packed = pack<uint16_t>(stage, lanes_, weight.as<uint16_t>(), chain_.linear, as_it_is);
     else packed = pack<float>(stage, lanes_, weight.as<uint16_t>(), chain_.linear, widened);
   }
 
@@ -77,8 +84,10 @@ class Chain : public ChainNode {
 
 FloatChain make(bool half, bool linear, int stages, bool bias, bool residual, int activation) {
   FloatChain op{};
-  op.half = half, op.linear = linear, op.stages = stages, op.bias = bias, op.residual = residual, op.activation = activation;
-  op.title = std::string(half ? "Bfloat16" : "") + (linear ? "LinearChain" : "ConvChain") + std::to_string(stages) + (bias ? "Bias" : "") + (residual ? "Add" : "") + ACTIVATION_NAMES[activation];
+  op.half = half, op.linear = linear, op.stages = stages, op.bias = bias, op.residual = residual,
+  op.activation = activation;
+  op.title = std::string(half ? "Bfloat16" : "") + (linear ? "LinearChain" : "ConvChain") +
+      std::to_string(stages) + (bias ? "Bias" : "") + (residual ? "Add" : "") + ACTIVATION_NAMES[activation];
   op.reads.assign(1 + stages + bias + residual, ort::FLOAT);
   if (half) std::fill_n(op.reads.begin() + 1, stages, ort::BFLOAT16);
   op.makes = {ort::FLOAT};
@@ -95,7 +104,8 @@ void add_float_chains(Operators& all) {
       for (int linear = 0; linear < 2; linear++)
         for (int stages = 1; stages <= MOST_STAGES; stages++)
           for (int with = 0; with < 4; with++)
-            for (int activation = 0; activation < ACTIVATIONS; activation++) made.push_back(make(half, linear, stages, with & 1, with & 2, activation));
+            for (int activation = 0; activation < ACTIVATIONS; activation++)
+              made.push_back(make(half, linear, stages, with & 1, with & 2, activation));
     return made;
   }();
   list(all, ops);

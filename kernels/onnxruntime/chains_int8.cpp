@@ -1,8 +1,10 @@
-// Int8ConvChain<stages>[Add][Relu|Silu|Gelu|Relu6][Bytes], Int8LinearChain...: chains of layers in whole numbers.
+// Int8ConvChain<stages>[Add][Relu|Silu|Gelu|Relu6][Bytes], Int8LinearChain...: chains of layers in whole
+// numbers.
 //
-// Inputs: x, of bytes; for every stage the scale and zero point of what it reads, its weight of int8 and the scales of that, one per
-// output channel; a bias; a residual where the name says Add; and where it says Bytes, the scale and zero point of the output, which is
-// of bytes then, else of float32.  Weights and attributes as those of ConvChain and LinearChain; all but x and the residual are constants.
+// Inputs: x, of bytes; for every stage the scale and zero point of what it reads, its weight of int8 and the
+// scales of that, one per output channel; a bias; a residual where the name says Add; and where it says
+// Bytes, the scale and zero point of the output, which is of bytes then, else of float32.  Weights and
+// attributes as those of ConvChain and LinearChain; all but x and the residual are constants.
 #include "chain_shape.h"
 
 namespace tdpass_ort {
@@ -16,7 +18,12 @@ constexpr size_t EACH = 4;  // inputs of a stage: scale, zero point, weight, sca
 
 class Int8Chain : public ChainNode {
  public:
-  Int8Chain(const Int8ChainOperator& op, const ort::Api* api, const ort::KernelInfo* info) : ChainNode(op, api, info), coded_(op.bytes), stages_(op.stages), factors_(op.stages), grids_(op.stages + 2) {
+  Int8Chain(const Int8ChainOperator& op, const ort::Api* api, const ort::KernelInfo* info)
+      : ChainNode(op, api, info),
+        coded_(op.bytes),
+        stages_(op.stages),
+        factors_(op.stages),
+        grids_(op.stages + 2) {
     for (int s = 0; s < op.stages; s++) {
       const size_t at = 1 + EACH * s;
       grids_[s] = grid(info, at);
@@ -37,13 +44,15 @@ class Int8Chain : public ChainNode {
     const Tensor y = output(context, 0, sizes);
     const tdpass_image from = view(x.data, x.sizes), to = view(y.data, sizes);
     tdpass_image added;
-    tdpass_int8_chain call = {
-        {TDPASS_UINT8, TDPASS_QUAD_LANES, chain_.activation, chain_.stages, stages_.data(), weights_.data(), bias_.data(), nullptr},
+    tdpass_int8_chain call = {{TDPASS_UINT8, TDPASS_QUAD_LANES, chain_.activation, chain_.stages,
+                                  stages_.data(), weights_.data(), bias_.data(), nullptr},
         scales_.data(), totals_.data(), grids_.data()};
-    if (chain_.residual) call.chain.residual = &(added = spread(input(context, 2 + EACH * chain_.stages), sizes));
+    if (chain_.residual)
+      call.chain.residual = &(added = spread(input(context, 2 + EACH * chain_.stages), sizes));
     if (y.count() == 0) return;
     Pool pool(api_, context, threads_, worth(stages_, to));
-    if (tdpass_conv_chain_int8(&call, &from, &to, &pool.pool) != 0) refuse(op_, "the kernel does not serve these sizes");
+    if (tdpass_conv_chain_int8(&call, &from, &to, &pool.pool) != 0)
+      refuse(op_, "the kernel does not serve these sizes");
   }
 
  private:
@@ -67,7 +76,8 @@ class Int8Chain : public ChainNode {
     made.scale.assign(scale.as<float>(), scale.as<float>() + stage.out);
     made.total.resize(stage.out);
     const int64_t each = weight.count() / stage.out;
-    for (int64_t k = 0; k < weight.count(); k++) made.total[chain_.linear ? k % stage.out : k / each] += weight.as<int8_t>()[k];
+    for (int64_t k = 0; k < weight.count(); k++)
+      made.total[chain_.linear ? k % stage.out : k / each] += weight.as<int8_t>()[k];
     return made;
   }
 
@@ -83,10 +93,13 @@ class Int8Chain : public ChainNode {
 
 Int8ChainOperator make(bool linear, int stages, bool residual, int activation, bool bytes) {
   Int8ChainOperator op{};
-  op.linear = linear, op.stages = stages, op.bias = true, op.residual = residual, op.activation = activation, op.bytes = bytes;
-  op.title = std::string(linear ? "Int8LinearChain" : "Int8ConvChain") + std::to_string(stages) + (residual ? "Add" : "") + ACTIVATION_NAMES[activation] + (bytes ? "Bytes" : "");
+  op.linear = linear, op.stages = stages, op.bias = true, op.residual = residual, op.activation = activation,
+  op.bytes = bytes;
+  op.title = std::string(linear ? "Int8LinearChain" : "Int8ConvChain") + std::to_string(stages) +
+      (residual ? "Add" : "") + ACTIVATION_NAMES[activation] + (bytes ? "Bytes" : "");
   op.reads = {ort::UINT8};
-  for (int s = 0; s < stages; s++) op.reads.insert(op.reads.end(), {ort::FLOAT, ort::UINT8, ort::INT8, ort::FLOAT});
+  for (int s = 0; s < stages; s++)
+    op.reads.insert(op.reads.end(), {ort::FLOAT, ort::UINT8, ort::INT8, ort::FLOAT});
   op.reads.insert(op.reads.end(), 1 + residual, ort::FLOAT);
   if (bytes) op.reads.insert(op.reads.end(), {ort::FLOAT, ort::UINT8});
   op.makes = {bytes ? ort::UINT8 : ort::FLOAT};
@@ -102,7 +115,8 @@ void add_int8_chains(Operators& all) {
     for (int linear = 0; linear < 2; linear++)
       for (int stages = 1; stages <= MOST_STAGES; stages++)
         for (int with = 0; with < 4; with++)
-          for (int activation = 0; activation < ACTIVATIONS; activation++) made.push_back(make(linear, stages, with & 1, activation, with & 2));
+          for (int activation = 0; activation < ACTIVATIONS; activation++)
+            made.push_back(make(linear, stages, with & 1, activation, with & 2));
     return made;
   }();
   list(all, ops);

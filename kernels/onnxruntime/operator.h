@@ -1,4 +1,5 @@
-// An operator of com.tdpass: its name, the types of what it reads and makes, and the kernel that serves a node.
+// An operator of com.tdpass: its name, the types of what it reads and makes, and the kernel that serves a
+// node.
 #pragma once
 #include <deque>
 #include <exception>
@@ -14,7 +15,9 @@ struct Operator : ort::CustomOp {
   std::vector<ort::ElementType> reads, makes;
 };
 
-[[noreturn]] inline void refuse(const Operator& op, const std::string& what) { throw std::invalid_argument(op.title + ": " + what); }
+[[noreturn]] inline void refuse(const Operator& op, const std::string& what) {
+  throw std::invalid_argument(op.title + ": " + what);
+}
 
 // Runs `body`; what it throws becomes a status.
 template <class Body> ort::Status* guarded(const Body& body) {
@@ -30,22 +33,30 @@ template <class Body> ort::Status* guarded(const Body& body) {
   }
 }
 
-// Fills in what ONNX Runtime asks of an operator whose nodes `Kernel` serves; `Op` is an Operator, with what else is in its name.
+// Fills in what ONNX Runtime asks of an operator whose nodes `Kernel` serves; `Op` is an Operator, with what
+// else is in its name.
 template <class Kernel, class Op> void serve(Op& op) {
   op.version = ort::OP_VERSION;
   op.name = [](const ort::CustomOp* op) { return static_cast<const Op*>(op)->title.c_str(); };
   op.provider = [](const ort::CustomOp*) -> const char* { return nullptr; };
-  op.input_type = [](const ort::CustomOp* op, size_t index) { return static_cast<const Op*>(op)->reads[index]; };
-  op.output_type = [](const ort::CustomOp* op, size_t index) { return static_cast<const Op*>(op)->makes[index]; };
+  op.input_type = [](const ort::CustomOp* op, size_t index) {
+    return static_cast<const Op*>(op)->reads[index];
+  };
+  op.output_type = [](const ort::CustomOp* op, size_t index) {
+    return static_cast<const Op*>(op)->makes[index];
+  };
   op.inputs = [](const ort::CustomOp* op) { return static_cast<const Op*>(op)->reads.size(); };
   op.outputs = [](const ort::CustomOp* op) { return static_cast<const Op*>(op)->makes.size(); };
-  op.input_characteristic = op.output_characteristic = [](const ort::CustomOp*, size_t) { return ort::REQUIRED; };
+  op.input_characteristic =
+      op.output_characteristic = [](const ort::CustomOp*, size_t) { return ort::REQUIRED; };
   op.input_memory = [](const ort::CustomOp*, size_t) { return ort::DEFAULT_MEMORY; };
   for (auto& arity : op.variadic) arity = [](const ort::CustomOp*) { return 1; };
   op.create = [](const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info, void** kernel) {
     return guarded([&] { *kernel = new Kernel(*static_cast<const Op*>(op), api, info); });
   };
-  op.compute = [](void* kernel, ort::KernelContext* context) { return guarded([&] { static_cast<Kernel*>(kernel)->compute(context); }); };
+  op.compute = [](void* kernel, ort::KernelContext* context) {
+    return guarded([&] { static_cast<Kernel*>(kernel)->compute(context); });
+  };
   op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
 }
 
@@ -78,12 +89,14 @@ class Node {
 
   Tensor required(const ort::KernelInfo* info, size_t index) const {
     Tensor tensor;
-    if (!constant(info, index, tensor)) refuse(op_, "input " + std::to_string(index) + " has to be a constant");
+    if (!constant(info, index, tensor))
+      refuse(op_, "input " + std::to_string(index) + " has to be a constant");
     return tensor;
   }
 
  protected:
-  static constexpr double GRAIN = 3e5;  // multiply-adds that a task should have: ten times what it takes to wake a thread
+  static constexpr double GRAIN =
+      3e5;  // multiply-adds that a task should have: ten times what it takes to wake a thread
 
   static int tasks_worth(double products) { return int(std::min(64.0, std::max(1.0, products / GRAIN))); }
 

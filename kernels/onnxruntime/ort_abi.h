@@ -1,7 +1,7 @@
 // The part of ONNX Runtime's C interface that the operators here use; its wheel ships no headers.
 //
-// That interface is a table of functions that only ever grows at its end, so a place in it is fixed.  Of a custom operator ONNX
-// Runtime reads as many fields as `version` says: 16 brought kernels that can fail.
+// That interface is a table of functions that only ever grows at its end, so a place in it is fixed.  Of a
+// custom operator ONNX Runtime reads as many fields as `version` says: 16 brought kernels that can fail.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -51,10 +51,12 @@ struct Api {
   void* unused_164[85];
   Status* (*constant_input)(const KernelInfo* info, size_t index, int* is_constant, const Value** value);
   void* unused_250[24];
-  Status* (*parallel_for)(const KernelContext* context, void (*task)(void* argument, size_t index), size_t tasks, size_t batches, void* argument);
+  Status* (*parallel_for)(const KernelContext* context, void (*task)(void* argument, size_t index),
+      size_t tasks, size_t batches, void* argument);
 };
 
-#define TDPASS_AT(field, place) static_assert(offsetof(Api, field) == (place) * sizeof(void*), "ONNX Runtime's table")
+#define TDPASS_AT(field, place) \
+  static_assert(offsetof(Api, field) == (place) * sizeof(void*), "ONNX Runtime's table")
 TDPASS_AT(create_domain, 26);
 TDPASS_AT(tensor_data, 51);
 TDPASS_AT(axis_count, 61);

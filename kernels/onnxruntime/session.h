@@ -28,7 +28,9 @@ struct Tensor {
   Sizes sizes;
 
   template <class T> T* as() const { return static_cast<T*>(data); }
-  int64_t count() const { return std::accumulate(sizes.begin(), sizes.end(), int64_t(1), std::multiplies<>()); }
+  int64_t count() const {
+    return std::accumulate(sizes.begin(), sizes.end(), int64_t(1), std::multiplies<>());
+  }
 };
 
 inline Tensor read(const ort::Api* api, const ort::Value* value) {
@@ -45,7 +47,8 @@ inline Tensor read(const ort::Api* api, const ort::Value* value) {
   return tensor;
 }
 
-inline int64_t integer(const ort::Api* api, const ort::KernelInfo* info, const std::string& name, int64_t absent) {
+inline int64_t integer(
+    const ort::Api* api, const ort::KernelInfo* info, const std::string& name, int64_t absent) {
   int64_t value = absent;
   ort::Status* status = api->attribute_integer(info, name.c_str(), &value);
   if (status) api->release_status(status);
@@ -61,8 +64,9 @@ inline Sizes integers(const ort::Api* api, const ort::KernelInfo* info, const st
   return values;
 }
 
-// How many threads the session lends.  Its interface does not say, so it is learnt: of the first calls that could use more
-// threads, which ones come to run the tasks; later ones ask again now and then, for the pool may have been busy.
+// How many threads the session lends.  Its interface does not say, so it is learnt: of the first calls that
+// could use more threads, which ones come to run the tasks; later ones ask again now and then, for the pool
+// may have been busy.
 class Threads {
  public:
   // Of `worth` tasks, how many to make; `asking` is set where the call is to be watched.
@@ -88,7 +92,8 @@ class Threads {
 // The session's threads for one call of a kernel, as the C interface of the kernels takes them.
 class Pool {
  public:
-  Pool(const ort::Api* api, const ort::KernelContext* context, Threads& threads, int worth) : api_(api), context_(context), threads_(threads) {
+  Pool(const ort::Api* api, const ort::KernelContext* context, Threads& threads, int worth)
+      : api_(api), context_(context), threads_(threads) {
     pool = {this, threads.tasks(worth, asking_), run};
   }
   tdpass_pool pool;
@@ -112,7 +117,8 @@ class Pool {
     if (self.asking_) work.ran.resize(tasks);
     check(self.api_->parallel_for(self.context_, step, tasks, tasks, &work));
     int threads = 0;
-    for (size_t k = 0; k < work.ran.size(); k++) threads += std::find(work.ran.begin(), work.ran.begin() + k, work.ran[k]) == work.ran.begin() + k;
+    for (size_t k = 0; k < work.ran.size(); k++)
+      threads += std::find(work.ran.begin(), work.ran.begin() + k, work.ran[k]) == work.ran.begin() + k;
     self.threads_.saw(threads);
   }
 

@@ -1,6 +1,8 @@
-// What an operator is called with, over torch's stable C interface: lent, not copied, and released when the call is over.
+// What an operator is called with, over torch's stable C interface: lent, not copied, and released when the
+// call is over.
 //
-// Like torch's own unboxing (torch::stable::detail::to), but without a reference count per tensor and without its loss of every string.
+// Like torch's own unboxing (torch::stable::detail::to), but without a reference count per tensor and without
+// its loss of every string.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -94,11 +96,17 @@ class Arguments {
   }
 
   // The tensor as contiguous float32 or bfloat16: itself, or a copy that lives as long as the call.
-  Tensor floats(const Tensor& given) { return as(given, aoti_torch_dtype_float32(), torch::headeronly::ScalarType::Float); }
-  Tensor halves(const Tensor& given) { return as(given, aoti_torch_dtype_bfloat16(), torch::headeronly::ScalarType::BFloat16); }
+  Tensor floats(const Tensor& given) {
+    return as(given, aoti_torch_dtype_float32(), torch::headeronly::ScalarType::Float);
+  }
+  Tensor halves(const Tensor& given) {
+    return as(given, aoti_torch_dtype_bfloat16(), torch::headeronly::ScalarType::BFloat16);
+  }
 
   // The tensor without gaps: itself, or a copy that lives as long as the call.
-  Tensor contiguous(const Tensor& given) { return !given || given.contiguous() ? given : keep(torch::stable::contiguous(shared(given))); }
+  Tensor contiguous(const Tensor& given) {
+    return !given || given.contiguous() ? given : keep(torch::stable::contiguous(shared(given)));
+  }
 
   // Gives the arguments, untouched, to another operator of the same schema, which answers in their place.
   void hand_over(const std::string& name) {
@@ -134,7 +142,8 @@ class Arguments {
 
   Tensor as(const Tensor& given, int32_t dtype, torch::headeronly::ScalarType type) {
     if (!given || (given.dtype == dtype && given.contiguous())) return given;
-    torch::stable::Tensor made = given.dtype == dtype ? shared(given) : torch::stable::to(shared(given), type);
+    torch::stable::Tensor made =
+        given.dtype == dtype ? shared(given) : torch::stable::to(shared(given), type);
     return keep(torch::stable::contiguous(made));
   }
 

@@ -13,11 +13,13 @@ struct Chain : Stages {
   // Throws unless the weights are packed for these stages and lanes.
   void take(Arguments& in, const std::vector<Tensor>& given, int32_t lanes) {
     if (int32_t(given.size()) != count)
-      throw std::runtime_error("a chain of " + std::to_string(count) + " stages has " + std::to_string(given.size()) + " weights");
+      throw std::runtime_error(
+          "a chain of " + std::to_string(count) + " stages has " + std::to_string(given.size()) + " weights");
     for (int s = 0; s < count; s++) {
       const tdpass_stage& t = stages[s];
       const int64_t taps = int64_t(t.kernel[0]) * t.kernel[1], depth = t.in / t.groups, width = PANEL[lanes];
-      const bool depthwise = lanes != TDPASS_PIXEL_LANES && depth == 1 && t.out == t.in && t.in > 1, pairs = lanes == TDPASS_PAIR_LANES && !depthwise;
+      const bool depthwise = lanes != TDPASS_PIXEL_LANES && depth == 1 && t.out == t.in && t.in > 1,
+                 pairs = lanes == TDPASS_PAIR_LANES && !depthwise;
       const int64_t panels = ((depthwise ? t.out : t.out / t.groups) + width - 1) / width;
       std::vector<int64_t> wanted = {t.groups, panels, taps, depth, width};
       if (lanes == TDPASS_PIXEL_LANES) wanted = {t.groups, panels, depth, taps, width};
@@ -27,7 +29,8 @@ struct Chain : Stages {
       if (wanted != std::vector<int64_t>(weight.sizes, weight.sizes + weight.dims)) {
         std::string shape;
         for (int64_t size : wanted) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
-        throw std::runtime_error("stage " + std::to_string(s) + " of a chain takes weights packed as [" + shape + "]");
+        throw std::runtime_error(
+            "stage " + std::to_string(s) + " of a chain takes weights packed as [" + shape + "]");
       }
       weights[s] = weight.data;
     }
@@ -45,8 +48,10 @@ Result conv_chain(Arguments& in) {
 
   Chain chain;
   const int32_t dtype = dtype_of(x);
-  if (dtype < 0 || x.dims != 4 || !chain.read(integers) || (residual && residual.dtype != x.dtype)) return not_served();
-  tdpass_chain call{dtype, lanes_of(lanes), activation_of(activation), chain.count, chain.stages, chain.weights, nullptr, nullptr};
+  if (dtype < 0 || x.dims != 4 || !chain.read(integers) || (residual && residual.dtype != x.dtype))
+    return not_served();
+  tdpass_chain call{dtype, lanes_of(lanes), activation_of(activation), chain.count, chain.stages,
+      chain.weights, nullptr, nullptr};
   chain.take(in, weights, call.lanes);
   std::vector<int64_t> sizes(x.sizes, x.sizes + 4);
   if (!chain.convolved(sizes)) return not_served();
@@ -73,9 +78,12 @@ Result linear_chain(Arguments& in) {
 
   Chain chain;
   const int32_t dtype = dtype_of(x);
-  if (dtype < 0 || x.dims < 1 || !chain.read(integers) || (residual && residual.dtype != x.dtype)) return not_served();
-  const int32_t lanes = !weights.empty() && weights[0].dims == PAIR_AXES ? TDPASS_PAIR_LANES : TDPASS_CHANNEL_LANES;
-  tdpass_chain call{dtype, lanes, activation_of(activation), chain.count, chain.stages, chain.weights, nullptr, nullptr};
+  if (dtype < 0 || x.dims < 1 || !chain.read(integers) || (residual && residual.dtype != x.dtype))
+    return not_served();
+  const int32_t lanes =
+      !weights.empty() && weights[0].dims == PAIR_AXES ? TDPASS_PAIR_LANES : TDPASS_CHANNEL_LANES;
+  tdpass_chain call{
+      dtype, lanes, activation_of(activation), chain.count, chain.stages, chain.weights, nullptr, nullptr};
   chain.take(in, weights, lanes);
   std::vector<int64_t> sizes(x.sizes, x.sizes + x.dims);
   sizes.back() = widths.back();

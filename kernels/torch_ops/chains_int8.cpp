@@ -22,7 +22,13 @@ struct Int8Chain : Stages {
   int32_t output = 0;  // the type of y
 
   explicit Int8Chain(Arguments& in)
-      : x(in.tensor()), given(in.tensors()), scales(in.tensors()), totals(in.tensors()), bias(in.optional_tensor()), residual(in.optional_tensor()), grid(in.numbers()) {}
+      : x(in.tensor()),
+        given(in.tensors()),
+        scales(in.tensors()),
+        totals(in.tensors()),
+        bias(in.optional_tensor()),
+        residual(in.optional_tensor()),
+        grid(in.numbers()) {}
 
   // False for what the kernel does not serve: the reference then does, or says why not.
   bool fill(Arguments& in, const std::vector<int64_t>& integers, const std::string& activation) {
@@ -34,7 +40,8 @@ struct Int8Chain : Stages {
     if (residual && residual.dtype != (grids[count + 1].scale > 0 ? bytes : floats)) return false;
     bias = in.floats(bias);
     if (bias && (bias.dims != 1 || bias.numel() != stages[count - 1].out)) return false;
-    call.chain = {coded ? int32_t(TDPASS_UINT8) : dtype, TDPASS_QUAD_LANES, activation_of(activation), count, stages, weights, static_cast<const float*>(bias.data), nullptr};
+    call.chain = {coded ? int32_t(TDPASS_UINT8) : dtype, TDPASS_QUAD_LANES, activation_of(activation), count,
+        stages, weights, static_cast<const float*>(bias.data), nullptr};
     call.scales = scale, call.totals = total, call.grids = grids;
     return true;
   }
@@ -44,25 +51,30 @@ struct Int8Chain : Stages {
     if (grid.size() != size_t(2 * (count + 2))) return false;
     for (int s = 0; s < count + 2; s++) {
       const double zero = grid[2 * s + 1];
-      if (!(zero >= 0 && zero <= 255) || zero != int32_t(zero) || !(grid[2 * s] >= 0 && grid[2 * s] <= 1e30)) return false;
+      if (!(zero >= 0 && zero <= 255) || zero != int32_t(zero) || !(grid[2 * s] >= 0 && grid[2 * s] <= 1e30))
+        return false;
       grids[s] = {float(grid[2 * s]), int32_t(zero)};
     }
     return true;
   }
 
   bool take_factors(Arguments& in) {
-    static const int32_t int8 = aoti_torch_dtype_int8(), int32 = aoti_torch_dtype_int32(), float32 = aoti_torch_dtype_float32();
-    if (given.size() != size_t(count) || scales.size() != given.size() || totals.size() != given.size()) return false;
+    static const int32_t int8 = aoti_torch_dtype_int8(), int32 = aoti_torch_dtype_int32(),
+                         float32 = aoti_torch_dtype_float32();
+    if (given.size() != size_t(count) || scales.size() != given.size() || totals.size() != given.size())
+      return false;
     for (int s = 0; s < count; s++) {
       const tdpass_stage& t = stages[s];
       const int64_t taps = int64_t(t.kernel[0]) * t.kernel[1], depth = t.in / t.groups;
       const bool depthwise = depth == 1 && t.out == t.in && t.in > 1;
       const int64_t panels = ((depthwise ? t.out : t.out / t.groups) + PANEL - 1) / PANEL;
-      std::vector<int64_t> wanted = {t.groups, panels, taps, (depth + TOGETHER - 1) / TOGETHER, PANEL, TOGETHER};
+      std::vector<int64_t> wanted = {
+          t.groups, panels, taps, (depth + TOGETHER - 1) / TOGETHER, PANEL, TOGETHER};
       if (depthwise) wanted = {panels, taps, PANEL};
       const std::vector<int64_t> row = {t.out};
       if (given[s].dtype != int8 || scales[s].dtype != float32 || totals[s].dtype != int32) return false;
-      if (!same_shape(given[s], wanted) || !same_shape(scales[s], row) || !same_shape(totals[s], row)) return false;
+      if (!same_shape(given[s], wanted) || !same_shape(scales[s], row) || !same_shape(totals[s], row))
+        return false;
       weights[s] = in.contiguous(given[s]).data;
       scale[s] = static_cast<const float*>(in.contiguous(scales[s]).data);
       total[s] = static_cast<const int32_t*>(in.contiguous(totals[s]).data);

@@ -50,7 +50,9 @@ inline bool expanded(const Tensor& given, const std::vector<int64_t>& sizes, tdp
   return true;
 }
 
-inline bool same_shape(const Tensor& x, const std::vector<int64_t>& sizes) { return std::vector<int64_t>(x.sizes, x.sizes + x.dims) == sizes; }
+inline bool same_shape(const Tensor& x, const std::vector<int64_t>& sizes) {
+  return std::vector<int64_t>(x.sizes, x.sizes + x.dims) == sizes;
+}
 
 // Sizes `[n, c, h, w]` to those behind a convolution; false where its kernel does not fit in.
 inline bool convolved(std::vector<int64_t>& sizes, const tdpass_stage& t) {
@@ -68,12 +70,17 @@ struct Stages {
 
   // False where there are too many for the kernel, or one that it does not serve.
   bool read(const std::vector<int64_t>& integers) {
-    if (integers.empty() || integers.size() % INTEGERS || integers.size() > size_t(INTEGERS * tdpass::MAX_STAGES)) return false;
+    if (integers.empty() || integers.size() % INTEGERS ||
+        integers.size() > size_t(INTEGERS * tdpass::MAX_STAGES))
+      return false;
     count = int32_t(integers.size()) / INTEGERS;
-    return narrowed(integers, stages) && std::all_of(stages, stages + count, [](const tdpass_stage& t) { return tdpass::is_stage(t, tdpass::MAX_TAPS); });
+    return narrowed(integers, stages) && std::all_of(stages, stages + count, [](const tdpass_stage& t) {
+      return tdpass::is_stage(t, tdpass::MAX_TAPS);
+    });
   }
   bool convolved(std::vector<int64_t>& sizes) const {
-    return std::all_of(stages, stages + count, [&](const tdpass_stage& t) { return torch_ops::convolved(sizes, t); });
+    return std::all_of(
+        stages, stages + count, [&](const tdpass_stage& t) { return torch_ops::convolved(sizes, t); });
   }
 };
 static_assert(sizeof(tdpass_stage) == Stages::INTEGERS * sizeof(int32_t), "a stage is its integers in a row");
@@ -81,7 +88,8 @@ static_assert(sizeof(tdpass_stage) == Stages::INTEGERS * sizeof(int32_t), "a sta
 // The integers of layers of these widths.
 inline std::vector<int64_t> integers_of(const std::vector<int64_t>& widths) {
   std::vector<int64_t> integers;
-  for (size_t s = 0; s + 1 < widths.size(); s++) integers.insert(integers.end(), {widths[s], widths[s + 1], 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1});
+  for (size_t s = 0; s + 1 < widths.size(); s++)
+    integers.insert(integers.end(), {widths[s], widths[s + 1], 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1});
   return integers;
 }
 

@@ -14,7 +14,8 @@ struct Result {
   AtenTensorHandle tensors[MOST] = {};
 
   Result() = default;
-  template <class... Handles> explicit Result(Handles... handles) : count(sizeof...(handles)), tensors{handles...} {}
+  template <class... Handles>
+  explicit Result(Handles... handles) : count(sizeof...(handles)), tensors{handles...} {}
 };
 inline Result not_served() { return Result(); }
 
@@ -23,7 +24,9 @@ class Output {
  public:
   Output(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype) {
     static const int32_t cpu = aoti_torch_device_type_cpu();
-    check(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, cpu, 0, &handle_), "allocate the output");
+    check(aoti_torch_empty_strided(
+              int64_t(sizes.size()), sizes.data(), strides.data(), dtype, cpu, 0, &handle_),
+        "allocate the output");
   }
   Output(const Output&) = delete;
   ~Output() {
@@ -40,7 +43,7 @@ class Output {
   AtenTensorHandle handle_ = nullptr;
 };
 
-int32_t dtype_of(int32_t type);                  // tdpass_dtype of torch's floating-point type, or -1
+int32_t dtype_of(int32_t type);  // tdpass_dtype of torch's floating-point type, or -1
 inline int32_t dtype_of(const Tensor& x) { return dtype_of(x.dtype); }
 int32_t activation_of(const std::string& name);  // tdpass_activation; throws for an unknown name
 int32_t lanes_of(const std::string& name);       // tdpass_lanes; throws for an unknown name

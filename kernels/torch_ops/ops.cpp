@@ -1,5 +1,6 @@
-// The operators in C++: loaded into Python they take the place of the Python implementations for the CPU, and in a program without
-// Python they are the operators.  To add one: a function in a file of its own, declared in operators.h, and a line in OPERATORS.
+// The operators in C++: loaded into Python they take the place of the Python implementations for the CPU, and
+// in a program without Python they are the operators.  To add one: a function in a file of its own, declared
+// in operators.h, and a line in OPERATORS.
 #include "operators.h"
 
 #include <unistd.h>
@@ -24,7 +25,9 @@ void run(StableIValue* stack, const char* name, Result (*kernel)(Arguments&)) {
   } else if (references) {
     in.hand_over(std::string("tdpass::") + name + "_reference");
   } else {
-    throw std::runtime_error(std::string("tdpass::") + name + " does not serve these arguments: it takes tensors of float32 or bfloat16 on the CPU, all of one type, or what its int8 form is packed for");
+    throw std::runtime_error(std::string("tdpass::") + name +
+        " does not serve these arguments: it takes tensors of float32 or bfloat16 on the CPU, all of one "
+        "type, or what its int8 form is packed for");
   }
 }
 
@@ -33,11 +36,23 @@ struct Operator {
   void (*boxed)(StableIValue*, uint64_t, uint64_t);
 };
 
-#define TDPASS_OPERATOR(op) {#op, [](StableIValue* stack, uint64_t, uint64_t) { run(stack, #op, [](Arguments& in) { return op(in); }); }}
+#define TDPASS_OPERATOR(op)                                 \
+  {#op, [](StableIValue* stack, uint64_t, uint64_t) {       \
+     run(stack, #op, [](Arguments& in) { return op(in); }); \
+   }}
 constexpr Operator OPERATORS[] = {
-    TDPASS_OPERATOR(conv_chain),    TDPASS_OPERATOR(conv_chain_int8), TDPASS_OPERATOR(linear_chain), TDPASS_OPERATOR(linear_chain_int8), TDPASS_OPERATOR(tensor_chain),
-    TDPASS_OPERATOR(sparse_conv2d), TDPASS_OPERATOR(sparse_linear),   TDPASS_OPERATOR(low_rank_lstm), TDPASS_OPERATOR(low_rank_gru),
-    TDPASS_OPERATOR(low_rank_lstm_int8), TDPASS_OPERATOR(low_rank_gru_int8), TDPASS_OPERATOR(weight_only_linear),
+    TDPASS_OPERATOR(conv_chain),
+    TDPASS_OPERATOR(conv_chain_int8),
+    TDPASS_OPERATOR(linear_chain),
+    TDPASS_OPERATOR(linear_chain_int8),
+    TDPASS_OPERATOR(tensor_chain),
+    TDPASS_OPERATOR(sparse_conv2d),
+    TDPASS_OPERATOR(sparse_linear),
+    TDPASS_OPERATOR(low_rank_lstm),
+    TDPASS_OPERATOR(low_rank_gru),
+    TDPASS_OPERATOR(low_rank_lstm_int8),
+    TDPASS_OPERATOR(low_rank_gru_int8),
+    TDPASS_OPERATOR(weight_only_linear),
 };
 
 constexpr const char* SCHEMAS[] = {
@@ -70,7 +85,8 @@ int32_t find(const std::string& name, const char* what, std::initializer_list<co
 
 void Arguments::check_call(AOTITorchError status, const std::string& name) {
   if (!status) return;
-  const char* why = torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
+  const char* why =
+      torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
   throw std::runtime_error(why ? std::string(why) : name + " failed");
 }
 
@@ -80,7 +96,9 @@ int32_t dtype_of(int32_t type) {
   return type == float32 ? TDPASS_FLOAT32 : type == bfloat16 ? TDPASS_BFLOAT16 : -1;
 }
 
-int32_t activation_of(const std::string& name) { return find(name, "activation", {"identity", "relu", "silu", "gelu", "relu6"}); }
+int32_t activation_of(const std::string& name) {
+  return find(name, "activation", {"identity", "relu", "silu", "gelu", "relu6"});
+}
 
 int32_t lanes_of(const std::string& name) { return find(name, "lanes", {"channels", "pixels", "pairs"}); }
 
@@ -102,8 +120,9 @@ std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
 
 namespace {
 
-// Registers on loading.  TDPASS_OPERATORS says what this process has: "PID schemas" with Python's definitions, "PID kernels" with a
-// library such as this; in the second case this one does nothing, so that several deployed models may each bring their own.
+// Registers on loading.  TDPASS_OPERATORS says what this process has: "PID schemas" with Python's
+// definitions, "PID kernels" with a library such as this; in the second case this one does nothing, so that
+// several deployed models may each bring their own.
 class Registration {
  public:
   Registration() {
@@ -114,10 +133,12 @@ class Registration {
     if (here == process + " kernels") return;
     references = here == process + " schemas";
     if (!references) {
-      definitions_ = std::make_unique<StableLibrary>(StableLibrary::Kind::FRAGMENT, "tdpass", nullptr, __FILE__, __LINE__);
+      definitions_ = std::make_unique<StableLibrary>(
+          StableLibrary::Kind::FRAGMENT, "tdpass", nullptr, __FILE__, __LINE__);
       for (const char* schema : SCHEMAS) definitions_->def(schema);
     }
-    kernels_ = std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "tdpass", "CPU", __FILE__, __LINE__);
+    kernels_ =
+        std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "tdpass", "CPU", __FILE__, __LINE__);
     for (const Operator& op : OPERATORS) kernels_->impl(op.name, op.boxed);
     setenv("TDPASS_OPERATORS", (process + " kernels").c_str(), 1);
   }
@@ -139,4 +160,6 @@ extern "C" __attribute__((visibility("default"))) const char* tdpass_operators(v
 }
 
 // While set, every operator is answered by its reference.
-extern "C" __attribute__((visibility("default"))) void tdpass_use_reference(int32_t use) { torch_ops::forced = use != 0; }
+extern "C" __attribute__((visibility("default"))) void tdpass_use_reference(int32_t use) {
+  torch_ops::forced = use != 0;
+}

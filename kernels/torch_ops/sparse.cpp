@@ -10,7 +10,8 @@ constexpr size_t INTEGERS = 13;
 struct Blocks {
   Tensor values, inputs, start, rows;
 
-  explicit Blocks(Arguments& in) : values(in.tensor()), inputs(in.tensor()), start(in.tensor()), rows(in.tensor()) {}
+  explicit Blocks(Arguments& in)
+      : values(in.tensor()), inputs(in.tensor()), start(in.tensor()), rows(in.tensor()) {}
 
   // False where its parts do not fit each other: the reference then says why.
   bool fill(Arguments& in, tdpass_sparse& call) {
@@ -19,9 +20,13 @@ struct Blocks {
       if (part->dims != 1 || part->dtype != int32) return false;
     const int64_t width = values.dims == 2 ? values.sizes[1] : 0, panels = width ? rows.numel() / width : 0;
     const int64_t segments = panels ? (start.numel() - 1) / panels : 0;
-    if (!panels || rows.numel() != panels * width || inputs.numel() != values.sizes[0] || start.numel() != segments * panels + 1) return false;
-    values = in.floats(values), inputs = in.contiguous(inputs), start = in.contiguous(start), rows = in.contiguous(rows);
-    call.width = int32_t(width), call.panels = int32_t(panels), call.segments = int32_t(segments), call.blocks = int32_t(inputs.numel());
+    if (!panels || rows.numel() != panels * width || inputs.numel() != values.sizes[0] ||
+        start.numel() != segments * panels + 1)
+      return false;
+    values = in.floats(values), inputs = in.contiguous(inputs), start = in.contiguous(start),
+    rows = in.contiguous(rows);
+    call.width = int32_t(width), call.panels = int32_t(panels), call.segments = int32_t(segments),
+    call.blocks = int32_t(inputs.numel());
     call.start = static_cast<const int32_t*>(start.data);
     call.index = static_cast<const int32_t*>(inputs.data);
     call.rows = static_cast<const int32_t*>(rows.data);
@@ -47,10 +52,13 @@ Result sparse_conv2d(Arguments& in) {
   call.activation = activation_of(in.text());
 
   const int32_t dtype = call.dtype = dtype_of(x);
-  if (dtype < 0 || x.dims != 4 || integers.size() != INTEGERS || (residual && residual.dtype != x.dtype)) return not_served();
+  if (dtype < 0 || x.dims != 4 || integers.size() != INTEGERS || (residual && residual.dtype != x.dtype))
+    return not_served();
   const tdpass_stage& t = call.shape;
   std::vector<int64_t> sizes(x.sizes, x.sizes + 4);
-  if (!narrowed(integers, &call.shape) || !tdpass::is_stage(t, tdpass::MOST_REACH) || sizes[1] != t.in || !convolved(sizes, t)) return not_served();
+  if (!narrowed(integers, &call.shape) || !tdpass::is_stage(t, tdpass::MOST_REACH) || sizes[1] != t.in ||
+      !convolved(sizes, t))
+    return not_served();
   tdpass_image rest{};
   if (residual) {
     if (!expanded(residual, sizes, rest)) return not_served();
@@ -75,7 +83,9 @@ Result sparse_linear(Arguments& in) {
   call.dtype = dtype_of(x);
   if (call.dtype < 0 || x.dims < 1 || (residual && residual.dtype != x.dtype)) return not_served();
   std::vector<int64_t> sizes(x.sizes, x.sizes + x.dims);
-  if (!tdpass::within(sizes.back(), 1, tdpass::MOST_CHANNELS) || !tdpass::within(outputs, 1, tdpass::MOST_CHANNELS)) return not_served();
+  if (!tdpass::within(sizes.back(), 1, tdpass::MOST_CHANNELS) ||
+      !tdpass::within(outputs, 1, tdpass::MOST_CHANNELS))
+    return not_served();
   call.shape = {int32_t(sizes.back()), int32_t(outputs), 1, {1, 1}, {1, 1}, {0, 0}, {0, 0}, {1, 1}};
   sizes.back() = outputs;
   if (residual && !same_shape(residual, sizes)) return not_served();

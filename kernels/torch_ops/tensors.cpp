@@ -15,7 +15,8 @@ tdpass_rows rows(const Tensor& x) {
 
 bool packed_for(const Tensor& weight, const tdpass_step& step) {
   if (!tdpass::within(tdpass::product({step.o, step.r}), 1, tdpass::MOST_CHANNELS)) return false;
-  const int64_t wanted[] = {step.batched ? step.a : 1, (int64_t(step.o) * step.r + PANEL - 1) / PANEL, step.k, PANEL};
+  const int64_t wanted[] = {
+      step.batched ? step.a : 1, (int64_t(step.o) * step.r + PANEL - 1) / PANEL, step.k, PANEL};
   return weight.dims == 4 && std::equal(wanted, wanted + 4, weight.sizes);
 }
 
@@ -30,7 +31,9 @@ Result tensor_chain(Arguments& in) {
 
   const size_t count = integers.size() / INTEGERS;
   const int32_t dtype = dtype_of(x);
-  if (dtype < 0 || x.dims < 1 || count < 1 || count > MAX_STEPS || integers.size() % INTEGERS || given.size() != count) return not_served();
+  if (dtype < 0 || x.dims < 1 || count < 1 || count > MAX_STEPS || integers.size() % INTEGERS ||
+      given.size() != count)
+    return not_served();
   if (residual && residual.dtype != x.dtype) return not_served();
   tdpass_step steps[MAX_STEPS];
   const float* weights[MAX_STEPS];
@@ -45,12 +48,14 @@ Result tensor_chain(Arguments& in) {
   if (sizes.back() < 1 || sizes.back() != tdpass::product({first.a, first.k, first.b})) return not_served();
   sizes.back() = tdpass::product({last.a, last.o, last.r, last.b});
   if (!tdpass::within(sizes.back(), 1, tdpass::MOST_CHANNELS)) return not_served();
-  if (residual && std::vector<int64_t>(residual.sizes, residual.sizes + residual.dims) != sizes) return not_served();
+  if (residual && std::vector<int64_t>(residual.sizes, residual.sizes + residual.dims) != sizes)
+    return not_served();
   Tensor shift = in.floats(bias), plain = in.contiguous(x), rest = in.contiguous(residual);
   if (shift && (shift.dims != 1 || shift.numel() != sizes.back())) return not_served();
   tdpass_rows added{};
   if (rest) added = rows(rest);
-  const tdpass_program call{dtype, activation, int32_t(count), steps, weights, static_cast<const float*>(shift.data), rest ? &added : nullptr};
+  const tdpass_program call{dtype, activation, int32_t(count), steps, weights,
+      static_cast<const float*>(shift.data), rest ? &added : nullptr};
   Output y(sizes, contiguous_strides(sizes), x.dtype);
   const tdpass_rows from = rows(plain), into = rows(y.view());
   const tdpass_pool threads = pool();
