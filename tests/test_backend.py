@@ -126,7 +126,9 @@ def test_a_chain_with_its_epilogue_is_one_operator(
     left = " ".join(seen[0])
     assert "batch_norm" not in left
     named = ("tanh", "hardtanh", "relu6", "clamp")
-    assert {name for name in named if name in left.split()} == ({LEFT[activation]} if activation in LEFT else set())
+    assert {name for name in named if name in left.split()} == (
+        {LEFT[activation]} if activation in LEFT else set()
+    )
 
 
 CONV = Site("w", "conv", (12, 16, 3, 3), (2, 1), ((1, 1), (0, 2)), (1, 1), extents=(((9, 8), (5, 8)),))

@@ -23,7 +23,13 @@ from tdpass.models.onnx.fused_integer_ops import Int8ChainOp, WeightOnlyOp
 from tdpass.models.onnx.fused_ops import FusedOp
 from tdpass.models.onnx.fused_recurrent_ops import LowRankCellOp, Numbers
 
-ENDS = [("identity", False, False), ("relu", False, True), ("silu", True, False), ("gelu", True, True), ("relu6", False, True)]
+ENDS = [
+    ("identity", False, False),
+    ("relu", False, True),
+    ("silu", True, False),
+    ("gelu", True, True),
+    ("relu6", False, True),
+]
 CONVOLUTIONS = {
     "tucker2": (Stage(13, 6), Stage(6, 5, 1, (3, 3), (1, 1), (1, 1), (1, 1)), Stage(5, 17)),
     "spatial": (
