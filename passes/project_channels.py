@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from tdpass.cost import Budget, BudgetValue, bounded
+from tdpass.cost import Budget, BudgetValue, Cost, bounded
 from tdpass.digest import digest
 from tdpass.errors import UsageError
 from tdpass.job import Job
@@ -75,7 +75,11 @@ class ProjectChannels(Pass):
             for name, layer in layers.items():
                 model.replace(name, layer)
         before = [choice for choice in job.plan or () if choice.site not in named]
-        job.plan = replace(plan, choices=(*before, *plan.choices))
+        # the model that was planned on lacks what these have saved, which their own costs say too
+        saved = sum((choice.dense - choice.cost for choice in before), Cost())
+        job.plan = replace(
+            plan, choices=(*before, *plan.choices), prepared=(plan.prepared or plan.original) + saved
+        )
         job.report.sites, job.report.metric, job.report.divergence = (
             job.plan.rows(),
             plan.metric,

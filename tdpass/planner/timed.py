@@ -161,17 +161,20 @@ def _mildest(candidates: Iterable[Candidate], budget: Budget) -> Candidate | Non
     return min(allowed, key=lambda candidate: candidate.loss, default=None)
 
 
+def _compared(amount: float, dense: float, title: str) -> str:
+    """A price beside the dense one, which is nothing for a table of which rows are only read."""
+    if not math.isfinite(amount):
+        return "a format that no runtime here can run"
+    return f"{amount / dense:.2f} of the dense {title}" if dense else f"{title} that dense does not take"
+
+
 def _too_dear(site: Site, asked: Candidate, table: Table, prices: Prices) -> str:
     """Why its price forbids what was asked for; empty where it does not."""
     measure, priced = prices.measures[0], prices.priced(site, asked)
     if prices.pays(site, priced):
         return ""
     amount, dense = priced.cost.get(measure), prices.priced(site, dense_candidate(site)).cost.get(measure)
-    took = (
-        f"{amount / dense:.2f} of the dense {_title(prices)}"
-        if math.isfinite(amount)
-        else "a format that no runtime here can run"
-    )
+    took = _compared(amount, dense, _title(prices))
     if asked.form.narrow:
         return f"{asked.form} takes {took}"
     rank, known = prices.break_even(site, asked.format), "measured rank" if prices.target.here else "rank"

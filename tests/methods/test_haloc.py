@@ -140,7 +140,7 @@ def sites_seen() -> list[Site]:
 
 
 def test_on_a_modelled_target_prediction_and_measurement_are_the_same() -> None:
-    checks = train(target="systolic:gemmini", budget={"cycles": 0.7}).report.checks
+    checks = train(target="systolic:gemmini", budget={"cycles": 0.9}).report.checks
     assert checks["predicted_cycles"] == checks["measured_cycles"] > 0
 
 

@@ -308,7 +308,8 @@ def test_graphs_fold_and_factor_under_the_same_conditions(front: str, cls: type[
     expected, answer = _answer(model, x), _answer(result, x)
     difference = float((answer - expected).norm() / expected.norm())
     assert difference == pytest.approx(artifact.report.checks["relative_difference"], rel=0.02, abs=1e-5)
-    assert ("a" in artifact.report.declined) == (cls in READ_ELSEWHERE)
+    lifted = front == "fx" and cls is Einsum  # into a layer of the same weight, which shares its factors
+    assert ("a" in artifact.report.declined) == (cls in READ_ELSEWHERE and not lifted)
     assert ("n" in artifact.report.declined) == (cls in NOT_FOLDED)
 
 

@@ -81,7 +81,8 @@ def test_weights_are_packed_in_pairs_for_inputs_of_bfloat16(
     layer = next(part for part in model if isinstance(part, FloatChain) and part.lowered.linear).bfloat16()
     DERIVED.clear()  # verified in single precision, it is packed in channels
     x = torch.randn(5, layer.site.i).bfloat16()
-    found, plain = layer(x), Factorized.forward(layer, x)
+    assert layer.activation == "relu"
+    found, plain = layer(x), Factorized.forward(layer, x).relu()
     assert seen == {"pairs" if pairs else "channels"}
     # two products, each rounded to bfloat16 by the layer, the bias's sum by both
     torch.testing.assert_close(found, plain, rtol=3e-2, atol=3e-2 * float(plain.abs().max()))

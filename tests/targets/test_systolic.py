@@ -383,7 +383,17 @@ def test_break_even_is_asked_of_a_modelled_target_as_of_a_timed_one() -> None:
     assert rank == (16,)
 
 
+def test_a_table_of_which_rows_are_read_costs_no_cycles_and_stays_under_a_budget_of_them() -> None:
+    net = nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 32)).eval()
+    plan = tdpass.make_plan(net, {"cycles": 1.0}, torch.arange(4), target="systolic", cache=False).plan
+    table = plan.get("0")
+    assert table.kept_dense
+    assert table.cost.get("cycles") == 0
+    assert "that dense does not take" in table.reason
+
+
 def test_layers_that_are_no_sites_are_said_to_cost_nothing() -> None:
-    net = nn.Sequential(nn.Embedding(5, 32), nn.PReLU(), nn.Linear(32, 32)).eval()
-    report = tdpass.make_plan(net, {"cycles": 1.0}, torch.arange(4), target="systolic", cache=False).report
+    net = nn.Sequential(nn.EmbeddingBag(5, 32), nn.PReLU(), nn.Linear(32, 32)).eval()
+    words = torch.arange(4).reshape(4, 1)
+    report = tdpass.make_plan(net, {"cycles": 1.0}, words, target="systolic", cache=False).report
     assert "what target systolic says is that of the sites alone; these layers are none: 0" in report.notes
