@@ -21,6 +21,7 @@ from tdpass.planner.rank_plan import RankPlan
 from tdpass.planner.sensitivity import Sweep
 from tdpass.planner.table import Table
 from tdpass.planner.trials import Promise
+from tdpass.planner.widths import checked_share
 from tdpass.site import Site, selects
 
 
@@ -50,11 +51,7 @@ class ProjectChannels(Pass):
             raise UsageError(
                 f"how={self.how!r} is not known to {self.name}; it is one of {', '.join(NARROWINGS)}"
             )
-        if not 0 < self.keep <= 1:
-            raise UsageError(
-                f"keep={self.keep!r} is no share of the channels; give one in (0, 1], or a budget such as "
-                "macs=0.7"
-            )
+        checked_share(self.keep, "macs=0.7")
         sites = [
             site
             for site in model.sites()

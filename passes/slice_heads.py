@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 
-from tdpass.cost import Budget, BudgetValue, bounded
 from tdpass.errors import InvalidModelError, UnsupportedError
 from tdpass.job import Job
 from tdpass.models.abilities import SlicesStreams
 from tdpass.models.base import Batch, Model
-from tdpass.passes.slicing import ROUNDING, few_samples, why_no_slicing
-from tdpass.pipeline import Pass, register_pass
+from tdpass.passes.slicing import ROUNDING, Slices, Slicing
+from tdpass.pipeline import register_pass
 from tdpass.planner.heads import Bases, Bond, find_bases, find_bonds, narrowed
-from tdpass.planner.trials import Promise, gap
-from tdpass.planner.widths import Widths, checked_share
+from tdpass.planner.trials import gap
+from tdpass.planner.widths import Widths
 
 _LEAST = 1
 _KINDS = {"queries, keys and values": (True, False), "values": (False,), "queries and keys": (True,)}
@@ -24,7 +21,7 @@ _FAILURES = (InvalidModelError, UnsupportedError)
 
 @register_pass
 @dataclass(frozen=True)
-class SliceHeads(Pass):
+class SliceHeads(Slicing):
     """Store attention heads over fewer channels, the same number in each: a narrower dense network.
 
     Queries and keys become `Q M` and `K N`, so that scores are the best of that rank on the data; values
@@ -37,40 +34,23 @@ class SliceHeads(Pass):
     """
 
     name = "slice-heads"
-    promise = Promise.PLAN
+    instead = "params=0.9"
 
-    gathers = MappingProxyType({"bounds": bounded})
-
-    bounds: Mapping[str, BudgetValue] = field(default_factory=dict)
-    keep: float = 0.75
-
-    def run(self, model: Model, job: Job) -> bool:
-        checked_share(self.keep, "params=0.9")
-        job.expected = job.expected or 0.0
-        why = why_no_slicing(model, job)
-        if why:
-            job.note(f"skipped: {why}")
-            return False
-        example = few_samples(model, job)
+    def slices(self, model: Model, example: Batch, job: Job) -> Slices | str:
         bonds = find_bonds(model.record(example))
         for site, reason in bonds.reasons.items():
             job.report.decline(site, f"its heads keep their width: {reason}")
         bases = find_bases(bonds, job.tapes(model)) if bonds.found else {}
         way, why = _way(model, example, bonds.found, bases)
         if way is None:
-            job.note(f"left as it was: {why}")
-            return False
+            return why
         most = max(bond.width for bond in way.bonds)
-        widths = Widths(model, example, way, most, _LEAST, self.name, "heads")
-        keep = widths.largest(Budget.parse(self.bounds), job.original) if self.bounds else self.keep
-        before = {site.name: site for site in model.sites()}
-        way(model, keep)
-        job.rewritten(model, before)
-        job.note(
-            f"{way.what} of {len({bond.right.site for bond in way.bonds if bond.right.reads} or way.bonds)} "
-            f"attentions keep {keep:.3g} of the {most} channels in every head; divergence {job.lost:.4g}"
+        attentions = len({bond.right.site for bond in way.bonds if bond.right.reads} or way.bonds)
+        return Slices(
+            Widths(model, example, way, most, _LEAST, self.name, "heads"),
+            f"{way.what} of {attentions} attentions",
+            f"the {most} channels in every head",
         )
-        return True
 
 
 @dataclass(frozen=True)

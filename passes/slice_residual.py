@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 
-from tdpass.cost import Budget, BudgetValue, bounded
 from tdpass.errors import InvalidModelError, UnsupportedError
 from tdpass.job import Job
 from tdpass.models.abilities import SlicesStreams
 from tdpass.models.base import Batch, Model
-from tdpass.passes.slicing import ROUNDING, few_samples, why_no_slicing
-from tdpass.pipeline import Pass, register_pass
+from tdpass.passes.slicing import ROUNDING, Slices, Slicing
+from tdpass.pipeline import register_pass
 from tdpass.planner.streams import Basis, find_bases, find_streams, sliced
 from tdpass.planner.streams.slicing import LEAST
-from tdpass.planner.trials import Promise, gap
-from tdpass.planner.widths import Widths, checked_share
+from tdpass.planner.trials import gap
+from tdpass.planner.widths import Widths
 
 
 @register_pass
 @dataclass(frozen=True)
-class SliceResidual(Pass):
+class SliceResidual(Slicing):
     """Store the streams between norms in fewer channels (SliceGPT): a narrower dense network.
 
     `keep` is the share of channels that is left; with a budget among the options (`params=0.8`) it is the
@@ -33,42 +31,22 @@ class SliceResidual(Pass):
     """
 
     name = "slice-residual"
-    promise = Promise.PLAN
+    instead = "params=0.8"
 
-    gathers = MappingProxyType({"bounds": bounded})
-
-    bounds: Mapping[str, BudgetValue] = field(default_factory=dict)
-    keep: float = 0.75
-
-    def run(self, model: Model, job: Job) -> bool:
-        checked_share(self.keep, "params=0.8")
-        job.expected = job.expected or 0.0
-        why = why_no_slicing(model, job)
-        if why:
-            job.note(f"skipped: {why}")
-            return False
-        example = few_samples(model, job)
+    def slices(self, model: Model, example: Batch, job: Job) -> Slices | str:
         streams = find_streams(model.record(example))
         for reason in streams.reasons():
             job.note(f"a stream keeps its coordinates: {reason}")
         bases = find_bases(streams, job.tapes(model)) if streams.turning() else {}
-        most = max((basis.width for basis in bases.values()), default=LEAST)
-        narrow = partial(_slice, example, bases)
-        widths = Widths(model, example, narrow, most, LEAST, self.name, "streams")
-        why = _why_not_at(widths, self.keep) if bases else "no stream that norms read may turn"
+        if not bases:
+            return "no stream that norms read may turn"
+        most = max(basis.width for basis in bases.values())
+        widths = Widths(model, example, partial(_slice, example, bases), most, LEAST, self.name, "streams")
+        why = _why_not_at(widths, self.keep)
         if why:
-            job.note(f"left as it was: {why}")
-            return False
-        keep = widths.largest(Budget.parse(self.bounds), job.original) if self.bounds else self.keep
-        before = {site.name: site for site in model.sites()}
-        narrow(model, keep)
-        job.rewritten(model, before)
+            return why
         sizes = sorted({basis.width for basis in bases.values()})
-        job.note(
-            f"{len(bases)} streams of {', '.join(map(str, sizes))} channels keep {keep:.3g} of them; "
-            f"divergence {job.lost:.4g}"
-        )
-        return True
+        return Slices(widths, f"{len(bases)} streams of {', '.join(map(str, sizes))} channels", "them")
 
 
 def _why_not_at(widths: Widths, keep: float) -> str:
