@@ -111,3 +111,15 @@ def _trained(net: nn.Module) -> nn.Module:
         size = 0.3 if "norm" in name.lower() else 0.1 * float(parameter.detach().std())
         parameter.data += size * torch.randn(parameter.shape, generator=generator)
     return net.eval()
+
+
+def answer(net: nn.Module, x: object) -> Tensor:
+    """What a network returns, the first of several."""
+    with torch.no_grad():
+        y = net(**x) if isinstance(x, dict) else net(x)
+    return y if isinstance(y, Tensor) else next(iter(y.values()))
+
+
+def notes(artifact: tdpass.Artifact[nn.Module]) -> str:
+    """What the first pass had to say."""
+    return " ".join(artifact.report.passes[0].notes)

@@ -12,7 +12,7 @@ import torch
 from onnx_nets import to_onnx
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers_small import NETS, WIDTH, bert, encoder, llama, vision
+from transformers_small import NETS, WIDTH, answer, bert, encoder, llama, notes, vision
 
 import tdpass
 from tdpass.errors import BudgetError, PlanError, UsageError
@@ -65,16 +65,6 @@ def low_rank(net: nn.Module, rank: int) -> None:
 
 def sliced(net: object, x: object, options: str = "keep=0.5") -> tdpass.Artifact[nn.Module]:
     return tdpass.compress(net, data=x, pipeline=f"slice-heads{{{options}}},verify", strict=False, **QUIET)  # type: ignore[arg-type]
-
-
-def answer(net: nn.Module, x: object) -> Tensor:
-    with torch.no_grad():
-        y = net(**x) if isinstance(x, dict) else net(x)
-    return y if isinstance(y, Tensor) else next(iter(y.values()))
-
-
-def notes(artifact: tdpass.Artifact[nn.Module]) -> str:
-    return " ".join(artifact.report.passes[0].notes)
 
 
 WAYS = [{}, {"fused": True}, {"kv": 2, "fused": True}, {"kv": 1, "fused": True}]

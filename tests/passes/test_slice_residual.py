@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx_nets import to_onnx
 from torch import Tensor, nn
-from transformers_small import NETS, WIDTH, Vision, bert, encoder, llama, tied_llama, vision
+from transformers_small import NETS, WIDTH, Vision, answer, bert, encoder, llama, notes, tied_llama, vision
 
 import tdpass
 from tdpass.errors import BudgetError, PlanError, UsageError
@@ -27,26 +27,16 @@ def _sliced(
     return tdpass.compress(net, data=x, pipeline=pipeline, strict=False, **QUIET, **more)
 
 
-def _answer(net: nn.Module, x: object) -> Tensor:
-    with torch.no_grad():
-        y = net(**x) if isinstance(x, dict) else net(x)
-    return y if isinstance(y, Tensor) else next(iter(y.values()))
-
-
-def _notes(artifact: tdpass.Artifact[nn.Module]) -> str:
-    return " ".join(artifact.report.passes[0].notes)
-
-
 @pytest.mark.parametrize("name", NETS)
 def test_at_full_width_the_answer_is_the_same_up_to_rounding(name: str) -> None:
     net, x = NETS[name]()
     artifact = _sliced(net, x, "keep=1.0")
-    assert artifact.report.passes[0].changed, _notes(artifact)
+    assert artifact.report.passes[0].changed, notes(artifact)
     assert any(isinstance(part, SlicedNorm) for part in artifact.model.modules())
     assert not any(isinstance(part, nn.LayerNorm | nn.RMSNorm) for part in artifact.model.modules())
-    reference = _answer(net, x)
+    reference = answer(net, x)
     torch.testing.assert_close(
-        _answer(artifact.model, x), reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()) + 1e-6
+        answer(artifact.model, x), reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()) + 1e-6
     )
 
 
@@ -59,7 +49,7 @@ def test_a_stream_is_as_narrow_as_asked_and_comes_back_from_a_file(name: str, tm
     assert artifact.report.final.macs < artifact.report.original.macs
     artifact.save(tmp_path / "small.safetensors")
     loaded = tdpass.load(tmp_path / "small.safetensors", copy.deepcopy(net))
-    assert torch.equal(_answer(loaded, x), _answer(artifact.model, x))
+    assert torch.equal(answer(loaded, x), answer(artifact.model, x))
 
 
 def test_before_norms_no_layer_is_added() -> None:
@@ -95,7 +85,7 @@ def test_directions_that_hold_nothing_are_left_out_without_loss() -> None:
         for constant in (net.token, net.positions):
             constant.copy_(constant @ onto)  # type: ignore[operator,union-attr]
     artifact = _sliced(net, x, "keep=0.625")
-    torch.testing.assert_close(_answer(artifact.model, x), _answer(net, x), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(answer(artifact.model, x), answer(net, x), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("measure", ["params", "macs", "bytes"])
@@ -132,7 +122,7 @@ def test_what_is_left_is_planned_and_factored_under_one_budget() -> None:
 def test_without_data_and_after_factors_it_says_why_it_does_nothing() -> None:
     net, x = vision()
     without = tdpass.compress(net, pipeline="slice-residual", example_inputs=x, **QUIET)
-    assert "no calibration data" in _notes(without)
+    assert "no calibration data" in notes(without)
     late = "plan{params=0.8},factorize,slice-residual"
     after = tdpass.compress(net, data=x, pipeline=late, formats=["svd"], strict=False, **QUIET)
     assert "replaced already" in " ".join(after.report.passes[2].notes)
@@ -175,8 +165,8 @@ class _Hardcoded(Vision):
 def test_a_stream_that_cannot_turn_is_left_with_the_reason(net: type[Vision], reason: str) -> None:
     made, x = net().eval(), torch.randn(8, 3, 8, 8)
     artifact = _sliced(made, x)
-    assert reason in _notes(artifact)
-    assert torch.equal(_answer(artifact.model, x), _answer(made, x))
+    assert reason in notes(artifact)
+    assert torch.equal(answer(artifact.model, x), answer(made, x))
 
 
 def test_a_file_of_a_sliced_model_fits_no_other_class(tmp_path: Path) -> None:
@@ -190,8 +180,8 @@ def test_a_file_of_a_sliced_model_fits_no_other_class(tmp_path: Path) -> None:
 def test_states_that_are_returned_come_back_in_the_coordinates_of_the_model() -> None:
     net, x = bert()
     artifact = _sliced(net, x)
-    assert _answer(artifact.model, x).shape == _answer(net, x).shape
-    cosine = torch.cosine_similarity(_answer(artifact.model, x), _answer(net, x), dim=-1)
+    assert answer(artifact.model, x).shape == answer(net, x).shape
+    cosine = torch.cosine_similarity(answer(artifact.model, x), answer(net, x), dim=-1)
     assert float(cosine.mean()) > 0.9
 
 
@@ -212,9 +202,9 @@ def test_onnx_models_are_sliced_to_the_same_answers(name: str, tmp_path: Path) -
     exported = _exported(net, x)
     data = {key: value.numpy() for key, value in x.items()} if isinstance(x, dict) else x
     whole = tdpass.compress(exported, data=data, pipeline="slice-residual{keep=1.0},verify", **QUIET)
-    torch.testing.assert_close(_run(whole.model, x), _answer(net, x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(_run(whole.model, x), answer(net, x), rtol=1e-4, atol=1e-5)
     small = tdpass.compress(exported, data=data, pipeline="slice-residual{keep=0.75},verify", **QUIET)
-    torch.testing.assert_close(_run(small.model, x), _answer(_sliced(net, x).model, x), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(_run(small.model, x), answer(_sliced(net, x).model, x), rtol=1e-3, atol=1e-4)
     assert small.report.final.params < 0.9 * small.report.original.params
     small.save(tmp_path / "small.onnx")
     torch.testing.assert_close(_run(onnx.load(tmp_path / "small.onnx"), x), _run(small.model, x))
