@@ -21,3 +21,4 @@ from tdpass.datasets.base import Source as Source
 from tdpass.datasets.base import is_dataset as is_dataset
 from tdpass.datasets.base import open_dataset as open_dataset
 from tdpass.datasets.base import register_source as register_source
+from tdpass.datasets.base import source_of as source_of

@@ -168,10 +168,14 @@ def measured(name: str, training: Examples, test: Examples | None = None, held: 
 
 
 class Source(ABC):
-    """Where data sets come from: what it is called by, and how it is opened."""
+    """Where data sets come from: what it is called by, and how it is opened.
+
+    `epochs` is set where a set is there to try recipes on: no stage of a recipe for other data trains longer.
+    """
 
     name: str
     example: str  # what to write, for messages
+    epochs: int = 0
 
     @abstractmethod
     def claims(self, text: str) -> bool:
@@ -196,15 +200,20 @@ def is_dataset(text: str) -> bool:
     return any(source.claims(text) for source in SOURCES)
 
 
-def open_dataset(text: str, sample: Sequence[int | None] | None = None) -> Dataset:
-    """The data set that the text names, its images as a network reads them that wants `sample`.
-
-    Raises `UsageError`.
-    """
+def source_of(text: str) -> Source:
+    """The source that claims the text; raises `UsageError`."""
     source = next((source for source in SOURCES if source.claims(text)), None)
     if source is None:
         raise UsageError(
             f"{text!r} names no data set; give one of: {', '.join(source.example for source in SOURCES)}"
         )
-    found = source.open(text)
+    return source
+
+
+def open_dataset(text: str, sample: Sequence[int | None] | None = None) -> Dataset:
+    """The data set that the text names, its images as a network reads them that wants `sample`.
+
+    Raises `UsageError`.
+    """
+    found = source_of(text).open(text)
     return found if sample is None else found.fitted(sample)

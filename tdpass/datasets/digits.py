@@ -31,6 +31,7 @@ class Digits(Source):
 
     name = "digits"
     example = "digits"
+    epochs = 6
 
     def claims(self, text: str) -> bool:
         return text == self.name

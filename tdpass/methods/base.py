@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import Self
 
 from tdpass.artifact import Artifact
 from tdpass.cost import Cost
@@ -254,6 +255,23 @@ class Method(ABC):
                 "phases have a multiple of that"
             )
         return rounds // rounds_per_epoch
+
+    def at_most(self, epochs: int, rounds_per_epoch: int = 1) -> Self:
+        """The same in so many epochs at most, and an epoch for each `rounds_per_epoch` phases.
+
+        Its phases keep their shares of the rounds, one at least.  These are the option `rounds`, or where a
+        method has none the options that its phases are named after.
+        """
+        counts = {phase.name: phase.rounds for phase in self.phases() if phase.rounds}
+        allowed = max(epochs, -(-len(counts) // rounds_per_epoch)) * rounds_per_epoch
+        whole = sum(counts.values())
+        if whole <= allowed:
+            return self
+        fewer = {name: max(1, count * allowed // whole) for name, count in counts.items()}
+        fewer[max(fewer, key=fewer.__getitem__)] += allowed - sum(fewer.values())
+        known = {option.name for option in fields(self)}  # type: ignore[arg-type]
+        options = {"rounds" if "rounds" in known else name: count for name, count in fewer.items()}
+        return replace(self, **options)  # type: ignore[type-var]
 
     @abstractmethod
     def phases(self) -> Sequence[Phase]:

@@ -40,7 +40,8 @@ class Ingredients:
     training batches.  `batch`, `augment`, `rounds_per_epoch` and `trained` are for data sets: the largest
     batch, how images are changed (the set's own way by default), how often an epoch goes through them, and
     whether to start from the trained weights that come with the set; where there are none the network is
-    trained first.  `example` is the shape of one input, for networks that are not of the zoo.
+    trained first.  `example` is the shape of one input, for networks that are not of the zoo.  No stage
+    trains for more epochs than `at_most`, where that is not 0.
     """
 
     model: str
@@ -53,6 +54,11 @@ class Ingredients:
     pretrain: Count = 0
     pretraining: Mapping[str, Any] | None = None
     seed: Count = 0
+    at_most: Count = 0
+
+    def bounded(self, epochs: int) -> int:
+        """So many epochs, or as many as a stage may have."""
+        return min(epochs, self.at_most) if self.at_most else epochs
 
 
 @dataclass(frozen=True)
@@ -108,10 +114,10 @@ def gathered(wanted: Ingredients, note: Callable[[str], None] = lambda text: Non
         )
     if dataset is None:
         batches = made_by(wanted.data, wanted.seed)
-        return Material(model, batches, None, example, wanted.pretrain, wanted.pretraining)
+        return Material(model, batches, None, example, wanted.bounded(wanted.pretrain), wanted.pretraining)
     batches = dataset.batches(wanted.seed, wanted.batch, wanted.augment, wanted.rounds_per_epoch)
-    made = Material(model, batches, dataset, example, wanted.pretrain, wanted.pretraining)
-    return _started(made, wanted.model, note) if wanted.trained else made
+    made = Material(model, batches, dataset, example, wanted.bounded(wanted.pretrain), wanted.pretraining)
+    return _started(made, wanted, note) if wanted.trained else made
 
 
 def _accuracy(dataset: Dataset, part: str) -> Score:
@@ -126,17 +132,17 @@ def _of_zoo(name: str, dataset: Dataset | None) -> nn.Module:
     return model
 
 
-def _started(made: Material, net: str, note: Callable[[str], None]) -> Material:
+def _started(made: Material, wanted: Ingredients, note: Callable[[str], None]) -> Material:
     """From the weights that come with the data set, or trained from the beginning where there are none."""
     assert made.dataset is not None
-    path = made.dataset.weights.get(net)
+    path = made.dataset.weights.get(wanted.model)
     if path is not None:
         _load(made.model, path)
         return made
-    epochs = made.pretrain or _EPOCHS
+    epochs = made.pretrain or wanted.bounded(_EPOCHS)
     note(
-        f"there are no trained weights of {net} for {made.dataset.name}: it is trained for {epochs} epochs "
-        "first"
+        f"there are no trained weights of {wanted.model} for {made.dataset.name}: it is trained for {epochs} "
+        "epochs first"
     )
     return replace(made, pretrain=epochs, pretraining=made.pretraining or _FROM_SCRATCH)
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from tdpass.artifact import Artifact
-from tdpass.datasets import is_dataset, open_dataset
+from tdpass.datasets import open_dataset, source_of
 from tdpass.documents import Count, Document, read_yaml, register_document, yaml_value
 from tdpass.errors import UsageError
 from tdpass.loggers import Logger
-from tdpass.methods.base import make_method
+from tdpass.methods.base import METHODS, Method, make_method
 from tdpass.methods.material import Ingredients, gathered
 from tdpass.methods.run import train
 from tdpass.methods.same_run import check_same_run
@@ -104,10 +104,10 @@ class Recipe(Ingredients):
     def with_data(self, data: str) -> Recipe:
         """The same on another data set: scored on its parts, images changed in its own way.
 
-        Without compiling, which few images do not repay.  Raises `UsageError` where it is none.
+        Without compiling, which few images do not repay, and in no more epochs than the set is good for, where
+        it says how many.  Raises `UsageError` where it is none.
         """
-        if not is_dataset(data):
-            open_dataset(data)
+        source = source_of(data)
         calibration = None if self.calibration is None else "calibration"
         settings = {**self.settings, "compile": False}
         return replace(
@@ -118,6 +118,7 @@ class Recipe(Ingredients):
             test="test",
             augment=None,
             settings=settings,
+            at_most=self.at_most if data == self.data else source.epochs,
         )
 
     def run(
@@ -132,16 +133,20 @@ class Recipe(Ingredients):
         """Train as the recipe says."""
         torch.manual_seed(self.seed)
         material = gathered(self, note)
+        method, finetune = self._method(), self.bounded(self.finetune)
+        shorter = self.shorter()
+        if shorter:
+            note(shorter)
         if folder is not None:  # where data is missing no folder is made
             check_same_run(folder, "recipe.json", {name: getattr(self, name) for name in _OF_ONE_RUN}, resume)
-        return train(
+        artifact = train(
             material.model,
             material.batches,
-            self.method,
+            method,
             settings=self.settings,
             pretrain=material.pretrain,
             pretraining=material.pretraining,
-            finetune=self.finetune,
+            finetune=finetune,
             finetuning=self.finetuning,
             control=self.control,
             rounds_per_epoch=self.rounds_per_epoch,
@@ -157,6 +162,37 @@ class Recipe(Ingredients):
             note=note,
             loggers=loggers,
         )
+        if shorter:
+            artifact.report.note(shorter)
+        return artifact
+
+    def _method(self) -> Method | str | None:
+        """The method in no more epochs than a stage may have, or the pipeline."""
+        if self.method is None or (isinstance(self.method, str) and self.method not in METHODS):
+            return self.method
+        method = make_method(self.method)
+        return method.at_most(self.at_most, self.rounds_per_epoch) if self.at_most else method
+
+    def shorter(self) -> str:
+        """What is to be said where stages train for fewer epochs than the recipe has; empty where none does."""
+        whole = replace(self, at_most=0)
+        stages = (
+            ("pretraining", whole.pretrain, self.bounded(self.pretrain)),
+            ("the method", whole.epochs(), self.epochs()),
+            ("fine-tuning", whole.finetune, self.bounded(self.finetune)),
+        )
+        fewer = [f"{now} of {full} in {name}" for name, full, now in stages if now < full]
+        return (
+            f"no stage trains for more than {self.at_most} epochs, enough to see a recipe at work and too few "
+            f"to judge it by: {', '.join(fewer)}; give --set at_most=0 for all of them"
+            if fewer
+            else ""
+        )
+
+    def epochs(self) -> int:
+        """How many epochs the method takes."""
+        method = self._method()
+        return method.epochs(self.rounds_per_epoch) if isinstance(method, Method) else 0
 
     def seeded(self, seed: int) -> Recipe:
         """The same with another seed."""

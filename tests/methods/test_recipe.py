@@ -78,17 +78,6 @@ def test_shipped_recipes_find_what_they_need_in_the_digits(name: str) -> None:
         assert material.inputs(recipe.calibration).shape[1:] == inputs.shape[1:]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", names())
-def test_every_recipe_runs_on_the_digits(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["train", name, "--data", "digits", "--folder", str(tmp_path), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["report"]
-    assert found["checks"]["score_final"] > 90
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
