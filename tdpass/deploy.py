@@ -21,8 +21,14 @@ from tdpass.files import folder_beside
 from tdpass.kernels import binding, build
 from tdpass.models import Batch, ExampleInputs, Model, as_example, open_model
 from tdpass.models.abilities import RunsAsModule
-from tdpass.models.torch.adapting import adaptation_of
-from tdpass.models.torch.deployable import compile_package, export_onnx, export_program, fused, load_package
+from tdpass.models.torch.fused.deployable import (
+    compile_package,
+    export_onnx,
+    export_program,
+    fused,
+    load_package,
+)
+from tdpass.models.torch.sites.adapting import adaptation_of
 
 SUFFIXES = (".pt2", ".onnx")
 OPS_SUFFIX = ".tdpass_ops.so"

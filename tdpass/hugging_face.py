@@ -24,8 +24,8 @@ from tdpass.artifact import Artifact
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.files import write_text
 from tdpass.methods.base import Method
-from tdpass.models.torch.pretrained import METHOD
-from tdpass.models.torch.structure import restructure
+from tdpass.models.torch.saving.pretrained import METHOD
+from tdpass.models.torch.saving.structure import restructure
 
 
 @register_quantization_config(METHOD)

@@ -11,7 +11,7 @@ from tdpass.errors import TdpassError
 from tdpass.formats.layer import Layer
 from tdpass.job import Job
 from tdpass.models import Model
-from tdpass.models.torch.pretrained import mark_pretrained
+from tdpass.models.torch.saving.pretrained import mark_pretrained
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.report import Report
 

@@ -130,7 +130,7 @@ def test_data_beside_an_onnx_file_is_named(
     import files_net
 
     monkeypatch.setattr("tdpass.models.onnx.model.EXTERNAL_ABOVE", 100)
-    monkeypatch.setattr("tdpass.models.onnx.file._INLINE_BELOW", 10)
+    monkeypatch.setattr("tdpass.models.onnx.files.file._INLINE_BELOW", 10)
     torch.onnx.export(
         files_net.make().eval(),
         (torch.zeros(2, 24),),

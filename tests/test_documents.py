@@ -23,7 +23,7 @@ from tdpass.form import DENSE, Form
 from tdpass.html_report import render_html
 from tdpass.methods.kept_tasks import Growing, _Kept
 from tdpass.methods.recipe import Recipe
-from tdpass.models.torch.structure import Replacement, Structure
+from tdpass.models.torch.saving.structure import Replacement, Structure
 from tdpass.packing import StoredSize
 from tdpass.pipeline import Pipeline
 from tdpass.planner.cache import CandidateCache

@@ -17,7 +17,7 @@ from tdpass.kernels import native
 from tdpass.kernels.base import use_reference
 from tdpass.kernels.grid import Grid
 from tdpass.layers.integer_chain import IntegerChain
-from tdpass.models.torch.integer_graph import is_integer_chain, join_integers, pack_integers
+from tdpass.models.torch.fused.integer_graph import is_integer_chain, join_integers, pack_integers
 
 pytestmark = [
     pytest.mark.skipif(bool(native.missing()), reason=native.missing()),

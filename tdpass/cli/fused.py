@@ -16,8 +16,8 @@ def library_notes(paths: list[Path]) -> list[str]:
     graphs = [path for path in paths if path.suffix == ".onnx"]
     if not graphs:
         return []
-    from tdpass.models.onnx.fused_ops import REGISTER  # noqa: PLC0415 - loads the ONNX libraries
-    from tdpass.models.onnx.session import has_fused_ops  # noqa: PLC0415 - as above
+    from tdpass.models.onnx.operators.fused import REGISTER  # noqa: PLC0415 - loads the ONNX libraries
+    from tdpass.models.onnx.operators.session import has_fused_ops  # noqa: PLC0415 - as above
 
     names = [path.name for path in graphs if has_fused_ops(str(path))]
     if not names:

@@ -14,7 +14,7 @@ from tdpass.cli.sources import Source
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.models.base import Batch
 from tdpass.models.torch.exported_program import load_program
-from tdpass.models.torch.module_values import input_types
+from tdpass.models.torch.modules.module_values import input_types
 from tdpass.targets.runtimes.openvino import open_graph, open_request
 
 RUNTIMES = ("onnxruntime", "openvino", "eager", "inductor")

@@ -15,7 +15,7 @@ from tdpass.dynamo.links import read_link
 from tdpass.fusing.spec import Chain, Link
 from tdpass.kernels.stage import stages_of
 from tdpass.layers.factor_chain import FACTOR_CHAIN, LINEAR
-from tdpass.models.torch.graph_calls import (
+from tdpass.models.torch.graphs.graph_calls import (
     activation_of,
     argument,
     movable,

@@ -20,8 +20,8 @@ from tdpass.dynamo.draft import Compiled, Draft, Inner, all_inputs, getter, sour
 from tdpass.dynamo.guards import loosen_guards
 from tdpass.errors import UsageError
 from tdpass.layers.identity_cache import IdentityCache
-from tdpass.models.torch.graph_calls import argument, mutates
-from tdpass.models.torch.integer_graph import pack_integers, reads_codes
+from tdpass.models.torch.fused.integer_graph import pack_integers, reads_codes
+from tdpass.models.torch.graphs.graph_calls import argument, mutates
 
 FROZEN = "tdpass_frozen"  # in the `meta` of a graph whose weights are constants
 log = logging.getLogger("tdpass.backend")

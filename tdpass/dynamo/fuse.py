@@ -20,8 +20,8 @@ from tdpass.kernels.conv_chain import CONV_CHAIN, packing
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.stage import Lanes
 from tdpass.layers.derived import ChannelsInnermost, PackChain
-from tdpass.models.torch.graph_calls import argument, hint, mutates, tensor_of
-from tdpass.models.torch.integer_graph import join_integers
+from tdpass.models.torch.fused.integer_graph import join_integers
+from tdpass.models.torch.graphs.graph_calls import argument, hint, mutates, tensor_of
 
 log = logging.getLogger("tdpass.backend")
 

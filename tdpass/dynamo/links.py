@@ -19,7 +19,7 @@ from torch.fx import Node
 from tdpass.fusing.spec import Link
 from tdpass.kernels.conv_chain import MAX_TAPS
 from tdpass.kernels.stage import Pair, Stage
-from tdpass.models.torch.graph_calls import argument, tensor_of
+from tdpass.models.torch.graphs.graph_calls import argument, tensor_of
 
 _CONVOLUTIONS = {torch.conv1d, F.conv1d, torch.conv2d, F.conv2d, torch.conv3d, F.conv3d}
 _PRODUCTS = {operator.matmul, torch.matmul, torch.mm}

@@ -22,8 +22,8 @@ from tdpass.layers.upper_bits import LEAST_BITS, MOST_BITS
 from tdpass.methods.base import Method, register_method
 from tdpass.methods.stages import Run, Stages, module_of
 from tdpass.models import Batch, open_model
-from tdpass.models.torch.adapting import adapt
-from tdpass.models.torch.norms import batchnorms, same_answers
+from tdpass.models.torch.sites.adapting import adapt
+from tdpass.models.torch.sites.norms import batchnorms, same_answers
 from tdpass.planner.joint.channel_groups import ChannelGroups, channel_groups
 from tdpass.site import Site, selects
 from tdpass.training.calls import class_scores

@@ -13,7 +13,7 @@ from torch import Tensor
 from tdpass.documents import Count, Document, Size, register_document
 from tdpass.errors import InvalidModelError
 from tdpass.models import check_digest
-from tdpass.models.torch.tensor_file import write_tensors
+from tdpass.models.torch.saving.tensor_file import write_tensors
 
 Ranks = Literal["equal", "fisher"]
 _KEY = "tdpass.tasks"

@@ -17,8 +17,8 @@ from tdpass.models.base import Batch as Batch
 from tdpass.models.base import Model as Model
 from tdpass.models.dequantize import dequantize as dequantize
 from tdpass.models.front_ends import front_end_of
-from tdpass.models.torch.state import load_module as load_module
-from tdpass.models.torch.tensor_file import check_digest as check_digest
+from tdpass.models.torch.saving.state import load_module as load_module
+from tdpass.models.torch.saving.tensor_file import check_digest as check_digest
 
 ExampleInputs = Batch | Tensor | tuple[Tensor, ...] | dict[str, Tensor] | None
 

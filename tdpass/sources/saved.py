@@ -8,9 +8,9 @@ from torch import nn
 
 from tdpass import artifact
 from tdpass.errors import InvalidModelError, UsageError
-from tdpass.models.torch.program_text import PROGRAM_KEY
-from tdpass.models.torch.state import load_program_of
-from tdpass.models.torch.tensor_file import read_metadata
+from tdpass.models.torch.saving.program_text import PROGRAM_KEY
+from tdpass.models.torch.saving.state import load_program_of
+from tdpass.models.torch.saving.tensor_file import read_metadata
 from tdpass.sources.base import MODULE_SOURCES, module_of
 
 

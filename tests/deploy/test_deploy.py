@@ -21,7 +21,7 @@ from tdpass.kernels import build
 from tdpass.kernels.base import use_reference
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.fused import Fused
-from tdpass.models.torch.deployable import FusedLayer, fused
+from tdpass.models.torch.fused.deployable import FusedLayer, fused
 
 TORCH = Path(torch.__file__).parent
 RUN = Path(__file__).with_name("run.cpp")

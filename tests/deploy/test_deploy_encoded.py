@@ -18,7 +18,7 @@ import tdpass
 from tdpass.kernels import build, native
 from tdpass.layers.integer_chain import IntegerChain
 from tdpass.models.base import Batch
-from tdpass.models.torch.deployable import FusedLayer, PackedWeights, export_program, fused
+from tdpass.models.torch.fused.deployable import FusedLayer, PackedWeights, export_program, fused
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
 

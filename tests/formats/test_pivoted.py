@@ -28,7 +28,7 @@ from tdpass.kinds import KINDS
 from tdpass.models import open_model
 from tdpass.models.base import Batch, Model
 from tdpass.models.torch.model import TorchModel
-from tdpass.models.torch.state import load_module, save_module
+from tdpass.models.torch.saving.state import load_module, save_module
 from tdpass.site import Site
 
 NAMES = [fmt.name for fmt in FORMATS if isinstance(fmt, Pivoted) and fmt.ordered]

@@ -22,7 +22,7 @@ from tdpass.fusing.torch_calls import in_torch
 from tdpass.kernels import native
 from tdpass.kernels.stage import Stage
 from tdpass.machine import processor
-from tdpass.models.onnx.chains import NodeReader
+from tdpass.models.onnx.fused.links import NodeReader
 from tdpass.timings import TimingTable
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from tdpass.models.onnx.fused_ops import DOMAIN, Operator, function_of
+from tdpass.models.onnx.operators.fused import DOMAIN, Operator, function_of
 
 Arrays = dict[str, np.ndarray]
 RNG = np.random.default_rng(0)

@@ -17,7 +17,7 @@ from onnx_nodes import Arrays, close, numbers, one_node, opened, run
 from tdpass.errors import KernelError
 from tdpass.kernels import build, native
 from tdpass.kernels.native import ACTIVATIONS
-from tdpass.models.onnx.fused_ops import DOMAIN, FusedOp, function_of
+from tdpass.models.onnx.operators.fused import DOMAIN, FusedOp, function_of
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from tdpass.kernels.grid import Grid, Grids
 from tdpass.kernels.int8_factor import columns
 from tdpass.kernels.linear_chain import stages_of as linear_stages
 from tdpass.kernels.stage import Stage, integers_of
-from tdpass.models.onnx.fused_integer_ops import Int8ChainOp, WeightOnlyOp
-from tdpass.models.onnx.fused_ops import FusedOp
-from tdpass.models.onnx.fused_recurrent_ops import LowRankCellOp, Numbers
+from tdpass.models.onnx.operators.fused import FusedOp
+from tdpass.models.onnx.operators.fused_integers import Int8ChainOp, WeightOnlyOp
+from tdpass.models.onnx.operators.fused_recurrent import LowRankCellOp, Numbers
 
 ENDS = [
     ("identity", False, False),

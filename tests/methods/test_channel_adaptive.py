@@ -23,7 +23,7 @@ from tdpass.layers.adaptive import Adaptive, AdaptiveNorm, dial_of, hold_bits
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.upper_bits import Codes
 from tdpass.methods import ChannelAdaptive, Controller
-from tdpass.models.torch.adapting import adaptation_of
+from tdpass.models.torch.sites.adapting import adaptation_of
 from tdpass.training.batches import Batches
 from tdpass.zoo import digits_net, resnet20
 

@@ -9,7 +9,7 @@ import pytest
 from tdpass.errors import KernelError
 from tdpass.fusing import choose
 from tdpass.kernels.native import onnx_ops_path
-from tdpass.models.onnx import fuse
+from tdpass.models.onnx.fused import fuse
 from tdpass.timings import TimingTable
 
 

@@ -25,10 +25,11 @@ from tdpass.fusing import choose
 from tdpass.fusing.find import find_chains
 from tdpass.kernels.native import onnx_ops_path
 from tdpass.models.base import Batch
-from tdpass.models.onnx import fuse, session
-from tdpass.models.onnx.chains import NodeReader
-from tdpass.models.onnx.fused_ops import DOMAIN, REGISTER
+from tdpass.models.onnx.fused import fuse
+from tdpass.models.onnx.fused.links import NodeReader
 from tdpass.models.onnx.model import OnnxModel
+from tdpass.models.onnx.operators import session
+from tdpass.models.onnx.operators.fused import DOMAIN, REGISTER
 
 RNG = np.random.default_rng(0)
 X = torch.randn(3, 8, 10, 9, generator=torch.Generator().manual_seed(0))

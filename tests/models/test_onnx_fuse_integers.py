@@ -20,8 +20,8 @@ from tdpass.formats.layer import Layer
 from tdpass.kernels.native import onnx_ops_path
 from tdpass.models.abilities import Range
 from tdpass.models.base import Batch
-from tdpass.models.onnx.fused_ops import DOMAIN
 from tdpass.models.onnx.model import OnnxModel
+from tdpass.models.onnx.operators.fused import DOMAIN
 
 pytestmark = pytest.mark.usefixtures("always")
 ROWS = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ import tdpass
 from tdpass.form import Form
 from tdpass.formats.base import FORMATS
 from tdpass.formats.layer import Layer
-from tdpass.models.onnx import recurrent_times
+from tdpass.models.onnx.rewriting import recurrent_times
 
 CASES = {
     "LSTM": Case("LSTM"),

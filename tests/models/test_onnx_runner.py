@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from tdpass.errors import InvalidModelError, UnsupportedError
 from tdpass.models import open_model, open_recurrent
 from tdpass.models.base import Batch
-from tdpass.models.onnx.functions import FUNCTIONS
+from tdpass.models.onnx.graph.functions import FUNCTIONS
+from tdpass.models.onnx.graph.shapes import Shapes
+from tdpass.models.onnx.graph.tensors import from_memory
 from tdpass.models.onnx.model import OnnxModel
-from tdpass.models.onnx.normalize import normalized
+from tdpass.models.onnx.rewriting.normalize import normalized
 from tdpass.models.onnx.runner import OnnxRunner
-from tdpass.models.onnx.shapes import Shapes
-from tdpass.models.onnx.sites import find_sites
-from tdpass.models.onnx.tensors import from_memory
+from tdpass.models.onnx.sites.sites import find_sites
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((2, 4, 6, 8)).astype(np.float32)

@@ -19,8 +19,8 @@ from tdpass.form import Form
 from tdpass.formats.base import FORMATS
 from tdpass.formats.layer import Layer
 from tdpass.models.base import Batch
+from tdpass.models.onnx.graph.tensors import constant, sizes, to_torch
 from tdpass.models.onnx.model import OnnxModel
-from tdpass.models.onnx.tensors import constant, sizes, to_torch
 
 MS = "com.microsoft"
 RNG = np.random.default_rng(3)

@@ -18,9 +18,9 @@ from onnx import helper, numpy_helper
 from onnx_nets import large_network, node, same, svd, weight
 
 from tdpass.models.base import Batch
-from tdpass.models.onnx import storage
+from tdpass.models.onnx.files import storage
+from tdpass.models.onnx.files.storage import release_pages
 from tdpass.models.onnx.model import OnnxModel
-from tdpass.models.onnx.storage import release_pages
 
 
 def test_saving_inline_and_reading_back(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def spilling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     folder = tmp_path / "spilled"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    monkeypatch.setattr("tdpass.models.onnx.spill.HELD_BYTES", 0)
+    monkeypatch.setattr("tdpass.models.onnx.files.spill.HELD_BYTES", 0)
     return folder
 
 
@@ -185,7 +185,7 @@ def test_a_small_model_and_a_full_disk_leave_factors_in_memory(monkeypatch: pyte
     model = OnnxModel.open(large_network())
     model.replace("a", svd(model, "a", 20))
     assert mappings() == before
-    monkeypatch.setattr("tdpass.models.onnx.spill.HELD_BYTES", 0)
+    monkeypatch.setattr("tdpass.models.onnx.files.spill.HELD_BYTES", 0)
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     model.replace("b", svd(model, "b", 16))
     assert mappings() == before

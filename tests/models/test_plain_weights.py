@@ -14,7 +14,7 @@ import tdpass
 from tdpass.errors import PlanError
 from tdpass.models import open_model
 from tdpass.models.base import Batch
-from tdpass.models.torch.plain import make_plain
+from tdpass.models.torch.modules.plain import make_plain
 
 X = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
 

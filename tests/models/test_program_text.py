@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import tdpass
 from tdpass.cli import main
 from tdpass.errors import InvalidModelError, UnsupportedError, UsageError
-from tdpass.models.torch.program_text import PROGRAM_KEY, program_of
+from tdpass.models.torch.saving.program_text import PROGRAM_KEY, program_of
 
 X = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -21,7 +21,7 @@ from torch.fx import symbolic_trace
 import tdpass
 from tdpass.artifact import Artifact
 from tdpass.models import Factorized
-from tdpass.models.torch.norms import Folded
+from tdpass.models.torch.sites.norms import Folded
 
 
 class Plain(nn.Module):

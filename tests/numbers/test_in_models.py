@@ -33,7 +33,7 @@ from tdpass.layers.weight_only import WeightOnly
 from tdpass.models import open_model
 from tdpass.models.base import Batch, Model
 from tdpass.models.torch.model import TorchModel
-from tdpass.models.torch.state import load_module, save_module
+from tdpass.models.torch.saving.state import load_module, save_module
 from tdpass.numbers import numbers_named
 from tdpass.packing import SUFFIX
 from tdpass.planner.rank_plan import Choice

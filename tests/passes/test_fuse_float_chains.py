@@ -16,7 +16,7 @@ from tdpass.kernels.stage import Lanes, Stage
 from tdpass.layers.derived import DERIVED
 from tdpass.layers.factorized import Factorized, empty_layer
 from tdpass.layers.float_chain import FloatChain
-from tdpass.models.torch import fuse_encoded
+from tdpass.models.torch.fused import fuse_encoded
 from tdpass.site import Site
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())

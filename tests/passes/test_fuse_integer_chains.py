@@ -21,8 +21,8 @@ from tdpass.kernels.base import use_reference
 from tdpass.layers.factorized import Factorized, empty_layer
 from tdpass.layers.integer_chain import IntegerChain
 from tdpass.models.abilities import Range
-from tdpass.models.torch import fuse_encoded
-from tdpass.models.torch.deployable import fused as deployable
+from tdpass.models.torch.fused import fuse_encoded
+from tdpass.models.torch.fused.deployable import fused as deployable
 from tdpass.planner.integer_activations import with_ranges
 from tdpass.site import Site
 

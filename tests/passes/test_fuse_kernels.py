@@ -24,7 +24,7 @@ from tdpass.kernels.stage import Lanes, Stage
 from tdpass.layers.fused import Fused
 from tdpass.models import Factorized, Model, open_model
 from tdpass.models.base import Batch
-from tdpass.models.torch.deployable import fused as deployable
+from tdpass.models.torch.fused.deployable import fused as deployable
 from tdpass.pipeline import Pipeline
 from tdpass.site import Site
 from tdpass.targets.runtimes import RUNTIMES

@@ -18,7 +18,7 @@ from tdpass.kernels import native
 from tdpass.kernels.conv_chain import activate
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.weight_only import WeightOnly
-from tdpass.models.torch import fuse_encoded
+from tdpass.models.torch.fused import fuse_encoded
 
 SERVED = [
     "numbers=int8",

@@ -9,9 +9,9 @@ from torch.fx import GraphModule
 
 from tdpass.models.base import Batch, Model
 from tdpass.models.front_ends.base import FrontEnd, register_front_end
-from tdpass.models.torch.lift import lift
+from tdpass.models.torch.graphs.lift import lift
+from tdpass.models.torch.graphs.quantized_graph import dequantized_graph
 from tdpass.models.torch.model import TorchModel
-from tdpass.models.torch.quantized_graph import dequantized_graph
 
 
 def _open(model: object, example: Batch | None, _overridable: Sequence[str]) -> Model:

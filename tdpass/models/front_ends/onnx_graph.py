@@ -18,8 +18,8 @@ def _open(model: object, example: Batch | None, overridable: Sequence[str]) -> M
 
 
 def _dequantized(model: object) -> object:
-    from tdpass.models.onnx.dequantized import dequantized  # noqa: PLC0415 - as above
-    from tdpass.models.onnx.source import source_of  # noqa: PLC0415 - as above
+    from tdpass.models.onnx.files.source import source_of  # noqa: PLC0415 - as above
+    from tdpass.models.onnx.rewriting.dequantized import dequantized  # noqa: PLC0415 - as above
 
     source = source_of(model)
     made = source.model.clone()

@@ -9,7 +9,7 @@ from torch import nn
 from tdpass.models.base import Batch, Model
 from tdpass.models.front_ends.base import FrontEnd, register_front_end
 from tdpass.models.torch.model import TorchModel
-from tdpass.models.torch.quantized import dequantized_module
+from tdpass.models.torch.modules.quantized import dequantized_module
 
 
 def _open(model: object, example: Batch | None, _overridable: Sequence[str]) -> Model:

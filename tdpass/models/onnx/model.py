@@ -20,34 +20,34 @@ from tdpass.models.abilities import Decline, Note, Range, no_reasons
 from tdpass.models.base import Batch, Model
 from tdpass.models.extents import UNREACHED, alike, with_extents
 from tdpass.models.fitting import sized
-from tdpass.models.onnx.batchnorm import (
+from tdpass.models.onnx.files.checks import EXTERNAL_ABOVE, check_structure
+from tdpass.models.onnx.files.file import remove_obsolete, write
+from tdpass.models.onnx.files.source import Source, source_of
+from tdpass.models.onnx.files.spill import HeldLayers
+from tdpass.models.onnx.files.storage import stored_bytes
+from tdpass.models.onnx.fused.fuse import decide
+from tdpass.models.onnx.fused.rewrite import Fusions, fused
+from tdpass.models.onnx.graph.graphs import opset_of
+from tdpass.models.onnx.graph.inputs import bind, declared_example, signature
+from tdpass.models.onnx.operators.session import Session
+from tdpass.models.onnx.rewriting.batchnorm import (
     BatchStatistics,
 )
-from tdpass.models.onnx.checks import EXTERNAL_ABOVE, check_structure
-from tdpass.models.onnx.dense import DenseGraph
-from tdpass.models.onnx.file import remove_obsolete, write
-from tdpass.models.onnx.forms import unreadable
-from tdpass.models.onnx.fuse import decide
-from tdpass.models.onnx.fused_rewrite import Fusions, fused
-from tdpass.models.onnx.graphs import opset_of
-from tdpass.models.onnx.inputs import bind, declared_example, signature
-from tdpass.models.onnx.integer_activations import (
+from tdpass.models.onnx.rewriting.dense import DenseGraph
+from tdpass.models.onnx.rewriting.integer_activations import (
     check_opset,
     integer_layers,
     quantizable,
     watched,
     with_integer_activations,
 )
-from tdpass.models.onnx.normalize import made_constant
-from tdpass.models.onnx.parameters import parameter_bytes, parameter_count
-from tdpass.models.onnx.products import count_products
-from tdpass.models.onnx.recurrent_times import recurrent_times
+from tdpass.models.onnx.rewriting.normalize import made_constant
+from tdpass.models.onnx.rewriting.recurrent_times import recurrent_times
 from tdpass.models.onnx.runner import OnnxRunner
-from tdpass.models.onnx.session import Session
-from tdpass.models.onnx.sites import check_fits
-from tdpass.models.onnx.source import Source, source_of
-from tdpass.models.onnx.spill import HeldLayers
-from tdpass.models.onnx.storage import stored_bytes
+from tdpass.models.onnx.sites.forms import unreadable
+from tdpass.models.onnx.sites.parameters import parameter_bytes, parameter_count
+from tdpass.models.onnx.sites.products import count_products
+from tdpass.models.onnx.sites.sites import check_fits
 from tdpass.models.signature import Signature
 from tdpass.models.streams import StreamEdits
 from tdpass.products import Counted

@@ -12,22 +12,22 @@ import torch.nn.functional as F
 from onnx_ir.passes.common import InlinePass
 from torch import Tensor
 
-import tdpass.models.onnx.layers
-import tdpass.models.onnx.layout
-import tdpass.models.onnx.math  # noqa: F401 - these three fill the table of functions
+import tdpass.models.onnx.graph.layers
+import tdpass.models.onnx.graph.layout
+import tdpass.models.onnx.graph.math  # noqa: F401 - these three fill the table of functions
 from tdpass.errors import InvalidModelError, TdpassError
 from tdpass.formats.geometry import apply_dense
 from tdpass.formats.layer import Layer
-from tdpass.models.onnx.bodies import Block, Control, Step, Values, runs_bodies
-from tdpass.models.onnx.checks import brief
-from tdpass.models.onnx.functions import FUNCTIONS, NotServedError, Operator, TorchFunction
-from tdpass.models.onnx.graphs import bodies, captured_values, nodes_of, opset_of, within
-from tdpass.models.onnx.matchers import operator_name
-from tdpass.models.onnx.session import NodeSession
-from tdpass.models.onnx.sites import FoundSite
-from tdpass.models.onnx.storage import release_pages
-from tdpass.models.onnx.tensors import constant, to_torch
-from tdpass.models.onnx.weight_use import WeightUse
+from tdpass.models.onnx.files.checks import brief
+from tdpass.models.onnx.files.storage import release_pages
+from tdpass.models.onnx.graph.bodies import Block, Control, Step, Values, runs_bodies
+from tdpass.models.onnx.graph.functions import FUNCTIONS, NotServedError, Operator, TorchFunction
+from tdpass.models.onnx.graph.graphs import bodies, captured_values, nodes_of, opset_of, within
+from tdpass.models.onnx.graph.tensors import constant, to_torch
+from tdpass.models.onnx.operators.session import NodeSession
+from tdpass.models.onnx.sites.matchers import operator_name
+from tdpass.models.onnx.sites.sites import FoundSite
+from tdpass.models.onnx.sites.weight_use import WeightUse
 from tdpass.ops import TorchOps
 
 _KNOWN_FROM_SHAPES = frozenset({"Shape", "Size"})

@@ -16,10 +16,10 @@ from tdpass.errors import InvalidModelError, UsageError
 from tdpass.files import replacing
 from tdpass.models.base import Batch, Model
 from tdpass.models.signature import Dims, Input, Signature
-from tdpass.models.torch.lift import lift
+from tdpass.models.torch.graphs.lift import lift
+from tdpass.models.torch.graphs.quantized_graph import dequantized_graph
 from tdpass.models.torch.model import TorchModel
-from tdpass.models.torch.program_archive import broken, plain_archive
-from tdpass.models.torch.quantized_graph import dequantized_graph
+from tdpass.models.torch.saving.program_archive import broken, plain_archive
 from tdpass.packing import StoredSize
 
 

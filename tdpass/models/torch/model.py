@@ -21,15 +21,11 @@ from tdpass.models.base import Batch, Model
 from tdpass.models.extents import alike
 from tdpass.models.signature import Signature
 from tdpass.models.streams import StreamEdits
-from tdpass.models.torch.called_layers import call_layers, runs_nested
-from tdpass.models.torch.copying import copied
-from tdpass.models.torch.divide import Divided, find_divisions
-from tdpass.models.torch.factored import (
-    storages,
-)
-from tdpass.models.torch.fuse import fuse_layers
-from tdpass.models.torch.in_place import become
-from tdpass.models.torch.module_values import (
+from tdpass.models.torch.fused.fuse import fuse_layers
+from tdpass.models.torch.modules.called_layers import call_layers, runs_nested
+from tdpass.models.torch.modules.copying import copied
+from tdpass.models.torch.modules.in_place import become
+from tdpass.models.torch.modules.module_values import (
     buffers_kept,
     check_filled,
     check_finite,
@@ -37,18 +33,22 @@ from tdpass.models.torch.module_values import (
     signature_of,
     version_of,
 )
-from tdpass.models.torch.norms import batchnorms, find_folds
-from tdpass.models.torch.placement import placed_layer
-from tdpass.models.torch.plain import make_plain
-from tdpass.models.torch.program_text import PROGRAM_KEY, program_text
-from tdpass.models.torch.proved import proved
-from tdpass.models.torch.readers import Run, entering, other_readers
+from tdpass.models.torch.modules.plain import make_plain
 from tdpass.models.torch.runner import ModuleRunner
-from tdpass.models.torch.scaled_norms import ScaledNorm, scaled_norms
-from tdpass.models.torch.site_table import SiteTable
-from tdpass.models.torch.state import load_module, save_module
+from tdpass.models.torch.saving.program_text import PROGRAM_KEY, program_text
+from tdpass.models.torch.saving.state import load_module, save_module
+from tdpass.models.torch.sites.divide import Divided, find_divisions
+from tdpass.models.torch.sites.factored import (
+    storages,
+)
+from tdpass.models.torch.sites.norms import batchnorms, find_folds
+from tdpass.models.torch.sites.placement import placed_layer
+from tdpass.models.torch.sites.proved import proved
+from tdpass.models.torch.sites.readers import Run, entering, other_readers
+from tdpass.models.torch.sites.scaled_norms import ScaledNorm, scaled_norms
+from tdpass.models.torch.sites.site_table import SiteTable
+from tdpass.models.torch.sites.streams import slice_module
 from tdpass.models.torch.statistics import estimate_anew
-from tdpass.models.torch.streams import slice_module
 from tdpass.packing import StoredSize, stored_in
 from tdpass.products import Counted
 from tdpass.site import Site

@@ -8,8 +8,8 @@ from torch import nn
 
 from tdpass.layers.adaptive import Adaptive, AdaptiveNorm, dial_of, set_bits, set_rank, set_width
 from tdpass.models.base import Batch
-from tdpass.models.torch.in_place import become
 from tdpass.models.torch.model import TorchModel
+from tdpass.models.torch.modules.in_place import become
 
 
 def ordinary(model: nn.Module, width: float, rank: float | None = None, bits: int | None = None) -> nn.Module:

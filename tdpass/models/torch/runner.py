@@ -16,7 +16,7 @@ from typing_extensions import Self
 from tdpass.errors import InvalidModelError
 from tdpass.layers.fused import layer_by_layer
 from tdpass.models.base import Batch
-from tdpass.models.torch.module_values import buffers_kept, check_filled, input_types
+from tdpass.models.torch.modules.module_values import buffers_kept, check_filled, input_types
 from tdpass.products import Counted, counting
 
 

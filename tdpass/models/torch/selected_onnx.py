@@ -16,7 +16,7 @@ from torch import nn
 from tdpass.files import folder_beside
 from tdpass.layers.adaptive import dial_of
 from tdpass.models.base import Batch
-from tdpass.models.torch.deployable import export_onnx
+from tdpass.models.torch.fused.deployable import export_onnx
 from tdpass.models.torch.ordinary import ordinary
 
 SETTING, SETTINGS = "setting", "tdpass.settings"

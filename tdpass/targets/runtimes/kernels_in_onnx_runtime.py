@@ -37,7 +37,7 @@ class KernelsInOnnxRuntime(Runtime):
         if not isinstance(layer, Layer) or layer.dtype is not torch.float32:
             return None
         # loads the ONNX libraries
-        from tdpass.models.onnx.fuse_layer_graph import fuse_layer_graph  # noqa: PLC0415
+        from tdpass.models.onnx.fused.fuse_layer_graph import fuse_layer_graph  # noqa: PLC0415
         from tdpass.targets.sessions.onnx import as_graph, bound_layer  # noqa: PLC0415 - as above
 
         x = example_input(layer, batch)

@@ -34,7 +34,7 @@ class OpenVino(Runtime):
     def prepare(self, layer: Layer, batch: int, threads: int) -> Callable[[], Tensor] | None:
         if layer.dtype is not torch.float32:
             return None
-        from tdpass.models.onnx.layer_graph import INPUT  # noqa: PLC0415 - loads the ONNX libraries
+        from tdpass.models.onnx.fused.layer_graph import INPUT  # noqa: PLC0415 - loads the ONNX libraries
         from tdpass.targets.sessions.onnx import as_graph  # noqa: PLC0415 - as above
 
         x = example_input(layer, batch)

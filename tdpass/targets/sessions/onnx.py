@@ -13,8 +13,8 @@ from torch import Tensor
 from tdpass.files import scratch_folder
 from tdpass.formats.layer import Layer
 from tdpass.models.base import Model
-from tdpass.models.onnx.layer_graph import INPUT, OUTPUT, layer_graph
-from tdpass.models.onnx.session import register_fused_ops
+from tdpass.models.onnx.fused.layer_graph import INPUT, OUTPUT, layer_graph
+from tdpass.models.onnx.operators.session import register_fused_ops
 from tdpass.targets.layers import apply_layer, weights_of
 from tdpass.targets.runtimes.base import BoundLayer, Call
 

@@ -1,0 +1,1 @@
+"""Parts of a graph that one operator computes: found, chosen and written."""

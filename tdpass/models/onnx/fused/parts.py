@@ -1,0 +1,78 @@
+"""Parts of a graph that one operator of com.tdpass can compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from tdpass.fusing.choose import LANES
+from tdpass.kernels.stage import Lanes
+from tdpass.models.onnx.graph.names import FreshNames
+from tdpass.models.onnx.graph.tensors import from_torch, sizes
+from tdpass.models.onnx.operators.fused import Operator
+from tdpass.models.onnx.sites.parameters import HOLDS
+
+
+class Constants:
+    """Constants laid out anew for operators, each once for all its readers."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[ir.Value, str], ir.Value] = {}
+
+    def __call__(self, source: ir.Value, how: str, make: Callable[[], Tensor]) -> ir.Value:
+        """What `make` makes of a constant, which `how` names."""
+        if (source, how) not in self._made:
+            tensor = from_torch(make().contiguous())
+            value = ir.Value(
+                shape=ir.Shape(sizes(tensor)), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
+            value.metadata_props.update(source.metadata_props)
+            self._made[source, how] = value
+        return self._made[source, how]
+
+    def zeros(self, source: ir.Value, count: int) -> ir.Value:
+        """A bias of zeros, which is no parameter of the model, for a layer whose weight that is."""
+        value = self(source, "bias", lambda: torch.zeros(count))
+        value.metadata_props[HOLDS] = "0"
+        return value
+
+    def register(self, model: ir.Model) -> None:
+        """Make them initializers, by the name of what they were made of where that is free."""
+        names = FreshNames(model)
+        for (source, how), value in self._made.items():
+            value.name = names.value(source.name or how)
+            model.graph.register_initializer(value)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Nodes that one operator can compute.
+
+    `spec` says what they compute, apart from the numbers in it, `reads` are the values that they read but
+    constants and `makes` those that others may read of them, as the operator's outputs.  `inputs` gives the
+    operator's, with what had to be laid out anew, `families` the lanes that serve it.
+    """
+
+    spec: str
+    label: str
+    operator: Operator
+    nodes: tuple[ir.Node, ...]
+    reads: tuple[ir.Value, ...]
+    makes: tuple[ir.Value, ...]
+    inputs: Callable[[Constants], Sequence[ir.Value]]
+    attributes: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
+    families: tuple[Lanes, ...] = LANES[:1]
+
+    @property
+    def key(self) -> str:
+        """The name of the first value that it makes."""
+        return str(self.makes[0].name)
+
+    @property
+    def last(self) -> ir.Node:
+        """The node in whose place the operator stands."""
+        return self.nodes[-1]

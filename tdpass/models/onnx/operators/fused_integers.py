@@ -1,0 +1,138 @@
+"""The operators of the domain com.tdpass whose weights are whole numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from typing_extensions import Self
+
+from tdpass.fusing.spec import ChainSpec
+from tdpass.models.onnx.operators.fused import conv_attributes, ending, layer, title
+
+_TO_FLOAT = f"Cast <to: int = {int(ir.DataType.FLOAT)}>"
+
+
+@dataclass(frozen=True)
+class Int8ChainOp:
+    """`y = activation(layers(x) + bias + residual)` on integers.
+
+    What every layer reads is on a grid of bytes and its weight of int8. Inputs are x, of bytes; per layer the
+    scale and zero point of what it reads, its weight and the scales of that, one per output channel; the
+    bias; then the residual where there is one.  With `coded` y is of bytes, on the grid that the last two
+    inputs are.
+    """
+
+    linear: bool
+    stages: int
+    residual: bool
+    activation: str
+    coded: bool
+
+    @classmethod
+    def of(cls, spec: ChainSpec, *, coded: bool) -> Self:
+        """The operator of a chain."""
+        return cls(spec.linear, len(spec.stages), spec.residual, spec.activation, coded)
+
+    @property
+    def name(self) -> str:
+        kind = "Linear" if self.linear else "Conv"
+        rest = f"{'Add' * self.residual}{title(self.activation)}{'Bytes' * self.coded}"
+        return f"Int8{kind}Chain{self.stages}{rest}"
+
+    @property
+    def inputs(self) -> list[str]:
+        each = [(f"x{k}_scale", f"x{k}_zero", f"w{k}", f"w{k}_scale") for k in range(1, self.stages + 1)]
+        named = ["x", *(name for names in each for name in names), "bias", *["residual"] * self.residual]
+        return [*named, *(["y_scale", "y_zero"] if self.coded else [])]
+
+    @property
+    def outputs(self) -> list[str]:
+        return ["y"]
+
+    @property
+    def attributes(self) -> list[str]:
+        return [] if self.linear else conv_attributes(self.stages)
+
+    def body(self, opset: int) -> str:
+        del opset
+        lines = []
+        for k in range(1, self.stages + 1):
+            grid = f"x{k}_scale, x{k}_zero"
+            if k > 1:
+                lines.append(f"c{k} = QuantizeLinear (h{k - 1}, {grid})")
+            lines.append(f"a{k} = DequantizeLinear ({'x' if k == 1 else f'c{k}'}, {grid})")
+            lines.append(f"m{k} = DequantizeLinear <axis: int = {int(self.linear)}> (w{k}, w{k}_scale)")
+            shift = ", bias" if not self.linear and k == self.stages else ""
+            lines.append(f"h{k} = {layer(self.linear, k)} (a{k}, m{k}{shift})")
+        added = ["bias"] * self.linear + ["residual"] * self.residual
+        lines += ending(f"h{self.stages}", added, self.activation, "numbers" if self.coded else "y")
+        if self.coded:
+            lines.append("y = QuantizeLinear (numbers, y_scale, y_zero)")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class WeightOnlyOp:
+    """`y = activation(Q x + U V x + bias + residual)` with a matrix Q of 4 or 8 bits on the last axis of x.
+
+    Inputs are x, the codes of Q and their scales, `[o groups]`; with `zeros` what codes are counted from;
+    with `low_rank` V `[r, i]` and U `[o, r]` of float16; then bias and residual where there are such.  Codes
+    and zero points of 4 bits lie as MatMulNBits has them, those of 8 bits are int8, `[o groups, i / groups]`
+    and `[o groups]`.
+    """
+
+    bits: int
+    zeros: bool
+    low_rank: bool
+    bias: bool
+    residual: bool
+    activation: str
+
+    @property
+    def name(self) -> str:
+        rest = f"{'Zeros' * self.zeros}{'LowRank' * self.low_rank}{'Bias' * self.bias}{'Add' * self.residual}"
+        return f"WeightOnlyLinear{self.bits}{rest}{title(self.activation)}"
+
+    @property
+    def inputs(self) -> list[str]:
+        thin, added = ["v", "u"] * self.low_rank, ["bias"] * self.bias + ["residual"] * self.residual
+        return ["x", *self._matrix, *thin, *added]
+
+    @property
+    def _matrix(self) -> list[str]:
+        return ["codes", "scale", *["zeros"] * self.zeros]
+
+    @property
+    def outputs(self) -> list[str]:
+        return ["y"]
+
+    @property
+    def attributes(self) -> list[str]:
+        """Inputs, outputs, and how many inputs share a scale, named as MatMulNBits has them."""
+        return ["K", "N", "block_size"]
+
+    def body(self, opset: int) -> str:
+        del opset
+        stored = ", ".join(self._matrix)
+        nibbles = "K: int = @K, N: int = @N, bits: int = 4, block_size: int = @block_size"
+        lines = [f"h = com.microsoft.MatMulNBits <{nibbles}> (x, {stored})"]
+        if self.bits != 4:
+            lines = [
+                "rest = Constant <value_ints: ints = [-1]> ()",
+                "wide = Constant <value_int: int = @K> ()",
+                "width = Reshape (wide, rest)",
+                "shape = Concat <axis: int = 0> (rest, width)",
+                f"numbers = DequantizeLinear <axis: int = 0> ({stored})",
+                "rows = Reshape (numbers, shape)",
+                "columns = Transpose <perm: ints = [1, 0]> (rows)",
+                "h = MatMul (x, columns)",
+            ]
+        added = ["bias"] * self.bias + ["residual"] * self.residual
+        if self.low_rank:
+            for factor, read in (("v", "x"), ("u", "product_v")):
+                lines.append(f"wide_{factor} = {_TO_FLOAT} ({factor})")
+                lines.append(f"turned_{factor} = Transpose <perm: ints = [1, 0]> (wide_{factor})")
+                lines.append(f"product_{factor} = MatMul ({read}, turned_{factor})")
+            added = ["product_u", *added]
+        return "\n".join([*lines, *ending("h", added, self.activation)])

@@ -1,0 +1,1 @@
+"""Which nodes of a graph are sites, and who reads their weights."""

@@ -1,0 +1,1 @@
+"""Factored layers as calls of fused operators."""

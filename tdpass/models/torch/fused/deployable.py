@@ -1,0 +1,260 @@
+"""Torch models as they are compiled ahead of time: factored layers as calls of the fused operators."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from tdpass.errors import InvalidModelError, UnsupportedError
+from tdpass.formats.lowering import Lowered, chain_of
+from tdpass.kernels import native
+from tdpass.kernels.conv_chain import CONV_CHAIN, packing
+from tdpass.kernels.linear_chain import LINEAR_CHAIN
+from tdpass.kernels.stage import Lanes
+from tdpass.kernels.weight_only import WEIGHT_ONLY_LINEAR
+from tdpass.layers.encoded import EncodedCall
+from tdpass.layers.factorized import Factorized
+from tdpass.layers.float_chain import FloatChain
+from tdpass.layers.fused import Fused
+from tdpass.layers.weight_only import WeightOnly
+from tdpass.models.base import Batch
+from tdpass.models.torch.fused.fuse_encoded import call_of
+from tdpass.models.torch.fused.integer_graph import (
+    is_integer_chain,
+    join_integers,
+    lay_channels_innermost,
+    pack_integers,
+)
+
+
+class FusedLayer(nn.Module):
+    """A factored layer for inference: the fused operator on packed factors.
+
+    The factors are buffers, and nothing takes Python to run.
+    """
+
+    def __init__(self, dense: Factorized, lowered: Lowered) -> None:
+        super().__init__()
+        self.axes = lowered.axes
+        self.integers, self.widths = lowered.integers, lowered.widths
+        self.activation = dense.activation if isinstance(dense, Fused | EncodedCall) else "identity"
+        self.lanes: Lanes = "pixels" if isinstance(dense, Fused) and dense.lanes == "pixels" else "channels"
+        if not isinstance(dense, Fused):
+            self.lanes = lowered.lanes
+        self.lanes = packing(self.lanes, dense.layer().dtype)
+        self.padding_mode, self.pads = dense.padding_mode, dense.pads
+        self.packed = [f"packed_{index}" for index in range(len(lowered.stages))]
+        for name, packed in zip(self.packed, lowered.pack(dense.layer(), self.lanes), strict=True):
+            self.register_buffer(name, packed)
+        self.register_buffer("bias", None if dense.bias is None else dense.bias.detach().float())
+
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pads:
+            x = F.pad(x, self.pads, mode=self.padding_mode)
+        weights = [getattr(self, name) for name in self.packed]
+        if not self.axes:
+            return LINEAR_CHAIN.call(x, weights, self.bias, None, self.widths, self.activation)  # type: ignore[no-any-return]
+        y = CONV_CHAIN.call(
+            x.unsqueeze(2) if self.axes == 1 else x,
+            weights,
+            self.bias,
+            None,
+            self.integers,
+            self.activation,
+            self.lanes,
+        )
+        return y.squeeze(2) if self.axes == 1 else y  # type: ignore[no-any-return]
+
+
+class PackedWeights(nn.Module):
+    """A layer of whole numbers of few bits for inference: its operator on packed codes and scales.
+
+    Codes and scales are buffers.
+    """
+
+    def __init__(self, dense: WeightOnly) -> None:
+        super().__init__()
+        self.widths, self.activation, packed = dense.widths, dense.activation, dense.packed()
+        self.packed = [f"packed_{index}" for index in range(len(packed))]
+        for name, tensor in zip(self.packed, packed, strict=True):
+            self.register_buffer(name, tensor)
+        self.register_buffer("bias", None if dense.bias is None else dense.bias.detach())
+
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = [getattr(self, name) for name in self.packed]
+        y: Tensor = WEIGHT_ONLY_LINEAR.call(
+            x, packed[::2], packed[1::2], self.bias, None, self.widths, self.activation
+        )
+        return y
+
+
+def fused(module: nn.Module) -> tuple[nn.Module, int]:
+    """A copy for inference on the CPU, and how many layers run fused.
+
+    A factored layer stays as it is where no operator serves its form or type, or where it was fused before
+    and found to be slower so.  Layers of int8 factors that read integers are called by what they store until
+    `export_program` packs them.
+    """
+    twin = copy.deepcopy(module).cpu()
+    for child in twin.modules():
+        child.training = False
+    made: dict[int, nn.Module] = {}
+    for name, layer in list(twin.named_modules(remove_duplicate=False)):
+        new = made.get(id(layer)) or (_packed_layer(layer) if isinstance(layer, Factorized) else None)
+        if new is None:
+            continue
+        made[id(layer)] = new
+        owner, _, leaf = name.rpartition(".")
+        if not name:
+            return new, 1
+        setattr(twin.get_submodule(owner), leaf, new)
+    return twin, len(made)
+
+
+def _packed_layer(layer: Factorized) -> nn.Module | None:
+    """A factored layer as a call of its operator; None where it stays as it is."""
+    data = layer.layer()
+    if data.dtype not in native.DTYPES or (isinstance(layer, Fused) and layer.lanes is None):
+        return None
+    kind = call_of(layer) if layer.form.encoded else None
+    if kind is None or kind is FloatChain:
+        lowered = chain_of(data) if kind is None or not kind.why_not(data) else None
+        return None if lowered is None else FusedLayer(layer, lowered)
+    if kind.why_not(data):
+        return None
+    call = layer if isinstance(layer, kind) else kind.of(layer)
+    return PackedWeights(call) if isinstance(call, WeightOnly) else call
+
+
+def export_program(module: nn.Module, example: Batch, dynamic_batch: bool) -> ExportedProgram:
+    """Export for inference, integer chains joined and packed.
+
+    Raises `InvalidModelError` where torch cannot, with what it said.
+    """
+    shapes = dynamic_shapes(example) if dynamic_batch else None
+
+    def export(given: nn.Module) -> ExportedProgram:
+        return torch.export.export(
+            given, example.args, dict(example.kwargs), dynamic_shapes=shapes, strict=False
+        )
+
+    try:
+        with torch.no_grad(), _quiet():
+            program = export(module)
+            if not any(map(is_integer_chain, program.graph.nodes)):
+                return program
+            whole = program.module()
+            join_integers(whole.graph)
+            lay_channels_innermost(whole.graph)
+            pack_integers(whole)
+            return export(whole)
+    except Exception as error:
+        raise _refused("be exported", error, dynamic_batch) from error
+
+
+def export_onnx(
+    module: nn.Module, example: Batch, dynamic_batch: bool, path: Path, *, optimize: bool = True
+) -> None:
+    """Write a model in evaluation mode as ONNX in standard operators.
+
+    Batch-norms are folded where it is optimized. Raises `UnsupportedError` without onnxscript,
+    `InvalidModelError` where torch cannot.
+    """
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.onnx.export(
+                module,
+                example.args,
+                kwargs=dict(example.kwargs),
+                dynamo=True,
+                verbose=False,
+                optimize=optimize,
+                dynamic_shapes=dynamic_shapes(example) if dynamic_batch else None,
+            )
+            assert program is not None
+            program.save(path)
+    except ImportError as error:
+        raise UnsupportedError(
+            f"writing ONNX takes a package that is not installed: {error.name}; run `pip install onnxscript`"
+        ) from error
+    except Exception as error:
+        raise _refused("be written as ONNX", error, dynamic_batch) from error
+
+
+def compile_package(program: ExportedProgram, path: Path) -> None:
+    """Compile ahead of time to a `.pt2` package.
+
+    Raises `InvalidModelError` where AOTInductor cannot, with what it said.
+    """
+    from torch._inductor import aoti_compile_and_package  # noqa: PLC0415 - takes long to import
+
+    try:
+        with _quiet():
+            aoti_compile_and_package(program, package_path=str(path))
+    except Exception as error:
+        raise _refused("be compiled ahead of time", error, dynamic_batch=False) from error
+
+
+def load_package(path: Path) -> Callable[..., Any]:
+    """A compiled package as a function of the model's inputs.
+
+    Raises `InvalidModelError` where it is damaged.
+    """
+    from torch._inductor import aoti_load_package  # noqa: PLC0415 - takes long to import
+
+    try:
+        with _quiet():
+            return aoti_load_package(str(path))
+    except Exception as error:
+        raise InvalidModelError(
+            f"{path} is no compiled package that loads here: {_first_line(error)}; write it with "
+            "tdpass.deploy"
+        ) from error
+
+
+def dynamic_shapes(example: Batch) -> tuple[dict[int, Any] | None, ...]:
+    """The first axis of every input as one dynamic size.
+
+    Positional inputs come first, as torch takes them.
+    """
+    batch = Dim("batch", min=1)
+    return tuple({0: batch} if tensor.dim() else None for tensor in example.tensors)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What torch warns about and logs within itself is nothing that a user can act on."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _refused(what: str, error: Exception, dynamic_batch: bool) -> InvalidModelError:
+    hint = "try it without dynamic_batch, or see" if dynamic_batch else "see"
+    return InvalidModelError(
+        f"the model cannot {what}: {type(error).__name__}: {_first_line(error)}; {hint} what torch.export "
+        "asks of a model"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "no message")

@@ -1,0 +1,1 @@
+"""Fx graphs: read, and lifted into modules."""

@@ -1,0 +1,1 @@
+"""Compressed modules as files, and their structure as text."""

@@ -1,0 +1,1 @@
+"""Which modules are sites, who reads their weights, and layers in their place."""
