@@ -83,7 +83,9 @@ def site_of(number: int, shape: tuple[int, ...], size: int) -> Site:
 def format_of(case: str, site: Site) -> str:
     """The format of a layer."""
     taps, pointwise, linear = CASES[case]
-    return linear if site.kind == "linear" else taps if site.kernel[0] > 1 else pointwise
+    if site.kind == "linear":
+        return linear
+    return taps if site.kernel[0] > 1 else pointwise
 
 
 def rank_of(site: Site, name: str) -> Rank:

@@ -116,17 +116,15 @@ class Table:
         self.rows.append(row)
 
 
-def _written(value: Value) -> str:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+def _written(value: Value, digits: int = 6) -> str:
+    if isinstance(value, float):
+        return f"{value:.{digits}g}"
+    return "" if value is None else str(value)
 
 
 def show(rows: Sequence[Mapping[str, Value]], columns: Sequence[str]) -> str:
     """Rows as an aligned text table."""
-
-    def text(value: Value) -> str:
-        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    cells = [list(columns), *([text(row.get(name)) for name in columns] for row in rows)]
+    cells = [list(columns), *([_written(row.get(name), digits=4) for name in columns] for row in rows)]
     widths = [max(len(line[place]) for line in cells) for place in range(len(columns))]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells

@@ -137,7 +137,8 @@ class Plan(Pass):
     def _offer(self, budget: Budget, job: Job) -> Offer:
         """Number types and supports for the first try."""
         target, limit = job.target, budget.limits(job.original).get("bytes", math.inf)
-        counted = ("bytes",) if target is None else target.measures if target.numbers else ()
+        timed = target.measures if target is not None and target.numbers else ()
+        counted = ("bytes",) if target is None else timed
         if not set(counted) & set(budget.measures):
             return NOTHING
         if self.numbers not in {AUTO, NONE}:
@@ -201,7 +202,8 @@ class Plan(Pass):
 
     def _draw_curve(self, table: Table, budget: Budget, job: Job) -> None:
         assert job.plan is not None
-        measure = budget.measures[0] if budget.measures else ("macs" if job.original.macs else "params")
+        usual = "macs" if job.original.macs else "params"
+        measure = (*budget.measures, usual)[0]
         points = [*((share, plan, False) for share, plan in table.curve(measure, job.original))]
         reached = job.plan.planned.get(measure) / (job.original.get(measure) or 1)
         points.append((reached, job.plan, True))

@@ -76,9 +76,9 @@ def calls_of(
 
 def _processed(data: object, model: Model, samples: int) -> object:
     """Raw data as its processor makes it what the model reads; all other data as it is."""
-    raw = data if isinstance(data, Raw) else Raw(data) if isinstance(data, str | Path) else None
-    if raw is None:
+    if not isinstance(data, Raw | str | Path):
         return data
+    raw = data if isinstance(data, Raw) else Raw(data)
     module = model.module if isinstance(model, TorchModel) else None
     reader = Reader(module, _sample(model), raw.processor)
     if str(raw.data).startswith(PREFIX):

@@ -101,16 +101,25 @@ def compress(
     found after the plan was carried out holds what was made in `.artifact`.
     """
     steps = Pipeline.parse(
-        pipeline
-        if pipeline is not None
-        else GIVEN_PLAN
-        if plan is not None
-        else PLANNED
-        if target is None
-        else ON_TARGET
+        _usual_passes(plan is not None, target is not None) if pipeline is None else pipeline
     )
-    searched = (include, exclude, overridable, formats, samples, divergence, augmented)
-    setting = _Setting(target, batch, threads, *searched, progress, cache, effort, start or {}, strict)
+    setting = _Setting(
+        target=target,
+        batch=batch,
+        threads=threads,
+        include=include,
+        exclude=exclude,
+        overridable=overridable,
+        formats=formats,
+        samples=samples,
+        divergence=divergence,
+        augmented=augmented,
+        progress=progress,
+        cache=cache,
+        effort=effort,
+        start=start or {},
+        strict=strict,
+    )
     if metric is None:
         return _run(model, budget, data, plan, steps, example_inputs, setting)
     if budget is not None or plan is not None:
@@ -152,19 +161,18 @@ def make_plan(
     """
     steps = Pipeline.parse(pipeline if pipeline is not None else DRY_RUN)
     setting = _Setting(
-        target,
-        batch,
-        threads,
-        include,
-        exclude,
-        overridable,
-        formats,
-        samples,
-        divergence,
-        None,
-        progress,
-        cache,
-        effort,
+        target=target,
+        batch=batch,
+        threads=threads,
+        include=include,
+        exclude=exclude,
+        overridable=overridable,
+        formats=formats,
+        samples=samples,
+        divergence=divergence,
+        progress=progress,
+        cache=cache,
+        effort=effort,
     )
     return _run(model, budget, data, None, steps, example_inputs, setting)
 
@@ -210,10 +218,10 @@ class _Setting:
     formats: Sequence[str]
     samples: int
     divergence: str | Divergence
-    augmented: object
     progress: Progress | bool
     cache: bool | Path
     effort: str
+    augmented: object = None
     start: Mapping[str, Factors] = field(default_factory=dict)
     strict: bool = True
 
@@ -234,7 +242,7 @@ def _run(
     for name in setting.formats:
         FORMATS.get(name)
     opened = open_model(given, example_inputs, setting.overridable)
-    cache = None if setting.cache is False else cache_folder() if setting.cache is True else setting.cache
+    cache = _cache(setting.cache)
     target = None if setting.target is None else open_target(setting.target, opened.frontend, cache)
     memory = memory_limit()
     given_batches, notes = _batches(opened, data, setting.samples)
@@ -242,7 +250,9 @@ def _run(
     model = opened.clone()
     plain = model.make_plain() if steps.passes and isinstance(model, MakesPlain) else ()
     model.check()
-    example = batches[0] if batches else None if model.macs() else model.example()
+    example = next(iter(batches), None)
+    if example is None and not model.macs():
+        example = model.example()
     if example is not None:
         model.observe(*(batches or [example]))
     report = _new_report(given, model)
@@ -281,6 +291,19 @@ def _run(
     except TdpassError as error:
         error.artifact = salvaged(model, job)
         raise
+
+
+def _usual_passes(planned: bool, timed: bool) -> str:
+    if planned:
+        return GIVEN_PLAN
+    return ON_TARGET if timed else PLANNED
+
+
+def _cache(wanted: bool | Path) -> Path | None:
+    """The folder of planning results."""
+    if not isinstance(wanted, bool):
+        return wanted
+    return cache_folder() if wanted else None
 
 
 @contextmanager

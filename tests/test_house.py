@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,15 @@ def test_no_file_has_more_lines_than_one_can_keep_in_mind(folder: str) -> None:
     assert files
     long = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
     assert {name: lines for name, lines in long.items() if lines > LONGEST} == {}
+
+
+@pytest.mark.parametrize("folder", ["tdpass", "passes", "kernels", "benchmarks"])
+def test_no_conditional_expression_holds_another(folder: str) -> None:
+    chained = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.IfExp)
+        and any(isinstance(part, ast.IfExp) for part in (node.body, node.orelse))
+    ]
+    assert chained == []

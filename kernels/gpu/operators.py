@@ -75,8 +75,8 @@ def core_place(chain: Sequence[Stage]) -> int | None:
     simple = [stage == Stage(stage.inputs, stage.outputs) for stage in chain]
     if len(chain) == 3:
         return 1 if simple[0] and simple[2] else None
-    if len(chain) == 2:
-        return 0 if simple[1] else 1 if simple[0] else None
+    if len(chain) == 2 and not simple[1]:
+        return 1 if simple[0] else None
     return 0
 
 

@@ -251,7 +251,8 @@ class _Call:
         Tokens, o, o' and i per tile, of which tokens times i and times o' multiply.
         """
         deep = power(self.right.shape[2])
-        shapes = _PLAIN if self.precision != "tf32" else _DEEP if deep > _LONGEST // 4 else _TENSOR_CORES
+        on_tensor_cores = _DEEP if deep > _LONGEST // 4 else _TENSOR_CORES
+        shapes = on_tensor_cores if self.precision == "tf32" else _PLAIN
         listed = [
             dict(zip(("t", "ol", "or", "il", "warps", "stages"), shape, strict=True)) for shape in shapes
         ]

@@ -285,13 +285,9 @@ class _Call:
         (s, r), plain = self.ranks, self.precision != "tf32"
         positions, limit = self.y.numel() // self.y.shape[1], LARGEST_RANK // 2 if plain else LARGEST_RANK
         high = s > LARGEST_RANK // 2
-        lasts = (
-            [0]
-            if self.last is None or s > limit
-            else [0, 1]
-            if high and self.x.dtype == torch.float32
-            else [1, 0]
-        )
+        lasts = [0, 1] if high and self.x.dtype == torch.float32 else [1, 0]
+        if self.last is None or s > limit:
+            lasts = [0]
         cheap = (
             self.first is not None
             and (not self.window.overlaps or self.x.shape[1] <= _FEW)

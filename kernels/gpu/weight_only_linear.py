@@ -302,9 +302,12 @@ def candidates(rows: int, rank: int, depth: int, plain: bool) -> list[Config]:
     `plain` is float32 without tensor cores, or in three products, and takes small tiles.
     """
     few = rows <= LARGEST_RANK // 4
-    shapes = _PLAIN if plain else _FEW if few else _MANY
+    on_tensor_cores = _FEW if few else _MANY
+    shapes = _PLAIN if plain else on_tensor_cores
     splits = [_SPLITS, 1] if few and depth >= 512 else [1]
-    apart = [0] if rank == 0 else splits if rank > LARGEST_RANK // 2 else [0, *splits]
+    apart = [0] if rank <= LARGEST_RANK // 2 else []
+    if rank:
+        apart += splits
     return [
         {"apart": parts, **dict(zip(("m", "n", "k", "warps", "stages"), shape, strict=True))}
         for shape in shapes

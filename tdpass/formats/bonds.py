@@ -140,10 +140,10 @@ class Bond:
 
     def _of(self, shape: Shape, count: int) -> Shape:
         """A shape whose axes but that of the bond hold so many channels, all along the first of them."""
-        first = 1 if self.axis == 0 else 0
-        return tuple(
-            size if axis == self.axis else count if axis == first else 1 for axis, size in enumerate(shape)
-        )
+        sizes = [1] * len(shape)
+        sizes[1 if self.axis == 0 else 0] = count
+        sizes[self.axis] = shape[self.axis]
+        return tuple(sizes)
 
     def _matrix(self, factor: Tensor) -> Tensor:
         """The factor as `[n, r]`."""

@@ -38,7 +38,7 @@ class Fused(Factorized):
         super().__init__(layer, bias, padding_mode, pads)
         self.activation = activation
         self.lowered = lower(layer)
-        self.lanes = None if lanes is None else lanes if layer.site.axes else LINEAR
+        self.lanes = LINEAR if lanes is not None and not layer.site.axes else lanes
 
     @classmethod
     def of(cls, module: Factorized, activation: str = "identity", lanes: str | None = "channels") -> Fused:

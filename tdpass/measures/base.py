@@ -67,8 +67,10 @@ class Measure:
         (120000000.0, 0.003, None)
         """
         match = _NUMBER.fullmatch(text)
-        unit = "" if match is None else match[2].lower() if self.whole else match[2]
-        if match is None or not unit or unit not in self.units:
+        if match is None:
+            return None
+        unit = match[2].lower() if self.whole else match[2]
+        if not unit or unit not in self.units:
             return None
         value = float(match[1]) * self.units[unit]
         return value if value > 0 or self.whole else None

@@ -301,9 +301,8 @@ def make_method(spec: Method | Mapping[str, Any] | str) -> Method:
     """
     if isinstance(spec, Method):
         return spec
-    name, options = (
-        (spec, {}) if isinstance(spec, str) else next(iter(spec.items())) if len(spec) == 1 else ("", {})
-    )
+    named = {spec: {}} if isinstance(spec, str) else spec
+    name, options = next(iter(named.items())) if len(named) == 1 else ("", {})
     cls = METHODS.get(str(name))
     given: Any = {} if options is None else options
     if not isinstance(given, Mapping):

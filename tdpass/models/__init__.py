@@ -41,13 +41,8 @@ def as_example(value: ExampleInputs) -> Batch | None:
         return value
     if isinstance(value, Tensor):
         return Batch((value,))
-    entries = (
-        list(value.values())
-        if isinstance(value, dict)
-        else list(value)
-        if isinstance(value, tuple | list)
-        else [value]
-    )
+    held = value.values() if isinstance(value, dict) else value
+    entries = list(held) if isinstance(value, dict | tuple | list) else [value]
     others = [type(entry).__name__ for entry in entries if not isinstance(entry, Tensor)]
     if others:
         raise UsageError(

@@ -90,9 +90,8 @@ class Trials:
         Without data the model's example stands for it, unless the model is larger than 256 MiB.
         """
         trials = cls(given, divergence)
-        example = (
-            batches[0] if batches else given.example() if given.bytes() <= LARGEST_WITHOUT_DATA else None
-        )
+        without_data = given.example() if not batches and given.bytes() <= LARGEST_WITHOUT_DATA else None
+        example = batches[0] if batches else without_data
         if example is None:
             return trials
         for what, call in _calls(example, given.signature().fixed_batch()):

@@ -50,13 +50,9 @@ def figures(report: Report, rows: Sequence[SiteRow], original: Cost, final: Cost
     moved = summary.divergence(report, rows)
     if moved is not None:
         expected = sum(row.loss for row in rows)
-        words = (
-            f"measured; the plan expected {small(expected)}"
-            if moved.measured and expected
-            else "measured"
-            if moved.measured
-            else "expected by the plan"
-        )
+        words = "measured" if moved.measured else "expected by the plan"
+        if moved.measured and expected:
+            words += f"; the plan expected {small(expected)}"
         cards.append(
             tag(
                 "li",

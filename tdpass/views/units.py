@@ -97,14 +97,10 @@ def cost_text(measure: str, value: float) -> str:
     >>> cost_text("seconds", 0.0012), cost_text("joules", 0.0012)
     ('1.2 ms', '1.2mJ')
     """
+    if measure == "seconds":
+        return seconds(value)
     known = MEASURES.get(measure)
-    return (
-        seconds(value)
-        if measure == "seconds"
-        else human(value, known.unit)
-        if known.whole
-        else known.write(value)
-    )
+    return human(value, known.unit) if known.whole else known.write(value)
 
 
 def shown_measures() -> list[Measure]:
@@ -150,11 +146,15 @@ def plain(text: object) -> str:
     Names and messages come from model files, which may hold escape sequences, bidirectional overrides or
     broken Unicode.
     """
-    return "".join(
-        character if character.isprintable() else " " if character.isspace() else "\ufffd"
-        for character in str(text)
-    )
+    return "".join(map(_visible, str(text)))
+
+
+def _visible(character: str) -> str:
+    if character.isprintable():
+        return character
+    return " " if character.isspace() else "\ufffd"
 
 
 def _three(value: float) -> str:
-    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
+    decimals = (value < 9.995) + (value < 99.95)
+    return f"{value:.{decimals}f}"

@@ -51,11 +51,12 @@ def _problem(node: ir.Node, x: Dims | None, weight: Dims) -> str:
         numbers = node.attributes.get_ints(name, ())
         if numbers and len(numbers) != count:
             return f"has {name}={list(numbers)}; its weight {list(weight)} wants {count} numbers"
-    read = ends[0] if transposed else None if ends[1] is None else ends[1] * group
+    first, second = ends[0], None if ends[1] is None else ends[1] * group
+    read, made = (first, second) if transposed else (second, first)
     channels = x[1] if x is not None and len(x) > 1 else None
     if None not in (read, channels) and read != channels:
         return f"reads {channels} channels, but its weight {list(weight)} with group={group} takes {read}"
-    return _bias_problem(node, None if ends[1] is None else ends[1] * group if transposed else ends[0])
+    return _bias_problem(node, made)
 
 
 def _bias_problem(node: ir.Node, made: int | None) -> str:

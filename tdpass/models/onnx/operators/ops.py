@@ -164,16 +164,10 @@ class OnnxOps(StorageNodes):
 
     def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
         left, right = self._dims_of(a), self._dims_of(b)
-        longer = max(left, right, key=len) if left is not None and right is not None else None
-        return self._emit(
-            "Add",
-            [a, b],
-            left
-            if longer is not None and longer == left
-            else None
-            if longer is None
-            else (None,) * len(longer),
-        )
+        if left is None or right is None:
+            return self._emit("Add", [a, b], None)
+        longer = max(left, right, key=len)
+        return self._emit("Add", [a, b], left if longer == left else (None,) * len(longer))
 
     def join(self, x: ir.Value, count: int) -> ir.Value:
         known = self._dims_of(x)

@@ -117,7 +117,8 @@ def _numbers(
     values, scale, zero = read
     held = constant(scale)
     per_channel = held is not None and held.size > 1
-    along = axis if axis is not None else 1 if node.op_type in ("QLinearMatMul", "QGemm") else 0
+    usual = 1 if node.op_type in ("QLinearMatMul", "QGemm") else 0
+    along = usual if axis is None else axis
     made = ir.node(
         "DequantizeLinear",
         [values, scale] if zero is None else [values, scale, zero],

@@ -75,7 +75,7 @@ def _read_by(node: ir.Node, weight: ir.Value | None) -> ir.Value | None:
     one, other = u.inputs
     assert one is not None
     assert other is not None
-    x = one if _leads_to(one, other) else other if _leads_to(other, one) else None
+    x = next((a for a, b in ((one, other), (other, one)) if _leads_to(a, b)), None)
     maker = None if x is None else x.producer()
     return None if maker is not None and maker.op_type == "Sub" else x  # that would be a LayerNorm
 

@@ -10,7 +10,7 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +115,16 @@ def _own_storage(module: nn.Module) -> None:
         tensor.data = tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
+def _open(tensor: Tensor, sample_axis: int | None) -> Iterable[int]:
+    """Axes that may have another size: those of samples, and all of ids and masks."""
+    if not tensor.is_floating_point():
+        return range(tensor.dim())
+    return () if sample_axis is None else (sample_axis,)
+
+
 def _open_axes(module: nn.Module, call: Batch) -> dict[str, Any] | tuple[Any, ...]:
     axes = [
-        dict.fromkeys(range(tensor.dim()), Dim.AUTO)
-        if not tensor.is_floating_point()
-        else {}
-        if axis is None
-        else {axis: Dim.AUTO}
+        dict.fromkeys(_open(tensor, axis), Dim.AUTO)
         for tensor, axis in zip(call.tensors, call.sample_axes, strict=True)
     ]
     given = len(call.args)
