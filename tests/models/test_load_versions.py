@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import tdpass
 from tdpass.errors import InvalidModelError
 from tdpass.layers.factorized import Factorized
+from tdpass.models.torch.saving import structure
+from tdpass.numbers.base import NUMBERS
 
 X = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -104,6 +106,7 @@ def test_zero_points_of_four_bits_that_were_stored_in_bytes_are_read(
     with safe_open(path, framework="pt") as file:
         metadata = {name: text for name, text in file.metadata().items() if name != "tdpass.digest"}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    metadata["tdpass.structure"] = metadata["tdpass.structure"].replace('"version": 3', '"version": 2')
     earlier = zero_points_in_bytes(tensors, small.model)
     assert {name for name in tensors if earlier[name].dtype != tensors[name].dtype} >= {"head.kernel_zero"}
     save_file(earlier, path, metadata=metadata)
@@ -131,6 +134,26 @@ def test_a_state_with_zero_points_in_bytes_is_taken(net: Net) -> None:
         model.load_state_dict(wrong)
 
 
+KNOWN = ["levels16" if name == "levels" else name for name in NUMBERS.names()]
+
+
+@pytest.mark.parametrize("numbers", [*KNOWN, "int4/zero", "int4/16/zero", "int8/zero"])
+def test_only_what_an_older_version_cannot_read_says_that_it_is_of_a_newer_one(
+    numbers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, pipeline, net = tmp_path / "small.safetensors", f"quantize{{numbers={numbers}}}", nn.Linear(16, 12)
+    small = tdpass.compress(nn.Sequential(net), None, pipeline=pipeline, progress=False)
+    small.save(path)
+    monkeypatch.setattr(structure, "_LATEST", 2)
+    if not (numbers.startswith("int4") and numbers.endswith("zero")):
+        loaded = tdpass.load(path, nn.Sequential(nn.Linear(16, 12)))
+        assert all(map(torch.equal, loaded.state_dict().values(), small.model.state_dict().values()))
+        return
+    said = r"written by a newer tdpass: it is of version 3, and this one \(.*\) reads 1 to 2; load it with"
+    with pytest.raises(InvalidModelError, match=said):
+        tdpass.load(path, nn.Sequential(nn.Linear(16, 12)))
+
+
 @pytest.mark.parametrize("more", [{}, {"layouts": [1]}])
 def test_a_version_that_is_not_known_is_refused_with_those_that_are(
     net: Net, more: dict[str, object], tmp_path: Path
@@ -140,11 +163,12 @@ def test_a_version_that_is_not_known_is_refused_with_those_that_are(
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-    structure = json.loads(metadata["tdpass.structure"])
-    metadata["tdpass.structure"] = json.dumps({**structure, "version": 7, **more})
+    found = json.loads(metadata["tdpass.structure"])
+    metadata["tdpass.structure"] = json.dumps({**found, "version": 7, **more})
     del metadata["tdpass.digest"]
     save_file(tensors, path, metadata=metadata)
     with pytest.raises(
-        InvalidModelError, match=r"is of version 7, and this tdpass \(.*\) reads 1 to 2; load it with"
+        InvalidModelError,
+        match=r"written by a newer tdpass: it is of version 7, and this one \(.*\) reads 1 to 3; load it with",
     ):
         tdpass.load(path, Net())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from safetensors import safe_open
 from torch import nn
 
 from tdpass.errors import InvalidModelError, PlanError, UsageError
-from tdpass.machine import installed_version
 from tdpass.models.torch.modules.in_place import Backup
 from tdpass.models.torch.modules.plain import computed, make_plain
 from tdpass.models.torch.saving.coded import Held, coded_factors, earlier_parts, under, with_coded_factors
@@ -24,6 +22,7 @@ from tdpass.models.torch.saving.structure import (
     Swap,
     carry_out,
     outputs_of,
+    read_structure,
     shape_layers,
     structure_of,
     swaps_of,
@@ -32,8 +31,6 @@ from tdpass.models.torch.saving.tensor_file import check_digest, write_tensors
 from tdpass.models.torch.sites.adapting import adapt
 from tdpass.packing import SUFFIX, blocks_in, packed_state, read_header, unpack
 
-_VERSIONS = (1, 2)
-_VERSION = re.compile(r'"version": *(\d+)')
 _KEY = "tdpass.structure"
 
 
@@ -58,7 +55,7 @@ def save_module(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> N
     plain = tensors if PROGRAM_KEY in metadata else with_coded_factors(tensors, module)
     written = packed_state(plain)
     packed = written.keys() != tensors.keys()
-    structure = structure_of(module, aliases, version=2 if packed else 1)
+    structure = structure_of(module, aliases, packed=packed)
     write_tensors(path, written, {**metadata, _KEY: STRUCTURE.text(structure)})
 
 
@@ -199,13 +196,7 @@ def _structure(path: Path) -> Structure:
     text = check_digest(path).get(_KEY)
     if text is None:
         raise InvalidModelError(f"{path} carries no tdpass structure; it was not written by Artifact.save")
-    version = _VERSION.search(text)
-    if version is not None and int(version[1]) not in _VERSIONS:
-        raise InvalidModelError(
-            f"{path} is of version {version[1]}, and this tdpass ({installed_version()}) reads "
-            f"{_VERSIONS[0]} to {_VERSIONS[-1]}; load it with the tdpass that wrote it, or a later one"
-        )
-    return STRUCTURE.parse(text, f"what {path} carries")
+    return read_structure(text, f"what {path} carries")
 
 
 def _older_names(structure: Structure, stored: Container[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal
@@ -16,6 +17,7 @@ from tdpass.form import Form, Formed
 from tdpass.kinds import kind_of_module
 from tdpass.layers.dial import Adaptation
 from tdpass.layers.factorized import Factorized, empty_layer
+from tdpass.machine import installed_version
 from tdpass.models.torch.modules.called_layers import call_layers
 from tdpass.models.torch.modules.in_place import become
 from tdpass.models.torch.sites.adapting import adaptation_of
@@ -25,7 +27,10 @@ from tdpass.models.torch.sites.norms import Folded
 from tdpass.models.torch.sites.sites import Matched, find_sites
 from tdpass.models.torch.sites.streams import Slicing, shape_as, slicing_of
 
-UNPACKED: Final = 1  # where nothing is packed, any tdpass can read the file; 2 where something is
+UNPACKED: Final = 1  # where nothing is packed, any tdpass can read the file
+_PACKED: Final = 2
+_LATEST: Final = 3  # 3 where a part is stored otherwise than versions before read it
+_VERSION = re.compile(r'"version": *(\d+)')
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Structure:
     `aliases` are names of tensors that are held under another.
     """
 
-    version: Literal[1, 2]
+    version: Literal[1, 2, 3]
     layers: tuple[Replacement, ...]
     folded: tuple[str, ...]
     biases: tuple[str, ...]
@@ -62,7 +67,7 @@ STRUCTURE = register_document(
 
 def structure_text(module: nn.Module) -> str:
     """Which layers of a module are factored, as text that `restructure` reads; empty where none are."""
-    structure = structure_of(module, {}, version=UNPACKED)
+    structure = structure_of(module, {}, packed=False)
     return STRUCTURE.text(structure) if structure.layers or structure.folded or structure.slicing else ""
 
 
@@ -71,7 +76,7 @@ def restructure(module: nn.Module, text: str, source: str) -> None:
 
     Raises as `load_module` does.
     """
-    structure = STRUCTURE.parse(text, source)
+    structure = read_structure(text, source)
     if structure.adaptive is not None:
         raise UnsupportedError(
             f"{source} is of an adaptive network; load it with tdpass.load from the file that Artifact.save "
@@ -81,8 +86,23 @@ def restructure(module: nn.Module, text: str, source: str) -> None:
     carry_out(module, swaps_of(module, structure, source), structure)
 
 
-def structure_of(module: nn.Module, aliases: Mapping[str, str], version: Literal[1, 2]) -> Structure:
-    """The structure of a module whose tensors have these aliases."""
+def read_structure(text: str, source: str) -> Structure:
+    """The structure that the text says.
+
+    Raises `InvalidModelError` for text that is none, and for one of a later version.
+    """
+    version = _VERSION.search(text)
+    if version is not None and int(version[1]) > _LATEST:
+        raise InvalidModelError(
+            f"{source} was written by a newer tdpass: it is of version {version[1]}, and this one "
+            f"({installed_version()}) reads {UNPACKED} to {_LATEST}; load it with the tdpass that wrote it, "
+            "or a later one"
+        )
+    return STRUCTURE.parse(text, source)
+
+
+def structure_of(module: nn.Module, aliases: Mapping[str, str], *, packed: bool) -> Structure:
+    """The structure of a module whose tensors have these aliases, of the first version that reads them."""
     named = list(module.named_modules(remove_duplicate=False))
     layers = tuple(
         Replacement(tuple(name for name, part in named if part is layer), layer.form, layer.bias is not None)
@@ -96,7 +116,15 @@ def structure_of(module: nn.Module, aliases: Mapping[str, str], version: Literal
         if kind_of_module(candidate) is not None and candidate._parameters["bias"] is not None
     )
     how = adaptation_of(module), slicing_of(module), divisions_of(module)
+    version = _version(module, packed=packed)
     return Structure(version, layers, folded, biases, aliases, *how)
+
+
+def _version(module: nn.Module, *, packed: bool) -> Literal[1, 2, 3]:
+    """The first version that reads what the module holds."""
+    if any(layer.storage.earlier for layer in module.modules() if isinstance(layer, Factorized)):
+        return _LATEST
+    return _PACKED if packed else UNPACKED
 
 
 def shape_layers(module: nn.Module, structure: Structure, source: str) -> None:
