@@ -11,11 +11,12 @@ from tdpass.models.front_ends import front_end_of
 def dequantize(model: object) -> object:
     """A copy of a model with floating-point numbers in place of integers, to be factored and quantized anew.
 
-    ONNX models with QuantizeLinear and DequantizeLinear or with QLinear operators (a path, `onnx.ModelProto`
-    or `onnx_ir.Model`, given back as its kind), modules with layers of `torch.ao.nn.quantized`, modules whose
-    weights are tensors that know how to `dequantize`, as torchao's, and graphs and exported programs with
-    nodes that quantize and dequantize, as PT2E converts them.  What is rounded on its way through
-    the model is passed on as it is.  Raises `UsageError` for anything else.
+    ONNX models with QuantizeLinear and DequantizeLinear, with QLinear operators or with products that make
+    bytes in every call (a path, `onnx.ModelProto` or `onnx_ir.Model`, given back as its kind), modules with
+    layers of `torch.ao.nn.quantized`, modules whose weights are tensors that know how to `dequantize`, as
+    torchao's, and graphs and exported programs with nodes that quantize and dequantize, as PT2E converts
+    them.  What is rounded on its way through the model is passed on as it is.  Raises `UsageError` for
+    anything else.
     """
     source = Path(model) if isinstance(model, str) else model
     try:

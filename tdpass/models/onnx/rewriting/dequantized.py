@@ -14,6 +14,7 @@ from tdpass.models.onnx.graph.graphs import opset_of
 from tdpass.models.onnx.graph.names import FreshNames
 from tdpass.models.onnx.graph.tensors import constant, from_torch
 from tdpass.models.onnx.rewriting.dynamic_lstm import plain_lstms
+from tdpass.models.onnx.rewriting.plain_products import plain_products
 from tdpass.models.onnx.rewriting.rewrite import prune_initializers, take_place
 
 _MOVES = frozenset({"Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Slice", "Gather"})
@@ -68,10 +69,13 @@ def dequantized(model: ir.Model) -> int:
         known = _OPERATORS.get(f"{node.domain}::{node.op_type}" if node.domain else node.op_type)
         if known is not None:
             _spelled_out(model, node, known, names)
-    count = plain_lstms(model)
+    count = plain_lstms(model) + plain_products(model)
     for node in list(model.graph):
         if node.op_type == "DequantizeLinear" and not node.domain and _constants(node) is not None:
             _fold(model, node, names)
+            count += 1
+        elif node.op_type == "DequantizeLinear" and not node.domain and _moves(node):
+            _fold_before_moves(model, node, _moves(node), names)
             count += 1
     for node in list(model.graph):
         if node.op_type == "QuantizeLinear" and not node.domain and _only_passed_on(node.outputs[0]):
@@ -149,7 +153,35 @@ def _constants(node: ir.Node) -> list[ir.TensorProtocol | None] | None:
 
 def _fold(model: ir.Model, node: ir.Node, names: FreshNames) -> None:
     """The numbers of constant integers as a constant."""
-    values, scale, zero = (*(_constants(node) or []), None)[:3]
+    made = _numbers_of(model, node, node.inputs[0], names)
+    node.outputs[0].replace_all_uses_with(made, replace_graph_outputs=True)
+    model.graph.remove(node, safe=True)
+
+
+def _moves(node: ir.Node) -> list[ir.Node]:
+    """The nodes that only move constant integers with one scale before numbers are made of them, last first."""
+    beside = [constant(value) for value in node.inputs[1:] if value is not None]
+    value, found = node.inputs[0], list[ir.Node]()
+    while value is not None and constant(value) is None:
+        maker = value.producer()
+        if maker is None or maker.domain or maker.op_type not in _MOVES or len(value.uses()) > 1:
+            return []
+        found.append(maker)
+        value = maker.inputs[0]
+    return found if value is not None and all(held is not None and held.size == 1 for held in beside) else []
+
+
+def _fold_before_moves(model: ir.Model, node: ir.Node, moves: Sequence[ir.Node], names: FreshNames) -> None:
+    """The numbers of constant integers as a constant that is moved in place of these."""
+    moves[-1].replace_input_with(0, _numbers_of(model, node, moves[-1].inputs[0], names))
+    for move in moves:
+        move.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    _end(model, node, moves[0].outputs[0])
+
+
+def _numbers_of(model: ir.Model, node: ir.Node, source: ir.Value | None, names: FreshNames) -> ir.Value:
+    """The numbers that a node makes, or would make, of these constant integers, as a constant."""
+    values, scale, zero = (*map(constant, (source, *node.inputs[1:])), None)[:3]
     assert values is not None
     assert scale is not None
     codes, steps = values.numpy().astype(np.float64), scale.numpy().astype(np.float64)
@@ -163,10 +195,8 @@ def _fold(model: ir.Model, node: ir.Node, names: FreshNames) -> None:
         along[axis] = -1
         steps, zeros = steps.reshape(along), zeros.reshape(along)
     numbers = torch.from_numpy((codes - zeros) * steps).float()
-    label = str(node.inputs[0].name if node.inputs[0] is not None else node.name).removesuffix("_quantized")
-    made = _register(model, label, numbers, names)
-    node.outputs[0].replace_all_uses_with(made, replace_graph_outputs=True)
-    model.graph.remove(node, safe=True)
+    label = str(source.name if source is not None else node.name).removesuffix("_quantized")
+    return _register(model, label, numbers, names)
 
 
 def _only_passed_on(codes: ir.Value) -> bool:

@@ -14,6 +14,7 @@ from tdpass.models.onnx.graph.folding import REARRANGING, folded
 from tdpass.models.onnx.graph.shapes import Shapes
 from tdpass.models.onnx.graph.tensors import FLOAT_TYPES, PARAMETER_TYPES, constant, sizes
 from tdpass.models.onnx.sites.cells import OPERATORS, SINCE, R, W, why_closed
+from tdpass.models.onnx.sites.dynamic_products import DYNAMIC, is_dynamic
 from tdpass.models.onnx.sites.weight_use import Slot, WeightUse
 from tdpass.registry import Registry
 
@@ -290,16 +291,23 @@ class RecurrentMatcher:
         return Left((W, R), why_closed(node, SINCE) or f"its steps take opset {SINCE}").match(node, shapes)
 
 
-for _operator, _matcher in {
+@dataclass(frozen=True)
+class OfBytes:
+    """A product that may make bytes of what it reads by its range in every call."""
+
+    def match(self, node: ir.Node, shapes: Shapes) -> WeightUse | None:
+        return Left((1,), _QUANTIZED if is_dynamic(node) else _INTEGERS).match(node, shapes)
+
+
+_LEFT: dict[str, Matcher] = {
     "DeformConv": Left((1,), "deformable convolutions are not supported"),
     "QLinearConv": Left((3,), _QUANTIZED),
     "QLinearMatMul": Left((3,), _QUANTIZED),
-    "ConvInteger": Left((1,), _INTEGERS),
-    "MatMulInteger": Left((1,), _INTEGERS),
     "com.microsoft::QGemm": Left((3,), _QUANTIZED),
-    "com.microsoft::QAttention": Left((1,), _INTEGERS),
+    **dict.fromkeys(DYNAMIC, OfBytes()),
     "com.microsoft::DynamicQuantizeLSTM": Left((1, 2), _QUANTIZED),
-}.items():
+}
+for _operator, _matcher in _LEFT.items():
     MATCHERS.add(_operator, _matcher)
 for _kind in KINDS:
     if _kind.operator:
