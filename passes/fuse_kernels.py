@@ -19,9 +19,10 @@ class FuseKernels(Pass):
     """Run the layers that a factored layer is made of as one operator, where that is measured to be faster.
 
     Measured on the calibration data cut to the job's batch, else on the model's example.  The last pass of a
-    pipeline: the result computes what it did and is saved as before; an ONNX model runs anywhere, fused where
-    the operator library is registered. `lanes` ("channels", "pixels"; "auto": the faster) and `measure`
-    (false: fuse whatever can be) are for torch models.
+    pipeline: the result computes what it did, up to rounding where the numbers of layers say so, and is saved
+    as before; an ONNX model runs anywhere, fused where the operator library is registered. `lanes`
+    ("channels", "pixels"; "auto": the faster) and `measure` (false: fuse whatever can be) are for torch
+    models.
     """
 
     name = "fuse-kernels"

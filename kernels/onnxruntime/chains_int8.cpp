@@ -5,37 +5,39 @@
 // scales of that, one per output channel; a bias; a residual where the name says Add; and where it says
 // Bytes, the scale and zero point of the output, which is of bytes then, else of float32.  Weights and
 // attributes as those of ConvChain and LinearChain; all but x and the residual are constants.
+//
+// DynamicInt8LinearChain<stages>[Add][Relu|Silu|Gelu|Relu6]: the same of float32 x, without scales and zero
+// points of what stages read: every row is put on a grid of its own.
 #include "chain_shape.h"
 
 namespace tdpass_ort {
 namespace {
 
 struct Int8ChainOperator : ChainOperator {
-  bool bytes;
-};
+  bool bytes, dynamic;
 
-constexpr size_t EACH = 4;  // inputs of a stage: scale, zero point, weight, scales of the weight
+  // Inputs of a stage: scale and zero point of what it reads where these are given, weight, scales of the
+  // weight.
+  size_t each() const { return dynamic ? 2 : 4; }
+  size_t behind() const { return 1 + each() * stages; }
+};
 
 class Int8Chain : public ChainNode {
  public:
   Int8Chain(const Int8ChainOperator& op, const ort::Api* api, const ort::KernelInfo* info)
-      : ChainNode(op, api, info),
-        coded_(op.bytes),
-        stages_(op.stages),
-        factors_(op.stages),
-        grids_(op.stages + 2) {
+      : ChainNode(op, api, info), int8_(op), stages_(op.stages), factors_(op.stages), grids_(op.stages + 2) {
     for (int s = 0; s < op.stages; s++) {
-      const size_t at = 1 + EACH * s;
-      grids_[s] = grid(info, at);
-      factors_[s] = factor(s, required(info, at + 2), required(info, at + 3));
+      const size_t at = 1 + op.each() * s, end = at + op.each();
+      if (!op.dynamic) grids_[s] = grid(info, at);
+      factors_[s] = factor(s, required(info, end - 2), required(info, end - 1));
       weights_.push_back(factors_[s].packed.get());
       scales_.push_back(factors_[s].scale.data());
       totals_.push_back(factors_[s].total.data());
     }
-    const Tensor bias = required(info, 1 + EACH * op.stages);
+    const Tensor bias = required(info, op.behind());
     check_bias(bias, stages_);
     bias_.assign(bias.as<float>(), bias.as<float>() + bias.count());
-    if (coded_) grids_[op.stages] = grid(info, op.reads.size() - 2);
+    if (op.bytes) grids_[op.stages] = grid(info, op.reads.size() - 2);
   }
 
   void compute(ort::KernelContext* context) {
@@ -44,11 +46,11 @@ class Int8Chain : public ChainNode {
     const Tensor y = output(context, 0, sizes);
     const tdpass_image from = view(x.data, x.sizes), to = view(y.data, sizes);
     tdpass_image added;
-    tdpass_int8_chain call = {{TDPASS_UINT8, TDPASS_QUAD_LANES, chain_.activation, chain_.stages,
-                                  stages_.data(), weights_.data(), bias_.data(), nullptr},
+    const int32_t dtype = int8_.dynamic ? TDPASS_FLOAT32 : TDPASS_UINT8;
+    tdpass_int8_chain call = {{dtype, TDPASS_QUAD_LANES, chain_.activation, chain_.stages, stages_.data(),
+                                  weights_.data(), bias_.data(), nullptr},
         scales_.data(), totals_.data(), grids_.data()};
-    if (chain_.residual)
-      call.chain.residual = &(added = spread(input(context, 2 + EACH * chain_.stages), sizes));
+    if (chain_.residual) call.chain.residual = &(added = spread(input(context, int8_.behind() + 1), sizes));
     if (y.count() == 0) return;
     Pool pool(api_, context, threads_, worth(stages_, to));
     if (tdpass_conv_chain_int8(&call, &from, &to, &pool.pool) != 0)
@@ -81,7 +83,7 @@ class Int8Chain : public ChainNode {
     return made;
   }
 
-  bool coded_;
+  const Int8ChainOperator& int8_;
   std::vector<tdpass_stage> stages_;
   std::vector<Factor> factors_;
   std::vector<tdpass_grid> grids_;
@@ -91,15 +93,20 @@ class Int8Chain : public ChainNode {
   std::vector<float> bias_;
 };
 
-Int8ChainOperator make(bool linear, int stages, bool residual, int activation, bool bytes) {
+Int8ChainOperator make(
+    bool linear, int stages, bool residual, int activation, bool bytes, bool dynamic = false) {
   Int8ChainOperator op{};
+  op.dynamic = dynamic;
   op.linear = linear, op.stages = stages, op.bias = true, op.residual = residual, op.activation = activation,
   op.bytes = bytes;
-  op.title = std::string(linear ? "Int8LinearChain" : "Int8ConvChain") + std::to_string(stages) +
-      (residual ? "Add" : "") + ACTIVATION_NAMES[activation] + (bytes ? "Bytes" : "");
-  op.reads = {ort::UINT8};
-  for (int s = 0; s < stages; s++)
-    op.reads.insert(op.reads.end(), {ort::FLOAT, ort::UINT8, ort::INT8, ort::FLOAT});
+  op.title = std::string(dynamic ? "Dynamic" : "") + (linear ? "Int8LinearChain" : "Int8ConvChain") +
+      std::to_string(stages) + (residual ? "Add" : "") + ACTIVATION_NAMES[activation] +
+      (bytes ? "Bytes" : "");
+  op.reads = {dynamic ? ort::FLOAT : ort::UINT8};
+  for (int s = 0; s < stages; s++) {
+    if (!dynamic) op.reads.insert(op.reads.end(), {ort::FLOAT, ort::UINT8});
+    op.reads.insert(op.reads.end(), {ort::INT8, ort::FLOAT});
+  }
   op.reads.insert(op.reads.end(), 1 + residual, ort::FLOAT);
   if (bytes) op.reads.insert(op.reads.end(), {ort::FLOAT, ort::UINT8});
   op.makes = {bytes ? ort::UINT8 : ort::FLOAT};
@@ -117,6 +124,10 @@ void add_int8_chains(Operators& all) {
         for (int with = 0; with < 4; with++)
           for (int activation = 0; activation < ACTIVATIONS; activation++)
             made.push_back(make(linear, stages, with & 1, activation, with & 2));
+    for (int stages = 1; stages <= MOST_STAGES; stages++)
+      for (int residual = 0; residual < 2; residual++)
+        for (int activation = 0; activation < ACTIVATIONS; activation++)
+          made.push_back(make(true, stages, residual, activation, false, true));
     return made;
   }();
   list(all, ops);

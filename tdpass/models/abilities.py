@@ -101,6 +101,17 @@ class FusesChains(Protocol):
 
 
 @runtime_checkable
+class RoundsInOperators(Protocol):
+    """Operators that its chains of layers became may round what they read."""
+
+    def grain(self) -> float:
+        """The step, relative to the largest number, that all of this comes to; 0 where none does.
+
+        What is rounded in several places adds up in squares.
+        """
+
+
+@runtime_checkable
 class TimesRecurrentNodes(Protocol):
     """Its recurrent nodes become other nodes where their steps have factors, which may take longer."""
 

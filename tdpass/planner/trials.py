@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from tdpass.errors import InvalidModelError, TdpassError
 from tdpass.formats.layer import Layer
-from tdpass.models.abilities import HoldsIntegerActivations
+from tdpass.models.abilities import HoldsIntegerActivations, RoundsInOperators
 from tdpass.models.base import Batch, Model
 from tdpass.planner.divergence import Divergence, FittedDivergence
 from tdpass.planner.resampled import resampled
@@ -201,23 +201,25 @@ class Trials:
     def _rounding(self, trial: Trial, answer: object, model: Model) -> float:
         """What rounding may change: some last digits, or what the original makes of one in its input.
 
-        Where layers read integers, a last digit may put a number on the next of its grid: what the model
-        makes of a step of eight bits in its input.
+        Where layers or operators read rounded numbers, a last digit may put one on the next of its grid: what
+        the model makes of such a step in its input.
         """
         epsilon = max((torch.finfo(leaf.dtype).eps for leaf in _floats(answer)), default=0.0)
         least, moved = max(ROUNDING, _EPSILONS * epsilon), gap(trial.now, answer)
-        if moved > least and _reads_integers(model):
-            least = max(SLIGHT, gap(answer, model.run(_nudged(trial.call, _STEP))))
+        grain = _grain(model)
+        if moved > least and grain:
+            least = max(SLIGHT, gap(answer, model.run(_nudged(trial.call, grain))))
         if moved <= least:
             return least
         again, near = self.given.run(trial.call), self.given.run(_nudged(trial.call, epsilon))
         return max(least, _AMPLIFIED * max(gap(trial.original, again), gap(trial.original, near)))
 
 
-def _reads_integers(model: Model) -> bool:
-    """Whether layers, or the graph between them, hold activations in whole numbers."""
+def _grain(model: Model) -> float:
+    """The relative step in which layers, operators or the graph between them hold activations; 0 for none."""
     held = isinstance(model, HoldsIntegerActivations) and bool(model.held_integers())
-    return held or any(layer.form.activations for layer in _layers(model).values())
+    whole = held or any(layer.form.activations for layer in _layers(model).values())
+    return max(_STEP if whole else 0.0, model.grain() if isinstance(model, RoundsInOperators) else 0.0)
 
 
 def _nudged(call: Batch, epsilon: float) -> Batch:

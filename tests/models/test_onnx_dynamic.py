@@ -1,4 +1,4 @@
-"""Products whose integers are made in every call: recognised, made floating-point, factored."""
+"""Products whose integers are made in every call: recognised, made floating-point, factored, run as one operator."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import onnx_ir
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx_nets import model_of, node, weight
-from test_onnx_fuse_integers import ROWS, layers
+from test_onnx_fuse_integers import ROWS, fused_types, holds, ignore, layers, put, run_file
 
 import tdpass
+from tdpass.models.base import Batch
 from tdpass.models.onnx.model import OnnxModel
 
 quantization = pytest.importorskip("onnxruntime.quantization")
@@ -187,3 +188,75 @@ def test_it_is_factored_and_quantized_anew(tmp_path: Path) -> None:
     made = tdpass.compress(plain, None, data, pipeline=steps, formats=["svd"], cache=False, strict=False)
     assert "MatMulInteger" in op_types(made.model)
     assert made.report.final.params <= 0.6 * made.report.original.params
+
+
+def low_rank(rank: int = 2) -> onnx.ModelProto:
+    """The two linear layers of `layers`, each as two matrices in a row."""
+    model = put(OnnxModel.open(layers(rank)), {"first": "svd 12", "second": "svd 9"})
+    made = model.unwrap()
+    assert isinstance(made, onnx.ModelProto)
+    del made.graph.value_info[:]  # ONNX Runtime's tool turns weights and not what is said of their sizes
+    return made
+
+
+SLOW, REST = pytest.mark.slow, [(2, True), (3, False)]
+CHAINS = ["DynamicInt8LinearChain2Relu", "DynamicInt8LinearChain2Add"]
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize(
+    ("rank", "per_channel"), [(2, False), (3, True), *(pytest.param(*each, marks=SLOW) for each in REST)]
+)
+def test_low_rank_chains_of_onnx_runtime_are_one_operator_each(
+    rank: int, per_channel: bool, tmp_path: Path
+) -> None:
+    model = OnnxModel.open(quantized(low_rank(rank), tmp_path, per_channel=per_channel))
+    x = ROWS if rank == 2 else ROWS[None].repeat(2, 1, 1)
+    zeros = 12 + 96 + 9 + 64 if per_channel else 0
+    holds(model, Batch((x,)), CHAINS, tmp_path / "it.onnx", 0.03, dropped=zeros)
+
+
+@pytest.mark.usefixtures("always")
+def test_low_rank_layers_in_dynamic_ranges_are_fused_checked_saved_and_run(tmp_path: Path) -> None:
+    data = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
+    given, steps = low_rank(), f"{DYNAMIC},fuse-kernels,verify"
+    made = tdpass.compress(given, None, data, pipeline=steps, cache=False)
+    assert op_types(made.model) >= set(CHAINS)
+    assert 0 < made.report.checks["relative_difference"] < 0.05
+    (note,) = (line for row in made.report.passes for line in row.notes if "round what they read" in line)
+    assert note.startswith("2 of them")
+    made.save(tmp_path / "it.onnx")
+    feed = {"x": data.numpy()}
+    for registered in (True, False):
+        (found,) = run_file(tmp_path / "it.onnx", feed, registered=registered)
+        assert near(found, answer(given, feed), 0.05)
+    # a model that came quantized is held to what its operators round, too
+    plain = tdpass.compress(given, None, data, pipeline=DYNAMIC, cache=False).model
+    again = tdpass.compress(plain, None, data, pipeline="fuse-kernels,verify", cache=False)
+    assert op_types(again.model) >= set(CHAINS)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize(("low", "fused"), [(100, True), (20, False)])
+def test_bytes_without_sign_are_served_where_they_fit_a_byte_with_one(low: int, fused: bool) -> None:
+    """Codes less their zero point have to be int8."""
+    proto = onnx.ModelProto()
+    made = tdpass.compress(low_rank(), None, ROWS, pipeline=DYNAMIC, cache=False).model
+    proto.CopyFrom(made)
+    del proto.graph.value_info[:]
+    held = {tensor.name: tensor for tensor in proto.graph.initializer}
+    zero = numpy_helper.from_array(np.uint8(low), "zero")
+    proto.graph.initializer.append(zero)
+    for each in proto.graph.node:
+        if each.op_type == "MatMulInteger":
+            codes = numpy_helper.to_array(held[each.input[1]]).astype(np.int16)
+            shifted = (codes + low).clip(0, 255).astype(np.uint8)
+            shifted[0, 0] = 255 if not fused else shifted[0, 0]
+            held[each.input[1]].CopyFrom(numpy_helper.from_array(shifted, each.input[1]))
+            each.input.append("zero")
+    model = OnnxModel.open(proto)
+    before = model.run(Batch((ROWS,)))
+    model.fuse(ignore, ignore, Batch((ROWS,)))
+    assert (fused_types(model) == CHAINS) is fused
+    for found, exact in zip(model.run(Batch((ROWS,))).values(), before.values(), strict=True):
+        assert near(found.numpy(), exact.numpy(), 0.03)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -261,6 +262,9 @@ class OnnxModel(Model):
         self._fusions = fusions
         self._changed()
         return changed
+
+    def grain(self) -> float:
+        return math.hypot(*(fusion.grain for fusion in self._fusions.values()))
 
     def recurrent_times(self, samples: Batch) -> Iterator[tuple[str, float, float]]:
         return recurrent_times(self._built, self._dense.opened, self._layers, self.named_inputs(samples))

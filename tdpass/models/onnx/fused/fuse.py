@@ -45,7 +45,7 @@ class _Candidate:
 
     @property
     def fusion(self) -> Fusion:
-        return Fusion(self.part.spec, self.lanes)
+        return Fusion(self.part.spec, self.lanes, self.part.operator.grain)
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,9 @@ def decide(
             f"{len(chosen)} chains became one operator each, {gains[0]:.2f} to {gains[-1]:.2f} times as "
             f"fast alone; they, and all times here, need {REGISTER}"
         )
+    rounding = [name for name in chosen if candidates[name].part.operator.grain]
+    if rounding:
+        note(f"{len(rounding)} of them round what they read, as their layers' weights are")
     return {name: candidates[name].fusion for name in candidates if name in chosen}
 
 

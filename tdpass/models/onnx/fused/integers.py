@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
-import torch
 
 from tdpass.fusing.find import find_chains
 from tdpass.models.onnx.fused.chains import conv_attributes_of
@@ -22,7 +21,7 @@ from tdpass.models.onnx.fused.links import (
 from tdpass.models.onnx.fused.parts import Constants, Part
 from tdpass.models.onnx.graph.activations import sole_reader
 from tdpass.models.onnx.graph.stored_integers import Grid, Integers, integers_of
-from tdpass.models.onnx.graph.tensors import constant, held, sizes, to_torch
+from tdpass.models.onnx.graph.tensors import constant
 from tdpass.models.onnx.operators.fused_integers import Int8ChainOp
 
 
@@ -103,7 +102,12 @@ class _Int8Chain:
         grids = [grid for link in chain.links if (grid := read_grid(link.node)) is not None]
         named = [grids[0].codes]
         for link, weight, grid in zip(chain.links, self.weights, grids, strict=True):
-            named += [grid.scale, grid.zero, _codes(link, weight, constants), _scale(link, weight, constants)]
+            named += [
+                grid.scale,
+                grid.zero,
+                codes_of(link, weight, constants),
+                scale_of(link, weight, constants),
+            ]
         like = self.weights[-1].scale_source
         named.append(constants.zeros(like, outputs_of(chain)) if chain.bias is None else chain.bias.value)
         if chain.residual is not None:
@@ -112,19 +116,14 @@ class _Int8Chain:
         return [*named, *(() if made is None else (made.scale, made.zero))]
 
 
-def _codes(link: NodeLink, weight: Integers, constants: Constants) -> ir.Value:
+def codes_of(link: NodeLink, weight: Integers, constants: Constants) -> ir.Value:
     """The codes as Conv or MatMul read them."""
     turned = weight.codes if link.axes or link.transposed else weight.codes.T
-    stored = to_torch(held(weight.source))
-    if stored.shape == turned.shape and torch.equal(stored, turned):
-        return weight.source
-    return constants(weight.source, "matrix", lambda: turned)
+    return constants.like(weight.source, "matrix", turned)
 
 
-def _scale(link: NodeLink, weight: Integers, constants: Constants) -> ir.Value:
+def scale_of(link: NodeLink, weight: Integers, constants: Constants) -> ir.Value:
     """The scale of every output channel."""
     wanted = weight.scale_along(1 if link.transposed else 0)
     assert wanted is not None
-    if sizes(held(weight.scale_source)) == tuple(wanted.shape):
-        return weight.scale_source
-    return constants(weight.scale_source, "scales", lambda: wanted)
+    return constants.like(weight.scale_source, "scales", wanted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 
 import onnx
 import onnx_ir as ir
@@ -32,7 +33,11 @@ class NodeReader:
 
     def __init__(self, model: ir.Model) -> None:
         self.model = model
-        self._sizes = [axes_of(model, inputs) for inputs in _probes(model)]
+
+    @cached_property
+    def _sizes(self) -> list[dict[str, Axes]]:
+        """Sizes of all values by name, for two choices of the open axes."""
+        return [axes_of(self.model, inputs) for inputs in _probes(self.model)]
 
     def links(self) -> Iterator[NodeLink]:
         for node in self.model.graph:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tdpass.fusing.choose import LANES
 from tdpass.kernels.stage import Lanes
 from tdpass.models.onnx.graph.names import FreshNames
-from tdpass.models.onnx.graph.tensors import from_torch, sizes
+from tdpass.models.onnx.graph.tensors import constant, from_torch, sizes, to_torch, torch_dtype
 from tdpass.models.onnx.operators.fused import Operator
 from tdpass.models.onnx.sites.parameters import HOLDS
 
@@ -33,6 +33,20 @@ class Constants:
             value.metadata_props.update(source.metadata_props)
             self._made[source, how] = value
         return self._made[source, how]
+
+    def like(self, source: ir.Value, how: str, wanted: Tensor) -> ir.Value:
+        """The constant itself where it holds just these numbers, else a new one."""
+        stored = constant(source)
+        same = stored is not None and (sizes(stored), torch_dtype(stored.dtype)) == (
+            tuple(wanted.shape),
+            wanted.dtype,
+        )
+        if stored is not None and same and torch.equal(to_torch(stored), wanted):
+            return source
+        made = self(source, how, lambda: wanted)
+        if stored is not None and stored.size != wanted.numel():
+            made.metadata_props.setdefault(HOLDS, str(stored.size if sizes(stored) else 0))
+        return made
 
     def zeros(self, source: ir.Value, count: int) -> ir.Value:
         """A bias of zeros, which is no parameter of the model, for a layer whose weight that is."""

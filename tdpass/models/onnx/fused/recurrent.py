@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 import onnx_ir as ir
-import torch
 from torch import Tensor
 
 from tdpass.models.onnx.fused.parts import Constants, Part
@@ -23,6 +22,7 @@ from tdpass.models.onnx.graph.stored_integers import Integers, integers_of
 from tdpass.models.onnx.graph.tensors import constant, sizes, to_torch
 from tdpass.models.onnx.operators.fused_recurrent import LowRankCellOp, Numbers
 from tdpass.models.onnx.sites.cells import GRU_AFTER, LSTM, Cell, Step
+from tdpass.models.onnx.sites.dynamic_products import DynamicProduct
 
 _UNSAID = frozenset({"num_outputs"})
 
@@ -103,19 +103,11 @@ class _Matrix:
     def inputs(self, constants: Constants) -> list[ir.Value]:
         """As the operator takes it."""
         if self.whole is None:
-            return [_as_held(self.source, self.columns, constants)]
+            return [constants.like(self.source, "factor", self.columns)]
         scale = self.whole.scale_along(1)
         assert scale is not None
-        held = _as_held(self.whole.source, self.columns, constants)
-        return [held, _as_held(self.whole.scale_source, scale, constants)]
-
-
-def _as_held(source: ir.Value, wanted: Tensor, constants: Constants) -> ir.Value:
-    """The constant itself where it is what is wanted."""
-    stored = constant(source)
-    if stored is not None and sizes(stored) == tuple(wanted.shape) and torch.equal(to_torch(stored), wanted):
-        return source
-    return constants(source, "factor", lambda: wanted)
+        held = constants.like(self.whole.source, "factor", self.columns)
+        return [held, constants.like(self.whole.scale_source, "factor", scale)]
 
 
 @dataclass(frozen=True)
@@ -183,26 +175,12 @@ def _matrix(value: ir.Value | None) -> _Matrix | None:
 
 
 def _rounded(node: ir.Node) -> _Matrix | None:
-    """A product of int8 with what DynamicQuantizeLinear makes, as `product_of_bytes` writes it."""
-    cast, scaling = (None if value is None else value.producer() for value in node.inputs)
-    product = None if cast is None or cast.inputs[0] is None else cast.inputs[0].producer()
-    if product is None or scaling is None or product.op_type != "MatMulInteger" or scaling.op_type != "Mul":
+    """A product of int8 with bytes that are made in every call."""
+    product = DynamicProduct.ending(node)
+    whole = None if product is None else product.integers
+    if product is None or whole is None or whole.codes.dim() != 2:
         return None
-    codes, weight, middle = (*product.inputs, None)[:3]
-    step, scale = scaling.inputs
-    coder = None if codes is None else codes.producer()
-    if (
-        coder is None
-        or coder.op_type != "DynamicQuantizeLinear"
-        or [codes, step, middle] != list(coder.outputs)
-    ):
-        return None
-    held, scales = constant(weight), constant(scale)
-    if weight is None or scale is None or held is None or scales is None or held.dtype != ir.DataType.INT8:
-        return None
-    columns = to_torch(held)
-    whole = Integers(weight, scale, columns, torch.broadcast_to(to_torch(scales), columns.shape))
-    return _Matrix(coder.inputs[0], weight, columns, whole, rounded=True)
+    return _Matrix(product.x.value, whole.source, whole.codes, whole, rounded=True)
 
 
 def low_rank_cells(model: ir.Model) -> Iterator[Part]:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from tdpass.fusing.choose import LANES
 from tdpass.kernels.stage import Lanes
 from tdpass.models.onnx.fused.chains import float_chains
+from tdpass.models.onnx.fused.dynamic import dynamic_chains
 from tdpass.models.onnx.fused.integers import int8_chains
 from tdpass.models.onnx.fused.parts import Constants, Part
 from tdpass.models.onnx.fused.recurrent import low_rank_cells
@@ -22,6 +23,7 @@ from tdpass.models.onnx.rewriting.rewrite import prune_initializers, remove_node
 FINDERS: tuple[Callable[[ir.Model], Iterator[Part]], ...] = (
     float_chains,
     int8_chains,
+    dynamic_chains,
     weight_only_layers,
     low_rank_cells,
 )
@@ -29,10 +31,14 @@ FINDERS: tuple[Callable[[ir.Model], Iterator[Part]], ...] = (
 
 @dataclass(frozen=True)
 class Fusion:
-    """That a part is to be one operator with these lanes, as long as it computes what it did."""
+    """That a part is to be one operator with these lanes, as long as it computes what it did.
+
+    `grain` is that of the operator.
+    """
 
     spec: str
     lanes: Lanes
+    grain: float = 0.0
 
 
 Fusions = Mapping[str, Fusion]

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from typing_extensions import Self
 
 from tdpass.fusing.spec import ChainSpec
+from tdpass.kernels.native import multiplies_pairs
 
 DOMAIN, VERSION = "com.tdpass", 1
 REGISTER = "options.register_custom_ops_library(str(tdpass.onnx_ops_path()))"
@@ -61,6 +62,13 @@ class Operator(Protocol):
     @property
     def attributes(self) -> list[str]:
         """Names of the attributes."""
+
+    @property
+    def grain(self) -> float:
+        """The step, relative to the largest number, that rounding in the kernel comes to; 0 for none.
+
+        It is what sets it apart from the nodes that it stands for.
+        """
 
     def body(self, opset: int) -> str:
         """What it computes, in standard operators of that opset."""
@@ -122,9 +130,9 @@ class FusedOp:
     half: bool = False
 
     @classmethod
-    def of(cls, spec: ChainSpec) -> Self:
+    def of(cls, spec: ChainSpec, *, half: bool = False) -> Self:
         """The operator of a chain."""
-        return cls(spec.linear, len(spec.stages), spec.bias, spec.residual, spec.activation)
+        return cls(spec.linear, len(spec.stages), spec.bias, spec.residual, spec.activation, half)
 
     @property
     def name(self) -> str:
@@ -145,6 +153,10 @@ class FusedOp:
     def attributes(self) -> list[str]:
         """Those of Conv for every stage, and `lanes`, which only the kernel reads."""
         return [*([] if self.linear else conv_attributes(self.stages)), "lanes"]
+
+    @property
+    def grain(self) -> float:
+        return 2.0**-8 if self.half and multiplies_pairs() else 0.0
 
     def body(self, opset: int) -> str:
         del opset

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import onnx_ir as ir
 from typing_extensions import Self
@@ -10,6 +13,11 @@ from typing_extensions import Self
 from tdpass.fusing.spec import ChainSpec
 from tdpass.models.onnx.operators.fused import conv_attributes, ending, layer, title
 
+_BYTE_STEP = 1 / 127
+_MIDDLES = (
+    _BYTE_STEP / 4
+)  # on the same grids only numbers in the middle of two codes may become the other one
+_AXES_AS_INPUT = 18
 _TO_FLOAT = f"Cast <to: int = {int(ir.DataType.FLOAT)}>"
 
 
@@ -28,6 +36,7 @@ class Int8ChainOp:
     residual: bool
     activation: str
     coded: bool
+    grain: ClassVar[float] = _MIDDLES
 
     @classmethod
     def of(cls, spec: ChainSpec, *, coded: bool) -> Self:
@@ -73,6 +82,83 @@ class Int8ChainOp:
 
 
 @dataclass(frozen=True)
+class DynamicChainOp:
+    """`y = activation(products(x) + bias + residual)` with matrices of int8, each row put on a grid of its own.
+
+    What every matrix reads is rounded, row by row, to 127 steps of its largest number.  Inputs are x, of
+    numbers; per layer its weight `[i, o]` and the scales of that, one per output; the bias; then the residual
+    where there is one.
+    """
+
+    stages: int
+    residual: bool
+    activation: str
+
+    @classmethod
+    def of(cls, spec: ChainSpec) -> Self:
+        """The operator of a chain."""
+        return cls(len(spec.stages), spec.residual, spec.activation)
+
+    @property
+    def grain(self) -> float:
+        return rounded_anew(self.stages)
+
+    @property
+    def name(self) -> str:
+        return f"DynamicInt8LinearChain{self.stages}{'Add' * self.residual}{title(self.activation)}"
+
+    @property
+    def inputs(self) -> list[str]:
+        each = [name for k in range(1, self.stages + 1) for name in (f"w{k}", f"w{k}_scale")]
+        return ["x", *each, "bias", *["residual"] * self.residual]
+
+    @property
+    def outputs(self) -> list[str]:
+        return ["y"]
+
+    @property
+    def attributes(self) -> list[str]:
+        return []
+
+    def body(self, opset: int) -> str:
+        lines, last = list[str](), "x"
+        for k in range(1, self.stages + 1):
+            lines.append(f"matrix_w{k} = {_TO_FLOAT} (w{k})")
+            lines += product_by_row(f"w{k}", last, f"h{k}", opset)
+            last = f"h{k}"
+        added = ["bias", *["residual"] * self.residual]
+        return "\n".join([*lines, *ending(last, added, self.activation)])
+
+
+def rounded_anew(products: int) -> float:
+    """What it comes to that what so many products read is rounded on other grids of bytes than before."""
+    return _BYTE_STEP * math.sqrt(2 * products)
+
+
+def product_by_row(weight: str, read: str, made: str, opset: int) -> Iterator[str]:
+    """The product with `matrix_WEIGHT`, whole numbers with the scales `WEIGHT_scale`, of rows that are rounded.
+
+    Each row is rounded to 127 steps of its largest number.
+    """
+    axes = "axes: ints = [-1], " if opset < _AXES_AS_INPUT else ""
+    last = f", axis_{weight}" if opset >= _AXES_AS_INPUT else ""
+    if last:
+        yield f"axis_{weight} = Constant <value_ints: ints = [-1]> ()"
+    yield f"top_{weight} = Constant <value: tensor = float {{127.0}}> ()"
+    yield f"least_{weight} = Constant <value: tensor = float {{1e-30}}> ()"
+    yield f"size_{weight} = Abs ({read})"
+    yield f"range_{weight} = ReduceMax <{axes}keepdims: int = 1> (size_{weight}{last})"
+    yield f"largest_{weight} = Max (range_{weight}, least_{weight})"
+    yield f"finer_{weight} = Div (top_{weight}, largest_{weight})"
+    yield f"steps_{weight} = Mul ({read}, finer_{weight})  codes_{weight} = Round (steps_{weight})"
+    yield f"sums_{weight} = MatMul (codes_{weight}, matrix_{weight})"
+    yield f"step_{weight} = Div (largest_{weight}, top_{weight})"
+    yield (
+        f"unit_{weight} = Mul ({weight}_scale, step_{weight})  {made} = Mul (sums_{weight}, unit_{weight})"
+    )
+
+
+@dataclass(frozen=True)
 class WeightOnlyOp:
     """`y = activation(Q x + U V x + bias + residual)` with a matrix Q of 4 or 8 bits on the last axis of x.
 
@@ -88,6 +174,7 @@ class WeightOnlyOp:
     bias: bool
     residual: bool
     activation: str
+    grain: ClassVar[float] = 0.0
 
     @property
     def name(self) -> str:

@@ -8,7 +8,9 @@ from typing import Literal
 
 import onnx_ir as ir
 
-_AXES_AS_INPUT, _OUTPUTS_COUNTED = 18, 18
+from tdpass.models.onnx.operators.fused_integers import product_by_row, rounded_anew
+
+_OUTPUTS_COUNTED = 18
 _LSTM = """
     i = Sigmoid (i_sum)  f = Sigmoid (f_sum)  g = Tanh (g_sum)  o = Sigmoid (o_sum)
     kept = Mul (f, c)  fresh = Mul (i, g)  c_next = Add (kept, fresh)
@@ -61,6 +63,10 @@ class LowRankCellOp:
     def attributes(self) -> list[str]:
         return []
 
+    @property
+    def grain(self) -> float:
+        return rounded_anew(2) if self.numbers == "int8" else 0.0
+
     def body(self, opset: int) -> str:
         def typed(axis: str, *names: str) -> str:
             return ", ".join(f"float[N, {axis}] {name}" for name in names)
@@ -89,7 +95,7 @@ class LowRankCellOp:
         for factor, read, made in (("v", "h", "thin"), ("u", "thin", "wide")):
             matrix = factor if self.numbers == "float" else f"matrix_{factor}"
             if self.numbers == "int8":
-                yield from self._rounded(factor, read, made, opset)
+                yield from product_by_row(factor, read, made, opset)
             else:
                 yield f"{made} = MatMul ({read}, {matrix})"
         yield "own = Add (wide, bias)"
@@ -99,23 +105,3 @@ class LowRankCellOp:
             yield f"total = Add (part, own)  i_sum, f_sum, g_sum, o_sum = {split} (total) {_LSTM}"
         else:
             yield f"r, z, n = {split} (part)  own_r, own_z, own_n = {split} (own) {_GRU}"
-
-    def _rounded(self, factor: str, read: str, made: str, opset: int) -> Iterator[str]:
-        """The product of whole numbers, of which those that it reads are made here."""
-        axes = "axes: ints = [-1], " if opset < _AXES_AS_INPUT else ""
-        last = f", axis_{factor}" if opset >= _AXES_AS_INPUT else ""
-        if last:
-            yield f"axis_{factor} = Constant <value_ints: ints = [-1]> ()"
-        yield f"top_{factor} = Constant <value: tensor = float {{127.0}}> ()"
-        yield f"least_{factor} = Constant <value: tensor = float {{1e-30}}> ()"
-        yield f"size_{factor} = Abs ({read})"
-        yield f"range_{factor} = ReduceMax <{axes}keepdims: int = 1> (size_{factor}{last})"
-        yield f"largest_{factor} = Max (range_{factor}, least_{factor})"
-        yield f"finer_{factor} = Div (top_{factor}, largest_{factor})"
-        yield f"steps_{factor} = Mul ({read}, finer_{factor})  codes_{factor} = Round (steps_{factor})"
-        yield f"sums_{factor} = MatMul (codes_{factor}, matrix_{factor})"
-        yield f"step_{factor} = Div (largest_{factor}, top_{factor})"
-        yield (
-            f"unit_{factor} = Mul ({factor}_scale, step_{factor})  "
-            f"{made} = Mul (sums_{factor}, unit_{factor})"
-        )
