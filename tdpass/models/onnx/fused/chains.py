@@ -6,23 +6,61 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import onnx_ir as ir
+from torch import Tensor
 
 from tdpass.fusing.choose import LANES
 from tdpass.fusing.find import find_chains
 from tdpass.fusing.spec import ChainSpec
-from tdpass.models.onnx.fused.links import NodeChain, NodeLink, NodeReader, label, result
+from tdpass.models.onnx.fused.links import NodeChain, NodeLink, NodeReader, label, layer_of, result
 from tdpass.models.onnx.fused.parts import Constants, Part
-from tdpass.models.onnx.graph.tensors import held, to_torch
+from tdpass.models.onnx.graph.folding import folded, folded_weight, number_sources
+from tdpass.models.onnx.graph.tensors import constant, held, sizes, to_torch
 from tdpass.models.onnx.operators.fused import FusedOp
+from tdpass.models.onnx.sites.parameters import HOLDS
+
+
+class _HalfReader(NodeReader):
+    """Reads layers whose weights a form stores as bfloat16, and nodes make numbers of."""
+
+    def links(self) -> Iterator[NodeLink]:
+        for node in self.model.graph:
+            weight = node.inputs[1] if len(node.inputs) > 1 else None
+            if weight is not None and _is_half(weight):
+                link = layer_of(node, sizes(folded_weight(weight)))
+                if link is not None:
+                    yield link
+
+
+def _is_half(weight: ir.Value) -> bool:
+    """Whether numbers of float32 are made of constants that a form stores as bfloat16.
+
+    Only such a form says that what is multiplied with it may be rounded so too; a cast alone does not.
+    """
+    tensor = folded(weight)
+    if tensor is None or tensor.dtype != ir.DataType.FLOAT:
+        return False
+    stored = {source: held(source).dtype for source in number_sources(weight)}
+    return set(stored.values()) == {ir.DataType.BFLOAT16} and all(
+        HOLDS in each.metadata_props for each in stored
+    )
 
 
 def float_chains(model: ir.Model) -> Iterator[Part]:
     """The chains of the main graph."""
-    for chain in find_chains(NodeReader(model)):
+    return _parts(NodeReader(model), half=False)
+
+
+def half_chains(model: ir.Model) -> Iterator[Part]:
+    """The chains of the main graph whose weights a form stores as bfloat16."""
+    return _parts(_HalfReader(model), half=True)
+
+
+def _parts(reader: NodeReader, *, half: bool) -> Iterator[Part]:
+    for chain in find_chains(reader):
         yield Part(
-            str(chain.spec),
+            f"{chain.spec}{' bfloat16' * half}",
             label(chain),
-            FusedOp.of(chain.spec),
+            FusedOp.of(chain.spec, half=half),
             chain.nodes,
             (chain.x.value, *(() if chain.residual is None else (chain.residual.value,))),
             (result(chain),),
@@ -53,6 +91,15 @@ def _inputs(chain: NodeChain, constants: Constants) -> list[ir.Value]:
 def _weight(link: NodeLink, constants: Constants) -> ir.Value:
     """The weight as the operator takes it; a matrix `[o, i]` is stored anew."""
     weight = link.weight.value
+    if constant(weight) is None:
+        return constants(
+            weight, "halves", lambda: _laid_out(link, to_torch(folded_weight(weight)).bfloat16())
+        )
     if link.axes or link.transposed:
         return weight
-    return constants(weight, "matrix", lambda: to_torch(held(weight)).T)
+    return constants(weight, "matrix", lambda: _laid_out(link, to_torch(held(weight))))
+
+
+def _laid_out(link: NodeLink, weight: Tensor) -> Tensor:
+    """A matrix as `[i, o]`, a kernel as it is."""
+    return weight if link.axes or link.transposed else weight.T

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from tdpass.fusing.choose import LANES
 from tdpass.kernels.stage import Lanes
-from tdpass.models.onnx.fused.chains import float_chains
+from tdpass.models.onnx.fused.chains import float_chains, half_chains
 from tdpass.models.onnx.fused.dynamic import dynamic_chains
 from tdpass.models.onnx.fused.integers import int8_chains
 from tdpass.models.onnx.fused.parts import Constants, Part
@@ -22,6 +22,7 @@ from tdpass.models.onnx.rewriting.rewrite import prune_initializers, remove_node
 
 FINDERS: tuple[Callable[[ir.Model], Iterator[Part]], ...] = (
     float_chains,
+    half_chains,
     int8_chains,
     dynamic_chains,
     weight_only_layers,
