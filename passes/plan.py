@@ -18,7 +18,7 @@ from tdpass.pipeline import Pass, register_pass
 from tdpass.planner.cache import CandidateCache
 from tdpass.planner.effort import effort_named
 from tdpass.planner.offers import EVERYTHING, NOTHING, Offer
-from tdpass.planner.planning import Dense, add_joint_options, tabulate
+from tdpass.planner.planning import Dense, Tabulation
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.planner.stopwatch import prices_on
 from tdpass.planner.table import Table
@@ -70,31 +70,26 @@ class Plan(Pass):
         sites = _selected(model, job)
         _check_known(budget, job)
         effort = effort_named(self.effort or job.effort).of(job.original.macs)
-        tapes, divergence = job.tapes(model), job.fitted_divergence
-        dense, cache, context = (
+        tapes = job.tapes(model)
+        tabulation = Tabulation(
+            sites,
             Dense(model.weight, model.bias, _forms(sites, model)),
+            tapes,
+            job.fitted_divergence,
+            job.formats,
             CandidateCache(job.cache),
             self._context(model, job, sites),
+            job.progress,
+            job.target,
+            effort,
+            pivot=self.pivot,
         )
 
         def tabulated(offer: Offer) -> Table:
-            table = tabulate(
-                sites,
-                dense,
-                tapes,
-                divergence,
-                job.formats,
-                cache,
-                context,
-                job.progress,
-                job.target,
-                effort,
-                offer,
-                self.pivot,
-            )
+            table = replace(tabulation, offer=offer).table()
             table.prepared = job.prepared(model)
             if self.joint and effort.measured and tapes and not job.formats and budget.max_error is None:
-                add_joint_options(table, dense, tapes, divergence, cache, context, job.progress, effort)
+                tabulation.add_joint_options(table)
             return table
 
         offer = _held(self._offer(budget, job), model, job)
@@ -114,25 +109,26 @@ class Plan(Pass):
         job.expected = before + plan.loss if known else None
         plan = plan.after(done) if done else plan
         job.plan, job.budget = plan, budget
-        job.report.budget, job.report.metric, job.report.divergence = (
-            str(budget),
-            plan.metric,
-            plan.divergence,
-        )
-        job.report.sites = plan.rows()
-        self._draw_curve(table, budget, job)
-        for name, reason in table.declined.items():
-            job.report.decline(name, reason)
-        changed = sum(not choice.kept for choice in plan)
-        job.note(
-            f"{changed} of {len(plan.choices)} sites change; {sum(map(len, table.candidates.values()))} "
-            f"candidates, {len(table.joint)} joint ones"
-        )
+        self._describe(table, plan, budget, job)
         if tapes:
             every = [candidate for candidates in table.candidates.values() for candidate in candidates]
             estimated = sum(candidate.estimated for candidate in every)
             job.note(f"effort {effort.name}: {len(every) - estimated} losses measured, {estimated} estimated")
         return False
+
+    def _describe(self, table: Table, plan: RankPlan, budget: Budget, job: Job) -> None:
+        """The plan in the report, with what was declined and the curve that it lies on."""
+        report = job.report
+        report.budget, report.metric, report.divergence = str(budget), plan.metric, plan.divergence
+        report.sites = plan.rows()
+        self._draw_curve(table, budget, job)
+        for name, reason in table.declined.items():
+            report.decline(name, reason)
+        changed = sum(not choice.kept for choice in plan)
+        job.note(
+            f"{changed} of {len(plan.choices)} sites change; {sum(map(len, table.candidates.values()))} "
+            f"candidates, {len(table.joint)} joint ones"
+        )
 
     def _offer(self, budget: Budget, job: Job) -> Offer:
         """Number types and supports for the first try."""

@@ -12,7 +12,6 @@ from tdpass.digest import digest
 from tdpass.errors import NumericalError
 from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS, offered_formats
-from tdpass.formats.layer import Layer
 from tdpass.formats.metric import Metric
 from tdpass.planner.cache import CandidateCache
 from tdpass.planner.candidates import (
@@ -26,11 +25,12 @@ from tdpass.planner.candidates import (
 )
 from tdpass.planner.divergence import FittedDivergence
 from tdpass.planner.effort import THOROUGH, Allowance, Deadline, Effort
-from tdpass.planner.frontier import frontier, with_loss
+from tdpass.planner.frontier import frontier
 from tdpass.planner.joint import JOINT_CHANGES, joint_options
+from tdpass.planner.losses import Losses
 from tdpass.planner.moments import stream_metrics
 from tdpass.planner.offers import NOTHING, Offer
-from tdpass.planner.sensitivity import Sweep, estimate_losses, measure_losses
+from tdpass.planner.sensitivity import Sweep
 from tdpass.planner.settling import Settling
 from tdpass.planner.sparing import without_spare
 from tdpass.planner.table import Table
@@ -39,7 +39,6 @@ from tdpass.site import Site
 from tdpass.tape import Tape, site_order
 from tdpass.targets.base import Target
 
-SWEEP_SECONDS = 240.0
 _SLACK = 1.5
 _SETTLE_SHARE = 0.3
 _FIT_SHARE = 0.5
@@ -66,21 +65,9 @@ class Dense:
         return SiteFits(site, weight, bias, metric, rough=effort.rough, present=self.form(site))
 
 
-def tabulate(
-    sites: Sequence[Site],
-    dense: Dense,
-    tapes: Sequence[Tape],
-    divergence: FittedDivergence,
-    formats: Sequence[str] = (),
-    cache: CandidateCache | None = None,
-    context: str = "",
-    tick: Tick = lambda what, done, of: None,
-    target: Target | None = None,
-    effort: Effort = THOROUGH,
-    offer: Offer = NOTHING,
-    pivot: bool = False,
-) -> Table:
-    """Candidates and losses for every site.
+@dataclass(frozen=True)
+class Tabulation:
+    """What candidates of every site and their losses are made from, into a table.
 
     With recorded runs, errors are weighed by the data and losses measured as the divergence of the network's
     output with one candidate in place; as many as the effort has time for are measured, the rest follow from
@@ -90,103 +77,158 @@ def tabulate(
     supports that factors, and dense weights, may be stored in; with `pivot` factors hold nothing twice where
     that can be.
     """
-    cache = cache or CandidateCache(None)
-    names = tuple(formats) or offered_formats()
-    for name in names:
-        FORMATS.get(name)
-    versions = ",".join(f"{name}{FORMATS.get(name).version}" for name in names)
-    fingerprints = {site.name: digest(dense.weight(site.name)) for site in sites}
-    wishes = (*((str(offer),) if offer else ()), *(("spared",) if pivot else ()))
-    purpose = (effort.name, str(effort.ranks), *(() if target is None else (target.filled_by,)), *wishes)
-    keys = {
-        site.name: digest(
-            fingerprints[site.name], *_identity(site, dense.form(site)), versions, context, *purpose
+
+    sites: Sequence[Site]
+    dense: Dense
+    tapes: Sequence[Tape]
+    divergence: FittedDivergence
+    formats: Sequence[str] = ()
+    cache: CandidateCache = field(default_factory=lambda: CandidateCache(None))
+    context: str = ""
+    tick: Tick = lambda what, done, of: None
+    target: Target | None = None
+    effort: Effort = THOROUGH
+    offer: Offer = NOTHING
+    pivot: bool = False
+
+    def table(self) -> Table:
+        """Candidates and losses for every site; what the cache holds is not computed again."""
+        fingerprints = {site.name: digest(self.dense.weight(site.name)) for site in self.sites}
+        keys = self._keys(fingerprints)
+        known = {name: found for name, key in keys.items() if (found := self.cache.get(key)) is not None}
+        missing = [site for site in self.sites if site.name not in known]
+        losses = self._losses(len(missing))
+        declined, held = dict[str, str](), dict[str, SiteFits]()
+        for fits, deadline in self._fitted(missing):
+            name = fits.site.name
+            if self._measures_losses and fits.site.weights <= KEPT_WEIGHTS:
+                held[name] = fits
+            try:
+                known[name] = self._candidates(fits, losses, deadline)
+                self.cache.put(keys[name], known[name])
+            except NumericalError as error:
+                known[name], declined[name] = [], str(error)
+        table = Table(
+            tuple(self.sites),
+            {site.name: known[site.name] for site in self.sites},
+            [],
+            fingerprints,
+            declined=declined,
         )
-        for site in sites
-    }
-    known = {site.name: found for site in sites if (found := cache.get(keys[site.name])) is not None}
-    missing = [site for site in sites if site.name not in known]
-    measures = ("macs", "params") if all(site.seen for site in sites) else ("params",)
-    sweep = Sweep(tapes, divergence, effort.for_losses(len(missing))) if tapes and missing else None
-    metrics: Iterator[tuple[Site, Metric]] = (
-        stream_metrics(
-            effort.for_moments(tapes),
-            _in_order(missing, tapes),
-            divergence,
-            lambda n, of: tick("reading calibration data", n, of),
-        )
-        if tapes
-        else ((site, Metric()) for site in missing)
-    )
-    limit = (1 - _JOINT_SHARE) * effort.limit
-    allowance = Allowance(limit, _importance(missing))
-    what = "planning" if math.isinf(limit) else f"planning, {limit:.0f} s of one core at most"
-    declined, held = dict[str, str](), dict[str, SiteFits]()
-    filling = as_given if target is None else target.filling
-    if missing:
-        tick(what, 0, len(missing))
-    for done, (site, metric) in enumerate(metrics, start=1):
-        deadline = allowance.take(site.name)
-        fits = dense.fits(site, metric, effort)
-        if effort.measured and tapes and site.weights <= KEPT_WEIGHTS:
-            held[site.name] = fits
-        try:
-            found = enumerate_candidates(
-                fits, names, effort.ranks, filling, effort.searches, deadline.part(_FIT_SHARE)
+        present = [site for site in self.sites if site.name in self.dense.forms]
+        table.present = {site.name: as_it_is(site, self.dense.form(site)) for site in present}
+        if self._measures_losses:
+            table.settling = self._settling(keys, held)
+        if self.tapes:
+            table.metric = "inputs and outputs on the calibration data"
+            table.divergence = str(self.divergence)
+        return table
+
+    def add_joint_options(self, table: Table) -> None:
+        """Add the options that change several sites together."""
+        geometry = (f"{site.name}{_identity(site)}" for site in table.sites)
+        key = digest("joint changes", *JOINT_CHANGES.names(), self.effort.name, self.context, *geometry)
+        known = self.cache.get_joint(key)
+        if known is None:
+            sites = {site.name: site for site in table.sites if site.name not in table.present}
+            known = joint_options(
+                sites,
+                self.dense.weight,
+                self.dense.bias,
+                self.effort.for_moments(self.tapes),
+                self._sweep(len(sites)),
+                self.tick,
+                _JOINT_SHARE * self.effort.limit,
             )
-            best = _worth_timing(found, measures) if target is not None else frontier(found, measures)
-            if offer:
-                stored = on_offer(fits, best, offer, deadline.part(_FIT_SHARE))
-                slack = 1.0 if target is None else _SLACK
-                best = frontier([*best, *stored], (*measures, "bytes"), slack)
-            known[site.name] = _with_losses(best, fits, sweep, len(missing), deadline, effort)
-            if pivot:
-                beaten = [candidate for candidate in found if candidate not in best]
-                spared = without_spare(known[site.name], beaten, names, measures, fits, effort.ranks, filling)
-                known[site.name] = [*(known[site.name] if target is not None else ()), *spared]
-            cache.put(keys[site.name], known[site.name])
-        except NumericalError as error:
-            known[site.name], declined[site.name] = [], str(error)
-        tick(what, done, len(missing))
-    table = Table(
-        tuple(sites), {site.name: known[site.name] for site in sites}, [], fingerprints, declined=declined
-    )
-    table.present = {
-        site.name: as_it_is(site, dense.form(site)) for site in sites if site.name in dense.forms
-    }
-    if tapes and effort.measured:
+            self.cache.put_joint(key, known)
+        table.joint = known
+
+    @property
+    def _measures_losses(self) -> bool:
+        return bool(self.tapes) and self.effort.measured
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(self.formats) or offered_formats()
+
+    def _keys(self, fingerprints: Mapping[str, str]) -> dict[str, str]:
+        """Of every site, what its candidates depend on as a key of the cache."""
+        versions = ",".join(f"{name}{FORMATS.get(name).version}" for name in self._names)
+        filled = () if self.target is None else (self.target.filled_by,)
+        wishes = (*((str(self.offer),) if self.offer else ()), *(("spared",) if self.pivot else ()))
+        purpose = (self.effort.name, str(self.effort.ranks), *filled, *wishes)
+        return {
+            site.name: digest(
+                fingerprints[site.name],
+                *_identity(site, self.dense.form(site)),
+                versions,
+                self.context,
+                *purpose,
+            )
+            for site in self.sites
+        }
+
+    def _sweep(self, sites: int) -> Sweep:
+        return Sweep(self.tapes, self.divergence, self.effort.for_losses(sites))
+
+    def _losses(self, missing: int) -> Losses:
+        return Losses(self._sweep(missing) if self.tapes and missing else None, missing, self.effort)
+
+    def _fitted(self, missing: Sequence[Site]) -> Iterator[tuple[SiteFits, Deadline]]:
+        """Sites in the order in which the runs call them, and until when candidates of each may be looked for."""
+        if not missing:
+            return
+        metrics: Iterator[tuple[Site, Metric]] = ((site, Metric()) for site in missing)
+        if self.tapes:
+            metrics = stream_metrics(
+                self.effort.for_moments(self.tapes),
+                _in_order(missing, self.tapes),
+                self.divergence,
+                lambda n, of: self.tick("reading calibration data", n, of),
+            )
+        limit = (1 - _JOINT_SHARE) * self.effort.limit
+        allowance = Allowance(limit, _importance(missing))
+        what = "planning" if math.isinf(limit) else f"planning, {limit:.0f} s of one core at most"
+        self.tick(what, 0, len(missing))
+        for done, (site, metric) in enumerate(metrics, start=1):
+            deadline = allowance.take(site.name)
+            yield self.dense.fits(site, metric, self.effort), deadline
+            self.tick(what, done, len(missing))
+
+    def _candidates(self, fits: SiteFits, losses: Losses, deadline: Deadline) -> list[Candidate]:
+        """Those of a site that no other beats, with their losses."""
+        target, effort, names = self.target, self.effort, self._names
+        filling = as_given if target is None else target.filling
+        measures = ("macs", "params") if all(site.seen for site in self.sites) else ("params",)
+        fitting = deadline.part(_FIT_SHARE)
+        found = enumerate_candidates(fits, names, effort.ranks, filling, effort.searches, fitting)
+        best = _worth_timing(found, measures) if target is not None else frontier(found, measures)
+        if self.offer:
+            stored = on_offer(fits, best, self.offer, deadline.part(_FIT_SHARE))
+            slack = 1.0 if target is None else _SLACK
+            best = frontier([*best, *stored], (*measures, "bytes"), slack)
+        known = losses.of(best, fits, deadline)
+        if not self.pivot:
+            return known
+        beaten = [candidate for candidate in found if candidate not in best]
+        spared = without_spare(known, beaten, names, measures, fits, effort.ranks, filling)
+        return [*(known if target is not None else ()), *spared]
+
+    def _settling(self, keys: Mapping[str, str], held: dict[str, SiteFits]) -> Settling:
+        """What measures losses later on; sites too large to be held keep the losses that were estimated."""
+        small = {site.name: site for site in self.sites if site.weights <= KEPT_WEIGHTS}
+
+        def fitted(names: Sequence[str]) -> Iterator[SiteFits]:
+            wanted = _in_order([small[name] for name in names if name in small], self.tapes)
+            for site, metric in stream_metrics(self.effort.for_moments(self.tapes), wanted, self.divergence):
+                yield self.dense.fits(site, metric, self.effort)
 
         def keep(name: str, candidates: list[Candidate]) -> None:
-            cache.put(keys[name], candidates)
+            self.cache.put(keys[name], candidates)
 
-        table.settling = _settling(sites, dense, tapes, divergence, effort, keep, held)
-    if tapes:
-        table.metric = "inputs and outputs on the calibration data"
-        table.divergence = str(divergence)
-    return table
-
-
-def _settling(
-    sites: Sequence[Site],
-    dense: Dense,
-    tapes: Sequence[Tape],
-    divergence: FittedDivergence,
-    effort: Effort,
-    keep: Callable[[str, list[Candidate]], None],
-    held: dict[str, SiteFits],
-) -> Settling:
-    """What measures losses later on; sites too large to be held keep the losses that were estimated."""
-    small = {site.name: site for site in sites if site.weights <= KEPT_WEIGHTS}
-
-    def fitted(names: Sequence[str]) -> Iterator[SiteFits]:
-        wanted = _in_order([small[name] for name in names if name in small], tapes)
-        for site, metric in stream_metrics(effort.for_moments(tapes), wanted, divergence):
-            yield dense.fits(site, metric, effort)
-
-    def begin() -> Sweep:
-        return Sweep(tapes, divergence, effort.for_losses(len(sites)))
-
-    return Settling(begin, fitted, keep, _SETTLE_SHARE * effort.limit, held)
+        return Settling(
+            lambda: self._sweep(len(self.sites)), fitted, keep, _SETTLE_SHARE * self.effort.limit, held
+        )
 
 
 def _identity(site: Site, form: Form = DENSE) -> tuple[str, ...]:
@@ -217,73 +259,6 @@ def _importance(sites: Sequence[Site]) -> dict[str, float]:
         site.name: dense_candidate(site).cost.macs / macs + site.weights / weights + 1 / len(sites)
         for site in sites
     }
-
-
-def _with_losses(
-    candidates: list[Candidate],
-    fits: SiteFits,
-    sweep: Sweep | None,
-    sites: int,
-    deadline: Deadline,
-    effort: Effort,
-) -> list[Candidate]:
-    if not candidates:
-        return []
-    if sweep is None:
-        return [with_loss(candidate, candidate.error**2) for candidate in candidates]
-
-    def layers(candidate: Candidate) -> Callable[[], Mapping[str, Layer]]:
-        return lambda: {fits.site.name: fits.layer(candidate.form)}
-
-    errors = [candidate.error for candidate in candidates]
-    if not effort.measured and fits.metric.outputs is not None:
-        losses = estimate_losses(fits.metric, fits.weight, errors)
-    else:
-        each = max(sweep.seconds_from([fits.site.name]), 1e-9)
-        allowed = (
-            1
-            if not effort.measured
-            else int(min(deadline.left / each, SWEEP_SECONDS / (sites * sweep.seconds / 2 + 1e-9)))
-        )
-        losses = measure_losses(
-            sweep, [layers(candidate) for candidate in candidates], errors, allowed, deadline
-        )
-    return [
-        with_loss(candidate, loss.value, not loss.measured)
-        for candidate, loss in zip(candidates, losses, strict=True)
-        if math.isfinite(loss.value)
-    ]
-
-
-def add_joint_options(
-    table: Table,
-    dense: Dense,
-    tapes: Sequence[Tape],
-    divergence: FittedDivergence,
-    cache: CandidateCache | None = None,
-    context: str = "",
-    tick: Tick = lambda what, done, of: None,
-    effort: Effort = THOROUGH,
-) -> None:
-    """Add the options that change several sites together."""
-    cache = cache or CandidateCache(None)
-    key = digest(
-        "joint changes",
-        *JOINT_CHANGES.names(),
-        effort.name,
-        context,
-        *(f"{site.name}{_identity(site)}" for site in table.sites),
-    )
-    known = cache.get_joint(key)
-    if known is None:
-        sites = {site.name: site for site in table.sites if site.name not in table.present}
-        sweep = Sweep(tapes, divergence, effort.for_losses(len(sites)))
-        seconds = _JOINT_SHARE * effort.limit
-        known = joint_options(
-            sites, dense.weight, dense.bias, effort.for_moments(tapes), sweep, tick, seconds
-        )
-        cache.put_joint(key, known)
-    table.joint = known
 
 
 def _in_order(sites: Sequence[Site], tapes: Sequence[Tape]) -> list[Site]:

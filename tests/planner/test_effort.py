@@ -10,9 +10,9 @@ from torch import nn
 
 import tdpass
 from tdpass.errors import UsageError
-from tdpass.planner import planning
+from tdpass.planner import losses, planning
 from tdpass.planner.effort import EFFORTS, Allowance, Deadline
-from tdpass.planner.planning import Dense, tabulate
+from tdpass.planner.planning import Dense, Tabulation
 from tdpass.planner.table import Table
 
 
@@ -50,9 +50,8 @@ def table(effort: str, formats: tuple[str, ...] = ()) -> Table:
     tape = opened.record(batch)
     divergence = tdpass.Divergence()
     fitted = divergence.fit([divergence.outputs(tape.play().finish())])
-    return tabulate(
-        opened.sites(), Dense(opened.weight, opened.bias), [tape], fitted, formats, effort=EFFORTS[effort]
-    )
+    dense = Dense(opened.weight, opened.bias)
+    return Tabulation(opened.sites(), dense, [tape], fitted, formats, effort=EFFORTS[effort]).table()
 
 
 def test_parts_share_time_by_weight_and_leave_what_they_do_not_use() -> None:
@@ -169,7 +168,7 @@ def test_what_a_plan_chooses_is_measured_where_there_was_no_time_before(
     options: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     model, x = net()
-    monkeypatch.setattr(planning, "SWEEP_SECONDS", 0.0)  # of each site one loss alone
+    monkeypatch.setattr(losses, "SWEEP_SECONDS", 0.0)  # of each site one loss alone
 
     def planned(folder: Path) -> tdpass.RankPlan:
         pipeline = f"plan{options}"
