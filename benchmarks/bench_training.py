@@ -62,7 +62,7 @@ def row_of(artifact: tdpass.Artifact, folder: Path) -> dict[str, Value]:
         c.cost.params for c in artifact.plan if not c.kept_dense
     )
     row: dict[str, Value] = {name: checks.get(name) for name in COLUMNS if name.startswith("score_")}
-    row |= {"weights": weights, "kept": kept, "ratio": weights / kept}
+    row |= {"weights": weights, "kept": kept, "ratio": weights / kept if kept else None}
     row |= {"params_fraction": report.final.params / report.original.params}
     row |= {"macs_fraction": report.final.macs / report.original.macs if report.original.macs else None}
     trained = [entry for entry in report.training if entry.stage in ("method", "finetune")]
