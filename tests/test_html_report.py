@@ -17,6 +17,7 @@ from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.report import ArrayBlock, ArrayRow, CurvePoint, PassRow, Report, SiteRow
 from tdpass.views.blocks import blocks
 from tdpass.views.html import tag
+from tdpass.views.html_comparison import comparison
 from tdpass.views.html_curve import curve
 from tdpass.views.html_network import strip
 from tdpass.views.html_sites import colours, common_prefix
@@ -408,7 +409,7 @@ def test_another_budget_says_what_it_would_change() -> None:
     ]
     page = Page(curve(curved, "kl"))
     for word in (
-        "30 % of the MACs, loss 0.2: 1 site",
+        "30 %, loss 0.2: 1 site",
         "tucker2 3x4 → svd 4",
         "tucker2 3x4 → dense",
         "dense → svd 4",
@@ -446,6 +447,16 @@ def test_two_reports_beside_each_other() -> None:
     for word in ("macs=0.2", "1 of 4 sites differ; 1 are in one of the two only", "svd 9"):
         assert word in text
     assert "Against another" not in Page(render_html(report)).text
+
+
+def test_reports_of_one_budget_are_told_apart_and_many_sites_are_shown_when_asked_for() -> None:
+    report, other = report_of(60), report_of(60)
+    other.sites = [replace(row, form=Form("cp", (n + 1,))) for n, row in enumerate(other.sites)]
+    page = Page(comparison(report, other))
+    for word in ("this: macs=0.4", "the other: macs=0.4", "Form, this", "Form, the other"):
+        assert word in page.text
+    assert page.count("details") == 1
+    assert Page(comparison(report, report_of(60))).count("details") == 0
 
 
 def test_every_array_is_drawn_with_the_blocks_that_lie_in_it() -> None:

@@ -11,6 +11,9 @@ from tdpass.views.html_sites import common_prefix, site_name
 from tdpass.views.training import scores
 from tdpass.views.units import cost_text, human, share, shown_measures, small
 
+_WHO = ("this", "the other")
+_MANY = 40  # sites that differ, from which on they are shown when asked for
+
 
 def comparison(report: Report, other: Report) -> Html:
     """What both reached, and the sites where they differ."""
@@ -34,8 +37,10 @@ def _figures(report: Report, other: Report) -> Html:
     rows += [_line(f"Score, {name}", [each[name] for each in found]) for name in scored]
     headers = [
         column(""),
-        column(report.budget or "this", number=True),
-        column(other.budget or "the other", number=True),
+        *(
+            column(": ".join(filter(None, (who, each.budget))), number=True)
+            for who, each in zip(_WHO, pair, strict=True)
+        ),
     ]
     return tag("div", table(headers, rows, "Two reports"), class_="card")
 
@@ -62,19 +67,18 @@ def _sites(report: Report, other: Report) -> Html:
         column("Site"),
         *(
             column(title, number=number)
-            for _ in range(2)
-            for title, number in (("Form", False), ("Multiply-adds", True))
+            for who in _WHO
+            for title, number in ((f"Form, {who}", False), ("Multiply-adds", True))
         ),
     ]
     said = f"{len(unlike)} of {len(ours)} sites differ" + (
         f"; {missing} are in one of the two only" if missing else ""
     )
-    return tag(
-        "div",
-        tag("p", said, class_="muted"),
-        table(headers, rows, "Sites that differ") if rows else None,
-        class_="card",
-    )
+    if len(rows) < _MANY:
+        shown = table(headers, rows, "Sites that differ") if rows else None
+        return tag("div", tag("p", said, class_="muted"), shown, class_="card")
+    listed = tag("details", tag("summary", said), table(headers, rows, "Sites that differ"))
+    return tag("div", listed, class_="card")
 
 
 def _cells(name: str, rows: Mapping[str, SiteRow]) -> list[Html]:

@@ -135,7 +135,7 @@ def _others(points: Sequence[CurvePoint]) -> Html | None:
         for place, point in enumerate(points)
         if point.forms and not point.chosen
     ]
-    return tag("div", tag("h4", "Another budget would change"), *listed, class_="budgets")
+    return tag("div", tag("h4", "Another share of the MACs would change"), *listed, class_="budgets")
 
 
 def _change(place: int, point: CurvePoint, chosen: CurvePoint) -> Html:
@@ -147,7 +147,7 @@ def _change(place: int, point: CurvePoint, chosen: CurvePoint) -> Html:
         if before != after
     ]
     said = (
-        f"{_percent(point.macs)} of the MACs, loss {small(point.loss)}: {len(unlike)} "
+        f"{_percent(point.macs)}, loss {small(point.loss)}: {len(unlike)} "
         f"{'site' if len(unlike) == 1 else 'sites'}"
     )
     return tag("details", tag("summary", said), tag("ul", *unlike, id=_anchor(place)), name="budget")
