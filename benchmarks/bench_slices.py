@@ -7,9 +7,10 @@ The parameters are those of the whole model.
 
 `slice` stores the streams in a share of their channels (SliceGPT); the others get the number of parameters
 that leaves: `svd` factors linear layers, whitened by what they read, `svd pivot` with factors that hold
-nothing twice, `slice svd` half of the way narrower, the rest factored.  Cosines are of embeddings to the
-dense ones, on held-out sentences; milliseconds are the median of eager torch over all held-out batches,
-dense and small in turn.
+nothing twice, `slice svd` half of the way narrower, the rest factored.  `slice blocks` is `slice` with a
+basis for every residual sum, `slice heads` narrower attention heads, both as narrow as that number asks
+for.  Cosines are of embeddings to the dense ones, on held-out sentences; milliseconds are the median of
+eager torch over all held-out batches, dense and small in turn.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ MODEL = "all-MiniLM-L6-v2"
 REPAIR = "factorize,correct-bias,refit,verify"
 PIPELINES: Mapping[str, str] = {
     "slice": "slice-residual{keep=KEEP},verify",
+    "slice blocks": "slice-residual{bases=block,BOUND},verify",
+    "slice heads": "slice-heads{BOUND},verify",
     "svd": f"plan,{REPAIR}",
     "svd pivot": f"plan{{pivot=true}},{REPAIR}",
     "slice svd": f"slice-residual{{keep=HALF}},plan{{pivot=true}},{REPAIR}",
@@ -56,8 +59,12 @@ def made(
     dense: nn.Module, method: str, keep: float, params: int, data: Sequence[object]
 ) -> tdpass.Artifact[nn.Module]:
     """The encoder by that method; `params` are those of the sliced one."""
-    steps = PIPELINES[method].replace("KEEP", f"{keep:g}").replace("HALF", f"{(1 + keep) / 2:g}")
-    budget = {} if method == "slice" else {"budget": {"params": f"{params / 1e6:.6f}M"}, "formats": ("svd",)}
+    size = f"{params / 1e6:.6f}M"
+    filled = {"KEEP": f"{keep:g}", "HALF": f"{(1 + keep) / 2:g}", "BOUND": f"params={size}"}
+    steps = PIPELINES[method]
+    for name, text in filled.items():
+        steps = steps.replace(name, text)
+    budget = {"budget": {"params": size}, "formats": ("svd",)} if "plan" in steps else {}
     return tdpass.compress(
         dense,
         data=data,

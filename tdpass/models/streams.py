@@ -15,7 +15,8 @@ class NewNorm:
     """The norm `adapter t + shift` with `t = c / sqrt(|c|^2 / reads + eps)`, c the first `reads` channels.
 
     `drops`: one channel lies behind these, the coordinate along the direction of the mean, which such a norm
-    leaves out.  Without an adapter `[writes, reads]` it answers with t.
+    leaves out.  Without an adapter `[writes, reads]` it answers with t.  What it reads is added to through a
+    `shortcut` `[to, from]` where the sum has other coordinates.
     """
 
     reads: int
@@ -23,11 +24,12 @@ class NewNorm:
     drops: bool
     adapter: Tensor | None = None
     shift: Tensor | None = None
+    shortcut: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class NewLayer:
-    """Weight `[o, i, *kernel]` and bias of a layer."""
+    """Weight, `[o, i, *kernel]` or as the layer holds it, and bias of a layer."""
 
     weight: Tensor
     bias: Tensor | None

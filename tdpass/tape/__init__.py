@@ -7,6 +7,7 @@ from tdpass.tape.calls import Ref as Ref
 from tdpass.tape.calls import leaves as leaves
 from tdpass.tape.calls import mapped as mapped
 from tdpass.tape.live import LiveTape as LiveTape
+from tdpass.tape.playback import ADDITIONS as ADDITIONS
 from tdpass.tape.playback import CHANNELWISE as CHANNELWISE
 from tdpass.tape.playback import Playback as Playback
 from tdpass.tape.playback import Replacement as Replacement

@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from tdpass.tape.calls import Call, Ref, leaves, mapped
 
-_ADDITIONS = frozenset({"add", "__add__", "__radd__", "add_", "__iadd__"})
+ADDITIONS = frozenset({"add", "__add__", "__radd__", "add_", "__iadd__"})
 CHANNELWISE = frozenset(
     {
         "relu",
@@ -124,7 +124,7 @@ class Tape:
             return None
         call = self.calls[readers[0]]
         summands = [arg for arg in call.args if isinstance(arg, Ref)]
-        if call.name not in _ADDITIONS or len(call.args) != 2 or len(summands) != 2 or call.kwargs:
+        if call.name not in ADDITIONS or len(call.args) != 2 or len(summands) != 2 or call.kwargs:
             return None
         return next((arg.number for arg in summands if arg.number != number), None)
 

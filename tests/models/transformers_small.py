@@ -67,6 +67,15 @@ def llama(*, tied: bool = False) -> tuple[nn.Module, dict[str, Tensor]]:
     return _trained(LlamaForCausalLM(config)), {"input_ids": _tokens()}
 
 
+def gpt2() -> tuple[nn.Module, dict[str, Tensor]]:
+    """A GPT-2, whose linear layers hold `[in, out]` and whose head is its table of tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_inner": 32, "n_positions": 20}
+    config = GPT2Config(**sizes, vocab_size=TOKENS, bos_token_id=None, eos_token_id=None, use_cache=False)
+    return _trained(GPT2LMHeadModel(config)), {"input_ids": _tokens()}
+
+
 def tied_llama() -> tuple[nn.Module, dict[str, Tensor]]:
     """A Llama whose head is its table of tokens."""
     return llama(tied=True)
@@ -97,7 +106,7 @@ def encoder_norm_first() -> tuple[nn.Module, Tensor]:
 
 NETS: dict[str, Callable[[], tuple[nn.Module, object]]] = {
     net.__name__: net  # type: ignore[attr-defined]
-    for net in (bert, llama, tied_llama, vision, vision_rms, encoder, encoder_norm_first)
+    for net in (bert, gpt2, llama, tied_llama, vision, vision_rms, encoder, encoder_norm_first)
 }
 
 

@@ -240,7 +240,7 @@ class TorchModel(Model):
         return narrow
 
     def slice_streams(self, edits: StreamEdits) -> None:
-        slice_module(self.module, edits)
+        slice_module(self.module, edits, lambda: None if self._example is None else self.run(self._example))
         self._sites = SiteTable.of(self.module)
         self.observe(*self._observed)
 

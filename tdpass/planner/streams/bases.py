@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdpass.formats.metric import eigenpairs
-from tdpass.planner.streams.find import Streams
+from tdpass.planner.streams.stream import Streams
 from tdpass.planner.streams.values import Values, written
 from tdpass.tape import Tape
 
@@ -19,8 +19,8 @@ class Basis:
     """Orthonormal directions `[width, width]` along which a stream varies, most first, and how much.
 
     Where norms subtract the mean, the last direction is that of the mean, all channels alike: zero where
-    nothing but norms reads the stream, so that nothing is written along it.  `keeps_mean` says that layers
-    read it, and that it stays whatever the width.
+    nothing but norms reads the stream, so that nothing is written along it.  `keeps_mean` says that something
+    else reads it, and that it stays whatever the width.
     """
 
     directions: Tensor
@@ -64,7 +64,11 @@ def find_bases(streams: Streams, tapes: Sequence[Tape]) -> dict[int, Basis]:
     for tape in tapes:
         if [call.name for call in tape.calls] == first:
             _add(moments, streams, tape)
-    return {number: _basis(moments[number], streams, number) for number in turning}
+    whole = streams.keep_mean()
+    return {
+        number: _basis(moments[number], centred=streams.streams[number].centred, keeps_mean=number in whole)
+        for number in turning
+    }
 
 
 def _add(moments: dict[int, Tensor], streams: Streams, tape: Tape) -> None:
@@ -86,17 +90,16 @@ def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2).double()
 
 
-def _basis(moment: Tensor, streams: Streams, number: int) -> Basis:
-    stream = streams.streams[number]
-    if not stream.centred:
+def _basis(moment: Tensor, *, centred: bool, keeps_mean: bool) -> Basis:
+    if not centred:
         values, vectors = eigenpairs(moment)
         return Basis(vectors.flip(1).contiguous(), values.flip(0).clamp_min(0))
-    mean = moment.new_full((stream.width, 1), stream.width**-0.5)
-    centred = moment - mean @ (mean.T @ moment)
-    centred = centred - (centred @ mean) @ mean.T
+    mean = moment.new_full((len(moment), 1), len(moment) ** -0.5)
+    rest = moment - mean @ (mean.T @ moment)
+    rest = rest - (rest @ mean) @ mean.T
     # the mean's own eigenvalue is put below all others, so that its direction is the last
-    level = float(centred.diagonal().sum()) + 1e-30
-    values, vectors = eigenpairs((centred + centred.T) / 2 - level * (mean @ mean.T))
+    level = float(rest.diagonal().sum()) + 1e-30
+    values, vectors = eigenpairs((rest + rest.T) / 2 - level * (mean @ mean.T))
     directions, energies = vectors.flip(1).contiguous(), values.flip(0).clone()
-    directions[:, -1:], energies[-1] = mean if stream.readers else torch.zeros_like(mean), 0.0
-    return Basis(directions, energies.clamp_min(0), bool(stream.readers))
+    directions[:, -1:], energies[-1] = mean if keeps_mean else torch.zeros_like(mean), 0.0
+    return Basis(directions, energies.clamp_min(0), keeps_mean)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import torch
@@ -11,92 +11,40 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from tdpass.kinds import is_layer_call
+from tdpass.ops import transposed_linear
 from tdpass.planner.streams.norms import Norm, find_norms
+from tdpass.planner.streams.stream import Stream, Streams, Sum
 from tdpass.planner.streams.values import Values, key_of, operands, written
-from tdpass.tape import Call, Ref, Tape, leaves
+from tdpass.tape import ADDITIONS, Call, Ref, Tape, leaves
 from tdpass.tape.calls import argument
 
 _SAME = 1e-4
 _TABLES = {"embedding": (1, "weight"), "index_select": (0, "input")}
-_FORWARD = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
+_FORWARD = frozenset({"linear", "transposed_linear", "conv1d", "conv2d", "conv3d"})
+_AXES = (0, 1)
+_SUMMANDS = 2
 
 
-@dataclass
-class Stream:
-    """Values whose channels are those of each other, `width` of them.
+def find_streams(tape: Tape, *, apart: bool = False) -> Streams:
+    """The streams of a recorded run of a few samples, which is repeated once.
 
-    `norms` read it, `made` are the norms that write to it; layers read and write it by their weights, tables
-    and other constants hold their part of it along an axis.  `whole` says why its coordinates must stay.
+    With `apart`, a residual sum begins a stream of its own where one of its summands is what a norm reads.
     """
-
-    width: int
-    norms: list[Norm] = field(default_factory=list)
-    made: list[Norm] = field(default_factory=list)
-    readers: dict[int, Tensor] = field(default_factory=dict)
-    writers: dict[int, Tensor] = field(default_factory=dict)
-    tables: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
-    values: list[int] = field(default_factory=list)
-    whole: str = ""
-
-    @property
-    def turns(self) -> bool:
-        """Whether it may have other coordinates: something that minds none but lengths reads it."""
-        return bool(self.norms) and not self.whole
-
-    @property
-    def passes(self) -> bool:
-        """Whether what a norm makes is read by layers alone, which then take up what the norm does not do."""
-        only = self.made and not (self.writers or self.tables or self.norms)
-        return bool(only) and not self.whole and len({id(norm.weight) for norm in self.made}) == 1
-
-    @property
-    def centred(self) -> bool:
-        """Whether its norms subtract the mean."""
-        return any(norm.centred for norm in self.norms)
-
-
-@dataclass
-class Streams:
-    """The streams of a run by number, and which of them values are of, and weights read and write.
-
-    Values are given by their number, weights by their id. `biases` are those of layers, by the id of the
-    weight.
-    """
-
-    streams: dict[int, Stream]
-    value: dict[int, int]
-    reads: dict[int, int]
-    writes: dict[int, int]
-    biases: dict[int, Tensor | None]
-    norms: Sequence[Norm]
-
-    def turning(self) -> list[int]:
-        """The streams whose coordinates may be others."""
-        return [number for number, stream in self.streams.items() if stream.turns]
-
-    def reasons(self) -> list[str]:
-        """Why values that norms read keep their coordinates."""
-        return sorted(
-            {
-                f"{stream.width} channels: {stream.whole}"
-                for stream in self.streams.values()
-                if stream.norms and stream.whole
-            }
-        )
-
-
-def find_streams(tape: Tape) -> Streams:
-    """The streams of a recorded run of a few samples, which is repeated once."""
     values = Values.of(tape)
-    return _Finder(values, find_norms(values)).found()
+    norms = find_norms(values)
+    return _Finder(values, norms, {norm.reads: norm for norm in reversed(norms)} if apart else {}).found()
 
 
 @dataclass
 class _Finder:
-    """Walks a run front to back; `axis` says where the channels of a value lie, by key."""
+    """Walks a run front to back; `axis` says where the channels of a value lie, by key.
+
+    `normed` are the norms behind whose input a sum may begin another stream, by the number of that.
+    """
 
     values: Values
     norms: Sequence[Norm]
+    normed: dict[int, Norm]
     group: dict[int, int] = field(default_factory=dict)
     axis: dict[int, int] = field(default_factory=dict)
     parents: list[int] = field(default_factory=list)
@@ -105,6 +53,8 @@ class _Finder:
     biases: dict[int, Tensor | None] = field(default_factory=dict)
     turns: dict[int, Tensor] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
+    sums: list[Sum] = field(default_factory=list)
+    transposed: set[int] = field(default_factory=set)
 
     def found(self) -> Streams:
         inner = {place for norm in self.norms for place in norm.calls}
@@ -126,10 +76,25 @@ class _Finder:
         return self._merged()
 
     def _merged(self) -> Streams:
+        merged = self._joined()
+        while self._led_together(merged):
+            merged = self._joined()
+        sides = {side: self._root(number) for side, number in self.sides.items()}
+        return Streams(
+            merged,
+            {-1 - key: self._root(number) for key, number in self.group.items() if key < 0},
+            {key: number for (key, side), number in sides.items() if side == "in"},
+            {key: number for (key, side), number in sides.items() if side == "out"},
+            self.biases,
+            self.norms,
+            self._sums(),
+            self.transposed,
+        )
+
+    def _joined(self) -> dict[int, Stream]:
         merged: dict[int, Stream] = {}
         for number, stream in enumerate(self.streams):
-            root = self._root(number)
-            into = merged.setdefault(root, Stream(stream.width))
+            into = merged.setdefault(self._root(number), Stream(stream.width))
             into.norms += stream.norms
             into.made += stream.made
             into.readers |= stream.readers
@@ -139,15 +104,30 @@ class _Finder:
             into.whole = into.whole or stream.whole
         for stream in merged.values():
             stream.whole = stream.whole or _why_whole(stream)
-        sides = {side: self._root(number) for side, number in self.sides.items()}
-        return Streams(
-            merged,
-            {-1 - key: self._root(number) for key, number in self.group.items() if key < 0},
-            {key: number for (key, side), number in sides.items() if side == "in"},
-            {key: number for (key, side), number in sides.items() if side == "out"},
-            self.biases,
-            self.norms,
-        )
+        return merged
+
+    def _led_together(self, merged: dict[int, Stream]) -> bool:
+        """Join streams that no shortcut can lead between; whether there were any.
+
+        A shortcut goes by what its norm reads, so that this must turn, and a norm that is used twice has one.
+        What no norm reads behind a sum has the coordinates before it, unless it keeps those of the model.
+        """
+        targets: dict[int, int] = {}
+        for found in self._sums():
+            first, target = targets.setdefault(id(found.norm.weight), found.target), merged[found.target]
+            led = merged[found.source].turns and (target.turns or target.whole)
+            one = first if led else found.source
+            if one != found.target:
+                self._join(one, found.target)
+                return True
+        return False
+
+    def _sums(self) -> list[Sum]:
+        placed = [
+            replace(found, source=self._root(found.source), target=self._root(found.target))
+            for found in self.sums
+        ]
+        return [found for found in placed if found.source != found.target]
 
     def _root(self, number: int) -> int:
         while self.parents[number] != number:
@@ -199,7 +179,8 @@ class _Finder:
         )
         (made,) = written(call)
         result, plain = self.values.at(made), isinstance(weight, Tensor) and call.name in _FORWARD
-        width = int(weight.shape[0]) if plain else 0
+        writes, reads = reversed(_AXES) if call.func is transposed_linear else _AXES
+        width = int(weight.shape[writes]) if plain else 0
         axis = result.dim() - 1 - (weight.dim() - 2) if plain else 0
         if not plain or result.shape[axis] != width:
             self._leave(call, f"it goes through {call.name} of no weight of its own")
@@ -207,8 +188,10 @@ class _Finder:
         self._new(made, width, axis).writers[id(weight)] = weight
         self._side(weight, "out", key_of(made))
         self.biases[id(weight)] = bias
+        if call.func is transposed_linear:
+            self.transposed.add(id(weight))
         if isinstance(x, Ref) and key_of(x) in self.group:
-            if weight.shape[1] != self.values.at(x).shape[self.axis[key_of(x)]]:
+            if weight.shape[reads] != self.values.at(x).shape[self.axis[key_of(x)]]:
                 self._keep(key_of(x), "a grouped layer reads it")
             elif self.axis[key_of(x)] != self.values.at(x).dim() - 1 - (weight.dim() - 2):
                 self._keep(key_of(x), "a layer sums over another axis than its channels")
@@ -243,7 +226,8 @@ class _Finder:
             self._leave(call, f"it goes through {call.name}, where channels meet")
             return
         axes, made = found
-        numbers = [self.group[key_of(leaf)] for leaf in streams]
+        led = self._led(call, streams, constants)
+        numbers = [self.group[key_of(leaf)] for leaf in streams if leaf is not led]
         for leaf, axis in zip(written(call), made, strict=True):
             stream = self._new(leaf, self.values.at(leaf).shape[axis], axis)
             numbers.append(self.group[key_of(leaf)])
@@ -252,6 +236,18 @@ class _Finder:
             )
         for number in numbers[1:]:
             self._join(numbers[0], number)
+        if isinstance(led, Ref):
+            norm = self.normed.pop(led.number)
+            self.sums.append(Sum(norm, self.group[key_of(led)], numbers[-1]))
+
+    def _led(
+        self, call: Call, streams: Sequence[Ref | Tensor], constants: Sequence[Tensor]
+    ) -> Ref | Tensor | None:
+        """The summand that a norm reads, of a sum of two of which it does not read the other."""
+        normed = [leaf for leaf in streams if isinstance(leaf, Ref) and leaf.number in self.normed]
+        if call.name not in ADDITIONS or constants or len(streams) != _SUMMANDS or len(normed) != 1:
+            return None
+        return None if call.mutates and call.args[0] == normed[0] else normed[0]
 
     def _leave(self, call: Call, reason: str) -> None:
         """What a call reads keeps its coordinates; what it makes has none known; earlier reasons go on."""

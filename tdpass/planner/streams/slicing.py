@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tdpass.models.streams import NewLayer, NewNorm, StreamEdits
 from tdpass.planner.streams.bases import Basis
-from tdpass.planner.streams.find import Stream, Streams
 from tdpass.planner.streams.norms import Norm
+from tdpass.planner.streams.stream import Stream, Streams, Sum
 
 LEAST = 2  # channels of a stream: a norm that subtracts means needs one beside that of the mean
 
@@ -22,7 +22,7 @@ def sliced(streams: Streams, bases: Mapping[int, Basis], keep: float) -> StreamE
     With P the directions of a stream that are left, whoever writes to it becomes `P^T W`, and its readers
     `W P`.  A norm that reads it works on what is left of the centred stream; its scale g and shift become
     part of the layers that alone read what it makes, `W diag(g) P`, else of an adapter `P'^T diag(g) P` to
-    the coordinates P' that these have.
+    the coordinates P' that these have.  What a norm reads goes to a sum in other coordinates by `P'^T P`.
     """
     return _Slicing(streams, bases, keep).edits()
 
@@ -48,6 +48,9 @@ class _Slicing:
             if read is not None and read in self.bases:
                 found.held[id(norm.weight)] = norm.weight
                 found.norms[id(norm.weight)] = self._norm(norm, read)
+        for led in self.streams.sums:
+            key, shortcut = id(led.norm.weight), self._shortcut(led)
+            found.norms[key] = replace(found.norms[key], shortcut=shortcut.to(led.norm.weight.dtype))
         return found
 
     def _layers(self) -> dict[int, Tensor]:
@@ -64,6 +67,11 @@ class _Slicing:
     def _cut(self, number: int) -> Tensor:
         return self.bases[number].cut(self.count(number))
 
+    def _shortcut(self, led: Sum) -> Tensor:
+        """From the coordinates of a summand to those of the sum: all channels where these stay."""
+        cut = self._cut(led.source)
+        return (self._cut(led.target).T @ cut if led.target in self.bases else cut).contiguous()
+
     def _tables(self, stream: Stream, cut: Tensor, found: StreamEdits) -> None:
         for key, (tensor, axis) in stream.tables.items():
             found.held[key] = tensor
@@ -73,7 +81,8 @@ class _Slicing:
     def _layer(self, weight: Tensor) -> NewLayer | None:
         key, bias = id(weight), self.streams.biases[id(weight)]
         reads, writes = self.streams.reads.get(key), self.streams.writes[key]
-        new = weight.detach().cpu().double()
+        transposed = key in self.streams.transposed
+        new = (weight.T if transposed else weight).detach().cpu().double()
         shift = None if bias is None else bias.detach().cpu().double()
         norm = self._taken_up(reads)
         if norm is not None:
@@ -91,6 +100,7 @@ class _Slicing:
             shift = None if shift is None else cut.T @ shift
         elif norm is None and reads not in self.bases:
             return None
+        new = new.T if transposed else new
         return NewLayer(
             new.to(weight.dtype).contiguous(), None if shift is None else shift.to(weight.dtype).contiguous()
         )

@@ -17,7 +17,7 @@ from tdpass.models.onnx.rewriting.head_shapes import resize_heads
 from tdpass.models.onnx.rewriting.rewrite import remove_nodes, take_place
 from tdpass.models.onnx.sites.sites import FoundSite
 from tdpass.models.onnx.sites.weight_use import Slot
-from tdpass.models.streams import NewNorm, StreamEdits
+from tdpass.models.streams import NewLayer, NewNorm, StreamEdits
 
 _NORMS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"})
 _AXES_AS_INPUT = 18
@@ -37,17 +37,25 @@ def slice_graph(
     and a norm that is no node of its own.
     """
     norms = {key: _norm_node(constants.get(key)) for key in edits.norms}
-    if any(key not in names or _scales(sites[names[key]]) for key in edits.layers):
+    sums = {key: _sum_with(norms[key][1]) for key, norm in edits.norms.items() if norm.shortcut is not None}
+    layers = {
+        **edits.layers,
+        **{key: NewLayer(edits.tables[key], None) for key in edits.tables if key in names},
+    }
+    if any(key not in names or _scales(sites[names[key]]) for key in layers):
         raise UnsupportedError("a layer on the stream is no site, or scales its weight")
-    if any(key not in constants for key in edits.tables):
+    tables = {key: table for key, table in edits.tables.items() if key not in names}
+    if any(key not in constants for key in tables):
         raise UnsupportedError("a constant that the stream is computed from is no initializer of the model")
-    for key, layer in edits.layers.items():
+    for key, layer in layers.items():
         write_layer(model, names[key], sites[names[key]], layer.weight, layer.bias)
-    for key, table in edits.tables.items():
+    for key, table in tables.items():
         for node, index in constants[key].uses():
             replace_constant(model, Slot(node, index), table, str(constants[key].name))
     for key, width in edits.heads.items():
         resize_heads(model, sites[names[key]], names[key], width)
+    for key, (node, place) in sums.items():
+        _write_shortcut(model, node, place, edits.norms[key].shortcut)
     for key, (node, x) in norms.items():
         _write_norm(model, node, x, edits.norms[key], edits.held[key].dtype)
 
@@ -120,6 +128,23 @@ def _write_norm(model: ir.Model, node: ir.Node, x: ir.Value, new: NewNorm, dtype
     model.graph.insert_before(node, made.nodes)
     take_place(node.outputs[0], y)
     remove_nodes(model.graph, [node])
+
+
+def _sum_with(x: ir.Value) -> tuple[ir.Node, int]:
+    """The node that adds to what a norm reads, and where it reads that."""
+    found = [(node, place) for node, place in x.uses() if node.op_type == "Add" and not node.domain]
+    if len(found) != 1:
+        raise UnsupportedError(f"{len(found)} nodes add to what a norm on the stream reads, not one")
+    return found[0]
+
+
+def _write_shortcut(model: ir.Model, node: ir.Node, place: int, shortcut: Tensor | None) -> None:
+    assert shortcut is not None
+    made, x = _Nodes(model, node.name or "sum"), node.inputs[place]
+    assert x is not None
+    led = made.node("MatMul", [x, made.constant("shortcut.weight", shortcut.T.contiguous())])
+    model.graph.insert_before(node, made.nodes)
+    node.replace_input_with(place, led)
 
 
 class _Nodes:

@@ -67,7 +67,6 @@ def watching(
     It is the forward that is entered. A bound forward that was captured earlier goes past it, as it would go
     past a change of the module's class.
     """
-    before: list[tuple[dict[str, Any], Any]] = []
 
     def seen(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -76,10 +75,20 @@ def watching(
 
         return run
 
+    with wrapping(modules, seen):
+        yield
+
+
+@contextmanager
+def wrapping(
+    modules: Iterable[nn.Module], wrapped: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Let each of the modules compute by `wrapped` of its forward, as `watching` does."""
+    before: list[tuple[dict[str, Any], Any]] = []
     try:
         for module in modules:
             before.append((module.__dict__, module.__dict__.get("forward")))
-            module.__dict__["forward"] = seen(module, module.forward)
+            module.__dict__["forward"] = wrapped(module, module.forward)
         yield
     finally:
         for state, forward in before:

@@ -116,12 +116,14 @@ def structure_of(module: nn.Module, aliases: Mapping[str, str], *, packed: bool)
         if kind_of_module(candidate) is not None and candidate._parameters["bias"] is not None
     )
     how = adaptation_of(module), slicing_of(module), divisions_of(module)
-    version = _version(module, packed=packed)
+    version = _version(module, how[1], packed=packed)
     return Structure(version, layers, folded, biases, aliases, *how)
 
 
-def _version(module: nn.Module, *, packed: bool) -> Literal[1, 2, 3]:
+def _version(module: nn.Module, slicing: Slicing | None, *, packed: bool) -> Literal[1, 2, 3]:
     """The first version that reads what the module holds."""
+    if slicing is not None and slicing.sums:
+        return _LATEST
     if any(layer.storage.earlier for layer in module.modules() if isinstance(layer, Factorized)):
         return _LATEST
     return _PACKED if packed else UNPACKED

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from tdpass.errors import PlanError, UnsupportedError
-from tdpass.kinds import kind_of_module
 from tdpass.layers.factorized import Factorized
+from tdpass.layers.shortcuts import lead_sums, leads_sums
 from tdpass.layers.sliced_norm import NormShape, SlicedNorm
 from tdpass.models.streams import NewNorm, StreamEdits
 from tdpass.models.torch.modules.in_place import become, can_become, watched
 from tdpass.models.torch.sites.head_sizes import heads_of, resize_heads, restore_heads
+from tdpass.models.torch.sites.sums import summing_modules
 
 _SIZES = {"out_features": 0, "in_features": 1, "out_channels": 0, "in_channels": 1, "embedding_dim": 1}
+_SIZES |= {"nx": 0, "nf": 1}  # of a layer that holds `[in, out]`, as GPT-2's do
 
 
 @dataclass(frozen=True)
@@ -25,16 +27,18 @@ class Slicing:
     """The shapes that a sliced module has.
 
     They are those of its norms, by path, and of all other parameters and buffers, by name.  `heads` are the
-    attributes that speak of the width of heads, by the path of the module that has them.
+    attributes that speak of the width of heads, by the path of the module that has them, `sums` the paths of
+    modules whose sums are led through shortcuts of norms.
     """
 
     norms: Mapping[str, NormShape]
     shapes: Mapping[str, tuple[int, ...]]
     heads: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    sums: tuple[str, ...] = ()
 
 
-def slice_module(module: nn.Module, edits: StreamEdits) -> None:
-    """Carry out the edits in place.
+def slice_module(module: nn.Module, edits: StreamEdits, run: Callable[[], object]) -> None:
+    """Carry out the edits in place; `run` runs the module as it is.
 
     Raises `UnsupportedError`, before anything changes, where a tensor is none of the module's own, or a norm
     is more than a norm.
@@ -47,12 +51,14 @@ def slice_module(module: nn.Module, edits: StreamEdits) -> None:
                 f"a tensor of shape {tuple(edits.held[key].shape)} that the stream is computed from is "
                 "neither parameter nor buffer of the model; make it one"
             )
+    led = [norms[key] for key, norm in edits.norms.items() if norm.shortcut is not None]
+    summing = summing_modules(module, led, run) if led else ()
     for key, layer in edits.layers.items():
         weight = _like(edits.held[key], layer.weight)
         bias = None if layer.bias is None else _like(edits.held[key], layer.bias)
         for owner, name in holders[key]:
             _put(owner, name, weight)
-            if bias is not None and kind_of_module(owner) is not None:
+            if bias is not None and "bias" in owner._parameters:
                 _put(owner, "bias", bias)
     for key, table in edits.tables.items():
         new = _like(edits.held[key], table)
@@ -60,6 +66,8 @@ def slice_module(module: nn.Module, edits: StreamEdits) -> None:
             _put(owner, name, new)
     for key, norm in norms.items():
         become(norm, _sliced_norm(edits.norms[key], edits.held[key]))
+    for part in summing:
+        lead_sums(part)
     owners = {id(owner): width for key, width in edits.heads.items() for owner, _ in holders[key]}
     resize_heads(module, owners)
 
@@ -77,7 +85,8 @@ def slicing_of(module: nn.Module) -> Slicing | None:
         for name, tensor in (*part._parameters.items(), *part._buffers.items())
         if tensor is not None
     }
-    return Slicing(norms, shapes, heads)
+    sums = tuple(path for path, part in module.named_modules() if leads_sums(part))
+    return Slicing(norms, shapes, heads, sums)
 
 
 def shape_as(module: nn.Module, slicing: Slicing, source: str) -> None:
@@ -95,6 +104,13 @@ def shape_as(module: nn.Module, slicing: Slicing, source: str) -> None:
                 "from"
             )
         become(norm, SlicedNorm(shape, weight.dtype, "meta"))
+    for path in slicing.sums:
+        if path not in modules:
+            raise PlanError(
+                f"{source} has residual sums in {path!r}, which this model has not; load it on the class it "
+                "was made from"
+            )
+        lead_sums(modules[path])
     restore_heads(modules, slicing.heads, source)
     made: dict[int, Tensor] = {}
     for name, wanted in slicing.shapes.items():
@@ -141,8 +157,11 @@ def _norm_module(holders: Mapping[int, list[tuple[nn.Module, str]]], weight: Ten
 
 def _sliced_norm(new: NewNorm, like: Tensor) -> SlicedNorm:
     writes = 0 if new.adapter is None else len(new.adapter)
-    shape = NormShape(new.reads, new.eps, new.drops, writes, new.shift is not None)
+    leads = 0 if new.shortcut is None else len(new.shortcut)
+    shape = NormShape(new.reads, new.eps, new.drops, writes, new.shift is not None, leads)
     norm = SlicedNorm(shape, like.dtype, like.device)
+    if norm.shortcut is not None and new.shortcut is not None:
+        _put(norm.shortcut, "weight", _like(like, new.shortcut))
     if norm.adapter is not None and new.adapter is not None:
         _put(norm.adapter, "weight", _like(like, new.adapter))
         if new.shift is not None:
