@@ -23,7 +23,7 @@ class CorrectBias(Pass):
     promise = Promise.REPAIR
 
     def run(self, model: Model, job: Job) -> bool:
-        layers = {site.name: layer for site in model.sites() if (layer := model.layer(site.name)) is not None}
+        layers = model.replaced()
         if not layers or not job.batches:
             job.note(
                 "nothing to correct: no site is replaced"

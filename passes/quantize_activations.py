@@ -20,7 +20,6 @@ from tdpass.planner.effort import first_batches, said_of_few
 from tdpass.planner.integer_activations import (
     ranges_on,
     reading_integers,
-    replaced_layers,
     with_ranges,
 )
 from tdpass.planner.repair import divergence_of
@@ -86,7 +85,7 @@ class QuantizeActivations(Pass):
 
     def _by_layer(self, model: Model, job: Job, how: Literal["dynamic", "static"]) -> bool:
         """Let layers round what they read, each for itself."""
-        present = replaced_layers(model)
+        present = model.replaced()
         if any(layer.form.activations for layer in present.values()):
             job.note("skipped: activations are integers already")
             return False

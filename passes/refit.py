@@ -29,7 +29,7 @@ class Refit(Pass):
     ridge: float = 1e-3
 
     def run(self, model: Model, job: Job) -> bool:
-        layers = {site.name: layer for site in model.sites() if (layer := model.layer(site.name)) is not None}
+        layers = model.replaced()
         if not layers or not job.batches:
             job.note(
                 "nothing to refit: no site is replaced"

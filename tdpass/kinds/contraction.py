@@ -34,6 +34,9 @@ class Contraction:
         """
         text = equation.replace(" ", "")
         terms, arrow, made = text.partition("->")
+        if not arrow:  # then it makes, in the alphabet's order, the letters that occur once
+            letters = sorted(set(filter(str.isalpha, terms)))
+            made = "..." * ("..." in terms) + "".join(x for x in letters if terms.count(x) == 1)
         of_weight, of_data = (terms.split(",")[place] for place in (weight, 1 - weight))
         if "..." in of_data:
             if rank is None:
@@ -47,7 +50,7 @@ class Contraction:
         rest = [letter for letter in of_data if letter not in summed]
         once = all(len(set(term)) == len(term) for term in (of_weight, of_data, made))
         whole = len(summed) + len(new) == len(of_weight) and bool(summed) and bool(new)
-        if not arrow or not once or not whole or set(made) != {*rest, *new}:
+        if not once or not whole or set(made) != {*rest, *new}:
             raise UnsupportedError(
                 f"'{text}' is no product with one matrix, along one axis or several; write it as a MatMul"
             )

@@ -66,6 +66,13 @@ class Model(ABC):
         not fit.
         """
 
+    def replaced(self) -> Mapping[str, Layer]:
+        """The layers by site that a pass may go on to change; one that the model stores itself is not among them.
+
+        By default all that stand in place of dense ones.
+        """
+        return {site.name: layer for site in self.sites() if (layer := self.layer(site.name)) is not None}
+
     def refused(self, form: Form) -> str:
         """Why no layer of this model can have that form; empty where one can."""
         return ""

@@ -112,6 +112,12 @@ class SiteFits:
             self._factors[key] = factors
         return factors
 
+    def form(self, format_name: str, rank: Rank) -> Form:
+        """The form of factors: in the number type that the weight is stored in already, where they fit it."""
+        plain, kinds = Form(format_name, rank), set(self.present.numbers)
+        stored = replace(plain, numbers=tuple(kinds))
+        return stored if len(kinds) == 1 and _fits(self.site, stored) else plain
+
     def at_hand(self, form: Form) -> bool:
         """Whether its factors are kept, or found without a search."""
         return (form.format, form.rank) in self._factors or not FORMATS.get(form.format).searched
@@ -273,7 +279,7 @@ def _of_format(
     for rank in coarse_first(ranks):
         if deadline.left <= 0 and (len(found) >= _ENDS or (fmt.searched and others)):
             break
-        candidate = fits.candidate(Form(fmt.name, rank))
+        candidate = fits.candidate(fits.form(fmt.name, rank))
         if not math.isfinite(candidate.error) or not _smaller(candidate, fits):
             continue
         if fmt.searched and not found and _hopeless(candidate, others):

@@ -20,18 +20,11 @@ from tdpass.formats.base import FORMATS
 from tdpass.formats.integers import Coded, IntegerOps, Value, apply_integers, coded
 from tdpass.formats.layer import Layer
 from tdpass.models.abilities import Range
-from tdpass.models.base import Model
 from tdpass.ops import Pads
 from tdpass.planner.calibrations import BINS, CALIBRATIONS, Histogram
 from tdpass.tape import Tape
 
 Ranges = Mapping[str, Range]
-
-
-def replaced_layers(model: Model) -> dict[str, Layer]:
-    """What stands for dense layers, by site."""
-    found = {site.name: model.layer(site.name) for site in model.sites()}
-    return {name: layer for name, layer in found.items() if layer is not None}
 
 
 def reading_integers(layers: Mapping[str, Layer], how: Literal["dynamic", "static"]) -> dict[str, Layer]:

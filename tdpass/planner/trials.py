@@ -5,7 +5,7 @@ A pass that breaks it is named at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from tdpass.errors import InvalidModelError, TdpassError
-from tdpass.formats.layer import Layer
 from tdpass.models.abilities import HoldsIntegerActivations, RoundsInOperators
 from tdpass.models.base import Batch, Model
 from tdpass.planner.divergence import Divergence, FittedDivergence
@@ -185,7 +184,7 @@ class Trials:
             bounds.append(max(trial.allowed(expected), NEGLIGIBLE))
         if promise is not Promise.NONE and trial.tape is not None:
             with torch.no_grad():
-                replayed = trial.tape.play().fork(_layers(model)).finish()
+                replayed = trial.tape.play().fork(model.replaced()).finish()
             bounds.append(trial.allowed(self._distance(trial, replayed)))
         return min(bounds)
 
@@ -218,7 +217,7 @@ class Trials:
 def _grain(model: Model) -> float:
     """The relative step in which layers, operators or the graph between them hold activations; 0 for none."""
     held = isinstance(model, HoldsIntegerActivations) and bool(model.held_integers())
-    whole = held or any(layer.form.activations for layer in _layers(model).values())
+    whole = held or any(layer.form.activations for layer in model.replaced().values())
     return max(_STEP if whole else 0.0, model.grain() if isinstance(model, RoundsInOperators) else 0.0)
 
 
@@ -287,10 +286,6 @@ def _noisy(outputs: object) -> object:
         return (leaf + level * torch.randn(leaf.shape, generator=generator)).to(leaf.dtype)
 
     return tree_map(noisy, outputs)
-
-
-def _layers(model: Model) -> Mapping[str, Layer]:
-    return {site.name: layer for site in model.sites() if (layer := model.layer(site.name)) is not None}
 
 
 def _floats(returned: object) -> list[Tensor]:

@@ -300,7 +300,6 @@ REFUSED: dict[str, tuple[Write, str]] = {
         written(lambda: conv(held=(KERNEL, numpy_helper.from_array(np.zeros(3, np.float32), "b")), group=2)),
         r"a bias of sizes \[3\], but makes 4",
     ),
-    "two nodes of one name": (written(lambda: twice("node")), "two nodes of the name 'one'"),
     "two inputs of one name": (written(lambda: twice("input")), "two inputs of the name 'x'"),
     "two outputs of one name": (written(lambda: twice("output")), "two outputs of the name 'y'"),
     "two initializers of one name": (
@@ -328,5 +327,6 @@ SERVED: dict[str, Write] = {
     "an output of unknown rank": written(lambda: unknown_rank(given=False, made=True)),
     "nothing but unknown ranks": written(lambda: unknown_rank(given=True, made=True)),
     "a grouped convolution": written(lambda: conv(group=2)),
+    "two nodes of one name": written(lambda: twice("node")),
 }
 """Files that are odd, but sound."""

@@ -86,8 +86,7 @@ def test_a_quantized_onnx_model_becomes_one_of_numbers(
     name: str, quantized: dict[str, onnx.ModelProto]
 ) -> None:
     given = quantized[name]
-    assert not open_model(given).sites()
-    assert all("dequantize" in reason for reason in open_model(given).declined().values())
+    assert len(open_model(given).sites()) == 4
     made = tdpass.dequantize(given)
     onnx.checker.check_model(made)
     assert not {"QuantizeLinear", "DequantizeLinear"} & {node.op_type for node in made.graph.node}
@@ -132,16 +131,18 @@ def of_one_operator(name: str) -> tuple[onnx.ModelProto, Tensor]:
     return model, torch.from_numpy(draw.uniform(-1, 1, size).astype(np.float32))
 
 
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", [name for name in ALONE if "Integer" in name])
 def test_a_weight_of_an_operator_of_integers_stays_and_the_reason_names_what_helps(name: str) -> None:
-    model, x = of_one_operator(name)
+    model, _ = of_one_operator(name)
     (reason,) = open_model(model).declined().values()
     with pytest.raises(TdpassError, match="the weight is quantized"):
-        tdpass.compress(model, {"params": 0.5}, x, cache=False)
-    if "Integer" in name:
-        assert "makes no numbers of; compress the floating-point model, then quantize it" in reason
-        return
-    assert "or what tdpass.dequantize makes of this one, then quantize it" in reason
+        tdpass.compress(model, {"params": 0.5}, cache=False)
+    assert "makes no numbers of; compress the floating-point model, then quantize it" in reason
+
+
+@pytest.mark.parametrize("name", [name for name in ALONE if "Integer" not in name])
+def test_an_operator_of_integers_is_made_one_of_numbers(name: str) -> None:
+    model, x = of_one_operator(name)
     made = tdpass.dequantize(model)
     (site,) = open_model(made).sites()
     assert site.shape == ((8, 6, 3, 3) if name == "QLinearConv" else (8, 6))

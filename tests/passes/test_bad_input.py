@@ -148,19 +148,14 @@ def test_a_torch_model_of_integers_given_again_is_planned_from_what_it_is(pipeli
 
 
 @pytest.mark.parametrize("pipeline", ["quantize", "quantize,quantize-activations"])
-def test_an_onnx_model_of_integers_given_again_is_left_as_it_is_and_says_why(pipeline: str) -> None:
+def test_an_onnx_model_of_integers_given_again_is_planned_from_what_it_is(pipeline: str) -> None:
     once = compressed(graph(net()), pipeline, rows()).model
     again = compressed(once, pipeline, rows())
     assert torch.equal(answer(again.model), answer(once))
-    assert set(again.report.declined) == {"0", "2"}
-    assert all(
-        "the weight is quantized" in reason and "tdpass.dequantize" in reason
-        for reason in again.report.declined.values()
-    )
-    with pytest.raises(
-        UsageError, match=r"no site is left to compress: 0: the weight is quantized; compress the"
-    ):
-        compressed(once, None, rows(), 0.5)
+    assert "no site changes" in notes(again)
+    smaller = compressed(once, None, rows(), {"bytes": 0.6})
+    assert smaller.report.final.bytes <= 0.6 * smaller.report.original.bytes
+    assert {choice.form.numbers for choice in smaller.plan} == {("int8",)}
 
 
 @pytest.mark.parametrize(

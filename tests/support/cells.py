@@ -25,7 +25,8 @@ class Cell:
     """One layer through one front end.
 
     `make` makes the model that it is in, `fed` what that is called with; `sites` are the names of the sites
-    that are to be found, `left` a part of the reason why something with a weight is left alone.
+    that are to be found, `left` a part of the reason why something with a weight is left alone.  Answers lie on a
+    grid of that `step`, to which other roundings of the same may make one of difference.
     """
 
     layer: str
@@ -34,6 +35,7 @@ class Cell:
     fed: Callable[[], tuple[Tensor, ...]]
     sites: tuple[str, ...] = ()
     left: str = ""
+    step: float = 0.0
 
     @property
     def label(self) -> str:

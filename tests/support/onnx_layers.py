@@ -62,6 +62,7 @@ def layer(
     sites: tuple[str, ...] = ("w",),
     left: str = "",
     dtype: torch.dtype = torch.float32,
+    step: float = 0.0,
     **said: Any,
 ) -> None:
     """A row of one graph."""
@@ -71,7 +72,7 @@ def layer(
     def given() -> tuple[torch.Tensor, ...]:
         return (noise(*fed, seed=1).to(dtype),)
 
-    add(Cell(name, "onnx", lambda: graph(nodes, constants, fed, **said), given, sites, left))
+    add(Cell(name, "onnx", lambda: graph(nodes, constants, fed, **said), given, sites, left, step))
 
 
 def made(name: str, make: Any, fed: Sizes, sites: tuple[str, ...], left: str = "") -> None:
@@ -196,6 +197,7 @@ layer(
     ROWS,
 )
 layer("Einsum", [node("Einsum", "x w", equation="bsi,oi->bso")], {"w": MATRIX}, TOKENS)
+layer("Einsum that names no result", [node("Einsum", "x w", equation="...i,io")], {"w": TALL}, TOKENS)
 layer(
     "Einsum into heads and out of them",
     [node("Einsum", "x v", "h", equation="bsi,hoi->bhso"), node("Einsum", "h w", equation="bhso,hom->bms")],
@@ -258,6 +260,77 @@ layer(
     (),
     "quantized",
 )
+CODES = (TALL * 90).astype(np.int8)
+STEPS_OF = {"s": np.linspace(0.01, 0.03, 16, dtype=np.float32), "z": np.zeros(16, np.int8)}
+GRIDS = {
+    "xs": np.array(0.02, np.float32), "xz": np.array(128, np.uint8),
+    "ys": np.array(0.05, np.float32), "yz": np.array(128, np.uint8),
+}  # fmt: skip
+CODED, NUMBERED = node("QuantizeLinear", "x xs xz", "q"), node("DequantizeLinear", "c ys yz")
+layer(
+    "weight of int8 and its scales",
+    [node("DequantizeLinear", "w s z", "f", axis=0), node("Gemm", "x f", transB=1)],
+    {"w": CODES.T, **STEPS_OF},
+    ROWS,
+)
+layer(
+    "weight of uint8, bias of int32",
+    [
+        node("DequantizeLinear", "w s z", "f"),
+        node("DequantizeLinear", "b s", "g"),
+        node("Conv", "x f g", pads=[1] * 4),
+    ],
+    {
+        "w": (KERNEL * 90 + 120).astype(np.uint8),
+        "s": np.array(0.01, np.float32),
+        "z": np.array(120, np.uint8),
+        "b": np.arange(12, dtype=np.int32),
+    },
+    IMAGE,
+)
+layer(
+    "weight of int8 with scales by input",
+    [node("DequantizeLinear", "w s", "f", axis=0), node("MatMul", "x f")],
+    {"w": CODES, "s": np.linspace(0.01, 0.03, 24, dtype=np.float32)},
+    TOKENS,
+    (),
+    "other scales than",
+)
+layer(
+    "QLinearConv",
+    [CODED, node("QLinearConv", "q xs xz w s z ys yz b", "c", pads=[1] * 4), NUMBERED],
+    {
+        "w": (KERNEL * 90).astype(np.int8),
+        "s": np.linspace(0.01, 0.03, 12, dtype=np.float32),
+        "z": np.zeros(12, np.int8),
+        "b": np.arange(12, dtype=np.int32) * 20,
+        **GRIDS,
+    },
+    IMAGE,
+    step=0.05,
+)
+layer(
+    "QLinearMatMul",
+    [CODED, node("QLinearMatMul", "q xs xz w s z ys yz", "c"), NUMBERED],
+    {"w": CODES, **STEPS_OF, **GRIDS},
+    TOKENS,
+    step=0.05,
+)
+layer(
+    "QGemm",
+    [CODED, contrib("QGemm", "q xs xz w s z b", transB=1, alpha=0.5)],
+    {"w": CODES.T, **STEPS_OF, **GRIDS, "b": np.arange(16, dtype=np.int32) * 20},
+    ROWS,
+)
+layer(
+    "MatMulInteger",
+    [node("DynamicQuantizeLinear", "x", "q a z"), node("MatMulInteger", "q w z", "c"),
+     node("Cast", "c", "f", to=FLOAT), node("Mul", "f a")],
+    {"w": CODES},
+    TOKENS,
+    (),
+    "quantized",
+)  # fmt: skip
 layer(
     "MultiHeadAttention after layers",
     [
@@ -299,6 +372,13 @@ layer(
     {"w": TALL.astype(np.float16)},
     TOKENS,
 )
+layer(
+    "weight scaled",
+    [node("ReduceL2", "w", "n", axes=[1], keepdims=1), node("Div", "w n", "d"), node("Mul", "d g", "t"),
+     node("MatMul", "x t")],
+    {"w": TALL, "g": held(24, 1)},
+    TOKENS,
+)  # fmt: skip
 layer(
     "weight put together",
     [node("Concat", "w v", "t", axis=1), node("MatMul", "x t")],
@@ -375,4 +455,4 @@ made("branch of an If", lambda: onnx_bodies.branches(own=True), (4, 8), ("b",), 
 made("body of a Loop", onnx_bodies.loop, (4, 8), ("cell",))
 made("body of a Scan", onnx_bodies.scan, (2, 5, 8), ("own", "input"))
 made("branch in a Loop", onnx_bodies.nested, (4, 8), ("deep",))
-made("local function", onnx_bodies.functions, (4, 8), ("one", "k", "two", "b_3"))
+made("local function", onnx_bodies.functions, (4, 8), ("one", "k", "two"))

@@ -75,7 +75,9 @@ def test_every_site_at_full_rank_keeps_the_answers(cell: Cell) -> None:
         model.replace(site.name, full(model, site))
     for ours, theirs in zip(answers(model.run(cell.batch)), before, strict=True):
         close = tolerance(cell)
-        torch.testing.assert_close(ours, theirs, rtol=close, atol=close * (1 + float(theirs.abs().max())))
+        slack = close * (1 + float(theirs.abs().max()))
+        torch.testing.assert_close(ours, theirs, rtol=close, atol=slack + cell.step)
+        assert int(((ours - theirs).abs() > slack).sum()) <= ours.numel() / 100
 
 
 def test_the_page_of_the_table_is_current() -> None:

@@ -42,7 +42,7 @@ from tdpass.models.onnx.rewriting.integer_activations import (
     watched,
     with_integer_activations,
 )
-from tdpass.models.onnx.rewriting.normalize import made_constant
+from tdpass.models.onnx.rewriting.normalize import made_constant, named_twice
 from tdpass.models.onnx.rewriting.recurrent_times import recurrent_times
 from tdpass.models.onnx.runner import OnnxRunner
 from tdpass.models.onnx.sites.forms import unreadable
@@ -80,6 +80,7 @@ class OnnxModel(Model):
         self._observed: tuple[Batch, ...] = ()
         self._macs = 0
         self._constants: tuple[str, ...] = ()
+        self._renamed = 0
 
     @classmethod
     def open(cls, given: object, example: Batch | None = None, overridable: Sequence[str] = ()) -> Self:
@@ -91,6 +92,7 @@ class OnnxModel(Model):
         source = source_of(given)
         made = cls(DenseGraph.open(source.model, overridable), source)
         made._constants = made_constant(source.model, made._dense.model)
+        made._renamed = named_twice(source.model)
         if example is not None:
             made.observe(sized(made.signature(), example))
         return made
@@ -158,8 +160,11 @@ class OnnxModel(Model):
         return self._dense.site(name).bias()
 
     def layer(self, name: str) -> Layer | None:
-        self._dense.site(name)
-        return self._layers.get(name)
+        return self.replaced().get(name, self._dense.site(name).present)
+
+    def replaced(self) -> Mapping[str, Layer]:
+        # in the type that they compute in, which may be another than what the model stores
+        return {name: layer.to(self._dense.site(name).dtype) for name, layer in self._layers.items()}
 
     def refused(self, form: Form) -> str:
         return unreadable(form, opset_of(self._dense.model))
@@ -275,7 +280,7 @@ class OnnxModel(Model):
         return self._example
 
     def signature(self) -> Signature:
-        return signature(self._dense.model.graph, self._constants)
+        return signature(self._dense.model.graph, self._constants, self._renamed)
 
     def count(self, batch: Batch | None = None) -> Counted:
         return self._count(self._unfused(), self._observed if batch is None else (batch,))

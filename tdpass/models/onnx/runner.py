@@ -78,11 +78,11 @@ class _SiteStep:
 
     @property
     def reads(self) -> tuple[ir.Value, ...]:
-        addend, following = self.use.addend, self.use.following
+        addend, around = self.use.addend, (self.use.preceding, self.use.following)
         return (
             self.use.input.value,
             *(() if addend is None else (addend.value,)),
-            *(() if following is None else following.reads),
+            *(value for part in around if part is not None for value in part.reads),
         )
 
     @property
@@ -95,6 +95,8 @@ class _SiteStep:
             addend = values[self.use.addend.value]
             addend = addend if self.use.addend_scale == 1.0 else self.use.addend_scale * addend
         x = values[self.use.input.value]
+        if self.use.preceding is not None:
+            x = self.use.preceding.computed(x, values)
         if self.use.reads_rows:  # numbers below zero count from the last row
             x = torch.remainder(x.long(), self.use.canonical_shape()[0])
         y = self.use.apply(_OPS, x, self.compute, addend)

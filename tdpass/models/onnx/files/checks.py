@@ -138,6 +138,10 @@ def _check_versions(proto: onnx.ModelProto, what: str) -> None:
         raise UnsupportedError(f"{what} holds training information; export it for inference")
     if any(graph.sparse_initializer for graph in graph_protos(proto)):
         raise UnsupportedError(f"{what} holds sparse initializers; store them as dense ones")
+    if any(
+        attribute.HasField("sparse_tensor") for node in node_protos(proto) for attribute in node.attribute
+    ):
+        raise UnsupportedError(f"{what} holds sparse constants; store them as dense ones")
 
 
 def _content_bytes(proto: onnx.ModelProto) -> int:
@@ -162,9 +166,11 @@ def _check_node(node: onnx.NodeProto, what: str) -> None:
 
 
 def _check_names(graph: onnx.GraphProto, what: str) -> None:
-    """Refuse names that stand for two things in a graph; runtimes refuse them too, or take one of the two."""
+    """Refuse names that stand for two values in a graph; runtimes refuse them too, or take one of the two.
+
+    A node's name is read by people only, and files in daily use have one for several.
+    """
     named = {
-        "node": [node.name for node in graph.node if node.name],
         "input": [value.name for value in graph.input],
         "output": [value.name for value in graph.output],
         "initializer": [tensor.name for tensor in graph.initializer],

@@ -1,4 +1,4 @@
-"""Weights that a model computes from constants: laid out anew, put together, or cast, each time it runs.
+"""Weights that a model computes from constants: laid out anew, put together, cast or scaled, each time it runs.
 
 They are read as what they come to.  The nodes that compute them stay as they are until the layer that reads
 them is replaced, and go with it.
@@ -15,6 +15,7 @@ from torch import Tensor
 
 import tdpass.models.onnx.graph.layout  # noqa: F401 - fills the table of functions
 from tdpass.models.onnx.graph.functions import FUNCTIONS, NotServedError, Operator
+from tdpass.models.onnx.graph.stored_integers import Integers, numbered
 from tdpass.models.onnx.graph.tensors import (
     FLOAT_TYPES,
     constant,
@@ -31,13 +32,15 @@ REARRANGING = frozenset(
         "Slice", "Concat", "Gather",
     }
 )  # fmt: skip
+COMPUTING = frozenset({"Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Reciprocal", "Pow", "ReduceL2"})
+_SCALING = "DequantizeLinear"
 _KNOWN = "tdpass.folded"
 _OPSET = 13  # of these operators only the place of arguments differs, which the functions see by themselves
 _DEEPEST = 32
 
 
 def folded(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """What a value always is: a constant, or what nodes that only rearrange make of floating-point constants.
+    """What a value always is: a constant, or what simple nodes make of floating-point constants.
 
     None for all else.  Nothing is computed before it is read.
     """
@@ -52,14 +55,37 @@ def folded(value: ir.Value | None) -> ir.TensorProtocol | None:
     return known
 
 
+def numbers_of(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """What `folded` says, and of integers that a DequantizeLinear makes numbers of, these numbers."""
+    tensor = folded(value)
+    integers = numbered(value) if tensor is None and value is not None else None
+    return tensor if integers is None else as_numbers(integers)
+
+
+def as_numbers(integers: Integers) -> ir.TensorProtocol:
+    """The numbers that integers stand for, computed when they are read."""
+    return ir.LazyTensor(
+        partial(_numbers, integers),
+        ir.DataType.FLOAT,
+        ir.Shape(list(integers.shape)),
+        name=integers.source.name or "integers",
+    )
+
+
+def _numbers(integers: Integers) -> ir.TensorProtocol:
+    return from_torch(integers.numbers())
+
+
 def folded_weight(value: ir.Value | None) -> ir.TensorProtocol:
     """What a value was found to be; raises `InvalidModelError` if it is that no longer."""
-    return folded(value) or held(value)
+    return numbers_of(value) or held(value)
 
 
 def stored_type(value: ir.Value) -> ir.DataType:
-    """The narrowest floating-point type that a folded value's numbers are stored in."""
-    return min((held(source).dtype for source in number_sources(value)), key=lambda kind: kind.itemsize)
+    """The narrowest floating-point type that a folded value's numbers are stored in, or made of integers."""
+    kinds = (held(source).dtype for source in number_sources(value))
+    floats = [kind for kind in kinds if kind in FLOAT_TYPES]
+    return min(floats, key=lambda kind: kind.itemsize, default=folded_weight(value).dtype)
 
 
 def sources(value: ir.Value) -> Iterator[ir.Value]:
@@ -69,9 +95,14 @@ def sources(value: ir.Value) -> Iterator[ir.Value]:
 
 
 def number_sources(value: ir.Value) -> list[ir.Value]:
-    """The floating-point constants among them."""
-    found = [(source, constant(source)) for source in sources(value)]
-    return [source for source, tensor in found if tensor is not None and tensor.dtype in FLOAT_TYPES]
+    """The constants among them that hold the numbers: of floating point, or integers with a scale."""
+    return [source for source in sources(value) if _holds_numbers(source)]
+
+
+def _holds_numbers(source: ir.Value) -> bool:
+    tensor = constant(source)
+    scaled = (usage.node.op_type == _SCALING and usage.idx == 0 for usage in source.uses())
+    return tensor is not None and (tensor.dtype in FLOAT_TYPES or any(scaled))
 
 
 def makers(value: ir.Value) -> set[ir.Node]:
@@ -80,14 +111,13 @@ def makers(value: ir.Value) -> set[ir.Node]:
 
 
 def other_reader(value: ir.Value, known: Container[ir.Node] = ()) -> ir.Node | None:
-    """A node that reads a floating-point constant of a folded value, or returns it, but does not make it.
+    """A node that reads a constant of a folded value's numbers, or returns it, but does not make it.
 
     The nodes that make the value, and those that are `known`, are left out.
     """
     inside = makers(value)
     for leaf, _ in _leaves(value):
-        tensor = constant(leaf)
-        if not inside or tensor is None or tensor.dtype not in FLOAT_TYPES:
+        if not inside or not _holds_numbers(leaf):
             continue
         outside = (
             usage.node for usage in leaf.uses() if usage.node not in inside and usage.node not in known
@@ -104,7 +134,7 @@ def _leaves(value: ir.Value, depth: int = 0) -> Iterator[tuple[ir.Value, ir.Node
     if constant(value) is not None or node is None or depth > _DEEPEST:
         yield value, None
         return
-    for read in node.inputs:
+    for read in node.inputs[:1] if node.op_type == _SCALING else node.inputs:
         if read is not None:
             yield from ((leaf, node if inner is None else inner) for leaf, inner in _leaves(read, depth + 1))
             yield read, node
@@ -135,7 +165,7 @@ def _content(value: ir.Value) -> ir.TensorProtocol:
 
 
 def _rearranges(node: ir.Node) -> bool:
-    return not node.domain and node.op_type in REARRANGING and len(node.outputs) == 1
+    return not node.domain and node.op_type in REARRANGING | COMPUTING and len(node.outputs) == 1
 
 
 def _only_floats(value: ir.Value) -> bool:
@@ -146,7 +176,7 @@ def _only_floats(value: ir.Value) -> bool:
         return tensor.dtype in FLOAT_TYPES
     if node is None or not _rearranges(node):
         return False
-    data = node.inputs if node.op_type == "Concat" else node.inputs[:1]
+    data = node.inputs if node.op_type == "Concat" or node.op_type in COMPUTING else node.inputs[:1]
     return all(read is not None and _only_floats(read) for read in data)
 
 

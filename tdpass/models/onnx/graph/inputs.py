@@ -18,10 +18,10 @@ _TAKEN = (
 )
 
 
-def signature(graph: ir.Graph, constants: Sequence[str] = ()) -> Signature:
+def signature(graph: ir.Graph, constants: Sequence[str] = (), renamed: int = 0) -> Signature:
     """Inputs by name, type and sizes; those that an initializer gives a default are not required.
 
-    `constants` were inputs with one.
+    `constants` were inputs with one, and so many nodes were `renamed`.
     """
     inputs = tuple(
         Input(
@@ -41,6 +41,8 @@ def signature(graph: ir.Graph, constants: Sequence[str] = ()) -> Signature:
             ),
         )
     )
+    if renamed:
+        notes = (*notes, f"{renamed} nodes that had the name of another have names of their own")
     return Signature(inputs, tuple(_sizes(value) for value in graph.outputs), notes=notes)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import onnx_ir as ir
 
 from tdpass.models.onnx.graph.folding import number_sources
+from tdpass.models.onnx.graph.tensors import held
 
 _MEANINGLESS = re.compile(
     r"(onnx::\w+|_?val|const(ant)?|tensor|init(ializer)?|param(eter)?|weight|[a-z])?[_.:]?\d+|"
@@ -46,15 +47,15 @@ def _meaningful(name: str | None) -> bool:
 
 
 def _stem(name: str) -> str:
-    return name.removesuffix(".weight")
+    return name.removesuffix("_quantized").removesuffix(".weight")
 
 
 def _candidates(value: ir.Value, node: ir.Node) -> Iterator[str]:
     made = value.producer()
     integers = made.inputs[0] if made is not None and made.op_type == "DequantizeLinear" else None
     if integers is not None and integers.name and _meaningful(integers.name):
-        yield _stem(integers.name.removesuffix("_quantized").removesuffix(".kernel"))
-    for source in number_sources(value):
+        yield _stem(integers.name.removesuffix(".kernel"))
+    for source in sorted(number_sources(value), key=lambda source: -held(source).size):
         if source.name and _meaningful(source.name):
             yield _stem(source.name)
     if value.name and _meaningful(value.name):

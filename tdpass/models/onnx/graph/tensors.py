@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -100,6 +101,15 @@ def from_torch(tensor: Tensor) -> ir.TensorProtocol:
     Strided views are made contiguous only while they are written out.
     """
     return tensor_adapters.TorchTensor(tensor.detach())
+
+
+def lent(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """A tensor for another value: what has a name takes that of the value, and it keeps its own."""
+    return ir.LazyTensor(partial(_itself, tensor), tensor.dtype, tensor.shape, name=tensor.name)  # type: ignore[arg-type]
+
+
+def _itself(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    return tensor
 
 
 def constant(value: ir.Value | None, *, default: bool = False) -> ir.TensorProtocol | None:

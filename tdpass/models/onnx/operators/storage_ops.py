@@ -73,6 +73,12 @@ class StorageNodes(Recording):
     def quantize(self, x: ir.Value, scale: ir.Value, zero: ir.Value) -> ir.Value:
         return self._emit("QuantizeLinear", [x, scale, zero], self._dims_of(x))
 
+    def numbers_of_codes(self, x: ir.Value, scale: ir.Value, zero: ir.Value | None) -> ir.Value:
+        """What activations of integers stand for."""
+        return self._emit(
+            "DequantizeLinear", [x, scale] if zero is None else [x, scale, zero], self._dims_of(x)
+        )
+
     def dequantize(
         self,
         values: ir.Value,

@@ -13,6 +13,7 @@ from tdpass.errors import PlanError, UnsupportedError
 from tdpass.formats.layer import Layer
 from tdpass.models.abilities import Decline, no_reasons
 from tdpass.models.onnx.files.checks import invalid_if_failing
+from tdpass.models.onnx.files.layer_checks import check_layers
 from tdpass.models.onnx.files.storage import open_data_files
 from tdpass.models.onnx.files.window_checks import check_windows
 from tdpass.models.onnx.graph.shapes import Shapes
@@ -59,6 +60,7 @@ class DenseGraph:
             external = open_data_files(model)
         shapes = Shapes.infer(model)
         check_windows(model, shapes)
+        check_layers(model)
         opened = open_recurrent(model)
         return cls(model, Shapes.infer(model) if opened else shapes, opened, external=external)
 
@@ -71,6 +73,11 @@ class DenseGraph:
     def sites(self) -> Mapping[str, FoundSite]:
         """Its sites by name."""
         return self.found.sites
+
+    @property
+    def present(self) -> Mapping[str, Layer]:
+        """The layers of the sites whose weights are integers, in the forms that they are in."""
+        return {name: found.present for name, found in self.sites.items() if found.present is not None}
 
     def site(self, name: str) -> FoundSite:
         """The site of that name; raises `PlanError` where there is none."""
@@ -99,7 +106,7 @@ class DenseGraph:
         Returns the sites changed.
         """
         changed: list[str] = []
-        for name in [name for name in self.sites if name not in replaced]:
+        for name in [name for name in self.sites if name not in replaced and name not in self.present]:
             node = foldable(self.model, self.sites[name], self.shapes)
             if node is not None:
                 fold(self.model, name, self.sites[name], node)
@@ -157,7 +164,8 @@ class DenseGraph:
         gates = {
             name for record in self.opened for name in record.sites
         }  # what is read apart of these are gates
-        sites = {name: found for name, found in self.sites.items() if name not in gates}
+        whole = gates | set(self.present)
+        sites = {name: found for name, found in self.sites.items() if name not in whole}
         wanted = {} if self._undivided is not None else slices_wanted(sites, tape, decline)
         if wanted:
             self._undivided = Undivided(self.model, self.shapes, wanted)

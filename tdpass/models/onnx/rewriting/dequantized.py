@@ -121,8 +121,8 @@ def _numbers(
     values, scale, zero = read
     held = constant(scale)
     per_channel = held is not None and held.size > 1
-    usual = 1 if node.op_type in ("QLinearMatMul", "QGemm") else 0
-    along = usual if axis is None else axis
+    by_column = node.op_type in ("QLinearMatMul", "QGemm") and not node.attributes.get_int("transB", 0)
+    along = int(by_column) if axis is None else axis
     made = ir.node(
         "DequantizeLinear",
         [values, scale] if zero is None else [values, scale, zero],
@@ -141,7 +141,8 @@ def _product_of_scales(node: ir.Node, known: _WithIntegers, names: FreshNames, m
             f"the scales of {node.name!r} are no constants, so its bias has none; quantize the model again"
         )
     first, second = (torch.from_numpy(np.array(tensor.numpy())) for tensor in held if tensor is not None)
-    return _register(model, f"{node.name}/bias_scale", (first * second).float(), names)
+    scale = node.attributes.get_float("alpha", 1.0)
+    return _register(model, f"{node.name}/bias_scale", (scale * first * second).float(), names)
 
 
 def _constants(node: ir.Node) -> list[ir.TensorProtocol | None] | None:

@@ -13,10 +13,12 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from tdpass.models.onnx.files.checks import invalid_if_failing
+from tdpass.models.onnx.graph.names import FreshNames
 from tdpass.models.onnx.graph.shapes import ordered
 from tdpass.models.onnx.graph.tensors import FLOAT_TYPES, constant, from_torch, sizes, to_torch
 from tdpass.models.onnx.operators.fused import DOMAIN
 from tdpass.models.onnx.rewriting.rewrite import INPUTS_HOLD_INITIALIZERS_BELOW, prune_initializers
+from tdpass.models.onnx.rewriting.shared_constants import share_constants
 from tdpass.models.onnx.sites.matchers import MATCHERS, matcher_for
 
 _REARRANGING = frozenset({"Identity", "Transpose"})
@@ -38,7 +40,9 @@ def normalized(model: ir.Model, overridable: Sequence[str] = ()) -> ir.Model:
         "the model's graph cannot be sorted", "it has a cycle or a missing value; export it again"
     ):
         copy = ordered(model)
-    _inline(copy)
+    with invalid_if_failing("the model's local functions cannot be written out", "export it again"):
+        _inline(copy)
+    _name_apart(copy)
     for value in defaults(copy):
         if (copy.ir_version or 0) < INPUTS_HOLD_INITIALIZERS_BELOW or not any(
             fnmatchcase(value.name or "", name) for name in overridable
@@ -55,13 +59,42 @@ def normalized(model: ir.Model, overridable: Sequence[str] = ()) -> ir.Model:
 def _inline(model: ir.Model) -> None:
     """Write out the local functions that may hold a weight or be given one.
 
-    Those that stand for fused operators stay: what they compute is a chain of layers already.
+    Those that stand for fused operators stay: what they compute is a chain of layers already. What several
+    calls of one hold is one constant.
     """
+    count = len(model.functions)
     InlinePass(
         lambda function: (
             function.domain != DOMAIN and any(matcher_for(node) is not None for node in function.all_nodes())
         )
     )(model)
+    if len(model.functions) < count:
+        share_constants(model)
+
+
+def _name_apart(model: ir.Model) -> None:
+    """Give nodes of a graph that have one name each their own: ONNX Runtime, unlike others, asks for it."""
+    names = FreshNames(model)
+    for node in _namesakes(model):
+        node.name = names.node(node.name or "")
+
+
+def _namesakes(model: ir.Model) -> list[ir.Node]:
+    """The nodes of a name that one before them in their graph has."""
+    found = []
+    for graph in model.graphs():
+        seen: set[str] = set()
+        for node in graph:
+            if node.name in seen:
+                found.append(node)
+            elif node.name:
+                seen.add(node.name)
+    return found
+
+
+def named_twice(model: ir.Model) -> int:
+    """How many nodes have the name of one before them."""
+    return len(_namesakes(model))
 
 
 def made_constant(given: ir.Model, model: ir.Model) -> tuple[str, ...]:

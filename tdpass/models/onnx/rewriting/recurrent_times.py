@@ -9,7 +9,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from tdpass.fusing.choose import seconds_of
-from tdpass.models.onnx.graph.tensors import from_torch, sizes
+from tdpass.models.onnx.graph.tensors import from_torch, lent, sizes
 from tdpass.models.onnx.operators.session import Session
 from tdpass.models.onnx.rewriting.integer_activations import watched
 from tdpass.models.onnx.rewriting.recurrent import Opened
@@ -36,7 +36,7 @@ class _Node:
                 name=f"weight_{place}",
                 shape=ir.Shape(sizes(stored)),
                 type=ir.TensorType(stored.dtype),
-                const_value=stored,
+                const_value=lent(stored),
             )
             for place, stored in weights.items()
         }

@@ -109,7 +109,8 @@ def _put(
         return apply_stored(ops, x, values(), bias, layer.site, layer.form, storage, site.dtype)
 
     addend = None if use.addend is None else ops.scale(use.addend.value, use.addend_scale, site.dtype)
-    y = use.apply(ops, use.input.value, made, addend)
+    x = use.input.value
+    y = use.apply(ops, x if use.preceding is None else use.preceding.written(ops, x), made, addend)
     y = ops.computed(y if use.following is None else use.following.written(ops, y))
     nodes = ops.take_nodes()
     for node in nodes:

@@ -72,7 +72,7 @@ def scaled_norms(
 def _plain(found: FoundSite) -> bool:
     use = found.uses[0]
     alone = len(found.uses) == 1 and not found.site.axes and not found.site.table
-    return alone and use.swap_in is None and use.contraction is None
+    return alone and found.present is None and use.swap_in is None and use.contraction is None
 
 
 def _slots(node: ir.Node) -> tuple[Slot, ...]:

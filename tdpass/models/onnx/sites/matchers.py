@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from tdpass.errors import UnsupportedError
 from tdpass.kinds import KINDS, PRODUCT, LayerKind
-from tdpass.models.onnx.graph.folding import REARRANGING, folded
+from tdpass.models.onnx.graph.folding import REARRANGING, folded, numbers_of
 from tdpass.models.onnx.graph.shapes import Shapes
 from tdpass.models.onnx.graph.tensors import FLOAT_TYPES, PARAMETER_TYPES, constant, sizes
 from tdpass.models.onnx.sites.cells import OPERATORS, SINCE, R, W, why_closed
@@ -84,7 +84,7 @@ def held_weight(node: ir.Node, index: int) -> ir.TensorProtocol | None:
     value = node.inputs[index] if index < len(node.inputs) else None
     if value is None:
         return None
-    tensor = folded(value)
+    tensor = numbers_of(value)
     if tensor is None:
         if value.is_initializer():
             raise DeclinedNode(
@@ -121,7 +121,7 @@ class WindowMatcher:
         except UnsupportedError as error:
             raise DeclinedNode(weight.value, str(error)) from None
         bias = Slot(node, 2) if len(node.inputs) > 2 and node.inputs[2] is not None else None
-        if bias is not None and folded(bias.value) is None:
+        if bias is not None and numbers_of(bias.value) is None:
             raise DeclinedNode(weight.value, "the bias is not a constant")
         return WeightUse(Slot(node, 0), weight, self.kind.name, window=window, bias=bias)
 
@@ -173,7 +173,7 @@ class GemmMatcher:
         if len(node.inputs) < 3 or node.inputs[2] is None or beta == 0:
             return None, None
         slot = Slot(node, 2)
-        tensor = folded(slot.value)
+        tensor = numbers_of(slot.value)
         fitting = {(channels, 1)} if on_rows else {(channels,), (1, channels)}
         return (slot, None) if tensor is not None and sizes(tensor) in fitting else (None, slot)
 
@@ -214,7 +214,7 @@ class MatMulMatcher:
         if add.op_type != "Add" or add.domain or add.graph is not use.node.graph:
             return use
         slot = Slot(add, 1 - index)
-        tensor = folded(slot.value)
+        tensor = numbers_of(slot.value)
         if tensor is None:
             return use
         shape = sizes(tensor)
@@ -301,9 +301,6 @@ class OfBytes:
 
 _LEFT: dict[str, Matcher] = {
     "DeformConv": Left((1,), "deformable convolutions are not supported"),
-    "QLinearConv": Left((3,), _QUANTIZED),
-    "QLinearMatMul": Left((3,), _QUANTIZED),
-    "com.microsoft::QGemm": Left((3,), _QUANTIZED),
     **dict.fromkeys(DYNAMIC, OfBytes()),
     "com.microsoft::DynamicQuantizeLSTM": Left((1, 2), _QUANTIZED),
 }

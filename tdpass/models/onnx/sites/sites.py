@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -10,22 +10,17 @@ import torch
 from torch import Tensor
 
 import tdpass.models.onnx.sites.attending
-import tdpass.models.onnx.sites.other_matchers  # noqa: F401 - both fill the table of matchers
+import tdpass.models.onnx.sites.coded_matchers
+import tdpass.models.onnx.sites.other_matchers  # noqa: F401 - these fill the table of matchers
 from tdpass.errors import InvalidModelError, PlanError
 from tdpass.formats.layer import Layer
 from tdpass.models.onnx.graph.bodies import runs_bodies
-from tdpass.models.onnx.graph.folding import (
-    folded_weight,
-    makers,
-    number_sources,
-    other_reader,
-    sources,
-    stored_type,
-)
+from tdpass.models.onnx.graph.folding import makers, number_sources, other_reader, sources
 from tdpass.models.onnx.graph.graphs import bodies, opset_of
 from tdpass.models.onnx.graph.names import site_names
 from tdpass.models.onnx.graph.shapes import Shapes
 from tdpass.models.onnx.graph.tensors import finite, held, to_torch, torch_dtype
+from tdpass.models.onnx.sites.as_stored import BY_CHANNEL, as_stored
 from tdpass.models.onnx.sites.matchers import DeclinedNode, matcher_for, operator_name
 from tdpass.models.onnx.sites.weight_use import WeightUse
 from tdpass.site import Site
@@ -33,15 +28,19 @@ from tdpass.site import Site
 
 @dataclass(frozen=True)
 class FoundSite:
-    """A site and the nodes that use its weight, in the order of the graph."""
+    """A site and the nodes that use its weight, in the order of the graph.
+
+    `present` is the layer of a weight that is stored as integers, in that form.
+    """
 
     site: Site
     uses: tuple[WeightUse, ...]
+    present: Layer | None = None
 
     @property
     def stored(self) -> ir.TensorProtocol:
         """The weight as the model stores it."""
-        return folded_weight(self.uses[0].weight.value)
+        return self.uses[0].stored()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -51,7 +50,7 @@ class FoundSite:
     @property
     def kept(self) -> torch.dtype:
         """The type that the model stores it in, from which it may be cast each time it runs."""
-        return torch_dtype(stored_type(self.uses[0].weight.value))
+        return torch_dtype(self.uses[0].stored_type())
 
     @property
     def copies(self) -> tuple[ir.TensorProtocol, ...]:
@@ -128,10 +127,7 @@ def find_sites(model: ir.Model, shapes: Shapes) -> Findings:
             refused[value] = (group[0].node, reason)
     names = site_names([(value, group[0].node) for value, group in grouped.items()])
     left = site_names([(value, node) for value, (node, _) in refused.items()], frozenset(names))
-    sites = {
-        name: FoundSite(_site(name, group), group)
-        for name, group in zip(names, grouped.values(), strict=True)
-    }
+    sites = {name: _found(name, group) for name, group in zip(names, grouped.values(), strict=True)}
     return Findings(sites, {name: reason for name, (_, reason) in zip(left, refused.values(), strict=True)})
 
 
@@ -168,8 +164,13 @@ def _tied(uses: Mapping[ir.Value, list[WeightUse]]) -> dict[ir.Value, list[Weigh
 def _same_weight(table: WeightUse, layer: WeightUse) -> bool:
     if layer.kind != table.kind or layer.canonical_shape() != table.canonical_shape():
         return False
-    ours, theirs = (use.canonical(to_torch(folded_weight(use.weight.value))) for use in (table, layer))
+    ours, theirs = (use.canonical(to_torch(use.stored())) for use in (table, layer))
     return torch.equal(ours, theirs)
+
+
+def _found(name: str, uses: tuple[WeightUse, ...]) -> FoundSite:
+    site = _site(name, uses)
+    return FoundSite(site, uses, as_stored(site, uses[0]))
 
 
 def _as_one(uses: list[WeightUse]) -> tuple[str | None, tuple[WeightUse, ...]]:
@@ -185,6 +186,8 @@ def _as_one(uses: list[WeightUse]) -> tuple[str | None, tuple[WeightUse, ...]]:
         other = other or other_reader(value, known={use.node for use in uses})
         if other is not None:
             return f"the weight is also read by a {other.op_type} node", ()
+    if uses[0].found_integers() is not None and as_stored(_site("", uses), uses[0]) is None:
+        return BY_CHANNEL, ()
     layers = [use for use in uses if not use.reads_rows]
     if len({use.layer_geometry for use in layers}) > 1:
         return "the weight is shared by layers of different geometry or orientation", ()
@@ -199,9 +202,9 @@ def _as_one(uses: list[WeightUse]) -> tuple[str | None, tuple[WeightUse, ...]]:
     return None, tuple(uses)
 
 
-def _site(name: str, uses: tuple[WeightUse, ...]) -> Site:
+def _site(name: str, uses: Sequence[WeightUse]) -> Site:
     use = uses[0]
-    itemsize = torch_dtype(stored_type(use.weight.value)).itemsize
+    itemsize = torch_dtype(use.stored_type()).itemsize
     return Site(
         name,
         use.kind,

@@ -9,11 +9,13 @@ from typing import Any, Protocol
 import onnx_ir as ir
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from tdpass.errors import InvalidModelError
 from tdpass.kinds import KINDS, Contraction, Window
-from tdpass.models.onnx.graph.folding import folded, folded_weight
-from tdpass.models.onnx.graph.tensors import sizes, to_torch
+from tdpass.models.onnx.graph.folding import as_numbers, folded_weight, numbers_of, stored_type
+from tdpass.models.onnx.graph.stored_integers import Integers, numbered, with_scales
+from tdpass.models.onnx.graph.tensors import held, sizes, to_torch
 from tdpass.ops import AxisOps, V
 
 
@@ -40,14 +42,14 @@ class Slot:
         return Slot(twins[self.node], self.index)
 
 
-class Following(Protocol):
-    """What an operator computes after its layer."""
+class Beside(Protocol):
+    """What an operator computes before its layer, or after it."""
 
     @property
     def reads(self) -> tuple[ir.Value, ...]:
-        """What it reads beside the layer's output."""
+        """What it reads beside the layer's input or output."""
 
-    def on(self, twins: Mapping[ir.Node, ir.Node]) -> Following:
+    def on(self, twins: Mapping[ir.Node, ir.Node]) -> Beside:
         """The same in a copy of the graph."""
 
     def written(self, ops: Any, y: ir.Value) -> ir.Value:
@@ -58,11 +60,32 @@ class Following(Protocol):
 
 
 @dataclass(frozen=True)
+class Steps:
+    """The scales and zero points that an operator reads for integers, along an axis where there are several."""
+
+    scale: Slot
+    zero: Slot | None = None
+    axis: int = 0
+
+    @property
+    def reads(self) -> tuple[ir.Value, ...]:
+        """The values that they are."""
+        return (self.scale.value, *(() if self.zero is None else (self.zero.value,)))
+
+    def on(self, twins: Mapping[ir.Node, ir.Node]) -> Self:
+        """The same in a copy of the graph."""
+        return replace(
+            self, scale=self.scale.on(twins), zero=None if self.zero is None else self.zero.on(twins)
+        )
+
+
+@dataclass(frozen=True)
 class WeightUse:
     """One node that applies a constant weight.
 
-    The node computes `y = following(unswap(layer(swap(x))) + addend)`, where `layer` is the plain linear or
-    convolution layer with weight `scale * (stored or its transpose)` and bias `bias_scale * bias`; `swap_in`
+    The node computes `y = following(unswap(layer(swap(preceding(x)))) + addend)`, where `layer` is the plain
+    linear or convolution layer with weight `scale * (stored or its transpose)` and bias `bias_scale * bias`,
+    `integers` says how the operator reads a weight of integers, `bias_steps` the scales of such a bias; `swap_in`
     and `swap_out` are permutations or None.  `absorbed` is the Add node that holds the bias of a MatMul; it
     goes when the layer is replaced.  One that `reads_rows` looks up in the weight, as in a table, the rows
     that `x` numbers, and has no bias.  Of a `contraction` over several axes, or into several, these are one
@@ -82,7 +105,10 @@ class WeightUse:
     addend: Slot | None = None
     addend_scale: float = 1.0
     absorbed: ir.Node | None = None
-    following: Following | None = None
+    preceding: Beside | None = None
+    following: Beside | None = None
+    integers: Steps | None = None
+    bias_steps: tuple[Slot, ...] = ()
     reads_rows: bool = False
     contraction: Contraction | None = None
 
@@ -105,7 +131,8 @@ class WeightUse:
     def layer_geometry(self) -> tuple[object, ...]:
         """What must be equal between uses for one set of factors to serve them all."""
         axes = None if self.contraction is None else (self.contraction.made, self.contraction.summed)
-        return self.kind, self.transposed, self.scale, self.window, axes
+        steps = () if self.integers is None else tuple(map(id, self.integers.reads))
+        return self.kind, self.transposed, self.scale, self.window, axes, steps
 
     @property
     def bias_identity(self) -> tuple[object, ...]:
@@ -127,15 +154,33 @@ class WeightUse:
 
     def bias_tensor(self) -> Tensor | None:
         """The bias as `[o]`, its scale included."""
-        tensor = None if self.bias is None else folded(self.bias.value)
+        tensor = None if self.bias is None else numbers_of(self.bias.value)
         if tensor is None:
             return None
         bias = to_torch(tensor).reshape(-1).clone()
+        for slot in self.bias_steps:
+            bias = bias * to_torch(held(slot.value)).reshape(-1)
         return bias if self.bias_scale == 1.0 else (bias.double() * self.bias_scale).to(bias.dtype)
+
+    def found_integers(self) -> Integers | None:
+        """The integers that the weight is made of, by nodes before the operator or by itself; None for numbers."""
+        value, steps = self.weight.value, self.integers
+        if steps is None:
+            return numbered(value)
+        return with_scales([value, *steps.reads, None][:3], steps.axis)
+
+    def stored(self) -> ir.TensorProtocol:
+        """The numbers of the weight as the model lays it out."""
+        integers = None if self.integers is None else self.found_integers()
+        return folded_weight(self.weight.value) if integers is None else as_numbers(integers)
+
+    def stored_type(self) -> ir.DataType:
+        """The floating-point type of what the model stores, or makes of integers."""
+        return stored_type(self.weight.value) if self.integers is None else ir.DataType.FLOAT
 
     def stored_shape(self) -> tuple[int, ...]:
         """Sizes of the weight as the model stores it."""
-        return sizes(folded_weight(self.weight.value))
+        return sizes(self.stored())
 
     def canonical_shape(self) -> tuple[int, ...]:
         """Sizes of the weight as `[o, i, *kernel]`."""
@@ -147,7 +192,7 @@ class WeightUse:
 
     def on(self, twins: Mapping[ir.Node, ir.Node]) -> WeightUse:
         """The same use in a copy of the graph."""
-        bias, addend, absorbed, following = self.bias, self.addend, self.absorbed, self.following
+        bias, addend, absorbed = self.bias, self.addend, self.absorbed
         return replace(
             self,
             input=self.input.on(twins),
@@ -155,7 +200,10 @@ class WeightUse:
             bias=None if bias is None else bias.on(twins),
             addend=None if addend is None else addend.on(twins),
             absorbed=None if absorbed is None else twins[absorbed],
-            following=None if following is None else following.on(twins),
+            preceding=None if self.preceding is None else self.preceding.on(twins),
+            following=None if self.following is None else self.following.on(twins),
+            integers=None if self.integers is None else self.integers.on(twins),
+            bias_steps=tuple(slot.on(twins) for slot in self.bias_steps),
         )
 
     def _axes(self) -> tuple[Sequence[int], Sequence[int]]:
