@@ -7,7 +7,7 @@
 
 namespace tdpass_ort {
 
-constexpr int MOST_STAGES = tdpass::MAX_STAGES;
+constexpr int FEWEST_STAGES = 2, MOST_STAGES = tdpass::MAX_STAGES;
 
 struct ChainOperator : Operator {
   bool linear;

@@ -102,7 +102,7 @@ void add_float_chains(Operators& all) {
     std::deque<FloatChain> made;
     for (int half = 0; half < 2; half++)
       for (int linear = 0; linear < 2; linear++)
-        for (int stages = 1; stages <= MOST_STAGES; stages++)
+        for (int stages = FEWEST_STAGES; stages <= MOST_STAGES; stages++)
           for (int with = 0; with < 4; with++)
             for (int activation = 0; activation < ACTIVATIONS; activation++)
               made.push_back(make(half, linear, stages, with & 1, with & 2, activation));

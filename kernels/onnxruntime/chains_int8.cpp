@@ -120,11 +120,11 @@ void add_int8_chains(Operators& all) {
   static const std::deque<Int8ChainOperator> ops = [] {
     std::deque<Int8ChainOperator> made;
     for (int linear = 0; linear < 2; linear++)
-      for (int stages = 1; stages <= MOST_STAGES; stages++)
+      for (int stages = FEWEST_STAGES; stages <= MOST_STAGES; stages++)
         for (int with = 0; with < 4; with++)
           for (int activation = 0; activation < ACTIVATIONS; activation++)
             made.push_back(make(linear, stages, with & 1, activation, with & 2));
-    for (int stages = 1; stages <= MOST_STAGES; stages++)
+    for (int stages = FEWEST_STAGES; stages <= MOST_STAGES; stages++)
       for (int residual = 0; residual < 2; residual++)
         for (int activation = 0; activation < ACTIVATIONS; activation++)
           made.push_back(make(true, stages, residual, activation, false, true));

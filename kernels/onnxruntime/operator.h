@@ -34,23 +34,28 @@ template <class Body> ort::Status* guarded(const Body& body) {
 }
 
 // Fills in what ONNX Runtime asks of an operator whose nodes `Kernel` serves; `Op` is an Operator, with what
-// else is in its name.
+// else is in its name.  All inputs behind the first are said to be one list of any types, and kernels see to
+// the types: a session makes the schemas of all operators, and most of that time would go into inputs.
 template <class Kernel, class Op> void serve(Op& op) {
   op.version = ort::OP_VERSION;
   op.name = [](const ort::CustomOp* op) { return static_cast<const Op*>(op)->title.c_str(); };
   op.provider = [](const ort::CustomOp*) -> const char* { return nullptr; };
   op.input_type = [](const ort::CustomOp* op, size_t index) {
-    return static_cast<const Op*>(op)->reads[index];
+    return index ? ort::ANY : static_cast<const Op*>(op)->reads[0];
   };
   op.output_type = [](const ort::CustomOp* op, size_t index) {
     return static_cast<const Op*>(op)->makes[index];
   };
-  op.inputs = [](const ort::CustomOp* op) { return static_cast<const Op*>(op)->reads.size(); };
+  op.inputs = [](const ort::CustomOp*) { return size_t(2); };
   op.outputs = [](const ort::CustomOp* op) { return static_cast<const Op*>(op)->makes.size(); };
-  op.input_characteristic =
-      op.output_characteristic = [](const ort::CustomOp*, size_t) { return ort::REQUIRED; };
+  op.input_characteristic = [](const ort::CustomOp*, size_t index) {
+    return index ? ort::VARIADIC : ort::REQUIRED;
+  };
+  op.output_characteristic = [](const ort::CustomOp*, size_t) { return ort::REQUIRED; };
   op.input_memory = [](const ort::CustomOp*, size_t) { return ort::DEFAULT_MEMORY; };
-  for (auto& arity : op.variadic) arity = [](const ort::CustomOp*) { return 1; };
+  op.least_inputs = [](const ort::CustomOp* op) { return int(static_cast<const Op*>(op)->reads.size()) - 1; };
+  op.inputs_alike = [](const ort::CustomOp*) { return 0; };
+  op.least_outputs = op.outputs_alike = [](const ort::CustomOp*) { return 1; };
   op.create = [](const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info, void** kernel) {
     return guarded([&] { *kernel = new Kernel(*static_cast<const Op*>(op), api, info); });
   };
@@ -68,7 +73,7 @@ class Node {
   Tensor input(const ort::KernelContext* context, size_t index) const {
     const ort::Value* value = nullptr;
     check(api_->input(context, index, &value));
-    return read(api_, value);
+    return typed(index, read(api_, value));
   }
 
   Tensor output(ort::KernelContext* context, size_t index, const Sizes& sizes) const {
@@ -83,7 +88,7 @@ class Node {
     const ort::Value* value = nullptr;
     check(api_->constant_input(info, index, &is_constant, &value));
     if (!is_constant || !value) return false;
-    tensor = read(api_, value);
+    tensor = typed(index, read(api_, value));
     return true;
   }
 
@@ -91,6 +96,15 @@ class Node {
     Tensor tensor;
     if (!constant(info, index, tensor))
       refuse(op_, "input " + std::to_string(index) + " has to be a constant");
+    return tensor;
+  }
+
+ private:
+  const Tensor& typed(size_t index, const Tensor& tensor) const {
+    if (tensor.type != op_.reads[index])
+      refuse(op_,
+          "input " + std::to_string(index) + " is of type " + std::to_string(tensor.type) + ", not " +
+              std::to_string(op_.reads[index]));
     return tensor;
   }
 

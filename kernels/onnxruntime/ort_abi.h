@@ -20,8 +20,8 @@ struct ShapeInfo;
 struct CustomOp;
 
 enum Code { FAIL = 1, INVALID_ARGUMENT = 2 };
-enum ElementType { FLOAT = 1, UINT8 = 2, INT8 = 3, FLOAT16 = 10, BFLOAT16 = 16 };
-enum Characteristic { REQUIRED = 0 };
+enum ElementType { ANY = 0, FLOAT = 1, UINT8 = 2, INT8 = 3, FLOAT16 = 10, BFLOAT16 = 16 };
+enum Characteristic { REQUIRED = 0, VARIADIC = 2 };
 enum MemoryType { DEFAULT_MEMORY = 0 };
 
 struct Api {
@@ -32,7 +32,8 @@ struct Api {
   Status* (*add_domain)(SessionOptions* options, CustomOpDomain* domain);
   void* unused_29[22];
   Status* (*tensor_data)(Value* value, void** data);
-  void* unused_52[9];
+  void* unused_52[8];
+  Status* (*element_type)(const ShapeInfo* info, int* type);
   Status* (*axis_count)(const ShapeInfo* info, size_t* count);
   Status* (*sizes)(const ShapeInfo* info, int64_t* sizes, size_t count);
   void* unused_63[2];
@@ -59,6 +60,7 @@ struct Api {
   static_assert(offsetof(Api, field) == (place) * sizeof(void*), "ONNX Runtime's table")
 TDPASS_AT(create_domain, 26);
 TDPASS_AT(tensor_data, 51);
+TDPASS_AT(element_type, 60);
 TDPASS_AT(axis_count, 61);
 TDPASS_AT(shape_info, 65);
 TDPASS_AT(attribute_integer, 86);
@@ -90,7 +92,10 @@ struct CustomOp {
   Characteristic (*input_characteristic)(const CustomOp* op, size_t index);
   Characteristic (*output_characteristic)(const CustomOp* op, size_t index);
   MemoryType (*input_memory)(const CustomOp* op, size_t index);
-  int (*variadic[4])(const CustomOp* op);
+  int (*least_inputs)(const CustomOp* op);
+  int (*inputs_alike)(const CustomOp* op);
+  int (*least_outputs)(const CustomOp* op);
+  int (*outputs_alike)(const CustomOp* op);
   Status* (*create)(const CustomOp* op, const Api* api, const KernelInfo* info, void** kernel);
   Status* (*compute)(void* kernel, KernelContext* context);
 };

@@ -26,6 +26,7 @@ inline void check(ort::Status* status) {
 struct Tensor {
   void* data = nullptr;
   Sizes sizes;
+  int type = 0;
 
   template <class T> T* as() const { return static_cast<T*>(data); }
   int64_t count() const {
@@ -38,7 +39,8 @@ inline Tensor read(const ort::Api* api, const ort::Value* value) {
   ort::ShapeInfo* info = nullptr;
   check(api->shape_info(value, &info));
   size_t axes = 0;
-  ort::Status* status = api->axis_count(info, &axes);
+  ort::Status* status = api->element_type(info, &tensor.type);
+  if (!status) status = api->axis_count(info, &axes);
   tensor.sizes.resize(axes);
   if (!status) status = api->sizes(info, tensor.sizes.data(), axes);
   api->release_shape_info(info);

@@ -171,7 +171,7 @@ def dynamic_case(
 def test_chains_of_matrices_that_round_rows(
     library: str, shape: tuple[int, ...], activation: str, residual: bool
 ) -> None:
-    for widths in ((24, 5, 19, 33), (16, 70)):
+    for widths in ((24, 5, 19, 33), (16, 9, 70)):
         x = np.random.default_rng(1).standard_normal((*shape, widths[0])).astype(np.float32)
         if x.size:
             x[0] = 0.0  # a row without a range
@@ -379,6 +379,9 @@ def test_what_does_not_fit_is_an_error_that_says_why(library: str) -> None:
     held = {tensor.name: tensor for tensor in model.graph.initializer}
     held["w2_scale"].CopyFrom(numpy_helper.from_array(np.ones(32, np.float32), "w2_scale"))
     with pytest.raises(Exception, match="DynamicInt8LinearChain2: a weight has one scale per output channel"):
+        opened(model, library)
+    held["w2_scale"].CopyFrom(numpy_helper.from_array(np.ones(33), "w2_scale"))
+    with pytest.raises(Exception, match="DynamicInt8LinearChain2: input 4 is of type 11, not 1"):
         opened(model, library)
     few, _, _ = weight_only_case(4, 2, False, True, False, "relu", (1,))
     few.graph.node[0].attribute[1].i = 36
