@@ -27,8 +27,14 @@ class Divide(Pass):
         if not isinstance(model, DividesLayers):
             job.note(f"skipped: layers of models that came through {model.frontend} cannot be divided")
             return False
-        before = model.declined()
-        divided = model.divide(job.report.decline)
+        before, whole = model.declined(), dict[str, str]()
+        divided = model.divide(whole.__setitem__)
+        names = {site.name for site in model.sites()}
+        for name, reason in whole.items():
+            if name in names:  # it is a site as it is
+                job.note(f"{name} is {reason}")
+            else:
+                job.report.decline(name, reason)
         for name in before.keys() - model.declined().keys():
             job.report.declined.pop(name, None)
         job.note(f"divided {len(divided)} layers into slices of their weights")

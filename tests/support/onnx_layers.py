@@ -216,12 +216,25 @@ layer(
 layer("matrices of experts", [node("MatMul", "x w")], {"w": held(2, 24, 16)}, TOKENS, (), "several matrices")
 layer("FusedConv", [node("FusedConv", "x w", domain=MS, activation="Relu")], {"w": KERNEL}, IMAGE)
 layer(
+    "FusedConv that clips",
+    [node("FusedConv", "x w", domain=MS, activation="Clip", activation_params=[0.0, 6.0])],
+    {"w": KERNEL},
+    IMAGE,
+)
+layer(
     "FusedGemm",
     [node("FusedGemm", "x w", domain=MS, activation="LeakyRelu", activation_alpha=0.1, transB=1)],
     {"w": MATRIX},
     ROWS,
 )
 layer("FusedMatMul", [node("FusedMatMul", "x w", domain=MS, alpha=2.0)], {"w": TALL}, TOKENS)
+layer(
+    "FusedMatMul from the left, both transposed",
+    [node("FusedMatMul", "w x", domain=MS, transA=1, transB=1)],
+    {"w": TALL},
+    TOKENS,
+)
+layer("TransposeMatMul", [node("TransposeMatMul", "x w", domain=MS, transB=1)], {"w": MATRIX}, TOKENS)
 layer(
     "Attention of ONNX Runtime",
     [node("Attention", "x w b", domain=MS, num_heads=2)],
@@ -406,6 +419,12 @@ layer(
     "called three times",
     [node("MatMul", "x w", "a"), node("MatMul", "a w", "b"), node("MatMul", "b w")],
     {"w": held(16, 16)},
+    (4, 16),
+)
+layer(
+    "called on a constant first",
+    [node("MatMul", "c w", "a"), node("MatMul", "x w", "b"), node("Add", "a b")],
+    {"w": held(16, 16), "c": held(1, 16)},
     (4, 16),
 )
 layer(

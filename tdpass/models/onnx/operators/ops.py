@@ -17,6 +17,7 @@ _GEMM_WITHOUT_C = 11
 _SLICE_WITH_INPUTS = 10
 _AXES_FROM_THE_LAST = 11
 _SHAPE_WITH_BOUNDS = 15
+_LIMITS_AS_INPUT = 11
 
 
 class OnnxOps(StorageNodes):
@@ -39,7 +40,12 @@ class OnnxOps(StorageNodes):
         )
 
     def activated(self, x: ir.Value, operator: str, attributes: Mapping[str, float]) -> ir.Value:
-        """An activation with float attributes."""
+        """An activation with float attributes, which are inputs of a Clip of later opsets."""
+        if operator == "Clip" and self._opset >= _LIMITS_AS_INPUT:
+            ends = [
+                self._cached(("limit", limit), "limit", torch.tensor(limit)) for limit in attributes.values()
+            ]
+            return self._emit("Clip", [x, *ends], self._dims_of(x))
         return self._emit(operator, [x], self._dims_of(x), **attributes)
 
     def attention(

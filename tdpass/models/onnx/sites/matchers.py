@@ -135,7 +135,7 @@ def operands_of(node: ir.Node) -> tuple[ir.TensorProtocol, Slot, Slot] | None:
         tensor = held_weight(node, place)
         if tensor is not None:
             weight, data = Slot(node, place), Slot(node, 1 - place)
-            if folded(data.value) is not None:
+            if folded(data.value) is not None and len(weight.value.uses()) < 2:
                 raise DeclinedNode(weight.value, "both operands are constants; fold them first")
             return tensor, weight, data
     return None

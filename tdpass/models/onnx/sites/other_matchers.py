@@ -28,7 +28,12 @@ _FOLLOWING: Mapping[str, tuple[str, ...]] = {
     "Relu": (),
     "Tanh": (),
     "Sigmoid": (),
+    "Softplus": (),
+    "Softsign": (),
     "LeakyRelu": ("alpha",),
+    "Elu": ("alpha",),
+    "ThresholdedRelu": ("alpha",),
+    "Clip": ("min", "max"),
     "HardSigmoid": ("alpha", "beta"),
 }
 """Activations that a layer may be fused with, and the numbers that each takes, in order."""
@@ -99,25 +104,28 @@ class FusedGemmMatcher:
         return replace(use, following=_following(use.weight.value, name, given))
 
 
-@matches("com.microsoft::FusedMatMul")
+@matches("com.microsoft::FusedMatMul", "com.microsoft::TransposeMatMul")
 class FusedMatMulMatcher:
-    """`alpha A' B'` with a constant matrix on the right, the last two axes of either exchanged before."""
+    """`alpha A' B'` with a constant matrix on either side, the last two axes of either exchanged before."""
 
     def match(self, node: ir.Node, shapes: Shapes) -> WeightUse | None:
-        tensor = held_weight(node, 1)
-        if tensor is None:
+        operands = operands_of(node)
+        if operands is None:
             return None
-        weight, data, attributes = Slot(node, 1), Slot(node, 0), node.attributes
-        if len(sizes(tensor)) != 2 or bool(attributes.get_int("transBatchA", 0)):
+        tensor, weight, data = operands
+        flips = [bool(node.attributes.get_int(f"trans{name}", 0)) for name in "AB"]
+        if len(sizes(tensor)) != 2 or bool(node.attributes.get_int(f"transBatch{'AB'[data.index]}", 0)):
             raise DeclinedNode(weight.value, "its operands are exchanged along axes of samples")
-        rank, swap = shapes.rank(data.value), None
-        if bool(attributes.get_int("transA", 0)):
+        right, rank, swap = weight.index == 1, shapes.rank(data.value), None
+        transposed, swapped = flips[weight.index] is not right, flips[data.index] is right
+        if swapped or not right:
             if rank is None or rank < 2:
                 raise DeclinedNode(weight.value, "its other operand is transposed and its rank is unknown")
             swap = (*range(rank - 2), rank - 1, rank - 2)
-        transposed = not bool(attributes.get_int("transB", 0))
-        scale = attributes.get_float("alpha", 1.0)
-        return WeightUse(data, weight, PRODUCT, transposed, scale, swap_in=swap)
+        return WeightUse(
+            data, weight, PRODUCT, transposed, node.attributes.get_float("alpha", 1.0),
+            swap_in=swap if swapped else None, swap_out=None if right else swap,
+        )  # fmt: skip
 
 
 @matches("Einsum")
