@@ -544,8 +544,13 @@ def declined_cases() -> dict[str, tuple[Callable[[], Case], str]]:
         ),
         "quantized": (
             lambda: Case(
-                [node("DequantizeLinear", "q s z", "w"), node("MatMul", "x w")],
-                {"q": (w.T * 50).astype(np.int8), "s": np.float32(0.02), "z": np.int8(0)},
+                [
+                    node("DynamicQuantizeLinear", "x", "c s z"),
+                    node("MatMulInteger", "c q z", "i"),
+                    node("Cast", "i", "f", to=TensorProto.FLOAT),
+                    node("Mul", "f s"),
+                ],
+                {"q": (w.T * 50).astype(np.int8)},
                 (2, 8),
                 (),
             ),

@@ -31,9 +31,7 @@ from tdpass.models.onnx.fused.rewrite import Fusions, fused
 from tdpass.models.onnx.graph.graphs import opset_of
 from tdpass.models.onnx.graph.inputs import bind, declared_example, signature
 from tdpass.models.onnx.operators.session import Session
-from tdpass.models.onnx.rewriting.batchnorm import (
-    BatchStatistics,
-)
+from tdpass.models.onnx.rewriting.batchnorm import BatchStatistics
 from tdpass.models.onnx.rewriting.dense import DenseGraph
 from tdpass.models.onnx.rewriting.integer_activations import (
     check_opset,
@@ -304,12 +302,8 @@ class OnnxModel(Model):
 
     def _copies(self) -> Sequence[ir.TensorProtocol]:
         """What the dense sites store twice."""
-        dense = [
-            found
-            for name, found in self._dense.sites.items()
-            if name not in self._layers and found.site.table
-        ]
-        return [copy for found in dense for copy in found.copies]
+        dense = (found for name, found in self._dense.sites.items() if name not in self._layers)
+        return [copy for found in dense if found.site.table for copy in found.copies]
 
     def clone(self) -> Self:
         twin = copy.copy(self)
