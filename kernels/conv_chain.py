@@ -8,16 +8,16 @@ in three cores.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import Array, Structure, addressof, byref, c_void_p
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tdpass.errors import KernelError
 from tdpass.kernels import native
+from tdpass.kernels.activation import activate, check_activation
 from tdpass.kernels.base import Op, implements, register_op
 from tdpass.kernels.stage import Lanes, Stage, stages_of
 from tdpass.ops import padded_convolution
@@ -27,26 +27,6 @@ SCHEMA = (
     " -> Tensor"
 )
 MAX_STAGES, MAX_TAPS = 6, 128
-
-_ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda y: y,
-    "relu": torch.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "relu6": F.relu6,
-}
-
-
-def activate(y: Tensor, activation: str) -> Tensor:
-    """One of "identity", "relu", "silu", "gelu" (by erf), "relu6"."""
-    check_activation(activation)
-    return _ACTIVATE[activation](y)
-
-
-def check_activation(activation: str) -> None:
-    """Raise `KernelError` for a name that `activate` does not know."""
-    if activation not in _ACTIVATE:
-        raise KernelError(f"activation {activation!r} is not known; it is one of {', '.join(_ACTIVATE)}")
 
 
 def packing(lanes: Lanes, dtype: torch.dtype) -> Lanes:
@@ -184,7 +164,7 @@ def run_native(
     y: Tensor,
 ) -> bool:
     """Fill `y[n, c, h, w]` by the C++ kernel; False where it does not serve these arguments."""
-    library = native.serving(x, residual, activation)
+    library = native.serving(x, residual)
     if library is None or x.dim() != 4 or lanes not in native.LANES:
         return False
     if bias is not None and bias.shape != y.shape[1:2]:
@@ -203,8 +183,8 @@ def run_native(
     call = native.CChain(
         native.DTYPES[x.dtype],
         native.LANES[lanes],
-        native.ACTIVATIONS[activation],
         len(panels),
+        native.activation(activation),
         addressof(program.array),
         addressof(pointers),
         None if shift is None else shift.data_ptr(),

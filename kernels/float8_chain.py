@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdpass.errors import KernelError
+from tdpass.kernels.activation import activate, check_activation
 from tdpass.kernels.base import Op, register_op
-from tdpass.kernels.conv_chain import MAX_STAGES, activate, check_activation
+from tdpass.kernels.conv_chain import MAX_STAGES
 
 SCHEMA = (
     "(Tensor x, Tensor[] weights, Tensor[] scales, Tensor? bias, Tensor? residual, float grid, int[] widths, "

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from tdpass.errors import KernelError
 from tdpass.kernels import native
+from tdpass.kernels.activation import activate, check_activation
 from tdpass.kernels.base import Op, implements, register_op
 from tdpass.kernels.conv_chain import (
     MAX_STAGES,
-    activate,
-    check_activation,
     like_input,
     memory_format,
     native_stages,
@@ -296,8 +295,8 @@ def _run_native(
     chain = native.CChain(
         native.DTYPES.get(x.dtype, native.UINT8),
         native.LANES["quads"],
-        native.ACTIVATIONS[activation],
         len(weights),
+        native.activation(activation),
         addressof(native_stages(integers)),
         addressof(weights),
         None if shift is None else shift.data_ptr(),

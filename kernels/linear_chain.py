@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdpass.errors import KernelError
+from tdpass.kernels.activation import activate, check_activation
 from tdpass.kernels.base import Op, implements, register_op
-from tdpass.kernels.conv_chain import MAX_STAGES, activate, check_activation, run_native
+from tdpass.kernels.conv_chain import MAX_STAGES, run_native
 from tdpass.kernels.stage import Lanes, Stage, checked
 
 SCHEMA = (

@@ -19,6 +19,7 @@ from torch import Tensor
 from tdpass import files
 from tdpass.errors import KernelError
 from tdpass.kernels import build
+from tdpass.kernels.activation import Activation
 from tdpass.kernels.interface import Interface
 
 _DECLARED = Interface.read((build.SOURCES / "tdpass.h").read_text())
@@ -35,22 +36,28 @@ DTYPES: dict[torch.dtype, int] = {
     dtype: number for dtype, number in _TYPES.items() if dtype.is_floating_point
 }
 UINT8 = _TYPES[torch.uint8]
-ACTIVATIONS = _numbers("activation")
+_FUNCTIONS = _numbers("function")
 LANES = {f"{name.removesuffix('_lanes')}s": number for name, number in _numbers("lanes").items()}
 CStage, CImage, CChain, CRows, CProgram, CSparse, CCell = (
     _DECLARED.structures[f"tdpass_{name}"]
     for name in ("stage", "image", "chain", "rows", "program", "sparse", "cell")
 )
-CGrid, CInt8Chain, CMatrix, CWeightOnly, CInt8Cell = (
+CActivation, CGrid, CInt8Chain, CMatrix, CWeightOnly, CInt8Cell = (
     _DECLARED.structures[f"tdpass_{name}"]
-    for name in ("grid", "int8_chain", "matrix", "weight_only", "int8_cell")
+    for name in ("activation", "grid", "int8_chain", "matrix", "weight_only", "int8_cell")
 )
 
 
-def serving(x: Tensor, residual: Tensor | None, activation: str) -> ctypes.CDLL | None:
-    """The library, where its kernels take an input of that type with that residual and activation."""
-    fits = x.dtype in DTYPES and (residual is None or residual.dtype == x.dtype) and activation in ACTIVATIONS
+def serving(x: Tensor, residual: Tensor | None) -> ctypes.CDLL | None:
+    """The library, where its kernels take an input of that type with that residual."""
+    fits = x.dtype in DTYPES and (residual is None or residual.dtype == x.dtype)
     return library() if fits else None
+
+
+def activation(text: str) -> Structure:
+    """What a layer ends with; raises `KernelError` for a text that is not known."""
+    said = Activation.read(text)
+    return CActivation(_FUNCTIONS[said.function], said.low, said.high)
 
 
 def stage(integers: Sequence[int]) -> Structure:

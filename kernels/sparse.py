@@ -15,9 +15,10 @@ from torch import Tensor
 
 from tdpass.errors import KernelError
 from tdpass.kernels import native
+from tdpass.kernels.activation import activate, check_activation
 from tdpass.kernels.base import Op, implements, register_op
 from tdpass.kernels.blocks import CYCLES, Blocks, unpack
-from tdpass.kernels.conv_chain import activate, check_activation, like_input, memory_format
+from tdpass.kernels.conv_chain import like_input, memory_format
 from tdpass.kernels.stage import Stage, checked, stages_of
 from tdpass.ops import padded_convolution
 
@@ -175,7 +176,7 @@ def _run(
     activation: str,
     y: Tensor,
 ) -> bool:
-    library = native.serving(x, residual, activation)
+    library = native.serving(x, residual)
     if library is None:
         return False
     if x.dim() != 4 or x.shape[1] != stage[0] or (bias is not None and bias.shape != (stage[1],)):
@@ -201,11 +202,11 @@ def _run(
     rest = None if residual is None else native.image(residual)
     call = native.CSparse(
         native.DTYPES[x.dtype],
-        native.ACTIVATIONS[activation],
         blocks.width,
         blocks.panels,
         segments,
         len(values),
+        native.activation(activation),
         _stage(stage),
         start.data_ptr(),
         inputs.data_ptr(),

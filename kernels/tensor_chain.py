@@ -20,8 +20,8 @@ from torch import Tensor
 
 from tdpass.errors import KernelError
 from tdpass.kernels import native
+from tdpass.kernels.activation import activate, check_activation
 from tdpass.kernels.base import Op, implements, register_op
-from tdpass.kernels.conv_chain import activate, check_activation
 
 SCHEMA = "(Tensor x, Tensor[] weights, Tensor? bias, Tensor? residual, int[] steps, str activation) -> Tensor"
 MAX_STEPS = 16
@@ -218,7 +218,7 @@ def _run(
     activation: str,
     y: Tensor,
 ) -> bool:
-    library = native.serving(x, residual, activation)
+    library = native.serving(x, residual)
     if library is None or max(steps) > _MOST:
         return False
     chain, array = _program(steps)
@@ -237,8 +237,8 @@ def _run(
     pointers = (c_void_p * len(packed))(*(weight.data_ptr() for weight in packed))
     call = native.CProgram(
         native.DTYPES[x.dtype],
-        native.ACTIVATIONS[activation],
         len(chain),
+        native.activation(activation),
         addressof(array),
         addressof(pointers),
         None if shift is None else shift.data_ptr(),

@@ -1,7 +1,7 @@
 """`weight_only_linear`: a linear layer stored in 4, 8, 16 or 32 bits and multiplied in float32.
 
-`W = Q + U V`: a matrix of whole numbers with a scale per group of inputs, and beside it a product of two thin
-matrices for what Q leaves.  With few tokens its time is that of reading the weights.
+`W = Q + U V`: a matrix of whole numbers or float8 with a scale per group of inputs, and beside it a product
+of two thin matrices for what Q leaves.  With few tokens its time is that of reading the weights.
 """
 
 from __future__ import annotations
@@ -16,15 +16,22 @@ from torch import Tensor
 
 from tdpass.errors import KernelError
 from tdpass.kernels import native
+from tdpass.kernels.activation import activate, check_activation
 from tdpass.kernels.base import Op, implements, register_op
-from tdpass.kernels.conv_chain import activate, check_activation
+from tdpass.kernels.float8_chain import FLOAT8
 
 SCHEMA = (
     "(Tensor x, Tensor[] weights, Tensor[] scales, Tensor? bias, Tensor? residual, int[] widths, "
     "str activation) -> Tensor"
 )
 PANEL, NIBBLES = 16, 8  # outputs to a panel; codes of 4 bits to a word
-_KINDS: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.int32: 3}
+_KINDS: dict[torch.dtype, int] = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.int8: 2,
+    torch.int32: 3,
+    torch.uint8: 4,
+}
 _WITH_ZEROS = 4  # axes of scales
 _MATRIX, _WITH_PRODUCT = 2, 3  # widths of `W = Q`, and of `W = Q + U V`
 
@@ -32,10 +39,11 @@ _MATRIX, _WITH_PRODUCT = 2, 3  # widths of `W = Q`, and of `W = Q + U V`
 class Stored(NamedTuple):
     """A matrix in panels of 16 outputs, missing ones zero.
 
-    `codes`: int8, bfloat16 or float32 `[panels, i, 16]`, or four bits each, int32 `[panels, ceil(i / 8),
-    16]`: input 8 k + j of word k at bits 4 j, in two's complement.  `scales[panels, groups, 16]`: the
-    groups divide the inputs evenly, each a multiple of 8 of them where there are several; floating point
-    has none.  Scales and zero points, `(code - zero) scale`, are `[2, panels, groups, 16]`.
+    `codes`: int8, float8 (e4m3fn) as uint8, bfloat16 or float32 `[panels, i, 16]`, or four bits each, int32
+    `[panels, ceil(i / 8), 16]`: input 8 k + j of word k at bits 4 j, in two's complement.  `scales[panels,
+    groups, 16]`: the groups divide the inputs evenly, each a multiple of 8 of them where there are several;
+    bfloat16 and float32 have none.  Scales and zero points, `(code - zero) scale`, are `[2, panels, groups,
+    16]`.
     """
 
     codes: Tensor
@@ -59,6 +67,11 @@ def pack_codes(codes: Tensor, scale: Tensor, bits: int, zero: Tensor | None = No
         panels.contiguous(),
         scales.contiguous() if zero is None else torch.stack([scales, _panels(zero.float())]),
     )
+
+
+def pack_float8(codes: Tensor, scale: Tensor) -> Stored:
+    """Numbers `codes[o, i]` of float8, or their bytes, with their scales `[o, groups]`."""
+    return Stored(_panels(codes.view(torch.uint8)).contiguous(), _panels(scale.float()).contiguous())
 
 
 def pack_weight(weight: Tensor, bits: int, group: int = 0) -> Stored:
@@ -92,6 +105,8 @@ def dense(stored: Stored, outputs: int, inputs: int, dtype: torch.dtype) -> Tens
     if codes.dtype == torch.int32:
         shifts = 28 - 4 * torch.arange(NIBBLES, dtype=torch.int32, device=codes.device)[:, None]
         codes = ((codes[:, :, None] << shifts) >> 28).flatten(1, 2)[:, :inputs]
+    if codes.dtype == torch.uint8:
+        codes = codes.view(FLOAT8)
     values, (scale, zero) = codes.to(dtype), split(scales)
     if scale.shape[1]:
         groups = values.reshape(len(values), scale.shape[1], -1, PANEL)
@@ -112,7 +127,7 @@ def check_stored(codes: Tensor, scales: Tensor, outputs: int, inputs: int) -> No
     groups = scales.shape[-2] if scales.dim() in (3, _WITH_ZEROS) else -1
     zeros = [2] if scales.dim() == _WITH_ZEROS else []
     floating = codes.is_floating_point()
-    known = floating or codes.dtype in (torch.int8, torch.int32)
+    known = floating or codes.dtype in (torch.int8, torch.uint8, torch.int32)
     fits = groups == 0 if floating else groups == 1 or (groups > 1 and inputs % (groups * NIBBLES) == 0)
     if (
         min(outputs, inputs) < 1
@@ -122,7 +137,8 @@ def check_stored(codes: Tensor, scales: Tensor, outputs: int, inputs: int) -> No
     ):
         raise KernelError(
             f"codes {tuple(codes.shape)} of type {codes.dtype} with scales {tuple(scales.shape)} are no "
-            f"matrix of {outputs} x {inputs}; use what `pack_codes`, `pack_weight` or `pack_floats` returns"
+            f"matrix of {outputs} x {inputs}; use what `pack_codes`, `pack_float8`, `pack_weight` or "
+            "`pack_floats` returns"
         )
 
 
@@ -218,7 +234,7 @@ def _run_native(
     y: Tensor,
 ) -> bool:
     """Fill y; False where the kernel does not serve these arguments."""
-    library = native.serving(x, residual, activation)
+    library = native.serving(x, residual)
     if library is None or any(part.dtype not in _KINDS for part in weights):
         return False
     if any(part.dtype != torch.float32 for part in scales) or (
@@ -249,8 +265,8 @@ def _run_native(
     rest = None if added is None else native.rows(added)
     call = native.CWeightOnly(
         native.DTYPES[x.dtype],
-        native.ACTIVATIONS[activation],
         len(kept),
+        native.activation(activation),
         addressof(array),
         None if shift is None else shift.data_ptr(),
         None if rest is None else addressof(rest),

@@ -100,20 +100,26 @@ def low() -> Low:
     return Low().eval()
 
 
-def clamped(x: Tensor) -> Tensor:
-    return x.clamp(0, 6)
+CLAMPS: tuple[Callable[[Tensor], Tensor], ...] = (
+    F.hardtanh,
+    nn.Hardtanh(-0.5, 0.125),
+    lambda x: x.clamp(0, 6),
+    lambda x: x.clamp(max=0.5),
+    lambda x: torch.clamp_min(x, -0.25),
+    lambda x: x.clip(0.5, -0.5),
+)
 
 
-def cut_elsewhere(x: Tensor) -> Tensor:
-    return F.hardtanh(x)
+def cut_by_tensors(x: Tensor) -> Tensor:
+    return x.clamp(max=x.mean())
 
 
-LEFT = {torch.tanh: "tanh", cut_elsewhere: "hardtanh"}
+LEFT = {torch.tanh: "tanh", cut_by_tensors: "clamp"}
 
 
 @pytest.mark.parametrize(
     "activation",
-    [F.relu, F.silu, F.gelu, torch.relu, F.relu6, nn.ReLU6(), nn.Hardtanh(0, 6), clamped, *LEFT],
+    [F.relu, F.silu, F.gelu, torch.relu, F.relu6, nn.ReLU6(), nn.Hardtanh(0, 6), *CLAMPS, *LEFT],
 )
 @pytest.mark.parametrize("channels_last", [True, False])
 @torch.no_grad()
@@ -125,7 +131,7 @@ def test_a_chain_with_its_epilogue_is_one_operator(
     assert fused(seen) == [2]
     left = " ".join(seen[0])
     assert "batch_norm" not in left
-    named = ("tanh", "hardtanh", "relu6", "clamp")
+    named = ("tanh", "hardtanh", "relu6", "clamp", "clamp_min", "clip")
     assert {name for name in named if name in left.split()} == (
         {LEFT[activation]} if activation in LEFT else set()
     )

@@ -19,8 +19,10 @@ constexpr int64_t MOST_POSITIONS = (int64_t(1) << 31) - 1, MOST_CHANNELS = 1 << 
 
 inline bool within(int64_t value, int64_t low, int64_t high) { return low <= value && value <= high; }
 
-inline bool has_type(int32_t dtype, int32_t activation) {
-  return within(dtype, TDPASS_FLOAT32, TDPASS_BFLOAT16) && within(activation, TDPASS_IDENTITY, TDPASS_RELU6);
+inline bool has_type(int32_t dtype, const tdpass_activation& activation) {
+  return within(dtype, TDPASS_FLOAT32, TDPASS_BFLOAT16) &&
+      within(activation.function, TDPASS_IDENTITY, TDPASS_GELU) && activation.low == activation.low &&
+      activation.high == activation.high;
 }
 
 // The product of sizes; -1 for a negative one, or more than a kernel counts.
@@ -165,7 +167,7 @@ inline Verdict check(const tdpass_program* program, const tdpass_rows* x, const 
 }
 
 inline bool is_matrix(const tdpass_matrix& m) {
-  if (!m.codes || !within(m.kind, TDPASS_FLOATS, TDPASS_NIBBLES) || !within(m.in, 1, MOST_CHANNELS) ||
+  if (!m.codes || !within(m.kind, TDPASS_FLOATS, TDPASS_FLOAT8) || !within(m.in, 1, MOST_CHANNELS) ||
       !within(m.out, 1, MOST_CHANNELS))
     return false;
   if (m.kind <= TDPASS_HALVES) return m.groups == 0;

@@ -3,9 +3,11 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
+
+#include "tdpass.h"
 
 #define TDPASS_INLINE inline __attribute__((always_inline))
 #define TDPASS_UNROLL _Pragma("GCC unroll 16")
@@ -149,14 +151,24 @@ static TDPASS_INLINE Lanes error_function(Lanes x) {
   return x < 0.0f ? -e : e;
 }
 
-static TDPASS_INLINE Lanes activate(Lanes x, int activation) {
-  switch (activation) {
-    case 1: return x < 0.0f ? zero() : x;
-    case 2: return x * sigmoid(x);
-    case 3: return 0.5f * x * (1.0f + error_function(x * 0.70710678f));
-    case 4: return x < 0.0f ? zero() : x > 6.0f ? broadcast(6.0f) : x;
+static TDPASS_INLINE Lanes activate(Lanes x, const tdpass_activation& activation) {
+  switch (activation.function) {
+    case TDPASS_CLAMP: return clamp(x, activation.low, activation.high);
+    case TDPASS_SILU: return x * sigmoid(x);
+    case TDPASS_GELU: return 0.5f * x * (1.0f + error_function(x * 0.70710678f));
     default: return x;
   }
 }
+
+// Where an activation cuts that does nothing else.
+struct Bounds {
+  float low = -__builtin_inff(), high = __builtin_inff();
+
+  Bounds() = default;
+  explicit Bounds(const tdpass_activation& activation) {
+    if (activation.function == TDPASS_CLAMP) low = activation.low, high = activation.high;
+  }
+  TDPASS_INLINE Lanes operator()(Lanes x) const { return clamp(x, low, high); }
+};
 
 }  // namespace tdpass

@@ -136,16 +136,15 @@ template <bool BYTES> class OutputTo {
         (!residual_ || (residual_->stride[3] == 1 && residual_->stride[2] == width));
   }
 
-  // Whether vectors of pixels can be written as they are, the activation being a lower bound.
+  // Whether vectors of pixels can be written as they are, the activation being a clamp.
   bool plain() const {
-    return floats() && activation_ <= TDPASS_RELU && y_.stride[3] == 1 &&
-        (!residual_ || residual_->stride[3] == 1);
+    return floats() && cuts_only() && y_.stride[3] == 1 && (!residual_ || residual_->stride[3] == 1);
   }
 
   // Whether vectors of channels are numbers of one size with nothing added but a bias and bytes on a grid,
-  // the activation being a lower bound.
+  // the activation being a clamp.
   bool simple() const {
-    return !half_ && (!residual_ || residual_grid_) && activation_ <= TDPASS_RELU && channels_together();
+    return !half_ && (!residual_ || residual_grid_) && cuts_only() && channels_together();
   }
 
   // The bytes that are added from a position and channel on; none where nothing is added.
@@ -154,7 +153,7 @@ template <bool BYTES> class OutputTo {
     return {residual_row<uint8_t>(n, h) + w * residual_->stride[3] + channel, residual_->stride[3],
         residual_grid_};
   }
-  float floor() const { return activation_ == TDPASS_RELU ? 0.0f : -__builtin_inff(); }
+  Bounds bounds() const { return Bounds(activation_); }
   const Grid& grid() const { return grid_; }
   Index pixel() const { return y_.stride[3]; }
   template <class T> T* at(Index n, Index h, Index w, Index channel) const {
@@ -166,7 +165,7 @@ template <bool BYTES> class OutputTo {
     to.base = static_cast<float*>(y_.data) + n * y_.stride[0] + channel * y_.stride[1] + h * y_.stride[2];
     to.plane = y_.stride[1], to.row = y_.stride[2];
     to.bias = bias_ ? bias_ + channel : nullptr;
-    to.floor = floor();
+    to.bounds = bounds();
     if (residual_) {
       to.residual = residual_row<float>(n, h) + channel * residual_->stride[1];
       to.residual_plane = residual_->stride[1], to.residual_row = residual_->stride[2];
@@ -205,6 +204,7 @@ template <bool BYTES> class OutputTo {
 
  private:
   bool floats() const { return !half_ && !grid_ && !residual_grid_; }
+  bool cuts_only() const { return activation_.function <= TDPASS_CLAMP; }
 
   // Calls `body` with numbers of the types of y and the residual.
   template <class Body> TDPASS_INLINE void by_type(const Body& body) const {
@@ -240,7 +240,7 @@ template <bool BYTES> class OutputTo {
         if (residual) v += added(residual + i * residual_->stride[3] + c, some);
         __builtin_prefetch(
             y + y_.stride[2] + i * y_.stride[3] + c, 1);  // the next row: a store waits for its cache line
-        write(y + i * y_.stride[3] + c, activation_ ? activate(v, activation_) : v, some);
+        write(y + i * y_.stride[3] + c, activate(v, activation_), some);
       }
     }
   }
@@ -260,7 +260,7 @@ template <bool BYTES> class OutputTo {
       for (int i = 0; i < count; i++) some[i] = residual[i * residual_->stride[3]];
       v += added(some, LANES);
     }
-    if (activation_) v = activate(v, activation_);
+    v = activate(v, activation_);
     if (y_.stride[3] == 1) {
       write(y, v, count);
       return;
@@ -277,7 +277,7 @@ template <bool BYTES> class OutputTo {
   tdpass_image y_;
   const float* bias_;
   const tdpass_image* residual_;
-  int activation_;
+  tdpass_activation activation_;
   bool half_;
   Grid grid_, residual_grid_;
 };

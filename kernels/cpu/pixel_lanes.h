@@ -243,7 +243,7 @@ class PixelLanes {
             if (writer.last) {
               if (writer.bias) v += writer.bias[i];
               if (rest) v += load(rest + i * writer.residual_plane);
-              v = v < writer.floor ? broadcast(writer.floor) : v;
+              v = writer.bounds(v);
             }
             if constexpr (SPAN == LANES) {
               store(p + i * writer.plane, v);
@@ -273,7 +273,7 @@ class PixelLanes {
     }
   }
 
-  // Whether whole cells of stage s can be stored as vectors, with an activation that is a lower bound.
+  // Whether whole cells of stage s can be stored as vectors, with an activation that is a clamp.
   bool writes_vectors(int s, int span) const {
     return s + 1 < g.stages || (output.plain() && (span == LANES || output.rows_together(span)));
   }
@@ -295,7 +295,7 @@ class PixelLanes {
     float* base = nullptr;
     const float *bias = nullptr, *residual = nullptr;
     Index plane = 0, row = 0, residual_plane = 0, residual_row = 0;
-    float floor = 0;
+    Bounds bounds;
   };
 
   template <int SPAN>

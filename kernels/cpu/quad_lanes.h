@@ -260,10 +260,10 @@ class QuadLanes {
     const Added added = output.added_codes(n, out_row, at.pixel, at.channel);
     if (added.codes)
       multiply_into(ToOutput<T, true>{
-          y, output.pixel(), sums, bias, output.floor(), output.grid(), at.channels, added});
+          y, output.pixel(), sums, bias, output.bounds(), output.grid(), at.channels, added});
     else
       multiply_into(ToOutput<T, false>{
-          y, output.pixel(), sums, bias, output.floor(), output.grid(), at.channels, added});
+          y, output.pixel(), sums, bias, output.bounds(), output.grid(), at.channels, added});
   }
 
   // Calls `visit(place, multiply_into)` for every block of `rows` rows of a stage; `multiply_into(to)` gives

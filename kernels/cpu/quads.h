@@ -138,14 +138,14 @@ struct ToNumbers {
   }
 };
 
-// Sums to y, where nothing but a bias, with ADDS bytes on a grid, and a lower bound comes between; `channels`
-// of them are there.
+// Sums to y, where nothing but a bias, with ADDS bytes on a grid, and a clamp comes between; `channels` of
+// them are there.
 template <class T, bool ADDS> struct ToOutput {
   T* out;
   Index pixel;
   ToNumbers numbers;  // `out` and `pixel` of it are not used
   const float* bias;  // whole vectors
-  float floor;
+  Bounds bounds;
   Grid grid;
   int channels;
   Added added;
@@ -153,7 +153,7 @@ template <class T, bool ADDS> struct ToOutput {
     const int some = channels - j * LANES;
     Lanes v = numbers.value(i, j, sum) + load(bias + j * LANES);
     if (ADDS) v += added(i, j, some);
-    v = v < floor ? broadcast(floor) : v;
+    v = bounds(v);
     if constexpr (sizeof(T) == 1) store_codes(out + i * pixel + j * LANES, grid.codes(v), some);
     else store_some(out + i * pixel + j * LANES, v, some);
   }

@@ -13,19 +13,20 @@ extern "C" {
 #endif
 
 enum tdpass_dtype { TDPASS_FLOAT32 = 0, TDPASS_BFLOAT16 = 1, TDPASS_UINT8 = 2 };
-enum tdpass_activation {
-  TDPASS_IDENTITY = 0,
-  TDPASS_RELU = 1,
-  TDPASS_SILU = 2,
-  TDPASS_GELU = 3,
-  TDPASS_RELU6 = 4
-};
 enum tdpass_lanes {
   TDPASS_CHANNEL_LANES = 0,
   TDPASS_PIXEL_LANES = 1,
   TDPASS_PAIR_LANES = 2,
   TDPASS_QUAD_LANES = 3
 };
+
+// What a layer ends with; a clamp is `min(max(x, low), high)`, whose ends may be infinite, and no other
+// function reads them.
+enum tdpass_function { TDPASS_IDENTITY = 0, TDPASS_CLAMP = 1, TDPASS_SILU = 2, TDPASS_GELU = 3 };
+typedef struct {
+  int32_t function;
+  float low, high;
+} tdpass_activation;
 
 // Runs `task(argument, k)` for k = 0 .. tasks-1, in any order, on at most `threads` threads.  A null pool
 // means OpenMP.
@@ -56,7 +57,8 @@ typedef struct {
 // `[groups][ceil(out/g / 16)][h w][ceil(in/g / 2)][16][2]`, where in/g == 1 and out == in as channel lanes.
 // Missing channels are zero.
 typedef struct {
-  int32_t dtype, lanes, activation, stages;
+  int32_t dtype, lanes, stages;
+  tdpass_activation activation;
   const tdpass_stage* stage;
   const void* const* weights;    // float32 or bfloat16
   const float* bias;             // [out] or null
@@ -107,7 +109,8 @@ typedef struct {
 // Steps in a row, then y = activation(result + bias + residual); `weights[s]` is `[a if batched][ceil(o r /
 // 8)][k][8]`, its rows (o r), missing ones zero.
 typedef struct {
-  int32_t dtype, activation, steps;
+  int32_t dtype, steps;
+  tdpass_activation activation;
   const tdpass_step* step;
   const float* const* weights;
   const float* bias;            // [channels of y] or null
@@ -122,7 +125,8 @@ __attribute__((visibility("default"))) int32_t tdpass_tensor_chain(
 // `width` weights for the input `index[e] = channel * taps + tap`; the blocks of panel p in segment s, a
 // range of inputs, are `start[k] .. start[k + 1]` with k = s panels + p.
 typedef struct {
-  int32_t dtype, activation, width, panels, segments, blocks;
+  int32_t dtype, width, panels, segments, blocks;
+  tdpass_activation activation;
   tdpass_stage shape;
   const int32_t *start, *index, *rows;
   const float* values;           // [blocks][width]
@@ -133,13 +137,20 @@ typedef struct {
 __attribute__((visibility("default"))) int32_t tdpass_sparse_conv(
     const tdpass_sparse* weight, const tdpass_image* x, const tdpass_image* y, const tdpass_pool* pool);
 
-// A matrix in panels of 16 outputs, missing ones zero.  `codes` are float32, bfloat16 or int8 `[ceil(out /
-// 16)][in][16]`, or four bits each,
+// A matrix in panels of 16 outputs, missing ones zero.  `codes` are float32, bfloat16, int8 or float8
+// (e4m3fn)
+// `[ceil(out / 16)][in][16]`, or four bits each,
 // `[ceil(out / 16)][ceil(in / 8)][16]` words of 32 bits: input 8 k + j of word k at bits 4 j, in two's
-// complement.  `scales` of int8 and four bits are `[ceil(out / 16)][groups][16]`; groups are of one size, of
-// a multiple of 8 inputs where there are several. `zeros`, where there are any, lie as the scales do and are
-// what codes are counted from: `(code - zero) scale`.
-enum tdpass_codes { TDPASS_FLOATS = 0, TDPASS_HALVES = 1, TDPASS_BYTES = 2, TDPASS_NIBBLES = 3 };
+// complement.  `scales` of int8, float8 and four bits are `[ceil(out / 16)][groups][16]`; groups are of one
+// size, of a multiple of 8 inputs where there are several. `zeros`, where there are any, lie as the scales do
+// and are what codes are counted from: `(code - zero) scale`.
+enum tdpass_codes {
+  TDPASS_FLOATS = 0,
+  TDPASS_HALVES = 1,
+  TDPASS_BYTES = 2,
+  TDPASS_NIBBLES = 3,
+  TDPASS_FLOAT8 = 4
+};
 typedef struct {
   const void* codes;
   const float* scales;
@@ -149,7 +160,8 @@ typedef struct {
 
 // y = activation(Q x + U V x + bias + residual): matrices Q, or Q, V and U.
 typedef struct {
-  int32_t dtype, activation, matrices;
+  int32_t dtype, matrices;
+  tdpass_activation activation;
   const tdpass_matrix* matrix;
   const float* bias;            // [channels of y] or null
   const tdpass_rows* residual;  // shape of y, or null

@@ -50,7 +50,7 @@ static void turn_in(const T* from, Index row, int rows, int channels, float* to,
 // What is done to a sum before it is stored; `residual` has the type of y.
 struct Epilogue {
   const float* bias;
-  int activation;
+  tdpass_activation activation;
 };
 
 // y[i * row + c] = activation(from[c * pitch + i] + bias[c] + residual[i * residual_row + c]), for up to 16
@@ -65,7 +65,7 @@ static TDPASS_INLINE void turn_out(const float* from, Index pitch, int rows, int
   for (int i = 0; i < rows; i++) {
     Lanes v = block[i] + bias;
     if (residual) v += read_some(residual + i * residual_row, channels);
-    write_some(y + i * row, end.activation ? activate(v, end.activation) : v, channels);
+    write_some(y + i * row, activate(v, end.activation), channels);
   }
 }
 

@@ -17,27 +17,31 @@ namespace {
 
 constexpr int MOST_TOKENS = 8;  // that are multiplied at once
 
-// How the weights of 16 outputs are read: a block of `BYTES` holds those of `WORD` inputs.
-struct Floats {
+// How the weights of 16 outputs are read, in units of `UNIT`: a block of `BYTES` holds those of `WORD`
+// inputs.
+struct Whole {
+  static constexpr float UNIT = 1;
+};
+struct Floats : Whole {
   static constexpr int WORD = 1, BYTES = 64;
   static TDPASS_INLINE Lanes block(const char* p) { return load(reinterpret_cast<const float*>(p)); }
   static TDPASS_INLINE Lanes weights(Lanes block, int) { return block; }
 };
-struct Halfwords {
+struct Halfwords : Whole {
   static constexpr int WORD = 1, BYTES = 32;
   static TDPASS_INLINE Lanes block(const char* p) {
     return read_some(reinterpret_cast<const Half*>(p), LANES);
   }
   static TDPASS_INLINE Lanes weights(Lanes block, int) { return block; }
 };
-struct Bytes {
+struct Bytes : Whole {
   static constexpr int WORD = 1, BYTES = 16;
   static TDPASS_INLINE Lanes block(const char* p) {
     return __builtin_convertvector(load_signed(reinterpret_cast<const int8_t*>(p)), Lanes);
   }
   static TDPASS_INLINE Lanes weights(Lanes block, int) { return block; }
 };
-struct Nibbles {
+struct Nibbles : Whole {
   static constexpr int WORD = 8, BYTES = 64;
   static TDPASS_INLINE Words block(const char* p) { return *reinterpret_cast<const Words*>(p); }
   static TDPASS_INLINE Lanes weights(Words block, int j) {
@@ -50,12 +54,45 @@ struct Nibbles {
   }
 };
 
+struct Float8s {  // sign, four bits of exponent, three of mantissa: those of a float16 that is 2^8 times
+                  // smaller
+  static constexpr float UNIT = 256;
+  static constexpr int WORD = 1, BYTES = 16;
+  static TDPASS_INLINE Lanes block(const char* p) {
+#if defined(__AVX2__) && defined(__F16C__)  // which widens the smallest numbers too, however rounding is set
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m256i spread = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);
+    const __m256i nan = _mm256_cmpeq_epi16(
+        _mm256_or_si256(spread, _mm256_set1_epi16(short(0xc000))), _mm256_set1_epi16(short(0xff80)));
+    const __m256i half = _mm256_or_si256(
+        _mm256_and_si256(spread, _mm256_set1_epi16(short(0xbfff))), _mm256_srli_epi16(nan, 1));
+#if defined(__AVX512F__)
+    return (Lanes)_mm512_maskz_cvtph_ps(0xffff, half);
+#else
+    const __m256 parts[] = {
+        _mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
+    Lanes values;
+    std::memcpy(&values, parts, sizeof values);
+    return values;
+#endif
+#else
+    const Words code = load_signed(reinterpret_cast<const int8_t*>(p)), magnitude = code & 0x7f;
+    const Words normal = (magnitude << 20) + (112 << 23);
+    const Words small = (Words)(__builtin_convertvector(magnitude, Lanes) * 0x1p-17f);
+    const Words number = magnitude > 7 ? normal : small;
+    return (Lanes)((magnitude == 0x7f ? Words{} + 0x7fc00000 : number) | (code & int32_t(0x80000000)));
+#endif
+  }
+  static TDPASS_INLINE Lanes weights(Lanes block, int) { return block; }
+};
+
 // Calls `body` with what reads codes of that kind.
 template <class Body> void by_kind(int32_t kind, const Body& body) {
   switch (kind) {
     case TDPASS_FLOATS: return body(Floats());
     case TDPASS_HALVES: return body(Halfwords());
     case TDPASS_BYTES: return body(Bytes());
+    case TDPASS_FLOAT8: return body(Float8s());
     default: return body(Nibbles());
   }
 }
@@ -114,6 +151,7 @@ static TDPASS_INLINE void multiply(
     TDPASS_UNROLL for (int i = 0; i < MR; i++) {
       Lanes all = part[0][i];
       TDPASS_UNROLL for (int s = 1; s < SPLIT; s++) all += part[s][i];
+      if (Code::UNIT != 1) all *= Code::UNIT;
       if (totals) all -= totals[i * w.groups + g] * shift;
       sum[i] += all * scale;
     }
@@ -127,7 +165,8 @@ template <class Code> void decode(const Panels<Code>& w, int panel, float* to) {
     for (int k = 0; k < w.size; k++, to += LANES)
       store(to,
           (Code::weights(
-               Code::block(w.codes(panel, g) + Index(k / Code::WORD) * Code::BYTES), k % Code::WORD) -
+               Code::block(w.codes(panel, g) + Index(k / Code::WORD) * Code::BYTES), k % Code::WORD) *
+                  Code::UNIT -
               shift) *
               scale);
   }
@@ -176,8 +215,7 @@ void finish(const tdpass_weight_only& layer, const tdpass_rows& y, int panel, co
     Lanes v = sums[i] + bias;
     if (layer.residual)
       v += read_some(static_cast<const T*>(layer.residual->data) + i * layer.residual->stride + at, count);
-    write_some(static_cast<T*>(y.data) + i * y.stride + at,
-        layer.activation ? activate(v, layer.activation) : v, count);
+    write_some(static_cast<T*>(y.data) + i * y.stride + at, activate(v, layer.activation), count);
   }
 }
 

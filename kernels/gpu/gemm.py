@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tdpass.kernels.gpu.language import (
-    ACTIVATIONS,
     Precision,
+    activation_of,
     blocks,
     finish,
     jit,
@@ -234,7 +234,7 @@ def launch(
         block_k=config["k"],
         group=_GROUP,
         parts=parts,
-        activation=ACTIVATIONS[epilogue.activation],
+        activation=activation_of(epilogue.activation),
         scaled=epilogue.scale is not None,
         biased=epilogue.bias is not None,
         rested=epilogue.rest is not None,

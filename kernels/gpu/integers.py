@@ -7,7 +7,6 @@ the references of `int8_chain`; launches are made without contraction to fused m
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from tdpass.kernels.gpu.language import ACTIVATIONS, activated, finish, jit
+from tdpass.kernels.gpu.language import activated, activation_of, finish, jit, single
 from tdpass.kernels.gpu.matrix import Matrix
 from tdpass.kernels.gpu.weights import kept, spaced
 from tdpass.kernels.grid import MIDDLE, Grid
@@ -158,17 +157,12 @@ class Ending:
             "rest_zero": float(self.rest_grid.zero),
             "y_inverse": self.inverse,
             "y_zero": float(self.output.zero),
-            "activation": ACTIVATIONS[self.activation],
+            "activation": activation_of(self.activation),
             "biased": self.bias is not None,
             "rested": self.rest is not None,
             "rest_codes": bool(self.rest_grid) and self.rest is not None,
             "codes": bool(self.output),
         }
-
-
-def single(number: float) -> float:
-    """The number rounded to float32."""
-    return ctypes.c_float(number).value
 
 
 def inverse_of(grid: Grid) -> float:

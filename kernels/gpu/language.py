@@ -8,6 +8,8 @@ float32, because the interpreter multiplies bfloat16 and float8 as if they were 
 
 from __future__ import annotations
 
+import ctypes
+import struct
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -18,10 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from tdpass.errors import KernelError, UnsupportedError
+from tdpass.kernels.activation import Activation, check_activation
 
 Precision = Literal["ieee", "tf32", "tf32x3"]
 INTERPRETED: bool = triton.knobs.runtime.interpret
-ACTIVATIONS = {"identity": 0, "relu": 1, "silu": 2, "gelu": 3, "relu6": 4}
+_FUNCTIONS = {"identity": 0, "clamp": 1, "silu": 2, "gelu": 3}
 LARGEST_RANK = 256  # what a tile of rows can hold in registers beside its accumulator
 _TYPES: dict[torch.dtype, Any] = {
     torch.float32: tl.float32,
@@ -49,15 +52,16 @@ def product(
 
 @jit
 def activated(total: tl.tensor, activation: tl.constexpr) -> tl.tensor:
-    """One of `ACTIVATIONS`, float32."""
-    if activation == 1:
-        total = tl.where(total < 0, 0.0, total)  # not a maximum: a NaN stays one
-    elif activation == 2:
+    """What `activation_of` says, float32."""
+    if activation & 3 == 1:
+        low = tl.full((), (activation >> 2) & 0xFFFFFFFF, tl.uint32).to(tl.float32, bitcast=True)
+        high = tl.full((), activation >> 34, tl.uint32).to(tl.float32, bitcast=True)
+        total = tl.where(total < low, low, total)  # not a maximum: a NaN stays one
+        total = tl.where(total > high, high, total)
+    elif activation & 3 == 2:
         total = total / (1.0 + tl.exp(-total))
-    elif activation == 3:
+    elif activation & 3 == 3:
         total = 0.5 * total * (1.0 + tl.erf(total * 0.7071067811865476))
-    elif activation == 4:
-        total = tl.where(total < 0, 0.0, tl.where(total > 6.0, 6.0, total))
     return total
 
 
@@ -75,6 +79,17 @@ def finish(
     if rested:
         total += tl.load(rest, mask=mask, other=0.0).to(tl.float32)
     return activated(total, activation)
+
+
+def activation_of(text: str) -> int:
+    """The number of a function, and above its two bits those of the ends of a clamp, float32.
+
+    A number for all is what every version of Triton hands on between kernels as a constant.  Raises
+    `KernelError` for a text that is not known.
+    """
+    said = Activation.read(text)
+    ends: tuple[int, int] = struct.unpack("=2I", struct.pack("=2f", *map(single, (said.low, said.high))))
+    return _FUNCTIONS[said.function] | ends[0] << 2 | ends[1] << 34
 
 
 def triton_type(dtype: torch.dtype) -> Any:
@@ -95,8 +110,7 @@ def check(x: Tensor, activation: str, *others: Tensor | None) -> None:
 
 def check_operands(x: Tensor, activation: str, *others: Tensor | None) -> None:
     """The same whatever the type of x, which may be bytes."""
-    if activation not in ACTIVATIONS:
-        raise KernelError(f"activation {activation!r} is not known; it is one of {', '.join(ACTIVATIONS)}")
+    check_activation(activation)
     if not (on_this_device(x) or INTERPRETED):
         raise UnsupportedError(
             f"the GPU kernels read CUDA tensors, this one is on {x.device}; set TRITON_INTERPRET=1 to test "
@@ -153,6 +167,11 @@ def precision_of(x: Tensor, kind: Literal["matmul", "conv"], asked: Precision | 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
     """Within it launches go to the device of x."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def single(number: float) -> float:
+    """The number rounded to float32."""
+    return ctypes.c_float(number).value
 
 
 def power(size: int, least: int = 16) -> int:

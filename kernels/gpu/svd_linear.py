@@ -17,9 +17,9 @@ from tdpass.errors import KernelError
 from tdpass.kernels.gpu.gemm import Epilogue, launch
 from tdpass.kernels.gpu.gemm import candidates as tiles
 from tdpass.kernels.gpu.language import (
-    ACTIVATIONS,
     LARGEST_RANK,
     Precision,
+    activation_of,
     bias_of,
     blocks,
     check,
@@ -242,7 +242,7 @@ class _Call:
             block_k=config["k"],
             block_n=config["n"],
             block_r=power(rank),
-            activation=ACTIVATIONS[self.activation],
+            activation=activation_of(self.activation),
             scaled=self.scale_v is not None,
             biased=self.bias is not None,
             rested=self.rest is not None,

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from tdpass.errors import KernelError, UnsupportedError
 from tdpass.kernels.gpu.language import (
-    ACTIVATIONS,
     Precision,
+    activation_of,
     bias_of,
     blocks,
     check,
@@ -236,7 +236,7 @@ class _Call:
             block_or=block_or,
             block_il=min(config["il"], power(in_left)),
             block_ir=power(in_right),
-            activation=ACTIVATIONS[self.activation],
+            activation=activation_of(self.activation),
             biased=self.bias is not None,
             rested=self.rest is not None,
             compute=triton_type(self.x.dtype),

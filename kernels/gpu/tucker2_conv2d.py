@@ -26,9 +26,9 @@ from tdpass.errors import KernelError
 from tdpass.kernels.gpu.conv_kernel import conv_kernel
 from tdpass.kernels.gpu.gemm import Epilogue, gemm
 from tdpass.kernels.gpu.language import (
-    ACTIVATIONS,
     LARGEST_RANK,
     Precision,
+    activation_of,
     bias_of,
     blocks,
     check,
@@ -271,7 +271,7 @@ class _Call:
             block_s=block_s,
             with_first=with_first,
             with_last=with_last,
-            activation=ACTIVATIONS[epilogue.activation],
+            activation=activation_of(epilogue.activation),
             biased=epilogue.bias is not None,
             rested=epilogue.rest is not None,
             compute=triton_type(x.dtype),

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from tdpass.kernels.gpu.gemm import Epilogue, launch
 from tdpass.kernels.gpu.language import (
-    ACTIVATIONS,
     LARGEST_RANK,
     Precision,
+    activation_of,
     bias_of,
     blocks,
     check,
@@ -37,8 +37,21 @@ from tdpass.kernels.gpu.tuning import Config, bucket, choose
 from tdpass.kernels.gpu.weights import kept, spaced
 from tdpass.kernels.weight_only import Stored, check_stored, dense, split
 
-_FLOATS, _BYTES, _NIBBLES = 0, 1, 2  # what codes are
+_FLOATS, _BYTES, _NIBBLES, _FLOAT8 = 0, 1, 2, 3  # what codes are
 _SPLITS = 8
+
+
+@jit
+def float8_values(codes: tl.tensor) -> tl.tensor:
+    """What bytes of float8 (e4m3fn) stand for: whatever the device, by the bits of float32.
+
+    Numbers below 2^-6 have no leading one, and count in steps of 2^-9.
+    """
+    magnitude = (codes & 0x7F).to(tl.int32)
+    large = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, large)
+    value = tl.where(magnitude == 0x7F, float("nan"), value)
+    return tl.where(codes > 0x7F, -value, value)
 
 
 @jit
@@ -67,7 +80,7 @@ def widened(
             place, known = (panel * groups + start // group) * 16 + lane, there
         else:
             place, known = (panel * groups + k // group) * 16 + lane, there & (k < inputs)
-        values = values.to(tl.float32)
+        values = float8_values(values) if kind == 3 else values.to(tl.float32)
         if zeros:
             behind = tl.cdiv(outputs, 16).to(tl.int64) * groups * 16
             values -= tl.load(scales + behind + place, mask=known, other=0.0)
@@ -154,7 +167,7 @@ class Panels:
         """What the codes are."""
         if self.codes.is_floating_point():
             return _FLOATS
-        return _NIBBLES if self.codes.dtype == torch.int32 else _BYTES
+        return {torch.int32: _NIBBLES, torch.uint8: _FLOAT8}.get(self.codes.dtype, _BYTES)
 
     def arguments(self, name: str, block: int) -> dict[str, Any]:
         """The arguments of the kernel for it, in tiles of so many inputs."""
@@ -269,7 +282,7 @@ class _Call:
             block_r=block_r if thin else 16,
             thin=thin,
             parts=parts,
-            activation=ACTIVATIONS[self.activation],
+            activation=activation_of(self.activation),
             biased=self.bias is not None,
             rested=self.rest is not None,
             compute=triton_type(self.x.dtype),

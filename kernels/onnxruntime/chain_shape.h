@@ -13,7 +13,7 @@ struct ChainOperator : Operator {
   bool linear;
   int stages;
   bool bias, residual;
-  int activation;
+  Ending ending;
 };
 
 class ChainNode : public Node {

@@ -1,5 +1,6 @@
-// ConvChain<stages>[Bias][Add][Relu|Silu|Gelu|Relu6]: inputs x, one weight `[o, i / group, h, w]` (or `[o, i
-// / group, w]`) per stage, a bias where the name says so, and a residual where it says Add; attributes
+// ConvChain<stages>[Bias][Add][Relu|Silu|Gelu|Clamp]: inputs x, one weight `[o, i / group, h, w]` (or `[o, i
+// / group, w]`) per stage, a bias where the name says so, a residual where it says Add, and the
+// bounds, constants, where it says Clamp; attributes
 // group_<k>, strides_<k>, pads_<k> and dilations_<k> of stage k = 1 .., as those of Conv.
 // LinearChain<stages>...: weights `[i, o]`, x of any rank.  `lanes` is 0 for channels, 1 for pixels.
 // Bfloat16ConvChain..., Bfloat16LinearChain...: the same with weights of bfloat16, to which what stages read
@@ -32,6 +33,7 @@ class Chain : public ChainNode {
       layers_[s].constant = constant(info, s + 1, weight);
       if (layers_[s].constant) prepare(s, weight, layers_[s].shape, layers_[s].packed);
     }
+    activation_ = activation(info, op.ending, 1 + op.stages + op.bias + op.residual);
   }
 
   void compute(ort::KernelContext* context) {
@@ -48,13 +50,13 @@ class Chain : public ChainNode {
     }
     Tensor bias;
     if (chain_.bias) check_bias(bias = input(context, count + 1), stages);
-    tdpass_chain chain = {TDPASS_FLOAT32, lanes_, chain_.activation, count, stages.data(), weights.data(),
-        bias.as<float>(), nullptr};
+    tdpass_chain chain = {
+        TDPASS_FLOAT32, lanes_, count, activation_, stages.data(), weights.data(), bias.as<float>(), nullptr};
 
     const Sizes sizes = output_sizes(x, stages);
     const Tensor y = output(context, 0, sizes);
     tdpass_image from = view(x.data, x.sizes), to = view(y.data, sizes), added;
-    if (chain_.residual) chain.residual = &(added = spread(input(context, op_.reads.size() - 1), sizes));
+    if (chain_.residual) chain.residual = &(added = spread(input(context, 1 + count + chain_.bias), sizes));
     if (y.count() == 0) return;
     Pool pool(api_, context, threads_, worth(stages, to));
     if (tdpass_conv_chain(&chain, &from, &to, &pool.pool) != 0)
@@ -80,15 +82,16 @@ class Chain : public ChainNode {
   bool half_;
   int lanes_;
   std::vector<Layer> layers_;
+  tdpass_activation activation_;
 };
 
-FloatChain make(bool half, bool linear, int stages, bool bias, bool residual, int activation) {
+FloatChain make(bool half, bool linear, int stages, bool bias, bool residual, const Ending& ending) {
   FloatChain op{};
   op.half = half, op.linear = linear, op.stages = stages, op.bias = bias, op.residual = residual,
-  op.activation = activation;
+  op.ending = ending;
   op.title = std::string(half ? "Bfloat16" : "") + (linear ? "LinearChain" : "ConvChain") +
-      std::to_string(stages) + (bias ? "Bias" : "") + (residual ? "Add" : "") + ACTIVATION_NAMES[activation];
-  op.reads.assign(1 + stages + bias + residual, ort::FLOAT);
+      std::to_string(stages) + (bias ? "Bias" : "") + (residual ? "Add" : "") + ending.name;
+  op.reads.assign(1 + stages + bias + residual + ending.bounds, ort::FLOAT);
   if (half) std::fill_n(op.reads.begin() + 1, stages, ort::BFLOAT16);
   op.makes = {ort::FLOAT};
   serve<Chain>(op);
@@ -104,8 +107,8 @@ void add_float_chains(Operators& all) {
       for (int linear = 0; linear < 2; linear++)
         for (int stages = FEWEST_STAGES; stages <= MOST_STAGES; stages++)
           for (int with = 0; with < 4; with++)
-            for (int activation = 0; activation < ACTIVATIONS; activation++)
-              made.push_back(make(half, linear, stages, with & 1, with & 2, activation));
+            for (const Ending& ending : ENDINGS)
+              made.push_back(make(half, linear, stages, with & 1, with & 2, ending));
     return made;
   }();
   list(all, ops);

@@ -1,12 +1,13 @@
-// Int8ConvChain<stages>[Add][Relu|Silu|Gelu|Relu6][Bytes], Int8LinearChain...: chains of layers in whole
+// Int8ConvChain<stages>[Add][Relu|Silu|Gelu|Clamp][Bytes], Int8LinearChain...: chains of layers in whole
 // numbers.
 //
 // Inputs: x, of bytes; for every stage the scale and zero point of what it reads, its weight of int8 and the
-// scales of that, one per output channel; a bias; a residual where the name says Add; and where it says
-// Bytes, the scale and zero point of the output, which is of bytes then, else of float32.  Weights and
-// attributes as those of ConvChain and LinearChain; all but x and the residual are constants.
+// scales of that, one per output channel; a bias; a residual where the name says Add; the bounds where
+// it says Clamp; and where it says Bytes, the scale and zero point of the output, which is of bytes then,
+// else of float32.  Weights and attributes as those of ConvChain and LinearChain; all but x and the residual
+// are constants.
 //
-// DynamicInt8LinearChain<stages>[Add][Relu|Silu|Gelu|Relu6]: the same of float32 x, without scales and zero
+// DynamicInt8LinearChain<stages>[Add][Relu|Silu|Gelu|Clamp]: the same of float32 x, without scales and zero
 // points of what stages read: every row is put on a grid of its own.
 #include "chain_shape.h"
 
@@ -37,6 +38,7 @@ class Int8Chain : public ChainNode {
     const Tensor bias = required(info, op.behind());
     check_bias(bias, stages_);
     bias_.assign(bias.as<float>(), bias.as<float>() + bias.count());
+    activation_ = activation(info, op.ending, op.behind() + 1 + op.residual);
     if (op.bytes) grids_[op.stages] = grid(info, op.reads.size() - 2);
   }
 
@@ -47,7 +49,7 @@ class Int8Chain : public ChainNode {
     const tdpass_image from = view(x.data, x.sizes), to = view(y.data, sizes);
     tdpass_image added;
     const int32_t dtype = int8_.dynamic ? TDPASS_FLOAT32 : TDPASS_UINT8;
-    tdpass_int8_chain call = {{dtype, TDPASS_QUAD_LANES, chain_.activation, chain_.stages, stages_.data(),
+    tdpass_int8_chain call = {{dtype, TDPASS_QUAD_LANES, chain_.stages, activation_, stages_.data(),
                                   weights_.data(), bias_.data(), nullptr},
         scales_.data(), totals_.data(), grids_.data()};
     if (chain_.residual) call.chain.residual = &(added = spread(input(context, int8_.behind() + 1), sizes));
@@ -84,6 +86,7 @@ class Int8Chain : public ChainNode {
   }
 
   const Int8ChainOperator& int8_;
+  tdpass_activation activation_;
   std::vector<tdpass_stage> stages_;
   std::vector<Factor> factors_;
   std::vector<tdpass_grid> grids_;
@@ -94,20 +97,19 @@ class Int8Chain : public ChainNode {
 };
 
 Int8ChainOperator make(
-    bool linear, int stages, bool residual, int activation, bool bytes, bool dynamic = false) {
+    bool linear, int stages, bool residual, const Ending& ending, bool bytes, bool dynamic = false) {
   Int8ChainOperator op{};
   op.dynamic = dynamic;
-  op.linear = linear, op.stages = stages, op.bias = true, op.residual = residual, op.activation = activation,
+  op.linear = linear, op.stages = stages, op.bias = true, op.residual = residual, op.ending = ending,
   op.bytes = bytes;
   op.title = std::string(dynamic ? "Dynamic" : "") + (linear ? "Int8LinearChain" : "Int8ConvChain") +
-      std::to_string(stages) + (residual ? "Add" : "") + ACTIVATION_NAMES[activation] +
-      (bytes ? "Bytes" : "");
+      std::to_string(stages) + (residual ? "Add" : "") + ending.name + (bytes ? "Bytes" : "");
   op.reads = {dynamic ? ort::FLOAT : ort::UINT8};
   for (int s = 0; s < stages; s++) {
     if (!dynamic) op.reads.insert(op.reads.end(), {ort::FLOAT, ort::UINT8});
     op.reads.insert(op.reads.end(), {ort::INT8, ort::FLOAT});
   }
-  op.reads.insert(op.reads.end(), 1 + residual, ort::FLOAT);
+  op.reads.insert(op.reads.end(), 1 + residual + ending.bounds, ort::FLOAT);
   if (bytes) op.reads.insert(op.reads.end(), {ort::FLOAT, ort::UINT8});
   op.makes = {bytes ? ort::UINT8 : ort::FLOAT};
   serve<Int8Chain>(op);
@@ -122,12 +124,12 @@ void add_int8_chains(Operators& all) {
     for (int linear = 0; linear < 2; linear++)
       for (int stages = FEWEST_STAGES; stages <= MOST_STAGES; stages++)
         for (int with = 0; with < 4; with++)
-          for (int activation = 0; activation < ACTIVATIONS; activation++)
-            made.push_back(make(linear, stages, with & 1, activation, with & 2));
+          for (const Ending& ending : ENDINGS)
+            made.push_back(make(linear, stages, with & 1, ending, with & 2));
     for (int stages = FEWEST_STAGES; stages <= MOST_STAGES; stages++)
       for (int residual = 0; residual < 2; residual++)
-        for (int activation = 0; activation < ACTIVATIONS; activation++)
-          made.push_back(make(true, stages, residual, activation, false, true));
+        for (const Ending& ending : ENDINGS)
+          made.push_back(make(true, stages, residual, ending, false, true));
     return made;
   }();
   list(all, ops);

@@ -3,6 +3,7 @@
 #pragma once
 #include <deque>
 #include <exception>
+#include <limits>
 
 #include "session.h"
 
@@ -65,6 +66,20 @@ template <class Kernel, class Op> void serve(Op& op) {
   op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
 }
 
+// What an operator ends with, as the end of its name says; a clamp with two inputs `low` and `high`.
+struct Ending {
+  const char* name;
+  tdpass_activation activation;
+  int bounds;
+};
+inline const Ending ENDINGS[] = {
+    {"", {TDPASS_IDENTITY, 0, 0}, 0},
+    {"Relu", {TDPASS_CLAMP, 0, std::numeric_limits<float>::infinity()}, 0},
+    {"Silu", {TDPASS_SILU, 0, 0}, 0},
+    {"Gelu", {TDPASS_GELU, 0, 0}, 0},
+    {"Clamp", {TDPASS_CLAMP, 0, 0}, 2},
+};
+
 // What a node reads and makes, for its kernel.
 class Node {
  public:
@@ -99,6 +114,18 @@ class Node {
     return tensor;
   }
 
+  // What a node ends with whose first bound is that input.
+  tdpass_activation activation(const ort::KernelInfo* info, const Ending& ending, size_t at) const {
+    tdpass_activation made = ending.activation;
+    float* const bounds[] = {&made.low, &made.high};
+    for (int k = 0; k < ending.bounds; k++) {
+      const Tensor bound = required(info, at + k);
+      if (bound.count() != 1) refuse(op_, "a bound of a clamp is one number");
+      *bounds[k] = *bound.as<float>();
+    }
+    return made;
+  }
+
  private:
   const Tensor& typed(size_t index, const Tensor& tensor) const {
     if (tensor.type != op_.reads[index])
@@ -120,9 +147,6 @@ class Node {
 };
 
 using Operators = std::vector<const ort::CustomOp*>;
-
-inline const char* const ACTIVATION_NAMES[] = {"", "Relu", "Silu", "Gelu", "Relu6"};
-constexpr int ACTIVATIONS = 5;
 
 // The operators of each source; what they list lives as long as the library.
 void add_float_chains(Operators& all);

@@ -1,9 +1,10 @@
-// WeightOnlyLinear<4|8>[Zeros][LowRank][Bias][Add][Relu|Silu|Gelu|Relu6]: a linear layer whose matrix has few
+// WeightOnlyLinear<4|8>[Zeros][LowRank][Bias][Add][Relu|Silu|Gelu|Clamp]: a linear layer whose matrix has few
 // bits, on x of any rank.
 //
 // Inputs: x; codes and their scales; where the name says so, what codes are counted from; with LowRank the
-// factors v `[r, i]` and u `[o, r]` of float16 of a product that is added; a bias `[o]` and a residual where
-// it says so.  Codes and zero points of 4 bits as MatMulNBits has them, `[o, groups, i / groups / 2]` and
+// factors v `[r, i]` and u `[o, r]` of float16 of a product that is added; a bias `[o]`, a residual and
+// the bounds of a clamp where it says so.  Codes and zero points of 4 bits as MatMulNBits has them, `[o,
+// groups, i / groups / 2]` and
 // `[o, ceil(groups / 2)]`; of 8 bits, int8, `[o groups, i / groups]` and
 // `[o groups]`; scales `[o groups]`.  Attributes K, inputs, and N, outputs.  All but x and the residual are
 // constants.
@@ -19,7 +20,7 @@ constexpr int64_t PANEL = 16, NIBBLES = 8;
 struct LayerOperator : Operator {
   int bits;
   bool zeros, low_rank, bias, residual;
-  int activation;
+  Ending ending;
 };
 
 class WeightOnly : public Node {
@@ -38,6 +39,8 @@ class WeightOnly : public Node {
       const int64_t rank = v.sizes.empty() ? 0 : v.sizes[0];
       thin(v, rank, inputs_), thin(u, outputs_, rank);
     }
+    residual_ = (op.low_rank ? next + 2 : next) + op.bias;
+    activation_ = activation(info, op.ending, residual_ + op.residual);
     if (!op.bias) return;
     const Tensor bias = required(info, op.low_rank ? next + 2 : next);
     if (bias.count() != outputs_) refuse(op, "the bias must have one number per output");
@@ -55,12 +58,12 @@ class WeightOnly : public Node {
     const tdpass_rows from = {x.data, count, inputs_, inputs_}, to = {y.data, count, outputs_, outputs_};
     tdpass_rows added = to;
     if (layer_.residual) {
-      const Tensor residual = input(context, op_.reads.size() - 1);
+      const Tensor residual = input(context, residual_);
       if (residual.sizes != sizes) refuse(op_, "the residual is not of the size of the output");
       added.data = residual.data;
     }
-    const tdpass_weight_only call = {TDPASS_FLOAT32, layer_.activation, int32_t(matrices_.size()),
-        matrices_.data(), layer_.bias ? bias_.data() : nullptr, layer_.residual ? &added : nullptr};
+    const tdpass_weight_only call = {TDPASS_FLOAT32, int32_t(matrices_.size()), activation_, matrices_.data(),
+        layer_.bias ? bias_.data() : nullptr, layer_.residual ? &added : nullptr};
     if (count == 0) return;
     Pool pool(api_, context, threads_, tasks_worth(double(inputs_) * outputs_ * count));
     if (tdpass_weight_only_linear(&call, &from, &to, &pool.pool) != 0)
@@ -130,22 +133,23 @@ class WeightOnly : public Node {
 
   const LayerOperator& layer_;
   int64_t inputs_, outputs_;
+  size_t residual_;  // which input that is
+  tdpass_activation activation_;
   std::vector<tdpass_matrix> matrices_;
   std::vector<Panels> owned_;
   std::vector<float> bias_;
 };
 
-LayerOperator make(int bits, bool zeros, bool low_rank, bool bias, bool residual, int activation) {
+LayerOperator make(int bits, bool zeros, bool low_rank, bool bias, bool residual, const Ending& ending) {
   LayerOperator op{};
   op.bits = bits, op.zeros = zeros, op.low_rank = low_rank, op.bias = bias, op.residual = residual,
-  op.activation = activation;
+  op.ending = ending;
   op.title = "WeightOnlyLinear" + std::to_string(bits) + (zeros ? "Zeros" : "") +
-      (low_rank ? "LowRank" : "") + (bias ? "Bias" : "") + (residual ? "Add" : "") +
-      ACTIVATION_NAMES[activation];
+      (low_rank ? "LowRank" : "") + (bias ? "Bias" : "") + (residual ? "Add" : "") + ending.name;
   op.reads = {ort::FLOAT, bits == 4 ? ort::UINT8 : ort::INT8, ort::FLOAT};
   if (zeros) op.reads.push_back(op.reads[1]);
   if (low_rank) op.reads.insert(op.reads.end(), 2, ort::FLOAT16);
-  op.reads.insert(op.reads.end(), bias + residual, ort::FLOAT);
+  op.reads.insert(op.reads.end(), bias + residual + ending.bounds, ort::FLOAT);
   op.makes = {ort::FLOAT};
   serve<WeightOnly>(op);
   return op;
@@ -158,8 +162,8 @@ void add_weight_only(Operators& all) {
     std::deque<LayerOperator> made;
     for (int bits : {4, 8})
       for (int with = 0; with < 16; with++)
-        for (int activation = 0; activation < ACTIVATIONS; activation++)
-          made.push_back(make(bits, with & 8, with & 1, with & 2, with & 4, activation));
+        for (const Ending& ending : ENDINGS)
+          made.push_back(make(bits, with & 8, with & 1, with & 2, with & 4, ending));
     return made;
   }();
   list(all, ops);

@@ -50,7 +50,7 @@ Result conv_chain(Arguments& in) {
   const int32_t dtype = dtype_of(x);
   if (dtype < 0 || x.dims != 4 || !chain.read(integers) || (residual && residual.dtype != x.dtype))
     return not_served();
-  tdpass_chain call{dtype, lanes_of(lanes), activation_of(activation), chain.count, chain.stages,
+  tdpass_chain call{dtype, lanes_of(lanes), chain.count, activation_of(activation), chain.stages,
       chain.weights, nullptr, nullptr};
   chain.take(in, weights, call.lanes);
   std::vector<int64_t> sizes(x.sizes, x.sizes + 4);
@@ -83,7 +83,7 @@ Result linear_chain(Arguments& in) {
   const int32_t lanes =
       !weights.empty() && weights[0].dims == PAIR_AXES ? TDPASS_PAIR_LANES : TDPASS_CHANNEL_LANES;
   tdpass_chain call{
-      dtype, lanes, activation_of(activation), chain.count, chain.stages, chain.weights, nullptr, nullptr};
+      dtype, lanes, chain.count, activation_of(activation), chain.stages, chain.weights, nullptr, nullptr};
   chain.take(in, weights, lanes);
   std::vector<int64_t> sizes(x.sizes, x.sizes + x.dims);
   sizes.back() = widths.back();

@@ -40,7 +40,7 @@ struct Int8Chain : Stages {
     if (residual && residual.dtype != (grids[count + 1].scale > 0 ? bytes : floats)) return false;
     bias = in.floats(bias);
     if (bias && (bias.dims != 1 || bias.numel() != stages[count - 1].out)) return false;
-    call.chain = {coded ? int32_t(TDPASS_UINT8) : dtype, TDPASS_QUAD_LANES, activation_of(activation), count,
+    call.chain = {coded ? int32_t(TDPASS_UINT8) : dtype, TDPASS_QUAD_LANES, count, activation_of(activation),
         stages, weights, static_cast<const float*>(bias.data), nullptr};
     call.scales = scale, call.totals = total, call.grids = grids;
     return true;

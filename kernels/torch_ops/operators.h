@@ -45,9 +45,9 @@ class Output {
 
 int32_t dtype_of(int32_t type);  // tdpass_dtype of torch's floating-point type, or -1
 inline int32_t dtype_of(const Tensor& x) { return dtype_of(x.dtype); }
-int32_t activation_of(const std::string& name);  // tdpass_activation; throws for an unknown name
-int32_t lanes_of(const std::string& name);       // tdpass_lanes; throws for an unknown name
-tdpass_pool pool();                              // torch's own threads
+tdpass_activation activation_of(const std::string& text);  // throws for an unknown name
+int32_t lanes_of(const std::string& name);                 // tdpass_lanes; throws for an unknown name
+tdpass_pool pool();                                        // torch's own threads
 std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes);
 
 // Copies integers into a struct of 32-bit ones; false where one does not fit.

@@ -7,6 +7,9 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <limits>
+#include <locale>
+#include <sstream>
 
 // Only from torch 2.13 on; null before.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
@@ -71,6 +74,19 @@ void run_torch(void*, int32_t tasks, void (*task)(void*, int32_t), void* argumen
   check(torch_parallel_for(0, tasks, 1, chunk, &work), "run in parallel");
 }
 
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
+
+// The number that all of a text is, in the notation of Python; NaN where it is none.
+float number_of(const std::string& text) {
+  if (text == "inf") return INFINITE;
+  if (text == "-inf") return -INFINITE;
+  std::istringstream in(text);
+  in.imbue(std::locale::classic());
+  double number;
+  const bool whole = bool(in >> number) && in.peek() == std::istringstream::traits_type::eof();
+  return whole ? float(number) : std::numeric_limits<float>::quiet_NaN();
+}
+
 int32_t find(const std::string& name, const char* what, std::initializer_list<const char*> known) {
   int32_t index = 0;
   std::string all;
@@ -96,8 +112,17 @@ int32_t dtype_of(int32_t type) {
   return type == float32 ? TDPASS_FLOAT32 : type == bfloat16 ? TDPASS_BFLOAT16 : -1;
 }
 
-int32_t activation_of(const std::string& name) {
-  return find(name, "activation", {"identity", "relu", "silu", "gelu", "relu6"});
+tdpass_activation activation_of(const std::string& text) {
+  static const std::string head = "clamp(";
+  const size_t comma = text.find(',');
+  if (text.rfind(head, 0) == 0 && comma != std::string::npos && text.back() == ')') {
+    const float low = number_of(text.substr(head.size(), comma - head.size())),
+                high = number_of(text.substr(comma + 1, text.size() - comma - 2));
+    if (low == low && high == high) return {TDPASS_CLAMP, low, high};
+  }
+  constexpr tdpass_activation known[] = {{TDPASS_IDENTITY, 0, 0}, {TDPASS_CLAMP, 0, INFINITE},
+      {TDPASS_CLAMP, 0, 6}, {TDPASS_SILU, 0, 0}, {TDPASS_GELU, 0, 0}};
+  return known[find(text, "activation", {"identity", "relu", "relu6", "silu", "gelu"})];
 }
 
 int32_t lanes_of(const std::string& name) { return find(name, "lanes", {"channels", "pixels", "pairs"}); }

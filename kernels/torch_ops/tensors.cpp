@@ -27,7 +27,7 @@ Result tensor_chain(Arguments& in) {
   std::vector<Tensor> given = in.tensors();
   Tensor bias = in.optional_tensor(), residual = in.optional_tensor();
   std::vector<int64_t> integers = in.integers();
-  const int32_t activation = activation_of(in.text());
+  const tdpass_activation activation = activation_of(in.text());
 
   const size_t count = integers.size() / INTEGERS;
   const int32_t dtype = dtype_of(x);
@@ -54,7 +54,7 @@ Result tensor_chain(Arguments& in) {
   if (shift && (shift.dims != 1 || shift.numel() != sizes.back())) return not_served();
   tdpass_rows added{};
   if (rest) added = rows(rest);
-  const tdpass_program call{dtype, activation, int32_t(count), steps, weights,
+  const tdpass_program call{dtype, int32_t(count), activation, steps, weights,
       static_cast<const float*>(shift.data), rest ? &added : nullptr};
   Output y(sizes, contiguous_strides(sizes), x.dtype);
   const tdpass_rows from = rows(plain), into = rows(y.view());

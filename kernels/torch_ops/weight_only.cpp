@@ -19,10 +19,10 @@ bool has_shape(const Tensor& x, std::initializer_list<int64_t> sizes) {
 bool read(Arguments& in, const Tensor& codes, const Tensor& scales, int64_t outputs, int64_t inputs,
     tdpass_matrix& m) {
   const int32_t kinds[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(), aoti_torch_dtype_int8(),
-      aoti_torch_dtype_int32()};
-  const int32_t kind = int32_t(std::find(kinds, kinds + 4, codes.dtype) - kinds);
+      aoti_torch_dtype_int32(), aoti_torch_dtype_uint8()};
+  const int32_t kind = int32_t(std::find(std::begin(kinds), std::end(kinds), codes.dtype) - kinds);
   const bool zeros = scales.dims == 4;
-  if (kind > TDPASS_NIBBLES || !(zeros || scales.dims == 3) || scales.dtype != kinds[TDPASS_FLOATS])
+  if (kind > TDPASS_FLOAT8 || !(zeros || scales.dims == 3) || scales.dtype != kinds[TDPASS_FLOATS])
     return false;
   if (!tdpass::within(outputs, 1, tdpass::MOST_CHANNELS) || !tdpass::within(inputs, 1, tdpass::MOST_CHANNELS))
     return false;
@@ -45,7 +45,8 @@ Result weight_only_linear(Arguments& in) {
   const std::vector<Tensor> codes = in.tensors(), scales = in.tensors();
   Tensor bias = in.optional_tensor(), residual = in.optional_tensor();
   const std::vector<int64_t> widths = in.integers();
-  const int32_t activation = activation_of(in.text()), dtype = dtype_of(x);
+  const tdpass_activation activation = activation_of(in.text());
+  const int32_t dtype = dtype_of(x);
 
   if (dtype < 0 || x.dims < 1 || (widths.size() != 2 && widths.size() != 3) ||
       codes.size() != 2 * widths.size() - 3 || scales.size() != codes.size())
@@ -65,7 +66,7 @@ Result weight_only_linear(Arguments& in) {
   if (shift && (shift.dims != 1 || shift.numel() != widths[1])) return not_served();
   tdpass_rows added{};
   if (rest) added = rows(rest);
-  const tdpass_weight_only call{dtype, activation, int32_t(codes.size()), matrices,
+  const tdpass_weight_only call{dtype, int32_t(codes.size()), activation, matrices,
       static_cast<const float*>(shift.data), rest ? &added : nullptr};
   Output y(sizes, contiguous_strides(sizes), x.dtype);
   const tdpass_rows from = rows(plain), into = rows(y.view());

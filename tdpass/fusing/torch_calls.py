@@ -13,7 +13,8 @@ from torch import Tensor
 from tdpass.fusing.choose import LANES, PLAIN, Calls, Trial
 from tdpass.fusing.spec import ChainCall, Layout
 from tdpass.kernels import base
-from tdpass.kernels.conv_chain import CONV_CHAIN, activate, packing
+from tdpass.kernels.activation import activate
+from tdpass.kernels.conv_chain import CONV_CHAIN, packing
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.stage import Stage
 from tdpass.ops import padded_convolution

@@ -12,7 +12,7 @@ from typing_extensions import Self
 from tdpass.formats.layer import Layer
 from tdpass.formats.lowering import chain_of
 from tdpass.kernels import native
-from tdpass.kernels.conv_chain import activate
+from tdpass.kernels.activation import activate
 from tdpass.layers.factorized import Factorized
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tdpass.formats.layer import Layer
 from tdpass.formats.lowering import lower
 from tdpass.kernels import native
-from tdpass.kernels.conv_chain import activate
+from tdpass.kernels.activation import activate
 from tdpass.layers.encoded import EncodedCall
 from tdpass.layers.factor_chain import LINEAR
 from tdpass.layers.factorized import Factorized

@@ -1,4 +1,4 @@
-"""Linear layers whose weight is whole numbers, alone or beside a thin product, as one operator."""
+"""Linear layers whose weight is whole numbers or float8, alone or beside a thin product, as one operator."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from tdpass.form import Form
 from tdpass.formats.base import FORMATS
 from tdpass.formats.layer import Layer
 from tdpass.formats.storage import Storage
-from tdpass.kernels.weight_only import WEIGHT_ONLY_LINEAR, pack_codes, pack_floats
+from tdpass.kernels.weight_only import WEIGHT_ONLY_LINEAR, pack_codes, pack_float8, pack_floats
 from tdpass.layers.derived import Recipe, Tensors, derived
 from tdpass.layers.encoded import EncodedCall
 from tdpass.numbers import SCALE, VALUES
 from tdpass.numbers.floating import Floating
-from tdpass.numbers.integer import Integer
-from tdpass.numbers.scaled import ZERO
+from tdpass.numbers.scaled import ZERO, Scaled
 from tdpass.ops import TorchOps
 from tdpass.site import Site
 
@@ -51,18 +50,20 @@ class PackWeightOnly(Recipe[Tensors]):
 
 def _pack(storage: Storage, name: str, held: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     numbers, (outputs, inputs) = storage.numbers[name], storage.shapes[name]
-    assert isinstance(numbers, Integer)
+    assert isinstance(numbers, Scaled)
     codes = numbers.unpacked(TorchOps(), held[storage.part_of(name, VALUES)], outputs * inputs)
     parts = {part: held[storage.part_of(name, part)] for part in numbers.parts(storage.shapes[name])}
     beside = numbers.unpacked_beside(TorchOps(), parts, storage.shapes[name])
     each = {part: held.expand(outputs) if numbers.group < 0 else held for part, held in beside.items()}
     rows = {part: held.reshape(outputs, -1) for part, held in each.items()}
-    whole = codes.reshape(outputs, inputs).to(torch.int8)
-    return pack_codes(whole, rows[SCALE], numbers.bits, rows.get(ZERO))
+    whole = codes.reshape(outputs, inputs)
+    if numbers.floating:
+        return pack_float8(whole, rows[SCALE])
+    return pack_codes(whole.to(torch.int8), rows[SCALE], numbers.bits, rows.get(ZERO))
 
 
 class WeightOnly(EncodedCall):
-    """A linear layer of whole numbers that runs as `weight_only_linear`, from what is packed of its parts.
+    """A linear layer of numbers of few bits that runs as `weight_only_linear`, from what is packed of them.
 
     Where gradients are wanted, while it is compiled or exported, and for other types than single precision it
     runs as the layer that it is.
@@ -76,8 +77,8 @@ class WeightOnly(EncodedCall):
         numbers = layer.storage.numbers.get(whole)
         if layer.site.axes or layer.site.groups > 1 or layer.format not in ("dense", "svd_residual"):
             return f"'{layer.form}' is no linear layer of one matrix, alone or beside a product of two"
-        if not isinstance(numbers, Integer) or numbers.bits not in (4, 8):
-            return f"'{layer.form}' holds no whole numbers of 4 or 8 bits"
+        if not isinstance(numbers, Scaled) or numbers.bits not in (4, 8):
+            return f"'{layer.form}' holds no numbers of 4 or 8 bits with scales"
         if (
             layer.storage.supports
             or layer.form.activations
@@ -88,7 +89,7 @@ class WeightOnly(EncodedCall):
                 f"{_EIGHTH}"
             )
         if not all(isinstance(layer.storage.numbers.get(name), Floating) for name in thin):
-            return f"'{layer.form}' holds no floating-point factors beside its whole numbers"
+            return f"'{layer.form}' holds no floating-point factors beside its numbers of few bits"
         return ""
 
     def packed(self) -> Tensors:

@@ -114,7 +114,7 @@ def tensor_chain_cases() -> Iterator[Case]:
             (1, "relu"),
             (5, "silu"),
             (16, "gelu"),
-            (17, "relu6"),
+            (17, "clamp(-1.5,0.75)"),
             (33, "identity"),
         ):
             yield Case(

@@ -123,6 +123,13 @@ def around_a_zero_point(weight: Tensor, bits: int, group: int) -> Stored:
     return weight_only.pack_codes(numbers.codes(weight, beside), grids[0], bits, grids[1])
 
 
+def in_float8(weight: Tensor, group: int) -> Stored:
+    """Float8 with a scale for each group, or for a whole row."""
+    rows = weight.reshape(len(weight), -1, group or weight.shape[1])
+    scale = rows.abs().amax(2).clamp_min(1e-9) / float8_chain.TOP
+    return weight_only.pack_float8((rows / scale[..., None]).to(float8_chain.FLOAT8).flatten(1), scale)
+
+
 KINDS: dict[str, Callable[[Tensor], Stored]] = {
     "int4": lambda weight: weight_only.pack_weight(weight, 4),
     "int4/32": lambda weight: weight_only.pack_weight(weight, 4, 32),
@@ -130,6 +137,8 @@ KINDS: dict[str, Callable[[Tensor], Stored]] = {
     "int8/16": lambda weight: weight_only.pack_weight(weight, 8, 16),
     "int4/32/zero": lambda weight: around_a_zero_point(weight, 4, 32),
     "int8/16/zero": lambda weight: around_a_zero_point(weight, 8, 16),
+    "float8": lambda weight: in_float8(weight, 0),
+    "float8/32": lambda weight: in_float8(weight, 32),
     "bfloat16": weight_only.pack_floats,
     "float32": lambda weight: weight_only.pack_floats(weight, torch.float32),
 }
@@ -145,7 +154,7 @@ def weight_only_linear_cases() -> Iterator[Case]:
                 (1, 0, "identity"),
                 (3, 5, "silu"),
                 (9, 17, "gelu"),
-                (5, 0, "relu6"),
+                (5, 0, "clamp(-0.5,2.0)"),
             ):
                 stored = [pack(scaled(outputs, inputs))]
                 if rank:

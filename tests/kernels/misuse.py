@@ -41,7 +41,7 @@ def _changed(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, float):
         yield from ((f"= {other}", other) for other in (-1.0, math.inf, math.nan))
     elif isinstance(value, str):
-        yield "= nonsense", "nonsense"
+        yield from ((f"= {text}", text) for text in ("nonsense", "clamp(0,nan)", "clamp(0)", "clamp(0,1,2)"))
     elif value and isinstance(value[0], Tensor):
         yield "none", []
         yield "one more", [*value, value[-1]]

@@ -10,7 +10,7 @@ import torch
 from cases import DTYPES_OF
 from low_precision import KINDS, ONE_STEP, bytes_of, chain, grid_over
 from low_precision import scaled as _scaled
-from setting import BOTH, Case, randn
+from setting import BOTH, ENDINGS, Case, randn
 from torch import Tensor
 
 from tdpass.kernels import (
@@ -24,7 +24,6 @@ from tdpass.kernels import (
 )
 from tdpass.kernels.blocks import CYCLES, pack
 from tdpass.kernels.grid import Grid, Grids
-from tdpass.kernels.native import ACTIVATIONS
 from tdpass.kernels.stage import Lanes, Stage, integers_of
 
 WIDTHS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47)
@@ -70,7 +69,7 @@ def conv_chain_case(chance: Random) -> Case:
     y = conv_chain.fake(x, weights, None, None, integers, "identity", lanes)
     bias = chance.choice((None, randn(widths[-1])))
     residual = chance.choice((None, torch.randn_like(y)))  # type: ignore[type-var]
-    activation = chance.choice(list(ACTIVATIONS))
+    activation = chance.choice(ENDINGS)
     dtypes = DTYPES_OF[lanes]
     if lanes == "pixels" and any(
         stage.stride[1] not in (1, 2, 4) for stage in stages
@@ -92,7 +91,7 @@ def linear_chain_case(chance: Random) -> Case:
         chance.choice((None, randn(widths[-1]))),
         chance.choice((None, randn(*shape, widths[-1]))),
     )
-    activation = chance.choice(list(ACTIVATIONS))
+    activation = chance.choice(ENDINGS)
     return Case(
         f"{lanes} {shape} {widths} {activation}",
         (randn(*shape, widths[0]), weights, bias, residual, widths, activation),
@@ -117,7 +116,7 @@ def tensor_chain_case(chance: Random) -> Case:
     integers = [value for step in steps for value in step.integers()]
     shape, outputs = tuple(chance.randint(1, 9) for _ in range(chance.randint(0, 2))), steps[-1].outputs
     bias, residual = chance.choice((None, randn(outputs))), chance.choice((None, randn(*shape, outputs)))
-    activation = chance.choice(list(ACTIVATIONS))
+    activation = chance.choice(ENDINGS)
     return Case(
         f"{shape} {steps} {activation}",
         (randn(*shape, steps[0].inputs), weights, bias, residual, integers, activation),
@@ -135,7 +134,7 @@ def sparse_linear_case(chance: Random) -> Case:
     shape = tuple(chance.randint(1, 20) for _ in range(chance.randint(0, 2)))
     blocks = pack(_sparse(chance, o, i), width)
     bias, residual = chance.choice((None, randn(o))), chance.choice((None, randn(*shape, o)))
-    activation = chance.choice(list(ACTIVATIONS))
+    activation = chance.choice(ENDINGS)
     return Case(
         f"{width} {shape} {o}x{i} {activation}", (randn(*shape, i), *blocks, bias, residual, o, activation)
     )
@@ -149,7 +148,7 @@ def sparse_conv2d_case(chance: Random) -> Case:
     blocks = pack(_sparse(chance, *stage.shape), width)
     y = sparse.conv_fake(x, *blocks, None, None, stage.integers(), "identity")
     bias, residual = chance.choice((None, randn(o))), chance.choice((None, torch.randn_like(y)))
-    activation = chance.choice(list(ACTIVATIONS))
+    activation = chance.choice(ENDINGS)
     return Case(
         f"{width} {tuple(x.shape)} {x.stride()} {stage} {activation}",
         (x, *blocks, bias, residual, stage.integers(), activation),
@@ -189,7 +188,7 @@ def conv_chain_int8_case(chance: Random) -> Case:
         residual = (bytes_of(residual, added) if added else residual).contiguous(memory_format=memory_format)
     if reads[0] and chance.random() < 0.3:
         x = bytes_of(x, reads[0])
-    activation = chance.choice(("identity", "relu") if output else list(ACTIVATIONS))
+    activation = chance.choice(("identity", "relu", ENDINGS[-1]) if output else ENDINGS)
     numbers = Grids(tuple(reads), output, added).numbers()
     end = (chance.choice((None, randn(widths[-1]))), residual, numbers, integers_of(stages), activation)
     name = f"{tuple(x.shape)} {memory_format} {stages} {numbers} {activation}"
@@ -205,7 +204,7 @@ def linear_chain_int8_case(chance: Random) -> Case:
     factors, reads, y = chain(flat, stages, [chance.randint(0, 255) for _ in stages])
     reads = [chance.choice((Grid(), grid)) for grid in reads]
     output = chance.choice((Grid(), grid_over(y, 77)))
-    activation = chance.choice(("identity", "relu") if output else list(ACTIVATIONS))
+    activation = chance.choice(("identity", "relu", ENDINGS[-1]) if output else ENDINGS)
     bias = chance.choice((None, randn(widths[-1])))
     residual = chance.choice((None, randn(*shape, widths[-1])))
     end = (bias, residual, Grids(tuple(reads), output).numbers(), widths, activation)
@@ -219,7 +218,7 @@ def linear_chain_float8_case(chance: Random) -> Case:
     weights, scales = (list(each) for each in zip(*packed, strict=True))
     bias = chance.choice((None, randn(widths[-1])))
     residual = chance.choice((None, randn(*shape, widths[-1])))
-    activation, grid = chance.choice(list(ACTIVATIONS)), chance.choice((0.0, 2.0**-7))
+    activation, grid = chance.choice(ENDINGS), chance.choice((0.0, 2.0**-7))
     end = (bias, residual, grid, widths, activation)
     return Case(f"{shape} {widths} {grid} {activation}", (randn(*shape, widths[0]), weights, scales, *end))
 
@@ -236,7 +235,7 @@ def weight_only_linear_case(chance: Random) -> Case:
     weights, scales = (list(each) for each in zip(*stored, strict=True))
     bias = chance.choice((None, randn(outputs)))
     residual = chance.choice((None, randn(*shape, outputs)))
-    activation = chance.choice(list(ACTIVATIONS))
+    activation = chance.choice(ENDINGS)
     end = (bias, residual, [inputs, outputs, *([rank] if rank else [])], activation)
     return Case(f"{kind} {shape} {end[2]} {activation}", (randn(*shape, inputs), weights, scales, *end))
 

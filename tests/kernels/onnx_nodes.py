@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from tdpass.models.onnx.operators.fused import DOMAIN, Operator, function_of
+from tdpass.models.onnx.operators.fused import DOMAIN, Operator, bounds, function_of
 
 Arrays = dict[str, np.ndarray]
 RNG = np.random.default_rng(0)
@@ -30,7 +30,7 @@ def one_node(
     open_axis: int = 0,
     opset: int = OPSET,
 ) -> onnx.ModelProto:
-    """A model of one node, one axis of whose inputs is open."""
+    """A model of one node, one axis of whose inputs is open; the bounds of a clamp are constants."""
     node = helper.make_node(op.name, op.inputs, op.outputs, domain=DOMAIN, **attributes)
     given = [
         helper.make_tensor_value_info(
@@ -40,6 +40,8 @@ def one_node(
         )
         for name, array in inputs.items()
     ]
+    ends = bounds(getattr(op, "activation", "identity"))
+    constants = {**constants, **{name: np.float32(end) for name, end in ends.items()}}
     stored = [
         array if isinstance(array, onnx.TensorProto) else numpy_helper.from_array(array, name)
         for name, array in constants.items()

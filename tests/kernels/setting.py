@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdpass.kernels.activation import NAMES
 from tdpass.kernels.base import IMPLEMENTATIONS, Op
 from tdpass.kernels.stage import Stage
 
 BOTH = (torch.float32, torch.bfloat16)
 # Largest error relative to the largest number of the result; a type that is not listed has none and fails.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2}
+# What operators may end with: every name, and clamps of both kinds.
+ENDINGS = (*NAMES, "clamp(-3.5,7.25)", "clamp(-inf,0.5)")
 # What has the type of the input; everything else of an operator, weights and biases, is float32.
 ACTIVATIONS = frozenset({"x", "residual", "pre", "h0", "c0"})
 

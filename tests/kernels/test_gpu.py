@@ -31,12 +31,13 @@ from gpu_setting import (
     starts_interpreted,
     tile,
 )
+from setting import ENDINGS
 from torch import Tensor
 
 from tdpass.errors import KernelError, UnsupportedError
 from tdpass.kernels import gpu
+from tdpass.kernels.activation import activate
 from tdpass.kernels.base import IMPLEMENTATIONS, OPS
-from tdpass.kernels.conv_chain import activate
 from tdpass.kernels.float8_chain import pack_weight
 from tdpass.kernels.linear_chain import stages_of as layers_of
 from tdpass.kernels.stage import Stage
@@ -46,7 +47,6 @@ from tdpass.ops import padded_convolution
 pytestmark = pytest.mark.usefixtures("untuned")
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 DTYPES = list(TOLERANCE)
-ACTIVATIONS = ["identity", "relu", "silu", "gelu", "relu6"]
 ONES, NONE = (1, 1), ((0, 0), (0, 0))
 
 
@@ -91,7 +91,7 @@ def test_svd_linear(
 
 
 @runs_kernels
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ENDINGS)
 def test_every_activation_keeps_signs_and_nans(activation: str) -> None:
     from tdpass.kernels.gpu.svd_linear import svd_linear
 

@@ -39,6 +39,7 @@ def test_the_defaults_compile_for_a_device_that_is_not_here(
         (KINDS["int4/32"], torch.bfloat16, 1, 40),
         (KINDS["int4"], torch.float16, 512, 0),
         (KINDS["int8"], torch.float32, 8, 140),
+        (KINDS["float8/32"], torch.bfloat16, 8, 40),
     ):
         args = weight_only_layer(pack, dtype, rows, rank)
         assert IMPLEMENTATIONS["weight_only_linear", "cuda"](*args) is not NotImplemented

@@ -15,11 +15,10 @@ import torch
 from cases import CASES
 from odd import ODD, WITH_ACTIVATION, one_to_one
 from selection import mostly_slow
-from setting import arguments, assert_close, exact, run_native
+from setting import ENDINGS, arguments, assert_close, exact, run_native
 from torch import Tensor
 
 from tdpass.kernels.base import OPS
-from tdpass.kernels.native import ACTIVATIONS
 
 MISUSE = Path(__file__).parent / "misuse.py"
 EDGES = (
@@ -78,7 +77,7 @@ def test_odd_shapes_agree_with_the_reference(name: str, count: int) -> None:
                 raise AssertionError(f"{case.name} in {dtype}: {error}") from None
 
 
-@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("activation", ENDINGS)
 @pytest.mark.parametrize("name", WITH_ACTIVATION)
 def test_numbers_at_the_edge_come_through_the_epilogue_as_they_should(name: str, activation: str) -> None:
     op = OPS.get(name)

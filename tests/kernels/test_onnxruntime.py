@@ -13,10 +13,10 @@ import pytest
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from onnx_nodes import Arrays, close, numbers, one_node, opened, run
+from setting import ENDINGS
 
 from tdpass.errors import KernelError
 from tdpass.kernels import build, native
-from tdpass.kernels.native import ACTIVATIONS
 from tdpass.models.onnx.operators.fused import DOMAIN, FusedOp, function_of
 
 
@@ -91,7 +91,7 @@ def test_chains_of_convolutions_compute_what_their_functions_say(
         assert close(run(model, inputs, library), run(model, inputs))
 
 
-@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("activation", ENDINGS)
 @pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, False), (False, True), (True, True)])
 def test_bias_residual_and_activation(library: str, bias: bool, residual: bool, activation: str) -> None:
     model, inputs = conv_case("tucker2", bias, residual, activation, 1, 2, (9, 7))

@@ -1,4 +1,4 @@
-"""Linear layers of whole numbers run as one operator.
+"""Linear layers of numbers of few bits run as one operator.
 
 Answers are the same, the choice is by measured times, and files are as before.
 """
@@ -15,7 +15,7 @@ import tdpass
 from tdpass.formats import Layer
 from tdpass.fusing.choose import PLAIN
 from tdpass.kernels import native
-from tdpass.kernels.conv_chain import activate
+from tdpass.kernels.activation import activate
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.weight_only import WeightOnly
 from tdpass.models.torch.fused import fuse_encoded
@@ -24,10 +24,21 @@ SERVED = [
     "numbers=int8",
     "numbers=int4/16,beside=4",
     "numbers=int4/16/zero",
+    "numbers=float8_e4m3",
     *(
         pytest.param(options, marks=pytest.mark.slow)
         for options in (
-            *(f"numbers={text}" for text in ("int8/tensor", "int8/zero", "int4", "int4/32")),
+            *(
+                f"numbers={text}"
+                for text in (
+                    "int8/tensor",
+                    "int8/zero",
+                    "int4",
+                    "int4/32",
+                    "float8_e4m3/16",
+                    "float8_e4m3/tensor",
+                )
+            ),
             "numbers=int8,beside=4",
         )
     ),
@@ -107,8 +118,8 @@ def test_times_are_measured_once_and_kept() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ("numbers=int16", "no whole numbers"),
-        ("numbers=levels16", "no whole numbers"),
+        ("numbers=int16", "no numbers of 4 or 8 bits"),
+        ("numbers=levels16", "no numbers of 4 or 8 bits"),
         ("numbers=int4/4", "multiples of 8"),
     ],
 )

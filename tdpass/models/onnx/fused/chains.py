@@ -85,7 +85,8 @@ def conv_attributes_of(spec: ChainSpec) -> dict[str, int | Sequence[int]]:
 
 def _inputs(chain: NodeChain, constants: Constants) -> list[ir.Value]:
     added = [slot.value for slot in (chain.bias, chain.residual) if slot is not None]
-    return [chain.x.value, *(_weight(link, constants) for link in chain.links), *added]
+    ends = constants.bounds(chain.links[-1].weight.value, chain.activation)
+    return [chain.x.value, *(_weight(link, constants) for link in chain.links), *added, *ends]
 
 
 def _weight(link: NodeLink, constants: Constants) -> ir.Value:

@@ -68,4 +68,5 @@ def _inputs(chain: NodeChain, weights: Sequence[Integers], constants: Constants)
         named += [codes_of(link, weight, constants), scale_of(link, weight, constants)]
     like = weights[-1].scale_source
     named.append(constants.zeros(like, outputs_of(chain)) if chain.bias is None else chain.bias.value)
-    return [*named, *(() if chain.residual is None else (chain.residual.value,))]
+    named += [] if chain.residual is None else [chain.residual.value]
+    return [*named, *constants.bounds(like, chain.activation)]

@@ -112,6 +112,7 @@ class _Int8Chain:
         named.append(constants.zeros(like, outputs_of(chain)) if chain.bias is None else chain.bias.value)
         if chain.residual is not None:
             named.append(chain.residual.value)
+        named += constants.bounds(like, chain.activation)
         made = Grid.of(sole_reader(result(chain), "QuantizeLinear"), "QuantizeLinear")
         return [*named, *(() if made is None else (made.scale, made.zero))]
 

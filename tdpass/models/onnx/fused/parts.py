@@ -13,7 +13,7 @@ from tdpass.fusing.choose import LANES
 from tdpass.kernels.stage import Lanes
 from tdpass.models.onnx.graph.names import FreshNames
 from tdpass.models.onnx.graph.tensors import constant, from_torch, sizes, to_torch, torch_dtype
-from tdpass.models.onnx.operators.fused import Operator
+from tdpass.models.onnx.operators.fused import Operator, bounds
 from tdpass.models.onnx.sites.parameters import HOLDS
 
 
@@ -49,8 +49,19 @@ class Constants:
         return made
 
     def zeros(self, source: ir.Value, count: int) -> ir.Value:
-        """A bias of zeros, which is no parameter of the model, for a layer whose weight that is."""
-        value = self(source, "bias", lambda: torch.zeros(count))
+        """A bias of zeros for a layer whose weight that is."""
+        return self._no_parameter(source, "bias", torch.zeros(count))
+
+    def bounds(self, source: ir.Value, activation: str) -> list[ir.Value]:
+        """The ends of a clamp behind a layer whose weight that is; none for other activations."""
+        return [
+            self._no_parameter(source, f"{name} {end!r}", torch.tensor(end))
+            for name, end in bounds(activation).items()
+        ]
+
+    def _no_parameter(self, source: ir.Value, how: str, numbers: Tensor) -> ir.Value:
+        """Numbers beside a weight that are no parameters of the model."""
+        value = self(source, how, lambda: numbers)
         value.metadata_props[HOLDS] = "0"
         return value
 

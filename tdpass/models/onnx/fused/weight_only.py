@@ -190,4 +190,5 @@ def weight_only_layers(model: ir.Model) -> Iterator[Part]:
 
 def _inputs(chain: NodeChain, matrix: _FewBits, constants: Constants) -> list[ir.Value]:
     added = [slot.value for slot in (chain.bias, chain.residual) if slot is not None]
-    return [chain.x.value, *matrix.stored(constants), *matrix.factors, *added]
+    ends = constants.bounds(matrix.codes, chain.activation)
+    return [chain.x.value, *matrix.stored(constants), *matrix.factors, *added, *ends]

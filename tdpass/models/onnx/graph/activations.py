@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from tdpass.kernels.activation import clamp
 from tdpass.models.onnx.graph.tensors import constant, sizes, to_torch
 
 _ROOT_HALF = math.sqrt(0.5)
@@ -17,11 +18,11 @@ def activation_after(y: ir.Value) -> tuple[str, list[ir.Node]]:
 
     "identity" and none where there is no such.
     """
-    for name, find in (("relu", _relu), ("silu", _silu), ("gelu", _gelu), ("relu6", _relu6)):
+    for name, find in (("silu", _silu), ("gelu", _gelu)):
         found = find(y)
         if found:
             return name, found
-    return "identity", []
+    return _cuts(y)
 
 
 def sole_reader(value: ir.Value, *operators: str) -> ir.Node | None:
@@ -45,23 +46,34 @@ def other(node: ir.Node, value: ir.Value) -> ir.Value | None:
     return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
 
 
-def _relu(y: ir.Value) -> list[ir.Node]:
-    node = sole_reader(y, "Relu")
-    return [] if node is None else [node]
+def _cuts(y: ir.Value) -> tuple[str, list[ir.Node]]:
+    """The clamp that all nodes in a row make which cut at constants, the first of which alone reads y."""
+    low, high = -math.inf, math.inf
+    nodes: list[ir.Node] = []
+    while True:
+        node = sole_reader(y, "Relu", "Clip", "Max", "Min")
+        ends = None if node is None else _ends(node, y)
+        if node is None or ends is None:
+            return clamp(low, high), nodes
+        low, high = (min(max(end, ends[0]), ends[1]) for end in (low, high))
+        nodes.append(node)
+        y = node.outputs[0]
 
 
-def _relu6(y: ir.Value) -> list[ir.Node]:
-    """Clip between 0 and 6, whose bounds are attributes up to opset 10."""
-    node = sole_reader(y, "Clip")
-    if node is None:
-        return []
-    held = [constant(bound) for bound in node.inputs[1:]]
-    bounds = [
-        None if bound is None or bound.size != 1 else float(to_torch(bound).reshape(())) for bound in held
-    ]
-    if "min" in node.attributes or "max" in node.attributes:
-        bounds = [node.attributes.get_float(name, math.inf) for name in ("min", "max")]
-    return [node] if bounds == [0.0, 6.0] else []
+def _ends(node: ir.Node, y: ir.Value) -> tuple[float, float] | None:
+    """Where a node cuts y; bounds are attributes of Clip up to opset 10."""
+    if node.op_type == "Relu":
+        return 0.0, math.inf
+    if node.op_type == "Clip":
+        given = [*node.inputs[1:], None, None][:2]
+        infinite = zip(("min", "max"), (-math.inf, math.inf), strict=True)
+        rest = [node.attributes.get_float(name, end) for name, end in infinite]
+        pairs = zip(given, rest, strict=True)
+        low, high = (end if bound is None else _number(bound) for bound, end in pairs)
+    else:
+        bound = _number(other(node, y)) if len(node.inputs) == 2 else None
+        low, high = (bound, math.inf) if node.op_type == "Max" else (-math.inf, bound)
+    return None if low is None or high is None or math.isnan(low + high) else (low, high)
 
 
 def _silu(y: ir.Value) -> list[ir.Node]:
@@ -117,10 +129,13 @@ def _scales(node: ir.Node, value: ir.Value, factor: float) -> bool:
     return _is_number(other(node, value), factor)
 
 
-def _is_number(value: ir.Value | None, number: float) -> bool:
+def _number(value: ir.Value | None) -> float | None:
+    """The number that a constant is; None for what is none, or of several axes."""
     tensor = constant(value)
-    return (
-        tensor is not None
-        and math.prod(sizes(tensor)) == 1
-        and abs(float(to_torch(tensor).reshape(())) - number) < 1e-5 * abs(number)
-    )
+    alone = tensor is not None and sizes(tensor) in ((), (1,))
+    return float(to_torch(tensor).reshape(())) if alone and tensor is not None else None
+
+
+def _is_number(value: ir.Value | None, number: float) -> bool:
+    found = _number(value)
+    return found is not None and abs(found - number) < 1e-5 * abs(number)

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from typing_extensions import Self
 
 from tdpass.fusing.spec import ChainSpec
+from tdpass.kernels.activation import Activation
 from tdpass.kernels.native import multiplies_pairs
 
 DOMAIN, VERSION = "com.tdpass", 1
@@ -37,10 +38,7 @@ _ACTIVATE = {
         gate = Add (erf, one)
         gated = Mul (sum, gate)
         {y} = Mul (gated, half)""",
-    "relu6": """
-        six = Constant <value = float {{6.0}}> ()
-        positive = Relu (sum)
-        {y} = Min (positive, six)""",
+    "clamp": "lifted = Max (sum, low)  {y} = Min (lifted, high)",
 }
 
 
@@ -93,12 +91,24 @@ def ending(last: str, operands: Sequence[str], activation: str, result: str = "y
     for operand in operands:
         yield f"with_{operand} = Add ({last}, {operand})"
         last = f"with_{operand}"
-    yield _ACTIVATE[activation].format(y=result).replace("sum", last)
+    yield _ACTIVATE[_said(activation)].format(y=result).replace("sum", last)
 
 
 def title(activation: str) -> str:
     """An activation in the name of an operator."""
-    return "" if activation == "identity" else activation.capitalize()
+    said = _said(activation)
+    return "" if said == "identity" else said.capitalize()
+
+
+def bounds(activation: str) -> dict[str, float]:
+    """The inputs of an operator that are the ends of a clamp, by name; none for others."""
+    said = Activation.read(activation)
+    return {"low": said.low, "high": said.high} if _said(activation) == "clamp" else {}
+
+
+def _said(activation: str) -> str:
+    """How names and bodies of operators call an activation."""
+    return "relu" if activation == "relu" else Activation.read(activation).function
 
 
 def conv_attributes(stages: int) -> list[str]:
@@ -118,8 +128,8 @@ class FusedOp:
     """`y = activation(layers(x) + bias + residual)` with that many convolutions or products in a row.
 
     Products are with matrices. Inputs are x, a weight per layer (`[o, i / group, h, w]` as Conv has it, a
-    matrix `[i, o]`), then bias and residual where there are such.  With `half` the weights are bfloat16, and
-    the kernel may round to that what layers read.
+    matrix `[i, o]`), then bias, residual and `bounds` where there are such.  With `half` the weights are
+    bfloat16, and the kernel may round to that what layers read.
     """
 
     linear: bool
@@ -143,7 +153,7 @@ class FusedOp:
     @property
     def inputs(self) -> list[str]:
         weights = [f"w{k}" for k in range(1, self.stages + 1)]
-        return ["x", *weights, *["bias"] * self.bias, *["residual"] * self.residual]
+        return ["x", *weights, *["bias"] * self.bias, *["residual"] * self.residual, *bounds(self.activation)]
 
     @property
     def outputs(self) -> list[str]:

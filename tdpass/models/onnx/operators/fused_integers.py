@@ -11,7 +11,7 @@ import onnx_ir as ir
 from typing_extensions import Self
 
 from tdpass.fusing.spec import ChainSpec
-from tdpass.models.onnx.operators.fused import conv_attributes, ending, layer, title
+from tdpass.models.onnx.operators.fused import bounds, conv_attributes, ending, layer, title
 
 _BYTE_STEP = 1 / 127
 _MIDDLES = (
@@ -27,8 +27,8 @@ class Int8ChainOp:
 
     What every layer reads is on a grid of bytes and its weight of int8. Inputs are x, of bytes; per layer the
     scale and zero point of what it reads, its weight and the scales of that, one per output channel; the
-    bias; then the residual where there is one.  With `coded` y is of bytes, on the grid that the last two
-    inputs are.
+    bias; then the residual and the bounds of a clamp where there are such.  With `coded` y is of bytes, on
+    the grid that the last two inputs are.
     """
 
     linear: bool
@@ -53,6 +53,7 @@ class Int8ChainOp:
     def inputs(self) -> list[str]:
         each = [(f"x{k}_scale", f"x{k}_zero", f"w{k}", f"w{k}_scale") for k in range(1, self.stages + 1)]
         named = ["x", *(name for names in each for name in names), "bias", *["residual"] * self.residual]
+        named += bounds(self.activation)
         return [*named, *(["y_scale", "y_zero"] if self.coded else [])]
 
     @property
@@ -87,7 +88,7 @@ class DynamicChainOp:
 
     What every matrix reads is rounded, row by row, to 127 steps of its largest number.  Inputs are x, of
     numbers; per layer its weight `[i, o]` and the scales of that, one per output; the bias; then the residual
-    where there is one.
+    and the bounds of a clamp where there are such.
     """
 
     stages: int
@@ -110,7 +111,7 @@ class DynamicChainOp:
     @property
     def inputs(self) -> list[str]:
         each = [name for k in range(1, self.stages + 1) for name in (f"w{k}", f"w{k}_scale")]
-        return ["x", *each, "bias", *["residual"] * self.residual]
+        return ["x", *each, "bias", *["residual"] * self.residual, *bounds(self.activation)]
 
     @property
     def outputs(self) -> list[str]:
@@ -163,9 +164,9 @@ class WeightOnlyOp:
     """`y = activation(Q x + U V x + bias + residual)` with a matrix Q of 4 or 8 bits on the last axis of x.
 
     Inputs are x, the codes of Q and their scales, `[o groups]`; with `zeros` what codes are counted from;
-    with `low_rank` V `[r, i]` and U `[o, r]` of float16; then bias and residual where there are such.  Codes
-    and zero points of 4 bits lie as MatMulNBits has them, those of 8 bits are int8, `[o groups, i / groups]`
-    and `[o groups]`.
+    with `low_rank` V `[r, i]` and U `[o, r]` of float16; then bias, residual and the bounds of a clamp where
+    there are such.  Codes and zero points of 4 bits lie as MatMulNBits has them, those of 8 bits are int8,
+    `[o groups, i / groups]` and `[o groups]`.
     """
 
     bits: int
@@ -184,7 +185,7 @@ class WeightOnlyOp:
     @property
     def inputs(self) -> list[str]:
         thin, added = ["v", "u"] * self.low_rank, ["bias"] * self.bias + ["residual"] * self.residual
-        return ["x", *self._matrix, *thin, *added]
+        return ["x", *self._matrix, *thin, *added, *bounds(self.activation)]
 
     @property
     def _matrix(self) -> list[str]:

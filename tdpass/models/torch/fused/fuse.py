@@ -14,6 +14,7 @@ from tdpass.formats.lowering import Lowered, lower
 from tdpass.fusing.choose import Verdict, choose, served
 from tdpass.fusing.spec import ChainCall, ChainSpec, Layout
 from tdpass.fusing.torch_calls import in_torch
+from tdpass.kernels.activation import clamp
 from tdpass.layers.encoded import EncodedCall
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.fused import Fused
@@ -156,5 +157,5 @@ def _activation(module: nn.Module | None) -> str | None:
     if type(module) is nn.GELU:
         return "gelu" if module.approximate == "none" else None
     if type(module) is nn.Hardtanh:
-        return "relu6" if (module.min_val, module.max_val) == (0, 6) else None
+        return clamp(module.min_val, module.max_val)
     return {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}.get(type(module))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
+
+from tdpass.kernels.activation import clamp
 
 _aten = torch.ops.aten
 _SUMS = {operator.add, torch.add, operator.iadd, _aten.add.Tensor, _aten.add_.Tensor}
@@ -21,10 +24,21 @@ _ACTIVATIONS: dict[Any, str] = {
     _aten.silu_.default: "silu", _aten.gelu.default: "gelu",
     F.relu6: "relu6", _aten.relu6.default: "relu6", _aten.relu6_.default: "relu6",
 }  # fmt: skip
-_CLAMPS: dict[Any, tuple[str, str]] = {
-    **dict.fromkeys((F.hardtanh, _aten.hardtanh.default, _aten.hardtanh_.default), ("min_val", "max_val")),
-    **dict.fromkeys((torch.clamp, torch.clamp_, torch.clip, "clamp", "clamp_", "clip"), ("min", "max")),
-    **dict.fromkeys((_aten.clamp.default, _aten.clamp_.default), ("min", "max")),
+_Bound = tuple[int, str, float | None]  # where it stands among the arguments, its name, what it is else
+_MIN, _MAX = (1, "min", None), (2, "max", None)
+_CLAMPS: dict[Any, tuple[_Bound | None, _Bound | None]] = {
+    **dict.fromkeys(
+        (F.hardtanh, torch._C._nn.hardtanh, _aten.hardtanh.default, _aten.hardtanh_.default),
+        ((1, "min_val", -1.0), (2, "max_val", 1.0)),
+    ),
+    **dict.fromkeys((torch.clamp, torch.clamp_, torch.clip, torch.clip_), (_MIN, _MAX)),
+    **dict.fromkeys(
+        ("clamp", "clamp_", "clip", "clip_", _aten.clamp.default, _aten.clamp_.default), (_MIN, _MAX)
+    ),
+    **dict.fromkeys((torch.clamp_min, torch.clamp_min_, "clamp_min", "clamp_min_"), (_MIN, None)),
+    **dict.fromkeys((_aten.clamp_min.default, _aten.clamp_min_.default), (_MIN, None)),
+    **dict.fromkeys((torch.clamp_max, torch.clamp_max_, "clamp_max", "clamp_max_"), (None, (1, "max", None))),
+    **dict.fromkeys((_aten.clamp_max.default, _aten.clamp_max_.default), (None, (1, "max", None))),
 }
 _IN_PLACE = {
     operator.iadd,
@@ -120,11 +134,13 @@ def activation_of(y: Node) -> tuple[Node, str] | tuple[None, str]:
 
 def _clamp(node: Node) -> str | None:
     """The name of an activation that a call is which cuts at two numbers; None for no such."""
-    names = _CLAMPS.get(node.target)
-    if names is None:
+    if node.target not in _CLAMPS:
         return None
-    bounds = tuple(argument(node, place, name) for place, name in enumerate(names, 1))
-    return "relu6" if bounds == (0, 6) else None
+    low, high = (None if bound is None else argument(node, *bound) for bound in _CLAMPS[node.target])
+    numbers = all(
+        end is None or (isinstance(end, int | float) and not math.isnan(end)) for end in (low, high)
+    )
+    return clamp(low, high) if numbers else None
 
 
 def movable(nodes: Sequence[Node]) -> bool:
