@@ -149,11 +149,18 @@ def measured(trials: Sequence[Trial[Any]], families: Sequence[Lanes], least: flo
 
 def _times(trial: Trial[Any]) -> dict[str, float]:
     """Seconds of each way to run the chain, infinite where not served; measured where the table has none."""
-    keys = {way: trial.key(way) for way in (PLAIN, *LANES)}
+    return kept_seconds({way: trial.key(way) for way in (PLAIN, *LANES)}, trial.calls, trial.threads)
+
+
+def kept_seconds(keys: Mapping[str, Key], calls: Callable[[], Calls], threads: int) -> dict[str, float]:
+    """Seconds of each way by the table of times, into which goes what it has not.
+
+    `calls` makes what is timed; a way that it lacks takes infinitely long.
+    """
     table = times_kept()
     known = table.get(keys.values())
     if len(known) < len(keys):
-        seconds = seconds_of(trial.calls(), trial.threads)
+        seconds = seconds_of(calls(), threads)
         known = {key: Row(seconds.get(way, math.inf)) for way, key in keys.items()}
         table.put(known)
     return {way: known[key].seconds for way, key in keys.items()}

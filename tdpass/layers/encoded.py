@@ -20,12 +20,14 @@ class EncodedCall(Factorized, ABC):
     """A layer of encoded factors as one operator where that serves the call; else it runs as it is.
 
     `operator` names what it is measured under, `activation` what it ends with, which it took in from the
-    model. With `apart` set it always runs as it is.
+    model. With `apart` set it always runs as it is, with `in_graphs` everywhere but in a graph that is
+    compiled or exported.
     """
 
     operator: ClassVar[str]
     activation = "identity"
     apart = False
+    in_graphs = False
 
     @classmethod
     def of(cls, module: Factorized) -> Self:
@@ -51,7 +53,8 @@ class EncodedCall(Factorized, ABC):
         """Whether the operator takes this input, gradients aside."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.apart or not (self._inference(x) and self.serves(x)):
+        alone = self.apart or (self.in_graphs and not torch.compiler.is_compiling())
+        if alone or not (self._inference(x) and self.serves(x)):
             return activate(super().forward(x), self.activation)
         return self.packed_call(x)
 

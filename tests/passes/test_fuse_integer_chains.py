@@ -15,6 +15,7 @@ from tdpass.form import Form
 from tdpass.formats import FORMATS, Layer
 from tdpass.formats.base import offered_formats
 from tdpass.formats.lowering import chain_of
+from tdpass.fusing import choose
 from tdpass.fusing.choose import PLAIN
 from tdpass.kernels import native
 from tdpass.kernels.base import use_reference
@@ -225,13 +226,13 @@ def test_it_is_chosen_where_it_is_measured_to_be_faster(
 
 def test_times_are_kept_by_form_grids_and_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
-    seconds_of = fuse_encoded.seconds_of
+    seconds_of = choose.seconds_of
 
     def counted(*args: object) -> dict[str, float]:
         runs.append(1)
         return seconds_of(*args)
 
-    monkeypatch.setattr(fuse_encoded, "seconds_of", counted)
+    monkeypatch.setattr(choose, "seconds_of", counted)
     for how in ("static", "dynamic"):
         layer = layer_of("svd", SITES[0], how)
         module = Factorized(layer, nn.Parameter(layer.bias))

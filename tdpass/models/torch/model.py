@@ -271,7 +271,7 @@ class TorchModel(Model):
 
     def fuse(self, note: Note, decline: Decline, samples: Batch | None = None) -> bool:
         batch = samples or self._example
-        found = fuse_layers(self.module, None if batch is None else lambda: self.run(batch), note, decline)
+        found = fuse_layers(self.module, batch, self.run, note, decline)
         for layer, fused in found.items():
             become(layer, fused)
         return bool(found)

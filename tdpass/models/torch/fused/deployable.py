@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 
 from tdpass.errors import InvalidModelError, UnsupportedError
 from tdpass.formats.lowering import Lowered, chain_of
@@ -145,23 +146,43 @@ def export_program(module: nn.Module, example: Batch, dynamic_batch: bool) -> Ex
 
     Raises `InvalidModelError` where torch cannot, with what it said.
     """
+    with _exporting(dynamic_batch):
+        program = _exported(module, example, dynamic_batch)
+        if not any(map(is_integer_chain, program.graph.nodes)):
+            return program
+        whole = _joined(program)
+        lay_channels_innermost(whole.graph)
+        pack_integers(whole)
+        return _exported(whole, example, dynamic_batch)
+
+
+def joined_program(module: nn.Module, example: Batch) -> GraphModule:
+    """The graph of a module for inference, its integer chains joined, but not packed.
+
+    Raises `InvalidModelError` where torch cannot export it, with what it said.
+    """
+    with _exporting(dynamic_batch=False):
+        return _joined(_exported(module, example, dynamic_batch=False))
+
+
+def _exported(module: nn.Module, example: Batch, dynamic_batch: bool) -> ExportedProgram:
     shapes = dynamic_shapes(example) if dynamic_batch else None
+    return torch.export.export(
+        module, example.args, dict(example.kwargs), dynamic_shapes=shapes, strict=False
+    )
 
-    def export(given: nn.Module) -> ExportedProgram:
-        return torch.export.export(
-            given, example.args, dict(example.kwargs), dynamic_shapes=shapes, strict=False
-        )
 
+def _joined(program: ExportedProgram) -> GraphModule:
+    whole = program.module()
+    join_integers(whole.graph)
+    return whole
+
+
+@contextmanager
+def _exporting(dynamic_batch: bool) -> Iterator[None]:
     try:
         with torch.no_grad(), _quiet():
-            program = export(module)
-            if not any(map(is_integer_chain, program.graph.nodes)):
-                return program
-            whole = program.module()
-            join_integers(whole.graph)
-            lay_channels_innermost(whole.graph)
-            pack_integers(whole)
-            return export(whole)
+            yield
     except Exception as error:
         raise _refused("be exported", error, dynamic_batch) from error
 

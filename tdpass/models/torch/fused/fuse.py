@@ -10,47 +10,53 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tdpass.errors import InvalidModelError
 from tdpass.formats.lowering import Lowered, lower
 from tdpass.fusing.choose import Verdict, choose, served
 from tdpass.fusing.spec import ChainCall, ChainSpec, Layout
+from tdpass.fusing.together import Shared, choose_together
 from tdpass.fusing.torch_calls import in_torch
 from tdpass.kernels.activation import clamp
 from tdpass.layers.encoded import EncodedCall
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.fused import Fused
-from tdpass.models.torch.fused.fuse_encoded import fuse_encoded
+from tdpass.layers.integer_chain import IntegerChain
+from tdpass.models.base import Batch
+from tdpass.models.torch.fused.fuse_encoded import Encoded, encoded
+from tdpass.models.torch.fused.handed_bytes import handed_bytes
 
 Calls = dict[int, list[Tensor]]
 
 
 def fuse_layers(
     module: nn.Module,
-    run: Callable[[], object] | None,
+    example: Batch | None,
+    run: Callable[[Batch], object],
     note: Callable[[str], None],
     decline: Callable[[str, str], None],
 ) -> dict[Factorized, Factorized]:
     """What each factored layer that is faster so becomes.
 
-    The activations they take in are replaced by identities at once. `run` calls the module on what to measure
-    at; without it nothing is measured.
+    The activations they take in are replaced by identities at once. `run` calls the module on `example`,
+    which is what to measure at; without it nothing is measured.
     """
     layers = {
         path: layer
         for path, layer in module.named_modules()
         if isinstance(layer, Factorized) and not isinstance(layer, Fused | EncodedCall)
     }
-    inputs = None if run is None else _inputs(layers, run)
+    inputs = None if example is None else _inputs(layers, lambda: run(example))
     found: dict[Factorized, Factorized] = {}
+    few_bits: dict[str, Encoded] = {}
     plain = fused = 0.0
     for path, layer in layers.items():
         called = None if inputs is None else inputs[path]
         if layer.form.encoded:
-            made, reason = fuse_encoded(layer, called)
-            if made is None:
-                decline(path, f"not fused: {reason}")
+            made = encoded(layer, called)
+            if isinstance(made, str):
+                decline(path, f"not fused: {made}")
             else:
-                made.activation = _absorb(module, layer)
-                found[layer] = made
+                few_bits[path] = made
             continue
         verdict = _verdict(layer, called)
         if isinstance(verdict, str):
@@ -65,12 +71,43 @@ def fuse_layers(
             )
             continue
         found[layer] = Fused.of(layer, _absorb(module, layer), verdict.lanes)
+    for path in _chosen(module, few_bits, example, note):
+        made = few_bits[path]
+        made.call.activation = _absorb(module, layers[path])
+        found[layers[path]] = made.call
+    for path, made in few_bits.items():
+        if layers[path] not in found:
+            decline(path, f"not fused: {made.why_not}")
     if layers:
         times = f", {plain * 1e6:.0f} us -> {fused * 1e6:.0f} us in these layers" if plain else ""
         note(f"{len(found)} of {len(layers)} factored layers are now one operator each{times}")
     else:
         note("there is no factored layer to fuse")
     return found
+
+
+def _chosen(
+    module: nn.Module, layers: Mapping[str, Encoded], example: Batch | None, note: Callable[[str], None]
+) -> list[str]:
+    """The layers that save time by themselves, or with the bytes that they hand each other in graphs."""
+    gains = {path: each.gain for path, each in layers.items()}
+    chains = {path: each.call for path, each in layers.items() if isinstance(each.call, IntegerChain)}
+    shared: list[Shared[str]] = []
+    if example is not None and len(chains) > 1 and any(gains[path] <= 0 for path in chains):
+        try:
+            shared = handed_bytes(module, chains, example)
+        except InvalidModelError as error:
+            note(f"what integer layers save by handing on bytes is not known: {error}")
+    chosen = choose_together(gains, shared)
+    together = [path for path in layers if path in chosen and gains[path] <= 0]
+    for path in together:
+        layers[path].call.in_graphs = True
+    if together:
+        note(
+            f"{len(together)} of the layers are one operator in graphs alone (torch.compile, deploy), where "
+            "they are faster for the bytes that they hand on"
+        )
+    return [path for path in layers if path in chosen]
 
 
 def _inputs(layers: Mapping[str, Factorized], run: Callable[[], object]) -> dict[str, list[Tensor]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tdpass.fusing.choose import PLAIN, measuring, seconds_of, served, times_kept
+from tdpass.fusing.choose import PLAIN, Calls, kept_seconds, measuring, served
 from tdpass.kernels import native
 from tdpass.layers.encoded import EncodedCall
 from tdpass.layers.factorized import Factorized
@@ -16,27 +18,45 @@ from tdpass.layers.integer_chain import IntegerChain
 from tdpass.layers.weight_only import WeightOnly
 from tdpass.machine import processor
 from tdpass.numbers.floating import Floating
-from tdpass.timings import Key, Row, geometry_of
+from tdpass.timings import Key, geometry_of
 
 _LEAST = 1 / 0.95  # what is packed is a second copy of the weight
 
 
-def fuse_encoded(layer: Factorized, inputs: Sequence[Tensor] | None) -> tuple[EncodedCall | None, str]:
-    """The layer as one operator where it is faster on these inputs (without storage), else why not."""
+@dataclass(frozen=True)
+class Encoded:
+    """A layer as one operator, with the seconds of its calls so and as it is; none where unmeasured."""
+
+    call: EncodedCall
+    seconds: tuple[float, float] | None = None
+
+    @property
+    def gain(self) -> float:
+        """Seconds that it saves by itself, beyond what its second copy of the weight has to be worth."""
+        one, plain = (0.0, math.inf) if self.seconds is None else self.seconds
+        return plain - one * _LEAST
+
+    @property
+    def why_not(self) -> str:
+        """Its times, as a reason."""
+        one, plain = self.seconds or (0.0, 0.0)
+        return f"{one * 1e6:.0f} us as one operator, {plain * 1e6:.0f} us as it is"
+
+
+def encoded(layer: Factorized, inputs: Sequence[Tensor] | None) -> Encoded | str:
+    """The layer as one operator, measured on these inputs (without storage), or why none serves it."""
     kind = call_of(layer)
     reason = kind.why_not(layer.layer()) or _unserved(layer, inputs)
     if reason:
-        return None, reason
+        return reason
     fused = kind.of(layer)
     if inputs is None or not measuring():
-        return fused, ""
+        return Encoded(fused)
     if not inputs:
-        return None, "it is not called when the model runs on the data"
+        return "it is not called when the model runs on the data"
     times = [_times(layer, fused, x) for x in inputs]
-    plain, one = (sum(each[way] for each in times) for way in (PLAIN, fused.operator))
-    if one * _LEAST < plain:
-        return fused, ""
-    return None, f"{one * 1e6:.0f} us as one operator, {plain * 1e6:.0f} us as it is"
+    one, plain = (sum(each[way] for each in times) for way in (fused.operator, PLAIN))
+    return Encoded(fused, (one, plain))
 
 
 def _unserved(layer: Factorized, inputs: Sequence[Tensor] | None) -> str:
@@ -75,12 +95,9 @@ def _times(layer: Factorized, fused: EncodedCall, like: Tensor) -> dict[str, flo
         )
         for way in (PLAIN, fused.operator)
     }
-    table = times_kept()
-    known = table.get(keys.values())
-    if len(known) < len(keys):
+
+    def calls() -> Calls:
         x = torch.randn_like(like, device="cpu")
-        calls = {PLAIN: lambda: layer(x), fused.operator: lambda: fused.packed_call(x)}
-        seconds = seconds_of(calls, threads)
-        known = {keys[way]: Row(time) for way, time in seconds.items()}
-        table.put(known)
-    return {way: known[key].seconds for way, key in keys.items()}
+        return {PLAIN: lambda: layer(x), fused.operator: lambda: fused.packed_call(x)}
+
+    return kept_seconds(keys, calls, threads)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,7 +40,27 @@ _MOVES = {
     _aten.transpose.int, _aten.contiguous.default, _aten.squeeze.dim, _aten.squeeze.dims,
     _aten.unsqueeze.default, _aten.clone.default,
 }  # fmt: skip
-_X, _CODES, _SCALES, _RANGES, _BIAS, _STAGES, _LINEAR, _ACTIVATION = range(8)  # of `integer_chain`
+_PASSED = _POOLS | _MOVES | {torch.ops.quantized.max_pool2d.default}
+ARGUMENTS = {
+    name: place
+    for place, name in enumerate(("x", "codes", "scales", "ranges", "bias", "stages", "linear", "activation"))
+}
+"""Where the arguments of `integer_chain` stand."""
+_X, _CODES, _SCALES, _RANGES, _BIAS, _STAGES, _LINEAR, _ACTIVATION = ARGUMENTS.values()
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """Bytes that an integer chain makes: those that read them as their input, and those that add them."""
+
+    maker: Node
+    read: tuple[Node, ...]
+    added: tuple[Node, ...]
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """All of these chains."""
+        return (self.maker, *self.read, *self.added)
 
 
 def join_integers(graph: Graph) -> list[Node]:
@@ -51,6 +72,17 @@ def join_integers(graph: Graph) -> list[Node]:
     for chain in whole:
         _hand_over(chain)
     return whole
+
+
+def hand_overs(graph: Graph) -> Iterator[HandOver]:
+    """The bytes that chains of a joined graph hand each other."""
+    for chain in filter(is_integer_chain, graph.nodes):
+        if chain.kwargs.get("output_range") is None:
+            continue
+        uses = [(use, value) for use, value in _uses(chain) if is_integer_chain(use)]
+        read = tuple(use for use, value in uses if use.args[_X] is value)
+        added = tuple(use for use, value in uses if use.kwargs.get("residual") is value)
+        yield HandOver(chain, read, added)
 
 
 def lay_channels_innermost(graph: Graph) -> None:
@@ -148,7 +180,7 @@ def _uses(value: Node) -> Iterator[tuple[Node, Node]]:
     """What reads a value, at once or through what bytes pass through, each with the value that it reads."""
     for use in value.users:
         yield use, value
-        if use.target in _POOLS or use.target in _MOVES:
+        if use.target in _PASSED:
             yield from _uses(use)
 
 
