@@ -69,7 +69,7 @@ class Plan(Pass):
             job.settle(model)
         sites = _selected(model, job)
         _check_known(budget, job)
-        effort = effort_named(self.effort or job.effort).of(job.original.macs)
+        effort = effort_named(self.effort or job.effort).of(job.original.macs, job.pace)
         tapes = job.tapes(model)
         tabulation = Tabulation(
             sites,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +16,7 @@ from tdpass.formats.layer import dense_cost
 from tdpass.models.abilities import SettlesChannels, TimesRecurrentNodes
 from tdpass.models.base import Batch, Model
 from tdpass.planner.divergence import Divergence, FittedDivergence, Outputs
+from tdpass.planner.effort import RATE
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.planner.trials import Trials
 from tdpass.report import Report, SiteRow
@@ -31,7 +33,8 @@ class Job:
 
     `batches` is the calibration data, `tapes` the recorded runs of the still dense model on them (made on
     first use, and before any site is replaced), `plan` what the planner decided.  `progress(what, done, of)`
-    is called now and then. `effort` is how much time planning may take. `given` is the model as the user gave
+    is called now and then. `effort` is how much time planning may take, `pace` the seconds that a multiply-add
+    of the model takes, found when it first runs on the calibration data. `given` is the model as the user gave
     it, `expected` the loss that the plan expects on the calibration data where it was made on them; with
     `strict` a difference that was not to be expected is an error, else a note. `start` holds factors of sites
     from which a search goes on.  `target` is the machine to plan for, where the model is called with `batch`
@@ -50,6 +53,7 @@ class Job:
     progress: Progress = lambda what, done, of: None
     cache: Path | None = None
     effort: str = "normal"
+    pace: float = 1 / RATE
     original: Cost = field(default_factory=Cost)
     target: Target | None = None
     batch: int = 1
@@ -93,7 +97,11 @@ class Job:
     @cached_property
     def references(self) -> list[Outputs]:
         """What the model as given really answers on the calibration data, one entry per batch."""
-        return [_kept(self.divergence.outputs(self._run_given(batch))) for batch in self.batches]
+        began = time.process_time()
+        found = [_kept(self.divergence.outputs(self._run_given(batch))) for batch in self.batches]
+        macs = self.original.macs * sum(batch.size for batch in self.batches)
+        self.pace = (time.process_time() - began) / macs if macs else self.pace
+        return found
 
     @cached_property
     def fitted_divergence(self) -> FittedDivergence:

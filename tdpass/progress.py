@@ -5,6 +5,7 @@ Bars where a person looks on, lines now and then elsewhere.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, TextIO
 
@@ -22,8 +23,8 @@ BETWEEN_LINES = 10.0
 class ProgressBars:
     """The library's `progress(what, done, of)` callback: a bar appears once its step has lasted two seconds.
 
-    Where the file is no terminal, a line with the time that is left is written every ten seconds instead;
-    nothing where it is not `shown`.
+    Where the file is no terminal, a line with the time that is left is written then, and every ten seconds,
+    instead; nothing where it is not `shown`.
     """
 
     def __init__(self, file: TextIO, shown: bool = True) -> None:
@@ -55,7 +56,7 @@ class ProgressBars:
             return
         if self._file.isatty():
             self._bar(what, done, of)
-        elif now - self._said.get(what, self._since[what]) >= BETWEEN_LINES:
+        elif now - self._said.get(what, -math.inf) >= BETWEEN_LINES:
             self._said[what] = now
             left = f", about {max(1, round(since * (of - done) / done))} s left" if done and of else ""
             self._file.write(f"{plain(what)}: {done} of {of or '?'}{left}\n")

@@ -62,7 +62,7 @@ def compress(
     exclude: Sequence[str] = (),
     overridable: Sequence[str] = (),
     formats: Sequence[str] = (),
-    samples: int = 512,
+    samples: int | None = None,
     divergence: str | Divergence = "auto",
     augmented: object = None,
     progress: Progress | bool = True,
@@ -88,13 +88,15 @@ def compress(
     such as `systolic:gemmini`, for calls of `batch` samples on `threads` threads (default: as many as torch
     uses); no site is then made dearer there, and a model that is not cheaper is given back as it was.
     `augmented`: data for re-estimating batch-norm statistics.  `cache`: False, or a folder for planning
-    results. `effort`: `fast` plans in seconds from the metric alone, `normal` measures losses for about a
-    minute of one core (for a model of up to 1 GMAC a sample, in proportion above), `thorough` measures all
-    that fit in four. `progress`: False is silent, True shows bars on stderr (lines now and then where that is
-    no terminal), a function is called instead. `metric`: instead of a budget, a function of the model, of
-    which more is better; the smallest model is looked for whose metric is at most `max_loss` below the dense
-    model's, by bisection over budgets on what a single value bounds. `strict`: False makes a note of a result
-    that differs from the original by more than the plan expects, which else is an error.
+    results. `effort`: `fast` plans from the metric alone, on fewer samples, `normal` measures losses for
+    about a minute of one core (for a model of up to 1 GMAC a sample, in proportion above), `thorough`
+    measures all that fit in four; how long it takes is said when planning begins. `samples`: how many of the
+    data to use, by default 512, and with `fast` as many up to 128 as there is time for. `progress`: False is
+    silent, True shows bars on stderr (lines now and then where that is no terminal), a function is called
+    instead. `metric`: instead of a budget, a function of the model, of which more is better; the smallest
+    model is looked for whose metric is at most `max_loss` below the dense model's, by bisection over budgets
+    on what a single value bounds. `strict`: False makes a note of a result that differs from the original by
+    more than the plan expects, which else is an error.
 
     Raises `BudgetError` when the budget cannot be met (naming the smallest reachable), `DifferenceError` for
     such a result (naming the pass that did it), `InvalidModelError`, `PlanError`, `UsageError`.  An error
@@ -149,7 +151,7 @@ def make_plan(
     exclude: Sequence[str] = (),
     overridable: Sequence[str] = (),
     formats: Sequence[str] = (),
-    samples: int = 512,
+    samples: int | None = None,
     divergence: str | Divergence = "auto",
     progress: Progress | bool = True,
     cache: bool | Path = True,
@@ -216,7 +218,7 @@ class _Setting:
     exclude: Sequence[str]
     overridable: Sequence[str]
     formats: Sequence[str]
-    samples: int
+    samples: int | None
     divergence: str | Divergence
     progress: Progress | bool
     cache: bool | Path
@@ -238,14 +240,15 @@ def _run(
     runs = data is not None or example_inputs is not None
     limits = None if budget is None else Budget.parse(budget, default="macs" if runs else "params")
     decided = load_plan(plan) if isinstance(plan, str | Path) else plan
-    effort_named(setting.effort)
+    effort = effort_named(setting.effort)
     for name in setting.formats:
         FORMATS.get(name)
     opened = open_model(given, example_inputs, setting.overridable)
     cache = _cache(setting.cache)
     target = None if setting.target is None else open_target(setting.target, opened.frontend, cache)
     memory = memory_limit()
-    given_batches, notes = _batches(opened, data, setting.samples)
+    samples = effort.samples if setting.samples is None else setting.samples
+    given_batches, notes = _batches(opened, data, samples)
     batches, cut = within_memory(opened, given_batches, memory)
     model = opened.clone()
     plain = model.make_plain() if steps.passes and isinstance(model, MakesPlain) else ()
@@ -255,6 +258,8 @@ def _run(
         example = model.example()
     if example is not None:
         model.observe(*(batches or [example]))
+    if setting.samples is None:
+        batches = effort.of(model.macs()).for_calibration(batches)
     report = _new_report(given, model)
     made = f"weights that were computed from other parameters are parameters now: {', '.join(plain)}"
     for note in (*model.signature().notes, *notes, *cut, *([made] if plain else [])):

@@ -117,8 +117,9 @@ def add_torch(parser: Parser) -> None:
     group.add_argument("--input", metavar="SHAPE[:DTYPE]", action="append", default=[], help=shape)
 
 
-def add_data(parser: Parser) -> None:
-    """Where calibration data comes from."""
+def add_data(parser: Parser, samples: int | None = 512) -> None:
+    """Where calibration data comes from, and how many samples are used; None for as many as the effort has."""
+    default = "%(default)s" if samples else "512; with --effort fast up to 128, as there is time for"
     parser.add_argument(
         "--data",
         metavar="FILE",
@@ -135,8 +136,8 @@ def add_data(parser: Parser) -> None:
         "--samples",
         metavar="N",
         type=count,
-        default=512,
-        help="how many samples to use at most (default %(default)s)",
+        default=samples,
+        help=f"how many samples to use at most (default: {default})",
     )
 
 

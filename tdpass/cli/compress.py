@@ -35,7 +35,7 @@ def add(verbs: Verbs) -> None:
         required=True,
         help=".onnx, .pt2, or .safetensors for a factory's model",
     )
-    add_data(parser)
+    add_data(parser, samples=None)
     add_planning(parser)
     add_torch(parser)
     parser.add_argument(

@@ -34,7 +34,7 @@ def add(verbs: Verbs) -> None:
         verbs, "plan", run, "plan formats and ranks under a budget, without touching the model", example
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    add_data(parser)
+    add_data(parser, samples=None)
     add_planning(parser)
     add_torch(parser)
     parser.add_argument(

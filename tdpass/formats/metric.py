@@ -83,10 +83,10 @@ class Metric:
             return float(torch.linalg.vector_norm(matrix)) ** 2
         return max(0.0, float((self.times_outputs(matrix) * self.times_inputs(matrix)).sum()))
 
-    def relative_error(self, weight: Tensor, approximation: Tensor) -> float:
-        """`||W - What|| / ||W||` in this metric."""
+    def relative_error(self, weight: Tensor, approximation: Tensor, whole: float | None = None) -> float:
+        """`||W - What|| / ||W||` in this metric; `whole` is `||W||^2` where it is known."""
         w = weight.double().flatten(1)
-        whole = self.square(w)
+        whole = self.square(w) if whole is None else whole
         return (self.square(w - approximation.double().flatten(1)) / whole) ** 0.5 if whole > 0 else 0.0
 
     @cached_property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from tdpass.form import DENSE, Form, Formed, Rank
 from tdpass.formats.base import FORMATS, Decomposition, Factors, Format
 from tdpass.formats.layer import Layer, check_form, cost_of
 from tdpass.formats.metric import Metric
-from tdpass.planner.effort import NEVER, Deadline
+from tdpass.planner.effort import NEVER, Deadline, seconds_to_fit
 from tdpass.planner.offers import Offer
 from tdpass.planner.remainders import stored_beside
 from tdpass.planner.rounding import Way, rounded_factor
@@ -29,7 +30,6 @@ _SEARCHED_WEIGHTS = 2**19
 _COMPENSATED = 1152  # columns up to which what each loses is made up for in rough fits too
 _CLEARLY = 1.25
 _PLAIN_SHARE = 0.4
-_ENDS = 2
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,11 @@ class SiteFits:
         self._factors: dict[tuple[str, Rank], Factors] = {}
         self._stored: dict[Form, Layer] = {}
 
+    @cached_property
+    def _whole(self) -> float:
+        """The squared norm of the weight, which every error is a part of."""
+        return self.metric.square(self.weight.flatten(1))
+
     def decomposition(self, format_name: str) -> Decomposition:
         """The shared work of a format, done once."""
         if format_name not in self._decompositions:
@@ -137,7 +142,8 @@ class SiteFits:
         if guarantee is not None and guarantee.kind == "exact":
             error = guarantee.value
         else:
-            error = self.metric.relative_error(self.weight, self._weight_of(self._unbiased(form)))
+            made = self._weight_of(self._unbiased(form))
+            error = self.metric.relative_error(self.weight, made, self._whole)
         return Candidate(form, self.cost(form), error, guarantee="" if guarantee is None else str(guarantee))
 
     def cost(self, form: Form) -> Cost:
@@ -198,13 +204,14 @@ def enumerate_candidates(
     filling: Filling = as_given,
     searches: int = 12,
     deadline: Deadline = NEVER,
+    ends: int = 2,
 ) -> list[Candidate]:
     """All candidates of a site that pay, by format; dense is not among them.
 
     A format that searches each rank gets `searches` of them, fewer on a large layer, and is given up after
     its middle rank where another format is clearly better at no more cost.  Past the deadline no further rank
-    is tried; the middle and the smallest one of every format that needs no search are in any case, and so is
-    one candidate at least.
+    is tried; the first `ends` of every format that needs no search (the middle one, the smallest) are in any
+    case, and so is one candidate at least.  With no `ends`, a fit that would end behind it is not begun.
 
     Raises `NumericalError` where no format can be fitted in floating point.
     """
@@ -222,7 +229,7 @@ def enumerate_candidates(
         ranks = worthwhile_ranks(site, fmt.name, limit, filling, fits.present)
         try:
             found += _of_format(
-                fits, fmt, ranks, found, deadline if fmt.searched else deadline.part(_PLAIN_SHARE)
+                fits, fmt, ranks, found, deadline if fmt.searched else deadline.part(_PLAIN_SHARE), ends
             )
         except (LinAlgError, NumericalError) as error:
             failed.append(f"{fmt.name}: {error}")
@@ -269,15 +276,22 @@ def _fits(site: Site, form: Form) -> bool:
 
 
 def _of_format(
-    fits: SiteFits, fmt: Format, ranks: Sequence[Rank], others: Sequence[Candidate], deadline: Deadline
+    fits: SiteFits,
+    fmt: Format,
+    ranks: Sequence[Rank],
+    others: Sequence[Candidate],
+    deadline: Deadline,
+    ends: int,
 ) -> list[Candidate]:
     """Candidates of one format: its middle rank, its smallest, then the others coarse to fine.
 
     It stops at the deadline.
     """
     found: list[Candidate] = []
+    needed = 0.0 if ends else seconds_to_fit(fits.site)
     for rank in coarse_first(ranks):
-        if deadline.left <= 0 and (len(found) >= _ENDS or (fmt.searched and others)):
+        enough = len(found) >= max(1, ends) or (others and (fmt.searched or not ends))
+        if enough and deadline.left <= needed:
             break
         candidate = fits.candidate(fits.form(fmt.name, rank))
         if not math.isfinite(candidate.error) or not _smaller(candidate, fits):

@@ -10,11 +10,17 @@ from dataclasses import dataclass, field, replace
 from tdpass.errors import UsageError
 from tdpass.models.batch import Batch
 from tdpass.registry import nearest
+from tdpass.site import Site
 from tdpass.tape import Tape
 
 RATE = 2e10
 _LARGE = 1e9
 _PASSES = 6
+_RUNS = 3  # over all samples: what the original answers, and the recording
+_REPAIRED = 20  # runs of a model that is compressed, recorded and repaired
+_FEWEST = 32  # samples that are used however little time there is
+_FITS, _CANDIDATES = 4, 16  # fits of a site that iterate, and candidates of one
+_ITERATIONS = 8
 _TRIES = 4
 _FEW = 16  # samples
 
@@ -25,7 +31,10 @@ class Effort:
 
     `seconds` of one core for a model of up to 1 GMAC a sample, in proportion above; infinite for no limit.
     Losses are `measured` on up to `sweep_samples`, else estimated from the metric alone; `ranks` candidates
-    per format, the searched ones found by a `rough` search, `searches` of them at most.
+    per format, the searched ones found by a `rough` search, `searches` of them at most.  Past a deadline
+    `ends` ranks of every format are tried that need no search; of one that has none, none is begun that would
+    not be done before it.  `samples` of the data are used where the caller does not say how many.  A
+    multiply-add takes `pace` seconds where the model runs.
     """
 
     name: str
@@ -36,11 +45,14 @@ class Effort:
     searches: int
     measured: bool
     rough: bool
+    ends: int = 2
+    samples: int = 512
     macs: int = 0
+    pace: float = 1 / RATE
 
-    def of(self, macs: int) -> Effort:
-        """The effort for a model of so many multiply-adds a sample."""
-        return replace(self, macs=macs)
+    def of(self, macs: int, pace: float = 1 / RATE) -> Effort:
+        """The effort for a model of so many multiply-adds a sample, each of which takes `pace` seconds."""
+        return replace(self, macs=macs, pace=pace)
 
     @property
     def limit(self) -> float:
@@ -64,6 +76,24 @@ class Effort:
         """On how many samples losses are measured, to leave time for a few candidates of every site."""
         return min(self.sweep_samples, self._affordable(0.5, _TRIES * max(sites, 1) / 2))
 
+    def for_calibration(self, batches: Sequence[Batch]) -> list[Batch]:
+        """The calls that there is time for where no loss is measured and the caller did not say how many."""
+        few = max(_FEWEST, min(self.samples, self._affordable(1.0, _REPAIRED)))
+        return list(batches) if self.measured else first_batches(batches, few)
+
+    def expected(self, samples: int, sites: Sequence[Site]) -> float:
+        """Seconds of one core that planning these sites on so many samples is expected to take.
+
+        Runs of the model at its pace; the fits of every format that iterates; where losses are measured, half
+        a run for each candidate.  The last two take no longer than the limit.
+        """
+        run = self.macs * self.pace
+        known = min(samples, self.moment_samples)
+        fits = sum(_FITS * max(1, self.ends) * seconds_to_fit(site) for site in sites)
+        tried = min(samples, self.for_losses(len(sites))) if self.measured else 0
+        losses = len(sites) * _CANDIDATES * tried * run / 2
+        return (_RUNS * samples + _PASSES * known) * run + min(self.limit, fits + losses)
+
     def _affordable(self, share: float, passes: float) -> int:
         """Samples that so many forward passes can take, judged by multiply-adds so that results repeat."""
         samples = share * self.limit * RATE / (passes * max(self.macs, 1))
@@ -73,7 +103,7 @@ class Effort:
 EFFORTS: Mapping[str, Effort] = {
     effort.name: effort
     for effort in (
-        Effort("fast", 10.0, 128, 64, 6, 1, measured=False, rough=True),
+        Effort("fast", 10.0, 128, 64, 6, 1, measured=False, rough=True, ends=0, samples=128),
         Effort("normal", 60.0, 512, 256, 12, 6, measured=True, rough=True),
         Effort("thorough", math.inf, 2**31, 256, 12, 12, measured=True, rough=False),
     )
@@ -86,6 +116,11 @@ def effort_named(name: str) -> Effort:
     if name not in EFFORTS:
         raise UsageError(f"effort={name!r} is not one of: {', '.join(EFFORTS)}{nearest(name, EFFORTS)}")
     return EFFORTS[name]
+
+
+def seconds_to_fit(site: Site) -> float:
+    """What a fit of the site that iterates in a metric takes: products of its weight with C and with G."""
+    return _ITERATIONS * site.weights * (site.weights // site.o + site.o) / RATE
 
 
 def first_samples(tapes: Sequence[Tape], samples: int) -> list[Tape]:

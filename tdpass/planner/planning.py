@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -188,7 +187,8 @@ class Tabulation:
             )
         limit = (1 - _JOINT_SHARE) * self.effort.limit
         allowance = Allowance(limit, _importance(missing))
-        what = "planning" if math.isinf(limit) else f"planning, {limit:.0f} s of one core at most"
+        expected = self.effort.expected(sum(tape.batch_size for tape in self.tapes), missing)
+        what = f"planning, about {expected:.0f} s of one core"
         self.tick(what, 0, len(missing))
         for done, (site, metric) in enumerate(metrics, start=1):
             deadline = allowance.take(site.name)
@@ -201,7 +201,9 @@ class Tabulation:
         filling = as_given if target is None else target.filling
         measures = ("macs", "params") if all(site.seen for site in self.sites) else ("params",)
         fitting = deadline.part(_FIT_SHARE)
-        found = enumerate_candidates(fits, names, effort.ranks, filling, effort.searches, fitting)
+        found = enumerate_candidates(
+            fits, names, effort.ranks, filling, effort.searches, fitting, effort.ends
+        )
         best = _worth_timing(found, measures) if target is not None else frontier(found, measures)
         if self.offer:
             stored = on_offer(fits, best, self.offer, deadline.part(_FIT_SHARE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,14 @@ from torch import nn
 
 import tdpass
 from tdpass.errors import UsageError
+from tdpass.formats.metric import Metric
+from tdpass.models import Batch
 from tdpass.planner import losses, planning
-from tdpass.planner.effort import EFFORTS, Allowance, Deadline
+from tdpass.planner.candidates import SiteFits, enumerate_candidates
+from tdpass.planner.effort import EFFORTS, Allowance, Deadline, seconds_to_fit
 from tdpass.planner.planning import Dense, Tabulation
 from tdpass.planner.table import Table
+from tdpass.site import Site
 
 
 class Clock:
@@ -153,7 +158,8 @@ def test_progress_begins_at_once_and_says_how_long_it_may_take() -> None:
         progress=lambda *step: seen.append(step),
     )
     assert seen[0] == ("recording runs of the model", 0, 2)
-    assert ("planning, 45 s of one core at most", 0, 4) in seen
+    (said,) = {what for what, done, _ in seen if what.startswith("planning") and done == 0}
+    assert re.fullmatch(r"planning, about \d+ s of one core", said)
 
 
 FEW = ("svd", "tucker2", "channel_svd")
@@ -184,3 +190,60 @@ def test_what_a_plan_chooses_is_measured_where_there_was_no_time_before(
     assert not _estimated(first)
     assert planned(tmp_path / "settled").choices == first.choices  # what was measured is kept
     assert not _estimated(planned(tmp_path / "hasty"))  # and may be measured later
+
+
+def convolution(channels: int) -> Site:
+    return Site("conv", "conv", (channels, channels, 3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
+
+
+@pytest.mark.parametrize("effort", list(EFFORTS))
+def test_what_planning_is_expected_to_take_follows_the_model_and_its_pace(effort: str) -> None:
+    small, wide = [convolution(16)] * 4, [convolution(512)] * 4
+    quick, slow = (EFFORTS[effort].of(10**7, pace) for pace in (1e-10, 1e-9))
+    assert slow.expected(64, small) > 2 * quick.expected(64, small)
+    assert quick.expected(512, small) > quick.expected(64, small)
+    assert quick.expected(64, wide) > quick.expected(64, small)
+    runs = (3 * 64 + 6 * 64) * 10**7 * 1e-10
+    assert quick.expected(64, wide) <= runs + quick.limit
+    assert EFFORTS["fast"].of(10**7, 1e-10).expected(64, small) <= quick.expected(64, small)
+    assert seconds_to_fit(convolution(512)) == pytest.approx(8 * 512 * 4608 * 5120 / 2e10)
+
+
+def test_fast_uses_the_samples_that_there_is_time_for() -> None:
+    calls = [Batch((torch.zeros(16, 2),)) for _ in range(32)]
+    used = {
+        (name, macs): sum(call.size for call in EFFORTS[name].of(macs).for_calibration(calls))
+        for name in EFFORTS
+        for macs in (10**6, 10**8, 10**11)
+    }
+    assert [used["fast", macs] for macs in (10**6, 10**8, 10**11)] == [128, 112, 32]
+    assert {count for (name, _), count in used.items() if name != "fast"} == {512}
+    model, data = net()
+    checks = tdpass.compress(
+        model, {"params": 0.9}, torch.cat([data, data]), effort="fast", cache=False, strict=False
+    ).report.checks
+    assert checks["samples"] == 128
+
+
+@pytest.mark.parametrize(
+    ("ends", "tried"), [(0, {"channel_svd": 1}), (2, {"channel_svd": 2, "input_svd": 2})]
+)
+def test_past_the_deadline_as_many_ranks_are_tried_as_the_effort_says(
+    ends: int, tried: dict[str, int]
+) -> None:
+    torch.manual_seed(0)
+    site = convolution(16)
+    fits = SiteFits(site, torch.randn(site.shape), None, Metric(), rough=True)
+    found = enumerate_candidates(fits, list(tried | {"input_svd": 2}), 6, deadline=Deadline(0.0), ends=ends)
+    assert {name: sum(each.format == name for each in found) for name in {c.format for c in found}} == tried
+
+
+def test_a_fit_that_would_not_be_done_in_time_is_not_begun_in_haste() -> None:
+    site = convolution(64)
+    fits = SiteFits(site, torch.randn(site.shape), None, Metric(), rough=True)
+    short = Deadline(0.5 * seconds_to_fit(site), Clock())
+    found = enumerate_candidates(fits, ["channel_svd", "tucker2"], 6, deadline=short, ends=0)
+    assert [candidate.format for candidate in found] == ["channel_svd"]
+    enough = Deadline(100.0, Clock())
+    found = enumerate_candidates(fits, ["channel_svd", "tucker2"], 3, deadline=enough, ends=0)
+    assert {candidate.format for candidate in found} == {"channel_svd", "tucker2"}
