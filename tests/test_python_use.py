@@ -130,7 +130,7 @@ def test_a_pipe_gets_lines_with_the_time_that_is_left(monkeypatch: pytest.Monkey
             progress("fit", done, 40)
         progress("fit", 40, 40)
     assert stream.getvalue().splitlines() == [
-        f"fit: {done} of 40, about {40 - done} s left" for done in (10, 20, 30)
+        f"fit: {done} of 40, about {40 - done} s left" for done in (2, 12, 22, 32)
     ]
 
 
