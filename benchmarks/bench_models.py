@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import tdpass
-from benchmarks import model_dtypes
+from benchmarks import model_dtypes, recurrent_dtypes
 from benchmarks.nets import NETS, Net, Recurrent, exported
 from benchmarks.results import Table, Value, show
 from tdpass.clock import on_cpu, threads_of_torch
@@ -141,12 +141,14 @@ def lstm(threads: int) -> tuple[Calls, float]:
     return calls, plan.original.macs / plan.planned.macs
 
 
-def measure(name: str, batch: int, threads: int) -> tuple[list[dict[str, Value]], list[dict[str, Value]]]:
+def measure(
+    name: str, batch: int, threads: int, rounds: int
+) -> tuple[list[dict[str, Value]], list[dict[str, Value]]]:
     """Rows of times, and of what they say of the bars."""
     with threads_of_torch(threads):
         calls, cut = lstm(threads) if name == "lstm" else candidates(NETS[name], batch, threads)
         seconds = dict(
-            zip(calls, on_cpu(list(calls.values()), threads, ROUNDS, least=0.02, warm_up=0.2), strict=True)
+            zip(calls, on_cpu(list(calls.values()), threads, rounds, least=0.02, warm_up=0.2), strict=True)
         )
     dense = min(value for key, value in seconds.items() if key.startswith("dense"))
     head = {"net": name, "batch": batch, "threads": threads}
@@ -183,19 +185,27 @@ def by_dtype(options: argparse.Namespace) -> None:
     unknown = [dtype for dtype in dtypes if dtype not in model_dtypes.DTYPES]
     if unknown:
         raise SystemExit(f"--dtype {unknown[0]} is not known; give some of {','.join(model_dtypes.DTYPES)}")
-    table = Table("model_dtypes.csv", model_dtypes.COLUMNS)
+    table = Table(options.output or "model_dtypes.csv", model_dtypes.COLUMNS)
     for threads in options.threads:
         torch.set_num_threads(threads)
-        for name, batch in BARS:
-            if name not in options.nets or name == "lstm" or batch not in (options.batches or (batch,)):
+        for name, batch in (*BARS, ("gru", 1)):
+            if name not in options.nets or batch not in (options.batches or (batch,)):
                 continue
             torch.compiler.reset()
-            net = NETS[name]
-            plan = uniform_plan(net, net.build(), net.input(batch))
-            rows = model_dtypes.rows_of(net, plan, batch, threads, dtypes)
+            rows = _rows_by_dtype(name, batch, threads, dtypes, options.rounds)
             for row in rows:
                 table.add(**row)
             print(show(rows, model_dtypes.COLUMNS), end="\n\n", flush=True)
+
+
+def _rows_by_dtype(
+    name: str, batch: int, threads: int, dtypes: tuple[str, ...], rounds: int
+) -> list[dict[str, Value]]:
+    if name in recurrent_dtypes.KINDS:
+        return recurrent_dtypes.rows_of(name, batch, threads, dtypes, rounds)
+    net = NETS[name]
+    plan = uniform_plan(net, net.build(), net.input(batch))
+    return model_dtypes.rows_of(net, plan, batch, threads, dtypes, rounds)
 
 
 def main() -> None:
@@ -205,11 +215,13 @@ def main() -> None:
         "--nets",
         nargs="+",
         default=sorted({name for name, _ in BARS}),
-        choices=sorted({name for name, _ in BARS}),
+        choices=sorted({name for name, _ in BARS} | {"gru"}),
+        help="gru with --dtype alone",
     )
     parser.add_argument("--batches", nargs="+", type=int, help="only these batch sizes")
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
-    parser.add_argument("--output", default="models.csv", help="file under results/, or a path")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="how often all are timed in turn")
+    parser.add_argument("--output", help="file under results/, or a path")
     parser.add_argument("--bars", default="model_bars.csv", help="file under results/, or a path")
     parser.add_argument(
         "--dtype",
@@ -219,13 +231,13 @@ def main() -> None:
     if options.dtype:
         by_dtype(options)
         return
-    table, verdicts = Table(options.output, COLUMNS), Table(options.bars, BAR_COLUMNS)
+    table, verdicts = Table(options.output or "models.csv", COLUMNS), Table(options.bars, BAR_COLUMNS)
     for threads in options.threads:
         torch.set_num_threads(threads)
         for name, batch in BARS:
             if name in options.nets and batch in (options.batches or (batch,)):
                 torch.compiler.reset()
-                rows, bars = measure(name, batch, threads)
+                rows, bars = measure(name, batch, threads, options.rounds)
                 for row in rows:
                     table.add(**row)
                 for row in bars:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Collection, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -77,15 +78,15 @@ def _fp32(
     shape: str, module: nn.Module, x: Tensor, threads: int, asked: Collection[str] = ()
 ) -> Iterator[Candidate]:
     torch_side, onnx_side = open_model(module, x), open_model(exported(module, x), None)
-    yield from _in(("eager", "inductor"), torch_side, shape, x, threads, asked)
-    yield from _in(("onnxruntime", "openvino"), onnx_side, shape, x, threads, asked)
+    yield from in_runtimes(("eager", "inductor"), torch_side, shape, x, threads, asked)
+    yield from in_runtimes(("onnxruntime", "openvino"), onnx_side, shape, x, threads, asked)
 
 
 def _bf16(
     shape: str, module: nn.Module, x: Tensor, threads: int, asked: Collection[str] = ()
 ) -> Iterator[Candidate]:
     half = functools.partial(copy.deepcopy, module)
-    yield from _in(
+    yield from in_runtimes(
         ("eager", "inductor"),
         open_model(half().bfloat16(), x.bfloat16()),
         shape,
@@ -93,18 +94,20 @@ def _bf16(
         threads,
         asked,
     )
-    yield from _in(("openvino_default",), open_model(exported(module, x), None), shape, x, threads, asked)
+    yield from in_runtimes(
+        ("openvino_default",), open_model(exported(module, x), None), shape, x, threads, asked
+    )
 
 
 def _int8(
     shape: str, module: nn.Module, x: Tensor, threads: int, asked: Collection[str] = ()
 ) -> Iterator[Candidate]:
     artifact = tdpass.compress(exported(module, x), None, x, pipeline=STATIC, strict=False)
-    yield from _in(("onnxruntime", "openvino"), artifact.opened, shape, x, threads, asked)
+    yield from in_runtimes(("onnxruntime", "openvino"), artifact.opened, shape, x, threads, asked)
     dynamic = STATIC.replace("minmax", "dynamic")
     small = tdpass.compress(copy.deepcopy(module), None, x, pipeline=dynamic, strict=False)
     if any("read integers" in note for row in small.report.passes for note in row.notes):
-        yield from _in(("eager", "inductor"), small.opened, shape, x, threads, asked)
+        yield from in_runtimes(("eager", "inductor"), small.opened, shape, x, threads, asked)
 
 
 def _fused(dtype: str, chain: nn.Module, x: Tensor) -> Iterator[Candidate]:
@@ -131,7 +134,7 @@ def _fused_int8(chain: nn.Module, x: Tensor, threads: int) -> Iterator[Candidate
         module = module.to(memory_format=torch.channels_last)
         seen = x.contiguous(memory_format=torch.channels_last)
     made = tdpass.compress(module, None, seen, pipeline=f"{STATIC},fuse-kernels", strict=False)
-    yield from _in(("eager", "inductor"), made.opened, "fused", seen, threads)
+    yield from in_runtimes(("eager", "inductor"), made.opened, "fused", seen, threads)
     assert isinstance(made.model, nn.Module)
     compiled: Any = torch.compile(made.model, backend="tdpass", options={"freeze": True})
     with TemporaryDirectory() as folder, torch.no_grad():
@@ -141,9 +144,10 @@ def _fused_int8(chain: nn.Module, x: Tensor, threads: int) -> Iterator[Candidate
         yield Candidate("fused", "package", functools.partial(package, x), package(x).float())
 
 
-def _in(
+def in_runtimes(
     names: tuple[str, ...], model: Model, shape: str, x: Tensor, threads: int, asked: Collection[str] = ()
 ) -> Iterator[Candidate]:
+    """A whole model in these runtimes, those left out that do not serve it."""
     for name in names:
         if asked and name.removesuffix("_default") not in asked:
             continue
@@ -168,7 +172,7 @@ def _answer(name: str, call: Callable[[], object], model: Model, x: Tensor) -> T
 
 
 def rows_of(
-    net: Net, plan: RankPlan, batch: int, threads: int, dtypes: tuple[str, ...]
+    net: Net, plan: RankPlan, batch: int, threads: int, dtypes: tuple[str, ...], rounds: int = ROUNDS
 ) -> list[dict[str, Value]]:
     """Times and errors of one network in these types, all in one process and in turn."""
     model, x = net.build(), net.input(batch)
@@ -179,17 +183,28 @@ def rows_of(
         found = [
             (dtype, each) for dtype in dtypes for each in candidates(dtype, model, made.model, x, threads)
         ]
-        calls = [each.call for _, each in found]
-        seconds = on_cpu(calls, threads, ROUNDS, least=0.02, warm_up=0.2)
-    best = {
-        dtype: min(
-            time
-            for (own, each), time in zip(found, seconds, strict=True)
-            if own == dtype and each.shape == "dense"
-        )
-        for dtype in dtypes
-    }
-    head = {"net": net.name, "batch": batch, "threads": threads}
+        head: dict[str, Value] = {"net": net.name, "batch": batch, "threads": threads}
+        return rows_of_candidates(head, found, exact, low, plan, rounds)
+
+
+def rows_of_candidates(
+    head: Mapping[str, Value],
+    found: Sequence[tuple[str, Candidate]],
+    exact: Tensor,
+    low: Tensor,
+    plan: RankPlan,
+    rounds: int,
+) -> list[dict[str, Value]]:
+    """Times and errors of what runs in each type.
+
+    `exact` and `low` are what the dense network answers, and the one of low rank, in single precision.
+    """
+    threads = int(str(head["threads"]))
+    seconds = on_cpu([each.call for _, each in found], threads, rounds, least=0.02, warm_up=0.2)
+    best: dict[str, float] = {}
+    for (dtype, each), time in zip(found, seconds, strict=True):
+        if each.shape == "dense":
+            best[dtype] = min(time, best.get(dtype, math.inf))
     return [
         {
             **head,

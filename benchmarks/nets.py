@@ -16,15 +16,15 @@ from tdpass.zoo.transformer import encoder
 
 
 class Recurrent(nn.Module):
-    """A two-layer LSTM, batch first."""
+    """An LSTM or GRU of two layers, batch first."""
 
-    def __init__(self, width: int = 512) -> None:
+    def __init__(self, width: int = 512, kind: type[nn.LSTM | nn.GRU] = nn.LSTM) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(width, width, 2, batch_first=True)
+        self.layers = kind(width, width, 2, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """The outputs `[n, steps, width]`."""
-        y: Tensor = self.lstm(x)[0]
+        y: Tensor = self.layers(x)[0]
         return y
 
 
