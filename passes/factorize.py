@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 
 from tdpass.cost import Cost
@@ -11,14 +12,15 @@ from tdpass.digest import digest
 from tdpass.errors import PlanError
 from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS, Factors
-from tdpass.formats.layer import Layer, check_form, cost_of, dense_cost
+from tdpass.formats.layer import check_form, cost_of, dense_cost
 from tdpass.formats.metric import Metric
 from tdpass.job import Job
 from tdpass.models.abilities import DividesLayers
-from tdpass.models.base import Model
+from tdpass.models.base import Model, few_samples
+from tdpass.models.streams import HeadChange
 from tdpass.pipeline import Pass, register_pass
 from tdpass.planner.candidates import SiteFits, bias_cost
-from tdpass.planner.joint import joint_layers
+from tdpass.planner.joint import Together, carries, joint_layers, put
 from tdpass.planner.moments import stream_metrics
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.planner.trials import Promise
@@ -53,12 +55,13 @@ class Factorize(Pass):
         for choice in chosen.values():
             FORMATS.get(choice.format)
         replaced: set[str] = set()
-        for layers in self._joint(chosen, sites, model, job):
-            for name, layer in layers.items():
-                model.replace(name, layer)
-                replaced.add(name)
+        heads: dict[str, HeadChange] = {}
+        for found in self._joint(chosen, sites, model, job):
+            put(model, found.layers, found.heads)
+            replaced.update(found.layers)
+            heads |= found.heads
         inside = {name for name, choice in chosen.items() if choice.joint and choice.form.factored}
-        if inside - set(job.settled):
+        if heads or inside - set(job.settled):
             job.settle(model)
             sites = {site.name: site for site in model.sites()}
         alone = [
@@ -105,8 +108,8 @@ class Factorize(Pass):
 
     def _joint(
         self, chosen: dict[str, Choice], sites: dict[str, Site], model: Model, job: Job
-    ) -> Iterator[Mapping[str, Layer]]:
-        """Layers of sites that change together."""
+    ) -> Iterator[Together]:
+        """What sites become that change together."""
         together = {
             name: choice for name, choice in chosen.items() if choice.joint and name not in job.settled
         }
@@ -118,7 +121,8 @@ class Factorize(Pass):
                 "the plan changes several sites together, which needs to see the model running; pass data= "
                 "or example_inputs="
             )
-        yield from joint_layers(together, sites, model.weight, model.bias, tapes, job.fitted_divergence)
+        able = partial(carries, model.clone(), few_samples(model, job.batches))
+        yield from joint_layers(together, sites, model.weight, model.bias, tapes, job.fitted_divergence, able)
 
 
 def _present(name: str, model: Model) -> Form:

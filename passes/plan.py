@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 
 from tdpass.cost import Budget, BudgetValue, bounded
@@ -13,10 +14,11 @@ from tdpass.errors import BudgetError, UsageError
 from tdpass.form import DENSE, Form
 from tdpass.job import Job
 from tdpass.measures import MEASURES, Needs
-from tdpass.models.base import Model, call_batch
+from tdpass.models.base import Model, call_batch, few_samples
 from tdpass.pipeline import Pass, register_pass
 from tdpass.planner.cache import CandidateCache
 from tdpass.planner.effort import effort_named
+from tdpass.planner.joint import carries
 from tdpass.planner.offers import EVERYTHING, NOTHING, Offer
 from tdpass.planner.planning import Dense, Tabulation
 from tdpass.planner.rank_plan import RankPlan
@@ -89,7 +91,8 @@ class Plan(Pass):
             table = replace(tabulation, offer=offer).table()
             table.prepared = job.prepared(model)
             if self.joint and effort.measured and tapes and not job.formats and budget.max_error is None:
-                tabulation.add_joint_options(table)
+                able = partial(carries, model, few_samples(model, job.batches))
+                tabulation.add_joint_options(table, able)
             return table
 
         offer = _held(self._offer(budget, job), model, job)

@@ -13,7 +13,7 @@ from tdpass.job import Job
 from tdpass.models.base import Model
 from tdpass.pipeline import Pass, register_pass
 from tdpass.planner.effort import effort_named
-from tdpass.planner.joint import joint_layers, joint_options
+from tdpass.planner.joint import joint_layers, joint_options, put
 from tdpass.planner.joint.project_channels import NARROWINGS
 from tdpass.planner.joint.prune_channels import KEEP_SHARES
 from tdpass.planner.joint.prune_gated import PruneGated
@@ -64,13 +64,12 @@ class ProjectChannels(Pass):
         plan = self._plan(model, job, sites)
         chosen = {choice.site: choice for choice in plan if choice.joint}
         named = {site.name: site for site in sites}
-        for layers in (
+        for found in (
             joint_layers(chosen, named, model.weight, model.bias, tapes, job.fitted_divergence)
             if chosen
             else ()
         ):
-            for name, layer in layers.items():
-                model.replace(name, layer)
+            put(model, found.layers, found.heads)
         before = [choice for choice in job.plan or () if choice.site not in named]
         # the model that was planned on lacks what these have saved, which their own costs say too
         saved = sum((choice.dense - choice.cost for choice in before), Cost())

@@ -11,7 +11,7 @@ from typing import ClassVar
 from tdpass.cost import Budget, BudgetValue, bounded
 from tdpass.job import Job
 from tdpass.models.abilities import SlicesStreams
-from tdpass.models.base import Batch, Model
+from tdpass.models.base import Batch, Model, few_samples
 from tdpass.pipeline import Pass
 from tdpass.planner.trials import Promise
 from tdpass.planner.widths import Widths, checked_share
@@ -54,7 +54,7 @@ class Slicing(Pass, ABC):
         if why:
             job.note(f"skipped: {why}")
             return False
-        found = self.slices(model, _few_samples(model, job), job)
+        found = self.slices(model, few_samples(model, job.batches), job)
         if isinstance(found, str):
             job.note(f"left as it was: {found}")
             return False
@@ -65,11 +65,6 @@ class Slicing(Pass, ABC):
         job.rewritten(model, before)
         job.note(f"{found.what} keep {keep:.3g} of {found.channels}; divergence {job.lost:.4g}")
         return True
-
-
-def _few_samples(model: Model, job: Job) -> Batch:
-    """Samples enough to follow what a run does with each channel."""
-    return job.batches[0].part(0, 2) if job.batches[0].divisible else model.example() or job.batches[0]
 
 
 def _why_no_slicing(model: Model, job: Job) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tdpass.form import Form
 from tdpass.models.batch import Batch
-from tdpass.models.streams import StreamEdits
+from tdpass.models.streams import HeadChange, StreamEdits
 
 _STEPS = 255
 
@@ -131,6 +131,14 @@ class SettlesChannels(Protocol):
 
         Returns their forms by site.
         """
+
+
+@runtime_checkable
+class ResizesHeads(Protocol):
+    """What says how many heads attention has, and how wide, can follow its layers."""
+
+    def resize_heads(self, heads: Mapping[str, HeadChange]) -> None:
+        """Say what heads the layers of these sites have; those with fewer channels are in place already."""
 
 
 @runtime_checkable

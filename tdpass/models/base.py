@@ -199,3 +199,8 @@ def call_batch(model: Model, batches: Sequence[Batch], size: int) -> Batch:
             "(--data, --input)"
         )
     return example.resized(size)
+
+
+def few_samples(model: Model, batches: Sequence[Batch]) -> Batch:
+    """Samples enough to follow what a run does with each channel, of the first of these batches."""
+    return batches[0].part(0, 2) if batches[0].divisible else model.example() or batches[0]

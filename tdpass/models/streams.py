@@ -5,7 +5,9 @@ It has other weights, and norms that know what was left out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
@@ -35,6 +37,32 @@ class NewLayer:
     bias: Tensor | None
 
 
+class HeadChange(Protocol):
+    """What becomes of the heads of a layer, so that views of what it makes and reads must follow."""
+
+    @property
+    def made(self) -> bool:
+        """Whether the layer makes them."""
+
+    @property
+    def read(self) -> bool:
+        """Whether it reads them."""
+
+    @property
+    def sizes(self) -> Mapping[int, int]:
+        """What sizes become that are those of a head, or of all of them together."""
+
+    @property
+    def counts(self) -> Mapping[int, int]:
+        """What numbers of heads become."""
+
+    def reshaped(self, shape: Sequence[int | None]) -> list[int | None] | None:
+        """A shape into which heads are taken apart or joined, with one size changed; None for another.
+
+        None stands for a size that is not known.
+        """
+
+
 @dataclass(frozen=True)
 class HeadWidth:
     """How many channels each head of a layer had, and has: `rows` heads of its weight, and `columns`."""
@@ -44,12 +72,59 @@ class HeadWidth:
     rows: int
     columns: int
 
-    def renamed(self, size: int) -> int | None:
-        """What a size becomes that is that of a head, or of all of them together; None for another."""
-        counts = {self.before: self.after}
-        for heads in (self.rows, self.columns):
-            counts.setdefault(heads * self.before, heads * self.after)
-        return counts.get(size)
+    @property
+    def made(self) -> bool:
+        return self.rows > 0
+
+    @property
+    def read(self) -> bool:
+        return self.columns > 0
+
+    @property
+    def sizes(self) -> Mapping[int, int]:
+        whole = {heads * self.before: heads * self.after for heads in (self.rows, self.columns) if heads}
+        return {**whole, self.before: self.after}
+
+    @property
+    def counts(self) -> Mapping[int, int]:
+        return {}
+
+    def reshaped(self, shape: Sequence[int | None]) -> list[int | None] | None:
+        return _with_last(shape, self.sizes)  # a head's width comes last
+
+
+@dataclass(frozen=True)
+class HeadCount:
+    """How many heads of so many channels layers have that had others: `counts` by number before.
+
+    Keys and values may have fewer than queries.
+    """
+
+    width: int
+    counts: Mapping[int, int]
+    made: bool = False
+    read: bool = False
+
+    @property
+    def sizes(self) -> Mapping[int, int]:
+        return {before * self.width: after * self.width for before, after in self.counts.items()}
+
+    def reshaped(self, shape: Sequence[int | None]) -> list[int | None] | None:
+        for place in reversed(range(len(shape))):
+            if shape[place] == self.width and (found := _with_last(shape[:place], self.counts)):
+                return [*found, *shape[place:]]
+        return _with_last(shape, self.sizes)
+
+
+def _with_last(shape: Sequence[int | None], sizes: Mapping[int, int]) -> list[int | None] | None:
+    """The shape with the last place that holds one of these sizes changed."""
+    found = list(shape)
+    for place in reversed(range(len(shape))):
+        size = shape[place]
+        if size is not None and size in sizes:
+            found[place] = sizes[size]
+            return found
+    return None
 
 
 @dataclass
@@ -65,4 +140,4 @@ class StreamEdits:
     layers: dict[int, NewLayer] = field(default_factory=dict)
     norms: dict[int, NewNorm] = field(default_factory=dict)
     tables: dict[int, Tensor] = field(default_factory=dict)
-    heads: dict[int, HeadWidth] = field(default_factory=dict)
+    heads: dict[int, HeadChange] = field(default_factory=dict)

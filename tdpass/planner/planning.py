@@ -25,7 +25,7 @@ from tdpass.planner.candidates import (
 from tdpass.planner.divergence import FittedDivergence
 from tdpass.planner.effort import THOROUGH, Allowance, Deadline, Effort
 from tdpass.planner.frontier import frontier
-from tdpass.planner.joint import JOINT_CHANGES, joint_options
+from tdpass.planner.joint import JOINT_CHANGES, Carries, always, joint_options
 from tdpass.planner.losses import Losses
 from tdpass.planner.moments import stream_metrics
 from tdpass.planner.offers import NOTHING, Offer
@@ -123,8 +123,8 @@ class Tabulation:
             table.divergence = str(self.divergence)
         return table
 
-    def add_joint_options(self, table: Table) -> None:
-        """Add the options that change several sites together."""
+    def add_joint_options(self, table: Table, carries: Carries = always) -> None:
+        """Add the options that change several sites together, those that the model `carries`."""
         geometry = (f"{site.name}{_identity(site)}" for site in table.sites)
         key = digest("joint changes", *JOINT_CHANGES.names(), self.effort.name, self.context, *geometry)
         known = self.cache.get_joint(key)
@@ -138,6 +138,7 @@ class Tabulation:
                 self._sweep(len(sites)),
                 self.tick,
                 _JOINT_SHARE * self.effort.limit,
+                carries=carries,
             )
             self.cache.put_joint(key, known)
         table.joint = known

@@ -48,7 +48,7 @@ from tdpass.models.onnx.sites.parameters import parameter_bytes, parameter_count
 from tdpass.models.onnx.sites.products import count_products
 from tdpass.models.onnx.sites.sites import check_fits
 from tdpass.models.signature import Signature
-from tdpass.models.streams import StreamEdits
+from tdpass.models.streams import HeadChange, StreamEdits
 from tdpass.products import Counted
 from tdpass.site import Site
 from tdpass.tape import Tape, record
@@ -246,6 +246,10 @@ class OnnxModel(Model):
         self._seen_again(self._dense.settle(narrow))
         return {name: layer.form for name, layer in narrow.items()}
 
+    def resize_heads(self, heads: Mapping[str, HeadChange]) -> None:
+        self._dense.resize_heads(heads)
+        self._changed()
+
     def slice_streams(self, edits: StreamEdits) -> None:
         self._seen_again(self._dense.slice_streams(edits, self._runner))
 
@@ -295,15 +299,10 @@ class OnnxModel(Model):
         return self._macs
 
     def params(self) -> int:
-        return parameter_count(self._built) - sum(copy.size for copy in self._copies())
+        return parameter_count(self._built) - sum(one.size for one in self._dense.copies(self._layers))
 
     def bytes(self) -> int:
-        return parameter_bytes(self._built) - sum(copy.nbytes for copy in self._copies())
-
-    def _copies(self) -> Sequence[ir.TensorProtocol]:
-        """What the dense sites store twice."""
-        dense = (found for name, found in self._dense.sites.items() if name not in self._layers)
-        return [copy for found in dense if found.site.table for copy in found.copies]
+        return parameter_bytes(self._built) - sum(one.nbytes for one in self._dense.copies(self._layers))
 
     def clone(self) -> Self:
         twin = copy.copy(self)

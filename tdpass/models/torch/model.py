@@ -20,7 +20,7 @@ from tdpass.models.abilities import Decline, Note, no_reasons
 from tdpass.models.base import Batch, Model
 from tdpass.models.extents import alike
 from tdpass.models.signature import Signature
-from tdpass.models.streams import StreamEdits
+from tdpass.models.streams import HeadChange, StreamEdits
 from tdpass.models.torch.fused.fuse import fuse_layers
 from tdpass.models.torch.modules.called_layers import call_layers, runs_nested
 from tdpass.models.torch.modules.copying import copied
@@ -38,9 +38,8 @@ from tdpass.models.torch.runner import ModuleRunner
 from tdpass.models.torch.saving.program_text import PROGRAM_KEY, program_text
 from tdpass.models.torch.saving.state import load_module, save_module
 from tdpass.models.torch.sites.divide import Divided, find_divisions
-from tdpass.models.torch.sites.factored import (
-    storages,
-)
+from tdpass.models.torch.sites.factored import storages
+from tdpass.models.torch.sites.head_sizes import resize_heads
 from tdpass.models.torch.sites.norms import batchnorms, find_folds
 from tdpass.models.torch.sites.placement import placed_layer
 from tdpass.models.torch.sites.proved import proved
@@ -238,6 +237,9 @@ class TorchModel(Model):
         if narrow := self._sites.settle():
             self.observe(*self._observed)
         return narrow
+
+    def resize_heads(self, heads: Mapping[str, HeadChange]) -> None:
+        resize_heads(self.module, self._sites.by_module(heads))
 
     def slice_streams(self, edits: StreamEdits) -> None:
         slice_module(self.module, edits, lambda: None if self._example is None else self.run(self._example))

@@ -7,6 +7,8 @@ in every head.
 
 from __future__ import annotations
 
+from tdpass.planner.heads.attention import Attention as Attention
+from tdpass.planner.heads.attention import find_attentions as find_attentions
 from tdpass.planner.heads.find import Bond as Bond
 from tdpass.planner.heads.find import Bonds as Bonds
 from tdpass.planner.heads.find import find_bonds as find_bonds

@@ -43,28 +43,36 @@ class Bond:
 
 @dataclass(frozen=True)
 class Bonds:
-    """All bonds of a run, the weight and bias of every layer in it by site, and why layers take no part."""
+    """All bonds of a run, the weight and bias of every layer in it by site, and why layers take no part.
+
+    `attentions` are bonds of queries and keys, each with that of the values which their scores weigh.
+    """
 
     found: tuple[Bond, ...]
     layers: dict[str, tuple[Tensor, Tensor | None]]
     reasons: dict[str, str]
+    attentions: tuple[tuple[Bond, Bond], ...] = ()
 
 
 @dataclass(frozen=True)
 class _Marks:
     """Of which channel of a site every number of a value is.
 
-    `attended` is the width of heads once attention summed over positions, 0 before.
+    `attended` is the width of heads once attention summed over positions, 0 before, and `scores` the place
+    of the bond whose scores weighed these.
     """
 
     site: str
     channels: Tensor
     attended: int = 0
+    scores: int | None = None
 
 
 def find_bonds(tape: Tape) -> Bonds:
-    """The bonds of a recorded run of a few samples, which is repeated once."""
-    return _Finder(Values.of(tape)).found()
+    """The bonds of a recorded run, which is repeated once where there is a product in it."""
+    if not any(call.name in _PRODUCTS or call.name == _FUSED for call in tape.calls):
+        return Bonds((), {}, {})
+    return _Finder(Values(tape, dict(tape.inputs))).found()
 
 
 @dataclass
@@ -75,10 +83,12 @@ class _Finder:
     layers: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     bonds: list[Bond] = field(default_factory=list)
     apart: dict[str, str] = field(default_factory=dict)
+    scored: dict[int, int] = field(default_factory=dict)
+    weighed: list[tuple[int, int]] = field(default_factory=list)
 
     def found(self) -> Bonds:
         tape = self.values.tape
-        for call in tape.calls:
+        for call in self.values.steps(forget=True):
             self._call(call)
         for number, marks in self.marks.items():
             if tape.is_output(number):
@@ -86,7 +96,9 @@ class _Finder:
         whys = [(bond, self._why_not(bond)) for bond in self.bonds]
         reasons = {bond.left.site: why for bond, why in whys if why}
         kept = [bond for bond, why in whys if not why]
-        return Bonds(tuple(kept), self.layers, {**self.apart, **reasons})
+        pairs = [(self.bonds[one], self.bonds[other]) for one, other in self.weighed]
+        attentions = tuple(pair for pair in pairs if all(bond in kept for bond in pair))
+        return Bonds(tuple(kept), self.layers, {**self.apart, **reasons}, attentions)
 
     def _why_not(self, bond: Bond) -> str:
         for side in (bond.left, bond.right):
@@ -116,12 +128,19 @@ class _Finder:
         elif call.name == _FUSED and marked:
             q, k, v = (argument(call.args, call.kwargs, at, name) for at, name in enumerate(_OPERANDS))
             self._scores(call, q, k, -1)
-            self._attended(call, v)
+            self._attended(call, v, call)
         elif len(marked) == 1 and not call.mutates and self._keeps(call):
             self._move(call, marked[0])
         else:
             for number in marked:
                 self._spoil(self.marks[number], f"its output goes through {call.name}, where channels differ")
+            self._pass_on(call)
+
+    def _pass_on(self, call: Call) -> None:
+        """What is made of scores are still those of a bond."""
+        places = {self.scored[number] for number in call.reads() if number in self.scored}
+        if len(places) == 1:
+            self.scored.update(dict.fromkeys(call.writes(), places.pop()))
 
     def _keeps(self, call: Call) -> bool:
         """Whether a call only moves what it reads, or multiplies all of it by one number."""
@@ -168,6 +187,8 @@ class _Finder:
         if starts is None:
             return False
         pairs = {(int(start), head * width) for head, start in enumerate(starts)}
+        if marks.scores is not None:
+            self.weighed.append((marks.scores, len(self.bonds)))
         self._bond(marks.site, site, pairs, width, scores=False)
         return True
 
@@ -176,7 +197,7 @@ class _Finder:
         if len(both) == len((a, b)):
             self._scores(call, a, b, -2)
         elif both == [b]:
-            self._attended(call, b)
+            self._attended(call, b, a)
         else:
             self._spoil(self.marks[both[0].number], "it is multiplied by what is no layer's output")
 
@@ -193,9 +214,11 @@ class _Finder:
         left, right = whole[0], _repeated(whole[1], whole[0])
         left, right = left + torch.zeros_like(right), right + torch.zeros_like(left)
         pairs = set(zip(left.flatten().tolist(), right.flatten().tolist(), strict=True))
+        self.scored.update(dict.fromkeys(call.writes(), len(self.bonds)))
         self._bond(known[0].site, known[1].site, pairs, known[0].channels.shape[-1], scores=True)
 
-    def _attended(self, call: Call, v: object) -> None:
+    def _attended(self, call: Call, v: object, weights: object) -> None:
+        """What weighs values are scores, made by the very call or read by it."""
         marks = self.marks.get(v.number) if isinstance(v, Ref) else None
         if marks is None:
             return
@@ -207,7 +230,9 @@ class _Finder:
         shape = self.values.at(made).shape
         starts = _repeated(starts, torch.empty(shape[:-2]))
         channels = starts[..., None, None] + torch.arange(width, dtype=torch.int32)
-        self.marks[made.number] = _Marks(marks.site, channels.expand(shape), width)
+        scores = made if weights is call else weights
+        place = self.scored.get(scores.number) if isinstance(scores, Ref) else None
+        self.marks[made.number] = _Marks(marks.site, channels.expand(shape), width, place)
 
     def _bond(self, left: str, right: str, pairs: set[tuple[int, int]], width: int, *, scores: bool) -> None:
         groups: list[tuple[set[int], set[int]]] = []

@@ -6,11 +6,16 @@ import importlib
 import pkgutil
 
 from tdpass.planner.joint.base import JOINT_CHANGES as JOINT_CHANGES
+from tdpass.planner.joint.base import Carries as Carries
 from tdpass.planner.joint.base import JointChange as JointChange
 from tdpass.planner.joint.base import Network as Network
 from tdpass.planner.joint.base import Variant as Variant
+from tdpass.planner.joint.base import always as always
 from tdpass.planner.joint.base import register_joint_change as register_joint_change
+from tdpass.planner.joint.carrying import carries as carries
+from tdpass.planner.joint.carrying import put as put
 from tdpass.planner.joint.options import JointOption as JointOption
+from tdpass.planner.joint.options import Together as Together
 from tdpass.planner.joint.options import joint_layers as joint_layers
 from tdpass.planner.joint.options import joint_options as joint_options
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar
 
 from torch import Tensor
 
 from tdpass.formats.layer import Layer
 from tdpass.formats.metric import Metric
+from tdpass.models.streams import HeadChange
+from tdpass.planner.heads import Attention, find_attentions
 from tdpass.planner.rank_plan import Choice
 from tdpass.registry import Registry
 from tdpass.site import Site
@@ -20,10 +23,35 @@ Group = tuple[str, ...]
 
 
 @dataclass(frozen=True)
+class Variant:
+    """One way to make a change: the layer of every site, front to back, and its relative error in the metric.
+
+    `channels` are those kept between the sites, where the change chooses among them.  Where calls between
+    the sites say how many channels there are, `replayed` are layers of the same function that a recorded run
+    can be repeated with, and `heads` what the model must be told.
+    """
+
+    layers: Mapping[str, Layer]
+    errors: Mapping[str, float]
+    channels: tuple[int, ...] = ()
+    replayed: Mapping[str, Layer] = field(default_factory=dict)
+    heads: Mapping[str, HeadChange] = field(default_factory=dict)
+
+
+Carries = Callable[[Variant], bool]
+
+
+def always(variant: Variant) -> bool:
+    """Any model can have layers with fewer channels where nothing says how many there are."""
+    return not variant.heads
+
+
+@dataclass(frozen=True)
 class Network:
     """A network as joint changes see it: its sites by name, their dense weights and biases, recorded runs.
 
-    `metrics` holds the errors' metric of every site that some change `reads`.
+    `metrics` holds the errors' metric of every site that some change `reads`; `carries` tells whether the
+    model can have a variant in place and then answers as it should.
     """
 
     sites: Mapping[str, Site]
@@ -31,18 +59,12 @@ class Network:
     bias: Callable[[str], Tensor | None]
     tapes: Sequence[Tape]
     metrics: Mapping[str, Metric]
+    carries: Carries = always
 
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to make a change: the layer of every site, front to back, and its relative error in the metric.
-
-    `channels` are those kept between the sites, where the change chooses among them.
-    """
-
-    layers: Mapping[str, Layer]
-    errors: Mapping[str, float]
-    channels: tuple[int, ...] = ()
+    @cached_property
+    def attentions(self) -> Mapping[Group, Attention]:
+        """The attentions of the first run by their sites."""
+        return find_attentions(self.tapes[0], self.sites)
 
 
 class JointChange(ABC):
@@ -85,6 +107,10 @@ class JointChange(ABC):
     @abstractmethod
     def carry_out(self, group: Group, choices: Sequence[Choice], network: Network) -> Mapping[str, Layer]:
         """The layers of a group as the plan has them; raises `PlanError` for a plan that does not fit."""
+
+    def heads(self, group: Group, choices: Sequence[Choice], network: Network) -> Mapping[str, HeadChange]:
+        """What the model must be told of heads where the plan is carried out, by site."""
+        return {}
 
 
 JOINT_CHANGES: Registry[JointChange] = Registry("joint change")

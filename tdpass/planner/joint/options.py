@@ -10,11 +10,12 @@ from functools import partial
 from torch import Tensor
 
 from tdpass.formats.layer import Layer, cost_of
+from tdpass.models.streams import HeadChange
 from tdpass.planner.candidates import Candidate, bias_cost
 from tdpass.planner.divergence import FittedDivergence
 from tdpass.planner.effort import Allowance
 from tdpass.planner.frontier import with_loss
-from tdpass.planner.joint.base import JOINT_CHANGES, Group, JointChange, Network, Variant
+from tdpass.planner.joint.base import JOINT_CHANGES, Carries, Group, JointChange, Network, Variant, always
 from tdpass.planner.moments import stream_metrics
 from tdpass.planner.rank_plan import Choice
 from tdpass.planner.sensitivity import Loss, Sweep, measure_losses
@@ -37,6 +38,14 @@ class JointOption:
     change: str = ""
 
 
+@dataclass(frozen=True)
+class Together:
+    """The layers of the sites of one change, and what the model must be told of their heads."""
+
+    layers: Mapping[str, Layer]
+    heads: Mapping[str, HeadChange]
+
+
 def joint_options(
     sites: Mapping[str, Site],
     weight: Read,
@@ -46,14 +55,16 @@ def joint_options(
     tick: Tick,
     seconds: float = math.inf,
     changes: Sequence[JointChange] = (),
+    carries: Carries = always,
 ) -> list[JointOption]:
     """All joint options of `changes`, or of all that are offered, with their losses.
 
     As many of these are measured as there are seconds of one core for, one of each group at least.
+    `carries` tells whether the model can have a variant in place.
     """
     tried = changes or [change for change in JOINT_CHANGES if change.offered]
     found = [made for made in _everywhere(tapes, sites, tried) if made[0].worth_trying(made[1], sites)]
-    network = _observed(found, sites, weight, bias, tapes, sweep.divergence)
+    network = _observed(found, sites, weight, bias, tapes, sweep.divergence, carries)
     calls = tapes[0].site_calls
     allowance = Allowance(seconds, {str(number): 1.0 for number in range(len(found))})
     options: list[JointOption] = []
@@ -80,16 +91,18 @@ def joint_layers(
     bias: ReadBias,
     tapes: Sequence[Tape],
     divergence: FittedDivergence,
-) -> Iterator[Mapping[str, Layer]]:
-    """The layers of the sites that a plan changes together, group by group.
+    carries: Carries = always,
+) -> Iterator[Together]:
+    """What the sites become that a plan changes together, group by group.
 
     Groups that the network lacks are left out.  Raises `UsageError` for an unknown change.
     """
     named = [JOINT_CHANGES.get(name) for name in dict.fromkeys(choice.joint for choice in chosen.values())]
     found = [made for made in _everywhere(tapes, sites, named) if _planned(made, chosen)]
-    network = _observed(found, sites, weight, bias, tapes, divergence)
+    network = _observed(found, sites, weight, bias, tapes, divergence, carries)
     for change, group in found:
-        yield change.carry_out(group, [chosen[name] for name in group], network)
+        choices = [chosen[name] for name in group]
+        yield Together(change.carry_out(group, choices, network), change.heads(group, choices, network))
 
 
 def _everywhere(
@@ -112,13 +125,14 @@ def _observed(
     bias: ReadBias,
     tapes: Sequence[Tape],
     divergence: FittedDivergence,
+    carries: Carries,
 ) -> Network:
     read = dict.fromkeys(name for change, group in found for name in change.reads(group))
     metrics = {
         site.name: metric
         for site, metric in stream_metrics(tapes, [sites[name] for name in read], divergence)
     }
-    return Network(sites, weight, bias, tapes, metrics)
+    return Network(sites, weight, bias, tapes, metrics, carries)
 
 
 def _option(change: JointChange, variant: Variant, loss: Loss, sites: Mapping[str, Site]) -> JointOption:
@@ -136,4 +150,4 @@ def _candidate(site: Site, layer: Layer, error: float) -> Candidate:
 
 
 def _layers(variant: Variant) -> Mapping[str, Layer]:
-    return variant.layers
+    return variant.replayed or variant.layers

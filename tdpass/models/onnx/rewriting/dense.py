@@ -21,6 +21,7 @@ from tdpass.models.onnx.graph.tensors import finite, to_torch
 from tdpass.models.onnx.rewriting.batchnorm import BatchStatistics, estimate_anew, fold, foldable
 from tdpass.models.onnx.rewriting.close_recurrent import close_recurrent
 from tdpass.models.onnx.rewriting.divide import Undivided, divided, slices_wanted
+from tdpass.models.onnx.rewriting.head_shapes import resize_heads
 from tdpass.models.onnx.rewriting.normalize import normalized
 from tdpass.models.onnx.rewriting.recurrent import Opened, open_recurrent
 from tdpass.models.onnx.rewriting.rewrite import forget_shapes, rewritten
@@ -29,7 +30,7 @@ from tdpass.models.onnx.rewriting.streams import slice_graph, write_layer
 from tdpass.models.onnx.runner import OnnxRunner
 from tdpass.models.onnx.sites.parameters import check_finite
 from tdpass.models.onnx.sites.sites import Findings, FoundSite, find_sites
-from tdpass.models.streams import StreamEdits
+from tdpass.models.streams import HeadChange, StreamEdits
 from tdpass.tape import Tape
 
 Run = Callable[[Mapping[ir.Node, BatchStatistics]], None]
@@ -92,6 +93,11 @@ class DenseGraph:
         self._left = {**self._left, **reasons}
         self.found = self.found.without(reasons)
 
+    def copies(self, replaced: Container[str]) -> Sequence[ir.TensorProtocol]:
+        """What dense sites store twice."""
+        dense = (found for name, found in self.sites.items() if name not in replaced)
+        return [copy for found in dense if found.site.table for copy in found.copies]
+
     def rewritten(self, layers: Mapping[str, Layer], *, integers: bool = False) -> ir.Model:
         """A copy with these layers in place of sites, as `rewritten` makes it."""
 
@@ -150,6 +156,13 @@ class DenseGraph:
         slice_graph(self.model, self.sites, edits, names, constants)
         self._resized()
         return [names[key] for key in edits.layers]
+
+    def resize_heads(self, heads: Mapping[str, HeadChange]) -> None:
+        """Let constants that heads are taken apart and joined by be those of the heads that there are."""
+        sites = dict(self.sites)
+        for name, change in heads.items():
+            resize_heads(self.model, sites[name], name, change)
+        self._resized()
 
     def settle(self, layers: Mapping[str, Layer]) -> Sequence[str]:
         """Make dense layers with fewer channels those of their sites; returns the names of these."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import onnx_ir as ir
 import torch
@@ -12,19 +12,19 @@ from tdpass.models.onnx.graph.tensors import to_torch
 from tdpass.models.onnx.rewriting.edits import replace_constant
 from tdpass.models.onnx.sites.sites import FoundSite
 from tdpass.models.onnx.sites.weight_use import Slot
-from tdpass.models.streams import HeadWidth
+from tdpass.models.streams import HeadChange
 
 _SHAPED = frozenset({"Reshape", "Expand"})
 _PASSED = _SHAPED | {"Add", "Mul", "Div", "Cast", "Identity", "Transpose", "Unsqueeze", "Squeeze"}
 
 
-def resize_heads(model: ir.Model, site: FoundSite, name: str, width: HeadWidth) -> None:
-    """Let shapes be those of heads of another width, after a layer that makes them or before its reader."""
+def resize_heads(model: ir.Model, site: FoundSite, name: str, change: HeadChange) -> None:
+    """Let shapes be those of the heads that there are, after a layer that makes them or before its reader."""
     for use in site.uses:
-        nodes = _after(use.node) if width.rows else iter(())
-        for node in (*nodes, *(_before(use.input.value) if width.columns else ())):
+        nodes = _after(use.node) if change.made else iter(())
+        for node in (*nodes, *(_before(use.input.value) if change.read else ())):
             if node.op_type in _SHAPED:
-                _reshape(model, node, name, width)
+                _reshape(model, node, name, change)
 
 
 def _after(node: ir.Node) -> Iterator[ir.Node]:
@@ -54,16 +54,28 @@ def _before(value: ir.Value | None) -> Iterator[ir.Node]:
         node = None if node.inputs[0] is None else node.inputs[0].producer()
 
 
-def _reshape(model: ir.Model, node: ir.Node, name: str, width: HeadWidth) -> None:
+def _reshape(model: ir.Model, node: ir.Node, name: str, change: HeadChange) -> None:
     shape = node.inputs[1]
     maker = None if shape is None else shape.producer()
-    if maker is None or maker.op_type != "Concat":
-        _put(model, Slot(node, 1), name, width)
+    joined = None if maker is None or maker.op_type != "Concat" else maker
+    parts = [_sizes(value) for value in ([shape] if joined is None else joined.inputs)]
+    before = [size for sizes in parts for size in sizes]
+    after = change.reshaped(before)
+    if after is None or after == before:
         return
-    own = _own(model, node, maker)
-    for place in reversed(range(len(own.inputs))):  # a head's width comes last
-        if _put(model, Slot(own, place), name, width):
-            return
+    reader, at = node if joined is None else _own(model, node, joined), 0
+    for index, sizes in enumerate(parts):
+        now = after[at : at + len(sizes)]
+        at += len(sizes)
+        if now != sizes:
+            slot = Slot(reader, 1 if joined is None else index)
+            replace_constant(model, slot, torch.tensor(now), f"{name}.heads")
+
+
+def _sizes(value: ir.Value | None) -> list[int | None]:
+    """The sizes that a constant holds; one that is not known for a part of a shape that is computed."""
+    held = None if value is None else ir.convenience.get_const_tensor(value)
+    return [None] if held is None else [int(size) for size in to_torch(held).flatten().tolist()]
 
 
 def _own(model: ir.Model, node: ir.Node, maker: ir.Node) -> ir.Node:
@@ -79,17 +91,3 @@ def _own(model: ir.Model, node: ir.Node, maker: ir.Node) -> ir.Node:
     node.graph.insert_before(node, own)
     node.replace_input_with(1, made)
     return own
-
-
-def _put(model: ir.Model, slot: Slot, name: str, width: HeadWidth) -> bool:
-    held = ir.convenience.get_const_tensor(slot.value)
-    if held is None:
-        return False
-    sizes: Sequence[int] = to_torch(held).flatten().tolist()
-    for place in reversed(range(len(sizes))):
-        new = width.renamed(sizes[place])
-        if new is not None:
-            resized = torch.tensor([*sizes[:place], new, *sizes[place + 1 :]])
-            replace_constant(model, slot, resized, f"{name}.heads")
-            return True
-    return False

@@ -1,4 +1,4 @@
-"""Attributes of attention modules that speak of the width of heads, from which views get their shapes."""
+"""Attributes of attention modules that speak of the width or number of heads, from which views get shapes."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from collections.abc import Mapping
 from torch import nn
 
 from tdpass.errors import PlanError
-from tdpass.models.streams import HeadWidth
+from tdpass.models.streams import HeadChange
 
 # as Hugging Face, timm and others name them; a number of heads is none
 _SIZE = re.compile(
     r"^(?!n_|num_).*(head.*(dim|size|width)|(dim|size|width).*head)"
     r"|^d_(head|k|v|kv)$|^key_value_proj_dim$|^inner_dim$"
 )
+_COUNT = re.compile(r"^(n_?|num_)?([a-z]+_)*heads?$")
 _HELD = "_head_sizes"
 
 
-def resize_heads(module: nn.Module, owners: Mapping[int, HeadWidth]) -> None:
-    """Set the attributes of modules that hold layers with heads of another width, the layers by id."""
+def resize_heads(module: nn.Module, owners: Mapping[int, HeadChange]) -> None:
+    """Set the attributes of modules that hold layers whose heads change, the layers by id."""
     for part in module.modules():
+        done = set[str]()
         for child in part.children():
-            width = owners.get(id(child))
-            if width is not None and width.before != width.after:
-                _resize(part, width)
+            change = owners.get(id(child))
+            if change is not None:
+                _resize(part, change, done)
 
 
 def heads_of(module: nn.Module) -> dict[str, dict[str, int]]:
@@ -48,12 +50,22 @@ def restore_heads(
         part.__dict__[_HELD] = dict(sizes)
 
 
-def _resize(part: nn.Module, width: HeadWidth) -> None:
-    done: dict[str, int] = part.__dict__.setdefault(_HELD, {})
+def _resize(part: nn.Module, change: HeadChange, done: set[str]) -> None:
+    if all(before == after for before, after in change.sizes.items()):
+        return
+    held: dict[str, int] = part.__dict__.setdefault(_HELD, {})
     for name, size in list(part.__dict__.items()):
-        if type(size) is not int or name in done or not _SIZE.search(name):
+        if type(size) is not int or name in done:
             continue
-        new = width.renamed(size)
-        if new is not None:
-            done[name] = new
+        new = _sizes_of(name, change).get(size, size)
+        if new != size:
+            done.add(name)
             setattr(part, name, new)
+            held[name] = new
+
+
+def _sizes_of(name: str, change: HeadChange) -> Mapping[int, int]:
+    """What an attribute of that name becomes, by what it is."""
+    if _SIZE.search(name):
+        return change.sizes
+    return change.counts if _COUNT.search(name) else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -20,6 +20,8 @@ from tdpass.models.torch.sites.placement import place_layer, placed_layer
 from tdpass.models.torch.sites.readers import graph_readers
 from tdpass.models.torch.sites.sites import Matched, find_sites
 from tdpass.tape import Tape, site_order
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -72,6 +74,10 @@ class SiteTable:
     def modules(self) -> set[nn.Module]:
         """All modules of all sites."""
         return {module for matched in self.by_name.values() for module in matched.modules}
+
+    def by_module(self, given: Mapping[str, T]) -> dict[int, T]:
+        """What is given by site, by the id of every module of the site."""
+        return {id(module): one for name, one in given.items() for module in self.matched(name).modules}
 
     def leave(self, reasons: Mapping[str, str]) -> None:
         """Sites that stay dense, each with the reason."""
