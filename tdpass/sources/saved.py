@@ -13,6 +13,8 @@ from tdpass.models.torch.saving.state import load_program_of
 from tdpass.models.torch.saving.tensor_file import read_metadata
 from tdpass.sources.base import MODULE_SOURCES, module_of
 
+_BY_THEMSELVES = {".onnx": "onnx.load or a session of ONNX Runtime", ".pt2": "torch.export.load"}
+
 
 def published_model(path: Path) -> str:
     """The name of the published model that a `.safetensors` artifact was made from, as `timm:resnet50`.
@@ -46,6 +48,8 @@ def load(path: Path | str, model: nn.Module | None = None) -> nn.Module:
     """
     if model is not None:
         return artifact.load(path, model)
+    if Path(path).suffix in _BY_THEMSELVES:
+        raise UsageError(f"{path} loads by itself, with {_BY_THEMSELVES[Path(path).suffix]}")
     read_metadata(Path(path))  # says what is wrong with a file that cannot be read
     text = published_model(Path(path))
     if text:

@@ -1,4 +1,4 @@
-"""Weights that come as integers: sites in that form, factored into integers, and left byte for byte where not."""
+"""Weights that come as integers, or cast: sites in that form, whose factors keep it, and left byte for byte where not."""
 
 from __future__ import annotations
 
@@ -139,3 +139,18 @@ def test_the_bias_of_integers_is_the_layers() -> None:
     opened = open_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
     wanted = torch.from_numpy((arrays["b"] * arrays["t"]).astype(np.float32))
     torch.testing.assert_close(opened.bias("w"), wanted)
+
+
+def test_factors_of_a_cast_weight_keep_its_type() -> None:
+    numbers = weight().astype(np.float16)
+    graph = helper.make_graph(
+        [node("Cast", "w", "f", to=TensorProto.FLOAT), node("MatMul", "x f")], "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [ROWS, INPUTS])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [ROWS, OUTPUTS])],
+        [numpy_helper.from_array(numbers, "w")],
+    )  # fmt: skip
+    given = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    made = tdpass.compress(given, {"params": 0.5}, data(), effort="fast", progress=False, cache=False)
+    factors = [tensor for tensor in made.model.graph.initializer if len(tensor.dims) == 2]
+    assert {tensor.data_type for tensor in factors} == {TensorProto.FLOAT16}
+    assert float((answer(made.model) - answer(given)).norm()) < 1e-2 * float(answer(given).norm())

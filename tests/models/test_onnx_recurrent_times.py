@@ -10,6 +10,7 @@ import tdpass
 from tdpass.form import Form
 from tdpass.formats.base import FORMATS
 from tdpass.formats.layer import Layer
+from tdpass.models.onnx.model import OnnxModel
 from tdpass.models.onnx.rewriting import recurrent_times
 
 CASES = {
@@ -17,6 +18,18 @@ CASES = {
     "GRU-both-states": Case("GRU", direction="bidirectional", states=True, attributes=AFTER),
     "RNN-lengths": Case("RNN", lengths=True, bias=False),
 }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_callers_model_keeps_the_names_of_its_weights(name: str) -> None:
+    case = CASES[name]
+    given = case.proto()
+    before, model = given.SerializeToString(), OnnxModel.open(given, case.batch())
+    for site in model.sites():
+        factors = FORMATS.get("svd").factorize(model.weight(site.name), site, (2,))
+        model.replace(site.name, Layer(site, Form("svd", (2,)), factors, model.bias(site.name)))
+    assert list(model.recurrent_times(case.batch()))
+    assert given.SerializeToString() == before
 
 
 @pytest.mark.parametrize("hidden", [True, False])

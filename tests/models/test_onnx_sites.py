@@ -556,6 +556,15 @@ def declined_cases() -> dict[str, tuple[Callable[[], Case], str]]:
             ),
             "quantized",
         ),
+        "quantized_by_input": (
+            lambda: Case(
+                [node("DequantizeLinear", "q s", "w", axis=0), node("MatMul", "x w")],
+                {"q": (w.T * 50).astype(np.int8), "s": np.linspace(0.01, 0.02, 8, dtype=np.float32)},
+                (2, 8),
+                (),
+            ),
+            "other scales than one, or one for each output channel",
+        ),
         "batched": (
             lambda: Case([node("MatMul", "x w")], {"w": weight(2, 8, 6)}, (2, 3, 8), ()),
             "several matrices as one weight; export the model",

@@ -213,3 +213,13 @@ def test_an_artifact_of_ones_own_model_needs_it_and_calls_nothing(tmp_path: Path
         UsageError, match=r"give the dense model: tdpass.load\('.*own.safetensors', DenseClass\(\)\)"
     ):
         tdpass.load(tmp_path / "own.safetensors")
+
+
+@pytest.mark.parametrize(("suffix", "how"), [(".onnx", "onnx.load"), (".pt2", "torch.export.load")])
+def test_files_that_load_by_themselves_are_no_damaged_artifacts(
+    suffix: str, how: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"m{suffix}"
+    path.write_bytes(b"\x08\x08")
+    with pytest.raises(UsageError, match=f"loads by itself, with {how}"):
+        tdpass.load(path)

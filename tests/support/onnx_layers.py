@@ -393,6 +393,21 @@ layer(
     TOKENS,
 )  # fmt: skip
 layer(
+    "weight taken apart",
+    [
+        node("Split", "proj", "q k", axis=1),
+        node("Split", "shift", "s t"),
+        node("MatMul", "x q", "a"),
+        node("MatMul", "x k", "b"),
+        node("Add", "a s", "c"),
+        node("Add", "b t", "d"),
+        node("Mul", "c d"),
+    ],
+    {"proj": TALL, "shift": held(16)},
+    TOKENS,
+    ("proj.0", "proj.1"),
+)
+layer(
     "weight put together",
     [node("Concat", "w v", "t", axis=1), node("MatMul", "x t")],
     {"w": TALL[:, :8], "v": TALL[:, 8:]},

@@ -19,6 +19,7 @@ from tdpass.models.onnx.graph.tensors import FLOAT_TYPES, constant, from_torch, 
 from tdpass.models.onnx.operators.fused import DOMAIN
 from tdpass.models.onnx.rewriting.rewrite import INPUTS_HOLD_INITIALIZERS_BELOW, prune_initializers
 from tdpass.models.onnx.rewriting.shared_constants import share_constants
+from tdpass.models.onnx.rewriting.split_constants import split_constants
 from tdpass.models.onnx.sites.matchers import MATCHERS, matcher_for
 
 _REARRANGING = frozenset({"Identity", "Transpose"})
@@ -48,6 +49,7 @@ def normalized(model: ir.Model, overridable: Sequence[str] = ()) -> ir.Model:
             fnmatchcase(value.name or "", name) for name in overridable
         ):
             copy.graph.inputs.remove(value)
+    split_constants(copy)
     for graph in list(copy.graphs()):
         for node in list(graph):
             if not node.domain and node.op_type in _REARRANGING:
