@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -25,6 +26,7 @@ LIBRARY = "libtdpass_cpu.so"
 ONNXRUNTIME = SOURCES.parent / "onnxruntime"
 ONNXRUNTIME_LIBRARY = "libtdpass_onnxruntime.so"
 ONNXRUNTIME_LINK = ("-Wl,--as-needed", f"-Wl,--version-script={ONNXRUNTIME / 'exports.map'}")
+_LOG = logging.getLogger("tdpass.kernels")
 FLAGS = (
     "-O3",
     "-std=c++17",
@@ -206,6 +208,11 @@ def build(path: Path, parts: Sequence[Unit], objects: Path, link: Sequence[str] 
             if not target.exists():
                 _run([cxx, *FLAGS, *unit.flags, "-c", str(unit.source)], target)
 
+        missing = sum(not target.exists() for target in made)
+        if missing:
+            _LOG.warning(
+                "compiling %d files of tdpass's kernels, once for this machine, to %s", missing, path.parent
+            )
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_unit, parts, made))
         _run([cxx, "-shared", "-fopenmp", *map(str, made), *link], path)

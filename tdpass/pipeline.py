@@ -16,7 +16,7 @@ from tdpass.errors import PassError, TdpassError, UsageError
 from tdpass.job import Job
 from tdpass.models.base import Model
 from tdpass.planner.trials import Promise
-from tdpass.registry import Registry
+from tdpass.registry import Registry, nearest
 from tdpass.report import PassRow
 
 
@@ -49,9 +49,10 @@ class Pass(ABC):
         made: dict[str, Any] = {name: {} for name in cls.gathers}
         for key, value in options.items():
             if key not in known and key not in into:
+                takes = (*into, *known)
                 raise UsageError(
-                    f"pass {cls.name!r} has no option {key!r}; it takes: "
-                    f"{', '.join((*into, *known)) or 'none'}"
+                    f"pass {cls.name!r} has no option {key!r}{nearest(key, takes)}; it takes: "
+                    f"{', '.join(takes) or 'none'}"
                 )
             wrong = misfit(cls, into.get(key, key), {key: value} if key in into else value)
             if wrong:

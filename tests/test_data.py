@@ -111,3 +111,13 @@ def test_a_folder_of_images_is_what_the_model_reads(tmp_path: Path) -> None:
         calls_of(open_model(nn.Linear(6, 4), torch.zeros(1, 6)), tmp_path)
     with pytest.raises(UsageError, match="holds no image"):
         calls_of(model, Path(__file__).parent / "zoo")
+
+
+def test_slices_along_an_odd_axis_are_said_since_they_may_be_channels() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2)).eval()
+    calls, notes = calls_of(open_model(net), torch.randn(5, 3, 8, 8))
+    assert [call.tensors[0].shape for call in calls] == 3 * [(5, 1, 8, 8)]
+    (note,) = notes
+    assert "does not run on the data as it is, [5, 3, 8, 8]" in note
+    assert "along axis 1" in note
+    assert calls_of(open_model(net), torch.randn(5, 1, 8, 8))[1] == []

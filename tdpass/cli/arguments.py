@@ -64,6 +64,14 @@ class Parser(argparse.ArgumentParser):
             **{**options, "allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
         )
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse does, but a word that means nothing is the verb's own error, which knows its options."""
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            words = (nearest(word.partition("=")[0], self._option_string_actions) for word in rest)
+            self.error(f"unrecognized arguments: {' '.join(rest)}{next(filter(None, words), '')}")
+        return found, rest
+
     def error(self, message: str) -> NoReturn:
         refused = _CHOICE.search(message)
         meant = nearest(refused["given"], re.findall(r"[\w-]+", refused["allowed"])) if refused else ""

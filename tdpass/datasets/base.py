@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tdpass.datasets.augment import UNCHANGED, Augment
 from tdpass.errors import UsageError
-from tdpass.registry import Registry
+from tdpass.registry import Registry, nearest
 from tdpass.training.batches import Batches
 
 PARTS = ("training", "calibration", "tuning", "test")
@@ -204,8 +204,9 @@ def source_of(text: str) -> Source:
     """The source that claims the text; raises `UsageError`."""
     source = next((source for source in SOURCES if source.claims(text)), None)
     if source is None:
+        known = ", ".join(source.example for source in SOURCES)
         raise UsageError(
-            f"{text!r} names no data set; give one of: {', '.join(source.example for source in SOURCES)}"
+            f"{text!r} names no data set{nearest(text, known.split(', '))}; give one of: {known}"
         )
     return source
 

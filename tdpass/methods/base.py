@@ -18,7 +18,7 @@ from tdpass.errors import TrainingError, UsageError
 from tdpass.kinds import kind_of
 from tdpass.methods.stages import Run, Stage, Stages, finished, pretrained
 from tdpass.models import ExampleInputs, open_model
-from tdpass.registry import Registry
+from tdpass.registry import Registry, nearest
 from tdpass.site import Site, selects
 from tdpass.training.calls import once
 from tdpass.training.phases import Phase, Phased
@@ -312,7 +312,12 @@ def make_method(spec: Method | Mapping[str, Any] | str) -> Method:
     # every method is a dataclass
     known = {option.name for option in fields(cls) if option.init}  # type: ignore[arg-type]
     for key, value in given.items():
-        wrong = misfit(cls, key, value) if key in known else ""
+        if key not in known:
+            takes = ", ".join(sorted(known)) or "none"
+            raise UsageError(
+                f"method {name!r} has no option {key!r}{nearest(str(key), known)}; it takes: {takes}"
+            )
+        wrong = misfit(cls, key, value)
         if wrong:
             raise UsageError(f"option {key}={value!r} of method {name!r} must be of type {wrong}")
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tdpass.errors import InvalidModelError, TdpassError, UsageError
+from tdpass.registry import nearest
 
 
 def named(text: str) -> Any:
@@ -19,16 +20,20 @@ def named(text: str) -> Any:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        return getattr(importlib.import_module(module_name), name)
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UsageError(
             f"cannot import {module_name!r} of {text!r}: {error}; run from the folder it lies in, or "
             "install it"
         ) from error
-    except (AttributeError, ValueError):
+    except ValueError:
+        raise UsageError(f"{text!r} names no module; name a function, as package.module:name") from None
+    if not hasattr(module, name):
+        meant = nearest(name, vars(module))
         raise UsageError(
-            f"module {module_name!r} has no {name!r}; name a function, as package.module:name"
-        ) from None
+            f"module {module_name!r} has no {name!r}{meant}; name a function, as package.module:name"
+        )
+    return getattr(module, name)
 
 
 def made_by(text: str, *arguments: object) -> Any:

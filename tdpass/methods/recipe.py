@@ -19,6 +19,7 @@ from tdpass.methods.base import METHODS, Method, make_method
 from tdpass.methods.material import Ingredients, gathered
 from tdpass.methods.run import train
 from tdpass.methods.same_run import check_same_run
+from tdpass.registry import nearest
 from tdpass.report import TrainingRow
 from tdpass.training.settings import Settings
 from tdpass.zoo import NETS
@@ -55,11 +56,10 @@ class Recipe(Ingredients):
         """Read a recipe file, or one that comes with tdpass by its name; raises `UsageError`."""
         path = Path(path)
         shipped = _SHIPPED / f"{path.name.removesuffix('.yaml')}.yaml"
-        found = read_yaml(
-            path if path.exists() or not shipped.exists() else shipped,
-            "recipe",
-            f"give a YAML file, or one of: {', '.join(names())}",
-        )
+        known = f"give a YAML file, or one of: {', '.join(names())}"
+        if not path.exists() and not shipped.exists():
+            raise UsageError(f"there is no recipe {str(path)!r}{nearest(shipped.stem, names())}; {known}")
+        found = read_yaml(path if path.exists() else shipped, "recipe", known)
         return cls.parse(found, str(path))
 
     @classmethod

@@ -149,6 +149,8 @@ class Calls:
         for axes in candidate_axes(call, inputs):
             bounds = self._bounds(replace(call, axes=axes))
             if bounds is not None:
+                if bounds == (1, 1) and any(axes) and all(entry.dims is None for entry in inputs):
+                    self._say_other_axis(call, axes)
                 return _Way(axes, *bounds, added)
         return self._uncut(whole) if any(entry.dims is not None for entry in inputs) else self._unseen(call)
 
@@ -216,6 +218,15 @@ class Calls:
             (2, None)
             if _follow(self._tried(four), (self._tried(four.part(0, 2)), self._tried(four.part(2, 4))))
             else None
+        )
+
+    def _say_other_axis(self, call: Batch, axes: Axes) -> None:
+        """Say that the model takes the data only in slices along an axis where samples seldom lie."""
+        at = next(axis for axis in axes if axis)
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in call.tensors)
+        self.notes.append(
+            f"the model does not run on the data as it is, {shapes}: it is called with one slice along axis {at} "
+            "at a time; check that samples lie there, and not channels"
         )
 
     def _tried(self, call: Batch) -> object:

@@ -21,6 +21,7 @@ _REPAIRED = 20  # runs of a model that is compressed, recorded and repaired
 _FEWEST = 32  # samples that are used however little time there is
 _FITS, _CANDIDATES = 4, 16  # fits of a site that iterate, and candidates of one
 _ITERATIONS = 8
+_SEARCHED, _SEARCH = 3, 0.15  # formats of a site that search, and seconds that a rough search takes
 _TRIES = 4
 _FEW = 16  # samples
 
@@ -84,7 +85,7 @@ class Effort:
     def expected(self, samples: int, sites: Sequence[Site]) -> float:
         """Seconds of one core that planning these sites on so many samples is expected to take.
 
-        Runs of the model at its pace; the fits of every format that iterates; where losses are measured, half
+        Runs of the model at its pace; the fits and searches of every format; where losses are measured, half
         a run for each candidate.  The last two take no longer than the limit.
         """
         run = self.macs * self.pace
@@ -92,6 +93,7 @@ class Effort:
         fits = sum(_FITS * max(1, self.ends) * seconds_to_fit(site) for site in sites)
         tried = min(samples, self.for_losses(len(sites))) if self.measured else 0
         losses = len(sites) * _CANDIDATES * tried * run / 2
+        fits += len(sites) * _SEARCHED * self.searches * _SEARCH
         return (_RUNS * samples + _PASSES * known) * run + min(self.limit, fits + losses)
 
     def _affordable(self, share: float, passes: float) -> int:

@@ -189,7 +189,7 @@ class Tabulation:
         limit = (1 - _JOINT_SHARE) * self.effort.limit
         allowance = Allowance(limit, _importance(missing))
         expected = self.effort.expected(sum(tape.batch_size for tape in self.tapes), missing)
-        what = f"planning, about {expected:.0f} s of one core"
+        what = f"planning, about {max(1.0, expected):.0f} s of one core"
         self.tick(what, 0, len(missing))
         for done, (site, metric) in enumerate(metrics, start=1):
             deadline = allowance.take(site.name)

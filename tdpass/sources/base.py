@@ -8,7 +8,7 @@ from torch import nn
 
 from tdpass.errors import InvalidModelError, TdpassError, UsageError
 from tdpass.methods.objects import made_by
-from tdpass.registry import Registry
+from tdpass.registry import Registry, nearest
 
 
 class ModuleSource(ABC):
@@ -44,9 +44,12 @@ def is_module(text: str) -> bool:
 def module_of(text: str, *, pretrained: bool = True) -> nn.Module:
     """The named model; raises `UsageError`, `InvalidModelError` where it cannot be made."""
     source, _, name = text.partition(":")
-    model = (
-        _built(MODULE_SOURCES.get(source), name, pretrained) if source in MODULE_SOURCES else made_by(text)
-    )
+    try:
+        known = source in MODULE_SOURCES
+        model = _built(MODULE_SOURCES.get(source), name, pretrained) if known else made_by(text)
+    except UsageError as error:
+        meant = "" if known else nearest(source, MODULE_SOURCES.names())
+        raise UsageError(f"{error}{meant}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"{text!r} returned a {type(model).__name__}; it must return a torch.nn.Module")
     return model

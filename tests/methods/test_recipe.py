@@ -85,7 +85,7 @@ def test_shipped_recipes_find_what_they_need_in_the_digits(name: str) -> None:
         ({"finetune": "two"}, "finetune is 'two'"),
         ({"augment": {"turn": 3}}, "unknown key 'turn'"),
         ({"method": {"admm-xx": {}}}, "unknown training method 'admm-xx'"),
-        ({"method": {"admm-tt": {"rank": 3}}}, "unexpected keyword argument 'rank'"),
+        ({"method": {"admm-tt": {"rank": 3}}}, "has no option 'rank' .did you mean 'ranks'"),
     ],
 )
 def test_wrong_recipes_are_refused(change: dict[str, object], message: str) -> None:
