@@ -18,31 +18,31 @@ namespace {
 constexpr int MOST_TOKENS = 8;  // that are multiplied at once
 
 // How the weights of 16 outputs are read, in units of `UNIT`: a block of `BYTES` holds those of `WORD`
-// inputs.
+// inputs, and those of `STEP` inputs are read at once where so many are left.
 struct Whole {
   static constexpr float UNIT = 1;
 };
 struct Floats : Whole {
-  static constexpr int WORD = 1, BYTES = 64;
+  static constexpr int WORD = 1, STEP = 1, BYTES = 64;
   static TDPASS_INLINE Lanes block(const char* p) { return load(reinterpret_cast<const float*>(p)); }
   static TDPASS_INLINE Lanes weights(Lanes block, int) { return block; }
 };
 struct Halfwords : Whole {
-  static constexpr int WORD = 1, BYTES = 32;
+  static constexpr int WORD = 1, STEP = 1, BYTES = 32;
   static TDPASS_INLINE Lanes block(const char* p) {
     return read_some(reinterpret_cast<const Half*>(p), LANES);
   }
   static TDPASS_INLINE Lanes weights(Lanes block, int) { return block; }
 };
 struct Bytes : Whole {
-  static constexpr int WORD = 1, BYTES = 16;
+  static constexpr int WORD = 1, STEP = 1, BYTES = 16;
   static TDPASS_INLINE Lanes block(const char* p) {
     return __builtin_convertvector(load_signed(reinterpret_cast<const int8_t*>(p)), Lanes);
   }
   static TDPASS_INLINE Lanes weights(Lanes block, int) { return block; }
 };
 struct Nibbles : Whole {
-  static constexpr int WORD = 8, BYTES = 64;
+  static constexpr int WORD = 8, STEP = 8, BYTES = 64;
   static TDPASS_INLINE Words block(const char* p) { return *reinterpret_cast<const Words*>(p); }
   static TDPASS_INLINE Lanes weights(Words block, int j) {
 #if defined(__AVX512F__)  // a table of 16 numbers is one register, of whose index four bits count
@@ -66,15 +66,7 @@ struct Float8s {  // sign, four bits of exponent, three of mantissa: those of a 
         _mm256_or_si256(spread, _mm256_set1_epi16(short(0xc000))), _mm256_set1_epi16(short(0xff80)));
     const __m256i half = _mm256_or_si256(
         _mm256_and_si256(spread, _mm256_set1_epi16(short(0xbfff))), _mm256_srli_epi16(nan, 1));
-#if defined(__AVX512F__)
-    return (Lanes)_mm512_maskz_cvtph_ps(0xffff, half);
-#else
-    const __m256 parts[] = {
-        _mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
-    Lanes values;
-    std::memcpy(&values, parts, sizeof values);
-    return values;
-#endif
+    return widened(half);
 #else
     const Words code = load_signed(reinterpret_cast<const int8_t*>(p)), magnitude = code & 0x7f;
     const Words normal = (magnitude << 20) + (112 << 23);
@@ -84,7 +76,45 @@ struct Float8s {  // sign, four bits of exponent, three of mantissa: those of a 
 #endif
   }
   static TDPASS_INLINE Lanes weights(Lanes block, int) { return block; }
+
+#if defined(__AVX512F__)
+  struct Two {
+    Lanes of[2];
+  };
+  static constexpr int STEP = 2;
+  static TDPASS_INLINE Two blocks(const char* p) {
+    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m512i spread = _mm512_slli_epi16(_mm512_cvtepi8_epi16(codes), 7);
+    const __mmask32 nan = _mm512_cmpeq_epi16_mask(
+        _mm512_or_si512(spread, _mm512_set1_epi16(short(0xc000))), _mm512_set1_epi16(short(0xff80)));
+    const __m512i half = _mm512_mask_mov_epi16(
+        _mm512_and_si512(spread, _mm512_set1_epi16(short(0xbfff))), nan, _mm512_set1_epi16(0x7fff));
+    return {{widened(_mm512_castsi512_si256(half)), widened(_mm512_maskz_extracti64x4_epi64(0xf, half, 1))}};
+  }
+  static TDPASS_INLINE Lanes weights(const Two& blocks, int j) { return blocks.of[j]; }
+#else
+  static constexpr int STEP = 1;
+#endif
+
+ private:
+#if defined(__AVX512F__)
+  static TDPASS_INLINE Lanes widened(__m256i half) { return (Lanes)_mm512_maskz_cvtph_ps(0xffff, half); }
+#elif defined(__AVX2__) && defined(__F16C__)
+  static TDPASS_INLINE Lanes widened(__m256i half) {
+    const __m256 parts[] = {
+        _mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
+    Lanes values;
+    std::memcpy(&values, parts, sizeof values);
+    return values;
+  }
+#endif
 };
+
+// The weights of `STEP` inputs.
+template <class Code> static TDPASS_INLINE auto at_once(const char* p) {
+  if constexpr (Code::STEP > Code::WORD) return Code::blocks(p);
+  else return Code::block(p);
+}
 
 // Calls `body` with what reads codes of that kind.
 template <class Body> void by_kind(int32_t kind, const Body& body) {
@@ -127,7 +157,7 @@ static TDPASS_INLINE void multiply(
   constexpr int SPLIT = MR >= 4 ? 1
       : MR >= 2                 ? 2
                                 : 4;  // sums of every n-th term, which do not wait for each other
-  constexpr int AT_ONCE = std::max(Code::WORD, SPLIT);
+  constexpr int AT_ONCE = std::max(Code::STEP, SPLIT);
   for (int g = 0; g < w.groups; g++, x += w.size) {
     const char* codes = w.codes(panel, g);
     Lanes part[SPLIT][MR] = {};
@@ -136,10 +166,10 @@ static TDPASS_INLINE void multiply(
     };
     int k = 0;
     for (; k + AT_ONCE <= w.size; k += AT_ONCE) {
-      TDPASS_UNROLL for (int j = 0; j < AT_ONCE; j += Code::WORD) {
-        const auto block = Code::block(codes);
-        codes += Code::BYTES;
-        TDPASS_UNROLL for (int l = 0; l < Code::WORD; l++)
+      TDPASS_UNROLL for (int j = 0; j < AT_ONCE; j += Code::STEP) {
+        const auto block = at_once<Code>(codes);
+        codes += Code::BYTES * (Code::STEP / Code::WORD);
+        TDPASS_UNROLL for (int l = 0; l < Code::STEP; l++)
             term(Code::weights(block, l), k + j + l, part[(j + l) % SPLIT]);
       }
     }

@@ -79,23 +79,25 @@ def test_weights_alone_err_by_half_a_step_at_most(kind: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 9])
+@pytest.mark.parametrize("inputs", [1, 6])
 @pytest.mark.parametrize("outputs", [256, 250, 3])
 @pytest.mark.parametrize("flush", [False, True])
 def test_every_code_of_float8_is_the_number_that_it_stands_for(
-    tokens: int, outputs: int, flush: bool
+    tokens: int, inputs: int, outputs: int, flush: bool
 ) -> None:
     """Also where the processor is set to take the smallest numbers of float32 for zero."""
     codes = torch.arange(255, 255 - outputs, -1, dtype=torch.uint8)[:, None]
-    stored = weight_only.pack_float8(codes, torch.ones(outputs, 1))
-    x = torch.tensor([[1.0], [-0.5], [2.0**-100]] * 3)[:tokens]
+    stored = weight_only.pack_float8(codes.expand(-1, inputs), torch.ones(outputs, 1))
+    factors = torch.tensor([1.0, -0.5, 2.0**-100]).repeat(3)[:tokens, None]
+    x = torch.zeros(tokens, inputs)
+    x[torch.arange(tokens), torch.arange(tokens) % inputs] = factors[:, 0]
+    args = ([stored.codes], [stored.scales], None, None, [inputs, outputs], "identity")
     torch.set_flush_denormal(flush)
     try:
-        got = WEIGHT_ONLY_LINEAR.call(
-            x, [stored.codes], [stored.scales], None, None, [1, outputs], "identity"
-        )
+        got = WEIGHT_ONLY_LINEAR.call(x, *args)
     finally:
         torch.set_flush_denormal(False)
-    wanted = x * codes.view(torch.float8_e4m3fn).float().T
+    wanted = factors * codes.view(torch.float8_e4m3fn).float().T
     assert torch.equal(got.isnan(), wanted.isnan())
     assert bool(wanted.isnan().any())
     assert float(wanted.nan_to_num().abs().max()) == 448
