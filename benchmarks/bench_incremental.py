@@ -190,7 +190,10 @@ def main() -> None:
     table = Table("incremental.csv", COLUMNS)
     torch.manual_seed(options.seed)
     model = case.network()
-    path = None if options.folder is None else options.folder / f"{options.case}.safetensors"
+    path = None
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        path = options.folder / f"{options.case}.safetensors"
     tasks = begun(case, model, options.ranks, path)
     asked = {name: getattr(options, name) for name in ("case", "split", "ranks", "epochs", "lr", "seed")}
     seen: list[tuple[Examples, Tensor]] = []

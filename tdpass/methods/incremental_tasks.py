@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tdpass.artifact import Artifact
 from tdpass.cost import Cost
 from tdpass.errors import InvalidModelError, TrainingError, UsageError
+from tdpass.files import check_writable
 from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS
 from tdpass.formats.layer import cost_of, dense_cost
@@ -83,6 +84,8 @@ class IncrementalTasks:
             raise UsageError(
                 f"{self.path} exists; go on from it with IncrementalTasks.load, or name another file"
             )
+        if self.path is not None:
+            check_writable(self.path)
         sites = _sites(model, example_inputs)
         last = list(sites)[-1] if head is None and sites else head
         chosen = [name for name in sites if name != last and selects(name, include, exclude)]
@@ -124,6 +127,8 @@ class IncrementalTasks:
         It is trained as `tdpass.train` trains, with checkpoints of this task in `folder`, and kept when that
         is over; `training` is its log.  Raises `UsageError`, `TrainingError`.
         """
+        if self.path is not None:
+            check_writable(self.path)
         torch.manual_seed(seed)
         network = with_columns(self.model, self._growths(data, objective or cross_entropy()))
         artifact = train(

@@ -224,3 +224,17 @@ def test_what_cannot_be_is_said(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8] + b"damaged!")
     with pytest.raises(InvalidModelError):
         IncrementalTasks.load(path, linear())
+
+
+def test_a_file_that_cannot_be_written_is_said_before_a_task_is_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = tmp_path / "missing" / "tasks.safetensors"
+    with pytest.raises(UsageError, match=r"cannot write .*missing"):
+        IncrementalTasks(linear(), 3, 1, path=missing)
+    missing.parent.mkdir()
+    tasks = IncrementalTasks(linear(), 3, 1, path=missing)
+    missing.parent.rmdir()
+    monkeypatch.setattr(incremental_tasks, "train", lambda *arguments, **options: pytest.fail("trained"))
+    with pytest.raises(UsageError, match=r"cannot write .*missing"):
+        learned(tasks, 1)
