@@ -83,6 +83,8 @@ class FusedConvMatcher:
         name = node.attributes.get_string("activation", "")
         numbers = node.attributes.get_floats("activation_params", ())
         named = dict(zip(_FOLLOWING.get(name, ()), numbers, strict=False))
+        if len(named) < len(_FOLLOWING.get(name, ())):
+            raise DeclinedNode(use.weight.value, f"it is fused with {name}, of which numbers are missing")
         added = Slot(node, 3) if len(node.inputs) > 3 and node.inputs[3] is not None else None
         return replace(use, addend=added, following=_following(use.weight.value, name, named))
 
