@@ -1,16 +1,18 @@
-"""A sentence encoder with narrower streams against one with factored layers, at equal parameters.
+"""A transformer with narrower streams or heads against one with factored layers, at equal parameters.
 
 The parameters are those of the whole model.
 
-    python -m benchmarks.bench_slices                          # rows in results/slices.csv
+    python -m benchmarks.bench_slices                          # sentence encoder: rows in results/slices.csv
+    python -m benchmarks.bench_slices --model prenorm-digits   # a small one with norms before each part
     python -m benchmarks.bench_slices --resume --keep 0.75     # what of it has no row at this commit
 
 `slice` stores the streams in a share of their channels (SliceGPT); the others get the number of parameters
 that leaves: `svd` factors linear layers, whitened by what they read, `svd pivot` with factors that hold
 nothing twice, `slice svd` half of the way narrower, the rest factored.  `slice blocks` is `slice` with a
-basis for every residual sum, `slice heads` narrower attention heads, both as narrow as that number asks
-for.  Cosines are of embeddings to the dense ones, on held-out sentences; milliseconds are the median of
-eager torch over all held-out batches, dense and small in turn.
+basis for every residual sum at equal width, `slice blocks equal` at equal parameters; they differ from
+`slice` where norms come first.  `slice heads` leaves the share of every attention head, `svd heads` is `svd`
+at the parameters of that.  Cosines are of outputs to the dense ones, on held-out data; milliseconds are the
+median of eager torch over all held-out batches, dense and small in turn.
 """
 
 from __future__ import annotations
@@ -18,14 +20,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import tdpass
-from benchmarks import minilm
+from benchmarks import minilm, prenorm
 from benchmarks.results import FOLDER, Table, Value, show
 from tdpass.clock import interleaved
 
@@ -46,19 +50,43 @@ MODEL = "all-MiniLM-L6-v2"
 REPAIR = "factorize,correct-bias,refit,verify"
 PIPELINES: Mapping[str, str] = {
     "slice": "slice-residual{keep=KEEP},verify",
-    "slice blocks": "slice-residual{bases=block,BOUND},verify",
-    "slice heads": "slice-heads{BOUND},verify",
+    "slice blocks": "slice-residual{bases=block,keep=KEEP},verify",
+    "slice blocks equal": "slice-residual{bases=block,BOUND},verify",
+    "slice heads": "slice-heads{keep=KEEP},verify",
+    "svd heads": f"plan,{REPAIR}",
     "svd": f"plan,{REPAIR}",
     "svd pivot": f"plan{{pivot=true}},{REPAIR}",
     "slice svd": f"slice-residual{{keep=HALF}},plan{{pivot=true}},{REPAIR}",
 }
+EQUAL_TO: Mapping[str, str] = {"svd heads": "slice heads"}  # whose number of parameters, if not that of slice
 ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A dense model, data to calibrate on and held-out data, and what it answers scaled to length one."""
+
+    dense: nn.Module
+    calibration: list[Any]
+    held_out: list[Any]
+    answers: Callable[[nn.Module, list[Any]], Tensor]
+
+
+def _sentences() -> Case:
+    return Case(minilm.load_encoder(), *minilm.batches(), minilm.embed)
+
+
+def _digits() -> Case:
+    return Case(*prenorm.trained(), prenorm.answers)
+
+
+CASES: Mapping[str, Callable[[], Case]] = {MODEL: _sentences, prenorm.NAME: _digits}
 
 
 def made(
     dense: nn.Module, method: str, keep: float, params: int, data: Sequence[object]
 ) -> tdpass.Artifact[nn.Module]:
-    """The encoder by that method; `params` are those of the sliced one."""
+    """The model by that method; `params` are those of the one that it is held against."""
     size = f"{params / 1e6:.6f}M"
     filled = {"KEEP": f"{keep:g}", "HALF": f"{(1 + keep) / 2:g}", "BOUND": f"params={size}"}
     steps = PIPELINES[method]
@@ -76,22 +104,18 @@ def made(
 
 
 def measured(
-    method: str,
-    keep: float,
-    artifact: tdpass.Artifact[nn.Module],
-    dense: nn.Module,
-    held_out: list[minilm.Batch],
+    model: str, method: str, keep: float, artifact: tdpass.Artifact[nn.Module], case: Case
 ) -> dict[str, Value]:
     """Cosines and times of one."""
     small, report = artifact.model, artifact.report
 
     def call(model: nn.Module) -> Tensor:
-        return minilm.embed(model, held_out)
+        return case.answers(model, case.held_out)
 
-    similarity = (call(small) * call(dense)).sum(1).sort().values
-    own, whole = interleaved([lambda: call(small), lambda: call(dense)], ROUNDS)
+    similarity = (call(small) * call(case.dense)).sum(1).sort().values
+    own, whole = interleaved([lambda: call(small), lambda: call(case.dense)], ROUNDS)
     return {
-        "model": MODEL,
+        "model": model,
         "method": method,
         "keep": keep,
         "params_fraction": report.final.params / report.original.params,
@@ -107,6 +131,7 @@ def measured(
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", default=MODEL, choices=list(CASES))
     parser.add_argument("--methods", nargs="+", default=list(PIPELINES), choices=list(PIPELINES))
     parser.add_argument("--keep", nargs="+", type=float, default=[0.75])
     parser.add_argument(
@@ -117,20 +142,23 @@ def main() -> None:
         "--resume", action="store_true", help="leave out what the file has a row of, of this commit"
     )
     options = parser.parse_args()
-    table, dense = Table(options.out, COLUMNS), minilm.load_encoder()
-    calibration, held_out = (part[: options.batches] for part in minilm.batches())
+    table, whole = Table(options.out, COLUMNS), CASES[options.model]()
+    parts = (part[: options.batches] for part in (whole.calibration, whole.held_out))
+    case = Case(whole.dense, *parts, whole.answers)
     for keep in options.keep:
-        params = 0
+        params: dict[str, int] = {}
         for method in options.methods:
-            if options.resume and table.has_of_commit(model=MODEL, method=method, keep=keep):
+            if options.resume and table.has_of_commit(model=options.model, method=method, keep=keep):
                 continue
-            if method != "slice" and not params:
-                params = made(dense, "slice", keep, 0, calibration).report.final.params
+            other = EQUAL_TO.get(method, "slice")
+            bounded = "BOUND" in PIPELINES[method] or "plan" in PIPELINES[method]
+            if bounded and other not in params:
+                params[other] = made(case.dense, other, keep, 0, case.calibration).report.final.params
             start = time.perf_counter()
-            artifact = made(dense, method, keep, params, calibration)
+            artifact = made(case.dense, method, keep, params.get(other, 0), case.calibration)
             seconds = time.perf_counter() - start
-            params = artifact.report.final.params if method == "slice" else params
-            table.add(seconds=seconds, **measured(method, keep, artifact, dense, held_out))
+            params[method] = artifact.report.final.params
+            table.add(seconds=seconds, **measured(options.model, method, keep, artifact, case))
             print(show(table.rows[-1:], COLUMNS), flush=True)
 
 
