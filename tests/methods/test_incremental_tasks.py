@@ -146,7 +146,7 @@ def test_a_task_is_an_ordinary_artifact(net: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("net", NETS)
 def test_tasks_are_read_again_and_gone_on_with(net: str, tmp_path: Path) -> None:
     path = tmp_path / "tasks.safetensors"
-    tasks = learned(IncrementalTasks(NETS[net](), 3, 1, path=path), 2)
+    tasks = learned(IncrementalTasks(NETS[net](), 3, 2, path=path), 2)
     again = IncrementalTasks.load(path, NETS[net]())
     assert len(again) == 2
     assert all(torch.equal(again.use_task(k)(IMAGES), tasks.use_task(k)(IMAGES)) for k in range(2))

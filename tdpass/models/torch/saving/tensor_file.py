@@ -18,9 +18,10 @@ _DIGEST = "tdpass.digest"
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, to a temporary name first, with a digest of all of it for `check_digest`."""
-    described = {**metadata, _DIGEST: _digest(tensors.items(), metadata)}
+    held = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    described = {**metadata, _DIGEST: _digest(held.items(), metadata)}
     with replacing(path) as temporary:
-        save_file(dict(tensors), temporary, metadata=described)
+        save_file(held, temporary, metadata=described)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
