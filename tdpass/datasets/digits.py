@@ -31,7 +31,7 @@ class Digits(Source):
 
     name = "digits"
     example = "digits"
-    epochs = 6
+    epochs = 12
 
     def claims(self, text: str) -> bool:
         return text == self.name
