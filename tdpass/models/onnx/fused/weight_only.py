@@ -45,7 +45,8 @@ class _FewBits:
         rows, group = self.rows, self.group
         if rows is None:
             return [self.codes, self.scale, *([] if self.zeros is None else [self.zeros])]
-        beside = [(self.scale, "scales", rows.scales), (self.zeros, "zeros", rows.zeros)]
+        points = None if rows.zeros is None else rows.zeros.to(rows.codes.dtype)
+        beside = [(self.scale, "scales", rows.scales), (self.zeros, "zeros", points)]
         return [
             constants(self.codes, "rows", lambda: rows.codes.reshape(-1, group)),
             *(
