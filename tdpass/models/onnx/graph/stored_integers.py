@@ -153,6 +153,7 @@ def with_scales(
         along[axis] = -1
     found = Integers(source, scale, codes, torch.broadcast_to(steps.reshape(along), codes.shape))
     points = (torch.zeros(1) if zero is None else to_torch(zero)).to(torch.int32) - middle
+    points = points.to(codes.dtype)
     if not bool(points.any()):
         return found
     spread = torch.broadcast_to(points.reshape(along), codes.shape)
