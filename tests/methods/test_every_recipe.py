@@ -32,7 +32,6 @@ def test_a_recipe_trains_on_digits(name: str, tmp_path: Path, capsys: pytest.Cap
     score = json.loads(capsys.readouterr().out)["report"]["checks"]["score_final"]
     if name in SPARSEST:
         assert code in (0, DESTROYED)
-        assert score > 10
     else:
         assert code == 0
         assert score > 90
