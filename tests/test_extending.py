@@ -493,7 +493,7 @@ class StackModel(Model):
     suffix = ".pt"
 
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
-        self.dense, self.replaced, self.seen = list(layers), dict[str, Layer](), False
+        self.dense, self.made, self.seen = list(layers), dict[str, Layer](), False
 
     def sites(self) -> Sequence[Site]:
         extents = (((1,), (1,)),) if self.seen else ()
@@ -515,24 +515,22 @@ class StackModel(Model):
 
     def layer(self, name: str) -> Layer | None:
         self._layer(name)
-        return self.replaced.get(name)
+        return self.made.get(name)
 
     def replace(self, name: str, layer: Layer) -> None:
-        self.replaced[name] = layer.to(torch.float32)
+        self.made[name] = layer.to(torch.float32)
 
     def _forward(self, x: Tensor) -> Tensor:
         for k, (weight, bias) in enumerate(self.dense):
-            layer = self.replaced.get(str(k))
+            layer = self.made.get(str(k))
             x = F.linear(x, weight, bias) if layer is None else layer(x)
             x = x.relu() if k + 1 < len(self.dense) else x
         return x
 
     def record(self, batch: Batch) -> Tape:
-        sites = {
-            id(weight): str(k) for k, (weight, _) in enumerate(self.dense) if str(k) not in self.replaced
-        }
+        sites = {id(weight): str(k) for k, (weight, _) in enumerate(self.dense) if str(k) not in self.made}
         held = [tensor for pair in self.dense for tensor in pair] + [
-            f for layer in self.replaced.values() for f in layer.factors.values()
+            f for layer in self.made.values() for f in layer.factors.values()
         ]
         return record(lambda: self._forward(batch.args[0]), batch.tensors, sites, held=held)
 
@@ -548,13 +546,13 @@ class StackModel(Model):
 
     def clone(self) -> Self:
         twin = type(self)(self.dense)
-        twin.replaced, twin.seen = dict(self.replaced), self.seen
+        twin.made, twin.seen = dict(self.made), self.seen
         if self.seen:
             twin.call = self.call
         return twin
 
     def unwrap(self) -> object:
-        layers = [self.replaced.get(str(k)) for k in range(len(self.dense))]
+        layers = [self.made.get(str(k)) for k in range(len(self.dense))]
         return Stack(
             [
                 pair if layer is None else (layer.reconstruct(), pair[1])
