@@ -144,6 +144,8 @@ def rounded(x: Tensor, reads: Tensor | None) -> Tensor:
         scale = _scales(x.detach())
         found = _codes(x.detach(), scale) * scale
     else:
+        wide = torch.promote_types(x.dtype, torch.float32)  # a step of a half near 255 is too coarse
+        reads = reads.to(wide)
         scale, zero = reads[0], reads[1]
         found = (((x.detach() / scale).round() + zero).clamp(0, _STEPS) - zero) * scale
     found = found.to(x.dtype)
@@ -167,11 +169,12 @@ def _by_rows(x: Tensor, weight: Coded) -> Tensor:
 
 def _in_range(x: Tensor, weight: Coded, reads: Tensor) -> Tensor:
     """`s t ((q - 128) W + (128 - zero) sum W)` for the unsigned codes q."""
+    reads = reads.float()  # sums exceed what a half holds
     scale, zero = reads[0], reads[1]
     codes = ((x.float() / scale).round() + zero).clamp(0, _STEPS) - _MIDDLE
     sums = weight.codes.sum(1, dtype=torch.int32)
     whole = _product(codes.to(torch.int8), weight.codes) + (_MIDDLE - zero) * sums
-    return whole * (scale * weight.scale)
+    return whole * (scale * weight.scale.float())
 
 
 def _product(codes: Tensor, weight: Tensor) -> Tensor:

@@ -121,6 +121,22 @@ def test_layers_of_few_bits(form: str, bits: int, rank: int, tmp_path: Path) -> 
     holds(model, Batch((x,)), ops, tmp_path / "it.onnx", 1e-5 if bits == 8 else 1e-3)
 
 
+@pytest.mark.parametrize("rest", ["", ",beside=4"])
+def test_types_follow_from_what_layers_of_few_bits_say_they_compute(rest: str) -> None:
+    nodes = [node("MatMul", "x w", "h"), node("Add", "h x", "s"), node("Clip", "s low high", "y")]
+    bounds = {"low": np.float32(-1), "high": np.float32(1.5)}
+    dense = model_of(nodes, {"w": weight(64, 64), **bounds}, ("N", 64))
+    passes = f"quantize{{numbers=int4/32{rest}}}"
+    made = tdpass.compress(dense, None, ROWS, pipeline=f"{passes},fuse-kernels", cache=False).model
+    assert {each.domain for each in made.graph.node} >= {DOMAIN}
+    del made.graph.value_info[:]
+    typed = onnx.shape_inference.infer_shapes(made, check_type=True, strict_mode=True)
+    types = {value.name: value.type.tensor_type.elem_type for value in typed.graph.value_info}
+    assert types["s"] == onnx.TensorProto.FLOAT
+    plain = tdpass.compress(dense, None, ROWS, pipeline=passes, cache=False).model
+    assert tdpass.verify(plain, made, ROWS)["relative_difference"] < 1e-3
+
+
 def test_a_product_of_thin_factors_beside_few_bits(tmp_path: Path) -> None:
     made = tdpass.compress(layers(2), None, ROWS, pipeline="quantize{numbers=int4/32,beside=4}", cache=False)
     model = OnnxModel.open(made.model)

@@ -215,3 +215,20 @@ def test_too_few_samples_are_said() -> None:
         for found in (few, enough)
     ]
     assert said == [["ranges come from 4 samples; give 16 or more for ranges that hold"], []]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rest", ["", ",fuse-kernels{measure=false}"])
+@pytest.mark.parametrize("calibration", ["minmax", "dynamic"])
+@torch.no_grad()
+def test_layers_that_read_integers_answer_in_half_precision(
+    calibration: str, rest: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 96), nn.Hardtanh(), nn.Linear(96, 10))
+    x = torch.randn(24, 64, generator=torch.Generator().manual_seed(1))
+    pipeline = f"quantize,quantize-activations{{calibration={calibration}}}{rest}"
+    made = tdpass.compress(dense.eval(), None, x, pipeline=pipeline, cache=False, progress=False).model
+    half = copy.deepcopy(made).to(dtype)(x.to(dtype))
+    assert half.dtype == dtype
+    assert error(half.float(), made(x)) < 4 * torch.finfo(dtype).eps ** 0.75

@@ -143,12 +143,14 @@ def product_by_row(weight: str, read: str, made: str, opset: int) -> Iterator[st
     """
     axes = "axes: ints = [-1], " if opset < _AXES_AS_INPUT else ""
     last = f", axis_{weight}" if opset >= _AXES_AS_INPUT else ""
-    if last:
-        yield f"axis_{weight} = Constant <value_ints: ints = [-1]> ()"
+    for name, number in (("axis", -1), ("first", 0), ("second", 1)):
+        yield f"{name}_{weight} = Constant <value_ints: ints = [{number}]> ()"
     yield f"top_{weight} = Constant <value: tensor = float {{127.0}}> ()"
     yield f"least_{weight} = Constant <value: tensor = float {{1e-30}}> ()"
     yield f"size_{weight} = Abs ({read})"
-    yield f"range_{weight} = ReduceMax <{axes}keepdims: int = 1> (size_{weight}{last})"
+    yield f"ranges_{weight} = ReduceMax <{axes}keepdims: int = 1> (size_{weight}{last})"
+    # of no rows ONNX Runtime's reductions leave every column
+    yield f"range_{weight} = Slice (ranges_{weight}, first_{weight}, second_{weight}, axis_{weight})"
     yield f"largest_{weight} = Max (range_{weight}, least_{weight})"
     yield f"finer_{weight} = Div (top_{weight}, largest_{weight})"
     yield f"steps_{weight} = Mul ({read}, finer_{weight})  codes_{weight} = Round (steps_{weight})"
@@ -204,7 +206,10 @@ class WeightOnlyOp:
         del opset
         stored = ", ".join(self._matrix)
         nibbles = "K: int = @K, N: int = @N, bits: int = 4, block_size: int = @block_size"
-        lines = [f"h = com.microsoft.MatMulNBits <{nibbles}> (x, {stored})"]
+        lines = [
+            f"h_untyped = com.microsoft.MatMulNBits <{nibbles}> (x, {stored})",
+            f"h = {_TO_FLOAT} (h_untyped)",  # inference of types knows no operators of com.microsoft
+        ]
         if self.bits != 4:
             lines = [
                 "rest = Constant <value_ints: ints = [-1]> ()",
