@@ -127,8 +127,8 @@ def test_a_model_keeps_its_outputs_names_and_shapes(opset: int, ir_version: int,
     assert model.fuse(said.append, lambda name, why: pytest.fail(f"{name}: {why}"), Batch((X,)))
     assert said == [
         (
-            "3 chains became one operator each, 4.50 to 9.00 times as fast alone; they, and all times here, "
-            f"need {REGISTER}"
+            "3 chains became one operator each, 4.50 to 9.00 times as fast alone; the model, and all times "
+            f"here, need {REGISTER}"
         )
     ]
     model.check()

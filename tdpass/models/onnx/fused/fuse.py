@@ -94,13 +94,13 @@ def decide(
             )
     if chosen:
         gains = sorted(candidates[name].gain for name in chosen)
-        note(
-            f"{len(chosen)} chains became one operator each, {gains[0]:.2f} to {gains[-1]:.2f} times as "
-            f"fast alone; they, and all times here, need {REGISTER}"
-        )
+        made = f"{len(chosen)} chains became one operator each, {gains[0]:.2f} to {gains[-1]:.2f} times"
+        if len(chosen) == 1:
+            made = f"1 chain became one operator, {gains[0]:.2f} times"
+        note(f"{made} as fast alone; the model, and all times here, need {REGISTER}")
     rounding = [name for name in chosen if candidates[name].part.operator.grain]
     if rounding:
-        note(f"{len(rounding)} of them round what they read, as their layers' weights are")
+        note(f"{len(rounding)} of {len(chosen)} operators round what they read, as their layers' weights are")
     return {name: candidates[name].fusion for name in candidates if name in chosen}
 
 
