@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from selection import thin
 from torch import Tensor, nn
 
 from tdpass.layers.derived import DERIVED
@@ -15,6 +16,13 @@ from tdpass.layers.derived import DERIVED
 # Compiled once per checkout, and the operators are those in Python unless a test asks for the others.
 os.environ.setdefault("TDPASS_KERNELS", str(Path(__file__).parents[1] / "build" / "kernels"))
 os.environ.setdefault("TDPASS_BINDING", "python")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Cases that are named on the command line run whatever else does."""
+    if not any("::" in argument for argument in config.args):
+        thin(items)
 
 
 @pytest.fixture(autouse=True)

@@ -251,7 +251,7 @@ def test_what_the_kernel_does_not_serve_the_reference_answers() -> None:
 
 def test_wrong_arguments_are_refused_by_name() -> None:
     x, weights, bias, integers = arguments("tucker2", "channels")
-    with pytest.raises(RuntimeError, match="'tanh' is not one of identity, relu, silu, gelu"):
+    with pytest.raises(RuntimeError, match="'tanh' is not one of identity, relu, relu6, silu, gelu"):
         CONV_CHAIN.call(x, weights, bias, None, integers, "tanh", "channels")
     with pytest.raises(RuntimeError, match=r"stage 0 of a chain takes weights packed as \[1, 1, 7, 1, 8\]"):
         CONV_CHAIN.call(x, weights, bias, None, integers, "relu", "pixels")

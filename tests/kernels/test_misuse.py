@@ -46,7 +46,7 @@ def test_every_operator_has_odd_shapes() -> None:
     assert set(ODD) == set(CASES)
 
 
-@pytest.mark.parametrize("name", mostly_slow(CASES, ["conv_chain", "linear_chain_int8", "low_rank_lstm"]))
+@pytest.mark.parametrize("name", mostly_slow(CASES, ["linear_chain_int8"]))
 def test_misuse_is_refused_or_answered_as_the_reference_does(name: str) -> None:
     done = subprocess.run(
         [sys.executable, str(MISUSE), name],

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import itertools
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
+from selection import mostly_slow
 from torch import Tensor, nn
 
 import tdpass
@@ -95,8 +97,12 @@ def test_batchnorms_fold_into_grouped_and_transposed_layers(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("frontend", ["torch", "onnx"])
-@pytest.mark.parametrize("measure", ["params", "macs"])
+@pytest.mark.parametrize(
+    ("frontend", "measure"),
+    mostly_slow(
+        itertools.product(["torch", "onnx"], ["params", "macs"]), [("torch", "macs"), ("onnx", "params")]
+    ),
+)
 def test_a_budget_is_kept_and_what_is_planned_is_what_runs(
     net: nn.Module, images: Tensor, frontend: str, measure: str, tmp_path: Path
 ) -> None:

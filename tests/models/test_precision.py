@@ -11,6 +11,7 @@ from functools import cache
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from selection import mostly_slow
 from torch import Tensor, nn
 
 from tdpass.artifact import Artifact
@@ -105,7 +106,7 @@ def test_a_model_of_any_precision_is_compressed_as_its_float32_twin(name: str, d
 
 
 @pytest.mark.parametrize("dtype", _TYPES, ids=str)
-@pytest.mark.parametrize("name", ["bias", "conv"])
+@pytest.mark.parametrize("name", mostly_slow(["bias", "conv"], ["conv"]))
 def test_a_budget_is_planned_in_any_precision(name: str, dtype: torch.dtype) -> None:
     made = compress(_net(name).to(dtype), {"params": 0.7}, _data(name), cache=False)
     assert made.plan is not None
@@ -128,7 +129,7 @@ class _Mixed(nn.Module):
         return self.head(h.float())
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["casts itself", "wants half"])
+@pytest.mark.parametrize("first", mostly_slow([True, False], [True]), ids=["casts itself", "wants half"])
 @pytest.mark.parametrize("dtype", _TYPES, ids=str)
 def test_layers_of_several_types_in_one_model(dtype: torch.dtype, first: bool) -> None:
     torch.manual_seed(2)

@@ -56,7 +56,8 @@ def test_two_processes_train_as_one(method: str, parallel: str, tmp_path: Path) 
         torch.testing.assert_close(first[name], value, rtol=2e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("method", ["batude", pytest.param("haloc", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["batude", "haloc"])
 def test_replicated_and_sharded_training_agree(method: str, tmp_path: Path) -> None:
     replicated, _ = together(tmp_path / "ddp", method, "ddp")
     sharded, again = together(tmp_path / "fsdp2", method, "fsdp2")
