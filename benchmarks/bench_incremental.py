@@ -114,7 +114,7 @@ def classes(dataset: Dataset, examples: Examples, task: int) -> Examples:
 
 
 CASES = {
-    "permuted": Case("mnist", perceptron, permuted, 11, 1, 12, 256, 4e-3),
+    "permuted": Case("mnist", perceptron, permuted, 11, 1, 24, 256, 1e-2),
     "rotated": Case("mnist", perceptron, rotated, 11, 1, 4, 256, 4e-3),
     "classes": Case("cifar100", convolutions, classes, 16, 4, 20, 128, 4e-3),
 }

@@ -29,3 +29,20 @@ def test_no_conditional_expression_holds_another(folder: str) -> None:
         and any(isinstance(part, ast.IfExp) for part in (node.body, node.orelse))
     ]
     assert chained == []
+
+
+def test_tests_are_collected_without_the_benchmarks_which_are_no_part_of_the_package() -> None:
+    imported = {
+        path.name: name
+        for path in (ROOT / "tests").rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        for name in _imported(node)
+        if name.partition(".")[0] == "benchmarks"
+    }
+    assert imported == {}
+
+
+def _imported(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.ImportFrom):
+        return [node.module or ""]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

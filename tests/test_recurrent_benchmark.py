@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("onnxruntime.quantization")
 
-from benchmarks import recurrent_dtypes
 from tdpass.kernels import native
 
 pytestmark = [
@@ -15,10 +16,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of torch's and onnxruntime's own quantization
 ]
 ALLOWED = {"fp32": 1e-5, "bf16": 2e-2, "int8": 5e-2}
+ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("kind", list(recurrent_dtypes.KINDS))
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
 def test_every_shape_is_there_with_the_error_of_its_type(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)  # where benchmarks lie, which are no part of the package
+    from benchmarks import recurrent_dtypes
+
     for name, value in (("WIDTH", 64), ("STEPS", 8), ("RANK", 16)):
         monkeypatch.setattr(recurrent_dtypes, name, value)
     rows = recurrent_dtypes.rows_of(kind, 1, 1, tuple(ALLOWED), rounds=1)
