@@ -20,8 +20,8 @@ os.environ.setdefault("TDPASS_BINDING", "python")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Cases that are named on the command line run whatever else does."""
-    if not any("::" in argument for argument in config.args):
+    """Cases that are chosen by name on the command line run whatever else does."""
+    if not config.option.keyword and not any("::" in argument for argument in config.args):
         thin(items)
 
 
