@@ -103,6 +103,7 @@ def encoder(options: argparse.Namespace) -> None:
                 {"params": limit},
                 divergence=tdpass.Divergence("cosine"),
                 example_inputs=calibration[0],
+                exclude=("*embeddings*",),
                 **choices,
             )
             seconds = time.perf_counter() - start
