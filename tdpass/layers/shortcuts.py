@@ -6,6 +6,7 @@ Where a module computes `x + f(norm(x))`, the norm says by `lead` through what x
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,12 +22,12 @@ _NO_SUM = (
 )
 
 
-class _Leading(TorchFunctionMode):
-    """While it is on, a sum reads its summand through the shortcut that was named for it."""
+class Additions(TorchFunctionMode, ABC):
+    """While it is on, a sum reads what `led` makes of its summands."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.waiting: list[tuple[Tensor, nn.Module]] = []
+    @abstractmethod
+    def led(self, summands: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What is added in place of these."""
 
     def __torch_function__(
         self,
@@ -35,9 +36,20 @@ class _Leading(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if self.waiting and getattr(func, "__name__", "") in ADDITIONS:
-            args = tuple(map(self._through, args))
+        if getattr(func, "__name__", "") in ADDITIONS:
+            args = self.led(args)
         return func(*args, **(kwargs or {}))
+
+
+class _Leading(Additions):
+    """While it is on, a sum reads its summand through the shortcut that was named for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[tuple[Tensor, nn.Module]] = []
+
+    def led(self, summands: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(map(self._through, summands)) if self.waiting else summands
 
     def _through(self, summand: Any) -> Any:
         for place, (x, shortcut) in enumerate(self.waiting):

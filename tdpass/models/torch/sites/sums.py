@@ -9,11 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.overrides import TorchFunctionMode
 
 from tdpass.errors import UnsupportedError
+from tdpass.layers.shortcuts import Additions
 from tdpass.models.torch.modules.in_place import wrapping
-from tdpass.tape import ADDITIONS
 
 Entered = tuple[nn.Module, ...]
 
@@ -50,7 +49,7 @@ class _Sums:
 
     @contextmanager
     def watched(self, module: nn.Module) -> Iterator[None]:
-        with wrapping(dict.fromkeys(module.modules()), self._followed), _Additions(self._add):
+        with wrapping(dict.fromkeys(module.modules()), self._followed), _Watched(self._add):
             yield
 
     def _followed(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,18 +72,11 @@ class _Sums:
                 self.owners.setdefault(norm, both[-1])
 
 
-class _Additions(TorchFunctionMode):
+class _Watched(Additions):
     def __init__(self, see: Callable[[Sequence[object]], None]) -> None:
         super().__init__()
         self.see = see
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if getattr(func, "__name__", "") in ADDITIONS:
-            self.see(args)
-        return func(*args, **(kwargs or {}))
+    def led(self, summands: tuple[Any, ...]) -> tuple[Any, ...]:
+        self.see(summands)
+        return summands
