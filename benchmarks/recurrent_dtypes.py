@@ -5,8 +5,8 @@
 Two layers of 512 units, 100 steps; dense, with both products of every layer of rank 128 as plain layers
 (`chain`: in ONNX a Scan, or what its runtime makes of that), and by the operators of this package (`fused`).
 In bytes weights are int8 and each product finds the range of what it reads: `DynamicQuantizeLSTM` as
-onnxruntime's own tool makes it (of a GRU it makes nothing), torch's dynamic quantization, int8 weights in OpenVINO, and of low rank
-`low_rank_lstm_int8` or `low_rank_gru_int8`.  The operators have no form in bfloat16.
+onnxruntime's own tool makes it (of a GRU it makes nothing), torch's dynamic quantization, int8 weights in
+OpenVINO, and of low rank `low_rank_lstm_int8` or `low_rank_gru_int8`.  The operators have no form in bfloat16.
 """
 
 from __future__ import annotations

@@ -14,9 +14,8 @@ from tdpass.fusing.spec import ChainSpec
 from tdpass.models.onnx.operators.fused import bounds, conv_attributes, ending, layer, title
 
 _BYTE_STEP = 1 / 127
-_MIDDLES = (
-    _BYTE_STEP / 4
-)  # on the same grids only numbers in the middle of two codes may become the other one
+# on the same grids only numbers in the middle of two codes may become the other one
+_MIDDLES = _BYTE_STEP / 4
 _AXES_AS_INPUT = 18
 _TO_FLOAT = f"Cast <to: int = {int(ir.DataType.FLOAT)}>"
 
