@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from tdpass.models.torch.fused.deployable import (
     fused,
     load_package,
 )
+from tdpass.models.torch.fused.fuse import chosen_operators
 from tdpass.models.torch.sites.adapting import adaptation_of
 
 SUFFIXES = (".pt2", ".onnx")
@@ -36,10 +37,14 @@ OPS_SUFFIX = ".tdpass_ops.so"
 
 @dataclass(frozen=True)
 class Deployment:
-    """The files that were written, the model first, and how many of its layers run as fused operators."""
+    """The files that were written, the model first, and how many of its layers run as fused operators.
+
+    `declined` are the factored layers that run as they are in a package, each with its reason.
+    """
 
     files: tuple[Path, ...]
     fused: int
+    declined: Mapping[str, str] = field(default_factory=dict)
 
 
 def deploy(
@@ -49,7 +54,8 @@ def deploy(
 
     `model`: what `compress` gave back or takes; it is left untouched.  `path`: `.pt2` is a package for
     AOTInductor's loader in C++ or Python, compiled for this kind of processor, with the library of the fused
-    operators beside it as `<stem>.tdpass_ops.so`; `.onnx` is the graph in standard operators.
+    operators beside it as `<stem>.tdpass_ops.so`: what `fuse-kernels` made operators, and the layers that are
+    measured faster so on the example inputs; `.onnx` is the graph in standard operators.
     `dynamic_batch`: let the first axis of every input be of any size.  A network of several widths or ranks
     becomes one ONNX file that holds its weights once, with a last input `setting` that selects by number (the
     metadata `tdpass.settings` names the numbers); one setting alone is what `tdpass.ordinary` gives.
@@ -74,7 +80,7 @@ def deploy(
             )
         opened.save(target, {})
         return Deployment((target,), 0)
-    layers = 0
+    layers, declined = 0, dict[str, str]()
     example = _example(opened, as_example(example_inputs), dynamic_batch)
     module = opened.inference_module()
     with folder_beside(target) as folder:
@@ -92,13 +98,15 @@ def deploy(
                     "compiling ahead of time takes a C++ compiler; install g++ or clang, set CXX, or deploy "
                     "to .onnx"
                 )
-            network, layers = fused(module)
+            network, layers = fused(chosen_operators(module.cpu(), example, declined.__setitem__))
             if layers:
                 shutil.copyfile(binding.build(), folder / f"{target.stem}{OPS_SUFFIX}")
             compile_package(export_program(network, example, dynamic_batch), made)
         # the package last: where it is, all that it needs is there
         written = sorted(folder.iterdir(), key=lambda file: file == made)
-        return Deployment(tuple(file.replace(target.parent / file.name) for file in written)[::-1], layers)
+        return Deployment(
+            tuple(file.replace(target.parent / file.name) for file in written)[::-1], layers, declined
+        )
 
 
 def load_deployed(path: Path | str) -> Callable[..., Any]:

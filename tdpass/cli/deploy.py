@@ -62,6 +62,7 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
         return [
             *(f"wrote {path}" for path in done.files),
             *([] if notes else [f"{done.fused} layers run as fused operators"]),
+            *(f"{name}: {reason}" for name, reason in done.declined.items()),
             *notes,
         ]
 
@@ -70,6 +71,7 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
             "model": source.text,
             "files": [str(path) for path in done.files],
             "fused": done.fused,
+            "declined": dict(done.declined),
             "notes": notes,
         },
         view,

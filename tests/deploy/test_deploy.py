@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import subprocess
 from pathlib import Path
@@ -17,11 +18,14 @@ import tdpass
 from tdpass.deploy import OPS_SUFFIX, SUFFIXES
 from tdpass.errors import InvalidModelError, KernelError, UnsupportedError, UsageError
 from tdpass.formats.base import offered_formats
+from tdpass.fusing.choose import choosing
 from tdpass.kernels import build
 from tdpass.kernels.base import use_reference
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.fused import Fused
+from tdpass.models.base import Batch
 from tdpass.models.torch.fused.deployable import FusedLayer, fused
+from tdpass.models.torch.fused.fuse import chosen_operators
 
 TORCH = Path(torch.__file__).parent
 RUN = Path(__file__).with_name("run.cpp")
@@ -33,6 +37,12 @@ def compressed(model: nn.Module, data: Tensor, share: float = 0.6) -> nn.Module:
     assert isinstance(small, nn.Module)
     assert any(isinstance(module, Factorized) for module in small.modules())
     return small
+
+
+def operators(model: nn.Module, x: Tensor) -> nn.Module:
+    """A copy whose factored layers are one operator each wherever one serves, unmeasured."""
+    with choosing(measure=False):
+        return chosen_operators(copy.deepcopy(model), Batch((x,)), lambda _name, _why: None)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +60,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
     network.append(nn.Linear(64, 48)).append(nn.Linear(48, 10))
     small = compressed(network.eval(), torch.randn(16, 3, 12, 12), 0.5)
     path = tmp_path_factory.mktemp("deploy") / "net.pt2"
-    done = tdpass.deploy(small, torch.randn(1, 3, 12, 12), path, dynamic_batch=True)
+    with choosing(measure=False):
+        done = tdpass.deploy(small, torch.randn(1, 3, 12, 12), path, dynamic_batch=True)
+    assert done.declined == {}
     assert done.fused == sum(isinstance(module, Factorized) for module in small.modules())
     assert done.files == (path, path.with_name(f"net{OPS_SUFFIX}"))
     assert {file.name for file in path.parent.iterdir()} == {"net.pt2", f"net{OPS_SUFFIX}"}
@@ -74,7 +86,7 @@ def test_every_format_that_is_a_chain_is_fused_exactly() -> None:
         except tdpass.TdpassError:
             continue
         assert isinstance(small, nn.Module)
-        network, layers = fused(small)
+        network, layers = fused(operators(small, x))
         assert layers == sum(isinstance(module, FusedLayer) for module in network.modules())
         found |= {name} if layers else set()
         with torch.no_grad(), use_reference():
@@ -83,7 +95,7 @@ def test_every_format_that_is_a_chain_is_fused_exactly() -> None:
 
 
 def test_a_type_that_no_kernel_computes_in_stays_as_it_is(residual: nn.Module, images: Tensor) -> None:
-    assert fused(compressed(residual, images).double())[1] == 0
+    assert fused(operators(compressed(residual, images), images).double())[1] == 0
 
 
 def test_what_was_fused_before_keeps_its_lanes_and_activation(residual: nn.Module, images: Tensor) -> None:

@@ -5,6 +5,8 @@ They give the same numbers elsewhere.
 
 from __future__ import annotations
 
+import copy
+import importlib
 import os
 import subprocess
 import sys
@@ -13,12 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 import tdpass
+from tdpass.fusing import choose
+from tdpass.fusing.choose import PLAIN, Calls, choosing
 from tdpass.kernels import build, native
+from tdpass.layers.factorized import Factorized
 from tdpass.layers.integer_chain import IntegerChain
 from tdpass.models.base import Batch
 from tdpass.models.torch.fused.deployable import FusedLayer, PackedWeights, export_program, fused
+from tdpass.models.torch.fused.fuse import chosen_operators
+from tdpass.timings import TimingTable
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
 
@@ -60,6 +68,12 @@ def encoded(steps: str) -> nn.Module:
     return model
 
 
+def operators(model: nn.Module, x: Tensor) -> nn.Module:
+    """A copy whose layers are one operator each wherever one serves, unmeasured."""
+    with choosing(measure=False):
+        return chosen_operators(copy.deepcopy(model), Batch((x,)), lambda _name, _why: None)
+
+
 @pytest.mark.parametrize(
     ("steps", "kinds", "apart"),
     [
@@ -74,7 +88,7 @@ def test_what_is_exported_calls_operators_that_need_no_python(
     steps: str, kinds: dict[type[nn.Module], int], apart: float, tmp_path: Path
 ) -> None:
     model, x = encoded(steps), images()
-    network, layers = fused(model)
+    network, layers = fused(operators(model, images()))
     found = [type(part) for part in network.modules()]
     assert {kind: found.count(kind) for kind in kinds} == kinds
     assert layers == sum(kinds.values())
@@ -90,7 +104,8 @@ def test_what_is_exported_calls_operators_that_need_no_python(
 
 @torch.no_grad()
 def test_bytes_are_handed_over_in_an_exported_program() -> None:
-    program = export_program(fused(encoded(INTEGERS))[0], Batch((images()[:2],)), dynamic_batch=True)
+    network = fused(operators(encoded(INTEGERS), images()))[0]
+    program = export_program(network, Batch((images()[:2],)), dynamic_batch=True)
     bytes_made = [
         str(node.target)
         for node in program.graph.nodes
@@ -107,6 +122,54 @@ def test_bytes_are_handed_over_in_an_exported_program() -> None:
     assert not any("relu" in str(node.target) for node in program.graph.nodes)
 
 
+@pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize("slower", [PLAIN, "as one operator"])
+@pytest.mark.parametrize(
+    ("steps", "packed"),
+    [
+        (INTEGERS, IntegerChain),
+        ("quantize{numbers=bfloat16}", FusedLayer),
+        ("quantize{numbers=int4/32}", PackedWeights),
+        ("plan{macs=0.6},factorize", FusedLayer),
+    ],
+)
+@torch.no_grad()
+def test_no_layer_is_packed_in_the_form_measured_slower(
+    slower: str, steps: str, packed: type[nn.Module], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One way of every layer takes twice as long, by planted times; bytes that are handed on save nothing."""
+
+    def seconds(calls: Calls, threads: int) -> dict[str, float]:
+        del threads
+        return {way: 2e-6 if (way == PLAIN) == (slower == PLAIN) else 1e-6 for way in calls}
+
+    def keep(network: nn.Module, example: Batch, dynamic_batch: bool) -> ExportedProgram:
+        programs.append(export_program(network, example, dynamic_batch))
+        networks.append(network)
+        return programs[0]
+
+    networks: list[nn.Module] = []
+    programs: list[ExportedProgram] = []
+    deploying = importlib.import_module("tdpass.deploy")
+    monkeypatch.setattr(choose, "seconds_of", seconds)
+    monkeypatch.setattr(choose, "times_kept", lambda: TimingTable(None))
+    monkeypatch.setattr(deploying, "export_program", keep)
+    monkeypatch.setattr(deploying, "compile_package", lambda program, path: None)
+    model, x = encoded(steps), images()[:2]
+    layers = {name for name, part in model.named_modules() if isinstance(part, Factorized)}
+    done = tdpass.deploy(model, x, tmp_path / "net.pt2")
+    kept = {name for name in layers if type(networks[0].get_submodule(name)) is Factorized}
+    measured = {name for name in layers if " us as " in done.declined.get(name, " us as ")}
+    called = [str(node.target) for node in programs[0].graph.nodes if str(node.target).startswith("tdpass.")]
+    assert measured
+    assert kept == set(done.declined)
+    assert done.fused == len(called) == len(layers - kept)
+    if slower == PLAIN:
+        assert {type(networks[0].get_submodule(name)) for name in measured} == {packed}
+    else:
+        assert kept == layers
+
+
 _ELSEWHERE = """
 import sys, torch, tdpass
 run, (x, wanted) = tdpass.load_deployed(sys.argv[1]), torch.load(sys.argv[2])
@@ -120,9 +183,10 @@ with torch.no_grad():
 @torch.no_grad()
 def test_a_fresh_process_gives_the_same_numbers(tmp_path: Path) -> None:
     model, x = encoded(INTEGERS), images()[:2]
-    done = tdpass.deploy(model, x, tmp_path / "net.pt2")
+    with choosing(measure=False):
+        done = tdpass.deploy(model, x, tmp_path / "net.pt2")
     assert done.fused == 5
-    program = export_program(fused(model)[0], Batch((x,)), dynamic_batch=False)
+    program = export_program(fused(operators(model, x))[0], Batch((x,)), dynamic_batch=False)
     torch.save((x, program.module()(x)), tmp_path / "answer.pt")
     words = [sys.executable, "-c", _ELSEWHERE, str(tmp_path / "net.pt2"), str(tmp_path / "answer.pt")]
     run = subprocess.run(words, env=os.environ, capture_output=True, text=True, check=False)

@@ -29,6 +29,7 @@ def test_deploy_names_what_it_wrote(capsys: pytest.CaptureFixture[str]) -> None:
         "model": "deploy_net:make",
         "files": ["net.onnx"],
         "fused": 0,
+        "declined": {},
         "notes": [],
     }
     assert main(["deploy", "net.onnx", "-o", "copy.onnx"]) == 0

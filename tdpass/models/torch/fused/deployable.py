@@ -24,12 +24,11 @@ from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.stage import Lanes
 from tdpass.kernels.weight_only import WEIGHT_ONLY_LINEAR
 from tdpass.layers.encoded import EncodedCall
-from tdpass.layers.factorized import Factorized
 from tdpass.layers.float_chain import FloatChain
 from tdpass.layers.fused import Fused
+from tdpass.layers.integer_chain import IntegerChain
 from tdpass.layers.weight_only import WeightOnly
 from tdpass.models.base import Batch
-from tdpass.models.torch.fused.fuse_encoded import call_of
 from tdpass.models.torch.fused.integer_graph import (
     is_integer_chain,
     join_integers,
@@ -44,11 +43,11 @@ class FusedLayer(nn.Module):
     The factors are buffers, and nothing takes Python to run.
     """
 
-    def __init__(self, dense: Factorized, lowered: Lowered) -> None:
+    def __init__(self, dense: Fused | EncodedCall, lowered: Lowered) -> None:
         super().__init__()
         self.axes = lowered.axes
         self.integers, self.widths = lowered.integers, lowered.widths
-        self.activation = dense.activation if isinstance(dense, Fused | EncodedCall) else "identity"
+        self.activation = dense.activation
         self.lanes: Lanes = "pixels" if isinstance(dense, Fused) and dense.lanes == "pixels" else "channels"
         if not isinstance(dense, Fused):
             self.lanes = lowered.lanes
@@ -106,16 +105,15 @@ class PackedWeights(nn.Module):
 def fused(module: nn.Module) -> tuple[nn.Module, int]:
     """A copy for inference on the CPU, and how many layers run fused.
 
-    A factored layer stays as it is where no operator serves its form or type, or where it was fused before
-    and found to be slower so.  Layers of int8 factors that read integers are called by what they store until
-    `export_program` packs them.
+    Those are the layers that are one operator already, as `fuse_layers` chooses them.  Layers of int8 factors
+    that read integers are called by what they store until `export_program` packs them.
     """
     twin = copy.deepcopy(module).cpu()
     for child in twin.modules():
         child.training = False
     made: dict[int, nn.Module] = {}
     for name, layer in list(twin.named_modules(remove_duplicate=False)):
-        new = made.get(id(layer)) or (_packed_layer(layer) if isinstance(layer, Factorized) else None)
+        new = made.get(id(layer)) or _packed_layer(layer)
         if new is None:
             continue
         made[id(layer)] = new
@@ -126,19 +124,17 @@ def fused(module: nn.Module) -> tuple[nn.Module, int]:
     return twin, len(made)
 
 
-def _packed_layer(layer: Factorized) -> nn.Module | None:
-    """A factored layer as a call of its operator; None where it stays as it is."""
-    data = layer.layer()
-    if data.dtype not in native.DTYPES or (isinstance(layer, Fused) and layer.lanes is None):
+def _packed_layer(layer: nn.Module) -> nn.Module | None:
+    """A layer that is one operator as a call of it that needs no Python; None where it stays as it is."""
+    if not isinstance(layer, Fused | EncodedCall) or layer.layer().dtype not in native.DTYPES:
         return None
-    kind = call_of(layer) if layer.form.encoded else None
-    if kind is None or kind is FloatChain:
-        lowered = chain_of(data) if kind is None or not kind.why_not(data) else None
-        return None if lowered is None else FusedLayer(layer, lowered)
-    if kind.why_not(data):
-        return None
-    call = layer if isinstance(layer, kind) else kind.of(layer)
-    return PackedWeights(call) if isinstance(call, WeightOnly) else call
+    if isinstance(layer, WeightOnly):
+        return PackedWeights(layer)
+    if isinstance(layer, IntegerChain):
+        return layer
+    chosen = isinstance(layer, FloatChain) or (isinstance(layer, Fused) and layer.lanes is not None)
+    lowered = chain_of(layer.layer()) if chosen else None
+    return None if lowered is None else FusedLayer(layer, lowered)
 
 
 def export_program(module: nn.Module, example: Batch, dynamic_batch: bool) -> ExportedProgram:
