@@ -19,6 +19,29 @@ class Shared(Generic[N]):
     seconds: float
 
 
+def beside_neighbours(
+    alone: Mapping[N, float], rows: Sequence[Mapping[frozenset[N], float]]
+) -> tuple[dict[N, float], list[Shared[N]]]:
+    """What parts save where their neighbours stay as they are, and what two neighbours save beyond that.
+
+    `alone` are the seconds that each saves cut out by itself, `rows` the seconds that a part and a neighbour
+    take in a row, by which of them are chosen: none, one, and both where both can be.  What a part saves
+    beside a neighbour differs from what it saves alone by what passes between the two.
+    """
+    gains, shared = dict(alone), list[Shared[N]]()
+    for seconds in rows:
+        saved = {chosen: seconds[frozenset()] - each for chosen, each in seconds.items()}
+        single = {part: saved[chosen] for chosen in saved if len(chosen) == 1 for part in chosen}
+        for part, gain in single.items():
+            gains[part] += gain - alone[part]
+        shared += [
+            Shared(chosen, saved[chosen] - sum(single[part] for part in chosen))
+            for chosen in saved
+            if len(chosen) > 1
+        ]
+    return gains, shared
+
+
 def choose_together(gains: Mapping[N, float], shared: Sequence[Shared[N]]) -> frozenset[N]:
     """The parts that save most in sum, by themselves and together; those that save nothing are left.
 

@@ -21,6 +21,8 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     except KernelError as error:
         pytest.skip(str(error))
     order = {"plain": 9.0, "channels": 2.0, "pixels": 1.0}
+    rows = {"False False": 18.0, "True False": 10.0, "False True": 10.0, "True True": 2.0}
+    order |= {f"in a row {chosen}": seconds for chosen, seconds in rows.items()}
 
     def times(
         calls: dict[object, Callable[[], object]], threads: int, rounds: int = 1
