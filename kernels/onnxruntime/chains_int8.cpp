@@ -9,6 +9,11 @@
 //
 // DynamicInt8LinearChain<stages>[Add][Relu|Silu|Gelu|Clamp]: the same of float32 x, without scales and zero
 // points of what stages read: every row is put on a grid of its own.
+//
+// DynamicInt8ConvChain<stages>[Add][Relu|Silu|Gelu|Clamp]: convolutions that put all of what they read on one
+// grid, as DynamicQuantizeLinear does; scales and bias may be `[o]` or with axes of one behind that.
+#include <cmath>
+
 #include "chain_shape.h"
 
 namespace tdpass_ort {
@@ -36,7 +41,8 @@ class Int8Chain : public ChainNode {
       totals_.push_back(factors_[s].total.data());
     }
     const Tensor bias = required(info, op.behind());
-    check_bias(bias, stages_);
+    if (op.dynamic && bias.count() != stages_.back().out) refuse(op, "the bias has one number per channel");
+    if (!op.dynamic) check_bias(bias, stages_);
     bias_.assign(bias.as<float>(), bias.as<float>() + bias.count());
     activation_ = activation(info, op.ending, op.behind() + 1 + op.residual);
     if (op.bytes) grids_[op.stages] = grid(info, op.reads.size() - 2);
@@ -55,11 +61,16 @@ class Int8Chain : public ChainNode {
     if (chain_.residual) call.chain.residual = &(added = spread(input(context, int8_.behind() + 1), sizes));
     if (y.count() == 0) return;
     Pool pool(api_, context, threads_, worth(stages_, to));
+    run(call, from, to, pool);
+  }
+
+ protected:
+  void run(const tdpass_int8_chain& call, const tdpass_image& from, const tdpass_image& to,
+      const Pool& pool) const {
     if (tdpass_conv_chain_int8(&call, &from, &to, &pool.pool) != 0)
       refuse(op_, "the kernel does not serve these sizes");
   }
 
- private:
   struct Factor {
     Panels packed;
     std::vector<float> scale;
@@ -96,6 +107,76 @@ class Int8Chain : public ChainNode {
   std::vector<float> bias_;
 };
 
+// Convolutions one by one: the grid of what one reads is known when all of that is there.
+class DynamicConvChain : public Int8Chain {
+ public:
+  using Int8Chain::Int8Chain;
+
+  void compute(ort::KernelContext* context) {
+    const Tensor x = input(context, 0);
+    const Sizes sizes = output_sizes(x, stages_);
+    const Tensor y = output(context, 0, sizes);
+    const tdpass_image to = view(y.data, sizes);
+    tdpass_image from = view(x.data, x.sizes), added;
+    if (chain_.residual) added = spread(input(context, int8_.behind() + 1), sizes);
+    if (y.count() == 0) return;
+    Pool pool(api_, context, threads_, worth(stages_, to));
+    std::vector<float> held[2];
+    for (int s = 0; s < chain_.stages; s++) {
+      const tdpass_grid grids[] = {grid_of(from), {}, {}};
+      if (!std::isfinite(grids[0].scale)) {
+        std::fill_n(static_cast<float*>(y.data), y.count(), std::numeric_limits<float>::quiet_NaN());
+        return;
+      }
+      const bool last = s + 1 == chain_.stages;
+      const tdpass_image made = last ? to : between(from, stages_[s], held[s & 1]);
+      run({{TDPASS_FLOAT32, TDPASS_QUAD_LANES, 1, last ? activation_ : tdpass_activation{}, &stages_[s],
+               &weights_[s], last ? bias_.data() : nullptr, last && chain_.residual ? &added : nullptr},
+              &scales_[s], &totals_[s], grids},
+          from, made, pool);
+      from = made;
+    }
+  }
+
+ private:
+  // The grid that holds zero and all numbers of an image that lies together; its scale is none where one of
+  // them is none.
+  static tdpass_grid grid_of(const tdpass_image& image) {
+    constexpr int TOGETHER = 16;
+    const float* const from = static_cast<const float*>(image.data);
+    const int64_t count = image.size[0] * image.size[1] * image.size[2] * image.size[3],
+                  whole = count / TOGETHER * TOGETHER;
+    float low[TOGETHER] = {}, high[TOGETHER] = {}, wrong[TOGETHER] = {};
+    const auto see = [&](int64_t k, int lane) {
+      const float v = from[k];
+      low[lane] = v < low[lane] ? v : low[lane];
+      high[lane] = v > high[lane] ? v : high[lane];
+      wrong[lane] += v * 0;
+    };
+    for (int64_t k = 0; k < whole; k += TOGETHER)
+      for (int lane = 0; lane < TOGETHER; lane++) see(k + lane, lane);
+    for (int64_t k = whole; k < count; k++) see(k, int(k - whole));
+    const float least = *std::min_element(low, low + TOGETHER),
+                most = *std::max_element(high, high + TOGETHER);
+    const float none = std::accumulate(wrong, wrong + TOGETHER, 0.0f);
+    const float scale = most > least ? (most - least) / 255 : 1;
+    const float zero = std::isfinite(scale) ? std::nearbyint(-least / scale) : 0;
+    return {scale + none, int32_t(std::min(std::max(zero, 0.0f), 255.0f))};
+  }
+
+  // What a stage makes of an image, with its channels innermost.
+  static tdpass_image between(const tdpass_image& from, const tdpass_stage& t, std::vector<float>& held) {
+    int64_t size[2];
+    for (int a = 0; a < 2; a++)
+      size[a] = (from.size[2 + a] + t.before[a] + t.after[a] - (t.kernel[a] - 1) * t.dilation[a] - 1) /
+              t.stride[a] +
+          1;
+    held.resize(from.size[0] * t.out * size[0] * size[1]);
+    return {held.data(), {from.size[0], t.out, size[0], size[1]},
+        {t.out * size[0] * size[1], 1, t.out * size[1], t.out}};
+  }
+};
+
 Int8ChainOperator make(
     bool linear, int stages, bool residual, const Ending& ending, bool bytes, bool dynamic = false) {
   Int8ChainOperator op{};
@@ -112,7 +193,8 @@ Int8ChainOperator make(
   op.reads.insert(op.reads.end(), 1 + residual + ending.bounds, ort::FLOAT);
   if (bytes) op.reads.insert(op.reads.end(), {ort::FLOAT, ort::UINT8});
   op.makes = {bytes ? ort::UINT8 : ort::FLOAT};
-  serve<Int8Chain>(op);
+  if (dynamic && !linear) serve<DynamicConvChain>(op);
+  else serve<Int8Chain>(op);
   return op;
 }
 
@@ -126,10 +208,11 @@ void add_int8_chains(Operators& all) {
         for (int with = 0; with < 4; with++)
           for (const Ending& ending : ENDINGS)
             made.push_back(make(linear, stages, with & 1, ending, with & 2));
-    for (int stages = FEWEST_STAGES; stages <= MOST_STAGES; stages++)
-      for (int residual = 0; residual < 2; residual++)
-        for (const Ending& ending : ENDINGS)
-          made.push_back(make(true, stages, residual, ending, false, true));
+    for (int linear = 0; linear < 2; linear++)
+      for (int stages = FEWEST_STAGES; stages <= MOST_STAGES; stages++)
+        for (int residual = 0; residual < 2; residual++)
+          for (const Ending& ending : ENDINGS)
+            made.push_back(make(linear, stages, residual, ending, false, true));
     return made;
   }();
   list(all, ops);

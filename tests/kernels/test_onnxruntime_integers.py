@@ -20,7 +20,12 @@ from tdpass.kernels.int8_factor import columns
 from tdpass.kernels.linear_chain import stages_of as linear_stages
 from tdpass.kernels.stage import Stage, integers_of
 from tdpass.models.onnx.operators.fused import FusedOp
-from tdpass.models.onnx.operators.fused_integers import DynamicChainOp, Int8ChainOp, WeightOnlyOp
+from tdpass.models.onnx.operators.fused_integers import (
+    DynamicChainOp,
+    DynamicConvChainOp,
+    Int8ChainOp,
+    WeightOnlyOp,
+)
 from tdpass.models.onnx.operators.fused_recurrent import LowRankCellOp, Numbers
 
 ENDS = [
@@ -53,6 +58,15 @@ def grids(count: int) -> list[Grid]:
     return [Grid(0.02 + 0.003 * k, zero) for k, zero in zip(range(count), itertools.cycle((128, 100, 0)))]
 
 
+def conv_attributes(k: int, stage: Stage) -> dict[str, object]:
+    return {
+        f"group_{k}": stage.groups,
+        f"strides_{k}": stage.stride,
+        f"pads_{k}": (*stage.before, *stage.after),
+        f"dilations_{k}": stage.dilation,
+    }
+
+
 def int8_case(
     stages: Sequence[Stage], x: np.ndarray, residual: bool, activation: str, coded: bool, linear: bool
 ) -> tuple[onnx.ModelProto, Arrays, Tensor]:
@@ -74,12 +88,7 @@ def int8_case(
         constants[f"w{k}_scale"] = factor.scale.numpy()
         constants |= {f"x{k}_scale": np.float32(grid.scale), f"x{k}_zero": np.uint8(grid.zero)}
         if not linear:
-            attributes |= {
-                f"group_{k}": stage.groups,
-                f"strides_{k}": stage.stride,
-                f"pads_{k}": (*stage.before, *stage.after),
-                f"dilations_{k}": stage.dilation,
-            }
+            attributes |= conv_attributes(k, stage)
     constants["bias"] = bias
     if coded:
         constants |= {"y_scale": np.float32(end.scale), "y_zero": np.uint8(end.zero)}
@@ -187,6 +196,65 @@ def test_a_chain_that_rounds_rows_says_what_it_computes_in_every_opset(opset: in
     model, inputs, wanted = dynamic_case((24, 5, 33), x, True, "relu", opset)
     (made,) = ReferenceEvaluator(model).run(None, inputs)
     assert within_a_step(made, wanted.numpy(), coded=False)
+
+
+def found_grid(x: Tensor) -> Grid:
+    """As DynamicQuantizeLinear finds it, in float32."""
+    low, high = (min(x.min(), torch.tensor(0.0)), max(x.max(), torch.tensor(0.0)))
+    scale = (high - low) / 255 if high > low else torch.tensor(1.0)
+    return Grid(float(scale), int((-low / scale).round().clamp(0, 255)))
+
+
+def dynamic_conv_case(
+    stages: Sequence[Stage], x: np.ndarray, residual: bool, activation: str
+) -> tuple[onnx.ModelProto, Arrays, Tensor]:
+    """A model of convolutions that find one grid each in every call, and what their reference says one by one."""
+    op = DynamicConvChainOp(len(stages), residual, activation)
+    bias = numbers(stages[-1].outputs, 1)[:, 0]
+    constants, attributes = dict[str, np.ndarray](), dict[str, object]()
+    read, wanted, last = torch.from_numpy(x), torch.empty(0), len(stages)
+    inputs = {"x": x}
+    for k, stage in enumerate(stages, start=1):
+        factor = int8_factor.pack_weight(stage, torch.from_numpy(numbers(*stage.shape)))
+        constants[f"w{k}"] = stage.unpack(factor.weight, "quads").numpy()
+        constants[f"w{k}_scale"] = factor.scale.numpy()[:, None, None]
+        attributes |= conv_attributes(k, stage)
+        if residual and k == last:
+            inputs["residual"] = numbers(len(x), stage.outputs, *map(int, stage.output_size(read.shape[2:])))
+        wanted = int8_chain.conv_reference(
+            read,
+            *columns([factor]),
+            torch.from_numpy(bias) if k == last else None,
+            torch.from_numpy(inputs["residual"]) if residual and k == last else None,
+            Grids((found_grid(read),)).numbers(),
+            integers_of([stage]),
+            activation if k == last else "identity",
+        )
+        read = wanted
+    constants["bias"] = bias[:, None, None]
+    return one_node(op, attributes, constants, inputs), inputs, wanted
+
+
+@pytest.mark.parametrize(("activation", "residual"), [end[:2] for end in ENDS])
+@pytest.mark.parametrize("chain", CONVOLUTIONS)
+def test_chains_of_convolutions_that_find_their_grids(
+    library: str, chain: str, activation: str, residual: bool
+) -> None:
+    stages = CONVOLUTIONS[chain]
+    x = np.random.default_rng(1).standard_normal((2, stages[0].inputs, 9, 11)).astype(np.float32)
+    for given in (x, np.abs(x), 0 * x):
+        model, inputs, wanted = dynamic_conv_case(stages, given, residual, activation)
+        agrees(model, inputs, wanted, library, activation)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 800])
+def test_what_has_no_grid_becomes_no_number(library: str, place: int, bad: float) -> None:
+    stages = CONVOLUTIONS["tucker2"]
+    x = np.random.default_rng(1).standard_normal((1, stages[0].inputs, 9, 11)).astype(np.float32)
+    model, inputs, _ = dynamic_conv_case(stages, x, False, "relu")
+    x.reshape(-1)[place] = bad
+    assert np.isnan(run(model, inputs, library)).all()
 
 
 def weight_only_case(

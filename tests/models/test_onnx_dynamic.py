@@ -12,7 +12,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx_nets import model_of, node, weight
-from test_onnx_fuse_integers import ROWS, fused_types, holds, ignore, layers, put, run_file
+from test_onnx_fuse import block
+from test_onnx_fuse_integers import IMAGES, ROWS, fused_types, holds, ignore, layers, put, run_file
 
 import tdpass
 from tdpass.models.base import Batch
@@ -214,6 +215,30 @@ def test_low_rank_chains_of_onnx_runtime_are_one_operator_each(
     x = ROWS if rank == 2 else ROWS[None].repeat(2, 1, 1)
     zeros = 12 + 96 + 9 + 64 if per_channel else 0
     holds(model, Batch((x,)), CHAINS, tmp_path / "it.onnx", 0.03, dropped=zeros)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("kind", ["QInt8", pytest.param("QUInt8", marks=pytest.mark.slow)])
+def test_low_rank_convolutions_of_onnx_runtime_are_one_operator_each(
+    kind: str, per_channel: bool, tmp_path: Path
+) -> None:
+    forms = {"first": "tucker2 5x4", "second": "tucker2 4x5", "head": "svd 3"}
+    made = put(OnnxModel.open(block()), forms).unwrap()
+    assert isinstance(made, onnx.ModelProto)
+    del made.graph.value_info[:]
+    model = OnnxModel.open(quantized(made, tmp_path, kind, per_channel=per_channel))
+    batch = Batch((IMAGES,))
+    before = model.run(batch)
+    signed = kind == "QInt8"  # codes of unsigned bytes, less their zero point, need nine bits
+    assert model.fuse(ignore, ignore, batch) is signed
+    convolutions = [name for name in fused_types(model) if "Conv" in name]
+    assert convolutions == (["DynamicInt8ConvChain3Relu", "DynamicInt8ConvChain3AddRelu"] if signed else [])
+    model.save(tmp_path / "it.onnx", {})
+    named = {name: tensor.numpy() for name, tensor in model.named_inputs(batch).items()}
+    for registered in (True, False):
+        (found,) = run_file(tmp_path / "it.onnx", named, registered=registered)
+        assert near(found, next(iter(before.values())).numpy(), 0.03)
 
 
 @pytest.mark.usefixtures("always")

@@ -89,7 +89,8 @@ def layers(rank: int, opset: int = 21) -> onnx.ModelProto:
         node("Gemm", "x first.weight first.bias", "a", transB=1), node("Relu", "a", "b"),
         node("Gemm", "b second.weight second.bias", "c", transB=1), node("Add", "c x", "y"),
     ]  # fmt: skip
-    constants = {"first.weight": weight(96, 64), "second.weight": weight(64, 96)}
+    rng = np.random.default_rng(0)
+    constants = {"first.weight": weight(96, 64, rng=rng), "second.weight": weight(64, 96, rng=rng)}
     if rank == 3:
         nodes = [
             node("MatMul", "x first.weight", "h"),
@@ -100,7 +101,7 @@ def layers(rank: int, opset: int = 21) -> onnx.ModelProto:
             node("Add", "c x", "y"),
         ]
         constants = {name: np.ascontiguousarray(array.T) for name, array in constants.items()}
-    constants |= {"first.bias": weight(96), "second.bias": weight(64)}
+    constants |= {"first.bias": weight(96, rng=rng), "second.bias": weight(64, rng=rng)}
     return model_of(nodes, constants, ("N", 64) if rank == 2 else ("N", "T", 64), opset=opset)
 
 

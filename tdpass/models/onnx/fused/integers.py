@@ -123,8 +123,10 @@ def codes_of(link: NodeLink, weight: Integers, constants: Constants) -> ir.Value
     return constants.like(weight.source, "matrix", turned)
 
 
-def scale_of(link: NodeLink, weight: Integers, constants: Constants) -> ir.Value:
-    """The scale of every output channel."""
+def scale_of(
+    link: NodeLink, weight: Integers, constants: Constants, behind: tuple[int, ...] = ()
+) -> ir.Value:
+    """The scale of every output channel, with these axes behind."""
     wanted = weight.scale_along(1 if link.transposed else 0)
     assert wanted is not None
-    return constants.like(weight.scale_source, "scales", wanted)
+    return constants.like(weight.scale_source, "scales", wanted.reshape(-1, *behind))

@@ -175,6 +175,14 @@ def layer_of(node: ir.Node, shape: tuple[int, ...]) -> NodeLink | None:
 
 
 def _conv(node: ir.Node, shape: tuple[int, ...]) -> NodeLink | None:
+    stage = conv_stage(node, shape)
+    if stage is None:
+        return None
+    return Link((node,), Slot(node, 0), Slot(node, 1), _bias(node), len(shape) - 2, stage)
+
+
+def conv_stage(node: ir.Node, shape: tuple[int, ...]) -> Stage | None:
+    """A convolution with a weight of these sizes as a stage; None where no kernel computes it."""
     axes, attributes = len(shape) - 2, node.attributes
     pads = list(attributes.get_ints("pads", (0,) * (2 * axes)))
     if (
@@ -190,13 +198,12 @@ def _conv(node: ir.Node, shape: tuple[int, ...]) -> NodeLink | None:
         return height, width
 
     groups, ones = attributes.get_int("group", 1), (1,) * axes
-    stage = Stage(
+    return Stage(
         shape[1] * groups, shape[0], groups, pair(shape[2:], 1),
         pair(tuple(attributes.get_ints("strides", ones)), 1),
         pair(tuple(pads[:axes]), 0), pair(tuple(pads[axes:]), 0),
         pair(tuple(attributes.get_ints("dilations", ones)), 1),
     )  # fmt: skip
-    return Link((node,), Slot(node, 0), Slot(node, 1), _bias(node), axes, stage)
 
 
 def _product(node: ir.Node, shape: tuple[int, ...]) -> NodeLink | None:

@@ -48,9 +48,9 @@ class Constants:
             made.metadata_props.setdefault(HOLDS, str(stored.size if sizes(stored) else 0))
         return made
 
-    def zeros(self, source: ir.Value, count: int) -> ir.Value:
+    def zeros(self, source: ir.Value, *sizes: int) -> ir.Value:
         """A bias of zeros for a layer whose weight that is."""
-        return self._no_parameter(source, "bias", torch.zeros(count))
+        return self._no_parameter(source, "bias", torch.zeros(sizes))
 
     def bounds(self, source: ir.Value, activation: str) -> list[ir.Value]:
         """The ends of a clamp behind a layer whose weight that is; none for other activations."""

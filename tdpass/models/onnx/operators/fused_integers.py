@@ -130,6 +130,55 @@ class DynamicChainOp:
         return "\n".join([*lines, *ending(last, added, self.activation)])
 
 
+@dataclass(frozen=True)
+class DynamicConvChainOp:
+    """`y = activation(convolutions(x) + bias + residual)` with int8 weights, what each reads put on one grid.
+
+    That grid is found in every call, as DynamicQuantizeLinear finds it.  Inputs are x, of numbers; per layer
+    its weight and the scales of that, one per output, with axes of one behind; the bias, alike; then the
+    residual and the bounds of a clamp where there are such.
+    """
+
+    stages: int
+    residual: bool
+    activation: str
+    grain: ClassVar[float] = _MIDDLES
+
+    @classmethod
+    def of(cls, spec: ChainSpec) -> Self:
+        """The operator of a chain."""
+        return cls(len(spec.stages), spec.residual, spec.activation)
+
+    @property
+    def name(self) -> str:
+        return f"DynamicInt8ConvChain{self.stages}{'Add' * self.residual}{title(self.activation)}"
+
+    @property
+    def inputs(self) -> list[str]:
+        each = [name for k in range(1, self.stages + 1) for name in (f"w{k}", f"w{k}_scale")]
+        return ["x", *each, "bias", *["residual"] * self.residual, *bounds(self.activation)]
+
+    @property
+    def outputs(self) -> list[str]:
+        return ["y"]
+
+    @property
+    def attributes(self) -> list[str]:
+        return conv_attributes(self.stages)
+
+    def body(self, opset: int) -> str:
+        del opset
+        lines, last = list[str](), "x"
+        for k in range(1, self.stages + 1):
+            integer = layer(False, k).replace("Conv", "ConvInteger", 1)
+            lines.append(f"c{k}, step{k}, zero{k} = DynamicQuantizeLinear ({last})")
+            lines.append(f"whole{k} = {integer} (c{k}, w{k}, zero{k})  sums{k} = {_TO_FLOAT} (whole{k})")
+            lines.append(f"unit{k} = Mul (step{k}, w{k}_scale)  h{k} = Mul (sums{k}, unit{k})")
+            last = f"h{k}"
+        added = ["bias", *["residual"] * self.residual]
+        return "\n".join([*lines, *ending(last, added, self.activation)])
+
+
 def rounded_anew(products: int) -> float:
     """What it comes to that what so many products read is rounded on other grids of bytes than before."""
     return _BYTE_STEP * math.sqrt(2 * products)

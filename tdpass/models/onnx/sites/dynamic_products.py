@@ -175,16 +175,24 @@ def float_product(node: ir.Node) -> FloatProduct | None:
 
 def _bias_behind(found: DynamicProduct) -> tuple[tuple[ir.Node, ...], tuple[ir.Value, ...]]:
     """The sum with one constant by channel that alone reads a convolution, and that constant."""
-    y, shape = found.last.outputs[0], sizes(held(found.weight))
+    shape = sizes(held(found.weight))
+    behind = by_channel(found.last.outputs[0], shape[0], len(shape) - 2)
+    if behind is None:
+        return (), ()
+    add, slot = behind
+    whole = [source for source in number_sources(slot.value) if sizes(held(source)) == shape[:1]]
+    return ((add,), (whole[0],)) if whole else ((), ())
+
+
+def by_channel(y: ir.Value, outputs: int, axes: int) -> tuple[ir.Node, Slot] | None:
+    """The sum that alone reads an image or signal and adds one constant by channel, and where it reads that."""
     add = sole_reader(y, "Add")
     operand = None if add is None else other(add, y)
     tensor = folded(operand)
-    if add is None or operand is None or tensor is None or tensor.size != shape[0]:
-        return (), ()
-    sources = set(number_sources(operand))
-    whole = [source for source in sources if sizes(held(source)) == shape[:1]]
-    fits = one_each(sizes(tensor), shape[0], len(shape) - 2) and len(whole) == len(sources) == 1
-    return ((add,), (whole[0],)) if fits else ((), ())
+    if add is None or operand is None or tensor is None or tensor.size != outputs:
+        return None
+    fits = one_each(sizes(tensor), outputs, axes) and len(set(number_sources(operand))) == 1
+    return (add, Slot(add, add.inputs.index(operand))) if fits else None
 
 
 def _of_one_node(node: ir.Node, places: _Alone) -> FloatProduct | None:
