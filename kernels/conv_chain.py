@@ -104,8 +104,9 @@ CONV_CHAIN = register_op(Op("conv_chain", SCHEMA, reference, fake))
 
 
 class _Program(NamedTuple):
-    """Stages as the kernel takes them, and the shapes and types of their packed weights."""
+    """Stages, as the kernel takes them too, and the shapes and types of their packed weights."""
 
+    stages: tuple[Stage, ...]
     array: Array[Structure]
     shapes: list[tuple[int, ...]]
     dtypes: list[torch.dtype]
@@ -122,6 +123,7 @@ def native_stages(integers: tuple[int, ...]) -> Array[Structure]:
 def _program(integers: tuple[int, ...], lanes: Lanes) -> _Program:
     stages = stages_of(integers)
     return _Program(
+        stages,
         native_stages(integers),
         [stage.packed_shape(lanes) for stage in stages],
         [stage.packed_dtype(lanes) for stage in stages],
@@ -139,17 +141,10 @@ def native_cpu(
     lanes: Lanes,
 ) -> Tensor:
     """The C++ kernel; float32 and bfloat16, float32 inside, or with pair lanes sums alone."""
-    y = _empty_output(x, stages_of(stages))
-    done = run_native(
-        x,
-        weights,
-        bias,
-        None if residual is None else residual.expand_as(y),
-        tuple(stages),
-        activation,
-        lanes,
-        y,
-    )
+    integers = tuple(stages)
+    y = _empty_output(x, _program(integers, lanes).stages)
+    rest = None if residual is None else residual.expand_as(y)
+    done = run_native(x, weights, bias, rest, integers, activation, lanes, y)
     return y if done else NotImplemented
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -12,7 +13,7 @@ from tdpass.errors import KernelError
 from tdpass.kernels.activation import activate, check_activation
 from tdpass.kernels.base import Op, implements, register_op
 from tdpass.kernels.conv_chain import MAX_STAGES, run_native
-from tdpass.kernels.stage import Lanes, Stage, checked
+from tdpass.kernels.stage import Lanes, Stage, checked, integers_of
 
 SCHEMA = (
     "(Tensor x, Tensor[] weights, Tensor? bias, Tensor? residual, int[] widths, str activation) -> Tensor"
@@ -71,6 +72,12 @@ def fake(
 LINEAR_CHAIN = register_op(Op("linear_chain", SCHEMA, reference, fake))
 
 
+@functools.lru_cache(maxsize=4096)
+def _integers(widths: tuple[int, ...]) -> tuple[int, ...]:
+    """The layers as `run_native` takes them."""
+    return tuple(integers_of(stages_of(widths)))
+
+
 @implements("linear_chain", "cpu")
 def native_cpu(
     x: Tensor,
@@ -83,10 +90,8 @@ def native_cpu(
     """The C++ kernel; float32 and bfloat16, float32 inside, or with pair lanes sums alone."""
     y = x.new_empty((*x.shape[:-1], widths[-1]))
     rest = None if residual is None else positions(residual.expand_as(y))
-    integers = tuple(value for stage in stages_of(widths) for value in stage.integers())
-    done = run_native(
-        positions(x), weights, bias, rest, integers, activation, lanes_of(weights), positions(y)
-    )
+    stages, lanes = _integers(tuple(widths)), lanes_of(weights)
+    done = run_native(positions(x), weights, bias, rest, stages, activation, lanes, positions(y))
     return y if done else NotImplemented
 
 

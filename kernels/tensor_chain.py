@@ -199,14 +199,10 @@ def native_cpu(
     activation: str,
 ) -> Tensor:
     """The C++ kernel; float32 and bfloat16, float32 inside."""
-    y = x.new_empty((*x.shape[:-1], steps_of(steps)[-1].outputs))
-    return (
-        y
-        if _run(
-            x, weights, bias, None if residual is None else residual.expand_as(y), tuple(steps), activation, y
-        )
-        else NotImplemented
-    )
+    integers = tuple(steps)
+    y = x.new_empty((*x.shape[:-1], _program(integers)[0][-1].outputs))
+    rest = None if residual is None else residual.expand_as(y)
+    return y if _run(x, weights, bias, rest, integers, activation, y) else NotImplemented
 
 
 def _run(

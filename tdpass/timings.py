@@ -16,7 +16,7 @@ from tdpass.site import Site
 FILE = "timings.sqlite"
 _WAIT_SECONDS = 30.0
 _CREATE = (
-    "CREATE TABLE IF NOT EXISTS timings_2 (key TEXT PRIMARY KEY, seconds REAL, careful "
+    "CREATE TABLE IF NOT EXISTS timings_3 (key TEXT PRIMARY KEY, seconds REAL, careful "
     "INTEGER NOT NULL, digest TEXT NOT NULL)"
 )
 _DAMAGE = ("malformed", "no such column", "has no column", "disk image")
@@ -145,7 +145,7 @@ def _select(file: sqlite3.Connection, keys: Sequence[str]) -> dict[str, Row]:
         part = keys[start : start + _KEYS_PER_QUERY]
         marks = ",".join("?" * len(part))
         for record in file.execute(
-            f"SELECT key, seconds, careful, digest FROM timings_2 WHERE key IN ({marks})",  # noqa: S608
+            f"SELECT key, seconds, careful, digest FROM timings_3 WHERE key IN ({marks})",  # noqa: S608
             part,
         ):
             key, seconds, careful, _ = record
@@ -156,5 +156,5 @@ def _select(file: sqlite3.Connection, keys: Sequence[str]) -> dict[str, Row]:
 
 
 def _insert(file: sqlite3.Connection, records: Sequence[_Record]) -> dict[str, Row]:
-    file.executemany("INSERT OR REPLACE INTO timings_2 VALUES (?, ?, ?, ?)", records)
+    file.executemany("INSERT OR REPLACE INTO timings_3 VALUES (?, ?, ?, ?)", records)
     return {}

@@ -68,10 +68,10 @@ def test_a_damaged_file_is_moved_aside_and_begun_again(tmp_path: Path, damage: s
     else:
         with closing(sqlite3.connect(path)) as file, file:
             if damage == "another table":
-                file.execute("DROP TABLE timings_2")
-                file.execute("CREATE TABLE timings_2 (other TEXT)")
+                file.execute("DROP TABLE timings_3")
+                file.execute("CREATE TABLE timings_3 (other TEXT)")
             else:
-                file.execute("UPDATE timings_2 SET seconds = 'soon'")
+                file.execute("UPDATE timings_3 SET seconds = 'soon'")
     table = TimingTable(tmp_path)
     assert table.get(keys(500)) == {}
     assert len(table.notes) == 1

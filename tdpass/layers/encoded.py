@@ -65,7 +65,7 @@ class EncodedCall(Factorized, ABC):
     def _inference(self, x: Tensor) -> bool:
         if torch.is_autocast_enabled(x.device.type):
             return False
-        trained = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        trained = x.requires_grad or any(value.requires_grad for value in self.parameters(recurse=False))
         # an export is traced with gradients on, and what it gives is for inference
         exported = torch.compiler.is_exporting() and not self.training
         return exported or not (trained and torch.is_grad_enabled())

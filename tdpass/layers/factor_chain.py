@@ -24,6 +24,21 @@ LINEAR = "linear"
 _SCHEMA = "(Tensor x, Tensor[] factors, Tensor? bias, int[] stages, str activation, str lanes) -> Tensor"
 
 
+def chain(
+    x: Tensor,
+    factors: Sequence[Tensor | None],
+    bias: Tensor | None,
+    stages: Sequence[int],
+    activation: str,
+    lanes: str,
+) -> Tensor:
+    """The operator where it is traced, and what it runs where it is not, which spares a dispatch."""
+    traced = torch.compiler.is_compiling() or type(x) is not Tensor
+    held = [factor for factor in factors if factor is not None]
+    y: Tensor = (FACTOR_CHAIN if traced else run)(x, held, bias, stages, activation, lanes)
+    return y
+
+
 def run(
     x: Tensor,
     factors: Sequence[Tensor],

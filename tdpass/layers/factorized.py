@@ -16,6 +16,7 @@ from tdpass.formats.geometry import apply_dense
 from tdpass.formats.integers import apply_integers, coded
 from tdpass.formats.layer import Layer, check_form, storage_of
 from tdpass.formats.lines import Lines, Smaller, apply_smaller, apply_stored, lines_left, smaller
+from tdpass.formats.steps import apply_steps, steps_of
 from tdpass.formats.storage import Storage
 from tdpass.kinds import kind_of
 from tdpass.layers.deferred import Deferred
@@ -73,6 +74,8 @@ class Factorized(nn.Module):
         self.padding_mode, self.pads = padding_mode, pads
         self.storage = layer.storage
         self.lines = lines_left(layer.site, layer.form, self.storage)
+        plain = self.lines is None and not layer.form.activations
+        self.steps = steps_of(layer.site, layer.form, self.storage, bias=True) if plain else None
         for name, factor in layer.factors.items():
             if self.storage.numbers or name in self.storage.orders:
                 self.register_buffer(name, factor)
@@ -121,6 +124,9 @@ class Factorized(nn.Module):
         if self.lines is not None and not (torch.compiler.is_compiling() or torch.compiler.is_exporting()):
             recipe = Shrink(self.storage, self.lines, x.dtype)
             return apply_smaller(_OPS, x, recipe.made(held), self.bias, self.lines)
+        if self.steps is not None:
+            factors = self.storage.restore(_OPS, held, x.dtype)
+            return apply_steps(_OPS, x, factors, self.bias, self.steps)
         return apply_stored(_OPS, x, held, self.bias, self.site, self.form, self.storage, x.dtype)
 
     @property

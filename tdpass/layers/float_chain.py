@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tdpass.formats.layer import Layer
 from tdpass.formats.lowering import chain_of
 from tdpass.layers.encoded import EncodedChain
-from tdpass.layers.factor_chain import LINEAR, NAME
+from tdpass.layers.factor_chain import LINEAR, NAME, chain
 from tdpass.numbers.floating import Floating
 
 
@@ -33,7 +32,4 @@ class FloatChain(EncodedChain):
     def chain_call(self, x: Tensor) -> Tensor:
         factors = [self._buffers[name] for name in self.lowered.factors]
         lanes = LINEAR if self.lowered.linear else self.lowered.lanes
-        y: Tensor = torch.ops.tdpass.factor_chain(
-            x, factors, self.bias, self.lowered.integers, self.activation, lanes
-        )
-        return y
+        return chain(x, factors, self.bias, self.lowered.integers, self.activation, lanes)

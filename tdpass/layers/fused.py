@@ -13,7 +13,7 @@ from tdpass.formats.lowering import lower
 from tdpass.kernels import native
 from tdpass.kernels.activation import activate
 from tdpass.layers.encoded import EncodedCall
-from tdpass.layers.factor_chain import LINEAR
+from tdpass.layers.factor_chain import LINEAR, chain
 from tdpass.layers.factorized import Factorized
 
 
@@ -38,6 +38,7 @@ class Fused(Factorized):
         super().__init__(layer, bias, padding_mode, pads)
         self.activation = activation
         self.lowered = lower(layer)
+        self._stages = [] if self.lowered is None else self.lowered.integers
         self.lanes = LINEAR if lanes is not None and not layer.site.axes else lanes
 
     @classmethod
@@ -55,10 +56,7 @@ class Fused(Factorized):
         if self.pads:
             x = torch.nn.functional.pad(x, self.pads, mode=self.padding_mode)
         factors = [self._parameters[name] for name in self.lowered.factors]
-        result: Tensor = torch.ops.tdpass.factor_chain(
-            x, factors, self.bias, self.lowered.integers, self.activation, self.lanes
-        )
-        return result
+        return chain(x, factors, self.bias, self._stages, self.activation, self.lanes)
 
     def _served(self, x: Tensor) -> bool:
         parameters = [parameter for parameter in self._parameters.values() if parameter is not None]

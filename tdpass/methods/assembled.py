@@ -45,6 +45,11 @@ class Assembled:
         gap = (after - predicted) / predicted if predicted else 0.0
         said = f"{self.tariff.text(predicted)} predicted, {self.tariff.text(after)} measured ({gap:+.1%})"
         report.note(f"the assembled network: {said}; dense {self.tariff.text(before)}")
+        if after > before:
+            report.note(
+                f"the assembled network costs more than the dense one: keep the dense network here, or search "
+                f"with another batch than {self.tariff.setting.batch} or for another target"
+            )
 
     def _on_target(
         self, target: Target, original: Model, artifact: Artifact, batch: Batch, yardstick: Site

@@ -13,6 +13,7 @@ from tdpass.form import Form
 from tdpass.formats.layer import Layer, storage_of
 from tdpass.formats.lines import apply_stored
 from tdpass.kinds import kind_of
+from tdpass.layers.factorized import Factorized
 from tdpass.ops import StorageOps, TorchOps, V
 from tdpass.site import Site
 
@@ -69,6 +70,13 @@ def example_input(layer: Layer, batch: int) -> Tensor:
 def channels_last(tensor: Tensor) -> Tensor:
     """The tensor with its channels innermost where it has two spatial axes."""
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor.contiguous()
+
+
+def factored_module(layer: Layer) -> Factorized:
+    """The module that stands for the layer in a model, channels innermost, for inference."""
+    bias = None if layer.bias is None else nn.Parameter(layer.bias)
+    module = Factorized(layer, bias).eval().requires_grad_(requires_grad=False)
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 class LayerModule(nn.Module):

@@ -15,8 +15,9 @@ from tdpass.errors import PlanError
 from tdpass.form import Form
 from tdpass.formats import FORMATS, Decomposition, Factors, Metric, Rank
 from tdpass.formats.geometry import apply_dense
-from tdpass.formats.layer import Layer
+from tdpass.formats.layer import Layer, storage_of
 from tdpass.formats.pivoted import LEAD
+from tdpass.formats.steps import apply_steps, steps_of
 from tdpass.kinds import KINDS, kind_of
 from tdpass.layers.factorized import Factorized
 from tdpass.ops import TorchOps
@@ -28,6 +29,7 @@ LOCAL_OPTIMUM = 0.02
 
 SITES = tuple(site for kind in KINDS for site in kind.examples())
 EXTRA_RANKS: dict[str, list[Rank]] = {"tensor_train": [(2, 3, 2), (2, 3, 3, 2), (2, 4, 5, 5, 4, 2)]}
+CHAINS = ("svd", "channel_svd", "input_svd", "spatial_svd", "tucker2")
 METRICS = ("plain", "full", "diagonal")
 CASES = [(name, site) for name in FORMATS.names() for site in SITES if FORMATS.get(name).fits(site)]
 each_case = pytest.mark.parametrize(
@@ -335,3 +337,21 @@ def test_a_rank_outside_the_limits_is_refused(name: str, site: Site) -> None:
     for rank in bad - {top}:
         with pytest.raises(PlanError, match=name):
             form.factorize(weight_of(site), site, rank)
+
+
+@each_case
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_steps_are_what_the_format_applies(name: str, site: Site, with_bias: bool) -> None:
+    fmt = FORMATS.get(name)
+    rank = fmt.ranks(site)[len(fmt.ranks(site)) // 2]
+    form = Form(name, rank)
+    storage = storage_of(site, form)
+    steps = steps_of(site, form, storage, bias=True)
+    if steps is None:
+        assert name not in CHAINS or site.table or storage.orders
+        return
+    factors = {part: normal(*shape, seed=k) for k, (part, shape) in enumerate(storage.shapes.items())}
+    x = normal(*kind_of(site).sample(site, 2), seed=9)
+    bias = normal(site.o, seed=8) if with_bias else None
+    expected = fmt.apply(TorchOps(), x, factors, bias, site, rank)
+    assert torch.equal(apply_steps(TorchOps(), x, factors, bias, steps), expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from tdpass.formats.layer import Layer
 from tdpass.models.abilities import RunsAsModule
 from tdpass.models.base import Batch, Model
 from tdpass.ops import TorchOps
-from tdpass.targets.layers import apply_layer, channels_last, example_input, weights_of
+from tdpass.targets.layers import apply_layer, channels_last, example_input, factored_module, weights_of
 from tdpass.targets.runtimes.base import Call, Runtime, register_runtime
 
 
@@ -26,8 +27,11 @@ class Eager(Runtime):
         return str(torch.__version__)
 
     def prepare(self, layer: Layer, batch: int, threads: int) -> Callable[[], Tensor] | None:
+        x = channels_last(example_input(layer, batch))
+        if layer.form.factored or layer.form.encoded:
+            return partial(factored_module(layer), x)
         weights = {name: channels_last(weight) for name, weight in weights_of(layer).items()}
-        ops, x = TorchOps(), channels_last(example_input(layer, batch))
+        ops = TorchOps()
         return lambda: apply_layer(ops, layer, x, weights)
 
     def prepare_model(self, model: Model, batch: Batch, threads: int) -> Call | None:

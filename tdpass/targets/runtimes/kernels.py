@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar
 
 from torch import Tensor
 
 from tdpass.form import DENSE
-from tdpass.formats.contraction import contraction_of
 from tdpass.formats.layer import Layer
-from tdpass.formats.lowering import Lowered, lower
+from tdpass.formats.lowering import lower
 from tdpass.kernels import native
-from tdpass.kernels.conv_chain import CONV_CHAIN, packing
-from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.stage import Lanes
-from tdpass.kernels.tensor_chain import TENSOR_CHAIN
-from tdpass.targets.layers import channels_last, example_input
+from tdpass.layers.contracted import Contracted
+from tdpass.layers.fused import Fused
+from tdpass.targets.layers import channels_last, example_input, factored_module
 from tdpass.targets.runtimes.base import Runtime, register_runtime
 
 
@@ -36,9 +35,16 @@ class Kernels(Runtime):
         if layer.form == DENSE:
             return None
         x, lowered = example_input(layer, batch), lower(layer)
-        if lowered is not None:
-            return _bind(layer, lowered, x, self.lanes) if lowered.axes or self.lanes == "channels" else None
-        return _bind_contraction(layer, x) if self.lanes == "channels" else None
+        if lowered is None:
+            cores = self.lanes == "channels" and not Contracted.why_not(layer)
+            return partial(Contracted.of(factored_module(layer)), x) if cores else None
+        if not lowered.axes and self.lanes != "channels":
+            return None
+        return partial(Fused.of(factored_module(layer), lanes=self.lanes), self.placed(x))
+
+    def placed(self, x: Tensor) -> Tensor:
+        """The input as these lanes read it best."""
+        return channels_last(x)
 
 
 @register_runtime
@@ -56,32 +62,5 @@ class PixelLanes(Kernels):
     name = "kernels-pixels"
     lanes = "pixels"
 
-
-def _bind(layer: Layer, lowered: Lowered, x: Tensor, lanes: Lanes) -> Callable[[], Tensor]:
-    packed_for = packing(lanes, x.dtype)
-    packed = lowered.pack(layer, packed_for)
-    if not lowered.axes:
-        return lambda: _call(LINEAR_CHAIN.call, x, packed, layer.bias, None, lowered.widths, "identity")
-    seen = x if x.dim() == 4 else x[:, :, None]
-    placed = channels_last(seen) if lanes == "channels" else seen.contiguous()
-    integers = lowered.integers
-
-    def run() -> Tensor:
-        y = _call(CONV_CHAIN.call, placed, packed, layer.bias, None, integers, "identity", packed_for)
-        return y if x.dim() == 4 else y[:, :, 0]
-
-    return run
-
-
-def _bind_contraction(layer: Layer, x: Tensor) -> Callable[[], Tensor] | None:
-    contraction = contraction_of(layer)
-    if contraction is None:
-        return None
-    steps, packed = contraction
-    integers = [value for step in steps for value in step.integers()]
-    return lambda: _call(TENSOR_CHAIN.call, x, packed, layer.bias, None, integers, "identity")
-
-
-def _call(operator: Any, *arguments: Tensor | Sequence[Tensor] | Sequence[int] | str | None) -> Tensor:
-    y: Tensor = operator(*arguments)
-    return y
+    def placed(self, x: Tensor) -> Tensor:
+        return x.contiguous()

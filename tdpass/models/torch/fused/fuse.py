@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdpass.errors import InvalidModelError
-from tdpass.formats.lowering import Lowered, lower
+from tdpass.formats.lowering import Lowered, chain_of, lower
 from tdpass.fusing.choose import Verdict, choose, served
 from tdpass.fusing.spec import ChainCall, ChainSpec, Layout
 from tdpass.fusing.together import Shared, choose_together
@@ -52,7 +52,7 @@ def fuse_layers(
     plain = fused = 0.0
     for path, layer in layers.items():
         called = None if inputs is None else inputs[path]
-        if layer.form.encoded:
+        if layer.form.encoded or chain_of(layer.layer()) is None:
             made = encoded(layer, called)
             if isinstance(made, str):
                 decline(path, f"not fused: {made}")
@@ -149,8 +149,7 @@ def _inputs(layers: Mapping[str, Factorized], run: Callable[[], object]) -> dict
 def _verdict(layer: Factorized, inputs: list[Tensor] | None) -> Verdict | str:
     """The measured choice over all calls of a layer, or why there is none."""
     lowered = lower(layer.layer())
-    if lowered is None:
-        return f"'{layer.form}' is no chain of convolutions with floating-point weights"
+    assert lowered is not None
     parameter = next(layer.parameters())
     reason = served(parameter.device.type, parameter.dtype)
     if reason:

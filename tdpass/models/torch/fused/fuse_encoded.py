@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tdpass.fusing.choose import PLAIN, Calls, kept_seconds, measuring, served
 from tdpass.kernels import native
+from tdpass.layers.contracted import Contracted
 from tdpass.layers.encoded import EncodedCall
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.float_chain import FloatChain
@@ -67,7 +68,9 @@ def _unserved(layer: Factorized, inputs: Sequence[Tensor] | None) -> str:
 
 
 def call_of(layer: Factorized) -> type[EncodedCall]:
-    """The operator that may serve a layer of encoded factors."""
+    """The operator that may serve a layer of encoded factors, or of small cores."""
+    if not layer.form.encoded:
+        return Contracted
     if layer.form.activations:
         return IntegerChain
     floating = all(isinstance(each, Floating) for each in layer.storage.numbers.values())
