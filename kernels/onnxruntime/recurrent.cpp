@@ -1,12 +1,12 @@
-// [Int8|WeightOnly]LowRankLstm[Reverse], [...]LowRankGru[Reverse]: a sequence through a cell whose
+// [Bfloat16|Int8|WeightOnly]LowRankLstm[Reverse], [...]LowRankGru[Reverse]: a sequence through a cell whose
 // hidden-to-hidden matrix is a product.
 //
 // Inputs: pre `[t, n, gates hidden]`, what the input adds to the gates, in torch's order; v `[hidden, r]` and
-// u `[r, gates hidden]`, of which the hidden state is multiplied with one after the other, with Int8 and
-// WeightOnly each of int8 and followed by its scales, one per column; a bias `[gates hidden]`, added to that
-// product; the states h and, of an LSTM, c, `[n, hidden]`.  Outputs: all hidden states, and the last of every
-// state.  Int8 rounds what the factors read as well; Reverse goes from the last step to the first. Factors
-// and bias are constants.
+// u `[r, gates hidden]`, of which the hidden state is multiplied with one after the other, with Bfloat16
+// of that, with Int8 and WeightOnly each of int8 and followed by its scales, one per column; a bias `[gates
+// hidden]`, added to that product; the states h and, of an LSTM, c, `[n, hidden]`.  Outputs: all hidden
+// states, and the last of every state.  Int8 rounds what the factors read as well; Reverse goes from the last
+// step to the first. Factors and bias are constants.
 #include "../cpu/checks.h"
 #include "operator.h"
 #include "packed.h"
@@ -16,7 +16,10 @@ namespace {
 
 constexpr int64_t PANEL = 16, QUAD = 4;
 
-enum Numbers { FLOATS, WEIGHT_ONLY, WHOLE };
+enum Numbers { FLOATS, HALVES, WEIGHT_ONLY, WHOLE };
+
+// Whether every factor is followed by its scales.
+constexpr bool scaled(Numbers numbers) { return numbers == WEIGHT_ONLY || numbers == WHOLE; }
 
 struct CellOperator : Operator {
   Numbers numbers;
@@ -34,8 +37,9 @@ class Recurrent : public Node {
  public:
   Recurrent(const CellOperator& op, const ort::Api* api, const ort::KernelInfo* info)
       : Node(op, api), cell_(op) {
-    const Tensor v = required(info, 1), u = required(info, op.numbers ? 3 : 2),
-                 bias = required(info, op.numbers ? 5 : 3);
+    const bool scales = scaled(op.numbers);
+    const Tensor v = required(info, 1), u = required(info, scales ? 3 : 2),
+                 bias = required(info, scales ? 5 : 3);
     if (v.sizes.size() != 2 || u.sizes.size() != 2 || v.count() == 0) refuse(op, "the factors are matrices");
     hidden_ = v.sizes[0], rank_ = v.sizes[1];
     const bool fits = u.sizes == Sizes{rank_, op.gates * hidden_} && bias.sizes == Sizes{op.gates * hidden_};
@@ -47,6 +51,11 @@ class Recurrent : public Node {
       v_.packed = pack<int8_t>(in, TDPASS_QUAD_LANES, v.as<int8_t>(), true, as_it_is);
       u_.packed = by_gate<int8_t, QUAD>(u.as<int8_t>());
       summed(v_, v, required(info, 2)), summed(u_, u, required(info, 4));
+      return;
+    }
+    if (op.numbers == HALVES) {
+      v_.packed = pack<uint16_t>(in, TDPASS_CHANNEL_LANES, v.as<uint16_t>(), true, as_it_is);
+      u_.packed = by_gate<uint16_t, 1>(u.as<uint16_t>());
       return;
     }
     const std::vector<float> left = floats(v, info, 2), right = floats(u, info, 4);
@@ -75,8 +84,9 @@ class Recurrent : public Node {
     const int64_t back = cell_.reverse ? steps - 1 : 0, sign = cell_.reverse ? -1 : 1, step = batch * hidden_,
                   wide = cell_.gates * hidden_;
     const tdpass_cell cell = {cell_.gates, int32_t(steps), int32_t(batch), int32_t(hidden_), int32_t(rank_),
-        TDPASS_FLOAT32, pre.as<float>() + back * batch * wide, sign * batch * wide, wide, v_.packed.get(),
-        u_.packed.get(), bias_.data(), last[0], last[1], y.as<float>() + back * step, sign * step, hidden_};
+        cell_.numbers == HALVES ? TDPASS_BFLOAT16 : TDPASS_FLOAT32, pre.as<float>() + back * batch * wide,
+        sign * batch * wide, wide, v_.packed.get(), u_.packed.get(), bias_.data(), last[0], last[1],
+        y.as<float>() + back * step, sign * step, hidden_};
     Pool pool(
         api_, context, threads_, tasks_worth(double(rank_) * hidden_ * (1 + cell_.gates) * steps * batch));
     if (run(cell, &pool.pool) != 0) refuse(op_, "the kernel does not serve these sizes");
@@ -135,15 +145,15 @@ class Recurrent : public Node {
 };
 
 CellOperator make(Numbers numbers, int gates, bool reverse) {
-  static const char* const prefixes[] = {"", "WeightOnly", "Int8"};
+  static const char* const prefixes[] = {"", "Bfloat16", "WeightOnly", "Int8"};
   CellOperator op{};
   op.numbers = numbers, op.gates = gates, op.reverse = reverse;
   op.title = std::string(prefixes[numbers]) + (gates == 4 ? "LowRankLstm" : "LowRankGru") +
       (reverse ? "Reverse" : "");
   const size_t states = gates == 4 ? 2 : 1;
   op.reads = {ort::FLOAT};
-  if (numbers) op.reads.insert(op.reads.end(), {ort::INT8, ort::FLOAT, ort::INT8, ort::FLOAT});
-  else op.reads.insert(op.reads.end(), 2, ort::FLOAT);
+  if (scaled(numbers)) op.reads.insert(op.reads.end(), {ort::INT8, ort::FLOAT, ort::INT8, ort::FLOAT});
+  else op.reads.insert(op.reads.end(), 2, numbers == HALVES ? ort::BFLOAT16 : ort::FLOAT);
   op.reads.insert(op.reads.end(), 1 + states, ort::FLOAT);
   op.makes.assign(1 + states, ort::FLOAT);
   serve<Recurrent>(op);
@@ -155,7 +165,7 @@ CellOperator make(Numbers numbers, int gates, bool reverse) {
 void add_recurrent(Operators& all) {
   static const std::deque<CellOperator> ops = [] {
     std::deque<CellOperator> made;
-    for (Numbers numbers : {FLOATS, WEIGHT_ONLY, WHOLE})
+    for (Numbers numbers : {FLOATS, HALVES, WEIGHT_ONLY, WHOLE})
       for (int gates : {3, 4})
         for (int reverse = 0; reverse < 2; reverse++) made.push_back(make(numbers, gates, reverse));
     return made;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from tdpass.kernels.recurrent_int8 import LOW_RANK_GRU_INT8, LOW_RANK_LSTM_INT8
 from tdpass.layers.opening import Opener, linear, opened, register_opener, why_computed
 from tdpass.layers.recurrent_cells import OpenCell, gru_step, lstm_step, plain_step
 from tdpass.layers.recurrent_cells import why_closed as why_cell_closed
-from tdpass.layers.recurrent_integers import integer_cell, is_integer_cell
+from tdpass.layers.recurrent_encoded import float_cell, integer_cell, is_float_cell, is_integer_cell
 from tdpass.layers.recurrent_product import Product, form, is_plain, lead, recorded
 
 _Direction = Callable[[Tensor, str, list[Tensor], bool], tuple[Tensor, Sequence[Tensor]]]
@@ -163,8 +164,11 @@ class OpenRNN(nn.Module):
             or native.missing()
         ):
             return None
-        if all(is_integer_cell(getattr(self, f"hidden{suffix}")) for suffix in self.suffixes):
-            return self._by_integers
+        hidden = [getattr(self, f"hidden{suffix}") for suffix in self.suffixes]
+        if all(map(is_integer_cell, hidden)):
+            return partial(self._by_encoded, self.integer_operator, integer_cell)
+        if all(map(is_float_cell, hidden)):
+            return partial(self._by_encoded, self.operator, float_cell)
         if not self._plain():
             return None
         products, samples = [self._product(name) for name in self._names], x.shape[1 - int(self.batch_first)]
@@ -203,18 +207,20 @@ class OpenRNN(nn.Module):
         )
         return y, ends
 
-    def _by_integers(
-        self, x: Tensor, suffix: str, state: list[Tensor], reverse: bool
+    def _by_encoded(
+        self,
+        operator: Op | None,
+        cell: Callable[[Any, int], Sequence[Tensor]],
+        x: Tensor,
+        suffix: str,
+        state: list[Tensor],
+        reverse: bool,
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """The same where what is multiplied with the hidden state is whole numbers."""
+        """The same where what is multiplied with the hidden state is encoded, and `cell` packs it."""
         hidden = getattr(self, f"hidden{suffix}")
-        assert self.integer_operator is not None
-        y, *ends = self.integer_operator.call(
-            getattr(self, f"input{suffix}")(x),
-            *integer_cell(hidden, self.gates),
-            hidden.bias,
-            *state,
-            reverse,
+        assert operator is not None
+        y, *ends = operator.call(
+            getattr(self, f"input{suffix}")(x), *cell(hidden, self.gates), hidden.bias, *state, reverse
         )
         return y, ends
 

@@ -341,6 +341,14 @@ def test_layers_of_few_bits(
         assert np.allclose(made, run(model, inputs), rtol=1e-3, atol=1e-3)
 
 
+def stored_as(name: str, tensor: Tensor) -> np.ndarray | onnx.TensorProto:
+    """A constant; numpy has no bfloat16."""
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
+    bits = tensor.view(torch.int16).numpy().tobytes()
+    return helper.make_tensor(name, onnx.TensorProto.BFLOAT16, tuple(tensor.shape), bits, raw=True)
+
+
 def cell_case(
     op: LowRankCellOp, steps: int, batch: int, opset: int = 17
 ) -> tuple[onnx.ModelProto, Arrays, list[Tensor]]:
@@ -350,7 +358,7 @@ def cell_case(
     inputs |= {f"{state}_first": numbers(batch, hidden) for state in op.states}
     bias = torch.from_numpy(numbers(op.gates * hidden, 1)[:, 0])
     given = [torch.from_numpy(array) for array in inputs.values()]
-    if op.numbers != "float":
+    if op.numbers in ("weight only", "int8"):
         left, right = recurrent_int8.pack_v(v), recurrent_int8.pack_u(u, op.gates)
         flat = [int8_factor.pack_weight(Stage(*each.shape[::-1]), each[:, :, None, None]) for each in (v, u)]
         codes = [
@@ -362,16 +370,18 @@ def cell_case(
         factors: tuple[Tensor, ...] = (*left, *right)
         references = {4: recurrent_int8.lstm_reference, 3: recurrent_int8.gru_reference}
     else:
-        constants = {"v": v.T.contiguous(), "u": u.T.contiguous()}
+        stored = torch.bfloat16 if op.numbers == "bfloat16" else torch.float32
+        constants = {"v": v.T.contiguous().to(stored), "u": u.T.contiguous().to(stored)}
+        v, u = v.to(stored), u.to(stored)
     if op.numbers != "int8":
         factors = (recurrent.pack_v(v), recurrent.pack_u(u, op.gates))
         references = {4: recurrent.lstm_reference, 3: recurrent.gru_reference}
-    held = {name: tensor.numpy() for name, tensor in {**constants, "bias": bias}.items()}
+    held = {name: stored_as(name, tensor) for name, tensor in {**constants, "bias": bias}.items()}
     wanted = references[op.gates](given[0], *factors, bias, *given[1:], op.reverse)
     return one_node(op, {}, held, inputs, open_axis=2, opset=opset), inputs, list(wanted)
 
 
-@pytest.mark.parametrize("held", ["float", "weight only", "int8"])
+@pytest.mark.parametrize("held", ["float", "bfloat16", "weight only", "int8"])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("gates", [3, 4])
 def test_sequences_through_cells(library: str, gates: int, reverse: bool, held: Numbers) -> None:
@@ -390,7 +400,7 @@ def test_sequences_through_cells(library: str, gates: int, reverse: bool, held: 
 
 @pytest.mark.parametrize("opset", [13, 18, 21])
 def test_a_cell_says_what_it_computes_in_every_opset(library: str, opset: int) -> None:
-    cells: list[tuple[int, Numbers]] = [(3, "int8"), (4, "int8"), (4, "float")]
+    cells: list[tuple[int, Numbers]] = [(3, "int8"), (4, "int8"), (4, "float"), (4, "bfloat16")]
     cells += (
         [(4, "weight only")] if opset > 18 else []
     )  # onnx's own evaluator reads scales by column from 19 on

@@ -211,12 +211,12 @@ def cells(case: Case, form: str) -> tuple[OnnxModel, list[str]]:
     model = case.opened()
     hidden = {site.name: form for site in model.sites() if "hidden" in site.name}
     ends = {"forward": [""], "reverse": ["Reverse"], "bidirectional": ["", "Reverse"]}[case.direction]
-    prefix = "WeightOnly" if "int8" in form else ""
+    prefix = {"int8": "WeightOnly", "bfloat16": "Bfloat16"}.get(form.rsplit(maxsplit=1)[-1], "")
     kind = case.operator.capitalize()
     return put(model, hidden), [f"{prefix}LowRank{kind}{end}" for end in ends]
 
 
-@pytest.mark.parametrize("form", ["svd 3", "svd 3 int8"])
+@pytest.mark.parametrize("form", ["svd 3", "svd 3 int8", "svd 3 bfloat16"])
 @pytest.mark.parametrize(
     "name", [name if "both" in name else pytest.param(name, marks=pytest.mark.slow) for name in CELLS]
 )

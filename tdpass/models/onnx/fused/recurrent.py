@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 from tdpass.models.onnx.fused.parts import Constants, Part
 from tdpass.models.onnx.graph.emitting import Emitter
-from tdpass.models.onnx.graph.folding import folded
+from tdpass.models.onnx.graph.folding import folded, number_sources, stored_type
 from tdpass.models.onnx.graph.graphs import opset_of
 from tdpass.models.onnx.graph.names import FreshNames
 from tdpass.models.onnx.graph.stored_integers import Integers, integers_of
@@ -84,7 +85,8 @@ def _said(node: ir.Node) -> dict[str, object]:
 class _Matrix:
     """A product with a constant `[i, o]`: what it multiplies, the constant, and its numbers or codes.
 
-    Last is what these are of. With `rounded` it multiplies whole numbers that it makes of x in every call.
+    `whole` is what these are of. With `rounded` it multiplies whole numbers that it makes of x in every call.
+    Numbers of bfloat16 are stored so.
     """
 
     x: ir.Value | None
@@ -97,7 +99,7 @@ class _Matrix:
     def numbers(self) -> Numbers:
         """What the operator's factors are then."""
         if self.whole is None:
-            return "float"
+            return "bfloat16" if self.columns.dtype == torch.bfloat16 else "float"
         return "int8" if self.rounded else "weight only"
 
     def inputs(self, constants: Constants) -> list[ir.Value]:
@@ -170,8 +172,10 @@ def _matrix(value: ir.Value | None) -> _Matrix | None:
     tensor = folded(weight)
     if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(sizes(tensor)) != 2:
         return None
-    numbers = to_torch(tensor)
-    return _Matrix(node.inputs[0], weight, numbers.T if turned else numbers)
+    numbers, source = to_torch(tensor), weight
+    if stored_type(weight) == ir.DataType.BFLOAT16 and torch.equal(numbers.bfloat16().float(), numbers):
+        numbers, source = numbers.bfloat16(), number_sources(weight)[0]
+    return _Matrix(node.inputs[0], source, numbers.T if turned else numbers)
 
 
 def _rounded(node: ir.Node) -> _Matrix | None:

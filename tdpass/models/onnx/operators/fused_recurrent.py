@@ -21,8 +21,14 @@ _GRU = """
     change = Sub (h, fresh)  kept = Mul (keep, change)  h_next = Add (fresh, kept)"""
 
 
-Numbers = Literal["float", "weight only", "int8"]
-_PREFIXES: dict[Numbers, str] = {"float": "", "weight only": "WeightOnly", "int8": "Int8"}
+Numbers = Literal["float", "bfloat16", "weight only", "int8"]
+_PREFIXES: dict[Numbers, str] = {
+    "float": "",
+    "bfloat16": "Bfloat16",
+    "weight only": "WeightOnly",
+    "int8": "Int8",
+}
+_SCALED: tuple[Numbers, ...] = ("weight only", "int8")
 
 
 @dataclass(frozen=True)
@@ -30,8 +36,8 @@ class LowRankCellOp:
     """A sequence through an LSTM or GRU whose hidden-to-hidden matrix is a product of two.
 
     Inputs are pre `[t, n, gates hidden]`, what the input adds to the gates in torch's order; v `[hidden, r]`
-    and u `[r, gates hidden]`, where `numbers` are not floats of int8 and each followed by its scales, one per
-    column; the bias of the product; the states.  Outputs are all hidden states and the last of every state.
+    and u `[r, gates hidden]`, of float32, of bfloat16, or of int8 and each followed by its scales, one per
+    column, as `numbers` say; the bias of the product; the states.  Outputs are all hidden states and the last of every state.
     With `int8` numbers what either factor reads is rounded to 127 steps of its largest number, sample by
     sample.
     """
@@ -52,7 +58,7 @@ class LowRankCellOp:
 
     @property
     def inputs(self) -> list[str]:
-        factors = ["v", "v_scale", "u", "u_scale"] if self.numbers != "float" else ["v", "u"]
+        factors = ["v", "v_scale", "u", "u_scale"] if self.numbers in _SCALED else ["v", "u"]
         return ["pre", *factors, "bias", *(f"{state}_first" for state in self.states)]
 
     @property
@@ -88,7 +94,7 @@ class LowRankCellOp:
         for factor in "vu":
             if self.numbers == "weight only":
                 yield f"matrix_{factor} = DequantizeLinear <axis: int = 1> ({factor}, {factor}_scale)"
-            elif self.numbers == "int8":
+            elif self.numbers != "float":
                 yield f"matrix_{factor} = Cast <to: int = {int(ir.DataType.FLOAT)}> ({factor})"
 
     def _step(self, opset: int) -> Iterator[str]:
