@@ -12,6 +12,7 @@ from tdpass.models.base import Model, call_batch
 from tdpass.models.batch import Batch
 from tdpass.site import Site
 from tdpass.targets import Target
+from tdpass.targets.layers import channels_last
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Assembled:
         """Amounts of the dense and of the assembled whole."""
         made, setting, report = artifact.opened.clone(), self.tariff.setting, artifact.report
         if target.here and isinstance(made, FusesChains):
-            made.fuse(lambda text: None, lambda name, reason: None, batch.resized(setting.batch))
+            laid = batch.resized(setting.batch).map(channels_last)
+            made.fuse(lambda text: None, lambda name, reason: None, laid)
         before, after = target.cost_models(
             [original, made], lambda: call_batch(original, [batch], setting.batch), setting, yardstick
         )

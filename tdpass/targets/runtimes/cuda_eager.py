@@ -13,7 +13,7 @@ from tdpass.models.base import Batch, Model
 from tdpass.ops import TorchOps
 from tdpass.targets.layers import apply_layer, channels_last, example_input, weights_of
 from tdpass.targets.runtimes.base import Call, Runtime, register_runtime
-from tdpass.targets.runtimes.eager import channels_last_model
+from tdpass.targets.runtimes.eager import placed_model
 
 
 @register_runtime
@@ -37,7 +37,7 @@ class CudaEager(Runtime):
     def prepare_model(self, model: Model, batch: Batch, threads: int) -> Call | None:
         if not isinstance(model, RunsAsModule):
             return None
-        module, placed = channels_last_model(model, batch)
+        module, placed = placed_model(model, batch)
         module = module.cuda()
         args, kwargs = (
             tuple(tensor.cuda() for tensor in placed.args),

@@ -13,12 +13,16 @@ from tdpass.models.abilities import RunsAsModule
 from tdpass.models.base import Batch, Model
 from tdpass.ops import TorchOps
 from tdpass.targets.layers import apply_layer, channels_last, example_input, factored_module, weights_of
-from tdpass.targets.runtimes.base import Call, Runtime, register_runtime
+from tdpass.targets.runtimes.base import Call, Runtime, a_few_calls, register_runtime
 
 
 @register_runtime
 class Eager(Runtime):
-    """Eager torch on the CPU; images and kernels lie channels innermost, which is what it is fastest with."""
+    """Eager torch on the CPU.
+
+    Images and kernels of layers lie channels innermost, which is what it is fastest with; a whole model is run
+    so and as it is, whichever is faster.
+    """
 
     name = "eager"
     families = frozenset({"torch"})
@@ -37,22 +41,32 @@ class Eager(Runtime):
     def prepare_model(self, model: Model, batch: Batch, threads: int) -> Call | None:
         if not isinstance(model, RunsAsModule):
             return None
-        module, placed = channels_last_model(model, batch)
-        return lambda: module(*placed.args, **placed.kwargs)
+        layouts = (True, False) if _holds_kernels(model) else (True,)
+        placed = [placed_model(model, batch, innermost) for innermost in layouts]
+        calls = [partial(module, *each.args, **each.kwargs) for module, each in placed]
+        with torch.no_grad():
+            return min(calls, key=a_few_calls)
 
 
-def channels_last_model(model: RunsAsModule, batch: Batch) -> tuple[nn.Module, Batch]:
+def placed_model(model: RunsAsModule, batch: Batch, innermost: bool = True) -> tuple[nn.Module, Batch]:
     """A copy of the module on the CPU, in evaluation mode, and the batch in its floating-point type.
 
-    Both have their channels innermost.
+    Both have their channels innermost, or the batch lies in order and the module as it is.
     """
-    plain = model.inference_module().cpu()
-    module: nn.Module = plain.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module = model.inference_module().cpu()
+    if innermost:
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     dtype = next(
         (parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), torch.float32
     )
 
     def place(tensor: Tensor) -> Tensor:
-        return channels_last(tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu())
+        moved = tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu()
+        return channels_last(moved) if innermost else moved.contiguous()
 
     return module, batch.map(place)
+
+
+def _holds_kernels(model: RunsAsModule) -> bool:
+    """Whether the order of axes in memory may matter: whether a weight has two spatial axes."""
+    return any(parameter.dim() == 4 for parameter in model.inference_module().parameters())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +14,8 @@ from tdpass.formats.layer import Layer
 from tdpass.models.abilities import RunsAsModule
 from tdpass.models.base import Batch, Model
 from tdpass.targets.layers import LayerModule, channels_last, example_input
-from tdpass.targets.runtimes.base import Call, Runtime, register_runtime
-from tdpass.targets.runtimes.eager import channels_last_model
+from tdpass.targets.runtimes.base import Call, Runtime, a_few_calls, register_runtime
+from tdpass.targets.runtimes.eager import placed_model
 
 _OPTIONS: dict[str, Any] = {}
 if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
@@ -41,12 +40,12 @@ class Inductor(Runtime):
         # fast
         ways = (False,) if layer.site.axes else (False, True)
         calls = [call for dynamic in ways if (call := compiled(module, Batch((x,)), dynamic)) is not None]
-        return min(calls, key=_a_few_calls) if calls else None
+        return min(calls, key=a_few_calls) if calls else None
 
     def prepare_model(self, model: Model, batch: Batch, threads: int) -> Call | None:
         if not isinstance(model, RunsAsModule):
             return None
-        module, placed = channels_last_model(model, batch)
+        module, placed = placed_model(model, batch)
         return compiled(module, placed, dynamic=None)
 
 
@@ -69,13 +68,3 @@ def compiled(module: nn.Module, batch: Batch, dynamic: bool | None) -> Callable[
     except Exception:  # noqa: BLE001
         return None
     return call
-
-
-def _a_few_calls(call: Callable[[], object]) -> float:
-    call()
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
