@@ -88,6 +88,11 @@ class Call:
         return getattr(self.func, "__name__", str(self.func))
 
     @property
+    def operator(self) -> str:
+        """Its name without the overload, which torch.export writes after a dot."""
+        return self.name.partition(".")[0]
+
+    @property
     def looks_up(self) -> bool:
         """Whether it reads rows of a table."""
         return is_lookup(self.func)

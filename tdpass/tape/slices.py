@@ -17,7 +17,7 @@ MOVES = frozenset(
         "reshape", "view", "flatten", "unflatten", "permute", "transpose", "t", "movedim", "moveaxis",
         "swapaxes", "swapdims",
         "squeeze", "unsqueeze", "contiguous", "split", "split_with_sizes", "tensor_split", "chunk", "unbind",
-        "narrow", "select",
+        "narrow", "select", "slice",
         "index_select", "__getitem__", "expand", "broadcast_to", "repeat_interleave",
     }
 )  # fmt: skip
@@ -41,7 +41,7 @@ def slices_read(tape: Tape, site: str) -> tuple[int, ...]:
 def _of_call(tape: Tape, place: int) -> tuple[int, ...]:
     shape = tape.calls[place].shapes[1]
     (number,) = tape.calls[place].writes()
-    marks = {number: torch.arange(shape[-1], dtype=torch.int32).expand(shape)}
+    marks = {number: torch.arange(shape[-1], dtype=torch.int32).expand(shape).contiguous()}
     spans: set[tuple[int, int]] = set()
     for seen in _seen(tape, place, marks):
         channels = torch.unique(seen)
@@ -63,11 +63,11 @@ def _seen(tape: Tape, place: int, marks: dict[int, Tensor]) -> Iterator[Tensor]:
         reads = set(call.reads())
         marked = reads & marks.keys()
         known = reads <= (marks.keys() | indices.keys()) and not call.mutates
-        if known and len(marked) == 1 and call.name in MOVES:
+        if known and len(marked) == 1 and call.operator in MOVES:
             moved(call, {**marks, **indices}, marks)
         elif marked:
             yield from (marks[number] for number in marked)
-        elif known and call.name in _ON_INDICES and _constants(call) <= _SMALL:
+        elif known and call.operator in _ON_INDICES and _constants(call) <= _SMALL:
             moved(call, indices, indices)
     yield from (mark for number, mark in marks.items() if tape.is_output(number))
 

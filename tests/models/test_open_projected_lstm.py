@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tdpass
+from tdpass.errors import InvalidModelError
 from tdpass.layers.factorized import Factorized
 from tdpass.models import OpenLSTM, open_model
 
@@ -109,3 +111,20 @@ def test_its_export_answers_the_same(tmp_path: Path) -> None:
     (y,) = session.run(None, {session.get_inputs()[0].name: data.numpy()})
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(y), small(data), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("states", [False, True])
+def test_the_export_that_loses_projections_is_refused_with_what_to_do(states: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.LSTM(6, 8, proj_size=4)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            y = self.layer(x)
+            return y if states else y[0]
+
+    program = torch.onnx.export(Net().eval(), (torch.randn(5, 2, 6),), dynamo=True, verbose=False)
+    assert program is not None
+    with pytest.raises(InvalidModelError, match=r"proj_size.*tdpass\.open_recurrent\(model\)"):
+        open_model(program.model_proto)

@@ -187,6 +187,11 @@ def projections(path: str) -> tuple[str, ...]:
     return tuple(path + part for part in ("query", "key", "value", "out_proj"))
 
 
+def thirds(path: str) -> tuple[str, ...]:
+    """The same where the exporter keeps the three in one weight."""
+    return tuple(f"{path}in_proj_weight_layer.{part}" for part in range(3))
+
+
 NOT_EXPORTED: tuple[tuple[str, ...], str] = ((), "-")
 layer("Linear", lambda: Alone(nn.Linear(24, 16)), TOKENS)
 layer("Linear without bias", lambda: Alone(nn.Linear(24, 16, bias=False)), ROWS)
@@ -255,14 +260,14 @@ layer(
     Attended,
     STEPS,
     projections("layer."),
-    exported=(("layer.in_proj_weight_layer", "layer.out_proj"), ""),
+    exported=((*thirds("layer."), "layer.out_proj"), ""),
 )
 layer(
     "MultiheadAttention, other key sizes",
     lambda: Attended(kdim=16, vdim=16),
     STEPS,
     projections("layer."),
-    exported=(("layer.in_proj_weight_layer", "layer.out_proj"), ""),
+    exported=((*thirds("layer."), "layer.out_proj"), ""),
 )
 layer(
     "TransformerEncoderLayer",
@@ -271,7 +276,7 @@ layer(
     (*projections("layer.self_attn."), "layer.linear1", "layer.linear2"),
     exported=(
         (
-            "layer.self_attn.in_proj_weight_layer",
+            *thirds("layer.self_attn."),
             "layer.self_attn.out_proj",
             "layer.linear1",
             "layer.linear2",
@@ -291,13 +296,16 @@ layer(
     ),
     exported=(
         (
-            "layer.self_attn.in_proj_weight_layer",
+            *thirds("layer.self_attn."),
             "layer.self_attn.out_proj",
+            "layer.multihead_attn.in_proj_weight.0",
+            "layer.multihead_attn.in_proj_weight.1.0",
+            "layer.multihead_attn.in_proj_weight.1.1",
             "layer.multihead_attn.out_proj",
             "layer.linear1",
             "layer.linear2",
         ),
-        "no layer",
+        "",
     ),
 )
 layer(
@@ -363,13 +371,11 @@ layer(
     "weight_norm",
     lambda: Alone(parametrizations.weight_norm(nn.Linear(24, 16))),
     ROWS,
-    exported=((), "no layer"),
 )
 layer(
     "spectral_norm",
     lambda: Alone(parametrizations.spectral_norm(nn.Conv2d(8, 12, 3))),
     IMAGE,
-    exported=((), "several matrices"),
 )
 layer("float16", lambda: Alone(nn.Linear(24, 16)), TOKENS, dtype=torch.float16)
 layer("bfloat16", lambda: Alone(nn.Conv2d(8, 12, 3)), IMAGE, dtype=torch.bfloat16)

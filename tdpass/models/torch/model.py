@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from typing_extensions import Self
 
 from tdpass.errors import InvalidModelError
@@ -22,6 +23,7 @@ from tdpass.models.extents import alike
 from tdpass.models.signature import Signature
 from tdpass.models.streams import HeadChange, StreamEdits
 from tdpass.models.torch.fused.fuse import fuse_layers
+from tdpass.models.torch.graphs.lift import lift_computed
 from tdpass.models.torch.modules.called_layers import call_layers, runs_nested
 from tdpass.models.torch.modules.copying import copied
 from tdpass.models.torch.modules.in_place import become
@@ -78,6 +80,8 @@ class TorchModel(Model):
     def make_plain(self) -> Sequence[str]:
         """Make parameters of what layers compute from others, such as normed weights; returns their paths."""
         changed = make_plain(self.module)
+        if isinstance(self.module, GraphModule):
+            changed += lift_computed(self.module)
         if changed:
             self._sites = SiteTable.of(self.module)
         return changed

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from tdpass.errors import InvalidModelError, TdpassError, UnsupportedError
 from tdpass.models.onnx.files.bounds import check_expansion, check_loops, physical_memory
+from tdpass.models.onnx.files.layer_checks import check_layers
 from tdpass.models.onnx.files.storage import model_from, open_data_files
 from tdpass.models.onnx.graph.protos import graph_protos, node_protos, tensor_protos, texts
 from tdpass.models.onnx.graph.shapes import fill_shapes, skeleton
@@ -79,6 +80,9 @@ def check_proto(proto: onnx.ModelProto, path: Path | None = None) -> None:
             return
         try:
             onnx.checker.check_model(proto if path is None else str(path), full_check=True)
+        except onnx.shape_inference.InferenceError:
+            check_layers(model_from(proto, None if path is None else path.parent))  # it says more
+            raise
         except onnx.checker.ValidationError as error:
             if not any(reason in str(error) for reason in _TOLERATED):
                 raise

@@ -62,7 +62,20 @@ def _recurrent(node: ir.Node) -> str:
         if not _fits(given, sizes):
             shown = [size if size is not None else "any" for size in sizes]
             return f"reads {list(given or ())} as input {place} where hidden_size={said} takes {shown}"
-    return ""
+    return _states(node, ways, said)
+
+
+def _states(node: ir.Node, ways: int, hidden: int | None) -> str:
+    """What does not fit of the first states `[d, n, h]`; torch's exporter drops projections of an LSTM."""
+    sizes = {place: _sizes(node, place) for place in (5, 6)[: 2 if node.op_type == "LSTM" else 1]}
+    wrong = next((given for given in sizes.values() if not _fits(given, (ways, None, hidden))), None)
+    if wrong is None:
+        return ""
+    return (
+        f"reads a first state of sizes {list(wrong)} where hidden_size={hidden} takes [{ways}, any, {hidden}] "
+        "(ONNX has no LSTM with projections, and torch drops them from it: for nn.LSTM(proj_size=...) export "
+        "tdpass.open_recurrent(model), or compress the torch model)"
+    )
 
 
 def _scaled(values: int, axis: Callable[[ir.Node], int]) -> Callable[[ir.Node], str]:

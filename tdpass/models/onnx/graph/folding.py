@@ -32,7 +32,9 @@ REARRANGING = frozenset(
         "Slice", "Concat", "Gather",
     }
 )  # fmt: skip
-COMPUTING = frozenset({"Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Reciprocal", "Pow", "ReduceL2"})
+_REDUCING = frozenset({"ReduceL2"})
+COMPUTING = _REDUCING | {"Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Reciprocal", "Pow"}
+_READING_NUMBERS = COMPUTING - _REDUCING | {"Concat"}  # by all their inputs; the others by the first
 _SCALING = "DequantizeLinear"
 _KNOWN = "tdpass.folded"
 _OPSET = 13  # of these operators only the place of arguments differs, which the functions see by themselves
@@ -176,7 +178,7 @@ def _only_floats(value: ir.Value) -> bool:
         return tensor.dtype in FLOAT_TYPES
     if node is None or not _rearranges(node):
         return False
-    data = node.inputs if node.op_type == "Concat" or node.op_type in COMPUTING else node.inputs[:1]
+    data = node.inputs if node.op_type in _READING_NUMBERS else node.inputs[:1]
     return all(read is not None and _only_floats(read) for read in data)
 
 

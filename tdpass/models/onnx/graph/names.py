@@ -16,6 +16,8 @@ _MEANINGLESS = re.compile(
     r"const(ant)?(_\d+)?_output(_\d+)?|.*/const(ant)?(_\d+)?_output_\d+",
     re.IGNORECASE,
 )
+# what torch names the parameters that a norm of a weight is computed from
+_NORMED = re.compile(r"\.(parametrizations\.weight\.original\d*|weight_(g|v|orig))$")
 _FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -47,7 +49,7 @@ def _meaningful(name: str | None) -> bool:
 
 
 def _stem(name: str) -> str:
-    return name.removesuffix("_quantized").removesuffix(".weight")
+    return _NORMED.sub("", name).removesuffix("_quantized").removesuffix(".weight")
 
 
 def _candidates(value: ir.Value, node: ir.Node) -> Iterator[str]:
@@ -55,12 +57,14 @@ def _candidates(value: ir.Value, node: ir.Node) -> Iterator[str]:
     integers = made.inputs[0] if made is not None and made.op_type == "DequantizeLinear" else None
     if integers is not None and integers.name and _meaningful(integers.name):
         yield _stem(integers.name.removesuffix(".kernel"))
+    origin = _listed(value.metadata_props.get(_FOLDED_FROM))
+    if len(origin) > 1:  # its own name is that of an operator
+        yield from _scopes(node)
     for source in sorted(number_sources(value), key=lambda source: -held(source).size):
         if source.name and _meaningful(source.name):
             yield _stem(source.name)
     if value.name and _meaningful(value.name):
         yield _stem(value.name)
-    origin = _listed(value.metadata_props.get(_FOLDED_FROM))
     if len(origin) == 1 and _meaningful(origin[0]):
         yield _stem(origin[0])
     yield from places_of(node)
@@ -69,14 +73,18 @@ def _candidates(value: ir.Value, node: ir.Node) -> Iterator[str]:
 
 def places_of(node: ir.Node) -> Iterator[str]:
     """Where the exporter says that a node comes from, the surest first; last its own name."""
-    scopes = _listed(node.metadata_props.get(_SCOPES))
-    if len(scopes) >= 2 and scopes[-2]:
-        yield scopes[-2]
+    yield from _scopes(node)
     path = (node.name or "").split("/")
     if len(path) > 2 and not path[0]:
         yield ".".join(path[1:-1])
     if node.name:
         yield node.name
+
+
+def _scopes(node: ir.Node) -> Iterator[str]:
+    scopes = _listed(node.metadata_props.get(_SCOPES))
+    if len(scopes) >= 2 and scopes[-2]:
+        yield scopes[-2]
 
 
 def _listed(text: str | None) -> list[str]:

@@ -20,6 +20,7 @@ from tdpass.kinds import (
     is_lookup,
     kind_of_function,
 )
+from tdpass.models.torch.graphs.fold_weights import fold_weights
 from tdpass.models.torch.graphs.lift_recurrent import lift_recurrent
 from tdpass.models.torch.graphs.spell_out import spell_out
 
@@ -37,6 +38,7 @@ def lift(graph_module: GraphModule) -> GraphModule:
     weight, so `layer1.0.conv1.weight` becomes the site `layer1.0.conv1`. Works in place; the outputs do not
     change.
     """
+    fold_weights(graph_module, _is_layer, moved_only=True)
     changed = lift_recurrent(graph_module) | spell_out(graph_module)
     lifted: set[str] = set()
     calls = [node for node in graph_module.graph.nodes if node.op == "call_function"]
@@ -61,6 +63,18 @@ def lift(graph_module: GraphModule) -> GraphModule:
         graph_module.delete_all_unused_submodules()
         graph_module.recompile()
     return graph_module
+
+
+def lift_computed(graph_module: GraphModule) -> list[str]:
+    """Store the weights of layers that the graph computes, and lift these layers; returns their paths."""
+    paths = fold_weights(graph_module, _is_layer)
+    if paths:
+        lift(graph_module)
+    return [path.removesuffix(".weight") for path in paths]
+
+
+def _is_layer(node: Node) -> bool:
+    return node.op == "call_function" and _builder(node) is not None
 
 
 Built = tuple[nn.Module | None, str]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import operator
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+
+from tdpass.models.torch.graphs.held import held, hold, release
 
 _QUANTIZE, _DEQUANTIZE = "quantize_", "dequantize_"
 _ADVICE = "compress the floating-point model, or what tdpass.dequantize(model) makes of this one"
@@ -37,14 +38,13 @@ def dequantized_graph(graph_module: GraphModule) -> GraphModule:
         if isinstance(source, Node) and _is(source, _QUANTIZE):
             node.replace_all_uses_with(source.args[0])  # type: ignore[arg-type]
         elif _constant(node):
-            path = f"{_path(node)}.weight"
-            while path in _read(made):
-                path += "_"
-            _put(made, path, _value(made, node))
+            value = _value(made, node)
+            held_as = nn.Parameter(value, requires_grad=value.is_floating_point())
+            path = hold(made, f"{_path(node)}.weight", held_as)
             with made.graph.inserting_before(node):
                 node.replace_all_uses_with(made.graph.get_attr(path))
     made.graph.eliminate_dead_code()
-    _drop_unread(made)
+    release(made, [*dict(made.named_parameters()), *dict(made.named_buffers())])
     made.recompile()
     return made
 
@@ -78,40 +78,6 @@ def _path(node: Node) -> str:
 
 def _value(graph_module: GraphModule, node: Node) -> Tensor:
     """What a node makes of what the model holds."""
-
-    def held(read: Node) -> Any:
-        return operator.attrgetter(str(read.target))(graph_module)
-
-    args, kwargs = torch.fx.map_arg(node.args, held), torch.fx.map_arg(node.kwargs, held)
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), partial(held, graph_module))
     found: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
     return found.detach()
-
-
-def _put(graph_module: GraphModule, path: str, value: Tensor) -> None:
-    """Hold a parameter under a path, in a module of its own where something else lies in its way."""
-    owner, _, leaf = path.rpartition(".")
-    holder: nn.Module = graph_module
-    for name in filter(None, owner.split(".")):
-        inner = holder._modules.get(name)
-        if inner is None:
-            if hasattr(holder, name):
-                delattr(holder, name)
-            inner = nn.Module()
-            holder.add_module(name, inner)
-        holder = inner
-    holder._buffers.pop(leaf, None)
-    holder.register_parameter(leaf, nn.Parameter(value, requires_grad=value.is_floating_point()))
-
-
-def _read(graph_module: GraphModule) -> Mapping[str, Node]:
-    return {str(node.target): node for node in graph_module.graph.nodes if node.op == "get_attr"}
-
-
-def _drop_unread(graph_module: GraphModule) -> None:
-    """Remove the tensors that no node reads, such as weights from before the conversion."""
-    read = _read(graph_module)
-    called = tuple(f"{node.target}." for node in graph_module.graph.nodes if node.op == "call_module")
-    for path in [*dict(graph_module.named_parameters()), *dict(graph_module.named_buffers())]:
-        if path not in read and not path.startswith(called):
-            owner, _, leaf = path.rpartition(".")
-            delattr(graph_module.get_submodule(owner), leaf)

@@ -78,7 +78,7 @@ def scaled_norms(
 
 def _parameters(call: Call) -> list[Tensor]:
     """Weight and bias of a norm over the last axis, none where it is no such."""
-    kind = call.name.partition(".")[0]
+    kind = call.operator
     if kind not in _NORMS or len(argument(call.args, call.kwargs, 1, "normalized_shape")) != 1:
         return []
     weight = argument(call.args, call.kwargs, 2, "weight")
