@@ -17,18 +17,16 @@ from tdpass.layers.derived import Recipe, derived
 from tdpass.layers.encoded import EncodedCall
 from tdpass.site import Site
 
-_Packed = tuple[list[Tensor], list[int]]
-
 
 @dataclass(frozen=True)
-class PackCores(Recipe[_Packed]):
+class PackCores(Recipe[tuple[list[Tensor], list[int]]]):
     """The cores of a layer as the operator takes them, and its steps."""
 
     site: Site
     form: Form
     names: tuple[str, ...]
 
-    def make(self, tensors: Sequence[Tensor]) -> _Packed:
+    def make(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
         contraction = contraction_of(Layer(self.site, self.form, dict(zip(self.names, tensors, strict=True))))
         assert contraction is not None
         steps, packed = contraction
@@ -50,9 +48,13 @@ class Contracted(EncodedCall):
             return f"'{layer.form}' is no chain of convolutions or small cores with floating-point weights"
         return ""
 
-    def packed_call(self, x: Tensor) -> Tensor:
+    def packed(self) -> tuple[list[Tensor], list[int]]:
+        """The cores as the operator takes them, and its steps."""
         held = self.factors()
-        weights, steps = derived(PackCores(self.site, self.form, tuple(held)), tuple(held.values()))
+        return derived(PackCores(self.site, self.form, tuple(held)), tuple(held.values()))
+
+    def packed_call(self, x: Tensor) -> Tensor:
+        weights, steps = self.packed()
         y: Tensor = TENSOR_CHAIN.call(x, weights, self.bias, None, steps, self.activation)
         return y
 

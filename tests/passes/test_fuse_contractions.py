@@ -14,6 +14,7 @@ from tdpass.kernels import native
 from tdpass.layers.contracted import Contracted
 from tdpass.layers.factorized import Factorized
 from tdpass.models.torch.fused import fuse_encoded
+from tdpass.models.torch.fused.deployable import fused
 from tdpass.targets import open_target
 from tdpass.targets.layers import make_layer
 
@@ -39,16 +40,16 @@ def made(name: str, last: str = UNMEASURED) -> tdpass.Artifact:
 @pytest.mark.parametrize("name", CORES)
 def test_it_answers_as_the_layer_follows_its_cores_and_is_saved_as_it(name: str, tmp_path: Path) -> None:
     plain, artifact = made(name, "verify").model, made(name)
-    fused = artifact.model
-    calls = [part for part in fused if isinstance(part, Contracted)]
+    small = artifact.model
+    calls = [part for part in small if isinstance(part, Contracted)]
     assert calls
     with torch.no_grad():
-        torch.testing.assert_close(fused(rows()), plain(rows()), rtol=1e-4, atol=1e-5)
-        before = fused(rows())
+        torch.testing.assert_close(small(rows()), plain(rows()), rtol=1e-4, atol=1e-5)
+        before = small(rows())
         next(calls[0].parameters()).mul_(2.0)
-        assert not torch.allclose(fused(rows()), before)
+        assert not torch.allclose(small(rows()), before)
         next(calls[0].parameters()).div_(2.0)
-    assert fused.state_dict().keys() == plain.state_dict().keys()
+    assert small.state_dict().keys() == plain.state_dict().keys()
     artifact.save(tmp_path / "net.safetensors")
     loaded = tdpass.load(tmp_path / "net.safetensors", net())
     torch.testing.assert_close(loaded(rows()), plain(rows()), rtol=1e-4, atol=1e-5)
@@ -64,6 +65,18 @@ def test_it_trains_exports_and_compiles_as_the_layer_that_it_is(name: str) -> No
         torch.testing.assert_close(exported(rows()), model(rows()), rtol=1e-4, atol=1e-5)
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(rows()), model(rows()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_a_deployed_program_calls_the_operator_on_packed_cores(name: str) -> None:
+    model = made(name).model
+    twin, count = fused(model)
+    assert count == sum(isinstance(part, Contracted) for part in model)
+    program = torch.export.export(twin, (rows(),))
+    called = [str(node.target) for node in program.graph.nodes]
+    assert called.count("tdpass.tensor_chain.default") == count
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(rows()), model(rows()), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("seconds", "chosen"), [(1e-6, True), (1e-3, False)])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from tdpass.kernels import native
 from tdpass.kernels.conv_chain import CONV_CHAIN, packing
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.stage import Lanes
+from tdpass.kernels.tensor_chain import TENSOR_CHAIN
 from tdpass.kernels.weight_only import WEIGHT_ONLY_LINEAR
+from tdpass.layers.contracted import Contracted
 from tdpass.layers.encoded import EncodedCall
 from tdpass.layers.float_chain import FloatChain
 from tdpass.layers.fused import Fused
@@ -78,27 +81,51 @@ class FusedLayer(nn.Module):
         return y.squeeze(2) if self.axes == 1 else y  # type: ignore[no-any-return]
 
 
-class PackedWeights(nn.Module):
-    """A layer of whole numbers of few bits for inference: its operator on packed codes and scales.
+class Packed(nn.Module, ABC):
+    """A layer for inference: its operator on what is packed of it, which buffers hold."""
 
-    Codes and scales are buffers.
-    """
-
-    def __init__(self, dense: WeightOnly) -> None:
+    def __init__(self, dense: EncodedCall, packed: Sequence[Tensor]) -> None:
         super().__init__()
-        self.widths, self.activation, packed = dense.widths, dense.activation, dense.packed()
-        self.packed = [f"packed_{index}" for index in range(len(packed))]
-        for name, tensor in zip(self.packed, packed, strict=True):
+        self.activation = dense.activation
+        self.names = [f"packed_{index}" for index in range(len(packed))]
+        for name, tensor in zip(self.names, packed, strict=True):
             self.register_buffer(name, tensor)
         self.register_buffer("bias", None if dense.bias is None else dense.bias.detach())
 
     bias: Tensor | None
 
+    @abstractmethod
+    def called(self, x: Tensor, packed: list[Tensor]) -> Tensor:
+        """The operator on this input."""
+
     def forward(self, x: Tensor) -> Tensor:
-        packed = [getattr(self, name) for name in self.packed]
+        return self.called(x, [getattr(self, name) for name in self.names])
+
+
+class PackedWeights(Packed):
+    """A layer of whole numbers of few bits, by codes and scales."""
+
+    def __init__(self, dense: WeightOnly) -> None:
+        super().__init__(dense, dense.packed())
+        self.widths = dense.widths
+
+    def called(self, x: Tensor, packed: list[Tensor]) -> Tensor:
         y: Tensor = WEIGHT_ONLY_LINEAR.call(
             x, packed[::2], packed[1::2], self.bias, None, self.widths, self.activation
         )
+        return y
+
+
+class PackedCores(Packed):
+    """A linear layer of small cores, by these."""
+
+    def __init__(self, dense: Contracted) -> None:
+        cores, steps = dense.packed()
+        super().__init__(dense, cores)
+        self.steps = steps
+
+    def called(self, x: Tensor, packed: list[Tensor]) -> Tensor:
+        y: Tensor = TENSOR_CHAIN.call(x, packed, self.bias, None, self.steps, self.activation)
         return y
 
 
@@ -130,6 +157,8 @@ def _packed_layer(layer: nn.Module) -> nn.Module | None:
         return None
     if isinstance(layer, WeightOnly):
         return PackedWeights(layer)
+    if isinstance(layer, Contracted):
+        return PackedCores(layer)
     if isinstance(layer, IntegerChain):
         return layer
     chosen = isinstance(layer, FloatChain) or (isinstance(layer, Fused) and layer.lanes is not None)
