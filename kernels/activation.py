@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ _NAMED: dict[str, Callable[[Tensor], Tensor]] = {
 NAMES = tuple(_NAMED)
 _RELUS = {"relu": math.inf, "relu6": 6.0}
 _HEAD, _TAIL = "clamp(", ")"
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Activation:
             return cls(text)
         ends = text[len(_HEAD) : -len(_TAIL)].split(",")
         try:
-            low, high = map(float, ends if text.startswith(_HEAD) and text.endswith(_TAIL) else ())
+            low, high = map(_number, ends if text.startswith(_HEAD) and text.endswith(_TAIL) else ())
         except ValueError:
             low = high = math.nan
         if math.isnan(low) or math.isnan(high):
@@ -61,6 +63,14 @@ class Activation:
         return next(named, f"{_HEAD}{self.low!r},{self.high!r}{_TAIL}")
 
 
+def _number(text: str) -> float:
+    """A bound as it is written; NaN for any other text, which `float` may take for one."""
+    if text in ("inf", "-inf"):
+        return float(text)
+    number = float(text) if _NUMBER.fullmatch(text) else math.nan
+    return number if math.isfinite(number) else math.nan
+
+
 def clamp(low: float | None, high: float | None) -> str:
     """The text of a clamp between two numbers, of which either may be missing."""
     ends = (-math.inf if low is None else float(low), math.inf if high is None else float(high))
@@ -72,7 +82,9 @@ def activate(y: Tensor, activation: str) -> Tensor:
     if activation in _NAMED:
         return _NAMED[activation](y)
     cut = Activation.read(activation)
-    return y.clamp(cut.low, cut.high)
+    top = torch.finfo(y.dtype).max
+    low, high = (end if abs(end) <= top else math.copysign(math.inf, end) for end in (cut.low, cut.high))
+    return y.clamp(low, high)
 
 
 def check_activation(activation: str) -> None:

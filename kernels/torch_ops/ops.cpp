@@ -83,7 +83,8 @@ float number_of(const std::string& text) {
   std::istringstream in(text);
   in.imbue(std::locale::classic());
   double number;
-  const bool whole = bool(in >> number) && in.peek() == std::istringstream::traits_type::eof();
+  const bool whole =
+      bool(in >> std::noskipws >> number) && in.peek() == std::istringstream::traits_type::eof();
   return whole ? float(number) : std::numeric_limits<float>::quiet_NaN();
 }
 

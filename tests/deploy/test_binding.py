@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES, DTYPES_OF, cases_of
+from setting import BOUNDS, CLAMPS, MALFORMED, Case, as_tuple, assert_close, exact, run_native
 from setting import CHAINS as GEOMETRIES
-from setting import Case, as_tuple, assert_close, exact, run_native
 from setting import arguments as arguments_of
 from torch import Tensor
 
 from tdpass.errors import KernelError
-from tdpass.kernels import base, binding, build, native, sparse
+from tdpass.kernels import base, binding, build, linear_chain, native, sparse
+from tdpass.kernels.activation import activate
 from tdpass.kernels.blocks import pack
 from tdpass.kernels.conv_chain import CONV_CHAIN
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
@@ -62,6 +63,24 @@ def test_every_operator_computes_what_its_kernel_does(name: str, case: Case) -> 
             assert (one.dtype, one.shape) == (other.dtype, other.shape)
             assert one.stride() == other.stride() or one.numel() == 0
             assert torch.equal(one, other)  # the kernel has answered, not the reference
+
+
+ONE = Stage(1, 1).pack(torch.ones(1, 1, 1, 1), "channels")
+
+
+def test_clamps_are_read_as_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every pair of bounds; the reference, which reads texts in Python, is not asked."""
+    x = torch.tensor([*BOUNDS, 0.05, -0.7, 3e38, 1e-40, -1e-40])[:, None]
+    wanted = {text: activate(x, text) for text in CLAMPS}
+    monkeypatch.setattr(linear_chain, "activate", lambda *_: pytest.fail("the reference has answered"))
+    for text in CLAMPS:
+        assert torch.equal(LINEAR_CHAIN.call(x, [ONE], None, None, [1, 1], text), wanted[text]), text
+
+
+@pytest.mark.parametrize("text", MALFORMED)
+def test_texts_that_name_no_activation_are_refused(text: str) -> None:
+    with pytest.raises(RuntimeError, match="is not one of identity, relu, relu6, silu, gelu"):
+        LINEAR_CHAIN.call(torch.ones(1, 1), [ONE], None, None, [1, 1], text)
 
 
 @pytest.mark.parametrize("name", list(CASES))

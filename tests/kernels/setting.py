@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdpass.kernels.activation import NAMES
+from tdpass.kernels.activation import NAMES, clamp
 from tdpass.kernels.base import IMPLEMENTATIONS, Op
 from tdpass.kernels.stage import Stage
 
@@ -18,6 +19,19 @@ BOTH = (torch.float32, torch.bfloat16)
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2}
 # What operators may end with: every name, and clamps of both kinds.
 ENDINGS = (*NAMES, "clamp(-3.5,7.25)", "clamp(-inf,0.5)")
+BOUNDS = (
+    *(-math.inf, -3.4e38, -1.5e22, -7.25, -0.1, -1e-5, -1.2e-38, -0.0),
+    *(0.0, 5e-324, 1e-45, 1e-38, 0.3, 6.0, 1.5e10, 1e300, math.inf),
+)
+CLAMPS = tuple(dict.fromkeys(clamp(low, high) for low in BOUNDS for high in BOUNDS))
+# What the writer never writes, some of which `float` or a C++ stream would take for numbers.
+MALFORMED = (
+    *("tanh", "", "clamp", "clamp()", "clamp(1)", "clamp(,)", "clamp(1,)", "clamp(,1)", "clamp(1,2,3)"),
+    *("clamp(a,b)", "clamp(nan,1)", "clamp(0,nan)", "clamp(1,2", "clamp1,2)", "clamp(1,2))", "Clamp(1,2)"),
+    *("clamp( 1,2)", "clamp(1 ,2)", "clamp(1, 2)", "clamp(1,2 )", "clamp(1_0,20)", "clamp(0x1,2)"),
+    *("clamp(infinity,2)", "clamp(-Inf,2)", "clamp(+inf,2)", "clamp(1e999,2)", "clamp(1,2f)", "clamp(1e,2)"),
+    *("clamp(--1,2)", "clamp(\uff11,2)", "relu ", "RELU", "clamp(1;2)"),
+)
 # What has the type of the input; everything else of an operator, weights and biases, is float32.
 ACTIVATIONS = frozenset({"x", "residual", "pre", "h0", "c0"})
 

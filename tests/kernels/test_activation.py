@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from setting import ENDINGS
+from setting import BOUNDS, CLAMPS, ENDINGS, MALFORMED
 
 from tdpass.errors import KernelError
 from tdpass.kernels.activation import Activation, activate, check_activation, clamp
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.stage import Stage
-
-NUMBERS = (-math.inf, -3.4e38, -7.25, -0.1, -1e-5, 0.0, 1e-38, 0.3, 6.0, 1.5e10, math.inf)
-CLAMPS = [clamp(low, high) for low in NUMBERS for high in NUMBERS]
 
 
 @pytest.mark.parametrize("text", [*ENDINGS, *CLAMPS])
@@ -29,17 +24,14 @@ def test_clamps_that_have_a_name_are_called_by_it() -> None:
     assert clamp(None, 6) == "clamp(-inf,6.0)"
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["tanh", "clamp", "clamp()", "clamp(1)", "clamp(1,2,3)", "clamp(a,b)", "clamp(nan,1)", "clamp(1,2"],
-)
+@pytest.mark.parametrize("text", MALFORMED)
 def test_a_text_that_says_nothing_known_is_named_with_those_that_do(text: str) -> None:
     with pytest.raises(KernelError, match=r"is not known; it is one of identity, relu, .* clamp\(low,high\)"):
         check_activation(text)
 
 
 def test_the_operators_understand_every_clamp() -> None:
-    x = torch.tensor([*NUMBERS, 0.05, -0.7, 3e38])[:, None]
+    x = torch.tensor([*BOUNDS, 0.05, -0.7, 3e38])[:, None]
     one = Stage(1, 1).pack(torch.ones(1, 1, 1, 1), "channels")
     for text in CLAMPS:
         y = LINEAR_CHAIN.call(x, [one], None, None, [1, 1], text)
