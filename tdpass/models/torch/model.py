@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from typing_extensions import Self
 
 from tdpass.errors import InvalidModelError
@@ -79,9 +78,7 @@ class TorchModel(Model):
 
     def make_plain(self) -> Sequence[str]:
         """Make parameters of what layers compute from others, such as normed weights; returns their paths."""
-        changed = make_plain(self.module)
-        if isinstance(self.module, GraphModule):
-            changed += lift_computed(self.module)
+        changed = [*make_plain(self.module), *lift_computed(self.module)]
         if changed:
             self._sites = SiteTable.of(self.module)
         return changed

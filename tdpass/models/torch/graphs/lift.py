@@ -65,11 +65,13 @@ def lift(graph_module: GraphModule) -> GraphModule:
     return graph_module
 
 
-def lift_computed(graph_module: GraphModule) -> list[str]:
-    """Store the weights of layers that the graph computes, and lift these layers; returns their paths."""
-    paths = fold_weights(graph_module, _is_layer)
+def lift_computed(module: nn.Module) -> list[str]:
+    """Store the weights of layers that a graph computes, and lift these layers; returns their paths."""
+    if not isinstance(module, GraphModule):
+        return []
+    paths = fold_weights(module, _is_layer)
     if paths:
-        lift(graph_module)
+        lift(module)
     return [path.removesuffix(".weight") for path in paths]
 
 
