@@ -32,6 +32,8 @@ from tdpass.methods.run import train as train
 from tdpass.models import Batch as Batch
 from tdpass.models import dequantize as dequantize
 from tdpass.models import open_attention as open_attention
+from tdpass.models import open_bilinear as open_bilinear
+from tdpass.models import open_embedding_bags as open_embedding_bags
 from tdpass.models import open_model as open_model
 from tdpass.models import open_recurrent as open_recurrent
 from tdpass.models.torch.ordinary import ordinary as ordinary
@@ -82,6 +84,8 @@ __all__ = [
     "make_plan",
     "onnx_ops_path",
     "open_attention",
+    "open_bilinear",
+    "open_embedding_bags",
     "open_model",
     "open_recurrent",
     "ordinary",

@@ -119,8 +119,8 @@ def test_include_and_exclude(residual: nn.Module, images: Tensor) -> None:
     assert artifact.report.declined["stem"] == "excluded by name"
     with pytest.raises(UsageError, match="no site is left"):
         tdpass.compress(residual, {"macs": 0.8}, images, include=["nothing*"])
-    with pytest.raises(UsageError, match="0: bilinear layers are not factored"):
-        tdpass.compress(nn.Sequential(nn.Bilinear(3, 4, 5)), {"params": 0.8})
+    with pytest.raises(UsageError, match="0: mode='max' is no sum of rows"):
+        tdpass.compress(nn.Sequential(nn.EmbeddingBag(30, 20, mode="max")), {"params": 0.8})
 
 
 def test_a_single_budget_bounds_what_can_be_counted(residual: nn.Module, images: Tensor) -> None:

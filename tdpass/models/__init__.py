@@ -9,6 +9,8 @@ from torch import Tensor
 
 from tdpass.errors import UsageError
 from tdpass.layers.attention import open_attention as open_attention
+from tdpass.layers.bilinear import open_bilinear as open_bilinear
+from tdpass.layers.embedding_bag import open_embedding_bags as open_embedding_bags
 from tdpass.layers.factorized import Factorized as Factorized
 from tdpass.layers.recurrent import OpenGRU as OpenGRU
 from tdpass.layers.recurrent import OpenLSTM as OpenLSTM

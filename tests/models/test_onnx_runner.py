@@ -297,19 +297,58 @@ def test_operator_agrees_with_onnx_runtime(
     assert_close(got, ort(proto, fed)["y"], 2e-4 if operator in {"Erf", "Gelu", "Mish"} else 2e-5)
 
 
+SEQUENCES = (
+    "SequenceConstruct", "SequenceInsert", "SequenceErase", "SequenceEmpty", "SequenceLength", "SequenceAt",
+    "ConcatFromSequence",
+)  # fmt: skip
+
+
+def test_sequences_are_lists_of_tensors() -> None:
+    node = helper.make_node
+    nodes = [
+        node("SequenceConstruct", ["x", "x"], ["two"]),
+        node("SequenceInsert", ["two", "z", "one"], ["three"]),
+        node("SequenceErase", ["three", "last"], ["rest"]),
+        node("SequenceEmpty", [], ["none"]),
+        node("SequenceInsert", ["none", "z"], ["alone"]),
+        node("SequenceLength", ["rest"], ["count"]),
+        node("SequenceAt", ["alone", "last"], ["z2"]),
+        node("ConcatFromSequence", ["rest"], ["joined"], axis=1),
+        node("ConcatFromSequence", ["three"], ["stacked"], axis=-1, new_axis=1),
+    ]
+    info = helper.make_tensor_value_info
+    returned = [info(name, TensorProto.FLOAT, None) for name in ("joined", "stacked", "z2")]
+    held = [numpy_helper.from_array(np.array(place), name) for name, place in (("one", 1), ("last", -1))]
+    proto = helper.make_model(
+        helper.make_graph(
+            nodes, "g", [info("x", TensorProto.FLOAT, [2, 3]), info("z", TensorProto.FLOAT, [2, 3])],
+            [*returned, info("count", TensorProto.INT64, None)], held,
+        ), opset_imports=[helper.make_opsetid("", 17)], ir_version=8,
+    )  # fmt: skip
+    assert {made.op_type for made in proto.graph.node} == set(SEQUENCES)
+    fed = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "z": -np.ones((2, 3), np.float32)}
+    got = runner_of(proto)({name: torch.from_numpy(value.copy()) for name, value in fed.items()})
+    for name, wanted in ort(proto, fed).items():
+        np.testing.assert_array_equal(got[name].numpy(), wanted)
+
+
 def test_the_cases_cover_the_table() -> None:
     covered = {case[0] for case in CASES}
-    elsewhere = {"Split", "TopK", "SimplifiedLayerNormalization", "Swish"} | {
-        "Tan",
-        "Asin",
-        "Acos",
-        "Atan",
-        "Sinh",
-        "Cosh",
-        "Asinh",
-        "Acosh",
-        "Atanh",
-    }
+    elsewhere = (
+        {"Split", "TopK", "SimplifiedLayerNormalization", "Swish"}
+        | {
+            "Tan",
+            "Asin",
+            "Acos",
+            "Atan",
+            "Sinh",
+            "Cosh",
+            "Asinh",
+            "Acosh",
+            "Atanh",
+        }
+        | set(SEQUENCES)
+    )
     assert {name for name in FUNCTIONS.names() if "::" not in name} - covered - elsewhere == set()
 
 

@@ -110,6 +110,15 @@ class Branching(nn.Module):
         return self.one(x) if float(x.sum()) > -1e9 else self.other(x)
 
 
+class Paired(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Bilinear(24, 24, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, torch.tanh(x))
+
+
 class Repeated(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -323,6 +332,15 @@ layer(
     exported=NOT_EXPORTED,
 )
 layer("Embedding tied to the head", Tied, IDS, ("head",))
+layer("EmbeddingBag", lambda: Alone(nn.EmbeddingBag(20, 16)), IDS, ("layer.table",))
+layer(
+    "EmbeddingBag, sums with padding",
+    lambda: Alone(nn.EmbeddingBag(20, 16, mode="sum", padding_idx=3)),
+    IDS,
+    ("layer.table",),
+)
+layer("EmbeddingBag, maxima", lambda: Alone(nn.EmbeddingBag(20, 16, mode="max")), IDS, (), "mode='max'")
+layer("Bilinear", Paired, TOKENS, ("layer.first",))
 layer("Conv1D as in GPT-2", lambda: Alone(Conv1D()), TOKENS)
 layer(
     "x @ w",

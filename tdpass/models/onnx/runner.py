@@ -14,7 +14,7 @@ from torch import Tensor
 
 import tdpass.models.onnx.graph.layers
 import tdpass.models.onnx.graph.layout
-import tdpass.models.onnx.graph.math  # noqa: F401 - these three fill the table of functions
+import tdpass.models.onnx.graph.math  # noqa: F401 - these fill the table of functions
 from tdpass.errors import InvalidModelError, TdpassError
 from tdpass.formats.geometry import apply_dense
 from tdpass.formats.layer import Layer
@@ -23,6 +23,7 @@ from tdpass.models.onnx.files.storage import release_pages
 from tdpass.models.onnx.graph.bodies import Block, Control, Step, Values, runs_bodies
 from tdpass.models.onnx.graph.functions import FUNCTIONS, NotServedError, Operator, TorchFunction
 from tdpass.models.onnx.graph.graphs import bodies, captured_values, nodes_of, opset_of, within
+from tdpass.models.onnx.graph.sequences import reads_sequence
 from tdpass.models.onnx.graph.tensors import constant, to_torch
 from tdpass.models.onnx.operators.session import NodeSession
 from tdpass.models.onnx.sites.matchers import operator_name
@@ -173,7 +174,8 @@ class OnnxRunner:
         return Block(graph, steps, _perform)
 
     def _step(self, node: ir.Node) -> Step:
-        if runs_bodies(node, self._opset) and any(inner in self._site_places for inner in within(node)):
+        inside = any(inner in self._site_places for inner in within(node)) or reads_sequence(node)
+        if runs_bodies(node, self._opset) and inside:
             blocks = {name: self._compiled(graph) for name, graph in bodies(node).items()}
             return Control(node, blocks, captured_values(node))
         step = self._node_step(node, self._opset, self._executed)

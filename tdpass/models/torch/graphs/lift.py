@@ -21,6 +21,7 @@ from tdpass.kinds import (
     kind_of_function,
 )
 from tdpass.models.torch.graphs.fold_weights import fold_weights
+from tdpass.models.torch.graphs.lift_opened import lift_opened
 from tdpass.models.torch.graphs.lift_recurrent import lift_recurrent
 from tdpass.models.torch.graphs.spell_out import spell_out
 
@@ -39,7 +40,7 @@ def lift(graph_module: GraphModule) -> GraphModule:
     change.
     """
     fold_weights(graph_module, _is_layer, moved_only=True)
-    changed = lift_recurrent(graph_module) | spell_out(graph_module)
+    changed = lift_recurrent(graph_module) | lift_opened(graph_module) | spell_out(graph_module)
     lifted: set[str] = set()
     calls = [node for node in graph_module.graph.nodes if node.op == "call_function"]
     for node in sorted(calls, key=_looks_up):  # a layer has the place of a weight that tables read too

@@ -47,7 +47,7 @@ def _layer(graph_module: GraphModule, node: Node) -> bool:
     given: Any = node.args
     x, states, reads, biased, layers, dropout, training, both, batch_first = given
     cls, options = _LAYERS[node.target]
-    path = _owner(graph_module, node, reads)
+    path = owner_of(graph_module, node, reads)
     if path is None or training:
         return False
     held: list[Any] = [operator.attrgetter(str(read.target))(graph_module) for read in reads]
@@ -59,8 +59,8 @@ def _layer(graph_module: GraphModule, node: Node) -> bool:
         bidirectional=both, device="meta", **said,
     )  # fmt: skip
     names = [name for names in module._all_weights for name in names]
-    _put(graph_module, path, module, names, held)
-    call = _called(graph_module, node, path, (x, tuple(states) if cls is nn.LSTM else states))
+    put(graph_module, path, module, names, held)
+    call = called(graph_module, node, path, (x, tuple(states) if cls is nn.LSTM else states))
     if cls is nn.LSTM:
         _apart(graph_module, node, call)
     node.replace_all_uses_with(call)
@@ -73,7 +73,7 @@ def _cell(graph_module: GraphModule, node: Node) -> bool:
     x, state, *reads = given
     cls, options = _CELLS[node.target]
     reads = [read for read in reads if read is not None]
-    path = _owner(graph_module, node, reads)
+    path = owner_of(graph_module, node, reads)
     if path is None:
         return False
     held: list[Any] = [operator.attrgetter(str(read.target))(graph_module) for read in reads]
@@ -81,14 +81,14 @@ def _cell(graph_module: GraphModule, node: Node) -> bool:
     said: dict[str, Any] = dict(options)
     module = cls(held[0].shape[1], held[1].shape[1], bias=biased, device="meta", **said)
     names = [f"{part}_{end}" for part in ("weight", "bias")[: 1 + biased] for end in _ENDS]
-    _put(graph_module, path, module, names, held)
-    call = _called(graph_module, node, path, (x, tuple(state) if cls is nn.LSTMCell else state))
+    put(graph_module, path, module, names, held)
+    call = called(graph_module, node, path, (x, tuple(state) if cls is nn.LSTMCell else state))
     node.replace_all_uses_with(call)
     graph_module.graph.erase_node(node)
     return True
 
 
-def _owner(graph_module: GraphModule, node: Node, reads: Any) -> str | None:
+def owner_of(graph_module: GraphModule, node: Node, reads: Any) -> str | None:
     """The path of the module that holds all of these and nothing more.
 
     It is None where there is none, or another function reads one.
@@ -108,16 +108,18 @@ def _owner(graph_module: GraphModule, node: Node, reads: Any) -> str | None:
     return path if own == targets and not holder._modules and parameters else None
 
 
-def _put(
+def put(
     graph_module: GraphModule, path: str, module: nn.Module, names: Sequence[str], held: Sequence[Any]
 ) -> None:
+    """Let a module of the graph's stand at a path, with parameters that are held already."""
     for name, parameter in zip(names, held, strict=True):
         setattr(module, name, parameter)
     module.eval()
     graph_module.add_submodule(path, module)
 
 
-def _called(graph_module: GraphModule, node: Node, path: str, given: Any) -> Node:
+def called(graph_module: GraphModule, node: Node, path: str, given: Any) -> Node:
+    """Call the module at a path, with these arguments, before a node, of which it has the metadata."""
     with graph_module.graph.inserting_before(node):
         call: Node = graph_module.graph.call_module(path, given)
     call.meta = dict(node.meta)

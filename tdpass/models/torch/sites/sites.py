@@ -13,7 +13,9 @@ from torch.fx import GraphModule
 from torch.nn.utils import parametrize
 
 import tdpass.layers.attention
-import tdpass.layers.recurrent  # noqa: F401 - both register what can be opened
+import tdpass.layers.bilinear
+import tdpass.layers.embedding_bag
+import tdpass.layers.recurrent  # noqa: F401 - these register what can be opened
 from tdpass.kinds import PRODUCT, LayerKind, TransposedLinear, is_table, kind_of, kind_of_module, why_no_table
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.opening import opener_of
@@ -68,10 +70,6 @@ class Matched:
 
 
 _POSITIONS = 5
-_REASONS: dict[type[nn.Module], str] = {
-    nn.EmbeddingBag: "it sums the rows of a table that it reads; an nn.Embedding and a sum are a site",
-    nn.Bilinear: "bilinear layers are not factored",
-}
 
 
 def find_sites(model: nn.Module) -> tuple[list[Matched], dict[str, str]]:
@@ -181,11 +179,8 @@ def _reason(module: nn.Module) -> str | None:
     opener = opener_of(module)
     if opener is not None:
         return opener.why_closed(module) or (
-            f"the pass 'divide' makes linear layers of it, before training tdpass.{opener.verb}(model)"
+            f"the pass 'divide' opens it, before training tdpass.{opener.verb}(model)"
         )
-    for cls, reason in _REASONS.items():
-        if isinstance(module, cls):
-            return reason
     if is_table(module):
         return why_no_table(module) or _reason_of_weight(module) or _why_unchanged(module)
     if kind_of_module(module) is None:
