@@ -108,7 +108,6 @@ def _train(recipe: Recipe, arguments: argparse.Namespace, out: Output) -> int:
     )
     if not isinstance(artifact.model, nn.Module):
         raise UsageError(f"the recipe made a {type(artifact.model).__name__}, not a module")
-    artifact.report.model = recipe.model
     artifact.save(folder / "model.safetensors")
     artifact.plan.save(folder / "plan.json")
     artifact.report.save(folder / "report.json")

@@ -63,8 +63,12 @@ class Ingredients:
 
 @dataclass(frozen=True)
 class Material:
-    """The network, the batches, the data set where they are of one, and its training before the method."""
+    """The network, the batches, the data set where they are of one, and its training before the method.
 
+    `name` is what a network of that class is made by again, as `tdpass.load` does it.
+    """
+
+    name: str
     model: nn.Module
     batches: Data
     dataset: Dataset | None
@@ -112,16 +116,24 @@ def gathered(wanted: Ingredients, note: Callable[[str], None] = lambda text: Non
         raise UsageError(
             f"{wanted.model!r} returned a {type(model).__name__}; it must return a torch.nn.Module"
         )
+    name = _source(wanted.model, dataset) if of_zoo else wanted.model
+    pretrain = wanted.bounded(wanted.pretrain)
     if dataset is None:
         batches = made_by(wanted.data, wanted.seed)
-        return Material(model, batches, None, example, wanted.bounded(wanted.pretrain), wanted.pretraining)
+        return Material(name, model, batches, None, example, pretrain, wanted.pretraining)
     batches = dataset.batches(wanted.seed, wanted.batch, wanted.augment, wanted.rounds_per_epoch)
-    made = Material(model, batches, dataset, example, wanted.bounded(wanted.pretrain), wanted.pretraining)
+    made = Material(name, model, batches, dataset, example, pretrain, wanted.pretraining)
     return _started(made, wanted, note) if wanted.trained else made
 
 
 def _accuracy(dataset: Dataset, part: str) -> Score:
     return lambda model: dataset.accuracy(model, part)
+
+
+def _source(name: str, dataset: Dataset | None) -> str:
+    """The name of a network of the zoo, with its classes where the data says how many there are."""
+    classes = [] if dataset is None else [str(dataset.classes)]
+    return ":".join(["zoo", name, *classes])
 
 
 def _of_zoo(name: str, dataset: Dataset | None) -> nn.Module:

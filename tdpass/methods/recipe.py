@@ -162,6 +162,7 @@ class Recipe(Ingredients):
             note=note,
             loggers=loggers,
         )
+        artifact.report.model = material.name
         if shorter:
             artifact.report.note(shorter)
         return artifact

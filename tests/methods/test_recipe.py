@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
+import tdpass
 from tdpass.cli import main
 from tdpass.datasets import PARTS, is_dataset, open_dataset
 from tdpass.errors import InvalidModelError, UsageError
@@ -133,6 +134,21 @@ def test_the_command_line_trains_and_goes_on(
     assert again["training"] == first["training"]
     assert main(["train", "nothing.yaml", "--folder", str(folder)]) == 2
     assert "lenet5_admm_nn" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kept", "epochs"), [({}, 1), ({"method": None, "finetune": 1}, 0)])
+def test_a_network_of_the_zoo_is_loaded_without_its_class(
+    kept: dict[str, object], epochs: int, tmp_path: Path
+) -> None:
+    method = {"batude": {"budget": {"params": 0.5}, "rounds": 1, "format": "svd"}}
+    found = {"model": "digits_net", "data": "digits", "pretrain": epochs, "method": method, "control": False}
+    artifact = Recipe.parse({**found, **kept}).run()
+    assert artifact.report.model == "zoo:digits_net:10"
+    artifact.save(tmp_path / "model.safetensors")
+    loaded = tdpass.load(tmp_path / "model.safetensors").eval()
+    x = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), artifact.model.eval()(x))
 
 
 def test_trained_weights_that_come_with_the_data_are_where_a_run_starts(

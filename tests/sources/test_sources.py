@@ -110,6 +110,7 @@ def test_a_bert_from_its_configuration(tmp_path: Path) -> None:
         ("timm:resnet50", UsageError, "pip install timm"),
         ("torchvision:resnet18", UsageError, "pip install torchvision"),
         ("zoo:lenet", UsageError, r"did you mean 'lenet5'\?"),
+        ("zoo:lenet5:many", UsageError, "no number of classes"),
         ("nowhere:net", UsageError, "cannot import 'nowhere'"),
         ("hf:/no/such/folder", InvalidModelError, r"hf cannot make '/no/such/folder' .*--weights"),
     ],
