@@ -24,7 +24,7 @@ class Grid:
     """A scale and a zero point; a scale of 0 is no grid.
 
     Where a stage reads no grid, every row (position) is put on one of its own: `scale = max |x| / 127`, zero
-    point 128.  An output or a residual without one is floating point.
+    point 128; a row with NaN has scale NaN, and so is all that is made of it.  An output or a residual without one is floating point.
     """
 
     scale: float = 0.0
@@ -61,8 +61,11 @@ def rounded(steps: Tensor, zero: int) -> Tensor:
 
 
 def own_grid(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales, one per index of the other axes, of numbers that are put on grids of their own."""
-    largest = x.nan_to_num(0, math.inf, -math.inf).abs().amax(axis, keepdim=True).clamp_min(_LEAST)
+    """Codes and scales, one per index of the other axes, of numbers that are put on grids of their own.
+
+    The scale is NaN where one of the numbers is.
+    """
+    largest = x.abs().amax(axis, keepdim=True).clamp_min(_LEAST)
     return rounded(x * (127 / largest), MIDDLE), largest / 127
 
 

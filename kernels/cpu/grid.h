@@ -69,15 +69,19 @@ struct Added {
   }
 };
 
-// Puts `count` numbers on a grid of their own, zero point 128; returns its scale.
+// Puts `count` numbers on a grid of their own, zero point 128; returns its scale, which is NaN where one of
+// the numbers is.  Sizes are compared as integers, of which those of NaN are above all others.
 template <class T> static float own_grid(const T* from, int count, uint8_t* to) {
-  Lanes most = zero();
+  Words most{};
   for (int c = 0; c < count; c += LANES) {
-    const Lanes v = read_some(from + c, std::min(LANES, count - c)), size = v < 0.0f ? -v : v;
+    const Words size = as_words(read_some(from + c, std::min(LANES, count - c))) & 0x7fffffff;
     most = size > most ? size : most;
   }
-  float largest = LEAST_RANGE;
-  for (int i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+  int32_t top = 0;
+  for (int i = 0; i < LANES; i++) top = std::max(top, int32_t(most[i]));
+  float largest;
+  std::memcpy(&largest, &top, sizeof largest);
+  largest = LEAST_RANGE > largest ? LEAST_RANGE : largest;
   const float inverse = 127.0f / largest;
   for (int c = 0; c < count; c += LANES) {
     const int some = std::min(LANES, count - c);

@@ -71,6 +71,11 @@ static TDPASS_INLINE Lanes as_lanes(Bits bits) {
   std::memcpy(&v, &bits, sizeof v);
   return v;
 }
+static TDPASS_INLINE Words as_words(Lanes v) {
+  Words bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
 static TDPASS_INLINE Halves narrow(Lanes v) {
   Bits bits;
   std::memcpy(&bits, &v, sizeof bits);

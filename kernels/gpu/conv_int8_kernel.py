@@ -58,7 +58,7 @@ def conv_int8_kernel(
     if with_last:
         onward = h_inverse
         if h_by_row:
-            span = largest(hidden)
+            span = largest(tl.where(in_s[None, :], hidden, 0.0))
             onward = tl.div_rn(127.0, span)[:, None]
         tile = shifted(hidden * onward, h_zero)
         begin = tl.program_id(1) * share

@@ -57,9 +57,11 @@ def read(
 
 @jit
 def largest(values: tl.tensor) -> tl.tensor:
-    """The largest size in each row, a NaN counting as zero."""
+    """The largest size in each row, NaN where one of its numbers is."""
     sizes = tl.abs(values)
-    return tl.maximum(tl.max(tl.where(sizes == sizes, sizes, 0.0), 1), _LEAST)  # noqa: PLR0124 - all but NaN
+    known = sizes == sizes  # noqa: PLR0124 - all but NaN
+    most = tl.maximum(tl.max(tl.where(known, sizes, 0.0), 1), _LEAST)
+    return tl.where(tl.min(known.to(tl.int32), 1) > 0, most, float("nan"))
 
 
 @jit
@@ -73,7 +75,8 @@ def reach(
         k = start + tl.arange(0, block_k)
         seen = inside[:, None] & (k[None, :] < depth)
         values = tl.load(lines[:, None] + k[None, :] * column, mask=seen, other=0.0)
-        found = tl.maximum(found, largest(values.to(tl.float32)))
+        more = largest(values.to(tl.float32))
+        found = tl.where((more > found) | (more != more), more, found)  # noqa: PLR0124 - NaN stays
     return found
 
 

@@ -80,7 +80,7 @@ def pair_kernel(
         hidden *= tl.div_rn(span, 127.0)[:, None]
     onward = h_inverse
     if h_by_row:
-        span_h = largest(hidden)
+        span_h = largest(tl.where(in_rank[None, :], hidden, 0.0))
         onward = tl.div_rn(127.0, span_h)[:, None]
     h = shifted(hidden * onward, h_zero)
     first = tl.program_id(1) * share

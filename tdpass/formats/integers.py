@@ -153,9 +153,9 @@ def rounded(x: Tensor, reads: Tensor | None) -> Tensor:
 
 
 def _scales(x: Tensor) -> Tensor:
-    """What a step of each row stands for; one where the row is zero."""
+    """What a step of each row stands for; one where the row is zero, NaN where a number of it is."""
     scale = x.float().abs().amax(-1, keepdim=True) / _LARGEST
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
 def _codes(x: Tensor, scale: Tensor) -> Tensor:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from cases import cases_of
+from cases import CASES, cases_of
 from low_precision import KINDS, chain, grid_over, scaled
-from setting import Case, arguments, run_native
+from setting import Case, arguments, as_tuple, run_native
+from torch import Tensor
 
 from tdpass.errors import KernelError
 from tdpass.kernels import build, native, weight_only
-from tdpass.kernels.base import OPS
+from tdpass.kernels.base import IMPLEMENTATIONS, OPS
 from tdpass.kernels.conv_chain import CONV_CHAIN
 from tdpass.kernels.grid import Grid, Grids
 from tdpass.kernels.int8_chain import CONV_CHAIN_INT8, LINEAR_CHAIN_INT8
@@ -64,6 +66,84 @@ def test_rows_on_their_own_grids_do_not_depend_on_the_other_rows() -> None:
     alone = torch.cat([LINEAR_CHAIN_INT8.call(row[None] * 1000, *factors, *rest) for row in x]) / 1000
     assert torch.allclose(together, alone, rtol=1e-2, atol=1e-3)
     assert torch.equal(together[5:6], LINEAR_CHAIN_INT8.call(x[5:6], *factors, *rest))
+
+
+BY_ROW = [
+    pytest.param(name, case, id=f"{name}-{case.name}")
+    for name in CASES
+    if name.startswith(("linear_chain_", "weight_only_"))
+    for case in cases_of(name)
+    if case.args[0].numel() and ("_int8" not in name or case.name.endswith("own"))
+]
+
+
+@pytest.mark.parametrize(("name", "case"), BY_ROW)
+def test_a_row_with_a_number_that_is_none_is_none_and_no_other_row(name: str, case: Case) -> None:
+    """All that reads integers or weights of them, but where ranges are stored."""
+    op = OPS.get(name)
+    args = arguments(op, case, torch.float32)
+    (clean,) = ran(name, args)
+    x = args[0].clone()
+    x.reshape(-1, x.shape[-1])[0, -1] = math.nan
+    (got,) = ran(name, [x, *args[1:]])
+    rows, wanted = (y.reshape(-1, y.shape[-1]) for y in (got, clean))
+    assert rows[0].isnan().all()
+    assert torch.equal(rows[1:], wanted[1:])
+    assert op.reference(x, *args[1:]).reshape(rows.shape)[0].isnan().all()
+
+
+def ran(name: str, args: list[Any]) -> tuple[Tensor, ...]:
+    """By the kernel, or by the reference of an operator that has no kernel for the CPU."""
+    return (
+        run_native(OPS.get(name), args)
+        if (name, "cpu") in IMPLEMENTATIONS
+        else as_tuple(OPS.get(name).reference(*args))
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("low_rank_")])
+@pytest.mark.parametrize("at", ["pre", "h0"])
+def test_a_sample_of_a_sequence_with_a_number_that_is_none_is_none_from_there_on(name: str, at: str) -> None:
+    op = OPS.get(name)
+    case = next(case for case in cases_of(name) if case.args[0].shape[0] > 2 and case.args[0].shape[1] > 1)
+    args = arguments(op, case, torch.float32)
+    clean, *_ = run_native(op, args)
+    place = [argument.name for argument in op.call._schema.arguments].index(at)
+    args[place] = args[place].clone()
+    args[place][..., 0, 1] = math.nan
+    for y in (run_native(op, args)[0], op.reference(*args)[0]):
+        assert y[1:, 0].isnan().all()
+        assert not y[:, 1:].isnan().any()
+    assert torch.equal(run_native(op, args)[0][:, 1:], clean[:, 1:])
+
+
+def test_a_position_with_a_number_that_is_none_is_none_and_no_other() -> None:
+    stages = (Stage(7, 3), Stage(3, 20))
+    factors = columns([pack_weight(stage, scaled(*stage.shape)) for stage in stages])
+    rest = (None, None, Grids((Grid(), Grid())).numbers(), integers_of(stages), "relu")
+    x = torch.randn(2, 7, 5, 9, generator=torch.Generator().manual_seed(0))
+    (clean,) = run_native(CONV_CHAIN_INT8, [x, *factors, *rest])
+    x[1, 6, 2, 8] = math.nan
+    (got,) = run_native(CONV_CHAIN_INT8, [x, *factors, *rest])
+    assert got[1, :, 2, 8].isnan().all()
+    assert int(got.isnan().sum()) == 20
+    assert torch.equal(got[~got.isnan()], clean[~got.isnan()])
+
+
+@pytest.mark.parametrize("name", ["conv_chain_int8", "linear_chain_int8"])
+def test_in_a_stored_range_what_is_no_number_counts_as_its_lower_end(name: str) -> None:
+    op = OPS.get(name)
+    kind = "plain" if name == "conv_chain_int8" else "static"
+    for case in cases_of(name):
+        if case.name.endswith(kind) and case.args[0].numel() and case.args[0].is_floating_point():
+            args = arguments(op, case, torch.float32)
+            for low in (math.nan, -math.inf):
+                args[0] = case.args[0].clone()
+                args[0][0, 0] = low
+                (got,) = run_native(op, args)
+                assert torch.equal(got, op.reference(*args))
+                args[0][0, 0] = -1e30
+                assert torch.equal(got, run_native(op, args)[0])
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("int")])

@@ -190,6 +190,21 @@ def test_chains_of_matrices_that_round_rows(
         agrees(model, inputs, wanted, library, activation)
 
 
+def test_a_row_with_a_number_that_is_none_is_none(library: str) -> None:
+    x = np.random.default_rng(1).standard_normal((3, 24)).astype(np.float32)
+    model, inputs, _ = dynamic_case((24, 5, 33), x, False, "relu")
+    clean = run(model, inputs, library)
+    x[1, 20] = np.nan
+    made = run(model, inputs, library)
+    assert np.isnan(made[1]).all()
+    assert np.array_equal(made[::2], clean[::2])
+    model, inputs, _ = cell_case(LowRankCellOp(4, False, "int8"), 4, 2)
+    inputs["pre"][0, 1, 3] = np.nan
+    made, *_ = opened(model, library).run(None, inputs)
+    assert np.isnan(made[1:, 1]).all()
+    assert not np.isnan(made[:, 0]).any()
+
+
 @pytest.mark.parametrize("opset", [13, 18, 21])
 def test_a_chain_that_rounds_rows_says_what_it_computes_in_every_opset(opset: int) -> None:
     x = np.random.default_rng(1).standard_normal((3, 24)).astype(np.float32)

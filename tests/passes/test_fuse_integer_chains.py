@@ -51,6 +51,9 @@ CASES = [
 ]
 
 
+SERVED = {case.values[0] for case in CASES if case.values[2] == "dynamic"}
+
+
 class Net(nn.Module):
     """Convolutions and linear layers, each followed by an activation."""
 
@@ -140,6 +143,21 @@ def test_every_chain_answers_as_its_reference_and_as_the_layer(name: str, site: 
     assert float((found - plain).abs().max()) <= bound(layer, x) + last_digits
     whole = one.double()
     assert torch.equal(whole(x.double()), Factorized.forward(whole, x.double()))
+
+
+@pytest.mark.parametrize("name", [name for name, site in FITTING if site is SITES[0] and name in SERVED])
+@torch.no_grad()
+def test_a_row_with_a_number_that_is_none_is_none_fused_and_as_it_is(name: str) -> None:
+    layer, x = layer_of(name, SITES[0], "dynamic"), input_of(SITES[0])
+    one = IntegerChain.of(Factorized(layer, nn.Parameter(layer.bias))).eval()
+    for answer in (one, lambda x: Factorized.forward(one, x)):
+        clean = answer(x)
+        spoiled = x.clone()
+        spoiled[1, 3, 7] = torch.nan
+        found = answer(spoiled)
+        assert found[1, 3].isnan().all()
+        found[1, 3] = clean[1, 3]
+        assert torch.equal(found, clean)
 
 
 def test_chains_of_every_number_of_axes_are_among_the_cases() -> None:
