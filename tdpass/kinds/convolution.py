@@ -72,7 +72,7 @@ class Convolution(Spatial):
         )
         if padding is None:
             raise UnsupportedError(
-                f"auto_pad={mode} with a stride needs a static input size; export with explicit pads"
+                f"auto_pad={mode} with a stride needs a static input size or opset 12; export with explicit pads"
             )
         if any(side < 0 for pair in padding for side in pair):
             raise UnsupportedError("negative pads are not supported")

@@ -530,8 +530,9 @@ def declined_cases() -> dict[str, tuple[Callable[[], Case], str]]:
                 {"w": weight(5, 4, 3, 3)},
                 ("N", 4, "H", "W"),
                 (),
+                opset=11,
             ),
-            "static input size",
+            "static input size or opset 12",
         ),
         "transposed_dynamic_shape": (
             lambda: Case(

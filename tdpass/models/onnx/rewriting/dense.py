@@ -23,6 +23,7 @@ from tdpass.models.onnx.rewriting.close_recurrent import close_recurrent
 from tdpass.models.onnx.rewriting.divide import Undivided, divided, slices_wanted
 from tdpass.models.onnx.rewriting.head_shapes import resize_heads
 from tdpass.models.onnx.rewriting.normalize import normalized
+from tdpass.models.onnx.rewriting.open_pads import OpenPad, close_pads, open_pads
 from tdpass.models.onnx.rewriting.recurrent import Opened, open_recurrent
 from tdpass.models.onnx.rewriting.rewrite import forget_shapes, rewritten
 from tdpass.models.onnx.rewriting.scaled_norms import scale_columns, scaled_norms
@@ -39,13 +40,21 @@ Run = Callable[[Mapping[ir.Node, BatchStatistics]], None]
 class DenseGraph:
     """A model kept as it came, weights in their file where they were, but for what these methods change.
 
-    `external` says whether its weights lie in files beside it, `opened` which recurrent nodes were opened.
+    `external` says whether its weights lie in files beside it, `opened` which recurrent nodes were opened,
+    `padded` before which convolutions a Pad stands.
     """
 
     def __init__(
-        self, model: ir.Model, shapes: Shapes, opened: Sequence[Opened] = (), *, external: bool = False
+        self,
+        model: ir.Model,
+        shapes: Shapes,
+        opened: Sequence[Opened] = (),
+        padded: Sequence[OpenPad] = (),
+        *,
+        external: bool = False,
     ) -> None:
-        self.model, self.shapes, self.opened, self.external = model, shapes, opened, external
+        self.model, self.shapes, self.external = model, shapes, external
+        self.opened, self.padded = opened, padded
         self._undivided: Undivided | None = None
         self._left: dict[str, str] = {}
         self._finite = False
@@ -62,8 +71,9 @@ class DenseGraph:
         shapes = Shapes.infer(model)
         check_windows(model, shapes)
         check_layers(model)
-        opened = open_recurrent(model)
-        return cls(model, Shapes.infer(model) if opened else shapes, opened, external=external)
+        padded, opened = open_pads(model, shapes), open_recurrent(model)
+        known = Shapes.infer(model) if opened or padded else shapes
+        return cls(model, known, opened, padded, external=external)
 
     @cached_property
     def found(self) -> Findings:
@@ -102,6 +112,8 @@ class DenseGraph:
         """A copy with these layers in place of sites, as `rewritten` makes it."""
 
         def close(model: ir.Model, layers: Mapping[str, Layer]) -> frozenset[str]:
+            read = {str(use.input.value.name) for name in layers for use in self.sites[name].uses}
+            close_pads(model, self.padded, read)
             return close_recurrent(model, self.opened, layers)
 
         return rewritten(self.model, self.sites, layers, self.shapes, integers=integers, close=close)
@@ -209,7 +221,7 @@ class DenseGraph:
 
     def clone(self) -> DenseGraph:
         """An independent copy; weights, which are never written to, are shared."""
-        twin = DenseGraph(self.model.clone(), self.shapes, self.opened, external=self.external)
+        twin = DenseGraph(self.model.clone(), self.shapes, self.opened, self.padded, external=self.external)
         twin._undivided, twin._left, twin._finite = self._undivided, self._left, self._finite
         return twin
 
