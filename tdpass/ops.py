@@ -290,7 +290,7 @@ class TorchOps:
         rows: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        numbers = values.reshape(rows, -1).float()
+        numbers = values.float().reshape(rows, -1)  # ONNX Runtime reshapes no float8
         if zero is not None:
             numbers = numbers - zero.float()[:, None]
         return (numbers * scale.float()[:, None]).reshape(tuple(shape)).to(dtype)

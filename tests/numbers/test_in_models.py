@@ -26,6 +26,7 @@ from tdpass.form import DENSE, Form
 from tdpass.formats import FORMATS, Layer
 from tdpass.formats.base import offered_formats
 from tdpass.formats.layer import check_form, cost_of
+from tdpass.formats.metric import Metric
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.float_chain import FloatChain
 from tdpass.layers.recurrent import OpenLSTM
@@ -36,6 +37,7 @@ from tdpass.models.torch.model import TorchModel
 from tdpass.models.torch.saving.state import load_module, save_module
 from tdpass.numbers import numbers_named
 from tdpass.packing import SUFFIX
+from tdpass.planner.candidates import SiteFits
 from tdpass.planner.rank_plan import Choice
 from tdpass.targets.layers import make_layer
 
@@ -430,3 +432,21 @@ def test_a_compiled_graph_keeps_the_weights_of_a_plan_that_stores_integers(
         )(x)
         torch.testing.assert_close(found, module(x))
     assert "a compiled graph keeps the weights as they are" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text", [text if "float8" in text else pytest.param(text, marks=pytest.mark.slow) for text in TEXTS]
+)
+def test_what_torch_exports_of_a_convolution_of_these_numbers_runs(text: str) -> None:
+    """ONNX Runtime casts what it cannot reshape; what is a constant there is folded, a convolution's is not."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(16, 16, 3)).eval(), torch.randn(1, 16, 5, 5)
+    model = open_model(net, Batch((x,)))
+    (site,) = model.sites()
+    fits = SiteFits(site, model.weight("0"), model.bias("0"), Metric(), None)
+    model.replace("0", fits.layer(Form.parse(f"dense {text}")))
+    program = torch.onnx.export(net, (x,), dynamo=True, verbose=False, opset_version=20)
+    assert program is not None
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    (made,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(made), net(x), rtol=1e-4, atol=1e-5)
