@@ -9,11 +9,14 @@ import onnx
 import pytest
 import torch
 from onnx_nets import model_of, node, weight
+from test_onnx_fuse_integers import fused_types, ignore, put
 
 import tdpass
 from tdpass.fusing import choose
 from tdpass.kernels import native
+from tdpass.models.base import Batch
 from tdpass.models.onnx.fused import fuse
+from tdpass.models.onnx.model import OnnxModel
 from tdpass.timings import Key, Row, TimingTable
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
@@ -70,15 +73,16 @@ def chosen(
     return len(chains), made, table
 
 
-def faster(choice: frozenset[str]) -> float:
-    return 10.0 - len(choice)
+def not_all(choice: frozenset[str]) -> float:
+    """A model that any choice makes faster but that of all three layers, which is offered, too."""
+    return 10.0 - len(choice) if len(choice) < 3 else 11.0
 
 
 @pytest.mark.parametrize(("saved", "wanted"), [(0.0, 0), (0.9, 0), (3.0, 2)])
 def test_layers_are_chosen_for_what_they_save_in_a_row(
     saved: float, wanted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count, made, table = chosen(saved, faster, monkeypatch)
+    count, made, table = chosen(saved, not_all, monkeypatch)
     assert count == wanted
     assert len(table.rows) == 1
     left = [why for why in made.report.declined.values() if "as one operator" in why]
@@ -87,3 +91,27 @@ def test_layers_are_chosen_for_what_they_save_in_a_row(
 
 def test_a_choice_that_the_model_is_no_faster_for_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(3.0, lambda choice: 10.0 + len(choice), monkeypatch)[0] == 0
+
+
+@pytest.mark.parametrize(("beside", "wanted"), [(19.0, 1), (20.5, 0)])
+def test_a_convolution_that_stays_is_a_neighbour_too(
+    beside: float, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two in a row one is factored: its time with the other before it is what counts, not that alone.
+
+    A third, behind a sigmoid, loses by itself.
+    """
+
+    ends = {"False False": 20.0, "False True": beside, "plain": 10.0}
+
+    def rule(how: str) -> float:
+        return next((seconds for end, seconds in ends.items() if how.endswith(end)), 10.5)
+
+    def seconds(calls: Mapping[frozenset[str], object], *_: object) -> dict[frozenset[str], float]:
+        return {choice: (10.0, 9.0, 11.0)[len(choice)] for choice in calls}
+
+    monkeypatch.setattr(choose, "times_kept", lambda: Planted(rule))
+    monkeypatch.setattr(fuse, "seconds_of", seconds)
+    model = put(OnnxModel.open(net()), {"b": "tucker2 5x6", "c": "tucker2 5x6"})
+    assert model.fuse(ignore, ignore, Batch((IMAGES,))) is bool(wanted)
+    assert len(fused_types(model)) == wanted

@@ -56,7 +56,7 @@ def decide(
 
     The time is on one thread. `build` makes the model anew, which may then be changed; `inputs` are what to
     time it on, and may be missing.  A part is timed alone with either kind of lanes and in a row with each of
-    its neighbours; then the model with those that gain together so, and with those that gain alone.
+    its neighbours; then the model with those that gain together so, with those that gain alone, and with all.
     """
     try:
         onnx_ops_path()
@@ -73,7 +73,7 @@ def decide(
     chosen = clear
     if inputs and candidates:
         together = _together(model, rows, known, candidates)
-        chosen = _fastest(build, candidates, (clear, together), inputs)
+        chosen = _fastest(build, candidates, (clear, together, frozenset(candidates)), inputs)
     for name, candidate in candidates.items():
         if name not in chosen:
             decline(

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from tdpass.models.onnx.fused.parts import Part
+from tdpass.models.onnx.graph.folding import folded
 
-_PASSED = frozenset({"QuantizeLinear", "DequantizeLinear", "MaxPool", "Relu", "Clip", "Identity"})
+_SUM = "Add"
+_PASSED = frozenset({"QuantizeLinear", "DequantizeLinear", "MaxPool", "Relu", "Clip", "Identity", _SUM})
 _LAID_OUT = frozenset({"Conv", "ConvInteger"})
 
 
@@ -47,10 +49,14 @@ class Neighbours:
 
     @property
     def reads(self) -> tuple[ir.Value, ...]:
-        """What both read but constants and what lies between them."""
+        """What both, and what lies between them, read but constants and each other."""
         inner = {*self.first.makes, *(node.outputs[0] for node in self.between)}
+        added = [value for node in self.between if node.op_type == _SUM for value in node.inputs]
+        read = (*self.first.reads, *added, *self.second.reads)
         return tuple(
-            dict.fromkeys(value for value in (*self.first.reads, *self.second.reads) if value not in inner)
+            dict.fromkeys(
+                value for value in read if value is not None and value not in inner and folded(value) is None
+            )
         )
 
     @property
@@ -91,19 +97,25 @@ def _plain(node: ir.Node) -> Layer:
 def _before(layer: Layer, makers: Mapping[ir.Value, Layer]) -> Iterator[Neighbours]:
     """The layers whose results a layer reads."""
     for value in layer.reads:
-        source, between = _source(value, makers)
-        if source is not None and source is not layer:
-            yield Neighbours(source, between, layer)
+        for source, between in _sources(value, makers, 1):
+            if source is not layer:
+                yield Neighbours(source, between, layer)
 
 
-def _source(value: ir.Value, makers: Mapping[ir.Value, Layer]) -> tuple[Layer | None, tuple[ir.Node, ...]]:
-    """The layer that a value comes from, and the nodes that pass it on."""
-    between: list[ir.Node] = []
-    while value not in makers:
-        node = value.producer()
-        before = None if node is None or node.op_type not in _PASSED else node.inputs[0]
-        if node is None or before is None:
-            return None, ()
-        between.insert(0, node)
-        value = before
-    return makers[value], tuple(between)
+def _sources(
+    value: ir.Value | None, makers: Mapping[ir.Value, Layer], sums: int
+) -> Iterator[tuple[Layer, tuple[ir.Node, ...]]]:
+    """The layers that a value comes from through at most so many sums, and the nodes that pass it on."""
+    if value is None:
+        return
+    if value in makers:
+        yield makers[value], ()
+        return
+    node = value.producer()
+    if node is None or node.op_type not in _PASSED:
+        return
+    sums -= node.op_type == _SUM
+    if sums >= 0:
+        for before in node.inputs[: 2 if node.op_type == _SUM else 1]:
+            for source, between in _sources(before, makers, sums):
+                yield source, (*between, node)

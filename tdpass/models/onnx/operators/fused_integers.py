@@ -82,17 +82,17 @@ class Int8ChainOp:
 
 
 @dataclass(frozen=True)
-class DynamicChainOp:
-    """`y = activation(products(x) + bias + residual)` with matrices of int8, each row put on a grid of its own.
+class _FindsGrids:
+    """What operators on int8 weights share that put what these read on grids found in every call.
 
-    What every matrix reads is rounded, row by row, to 127 steps of its largest number.  Inputs are x, of
-    numbers; per layer its weight `[i, o]` and the scales of that, one per output; the bias; then the residual
-    and the bounds of a clamp where there are such.
+    Inputs are x, of numbers; per layer its weight and the scales of that; the bias; then the residual and the
+    bounds of a clamp where there are such.
     """
 
     stages: int
     residual: bool
     activation: str
+    kind: ClassVar[str]
 
     @classmethod
     def of(cls, spec: ChainSpec) -> Self:
@@ -100,12 +100,8 @@ class DynamicChainOp:
         return cls(len(spec.stages), spec.residual, spec.activation)
 
     @property
-    def grain(self) -> float:
-        return rounded_anew(self.stages)
-
-    @property
     def name(self) -> str:
-        return f"DynamicInt8LinearChain{self.stages}{'Add' * self.residual}{title(self.activation)}"
+        return f"DynamicInt8{self.kind}Chain{self.stages}{'Add' * self.residual}{title(self.activation)}"
 
     @property
     def inputs(self) -> list[str]:
@@ -115,6 +111,20 @@ class DynamicChainOp:
     @property
     def outputs(self) -> list[str]:
         return ["y"]
+
+
+@dataclass(frozen=True)
+class DynamicChainOp(_FindsGrids):
+    """`y = activation(products(x) + bias + residual)` with matrices of int8, each row put on a grid of its own.
+
+    What every matrix `[i, o]` reads is rounded, row by row, to 127 steps of its largest number.
+    """
+
+    kind: ClassVar[str] = "Linear"
+
+    @property
+    def grain(self) -> float:
+        return rounded_anew(self.stages)
 
     @property
     def attributes(self) -> list[str]:
@@ -131,36 +141,15 @@ class DynamicChainOp:
 
 
 @dataclass(frozen=True)
-class DynamicConvChainOp:
+class DynamicConvChainOp(_FindsGrids):
     """`y = activation(convolutions(x) + bias + residual)` with int8 weights, what each reads put on one grid.
 
-    That grid is found in every call, as DynamicQuantizeLinear finds it.  Inputs are x, of numbers; per layer
-    its weight and the scales of that, one per output, with axes of one behind; the bias, alike; then the
-    residual and the bounds of a clamp where there are such.
+    That grid is found as DynamicQuantizeLinear finds it.  Scales, one per output, and the bias have axes of
+    one behind.
     """
 
-    stages: int
-    residual: bool
-    activation: str
+    kind: ClassVar[str] = "Conv"
     grain: ClassVar[float] = _MIDDLES
-
-    @classmethod
-    def of(cls, spec: ChainSpec) -> Self:
-        """The operator of a chain."""
-        return cls(len(spec.stages), spec.residual, spec.activation)
-
-    @property
-    def name(self) -> str:
-        return f"DynamicInt8ConvChain{self.stages}{'Add' * self.residual}{title(self.activation)}"
-
-    @property
-    def inputs(self) -> list[str]:
-        each = [name for k in range(1, self.stages + 1) for name in (f"w{k}", f"w{k}_scale")]
-        return ["x", *each, "bias", *["residual"] * self.residual, *bounds(self.activation)]
-
-    @property
-    def outputs(self) -> list[str]:
-        return ["y"]
 
     @property
     def attributes(self) -> list[str]:
