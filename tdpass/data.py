@@ -136,8 +136,8 @@ def _whole(data: object, signature: Signature, notes: list[str]) -> Batch | None
     if isinstance(data, Tensor | np.ndarray):
         return Batch((_tensor(data),))
     if isinstance(data, Mapping):
-        return _only_input(data, signature, notes) or Batch(
-            (), {name: _tensor(value) for name, value in _taken(data, signature, notes).items()}
+        return _only_input(data, signature, notes) or signature.call(
+            {name: _tensor(value) for name, value in _taken(data, signature, notes).items()}
         )
     if (
         isinstance(data, tuple)

@@ -21,7 +21,7 @@ from msgspec import Meta
 
 from tdpass.errors import TdpassError, UsageError
 from tdpass.flattening import flat, flat_without_defaults, hints_of, nested, place_in_file
-from tdpass.registry import Registry
+from tdpass.registry import Registry, nearest
 
 T = TypeVar("T")
 
@@ -312,8 +312,10 @@ def _check_known(found: object, understood: object, place: str = "$") -> None:
     if isinstance(found, Mapping) and isinstance(understood, Mapping):
         unknown = [key for key in found if key not in understood]
         if unknown:
+            names = [str(key) for key in understood]
+            meant = nearest(str(unknown[0]), names)
             raise ValueError(
-                f"unknown key {unknown[0]!r} at {place}; known: {', '.join(map(str, understood)) or 'none'}"
+                f"unknown key {unknown[0]!r} at {place}{meant}; known: {', '.join(names) or 'none'}"
             )
         for key, value in found.items():
             _check_known(value, understood[key], f"{place}.{key}")

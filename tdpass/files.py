@@ -25,7 +25,13 @@ _SUFFIX = ".part"
 _TEMPORARY = re.compile(r".*tdpass-(?P<host>[0-9a-f]{8})-(?P<process>\d+)-\w+(\.part)?")
 _LONGEST = 100
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_SAYS_FULL = re.compile(r"No space left|os error 28|\d+ requested and \d+ written")  # the last is numpy's
+_SAYS_FULL = re.compile(  # as Rust's libraries, C's and numpy say it
+    "|".join(
+        [rf"os error ({'|'.join(map(str, sorted(_FULL)))})\b"]
+        + [re.escape(os.strerror(code)) for code in sorted(_FULL)]
+        + [r"\d+ requested and \d+ written"]
+    )
+)
 _STALE_SECONDS = 24 * 3600.0  # for temporaries of another machine, whose processes cannot be seen
 
 
@@ -50,7 +56,7 @@ def replacing(path: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        with _room_for(path):
+        with room_for(path):
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -74,7 +80,7 @@ def folder_beside(path: Path) -> Iterator[Path]:
             tempfile.TemporaryDirectory(
                 prefix=_prefix(path.name), suffix=_SUFFIX, dir=path.parent, ignore_cleanup_errors=True
             ) as folder,
-            _room_for(path),
+            room_for(path),
         ):
             yield Path(folder)
     except OSError as error:
@@ -92,22 +98,32 @@ def check_writable(path: Path) -> None:
         raise _unwritable(path, error) from None
 
 
-def make_folder(folder: Path, option: str) -> None:
+@contextmanager
+def new_folder(folder: Path, option: str) -> Iterator[None]:
     """Make a folder, and those above it, where they are not there.
 
-    Raises `UsageError` naming the option it was given by.
+    What an error leaves empty of what was made is removed again. Raises `UsageError` naming the option that
+    the folder was given by.
     """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
             f"cannot make the folder {folder}: {error.strerror}; name another with {option}"
         ) from None
+    try:
+        yield
+    except BaseException:
+        for place in made:
+            with suppress(OSError):
+                place.rmdir()
+        raise
 
 
 @contextmanager
-def _room_for(path: Path) -> Iterator[None]:
-    """A full disk as one `WriteError`, whichever library ran into it."""
+def room_for(path: Path) -> Iterator[None]:
+    """What is written to `path` runs into a full disk as one `WriteError`, whichever library meets it."""
     try:
         yield
     except Exception as error:

@@ -9,14 +9,22 @@ from typing import Generic, TypeVar
 from tdpass.errors import UsageError
 
 T = TypeVar("T")
+_NEAR = 8
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """What was probably meant, as a part of a sentence; empty where no name is near."""
     typed = name.lower()
     alike = [known for known in names if known[:1] == typed[:1]]  # a slip is seldom in the first letter
-    found = difflib.get_close_matches(typed, alike, n=1, cutoff=0.65)
-    return f" (did you mean {found[0]!r}?)" if found else ""
+    near = difflib.get_close_matches(typed, alike, n=_NEAR, cutoff=0.65)
+    # of names that are equally near, the one that is spelt alike for longest
+    found = max(near, key=lambda known: _likeness(typed, known), default="")
+    return f" (did you mean {found!r}?)" if found else ""
+
+
+def _likeness(typed: str, known: str) -> tuple[float, int]:
+    alike = [mine == theirs for mine, theirs in zip(typed, known, strict=False)]
+    return difflib.SequenceMatcher(None, known, typed).ratio(), [*alike, False].index(False)
 
 
 class Registry(Generic[T]):

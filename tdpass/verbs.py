@@ -332,12 +332,17 @@ def _batches(model: Model, data: object, samples: int) -> tuple[list[Batch], lis
     return ([], []) if data is None else calls_of(model, data, samples)
 
 
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} {'thread' if count == 1 else 'threads'}"
+
+
 def _new_report(given: object, model: Model) -> Report:
     name = str(given) if isinstance(given, str | Path) else type(given).__name__
     return Report(
         model=name,
         frontend=model.frontend,
-        machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        machine=f"{platform.machine()}, {_threads()}, torch {torch.__version__}",
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         original=Cost(model.params(), model.macs(), model.bytes()),
         declined=dict(model.declined()),

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 
 from tdpass.cli import main
+from tdpass.views.summary import checks
 
 FACTORY = """
 import torch
@@ -395,6 +396,15 @@ def test_verify_passes_and_fails_by_the_tolerance(small: Path, capsys: pytest.Ca
     assert {"divergence", "max_difference", "same_class"} <= result.keys()
 
 
+def test_the_share_of_equal_classes_is_in_percent_for_each_output() -> None:
+    shown = dict(checks({"same_class": 0.975, "same_class[logits]": 1.0, "max_difference[logits]": 1.0}))
+    assert shown == {
+        "same class chosen": "97.5 %",
+        "same class chosen [logits]": "100.0 %",
+        "max difference [logits]": "1",
+    }
+
+
 def test_bench_compares_with_the_first_model(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["bench", "mlp.onnx", str(small), "--batch", "4", "--rounds", "2", "--runtime", "onnxruntime"]
     assert main([*words, "--json"]) == 0
@@ -480,7 +490,19 @@ COMPRESS = ["compress", "mlp.onnx", "-o", "never.onnx"]
             2,
             "(did you mean 'effort'?)",
         ),
+        (
+            ["compress", "mlp.onnx", "--budgt", "params=0.5"],
+            2,
+            "unrecognized arguments: --budgt (did you mean",
+        ),
+        (["verify", "mlp.onnx", "small.plan.json"], 2, "show a report with `tdpass report`"),
         (["inspect", "cli_net:mak"], 2, "(did you mean 'make'?)"),
+        (["inspect", "zoo:resnet21"], 2, "(did you mean 'resnet20'?)"),
+        (
+            ["train", "lenet5_cap", "--data", "digits", "--folder", "run", "--set", "pretran=1"],
+            2,
+            "unknown key 'pretran' (did you mean 'pretrain'?)",
+        ),
         (["inspect", "tim:resnet18"], 2, "(did you mean 'timm'?)"),
         (["train", "lenet5_adm_nn", "--folder", "run"], 2, "(did you mean 'lenet5_admm_nn'?)"),
         (["train", "lenet5_cap", "--data", "digts", "--folder", "run"], 2, "(did you mean 'digits'?)"),

@@ -59,6 +59,8 @@ class Verbs(Protocol):
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are `UsageError`s, so that they look like every other error."""
 
+    _words: Sequence[str] = ()
+
     def __init__(self, **options: Any) -> None:
         super().__init__(
             **{**options, "allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
@@ -66,13 +68,21 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """As argparse does, but a word that means nothing is the verb's own error, which knows its options."""
+        self._words = list(args or ())
         found, rest = super().parse_known_args(args, namespace)
         if rest:
-            words = (nearest(word.partition("=")[0], self._option_string_actions) for word in rest)
-            self.error(f"unrecognized arguments: {' '.join(rest)}{next(filter(None, words), '')}")
+            self.error(self._unknown(rest))
         return found, rest
 
+    def _unknown(self, words: Sequence[str]) -> str:
+        meant = (nearest(word.partition("=")[0], self._option_string_actions) for word in words)
+        return f"unrecognized arguments: {' '.join(words)}{next(filter(None, meant), '')}"
+
     def error(self, message: str) -> NoReturn:
+        options = [word for word in self._words if word.startswith("--")]
+        unknown = [word for word in options if word.partition("=")[0] not in self._option_string_actions]
+        if "required" in message and unknown:  # what is lacking may be what was misspelt
+            message = self._unknown(unknown)
         refused = _CHOICE.search(message)
         meant = nearest(refused["given"], re.findall(r"[\w-]+", refused["allowed"])) if refused else ""
         raise UsageError(f"{message}{meant}; see `{self.prog} --help`")

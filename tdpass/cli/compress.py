@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import tdpass
@@ -13,9 +14,9 @@ from tdpass.cli.arguments import MODEL_HELP, Verbs, add_data, add_planning, add_
 from tdpass.cli.fused import library_notes
 from tdpass.cli.output import Output
 from tdpass.cli.plan import planning
-from tdpass.cli.sources import read_source
+from tdpass.cli.sources import Source, read_source
 from tdpass.errors import TdpassError, UsageError
-from tdpass.files import check_writable, make_folder, write_text
+from tdpass.files import check_writable, new_folder, write_text
 from tdpass.html_report import render_html
 from tdpass.report import Report
 from tdpass.terminal import report_view
@@ -65,7 +66,12 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     output: Path = arguments.output
     source.check_output(output)
     folder: Path = arguments.report_dir or output.parent
-    make_folder(folder, "--report-dir")
+    with new_folder(folder, "--report-dir"):
+        return _compressed(source, folder, arguments, out)
+
+
+def _compressed(source: Source, folder: Path, arguments: argparse.Namespace, out: Output) -> int:
+    output: Path = arguments.output
     files = _files(output, folder)
     for path in files.values():
         check_writable(path)
@@ -90,13 +96,13 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
             )
     except TdpassError as error:
         if isinstance(error.artifact, tdpass.Artifact):
-            kept = _write(error.artifact, source.text, unverified(output), folder)
+            kept = _write(error.artifact, source.text, unverified(output), folder, out)
             out.say(
                 "what was made is kept, to look at and not to be used as it is: "
                 f"{', '.join(map(str, kept.values()))}"
             )
         raise
-    written = _write(artifact, source.text, output, folder, program=arguments.program)
+    written = _write(artifact, source.text, output, folder, out, program=arguments.program)
     notes = library_notes([output])
 
     def view(width: int | None) -> list[Part]:
@@ -141,17 +147,28 @@ def _files(output: Path, folder: Path) -> dict[str, Path]:
 
 
 def _write(
-    artifact: tdpass.Artifact, name: str, output: Path, folder: Path, *, program: bool = False
+    artifact: tdpass.Artifact,
+    name: str,
+    output: Path,
+    folder: Path,
+    out: Output,
+    *,
+    program: bool = False,
 ) -> dict[str, Path]:
-    """Save the model, and its plan and report even where that fails; returns the files by kind."""
+    """Save the model with its plan and report, or its plan alone where that fails; returns the files by kind."""
     artifact.report.model = name
     written = _files(output, folder)
+    plan = written["plan.json"]
     try:
         data = artifact.save(output, program=program)
-    finally:
-        artifact.plan.save(written["plan.json"])
-        artifact.report.save(written["report.json"])
-        write_text(written["report.html"], render_html(artifact.report, artifact.plan))
+    except TdpassError:
+        with suppress(TdpassError):  # the first error is the one to know of
+            artifact.plan.save(plan)
+            out.say(f"the plan is kept in {plan}; go on from it with --plan {plan}")
+        raise
+    artifact.plan.save(plan)
+    artifact.report.save(written["report.json"])
+    write_text(written["report.html"], render_html(artifact.report, artifact.plan))
     return {
         **written,
         **{("weights" if index == 0 else f"weights {index + 1}"): path for index, path in enumerate(data)},

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 
-_LIBRARIES = ("onnxscript", "torch", "transformers")
+_LIBRARIES = ("datasets", "huggingface_hub", "onnxscript", "timm", "torch", "transformers")
 
 
 @contextlib.contextmanager

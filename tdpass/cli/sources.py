@@ -16,6 +16,7 @@ from tdpass.sources.saved import holds_program, published_model
 
 Kind = Literal["file", "factory", "factors"]
 _FACTORS = ".safetensors"
+_DOCUMENTS = (".json", ".html")
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,11 @@ def _kind(text: str) -> Kind:
         return "factors" if factors else "file"
     if is_module(text):
         return "factory"
+    if path.suffix.lower() in _DOCUMENTS:
+        raise UsageError(
+            f"{text} is no model but what is said of one; show a report with `tdpass report`, and carry out a "
+            "plan with `tdpass compress MODEL --plan`"
+        )
     known = ", ".join(source.example for source in MODULE_SOURCES)
     raise UsageError(
         f"{text!r} names no model; give a .onnx or .pt2 file, package.module:factory, or one such as {known}"

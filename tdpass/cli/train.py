@@ -12,7 +12,7 @@ from tdpass.cli.arguments import Verbs, add_verb, count
 from tdpass.cli.output import Output
 from tdpass.datasets import SOURCES
 from tdpass.errors import UsageError
-from tdpass.files import check_writable, make_folder, write_text
+from tdpass.files import check_writable, new_folder, write_text
 from tdpass.html_report import render_html
 from tdpass.loggers import LOGGERS
 from tdpass.methods.recipe import Recipe, names, starting_recipe
@@ -96,16 +96,16 @@ def _train(recipe: Recipe, arguments: argparse.Namespace, out: Output) -> int:
             f"{folder} holds checkpoints of an earlier run; give --resume to go on with it, or another "
             "--folder"
         )
-    make_folder(folder, "--folder")
-    check_writable(folder / "model.safetensors")
-    artifact = recipe.run(
-        folder,
-        arguments.resume,
-        lambda row: out.say(line(row)),
-        arguments.checkpoint_every,
-        out.say,
-        arguments.log,
-    )
+    with new_folder(folder, "--folder"):
+        check_writable(folder / "model.safetensors")
+        artifact = recipe.run(
+            folder,
+            arguments.resume,
+            lambda row: out.say(line(row)),
+            arguments.checkpoint_every,
+            out.say,
+            arguments.log,
+        )
     if not isinstance(artifact.model, nn.Module):
         raise UsageError(f"the recipe made a {type(artifact.model).__name__}, not a module")
     artifact.save(folder / "model.safetensors")

@@ -16,6 +16,7 @@ from tdpass.datasets.augment import UNCHANGED, Augment
 from tdpass.errors import UsageError
 from tdpass.registry import Registry, nearest
 from tdpass.training.batches import Batches
+from tdpass.training.calls import class_scores
 
 PARTS = ("training", "calibration", "tuning", "test")
 _MEASURED = 4096  # images from which mean and deviation are taken
@@ -100,11 +101,17 @@ class Dataset:
         return made
 
     def accuracy(self, model: nn.Module, part: str = "test", size: int = 250) -> float:
-        """Percentage of a part's images that the model classifies correctly."""
+        """Percentage of a part's images that the model classifies correctly.
+
+        Raises `UsageError` where it returns no class scores, nor `logits` among what it returns.
+        """
         examples = self.part(part)
         model = copy.deepcopy(model).eval() if model.training else model
         with torch.inference_mode():
-            answers = [model(self.prepared(chunk)).argmax(1) for chunk in torch.split(examples.inputs, size)]
+            answers = [
+                class_scores(model(self.prepared(chunk))).argmax(1)
+                for chunk in torch.split(examples.inputs, size)
+            ]
         return 100 * float((torch.cat(answers) == examples.targets).double().mean())
 
     def fitted(self, sample: Sequence[int | None]) -> Dataset:

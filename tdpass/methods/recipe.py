@@ -73,7 +73,8 @@ class Recipe(Ingredients):
         known = [entry.name for entry in fields(cls)]
         unknown = [key for key in found if key not in known]
         if unknown:
-            raise UsageError(f"{source} has an unknown key {unknown[0]!r}; known: {', '.join(known)}")
+            meant = nearest(str(unknown[0]), known)
+            raise UsageError(f"{source} has an unknown key {unknown[0]!r}{meant}; known: {', '.join(known)}")
         made = _RECIPE.check(found, source)
         if made.method is not None and not isinstance(made.method, str):
             make_method(made.method)

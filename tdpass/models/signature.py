@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,13 +20,14 @@ class Input:
     """One input as the model declares it; None where it says nothing.
 
     A size is a number where it is fixed and a text where it is open: equal texts stand for equal sizes, the
-    empty one for a size of its own.
+    empty one for a size of its own.  A `positional` input has a name that a call cannot use.
     """
 
     name: str
     dtype: torch.dtype | None = None
     dims: Dims | None = None
     required: bool = True
+    positional: bool = False
 
     def converted(self, tensor: Tensor) -> Tensor:
         """The tensor in the input's type, where that changes no value but for rounding to a precision.
@@ -117,6 +118,16 @@ class Signature:
         if missing:
             raise self.unfit(f"the batch lacks {', '.join(missing)}")
         return found
+
+    def call(self, named: Mapping[str, Tensor]) -> Batch:
+        """The call of values by name, those in front that a call cannot name in their order."""
+        placed = [entry.name for entry in self.inputs if entry.positional]
+        if not all(name in named for name in placed):
+            placed = []
+        return Batch(
+            tuple(named[name] for name in placed),
+            {name: value for name, value in named.items() if name not in placed},
+        )
 
     def bind(self, batch: Batch) -> dict[str, Tensor]:
         """Tensors by input name, in the types that the model takes.

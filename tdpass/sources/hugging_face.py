@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from tdpass.errors import UsageError
 from tdpass.optional import optional
 from tdpass.sources.base import ModuleSource, register_module_source
+
+
+def _is_folder(text: str) -> bool:
+    """Whether no model of the hub can have that name."""
+    return text.startswith((".", "~")) or Path(text).is_absolute() or text.count("/") > 1
 
 
 @register_module_source
@@ -18,6 +25,8 @@ class HuggingFace(ModuleSource):
     example = "hf:bert-base-uncased"
 
     def build(self, text: str, *, pretrained: bool) -> nn.Module:
+        if _is_folder(text) and not Path(text).is_dir():
+            raise UsageError(f"there is no folder {text}; check the path, or name a model of the hub")
         library: Any = optional("transformers", "transformers", f"hf:{text}")
         config = library.AutoConfig.from_pretrained(text)
         named = next(iter(config.architectures or ()), "")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tdpass.documents import Document, register_document
 from tdpass.errors import TrainingError
+from tdpass.files import room_for
 from tdpass.training.pieces import read_pieces, read_table, write_pieces
 from tdpass.training.placement import world
 
@@ -34,6 +35,7 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], fact
     """Write `folder/step-N`: each process's tensors as safetensors, its `facts` (JSON values) beside them.
 
     All processes call it.  The folder appears under its name only when it is complete; the last two are kept.
+    Raises `WriteError` when the disk is full.
     """
     rank, size = world()
     final, temporary = folder / f"step-{step:09d}", folder / f".step-{step:09d}.part"
@@ -43,12 +45,18 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], fact
             shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir()
     _barrier(size)
-    write_pieces(temporary, tensors)
-    (temporary / f"facts-{rank}.json").write_text(_FACTS.text(dict(facts)), encoding="utf-8")
+    try:
+        with room_for(final):
+            write_pieces(temporary, tensors)
+            (temporary / f"facts-{rank}.json").write_text(_FACTS.text(dict(facts)), encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     _barrier(size)
     if rank == 0:
-        sums = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
-        (temporary / _MANIFEST_FILE).write_text(_MANIFEST.text(sums), encoding="utf-8")
+        with room_for(final):
+            sums = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+            (temporary / _MANIFEST_FILE).write_text(_MANIFEST.text(sums), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         for old in _found(folder)[:-KEPT]:

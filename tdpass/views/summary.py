@@ -15,6 +15,8 @@ from tdpass.planner.rank_plan import RankPlan
 from tdpass.report import Report, SiteRow
 from tdpass.views.units import human, ratio, score, share, shown_measures, small
 
+_CHECKS = {"same_class": "same class chosen"}
+
 
 @dataclass(frozen=True)
 class FormatTotal:
@@ -102,17 +104,17 @@ def checks(values: Mapping[str, float]) -> list[tuple[str, str]]:
     for name, value in values.items():
         if name == "samples":
             shown.append(("samples compared", human(value)))
-        elif name == "same_class":
-            shown.append(("same class chosen", share(value, 1.0)))
-        else:
-            entry, bracket, output = name.partition("[")
-            shown.append(
-                (
-                    f"{entry.replace('_', ' ')}{bracket and ' '}{bracket}{output}",
-                    score(value) if name.startswith("score_") else small(value),
-                )
-            )
+            continue
+        entry, bracket, output = name.partition("[")
+        words = _CHECKS.get(entry, entry.replace("_", " "))
+        shown.append((f"{words}{bracket and ' '}{bracket}{output}", _check(entry, value)))
     return shown
+
+
+def _check(entry: str, value: float) -> str:
+    if entry == "same_class":
+        return share(value, 1.0)
+    return score(value) if entry.startswith("score_") else small(value)
 
 
 def unfactored(row: SiteRow) -> bool:

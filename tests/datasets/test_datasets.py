@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tdpass.datasets import PARTS, SOURCES, Augment, Dataset, Examples, open_dataset
 from tdpass.datasets.digits import stored
@@ -26,6 +27,11 @@ class Library(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)
+
+
+class Scores:
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
 
 
 def in_own_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -253,3 +259,35 @@ def test_inputs_that_are_no_images_are_not_resized(tmp_path: Path) -> None:
         found.fitted((1, 3, 3))
     with pytest.raises(UsageError, match="no part 'validation'"):
         found.part("validation")
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda scores: scores,
+        lambda scores: {"gate": scores[:, :1], "logits": scores},
+        Scores,
+    ],
+    ids=["tensor", "mapping", "attribute"],
+)
+def test_scores_are_found_in_what_a_network_returns(wrapped: Callable[[Tensor], object]) -> None:
+    digits = open_dataset("digits")
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    net = nn.Sequential(plain, Wrapping(wrapped)).eval()
+    assert digits.accuracy(net) == 100 * float(
+        (plain(digits.inputs("test")).argmax(1) == digits.test.targets).double().mean()
+    )
+
+
+def test_a_network_without_scores_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"returned a dict; .* or one named 'logits'"):
+        open_dataset("digits").accuracy(Wrapping(lambda scores: {"boxes": scores}))
+
+
+class Wrapping(nn.Module):
+    def __init__(self, wrapped: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.wrapped = wrapped
+
+    def forward(self, scores: Tensor) -> object:
+        return self.wrapped(scores)

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -190,6 +191,19 @@ def test_a_run_whose_data_is_missing_leaves_no_folder(
     with pytest.raises(UsageError, match=r"no file missing\.npz"):
         Recipe.parse(recipe(model="lenet5", data="missing.npz")).run(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("words", [["--data", "scores.npz"], ["--set", "method.batude.budget=0.5"]])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_run_that_is_refused_leaves_no_folder_of_its_own(
+    words: list[str], there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("scores.npz", x=np.zeros((4, 3)))
+    if there:
+        Path("runs/one").mkdir(parents=True)
+    assert main(["train", "lenet5_cap", "--folder", "runs/one", *words, "--quiet"]) == 2
+    assert {path.name for path in Path().rglob("*")} == {"scores.npz"} | ({"runs", "one"} if there else set())
 
 
 @pytest.mark.parametrize("model", [f"{HERE}:network", "resnet20"])

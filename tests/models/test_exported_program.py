@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import tdpass
+from tdpass.data import calls_of
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.models import open_model
 
@@ -83,3 +84,27 @@ def test_wrong_files_are_refused(residual: nn.Module, images: Tensor, tmp_path: 
     with pytest.raises(UsageError, match=r"\.pt2"):
         tdpass.compress(_export(residual, images), {"params": 0.9}).save(tmp_path / "wrong.onnx")
     assert not (tmp_path / "wrong.onnx").exists()
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 8)
+        self.second = nn.Linear(12, 8)
+
+    def forward(self, x: Tensor, state: Tensor, *, scale: Tensor) -> Tensor:
+        return (self.first(x) + 2 * self.second(state)) * scale
+
+
+@pytest.mark.parametrize("names", [("x", "state", "scale"), ("scale", "state", "x")])
+def test_values_by_name_are_put_where_a_program_takes_them(names: tuple[str, ...]) -> None:
+    net = TwoInputs().eval()
+    given = {name: torch.randn(4, 8 if name == "scale" else 12) for name in ("x", "state", "scale")}
+    dynamic = {name: {0: Dim("n", min=2)} for name in given}
+    program = torch.export.export(
+        net, (given["x"], given["state"]), {"scale": given["scale"]}, dynamic_shapes=dynamic
+    )
+    read, notes = calls_of(open_model(program), {name: given[name] for name in names}, 4)
+    assert not notes
+    assert [len(batch.args) for batch in read] == [2]
+    assert torch.equal(program.module()(*read[0].args, **read[0].kwargs), net(**given))

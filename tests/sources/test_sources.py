@@ -112,7 +112,9 @@ def test_a_bert_from_its_configuration(tmp_path: Path) -> None:
         ("zoo:lenet", UsageError, r"did you mean 'lenet5'\?"),
         ("zoo:lenet5:many", UsageError, "no number of classes"),
         ("nowhere:net", UsageError, "cannot import 'nowhere'"),
-        ("hf:/no/such/folder", InvalidModelError, r"hf cannot make '/no/such/folder' .*--weights"),
+        ("hf:/no/such/folder", UsageError, "there is no folder /no/such/folder"),
+        ("hf:./small", UsageError, r"there is no folder \./small"),
+        ("hf:runs/one/small", UsageError, "there is no folder runs/one/small"),
     ],
 )
 def test_a_model_that_cannot_be_made_is_one_clear_error(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +110,15 @@ def _inputs(program: ExportedProgram) -> Iterator[Input]:
     placeholders = {
         node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"
     }
-    for name in program.graph_signature.user_inputs:
+    names = program.graph_signature.user_inputs
+    args, _ = tree_unflatten(list(names), program.call_spec.in_spec)
+    for name in names:
         value = placeholders.get(name) if isinstance(name, str) else None
+        known = Input(str(name), positional=name in args)
         yield (
-            Input(str(name), value.dtype, _sizes(value))
+            replace(known, dtype=value.dtype, dims=_sizes(value))
             if isinstance(value, torch.Tensor)
-            else Input(str(name))
+            else known
         )
 
 

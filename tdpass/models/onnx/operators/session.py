@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import tempfile
 import weakref
@@ -127,7 +129,11 @@ class Session:
 
         Its name, type, and the types and sizes of inputs that are present and of outputs.
         """
-        events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
+        text = Path(self._session.end_profiling()).read_text(encoding="utf-8")
+        try:
+            events = json.loads(text)
+        except json.JSONDecodeError:  # ONNX Runtime does not say that it could not write all of it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
         return [
             event for event in events if event.get("cat") == "Node" and "op_name" in event.get("args", {})
         ]
