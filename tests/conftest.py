@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from selection import thin
+from stopped_clock import stop_while_compiling
 from torch import Tensor, nn
 
 from tdpass.layers.derived import DERIVED
@@ -16,6 +17,11 @@ from tdpass.layers.derived import DERIVED
 # Compiled once per checkout, and the operators are those in Python unless a test asks for the others.
 os.environ.setdefault("TDPASS_KERNELS", str(Path(__file__).parents[1] / "build" / "kernels"))
 os.environ.setdefault("TDPASS_BINDING", "python")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """No test is ended because it was the first to need a kernel."""
+    stop_while_compiling(config)
 
 
 @pytest.hookimpl(tryfirst=True)
