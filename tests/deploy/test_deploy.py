@@ -24,7 +24,7 @@ from tdpass.kernels.base import use_reference
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.fused import Fused
 from tdpass.models.base import Batch
-from tdpass.models.torch.fused.deployable import FusedLayer, fused
+from tdpass.models.torch.fused.deployable import FusedLayer, Packed, fused
 from tdpass.models.torch.fused.fuse import chosen_operators
 
 TORCH = Path(torch.__file__).parent
@@ -87,7 +87,7 @@ def test_every_format_that_is_a_chain_is_fused_exactly() -> None:
             continue
         assert isinstance(small, nn.Module)
         network, layers = fused(operators(small, x))
-        assert layers == sum(isinstance(module, FusedLayer) for module in network.modules())
+        assert layers == sum(isinstance(module, FusedLayer | Packed) for module in network.modules())
         found |= {name} if layers else set()
         with torch.no_grad(), use_reference():
             assert torch.allclose(network(x), small(x), atol=1e-4, rtol=1e-4), name
