@@ -35,6 +35,10 @@ addEventListener("DOMContentLoaded", () => {
   found.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
   const outside = (box) => box.getBoundingClientRect().right > document.documentElement.clientWidth + 1;
   found.cut = Array.from(document.querySelectorAll(".card, .scroll, .strip, .switch, nav")).filter(outside).length;
+  const beyond = (box) => box.getBoundingClientRect().right > box.closest(".scroll").getBoundingClientRect().right + 1;
+  found.bars = Array.from(document.querySelectorAll("#sites-table .bar")).filter(beyond).length;
+  const wider = (label) => { const box = document.querySelector(`[aria-label="${label}"]`); return box.scrollWidth - box.clientWidth; };
+  found.wider = ["Formats", "Two reports"].filter((label) => wider(label) > 1);
   const rows = () => Array.from(document.querySelectorAll("#sites-table tbody tr[id]:not([hidden])"), (row) => row.id);
   found.network = rows();
   document.querySelectorAll("#sites-table thead .number button")[1].click();
@@ -78,6 +82,8 @@ def test_it_works_in_a_browser(tmp_path: Path, sites: int, width: int) -> None:
     match = re.search(r'data-found="([^"]*)"', dumped)
     assert match is not None, dumped[-2000:]
     found = json.loads(unescape(match[1]))
+    assert found["bars"] == 0  # a bar that is cut would show a share that is none
+    assert found["wider"] == []
     assert found["errors"] == []
     assert "layer1.conv" in found["details"]
     assert (found["wide"], found["cut"]) == (0, 0)

@@ -72,7 +72,7 @@ def _sites(report: Report, other: Report) -> Html:
         ),
     ]
     said = f"{len(unlike)} of {len(ours)} sites differ" + (
-        f"; {missing} are in one of the two only" if missing else ""
+        f"; {missing} {'is' if missing == 1 else 'are'} in one of the two only" if missing else ""
     )
     if len(rows) < _MANY:
         shown = table(headers, rows, "Sites that differ") if rows else None

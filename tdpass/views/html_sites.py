@@ -90,8 +90,9 @@ def site_table(rows: Sequence[SiteRow], colour: Mapping[str, str]) -> Html:
         _row(row, site_anchor(place), colour, longest, prefix, with_time, told, with_loss)
         for place, row in enumerate(rows)
     ]
-    if len(rows) >= _IN_BLOCKS:
-        for name, places in reversed(blocks([row.site[len(prefix) :] for row in rows])):
+    found = blocks([row.site[len(prefix) :] for row in rows])
+    if len(rows) >= _IN_BLOCKS and len(found) > 1:
+        for name, places in reversed(found):
             body.insert(places[0], _block(name, [rows[place] for place in places], len(headers)))
     return table(headers, body, "Sites", id="sites-table")
 
