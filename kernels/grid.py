@@ -24,7 +24,8 @@ class Grid:
     """A scale and a zero point; a scale of 0 is no grid.
 
     Where a stage reads no grid, every row (position) is put on one of its own: `scale = max |x| / 127`, zero
-    point 128; a row with NaN has scale NaN, and so is all that is made of it.  An output or a residual without one is floating point.
+    point 128; a row with NaN has scale NaN, and so is all that is made of it.  An output or a residual
+    without one is floating point.
     """
 
     scale: float = 0.0

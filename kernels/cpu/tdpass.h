@@ -79,9 +79,9 @@ typedef struct {
 // 4)][16][4]`, or `[ceil(out / 16)][h w][16]` where in/g == 1 and out == in > 1.  `scales[s]` and `totals[s]`
 // are `[out]`: of a weight, and the sum of its whole numbers.  `grids` are what the stages read, y and the
 // residual: `chain.stages + 2` of them.  A stage that reads no grid takes every position on one of its own,
-// with scale max |x| / 127, NaN where one of x is, and zero point 128; it has a 1 x 1 kernel and no padding.  Without a grid y and
-// the residual are of the floating-point type of x, float32 if x is bytes.  Every floating-point operation is
-// rounded by itself, codes to nearest, ties to even.
+// with scale max |x| / 127, NaN where one of x is, and zero point 128; it has a 1 x 1 kernel and no padding.
+// Without a grid y and the residual are of the floating-point type of x, float32 if x is bytes.  Every
+// floating-point operation is rounded by itself, codes to nearest, ties to even.
 typedef struct {
   tdpass_chain chain;
   const float* const* scales;

@@ -223,7 +223,7 @@ def found_grid(x: Tensor) -> Grid:
 def dynamic_conv_case(
     stages: Sequence[Stage], x: np.ndarray, residual: bool, activation: str
 ) -> tuple[onnx.ModelProto, Arrays, Tensor]:
-    """A model of convolutions that find one grid each in every call, and what their reference says one by one."""
+    """A model of convolutions that find one grid each in a call, and what references say one by one."""
     op = DynamicConvChainOp(len(stages), residual, activation)
     bias = numbers(stages[-1].outputs, 1)[:, 0]
     constants, attributes = dict[str, np.ndarray](), dict[str, object]()

@@ -34,7 +34,7 @@ _ROUNDS = 15
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A part, how many times as fast it is alone as one operator, with the better lanes, and the seconds saved."""
+    """A part, how many times as fast it is alone as one operator, in the better lanes, and seconds saved."""
 
     part: Part
     lanes: Lanes

@@ -41,7 +41,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Two layers, the second of which reads what the first makes, as it is or as the nodes between pass it on."""
+    """Two layers, the second of which reads what the first makes, or what the nodes between make of it."""
 
     first: Layer
     between: tuple[ir.Node, ...]

@@ -42,7 +42,7 @@ class Called:
 
 
 def alone(model: ir.Model, part: Part, sizes: tuple[Sizes, ...]) -> Trial[Called]:
-    """The part on one thread of ONNX Runtime, as an operator of this package and as the nodes it stands for."""
+    """The part on one thread of ONNX Runtime, as one operator and as the nodes that it stands for."""
     ways: dict[str, Fusions] = {lanes: {part.key: Fusion(part.spec, lanes)} for lanes in part.families}
     return _trial(model, Called(part.spec, sizes), part.reads, part.makes, {PLAIN: {}} | ways)
 

@@ -115,7 +115,7 @@ class _FindsGrids:
 
 @dataclass(frozen=True)
 class DynamicChainOp(_FindsGrids):
-    """`y = activation(products(x) + bias + residual)` with matrices of int8, each row put on a grid of its own.
+    """`y = activation(products(x) + bias + residual)` with matrices of int8, each row on a grid of its own.
 
     What every matrix `[i, o]` reads is rounded, row by row, to 127 steps of its largest number.
     """

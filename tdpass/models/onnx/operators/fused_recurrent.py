@@ -37,9 +37,9 @@ class LowRankCellOp:
 
     Inputs are pre `[t, n, gates hidden]`, what the input adds to the gates in torch's order; v `[hidden, r]`
     and u `[r, gates hidden]`, of float32, of bfloat16, or of int8 and each followed by its scales, one per
-    column, as `numbers` say; the bias of the product; the states.  Outputs are all hidden states and the last of every state.
-    With `int8` numbers what either factor reads is rounded to 127 steps of its largest number, sample by
-    sample.
+    column, as `numbers` say; the bias of the product; the states.  Outputs are all hidden states and the last
+    of every state.  With `int8` numbers what either factor reads is rounded to 127 steps of its largest
+    number, sample by sample.
     """
 
     gates: int

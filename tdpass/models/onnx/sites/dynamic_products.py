@@ -185,7 +185,7 @@ def _bias_behind(found: DynamicProduct) -> tuple[tuple[ir.Node, ...], tuple[ir.V
 
 
 def by_channel(y: ir.Value, outputs: int, axes: int) -> tuple[ir.Node, Slot] | None:
-    """The sum that alone reads an image or signal and adds one constant by channel, and where it reads that."""
+    """The sum of an image or signal, which nothing else reads, and a constant by channel; where that is."""
     add = sole_reader(y, "Add")
     operand = None if add is None else other(add, y)
     tensor = folded(operand)
