@@ -80,10 +80,10 @@ def _check_complete(model: nn.Module, files: Sequence[str]) -> None:
                 None,
             )
             if value is not None and shape != tuple(value.shape):
-                said = "lacks" if shape is None else f"has in shape {list(shape)}"
+                said = "is not" if shape is None else f"has {list(shape)}"
                 raise InvalidModelError(
-                    f"the checkpoint {said} {name!r}, of shape {list(value.shape)}; save the compressed "
-                    "model again with save_pretrained"
+                    f"{name!r} should have shape {list(value.shape)} and {said} in the checkpoint; save the "
+                    "compressed model again with save_pretrained"
                 )
 
 

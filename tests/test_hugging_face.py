@@ -20,6 +20,8 @@ from torch import nn
 import tdpass
 from tdpass.errors import TdpassError, UsageError
 from tdpass.methods import AdmmTT
+from tdpass.models.torch.saving.pretrained import METHOD
+from tdpass.sources import module_of
 
 transformers = pytest.importorskip("transformers")
 hugging_face = pytest.importorskip("tdpass.hugging_face")
@@ -101,7 +103,22 @@ def without_a_factor(folder: Path) -> str:
         folder / "model.safetensors",
         metadata={"format": "pt"},
     )
-    return "the checkpoint lacks"
+    return "and is not in the checkpoint"
+
+
+def test_a_name_on_the_command_line_restores_it_without_an_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.quantizers import auto
+
+    model = compressed(bert).model.eval()
+    model.save_pretrained(tmp_path)
+    monkeypatch.delitem(sys.modules, "tdpass.hugging_face")
+    monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, METHOD)
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, METHOD)
+    restored = module_of(f"hf:{tmp_path}").eval()
+    with torch.no_grad():
+        assert torch.equal(restored(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
 
 
 def of_another_shape(folder: Path) -> str:
@@ -109,7 +126,7 @@ def of_another_shape(folder: Path) -> str:
     name = next(name for name in state if not name.endswith((".weight", ".bias")))
     state[name] = state[name][:-1].clone()
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    return "the checkpoint has in shape"
+    return r"should have shape \[\d+, \d+\] and has \[\d+, \d+\] in the checkpoint"
 
 
 def of_another_class(folder: Path) -> str:

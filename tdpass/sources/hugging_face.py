@@ -29,6 +29,9 @@ class HuggingFace(ModuleSource):
             raise UsageError(f"there is no folder {text}; check the path, or name a model of the hub")
         library: Any = optional("transformers", "transformers", f"hf:{text}")
         config = library.AutoConfig.from_pretrained(text)
+        if getattr(config, "quantization_config", None):
+            # without it transformers makes layers that tdpass factored anew at random
+            import tdpass.hugging_face  # noqa: F401, PLC0415 - it needs transformers itself
         named = next(iter(config.architectures or ()), "")
         cls = getattr(library, named, library.AutoModel)
         if pretrained:
