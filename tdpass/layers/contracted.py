@@ -14,7 +14,7 @@ from tdpass.formats.layer import Layer
 from tdpass.kernels import native
 from tdpass.kernels.tensor_chain import TENSOR_CHAIN
 from tdpass.layers.derived import Recipe, derived
-from tdpass.layers.encoded import EncodedCall
+from tdpass.layers.one_operator import OneOperator
 from tdpass.site import Site
 
 
@@ -33,7 +33,7 @@ class PackCores(Recipe[tuple[list[Tensor], list[int]]]):
         return [weight.clone() for weight in packed], [value for step in steps for value in step.integers()]
 
 
-class Contracted(EncodedCall):
+class Contracted(OneOperator):
     """A linear layer of a train, a ring or block terms whose cores are contracted by one operator.
 
     Where gradients are wanted, while it is compiled or exported, and for types that the kernels do not serve

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from tdpass.formats.layer import Layer
 from tdpass.formats.lowering import chain_of
-from tdpass.layers.encoded import EncodedChain
 from tdpass.layers.factor_chain import LINEAR, NAME, chain
+from tdpass.layers.one_operator import EncodedChain
 from tdpass.numbers.floating import Floating
 
 

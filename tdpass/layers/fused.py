@@ -12,9 +12,9 @@ from tdpass.formats.layer import Layer
 from tdpass.formats.lowering import lower
 from tdpass.kernels import native
 from tdpass.kernels.activation import activate
-from tdpass.layers.encoded import EncodedCall
 from tdpass.layers.factor_chain import LINEAR, chain
 from tdpass.layers.factorized import Factorized
+from tdpass.layers.one_operator import OneOperator
 
 
 class Fused(Factorized):
@@ -79,7 +79,7 @@ class Fused(Factorized):
 def layer_by_layer(module: nn.Module) -> Iterator[None]:
     """Run the fused layers of a module as the layers that they are made of."""
     lanes = {inner: inner.lanes for inner in module.modules() if isinstance(inner, Fused)}
-    together = [inner for inner in module.modules() if isinstance(inner, EncodedCall) and not inner.apart]
+    together = [inner for inner in module.modules() if isinstance(inner, OneOperator) and not inner.apart]
     for inner in lanes:
         inner.lanes = None
     for call in together:

@@ -25,7 +25,7 @@ from tdpass.kernels.int8_chain import CONV_CHAIN_INT8, LINEAR_CHAIN_INT8, empty_
 from tdpass.kernels.int8_factor import MOST_PRODUCTS, columns, pack_codes
 from tdpass.kernels.stage import stages_of, widths_of
 from tdpass.layers.derived import Recipe, derived
-from tdpass.layers.encoded import EncodedChain
+from tdpass.layers.one_operator import EncodedChain
 
 NAME = "integer_chain"
 _SCHEMA = (

@@ -12,9 +12,9 @@ from tdpass.form import DYNAMIC
 from tdpass.kernels.recurrent import pack_u, pack_v
 from tdpass.kernels.recurrent_int8 import pack_cell
 from tdpass.layers.derived import Recipe, Tensors, derived
-from tdpass.layers.encoded import EncodedChain
 from tdpass.layers.float_chain import FloatChain
 from tdpass.layers.integer_chain import IntegerChain
+from tdpass.layers.one_operator import EncodedChain
 
 
 @dataclass(frozen=True)

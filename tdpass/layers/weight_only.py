@@ -14,7 +14,7 @@ from tdpass.formats.layer import Layer
 from tdpass.formats.storage import Storage
 from tdpass.kernels.weight_only import WEIGHT_ONLY_LINEAR, pack_codes, pack_float8, pack_floats
 from tdpass.layers.derived import Recipe, Tensors, derived
-from tdpass.layers.encoded import EncodedCall
+from tdpass.layers.one_operator import OneOperator
 from tdpass.numbers import SCALE, VALUES
 from tdpass.numbers.floating import Floating
 from tdpass.numbers.scaled import ZERO, Scaled
@@ -62,7 +62,7 @@ def _pack(storage: Storage, name: str, held: dict[str, Tensor]) -> tuple[Tensor,
     return pack_codes(whole.to(torch.int8), rows[SCALE], numbers.bits, rows.get(ZERO))
 
 
-class WeightOnly(EncodedCall):
+class WeightOnly(OneOperator):
     """A linear layer of numbers of few bits that runs as `weight_only_linear`, from what is packed of them.
 
     Where gradients are wanted, while it is compiled or exported, and for other types than single precision it

@@ -8,10 +8,10 @@ from torch import nn
 
 import tdpass
 from tdpass.kernels import native
-from tdpass.layers.encoded import EncodedCall
 from tdpass.layers.float_chain import FloatChain
 from tdpass.layers.fused import layer_by_layer
 from tdpass.layers.integer_chain import IntegerChain
+from tdpass.layers.one_operator import OneOperator
 from tdpass.layers.weight_only import WeightOnly
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
 )
 @torch.no_grad()
 def test_an_activation_in_a_row_of_layers_moves_into_the_operator(
-    steps: str, kind: type[EncodedCall], apart: float
+    steps: str, kind: type[OneOperator], apart: float
 ) -> None:
     ends = (nn.GELU(), nn.SiLU(), nn.ReLU6(), nn.Hardtanh(0.0, 6.0), nn.Hardtanh(-0.25, 0.1))
     rows = [part for end in ends for part in (nn.Linear(64, 64), end)]

@@ -13,7 +13,7 @@ from tdpass.fusing.choose import PLAIN
 from tdpass.kernels import native
 from tdpass.layers.contracted import Contracted
 from tdpass.layers.factorized import Factorized
-from tdpass.models.torch.fused import fuse_encoded
+from tdpass.models.torch.fused import as_operator
 from tdpass.models.torch.fused.deployable import fused
 from tdpass.targets import open_target
 from tdpass.targets.layers import make_layer
@@ -86,7 +86,7 @@ def test_it_is_chosen_where_it_is_measured_to_be_faster(
     def times(layer: Factorized, one: Contracted, like: Tensor) -> dict[str, float]:
         return {PLAIN: 1e-4, one.operator: seconds}
 
-    monkeypatch.setattr(fuse_encoded, "_times", times)
+    monkeypatch.setattr(as_operator, "_times", times)
     artifact = made("tensor_train", "fuse-kernels")
     assert any(isinstance(part, Contracted) for part in artifact.model) == chosen
 

@@ -16,7 +16,7 @@ from tdpass.kernels.stage import Lanes, Stage
 from tdpass.layers.derived import DERIVED
 from tdpass.layers.factorized import Factorized, empty_layer
 from tdpass.layers.float_chain import FloatChain
-from tdpass.models.torch.fused import fuse_encoded
+from tdpass.models.torch.fused import as_operator
 from tdpass.site import Site
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
@@ -95,7 +95,7 @@ def test_it_is_chosen_where_it_is_measured_to_be_faster(
     def times(layer: Factorized, one: FloatChain, like: Tensor) -> dict[str, float]:
         return {PLAIN: 1e-4, one.operator: fused}
 
-    monkeypatch.setattr(fuse_encoded, "_times", times)
+    monkeypatch.setattr(as_operator, "_times", times)
     artifact = made("bfloat16", "fuse-kernels")
     assert any(isinstance(part, FloatChain) for part in artifact.model) == chosen
     assert any("us as one operator" in why for why in artifact.report.declined.values()) != chosen

@@ -22,7 +22,7 @@ from tdpass.kernels.base import use_reference
 from tdpass.layers.factorized import Factorized, empty_layer
 from tdpass.layers.integer_chain import IntegerChain
 from tdpass.models.abilities import Range
-from tdpass.models.torch.fused import fuse_encoded
+from tdpass.models.torch.fused import as_operator
 from tdpass.models.torch.fused.deployable import fused as deployable
 from tdpass.planner.integer_activations import with_ranges
 from tdpass.site import Site
@@ -235,7 +235,7 @@ def test_it_is_chosen_where_it_is_measured_to_be_faster(
         assert isinstance(one, IntegerChain)
         return {PLAIN: 1e-4, one.operator: fused}
 
-    monkeypatch.setattr(fuse_encoded, "_times", times)
+    monkeypatch.setattr(as_operator, "_times", times)
     artifact = made("minmax", "fuse-kernels")
     assert any(isinstance(part, IntegerChain) for part in artifact.model.modules()) == chosen
     said = [why for why in artifact.report.declined.values() if "us as one operator" in why]
@@ -257,9 +257,9 @@ def test_times_are_kept_by_form_grids_and_layout(monkeypatch: pytest.MonkeyPatch
         one, like = IntegerChain.of(module), torch.empty(2, 5, 36, device="meta")
         turned = torch.empty(2, 36, 5, device="meta").transpose(1, 2)
         for x in (like, turned):
-            first, count = fuse_encoded._times(module, one, x), len(runs)
+            first, count = as_operator._times(module, one, x), len(runs)
             assert all(seconds > 0 for seconds in first.values())
-            assert fuse_encoded._times(module, one, x) == first
+            assert as_operator._times(module, one, x) == first
             assert len(runs) == count
     assert len(runs) == 4
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import tdpass
 from tdpass.fusing import choose
 from tdpass.kernels import native
-from tdpass.layers.encoded import EncodedCall
 from tdpass.layers.integer_chain import IntegerChain
+from tdpass.layers.one_operator import OneOperator
 from tdpass.models import open_model
 from tdpass.models.base import Batch
 from tdpass.models.torch.fused.handed_bytes import handed_bytes
@@ -148,6 +148,6 @@ def test_a_model_that_cannot_be_exported_is_chosen_layer_by_layer(monkeypatch: p
     table = Planted(planted(2.0))
     monkeypatch.setattr(choose, "times_kept", lambda: table)
     artifact = tdpass.compress(Branching().eval(), None, torch.randn(8, 4, 8, 8), pipeline=STEPS, cache=False)
-    assert not any(isinstance(part, EncodedCall) for part in artifact.model.modules())
+    assert not any(isinstance(part, OneOperator) for part in artifact.model.modules())
     notes = [note for row in artifact.report.passes for note in row.notes]
     assert any("handing on bytes is not known" in note for note in notes)

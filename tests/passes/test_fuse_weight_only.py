@@ -18,7 +18,7 @@ from tdpass.kernels import native
 from tdpass.kernels.activation import activate
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.weight_only import WeightOnly
-from tdpass.models.torch.fused import fuse_encoded
+from tdpass.models.torch.fused import as_operator
 
 SERVED = [
     "numbers=int8",
@@ -100,7 +100,7 @@ def test_it_is_chosen_where_it_is_measured_to_be_faster(
     def times(layer: Factorized, one: WeightOnly, like: Tensor) -> dict[str, float]:
         return {PLAIN: 1e-4, "weight_only_linear": fused}
 
-    monkeypatch.setattr(fuse_encoded, "_times", times)
+    monkeypatch.setattr(as_operator, "_times", times)
     artifact = made("numbers=int8", "fuse-kernels")
     assert any(isinstance(part, WeightOnly) for part in artifact.model) == chosen
     said = [why for why in artifact.report.declined.values() if "us as one operator" in why]
@@ -110,9 +110,9 @@ def test_it_is_chosen_where_it_is_measured_to_be_faster(
 def test_times_are_measured_once_and_kept() -> None:
     layer = made("numbers=int8", "verify").model[0]
     one, like = WeightOnly.of(layer), torch.empty(5, 32, device="meta")
-    first = fuse_encoded._times(layer, one, like)
+    first = as_operator._times(layer, one, like)
     assert all(seconds > 0 for seconds in first.values())
-    assert fuse_encoded._times(layer, one, like) == first
+    assert as_operator._times(layer, one, like) == first
 
 
 @pytest.mark.parametrize(

@@ -26,10 +26,10 @@ from tdpass.kernels.stage import Lanes
 from tdpass.kernels.tensor_chain import TENSOR_CHAIN
 from tdpass.kernels.weight_only import WEIGHT_ONLY_LINEAR
 from tdpass.layers.contracted import Contracted
-from tdpass.layers.encoded import EncodedCall
 from tdpass.layers.float_chain import FloatChain
 from tdpass.layers.fused import Fused
 from tdpass.layers.integer_chain import IntegerChain
+from tdpass.layers.one_operator import OneOperator
 from tdpass.layers.weight_only import WeightOnly
 from tdpass.models.base import Batch
 from tdpass.models.torch.fused.integer_graph import (
@@ -46,7 +46,7 @@ class FusedLayer(nn.Module):
     The factors are buffers, and nothing takes Python to run.
     """
 
-    def __init__(self, dense: Fused | EncodedCall, lowered: Lowered) -> None:
+    def __init__(self, dense: Fused | OneOperator, lowered: Lowered) -> None:
         super().__init__()
         self.axes = lowered.axes
         self.integers, self.widths = lowered.integers, lowered.widths
@@ -84,7 +84,7 @@ class FusedLayer(nn.Module):
 class Packed(nn.Module, ABC):
     """A layer for inference: its operator on what is packed of it, which buffers hold."""
 
-    def __init__(self, dense: EncodedCall, packed: Sequence[Tensor]) -> None:
+    def __init__(self, dense: OneOperator, packed: Sequence[Tensor]) -> None:
         super().__init__()
         self.activation = dense.activation
         self.names = [f"packed_{index}" for index in range(len(packed))]
@@ -153,7 +153,7 @@ def fused(module: nn.Module) -> tuple[nn.Module, int]:
 
 def _packed_layer(layer: nn.Module) -> nn.Module | None:
     """A layer that is one operator as a call of it that needs no Python; None where it stays as it is."""
-    if not isinstance(layer, Fused | EncodedCall) or layer.layer().dtype not in native.DTYPES:
+    if not isinstance(layer, Fused | OneOperator) or layer.layer().dtype not in native.DTYPES:
         return None
     if isinstance(layer, WeightOnly):
         return PackedWeights(layer)

@@ -17,12 +17,12 @@ from tdpass.fusing.spec import ChainCall, ChainSpec, Layout
 from tdpass.fusing.together import Shared, choose_together
 from tdpass.fusing.torch_calls import in_torch
 from tdpass.kernels.activation import clamp
-from tdpass.layers.encoded import EncodedCall
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.fused import Fused
 from tdpass.layers.integer_chain import IntegerChain
+from tdpass.layers.one_operator import OneOperator
 from tdpass.models.base import Batch
-from tdpass.models.torch.fused.fuse_encoded import Encoded, encoded
+from tdpass.models.torch.fused.as_operator import AsOperator, as_operator
 from tdpass.models.torch.fused.handed_bytes import handed_bytes
 from tdpass.models.torch.modules.in_place import become
 
@@ -44,20 +44,20 @@ def fuse_layers(
     layers = {
         path: layer
         for path, layer in module.named_modules()
-        if isinstance(layer, Factorized) and not isinstance(layer, Fused | EncodedCall)
+        if isinstance(layer, Factorized) and not isinstance(layer, Fused | OneOperator)
     }
     inputs = None if example is None else _inputs(layers, lambda: run(example))
     found: dict[Factorized, Factorized] = {}
-    few_bits: dict[str, Encoded] = {}
+    others: dict[str, AsOperator] = {}
     plain = fused = 0.0
     for path, layer in layers.items():
         called = None if inputs is None else inputs[path]
         if layer.form.encoded or chain_of(layer.layer()) is None:
-            made = encoded(layer, called)
+            made = as_operator(layer, called)
             if isinstance(made, str):
                 decline(path, f"not fused: {made}")
             else:
-                few_bits[path] = made
+                others[path] = made
             continue
         verdict = _verdict(layer, called)
         if isinstance(verdict, str):
@@ -72,11 +72,11 @@ def fuse_layers(
             )
             continue
         found[layer] = Fused.of(layer, _absorb(module, layer), verdict.lanes)
-    for path in _chosen(module, few_bits, example, note):
-        made = few_bits[path]
+    for path in _chosen(module, others, example, note):
+        made = others[path]
         made.call.activation = _absorb(module, layers[path])
         found[layers[path]] = made.call
-    for path, made in few_bits.items():
+    for path, made in others.items():
         if layers[path] not in found:
             decline(path, f"not fused: {made.why_not}")
     if layers:
@@ -103,7 +103,7 @@ def chosen_operators(module: nn.Module, example: Batch, decline: Callable[[str, 
 
 
 def _chosen(
-    module: nn.Module, layers: Mapping[str, Encoded], example: Batch | None, note: Callable[[str], None]
+    module: nn.Module, layers: Mapping[str, AsOperator], example: Batch | None, note: Callable[[str], None]
 ) -> list[str]:
     """The layers that save time by themselves, or with the bytes that they hand each other in graphs."""
     gains = {path: each.gain for path, each in layers.items()}

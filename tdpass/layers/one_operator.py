@@ -16,8 +16,8 @@ from tdpass.kernels.activation import activate
 from tdpass.layers.factorized import Factorized
 
 
-class EncodedCall(Factorized, ABC):
-    """A layer of encoded factors as one operator where that serves the call; else it runs as it is.
+class OneOperator(Factorized, ABC):
+    """A factored layer as one operator where that serves the call; else it runs as it is.
 
     `operator` names what it is measured under, `activation` what it ends with, which it took in from the
     model. With `apart` set it always runs as it is, with `in_graphs` everywhere but in a graph that is
@@ -71,8 +71,8 @@ class EncodedCall(Factorized, ABC):
         return exported or not (trained and torch.is_grad_enabled())
 
 
-class EncodedChain(EncodedCall, ABC):
-    """One whose format is a chain of convolutions or linear layers, `lowered`."""
+class EncodedChain(OneOperator, ABC):
+    """One of encoded factors whose format is a chain of convolutions or linear layers, `lowered`."""
 
     def __init__(
         self, layer: Layer, bias: nn.Parameter | None, padding_mode: str = "zeros", pads: tuple[int, ...] = ()

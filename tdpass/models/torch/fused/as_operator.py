@@ -1,4 +1,4 @@
-"""Which layers of encoded factors run faster as one operator, by the table of times."""
+"""Which layers of encoded factors, or of small cores, run faster as one operator, by the table of times."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 from tdpass.fusing.choose import PLAIN, Calls, kept_seconds, measuring, served
 from tdpass.kernels import native
 from tdpass.layers.contracted import Contracted
-from tdpass.layers.encoded import EncodedCall
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.float_chain import FloatChain
 from tdpass.layers.integer_chain import IntegerChain
+from tdpass.layers.one_operator import OneOperator
 from tdpass.layers.weight_only import WeightOnly
 from tdpass.machine import processor
 from tdpass.numbers.floating import Floating
@@ -25,10 +25,10 @@ _LEAST = 1 / 0.95  # what is packed is a second copy of the weight
 
 
 @dataclass(frozen=True)
-class Encoded:
+class AsOperator:
     """A layer as one operator, with the seconds of its calls so and as it is; none where unmeasured."""
 
-    call: EncodedCall
+    call: OneOperator
     seconds: tuple[float, float] | None = None
 
     @property
@@ -44,7 +44,7 @@ class Encoded:
         return f"{one * 1e6:.0f} us as one operator, {plain * 1e6:.0f} us as it is"
 
 
-def encoded(layer: Factorized, inputs: Sequence[Tensor] | None) -> Encoded | str:
+def as_operator(layer: Factorized, inputs: Sequence[Tensor] | None) -> AsOperator | str:
     """The layer as one operator, measured on these inputs (without storage), or why none serves it."""
     kind = call_of(layer)
     reason = kind.why_not(layer.layer()) or _unserved(layer, inputs)
@@ -52,12 +52,12 @@ def encoded(layer: Factorized, inputs: Sequence[Tensor] | None) -> Encoded | str
         return reason
     fused = kind.of(layer)
     if inputs is None or not measuring():
-        return Encoded(fused)
+        return AsOperator(fused)
     if not inputs:
         return "it is not called when the model runs on the data"
     times = [_times(layer, fused, x) for x in inputs]
     one, plain = (sum(each[way] for each in times) for way in (fused.operator, PLAIN))
-    return Encoded(fused, (one, plain))
+    return AsOperator(fused, (one, plain))
 
 
 def _unserved(layer: Factorized, inputs: Sequence[Tensor] | None) -> str:
@@ -67,7 +67,7 @@ def _unserved(layer: Factorized, inputs: Sequence[Tensor] | None) -> str:
     return next((reason for dtype in dtypes if (reason := served(device, dtype))), "")
 
 
-def call_of(layer: Factorized) -> type[EncodedCall]:
+def call_of(layer: Factorized) -> type[OneOperator]:
     """The operator that may serve a layer of encoded factors, or of small cores."""
     if not layer.form.encoded:
         return Contracted
@@ -77,7 +77,7 @@ def call_of(layer: Factorized) -> type[EncodedCall]:
     return FloatChain if floating and not layer.storage.supports else WeightOnly
 
 
-def _times(layer: Factorized, fused: EncodedCall, like: Tensor) -> dict[str, float]:
+def _times(layer: Factorized, fused: OneOperator, like: Tensor) -> dict[str, float]:
     """Seconds of either way, measured where the table has none.
 
     The form is part of the key: it says the precision of the factors, and whether the grids of what they read
