@@ -53,8 +53,8 @@ class OpenEmbeddingBag(nn.Module):
         if offsets is None:
             return self._averaged((rows * share).sum(1), share.sum(1))
         starts = offsets[:-1] if self.include_last_offset else offsets
-        places = torch.arange(input.shape[0], device=input.device)
-        bag = torch.searchsorted(starts.to(places.dtype).contiguous(), places, right=True) - 1
+        begun = input.new_zeros(input.shape[0] + 1).index_add(0, starts, torch.ones_like(starts))
+        bag = begun.cumsum(0)[:-1] - 1  # an empty bag begins where the next does
 
         def summed(values: Tensor) -> Tensor:
             return values.new_zeros(starts.shape[0], values.shape[-1]).index_add(0, bag, values)

@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,17 @@ def test_an_opened_bag_adds_as_the_dense_one_does(mode: str, padding: int | None
     ours, theirs = (layer(IDS).square().sum() for layer in (opened, dense))
     weight = dense.weight
     torch.testing.assert_close(*(torch.autograd.grad(value, weight)[0] for value in (ours, theirs)))
+
+
+def test_an_opened_bag_runs_in_onnx_runtime() -> None:
+    """As it is once its table is factored: the operators that it is exported by must be there."""
+    opened = OpenEmbeddingBag(bag(padding_idx=int(LIST[1]))).eval()
+    program = torch.onnx.export(opened, (LIST, STARTS), dynamo=True, verbose=False)
+    assert program is not None
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    names = [entry.name for entry in session.get_inputs()]
+    (made,) = session.run(None, dict(zip(names, (LIST.numpy(), STARTS.numpy()), strict=True)))
+    torch.testing.assert_close(torch.from_numpy(made), opened(LIST, STARTS))
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -395,6 +395,7 @@ layer(
     lambda: Alone(parametrizations.spectral_norm(nn.Conv2d(8, 12, 3))),
     IMAGE,
 )
+layer("spectral_norm of a table", lambda: Alone(parametrizations.spectral_norm(nn.Embedding(20, 16))), IDS)
 layer("float16", lambda: Alone(nn.Linear(24, 16)), TOKENS, dtype=torch.float16)
 layer("bfloat16", lambda: Alone(nn.Conv2d(8, 12, 3)), IMAGE, dtype=torch.bfloat16)
 layer("float64", lambda: Alone(nn.Linear(24, 16)), TOKENS, dtype=torch.float64)

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from tdpass.kinds import kind_of_module
+from tdpass.kinds import is_table, kind_of_module
 
 _Remove = Callable[[nn.Module], object]
 
@@ -50,7 +50,7 @@ def make_plain(model: nn.Module, stored: Container[str] = ()) -> list[str]:
 
 def _ways(module: nn.Module) -> list[_Remove]:
     """How each tensor that a layer computes is made a parameter."""
-    if kind_of_module(module) is None:
+    if kind_of_module(module) is None and not is_table(module):
         return []
     hooks = (_of_hook(hook) for hook in module._forward_pre_hooks.values())
     found = [remove for remove in hooks if remove is not None]
