@@ -11,6 +11,7 @@ from functools import cache
 from itertools import permutations
 from typing import Any
 
+import onnx_layers  # noqa: F401 - before those of torch, as the page has them
 import pytest
 import torch
 import torch_layers  # noqa: F401 - fills the table
