@@ -20,7 +20,7 @@ from torch import nn
 import tdpass
 from tdpass.cli import main
 from tdpass.cli.arguments import as_options
-from tdpass.errors import UsageError, WriteError
+from tdpass.errors import DifferenceError, UsageError, WriteError
 from tdpass.files import check_writable, folder_beside, replacing
 from tdpass.report import Report
 
@@ -69,6 +69,22 @@ def test_the_files_of_another_model_are_not_overwritten(capsys: pytest.CaptureFi
     assert Report.load("small.report.json").model == "files_net:other"
     Path("small.report.json").write_text("no report")
     assert compressed("other", "--quiet") == 2
+
+
+def test_plan_and_report_are_there_where_what_was_saved_does_not_load(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def damaged(*_: object, **__: object) -> None:
+        raise DifferenceError("what was saved does not load")
+
+    monkeypatch.setattr(tdpass.Artifact, "save", damaged)
+    assert compressed("make", "--quiet") == 1
+    assert "what was saved does not load" in capsys.readouterr().err
+    assert {path.name for path in Path().glob("small*")} == {
+        "small.plan.json",
+        "small.report.json",
+        "small.report.html",
+    }
 
 
 def test_places_that_cannot_be_written_are_found_before_planning(

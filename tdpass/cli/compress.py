@@ -15,7 +15,7 @@ from tdpass.cli.fused import library_notes
 from tdpass.cli.output import Output
 from tdpass.cli.plan import planning
 from tdpass.cli.sources import Source, read_source
-from tdpass.errors import TdpassError, UsageError
+from tdpass.errors import TdpassError, UsageError, WriteError
 from tdpass.files import check_writable, new_folder, write_text
 from tdpass.html_report import render_html
 from tdpass.report import Report
@@ -155,21 +155,31 @@ def _write(
     *,
     program: bool = False,
 ) -> dict[str, Path]:
-    """Save the model with its plan and report, or its plan alone where that fails; returns the files by kind."""
+    """Save the model with its plan and report, these even where that fails; returns the files by kind.
+
+    On a full disk the plan alone, where there is room for it.
+    """
     artifact.report.model = name
     written = _files(output, folder)
-    plan = written["plan.json"]
     try:
         data = artifact.save(output, program=program)
-    except TdpassError:
-        with suppress(TdpassError):  # the first error is the one to know of
+    except WriteError:
+        plan = written["plan.json"]
+        with suppress(WriteError):  # the first error is the one to know of
             artifact.plan.save(plan)
             out.say(f"the plan is kept in {plan}; go on from it with --plan {plan}")
         raise
-    artifact.plan.save(plan)
-    artifact.report.save(written["report.json"])
-    write_text(written["report.html"], render_html(artifact.report, artifact.plan))
+    except Exception:
+        _say_what_was_done(artifact, written)
+        raise
+    _say_what_was_done(artifact, written)
     return {
         **written,
         **{("weights" if index == 0 else f"weights {index + 1}"): path for index, path in enumerate(data)},
     }
+
+
+def _say_what_was_done(artifact: tdpass.Artifact, files: Mapping[str, Path]) -> None:
+    artifact.plan.save(files["plan.json"])
+    artifact.report.save(files["report.json"])
+    write_text(files["report.html"], render_html(artifact.report, artifact.plan))
