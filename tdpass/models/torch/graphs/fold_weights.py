@@ -96,12 +96,20 @@ def _worth(
     """Whether layers read what is made, nothing else reads what it is made of, and it takes no more room."""
     reads = [node for node in sources if node.op == "get_attr" and str(node.target) in one.sources]
     values = [node.meta.get("val") for node in one.made]
-    apart = all(user in sources for read in reads for user in read.users)
+    called = [node for node in graph_module.graph.nodes if node.op == "call_module"]
+    of_modules = {id(own) for node in called for own in _module(graph_module, node).parameters()}
+    apart = all(user in sources for read in reads for user in read.users) and not any(
+        id(held(graph_module, read)) in of_modules for read in reads
+    )
     if not apart or not all(isinstance(value, Tensor) for value in values):
         return False
     stored = sum({str(read.target): held(graph_module, read).numel() for read in reads}.values())
     read_by_layers = any(is_layer(user) for node in one.made for user in node.users)
     return read_by_layers and sum(value.numel() for value in values) <= stored  # type: ignore[union-attr]
+
+
+def _module(graph_module: GraphModule, node: Node) -> nn.Module:
+    return graph_module.get_submodule(str(node.target))
 
 
 def _fold(
