@@ -8,7 +8,8 @@ Every setting is exported as the ordinary model it stands for, its weights or fa
 bits (`int16`, `int8`), and priced in memory that computes (`pim:sot_mram`, modelled)
 with weights and activations of 8 and of 16 bits.  `alone` is the accuracy of an ordinary network of that
 width from random weights, trained for as many epochs as the adaptive one in all.  `switch_microseconds` is
-the mean over a thousand switches between the settings.  Rows go to results/widths.csv.
+the mean over a thousand switches between the settings.  An interrupted run goes on from its checkpoints.
+Rows go to results/widths.csv.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ import argparse
 import copy
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
 import tdpass
 from benchmarks.results import Table, show
+from tdpass.cli.train import line
 from tdpass.layers.adaptive import dial_of
 from tdpass.methods import ChannelAdaptive, make_method
 from tdpass.methods.material import Material, gathered
@@ -32,6 +35,7 @@ from tdpass.methods.recipe import Recipe
 from tdpass.models import Batch
 from tdpass.models.torch.model import TorchModel
 from tdpass.models.torch.ordinary import open_setting
+from tdpass.report import TrainingRow
 from tdpass.targets import Setting
 from tdpass.targets.pim import PimMemory, PimTarget
 
@@ -66,7 +70,7 @@ def switch_seconds(model: nn.Module, settings: list[tuple[float, float]]) -> flo
     return (time.perf_counter() - start) / 1000
 
 
-def trained_alone(recipe: Recipe, material: Material, model: nn.Module, epochs: int) -> float:
+def trained_alone(recipe: Recipe, material: Material, model: nn.Module, epochs: int, folder: Path) -> float:
     """The accuracy of an ordinary network of that structure, trained from random weights."""
     torch.manual_seed(recipe.seed)
     fresh = copy.deepcopy(model)
@@ -76,7 +80,16 @@ def trained_alone(recipe: Recipe, material: Material, model: nn.Module, epochs: 
             reset()
     settings = {**recipe.settings, **(recipe.pretraining or {})}
     artifact = tdpass.train(
-        fresh, material.batches, None, settings=settings, pretrain=epochs, control=False, seed=recipe.seed
+        fresh,
+        material.batches,
+        None,
+        settings=settings,
+        pretrain=epochs,
+        control=False,
+        seed=recipe.seed,
+        folder=folder,
+        resume=True,
+        log=_say,
     )
     return accuracy(material, artifact.model, recipe)
 
@@ -108,12 +121,15 @@ def kept_in(pipeline: str, opened: TorchModel, material: Material, recipe: Recip
     return {"accuracy": accuracy(material, stored.model, recipe), "bytes": stored.report.final.bytes}
 
 
-def measure(name: str, table: Table, *, alone: bool) -> None:
+def _say(row: TrainingRow) -> None:
+    print(line(row), flush=True)
+
+
+def measure(name: str, options: Sequence[str], table: Table, folder: Path, *, alone: bool) -> None:
     """Train a recipe and write a row for each of its settings and numbers of bits."""
-    recipe = replace(Recipe.load(name), control=False)
-    start = time.perf_counter()
-    artifact = recipe.run()
-    seconds = time.perf_counter() - start
+    recipe = replace(Recipe.load(name).with_options(options), control=False)
+    artifact = recipe.run(folder / name, resume=True, log=_say)
+    seconds = sum(entry.seconds for entry in artifact.report.training)
     material, model = gathered(recipe), artifact.model
     assert isinstance(model, nn.Module)
     method = make_method(recipe.method or "")
@@ -125,7 +141,8 @@ def measure(name: str, table: Table, *, alone: bool) -> None:
     for width, rank in settings:
         opened = open_setting(model, width, rank, example)
         narrow = tdpass.ordinary(model, width, rank).eval()
-        by_itself = trained_alone(recipe, material, narrow, epochs) if alone else None
+        own = folder / f"{name}-alone-{width}-{rank}"
+        by_itself = trained_alone(recipe, material, narrow, epochs, own) if alone else None
         for bits, pipeline in STORED.items():
             table.add(
                 recipe=name,
@@ -151,11 +168,13 @@ def main() -> None:
     )
     parser.add_argument("recipes", nargs="*", default=["digits_widths", "digits_widths_and_ranks"])
     parser.add_argument("--alone", action="store_true")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipes")
+    parser.add_argument("--folder", type=Path, default=Path("out/widths"), help="where checkpoints go")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     table = Table("widths.csv", COLUMNS)
     for name in arguments.recipes:
-        measure(name, table, alone=arguments.alone)
+        measure(name, arguments.set, table, arguments.folder, alone=arguments.alone)
     print(show(table.rows, COLUMNS[:13]))
 
 
