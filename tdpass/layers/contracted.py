@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from tdpass.form import Form
@@ -15,6 +14,7 @@ from tdpass.kernels import native
 from tdpass.kernels.tensor_chain import TENSOR_CHAIN
 from tdpass.layers.derived import Recipe, derived
 from tdpass.layers.one_operator import OneOperator
+from tdpass.layers.tracing import is_traced
 from tdpass.site import Site
 
 
@@ -36,7 +36,7 @@ class PackCores(Recipe[tuple[list[Tensor], list[int]]]):
 class Contracted(OneOperator):
     """A linear layer of a train, a ring or block terms whose cores are contracted by one operator.
 
-    Where gradients are wanted, while it is compiled or exported, and for types that the kernels do not serve
+    Where gradients are wanted, while it is traced, compiled or exported, and for types that the kernels do not serve
     it runs as the layer that it is.
     """
 
@@ -59,7 +59,6 @@ class Contracted(OneOperator):
         return y
 
     def serves(self, x: Tensor) -> bool:
-        traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()
-        parts = (value for value in self._parameters.values() if value is not None)
+        parts = (*self.factors().values(), *([] if self.bias is None else [self.bias]))
         alike = x.dtype in native.DTYPES and all(value.dtype == x.dtype for value in parts)
-        return alike and x.device.type == "cpu" and not traced
+        return alike and x.device.type == "cpu" and not is_traced(x)

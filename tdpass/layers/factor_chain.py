@@ -18,6 +18,7 @@ from tdpass.kernels.conv_chain import CONV_CHAIN, packing
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.stage import stages_of, widths_of
 from tdpass.layers.derived import DERIVED, PackChain
+from tdpass.layers.tracing import is_traced
 
 NAME = "factor_chain"
 LINEAR = "linear"
@@ -33,9 +34,8 @@ def chain(
     lanes: str,
 ) -> Tensor:
     """The operator where it is traced, and what it runs where it is not, which spares a dispatch."""
-    traced = torch.compiler.is_compiling() or type(x) is not Tensor
     held = [factor for factor in factors if factor is not None]
-    y: Tensor = (FACTOR_CHAIN if traced else run)(x, held, bias, stages, activation, lanes)
+    y: Tensor = (FACTOR_CHAIN if is_traced(x) else run)(x, held, bias, stages, activation, lanes)
     return y
 
 

@@ -21,6 +21,7 @@ from tdpass.formats.storage import Storage
 from tdpass.kinds import kind_of
 from tdpass.layers.deferred import Deferred
 from tdpass.layers.derived import Recipe, Tensors, derived
+from tdpass.layers.tracing import is_traced, is_transformed
 from tdpass.numbers import Part
 from tdpass.ops import TorchOps
 from tdpass.site import Site
@@ -76,19 +77,30 @@ class Factorized(nn.Module):
         self.lines = lines_left(layer.site, layer.form, self.storage)
         plain = self.lines is None and not layer.form.activations
         self.steps = steps_of(layer.site, layer.form, self.storage, bias=True) if plain else None
+        self.names = tuple(layer.factors)
         for name, factor in layer.factors.items():
             if self.storage.numbers or name in self.storage.orders:
                 self.register_buffer(name, factor)
             else:
                 self.register_parameter(name, _parameter(factor))
-        self.register_parameter("bias", bias)
+        self.register_parameter("bias", None if bias is None else _parameter(bias))
 
     bias: nn.Parameter | None
 
     def factors(self) -> dict[str, Tensor]:
-        """The factors as they are stored, by name."""
-        trained = {name: value for name, value in self.named_parameters(recurse=False) if name != "bias"}
-        return {**trained, **{name: value for name, value in self._buffers.items() if value is not None}}
+        """The factors as they are stored, by name.
+
+        What a parametrization or a pruning mask of torch computes is a factor as one that is held.
+        """
+        held = {**self._parameters, **self._buffers}
+        found = ((name, held.get(name)) for name in self.names)
+        return {name: getattr(self, name) if value is None else value for name, value in found}
+
+    @property
+    def learns(self) -> bool:
+        """Whether one of its factors or its bias asks for gradients."""
+        bias = self.bias is not None and self.bias.requires_grad
+        return bias or any(factor.requires_grad for factor in self.factors().values())
 
     def values(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The factors as floating-point numbers, by name."""
@@ -111,17 +123,13 @@ class Factorized(nn.Module):
             return self.format.rows(_OPS, x, self.values(self._dtype), self.site, self.rank)
         if self.pads:
             x = F.pad(x, self.pads, mode=self.padding_mode)
-        if self.rebuilt and self.training and self.factors():
+        if self.rebuilt and self.training and self.names:
             return apply_dense(_OPS, x, self.product(), self.bias, self.site)
-        held = {
-            name: value
-            for name, value in (*self._parameters.items(), *self._buffers.items())
-            if value is not None
-        }
+        held = self.factors()
         if self.form.activations:
             values = coded(self.storage, held, x.dtype)
             return apply_integers(self.format, x, values, self.bias, self.site, self.rank)
-        if self.lines is not None and not (torch.compiler.is_compiling() or torch.compiler.is_exporting()):
+        if self.lines is not None and not (is_traced(x) or is_transformed()):
             recipe = Shrink(self.storage, self.lines, x.dtype)
             return apply_smaller(_OPS, x, recipe.made(held), self.bias, self.lines)
         if self.steps is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,9 @@ from tdpass.kernels import native
 from tdpass.kernels.activation import activate
 from tdpass.layers.factor_chain import LINEAR, chain
 from tdpass.layers.factorized import Factorized
+from tdpass.layers.hooks import carry_hooks
 from tdpass.layers.one_operator import OneOperator
+from tdpass.layers.tracing import is_transformed
 
 
 class Fused(Factorized):
@@ -47,29 +49,29 @@ class Fused(Factorized):
         layer = Layer(module.site, module.form, module.factors())
         fused = cls(layer, module.bias, module.padding_mode, module.pads, activation, lanes)
         fused.train(module.training)
-        fused._forward_hooks, fused._forward_pre_hooks = module._forward_hooks, module._forward_pre_hooks
+        carry_hooks(module, fused)
         return fused
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.lowered is None or self.lanes is None or not self._served(x):
+        held = self.factors()
+        if self.lowered is None or self.lanes is None or not self._served(x, held):
             return activate(super().forward(x), self.activation)
         if self.pads:
             x = torch.nn.functional.pad(x, self.pads, mode=self.padding_mode)
-        factors = [self._parameters[name] for name in self.lowered.factors]
+        factors = [held[name] for name in self.lowered.factors]
         return chain(x, factors, self.bias, self._stages, self.activation, self.lanes)
 
-    def _served(self, x: Tensor) -> bool:
-        parameters = [parameter for parameter in self._parameters.values() if parameter is not None]
-        trainable = torch.is_grad_enabled() and (
-            x.requires_grad or any(parameter.requires_grad for parameter in parameters)
-        )
+    def _served(self, x: Tensor, held: Mapping[str, Tensor]) -> bool:
+        parts = [*held.values(), *([] if self.bias is None else [self.bias])]
+        trainable = torch.is_grad_enabled() and (x.requires_grad or any(part.requires_grad for part in parts))
         # an export is traced with gradients on, and what it gives is for inference
         if trainable and (self.training or not torch.compiler.is_exporting()):
             return False
         axes = self.site.axes + 2
         fits = x.dim() == axes if self.site.axes else x.dim() >= axes
-        alike = x.dtype in native.DTYPES and all(parameter.dtype == x.dtype for parameter in parameters)
-        return fits and alike and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        alike = x.dtype in native.DTYPES and all(part.dtype == x.dtype for part in parts)
+        plain = not (torch.is_autocast_enabled("cpu") or is_transformed())
+        return fits and alike and x.device.type == "cpu" and plain
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.lanes} lanes, {self.activation}"

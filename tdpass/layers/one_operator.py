@@ -14,6 +14,8 @@ from tdpass.formats.lowering import chain_of
 from tdpass.kernels import native
 from tdpass.kernels.activation import activate
 from tdpass.layers.factorized import Factorized
+from tdpass.layers.hooks import carry_hooks
+from tdpass.layers.tracing import is_transformed
 
 
 class OneOperator(Factorized, ABC):
@@ -32,11 +34,10 @@ class OneOperator(Factorized, ABC):
     @classmethod
     def of(cls, module: Factorized) -> Self:
         """The same layer with the very same tensors, mode and hooks."""
-        made = cls(module.layer(), module.bias, module.padding_mode, module.pads)
-        for name, value in module.factors().items():
-            setattr(made, name, value)
+        layer = Layer(module.site, module.form, module.factors())
+        made = cls(layer, module.bias, module.padding_mode, module.pads)
         made.train(module.training)
-        made._forward_hooks, made._forward_pre_hooks = module._forward_hooks, module._forward_pre_hooks
+        carry_hooks(module, made)
         return made
 
     @staticmethod
@@ -63,12 +64,11 @@ class OneOperator(Factorized, ABC):
         return super().extra_repr() if ends else f"{super().extra_repr()}, {self.activation}"
 
     def _inference(self, x: Tensor) -> bool:
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) or is_transformed():
             return False
-        trained = x.requires_grad or any(value.requires_grad for value in self.parameters(recurse=False))
         # an export is traced with gradients on, and what it gives is for inference
         exported = torch.compiler.is_exporting() and not self.training
-        return exported or not (trained and torch.is_grad_enabled())
+        return exported or not (torch.is_grad_enabled() and (x.requires_grad or self.learns))
 
 
 class EncodedChain(OneOperator, ABC):

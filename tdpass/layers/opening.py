@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from tdpass.errors import UsageError
+from tdpass.layers.hooks import carry_hooks
 
 Make = Callable[[str, nn.Module], nn.Module | None]
 
@@ -67,7 +68,7 @@ def opened(model: nn.Module, make: Make, verb: str) -> nn.Module:
                 continue
             made = found.get(child) or make(f"{path}.{name}"[len(".model.") - 1 :] if path else "", child)
             if made is not None:
-                made._forward_hooks, made._forward_pre_hooks = child._forward_hooks, child._forward_pre_hooks
+                carry_hooks(child, made)
                 found[child] = parent._modules[name] = made
     return root["model"]
 

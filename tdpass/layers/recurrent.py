@@ -21,6 +21,7 @@ from tdpass.layers.recurrent_cells import OpenCell, gru_step, lstm_step, plain_s
 from tdpass.layers.recurrent_cells import why_closed as why_cell_closed
 from tdpass.layers.recurrent_encoded import float_cell, integer_cell, is_float_cell, is_integer_cell
 from tdpass.layers.recurrent_product import Product, form, is_plain, lead, recorded
+from tdpass.layers.tracing import is_transformed
 
 _Direction = Callable[[Tensor, str, list[Tensor], bool], tuple[Tensor, Sequence[Tensor]]]
 
@@ -106,11 +107,12 @@ class OpenRNN(nn.Module):
         trained = torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (x, *state, *self.parameters())
         )
-        run = None if trained or recorded() else self._operators(x)
+        watched = recorded() or is_transformed()
+        run = None if trained or watched else self._operators(x)
         if run is not None:
             y, ends = self._layers(x.transpose(0, 1) if self.batch_first else x, state, run, 0)
             return y.transpose(0, 1) if self.batch_first else y, ends
-        if recorded() or not self._plain():
+        if watched or not self._plain():
             return self._layers(x, state, self._by_steps, int(self.batch_first))
         products = [self._product(name) for name in self._names]
         biases = [product.bias for product in products]

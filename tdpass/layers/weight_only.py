@@ -15,6 +15,7 @@ from tdpass.formats.storage import Storage
 from tdpass.kernels.weight_only import WEIGHT_ONLY_LINEAR, pack_codes, pack_float8, pack_floats
 from tdpass.layers.derived import Recipe, Tensors, derived
 from tdpass.layers.one_operator import OneOperator
+from tdpass.layers.tracing import is_traced
 from tdpass.numbers import SCALE, VALUES
 from tdpass.numbers.floating import Floating
 from tdpass.numbers.scaled import ZERO, Scaled
@@ -110,5 +111,4 @@ class WeightOnly(OneOperator):
         return y
 
     def serves(self, x: Tensor) -> bool:
-        traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()
-        return x.dtype is torch.float32 and not traced
+        return x.dtype is torch.float32 and not is_traced(x)
