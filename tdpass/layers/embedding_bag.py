@@ -52,12 +52,13 @@ class OpenEmbeddingBag(nn.Module):
             share = share * (input != self.padding_idx).to(share.dtype)[..., None]
         if offsets is None:
             return self._averaged((rows * share).sum(1), share.sum(1))
-        starts = offsets[:-1] if self.include_last_offset else offsets
-        begun = input.new_zeros(input.shape[0] + 1).index_add(0, starts, torch.ones_like(starts))
+        bags = offsets.shape[0]
+        begun = input.new_zeros(input.shape[0] + 1).index_add(0, offsets, input.new_ones(bags))
         bag = begun.cumsum(0)[:-1] - 1  # an empty bag begins where the next does
 
         def summed(values: Tensor) -> Tensor:
-            return values.new_zeros(starts.shape[0], values.shape[-1]).index_add(0, bag, values)
+            sums = values.new_zeros(bags, values.shape[-1]).index_add(0, bag, values)
+            return sums[:-1] if self.include_last_offset else sums  # what is behind the last is in no bag
 
         return self._averaged(summed(rows * share), summed(share))
 

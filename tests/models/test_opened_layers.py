@@ -44,6 +44,18 @@ def test_an_opened_bag_adds_as_the_dense_one_does(mode: str, padding: int | None
     torch.testing.assert_close(*(torch.autograd.grad(value, weight)[0] for value in (ours, theirs)))
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize(("numbers", "places"), [(torch.int32, torch.int64), (torch.int64, torch.int32)])
+def test_an_opened_bag_takes_numbers_and_offsets_of_either_type_and_ends_at_the_last(
+    mode: str, numbers: torch.dtype, places: torch.dtype
+) -> None:
+    ids, starts = LIST.to(numbers), torch.tensor([0, 3, 3, 9], dtype=places)
+    for last in (False, True):
+        dense = bag(mode=mode, include_last_offset=last)
+        within = ids[:9] if last else ids  # of more, torch divides by the count of all
+        torch.testing.assert_close(OpenEmbeddingBag(dense)(ids, starts), dense(within, starts))
+
+
 def test_an_opened_bag_runs_in_onnx_runtime() -> None:
     """As it is once its table is factored: the operators that it is exported by must be there."""
     opened = OpenEmbeddingBag(bag(padding_idx=int(LIST[1]))).eval()
