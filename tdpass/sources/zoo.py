@@ -8,6 +8,8 @@ from tdpass.errors import UsageError
 from tdpass.sources.base import ModuleSource, register_module_source
 from tdpass.zoo import NETS
 
+_MOST_CLASSES = 1_000_000
+
 
 @register_module_source
 class Zoo(ModuleSource):
@@ -18,9 +20,12 @@ class Zoo(ModuleSource):
 
     def build(self, text: str, *, pretrained: bool) -> nn.Module:
         del pretrained  # there are no published weights of them
-        name, _, classes = text.partition(":")
-        if not classes:
+        name, sign, classes = text.partition(":")
+        if not sign:
             return NETS.get(name).build()
-        if not classes.isdecimal() or not int(classes):
-            raise UsageError(f"zoo:{text} ends in {classes!r}, which is no number of classes, such as 100")
+        if not classes.isdecimal() or not 0 < int(classes) <= _MOST_CLASSES:
+            raise UsageError(
+                f"zoo:{text} ends in {classes!r}, which is no number of classes; give 1 to {_MOST_CLASSES:,}, "
+                "such as 100"
+            )
         return NETS.get(name).build(classes=int(classes))

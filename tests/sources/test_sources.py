@@ -111,6 +111,8 @@ def test_a_bert_from_its_configuration(tmp_path: Path) -> None:
         ("torchvision:resnet18", UsageError, "pip install torchvision"),
         ("zoo:lenet", UsageError, r"did you mean 'lenet5'\?"),
         ("zoo:lenet5:many", UsageError, "no number of classes"),
+        ("zoo:lenet5:", UsageError, "no number of classes"),
+        ("zoo:lenet5:999999999999", UsageError, "1 to 1,000,000"),
         ("nowhere:net", UsageError, "cannot import 'nowhere'"),
         ("hf:/no/such/folder", UsageError, "there is no folder /no/such/folder"),
         ("hf:./small", UsageError, r"there is no folder \./small"),
