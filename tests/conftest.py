@@ -24,6 +24,12 @@ def pytest_configure(config: pytest.Config) -> None:
     stop_while_compiling(config)
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """What a file draws while it is collected is the same in every process, or workers would disagree."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Cases that are chosen by name on the command line run whatever else does."""

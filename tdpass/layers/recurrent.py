@@ -104,9 +104,8 @@ class OpenRNN(nn.Module):
 
     @_disable_dynamo  # torch.compiler.disable would import the compiler here and now
     def _eager(self, x: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        trained = torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (x, *state, *self.parameters())
-        )
+        parts = (x, *state, *self.parameters())
+        trained = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
         watched = recorded() or is_transformed()
         run = None if trained or watched else self._operators(x)
         if run is not None:

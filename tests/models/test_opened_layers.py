@@ -18,7 +18,8 @@ from tdpass.layers.embedding_bag import OpenEmbeddingBag
 from tdpass.layers.factorized import Factorized
 from tdpass.models import open_model
 
-IDS, LIST = torch.randint(0, 40, (6, 5)), torch.randint(0, 40, (20,))
+GENERATOR = torch.Generator().manual_seed(0)
+IDS, LIST = (torch.randint(0, 40, size, generator=GENERATOR) for size in ((6, 5), (20,)))
 STARTS = torch.tensor([0, 3, 3, 11, 20])  # the second bag is empty
 
 
