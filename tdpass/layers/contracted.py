@@ -36,8 +36,8 @@ class PackCores(Recipe[tuple[list[Tensor], list[int]]]):
 class Contracted(OneOperator):
     """A linear layer of a train, a ring or block terms whose cores are contracted by one operator.
 
-    Where gradients are wanted, while it is traced, compiled or exported, and for types that the kernels do not serve
-    it runs as the layer that it is.
+    Where gradients are wanted, while it is traced, compiled or exported, and for types that the kernels do
+    not serve it runs as the layer that it is.
     """
 
     operator = "tensor_chain"

@@ -27,15 +27,14 @@ _SCHEMA = "(Tensor x, Tensor[] factors, Tensor? bias, int[] stages, str activati
 
 def chain(
     x: Tensor,
-    factors: Sequence[Tensor | None],
+    factors: Sequence[Tensor],
     bias: Tensor | None,
     stages: Sequence[int],
     activation: str,
     lanes: str,
 ) -> Tensor:
     """The operator where it is traced, and what it runs where it is not, which spares a dispatch."""
-    held = [factor for factor in factors if factor is not None]
-    y: Tensor = (FACTOR_CHAIN if is_traced(x) else run)(x, held, bias, stages, activation, lanes)
+    y: Tensor = (FACTOR_CHAIN if is_traced(x) else run)(x, factors, bias, stages, activation, lanes)
     return y
 
 

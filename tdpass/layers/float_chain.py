@@ -30,6 +30,7 @@ class FloatChain(EncodedChain):
         return ""
 
     def chain_call(self, x: Tensor) -> Tensor:
-        factors = [self._buffers[name] for name in self.lowered.factors]
+        held = self.factors()
+        factors = [held[name] for name in self.lowered.factors]
         lanes = LINEAR if self.lowered.linear else self.lowered.lanes
         return chain(x, factors, self.bias, self.lowered.integers, self.activation, lanes)

@@ -41,8 +41,9 @@ class Eager(Runtime):
     def prepare_model(self, model: Model, batch: Batch, threads: int) -> Call | None:
         if not isinstance(model, RunsAsModule):
             return None
-        layouts = (True, False) if _holds_kernels(model) else (True,)
-        placed = [placed_model(model, batch, innermost) for innermost in layouts]
+        placed = [placed_model(model, batch)]
+        if any(parameter.dim() == 4 for parameter in placed[0][0].parameters()):  # else the layouts are one
+            placed.append(placed_model(model, batch, innermost=False))
         calls = [partial(module, *each.args, **each.kwargs) for module, each in placed]
         with torch.no_grad():
             return min(calls, key=a_few_calls)
@@ -65,8 +66,3 @@ def placed_model(model: RunsAsModule, batch: Batch, innermost: bool = True) -> t
         return channels_last(moved) if innermost else moved.contiguous()
 
     return module, batch.map(place)
-
-
-def _holds_kernels(model: RunsAsModule) -> bool:
-    """Whether the order of axes in memory may matter: whether a weight has two spatial axes."""
-    return any(parameter.dim() == 4 for parameter in model.inference_module().parameters())
