@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -112,14 +112,7 @@ class ChannelAdaptive(Method):
                 f"{self.name} needs to see the model running to know which channels belong together; pass "
                 "example_inputs="
             )
-        for pads in (True, False):
-            adaptation, self.why = self._adaptation(model, pads=pads)
-            if self._proved(model, adaptation):
-                break
-        else:
-            raise UsageError(
-                f"the model does not run with fewer channels as it does with these at zero; {_EXCLUDE}"
-            )
+        adaptation, self.why = self._proved_adaptation(model)
         if len(self.ranks) == 1 and not any(form.shrinks for form in adaptation.layers.values()):
             reasons = "; ".join(f"{name}: {why}" for name, why in self.why.items())
             raise UsageError(
@@ -128,8 +121,12 @@ class ChannelAdaptive(Method):
             )
         return adapt(copy.deepcopy(model), adaptation)
 
-    def _adaptation(self, model: nn.Module, *, pads: bool) -> tuple[Adaptation, dict[str, str]]:
-        """What the layers and batch-norms are at each width, and by site why all its channels stay."""
+    def _proved_adaptation(self, model: nn.Module) -> tuple[Adaptation, dict[str, str]]:
+        """What the layers and batch-norms are at each width, and by site why all its channels stay.
+
+        Groups of channels that the model's code does not run with fewer of are found one by one, where the
+        model does not run with all of them narrowed together.
+        """
         assert self.example is not None
         opened = open_model(model, self.example)
         tape = opened.record(self.example)
@@ -141,7 +138,24 @@ class ChannelAdaptive(Method):
             and opened.layer(site.name) is None
         )
         sites = {site.name: site for site in chosen if _alone(model, site.name)}
-        groups = channel_groups(tape, sites, pads=pads)
+        found = (channel_groups(tape, sites, pads=pads) for pads in (True, False))
+        groups = next((groups for groups in found if self._runs(model, sites, groups)), None)
+        if groups is None:
+            groups = channel_groups(tape, sites, pads=False)
+            for number in sorted(groups.shrinking()):
+                if not self._runs(model, sites, groups.alone(number)):
+                    groups.keep(number, "the model does not run with fewer of them as with the same at zero")
+            if not self._runs(model, sites, groups):
+                raise UsageError(
+                    f"the model does not run with fewer channels as it does with these at zero; {_EXCLUDE}"
+                )
+        why = {name: groups.whole[number] for name, number in groups.makes.items() if number in groups.whole}
+        return self._adaptation(model, sites, groups), why
+
+    def _runs(self, model: nn.Module, sites: Mapping[str, Site], groups: ChannelGroups) -> bool:
+        return self._proved(model, self._adaptation(model, sites, groups))
+
+    def _adaptation(self, model: nn.Module, sites: Mapping[str, Site], groups: ChannelGroups) -> Adaptation:
         widths, ranks = sorted(self.widths), sorted(self.ranks)
         layers = {name: self._form(sites[name], groups, widths) for name in groups.makes}
         norms = {}
@@ -149,8 +163,7 @@ class ChannelAdaptive(Method):
             number = groups.norms.get(id(norm.running_mean))
             if number is not None:
                 norms[path] = _cuts(groups, number, int(norm.num_features), widths)  # type: ignore[arg-type]
-        why = {name: groups.whole[number] for name, number in groups.makes.items() if number in groups.whole}
-        return Adaptation(tuple(widths), tuple(ranks), layers, norms), why
+        return Adaptation(tuple(widths), tuple(ranks), layers, norms)
 
     def _form(self, site: Site, groups: ChannelGroups, widths: Sequence[float]) -> AdaptiveForm:
         inputs = _cuts(groups, groups.reads[site.name], site.i, widths)
@@ -218,7 +231,7 @@ class ChannelAdaptive(Method):
             estimate_statistics(trained, partial(_run_all, trained, batches))
         if self.bits:
             hold_bits(trained, self.bits)
-        artifact = compress(trained, pipeline="", example_inputs=self.example, cache=False)
+        artifact = compress(trained, pipeline="", example_inputs=self.example, cache=False, progress=False)
         artifact.report.original = self.original
         artifact.report.declined = {
             name: f"all its channels stay: {reason}" for name, reason in self.why.items()

@@ -77,11 +77,31 @@ class Padded(nn.Module):
         )
 
 
+class Viewed(nn.Module):
+    """Code that relies on the channels of one layer, between layers that may have fewer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.viewed = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+        self.last, self.out = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.viewed(torch.relu(self.first(x)))).view(-1, 8, 8, 8)
+        return self.out(torch.relu(self.last(x)))
+
+
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 NETS: dict[str, tuple[Any, Tensor]] = {
     "joined": (Joined, IMAGES),
     "concatenated": (Concatenated, IMAGES),
     "padded": (Padded, IMAGES),
+    "viewed": (Viewed, IMAGES),
+    "encoder": (
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2, enable_nested_tensor=False
+        ),
+        torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(3)),
+    ),
     "digits": (digits_net, torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))),
     "resnet20": (resnet20, torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))),
 }
@@ -163,6 +183,27 @@ def test_channels_shrink_together_as_the_run_joins_them() -> None:
     assert halves["resnet20"]["layer2.0.conv1"][0] == (8, 16)
     assert halves["resnet20"]["layer3.2.conv2"][0] == (32, 32)
     assert halves["resnet20"]["linear"][0] == (32, 10)
+
+
+def test_code_that_relies_on_channels_keeps_those_alone() -> None:
+    model, method, _ = adaptive("viewed", widths=[0.5, 1.0])
+    assert channels(model) == {
+        "first": [(3, 4), (3, 8)],
+        "viewed": [(4, 8), (8, 8)],
+        "last": [(8, 4), (8, 8)],
+        "out": [(4, 2), (8, 2)],
+    }
+    assert set(method.why) == {"viewed", "out"}
+    assert "does not run with fewer" in method.why["viewed"]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_encoder_layer_runs_narrow_with_and_without_gradients(grad: bool) -> None:
+    model, _, x = adaptive("encoder", widths=[0.5, 1.0])
+    assert channels(model)["layers.0.linear1"] == [(8, 8), (8, 16)]
+    tdpass.set_width(model, 0.5)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(model(x), tdpass.ordinary(model, 0.5)(x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_narrow_network_is_the_whole_one_with_other_channels_at_zero() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +17,7 @@ _PASSES = (
     | POOLS
     | frozenset({"softplus", "dropout2d", "contiguous", "to", "float", "mean", "interpolate"})
 )
-_PASSES |= frozenset({"view", "reshape", "__getitem__"})  # where they touch channels, no width is proved
+_PASSES |= frozenset({"view", "reshape", "__getitem__"})  # where they touch channels, the group is not proved
 _JOINS = frozenset(
     {
         "add",
@@ -64,6 +64,15 @@ class ChannelGroups:
     def shrinks(self, number: int) -> bool:
         """Whether the channels of that group may be fewer."""
         return self.of(number) not in self.whole
+
+    def shrinking(self) -> set[int]:
+        """The groups, of those that layers read or make, whose channels may be fewer."""
+        return {self.of(number) for number in (*self.reads.values(), *self.makes.values())} - set(self.whole)
+
+    def alone(self, number: int) -> ChannelGroups:
+        """The same groups, of which only that one may have fewer channels."""
+        others = self.shrinking() - {self.of(number)}
+        return replace(self, whole=self.whole | dict.fromkeys(others, "another is looked at"))
 
     def join(self, *numbers: int) -> None:
         """These values have the same channels."""

@@ -6,22 +6,21 @@ from collections.abc import Callable
 
 from torch import nn
 
+from tdpass.layers.adaptive import Adaptive
 from tdpass.layers.attention import OpenAttention
 from tdpass.layers.factorized import Factorized
 from tdpass.models.torch.modules.in_place import watching
 
 
 def call_layers(model: nn.Module) -> None:
-    """Switch off the fused path of every `nn.TransformerEncoderLayer` with a factored layer in it.
+    """Switch off the fused path of every `nn.TransformerEncoderLayer` with a layer of this library in it.
 
     Nested tensors of encoders of such layers are switched off too. The fused path takes dense weights, which
-    a factored layer would rebuild from its factors at every call, and those of one matrix, which opened
-    attention has not.
+    a factored layer would rebuild from its factors at every call, those of one matrix, which opened attention
+    has not, and whole biases, of which an adaptive layer uses a part.
     """
     for module in model.modules():
-        if not isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) or not _factored(
-            module
-        ):
+        if not isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) or not _opened(module):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # read for the choice of the path alone
@@ -57,5 +56,5 @@ def runs_nested(model: nn.Module, run: Callable[[], object]) -> dict[nn.Module, 
     return found
 
 
-def _factored(module: nn.Module) -> bool:
-    return any(isinstance(part, Factorized | OpenAttention) for part in module.modules())
+def _opened(module: nn.Module) -> bool:
+    return any(isinstance(part, Factorized | OpenAttention | Adaptive) for part in module.modules())

@@ -9,6 +9,7 @@ from tdpass.formats.base import FORMATS, Factors
 from tdpass.kinds import kind_of_module
 from tdpass.layers.adaptive import Adaptive, AdaptiveNorm
 from tdpass.layers.dial import Adaptation, Cut, Dial
+from tdpass.models.torch.modules.called_layers import call_layers
 from tdpass.models.torch.modules.in_place import become
 from tdpass.models.torch.sites.norms import BatchNorm
 
@@ -37,6 +38,7 @@ def adapt(module: nn.Module, adaptation: Adaptation, *, filled: bool = True) -> 
                 "adapted"
             )
         become(norm, AdaptiveNorm(norm, path, dial))
+    call_layers(module)
     return module
 
 
