@@ -5,8 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from tdpass.planner.divergence import Divergence
 from tdpass.planner.effort import effort_named
 from tdpass.planner.memory import memory_limit, within_memory
 from tdpass.planner.rank_plan import RankPlan
-from tdpass.progress import ProgressBars
+from tdpass.progress import shown
 from tdpass.report import Report
 from tdpass.smallest import Kept, smallest
 from tdpass.targets import Target, open_target
@@ -128,7 +127,7 @@ def compress(
         raise UsageError("metric= looks for the smallest budget itself; leave budget= and plan= out")
     kept, dense = Kept(metric, max_loss), open_model(model, example_inputs, overridable).clone().unwrap()
     quiet = replace(setting, progress=False)
-    with _progress(progress) as bars:
+    with shown(progress) as bars:
         return smallest(
             lambda share: _run(model, share, data, None, steps, example_inputs, quiet),
             dense,
@@ -289,7 +288,7 @@ def _run(
     try:
         with (
             one_thread_if_small(model.macs() if target is None else 0),
-            _progress(setting.progress) as job.progress,
+            shown(setting.progress) as job.progress,
         ):
             steps.run(model, job)
             return finished(opened, model, job)
@@ -309,16 +308,6 @@ def _cache(wanted: bool | Path) -> Path | None:
     if not isinstance(wanted, bool):
         return wanted
     return cache_folder() if wanted else None
-
-
-@contextmanager
-def _progress(wanted: Progress | bool) -> Iterator[Progress]:
-    """What is called as work goes on: the caller's own, bars on stderr, or nothing."""
-    if not isinstance(wanted, bool):
-        yield wanted
-        return
-    with ProgressBars(sys.stderr, shown=wanted) as bars:
-        yield bars
 
 
 def _count(name: str, value: int) -> int:

@@ -48,6 +48,10 @@ def test_bars_appear_only_after_two_seconds(monkeypatch: pytest.MonkeyPatch) -> 
         now[0] = 2.1
         progress("fit", 2, 4)
         assert list(progress._tasks) == ["fit"]
+        progress.clear()  # for a line of text
+        assert not progress._tasks
+        progress("fit", 3, 4)
+        assert list(progress._tasks) == ["fit"]
         progress("fit", 4, 4)
         assert not progress._tasks
         progress("fit", 0, 4)

@@ -9,6 +9,7 @@ import io
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,7 @@ def test_progress_is_shown_unless_it_is_silenced(
             super().__init__(file, shown)
             asked.append(shown)
 
-    monkeypatch.setattr("tdpass.verbs.ProgressBars", Watched)
+    monkeypatch.setattr("tdpass.progress.ProgressBars", Watched)
     calls: list[str] = []
     for progress in (True, False, lambda what, done, of: calls.append(what)):
         tdpass.make_plan(residual, {"macs": 0.6}, images, effort="fast", cache=False, progress=progress)
@@ -131,6 +132,31 @@ def test_a_pipe_gets_lines_with_the_time_that_is_left(monkeypatch: pytest.Monkey
         progress("fit", 40, 40)
     assert stream.getvalue().splitlines() == [
         f"fit: {done} of 40, about {40 - done} s left" for done in (2, 12, 22, 32)
+    ]
+
+
+def test_a_long_step_that_goes_on_from_its_middle_says_less_and_less_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, stream = [0.0], io.StringIO()
+    monkeypatch.setattr("tdpass.progress.time.monotonic", lambda: now[0])
+    with ProgressBars(stream) as progress:
+        for done in range(500, 1000):
+            now[0] = float(done - 500)
+            progress("train", done, 1000)
+    said = [int(line.split()[1]) - 500 for line in stream.getvalue().splitlines()]
+    assert stream.getvalue().splitlines()[1] == "train: 512 of 1000, about 488 s left"
+    assert [now for now in said if now < 100] == list(range(2, 100, 10))
+    assert all(10 <= later - sooner <= max(10, 0.1 * later + 1) for sooner, later in pairwise(said))
+
+
+def test_training_says_how_far_it_is() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    data = [(torch.randn(2, 4), torch.tensor([0, 2])) for _ in range(3)]
+    calls: list[tuple[str, int, int]] = []
+    tdpass.train(model, data, pretrain=2, control=False, progress=lambda *call: calls.append(call))
+    assert [call for call in calls if call[0] == "train (pretrain)"] == [
+        ("train (pretrain)", done, 6) for done in range(1, 7)
     ]
 
 

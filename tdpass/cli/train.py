@@ -98,14 +98,21 @@ def _train(recipe: Recipe, arguments: argparse.Namespace, out: Output) -> int:
         )
     with new_folder(folder, "--folder"):
         check_writable(folder / "model.safetensors")
-        artifact = recipe.run(
-            folder,
-            arguments.resume,
-            lambda row: out.say(line(row)),
-            arguments.checkpoint_every,
-            out.say,
-            arguments.log,
-        )
+        with out.progress() as bars:
+
+            def say(text: str) -> None:
+                bars.clear()
+                out.say(text)
+
+            artifact = recipe.run(
+                folder,
+                arguments.resume,
+                lambda row: say(line(row)),
+                arguments.checkpoint_every,
+                say,
+                arguments.log,
+                bars,
+            )
     if not isinstance(artifact.model, nn.Module):
         raise UsageError(f"the recipe made a {type(artifact.model).__name__}, not a module")
     artifact.save(folder / "model.safetensors")

@@ -17,6 +17,7 @@ from tdpass.files import check_writable
 from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS
 from tdpass.formats.layer import cost_of, dense_cost
+from tdpass.job import Progress
 from tdpass.methods.base import as_stored
 from tdpass.methods.kept_tasks import Growing, Ranks, Task, read_tasks, write_tasks
 from tdpass.methods.run import SettingsSpec, train
@@ -121,6 +122,7 @@ class IncrementalTasks:
         checkpoint_every: int = 0,
         seed: int = 0,
         log: Callable[[TrainingRow], None] | None = None,
+        progress: Progress | bool = True,
     ) -> int:
         """Learn one more task from (inputs, targets); returns its number, the first being 0.
 
@@ -135,6 +137,7 @@ class IncrementalTasks:
             network, data, settings=settings, pretrain=epochs, control=False, objective=objective,
             evaluate=evaluate,
             folder=folder, resume=resume, checkpoint_every=checkpoint_every, seed=seed, log=log,
+            progress=progress,
         )  # fmt: skip
         trained = module_of(artifact)
         layers = new_columns(trained, self.sites)

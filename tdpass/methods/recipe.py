@@ -14,6 +14,7 @@ from tdpass.artifact import Artifact
 from tdpass.datasets import open_dataset, source_of
 from tdpass.documents import Count, Document, read_yaml, register_document, yaml_value
 from tdpass.errors import UsageError
+from tdpass.job import Progress
 from tdpass.loggers import Logger
 from tdpass.methods.base import METHODS, Method, make_method
 from tdpass.methods.material import Ingredients, gathered
@@ -130,6 +131,7 @@ class Recipe(Ingredients):
         checkpoint_every: int = 0,
         note: Callable[[str], None] = lambda text: None,
         loggers: Sequence[str | Logger] = (),
+        progress: Progress | bool = True,
     ) -> Artifact:
         """Train as the recipe says."""
         torch.manual_seed(self.seed)
@@ -162,6 +164,7 @@ class Recipe(Ingredients):
             checkpoint_every=checkpoint_every,
             note=note,
             loggers=loggers,
+            progress=progress,
         )
         artifact.report.model = material.name
         if shorter:

@@ -6,7 +6,7 @@ import copy
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tdpass.artifact import Artifact
 from tdpass.clock import one_thread_if_small
 from tdpass.errors import UsageError
 from tdpass.files import write_text
+from tdpass.job import Progress
 from tdpass.layers.factorized import rebuild_while_training
 from tdpass.loggers import Logger, started
 from tdpass.methods.base import METHODS, Method, make_method
@@ -26,6 +27,7 @@ from tdpass.methods.same_run import check_same_run, plain_facts
 from tdpass.methods.stages import Parallel, Run, Score, Stage, Stages, of_pipeline
 from tdpass.models import ExampleInputs, open_model
 from tdpass.pipeline import PipelineSpec
+from tdpass.progress import shown
 from tdpass.report import TrainingRow
 from tdpass.training.averaging import Average
 from tdpass.training.distillation import Distillation
@@ -75,6 +77,7 @@ def train(
     log: Callable[[TrainingRow], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
     loggers: Sequence[str | Logger] = (),
+    progress: Progress | bool = True,
 ) -> Artifact:
     """Train a copy of a model into a smaller one, and say what each epoch and the whole did.
 
@@ -87,8 +90,10 @@ def train(
 
     `evaluate(model)` scores every epoch (on data that is not the test data), `test(model)` the dense, the
     control and the final model once.  With a `folder` checkpoints and log.csv are written there, and `resume`
-    goes on from them.  `loggers` show the epochs elsewhere too: `tensorboard`, `wandb` or a `Logger`.  Under
-    torchrun every process calls this with its own share of the data; `parallel` is `ddp` or `fsdp2`.
+    goes on from them.  `loggers` show the epochs elsewhere too: `tensorboard`, `wandb` or a `Logger`.
+    `progress`: False is silent, True shows bars on stderr, a function is called with what is done, how much
+    of it, and of how much.  Under torchrun every process calls this with its own share of the data; `parallel`
+    is `ddp` or `fsdp2`.
 
     Raises `UsageError`, `TrainingError`, `BudgetError`.
     """
@@ -129,9 +134,13 @@ def train(
         check_same_run(run.folder, "run.json", facts, resume)
     macs = _macs(run)
     torch.manual_seed(seed)
-    shown = loggers if world()[0] == 0 else ()
-    with started(shown, run.folder, plain_facts(facts)) as running, one_thread_if_small(macs):
-        trainer = _Trainer(run, running)
+    first = world()[0] == 0
+    with (
+        started(loggers if first else (), run.folder, plain_facts(facts)) as running,
+        one_thread_if_small(macs),
+        shown(progress if first else False) as said,
+    ):
+        trainer = _Trainer(replace(run, progress=said), running)
         artifact = trainer.carry_out(made.stages(run) if isinstance(made, Method) else of_pipeline(run, made))
         while running:
             running.pop().finish(artifact.report)
@@ -199,6 +208,7 @@ class _Trainer:
             rounds_per_epoch=run.rounds_per_epoch,
             log=lambda row: self._take(row, [*before, *loop.rounds]),
             note=run.note,
+            progress=run.progress,
         )
         self.rows = [*before, *loop.run(run.resume)]
         return template.filled(wrapped).eval()

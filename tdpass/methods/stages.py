@@ -74,6 +74,7 @@ class Run:
     rounds_per_epoch: int
     log: Callable[[TrainingRow], None] | None
     note: Callable[[str], None]
+    progress: Callable[[str, int, int], None] = lambda what, done, of: None
 
     def scores(self, **models: nn.Module) -> dict[str, float]:
         """What `test` says of each model, as `score_NAME`; nothing without it."""
@@ -114,7 +115,11 @@ def of_pipeline(run: Run, pipeline: PipelineSpec | None) -> Stages:
         artifact = compress(dense, pipeline="", progress=False, example_inputs=run.example_inputs)
     else:
         artifact = compress(
-            dense, pipeline=pipeline, progress=False, data=run.calibration, example_inputs=run.example_inputs
+            dense,
+            pipeline=pipeline,
+            progress=run.progress,
+            data=run.calibration,
+            example_inputs=run.example_inputs,
         )
     return (yield from finished(run, dense, artifact, 0))
 

@@ -80,6 +80,7 @@ class Loop:
     rounds_per_epoch: int = 1
     log: Callable[[TrainingRow], None] = lambda line: None
     note: Callable[[str], None] = lambda text: None
+    progress: Callable[[str, int, int], None] = lambda what, done, of: None
     watch: Watch = field(default_factory=Watch)
     rounds: list[TrainingRow] = field(default_factory=list)
 
@@ -145,6 +146,7 @@ class Loop:
                 total += self._step(hooks.steps / (self.per_epoch * self.epochs), inputs, targets)
             if index % _LOOK_EVERY == 0:
                 self._check(total)
+            self.progress(f"train ({self.stage})", hooks.steps, self.per_epoch * self.epochs)
             if (
                 self.checkpoint_every
                 and hooks.steps % self.checkpoint_every == 0
