@@ -333,7 +333,8 @@ def _totals(report: Report, plan: RankPlan | None, rows: Sequence[SiteRow], widt
         grid(("Total", "Before", after_title, "Smaller", "Kept"), lines, width, numbers=(1, 2, 3, 4))
     )
     if report.stored is not None:
-        parts.append(Text(f"all tensors as stored: {' smaller, '.join(summary.smaller_file(report))}"))
+        times, word, sizes = summary.stored_whole(report)
+        parts.append(Text(f"all tensors as stored: {times} {word}, {sizes}"))
         parts.append(Text(f"pruned and quantized tensors: {summary.stored(report)}"))
     moved = summary.divergence(report, rows)
     if moved is not None:

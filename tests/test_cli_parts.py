@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 
 import pytest
 import torch
 
-from tdpass.cli.arguments import budget, inputs
 from tdpass.cli.bench import compared
 from tdpass.cli.output import finite
 from tdpass.cli.runners import Runner
 from tdpass.cli.timing import Quartiles
+from tdpass.cli.values import budget, inputs, limit, shape
 from tdpass.clock import interleaved
-from tdpass.errors import UsageError
 from tdpass.progress import ProgressBars
 
 
 def test_budget_pairs_keep_their_text() -> None:
-    assert budget(["macs=0.4", " bytes = 2MiB "]) == {"macs": "0.4", "bytes": "2MiB"}
+    assert budget([limit("macs=0.4"), limit(" bytes = 2MiB ")]) == {"macs": "0.4", "bytes": "2MiB"}
 
 
 def test_inputs_are_repeatable_and_typed() -> None:
-    tensors = inputs(["2x3", "1x4:int64"])
+    tensors = inputs([shape("2x3"), shape("1x4:int64")])
     assert tensors is not None
     assert [(tuple(t.shape), t.dtype) for t in tensors] == [((2, 3), torch.float32), ((1, 4), torch.int64)]
-    assert torch.equal(tensors[0], inputs(["2x3"])[0])
+    assert torch.equal(tensors[0], inputs([shape("2x3")])[0])
     assert inputs([]) is None
-    with pytest.raises(UsageError, match="empty axis"):
-        inputs(["0x3"])
+    with pytest.raises(argparse.ArgumentTypeError, match="empty axis"):
+        shape("0x3")
 
 
 def test_numbers_that_json_lacks_become_null() -> None:

@@ -13,6 +13,7 @@ import pytest
 from tdpass.cost import Cost
 from tdpass.form import DENSE, Form
 from tdpass.html_report import render_html
+from tdpass.measures import MEASURES, Measure
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.report import ArrayBlock, ArrayRow, CurvePoint, PassRow, Report, SiteRow
 from tdpass.views.blocks import blocks
@@ -165,6 +166,17 @@ def test_surrogates_can_be_written() -> None:
 
 def test_empty_report_is_a_page() -> None:
     assert "a dry run" in Page(render_html(Report(dry_run=True))).text
+
+
+@pytest.mark.parametrize("measure", list(MEASURES), ids=lambda measure: measure.name)
+def test_a_change_too_small_to_be_written_is_none(measure: Measure) -> None:
+    def said(after: int) -> str:
+        costs = [Cost.of({measure.name: value}) for value in (100_000, after)]
+        return Page(render_html(Report(original=costs[0], final=costs[1]))).text
+
+    assert all(f"no {measure.less}" in said(after) for after in (99_900, 100_000, 100_100))
+    assert f"1.25× {measure.less}" in said(80_000)
+    assert f"1.25× {measure.more}" in said(125_000)
 
 
 def test_plan_stands_in_before_anything_was_done() -> None:

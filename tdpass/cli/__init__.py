@@ -30,21 +30,34 @@ from tdpass.cli import (
 from tdpass.cli.arguments import Parser, as_options
 from tdpass.cli.isolation import Limits
 from tdpass.cli.output import Output
-from tdpass.errors import TdpassError, UsageError
+from tdpass.cli.values import CommandLineError
+from tdpass.errors import TdpassError
 from tdpass.machine import installed_version
 from tdpass.views.units import plain
 
 REFUSED, WRONG_USAGE, UNEXPECTED, INTERRUPTED, PIPE_CLOSED = 1, 2, 70, 130, 141
 _LESS = "use a smaller model or fewer --samples, or allow more where a limit is set (--isolate-memory)"
+_EPILOG = """\
+shortest use: tdpass compress model.onnx --budget macs=0.4 --data calib.npz -o small.onnx
+
+exit codes:
+  0    done
+  1    the command was understood, but what it names does not work: a file, a
+       model, data, a budget that cannot be met; or a check failed
+  2    the command itself is wrong, whatever it names: an unknown verb or option,
+       a value that the option does not allow, an option that is missing
+  3    training went through and left a network that is no use; its files are there
+  70   an error of tdpass itself
+  130  interrupted
+"""
 _VERBS = (inspect, plan, compress, train, map_arrays, deploy, verify, bench, report, doctor, completion)
 
 
 def main(argv: Sequence[str] | None = None, *, contained: bool = False) -> int:
     """Run one verb; returns the exit code.
 
-    0: done; 1: a model, budget or plan was refused, or a check failed; 2: wrong usage; 3: training destroyed
-    the network, whose files are written; 70: an error of tdpass itself; 130: interrupted.  Every error is one
-    line on stderr, after the traceback where `--debug` is given. `contained`: the process has the limits of
+    The codes are those of the epilog below.  Every error is one line on stderr, after the traceback where
+    `--debug` is given. `contained`: the process has the limits of
     `--isolate` already.
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -69,7 +82,7 @@ def main(argv: Sequence[str] | None = None, *, contained: bool = False) -> int:
     except TdpassError as error:
         return _fail(
             as_options(str(error)),
-            WRONG_USAGE if isinstance(error, UsageError) else REFUSED,
+            WRONG_USAGE if isinstance(error, CommandLineError) else REFUSED,
             "--debug" in words,
         )
     except MemoryError as error:
@@ -104,7 +117,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="tdpass",
         description="Make neural networks smaller and faster by factoring their weights.",
-        epilog="shortest use: tdpass compress model.onnx --budget macs=0.4 --data calib.npz -o small.onnx",
+        epilog=_EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"tdpass {installed_version()}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)

@@ -8,36 +8,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-import torch
-from torch import Tensor
-
+from tdpass.cli import values
 from tdpass.cli.isolation import MEMORY, SECONDS
-from tdpass.errors import UsageError
+from tdpass.cli.sources import model_name
+from tdpass.cli.values import CommandLineError
 from tdpass.measures import measures
-from tdpass.planner.memory import size_of
 from tdpass.raw import Raw
 from tdpass.raw.hub import PREFIX
 from tdpass.registry import nearest
 
 Run = Callable[..., int]
-_DTYPES = {
-    name: getattr(torch, name)
-    for name in (
-        "float32",
-        "float64",
-        "float16",
-        "bfloat16",
-        "int64",
-        "int32",
-        "int16",
-        "int8",
-        "uint8",
-        "bool",
-    )
-}
 _BOTH = re.compile(r"(pass|with) (?:\w+=(?:'[^']*'|\[[^]]*\]|[^\s,;()]*)(?: or )?)+ \((--[^)]+)\)")
 _CHOICE = re.compile(r"invalid choice: '(?P<given>[^']*)' \(choose from (?P<allowed>.*)\)")
-_INPUT = re.compile(r"(\d+(?:x\d+)*)(?::(\w+))?")
 MODEL_HELP = (
     "model.onnx, program.pt2, package.module:factory for a torch model (imported with the current folder on "
     "the path), or timm:NAME, torchvision:NAME, hf:NAME, zoo:NAME"
@@ -57,7 +39,7 @@ class Verbs(Protocol):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are `UsageError`s, so that they look like every other error."""
+    """argparse whose complaints are `CommandLineError`s, so that they look like every other error."""
 
     _words: Sequence[str] = ()
 
@@ -85,7 +67,7 @@ class Parser(argparse.ArgumentParser):
             message = self._unknown(unknown)
         refused = _CHOICE.search(message)
         meant = nearest(refused["given"], re.findall(r"[\w-]+", refused["allowed"])) if refused else ""
-        raise UsageError(f"{message}{meant}; see `{self.prog} --help`")
+        raise CommandLineError(f"{message}{meant}; see `{self.prog} --help`")
 
 
 def add_verb(verbs: Verbs, name: str, run: Run, summary: str, example: str) -> Parser:
@@ -108,14 +90,14 @@ def add_verb(verbs: Verbs, name: str, run: Run, summary: str, example: str) -> P
     alone.add_argument(
         "--isolate-seconds",
         metavar="N",
-        type=count,
+        type=values.count,
         default=SECONDS,
         help="how long it may run (default %(default)s)",
     )
     alone.add_argument(
         "--isolate-memory",
         metavar="SIZE",
-        type=_memory,
+        type=values.memory,
         default=MEMORY,
         help="how much memory it may take (default %(default)s)",
     )
@@ -123,16 +105,25 @@ def add_verb(verbs: Verbs, name: str, run: Run, summary: str, example: str) -> P
     return parser
 
 
+def add_model(parser: Parser, dest: str = "model", metavar: str = "MODEL", **options: Any) -> None:
+    """A model by its name."""
+    parser.add_argument(dest, metavar=metavar, type=model_name, **{"help": MODEL_HELP, **options})
+
+
 def add_torch(parser: Parser) -> None:
     """Options that only a torch factory needs."""
     group = parser.add_argument_group("torch models")
     weights = "weights of the factory's model: .safetensors, or a state dict in .pth; once per factory"
-    group.add_argument("--weights", metavar="FILE", action="append", default=[], help=weights)
+    group.add_argument(
+        "--weights", metavar="FILE", type=values.weights_file, action="append", default=[], help=weights
+    )
     group.add_argument(
         "--trust", action="store_true", help="load a .pt2 file even where that could run code it holds"
     )
     shape = "shape of an input, such as 1x3x32x32 or 1x16:int64; once per input"
-    group.add_argument("--input", metavar="SHAPE[:DTYPE]", action="append", default=[], help=shape)
+    group.add_argument(
+        "--input", metavar="SHAPE[:DTYPE]", type=values.shape, action="append", default=[], help=shape
+    )
 
 
 def add_data(parser: Parser, samples: int | None = 512) -> None:
@@ -153,7 +144,7 @@ def add_data(parser: Parser, samples: int | None = 512) -> None:
     parser.add_argument(
         "--samples",
         metavar="N",
-        type=count,
+        type=values.count,
         default=samples,
         help=f"how many samples to use at most (default: {default})",
     )
@@ -172,7 +163,9 @@ def add_planning(parser: Parser) -> None:
     group = parser.add_argument_group("planning")
     amounts = ", ".join(f"{measure.name}={measure.example}" for measure in measures()).replace("%", "%%")
     budgets = f"a share or an amount, such as macs=0.4 or {amounts}; or max_error=0.1; may be repeated"
-    group.add_argument("--budget", metavar="KEY=VALUE", action="append", default=[], help=budgets)
+    group.add_argument(
+        "--budget", metavar="KEY=VALUE", type=values.limit, action="append", default=[], help=budgets
+    )
     group.add_argument(
         "--include",
         metavar="GLOB",
@@ -197,6 +190,7 @@ def add_planning(parser: Parser) -> None:
     group.add_argument(
         "--format",
         metavar="NAME",
+        type=values.format_name,
         action="append",
         default=[],
         help="use only these formats; may be repeated",
@@ -204,6 +198,7 @@ def add_planning(parser: Parser) -> None:
     group.add_argument(
         "--divergence",
         metavar="NAME",
+        type=values.divergence_name,
         default="auto",
         help="how outputs are compared: auto, kl, mse or cosine (default %(default)s)",
     )
@@ -216,21 +211,26 @@ def add_planning(parser: Parser) -> None:
     group.add_argument(
         "--target",
         metavar="NAME",
+        type=values.target_name,
         help="plan on times measured here (cpu, cpu:openvino, cuda) or on a modelled one (crossbar:isaac)",
     )
     group.add_argument(
         "--batch",
         metavar="N",
-        type=count,
+        type=values.count,
         default=1,
         help="samples per call on the target (default %(default)s)",
     )
     group.add_argument(
-        "--threads", metavar="N", type=count, help="threads on the target (default: as many as torch uses)"
+        "--threads",
+        metavar="N",
+        type=values.count,
+        help="threads on the target (default: as many as torch uses)",
     )
     group.add_argument(
         "--pipeline",
         metavar="TEXT|FILE",
+        type=values.pipeline,
         help="passes as text, such as 'plan{macs=0.4},factorize', or a recipe.yaml",
     )
 
@@ -244,65 +244,3 @@ def as_options(message: str) -> str:
         lambda found: f"{'give' if found[1] == 'pass' else 'with'} {' or '.join(found[2].split(', '))}",
         message,
     )
-
-
-def count(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def _memory(text: str) -> int:
-    """A size in memory, for argparse."""
-    size = size_of(text)
-    if size < 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no size in memory; write a number of bytes with a unit, such as 512MiB or 4GiB"
-        )
-    return size
-
-
-def budget(items: Sequence[str]) -> dict[str, str]:
-    """`["macs=0.4", "bytes=2MiB"]` as a mapping.
-
-    Raises `UsageError` for an item without `=` or a key given twice.
-    """
-    pairs: dict[str, str] = {}
-    for item in items:
-        key, sign, value = item.partition("=")
-        if not sign or not key.strip() or not value.strip():
-            raise UsageError(
-                f"budget {item!r} is not KEY=VALUE; write --budget macs=0.4, and repeat the option for "
-                "further limits"
-            )
-        if key.strip() in pairs:
-            raise UsageError(f"budget {key.strip()!r} is given twice; give each limit once")
-        pairs[key.strip()] = value.strip()
-    return pairs
-
-
-def inputs(items: Sequence[str]) -> tuple[Tensor, ...] | None:
-    """`["1x3x32x32", "1x16:int64"]` as tensors: fixed noise for floats, zeros for whole numbers.
-
-    None for none.
-    """
-    generator = torch.Generator().manual_seed(0)
-    tensors: list[Tensor] = []
-    for item in items:
-        match = _INPUT.fullmatch(item)
-        dtype = _DTYPES.get((match[2] or "float32") if match else "")
-        if match is None or dtype is None:
-            raise UsageError(
-                f"input {item!r} is not SHAPE or SHAPE:DTYPE; write 1x3x32x32 or 1x16:int64 (types: "
-                f"{', '.join(_DTYPES)})"
-            )
-        shape = [int(size) for size in match[1].split("x")]
-        if min(shape) < 1:
-            raise UsageError(f"input {item!r} has an empty axis; every size must be at least 1")
-        tensors.append(
-            torch.randn(shape, generator=generator).to(dtype)
-            if dtype.is_floating_point
-            else torch.zeros(shape, dtype=dtype)
-        )
-    return tuple(tensors) or None

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from rich.text import Text
 
-from tdpass.cli.arguments import Verbs, add_data, add_torch, add_verb, count, data, inputs
+from tdpass.cli.arguments import Verbs, add_data, add_model, add_torch, add_verb, data
 from tdpass.cli.fused import library_notes
 from tdpass.cli.output import Output
 from tdpass.cli.runners import RUNTIMES, Runner, example_batch, runners
 from tdpass.cli.sources import Source, read_sources
 from tdpass.cli.timing import Quartiles
+from tdpass.cli.values import count, inputs
 from tdpass.clock import interleaved
 from tdpass.data import calls_of
 from tdpass.errors import UsageError
@@ -49,9 +50,7 @@ def add(verbs: Verbs) -> None:
         "time whole models on this machine",
         "tdpass bench model.onnx small.onnx --batch 8 --threads 1",
     )
-    parser.add_argument(
-        "models", metavar="MODEL", nargs="+", help="the first is what the others are compared with"
-    )
+    add_model(parser, "models", nargs="+", help="the first is what the others are compared with")
     parser.add_argument(
         "--batch", metavar="N", type=count, help="samples per call (default: what the inputs have)"
     )

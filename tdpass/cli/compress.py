@@ -10,11 +10,12 @@ from pathlib import Path
 
 import tdpass
 from tdpass.artifact import unverified
-from tdpass.cli.arguments import MODEL_HELP, Verbs, add_data, add_planning, add_torch, add_verb, budget, data
+from tdpass.cli.arguments import Verbs, add_data, add_model, add_planning, add_torch, add_verb, data
 from tdpass.cli.fused import library_notes
 from tdpass.cli.output import Output
 from tdpass.cli.plan import planning
 from tdpass.cli.sources import Source, read_source
+from tdpass.cli.values import CommandLineError, budget
 from tdpass.errors import TdpassError, UsageError, WriteError
 from tdpass.files import check_writable, new_folder, write_text
 from tdpass.html_report import render_html
@@ -27,7 +28,7 @@ def add(verbs: Verbs) -> None:
     """Declare the verb."""
     example = "tdpass compress model.onnx --budget macs=0.4 --data calib.npz -o small.onnx"
     parser = add_verb(verbs, "compress", run, "compress a model and report what was done", example)
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_model(parser)
     parser.add_argument(
         "-o",
         "--output",
@@ -62,24 +63,26 @@ def add(verbs: Verbs) -> None:
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
     """Compress, save the model with its plan and report, and show the report."""
+    limits = budget(arguments.budget)
+    if not limits and arguments.plan is None and arguments.pipeline is None:
+        raise CommandLineError("nothing to aim for; give --budget macs=0.4, or a --plan, or a --pipeline")
     source = read_source(arguments.model, arguments.weights, arguments.trust)
     output: Path = arguments.output
     source.check_output(output)
     folder: Path = arguments.report_dir or output.parent
     with new_folder(folder, "--report-dir"):
-        return _compressed(source, folder, arguments, out)
+        return _compressed(source, limits, folder, arguments, out)
 
 
-def _compressed(source: Source, folder: Path, arguments: argparse.Namespace, out: Output) -> int:
+def _compressed(
+    source: Source, limits: Mapping[str, str], folder: Path, arguments: argparse.Namespace, out: Output
+) -> int:
     output: Path = arguments.output
     files = _files(output, folder)
     for path in files.values():
         check_writable(path)
     if not arguments.force:
         check_own(files, source.text)
-    limits = budget(arguments.budget)
-    if not limits and arguments.plan is None and arguments.pipeline is None:
-        raise UsageError("nothing to aim for; give --budget macs=0.4, or a --plan, or a --pipeline")
     plan = None if arguments.plan is None else tdpass.load_plan(arguments.plan)
     options = planning(arguments)
     strict = not arguments.no_strict

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import tdpass
-from tdpass.cli.arguments import MODEL_HELP, Verbs, add_torch, add_verb, inputs
+from tdpass.cli.arguments import MODEL_HELP, Verbs, add_model, add_torch, add_verb
 from tdpass.cli.fused import library_notes
 from tdpass.cli.output import Output
 from tdpass.cli.sources import read_sources
+from tdpass.cli.values import CommandLineError, file_ending, inputs
 from tdpass.errors import UsageError
 from tdpass.files import check_writable
 from tdpass.views.tables import Part
@@ -21,9 +21,8 @@ def add(verbs: Verbs) -> None:
     parser = add_verb(
         verbs, "deploy", run, "write a model for a program that runs it without tdpass", example
     )
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
+    add_model(
+        parser,
         nargs="+",
         help=f"{MODEL_HELP}; a .safetensors file that compress wrote comes after its factory",
     )
@@ -31,7 +30,7 @@ def add(verbs: Verbs) -> None:
         "-o",
         "--output",
         metavar="FILE",
-        type=Path,
+        type=file_ending(".pt2", ".onnx"),
         required=True,
         help=".pt2: compiled by AOTInductor, with its operators; .onnx: the graph",
     )
@@ -46,7 +45,7 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     sources = read_sources(arguments.model, arguments.weights, arguments.trust)
     source, output = sources[-1], arguments.output
     if len(sources) > 2 or (len(sources) == 2 and source.kind != "factors"):
-        raise UsageError(
+        raise CommandLineError(
             f"{len(sources)} models are given; name one, or a factory and the .safetensors file that "
             "compress wrote for it"
         )

@@ -9,9 +9,10 @@ from dataclasses import asdict
 
 from rich.text import Text
 
-from tdpass.cli.arguments import MODEL_HELP, Verbs, add_data, add_torch, add_verb, data, inputs
+from tdpass.cli.arguments import Verbs, add_data, add_model, add_torch, add_verb, data
 from tdpass.cli.output import Output
 from tdpass.cli.sources import read_source
+from tdpass.cli.values import format_name, inputs
 from tdpass.cost import Cost
 from tdpass.data import calls_of
 from tdpass.errors import TdpassError
@@ -34,12 +35,13 @@ def add(verbs: Verbs) -> None:
     parser = add_verb(
         verbs, "inspect", run, "list the sites of a model and their costs", "tdpass inspect model.onnx"
     )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_model(parser)
     add_data(parser)
     add_torch(parser)
     parser.add_argument(
         "--format",
         metavar="NAME",
+        type=format_name,
         action="append",
         default=[],
         help="formats to compare with dense; may be repeated",

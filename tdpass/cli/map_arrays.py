@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from torch import nn
 
 import tdpass
-from tdpass.cli.arguments import MODEL_HELP, Verbs, add_data, add_torch, add_verb, count, data, inputs
+from tdpass.cli.arguments import Verbs, add_data, add_model, add_torch, add_verb, data
 from tdpass.cli.output import Output
 from tdpass.cli.sources import read_sources
-from tdpass.crossbars import Devices, Mapped, chip, map_model, simulate
+from tdpass.cli.values import CommandLineError, amount, count, file_ending, inputs, value
+from tdpass.crossbars import CHIPS, Devices, Mapped, chip, map_model, simulate
 from tdpass.errors import UsageError
 from tdpass.targets.crossbar import CrossbarArray
 from tdpass.views.tables import Part, grid
@@ -26,10 +26,11 @@ def add(verbs: Verbs) -> None:
     parser = add_verb(
         verbs, "map", run, "lay the weights of a model into the cells of crossbar arrays", example
     )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_model(parser)
     parser.add_argument(
         "--target",
         metavar="NAME|FILE.yaml",
+        type=array_name,
         default="admm_32x32",
         help="the array, as target crossbar has them (default %(default)s)",
     )
@@ -37,7 +38,7 @@ def add(verbs: Verbs) -> None:
         "-o",
         "--output",
         metavar="MAP.json",
-        type=Path,
+        type=file_ending(".json"),
         required=True,
         help="where the map goes; the cells lie beside it, as .safetensors",
     )
@@ -67,14 +68,14 @@ def add(verbs: Verbs) -> None:
     group.add_argument(
         "--variation",
         metavar="S",
-        type=float,
+        type=amount,
         default=0.0,
         help="deviation of the logarithm of conductances (default %(default)s)",
     )
     group.add_argument(
         "--stuck",
         metavar="P",
-        type=float,
+        type=amount,
         default=0.0,
         help="share of cells that are stuck, half of them on (default %(default)s)",
     )
@@ -82,14 +83,27 @@ def add(verbs: Verbs) -> None:
         "--wires", action="store_true", help="with the resistance of wires, to the first order"
     )
     group.add_argument(
-        "--chip", metavar="NAME", help="devices as measured: pcm, reram, reram_cmo (needs aihwkit)"
+        "--chip",
+        metavar="NAME",
+        choices=CHIPS,
+        help=f"devices as measured: {', '.join(CHIPS)} (needs aihwkit)",
     )
+
+
+@value
+def array_name(text: str) -> str:
+    """The name of an array without the target's, or a file that describes one."""
+    name = text.removeprefix("crossbar:")
+    CrossbarArray.file(name)
+    return name
 
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
     """Map, write, show what each site takes, and simulate where it is asked for."""
+    if arguments.draws is not None and arguments.data is None:
+        raise CommandLineError("there is nothing to simulate the arrays on; give --data")
     (source,) = read_sources([arguments.model], arguments.weights, arguments.trust)
-    array = CrossbarArray.load(arguments.target.removeprefix("crossbar:"))
+    array = CrossbarArray.load(arguments.target)
     model, example = source.load(), inputs(arguments.input)
     mapped = map_model(
         model, array, example_inputs=example, include=arguments.include or ("*",), exclude=arguments.exclude
@@ -147,8 +161,6 @@ def _answers(arguments: argparse.Namespace, model: object, mapped: Mapped) -> di
             f"only torch models are simulated, not a {type(model).__name__}; leave --draws out to write the "
             "map alone"
         )
-    if arguments.data is None:
-        raise UsageError("there is nothing to simulate the arrays on; give --data")
     stuck = arguments.stuck / 2
     devices = Devices(
         arguments.variation,

@@ -8,22 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import tdpass
-from tdpass.cli.arguments import (
-    MODEL_HELP,
-    Verbs,
-    add_data,
-    add_planning,
-    add_torch,
-    add_verb,
-    budget,
-    data,
-    inputs,
-)
+from tdpass.cli.arguments import Verbs, add_data, add_model, add_planning, add_torch, add_verb, data
 from tdpass.cli.output import Output
 from tdpass.cli.sources import read_source
-from tdpass.errors import UsageError
+from tdpass.cli.values import CommandLineError, budget, file_ending, inputs
 from tdpass.files import check_writable
-from tdpass.pipeline import Pipeline
 from tdpass.terminal import report_view
 
 
@@ -33,7 +22,7 @@ def add(verbs: Verbs) -> None:
     parser = add_verb(
         verbs, "plan", run, "plan formats and ranks under a budget, without touching the model", example
     )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_model(parser)
     add_data(parser, samples=None)
     add_planning(parser)
     add_torch(parser)
@@ -41,24 +30,20 @@ def add(verbs: Verbs) -> None:
         "-o",
         "--output",
         metavar="PLAN.json",
-        type=Path,
+        type=file_ending(".json"),
         help="write the plan, to be changed by hand or given to compress --plan",
     )
 
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
     """Plan, show the plan, and write it where asked."""
-    source = read_source(arguments.model, arguments.weights, arguments.trust)
-    path: Path | None = arguments.output
-    if path is not None and path.suffix != ".json":
-        raise UsageError(
-            f"the plan {path.name!r} must end in .json; write -o {path.with_suffix('.json').name}"
-        )
-    if path is not None:
-        check_writable(path)
     limits = budget(arguments.budget)
     if not limits and arguments.pipeline is None:
-        raise UsageError("no budget; give at least one, such as --budget macs=0.4")
+        raise CommandLineError("no budget; give at least one, such as --budget macs=0.4")
+    source = read_source(arguments.model, arguments.weights, arguments.trust)
+    path: Path | None = arguments.output
+    if path is not None:
+        check_writable(path)
     options = planning(arguments)
     with out.progress() as progress:
         dry_run = tdpass.make_plan(
@@ -84,9 +69,8 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
 
 def planning(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options that `plan` and `compress` hand to the library alike."""
-    pipeline = arguments.pipeline
     return {
-        "pipeline": None if pipeline is None else Pipeline.parse(pipeline),
+        "pipeline": arguments.pipeline,
         "example_inputs": inputs(arguments.input),
         "include": tuple(arguments.include) or ("*",),
         "exclude": tuple(arguments.exclude),

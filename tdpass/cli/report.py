@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tdpass.cli.arguments import Verbs, add_verb
 from tdpass.cli.output import Output
+from tdpass.cli.values import file_ending
 from tdpass.errors import UsageError
 from tdpass.files import write_text
 from tdpass.html_report import render_html
@@ -32,7 +33,7 @@ def add(verbs: Verbs) -> None:
         "-o",
         "--output",
         metavar="REPORT.html",
-        type=Path,
+        type=file_ending(".html", ".htm"),
         help="where the page goes (default: beside the report)",
     )
     parser.add_argument(
@@ -47,10 +48,6 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     """Read, render and show."""
     path = _find(arguments.report)
     page: Path = arguments.output or path.with_suffix(".html")
-    if page.suffix not in (".html", ".htm"):
-        raise UsageError(
-            f"the page {page.name!r} must end in .html; write -o {page.with_suffix('.html').name}"
-        )
     report = Report.load(path)
     beside = path.with_name(path.name.replace("report.json", "plan.json"))
     plan = RankPlan.load(beside) if beside != path and beside.is_file() else None

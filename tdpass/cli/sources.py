@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import tdpass
+from tdpass.cli.values import CommandLineError, value
 from tdpass.deploy import Deployed, is_package
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.models.front_ends import front_end_of, front_end_of_file
@@ -73,10 +74,10 @@ class Source:
         return module.eval()
 
     def check_output(self, path: Path) -> None:
-        """Raise `UsageError` unless a result can be written there."""
+        """Raise `UsageError` unless a result can be written there, `CommandLineError` for the wrong suffix."""
         suffix = self.suffix or _FACTORS
         if path.suffix != suffix:
-            raise UsageError(
+            raise CommandLineError(
                 f"the output {path.name!r} of {self.name} must end in {suffix}; write -o "
                 f"{path.with_suffix(suffix).name}"
             )
@@ -89,10 +90,19 @@ class Source:
 def read_sources(texts: Sequence[str], weights: Sequence[str], trust: bool = False) -> list[Source]:
     """Sources for model arguments in order.
 
-    Raises `UsageError` for what is none, or for weights without a factory. Each `--weights` belongs to one
+    Raises `InvalidModelError` for a file that is not there, `UsageError` for factors without a factory,
+    `CommandLineError` for weights without one. Each `--weights` belongs to one
     factory, in order; a `.safetensors` argument is built on the first factory.
     """
     kinds = [_kind(text) for text in texts]
+    if len(weights) > kinds.count("factory"):
+        raise CommandLineError(
+            f"{len(weights)} --weights for {kinds.count('factory')} torch factories; a .onnx or .pt2 file "
+            "holds its own weights"
+        )
+    for text, kind in zip(texts, kinds, strict=True):
+        if kind != "factory" and not Path(text).is_file():
+            raise InvalidModelError(f"there is no file {text}; check the path")
     factory = next((text for text, kind in zip(texts, kinds, strict=True) if kind == "factory"), "")
     if "factors" in kinds and not factory:
         place = texts[kinds.index("factors")]
@@ -101,11 +111,6 @@ def read_sources(texts: Sequence[str], weights: Sequence[str], trust: bool = Fal
         raise UsageError(
             f"{place!r} holds factors only; name the torch model they belong to as well, as "
             "package.module:factory"
-        )
-    if len(weights) > kinds.count("factory"):
-        raise UsageError(
-            f"{len(weights)} --weights for {kinds.count('factory')} torch factories; a .onnx or .pt2 file "
-            "holds its own weights"
         )
     files: Iterator[str] = iter(weights)
     sources = []
@@ -122,12 +127,17 @@ def read_source(text: str, weights: Sequence[str], trust: bool = False) -> Sourc
     return read_sources([text], weights, trust)[0]
 
 
+@value
+def model_name(text: str) -> str:
+    """What names a model, whether or not there is one of that name."""
+    _kind(text)
+    return text
+
+
 def _kind(text: str) -> Kind:
     path = Path(text)
     factors = path.suffix.lower() == _FACTORS
     if factors or front_end_of_file(path) is not None:
-        if not path.is_file():
-            raise InvalidModelError(f"there is no file {text}; check the path")
         return "factors" if factors else "file"
     if is_module(text):
         return "factory"

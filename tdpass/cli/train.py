@@ -8,8 +8,9 @@ from pathlib import Path
 
 from torch import nn
 
-from tdpass.cli.arguments import Verbs, add_verb, count
+from tdpass.cli.arguments import Verbs, add_verb
 from tdpass.cli.output import Output
+from tdpass.cli.values import CommandLineError, count, setting
 from tdpass.datasets import SOURCES
 from tdpass.errors import UsageError
 from tdpass.files import check_writable, new_folder, write_text
@@ -47,7 +48,7 @@ def add(verbs: Verbs) -> None:
     )
     parser.add_argument("--seed", metavar="N", type=int, help="instead of the recipe's")
     change = "change the recipe: finetune=2, method.admm-nn.keep=3000; may be repeated"
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=change)
+    parser.add_argument("--set", metavar="KEY=VALUE", type=setting, action="append", default=[], help=change)
     parser.add_argument(
         "--log",
         metavar="LOGGER",
@@ -70,12 +71,12 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     if arguments.init:
         return _init(arguments, out)
     if arguments.recipe is None:
-        raise UsageError(
+        raise CommandLineError(
             f"name a recipe: a YAML file, or one of {', '.join(names())}; --init package.module:factory "
             "writes one to start from"
         )
     if arguments.folder is None:
-        raise UsageError(
+        raise CommandLineError(
             "name a folder for checkpoints, the model and its report with --folder, such as --folder runs/one"
         )
     return _train(_recipe(arguments), arguments, out)
@@ -91,7 +92,10 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
 
 def _train(recipe: Recipe, arguments: argparse.Namespace, out: Output) -> int:
     folder: Path = arguments.folder
-    if folder.exists() and any(folder.glob("*/step-*")) and not arguments.resume:
+    checkpoints = any(folder.glob("*/step-*"))
+    if arguments.resume and not checkpoints:
+        out.say(f"{folder} holds no checkpoint to go on from; training starts from the beginning")
+    if checkpoints and not arguments.resume:
         raise UsageError(
             f"{folder} holds checkpoints of an earlier run; give --resume to go on with it, or another "
             "--folder"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 
 import tdpass
-from tdpass.cli.arguments import MODEL_HELP, Verbs, add_data, add_torch, add_verb, data, inputs
+from tdpass.cli.arguments import Verbs, add_data, add_model, add_torch, add_verb, data
 from tdpass.cli.output import Output
 from tdpass.cli.sources import read_sources
+from tdpass.cli.values import amount, divergence_name, inputs
 from tdpass.errors import InvalidModelError
 from tdpass.views.summary import checks
 from tdpass.views.tables import Part, grid
@@ -20,22 +21,24 @@ def add(verbs: Verbs) -> None:
     """Declare the verb."""
     example = "tdpass verify model.onnx small.onnx --data calib.npz --tolerance 0.05"
     parser = add_verb(verbs, "verify", run, "compare the outputs of two models on the same data", example)
-    parser.add_argument("reference", metavar="A", help=MODEL_HELP)
-    parser.add_argument(
+    add_model(parser, "reference", "A")
+    add_model(
+        parser,
         "candidate",
-        metavar="B",
+        "B",
         help="the same, or a .safetensors file that compress wrote for the factory A",
     )
     parser.add_argument(
         "--tolerance",
         metavar="X",
-        type=float,
+        type=amount,
         default=1e-4,
         help="largest allowed relative difference (default %(default)s)",
     )
     parser.add_argument(
         "--divergence",
         metavar="NAME",
+        type=divergence_name,
         default="auto",
         help="how outputs are compared: auto, kl, mse or cosine (default %(default)s)",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tdpass.crossbars.chips import CHIPS as CHIPS
 from tdpass.crossbars.chips import chip as chip
 from tdpass.crossbars.devices import Devices as Devices
 from tdpass.crossbars.mapping import Mapped as Mapped

@@ -18,6 +18,7 @@ _MODELS = {
     "reram": ("reram", "ReRamWan2022NoiseModel", 40.0),
     "reram_cmo": ("reram", "ReRamCMONoiseModel", 88.2),
 }
+CHIPS = tuple(_MODELS)
 _HINT = "pip install 'tdpass[crossbar]'"
 
 

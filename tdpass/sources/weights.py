@@ -25,11 +25,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     prefix that data parallel training adds is taken off.  Raises `UsageError` for another kind of file,
     `InvalidModelError` for one that is damaged or does not fit.
     """
-    if path.suffix not in (".safetensors", *_TORCH):
-        raise UsageError(
-            f"--weights {path.name!r} is not a file of weights; give .safetensors, or a state dict in "
-            f"{', '.join(_TORCH)}"
-        )
+    check_suffix(path)
     state = _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
     if all(name.startswith(_PARALLEL) for name in state):
         state = {name.removeprefix(_PARALLEL): value for name, value in state.items()}
@@ -39,6 +35,15 @@ def load_weights(module: nn.Module, path: Path) -> None:
         raise InvalidModelError(
             f"the weights in {path} do not fit the model: {str(error).splitlines()[-1].strip()}"
         ) from None
+
+
+def check_suffix(path: Path) -> None:
+    """Raise `UsageError` for a name that is no file of weights."""
+    if path.suffix not in (".safetensors", *_TORCH):
+        raise UsageError(
+            f"{path.name!r} is not a file of weights; give .safetensors, or a state dict in "
+            f"{', '.join(_TORCH)}"
+        )
 
 
 def _safetensors(path: Path) -> Mapping[str, Tensor]:

@@ -14,6 +14,7 @@ from tdpass.targets.base import Setting as Setting
 from tdpass.targets.base import Target as Target
 from tdpass.targets.base import TimedTarget as TimedTarget
 from tdpass.targets.base import Timing as Timing
+from tdpass.targets.base import check_target as check_target
 from tdpass.targets.base import open_target as open_target
 from tdpass.targets.base import register_target as register_target
 from tdpass.targets.break_even import BreakEven as BreakEven

@@ -208,9 +208,16 @@ def open_target(text: str | Target, frontend: str, cache: Path | None = None) ->
         raise UsageError(
             f"target={text!r} is not a text; write 'cpu', or another of: {', '.join(TARGETS.names())}"
         )
+    check_target(text)
+    name, _, way = text.strip().partition(":")
+    return TARGETS.get(name).open(way, frontend, cache)
+
+
+def check_target(text: str) -> None:
+    """Raise `UsageError` for what names no target; what follows a colon may be known to the target alone."""
     name, colon, way = text.strip().partition(":")
     if colon and not way:
         raise UsageError(
             f"target {text!r} names no way to run a model after the colon; write {name!r}, or {name}:NAME"
         )
-    return TARGETS.get(name).open(way, frontend, cache)
+    TARGETS.get(name)

@@ -37,13 +37,17 @@ class Constants:
     @classmethod
     def load(cls, way: str) -> Self:
         """A shipped machine by name, or one from a YAML file; raises `UsageError` for neither."""
-        shipped = cls.presets()
-        path = shipped.get(way or cls.usual, Path(way))
-        hint = f"give a YAML file, or one of: {', '.join(shipped)}"
-        if path.suffix not in {".yaml", ".yml"}:
-            raise UsageError(f"{cls.noun} {way!r} is not known; {hint}")
+        path, hint = cls.file(way), cls._hint()
         document = Document(cls.noun, cls, UsageError, hint, sound=cls._check)
         return document.check(read_yaml(path, cls.noun, hint), str(path))
+
+    @classmethod
+    def file(cls, way: str) -> Path:
+        """The YAML file that describes the machine; raises `UsageError` for what names none."""
+        path = cls.presets().get(way or cls.usual, Path(way))
+        if path.suffix not in {".yaml", ".yml"}:
+            raise UsageError(f"{cls.noun} {way!r} is not known; {cls._hint()}")
+        return path
 
     @classmethod
     def presets(cls) -> dict[str, Path]:
@@ -62,6 +66,10 @@ class Constants:
 
     def sound(self) -> None:
         """Raises `ValueError` for constants that contradict each other."""
+
+    @classmethod
+    def _hint(cls) -> str:
+        return f"give a YAML file, or one of: {', '.join(cls.presets())}"
 
     def _check(self) -> None:
         # every subclass is a dataclass

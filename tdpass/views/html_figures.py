@@ -9,7 +9,7 @@ from tdpass.report import Report, SiteRow
 from tdpass.views import summary
 from tdpass.views.html import Html, spaced, tag
 from tdpass.views.training import scores
-from tdpass.views.units import cost_text, ratio, share, shown_measures, small
+from tdpass.views.units import cost_text, less, share, shown_measures, small
 
 
 def figures(report: Report, rows: Sequence[SiteRow], original: Cost, final: Cost) -> Html:
@@ -24,16 +24,15 @@ def figures(report: Report, rows: Sequence[SiteRow], original: Cost, final: Cost
         )
         amounts = spaced(cost_text(measure.name, before)), " → ", spaced(cost_text(measure.name, after))
         change = tag("p", *amounts, tag("span", f"{share(after, before)} kept", class_="muted keep"))
-        words = measure.less if after <= before else measure.more
-        times = ratio(max(before, after), min(before, after), "×")
+        times, words = less(before, after, (measure.less, measure.more), "×")
         cards.append(tag("li", tag("p", tag("strong", times), " ", words, class_="big"), kept, change))
     if report.stored is not None:
-        whole, sizes = summary.smaller_file(report, "×")
+        times, words, sizes = summary.stored_whole(report, "×")
         packed = f"pruned and quantized tensors: {summary.stored(report, '×')}"
         cards.append(
             tag(
                 "li",
-                tag("p", tag("strong", whole), f" smaller file, {sizes}", class_="big"),
+                tag("p", tag("strong", times), f" {words} file, {sizes}", class_="big"),
                 tag("p", packed, class_="muted"),
             )
         )

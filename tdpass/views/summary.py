@@ -13,7 +13,7 @@ from tdpass.form import DENSE
 from tdpass.measures import Measure, Needs
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.report import Report, SiteRow
-from tdpass.views.units import human, ratio, score, share, shown_measures, small
+from tdpass.views.units import human, less, ratio, score, share, shown_measures, small
 
 _CHECKS = {"same_class": "same class chosen"}
 
@@ -149,16 +149,16 @@ def stored(report: Report, times: str = "x") -> str:
     return f"{shown}; {human(size.plain_bytes, 'B')} not packed" if size.plain_bytes else shown
 
 
-def smaller_file(report: Report, times: str = "x") -> tuple[str, str]:
-    """How much smaller all tensors are as they lie in the file, and from how many bytes to how many.
+def stored_whole(report: Report, times: str = "x") -> tuple[str, str, str]:
+    """How many times smaller or larger all tensors are in the file, and from how many bytes to how many.
 
     Empty where none is packed.
     """
     size = report.stored
     if size is None:
-        return "", ""
+        return "", "", ""
     before, after = size.dense_bytes + size.plain_bytes, size.true_bytes + size.plain_bytes
-    return ratio(before, after, times), f"{human(before, 'B')} to {human(after, 'B')}"
+    return *less(before, after, ("smaller", "larger"), times), f"{human(before, 'B')} to {human(after, 'B')}"
 
 
 def losses_known(rows: Sequence[SiteRow] | Sequence[FormatTotal]) -> bool:

@@ -37,6 +37,20 @@ def ratio(before: float, after: float, times: str = "x") -> str:
     return f"{_three(before / after)}{times}"
 
 
+def less(before: float, after: float, words: tuple[str, str], times: str = "x") -> tuple[str, str]:
+    """How many times less or more it became, and the one of the two words that fits.
+
+    A ratio that is written as 1.00 is no change that anybody sees.
+
+    >>> less(100, 40, ("fewer", "more")), less(40, 100, ("fewer", "more")), less(999, 998, ("fewer", "more"))
+    (('2.50x', 'fewer'), ('2.50x', 'more'), ('no', 'fewer'))
+    """
+    times_less = ratio(max(before, after), min(before, after), times)
+    if times_less == ratio(1, 1, times):
+        return "no", words[0]
+    return times_less, words[after > before]
+
+
 def share(part: float, whole: float) -> str:
     """A percentage, or a dash where there is no whole.
 

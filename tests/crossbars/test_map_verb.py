@@ -48,7 +48,7 @@ def test_the_map_is_written_and_shown(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--target", "nowhere"], WRONG_USAGE, "admm_32x32"),
         (["--target", "crossbar:forms"], REFUSED, "both signs"),
         (["--draws", "2"], WRONG_USAGE, "give --data"),
-        (["--exclude", "*"], WRONG_USAGE, "leave no site to map"),
+        (["--exclude", "*"], REFUSED, "leave no site to map"),
     ],
 )
 def test_what_cannot_be_mapped_or_simulated_is_one_line(

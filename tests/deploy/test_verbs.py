@@ -37,17 +37,17 @@ def test_deploy_names_what_it_wrote(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "code", "message"),
     [
-        (["deploy_net:make", "-o", "net.bin"], "name a .pt2 file"),
-        (["deploy_net:make", "-o", "net.pt2"], "give --input"),
-        (["deploy_net:make", "deploy_net:make", "-o", "net.pt2"], "2 models are given"),
+        (["deploy_net:make", "-o", "net.bin"], 2, "must end in .pt2 or .onnx"),
+        (["deploy_net:make", "-o", "net.pt2"], 1, "give --input"),
+        (["deploy_net:make", "deploy_net:make", "-o", "net.pt2"], 2, "2 models are given"),
     ],
 )
 def test_deploy_refuses_in_one_line(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["deploy", *words]) == 2
+    assert main(["deploy", *words]) == code
     said = capsys.readouterr().err
     assert message in said
     assert len(said.splitlines()) == 1

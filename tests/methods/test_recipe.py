@@ -117,8 +117,10 @@ def test_the_command_line_trains_and_goes_on(
     monkeypatch.chdir(Path(__file__).parents[2])
     path, folder = tmp_path / "recipe.yaml", tmp_path / "run"
     path.write_text(yaml.safe_dump(recipe()))
-    assert main(["train", str(path), "--folder", str(folder), "--json"]) == 0
-    first = json.loads(capsys.readouterr().out)["report"]
+    assert main(["train", str(path), "--folder", str(folder), "--json", "--resume"]) == 0
+    said = capsys.readouterr()
+    assert f"{folder} holds no checkpoint to go on from; training starts from the beginning" in said.err
+    first = json.loads(said.out)["report"]
     assert {path.name for path in folder.iterdir()} >= {
         "model.safetensors",
         "plan.json",
@@ -127,13 +129,15 @@ def test_the_command_line_trains_and_goes_on(
         "log.csv",
     }
     assert first["checks"]["score_final"] > 50
-    assert main(["train", str(path), "--folder", str(folder)]) == 2
+    assert main(["train", str(path), "--folder", str(folder)]) == 1
     assert "give --resume" in capsys.readouterr().err
     assert main(["train", str(path), "--folder", str(folder), "--json", "--resume"]) == 0
-    again = json.loads(capsys.readouterr().out)["report"]
+    said = capsys.readouterr()
+    assert "no checkpoint" not in said.err
+    again = json.loads(said.out)["report"]
     assert again["checks"] == first["checks"]
     assert again["training"] == first["training"]
-    assert main(["train", "nothing.yaml", "--folder", str(folder)]) == 2
+    assert main(["train", "nothing.yaml", "--folder", str(folder)]) == 1
     assert "lenet5_admm_nn" in capsys.readouterr().err
 
 
@@ -202,7 +206,7 @@ def test_a_run_that_is_refused_leaves_no_folder_of_its_own(
     np.savez("scores.npz", x=np.zeros((4, 3)))
     if there:
         Path("runs/one").mkdir(parents=True)
-    assert main(["train", "lenet5_cap", "--folder", "runs/one", *words, "--quiet"]) == 2
+    assert main(["train", "lenet5_cap", "--folder", "runs/one", *words, "--quiet"]) == 1
     assert {path.name for path in Path().rglob("*")} == {"scores.npz"} | ({"runs", "one"} if there else set())
 
 
@@ -217,7 +221,7 @@ def test_a_recipe_to_start_from_is_sound(
     made = Recipe.load(path)
     assert (made.model, made.data, made.test, made.pretrain) == (model, "digits", "test", 12)
     assert path.read_text().count("#") > 10
-    assert main(["train", str(path), "--init", model]) == 2
+    assert main(["train", str(path), "--init", model]) == 1
     assert "is there already" in capsys.readouterr().err
     with pytest.raises(UsageError, match="cannot import"):
         starting_recipe("nowhere:net", "digits")
@@ -245,13 +249,13 @@ def test_what_train_lacks_is_said_and_no_success(
     for module in ("torchvision", "hugging_face"):
         monkeypatch.setattr(f"tdpass.datasets.{module}.is_installed", lambda _: False)
     said = {
-        ("lenet5_admm_nn", "--folder", str(tmp_path)): "--data digits",
-        ("lenet5_admm_nn",): "--folder",
-        (): "name a recipe",
-        ("lenet5_admm_nn", "--data", "nothing", "--folder", str(tmp_path)): "names no data set",
+        ("lenet5_admm_nn", "--folder", str(tmp_path)): (1, "--data digits"),
+        ("lenet5_admm_nn",): (2, "--folder"),
+        (): (2, "name a recipe"),
+        ("lenet5_admm_nn", "--data", "nothing", "--folder", str(tmp_path)): (1, "names no data set"),
     }
-    for words, message in said.items():
-        assert main(["train", *words]) == 2
+    for words, (code, message) in said.items():
+        assert main(["train", *words]) == code
         assert message in capsys.readouterr().err
 
 

@@ -237,5 +237,5 @@ def test_training_notes_what_it_destroyed() -> None:
 
 def test_the_size_of_the_file_is_said_of_the_whole_file() -> None:
     text, page = to_text(report_view(_report(48.0), None, 200), 200), render_html(_report(48.0))
-    assert "all tensors as stored: 1.00x smaller, 12.7 MB to 12.6 MB" in text
+    assert "all tensors as stored: no smaller, 12.7 MB to 12.6 MB" in text
     assert "62×</strong>" not in page
