@@ -49,6 +49,10 @@ class HeadChange(Protocol):
         """Whether it reads them."""
 
     @property
+    def values(self) -> bool:
+        """Whether queries and keys stay as they are."""
+
+    @property
     def sizes(self) -> Mapping[int, int]:
         """What sizes become that are those of a head, or of all of them together."""
 
@@ -65,12 +69,16 @@ class HeadChange(Protocol):
 
 @dataclass(frozen=True)
 class HeadWidth:
-    """How many channels each head of a layer had, and has: `rows` heads of its weight, and `columns`."""
+    """How many channels each head of a layer had, and has: `rows` heads of its weight, and `columns`.
+
+    They are `values` where queries and keys are as wide as before.
+    """
 
     before: int
     after: int
     rows: int
     columns: int
+    values: bool = False
 
     @property
     def made(self) -> bool:
@@ -104,6 +112,7 @@ class HeadCount:
     counts: Mapping[int, int]
     made: bool = False
     read: bool = False
+    values: bool = False
 
     @property
     def sizes(self) -> Mapping[int, int]:

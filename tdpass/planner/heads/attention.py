@@ -15,7 +15,8 @@ from tdpass.tape import Tape
 class Attention:
     """The bond of queries and keys, that of values and what reads them, and all bonds of the run.
 
-    Heads that share a key or a value go together, in as many groups in both.
+    Heads that share a key or a value go together, in as many groups in both.  `mixable` are those of the two
+    whose heads may hold other channels: not queries and keys that a rotary embedding turned.
     """
 
     scores: Bond
@@ -31,6 +32,10 @@ class Attention:
     def reader(self) -> str:
         """The layer that reads all heads."""
         return self.values.right.site
+
+    @property
+    def mixable(self) -> tuple[Bond, ...]:
+        return tuple(bond for bond in (self.scores, self.values) if not bond.turned)
 
     @property
     def groups(self) -> int:
@@ -65,12 +70,8 @@ class Attention:
         return HeadCount(self.values.width, counts, made=made, read=not made)
 
 
-def find_attentions(tape: Tape, sites: Mapping[str, Site]) -> dict[tuple[str, ...], Attention]:
-    """The attentions of a run whose layers are all among these sites, each called once, by their sites."""
+def find_attentions(tape: Tape, sites: Mapping[str, Site]) -> dict[str, Attention]:
+    """The attentions of a run whose layers are all among these sites, each called once, by their reader."""
     bonds = find_bonds(tape)
     found = (Attention(scores, values, bonds) for scores, values in bonds.attentions)
-    return {
-        (*each.makers, each.reader): each
-        for each in found
-        if each.even and all(name in sites for name in (*each.makers, each.reader))
-    }
+    return {each.reader: each for each in found if sites.keys() >= {*each.makers, each.reader}}

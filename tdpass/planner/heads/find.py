@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from tdpass.planner.heads.mixing import Mixing
 from tdpass.planner.streams.values import Values, operands, written
 from tdpass.tape import Call, Ref, Tape
 from tdpass.tape.calls import argument
@@ -32,6 +33,7 @@ class Bond:
     """Heads of `left` and `right` that meet over `width` channels each, in `scores` or behind them.
 
     `groups` are the first channels of heads that can change only together: those that share a key or a value.
+    `turned` says why the channels of a head stay as they are, where calls mix them before heads meet.
     """
 
     left: Side
@@ -39,13 +41,15 @@ class Bond:
     width: int
     scores: bool
     groups: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    turned: str = ""
 
 
 @dataclass(frozen=True)
 class Bonds:
-    """All bonds of a run, the weight and bias of every layer in it by site, and why layers take no part.
+    """The bonds of a run, the weight and bias of every layer in it by site, and why layers take no part.
 
-    `attentions` are bonds of queries and keys, each with that of the values which their scores weigh.
+    `found` are those whose heads may hold other channels.  `attentions` are bonds of queries and keys, turned
+    or not, each with that of the values which their scores weigh.
     """
 
     found: tuple[Bond, ...]
@@ -58,14 +62,15 @@ class Bonds:
 class _Marks:
     """Of which channel of a site every number of a value is.
 
-    `attended` is the width of heads once attention summed over positions, 0 before, and `scores` the place
-    of the bond whose scores weighed these.
+    Where channels are `turned`, it stands for all that met it.  `attended` is the width of heads once
+    attention summed over positions, 0 before, and `scores` the place of the bond whose scores weighed these.
     """
 
     site: str
     channels: Tensor
     attended: int = 0
     scores: int | None = None
+    turned: str = ""
 
 
 def find_bonds(tape: Tape) -> Bonds:
@@ -80,6 +85,7 @@ class _Finder:
     values: Values
     marks: dict[int, _Marks] = field(default_factory=dict)
     spoiled: dict[str, dict[int, str]] = field(default_factory=dict)
+    mixing: dict[str, Mixing] = field(default_factory=dict)
     layers: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     bonds: list[Bond] = field(default_factory=list)
     apart: dict[str, str] = field(default_factory=dict)
@@ -94,11 +100,12 @@ class _Finder:
             if tape.is_output(number):
                 self._spoil(marks, "the model returns it")
         whys = [(bond, self._why_not(bond)) for bond in self.bonds]
-        reasons = {bond.left.site: why for bond, why in whys if why}
-        kept = [bond for bond, why in whys if not why]
+        reasons = {bond.left.site: why or bond.turned for bond, why in whys if why or bond.turned}
+        whole = [bond for bond, why in whys if not why]
         pairs = [(self.bonds[one], self.bonds[other]) for one, other in self.weighed]
-        attentions = tuple(pair for pair in pairs if all(bond in kept for bond in pair))
-        return Bonds(tuple(kept), self.layers, {**self.apart, **reasons}, attentions)
+        attentions = tuple(pair for pair in pairs if all(bond in whole for bond in pair))
+        found = tuple(bond for bond in whole if not bond.turned)
+        return Bonds(found, self.layers, {**self.apart, **reasons}, attentions)
 
     def _why_not(self, bond: Bond) -> str:
         for side in (bond.left, bond.right):
@@ -113,11 +120,20 @@ class _Finder:
 
     def _spoil(self, marks: _Marks, reason: str) -> None:
         """The channels of a value stay as they are; said where they lie in heads."""
-        if marks.channels.shape[-1] < self.layers[marks.site][0].shape[0]:
+        if self._in_heads(marks):
             self.apart.setdefault(marks.site, reason)
-        spoiled = self.spoiled.setdefault(marks.site, {})
-        for channel in torch.unique(marks.channels).tolist():
+        spoiled, channels = self.spoiled.setdefault(marks.site, {}), torch.unique(marks.channels).tolist()
+        for channel in self._mixing(marks.site).met(channels, self._width(marks.site)):
             spoiled.setdefault(channel, reason)
+
+    def _in_heads(self, marks: _Marks) -> bool:
+        return marks.channels.shape[-1] < self._width(marks.site)
+
+    def _width(self, site: str) -> int:
+        return self.layers[site][0].shape[0]
+
+    def _mixing(self, site: str) -> Mixing:
+        return self.mixing.setdefault(site, Mixing())
 
     def _call(self, call: Call) -> None:
         marked = [number for number in dict.fromkeys(call.reads()) if number in self.marks]
@@ -131,10 +147,27 @@ class _Finder:
             self._attended(call, v, call)
         elif len(marked) == 1 and not call.mutates and self._keeps(call):
             self._move(call, marked[0])
-        else:
+        elif not self._turn(call, marked):
             for number in marked:
-                self._spoil(self.marks[number], f"its output goes through {call.name}, where channels differ")
+                self._spoil(self.marks[number], _differing(call))
             self._pass_on(call)
+
+    def _turn(self, call: Call, marked: list[int]) -> bool:
+        """Whether a call is known to mix channels of heads of one layer, which then are turned."""
+        read = {number: self.marks[number] for number in marked}
+        if len({marks.site for marks in read.values()}) != 1:
+            return False
+        if not all(self._in_heads(marks) and not marks.attended for marks in read.values()):
+            return False
+        first, *_ = read.values()
+        given = {number: marks.channels for number, marks in read.items()}
+        channels = self._mixing(first.site).through(call, given, self.values.by_number)
+        if channels is None:
+            return False
+        why = next((marks.turned for marks in read.values() if marks.turned), _differing(call))
+        self.apart.setdefault(first.site, why)
+        self.marks[next(call.writes())] = replace(first, channels=channels, turned=why)
+        return True
 
     def _pass_on(self, call: Call) -> None:
         """What is made of scores are still those of a bond."""
@@ -205,7 +238,7 @@ class _Finder:
         """Queries meet keys, whose channels lie along that axis."""
         sides = [self.marks.get(leaf.number) for leaf in (q, k) if isinstance(leaf, Ref)]
         known = [marks for marks in sides if marks is not None]
-        found = [_starts(m.channels, at) for m, at in zip(known, (-1, axis), strict=False)]
+        found = [self._heads(marks, at) for marks, at in zip(known, (-1, axis), strict=False)]
         whole = [starts for starts in found if starts is not None]
         if len(whole) != len((q, k)) or any(marks.attended for marks in known):
             for marks in known:
@@ -215,15 +248,23 @@ class _Finder:
         left, right = left + torch.zeros_like(right), right + torch.zeros_like(left)
         pairs = set(zip(left.flatten().tolist(), right.flatten().tolist(), strict=True))
         self.scored.update(dict.fromkeys(call.writes(), len(self.bonds)))
-        self._bond(known[0].site, known[1].site, pairs, known[0].channels.shape[-1], scores=True)
+        turned = known[0].turned or known[1].turned
+        self._bond(
+            known[0].site, known[1].site, pairs, known[0].channels.shape[-1], scores=True, turned=turned
+        )
+
+    def _heads(self, marks: _Marks, axis: int) -> Tensor | None:
+        if not marks.turned:
+            return _starts(marks.channels, axis)
+        return self._mixing(marks.site).heads(marks.channels, axis, self._width(marks.site))
 
     def _attended(self, call: Call, v: object, weights: object) -> None:
         """What weighs values are scores, made by the very call or read by it."""
         marks = self.marks.get(v.number) if isinstance(v, Ref) else None
         if marks is None:
             return
-        starts = _starts(marks.channels, -1)
-        if starts is None or marks.attended:
+        starts = None if marks.turned or marks.attended else _starts(marks.channels, -1)
+        if starts is None:
             self._spoil(marks, f"{call.name} reads it with the channels of heads apart")
             return
         (made,), width = written(call)[:1], marks.channels.shape[-1]
@@ -234,7 +275,16 @@ class _Finder:
         place = self.scored.get(scores.number) if isinstance(scores, Ref) else None
         self.marks[made.number] = _Marks(marks.site, channels.expand(shape), width, place)
 
-    def _bond(self, left: str, right: str, pairs: set[tuple[int, int]], width: int, *, scores: bool) -> None:
+    def _bond(
+        self,
+        left: str,
+        right: str,
+        pairs: set[tuple[int, int]],
+        width: int,
+        *,
+        scores: bool,
+        turned: str = "",
+    ) -> None:
         groups: list[tuple[set[int], set[int]]] = []
         for one, other in sorted(pairs):
             met = [group for group in groups if one in group[0] or other in group[1]]
@@ -245,8 +295,14 @@ class _Finder:
         ordered = tuple((tuple(sorted(a)), tuple(sorted(b))) for a, b in groups)
         sides = [tuple(sorted({pair[at] for pair in pairs})) for at in (0, 1)]
         self.bonds.append(
-            Bond(Side(left, False, sides[0]), Side(right, not scores, sides[1]), width, scores, ordered)
+            Bond(
+                Side(left, False, sides[0]), Side(right, not scores, sides[1]), width, scores, ordered, turned
+            )
         )
+
+
+def _differing(call: Call) -> str:
+    return f"its output goes through {call.name}, where channels differ"
 
 
 def _starts(channels: Tensor, axis: int) -> Tensor | None:

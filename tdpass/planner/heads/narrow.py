@@ -130,7 +130,7 @@ def narrowed(
             left, right = (_cut(mixture, count, padded=padded) for mixture in (meeting.left, meeting.right))
             _note(layers, bond.left, group[0], left * (scale if bond.scores else 1.0), bond.width)
             _note(layers, bond.right, group[1], right, bond.width)
-    edits = StreamEdits()
+    edits, values = StreamEdits(), not any(bond.scores for bond in bonds.found)
     for name, blocks in layers.items():
         weight, bias = bonds.layers[name]
         new = _along(weight.detach().cpu().double(), blocks.rows, blocks.width)
@@ -141,9 +141,8 @@ def narrowed(
         edits.layers[key] = NewLayer(
             new.to(weight.dtype).contiguous(), None if shift is None else shift.to(weight.dtype).contiguous()
         )
-        edits.heads[key] = HeadWidth(
-            blocks.width, blocks.width if padded else count, len(blocks.rows), len(blocks.columns)
-        )
+        after = blocks.width if padded else count
+        edits.heads[key] = HeadWidth(blocks.width, after, len(blocks.rows), len(blocks.columns), values)
     return edits
 
 

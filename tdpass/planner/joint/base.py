@@ -62,8 +62,8 @@ class Network:
     carries: Carries = always
 
     @cached_property
-    def attentions(self) -> Mapping[Group, Attention]:
-        """The attentions of the first run by their sites."""
+    def attentions(self) -> Mapping[str, Attention]:
+        """The attentions of the first run by the layer that reads their heads."""
         return find_attentions(self.tapes[0], self.sites)
 
 

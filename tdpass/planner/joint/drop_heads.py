@@ -40,7 +40,7 @@ class DropHeads(AttentionChange):
         return group[-1:]
 
     def variants(self, group: Group, network: Network) -> Iterator[Variant]:
-        attention = network.attentions[group]
+        attention = network.attentions[group[-1]]
         read, metric = network.sites[group[-1]], network.metrics[group[-1]]
         weight, own = _by_group(attention, network.weight(read.name).double(), metric)
         surgery, whole = remove_channels(weight, own), own.square(weight.flatten(1))
@@ -55,16 +55,16 @@ class DropHeads(AttentionChange):
         return self._variant(group, network, self._kept(group, choices, network), 0.0).layers
 
     def heads(self, group: Group, choices: Sequence[Choice], network: Network) -> Mapping[str, HeadChange]:
-        return _counted(network.attentions[group], len(self._kept(group, choices, network)))
+        return _counted(network.attentions[group[-1]], len(self._kept(group, choices, network)))
 
     def _kept(self, group: Group, choices: Sequence[Choice], network: Network) -> tuple[int, ...]:
-        kept, groups = choices[-1].channels, network.attentions[group].groups
+        kept, groups = choices[-1].channels, network.attentions[group[-1]].groups
         if not kept or not all(0 <= head < groups for head in kept):
             raise PlanError(f"the plan keeps heads {kept} of {group[-1]!r}, which reads {groups}; plan again")
         return kept
 
     def _variant(self, group: Group, network: Network, kept: Sequence[int], error: float) -> Variant:
-        attention, read = network.attentions[group], network.sites[group[-1]]
+        attention, read = network.attentions[group[-1]], network.sites[group[-1]]
         layers = {name: _rows(attention, network, name, kept) for name in attention.makers}
         metric, whole = network.metrics[read.name], network.weight(read.name)
         columns = sorted(column for head in kept for column in attention.columns(head))

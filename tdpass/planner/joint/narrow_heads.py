@@ -21,13 +21,21 @@ from tdpass.site import Site
 class NarrowHeads(AttentionChange):
     """`Q M` and `K N`, `V M` and `W_o N`: the mixtures of channels whose products are closest on the data.
 
-    Where the model's own scale of scores follows the width of heads, queries are scaled back.
+    Where the model's own scale of scores follows the width of heads, queries are scaled back.  Where a rotary
+    embedding turns queries and keys, values alone are narrower.
     """
 
     name = "narrow-heads"
 
+    def fits(self, attention: Attention) -> bool:
+        return attention.even or attention.mixable == (attention.values,)
+
+    def takes(self, attention: Attention) -> Group:
+        makers = (side.site for bond in attention.mixable for side in (bond.left, bond.right))
+        return tuple(dict.fromkeys((*makers, attention.reader)))
+
     def variants(self, group: Group, network: Network) -> Iterator[Variant]:
-        attention = network.attentions[group]
+        attention = network.attentions[group[-1]]
         bases, width = _bases(attention, network), attention.values.width
         counts = sorted({max(1, round(share * width)) for share in KEEP_SHARES} - {width}, reverse=True)
         for rescales in (False, True):
@@ -43,7 +51,7 @@ class NarrowHeads(AttentionChange):
         return self._planned(group, choices, network).heads
 
     def _planned(self, group: Group, choices: Sequence[Choice], network: Network) -> Variant:
-        attention = network.attentions[group]
+        attention = network.attentions[group[-1]]
         read, width = network.sites[group[-1]], attention.values.width
         left = choices[-1].form.inputs or 0
         count, rest = divmod(left * width, read.i)
@@ -61,7 +69,7 @@ class NarrowHeads(AttentionChange):
 
 
 def _bonds(attention: Attention) -> Bonds:
-    return replace(attention.bonds, found=(attention.scores, attention.values))
+    return replace(attention.bonds, found=attention.mixable)
 
 
 def _bases(attention: Attention, network: Network) -> Bases:
@@ -69,7 +77,7 @@ def _bases(attention: Attention, network: Network) -> Bases:
 
 
 def _variant(group: Group, network: Network, bases: Bases, count: int, *, rescales: bool) -> Variant:
-    attention = network.attentions[group]
+    attention = network.attentions[group[-1]]
     bonds, width = _bonds(attention), attention.values.width
     scale = (count / width) ** 0.5 if rescales else 1.0
     small, same = narrowed(bonds, bases, count, scale=scale), narrowed(bonds, bases, count, padded=True)

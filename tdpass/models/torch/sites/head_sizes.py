@@ -15,6 +15,7 @@ _SIZE = re.compile(
     r"^(?!n_|num_).*(head.*(dim|size|width)|(dim|size|width).*head)"
     r"|^d_(head|k|v|kv)$|^key_value_proj_dim$|^inner_dim$"
 )
+_VALUES = re.compile(r"(^|_)(v|values?)(_|$)")
 _COUNT = re.compile(r"^(n_?|num_)?([a-z]+_)*heads?$")
 _HELD = "_head_sizes"
 
@@ -65,7 +66,10 @@ def _resize(part: nn.Module, change: HeadChange, done: set[str]) -> None:
 
 
 def _sizes_of(name: str, change: HeadChange) -> Mapping[int, int]:
-    """What an attribute of that name becomes, by what it is."""
+    """What an attribute of that name becomes, by what it is.
+
+    Where queries and keys stay, so do the attributes that they share with values.
+    """
     if _SIZE.search(name):
-        return change.sizes
+        return change.sizes if _VALUES.search(name) or not change.values else {}
     return change.counts if _COUNT.search(name) else {}
