@@ -24,7 +24,7 @@ from tdpass.training.curvature import Curvature, Metric
 from tdpass.training.fixed_weights import FixedWeights, ProgressiveFixing
 from tdpass.training.phases import Phase
 from tdpass.training.rules import fixed
-from tdpass.training.schedules import ScheduleSpec, as_schedule
+from tdpass.training.schedules import GROWING, ScheduleSpec, as_schedule
 from tdpass.training.surgery import Surgery
 from tdpass.training.terms import Term
 
@@ -74,8 +74,8 @@ class AdmmNN(SparseWeights):
     fix: int = 6
     reach: float = 0.7
     rates: Mapping[str, float] = field(default_factory=dict)
-    rho: ScheduleSpec = 1e-3
-    decoupled: bool = False
+    rho: ScheduleSpec = GROWING
+    decoupled: bool = True
     hardware: BreakEven | str | None = None
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()

@@ -21,7 +21,7 @@ from tdpass.methods.factored import ON_DATA, FactoredByAdmm
 from tdpass.planner.rank_plan import RankPlan
 from tdpass.training.placement import placed_like
 from tdpass.training.rules import Rule
-from tdpass.training.schedules import ScheduleSpec
+from tdpass.training.schedules import GROWING, ScheduleSpec
 from tdpass.training.terms import Term
 from tdpass.training.warm_starts import WarmStarts
 from tdpass.verbs import compress, make_plan
@@ -34,7 +34,7 @@ RankSpec = Sequence[int] | Mapping[str, Sequence[int]]
 class AdmmTT(FactoredByAdmm):
     """min f(W) over W of tensor-train ranks <= r, by ADMM (Yin, Sui, Liao, Yuan, CVPR 2021).
 
-    Every round  Z <- TT-SVD_r(W + U),  U <- U + W - Z;  every step adds rho (W - Z + U) to the gradient; at
+    Every round  Z <- TT-SVD_r(W + U),  U <- U + W - Z;  every step pulls W along -rho (W - Z + U); at
     the end W <- TT-SVD_r(W) as cores.  Another `format` makes it ADMM-Tucker, ADMM-SVD and so on.
 
     The ranks are fixed before the first round: by `ranks` (globs of site names to ranks, or to `{format:
@@ -62,8 +62,8 @@ class AdmmTT(FactoredByAdmm):
     fit: bool | None = None
     cuts: int | None = None
     rounds: int = 20
-    rho: ScheduleSpec = 1e-3
-    decoupled: bool = False
+    rho: ScheduleSpec = GROWING
+    decoupled: bool = True
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     warm_starts: WarmStarts = field(init=False, repr=False)

@@ -41,6 +41,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     final: ClassVar[bool] = False  # whether training on would undo what `finish` gives
+    grouped: ClassVar[bool] = False  # whether layers of several groups are trained too, depthwise ones say
     include: Sequence[str]
     exclude: Sequence[str]
     sites: dict[str, Site]
@@ -72,7 +73,8 @@ class Method(ABC):
             site
             for site in opened.sites()
             if selects(site.name, self.include, self.exclude)
-            and as_stored(site)
+            and kind_of(site).as_stored
+            and (self.grouped or site.groups == 1)
             and not site.table  # rows that few samples read have no gradient to train by
             and opened.layer(site.name) is None
         ]

@@ -22,7 +22,7 @@ from tdpass.methods.tariff import price_on_target
 from tdpass.targets import Target
 from tdpass.training.curvature import Curvature, Metric
 from tdpass.training.rules import Rule
-from tdpass.training.schedules import ScheduleSpec
+from tdpass.training.schedules import GROWING, ScheduleSpec
 from tdpass.training.terms import Term
 
 
@@ -52,8 +52,8 @@ class Batude(FactoredByAdmm):
     rounds: int = 20
     stable: int = 3
     metric: Metric = "frobenius"
-    rho: ScheduleSpec = 1e-3
-    decoupled: bool = False
+    rho: ScheduleSpec = GROWING
+    decoupled: bool = True
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     cache: Path | None = None

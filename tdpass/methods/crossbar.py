@@ -31,7 +31,7 @@ from tdpass.training.fixed_signs import FixedSigns
 from tdpass.training.fixed_weights import ProgressiveFixing
 from tdpass.training.noise import NoisyWeights
 from tdpass.training.phases import Phase
-from tdpass.training.schedules import ScheduleSpec, as_schedule
+from tdpass.training.schedules import GROWING, ScheduleSpec, as_schedule
 from tdpass.training.terms import Term
 
 PHASES = ("admm", "retrain", "fix")
@@ -75,8 +75,8 @@ class Crossbar(SparseWeights):
     reach: float = 0.7
     noise: float = 0.0
     rates: Mapping[str, float] = field(default_factory=dict)
-    rho: ScheduleSpec = 1e-3
-    decoupled: bool = False
+    rho: ScheduleSpec = GROWING
+    decoupled: bool = True
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     levels: dict[str, DeviceLevels] = field(default_factory=dict, init=False, repr=False)

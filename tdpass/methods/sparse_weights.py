@@ -31,6 +31,7 @@ class SparseWeights(Method):
     """
 
     final = True
+    grouped = True
 
     @abstractmethod
     def ends(self, weights: Mapping[str, Tensor]) -> Mapping[str, Constraint]:

@@ -40,6 +40,9 @@ class Geometric:
         return float(self.start * (self.end / self.start) ** min(1.0, progress / self.until))
 
 
+GROWING = Geometric(3.0, 300.0)  # of rho, for pulls that are decoupled: loose at first, tight at the end
+
+
 @dataclass(frozen=True)
 class Cosine:
     """From `start` down to `floor * start` along half a cosine, after a linear `warm_up`.
