@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tdpass.constraints.device_levels import DeviceLevels
-from tdpass.crossbars.placement import Place, array_sets, placed
+from tdpass.crossbars.placement import Place, array_sets, placed_together
 from tdpass.crossbars.states import device_levels, digit_weights, states_of
 from tdpass.documents import Amount, Count, Document, Size, register_document
 from tdpass.errors import InvalidModelError, PlanError, UsageError
@@ -159,9 +159,9 @@ def map_model(
     for layer in chosen:
         for number, (_, stack) in enumerate(matrices_of(layer)):
             found, made = _nearest(levels, stack)
-            for group, matrix in enumerate(made):
-                places = placed(matrix != 0, array, sets)
-                sets += array_sets(places)
+            together = placed_together([matrix != 0 for matrix in made], array, sets)
+            sets += array_sets(place for places in together for place in places)
+            for group, (matrix, places) in enumerate(zip(made, together, strict=True)):
                 depth, columns = matrix.shape
                 matrices.append(
                     MappedMatrix(layer.site.name, number, group, depth, columns, found.scale or 0.0, places)

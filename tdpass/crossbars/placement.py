@@ -47,8 +47,15 @@ def placed(kept: Tensor, array: CrossbarArray, first: int = 0) -> tuple[Place, .
         [(r, c) for c in _cut(columns, array.width) for r in _cut(_filled(kept[:, c], 1), array.rows)],
         [(r, c) for r in _cut(rows, array.rows) for c in _cut(_filled(kept[r], 0), array.width)],
     )
-    choices = [_packed(_blocks(kept, cut, array), array, first) for cut in cuts]
+    choices = [_in_order(_packed(_blocks(kept, cut, array), array, first)) for cut in cuts]
     return min(choices, key=lambda places: (array_sets(places), _conversions(places), len(places)))
+
+
+def placed_together(kept: Sequence[Tensor], array: CrossbarArray, first: int = 0) -> list[tuple[Place, ...]]:
+    """Places for each of the matrices of a grouped layer, which share arrays along their diagonals."""
+    apart = [placed(matrix, array) for matrix in kept]
+    packed = iter(_packed([place for places in apart for place in places], array, first))
+    return [_in_order(next(packed) for _ in places) for places in apart]
 
 
 def array_sets(places: Iterable[Place]) -> int:
@@ -100,12 +107,22 @@ def _groups(rows: Sequence[int], array: CrossbarArray) -> tuple[int, ...]:
     )
 
 
-def _packed(blocks: Sequence[Place], array: CrossbarArray, first: int) -> tuple[Place, ...]:
-    """Blocks side by side along the diagonals of arrays, the largest first, each where it first fits."""
+def _in_order(places: Iterable[Place]) -> tuple[Place, ...]:
+    return tuple(sorted(places, key=lambda place: (place.array, place.row)))
+
+
+def _packed(blocks: Sequence[Place], array: CrossbarArray, first: int) -> list[Place]:
+    """Each block's place, side by side along the diagonals of arrays.
+
+    The largest come first, each where it first fits.
+    """
     filled: list[tuple[int, int]] = []
     open_arrays: list[int] = []
-    found = []
-    for block in sorted(blocks, key=lambda block: -len(block.rows) * len(block.columns)):
+    found = dict[int, Place]()
+    for index in sorted(
+        range(len(blocks)), key=lambda index: -len(blocks[index].rows) * len(blocks[index].columns)
+    ):
+        block = blocks[index]
         high, wide = len(block.rows), len(block.columns)
         place = next(
             (
@@ -120,8 +137,8 @@ def _packed(blocks: Sequence[Place], array: CrossbarArray, first: int) -> tuple[
             filled.append((0, 0))
             open_arrays.append(place)
         row, column = filled[place]
-        found.append(replace(block, array=first + place, row=row, column=column))
+        found[index] = replace(block, array=first + place, row=row, column=column)
         filled[place] = row + high, column + wide
         if filled[place][0] == array.rows or filled[place][1] == array.width:
             open_arrays.remove(place)
-    return tuple(sorted(found, key=lambda block: (block.array, block.row)))
+    return [found[index] for index in range(len(blocks))]

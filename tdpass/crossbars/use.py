@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tdpass.cost import Cost
-from tdpass.crossbars.placement import Place, array_sets, fillings, placed
+from tdpass.crossbars.placement import Place, array_sets, fillings, placed_together
 from tdpass.form import DENSE
 from tdpass.report import ArrayBlock, ArrayRow
 from tdpass.site import Site
@@ -34,9 +34,7 @@ def uses_of(sites: Mapping[str, Site], weights: Mapping[str, Tensor], array: Cro
     target, found, first = CrossbarTarget(array), dict[str, Use](), 0
     for name, site in sites.items():
         kept = as_matrices(weights[name] != 0, site.groups)
-        places: list[Place] = []
-        for matrix in kept:
-            places += placed(matrix, array, array_sets(places))
+        places = [place for together in placed_together(list(kept), array) for place in together]
         filled = fillings(places)
         cost = target.cost_filled(site, filled) if site.seen else Cost()
         rows = _rows(name, places, kept[0] if len(kept) == 1 else None, array, first)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tdpass.crossbars.placement import array_sets, fillings, placed
+from tdpass.crossbars.placement import array_sets, fillings, placed, placed_together
 from tdpass.crossbars.states import device_levels, digit_weights, states_of
 from tdpass.crossbars.use import uses_of
 from tdpass.errors import UsageError
@@ -120,6 +120,34 @@ def test_a_matrix_without_zeros_costs_what_the_target_says() -> None:
     (use,) = uses_of({"conv": site}, {"conv": torch.ones(site.shape)}, ARRAY).values()
     assert use.cost == CrossbarTarget(ARRAY).cost(site, [DENSE])[0]
     assert use.arrays == 4 * 4 * 4
+
+
+@pytest.mark.parametrize("groups", [2, 4, 12, 24])
+def test_groups_share_arrays_along_their_diagonals_as_they_are_priced(groups: int) -> None:
+    shape = (24, 24 // groups, 1, 2)
+    site = Site(
+        "conv", "conv", shape, (1, 1), ((0, 0), (0, 0)), (1, 1), groups=groups, extents=(((9, 4), (9, 3)),)
+    )
+    (use,) = uses_of({"conv": site}, {"conv": torch.ones(shape)}, ARRAY).values()
+    priced = CrossbarTarget(ARRAY).cost(site, [DENSE])[0]
+    if 2 * 24 // groups <= ARRAY.rows and 24 // groups <= ARRAY.width:
+        assert use.cost == priced
+    else:  # ragged tiles of larger groups share arrays that the price counts apart
+        assert use.cost.get("area") <= priced.get("area")
+    together = placed_together([torch.ones(2 * 24 // groups, 24 // groups) > 0] * groups, ARRAY, 5)
+    lines: dict[int, tuple[set[int], set[int]]] = {}
+    for place in (place for places in together for place in places):
+        assert place.array >= 5
+        rows, columns = lines.setdefault(place.array, (set(), set()))
+        own = (
+            set(range(place.row, place.row + len(place.rows))),
+            set(range(place.column, place.column + len(place.columns))),
+        )
+        assert not rows & own[0]
+        assert not columns & own[1]
+        rows |= own[0]
+        columns |= own[1]
+    assert use.arrays == len(lines) * ARRAY.copies
 
 
 def test_pruning_saves_conversions_even_where_it_saves_no_array() -> None:
