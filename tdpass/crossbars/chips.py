@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,9 @@ class MeasuredChip:
         """Conductances as programmed, and after the drift; drawn by the seed alone."""
         model, largest = self.model()
         scale = largest / array.conductances[-1]
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+            # of logarithms of conductances that drifted below zero, taken by numpy of tensors
+            warnings.simplefilter("ignore")
             torch.manual_seed(seed)
             wanted = siemens.float() * scale
             made: Tensor = model.apply_programming_noise_to_conductance(wanted)
@@ -46,7 +49,7 @@ class MeasuredChip:
                 made = model.apply_drift_noise_to_conductance(
                     made, model.generate_drift_coefficients(wanted), self.seconds
                 )
-        return (made / scale).clamp_min(0).to(siemens)
+        return (made / scale).nan_to_num(0.0).clamp_min(0).to(siemens)
 
     def model(self) -> tuple[Any, float]:
         """The noise model, and its largest conductance in microsiemens.

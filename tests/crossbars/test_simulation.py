@@ -192,6 +192,7 @@ def test_measured_chips_are_those_of_aihwkit(name: str, near: float) -> None:
     later = Devices(chip=chip(name, seconds=86400.0)).programmed(siemens, ADMM, 1)
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(later, made)
+    assert bool(((later >= 0) & later.isfinite()).all())
 
 
 def test_the_log_normal_model_agrees_with_aihwkits_state_independent_one() -> None:
