@@ -83,7 +83,7 @@ class IntegerOps(TorchOps):
         x, bias = _tensor(x), None if bias is None else _tensor(bias)
         if not isinstance(weight, Coded):
             return super().linear(x, weight, bias)
-        if x.device.type != "cpu" or x.requires_grad or not x.numel():
+        if not _multiplies_bytes(x):
             return super().linear(rounded(x, weight.reads), weight.plain, bias)
         y = _by_rows(x, weight) if weight.reads is None else _in_range(x, weight, weight.reads)
         return y.to(x.dtype) if bias is None else y.to(x.dtype) + bias
@@ -162,22 +162,31 @@ def _codes(x: Tensor, scale: Tensor) -> Tensor:
     return (x.float() / scale).round().clamp(-_LARGEST, _LARGEST)
 
 
+def _multiplies_bytes(x: Tensor) -> bool:
+    """Whether torch's product of bytes serves this input: it has no gradient, and no translation to ONNX."""
+    served = x.device.type == "cpu" and not x.requires_grad and x.numel() > 0
+    return served and not torch.onnx.is_in_onnx_export()
+
+
 def _by_rows(x: Tensor, weight: Coded) -> Tensor:
     scale = _scales(x)
     return _product(_codes(x, scale).to(torch.int8), weight.codes) * scale * weight.scale
 
 
 def _in_range(x: Tensor, weight: Coded, reads: Tensor) -> Tensor:
-    """`s t ((q - 128) W + (128 - zero) sum W)` for the unsigned codes q."""
+    """`s t ((q - 128) W + (128 - zero) sum W)` for the unsigned codes q; NaN where a number of the row is."""
     reads = reads.float()  # sums exceed what a half holds
     scale, zero = reads[0], reads[1]
     codes = ((x.float() / scale).round() + zero).clamp(0, _STEPS) - _MIDDLE
     sums = weight.codes.sum(1, dtype=torch.int32)
     whole = _product(codes.to(torch.int8), weight.codes) + (_MIDDLE - zero) * sums
-    return whole * (scale * weight.scale.float())
+    missing = codes.amax(-1, keepdim=True) * 0  # bytes hold no NaN
+    return whole * (scale * weight.scale.float()) + missing
 
 
 def _product(codes: Tensor, weight: Tensor) -> Tensor:
+    if codes.shape[-1] == 1:  # torch takes a single row of int8 for a column, and reads beyond it
+        return codes.int() @ weight.int().t()
     flat = codes.reshape(-1, codes.shape[-1]).contiguous()
     whole: Tensor = torch._int_mm(flat, weight.t())  # noqa: SLF001 - torch has no public product of bytes
     return whole.reshape(*codes.shape[:-1], weight.shape[0])

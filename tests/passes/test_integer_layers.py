@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 
 import onnx
@@ -16,10 +17,12 @@ import tdpass
 from tdpass.errors import PlanError, TdpassError
 from tdpass.form import Form
 from tdpass.formats.integers import rounded
+from tdpass.formats.layer import Layer
 from tdpass.layers.factorized import Factorized
 from tdpass.models import open_model
 from tdpass.models.base import Batch
 from tdpass.planner.calibrations import CALIBRATIONS
+from tdpass.site import Site
 
 STATIC = "quantize,quantize-activations{{calibration={}}},verify"
 DYNAMIC = STATIC.format("dynamic")
@@ -78,6 +81,31 @@ def test_every_calibration_serves_torch_modules_that_save_load_and_export(
     assert torch.equal(tdpass.load(tmp_path / "net.safetensors", net())(x), answer)
     assert torch.equal(torch.export.export(artifact.model, (x,)).module()(x), answer)
     assert artifact.report.final.bytes == artifact.plan.planned.bytes
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("calibration", ["mse", "dynamic"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_torchs_exporters_to_onnx_write_the_rounded_numbers(
+    calibration: str, dynamo: bool, tmp_path: Path
+) -> None:
+    model, x = compressed(net(), STATIC.format(calibration)).model, images(2)
+    torch.onnx.export(model, (x,), tmp_path / "it.onnx", dynamo=dynamo, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "it.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    answer = model(x)
+    assert error(torch.from_numpy(found), answer) < 0.1 * error(net()(x), answer)
+
+
+@pytest.mark.parametrize("calibration", ["mse", "dynamic"])
+@torch.no_grad()
+def test_a_number_that_is_none_makes_all_that_is_made_of_it_none(calibration: str) -> None:
+    model, x = compressed(net(), STATIC.format(calibration)).model, images(3)
+    spoiled = x.clone()
+    spoiled[1, 0, 2, 2] = torch.nan
+    found, clean = model(spoiled), model(x)
+    assert found[1].isnan().all()
+    torch.testing.assert_close(found[::2], clean[::2])
 
 
 def test_a_compiled_model_answers_as_it_does_in_eager_torch() -> None:
@@ -144,6 +172,20 @@ def test_rows_are_rounded_apart_so_that_samples_do_not_change_each_other() -> No
     x = images(2)
     loud = torch.cat([x[:1], 100 * x[1:]])
     torch.testing.assert_close(model(loud)[:1], model(x[:1]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["static", "dynamic"])
+@torch.no_grad()
+def test_products_of_every_small_size_are_exact(how: str) -> None:
+    for outputs, inputs, rows in itertools.product((1, 2, 17), (1, 2, 3, 16), (1, 2, 17)):
+        form = Form("dense", (), ("int8",), activations=how)
+        reads = {"kernel_range": torch.tensor([0.5, 128.0])} if how == "static" else {}
+        codes = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+        parts = {"kernel": codes, "kernel_scale": torch.full((outputs,), 0.25), **reads}
+        layer = Layer(Site("fc", "linear", (outputs, inputs)), form, parts)
+        x = 0.5 * torch.randint(-127, 128, (rows, inputs)).float()
+        x[:, 0] = 63.5  # the largest: steps of half in either way
+        torch.testing.assert_close(layer(x), x @ (0.25 * codes.float()).T, rtol=1e-6, atol=0)
 
 
 def test_gradients_pass_as_if_nothing_were_rounded() -> None:
