@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
+from tdpass.kernels.flops import count_products
+from tdpass.products import Count
 from tdpass.registry import Registry
 
 NAMESPACE = "tdpass"
@@ -30,13 +32,15 @@ class Op:
     """A fused operator.
 
     `schema` is what follows the name, in torch's notation; `reference` computes it with ordinary operations
-    and is what every implementation is tested against; `fake` gives shapes and strides alone.
+    and is what every implementation is tested against; `fake` gives shapes and strides alone; `macs` are the
+    multiply-adds of a call, from its output and its arguments.
     """
 
     name: str
     schema: str
     reference: Implementation
     fake: Implementation
+    macs: Count
 
     @property
     def call(self) -> Any:
@@ -56,6 +60,7 @@ def register_op(op: Op) -> Op:
     OPS.add(op.name, op)
     _LIBRARY.define(f"{op.name}{op.schema}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"{NAMESPACE}::{op.name}", op.fake, lib=_LIBRARY)
+    count_products(op.name, op.macs)
 
     _LIBRARY.impl(op.name, _runs(op, "cuda"), "CUDA")
     if op.name in _COMPILED:

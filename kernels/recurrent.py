@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tdpass.kernels import native
 from tdpass.kernels.base import Op, implements, register_op
+from tdpass.products import by_rows
 
 LSTM_SCHEMA = (
     "(Tensor pre, Tensor v, Tensor u, Tensor? bias, Tensor h0, Tensor c0, bool reverse)"
@@ -112,8 +113,18 @@ def gru_fake(
     return pre.new_empty((*pre.shape[:2], h0.shape[1])), h0.new_empty(h0.shape)
 
 
-LOW_RANK_LSTM = register_op(Op("low_rank_lstm", LSTM_SCHEMA, lstm_reference, lstm_fake))
-LOW_RANK_GRU = register_op(Op("low_rank_gru", GRU_SCHEMA, gru_reference, gru_fake))
+def cell_macs(pre: Tensor, hidden: int, rank: int) -> int:
+    """Multiply-adds of both factors of the hidden-to-hidden matrix at every step; `pre[t, n, (gates hidden)]`."""
+    return by_rows(pre.shape, (rank, hidden), (pre.shape[-1], rank))
+
+
+def _macs(y: object, pre: Tensor, v: Tensor, u: Tensor, *_: object) -> int:
+    """Multiply-adds, of factors packed as `pack_v` and `pack_u` do."""
+    return cell_macs(pre, v.shape[1], u.shape[1])
+
+
+LOW_RANK_LSTM = register_op(Op("low_rank_lstm", LSTM_SCHEMA, lstm_reference, lstm_fake, _macs))
+LOW_RANK_GRU = register_op(Op("low_rank_gru", GRU_SCHEMA, gru_reference, gru_fake, _macs))
 
 
 @implements("low_rank_lstm", "cpu")

@@ -8,6 +8,7 @@ grids of their own, one per sample and step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import byref
 
 import torch
@@ -19,7 +20,7 @@ from tdpass.kernels import native
 from tdpass.kernels.base import Op, implements, register_op
 from tdpass.kernels.grid import MIDDLE, own_grid
 from tdpass.kernels.int8_factor import Int8Factor, check_factors, pack_codes, pack_weight
-from tdpass.kernels.recurrent import cell_call, copy_of
+from tdpass.kernels.recurrent import cell_call, cell_macs, copy_of
 from tdpass.kernels.stage import Stage, checked
 
 _FACTORS = "Tensor v, Tensor v_scale, Tensor v_total, Tensor u, Tensor u_scale, Tensor u_total"
@@ -184,8 +185,13 @@ def gru_fake(
     return pre.new_empty((*pre.shape[:2], h0.shape[1])), h0.new_empty(h0.shape)
 
 
-LOW_RANK_LSTM_INT8 = register_op(Op("low_rank_lstm_int8", LSTM_SCHEMA, lstm_reference, lstm_fake))
-LOW_RANK_GRU_INT8 = register_op(Op("low_rank_gru_int8", GRU_SCHEMA, gru_reference, gru_fake))
+def _macs(y: Sequence[Tensor], pre: Tensor, v: Tensor, v_scale: Tensor, *_: object) -> int:
+    """Multiply-adds; the states that it answers with have the hidden units last."""
+    return cell_macs(pre, y[0].shape[-1], v_scale.numel())
+
+
+LOW_RANK_LSTM_INT8 = register_op(Op("low_rank_lstm_int8", LSTM_SCHEMA, lstm_reference, lstm_fake, _macs))
+LOW_RANK_GRU_INT8 = register_op(Op("low_rank_gru_int8", GRU_SCHEMA, gru_reference, gru_fake, _macs))
 
 
 @implements("low_rank_lstm_int8", "cpu")

@@ -21,6 +21,7 @@ from tdpass.kernels.blocks import CYCLES, Blocks, unpack
 from tdpass.kernels.conv_chain import like_input, memory_format
 from tdpass.kernels.stage import Stage, checked, stages_of
 from tdpass.ops import padded_convolution
+from tdpass.products import by_rows
 
 _PACKED = "Tensor values, Tensor inputs, Tensor start, Tensor rows"
 CONV_SCHEMA = f"(Tensor x, {_PACKED}, Tensor? bias, Tensor? residual, int[] stage, str activation) -> Tensor"
@@ -107,8 +108,18 @@ def linear_fake(
     return x.new_empty((*x.shape[:-1], outputs))
 
 
-SPARSE_CONV2D = register_op(Op("sparse_conv2d", CONV_SCHEMA, conv_reference, conv_fake))
-SPARSE_LINEAR = register_op(Op("sparse_linear", LINEAR_SCHEMA, linear_reference, linear_fake))
+def _conv_macs(y: Tensor, x: Tensor, values: Tensor, *_: object) -> int:
+    """Multiply-adds: every stored weight once per position."""
+    return values.numel() * (y.numel() // y.shape[1])
+
+
+def _linear_macs(y: Tensor, x: Tensor, values: Tensor, *_: object) -> int:
+    """Multiply-adds: every stored weight once per row."""
+    return by_rows(x.shape, values.shape)
+
+
+SPARSE_CONV2D = register_op(Op("sparse_conv2d", CONV_SCHEMA, conv_reference, conv_fake, _conv_macs))
+SPARSE_LINEAR = register_op(Op("sparse_linear", LINEAR_SCHEMA, linear_reference, linear_fake, _linear_macs))
 
 
 @implements("sparse_conv2d", "cpu")

@@ -19,6 +19,7 @@ from tdpass.kernels import native
 from tdpass.kernels.activation import activate, check_activation
 from tdpass.kernels.base import Op, implements, register_op
 from tdpass.kernels.float8_chain import FLOAT8
+from tdpass.products import by_rows
 
 SCHEMA = (
     "(Tensor x, Tensor[] weights, Tensor[] scales, Tensor? bias, Tensor? residual, int[] widths, "
@@ -202,7 +203,21 @@ def fake(
     return x.new_empty((*x.shape[:-1], widths[1]))
 
 
-WEIGHT_ONLY_LINEAR = register_op(Op("weight_only_linear", SCHEMA, reference, fake))
+def _macs(
+    y: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    widths: Sequence[int],
+    *_: object,
+) -> int:
+    """Multiply-adds."""
+    return by_rows(x.shape, *matrices(weights, widths))
+
+
+WEIGHT_ONLY_LINEAR = register_op(Op("weight_only_linear", SCHEMA, reference, fake, _macs))
 
 
 @implements("weight_only_linear", "cpu")

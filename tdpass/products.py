@@ -48,8 +48,8 @@ def attention(query: Sequence[int], key: Sequence[int], value: Sequence[int]) ->
     return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-def recurrent(x: Sequence[int], *weights: Sequence[int]) -> int:
-    """Every weight once per step and sample of `x[..., features]`."""
+def by_rows(x: Sequence[int], *weights: Sequence[int]) -> int:
+    """Every weight once per row of `x[..., features]`."""
     return math.prod(x[:-1]) * sum(map(math.prod, weights))
 
 
@@ -119,12 +119,12 @@ def _attention(y: object, query: Tensor, key: Tensor, value: Tensor, *_: object,
 
 @counts("aten.mkldnn_rnn_layer")
 def _onednn_lstm(y: object, x: Tensor, inputs: Tensor, hidden: Tensor, *_: object) -> int:
-    return recurrent(x.shape, inputs.shape, hidden.shape)
+    return by_rows(x.shape, inputs.shape, hidden.shape)
 
 
 @counts("aten._cudnn_rnn", "aten.miopen_rnn")
 def _cudnn_rnn(y: object, x: Tensor, weights: Sequence[Tensor], *_: object) -> int:
-    return recurrent(x.shape, *(weight.shape for weight in weights if weight.dim() > 1))
+    return by_rows(x.shape, *(weight.shape for weight in weights if weight.dim() > 1))
 
 
 @dataclass(frozen=True)

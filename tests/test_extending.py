@@ -44,6 +44,7 @@ from tdpass.planner.calibrations.base import register_calibration
 from tdpass.planner.comparisons import COMPARISONS, Comparison, register_comparison
 from tdpass.planner.divergence import Divergence
 from tdpass.planner.trials import Promise
+from tdpass.products import PRODUCTS, counting
 from tdpass.registry import Registry
 from tdpass.site import Site
 from tdpass.sources import MODULE_SOURCES, ModuleSource, module_of, register_module_source
@@ -249,8 +250,9 @@ def test_a_pass_is_read_run_and_held_to_its_promise() -> None:
 
 
 def test_an_operator_runs_its_implementation_or_its_reference() -> None:
-    with added((OPS, "test_doubled")):
-        op = register_op(Op("test_doubled", "(Tensor x) -> Tensor", lambda x: 2 * x, torch.empty_like))
+    with added((OPS, "test_doubled"), (PRODUCTS, "tdpass.test_doubled")):
+        schema, macs = "(Tensor x) -> Tensor", lambda y, x: x.numel()
+        op = register_op(Op("test_doubled", schema, lambda x: 2 * x, torch.empty_like, macs))
         ran: list[int] = []
 
         @implements("test_doubled", "cpu")
@@ -266,6 +268,9 @@ def test_an_operator_runs_its_implementation_or_its_reference() -> None:
             with use_reference():
                 assert torch.equal(op.call(x), 2 * x)
             assert ran == [3, 3]
+            with counting() as counter:
+                op.call(x)
+            assert counter.counted().macs == 3
         finally:
             del IMPLEMENTATIONS["test_doubled", "cpu"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tdpass.models.onnx.graph.functions import FUNCTIONS
 from tdpass.models.onnx.operators.session import traced
 from tdpass.models.onnx.sites.matchers import operator_name
-from tdpass.products import Counted, Counter, convolution, recurrent
+from tdpass.products import Counted, Counter, by_rows, convolution
 from tdpass.registry import Registry
 
 Sizes = tuple[int, ...]
@@ -105,7 +105,7 @@ def _deformable(inputs: Sequence[Sizes], y: Sizes) -> int:
 
 @_counts("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM")
 def _recurrent(inputs: Sequence[Sizes], y: Sizes) -> int:
-    return recurrent(inputs[0], inputs[1], inputs[2])
+    return by_rows(inputs[0], inputs[1], inputs[2])
 
 
 @_counts("Attention", "MultiHeadAttention", "GroupQueryAttention", "QAttention")

@@ -1,0 +1,140 @@
+"""Layers of mostly zeros as one operator, `sparse_linear` or `sparse_conv2d`, alone or beside a thin chain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tdpass.form import Form
+from tdpass.formats.base import FORMATS
+from tdpass.formats.layer import Layer
+from tdpass.formats.lines import lines_left
+from tdpass.formats.lowering import Lowered, chain_of, stage_of
+from tdpass.kernels.blocks import pack
+from tdpass.kernels.conv_chain import CONV_CHAIN
+from tdpass.kernels.linear_chain import LINEAR_CHAIN
+from tdpass.kernels.sparse import SPARSE_CONV2D, SPARSE_LINEAR
+from tdpass.kernels.stage import Stage
+from tdpass.layers.derived import Recipe, Tensors, derived
+from tdpass.layers.one_operator import OneOperator
+from tdpass.layers.tracing import is_traced
+from tdpass.site import Site
+
+_BLOCKS = 4  # tensors of a weight in blocks
+_KERNEL = "kernel"
+_VECTOR = 16  # positions from which on more of them ask for no other blocks
+
+
+def _whole(layer: Layer) -> str:
+    """The factor that has the shape of the weight."""
+    return FORMATS.get(layer.format).remainder or _KERNEL
+
+
+def _beside(layer: Layer) -> Lowered | None:
+    """The chain of the factors that stand beside the sparse weight; None where it stands alone."""
+    fmt = FORMATS.get(layer.format)
+    if not fmt.remainder:
+        return None
+    return chain_of(replace(layer, form=Form(fmt.leading.name, layer.rank)))
+
+
+@dataclass(frozen=True)
+class PackSparse(Recipe[Tensors]):
+    """The weight in blocks that suit calls of few positions or many, then the panels of the chain beside it."""
+
+    site: Site
+    form: Form
+    names: tuple[str, ...]
+    positions: int
+
+    def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        held = dict(zip(self.names, tensors, strict=True))
+        layer = Layer(self.site, self.form, held)
+        values, chain = layer.values(torch.float32), _beside(layer)
+        panels = [] if chain is None else chain.pack(replace(layer, factors=values), chain.lanes)
+        weight = values[_whole(layer)].reshape(self.site.shape)
+        return (*pack(weight, positions=self.positions), *panels)
+
+
+@dataclass(frozen=True)
+class SparseCall:
+    """How the operators are called for a layer of that geometry, on what `PackSparse` packs."""
+
+    stage: Stage
+    axes: int
+    beside: Lowered | None
+    padding_mode: str
+    pads: tuple[int, ...]
+
+    def __call__(self, x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, activation: str) -> Tensor:
+        blocks, panels = packed[:_BLOCKS], list(packed[_BLOCKS:])
+        if self.pads:
+            x = F.pad(x, self.pads, mode=self.padding_mode)
+        if not self.axes:
+            rest = self._linear(x, panels)
+            y: Tensor = SPARSE_LINEAR.call(x, *blocks, bias, rest, self.stage.outputs, activation)
+            return y
+        image = x.unsqueeze(2) if self.axes == 1 else x
+        rest = self._convolved(image, panels)
+        y = SPARSE_CONV2D.call(image, *blocks, bias, rest, self.stage.integers(), activation)
+        return y.squeeze(2) if self.axes == 1 else y
+
+    def _linear(self, x: Tensor, panels: list[Tensor]) -> Tensor | None:
+        if self.beside is None:
+            return None
+        y: Tensor = LINEAR_CHAIN.call(x, panels, None, None, self.beside.widths, "identity")
+        return y
+
+    def _convolved(self, x: Tensor, panels: list[Tensor]) -> Tensor | None:
+        if self.beside is None:
+            return None
+        chain = self.beside
+        y: Tensor = CONV_CHAIN.call(x, panels, None, None, chain.integers, "identity", chain.lanes)
+        return y
+
+
+class SparseLayer(OneOperator):
+    """A layer with a support as `sparse_linear` or `sparse_conv2d`, from the weights that it keeps.
+
+    Beside factors, `W = U V + S`, their chain is what the operator adds its products to.  Where gradients are
+    wanted, while it is traced, compiled or exported, and for types that the kernels do not serve it runs as
+    the layer that it is.
+    """
+
+    operator = "sparse"
+
+    def __init__(
+        self, layer: Layer, bias: nn.Parameter | None, padding_mode: str = "zeros", pads: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(layer, bias, padding_mode, pads)
+        stage = stage_of(layer.site)
+        assert stage is not None
+        self.called = SparseCall(stage, layer.site.axes, _beside(layer), padding_mode, pads)
+
+    @staticmethod
+    def why_not(layer: Layer) -> str:
+        site, stage = layer.site, stage_of(layer.site)
+        if stage is None or stage.groups > 1:
+            return f"'{layer.form}' is no linear layer or convolution of one group in at most two dimensions"
+        if _whole(layer) not in layer.storage.supports:
+            return f"'{layer.form}' has no weight with a support, alone or beside factors"
+        if FORMATS.get(layer.format).remainder and _beside(layer) is None:
+            return f"the factors of '{layer.form}' are no chain of convolutions or linear layers"
+        if lines_left(site, layer.form, layer.storage) is not None:
+            return f"'{layer.form}' runs as the smaller dense layer that it is"
+        return ""
+
+    def packed(self, positions: int) -> Tensors:
+        """Blocks of the weight for calls of so many positions, and panels of what stands beside it."""
+        held, enough = self.factors(), min(positions, _VECTOR)
+        return derived(PackSparse(self.site, self.form, tuple(held), enough), tuple(held.values()))
+
+    def packed_call(self, x: Tensor) -> Tensor:
+        return self.called(x, self.packed(x.numel() // self.site.i), self.bias, self.activation)
+
+    def serves(self, x: Tensor) -> bool:
+        return self.fits(x, [self.bias]) and not is_traced(x)
