@@ -10,7 +10,6 @@ from torch import Tensor
 from tdpass.form import Form
 from tdpass.formats.contraction import contraction_of
 from tdpass.formats.layer import Layer
-from tdpass.kernels import native
 from tdpass.kernels.tensor_chain import TENSOR_CHAIN
 from tdpass.layers.derived import Recipe, derived
 from tdpass.layers.one_operator import OneOperator
@@ -59,6 +58,4 @@ class Contracted(OneOperator):
         return y
 
     def serves(self, x: Tensor) -> bool:
-        parts = (*self.factors().values(), *([] if self.bias is None else [self.bias]))
-        alike = x.dtype in native.DTYPES and all(value.dtype == x.dtype for value in parts)
-        return alike and x.device.type == "cpu" and not is_traced(x)
+        return self.fits(x, [*self.factors().values(), self.bias]) and not is_traced(x)

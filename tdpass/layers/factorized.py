@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from tdpass.formats.layer import Layer, check_form, storage_of
 from tdpass.formats.lines import Lines, Smaller, apply_smaller, apply_stored, lines_left, smaller
 from tdpass.formats.steps import apply_steps, steps_of
 from tdpass.formats.storage import Storage
+from tdpass.kernels import native
 from tdpass.kinds import kind_of
 from tdpass.layers.deferred import Deferred
 from tdpass.layers.derived import Recipe, Tensors, derived
@@ -112,6 +113,13 @@ class Factorized(nn.Module):
             if isinstance(held, Tensor) and Part(tuple(held.shape), held.dtype) == earlier.part:
                 state_dict[prefix + name] = earlier.renewed(held)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def fits(self, x: Tensor, parts: Iterable[Tensor | None]) -> bool:
+        """Whether kernels serve x here: its axes, device and type, which these parts of the layer have too."""
+        axes = self.site.axes + 2
+        shaped = x.dim() == axes if self.site.axes else x.dim() >= axes
+        alike = x.dtype in native.DTYPES and all(part is None or part.dtype == x.dtype for part in parts)
+        return shaped and alike and x.device.type == "cpu"
 
     def layer(self) -> Layer:
         """The layer as data, with the current factors."""

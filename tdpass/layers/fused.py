@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from tdpass.formats.layer import Layer
 from tdpass.formats.lowering import lower
-from tdpass.kernels import native
 from tdpass.kernels.activation import activate
 from tdpass.layers.factor_chain import LINEAR, chain
 from tdpass.layers.factorized import Factorized
@@ -62,16 +61,12 @@ class Fused(Factorized):
         return chain(x, factors, self.bias, self._stages, self.activation, self.lanes)
 
     def _served(self, x: Tensor, held: Mapping[str, Tensor]) -> bool:
-        parts = [*held.values(), *([] if self.bias is None else [self.bias])]
-        trainable = torch.is_grad_enabled() and (x.requires_grad or any(part.requires_grad for part in parts))
+        trainable = torch.is_grad_enabled() and (x.requires_grad or self.learns)
         # an export is traced with gradients on, and what it gives is for inference
         if trainable and (self.training or not torch.compiler.is_exporting()):
             return False
-        axes = self.site.axes + 2
-        fits = x.dim() == axes if self.site.axes else x.dim() >= axes
-        alike = x.dtype in native.DTYPES and all(part.dtype == x.dtype for part in parts)
         plain = not (torch.is_autocast_enabled("cpu") or is_transformed())
-        return fits and alike and x.device.type == "cpu" and plain
+        return plain and self.fits(x, [*held.values(), self.bias])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.lanes} lanes, {self.activation}"

@@ -11,7 +11,6 @@ from typing_extensions import Self
 
 from tdpass.formats.layer import Layer
 from tdpass.formats.lowering import chain_of
-from tdpass.kernels import native
 from tdpass.kernels.activation import activate
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.hooks import carry_hooks
@@ -92,7 +91,4 @@ class EncodedChain(OneOperator, ABC):
         )
 
     def serves(self, x: Tensor) -> bool:
-        axes = self.site.axes + 2
-        fits = x.dim() == axes if self.site.axes else x.dim() >= axes
-        alike = x.dtype in native.DTYPES and (self.bias is None or self.bias.dtype == x.dtype)
-        return fits and alike and x.device.type == "cpu"
+        return self.fits(x, [self.bias])

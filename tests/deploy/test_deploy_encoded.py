@@ -24,7 +24,13 @@ from tdpass.kernels import build, native
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.integer_chain import IntegerChain
 from tdpass.models.base import Batch
-from tdpass.models.torch.fused.deployable import FusedLayer, PackedWeights, export_program, fused
+from tdpass.models.torch.fused.deployable import (
+    FusedLayer,
+    PackedSparse,
+    PackedWeights,
+    export_program,
+    fused,
+)
 from tdpass.models.torch.fused.fuse import chosen_operators
 from tdpass.timings import TimingTable
 
@@ -36,6 +42,7 @@ ANYWHERE = {
     "tdpass.linear_chain.default",
 }
 ANYWHERE |= {"tdpass.conv_chain.default", "tdpass.weight_only_linear.default"}
+ANYWHERE |= {"tdpass.sparse_conv2d.default", "tdpass.sparse_linear.default"}
 INTEGERS = "quantize,quantize-activations{calibration=minmax}"
 
 
@@ -81,6 +88,7 @@ def operators(model: nn.Module, x: Tensor) -> nn.Module:
         (f"{INTEGERS},fuse-kernels{{measure=false}}", {IntegerChain: 5}, 3e-2),
         ("quantize{numbers=bfloat16}", {FusedLayer: 5}, 1e-5),
         ("quantize{numbers=int4/32}", {PackedWeights: 2}, 1e-5),
+        ("sparsify{support=unstructured/30%}", {PackedSparse: 5}, 1e-5),
     ],
 )
 @torch.no_grad()
@@ -130,6 +138,7 @@ def test_bytes_are_handed_over_in_an_exported_program() -> None:
         (INTEGERS, IntegerChain),
         ("quantize{numbers=bfloat16}", FusedLayer),
         ("quantize{numbers=int4/32}", PackedWeights),
+        pytest.param("sparsify{support=unstructured/30%}", PackedSparse, marks=pytest.mark.slow),
         ("plan{macs=0.6},factorize", FusedLayer),
     ],
 )

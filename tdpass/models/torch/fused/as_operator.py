@@ -16,6 +16,7 @@ from tdpass.layers.factorized import Factorized
 from tdpass.layers.float_chain import FloatChain
 from tdpass.layers.integer_chain import IntegerChain
 from tdpass.layers.one_operator import OneOperator
+from tdpass.layers.sparse import SparseLayer
 from tdpass.layers.weight_only import WeightOnly
 from tdpass.machine import processor
 from tdpass.numbers.floating import Floating
@@ -73,8 +74,10 @@ def call_of(layer: Factorized) -> type[OneOperator]:
         return Contracted
     if layer.form.activations:
         return IntegerChain
+    if layer.storage.supports:
+        return SparseLayer
     floating = all(isinstance(each, Floating) for each in layer.storage.numbers.values())
-    return FloatChain if floating and not layer.storage.supports else WeightOnly
+    return FloatChain if floating else WeightOnly
 
 
 def _times(layer: Factorized, fused: OneOperator, like: Tensor) -> dict[str, float]:

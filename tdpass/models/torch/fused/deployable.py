@@ -30,6 +30,7 @@ from tdpass.layers.float_chain import FloatChain
 from tdpass.layers.fused import Fused
 from tdpass.layers.integer_chain import IntegerChain
 from tdpass.layers.one_operator import OneOperator
+from tdpass.layers.sparse import SparseLayer
 from tdpass.layers.weight_only import WeightOnly
 from tdpass.models.base import Batch
 from tdpass.models.torch.fused.integer_graph import (
@@ -129,6 +130,17 @@ class PackedCores(Packed):
         return y
 
 
+class PackedSparse(Packed):
+    """A layer of mostly zeros, by the weights that it keeps."""
+
+    def __init__(self, dense: SparseLayer) -> None:
+        super().__init__(dense, dense.packed(dense.site.out_positions))
+        self.call = dense.called
+
+    def called(self, x: Tensor, packed: list[Tensor]) -> Tensor:
+        return self.call(x, packed, self.bias, self.activation)
+
+
 def fused(module: nn.Module) -> tuple[nn.Module, int]:
     """A copy for inference on the CPU, and how many layers run fused.
 
@@ -159,6 +171,8 @@ def _packed_layer(layer: nn.Module) -> nn.Module | None:
         return PackedWeights(layer)
     if isinstance(layer, Contracted):
         return PackedCores(layer)
+    if isinstance(layer, SparseLayer):
+        return PackedSparse(layer)
     if isinstance(layer, IntegerChain):
         return layer
     chosen = isinstance(layer, FloatChain) or (isinstance(layer, Fused) and layer.lanes is not None)
