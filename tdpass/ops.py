@@ -303,7 +303,10 @@ class TorchOps:
         return self.where(kept, found, None).reshape(tuple(shape))
 
     def places(self, kept: Tensor, count: int) -> Tensor:
-        return torch.sort(kept, descending=True, stable=True).indices[:count]
+        size = kept.shape[0]  # a stable sort, which no exporter knows, of what is kept before what is not
+        return torch.topk(
+            size * kept - torch.arange(size, dtype=kept.dtype, device=kept.device), count
+        ).indices
 
     def order(self, kept: Tensor) -> Tensor:
         return (kept.cumsum(0) - 1).clamp_min(0)
@@ -316,7 +319,7 @@ class TorchOps:
         return cells.reshape(rows // high, 1, columns // wide, 1).expand(-1, high, -1, wide).reshape(-1)
 
     def lookup(self, table: Tensor, indices: Tensor) -> Tensor:
-        return table[indices]
+        return table.index_select(0, indices.flatten()).reshape(*indices.shape, *table.shape[1:])
 
     def join(self, x: Tensor, count: int) -> Tensor:
         return x.flatten(-count)
