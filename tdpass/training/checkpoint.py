@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,23 +115,26 @@ def load_checkpoint(path: Path, tensors: Mapping[str, Tensor]) -> None:
     read_pieces(path, tensors)
 
 
-def random_state() -> dict[str, Any]:
-    """The state of torch's, Python's and numpy's generators as JSON values."""
+def random_state(own: Iterable[torch.Generator] = ()) -> dict[str, Any]:
+    """The state of torch's, Python's and numpy's generators, and of others, as JSON values."""
     # loaders that draw from it are to be repeatable too
     kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
     version, internal, gauss = random.getstate()
     state: dict[str, Any] = {
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        "torch": _text(torch.get_rng_state()),
         "python": [version, list(internal), gauss],
         "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, cached],
+        "own": [_text(generator.get_state()) for generator in own],
     }
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
+        state["cuda"] = _text(torch.cuda.get_rng_state())
     return state
 
 
-def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Put the generators back."""
+def restore_random_state(state: Mapping[str, Any], own: Iterable[torch.Generator] = ()) -> None:
+    """Put the generators back, the others in the order in which they were given."""
+    for generator, text in zip(own, state.get("own", ()), strict=True):
+        generator.set_state(_bytes(text))
     torch.set_rng_state(_bytes(state["torch"]))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -139,6 +142,10 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(_bytes(state["cuda"]))
+
+
+def _text(state: Tensor) -> str:
+    return state.numpy().tobytes().hex()
 
 
 def _bytes(text: str) -> Tensor:

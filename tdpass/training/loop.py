@@ -58,8 +58,9 @@ class Loop:
     (or its sampler) has one.  `passes` runs the model, once a step or more often.  `rate(progress)` is the
     learning rate when the share `progress` of all steps is over, as a factor on what each parameter group had
     at the start.  A checkpoint is written to `folder` after every epoch, and every `checkpoint_every` steps.
-    On a CPU, and with data that draws from torch's, numpy's or Python's global generators or from none, a
-    resumed run repeats bit by bit what the interrupted one would have done.
+    On a CPU, and with data that draws from torch's, numpy's or Python's global generators, from the
+    `generator` of a DataLoader or its sampler, or from none, a resumed run repeats bit by bit what the
+    interrupted one would have done.
     """
 
     stage: str
@@ -97,6 +98,7 @@ class Loop:
             raise UsageError(f"{sizes} make no training; give at least one batch to each round")
         self._base = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._device = next(self.model.parameters()).device
+        self._generators = _generators_of(self.data)
         self._forward = forward_of(self.model, self.compiled)
 
     def run(self, resume: bool = False) -> list[TrainingRow]:
@@ -129,8 +131,8 @@ class Loop:
         start = time.perf_counter()
         done = hooks.steps - epoch * self.per_epoch
         if resumed is not None:
-            restore_random_state(resumed["epoch_random"])
-        at_start = random_state()
+            restore_random_state(resumed["epoch_random"], self._generators)
+        at_start = random_state(self._generators)
         total = torch.tensor(
             resumed["total"] if resumed is not None and done else 0.0,
             dtype=torch.float64,
@@ -140,8 +142,8 @@ class Loop:
         for index, (inputs, targets) in enumerate(self._batches(epoch)):
             if index < done:
                 continue
-            if index == done and resumed is not None:
-                restore_random_state(resumed["random"])
+            if index == done > 0 and resumed is not None:  # at its beginning the data draws as it did
+                restore_random_state(resumed["random"], self._generators)
             with refused():
                 total += self._step(hooks.steps / (self.per_epoch * self.epochs), inputs, targets)
             if index % _LOOK_EVERY == 0:
@@ -160,18 +162,18 @@ class Loop:
             )
         self._check(total)
         self._close_epoch(epoch, float(total) / self.per_epoch, start)
-        self._save(hooks, random_state(), 0.0)
+        self._save(hooks, random_state(self._generators), 0.0)
 
     def _close_epoch(self, epoch: int, loss: float, start: float) -> None:
         residuals = {name: value for term in self.terms for name, value in term.residuals().items()}
         self.watch.check(residuals)
         score = None
         if self.evaluate is not None:  # on every process: a sharded model needs them all
-            state = random_state()
+            state = random_state(self._generators)
             self.model.eval()
             with torch.no_grad():
                 score = float(self.evaluate(self.model))
-            restore_random_state(state)
+            restore_random_state(state, self._generators)
         rate = self.rate(min(1.0, (epoch + 1) / self.epochs)) * self._base[0]
         line = TrainingRow(
             self.stage, epoch, loss, rate, time.perf_counter() - start, score, residuals, self._memory()
@@ -260,7 +262,7 @@ class Loop:
             "steps": hooks.steps,
             "round": hooks.round,
             "total": total,
-            "random": random_state(),
+            "random": random_state(self._generators),
             "epoch_random": dict(epoch_random),
             "watch": self.watch.history,
             "rounds": [asdict(line) for line in self.rounds],
@@ -291,8 +293,8 @@ class Loop:
         return facts
 
     def _take_over(self, path: Path, facts: Mapping[str, Any], hooks: Hooks) -> None:
-        restore_random_state(facts["epoch_random"])
-        restore_random_state(facts["random"])
+        restore_random_state(facts["epoch_random"], self._generators)
+        restore_random_state(facts["random"], self._generators)
         for term, own in zip(self.terms, facts["terms"], strict=True):
             term.resume_at(own)
         layout = {
@@ -317,6 +319,14 @@ class Loop:
         hooks.steps, hooks.round = facts["steps"], facts["round"]
         self.watch.history = facts["watch"]
         self.rounds = [TrainingRow(**line) for line in facts["rounds"]]
+
+
+def _generators_of(data: Any) -> list[torch.Generator]:
+    """Those that a DataLoader and its samplers draw from, each once."""
+    batches = getattr(data, "batch_sampler", None)
+    holders = (data, getattr(data, "sampler", None), batches, getattr(batches, "sampler", None))
+    found = (getattr(holder, "generator", None) for holder in holders)
+    return list(dict.fromkeys(generator for generator in found if isinstance(generator, torch.Generator)))
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -13,7 +13,10 @@ import pytest
 import torch
 import training_run
 from selection import mostly_slow
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+import tdpass
 from tdpass.errors import TrainingError
 from tdpass.training.checkpoint import newest_checkpoint, save_checkpoint
 
@@ -83,6 +86,43 @@ def test_resume_inside_an_epoch(
     resumed = training_run.train(
         tmp_path / "stopped", method, resume=True, every=3, compiled=compiled
     ).model.state_dict()
+    assert all(torch.equal(resumed[name], value) for name, value in straight.items())
+
+
+def shuffled(draws: str) -> DataLoader[tuple[torch.Tensor, ...]]:
+    """Data that draws its order from torch's global generator, or from one of its own."""
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(12, 6, generator=generator), torch.arange(12) % 3
+    own = torch.Generator().manual_seed(4) if draws == "own" else None
+    return DataLoader(TensorDataset(x, y), 4, shuffle=True, generator=own)
+
+
+@pytest.mark.parametrize("draws", ["torch", "own"])
+@pytest.mark.parametrize("every", [0, 1, 2])
+@pytest.mark.parametrize("stop", range(1, 12))
+def test_a_data_loader_and_dropout_go_on_as_they_were(
+    stop: int, every: int, draws: str, tmp_path: Path
+) -> None:
+    """Three batches in each of four epochs, stopped before any one, also at the beginning of an epoch."""
+
+    def train(folder: Path, resume: bool = False, stop: int = -1) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+
+        def seen(what: str, done: int, of: int) -> None:
+            if done == stop:
+                raise KeyboardInterrupt
+
+        options = {"pretrain": 4, "control": False, "checkpoint_every": every, "settings": {"lr": 0.1}}
+        data = shuffled(draws)
+        made = tdpass.train(net, data, folder=folder, resume=resume, progress=seen, **options)
+        assert isinstance(made.model, nn.Module)
+        return made.model.state_dict()
+
+    straight = train(tmp_path / "straight")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", stop=stop)
+    resumed = train(tmp_path / "stopped", resume=True)
     assert all(torch.equal(resumed[name], value) for name, value in straight.items())
 
 
