@@ -75,6 +75,8 @@ class Factorized(nn.Module):
         self.format, self.rank = FORMATS.get(layer.format), layer.rank
         self.padding_mode, self.pads = padding_mode, pads
         self.storage = layer.storage
+        # torch.compile asks for it, and reads no other text than one that is held
+        self._text = f"{layer.site.kind} {'x'.join(map(str, layer.site.shape))}, {layer.form}"
         self.lines = lines_left(layer.site, layer.form, self.storage)
         plain = self.lines is None and not layer.form.activations
         self.steps = steps_of(layer.site, layer.form, self.storage, bias=True) if plain else None
@@ -190,8 +192,7 @@ class Factorized(nn.Module):
         return self.site.o
 
     def extra_repr(self) -> str:
-        shape = "x".join(map(str, self.site.shape))
-        return f"{self.site.kind} {shape}, {self.form}, bias={self.bias is not None}"
+        return f"{self._text}, bias={self.bias is not None}"
 
 
 def empty_layer(site: Site, form: Form, dtype: torch.dtype) -> Layer:

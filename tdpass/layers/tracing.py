@@ -21,7 +21,10 @@ def is_transformed() -> bool:
     """Whether a transform of `torch.func` or forward-mode differentiation goes through what is called.
 
     The fused operators have a rule for neither: `vmap` fails on them, and `jvp` takes them for constants.
+    torch.compile is told what holds where it traces, and compiles again where something else does.
     """
-    if torch.compiler.is_compiling():
-        return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+# what torch.compiler.assume_constant_result does, which imports Dynamo
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]

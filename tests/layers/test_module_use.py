@@ -117,6 +117,33 @@ def test_it_is_mapped_over_a_batch_of_inputs(kind: type[Factorized], name: str, 
         torch.testing.assert_close(torch.func.vmap(layer)(many), each, rtol=1e-4, atol=1e-4)
 
 
+@needs_kernels
+@each_use
+@torch.no_grad()
+def test_it_is_mapped_within_a_compiled_function(kind: type[Factorized], name: str, site: Site) -> None:
+    layer, plain, many = called_as(kind, name, site), layer_of(name, site), inputs(site, 2, 3)
+    each = torch.compile(torch.func.vmap(layer), backend="aot_eager", fullgraph=True)(many)
+    torch.testing.assert_close(each, torch.stack(list(map(plain, many))), rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+    torch.compile(layer, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)(many[0])
+    called = {str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"}
+    assert ("tdpass.factor_chain.default" in called) == (kind is Fused)
+
+
+@pytest.mark.slow  # torch compiles decompositions for the first of them
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@needs_kernels
+@each_use
+@torch.no_grad()
+def test_a_slope_goes_forward_within_a_compiled_function(
+    kind: type[Factorized], name: str, site: Site
+) -> None:
+    layer, plain, x = called_as(kind, name, site), layer_of(name, site), inputs(site)
+    slope = torch.compile(lambda x: torch.func.jvp(layer, (x,), (x,))[1], backend="aot_eager")(x)
+    torch.testing.assert_close(slope, plain(x) - plain(torch.zeros_like(x)), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow  # torch compiles decompositions for the first of them
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @needs_kernels
