@@ -12,7 +12,9 @@ from tdpass.cli import values
 from tdpass.cli.isolation import MEMORY, SECONDS
 from tdpass.cli.sources import model_name
 from tdpass.cli.values import CommandLineError
+from tdpass.formats import FORMATS
 from tdpass.measures import measures
+from tdpass.planner.divergence import divergences
 from tdpass.raw import Raw
 from tdpass.raw.hub import PREFIX
 from tdpass.registry import nearest
@@ -190,18 +192,12 @@ def add_planning(parser: Parser) -> None:
     group.add_argument(
         "--format",
         metavar="NAME",
-        type=values.format_name,
+        choices=FORMATS.names(),
         action="append",
         default=[],
         help="use only these formats; may be repeated",
     )
-    group.add_argument(
-        "--divergence",
-        metavar="NAME",
-        type=values.divergence_name,
-        default="auto",
-        help="how outputs are compared: auto, kl, mse or cosine (default %(default)s)",
-    )
+    add_divergence(group)
     group.add_argument(
         "--effort",
         choices=("fast", "normal", "thorough"),
@@ -232,6 +228,18 @@ def add_planning(parser: Parser) -> None:
         metavar="TEXT|FILE",
         type=values.pipeline,
         help="passes as text, such as 'plan{macs=0.4},factorize', or a recipe.yaml",
+    )
+
+
+def add_divergence(parser: Parser | argparse._ArgumentGroup) -> None:
+    """How outputs are compared."""
+    known = divergences()
+    parser.add_argument(
+        "--divergence",
+        metavar="NAME",
+        choices=known,
+        default=known[0],
+        help=f"how outputs are compared: {', '.join(known)} (default %(default)s)",
     )
 
 

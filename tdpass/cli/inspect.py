@@ -12,7 +12,7 @@ from rich.text import Text
 from tdpass.cli.arguments import Verbs, add_data, add_model, add_torch, add_verb, data
 from tdpass.cli.output import Output
 from tdpass.cli.sources import read_source
-from tdpass.cli.values import format_name, inputs
+from tdpass.cli.values import inputs
 from tdpass.cost import Cost
 from tdpass.data import calls_of
 from tdpass.errors import TdpassError
@@ -41,7 +41,7 @@ def add(verbs: Verbs) -> None:
     parser.add_argument(
         "--format",
         metavar="NAME",
-        type=format_name,
+        choices=FORMATS.names(),
         action="append",
         default=[],
         help="formats to compare with dense; may be repeated",

@@ -18,9 +18,7 @@ from torch import Tensor
 
 from tdpass.cost import Budget
 from tdpass.errors import TdpassError, UsageError
-from tdpass.formats import FORMATS
 from tdpass.pipeline import Pipeline
-from tdpass.planner.divergence import Divergence
 from tdpass.planner.memory import size_of
 from tdpass.sources.weights import check_suffix
 from tdpass.targets import check_target
@@ -114,19 +112,6 @@ def budget(limits: Sequence[tuple[str, str]]) -> dict[str, str]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise CommandLineError(f"budget {twice!r} is given twice; give each limit once")
     return pairs
-
-
-@value
-def format_name(text: str) -> str:
-    """The name of a format."""
-    FORMATS.get(text)
-    return text
-
-
-@value
-def divergence_name(text: str) -> str:
-    """The name of a comparison of outputs."""
-    return Divergence(text).name
 
 
 @value

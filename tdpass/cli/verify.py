@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 
 import tdpass
-from tdpass.cli.arguments import Verbs, add_data, add_model, add_torch, add_verb, data
+from tdpass.cli.arguments import Verbs, add_data, add_divergence, add_model, add_torch, add_verb, data
 from tdpass.cli.output import Output
 from tdpass.cli.sources import read_sources
-from tdpass.cli.values import amount, divergence_name, inputs
+from tdpass.cli.values import amount, inputs
 from tdpass.errors import InvalidModelError
 from tdpass.views.summary import checks
 from tdpass.views.tables import Part, grid
@@ -35,13 +35,7 @@ def add(verbs: Verbs) -> None:
         default=1e-4,
         help="largest allowed relative difference (default %(default)s)",
     )
-    parser.add_argument(
-        "--divergence",
-        metavar="NAME",
-        type=divergence_name,
-        default="auto",
-        help="how outputs are compared: auto, kl, mse or cosine (default %(default)s)",
-    )
+    add_divergence(parser)
     add_data(parser)
     add_torch(parser)
 

@@ -23,6 +23,11 @@ Outputs = Mapping[str, Tensor]
 T = TypeVar("T")
 
 
+def divergences() -> tuple[str, ...]:
+    """The names of a wish."""
+    return AUTO, *COMPARISONS.names()
+
+
 @dataclass(frozen=True)
 class Divergence:
     """How the outputs of a network are to be compared: a wish, which `fit` makes a comparison of.
@@ -47,10 +52,8 @@ class Divergence:
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.measures.values()):
-            if name != AUTO and name not in COMPARISONS:
-                raise UsageError(
-                    f"unknown divergence {name!r}; known: {AUTO}, {', '.join(COMPARISONS.names())}"
-                )
+            if name not in divergences():
+                raise UsageError(f"unknown divergence {name!r}; known: {', '.join(divergences())}")
         for name, weight in self.weights.items():
             if not 0 <= weight < float("inf"):
                 raise UsageError(
