@@ -211,8 +211,8 @@ def test_layout_falls_back_to_the_narrowest() -> None:
 
 
 def test_refusals_are_grouped_by_reason_the_most_frequent_first() -> None:
-    report = Report(declined={"a": "rare", "b": "often", "c": "often"})
-    assert summary.refusals(report) == {"often": ["b", "c"], "rare": ["a"]}
+    report = Report(declined={"a": "rare", "": "often", "c": "often"})
+    assert summary.refusals(report) == {"often": ["(the model itself)", "c"], "rare": ["a"]}
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from tdpass.measures import counted
 from tdpass.models import open_model
 from tdpass.site import Site
 from tdpass.terminal import InspectRow, inspect_table, refusals
+from tdpass.views import summary
 from tdpass.views.tables import Part, heading
 from tdpass.views.units import human, share
 
@@ -72,9 +73,7 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     counted = model.count()
     whole = Cost(model.params(), counted.per_sample, model.bytes())
     inside = sum((row.cost for row in rows), Cost())
-    declined: dict[str, list[str]] = {}
-    for name, reason in model.declined().items():
-        declined.setdefault(reason, []).append(name)
+    declined = model.declined()
 
     def view(width: int | None) -> list[Part]:
         parts: list[Part] = (
@@ -82,7 +81,7 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
             if rows
             else [Text("no site: nothing in this model can be factored")]
         )
-        parts += refusals(declined, width)
+        parts += refusals(summary.by_reason(declined), width)
         parts += ["", heading(f"{source.name} ({model.frontend})")]
         parts += [
             Text(
@@ -123,7 +122,7 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
         "in_sites": _counted(inside),
         "sites": sites,
     }
-    out.show({**document, "declined": dict(model.declined())}, view)
+    out.show({**document, "declined": dict(declined)}, view)
     return 0
 
 

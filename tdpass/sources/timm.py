@@ -8,6 +8,7 @@ from torch import nn
 
 from tdpass.errors import UsageError
 from tdpass.optional import optional
+from tdpass.registry import nearest
 from tdpass.sources.base import ModuleSource, register_module_source
 
 
@@ -21,9 +22,9 @@ class Timm(ModuleSource):
     def build(self, text: str, *, pretrained: bool) -> nn.Module:
         library: Any = optional("timm", "timm", f"timm:{text}")
         if not library.is_model(text.partition(".")[0]):
+            meant = nearest(text, library.list_models())
             raise UsageError(
-                f"timm has no model {text!r}; near it: "
-                f"{', '.join(library.list_models(f'*{text[:6]}*')[:5]) or 'nothing'}"
+                f"timm has no model {text!r}{meant}; timm.list_models('resnet*') names those it has"
             )
         model: nn.Module = library.create_model(text, pretrained=pretrained)
         return model

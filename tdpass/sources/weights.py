@@ -33,7 +33,8 @@ def load_weights(module: nn.Module, path: Path) -> None:
         module.load_state_dict(state)
     except RuntimeError as error:
         raise InvalidModelError(
-            f"the weights in {path} do not fit the model: {str(error).splitlines()[-1].strip()}"
+            f"the weights in {path} do not fit the model: {str(error).splitlines()[-1].strip().rstrip('.')}; "
+            "name a function of your own that builds the network they are of, as package.module:factory"
         ) from None
 
 

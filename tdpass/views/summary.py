@@ -186,9 +186,14 @@ def modelled(rows: Sequence[SiteRow]) -> list[Measure]:
 
 def refusals(report: Report, plan: RankPlan | None = None) -> dict[str, list[str]]:
     """Layers left alone, as reason -> names, the most frequent reason first."""
+    return by_reason({**(plan.declined if plan is not None else {}), **report.declined})
+
+
+def by_reason(declined: Mapping[str, str]) -> dict[str, list[str]]:
+    """Reasons by name as reason -> names, the most frequent one first; the root of a model has no name."""
     reasons: dict[str, list[str]] = {}
-    for name, reason in {**(plan.declined if plan is not None else {}), **report.declined}.items():
-        reasons.setdefault(reason, []).append(name)
+    for name, reason in declined.items():
+        reasons.setdefault(reason, []).append(name or "(the model itself)")
     return dict(sorted(reasons.items(), key=lambda item: -len(item[1])))
 
 

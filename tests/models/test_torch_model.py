@@ -57,6 +57,28 @@ def test_layers_of_every_kind_are_sites(odd: nn.Module, images: Tensor) -> None:
     assert model.declined() == {}
 
 
+class Patches(nn.Module):
+    """As vision transformers begin: a token before the patches, and a place for each of them."""
+
+    def __init__(self, *place: int) -> None:
+        super().__init__()
+        self.token, self.place = nn.Parameter(torch.ones(1, 1, 6)), nn.Parameter(torch.ones(place))
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.place)
+
+
+@pytest.mark.parametrize(
+    ("place", "said"), [((1, 1, 6), None), ((6,), None), ((1, 3, 6), "torch.export"), ((2, 3, 6), "several")]
+)
+def test_only_what_may_be_a_matrix_is_said_to_be_left_alone(place: tuple[int, ...], said: str | None) -> None:
+    model = open_model(Patches(*place), Batch((torch.ones(2, 2, 6),)))
+    assert [site.name for site in model.sites()] == ["head"]
+    assert list(model.declined()) == ([""] if said else [])
+    assert (said or "") in "".join(model.declined().values())
+
+
 def test_attention_parametrized_custom_and_unused_layers_are_declined() -> None:
     class Custom(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def timm(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     library = ModuleType("timm")
     library.__dict__.update(
         is_model=lambda name: name == "net",
-        list_models=lambda pattern: ["net"],
+        list_models=lambda: ["net"],
         create_model=lambda name, **asked: Known(**asked),
     )
     monkeypatch.setitem(sys.modules, "timm", library)

@@ -101,7 +101,7 @@ def find_sites(model: nn.Module) -> tuple[list[Matched], dict[str, str]]:
         if quantized:
             declined[paths[key][0]] = quantized
             continue
-        if key in hidden or not any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+        if key in hidden or not _holds_matrix(module):
             continue
         reason = (
             "it belongs to an attention module that reads it by attribute"
@@ -174,6 +174,18 @@ def _kind(module: nn.Module) -> LayerKind:
     return kind
 
 
+def _holds_matrix(module: nn.Module) -> bool:
+    """Whether one of the module's own parameters may multiply what it reads."""
+    held = list(module.parameters(recurse=False))
+    if kind_of_module(module) is None and opener_of(module) is None and not is_table(module):
+        return any(_long_axes(parameter) > 1 for parameter in held)  # a token or a scale is no matrix
+    return any(parameter.dim() > 1 for parameter in held)
+
+
+def _long_axes(parameter: Tensor) -> int:
+    return sum(size > 1 for size in parameter.shape)
+
+
 def _reason(module: nn.Module) -> str | None:
     """Why a module that holds a matrix is not a site; None for one that is."""
     opener = opener_of(module)
@@ -190,7 +202,9 @@ def _reason(module: nn.Module) -> str | None:
 
 def _reason_of_others(module: nn.Module) -> str:
     """What to do about a module of no kind."""
-    stacked = next((name for name, held in module.named_parameters(recurse=False) if held.dim() > 2), None)
+    stacked = next(
+        (name for name, held in module.named_parameters(recurse=False) if _long_axes(held) > 2), None
+    )
     if stacked is None and (type(module) is nn.Module or isinstance(module, GraphModule)):
         return "what the graph reads its weight by is no layer (an embedding, a recurrence, a formula)"
     if stacked is None:
