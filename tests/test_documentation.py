@@ -15,6 +15,7 @@ from pydoc import ErrorDuringImport, locate
 import pytest
 import torch
 import yaml
+from pages import PAGES, ROOT, blocks
 
 import tdpass
 from tdpass.cli import _parser
@@ -22,8 +23,6 @@ from tdpass.datasets import open_dataset
 from tdpass.errors import UsageError
 from tdpass.zoo import digits_net
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OF_OTHERS: set[str] = set()  # options of other programs
 NO_OBJECTS = {"tdpass.backend", "tdpass.h", "tdpass.settings"}  # a logger, a header, a key of metadata
 READERS = {
@@ -31,16 +30,6 @@ READERS = {
     "json": json.loads,
     "yaml": yaml.safe_load,
 }
-
-
-def blocks(page: Path) -> list[tuple[str, str]]:
-    """The language and the text of every block of code of a page."""
-    found = re.findall(
-        r"^( *)```(\w*)\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-    )
-    return [
-        (language, re.sub(rf"^{indent}", "", text, flags=re.MULTILINE)) for indent, language, text in found
-    ]
 
 
 def commands(page: Path) -> list[list[str]]:
