@@ -22,7 +22,7 @@ from tdpass.errors import BudgetError
 from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS
 from tdpass.formats.layer import dense_cost, shrinks
-from tdpass.measures import MEASURES, Needs
+from tdpass.measures import MEASURES, Needs, counted
 from tdpass.methods.base import Method
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.site import Site
@@ -198,10 +198,10 @@ def site_limit(
     several measures, on macs where the model was never seen running, or on what needs a target without one.
     """
     parsed = Budget.parse(budget)
-    if len(parsed.bounds) != 1 or parsed.bounds[0][0] == "bytes":
+    if len(parsed.bounds) != 1:
         raise BudgetError(
-            f"budget {parsed} does not bound exactly one of params, macs and what a target tells; give one, "
-            f"such as {{'params': 0.3}}"
+            f"budget {parsed} does not bound exactly one of {', '.join(counted())} and what a target tells; "
+            f"give one, such as {{'params': 0.3}}"
         )
     ((measure, bound),) = parsed.bounds
     if MEASURES.get(measure).needs is Needs.TARGET:
@@ -216,6 +216,11 @@ def site_limit(
             "a budget on macs needs to see the model running; pass example_inputs=, or bound params"
         )
     total, own = original.get(measure), sum(dense_cost(site).get(measure) for site in sites.values())
+    if own > total:
+        raise BudgetError(
+            f"budget {parsed} is on {total:,} {measure}, but the sites hold {own:,} as they are trained, in "
+            "float32; bound params"
+        )
     limit = bound.limit(total) - (total - own)
     if limit <= 0:
         raise BudgetError(

@@ -12,6 +12,7 @@ from tdpass.errors import PlanError
 from tdpass.form import DENSE, Form, Rank
 from tdpass.formats.base import FORMATS, Format
 from tdpass.formats.metric import Metric
+from tdpass.formats.multilinear import share_norm
 from tdpass.site import Site
 from tdpass.training.placement import world
 
@@ -84,14 +85,15 @@ class Choices(nn.Module):
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         """The dense weight, and the factors of each format at its largest ranks.
 
-        Those that matter most in the metric come first.
+        Those that matter most in the metric come first.  Factors of a format begin at equal norms: fitted in a
+        metric they may differ a thousandfold, and no one step size would suit them.
         """
         found = [weight.clone()]
         for stack in self.stacks:
             factors = FORMATS.get(stack.format).factorize(
                 weight.detach().cpu(), self.site, stack.top, self.metric
             )
-            found += [factors[name].to(weight) for name in stack.names]
+            found += [factor.to(weight) for factor in share_norm(*(factors[name] for name in stack.names))]
         return tuple(found)
 
     def _settled(self) -> int | None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tdpass.training.placement import bare
+from tdpass.training.placement import bare, whole
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,11 @@ class Parametrized:
 
     made_by: nn.Module
     originals: tuple[nn.Parameter, ...]
-    weight: Callable[[], Tensor]
+
+    def weight(self) -> Tensor:
+        """The weight; a collective call where the parameters are sharded."""
+        made: Tensor = self.made_by(*map(whole, self.originals))
+        return made
 
 
 def with_parametrizations(model: nn.Module, made_by: Mapping[str, Callable[[], nn.Module]]) -> nn.Module:
@@ -48,7 +52,7 @@ def parametrized(network: nn.Module, names: Iterable[str]) -> dict[str, Parametr
     plain, found = bare(network), {}
     for name in names:
         held: Any = _lists(plain.get_submodule(name))["weight"]
-        found[name] = Parametrized(held[0], tuple(held.parameters(recurse=False)), held)
+        found[name] = Parametrized(held[0], tuple(held.parameters(recurse=False)))
     return found
 
 

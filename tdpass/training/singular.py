@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from tdpass.formats.base import FORMATS
 from tdpass.site import Site
 from tdpass.training.parametrized import parametrized, with_parametrizations
-from tdpass.training.placement import whole
+from tdpass.training.placement import placed_like, whole
 from tdpass.training.terms import Term
 
 
@@ -73,7 +73,7 @@ class Triplet:
         values = whole(self.s.detach()).abs()
         mask = torch.zeros_like(values).scatter_(0, values.argsort(descending=True, stable=True)[:rank], 1.0)
         with torch.no_grad():
-            self.s.mul_(mask)
+            self.s.mul_(placed_like(mask, self.s))
 
     def rank(self, energy: float) -> int:
         """The least rank, of at least one, that leaves out at most that share of the sum of squares."""
@@ -108,14 +108,16 @@ class Orthogonal(Term):
             rank = layer.s.numel()
             for factor in (layer.u, layer.v):
                 if factor.grad is not None:
-                    factor.grad.add_(factor @ _off(factor), alpha=4 * self.strength / rank**2)
+                    held = whole(factor.detach())
+                    slope = placed_like(held @ _off(held), factor)
+                    factor.grad.add_(slope, alpha=4 * self.strength / rank**2)
 
     @torch.no_grad()
     def residuals(self) -> Mapping[str, float]:
         """The root mean square of ||U^T U - I|| and ||V^T V - I||, over ||I||."""
         found = {}
         for name, layer in self.layers.items():
-            gaps = sum(float(whole(_off(factor).square().sum())) for factor in (layer.u, layer.v))
+            gaps = sum(float(_off(whole(factor)).square().sum()) for factor in (layer.u, layer.v))
             found[name] = (gaps / (2 * layer.s.numel())) ** 0.5
         return found
 
@@ -155,7 +157,7 @@ class FewValues(Term):
         for layer in self.layers.values():
             if layer.s.grad is not None:
                 with torch.enable_grad():
-                    values = layer.s.detach().requires_grad_()
+                    values = whole(layer.s.detach()).requires_grad_()
                     (slope,) = torch.autograd.grad(self.measure(values), values)
                 with torch.no_grad():
-                    layer.s.grad.add_(slope, alpha=self.strength)
+                    layer.s.grad.add_(placed_like(slope, layer.s), alpha=self.strength)

@@ -488,6 +488,7 @@ def test_wrong_use_is_one_clear_error(name: str) -> None:
         ("admm-tt", {"budget": {"params": 1e-4}}),
         ("batude", {"budget": {"macs": 1e-4}}),
         ("batude", {"budget": {"seconds": 0.5}}),
+        ("batude", {"budget": {"macs": 0.5, "params": 0.5}}),
         ("lc", {"budget": {"macs": 1e-4}}),
         ("haloc", {"budget": {"macs": 1e-4}}),
         ("haloc", {"budget": {"macs": 0.5}, "target": "systolic:gemmini"}),

@@ -180,6 +180,9 @@ def test_counted_costs_are_predicted_exactly() -> None:
     checks = train(budget={"params": 0.5}).report.checks
     assert checks["predicted_params"] == checks["measured_params"]
     assert train(measure="bytes").report.checks.keys() >= {"predicted_bytes", "measured_bytes"}
+    report = train(budget={"bytes": 0.5}).report
+    assert report.checks["predicted_bytes"] == report.checks["measured_bytes"]
+    assert report.final.bytes <= 0.5 * report.original.bytes
 
 
 def test_the_prepared_network_is_what_is_attached() -> None:

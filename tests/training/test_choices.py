@@ -95,6 +95,20 @@ def test_leading_factors_begin_as_the_best_of_their_rank(name: str) -> None:
         torch.testing.assert_close(choices.one(index, *parts), best, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("text", ["channel_svd 4", "input_svd 3", "spatial_svd 9", "tucker2 8x6"])
+def test_factors_begin_at_equal_norms_whatever_they_are_fitted_in(text: str) -> None:
+    form = Form.parse(text)
+    basis = torch.linalg.qr(torch.randn(72, 72, generator=GENERATOR, dtype=torch.float64)).Q
+    metric = Metric(inputs=basis * torch.logspace(-6, 2, 72, dtype=torch.float64) @ basis.T)
+    choices = Choices(CONV, [form], metric)
+    _, *factors = choices.right_inverse(WEIGHT)
+    norms = torch.stack([factor.norm() for factor in factors])
+    torch.testing.assert_close(norms, norms[:1].expand_as(norms))
+    fmt = FORMATS.get(form.format)
+    made = fmt.reconstruct(fmt.factorize(WEIGHT, CONV, form.rank, metric), CONV).float()
+    torch.testing.assert_close(choices.one(1, WEIGHT, *factors), made, rtol=1e-4, atol=1e-4)
+
+
 def test_ranks_that_no_factor_holds_together_are_refused() -> None:
     site = Site("l", "linear", (16, 16))
     with pytest.raises(PlanError, match="lie in several factors"):

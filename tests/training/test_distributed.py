@@ -44,6 +44,7 @@ def together(folder: Path, method: str, parallel: str) -> list[dict[str, Tensor]
         ("surgery", "fsdp2"),
         ("surgery", "ddp"),
         ("lc", "ddp"),
+        ("svd-training", "fsdp2"),
         ("cascaded-projection", "ddp"),
     ],
 )
