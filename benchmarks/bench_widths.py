@@ -3,6 +3,7 @@
     python -m benchmarks.bench_widths                  # digits: four widths, then two, of four rank shares
     python -m benchmarks.bench_widths resnet20_widths  # another recipe whose method is channel-adaptive
     python -m benchmarks.bench_widths --alone          # and every setting trained alone for as many epochs
+    python -m benchmarks.bench_widths --alone 0.5 1    # or those of these widths
 
 Every setting is exported as the ordinary model it stands for, its weights or factors stored in 32, 16 and 8
 bits (`int16`, `int8`), and priced in memory that computes (`pim:sot_mram`, modelled)
@@ -125,8 +126,13 @@ def _say(row: TrainingRow) -> None:
     print(line(row), flush=True)
 
 
-def measure(name: str, options: Sequence[str], table: Table, folder: Path, *, alone: bool) -> None:
-    """Train a recipe and write a row for each of its settings and numbers of bits."""
+def measure(
+    name: str, options: Sequence[str], table: Table, folder: Path, *, alone: Sequence[float] | None
+) -> None:
+    """Train a recipe and write a row for each of its settings and numbers of bits.
+
+    Settings of the widths `alone` are trained alone too; of an empty sequence, all.
+    """
     recipe = replace(Recipe.load(name).with_options(options), control=False)
     artifact = recipe.run(folder / name, resume=True, log=_say)
     seconds = sum(entry.seconds for entry in artifact.report.training)
@@ -142,7 +148,8 @@ def measure(name: str, options: Sequence[str], table: Table, folder: Path, *, al
         opened = open_setting(model, width, rank, example)
         narrow = tdpass.ordinary(model, width, rank).eval()
         own = folder / f"{name}-alone-{width}-{rank}"
-        by_itself = trained_alone(recipe, material, narrow, epochs, own) if alone else None
+        wanted = alone is not None and (not alone or width in alone)
+        by_itself = trained_alone(recipe, material, narrow, epochs, own) if wanted else None
         for bits, pipeline in STORED.items():
             table.add(
                 recipe=name,
@@ -167,7 +174,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipes", nargs="*", default=["digits_widths", "digits_widths_and_ranks"])
-    parser.add_argument("--alone", action="store_true")
+    parser.add_argument("--alone", type=float, nargs="*", metavar="WIDTH", help="all where none is given")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipes")
     parser.add_argument("--folder", type=Path, default=Path("out/widths"), help="where checkpoints go")
     arguments = parser.parse_args()
