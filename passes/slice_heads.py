@@ -8,7 +8,7 @@ from tdpass.errors import InvalidModelError, UnsupportedError
 from tdpass.job import Job
 from tdpass.models.abilities import SlicesStreams
 from tdpass.models.base import Batch, Model
-from tdpass.passes.slicing import ROUNDING, Slices, Slicing
+from tdpass.passes.slicing import ROUNDING, Slices, Slicing, cause_of
 from tdpass.pipeline import register_pass
 from tdpass.planner.heads import Bases, Bond, find_bases, find_bonds, narrowed
 from tdpass.planner.trials import gap
@@ -106,5 +106,5 @@ def _why_not(model: Model, way: _Way) -> str:
     try:
         moved = way.differs(model, 0.5)
     except _FAILURES as error:
-        return f"{way.what} do not run in narrower heads: {error}"
+        return f"{way.what} do not run in narrower heads: {cause_of(error)}"
     return f"in narrower heads, {way.what} answer otherwise by {moved:.2g}" if moved > ROUNDING else ""

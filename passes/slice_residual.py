@@ -10,7 +10,7 @@ from tdpass.errors import InvalidModelError, UnsupportedError, UsageError
 from tdpass.job import Job
 from tdpass.models.abilities import SlicesStreams
 from tdpass.models.base import Batch, Model
-from tdpass.passes.slicing import ROUNDING, Slices, Slicing
+from tdpass.passes.slicing import ROUNDING, Slices, Slicing, cause_of
 from tdpass.pipeline import register_pass
 from tdpass.planner.streams import Basis, find_bases, find_streams, sliced
 from tdpass.planner.streams.slicing import LEAST
@@ -72,7 +72,7 @@ def _why_not_at(widths: Widths, keep: float) -> str:
         moved = gap(answer, widths.at(1.0).run(widths.example))
         widths.at(min(keep, 0.5)).run(widths.example)
     except (InvalidModelError, UnsupportedError) as error:
-        return f"it does not run in fewer channels: {error}"
+        return f"it does not run in fewer channels: {cause_of(error)}"
     return f"rotated, it answers otherwise by {moved:.2g} of its outputs' size" if moved > ROUNDING else ""
 
 

@@ -19,6 +19,12 @@ from tdpass.planner.widths import Widths, checked_share
 ROUNDING = 1e-3  # how far rotated weights may answer otherwise
 
 
+def cause_of(error: Exception) -> str:
+    """What a narrower network failed with, without advice on how to call the one that was given."""
+    cause = error.__cause__
+    return str(error) if cause is None else f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
+
+
 @dataclass(frozen=True)
 class Slices:
     """What can be left out of a model; in the report `what` keep a share of `channels`."""

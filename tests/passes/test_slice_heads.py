@@ -130,6 +130,7 @@ def test_a_module_that_writes_the_width_of_its_heads_keeps_it_and_says_why() -> 
     net, x = vision()
     artifact = sliced(net, x)
     assert "do not run in narrower heads" in notes(artifact)
+    assert "pass example_inputs" not in notes(artifact)
     assert torch.equal(answer(artifact.model, x), answer(net, x))
     plain, rows = (
         nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 3)),
