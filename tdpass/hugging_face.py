@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from tdpass.artifact import Artifact
 from tdpass.errors import InvalidModelError, UsageError
 from tdpass.files import write_text
-from tdpass.methods.base import Method
+from tdpass.methods.base import Method, make_method
 from tdpass.models.torch.saving.pretrained import METHOD
 from tdpass.models.torch.saving.structure import restructure
 
@@ -94,8 +94,14 @@ class MethodCallback(TrainerCallback):  # type: ignore[misc]
     optimizer steps apart where that is given.
     """
 
-    def __init__(self, method: Method, *, every: int | None = None, example_inputs: Any = None) -> None:
-        self.method, self.every, self.example = method, every, example_inputs
+    def __init__(
+        self,
+        method: Method | Mapping[str, Any] | str,
+        *,
+        every: int | None = None,
+        example_inputs: Any = None,
+    ) -> None:
+        self.method, self.every, self.example = make_method(method), every, example_inputs
         self.artifact: Artifact[Any] | None = None
 
     def on_train_begin(

@@ -177,7 +177,7 @@ def held(artifact: tdpass.Artifact[Any] | None) -> None:
     """The artifact of a method that trained for all its rounds."""
     assert artifact is not None
     assert artifact.report.final.params <= 0.6 * artifact.report.original.params
-    assert not any("rounds" in note for note in artifact.report.notes)
+    assert not any("of the 4 rounds" in note for note in artifact.report.notes)
 
 
 def example() -> tuple[nn.Module, torch.optim.Optimizer, AdmmTT]:
@@ -191,6 +191,8 @@ def example() -> tuple[nn.Module, torch.optim.Optimizer, AdmmTT]:
 
 def test_a_trainer_trains_with_a_method() -> None:
     model, optimizer, method = example()
+    with pytest.raises(UsageError, match="unknown training method 'admm-xx'"):
+        hugging_face.MethodCallback("admm-xx")
     callback, state = hugging_face.MethodCallback(method), SimpleNamespace(max_steps=12)
     callback.on_train_begin(None, state, None, model=model, optimizer=optimizer)
     trained(model, optimizer)
@@ -210,6 +212,11 @@ def test_lightning_trains_with_a_method(monkeypatch: pytest.MonkeyPatch) -> None
     module = nn.ModuleDict({"net": model})
     callback = importlib.import_module("tdpass.lightning").MethodCallback(method, part="net")
     trainer = SimpleNamespace(estimated_stepping_batches=12, optimizers=[optimizer])
+    misspelt = importlib.import_module("tdpass.lightning").MethodCallback(method, part="ned")
+    with pytest.raises(
+        UsageError, match=r"part='ned' is no module in ModuleDict \(did you mean 'net'\?\); it has: net"
+    ):
+        misspelt.on_train_start(trainer, module)
     callback.on_train_start(trainer, module)
     trained(model, optimizer)
     callback.on_train_end(trainer, module)

@@ -211,13 +211,13 @@ class Method(ABC):
             raise TrainingError(
                 f"{self.name} has trained nothing; attach it before the loop and finish it after"
             )
-        missed = self._missed(self._hooks)
+        said = [*self._missed(self._hooks), *self.remarks()]
         if self._hooks is not None:
             self.phased.end()
             self._hooks.remove()
             self._hooks = None
         artifact = self.close(model)
-        artifact.report.notes[:0] = missed
+        artifact.report.notes[:0] = said
         return artifact
 
     def _missed(self, hooks: Hooks | None) -> list[str]:

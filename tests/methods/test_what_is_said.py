@@ -56,7 +56,8 @@ def test_rounds_that_never_ran_are_told_first() -> None:
     assert "no step" in first
     assert "2 of the 3 rounds" in own_loop(model, whole, None, 3).report.notes[0]
     assert not any(
-        "rounds" in note or "did not train" in note for note in own_loop(model, whole, None, 6).report.notes
+        "of the 3 rounds" in note or "did not train" in note
+        for note in own_loop(model, whole, None, 6).report.notes
     )
 
 
@@ -233,6 +234,23 @@ def test_training_notes_what_it_destroyed() -> None:
         network(), Batches(X, Y, 32), method, control=False, test=lambda model: next(scores)
     )
     assert artifact.report.notes[0].startswith("training destroyed")
+
+
+@pytest.mark.parametrize("kind", ["train", "loop"])
+def test_a_projection_that_costs_much_is_said_however_it_was_trained(kind: str) -> None:
+    method, data = AdmmTT(budget={"params": 0.6}, format="svd", rounds=1, rho=1e-6), Batches(X, Y, 32)
+    if kind == "train":
+        artifact = tdpass.train(network(), data, method, control=False)
+    else:
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        method.attach(model, optimizer, every=len(data))
+        for inputs, targets in data:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+        artifact = method.finish(model)
+    assert sum("the last projection moves" in note for note in artifact.report.notes) == 1
 
 
 def test_the_size_of_the_file_is_said_of_the_whole_file() -> None:
