@@ -14,10 +14,10 @@ from typing_extensions import Self
 from tdpass.artifact import Artifact
 from tdpass.cost import Cost
 from tdpass.documents import misfit
-from tdpass.errors import TrainingError, UsageError
+from tdpass.errors import BudgetError, TrainingError, UsageError
 from tdpass.kinds import kind_of
 from tdpass.methods.stages import Run, Stage, Stages, finished, pretrained
-from tdpass.models import ExampleInputs, open_model
+from tdpass.models import ExampleInputs, Model, open_model
 from tdpass.registry import Registry, nearest
 from tdpass.site import Site, selects
 from tdpass.training.calls import once
@@ -82,14 +82,17 @@ class Method(ABC):
             names = ", ".join(site.name for site in opened.sites()) or "none"
             raise UsageError(
                 f"include={tuple(self.include)}, exclude={tuple(self.exclude)} leave no site to train; the "
-                f"model has: {names}"
+                f"model has: {names}{_closed(opened)}"
             )
         self.sites = {site.name: site for site in chosen}
         self.example = opened.example()
         self.calibration = calibration
         self.original = Cost(opened.params(), opened.macs(), opened.bytes())
-        self.choose(model)
-        network = self.restructured(model)
+        try:
+            self.choose(model)
+            network = self.restructured(model)
+        except (BudgetError, UsageError) as error:
+            raise type(error)(f"{error}{_closed(opened)}") from error
         self.template = Template(network)
         return network
 
@@ -328,6 +331,12 @@ def make_method(spec: Method | Mapping[str, Any] | str) -> Method:
         raise UsageError(
             f"method {name!r} cannot be made from {dict(given)!r}: {str(error).partition('() ')[2] or error}"
         ) from None
+
+
+def _closed(opened: Model) -> str:
+    """Which weights are no sites and could be, for an error of a method that has too few of them."""
+    found = [f"{name} ({why})" for name, why in opened.declined().items() if "before training" in why]
+    return f"; no sites yet are the weights of {', '.join(found)}" if found else ""
 
 
 def as_stored(site: Site) -> bool:

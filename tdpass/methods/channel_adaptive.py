@@ -135,6 +135,7 @@ class ChannelAdaptive(Method):
             for site in opened.sites()
             if selects(site.name, self.include, self.exclude)
             and kind_of(site).as_stored
+            and not site.table
             and opened.layer(site.name) is None
         )
         sites = {site.name: site for site in chosen if _alone(model, site.name)}

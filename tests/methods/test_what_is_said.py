@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import tdpass
 from tdpass.cost import Cost
-from tdpass.errors import UsageError
+from tdpass.errors import BudgetError, UsageError
 from tdpass.html_report import render_html
-from tdpass.methods import AdmmNN, AdmmTT
+from tdpass.methods import AdmmNN, AdmmTT, ChannelAdaptive, make_method
 from tdpass.models import open_model
 from tdpass.packing import StoredSize
 from tdpass.report import Report, TrainingRow
@@ -257,3 +257,40 @@ def test_the_size_of_the_file_is_said_of_the_whole_file() -> None:
     text, page = to_text(report_view(_report(48.0), None, 200), 200), render_html(_report(48.0))
     assert "all tensors as stored: no smaller, 12.7 MB to 12.6 MB" in text
     assert "62×</strong>" not in page
+
+
+class Recurrent(nn.Module):
+    """An LSTM, attention and an embedding, of which only the head is a site as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 8)
+        self.recurrent, self.attention = (
+            nn.LSTM(8, 8, batch_first=True),
+            nn.MultiheadAttention(8, 2, batch_first=True),
+        )
+        self.wide, self.head = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, _ = self.recurrent(self.table(tokens))
+        x, _ = self.attention(x, x, x, need_weights=False)
+        scores: Tensor = self.head(torch.relu(self.wide(x.mean(1))))
+        return scores
+
+
+@pytest.mark.parametrize("method", ["admm-nn", "admm-tt", "batude", "crossbar"])
+def test_too_few_sites_are_told_with_what_opens_more(method: str) -> None:
+    options = {"keep": 10**6} if method in {"admm-nn", "crossbar"} else {"budget": {"params": 0.01}}
+    model = Recurrent()
+    with pytest.raises((BudgetError, UsageError)) as told:
+        make_method({method: options}).prepare(model, torch.zeros(2, 4, dtype=torch.long))
+    assert "recurrent (the pass 'divide' opens it, before training tdpass.open_recurrent" in str(told.value)
+    assert "tdpass.open_attention(model)" in str(told.value)
+
+
+def test_a_network_with_an_embedding_is_adaptive_in_its_other_layers() -> None:
+    model, tokens = Recurrent().eval(), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    narrow = ChannelAdaptive(widths=(0.5, 1.0)).prepare(model, tokens).eval()
+    torch.testing.assert_close(narrow(tokens), model(tokens))
+    tdpass.set_width(narrow, 0.5)
+    torch.testing.assert_close(tdpass.ordinary(narrow, 0.5)(tokens), narrow(tokens))
