@@ -18,6 +18,7 @@ from tdpass.layers.one_operator import OneOperator
 from tdpass.layers.tracing import is_traced
 from tdpass.numbers import SCALE, VALUES
 from tdpass.numbers.floating import Floating
+from tdpass.numbers.levels import TABLE, Levels
 from tdpass.numbers.scaled import ZERO, Scaled
 from tdpass.ops import TorchOps
 from tdpass.site import Site
@@ -51,9 +52,11 @@ class PackWeightOnly(Recipe[Tensors]):
 
 def _pack(storage: Storage, name: str, held: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     numbers, (outputs, inputs) = storage.numbers[name], storage.shapes[name]
-    assert isinstance(numbers, Scaled)
     codes = numbers.unpacked(TorchOps(), held[storage.part_of(name, VALUES)], outputs * inputs)
     parts = {part: held[storage.part_of(name, part)] for part in numbers.parts(storage.shapes[name])}
+    if isinstance(numbers, Levels):
+        return _pack_levels(numbers, codes.reshape(outputs, inputs).long(), parts[TABLE])
+    assert isinstance(numbers, Scaled)
     beside = numbers.unpacked_beside(TorchOps(), parts, storage.shapes[name])
     each = {part: held.expand(outputs) if numbers.group < 0 else held for part, held in beside.items()}
     rows = {part: held.reshape(outputs, -1) for part, held in each.items()}
@@ -61,6 +64,16 @@ def _pack(storage: Storage, name: str, held: dict[str, Tensor]) -> tuple[Tensor,
     if numbers.floating:
         return pack_float8(whole, rows[SCALE])
     return pack_codes(whole.to(torch.int8), rows[SCALE], numbers.bits, rows.get(ZERO))
+
+
+def _pack_levels(numbers: Levels, codes: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels that are multiples of a step as whole numbers, others as the numbers that they are."""
+    found = numbers.multiples(table)
+    if found is None:
+        return pack_floats(table[codes], torch.float32)
+    whole, step = found
+    bits = 4 if int(whole.abs().max()) < _EIGHTH else 8
+    return pack_codes(whole.to(codes.device)[codes], step.expand(len(codes), 1), bits)
 
 
 class WeightOnly(OneOperator):
@@ -78,12 +91,13 @@ class WeightOnly(OneOperator):
         numbers = layer.storage.numbers.get(whole)
         if layer.site.axes or layer.site.groups > 1 or layer.format not in ("dense", "svd_residual"):
             return f"'{layer.form}' is no linear layer of one matrix, alone or beside a product of two"
-        if not isinstance(numbers, Scaled) or numbers.bits not in (4, 8):
-            return f"'{layer.form}' holds no numbers of 4 or 8 bits with scales"
+        scaled = isinstance(numbers, Scaled) and numbers.bits in (4, 8)
+        if not scaled and not isinstance(numbers, Levels):
+            return f"'{layer.form}' holds no levels, and no numbers of 4 or 8 bits with scales"
         if (
             layer.storage.supports
             or layer.form.activations
-            or (numbers.group > 0 and numbers.group % _EIGHTH)
+            or (isinstance(numbers, Scaled) and numbers.group > 0 and numbers.group % _EIGHTH)
         ):
             return (
                 f"'{layer.form}' has a support, integer activations or groups that are no multiples of "

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import Self
@@ -13,10 +14,12 @@ from typing_extensions import Self
 from tdpass.bits import pack_bits
 from tdpass.numbers.base import VALUES, Numbers, Part, Shape, register_numbers
 from tdpass.ops import StorageOps, V
+from tdpass.packing.grids import find_multiples
 
-_TABLE = "levels"
+TABLE = "levels"
 MOST_LEVELS = 256
 _ROUNDS = 200
+_MOST_MULTIPLES = 127
 
 
 @register_numbers
@@ -50,7 +53,7 @@ class Levels(Numbers):
         values = math.prod(shape) if kept is None else kept
         return {
             VALUES: Part((math.ceil(values * self.bits / 8),), torch.uint8),
-            _TABLE: Part((self.count,), torch.float32),
+            TABLE: Part((self.count,), torch.float32),
         }
 
     def fit(self, factor: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
@@ -58,13 +61,27 @@ class Levels(Numbers):
         numbers, places = torch.unique(factor.detach().double()[given > 0], return_inverse=True)
         counts = torch.zeros_like(numbers).index_add_(0, places, given[given > 0].double())
         if not numbers.numel():
-            return {_TABLE: torch.zeros(self.count)}
+            return {TABLE: torch.zeros(self.count)}
         table = numbers if numbers.numel() <= self.count else _lloyd(numbers, counts, self.count)
-        return {_TABLE: torch.cat([table, table[-1:].expand(self.count - table.numel())]).float()}
+        return {TABLE: torch.cat([table, table[-1:].expand(self.count - table.numel())]).float()}
 
     def codes(self, factor: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
-        table = beside[_TABLE].double()
+        table = beside[TABLE].double()
         return torch.bucketize(factor.detach().double().contiguous(), (table[1:] + table[:-1]) / 2)
+
+    def multiples(self, table: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The levels as signed bytes times a step, bit for bit; None where they are no such.
+
+        Evenly spaced levels are, and powers of two up to 64 times the least.
+        """
+        used = table.cpu()[table.cpu() != 0]
+        bits = used.abs().numpy().view(np.uint32)
+        grid = find_multiples(bits, table.dtype, np.zeros(1, np.int64)) if len(used) else None
+        if grid is None or not grid.narrow or int(grid.indices.max()) >= _MOST_MULTIPLES:
+            return None
+        whole = torch.zeros_like(table, device="cpu")
+        whole[table.cpu() != 0] = torch.from_numpy(grid.indices + 1).float() * used.sign()
+        return whole.to(torch.int8), torch.from_numpy(grid.scales).float()
 
     def packed(self, codes: Tensor) -> Tensor:
         return pack_bits(codes, self.bits)
@@ -75,7 +92,7 @@ class Levels(Numbers):
     def decode(
         self, ops: StorageOps[V], codes: V, beside: Mapping[str, V], shape: Shape, dtype: torch.dtype
     ) -> V:
-        return self._typed(ops, ops.reshape(ops.lookup(beside[_TABLE], codes), shape), dtype)
+        return self._typed(ops, ops.reshape(ops.lookup(beside[TABLE], codes), shape), dtype)
 
     def store(
         self, factor: Tensor, kept: Tensor | None = None, beside: Mapping[str, Tensor] | None = None
@@ -96,7 +113,7 @@ class Levels(Numbers):
         if kept is None or count is None:
             return super().restore(ops, parts, shape, dtype)
         numbers = ops.lookup(
-            parts[_TABLE], self.unpacked(ops, parts[VALUES], count)
+            parts[TABLE], self.unpacked(ops, parts[VALUES], count)
         )  # the first level is not zero
         return self._typed(ops, ops.spread(numbers, kept, shape), dtype)
 

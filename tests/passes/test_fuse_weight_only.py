@@ -25,6 +25,7 @@ SERVED = [
     "numbers=int4/16,beside=4",
     "numbers=int4/16/zero",
     "numbers=float8_e4m3",
+    "numbers=levels16",
     *(
         pytest.param(options, marks=pytest.mark.slow)
         for options in (
@@ -93,6 +94,26 @@ def test_it_exports_compiles_and_trains_as_the_layer_that_it_is() -> None:
         torch.testing.assert_close(compiled(rows()), model(rows()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("levels", "codes"),
+    [
+        (0.3 * torch.arange(-7.0, 8.0), torch.int32),  # four bits to a code
+        (0.1 * torch.arange(-63.0, 64.0), torch.int8),
+        (torch.tensor([-64.0, -16, -1, 0, 2, 8, 32]) / 3, torch.int8),  # powers of two
+        (torch.tensor([-0.5, -0.1, 0.0, 0.3, 2**0.5]), torch.float32),
+    ],
+)
+@torch.no_grad()
+def test_levels_that_are_multiples_of_a_step_are_whole_numbers(levels: Tensor, codes: torch.dtype) -> None:
+    module = net()
+    for layer in (module[0], module[2]):
+        layer.weight.copy_(levels[torch.randint(0, len(levels), layer.weight.shape)])
+    pipeline = f"quantize{{numbers=levels{len(levels)}}},{UNMEASURED}"
+    model = tdpass.compress(module, None, rows(), pipeline=pipeline, cache=False).model
+    assert [part.packed()[0].dtype for part in model if isinstance(part, WeightOnly)] == [codes] * 2
+    torch.testing.assert_close(model(rows()), module(rows()), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("fused", "chosen"), [(1e-6, True), (1e-3, False)])
 def test_it_is_chosen_where_it_is_measured_to_be_faster(
     fused: float, chosen: bool, monkeypatch: pytest.MonkeyPatch
@@ -119,7 +140,6 @@ def test_times_are_measured_once_and_kept() -> None:
     ("options", "reason"),
     [
         ("numbers=int16", "no numbers of 4 or 8 bits"),
-        ("numbers=levels16", "no numbers of 4 or 8 bits"),
         ("numbers=int4/4", "multiples of 8"),
     ],
 )
