@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import tdpass
 from tdpass.errors import PlanError, TdpassError
 from tdpass.form import Form
+from tdpass.formats.base import offered_formats
 from tdpass.formats.integers import rounded
 from tdpass.formats.layer import Layer
 from tdpass.layers.factorized import Factorized
@@ -132,6 +133,31 @@ def test_onnx_runtime_makes_one_operator_of_a_dynamic_product(
     assert error(found, net()(images())) < 0.02
     torch_side = compressed(net(), pipeline)
     assert artifact.report.final.bytes == torch_side.report.final.bytes
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "block_term" else pytest.mark.slow)
+        for name in offered_formats()
+    ],
+)
+def test_onnx_runtime_runs_the_factors_of_every_format_in_integers(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 48), nn.ReLU()).eval()
+    module.append(nn.Linear(48, 32))
+    x = torch.randn(8, 16, 4, 4)
+    graph, steps = to_onnx(module, x[:2]), "plan{params=0.95},factorize,quantize"
+    plain, artifact = (
+        tdpass.compress(graph, None, x, pipeline=pipeline, formats=[name], cache=False, effort="fast")
+        for pipeline in (steps, f"{steps},{STATIC.partition(',')[2].format('minmax')}")
+    )
+    assert any(choice.form.format == name for choice in artifact.plan)
+    artifact.save(tmp_path / "it.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "it.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    (wanted,) = open_model(plain.model).run(Batch((x,))).values()
+    assert 1e-5 < error(torch.from_numpy(found), wanted) < 0.05
 
 
 def test_factors_read_integers_one_after_another() -> None:

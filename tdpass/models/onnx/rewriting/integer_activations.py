@@ -31,7 +31,7 @@ def integer_layers(model: ir.Model) -> dict[str, ir.Node]:
     for node in model.graph:
         if node.op_type in _LAYERS and not node.domain and len(node.inputs) > 1:
             values = _integers(node.inputs[1])
-            if values is not None and not _from_integers(node.inputs[0]):
+            if values is not None and not _from_integers(node.inputs[0]) and not _stacked(node):
                 found[str(values.name)] = node
     return found
 
@@ -53,6 +53,8 @@ def quantizable(model: ir.Model, without: Container[str] = ()) -> list[str]:
         ]
         if read and all(value in chosen for value in read):
             chosen.add(_made(node))
+    for node in filter(_stacked, model.graph):
+        chosen.difference_update(_moved(node.inputs[0]))
     outputs = set(model.graph.outputs)
     return [
         str(value.name)
@@ -144,6 +146,29 @@ def _integers(weight: ir.Value | None) -> ir.Value | None:
     ):
         return None
     return node.inputs[0] if node.inputs[0].dtype == ir.DataType.INT8 else None
+
+
+def _stacked(node: ir.Node) -> bool:
+    """Whether it multiplies with several int8 matrices at once, which ONNX Runtime takes for one, and fails."""
+    weight = node.inputs[1] if node.op_type == "MatMul" and len(node.inputs) > 1 else None
+    return _integers(weight) is not None and weight is not None and _axes(weight) > 2
+
+
+def _axes(weight: ir.Value) -> int:
+    """How many axes a weight has that `_integers` knows the constant of."""
+    node = weight.producer()
+    if node is None or node.inputs[0] is None:
+        return len(weight.shape or ())
+    shape = constant(node.inputs[1]) if node.op_type == "Reshape" and node.inputs[1] is not None else None
+    return _axes(node.inputs[0]) if shape is None else shape.size
+
+
+def _moved(value: ir.Value | None) -> Iterator[ir.Value]:
+    """The value, and what is only moved to make it."""
+    while value is not None:
+        yield value
+        producer = value.producer()
+        value = producer.inputs[0] if producer is not None and producer.op_type in _MOVES else None
 
 
 def _from_integers(value: ir.Value | None) -> bool:
