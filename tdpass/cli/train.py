@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from tdpass.artifact import Artifact
 from tdpass.cli.arguments import Verbs, add_verb
 from tdpass.cli.output import Output
 from tdpass.cli.values import CommandLineError, count, setting
@@ -102,21 +103,7 @@ def _train(recipe: Recipe, arguments: argparse.Namespace, out: Output) -> int:
         )
     with new_folder(folder, "--folder"):
         check_writable(folder / "model.safetensors")
-        with out.progress() as bars:
-
-            def say(text: str) -> None:
-                bars.clear()
-                out.say(text)
-
-            artifact = recipe.run(
-                folder,
-                arguments.resume,
-                lambda row: say(line(row)),
-                arguments.checkpoint_every,
-                say,
-                arguments.log,
-                bars,
-            )
+        artifact = _run(recipe, arguments, out)
     if not isinstance(artifact.model, nn.Module):
         raise UsageError(f"the recipe made a {type(artifact.model).__name__}, not a module")
     artifact.save(folder / "model.safetensors")
@@ -130,6 +117,30 @@ def _train(recipe: Recipe, arguments: argparse.Namespace, out: Output) -> int:
 
     out.show({"folder": str(folder), "report": json.loads(artifact.report.to_json())}, view)
     return DESTROYED if destroyed(artifact.report) else 0
+
+
+def _run(recipe: Recipe, arguments: argparse.Namespace, out: Output) -> Artifact:
+    """Train; what is interrupted says how to go on."""
+    with out.progress() as bars:
+
+        def say(text: str) -> None:
+            bars.clear()
+            out.say(text)
+
+        try:
+            return recipe.run(
+                arguments.folder,
+                arguments.resume,
+                lambda row: say(line(row)),
+                arguments.checkpoint_every,
+                say,
+                arguments.log,
+                bars,
+            )
+        except KeyboardInterrupt:
+            if any(arguments.folder.glob("*/step-*")):
+                say(f"{arguments.folder} holds checkpoints; the same command with --resume goes on from them")
+            raise
 
 
 def _init(arguments: argparse.Namespace, out: Output) -> int:

@@ -20,6 +20,7 @@ from tdpass.errors import InvalidModelError, UsageError
 from tdpass.methods.material import gathered
 from tdpass.methods.objects import named
 from tdpass.methods.recipe import Recipe, names, starting_recipe
+from tdpass.progress import ProgressBars
 from tdpass.training.batches import Batches
 from tdpass.zoo import NETS
 
@@ -273,3 +274,22 @@ def test_recipes_of_the_benchmarks_name_what_is_there(path: Path, monkeypatch: p
         for text in (found.model, found.data, found.test, found.evaluate)
         if text is not None and ":" in text
     )
+
+
+@pytest.mark.parametrize("step", [1, 200])
+def test_an_interrupted_command_says_how_to_go_on(
+    step: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    path, folder = tmp_path / "recipe.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(recipe()))
+
+    def called(self: ProgressBars, what: str, done: int, of: int) -> None:
+        if done in {step, of}:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ProgressBars, "__call__", called)
+    assert main(["train", str(path), "--folder", str(folder), "--checkpoint-every", "2"]) == 130
+    said = capsys.readouterr().err
+    assert ("the same command with --resume goes on" in said) == (step > 2)
+    assert "interrupted" in said
