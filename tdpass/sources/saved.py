@@ -42,6 +42,7 @@ def load(path: Path | str, model: nn.Module | None = None) -> nn.Module:
     Without a model, one is built by the name in the file, where that is of a library that tdpass knows
     (`timm:`, `torchvision:`, `hf:`, `zoo:`); functions that a file names are never called.  Else it is the
     program that `Artifact.save(path, program=True)` wrote beside the weights: a graph module for inference.
+    What is built here is in evaluation mode; a model that is given stays as it is.
     Everything is checked before anything is allocated or changed: raises `InvalidModelError` for a damaged
     file, `PlanError` where names, shapes or ranks do not fit, `UsageError` where there is no model. No pickle
     is ever read.
@@ -53,11 +54,11 @@ def load(path: Path | str, model: nn.Module | None = None) -> nn.Module:
     read_metadata(Path(path))  # says what is wrong with a file that cannot be read
     text = published_model(Path(path))
     if text:
-        return artifact.load(path, module_of(text, pretrained=False))
+        return artifact.load(path, module_of(text, pretrained=False)).eval()
     made = load_program_of(Path(path))
     if made is None:
         raise UsageError(
             f"{path} does not say how its model is built; give the dense model: tdpass.load({str(path)!r}, "
             "DenseClass()), or write the file with Artifact.save(path, program=True)"
         )
-    return made
+    return made.eval()

@@ -56,7 +56,9 @@ def test_a_file_with_its_program_needs_no_class(budget: dict[str, float], tmp_pa
     path = tmp_path / "small.safetensors"
     made = _saved(path, budget, program=True)
     loaded, by_class = tdpass.load(path), tdpass.load(path, _net())
+    assert [any(inner.training for inner in made.modules()) for made in (loaded, by_class)] == [False, False]
     for x in (X, X[:1], torch.cat([X, X])):
+        torch.testing.assert_close(loaded.train()(x), loaded.eval()(x))
         torch.testing.assert_close(loaded(x), made.model(x))
     torch.testing.assert_close(by_class(X), made.model(X))
     weights = sum(tensor.nbytes for tensor in load_file(path).values())

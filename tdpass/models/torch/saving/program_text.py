@@ -89,6 +89,10 @@ def program_of(text: str, state: Mapping[str, Tensor], path: Path) -> nn.Module:
     except Exception as error:  # noqa: BLE001 - a damaged archive fails in any of a dozen ways
         raise broken(path, error) from None
     assert isinstance(made, nn.Module)
+    for refused in ("train", "eval"):
+        vars(made).pop(
+            refused, None
+        )  # torch puts an error in their place, though both modes are the same here
     return made
 
 
