@@ -63,7 +63,8 @@ def test_narrower_layers_are_factored_within_one_budget(
     assert forms["one"] == "dense out 18"
     assert any(forms[name].startswith("tucker2 ") for name in ("two", "three"))
     assert forms["two"].endswith(" in 18 out 24")
-    assert forms["three"].endswith(" in 24")
+    assert forms["three"].endswith(" in 24 out 18")
+    assert forms["out"].endswith(" in 18")
     assert all(choice.shape[:2] == getattr(net, choice.site).weight.shape[:2] for choice in artifact.plan)
     report = artifact.report
     assert report.final.macs <= 0.45 * report.original.macs
@@ -139,5 +140,5 @@ def test_structures_in_which_channels_stay_are_named_with_the_reason() -> None:
         "excite": "its output goes through mul",
         "project": "its output enters a sum",
         "grow": "its output is concatenated with others",
-        "last": "its output goes through mean",
+        "last": "the model returns its output",
     }

@@ -84,6 +84,43 @@ def test_a_run_goes_through_pools_and_flattened_positions() -> None:
     assert torch.equal(paths[0].between(x), F.max_pool2d(torch.relu(x), 2))
 
 
+class Averaged(nn.Module):
+    """Two convolutions and a mean over these axes before the last layer."""
+
+    def __init__(self, width: int, *dims: int, keep: bool = False) -> None:
+        super().__init__()
+        self.dims, self.keep = dims, keep
+        self.first, self.second = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
+        self.last = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.second(torch.relu(self.first(x)))).mean(self.dims, keepdim=self.keep)
+        return self.last(x.flatten(1))
+
+
+@pytest.mark.parametrize(("dims", "keep"), [((2, 3), False), ((-1, -2), True)])
+def test_a_run_goes_through_means_over_positions(dims: tuple[int, ...], keep: bool) -> None:
+    torch.manual_seed(0)
+    net = Averaged(8, *dims, keep=keep).eval()
+    with torch.no_grad():
+        for layer in (net.first, net.second):  # half of the channels hold nothing
+            layer.weight[::2], layer.bias[::2] = 0.0, 0.0
+    x = torch.randn(16, 3, 6, 6)
+    paths = find_paths(network_of(net, x).tapes, network_of(net, x).sites)[0]
+    assert [(path.first, path.second, path.spread) for path in paths] == [
+        ("first", "second", 1), ("second", "last", 1),
+    ]  # fmt: skip
+    found = errors(net, x, 0.5)
+    assert max(found[how] for how in ("learned", "norm", "taylor")) < 0.05 < found["principal"]
+
+
+def test_a_mean_over_channels_ends_a_run() -> None:
+    net, x = Averaged(36, 1).eval(), torch.randn(4, 3, 6, 6)
+    paths, reasons = find_paths(network_of(net, x).tapes, network_of(net, x).sites)
+    assert [path.first for path in paths] == ["first"]
+    assert "mean, where channels may meet" in reasons["second"]
+
+
 class Tangled(nn.Module):
     """Layers that no channel can leave."""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tdpass.site import Site
 from tdpass.tape import CHANNELWISE, Call, Ref, Tape, leaves, mapped
+from tdpass.tape.calls import argument
 
 POOLS = frozenset({"max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"})
 POOLS |= frozenset(
@@ -25,6 +26,7 @@ POOLS |= frozenset(
         "flatten",
     }
 )
+_MEAN = "mean"
 _WHY = {
     "batch_norm": "a batch-norm follows it; put fold-batchnorm before",
     "add": "its output enters a sum, whose other side would have to change too",
@@ -73,12 +75,24 @@ def path_from(tape: Tape, name: str, sites: Mapping[str, Site]) -> Path | str:
             return _met(tape.calls[indices[0]], sites[name], call, tuple(calls), sites, Ref(number))
         written = list(call.writes())
         read = [leaf for leaf in leaves((call.args, dict(call.kwargs))) if isinstance(leaf, Ref | Tensor)]
-        if call.name not in CHANNELWISE | POOLS or len(written) != 1 or len(read) != 1:
+        passes = call.name in CHANNELWISE | POOLS or _averages(
+            call, sites[name], tape.calls[indices[0]], calls
+        )
+        if not passes or len(written) != 1 or len(read) != 1:
             return _WHY.get(
                 call.name.strip("_"), f"its output goes through {call.name}, where channels may meet"
             )
         calls.append(call)
         number = written[0]
+
+
+def _averages(call: Call, made: Site, making: Call, before: Sequence[Call]) -> bool:
+    """Whether a call is a mean over axes of positions, none of which went before."""
+    dims, axes = argument(call.args, call.kwargs, 1, "dim"), len(making.shapes[1])
+    given = (dims,) if isinstance(dims, int) else dims
+    if call.name != _MEAN or not given or any(other.name in {_MEAN, "flatten"} for other in before):
+        return False
+    return all(dim % axes > made.channel_axis(axes) for dim in given)
 
 
 def _met(
