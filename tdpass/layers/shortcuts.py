@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
@@ -38,7 +39,9 @@ class Additions(TorchFunctionMode, ABC):
     ) -> Any:
         if getattr(func, "__name__", "") in ADDITIONS:
             args = self.led(args)
-        return func(*args, **(kwargs or {}))
+        # the method's own code is none that torch.compile can trace from here
+        called = torch.unflatten if func is Tensor.unflatten else func
+        return called(*args, **(kwargs or {}))
 
 
 class _Leading(Additions):
