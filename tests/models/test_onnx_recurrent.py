@@ -298,3 +298,15 @@ def test_a_recurrent_node_in_a_branch_is_opened_there() -> None:
     for name in ("rnn.input_l0", "rnn.hidden_l0"):
         model.replace(name, svd(model, name, 5 if "input" in name else 4))
         close(run(model.unwrap(), x), run(proto, x))
+
+
+def test_steps_that_read_integers_are_recorded_again() -> None:
+    proto = Case("LSTM", opset=11).proto(24, 32)
+    x = torch.randn(5, 2, 24, generator=torch.Generator().manual_seed(0))
+    steps = "divide,plan{params=0.6},factorize,quantize,quantize-activations{calibration=dynamic}"
+    once = tdpass.compress(proto, None, [x], pipeline=steps, formats=["tensor_train"], cache=False)
+    scans = [node for node in once.model.graph.node if node.op_type == "Scan"]
+    (body,) = (helper.get_attribute_value(held) for held in scans[0].attribute if held.name == "body")
+    assert all(len(made.type.tensor_type.shape.dim) == 2 for made in body.output)
+    again = tdpass.compress(once.model, None, [x], pipeline="quantize,verify", cache=False)
+    close(run(again.model, {"x": x.numpy()}), run(once.model, {"x": x.numpy()}))

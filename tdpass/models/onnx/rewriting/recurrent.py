@@ -290,6 +290,8 @@ class Steps:
         self, emit: Emitter, inputs: Sequence[ir.Value], sequences: int, body: ir.Graph, *, reverse: bool
     ) -> list[ir.Value]:
         ways = {"scan_input_directions": [1], "scan_output_directions": [1]} if reverse else {}
+        for made in body.outputs:  # ONNX Runtime wants them, and derives none from all that a step may hold
+            made.shape, made.type = ir.Shape([None, self.hidden]), ir.TensorType(self.dtype)
         *last, y = emit.several(
             "Scan", inputs, self.cell.states + 1, body=body, num_scan_inputs=sequences, **ways
         )
