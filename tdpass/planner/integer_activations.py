@@ -165,7 +165,9 @@ class _Counts:
 
 
 def _watched(layer: Layer, x: Tensor, see: Callable[[str, Tensor], None]) -> Tensor:
-    """What a layer answers whose ranges are not set, in floating point."""
+    """What a layer answers whose ranges are not set, in floating point; rows of a table are read, not multiplied."""
+    if layer.site.table and not x.is_floating_point():
+        return layer(x)
     held = {**{name: torch.ones(2) for name in layer.storage.ranges}, **layer.factors}
     values = coded(layer.storage, held, x.dtype)
     fmt, ops = FORMATS.get(layer.format), _Watching(see)

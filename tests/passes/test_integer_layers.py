@@ -182,6 +182,35 @@ def test_factors_read_integers_one_after_another() -> None:
             assert [node.op_type for node in found.model.graph.node].count("MatMulInteger") == 4
 
 
+class Tied(nn.Module):
+    """A table that is the last layer's weight too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.middle, self.head = nn.Embedding(20, 16), nn.Linear(16, 16), nn.Linear(16, 20)
+        self.head.weight = self.table.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(self.middle(self.table(words)).relu())
+
+
+@pytest.mark.parametrize("calibration", ["mse", "dynamic"])
+@torch.no_grad()
+def test_a_table_that_is_a_layer_too_is_read_by_rows_and_multiplied_in_integers(
+    calibration: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    module, words = Tied().eval(), torch.randint(0, 20, (8, 5))
+    artifact = compressed(module, STATIC.format(calibration), words)
+    how = {"mse": "static"}.get(calibration, calibration)
+    parts = [part for part in artifact.model.modules() if isinstance(part, Factorized)]
+    assert {part.form.activations for part in parts} == {how}
+    answer = artifact.model(words)
+    assert 1e-4 < error(answer, module(words)) < 0.02
+    artifact.save(tmp_path / "net.safetensors")
+    assert torch.equal(tdpass.load(tmp_path / "net.safetensors", Tied())(words), answer)
+
+
 def test_recurrent_layers_multiply_bytes_too() -> None:
     torch.manual_seed(0)
     layer = tdpass.open_recurrent(nn.Sequential(nn.LSTM(16, 24, batch_first=True))).eval()
