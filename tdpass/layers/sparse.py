@@ -26,7 +26,7 @@ from tdpass.site import Site
 
 _BLOCKS = 4  # tensors of a weight in blocks
 _KERNEL = "kernel"
-_VECTOR = 16  # positions from which on more of them ask for no other blocks
+_VECTOR = 16  # blocks are alike for all calls of fewer positions, and for all others
 
 
 def _whole(layer: Layer) -> str:
@@ -130,8 +130,8 @@ class SparseLayer(OneOperator):
 
     def packed(self, positions: int) -> Tensors:
         """Blocks of the weight for calls of so many positions, and panels of what stands beside it."""
-        held, enough = self.factors(), min(positions, _VECTOR)
-        return derived(PackSparse(self.site, self.form, tuple(held), enough), tuple(held.values()))
+        held, alike = self.factors(), _VECTOR if positions >= _VECTOR else 1
+        return derived(PackSparse(self.site, self.form, tuple(held), alike), tuple(held.values()))
 
     def packed_call(self, x: Tensor) -> Tensor:
         return self.called(x, self.packed(x.numel() // self.site.i), self.bias, self.activation)

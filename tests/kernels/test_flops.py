@@ -105,7 +105,10 @@ PIPELINES = {
 }
 
 
-@pytest.mark.parametrize("how", PIPELINES)
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(how, marks=() if how == "integers in ranges" else pytest.mark.slow) for how in PIPELINES],
+)
 @torch.no_grad()
 def test_a_deployed_model_counts_as_the_report_says(how: str) -> None:
     torch.manual_seed(0)
@@ -127,6 +130,7 @@ def test_a_deployed_model_counts_as_the_report_says(how: str) -> None:
     assert counter.get_total_flops() == 2 * len(x) * artifact.report.final.macs
 
 
+@pytest.mark.slow
 def test_torchs_counter_is_told_whichever_is_imported_first() -> None:
     code = (
         "import {}\nimport {}\nimport torch, tdpass.kernels.base as base\n"

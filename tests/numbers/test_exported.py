@@ -39,7 +39,7 @@ class All(nn.Module):
         return [layer(x) for layer in self.layers]
 
 
-@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("dynamo", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @torch.no_grad()
 def test_onnx_runtime_answers_alike(dynamo: bool, tmp_path: Path) -> None:

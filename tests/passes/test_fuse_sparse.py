@@ -80,6 +80,13 @@ def test_it_answers_as_the_layer_that_it_was_here_and_deployed(kind: str, text: 
     torch.testing.assert_close(half(x.bfloat16()).float(), wanted.relu(), rtol=0.05, atol=0.2)
 
 
+def test_calls_of_few_rows_share_what_is_packed_and_so_do_calls_of_many() -> None:
+    layer = SparseLayer.of(module_of("linear", FORMS[0]))
+    few, some, many, more = (layer.packed(rows)[0] for rows in (1, 15, 16, 500))
+    assert few is some
+    assert many is more
+
+
 @torch.no_grad()
 def test_padding_that_is_no_zeros_is_kept() -> None:
     plain, x = module_of("image", FORMS[0], "reflect", (1, 1, 0, 2)), input_of("image")

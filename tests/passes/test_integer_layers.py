@@ -84,7 +84,7 @@ def test_every_calibration_serves_torch_modules_that_save_load_and_export(
     assert artifact.report.final.bytes == artifact.plan.planned.bytes
 
 
-@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("dynamo", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("calibration", ["mse", "dynamic"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_torchs_exporters_to_onnx_write_the_rounded_numbers(
