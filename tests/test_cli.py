@@ -193,6 +193,17 @@ def test_compress_as_json_is_one_document_even_if_the_model_prints(
     assert document(capsys)["passed"] is True
 
 
+def test_a_factory_that_draws_its_weights_draws_the_same_for_every_command(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "drawn.py").write_text("from torch import nn\n\n\ndef make():\n    return nn.Linear(24, 5)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    state = torch.get_rng_state()
+    assert main(["verify", "drawn:make", "drawn:make", "--input", "4x24", "--json"]) == 0
+    assert document(capsys)["max_difference"] == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_weights_go_into_the_factory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     shapes = {"0": (48, 24), "2": (32, 48), "4": (5, 32)}
     state = {f"{name}.weight": torch.full(shape, 0.01) for name, shape in shapes.items()}

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 import tdpass
 from tdpass.cli.values import CommandLineError, value
 from tdpass.deploy import Deployed, is_package
@@ -65,8 +67,11 @@ class Source:
             )
         if self.kind == "factors" and not self.factory:
             return tdpass.load(Path(self.text))
-        # published weights are not fetched where others take their place
-        module = module_of(self.factory, pretrained=self.kind == "factory" and self.weights is None)
+        # what a factory draws is the same for every command, so that its results can be told from each other
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            # published weights are not fetched where others take their place
+            module = module_of(self.factory, pretrained=self.kind == "factory" and self.weights is None)
         if self.kind == "factors":
             return tdpass.load(Path(self.text), module).eval()
         if self.weights is not None:
