@@ -82,9 +82,7 @@ class Factored(Method):
             progress=False,
         )
         for choice in artifact.plan:
-            if choice.kept_dense:
-                artifact.report.note(f"{choice.site} stays dense: {choice.reason}")
-            elif not shrinks(self.sites[choice.site], choice.format, choice.rank):
+            if not choice.kept_dense and not shrinks(self.sites[choice.site], choice.format, choice.rank):
                 artifact.report.note(
                     f"{choice.site} is larger in a measure as {choice.format} of rank {choice.rank}, which "
                     "it was given, than dense"
