@@ -132,8 +132,17 @@ def random_state(own: Iterable[torch.Generator] = ()) -> dict[str, Any]:
 
 
 def restore_random_state(state: Mapping[str, Any], own: Iterable[torch.Generator] = ()) -> None:
-    """Put the generators back, the others in the order in which they were given."""
-    for generator, text in zip(own, state.get("own", ()), strict=True):
+    """Put the generators back, the others in the order in which they were given.
+
+    Raises `TrainingError` where the data has more or fewer of its own than it had.
+    """
+    held, kept = list(own), state.get("own", ())
+    if len(held) != len(kept):
+        raise TrainingError(
+            f"the data draws from {len(held)} generators of its own, that of the checkpoint from {len(kept)}; "
+            "resume with the data that the run began with, or train from the beginning in another folder"
+        )
+    for generator, text in zip(held, kept, strict=True):
         generator.set_state(_bytes(text))
     torch.set_rng_state(_bytes(state["torch"]))
     version, internal, gauss = state["python"]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,9 @@ class Loop:
     (or its sampler) has one.  `passes` runs the model, once a step or more often.  `rate(progress)` is the
     learning rate when the share `progress` of all steps is over, as a factor on what each parameter group had
     at the start.  A checkpoint is written to `folder` after every epoch, and every `checkpoint_every` steps.
-    On a CPU, and with data that draws from torch's, numpy's or Python's global generators, from the
-    `generator` of a DataLoader or its sampler, or from none, a resumed run repeats bit by bit what the
-    interrupted one would have done.
+    On a CPU, and with data that draws from torch's, numpy's or Python's global generators, from torch
+    generators that the DataLoader, its samplers or its data set hold, or from none, a resumed run repeats bit
+    by bit what the interrupted one would have done.
     """
 
     stage: str
@@ -139,11 +140,12 @@ class Loop:
             device=self._device,
         )
         self.model.train()
-        for index, (inputs, targets) in enumerate(self._batches(epoch)):
-            if index < done:
-                continue
-            if index == done > 0 and resumed is not None:  # at its beginning the data draws as it did
-                restore_random_state(resumed["random"], self._generators)
+        batches = self._batches(epoch)
+        for _ in islice(batches, done):
+            pass
+        if done and resumed is not None:  # at its beginning the data draws as it did
+            restore_random_state(resumed["random"], self._generators)
+        for index, (inputs, targets) in enumerate(batches, done):
             with refused():
                 total += self._step(hooks.steps / (self.per_epoch * self.epochs), inputs, targets)
             if index % _LOOK_EVERY == 0:
@@ -322,11 +324,12 @@ class Loop:
 
 
 def _generators_of(data: Any) -> list[torch.Generator]:
-    """Those that a DataLoader and its samplers draw from, each once."""
+    """Those that data, such as a DataLoader, and its samplers and data set hold, each once."""
     batches = getattr(data, "batch_sampler", None)
-    holders = (data, getattr(data, "sampler", None), batches, getattr(batches, "sampler", None))
-    found = (getattr(holder, "generator", None) for holder in holders)
-    return list(dict.fromkeys(generator for generator in found if isinstance(generator, torch.Generator)))
+    parts = (getattr(data, name, None) for name in ("sampler", "dataset"))
+    holders = (data, *parts, batches, getattr(batches, "sampler", None))
+    found = (value for holder in holders for value in getattr(holder, "__dict__", {}).values())
+    return list(dict.fromkeys(value for value in found if isinstance(value, torch.Generator)))
 
 
 def _on(value: Any, device: torch.device) -> Any:

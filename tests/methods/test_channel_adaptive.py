@@ -90,12 +90,28 @@ class Viewed(nn.Module):
         return self.out(torch.relu(self.last(x)))
 
 
+class Grouped(nn.Module):
+    """Grouped layers, and a depthwise one that makes two channels of each, keep theirs; others may lose some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.grouped = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 3, groups=4)
+        self.between, self.twice = nn.Conv2d(12, 4, 1), nn.Conv2d(4, 8, 3, stride=2, groups=4)
+        self.last, self.out = nn.Conv2d(8, 6, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.grouped(torch.relu(self.stem(x))))
+        x = torch.relu(self.twice(torch.relu(self.between(x))))
+        return self.out(torch.relu(self.last(x)))
+
+
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 NETS: dict[str, tuple[Any, Tensor]] = {
     "joined": (Joined, IMAGES),
     "concatenated": (Concatenated, IMAGES),
     "padded": (Padded, IMAGES),
     "viewed": (Viewed, IMAGES),
+    "grouped": (Grouped, IMAGES),
     "encoder": (
         lambda: nn.TransformerEncoder(
             nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2, enable_nested_tensor=False
@@ -179,6 +195,9 @@ def test_channels_shrink_together_as_the_run_joins_them() -> None:
     }
     assert {name: counts[0] for name, counts in halves["padded"].items()} == {
         "stem": (3, 4), "inner": (4, 4), "body": (4, 8), "out": (8, 2),
+    }  # fmt: skip
+    assert {name: counts[0] for name, counts in halves["grouped"].items()} == {
+        "stem": (3, 8), "grouped": (8, 12), "between": (12, 4), "twice": (4, 8), "last": (8, 4), "out": (4, 2),
     }  # fmt: skip
     assert halves["resnet20"]["layer2.0.conv1"][0] == (8, 16)
     assert halves["resnet20"]["layer3.2.conv2"][0] == (32, 32)

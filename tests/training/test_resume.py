@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import training_run
 from selection import mostly_slow
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 import tdpass
 from tdpass.errors import TrainingError
@@ -89,41 +94,96 @@ def test_resume_inside_an_epoch(
     assert all(torch.equal(resumed[name], value) for name, value in straight.items())
 
 
-def shuffled(draws: str) -> DataLoader[tuple[torch.Tensor, ...]]:
-    """Data that draws its order from torch's global generator, or from one of its own."""
-    generator = torch.Generator().manual_seed(3)
-    x, y = torch.randn(12, 6, generator=generator), torch.arange(12) % 3
-    own = torch.Generator().manual_seed(4) if draws == "own" else None
-    return DataLoader(TensorDataset(x, y), 4, shuffle=True, generator=own)
+class Noisy(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Examples with noise that is drawn as they are read: from a generator of its own, or a global one."""
+
+    def __init__(self, source: str) -> None:
+        numbers = torch.Generator().manual_seed(3)
+        self.x, self.y = torch.randn(12, 6, generator=numbers), torch.arange(12) % 3
+        self.source, self.randomness = source, torch.Generator().manual_seed(5)
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        noise = {
+            "none": lambda: 0.0,
+            "torch": lambda: float(torch.randn(())),
+            "numpy": lambda: float(np.random.standard_normal()),  # noqa: NPY002
+            "python": random.random,
+            "held": lambda: float(torch.randn((), generator=self.randomness)),
+        }[self.source]()
+        return self.x[index] + noise, self.y[index]
 
 
-@pytest.mark.parametrize("draws", ["torch", "own"])
-@pytest.mark.parametrize("every", [0, 1, 2])
-@pytest.mark.parametrize("stop", range(1, 12))
+class Ordered(Sampler[int]):
+    """An order of its own in every epoch, from a generator that has a name of its own."""
+
+    def __init__(self) -> None:
+        self.randomness = torch.Generator().manual_seed(6)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(12, generator=self.randomness).tolist())
+
+    def __len__(self) -> int:
+        return 12
+
+
+def own() -> torch.Generator:
+    return torch.Generator().manual_seed(4)
+
+
+LOADERS: dict[str, Callable[[], DataLoader[Any]]] = {
+    "torch": lambda: DataLoader(Noisy("none"), 4, shuffle=True),
+    "own": lambda: DataLoader(Noisy("none"), 4, shuffle=True, generator=own()),
+    "own sampler": lambda: DataLoader(Noisy("none"), 4, sampler=Ordered()),
+    "own batches": lambda: DataLoader(
+        Noisy("none"), batch_sampler=BatchSampler(Ordered(), 4, drop_last=False)
+    ),
+    "noise of torch": lambda: DataLoader(Noisy("torch"), 4, shuffle=True, generator=own()),
+    "noise of numpy": lambda: DataLoader(Noisy("numpy"), 4, shuffle=True),
+    "noise of python": lambda: DataLoader(Noisy("python"), 4, shuffle=True),
+    "noise of its own": lambda: DataLoader(Noisy("held"), 4, shuffle=True),
+}
+
+
+def loaded(folder: Path, draws: str, resume: bool = False, stop: int = -1, every: int = 0) -> dict[str, Any]:
+    """Three batches in each of four epochs, with dropout between them."""
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    random.seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+
+    def seen(what: str, done: int, of: int) -> None:
+        if done == stop:
+            raise KeyboardInterrupt
+
+    options = {"pretrain": 4, "control": False, "checkpoint_every": every, "settings": {"lr": 0.1}}
+    made = tdpass.train(net, LOADERS[draws](), folder=folder, resume=resume, progress=seen, **options)
+    assert isinstance(made.model, nn.Module)
+    return made.model.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("draws", "every", "stop"),
+    [*product(("torch", "own"), (0, 1, 2), range(1, 12)), *product(list(LOADERS)[2:], (0, 2), (5, 6))],
+)
 def test_a_data_loader_and_dropout_go_on_as_they_were(
-    stop: int, every: int, draws: str, tmp_path: Path
+    draws: str, every: int, stop: int, tmp_path: Path
 ) -> None:
-    """Three batches in each of four epochs, stopped before any one, also at the beginning of an epoch."""
-
-    def train(folder: Path, resume: bool = False, stop: int = -1) -> dict[str, torch.Tensor]:
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3))
-
-        def seen(what: str, done: int, of: int) -> None:
-            if done == stop:
-                raise KeyboardInterrupt
-
-        options = {"pretrain": 4, "control": False, "checkpoint_every": every, "settings": {"lr": 0.1}}
-        data = shuffled(draws)
-        made = tdpass.train(net, data, folder=folder, resume=resume, progress=seen, **options)
-        assert isinstance(made.model, nn.Module)
-        return made.model.state_dict()
-
-    straight = train(tmp_path / "straight")
+    """Stopped before any one batch, also at the beginning of an epoch."""
+    straight = loaded(tmp_path / "straight", draws)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "stopped", stop=stop)
-    resumed = train(tmp_path / "stopped", resume=True)
+        loaded(tmp_path / "stopped", draws, stop=stop, every=every)
+    resumed = loaded(tmp_path / "stopped", draws, resume=True, every=every)
     assert all(torch.equal(resumed[name], value) for name, value in straight.items())
+
+
+def test_data_with_other_generators_is_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        loaded(tmp_path, "torch", stop=7)
+    with pytest.raises(TrainingError, match=r"draws from 2 generators of its own, .* from 1; resume with"):
+        loaded(tmp_path, "own", resume=True)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "empty", "remove"])
