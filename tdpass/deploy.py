@@ -155,10 +155,10 @@ def is_package(path: Path) -> bool:
 
 
 def _example(model: Model, given: Batch | None, dynamic_batch: bool) -> Batch:
-    """A call that the model was seen to run on."""
+    """The call that was given, which the model was seen to run on, or the one that it came with."""
     if given is not None:
         model.observe(given)
-    example = model.example()
+    example = given or model.example()
     if example is None:
         raise UsageError("deploying a torch model needs to see it running; pass example_inputs= (--input)")
     # torch takes an axis of one sample for a constant
