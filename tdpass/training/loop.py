@@ -55,10 +55,11 @@ def cross_entropy(label_smoothing: float = 0.0) -> Objective:
 class Loop:
     """`epochs` passes over `data` with one optimizer.
 
-    `data` yields (inputs, targets) and has a length; each epoch iterates it anew, after `set_epoch` where it
-    (or its sampler) has one.  `passes` runs the model, once a step or more often.  `rate(progress)` is the
-    learning rate when the share `progress` of all steps is over, as a factor on what each parameter group had
-    at the start.  A checkpoint is written to `folder` after every epoch, and every `checkpoint_every` steps.
+    `data` yields (inputs, targets) and has a length; each epoch iterates it anew, after `set_epoch` where it,
+    its data set or a sampler has one.  `passes` runs the model, once a step or more often.  `rate(progress)`
+    is the learning rate when the share `progress` of all steps is over, as a factor on what each parameter
+    group had at the start.  A checkpoint is written to `folder` after every epoch, and every
+    `checkpoint_every` steps.
     On a CPU, and with data that draws from torch's, numpy's or Python's global generators, from torch
     generators that the DataLoader, its samplers or its data set hold, or from none, a resumed run repeats bit
     by bit what the interrupted one would have done.
@@ -224,8 +225,7 @@ class Loop:
             )
 
     def _batches(self, epoch: int) -> Iterator[tuple[Any, Any]]:
-        holders: tuple[Any, ...] = (self.data, getattr(self.data, "sampler", None))
-        for holder in holders:
+        for holder in _holders(self.data):
             if hasattr(holder, "set_epoch"):
                 holder.set_epoch(epoch)
         for batch in self.data:
@@ -323,12 +323,16 @@ class Loop:
         self.rounds = [TrainingRow(**line) for line in facts["rounds"]]
 
 
-def _generators_of(data: Any) -> list[torch.Generator]:
-    """Those that data, such as a DataLoader, and its samplers and data set hold, each once."""
+def _holders(data: Any) -> list[Any]:
+    """Data, such as a DataLoader, with its data set and its samplers, each once."""
     batches = getattr(data, "batch_sampler", None)
     parts = (getattr(data, name, None) for name in ("sampler", "dataset"))
-    holders = (data, *parts, batches, getattr(batches, "sampler", None))
-    found = (value for holder in holders for value in getattr(holder, "__dict__", {}).values())
+    found = (data, *parts, batches, getattr(batches, "sampler", None))
+    return list({id(part): part for part in found if part is not None}.values())
+
+
+def _generators_of(data: Any) -> list[torch.Generator]:
+    found = (value for holder in _holders(data) for value in getattr(holder, "__dict__", {}).values())
     return list(dict.fromkeys(value for value in found if isinstance(value, torch.Generator)))
 
 

@@ -19,7 +19,7 @@ import torch
 import training_run
 from selection import mostly_slow
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, TensorDataset
 
 import tdpass
 from tdpass.errors import TrainingError
@@ -184,6 +184,36 @@ def test_data_with_other_generators_is_refused_in_words(tmp_path: Path) -> None:
         loaded(tmp_path, "torch", stop=7)
     with pytest.raises(TrainingError, match=r"draws from 2 generators of its own, .* from 1; resume with"):
         loaded(tmp_path, "own", resume=True)
+
+
+@pytest.mark.parametrize("where", ["sampler", "batch_sampler", "dataset"])
+def test_all_that_an_epoch_depends_on_is_told_its_number(where: str) -> None:
+    class Told(Sampler[int]):
+        def __init__(self) -> None:
+            self.epochs: list[int] = []
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epochs.append(epoch)
+
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(4))
+
+        def __len__(self) -> int:
+            return 4
+
+    class Rows(TensorDataset):
+        set_epoch = Told.set_epoch
+        epochs: list[int]
+
+    told, rows = Told(), Rows(torch.randn(4, 6), torch.arange(4) % 3)
+    rows.epochs = []
+    data = {
+        "sampler": lambda: DataLoader(rows, 2, sampler=told),
+        "batch_sampler": lambda: DataLoader(rows, batch_sampler=BatchSampler(told, 2, drop_last=False)),
+        "dataset": lambda: DataLoader(rows, 2),
+    }[where]()
+    tdpass.train(nn.Linear(6, 3), data, pretrain=3, control=False, progress=False)
+    assert (rows if where == "dataset" else told).epochs == [0, 1, 2]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "empty", "remove"])
