@@ -85,6 +85,8 @@ TRIED: Mapping[str, str] = {
     "A kind of layer": "test_a_kind_of_layer_is_found_factored_and_counted",
     "A front end": "test_a_front_end_is_compressed_by_what_is_abstract_alone",
     "A source of models or data": "test_a_source_of_models_is_named_before_the_colon",
+    "A verb of the command line": "test_exit_codes.py",
+    "A page": "test_documentation_runs.py",
 }
 
 

@@ -30,8 +30,9 @@ def may_be_transposed(module: nn.Module) -> bool:
 
     What it computes is another question.
     """
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    if weight is None or bias is None or len(module._parameters) != 2 or module._buffers or module._modules:
+    held = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    weight, bias = held.get("weight"), held.get("bias")
+    if weight is None or bias is None or len(held) != 2 or [*module.buffers(False), *module.children()]:
         return False
     return weight.dim() == 2 and bias.shape == weight.shape[1:]
 
