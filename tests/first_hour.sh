@@ -55,6 +55,8 @@ empty_environment() {
   else
     env/bin/python -m pip --disable-pip-version-check install -q ${constraints:+-c "$constraints"} wheel/tdpass-*.whl \
       onnxscript scikit-learn pillow transformers timm nbclient nbformat ipykernel
+    # a torchvision that was built for another torch breaks transformers too
+    env/bin/python -c 'import torchvision' 2>/dev/null || env/bin/python -m pip uninstall -q -y torchvision timm
   fi
   ! bare bash -c 'command -v cc c++ gcc g++ clang' && bare python -c 'import tdpass, sys; print(tdpass.__file__); sys.exit("env" not in tdpass.__file__)'
 }
