@@ -19,7 +19,7 @@ from tdpass.errors import KernelError
 from tdpass.kernels import native
 from tdpass.kernels.activation import activate, check_activation
 from tdpass.kernels.base import Op, implements, register_op
-from tdpass.kernels.flops import conv_macs
+from tdpass.kernels.flops import conv_macs, of_arguments
 from tdpass.kernels.stage import Lanes, Stage, stages_of
 from tdpass.ops import padded_convolution
 
@@ -101,20 +101,9 @@ def _empty_output(x: Tensor, chain: Sequence[Stage]) -> Tensor:
     )
 
 
-def _macs(
-    y: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stages: Sequence[int],
-    *_: object,
-) -> int:
-    """Multiply-adds."""
-    return conv_macs(x, stages)
-
-
-CONV_CHAIN = register_op(Op("conv_chain", SCHEMA, reference, fake, _macs))
+CONV_CHAIN = register_op(
+    Op("conv_chain", SCHEMA, reference, fake, of_arguments(SCHEMA, conv_macs, "x", "stages"))
+)
 
 
 class _Program(NamedTuple):

@@ -17,7 +17,7 @@ from tdpass.errors import KernelError
 from tdpass.kernels.activation import activate, check_activation
 from tdpass.kernels.base import Op, register_op
 from tdpass.kernels.conv_chain import MAX_STAGES
-from tdpass.kernels.flops import linear_macs
+from tdpass.kernels.flops import linear_macs, of_arguments
 
 SCHEMA = (
     "(Tensor x, Tensor[] weights, Tensor[] scales, Tensor? bias, Tensor? residual, float grid, int[] widths, "
@@ -102,19 +102,6 @@ def fake(
     return x.new_empty((*x.shape[:-1], widths[-1]))
 
 
-def _macs(
-    y: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    grid: float,
-    widths: Sequence[int],
-    *_: object,
-) -> int:
-    """Multiply-adds."""
-    return linear_macs(x, widths)
-
-
-LINEAR_CHAIN_FLOAT8 = register_op(Op("linear_chain_float8", SCHEMA, reference, fake, _macs))
+LINEAR_CHAIN_FLOAT8 = register_op(
+    Op("linear_chain_float8", SCHEMA, reference, fake, of_arguments(SCHEMA, linear_macs, "x", "widths"))
+)

@@ -31,6 +31,17 @@ def count_products(name: str, macs: Count) -> None:
         _tell(sys.modules[_COUNTER], name)
 
 
+def of_arguments(schema: str, macs: Callable[..., int], *names: str) -> Count:
+    """A count that `macs` makes of the arguments of these names, wherever the operator's schema has them."""
+    places = [part.split()[-1].partition("=")[0] for part in schema[1 : schema.index(")")].split(",")]
+
+    def count(_y: object, *args: Any, **kwargs: Any) -> int:
+        given = {**dict(zip(places, args, strict=False)), **kwargs}
+        return macs(*(given[name] for name in names))
+
+    return count
+
+
 def conv_macs(x: Tensor, integers: Sequence[int]) -> int:
     """Multiply-adds of a chain of convolutions on images or signals."""
     size: Sequence[int | torch.SymInt] = (1, *x.shape[2:])[-2:]

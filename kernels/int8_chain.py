@@ -23,7 +23,7 @@ from tdpass.kernels.conv_chain import (
     memory_format,
     native_stages,
 )
-from tdpass.kernels.flops import conv_macs, linear_macs
+from tdpass.kernels.flops import conv_macs, linear_macs, of_arguments
 from tdpass.kernels.grid import MIDDLE, Grid, Grids, own_grid, rounded
 from tdpass.kernels.int8_factor import check_factors
 from tdpass.kernels.linear_chain import positions
@@ -216,41 +216,23 @@ def linear_fake(
     return x.new_empty((*x.shape[:-1], widths[-1]), dtype=found.output_dtype(x))
 
 
-def _conv_macs(
-    y: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    totals: Sequence[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    grids: Sequence[float],
-    stages: Sequence[int],
-    *_: object,
-) -> int:
-    """Multiply-adds."""
-    return conv_macs(x, stages)
-
-
-def _linear_macs(
-    y: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    totals: Sequence[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    grids: Sequence[float],
-    widths: Sequence[int],
-    *_: object,
-) -> int:
-    """Multiply-adds."""
-    return linear_macs(x, widths)
-
-
-CONV_CHAIN_INT8 = register_op(Op("conv_chain_int8", CONV_SCHEMA, conv_reference, conv_fake, _conv_macs))
+CONV_CHAIN_INT8 = register_op(
+    Op(
+        "conv_chain_int8",
+        CONV_SCHEMA,
+        conv_reference,
+        conv_fake,
+        of_arguments(CONV_SCHEMA, conv_macs, "x", "stages"),
+    )
+)
 LINEAR_CHAIN_INT8 = register_op(
-    Op("linear_chain_int8", LINEAR_SCHEMA, linear_reference, linear_fake, _linear_macs)
+    Op(
+        "linear_chain_int8",
+        LINEAR_SCHEMA,
+        linear_reference,
+        linear_fake,
+        of_arguments(LINEAR_SCHEMA, linear_macs, "x", "widths"),
+    )
 )
 
 

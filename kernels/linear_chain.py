@@ -13,7 +13,7 @@ from tdpass.errors import KernelError
 from tdpass.kernels.activation import activate, check_activation
 from tdpass.kernels.base import Op, implements, register_op
 from tdpass.kernels.conv_chain import MAX_STAGES, run_native
-from tdpass.kernels.flops import linear_macs
+from tdpass.kernels.flops import linear_macs, of_arguments
 from tdpass.kernels.stage import Lanes, Stage, checked, integers_of
 
 SCHEMA = (
@@ -70,20 +70,9 @@ def fake(
     return x.new_empty((*x.shape[:-1], widths[-1]))
 
 
-def _macs(
-    y: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    widths: Sequence[int],
-    *_: object,
-) -> int:
-    """Multiply-adds."""
-    return linear_macs(x, widths)
-
-
-LINEAR_CHAIN = register_op(Op("linear_chain", SCHEMA, reference, fake, _macs))
+LINEAR_CHAIN = register_op(
+    Op("linear_chain", SCHEMA, reference, fake, of_arguments(SCHEMA, linear_macs, "x", "widths"))
+)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -22,6 +22,7 @@ from tdpass.errors import KernelError
 from tdpass.kernels import native
 from tdpass.kernels.activation import activate, check_activation
 from tdpass.kernels.base import Op, implements, register_op
+from tdpass.kernels.flops import of_arguments
 from tdpass.products import by_rows
 
 SCHEMA = "(Tensor x, Tensor[] weights, Tensor? bias, Tensor? residual, int[] steps, str activation) -> Tensor"
@@ -182,20 +183,14 @@ def fake(
     return x.new_empty((*x.shape[:-1], chain[-1].outputs))
 
 
-def _macs(
-    y: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    steps: Sequence[int],
-    *_: object,
-) -> int:
+def _macs(x: Tensor, steps: Sequence[int]) -> int:
     """Multiply-adds: what a step reads once per row that it makes of it."""
     return by_rows(x.shape, *((step.inputs, step.o, step.r) for step in steps_of(steps)))
 
 
-TENSOR_CHAIN = register_op(Op("tensor_chain", SCHEMA, reference, fake, _macs))
+TENSOR_CHAIN = register_op(
+    Op("tensor_chain", SCHEMA, reference, fake, of_arguments(SCHEMA, _macs, "x", "steps"))
+)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -19,6 +19,7 @@ from tdpass.kernels import native
 from tdpass.kernels.activation import activate, check_activation
 from tdpass.kernels.base import Op, implements, register_op
 from tdpass.kernels.float8_chain import FLOAT8
+from tdpass.kernels.flops import of_arguments
 from tdpass.products import by_rows
 
 SCHEMA = (
@@ -203,21 +204,14 @@ def fake(
     return x.new_empty((*x.shape[:-1], widths[1]))
 
 
-def _macs(
-    y: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    widths: Sequence[int],
-    *_: object,
-) -> int:
+def _macs(x: Tensor, weights: Sequence[Tensor], widths: Sequence[int]) -> int:
     """Multiply-adds."""
     return by_rows(x.shape, *matrices(weights, widths))
 
 
-WEIGHT_ONLY_LINEAR = register_op(Op("weight_only_linear", SCHEMA, reference, fake, _macs))
+WEIGHT_ONLY_LINEAR = register_op(
+    Op("weight_only_linear", SCHEMA, reference, fake, of_arguments(SCHEMA, _macs, "x", "weights", "widths"))
+)
 
 
 @implements("weight_only_linear", "cpu")

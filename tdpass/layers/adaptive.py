@@ -164,9 +164,8 @@ class Adaptive(nn.Module):
 
 
 def _narrow(site: Site, inputs: Cut, outputs: Cut) -> Site:
-    if (
-        site.groups > 1
-    ):  # whole groups of outputs: a depthwise layer has one channel in each, others stay whole
+    if site.groups > 1:
+        # whole groups of outputs: a depthwise layer has one channel in each, others stay whole
         groups = site.groups * outputs.count // site.o
         return Site(**{**vars(site), "shape": (outputs.count, *site.shape[1:]), "groups": groups})
     return Site(**{**vars(site), "shape": (outputs.count, inputs.count, *site.kernel)})

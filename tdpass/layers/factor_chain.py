@@ -15,7 +15,7 @@ from torch.library import Library
 
 from tdpass.kernels.base import NAMESPACE
 from tdpass.kernels.conv_chain import CONV_CHAIN, packing
-from tdpass.kernels.flops import conv_macs, count_products, linear_macs
+from tdpass.kernels.flops import conv_macs, count_products, linear_macs, of_arguments
 from tdpass.kernels.linear_chain import LINEAR_CHAIN
 from tdpass.kernels.stage import stages_of, widths_of
 from tdpass.layers.derived import DERIVED, PackChain
@@ -79,15 +79,7 @@ def fake(
     return y.squeeze(2) if flat else y  # type: ignore[no-any-return]
 
 
-def _macs(
-    y: Tensor,
-    x: Tensor,
-    factors: Sequence[Tensor],
-    bias: Tensor | None,
-    stages: Sequence[int],
-    activation: str,
-    lanes: str,
-) -> int:
+def _macs(x: Tensor, stages: Sequence[int], lanes: str) -> int:
     """Multiply-adds."""
     return linear_macs(x, widths_of(stages_of(stages))) if lanes == LINEAR else conv_macs(x, stages)
 
@@ -108,5 +100,5 @@ _LIBRARY: Any = Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(NAME + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.impl(NAME, run, "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::{NAME}", fake, lib=_LIBRARY)
-count_products(NAME, _macs)
+count_products(NAME, of_arguments(_SCHEMA, _macs, "x", "stages", "lanes"))
 FACTOR_CHAIN: Any = torch.ops.tdpass.factor_chain.default

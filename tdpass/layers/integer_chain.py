@@ -20,7 +20,7 @@ from tdpass.form import STATIC
 from tdpass.formats.layer import Layer
 from tdpass.formats.lowering import chain_of
 from tdpass.kernels.base import NAMESPACE
-from tdpass.kernels.flops import conv_macs, count_products, linear_macs
+from tdpass.kernels.flops import conv_macs, count_products, linear_macs, of_arguments
 from tdpass.kernels.grid import Grid, Grids
 from tdpass.kernels.int8_chain import CONV_CHAIN_INT8, LINEAR_CHAIN_INT8, empty_output
 from tdpass.kernels.int8_factor import MOST_PRODUCTS, columns, pack_codes
@@ -147,18 +147,7 @@ def fake(
     return y.squeeze(2) if flat else y
 
 
-def _macs(
-    y: Tensor,
-    x: Tensor,
-    codes: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    ranges: Sequence[Tensor],
-    bias: Tensor | None,
-    stages: Sequence[int],
-    linear: bool,
-    *_: object,
-    **__: object,
-) -> int:
+def _macs(x: Tensor, stages: Sequence[int], linear: bool) -> int:
     """Multiply-adds."""
     return linear_macs(x, widths_of(stages_of(stages))) if linear else conv_macs(x, stages)
 
@@ -214,5 +203,5 @@ _LIBRARY: Any = Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(NAME + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.impl(NAME, run, "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::{NAME}", fake, lib=_LIBRARY)
-count_products(NAME, _macs)
+count_products(NAME, of_arguments(_SCHEMA, _macs, "x", "stages", "linear"))
 INTEGER_CHAIN: Any = torch.ops.tdpass.integer_chain.default
