@@ -39,7 +39,7 @@ class Recipe(Ingredients):
 
     `evaluate` (not on test data) and `test` score the model: a part of the data set (`tuning`, `test`), on
     which accuracy is measured, or `package.module:name`, where `test(model)` returns a score; `calibration`
-    gives the data of a pipeline in the same way.  The rest is as `tdpass.train` has it.
+    gives the data of a pipeline in the same way, `compression` its options of `tdpass.compress`.  The rest is as `tdpass.train` has it.
     """
 
     method: Mapping[str, Any] | str | None = None
@@ -48,6 +48,7 @@ class Recipe(Ingredients):
     finetuning: Mapping[str, Any] | None = None
     control: bool = True
     calibration: str | None = None
+    compression: Mapping[str, Any] = field(default_factory=dict)
     evaluate: str | None = None
     test: str | None = None
     about: str = ""
@@ -157,6 +158,7 @@ class Recipe(Ingredients):
             test=material.score(self.test),
             example_inputs=torch.zeros(material.example) if material.example else None,
             calibration=material.inputs(self.calibration),
+            compression=self.compression,
             folder=folder,
             resume=resume,
             seed=self.seed,

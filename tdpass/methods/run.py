@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import inspect
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from tdpass.methods.stages import Parallel, Run, Score, Stage, Stages, of_pipeli
 from tdpass.models import ExampleInputs, open_model
 from tdpass.pipeline import PipelineSpec
 from tdpass.progress import shown
+from tdpass.registry import nearest
 from tdpass.report import TrainingRow
 from tdpass.training.averaging import Average
 from tdpass.training.distillation import Distillation
@@ -36,9 +38,23 @@ from tdpass.training.phases import Phase, Phased
 from tdpass.training.placement import Template, world
 from tdpass.training.settings import Settings
 from tdpass.training.terms import Term
+from tdpass.verbs import compress
 from tdpass.views.training import destroyed
 
 SettingsSpec = Settings | Mapping[str, Any] | None
+# what a run gives a pipeline itself
+_OF_THE_RUN = (
+    "model",
+    "budget",
+    "data",
+    "plan",
+    "start",
+    "pipeline",
+    "example_inputs",
+    "progress",
+    "metric",
+    "max_loss",
+)
 # what another run in the same folder must have been started with
 _TOLD = (
     "settings",
@@ -49,6 +65,7 @@ _TOLD = (
     "control",
     "rounds_per_epoch",
     "seed",
+    "compression",
 )
 
 
@@ -68,6 +85,7 @@ def train(
     test: Score | None = None,
     example_inputs: ExampleInputs = None,
     calibration: object = None,
+    compression: Mapping[str, Any] | None = None,
     folder: Path | str | None = None,
     resume: bool = False,
     seed: int = 0,
@@ -83,8 +101,9 @@ def train(
 
     `data` yields (inputs, targets) and has a length.  Stages: `pretrain` epochs of the dense model; the
     rounds of `method` (an object, a name, or `{name: options}`), `rounds_per_epoch` of them in each epoch,
-    and its `finish`, or a pipeline of passes, both of which may use `calibration` data; `finetune` epochs of
-    what came out; and with `control` the dense model once more for as many epochs, learning from labels only,
+    and its `finish`, or a pipeline of passes, both of which may use `calibration` data, the pipeline with the
+    options of `tdpass.compress` that `compression` names (a `target`, a `batch`); `finetune` epochs of what
+    came out; and with `control` the dense model once more for as many epochs, learning from labels only,
     since an accuracy gain means nothing without it.  `settings` hold for the method, and where `pretraining`
     and `finetuning` do not say otherwise for these.
 
@@ -119,6 +138,7 @@ def train(
         test=test,
         example_inputs=example_inputs,
         calibration=calibration,
+        compression=_compression(compression, is_pipeline=not _is_method(method) and method is not None),
         folder=None if folder is None else Path(folder),
         resume=resume,
         seed=seed,
@@ -230,6 +250,23 @@ def _macs(run: Run) -> int:
         return 0
     opened.observe(example)
     return opened.macs()
+
+
+def _compression(options: Mapping[str, Any] | None, is_pipeline: bool) -> Mapping[str, Any]:
+    """The options of a pipeline that the run does not give itself; raises `UsageError`."""
+    options = options or {}
+    if options and not is_pipeline:
+        raise UsageError(
+            f"compression={dict(options)} are options of a pipeline, and the method is none; give them to the "
+            "method"
+        )
+    known = [name for name in inspect.signature(compress).parameters if name not in _OF_THE_RUN]
+    for name in options:
+        if name not in known:
+            raise UsageError(
+                f"compression has an unknown option {name!r}{nearest(name, known)}; known: {', '.join(known)}"
+            )
+    return options
 
 
 def _is_method(method: object) -> TypeIs[Method | Mapping[str, Any] | str]:

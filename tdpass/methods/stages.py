@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -66,6 +66,7 @@ class Run:
     test: Score | None
     example_inputs: ExampleInputs
     calibration: object
+    compression: Mapping[str, Any]
     folder: Path | None
     resume: bool
     seed: int
@@ -120,6 +121,7 @@ def of_pipeline(run: Run, pipeline: PipelineSpec | None) -> Stages:
             progress=run.progress,
             data=run.calibration,
             example_inputs=run.example_inputs,
+            **run.compression,
         )
     return (yield from finished(run, dense, artifact, 0))
 

@@ -37,6 +37,10 @@ def data(seed: int) -> Batches:
     return Batches(torch.randn(128, 4, 4, generator=generator) + labels[:, None, None], labels, 16, seed)
 
 
+def images() -> list[torch.Tensor]:
+    return list(data(0).inputs.split(32))
+
+
 def score(model: nn.Module) -> float:
     held = data(0)
     return 100 * float((model(held.inputs).argmax(1) == held.targets).float().mean())
@@ -293,3 +297,28 @@ def test_an_interrupted_command_says_how_to_go_on(
     said = capsys.readouterr().err
     assert ("the same command with --resume goes on" in said) == (step > 2)
     assert "interrupted" in said
+
+
+def test_a_pipeline_takes_the_options_of_compress() -> None:
+    pipeline = "plan{cycles=0.9},factorize"
+    machine = {"target": "systolic:gemmini", "batch": 3}
+    made = Recipe.parse(
+        recipe(method=pipeline, compression=machine, control=False, calibration=f"{HERE}:images")
+    ).run(progress=False)
+    assert made.report.target.startswith("systolic, batch 3, ")
+    assert made.report.checks["score_final"] >= made.report.checks["score_before_finetuning"]
+    assert any(not choice.kept_dense for choice in made.plan)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "plan{params=0.5},factorize", "compression": {"targt": "cpu"}}, "did you mean 'target'"),
+        ({"method": "plan{params=0.5},factorize", "compression": {"budget": 0.5}}, "unknown option 'budget'"),
+        ({"compression": {"target": "cpu"}}, "options of a pipeline, and the method is none"),
+        ({"method": None, "compression": {"target": "cpu"}}, "options of a pipeline"),
+    ],
+)
+def test_options_that_no_pipeline_takes_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Recipe.parse(recipe(**changes)).run(progress=False)
