@@ -6,6 +6,7 @@ Damage of any kind is one clear error, never another value or a raw exception.
 from __future__ import annotations
 
 import json
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,9 @@ SAMPLES: dict[str, Any] = {
     "table of tensors": {"fc.weight": Piece((4, 2), (2, 0), "float32")},
     "list of the parts of a checkpoint": {"facts-0.json": "ab"},
     "state of a training run": {"steps": 3, "rounds": [{"epoch": 0}]},
+    "table of prices of a training run": {
+        name: {"dense": 1e-3, "svd 2": math.inf, "tucker2 4x3": 2.5e-4} for name in ("fc", "conv", "")
+    },
     "file of tasks": _Kept(Growing(2, 1, "equal", ("fc",)), 3),
     "start of a training run": {
         f"{stage}.{key}": value

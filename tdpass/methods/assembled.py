@@ -60,8 +60,8 @@ class Assembled:
         if target.here and isinstance(made, FusesChains):
             laid = batch.resized(setting.batch).map(channels_last)
             made.fuse(lambda text: None, lambda name, reason: None, laid)
-        before, after = target.cost_models(
-            [original, made], lambda: call_batch(original, [batch], setting.batch), setting, yardstick
+        before, after = self.tariff.whole(
+            target, [original, made], lambda: call_batch(original, [batch], setting.batch), yardstick
         )
         report.original = report.original.replace(
             **{measure: before.get(measure) for measure in target.measures}

@@ -15,11 +15,12 @@ from tdpass.artifact import Artifact
 from tdpass.cost import Cost
 from tdpass.documents import misfit
 from tdpass.errors import BudgetError, TrainingError, UsageError
-from tdpass.kinds import kind_of
+from tdpass.methods.ledger import Ledger
 from tdpass.methods.stages import Run, Stage, Stages, finished, pretrained
-from tdpass.models import ExampleInputs, Model, open_model
+from tdpass.methods.trainable import closed, trainable
+from tdpass.models import ExampleInputs, open_model
 from tdpass.registry import Registry, nearest
-from tdpass.site import Site, selects
+from tdpass.site import Site
 from tdpass.training.calls import once
 from tdpass.training.phases import Phase, Phased
 from tdpass.training.placement import Template, bare, whole
@@ -48,6 +49,7 @@ class Method(ABC):
     weights: dict[str, nn.Parameter]
     template: Template
     phased: Phased | None = None
+    ledger: Ledger | None = None
     _hooks: Hooks | None = None
 
     def prepare(
@@ -69,20 +71,12 @@ class Method(ABC):
             example = opened.example()
             assert example is not None
             opened.observe(example)
-        chosen = [
-            site
-            for site in opened.sites()
-            if selects(site.name, self.include, self.exclude)
-            and kind_of(site).as_stored
-            and (self.grouped or site.groups == 1)
-            and not site.table  # rows that few samples read have no gradient to train by
-            and opened.layer(site.name) is None
-        ]
+        chosen = trainable(opened, self.include, self.exclude, self.grouped)
         if not chosen:
             names = ", ".join(site.name for site in opened.sites()) or "none"
             raise UsageError(
                 f"include={tuple(self.include)}, exclude={tuple(self.exclude)} leave no site to train; the "
-                f"model has: {names}{_closed(opened)}"
+                f"model has: {names}{closed(opened)}"
             )
         self.sites = {site.name: site for site in chosen}
         self.example = opened.example()
@@ -92,7 +86,7 @@ class Method(ABC):
             self.choose(model)
             network = self.restructured(model)
         except (BudgetError, UsageError) as error:
-            raise type(error)(f"{error}{_closed(opened)}") from error
+            raise type(error)(f"{error}{closed(opened)}") from error
         self.template = Template(network)
         return network
 
@@ -119,7 +113,9 @@ class Method(ABC):
                 "rounds"
             )
         dense = yield from pretrained(run)
+        self.ledger = Ledger(run.folder, run.resume)
         network = self.prepare(dense, run.example_inputs, run.calibration)
+        self.ledger.keep()
         epochs = self.epochs(run.rounds_per_epoch)
         trained = yield Stage("method", network, run.settings, epochs, self.bind, self.passes, teacher=dense)
         for text in self.remarks():
@@ -149,8 +145,14 @@ class Method(ABC):
         Gives its phases as one term.
         """
         self.weights = self.parameters_of(model)
-        self.phased = Phased(self.phases(), self.facts, self.recall)
+        self.phased = Phased(self.phases(), self._kept_facts, self.recall)
         return self.phased
+
+    def _kept_facts(self) -> dict[str, Any]:
+        """What a checkpoint holds, after what it follows from is written down."""
+        if self.ledger is not None:
+            self.ledger.keep()
+        return self.facts()
 
     def parameters_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """What the method trains, by name: the weights of its sites."""
@@ -331,17 +333,3 @@ def make_method(spec: Method | Mapping[str, Any] | str) -> Method:
         raise UsageError(
             f"method {name!r} cannot be made from {dict(given)!r}: {str(error).partition('() ')[2] or error}"
         ) from None
-
-
-def _closed(opened: Model) -> str:
-    """Which weights are no sites and could be, for an error of a method that has too few of them."""
-    found = [f"{name} ({why})" for name, why in opened.declined().items() if "before training" in why]
-    return f"; no sites yet are the weights of {', '.join(found)}" if found else ""
-
-
-def as_stored(site: Site) -> bool:
-    """Whether the parameter itself is the matrix or kernel that a constraint is about.
-
-    Of one group, and not stored another way round.
-    """
-    return site.groups == 1 and kind_of(site).as_stored

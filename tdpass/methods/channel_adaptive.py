@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from tdpass.artifact import Artifact
 from tdpass.data import calls_of
 from tdpass.errors import InvalidModelError, UsageError
-from tdpass.kinds import kind_of
 from tdpass.layers.adaptive import Adaptive, dial_of, estimate_statistics, hold_bits
 from tdpass.layers.dial import Adaptation, AdaptiveForm, Cut
 from tdpass.layers.upper_bits import LEAST_BITS, MOST_BITS
 from tdpass.methods.base import Method, register_method
 from tdpass.methods.stages import Run, Stages, module_of
+from tdpass.methods.trainable import trainable
 from tdpass.models import Batch, open_model
 from tdpass.models.torch.sites.adapting import adapt
 from tdpass.models.torch.sites.norms import batchnorms, same_answers
 from tdpass.planner.joint.channel_groups import ChannelGroups, channel_groups
-from tdpass.site import Site, selects
+from tdpass.site import Site
 from tdpass.training.calls import class_scores
 from tdpass.training.phases import Phase
 from tdpass.verbs import compress
@@ -130,14 +130,7 @@ class ChannelAdaptive(Method):
         assert self.example is not None
         opened = open_model(model, self.example)
         tape = opened.record(self.example)
-        chosen = (
-            site
-            for site in opened.sites()
-            if selects(site.name, self.include, self.exclude)
-            and kind_of(site).as_stored
-            and not site.table
-            and opened.layer(site.name) is None
-        )
+        chosen = trainable(opened, self.include, self.exclude)
         sites = {site.name: site for site in chosen if _alone(model, site.name)}
         found = (channel_groups(tape, sites, pads=pads) for pads in (True, False))
         groups = next((groups for groups in found if self._runs(model, sites, groups)), None)

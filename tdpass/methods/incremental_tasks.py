@@ -18,10 +18,10 @@ from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS
 from tdpass.formats.layer import cost_of, dense_cost
 from tdpass.job import Progress
-from tdpass.methods.base import as_stored
 from tdpass.methods.kept_tasks import Growing, Ranks, Task, read_tasks, write_tasks
 from tdpass.methods.run import SettingsSpec, train
 from tdpass.methods.stages import Score, module_of
+from tdpass.methods.trainable import as_stored
 from tdpass.models import ExampleInputs, open_model
 from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.report import TrainingRow

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from tdpass.constraints.rank_budget import Price
-from tdpass.cost import Budget, amount
+from tdpass.cost import Budget, Cost, amount
 from tdpass.errors import BudgetError
 from tdpass.files import cache_folder
 from tdpass.form import DENSE, Form, Rank
 from tdpass.formats.layer import cost_of
 from tdpass.measures import MEASURES
+from tdpass.methods.ledger import Ledger
+from tdpass.models.base import Batch, Model
 from tdpass.planner.prices import deciding
 from tdpass.site import Site
 from tdpass.targets import ONE_CALL, Setting, Target, open_target
@@ -29,15 +32,20 @@ class OnTarget(Protocol):
     batch: int
     threads: int
     cache: Path | None
+    ledger: Ledger | None
 
 
 @dataclass(frozen=True)
 class Tariff:
-    """Amounts of one measure; without a target it is one that is counted."""
+    """Amounts of one measure; without a target it is one that is counted.
+
+    What a target tells is asked once and stands in the `ledger`.
+    """
 
     measure: str
     target: Target | None = None
     setting: Setting = ONE_CALL
+    ledger: Ledger = field(default_factory=Ledger)
 
     @classmethod
     def on_target(cls, on: OnTarget, budget: Budget | None) -> Tariff | None:
@@ -54,16 +62,33 @@ class Tariff:
                 f"budget {budget} bounds nothing that target {target.name} tells; bound one of {tells}, or "
                 "leave target out"
             )
-        return cls(deciding(target, budget)[0], target, Setting(on.batch, on.threads))
+        setting = Setting(on.batch, on.threads)
+        return cls(deciding(target, budget)[0], target, setting, on.ledger or Ledger())
 
     def amounts(self, site: Site, forms: Sequence[Form]) -> list[float]:
         """What the site costs in each form."""
-        costs = (
-            [cost_of(site, form) for form in forms]
-            if self.target is None
-            else self.target.cost(site, forms, self.setting)
-        )
-        return [cost.get(self.measure) for cost in costs]
+        if self.target is None:
+            return [cost_of(site, form).get(self.measure) for form in forms]
+        return self.ledger.amounts(site, forms, partial(self._asked, self.target, site))
+
+    def _asked(self, target: Target, site: Site, forms: Sequence[Form]) -> list[float]:
+        return [cost.get(self.measure) for cost in target.cost(site, forms, self.setting)]
+
+    def whole(
+        self, target: Target, models: Sequence[Model], call: Callable[[], Batch], yardstick: Site
+    ) -> list[Cost]:
+        """What one call of each model costs there, on the scale of the yardstick's dense price.
+
+        Where that was told before an interruption, the machine may say something else of it now.
+        """
+        costs = target.cost_models(models, call, self.setting, yardstick)
+        if not target.here:
+            return costs
+        before, now = self.amounts(yardstick, [DENSE]), self._asked(target, yardstick, [DENSE])
+        scale = before[0] / now[0]
+        return [
+            Cost.of({measure: cost.get(measure) * scale for measure in target.measures}) for cost in costs
+        ]
 
     def text(self, value: float) -> str:
         """An amount as people read it."""
