@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from tdpass.cost import Cost
 from tdpass.errors import PlanError
 from tdpass.form import Rank
-from tdpass.formats.bonds import Bond
+from tdpass.formats.bonds import ORDER_TYPE, Bond
 from tdpass.formats.geometry import apply_dense, unit
 from tdpass.formats.metric import Metric
 from tdpass.ops import Ops, StorageOps, V
@@ -113,6 +114,11 @@ class Format(ABC):
     reader: ClassVar[str] = ""
     remainder: ClassVar[str] = ""
     gives_rows: ClassVar[bool] = False
+
+    def __reduce__(self) -> tuple[Callable[[str, str], Format], tuple[str, str]]:
+        # a layer that is copied or pickled goes on with the registered format, whose class may have been made
+        # by a decorator and be no attribute of its module
+        return _registered, (self.__module__, self.name)
 
     def fits(self, site: Site) -> bool:
         """Whether the format makes sense for that site."""
@@ -246,7 +252,8 @@ class Format(ABC):
         """Stored numbers, multiply-adds and bytes, the bias not counted."""
         params = sum(math.prod(shape) for shape in self.shapes(site, rank).values())
         macs = self.macs(site, rank) + site.lookups * self.row_macs(site, rank) if site.seen else 0
-        return Cost(params, macs // site.samples, params * site.itemsize)
+        orders = ORDER_TYPE.itemsize * sum(self.orders(site, rank).values())
+        return Cost(params, macs // site.samples, params * site.itemsize + orders)
 
 
 def _exponent(tensor: Tensor | None) -> int:
@@ -266,6 +273,12 @@ def register_format(cls: type[Format]) -> type[Format]:
     """Class decorator: make a format known by its `name`."""
     FORMATS.add(cls.name, cls())
     return cls
+
+
+def _registered(module: str, name: str) -> Format:
+    """The format of that name, which importing that module makes known."""
+    importlib.import_module(module)
+    return FORMATS.get(name)
 
 
 def offered_formats() -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from tdpass.site import Site
 
 Shape = tuple[int, ...]
 ORDER = "_order"
+ORDER_TYPE = torch.int32
 _LEADING, _CHOSEN = 4 * BOUND, 32 * BOUND
 SINGULAR, _ROUNDING = 1e-10, 1e-9
 

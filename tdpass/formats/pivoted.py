@@ -243,6 +243,7 @@ def pivotable(cls: type[Format]) -> type[Format]:
             "name": inner.name + ending,
             "inner": inner,
             "ordered": ordered,
+            "__module__": cls.__module__,
             "__doc__": f"`{inner.name}` without what its factors hold twice.",
         }
         register_format(type(f"{cls.__name__}{ending}", (Pivoted,), {**facts, **own}))

@@ -101,6 +101,7 @@ def with_residual(cls: type[Format]) -> type[Format]:
         "version": inner.version,
         "searched": inner.searched,
         "inner": inner,
+        "__module__": cls.__module__,
         "__doc__": f"`{inner.name}`, and beside its factors what they leave of the weight.",
     }
     register_format(type(f"{cls.__name__}Residual", (Residual,), own))

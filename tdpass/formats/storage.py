@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from tdpass.errors import PlanError
 from tdpass.form import ALL, STATIC, Form
+from tdpass.formats.bonds import ORDER_TYPE
 from tdpass.numbers import SCALE, VALUES, Earlier, Numbers, Part, numbers_named
 from tdpass.ops import StorageOps, V
 from tdpass.supports import SUPPORT, Support, support_named
@@ -134,8 +135,12 @@ class Storage:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all parts."""
-        return sum(part.bytes for part in self.parts().values())
+        """Bytes of all parts and orders; of the orders alone where factors are stored as they are."""
+        return sum(part.bytes for part in (*self.parts().values(), *self.order_parts().values()))
+
+    def order_parts(self) -> dict[str, Part]:
+        """The orders as they are stored, by name."""
+        return {name: Part((count,), ORDER_TYPE) for name, count in self.orders.items()}
 
     def store(
         self, factors: Mapping[str, Tensor], beside: Mapping[str, Mapping[str, Tensor]] | None = None

@@ -204,7 +204,7 @@ def empty_layer(site: Site, form: Form, dtype: torch.dtype) -> Layer:
     site = form.on(site)
     storage = storage_of(site, form)
     parts = storage.parts() or {name: Part(shape, dtype) for name, shape in storage.shapes.items()}
-    parts = {**parts, **{name: Part((count,), torch.int32) for name, count in storage.orders.items()}}
+    parts = {**parts, **storage.order_parts()}
     parts = {**parts, **{name: Part((2,), torch.float32) for name in storage.ranges}}
     return Layer(
         site,

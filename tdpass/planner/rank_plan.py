@@ -13,7 +13,7 @@ from tdpass.errors import PlanError
 from tdpass.files import write_text
 from tdpass.form import DENSE, Form, Formed
 from tdpass.formats.base import FORMATS
-from tdpass.formats.layer import check_form, cost_of
+from tdpass.formats.layer import check_form, cost_of, storage_of
 from tdpass.kinds import plain_site
 from tdpass.measures import counted
 from tdpass.notebook import table
@@ -242,14 +242,14 @@ def _fault(choice: Choice) -> str:
     stored = cost.params
     if abs(choice.cost.params - stored) > outputs:
         return f"takes {stored} numbers as '{choice.form}', not {choice.cost.params}"
+    orders = sum(part.bytes for part in storage_of(site, choice.form).order_parts().values())
+    sizes = (choice.cost.bytes, choice.cost.bytes + orders)  # earlier versions did not count orders
     if choice.form.encoded:
-        spare = (
-            choice.cost.bytes
-            - cost.bytes
-            - (choice.cost.params - stored) * choice.dense.bytes // choice.dense.params
-        )
-        return f"takes {choice.cost.bytes} bytes, which is not what '{choice.form}' stores" if spare else ""
-    same = choice.cost.bytes * choice.dense.params == choice.dense.bytes * choice.cost.params
+        bias = (choice.cost.params - stored) * choice.dense.bytes // choice.dense.params
+        known = cost.bytes + bias in sizes
+        return "" if known else f"takes {choice.cost.bytes} bytes, which is not what '{choice.form}' stores"
+    plain = choice.dense.bytes * choice.cost.params
+    same = any((size - orders) * choice.dense.params == plain for size in sizes)
     if not same and not given.encoded:
         return (
             f"takes {choice.cost.bytes} bytes for {choice.cost.params} numbers, dense "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tdpass.form import Form
+from tdpass.formats.bonds import ORDER_TYPE
 from tdpass.formats.layer import Layer, storage_of
 from tdpass.formats.lines import apply_stored
 from tdpass.kinds import kind_of
@@ -44,7 +45,7 @@ def layer_of(site: Site, form: Form, make: Callable[[tuple[int, ...]], Tensor]) 
     storage = storage_of(site, plain)
     factors = {name: make(shape) for name, shape in storage.shapes.items()}
     orders = {
-        name: torch.arange(count - 1, -1, -1, dtype=torch.int32) for name, count in storage.orders.items()
+        name: torch.arange(count - 1, -1, -1, dtype=ORDER_TYPE) for name, count in storage.orders.items()
     }
     return Layer(site, plain, {**factors, **orders}, bias).stored(form)
 

@@ -167,6 +167,8 @@ def test_factors_have_the_shapes_and_the_number_of_values_that_are_promised(name
         assert {key: tuple(factor.shape) for key, factor in factors.items()} == form.shapes(site, rank)
         assert all(factor.dtype == torch.float64 and factor.is_contiguous() for factor in factors.values())
         assert form.cost(site, rank).params == sum(factor.numel() for factor in factors.values())
+        places = sum(order.int().nbytes for order in orders.values())
+        assert form.cost(site, rank).bytes == form.cost(site, rank).params * site.itemsize + places
         assert {key: order.sort().values.tolist() for key, order in orders.items()} == {
             key: list(range(n)) for key, n in form.orders(site, rank).items()
         }

@@ -29,6 +29,7 @@ from tdpass.models import open_model
 from tdpass.models.base import Batch, Model
 from tdpass.models.torch.model import TorchModel
 from tdpass.models.torch.saving.state import load_module, save_module
+from tdpass.planner.rank_plan import Choice, RankPlan
 from tdpass.site import Site
 
 NAMES = [fmt.name for fmt in FORMATS if isinstance(fmt, Pivoted) and fmt.ordered]
@@ -282,6 +283,8 @@ def test_both_front_ends_count_run_save_and_load_it(
     assert model.bytes() == size + sum(
         cost_of(layer.site, layer.form).bytes - before[layer.site.name].bytes for layer in layers
     )
+    for layer in layers:
+        assert cost_of(layer.site, layer.form).bytes == sum(part.nbytes for part in layer.factors.values())
     assert (onnx_side.params(), onnx_side.bytes()) == (model.params(), model.bytes())
     torch.testing.assert_close(run(onnx_side), run(model), rtol=1e-4, atol=1e-5)
     save_module(model.module, tmp_path / "net.safetensors", {})
@@ -431,3 +434,19 @@ def test_the_layer_behind_takes_the_order_where_it_alone_reads(frontend: str, tm
     assert led.report.checks["divergence"] == pytest.approx(
         plain.report.checks["divergence"], rel=1e-3, abs=1e-7
     )
+
+
+@pytest.mark.parametrize("numbers", [(), ("int8",)])
+@pytest.mark.parametrize(("apart", "fits"), [(0, True), (4 * 36, True), (4, False)])
+def test_plans_of_versions_that_did_not_count_orders_are_read(
+    numbers: tuple[str, ...], apart: int, fits: bool
+) -> None:
+    site, form = Site("w", "linear", (36, 64)), Form("svd_pivot", (5,), numbers)
+    cost, dense = cost_of(site, form), cost_of(site, DENSE)
+    choice = Choice("w", site.shape, form, cost.replace(bytes=cost.bytes - apart), dense)
+    text = RankPlan((choice,), dense, prepared=dense).to_json()
+    if fits:
+        assert RankPlan.from_json(text, "plan").choices == (choice,)
+        return
+    with pytest.raises(PlanError, match=r"takes .* bytes"):
+        RankPlan.from_json(text, "plan")

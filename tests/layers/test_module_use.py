@@ -6,6 +6,7 @@ Their factors are computed by others, transforms go through them, tracers write 
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ from tdpass.layers.embedding_bag import open_embedding_bags
 from tdpass.layers.factorized import Factorized
 from tdpass.layers.fused import Fused
 from tdpass.site import Site
+from tdpass.targets.layers import layer_of as made_up
 
 SITES = (
     Site("linear", "linear", (24, 36)),
@@ -44,6 +46,10 @@ def layer_of(name: str, site: Site, seed: int = 0) -> Factorized:
     factors = fmt.decompose(weight, site, Metric(groups=site.groups)).factors(rank)
     layer = Layer(site, Form(name, rank), {key: value.float() for key, value in factors.items()})
     return Factorized(layer, nn.Parameter(torch.randn(site.o, generator=draw))).eval()
+
+
+def noise(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
 
 
 def called_as(kind: type[Factorized], name: str, site: Site, seed: int = 0) -> Factorized:
@@ -217,3 +223,18 @@ def test_hooks_are_called_as_they_were_registered(kind: type[nn.Module]) -> None
     x = torch.zeros(3, 2, dtype=torch.long) if bag else inputs(SITES[0])
     y = made(x)
     assert seen == ["before []", f"after [] {tuple(y.shape)}"]
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+@pytest.mark.parametrize("name", FORMATS.names())
+def test_layers_of_every_format_are_copied_and_pickled(
+    name: str, again: Callable[[Factorized], Factorized]
+) -> None:
+    fmt = FORMATS.get(name)
+    site = next(site for site in SITES if fmt.chain.fits(site))
+    rank = next(iter(fmt.chain.ranks(site)))
+    for numbers in ((), ("int8",)):
+        layer = Factorized(made_up(site, Form(name, rank, numbers), noise), None)
+        twin = again(layer)
+        assert twin.format is fmt
+        assert torch.equal(twin(inputs(site)), layer(inputs(site)))

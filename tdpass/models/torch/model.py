@@ -290,7 +290,7 @@ class TorchModel(Model):
 
     def params(self) -> int:
         return sum(parameter.numel() for parameter in self.module.parameters()) + sum(
-            storage.params for storage in storages(self.module)
+            storage.params for storage in storages(self.module) if storage.numbers
         )
 
     def bytes(self) -> int:

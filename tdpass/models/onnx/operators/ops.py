@@ -120,10 +120,13 @@ class OnnxOps(StorageNodes):
 
     def part(self, x: ir.Value, axis: int, start: int, stop: int) -> ir.Value:
         if x in self._contents:
+            # what holds no numbers of its own holds none in parts; how many others hold, their size says
+            properties = {key: held for key, held in x.metadata_props.items() if held == "0"}
             return self._cached(
                 ("part", x, axis, start, stop),
                 self._labels[x],
                 self._contents[x].narrow(axis, start, stop - start),
+                properties,
             )
         known = self._dims_of(x)
         dims, at = None if known is None else _with_size(known, axis, stop - start), self._axis(axis, known)

@@ -54,11 +54,10 @@ def rewritten(
         ops = OnnxOps(name, opset_of(copy), names, shapes, integers=integers, dynamic=dynamic)
         recorders.append(ops)
         storage = layer.storage
-        holds = {
-            label: {HOLDS: str(storage.count(label))} if storage.numbers else {} for label in layer.factors
-        }
+        told = layer.factors if storage.numbers else storage.orders
+        holds = {label: {HOLDS: str(storage.count(label))} for label in told}
         factors = {
-            label: ops.constant(label, factor, holds[label], fixed=len(site.uses) > 1 and site.site.table)
+            label: ops.constant(label, factor, holds.get(label), fixed=len(site.uses) > 1 and site.site.table)
             for label, factor in layer.factors.items()
         }
         bias = None if layer.bias is None else ops.constant("bias", layer.bias)

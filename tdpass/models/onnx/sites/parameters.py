@@ -83,7 +83,7 @@ def _feeds_layers(value: ir.Value) -> bool:
 
 def _counts(value: ir.Value, tensor: ir.TensorProtocol) -> bool:
     if (
-        tensor.dtype not in PARAMETER_TYPES
+        (tensor.dtype not in PARAMETER_TYPES and HOLDS not in value.metadata_props)
         or len(tensor.shape) == 0
         or value.metadata_props.get(_KIND) == "BUFFER"
     ):

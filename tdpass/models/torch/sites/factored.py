@@ -98,15 +98,14 @@ def placed_factors(layer: Layer, like: Tensor) -> dict[str, Tensor]:
 
 
 def storages(module: nn.Module) -> list[Storage]:
-    """How the factors are stored that are no parameters, shared ones once."""
-    layers = [
-        layer
-        for layer in module.modules()
-        if isinstance(layer, Factorized | Adaptive) and layer.storage.numbers
-    ]
-    return list(
-        {id(getattr(layer, next(iter(layer.storage.numbers)))): layer.storage for layer in layers}.values()
+    """How factors and orders are stored that are no parameters, shared ones once."""
+    layers = (layer for layer in module.modules() if isinstance(layer, Factorized | Adaptive))
+    held = (
+        (getattr(layer, name), layer.storage)
+        for layer in layers
+        for name in (*layer.storage.numbers, *layer.storage.orders)[:1]
     )
+    return list({id(first): storage for first, storage in held}.values())
 
 
 def bias_for(own: nn.Parameter | None, bias: Tensor | None, like: Tensor) -> nn.Parameter | None:
