@@ -29,8 +29,10 @@ from tdpass.planner.trials import Promise
 from tdpass.report import CurvePoint
 from tdpass.site import Site, selects
 from tdpass.targets import TARGETS, Target
+from tdpass.views.summary import by_reason
 
 AUTO, NONE = "auto", "none"
+_MOST_NAMES = 6
 FEW_BYTES = 0.25  # what integers of a byte leave of single precision
 
 
@@ -127,6 +129,8 @@ class Plan(Pass):
         self._draw_curve(table, budget, job)
         for name, reason in table.declined.items():
             report.decline(name, reason)
+        for reason, names in by_reason(table.apart).items():
+            job.note(f"{_listed(names)}: {reason}")
         changed = sum(not choice.kept for choice in plan)
         job.note(
             f"{changed} of {len(plan.choices)} sites change; {sum(map(len, table.candidates.values()))} "
@@ -278,7 +282,10 @@ def _why_none(model: Model, job: Job) -> str:
     """What was asked for if that selects none of the sites, else why the model's layers are no sites."""
     names = [site.name for site in model.sites()]
     if names:
-        listed = ", ".join(names[:6]) + (" ..." if len(names) > 6 else "")
-        return f"include={list(job.include)}, exclude={list(job.exclude)} select none of {listed}"
+        return f"include={list(job.include)}, exclude={list(job.exclude)} select none of {_listed(names)}"
     declined = [f"{name or 'the model'}: {reason}" for name, reason in list(model.declined().items())[:4]]
     return "; ".join(declined) or "the model holds no linear or convolution layer with a weight of its own"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_MOST_NAMES]) + (" ..." if len(names) > _MOST_NAMES else "")

@@ -25,7 +25,7 @@ from tdpass.planner.candidates import (
 from tdpass.planner.divergence import FittedDivergence
 from tdpass.planner.effort import THOROUGH, Allowance, Deadline, Effort
 from tdpass.planner.frontier import frontier
-from tdpass.planner.joint import JOINT_CHANGES, Carries, always, joint_options
+from tdpass.planner.joint import JOINT_CHANGES, Carries, always, joint_options, unoffered
 from tdpass.planner.losses import Losses
 from tdpass.planner.moments import stream_metrics
 from tdpass.planner.offers import NOTHING, Offer
@@ -128,8 +128,8 @@ class Tabulation:
         geometry = (f"{site.name}{_identity(site)}" for site in table.sites)
         key = digest("joint changes", *JOINT_CHANGES.names(), self.effort.name, self.context, *geometry)
         known = self.cache.get_joint(key)
+        sites = {site.name: site for site in table.sites if site.name not in table.present}
         if known is None:
-            sites = {site.name: site for site in table.sites if site.name not in table.present}
             known = joint_options(
                 sites,
                 self.dense.weight,
@@ -142,6 +142,7 @@ class Tabulation:
             )
             self.cache.put_joint(key, known)
         table.joint = known
+        table.apart = unoffered(known, self.tapes, sites)
 
     @property
     def _measures_losses(self) -> bool:

@@ -25,8 +25,8 @@ class Table:
     """All candidates of all sites with their losses: what every budget is decided from.
 
     `present` holds the sites that are in some form already, `priced` the dense layers with what they cost on
-    a target, where one said so; `settling` measures losses; `declined` says why a site has no candidates;
-    `prepared` is the cost of the model with its sites as they are, where that is not the cost of the model
+    a target, where one said so; `settling` measures losses; `declined` says why a site has no candidates,
+    `apart` why it takes no part in joint changes; `prepared` is the cost of the model with its sites as they are, where that is not the cost of the model
     that came in.
     """
 
@@ -39,6 +39,7 @@ class Table:
     present: dict[str, Candidate] = field(default_factory=dict)
     priced: dict[str, Candidate] = field(default_factory=dict)
     declined: dict[str, str] = field(default_factory=dict)
+    apart: dict[str, str] = field(default_factory=dict)
     prepared: Cost | None = None
     settling: Settling | None = None
 

@@ -41,7 +41,8 @@ class LiveTape(Tape):
     def note(self) -> str:
         return (
             f"every candidate is tried by running the whole model, which takes longer: {self.doubt}; "
-            "channel pruning between layers, dropped branches and batch-norm folding are left out"
+            "channel pruning between layers, changes of heads, dropped branches and batch-norm folding are left "
+            "out"
         )
 
     def readers(self, number: int) -> list[int]:

@@ -74,7 +74,10 @@ class _Recorder(TorchFunctionMode):
     def returned(self, leaf: Any) -> Any:
         """`known`, for what the model returns."""
         if not isinstance(leaf, Tensor | int | float | complex | str | bytes | None):
-            self.doubt = f"the model returns a {type(leaf).__name__}, which cannot be looked into"
+            self.doubt = (
+                f"the model returns a {type(leaf).__name__}, which cannot be looked into (Hugging Face's models "
+                "return tensors alone with use_cache=False)"
+            )
         return self.known(leaf)
 
     def __torch_function__(

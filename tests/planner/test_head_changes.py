@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import onnxruntime
@@ -135,7 +136,44 @@ def test_a_plan_made_on_one_side_is_carried_out_on_the_other() -> None:
     torch.testing.assert_close(run(artifact.model, x), run(net, x), rtol=1e-3, atol=1e-3)
 
 
+class Keeping(Attention):
+    """The same, which returns its keys, as those do that go on from a cache."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x), self.k(x).view(*x.shape[:2], self.num_kv_heads, self.head_dim)
+
+
+class Wrapped(Attention):
+    """The same, whose answer holds an object that a recording cannot look into."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, object]:  # type: ignore[override]
+        return super().forward(x), object()
+
+
+def said(model: nn.Module, x: Tensor) -> str:
+    made = tdpass.make_plan(model, {"params": 0.8}, x, **QUIET)
+    assert not [choice for choice in made.plan if choice.joint]
+    return "\n".join([*made.report.notes, *(note for row in made.report.passes for note in row.notes)])
+
+
 def test_heads_whose_number_is_written_into_the_code_are_not_offered() -> None:
-    net, x = planted(Fixed())
-    plan = tdpass.make_plan(net, {"params": 0.8}, x, **QUIET).plan
-    assert not [choice for choice in plan if choice.joint]
+    assert "0.o: its heads stay as they are: with others the model does not run" in said(*planted(Fixed()))
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+def test_why_heads_stay_whose_keys_are_returned_is_said(kind: str) -> None:
+    net, x = planted(Keeping())
+    model = net[0] if kind == "torch" else to_onnx(net[0], x)
+    assert re.search(r"\bk\b.*: its heads stay as they are: the model returns it", said(model, x))
+
+
+def test_why_heads_stay_where_the_answer_cannot_be_looked_into_is_said() -> None:
+    net, x = planted(Wrapped())
+    text = said(net[0], x)
+    assert re.search("the model returns a object.*use_cache=False.*changes of heads.* left out", text)
+
+
+def test_nothing_is_said_of_heads_that_are_offered() -> None:
+    net, x = planted(Attention())
+    row = tdpass.make_plan(net, {"params": 0.8}, x, **QUIET).report.passes[0]
+    assert "its heads stay" not in " ".join(row.notes)

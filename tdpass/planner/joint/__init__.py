@@ -18,6 +18,7 @@ from tdpass.planner.joint.options import JointOption as JointOption
 from tdpass.planner.joint.options import Together as Together
 from tdpass.planner.joint.options import joint_layers as joint_layers
 from tdpass.planner.joint.options import joint_options as joint_options
+from tdpass.planner.joint.unoffered import unoffered as unoffered
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

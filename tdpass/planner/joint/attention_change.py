@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tdpass.planner.heads import Attention, find_attentions
+from tdpass.planner.heads import Attention, find_attentions, find_bonds
 from tdpass.planner.joint.base import Group, JointChange
 from tdpass.planner.rank_plan import Choice
 from tdpass.site import Site
@@ -13,6 +13,12 @@ from tdpass.tape import Tape
 
 class AttentionChange(JointChange):
     """A change of the layers that make queries, keys and values and the one that reads the heads, in turn."""
+
+    uncarried = "its heads stay as they are: with others the model does not run, or answers otherwise"
+
+    def declined(self, tapes: Sequence[Tape], sites: Mapping[str, Site]) -> Mapping[str, str]:
+        reasons = find_bonds(tapes[0]).reasons
+        return {name: f"its heads stay as they are: {reason}" for name, reason in reasons.items()}
 
     def find(self, tapes: Sequence[Tape], sites: Mapping[str, Site]) -> list[Group]:
         found = find_attentions(tapes[0], sites).values()

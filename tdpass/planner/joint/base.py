@@ -74,11 +74,13 @@ class JointChange(ABC):
     `site` of the layer is then `form.on(site)`.  It costs what its layers cost in their forms.  In a plan,
     the choice of every site that takes part says its form, `joint`, the name of the change, and the
     `channels` of the variant; matrices that a change computes are computed again from the data when the plan
-    is carried out, as factors are.  `offered` says whether planning tries it where no change is asked for.
+    is carried out, as factors are.  `offered` says whether planning tries it where no change is asked for,
+    `uncarried` why a group has no variants where the model has to carry them.
     """
 
     name: ClassVar[str]
     offered: ClassVar[bool] = True
+    uncarried: ClassVar[str] = ""
 
     def declined(self, tapes: Sequence[Tape], sites: Mapping[str, Site]) -> Mapping[str, str]:
         """Why sites take no part in it, by name, where it can say so."""

@@ -33,6 +33,9 @@ class DropHeads(AttentionChange):
 
     name = "drop-heads"
 
+    def fits(self, attention: Attention) -> bool:
+        return attention.groups > 1 and super().fits(attention)
+
     def worth_trying(self, group: Group, sites: Mapping[str, Site]) -> bool:
         return sites[group[-1]].i <= MAX_WIDTH
 
