@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
+from tdpass.following import Progress, silent
+
 Call = Callable[[], object]
 _WARM_UP_CALLS = 3
 _SMALL = 1 << 22  # multiply-adds of one sample
@@ -18,7 +20,7 @@ _SMALL = 1 << 22  # multiply-adds of one sample
 def interleaved(
     calls: Sequence[Call],
     rounds: int,
-    progress: Callable[[str, int, int], None] = lambda what, done, of: None,
+    progress: Progress = silent,
     clock: Callable[[], float] = time.perf_counter,
     least: float = 0.02,
     warm_up: float = 0.3,

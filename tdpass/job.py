@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from tdpass.cost import Budget, Cost
 from tdpass.errors import DifferenceError, InvalidModelError, UnsupportedError
+from tdpass.following import Progress, followed, silent
 from tdpass.form import DENSE, Form
 from tdpass.formats.base import Factors
 from tdpass.formats.layer import dense_cost
@@ -23,8 +24,6 @@ from tdpass.report import Report, SiteRow
 from tdpass.site import Site
 from tdpass.tape import Tape
 from tdpass.targets import Target
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -50,7 +49,7 @@ class Job:
     exclude: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()
     divergence: Divergence = field(default_factory=Divergence)
-    progress: Progress = lambda what, done, of: None
+    progress: Progress = silent
     cache: Path | None = None
     effort: str = "normal"
     pace: float = 1 / RATE
@@ -89,10 +88,8 @@ class Job:
         return self.recorded
 
     def _record(self, model: Model) -> Iterator[Tape]:
-        for done, batch in enumerate(self.batches):
-            self.progress("recording runs of the model", done, len(self.batches))
+        for batch in followed("recording runs of the model", self.batches, self.progress):
             yield model.record(batch)
-        self.progress("recording runs of the model", len(self.batches), len(self.batches))
 
     @cached_property
     def references(self) -> list[Outputs]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from typing_extensions import Self
 
-from tdpass.job import Progress
+from tdpass.following import Progress
 from tdpass.views.units import plain
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ from tdpass.cost import Budget, BudgetSpec, Cost
 from tdpass.data import calls_of
 from tdpass.errors import TdpassError, UsageError
 from tdpass.files import cache_folder
+from tdpass.following import Progress
 from tdpass.formats.base import FORMATS, Factors
-from tdpass.job import Job, Progress
+from tdpass.job import Job
 from tdpass.models import Batch, ExampleInputs, Model, open_model
 from tdpass.models.abilities import MakesPlain
 from tdpass.outcome import finished, salvaged

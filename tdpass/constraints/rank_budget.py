@@ -16,6 +16,7 @@ from tdpass.constraints.spectral import SPECTRAL, energies
 from tdpass.constraints.unconstrained import Unconstrained
 from tdpass.cost import amount
 from tdpass.errors import PlanError, UsageError
+from tdpass.following import Progress, followed, silent
 from tdpass.formats import FORMATS, Rank
 from tdpass.formats.layer import dense_cost, shrinks
 from tdpass.measures import counted
@@ -60,6 +61,7 @@ class RankBudget(Shared):
     hysteresis: float = 1.25
     shrink: float = 0.0
     sensitivity: Mapping[str, float] = field(default_factory=dict)
+    progress: Progress = silent
 
     def __post_init__(self) -> None:
         if isinstance(self.price, str) and self.price not in counted():
@@ -104,7 +106,8 @@ class RankBudget(Shared):
                 f"weights and sites of a rank budget differ in {', '.join(odd)}; give one weight for each "
                 "site"
             )
-        return {name: self._options(name, weight) for name, weight in weights.items()}
+        every = followed("choosing ranks", weights.items(), self.progress)
+        return {name: self._options(name, weight) for name, weight in every}
 
     def constraint(self, name: str, ranks: Sequence[Rank], k: int) -> Constraint:
         """What choosing option k of `options` makes of a weight."""

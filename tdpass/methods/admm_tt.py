@@ -143,7 +143,7 @@ class AdmmTT(FactoredByAdmm):
             plan=plan,
             pipeline=ON_DATA,
             example_inputs=self.example,
-            progress=False,
+            progress=self.progress,
         ).model
         assert isinstance(made, nn.Module)
         modules = dict(made.named_modules())
@@ -158,7 +158,7 @@ class AdmmTT(FactoredByAdmm):
         }
         # what changes two sites together is no set for one weight
         return make_plan(
-            model, budget, self.calibration, pipeline="plan{joint=false}", progress=False, **common
+            model, budget, self.calibration, pipeline="plan{joint=false}", progress=self.progress, **common
         ).plan
 
     def _by_glob(self, ranks: Mapping[str, RankSpec]) -> dict[str, tuple[str, Rank]]:

@@ -15,6 +15,7 @@ from tdpass.artifact import Artifact
 from tdpass.cost import Cost
 from tdpass.documents import misfit
 from tdpass.errors import BudgetError, TrainingError, UsageError
+from tdpass.following import Progress, silent
 from tdpass.methods.ledger import Ledger
 from tdpass.methods.stages import Run, Stage, Stages, finished, pretrained
 from tdpass.methods.trainable import closed, trainable
@@ -50,6 +51,7 @@ class Method(ABC):
     template: Template
     phased: Phased | None = None
     ledger: Ledger | None = None
+    progress: Progress = staticmethod(silent)
     _hooks: Hooks | None = None
 
     def prepare(
@@ -113,7 +115,7 @@ class Method(ABC):
                 "rounds"
             )
         dense = yield from pretrained(run)
-        self.ledger = Ledger(run.folder, run.resume)
+        self.ledger, self.progress = Ledger(run.folder, run.resume), run.progress
         network = self.prepare(dense, run.example_inputs, run.calibration)
         self.ledger.keep()
         epochs = self.epochs(run.rounds_per_epoch)

@@ -6,10 +6,12 @@ Metrics of its sites, and the dense model's answers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from tdpass.following import Progress, silent
 from tdpass.formats.metric import Metric
 from tdpass.models.base import Model
 from tdpass.models.batch import Batch
@@ -19,7 +21,9 @@ from tdpass.site import Site
 from tdpass.training.calls import class_scores
 
 
-def metrics_of(model: Model, sites: Sequence[Site], batches: Sequence[Batch]) -> dict[str, Metric]:
+def metrics_of(
+    model: Model, sites: Sequence[Site], batches: Sequence[Batch], progress: Progress = silent
+) -> dict[str, Metric]:
     """The metric of each site on these calls.
 
     Second moments of what it reads, and what its output means to the network's.
@@ -27,7 +31,8 @@ def metrics_of(model: Model, sites: Sequence[Site], batches: Sequence[Batch]) ->
     wish = Divergence()
     divergence = wish.fit([wish.outputs(model.run(batch)) for batch in batches])
     tapes = [model.record(batch) for batch in batches]
-    found = {site.name: metric for site, metric in stream_metrics(tapes, sites, divergence)}
+    tick = partial(progress, "reading calibration data")
+    found = {site.name: metric for site, metric in stream_metrics(tapes, sites, divergence, tick)}
     return {site.name: found.get(site.name, Metric()) for site in sites}
 
 

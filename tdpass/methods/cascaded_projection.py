@@ -15,6 +15,7 @@ from tdpass.artifact import Artifact
 from tdpass.data import calls_of
 from tdpass.digest import digest
 from tdpass.errors import UsageError
+from tdpass.following import followed
 from tdpass.form import DENSE, Form
 from tdpass.formats.layer import Layer, cost_of, dense_cost
 from tdpass.job import Job
@@ -104,7 +105,8 @@ class CascadedProjection(Method):
                 f"no site feeds another alone, so there is no channel to project ({why}); leave more sites "
                 "in, or train another method"
             )
-        metrics = metrics_of(self.folded, [sites[name] for group in groups for name in group], data)
+        together = [sites[name] for group in groups for name in group]
+        metrics = metrics_of(self.folded, together, data, self.progress)
         network = Network(sites, self.folded.weight, self.folded.bias, tapes, metrics)
         self.runs = [Run.of(group, network) for group in groups]
 
@@ -113,7 +115,7 @@ class CascadedProjection(Method):
         network = copy.deepcopy(folded).train(model.training)
         for parameter in network.parameters():
             parameter.requires_grad_(self.train_weights and parameter.requires_grad)
-        for run in self.runs:
+        for run in followed("projecting channels", self.runs, self.progress):
             projections = [self._started(run, place) for place in range(len(run.paths))]
             for place, site in enumerate(run.sites):
                 before = projections[place - 1] if place else None
@@ -173,7 +175,7 @@ class CascadedProjection(Method):
             pipeline=["fold-batchnorm", _PutIn(layers)],
             example_inputs=self.example,
             cache=False,
-            progress=False,
+            progress=self.progress,
         )
         for name, reason in self.reasons.items():
             artifact.report.decline(name, f"its channels stay: {reason}")

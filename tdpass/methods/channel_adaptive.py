@@ -225,7 +225,9 @@ class ChannelAdaptive(Method):
             estimate_statistics(trained, partial(_run_all, trained, batches))
         if self.bits:
             hold_bits(trained, self.bits)
-        artifact = compress(trained, pipeline="", example_inputs=self.example, cache=False, progress=False)
+        artifact = compress(
+            trained, pipeline="", example_inputs=self.example, cache=False, progress=self.progress
+        )
         artifact.report.original = self.original
         artifact.report.declined = {
             name: f"all its channels stay: {reason}" for name, reason in self.why.items()

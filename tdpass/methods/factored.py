@@ -79,7 +79,7 @@ class Factored(Method):
             pipeline=steps,
             example_inputs=self.example,
             cache=False,
-            progress=False,
+            progress=self.progress,
         )
         for choice in artifact.plan:
             if not choice.kept_dense and not shrinks(self.sites[choice.site], choice.format, choice.rank):
@@ -133,6 +133,7 @@ class Factored(Method):
             {name: self.format_of(site) for name, site in self.sites.items()},
             limit,
             price or measure,
+            progress=self.progress,
             **options,
         )
 

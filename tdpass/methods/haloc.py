@@ -20,6 +20,7 @@ from tdpass.constraints.in_format import InFormat
 from tdpass.cost import Budget, BudgetValue
 from tdpass.data import calls_of
 from tdpass.errors import UsageError
+from tdpass.following import followed
 from tdpass.form import DENSE, Form
 from tdpass.formats.metric import Metric
 from tdpass.measures import counted
@@ -126,7 +127,8 @@ class Haloc(Factored):
         self.batches = [batch.map(lambda tensor: tensor.to(device)) for batch in calls]
         self.limit, self.tariff = self._limited(None if self.budget is None else Budget.parse(self.budget))
         self.menus = {
-            name: Menu.of(site, self.formats, self.ranks, self.tariff) for name, site in self.sites.items()
+            name: Menu.of(site, self.formats, self.ranks, self.tariff)
+            for name, site in followed("pricing forms", self.sites.items(), self.progress)
         }
         self.whole = sum(menu.costs[0] for menu in self.menus.values())
         self._allocated(
@@ -134,7 +136,7 @@ class Haloc(Factored):
         )  # or it is refused before training
         self.answers = Answers(self.batches, answers_of(model, self.batches)) if self.batches else None
         self.metrics = (
-            metrics_of(self.opened, list(self.sites.values()), self.batches)
+            metrics_of(self.opened, list(self.sites.values()), self.batches, self.progress)
             if self.batches
             else dict.fromkeys(self.sites, Metric())
         )

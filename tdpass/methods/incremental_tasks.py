@@ -14,10 +14,10 @@ from tdpass.artifact import Artifact
 from tdpass.cost import Cost
 from tdpass.errors import InvalidModelError, TrainingError, UsageError
 from tdpass.files import check_writable
+from tdpass.following import Progress
 from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS
 from tdpass.formats.layer import cost_of, dense_cost
-from tdpass.job import Progress
 from tdpass.methods.kept_tasks import Growing, Ranks, Task, read_tasks, write_tasks
 from tdpass.methods.run import SettingsSpec, train
 from tdpass.methods.stages import Score, module_of

@@ -80,7 +80,9 @@ class Lc(FactoredByAdmm):
         price = price_on_target(self, budget, self.format_of)
         formats = {name: self.format_of(site) for name, site in self.sites.items()}
         seen = all(site.seen for site in self.sites.values())
-        unbounded = RankBudget(self.sites, formats, math.inf, price or ("macs" if seen else "params"))
+        unbounded = RankBudget(
+            self.sites, formats, math.inf, price or ("macs" if seen else "params"), progress=self.progress
+        )
         self.within = unbounded if budget is None else self.rank_budget(budget, price)
         self.whole = sum(self.within.cost_of(name, None) for name in self.sites)
         self.within.divide(self.weights_of(model))  # an impossible budget is refused before training

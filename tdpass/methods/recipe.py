@@ -14,7 +14,7 @@ from tdpass.artifact import Artifact
 from tdpass.datasets import open_dataset, source_of
 from tdpass.documents import Count, Document, read_yaml, register_document, yaml_value
 from tdpass.errors import UsageError
-from tdpass.job import Progress
+from tdpass.following import Progress
 from tdpass.loggers import Logger
 from tdpass.methods.base import METHODS, Method, make_method
 from tdpass.methods.material import Ingredients, gathered

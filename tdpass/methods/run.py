@@ -20,7 +20,7 @@ from tdpass.artifact import Artifact
 from tdpass.clock import one_thread_if_small
 from tdpass.errors import UsageError
 from tdpass.files import write_text
-from tdpass.job import Progress
+from tdpass.following import Progress
 from tdpass.layers.factorized import rebuild_while_training
 from tdpass.loggers import Logger, started
 from tdpass.methods.base import METHODS, Method, make_method
@@ -160,7 +160,8 @@ def train(
         one_thread_if_small(macs),
         shown(progress if first else False) as said,
     ):
-        trainer = _Trainer(replace(run, progress=said), running)
+        run = replace(run, progress=said)
+        trainer = _Trainer(run, running)
         artifact = trainer.carry_out(made.stages(run) if isinstance(made, Method) else of_pipeline(run, made))
         while running:
             running.pop().finish(artifact.report)

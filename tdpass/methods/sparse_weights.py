@@ -60,7 +60,7 @@ class SparseWeights(Method):
             pipeline="factorize",
             example_inputs=self.example,
             cache=False,
-            progress=False,
+            progress=self.progress,
         )
 
     def plan(self, weights: Mapping[str, Tensor]) -> RankPlan:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tdpass.artifact import Artifact
+from tdpass.following import Progress, silent
 from tdpass.models import ExampleInputs
 from tdpass.pipeline import PipelineSpec
 from tdpass.report import TrainingRow
@@ -75,7 +76,7 @@ class Run:
     rounds_per_epoch: int
     log: Callable[[TrainingRow], None] | None
     note: Callable[[str], None]
-    progress: Callable[[str, int, int], None] = lambda what, done, of: None
+    progress: Progress = silent
 
     def scores(self, **models: nn.Module) -> dict[str, float]:
         """What `test` says of each model, as `score_NAME`; nothing without it."""

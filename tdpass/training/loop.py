@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tdpass.errors import TrainingError, UsageError
+from tdpass.following import Progress, silent
 from tdpass.report import TrainingRow
 from tdpass.training.calls import Passes, call, class_scores, once
 from tdpass.training.checkpoint import (
@@ -83,7 +84,7 @@ class Loop:
     rounds_per_epoch: int = 1
     log: Callable[[TrainingRow], None] = lambda line: None
     note: Callable[[str], None] = lambda text: None
-    progress: Callable[[str, int, int], None] = lambda what, done, of: None
+    progress: Progress = silent
     watch: Watch = field(default_factory=Watch)
     rounds: list[TrainingRow] = field(default_factory=list)
 
