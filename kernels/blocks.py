@@ -1,7 +1,8 @@
 """A weight that is mostly zeros, as a list of blocks per panel of outputs.
 
 A block is the weights of `width` outputs for one input. Pruned channels and rows leave blocks of 16 and 8
-full; scattered zeros are best left out one by one, `width` 1, or in fours.
+full; scattered zeros are best left out one by one, `width` 1, or in fours.  The thin matrices of a product
+that is added, `S + U V`, are full panels beside it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ CYCLES = {16: 8.8, 8: 4.6, 4: 2.5, 1: 1.1}
 # The same of all of fewer than 16 positions: reading the weights is what takes time.
 _FEW_CYCLES = {16: 16.0, 8: 8.0, 4: 5.3, 1: 4.7}
 _VECTOR = 16
+_THIN = 8  # outputs of a panel of a thin matrix
 # Inputs per segment of single weights, and how many weights of an output it should hold on average.
 _SEGMENT, _FEWEST = 64, 8
 
@@ -142,3 +144,44 @@ def unpack(blocks: Blocks, shape: Sequence[int]) -> Tensor:
     weight = blocks.values.new_zeros((outputs, dense.shape[2]))
     weight[blocks.rows[kept].long()] = dense.flatten(0, 1)[kept]
     return weight.reshape(tuple(shape))
+
+
+def pack_thin(v: Tensor, u: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """`v[r, i, ...]` and `u[o, r]` of a product that is added to these blocks, float32.
+
+    Panels of eight, `[ceil(r / 8), inputs, 8]` and `[ceil(rows / 8), r, 8]`, the latter in the order of the
+    blocks' rows, those of no output zero.
+    """
+    ordered = F.pad(u.detach().flatten(1), (0, 0, 0, 1))[blocks.rows.long()]
+    return _full_panels(v.detach().flatten(1)), _full_panels(ordered)
+
+
+def _full_panels(matrix: Tensor) -> Tensor:
+    padded = F.pad(matrix.float(), (0, 0, 0, -len(matrix) % _THIN))
+    return padded.reshape(-1, _THIN, matrix.shape[1]).mT.contiguous()
+
+
+def fit_thin(v: Tensor | None, u: Tensor | None, blocks: Blocks, inputs: int) -> bool:
+    """Whether they are missing, or what `pack_thin` makes for blocks that read so many inputs."""
+    if v is None or u is None:
+        return v is u
+    rank = u.shape[1] if u.dim() == 3 else 0
+    shapes = (math.ceil(rank / _THIN), inputs, _THIN), (math.ceil(len(blocks.rows) / _THIN), rank, _THIN)
+    return rank > 0 and (tuple(v.shape), tuple(u.shape)) == shapes
+
+
+def unpack_sum(blocks: Blocks, v: Tensor | None, u: Tensor | None, shape: Sequence[int]) -> Tensor:
+    """The dense weight `S + U V` of that shape; raises `KernelError` for parts that do not fit each other."""
+    weight = unpack(blocks, shape)
+    if not fit_thin(v, u, blocks, math.prod(shape[1:])):
+        parts = " and ".join("none" if each is None else str(tuple(each.shape)) for each in (v, u))
+        raise KernelError(
+            f"thin matrices of shape {parts} do not fit blocks of {len(blocks.rows)} rows; use what "
+            "`pack_thin` returns"
+        )
+    if v is None or u is None:
+        return weight
+    first, last = (panels.mT.flatten(0, 1).to(weight.dtype) for panels in (v, u))
+    rows, kept = blocks.rows.long(), blocks.rows >= 0
+    product = last[: len(rows)] @ first[: u.shape[1]]
+    return weight.flatten(1).index_add(0, rows[kept], product[kept]).reshape(tuple(shape))

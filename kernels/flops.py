@@ -32,12 +32,15 @@ def count_products(name: str, macs: Count) -> None:
 
 
 def of_arguments(schema: str, macs: Callable[..., int], *names: str) -> Count:
-    """A count that `macs` makes of the arguments of these names, wherever the operator's schema has them."""
+    """A count that `macs` makes of the arguments of these names, wherever the operator's schema has them.
+
+    What a call leaves out is None.
+    """
     places = [part.split()[-1].partition("=")[0] for part in schema[1 : schema.index(")")].split(",")]
 
     def count(_y: object, *args: Any, **kwargs: Any) -> int:
         given = {**dict(zip(places, args, strict=False)), **kwargs}
-        return macs(*(given[name] for name in names))
+        return macs(*(given.get(name) for name in names))
 
     return count
 

@@ -1,11 +1,13 @@
 """`sparse_linear` and `sparse_conv2d`: layers of mostly zeros, stored and multiplied without them.
 
-A weight is held as `tdpass.kernels.blocks` packs it.
+A weight is held as `tdpass.kernels.blocks` packs it.  The product of two thin matrices may stand beside it:
+`W = S + U V` is one pass over the input.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from ctypes import addressof, byref
 
@@ -17,17 +19,17 @@ from tdpass.errors import KernelError
 from tdpass.kernels import native
 from tdpass.kernels.activation import activate, check_activation
 from tdpass.kernels.base import Op, implements, register_op
-from tdpass.kernels.blocks import CYCLES, Blocks, unpack
+from tdpass.kernels.blocks import CYCLES, Blocks, fit_thin, unpack_sum
 from tdpass.kernels.conv_chain import like_input, memory_format
+from tdpass.kernels.flops import of_arguments
 from tdpass.kernels.stage import Stage, checked, stages_of
 from tdpass.ops import padded_convolution
 from tdpass.products import by_rows
 
 _PACKED = "Tensor values, Tensor inputs, Tensor start, Tensor rows"
-CONV_SCHEMA = f"(Tensor x, {_PACKED}, Tensor? bias, Tensor? residual, int[] stage, str activation) -> Tensor"
-LINEAR_SCHEMA = (
-    f"(Tensor x, {_PACKED}, Tensor? bias, Tensor? residual, int outputs, str activation) -> Tensor"
-)
+_END = "str activation, Tensor? v=None, Tensor? u=None) -> Tensor"
+CONV_SCHEMA = f"(Tensor x, {_PACKED}, Tensor? bias, Tensor? residual, int[] stage, {_END}"
+LINEAR_SCHEMA = f"(Tensor x, {_PACKED}, Tensor? bias, Tensor? residual, int outputs, {_END}"
 
 
 def conv_reference(
@@ -40,11 +42,13 @@ def conv_reference(
     residual: Tensor | None,
     stage: Sequence[int],
     activation: str,
+    v: Tensor | None = None,
+    u: Tensor | None = None,
 ) -> Tensor:
-    """`y = activation(W * x + bias + residual)` with the convolution `stage` and the dense weight W."""
+    """`y = activation(W * x + bias + residual)` with the convolution `stage` and the dense weight `S + U V`."""
     (shape,) = stages_of(stage)
     pads = tuple(zip(shape.before, shape.after, strict=True))
-    weight = unpack(Blocks(values, inputs, start, rows), shape.shape).to(x.dtype)
+    weight = unpack_sum(Blocks(values, inputs, start, rows), v, u, shape.shape).to(x.dtype)
     y = padded_convolution(
         x, weight, None if bias is None else bias.to(x.dtype), shape.stride, pads, shape.dilation, 1
     )
@@ -61,6 +65,8 @@ def conv_fake(
     residual: Tensor | None,
     stage: Sequence[int],
     activation: str,
+    v: Tensor | None = None,
+    u: Tensor | None = None,
 ) -> Tensor:
     """Shape and strides."""
     (shape,) = stages_of(stage)
@@ -85,9 +91,11 @@ def linear_reference(
     residual: Tensor | None,
     outputs: int,
     activation: str,
+    v: Tensor | None = None,
+    u: Tensor | None = None,
 ) -> Tensor:
-    """`y = activation(W x + bias + residual)` on the last axis of x, with the dense weight W."""
-    weight = unpack(Blocks(values, inputs, start, rows), (outputs, x.shape[-1])).to(x.dtype)
+    """`y = activation(W x + bias + residual)` on the last axis of x, with the dense weight `S + U V`."""
+    weight = unpack_sum(Blocks(values, inputs, start, rows), v, u, (outputs, x.shape[-1])).to(x.dtype)
     y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return activate(y if residual is None else y + residual, activation)
 
@@ -102,24 +110,49 @@ def linear_fake(
     residual: Tensor | None,
     outputs: int,
     activation: str,
+    v: Tensor | None = None,
+    u: Tensor | None = None,
 ) -> Tensor:
     """Shape and strides."""
     check_activation(activation)
     return x.new_empty((*x.shape[:-1], outputs))
 
 
-def _conv_macs(y: Tensor, x: Tensor, values: Tensor, *_: object) -> int:
+def _conv_macs(x: Tensor, values: Tensor, stage: Sequence[int], u: Tensor | None) -> int:
     """Multiply-adds: every stored weight once per position."""
-    return values.numel() * (y.numel() // y.shape[1])
+    (shape,) = stages_of(stage)
+    positions = x.shape[0] * math.prod(map(int, shape.output_size(x.shape[2:])))
+    return positions * _weights(values, u, math.prod(shape.shape[1:]) + shape.outputs)
 
 
-def _linear_macs(y: Tensor, x: Tensor, values: Tensor, *_: object) -> int:
+def _linear_macs(x: Tensor, values: Tensor, outputs: int, u: Tensor | None) -> int:
     """Multiply-adds: every stored weight once per row."""
-    return by_rows(x.shape, values.shape)
+    return by_rows(x.shape, (_weights(values, u, x.shape[-1] + outputs),))
 
 
-SPARSE_CONV2D = register_op(Op("sparse_conv2d", CONV_SCHEMA, conv_reference, conv_fake, _conv_macs))
-SPARSE_LINEAR = register_op(Op("sparse_linear", LINEAR_SCHEMA, linear_reference, linear_fake, _linear_macs))
+def _weights(values: Tensor, u: Tensor | None, beside: int) -> int:
+    """Weights of the blocks, and of V and U, which have so many inputs and outputs, where there are any."""
+    return values.numel() + (0 if u is None else u.shape[1] * beside)
+
+
+SPARSE_CONV2D = register_op(
+    Op(
+        "sparse_conv2d",
+        CONV_SCHEMA,
+        conv_reference,
+        conv_fake,
+        of_arguments(CONV_SCHEMA, _conv_macs, "x", "values", "stage", "u"),
+    )
+)
+SPARSE_LINEAR = register_op(
+    Op(
+        "sparse_linear",
+        LINEAR_SCHEMA,
+        linear_reference,
+        linear_fake,
+        of_arguments(LINEAR_SCHEMA, _linear_macs, "x", "values", "outputs", "u"),
+    )
+)
 
 
 @implements("sparse_conv2d", "cpu")
@@ -133,6 +166,8 @@ def conv_cpu(
     residual: Tensor | None,
     stage: Sequence[int],
     activation: str,
+    v: Tensor | None = None,
+    u: Tensor | None = None,
 ) -> Tensor:
     """The C++ kernel; float32 and bfloat16, float32 inside."""
     (shape,) = stages_of(stage)
@@ -140,7 +175,7 @@ def conv_cpu(
     rest = None if residual is None else residual.expand_as(y)
     return (
         y
-        if _run(x, Blocks(values, inputs, start, rows), bias, rest, tuple(stage), activation, y)
+        if _run(x, Blocks(values, inputs, start, rows), v, u, bias, rest, tuple(stage), activation, y)
         else NotImplemented
     )
 
@@ -156,18 +191,15 @@ def linear_cpu(
     residual: Tensor | None,
     outputs: int,
     activation: str,
+    v: Tensor | None = None,
+    u: Tensor | None = None,
 ) -> Tensor:
     """The C++ kernel; float32 and bfloat16, float32 inside."""
     stage = tuple(checked(Stage(x.shape[-1], outputs)).integers())
     y = x.new_empty((*x.shape[:-1], outputs))
     rest = None if residual is None else _positions(residual.expand_as(y))
-    return (
-        y
-        if _run(
-            _positions(x), Blocks(values, inputs, start, rows), bias, rest, stage, activation, _positions(y)
-        )
-        else NotImplemented
-    )
+    blocks, into = Blocks(values, inputs, start, rows), _positions(y)
+    return y if _run(_positions(x), blocks, v, u, bias, rest, stage, activation, into) else NotImplemented
 
 
 def _positions(x: Tensor) -> Tensor:
@@ -181,6 +213,8 @@ _stage = functools.lru_cache(maxsize=4096)(native.stage)
 def _run(
     x: Tensor,
     blocks: Blocks,
+    v: Tensor | None,
+    u: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     stage: tuple[int, ...],
@@ -207,8 +241,10 @@ def _run(
         len(inputs) != len(values)
         or len(start) != segments * blocks.panels + 1
         or len(rows) != blocks.panels * blocks.width
+        or not fit_thin(v, u, blocks, stage[0] * stage[3] * stage[4])
     ):
         return False
+    panels = [each.float().contiguous() for each in (v, u) if each is not None]
     shift = None if bias is None else bias.float().contiguous()
     rest = None if residual is None else native.image(residual)
     call = native.CSparse(
@@ -223,6 +259,8 @@ def _run(
         inputs.data_ptr(),
         rows.data_ptr(),
         values.data_ptr(),
+        panels[1].shape[1] if panels else 0,
+        *([each.data_ptr() for each in panels] or (None, None)),
         None if shift is None else shift.data_ptr(),
         None if rest is None else addressof(rest),
     )

@@ -213,13 +213,22 @@ inline bool are_blocks(const tdpass_sparse& w) {
   return right && count == w.shape.out;
 }
 
+// Whether there is no thin product, or one whose panels can be counted.
+inline bool is_thin(const tdpass_sparse& w) {
+  const int64_t inputs = product({w.shape.in, w.shape.kernel[0], w.shape.kernel[1]}),
+                rows = product({w.panels, w.width});
+  return w.rank == 0 ||
+      (within(w.rank, 1, MOST_CHANNELS) && w.v && w.u &&
+          product({w.rank + 8, std::max(inputs, rows) + 8}) <= MOST_POSITIONS);
+}
+
 inline Verdict check(const tdpass_sparse* w, const tdpass_image* x, const tdpass_image* y) {
   if (!w || !is_image(x) || !is_image(y) || !has_type(w->dtype, w->activation)) return REFUSED;
   if (!within(w->width, 1, 16) || !within(w->panels, 1, MOST_CHANNELS) ||
       !within(w->segments, 1, MOST_CHANNELS) || w->blocks < 0)
     return REFUSED;
   if (!is_stage(w->shape, MOST_REACH) || w->shape.groups != 1 ||
-      int64_t(w->shape.stride[0]) * w->shape.stride[1] > MAX_PHASES || !are_blocks(*w))
+      int64_t(w->shape.stride[0]) * w->shape.stride[1] > MAX_PHASES || !is_thin(*w) || !are_blocks(*w))
     return REFUSED;
   return check_images(*x, *y, w->residual, &w->shape, 1);
 }

@@ -5,11 +5,15 @@
 // pixels.  The input is copied in bands, padded, a stride split into phases: then every tap of every stride
 // is a plain vector load at a fixed offset.  Single weights read as much as they multiply: they come in
 // segments of few inputs, which then serve many outputs out of the first-level cache.
+//
+// A thin product beside it is two walks of full panels over the same band: V leaves its result in the cache,
+// and the sums of the sparse weight begin as what U makes of that.
 #include "isa.h"
 
 #include "limits.h"
 #include "token_lanes.h"
 #include "scratch.h"
+#include "walks.h"
 
 #include <vector>
 
@@ -20,84 +24,7 @@ constexpr Index BAND_FLOATS = 112 * 1024;  // what a band of inputs may take of 
 constexpr int GROUP = LANES;               // outputs that are finished together
 constexpr Index SUM_FLOATS = 40 * 1024;    // what sums of several segments may take
 constexpr int MAX_ROWS = 128;
-constexpr int MAX_VECTORS = 8;
 constexpr Index MOST_FLOATS = Index(1) << 30;  // of the copy of a band: offsets into it have 32 bits
-
-// Panels of blocks and where they are applied.
-struct Walk {
-  const float* values;
-  const int32_t *index, *start;
-  int panels;
-  const int32_t* offset;
-  const float* in;
-  float* out;
-  Index pitch;
-  bool add;
-};
-
-// out[(panel WIDTH + i) pitch + p] = or, if `add`, += sum over blocks e of values[e WIDTH + i] *
-// in[offset[index[e]] + p], MB outputs i and NV vectors of p at a time.
-template <int WIDTH, int MB, int NV> __attribute__((noinline)) void walk(const Walk& given) {
-  const Walk w = given;
-  for (int panel = 0; panel < w.panels; panel++) {
-    const int32_t begin = w.start[panel], end = w.start[panel + 1];
-    if (w.add && begin == end) continue;
-    for (int first = 0; first < WIDTH; first += MB) {
-      float* out = w.out + (Index(panel) * WIDTH + first) * w.pitch;
-      const float* value = w.values + Index(begin) * WIDTH + first;
-      Lanes sum[MB][NV];
-      if (w.add) {
-        TDPASS_UNROLL for (int i = 0; i < MB; i++) TDPASS_UNROLL for (int j = 0; j < NV; j++) sum[i][j] =
-            load(out + i * w.pitch + j * LANES);
-      } else {
-        TDPASS_UNROLL for (int i = 0; i < MB; i++) TDPASS_UNROLL for (int j = 0; j < NV; j++) sum[i][j] =
-            zero();
-      }
-      for (int32_t e = begin; e < end; e++, value += WIDTH) {
-        const float* from = w.in + w.offset[w.index[e]];
-        Lanes v[NV];
-        TDPASS_UNROLL for (int j = 0; j < NV; j++) v[j] = load(from + j * LANES);
-        TDPASS_UNROLL for (int i = 0; i < MB; i++) {
-          Lanes a = broadcast(value[i]);
-          TDPASS_UNROLL for (int j = 0; j < NV; j++) sum[i][j] += a * v[j];
-        }
-      }
-      TDPASS_UNROLL for (int i = 0; i < MB; i++) TDPASS_UNROLL for (int j = 0; j < NV; j++)
-          store(out + i * w.pitch + j * LANES, sum[i][j]);
-    }
-  }
-}
-
-typedef void (*Walker)(const Walk&);
-
-// How many outputs and vectors the registers hold for blocks of that width, and the walk for every number of
-// vectors.
-template <int WIDTH> struct Walks {
-  static constexpr int FULL = WIDTH < 8 ? WIDTH : 8;
-  static constexpr int MB = ACCUMULATORS >= 3 * FULL ? FULL : WIDTH < 2 ? 1 : ACCUMULATORS >= 6 ? 2 : 1;
-  static constexpr int MOST = ACCUMULATORS / MB < MAX_VECTORS ? ACCUMULATORS / MB : MAX_VECTORS;
-  template <int NV> static constexpr Walker walk_or_null() {
-    if constexpr (NV <= MOST) return &walk<WIDTH, MB, NV>;
-    else return nullptr;
-  }
-  static constexpr Walker by_vectors[MAX_VECTORS] = {walk_or_null<1>(), walk_or_null<2>(), walk_or_null<3>(),
-      walk_or_null<4>(), walk_or_null<5>(), walk_or_null<6>(), walk_or_null<7>(), walk_or_null<8>()};
-};
-
-struct Kernel {
-  const Walker* by_vectors;
-  int most;
-};
-
-bool choose(int width, Kernel& kernel) {
-  switch (width) {
-    case 1: kernel = {Walks<1>::by_vectors, Walks<1>::MOST}; return true;
-    case 4: kernel = {Walks<4>::by_vectors, Walks<4>::MOST}; return true;
-    case 8: kernel = {Walks<8>::by_vectors, Walks<8>::MOST}; return true;
-    case 16: kernel = {Walks<16>::by_vectors, Walks<16>::MOST}; return true;
-    default: return false;
-  }
-}
 
 // Where things lie in the copy of a band: `[channel][phase][row][pixel]`.
 struct Layout {
@@ -107,6 +34,7 @@ struct Layout {
   int phases = 0, slot[MAX_PHASES];  // place of phase (row % stride) * stride_w + column % stride_w, -1 where
                                      // no tap reads it
   Index plane;
+  Index pitch;  // of sums: whole vectors, an odd number, so that rows do not meet in one set of the cache
   std::vector<int32_t> offset;  // by channel * taps + tap
 
   Layout(const tdpass_sparse& weight, int band_rows, int band_columns)
@@ -120,6 +48,7 @@ struct Layout {
       if (s < 0) s = phases++;
     }
     plane = Index(high) * wide * phases;
+    pitch = ((Index(rows) * wide / LANES + 1) | 1) * LANES;
     if (floats() > MOST_FLOATS) return;
     offset.resize(size_t(t.in) * taps);
     for (int c = 0; c < t.in; c++)
@@ -138,6 +67,34 @@ struct Layout {
   Index floats() const { return plane * t.in + MAX_VECTORS * LANES; }
 };
 
+// The thin product beside a sparse weight: where the blocks of its full panels begin, and what they read.
+struct Thin {
+  static constexpr int WIDTH = 8;
+  int v_panels = 0;
+  std::vector<int32_t> every, v_start, u_start, u_offset;
+
+  Thin(const tdpass_sparse& weight, const Layout& layout) {
+    if (!weight.rank) return;
+    const int inputs = int(layout.offset.size());
+    v_panels = (weight.rank + WIDTH - 1) / WIDTH;
+    every = multiples(std::max(inputs, weight.rank), 1);
+    v_start = multiples(v_panels + 1, inputs);
+    u_start = multiples((weight.panels * weight.width + WIDTH - 1) / WIDTH + 1, weight.rank);
+    u_offset = multiples(weight.rank, layout.pitch);
+  }
+  // Floats of what lies between V and U.
+  static Index floats(const tdpass_sparse& weight, const Layout& layout) {
+    return Index(round_up(weight.rank, WIDTH)) * layout.pitch;
+  }
+
+ private:
+  static std::vector<int32_t> multiples(int count, Index step) {
+    std::vector<int32_t> made(static_cast<size_t>(count));
+    for (int k = 0; k < count; k++) made[size_t(k)] = int32_t(k * step);
+    return made;
+  }
+};
+
 // Rows and columns of outputs that are made at once.
 struct Band {
   int row, rows, column, columns;
@@ -145,45 +102,63 @@ struct Band {
 
 template <class T> class Engine {
  public:
-  Engine(const tdpass_sparse& weight, const Kernel& kernel, const Layout& layout, const tdpass_image& x,
-      const tdpass_image& y)
+  Engine(const tdpass_sparse& weight, const Kernel& kernel, const Layout& layout, const Thin& thin,
+      const tdpass_image& x, const tdpass_image& y)
       : s_(weight),
         kernel_(kernel),
         at_(layout),
+        thin_(thin),
         x_(x),
         y_(y),
         last_(y.stride[1] == 1 && (!weight.residual || weight.residual->stride[1] == 1)),
-        pitch_(((Index(layout.rows) * layout.wide / LANES + 1) | 1) * LANES) {
+        pitch_(layout.pitch) {
     if (weight.segments > 1)
       rows_ = std::max<int>(GROUP, int(std::min<Index>(MAX_ROWS, SUM_FLOATS / pitch_)) / GROUP * GROUP);
-    in_ = thread_scratch(at_.floats() + rows_ * pitch_);
+    in_ = thread_scratch(at_.floats() + rows_ * pitch_ + Thin::floats(weight, layout));
     sums_ = in_ + at_.floats();
+    between_ = sums_ + rows_ * pitch_;
     std::memset(in_, 0, at_.floats() * sizeof(float));
   }
 
   void run(int n, const Band& band) {
     fetch(n, band);
     const int positions = (band.rows - 1) * at_.wide + band.columns,
-              vectors = (positions + LANES - 1) / LANES;
-    const int tiles = (vectors + kernel_.most - 1) / kernel_.most, panels = rows_ / s_.width;
+              vectors = (positions + LANES - 1) / LANES, panels = rows_ / s_.width;
+    if (s_.rank)
+      sweep(full_, vectors,
+          {s_.v, thin_.every.data(), thin_.v_start.data(), thin_.v_panels, at_.offset.data(), in_, between_,
+              pitch_, false, true});
     for (int first = 0; first < s_.panels; first += panels) {
-      const int some = std::min(panels, s_.panels - first);
-      for (int tile = 0, done = 0; tile < tiles; tile++) {
-        const int nv = (vectors - done) / (tiles - tile);
-        for (int segment = 0; segment < s_.segments; segment++) {
-          const int32_t* start = s_.start + Index(segment) * s_.panels + first;
-          kernel_.by_vectors[nv - 1]({s_.values, s_.index, start, some, at_.offset.data(), in_ + done * LANES,
-              sums_ + done * LANES, pitch_, segment > 0});
-        }
-        done += nv;
-      }
-      for (int row = 0; row < some * s_.width; row += GROUP)
-        finish(n, band, s_.rows + first * s_.width + row, std::min(GROUP, some * s_.width - row),
-            sums_ + row * pitch_);
+      const int some = std::min(panels, s_.panels - first), rows = some * s_.width;
+      if (s_.rank)
+        sweep(full_, vectors,
+            {s_.u, thin_.every.data(), thin_.u_start.data() + first * s_.width / Thin::WIDTH,
+                (rows + Thin::WIDTH - 1) / Thin::WIDTH, thin_.u_offset.data(), between_, sums_, pitch_, false,
+                true});
+      sweep(kernel_, vectors,
+          {s_.values, s_.index, s_.start + first, some, at_.offset.data(), in_, sums_, pitch_, s_.rank > 0},
+          s_.segments);
+      for (int row = 0; row < rows; row += GROUP)
+        finish(n, band, s_.rows + first * s_.width + row, std::min(GROUP, rows - row), sums_ + row * pitch_);
     }
   }
 
  private:
+  // Walks every segment over all vectors, as many at a time as the registers hold.
+  void sweep(const Kernel& kernel, int vectors, Walk w, int segments = 1) const {
+    const int tiles = (vectors + kernel.most - 1) / kernel.most;
+    const int32_t* const start = w.start;
+    const bool add = w.add;
+    for (int tile = 0, done = 0; tile < tiles; tile++) {
+      const int nv = (vectors - done) / (tiles - tile);
+      for (int segment = 0; segment < segments; segment++) {
+        w.start = start + Index(segment) * s_.panels, w.add = add || segment > 0;
+        kernel.by_vectors[nv - 1](w);
+      }
+      done += nv, w.in += nv * LANES, w.out += nv * LANES;
+    }
+  }
+
   // Copies what the band reads.  Columns of padding are the same in every band, and zero from the start,
   // unless rows are cut.
   void fetch(int n, const Band& band) {
@@ -271,13 +246,14 @@ template <class T> class Engine {
 
   const tdpass_sparse& s_;
   const Kernel& kernel_;
+  static constexpr Kernel full_ = {Walks<Thin::WIDTH>::by_vectors, Walks<Thin::WIDTH>::MOST};
   const Layout& at_;
+  const Thin& thin_;
   const tdpass_image &x_, &y_;
   const bool last_;  // whether channels of y, and of the residual, lie together
-  const Index
-      pitch_;  // of sums: whole vectors, an odd number, so that rows do not meet in one set of the cache
+  const Index pitch_;
   int rows_ = GROUP;  // whose sums are held at once
-  float *in_, *sums_;
+  float *in_, *sums_, *between_;
 };
 
 int parts_of(int size, Index most) {
@@ -290,7 +266,7 @@ int run_bands(const tdpass_sparse& weight, const Kernel& kernel, const tdpass_im
   const tdpass_stage& t = weight.shape;
   const int h = int(y.size[2]), w = int(y.size[3]);
   const Index per_pixel =
-      Index(t.in) * std::min(t.stride[0], t.kernel[0]) * std::min(t.stride[1], t.kernel[1]);
+      Index(t.in) * std::min(t.stride[0], t.kernel[0]) * std::min(t.stride[1], t.kernel[1]) + weight.rank;
   // One row of outputs may be too long, as that of all tokens of a linear layer is; whole tiles of vectors
   // are cut off it.
   const Index tile = Index(kernel.most) * LANES,
@@ -301,12 +277,13 @@ int run_bands(const tdpass_sparse& weight, const Kernel& kernel, const tdpass_im
   const int down = parts_of(h, BAND_FLOATS / (per_pixel * wide) - row_halo + 1),
             rows = columns < w ? 1 : (h + down - 1) / down;
   const Layout layout(weight, rows, columns);
-  if (layout.floats() > MOST_FLOATS) return -1;
+  if (std::max(layout.floats(), Thin::floats(weight, layout)) > MOST_FLOATS) return -1;
+  const Thin thin(weight, layout);
   const long across = (w + columns - 1) / columns, bands = (h + rows - 1) / rows * across,
              total = x.size[0] * bands;
   const int tasks = int(std::min<long>(pool->threads, total));
   auto task = [&](int k) {
-    Engine<T> engine(weight, kernel, layout, x, y);
+    Engine<T> engine(weight, kernel, layout, thin, x, y);
     for (long i = total * k / tasks; i < total * (k + 1) / tasks; i++) {
       int row = int(i % bands / across) * rows, column = int(i % across) * columns;
       engine.run(int(i / bands), {row, std::min(rows, h - row), column, std::min(columns, w - column)});

@@ -120,16 +120,20 @@ typedef struct {
 __attribute__((visibility("default"))) int32_t tdpass_tensor_chain(
     const tdpass_program* program, const tdpass_rows* x, const tdpass_rows* y, const tdpass_pool* pool);
 
-// A convolution with a sparse weight, then y = activation(result + bias + residual); `shape.groups == 1`.
+// A convolution with a sparse weight S, and the product U V of two thin ones where there is a rank, then
+// y = activation((S + U V) x + bias + residual); `shape.groups == 1`.
 // Panel p makes the outputs `rows[p width] ..` (-1: none), every output in one of them.  Block e holds
 // `width` weights for the input `index[e] = channel * taps + tap`; the blocks of panel p in segment s, a
-// range of inputs, are `start[k] .. start[k + 1]` with k = s panels + p.
+// range of inputs, are `start[k] .. start[k + 1]` with k = s panels + p.  V is `[ceil(rank / 8)][in
+// taps][8]`, U is `[ceil(panels width / 8)][rank][8]`, its rows as `rows` has them, missing ones zero.
 typedef struct {
   int32_t dtype, width, panels, segments, blocks;
   tdpass_activation activation;
   tdpass_stage shape;
   const int32_t *start, *index, *rows;
-  const float* values;           // [blocks][width]
+  const float* values;  // [blocks][width]
+  int32_t rank;
+  const float *v, *u;            // null without a rank
   const float* bias;             // [out] or null
   const tdpass_image* residual;  // shape of y, or null
 } tdpass_sparse;

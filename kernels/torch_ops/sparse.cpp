@@ -35,6 +35,27 @@ struct Blocks {
   }
 };
 
+constexpr int64_t THIN = 8;
+
+bool has_shape(const Tensor& x, int64_t panels, int64_t inputs) {
+  return x.dims == 3 && x.sizes[0] == panels && x.sizes[1] == inputs && x.sizes[2] == THIN;
+}
+
+// The thin product beside the blocks, where there is one; false for matrices that do not fit them.
+bool add_thin(Arguments& in, const Tensor& v, const Tensor& u, const Tensor& rows, tdpass_sparse& call) {
+  if (!v && !u) return true;
+  if (!v || !u || u.dims != 3) return false;
+  const int64_t rank = u.sizes[1], panels = (rows.numel() + THIN - 1) / THIN,
+                inputs = tdpass::product({call.shape.in, call.shape.kernel[0], call.shape.kernel[1]});
+  if (!tdpass::within(rank, 1, tdpass::MOST_CHANNELS) || !has_shape(v, (rank + THIN - 1) / THIN, inputs) ||
+      !has_shape(u, panels, rank))
+    return false;
+  call.rank = int32_t(rank);
+  call.v = static_cast<const float*>(in.floats(v).data);
+  call.u = static_cast<const float*>(in.floats(u).data);
+  return true;
+}
+
 Result run(const tdpass_sparse& call, const tdpass_image& from, const tdpass_image& into, Output& y) {
   const tdpass_pool threads = pool();
   if (y.view().numel() && tdpass_sparse_conv(&call, &from, &into, &threads)) return not_served();
@@ -49,7 +70,9 @@ Result sparse_conv2d(Arguments& in) {
   Tensor bias = in.optional_tensor(), residual = in.optional_tensor();
   const std::vector<int64_t> integers = in.integers();
   tdpass_sparse call{};
-  call.activation = activation_of(in.text());
+  const std::string ending = in.text();
+  Tensor v = in.optional_tensor(), u = in.optional_tensor();
+  call.activation = activation_of(ending);
 
   const int32_t dtype = call.dtype = dtype_of(x);
   if (dtype < 0 || x.dims != 4 || integers.size() != INTEGERS || (residual && residual.dtype != x.dtype))
@@ -67,7 +90,7 @@ Result sparse_conv2d(Arguments& in) {
   Tensor shift = in.floats(bias);
   if (shift && (shift.dims != 1 || shift.numel() != t.out)) return not_served();
   call.bias = static_cast<const float*>(shift.data);
-  if (!blocks.fill(in, call)) return not_served();
+  if (!blocks.fill(in, call) || !add_thin(in, v, u, blocks.rows, call)) return not_served();
   Output y(sizes, strides_like(x, sizes), x.dtype);
   return run(call, image(x), image(y.view()), y);
 }
@@ -78,7 +101,9 @@ Result sparse_linear(Arguments& in) {
   Tensor bias = in.optional_tensor(), residual = in.optional_tensor();
   const int64_t outputs = in.integer();
   tdpass_sparse call{};
-  call.activation = activation_of(in.text());
+  const std::string ending = in.text();
+  Tensor v = in.optional_tensor(), u = in.optional_tensor();
+  call.activation = activation_of(ending);
 
   call.dtype = dtype_of(x);
   if (call.dtype < 0 || x.dims < 1 || (residual && residual.dtype != x.dtype)) return not_served();
@@ -94,7 +119,7 @@ Result sparse_linear(Arguments& in) {
   call.bias = static_cast<const float*>(shift.data);
   tdpass_image rest{};
   if (added) call.residual = &(rest = positions(added));
-  if (!blocks.fill(in, call)) return not_served();
+  if (!blocks.fill(in, call) || !add_thin(in, v, u, blocks.rows, call)) return not_served();
   Output y(sizes, contiguous_strides(sizes), x.dtype);
   return run(call, positions(plain), positions(y.view()), y);
 }

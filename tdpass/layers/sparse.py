@@ -1,4 +1,4 @@
-"""Layers of mostly zeros as one operator, `sparse_linear` or `sparse_conv2d`, alone or beside a thin chain."""
+"""Layers of mostly zeros as one operator, `sparse_linear` or `sparse_conv2d`, alone or beside a thin product."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from tdpass.form import Form
 from tdpass.formats.base import FORMATS
 from tdpass.formats.layer import Layer
 from tdpass.formats.lines import lines_left
-from tdpass.formats.lowering import Lowered, chain_of, stage_of
-from tdpass.kernels.blocks import pack
-from tdpass.kernels.conv_chain import CONV_CHAIN
-from tdpass.kernels.linear_chain import LINEAR_CHAIN
+from tdpass.formats.lowering import chain_of, stage_of
+from tdpass.kernels.blocks import pack, pack_thin
 from tdpass.kernels.sparse import SPARSE_CONV2D, SPARSE_LINEAR
 from tdpass.kernels.stage import Stage
 from tdpass.layers.derived import Recipe, Tensors, derived
@@ -24,7 +22,7 @@ from tdpass.layers.one_operator import OneOperator
 from tdpass.layers.tracing import is_traced
 from tdpass.site import Site
 
-_BLOCKS = 4  # tensors of a weight in blocks
+_BLOCKS = 4  # tensors of a weight in blocks; behind them V and U where there is a product
 _KERNEL = "kernel"
 _VECTOR = 16  # blocks are alike for all calls of fewer positions, and for all others
 
@@ -34,17 +32,19 @@ def _whole(layer: Layer) -> str:
     return FORMATS.get(layer.format).remainder or _KERNEL
 
 
-def _beside(layer: Layer) -> Lowered | None:
-    """The chain of the factors that stand beside the sparse weight; None where it stands alone."""
+def _thin(layer: Layer) -> tuple[str, ...]:
+    """The factors V and U of the product that stands beside the sparse weight; none where it stands alone."""
     fmt = FORMATS.get(layer.format)
     if not fmt.remainder:
-        return None
-    return chain_of(replace(layer, form=Form(fmt.leading.name, layer.rank)))
+        return ()
+    chain = chain_of(replace(layer, form=Form(fmt.leading.name, layer.rank)))
+    fits = chain is not None and len(chain.stages) == 2 and chain.stages[1].pointwise
+    return chain.factors if chain is not None and fits else ()
 
 
 @dataclass(frozen=True)
 class PackSparse(Recipe[Tensors]):
-    """The weight in blocks that suit calls of few positions or many, then the panels of the chain beside it."""
+    """The weight in blocks that suit calls of few positions or many, then the matrices of what is beside it."""
 
     site: Site
     form: Form
@@ -54,10 +54,12 @@ class PackSparse(Recipe[Tensors]):
     def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         held = dict(zip(self.names, tensors, strict=True))
         layer = Layer(self.site, self.form, held)
-        values, chain = layer.values(torch.float32), _beside(layer)
-        panels = [] if chain is None else chain.pack(replace(layer, factors=values), chain.lanes)
-        weight = values[_whole(layer)].reshape(self.site.shape)
-        return (*pack(weight, positions=self.positions), *panels)
+        values, thin = layer.values(torch.float32), _thin(layer)
+        blocks = pack(values[_whole(layer)].reshape(self.site.shape), positions=self.positions)
+        if not thin:
+            return tuple(blocks)
+        v, u = (values[name].flatten(1) for name in thin)
+        return (*blocks, *pack_thin(v, u, blocks))
 
 
 @dataclass(frozen=True)
@@ -66,43 +68,26 @@ class SparseCall:
 
     stage: Stage
     axes: int
-    beside: Lowered | None
     padding_mode: str
     pads: tuple[int, ...]
 
     def __call__(self, x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, activation: str) -> Tensor:
-        blocks, panels = packed[:_BLOCKS], list(packed[_BLOCKS:])
+        blocks, thin = packed[:_BLOCKS], packed[_BLOCKS:]
         if self.pads:
             x = F.pad(x, self.pads, mode=self.padding_mode)
         if not self.axes:
-            rest = self._linear(x, panels)
-            y: Tensor = SPARSE_LINEAR.call(x, *blocks, bias, rest, self.stage.outputs, activation)
+            y: Tensor = SPARSE_LINEAR.call(x, *blocks, bias, None, self.stage.outputs, activation, *thin)
             return y
         image = x.unsqueeze(2) if self.axes == 1 else x
-        rest = self._convolved(image, panels)
-        y = SPARSE_CONV2D.call(image, *blocks, bias, rest, self.stage.integers(), activation)
+        y = SPARSE_CONV2D.call(image, *blocks, bias, None, self.stage.integers(), activation, *thin)
         return y.squeeze(2) if self.axes == 1 else y
-
-    def _linear(self, x: Tensor, panels: list[Tensor]) -> Tensor | None:
-        if self.beside is None:
-            return None
-        y: Tensor = LINEAR_CHAIN.call(x, panels, None, None, self.beside.widths, "identity")
-        return y
-
-    def _convolved(self, x: Tensor, panels: list[Tensor]) -> Tensor | None:
-        if self.beside is None:
-            return None
-        chain = self.beside
-        y: Tensor = CONV_CHAIN.call(x, panels, None, None, chain.integers, "identity", chain.lanes)
-        return y
 
 
 class SparseLayer(OneOperator):
     """A layer with a support as `sparse_linear` or `sparse_conv2d`, from the weights that it keeps.
 
-    Beside factors, `W = U V + S`, their chain is what the operator adds its products to.  Where gradients are
-    wanted, while it is traced, compiled or exported, and for types that the kernels do not serve it runs as
-    the layer that it is.
+    The factors of `W = U V + S` are multiplied in the same pass.  Where gradients are wanted, while it is
+    traced, compiled or exported, and for types that the kernels do not serve it runs as the layer that it is.
     """
 
     operator = "sparse"
@@ -113,7 +98,7 @@ class SparseLayer(OneOperator):
         super().__init__(layer, bias, padding_mode, pads)
         stage = stage_of(layer.site)
         assert stage is not None
-        self.called = SparseCall(stage, layer.site.axes, _beside(layer), padding_mode, pads)
+        self.called = SparseCall(stage, layer.site.axes, padding_mode, pads)
 
     @staticmethod
     def why_not(layer: Layer) -> str:
@@ -122,8 +107,10 @@ class SparseLayer(OneOperator):
             return f"'{layer.form}' is no linear layer or convolution of one group in at most two dimensions"
         if _whole(layer) not in layer.storage.supports:
             return f"'{layer.form}' has no weight with a support, alone or beside factors"
-        if FORMATS.get(layer.format).remainder and _beside(layer) is None:
-            return f"the factors of '{layer.form}' are no chain of convolutions or linear layers"
+        if FORMATS.get(layer.format).remainder and not _thin(layer):
+            return (
+                f"the factors of '{layer.form}' are no two layers of which the second reads single positions"
+            )
         if lines_left(site, layer.form, layer.storage) is not None:
             return f"'{layer.form}' runs as the smaller dense layer that it is"
         return ""

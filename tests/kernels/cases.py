@@ -26,7 +26,7 @@ from tdpass.kernels import (
     tensor_chain,
     weight_only,
 )
-from tdpass.kernels.blocks import CYCLES, pack
+from tdpass.kernels.blocks import CYCLES, Blocks, pack, pack_thin
 from tdpass.kernels.stage import Lanes, Stage
 
 # What pairs of bfloat16 are summed for is bfloat16 alone.
@@ -139,10 +139,19 @@ def sparse_weight(*shape: int) -> Tensor:
     return weight
 
 
+def thin_beside(blocks: Blocks, stage: Stage, rank: int) -> tuple[Tensor | None, Tensor | None]:
+    """A product of that rank beside the blocks; None for rank 0."""
+    if not rank:
+        return None, None
+    v, u = randn(rank, *stage.shape[1:]), randn(stage.outputs, rank)
+    return pack_thin(v / v.numel() ** 0.5, u, blocks)
+
+
 def sparse_linear_cases() -> Iterator[Case]:
     for width in CYCLES:
-        for o, i in ((1, 1), (3, 17), (33, 50), (70, 3)):
+        for o, i, rank in ((1, 1, 0), (1, 1, 1), (3, 17, 5), (33, 50, 0), (33, 50, 8), (70, 3, 2)):
             blocks, bias = pack(sparse_weight(o, i), width), randn(o)
+            thin = thin_beside(blocks, Stage(i, o), rank)
             for tokens, activation in (
                 (0, "identity"),
                 (1, "relu"),
@@ -152,12 +161,12 @@ def sparse_linear_cases() -> Iterator[Case]:
                 (200, "relu"),
             ):
                 yield Case(
-                    f"{width}-{o}x{i}-{tokens}",
-                    (randn(tokens, i), *blocks, bias, randn(tokens, o), o, activation),
+                    f"{width}-{o}x{i}-{rank}-{tokens}",
+                    (randn(tokens, i), *blocks, bias, randn(tokens, o), o, activation, *thin),
                 )
         yield Case(
             f"{width}-zero",
-            (randn(2, 3, 4), *pack(torch.zeros(5, 4), width), None, None, 5, "identity"),
+            (randn(2, 3, 4), *pack(torch.zeros(5, 4), width), None, None, 5, "identity", None, None),
         )
 
 
@@ -173,7 +182,7 @@ SPARSE_STAGES = {
 
 def sparse_conv2d_cases() -> Iterator[Case]:
     for width in CYCLES:
-        for name, stage in SPARSE_STAGES.items():
+        for rank, (name, stage) in enumerate(SPARSE_STAGES.items()):
             blocks, bias = pack(sparse_weight(*stage.shape), width), randn(stage.outputs)
             for memory_format, activation in (
                 (torch.contiguous_format, "relu"),
@@ -181,23 +190,17 @@ def sparse_conv2d_cases() -> Iterator[Case]:
             ):
                 x = randn(2, stage.inputs, 9, 21).contiguous(memory_format=memory_format)
                 y = torch.empty((2, stage.outputs, *stage.output_size((9, 21))), memory_format=memory_format)
-                args = (x, *blocks, bias, torch.randn_like(y), stage.integers(), activation)
-                yield Case(f"{width}-{name}-{activation}", args)
-            yield Case(f"{width}-{name}-empty", (x[:0], *blocks, None, None, stage.integers(), "identity"))
+                end = (stage.integers(), activation, *thin_beside(blocks, stage, 3 * rank))
+                yield Case(f"{width}-{name}-{activation}", (x, *blocks, bias, torch.randn_like(y), *end))
+            end = (stage.integers(), "identity", None, None)
+            yield Case(f"{width}-{name}-empty", (x[:0], *blocks, None, None, *end))
     wide = Stage(
         64, 16, 1, (3, 3), (1, 1), (1, 1), (1, 1)
     )  # rows are cut where a band of whole rows would not fit the cache
-    yield Case(
-        "bands",
-        (
-            randn(1, 64, 4, 700),
-            *pack(sparse_weight(*wide.shape), 8),
-            None,
-            None,
-            wide.integers(),
-            "identity",
-        ),
-    )
+    for rank in (0, 17):
+        blocks = pack(sparse_weight(*wide.shape), 8)
+        end = (wide.integers(), "identity", *thin_beside(blocks, wide, rank))
+        yield Case(f"bands-{rank}", (randn(1, 64, 4, 700), *blocks, None, None, *end))
 
 
 def _cells(gates: int) -> Iterator[tuple[str, tuple[Tensor, ...], Tensor, tuple[Tensor, Tensor]]]:

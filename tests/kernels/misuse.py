@@ -74,6 +74,8 @@ def _tensors(value: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _indices(value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    if not len(value):
+        return
     for other in (-(2**31), -2, -1, 10**6, 2**31 - 1):
         for place in {0, len(value) // 2, len(value) - 1}:
             changed = value.clone()

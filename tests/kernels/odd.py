@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from random import Random
 
 import torch
-from cases import DTYPES_OF
+from cases import DTYPES_OF, thin_beside
 from low_precision import KINDS, ONE_STEP, bytes_of, chain, grid_over
 from low_precision import scaled as _scaled
 from setting import BOTH, ENDINGS, Case, randn
@@ -134,9 +134,10 @@ def sparse_linear_case(chance: Random) -> Case:
     shape = tuple(chance.randint(1, 20) for _ in range(chance.randint(0, 2)))
     blocks = pack(_sparse(chance, o, i), width)
     bias, residual = chance.choice((None, randn(o))), chance.choice((None, randn(*shape, o)))
-    activation = chance.choice(ENDINGS)
+    thin, activation = thin_beside(blocks, Stage(i, o), chance.choice((0, *WIDTHS))), chance.choice(ENDINGS)
     return Case(
-        f"{width} {shape} {o}x{i} {activation}", (randn(*shape, i), *blocks, bias, residual, o, activation)
+        f"{width} {shape} {o}x{i} {activation} {thin[0] is None}",
+        (randn(*shape, i), *blocks, bias, residual, o, activation, *thin),
     )
 
 
@@ -148,10 +149,10 @@ def sparse_conv2d_case(chance: Random) -> Case:
     blocks = pack(_sparse(chance, *stage.shape), width)
     y = sparse.conv_fake(x, *blocks, None, None, stage.integers(), "identity")
     bias, residual = chance.choice((None, randn(o))), chance.choice((None, torch.randn_like(y)))
-    activation = chance.choice(ENDINGS)
+    thin, activation = thin_beside(blocks, stage, chance.choice((0, *WIDTHS))), chance.choice(ENDINGS)
     return Case(
-        f"{width} {tuple(x.shape)} {x.stride()} {stage} {activation}",
-        (x, *blocks, bias, residual, stage.integers(), activation),
+        f"{width} {tuple(x.shape)} {x.stride()} {stage} {activation} {thin[0] is None}",
+        (x, *blocks, bias, residual, stage.integers(), activation, *thin),
     )
 
 
@@ -298,7 +299,7 @@ def _sparse_linear_once(values: Tensor, activation: str) -> Iterator[Case]:
     for width in CYCLES:
         yield Case(
             f"{width}",
-            (values[:, None], *pack(torch.ones(1, 1), width), None, None, 1, activation),
+            (values[:, None], *pack(torch.ones(1, 1), width), None, None, 1, activation, None, None),
             BOTH,
         )
 
@@ -308,7 +309,7 @@ def _sparse_conv_once(values: Tensor, activation: str) -> Iterator[Case]:
         packed = pack(torch.ones(1, 1, 1, 1), width)
         yield Case(
             f"{width}",
-            (values[None, None, None], *packed, None, None, Stage(1, 1).integers(), activation),
+            (values[None, None, None], *packed, None, None, Stage(1, 1).integers(), activation, None, None),
             BOTH,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -22,10 +23,17 @@ from tdpass.products import counting
 Arguments = Mapping[str, Tensor]
 
 
-def _stored(given: Arguments) -> int:
-    """What sparse operators multiply with: references have the dense weight."""
-    x = given["x"]
-    return given["values"].numel() * (x.numel() // x.shape[-1])
+def _stored(given: Mapping[str, Any]) -> int:
+    """What sparse operators multiply a position with: references have the dense weight."""
+    total = int(given["values"].numel())
+    if given["u"] is not None:
+        outputs = int(given["rows"].max()) + 1
+        total += given["u"].shape[1] * (given["v"].shape[1] + outputs)
+    return total
+
+
+def _stored_by_row(given: Mapping[str, Any]) -> int:
+    return _stored(given) * (given["x"].numel() // given["x"].shape[-1])
 
 
 def _cells(gates: int, rank: Callable[[Arguments], int]) -> Callable[[Arguments], int]:
@@ -47,7 +55,7 @@ def _of_bytes(given: Arguments) -> int:
 
 
 UNLIKE_THEIR_REFERENCES: dict[str, Callable[[Arguments], int]] = {
-    "sparse_linear": _stored,
+    "sparse_linear": _stored_by_row,
     "low_rank_lstm": _cells(4, _of_floats),
     "low_rank_gru": _cells(3, _of_floats),
     "low_rank_lstm_int8": _cells(4, _of_bytes),
@@ -69,7 +77,7 @@ def test_both_counters_say_what_the_reference_multiplies(name: str) -> None:
         given = dict(zip(names, args, strict=False))
         if name == "sparse_conv2d":
             y = op.call(*args)
-            wanted = given["values"].numel() * (y.numel() // y.shape[1])
+            wanted = _stored(given) * (y.numel() // y.shape[1])
         elif apart is not None:
             wanted = apart(given)
         else:

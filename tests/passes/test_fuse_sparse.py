@@ -71,6 +71,10 @@ def test_it_answers_as_the_layer_that_it_was_here_and_deployed(kind: str, text: 
     assert not isinstance(made, str), made
     assert isinstance(made.call, SparseLayer)
     wanted, alone = plain(x), nn.Sequential(made.call)
+    with torch.profiler.profile() as seen:
+        made.call.packed_call(x)
+    called = [event.name for event in seen.events() if event.name.startswith("tdpass::")]
+    assert called == ["tdpass::sparse_linear" if kind == "linear" else "tdpass::sparse_conv2d"]
     torch.testing.assert_close(alone(x), wanted, rtol=1e-4, atol=1e-4)
     made.call.activation = "relu"
     package, count = deployable(alone)
