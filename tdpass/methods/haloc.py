@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,6 +26,7 @@ from tdpass.formats.metric import Metric
 from tdpass.measures import counted
 from tdpass.methods.assembled import Assembled
 from tdpass.methods.base import register_method
+from tdpass.methods.beginning import Beginning, measured, unit_of
 from tdpass.methods.calibrated import answers_of, metrics_of
 from tdpass.methods.factored import Factored
 from tdpass.methods.menu import Menu
@@ -41,7 +42,7 @@ from tdpass.training.rank_search import Answers, Approach, Prices, RankSearch
 from tdpass.training.schedules import Geometric, ScheduleSpec, as_schedule
 from tdpass.training.terms import Term
 
-Begin = Literal["weights", "uniform"]
+Begin = Literal["losses", "weights", "uniform"]
 Sliced = Literal["svd", "channel_svd", "input_svd", "spatial_svd", "tucker2"]
 _COOLING = Geometric(2.0, 0.2)
 
@@ -56,10 +57,12 @@ class Haloc(Factored):
     `ranks` ranks of each of `formats`, both Tucker ranks free; all ranks of a format are the leading parts of
     one ordered set of factors (`Choices`), so that a step costs what the dense network does.
 
-    Every form begins as likely as its weight is near the original one in the metric, at the penalty or,
-    under a budget, the price that meets it (`Prices`), or with `begin="uniform"` as likely as any other.
-    Steps of alpha are of size `rate`: what a search shall find against its start lies some ten of its logits
-    away, which a few hundred steps of 0.02 do not reach.  In turn: *warm*, where alpha stays, so that no form
+    Every form begins as likely as little is lost with that layer alone in it, KL(dense || network) on the
+    calibration data, at the penalty or, under a budget, the price that meets it (`Beginning`); with
+    `begin="weights"`, and without calibration data, as its weight is near the original one in the metric, with
+    `begin="uniform"` as likely as any other.  Steps of alpha are of size `rate`: what noise adds to its logits
+    in a few hundred steps is to stay below the one that lies between neighbours.  Against a start that knows
+    nothing, a search needs a rate of 0.1.  In turn: *warm*, where alpha stays, so that no form
     is given up before it was trained;  *search*, where steps of the weights alternate with steps of alpha
     on the calibration data, which the weights do not see: KL(dense || network) + penalty * E[cost]
     (`RankSearch`);  then the most probable forms, or those that a `budget` allows of most worth, are
@@ -87,8 +90,8 @@ class Haloc(Factored):
     search: int = 10
     tune: int = 8
     every: int = 1
-    rate: float = 0.1
-    begin: Begin = "weights"
+    rate: float = 0.02
+    begin: Begin = "losses"
     temperature: ScheduleSpec = _COOLING
     approach: float = 0.1
     samples: int = 512
@@ -163,17 +166,23 @@ class Haloc(Factored):
         network = with_parametrizations(model, made)
         layers = parametrized(network, self.sites)
         self.originals = {name: layer.originals[0].detach().clone() for name, layer in layers.items()}
-        distances = {name: Approach(layers, self.originals, 0.0).distances(name) for name in layers}
-        if self.begin == "uniform":
-            self.price = 0.0
-            self.begins = {name: torch.zeros_like(distance) for name, distance in distances.items()}
-        else:
-            self.price = self._prices().meeting(distances) if math.isfinite(self.limit) else self.penalty
-            self.begins = self._prices().logits(distances, self.price)
+        self.beginning = self._beginning(layers)
         self.trains, self.replaces = (
             sum(parameter.numel() for parameter in net.parameters()) for net in (network, model)
         )
         return network
+
+    def _beginning(self, layers: Mapping[str, Parametrized]) -> Beginning:
+        costs = {name: torch.tensor(menu.costs) / self.whole for name, menu in self.menus.items()}
+        prices = Prices(costs, self.limit / self.whole if math.isfinite(self.limit) else 0.0)
+        distances = {name: Approach(layers, self.originals, 0.0).distances(name) for name in layers}
+        if self.begin == "uniform":
+            return Beginning.uniform(distances, prices)
+        if self.begin == "weights" or not self.batches:
+            return Beginning.by(distances, prices, self.penalty)
+        losses = measured(self.opened, layers, distances, self.batches, self.progress)
+        unit = unit_of(losses, prices, self.penalty)
+        return Beginning.by(losses, replace(prices, unit=unit), self.penalty)
 
     def parameters_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
         try:
@@ -198,15 +207,11 @@ class Haloc(Factored):
 
     def _begin_search(self, every: int) -> list[Term]:
         self.learning = RankSearch(
-            self.network, self._choices(self.layers), self.begins, self._prices(),
+            self.network, self._choices(self.layers), self.beginning.logits, self.beginning.prices,
             as_schedule(self.temperature, "temperature"),
             rate=self.rate, penalty=self.penalty, every=every, answers=self.answers,
         )  # fmt: skip
         return [self.learning, Approach(self.layers, self.originals, self.approach)]
-
-    def _prices(self) -> Prices:
-        costs = {name: torch.tensor(menu.costs) / self.whole for name, menu in self.menus.items()}
-        return Prices(costs, self.limit / self.whole if math.isfinite(self.limit) else 0.0)
 
     def _begin_tuning(self) -> list[Term]:
         self._settle(self.layers)
@@ -221,9 +226,10 @@ class Haloc(Factored):
             return
         draws = {name: choice.draw for name, choice in self._choices(self.layers).items()}
         logits = {
-            name: self.begins[name] if draw is None else draw.logits.detach() for name, draw in draws.items()
+            name: self.beginning.logits[name] if draw is None else draw.logits.detach()
+            for name, draw in draws.items()
         }
-        worth = self._prices().worth(logits, self.price) if math.isfinite(self.limit) else logits
+        worth = self.beginning.worth(logits)
         found = self._allocated(
             {name: (value.max() - value).double().cpu().numpy() for name, value in worth.items()}
         )

@@ -77,6 +77,10 @@ class Effort:
         """On how many samples losses are measured, to leave time for a few candidates of every site."""
         return min(self.sweep_samples, self._affordable(0.5, _TRIES * max(sites, 1) / 2))
 
+    def for_candidates(self, sites: int, samples: int) -> int:
+        """How many candidates of every site there is time to measure on so many samples, at least one."""
+        return max(1, self._affordable(0.5, max(sites, 1) / 2) // max(samples, 1))
+
     def for_calibration(self, batches: Sequence[Batch]) -> list[Batch]:
         """The calls that there is time for where no loss is measured and the caller did not say how many."""
         few = max(_FEWEST, min(self.samples, self._affordable(1.0, _REPAIRED)))

@@ -80,6 +80,11 @@ class Sweep:
             taken.append(index)
         return taken
 
+    @property
+    def tried_on(self) -> int:
+        """How many samples a site that all runs call is tried on."""
+        return sum(self.tapes[index].batch_size for index in self._first(range(len(self.tapes))))
+
     def place(self, name: str) -> int:
         """Where the first run calls a site first."""
         return self.tapes[0].site_calls.get(name, (0,))[0]

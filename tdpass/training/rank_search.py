@@ -25,7 +25,7 @@ from tdpass.training.schedules import Schedule
 from tdpass.training.terms import State, Term
 
 # a form that loses a tenth of the weight's energy begins e times less likely than one that loses nothing
-_SHARPNESS = 10.0
+TENTH = 0.1
 _HIGHEST, _HALVINGS = 1e3, 40
 
 
@@ -43,16 +43,20 @@ class Call(Protocol):
 
 @dataclass(frozen=True)
 class Prices:
-    """What each form of each layer costs, as shares of all layers' dense cost, and what all shall cost."""
+    """What each form of each layer costs, as shares of all layers' dense cost, and what all shall cost.
+
+    A form that loses `unit` more than another begins e times less likely.
+    """
 
     costs: Mapping[str, Tensor]
     goal: float = 0.0
+    unit: float = TENTH
 
     def charge(self, logits: Mapping[str, Tensor]) -> Tensor:
         """How far the expected cost sum_l sum_c softmax(logits_l)_c cost_lc is from the goal."""
         return (self._expected(logits) - self.goal).abs()
 
-    def meeting(self, distances: Mapping[str, Tensor]) -> float:
+    def meeting(self, losses: Mapping[str, Tensor]) -> float:
         """The least price, the same for all, at which the expected cost of forms meets the goal.
 
         The forms are begun at `logits`.
@@ -60,25 +64,23 @@ class Prices:
         low, high = 0.0, _HIGHEST
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            above = self._expected(self.logits(distances, middle)) > self.goal
+            above = self._expected(self.logits(losses, middle)) > self.goal
             low, high = (middle, high) if above else (low, middle)
         return high
 
-    def logits(self, distances: Mapping[str, Tensor], price: float) -> dict[str, Tensor]:
-        """-10 (distance + price * cost) of forms at these relative squared distances from the weights.
+    def logits(self, losses: Mapping[str, Tensor], price: float) -> dict[str, Tensor]:
+        """-(loss + price * cost) / unit of forms that lose this much.
 
-        The weights are the original ones. A search that began with all forms alike would train the weights
-        under mixtures that answer nothing.
+        A search that began with all forms alike would train the weights under mixtures that answer nothing.
         """
         return {
-            name: -_SHARPNESS * (found + price * self.costs[name].to(found))
-            for name, found in distances.items()
+            name: -(found + price * self.costs[name].to(found)) / self.unit for name, found in losses.items()
         }
 
     def worth(self, logits: Mapping[str, Tensor], price: float) -> dict[str, Tensor]:
         """Logits without the price that they began at, for a choice that is held to a budget by itself."""
         return {
-            name: found + _SHARPNESS * price * self.costs[name].to(found) for name, found in logits.items()
+            name: found + price * self.costs[name].to(found) / self.unit for name, found in logits.items()
         }
 
     def _expected(self, logits: Mapping[str, Tensor]) -> Tensor:

@@ -281,9 +281,18 @@ def test_a_search_finds_planted_ranks_from_a_start_that_does_not_show_them(begin
     found, start = (
         sum(
             abs(rank - planted)
-            for rank, planted in zip(search(begin=begin, search=rounds), PLANTED, strict=True)
+            for rank, planted in zip(search(begin=begin, rate=0.1, search=rounds), PLANTED, strict=True)
         )
         for rounds in (12, 0)
     )
     assert found <= 3
     assert found < start
+
+
+def test_measured_losses_begin_at_planted_ranks() -> None:
+    assert search(begin="losses", search=0) == list(PLANTED)
+
+
+@pytest.mark.slow
+def test_a_search_keeps_the_ranks_that_losses_show() -> None:
+    assert search(begin="losses", search=12) == list(PLANTED)
