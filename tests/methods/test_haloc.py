@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import tdpass
 from tdpass.errors import BudgetError, UsageError
 from tdpass.form import DENSE, Form
 from tdpass.formats.base import FORMATS
-from tdpass.formats.layer import cost_of, shrinks
+from tdpass.formats.layer import Layer, cost_of, shrinks
 from tdpass.methods import Haloc
+from tdpass.methods.calibrated import Tried, losses_of
 from tdpass.methods.menu import Menu
 from tdpass.methods.tariff import Tariff
 from tdpass.models import Batch, Model
+from tdpass.planner.effort import EFFORTS
 from tdpass.site import Site
 from tdpass.targets import Setting, Target, TimedTarget, Timing, open_target
 from tdpass.training.batches import Batches
@@ -296,3 +299,32 @@ def test_measured_losses_begin_at_planted_ranks() -> None:
 @pytest.mark.slow
 def test_a_search_keeps_the_ranks_that_losses_show() -> None:
     assert search(begin="losses", search=12) == list(PLANTED)
+
+
+def test_losses_are_those_of_one_layer_alone_in_a_form() -> None:
+    torch.manual_seed(0)
+    net, x = Branches(PLANTED, UNREAD), torch.randn(96, 4 * Branches.width)
+    model = tdpass.open_model(net, x[:2])
+    model.observe(Batch((x[:2],)))
+    weights = [net.layers[0].weight.detach() * factor for factor in (0.0, 0.5, 1.0)]
+    site = next(site for site in model.sites() if site.name == "layers.0")
+    tried = Tried(
+        [partial(Layer, site, DENSE, {"kernel": weight}, net.layers[0].bias) for weight in weights],
+        [1.0, 0.5, 0.0],
+    )
+    found = losses_of(model, {"layers.0": tried}, [Batch((x[:48],)), Batch((x[48:],))])["layers.0"]
+    assert losses_of(model, {"layers.0": tried}, [Batch((x[:48],)), Batch((x[48:],))])["layers.0"] == found
+    with torch.no_grad():
+        wanted = net(x).log_softmax(1)
+        for weight, loss in zip(weights, found, strict=True):
+            net.layers[0].weight.copy_(weight)
+            changed = net(x).log_softmax(1)
+            divergence = torch.nn.functional.kl_div(changed, wanted, reduction="batchmean", log_target=True)
+            assert loss == pytest.approx(float(divergence), rel=1e-4, abs=1e-6)
+            net.layers[0].weight.copy_(weights[-1])
+
+
+def test_fewer_forms_are_measured_of_a_model_that_takes_long() -> None:
+    small, large = (EFFORTS["normal"].of(macs) for macs in (10**7, 10**11))
+    assert small.for_candidates(20, 256) > large.for_candidates(20, 256)
+    assert large.for_candidates(2000, 4096) == 1
