@@ -16,13 +16,17 @@ from tdpass.errors import UnsupportedError
 from tdpass.models.abilities import Range
 from tdpass.models.onnx.graph.graphs import opset_of
 from tdpass.models.onnx.graph.names import FreshNames
-from tdpass.models.onnx.graph.tensors import constant, from_torch
+from tdpass.models.onnx.graph.tensors import constant, dims, from_torch
 from tdpass.models.onnx.operators.session import Session
 
 PER_CHANNEL_SINCE = 13
 _LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _MOVES = frozenset({"Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "MaxPool"})
 _JOINS = frozenset({"Add", "Concat", "AveragePool", "GlobalAveragePool", "ReduceMean"})
+_SUMS = frozenset({"ReduceMean", "ReduceSum"})
+# a runtime may compute these before it multiplies codes with their scale
+_REARRANGES = _MOVES | {"Concat", "Expand", "Gather", "Identity", "Pad", "Slice", "Split"}
+_MAP = 4  # axes of samples, channels and places
 
 
 def integer_layers(model: ir.Model) -> dict[str, ir.Node]:
@@ -44,7 +48,7 @@ def quantizable(model: ir.Model, without: Container[str] = ()) -> list[str]:
     layers = [node for name, node in integer_layers(model).items() if name not in without]
     chosen = {value for node in layers for value in (node.inputs[0], _made(node)) if value is not None}
     for node in model.graph:  # in order, so that one walk carries everything forward
-        if node.domain or node.op_type not in _MOVES | _JOINS:
+        if node.domain or node.op_type not in _MOVES | _JOINS or _adds_up(node):
             continue
         read = [
             value
@@ -53,7 +57,7 @@ def quantizable(model: ir.Model, without: Container[str] = ()) -> list[str]:
         ]
         if read and all(value in chosen for value in read):
             chosen.add(_made(node))
-    for node in filter(_stacked, model.graph):
+    for node in (node for node in model.graph if _stacked(node) or _adds_up(node)):
         chosen.difference_update(_moved(node.inputs[0]))
     outputs = set(model.graph.outputs)
     return [
@@ -154,6 +158,20 @@ def _stacked(node: ir.Node) -> bool:
     return _integers(weight) is not None and weight is not None and _axes(weight) > 2
 
 
+def _adds_up(node: ir.Node) -> bool:
+    """Whether it adds up over other axes than the places of a map.
+
+    OpenVINO 2026.4 does that on bytes, and answers wrong for some sizes.
+    """
+    value = node.inputs[0] if node.op_type in _SUMS and not node.domain else None
+    if value is None:
+        return False
+    given = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    axes = node.attributes.get_ints("axes", ()) if given is None else given.numpy().tolist()
+    rank = len(dims(value) or ())
+    return rank < _MAP or {axis % rank for axis in axes} != set(range(2, rank))
+
+
 def _axes(weight: ir.Value) -> int:
     """How many axes a weight has that `_integers` knows the constant of."""
     node = weight.producer()
@@ -165,10 +183,13 @@ def _axes(weight: ir.Value) -> int:
 
 def _moved(value: ir.Value | None) -> Iterator[ir.Value]:
     """The value, and what is only moved to make it."""
-    while value is not None:
-        yield value
-        producer = value.producer()
-        value = producer.inputs[0] if producer is not None and producer.op_type in _MOVES else None
+    if value is None:
+        return
+    yield value
+    producer = value.producer()
+    if producer is not None and producer.op_type in _REARRANGES and not producer.domain:
+        for given in producer.inputs:
+            yield from _moved(given)
 
 
 def _from_integers(value: ir.Value | None) -> bool:
