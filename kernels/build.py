@@ -75,7 +75,14 @@ _OF_SOURCE: dict[str, tuple[str, ...]] = {
 }
 _COMMON = "dispatch.cpp"
 _IN_ONNXRUNTIME = frozenset(
-    {"conv_chain.cpp", "conv_chain_int8.cpp", "weight_only.cpp", "recurrent.cpp", "recurrent_int8.cpp"}
+    {
+        "conv_chain.cpp",
+        "conv_chain_int8.cpp",
+        "recurrent.cpp",
+        "recurrent_int8.cpp",
+        "sparse.cpp",
+        "weight_only.cpp",
+    }
 )
 _SECONDS = 1800
 _BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH

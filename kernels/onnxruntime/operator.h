@@ -152,6 +152,7 @@ using Operators = std::vector<const ort::CustomOp*>;
 void add_float_chains(Operators& all);
 void add_int8_chains(Operators& all);
 void add_weight_only(Operators& all);
+void add_sparse(Operators& all);
 void add_recurrent(Operators& all);
 
 template <class Op> void list(Operators& all, const std::deque<Op>& ops) {

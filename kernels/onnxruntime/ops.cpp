@@ -16,7 +16,8 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
       ort::CustomOpDomain* made = nullptr;
       check(the_api->create_domain("com.tdpass", &made));
       Operators all;
-      for (auto add : {add_float_chains, add_int8_chains, add_weight_only, add_recurrent}) add(all);
+      for (auto add : {add_float_chains, add_int8_chains, add_weight_only, add_sparse, add_recurrent})
+        add(all);
       for (const ort::CustomOp* op : all) check(the_api->add_to_domain(made, op));
       return made;
     }();

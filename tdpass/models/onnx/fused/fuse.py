@@ -96,7 +96,10 @@ def decide(
 def _candidates(
     model: ir.Model, parts: Sequence[Part], known: Mapping[str, Axes], decline: Callable[[str, str], None]
 ) -> dict[str, _Candidate]:
-    """The parts that are not clearly slower as one operator, by the name of what they compute."""
+    """The parts that are not clearly slower as one operator, by the name of what they compute.
+
+    Of two parts that compute the same value the one that saves more.
+    """
     found: dict[str, _Candidate] = {}
     for part in parts:
         sizes = _sizes_of(part.reads, known)
@@ -108,7 +111,8 @@ def _candidates(
             decline(part.label, f"as one operator it takes {1 / verdict.gain:.2f} times as long")
         else:
             saved = verdict.plain - verdict.seconds
-            found[part.key] = _Candidate(part, verdict.lanes, verdict.gain, saved)
+            if part.key not in found or saved > found[part.key].saved:
+                found[part.key] = _Candidate(part, verdict.lanes, verdict.gain, saved)
     return found
 
 

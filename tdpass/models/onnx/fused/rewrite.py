@@ -14,6 +14,7 @@ from tdpass.models.onnx.fused.dynamic import dynamic_chains
 from tdpass.models.onnx.fused.integers import int8_chains
 from tdpass.models.onnx.fused.parts import Constants, Part
 from tdpass.models.onnx.fused.recurrent import low_rank_cells
+from tdpass.models.onnx.fused.sparse import sparse_layers
 from tdpass.models.onnx.fused.weight_only import weight_only_layers
 from tdpass.models.onnx.graph.graphs import opset_of
 from tdpass.models.onnx.graph.names import FreshNames
@@ -27,6 +28,7 @@ FINDERS: tuple[Callable[[ir.Model], Iterator[Part]], ...] = (
     dynamic_chains,
     weight_only_layers,
     low_rank_cells,
+    sparse_layers,
 )
 
 
