@@ -6,6 +6,8 @@ r"""Accuracy against measured time: every method of tdpass without training, and
     TDPASS_DATA=... python -m benchmarks.bench_frontier --resume  # goes on from there, at the same commit
     python -m benchmarks.bench_frontier --draw                    # docs/frontier.svg anew from these rows
 
+Networks that were trained are drawn too, from the eager rows of results/trained.csv (`bench_trained`).
+
 Milliseconds are the median of eager torch on one batch of 64 images, channels last, batch-norms folded,
 with the dense network timed in turn.  Accuracy is on the first `--images` test images, evenly spaced, after
 batch-norm statistics were estimated anew for the peers, which need it.
@@ -24,7 +26,7 @@ from torch import nn
 
 import tdpass
 from benchmarks import cifar, peers
-from benchmarks.frontier_figure import draw
+from benchmarks.frontier_figure import TRAINED, draw
 from benchmarks.results import FOLDER, Table, Value, show
 from tdpass.clock import interleaved
 from tdpass.files import write_text
@@ -125,6 +127,13 @@ def wanted(methods: Sequence[str], budgets: Sequence[float]) -> list[tuple[str, 
     return [(method, budget) for method in methods for budget in ([1.0] if method == "dense" else budgets)]
 
 
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -149,9 +158,14 @@ def main() -> None:
         row = measured(name, method, budget, model, options.images)
         table.add(**row)
         print(show([row], COLUMNS).splitlines()[-1], flush=True)
-    with options.out.open(newline="", encoding="utf-8") as file:
-        latest = {(row["method"], row["budget"]): row for row in csv.DictReader(file)}
-    write_text(options.plot, f"{draw(list(latest.values()))}\n")
+    latest = {(row["method"], row["budget"]): row for row in _rows(options.out)}
+    trained = {
+        row["method"]: row
+        for row in _rows(FOLDER / "trained.csv")
+        if (row["runtime"], row["model"]) == ("eager", name)
+    }
+    points = [{**row, "method": f"{method}{TRAINED}"} for method, row in trained.items()]
+    write_text(options.plot, f"{draw([*latest.values(), *points])}\n")
 
 
 if __name__ == "__main__":

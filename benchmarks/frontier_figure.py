@@ -16,12 +16,13 @@ svg { --ground: #ffffff; --ink: #1f2328; --faint: #d0d7de; font: 12px system-ui,
 .ground { fill: var(--ground); } text { fill: var(--ink); } .grid { stroke: var(--faint); } .line { fill: none; stroke-width: 2; }
 .peer { stroke-dasharray: 5 3; } .dense { fill: var(--ink); }
 """
+TRAINED = ", trained"
 Row = Mapping[str, str]
 Point = tuple[float, float]
 
 
 def draw(rows: Sequence[Row]) -> Html:
-    """A line per method over the share of the dense network's time, peers dashed; dense is a point."""
+    """A line per method over the share of the dense network's time, peers dashed; dense and trained are points."""
     methods = [method for method in dict.fromkeys(row["method"] for row in rows) if method != "dense"]
     points = {method: sorted(_point(row) for row in rows if row["method"] == method) for method in methods}
     dense = [_point(row) for row in rows if row["method"] == "dense"]
@@ -75,8 +76,10 @@ def _lines(
         placed = [place(point) for point in line]
         text = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
         yield tag("polyline", tag("title", method), class_=f"line{peer}", stroke=colour, points=text)
+        hollow = {"fill": "none", "stroke": colour, "stroke_width": 2, "r": 4}
+        mark = hollow if method.endswith(TRAINED) else {"fill": colour, "r": 3}
         for x, y in placed:
-            yield tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=3, fill=colour)
+            yield tag("circle", tag("title", method), cx=f"{x:.1f}", cy=f"{y:.1f}", **mark)
         ends.append((placed[-1][1], method.removeprefix("peer "), colour))
     for x, y in dense:
         yield tag("circle", tag("title", "dense"), class_="dense", cx=f"{x:.1f}", cy=f"{y:.1f}", r=5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from tdpass.constraints.base import Constraint
 from tdpass.constraints.in_format import InFormat
 from tdpass.cost import Budget, BudgetValue
 from tdpass.data import calls_of
-from tdpass.errors import UsageError
+from tdpass.errors import BudgetError, UsageError
 from tdpass.following import followed
 from tdpass.form import DENSE, Form
 from tdpass.formats.metric import Metric
@@ -45,6 +46,7 @@ from tdpass.training.terms import Term
 Begin = Literal["losses", "weights", "uniform"]
 Sliced = Literal["svd", "channel_svd", "input_svd", "spatial_svd", "tucker2"]
 _COOLING = Geometric(2.0, 0.2)
+_TURNS = 4  # of choosing and of making sure of the prices of what was chosen
 
 
 @register_method
@@ -230,10 +232,21 @@ class Haloc(Factored):
             for name, draw in draws.items()
         }
         worth = self.beginning.worth(logits)
-        found = self._allocated(
-            {name: (value.max() - value).double().cpu().numpy() for name, value in worth.items()}
-        )
+        lost = {name: (value.max() - value).double().cpu().numpy() for name, value in worth.items()}
+        found = self._allocated(lost)
+        with suppress(BudgetError):  # of what is surely priced too little may be cheap enough
+            for _ in range(_TURNS):
+                menus = {name: self._surely(name, k) for name, k in found.items()}
+                if menus == self.menus:
+                    break
+                self.menus = menus
+                found = self._allocated(lost)
         self.forms = {name: str(self.menus[name].forms[k]) for name, k in found.items()}
+
+    def _surely(self, name: str, k: int) -> Menu:
+        """The menu of a site with the price of that form made sure of."""
+        menu = self.menus[name]
+        return menu.with_cost(k, self.tariff.sure(self.sites[name], menu.forms[k]))
 
     def _settle(self, layers: Mapping[str, Parametrized]) -> None:
         """Let the weights be of the forms that are chosen."""
@@ -271,8 +284,7 @@ class Haloc(Factored):
     def close(self, model: nn.Module) -> Artifact:
         artifact = super().close(model)
         chosen = {
-            name: menu.costs[menu.forms.index(Form.parse(self.forms[name]))]
-            for name, menu in self.menus.items()
+            name: self.tariff.sure(self.sites[name], Form.parse(text)) for name, text in self.forms.items()
         }
         dense = {name: menu.costs[0] for name, menu in self.menus.items()}
         batch, largest = (

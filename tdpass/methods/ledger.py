@@ -39,16 +39,23 @@ class Ledger:
         self._changed = False
 
     def amounts(
-        self, site: Site, forms: Sequence[Form], ask: Callable[[Sequence[Form]], Sequence[float]]
+        self,
+        site: Site,
+        forms: Sequence[Form],
+        ask: Callable[[Sequence[Form]], Sequence[float]],
+        how: str = "",
     ) -> list[float]:
-        """What the site costs in each form, asked for where it is not known."""
-        told = self._told.setdefault(site.name, {})
-        missing = [form for form in dict.fromkeys(forms) if str(form) not in told]
+        """What the site costs in each form, asked for where it is not known.
+
+        `how` it was asked keeps answers apart.
+        """
+        told, keys = self._told.setdefault(site.name, {}), {form: f"{form}{how}" for form in forms}
+        missing = [form for form, key in keys.items() if key not in told]
         if missing:
             answers = [float(amount) for amount in ask(missing)]
-            told |= from_first(dict(zip(map(str, missing), answers, strict=True)))
+            told |= from_first(dict(zip([keys[form] for form in missing], answers, strict=True)))
             self._changed = True
-        return [told[str(form)] for form in forms]
+        return [told[keys[form]] for form in forms]
 
     def keep(self) -> None:
         """Write down what was told since the last time."""

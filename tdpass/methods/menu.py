@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,6 +20,10 @@ class Menu:
 
     forms: tuple[Form, ...]
     costs: tuple[float, ...]
+
+    def with_cost(self, k: int, cost: float) -> Menu:
+        """The same with another amount for form k."""
+        return replace(self, costs=(*self.costs[:k], cost, *self.costs[k + 1 :]))
 
     @classmethod
     def of(cls, site: Site, formats: Sequence[str], ranks: int, tariff: Tariff) -> Menu:

@@ -19,7 +19,7 @@ from tdpass.methods.ledger import Ledger
 from tdpass.models.base import Batch, Model
 from tdpass.planner.prices import deciding
 from tdpass.site import Site
-from tdpass.targets import ONE_CALL, Setting, Target, open_target
+from tdpass.targets import ONE_CALL, Setting, Target, TimedTarget, open_target
 
 
 class OnTarget(Protocol):
@@ -70,6 +70,20 @@ class Tariff:
         if self.target is None:
             return [cost_of(site, form).get(self.measure) for form in forms]
         return self.ledger.amounts(site, forms, partial(self._asked, self.target, site))
+
+    def sure(self, site: Site, form: Form) -> float:
+        """What the site costs in a form that is about to be chosen, measured anew where amounts are measured.
+
+        A choice among many prices that were measured in a hurry falls on those that came out too low.
+        """
+        if not isinstance(self.target, TimedTarget) or form == DENSE:
+            return self.amounts(site, [form])[0]
+        (found,) = self.ledger.amounts(site, [form], partial(self._timed, self.target, site), " with care")
+        self.ledger.keep()
+        return found
+
+    def _timed(self, target: TimedTarget, site: Site, forms: Sequence[Form]) -> list[float]:
+        return [timing.seconds for timing in target.time(site, forms, self.setting, careful=True)]
 
     def _asked(self, target: Target, site: Site, forms: Sequence[Form]) -> list[float]:
         return [cost.get(self.measure) for cost in target.cost(site, forms, self.setting)]

@@ -328,3 +328,22 @@ def test_fewer_forms_are_measured_of_a_model_that_takes_long() -> None:
     small, large = (EFFORTS["normal"].of(macs) for macs in (10**7, 10**11))
     assert small.for_candidates(20, 256) > large.for_candidates(20, 256)
     assert large.for_candidates(2000, 4096) == 1
+
+
+class Hasty(Machine):
+    """Forms of one format look twice as fast as they are, unless they are measured with care."""
+
+    def time(
+        self, site: Site, forms: Sequence[Form], setting: Setting, careful: bool = False
+    ) -> list[Timing]:
+        found = super().time(site, forms, setting)
+        hurried = [0.5 if form.format == "spatial_svd" and not careful else 1.0 for form in forms]
+        return [Timing(timing.seconds * share, "fake") for timing, share in zip(found, hurried, strict=True)]
+
+
+def test_prices_of_what_is_chosen_are_made_sure_of() -> None:
+    report = (artifact := train(images(32, 2)[0], budget={"seconds": 0.4}, target=Hasty())).report
+    dense = sum(choice.dense.macs for choice in artifact.plan) * 1e-9
+    chosen = sum(cost_of(site, artifact.plan.get(site.name).form).macs for site in sites_seen()) * 1e-9
+    assert chosen <= 0.4 * dense
+    assert report.checks["predicted_seconds"] == pytest.approx(report.checks["measured_seconds"])

@@ -48,16 +48,18 @@ class Moody(TimedTarget):
     def open(cls, way: str, frontend: str, cache: Path | None) -> Target:
         return cls()
 
-    def _seconds(self, site: Site, form: Form) -> float:
-        mood = 7.0 if (site.name, str(form)) in self.told else 1.0
-        off = random.Random(f"{site.name} {form} {mood}").uniform(0.5, 1.5)
+    def _seconds(self, site: Site, form: Form, how: str = "") -> float:
+        mood = 7.0 if (site.name, f"{form}{how}") in self.told else 1.0
+        off = random.Random(f"{site.name} {form}{how} {mood}").uniform(0.5, 1.5)
         return cost_of(site, form).macs * 1e-9 * off * mood
 
     def time(
         self, site: Site, forms: Sequence[Form], setting: Setting, careful: bool = False
     ) -> list[Timing]:
-        self.asked |= {(site.name, str(form)): self._seconds(site, form) for form in forms}
-        return [Timing(self._seconds(site, form), "moody") for form in forms]
+        how = " with care" if careful else ""
+        found = {f"{form}{how}": self._seconds(site, form, how) for form in forms}
+        self.asked |= {(site.name, asked): seconds for asked, seconds in found.items()}
+        return [Timing(seconds, "moody") for seconds in found.values()]
 
     def time_models(
         self, models: Sequence[Model], batch: Batch, setting: Setting, yardstick: Site | None = None
